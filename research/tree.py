@@ -1,0 +1,196 @@
+"""Parameter trees: paths, parts of them, and stacks as lists of scanned runs.
+
+A stack of layers is stored as runs, `run0`, `run1`, ...: in each, layers that
+are equal in structure and leaf types stand behind one leading axis and are
+scanned. A run scans over its period, `layer0` .. `layer{p-1}` (Gemma's local
+and global layers). Importers, exporters and reports use `layers` and `stack`,
+and never see the runs.
+"""
+
+import re
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.typing import Params, UserError
+
+MAX_PERIOD = 8
+"""The longest repeating pattern of layers that one run scans over."""
+
+
+def _key_name(key: Any) -> str:
+  for field in ("key", "name", "idx"):
+    if hasattr(key, field):
+      return str(getattr(key, field))
+  return str(key)
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """Returns a key path as text: `run0/layer0/attention/q/a`."""
+  return "/".join(_key_name(key) for key in path)
+
+
+def flatten_paths(tree: Any) -> list[tuple[str, Any]]:
+  """Returns `(path, array)` of every array in `tree`."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return [(path_name(path), leaf) for path, leaf in leaves]
+
+
+def map_paths(f: Callable[[str, Any], Any], tree: Any, is_leaf=None) -> Any:
+  """Returns `tree` with `f(path, leaf)` in place of each leaf."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: f(path_name(path), leaf), tree, is_leaf=is_leaf
+  )
+
+
+def partition(tree: Any, pattern: str) -> tuple[Any, Any]:
+  """Returns `(selected, rest)`: two trees with `None` where the other has it.
+
+  Args:
+    tree: any pytree.
+    pattern: regular expression, searched for in each array's path.
+  """
+  found = re.compile(pattern)
+  selected = map_paths(lambda p, x: x if found.search(p) else None, tree)
+  rest = map_paths(lambda p, x: None if found.search(p) else x, tree)
+  return selected, rest
+
+
+def combine(a: Any, b: Any) -> Any:
+  """Returns the tree whose parts are `a` and `b`, the inverse of `partition`."""
+  return jax.tree.map(
+    lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
+  )
+
+
+def runs(params: Params) -> list[str]:
+  """Returns the names of the scanned runs in `params`, in order."""
+  found = [k for k in params if re.fullmatch(r"run\d+", k)]
+  return sorted(found, key=lambda k: int(k[3:]))
+
+
+def run_length(run: Params) -> int:
+  """Returns how often `run` repeats its period."""
+  return jax.tree.leaves(run)[0].shape[0]
+
+
+def layers(params: Params) -> Iterator[Params]:
+  """Yields each layer's own parameters, first to last."""
+  for name in runs(params):
+    run = params[name]
+    for k in range(run_length(run)):
+      for j in range(len(run)):
+        yield jax.tree.map(lambda x, k=k: x[k], run[f"layer{j}"])
+
+
+def top(params: Params) -> dict[str, Any]:
+  """Returns what stands outside the layers: embedding, final norm, head."""
+  hidden = set(runs(params))
+  return {k: v for k, v in params.items() if k not in hidden}
+
+
+def _signature(layer: Params) -> Hashable:
+  leaves, treedef = jax.tree.flatten(layer)
+  return treedef, tuple((x.shape, str(x.dtype)) for x in leaves)
+
+
+def period(kinds: Sequence[Hashable]) -> int:
+  """Returns the shortest period of `kinds` up to `MAX_PERIOD`, else 1."""
+  for p in range(1, MAX_PERIOD + 1):
+    if all(kind == kinds[i % p] for i, kind in enumerate(kinds)):
+      return p
+  return 1
+
+
+def plan(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
+  """Returns the runs of layers of such kinds as `(repeats, period)`."""
+  p = period(kinds)
+  chunks = [tuple(kinds[i : i + p]) for i in range(0, len(kinds), p)]
+  out: list[tuple[int, int]] = []
+  for i, chunk in enumerate(chunks):
+    if i and chunk == chunks[i - 1]:
+      out[-1] = (out[-1][0] + 1, p)
+    else:
+      out.append((1, len(chunk)))
+  return out
+
+
+def _stack(*leaves: Any) -> Any:
+  if isinstance(leaves[0], np.ndarray):
+    return np.stack(leaves)
+  return jnp.stack(leaves)
+
+
+def stack(
+  outside: Params,
+  layers: Sequence[Params],
+  kinds: Sequence[Hashable] | None = None,
+) -> dict[str, Any]:
+  """Returns the parameter tree of a model: `outside` and the layers as runs.
+
+  Args:
+    outside: embedding, final norm, head.
+    layers: each layer's parameters; equal structures and leaf types that
+      follow each other share a run.
+    kinds: what else tells layers apart (`Transformer.layer_kinds()`), one
+      hashable a layer.
+  """
+  kinds = list(kinds) if kinds is not None else [None] * len(layers)
+  if len(kinds) != len(layers):
+    raise UserError(f"{len(layers)} layers were given for {len(kinds)} kinds")
+  signed = [(k, _signature(x)) for k, x in zip(kinds, layers, strict=True)]
+  params, start = dict(outside), 0
+  for i, (repeats, p) in enumerate(plan(signed)):
+    params[f"run{i}"] = {
+      f"layer{j}": jax.tree.map(
+        _stack, *layers[start + j : start + repeats * p : p]
+      )
+      for j in range(p)
+    }
+    start += repeats * p
+  return params
+
+
+def unroll(params: Params) -> dict[str, Any]:
+  """Returns `params` with a run of its own for each layer.
+
+  The model is the same; its layers are traced one by one, each with arrays of
+  its own, which CPU decoding in fp32 is faster with.
+  """
+  out = top(params)
+  for i, layer in enumerate(layers(params)):
+    out[f"run{i}"] = {"layer0": jax.tree.map(lambda x: x[None], layer)}
+  return out
+
+
+def count(tree: Any) -> int:
+  """Returns the number of elements in all arrays of `tree`."""
+  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def nbytes(tree: Any) -> int:
+  """Returns the bytes that all arrays of `tree` occupy."""
+  return sum(
+    int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def describe(tree: Any, trainable: str = r"$^") -> str:
+  """Returns a table of every array: path, shape, dtype, trainable, bytes."""
+  rows = [("path", "shape", "dtype", "trainable", "bytes")]
+  for path, x in flatten_paths(tree):
+    mark = "yes" if re.search(trainable, path) else ""
+    shape = "x".join(map(str, x.shape)) or "scalar"
+    rows.append((path, shape, str(x.dtype), mark, f"{nbytes(x):,}"))
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  return "\n".join(
+    "  ".join(
+      cell.rjust(w) if i == len(row) - 1 else cell.ljust(w)
+      for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )

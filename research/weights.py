@@ -1,0 +1,126 @@
+"""Weights are values: the only place that knows how a leaf is multiplied.
+
+A parameter leaf is a `jax.Array`, or a small frozen dataclass, registered as a
+pytree, that stands for one: `LoRATensor`, `BlockTensor`, and whatever comes.
+Such a class answers by its own methods:
+
+  einsum(eq, x)         x times this weight
+  take(ids)             rows, for embeddings
+  ragged_dot(x, sizes)  experts' matmul over rows sorted by expert
+  dense()               the logical array
+  axes(names)           its parts' logical axis names, for sharding
+  bind(key, ids)        itself with what depends on the batch
+
+and has `shape` and `dtype`, the logical ones. JAX's pytree registration is the
+only registration; no module, trainer, sampler or checkpoint asks for a type.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from research.typing import Array, Float, Int, Params, PRNGKey, Shaped
+
+Weight = Any
+"""A `jax.Array` or an object with the methods named above."""
+
+
+def is_weight(x: Any) -> bool:
+  """Whether `x` is a leaf that answers by its own methods."""
+  return hasattr(x, "dense") and hasattr(x, "einsum")
+
+
+def einsum(eq: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."]:
+  """Returns `einsum(eq, x, w)` in the dtype of `x`.
+
+  Args:
+    eq: two operands; `w`'s letters are its logical axes, e.g.
+      `"...d,df->...f"`, or `"...d,vd->...v"` for a tied head.
+    x: activations; their dtype is the compute dtype.
+    w: any weight; arrays are cast to the dtype of `x`.
+  """
+  if is_weight(w):
+    return w.einsum(eq, x)
+  return jnp.einsum(eq, x, jnp.asarray(w).astype(x.dtype))
+
+
+def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+  """Returns rows `ids` of an embedding `w [V, D]`."""
+  if is_weight(w):
+    return w.take(ids)
+  return jnp.take(w, ids, axis=0)
+
+
+def ragged_dot(
+  x: Float[Array, "T I"], w: Weight, sizes: Int[Array, "E"]
+) -> Float[Array, "T O"]:
+  """Returns each row of `x` times its expert's matrix.
+
+  Args:
+    x: rows sorted by expert.
+    w: `[E, in, out]`, any weight.
+    sizes: how many rows belong to each expert; their sum is at most `T`.
+  """
+  if is_weight(w):
+    return w.ragged_dot(x, sizes)
+  return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+
+
+def dense(w: Weight) -> Shaped[Array, "..."]:
+  """Returns the logical array that `w` stands for."""
+  return w.dense() if is_weight(w) else jnp.asarray(w)
+
+
+def axes(w: Weight, names: Sequence[str | None]) -> Any:
+  """Returns logical axis names for each array in `w`, in `w`'s structure.
+
+  Args:
+    w: a weight whose trailing axes are `names`; leading ones, such as the
+      layers of a scanned run, have no name.
+    names: one logical name (or None) per trailing axis.
+  """
+  if is_weight(w):
+    return w.axes(tuple(names))
+  return (None,) * (w.ndim - len(names)) + tuple(names)
+
+
+def bind(
+  params: Params,
+  *,
+  key: PRNGKey | None = None,
+  ids: Int[Array, "B"] | None = None,
+) -> Params:
+  """Returns `params` whose leaves carry what depends on this batch.
+
+  Args:
+    params: any tree of weights.
+    key: dropout key; each leaf derives its own by its position in the tree.
+    ids: which adapter each row of the batch uses.
+  """
+  leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
+  bound = [
+    w.bind(key=None if key is None else jax.random.fold_in(key, i), ids=ids)
+    if is_weight(w)
+    else w
+    for i, w in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(treedef, bound)
+
+
+def weight(
+  module: nn.Module,
+  name: str,
+  init: Callable[..., Any],
+  shape: tuple[int, ...] = (),
+) -> Weight:
+  """Returns the stored parameter `name`, or makes it with `init(key, shape)`.
+
+  Linen's own `param` rejects a stored value of another shape, which every
+  packed leaf has; here what the tree holds is what the module uses.
+  """
+  if module.has_variable("params", name):
+    return module.get_variable("params", name)
+  return module.param(name, init, shape)
