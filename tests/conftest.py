@@ -1,0 +1,53 @@
+"""What every test shares: typed calls, eight CPU devices, a compile cache.
+
+All of it has to happen before JAX starts a backend and before our packages
+are imported, which is why it stands at module level here and nowhere else.
+"""
+
+import os
+import pathlib
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Defaults, so that a GPU or TPU run says JAX_PLATFORMS=... and nothing else.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compilation is most of the suite's time: keep every program on disk.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+# Every annotated function and dataclass of ours checks its shapes and types.
+jaxtyping.install_import_hook(
+  ["research", "kernels_pallas", "experiments"], "beartype.beartype"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  parser.addoption(
+    "--slow", action="store_true", help="run tests marked slow as well"
+  )
+
+
+def _reason_to_skip(item: pytest.Item) -> str | None:
+  """Returns why this machine or command cannot run `item`, if it cannot."""
+  for marker in ("tpu", "gpu"):
+    if item.get_closest_marker(marker) and jax.default_backend() != marker:
+      return f"needs a {marker.upper()}; JAX runs on {jax.default_backend()}"
+  if item.get_closest_marker("peers"):
+    return "needs .venv-peers: run `make test-peers`"
+  if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+    return "takes minutes: run with --slow"
+  return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  for item in items:
+    if reason := _reason_to_skip(item):
+      item.add_marker(pytest.mark.skip(reason=reason))
