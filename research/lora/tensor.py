@@ -88,9 +88,8 @@ class LoRATensor:
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w) + s·(branch)`; contracts either axis of `w`."""
-    contracted, kept = _matrix_axes(eq)
-    first, second = (self.a, self.b) if contracted == 0 else (self.b, self.a)
-    del kept
+    forward = _contracted_axis(eq) == 0
+    first, second = (self.a, self.b) if forward else (self.b, self.a)
     # The scale rides on a thin factor, never on the wide output.
     second = second * jnp.asarray(self.scale, second.dtype)
     return weights.einsum(eq, x, self.w) + low_rank(
@@ -156,12 +155,12 @@ class LoRATensor:
     return jnp.where(mask, x / keep, 0).astype(x.dtype)
 
 
-def _matrix_axes(eq: str) -> tuple[int, int]:
-  """Returns which axis of the 2-D weight in `eq` is contracted, which kept."""
+def _contracted_axis(eq: str) -> int:
+  """Returns which axis of the 2-D weight in `eq` is summed over."""
   _, right = eq.split(",")
   w, out = right.split("->")
   if len(w) != 2 or (w[0] in out) == (w[1] in out):
     raise ValueError(
       f"einsum {eq!r}: a low-rank weight takes one contracted and one kept axis"
     )
-  return (1, 0) if w[0] in out else (0, 1)
+  return 1 if w[0] in out else 0

@@ -1,0 +1,161 @@
+"""Documents of tokens, laid end to end into rows of a fixed length.
+
+A *piece* is a stretch of one document. A plan says which pieces share a row;
+`concatenate` wastes no place and cuts documents where a row ends, `best_fit`
+cuts only documents longer than a row (Ding et al. 2024, "Fewer Truncations
+Improve Language Modeling", best-fit packing).
+
+Invariants, whatever the plan: each piece is its own segment and its positions
+start at 0, so that it cannot see its neighbours; each token of a document but
+its first is the target of exactly one place, even across a cut; all other
+places (document ends, padding) have weight 0.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from research.data.sources import Documents
+from research.typing import UserError
+
+Row = dict[str, np.ndarray]
+"""Keys tokens, targets, positions, segments (int32) and weights (float32)."""
+
+
+class Piece(NamedTuple):
+  """`size` tokens of document number `document`, from `start` on."""
+
+  document: int
+  start: int
+  size: int
+
+
+Plan = Callable[[Sequence[int], int], list[list[Piece]]]
+"""(lengths of the documents, row length T) -> the pieces of each row."""
+
+
+def tokenize(
+  documents: Documents,
+  encode: Callable[[str], Sequence[int]],
+  end: int | None = None,
+) -> list[np.ndarray]:
+  """Returns the tokens of each document, int32 [length].
+
+  Args:
+    documents: the texts.
+    encode: text to token ids, without special tokens.
+    end: a token appended to each document, if any.
+
+  Raises:
+    UserError: no document has two tokens, so that nothing can be predicted.
+  """
+  tail = [] if end is None else [end]
+  tokens = [
+    np.asarray([*encode(documents[i]), *tail], np.int32)
+    for i in range(len(documents))
+  ]
+  tokens = [t for t in tokens if len(t) > 1]
+  if not tokens:
+    raise UserError(
+      f"{documents}: {len(documents)} documents, none with two tokens.\n"
+      "Expected text to learn from; check the source's paths or split."
+    )
+  return tokens
+
+
+def concatenate(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+  """Returns a plan that pads the last row only, and cuts at row ends."""
+  rows: list[list[Piece]] = [[]]
+  space = row
+  for document, length in enumerate(lengths):
+    start = 0
+    while start < length:
+      if space == 0:
+        rows.append([])
+        space = row
+      size = min(space, length - start)
+      rows[-1].append(Piece(document, start, size))
+      start, space = start + size, space - size
+  return rows
+
+
+def best_fit(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+  """Returns a plan that cuts no document which fits into a row."""
+  pieces = [
+    Piece(document, start, min(row, length - start))
+    for document, length in enumerate(lengths)
+    for start in range(0, length, row)
+  ]
+  rows: list[list[Piece]] = []
+  spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
+  for piece in sorted(pieces, key=lambda p: (-p.size, p)):
+    found = bisect.bisect_left(spaces, (piece.size, -1))
+    if found == len(spaces):
+      rows.append([])
+      space, number = row, len(rows) - 1
+    else:
+      space, number = spaces.pop(found)
+    rows[number].append(piece)
+    bisect.insort(spaces, (space - piece.size, number))
+  return rows
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+  """A random-access sequence of rows, built when they are asked for.
+
+  Attributes:
+    documents: tokens of each document, int32 [length].
+    plan: the pieces of each row.
+    length: places in a row, T.
+  """
+
+  documents: Sequence[np.ndarray]
+  plan: Sequence[Sequence[Piece]]
+  length: int
+
+  def __len__(self) -> int:
+    return len(self.plan)
+
+  def __getitem__(self, index: int) -> Row:
+    row = blank_row(self.length)
+    place = 0
+    for segment, piece in enumerate(self.plan[index]):
+      tokens = self.documents[piece.document][piece.start :]
+      targets = tokens[1 : piece.size + 1]  # one fewer at the document's end
+      here = slice(place, place + piece.size)
+      learn = slice(place, place + len(targets))
+      row["tokens"][here] = tokens[: piece.size]
+      row["targets"][learn] = targets
+      row["weights"][learn] = 1
+      row["positions"][here] = np.arange(piece.size)
+      row["segments"][here] = segment
+      place += piece.size
+    return row
+
+
+def blank_row(length: int) -> Row:
+  """Returns a row of padding: weight 0, position and segment -1."""
+  return {
+    "tokens": np.zeros(length, np.int32),
+    "targets": np.zeros(length, np.int32),
+    "weights": np.zeros(length, np.float32),
+    "positions": np.full(length, -1, np.int32),
+    "segments": np.full(length, -1, np.int32),
+  }
+
+
+def pack(
+  documents: Sequence[np.ndarray], length: int, plan: Plan = concatenate
+) -> PackedRows:
+  """Returns the documents packed into rows of `length` places."""
+  if length < 2:
+    raise UserError(
+      f"length: found {length}, expected at least 2 places in a row."
+    )
+  return PackedRows(
+    documents, plan([len(d) for d in documents], length), length
+  )

@@ -1,0 +1,128 @@
+"""Grouped-query attention over the `flash_attention` kernels."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.flash_attention import api
+from kernels_pallas.masks import Mask
+from research import weights
+from research.nn import cache as caches
+from research.nn import rope as ropes
+from research.nn.norm import RMSNorm
+from research.typing import Array, Float, Int
+
+
+class Attention(nn.Module):
+  """Attention of `heads` query heads over `kv_heads` key/value heads.
+
+  Attributes:
+    heads, kv_heads, head_dim: `N`, `K` (divides `N`), `H`.
+    rope: rotation of queries and keys, or None.
+    window: how many positions, its own included, a query looks back on, or
+      None for all.
+    scale: of the logits; None for `H**-0.5`.
+    softcap: `c tanh(logits / c)`, or None.
+    qk_norm: normalises each head's query and key before the rotation.
+    qkv_bias, out_bias: whether those projections add one.
+  """
+
+  heads: int
+  kv_heads: int
+  head_dim: int
+  rope: ropes.Rope | None = ropes.Rope()
+  window: int | None = None
+  scale: float | None = None
+  softcap: float | None = None
+  qk_norm: RMSNorm | None = None
+  qkv_bias: bool = False
+  out_bias: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Mask,
+    rotation: tuple[Array, Array] | None = None,
+    cache: caches.LayerCache | None = None,
+    length: Int[Array, "B"] | None = None,
+    fresh: bool = True,
+  ) -> tuple[Float[Array, "B T D"], caches.LayerCache | None]:
+    """Returns the attended values, and the cache with `x`'s keys in it.
+
+    Args:
+      x: activations.
+      positions: of `x`, negative for padding.
+      mask: what may see what, before this layer's window.
+      rotation: cos and sin of `positions`.
+      cache: this layer's, or None.
+      length: tokens in the cache after this call, for each row.
+      fresh: whether the cache was empty before this call.
+    """
+    q = self._heads(x, "q", self.heads)
+    k = self._heads(x, "k", self.kv_heads)
+    v = self._heads(x, "v", self.kv_heads)
+    if self.qk_norm is not None:
+      q = self.qk_norm.clone(name="q_norm", parent=self)(q)
+      k = self.qk_norm.clone(name="k_norm", parent=self)(k)
+    if rotation is not None:
+      q, k = ropes.rotate(q, *rotation), ropes.rotate(k, *rotation)
+    q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
+    if self.window is not None:
+      mask = dataclasses.replace(mask, window=(self.window - 1, None))
+    keys, values = k, v
+    if cache is not None:
+      written = caches.write(cache, k, v, positions, length)
+      if not fresh:
+        keys, values, mask = self._remembered(
+          cache, written, k, v, positions, length, mask
+        )
+      cache = written
+    y = api.flash_attention(
+      q,
+      keys,
+      values,
+      mask=mask,
+      scale=self.scale,
+      softcap=self.softcap,
+    )
+    y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
+    return self._project(y, "o", x.shape[-1], self.out_bias), cache
+
+  def _heads(self, x, name, heads):
+    y = self._project(x, name, heads * self.head_dim, self.qkv_bias)
+    return y.reshape(*x.shape[:2], heads, self.head_dim)
+
+  def _project(self, x, name, size, bias):
+    init = nn.initializers.lecun_normal()
+    w = weights.weight(self, name, init, (x.shape[-1], size))
+    y = weights.einsum("...d,df->...f", x, w)
+    if bias:
+      zeros = nn.initializers.zeros
+      y += weights.weight(self, f"{name}_bias", zeros, (size,)).astype(y.dtype)
+    return y
+
+  def _remembered(self, cache, written, k, v, positions, length, mask):
+    """Returns the keys and values to look at, and the mask over them."""
+    slots = cache.k.shape[1]
+    if k.shape[1] == 1 or self.window is None:
+      # Nothing that this call still needs was overwritten.
+      held = caches.slot_positions(length, slots)
+      mask = at(mask, positions, held)
+      return written.k.astype(k.dtype), written.v.astype(v.dtype), mask
+    # A ring may have lost keys that the first new queries see: look at the
+    # ring as it was, and at the new keys.
+    before = length - jnp.sum(positions >= 0, axis=-1)
+    held = caches.slot_positions(before, slots)
+    keys = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)
+    values = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
+    held = jnp.concatenate([held, positions], axis=1)
+    return keys, values, at(mask, positions, held)
+
+
+def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:
+  """Returns `mask` over tokens at the given positions, -1 for none."""
+  return dataclasses.replace(mask, q_positions=queries, kv_positions=keys)

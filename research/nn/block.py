@@ -1,0 +1,52 @@
+"""One layer of the stack: attention and feed-forward around a residual."""
+
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels_pallas.masks import Mask
+from research.nn import cache as caches
+from research.nn.attention import Attention
+from research.nn.mlp import Mlp
+from research.nn.norm import RMSNorm
+from research.typing import Array, Float, Int
+
+
+class Block(nn.Module):
+  """A pre-norm layer; every layer of every family is one of these values.
+
+  Attributes:
+    attention: the token mixer.
+    mlp: the feed-forward.
+    norm: normalises the input of both.
+    post_norm: normalises both outputs before they are added (Gemma 2's
+      sandwich), or None.
+  """
+
+  attention: Attention
+  mlp: Mlp
+  norm: RMSNorm = RMSNorm()
+  post_norm: RMSNorm | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Mask,
+    rotation: tuple[Array, Array] | None = None,
+    cache: caches.LayerCache | None = None,
+    length: Int[Array, "B"] | None = None,
+    fresh: bool = True,
+  ) -> tuple[Float[Array, "B T D"], caches.LayerCache | None]:
+    """Returns the layer's output and its cache; see `Attention`."""
+    normed = self._norm(self.norm, "attention_norm", x)
+    y, cache = self.attention(
+      normed, positions, mask, rotation, cache, length, fresh
+    )
+    x = x + self._norm(self.post_norm, "post_attention_norm", y)
+    x = checkpoint_name(x, "middle")
+    y = self.mlp(self._norm(self.norm, "mlp_norm", x))
+    return x + self._norm(self.post_norm, "post_mlp_norm", y), cache
+
+  def _norm(self, norm, name, x):
+    return x if norm is None else norm.clone(name=name, parent=self)(x)

@@ -1,0 +1,86 @@
+"""The key/value cache: preallocated, and a ring buffer for windowed layers.
+
+A slot is found by position, so rows of a batch may differ in length: position
+`p` lives in slot `p` (or `p mod S` in a ring of `S` slots), and which slots
+are alive follows from the row's length alone. Pure functions; a cache is
+passed in and returned.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.typing import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+  """Keys and values of one layer, or of a run of them behind a leading axis.
+
+  Attributes:
+    k, v: `[..., B, S, K, H]`.
+  """
+
+  k: Any
+  v: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """What a model remembers of the tokens it has read.
+
+  Attributes:
+    length: `[B]`, tokens read by each row.
+    layers: run name -> layer name -> `LayerCache` stacked over the run.
+    fresh: whether nothing has been written; a prefill then attends to its own
+      keys only, with tiles that are known to be empty skipped.
+  """
+
+  length: Any
+  layers: Any
+  fresh: bool = dataclasses.field(default=True, metadata=dict(static=True))
+
+  @property
+  def capacity(self) -> int:
+    """Positions that every layer can hold or has a window for."""
+    leaves = jax.tree.leaves(self.layers)
+    return max(x.shape[-3] for x in leaves)
+
+
+def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
+  """Returns which position each slot holds, -1 where none."""
+  slot = jnp.arange(slots)
+  last = length[:, None] - 1
+  position = last - jnp.mod(last - slot, slots)
+  return jnp.where(position >= 0, position, -1)
+
+
+def write(
+  cache: LayerCache,
+  k: Float[Array, "B T K H"],
+  v: Float[Array, "B T K H"],
+  positions: Int[Array, "B T"],
+  length: Int[Array, "B"],
+) -> LayerCache:
+  """Returns the cache with new keys and values at their positions' slots.
+
+  Args:
+    cache: of one layer, `[B, S, K, H]`.
+    k, v: of the new tokens.
+    positions: of the new tokens; negative ones (padding) are not written.
+    length: tokens of each row, the new ones included; positions that a ring
+      has no room for any more are not written.
+  """
+  slots = cache.k.shape[1]
+  alive = (positions >= 0) & (positions >= length[:, None] - slots)
+  slot = jnp.where(alive, jnp.mod(positions, slots), slots)  # slots: dropped
+  row = jnp.arange(k.shape[0])[:, None]
+
+  def put(old, new):
+    return old.at[row, slot].set(new.astype(old.dtype), mode="drop")
+
+  return LayerCache(put(cache.k, k), put(cache.v, v))

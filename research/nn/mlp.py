@@ -1,0 +1,53 @@
+"""Gated feed-forward layers (Shazeer 2020, arXiv:2002.05202)."""
+
+import functools
+from typing import Literal
+
+import jax
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+
+from research import weights
+from research.typing import Array, Float
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+_ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "relu": jax.nn.relu,
+}
+
+
+class Mlp(nn.Module):
+  """`(act(x gate) * (x up)) down`.
+
+  Attributes:
+    hidden: inner width `F`.
+    activation: of the gate.
+    bias: whether all three projections add one.
+  """
+
+  hidden: int
+  activation: Activation = "silu"
+  bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    width = x.shape[-1]
+
+    def project(name, x, size):
+      init = nn.initializers.lecun_normal()
+      w = weights.weight(self, name, init, (x.shape[-1], size))
+      y = weights.einsum("...d,df->...f", x, w)
+      if self.bias:
+        zeros = nn.initializers.zeros
+        y += weights.weight(self, f"{name}_bias", zeros, (size,)).astype(
+          y.dtype
+        )
+      return y
+
+    gate = checkpoint_name(project("gate", x, self.hidden), "gate")
+    up = checkpoint_name(project("up", x, self.hidden), "up")
+    return project("down", _ACTIVATIONS[self.activation](gate) * up, width)

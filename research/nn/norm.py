@@ -1,0 +1,31 @@
+"""Root mean square layer norm (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from research import weights
+from research.typing import Array, Float
+
+
+class RMSNorm(nn.Module):
+  """`x / rms(x) * (offset + scale)` over the last axis, computed in fp32.
+
+  Attributes:
+    eps: added to the mean square.
+    offset: 0 for Llama and its kin; 1 for Gemma, which stores `scale - 1` and
+      multiplies before it casts back.
+  """
+
+  eps: float = 1e-5
+  offset: float = 0.0
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    start = nn.initializers.constant(1.0 - self.offset)
+    scale = weights.weight(self, "scale", start, (x.shape[-1],))
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(mean + self.eps)
+    scale = self.offset + scale.astype(jnp.float32)
+    return (normed * scale).astype(x.dtype)

@@ -1,0 +1,191 @@
+"""Families of models: what distinguishes them, as values.
+
+A new family is a new row of `FAMILIES`; a new size is a `Sizes`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from research.nn.attention import Attention
+from research.nn.block import Block
+from research.nn.mlp import Activation, Mlp
+from research.nn.norm import RMSNorm
+from research.nn.rope import Llama3, Rope, Scaling
+from research.nn.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """What the models of a family share, whatever their size.
+
+  Attributes:
+    activation: of the gated feed-forward.
+    norm_offset: 1 where norms are stored as `scale - 1`.
+    qk_norm: whether each head's queries and keys are normalised.
+    post_norm: whether outputs are normalised before they are added.
+    qkv_bias, out_bias, mlp_bias: which projections add a bias.
+    scale_embeddings: whether embeddings are multiplied by `sqrt(D)`.
+    tied: whether the head is the embedding where a file does not say.
+    pattern: `"global"` and `"local"` (windowed) layers, repeated.
+  """
+
+  activation: Activation = "silu"
+  norm_offset: float = 0.0
+  qk_norm: bool = False
+  post_norm: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  scale_embeddings: bool = False
+  tied: bool = False
+  pattern: tuple[str, ...] = ("global",)
+
+
+_GEMMA = Family(
+  activation="gelu_tanh", norm_offset=1.0, scale_embeddings=True, tied=True
+)
+
+FAMILIES: dict[str, Family] = {
+  "llama": Family(),
+  "mistral": Family(pattern=("local",)),
+  "qwen2": Family(qkv_bias=True),
+  "qwen3": Family(qk_norm=True),
+  "gemma": _GEMMA,
+  "gemma2": dataclasses.replace(
+    _GEMMA, post_norm=True, pattern=("local", "global")
+  ),
+  "gemma3": dataclasses.replace(
+    _GEMMA,
+    post_norm=True,
+    qk_norm=True,
+    pattern=("local",) * 5 + ("global",),
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What a single model adds to its family.
+
+  Attributes:
+    vocab, width, depth, heads, kv_heads, head_dim, hidden: `V D L N K H F`.
+    theta, scaling: of the rotation.
+    local_theta: of windowed layers' rotation, which are never scaled, or None
+      where all layers share one.
+    window: tokens that a local layer looks back on, its own included.
+    eps: of the norms.
+    tied: whether the head is the embedding; None for the family's word.
+    attention_scale: of the logits, or None for `H**-0.5`.
+    attention_softcap, logit_softcap: or None.
+    pattern: kinds of layers, repeated; None for the family's.
+    max_positions: context length.
+  """
+
+  vocab: int
+  width: int
+  depth: int
+  heads: int
+  kv_heads: int
+  hidden: int
+  head_dim: int
+  theta: float = 10_000.0
+  scaling: Scaling | None = None
+  local_theta: float | None = None
+  window: int | None = None
+  eps: float = 1e-5
+  tied: bool | None = None
+  attention_scale: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  pattern: Sequence[str] | None = None
+  max_positions: int | None = None
+
+
+def transformer(
+  family: Family, sizes: Sizes, dtype: str = "float32"
+) -> Transformer:
+  """Returns the model of `sizes` in `family`, computing in `dtype`."""
+  norm = RMSNorm(eps=sizes.eps, offset=family.norm_offset)
+  shared = Rope(theta=sizes.theta, scaling=sizes.scaling)
+  own = shared
+  if sizes.local_theta is not None:
+    own = Rope(theta=sizes.local_theta)
+
+  def block(kind: str) -> Block:
+    local = kind == "local" and sizes.window is not None
+    return Block(
+      attention=Attention(
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        rope=own if kind == "local" else shared,
+        window=sizes.window if local else None,
+        scale=sizes.attention_scale,
+        softcap=sizes.attention_softcap,
+        qk_norm=norm if family.qk_norm else None,
+        qkv_bias=family.qkv_bias,
+        out_bias=family.out_bias,
+      ),
+      mlp=Mlp(
+        hidden=sizes.hidden,
+        activation=family.activation,
+        bias=family.mlp_bias,
+      ),
+      norm=norm,
+      post_norm=norm if family.post_norm else None,
+    )
+
+  pattern = tuple(sizes.pattern or family.pattern)
+  return Transformer(
+    vocab_size=sizes.vocab,
+    width=sizes.width,
+    depth=sizes.depth,
+    blocks=tuple(block(kind) for kind in pattern),
+    norm=norm,
+    tied=family.tied if sizes.tied is None else sizes.tied,
+    embed_scale=math.sqrt(sizes.width) if family.scale_embeddings else 1.0,
+    softcap=sizes.logit_softcap,
+    dtype=dtype,
+    max_positions=sizes.max_positions,
+  )
+
+
+SMOLLM2_135M = Sizes(
+  vocab=49_152,
+  width=576,
+  depth=30,
+  heads=9,
+  kv_heads=3,
+  hidden=1_536,
+  head_dim=64,
+  theta=100_000.0,
+  tied=True,
+  max_positions=8_192,
+)
+
+LLAMA3_8B = Sizes(
+  vocab=128_256,
+  width=4_096,
+  depth=32,
+  heads=32,
+  kv_heads=8,
+  hidden=14_336,
+  head_dim=128,
+  theta=500_000.0,
+  scaling=Llama3(factor=8.0, low=1.0, high=4.0, original=8_192),
+  tied=False,
+  max_positions=131_072,
+)
+
+LLAMA2_7B = Sizes(
+  vocab=32_000,
+  width=4_096,
+  depth=32,
+  heads=32,
+  kv_heads=32,
+  hidden=11_008,
+  head_dim=128,
+  tied=False,
+  max_positions=4_096,
+)

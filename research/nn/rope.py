@@ -1,0 +1,165 @@
+"""Rotary position embedding and its extensions to longer contexts.
+
+Su et al. 2021 (arXiv:2104.09864), in the half-split layout that Hugging Face
+checkpoints use: dimension `i` pairs with `i + H/2`. Scalings are values; each
+turns the plain inverse frequencies into its own.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.typing import Array, Float, Int
+
+
+def inverse_frequencies(theta: float, dim: int) -> np.ndarray:
+  """Returns `theta^(-2i/dim)`, `[dim/2]`, in float64."""
+  return theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+  """Position interpolation (Chen et al. 2023, arXiv:2306.15595)."""
+
+  factor: float
+
+  def frequencies(self, theta, dim, longest):
+    return inverse_frequencies(theta, dim) / self.factor, 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dynamic:
+  """NTK-aware scaling that grows with the sequence, each row by its own.
+
+  Keys that a cache holds keep the rotation of the length they were written
+  at, as in every implementation; so here, alone among the scalings, cached
+  decoding past `original` differs from one full forward.
+  """
+
+  factor: float
+  original: int
+
+  def frequencies(self, theta, dim, longest):
+    n = jnp.maximum(longest.astype(jnp.float32), self.original)
+    grown = self.factor * n / self.original - (self.factor - 1.0)
+    base = theta * grown ** (dim / (dim - 2))
+    exponent = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+    return base[:, None] ** -exponent, 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3:
+  """Llama 3.1's: long wavelengths divided, short kept, a ramp between."""
+
+  factor: float
+  low: float
+  high: float
+  original: int
+
+  def frequencies(self, theta, dim, longest):
+    plain = inverse_frequencies(theta, dim)
+    turns = self.original * plain / (2 * math.pi)
+    ramp = np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+    return (1 - ramp) * plain / self.factor + ramp * plain, 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+  """YaRN (Peng et al. 2023, arXiv:2309.00071), sections 3.2 and 3.4.
+
+  Attributes:
+    factor: extension of the context.
+    original: context length before it.
+    fast, slow: rotations over `original` between which the ramp runs (beta).
+    attention: multiplies cos and sin; None for `0.1 ln(factor) + 1`, or for
+      the ratio of mscales where `mscale` and `mscale_all` are given.
+    truncate: whether the ramp's ends are rounded to whole dimensions.
+  """
+
+  factor: float
+  original: int
+  fast: float = 32.0
+  slow: float = 1.0
+  attention: float | None = None
+  mscale: float | None = None
+  mscale_all: float | None = None
+  truncate: bool = True
+
+  def _dimension(self, rotations: float, theta: float, dim: int) -> float:
+    ratio = self.original / (rotations * 2 * math.pi)
+    return dim * math.log(ratio) / (2 * math.log(theta))
+
+  def _magnitude(self) -> float:
+    def of(m):
+      return 0.1 * m * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+    if self.attention is not None:
+      return self.attention
+    if self.mscale and self.mscale_all:
+      return of(self.mscale) / of(self.mscale_all)
+    return of(1.0)
+
+  def frequencies(self, theta, dim, longest):
+    plain = inverse_frequencies(theta, dim)
+    low = self._dimension(self.fast, theta, dim)
+    high = self._dimension(self.slow, theta, dim)
+    if self.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = np.clip((np.arange(dim // 2) - low) / span, 0.0, 1.0)
+    return ramp * plain / self.factor + (1 - ramp) * plain, self._magnitude()
+
+
+Scaling = Linear | Dynamic | Llama3 | Yarn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+  """A rotation by position.
+
+  Attributes:
+    theta: base of the frequencies.
+    scaling: an extension to longer contexts, or None.
+    fraction: share of the head's dimensions that rotate, the first ones.
+  """
+
+  theta: float = 10_000.0
+  scaling: Scaling | None = None
+  fraction: float = 1.0
+
+  def tables(
+    self, positions: Int[Array, "B T"], head_dim: int
+  ) -> tuple[Float[Array, "B T X"], Float[Array, "B T X"]]:
+    """Returns cos and sin, each `[B, T, rotated/2]`, in fp32."""
+    dim = int(head_dim * self.fraction)
+    positions = jnp.maximum(positions, 0)
+    if self.scaling is None:
+      frequencies, magnitude = inverse_frequencies(self.theta, dim), 1.0
+    else:
+      longest = jnp.max(positions, axis=-1) + 1
+      frequencies, magnitude = self.scaling.frequencies(
+        self.theta, dim, longest
+      )
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    if frequencies.ndim == 2:  # one row of frequencies an example
+      frequencies = frequencies[:, None]
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def rotate(
+  x: Float[Array, "B T N H"],
+  cos: Float[Array, "B T X"],
+  sin: Float[Array, "B T X"],
+) -> Float[Array, "B T N H"]:
+  """Returns `x` with its first `2X` dimensions rotated, in its dtype."""
+  half = cos.shape[-1]
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  wide = x[..., : 2 * half].astype(jnp.float32)
+  first, second = wide[..., :half], wide[..., half:]
+  turned = [first * cos - second * sin, second * cos + first * sin]
+  turned = [t.astype(x.dtype) for t in turned]
+  return jnp.concatenate([*turned, x[..., 2 * half :]], axis=-1)

@@ -1,0 +1,259 @@
+"""One Transformer: what differs between families is a value in its blocks.
+
+The stack is a list of scanned runs (see `research.tree`). At initialisation
+the runs follow from the blocks; afterwards from the tree that `apply` is
+given, so a stack whose layers have different leaf types, or one that is
+unrolled, needs no other model.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from kernels_pallas.masks import Mask
+from research import tree, weights
+from research.nn import attention
+from research.nn import cache as caches
+from research.nn.block import Block
+from research.nn.norm import RMSNorm
+from research.typing import Array, Float, Int, Params, UserError
+
+Remat = Literal["none", "layer", "names"]
+
+SAVED = ("qkv", "attn_out", "attn_lse", "middle", "gate", "up")
+"""What `remat="names"` keeps of a layer; norms, rotations, probabilities and
+the gated product are computed again."""
+
+
+def _rematerialised(f, remat: Remat):
+  if remat == "none":
+    return f
+  policy = None
+  if remat == "names":
+    policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
+  return jax.checkpoint(f, prevent_cse=False, policy=policy)
+
+
+class Transformer(nn.Module):
+  """A decoder (or, with a full mask, an encoder) over tokens.
+
+  Attributes:
+    vocab_size, width, depth: `V`, `D`, `L`.
+    blocks: the repeating pattern of layers; layer `i` is
+      `blocks[i % len(blocks)]`.
+    norm: the final norm.
+    tied: whether the head is the embedding, transposed.
+    embed_scale: multiplies embeddings (Gemma's `sqrt(D)`), in the compute
+      dtype.
+    softcap: of the logits, or None.
+    dtype: compute dtype; norms, softmax and loss are in fp32 whatever it is.
+    remat: what the backward pass computes again.
+    max_positions: context length the weights were trained for; stated, not
+      enforced here.
+  """
+
+  vocab_size: int
+  width: int
+  depth: int
+  blocks: tuple[Block, ...]
+  norm: RMSNorm = RMSNorm()
+  tied: bool = True
+  embed_scale: float = 1.0
+  softcap: float | None = None
+  dtype: str = "float32"
+  remat: Remat = "none"
+  max_positions: int | None = None
+
+  def layer_kinds(self) -> tuple[Block, ...]:
+    """Returns each layer's block, first to last."""
+    return tuple(self.blocks[i % len(self.blocks)] for i in range(self.depth))
+
+  @nn.compact
+  def __call__(
+    self,
+    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None = None,
+    mask: Mask | None = None,
+    cache: caches.Cache | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], caches.Cache | None]:
+    """Returns final hidden states, after the last norm, and the cache.
+
+    Args:
+      inputs: token ids, or embeddings as the first layer takes them.
+      positions: of the tokens, -1 for padding. By default they follow the
+        cache's length, or start at 0.
+      mask: what may see what; by default causal, by index where `positions`
+        is not given.
+      cache: from `init_cache` or an earlier call.
+      lengths: tokens in each right-padded row of `inputs`; by default `T`.
+    """
+    x = self._embed(inputs)
+    batch, time = x.shape[:2]
+    fresh = cache is None or cache.fresh
+    if mask is None:
+      mask = Mask.causal()
+      if positions is not None:
+        mask = attention.at(mask, positions, positions)
+    if positions is None:
+      step = jnp.broadcast_to(jnp.arange(time), (batch, time))
+      start = 0 if cache is None else cache.length[:, None]
+      positions = step + start
+      if lengths is not None:
+        positions = jnp.where(step < lengths[:, None], positions, -1)
+    length = None
+    if cache is not None:
+      length = cache.length + jnp.sum(positions >= 0, axis=-1)
+    x, layers = self._stack(x, positions, mask, cache, length, fresh)
+    x = self.norm.clone(name="final_norm", parent=self)(x)
+    if not self.tied:
+      self._head()
+    if cache is None:
+      return x, None
+    return x, caches.Cache(length=length, layers=layers, fresh=False)
+
+  @nn.compact
+  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Returns next-token logits in fp32, only where they are asked for."""
+    hidden = hidden.astype(self.dtype)
+    if self.tied:
+      y = weights.einsum("...d,vd->...v", hidden, self._embedding())
+    else:
+      y = weights.einsum("...d,dv->...v", hidden, self._head())
+    y = y.astype(jnp.float32)
+    if self.softcap is not None:
+      y = self.softcap * jnp.tanh(y / self.softcap)
+    return y
+
+  def _embedding(self):
+    init = nn.initializers.normal(0.02)
+    return weights.weight(self, "embed", init, (self.vocab_size, self.width))
+
+  def _head(self):
+    init = nn.initializers.lecun_normal()
+    return weights.weight(self, "head", init, (self.width, self.vocab_size))
+
+  def _embed(self, inputs):
+    table = self._embedding()
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+      return inputs.astype(self.dtype)
+    x = weights.take(table, inputs).astype(self.dtype)
+    if self.embed_scale != 1.0:
+      x = x * jnp.asarray(self.embed_scale, self.dtype)
+    return x
+
+  def _runs(self) -> list[tuple[str, Params, tuple[Block, ...]]]:
+    """Returns each run's name, parameters and period of blocks."""
+    kinds = self.layer_kinds()
+    stored = self.variables.get("params", {})
+    names = tree.runs(stored)
+    if names:
+      shapes = [
+        (tree.run_length(stored[name]), len(stored[name])) for name in names
+      ]
+    else:
+      shapes = tree.plan(kinds)
+    if sum(n * p for n, p in shapes) != self.depth:
+      raise UserError(
+        f"the parameters hold {sum(n * p for n, p in shapes)} layers, "
+        f"the model has {self.depth}"
+      )
+    out, start = [], 0
+    for i, (n, p) in enumerate(shapes):
+      blocks = kinds[start : start + p]
+      if kinds[start : start + n * p] != blocks * n:
+        raise UserError(f"run{i} scans over layers of different kinds")
+      params = weights.weight(
+        self, f"run{i}", lambda key, _, n=n, b=blocks: self._init_run(key, n, b)
+      )
+      out.append((f"run{i}", params, blocks))
+      start += n * p
+    return out
+
+  def _init_run(self, key, repeats, blocks):
+    x = jnp.zeros((1, 1, self.width), self.dtype)
+    positions = jnp.zeros((1, 1), jnp.int32)
+
+    def one(block, key):
+      return block.init(key, x, positions, Mask.causal())["params"]
+
+    def init(j, block):
+      keys = jax.random.split(jax.random.fold_in(key, j), repeats)
+      return jax.vmap(lambda k: one(block, k))(keys)
+
+    free = [b.clone(parent=None) for b in blocks]
+    return {f"layer{j}": init(j, block) for j, block in enumerate(free)}
+
+  def _stack(self, x, positions, mask, cache, length, fresh):
+    rotations = {}
+    for rope, dim in {
+      (b.attention.rope, b.attention.head_dim) for b in self.blocks
+    }:
+      if rope is not None:
+        rotations[rope, dim] = rope.tables(positions, dim)
+    caches_out = {}
+    for name, params, blocks in self._runs():
+      free = [b.clone(parent=None) for b in blocks]
+
+      def period(x, params_and_cache, blocks=free):
+        params, old = params_and_cache
+        new = {}
+        for j, block in enumerate(blocks):
+          key = f"layer{j}"
+          a = block.attention
+          x, new[key] = block.apply(
+            {"params": params[key]},
+            x,
+            positions,
+            mask,
+            rotations.get((a.rope, a.head_dim)),
+            None if old is None else old[key],
+            length,
+            fresh,
+          )
+        return x, (None if old is None else new)
+
+      old = None if cache is None else cache.layers[name]
+      body = _rematerialised(period, self.remat)
+      if tree.run_length(params) == 1:
+        one = jax.tree.map(lambda a: a[0], (params, old))
+        x, new = body(x, one)
+        new = jax.tree.map(lambda a: a[None], new)
+      else:
+        x, new = jax.lax.scan(body, x, (params, old))
+      caches_out[name] = new
+    return x, caches_out
+
+
+def init_cache(
+  model: Transformer,
+  params: Params,
+  batch: int,
+  capacity: int,
+  dtype: str | None = None,
+) -> caches.Cache:
+  """Returns an empty cache for `params`' runs.
+
+  Args:
+    model: the Transformer.
+    params: its parameters; the cache follows their runs.
+    batch: rows.
+    capacity: positions that layers without a window can hold; windowed ones
+      hold at most their window, as a ring.
+    dtype: of keys and values; by default the model's.
+  """
+  kinds, start, layers = model.layer_kinds(), 0, {}
+  for name in tree.runs(params):
+    run = params[name]
+    n, p = tree.run_length(run), len(run)
+    layers[name] = {}
+    for j, block in enumerate(kinds[start : start + p]):
+      a = block.attention
+      slots = min(capacity, a.window or capacity)
+      shape = (n, batch, slots, a.kv_heads, a.head_dim)
+      zeros = jnp.zeros(shape, dtype or model.dtype)
+      layers[name][f"layer{j}"] = caches.LayerCache(zeros, zeros)
+    start += n * p
+  return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)
