@@ -79,12 +79,13 @@ create() {
 install() {
   { "$dir/bin/python" -m pip install --disable-pip-version-check \
       --timeout 30 --retries 2 "$@" 2>&1 || echo "pip failed"; } \
-    | tee "$log" | grep -v -e '^Requirement already' -e '^pip failed$' >&2
+    | tee "$log" | grep -E '^ *(Downloading|Installing|Success|ERROR)' >&2
   tail -n 1 "$log" | grep -q '^pip failed$' || return 0
   missing=$(sed -n 's/.*No matching distribution found for \([^ ]*\).*/\1/p' \
     "$log" | head -n 1)
-  [ -z "$missing" ] || fail "the package index did not answer with" \
-    "$missing: check the network and pip's settings, then run make again."
+  # pip resolves before it installs, so nothing has been touched yet.
+  [ -z "$missing" ] || { rm -f "$incomplete"; fail "the package index has no" \
+    "$missing or was not reached: check the network and pip's settings."; }
   fail "pip could not install $*; see $log, mend it and run make again."
 }
 
@@ -106,6 +107,7 @@ for argument in "$@"; do
        else together="$together $argument"; fi ;;
   esac
 done
+set -f  # `.[dev]` is a requirement, not a pattern of file names
 # shellcheck disable=SC2086
 install $together
 # shellcheck disable=SC2086

@@ -60,7 +60,7 @@ def partition(tree: Any, pattern: str) -> tuple[Any, Any]:
 
 
 def combine(a: Any, b: Any) -> Any:
-  """Returns the tree whose parts are `a` and `b`, the inverse of `partition`."""
+  """Returns the tree whose parts are `a` and `b`; inverts `partition`."""
   return jax.tree.map(
     lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
   )
