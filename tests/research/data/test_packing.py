@@ -1,0 +1,79 @@
+"""Packing: every token is predicted once, and documents come back whole."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research.data import packing
+from research.typing import UserError
+
+PLANS = [packing.concatenate, packing.best_fit]
+
+
+def _unpack(rows):
+  """Rebuilds (token, next token) pairs of each piece from the rows alone."""
+  pieces = []
+  for row in (rows[i] for i in range(len(rows))):
+    for segment in range(row["segments"].max() + 1):
+      here = row["segments"] == segment
+      pieces.append({k: v[here] for k, v in row.items()})
+  return pieces
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@given(
+  lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
+  row=st.integers(2, 17),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_token_but_the_first_is_a_target_once(plan, lengths, row):
+  starts = np.cumsum([0, *lengths])
+  documents = [
+    np.arange(s, s + n, dtype=np.int32)
+    for s, n in zip(starts[:-1], lengths, strict=True)
+  ]
+  rows = packing.pack(documents, row, plan)
+  pieces = _unpack(rows)
+  tokens = np.sort(np.concatenate([p["tokens"] for p in pieces]))
+  np.testing.assert_array_equal(tokens, np.arange(starts[-1]))
+  learned = [p["targets"][p["weights"] > 0] for p in pieces]
+  firsts = set(starts[:-1])
+  want = [t for t in range(starts[-1]) if t not in firsts]
+  np.testing.assert_array_equal(np.sort(np.concatenate(learned)), want)
+  for p in pieces:
+    assert 1 <= len(p["tokens"]) <= row
+    np.testing.assert_array_equal(p["positions"], np.arange(len(p["tokens"])))
+    on = p["weights"] > 0
+    np.testing.assert_array_equal(p["targets"][on], p["tokens"][on] + 1)
+
+
+def test_concatenate_pads_the_last_row_only():
+  rows = packing.pack([np.arange(7), np.arange(9), np.arange(5)], 8)
+  assert len(rows) == 3
+  padding = [(rows[i]["segments"] < 0).sum() for i in range(3)]
+  assert padding == [0, 0, 3]
+  last = rows[2]
+  assert (last["positions"][5:] == -1).all()
+  assert (last["weights"][4:] == 0).all()
+
+
+def test_best_fit_cuts_no_document_that_fits():
+  lengths = [5, 3, 8, 2, 6, 11]
+  plan = packing.best_fit(lengths, 8)
+  whole = [p for row in plan for p in row if lengths[p.document] <= 8]
+  assert all(p.size == lengths[p.document] for p in whole)
+  assert all(sum(p.size for p in row) <= 8 for row in plan)
+  assert len(plan) == 5  # 8 | 8 | 6+2 | 5+3 | 3
+
+
+def test_tokenize_appends_the_end_and_drops_what_teaches_nothing():
+  tokens = packing.tokenize(["ab", "", "c"], lambda s: [ord(c) for c in s], 0)
+  assert [t.tolist() for t in tokens] == [[97, 98, 0], [99, 0]]
+  with pytest.raises(UserError, match="none with two tokens"):
+    packing.tokenize(["a", ""], lambda s: [ord(c) for c in s])
+
+
+def test_a_row_of_one_place_is_an_error():
+  with pytest.raises(UserError, match="length: found 1"):
+    packing.pack([np.arange(3)], 1)

@@ -1,0 +1,110 @@
+"""Batches: their order is determined, resumable, and no process matters."""
+
+import dataclasses
+
+import chex
+import numpy as np
+import pytest
+
+from research.data import packing, pipeline
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+  """Documents that tell themselves apart."""
+
+  count: int = 23
+
+  def __len__(self):
+    return self.count
+
+  def __getitem__(self, index):
+    return chr(ord("A") + index) * 6
+
+
+def encode(text):
+  return [ord(c) for c in text]
+
+
+def jitter(row, rng):
+  return {**row, "noise": rng.integers(0, 2**31, 1)}
+
+
+DATA = pipeline.Pipeline(
+  source=Numbers(), length=6, batch_size=4, seed=3, transforms=(jitter,)
+)
+
+
+def take(data, n):
+  found = iter(data)
+  return [next(found) for _ in range(n)]
+
+
+def test_same_seed_same_batches():
+  first, second = take(DATA.training(encode), 8), take(DATA.training(encode), 8)
+  chex.assert_trees_all_equal(first, second)
+  other = take(dataclasses.replace(DATA, seed=4).training(encode), 8)
+  assert not all(
+    np.array_equal(a["tokens"], b["tokens"])
+    for a, b in zip(first, other, strict=True)
+  )
+
+
+def test_an_epoch_is_a_permutation_and_the_next_one_differs():
+  rows = [b["tokens"][:, 0] for b in take(DATA.training(encode), 23)]
+  epochs = np.concatenate(rows).reshape(4, 23)
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(65, 65 + 23))
+  assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_resume_continues_exactly():
+  whole = take(DATA.training(encode), 9)
+  begun = iter(DATA.training(encode))
+  for _ in range(4):
+    next(begun)
+  resumed = iter(DATA.training(encode))
+  resumed.set_state(begun.get_state())
+  chex.assert_trees_all_equal(whole[4:], [next(resumed) for _ in range(5)])
+
+
+def test_processes_share_each_global_batch():
+  alone = take(DATA.training(encode), 6)
+  parts = [take(DATA.training(encode, p, 2), 6) for p in range(2)]
+  for step, batch in enumerate(alone):
+    both = np.concatenate([p[step]["noise"] for p in parts])
+    assert sorted(both.ravel()) == sorted(batch["noise"].ravel())
+
+
+def test_noise_belongs_to_the_example_not_to_its_batch():
+  wide = take(dataclasses.replace(DATA, batch_size=8).training(encode), 3)
+  slim = take(dataclasses.replace(DATA, batch_size=2).training(encode), 12)
+  wide, slim = (
+    np.concatenate([b["noise"] for b in found]) for found in (wide, slim)
+  )
+  np.testing.assert_array_equal(wide, slim)
+
+
+def test_evaluation_sees_every_row_once_in_equal_batches():
+  batches = DATA.evaluation(encode)
+  assert {b["tokens"].shape for b in batches} == {(4, 6)}
+  rows = DATA.rows(encode)
+  got = np.concatenate([b["tokens"] for b in batches])
+  weights = np.concatenate([b["weights"] for b in batches])
+  np.testing.assert_array_equal(
+    got[: len(rows)], [rows[i]["tokens"] for i in range(len(rows))]
+  )
+  assert weights[len(rows) :].sum() == 0
+  assert weights.sum() == 23 * 5
+  assert len(DATA.evaluation(encode, limit=2)) == 2
+
+
+def test_batch_must_divide_among_processes():
+  with pytest.raises(UserError, match="multiple of the 3 processes"):
+    DATA.training(encode, 0, 3)
+
+
+def test_plan_is_a_value():
+  data = dataclasses.replace(DATA, plan=packing.best_fit, length=13)
+  assert len(data.rows(encode)) == 12

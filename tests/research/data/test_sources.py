@@ -1,0 +1,71 @@
+"""Sources: splits by name, and files that are not what they should be."""
+
+import collections
+import hashlib
+from pydoc_data.topics import topics
+
+import pytest
+
+from research.data import sources
+from research.typing import UserError
+
+
+def test_splits_are_disjoint_and_cover_all_topics():
+  names = {s: sources.PydocTopics(s).names for s in sources.Split.__args__}
+  everything = [n for found in names.values() for n in found]
+  assert sorted(everything) == sorted(topics)
+  assert len(set(everything)) == len(everything)
+  # 80/10/10 of 80 or more names: three standard deviations.
+  n = len(topics)
+  assert abs(len(names["train"]) / n - 0.8) < 3 * (0.8 * 0.2 / n) ** 0.5
+
+
+def test_split_is_the_hash_of_the_name():
+  found = collections.Counter()
+  for i in range(1000):
+    name = f"topic {i}"
+    share = int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 16**16
+    want = (
+      "train" if share < 0.8 else "validation" if share < 0.9 else "heldout"
+    )
+    assert sources.split_of(name) == want
+    found[want] += 1
+  assert min(found.values()) > 60
+
+
+def test_topics_are_documents():
+  source = sources.PydocTopics("heldout")
+  assert isinstance(source, sources.Documents)
+  assert [source[i] for i in range(len(source))] == [
+    topics[n] for n in source.names
+  ]
+
+
+@pytest.mark.parametrize(
+  "content,message",
+  [
+    (None, "No such file"),
+    (b"good \xff bad", "byte 0xff at offset 5"),
+    (b" \n", "no text"),
+  ],
+)
+def test_bad_files(tmp_path, content, message):
+  path = tmp_path / "x.txt"
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(UserError, match=message) as caught:
+    sources.TextFiles((str(path),))[0]
+  assert str(path) in str(caught.value)
+  assert str(caught.value).count("\n") < 3
+
+
+def test_directory_is_no_text_file(tmp_path):
+  with pytest.raises(UserError, match="cannot be read"):
+    sources.read_text(str(tmp_path))
+
+
+def test_files_are_documents(tmp_path):
+  for name, text in (("a", "eins"), ("b", "\ufeffzwei – drei")):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+  source = sources.TextFiles((str(tmp_path / "a"), str(tmp_path / "b")))
+  assert [source[0], source[1], len(source)] == ["eins", "zwei – drei", 2]
