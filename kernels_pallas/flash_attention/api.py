@@ -1,0 +1,210 @@
+"""`flash_attention`: one contract, the same semantics on every backend."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.flash_attention.blocked import blocked_attention
+from kernels_pallas.flash_attention.reference import reference_attention
+from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
+from kernels_pallas.masks import Mask, Segments, Window
+
+BACKENDS = ("auto", "reference", "xla_blockwise")
+ALIGNMENTS = ("bottom_right", "top_left")
+
+
+def flash_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
+  *,
+  bias: Float[Array, "..."] | None = None,
+  segment_ids: Segments | None = None,
+  mask: Mask | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  causal: bool = False,
+  window: Window = (None, None),
+  causal_alignment: str = "bottom_right",
+  scale: float | None = None,
+  softcap: float | None = None,
+  bias_before_softcap: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_seed: int | Int[Array, ""] | None = None,
+  q_offset: int | Int[Array, "..."] | None = None,
+  kv_lens: Int[Array, " B"] | None = None,
+  return_lse: bool = False,
+  backend: str = "auto",
+  config: Blocks | None = None,
+  interpret: Any = None,
+  precision: Any = None,
+) -> (
+  Float[Array, "B T N Hv"]
+  | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]
+):
+  """softmax(cap(scale q k^T) + bias, over visible keys) v.
+
+  Sums are held in float32 (float64 for float64 inputs); N must be a multiple
+  of K, and query head n uses key head n // (N / K). A query that sees no key
+  gives output 0, log-sum-exp -inf and no gradient; what padding holds never
+  matters. Decoding from a cache kept as [B, K, S, H] and passed as
+  `cache.swapaxes(1, 2)` copies nothing.
+
+  Args:
+    q: Queries.
+    k: Keys.
+    v: Values; Hv may differ from H.
+    bias: Added to the logits, broadcastable to [B, N, T, S]; differentiable.
+    segment_ids: [B, T] (T = S), or a pair [B, T], [B, S]; attend iff equal and
+      not negative.
+    mask: Who sees whom. Otherwise built from segment_ids, causal, window,
+      causal_alignment, q_offset and kv_lens, and excludes them.
+    sinks: A logit a head that joins the denominator only.
+    causal: Key j is visible to query i iff j <= i + offset.
+    window: (left, right), inclusive: i + offset - left <= j <= i + offset +
+      right.
+    causal_alignment: 'bottom_right' (offset S - T, or kv_lens - T) or
+      'top_left' (offset 0).
+    scale: Default H ** -0.5.
+    softcap: c of c tanh(logit / c).
+    bias_before_softcap: Whether the bias is inside the soft cap.
+    dropout_rate: Share of the probabilities dropped, in [0, 1).
+    dropout_seed: 32-bit integer; needed for dropout.
+    q_offset: Key index level with query 0, instead of causal_alignment; an
+      integer, or Int [] or [B], not negative.
+    kv_lens: Int [B]; keys from there on are padding.
+    return_lse: Also return the log-sum-exp, which is differentiable.
+    backend: One of `BACKENDS`; 'auto' is 'xla_blockwise'.
+    config: Tile sizes.
+    interpret: Only for Pallas backends.
+    precision: Of the matmuls, as in `jax.lax.dot`.
+
+  Returns:
+    The output in the dtype of q; with `return_lse`, also the natural
+    log-sum-exp (sinks included, before dropout) in the accumulator dtype.
+
+  Raises:
+    ValueError: Shapes that do not fit, contradicting or unsupported arguments.
+  """
+  _check_shapes(q, k, v, bias, sinks)
+  (B, T, _, H), S = q.shape, k.shape[1]
+  built = (
+    segment_ids is not None
+    or causal
+    or tuple(window) != (None, None)
+    or causal_alignment != "bottom_right"
+    or q_offset is not None
+    or kv_lens is not None
+  )
+  if mask is not None and built:
+    raise ValueError(
+      "flash_attention: found mask together with segment_ids, causal, window, "
+      "causal_alignment, q_offset or kv_lens; put all of it into the mask"
+    )
+  if mask is None:
+    mask = _mask(
+      (B, T, S),
+      segment_ids,
+      causal,
+      window,
+      causal_alignment,
+      q_offset,
+      kv_lens,
+    )
+  mask.check(B, T, S)
+  if not 0 <= dropout_rate < 1:
+    raise ValueError(f"dropout_rate: found {dropout_rate}, expected [0, 1)")
+  if dropout_rate and dropout_seed is None:
+    raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
+  if softcap is not None and not softcap > 0:
+    raise ValueError(f"softcap: found {softcap}, expected a positive number")
+  spec = Spec(
+    scale=H**-0.5 if scale is None else float(scale),
+    softcap=softcap,
+    bias_before_softcap=bias_before_softcap,
+    dropout_rate=float(dropout_rate),
+    precision=precision,
+    blocks=Blocks() if config is None else config,
+  )
+  if bias is not None:
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+  seed = None
+  if dropout_rate:
+    seed = jnp.asarray(dropout_seed).astype(jnp.uint32)
+  run = _backend(backend, interpret)
+  o, lse = run(spec, Operands(q, k, v, mask, bias, sinks, seed))
+  return (o, lse) if return_lse else o
+
+
+def _backend(name, interpret):
+  if name not in BACKENDS:
+    raise ValueError(
+      f"backend: found {name!r}, available here: {', '.join(BACKENDS)}"
+    )
+  if interpret is not None:
+    raise ValueError(
+      f"interpret: found {interpret!r}, {name} has no use for it"
+    )
+  return reference_attention if name == "reference" else blocked_attention
+
+
+def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:
+  """The mask that the plain arguments describe."""
+  B, T, S = dims
+  if alignment not in ALIGNMENTS:
+    raise ValueError(
+      f"causal_alignment: found {alignment!r}, expected one of {ALIGNMENTS}"
+    )
+  if segments is not None and not isinstance(segments, tuple) and T != S:
+    raise ValueError(
+      f"segment_ids: found one array for {T} queries and {S} keys, "
+      "expected a pair (queries, keys)"
+    )
+  build = Mask.causal if causal else Mask.full
+  offset, q_positions, kv_positions = None, None, None
+  if isinstance(q_offset, int):
+    if q_offset < 0:
+      raise ValueError(f"q_offset: found {q_offset}, expected at least 0")
+    offset, q_offset = q_offset, None
+  elif q_offset is None and alignment == "top_left":
+    offset = 0
+  if kv_lens is None and q_offset is None:
+    return build(tuple(window), segments, offset=offset)
+
+  # Offsets that are data become positions, T higher so that none is negative.
+  if q_offset is None and offset is None and kv_lens is not None:
+    q_offset = kv_lens - T
+  level = jnp.asarray(offset if q_offset is None else q_offset)
+  rows = level.reshape(-1, 1) + jnp.arange(T)
+  q_positions = jnp.maximum(rows + T, 0)
+  kv_positions = jnp.arange(S)[None] + T
+  if kv_lens is not None:
+    live = jnp.arange(S)[None] < kv_lens[:, None]
+    kv_positions = jnp.where(live, kv_positions, -1)
+  return build(tuple(window), segments, q_positions, kv_positions)
+
+
+def _check_shapes(q, k, v, bias, sinks) -> None:
+  shapes = f"found q {q.shape}, k {k.shape}, v {v.shape}"
+  if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3]:
+    raise ValueError(
+      f"flash_attention: {shapes}, expected [B,T,N,H], [B,S,K,H], [B,S,K,Hv]"
+    )
+  (B, T, N, H), (Bk, S, K, Hk) = q.shape, k.shape
+  if (Bk, Hk) != (B, H) or K == 0 or N % K:
+    raise ValueError(
+      f"flash_attention: {shapes}, expected equal B and H, and N % K = 0"
+    )
+  if not T or not S:
+    raise ValueError(f"flash_attention: {shapes}, expected T and S at least 1")
+  if sinks is not None and sinks.shape != (N,):
+    raise ValueError(f"sinks: found {sinks.shape}, expected {(N,)}")
+  if bias is not None:
+    padded = (1,) * (4 - bias.ndim) + bias.shape
+    if len(padded) != 4 or any(
+      have not in (1, want)
+      for have, want in zip(padded, (B, N, T, S), strict=True)
+    ):
+      raise ValueError(
+        f"bias: found {bias.shape}, expected to broadcast to {(B, N, T, S)}"
+      )

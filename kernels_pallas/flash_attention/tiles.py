@@ -1,0 +1,286 @@
+"""One tile of attention: its softmax state, merging states, its gradients.
+
+Arrays are grouped, so that K and V are never repeated for their G query heads:
+q [B, K, G, t, H], k [B, K, s, H], v [B, K, s, Hv], bias [B, K, G, t, s] (each
+axis may be 1), sinks [K, G]. The matmuls run over the merged axes
+[B*K, G*t, .]: one large batched product is what a CPU is fast at.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
+from kernels_pallas.masks import Tile, cut
+
+
+class State(NamedTuple):
+  """Softmax over some of the keys: [B, K, G, t, .] in the accumulator dtype.
+
+  Fields: m the largest logit (-inf if no key was visible), l the sum of
+  exp(s - m), acc the sum of exp(s - m) v after dropout; the last axis of m and
+  l is 1.
+  """
+
+  m: Array
+  l: Array
+  acc: Array
+
+
+class Logits(NamedTuple):
+  """A tile's logits and what their gradient needs.
+
+  Fields: s [B, K, G, t, s], -inf where invisible; slope, the derivative of the
+  soft cap, or None; kept, Bool where dropout keeps, or None.
+  """
+
+  s: Array
+  slope: Array | None
+  kept: Array | None
+
+
+def group(x: Operands) -> Operands:
+  """The arrays grouped, with keys and queries that are padding set to 0.
+
+  Padding may hold anything, NaN too, and 0 * NaN would reach the output.
+  """
+  N, K = x.q.shape[2], x.k.shape[2]
+  sinks, bias = x.sinks, x.bias
+  if bias is not None:
+    heads = (K, N // K) if bias.shape[1] == N else (1, 1)
+    bias = bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
+  keys = x.mask.live_keys()
+  return x._replace(
+    q=group_queries(zero_padding(x.q, x.mask.live_queries()), K),
+    k=jnp.swapaxes(zero_padding(x.k, keys), 1, 2),
+    v=jnp.swapaxes(zero_padding(x.v, keys), 1, 2),
+    bias=bias,
+    sinks=None if sinks is None else sinks.reshape(K, N // K),
+  )
+
+
+def group_queries(
+  x: Float[Array, "B T N H"], K: int
+) -> Float[Array, "B K G T H"]:
+  """Query heads by their key head: head n belongs to key head n // G."""
+  B, T, N, H = x.shape
+  return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+
+
+def ungroup_queries(
+  x: Float[Array, "B K G T H"],
+) -> Float[Array, "B T N H"]:
+  """The inverse of `group_queries`."""
+  B, K, G, T, H = x.shape
+  return x.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, H)
+
+
+def zero_padding(x: Array, live: Array | None) -> Array:
+  """`x` [B, T, N, H] with 0 where `live` [B or 1, T] is false."""
+  return x if live is None else jnp.where(live[:, :, None, None], x, 0)
+
+
+def logits(
+  spec: Spec, x: Operands, T: int, S: int, rows: Tile, keys: Tile
+) -> Logits:
+  """The logits of query tile `rows` and key tile `keys`.
+
+  Args:
+    spec: Static part.
+    x: Grouped arrays, perhaps padded beyond T and S.
+    T: Queries a row, padding excluded.
+    S: Keys a row, padding excluded.
+    rows: (start, size) of the queries.
+    keys: (start, size) of the keys.
+  """
+  q, k = cut(x.q, 3, *rows), cut(x.k, 2, *keys)
+  t = dot(spec, "xth,xsh->xts", q, k) * spec.scale
+  bias = None
+  if x.bias is not None:
+    bias = x.bias
+    bias = bias if bias.shape[3] == 1 else cut(bias, 3, *rows)
+    bias = bias if bias.shape[4] == 1 else cut(bias, 4, *keys)
+    bias = bias.astype(t.dtype)
+  if bias is not None and spec.bias_before_softcap:
+    t = t + bias
+  slope = None
+  if spec.softcap is not None:
+    tanh = jnp.tanh(t / spec.softcap)
+    t, slope = spec.softcap * tanh, 1 - tanh**2
+  if bias is not None and not spec.bias_before_softcap:
+    t = t + bias
+  if not _certainly_full(x, T, S, rows, keys):
+    visible = x.mask.visible(T, S, rows, keys)[:, None, None]
+    t = jnp.where(visible, t, -jnp.inf)
+    slope = None if slope is None else jnp.where(visible, slope, 0)
+  return Logits(t, slope, _kept(spec, x, rows, keys))
+
+
+def attend(
+  spec: Spec, x: Operands, T: int, S: int, rows: Tile, keys: Tile
+) -> State:
+  """The softmax state of one tile; arguments as in `logits`."""
+  s, _, kept = logits(spec, x, T, S, rows, keys)
+  m = jnp.max(s, axis=-1, keepdims=True)
+  # The result does not depend on m, so its gradient is 0 (kernels.md 2.2).
+  m = jax.lax.stop_gradient(m)
+  p = jnp.exp(s - _finite(m))
+  l = jnp.sum(p, axis=-1, keepdims=True)
+  p = _drop(spec, p, kept)
+  v = cut(x.v, 2, *keys)
+  return State(m, l, dot(spec, "xts,xsh->xth", p.astype(v.dtype), v))
+
+
+def merge(a: State, b: State) -> State:
+  """The state of two disjoint sets of keys (kernels.md 2.1)."""
+  m = jnp.maximum(a.m, b.m)
+  ours, theirs = jnp.exp(a.m - _finite(m)), jnp.exp(b.m - _finite(m))
+  return State(m, a.l * ours + b.l * theirs, a.acc * ours + b.acc * theirs)
+
+
+def finish(
+  state: State, sinks: Float[Array, "K G"] | None
+) -> tuple[Array, Array]:
+  """The output [B, K, G, t, Hv] and the log-sum-exp [B, K, G, t]."""
+  if sinks is not None:
+    m = sinks.astype(state.m.dtype)[None, :, :, None, None]
+    m = jnp.broadcast_to(m, state.m.shape)
+    # A sink is a key whose value is 0.
+    one, nothing = jnp.ones_like(m), jnp.zeros_like(state.acc)
+    shift = jax.lax.stop_gradient(m)
+    state = merge(state, State(shift, one * jnp.exp(m - shift), nothing))
+  empty = state.l == 0
+  l = jnp.where(empty, 1, state.l)
+  lse = jnp.where(empty, -jnp.inf, _finite(state.m) + jnp.log(l))
+  return state.acc / l, lse[..., 0]
+
+
+def nothing(x: Operands, rows: int) -> State:
+  """The state of `rows` queries before they have seen any key."""
+  shape, dtype = (*x.q.shape[:3], rows), accumulator(x.q.dtype)
+  return State(
+    jnp.full((*shape, 1), -jnp.inf, dtype),
+    jnp.zeros((*shape, 1), dtype),
+    jnp.zeros((*shape, x.v.shape[-1]), dtype),
+  )
+
+
+def add_at(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
+  """`total` with `part` added at the (axis, tile) places.
+
+  Axes in which `total` has size 1 were broadcast: `part` is summed over them.
+  """
+  spread = [a for a in range(total.ndim) if total.shape[a] == 1]
+  part = jnp.sum(part, axis=spread, keepdims=True)
+  here, starts = total, [0] * total.ndim
+  for axis, (start, size) in places:
+    if total.shape[axis] > 1:
+      here, starts[axis] = cut(here, axis, start, size), start
+  starts = [jnp.asarray(start, jnp.int32) for start in starts]
+  return jax.lax.dynamic_update_slice(total, here + part, starts)
+
+
+class Cotangents(NamedTuple):
+  """Of a query tile, grouped: do [B, K, G, t, Hv], lse and shift [., t].
+
+  `lse` is the saved log-sum-exp with +inf where no key was visible, `shift` is
+  sum(do * o) minus the cotangent of the log-sum-exp.
+  """
+
+  do: Array
+  lse: Array
+  shift: Array
+
+
+def tile_gradients(
+  spec: Spec,
+  x: Operands,
+  T: int,
+  S: int,
+  rows: Tile,
+  keys: Tile,
+  cotangents: Cotangents,
+) -> tuple[Array, Array, Array, Array]:
+  """A tile's part of (dq, dk, dv, dbias), kernels.md 2.2.
+
+  Args:
+    spec: Static part.
+    x: Grouped arrays.
+    T: Queries a row, padding excluded.
+    S: Keys a row, padding excluded.
+    rows: (start, size) of the queries.
+    keys: (start, size) of the keys.
+    cotangents: Of the queries in `rows`.
+
+  Returns:
+    dq [B, K, G, t, H], dk [B, K, s, H], dv [B, K, s, Hv] and dbias
+    [B, K, G, t, s] in the accumulator dtype.
+  """
+  q, k, v = cut(x.q, 3, *rows), cut(x.k, 2, *keys), cut(x.v, 2, *keys)
+  s, slope, kept = logits(spec, x, T, S, rows, keys)
+  p = jnp.exp(s - cotangents.lse[..., None])
+  do = cotangents.do.astype(q.dtype)
+  dv = dot(spec, "xts,xth->xsh", _drop(spec, p, kept).astype(q.dtype), do)
+  dp = _drop(spec, dot(spec, "xth,xsh->xts", do, v), kept)
+  du = p * (dp - cotangents.shift[..., None])
+  dt = du if slope is None else du * slope
+  dbias = dt if spec.bias_before_softcap else du
+  narrow = dt.astype(q.dtype)
+  dq = dot(spec, "xts,xsh->xth", narrow, k) * spec.scale
+  dk = dot(spec, "xts,xth->xsh", narrow, q) * spec.scale
+  return dq, dk, dv, dbias
+
+
+def dot(spec: Spec, equation: str, a: Array, b: Array) -> Array:
+  """A matmul of grouped arrays, batched over [B*K], queries merged to G*t.
+
+  Arrays with a group axis (five axes) have it merged into their first matrix
+  axis; the result has it again iff the equation keeps `t`.
+  """
+  B, K = a.shape[:2]
+  G = a.shape[2]
+  dtype = accumulator(a.dtype)
+  out = jnp.einsum(
+    equation,
+    _merged(a),
+    _merged(b),
+    precision=spec.precision,
+    preferred_element_type=dtype,
+  )
+  if equation.endswith(("xts", "xth")):
+    return out.reshape(B, K, G, -1, out.shape[-1])
+  return out.reshape(B, K, *out.shape[1:])
+
+
+def _merged(x: Array) -> Array:
+  """[B, K, G, t, .] or [B, K, s, .] as a batch of matrices."""
+  return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+
+
+def _finite(m: Array) -> Array:
+  """`m` with 0 for -inf, so that a difference from it is never NaN."""
+  return jnp.where(m == -jnp.inf, 0, m)
+
+
+def _drop(spec: Spec, p: Array, kept: Array | None) -> Array:
+  return p if kept is None else jnp.where(kept, p / (1 - spec.dropout_rate), 0)
+
+
+def _kept(spec: Spec, x: Operands, rows: Tile, keys: Tile) -> Array | None:
+  if not spec.dropout_rate:
+    return None
+  B, K, G = x.q.shape[:3]
+  h = jnp.arange(K * G).reshape(1, K, G, 1, 1)
+  b, i, j = jnp.arange(B), jnp.arange(rows[1]), jnp.arange(keys[1])
+  b, i = b.reshape(-1, 1, 1, 1, 1), (rows[0] + i)[:, None]
+  return spec.keep(x.seed, spec.dropout_rate, b, h, i, keys[0] + j)
+
+
+def _certainly_full(
+  x: Operands, T: int, S: int, rows: Tile, keys: Tile
+) -> bool:
+  if not (isinstance(rows[0], int) and isinstance(keys[0], int)):
+    return False
+  return x.mask.is_full_tile(rows[0], sum(rows), keys[0], sum(keys), T, S)
