@@ -49,7 +49,7 @@ candidates() {
     case $dir in */shims) roots="$roots:${dir%/shims}" ;; esac
   done
   for dir in $PATH; do echo "$dir/python3"; echo "$dir/python"; done
-  for root in $roots "${HOME:-/root}/.pyenv"; do
+  for root in $roots "${HOME:-}/.pyenv"; do
     [ -z "$root" ] || printf '%s\n' "$root/versions/$1".*/bin/python
   done
   IFS=$old_ifs
@@ -57,7 +57,7 @@ candidates() {
       "/Library/Frameworks/Python.framework/Versions/$1/bin"; do
     echo "$dir/python$1"
   done
-  printf '%s\n' "${HOME:-/root}/.local/share/uv/python/cpython-$1".*/bin/python3
+  printf '%s\n' "${HOME:-}/.local/share/uv/python/cpython-$1".*/bin/python3
 }
 
 # Prints the first candidate of any wanted version that has the modules $1.

