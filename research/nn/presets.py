@@ -12,6 +12,7 @@ from research.nn.block import Block
 from research.nn.mlp import Activation, Mlp
 from research.nn.norm import RMSNorm
 from research.nn.rope import Llama3, Rope, Scaling
+from research.nn.stack import Stack
 from research.nn.transformer import Transformer
 
 
@@ -140,8 +141,7 @@ def transformer(
   return Transformer(
     vocab_size=sizes.vocab,
     width=sizes.width,
-    depth=sizes.depth,
-    blocks=tuple(block(kind) for kind in pattern),
+    stack=Stack(sizes.depth, tuple(block(kind) for kind in pattern)),
     norm=norm,
     tied=family.tied if sizes.tied is None else sizes.tied,
     embed_scale=math.sqrt(sizes.width) if family.scale_embeddings else 1.0,

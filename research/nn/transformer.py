@@ -6,6 +6,7 @@ given, so a stack whose layers have different leaf types, or one that is
 unrolled, needs no other model.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -18,7 +19,8 @@ from research.nn import attention
 from research.nn import cache as caches
 from research.nn.block import Block
 from research.nn.norm import RMSNorm
-from research.typing import Array, Float, Int, Params, UserError
+from research.nn.stack import Stack
+from research.typing import Array, Float, Int, Params
 
 Remat = Literal["none", "layer", "names"]
 
@@ -40,9 +42,8 @@ class Transformer(nn.Module):
   """A decoder (or, with a full mask, an encoder) over tokens.
 
   Attributes:
-    vocab_size, width, depth: `V`, `D`, `L`.
-    blocks: the repeating pattern of layers; layer `i` is
-      `blocks[i % len(blocks)]`.
+    vocab_size, width: `V`, `D`.
+    stack: the layers.
     norm: the final norm.
     tied: whether the head is the embedding, transposed.
     embed_scale: multiplies embeddings (Gemma's `sqrt(D)`), in the compute
@@ -56,8 +57,7 @@ class Transformer(nn.Module):
 
   vocab_size: int
   width: int
-  depth: int
-  blocks: tuple[Block, ...]
+  stack: Stack
   norm: RMSNorm = RMSNorm()
   tied: bool = True
   embed_scale: float = 1.0
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
 
   def layer_kinds(self) -> tuple[Block, ...]:
     """Returns each layer's block, first to last."""
-    return tuple(self.blocks[i % len(self.blocks)] for i in range(self.depth))
+    return self.stack.kinds()
 
   @nn.compact
   def __call__(
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
     length = None
     if cache is not None:
       length = cache.length + jnp.sum(positions >= 0, axis=-1)
-    x, layers = self._stack(x, positions, mask, cache, length, fresh)
+    x, layers = self._layers(x, positions, mask, cache, length, fresh)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if not self.tied:
       self._head()
@@ -144,35 +144,17 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(self.embed_scale, self.dtype)
     return x
 
-  def _runs(self) -> list[tuple[str, Params, tuple[Block, ...]]]:
-    """Returns each run's name, parameters and period of blocks."""
-    kinds = self.layer_kinds()
-    stored = self.variables.get("params", {})
-    names = tree.runs(stored)
-    if names:
-      shapes = [
-        (tree.run_length(stored[name]), len(stored[name])) for name in names
-      ]
-    else:
-      shapes = tree.plan(kinds)
-    if sum(n * p for n, p in shapes) != self.depth:
-      raise UserError(
-        f"the parameters hold {sum(n * p for n, p in shapes)} layers, "
-        f"the model has {self.depth}"
-      )
-    out, start = [], 0
-    for i, (n, p) in enumerate(shapes):
-      blocks = kinds[start : start + p]
-      if kinds[start : start + n * p] != blocks * n:
-        raise UserError(f"run{i} scans over layers of different kinds")
-      params = weights.weight(
-        self, f"run{i}", lambda key, _, n=n, b=blocks: self._init_run(key, n, b)
-      )
-      out.append((f"run{i}", params, blocks))
-      start += n * p
+  def _runs(self) -> list[tuple[Params, tuple[Block, ...]]]:
+    """Returns each run's parameters and period of blocks, stored or new."""
+    out = []
+    for name, repeats, blocks in self.stack.runs(
+      self.variables.get("params", {})
+    ):
+      init = functools.partial(self._init_run, repeats=repeats, blocks=blocks)
+      out.append((weights.weight(self, name, init), blocks))
     return out
 
-  def _init_run(self, key, repeats, blocks):
+  def _init_run(self, key, shape, *, repeats, blocks):
     x = jnp.zeros((1, 1, self.width), self.dtype)
     positions = jnp.zeros((1, 1), jnp.int32)
 
@@ -183,21 +165,19 @@ class Transformer(nn.Module):
       keys = jax.random.split(jax.random.fold_in(key, j), repeats)
       return jax.vmap(lambda k: one(block, k))(keys)
 
-    free = [b.clone(parent=None) for b in blocks]
-    return {f"layer{j}": init(j, block) for j, block in enumerate(free)}
+    return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
 
-  def _stack(self, x, positions, mask, cache, length, fresh):
+  def _layers(self, x, positions, mask, cache, length, fresh):
     rotations = {}
     for rope, dim in {
-      (b.attention.rope, b.attention.head_dim) for b in self.blocks
+      (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
     }:
       if rope is not None:
         rotations[rope, dim] = rope.tables(positions, dim)
     caches_out = {}
-    for name, params, blocks in self._runs():
-      free = [b.clone(parent=None) for b in blocks]
+    for i, (params, blocks) in enumerate(self._runs()):
 
-      def period(x, params_and_cache, blocks=free):
+      def period(x, params_and_cache, blocks=blocks):
         params, old = params_and_cache
         new = {}
         for j, block in enumerate(blocks):
@@ -215,7 +195,7 @@ class Transformer(nn.Module):
           )
         return x, (None if old is None else new)
 
-      old = None if cache is None else cache.layers[name]
+      old = None if cache is None else cache.layers[f"run{i}"]
       body = _rematerialised(period, self.remat)
       if tree.run_length(params) == 1:
         one = jax.tree.map(lambda a: a[0], (params, old))
@@ -223,7 +203,7 @@ class Transformer(nn.Module):
         new = jax.tree.map(lambda a: a[None], new)
       else:
         x, new = jax.lax.scan(body, x, (params, old))
-      caches_out[name] = new
+      caches_out[f"run{i}"] = new
     return x, caches_out
 
 
@@ -244,16 +224,13 @@ def init_cache(
       hold at most their window, as a ring.
     dtype: of keys and values; by default the model's.
   """
-  kinds, start, layers = model.layer_kinds(), 0, {}
-  for name in tree.runs(params):
-    run = params[name]
-    n, p = tree.run_length(run), len(run)
+  layers = {}
+  for name, repeats, blocks in model.stack.runs(params):
     layers[name] = {}
-    for j, block in enumerate(kinds[start : start + p]):
+    for j, block in enumerate(blocks):
       a = block.attention
       slots = min(capacity, a.window or capacity)
-      shape = (n, batch, slots, a.kv_heads, a.head_dim)
+      shape = (repeats, batch, slots, a.kv_heads, a.head_dim)
       zeros = jnp.zeros(shape, dtype or model.dtype)
       layers[name][f"layer{j}"] = caches.LayerCache(zeros, zeros)
-    start += n * p
   return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)

@@ -1,0 +1,164 @@
+"""Sampling from next-token logits: pure functions on `[B, V]`.
+
+The same semantics, in the same order, as Hugging Face's processors: repetition
+penalty, temperature, top-k, top-p, min-p. A row's key is derived from the
+example's index and its step alone, so a sample does not depend on the batch
+that it was drawn in.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How the next token is chosen; None leaves a rule out.
+
+  The numbers are leaves, so another temperature does not recompile.
+
+  Attributes:
+    temperature: divides the logits; None for greedy decoding.
+    top_p: keeps the smallest set of tokens with at least this mass (Holtzman
+      et al. 2019, arXiv:1904.09751); equally likely tokens stay together.
+    min_p: keeps tokens at least this likely relative to the likeliest (Nguyen
+      et al. 2024, arXiv:2407.01082).
+    repetition_penalty: divides positive logits of tokens already present,
+      prompt included, and multiplies negative ones (Keskar et al. 2019,
+      arXiv:1909.05858, section 4.1).
+    top_k: keeps the `k` likeliest tokens.
+  """
+
+  temperature: Any = None
+  top_p: Any = None
+  min_p: Any = None
+  repetition_penalty: Any = None
+  top_k: int | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
+
+
+GREEDY = Sampling()
+
+
+def check(sampling: Sampling) -> None:
+  """Raises UserError unless every number of `sampling` is in its range."""
+  ranges = {
+    "temperature": (lambda x: x > 0, "a number above 0, or none for greedy"),
+    "top_p": (lambda x: 0 < x <= 1, "a probability in (0, 1]"),
+    "min_p": (lambda x: 0 <= x <= 1, "a ratio in [0, 1]"),
+    "repetition_penalty": (lambda x: x > 0, "a factor above 0"),
+    "top_k": (lambda x: x == int(x) and x >= 1, "a whole number from 1 on"),
+  }
+  for name, (good, expected) in ranges.items():
+    value = getattr(sampling, name)
+    if value is None:
+      continue
+    try:
+      fits = bool(jnp.isfinite(value)) and good(value)
+    except TypeError:
+      fits = False
+    if not fits:
+      raise UserError(f"{name}: found {value!r}, expected {expected}")
+
+
+def row_keys(key: PRNGKey, examples: Int[Array, "B"]) -> PRNGKey:
+  """Returns a key for each example, `[B]`, by its index."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
+
+
+def penalize(
+  logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any
+) -> Float[Array, "B V"]:
+  """Returns logits with tokens in `seen` made less likely by `penalty`."""
+  less = jnp.where(logits > 0, logits / penalty, logits * penalty)
+  return jnp.where(seen, less, logits)
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+  """Returns logits with -inf below the `k`-th largest; ties stay."""
+  k = min(k, logits.shape[-1])
+  least = jax.lax.top_k(logits, k)[0][:, -1:]
+  return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
+  """Returns logits with -inf outside the nucleus of mass `p`.
+
+  A token stays iff the mass of strictly likelier ones is below `p`. The least
+  likely one to stay is found by bisection over the bits of a positive float,
+  which order like the floats: exact, and without a sort of the vocabulary,
+  which costs a CPU more than a layer of the model does.
+  """
+  probabilities = jax.nn.softmax(logits, axis=-1)
+  rows = logits.shape[0]
+
+  def halve(_, bounds):
+    low, high = bounds  # mass above `high` is below p; above `low` it is not
+    middle = low + (high - low) // 2
+    threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None]
+    above = jnp.where(probabilities > threshold, probabilities, 0.0)
+    inside = jnp.sum(above, axis=-1) < p
+    return jnp.where(inside, low, middle), jnp.where(inside, middle, high)
+
+  one = jax.lax.bitcast_convert_type(jnp.float32(1.0), jnp.int32)
+  # `low` starts below 0.0, so that 0 itself can be the answer.
+  bounds = jnp.full((rows,), -1, jnp.int32), jnp.full((rows,), one, jnp.int32)
+  _, high = jax.lax.fori_loop(0, 31, halve, bounds)
+  least = jax.lax.bitcast_convert_type(high, jnp.float32)[:, None]
+  return jnp.where(probabilities < least, -jnp.inf, logits)
+
+
+def keep_min_p(logits: Float[Array, "B V"], ratio: Any) -> Float[Array, "B V"]:
+  """Returns logits with -inf below `ratio` of the largest probability."""
+  least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(ratio)
+  return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def adjusted(
+  logits: Float[Array, "B V"],
+  sampling: Sampling,
+  seen: Bool[Array, "B V"] | None = None,
+) -> Float[Array, "B V"]:
+  """Returns the logits that `sampling` draws from, in fp32."""
+  logits = logits.astype(jnp.float32)
+  if sampling.repetition_penalty is not None and seen is not None:
+    logits = penalize(logits, seen, sampling.repetition_penalty)
+  if sampling.temperature is None:
+    return logits
+  logits = logits / sampling.temperature
+  if sampling.top_k is not None:
+    logits = keep_top_k(logits, sampling.top_k)
+  if sampling.top_p is not None:
+    logits = keep_top_p(logits, sampling.top_p)
+  if sampling.min_p is not None:
+    logits = keep_min_p(logits, sampling.min_p)
+  return logits
+
+
+def choose(
+  logits: Float[Array, "B V"],
+  sampling: Sampling,
+  keys: PRNGKey,
+  step: Int[Array, ""] | int,
+  seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, "B"]:
+  """Returns the next token of each row.
+
+  Args:
+    logits: of the last position.
+    sampling: how to choose.
+    keys: one for each row, from `row_keys`.
+    step: how many tokens the rows have generated.
+    seen: tokens that each row holds, where a repetition penalty needs them.
+  """
+  logits = adjusted(logits, sampling, seen)
+  if sampling.temperature is None:
+    return jnp.argmax(logits, axis=-1)
+  keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+  return jax.vmap(jax.random.categorical)(keys, logits)
