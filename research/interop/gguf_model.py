@@ -1,0 +1,256 @@
+"""A GGUF file as a model: architecture keys to sizes, tensor names to paths.
+
+A weight's walk: `ROWS` names it, `_leaf` turns the query and key rows of
+llama's interleaved rotation back to half-split order (whole rows move, so
+packed blocks do too) and either decodes it or keeps its blocks.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree
+from research.interop.gguf import GGUF, Tensor, open_gguf
+from research.interop.gguf_config import config
+from research.interop.gguf_types import require
+from research.interop.load import Loaded
+from research.nn import presets
+from research.nn.transformer import Transformer
+from research.quant import blocks
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One weight under both names.
+
+  Attributes:
+    path: ours, inside the tree or inside a layer.
+    name: GGUF's, inside the file or after `blk.N.`.
+    dims: letters of GGUF's shape (numpy order); `Q` is `N*H`, `K` is `K*H`.
+    when: the family's flag without which it does not exist, or None.
+    heads: the size whose heads llama's converter interleaved, or None.
+  """
+
+  path: str
+  name: str
+  dims: str
+  when: str | None = None
+  heads: str | None = None
+
+
+TOP = (
+  Row("embed", "token_embd.weight", "VD"),
+  Row("final_norm/scale", "output_norm.weight", "D"),
+  Row("head", "output.weight", "VD"),
+)
+ROWS = (
+  Row("attention_norm/scale", "attn_norm.weight", "D"),
+  Row("attention/q", "attn_q.weight", "QD", heads="heads"),
+  Row("attention/k", "attn_k.weight", "KD", heads="kv_heads"),
+  Row("attention/v", "attn_v.weight", "KD"),
+  Row("attention/o", "attn_output.weight", "DQ"),
+  Row("attention/q_bias", "attn_q.bias", "Q", "qkv_bias", "heads"),
+  Row("attention/k_bias", "attn_k.bias", "K", "qkv_bias", "kv_heads"),
+  Row("attention/v_bias", "attn_v.bias", "K", "qkv_bias"),
+  Row("attention/o_bias", "attn_output.bias", "D", "out_bias"),
+  Row("attention/q_norm/scale", "attn_q_norm.weight", "H", "qk_norm"),
+  Row("attention/k_norm/scale", "attn_k_norm.weight", "H", "qk_norm"),
+  Row(
+    "post_attention_norm/scale", "post_attention_norm.weight", "D", "post_norm"
+  ),
+  Row("mlp_norm/scale", "ffn_norm.weight", "D"),
+  Row("mlp/gate", "ffn_gate.weight", "FD"),
+  Row("mlp/up", "ffn_up.weight", "FD"),
+  Row("mlp/down", "ffn_down.weight", "DF"),
+  Row("mlp/gate_bias", "ffn_gate.bias", "F", "mlp_bias"),
+  Row("mlp/up_bias", "ffn_up.bias", "F", "mlp_bias"),
+  Row("mlp/down_bias", "ffn_down.bias", "D", "mlp_bias"),
+  Row("post_mlp_norm/scale", "post_ffw_norm.weight", "D", "post_norm"),
+)
+USED_ELSEWHERE = ("rope_freqs.weight",)
+"""Tensors that say something about the model and are no weights of it."""
+
+
+def _rows(family: presets.Family) -> list[Row]:
+  return [r for r in ROWS if r.when is None or getattr(family, r.when)]
+
+
+def _few(names: Iterable[str]) -> str:
+  names = sorted(names)
+  more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+  return (", ".join(names[:10]) + more) or "none"
+
+
+def _check(path: str, file: GGUF, family, sizes) -> None:
+  """Raises where the tensors are not exactly those of the model."""
+  top = [r for r in TOP if r.path != "head" or not sizes.tied]
+  wanted = {r.name: r for r in top} | {
+    f"blk.{i}.{r.name}": r for i in range(sizes.depth) for r in _rows(family)
+  }
+  found = set(file.tensors) - set(USED_ELSEWHERE)
+  if missing := wanted.keys() - found:
+    raise UserError(
+      f"{path}: tensors are missing: {_few(missing)}\n"
+      f"superfluous: {_few(found - wanted.keys())}"
+    )
+  if superfluous := found - wanted.keys():
+    raise UserError(
+      f"{path}: tensors that this architecture has no place for: "
+      f"{_few(superfluous)}"
+    )
+  dims = dict(V=sizes.vocab, D=sizes.width, F=sizes.hidden, H=sizes.head_dim)
+  dims["Q"] = sizes.heads * sizes.head_dim
+  dims["K"] = sizes.kv_heads * sizes.head_dim
+  for name, row in wanted.items():
+    tensor = file.tensors[name]
+    shape = tuple(dims[d] for d in row.dims)
+    if tensor.shape != shape:
+      raise UserError(
+        f"{path}: tensor {name!r}: found shape {tensor.shape}, expected "
+        f"{shape} by the file's metadata"
+      )
+    require(tensor.type, f"{path}: tensor {name!r}")
+
+
+def half_split(rows: int, heads: int) -> np.ndarray:
+  """Returns which interleaved row each half-split row is, `[rows]`."""
+  pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+  return pairs.swapaxes(1, 2).reshape(-1)
+
+
+def interleaved(rows: int, heads: int) -> np.ndarray:
+  """Returns which half-split row each interleaved row is; the inverse."""
+  return np.argsort(half_split(rows, heads))
+
+
+def permuted(tensor: Tensor, order: np.ndarray) -> Tensor:
+  """Returns `tensor` with its rows, whatever their type, in `order`."""
+  data = tensor.data.reshape(tensor.shape[0], -1)[order]
+  return dataclasses.replace(tensor, data=data.reshape(-1))
+
+
+def _leaf(
+  row: Row, stored: Sequence[Tensor], offset: float, dtype: str, packed: bool
+) -> Any:
+  """Returns one weight of all of a run's layers behind a leading axis."""
+  first = stored[0]
+  if packed and blocks.packs(first.type, first.shape):
+    axis = -1 if row.path == "embed" else -2
+    return blocks.from_ggml(first.type, [t.rows() for t in stored], axis)
+  flip = len(first.shape) == 2 and row.path != "embed"
+  shape = first.shape[::-1] if flip else first.shape
+  out = np.empty((len(stored), *shape), jnp.dtype(dtype))
+  for i, tensor in enumerate(stored):
+    x = tensor.decode()
+    if row.path.endswith("norm/scale"):
+      # llama.cpp's converter has added what our norm adds again.
+      x = x - np.float32(offset)
+    out[i] = x.T if flip else x
+  return jnp.asarray(out)
+
+
+def _put(into: dict, path: str, value: Any) -> None:
+  *parents, name = path.split("/")
+  for parent in parents:
+    into = into.setdefault(parent, {})
+  into[name] = value
+
+
+def _params(
+  file: GGUF, family, sizes, model: Transformer, turned: bool, dtype, packed
+) -> dict[str, Any]:
+  """Returns the parameter tree, built leaf by leaf: never held twice."""
+  rows = _rows(family)
+
+  def stored(row: Row, layer: int) -> Tensor:
+    tensor = file.tensors[f"blk.{layer}.{row.name}"]
+    if row.heads is None or not turned:
+      return tensor
+    heads = getattr(sizes, row.heads)
+    return permuted(tensor, half_split(tensor.shape[0], heads))
+
+  def types(layer: int) -> tuple[str, ...]:
+    names = (f"blk.{layer}.{row.name}" for row in rows)
+    return tuple(file.tensors[name].type for name in names) if packed else ()
+
+  params: dict[str, Any] = {}
+  for row in TOP:
+    if row.name in file.tensors:
+      leaf = _leaf(
+        row, [file.tensors[row.name]], family.norm_offset, dtype, packed
+      )
+      _put(params, row.path, _first(leaf))
+  kinds = [(k, types(i)) for i, k in enumerate(model.layer_kinds())]
+  start = 0
+  for i, (repeats, period) in enumerate(tree.plan(kinds)):
+    for j in range(period):
+      layers = range(start + j, start + repeats * period, period)
+      for row in rows:
+        leaf = _leaf(
+          row,
+          [stored(row, k) for k in layers],
+          family.norm_offset,
+          dtype,
+          packed,
+        )
+        _put(params, f"run{i}/layer{j}/{row.path}", leaf)
+    start += repeats * period
+  return params
+
+
+def _first(leaf: Any) -> Any:
+  """Returns what stands behind a leading axis of one, without a copy."""
+  if isinstance(leaf, blocks.BlockTensor):
+    return leaf.squeeze()
+  return leaf.reshape(leaf.shape[1:])
+
+
+def load_gguf(
+  path: str | os.PathLike, dtype: str = "float32", packed: bool = False
+) -> Loaded:
+  """Reads a model from a GGUF file.
+
+  Args:
+    path: the file.
+    dtype: of the arrays, and the model's compute dtype. Decoded weights are
+      float32 numbers; bfloat16 rounds them to nearest even once more.
+    packed: keep matrices of 4, 5 and 8 bits as their blocks (`BlockTensor`),
+      bit for bit, instead of decoding them.
+
+  Returns:
+    The model; its source names the path, format and architecture.
+
+  Raises:
+    UserError: a damaged file, an architecture, feature or type that is not
+      supported, or tensors that are not exactly those of the model.
+  """
+  path = str(path)
+  file = open_gguf(path)
+  family, sizes, turned = config(path, file)
+  _check(path, file, family, sizes)
+  model = presets.transformer(family, sizes, dtype)
+  params = _params(file, family, sizes, model, turned, dtype, packed)
+  source = dict(
+    format="gguf",
+    path=path,
+    architecture=file.metadata["general.architecture"],
+    name=str(file.metadata.get("general.name", "")),
+  )
+  return Loaded(model, params, _tokenizer(file.metadata), source)
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> Any:
+  """Returns the embedded tokenizer, or None where there is none."""
+  if "tokenizer.ggml.model" not in metadata:
+    return None
+  if importlib.util.find_spec("research.nn.tokenizer") is None:
+    return None
+  from research.nn.tokenizer import Tokenizer
+
+  return Tokenizer.from_gguf(metadata)
