@@ -1,0 +1,221 @@
+"""The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer`.
+
+Two models exist in the architectures we read: byte-level BPE ("gpt2"), whose
+`tokenizer.ggml.pre` names the regular expression that cuts text into words,
+and SentencePiece ("llama"), whose merges follow from its scores.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from research.typing import UserError
+
+_GPT2 = (
+  r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+  r"|\s+(?!\S)|\s+"
+)
+_CL100K = (  # cl100k's, with runs of up to {digits} digits
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+  r"|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (_CL100K.format(digits="{1,3}"),)
+_QWEN2 = (_CL100K.format(digits=""),)
+_DIGITS = (r"\p{N}", _GPT2)
+_DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
+WORDS: dict[str, tuple[str, ...]] = {
+  "default": _DEFAULT,
+  "gpt-2": (_GPT2,),
+  "smollm": _DIGITS,
+  "starcoder": _DIGITS,
+  "llama-bpe": _LLAMA3,
+  "llama-v3": _LLAMA3,
+  "llama3": _LLAMA3,
+  "qwen2": _QWEN2,
+  "deepseek-r1-qwen": _QWEN2,
+}
+"""What cuts text into words, for each `tokenizer.ggml.pre`; applied in turn."""
+
+_WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
+"""Vocabularies where a word that is a token needs no merges."""
+
+_UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
+_SPACE = "\u2581"
+
+
+class _Fields:
+  """The `tokenizer.ggml.*` keys."""
+
+  def __init__(self, metadata: Mapping[str, Any]):
+    self.metadata = metadata
+
+  def fail(self, key: str, found: Any, expected: str) -> NoReturn:
+    raise UserError(
+      f"tokenizer.ggml.{key}: found {str(found)[:60]!r}, expected {expected}"
+    )
+
+  def get(self, key: str, kind: type, default: Any) -> Any:
+    value = self.metadata.get(f"tokenizer.ggml.{key}", default)
+    if value is not default and type(value) is not kind:
+      self.fail(key, value, f"a value of type {kind.__name__}")
+    return value
+
+  def strings(self, key: str) -> list[str]:
+    value = self.get(key, list, None)
+    if not value:
+      self.fail(key, value, "a list of strings")
+    return value
+
+  def numbers(self, key: str, count: int, default: float) -> list:
+    value = self.metadata.get(f"tokenizer.ggml.{key}")
+    if value is None:
+      return [default] * count
+    if not isinstance(value, np.ndarray) or value.shape != (count,):
+      self.fail(key, type(value).__name__, f"{count} numbers, one a token")
+    return value.tolist()
+
+  def token(self, key: str, count: int) -> int | None:
+    value = self.get(key, int, None)
+    if value is not None and not 0 <= value < count:
+      self.fail(key, value, f"a token below {count}")
+    return value
+
+
+def tokenizer_from_gguf(
+  metadata: Mapping[str, Any],
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+  """Returns the embedded tokenizer and its special tokens.
+
+  Args:
+    metadata: of an open file.
+
+  Returns:
+    The tokenizer, which adds no special tokens by itself, and a dict with
+    `bos`, `eos`, `eot`, `unk`, `pad` (ids or None), `add_bos` (bool) and
+    `chat_template` (text or None).
+
+  Raises:
+    UserError: a key is missing, malformed, or names what is not supported.
+  """
+  fields = _Fields(metadata)
+  kind = fields.get("model", str, None)
+  builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+  if kind not in builders:
+    fields.fail("model", kind, f"one of {', '.join(builders)}")
+  tokens = fields.strings("tokens")
+  unknown = fields.token("unknown_token_id", len(tokens))
+  try:
+    out = builders[kind](fields, tokens, unknown)
+    _add_special(out, tokens, fields.numbers("token_type", len(tokens), 1))
+  except UserError:
+    raise
+  except Exception as error:  # the Rust library raises nothing narrower
+    fields.fail("model", error, "a vocabulary and merges that fit together")
+  pre = fields.get("pre", str, "default")
+  template = metadata.get("tokenizer.chat_template")
+  special = {
+    name: fields.token(f"{key}_token_id", len(tokens))
+    for name, key in dict(
+      bos="bos", eos="eos", eot="eot", unk="unknown", pad="padding"
+    ).items()
+  }
+  first = kind == "llama" or pre in _WHOLE_WORDS
+  special["add_bos"] = fields.get("add_bos_token", bool, first)
+  special["chat_template"] = template if isinstance(template, str) else None
+  return out, special
+
+
+def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
+  """Returns token to id; of equal tokens the first counts."""
+  return {t: len(tokens) - 1 - i for i, t in enumerate(reversed(tokens))}
+
+
+def _byte_level(
+  fields: _Fields, tokens: list[str], unknown: int | None
+) -> tokenizers.Tokenizer:
+  pre = fields.get("pre", str, "default")
+  if pre not in WORDS:
+    fields.fail("pre", pre, f"one of {', '.join(WORDS)}")
+  merges = [tuple(m.split(" ")) for m in fields.strings("merges")]
+  if bad := [m for m in merges if len(m) != 2]:
+    fields.fail("merges", " ".join(bad[0]), "two tokens and a space")
+  model = models.BPE(
+    vocab=_vocabulary(tokens),
+    merges=merges,
+    ignore_merges=pre in _WHOLE_WORDS,
+  )
+  out = tokenizers.Tokenizer(model)
+  if WORDS[pre] is _QWEN2:
+    out.normalizer = normalizers.NFC()
+  out.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+      for words in WORDS[pre]
+    ]
+    + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+  )
+  out.decoder = decoders.ByteLevel()
+  return out
+
+
+def _merges(
+  vocabulary: Mapping[str, int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+  """Returns every way to join two tokens to a third, best score first."""
+  found = []
+  for token, index in vocabulary.items():
+    for cut in range(1, len(token)):
+      left, right = token[:cut], token[cut:]
+      if left in vocabulary and right in vocabulary:
+        found.append((-scores[index], -cut, left, right))
+  found.sort(key=lambda entry: entry[:2])
+  return [(left, right) for _, _, left, right in found]
+
+
+def _sentencepiece(
+  fields: _Fields, tokens: list[str], unknown: int | None
+) -> tokenizers.Tokenizer:
+  """SentencePiece's BPE: bytes stand for what no token covers."""
+  vocabulary = _vocabulary(tokens)
+  types = fields.numbers("token_type", len(tokens), 1)
+  scores = fields.numbers("scores", len(tokens), 0.0)
+  joined = {
+    t: i for t, i in vocabulary.items() if types[i] not in (_CONTROL, _BYTE)
+  }
+  model = models.BPE(
+    vocab=vocabulary,
+    merges=_merges(joined, scores),
+    unk_token=None if unknown is None else tokens[unknown],
+    fuse_unk=True,
+    byte_fallback=_BYTE in types,
+  )
+  out = tokenizers.Tokenizer(model)
+  prefix = fields.get("add_space_prefix", bool, True)
+  spaces = normalizers.Replace(" ", _SPACE)
+  out.normalizer = spaces
+  if prefix:
+    out.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+  steps = [
+    decoders.Replace(_SPACE, " "),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+  ]
+  if prefix:
+    steps.append(decoders.Strip(" ", 1, 0))
+  out.decoder = decoders.Sequence(steps)
+  return out
+
+
+def _add_special(
+  out: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]
+) -> None:
+  """Marks tokens that are found in text before anything else is."""
+  marked = [
+    tokenizers.AddedToken(token, special=kind != _USER, normalized=False)
+    for token, kind in zip(tokens, types, strict=True)
+    if kind in (_UNKNOWN, _CONTROL, _USER) and token
+  ]
+  out.add_tokens(marked)
