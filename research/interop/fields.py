@@ -1,0 +1,70 @@
+"""Typed access to a JSON object from a stranger's file."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """Typed access to a JSON object; errors name the file and the field.
+
+  Attributes:
+    values: the object.
+    where: its file, and its place in there.
+    defaults: of fields that it leaves out.
+  """
+
+  values: Mapping[str, Any]
+  where: str
+  defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def get(self, name: str) -> Any:
+    return self.values.get(name, self.defaults.get(name))
+
+  def wrong(self, name: str, expected: str) -> UserError:
+    found = repr(self.get(name))[:80]
+    return UserError(f"{self.where}: {name} is {found}, expected {expected}")
+
+  def integer(self, name: str, least: int = 1) -> int:
+    """Returns a whole number of at least `least`."""
+    x = self.get(name)
+    if type(x) is not int or x < least:
+      raise self.wrong(name, f"a whole number of at least {least}")
+    return x
+
+  def maybe_integer(self, name: str) -> int | None:
+    return None if self.get(name) is None else self.integer(name)
+
+  def number(self, name: str) -> float:
+    """Returns a finite number above zero."""
+    x = self.get(name)
+    if type(x) not in (int, float) or not 0 < x < 1e30:
+      raise self.wrong(name, "a number above 0")
+    return float(x)
+
+  def maybe_number(self, name: str) -> float | None:
+    return None if self.get(name) is None else self.number(name)
+
+  def flag(self, name: str) -> bool:
+    """Returns true or false; false where it is left out or null."""
+    x = self.get(name)
+    if x is not None and type(x) is not bool:
+      raise self.wrong(name, "true or false")
+    return bool(x)
+
+  def object(self, name: str) -> "Fields | None":
+    """Returns the object `name`, or None where it is absent or empty."""
+    x = self.get(name)
+    if x is not None and not isinstance(x, dict):
+      raise self.wrong(name, "an object or null")
+    return Fields(x, f"{self.where}: {name}") if x else None
+
+  def neutral(self, allowed: Mapping[str, Sequence[Any]]) -> None:
+    """Raises UserError unless each field has a value that means "off"."""
+    for name, values in allowed.items():
+      if self.values.get(name) not in values:
+        shown = " or ".join(map(repr, values))
+        raise self.wrong(name, f"{shown}: this feature is not supported")

@@ -1,0 +1,248 @@
+"""Hugging Face directories: config.json and safetensors to a model of ours.
+
+What must be in the file follows from the model: every parameter has one name
+(`names`), and a tensor that is missing, superfluous or of another shape is an
+error. Two kinds of tensor are tolerated: a copy of a tied head, which must
+equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree
+from research.interop import hf_config, names, safetensors
+from research.nn import presets
+from research.nn.transformer import Transformer
+from research.typing import Params, UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_FLOATS = ("float64", *DTYPES)
+_SHOWN = 10
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+# Text models inside multimodal files, by both of transformers' spellings; the
+# other parts of such a file are left out.
+_TEXT_PARTS = (
+  (re.compile(r"(model\.)?language_model\.lm_head\."), "lm_head."),
+  (re.compile(r"(model\.)?language_model\.(model\.)?"), "model."),
+)
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One array of the tree and what fills it.
+
+  Attributes:
+    path: in the tree.
+    shape: of the whole array; a run's has its repeats in front.
+    addresses: the parameters behind the leading axis, or the single one.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  addresses: tuple[names.Address, ...]
+
+  @property
+  def stacked(self) -> bool:
+    return self.addresses[0].layer is not None
+
+  @property
+  def one(self) -> tuple[int, ...]:
+    """The shape of one parameter."""
+    return self.shape[1:] if self.stacked else self.shape
+
+
+def table(model: Transformer) -> names.Table:
+  """Returns the names of `model`'s parameters in Hugging Face files."""
+  sandwich = model.layer_kinds()[0].post_norm is not None
+  return names.SANDWICH if sandwich else names.PLAIN
+
+
+def addresses(
+  params: Params,
+) -> Iterator[tuple[str, tuple[names.Address, ...]]]:
+  """Yields, for `run<i>/layer<j>` prefixes, the layers behind the axis.
+
+  Layers are counted over the runs: a run of n repeats and period p holds
+  layer `start + k p + j` at row k of its `layer<j>`.
+  """
+  start = 0
+  for name in tree.runs(params):
+    run = params[name]
+    n, p = tree.run_length(run), len(run)
+    for j in range(p):
+      rows = range(start + j, start + n * p, p)
+      yield f"{name}/layer{j}/", tuple(names.Address(i, "") for i in rows)
+    start += n * p
+
+
+def slots(model: Transformer) -> list[Slot]:
+  """Returns every array of `model`'s parameters, and what belongs in it."""
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  )["params"]
+  prefixes = dict(addresses(shapes))
+  out = []
+  for path, leaf in tree.flatten_paths(shapes):
+    rows: tuple[names.Address, ...] = (names.Address(None, path),)
+    for prefix, layers in prefixes.items():
+      if path.startswith(prefix):
+        inner = path.removeprefix(prefix)
+        rows = tuple(dataclasses.replace(a, path=inner) for a in layers)
+    out.append(Slot(path, tuple(leaf.shape), rows))
+  return out
+
+
+def text_part(
+  tensors: Mapping[str, safetensors.Lazy],
+) -> dict[str, safetensors.Lazy]:
+  """Returns a multimodal file's language model under its usual names."""
+  out = {}
+  for name, tensor in tensors.items():
+    if _OTHER_PARTS.match(name):
+      continue
+    for pattern, plain in _TEXT_PARTS:
+      if pattern.match(name):
+        name = pattern.sub(plain, name, count=1)
+        break
+    out[name] = tensor
+  return out
+
+
+def difference(
+  where: Any, missing: Sequence[str], extra: Sequence[str]
+) -> UserError:
+  """Returns the error that names what is missing and what is superfluous."""
+
+  def shown(word, items):
+    some = ", ".join(sorted(items)[:_SHOWN])
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{len(items)} {word}: {some}{more}" if items else ""
+
+  lines = [shown("missing", missing), shown("superfluous", extra)]
+  head = f"{where}: the tensors do not match the configuration"
+  return UserError("\n".join([head, *(line for line in lines if line)]))
+
+
+def _check(where, model, tensors, wanted) -> None:
+  missing = [name for name in wanted if name not in tensors]
+  extra = [n for n in tensors if n not in wanted and not names.BUFFERS.match(n)]
+  if model.tied and _HEAD in extra and _EMBEDDING in tensors:
+    extra.remove(_HEAD)
+    _check_tied(tensors[_EMBEDDING], tensors[_HEAD])
+  if missing or extra:
+    raise difference(where, missing, extra)
+  for name, shape in wanted.items():
+    tensor = tensors[name]
+    if tensor.shape != shape:
+      raise UserError(
+        f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+        f"expected {list(shape)} by config.json"
+      )
+    if str(tensor.dtype) not in _FLOATS:
+      raise UserError(
+        f"{tensor.file}: {name} is stored as {tensor.dtype}, expected one of "
+        f"{', '.join(_FLOATS)}"
+      )
+
+
+def _check_tied(embedding, head, rows: int = 4096) -> None:
+  same = embedding.shape == head.shape and embedding.dtype == head.dtype
+  for i in range(0, embedding.shape[0] if same else 0, rows):
+    part = slice(i, i + rows)
+    same = same and np.array_equal(
+      embedding.read(part).view(np.uint8), head.read(part).view(np.uint8)
+    )
+  if not same:
+    raise UserError(
+      f"{head.file}: {_HEAD} differs from {_EMBEDDING}, but config.json says "
+      "tie_word_embeddings; set it to false to keep both"
+    )
+
+
+def read_params(
+  model: Transformer,
+  tensors: Mapping[str, safetensors.Lazy],
+  dtype: str = "float32",
+  where: Any = "model",
+) -> dict[str, Any]:
+  """Returns `model`'s parameters out of Hugging Face tensors.
+
+  Each array is filled layer by layer, so beside the mapped file and the
+  result only one array is ever held twice.
+
+  Args:
+    model: what to fill.
+    tensors: by their names; exactly the model's.
+    dtype: of the result; wider values are rounded to nearest even.
+    where: the file or directory, for messages.
+
+  Raises:
+    UserError: the tensors are not exactly the model's.
+  """
+  rows, places = table(model), slots(model)
+  wanted = {}
+  for slot in places:
+    for address in slot.addresses:
+      name, transposed = rows.theirs(address)
+      wanted[name] = slot.one[::-1] if transposed else slot.one
+  _check(where, model, tensors, wanted)
+  filled = {}
+  for slot in places:
+    array = np.empty(slot.shape, jnp.dtype(dtype))
+    for k, address in enumerate(slot.addresses):
+      name, transposed = rows.theirs(address)
+      value = tensors[name].read()
+      array[k if slot.stacked else ...] = value.T if transposed else value
+    filled[slot.path] = jnp.asarray(array)
+  return _nested(filled)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  out: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, last = path.split("/")
+    functools.reduce(lambda d, k: d.setdefault(k, {}), parents, out)[last] = (
+      value
+    )
+  return out
+
+
+def model_from_directory(
+  directory: str | pathlib.Path, dtype: str = "float32"
+) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
+  """Returns (model, params, source) of a Hugging Face directory.
+
+  Args:
+    directory: has config.json and safetensors files.
+    dtype: of the parameters and of the computation.
+
+  Raises:
+    UserError: anything in it is missing, damaged or not supported.
+  """
+  directory = pathlib.Path(directory)
+  file = directory / "config.json"
+  config = safetensors.read_json(file)
+  family, sizes = hf_config.sizes_from_config(config, str(file))
+  model = presets.transformer(family, sizes, dtype)
+  tensors = safetensors.open_directory(directory)
+  if config["model_type"] == "gemma3":
+    tensors = text_part(tensors)
+  params = read_params(model, tensors, dtype, directory)
+  source = dict(
+    format="hf",
+    path=str(directory),
+    model_type=hf_config.text_fields(config, str(file)).values["model_type"],
+    config=config,
+  )
+  return model, params, source

@@ -1,0 +1,125 @@
+"""What Hugging Face calls our parameters: one table for every family.
+
+Each row pairs a path of ours, within a layer or outside of them, with the name
+in a checkpoint, and says whether the matrix is stored transposed (theirs are
+`[out, in]`, ours `[in, out]`). Read in either direction it is the importer,
+the exporter, and the naming of PEFT's adapters. Which rows a model has follows
+from its own parameters; families differ only in what they call their norms.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+LAYER_PREFIX = "model.layers."
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One parameter.
+
+  Attributes:
+    ours: path within a layer (`attention/q`) or outside (`embed`).
+    theirs: name after `model.layers.<i>.`, or the whole name outside.
+    transposed: whether theirs is ours, transposed.
+  """
+
+  ours: str
+  theirs: str
+  transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+  """A parameter of ours: its layer (None outside of them) and its path."""
+
+  layer: int | None
+  path: str
+
+  def __str__(self) -> str:
+    return (
+      self.path if self.layer is None else f"layers/{self.layer}/{self.path}"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """The rows outside of layers, and those of each layer."""
+
+  outside: tuple[Row, ...]
+  layer: tuple[Row, ...]
+
+  def rows(self) -> Iterator[Row]:
+    yield from self.outside
+    yield from self.layer
+
+  def theirs(self, address: Address) -> tuple[str, bool]:
+    """Returns (their name, transposed) of a parameter of ours.
+
+    Raises:
+      KeyError: no row has that path.
+    """
+    rows = self.outside if address.layer is None else self.layer
+    row = {row.ours: row for row in rows}[address.path]
+    prefix = "" if address.layer is None else f"{LAYER_PREFIX}{address.layer}."
+    return prefix + row.theirs, row.transposed
+
+  def ours(self, name: str) -> Address | None:
+    """Returns the parameter of ours that they call `name`, or None."""
+    rows, layer = self.outside, None
+    found = re.fullmatch(r"model\.layers\.(0|[1-9]\d{0,5})\.(.*)", name)
+    if found:
+      rows, layer, name = self.layer, int(found[1]), found[2]
+    for row in rows:
+      if row.theirs == name:
+        return Address(layer, row.ours)
+    return None
+
+
+_OUTSIDE = (
+  Row("embed", "model.embed_tokens.weight"),
+  Row("final_norm/scale", "model.norm.weight"),
+  Row("head", "lm_head.weight", transposed=True),
+)
+
+_ATTENTION = (
+  *(
+    Row(f"attention/{x}", f"self_attn.{x}_proj.weight", transposed=True)
+    for x in "qkvo"
+  ),
+  *(Row(f"attention/{x}_bias", f"self_attn.{x}_proj.bias") for x in "qkvo"),
+  *(
+    Row(f"attention/{x}_norm/scale", f"self_attn.{x}_norm.weight") for x in "qk"
+  ),
+)
+
+_MLP = (
+  *(
+    Row(f"mlp/{x}", f"mlp.{x}_proj.weight", transposed=True)
+    for x in ("gate", "up", "down")
+  ),
+  *(Row(f"mlp/{x}_bias", f"mlp.{x}_proj.bias") for x in ("gate", "up", "down")),
+)
+
+_NORMS = (
+  Row("attention_norm/scale", "input_layernorm.weight"),
+  Row("mlp_norm/scale", "post_attention_layernorm.weight"),
+)
+
+# Gemma 2 and 3. The name that means "before the MLP" above means "after the
+# attention" here.
+_SANDWICH_NORMS = (
+  Row("attention_norm/scale", "input_layernorm.weight"),
+  Row("post_attention_norm/scale", "post_attention_layernorm.weight"),
+  Row("mlp_norm/scale", "pre_feedforward_layernorm.weight"),
+  Row("post_mlp_norm/scale", "post_feedforward_layernorm.weight"),
+)
+
+PLAIN = Table(_OUTSIDE, _ATTENTION + _MLP + _NORMS)
+SANDWICH = Table(_OUTSIDE, _ATTENTION + _MLP + _SANDWICH_NORMS)
+
+BUFFERS = re.compile(
+  r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|"
+  r"model\.layers\.\d+\.self_attn\.(bias|masked_bias)"
+)
+"""Tables that old files carry along and every reader computes itself."""
