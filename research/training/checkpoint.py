@@ -1,0 +1,344 @@
+"""Checkpoints of a run: what moved, where the data stood, and on what base.
+
+Each step holds `state` (step, trainable, optimizer state, moving average) and
+`data` (the iterator's position). Frozen weights are not part of a step: they
+are recorded once a run (`record_base`), as a reference to where they came from
+or, where they came from nowhere, as one copy.
+
+The only file that imports orbax.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from research import tree
+from research.training.state import TrainState
+from research.typing import UserError
+
+_preserve = ocp.training.preservation_policies
+_decide = ocp.training.save_decision_policies
+
+_DISK = re.compile(
+  "No space left on device|Disk quota exceeded|Read-only file system"
+  "|Permission denied|File too large"
+)
+
+SHOWN = 4
+"""How many differences an error lists before it counts the rest."""
+
+
+class Checkpoints:
+  """The checkpoints of one run; a context manager.
+
+  Kept are the latest `keep`, and the best by the metric `best`.
+  """
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    *,
+    keep: int = 2,
+    best: str = "validation/loss",
+    better: Literal["lower", "higher"] = "lower",
+  ):
+    self.folder = pathlib.Path(folder).absolute()
+    self._sign = 1.0 if better == "lower" else -1.0
+    self._best = best
+    self._steps = ocp.training.Checkpointer(
+      self.folder,
+      save_decision_policy=_decide.FixedIntervalPolicy(1),
+      preservation_policy=_preserve.AnyPreservationPolicy(
+        [
+          _preserve.LatestN(keep),
+          _preserve.BestN(
+            get_metric_fn=lambda m: -m["cost"],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      cleanup_tmp_directories=True,
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._steps.close()
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps that exist, in order."""
+    return [c.step for c in self._steps.checkpoints]
+
+  @property
+  def latest(self) -> int | None:
+    """The last step, or None."""
+    return self.steps[-1] if self.steps else None
+
+  @property
+  def best(self) -> tuple[int, float] | None:
+    """The best step and its metric, or None where none was evaluated."""
+    costs = [
+      (c.metrics["cost"], -c.step)
+      for c in self._steps.checkpoints
+      if c.metrics and math.isfinite(c.metrics["cost"])
+    ]
+    if not costs:
+      return None
+    cost, step = min(costs)
+    return -step, self._sign * cost
+
+  def save(
+    self,
+    state: TrainState,
+    data: Any = None,
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Writes the state's step, and waits: its buffers are about to be donated.
+
+    Args:
+      state: what to save; its frozen part is left out.
+      data: the very iterator that was consumed, if it can be checkpointed.
+      metrics: results at this step; the one named by `best` decides.
+    """
+    step = int(state.step)
+    parts = {"state": _moving(state)}
+    if data is not None:
+      parts["data"] = data
+    cost = self._sign * (metrics or {}).get(self._best, math.nan)
+    with _writing(self.folder):
+      self._steps.save_checkpointables(
+        step,
+        parts,
+        # A checkpoint without a finite metric is never the best.
+        metrics={"cost": cost} if math.isfinite(cost) else None,
+      )
+
+  def restore(
+    self, target: TrainState, data: Any = None, step: int | None = None
+  ) -> TrainState:
+    """Returns the state of `step` (default: the last), and moves `data` there.
+
+    Args:
+      target: a state with the structure, shapes, types and shardings to get;
+        its frozen part is passed on.
+      data: the iterator to set to where it stood.
+      step: which one.
+
+    Raises:
+      UserError: no such step, or what it holds differs from `target`.
+    """
+    step = self.latest if step is None else step
+    if step is None or step not in self.steps:
+      raise UserError(
+        f"{self.folder}: no checkpoint of step {step}; found {self.steps}."
+      )
+    wanted = _moving(target)
+    found = self._steps.metadata(step).metadata
+    _compare(self.folder / str(step), found, wanted)
+    parts: dict[str, Any] = {"state": jax.tree.map(_abstract, wanted)}
+    if data is not None:
+      parts["data"] = data
+    state = self._steps.load_checkpointables(step, parts)["state"]
+    return TrainState(frozen=target.frozen, **state)
+
+
+@contextlib.contextmanager
+def _writing(where: pathlib.Path):
+  """Turns what a full or read-only disk raises into a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    # Tensorstore raises ValueError with the system's words inside.
+    if not isinstance(error, OSError) and not _DISK.search(str(error)):
+      raise
+    reason = getattr(error, "strerror", None) or _DISK.search(str(error))[0]
+    raise UserError(
+      f"{getattr(error, 'filename', None) or where}: cannot be written"
+      f" ({reason}).\nExpected a writable folder with free space; a run can"
+      " resume from its last checkpoint."
+    ) from error
+
+
+def _moving(state: TrainState) -> dict[str, Any]:
+  moving = {
+    "step": state.step,
+    "trainable": state.trainable,
+    "opt_state": state.opt_state,
+    "ema": state.ema,
+  }
+  return moving
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=getattr(x, "sharding", None)
+  )
+
+
+def _compare(where: pathlib.Path, found: Any, wanted: Any) -> None:
+  """Raises a UserError that lists the paths in which two trees differ."""
+
+  def kinds(tree_):
+    return {
+      path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
+      for path, x in tree.flatten_paths(tree_)
+    }
+
+  have, want = kinds(found), kinds(wanted)
+  differences = [
+    f"{path}: found {have.get(path, 'nothing')},"
+    f" expected {want.get(path, 'nothing')}"
+    for path in sorted(have.keys() | want.keys())
+    if have.get(path) != want.get(path)
+  ]
+  if differences:
+    more = len(differences) - SHOWN
+    rest = f"; and {more} more" if more > 0 else ""
+    raise UserError(
+      f"{where}: does not fit this model or optimizer.\n"
+      f"{'; '.join(differences[:SHOWN])}{rest}\n"
+      "Use the configuration that wrote it, or another workdir."
+    )
+
+
+def fingerprint(weights: Any) -> str:
+  """Returns a hash of every array's path, shape, type and a sample of values.
+
+  It tells one base model from another without reading all of it.
+  """
+  digest = hashlib.sha256()
+  for path, x in tree.flatten_paths(weights):
+    digest.update(f"{path} {x.shape} {x.dtype}\n".encode())
+    digest.update(np.asarray(_sample(x)).tobytes())
+  return digest.hexdigest()
+
+
+@jax.jit
+def _sample(x):
+  return x.reshape(-1)[:: max(1, x.size // 256)]
+
+
+def record_base(
+  folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
+) -> None:
+  """Records once on which frozen weights a run stands.
+
+  Args:
+    folder: of the run's checkpoints.
+    frozen: the frozen tree.
+    source: a JSON object that says where the weights can be had again; None
+      if nowhere, and then they are copied into `folder/frozen`.
+
+  Raises:
+    UserError: the run stands on other weights.
+  """
+  folder = pathlib.Path(folder).absolute()
+  note = folder / "base.json"
+  found = fingerprint(frozen)
+  here = None if source is None else dict(source)
+  if note.exists():
+    known = _read_note(note)
+    if known["fingerprint"] != found:
+      raise UserError(
+        f"{note}: this run's frozen weights came from {known.get('source')} and"
+        f" are not the same as now, from {here}.\n"
+        "Use the same base weights, or another workdir."
+      )
+    return
+  with _writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    if source is None and jax.tree.leaves(frozen):
+      ocp.save(folder / "frozen", frozen, overwrite=True)
+    # Written last and in one move: where there is a note, it is whole.
+    draft = note.with_suffix(".tmp")
+    record = {"source": here, "fingerprint": found}
+    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    draft.replace(note)
+
+
+def _read_note(note: pathlib.Path) -> dict[str, Any]:
+  try:
+    known = json.loads(note.read_bytes())
+    return {"source": known.get("source"), "fingerprint": known["fingerprint"]}
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise UserError(
+      f"{note}: not a note on base weights ({error}).\n"
+      "Expected JSON with source and fingerprint; use another workdir."
+    ) from error
+
+
+def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
+  """Returns the frozen weights that `record_base` copied.
+
+  Args:
+    folder: of the run's checkpoints.
+    target: a tree with their structure, shapes, types and shardings.
+  """
+  path = pathlib.Path(folder).absolute() / "frozen"
+  if not path.is_dir():
+    raise UserError(
+      f"{path}: no frozen weights here; base.json says where they came from."
+    )
+  _compare(path, ocp.metadata(path).metadata, target)
+  return ocp.load(path, jax.tree.map(_abstract, target))
+
+
+def claim_workdir(
+  workdir: str | os.PathLike, config: str, may_differ: str = r"(?i)\bsteps\b"
+) -> pathlib.Path:
+  """Returns the workdir, made and marked as this experiment's.
+
+  The mark is `config.gin`, the operative configuration. One that is there must
+  be equal, but for lines in which `may_differ` is found: more steps are the
+  same experiment.
+
+  Raises:
+    UserError: it holds another experiment, or cannot be written.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  mark = workdir / "config.gin"
+  with _writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    if mark.exists():
+      old = mark.read_text("utf-8", errors="replace")
+      _same_experiment(mark, old, config, may_differ)
+    mark.write_text(config, encoding="utf-8")
+  return workdir
+
+
+def _same_experiment(
+  mark: pathlib.Path, old: str, new: str, may_differ: str
+) -> None:
+  def lines(text):
+    kept = (line.strip() for line in text.splitlines())
+    return [x for x in kept if x and not re.search(may_differ, x)]
+
+  changes = [
+    line
+    for line in difflib.unified_diff(lines(old), lines(new), n=0, lineterm="")
+    if line[:1] in "+-" and line[:3] not in ("+++", "---")
+  ]
+  if changes:
+    more = len(changes) - SHOWN
+    rest = f"  (and {more} more)" if more > 0 else ""
+    raise UserError(
+      f"{mark}: this workdir holds another experiment.\n"
+      f"{'  '.join(changes[:SHOWN])}{rest}\n"
+      "Choose another workdir, or delete this one."
+    )

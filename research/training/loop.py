@@ -1,0 +1,370 @@
+"""The loop: restore, compile, step, evaluate, save.
+
+`fit` reads straight down; what it calls stands below it. A run is a function
+of its plan, its data and its seed: ten steps are bitwise five, a crash, and
+five more, since a step's key is `fold_in(key(seed), step)` and the data's place
+is saved with the state.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+from research.training import metrics as reports
+from research.training.checkpoint import Checkpoints, record_base
+from research.training.objective import Batch, Objective
+from research.training.state import TrainState
+from research.training.step import EvalStep, make_eval_step, make_train_step
+from research.typing import PRNGKey, UserError
+
+Evaluations = Mapping[str, Sequence[Batch]]
+"""Name, e.g. `validation`, -> batches of one shape."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """How long to train, and when to look up.
+
+  Attributes:
+    steps: updates in all, over every resumption.
+    seed: of whatever is random in a step.
+    accumulate: microbatches in a batch.
+    average: decay of the moving average, where the state keeps one.
+    eval_every: steps between evaluations; 0 for one at the end only.
+    save_every: steps between checkpoints besides those that follow each
+      evaluation and the last step; 0 for none.
+    keep: latest checkpoints to keep, besides the best.
+    best: the metric that decides which is best.
+    better: which way.
+    profile: (first step, number of steps) to trace, counted from the start of
+      this process, or None.
+  """
+
+  steps: int
+  seed: int = 0
+  accumulate: int = 1
+  average: float | int = 0.999
+  eval_every: int = 0
+  save_every: int = 0
+  keep: int = 2
+  best: str = "validation/loss"
+  better: Literal["lower", "higher"] = "lower"
+  profile: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+  """What a run leaves behind.
+
+  Attributes:
+    state: the state after the last step.
+    best: (step, metric) of the best checkpoint, or None.
+    evaluation: metrics of the last evaluation in this process.
+    tokens_per_s: of training alone in this process; None if it did no step.
+    seconds: by what was being done: restore, compile, train, evaluate, save.
+    peak_memory_bytes: see `metrics.peak_memory_bytes`.
+  """
+
+  state: TrainState
+  best: tuple[int, float] | None
+  evaluation: dict[str, float]
+  tokens_per_s: float | None
+  seconds: dict[str, float]
+  peak_memory_bytes: int
+
+
+def fit(
+  objective: Objective,
+  tx: optax.GradientTransformation,
+  state: TrainState,
+  training: Iterable[Batch],
+  plan: Plan,
+  *,
+  workdir: str | os.PathLike,
+  evaluations: Evaluations | None = None,
+  source: Mapping[str, Any] | None = None,
+  writers: Sequence[reports.WriterFactory] = (),
+) -> Outcome:
+  """Trains from `state`, or from the workdir's last checkpoint if it has one.
+
+  Args:
+    objective: the loss.
+    tx: the optimizer that `state` was made with.
+    state: where to start. It is consumed: its trainable part is donated.
+    training: endless batches of one shape; `iter` of it is checkpointed if it
+      is a grain iterator.
+    plan: how long, and when to look up.
+    workdir: gets `metrics.jsonl`, `checkpoints/` and `profile/`.
+    evaluations: name -> batches; metrics are written as `name/metric`.
+    source: where the frozen weights can be had again, see `record_base`.
+    writers: further writers besides `metrics.jsonl`.
+
+  Raises:
+    UserError: a loss or gradient that is not finite (with step and metric),
+      another base or structure than the workdir's, a batch of another shape.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  workdir.mkdir(parents=True, exist_ok=True)
+  clock, evaluation = Clock(), {}
+  batches = iter(training)
+  with contextlib.ExitStack() as stack:
+    # --- restore ---
+    folder = workdir / "checkpoints"
+    checkpoints = stack.enter_context(
+      Checkpoints(folder, keep=plan.keep, best=plan.best, better=plan.better)
+    )
+    with clock.doing("restore"):
+      record_base(folder, state.frozen, source)
+      resumed = checkpoints.latest
+      if resumed is not None:
+        state = checkpoints.restore(state, _resumable(batches))
+    start = int(state.step)
+    report = stack.enter_context(_Report(workdir, writers, resumed, plan.steps))
+
+    # --- compile ---
+    key = jax.random.key(plan.seed)
+    evaluate_step = jax.jit(make_eval_step(objective))
+    moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
+    if start < plan.steps:
+      with clock.doing("compile"):
+        # The first batch of another iterator: this one must not move.
+        first = next(iter(training))
+        step = make_train_step(objective, tx, plan.accumulate, plan.average)
+        update, cost = compile_step(step, state, first, key)
+      report.write(start, cost)
+      report.restart()
+    del state
+
+    # --- train ---
+    for number in range(start + 1, plan.steps + 1):
+      last = number == plan.steps
+      evaluating = bool(evaluations) and _due(plan.eval_every, number, last)
+      saving = evaluating or _due(plan.save_every, number, last)
+      with clock.doing("train"), _traced(plan, number - start, last, report):
+        batch = next(batches)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+          moving, values = update(moving, frozen, batch, key)
+        report.late.push(number, {**values, "tokens": _tokens(batch)})
+        if saving:
+          report.late.flush()  # nothing that is not finite gets past here
+
+      # --- evaluate and save ---
+      found = None
+      if evaluating:
+        with clock.doing("evaluate"):
+          state = dataclasses.replace(moving, frozen=frozen)
+          found = evaluation = evaluate_all(evaluate_step, state, evaluations)
+        report.write(number, found)
+      if saving:
+        with clock.doing("save"):
+          checkpoints.save(moving, _resumable(batches), found)
+        report.restart()
+
+    # --- finish ---
+    return Outcome(
+      state=dataclasses.replace(moving, frozen=frozen),
+      best=checkpoints.best,
+      evaluation=evaluation,
+      tokens_per_s=(
+        report.tokens / clock.seconds["train"] if start < plan.steps else None
+      ),
+      seconds=dict(clock.seconds),
+      peak_memory_bytes=reports.peak_memory_bytes(),
+    )
+
+
+def compile_step(
+  step: Callable, state: TrainState, batch: Batch, key: PRNGKey
+) -> tuple[Callable, dict[str, float]]:
+  """Returns the compiled update and what it costs.
+
+  The update is `(moving, frozen, batch, key) -> (moving, metrics)`, where
+  `moving` is the state without its frozen part. It is donated; `frozen` is
+  not. It takes one shape of batch: another one is a UserError, never a silent
+  recompilation.
+
+  Args:
+    step: from `make_train_step`.
+    state: or its shapes.
+    batch: or its shapes.
+    key: or its shape.
+  """
+
+  def update(moving, frozen, batch, key):
+    full = dataclasses.replace(moving, frozen=frozen)
+    state, metrics = step(full, batch, key)
+    return dataclasses.replace(state, frozen=None), metrics
+
+  begin = time.perf_counter()
+  moving = dataclasses.replace(state, frozen=None)
+  program = jax.jit(update, donate_argnums=0)
+  compiled = program.lower(moving, state.frozen, batch, key).compile()
+  cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
+  logging.info("compiled the step: %s", cost)
+  shapes = _shapes(batch)
+
+  def run(moving, frozen, batch, key):
+    if _shapes(batch) != shapes:
+      raise UserError(
+        f"batch: found {_shapes(batch)},\nexpected {shapes}.\n"
+        "Every batch of a run has one shape: pad the rows, drop a short batch."
+      )
+    return compiled(moving, frozen, batch, key)
+
+  return run, cost
+
+
+def evaluate_all(
+  step: EvalStep, state: TrainState, evaluations: Evaluations
+) -> dict[str, float]:
+  """Returns `name/metric` for each evaluation: means over the weight."""
+  return {
+    f"{name}/{metric}": value
+    for name, batches in evaluations.items()
+    for metric, value in evaluate(step, state, batches).items()
+  }
+
+
+def evaluate(
+  step: EvalStep, state: TrainState, batches: Iterable[Batch]
+) -> dict[str, float]:
+  """Returns the metrics' means over all batches' weight, and `weight`.
+
+  Args:
+    step: from `make_eval_step`, jitted.
+    state: what to evaluate.
+    batches: of one shape.
+  """
+  sums = None
+  for batch in batches:
+    found = step(state, batch)
+    # Added on the device: nothing waits until the last batch is queued.
+    sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
+  total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}
+  weight = total.pop("weight", 0.0)
+  if not weight:
+    raise UserError(
+      "evaluation: no targets. Expected at least one batch with some weight;\n"
+      "check the evaluation's source and split."
+    )
+  return {**{k: v / weight for k, v in total.items()}, "weight": weight}
+
+
+class Clock:
+  """Seconds by what was being done."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def doing(self, what: str):
+    """Adds the time spent inside to `what`."""
+    begin = time.perf_counter()
+    try:
+      yield
+    finally:
+      spent = time.perf_counter() - begin
+      self.seconds[what] = self.seconds.get(what, 0.0) + spent
+
+
+class _Report:
+  """Everything that a step's numbers go to."""
+
+  def __init__(self, workdir, writers, resumed: int | None, steps: int):
+    self.tokens = 0
+    self.late = reports.OneStepLate(self._train)
+    self.workdir = workdir
+    self._writers = [
+      reports.JsonlWriter(workdir / "metrics.jsonl", resumed),
+      *(make(workdir, resumed) for make in writers),
+    ]
+    self._bar = reports.progress_bar(steps, resumed or 0)
+    self.restart()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self._bar.close()
+    for writer in self._writers:
+      writer.close()
+
+  def restart(self) -> None:
+    """Starts timing anew: what came before was no step."""
+    self._before = time.perf_counter()
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    for writer in self._writers:
+      writer.scalars(step, values)
+
+  def _train(self, step: int, values: dict[str, float]) -> None:
+    now = time.perf_counter()
+    seconds, self._before = now - self._before, now
+    self.tokens += int(values["tokens"])
+    named = {f"train/{name}": value for name, value in values.items()}
+    self.write(step, {**named, "train/seconds": seconds})
+    rate = f"{values['tokens'] / seconds:.0f}"
+    self._bar.set_postfix(
+      {"loss": f"{values['loss']:.4f}", "tokens/s": rate}, refresh=False
+    )
+    self._bar.update()
+    for name, value in named.items():
+      if not math.isfinite(value):
+        raise UserError(
+          f"{self.workdir}: {name} is {value} at step {step}.\n"
+          "Expected a finite number; lower the learning rate or clip, then"
+          " resume from the last checkpoint."
+        )
+
+
+def _due(every: int, number: int, last: bool) -> bool:
+  return last or (every > 0 and number % every == 0)
+
+
+def _resumable(batches: Any) -> Any:
+  return batches if hasattr(batches, "set_state") else None
+
+
+def _tokens(batch: Batch) -> int:
+  return int(np.prod(batch["tokens"].shape)) if "tokens" in batch else 0
+
+
+def _shapes(batch: Batch) -> dict[str, str]:
+  return {
+    path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
+    for path, x in sorted(batch.items())
+  }
+
+
+def _cost(compiled: Any) -> dict[str, float]:
+  """Returns what XLA says of a program; bodies of loops count once."""
+  flops = (compiled.cost_analysis() or {}).get("flops")
+  memory = compiled.memory_analysis()
+  cost = {} if flops is None else {"compile/flops": float(flops)}
+  if memory is not None:
+    cost["compile/temporary_bytes"] = memory.temp_size_in_bytes
+    cost["compile/argument_bytes"] = memory.argument_size_in_bytes
+  return cost
+
+
+@contextlib.contextmanager
+def _traced(plan: Plan, number: int, last: bool, report: _Report):
+  """Traces the steps that `plan.profile` names, for TensorBoard or xprof."""
+  first, count = plan.profile or (0, 0)
+  if number == first:
+    jax.profiler.start_trace(report.workdir / "profile")
+  yield
+  tracing = first <= number < first + count
+  if tracing and (last or number == first + count - 1):
+    report.late.flush()  # waits for the step
+    jax.profiler.stop_trace()

@@ -1,0 +1,224 @@
+"""What a run says about itself: writers, a progress bar, peak memory.
+
+Metrics of step n are turned into numbers when step n + 1 has been dispatched
+(`OneStepLate`), so that writing never keeps the device waiting.
+"""
+
+import json
+import math
+import os
+import pathlib
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import tqdm
+
+from research.typing import UserError
+
+Values = Mapping[str, Any]
+
+
+@runtime_checkable
+class Writer(Protocol):
+  """Somewhere to put the numbers of a step."""
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Writes numbers that belong to `step`; names have the form `part/name`."""
+
+  def close(self) -> None:
+    """Writes out what is pending."""
+
+
+WriterFactory = Callable[[pathlib.Path, int | None], Writer]
+"""(workdir, step that a run resumes from or None) -> Writer."""
+
+
+class JsonlWriter:
+  """One JSON object a line: `{"step": 3, "train/loss": 2.1, ...}`.
+
+  Numbers that JSON cannot hold (NaN, infinity) become null.
+  """
+
+  def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+    """Opens `path` for appending.
+
+    Args:
+      path: the file; its folder exists.
+      resume_step: keep the lines up to this step and drop what follows (the
+        steps that will be repeated, a line torn by a crash); None keeps none.
+    """
+    self._path = pathlib.Path(path)
+    kept = []
+    if resume_step is not None:
+      kept = [r for r in read_jsonl(path) if r["step"] <= resume_step]
+    self._guard(lambda: _write_whole(self._path, kept))
+    self._file = self._guard(lambda: self._path.open("a", encoding="utf-8"))
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Appends a line, and flushes it."""
+    self._guard(lambda: self._file.write(_line({"step": step, **values})))
+    self._guard(self._file.flush)
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._guard(self._file.close)
+
+  def _guard(self, act: Callable) -> Any:
+    try:
+      return act()
+    except OSError as error:
+      raise UserError(
+        f"{self._path}: cannot be written ({error.strerror}).\n"
+        "Expected a writable workdir with free space."
+      ) from error
+
+
+def _write_whole(path: pathlib.Path, records: Sequence[Values]) -> None:
+  # Replaced in one move: a crash leaves the old file or the new one.
+  draft = path.with_suffix(".tmp")
+  draft.write_text("".join(map(_line, records)), encoding="utf-8")
+  draft.replace(path)
+
+
+def _line(record: Values) -> str:
+  def plain(x):
+    if isinstance(x, int | str):
+      return x
+    return float(x) if math.isfinite(x) else None
+
+  return json.dumps({k: plain(v) for k, v in record.items()}) + "\n"
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns the records of a metrics file; [] if there is none.
+
+  A last line without its end is what a crash leaves behind and is left out.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  records = []
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+    try:
+      record = json.loads(line)
+      record["step"] = int(record["step"])
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(
+        f"{path}: line {number + 1} is no record of a step: {line[:60]!r}.\n"
+        'Expected JSON with a "step"; move the file away.'
+      ) from error
+    records.append(record)
+  return records
+
+
+class TensorBoardWriter:
+  """Event files for TensorBoard, by tensorboardX."""
+
+  def __init__(self, folder: str | os.PathLike, resume_step: int | None = None):
+    """Opens `folder`; TensorBoard hides what came after `resume_step`."""
+    try:
+      import tensorboardX
+    except ImportError as error:
+      raise UserError(
+        "TensorBoardWriter: tensorboardX is not installed.\n"
+        "Install it with: pip install 'heptad[tracking]'"
+      ) from error
+    purge = None if resume_step is None else resume_step + 1
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Writes one scalar a name."""
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Closes the event file."""
+    self._writer.close()
+
+
+class WandbWriter:
+  """A run of Weights & Biases."""
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    resume_step: int | None = None,
+    *,
+    project: str = "heptad",
+  ):
+    """Starts or resumes the run that is named after `folder`."""
+    try:
+      import wandb
+    except ImportError as error:
+      raise UserError(
+        "WandbWriter: wandb is not installed.\n"
+        "Install it with: pip install 'heptad[tracking]'"
+      ) from error
+    name = pathlib.Path(folder).resolve().name
+    self._run = wandb.init(
+      project=project,
+      id=name,
+      dir=str(folder),
+      resume="never" if resume_step is None else "must",
+    )
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Logs the values of a step."""
+    self._run.log(dict(values), step=step)
+
+  def close(self) -> None:
+    """Finishes the run."""
+    self._run.finish()
+
+
+class OneStepLate:
+  """Hands on each step's metrics when the next one's arrive.
+
+  Reading a metric waits for its step to finish on the device. By then the next
+  step is queued already, so the device never idles.
+  """
+
+  def __init__(self, emit: Callable[[int, dict[str, float]], None]):
+    """Calls `emit(step, numbers)` for each push, in order, one push late."""
+    self._emit = emit
+    self._pending: tuple[int, Values] | None = None
+
+  def push(self, step: int, values: Values) -> None:
+    """Keeps `values`, device arrays or numbers, and emits the ones before."""
+    pending, self._pending = self._pending, (step, values)
+    if pending is not None:
+      self._out(*pending)
+
+  def flush(self) -> None:
+    """Emits what is pending, waiting for its step."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      self._out(*pending)
+
+  def _out(self, step: int, values: Values) -> None:
+    self._emit(step, {k: float(v) for k, v in jax.device_get(values).items()})
+
+
+def progress_bar(steps: int, done: int) -> tqdm.tqdm:
+  """Returns a bar on stderr; where that is no terminal, a line now and then."""
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+    total=steps,
+    initial=done,
+    unit="step",
+    file=sys.stderr,
+    dynamic_ncols=terminal,
+    mininterval=0.5 if terminal else 15,
+  )
+
+
+def peak_memory_bytes() -> int:
+  """Returns the highest memory so far: the device's, else the process's."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if "peak_bytes_in_use" in stats:
+    return int(stats["peak_bytes_in_use"])
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == "darwin" else peak * 1024
