@@ -1,0 +1,67 @@
+"""Tiny models with random weights, shared by the tests.
+
+Weights come from numpy: compiling jax's initialisers costs more than most
+tests. Scales are large enough for logits to depend on every weight.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree
+from research.nn import presets
+
+SIZES = presets.Sizes(
+  vocab=67,
+  width=32,
+  depth=3,
+  heads=4,
+  kv_heads=2,
+  hidden=44,
+  head_dim=8,
+  window=6,
+)
+
+GEMMA_SIZES = dataclasses.replace(
+  SIZES, attention_softcap=5.0, logit_softcap=8.0, local_theta=500.0
+)
+
+
+@functools.cache
+def model(family: str = "llama", **changes):
+  """Returns a tiny model of `family`; `changes` are `Sizes` fields."""
+  sizes = GEMMA_SIZES if family.startswith("gemma") else SIZES
+  sizes = dataclasses.replace(sizes, **changes)
+  return presets.transformer(presets.FAMILIES[family], sizes)
+
+
+def shapes(model):
+  """Returns the shapes of a model's parameters."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+
+
+def params(model, seed: int = 0):
+  """Returns random parameters: norms near 1, the rest N(0, 0.3^2)."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    value = 0.3 * rng.standard_normal(x.shape)
+    if path.endswith("scale"):
+      value = 1 - _offset(model) + 0.1 * value
+    return jnp.asarray(value, jnp.float32)
+
+  return tree.map_paths(draw, shapes(model))
+
+
+def _offset(model):
+  return model.norm.offset
+
+
+def tokens(batch: int = 2, length: int = 16, vocab: int = 67, seed: int = 1):
+  """Returns random token ids, int32 `[batch, length]`."""
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.integers(0, vocab, (batch, length)), jnp.int32)
