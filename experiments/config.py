@@ -8,10 +8,11 @@ argument like any other.
 """
 
 import contextlib
+import difflib
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gin
 from gin import config as gin_config
@@ -22,10 +23,13 @@ from research.typing import UserError
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 """Beside the package, in a checkout and in an installation alike."""
 
-ROOT = "experiment.Experiment"
+_HEADER = """from __gin__ import dynamic_registration
+from experiments import experiment
+"""
+_MACRO = "gin.macro"
 
 
-class Loaded(NamedTuple):
+class Read(NamedTuple):
   """An experiment and the text that rebuilds it."""
 
   experiment: Experiment
@@ -37,50 +41,78 @@ def find(path: str) -> pathlib.Path:
   for candidate in (pathlib.Path(path), CONFIGS / path):
     if candidate.is_file():
       return candidate.resolve()
-  near = ", ".join(
-    sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("runs/**/*.gin"))
-  )
+  runs = sorted(CONFIGS.glob("runs/**/*.gin"))
+  known = ", ".join(str(p.relative_to(CONFIGS)) for p in runs)
   raise UserError(
     f"--config={path}: no such file, neither here nor under configs/.\n"
-    f"Runs that exist: {near or 'none'}."
+    f"Runs that exist: {known or 'none'}."
   )
 
 
-def load(path: str, bindings: Sequence[str] = ()) -> Loaded:
+def read(path: str, bindings: Sequence[str] = ()) -> Read:
   """Returns the experiment that a gin file describes.
 
   Args:
     path: a gin file; relative ones are also looked for under `configs/`.
-    bindings: more lines, which win: `"STEPS = 20"`, `"LoRA.rank=4"`.
+    bindings: further lines, which win: `"STEPS = 20"`, `"Adapt.rank=4"`.
 
   Raises:
     UserError: the file is missing, or names what does not exist, or gives a
-      value of the wrong type.
+      value of the wrong type, or a binding changes nothing.
   """
-  return parse(find(path).read_text("utf-8"), bindings, name=path)
+  file = find(path)
+  try:
+    text = file.read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
+  return parse(text, bindings, name=path)
 
 
 def parse(
   text: str, bindings: Sequence[str] = (), name: str = "config"
-) -> Loaded:
-  """Returns the experiment that gin `text` describes; see `load`."""
-  for line in bindings:
-    if not re.fullmatch(r"\s*[\w./]+\s*=\s*\S.*", line, re.DOTALL):
-      raise UserError(
-        f"--set={line}: expected NAME=VALUE, e.g. --set=TOKENS=4096 or "
-        "--set=adapt.Adapt.rank=16."
-      )
-  with _clean(), _readable(name):
+) -> Read:
+  """Returns the experiment that gin `text` describes; see `read`."""
+  lines = [_binding(line) for line in bindings]
+  with _empty(), _readable(name):
     gin_config.add_config_file_search_path(str(CONFIGS))
-    gin.parse_config(text)
-    gin.parse_config("\n".join(bindings))
-    _finalize()
-    experiment = gin.get_configurable(_root())()
-    return Loaded(experiment, gin.operative_config_str())
+    gin.parse_config("\n".join([_HEADER, text, *lines]))
+    gin.finalize()
+    experiment = gin.get_configurable(Experiment)()
+    _all_used(lines)
+    return Read(experiment, gin.operative_config_str())
+
+
+def _binding(line: str) -> str:
+  if not re.fullmatch(r"\s*[\w./]+\s*=\s*\S.*", line, re.DOTALL):
+    raise UserError(
+      f"--set={line}: expected NAME=VALUE, e.g. --set=STEPS=20 or "
+      "--set=adapt.Adapt.rank=16."
+    )
+  return line
+
+
+def _all_used(lines: Sequence[str]) -> None:
+  """Raises if a binding from the command line reached nothing."""
+  used = gin_config._OPERATIVE_CONFIG
+  macros = sorted(scope for scope, name in used if name == _MACRO)
+  for line in lines:
+    name = line.split("=")[0].strip()
+    if "." in name:
+      target, _, parameter = name.rpartition(".")
+      reached = any(
+        selector.endswith(target.split("/")[-1]) and parameter in values
+        for (_, selector), values in used.items()
+      )
+    else:
+      reached = name in macros
+    if not reached:
+      near = difflib.get_close_matches(name, macros, 1)
+      hint = f"did you mean {near[0]}?" if near else f"macros: {macros}"
+      raise UserError(f"--set={line}: nothing in this run uses it; {hint}")
 
 
 @contextlib.contextmanager
-def _clean() -> Iterator[None]:
+def _empty() -> Iterator[None]:
   """Leaves gin's global state as empty as it was found."""
   gin.clear_config()
   try:
@@ -94,20 +126,27 @@ def _readable(name: str) -> Iterator[None]:
   """Turns gin's and the type checker's errors into the user's."""
   try:
     yield
-  except UserError:
-    raise
+  except UserError as error:
+    raise UserError(f"{name}: {error}") from error
   except Exception as error:
     raise UserError(f"{name}: {_shorten(error)}") from error
 
 
-def _root() -> str:
-  return ROOT
-
-
-def _finalize() -> None:
-  gin.finalize()
-
-
 def _shorten(error: Exception) -> str:
-  text = " ".join(str(error).split())
-  return text if len(text) < 600 else text[:600] + " ..."
+  """Returns the first cause of gin's or jaxtyping's error, in two lines."""
+  text = str(error)
+  field = re.search(r"typechecking parameter '(\w+)'", text)
+  if field:
+    owner = re.search(r"parameters of ([\w.]+?)(\.__init__)?\.\n", text)
+    value = re.search(r"Actual value: (.*)", text)
+    wanted = re.search(r"Expected type: (.*?)\.?\n", text)
+    parts: list[Any] = [m.group(1) if m else "?" for m in (owner, value, wanted)]
+    return (
+      f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
+    )
+  kept = [
+    line.strip()
+    for line in text.splitlines()
+    if line.strip() and not line.lstrip().startswith("In call to")
+  ]
+  return "\n".join(kept[:3]) or type(error).__name__

@@ -1,0 +1,111 @@
+"""The root of every configuration: an experiment as one frozen value.
+
+Everything that a run depends on hangs from here, given by a gin file
+(`experiments.config`) or built by hand in Python; both are equal.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from research.data.pipeline import Pipeline
+from research.interop import load
+from research.interop.load import Loaded
+from research.nn.transformer import Remat
+from research.training.loop import Plan
+from research.training.objective import Objective
+from research.typing import Params, PRNGKey
+
+Transform = Callable[[Params, PRNGKey], Params]
+"""A pure rewrite of a parameter tree: quantize, adapt, merge."""
+
+
+class Source(Protocol):
+  """Where a model and its first weights come from."""
+
+  def load(self) -> Loaded: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+  """A model that exists.
+
+  Attributes:
+    name: whatever `--model=` takes, see `research.interop.load`.
+    dtype: of computation and of the base weights.
+    packed: whether quantized weights stay as the file has them.
+    remat: what the backward pass computes again.
+  """
+
+  name: str
+  dtype: str = "float32"
+  packed: bool = False
+  remat: Remat = "names"
+
+  def load(self) -> Loaded:
+    """Returns the model, its weights and its tokenizer."""
+    loaded = load.load_model(self.name, self.dtype, self.packed)
+    return dataclasses.replace(
+      loaded, model=loaded.model.clone(remat=self.remat)
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """A training run.
+
+  Attributes:
+    model: where the model and its first weights come from.
+    transforms: rewrites of the weights, in order, before training.
+    trainable: regular expression of the paths that are learned.
+    objective: the loss; the loaded model is put into its field `model`.
+    optimizer: an optax chain over the trainable part.
+    data: what is trained on.
+    plan: how long, and when to look up.
+    validation: what the best checkpoint is chosen by, or None.
+    heldout: what the result is measured on, before and after, or None.
+    seed: of the transforms' random numbers.
+    prompt: text that the model continues before and after training, or None.
+    continuation: tokens of that continuation.
+  """
+
+  model: Source
+  optimizer: optax.GradientTransformation
+  objective: Objective
+  data: Pipeline
+  plan: Plan
+  transforms: tuple[Transform, ...] = ()
+  trainable: str = "."
+  validation: Pipeline | None = None
+  heldout: Pipeline | None = None
+  seed: int = 0
+  prompt: str | None = None
+  continuation: int = 48
+
+  def build(self) -> "Built":
+    """Returns what the run works with: loads, transforms, tokenises."""
+    loaded = self.model.load()
+    params = loaded.params
+    key = jax.random.key(self.seed)
+    for i, transform in enumerate(self.transforms):
+      params = transform(params, jax.random.fold_in(key, i))
+    objective = dataclasses.replace(self.objective, model=loaded.model)
+    return Built(loaded=loaded, params=params, objective=objective)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+  """An experiment's model, brought to life.
+
+  Attributes:
+    loaded: the model as it was imported.
+    params: its weights after the transforms.
+    objective: the loss of that model.
+  """
+
+  loaded: Loaded
+  params: Any
+  objective: Any
