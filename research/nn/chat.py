@@ -1,0 +1,111 @@
+"""Chat templates: a conversation rendered to a prompt.
+
+A template comes with a model's files, so it is a program by a stranger; it
+runs in `research.nn.sandbox`.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from research.nn import sandbox
+from research.typing import UserError
+
+MAX_TEMPLATE = 1 << 18
+"""Characters of a template; the longest in use have about 20,000."""
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+  return sandbox.environment().from_string(template)
+
+
+def render(
+  template: str,
+  messages: Sequence[Mapping[str, Any]],
+  add_generation_prompt: bool = True,
+  names: Mapping[str, Any] | None = None,
+) -> str:
+  """Returns the prompt for a conversation.
+
+  Args:
+    template: Jinja, as Hugging Face's tokenizers carry it.
+    messages: `{"role": ..., "content": ...}`, first to last.
+    add_generation_prompt: whether the assistant's turn is opened.
+    names: what else the template may use, e.g. `bos_token`, `tools`.
+
+  Raises:
+    UserError: the template does not parse, fails, calls `raise_exception`, or
+      passes a bound of the sandbox.
+  """
+  if len(template) > MAX_TEMPLATE:
+    raise UserError(
+      f"chat template: found {len(template):,} characters, expected at most "
+      f"{MAX_TEMPLATE:,}"
+    )
+  context = {
+    "messages": [dict(message) for message in messages],
+    "add_generation_prompt": add_generation_prompt,
+    "tools": None,
+    "documents": None,
+  } | dict(names or {})
+  try:
+    return sandbox.render(_compiled(template), context)
+  except sandbox.TooMuch as error:
+    raise UserError(
+      f"chat template: makes {error}; it was stopped.\n"
+      "Use a template that you trust, or generate without --chat."
+    ) from error
+  except jinja2.TemplateSyntaxError as error:
+    raise UserError(
+      f"chat template, line {error.lineno}: {error.message}"
+    ) from error
+  except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
+    raise UserError(f"chat template: {error.message}") from error
+  except RecursionError as error:
+    raise UserError("chat template: is nested too deeply") from error
+  except Exception as error:  # its own arithmetic, indexing, calls
+    raise UserError(f"chat template: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def find(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+  """Returns the chat template among a tokenizer's files, or None.
+
+  Args:
+    directory: which may hold `chat_template.jinja` (or the older `.json`);
+      they win, as in transformers.
+    config: `tokenizer_config.json`, whose `chat_template` is one template or a
+      list of named ones, of which `default` is taken.
+  """
+  beside = directory / "chat_template.jinja"
+  if beside.is_file():
+    with beside.open(encoding="utf-8", errors="replace") as file:
+      return file.read(MAX_TEMPLATE + 1)
+  older = directory / "chat_template.json"
+  found = config.get("chat_template")
+  if older.is_file():
+    found = json.loads(older.read_text("utf-8")).get("chat_template", found)
+  if found is None or isinstance(found, str):
+    return found
+  try:
+    named = {entry["name"]: entry["template"] for entry in found}
+    template = named.get("default")
+  except (TypeError, KeyError) as error:
+    raise UserError(
+      f"{directory}/tokenizer_config.json: chat_template: expected a text, or "
+      'a list of {"name", "template"}'
+    ) from error
+  if not isinstance(template, str | None):
+    raise UserError(
+      f"{directory}/tokenizer_config.json: chat_template: found a "
+      f"{type(template).__name__}, expected a text"
+    )
+  return template

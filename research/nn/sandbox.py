@@ -1,0 +1,232 @@
+"""A Jinja environment for templates by strangers: no escape, and bounded.
+
+Jinja's immutable sandbox already refuses attributes that start with an
+underscore, and mutation. What it does not bound is work: here a rendering may
+run so many lines, and no string or list that it makes may pass a size, with
+those operations left out whose result can be any size at all.
+"""
+
+import datetime
+import json
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, no_type_check
+
+import jinja2
+from jinja2 import compiler, ext
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_SIZE = 1 << 22
+"""Characters of a string or elements of a list, whole text included."""
+
+MAX_STEPS = 1 << 19
+"""Lines of compiled template that a rendering may run."""
+
+_SAFE = """
+abs count d default dictsort first float int items last length list map max min
+reject rejectattr reverse select selectattr sort unique
+"""
+_OF_TEXT = "capitalize lower safe string title trim upper"
+_GROWING = "center expandtabs format format_map ljust rjust translate zfill"
+"""Methods of strings whose result may be any size; no chat needs them."""
+
+
+class TooMuch(Exception):
+  """A rendering passed one of the bounds."""
+
+
+class _Generation(ext.Extension):
+  """`{% generation %}` marks what the assistant says; here it does nothing."""
+
+  tags = {"generation"}
+
+  def parse(self, parser: Any) -> Any:
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@no_type_check
+def _bound(size: int) -> None:
+  if size > MAX_SIZE:
+    raise TooMuch(f"more than {MAX_SIZE:,} characters")
+
+
+@no_type_check
+def _measured(x: Any) -> Any:
+  """Returns `x` if its text, aliases written out, is within the bound."""
+  size, rest = 0, [x]
+  while rest:
+    x_ = rest.pop()
+    size += 1
+    if isinstance(x_, str | bytes):
+      size += len(x_)
+    elif isinstance(x_, dict):
+      rest += [*x_.keys(), *x_.values()]
+    elif isinstance(x_, list | tuple | set):
+      rest += x_
+    _bound(size + len(rest))
+  return x
+
+
+@no_type_check
+def _text(x: Any) -> str:
+  return x if isinstance(x, str) else str(_measured(x))
+
+
+@no_type_check
+def _concatenated(pieces: Iterable[Any]) -> str:
+  out, size = [], 0
+  for piece in pieces:
+    out.append(_text(piece))
+    size += len(out[-1])
+    _bound(size)
+  return "".join(out)
+
+
+def _joined(separator: str, items: Iterable[Any]) -> str:
+  def pieces():
+    for i, item in enumerate(items):
+      if i:
+        yield separator
+      yield item
+
+  return _concatenated(pieces())
+
+
+def _replaced(text: Any, old: Any, new: Any, count: int = -1) -> str:
+  text, old, new = _text(text), _text(old), _text(new)
+  _bound(len(text) + text.count(old) * len(new))
+  return text.replace(old, new, -1 if count is None else count)
+
+
+@jinja2.pass_environment
+def _join_filter(environment, value, d="", attribute=None):
+  get = environment.getitem
+  items = value if attribute is None else (get(x, attribute) for x in value)
+  return _joined(_text(d), items)
+
+
+def _tojson(
+  x: Any,
+  ensure_ascii: bool = False,
+  indent: int | None = None,
+  separators: Any = None,
+  sort_keys: bool = False,
+) -> str:
+  """JSON as Hugging Face writes it, without HTML's escapes."""
+  if indent is not None and not 0 <= int(indent) <= 16:
+    raise TooMuch("an indentation of more than 16")
+  return json.dumps(
+    _measured(x),
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    sort_keys=sort_keys,
+  )
+
+
+def _raise_exception(message: Any) -> None:
+  raise TemplateError(_text(message))
+
+
+def _strftime_now(form: str) -> str:
+  if len(form) > 64:
+    raise TooMuch("a date of more than 64 characters")
+  return datetime.datetime.now().strftime(form)
+
+
+class _Generator(compiler.CodeGenerator):
+  """Compiles `a ~ b` to a call that is bounded."""
+
+  def visit_Concat(self, node, frame):
+    self.write("environment.concat((")
+    for operand in node.nodes:
+      self.visit(operand, frame)
+      self.write(", ")
+    self.write("))")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+  intercepted_binops = frozenset(("+", "*", "**", "%"))
+  code_generator_class = _Generator
+  concat = staticmethod(_concatenated)
+
+  def call_binop(self, context, operator, left, right):
+    sizes = [len(x) for x in (left, right) if hasattr(x, "__len__")]
+    if sizes and operator == "%":
+      raise TooMuch("%-formatting, which no chat needs")
+    if operator == "**":
+      raise TooMuch("a power, which no chat needs")
+    if sizes and operator == "*":
+      times = [x for x in (left, right) if isinstance(x, int)]
+      sizes = [sizes[0] * max(times, default=1)]
+    _bound(sum(sizes))
+    numbers = [x for x in (left, right) if isinstance(x, int)]
+    if any(x.bit_length() > 64 for x in numbers):
+      raise TooMuch("an integer of more than 64 bits")
+    return super().call_binop(context, operator, left, right)
+
+  def call(self, context, obj, *args, **kwargs):
+    owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+    if isinstance(owner, str):
+      if name in _GROWING.split():
+        raise TooMuch(f"str.{name}, which no chat needs")
+      if name == "join":
+        return _joined(owner, *args)
+      if name == "replace":
+        return _replaced(owner, *args, **kwargs)
+    return super().call(context, obj, *args, **kwargs)
+
+
+def _of_text(f: Callable[..., Any]) -> Callable[..., Any]:
+  return lambda x, *args: f(_text(x), *args)
+
+
+def environment() -> jinja2.Environment:
+  """Returns the environment; Hugging Face's helpers are among its names."""
+  out = _Environment(
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=[ext.loopcontrols, _Generation],
+    finalize=_measured,
+  )
+  known = out.filters
+  out.filters = (
+    {name: known[name] for name in _SAFE.split()}
+    | {name: _of_text(known[name]) for name in _OF_TEXT.split()}
+    | {"join": _join_filter, "replace": _replaced, "tojson": _tojson}
+  )
+  names = ("range", "dict", "namespace")
+  out.globals = {name: out.globals[name] for name in names}
+  out.globals |= dict(
+    raise_exception=_raise_exception, strftime_now=_strftime_now
+  )
+  return out
+
+
+def render(template: jinja2.Template, names: dict[str, Any]) -> str:
+  """Returns the text of `template`; raises `TooMuch` past a bound.
+
+  Args:
+    template: from this module's `environment().from_string`.
+    names: what the template may use.
+  """
+  steps = 0
+
+  @no_type_check  # called for every line: a checked call costs 30 us
+  def count(frame, event, argument):
+    nonlocal steps
+    if frame.f_code.co_filename != "<template>":
+      return None
+    steps += 1
+    if steps > MAX_STEPS:
+      raise TooMuch(f"more than {MAX_STEPS:,} steps")
+    return count
+
+  before = sys.gettrace()
+  sys.settrace(count)
+  try:
+    return _concatenated(template.root_render_func(template.new_context(names)))
+  finally:
+    sys.settrace(before)
