@@ -1,0 +1,152 @@
+"""Dispatch on leaves: arrays and objects give what the dense array gives."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research import weights
+from research.lora.tensor import LoRATensor
+
+RNG = np.random.default_rng(0)
+
+
+def _draw(*shape):
+  return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def _lora(*lead, inside=6, outside=5, rank=2, **fields):
+  return LoRATensor(
+    _draw(*lead, inside, outside),
+    _draw(*lead, rank, inside),
+    _draw(*lead, rank, outside),
+    scale=0.5,
+    **fields,
+  )
+
+
+LEAVES = {"array": _draw(6, 5), "lora": _lora()}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("eq", ["...d,df->...f", "...f,df->...d"])
+def test_einsum_is_the_dense_one(leaf, eq):
+  w = LEAVES[leaf]
+  x = _draw(2, 3, 6 if eq.startswith("...d,") else 5)
+  found = weights.einsum(eq, x, w)
+  expected = np.einsum(
+    eq, np.float64(x), np.float64(weights.dense(w)), optimize=True
+  )
+  chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_take_is_rows_of_the_dense_one(leaf):
+  w, ids = LEAVES[leaf], jnp.asarray([[0, 5], [3, 3]])
+  chex.assert_trees_all_close(
+    weights.take(w, ids), weights.dense(w)[ids], rtol=1e-6, atol=1e-6
+  )
+
+
+def test_ragged_dot_is_each_expert_on_its_rows():
+  w, x = _lora(3), _draw(7, 6)
+  sizes = jnp.asarray([2, 0, 5])
+  dense = weights.dense(w)
+  expected = jnp.concatenate([x[:2] @ dense[0], x[2:] @ dense[2]])
+  chex.assert_trees_all_close(
+    weights.ragged_dot(x, w, sizes), expected, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_compute_dtype_is_that_of_the_activations():
+  x = _draw(2, 6).astype(jnp.bfloat16)
+  for w in LEAVES.values():
+    assert weights.einsum("...d,df->...f", x, w).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("eq", ["...d,df->...f", "...f,df->...d"])
+def test_gradients_are_those_of_the_dense_formula(eq):
+  w = _lora()
+  x = _draw(4, 3, 6 if eq.startswith("...d,") else 5)
+
+  def by_leaf(x, a, b):
+    leaf = LoRATensor(w.w, a, b, scale=w.scale)
+    return jnp.sin(weights.einsum(eq, x, leaf)).sum()
+
+  def by_formula(x, a, b):
+    dense = w.w + w.scale * jnp.einsum("ri,ro->io", a, b)
+    return jnp.sin(jnp.einsum(eq, x, dense)).sum()
+
+  arguments = (x, w.a, w.b)
+  chex.assert_trees_all_close(
+    jax.grad(by_leaf, (0, 1, 2))(*arguments),
+    jax.grad(by_formula, (0, 1, 2))(*arguments),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+def test_zero_b_is_bitwise_the_base():
+  w = _lora()
+  zero = LoRATensor(w.w, w.a, jnp.zeros_like(w.b), scale=3.0)
+  x = _draw(3, 6)
+  eq = "...d,df->...f"
+  chex.assert_trees_all_equal(
+    weights.einsum(eq, x, zero), weights.einsum(eq, x, w.w)
+  )
+  chex.assert_trees_all_equal(weights.dense(zero), w.w)
+
+
+def test_adapters_of_adapters_add_up():
+  inner = _lora()
+  outer = LoRATensor(inner, _draw(2, 6), _draw(2, 5), scale=2.0)
+  x = _draw(3, 6)
+  chex.assert_trees_all_close(
+    weights.einsum("...d,df->...f", x, outer),
+    x @ weights.dense(outer),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+
+
+def test_low_rank_refuses_an_equation_without_one_contracted_axis():
+  with pytest.raises(ValueError, match="one contracted and one kept"):
+    weights.einsum("...d,df->...df", _draw(2, 6), LEAVES["lora"])
+
+
+def test_dropout_needs_a_bound_key_and_differs_a_layer_and_a_leaf():
+  params = {"run0": {"q": _lora(4, dropout=0.5), "k": _lora(4, dropout=0.5)}}
+  assert weights.bind(params)["run0"]["q"].key is None
+  bound = weights.bind(params, key=jax.random.key(3))["run0"]
+  keys = [jax.random.key_data(bound[name].key) for name in "qk"]
+  assert keys[0].shape[0] == 4
+  assert len({tuple(k) for k in np.concatenate(keys)}) == 8
+  again = weights.bind(params, key=jax.random.key(3))["run0"]
+  chex.assert_trees_all_equal(keys[0], jax.random.key_data(again["q"].key))
+
+
+def test_dropout_keeps_the_expectation_and_the_base():
+  w, x = _lora(dropout=0.25), _draw(1, 6)
+  eq = "...d,df->...f"
+
+  @jax.jit
+  @jax.vmap
+  def sample(key):
+    return weights.einsum(eq, x, w.bind(key=key, ids=None))
+
+  found = sample(jax.random.split(jax.random.key(0), 20_000)).mean(0)
+  # Standard error of the branch's mean over 20,000 draws of 6 inputs.
+  branch = jnp.abs(w.scale * x[0, :, None] * (w.a.T @ w.b)).sum()
+  error = float(branch) * np.sqrt(0.25 / 0.75 / 20_000)
+  chex.assert_trees_all_close(
+    found, weights.einsum(eq, x, w), atol=5 * error, rtol=0
+  )
+
+
+def test_axes_follow_the_weight():
+  w = _lora(4)
+  named = weights.axes(w, ("embed", "heads"))
+  assert named.w == (None, "embed", "heads")
+  assert named.a == (None, None, "embed")
+  assert named.b == (None, None, "heads")
