@@ -36,13 +36,13 @@ class NextToken:
   """Next-token prediction over packed rows.
 
   Attributes:
-    model: the network.
+    model: the network; an experiment fills it in once it is loaded.
     z_loss: see `losses.TokenLoss`.
     label_smoothing: see `losses.TokenLoss`.
     rows: rows of logits held at a time.
   """
 
-  model: Transformer
+  model: Transformer | None = None
   z_loss: float | int = 0.0
   label_smoothing: float | int = 0.0
   rows: int = 256
