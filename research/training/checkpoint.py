@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
@@ -75,8 +76,11 @@ class Checkpoints:
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *_) -> None:
-    self._steps.close()
+  def __exit__(self, kind, error, trace) -> None:
+    # A failed save fails again on closing; the first error says more.
+    again = contextlib.suppress(*([Exception] if error else []))
+    with _quiet(), again:
+      self._steps.close()
 
   @property
   def steps(self) -> list[int]:
@@ -160,7 +164,8 @@ class Checkpoints:
 def _writing(where: pathlib.Path):
   """Turns what a full or read-only disk raises into a UserError."""
   try:
-    yield
+    with _quiet():
+      yield
   except UserError:
     raise
   except Exception as error:
@@ -173,6 +178,18 @@ def _writing(where: pathlib.Path):
       f" ({reason}).\nExpected a writable folder with free space; a run can"
       " resume from its last checkpoint."
     ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps Orbax from printing each thread's traceback of what it raises."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _moving(state: TrainState) -> dict[str, Any]:

@@ -318,7 +318,10 @@ class _Report:
       {"loss": f"{values['loss']:.4f}", "tokens/s": rate}, refresh=False
     )
     self._bar.update()
-    for name, value in named.items():
+    # The loss first: what is wrong with it is wrong with all others too.
+    for name, value in sorted(
+      named.items(), key=lambda x: x[0] != "train/loss"
+    ):
       if not math.isfinite(value):
         raise UserError(
           f"{self.workdir}: {name} is {value} at step {step}.\n"

@@ -1,0 +1,236 @@
+"""Runs: resumed ones are the same, and bad ones stop with a reason."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from research.data import pipeline
+from research.training import loop, optim, state
+from research.training.checkpoint import Checkpoints
+from research.training.objective import NextToken
+from research.training.step import make_eval_step
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+  """Twenty short documents of letters."""
+
+  def __len__(self):
+    return 20
+
+  def __getitem__(self, index):
+    rng = np.random.default_rng(index)
+    return "".join(map(chr, rng.integers(0, 60, 5 + index)))
+
+
+def encode(text):
+  return [ord(c) for c in text]
+
+
+DATA = pipeline.Pipeline(source=Sentences(), length=16, batch_size=4, seed=1)
+
+
+def records(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def losses(workdir):
+  return [
+    (r["step"], r["train/loss"]) for r in records(workdir) if "train/loss" in r
+  ]
+
+
+def test_ten_steps_are_five_and_five(model, params, adapt, tmp_path):
+  """Bitwise, with dropout, a schedule, shuffled data and evaluation."""
+  tx = optim.adamw(optim.cosine(1e-2, 10, 2), weight_decay=0.1)
+  objective = NextToken(model, rows=16)
+
+  def run(workdir, steps):
+    start = state.create(adapt(params, 0.1), r"/(a|b)$", tx, average=True)
+    plan = loop.Plan(steps=steps, seed=5, eval_every=5)
+    return loop.fit(
+      objective,
+      tx,
+      start,
+      DATA.training(encode),
+      plan,
+      workdir=workdir,
+      evaluations={"validation": DATA.evaluation(encode, 1)},
+    )
+
+  whole = run(tmp_path / "whole", 10)
+  run(tmp_path / "parts", 5)
+  parts = run(tmp_path / "parts", 10)
+  chex.assert_trees_all_equal(whole.state, parts.state)
+  assert whole.evaluation == parts.evaluation
+  assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+  assert [s for s, _ in losses(tmp_path / "parts")] == list(range(1, 11))
+  assert whole.best[0] in (5, 10) and whole.tokens_per_s > 0
+  assert losses(tmp_path / "whole")[-1][1] < losses(tmp_path / "whole")[0][1]
+  again = run(tmp_path / "parts", 10)  # nothing left to do
+  chex.assert_trees_all_equal(again.state, whole.state)
+  assert again.tokens_per_s is None
+
+
+def line_run(line, workdir, plan, *, bad_from=None, **more):
+  objective, params, numbers = line
+  tx = optax.sgd(0.05)
+  start = state.create(params, "w", tx)
+  return loop.fit(
+    objective, tx, start, numbers(bad_from), plan, workdir=workdir, **more
+  )
+
+
+def test_a_run_learns_and_reports(line, tmp_path):
+  _, _, numbers = line
+  held = [next(iter(numbers()))]
+  out = line_run(
+    line,
+    tmp_path,
+    loop.Plan(steps=40, eval_every=10, save_every=7, keep=1),
+    evaluations={"validation": held, "heldout": held * 2},
+  )
+  assert int(out.state.step) == 40
+  np.testing.assert_allclose(out.state.params["w"], [1, -2, 3], atol=0.1)
+  assert out.evaluation["validation/loss"] == pytest.approx(
+    out.evaluation["heldout/loss"]
+  )
+  assert out.seconds["train"] > 0 and out.seconds["compile"] > 0
+  assert out.best == (40, pytest.approx(out.evaluation["validation/loss"]))
+  found = records(tmp_path)
+  assert found[0]["step"] == 0 and found[0]["compile/seconds"] > 0
+  assert [r["step"] for r in found if "validation/loss" in r] == [
+    10,
+    20,
+    30,
+    40,
+  ]
+  assert [r["step"] for r in found if "train/loss" in r] == list(range(1, 41))
+
+
+def test_best_checkpoint_survives_what_comes_after(line, tmp_path):
+  """The evaluation wants w = 0: the first checkpoint is the best one."""
+  _, _, numbers = line
+  held = next(iter(numbers()))
+  held["y"] = np.full_like(held["y"], 0.5)
+  out = line_run(
+    line,
+    tmp_path,
+    loop.Plan(steps=12, eval_every=2, keep=2),
+    evaluations={"validation": [held]},
+  )
+  assert out.best[0] == 2
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.steps == [2, 10, 12]
+
+
+def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
+  plan = loop.Plan(steps=9, save_every=2)
+  with pytest.raises(UserError) as caught:
+    line_run(line, tmp_path, plan, bad_from=6)
+  assert "train/loss is nan at step 6" in str(caught.value)
+  assert str(caught.value).count("\n") < 3
+  with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+    assert checkpoints.steps == [2, 4]
+  assert records(tmp_path)[-1]["train/loss"] is None
+  # The same workdir, with good data, goes on from the last checkpoint.
+  out = line_run(line, tmp_path, plan)
+  assert int(out.state.step) == 9
+  assert [s for s, _ in losses(tmp_path)] == list(range(1, 10))
+
+
+def test_another_shape_is_an_error_not_a_compilation(line, tmp_path):
+  objective, params, numbers = line
+
+  def batches():
+    yield from (x for x, _ in zip(numbers(), range(2), strict=False))
+    yield next(iter(numbers(size=5)))
+
+  class Uneven:
+    def __iter__(self):
+      return batches()
+
+  tx = optax.sgd(0.1)
+  with pytest.raises(UserError, match=r"found .*float32\[5, 3\]") as caught:
+    loop.fit(
+      objective,
+      tx,
+      state.create(params, "w", tx),
+      Uneven(),
+      loop.Plan(steps=5),
+      workdir=tmp_path,
+    )
+  assert "\nexpected {'weights': 'float32[8]'" in str(caught.value)
+
+
+def test_one_trace_a_run(line, tmp_path):
+  objective, params, numbers = line
+  tx = optax.sgd(0.1)
+  # Two traces of the objective: the update and the evaluation.
+  counted = chex.assert_max_traces(
+    lambda params, batch, key: objective(params, batch, key), n=2
+  )
+  out = loop.fit(
+    counted,
+    tx,
+    state.create(params, "w", tx),
+    numbers(),
+    loop.Plan(steps=8, eval_every=2),
+    workdir=tmp_path,
+    evaluations={"validation": [next(iter(numbers()))] * 3},
+  )
+  assert int(out.state.step) == 8
+
+
+def test_frozen_is_never_donated(line, tmp_path):
+  objective, params, numbers = line
+  tx = optax.sgd(0.1)
+  start = state.create(params, "w", tx)
+  out = loop.fit(
+    objective, tx, start, numbers(), loop.Plan(steps=3), workdir=tmp_path
+  )
+  assert out.state.frozen["base"] is params["base"]
+  assert not params["w"].is_deleted() and start.trainable["w"].is_deleted()
+
+
+def test_evaluate_weighs_by_targets(line):
+  objective, params, numbers = line
+  start = state.create(params, "w", optax.sgd(0.1))
+  batches = [b for b, _ in zip(numbers(), range(3), strict=False)]
+  found = loop.evaluate(jax.jit(make_eval_step(objective)), start, batches)
+  weight = np.concatenate([b["weights"] for b in batches])
+  error = np.concatenate([(b["y"] - 0.5) ** 2 for b in batches])
+  assert found["weight"] == weight.sum()
+  want = (error * weight).sum() / weight.sum()
+  np.testing.assert_allclose(found["loss"], want, rtol=1e-5)
+  with pytest.raises(UserError, match="no targets"):
+    loop.evaluate(make_eval_step(objective), start, [])
+
+
+def test_profile_of_early_steps(line, tmp_path):
+  line_run(line, tmp_path, loop.Plan(steps=3, profile=(2, 5)))
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_writers_get_everything(line, tmp_path):
+  seen = []
+
+  class Listener:
+    def __init__(self, workdir, resumed):
+      seen.append((workdir, resumed))
+
+    def scalars(self, step, values):
+      seen.append(step)
+
+    def close(self):
+      seen.append("closed")
+
+  line_run(line, tmp_path, loop.Plan(steps=2), writers=(Listener,))
+  assert seen == [(tmp_path, None), 0, 1, 2, "closed"]
