@@ -35,8 +35,7 @@ alive() {
   case " $versions " in *" $found "*) return 0 ;; *) return 1 ;; esac
 }
 
-# What the environment is made from. The folder counts, since an environment
-# does not survive a move; the interpreter's full version is asked afresh.
+# What the environment is made from, its own place first.
 describe() {
   pwd
   "$dir/bin/python" -c 'import sys; print(sys._base_executable, sys.version)'
@@ -79,7 +78,14 @@ create() {
 install() {
   { "$dir/bin/python" -m pip install --disable-pip-version-check \
       --timeout 30 --retries 2 "$@" 2>&1 || echo "pip failed"; } \
-    | tee "$log" | grep -E '^ *(Downloading|Installing|Success|ERROR)' >&2
+    | tee "$log" | while IFS= read -r line; do
+      # Not grep: it would hold lines back, and a user wait before nothing.
+      case $line in
+        *Downloading*) echo "$line" >&2 ;;
+        "Installing collected"*) echo "Installing what was downloaded" >&2 ;;
+        *ERROR:*) echo "$line" >&2 ;;
+      esac
+    done
   tail -n 1 "$log" | grep -q '^pip failed$' || return 0
   missing=$(sed -n 's/.*No matching distribution found for \([^ ]*\).*/\1/p' \
     "$log" | head -n 1)
@@ -89,7 +95,10 @@ install() {
   fail "pip could not install $*; see $log, mend it and run make again."
 }
 
-if [ -e "$incomplete" ] || ! alive; then create; fi
+# An environment's scripts hold its path, so that a moved one is of no use.
+moved() { [ -e "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$(pwd)" ]; }
+
+if [ -e "$incomplete" ] || moved || ! alive; then create; fi
 describe "$@" >"$wanted"
 cmp -s "$wanted" "$stamp" && exit 0
 echo "heptad: installing into $dir (a minute or two the first time)" >&2
