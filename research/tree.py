@@ -86,6 +86,21 @@ def layers(params: Params) -> Iterator[Params]:
         yield jax.tree.map(lambda x, k=k: x[k], run[f"layer{j}"])
 
 
+def layer_indices(params: Params) -> dict[str, range]:
+  """Returns which layers stand behind the leading axis of each `run/layer`.
+
+  A run of n repeats and period p that starts at layer `s` holds layer
+  `s + k p + j` at row k of its `layer<j>`.
+  """
+  out, start = {}, 0
+  for name in runs(params):
+    n, p = run_length(params[name]), len(params[name])
+    for j in range(p):
+      out[f"{name}/layer{j}"] = range(start + j, start + n * p, p)
+    start += n * p
+  return out
+
+
 def top(params: Params) -> dict[str, Any]:
   """Returns what stands outside the layers: embedding, final norm, head."""
   hidden = set(runs(params))

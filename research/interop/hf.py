@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from research import tree
 from research.interop import hf_config, names, safetensors
 from research.nn import presets
 from research.nn.transformer import Transformer
-from research.typing import Params, UserError
+from research.typing import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
 _FLOATS = ("float64", *DTYPES)
@@ -68,38 +68,19 @@ def table(model: Transformer) -> names.Table:
   return names.SANDWICH if sandwich else names.PLAIN
 
 
-def addresses(
-  params: Params,
-) -> Iterator[tuple[str, tuple[names.Address, ...]]]:
-  """Yields, for `run<i>/layer<j>` prefixes, the layers behind the axis.
-
-  Layers are counted over the runs: a run of n repeats and period p holds
-  layer `start + k p + j` at row k of its `layer<j>`.
-  """
-  start = 0
-  for name in tree.runs(params):
-    run = params[name]
-    n, p = tree.run_length(run), len(run)
-    for j in range(p):
-      rows = range(start + j, start + n * p, p)
-      yield f"{name}/layer{j}/", tuple(names.Address(i, "") for i in rows)
-    start += n * p
-
-
 def slots(model: Transformer) -> list[Slot]:
   """Returns every array of `model`'s parameters, and what belongs in it."""
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   )["params"]
-  prefixes = dict(addresses(shapes))
+  indices = tree.layer_indices(shapes)
   out = []
   for path, leaf in tree.flatten_paths(shapes):
-    rows: tuple[names.Address, ...] = (names.Address(None, path),)
-    for prefix, layers in prefixes.items():
-      if path.startswith(prefix):
-        inner = path.removeprefix(prefix)
-        rows = tuple(dataclasses.replace(a, path=inner) for a in layers)
-    out.append(Slot(path, tuple(leaf.shape), rows))
+    head, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[2:]
+    rows = [names.Address(None, path)]
+    if head in indices:
+      rows = [names.Address(i, inner[0]) for i in indices[head]]
+    out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
   return out
 
 
