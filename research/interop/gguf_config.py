@@ -1,6 +1,7 @@
 """GGUF metadata as a family and sizes; every key is used or refused."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,8 +51,8 @@ _BIASES = {
   "out_bias": "blk.0.attn_output.bias",
   "mlp_bias": "blk.0.ffn_up.bias",
 }
-_LLAMA3 = dict(low=1.0, high=4.0, original=8192)
-"""The bands of every Llama 3.1 to 3.3; a file holds only their result."""
+_BANDS, _LLAMA3_LENGTH = dict(low=1.0, high=4.0), 8192
+"""Of every Llama 3.1 to 3.3; a file holds only what follows from them."""
 
 
 class _Keys:
@@ -201,13 +202,29 @@ def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
 
 
 def _llama3(path: str, factors: np.ndarray, theta: float, dim: int) -> Llama3:
-  """Returns the scaling whose divisors of the frequencies are `factors`."""
-  scaling = Llama3(factor=float(factors.max()), **_LLAMA3)
+  """Returns the scaling whose divisors of the frequencies are `factors`.
+
+  A divisor between 1 and the largest is one of the ramp, and tells the
+  original length; where the ramp meets no frequency it is Llama 3's own.
+  """
   plain = inverse_frequencies(theta, dim)
-  meant = plain / scaling.frequencies(theta, dim, None)[0]
-  if factors.shape != meant.shape or not np.allclose(factors, meant, rtol=1e-4):
+  if factors.shape != plain.shape or not (factors >= 1).all():
     raise UserError(
-      f"{path}: 'rope_freqs.weight' is not Llama 3's scaling with bands 1 and "
-      "4 over 8192 positions, the only one supported"
+      f"{path}: 'rope_freqs.weight': found shape {factors.shape} from "
+      f"{factors.min()} on, expected {plain.shape} from 1 on"
+    )
+  factor, original = float(factors.max()), _LLAMA3_LENGTH
+  between = (factors > 1.0001) & (factors < 0.9999 * factor)
+  if between.any():
+    ramp = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
+    turns = ramp * (_BANDS["high"] - _BANDS["low"]) + _BANDS["low"]
+    lengths = turns * 2 * math.pi / plain[between]
+    original = round(float(np.median(lengths)))
+  scaling = Llama3(factor=factor, original=original, **_BANDS)
+  meant = plain / scaling.frequencies(theta, dim, None)[0]
+  if not np.allclose(factors, meant, rtol=1e-4):
+    raise UserError(
+      f"{path}: 'rope_freqs.weight' is not Llama 3's scaling with bands "
+      "1 and 4, the only one supported"
     )
   return scaling

@@ -69,13 +69,20 @@ class _Fields:
       self.fail(key, value, "a list of strings")
     return value
 
-  def numbers(self, key: str, count: int, default: float) -> list:
+  def numbers(self, key: str, count: int, default: float | int) -> list:
     value = self.metadata.get(f"tokenizer.ggml.{key}")
     if value is None:
       return [default] * count
     if not isinstance(value, np.ndarray) or value.shape != (count,):
       self.fail(key, type(value).__name__, f"{count} numbers, one a token")
     return value.tolist()
+
+  def bpe(self, **parts: Any) -> tokenizers.Tokenizer:
+    """Returns a bare tokenizer; its parts may not fit together."""
+    try:
+      return tokenizers.Tokenizer(models.BPE(**parts))
+    except Exception as error:  # the Rust library raises nothing narrower
+      self.fail("merges", error, "pairs of tokens that join to a token")
 
   def token(self, key: str, count: int) -> int | None:
     value = self.get(key, int, None)
@@ -107,13 +114,8 @@ def tokenizer_from_gguf(
     fields.fail("model", kind, f"one of {', '.join(builders)}")
   tokens = fields.strings("tokens")
   unknown = fields.token("unknown_token_id", len(tokens))
-  try:
-    out = builders[kind](fields, tokens, unknown)
-    _add_special(out, tokens, fields.numbers("token_type", len(tokens), 1))
-  except UserError:
-    raise
-  except Exception as error:  # the Rust library raises nothing narrower
-    fields.fail("model", error, "a vocabulary and merges that fit together")
+  out = builders[kind](fields, tokens, unknown)
+  _add_special(out, tokens, fields.numbers("token_type", len(tokens), 1))
   pre = fields.get("pre", str, "default")
   template = metadata.get("tokenizer.chat_template")
   special = {
@@ -142,12 +144,11 @@ def _byte_level(
   merges = [tuple(m.split(" ")) for m in fields.strings("merges")]
   if bad := [m for m in merges if len(m) != 2]:
     fields.fail("merges", " ".join(bad[0]), "two tokens and a space")
-  model = models.BPE(
+  out = fields.bpe(
     vocab=_vocabulary(tokens),
     merges=merges,
     ignore_merges=pre in _WHOLE_WORDS,
   )
-  out = tokenizers.Tokenizer(model)
   if WORDS[pre] is _QWEN2:
     out.normalizer = normalizers.NFC()
   out.pre_tokenizer = pre_tokenizers.Sequence(
@@ -185,14 +186,13 @@ def _sentencepiece(
   joined = {
     t: i for t, i in vocabulary.items() if types[i] not in (_CONTROL, _BYTE)
   }
-  model = models.BPE(
+  out = fields.bpe(
     vocab=vocabulary,
     merges=_merges(joined, scores),
     unk_token=None if unknown is None else tokens[unknown],
     fuse_unk=True,
     byte_fallback=_BYTE in types,
   )
-  out = tokenizers.Tokenizer(model)
   prefix = fields.get("add_space_prefix", bool, True)
   spaces = normalizers.Replace(" ", _SPACE)
   out.normalizer = spaces

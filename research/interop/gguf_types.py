@@ -234,7 +234,8 @@ def encode(kind: str, x: np.ndarray) -> np.ndarray:
     x: float32, finite; the last axis is a whole number of blocks.
 
   Raises:
-    UserError: the type is not supported, or the last axis does not divide.
+    UserError: the type is not supported, the last axis does not divide, or a
+      block type is asked to hold an infinity or NaN.
   """
   known = require(kind, "the encoding asked for")
   x = np.ascontiguousarray(x, dtype=np.float32)
@@ -247,6 +248,8 @@ def encode(kind: str, x: np.ndarray) -> np.ndarray:
       f"{kind} needs rows of a multiple of {known.block} weights; "
       f"found shape {x.shape}"
     )
+  if not np.isfinite(x).all():
+    raise UserError(f"{kind} cannot hold weights that are not finite numbers")
   blocks = x.reshape(-1, 1, known.block)
   if known.bits == 8:
     scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
