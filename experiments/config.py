@@ -23,9 +23,6 @@ from research.typing import UserError
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 """Beside the package, in a checkout and in an installation alike."""
 
-_HEADER = """from __gin__ import dynamic_registration
-from experiments import experiment
-"""
 _MACRO = "gin.macro"
 
 
@@ -75,11 +72,29 @@ def parse(
   lines = [_binding(line) for line in bindings]
   with _empty(), _readable(name):
     gin_config.add_config_file_search_path(str(CONFIGS))
-    gin.parse_config("\n".join([_HEADER, text, *lines]))
+    gin.parse_config(text)
+    gin.parse_config("\n".join([*_imports(text), *lines]))
     gin.finalize()
     experiment = gin.get_configurable(Experiment)()
     _all_used(lines)
     return Read(experiment, gin.operative_config_str())
+
+
+def _imports(text: str) -> list[str]:
+  """Returns the import lines of `text` and of all it includes.
+
+  Each gin file has imports of its own; a binding from the command line may
+  name what any of them does.
+  """
+  found = [gin_dynamic := "from __gin__ import dynamic_registration"]
+  for line in text.splitlines():
+    line = line.split("#")[0].strip()
+    included = re.fullmatch(r"include\s+['\"](.+)['\"]", line)
+    if included:
+      found += _imports(find(included.group(1)).read_text("utf-8"))
+    elif re.match(r"(import|from)\s", line) and line != gin_dynamic:
+      found.append(line)
+  return list(dict.fromkeys(found))
 
 
 def _binding(line: str) -> str:
@@ -140,10 +155,10 @@ def _shorten(error: Exception) -> str:
     owner = re.search(r"parameters of ([\w.]+?)(\.__init__)?\.\n", text)
     value = re.search(r"Actual value: (.*)", text)
     wanted = re.search(r"Expected type: (.*?)\.?\n", text)
-    parts: list[Any] = [m.group(1) if m else "?" for m in (owner, value, wanted)]
-    return (
-      f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
-    )
+    parts: list[Any] = [
+      m.group(1) if m else "?" for m in (owner, value, wanted)
+    ]
+    return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
   kept = [
     line.strip()
     for line in text.splitlines()

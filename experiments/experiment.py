@@ -6,7 +6,7 @@ Everything that a run depends on hangs from here, given by a gin file
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import optax
@@ -23,6 +23,7 @@ Transform = Callable[[Params, PRNGKey], Params]
 """A pure rewrite of a parameter tree: quantize, adapt, merge."""
 
 
+@runtime_checkable
 class Source(Protocol):
   """Where a model and its first weights come from."""
 

@@ -1,0 +1,87 @@
+"""Configurations: what parses, what it says when it does not, round trips."""
+
+import pytest
+
+from experiments import config
+from experiments.experiment import Experiment, Pretrained
+from research.training.objective import NextToken
+from research.typing import UserError
+
+RUNS = sorted(
+  str(p.relative_to(config.CONFIGS)) for p in config.CONFIGS.glob("runs/**/*")
+)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_parses_and_its_text_rebuilds_it(run):
+  first = config.read(run)
+  assert isinstance(first.experiment, Experiment)
+  again = config.parse(first.text)
+  assert again.text == first.text
+  # Optax chains are closures; everything else compares as a value.
+  same = {"optimizer": None}
+  fields = vars(first.experiment) | same
+  assert fields == vars(again.experiment) | same
+
+
+def test_what_gin_builds_is_the_plain_value():
+  experiment = config.read("runs/quickstart.gin", ["STEPS=7"]).experiment
+  assert experiment.plan.steps == 7
+  assert type(experiment.objective) is NextToken
+  assert experiment.model == Pretrained(name="smollm2-135m")
+
+
+def test_no_two_runs_are_the_same():
+  texts = [config.read(run).text for run in RUNS]
+  assert len(set(texts)) == len(texts)
+
+
+def test_a_binding_wins_over_the_file():
+  bindings = ["pipeline.Pipeline.length=64", "adapt.Adapt.rank = 3"]
+  experiment = config.read("runs/quickstart.gin", bindings).experiment
+  assert experiment.data.length == 64
+  assert experiment.transforms[0].rank == 3
+
+
+@pytest.mark.parametrize(
+  ("binding", "message"),
+  [
+    ("STEPZ=3", "did you mean STEPS"),
+    ("adapt.Adapt.rang=3", "doesn't have a parameter named 'rang'"),
+    ("nowhere.Nothing.x=1", "'nowhere' was not provided by an import"),
+    ("STEPS=2.5", r"steps: found 2\.5, expected <class 'int'>"),
+    ("STEPS='ten'", "steps: found 'ten'"),
+    ("STEPS", "expected NAME=VALUE"),
+    ("STEPS=", "expected NAME=VALUE"),
+    ("STEPS=[1,", "quickstart"),
+    ("DTYPE=32", "dtype: found 32"),
+    ("train/sources.PydocTopics.split='test'", "split: found 'test'"),
+  ],
+)
+def test_what_is_wrong_is_said_in_three_lines(binding, message):
+  with pytest.raises(UserError, match=message) as error:
+    config.read("runs/quickstart.gin", [binding])
+  assert len(str(error.value).splitlines()) <= 4
+
+
+def test_required_values_are_required():
+  with pytest.raises(UserError, match="(?i)required"):
+    config.parse("include 'base.gin'")
+
+
+def test_no_such_file_lists_those_that_exist():
+  with pytest.raises(UserError, match=r"runs/quickstart\.gin"):
+    config.read("runs/quickstrat.gin")
+
+
+def test_not_text(tmp_path):
+  file = tmp_path / "x.gin"
+  file.write_bytes(b"\xff\xfe\x00")
+  with pytest.raises(UserError, match="UTF-8"):
+    config.read(str(file))
+
+
+def test_a_failed_parse_leaves_nothing_behind():
+  with pytest.raises(UserError):
+    config.read("runs/quickstart.gin", ["STEPS='x'"])
+  assert config.read("runs/quickstart.gin").experiment.plan.steps > 1
