@@ -92,7 +92,7 @@ def find(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
   older = directory / "chat_template.json"
   found = config.get("chat_template")
   if older.is_file():
-    found = json.loads(older.read_text("utf-8")).get("chat_template", found)
+    found = _fields(older).get("chat_template", found)
   if found is None or isinstance(found, str):
     return found
   try:
@@ -109,3 +109,11 @@ def find(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
       f"{type(template).__name__}, expected a text"
     )
   return template
+
+
+def _fields(path: pathlib.Path) -> Mapping[str, Any]:
+  try:
+    found = json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise UserError(f"{path}: is no JSON: {error}") from error
+  return found if isinstance(found, dict) else {}
