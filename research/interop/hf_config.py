@@ -13,6 +13,7 @@ from research.interop import hf_rope
 from research.interop.fields import Fields
 from research.interop.hf_rope import KINDS
 from research.nn import presets
+from research.nn.transformer import Transformer
 from research.typing import UserError
 
 FAMILIES = {
@@ -247,3 +248,78 @@ def _kinds(fields: Fields, kind: str, depth: int) -> list[str]:
     every = 2 if kind == "gemma2" else fields.integer(name)
     return ["local" if (i + 1) % every else "global" for i in range(depth)]
   return ["global"] * depth
+
+
+def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
+  """Returns the config.json that describes `model`; inverts the reader.
+
+  Args:
+    model: whose layers one of `FAMILIES` can describe.
+    model_type: that family.
+
+  Raises:
+    UserError: reading the result back would not give `model`.
+  """
+  kinds = model.layer_kinds()
+  # Any layer without a window has the shared rotation, if there is one.
+  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
+  windows = {k.attention.window for k in kinds} - {None}
+  a, window = wide.attention, max(windows, default=None)
+  activations = {v: k for k, v in reversed(ACTIVATIONS.items())}
+  activation = activations[wide.mlp.activation]
+  config: dict[str, Any] = dict(
+    model_type=model_type,
+    vocab_size=model.vocab_size,
+    hidden_size=model.width,
+    intermediate_size=wide.mlp.hidden,
+    num_hidden_layers=len(kinds),
+    num_attention_heads=a.heads,
+    num_key_value_heads=a.kv_heads,
+    head_dim=a.head_dim,
+    hidden_act=activation,
+    max_position_embeddings=model.max_positions or 2_048,
+    rms_norm_eps=model.norm.eps,
+    tie_word_embeddings=model.tied,
+    torch_dtype=model.dtype,
+    **hf_rope.spelled(a.rope),
+  )
+  if model_type in ("llama", "qwen3") or a.out_bias:
+    config["attention_bias"] = a.out_bias
+  if model_type == "llama":
+    config["mlp_bias"] = wide.mlp.bias
+  if model_type.startswith("gemma"):
+    config["hidden_activation"] = activation
+  if model_type not in ("llama", "gemma"):
+    config["sliding_window"] = window
+  if model_type not in ("llama", "gemma", "mistral"):
+    config["layer_types"] = [hf_rope.layer_type(k.attention) for k in kinds]
+  if model_type in ("qwen2", "qwen3"):
+    config["use_sliding_window"] = window is not None
+  if model_type in ("gemma2", "gemma3_text"):
+    scale = a.scale if a.scale is not None else a.head_dim**-0.5
+    config["query_pre_attn_scalar"] = _whole(scale**-2)
+    config["attn_logit_softcapping"] = a.softcap
+    config["final_logit_softcapping"] = model.softcap
+  if model_type == "gemma3_text":
+    local = next((k for k in kinds if k.attention.window), wide)
+    config["rope_local_base_freq"] = local.attention.rope.theta
+  _check_described(model, config)
+  return config
+
+
+def _whole(x: float) -> float | int:
+  """Returns `x`, or the whole number that rounding moved it from."""
+  return round(x) if abs(x - round(x)) < 1e-9 * x else x
+
+
+def _check_described(model: Transformer, config: dict[str, Any]) -> None:
+  family, sizes = sizes_from_config(config, "the model's configuration")
+  again = presets.transformer(family, sizes, model.dtype)
+  same = again.layer_kinds() == model.layer_kinds()
+  for field in ("vocab_size", "width", "norm", "tied", "softcap"):
+    same = same and getattr(again, field) == getattr(model, field)
+  if not same or again.embed_scale != model.embed_scale:
+    raise UserError(
+      f"config.json of model_type {config['model_type']!r} cannot describe "
+      "this model: reading it back gives another one"
+    )

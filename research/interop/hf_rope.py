@@ -5,9 +5,11 @@ The old one is `rope_theta` with `rope_scaling`; since transformers 5 it is
 """
 
 import dataclasses
+from typing import Any
 
 from research.interop.fields import Fields
 from research.nn import rope
+from research.nn.attention import Attention
 from research.typing import UserError
 
 KINDS = {"full_attention": "global", "sliding_attention": "local"}
@@ -135,3 +137,49 @@ def _scaling(fields: Fields, given: Fields) -> rope.Scaling | None:
     mscale_all=given.maybe_number("mscale_all_dim"),
     truncate=given.get("truncate") is None or given.flag("truncate"),
   )
+
+
+def spelled(value: rope.Rope) -> dict[str, Any]:
+  """Returns the fields of config.json for a rotation, in the old spelling.
+
+  Every version of transformers reads that one.
+  """
+  return dict(rope_theta=value.theta, rope_scaling=_spelled(value.scaling))
+
+
+def _spelled(scaling: rope.Scaling | None) -> dict[str, Any] | None:
+  original = "original_max_position_embeddings"
+  match scaling:
+    case None:
+      return None
+    case rope.Linear():
+      return dict(rope_type="linear", factor=scaling.factor)
+    case rope.Dynamic():
+      return dict(rope_type="dynamic", factor=scaling.factor)
+    case rope.Llama3():
+      return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low,
+        "high_freq_factor": scaling.high,
+        original: scaling.original,
+      }
+  optional = dict(
+    attention_factor=scaling.attention,
+    mscale=scaling.mscale,
+    mscale_all_dim=scaling.mscale_all,
+    truncate=None if scaling.truncate else False,
+  )
+  return {
+    "rope_type": "yarn",
+    "factor": scaling.factor,
+    original: scaling.original,
+    "beta_fast": scaling.fast,
+    "beta_slow": scaling.slow,
+  } | {k: v for k, v in optional.items() if v is not None}
+
+
+def layer_type(attention: Attention) -> str:
+  """Returns their name for a layer with or without a window."""
+  kind = "global" if attention.window is None else "local"
+  return {v: k for k, v in KINDS.items()}[kind]

@@ -124,12 +124,13 @@ def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
       f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}, "
       "expected the name or directory of the model that it adapts"
     )
-  beside = path / base
   # A known name stays one even where a directory happens to be called so.
+  beside = pathlib.Path(os.path.normpath(path / base))
   target = beside if base not in PACKAGES and beside.exists() else base
-  if pathlib.Path(target).resolve() == path.resolve():
+  if (pathlib.Path(target) / ADAPTER_CONFIG).is_file():
     raise UserError(
-      f"{path / ADAPTER_CONFIG}: the adapter names itself as base"
+      f"{path / ADAPTER_CONFIG}: its base {target} is an adapter itself; "
+      "expected a model. Merge that adapter into its own base first."
     )
   try:
     loaded = load_model(target, dtype, packed)

