@@ -6,7 +6,6 @@ packed blocks do too) and either decodes it or keeps its blocks.
 """
 
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -248,8 +247,6 @@ def load_gguf(
 def _tokenizer(metadata: Mapping[str, Any]) -> Any:
   """Returns the embedded tokenizer, or None where there is none."""
   if "tokenizer.ggml.model" not in metadata:
-    return None
-  if importlib.util.find_spec("research.nn.tokenizer") is None:
     return None
   from research.nn.tokenizer import Tokenizer
 

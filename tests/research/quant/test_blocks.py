@@ -1,0 +1,305 @@
+"""Packed blocks as a weight: the same numbers, in a sixth of the memory."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research import tree, weights
+from research.interop import gguf_types
+from research.lora.tensor import LoRATensor
+from research.quant import blocks
+from tests import support
+
+KINDS = ["Q4_1", "Q4_0", "Q5_0", "Q5_1", "Q8_0"]
+BITS = dict(Q4_1=5.0, Q4_0=4.5, Q5_0=5.5, Q5_1=6.0, Q8_0=8.5)
+
+
+def raw(kind, n, rows, columns, seed=0):
+  """Returns `n` random matrices' blocks, each `[rows, bytes]`."""
+  rng = np.random.default_rng(seed)
+  x = 0.3 * rng.standard_normal((n, rows, columns)).astype(np.float32)
+  return list(gguf_types.encode(kind, x).reshape(n, rows, -1))
+
+
+def decoded(kind, matrix, columns):
+  shape = (matrix.shape[0], columns)
+  return gguf_types.decode(kind, matrix.reshape(-1), shape)
+
+
+def leaf(kind="Q4_1", inputs=64, outputs=24, seed=0):
+  """Returns one `[inputs, outputs]` weight."""
+  return blocks.from_ggml(
+    kind, raw(kind, 1, outputs, inputs, seed), -2
+  ).squeeze()
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_is_bitwise_ggmls_and_blocks_come_back(kind, axis):
+  matrices = raw(kind, 3, 24, 64)
+  w = blocks.from_ggml(kind, matrices, axis)
+  want = np.stack([decoded(kind, m, 64) for m in matrices])
+  want = want.swapaxes(1, 2) if axis == -2 else want
+  assert w.shape == want.shape
+  assert w.dtype == np.float32
+  np.testing.assert_array_equal(jax.jit(weights.dense)(w), want)
+  assert tree.nbytes(w) * 8 == BITS[kind] * want.size
+  np.testing.assert_array_equal(blocks.to_ggml(w), np.stack(matrices))
+  one = jax.tree.map(lambda part: part[1], w)
+  np.testing.assert_array_equal(blocks.to_ggml(one), matrices[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_code_decodes_to_its_value(kind):
+  t = gguf_types.TYPES[kind]
+  noise = np.random.default_rng(0).integers(
+    0, 256, (16, t.nbytes * 4), np.uint8
+  )
+  parts = gguf_types.split(t, noise)
+  half = np.full_like(parts.scale, 0.75)
+  offset = None if parts.offset is None else half
+  matrix = gguf_types.join(
+    t, gguf_types.Parts(parts.codes, parts.high, half, offset)
+  )
+  for axis in (-1, -2):
+    w = blocks.from_ggml(kind, [matrix], axis).squeeze()
+    want = decoded(kind, matrix, 128)
+    got = np.asarray(w.dense())
+    np.testing.assert_array_equal(got if axis == -1 else got.T, want)
+    np.testing.assert_array_equal(blocks.to_ggml(w), matrix)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("eq", ["...i,io->...o", "...o,io->...i"])
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_products_and_their_gradients_are_the_dense_ones(eq, axis, dtype):
+  matrices = raw("Q4_1", 1, 32, 64)
+  w = blocks.from_ggml("Q4_1", matrices, axis).squeeze()
+  contracted = w.shape[0 if eq.startswith("...i") else 1]
+  rng = np.random.default_rng(1)
+  x = jnp.asarray(rng.standard_normal((2, 5, contracted)), dtype)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def both(multiply, x, w):
+    def total(x):
+      y = multiply(x, w)
+      return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    return jax.value_and_grad(total, has_aux=True)(x)
+
+  (_, got), dx = both(lambda x, w: weights.einsum(eq, x, w), x, w)
+  (_, want), want_dx = both(
+    lambda x, w: jnp.einsum(eq, x, w.astype(x.dtype)), x, w.dense()
+  )
+  assert got.dtype == dtype
+  assert dx.dtype == dtype
+  # The same sums of up to 64 terms of size 1, perhaps in another order.
+  eps = float(jnp.finfo(dtype).eps)
+  chex.assert_trees_all_close(got, want, atol=8 * eps * 4)
+  chex.assert_trees_all_close(dx, want_dx, atol=8 * eps * 4)
+
+
+def test_take_decodes_rows():
+  w = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 50, 64), -1).squeeze()
+  ids = jnp.array([[3, 49, 0], [7, 7, 3]])
+  want = np.asarray(w.dense())[np.asarray(ids)]
+  np.testing.assert_array_equal(jax.jit(weights.take)(w, ids), want)
+  columns = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 50, 64), -2).squeeze()
+  got = weights.take(columns, ids)
+  np.testing.assert_array_equal(got, np.asarray(columns.dense())[ids])
+
+
+def test_experts_and_their_gradient():
+  w = blocks.from_ggml("Q4_1", raw("Q4_1", 3, 24, 32), -2)
+  x = jnp.asarray(np.random.default_rng(2).standard_normal((10, 32)), "float32")
+  sizes = jnp.array([4, 0, 6])
+
+  def total(x, w):
+    return jnp.sum(jnp.sin(weights.ragged_dot(x, w, sizes)))
+
+  got = jax.jit(jax.grad(total))(x, w)
+  want = jax.jit(jax.grad(total))(x, w.dense())
+  chex.assert_trees_all_close(got, want, atol=1e-5)
+  by_hand = jnp.concatenate([x[:4] @ w.dense()[0], x[4:] @ w.dense()[2]])
+  chex.assert_trees_all_close(
+    weights.ragged_dot(x, w, sizes), by_hand, atol=1e-5
+  )
+
+
+def test_axes_follow_the_blocked_axis():
+  w = blocks.from_ggml("Q5_1", raw("Q5_1", 3, 24, 32), -2)
+  named = weights.axes(w, ("in", "out"))
+  assert named.codes == named.high == (None, "in", None, "out")
+  assert named.scale == named.offset == (None, "in", "out")
+  experts = weights.axes(w, ("expert", "in", "out"))
+  assert experts.scale == ("expert", "in", "out")
+  e = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 24, 32), -1).squeeze()
+  named = weights.axes(e, ("vocab", "embed"))
+  assert named.codes == ("vocab", "embed", None)
+  assert named.high is None
+  for part, names in zip(
+    jax.tree.leaves(w),
+    jax.tree.leaves(
+      weights.axes(w, ("in", "out")), is_leaf=lambda x: isinstance(x, tuple)
+    ),
+    strict=True,
+  ):
+    assert part.ndim == len(names)
+
+
+# In a model ------------------------------------------------------------------
+
+SIZES = dict(depth=2, width=32, hidden=64, head_dim=8, vocab=64)
+
+
+def packed_params(model, kind="Q4_1"):
+  """Returns random parameters with every matrix in blocks."""
+
+  def pack(path, x):
+    if x.ndim < 2 or path.endswith("scale"):
+      return x
+    axis = -1 if path == "embed" else -2
+    x = np.asarray(x)
+    x = x[None] if path in ("embed", "head") else x
+    ggml = x if axis == -1 else x.swapaxes(1, 2)
+    n, rows, _ = ggml.shape
+    matrices = list(gguf_types.encode(kind, ggml).reshape(n, rows, -1))
+    w = blocks.from_ggml(kind, matrices, axis)
+    return w.squeeze() if path in ("embed", "head") else w
+
+  return tree.map_paths(pack, support.params(model))
+
+
+def unpacked(params):
+  return jax.tree.map(weights.dense, params, is_leaf=weights.is_weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, tokens):
+  variables = {"params": params}
+  hidden, _ = model.apply(variables, tokens)
+  return model.apply(variables, hidden, method="logits")
+
+
+@pytest.mark.parametrize(
+  ("kind", "tied"), [("Q4_1", True), ("Q5_0", False), ("Q8_0", True)]
+)
+def test_packed_logits_are_the_decoded_models(kind, tied):
+  model = support.model(tied=tied, **SIZES)
+  params = packed_params(model, kind)
+  tokens = support.tokens(vocab=64)
+  want = logits(model, unpacked(params), tokens)
+  # Decoding is exact; only the order of fp32 sums may differ.
+  chex.assert_trees_all_close(
+    logits(model, params, tokens), want, atol=1e-5 * float(jnp.ptp(want))
+  )
+
+
+def test_an_unrolled_packed_stack_is_the_scanned_one():
+  model = support.model(**SIZES)
+  params = packed_params(model)
+  tokens = support.tokens(vocab=64)
+  want = logits(model, params, tokens)
+  chex.assert_trees_all_close(
+    logits(model, tree.unroll(params), tokens),
+    want,
+    atol=1e-5 * float(jnp.ptp(want)),
+  )
+
+
+def adapted(params, rank=4):
+  """Returns `params` with a LoRA over every packed matrix of the layers."""
+  rng = np.random.default_rng(5)
+
+  def wrap(path, w):
+    if not isinstance(w, blocks.BlockTensor) or not path.startswith("run"):
+      return w
+    n, inputs, outputs = w.shape
+    a = jnp.asarray(rng.uniform(-0.2, 0.2, (n, rank, inputs)), jnp.float32)
+    return LoRATensor(w, a, jnp.zeros((n, rank, outputs)), scale=2.0)
+
+  return tree.map_paths(wrap, params, is_leaf=weights.is_weight)
+
+
+def loss(model, trainable, frozen, tokens):
+  y = logits(model, tree.combine(trainable, frozen), tokens[:, :-1])
+  losses = optax.softmax_cross_entropy_with_integer_labels(y, tokens[:, 1:])
+  return losses.mean()
+
+
+@pytest.mark.parametrize("remat", ["none", "names"])
+def test_lora_trains_over_a_packed_base_that_stays_what_it_is(remat):
+  model = support.model(**SIZES).clone(remat=remat)
+  base = packed_params(model)
+  before = jax.tree.map(np.asarray, base)
+  params = adapted(base)
+  tokens = support.tokens(vocab=64)
+  np.testing.assert_array_equal(
+    logits(model, params, tokens), logits(model, base, tokens)
+  )
+  trainable, frozen = tree.partition(params, r"/(a|b)$")
+  optimizer = optax.adam(1e-2)
+
+  @jax.jit
+  def step(trainable, frozen, state):
+    value, grads = jax.value_and_grad(loss, argnums=1)(
+      model, trainable, frozen, tokens
+    )
+    updates, state = optimizer.update(grads, state)
+    return optax.apply_updates(trainable, updates), state, value
+
+  state, values = optimizer.init(trainable), []
+  for _ in range(20):
+    trainable, state, value = step(trainable, frozen, state)
+    values.append(float(value))
+  assert values[-1] < 0.7 * values[0]
+  after = [x for _, x in tree.flatten_paths(frozen)]
+  chex.assert_trees_all_equal(after, jax.tree.leaves(before))
+
+
+def test_gradients_over_blocks_are_those_over_the_decoded_base():
+  model = support.model(**SIZES)
+  params = adapted(packed_params(model))
+  trainable, frozen = tree.partition(params, r"/(a|b)$")
+  trainable = jax.tree.map(lambda x: x + 0.05, trainable)
+  tokens = support.tokens(vocab=64)
+  dense = jax.tree.map(
+    lambda w: w.dense() if isinstance(w, blocks.BlockTensor) else w,
+    tree.combine(trainable, frozen),
+    is_leaf=lambda w: isinstance(w, blocks.BlockTensor),
+  )
+  f = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+  got = f(model, trainable, frozen, tokens)
+  want = f(model, *tree.partition(dense, r"/(a|b)$"), tokens)
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+  chex.assert_trees_all_close(
+    jax.tree.leaves(got), jax.tree.leaves(want), atol=1e-5 * scale
+  )
+
+
+def test_no_decoded_matrix_outlives_its_product():
+  """Temporaries of a step over n layers hold one decoded layer, not n."""
+  layers, width = 16, 256
+  w = blocks.from_ggml("Q4_1", raw("Q4_1", layers, width, width), -2)
+  x = jnp.ones((4, width))
+
+  def total(x, w):
+    def body(x, w):
+      return jnp.tanh(weights.einsum("bi,io->bo", x, w)), None
+
+    return jnp.sum(jax.lax.scan(body, x, w)[0])
+
+  def temporaries(w):
+    compiled = jax.jit(jax.grad(total)).lower(x, w).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  matrix = width * width * 4
+  packed = tree.nbytes(w)
+  # Forward and backward may each hold one decoded layer and its codes.
+  assert temporaries(w) < 4 * matrix + packed
+  assert 4 * matrix + packed < layers * matrix
