@@ -67,9 +67,10 @@ def backward(
         dbias = tiles.add_at(dbias, parts[3], (3, rows), (4, keys))
       return dq + parts[0], dk, dv, dbias
 
-    dq = jnp.zeros((*x.q.shape[:3], bq, x.q.shape[4]), dtype)
+    B, K, G, _, H = x.q.shape
+    dq = jnp.zeros((B, K, H, G, bq), dtype)
     dq, *carry = jax.lax.fori_loop(lo, hi, tile, (dq, *carry))
-    return tuple(carry), dq
+    return tuple(carry), jnp.moveaxis(dq, 2, 4)
 
   dbias = None if x.bias is None else jnp.zeros(x.bias.shape, dtype)
   sums = (jnp.zeros(x.k.shape, dtype), jnp.zeros(x.v.shape, dtype), dbias)

@@ -6,6 +6,7 @@ axis may be 1), sinks [K, G]. The matmuls run over the merged axes
 [B*K, G*t, .]: one large batched product is what a CPU is fast at.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -30,10 +31,10 @@ class State(NamedTuple):
 
 
 class Logits(NamedTuple):
-  """A tile's logits and what their gradient needs.
+  """A tile's logits and what their gradient needs, in one layout.
 
-  Fields: s [B, K, G, t, s], -inf where invisible; slope, the derivative of the
-  soft cap, or None; kept, Bool where dropout keeps, or None.
+  Fields: s, -inf where invisible; slope, the derivative of the soft cap, or
+  None; kept, Bool where dropout keeps, or None.
   """
 
   s: Array
@@ -83,26 +84,34 @@ def zero_padding(x: Array, live: Array | None) -> Array:
 
 
 def logits(
-  spec: Spec, x: Operands, T: int, S: int, rows: Tile, keys: Tile
+  spec: Spec,
+  x: Operands,
+  products: Array,
+  T: int,
+  S: int,
+  rows: Tile,
+  keys: Tile,
+  arrange: Callable[[Array], Array],
 ) -> Logits:
   """The logits of query tile `rows` and key tile `keys`.
 
   Args:
     spec: Static part.
     x: Grouped arrays, perhaps padded beyond T and S.
+    products: q.k in the layout of the caller.
     T: Queries a row, padding excluded.
     S: Keys a row, padding excluded.
     rows: (start, size) of the queries.
     keys: (start, size) of the keys.
+    arrange: Takes [B, K, G, t, s] to the layout of `products`.
   """
-  q, k = cut(x.q, 3, *rows), cut(x.k, 2, *keys)
-  t = dot(spec, "xth,xsh->xts", q, k) * spec.scale
+  t = products * spec.scale
   bias = None
   if x.bias is not None:
     bias = x.bias
     bias = bias if bias.shape[3] == 1 else cut(bias, 3, *rows)
     bias = bias if bias.shape[4] == 1 else cut(bias, 4, *keys)
-    bias = bias.astype(t.dtype)
+    bias = arrange(bias).astype(t.dtype)
   if bias is not None and spec.bias_before_softcap:
     t = t + bias
   slope = None
@@ -113,24 +122,26 @@ def logits(
     t = t + bias
   if not _certainly_full(x, T, S, rows, keys):
     visible = x.mask.visible(T, S, rows, keys)[:, None, None]
-    t = jnp.where(visible, t, -jnp.inf)
-    slope = None if slope is None else jnp.where(visible, slope, 0)
-  return Logits(t, slope, _kept(spec, x, rows, keys))
+    t = jnp.where(arrange(visible), t, -jnp.inf)
+  kept = _kept(spec, x, rows, keys)
+  return Logits(t, slope, None if kept is None else arrange(kept))
 
 
 def attend(
   spec: Spec, x: Operands, T: int, S: int, rows: Tile, keys: Tile
 ) -> State:
   """The softmax state of one tile; arguments as in `logits`."""
-  s, _, kept = logits(spec, x, T, S, rows, keys)
-  m = jnp.max(s, axis=-1, keepdims=True)
+  q, k, v = _tile(x, rows, keys)
+  shape = (*x.q.shape[:3], rows[1], -1)
+  products = _dot(spec, "xth,xsh->xts", q, k).reshape(shape)
+  s, _, kept = logits(spec, x, products, T, S, rows, keys, arrange=lambda y: y)
   # The result does not depend on m, so its gradient is 0 (kernels.md 2.2).
-  m = jax.lax.stop_gradient(m)
+  m = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
   p = jnp.exp(s - _finite(m))
   l = jnp.sum(p, axis=-1, keepdims=True)
-  p = _drop(spec, p, kept)
-  v = cut(x.v, 2, *keys)
-  return State(m, l, dot(spec, "xts,xsh->xth", p.astype(v.dtype), v))
+  p = _drop(spec, p, kept).astype(v.dtype)
+  acc = _dot(spec, "xts,xsh->xth", p.reshape(*q.shape[:2], -1), v)
+  return State(m, l, acc.reshape(shape))
 
 
 def merge(a: State, b: State) -> State:
@@ -205,6 +216,9 @@ def tile_gradients(
 ) -> tuple[Array, Array, Array, Array]:
   """A tile's part of (dq, dk, dv, dbias), kernels.md 2.2.
 
+  Scores are transposed here, [s, t]: of the matmuls then only dq contracts
+  over leading axes, which costs a CPU a transposed copy of its larger operand.
+
   Args:
     spec: Static part.
     x: Grouped arrays.
@@ -215,48 +229,52 @@ def tile_gradients(
     cotangents: Of the queries in `rows`.
 
   Returns:
-    dq [B, K, G, t, H], dk [B, K, s, H], dv [B, K, s, Hv] and dbias
+    dq [B, K, H, G, t], dk [B, K, s, H], dv [B, K, s, Hv] and dbias
     [B, K, G, t, s] in the accumulator dtype.
   """
-  q, k, v = cut(x.q, 3, *rows), cut(x.k, 2, *keys), cut(x.v, 2, *keys)
-  s, slope, kept = logits(spec, x, T, S, rows, keys)
-  p = jnp.exp(s - cotangents.lse[..., None])
-  do = cotangents.do.astype(q.dtype)
-  dv = dot(spec, "xts,xth->xsh", _drop(spec, p, kept).astype(q.dtype), do)
-  dp = _drop(spec, dot(spec, "xth,xsh->xts", do, v), kept)
-  du = p * (dp - cotangents.shift[..., None])
-  dt = du if slope is None else du * slope
-  dbias = dt if spec.bias_before_softcap else du
-  narrow = dt.astype(q.dtype)
-  dq = dot(spec, "xts,xsh->xth", narrow, k) * spec.scale
-  dk = dot(spec, "xts,xth->xsh", narrow, q) * spec.scale
-  return dq, dk, dv, dbias
+  (B, K, G, _, _), t, s = x.q.shape, rows[1], keys[1]
+  q, k, v = _tile(x, rows, keys)
+  do = cotangents.do.astype(q.dtype).reshape(B * K, G * t, -1)
 
+  def keys_first(y):
+    return jnp.moveaxis(y, 4, 2)
 
-def dot(spec: Spec, equation: str, a: Array, b: Array) -> Array:
-  """A matmul of grouped arrays, batched over [B*K], queries merged to G*t.
+  def matrices(y):
+    return y.astype(q.dtype).reshape(B * K, s, G * t)
 
-  Arrays with a group axis (five axes) have it merged into their first matrix
-  axis; the result has it again iff the equation keeps `t`.
-  """
-  B, K = a.shape[:2]
-  G = a.shape[2]
-  dtype = accumulator(a.dtype)
-  out = jnp.einsum(
-    equation,
-    _merged(a),
-    _merged(b),
-    precision=spec.precision,
-    preferred_element_type=dtype,
+  tile = (B, K, s, G, t)
+  products = _dot(spec, "xsh,xth->xst", k, q).reshape(tile)
+  u, slope, kept = logits(
+    spec, x, products, T, S, rows, keys, arrange=keys_first
   )
-  if equation.endswith(("xts", "xth")):
-    return out.reshape(B, K, G, -1, out.shape[-1])
-  return out.reshape(B, K, *out.shape[1:])
+  p = jnp.exp(u - cotangents.lse[:, :, None])
+  dv = _dot(spec, "xst,xth->xsh", matrices(_drop(spec, p, kept)), do)
+  dp = _dot(spec, "xsh,xth->xst", v, do).reshape(tile)
+  du = p * (_drop(spec, dp, kept) - cotangents.shift[:, :, None])
+  dt = du if slope is None else du * slope
+  dbias = jnp.moveaxis(dt if spec.bias_before_softcap else du, 2, 4)
+  dt = matrices(dt)
+  dq = _dot(spec, "xsh,xst->xht", k, dt).reshape(B, K, -1, G, t)
+  dk = _dot(spec, "xst,xth->xsh", dt, q).reshape(B, K, s, -1)
+  return dq * spec.scale, dk * spec.scale, dv.reshape(B, K, s, -1), dbias
 
 
-def _merged(x: Array) -> Array:
-  """[B, K, G, t, .] or [B, K, s, .] as a batch of matrices."""
-  return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[-1])
+def _tile(x: Operands, rows: Tile, keys: Tile) -> tuple[Array, Array, Array]:
+  """q, k, v of a tile as batches of matrices, [B*K, G*t or s, .]."""
+  parts = cut(x.q, 3, *rows), cut(x.k, 2, *keys), cut(x.v, 2, *keys)
+  batch = x.q.shape[0] * x.q.shape[1]
+  return tuple(y.reshape(batch, -1, y.shape[-1]) for y in parts)
+
+
+def _dot(spec: Spec, equation: str, a: Array, b: Array) -> Array:
+  """A batched matmul, summed in the accumulator dtype."""
+  return jnp.einsum(
+    equation,
+    a,
+    b,
+    precision=spec.precision,
+    preferred_element_type=accumulator(a.dtype),
+  )
 
 
 def _finite(m: Array) -> Array:

@@ -42,7 +42,8 @@ def backward(
   dqs = []
   for rows, keys in _blocks(spec, x):
     if not keys[1]:
-      dqs.append(jnp.zeros((*x.q.shape[:3], rows[1], x.q.shape[4]), dtype))
+      B, K, G, _, H = x.q.shape
+      dqs.append(jnp.zeros((B, K, H, G, rows[1]), dtype))
       continue
     block = jax.tree.map(lambda c, rows=rows: cut(c, 3, *rows), cotangents)
     dq, dk_part, dv_part, dbias_part = tiles.tile_gradients(
@@ -53,7 +54,8 @@ def backward(
     dv = tiles.add_at(dv, dv_part, (2, keys))
     if dbias is not None:
       dbias = tiles.add_at(dbias, dbias_part, (3, rows), (4, keys))
-  return jnp.concatenate(dqs, axis=3), dk, dv, dbias
+  dq = jnp.concatenate(dqs, axis=4)
+  return jnp.moveaxis(dq, 2, 4), dk, dv, dbias
 
 
 def _blocks(spec: Spec, x: Operands) -> Iterator[tuple[Tile, Tile]]:
