@@ -1,0 +1,166 @@
+"""Heptad's side of the live comparisons: arrays in, arrays out.
+
+  .venv/bin/python tests/peers/ours.py COMMAND --model M --out F [--rows F]
+
+Runs in Heptad's own environment; the tests beside it run in the peers' and
+call it as a process. `--rows` and `--out` are .npz files, but for `logits`,
+whose output is a plain .npy, so that the reader can map it.
+
+  logits    tokens [B, T] (positions)   -> [B, T, V], a row at a time
+  greedy    prompt [P], steps           -> tokens [steps], through the cache
+  encode    text                        -> ids
+  adapt     tokens, rank, std           -> logits of a new adapter, which is
+                                           left at --adapter in PEFT's format
+  gradients tokens [B, T]               -> loss; d loss / d A and B are left at
+                                           --adapter, written as an adapter
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+from research import tree  # noqa: E402
+from research.interop import load  # noqa: E402
+from research.lora import adapt  # noqa: E402
+from research.nn import transformer  # noqa: E402
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens, positions=None):
+  """Returns [B, T, V] logits."""
+  variables = {"params": params}
+  hidden, _ = model.apply(variables, tokens, positions)
+  return model.apply(variables, hidden, method="logits")
+
+
+def logits(it, args, rows) -> np.ndarray:
+  """Rows one at a time: all of the real model's at once would be 400 MB."""
+  tokens = rows["tokens"].astype(np.int32)
+  places = rows.get("positions")
+  out = []
+  for i in range(len(tokens)):
+    place = None if places is None else places[i : i + 1]
+    out.append(
+      np.asarray(forward(it.model, it.params, tokens[i : i + 1], place))
+    )
+  return np.concatenate(out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def continuation(model, params, prompt, steps):
+  """Returns [steps] greedy tokens of a prompt [P], by cached decoding."""
+  variables = {"params": params}
+  cache = transformer.init_cache(model, params, 1, len(prompt) + steps)
+
+  def read(tokens, cache):
+    hidden, cache = model.apply(variables, tokens, cache=cache)
+    best = model.apply(variables, hidden[:, -1], method="logits").argmax(-1)
+    return best.astype(jnp.int32), cache
+
+  def step(carry, _):
+    token, cache = carry
+    new, cache = read(token[:, None], cache)
+    return (new, cache), token[0]
+
+  first = read(prompt[None].astype(jnp.int32), cache)
+  return jax.lax.scan(step, first, length=steps)[1]
+
+
+def greedy(it, args, rows) -> dict:
+  steps = int(rows["steps"])
+  out = continuation(it.model, it.params, jnp.asarray(rows["prompt"]), steps)
+  return dict(tokens=np.asarray(out))
+
+
+def encode(it, args, rows) -> dict:
+  return dict(ids=np.asarray(it.tokenizer.encode(str(rows["text"]))))
+
+
+def adapt_and_save(it, args, rows) -> dict:
+  """Every linear layer adapted, with b drawn too; saved where PEFT reads."""
+  from research.lora import peft
+
+  key = jax.random.key(0)
+  rank = int(rows["rank"])
+  params = adapt.Adapt(rank=rank, alpha=2.0 * rank)(it.params, key)
+  std = float(rows["std"])
+
+  def drawn(path, leaf):
+    if not path.endswith("/b"):
+      return leaf
+    name = jax.random.fold_in(key, sum(map(ord, path)))
+    return std * jax.random.normal(name, leaf.shape, leaf.dtype)
+
+  params = tree.map_paths(drawn, params)
+  peft.save_adapter(args.adapter, params, it.model, base=args.model)
+  merged = forward(it.model, adapt.merge(params), rows["tokens"])
+  whole = forward(it.model, params, rows["tokens"])
+  return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))
+
+
+def gradients(it, args, rows) -> dict:
+  """Mean next-token loss over every predicted token, and its gradients."""
+  from research.lora import peft
+  from research.training import objective
+
+  tokens = jnp.asarray(rows["tokens"].astype(np.int32))
+  count, length = tokens.shape
+  batch = dict(
+    tokens=tokens,
+    targets=jnp.roll(tokens, -1, axis=1),
+    weights=jnp.ones((count, length)).at[:, -1].set(0.0),
+    positions=jnp.tile(jnp.arange(length), (count, 1)),
+    segments=jnp.zeros((count, length), jnp.int32),
+  )
+  selected, rest = tree.partition(it.params, adapt.TRAINABLE)
+  goal = objective.NextToken(it.model)
+
+  @jax.jit
+  def mean(selected):
+    params = tree.combine(selected, rest)
+    total, weight, _ = goal(params, batch, jax.random.key(0))
+    return total / weight
+
+  loss, slopes = jax.value_and_grad(mean)(selected)
+  written = tree.combine(slopes, rest)
+  peft.save_adapter(args.adapter, written, it.model, base=args.model)
+  return dict(loss=np.asarray(loss))
+
+
+COMMANDS = dict(
+  logits=logits,
+  greedy=greedy,
+  encode=encode,
+  adapt=adapt_and_save,
+  gradients=gradients,
+)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("command", choices=COMMANDS)
+  parser.add_argument("--model", required=True)
+  parser.add_argument("--rows", type=pathlib.Path, required=True)
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--adapter", type=pathlib.Path)
+  parser.add_argument("--packed", action="store_true")
+  args = parser.parse_args()
+  it = load.load_model(args.model, packed=args.packed)
+  with np.load(args.rows, allow_pickle=False) as file:
+    rows = dict(file)
+  out = COMMANDS[args.command](it, args, rows)
+  if isinstance(out, np.ndarray):
+    np.save(args.out, out)
+  else:
+    np.savez(args.out, **out)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,139 @@
+"""The committed goldens are what their scripts make of the peers installed."""
+
+import json
+
+import families
+import make_gguf
+import make_models
+import make_peft
+import numpy as np
+import peft
+import pytest
+import support
+import torch
+import transformers
+
+MODELS = make_models.MODELS
+# fp64 rounded to fp32: half an ulp, and the last bits of another BLAS.
+EXACT = 1e-6
+# Not goldens but measurements of the run that made them.
+MEASURED = ("fp32_error", "greedy_margin")
+
+
+def stored(name: str) -> dict[str, np.ndarray]:
+  with np.load(MODELS / name / "golden.npz") as file:
+    return {k: file[k] for k in file.files if k not in MEASURED}
+
+
+def regenerated(module, name, tmp_path, skip=()):
+  """Makes a folder anew; compares arrays, and every other file by bytes."""
+  made = {
+    k: np.asarray(v)
+    for k, v in module.make(name, tmp_path).items()
+    if k not in MEASURED
+  }
+  support.assert_same_arrays(made, stored(name), EXACT)
+  files = {p.name for p in (MODELS / name).iterdir()}
+  assert {p.name for p in (tmp_path / name).iterdir()} == files
+  for file in files - {"golden.npz", *skip}:
+    old, new = MODELS / name / file, tmp_path / name / file
+    assert old.read_bytes() == new.read_bytes(), file
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_family(name, tmp_path):
+  # What transformers itself writes into config.json follows its version.
+  saved = families.FAMILIES[name].saved_by_peer
+  regenerated(make_models, name, tmp_path, ("config.json",) if saved else ())
+
+
+@pytest.mark.parametrize("name", make_peft.ADAPTERS)
+def test_adapter(name, tmp_path):
+  regenerated(make_peft, name, tmp_path, ("adapter_config.json",))
+
+
+@pytest.mark.parametrize("name", make_gguf.FILES)
+def test_gguf_file(name, tmp_path):
+  regenerated(make_gguf, name, tmp_path)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_folder_is_one_that_transformers_loads(name):
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    MODELS / name, attn_implementation="eager", dtype=torch.float32
+  ).eval()
+  want = stored(name)
+  got = make_models.logits(model, want)
+  assert support.relative_error(got, want["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", make_peft.ADAPTERS)
+def test_adapter_is_one_that_peft_loads(name):
+  family = families.FAMILIES[make_peft.BASE]
+  base = make_models.build(family.config, make_models.weights(family))
+  model = peft.PeftModel.from_pretrained(base, MODELS / name)
+  want = stored(name)
+  with torch.no_grad():
+    got = make_peft.loss_and_logits(model, want["tokens"])[1].numpy()
+  assert support.relative_error(got, want["logits"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", make_gguf.FILES)
+def test_transformers_reads_the_same_weights_from_gguf(name):
+  """Its own GGUF reader, un-permutation and all: a second opinion."""
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    MODELS / name, gguf_file="model.gguf", dtype=torch.float32
+  )
+  state, want = model.state_dict(), stored(name)
+  for key, value in want.items():
+    if key.startswith("w/"):
+      got = state[key[2:]].numpy()
+      np.testing.assert_allclose(got, value, rtol=1e-6, atol=1e-7)
+
+
+def test_gguf_encodings():
+  want = json.loads((MODELS / "gguf_encodings.json").read_text())
+  assert make_gguf.encodings() == want
+
+
+def test_gguf_tokenizer():
+  cases = json.loads((MODELS / "gguf_tokenizer.json").read_text())
+  assert [c["text"] for c in cases] == make_gguf.STRINGS
+  for case in cases:
+    assert make_gguf.tokenizer().encode(case["text"]).ids == case["ids"]
+
+
+MATTERS = [
+  ("llama", dict(rope_theta=500.0)),
+  ("llama", dict(rms_norm_eps=1e-2)),
+  ("llama3", dict(rope_scaling=None)),
+  ("llama_linear", dict(rope_scaling=None)),
+  ("llama_dynamic", dict(rope_scaling=None)),
+  ("llama_yarn", dict(rope_scaling=None)),
+  ("mistral", dict(sliding_window=None)),
+  ("mistral", dict(sliding_window=8)),
+  ("qwen2_window", dict(use_sliding_window=False)),
+  ("qwen2_window", dict(max_window_layers=0)),
+  ("gemma", dict(hidden_activation="silu", hidden_act="silu")),
+  ("gemma2", dict(attn_logit_softcapping=None)),
+  ("gemma2", dict(final_logit_softcapping=None)),
+  ("gemma2", dict(query_pre_attn_scalar=8)),
+  ("gemma2", dict(sliding_window=8)),
+  ("gemma3", dict(query_pre_attn_scalar=8)),
+  ("gemma3", dict(rope_local_base_freq=1e6)),
+  ("gemma3", dict(rope_scaling=None)),
+  ("gemma3", dict(sliding_window=8)),
+  ("gemma3", dict(sliding_window_pattern=5)),
+]
+
+
+@pytest.mark.parametrize("name, change", MATTERS)
+def test_golden_would_notice(name, change):
+  """A reader that ignored the field would be far outside the tolerance."""
+  family = families.FAMILIES[name]
+  model = make_models.build(family.config | change, make_models.weights(family))
+  want = stored(name)
+  error = support.relative_error(
+    make_models.logits(model, want), want["logits"]
+  )
+  assert error > 1e-3
