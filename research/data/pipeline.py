@@ -44,6 +44,14 @@ class Pipeline:
   end: int | None = None
   transforms: tuple[RowTransform, ...] = ()
 
+  def __post_init__(self):
+    for name, low in {"length": 2, "batch_size": 1}.items():
+      if getattr(self, name) < low:
+        raise UserError(
+          f"Pipeline.{name}: found {getattr(self, name)}, expected at least"
+          f" {low}."
+        )
+
   def rows(self, encode: Encode) -> PackedRows:
     """Returns the packed rows in the source's order."""
     tokens = packing.tokenize(self.source, encode, self.end)

@@ -53,25 +53,37 @@ class Checkpoints:
     keep: int = 2,
     best: str = "validation/loss",
     better: Literal["lower", "higher"] = "lower",
+    sweep: bool = False,
   ):
+    """Opens `folder`, and makes it if need be.
+
+    Args:
+      folder: of the run's checkpoints.
+      keep: how many of the latest to keep.
+      best: the metric that decides which is best.
+      better: which way.
+      sweep: remove what a crash left half written; only for the one process
+        that writes, since it would remove another's checkpoint in the making.
+    """
     self.folder = pathlib.Path(folder).absolute()
     self._sign = 1.0 if better == "lower" else -1.0
     self._best = best
-    self._steps = ocp.training.Checkpointer(
-      self.folder,
-      save_decision_policy=_decide.FixedIntervalPolicy(1),
-      preservation_policy=_preserve.AnyPreservationPolicy(
-        [
-          _preserve.LatestN(keep),
-          _preserve.BestN(
-            get_metric_fn=lambda m: -m["cost"],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
-      cleanup_tmp_directories=True,
-    )
+    with _writing(self.folder):
+      self._steps = ocp.training.Checkpointer(
+        self.folder,
+        save_decision_policy=_decide.FixedIntervalPolicy(1),
+        preservation_policy=_preserve.AnyPreservationPolicy(
+          [
+            _preserve.LatestN(keep),
+            _preserve.BestN(
+              get_metric_fn=lambda m: -m["cost"],
+              n=1,
+              keep_checkpoints_without_metrics=False,
+            ),
+          ]
+        ),
+        cleanup_tmp_directories=sweep,
+      )
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -151,12 +163,13 @@ class Checkpoints:
         f"{self.folder}: no checkpoint of step {step}; found {self.steps}."
       )
     wanted = _moving(target)
-    found = self._steps.metadata(step).metadata
-    _compare(self.folder / str(step), found, wanted)
     parts: dict[str, Any] = {"state": jax.tree.map(_abstract, wanted)}
     if data is not None:
       parts["data"] = data
-    state = self._steps.load_checkpointables(step, parts)["state"]
+    with _quiet():
+      found = self._steps.metadata(step).metadata
+      _compare(self.folder / str(step), found, wanted)
+      state = self._steps.load_checkpointables(step, parts)["state"]
     return TrainState(frozen=target.frozen, **state)
 
 
@@ -182,7 +195,10 @@ def _writing(where: pathlib.Path):
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps Orbax from printing each thread's traceback of what it raises."""
+  """Keeps Orbax from telling how it works, and each error once a thread.
+
+  What is wrong is raised; nothing is lost.
+  """
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.CRITICAL)
@@ -312,8 +328,9 @@ def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
     raise UserError(
       f"{path}: no frozen weights here; base.json says where they came from."
     )
-  _compare(path, ocp.metadata(path).metadata, target)
-  return ocp.load(path, jax.tree.map(_abstract, target))
+  with _quiet():
+    _compare(path, ocp.metadata(path).metadata, target)
+    return ocp.load(path, jax.tree.map(_abstract, target))
 
 
 def claim_workdir(

@@ -61,6 +61,14 @@ class Plan:
   better: Literal["lower", "higher"] = "lower"
   profile: tuple[int, int] | None = None
 
+  def __post_init__(self):
+    least = {"steps": 1, "accumulate": 1, "keep": 1}
+    for name, low in {**least, "eval_every": 0, "save_every": 0}.items():
+      if getattr(self, name) < low:
+        raise UserError(
+          f"Plan.{name}: found {getattr(self, name)}, expected at least {low}."
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -121,7 +129,13 @@ def fit(
     # --- restore ---
     folder = workdir / "checkpoints"
     checkpoints = stack.enter_context(
-      Checkpoints(folder, keep=plan.keep, best=plan.best, better=plan.better)
+      Checkpoints(
+        folder,
+        keep=plan.keep,
+        best=plan.best,
+        better=plan.better,
+        sweep=True,
+      )
     )
     with clock.doing("restore"):
       record_base(folder, state.frozen, source)
@@ -129,23 +143,24 @@ def fit(
       if resumed is not None:
         state = checkpoints.restore(state, _resumable(batches))
     start = int(state.step)
-    report = stack.enter_context(_Report(workdir, writers, resumed, plan.steps))
 
     # --- compile ---
     key = jax.random.key(plan.seed)
     evaluate_step = jax.jit(make_eval_step(objective))
-    moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
+    cost = {}
     if start < plan.steps:
       with clock.doing("compile"):
         # The first batch of another iterator: this one must not move.
         first = next(iter(training))
         step = make_train_step(objective, tx, plan.accumulate, plan.average)
         update, cost = compile_step(step, state, first, key)
-      report.write(start, cost)
-      report.restart()
-    del state
 
     # --- train ---
+    moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
+    report = stack.enter_context(_Report(workdir, writers, resumed, plan.steps))
+    if cost:
+      report.write(start, cost)
+    report.restart()
     for number in range(start + 1, plan.steps + 1):
       last = number == plan.steps
       evaluating = bool(evaluations) and _due(plan.eval_every, number, last)
@@ -210,7 +225,13 @@ def compile_step(
   program = jax.jit(update, donate_argnums=0)
   compiled = program.lower(moving, state.frozen, batch, key).compile()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
-  logging.info("compiled the step: %s", cost)
+  logging.info(
+    "Compiled the step in %.1f s: %s",
+    cost["compile/seconds"],
+    ", ".join(
+      f"{v:.3g} {k[8:]}" for k, v in cost.items() if k[8:] != "seconds"
+    ),
+  )
   shapes = _shapes(batch)
 
   def run(moving, frozen, batch, key):

@@ -108,3 +108,9 @@ def test_batch_must_divide_among_processes():
 def test_plan_is_a_value():
   data = dataclasses.replace(DATA, plan=packing.best_fit, length=13)
   assert len(data.rows(encode)) == 12
+
+
+@pytest.mark.parametrize("field,value", [("length", 1), ("batch_size", 0)])
+def test_sizes_that_hold_nothing(field, value):
+  with pytest.raises(UserError, match=f"Pipeline.{field}: found {value}"):
+    dataclasses.replace(DATA, **{field: value})

@@ -129,6 +129,18 @@ def test_frozen_weights_are_recorded_once(start, tmp_path):
   chex.assert_trees_all_equal(found, start.frozen)
 
 
+def test_only_the_writer_sweeps(start, tmp_path):
+  draft = tmp_path / "9.orbax-checkpoint-tmp"
+  draft.mkdir()
+  (draft / "part").write_text("half")
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps == [] and draft.exists()
+  with Checkpoints(tmp_path, sweep=True) as checkpoints:
+    assert checkpoints.steps == []
+    checkpoints.save(start)  # sweeping is over before anything is written
+  assert not draft.exists()
+
+
 def test_another_base_is_refused(start, tmp_path):
   checkpoint.record_base(tmp_path, start.frozen, {"name": "one"})
   other = jax.tree.map(lambda x: x + 1, start.frozen)

@@ -74,7 +74,7 @@ def test_ten_steps_are_five_and_five(model, params, adapt, tmp_path):
   assert [s for s, _ in losses(tmp_path / "parts")] == list(range(1, 11))
   assert whole.best[0] in (5, 10) and whole.tokens_per_s > 0
   assert losses(tmp_path / "whole")[-1][1] < losses(tmp_path / "whole")[0][1]
-  again = run(tmp_path / "parts", 10)  # nothing left to do
+  again = run(tmp_path / "parts", 10)  # nothing is left to do
   chex.assert_trees_all_equal(again.state, whole.state)
   assert again.tokens_per_s is None
 
@@ -234,3 +234,9 @@ def test_writers_get_everything(line, tmp_path):
 
   line_run(line, tmp_path, loop.Plan(steps=2), writers=(Listener,))
   assert seen == [(tmp_path, None), 0, 1, 2, "closed"]
+
+
+@pytest.mark.parametrize("field", ["steps", "accumulate", "keep"])
+def test_plans_that_do_nothing(field):
+  with pytest.raises(UserError, match=f"Plan.{field}: found 0, expected at"):
+    loop.Plan(**{"steps": 1, field: 0})
