@@ -79,13 +79,7 @@ def run(
       best = kept.best[0] if kept.best else kept.latest
       at = best if number is None else number
       trained = kept.restore(trained, step=at)
-  encode = built.loaded.tokenizer.encode
-  parts = {"validation": experiment.validation, "heldout": experiment.heldout}
-  evaluations = {
-    name: pipeline.evaluation(encode)
-    for name, pipeline in parts.items()
-    if pipeline is not None
-  }
+  evaluations = experiment.evaluations(built.loaded.tokenizer.encode)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = jax.jit(step.make_eval_step(built.objective))

@@ -11,7 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 
-from research.data.pipeline import Pipeline
+from research.data.packing import Row
+from research.data.pipeline import Encode, Pipeline
 from research.interop import load
 from research.interop.load import Loaded
 from research.nn.transformer import Remat
@@ -68,6 +69,7 @@ class Experiment:
     plan: how long, and when to look up.
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
+    eval_batches: at most so many batches of each of those two; None for all.
     seed: of the transforms' random numbers.
     prompt: text that the model continues before and after training, or None.
     continuation: tokens of that continuation.
@@ -82,6 +84,7 @@ class Experiment:
   trainable: str = "."
   validation: Pipeline | None = None
   heldout: Pipeline | None = None
+  eval_batches: int | None = None
   seed: int = 0
   prompt: str | None = None
   continuation: int = 48
@@ -95,6 +98,15 @@ class Experiment:
       params = transform(params, jax.random.fold_in(key, i))
     objective = dataclasses.replace(self.objective, model=loaded.model)
     return Built(loaded=loaded, params=params, objective=objective)
+
+  def evaluations(self, encode: Encode) -> dict[str, list[Row]]:
+    """Returns the batches of `validation` and `heldout`, where there are."""
+    parts = {"validation": self.validation, "heldout": self.heldout}
+    return {
+      name: pipeline.evaluation(encode, self.eval_batches)
+      for name, pipeline in parts.items()
+      if pipeline is not None
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from absl import flags
 from experiments import cli, config, runtime
 from experiments.experiment import Built, Experiment
 from research import tree
-from research.lora import peft
+from research.lora import adapt, peft
 from research.nn import generate
 from research.training import checkpoint, loop, plots, state, step
 from research.training.metrics import TensorBoardWriter, WandbWriter
@@ -83,12 +83,8 @@ def run(
 
   # --- data ---
   training = experiment.data.training(encode)
-  evaluations = {}
-  if experiment.validation is not None:
-    evaluations["validation"] = experiment.validation.evaluation(encode)
-  heldout = None
-  if experiment.heldout is not None:
-    heldout = experiment.heldout.evaluation(encode)
+  evaluations = experiment.evaluations(encode)
+  heldout = evaluations.pop("heldout", None)
 
   # --- before ---
   measure = jax.jit(step.make_eval_step(built.objective))
@@ -127,9 +123,7 @@ def run(
     title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
     points=points,
   )
-  adapted = peft.save_adapter_if_any(
-    workdir / "adapter", outcome.state.params, built.loaded
-  )
+  adapted = _save_adapter(workdir / "adapter", experiment, built, outcome)
   result = {
     "perplexity_before": before,
     "perplexity_after": after,
@@ -169,7 +163,20 @@ def _continue(
     [ids],
     max_new_tokens=experiment.continuation,
   )
-  cli.say(f"{when}: {experiment.prompt}{tokenizer.decode(made[0])}\n")
+  cli.say(f"{when}: {experiment.prompt}{tokenizer.decode(made.tokens[0])}\n")
+
+
+def _save_adapter(folder, experiment, built, outcome) -> bool:
+  """Writes what was trained in PEFT's format, if that is adapters."""
+  params = outcome.state.params
+  adapters, _ = tree.partition(params, adapt.TRAINABLE)
+  if not tree.count(adapters):
+    return False
+  base = getattr(experiment.model, "name", "unknown")
+  if pathlib.Path(base).exists():
+    base = str(pathlib.Path(base).resolve())
+  peft.save_adapter(folder, params, built.loaded.model, base)
+  return True
 
 
 def _next(workdir: pathlib.Path, adapted: bool) -> str:
