@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from research.lora.tensor import LoRATensor
+from research.quant.blocks import BlockTensor
 from research.training import losses
 
 B, T, D, V = 3, 7, 5, 11
@@ -97,6 +98,31 @@ def test_gradient_of_an_adapter_on_the_head(case):
     for f in (ours, truth)
   )
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_head_stays_packed():
+  k = jax.random.split(jax.random.key(2), 3)
+  head = BlockTensor(
+    jax.random.randint(k[0], (V, 1, 32), -127, 128, jnp.int8),
+    jax.random.uniform(k[1], (V, 1), jnp.float16, 1e-3, 1e-2),
+    kind="Q8_0",
+    axis=-1,
+  )
+  hidden = jax.random.normal(k[2], (B, T, 32))
+  targets = jnp.arange(B * T).reshape(B, T) % V
+  weight = jnp.ones((B, T))
+  logits = losses.linear_head("btd,vd->btv")
+
+  def ours(hidden):
+    return losses.chunked_cross_entropy(
+      logits, head, hidden, targets, weight, losses.TokenLoss(rows=6)
+    )[0]
+
+  def truth(hidden):
+    return full(hidden @ head.dense().T, targets, weight)[0]
+
+  got, want = (jax.jit(jax.value_and_grad(f))(hidden) for f in (ours, truth))
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def _dots(jaxpr) -> int:
