@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,15 +38,20 @@ def loss_curve(
   figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
   FigureCanvasAgg(figure)
   axes = figure.add_subplot()
+  colors = (f"C{i}" for i in itertools.count(1))  # C0 is training
   for part, (steps, losses) in curves.items():
     if part == "train":
       axes.plot(steps, losses, color="0.75", linewidth=0.8, label="train, raw")
       axes.plot(steps, smooth(losses), color="C0", label="train, smoothed")
     else:
-      axes.plot(steps, losses, "o-", markersize=4, color="C1", label=part)
-  for i, (step, loss, label) in enumerate(points):
+      axes.plot(
+        steps, losses, "o-", markersize=4, label=part, color=next(colors)
+      )
+  for step, loss, label in points:
     text = f"{label}: {loss:.3f}"
-    axes.plot([step], [loss], "*", markersize=11, color=f"C{i + 2}", label=text)
+    axes.plot(
+      [step], [loss], "*", markersize=11, color=next(colors), label=text
+    )
   axes.set(xlabel="step (updates)", ylabel="loss (nats per token)", title=title)
   axes.grid(alpha=0.3)
   axes.legend(frameon=False)
