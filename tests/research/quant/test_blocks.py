@@ -140,7 +140,8 @@ def test_axes_follow_the_blocked_axis():
   assert experts.scale == ("expert", "in", "out")
   e = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 24, 32), -1).squeeze()
   named = weights.axes(e, ("vocab", "embed"))
-  assert named.codes == ("vocab", "embed", None)
+  assert named.codes == ("embed", None, "vocab")
+  assert named.scale == ("embed", "vocab")
   assert named.high is None
   for part, names in zip(
     jax.tree.leaves(w),
