@@ -7,6 +7,7 @@ run is split, since only equal layers can be scanned.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 import zlib
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research import tree, weights
 from research.lora.tensor import LoRATensor
@@ -236,9 +238,7 @@ class Adapt:
     specs = self.specs(params)
 
     def factors(paths, spec, shape):
-      ids = jnp.array([zlib.crc32(p.encode()) for p in paths], jnp.uint32)
-      keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
-      return _fresh(keys, spec.rank, shape, self.init, paths[0] == EMBEDDING)
+      return _fresh(key, paths, spec.rank, shape, self.init)
 
     return wrap(params, specs, factors)
 
@@ -275,13 +275,22 @@ class Adapt:
     ]
 
 
-def _fresh(keys, rank, shape, init, embedding):
+@functools.partial(jax.jit, static_argnames=("draw", "rank", "size"))
+def _drawn(key, ids, draw, rank, size):
+  # One program for all layers; eagerly each shape would compile many.
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+  return jax.vmap(lambda k: draw(k, rank, size))(keys)
+
+
+def _fresh(key, paths, rank, shape, init):
+  """Returns (a, b) of new adapters on the matrices `paths`, stacked."""
+  ids = np.array([zlib.crc32(p.encode()) for p in paths], np.uint32)
   size_in, size_out = shape
-  if embedding:
-    a = jnp.zeros((len(keys), rank, size_in), jnp.float32)
-    return a, jax.vmap(lambda k: _normal(k, rank, size_out))(keys)
-  a = jax.vmap(lambda k: _INITS[init](k, rank, size_in))(keys)
-  return a, jnp.zeros((len(keys), rank, size_out), jnp.float32)
+  if paths[0] == EMBEDDING:
+    a = jnp.zeros((len(paths), rank, size_in), jnp.float32)
+    return a, _drawn(key, ids, _normal, rank, size_out)
+  a = _drawn(key, ids, _INITS[init], rank, size_in)
+  return a, jnp.zeros((len(paths), rank, size_out), jnp.float32)
 
 
 def _compiled(pattern: str, field: str) -> re.Pattern[str]:
