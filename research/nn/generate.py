@@ -79,7 +79,7 @@ def prepare(params: Params, model: Transformer) -> Params:
 
 def bucket(n: int) -> int:
   """Returns `n` rounded up by at most an eighth, or to a multiple of 16."""
-  step = max(16, 1 << max((n - 1).bit_length() - 3, 0))
+  step = max(16, 1 << max((n - 1).bit_length() - 4, 0))
   return -(-n // step) * step
 
 

@@ -134,7 +134,7 @@ def test_one_compilation_a_shape():
     return generate.prefill._cache_size(), generate.decode._cache_size()
 
   before = sizes()
-  for i, prompt in enumerate([[1, 2], [3] * 9, [4] * 15]):
+  for i, prompt in enumerate([[1, 2], [3] * 9, [4] * 13]):
     rules = Sampling(temperature=0.5 + i, top_p=0.9)
     generate.generate(
       model,
@@ -225,7 +225,6 @@ def test_a_stream_is_the_text_of_its_tokens(size):
 
 @pytest.mark.parametrize("size", [1, 2, 16])
 def test_stop_strings_span_tokens_and_chunks(size):
-  """Among printable bytes only, by forbidding the others' embeddings."""
   tokens = reference(tuple(PROMPTS[0]))
   text = byte_tokenizer().decode(tokens)
   stop = text[len(text) // 2 : len(text) // 2 + 3]
@@ -255,10 +254,10 @@ def test_complete_is_the_joined_stream():
 
 def test_prepare_changes_the_layout_only():
   found = generate.prepare(params(), MODEL)
-  assert len(tree.runs(found)) == MODEL.depth
+  assert len(tree.runs(found)) == 2
   half = MODEL.clone(dtype="bfloat16")
   assert generate.prepare(params(), half) is params()
   chex.assert_trees_all_equal(
     list(tree.layers(found)), list(tree.layers(params()))
   )
-  assert GREEDY == Sampling()
+  assert Sampling() == GREEDY

@@ -1,0 +1,178 @@
+"""What every command shares: flags, help, errors for people, a JSON line.
+
+A command is a module with a docstring, absl flags, and a `main(argv)` that
+returns its result. `run` parses the flags, prints that result as the last line
+on stdout, and turns what a user can mend into one to three lines on stderr.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from absl import flags
+
+_TRACEBACK = flags.DEFINE_bool(
+  "traceback", False, "Show where in the code an error came from."
+)
+# The next two are read by runtime.prepare, before flags are parsed.
+flags.DEFINE_bool(
+  "typecheck", True, "Check shapes and types of every call at run time."
+)
+flags.DEFINE_bool(
+  "huge_pages", True, "Let glibc ask for huge pages (Linux; faster on CPU)."
+)
+
+SHARED = ("traceback", "typecheck", "huge_pages")
+"""Flags that every command has."""
+
+Main = Callable[[Sequence[str]], dict[str, Any] | None]
+
+
+def say(text: str) -> None:
+  """Prints a line for people, at once."""
+  print(text, flush=True)
+
+
+def required(**values: Any) -> None:
+  """Raises UserError for the first flag without a value."""
+  for name, value in values.items():
+    if value is None or value == "":
+      from research.typing import UserError
+
+      raise UserError(f"--{name}: is missing; --help says what it is")
+
+
+def run(main: Main) -> NoReturn:
+  """Runs a command and ends the process with its status."""
+  status = call(main, sys.argv)
+  try:
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Whoever read our output has gone; Python would complain at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit(status)
+
+
+def call(main: Main, argv: Sequence[str]) -> int:
+  """Runs a command on `argv`; returns its exit status.
+
+  0: done, 1: an error, 2: a wrong command line, 130: interrupted.
+  """
+  if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(argv[1:]):
+    print(describe(main))
+    return 0
+  try:
+    rest = flags.FLAGS(list(argv))[1:]
+  except flags.Error as error:
+    return _fail(f"{' '.join(str(error).split())} (--help lists the flags)", 2)
+  if rest:
+    return _fail(
+      f"{rest[0]!r}: found an argument, expected flags such as --name=value", 2
+    )
+  try:
+    result = main(list(argv))
+    if result is not None:
+      print(json.dumps(plain(result)), flush=True)
+  except KeyboardInterrupt:
+    return _fail("interrupted", 130)
+  except BrokenPipeError:
+    return 1
+  except Exception as error:
+    text = explanation(error)
+    if text is None or _TRACEBACK.value:
+      traceback.print_exc()
+      return 1
+    return _fail(text, 1)
+  return 0
+
+
+def _fail(text: str, status: int) -> int:
+  print(f"error: {text}", file=sys.stderr, flush=True)
+  return status
+
+
+def explanation(error: BaseException) -> str | None:
+  """Returns what to tell the user, or None for an error of ours."""
+  from research.typing import UserError
+
+  if isinstance(error, UserError):
+    return str(error)
+  if isinstance(error, OSError) and error.strerror:
+    where = error.filename if error.filename is not None else "output"
+    return f"{where}: {error.strerror}"
+  return None
+
+
+def plain(x: Any) -> Any:
+  """Returns `x` as JSON's own types; numbers that are not finite are null."""
+  if isinstance(x, dict):
+    return {str(k): plain(v) for k, v in x.items()}
+  if isinstance(x, list | tuple):
+    return [plain(v) for v in x]
+  if isinstance(x, pathlib.PurePath):
+    return str(x)
+  if hasattr(x, "tolist"):  # NumPy's and JAX's
+    return plain(x.tolist())
+  if isinstance(x, float) and not math.isfinite(x):
+    return None
+  return x
+
+
+def describe(main: Main) -> str:
+  """Returns the help of a command: its docstring, then its flags."""
+  module = sys.modules[main.__module__]
+  # absl files the flags of a program's own module under its path.
+  name = sys.argv[0] if main.__module__ == "__main__" else main.__module__
+  found = flags.FLAGS.flags_by_module_dict().get(name, [])
+  shared = [flags.FLAGS[name] for name in SHARED]
+  parts = [(module.__doc__ or "").strip(), "", "Flags:"]
+  parts += map(_flag, found)
+  parts += ["", "Flags of every command:", *map(_flag, shared)]
+  return "\n".join(parts)
+
+
+def _flag(flag: Any) -> str:
+  value = flag.default
+  if flag.boolean:
+    name = f"--[no]{flag.name}"
+  else:
+    name = f"--{flag.name}=" + ("" if value in (None, "", []) else f"{value}")
+  text = textwrap.fill(
+    flag.help, 78, initial_indent=" " * 6, subsequent_indent=" " * 6
+  )
+  if flag.boolean:
+    text += " (on by default)" if value else ""
+  return f"  {name}\n{text}"
+
+
+def read_text(path: str, flag: str) -> str:
+  """Returns a text file's content.
+
+  Args:
+    path: of a file in UTF-8.
+    flag: which named it, for the errors.
+
+  Raises:
+    UserError: it is missing, no file, empty, or no UTF-8.
+  """
+  from research.typing import UserError
+
+  try:
+    data = pathlib.Path(path).read_bytes()
+  except OSError as error:
+    raise UserError(f"--{flag}={path}: {error.strerror}") from error
+  try:
+    text = data.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"--{flag}={path}: is no UTF-8 at byte {error.start}; convert it first"
+    ) from error
+  if not text.strip():
+    raise UserError(f"--{flag}={path}: is empty, expected some text")
+  return text

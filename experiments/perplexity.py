@@ -1,0 +1,82 @@
+"""Measures how well a model predicts a text.
+
+  python -m experiments.perplexity --model=smollm2-135m --text=README.md
+
+The text is tokenised once, without special tokens, and cut into windows of
+--window tokens that do not overlap. Each is read alone; all its tokens but the
+first are predicted, and a last partial window counts from two tokens on. The
+last line on stdout is JSON: perplexity, tokens (predicted), tokens_per_s.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, runtime
+
+_MODEL = flags.DEFINE_string(
+  "model",
+  None,
+  "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
+  ".gguf file, or the name smollm2-135m.",
+)
+_TEXT = flags.DEFINE_string("text", None, "A text file in UTF-8.")
+_WINDOW = flags.DEFINE_integer("window", 1024, "Tokens read together.")
+_MAX_WINDOWS = flags.DEFINE_integer(
+  "max_windows", 8, "How many windows at most, from the start; 0 for all."
+)
+_BATCH = flags.DEFINE_integer("batch", 1, "Windows computed at a time.")
+_DTYPE = flags.DEFINE_string(
+  "dtype", "float32", "float32 or bfloat16, of weights and computation."
+)
+_PACKED = flags.DEFINE_bool(
+  "packed", False, "Keep a .gguf file's quantized weights as they are."
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Measures; returns the result, which the command prints as JSON."""
+  del argv
+  cli.required(model=_MODEL.value, text=_TEXT.value)
+  text = cli.read_text(_TEXT.value, "text")
+  runtime.setup()
+  from research.interop.load import load_model
+  from research.nn.perplexity import perplexity
+  from research.typing import UserError
+
+  loaded = load_model(_MODEL.value, _DTYPE.value, _PACKED.value)
+  if loaded.tokenizer is None:
+    raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
+  found = perplexity(
+    loaded.model,
+    loaded.params,
+    loaded.tokenizer.encode(text),
+    window=_WINDOW.value,
+    max_windows=_MAX_WINDOWS.value or None,
+    batch=_BATCH.value,
+  )
+  return {
+    "perplexity": found.perplexity,
+    "tokens": found.tokens,
+    "tokens_per_s": found.tokens / found.seconds,
+    **{
+      k: v
+      for k, v in dataclasses.asdict(found).items()
+      if k in ("nll", "windows", "seconds")
+    },
+    "window": _WINDOW.value,
+    "dtype": _DTYPE.value,
+    "model": _MODEL.value,
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main)
