@@ -116,13 +116,25 @@ def text(length: int) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def logits(model, rows: dict[str, np.ndarray]) -> np.ndarray:
-  """Returns [B, T, V] logits, zero where the mask is zero."""
-  out = model(
-    input_ids=torch.from_numpy(rows["tokens"]).long(),
-    attention_mask=torch.from_numpy(rows["attention_mask"]).long(),
-    position_ids=torch.from_numpy(rows["positions"]).long().clamp(min=0),
-  ).logits
-  return out.double().numpy() * rows["attention_mask"][..., None]
+  """Returns [B, T, V] logits, zero where the mask is zero.
+
+  Each row alone and the shortest first: under dynamic RoPE scaling
+  transformers rotates a batch by its longest row, and by the longest sequence
+  it has seen before; a row should not depend on its company.
+  """
+  tokens = torch.from_numpy(rows["tokens"]).long()
+  mask = torch.from_numpy(rows["attention_mask"]).long()
+  places = torch.from_numpy(rows["positions"]).long().clamp(min=0)
+  out = {}
+  for i in places.amax(1).argsort().tolist():
+    one = slice(i, i + 1)
+    out[i] = model(
+      input_ids=tokens[one],
+      attention_mask=mask[one],
+      position_ids=places[one],
+    ).logits
+  whole = torch.cat([out[i] for i in range(len(tokens))])
+  return whole.double().numpy() * rows["attention_mask"][..., None]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Runs in Heptad's own environment; the tests beside it run in the peers' and
 call it as a process. `--rows` and `--out` are .npz files, but for `logits`,
 whose output is a plain .npy, so that the reader can map it.
 
-  logits    tokens [B, T] (positions)   -> [B, T, V], a row at a time
+  logits    tokens [B, T] (positions)   -> [B, T, V]
   greedy    prompt [P], steps           -> tokens [steps], through the cache
   encode    text                        -> ids
   adapt     tokens, rank, std           -> logits of a new adapter, which is
@@ -41,16 +41,9 @@ def forward(model, params, tokens, positions=None):
 
 
 def logits(it, args, rows) -> np.ndarray:
-  """Rows one at a time: all of the real model's at once would be 400 MB."""
   tokens = rows["tokens"].astype(np.int32)
   places = rows.get("positions")
-  out = []
-  for i in range(len(tokens)):
-    place = None if places is None else places[i : i + 1]
-    out.append(
-      np.asarray(forward(it.model, it.params, tokens[i : i + 1], place))
-    )
-  return np.concatenate(out)
+  return np.asarray(forward(it.model, it.params, tokens, places))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -99,7 +92,7 @@ def adapt_and_save(it, args, rows) -> dict:
     return std * jax.random.normal(name, leaf.shape, leaf.dtype)
 
   params = tree.map_paths(drawn, params)
-  peft.save_adapter(args.adapter, params, it.model, base=args.model)
+  peft.save_adapter(args.adapter, params, it.model, base_name=args.model)
   merged = forward(it.model, adapt.merge(params), rows["tokens"])
   whole = forward(it.model, params, rows["tokens"])
   return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))
@@ -130,7 +123,7 @@ def gradients(it, args, rows) -> dict:
 
   loss, slopes = jax.value_and_grad(mean)(selected)
   written = tree.combine(slopes, rest)
-  peft.save_adapter(args.adapter, written, it.model, base=args.model)
+  peft.save_adapter(args.adapter, written, it.model, base_name=args.model)
   return dict(loss=np.asarray(loss))
 
 

@@ -12,9 +12,6 @@ import support
 import torch
 
 MODELS = make_models.MODELS
-# The real lengths of transformers' cached and uncached decoding differ for
-# dynamic NTK scaling only: its cache holds keys rotated by older frequencies.
-CACHED = [name for name in families.FAMILIES if name != "llama_dynamic"]
 
 
 def peer(name: str):
@@ -32,7 +29,7 @@ def test_family(name, heptad):
   np.testing.assert_array_equal(got[real].argmax(-1), want[real].argmax(-1))
 
 
-@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("name", families.FAMILIES)
 def test_greedy_continuation(name, heptad):
   prompt = make_models.text(24)["tokens"][0, : make_models.PROMPT]
   got = heptad.bridge(

@@ -1,0 +1,120 @@
+"""The speed table: ours against torch, side by side in one run.
+
+  make bench                     # every row, about 20 minutes on two idle cores
+  make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
+
+Each measurement is a process of its own; ours and torch's alternate, so that
+a machine which changes speed changes it for both. The ratio is the median of
+the pairs' ratios. `--huge_pages` gives both sides glibc's huge pages.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import tests.peers.bench_torch as table
+
+OURS = [sys.executable, "tests/peers/bench_ours.py"]
+LIMITS = {
+  "train": "FLOPs of the matmuls",
+  "decode": "bytes of the weights",
+  "perplexity": "FLOPs of the matmuls",
+}
+
+
+def once(command: list[str], row: str, environment: dict) -> dict:
+  """Returns what one process measured."""
+  done = subprocess.run(
+    [*command, row], env=environment, stdout=subprocess.PIPE, text=True
+  )
+  if done.returncode:
+    raise SystemExit(f"{' '.join(command)} {row}: exit {done.returncode}")
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare(row: str, peers: str, repeats: int, environment: dict) -> dict:
+  """Returns the medians and ratios of one row."""
+  theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
+  pairs = []
+  for i in range(repeats):
+    sides = [once(OURS, row, environment), None]
+    sides[1] = once(theirs, row, environment)
+    pairs.append(sides)
+    rates = [side["tokens_per_s"] for side in sides]
+    print(f"  {row} {i + 1}/{repeats}: {rates}", file=sys.stderr, flush=True)
+  ours = statistics.median(a["tokens_per_s"] for a, _ in pairs)
+  peer = statistics.median(b["tokens_per_s"] for _, b in pairs)
+  ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
+  memory = [statistics.median(s[i]["peak_rss_bytes"] for s in pairs) for i in (0, 1)]  # fmt: skip # noqa: E501
+  return {
+    "row": row,
+    "ours": ours,
+    "torch": peer,
+    "ratio": statistics.median(ratios),
+    "spread": (min(ratios), max(ratios)),
+    "memory": memory[0] / memory[1],
+    "ours_gb": memory[0] / 2**30,
+    "torch_gb": memory[1] / 2**30,
+    "compile_s": pairs[0][0].get("compile_s"),
+    "limit": LIMITS[row.split("_")[0]],
+  }
+
+
+def show(rows: list[dict]) -> str:
+  """Returns the table as Markdown."""
+  lines = [
+    "| row | ours tok/s | torch tok/s | ratio (min..max) | ours GiB "
+    "| torch GiB | memory | compile s | limit |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+  ]
+  for r in rows:
+    low, high = r["spread"]
+    lines.append(
+      f"| {r['row']} | {r['ours']:.0f} | {r['torch']:.0f} "
+      f"| {r['ratio']:.2f} ({low:.2f}..{high:.2f}) | {r['ours_gb']:.2f} "
+      f"| {r['torch_gb']:.2f} | {r['memory']:.0%} | {r['compile_s']} "
+      f"| {r['limit']} |"
+    )
+  return "\n".join(lines)
+
+
+def llama_cpp(peers: str) -> str:
+  """Returns a line on llama.cpp's decoding, where it is installed."""
+  probe = [peers, "-c", "import llama_cpp"]
+  if subprocess.run(probe, stderr=subprocess.DEVNULL).returncode:
+    return "llama.cpp: llama-cpp-python is not installed beside the peers"
+  done = subprocess.run(
+    [peers, "tests/peers/bench_llama_cpp.py"], stdout=subprocess.PIPE, text=True
+  )
+  return f"llama.cpp: {done.stdout.strip()}"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
+  parser.add_argument("--peers", required=True, help="their Python")
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--huge_pages", action="store_true")
+  args = parser.parse_args()
+  environment = dict(os.environ)
+  # A library that a small machine was told to use would slow one side down.
+  if args.huge_pages:
+    environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+  rows = [
+    compare(row, args.peers, args.repeats, environment)
+    for row in args.rows or table.ROWS
+  ]
+  print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
+        f"{platform.machine()}, huge pages: {args.huge_pages}")  # fmt: skip
+  print(show(rows))
+  print(llama_cpp(args.peers))
+  print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+  main()

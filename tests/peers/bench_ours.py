@@ -1,0 +1,163 @@
+"""Our side of the speed table; rows and measure as in `bench_torch`.
+
+  .venv/bin/python tests/peers/bench_ours.py [ROW ...] [--runs 3] [--steps 3]
+
+Each row runs in its own process and prints one JSON line. `compile_s` is what
+a cold start would spend on compilation; it is not in tokens/s.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(HERE))
+
+import bench_torch as table  # noqa: E402
+
+RANK, ALPHA, RATE = 8, 16.0, 2e-4
+
+
+def load(dtype: str):
+  """Returns the real model and its token ids, the same as torch's."""
+  from research.interop.load import load_model
+
+  loaded = load_model("smollm2-135m", dtype=table.DTYPES[dtype])
+  from research.data.sources import PydocTopics
+
+  texts = [PydocTopics("train")[i] for i in range(40)]
+  ids = loaded.tokenizer.encode("\n".join(texts)[:60000])
+  return loaded, ids
+
+
+def train(dtype: str, runs: int, steps: int) -> dict:
+  """Times whole optimizer steps of LoRA on every linear layer."""
+  import jax
+  import numpy as np
+
+  from research import tree
+  from research.lora import adapt
+  from research.training import loop, objective, optim, state, step
+
+  loaded, ids = load(dtype)
+  params = adapt.Adapt(rank=RANK, alpha=ALPHA)(loaded.params, jax.random.key(0))
+  tx = optim.adamw(RATE, weight_decay=0.01, clip=None)
+  start = state.create(params, adapt.TRAINABLE, tx)
+  model = loaded.model.clone(remat="names")
+  rows = np.asarray(ids[: table.BATCH * (table.LENGTH + 1)], np.int32).reshape(
+    table.BATCH, -1
+  )
+  batch = dict(
+    tokens=rows[:, :-1],
+    targets=rows[:, 1:],
+    weights=np.ones_like(rows[:, 1:], np.float32),
+    positions=np.broadcast_to(
+      np.arange(table.LENGTH, dtype=np.int32), rows[:, 1:].shape
+    ),
+    segments=np.zeros_like(rows[:, 1:]),
+  )
+  key = jax.random.key(0)
+  update = step.make_train_step(objective.NextToken(model), tx)
+  run, cost = loop.compile_step(update, start, batch, key)
+  frozen = start.frozen
+  held = {"state": start.__class__(
+    start.step, start.trainable, None, start.opt_state
+  )}  # fmt: skip
+  del start, params, loaded
+  losses = []
+
+  def once():
+    held["state"], metrics = run(held["state"], frozen, batch, key)
+    losses.append(float(metrics["loss"]))
+
+  out = table.timed(once, table.BATCH * table.LENGTH, runs, steps)
+  return out | dict(
+    trainable=tree.count(held["state"].trainable),
+    loss_first=round(losses[0], 4),
+    loss_last=round(losses[-1], 4),
+    compile_s=round(cost["compile/seconds"], 2),
+    temporary_mb=round(cost["compile/temporary_bytes"] / 2**20),
+  )
+
+
+def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
+  """Times greedy decoding, prefill within."""
+  from research.nn import generate
+
+  loaded, ids = load(dtype)
+  size = table.PROMPT
+  prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
+  params = generate.prepare(loaded.params, loaded.model)
+  model = loaded.model
+  del loaded
+
+  def once():
+    generate.generate(model, params, prompts, table.NEW)
+
+  begin = time.perf_counter()
+  once()
+  first = time.perf_counter() - begin
+  out = table.timed(once, batch * table.NEW, runs, steps)
+  spent = batch * table.NEW / out["tokens_per_s"]
+  return out | dict(compile_s=round(first - spent, 2))
+
+
+def perplexity(dtype: str, runs: int, steps: int) -> dict:
+  """Times forward and loss of one window."""
+  import jax
+  import numpy as np
+
+  from research.training import objective
+
+  loaded, ids = load(dtype)
+  row = np.asarray(ids[: table.WINDOW], np.int32)[None]
+  batch = dict(
+    tokens=row,
+    targets=np.roll(row, -1, axis=1),
+    weights=np.ones(row.shape, np.float32),
+    positions=np.arange(table.WINDOW, dtype=np.int32)[None],
+    segments=np.zeros_like(row),
+  )
+  batch["weights"][:, -1] = 0
+  loss = jax.jit(objective.NextToken(loaded.model))
+  last = {}
+
+  def once():
+    total, weight, _ = loss(loaded.params, batch, None)
+    last["nll"] = float(total) / float(weight)
+
+  begin = time.perf_counter()
+  once()
+  first = time.perf_counter() - begin
+  out = table.timed(once, table.WINDOW, runs, steps)
+  spent = table.WINDOW / out["tokens_per_s"]
+  return out | dict(
+    nll=round(last["nll"], 4), compile_s=round(first - spent, 2)
+  )
+
+
+def measure(row: str, runs: int, steps: int, threads: int) -> dict:
+  """Runs one row in this process."""
+  import jax
+
+  from research.training.metrics import peak_memory_bytes
+
+  del threads  # XLA uses the cores that the process may use
+  kind, *rest = row.split("_")
+  work = {"train": train, "perplexity": perplexity}.get(kind)
+  if kind == "decode":
+    out = decode(int(rest[0][1:]), rest[1], runs, steps)
+  else:
+    out = work(rest[0], runs, steps)
+  return dict(
+    row=row, **out, peak_rss_bytes=peak_memory_bytes(), jax=jax.__version__
+  )
+
+
+if __name__ == "__main__":
+  row, *options = sys.argv[1:]
+  chosen = dict(option.lstrip("-").split("=") for option in options)
+  steps = int(chosen.get("steps", 3 if row.startswith("train") else 1))
+  print(json.dumps(measure(row, int(chosen.get("runs", 3)), steps, 2)))
