@@ -9,6 +9,7 @@ argument like any other.
 
 import contextlib
 import difflib
+import logging
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -71,7 +72,6 @@ def parse(
   """Returns the experiment that gin `text` describes; see `read`."""
   lines = [_binding(line) for line in bindings]
   with _empty(), _readable(name):
-    gin_config.add_config_file_search_path(str(CONFIGS))
     gin.parse_config(text)
     gin.parse_config("\n".join([*_imports(text), *lines]))
     gin.finalize()
@@ -130,9 +130,15 @@ def _all_used(lines: Sequence[str]) -> None:
 def _empty() -> Iterator[None]:
   """Leaves gin's global state as empty as it was found."""
   gin.clear_config()
+  prefixes = list(gin_config._LOCATION_PREFIXES)
+  gin.add_config_file_search_path(str(CONFIGS))
+  # Gin logs an error for each place where an included file is not.
+  logging.disable(logging.ERROR)
   try:
     yield
   finally:
+    logging.disable(logging.NOTSET)
+    gin_config._LOCATION_PREFIXES[:] = prefixes
     gin.clear_config()
 
 

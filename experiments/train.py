@@ -89,7 +89,7 @@ def run(
   # --- before ---
   measure = jax.jit(step.make_eval_step(built.objective))
   before = _perplexity(measure, start, heldout)
-  cli.say(f"held-out perplexity before: {before:.3f}", before)
+  _say_perplexity("before", before)
   _continue(experiment, built, start, "before")
 
   # --- train ---
@@ -107,7 +107,7 @@ def run(
 
   # --- after ---
   after = _perplexity(measure, outcome.state, heldout)
-  cli.say(f"held-out perplexity after: {after:.3f}", after)
+  _say_perplexity("after", after)
   _continue(experiment, built, outcome.state, "after")
   points = [
     (at, math.log(value), f"held out, {when}")
@@ -147,6 +147,11 @@ def _perplexity(measure, trained, batches) -> float | None:
   if batches is None:
     return None
   return math.exp(loop.evaluate(measure, trained, batches)["loss"])
+
+
+def _say_perplexity(when: str, value: float | None) -> None:
+  if value is not None:
+    cli.say(f"held-out perplexity {when}: {value:.3f}")
 
 
 def _continue(
