@@ -205,7 +205,9 @@ def test_dtypes_round_to_nearest_even(tmp_path, base, stored):
   kind = np.dtype(getattr(ml_dtypes, stored, stored))
   narrow = {k: v.astype(kind) for k, v in tensors.items()}
   params = read(tmp_path, model, narrow, "bfloat16")
-  assert {x.dtype for _, x in tree.flatten_paths(params)} == {jnp.dtype("bfloat16")}
+  assert {x.dtype for _, x in tree.flatten_paths(params)} == {
+    jnp.dtype("bfloat16")
+  }
   want = jnp.asarray(narrow[EMBED]).astype(jnp.bfloat16)
   chex.assert_trees_all_equal(params["embed"], want)
 
