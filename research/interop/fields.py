@@ -28,11 +28,13 @@ class Fields:
     found = repr(self.get(name))[:80]
     return UserError(f"{self.where}: {name} is {found}, expected {expected}")
 
-  def integer(self, name: str, least: int = 1) -> int:
-    """Returns a whole number of at least `least`."""
+  def integer(self, name: str, least: int = 1, most: int = 2**24) -> int:
+    """Returns a whole number from `least` to `most`."""
     x = self.get(name)
     if type(x) is not int or x < least:
       raise self.wrong(name, f"a whole number of at least {least}")
+    if x > most:
+      raise self.wrong(name, f"at most {most}")
     return x
 
   def maybe_integer(self, name: str) -> int | None:

@@ -75,6 +75,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   ),
 }
 
+MAX_DEPTH = 4_096
+"""Layers; what a file claims is written out one by one."""
+
 ACTIVATIONS: dict[str, Any] = {
   "silu": "silu",
   "swish": "silu",
@@ -194,7 +197,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
   return presets.Sizes(
     vocab=fields.integer("vocab_size"),
     width=width,
-    depth=fields.integer("num_hidden_layers"),
+    depth=fields.integer("num_hidden_layers", most=MAX_DEPTH),
     heads=heads,
     kv_heads=kv_heads,
     hidden=fields.integer("intermediate_size"),
@@ -215,7 +218,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
 
 def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
   """Returns the shortest pattern of layer kinds that repeats to the depth."""
-  depth = fields.integer("num_hidden_layers")
+  depth = fields.integer("num_hidden_layers", most=MAX_DEPTH)
   types = fields.get("layer_types")
   if types is None:
     kinds = _kinds(fields, kind, depth)

@@ -56,6 +56,8 @@ def test_a_model_that_the_family_cannot_describe():
     (dict(hidden_size=40.0), "hidden_size is 40.0, expected a whole number"),
     (dict(hidden_size=None), "hidden_size is None"),
     (dict(num_hidden_layers=-1), "num_hidden_layers is -1"),
+    (dict(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, exp"),
+    (dict(vocab_size=2**31), "vocab_size is 2147483648, expected at most"),
     (dict(num_key_value_heads=3), "num_key_value_heads is 3, expected a div"),
     (dict(head_dim=5), "head_dim is 5, expected an even number"),
     (dict(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5', expected a number"),
@@ -125,6 +127,18 @@ def test_window_only_where_the_file_says():
   types = ["full_attention", "sliding_attention", "full_attention"]
   explicit = CONFIGS["gemma2"] | dict(layer_types=types)
   assert windows(explicit) == [None, 7, None]
+
+
+def test_a_claim_of_enormous_sizes_costs_nothing(tmp_path):
+  sizes = dict.fromkeys(
+    ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+    2**24,
+  )
+  config = CONFIGS["llama"] | sizes | dict(num_hidden_layers=4096, head_dim=256)
+  shutil.copytree(MODELS / "llama", tmp_path, dirs_exist_ok=True)
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match="36837 missing"):
+    hf.model_from_directory(tmp_path)
 
 
 @pytest.fixture(scope="module")
