@@ -17,21 +17,40 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-_TRACEBACK = flags.DEFINE_bool(
-  "traceback", False, "Show where in the code an error came from."
+_SHARED = flags.FlagValues()
+flags.DEFINE_bool(
+  "traceback",
+  False,
+  "Show where in the code an error came from.",
+  flag_values=_SHARED,
 )
 # The next two are read by runtime.prepare, before flags are parsed.
 flags.DEFINE_bool(
-  "typecheck", True, "Check shapes and types of every call at run time."
+  "typecheck",
+  True,
+  "Check shapes and types of every call at run time.",
+  flag_values=_SHARED,
 )
 flags.DEFINE_bool(
-  "huge_pages", True, "Let glibc ask for huge pages (Linux; faster on CPU)."
+  "huge_pages",
+  True,
+  "Let glibc ask for huge pages (Linux; faster on CPU).",
+  flag_values=_SHARED,
 )
 
-SHARED = ("traceback", "typecheck", "huge_pages")
-"""Flags that every command has."""
-
 Main = Callable[[Sequence[str]], dict[str, Any] | None]
+flags.FLAGS.append_flag_values(_SHARED)
+
+
+def new_flags() -> flags.FlagValues:
+  """Returns the flags of one command, so far those that every command has.
+
+  A command keeps them in `FLAGS` and defines its own with `flag_values=FLAGS`:
+  two commands in one process then do not get in each other's way.
+  """
+  values = flags.FlagValues()
+  values.append_flag_values(_SHARED)
+  return values
 
 
 def say(text: str) -> None:
@@ -67,8 +86,11 @@ def call(main: Main, argv: Sequence[str]) -> int:
   if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(argv[1:]):
     print(describe(main))
     return 0
+  values = _flags(main)
+  for name in values:
+    values[name].unparse()
   try:
-    rest = flags.FLAGS(list(argv))[1:]
+    rest = values(list(argv))[1:]
   except flags.Error as error:
     return _fail(f"{' '.join(str(error).split())} (--help lists the flags)", 2)
   if rest:
@@ -85,11 +107,16 @@ def call(main: Main, argv: Sequence[str]) -> int:
     return 1
   except Exception as error:
     text = explanation(error)
-    if text is None or _TRACEBACK.value:
+    if text is None or values["traceback"].value:
       traceback.print_exc()
       return 1
     return _fail(text, 1)
   return 0
+
+
+def _flags(main: Main) -> flags.FlagValues:
+  """Returns the flags of `main`'s module; absl's global ones by default."""
+  return getattr(sys.modules[main.__module__], "FLAGS", flags.FLAGS)
 
 
 def _fail(text: str, status: int) -> int:
@@ -129,8 +156,8 @@ def describe(main: Main) -> str:
   module = sys.modules[main.__module__]
   # absl files the flags of a program's own module under its path.
   name = sys.argv[0] if main.__module__ == "__main__" else main.__module__
-  found = flags.FLAGS.flags_by_module_dict().get(name, [])
-  shared = [flags.FLAGS[name] for name in SHARED]
+  found = _flags(main).flags_by_module_dict().get(name, [])
+  shared = [_SHARED[name] for name in _SHARED]
   parts = [(module.__doc__ or "").strip(), "", "Flags:"]
   parts += map(_flag, found)
   parts += ["", "Flags of every command:", *map(_flag, shared)]

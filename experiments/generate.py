@@ -22,53 +22,86 @@ from absl import flags
 
 from experiments import cli, runtime
 
+FLAGS = cli.new_flags()
+
 _MODEL = flags.DEFINE_string(
   "model",
   None,
   "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
   ".gguf file, or the name smollm2-135m.",
+  flag_values=FLAGS,
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
+_PROMPT = flags.DEFINE_string(
+  "prompt", None, "The text to continue.", flag_values=FLAGS
+)
 _CHAT = flags.DEFINE_bool(
-  "chat", False, "Take the prompt as a user's message to be answered."
+  "chat",
+  False,
+  "Take the prompt as a user's message to be answered.",
+  flag_values=FLAGS,
 )
 _ADAPTER = flags.DEFINE_string(
-  "adapter", None, "NAME=DIR of an adapter in PEFT's format, to be applied."
+  "adapter",
+  None,
+  "NAME=DIR of an adapter in PEFT's format, to be applied.",
+  flag_values=FLAGS,
 )
 _SAMPLER = flags.DEFINE_enum(
   "sampler",
   "autoregressive",
   ["autoregressive", "diffusion"],
   "How text is generated: token by token, or (diffusion models) unmasked.",
+  flag_values=FLAGS,
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "How many tokens at most."
+  "max_new_tokens", 128, "How many tokens at most.", flag_values=FLAGS
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature",
   None,
   "Divides the logits; 0 takes the likeliest token. By default 0, or 1 where "
   "--top_k, --top_p or --min_p is given.",
+  flag_values=FLAGS,
 )
-_TOP_K = flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.")
+_TOP_K = flags.DEFINE_integer(
+  "top_k", None, "Keep the k likeliest tokens.", flag_values=FLAGS
+)
 _TOP_P = flags.DEFINE_float(
-  "top_p", None, "Keep the likeliest tokens with this much mass together."
+  "top_p",
+  None,
+  "Keep the likeliest tokens with this much mass together.",
+  flag_values=FLAGS,
 )
 _MIN_P = flags.DEFINE_float(
-  "min_p", None, "Keep tokens at least this likely relative to the likeliest."
+  "min_p",
+  None,
+  "Keep tokens at least this likely relative to the likeliest.",
+  flag_values=FLAGS,
 )
 _PENALTY = flags.DEFINE_float(
-  "repetition_penalty", None, "Above 1 makes tokens already there less likely."
+  "repetition_penalty",
+  None,
+  "Above 1 makes tokens already there less likely.",
+  flag_values=FLAGS,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", flag_values=FLAGS)
 _STOP = flags.DEFINE_multi_string(
-  "stop", [], "End before this text; may be given several times."
+  "stop",
+  [],
+  "End before this text; may be given several times.",
+  flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_string(
-  "dtype", "float32", "float32 or bfloat16, of weights and computation."
+  "dtype",
+  "float32",
+  "float32 or bfloat16, of weights and computation.",
+  flag_values=FLAGS,
 )
 _PACKED = flags.DEFINE_bool(
-  "packed", False, "Keep a .gguf file's quantized weights as they are."
+  "packed",
+  False,
+  "Keep a .gguf file's quantized weights as they are.",
+  flag_values=FLAGS,
 )
 
 

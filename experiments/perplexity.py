@@ -22,23 +22,41 @@ from absl import flags
 
 from experiments import cli, runtime
 
+FLAGS = cli.new_flags()
+
 _MODEL = flags.DEFINE_string(
   "model",
   None,
   "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
   ".gguf file, or the name smollm2-135m.",
+  flag_values=FLAGS,
 )
-_TEXT = flags.DEFINE_string("text", None, "A text file in UTF-8.")
-_WINDOW = flags.DEFINE_integer("window", 1024, "Tokens read together.")
+_TEXT = flags.DEFINE_string(
+  "text", None, "A text file in UTF-8.", flag_values=FLAGS
+)
+_WINDOW = flags.DEFINE_integer(
+  "window", 1024, "Tokens read together.", flag_values=FLAGS
+)
 _MAX_WINDOWS = flags.DEFINE_integer(
-  "max_windows", 8, "How many windows at most, from the start; 0 for all."
+  "max_windows",
+  8,
+  "How many windows at most, from the start; 0 for all.",
+  flag_values=FLAGS,
 )
-_BATCH = flags.DEFINE_integer("batch", 1, "Windows computed at a time.")
+_BATCH = flags.DEFINE_integer(
+  "batch", 1, "Windows computed at a time.", flag_values=FLAGS
+)
 _DTYPE = flags.DEFINE_string(
-  "dtype", "float32", "float32 or bfloat16, of weights and computation."
+  "dtype",
+  "float32",
+  "float32 or bfloat16, of weights and computation.",
+  flag_values=FLAGS,
 )
 _PACKED = flags.DEFINE_bool(
-  "packed", False, "Keep a .gguf file's quantized weights as they are."
+  "packed",
+  False,
+  "Keep a .gguf file's quantized weights as they are.",
+  flag_values=FLAGS,
 )
 
 
