@@ -69,12 +69,13 @@ def required(**values: Any) -> None:
 
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
-  status = call(main, sys.argv)
   try:
+    status = call(main, sys.argv)
     sys.stdout.flush()
   except BrokenPipeError:
     # Whoever read our output has gone; Python would complain at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    status = 1
   sys.exit(status)
 
 
@@ -104,7 +105,7 @@ def call(main: Main, argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     return _fail("interrupted", 130)
   except BrokenPipeError:
-    return 1
+    raise
   except Exception as error:
     text = explanation(error)
     if text is None or values["traceback"].value:
@@ -171,7 +172,10 @@ def _flag(flag: Any) -> str:
   else:
     name = f"--{flag.name}=" + ("" if value in (None, "", []) else f"{value}")
   text = textwrap.fill(
-    flag.help, 78, initial_indent=" " * 6, subsequent_indent=" " * 6
+    " ".join(flag.help.split()),
+    78,
+    initial_indent=" " * 6,
+    subsequent_indent=" " * 6,
   )
   if flag.boolean:
     text += " (on by default)" if value else ""

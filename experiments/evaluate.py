@@ -13,18 +13,13 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
 
-from experiments import cli, config, runtime
-from experiments.experiment import Experiment
-from research.training import checkpoint, loop, state, step
-from research.typing import UserError
+from experiments import cli, runtime
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "Gin file; by default the working directory's config.gin."
@@ -41,52 +36,19 @@ _SET = flags.DEFINE_multi_string(
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Evaluates; returns the metrics, which the command prints as JSON."""
   del argv
+  from research.typing import UserError
+
   if _CONFIG.value is None and _WORKDIR.value is None:
     raise UserError("give --workdir=DIR of a run, or --config=FILE")
   runtime.setup()
+  from experiments import config, runs
+
   path, workdir = _CONFIG.value, None
   if _WORKDIR.value is not None:
     workdir = pathlib.Path(_WORKDIR.value)
     path = path or str(workdir / "config.gin")
   experiment, _ = config.read(path, _SET.value)
-  return run(experiment, workdir, _STEP.value)
-
-
-def run(
-  experiment: Experiment,
-  workdir: pathlib.Path | None = None,
-  number: int | None = None,
-) -> dict[str, Any]:
-  """Evaluates `experiment` on its validation and held-out data.
-
-  Args:
-    experiment: what was, or would be, trained.
-    workdir: where its checkpoints are; None for the model before training.
-    number: step of the checkpoint; None for the best, or else the last.
-  """
-  built = experiment.build()
-  trained = state.create(
-    built.params, experiment.trainable, experiment.optimizer
-  )
-  at = 0
-  if workdir is not None:
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-      raise UserError(f"{workdir}: no checkpoints/ in it; is it a run's?")
-    with checkpoint.Checkpoints(
-      folder, best=experiment.plan.best, better=experiment.plan.better
-    ) as kept:
-      best = kept.best[0] if kept.best else kept.latest
-      at = best if number is None else number
-      trained = kept.restore(trained, step=at)
-  evaluations = experiment.evaluations(built.loaded.tokenizer.encode)
-  if not evaluations:
-    raise UserError("this experiment has neither validation nor heldout data")
-  measure = jax.jit(step.make_eval_step(built.objective))
-  found = loop.evaluate_all(measure, trained, evaluations)
-  for name in evaluations:
-    found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
-  return {"step": at, **found}
+  return runs.evaluate(experiment, workdir, _STEP.value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""Running an experiment: train it, evaluate it. No flags, no gin.
+
+Commands and notebooks call these with an `Experiment` value.
+"""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from experiments import cli
+from experiments.experiment import Built, Experiment
+from research import tree
+from research.lora import adapt, peft
+from research.nn import generate
+from research.training import checkpoint, loop, plots, state, step
+from research.typing import UserError
+
+
+def train(
+  experiment: Experiment, workdir: pathlib.Path, writers: Sequence[Any] = ()
+) -> dict[str, Any]:
+  """Trains `experiment` in `workdir`; returns its result."""
+  begin = time.perf_counter()
+
+  # --- model ---
+  cli.say(f"loading {experiment.model}")
+  built = experiment.build()
+  encode = built.loaded.tokenizer.encode
+  start = state.create(built.params, experiment.trainable, experiment.optimizer)
+  trainable, total = tree.count(start.trainable), tree.count(start.params)
+  (workdir / "parameters.txt").write_text(
+    tree.describe(built.params, experiment.trainable) + "\n"
+  )
+  cli.say(
+    f"{trainable:,} of {total:,} parameters are trained "
+    f"({trainable / total:.2%}); each one is in {workdir}/parameters.txt"
+  )
+
+  # --- data ---
+  training = experiment.data.training(encode)
+  evaluations = experiment.evaluations(encode)
+  heldout = evaluations.pop("heldout", None)
+
+  # --- before ---
+  measure = jax.jit(step.make_eval_step(built.objective))
+  before = _perplexity(measure, start, heldout)
+  _say_perplexity("before", before)
+  _continue(experiment, built, start, "before")
+
+  # --- train ---
+  outcome = loop.fit(
+    built.objective,
+    experiment.optimizer,
+    start,
+    training,
+    experiment.plan,
+    workdir=workdir,
+    evaluations=evaluations,
+    source=built.loaded.source,
+    writers=writers,
+  )
+
+  # --- after ---
+  after = _perplexity(measure, outcome.state, heldout)
+  _say_perplexity("after", after)
+  _continue(experiment, built, outcome.state, "after")
+  points = [
+    (at, math.log(value), f"held out, {when}")
+    for at, value, when in (
+      (0, before, "before"),
+      (experiment.plan.steps, after, "after"),
+    )
+    if value is not None
+  ]
+  plots.loss_curve(
+    workdir / "metrics.jsonl",
+    workdir / "loss.png",
+    title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
+    points=points,
+  )
+  adapted = _save_adapter(workdir / "adapter", experiment, built, outcome)
+  result = {
+    "perplexity_before": before,
+    "perplexity_after": after,
+    "trainable_parameters": trainable,
+    "total_parameters": total,
+    "tokens_per_s": outcome.tokens_per_s,
+    "peak_memory_bytes": outcome.peak_memory_bytes,
+    "seconds": time.perf_counter() - begin,
+    "seconds_by_part": outcome.seconds,
+    "steps": experiment.plan.steps,
+    "best": outcome.best,
+    **outcome.evaluation,
+    "workdir": str(workdir),
+  }
+  (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+  cli.say(_next(workdir, adapted))
+  return result
+
+
+def evaluate(
+  experiment: Experiment,
+  workdir: pathlib.Path | None = None,
+  number: int | None = None,
+) -> dict[str, Any]:
+  """Evaluates `experiment` on its validation and held-out data.
+
+  Args:
+    experiment: what was, or would be, trained.
+    workdir: where its checkpoints are; None for the model before training.
+    number: step of the checkpoint; None for the best, or else the last.
+  """
+  built = experiment.build()
+  trained = state.create(
+    built.params, experiment.trainable, experiment.optimizer
+  )
+  at = 0
+  if workdir is not None:
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
+      raise UserError(f"{workdir}: no checkpoints/ in it; is it a run's?")
+    with checkpoint.Checkpoints(
+      folder, best=experiment.plan.best, better=experiment.plan.better
+    ) as kept:
+      best = kept.best[0] if kept.best else kept.latest
+      at = best if number is None else number
+      trained = kept.restore(trained, step=at)
+  evaluations = experiment.evaluations(built.loaded.tokenizer.encode)
+  if not evaluations:
+    raise UserError("this experiment has neither validation nor heldout data")
+  measure = jax.jit(step.make_eval_step(built.objective))
+  found = loop.evaluate_all(measure, trained, evaluations)
+  for name in evaluations:
+    found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
+  return {"step": at, **found}
+
+
+def _perplexity(measure, trained, batches) -> float | None:
+  if batches is None:
+    return None
+  return math.exp(loop.evaluate(measure, trained, batches)["loss"])
+
+
+def _say_perplexity(when: str, value: float | None) -> None:
+  if value is not None:
+    cli.say(f"held-out perplexity {when}: {value:.3f}")
+
+
+def _continue(
+  experiment: Experiment, built: Built, trained: state.TrainState, when: str
+) -> None:
+  """Prints what the model makes of the experiment's prompt."""
+  if experiment.prompt is None:
+    return
+  tokenizer = built.loaded.tokenizer
+  ids = tokenizer.encode(experiment.prompt)
+  made = generate.generate(
+    built.loaded.model,
+    trained.params,
+    [ids],
+    max_new_tokens=experiment.continuation,
+  )
+  cli.say(f"{when}: {experiment.prompt}{tokenizer.decode(made.tokens[0])}\n")
+
+
+def _save_adapter(folder, experiment, built, outcome) -> bool:
+  """Writes what was trained in PEFT's format, if that is adapters."""
+  params = outcome.state.params
+  adapters, _ = tree.partition(params, adapt.TRAINABLE)
+  if not tree.count(adapters):
+    return False
+  base = getattr(experiment.model, "name", "unknown")
+  if pathlib.Path(base).exists():
+    base = str(pathlib.Path(base).resolve())
+  peft.save_adapter(folder, params, built.loaded.model, base)
+  return True
+
+
+def _next(workdir: pathlib.Path, adapted: bool) -> str:
+  model = workdir if adapted else "smollm2-135m"
+  return (
+    f"picture: {workdir}/loss.png. To try next:\n"
+    f"  python -m experiments.generate --model={model} "
+    '--prompt="A Python decorator is"\n'
+    f"  python -m experiments.perplexity --model={model} --text=README.md\n"
+    "  python -m experiments.train --config=runs/quickstart.gin "
+    f"--set=RANK=64 --workdir={workdir}_r64"
+  )

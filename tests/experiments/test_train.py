@@ -1,0 +1,128 @@
+"""The whole path on the real model, with very little data.
+
+One small shape throughout, so that the compile cache serves every run.
+"""
+
+import json
+import subprocess
+import sys
+
+import chex
+import numpy as np
+import pytest
+
+from experiments import config, runs
+from research import tree
+from research.interop import load
+from research.lora import adapt
+from research.training import checkpoint, metrics
+from research.typing import UserError
+
+SMALL = [
+  "BATCH=2",
+  "LENGTH=64",
+  "EVAL_BATCHES=1",
+  "EVAL_EVERY=2",
+  "WARMUP=1",
+  "experiment.Experiment.prompt=None",
+]
+
+
+def _run(workdir, *bindings):
+  read = config.read("runs/quickstart.gin", [*SMALL, *bindings])
+  folder = checkpoint.claim_workdir(workdir, read.text)
+  return runs.train(read.experiment, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run") / "quick"
+  return workdir, _run(workdir, "STEPS=4")
+
+
+def test_result_has_what_the_command_line_promises(finished):
+  workdir, result = finished
+  assert result["trainable_parameters"] == 2_442_240
+  assert result["total_parameters"] == 134_515_008 + 2_442_240
+  assert result["perplexity_after"] < result["perplexity_before"]
+  for name in ("tokens_per_s", "peak_memory_bytes", "seconds", "workdir"):
+    assert result[name], name
+  kept = json.loads((workdir / "result.json").read_text())
+  assert kept["perplexity_after"] == result["perplexity_after"]
+
+
+def test_workdir_holds_what_the_readme_says(finished):
+  workdir, _ = finished
+  records = metrics.read_jsonl(workdir / "metrics.jsonl")
+  losses = {r["step"] for r in records if "train/loss" in r}
+  assert losses == {1, 2, 3, 4}
+  assert (workdir / "loss.png").read_bytes()[:4] == b"\x89PNG"
+  table = (workdir / "parameters.txt").read_text()
+  assert "run0/layer0/mlp/up/a" in table
+  assert config.read(str(workdir / "config.gin")).experiment.plan.steps == 4
+
+
+def test_adapter_is_the_trained_one(finished):
+  workdir, result = finished
+  loaded = load.load_model(workdir)
+  adapters, _ = tree.partition(loaded.params, adapt.TRAINABLE)
+  assert tree.count(adapters) == result["trainable_parameters"]
+  again = runs.evaluate(
+    config.read(str(workdir / "config.gin")).experiment, workdir, 4
+  )
+  assert np.exp(again["heldout/loss"]) == pytest.approx(
+    result["perplexity_after"], rel=1e-6
+  )
+
+
+def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
+  workdir, first = finished
+  read = config.read(str(workdir / "config.gin"))
+  folder = checkpoint.claim_workdir(tmp_path / "again", read.text)
+  again = runs.train(read.experiment, folder)
+  assert again["perplexity_after"] == first["perplexity_after"]
+  weights = [
+    tree.partition(load.load_model(w).params, adapt.TRAINABLE)[0]
+    for w in (workdir, folder)
+  ]
+  chex.assert_trees_all_equal(*weights)
+
+
+def test_resuming_is_bitwise_the_undisturbed_run(finished, tmp_path):
+  _, first = finished
+  # Optimizer and schedule must be those of the longer run: stop it early.
+  short = "loop.Plan.steps=2"
+  _run(tmp_path / "halves", "STEPS=4", short)
+  resumed = _run(tmp_path / "halves", "STEPS=4")
+  assert resumed["perplexity_after"] == first["perplexity_after"]
+
+
+def test_another_experiment_is_refused(finished):
+  workdir, _ = finished
+  with pytest.raises(UserError, match="holds another experiment"):
+    _run(workdir, "STEPS=4", "RANK=4")
+
+
+def test_packed_base_trains_with_no_further_code(tmp_path):
+  result = _run(tmp_path / "packed", "STEPS=4", "PACKED=True")
+  assert result["perplexity_after"] < result["perplexity_before"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "status", "message"),
+  [
+    (["--config=runs/none.gin", "--workdir=x"], 1, "no such file"),
+    (["--config=runs/quickstart.gin"], 1, "--workdir"),
+    (["--confg=runs/quickstart.gin"], 2, "confg"),
+    (["--config=runs/quickstart.gin", "--workdir=x", "--set=A"], 1, "NAME=V"),
+  ],
+)
+def test_command_line_errors(arguments, status, message, tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.train", *arguments],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == status
+  assert message in done.stderr
+  assert len(done.stderr.strip().splitlines()) <= 3
