@@ -70,7 +70,8 @@ class _Keys:
 
   def fail(self, key: str, found: Any, expected: str):
     raise UserError(
-      f"{self.path}: {self.prefix}{key}: found {found!r}, expected {expected}"
+      f"{self.path}: {self.prefix}{key}: found {repr(found)[:60]}, "
+      f"expected {expected}"
     )
 
   def integer(self, key: str, default: int | None = None) -> int | None:
@@ -104,8 +105,9 @@ class _Keys:
 
   def finish(self) -> None:
     """Raises for keys that nothing asked for: they may change the model."""
-    unknown = {k: v for k, v in self.left.items() if v not in (0, False)}
-    for key, value in unknown.items():
+    for key, value in self.left.items():
+      if type(value) in (int, float, bool) and not value:
+        continue  # says that the feature is off
       self.fail(key, value, "no such key: this feature is not supported")
 
 
@@ -131,6 +133,8 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
   if embed is None or len(embed.shape) != 2:
     raise UserError(f"{path}: no matrix 'token_embd.weight'")
   width, depth = keys.needed("embedding_length"), keys.needed("block_count")
+  if depth > len(file.tensors):
+    keys.fail("block_count", depth, f"at most the {len(file.tensors)} tensors")
   heads = keys.needed("attention.head_count")
   head_dim = keys.integer("attention.key_length", max(width // heads, 1))
   theta = keys.real("rope.freq_base", 10_000.0)
@@ -160,7 +164,7 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
     attention_scale=(width / heads) ** -0.5 if scaled else None,
     attention_softcap=keys.real("attn_logit_softcapping"),
     logit_softcap=keys.real("final_logit_softcapping"),
-    pattern=_pattern(keys, family),
+    pattern=_pattern(keys, family, depth),
     max_positions=keys.integer("context_length"),
   )
   if sizes.heads % sizes.kv_heads:
@@ -169,11 +173,15 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
   return family, sizes, kind.interleaved
 
 
-def _pattern(keys: _Keys, family: presets.Family) -> tuple[str, ...] | None:
+def _pattern(
+  keys: _Keys, family: presets.Family, depth: int
+) -> tuple[str, ...] | None:
   """Returns the kinds of layers where the file says which are global."""
   every = keys.integer("attention.sliding_window_pattern")
   if every is None or "local" not in family.pattern:
     return None
+  if every > depth:  # no layer is global
+    return ("local",)
   return ("local",) * (every - 1) + ("global",)
 
 

@@ -233,6 +233,7 @@ def load_gguf(
   file = open_gguf(path)
   family, sizes, turned = config(path, file)
   _check(path, file, family, sizes)
+  tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
   model = presets.transformer(family, sizes, dtype)
   params = _params(file, family, sizes, model, turned, dtype, packed)
   source = dict(
@@ -241,13 +242,22 @@ def load_gguf(
     architecture=file.metadata["general.architecture"],
     name=str(file.metadata.get("general.name", "")),
   )
-  return Loaded(model, params, _tokenizer(file.metadata), source)
+  return Loaded(model, params, tokenizer, source)
 
 
-def _tokenizer(metadata: Mapping[str, Any]) -> Any:
+def _tokenizer(path: str, metadata: Mapping[str, Any], vocab: int) -> Any:
   """Returns the embedded tokenizer, or None where there is none."""
   if "tokenizer.ggml.model" not in metadata:
     return None
   from research.nn.tokenizer import Tokenizer
 
-  return Tokenizer.from_gguf(metadata)
+  try:
+    tokenizer = Tokenizer.from_gguf(metadata)
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
+  if tokenizer.vocab_size > vocab:
+    raise UserError(
+      f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the "
+      f"embedding {vocab} rows; expected at least as many"
+    )
+  return tokenizer

@@ -43,6 +43,9 @@ _WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
 """Vocabularies where a word that is a token needs no merges."""
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
+_LONGEST = 512
+"""Characters of a SentencePiece token, whose every cut is looked at."""
+
 _SPACE = "\u2581"
 
 
@@ -180,6 +183,8 @@ def _sentencepiece(
   fields: _Fields, tokens: list[str], unknown: int | None
 ) -> tokenizers.Tokenizer:
   """SentencePiece's BPE: bytes stand for what no token covers."""
+  if longest := next((t for t in tokens if len(t) > _LONGEST), None):
+    fields.fail("tokens", longest, f"tokens of up to {_LONGEST} characters")
   vocabulary = _vocabulary(tokens)
   types = fields.numbers("token_type", len(tokens), 1)
   scores = fields.numbers("scores", len(tokens), 0.0)

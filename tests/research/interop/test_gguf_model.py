@@ -181,6 +181,15 @@ def test_every_family_has_transformers_logits(family, tmp_path):
     assert scaling == rope.Llama3(factor=8.0, low=1.0, high=4.0, original=32)
 
 
+def test_a_file_says_which_layers_are_global(tmp_path):
+  metadata, tensors = converted("gemma3")
+  key = "gemma3.attention.sliding_window_pattern"
+  for every, want in ((2, [7, None]), (1 << 31, [7])):
+    write_gguf(tmp_path / "x.gguf", metadata | {key: every}, tensors)
+    blocks_ = load_gguf(tmp_path / "x.gguf").model.stack.blocks
+    assert [b.attention.window for b in blocks_] == want
+
+
 def test_rows_of_any_type_move_whole():
   order = half_split(24, 3)
   assert order[:8].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
@@ -229,6 +238,31 @@ BAD = {
   "no layers": (
     put("llama.block_count", 0),
     "block_count: found 0, expected one positive integer",
+  ),
+  "absurdly many layers": (
+    put("llama.block_count", 1 << 31),
+    "found 2147483648, expected at most the 21 tensors",
+  ),
+  "an array": (
+    put("llama.attention.head_count", np.arange(1, 3)),
+    "head_count: found array.*expected one positive integer",
+  ),
+  "an unknown array": (
+    put("llama.something", np.arange(1, 3)),
+    "llama.something: found array.*not supported",
+  ),
+  "too many tokens": (
+    lambda metadata, tensors: metadata.update(
+      {
+        "tokenizer.ggml.tokens": [*metadata["tokenizer.ggml.tokens"], "zz"],
+        "tokenizer.ggml.token_type": np.ones(271, np.int32),
+      }
+    ),
+    "tokenizer has 271 tokens, the embedding 270 rows",
+  ),
+  "tokenizer": (
+    put("tokenizer.ggml.pre", "viking"),
+    "tokenizer.ggml.pre: found 'viking', expected one of",
   ),
   "too many layers": (
     put("llama.block_count", 3),

@@ -171,3 +171,10 @@ def test_a_malformed_key_is_named(tiny, key):
 def test_merges_of_unknown_tokens_are_an_error(tiny):
   with pytest.raises(UserError, match="pairs of tokens that join"):
     tokenizer_from_gguf(tiny | {"tokenizer.ggml.merges": ["qq zz"]})
+
+
+def test_a_sentencepiece_token_of_absurd_length_is_an_error():
+  metadata = sentencepiece(False, {})
+  metadata["tokenizer.ggml.tokens"][5] = "a" * 100_000
+  with pytest.raises(UserError, match="up to 512 characters"):
+    tokenizer_from_gguf(metadata)
