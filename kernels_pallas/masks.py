@@ -32,7 +32,7 @@ Window = tuple[int | None, int | None]
 Tile = tuple[Any, int]
 """The start (perhaps traced) and the static size of a range of indices."""
 
-Segments = Int[Array, "b t"] | tuple[Int[Array, "b t"], Int[Array, "b s"]]
+Segments = Int[Array, "#b t"] | tuple[Int[Array, "#b t"], Int[Array, "#b s"]]
 """One array for queries and keys, or one for each."""
 
 KINDS = ("full", "causal", "prefix", "block_causal", "block_diffusion")
@@ -80,8 +80,8 @@ class Mask:
     cls,
     window: Window | None = None,
     segments: Segments | None = None,
-    q_positions: Int[Array, "b t"] | None = None,
-    kv_positions: Int[Array, "b s"] | None = None,
+    q_positions: Int[Array, "#b t"] | None = None,
+    kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
     """Every key is visible, within the window and the segment."""
@@ -94,8 +94,8 @@ class Mask:
     cls,
     window: Window | None = None,
     segments: Segments | None = None,
-    q_positions: Int[Array, "b t"] | None = None,
-    kv_positions: Int[Array, "b s"] | None = None,
+    q_positions: Int[Array, "#b t"] | None = None,
+    kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
     """Keys at or before the query."""
@@ -106,11 +106,11 @@ class Mask:
   @classmethod
   def prefix_lm(
     cls,
-    prefix: Int[Array, " b"],
+    prefix: Int[Array, " #b"],
     window: Window | None = None,
     segments: Segments | None = None,
-    q_positions: Int[Array, "b t"] | None = None,
-    kv_positions: Int[Array, "b s"] | None = None,
+    q_positions: Int[Array, "#b t"] | None = None,
+    kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
     """Causal, but the first `prefix` positions are visible to everybody."""
@@ -125,8 +125,8 @@ class Mask:
     block: int,
     window: Window | None = None,
     segments: Segments | None = None,
-    q_positions: Int[Array, "b t"] | None = None,
-    kv_positions: Int[Array, "b s"] | None = None,
+    q_positions: Int[Array, "#b t"] | None = None,
+    kv_positions: Int[Array, "#b s"] | None = None,
     offset: int | None = None,
   ) -> "Mask":
     """Keys in the query's block of positions and in earlier blocks."""
@@ -140,8 +140,8 @@ class Mask:
     cls,
     length: int,
     block: int,
-    segments: Int[Array, "b t"] | None = None,
-    positions: Int[Array, "b t"] | None = None,
+    segments: Int[Array, "#b t"] | None = None,
+    positions: Int[Array, "#b t"] | None = None,
   ) -> "Mask":
     """Training mask of block diffusion over `[x_t, x_0]`, 2 L tokens.
 
@@ -236,11 +236,11 @@ class Mask:
     seen &= _rule(self, i, j, q, k)
     return jnp.broadcast_to(seen, (seen.shape[0], q_tile[1], k_tile[1]))
 
-  def live_queries(self) -> Bool[Array, "b t"] | None:
+  def live_queries(self) -> Bool[Array, "#b t"] | None:
     """Queries that are not padding; None if none are marked as padding."""
     return _live(self.q_positions, self.q_segments)
 
-  def live_keys(self) -> Bool[Array, "b s"] | None:
+  def live_keys(self) -> Bool[Array, "#b s"] | None:
     """Keys that are not padding; None if none are marked as padding."""
     return _live(self.kv_positions, self.kv_segments)
 
@@ -374,5 +374,5 @@ def _diffusion_range(
     last = (min(stop, L) - 1) // block
     hi = L + last * block if last else min(block, L)
   if stop > L:
-    hi = L + min(L, -(-(stop - L) // block) * block)
+    hi = max(hi, L + min(L, -(-(stop - L) // block) * block))
   return lo, hi

@@ -7,11 +7,12 @@ backward pass needs no stored mask. The bits are murmur3's 32-bit finalizer
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, UInt32
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, Integer, UInt32
 
 
 def keep(
-  seed: Int[Array, ""] | UInt32[Array, ""],
+  seed: Integer[ArrayLike, ""],
   rate: float,
   b: Int[Array, "..."],
   h: Int[Array, "..."],

@@ -23,6 +23,7 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
   parts = []
   for rows, keys in _blocks(spec, x):
     if keys[1]:
+      x, parts = _in_turn(x, parts)
       state = tiles.attend(spec, x, T, S, rows, keys)
     else:
       state = tiles.nothing(x, rows[1])
@@ -46,6 +47,7 @@ def backward(
       dqs.append(jnp.zeros((B, K, H, G, rows[1]), dtype))
       continue
     block = jax.tree.map(lambda c, rows=rows: cut(c, 3, *rows), cotangents)
+    x, (dk, dv, dbias) = _in_turn(x, (dk, dv, dbias))
     dq, dk_part, dv_part, dbias_part = tiles.tile_gradients(
       spec, x, T, S, rows, keys, block
     )
@@ -65,3 +67,13 @@ def _blocks(spec: Spec, x: Operands) -> Iterator[tuple[Tile, Tile]]:
     stop = min(start + spec.blocks.q, T)
     lo, hi = x.mask.key_range(start, stop, T, S)
     yield (start, stop - start), (lo, hi - lo)
+
+
+def _in_turn(x: Operands, done):
+  """The same values, `x` for use after `done` has been computed.
+
+  Blocks do not depend on each other, and XLA would hold the scores of all of
+  them at the same time.
+  """
+  (q, k), done = jax.lax.optimization_barrier(((x.q, x.k), done))
+  return x._replace(q=q, k=k), done
