@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from research.interop.gguf_types import BY_ID, TYPES, decode, require
+from research.interop.gguf_types import BY_ID, TYPES, decode
 from research.typing import UserError
 
 MAGIC = b"GGUF"
@@ -321,6 +321,3 @@ def write_gguf(
   except OSError as error:
     partial.unlink(missing_ok=True)
     raise UserError(f"{path}: cannot write: {error.strerror}") from None
-
-
-__all__ = ["GGUF", "Tensor", "open_gguf", "require", "write_gguf"]

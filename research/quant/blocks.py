@@ -7,7 +7,7 @@ arXiv:2305.14314, section 3): what lives between is the blocks alone.
 A block is 32 weights along the columns of a ggml matrix `[O, I]`: `scale *
 (code - zero)`, or `scale * code + offset`. In memory the rows `O` come last
 and a block's codes before them, so that decoding, which repeats each scale 32
-times, runs along whole vectors (8 times faster on CPU than the other way):
+times, runs along whole vectors:
 
   codes [..., X, 16, O], scale and offset [..., X, O], where I = 32 X
 
@@ -17,8 +17,7 @@ swap letters instead of moving numbers.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,12 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.interop import gguf_types
+from research.quant import products
 from research.typing import Array, Float, Int, PRNGKey
 
 BLOCK = 32
-
-PIECE = 2 << 20
-"""Bytes of a decoded piece of a large matrix: a core's cache holds it."""
 
 
 @jax.tree_util.register_dataclass
@@ -58,9 +55,18 @@ class BlockTensor:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    *lead, x, rows = self.scale.shape
-    columns = x * BLOCK
-    return (*lead, *((columns, rows) if self.axis == -2 else (rows, columns)))
+    stored = (self.columns, self.rows)
+    return self.scale.shape[:-2] + stored[:: 1 if self.axis == -2 else -1]
+
+  @property
+  def columns(self) -> int:
+    """Returns `I` of the stored matrix."""
+    return self.scale.shape[-2] * BLOCK
+
+  @property
+  def rows(self) -> int:
+    """Returns `O` of the stored matrix."""
+    return self.scale.shape[-1]
 
   @property
   def ndim(self) -> int:
@@ -72,10 +78,10 @@ class BlockTensor:
 
   def dense(self) -> Float[Array, "..."]:
     """Returns the float32 matrix, bitwise what ggml decodes to."""
-    stored = self._stored()
+    stored = self.stored()
     return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
 
-  def _stored(self) -> Float[Array, "... I O"]:
+  def stored(self) -> Float[Array, "... I O"]:
     """Returns the decoded numbers in the order they are stored in."""
     codes = self._codes().astype(jnp.float32)
     values = codes - gguf_types.TYPES[self.kind].zero
@@ -103,9 +109,9 @@ class BlockTensor:
     if self.axis == -1:
       w = w[:-2] + w[-1] + w[-2]
     if left[:-1] == out[:-1] and sorted((left[-1], out[-1])) == sorted(w):
-      return _matmul(x, self, transposed=left[-1] == w[1])
+      return products.matmul(x, self, transposed=left[-1] == w[1])
     stored = f"{left},{w}->{out}"
-    return _product(lambda x, w: jnp.einsum(stored, x, w), x, self)
+    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of an embedding, float32; only those are decoded."""
@@ -124,7 +130,7 @@ class BlockTensor:
       w = w if self.axis == -2 else jnp.swapaxes(w, -1, -2)
       return jax.lax.ragged_dot(x, w, sizes)
 
-    return _product(product, x, self, sizes)
+    return products.linear(product, x, self, sizes)
 
   def axes(self, names: tuple[str | None, ...]) -> "BlockTensor":
     """Blocks keep the name of the axis they cut; codes in one have none."""
@@ -148,116 +154,6 @@ class BlockTensor:
   def squeeze(self) -> "BlockTensor":
     """Returns itself without a leading axis of one."""
     return jax.tree.map(lambda part: part.reshape(part.shape[1:]), self)
-
-
-def _piece_count(w: BlockTensor) -> int:
-  """Returns into how many pieces of whole rows a large matrix decodes."""
-  *_, x, rows = w.scale.shape
-  size = x * BLOCK * rows * 4
-  if size <= 4 * PIECE:
-    return 1
-  fits = (n for n in range(1, rows + 1) if not rows % n and size <= n * PIECE)
-  return next(fits, rows)
-
-
-def _piece(w: BlockTensor, i: Array, count: int) -> BlockTensor:
-  size = w.scale.shape[-1] // count
-  return jax.tree.map(
-    lambda part: jax.lax.dynamic_slice_in_dim(part, i * size, size, axis=-1), w
-  )
-
-
-def _joined(x: Array, w: BlockTensor, count: int) -> Array:
-  """Returns `x[..., I] @ stored`, piece beside piece."""
-
-  def one(i):
-    stored = _piece(w, i, count)._stored().astype(x.dtype)
-    return jnp.einsum("...i,io->...o", x, stored)
-
-  y = jnp.moveaxis(jax.lax.map(one, jnp.arange(count)), 0, -2)
-  return y.reshape(*y.shape[:-2], -1)
-
-
-def _summed(x: Array, w: BlockTensor, count: int) -> Array:
-  """Returns `x[..., O] @ stored.T`, the pieces' products added in float32."""
-  size = w.scale.shape[-1] // count
-  columns = w.scale.shape[-2] * BLOCK
-
-  def add(total, i):
-    stored = _piece(w, i, count)._stored().astype(x.dtype)
-    part = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=-1)
-    product = jnp.einsum(
-      "...o,io->...i", part, stored, preferred_element_type=jnp.float32
-    )
-    return total + product, None
-
-  zeros = jnp.zeros((*x.shape[:-1], columns), jnp.float32)
-  return jax.lax.scan(add, zeros, jnp.arange(count))[0].astype(x.dtype)
-
-
-def _times(x: Array, w: BlockTensor, transposed: bool) -> Array:
-  """Returns `x` times the stored matrix or its transpose.
-
-  A large matrix is decoded piece by piece on CPU, where each piece then stays
-  in cache; a tied head is ten times faster so, and needs 2 MB for 113.
-  """
-  x, w = jax.lax.optimization_barrier((x, w))
-
-  def whole(x, w):
-    eq = "...o,io->...i" if transposed else "...i,io->...o"
-    return jnp.einsum(eq, x, w._stored().astype(x.dtype))
-
-  count = _piece_count(w)
-  if count == 1:
-    return whole(x, w)
-  pieces = functools.partial(_summed if transposed else _joined, count=count)
-  return jax.lax.platform_dependent(x, w, cpu=pieces, default=whole)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnames=("transposed",))
-def _matmul(x: Array, w: BlockTensor, transposed: bool) -> Array:
-  """Returns `x` times the stored matrix or its transpose, saving only `w`.
-
-  The barriers tie the decoding to the activations: without them XLA may
-  decode the weights of all layers ahead of the loop over layers.
-  """
-  return _times(x, w, transposed)
-
-
-def _matmul_forward(x, w, transposed):
-  return _times(x, w, transposed), w
-
-
-def _matmul_backward(transposed, w, dy):
-  return _times(dy, w, not transposed), None
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _product(
-  f: Callable[..., Array], x: Array, w: BlockTensor, *rest: Array
-) -> Array:
-  """Returns `f(x, stored w, *rest)`, linear in `x`, saving only blocks."""
-  like = jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-  @jax.custom_vjp
-  def product(x, w, rest):
-    x, w = jax.lax.optimization_barrier((x, w))
-    return f(x, w._stored().astype(x.dtype), *rest)
-
-  def forward(x, w, rest):
-    return product(x, w, rest), (w, rest)
-
-  def backward(saved, dy):
-    w, rest = saved
-    dy, w = jax.lax.optimization_barrier((dy, w))
-    stored = w._stored().astype(like.dtype)
-    (dx,) = jax.linear_transpose(lambda x: f(x, stored, *rest), like)(dy)
-    return dx, None, None
-
-  product.defvjp(forward, backward)
-  return product(x, w, rest)
 
 
 def packs(kind: str, shape: Sequence[int]) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from research import tree, weights
 from research.interop import gguf_types
 from research.lora.tensor import LoRATensor
-from research.quant import blocks
+from research.quant import blocks, products
 from tests import support
 
 KINDS = ["Q4_1", "Q4_0", "Q5_0", "Q5_1", "Q8_0"]
@@ -108,8 +108,8 @@ def test_products_and_their_gradients_are_the_dense_ones(eq, axis, dtype):
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_a_large_matrix_is_decoded_in_pieces(eq, axis, monkeypatch):
   w = blocks.from_ggml("Q4_1", raw("Q4_1", 1, 96, 64), axis).squeeze()
-  monkeypatch.setattr(blocks, "PIECE", 96 * 64 * 4 // 5)
-  assert blocks._piece_count(w) == 6
+  monkeypatch.setattr(products, "PIECE", 96 * 64 * 4 // 5)
+  assert products._piece_count(w) == 6
   contracted = w.shape[0 if eq.startswith("bi") else 1]
   x = np.random.default_rng(3).standard_normal((4, contracted))
   x = jnp.asarray(x, jnp.float32)
