@@ -1,5 +1,6 @@
 """Tokenizers inside GGUF files, against definitions of their own."""
 
+import hashlib
 import json
 import pathlib
 import pydoc_data.topics
@@ -35,6 +36,8 @@ def test_smollm2_ids_are_those_of_plain_byte_pair_encoding(real):
   topics = TRUTH["smollm2"]["topics"]
   ids = real[0].encode(topics["text"]).ids
   assert len(ids) == topics["count"]
+  digest = hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest()
+  assert digest == topics["sha"]
 
 
 def test_smollm2_round_trips_on_every_topic(real):
