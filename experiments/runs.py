@@ -5,7 +5,9 @@ Commands and notebooks call these with an `Experiment` value.
 
 import json
 import math
+import os
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -182,12 +184,18 @@ def _save_adapter(folder, experiment, built, outcome) -> bool:
 
 
 def _next(workdir: pathlib.Path, adapted: bool) -> str:
-  model = workdir if adapted else "smollm2-135m"
+  """Returns commands to try next, for the Python that runs this one."""
+  python = os.path.relpath(sys.executable)
+  if python.startswith(".."):
+    python = sys.executable
+  where = os.path.relpath(workdir)
+  where = str(workdir) if where.startswith("..") else where
+  model = where if adapted else "smollm2-135m"
   return (
-    f"picture: {workdir}/loss.png. To try next:\n"
-    f"  python -m experiments.generate --model={model} "
+    f"picture: {where}/loss.png. To try next:\n"
+    f"  {python} -m experiments.generate --model={model} "
     '--prompt="A Python decorator is"\n'
-    f"  python -m experiments.perplexity --model={model} --text=README.md\n"
-    "  python -m experiments.train --config=runs/quickstart.gin "
-    f"--set=RANK=64 --workdir={workdir}_r64"
+    f"  {python} -m experiments.perplexity --model={model} --text=README.md\n"
+    f"  {python} -m experiments.train --config=runs/quickstart.gin "
+    f"--set=RANK=64 --workdir={where}_r64"
   )
