@@ -180,7 +180,9 @@ def golden() -> dict[str, np.ndarray]:
   """Returns the arrays of the golden file."""
   model = reference()
   ids = encode(text())
-  rows = ids[:2000].reshape(2, 1000)
+  # The first 2,000 tokens hold an argmax that leads by 1e-4 of logits 72
+  # wide, which is the rounding of fp32; here the closest leads by 2e-3.
+  rows = ids[2000:4000].reshape(2, 1000)
   places = np.array([[0, 0], [0, 511], [1, 1], [1, 999]], np.int32)
   out = dict(ids=rows.astype(np.uint16), full_at=places)
   logits = torch.stack([row_logits(model, row) for row in rows])
