@@ -11,7 +11,7 @@ import mmap
 import os
 import pathlib
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -61,6 +61,24 @@ class Tensor:
   def decode(self) -> np.ndarray:
     """Returns the float32 array it stands for."""
     return decode(self.type, self.data, self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """A tensor to be written: made when its turn comes, and then forgotten.
+
+  Attributes:
+    type, shape: as `Tensor`'s.
+    make: returns its bytes, uint8 of one dimension; called once.
+  """
+
+  type: str
+  shape: tuple[int, ...]
+  make: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+  @property
+  def data(self) -> np.ndarray:
+    return self.make()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +296,15 @@ def _value_bytes(value: Any) -> bytes:
   return struct.pack("<IIQ", _ARRAY, _IDS[form], x.size) + data
 
 
+def nbytes(kind: str, shape: tuple[int, ...]) -> int:
+  """Returns how many bytes a tensor of a type and shape has."""
+  return math.prod(shape) // TYPES[kind].block * TYPES[kind].nbytes
+
+
 def write_gguf(
   path: str | os.PathLike,
   metadata: Mapping[str, Any],
-  tensors: Mapping[str, Tensor],
+  tensors: Mapping[str, Tensor | Pending],
 ) -> None:
   """Writes a version 3 file, whole or not at all.
 
@@ -290,7 +313,7 @@ def write_gguf(
     metadata: key to str, bool, int (stored as uint32 where it fits), float
       (float32), a list of one of these (ints as int32), or numpy values,
       which keep their own type.
-    tensors: name to tensor.
+    tensors: name to tensor; one pending one at a time is in memory.
 
   Raises:
     UserError: a value that GGUF cannot hold, or a path that cannot be written.
@@ -308,16 +331,21 @@ def write_gguf(
       struct.pack(f"<I{rank}QI", rank, *t.shape[::-1], TYPES[t.type].id),
       struct.pack("<Q", offset),
     ]
-    offset += t.data.size + -t.data.size % alignment
+    size = nbytes(t.type, t.shape)
+    offset += size + -size % alignment
   header = b"".join(head)
   partial = path.with_name(path.name + ".partial")
   try:
     with partial.open("wb") as file:
       file.write(header + bytes(-len(header) % alignment))
-      for t in tensors.values():
-        file.write(t.data)
-        file.write(bytes(-t.data.size % alignment))
+      for name, t in tensors.items():
+        data = np.ascontiguousarray(t.data)
+        if data.nbytes != nbytes(t.type, t.shape):
+          raise ValueError(f"{name}: {data.nbytes} bytes for {t}")
+        file.write(data)
+        file.write(bytes(-data.nbytes % alignment))
     partial.replace(path)
   except OSError as error:
-    partial.unlink(missing_ok=True)
     raise UserError(f"{path}: cannot write: {error.strerror}") from None
+  finally:
+    partial.unlink(missing_ok=True)

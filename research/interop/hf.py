@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop import hf_config, names, safetensors
+from research.interop import hf_config, names, parts, safetensors
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.typing import UserError
@@ -154,7 +154,7 @@ def _check_tied(embedding, head, rows: int = 4096) -> None:
 def read_params(
   model: Transformer,
   tensors: Mapping[str, safetensors.Lazy],
-  dtype: str = "float32",
+  dtype: str | None = "float32",
   where: Any = "model",
 ) -> dict[str, Any]:
   """Returns `model`'s parameters out of Hugging Face tensors.
@@ -165,7 +165,8 @@ def read_params(
   Args:
     model: what to fill.
     tensors: by their names; exactly the model's.
-    dtype: of the result; wider values are rounded to nearest even.
+    dtype: of the result; wider values are rounded to nearest even. None for
+      the stored one, or float32 where layers differ or have float64.
     where: the file or directory, for messages.
 
   Raises:
@@ -180,13 +181,52 @@ def read_params(
   _check(where, model, tensors, wanted)
   filled = {}
   for slot in places:
-    array = np.empty(slot.shape, jnp.dtype(dtype))
+    kind = dtype or _stored(rows, slot, tensors)
+    array = np.empty(slot.shape, jnp.dtype(kind))
     for k, address in enumerate(slot.addresses):
       name, transposed = rows.theirs(address)
       value = tensors[name].read()
       array[k if slot.stacked else ...] = value.T if transposed else value
     filled[slot.path] = jnp.asarray(array)
   return _nested(filled)
+
+
+def _stored(rows, slot, tensors) -> str:
+  kinds = {str(tensors[rows.theirs(a)[0]].dtype) for a in slot.addresses}
+  return kinds.pop() if len(kinds) == 1 and kinds <= {*DTYPES} else "float32"
+
+
+def read_parts(
+  model: Transformer,
+  tensors: Mapping[str, safetensors.Lazy],
+  where: Any = "model",
+) -> dict[names.Address, parts.Part]:
+  """Returns `model`'s parameters one by one, unread, as they are stored.
+
+  Raises:
+    UserError: the tensors are not exactly the model's.
+  """
+  rows, places = table(model), slots(model)
+  wanted, out = {}, {}
+  for slot in places:
+    for address in slot.addresses:
+      name, transposed = rows.theirs(address)
+      wanted[name] = slot.one[::-1] if transposed else slot.one
+  _check(where, model, tensors, wanted)
+
+  def reader(name, transposed):
+    def read():
+      x = tensors[name].read()
+      return x.T if transposed else x
+
+    return read
+
+  for slot in places:
+    for address in slot.addresses:
+      name, transposed = rows.theirs(address)
+      kind = str(tensors[name].dtype)
+      out[address] = parts.Part(slot.one, kind, reader(name, transposed))
+  return out
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,6 +237,35 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
       value
     )
   return out
+
+
+def open_model(
+  directory: str | pathlib.Path, dtype: str = "float32"
+) -> tuple[Transformer, dict[str, safetensors.Lazy], dict[str, Any]]:
+  """Returns (model, its tensors unread, source) of a directory.
+
+  Args:
+    directory: has config.json and safetensors files.
+    dtype: of the computation.
+
+  Raises:
+    UserError: anything in it is missing, damaged or not supported.
+  """
+  directory = pathlib.Path(directory)
+  file = directory / "config.json"
+  config = safetensors.read_json(file)
+  family, sizes = hf_config.sizes_from_config(config, str(file))
+  model = presets.transformer(family, sizes, dtype)
+  tensors = safetensors.open_directory(directory)
+  if config["model_type"] == "gemma3":
+    tensors = text_part(tensors)
+  source = dict(
+    format="hf",
+    path=str(directory),
+    model_type=hf_config.text_fields(config, str(file)).values["model_type"],
+    config=config,
+  )
+  return model, tensors, source
 
 
 def model_from_directory(
@@ -211,19 +280,5 @@ def model_from_directory(
   Raises:
     UserError: anything in it is missing, damaged or not supported.
   """
-  directory = pathlib.Path(directory)
-  file = directory / "config.json"
-  config = safetensors.read_json(file)
-  family, sizes = hf_config.sizes_from_config(config, str(file))
-  model = presets.transformer(family, sizes, dtype)
-  tensors = safetensors.open_directory(directory)
-  if config["model_type"] == "gemma3":
-    tensors = text_part(tensors)
-  params = read_params(model, tensors, dtype, directory)
-  source = dict(
-    format="hf",
-    path=str(directory),
-    model_type=hf_config.text_fields(config, str(file)).values["model_type"],
-    config=config,
-  )
-  return model, params, source
+  model, tensors, source = open_model(directory, dtype)
+  return model, read_params(model, tensors, dtype, directory), source

@@ -310,6 +310,40 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   return config
 
 
+ARCHITECTURES = {
+  "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
+  "qwen2": "Qwen2ForCausalLM",
+  "qwen3": "Qwen3ForCausalLM",
+  "gemma": "GemmaForCausalLM",
+  "gemma2": "Gemma2ForCausalLM",
+  "gemma3_text": "Gemma3ForCausalLM",
+}
+"""model_type -> the class of transformers, which other readers ask for."""
+
+
+def describe(model: Transformer, hint: str | None = None) -> dict[str, Any]:
+  """Returns the config.json of the first family that can describe `model`.
+
+  Args:
+    model: any.
+    hint: the family to try before all others, in order.
+
+  Raises:
+    UserError: none of `FAMILIES` can.
+  """
+  first = [hint] if hint in FAMILIES else []
+  for kind in dict.fromkeys([*first, *FAMILIES]):
+    try:
+      return config_from_model(model, kind)
+    except UserError:
+      continue
+  raise UserError(
+    f"no config.json describes this model; tried {', '.join(FAMILIES)}.\n"
+    "Expected the layers of one of these families; keep it as --format=orbax."
+  )
+
+
 def _whole(x: float) -> float | int:
   """Returns `x`, or the whole number that rounding moved it from."""
   return round(x) if abs(x - round(x)) < 1e-9 * x else x

@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -30,6 +30,8 @@ MAX_NDIM = 8
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SHARD_SIZE = 5_000_000_000
+"""Bytes of tensors a file holds at most, unless a single one is larger."""
 
 DTYPES: dict[str, np.dtype] = {
   name: np.dtype(t)
@@ -241,22 +243,54 @@ def open_directory(directory: Path) -> dict[str, Lazy]:
   return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Pending:
+  """A tensor to be written: made when its turn comes, and then forgotten.
+
+  Attributes:
+    shape, dtype: of what `make` returns.
+    make: called once.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  make: Callable[[], np.ndarray] = dataclasses.field(repr=False)
+
+  @property
+  def nbytes(self) -> int:
+    return math.prod(self.shape) * self.dtype.itemsize
+
+  def array(self) -> np.ndarray:
+    """Returns the values, of the announced shape and type."""
+    x = np.asarray(self.make())
+    if (x.shape, x.dtype) != (self.shape, self.dtype):
+      raise ValueError(f"announced {self.shape} {self.dtype}, made {x.shape}")
+    return x
+
+
+def _pending(x: Any) -> Pending:
+  if isinstance(x, Pending):
+    return x
+  x = np.asarray(x)
+  return Pending(x.shape, x.dtype, lambda: x)
+
+
 def write_file(
   path: Path,
-  tensors: Mapping[str, np.ndarray],
+  tensors: Mapping[str, np.ndarray | Pending],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
   """Writes `tensors`; the file appears whole or not at all.
 
   Args:
     path: of the file; an existing one is replaced.
-    tensors: by name, of any dtype in `DTYPES`.
+    tensors: by name, of any dtype in `DTYPES`; one at a time is in memory.
     metadata: texts; by default `{"format": "pt"}`, which other readers want.
 
   Raises:
     UserError: it cannot be written.
   """
-  arrays = {k: np.asarray(v) for k, v in tensors.items()}
+  arrays = {k: _pending(v) for k, v in tensors.items()}
   order = list(DTYPES)
   names = sorted(
     arrays, key=lambda k: (order.index(_NAMES[arrays[k].dtype]), k)
@@ -275,13 +309,68 @@ def write_file(
   path, temporary = pathlib.Path(path), None
   try:
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-      temporary = f.name
+      temporary = pathlib.Path(f.name)
       f.write(len(raw).to_bytes(8, "little") + raw)
       for name in names:
-        f.write(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8))
+        x = np.ascontiguousarray(arrays[name].array())
+        f.write(x.reshape(-1).view(np.uint8))
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
   except OSError as e:
+    raise UserError(f"{path}: cannot be written ({e.strerror})") from e
+  finally:
     if temporary is not None:
-      pathlib.Path(temporary).unlink(missing_ok=True)
+      temporary.unlink(missing_ok=True)
+
+
+def write_directory(
+  directory: Path,
+  tensors: Mapping[str, np.ndarray | Pending],
+  shard_size: int = SHARD_SIZE,
+) -> list[str]:
+  """Writes a model's tensors as Hugging Face does; returns the file names.
+
+  Args:
+    directory: exists, and holds no model yet.
+    tensors: by name; cut into files in this order.
+    shard_size: bytes of tensors a file holds at most; more than one file
+      brings an index.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  directory = pathlib.Path(directory)
+  shards: list[dict[str, Pending]] = [{}]
+  size = 0
+  for name, x in ((k, _pending(v)) for k, v in tensors.items()):
+    if shards[-1] and size + x.nbytes > shard_size:
+      shards.append({})
+      size = 0
+    shards[-1][name] = x
+    size += x.nbytes
+  if len(shards) == 1:
+    write_file(directory / SINGLE, shards[0])
+    return [SINGLE]
+  files, where = [], {}
+  for i, shard in enumerate(shards):
+    file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    write_file(directory / file, shard)
+    files.append(file)
+    where |= dict.fromkeys(shard, file)
+  total = sum(x.nbytes for shard in shards for x in shard.values())
+  index = dict(metadata=dict(total_size=total), weight_map=where)
+  write_json(directory / INDEX, index)
+  return [*files, INDEX]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object as Hugging Face's files are written.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+  try:
+    pathlib.Path(path).write_text(text, encoding="utf-8")
+  except OSError as e:
     raise UserError(f"{path}: cannot be written ({e.strerror})") from e

@@ -1,0 +1,169 @@
+"""What a conversion changed, tensor by tensor."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from research import weights
+from research.lora import merged
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+  """One tensor.
+
+  Attributes:
+    name: in the file that was written.
+    before, after: how it was and is stored.
+    max_abs_error: the largest difference of a number, as both are meant.
+    relative_error: norm of all differences over the norm of the tensor.
+    fidelity: where an adapter was merged, the norm of what its update lost
+      over the norm of the update; 0 is all of it kept, 1 as much lost as
+      there was. None where nothing was merged.
+  """
+
+  name: str
+  before: str
+  after: str
+  max_abs_error: float = 0.0
+  relative_error: float = 0.0
+  fidelity: float | None = None
+
+
+class Log:
+  """Collects the changes of one conversion, in the order of the file."""
+
+  def __init__(self) -> None:
+    self.changes: list[Change] = []
+
+  def same(self, name: str, before: str, after: str) -> None:
+    """Notes a tensor whose every bit was kept."""
+    self.changes.append(Change(name, before, after))
+
+  def compared(
+    self, name: str, before: str, after: str, read: "Read", got: np.ndarray
+  ) -> None:
+    """Notes a tensor that was read and is now, decoded, `got` (float32)."""
+    worst, size, lost, update = 0.0, 0.0, 0.0, 0.0
+    # In pieces: differences are formed in float64, twice the weight itself.
+    for rows in _pieces(got):
+      want, now = read.array[rows].astype(np.float64), got[rows]
+      if not np.isfinite(want).all():
+        # Infinities and NaNs are compared as what they are.
+        both = np.isfinite(want) & np.isfinite(now)
+        same = np.array_equal(want[~both], now[~both], equal_nan=True)
+        worst = worst if same else np.inf
+        want, now = np.where(both, want, 0), np.where(both, now, 0)
+      difference = now - want
+      worst = max(worst, float(np.abs(difference).max(initial=0)))
+      size += float((want**2).sum())
+      lost += float((difference**2).sum())
+      if read.base is not None:
+        update += float(((want - read.base[rows]) ** 2).sum())
+    fidelity = None
+    if read.base is not None:
+      fidelity = (lost / update) ** 0.5 if update else 0.0
+    self.changes.append(
+      Change(
+        name,
+        before,
+        after,
+        worst,
+        (lost / size) ** 0.5 if size else float(lost > 0),
+        fidelity,
+      )
+    )
+
+  def summary(self) -> dict[str, Any]:
+    """Returns what a JSON line can hold."""
+    kinds: dict[str, int] = {}
+    for c in self.changes:
+      key = c.before if c.before == c.after else f"{c.before} -> {c.after}"
+      kinds[key] = kinds.get(key, 0) + 1
+    moved = [c for c in self.changes if c.max_abs_error]
+    merges = [c for c in self.changes if c.fidelity is not None]
+    worst = max(moved, key=lambda c: c.relative_error, default=None)
+    lossy = max(merges, key=lambda c: c.fidelity or 0.0, default=None)
+    return {
+      "tensors": len(self.changes),
+      "changed": len(moved),
+      "types": kinds,
+      "max_abs_error": max((c.max_abs_error for c in moved), default=0.0),
+      "max_relative_error": worst.relative_error if worst else 0.0,
+      "worst": worst.name if worst else None,
+      "merged": len(merges),
+      "merge_loss": lossy.fidelity if lossy else None,
+      "merge_worst": lossy.name if lossy else None,
+    }
+
+  def table(self, shown: int = 12) -> str:
+    """Returns the tensors that changed most, or whose type did, as text."""
+    touched = [
+      c
+      for c in self.changes
+      if c.before != c.after or c.max_abs_error or c.fidelity is not None
+    ]
+    touched.sort(key=lambda c: (-(c.fidelity or 0), -c.relative_error))
+    if not touched:
+      return f"all {len(self.changes)} tensors kept, bit for bit"
+    lines = ["tensor, type, largest and relative error, lost of an adapter"]
+    for c in touched[:shown]:
+      lost = "" if c.fidelity is None else f"  {c.fidelity:.1e}"
+      lines.append(
+        f"  {c.name}  {c.before} -> {c.after}  {c.max_abs_error:.1e}  "
+        f"{c.relative_error:.1e}{lost}"
+      )
+    if len(touched) > shown:
+      lines.append(f"  and {len(touched) - shown} more")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """A weight as plain numbers.
+
+  Attributes:
+    array: what it stands for; float32 if it was packed or has an adapter,
+      else in its own type.
+    base: float32 without its adapter, or None where it has none.
+  """
+
+  array: np.ndarray
+  base: np.ndarray | None = None
+
+
+def read(weight: Any) -> Read:
+  """Returns what a weight of any kind stands for; adapters merge in fp32."""
+  found = merged.in_float32(weight)
+  if found is not None:
+    return Read(*found)
+  return Read(np.asarray(weights.dense(weight)))
+
+
+def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns `x` rounded to nearest even.
+
+  Raises:
+    UserError: a finite number has no finite one in `dtype`.
+  """
+  if x.dtype == dtype:
+    return x
+  with np.errstate(over="ignore"):
+    out = x.astype(dtype)
+  if dtype.itemsize < x.dtype.itemsize or dtype == np.float16:
+    bad = np.isfinite(x) & ~np.isfinite(out.astype(np.float32))
+    if bad.any():
+      raise UserError(
+        f"{name}: {x[bad][0]} is beyond the range of {dtype}; "
+        "use bfloat16 or float32"
+      )
+  return out
+
+
+def _pieces(x: np.ndarray, size: int = 1 << 20):
+  if not x.ndim:
+    return [...]
+  rows = max(1, size // max(1, x[:1].size))
+  return [slice(i, i + rows) for i in range(0, len(x), rows)]

@@ -1,0 +1,206 @@
+"""A model as a Hugging Face directory: tensors, config.json, tokenizer."""
+
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from research.interop import changes, hf, hf_config, names, safetensors
+from research.interop.parts import Part, Parts, ordered
+from research.nn import presets
+from research.nn.tokenizer import Tokenizer
+from research.nn.transformer import Transformer
+from research.typing import UserError
+
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+GENERATION = "generation_config.json"
+
+
+def tensors(
+  model: Transformer, parts: Parts, dtype: str | None, log: changes.Log
+) -> dict[str, safetensors.Pending]:
+  """Returns every tensor under its name in Hugging Face's files, unread.
+
+  Args:
+    model: whose parameters `parts` are.
+    parts: packed weights are decoded, adapters merged in float32.
+    dtype: to round to; None for each one's own (float32 if packed).
+    log: told what changed as the tensors are made.
+  """
+  rows, out = hf.table(model), {}
+  for address in ordered(parts):
+    name, transposed = _named(rows, address)
+    part = parts[address]
+    kind = dtype or ("float32" if part.packed else part.kind)
+    shape = part.shape[::-1] if transposed else part.shape
+    make = _maker(name, part, kind, transposed, log)
+    out[name] = safetensors.Pending(shape, _dtype(kind), make)
+  return out
+
+
+def _dtype(kind: str) -> np.dtype:
+  return np.dtype(kind if kind != "bfloat16" else ml_dtypes.bfloat16)
+
+
+def _named(rows: names.Table, address: names.Address) -> tuple[str, bool]:
+  try:
+    return rows.theirs(address)
+  except KeyError as e:
+    raise UserError(
+      f"{address}: Hugging Face's files have no name for such a parameter in "
+      "this family; keep the model as --format=orbax"
+    ) from e
+
+
+def _maker(name: str, part: Part, kind: str, transposed: bool, log):
+  def make():
+    found = changes.read(part.read())
+    x = changes.cast(name, found.array, _dtype(kind))
+    if x is found.array and found.base is None:
+      log.same(name, part.kind, kind)
+    else:
+      got = x if kind == "float64" else x.astype(np.float32)
+      log.compared(name, part.kind, kind, found, got)
+    return x.T if transposed else x
+
+  return make
+
+
+def config_json(
+  model: Transformer,
+  given: Mapping[str, Any] | None,
+  dtype: str | None,
+  hint: str | None = None,
+) -> dict[str, Any]:
+  """Returns config.json: the one given if it describes `model`, or a new one.
+
+  Args:
+    model: what to describe.
+    given: the source's config.json, or None.
+    dtype: of the tensors, or None if each keeps its own.
+    hint: model_type to try first.
+  """
+  if given is not None and _describes(given, model):
+    config = dict(given)
+  else:
+    config = hf_config.describe(model, hint)
+    kind = hf_config.ARCHITECTURES[config["model_type"]]
+    config = dict(architectures=[kind]) | config
+    text = given.get("text_config", given) if given else {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+      if name in text:
+        config[name] = text[name]
+  if dtype is not None:
+    old = "torch_dtype" in config or "dtype" not in config
+    config["torch_dtype" if old else "dtype"] = dtype
+  return config
+
+
+def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
+  if config.get("model_type") == "gemma3":  # more than its text part
+    return False
+  try:
+    family, sizes = hf_config.sizes_from_config(config)
+  except UserError:
+    return False
+  return presets.transformer(family, sizes, model.dtype) == model.clone(
+    remat="none"
+  )
+
+
+def write_tokenizer(
+  directory: pathlib.Path,
+  source: pathlib.Path | None,
+  tokenizer: Tokenizer | None,
+) -> list[str]:
+  """Writes the tokenizer's files and the generation config; returns names.
+
+  Args:
+    directory: where to.
+    source: a directory whose files are copied as they are, or None.
+    tokenizer: whose files are written where there are none to be copied.
+  """
+  if source is not None:
+    found = [
+      n for n in (*TOKENIZER_FILES, GENERATION) if (source / n).is_file()
+    ]
+    for name in found:
+      shutil.copyfile(source / name, directory / name)
+    if "tokenizer.json" in found or tokenizer is None:
+      return found
+  if tokenizer is None:
+    return []
+  files = tokenizer_files(tokenizer)
+  for name, value in files.items():
+    safetensors.write_json(directory / name, value)
+  return list(files)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+  """Returns the JSON files that a tokenizer of any origin is read from."""
+  backend = tokenizer.backend
+  ids = dict(bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
+  tokens = {
+    f"{name}_token": backend.id_to_token(i)
+    for name, i in ids.items()
+    if i is not None
+  }
+  whole = safetensors.read_json("tokenizer.json", backend.to_str().encode())
+  if tokenizer.add_bos and tokenizer.bos is not None:
+    whole["post_processor"] = _begins_with(tokens["bos_token"], tokenizer.bos)
+  config = dict(tokenizer_class="PreTrainedTokenizerFast", **tokens)
+  config |= dict(clean_up_tokenization_spaces=False)
+  if tokenizer.chat_template is not None:
+    config["chat_template"] = tokenizer.chat_template
+  generation: dict[str, Any] = {
+    f"{name}_token_id": i for name, i in ids.items() if i is not None
+  }
+  if len(tokenizer.stop) > 1:
+    generation["eos_token_id"] = list(tokenizer.stop)
+  return {
+    "tokenizer.json": whole,
+    "tokenizer_config.json": config,
+    GENERATION: generation,
+  }
+
+
+def _begins_with(token: str, index: int) -> dict[str, Any]:
+  """Returns the post-processor that puts one token before a text."""
+  special = dict(SpecialToken=dict(id=token, type_id=0))
+  first = dict(Sequence=dict(id="A", type_id=0))
+  second = dict(Sequence=dict(id="B", type_id=1))
+  again = dict(SpecialToken=dict(id=token, type_id=1))
+  return dict(
+    type="TemplateProcessing",
+    single=[special, first],
+    pair=[special, first, again, second],
+    special_tokens={token: dict(id=token, ids=[index], tokens=[token])},
+  )
+
+
+def write_model(
+  directory: pathlib.Path,
+  model: Transformer,
+  parts: Parts,
+  config: Mapping[str, Any],
+  dtype: str | None,
+  shard_size: int,
+  log: changes.Log,
+) -> None:
+  """Writes the tensors and config.json into an empty directory."""
+  found = tensors(model, parts, dtype, log)
+  safetensors.write_directory(directory, found, shard_size)
+  safetensors.write_json(directory / "config.json", config)

@@ -1,0 +1,91 @@
+"""A model's parameters one by one, unread: what exporters walk over.
+
+Whatever a model is stored in (a tree in memory, safetensors, GGUF), its
+parameters are addressed by layer and read when their turn comes, so that a
+conversion holds one of them at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import tree, weights
+from research.interop.names import Address
+from research.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One parameter.
+
+  Attributes:
+    shape: the logical one.
+    kind: how it is stored: a dtype's name, or the type of a packed weight.
+    read: returns it, a weight of any kind, in our orientation.
+  """
+
+  shape: tuple[int, ...]
+  kind: str
+  read: Callable[[], Any] = dataclasses.field(repr=False)
+
+  @property
+  def packed(self) -> bool:
+    """Whether it is stored as anything but plain numbers."""
+    return self.kind not in PLAIN
+
+
+Parts = Mapping[Address, Part]
+
+PLAIN = ("float64", "float32", "bfloat16", "float16")
+
+
+def kind_of(weight: Any) -> str:
+  """Returns how a weight is stored; an adapted one like its base."""
+  if hasattr(weight, "w"):
+    return kind_of(weight.w)
+  return str(getattr(weight, "kind", None) or weight.dtype)
+
+
+def _leaves(part: Any) -> list[tuple[str, Any]]:
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    part, is_leaf=weights.is_weight
+  )
+  return [(tree.path_name(path), leaf) for path, leaf in found]
+
+
+def _row(leaf: Any, k: int) -> Any:
+  # Slicing in NumPy shares the memory; in JAX each slice would be compiled.
+  return jax.tree.map(lambda x: np.asarray(x)[k], leaf)
+
+
+def from_params(params: Params) -> dict[Address, Part]:
+  """Returns the parameters of a tree; it stays in memory and is shared."""
+  out = {}
+  for path, leaf in _leaves(tree.top(params)):
+    out[Address(None, path)] = Part(
+      tuple(leaf.shape), kind_of(leaf), lambda leaf=leaf: leaf
+    )
+  for prefix, rows in tree.layer_indices(params).items():
+    run, layer = prefix.split("/")
+    for path, leaf in _leaves(params[run][layer]):
+      for k, i in enumerate(rows):
+        out[Address(i, path)] = Part(
+          tuple(leaf.shape[1:]),
+          kind_of(leaf),
+          lambda leaf=leaf, k=k: _row(leaf, k),
+        )
+  return out
+
+
+def ordered(parts: Parts) -> list[Address]:
+  """Returns the addresses in the order that files have: embedding first."""
+
+  def place(address: Address):
+    if address.layer is None:
+      return (0 if address.path == "embed" else 2, 0, address.path)
+    return (1, address.layer, "")
+
+  return sorted(parts, key=place)
