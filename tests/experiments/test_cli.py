@@ -6,10 +6,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import cli, generate, perplexity
+from research import tree
+from research.interop import load
+from research.lora import adapt, peft
 from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -45,6 +50,23 @@ def test_generate_streams_and_ends_with_json(command):
   cut = json.loads(command(generate.main, *arguments, f"--stop={stop}")[1][-1])
   assert cut["text"] == result["text"].split(stop)[0]
   assert cut["finish_reason"] == "stop"
+
+
+def test_an_adapter_is_applied(command, tmp_path):
+  """By --adapter over its base, or as a model that names its base."""
+  base = load.load_model(TINY)
+  adapted = adapt.Adapt(rank=2)(base.params, jax.random.key(0))
+  adapted = tree.map_paths(
+    lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
+  )
+  peft.save_adapter(tmp_path, adapted, base.model, TINY)
+  arguments = ["--prompt=the cat", "--max_new_tokens=20"]
+  with_it = f"--model={TINY}", f"--adapter=mine={tmp_path}"
+  named = command(generate.main, *arguments, *with_it)
+  alone = command(generate.main, *arguments, f"--model={tmp_path}")
+  plain = command(generate.main, *arguments, f"--model={TINY}")
+  assert [status for status, _, _ in (named, alone, plain)] == [0, 0, 0]
+  assert named[1][:-1] == alone[1][:-1] != plain[1][:-1]
 
 
 def test_a_seed_is_a_sample(command):
