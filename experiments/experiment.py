@@ -12,7 +12,7 @@ import jax
 import optax
 
 from research.data.packing import Row
-from research.data.pipeline import Encode, Pipeline
+from research.data.pipeline import Data
 from research.interop import load
 from research.interop.load import Loaded
 from research.nn.transformer import Remat
@@ -78,12 +78,12 @@ class Experiment:
   model: Source
   optimizer: optax.GradientTransformation
   objective: Objective
-  data: Pipeline
+  data: Data
   plan: Plan
   transforms: tuple[Transform, ...] = ()
   trainable: str = "."
-  validation: Pipeline | None = None
-  heldout: Pipeline | None = None
+  validation: Data | None = None
+  heldout: Data | None = None
   eval_batches: int | None = None
   seed: int = 0
   prompt: str | None = None
@@ -99,13 +99,13 @@ class Experiment:
     objective = dataclasses.replace(self.objective, model=loaded.model)
     return Built(loaded=loaded, params=params, objective=objective)
 
-  def evaluations(self, encode: Encode) -> dict[str, list[Row]]:
+  def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
     """Returns the batches of `validation` and `heldout`, where there are."""
     parts = {"validation": self.validation, "heldout": self.heldout}
     return {
-      name: pipeline.evaluation(encode, self.eval_batches)
-      for name, pipeline in parts.items()
-      if pipeline is not None
+      name: data.evaluation(tokenizer, self.eval_batches)
+      for name, data in parts.items()
+      if data is not None
     }
 
 

@@ -3,6 +3,7 @@
 Commands and notebooks call these with an `Experiment` value.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments import cli
 from experiments.experiment import Built, Experiment
@@ -32,7 +34,7 @@ def train(
   # --- model ---
   cli.say(f"loading {experiment.model}")
   built = experiment.build()
-  encode = built.loaded.tokenizer.encode
+  tokenizer = built.loaded.tokenizer
   start = state.create(built.params, experiment.trainable, experiment.optimizer)
   trainable, total = tree.count(start.trainable), tree.count(start.params)
   (workdir / "parameters.txt").write_text(
@@ -44,15 +46,9 @@ def train(
   )
 
   # --- data ---
-  training = experiment.data.training(encode)
-  evaluations = experiment.evaluations(encode)
+  training = experiment.data.training(tokenizer)
+  evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
-
-  # --- before ---
-  measure = jax.jit(step.make_eval_step(built.objective))
-  before = _perplexity(measure, start, heldout)
-  _say_perplexity("before", before)
-  _continue(experiment, built, start, "before")
 
   # --- train ---
   outcome = loop.fit(
@@ -67,10 +63,16 @@ def train(
     writers=writers,
   )
 
-  # --- after ---
-  after = _perplexity(measure, outcome.state, heldout)
-  _say_perplexity("after", after)
-  _continue(experiment, built, outcome.state, "after")
+  # --- before and after ---
+  # Both now: nobody waits for the first step, and the program is compiled once.
+  measure = jax.jit(step.make_eval_step(built.objective))
+  before, after = (
+    _look(experiment, built, measure, trained, heldout, when)
+    for when, trained in (
+      ("before", _untrained(experiment, built, outcome.state)),
+      ("after", outcome.state),
+    )
+  )
   points = [
     (at, math.log(value), f"held out, {when}")
     for at, value, when in (
@@ -132,7 +134,7 @@ def evaluate(
       best = kept.best[0] if kept.best else kept.latest
       at = best if number is None else number
       trained = kept.restore(trained, step=at)
-  evaluations = experiment.evaluations(built.loaded.tokenizer.encode)
+  evaluations = experiment.evaluations(built.loaded.tokenizer)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = jax.jit(step.make_eval_step(built.objective))
@@ -142,32 +144,45 @@ def evaluate(
   return {"step": at, **found}
 
 
-def _perplexity(measure, trained, batches) -> float | None:
-  if batches is None:
-    return None
-  return math.exp(loop.evaluate(measure, trained, batches)["loss"])
-
-
-def _say_perplexity(when: str, value: float | None) -> None:
-  if value is not None:
-    cli.say(f"held-out perplexity {when}: {value:.3f}")
-
-
-def _continue(
-  experiment: Experiment, built: Built, trained: state.TrainState, when: str
-) -> None:
-  """Prints what the model makes of the experiment's prompt."""
-  if experiment.prompt is None:
-    return
-  tokenizer = built.loaded.tokenizer
-  ids = tokenizer.encode(experiment.prompt)
-  made = generate.generate(
-    built.loaded.model,
-    trained.params,
-    [ids],
-    max_new_tokens=experiment.continuation,
+def _untrained(
+  experiment: Experiment, built: Built, trained: state.TrainState
+) -> state.TrainState:
+  """Returns the state before the first step; its weights were only copied."""
+  first, _ = tree.partition(built.params, experiment.trainable)
+  first = jax.tree.map(
+    lambda x, y: jnp.asarray(x, y.dtype), first, trained.trainable
   )
-  cli.say(f"{when}: {experiment.prompt}{tokenizer.decode(made.tokens[0])}\n")
+  return dataclasses.replace(trained, trainable=first)
+
+
+def _look(
+  experiment: Experiment,
+  built: Built,
+  measure: Any,
+  trained: state.TrainState,
+  heldout: Any,
+  when: str,
+) -> float | None:
+  """Says what the model makes of the prompt and of held-out text.
+
+  Returns:
+    The held-out perplexity, or None where nothing is held out.
+  """
+  if experiment.prompt is not None:
+    tokenizer = built.loaded.tokenizer
+    made = generate.generate(
+      built.loaded.model,
+      trained.params,
+      [tokenizer.encode(experiment.prompt)],
+      max_new_tokens=experiment.continuation,
+    )
+    text = tokenizer.decode(made.tokens[0])
+    cli.say(f"{when}: {experiment.prompt}{text}\n")
+  if heldout is None:
+    return None
+  perplexity = math.exp(loop.evaluate(measure, trained, heldout)["loss"])
+  cli.say(f"{when}: held-out perplexity {perplexity:.3f}")
+  return perplexity
 
 
 def _save_adapter(folder, experiment, built, outcome) -> bool:
