@@ -33,6 +33,7 @@ MODEL = presets.transformer(
     window=5,
     logit_softcap=9.0,
     max_positions=40,
+    tied=False,  # a tied random model says the same token for ever
   ),
 )
 
@@ -44,7 +45,7 @@ def params():
   keys = jax.random.split(jax.random.key(2), len(jax.tree.leaves(found)))
   keys = jax.tree.unflatten(jax.tree.structure(found), list(keys))
   return jax.tree.map(
-    lambda x, k: x + 0.3 * jax.random.normal(k, x.shape), found, keys
+    lambda x, k: 0.7 * jax.random.normal(k, x.shape), found, keys
   )
 
 
@@ -70,7 +71,8 @@ def test_greedy_is_the_loop_without_a_cache():
   found = generate.generate(MODEL, params(), PROMPTS, NEW)
   assert found.tokens == [reference(tuple(p)) for p in PROMPTS]
   assert found.reasons == ["length"] * 3
-  assert len(set(found.tokens[0])) > 3  # not a loop on one token
+  # Not a loop on one token, which much that is wrong would repeat too.
+  assert min(len(set(tokens)) for tokens in found.tokens) > 3
 
 
 def test_a_batch_is_each_alone_and_prepared_is_not_another_model():
