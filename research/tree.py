@@ -113,8 +113,12 @@ def _signature(layer: Params) -> Hashable:
 
 
 def period(kinds: Sequence[Hashable]) -> int:
-  """Returns the shortest period of `kinds` up to `MAX_PERIOD`, else 1."""
-  for p in range(1, MAX_PERIOD + 1):
+  """Returns the shortest period of `kinds` up to `MAX_PERIOD`, else 1.
+
+  A pattern that does not begin again is none: a dense layer in front of
+  expert layers is a run of its own, however few they are.
+  """
+  for p in range(1, min(MAX_PERIOD + 1, len(kinds))):
     if all(kind == kinds[i % p] for i, kind in enumerate(kinds)):
       return p
   return 1

@@ -7,7 +7,9 @@ from kernels_pallas.masks import Mask
 from research.nn import cache as caches
 from research.nn.attention import Attention
 from research.nn.mlp import Mlp
+from research.nn.moe import Moe
 from research.nn.norm import RMSNorm
+from research.nn.routing import Load
 from research.typing import Array, Float, Int
 
 
@@ -23,7 +25,7 @@ class Block(nn.Module):
   """
 
   attention: Attention
-  mlp: Mlp
+  mlp: Mlp | Moe
   norm: RMSNorm = RMSNorm()
   post_norm: RMSNorm | None = None
 
@@ -37,16 +39,23 @@ class Block(nn.Module):
     cache: caches.LayerCache | None = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
-  ) -> tuple[Float[Array, "B T D"], caches.LayerCache | None]:
-    """Returns the layer's output and its cache; see `Attention`."""
+  ) -> tuple[Float[Array, "B T D"], caches.LayerCache | None, Load | None]:
+    """Returns the layer's output, its cache and its experts' load.
+
+    The first two as in `Attention`; no load without experts.
+    """
     normed = self._norm(self.norm, "attention_norm", x)
     y, cache = self.attention(
       normed, positions, mask, rotation, cache, length, fresh
     )
     x = x + self._norm(self.post_norm, "post_attention_norm", y)
     x = checkpoint_name(x, "middle")
-    y = self.mlp(self._norm(self.norm, "mlp_norm", x))
-    return x + self._norm(self.post_norm, "post_mlp_norm", y), cache
+    normed = self._norm(self.norm, "mlp_norm", x)
+    if isinstance(self.mlp, Moe):
+      y, load = self.mlp(normed, positions >= 0)
+    else:
+      y, load = self.mlp(normed), None
+    return x + self._norm(self.post_norm, "post_mlp_norm", y), cache, load
 
   def _norm(self, norm, name, x):
     return x if norm is None else norm.clone(name=name, parent=self)(x)

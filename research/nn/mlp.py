@@ -12,7 +12,7 @@ from research.typing import Array, Float
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
   "silu": jax.nn.silu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -50,4 +50,4 @@ class Mlp(nn.Module):
 
     gate = checkpoint_name(project("gate", x, self.hidden), "gate")
     up = checkpoint_name(project("up", x, self.hidden), "up")
-    return project("down", _ACTIVATIONS[self.activation](gate) * up, width)
+    return project("down", ACTIVATIONS[self.activation](gate) * up, width)

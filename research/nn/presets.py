@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from research.nn.attention import Attention
 from research.nn.block import Block
 from research.nn.mlp import Activation, Mlp
+from research.nn.moe import Moe
 from research.nn.norm import RMSNorm
 from research.nn.rope import Llama3, Rope, Scaling
+from research.nn.routing import Routing
 from research.nn.stack import Stack
 from research.nn.transformer import Transformer
 
@@ -50,8 +52,10 @@ _GEMMA = Family(
 FAMILIES: dict[str, Family] = {
   "llama": Family(),
   "mistral": Family(pattern=("local",)),
+  "mixtral": Family(pattern=("local",)),
   "qwen2": Family(qkv_bias=True),
   "qwen3": Family(qk_norm=True),
+  "qwen3_moe": Family(qk_norm=True, pattern=("local",)),
   "gemma": _GEMMA,
   "gemma2": dataclasses.replace(
     _GEMMA, post_norm=True, pattern=("local", "global")
@@ -66,11 +70,30 @@ FAMILIES: dict[str, Family] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparse:
+  """Experts in place of a single feed-forward.
+
+  Attributes:
+    routing: how many experts, and how a token's are chosen.
+    hidden: inner width of each.
+    shared: how many more of that width every token uses.
+    dense: the layers that keep a single feed-forward (DeepSeek's first ones).
+  """
+
+  routing: Routing
+  hidden: int
+  shared: int = 0
+  dense: Sequence[int] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
   """What a single model adds to its family.
 
   Attributes:
     vocab, width, depth, heads, kv_heads, head_dim, hidden: `V D L N K H F`.
+    sparse: its experts, or None; `hidden` is then that of the dense layers.
+    rotated: share of the head's dimensions that rotate, the first ones.
     theta, scaling: of the rotation.
     local_theta: of windowed layers' rotation, which are never scaled, or None
       where all layers share one.
@@ -90,6 +113,8 @@ class Sizes:
   kv_heads: int
   hidden: int
   head_dim: int
+  sparse: Sparse | None = None
+  rotated: float | int = 1.0
   theta: float = 10_000.0
   scaling: Scaling | None = None
   local_theta: float | None = None
@@ -108,12 +133,14 @@ def transformer(
 ) -> Transformer:
   """Returns the model of `sizes` in `family`, computing in `dtype`."""
   norm = RMSNorm(eps=sizes.eps, offset=family.norm_offset)
-  shared = Rope(theta=sizes.theta, scaling=sizes.scaling)
+  shared = Rope(
+    theta=sizes.theta, scaling=sizes.scaling, fraction=sizes.rotated
+  )
   own = shared
   if sizes.local_theta is not None:
-    own = Rope(theta=sizes.local_theta)
+    own = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
 
-  def block(kind: str) -> Block:
+  def block(kind: str, sparse: Sparse | None) -> Block:
     local = kind == "local" and sizes.window is not None
     return Block(
       attention=Attention(
@@ -128,26 +155,50 @@ def transformer(
         qkv_bias=family.qkv_bias,
         out_bias=family.out_bias,
       ),
-      mlp=Mlp(
-        hidden=sizes.hidden,
-        activation=family.activation,
-        bias=family.mlp_bias,
-      ),
+      mlp=_feed_forward(family, sizes, sparse),
       norm=norm,
       post_norm=norm if family.post_norm else None,
     )
 
-  pattern = tuple(sizes.pattern or family.pattern)
+  kinds = tuple(sizes.pattern or family.pattern)
+  dense = set(sizes.sparse.dense) if sizes.sparse else ()
+  pattern = tuple(block(kind, sizes.sparse) for kind in kinds)
+  if dense:
+    # Some layers differ, so the pattern is as long as the stack.
+    pattern = tuple(
+      block(kinds[i % len(kinds)], None if i in dense else sizes.sparse)
+      for i in range(sizes.depth)
+    )
   return Transformer(
     vocab_size=sizes.vocab,
     width=sizes.width,
-    stack=Stack(sizes.depth, tuple(block(kind) for kind in pattern)),
+    stack=Stack(sizes.depth, pattern),
     norm=norm,
     tied=family.tied if sizes.tied is None else sizes.tied,
     embed_scale=math.sqrt(sizes.width) if family.scale_embeddings else 1.0,
     softcap=sizes.logit_softcap,
     dtype=dtype,
     max_positions=sizes.max_positions,
+  )
+
+
+def _feed_forward(
+  family: Family, sizes: Sizes, sparse: Sparse | None
+) -> Mlp | Moe:
+  if sparse is None:
+    return Mlp(
+      hidden=sizes.hidden, activation=family.activation, bias=family.mlp_bias
+    )
+  shared = None
+  if sparse.shared:
+    shared = Mlp(
+      hidden=sparse.hidden * sparse.shared, activation=family.activation
+    )
+  return Moe(
+    routing=sparse.routing,
+    hidden=sparse.hidden,
+    activation=family.activation,
+    shared=shared,
   )
 
 
@@ -188,4 +239,33 @@ LLAMA2_7B = Sizes(
   head_dim=128,
   tied=False,
   max_positions=4_096,
+)
+
+MIXTRAL_8X7B = Sizes(
+  vocab=32_000,
+  width=4_096,
+  depth=32,
+  heads=32,
+  kv_heads=8,
+  hidden=14_336,
+  head_dim=128,
+  sparse=Sparse(routing=Routing(experts=8, active=2), hidden=14_336),
+  theta=1_000_000.0,
+  tied=False,
+  max_positions=32_768,
+)
+
+QWEN3_30B_A3B = Sizes(
+  vocab=151_936,
+  width=2_048,
+  depth=48,
+  heads=32,
+  kv_heads=4,
+  hidden=6_144,
+  head_dim=128,
+  sparse=Sparse(routing=Routing(experts=128, active=8), hidden=768),
+  theta=1_000_000.0,
+  eps=1e-6,
+  tied=False,
+  max_positions=40_960,
 )

@@ -7,7 +7,7 @@ unrolled, needs no other model.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,28 @@ class Transformer(nn.Module):
       cache: from `init_cache` or an earlier call.
       lengths: tokens in each right-padded row of `inputs`; by default `T`.
     """
+    hidden, cache, _ = self._forward(inputs, positions, mask, cache, lengths)
+    return hidden, cache
+
+  @nn.compact
+  def routed(
+    self,
+    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None = None,
+    mask: Mask | None = None,
+    cache: caches.Cache | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], caches.Cache | None, dict[str, Any]]:
+    """Returns what a call does, and what its experts were used for.
+
+    The loads (`routing.Load`) stand in the tree of the runs, the run's layers
+    in front, None where a layer has no experts. They are plain outputs of the
+    scans, so balance losses differentiate through them, and a caller who does
+    not ask for them pays nothing: unused outputs are compiled away.
+    """
+    return self._forward(inputs, positions, mask, cache, lengths)
+
+  def _forward(self, inputs, positions, mask, cache, lengths):
     x = self._embed(inputs)
     batch, time = x.shape[:2]
     fresh = cache is None or cache.fresh
@@ -106,13 +128,14 @@ class Transformer(nn.Module):
     length = None
     if cache is not None:
       length = cache.length + jnp.sum(positions >= 0, axis=-1)
-    x, layers = self._layers(x, positions, mask, cache, length, fresh)
+    x, layers, loads = self._layers(x, positions, mask, cache, length, fresh)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if not self.tied:
       self._head()
     if cache is None:
-      return x, None
-    return x, caches.Cache(length=length, layers=layers, fresh=False)
+      return x, None, loads
+    cache = caches.Cache(length=length, layers=layers, fresh=False)
+    return x, cache, loads
 
   @nn.compact
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -174,16 +197,16 @@ class Transformer(nn.Module):
     }:
       if rope is not None:
         rotations[rope, dim] = rope.tables(positions, dim)
-    caches_out = {}
+    caches_out, loads_out = {}, {}
     for i, (params, blocks) in enumerate(self._runs()):
 
       def period(x, params_and_cache, blocks=blocks):
         params, old = params_and_cache
-        new = {}
+        new, loads = {}, {}
         for j, block in enumerate(blocks):
           key = f"layer{j}"
           a = block.attention
-          x, new[key] = block.apply(
+          x, new[key], loads[key] = block.apply(
             {"params": params[key]},
             x,
             positions,
@@ -193,7 +216,7 @@ class Transformer(nn.Module):
             length,
             fresh,
           )
-        return x, (None if old is None else new)
+        return x, (None if old is None else new, loads)
 
       old = None if cache is None else cache.layers[f"run{i}"]
       body = _rematerialised(period, self.remat)
@@ -203,8 +226,8 @@ class Transformer(nn.Module):
         new = jax.tree.map(lambda a: a[None], new)
       else:
         x, new = jax.lax.scan(body, x, (params, old))
-      caches_out[f"run{i}"] = new
-    return x, caches_out
+      caches_out[f"run{i}"], loads_out[f"run{i}"] = new
+    return x, caches_out, loads_out
 
 
 def init_cache(
