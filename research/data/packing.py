@@ -7,14 +7,15 @@ Improve Language Modeling", best-fit packing).
 
 Invariants, whatever the plan: each piece is its own segment and its positions
 start at 0, so that it cannot see its neighbours; each token of a document but
-its first is the target of exactly one place, even across a cut; all other
-places (document ends, padding) have weight 0.
+its first is the target of exactly one place, even across a cut; the weight
+there is 1 if the token is to be learned, and 0 at all other places (document
+ends, padding).
 """
 
 import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +24,15 @@ from research.typing import UserError
 
 Row = dict[str, np.ndarray]
 """Keys tokens, targets, positions, segments (int32) and weights (float32)."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+  """A random-access sequence of rows."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Row: ...
 
 
 class Piece(NamedTuple):
@@ -111,11 +121,14 @@ class PackedRows:
     documents: tokens of each document, int32 [length].
     plan: the pieces of each row.
     length: places in a row, T.
+    learned: which tokens of each document count as targets, bool [length];
+      None for all.
   """
 
   documents: Sequence[np.ndarray]
   plan: Sequence[Sequence[Piece]]
   length: int
+  learned: Sequence[np.ndarray] | None = None
 
   def __len__(self) -> int:
     return len(self.plan)
@@ -130,11 +143,17 @@ class PackedRows:
       learn = slice(place, place + len(targets))
       row["tokens"][here] = tokens[: piece.size]
       row["targets"][learn] = targets
-      row["weights"][learn] = 1
+      row["weights"][learn] = self._weights(piece, len(targets))
       row["positions"][here] = np.arange(piece.size)
       row["segments"][here] = segment
       place += piece.size
     return row
+
+  def _weights(self, piece: Piece, count: int):
+    if self.learned is None:
+      return 1
+    first = piece.start + 1
+    return self.learned[piece.document][first : first + count]
 
 
 def blank_row(length: int) -> Row:
@@ -148,8 +167,17 @@ def blank_row(length: int) -> Row:
   }
 
 
+def blank_like(row: Row) -> Row:
+  """Returns padding in the shapes of `row`, whatever keys it has."""
+  marks = ("positions", "segments")
+  return {k: np.full_like(v, -(k in marks)) for k, v in row.items()}
+
+
 def pack(
-  documents: Sequence[np.ndarray], length: int, plan: Plan = concatenate
+  documents: Sequence[np.ndarray],
+  length: int,
+  plan: Plan = concatenate,
+  learned: Sequence[np.ndarray] | None = None,
 ) -> PackedRows:
   """Returns the documents packed into rows of `length` places."""
   if length < 2:
@@ -157,5 +185,5 @@ def pack(
       f"length: found {length}, expected at least 2 places in a row."
     )
   return PackedRows(
-    documents, plan([len(d) for d in documents], length), length
+    documents, plan([len(d) for d in documents], length), length, learned
   )

@@ -1,25 +1,46 @@
-"""From documents to batches: tokenise, pack, shuffle globally, slice, batch.
+"""From sources to batches: tokenise, pack, shuffle globally, slice, batch.
 
 The order of examples is a function of the seed and the example's index alone.
 The shuffle is global and comes before the slice by process, so that the set of
 examples in step k is the same for any number of processes, and the iterator's
-state is one number.
+state is one number. A mixture chooses among its parts by index arithmetic, so
+the same holds for it.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
-from research.data import packing
-from research.data.packing import PackedRows, Row
-from research.data.sources import Documents
+from research.data import examples, packing
+from research.data.packing import PackedRows, Row, Rows
 from research.typing import UserError
 
-Encode = Callable[[str], Sequence[int]]
 RowTransform = Callable[[Row, np.random.Generator], Row]
 """A rewrite of one row; its generator depends on seed and index only."""
+
+
+@runtime_checkable
+class Data(Protocol):
+  """What an experiment reads; `tokenizer` has `encode(text)`, or is None."""
+
+  batch_size: int
+
+  def rows(self, tokenizer: Any) -> Rows:
+    """Returns the rows in the source's order."""
+
+  def stream(self, tokenizer: Any) -> grain.MapDataset:
+    """Returns the endless shuffled rows of all processes."""
+
+  def training(
+    self, tokenizer: Any, process: int = 0, processes: int = 1
+  ) -> grain.IterDataset:
+    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
+
+  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
+    """Returns all rows once, in order, in at most `limit` equal batches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,16 +48,16 @@ class Pipeline:
   """What is read, and in which shape and order.
 
   Attributes:
-    source: the documents.
+    source: documents, or what makes its own tokens (`research.data.examples`).
     length: places in a row, T.
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle and of the transforms' generators.
     plan: how documents share rows; `packing.concatenate` or `best_fit`.
-    end: a token appended to each document, if any.
+    end: a token appended to each document of text, if any.
     transforms: random rewrites of a row, in order; training only.
   """
 
-  source: Documents
+  source: examples.Source
   length: int = 256
   batch_size: int = 4
   seed: int = 0
@@ -45,63 +66,160 @@ class Pipeline:
   transforms: tuple[RowTransform, ...] = ()
 
   def __post_init__(self):
-    for name, low in {"length": 2, "batch_size": 1}.items():
-      if getattr(self, name) < low:
-        raise UserError(
-          f"Pipeline.{name}: found {getattr(self, name)}, expected at least"
-          f" {low}."
-        )
+    check_sizes(self, length=2, batch_size=1)
 
-  def rows(self, encode: Encode) -> PackedRows:
+  def rows(self, tokenizer: Any) -> PackedRows:
     """Returns the packed rows in the source's order."""
-    tokens = packing.tokenize(self.source, encode, self.end)
-    return packing.pack(tokens, self.length, self.plan)
+    found = examples.read(self.source, tokenizer, self.end)
+    return packing.pack(
+      [e.tokens for e in found],
+      self.length,
+      self.plan,
+      [e.learned for e in found],
+    )
+
+  def stream(self, tokenizer: Any) -> grain.MapDataset:
+    """Returns the endless shuffled rows of all processes."""
+    return shuffled(self.rows(tokenizer), self.seed, self.transforms)
 
   def training(
-    self, encode: Encode, process: int = 0, processes: int = 1
+    self, tokenizer: Any, process: int = 0, processes: int = 1
   ) -> grain.IterDataset:
     """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
-    return shuffled(self, self.rows(encode), process, processes)
+    return share(self.stream(tokenizer), self.batch_size, process, processes)
 
-  def evaluation(self, encode: Encode, limit: int | None = None) -> list[Row]:
+  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
     """Returns all rows once, in order, in at most `limit` equal batches."""
-    return in_order(self.rows(encode), self.batch_size)[:limit]
+    return in_order(self.rows(tokenizer), self.batch_size, limit)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+  """Several kinds of data in fixed proportions.
+
+  Any prefix of the stream holds each part in its proportion, to within a few
+  rows. Each part is shuffled and repeated on its own, as often as it takes.
+
+  Attributes:
+    parts: what is mixed; their own batch sizes are not used.
+    weights: shares of the rows (not of documents, not of tokens that count),
+      in any unit.
+    batch_size: rows in a batch over all processes, B.
+  """
+
+  parts: tuple[Data, ...]
+  weights: tuple[float | int, ...]
+  batch_size: int = 4
+
+  def __post_init__(self):
+    check_sizes(self, batch_size=1)
+    if not self.parts or len(self.parts) != len(self.weights):
+      raise UserError(
+        f"Mixture: found {len(self.parts)} parts and {len(self.weights)}"
+        " weights, expected as many of both, at least one."
+      )
+    if not all(0 < w < float("inf") for w in self.weights):
+      raise UserError(
+        f"Mixture.weights: found {self.weights}, expected numbers above 0;"
+        " leave out the part that shall not be seen."
+      )
+    if max(self.weights) > 10_000 * min(self.weights):
+      raise UserError(
+        f"Mixture.weights: found {self.weights}, expected no ratio above"
+        " 10,000; such a part would hardly be seen."
+      )
+
+  def rows(self, tokenizer: Any) -> list[Row]:
+    """Returns every part's rows, one part after the other."""
+    parts = [part.rows(tokenizer) for part in self.parts]
+    _check_equal_shapes(parts)
+    return [rows[i] for rows in parts for i in range(len(rows))]
+
+  def stream(self, tokenizer: Any) -> grain.MapDataset:
+    """Returns the endless shuffled rows of all processes."""
+    streams = [part.stream(tokenizer) for part in self.parts]
+    _check_equal_shapes(streams)
+    return grain.MapDataset.mix(streams, self.weights)
+
+  def training(
+    self, tokenizer: Any, process: int = 0, processes: int = 1
+  ) -> grain.IterDataset:
+    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
+    return share(self.stream(tokenizer), self.batch_size, process, processes)
+
+  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
+    """Returns all rows once, in order; the weights do not matter here."""
+    return in_order(self.rows(tokenizer), self.batch_size, limit)
+
+
+def check_sizes(data: Any, **least: int) -> None:
+  """Raises UserError if a field of `data` is below its least value."""
+  for name, low in least.items():
+    if getattr(data, name) < low:
+      raise UserError(
+        f"{type(data).__name__}.{name}: found {getattr(data, name)}, expected"
+        f" at least {low}."
+      )
 
 
 def shuffled(
-  pipeline: Pipeline, rows: PackedRows, process: int = 0, processes: int = 1
+  rows: Rows,
+  seed: int,
+  transforms: Sequence[RowTransform] = (),
+) -> grain.MapDataset:
+  """Returns the rows, endlessly, in another order in each epoch."""
+  data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  for transform in transforms:
+    data = data.random_map(transform)
+  return data
+
+
+def share(
+  stream: grain.MapDataset, batch_size: int, process: int, processes: int
 ) -> grain.IterDataset:
-  """Returns this process's share of the endless shuffled batches.
+  """Returns this process's share of the endless batches.
 
   Args:
-    pipeline: batch size, seed and transforms.
-    rows: the examples.
+    stream: the rows of all processes.
+    batch_size: rows in a batch over all processes.
     process: number of this process.
     processes: how many there are; they divide the batch.
 
   Raises:
     UserError: the batch does not divide among the processes.
   """
-  if pipeline.batch_size % processes:
+  if batch_size % processes:
     raise UserError(
-      f"Pipeline.batch_size: found {pipeline.batch_size}, expected a multiple"
+      f"Pipeline.batch_size: found {batch_size}, expected a multiple"
       f" of the {processes} processes."
     )
-  data = grain.MapDataset.source(rows).seed(pipeline.seed).shuffle().repeat()
-  for transform in pipeline.transforms:
-    data = data.random_map(transform)
-  data = data[process::processes].batch(pipeline.batch_size // processes)
+  data = stream[process::processes].batch(batch_size // processes)
   # One thread: a row is a few copies, and the cores belong to XLA.
   return data.to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   )
 
 
-def in_order(rows: PackedRows, batch_size: int) -> list[Row]:
-  """Returns all rows in batches of one shape, the last one padded."""
-  padding = [packing.blank_row(rows.length)] * (-len(rows) % batch_size)
-  full = [rows[i] for i in range(len(rows))] + padding
+def in_order(
+  rows: Rows, batch_size: int, limit: int | None = None
+) -> list[Row]:
+  """Returns all rows in at most `limit` equal batches, the last one padded."""
+  count = len(rows) if limit is None else min(len(rows), limit * batch_size)
+  full = [rows[i] for i in range(count)]
+  if not full:
+    return []
+  full += [packing.blank_like(full[0])] * (-count % batch_size)
   return [
     {k: np.stack([row[k] for row in full[i : i + batch_size]]) for k in full[i]}
     for i in range(0, len(full), batch_size)
   ]
+
+
+def _check_equal_shapes(parts: Sequence[Any]) -> None:
+  shapes = [{k: v.shape for k, v in part[0].items()} for part in parts]
+  for i, found in enumerate(shapes):
+    if found != shapes[0]:
+      raise UserError(
+        f"Mixture.parts: rows of part {i} have shapes {found}, those of part 0"
+        f" {shapes[0]}.\nExpected equal ones: give the parts equal lengths."
+      )

@@ -4,10 +4,11 @@ A template comes with a model's files, so it is a program by a stranger; it
 runs in `research.nn.sandbox`.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -42,19 +43,58 @@ def render(
     UserError: the template does not parse, fails, calls `raise_exception`, or
       passes a bound of the sandbox.
   """
+  names = {"add_generation_prompt": add_generation_prompt, **(names or {})}
+  return _rendered(sandbox.render, template, messages, names)
+
+
+def render_marked(
+  template: str,
+  messages: Sequence[Mapping[str, Any]],
+  names: Mapping[str, Any] | None = None,
+) -> tuple[str, list[tuple[int, int]]] | None:
+  """Returns a conversation, and where in it the assistant speaks.
+
+  Args:
+    template: Jinja, as for `render`.
+    messages: as for `render`.
+    names: as for `render`.
+
+  Returns:
+    The text and the spans that the template marks with `{% generation %}`, or
+    None if it has no such mark.
+  """
+  if not _marks(template):
+    return None
+  names = {"add_generation_prompt": False, **(names or {})}
+  return _rendered(sandbox.render_marked, template, messages, names)
+
+
+@functools.lru_cache(maxsize=16)
+def _marks(template: str) -> bool:
+  with _readable(template):
+    return sandbox.marks(template)
+
+
+def _rendered(render, template, messages, names):
+  context = {
+    "messages": [dict(message) for message in messages],
+    "tools": None,
+    "documents": None,
+  } | dict(names)
+  with _readable(template):
+    return render(_compiled(template), context)
+
+
+@contextlib.contextmanager
+def _readable(template: str) -> Iterator[None]:
+  """Turns whatever a template does wrong into a UserError."""
   if len(template) > MAX_TEMPLATE:
     raise UserError(
       f"chat template: found {len(template):,} characters, expected at most "
       f"{MAX_TEMPLATE:,}"
     )
-  context = {
-    "messages": [dict(message) for message in messages],
-    "add_generation_prompt": add_generation_prompt,
-    "tools": None,
-    "documents": None,
-  } | dict(names or {})
   try:
-    return sandbox.render(_compiled(template), context)
+    yield
   except sandbox.TooMuch as error:
     raise UserError(
       f"chat template: makes {error}; it was stopped.\n"

@@ -7,13 +7,14 @@ those operations left out whose result can be any size at all.
 """
 
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, no_type_check
 
 import jinja2
-from jinja2 import compiler, ext
+from jinja2 import compiler, ext, nodes
 from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -22,6 +23,9 @@ MAX_SIZE = 1 << 22
 
 MAX_STEPS = 1 << 19
 """Lines of compiled template that a rendering may run."""
+
+_MARKS = "marks made"
+"""A name, which no template can say, of what `{% generation %}` has marked."""
 
 _SAFE = """
 abs count d default dictsort first float int items last length list map max min
@@ -36,14 +40,26 @@ class TooMuch(Exception):
   """A rendering passed one of the bounds."""
 
 
+class _Marked(str):
+  """Text that a template marks as the assistant's."""
+
+
 class _Generation(ext.Extension):
-  """`{% generation %}` marks what the assistant says; here it does nothing."""
+  """`{% generation %}` marks what the assistant says."""
 
   tags = {"generation"}
 
   def parse(self, parser: Any) -> Any:
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    call = self.call_method("mark", [nodes.ContextReference()])
+    return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+  def mark(self, context: Any, caller: Callable[[], str]) -> str:
+    """Returns the text of the block, and counts it."""
+    text = _Marked(caller())
+    context[_MARKS].append(text)
+    return text
 
 
 @no_type_check
@@ -205,6 +221,15 @@ def environment() -> jinja2.Environment:
   return out
 
 
+def marks(template: str) -> bool:
+  """Returns whether a template says `{% generation %}` anywhere."""
+  tokens = [t for t in environment().lex(template) if t[1] != "whitespace"]
+  return any(
+    begin[1] == "block_begin" and name[1:] == ("name", "generation")
+    for begin, name in itertools.pairwise(tokens)
+  )
+
+
 def render(template: jinja2.Template, names: dict[str, Any]) -> str:
   """Returns the text of `template`; raises `TooMuch` past a bound.
 
@@ -212,6 +237,45 @@ def render(template: jinja2.Template, names: dict[str, Any]) -> str:
     template: from this module's `environment().from_string`.
     names: what the template may use.
   """
+  return _rendered(template, names)[0]
+
+
+def render_marked(
+  template: jinja2.Template, names: dict[str, Any]
+) -> tuple[str, list[tuple[int, int]]]:
+  """Returns the text, and where in it `{% generation %}` blocks stand.
+
+  Raises:
+    TooMuch: the template passes a bound.
+    TemplateError: a marked block was put into a variable or a macro, so that
+      its place in the text is not known.
+  """
+  text, spans, made = _rendered(template, names)
+  if len(spans) != made:
+    raise TemplateError("{% generation %} stands in a variable or a macro")
+  return text, spans
+
+
+def _rendered(template, names) -> tuple[str, list[tuple[int, int]], int]:
+  """Returns the text, the marked spans, and how many marks were made."""
+  made: list[str] = []
+  context = template.new_context({**names, _MARKS: made})
+  spans, place = [], 0
+
+  def placed():
+    nonlocal place
+    for piece in template.root_render_func(context):
+      piece = _text(piece)
+      if isinstance(piece, _Marked):
+        spans.append((place, place + len(piece)))
+      place += len(piece)
+      yield piece
+
+  return _traced(lambda: _concatenated(placed())), spans, len(made)
+
+
+def _traced(work: Callable[[], str]) -> str:
+  """Returns `work()`, which may run so many lines of a template."""
   steps = 0
 
   @no_type_check  # called for every line: a checked call costs 30 us
@@ -227,6 +291,6 @@ def render(template: jinja2.Template, names: dict[str, Any]) -> str:
   before = sys.gettrace()
   sys.settrace(count)
   try:
-    return _concatenated(template.root_render_func(template.new_context(names)))
+    return work()
   finally:
     sys.settrace(before)

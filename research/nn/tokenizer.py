@@ -88,6 +88,23 @@ class Tokenizer:
     Raises:
       UserError: there is no chat template, or it fails.
     """
+    template, names = self._template()
+    return chat.render(template, messages, add_generation_prompt, names)
+
+  def chat_marked(
+    self, messages: Sequence[Mapping[str, Any]]
+  ) -> tuple[str, list[tuple[int, int]]] | None:
+    """Returns a conversation and where the assistant speaks in it.
+
+    None where the chat template does not mark that.
+
+    Raises:
+      UserError: there is no chat template, or it fails.
+    """
+    template, names = self._template()
+    return chat.render_marked(template, messages, names)
+
+  def _template(self) -> tuple[str, dict[str, str]]:
     if self.chat_template is None:
       raise UserError(
         "this model has no chat template: generate without --chat"
@@ -96,9 +113,7 @@ class Tokenizer:
       f"{name}_token": "" if i is None else self.backend.id_to_token(i)
       for name, i in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad))
     }
-    return chat.render(
-      self.chat_template, messages, add_generation_prompt, names
-    )
+    return self.chat_template, names
 
 
 class StreamDecoder:

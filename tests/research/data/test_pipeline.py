@@ -23,8 +23,14 @@ class Numbers:
     return chr(ord("A") + index) * 6
 
 
-def encode(text):
-  return [ord(c) for c in text]
+class Letters:
+  """A tokenizer for which a character is its number."""
+
+  def encode(self, text):
+    return [ord(c) for c in text]
+
+
+LETTERS = Letters()
 
 
 def jitter(row, rng):
@@ -42,9 +48,12 @@ def take(data, n):
 
 
 def test_same_seed_same_batches():
-  first, second = take(DATA.training(encode), 8), take(DATA.training(encode), 8)
+  first, second = (
+    take(DATA.training(LETTERS), 8),
+    take(DATA.training(LETTERS), 8),
+  )
   chex.assert_trees_all_equal(first, second)
-  other = take(dataclasses.replace(DATA, seed=4).training(encode), 8)
+  other = take(dataclasses.replace(DATA, seed=4).training(LETTERS), 8)
   assert not all(
     np.array_equal(a["tokens"], b["tokens"])
     for a, b in zip(first, other, strict=True)
@@ -52,7 +61,7 @@ def test_same_seed_same_batches():
 
 
 def test_an_epoch_is_a_permutation_and_the_next_one_differs():
-  rows = [b["tokens"][:, 0] for b in take(DATA.training(encode), 23)]
+  rows = [b["tokens"][:, 0] for b in take(DATA.training(LETTERS), 23)]
   epochs = np.concatenate(rows).reshape(4, 23)
   for epoch in epochs:
     assert sorted(epoch) == list(range(65, 65 + 23))
@@ -60,26 +69,26 @@ def test_an_epoch_is_a_permutation_and_the_next_one_differs():
 
 
 def test_resume_continues_exactly():
-  whole = take(DATA.training(encode), 9)
-  begun = iter(DATA.training(encode))
+  whole = take(DATA.training(LETTERS), 9)
+  begun = iter(DATA.training(LETTERS))
   for _ in range(4):
     next(begun)
-  resumed = iter(DATA.training(encode))
+  resumed = iter(DATA.training(LETTERS))
   resumed.set_state(begun.get_state())
   chex.assert_trees_all_equal(whole[4:], [next(resumed) for _ in range(5)])
 
 
 def test_processes_share_each_global_batch():
-  alone = take(DATA.training(encode), 6)
-  parts = [take(DATA.training(encode, p, 2), 6) for p in range(2)]
+  alone = take(DATA.training(LETTERS), 6)
+  parts = [take(DATA.training(LETTERS, p, 2), 6) for p in range(2)]
   for step, batch in enumerate(alone):
     both = np.concatenate([p[step]["noise"] for p in parts])
     assert sorted(both.ravel()) == sorted(batch["noise"].ravel())
 
 
 def test_noise_belongs_to_the_example_not_to_its_batch():
-  wide = take(dataclasses.replace(DATA, batch_size=8).training(encode), 3)
-  slim = take(dataclasses.replace(DATA, batch_size=2).training(encode), 12)
+  wide = take(dataclasses.replace(DATA, batch_size=8).training(LETTERS), 3)
+  slim = take(dataclasses.replace(DATA, batch_size=2).training(LETTERS), 12)
   wide, slim = (
     np.concatenate([b["noise"] for b in found]) for found in (wide, slim)
   )
@@ -87,9 +96,9 @@ def test_noise_belongs_to_the_example_not_to_its_batch():
 
 
 def test_evaluation_sees_every_row_once_in_equal_batches():
-  batches = DATA.evaluation(encode)
+  batches = DATA.evaluation(LETTERS)
   assert {b["tokens"].shape for b in batches} == {(4, 6)}
-  rows = DATA.rows(encode)
+  rows = DATA.rows(LETTERS)
   got = np.concatenate([b["tokens"] for b in batches])
   weights = np.concatenate([b["weights"] for b in batches])
   np.testing.assert_array_equal(
@@ -97,17 +106,17 @@ def test_evaluation_sees_every_row_once_in_equal_batches():
   )
   assert weights[len(rows) :].sum() == 0
   assert weights.sum() == 23 * 5
-  assert len(DATA.evaluation(encode, limit=2)) == 2
+  assert len(DATA.evaluation(LETTERS, limit=2)) == 2
 
 
 def test_batch_must_divide_among_processes():
   with pytest.raises(UserError, match="multiple of the 3 processes"):
-    DATA.training(encode, 0, 3)
+    DATA.training(LETTERS, 0, 3)
 
 
 def test_plan_is_a_value():
   data = dataclasses.replace(DATA, plan=packing.best_fit, length=13)
-  assert len(data.rows(encode)) == 12
+  assert len(data.rows(LETTERS)) == 12
 
 
 @pytest.mark.parametrize("field,value", [("length", 1), ("batch_size", 0)])

@@ -29,8 +29,12 @@ class Sentences:
     return "".join(map(chr, rng.integers(0, 60, 5 + index)))
 
 
-def encode(text):
-  return [ord(c) for c in text]
+class Letters:
+  def encode(self, text):
+    return [ord(c) for c in text]
+
+
+LETTERS = Letters()
 
 
 DATA = pipeline.Pipeline(source=Sentences(), length=16, batch_size=4, seed=1)
@@ -59,10 +63,10 @@ def test_ten_steps_are_five_and_five(model, params, adapt, tmp_path):
       objective,
       tx,
       start,
-      DATA.training(encode),
+      DATA.training(LETTERS),
       plan,
       workdir=workdir,
-      evaluations={"validation": DATA.evaluation(encode, 1)},
+      evaluations={"validation": DATA.evaluation(LETTERS, 1)},
     )
 
   whole = run(tmp_path / "whole", 10)

@@ -1,0 +1,192 @@
+"""JSON Lines from strangers: one object a line, or an error that says where.
+
+Standard JSON only: no NaN, no key twice, no text that is no Unicode. Lines
+and nesting are bounded; a file claims nothing, so nothing is allocated before
+it is read. Blank lines are skipped.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, no_type_check
+
+from research.data.sources import Split, split_of
+from research.typing import UserError
+
+MAX_LINE = 1 << 24
+"""Bytes of a line."""
+
+MAX_DEPTH = 32
+"""Objects and lists inside one another."""
+
+
+class Record(NamedTuple):
+  """One object and its place, `file:line`."""
+
+  values: dict[str, Any]
+  where: str
+
+  def get(self, path: str) -> Any:
+    """Returns the field at a dotted path, e.g. `meta.id`; None if absent."""
+    found: Any = self.values
+    for name in path.split("."):
+      found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+  def text(self, path: str) -> str:
+    """Returns a field that has to be text."""
+    found = self.get(path)
+    if not isinstance(found, str):
+      raise self.wrong(path, found, "text")
+    return found
+
+  def wrong(self, path: str, found: Any, expected: str) -> UserError:
+    """Returns the error for a field with an unexpected value."""
+    if found is None:
+      shown = f"none among {', '.join(list(self.values)[:8]) or 'no fields'}"
+    else:
+      shown = f"{type(found).__name__} {str(found)[:60]!r}"
+    return UserError(
+      f"{self.where}: field {path!r}: found {shown}, expected {expected}.\n"
+      "Mend the line, or name another field."
+    )
+
+
+def read(
+  paths: Sequence[str], split: Split | None = None, key: str | None = None
+) -> list[Record]:
+  """Returns the records of some files, in order.
+
+  Args:
+    paths: UTF-8 files.
+    split: only the records of this split; None for all.
+    key: dotted path of the field whose hash decides the split, so that
+      records with the same value are never parted; None for the whole record.
+
+  Raises:
+    UserError: a file or a line is not what it should be, or nothing is left.
+  """
+  found = [record for path in paths for record in _lines(path)]
+  if split is None:
+    return found
+  chosen = [r for r in found if split_of(_name(r, key)) == split]
+  if not chosen:
+    raise UserError(
+      f"{', '.join(paths)[:200]}: none of {len(found)} records is in the split"
+      f" {split!r}.\nGive more records, a key with more values than"
+      f" {key!r} has, or no split."
+    )
+  return chosen
+
+
+def _name(record: Record, key: str | None) -> str:
+  value = record.values if key is None else record.get(key)
+  if value is None:
+    raise record.wrong(key or "", None, "the value that decides the split")
+  if isinstance(value, str):
+    return value
+  return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _lines(path: str) -> Iterator[Record]:
+  count = 0
+  try:
+    with pathlib.Path(path).open("rb") as file:
+      number = 0
+      while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+          raise UserError(
+            f"{path}:{number}: found a line of more than {MAX_LINE:,} bytes.\n"
+            "Expected one JSON object a line; is this one JSON array?"
+          )
+        text = _text(line, f"{path}:{number}", first=number == 1)
+        if text.strip():
+          count += 1
+          yield _record(text, f"{path}:{number}")
+  except OSError as error:
+    raise UserError(
+      f"{path}: cannot be read ({error.strerror}).\n"
+      "Expected a JSON Lines file; check the path."
+    ) from error
+  if not count:
+    raise UserError(f"{path}: holds no records. Expected JSON, one a line.")
+
+
+def _text(line: bytes, where: str, first: bool) -> str:
+  try:
+    return line.decode("utf-8-sig" if first else "utf-8")
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"{where}: not UTF-8: byte 0x{line[error.start]:02x} at column"
+      f" {error.start + 1}.\n"
+      "Expected UTF-8 text; convert it, e.g. with iconv -t UTF-8."
+    ) from error
+
+
+def _record(text: str, where: str) -> Record:
+  try:
+    found = json.loads(
+      text, object_pairs_hook=_unique, parse_constant=_no_constant
+    )
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f"{where}: is no JSON: {error.msg} at column {error.colno}.\n"
+      "Expected one JSON object a line."
+    ) from error
+  except RecursionError as error:
+    raise _too_deep(where) from error
+  except ValueError as error:  # ours, or an integer of thousands of digits
+    raise UserError(
+      f"{where}: {str(error)[:200]}.\nExpected standard JSON."
+    ) from error
+  if not isinstance(found, dict):
+    raise UserError(
+      f"{where}: found a {type(found).__name__}, expected a JSON object:"
+      ' {"field": value, ...}.'
+    )
+  _check(found, where)
+  return Record(found, where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise ValueError(f"found the key {twice[:60]!r} twice in one object")
+  return found
+
+
+def _no_constant(name: str) -> Any:
+  raise ValueError(f"found {name}, which is no JSON number")
+
+
+def _too_deep(where: str) -> UserError:
+  return UserError(
+    f"{where}: found more than {MAX_DEPTH} objects and lists inside one"
+    " another.\nExpected a record of a few levels."
+  )
+
+
+@no_type_check
+def _check(value: Mapping[str, Any], where: str) -> None:
+  """Raises UserError for nesting without end, and for text of no Unicode."""
+  waiting = [(value, 1)]
+  while waiting:
+    x, depth = waiting.pop()
+    if depth > MAX_DEPTH:
+      raise _too_deep(where)
+    if isinstance(x, dict):
+      waiting += [(y, depth) for y in x]
+      waiting += [(y, depth + 1) for y in x.values()]
+    elif isinstance(x, list):
+      waiting += [(y, depth + 1) for y in x]
+    elif isinstance(x, str) and not x.isascii():
+      try:
+        x.encode("utf-8")
+      except UnicodeEncodeError as error:
+        raise UserError(
+          f"{where}: found half a surrogate pair, \\u{ord(x[error.start]):x},"
+          " in a text.\nExpected Unicode; write the character itself."
+        ) from error

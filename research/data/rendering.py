@@ -1,0 +1,176 @@
+"""Conversations as tokens, with what the assistant says marked as learned.
+
+Which tokens those are follows from how the text is made, never from a search
+in it:
+
+* A template with `{% generation %}` says so itself.
+* Otherwise the conversation is rendered up to each message of the assistant,
+  with its turn opened, and then with the message. The first text must be a
+  prefix of the second, and that one of the whole; what the message adds is what
+  the model shall say. This is checked for every conversation. Templates that
+  rewrite earlier turns (those that drop reasoning) fail it, and are refused.
+
+The parts are tokenised one by one, since that is what happens at generation:
+the prompt is tokenised, and the model's own tokens follow. What stands behind
+the last stop token of a turn (SmolLM2's line break) is context, not learned:
+generation ends before it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.data import examples
+from research.data.examples import Example
+from research.nn.tokenizer import Tokenizer
+from research.typing import UserError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SAYS = "assistant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+  """Messages, first to last.
+
+  Attributes:
+    messages: `{"role", "content"}` and whatever else the template reads; the
+      assistant's with `"weight": 0` are not learned.
+    where: file and line, for errors.
+    first: messages before this one are not learned.
+  """
+
+  messages: Sequence[Mapping[str, Any]]
+  where: str
+  first: int = 0
+
+  def __post_init__(self):
+    for i, message in enumerate(self.messages):
+      _check_message(message, f"{self.where}: message {i}")
+    if not self.learned:
+      raise UserError(
+        f"{self.where}: found {len(self.messages)} messages, none by the"
+        " assistant to learn from.\nExpected at least one (with no weight 0)."
+      )
+
+  @property
+  def learned(self) -> list[int]:
+    """The numbers of the messages that are learned."""
+    return [
+      i
+      for i, message in enumerate(self.messages)
+      if message["role"] == SAYS
+      and i >= self.first
+      and message.get("weight", 1)
+    ]
+
+
+def _check_message(message: Any, where: str) -> None:
+  if not isinstance(message, dict):
+    raise UserError(
+      f"{where}: found {type(message).__name__}, expected an object:"
+      ' {"role": ..., "content": ...}.'
+    )
+  role, content = message.get("role"), message.get("content")
+  if not isinstance(role, str) or role not in ROLES:
+    raise UserError(
+      f"{where}: role: found {str(role)[:40]!r}, expected one of"
+      f" {', '.join(ROLES)}."
+    )
+  calls = role == SAYS and content is None and message.get("tool_calls")
+  if not isinstance(content, str) and not calls:
+    raise UserError(
+      f"{where} ({role}): content: found {type(content).__name__}, expected"
+      " text."
+    )
+  if message.get("weight", 1) not in (0, 1):
+    raise UserError(
+      f"{where} ({role}): weight: found {str(message['weight'])[:40]!r},"
+      " expected 0 or 1."
+    )
+
+
+def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
+  """Returns a conversation as tokens.
+
+  Raises:
+    UserError: there is no template, it fails, or it does not tell what the
+      assistant says.
+  """
+  return examples.join(
+    [
+      part
+      for text, learned in pieces(tokenizer, conversation)
+      for part in _tokens(tokenizer, text, learned)
+    ]
+  )
+
+
+def pieces(
+  tokenizer: Tokenizer, conversation: Conversation
+) -> list[tuple[str, bool]]:
+  """Returns the rendered conversation in parts (text, learned)."""
+  # Our own field is none of the template's business.
+  messages = [
+    {k: v for k, v in m.items() if k != "weight"} for m in conversation.messages
+  ]
+  try:
+    marked = tokenizer.chat_marked(messages)
+    if marked is not None:
+      return _by_marks(*marked, conversation)
+    return _by_prefixes(tokenizer, messages, conversation)
+  except UserError as error:
+    if conversation.where in str(error):
+      raise
+    raise UserError(f"{conversation.where}: {error}") from error
+
+
+def _by_marks(text, spans, conversation) -> list[tuple[str, bool]]:
+  said = [i for i, m in enumerate(conversation.messages) if m["role"] == SAYS]
+  chosen = conversation.learned
+  if chosen != said:
+    if len(spans) != len(said):
+      raise UserError(
+        f"{conversation.where}: the chat template marks {len(spans)} parts"
+        f" {{% generation %}}, but {len(said)} messages are the assistant's,"
+        " and not all are to be learned.\nLearn all, or use another template."
+      )
+    spans = [s for s, i in zip(spans, said, strict=True) if i in chosen]
+  out, place = [], 0
+  for start, stop in spans:
+    out += [(text[place:start], False), (text[start:stop], True)]
+    place = stop
+  return [part for part in [*out, (text[place:], False)] if part[0]]
+
+
+def _by_prefixes(tokenizer, messages, conversation) -> list[tuple[str, bool]]:
+  whole = tokenizer.chat(messages, add_generation_prompt=False)
+  out, place = [], 0
+  for i in conversation.learned:
+    opened = tokenizer.chat(messages[:i], add_generation_prompt=True)
+    said = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
+    where = f"{conversation.where}: message {i} ({SAYS})"
+    if not said.startswith(opened):
+      raise _no_prefix(where, "opens a turn otherwise than it writes one", i)
+    if not whole.startswith(said):
+      raise _no_prefix(where, "rewrites it once other messages follow", i)
+    out += [(whole[place : len(opened)], False), (said[len(opened) :], True)]
+    place = len(said)
+  return [part for part in [*out, (whole[place:], False)] if part[0]]
+
+
+def _no_prefix(where: str, what: str, i: int) -> UserError:
+  return UserError(
+    f"{where}: the chat template {what}, so what the model shall say is not"
+    " defined.\nUse a template that marks it with {% generation %}, or"
+    f" conversations that end with message {i}."
+  )
+
+
+def _tokens(tokenizer, text, learned) -> list[tuple[list[int], bool]]:
+  ids = list(tokenizer.encode(text))
+  if not learned:
+    return [(ids, False)]
+  ends = [i + 1 for i, token in enumerate(ids) if token in tokenizer.stop]
+  end = ends[-1] if ends else len(ids)
+  return [(ids[:end], True), (ids[end:], False)]
