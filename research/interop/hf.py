@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop import hf_config, names, parts, safetensors
+from research.interop import hf_config, hf_experts, names, parts, safetensors
 from research.nn import presets
+from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
@@ -45,7 +46,8 @@ class Slot:
   Attributes:
     path: in the tree.
     shape: of the whole array; a run's has its repeats in front.
-    addresses: the parameters behind the leading axis, or the single one.
+    addresses: the parameters behind the leading axes (layers, experts), or
+      the single one.
   """
 
   path: str
@@ -53,19 +55,21 @@ class Slot:
   addresses: tuple[names.Address, ...]
 
   @property
-  def stacked(self) -> bool:
-    return self.addresses[0].layer is not None
-
-  @property
   def one(self) -> tuple[int, ...]:
     """The shape of one parameter."""
-    return self.shape[1:] if self.stacked else self.shape
+    first = self.addresses[0]
+    stacked = (first.layer is not None) + (first.expert is not None)
+    return self.shape[stacked:]
 
 
 def table(model: Transformer) -> names.Table:
   """Returns the names of `model`'s parameters in Hugging Face files."""
-  sandwich = model.layer_kinds()[0].post_norm is not None
-  return names.SANDWICH if sandwich else names.PLAIN
+  kinds = model.layer_kinds()
+  if any(isinstance(kind.mlp, Moe) for kind in kinds):
+    # The families with experts differ in what they do to queries and keys.
+    mixtral = kinds[0].attention.qk_norm is None
+    return names.MIXTRAL if mixtral else names.SPARSE
+  return names.PLAIN if kinds[0].post_norm is None else names.SANDWICH
 
 
 def slots(model: Transformer) -> list[Slot]:
@@ -79,7 +83,11 @@ def slots(model: Transformer) -> list[Slot]:
     head, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[2:]
     rows = [names.Address(None, path)]
     if head in indices:
-      rows = [names.Address(i, inner[0]) for i in indices[head]]
+      # Matrices of experts have their layer and their number in front.
+      experts = range(leaf.shape[1]) if len(leaf.shape) == 4 else [None]
+      rows = [
+        names.Address(i, inner[0], e) for i in indices[head] for e in experts
+      ]
     out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
   return out
 
@@ -182,12 +190,12 @@ def read_params(
   filled = {}
   for slot in places:
     kind = dtype or _stored(rows, slot, tensors)
-    array = np.empty(slot.shape, jnp.dtype(kind))
+    array = np.empty((len(slot.addresses), *slot.one), jnp.dtype(kind))
     for k, address in enumerate(slot.addresses):
       name, transposed = rows.theirs(address)
       value = tensors[name].read()
-      array[k if slot.stacked else ...] = value.T if transposed else value
-    filled[slot.path] = jnp.asarray(array)
+      array[k] = value.T if transposed else value
+    filled[slot.path] = jnp.asarray(array.reshape(slot.shape))
   return _nested(filled)
 
 
@@ -259,6 +267,7 @@ def open_model(
   tensors = safetensors.open_directory(directory)
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
+  tensors = hf_experts.apart(model, table(model), tensors)
   source = dict(
     format="hf",
     path=str(directory),

@@ -9,18 +9,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop import hf_rope
+from research.interop import hf_experts_config, hf_rope
 from research.interop.fields import Fields
 from research.interop.hf_rope import KINDS
 from research.nn import presets
+from research.nn.mlp import Mlp
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
 FAMILIES = {
   "llama": "llama",
   "mistral": "mistral",
+  "mixtral": "mixtral",
   "qwen2": "qwen2",
   "qwen3": "qwen3",
+  "qwen3_moe": "qwen3_moe",
   "gemma": "gemma",
   "gemma2": "gemma2",
   "gemma3_text": "gemma3",
@@ -52,9 +55,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   "llama": _SHARED | dict(max_position_embeddings=2_048),
   "mistral": _SHARED
   | dict(max_position_embeddings=131_072, sliding_window=4_096),
+  "mixtral": _SHARED
+  | dict(
+    rms_norm_eps=1e-5,
+    rope_theta=1_000_000.0,
+    max_position_embeddings=131_072,
+    num_key_value_heads=8,
+    num_experts_per_tok=2,
+    num_local_experts=8,
+  ),
   "qwen2": _SHARED | dict(max_position_embeddings=32_768, max_window_layers=28),
   "qwen3": _SHARED
   | dict(max_position_embeddings=32_768, max_window_layers=28, head_dim=128),
+  "qwen3_moe": _SHARED
+  | dict(
+    max_position_embeddings=32_768,
+    sliding_window=4_096,
+    num_key_value_heads=4,
+    num_experts_per_tok=8,
+    num_local_experts=128,
+    moe_intermediate_size=768,
+    decoder_sparse_step=1,
+  ),
   "gemma": _GEMMA,
   "gemma2": _GEMMA2,
   # Multimodal files state only what differs from these.
@@ -121,10 +143,10 @@ def sizes_from_config(
   """
   fields = text_fields(config, where)
   kind = fields.values["model_type"]
-  fields.neutral(NEUTRAL)
+  fields.neutral({k: v for k, v in NEUTRAL.items() if not _read(k, kind)})
   family = presets.FAMILIES[FAMILIES[kind]]
   biased = fields.flag("attention_bias")
-  if biased and kind in ("mistral", "qwen2"):
+  if biased and kind in ("mistral", "mixtral", "qwen2"):
     raise fields.wrong("attention_bias", f"false: {kind} has none to switch")
   if fields.flag("mlp_bias") and kind != "llama":
     raise fields.wrong("mlp_bias", f"false: {kind} has no such biases")
@@ -136,6 +158,10 @@ def sizes_from_config(
     mlp_bias=fields.flag("mlp_bias"),
   )
   return family, _sizes(fields, kind)
+
+
+def _read(name: str, kind: str) -> bool:
+  return name in hf_experts_config.KINDS.get(kind, ())
 
 
 def text_fields(config: Mapping[str, Any], where: str) -> Fields:
@@ -185,7 +211,8 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     )
   window = fields.maybe_integer("sliding_window")
   if kind in ("llama", "gemma") or (
-    kind in ("qwen2", "qwen3") and not fields.flag("use_sliding_window")
+    kind in ("qwen2", "qwen3", "qwen3_moe")
+    and not fields.flag("use_sliding_window")
   ):
     window = None
   theta, local_theta, scaling = hf_rope.rotation(
@@ -202,6 +229,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     kv_heads=kv_heads,
     hidden=fields.integer("intermediate_size"),
     head_dim=head_dim,
+    sparse=hf_experts_config.read(fields, kind),
     theta=theta,
     scaling=scaling,
     local_theta=local_theta,
@@ -220,7 +248,7 @@ def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
   """Returns the shortest pattern of layer kinds that repeats to the depth."""
   depth = fields.integer("num_hidden_layers", most=MAX_DEPTH)
   types = fields.get("layer_types")
-  if types is None:
+  if types is None or kind in hf_experts_config.KINDS:
     kinds = _kinds(fields, kind, depth)
   else:
     ok = isinstance(types, list) and len(types) == depth
@@ -238,7 +266,7 @@ def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
 
 
 def _kinds(fields: Fields, kind: str, depth: int) -> list[str]:
-  if kind == "mistral":
+  if kind in ("mistral", *hf_experts_config.KINDS):
     return ["local"] * depth
   if kind in ("qwen2", "qwen3"):
     first = fields.integer("max_window_layers", least=0)
@@ -268,13 +296,15 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   wide = next((k for k in kinds if k.attention.window is None), kinds[0])
   windows = {k.attention.window for k in kinds} - {None}
   a, window = wide.attention, max(windows, default=None)
+  # Where some layers have experts, the size is the others'.
+  single = next((k for k in kinds if isinstance(k.mlp, Mlp)), wide)
   activations = {v: k for k, v in reversed(ACTIVATIONS.items())}
   activation = activations[wide.mlp.activation]
   config: dict[str, Any] = dict(
     model_type=model_type,
     vocab_size=model.vocab_size,
     hidden_size=model.width,
-    intermediate_size=wide.mlp.hidden,
+    intermediate_size=single.mlp.hidden,
     num_hidden_layers=len(kinds),
     num_attention_heads=a.heads,
     num_key_value_heads=a.kv_heads,
@@ -286,17 +316,18 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
     torch_dtype=model.dtype,
     **hf_rope.spelled(a.rope),
   )
-  if model_type in ("llama", "qwen3") or a.out_bias:
+  config |= hf_experts_config.spelled(kinds, model_type)
+  if model_type in ("llama", "qwen3", "qwen3_moe") or a.out_bias:
     config["attention_bias"] = a.out_bias
   if model_type == "llama":
-    config["mlp_bias"] = wide.mlp.bias
+    config["mlp_bias"] = getattr(wide.mlp, "bias", False)
   if model_type.startswith("gemma"):
     config["hidden_activation"] = activation
   if model_type not in ("llama", "gemma"):
     config["sliding_window"] = window
-  if model_type not in ("llama", "gemma", "mistral"):
+  if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
     config["layer_types"] = [hf_rope.layer_type(k.attention) for k in kinds]
-  if model_type in ("qwen2", "qwen3"):
+  if model_type in ("qwen2", "qwen3", "qwen3_moe"):
     config["use_sliding_window"] = window is not None
   if model_type in ("gemma2", "gemma3_text"):
     scale = a.scale if a.scale is not None else a.head_dim**-0.5
@@ -313,8 +344,10 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
 ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
   "mistral": "MistralForCausalLM",
+  "mixtral": "MixtralForCausalLM",
   "qwen2": "Qwen2ForCausalLM",
   "qwen3": "Qwen3ForCausalLM",
+  "qwen3_moe": "Qwen3MoeForCausalLM",
   "gemma": "GemmaForCausalLM",
   "gemma2": "Gemma2ForCausalLM",
   "gemma3_text": "Gemma3ForCausalLM",

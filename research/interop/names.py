@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 
 LAYER_PREFIX = "model.layers."
+EXPERT = "<e>"
+_NUMBER = re.compile(r"0|[1-9]\d{0,5}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Row:
 
   Attributes:
     ours: path within a layer (`attention/q`) or outside (`embed`).
-    theirs: name after `model.layers.<i>.`, or the whole name outside.
+    theirs: name after `model.layers.<i>.`, or the whole name outside; `<e>`
+      in it is the expert's number.
     transposed: whether theirs is ours, transposed.
   """
 
@@ -31,15 +34,19 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-  """A parameter of ours: its layer (None outside of them) and its path."""
+  """A parameter of ours: its layer (None outside of them) and its path.
+
+  Files hold experts' matrices one by one, so the stacked weight of a layer
+  `[E, in, out]` has an address for each `expert`.
+  """
 
   layer: int | None
   path: str
+  expert: int | None = None
 
   def __str__(self) -> str:
-    return (
-      self.path if self.layer is None else f"layers/{self.layer}/{self.path}"
-    )
+    path = self.path if self.expert is None else f"{self.path}[{self.expert}]"
+    return path if self.layer is None else f"layers/{self.layer}/{path}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +68,26 @@ class Table:
     """
     rows = self.outside if address.layer is None else self.layer
     row = {row.ours: row for row in rows}[address.path]
+    if (EXPERT in row.theirs) != (address.expert is not None):
+      raise KeyError(str(address))
+    name = row.theirs.replace(EXPERT, str(address.expert))
     prefix = "" if address.layer is None else f"{LAYER_PREFIX}{address.layer}."
-    return prefix + row.theirs, row.transposed
+    return prefix + name, row.transposed
 
   def ours(self, name: str) -> Address | None:
     """Returns the parameter of ours that they call `name`, or None."""
     rows, layer = self.outside, None
-    found = re.fullmatch(r"model\.layers\.(0|[1-9]\d{0,5})\.(.*)", name)
+    found = re.fullmatch(rf"model\.layers\.({_NUMBER.pattern})\.(.*)", name)
     if found:
       rows, layer, name = self.layer, int(found[1]), found[2]
     for row in rows:
       if row.theirs == name:
-        return Address(layer, row.ours)
+        return None if EXPERT in name else Address(layer, row.ours)
+      before, expert, after = row.theirs.partition(EXPERT)
+      if expert and name.startswith(before) and name.endswith(after):
+        number = name[len(before) : len(name) - len(after)]
+        if _NUMBER.fullmatch(number):
+          return Address(layer, row.ours, int(number))
     return None
 
 
@@ -115,8 +130,29 @@ _SANDWICH_NORMS = (
   Row("post_mlp_norm/scale", "post_feedforward_layernorm.weight"),
 )
 
+# Qwen3-MoE; its dense layers have the rows above.
+_EXPERTS = (
+  Row("mlp/router", "mlp.gate.weight", transposed=True),
+  *(
+    Row(f"mlp/experts/{x}", f"mlp.experts.{EXPERT}.{x}_proj.weight", True)
+    for x in ("gate", "up", "down")
+  ),
+)
+
+_MIXTRAL = (
+  Row("mlp/router", "block_sparse_moe.gate.weight", transposed=True),
+  *(
+    Row(
+      f"mlp/experts/{x}", f"block_sparse_moe.experts.{EXPERT}.{w}.weight", True
+    )
+    for x, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+  ),
+)
+
 PLAIN = Table(_OUTSIDE, _ATTENTION + _MLP + _NORMS)
 SANDWICH = Table(_OUTSIDE, _ATTENTION + _MLP + _SANDWICH_NORMS)
+SPARSE = Table(_OUTSIDE, _ATTENTION + _MLP + _EXPERTS + _NORMS)
+MIXTRAL = Table(_OUTSIDE, _ATTENTION + _MIXTRAL + _NORMS)
 
 BUFFERS = re.compile(
   r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|"

@@ -56,7 +56,7 @@ def _leaves(part: Any) -> list[tuple[str, Any]]:
   return [(tree.path_name(path), leaf) for path, leaf in found]
 
 
-def _row(leaf: Any, k: int) -> Any:
+def _row(leaf: Any, k: tuple[int, ...]) -> Any:
   # Slicing in NumPy shares the memory; in JAX each slice would be compiled.
   return jax.tree.map(lambda x: np.asarray(x)[k], leaf)
 
@@ -71,9 +71,11 @@ def from_params(params: Params) -> dict[Address, Part]:
   for prefix, rows in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
     for path, leaf in _leaves(params[run][layer]):
-      for k, i in enumerate(rows):
-        out[Address(i, path)] = Part(
-          tuple(leaf.shape[1:]),
+      # Matrices of experts have their layer and their number in front.
+      lead = len(leaf.shape) - 2 if len(leaf.shape) > 3 else 1
+      for k in np.ndindex(*leaf.shape[:lead]):
+        out[Address(rows[k[0]], path, *k[1:])] = Part(
+          tuple(leaf.shape[lead:]),
           kind_of(leaf),
           lambda leaf=leaf, k=k: _row(leaf, k),
         )
