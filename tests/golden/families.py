@@ -23,6 +23,8 @@ class Family:
     saved_by_peer: config.json is what transformers itself writes (the new
       spelling, `rope_parameters`), not the Hub's spelling above.
     seed: of the weights; chosen so that no greedy choice is a near tie.
+    stacked: experts lie in the file as transformers 5 computes with them, not
+      one by one as in the Hub's files.
     embed_std: of the embedding; smaller where a tied head would otherwise
       repeat its input whatever the layers say.
   """
@@ -32,6 +34,7 @@ class Family:
   length: int = 24
   norm_offset: float = 1.0
   saved_by_peer: bool = False
+  stacked: bool = False
   seed: int = 0
   embed_std: float = 0.3
 
@@ -118,6 +121,39 @@ _LLAMA3 = _llama(
   rope_scaling=_LLAMA3_SCALING,
 )
 
+_MIXTRAL = _config(
+  "MixtralForCausalLM",
+  "mixtral",
+  width=36,
+  heads=6,
+  kv_heads=2,
+  intermediate_size=20,
+  rope_theta=1e6,
+  sliding_window=None,
+  num_local_experts=5,
+  num_experts_per_tok=2,
+)
+_QWEN3_MOE = _config(
+  "Qwen3MoeForCausalLM",
+  "qwen3_moe",
+  width=30,
+  heads=5,
+  kv_heads=1,
+  head_dim=8,
+  rms_norm_eps=1e-6,
+  rope_theta=1e6,
+  num_hidden_layers=4,
+  attention_bias=False,
+  use_sliding_window=False,
+  sliding_window=None,
+  num_experts=7,
+  num_experts_per_tok=3,
+  moe_intermediate_size=12,
+  norm_topk_prob=True,
+  decoder_sparse_step=1,
+  mlp_only_layers=[0],
+)
+
 FAMILIES = {
   "llama": Family(_llama(), seed=1),
   "llama3": Family(_LLAMA3, length=40, seed=1),
@@ -170,6 +206,8 @@ FAMILIES = {
     ),
     seed=3,
   ),
+  "mixtral": Family(_MIXTRAL, seed=1),
+  "mixtral_stacked": Family(_MIXTRAL, saved_by_peer=True, stacked=True, seed=1),
   "qwen2": Family(
     _config(
       "Qwen2ForCausalLM",
@@ -218,6 +256,21 @@ FAMILIES = {
       max_window_layers=3,
       tie_word_embeddings=True,
     )
+  ),
+  "qwen3_moe": Family(_QWEN3_MOE, shards=2, seed=1),
+  "qwen3_moe_saved": Family(
+    _QWEN3_MOE
+    | dict(
+      norm_topk_prob=False,
+      mlp_only_layers=[],
+      decoder_sparse_step=2,
+      attention_bias=True,
+      use_sliding_window=True,
+      sliding_window=7,
+    ),
+    saved_by_peer=True,
+    stacked=True,
+    seed=1,
   ),
   "gemma": Family(_gemma("GemmaForCausalLM", "gemma"), norm_offset=0.0, seed=4),
   "gemma2": Family(

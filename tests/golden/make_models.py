@@ -90,9 +90,12 @@ def weights(family: families.Family) -> dict[str, np.ndarray]:
 def build(config: dict, tensors: dict, dtype=torch.float32):
   """Returns transformers' model of a config and weights, in eval mode."""
   parsed = peer_config(config)
-  model = transformers.AutoModelForCausalLM.from_config(
-    parsed, attn_implementation="eager"
-  ).to(dtype)
+  # "eager" experts are a loop; grouped ones have no double precision.
+  how = dict(attn_implementation="eager")
+  if "num_experts_per_tok" in config:
+    how["experts_implementation"] = "eager"
+  model = transformers.AutoModelForCausalLM.from_config(parsed, **how)
+  model = model.to(dtype)
   state = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
   missing, extra = model.load_state_dict(state, strict=False)
   allowed = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
@@ -188,10 +191,38 @@ def golden(config: dict, tensors: dict, length: int) -> dict[str, np.ndarray]:
   )
 
 
+def one_by_one(config: dict, tensors: dict) -> dict[str, np.ndarray]:
+  """Returns tensors with stacked experts under the names of the Hub's files."""
+  mixtral = config["model_type"] == "mixtral"
+  names = (
+    ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+  )
+  out = {}
+  for name, value in tensors.items():
+    head, inside, last = name.partition(".mlp.experts.")
+    if mixtral:
+      name = name.replace(".mlp.", ".block_sparse_moe.")
+      inside = inside.replace(".mlp.", ".block_sparse_moe.")
+    if not last:
+      out[name] = value
+      continue
+    for e, matrix in enumerate(value):
+      parts = [matrix]
+      if last == "gate_up_proj":
+        parts = np.split(matrix, 2)
+      for part, theirs in zip(
+        parts, names[:2] if parts[1:] else names[2:], strict=True
+      ):
+        out[f"{head}{inside}{e}.{theirs}.weight"] = np.ascontiguousarray(part)
+  return out
+
+
 def save(folder: pathlib.Path, family: families.Family, tensors: dict) -> None:
   """Writes config.json and the (sharded) safetensors files of a model."""
   folder.mkdir(parents=True, exist_ok=True)
   config = family.config
+  if not family.stacked:
+    tensors = one_by_one(config, tensors)
   if family.saved_by_peer:
     parsed = peer_config(config)
     parsed.dtype = "float32"
