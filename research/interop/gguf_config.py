@@ -173,6 +173,11 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
   return family, sizes, kind.interleaved
 
 
+def pattern_of(architecture: str) -> tuple[str, ...]:
+  """Returns the kinds of layers where a file does not say."""
+  return presets.FAMILIES[ARCHITECTURES[architecture].family].pattern
+
+
 def _pattern(
   keys: _Keys, family: presets.Family, depth: int
 ) -> tuple[str, ...] | None:

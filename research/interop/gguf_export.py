@@ -1,0 +1,332 @@
+"""A model as a GGUF file: metadata, names, and llama.cpp's conventions.
+
+What a converter does on the way is undone by the reader: rows of queries and
+keys change places for "llama", Gemma's norms get their 1, and a scale of the
+logits that the format has no key for goes into the weights before them.
+Metadata is read back before anything is written: a file that would be another
+model is an error.
+"""
+
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from research.interop import changes, gguf_config, gguf_types, hf_config
+from research.interop.gguf import GGUF, Pending, Tensor, nbytes, write_gguf
+from research.interop.gguf_model import (
+  DTYPES,
+  ROWS,
+  TOP,
+  interleaved,
+)
+from research.interop.parts import Part, Parts, ordered
+from research.nn import presets, rope
+from research.nn.attention import Attention
+from research.nn.transformer import Transformer
+from research.quant import blocks
+from research.typing import UserError
+
+FILE_TYPES = {
+  "F32": 0,
+  "F16": 1,
+  "Q4_0": 2,
+  "Q4_1": 3,
+  "Q8_0": 7,
+  "Q5_0": 8,
+  "Q5_1": 9,
+  "BF16": 32,
+}
+"""Types to convert to -> `general.file_type`."""
+
+ARCHITECTURES = {
+  "llama": "llama",
+  "mistral": "llama",
+  "qwen2": "qwen2",
+  "qwen3": "qwen3",
+  "gemma": "gemma",
+  "gemma2": "gemma2",
+  "gemma3_text": "gemma3",
+}
+"""model_type -> `general.architecture`."""
+
+_PLAIN = {name: kind for kind, name in DTYPES.items()} | {"float64": "F32"}
+
+
+def metadata(
+  model: Transformer, hint: str | None, name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """Returns the metadata of `model`, and tensors that belong to it.
+
+  Args:
+    model: of a family that llama.cpp has an architecture for.
+    hint: model_type to try first.
+    name: `general.name`.
+
+  Raises:
+    UserError: GGUF has no way to say what this model computes.
+  """
+  kind = hf_config.describe(model, hint)["model_type"]
+  arch = ARCHITECTURES.get(kind)
+  if arch is None:
+    raise UserError(
+      f"GGUF: no architecture for model_type {kind!r}; expected one of "
+      f"{', '.join(ARCHITECTURES)}"
+    )
+  kinds = model.layer_kinds()
+  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
+  a = wide.attention
+  out: dict[str, Any] = {
+    "vocab_size": model.vocab_size,
+    "context_length": model.max_positions or 2_048,
+    "embedding_length": model.width,
+    "block_count": len(kinds),
+    "feed_forward_length": wide.mlp.hidden,
+    "attention.head_count": a.heads,
+    "attention.head_count_kv": a.kv_heads,
+    "attention.key_length": a.head_dim,
+    "attention.value_length": a.head_dim,
+    "attention.layer_norm_rms_epsilon": float(model.norm.eps),
+    "rope.dimension_count": a.head_dim,
+    "rope.freq_base": float(a.rope.theta),
+  }
+  out |= _windows(model, arch)
+  for key, value in (
+    ("attn_logit_softcapping", a.softcap),
+    ("final_logit_softcapping", model.softcap),
+  ):
+    if value is not None:
+      out[key] = float(value)
+  keys, extra = _scaling(a)
+  found = {"general.architecture": arch, "general.name": name}
+  found |= {"general.quantization_version": 2}
+  found |= {f"{arch}.{key}": value for key, value in (out | keys).items()}
+  return found, extra
+
+
+def _windows(model: Transformer, arch: str) -> dict[str, Any]:
+  attentions = [k.attention for k in model.layer_kinds()]
+  local = [a for a in attentions if a.window is not None]
+  if not local:
+    return {}
+  out: dict[str, Any] = {"attention.sliding_window": local[0].window}
+  if arch == "gemma3":
+    out["rope.freq_base_swa"] = float(local[0].rope.theta)
+  if arch.startswith("gemma"):
+    wide = [i for i, a in enumerate(attentions) if a.window is None]
+    every = wide[0] + 1 if wide else len(attentions) + 1
+    if every != len(gguf_config.pattern_of(arch)):
+      out["attention.sliding_window_pattern"] = every
+  return out
+
+
+def _scaling(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """Returns the keys and tensors that say how a rotation is extended."""
+  match a.rope.scaling:
+    case None:
+      return {}, {}
+    case rope.Linear(factor=factor):
+      kind = {"rope.scaling.type": "linear"}
+      return kind | {"rope.scaling.factor": float(factor)}, {}
+    case rope.Yarn() as yarn:
+      return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(yarn.factor),
+        "rope.scaling.original_context_length": yarn.original,
+        "rope.scaling.yarn_beta_fast": float(yarn.fast),
+        "rope.scaling.yarn_beta_slow": float(yarn.slow),
+      }, {}
+    case rope.Llama3() as llama3:
+      plain = rope.inverse_frequencies(a.rope.theta, a.head_dim)
+      scaled = llama3.frequencies(a.rope.theta, a.head_dim, None)[0]
+      factors = np.asarray(plain / scaled, np.float32)
+      raw = gguf_types.encode("F32", factors)
+      return {}, {"rope_freqs.weight": Tensor("F32", factors.shape, raw)}
+  kind = type(a.rope.scaling).__name__
+  raise UserError(
+    f"GGUF: no way to say a rotation scaled by {kind}; expected linear, yarn "
+    "or llama3. Keep the model as --format=hf"
+  )
+
+
+def tensors(
+  model: Transformer,
+  parts: Parts,
+  given: Mapping[str, Any],
+  extra: Mapping[str, Tensor],
+  kind: str | None,
+  log: changes.Log,
+) -> dict[str, Tensor | Pending]:
+  """Returns every tensor of the file, unread; checks that it fits `given`.
+
+  Args:
+    model: whose parameters `parts` are.
+    parts: adapters merge in float32; blocks of the type wanted stay as they
+      are.
+    given: the file's metadata.
+    extra: tensors that are no parameters.
+    kind: ggml's type of the matrices, or None to keep each one's.
+    log: told what changed as the tensors are made.
+
+  Raises:
+    UserError: the metadata means another model, or a type does not fit.
+  """
+  out: dict[str, Tensor | Pending] = dict(extra)
+  stubs = dict(extra)
+  kinds = model.layer_kinds()
+  a = kinds[0].attention
+  arch = given["general.architecture"]
+  turned = gguf_config.ARCHITECTURES[arch].interleaved
+  fold = _fold(model, arch)
+  rows = {row.path: row for row in (*TOP, *ROWS)}
+  for address in ordered(parts):
+    row, part = rows.get(address.path), parts[address]
+    if row is None:
+      raise UserError(f"GGUF: no name for {address} of this model")
+    layer = "" if address.layer is None else f"blk.{address.layer}."
+    name = layer + row.name
+    flip = len(part.shape) == 2 and row.path != "embed"
+    shape = part.shape[::-1] if flip else part.shape
+    which = _type(name, part, kind, shape)
+    order = None
+    if row.heads is not None and turned:
+      heads = getattr(a, row.heads)
+      order = interleaved(shape[0], heads)
+    offset = model.norm.offset if row.path.endswith("norm/scale") else 0.0
+    scale = 1.0
+    if address.path == ("attention/q_norm/scale" if a.qk_norm else None) or (
+      a.qk_norm is None and address.path in ("attention/q", "attention/q_bias")
+    ):
+      scale = fold
+    make = _maker(name, part, which, flip, order, offset, scale, log)
+    out[name] = Pending(which, shape, make)
+    stubs[name] = Tensor(which, shape, np.zeros(0, np.uint8))
+  _check(model, GGUF(dict(given), stubs), fold)
+  return out
+
+
+def _fold(model: Transformer, arch: str) -> float:
+  """Returns what the queries take of a scale that no key can hold."""
+  kinds = model.layer_kinds()
+  a, usual = kinds[0].attention, kinds[0].attention.head_dim ** -0.5
+  scale = usual if a.scale is None else a.scale
+  if len(kinds) in gguf_config.ARCHITECTURES[arch].scaled_by_width:
+    usual = (model.width / a.heads) ** -0.5
+  fold = scale / usual
+  return 1.0 if math.isclose(fold, 1.0, rel_tol=1e-12) else fold
+
+
+def _type(
+  name: str, part: Part, kind: str | None, shape: tuple[int, ...]
+) -> str:
+  own = _PLAIN.get(part.kind, part.kind)
+  if len(shape) == 1:
+    return "F32"
+  which = kind or own
+  if shape[-1] % gguf_types.require(which, f"GGUF: {name}").block:
+    raise UserError(
+      f"GGUF: {name} has rows of {shape[-1]} weights, which {which} cannot "
+      f"hold: expected a multiple of {gguf_types.TYPES[which].block}.\n"
+      "Use --format=gguf:F16."
+    )
+  return which
+
+
+def _maker(name, part: Part, which, flip, order, offset, scale, log):
+  def make():
+    weight = part.read()
+    if part.kind == which and hasattr(weight, "codes"):
+      raw = blocks.to_ggml(weight)
+      log.same(name, part.kind, which)
+      return (raw if order is None else raw[order]).reshape(-1)
+    found = changes.read(weight)
+    x = changes.cast(name, found.array, np.dtype(np.float32))
+    x = x.T if flip else x
+    x = x if order is None else x[order]
+    if offset or scale != 1.0:
+      x = (x + np.float32(offset)) * np.float32(scale)
+    if which == "F16":
+      changes.cast(name, x, np.dtype(np.float16))
+    try:
+      raw = gguf_types.encode(which, x)
+    except UserError as e:
+      raise UserError(f"{name}: {e}") from e
+    kept = DTYPES.get(which) == part.kind and found.base is None
+    if kept and scale == 1.0 and not offset:
+      log.same(name, part.kind, which)
+      return raw
+    got = gguf_types.decode(which, raw, x.shape)
+    got = got / np.float32(scale) - np.float32(offset)
+    got = got if order is None else got[np.argsort(order)]
+    got = got.T if flip else got
+    log.compared(name, part.kind, which, found, got)
+    return raw
+
+  return make
+
+
+def _check(model: Transformer, file: GGUF, fold: float) -> None:
+  """Raises UserError unless the file, read back, is `model`."""
+  family, sizes, _ = gguf_config.config("GGUF", file)
+  again = presets.transformer(family, sizes, model.dtype)
+
+  def plain(m: Transformer):
+    # Both scales are compared as one number, the weights' share included.
+    return [
+      k.clone(attention=k.attention.clone(scale=None)) for k in m.layer_kinds()
+    ]
+
+  same = plain(again) == plain(model)
+  for field in ("vocab_size", "width", "norm", "tied", "softcap"):
+    same = same and getattr(again, field) == getattr(model, field)
+  same = same and math.isclose(again.embed_scale, model.embed_scale)
+  scales = {k.attention.scale for k in model.layer_kinds()}
+  if not same or len(scales) > 1:
+    raise UserError(
+      "GGUF: architecture "
+      f"{file.metadata['general.architecture']!r} cannot describe this model: "
+      "reading it back gives another one.\nKeep it as --format=hf."
+    )
+
+
+def write_model(
+  path: pathlib.Path,
+  model: Transformer,
+  parts: Parts,
+  kind: str | None,
+  log: changes.Log,
+  *,
+  given: Mapping[str, Any] | None = None,
+  hint: str | None = None,
+  name: str = "",
+  tokenizer: Mapping[str, Any] | None = None,
+) -> None:
+  """Writes a file, whole or not at all.
+
+  Args:
+    path: where to.
+    model, parts: what to write.
+    kind: ggml's type of the matrices, or None to keep each one's.
+    log: told what changed.
+    given: metadata of the GGUF file it came from, kept as it is.
+    hint: model_type to try first.
+    name: `general.name` where `given` has none.
+    tokenizer: its `tokenizer.*` keys, where `given` has none.
+  """
+  found, extra = metadata(model, hint, name)
+  if given is not None:
+    found = dict(given)
+  if not any(key.startswith("tokenizer.") for key in found):
+    found |= dict(tokenizer or {})
+  if kind is not None:
+    found["general.file_type"] = FILE_TYPES[kind]
+  made = tensors(model, parts, found, extra, kind, log)
+  if kind is None and given is None:
+    sizes = {}
+    for t in made.values():
+      sizes[t.type] = sizes.get(t.type, 0) + nbytes(t.type, t.shape)
+    most = max(sizes, key=lambda k: sizes[k])
+    found["general.file_type"] = FILE_TYPES[most]
+  write_gguf(path, found, made)

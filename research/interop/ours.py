@@ -1,0 +1,218 @@
+"""Our own checkpoint of a model: nothing is rounded, decoded or merged.
+
+A directory with `heptad.json` (which leaf is what, and where it came from),
+`config.json` (Hugging Face's, which describes the model), the arrays in
+Orbax's format, and what came with the source: tokenizer files, or the
+metadata of a GGUF file as one without tensors.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import tree, weights
+from research.interop import gguf, hf_config, safetensors
+from research.interop.fields import Fields
+from research.interop.load import NOTE
+from research.lora.tensor import LoRATensor
+from research.nn import presets
+from research.nn.tokenizer import Tokenizer
+from research.nn.transformer import Transformer
+from research.quant.blocks import BlockTensor
+from research.training import checkpoint
+from research.typing import Params, UserError
+
+METADATA = "metadata.gguf"
+ARRAYS = "arrays"
+VERSION = 1
+
+LEAVES = {"BlockTensor": BlockTensor, "LoRATensor": LoRATensor}
+"""Weights that are no arrays, by the names that the note has for them."""
+
+_DTYPES = (
+  *("float32", "bfloat16", "float16", "float64"),
+  *("int8", "uint8", "int32", "uint32"),
+)
+
+
+def save(
+  directory: pathlib.Path,
+  model: Transformer,
+  params: Params,
+  config: Mapping[str, Any],
+  source: Mapping[str, Any],
+) -> None:
+  """Writes a checkpoint into an empty directory.
+
+  Args:
+    directory: exists.
+    model: what `params` are for.
+    params: any tree of weights.
+    config: config.json of `model`.
+    source: a JSON object: where it came from.
+  """
+  note = dict(
+    version=VERSION,
+    source=dict(source),
+    weights=_describe(params),
+  )
+  safetensors.write_json(directory / "config.json", config)
+  checkpoint.record_base(directory / ARRAYS, params, None)
+  # Last: where there is a note, the checkpoint is whole.
+  safetensors.write_json(directory / NOTE, note)
+
+
+def _describe(x: Any) -> Any:
+  """Returns what is needed to make `x`'s structure again, as JSON."""
+  if x is None:
+    return None
+  if isinstance(x, Mapping):
+    return {key: _describe(value) for key, value in x.items()}
+  if not weights.is_weight(x):
+    return [str(x.dtype), *x.shape]
+  name = type(x).__name__
+  if name not in LEAVES:
+    raise UserError(f"a checkpoint cannot hold weights of type {name}")
+  fields = {}
+  for f in dataclasses.fields(x):
+    value = getattr(x, f.name)
+    fields[f.name] = value if f.metadata.get("static") else _describe(value)
+  return {"": name} | fields
+
+
+def _abstract(found: Any, where: str) -> Any:
+  """Returns the tree that a note describes, of shapes instead of arrays."""
+  if found is None:
+    return None
+  if isinstance(found, list):
+    ok = found and found[0] in _DTYPES and len(found) <= 9
+    if not ok or any(type(n) is not int or n < 0 for n in found[1:]):
+      raise UserError(f"{where}: {str(found)[:60]} is no type and shape")
+    return jax.ShapeDtypeStruct(tuple(found[1:]), np.dtype(_numpy(found[0])))
+  if not isinstance(found, dict):
+    raise UserError(f"{where}: found {str(found)[:60]}, expected an object")
+  if "" not in found:
+    return {k: _abstract(v, f"{where}: {k}") for k, v in found.items()}
+  kind = LEAVES.get(found[""]) if isinstance(found[""], str) else None
+  if kind is None:
+    raise UserError(
+      f"{where}: a weight of type {str(found[''])[:60]}, expected one of "
+      f"{', '.join(LEAVES)}"
+    )
+  names = {f.name: f for f in dataclasses.fields(kind)}
+  if set(found) - {""} != set(names):
+    raise UserError(f"{where}: {found['']} has fields {', '.join(names)}")
+  values = {}
+  for name, f in names.items():
+    value = found[name]
+    if not f.metadata.get("static"):
+      value = _abstract(value, f"{where}: {name}")
+    elif type(value) is not type(f.default):
+      raise UserError(f"{where}: {name} is {str(value)[:60]}")
+    values[name] = value
+  return kind(**values)
+
+
+def _numpy(name: str) -> Any:
+  return jax.numpy.dtype(name)
+
+
+def load(
+  directory: pathlib.Path, dtype: str = "float32"
+) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
+  """Returns (model, params as they were saved, source) of a checkpoint.
+
+  Args:
+    directory: that `save` wrote.
+    dtype: of the computation.
+
+  Raises:
+    UserError: it is damaged, or of a later version.
+  """
+  file = directory / NOTE
+  note = Fields(safetensors.read_json(file), str(file))
+  if note.get("version") != VERSION:
+    raise note.wrong("version", f"{VERSION}; update Heptad, or convert again")
+  config = safetensors.read_json(directory / "config.json")
+  family, sizes = hf_config.sizes_from_config(
+    config, str(directory / "config.json")
+  )
+  model = presets.transformer(family, sizes, dtype)
+  target = _abstract(note.get("weights"), f"{file}: weights")
+  _fits(file, model, target)
+  params = checkpoint.load_frozen(directory / ARRAYS, target)
+  source = note.object("source")
+  return model, params, dict(source.values) if source else {}
+
+
+def cast(params: Params, dtype: str, packed: bool) -> Any:
+  """Returns `params` in `dtype`; adapters stay in float32.
+
+  Args:
+    params: any tree of weights.
+    dtype: of arrays that are numbers.
+    packed: whether packed weights stay as they are, or are decoded.
+  """
+
+  def one(x):
+    if hasattr(x, "w"):
+      return dataclasses.replace(x, w=one(x.w))
+    if weights.is_weight(x):
+      return x if packed else x.dense().astype(dtype)
+    return x.astype(dtype)
+
+  return jax.tree.map(one, params, is_leaf=weights.is_weight)
+
+
+def tokenizer(directory: pathlib.Path) -> Tokenizer | None:
+  """Returns the tokenizer that came with the source, or None."""
+  if (directory / "tokenizer.json").is_file():
+    return Tokenizer.from_directory(directory)
+  file = directory / METADATA
+  if not file.is_file():
+    return None
+  found = gguf.open_gguf(file).metadata
+  if "tokenizer.ggml.model" not in found:
+    return None
+  return Tokenizer.from_gguf(found)
+
+
+def _fits(file: pathlib.Path, model: Transformer, target: Any) -> None:
+  """Raises UserError unless `target` has the logical shapes of `model`."""
+  wanted = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))
+  )["params"]
+
+  def shapes(params):
+    out = {}
+    for path, leaf in _leaves(tree.top(params)):
+      out[path] = tuple(leaf.shape)
+    for prefix, rows in tree.layer_indices(params).items():
+      run, layer = prefix.split("/")
+      for path, leaf in _leaves(params[run][layer]):
+        out |= {f"layers/{i}/{path}": tuple(leaf.shape[1:]) for i in rows}
+    return out
+
+  try:
+    have, want = shapes(target), shapes(wanted)
+  except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+    raise UserError(
+      f"{file}: weights: not the structure of a model: {str(e)[:80]}"
+    ) from e
+  for path in sorted(have.keys() | want.keys()):
+    if have.get(path) != want.get(path):
+      raise UserError(
+        f"{file}: weights: {path} has shape {have.get(path)}, expected "
+        f"{want.get(path)} by config.json"
+      )
+
+
+def _leaves(part: Any) -> list[tuple[str, Any]]:
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    part, is_leaf=weights.is_weight
+  )
+  return [(tree.path_name(path), leaf) for path, leaf in found]

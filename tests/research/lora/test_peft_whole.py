@@ -1,0 +1,200 @@
+"""Adapters that bring whole weights: biases, saved modules, embeddings."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from research.interop import load, safetensors
+from research.interop.parts import from_params
+from research.lora import adapt, peft, peft_config
+from research.typing import UserError
+
+MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+CASES = sorted(p.name for p in MODELS.glob("peftfull_*"))
+PREFIX = "base_model.model."
+
+
+@functools.cache
+def base(name):
+  config = json.loads((MODELS / name / "adapter_config.json").read_text())
+  return load.load_model(MODELS / name / config["base_model_name_or_path"])
+
+
+@functools.cache
+def loaded(name):
+  return load.load_model(MODELS / name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, tokens):
+  hidden, _ = model.apply({"params": params}, tokens)
+  return model.apply({"params": params}, hidden, method="logits")
+
+
+def relative(got, want):
+  return np.abs(np.asarray(got) - want).max() / (want.max() - want.min())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_are_pefts(name):
+  it = loaded(name)
+  with np.load(MODELS / name / "golden.npz") as golden:
+    tokens, want = golden["tokens"], golden["logits"]
+  assert relative(logits(it.model, it.params, tokens), want) < 1e-5
+  if "resized" not in name:  # the adapter does something
+    b = base(name)
+    assert relative(logits(b.model, b.params, tokens), want) > 1e-4
+  assert relative(logits(it.model, adapt.merge(it.params), tokens), want) < 1e-5
+
+
+def changed(it, base) -> set[str]:
+  """Returns the addresses at which two models differ below the adapters."""
+  theirs = from_params(base.params)
+  out = set()
+  for address, part in from_params(adapt.disable(it.params)).items():
+    x = np.asarray(part.read())
+    if address.path == "head" and base.model.tied:
+      other = np.asarray(base.params["embed"]).T
+    else:
+      other = np.asarray(theirs[address].read())
+    if x.shape != other.shape or not np.array_equal(x, other):
+      out.add(str(address))
+  return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_read_and_written_again(name, tmp_path):
+  it, b = loaded(name), base(name)
+  peft.save_adapter(
+    tmp_path,
+    it.params,
+    it.model,
+    "x",
+    use_rslora="layers" in name,
+    whole=changed(it, b),
+    resized=it.model.vocab_size != b.model.vocab_size,
+  )
+  params, model = peft.open_adapter(tmp_path, b.params, b.model)
+  assert model == it.model
+  chex.assert_trees_all_equal(params, it.params)
+  theirs = safetensors.open_file(MODELS / name / peft.WEIGHTS)
+  ours = safetensors.open_file(tmp_path / peft.WEIGHTS)
+  # PEFT repeats a targeted embedding's base, which is the base model's.
+  copies = {k for k in theirs if k.endswith("base_layer.weight")}
+  assert set(ours) == set(theirs) - copies
+  for key, tensor in ours.items():
+    np.testing.assert_array_equal(tensor.read(), theirs[key].read())
+
+
+def test_the_cases_cover_what_they_claim():
+  assert loaded("peftfull_tied_embed").model.tied is False
+  assert loaded("peftfull_tied_head").model.tied is False
+  assert loaded("peftfull_tied_lora").model.tied is False
+  assert loaded("peftfull_tied_both").model.tied
+  assert loaded("peftfull_tied_lora_both").model.tied
+  assert loaded("peftfull_resized_tied").model.tied
+  assert loaded("peftfull_resized").model.vocab_size == 71
+
+
+def folder(tmp_path, name):
+  shutil.copytree(MODELS / name, tmp_path / name)
+  return tmp_path / name
+
+
+def rewrite(path, change):
+  path = path / peft.WEIGHTS
+  tensors = {k: v.read().copy() for k, v in safetensors.open_file(path).items()}
+  change(tensors)
+  safetensors.write_file(path, tensors)
+
+
+def message(path, name):
+  b = base(name)
+  with pytest.raises(UserError) as e:
+    peft.open_adapter(path, b.params, b.model)
+  assert str(e.value).startswith(str(path))
+  assert len(str(e.value).split("\n")) <= 3
+  return str(e.value)
+
+
+def drop(key):
+  return lambda tensors: tensors.pop(PREFIX + key)
+
+
+@pytest.mark.parametrize(
+  "name, change, text",
+  [
+    (
+      "peftfull_saved",
+      drop("layers.1.mlp.up_proj.weight".replace("layers", "model.layers")),
+      "1 missing: base_model.model.model.layers.1.mlp.up_proj.weight",
+    ),
+    (
+      "peftfull_bias_lora",
+      drop("model.layers.0.self_attn.q_proj.base_layer.bias"),
+      "1 missing",
+    ),
+    (
+      "peftfull_resized",
+      drop("lm_head.weight"),
+      "an embedding of 71 tokens and no head",
+    ),
+    (
+      "peftfull_resized_tied",
+      lambda t: t.update({PREFIX + "lm_head.weight": np.ones((71, 36), "f4")}),
+      "although the embedding is tied",
+    ),
+    (
+      "peftfull_saved",
+      lambda t: t.update({PREFIX + "model.norm.weight": np.ones(39, "f4")}),
+      "final_norm/scale has shape [39], expected [40]",
+    ),
+    (
+      "peftfull_saved",
+      lambda t: t.update({PREFIX + "model.norm.weight": np.ones(40, "i4")}),
+      "stored as int32",
+    ),
+    (
+      "peftfull_saved",
+      lambda t: t.update(
+        {PREFIX + "model.layers.0.mlp.up_proj.weight": np.ones((44, 40), "f4")}
+      ),
+      "1 superfluous",
+    ),
+  ],
+)
+def test_what_does_not_fit(tmp_path, name, change, text):
+  path = folder(tmp_path, name)
+  rewrite(path, change)
+  assert text in message(path, name)
+
+
+@pytest.mark.parametrize(
+  "fields, text",
+  [
+    (dict(bias="some"), "bias is 'some', expected one of none, all, lora_only"),
+    (dict(modules_to_save="norm"), "modules_to_save is 'norm'"),
+    (dict(modules_to_save=[""]), "modules_to_save"),
+    (dict(modules_to_save=["(", "lm_head"]), "not a regular expression"),
+  ],
+)
+def test_fields_that_cannot_be_honoured(tmp_path, fields, text):
+  path = folder(tmp_path, "peftfull_saved")
+  file = path / peft_config.CONFIG
+  file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+  b = base("peftfull_saved")
+  with pytest.raises(UserError) as e:
+    peft.open_adapter(path, b.params, b.model)
+  assert text in str(e.value)
+
+
+def test_parameters_alone_are_not_enough_where_the_model_changes():
+  b = base("peftfull_tied_head")
+  with pytest.raises(UserError, match="another model of its base"):
+    peft.load_adapter(MODELS / "peftfull_tied_head", b.params, b.model)
