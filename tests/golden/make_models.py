@@ -87,15 +87,21 @@ def weights(family: families.Family) -> dict[str, np.ndarray]:
   return out
 
 
+def plain(config: dict) -> dict[str, str]:
+  """Returns which of transformers' implementations say what they compute."""
+  how = dict(attn_implementation="eager")
+  if "num_experts_per_tok" in config:
+    # A loop; grouped matmuls have no double precision and no odd widths.
+    how["experts_implementation"] = "eager"
+  return how
+
+
 def build(config: dict, tensors: dict, dtype=torch.float32):
   """Returns transformers' model of a config and weights, in eval mode."""
   parsed = peer_config(config)
-  # "eager" experts are a loop; grouped ones have no double precision.
-  how = dict(attn_implementation="eager")
-  if "num_experts_per_tok" in config:
-    how["experts_implementation"] = "eager"
-  model = transformers.AutoModelForCausalLM.from_config(parsed, **how)
-  model = model.to(dtype)
+  model = transformers.AutoModelForCausalLM.from_config(
+    parsed, **plain(config)
+  ).to(dtype)
   state = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
   missing, extra = model.load_state_dict(state, strict=False)
   allowed = {"lm_head.weight"} if config["tie_word_embeddings"] else set()

@@ -59,8 +59,9 @@ def test_gguf_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_folder_is_one_that_transformers_loads(name):
+  how = make_models.plain(families.FAMILIES[name].config)
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    MODELS / name, attn_implementation="eager", dtype=torch.float32
+    MODELS / name, dtype=torch.float32, **how
   ).eval()
   want = stored(name)
   got = make_models.logits(model, want)
