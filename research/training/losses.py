@@ -120,7 +120,7 @@ def _chunked(logits, loss, head, hidden, weight, targets):
     return (sums[0] + value, sums[1] + correct), None
 
   zero = jnp.zeros((), jnp.float32)
-  chunks = _split(loss.rows, hidden, weight, targets)
+  chunks = split_rows(loss.rows, hidden, weight, targets)
   return jax.lax.scan(body, (zero, zero), chunks)[0]
 
 
@@ -149,14 +149,14 @@ def _forward(logits, loss, head, hidden, weight, targets):
     )
 
   zero = jnp.zeros((), jnp.float32)
-  chunks = _split(loss.rows, hidden.value, weight.value, targets.value)
+  chunks = split_rows(loss.rows, hidden.value, weight.value, targets.value)
   (loss_sum, correct_sum, d_head), (d_hidden, losses) = jax.lax.scan(
     body, (zero, zero, jax.tree.map(jnp.zeros_like, learned)), chunks
   )
   some = iter(d_head)
   d_head = tuple(next(some) if x.perturbed else None for x in head)
   length = hidden.value.shape[1]
-  saved = (d_head, _join(d_hidden, length), _join(losses, length))
+  saved = (d_head, join_rows(d_hidden, length), join_rows(losses, length))
   return (loss_sum, correct_sum), saved
 
 
@@ -173,7 +173,7 @@ def _backward(logits, loss, saved, cotangents):
 _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _split(rows: int, *arrays: Shaped[Array, "B T ..."]):
+def split_rows(rows: int, *arrays: Shaped[Array, "B T ..."]):
   """Returns the arrays as chunks along T, [chunks, B, rows / B, ...]."""
   batch, length = arrays[0].shape[:2]
   size = min(length, max(1, rows // batch))
@@ -189,7 +189,7 @@ def _split(rows: int, *arrays: Shaped[Array, "B T ..."]):
   return tuple(split(x) for x in arrays)
 
 
-def _join(x: Shaped[Array, "X B C ..."], length: int):
-  """Returns `_split`'s inverse, [B, T, ...]."""
+def join_rows(x: Shaped[Array, "X B C ..."], length: int):
+  """Returns `split_rows`'s inverse, [B, T, ...]."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -1,0 +1,71 @@
+"""Functions of logits, position by position, when sums alone do not do.
+
+`losses.chunked_cross_entropy` knows only the loss's sum; preferences need it
+row by row, distillation looks at two models' logits at once. Here chunks of
+positions are computed one after another, and again in the backward pass, so
+that no logits [B, T, V] exist in either.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.nn.transformer import Transformer
+from research.training import losses
+from research.typing import Array, Float, Int, Params, Shaped
+
+HEAD = ("embed", "head")
+"""Top-level parameters that make logits of hidden states."""
+
+
+def map_positions(
+  f: Callable[..., Any],
+  parts: Any,
+  *arrays: Shaped[Array, "B T ..."],
+  rows: int = 256,
+) -> Any:
+  """Returns `f(parts, *arrays)`, a tree of [B, T, ...], chunk by chunk.
+
+  Args:
+    f: a function of `parts` and of the arrays' chunks [B, C, ...] that treats
+      each position alone.
+    parts: what every chunk needs, e.g. heads. Differentiable, as the arrays.
+    *arrays: cut along T.
+    rows: positions times batch that are held at a time.
+  """
+  length = arrays[0].shape[1]
+  chunks = losses.split_rows(rows, *arrays)
+  again = jax.checkpoint(lambda parts, chunk: f(parts, *chunk))
+  found = jax.lax.map(lambda chunk: again(parts, chunk), chunks)
+  return jax.tree.map(lambda x: losses.join_rows(x, length), found)
+
+
+def head_of(params: Params) -> dict[str, Any]:
+  """Returns the parameters that `method="logits"` needs."""
+  return {k: params[k] for k in HEAD if k in params}
+
+
+def logits_of(
+  model: Transformer, head: Params, hidden: Float[Array, "B T D"]
+) -> Float[Array, "B T V"]:
+  """Returns logits in float32."""
+  out = model.apply({"params": head}, hidden, method="logits")
+  return out.astype(jnp.float32)
+
+
+def log_probs(
+  model: Transformer,
+  params: Params,
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  rows: int = 256,
+) -> Float[Array, "B T"]:
+  """Returns log p(target) of each position."""
+
+  def one(head, hidden, targets):
+    loss, _ = losses.token_losses(logits_of(model, head, hidden), targets)
+    return -loss
+
+  return map_positions(one, head_of(params), hidden, targets, rows=rows)
