@@ -6,7 +6,6 @@ and calls `setup()` once its flags are parsed.
 
 import os
 import pathlib
-import resource
 import sys
 
 PACKAGES = ("research", "kernels_pallas", "experiments")
@@ -62,9 +61,3 @@ def setup() -> None:
   jax.config.update("jax_compilation_cache_dir", cache_directory())
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def peak_memory_bytes() -> int:
-  """Returns the largest resident size that this process has had."""
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else peak * 1024

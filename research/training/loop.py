@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import optax
 
+from research.training import memory
 from research.training import metrics as reports
 from research.training.checkpoint import Checkpoints, record_base
 from research.training.objective import Batch, Objective
@@ -80,7 +81,7 @@ class Outcome:
     evaluation: metrics of the last evaluation in this process.
     tokens_per_s: of training alone in this process; None if it did no step.
     seconds: by what was being done: restore, compile, train, evaluate, save.
-    peak_memory_bytes: see `metrics.peak_memory_bytes`.
+    peak_memory_bytes: see `memory.peak_memory_bytes`.
   """
 
   state: TrainState
@@ -194,7 +195,7 @@ def fit(
         report.tokens / clock.seconds["train"] if start < plan.steps else None
       ),
       seconds=dict(clock.seconds),
-      peak_memory_bytes=reports.peak_memory_bytes(),
+      peak_memory_bytes=memory.peak_memory_bytes(),
     )
 
 
@@ -224,6 +225,7 @@ def compile_step(
   moving = dataclasses.replace(state, frozen=None)
   program = jax.jit(update, donate_argnums=0)
   compiled = program.lower(moving, state.frozen, batch, key).compile()
+  memory.release()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
   logging.info(
     "Compiled the step in %.1f s: %s",
@@ -373,11 +375,11 @@ def _shapes(batch: Batch) -> dict[str, str]:
 def _cost(compiled: Any) -> dict[str, float]:
   """Returns what XLA says of a program; bodies of loops count once."""
   flops = (compiled.cost_analysis() or {}).get("flops")
-  memory = compiled.memory_analysis()
+  usage = compiled.memory_analysis()
   cost = {} if flops is None else {"compile/flops": float(flops)}
-  if memory is not None:
-    cost["compile/temporary_bytes"] = memory.temp_size_in_bytes
-    cost["compile/argument_bytes"] = memory.argument_size_in_bytes
+  if usage is not None:
+    cost["compile/temporary_bytes"] = usage.temp_size_in_bytes
+    cost["compile/argument_bytes"] = usage.argument_size_in_bytes
   return cost
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -213,12 +212,3 @@ def progress_bar(steps: int, done: int) -> tqdm.tqdm:
     dynamic_ncols=terminal,
     mininterval=0.5 if terminal else 15,
   )
-
-
-def peak_memory_bytes() -> int:
-  """Returns the highest memory so far: the device's, else the process's."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  if "peak_bytes_in_use" in stats:
-    return int(stats["peak_bytes_in_use"])
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else peak * 1024

@@ -142,7 +142,7 @@ def measure(row: str, runs: int, steps: int, threads: int) -> dict:
   """Runs one row in this process."""
   import jax
 
-  from research.training.metrics import peak_memory_bytes
+  from research.training.memory import peak_memory_bytes
 
   del threads  # XLA uses the cores that the process may use
   kind, *rest = row.split("_")

@@ -108,7 +108,7 @@ def test_tensorboard_events(tmp_path):
 
 
 def test_peak_memory_counts_what_was_held():
-  before = metrics.peak_memory_bytes()
+  before = memory.peak_memory_bytes()
   block = np.ones(60_000_000 // 8)
   del block
-  assert metrics.peak_memory_bytes() >= before > 30_000_000
+  assert memory.peak_memory_bytes() >= before > 30_000_000

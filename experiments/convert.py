@@ -1,0 +1,224 @@
+"""Converts a model between our checkpoints and everybody's formats.
+
+  python -m experiments.convert --from=smollm2-135m --to=DIR --format=hf
+  python -m experiments.convert --from=DIR --to=model.gguf --format=gguf:Q8_0
+  python -m experiments.convert --from=runs/quickstart --to=DIR --format=peft
+  python -m experiments.convert --from=runs/quickstart --to=DIR --format=hf
+
+--from takes what --model= takes elsewhere, and a run whose whole model was
+trained. Formats: hf (safetensors), gguf or gguf:TYPE (F32, F16, BF16, Q8_0,
+Q5_0, Q5_1, Q4_0, Q4_1; without a type each tensor keeps its own), peft (an
+adapter), orbax (our checkpoint: every bit, adapters and packed weights
+included). hf and gguf merge adapters in float32 and say what rounding lost.
+The last line on stdout is JSON: tensors, changed, types, errors, merges.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, runtime
+
+FLAGS = cli.new_flags()
+
+LATER = ("gptq", "awq", "bnb", "compressed-tensors")
+FORMATS = ("hf", "gguf", "peft", "orbax")
+
+_FROM = flags.DEFINE_string(
+  "from",
+  None,
+  "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
+  "checkpoint of ours, a .gguf file, or the name smollm2-135m.",
+  flag_values=FLAGS,
+)
+_TO = flags.DEFINE_string(
+  "to",
+  None,
+  "The directory (for gguf the file) to write; it must not exist yet.",
+  flag_values=FLAGS,
+)
+_FORMAT = flags.DEFINE_string(
+  "format", None, "hf, gguf, gguf:TYPE, peft or orbax.", flag_values=FLAGS
+)
+_DTYPE = flags.DEFINE_string(
+  "dtype",
+  None,
+  "For hf: float32, bfloat16 or float16; by default each tensor keeps its own.",
+  flag_values=FLAGS,
+)
+_SHARD_SIZE = flags.DEFINE_string(
+  "shard_size", "5GB", "For hf: bytes a file, e.g. 500MB.", flag_values=FLAGS
+)
+_BASE = flags.DEFINE_string(
+  "base",
+  None,
+  "For peft: the model that the adapter is for, if it does not say.",
+  flag_values=FLAGS,
+)
+_RSLORA = flags.DEFINE_bool(
+  "rslora",
+  False,
+  "For peft: state scales as alpha / sqrt(rank).",
+  flag_values=FLAGS,
+)
+_REPORT = flags.DEFINE_string(
+  "report",
+  None,
+  "A JSON file that lists every tensor's type and errors.",
+  flag_values=FLAGS,
+)
+
+
+def bytes_of(text: str) -> int:
+  """Returns the number that `500MB`, `5GB` or `123` stands for."""
+  from research.typing import UserError
+
+  found = re.fullmatch(r"(\d+)\s*([KMGT]?)(i?)B?", text.strip(), re.I)
+  if not found or not int(found[1]):
+    raise UserError(
+      f"--shard_size={text}: expected a number of bytes such as 500MB or 5GB"
+    )
+  power = " KMGT".index(found[2].upper() or " ")
+  return int(found[1]) * (1024 if found[3] else 1000) ** power
+
+
+def _target() -> tuple[str, str | None]:
+  """Returns the format and, for gguf, the type."""
+  from research.typing import UserError
+
+  name, colon, kind = _FORMAT.value.partition(":")
+  if name in LATER:
+    raise UserError(
+      f"--format={name}: quantized formats other than GGUF come with the "
+      f"quantization system; expected {', '.join(FORMATS)} for now"
+    )
+  if name not in FORMATS or (colon and (name != "gguf" or not kind)):
+    raise UserError(
+      f"--format={_FORMAT.value}: expected hf, gguf, gguf:TYPE, peft or orbax"
+    )
+  others = {
+    "hf": dict(dtype=_DTYPE, shard_size=_SHARD_SIZE),
+    "peft": dict(base=_BASE, rslora=_RSLORA),
+  }
+  for owner, options in others.items():
+    for option in options:
+      if owner != name and FLAGS[option].present:
+        raise UserError(
+          f"--{option}: is for --format={owner}, found --format={name}"
+        )
+  return name, kind.upper() or None
+
+
+def _source(name: str) -> Any:
+  """Returns what is to be converted; a run by its own configuration."""
+  from research.interop import convert, load
+
+  path = pathlib.Path(name)
+  adapter = path / "adapter" / load.ADAPTER_CONFIG
+  if (path / "config.gin").is_file() and not adapter.is_file():
+    return _trained(path)
+  return convert.open_source(name)
+
+
+def _trained(path: pathlib.Path) -> Any:
+  """Returns the best checkpoint of a run, or else its last one."""
+  from experiments import config
+  from research.interop import convert, load
+  from research.interop.parts import from_params
+  from research.training import checkpoint, state
+  from research.typing import UserError
+
+  experiment, _ = config.read(str(path / "config.gin"))
+  folder = path / "checkpoints"
+  if not folder.is_dir():
+    raise UserError(f"{path}: no checkpoints/ in it; has the run begun?")
+  built = experiment.build()
+  start = state.create(built.params, experiment.trainable, experiment.optimizer)
+  with checkpoint.Checkpoints(
+    folder, best=experiment.plan.best, better=experiment.plan.better
+  ) as kept:
+    step = kept.best[0] if kept.best else kept.latest
+    params = kept.restore(start, step=step).params
+  loaded = built.loaded
+  origin = dict(format="run", path=str(path), step=step)
+  try:
+    base = convert.open_source(load.locate(str(loaded.source.get("path"))))
+  except UserError:  # trained from scratch
+    return convert.Source(
+      model=loaded.model,
+      parts=from_params(params),
+      params=lambda: params,
+      origin=origin,
+      tokenizer=loaded.tokenizer,
+    )
+  name = str(getattr(experiment.model, "name", "")) or None
+  return convert.with_params(base, loaded.model, params, origin, name)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Converts; returns the result, which the command prints as JSON."""
+  del argv
+  cli.required(
+    **{"from": _FROM.value, "to": _TO.value, "format": _FORMAT.value}
+  )
+  runtime.setup()
+  import dataclasses
+  import json
+
+  from research.interop import convert, hf
+  from research.typing import UserError
+
+  name, kind = _target()
+  size = bytes_of(_SHARD_SIZE.value)
+  if _DTYPE.value is not None and _DTYPE.value not in hf.DTYPES:
+    raise UserError(
+      f"--dtype={_DTYPE.value}: expected one of {', '.join(hf.DTYPES)}"
+    )
+  to, start, reason = pathlib.Path(_TO.value), time.perf_counter(), ""
+  convert.free(to)
+  source = _source(_FROM.value)
+  if name == "hf":
+    log = convert.to_hf(source, to, _DTYPE.value, size)
+  elif name == "gguf":
+    log, reason = convert.to_gguf(source, to, kind)
+  elif name == "peft":
+    log = convert.to_peft(source, to, _BASE.value, _RSLORA.value)
+  else:
+    log = convert.to_orbax(source, to)
+  cli.say(log.table())
+  if reason:
+    cli.say(f"the tokenizer is not in the file: {reason}")
+  if _REPORT.value is not None:
+    rows = [dataclasses.asdict(c) for c in log.changes]
+    pathlib.Path(_REPORT.value).write_text(
+      json.dumps(cli.plain(rows), indent=1) + "\n"
+    )
+  return {
+    **log.summary(),
+    "bytes": _size(to),
+    "tokenizer": source.tokenizer is not None and not reason,
+    "from": _FROM.value,
+    "to": _TO.value,
+    "format": _FORMAT.value,
+    "seconds": time.perf_counter() - start,
+    "peak_memory_bytes": runtime.peak_memory_bytes(),
+  }
+
+
+def _size(to: pathlib.Path) -> int:
+  files = to.rglob("*") if to.is_dir() else [to]
+  return sum(f.stat().st_size for f in files if f.is_file())
+
+
+if __name__ == "__main__":
+  cli.run(main)
