@@ -320,13 +320,10 @@ def write_model(
     found = dict(given)
   if not any(key.startswith("tokenizer.") for key in found):
     found |= dict(tokenizer or {})
-  if kind is not None:
-    found["general.file_type"] = FILE_TYPES[kind]
   made = tensors(model, parts, found, extra, kind, log)
-  if kind is None and given is None:
-    sizes = {}
-    for t in made.values():
-      sizes[t.type] = sizes.get(t.type, 0) + nbytes(t.type, t.shape)
-    most = max(sizes, key=lambda k: sizes[k])
-    found["general.file_type"] = FILE_TYPES[most]
+  sizes: dict[str, int] = {}
+  for t in made.values():
+    sizes[t.type] = sizes.get(t.type, 0) + nbytes(t.type, t.shape)
+  most = max(sizes, key=lambda k: sizes[k])
+  found["general.file_type"] = FILE_TYPES[kind or most]
   write_gguf(path, found, made)

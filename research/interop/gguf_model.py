@@ -140,7 +140,11 @@ def permuted(tensor: Tensor, order: np.ndarray) -> Tensor:
 
 
 def _leaf(
-  row: Row, stored: Sequence[Tensor], offset: float, dtype: str, packed: bool
+  row: Row,
+  stored: Sequence[Tensor],
+  offset: float,
+  dtype: str | None,
+  packed: bool,
 ) -> Any:
   """Returns one weight of all of a run's layers behind a leading axis."""
   first = stored[0]
@@ -149,6 +153,7 @@ def _leaf(
     return blocks.from_ggml(first.type, [t.rows() for t in stored], axis)
   flip = len(first.shape) == 2 and row.path != "embed"
   shape = first.shape[::-1] if flip else first.shape
+  dtype = dtype or DTYPES.get(first.type, "float32")
   out = np.empty((len(stored), *shape), jnp.dtype(dtype))
   for i, tensor in enumerate(stored):
     x = tensor.decode()
@@ -215,18 +220,34 @@ def _first(leaf: Any) -> Any:
   return leaf.reshape(leaf.shape[1:])
 
 
-def read_parts(path: str, file: GGUF) -> dict[Address, Part]:
-  """Returns a file's parameters one by one, unread; blocks stay as they are.
+def model_type(file: GGUF) -> str | None:
+  """Returns the model_type that a config.json would have, if one is meant."""
+  name = str(file.metadata.get("general.architecture"))
+  if name == "llama" and "llama.attention.sliding_window" in file.metadata:
+    return "mistral"
+  return {"gemma3": "gemma3_text"}.get(name, name)
+
+
+def open_model(
+  path: str, file: GGUF
+) -> tuple[Transformer, dict[Address, Part], Any]:
+  """Returns (model, its parameters unread, tokenizer or None).
 
   Args:
     path: the file's name, for messages.
-    file: an open file.
+    file: an open file; its blocks stay as they are.
 
   Raises:
     UserError: it is not exactly a model that is supported.
   """
   family, sizes, turned = config(path, file)
   _check(path, file, family, sizes)
+  tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
+  model = presets.transformer(family, sizes)
+  return model, _parts(file, family, sizes, turned), tokenizer
+
+
+def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
 
   def part(row: Row, tensor: Tensor) -> Part:
     def read():
@@ -234,14 +255,11 @@ def read_parts(path: str, file: GGUF) -> dict[Address, Part]:
       if row.heads is not None and turned:
         heads = getattr(sizes, row.heads)
         stored = permuted(tensor, half_split(tensor.shape[0], heads))
-      dtype = plain if blocks_ is None else "float32"
-      return _first(_leaf(row, [stored], family.norm_offset, dtype, True))
+      return _first(_leaf(row, [stored], family.norm_offset, None, True))
 
-    plain = DTYPES.get(tensor.type, "float32")
-    blocks_ = tensor.type if tensor.type not in DTYPES else None
     flip = len(tensor.shape) == 2 and row.path != "embed"
     shape = tensor.shape[::-1] if flip else tensor.shape
-    return Part(shape, blocks_ or plain, read)
+    return Part(shape, DTYPES.get(tensor.type, tensor.type), read)
 
   out = {
     Address(None, row.path): part(row, file.tensors[row.name])
@@ -256,14 +274,15 @@ def read_parts(path: str, file: GGUF) -> dict[Address, Part]:
 
 
 def load_gguf(
-  path: str | os.PathLike, dtype: str = "float32", packed: bool = False
+  path: str | os.PathLike, dtype: str | None = "float32", packed: bool = False
 ) -> Loaded:
   """Reads a model from a GGUF file.
 
   Args:
     path: the file.
     dtype: of the arrays, and the model's compute dtype. Decoded weights are
-      float32 numbers; bfloat16 rounds them to nearest even once more.
+      float32 numbers; bfloat16 rounds them to nearest even once more. None
+      keeps what is not packed in its own type, and computes in float32.
     packed: keep matrices of 4, 5 and 8 bits as their blocks (`BlockTensor`),
       bit for bit, instead of decoding them.
 
@@ -279,7 +298,7 @@ def load_gguf(
   family, sizes, turned = config(path, file)
   _check(path, file, family, sizes)
   tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
-  model = presets.transformer(family, sizes, dtype)
+  model = presets.transformer(family, sizes, dtype or "float32")
   params = _params(file, family, sizes, model, turned, dtype, packed)
   source = dict(
     format="gguf",

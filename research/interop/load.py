@@ -62,22 +62,34 @@ def load_model(
     raise UserError(
       f"dtype is {dtype!r}, expected one of {', '.join(hf.DTYPES)}"
     )
-  path = pathlib.Path(name)
+  path = locate(name)
   if path.is_dir():
     return _directory(path, dtype, packed)
+  from research.interop.gguf_model import load_gguf
+
+  return load_gguf(path, dtype=dtype, packed=packed)
+
+
+def locate(name: str | os.PathLike) -> pathlib.Path:
+  """Returns the directory or .gguf file that `name` stands for.
+
+  Raises:
+    UserError: there is none.
+  """
+  path = pathlib.Path(name)
+  if path.is_dir():
+    return path
   if str(name) in PACKAGES:
-    return load_model(_packaged(str(name)), dtype, packed)
+    return _packaged(str(name))
   if path.is_file():
     if path.suffix != ".gguf":
       raise UserError(
         f"{path}: a file of this kind is not a model; expected a .gguf file "
         "or a directory"
       )
-    from research.interop.gguf_model import load_gguf
-
-    return load_gguf(path, dtype=dtype, packed=packed)
+    return path
   if _HUB_NAME.fullmatch(str(name)):
-    return _directory(_downloaded(str(name)), dtype, packed)
+    return _downloaded(str(name))
   known = ", ".join(PACKAGES)
   raise UserError(
     f"{name}: no such file or directory.\nExpected a directory, a .gguf file, "
@@ -85,14 +97,17 @@ def load_model(
   )
 
 
-def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the adapter's own directory in an adapter's or a run's, or None.
+
+  Raises:
+    UserError: a run that has not written one, or neither of these nor a model.
+  """
   if (path / ADAPTER_CONFIG).is_file():
-    return _adapted(path, dtype, packed)
-  if (path / NOTE).is_file():
-    return _ours(path, dtype, packed)
+    return path
   if (path / "config.gin").is_file():
     if (path / "adapter" / ADAPTER_CONFIG).is_file():
-      return _adapted(path / "adapter", dtype, packed)
+      return path / "adapter"
     raise UserError(
       f"{path}: this run has not written adapter/{ADAPTER_CONFIG} yet.\n"
       "Finish it with experiments.train --workdir, then retry."
@@ -102,13 +117,22 @@ def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
       f"{path}: found neither config.json (a model), {ADAPTER_CONFIG} (an "
       "adapter) nor config.gin (a run) in this directory"
     )
+  return None
+
+
+def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+  if (path / NOTE).is_file():
+    return _ours(path, dtype, packed)
+  adapter = adapter_directory(path)
+  if adapter is not None:
+    return _adapted(adapter, dtype, packed)
   if packed:
     raise UserError(
       f"{path}: packed weights come from .gguf files; these tensors are not "
       "quantized, so load them without packed"
     )
   model, params, source = hf.model_from_directory(path, dtype)
-  return Loaded(model, params, _tokenizer(path), source)
+  return Loaded(model, params, tokenizer(path), source)
 
 
 def _ours(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
@@ -120,7 +144,8 @@ def _ours(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
   return Loaded(model, params, ours.tokenizer(path), source)
 
 
-def _tokenizer(path: pathlib.Path) -> Any:
+def tokenizer(path: pathlib.Path) -> Any:
+  """Returns the tokenizer in a directory, or None."""
   if not (path / "tokenizer.json").is_file():
     return None
   from research.nn.tokenizer import Tokenizer
@@ -128,9 +153,12 @@ def _tokenizer(path: pathlib.Path) -> Any:
   return Tokenizer.from_directory(path)
 
 
-def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
-  from research.lora import peft
+def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
+  """Returns what an adapter calls its base, and where that is.
 
+  Raises:
+    UserError: it does not say, or names an adapter.
+  """
   config = safetensors.read_json(path / ADAPTER_CONFIG)
   base = config.get("base_model_name_or_path")
   if not isinstance(base, str) or not base:
@@ -146,6 +174,13 @@ def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
       f"{path / ADAPTER_CONFIG}: its base {target} is an adapter itself; "
       "expected a model. Merge that adapter into its own base first."
     )
+  return base, target
+
+
+def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+  from research.lora import peft
+
+  _, target = base_of(path)
   try:
     loaded = load_model(target, dtype, packed)
   except UserError as e:

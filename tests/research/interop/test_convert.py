@@ -1,0 +1,370 @@
+"""There and back again: every format, every family, to the last bit."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from research.interop import (
+  convert,
+  gguf,
+  gguf_types,
+  load,
+  ours,
+  parts,
+  safetensors,
+)
+from research.lora import adapt, peft
+from research.typing import UserError
+
+MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+# Mixtures of experts have no checkpoint of the golden kind yet.
+FAMILIES = sorted(
+  p.parent.name
+  for p in MODELS.glob("*/config.json")
+  if not {"num_local_experts", "num_experts"} & set(json.loads(p.read_text()))
+)
+FILES = sorted(p.parent.name for p in MODELS.glob("gguf_*/model.gguf"))
+# llama.cpp has no way to say these.
+NOT_GGUF = {"llama_dynamic", "qwen2_window"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, tokens):
+  hidden, _ = model.apply({"params": params}, tokens)
+  return model.apply({"params": params}, hidden, method="logits")
+
+
+def golden_tokens(name):
+  with np.load(MODELS / name / "golden.npz") as golden:
+    return golden["tokens"][:1, :12]
+
+
+def raw(folder) -> dict:
+  return {
+    name: (t.shape, str(t.dtype), t.raw.tobytes())
+    for name, t in safetensors.open_directory(folder).items()
+  }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
+  convert.to_orbax(convert.open_source(MODELS / name), tmp_path / "ours")
+  log = convert.to_hf(convert.open_source(tmp_path / "ours"), tmp_path / "hf")
+  assert raw(tmp_path / "hf") == raw(MODELS / name)
+  assert log.summary()["changed"] == 0
+  old, new = (
+    json.loads((f / "config.json").read_text())
+    for f in (MODELS / name, tmp_path / "hf")
+  )
+  assert new == old
+  # Both are what --model= takes, too.
+  want = load.load_model(MODELS / name)
+  for form in ("ours", "hf"):
+    got = load.load_model(tmp_path / form)
+    assert got.model == want.model
+    chex.assert_trees_all_equal(got.params, want.params)
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
+def test_hf_to_gguf_to_hf(name, tmp_path):
+  file = tmp_path / "model.gguf"
+  convert.to_gguf(convert.open_source(MODELS / name), file, "F32")
+  log = convert.to_hf(convert.open_source(file), tmp_path / "hf")
+  assert log.summary()["changed"] == 0
+  got, want = load.load_model(tmp_path / "hf"), load.load_model(MODELS / name)
+  tokens = golden_tokens(name)
+  a = logits(got.model, got.params, tokens)
+  b = logits(want.model, want.params, tokens)
+  np.testing.assert_allclose(a, b, atol=2e-5 * np.ptp(b))
+  if not name.startswith("gemma"):  # whose norms are rounded with their 1
+    assert raw(tmp_path / "hf") == raw(MODELS / name)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_GGUF))
+def test_what_gguf_cannot_say_is_an_error(name, tmp_path):
+  with pytest.raises(UserError, match="GGUF"):
+    convert.to_gguf(convert.open_source(MODELS / name), tmp_path / "x.gguf")
+  assert list(tmp_path.iterdir()) == []
+
+
+def tensors(path):
+  return {
+    name: (t.type, t.shape, t.data.tobytes())
+    for name, t in gguf.open_gguf(path).tensors.items()
+  }
+
+
+def same_metadata(got, want):
+  assert list(got) == list(want)
+  for key, value in want.items():
+    if isinstance(value, np.ndarray):
+      np.testing.assert_array_equal(got[key], value)
+    else:
+      assert got[key] == value, key
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
+  file = MODELS / name / "model.gguf"
+  convert.to_orbax(convert.open_source(file), tmp_path / "ours")
+  for source in (file, tmp_path / "ours"):
+    to = tmp_path / f"{source.name}.gguf"
+    log, reason = convert.to_gguf(convert.open_source(source), to)
+    assert tensors(to) == tensors(file)
+    assert (log.summary()["changed"], reason) == (0, "")
+    new, old = (gguf.open_gguf(f).metadata for f in (to, file))
+    new.pop("general.file_type")
+    old.pop("general.file_type", None)
+    same_metadata(new, old)
+
+
+@pytest.mark.parametrize("name", ["gguf_mixed", "gguf_q8_0", "gguf_bf16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_our_checkpoint_of_packed_weights_is_a_model(name, packed, tmp_path):
+  file = MODELS / name / "model.gguf"
+  convert.to_orbax(convert.open_source(file), tmp_path / "ours")
+  got = load.load_model(tmp_path / "ours", packed=packed)
+  want = load.load_model(file, packed=packed)
+  assert got.tokenizer.encode("the rain") == want.tokenizer.encode("the rain")
+  tokens = golden_tokens(name)
+  chex.assert_trees_all_close(
+    logits(got.model, got.params, tokens),
+    logits(want.model, want.params, tokens),
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
+def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
+  source = convert.open_source(MODELS / "gguf_f32" / "model.gguf")
+  file = tmp_path / "x.gguf"
+  log, _ = convert.to_gguf(source, file, kind)
+  old, new = (
+    gguf.open_gguf(f).tensors
+    for f in (MODELS / "gguf_f32" / "model.gguf", file)
+  )
+  errors = {c.name: c for c in log.changes}
+  for name, tensor in old.items():
+    x, y = tensor.decode(), new[name].decode()
+    if x.ndim == 1:
+      np.testing.assert_array_equal(x, y)
+      continue
+    assert new[name].data.tobytes() == gguf_types.encode(kind, x).tobytes()
+    difference = np.abs(y.astype(np.float64) - x)
+    assert errors[name].max_abs_error == pytest.approx(difference.max())
+    relative = np.linalg.norm(difference) / np.linalg.norm(x)
+    assert errors[name].relative_error == pytest.approx(relative, rel=1e-6)
+    assert 0 < relative < {"F16": 3e-4, "BF16": 3e-3}.get(kind, 0.2)
+
+
+def test_rows_that_a_type_cannot_hold_are_named(tmp_path):
+  with pytest.raises(UserError, match="rows of 36 weights.*multiple of 32"):
+    convert.to_gguf(
+      convert.open_source(MODELS / "smollm2"), tmp_path / "x.gguf", "Q8_0"
+    )
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_goes_both_ways(tmp_path):
+  file = MODELS / "gguf_f32" / "model.gguf"
+  convert.to_hf(convert.open_source(file), tmp_path / "hf")
+  back = tmp_path / "back.gguf"
+  _, reason = convert.to_gguf(convert.open_source(tmp_path / "hf"), back)
+  assert reason == ""
+  cases = json.loads((MODELS / "gguf_tokenizer.json").read_text())
+  for path in (file, tmp_path / "hf", back):
+    tokenizer = load.load_model(path).tokenizer
+    for case in cases:
+      assert tokenizer.encode(case["text"]) == case["ids"]
+    assert tokenizer.chat([{"role": "user", "content": "x"}]) == (
+      "<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert (tokenizer.bos, tokenizer.eos) == (1, 2)
+
+
+def test_files_are_cut_and_indexed(tmp_path):
+  convert.to_hf(
+    convert.open_source(MODELS / "llama"), tmp_path / "hf", None, 20_000
+  )
+  index = json.loads((tmp_path / "hf" / safetensors.INDEX).read_text())
+  files = sorted((tmp_path / "hf").glob("*.safetensors"))
+  assert len(files) > 2
+  assert index["metadata"]["total_size"] == sum(
+    t.raw.nbytes for t in safetensors.open_directory(MODELS / "llama").values()
+  )
+  for file in files:
+    held = safetensors.open_file(file)
+    assert sum(t.raw.nbytes for t in held.values()) <= 20_000
+  assert raw(tmp_path / "hf") == raw(MODELS / "llama")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_is_reported(dtype, tmp_path):
+  log = convert.to_hf(
+    convert.open_source(MODELS / "llama"), tmp_path / "hf", dtype
+  )
+  config = json.loads((tmp_path / "hf" / "config.json").read_text())
+  assert config["torch_dtype"] == dtype
+  old, new = (
+    safetensors.open_directory(f) for f in (MODELS / "llama", tmp_path / "hf")
+  )
+  worst = 0.0
+  for name, tensor in old.items():
+    want = tensor.read().astype(new[name].dtype)
+    np.testing.assert_array_equal(new[name].read(), want)
+    worst = max(worst, np.abs(want.astype(np.float64) - tensor.read()).max())
+  summary = log.summary()
+  assert summary["max_abs_error"] == pytest.approx(worst)
+  assert summary["types"] == {f"float32 -> {dtype}": len(old)}
+
+
+def test_numbers_beyond_the_range_are_an_error(tmp_path):
+  shutil.copytree(MODELS / "llama", tmp_path / "m")
+  held = safetensors.open_directory(MODELS / "llama")
+  big = {k: v.read().copy() for k, v in held.items()}
+  big["model.norm.weight"][3] = 1e5
+  safetensors.write_file(tmp_path / "m" / "model.safetensors", big)
+  with pytest.raises(UserError, match="model.norm.weight: 100000.0 is beyond"):
+    convert.to_hf(
+      convert.open_source(tmp_path / "m"), tmp_path / "hf", "float16"
+    )
+  assert not (tmp_path / "hf").exists()
+  assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("name", ["peft_patterns", "peftfull_untied_lora"])
+def test_merged_exports_and_their_fidelity(name, tmp_path):
+  source = convert.open_source(MODELS / name)
+  exact = convert.to_hf(source, tmp_path / "fp32")
+  rounded = convert.to_hf(source, tmp_path / "bf16", "bfloat16")
+  it = load.load_model(MODELS / name)
+  merged = load.load_model(tmp_path / "fp32")
+  chex.assert_trees_all_close(
+    parts_of(merged.params), parts_of(adapt.merge(it.params)), atol=1e-6
+  )
+  counts = [log.summary()["merged"] for log in (exact, rounded)]
+  adapted = [p for p in source.parts.values() if hasattr(p.read(), "a")]
+  assert counts == [len(adapted)] * 2 != [0, 0]
+  assert exact.summary()["merge_loss"] == 0
+  # An independent count of what bf16 loses, for one module.
+  change = next(c for c in rounded.changes if c.fidelity)
+  new = safetensors.open_directory(tmp_path / "bf16")[change.name].read()
+  old = safetensors.open_directory(tmp_path / "fp32")[change.name].read()
+  base = safetensors.open_directory(MODELS / "llama")[change.name].read()
+  lost = np.linalg.norm(new.astype(np.float64) - old)
+  update = np.linalg.norm(old.astype(np.float64) - base)
+  assert change.fidelity == pytest.approx(lost / update, rel=1e-4)
+
+
+def parts_of(params):
+  return {
+    str(address): np.asarray(part.read())
+    for address, part in parts.from_params(params).items()
+  }
+
+
+ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_peft_to_ours_to_peft(name, tmp_path):
+  source = convert.open_source(MODELS / name)
+  convert.to_orbax(source, tmp_path / "ours")
+  again = convert.open_source(tmp_path / "ours")
+  assert again.model == source.model
+  chex.assert_trees_all_equal(again.params(), source.params())
+  convert.to_peft(again, tmp_path / "peft")
+  got = load.load_model(tmp_path / "peft")
+  assert got.model == source.model
+  # Scales pass through a decimal alpha.
+  chex.assert_trees_all_equal(
+    jax.tree.leaves(got.params), jax.tree.leaves(source.params())
+  )
+  old = safetensors.open_file(MODELS / name / peft.WEIGHTS)
+  new = safetensors.open_file(tmp_path / "peft" / peft.WEIGHTS)
+  for key, tensor in new.items():
+    np.testing.assert_array_equal(tensor.read(), old[key].read())
+
+
+def test_an_adapter_over_packed_weights(tmp_path):
+  it = load.load_model(MODELS / "gguf_q8_0" / "model.gguf", packed=True)
+  params = adapt.Adapt(rank=2)(it.params, jax.random.key(0))
+  params = jax.tree.map(
+    lambda x: x + 0.01 if x.dtype == np.float32 else x, params
+  )
+  base = str(MODELS / "gguf_q8_0" / "model.gguf")
+  peft.save_adapter(tmp_path / "a", params, it.model, base)
+  source = convert.open_source(tmp_path / "a")
+  convert.to_orbax(source, tmp_path / "ours")
+  again = convert.open_source(tmp_path / "ours")
+  chex.assert_trees_all_equal(again.params(), source.params())
+  log, _ = convert.to_gguf(again, tmp_path / "x.gguf", "Q8_0")
+  assert log.summary()["merged"] == 14
+  log = convert.to_hf(again, tmp_path / "hf")
+  assert log.summary()["merge_loss"] == 0
+
+
+def test_nothing_is_overwritten(tmp_path):
+  source = convert.open_source(MODELS / "llama")
+  (tmp_path / "x").write_text("mine")
+  for write in (convert.to_hf, convert.to_orbax, convert.to_gguf):
+    with pytest.raises(UserError, match="already there"):
+      write(source, tmp_path / "x")
+  with pytest.raises(UserError, match="already there"):
+    convert.to_hf(source, tmp_path)
+  assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_model_without_adapters_is_none(tmp_path):
+  source = convert.open_source(MODELS / "llama")
+  with pytest.raises(UserError, match="--base"):
+    convert.to_peft(source, tmp_path / "x")
+  with pytest.raises(UserError, match="no adapter to save"):
+    convert.to_peft(source, tmp_path / "x", str(MODELS / "llama"))
+  assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    (lambda n: n.update(version=2), "version is 2, expected 1"),
+    (lambda n: n.update(weights=[1]), "is no type and shape"),
+    (lambda n: n.update(weights={}), "expected"),
+    (lambda n: n["weights"].pop("final_norm"), "final_norm/scale has shape No"),
+    (
+      lambda n: n["weights"]["run0"].update(layer0={"": "Pickle"}),
+      "a weight of type Pickle",
+    ),
+    (
+      lambda n: n["weights"]["final_norm"].update(scale=["float32", 2**40]),
+      "final_norm/scale has shape",
+    ),
+  ],
+)
+def test_a_damaged_checkpoint(change, text, tmp_path):
+  convert.to_orbax(convert.open_source(MODELS / "llama"), tmp_path / "ours")
+  file = tmp_path / "ours" / load.NOTE
+  note = json.loads(file.read_text())
+  change(note)
+  file.write_text(json.dumps(note))
+  with pytest.raises(UserError, match=text):
+    load.load_model(tmp_path / "ours")
+
+
+def test_a_checkpoint_without_its_arrays(tmp_path):
+  convert.to_orbax(convert.open_source(MODELS / "llama"), tmp_path / "ours")
+  shutil.rmtree(tmp_path / "ours" / ours.ARRAYS)
+  with pytest.raises(UserError, match="arrays"):
+    load.load_model(tmp_path / "ours")
+
+
+def test_sources_are_values():
+  source = convert.open_source(MODELS / "llama")
+  assert dataclasses.replace(source) == source
