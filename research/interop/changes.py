@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import weights
@@ -136,6 +138,8 @@ class Read:
 
 def read(weight: Any) -> Read:
   """Returns what a weight of any kind stands for; adapters merge in fp32."""
+  if weights.is_weight(weight):
+    weight = jax.tree.map(jnp.asarray, weight)
   found = merged.in_float32(weight)
   if found is not None:
     return Read(*found)

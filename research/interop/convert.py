@@ -7,6 +7,7 @@ adapter over its base, or our own checkpoint, which holds stacked layers.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 import tempfile
@@ -16,7 +17,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research import weights
 from research.interop import (
   changes,
   gguf,
@@ -72,7 +72,7 @@ class Source:
     return None
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str | os.PathLike) -> Source:
   """Returns what `--model=` would load, but unread.
 
   Args:
@@ -324,7 +324,7 @@ def to_orbax(source: Source, to: pathlib.Path) -> changes.Log:
       log.same(str(address), before, p.kind)
     else:
       found = changes.read(source.parts[address].read())
-      got = np.asarray(weights.dense(p.read())).astype(np.float32)
+      got = changes.read(p.read()).array.astype(np.float32)
       log.compared(str(address), before, p.kind, found, got)
   origin = {k: v for k, v in source.origin.items() if _plain(v)}
   if source.base_name is not None:
@@ -407,6 +407,6 @@ def _differing(mine: part.Parts, base: Source) -> set[str]:
 def _equal(a: part.Part, b: part.Part, turned: bool) -> bool:
   if a.shape != (b.shape[::-1] if turned else b.shape):
     return False
-  x, y = (np.asarray(weights.dense(p.read())) for p in (a, b))
+  x, y = (changes.read(p.read()).array for p in (a, b))
   y = y.T if turned else y
   return np.array_equal(x, jnp.asarray(y).astype(x.dtype))

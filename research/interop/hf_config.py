@@ -382,10 +382,20 @@ def _whole(x: float) -> float | int:
   return round(x) if abs(x - round(x)) < 1e-9 * x else x
 
 
+def _scaled(model: Transformer) -> list[Any]:
+  """Returns the layers with the scale of their logits written out."""
+  out = []
+  for kind in model.layer_kinds():
+    a = kind.attention
+    scale = a.head_dim**-0.5 if a.scale is None else a.scale
+    out.append(kind.clone(attention=a.clone(scale=scale)))
+  return out
+
+
 def _check_described(model: Transformer, config: dict[str, Any]) -> None:
   family, sizes = sizes_from_config(config, "the model's configuration")
   again = presets.transformer(family, sizes, model.dtype)
-  same = again.layer_kinds() == model.layer_kinds()
+  same = _scaled(again) == _scaled(model)
   for field in ("vocab_size", "width", "norm", "tied", "softcap"):
     same = same and getattr(again, field) == getattr(model, field)
   if not same or again.embed_scale != model.embed_scale:

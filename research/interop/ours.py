@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from research import tree, weights
-from research.interop import gguf, hf_config, safetensors
+from research import weights
+from research.interop import gguf, hf, hf_config, parts, safetensors
 from research.interop.fields import Fields
 from research.interop.load import NOTE
 from research.lora.tensor import LoRATensor
@@ -92,7 +92,11 @@ def _abstract(found: Any, where: str) -> Any:
     ok = found and found[0] in _DTYPES and len(found) <= 9
     if not ok or any(type(n) is not int or n < 0 for n in found[1:]):
       raise UserError(f"{where}: {str(found)[:60]} is no type and shape")
-    return jax.ShapeDtypeStruct(tuple(found[1:]), np.dtype(_numpy(found[0])))
+    return jax.ShapeDtypeStruct(
+      tuple(found[1:]),
+      jnp.dtype(found[0]),
+      sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+    )
   if not isinstance(found, dict):
     raise UserError(f"{where}: found {str(found)[:60]}, expected an object")
   if "" not in found:
@@ -115,10 +119,6 @@ def _abstract(found: Any, where: str) -> Any:
       raise UserError(f"{where}: {name} is {str(value)[:60]}")
     values[name] = value
   return kind(**values)
-
-
-def _numpy(name: str) -> Any:
-  return jax.numpy.dtype(name)
 
 
 def load(
@@ -183,22 +183,14 @@ def tokenizer(directory: pathlib.Path) -> Tokenizer | None:
 
 def _fits(file: pathlib.Path, model: Transformer, target: Any) -> None:
   """Raises UserError unless `target` has the logical shapes of `model`."""
-  wanted = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), np.zeros((1, 1), np.int32))
-  )["params"]
-
-  def shapes(params):
-    out = {}
-    for path, leaf in _leaves(tree.top(params)):
-      out[path] = tuple(leaf.shape)
-    for prefix, rows in tree.layer_indices(params).items():
-      run, layer = prefix.split("/")
-      for path, leaf in _leaves(params[run][layer]):
-        out |= {f"layers/{i}/{path}": tuple(leaf.shape[1:]) for i in rows}
-    return out
-
+  want = {
+    str(address): slot.one
+    for slot in hf.slots(model)
+    for address in slot.addresses
+  }
   try:
-    have, want = shapes(target), shapes(wanted)
+    found = parts.from_params(target)
+    have = {str(address): p.shape for address, p in found.items()}
   except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
     raise UserError(
       f"{file}: weights: not the structure of a model: {str(e)[:80]}"
@@ -209,10 +201,3 @@ def _fits(file: pathlib.Path, model: Transformer, target: Any) -> None:
         f"{file}: weights: {path} has shape {have.get(path)}, expected "
         f"{want.get(path)} by config.json"
       )
-
-
-def _leaves(part: Any) -> list[tuple[str, Any]]:
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    part, is_leaf=weights.is_weight
-  )
-  return [(tree.path_name(path), leaf) for path, leaf in found]
