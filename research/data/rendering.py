@@ -17,7 +17,7 @@ generation ends before it.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from research.data import examples
@@ -40,7 +40,7 @@ class Conversation:
     first: messages before this one are not learned.
   """
 
-  messages: Sequence[Mapping[str, Any]]
+  messages: Sequence[Any]
   where: str
   first: int = 0
 

@@ -1,0 +1,184 @@
+"""Loss masks of conversations, against transformers' and by construction."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from research.data import rendering
+from research.data.rendering import Conversation
+from research.interop import load
+from research.nn.tokenizer import Tokenizer
+from research.typing import UserError
+
+GOLDEN = json.loads(
+  (pathlib.Path(__file__).parents[2] / "golden" / "chat_masks.json").read_text()
+)
+*WHOLE, STRADDLING = GOLDEN["cases"]
+
+
+class Letters:
+  """A backend for which a character is its number; `$` ends a text."""
+
+  def encode(self, text, add_special_tokens=False):
+    return type("Encoding", (), {"ids": [ord(c) for c in text]})
+
+  def id_to_token(self, i):
+    return chr(i)
+
+
+def letters(template):
+  return Tokenizer(
+    backend=Letters(), eos=ord("$"), stop=(ord("$"),), chat_template=template
+  )
+
+
+PLAIN = (
+  "{% for m in messages %}[{{ m.role[0] }}:{{ m.content }}$]{% endfor %}"
+  "{% if add_generation_prompt %}[a:{% endif %}"
+)
+MARKED = (
+  "{% for m in messages %}[{{ m.role[0] }}:{% if m.role == 'assistant' %}"
+  "{% generation %}{{ m.content }}$]{% endgeneration %}{% else %}"
+  "{{ m.content }}$]{% endif %}{% endfor %}"
+)
+
+
+def turns(*contents, **last):
+  roles = ("user", "assistant")
+  out = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+  out[-1] |= last
+  return out
+
+
+def learned(template, messages, first=0):
+  made = rendering.example(
+    letters(template), Conversation(messages, "f.jsonl:3", first)
+  )
+  text = "".join(map(chr, made.tokens))
+  return text, "".join(
+    c if on else "." for c, on in zip(text, made.learned, strict=True)
+  )
+
+
+@functools.cache
+def _smollm2():
+  return load.load_model("smollm2-135m", packed=True).tokenizer
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("template", ["template", "marked"])
+def test_smollm2_token_by_token(case, template):
+  """Ids and assistant masks are transformers', with and without marks."""
+  tokenizer = dataclasses.replace(_smollm2(), chat_template=GOLDEN[template])
+  assert GOLDEN["template"] == _smollm2().chat_template
+  made = rendering.example(tokenizer, Conversation(case["messages"], "x:1"))
+  np.testing.assert_array_equal(made.tokens, case["ids"])
+  np.testing.assert_array_equal(made.learned.astype(int), case["mask"])
+
+
+def test_no_token_is_half_prompt_half_answer():
+  """The answer " " merges with the line break before it, if tokenised whole.
+
+  A model that was given the prompt can only say " " by itself.
+  """
+  conversation = Conversation(STRADDLING["messages"], "x:1")
+  made = rendering.example(_smollm2(), conversation)
+  said = made.tokens[made.learned].tolist()
+  assert _smollm2().decode(made.tokens.tolist(), False) == STRADDLING["text"]
+  assert len(made.tokens) == len(STRADDLING["ids"]) + 1
+  assert _smollm2().decode(said, False) == " <|im_end|>"
+  prompt = _smollm2().chat(STRADDLING["messages"][:1])
+  start = _smollm2().encode(prompt)
+  np.testing.assert_array_equal(made.tokens[: len(start)], start)
+  assert not made.learned[: len(start)].any() and made.learned[len(start)]
+
+
+def test_words_that_look_like_the_template_change_nothing():
+  """A user who writes the assistant's header does not become it."""
+  messages = turns("[a:I am$]", "no", "[a:x$][a:", "y$z")
+  text, mask = learned(PLAIN, messages)
+  assert text == "[u:[a:I am$]$][a:no$][u:[a:x$][a:$][a:y$z$]"
+  assert mask == "................." + "no$" + "." * 18 + "y$z$."
+  assert learned(MARKED, messages)[0] == text
+  # The mark includes the bracket; else the same.
+  assert learned(MARKED, messages)[1].replace("]", ".") == mask
+
+
+def test_only_what_is_asked_for_is_learned():
+  messages = turns("q", "one", "r", "two")
+  messages[1]["weight"] = 0
+  for template in (PLAIN, MARKED):
+    _, mask = learned(template, messages)
+    assert mask.strip(".]") == "two$"
+  _, mask = learned(PLAIN, turns("q", "one", "r", "two"), first=2)
+  assert mask.strip(".") == "two$"
+
+
+@pytest.mark.parametrize(
+  ("template", "words"),
+  [
+    (  # forgets the last character of earlier turns
+      "{% for m in messages %}[{{ m.role[0] }}:{% if loop.last %}"
+      "{{ m.content }}{% else %}{{ m.content[:-1] }}{% endif %}$]{% endfor %}"
+      "{% if add_generation_prompt %}[a:{% endif %}",
+      r"f.jsonl:3: message 1 \(assistant\): the chat template",
+    ),
+    (  # opens the turn otherwise than it writes it
+      PLAIN.replace("[a:{%", "<a:{%"),
+      "opens a turn otherwise than it writes one",
+    ),
+    (  # a count of the messages stands in front
+      "{{ messages | length }}" + PLAIN,
+      r"message 1 \(assistant\): the chat template",
+    ),
+    (
+      "{% set x %}" + MARKED + "{% endset %}{{ x }}",
+      r"f.jsonl:3: chat template: \{% generation %\} stands in a variable",
+    ),
+    ("{{ raise_exception('no') }}", "f.jsonl:3: chat template: no"),
+  ],
+)
+def test_templates_that_do_not_tell(template, words):
+  with pytest.raises(UserError, match=words) as error:
+    learned(template, turns("question", "answer", "thanks", "welcome"))
+  assert len(str(error.value).splitlines()) <= 3
+
+
+def test_last_turn_of_a_rewriting_template_is_defined():
+  """What such a template does to a single turn is consistent."""
+  rewriting = (
+    "{% for m in messages %}{% if loop.last or m.role == 'user' %}"
+    "[{{ m.role[0] }}:{{ m.content }}$]{% else %}[a:$]{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[a:{% endif %}"
+  )
+  assert learned(rewriting, turns("q", "a"))[1] == "." * 9 + "a$."
+  with pytest.raises(UserError, match="rewrites it once other messages follow"):
+    learned(rewriting, turns("q", "a", "r", "b"))
+
+
+@pytest.mark.parametrize(
+  ("messages", "words"),
+  [
+    ([{"role": "user", "content": "x"}], "none by the assistant"),
+    (turns("x", "y", weight=0), "none by the assistant"),
+    (turns("x", "y", weight=0.5), "weight: found '0.5', expected 0 or 1"),
+    (["x"], "message 0: found str, expected an object"),
+    (turns("x", "y", role="robot"), "message 1: role: found 'robot'"),
+    (turns("x", "y", role=None), "message 1: role: found 'None'"),
+    (turns("x", None), r"message 1 \(assistant\): content: found NoneType"),
+    (turns(["x"], "y"), r"message 0 \(user\): content: found list"),
+  ],
+)
+def test_messages_that_are_none(messages, words):
+  with pytest.raises(UserError, match=words) as error:
+    Conversation(messages, "f.jsonl:3")
+  assert str(error.value).startswith("f.jsonl:3")
+
+
+def test_a_model_without_a_template():
+  with pytest.raises(UserError, match="f.jsonl:3: this model has no chat"):
+    learned(None, turns("q", "a"))
