@@ -27,6 +27,7 @@ TRAINABLE = r"(^|/)[ab]$"
 
 EMBEDDING = "embed"
 ALL_LINEAR = "all-linear"
+_ROUTED = re.compile(r"/mlp/(router|experts/\w+)$")
 
 Init = Literal["peft", "gaussian"]
 
@@ -44,7 +45,9 @@ Factors = Callable[
   [Sequence[str], Spec, tuple[int, int]],
   tuple[Float[Array, "L R I"], Float[Array, "L R O"]],
 ]
-"""(paths, spec, (in, out)) -> a and b of all those matrices, stacked."""
+"""(paths, spec, (in, out)) -> a and b of all those matrices, stacked.
+
+For experts the shape is (E, in, out), and a and b have E after the stack."""
 
 
 def leaves(part: Any) -> Iterator[tuple[str, Any]]:
@@ -66,12 +69,30 @@ def matrices(params: Params) -> dict[str, tuple[int, int]]:
     if len(leaf.shape) == 2:
       out[path] = tuple(leaf.shape)
   for prefix, layers in tree.layer_indices(params).items():
-    run, layer = prefix.split("/")
-    for path, leaf in leaves(params[run][layer]):
+    for path, leaf in leaves(_layer(params, prefix)):
       if len(leaf.shape) == 3:
         for i in layers:
           out[f"layers/{i}/{path}"] = tuple(leaf.shape[1:])
   return out
+
+
+def _layer(params: Params, prefix: str) -> Params:
+  run, layer = prefix.split("/")
+  return params[run][layer]
+
+
+def experts(params: Params) -> dict[str, tuple[int, int, int]]:
+  """Returns (E, in, out) of every layer's stacked experts, by address.
+
+  Each expert has factors of its own; all of a stack share rank and scale.
+  """
+  return {
+    f"layers/{i}/{path}": tuple(leaf.shape[1:])
+    for prefix, layers in tree.layer_indices(params).items()
+    for path, leaf in leaves(_layer(params, prefix))
+    if len(leaf.shape) == 4
+    for i in layers
+  }
 
 
 def wrap(
@@ -82,10 +103,10 @@ def wrap(
   Args:
     params: any tree of weights; its arrays are shared, not copied, except
       those of runs that have to be split.
-    specs: by address, as in `matrices`.
+    specs: by address, as in `matrices` and `experts`.
     factors: makes a and b; called once for each array of the tree.
   """
-  unknown = sorted(set(specs) - set(matrices(params)))
+  unknown = sorted(set(specs) - set(matrices(params)) - set(experts(params)))
   if unknown:
     raise UserError(f"no matrix of the model is called {unknown[0]}")
 
@@ -197,7 +218,8 @@ class Adapt:
   step of usual size is below half an ulp and lost.
 
   Attributes:
-    targets: `"all-linear"` (every matrix of the layers), names such as
+    targets: `"all-linear"` (every matrix that each token of a layer passes,
+      so neither the router nor its experts, as in PEFT), names such as
       `("q", "v")` matched at the end of addresses, or one regular expression
       that must match whole addresses (`layers/[0-3]/attention/.*`).
     rank: `r`.
@@ -244,7 +266,7 @@ class Adapt:
 
   def specs(self, params: Params) -> dict[str, Spec]:
     """Returns what is adapted, and how, by address."""
-    chosen = self._chosen(list(matrices(params)))
+    chosen = self._chosen([*matrices(params), *experts(params)])
     ranks = _patterned(self.rank_pattern, chosen, "rank_pattern")
     alphas = _patterned(self.alpha_pattern, chosen, "alpha_pattern")
     out = {}
@@ -256,7 +278,9 @@ class Adapt:
     return out
 
   def _chosen(self, paths: Sequence[str]) -> list[str]:
-    layers = [p for p in paths if p.startswith("layers/")]
+    layers = [
+      p for p in paths if p.startswith("layers/") and not _ROUTED.search(p)
+    ]
     if self.targets == ALL_LINEAR:
       return layers
     if isinstance(self.targets, str):
@@ -284,8 +308,12 @@ def _drawn(key, ids, draw, rank, size):
 
 def _fresh(key, paths, rank, shape, init):
   """Returns (a, b) of new adapters on the matrices `paths`, stacked."""
+  *lead, size_in, size_out = shape
+  if lead:
+    each = [f"{p}/{e}" for p in paths for e in range(*lead)]
+    flat = _fresh(key, each, rank, (size_in, size_out), init)
+    return tuple(x.reshape(len(paths), *lead, *x.shape[1:]) for x in flat)
   ids = np.array([zlib.crc32(p.encode()) for p in paths], np.uint32)
-  size_in, size_out = shape
   if paths[0] == EMBEDDING:
     a = jnp.zeros((len(paths), rank, size_in), jnp.float32)
     return a, _drawn(key, ids, _normal, rank, size_out)

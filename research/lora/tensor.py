@@ -108,7 +108,9 @@ class LoRATensor:
   ) -> Float[Array, "T O"]:
     """Returns the experts' matmul; `a [E, r, in]`, `b [E, r, out]`."""
     a = jnp.swapaxes(self.a, -1, -2)
-    z = weights.ragged_dot(self._dropped(x), a, sizes)
+    # One mask over all experts' rows; `bind` gave each expert a key.
+    one = self if self.key is None else self._with_key(self.key[0])
+    z = weights.ragged_dot(one._dropped(x), a, sizes)
     delta = weights.ragged_dot(z, self.b * self.scale, sizes)
     return weights.ragged_dot(x, self.w, sizes) + delta
 
@@ -125,7 +127,7 @@ class LoRATensor:
 
   def axes(self, names: tuple[str | None, ...]) -> "LoRATensor":
     """`a` keeps the input's name, `b` the output's; the rank is unsharded."""
-    lead = (None,) * (self.a.ndim - 2)
+    lead = (None,) * (self.a.ndim - len(names)) + names[:-2]
     return dataclasses.replace(
       self,
       w=weights.axes(self.w, names),
@@ -146,6 +148,9 @@ class LoRATensor:
     lead = self.a.shape[:-2]
     keys = jax.random.split(key, lead) if lead else key
     return dataclasses.replace(self, w=w, key=keys)
+
+  def _with_key(self, key: PRNGKey) -> "LoRATensor":
+    return dataclasses.replace(self, key=key)
 
   def _dropped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     if self.key is None or not self.dropout:

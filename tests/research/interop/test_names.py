@@ -10,13 +10,22 @@ from research.interop.names import Address
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 
 
-@pytest.mark.parametrize("table", [names.PLAIN, names.SANDWICH])
+TABLES = [names.PLAIN, names.SANDWICH, names.SPARSE, names.MIXTRAL]
+
+
+@pytest.mark.parametrize("table", TABLES)
 def test_bijective(table):
   rows = list(table.rows())
   assert len({row.ours for row in rows}) == len(rows)
   assert len({row.theirs for row in rows}) == len(rows)
   places = [Address(None, row.ours) for row in table.outside]
-  places += [Address(i, row.ours) for row in table.layer for i in (0, 7, 31)]
+  places += [
+    Address(i, row.ours, e)
+    for row in table.layer
+    for i in (0, 7, 31)
+    for e in ((0, 10, 127) if names.EXPERT in row.theirs else (None,))
+  ]
+  assert len({table.theirs(place)[0] for place in places}) == len(places)
   for place in places:
     assert table.ours(table.theirs(place)[0]) == place
 
@@ -37,7 +46,32 @@ def test_unknown_names(name):
   assert names.PLAIN.ours(name) is None
 
 
-@pytest.mark.parametrize("family", ["llama_biases", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "model.layers.0.mlp.experts.<e>.up_proj.weight",
+    "model.layers.0.mlp.experts..up_proj.weight",
+    "model.layers.0.mlp.experts.01.up_proj.weight",
+    "model.layers.0.mlp.experts.-1.up_proj.weight",
+    "model.layers.0.mlp.experts.9999999.up_proj.weight",
+    "model.layers.0.mlp.experts.1.2.up_proj.weight",
+    "model.layers.0.mlp.experts.1.w1.weight",
+  ],
+)
+def test_unknown_experts(name):
+  assert names.SPARSE.ours(name) is None
+
+
+def test_a_stack_of_experts_has_no_single_name():
+  with pytest.raises(KeyError):
+    names.SPARSE.theirs(Address(0, "mlp/experts/up"))
+  with pytest.raises(KeyError):
+    names.SPARSE.theirs(Address(0, "mlp/up", 3))
+
+
+@pytest.mark.parametrize(
+  "family", ["llama_biases", "qwen3", "gemma2", "mixtral", "qwen3_moe"]
+)
 def test_every_tensor_of_a_file_has_its_place(family):
   model = load.load_model(MODELS / family).model
   table = hf.table(model)
