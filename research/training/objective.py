@@ -12,6 +12,7 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.nn.transformer import Transformer
 from research.training import losses
+from research.training.experts import Balance
 from research.typing import Array, Params, PRNGKey
 
 Batch = Mapping[str, Any]
@@ -40,12 +41,14 @@ class NextToken:
     z_loss: see `losses.TokenLoss`.
     label_smoothing: see `losses.TokenLoss`.
     rows: rows of logits held at a time.
+    experts: what to add for a model with experts, or None.
   """
 
   model: Transformer | None = None
   z_loss: float | int = 0.0
   label_smoothing: float | int = 0.0
   rows: int = 256
+  experts: Balance | None = None
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of right predictions."""
@@ -53,8 +56,12 @@ class NextToken:
     # By index, not by position: rows are packed in order, and what follows
     # from indices alone lets attention skip tiles before anything runs.
     mask = Mask.causal(segments=batch["segments"])
-    hidden, _ = self.model.apply(
-      {"params": params}, batch["tokens"], batch["positions"], mask
+    hidden, _, loads = self.model.apply(
+      {"params": params},
+      batch["tokens"],
+      batch["positions"],
+      mask,
+      method="routed",
     )
     head = "embed" if self.model.tied else "head"
     loss_sum, correct_sum = losses.chunked_cross_entropy(
@@ -65,7 +72,11 @@ class NextToken:
       batch["weights"],
       losses.TokenLoss(self.z_loss, self.label_smoothing, self.rows),
     )
-    return loss_sum, batch["weights"].sum(), {"accuracy": correct_sum}
+    weight, sums = batch["weights"].sum(), {"accuracy": correct_sum}
+    if self.experts is not None:
+      added, found = self.experts(loads, weight, training=key is not None)
+      loss_sum, sums = loss_sum + added, sums | found
+    return loss_sum, weight, sums
 
   def _logits(self, head, hidden):
     return self.model.apply({"params": head}, hidden, method="logits")
