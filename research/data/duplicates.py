@@ -13,7 +13,9 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+from research.data.sources import Documents
 from research.typing import UserError
 
 WORDS = 13
@@ -136,6 +138,19 @@ def compare(
   ]
   matches.sort(key=lambda m: (not m.exact, -m.share, m.evaluation))
   return Report(len(evaluation), tuple(matches), words)
+
+
+def texts_of(source: Any) -> list[str]:
+  """Returns the texts of a source, whatever shape it gives them.
+
+  Raises:
+    UserError: it has none: arrays of tokens, or synthetic ones.
+  """
+  if hasattr(source, "texts"):
+    return list(source.texts)
+  if isinstance(source, Documents):
+    return [source[i] for i in range(len(source))]
+  raise UserError(f"{str(source)[:200]}: has no texts to compare, only tokens.")
 
 
 def normalised(text: str) -> list[str]:

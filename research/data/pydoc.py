@@ -61,6 +61,11 @@ class Questions:
     """Returns the rendered conversations; the answers count."""
     return [rendering.example(tokenizer, c) for c in self.conversations()]
 
+  @property
+  def texts(self) -> list[str]:
+    """What is said, without the template, for `research.data.duplicates`."""
+    return [rendering.said(c) for c in self.conversations()]
+
 
 @dataclasses.dataclass(frozen=True)
 class Preferences:

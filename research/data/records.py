@@ -76,10 +76,7 @@ class Chat:
   @property
   def texts(self) -> list[str]:
     """What is said, without the template, for `research.data.duplicates`."""
-    return [
-      "\n".join(m["content"] or "" for m in c.messages)
-      for c in self.conversations()
-    ]
+    return [rendering.said(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)

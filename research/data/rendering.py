@@ -106,6 +106,11 @@ def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
   )
 
 
+def said(conversation: Conversation) -> str:
+  """Returns the words of a conversation, without any template."""
+  return "\n".join(m["content"] or "" for m in conversation.messages)
+
+
 def pieces(
   tokenizer: Tokenizer, conversation: Conversation
 ) -> list[tuple[str, bool]]:

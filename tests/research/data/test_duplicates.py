@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from research.data import duplicates, sources
+from research.data import duplicates, pydoc, sources, synthetic
 from research.typing import UserError
 
 
@@ -78,10 +78,16 @@ def test_empty_and_short_texts():
 
 def test_our_own_splits_are_clean():
   train, heldout = (sources.PydocTopics(s) for s in ("train", "heldout"))
-  report = duplicates.compare(
-    (train[i] for i in range(len(train))),
-    [heldout[i] for i in range(len(heldout))],
-  )
+  report = duplicates.compare(*map(duplicates.texts_of, (train, heldout)))
   assert report.documents == len(heldout)
   assert not any(m.exact for m in report.matches)
   report.check(share=0.8)
+
+
+def test_conversations_are_compared_without_their_template():
+  """Every question begins alike, and every system prompt is the same."""
+  train, heldout = (pydoc.Questions(s) for s in ("train", "heldout"))
+  report = duplicates.compare(*map(duplicates.texts_of, (train, heldout)))
+  assert not report.above(0.5) and report.documents > 3
+  with pytest.raises(UserError, match="no texts to compare"):
+    duplicates.texts_of(synthetic.Copy())
