@@ -48,6 +48,31 @@ def test_every_token_but_the_first_is_a_target_once(plan, lengths, row):
     np.testing.assert_array_equal(p["targets"][on], p["tokens"][on] + 1)
 
 
+@pytest.mark.parametrize("plan", PLANS)
+@given(
+  lengths=st.lists(st.integers(2, 40), min_size=1, max_size=12),
+  row=st.integers(2, 17),
+  seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_weights_are_on_the_tokens_to_learn(plan, lengths, row, seed):
+  """Wherever documents are cut, and whatever part of them counts."""
+  starts = np.cumsum([0, *lengths])
+  flags = np.random.default_rng(seed).random(starts[-1]) < 0.5
+  documents, learned = (
+    [x[s:e] for s, e in zip(starts[:-1], starts[1:], strict=True)]
+    for x in (np.arange(starts[-1]), flags)
+  )
+  rows = packing.pack(documents, row, plan, learned)
+  got = [
+    r["targets"][r["weights"] > 0] for r in (rows[i] for i in range(len(rows)))
+  ]
+  flags[starts[:-1]] = False  # a document's first token has no one before it
+  np.testing.assert_array_equal(
+    np.sort(np.concatenate(got)), np.flatnonzero(flags)
+  )
+
+
 def test_concatenate_pads_the_last_row_only():
   rows = packing.pack([np.arange(7), np.arange(9), np.arange(5)], 8)
   assert len(rows) == 3
