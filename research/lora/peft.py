@@ -264,6 +264,12 @@ def save_adapter(
   found = _adapters(params)
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
+  nameless = sorted(set(found) - set(modules))
+  if nameless:
+    raise UserError(
+      f"{directory}: PEFT's files have no name for an adapter on stacked "
+      f"experts ({nameless[0]}).\nMerge it into the model instead."
+    )
   tensors, forms = {}, {}
   for path, w in found.items():
     key_a, key_b = _keys(modules[path])

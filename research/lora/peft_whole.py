@@ -48,12 +48,16 @@ def addressed(path: str) -> names.Address:
 
 
 def base_weights(params: Params, model: Transformer) -> dict[str, Weight]:
-  """Returns every parameter of a model by its address."""
+  """Returns every parameter of a model by its address, but stacked experts.
+
+  PEFT's files name those by no module, so none is kept whole or adapted.
+  """
   rows, paths = hf.table(model), [p for p, _ in adapt.leaves(tree.top(params))]
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, _ in adapt.leaves(params[run][layer]):
-      paths += [f"layers/{i}/{path}" for i in layers]
+    for path, leaf in adapt.leaves(params[run][layer]):
+      if len(leaf.shape) < 4:
+        paths += [f"layers/{i}/{path}" for i in layers]
   out = {}
   for path in paths:
     theirs, transposed = rows.theirs(addressed(path))

@@ -1,5 +1,6 @@
 """Sorted experts against a dense loop; a Transformer with them."""
 
+import dataclasses
 import functools
 
 import chex
@@ -10,7 +11,7 @@ import pytest
 
 from research import tree, weights
 from research.interop import gguf_types
-from research.lora import adapt
+from research.lora import adapt, peft
 from research.nn import presets
 from research.nn import routing as routings
 from research.nn.mlp import Mlp
@@ -18,6 +19,7 @@ from research.nn.moe import Moe, by_expert
 from research.nn.routing import Routing
 from research.nn.transformer import init_cache
 from research.quant import blocks
+from research.typing import UserError
 from tests import support
 
 GROUPED = Routing(
@@ -320,6 +322,22 @@ def test_all_linear_leaves_router_and_experts_alone():
   chosen = adapt.Adapt().specs(base())
   assert not [p for p in chosen if "router" in p or "experts" in p]
   assert {"layers/1/mlp/shared/up", "layers/0/mlp/up"} <= set(chosen)
+
+
+def test_pefts_files_hold_adapters_beside_experts_and_none_on_them(tmp_path):
+  model = support.model(
+    "qwen3_moe", sparse=dataclasses.replace(SPARSE, shared=0)
+  )
+  plain = support.params(model)
+  adapted = adapt.Adapt(rank=2)(plain, jax.random.key(0))
+  factors, frozen = tree.partition(adapted, adapt.TRAINABLE)
+  adapted = tree.combine(drawn(factors), frozen)
+  peft.save_adapter(tmp_path / "a", adapted, model, "base")
+  again = peft.load_adapter(tmp_path / "a", plain, model)
+  chex.assert_trees_all_equal(again, adapted)
+  on_experts = adapt.Adapt(targets=("experts/up",))(plain, jax.random.key(0))
+  with pytest.raises(UserError, match="no name for an adapter on stacked"):
+    peft.save_adapter(tmp_path / "b", on_experts, model, "base")
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
