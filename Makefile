@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint test-peers test-oldest bench venv \
+.PHONY: help quickstart test soak lint test-peers test-oldest bench venv \
   venv-peers clean
 
 # In order of preference: those that every dependency has wheels for.
@@ -30,6 +30,10 @@ quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
 test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
 	@$(MAKE) --no-print-directory lint
 	@$(PY) $(PYTEST) $(ARGS)
+
+# Numbers of cases, from --first on: make soak ARGS='--first=10000'
+soak: venv  ## Reads 10,000 damaged files of every format
+	@$(PY) -m tests.fuzz.soak --cases=10000 --workers=$(WORKERS) $(ARGS)
 
 lint: venv  ## Checks style and formatting
 	@$(PY) -m ruff check --quiet .

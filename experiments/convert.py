@@ -176,6 +176,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   import json
 
   from research.interop import convert, hf
+  from research.training import memory
   from research.typing import UserError
 
   name, kind = _target()
@@ -211,7 +212,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "to": _TO.value,
     "format": _FORMAT.value,
     "seconds": time.perf_counter() - start,
-    "peak_memory_bytes": runtime.peak_memory_bytes(),
+    "peak_memory_bytes": memory.peak_memory_bytes(),
   }
 
 

@@ -157,7 +157,7 @@ def _leaf(
   out = np.empty((len(stored), *shape), jnp.dtype(dtype))
   for i, tensor in enumerate(stored):
     x = tensor.decode()
-    if row.path.endswith("norm/scale"):
+    if offset and row.path.endswith("norm/scale"):
       # llama.cpp's converter has added what our norm adds again.
       x = x - np.float32(offset)
     out[i] = x.T if flip else x

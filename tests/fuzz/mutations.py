@@ -1,5 +1,6 @@
 """Damaging files, deterministically: the same seed, the same bytes."""
 
+import copy
 import json
 import random
 import struct
@@ -88,6 +89,11 @@ def of_bytes(r: random.Random, data: bytes, other: bytes = b"") -> bytes:
   return bytes(out)
 
 
+def _value(r: random.Random) -> Any:
+  # A copy: what is put into a file may be changed there again.
+  return copy.deepcopy(r.choice(VALUES))
+
+
 def _places(x: Any, path: tuple = ()) -> list[tuple]:
   found = [path] if path else []
   if isinstance(x, dict):
@@ -136,13 +142,13 @@ def of_json(r: random.Random, data: bytes) -> bytes:
       del holder[last]
     elif action < 0.3 and isinstance(holder, dict):
       holder[r.choice(("extra", "use_dora", "quantization_config", ""))] = (
-        r.choice(VALUES)
+        _value(r)
       )
     elif action < 0.45 and isinstance(holder[last], int | float):
       old = holder[last]
       holder[last] = r.choice((old + 1, old - 1, -old, old * 1000, str(old)))
     else:
-      holder[last] = r.choice(VALUES)
+      holder[last] = _value(r)
   return json.dumps(value).encode()
 
 

@@ -129,7 +129,10 @@ def summary(results: Sequence[dict], seconds: float) -> dict:
   return dict(
     cases=len(results),
     failed=len(failed),
-    slowest=max((r["seconds"] for r in results), default=0.0),
+    slowest=[
+      [r["target"], r["case"], round(r["seconds"], 2)]
+      for r in sorted(results, key=lambda r: -r["seconds"])[:3]
+    ],
     seconds=seconds,
     targets={k: dict(v) for k, v in sorted(counts.items())},
     failures=failed[:20],

@@ -1,0 +1,189 @@
+"""The command: flags, the report, and a run through every format."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import cli, convert
+from research.interop import load, safetensors
+from research.typing import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODELS = ROOT / "tests" / "golden" / "models"
+
+
+@pytest.fixture
+def command(capsys):
+  """Calls the command in this process: `(status, result, stderr)`."""
+
+  def call(*arguments):
+    status = cli.call(convert.main, ["convert", *map(str, arguments)])
+    out = capsys.readouterr()
+    lines = out.out.splitlines()
+    return status, json.loads(lines[-1]) if lines else None, out.err
+
+  return call
+
+
+def test_around_all_formats(command, tmp_path):
+  steps = [
+    (MODELS / "gguf_mixed" / "model.gguf", "a", "orbax"),
+    ("a", "b.gguf", "gguf"),
+    ("b.gguf", "c", "hf"),
+    ("c", "d", "orbax"),
+    ("d", "e.gguf", "gguf:f32"),
+    ("e.gguf", "f", "hf"),
+  ]
+  for source, to, form in steps:
+    status, result, errors = command(
+      f"--from={tmp_path / source}", f"--to={tmp_path / to}", f"--format={form}"
+    )
+    assert (status, errors) == (0, "")
+    assert result["changed"] == 0
+    assert result["tokenizer"]
+    assert result["bytes"] > 10_000
+  first = load.load_model(MODELS / "gguf_mixed" / "model.gguf")
+  last = load.load_model(tmp_path / "f")
+  assert last.model == first.model.clone(
+    stack=last.model.stack
+  )  # scales of logits are spelled out
+  for name, tensor in safetensors.open_directory(tmp_path / "c").items():
+    again = safetensors.open_directory(tmp_path / "f")[name]
+    np.testing.assert_array_equal(again.read(), tensor.read())
+
+
+def test_the_report(command, tmp_path):
+  report = tmp_path / "report.json"
+  status, result, _ = command(
+    f"--from={MODELS / 'peft_lora'}",
+    f"--to={tmp_path / 'merged'}",
+    "--format=hf",
+    "--dtype=bfloat16",
+    "--shard_size=20kB",
+    f"--report={report}",
+  )
+  assert status == 0
+  rows = json.loads(report.read_text())
+  assert len(rows) == result["tensors"]
+  assert result["merged"] == sum(r["fidelity"] is not None for r in rows) == 21
+  assert result["merge_loss"] == max(r["fidelity"] or 0 for r in rows) > 0
+  assert result["max_abs_error"] == max(r["max_abs_error"] for r in rows) > 0
+  assert (tmp_path / "merged" / safetensors.INDEX).is_file()
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--format=hf"], "--from: is missing"),
+    (["--from=x", "--to=y", "--format=gptq"], "come with the quantization"),
+    (["--from=x", "--to=y", "--format=bnb"], "come with the quantization"),
+    (["--from=x", "--to=y", "--format=pt"], "expected hf, gguf, gguf:TYPE"),
+    (["--from=x", "--to=y", "--format=hf:F16"], "expected hf, gguf, gguf:TYPE"),
+    (["--from=x", "--to=y", "--format=hf"], "x: no such file or directory"),
+    (
+      ["--from=x", "--to=y", "--format=hf", "--dtype=int8"],
+      "--dtype=int8: expected one of float32",
+    ),
+    (
+      ["--from=x", "--to=y", "--format=hf", "--shard_size=0"],
+      "--shard_size=0: expected a number of bytes",
+    ),
+    (
+      ["--from=x", "--to=y", "--format=gguf", "--dtype=float32"],
+      "--dtype: is for --format=hf",
+    ),
+  ],
+)
+def test_wrong_flags(command, arguments, words):
+  status, result, errors = command(*arguments)
+  assert (status, result) == (1, None)
+  assert words in errors
+  assert errors.count("\n") <= 3
+
+
+def test_an_unknown_type_of_gguf(command, tmp_path):
+  status, _, errors = command(
+    f"--from={MODELS / 'llama'}", f"--to={tmp_path / 'x'}", "--format=gguf:Q4_K"
+  )
+  assert status == 1
+  assert "gguf:Q4_K: expected one of F32, F16" in errors
+
+
+@pytest.mark.parametrize(
+  "text, want", [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1MiB", 2**20)]
+)
+def test_sizes(text, want):
+  assert convert.bytes_of(text) == want
+  with pytest.raises(UserError):
+    convert.bytes_of(text + "x")
+
+
+_STREAM = """
+import json, pathlib, resource, sys
+import numpy as np
+from research.interop import convert, hf, safetensors
+folder, to, form = sys.argv[1:]
+source = convert.open_source(folder)
+tiny = convert.open_source(folder + '/../tiny')
+convert.to_hf(tiny, pathlib.Path(to + 'w'))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if form == 'hf':
+  convert.to_hf(source, pathlib.Path(to), 'float32', 20_000_000)
+else:
+  convert.to_gguf(source, pathlib.Path(to), form)
+status = pathlib.Path('/proc/self/status').read_text()
+anonymous = [x for x in status.splitlines() if x.startswith('RssAnon')][0]
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([before, after, int(anonymous.split()[1])]))
+"""
+
+
+@pytest.mark.parametrize("form", ["hf", "Q8_0"])
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's pages")
+def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
+  """200 MB of weights; pages of the mapped source are not ours to count."""
+  layers, width = 12, 640
+  config = json.loads((MODELS / "llama" / "config.json").read_text()) | dict(
+    hidden_size=width,
+    intermediate_size=4 * width,
+    num_hidden_layers=layers,
+    num_attention_heads=10,
+    num_key_value_heads=10,
+    vocab_size=4096,
+    torch_dtype="bfloat16",
+  )
+  import shutil
+
+  from research.interop import hf, hf_config
+  from research.nn import presets
+
+  shutil.copytree(MODELS / "llama", tmp_path / "tiny")
+  model = presets.transformer(*hf_config.sizes_from_config(config))
+  rows, folder = hf.table(model), tmp_path / "big"
+  folder.mkdir()
+  tensors = {}
+  for slot in hf.slots(model):
+    for address in slot.addresses:
+      name, turned = rows.theirs(address)
+      shape = slot.one[::-1] if turned else slot.one
+      tensors[name] = np.full(shape, 0.01, safetensors.DTYPES["BF16"])
+  safetensors.write_directory(folder, tensors)
+  safetensors.write_json(folder / "config.json", config)
+  size = sum(x.nbytes for x in tensors.values())
+  assert size > 150e6
+  out = subprocess.run(
+    [sys.executable, "-c", _STREAM, folder, tmp_path / "out", form],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  before, after, anonymous = json.loads(out.splitlines()[-1])
+  # The source's own pages (mapped), and no second copy of the model: the
+  # largest tensor has 7 MB, in float64 and with its error 60 MB.
+  assert (after - before) * 1024 < size + 120e6
+  assert anonymous * 1024 < 400e6
