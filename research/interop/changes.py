@@ -34,6 +34,48 @@ class Change:
   fidelity: float | None = None
 
 
+class Comparison:
+  """Adds up how two tensors differ, piece by piece."""
+
+  def __init__(self) -> None:
+    self._worst = self._size = self._lost = self._update = 0.0
+    self._merged = False
+
+  def add(
+    self, want: np.ndarray, got: np.ndarray, base: np.ndarray | None = None
+  ) -> None:
+    """Counts one piece in, in float64.
+
+    Args:
+      want, got: as they were and are.
+      base: what `want` was before an adapter was merged into it.
+    """
+    want, got = want.astype(np.float64), got.astype(np.float64)
+    finite = np.isfinite(want)
+    if not finite.all():
+      # Infinities and NaNs are compared as what they are.
+      if not np.array_equal(want[~finite], got[~finite], equal_nan=True):
+        self._worst = np.inf
+      want, got = np.where(finite, want, 0), np.where(finite, got, 0)
+    difference = got - want
+    self._worst = max(self._worst, float(np.abs(difference).max(initial=0)))
+    self._size += float((want**2).sum())
+    self._lost += float((difference**2).sum())
+    if base is not None:
+      self._merged = True
+      self._update += float(((want - base) ** 2).sum())
+
+  def change(self, name: str, before: str, after: str) -> Change:
+    """Returns what was found."""
+    fidelity = None
+    if self._merged:
+      fidelity = (self._lost / self._update) ** 0.5 if self._update else 0.0
+    relative = float(self._lost > 0)
+    if self._size:
+      relative = (self._lost / self._size) ** 0.5
+    return Change(name, before, after, self._worst, relative, fidelity)
+
+
 class Log:
   """Collects the changes of one conversion, in the order of the file."""
 
@@ -47,36 +89,12 @@ class Log:
   def compared(
     self, name: str, before: str, after: str, read: "Read", got: np.ndarray
   ) -> None:
-    """Notes a tensor that was read and is now, decoded, `got` (float32)."""
-    worst, size, lost, update = 0.0, 0.0, 0.0, 0.0
-    # In pieces: differences are formed in float64, twice the weight itself.
-    for rows in _pieces(got):
-      want, now = read.array[rows].astype(np.float64), got[rows]
-      if not np.isfinite(want).all():
-        # Infinities and NaNs are compared as what they are.
-        both = np.isfinite(want) & np.isfinite(now)
-        same = np.array_equal(want[~both], now[~both], equal_nan=True)
-        worst = worst if same else np.inf
-        want, now = np.where(both, want, 0), np.where(both, now, 0)
-      difference = now - want
-      worst = max(worst, float(np.abs(difference).max(initial=0)))
-      size += float((want**2).sum())
-      lost += float((difference**2).sum())
-      if read.base is not None:
-        update += float(((want - read.base[rows]) ** 2).sum())
-    fidelity = None
-    if read.base is not None:
-      fidelity = (lost / update) ** 0.5 if update else 0.0
-    self.changes.append(
-      Change(
-        name,
-        before,
-        after,
-        worst,
-        (lost / size) ** 0.5 if size else float(lost > 0),
-        fidelity,
-      )
-    )
+    """Notes a tensor that was read and is now, decoded, `got`."""
+    found = Comparison()
+    for rows in pieces(got):
+      base = None if read.base is None else read.base[rows]
+      found.add(read.array[rows], got[rows], base)
+    self.changes.append(found.change(name, before, after))
 
   def summary(self) -> dict[str, Any]:
     """Returns what a JSON line can hold."""
@@ -166,7 +184,8 @@ def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
   return out
 
 
-def _pieces(x: np.ndarray, size: int = 1 << 20):
+def pieces(x: np.ndarray, size: int = 1 << 20) -> list[Any]:
+  """Returns indices that cut `x` by rows into parts of about `size`."""
   if not x.ndim:
     return [...]
   rows = max(1, size // max(1, x[:1].size))

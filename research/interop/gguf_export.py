@@ -242,29 +242,41 @@ def _maker(name, part: Part, which, flip, order, offset, scale, log):
       log.same(name, part.kind, which)
       return (raw if order is None else raw[order]).reshape(-1)
     found = changes.read(weight)
-    x = changes.cast(name, found.array, np.dtype(np.float32))
-    x = x.T if flip else x
-    x = x if order is None else x[order]
-    if offset or scale != 1.0:
-      x = (x + np.float32(offset)) * np.float32(scale)
-    if which == "F16":
-      changes.cast(name, x, np.dtype(np.float16))
-    try:
-      raw = gguf_types.encode(which, x)
-    except UserError as e:
-      raise UserError(f"{name}: {e}") from e
-    kept = DTYPES.get(which) == part.kind and found.base is None
-    if kept and scale == 1.0 and not offset:
+    stored, base = found.array, found.base
+    if flip:
+      stored, base = stored.T, None if base is None else base.T
+    exact = DTYPES.get(which) == part.kind and base is None
+    exact = exact and scale == 1.0 and not offset
+    out, seen = np.empty(nbytes(which, stored.shape), np.uint8), 0
+    compared = changes.Comparison()
+    for rows in changes.pieces(stored):
+      rows = rows if order is None else order[rows]
+      x = changes.cast(name, stored[rows], np.dtype(np.float32))
+      if offset or scale != 1.0:
+        x = (x + np.float32(offset)) * np.float32(scale)
+      raw = _encoded(name, which, x)
+      out[seen : seen + raw.size] = raw
+      seen += raw.size
+      if not exact:
+        got = gguf_types.decode(which, raw, x.shape)
+        got = got / np.float32(scale) - np.float32(offset)
+        compared.add(stored[rows], got, None if base is None else base[rows])
+    if exact:
       log.same(name, part.kind, which)
-      return raw
-    got = gguf_types.decode(which, raw, x.shape)
-    got = got / np.float32(scale) - np.float32(offset)
-    got = got if order is None else got[np.argsort(order)]
-    got = got.T if flip else got
-    log.compared(name, part.kind, which, found, got)
-    return raw
+    else:
+      log.changes.append(compared.change(name, part.kind, which))
+    return out
 
   return make
+
+
+def _encoded(name: str, which: str, x: np.ndarray) -> np.ndarray:
+  if which == "F16":
+    changes.cast(name, x, np.dtype(np.float16))
+  try:
+    return gguf_types.encode(which, x)
+  except UserError as e:
+    raise UserError(f"{name}: {e}") from e
 
 
 def _check(model: Transformer, file: GGUF, fold: float) -> None:

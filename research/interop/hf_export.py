@@ -72,8 +72,7 @@ def _maker(name: str, part: Part, kind: str, transposed: bool, log):
     if x is found.array and found.base is None:
       log.same(name, part.kind, kind)
     else:
-      got = x if kind == "float64" else x.astype(np.float32)
-      log.compared(name, part.kind, kind, found, got)
+      log.compared(name, part.kind, kind, found, x)
     return x.T if transposed else x
 
   return make
