@@ -187,3 +187,40 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
   # largest tensor has 7 MB, in float64 and with its error 60 MB.
   assert (after - before) * 1024 < size + 120e6
   assert anonymous * 1024 < 400e6
+
+
+def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
+  """Its best checkpoint is rebuilt from config.gin and written."""
+  from experiments import config, runs
+  from research.training import checkpoint
+
+  name = MODELS / "gguf_f32" / "model.gguf"
+  read = config.read(
+    "runs/quickstart.gin",
+    [
+      *("BATCH=2", "LENGTH=64", "EVAL_BATCHES=1", "EVAL_EVERY=2"),
+      *("WARMUP=1", "STEPS=2", "experiment.Experiment.prompt=None"),
+      "experiment.Experiment.transforms=()",
+      "experiment.Experiment.trainable='.'",
+      f"experiment.Pretrained.name='{name}'",
+    ],
+  )
+  workdir = checkpoint.claim_workdir(tmp_path / "run", read.text)
+  runs.train(read.experiment, workdir)
+  capsys.readouterr()
+  status, result, errors = command(
+    f"--from={workdir}", f"--to={tmp_path / 'hf'}", "--format=hf"
+  )
+  assert (status, errors) == (0, "")
+  assert (result["changed"], result["tokenizer"]) == (0, True)
+  before, after = load.load_model(name), load.load_model(tmp_path / "hf")
+  assert runs.evaluate(read.experiment, workdir)["step"] == 2
+  capsys.readouterr()
+  moved = np.abs(
+    np.asarray(after.params["embed"]) - np.asarray(before.params["embed"])
+  )
+  assert 1e-5 < moved.max() < 1e-2
+  status, result, errors = command(
+    f"--from={workdir}", f"--to={tmp_path / 'x.gguf'}", "--format=gguf:Q8_0"
+  )
+  assert (status, errors, result["tokenizer"]) == (0, "", True)

@@ -6,6 +6,7 @@ import families
 import make_gguf
 import make_models
 import make_peft
+import make_peft_full
 import numpy as np
 import peft
 import pytest
@@ -50,6 +51,11 @@ def test_family(name, tmp_path):
 @pytest.mark.parametrize("name", make_peft.ADAPTERS)
 def test_adapter(name, tmp_path):
   regenerated(make_peft, name, tmp_path, ("adapter_config.json",))
+
+
+@pytest.mark.parametrize("name", make_peft_full.CASES)
+def test_adapter_with_whole_weights(name, tmp_path):
+  regenerated(make_peft_full, name, tmp_path, ("adapter_config.json",))
 
 
 @pytest.mark.parametrize("name", make_gguf.FILES)
