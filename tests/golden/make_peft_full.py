@@ -126,6 +126,8 @@ def draw(wrapped, name: str) -> None:
     std = 0.05 if "lora_A" in key or "lora_embedding_B" in key else 0.02
     drawn = std * generator.standard_normal(tuple(value.shape))
     base = 0 if "lora_" in key else value.detach().double().numpy()
+    if grown:
+      base[families.VOCAB :] = 0  # torch has drawn these
     new = torch.from_numpy((base + drawn).astype(np.float32))
     value.data.copy_(new)  # a tied adapter shares its storage
 
