@@ -121,19 +121,19 @@ def _target() -> tuple[str, str | None]:
 
 def _source(name: str) -> Any:
   """Returns what is to be converted; a run by its own configuration."""
-  from research.interop import convert, load
+  from research.interop import load, sources
 
   path = pathlib.Path(name)
   adapter = path / "adapter" / load.ADAPTER_CONFIG
   if (path / "config.gin").is_file() and not adapter.is_file():
     return _trained(path)
-  return convert.open_source(name)
+  return sources.open_source(name)
 
 
 def _trained(path: pathlib.Path) -> Any:
   """Returns the best checkpoint of a run, or else its last one."""
   from experiments import config
-  from research.interop import convert, load
+  from research.interop import load, sources
   from research.interop.parts import from_params
   from research.training import checkpoint, state
   from research.typing import UserError
@@ -152,9 +152,9 @@ def _trained(path: pathlib.Path) -> Any:
   loaded = built.loaded
   origin = dict(format="run", path=str(path), step=step)
   try:
-    base = convert.open_source(load.locate(str(loaded.source.get("path"))))
+    base = sources.open_source(load.locate(str(loaded.source.get("path"))))
   except UserError:  # trained from scratch
-    return convert.Source(
+    return sources.Source(
       model=loaded.model,
       parts=from_params(params),
       params=lambda: params,
@@ -162,7 +162,7 @@ def _trained(path: pathlib.Path) -> Any:
       tokenizer=loaded.tokenizer,
     )
   name = str(getattr(experiment.model, "name", "")) or None
-  return convert.with_params(base, loaded.model, params, origin, name)
+  return sources.with_params(base, loaded.model, params, origin, name)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

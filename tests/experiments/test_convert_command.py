@@ -125,10 +125,10 @@ def test_sizes(text, want):
 _STREAM = """
 import json, pathlib, resource, sys
 import numpy as np
-from research.interop import convert, hf, safetensors
+from research.interop import convert, hf, safetensors, sources
 folder, to, form = sys.argv[1:]
-source = convert.open_source(folder)
-tiny = convert.open_source(folder + '/../tiny')
+source = sources.open_source(folder)
+tiny = sources.open_source(folder + '/../tiny')
 convert.to_hf(tiny, pathlib.Path(to + 'w'))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if form == 'hf':

@@ -138,14 +138,14 @@ def _made(kind: str) -> pathlib.Path:
   """Returns a directory of good files that no golden folder has."""
   import tempfile
 
-  from research.interop import convert
+  from research.interop import convert, sources
 
   folder = pathlib.Path(tempfile.mkdtemp(prefix="heptad-fuzz-"))
   if kind == "tokenizer":
-    source = convert.open_source(MODELS / "gguf_f32" / "model.gguf")
+    source = sources.open_source(MODELS / "gguf_f32" / "model.gguf")
     convert.to_hf(source, folder)
   if kind == "ours":
-    convert.to_orbax(convert.open_source(MODELS / "llama"), folder)
+    convert.to_orbax(sources.open_source(MODELS / "llama"), folder)
   if kind == "jsonl":
     rows = [
       {
@@ -163,7 +163,7 @@ def _made(kind: str) -> pathlib.Path:
       ROOT / "configs" / "runs" / "quickstart.gin", folder / "run.gin"
     )
   if kind == "template":
-    source = convert.open_source(MODELS / "gguf_f32" / "model.gguf")
+    source = sources.open_source(MODELS / "gguf_f32" / "model.gguf")
     (folder / "chat_template.jinja").write_text(source.tokenizer.chat_template)
   return folder
 

@@ -19,6 +19,7 @@ from research.interop import (
   ours,
   parts,
   safetensors,
+  sources,
 )
 from research.lora import adapt, peft
 from research.typing import UserError
@@ -58,8 +59,8 @@ def raw(folder) -> dict:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
-  convert.to_orbax(convert.open_source(MODELS / name), tmp_path / "ours")
-  log = convert.to_hf(convert.open_source(tmp_path / "ours"), tmp_path / "hf")
+  convert.to_orbax(sources.open_source(MODELS / name), tmp_path / "ours")
+  log = convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
   assert raw(tmp_path / "hf") == raw(MODELS / name)
   assert log.summary()["changed"] == 0
   old, new = (
@@ -78,8 +79,8 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
 def test_hf_to_gguf_to_hf(name, tmp_path):
   file = tmp_path / "model.gguf"
-  convert.to_gguf(convert.open_source(MODELS / name), file, "F32")
-  log = convert.to_hf(convert.open_source(file), tmp_path / "hf")
+  convert.to_gguf(sources.open_source(MODELS / name), file, "F32")
+  log = convert.to_hf(sources.open_source(file), tmp_path / "hf")
   assert log.summary()["changed"] == 0
   got, want = load.load_model(tmp_path / "hf"), load.load_model(MODELS / name)
   tokens = golden_tokens(name)
@@ -93,7 +94,7 @@ def test_hf_to_gguf_to_hf(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(NOT_GGUF & set(FAMILIES)))
 def test_what_gguf_cannot_say_is_an_error(name, tmp_path):
   with pytest.raises(UserError, match="GGUF"):
-    convert.to_gguf(convert.open_source(MODELS / name), tmp_path / "x.gguf")
+    convert.to_gguf(sources.open_source(MODELS / name), tmp_path / "x.gguf")
   assert list(tmp_path.iterdir()) == []
 
 
@@ -116,10 +117,10 @@ def same_metadata(got, want):
 @pytest.mark.parametrize("name", FILES)
 def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
   file = MODELS / name / "model.gguf"
-  convert.to_orbax(convert.open_source(file), tmp_path / "ours")
+  convert.to_orbax(sources.open_source(file), tmp_path / "ours")
   for source in (file, tmp_path / "ours"):
     to = tmp_path / f"{source.name}.gguf"
-    log, reason = convert.to_gguf(convert.open_source(source), to)
+    log, reason = convert.to_gguf(sources.open_source(source), to)
     assert tensors(to) == tensors(file)
     assert (log.summary()["changed"], reason) == (0, "")
     new, old = (gguf.open_gguf(f).metadata for f in (to, file))
@@ -132,7 +133,7 @@ def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
 @pytest.mark.parametrize("packed", [False, True])
 def test_our_checkpoint_of_packed_weights_is_a_model(name, packed, tmp_path):
   file = MODELS / name / "model.gguf"
-  convert.to_orbax(convert.open_source(file), tmp_path / "ours")
+  convert.to_orbax(sources.open_source(file), tmp_path / "ours")
   got = load.load_model(tmp_path / "ours", packed=packed)
   want = load.load_model(file, packed=packed)
   assert got.tokenizer.encode("the rain") == want.tokenizer.encode("the rain")
@@ -146,7 +147,7 @@ def test_our_checkpoint_of_packed_weights_is_a_model(name, packed, tmp_path):
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
 def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
-  source = convert.open_source(MODELS / "gguf_f32" / "model.gguf")
+  source = sources.open_source(MODELS / "gguf_f32" / "model.gguf")
   file = tmp_path / "x.gguf"
   log, _ = convert.to_gguf(source, file, kind)
   old, new = (
@@ -170,16 +171,16 @@ def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
 def test_rows_that_a_type_cannot_hold_are_named(tmp_path):
   with pytest.raises(UserError, match="rows of 36 weights.*multiple of 32"):
     convert.to_gguf(
-      convert.open_source(MODELS / "smollm2"), tmp_path / "x.gguf", "Q8_0"
+      sources.open_source(MODELS / "smollm2"), tmp_path / "x.gguf", "Q8_0"
     )
   assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tokenizer_goes_both_ways(tmp_path):
   file = MODELS / "gguf_f32" / "model.gguf"
-  convert.to_hf(convert.open_source(file), tmp_path / "hf")
+  convert.to_hf(sources.open_source(file), tmp_path / "hf")
   back = tmp_path / "back.gguf"
-  _, reason = convert.to_gguf(convert.open_source(tmp_path / "hf"), back)
+  _, reason = convert.to_gguf(sources.open_source(tmp_path / "hf"), back)
   assert reason == ""
   cases = json.loads((MODELS / "gguf_tokenizer.json").read_text())
   for path in (file, tmp_path / "hf", back):
@@ -194,7 +195,7 @@ def test_a_tokenizer_goes_both_ways(tmp_path):
 
 def test_files_are_cut_and_indexed(tmp_path):
   convert.to_hf(
-    convert.open_source(MODELS / "llama"), tmp_path / "hf", None, 20_000
+    sources.open_source(MODELS / "llama"), tmp_path / "hf", None, 20_000
   )
   index = json.loads((tmp_path / "hf" / safetensors.INDEX).read_text())
   files = sorted((tmp_path / "hf").glob("*.safetensors"))
@@ -211,7 +212,7 @@ def test_files_are_cut_and_indexed(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_is_reported(dtype, tmp_path):
   log = convert.to_hf(
-    convert.open_source(MODELS / "llama"), tmp_path / "hf", dtype
+    sources.open_source(MODELS / "llama"), tmp_path / "hf", dtype
   )
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
   assert config["torch_dtype"] == dtype
@@ -236,7 +237,7 @@ def test_numbers_beyond_the_range_are_an_error(tmp_path):
   safetensors.write_file(tmp_path / "m" / "model.safetensors", big)
   with pytest.raises(UserError, match="model.norm.weight: 100000.0 is beyond"):
     convert.to_hf(
-      convert.open_source(tmp_path / "m"), tmp_path / "hf", "float16"
+      sources.open_source(tmp_path / "m"), tmp_path / "hf", "float16"
     )
   assert not (tmp_path / "hf").exists()
   assert [p.name for p in tmp_path.iterdir()] == ["m"]
@@ -244,7 +245,7 @@ def test_numbers_beyond_the_range_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["peft_patterns", "peftfull_untied_lora"])
 def test_merged_exports_and_their_fidelity(name, tmp_path):
-  source = convert.open_source(MODELS / name)
+  source = sources.open_source(MODELS / name)
   exact = convert.to_hf(source, tmp_path / "fp32")
   rounded = convert.to_hf(source, tmp_path / "bf16", "bfloat16")
   it = load.load_model(MODELS / name)
@@ -278,9 +279,9 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_to_ours_to_peft(name, tmp_path):
-  source = convert.open_source(MODELS / name)
+  source = sources.open_source(MODELS / name)
   convert.to_orbax(source, tmp_path / "ours")
-  again = convert.open_source(tmp_path / "ours")
+  again = sources.open_source(tmp_path / "ours")
   assert again.model == source.model
   chex.assert_trees_all_equal(again.params(), source.params())
   convert.to_peft(again, tmp_path / "peft")
@@ -304,9 +305,9 @@ def test_an_adapter_over_packed_weights(tmp_path):
   )
   base = str(MODELS / "gguf_q8_0" / "model.gguf")
   peft.save_adapter(tmp_path / "a", params, it.model, base)
-  source = convert.open_source(tmp_path / "a")
+  source = sources.open_source(tmp_path / "a")
   convert.to_orbax(source, tmp_path / "ours")
-  again = convert.open_source(tmp_path / "ours")
+  again = sources.open_source(tmp_path / "ours")
   chex.assert_trees_all_equal(again.params(), source.params())
   log, _ = convert.to_gguf(again, tmp_path / "x.gguf", "Q8_0")
   assert log.summary()["merged"] == 14
@@ -315,7 +316,7 @@ def test_an_adapter_over_packed_weights(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-  source = convert.open_source(MODELS / "llama")
+  source = sources.open_source(MODELS / "llama")
   (tmp_path / "x").write_text("mine")
   for write in (convert.to_hf, convert.to_orbax, convert.to_gguf):
     with pytest.raises(UserError, match="already there"):
@@ -326,7 +327,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_a_model_without_adapters_is_none(tmp_path):
-  source = convert.open_source(MODELS / "llama")
+  source = sources.open_source(MODELS / "llama")
   with pytest.raises(UserError, match="--base"):
     convert.to_peft(source, tmp_path / "x")
   with pytest.raises(UserError, match="no adapter to save"):
@@ -352,7 +353,7 @@ def test_a_model_without_adapters_is_none(tmp_path):
   ],
 )
 def test_a_damaged_checkpoint(change, text, tmp_path):
-  convert.to_orbax(convert.open_source(MODELS / "llama"), tmp_path / "ours")
+  convert.to_orbax(sources.open_source(MODELS / "llama"), tmp_path / "ours")
   file = tmp_path / "ours" / load.NOTE
   note = json.loads(file.read_text())
   change(note)
@@ -362,12 +363,12 @@ def test_a_damaged_checkpoint(change, text, tmp_path):
 
 
 def test_a_checkpoint_without_its_arrays(tmp_path):
-  convert.to_orbax(convert.open_source(MODELS / "llama"), tmp_path / "ours")
+  convert.to_orbax(sources.open_source(MODELS / "llama"), tmp_path / "ours")
   shutil.rmtree(tmp_path / "ours" / ours.ARRAYS)
   with pytest.raises(UserError, match="arrays"):
     load.load_model(tmp_path / "ours")
 
 
 def test_sources_are_values():
-  source = convert.open_source(MODELS / "llama")
+  source = sources.open_source(MODELS / "llama")
   assert dataclasses.replace(source) == source

@@ -1,0 +1,169 @@
+"""Models to be converted: what `--model=` takes, opened but unread.
+
+A source gives its parameters one by one (`parts`), so that a model passes
+through without ever being in memory as a whole, unless it has to be: an
+adapter over its base, or our own checkpoint, which holds stacked layers.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from research.interop import gguf, hf, hf_config, load, ours, safetensors
+from research.interop import parts as part
+from research.nn.tokenizer import Tokenizer
+from research.nn.transformer import Transformer
+from research.typing import Params, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+  """A model to be converted.
+
+  Attributes:
+    model: how it computes.
+    parts: its parameters, unread, as they are stored.
+    params: returns the tree, in the stored types.
+    origin: a JSON object: format, path, and so on.
+    tokenizer: or None.
+    files: a directory whose tokenizer files go along, or None.
+    config: its config.json, or None.
+    metadata: of the GGUF file it was, or None.
+    base: what an adapter stands on, or None.
+    base_name: what the adapter calls that.
+  """
+
+  model: Transformer
+  parts: part.Parts
+  params: Callable[[], Params] = dataclasses.field(repr=False)
+  origin: Mapping[str, Any]
+  tokenizer: Tokenizer | None = None
+  files: pathlib.Path | None = None
+  config: Mapping[str, Any] | None = None
+  metadata: Mapping[str, Any] | None = None
+  base: "Source | None" = None
+  base_name: str | None = None
+
+  @property
+  def hint(self) -> str | None:
+    """The model_type that it has or had."""
+    if self.config is not None:
+      fields = hf_config.text_fields(self.config, "config.json")
+      return fields.values["model_type"]
+    return None
+
+
+def open_source(name: str | os.PathLike) -> Source:
+  """Returns what `--model=` would load, but unread.
+
+  Args:
+    name: anything that `load.load_model` takes, except a run that trained
+      something else than adapters.
+
+  Raises:
+    UserError: it is missing, damaged or not supported.
+  """
+  path = pathlib.Path(load.locate(name))
+  if path.is_file():
+    return _gguf(path)
+  if (path / load.NOTE).is_file():
+    return _ours(path)
+  found = load.adapter_directory(path)
+  if found is not None:
+    return _adapter(found)
+  return _hf(path)
+
+
+def _hf(path: pathlib.Path) -> Source:
+  model, tensors, origin = hf.open_model(path)
+  return Source(
+    model=model,
+    parts=hf.read_parts(model, tensors, path),
+    params=lambda: hf.read_params(model, tensors, None, path),
+    origin={k: v for k, v in origin.items() if k != "config"},
+    tokenizer=load.tokenizer(path),
+    files=path,
+    config=origin["config"],
+  )
+
+
+def _gguf(path: pathlib.Path) -> Source:
+  from research.interop import gguf_model
+
+  file = gguf.open_gguf(path)
+  model, parts, tokenizer = gguf_model.open_model(str(path), file)
+  config = hf_config.describe(model, gguf_model.model_type(file))
+
+  def params():
+    # Types of their own, so layers that differ get runs of their own.
+    return gguf_model.load_gguf(path, dtype=None, packed=True).params
+
+  return Source(
+    model=model,
+    parts=parts,
+    params=params,
+    origin=dict(format="gguf", path=str(path)),
+    tokenizer=tokenizer,
+    config=config,
+    metadata=file.metadata,
+  )
+
+
+def _ours(path: pathlib.Path) -> Source:
+  model, params, origin = ours.load(path)
+  metadata = None
+  if (path / ours.METADATA).is_file():
+    metadata = gguf.open_gguf(path / ours.METADATA).metadata
+  base_name = origin.get("base")
+  return Source(
+    model=model,
+    parts=part.from_params(params),
+    params=lambda: params,
+    origin=dict(format="orbax", path=str(path), came_from=dict(origin)),
+    tokenizer=ours.tokenizer(path),
+    files=path if metadata is None else None,
+    config=safetensors.read_json(path / "config.json"),
+    metadata=metadata,
+    base_name=base_name if isinstance(base_name, str) else None,
+  )
+
+
+def _adapter(path: pathlib.Path) -> Source:
+  from research.lora import peft
+
+  name, target = load.base_of(path)
+  base = open_source(str(target))
+  if base.base is not None:
+    raise UserError(
+      f"{path}: its base {target} is an adapter itself; expected a model. "
+      "Merge that adapter into its own base first (--format=hf)."
+    )
+  params, model = peft.open_adapter(path, base.params(), base.model)
+  return with_params(
+    base,
+    model,
+    params,
+    origin=dict(format="peft", path=str(path), base=str(target)),
+    base_name=name if str(target) == name else str(target.resolve()),
+  )
+
+
+def with_params(
+  base: Source,
+  model: Transformer,
+  params: Params,
+  origin: Mapping[str, Any],
+  base_name: str | None,
+) -> Source:
+  """Returns what training made of `base`: its tokenizer, other weights."""
+  return dataclasses.replace(
+    base,
+    model=model,
+    parts=part.from_params(params),
+    params=lambda: params,
+    origin=origin,
+    base=base,
+    base_name=base_name,
+  )
