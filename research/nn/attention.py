@@ -107,19 +107,19 @@ class Attention(nn.Module):
 
   def _remembered(self, cache, written, k, v, positions, length, mask):
     """Returns the keys and values to look at, and the mask over them."""
-    slots = cache.k.shape[1]
     if k.shape[1] == 1 or self.window is None:
       # Nothing that this call still needs was overwritten.
-      held = caches.slot_positions(length, slots)
-      mask = at(mask, positions, held)
-      return written.k.astype(k.dtype), written.v.astype(v.dtype), mask
+      held = caches.slot_positions(length, cache.slots)
+      return *written.read(k.dtype), at(mask, positions, held)
     # A ring may have lost keys that the first new queries see: look at the
     # ring as it was, and at the new keys.
     before = length - jnp.sum(positions >= 0, axis=-1)
-    held = caches.slot_positions(before, slots)
-    keys = jnp.concatenate([cache.k.astype(k.dtype), k], axis=1)
-    values = jnp.concatenate([cache.v.astype(v.dtype), v], axis=1)
+    held = caches.slot_positions(before, cache.slots)
     held = jnp.concatenate([held, positions], axis=1)
+    keys, values = (
+      jnp.concatenate([old, new], axis=1)
+      for old, new in zip(cache.read(k.dtype), (k, v), strict=True)
+    )
     return keys, values, at(mask, positions, held)
 
 

@@ -20,12 +20,23 @@ from research.typing import Array, Float, Int
 class LayerCache:
   """Keys and values of one layer, or of a run of them behind a leading axis.
 
+  Heads come before slots: a head's keys lie together, as attention reads them.
+
   Attributes:
-    k, v: `[..., B, S, K, H]`.
+    k, v: `[..., B, K, S, H]`.
   """
 
   k: Any
   v: Any
+
+  @property
+  def slots(self) -> int:
+    """How many positions it holds."""
+    return self.k.shape[-2]
+
+  def read(self, dtype: Any) -> tuple[Array, Array]:
+    """Returns keys and values as attention takes them, `[B, S, K, H]`."""
+    return tuple(x.swapaxes(1, 2).astype(dtype) for x in (self.k, self.v))
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +59,7 @@ class Cache:
   def capacity(self) -> int:
     """Positions that every layer can hold or has a window for."""
     leaves = jax.tree.leaves(self.layers)
-    return max(x.shape[-3] for x in leaves)
+    return max(x.shape[-2] for x in leaves)
 
 
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
@@ -69,18 +80,22 @@ def write(
   """Returns the cache with new keys and values at their positions' slots.
 
   Args:
-    cache: of one layer, `[B, S, K, H]`.
+    cache: of one layer, `[B, K, S, H]`.
     k, v: of the new tokens.
     positions: of the new tokens; negative ones (padding) are not written.
     length: tokens of each row, the new ones included; positions that a ring
       has no room for any more are not written.
   """
-  slots = cache.k.shape[1]
+  slots = cache.slots
   alive = (positions >= 0) & (positions >= length[:, None] - slots)
-  slot = jnp.where(alive, jnp.mod(positions, slots), slots)  # slots: dropped
-  row = jnp.arange(k.shape[0])[:, None]
+  slot = jnp.mod(positions, slots)
 
   def put(old, new):
-    return old.at[row, slot].set(new.astype(old.dtype), mode="drop")
+    at = jnp.where(alive, slot, slots)  # outside: dropped
+    row = jnp.arange(new.shape[0])[:, None]
+    return old.at[row, :, at].set(new.astype(old.dtype), mode="drop")
 
-  return LayerCache(put(cache.k, k), put(cache.v, v))
+  # Without the barrier XLA writes once for each reader, each into a copy of
+  # the whole cache.
+  written = jax.lax.optimization_barrier((put(cache.k, k), put(cache.v, v)))
+  return LayerCache(*written)

@@ -253,7 +253,7 @@ def init_cache(
     for j, block in enumerate(blocks):
       a = block.attention
       slots = min(capacity, a.window or capacity)
-      shape = (repeats, batch, slots, a.kv_heads, a.head_dim)
+      shape = (repeats, batch, a.kv_heads, slots, a.head_dim)
       zeros = jnp.zeros(shape, dtype or model.dtype)
       layers[name][f"layer{j}"] = caches.LayerCache(zeros, zeros)
   return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)

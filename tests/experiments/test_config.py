@@ -8,7 +8,8 @@ from research.training.objective import NextToken
 from research.typing import UserError
 
 RUNS = sorted(
-  str(p.relative_to(config.CONFIGS)) for p in config.CONFIGS.glob("runs/**/*.gin")
+  str(p.relative_to(config.CONFIGS))
+  for p in config.CONFIGS.glob("runs/**/*.gin")
 )
 
 

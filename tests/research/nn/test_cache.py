@@ -112,8 +112,8 @@ def test_rows_of_different_lengths(name):
 
 def test_a_window_needs_no_more_than_its_ring():
   layers = _cache("gemma2", capacity=64).layers["run0"]
-  assert layers["layer0"].k.shape[-3] == SIZES.window
-  assert layers["layer1"].k.shape[-3] == 64
+  assert layers["layer0"].slots == SIZES.window
+  assert layers["layer1"].slots == 64
 
 
 def test_the_cache_follows_unrolled_runs():
