@@ -103,8 +103,8 @@ def test_gradient_of_an_adapter_on_the_head(case):
 def test_a_packed_head_stays_packed():
   k = jax.random.split(jax.random.key(2), 3)
   head = BlockTensor(
-    jax.random.randint(k[0], (V, 1, 32), -127, 128, jnp.int8),
-    jax.random.uniform(k[1], (V, 1), jnp.float16, 1e-3, 1e-2),
+    jax.random.randint(k[0], (1, 32, V), -127, 128, jnp.int8),
+    jax.random.uniform(k[1], (1, V), jnp.float16, 1e-3, 1e-2),
     kind="Q8_0",
     axis=-1,
   )
