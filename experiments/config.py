@@ -9,6 +9,7 @@ argument like any other.
 
 import contextlib
 import difflib
+import io
 import logging
 import pathlib
 import re
@@ -72,7 +73,9 @@ def parse(
   """Returns the experiment that gin `text` describes; see `read`."""
   lines = [_binding(line) for line in bindings]
   with _empty(), _readable(name):
-    gin.parse_config(text)
+    file = io.StringIO(text)
+    file.name = name  # so that gin's errors say where
+    gin.parse_config(file)
     gin.parse_config("\n".join([*_imports(text), *lines]))
     gin.finalize()
     experiment = gin.get_configurable(Experiment)()
@@ -131,7 +134,11 @@ def _empty() -> Iterator[None]:
   """Leaves gin's global state as empty as it was found."""
   gin.clear_config()
   prefixes = list(gin_config._LOCATION_PREFIXES)
+  readers = list(gin_config._FILE_READERS)
   gin.add_config_file_search_path(str(CONFIGS))
+  # Gin also looks into Python packages, and takes any folder here (`runs/`,
+  # `models/`) for one: it fails there instead of looking under configs/.
+  del gin_config._FILE_READERS[1:]
   # Gin logs an error for each place where an included file is not.
   logging.disable(logging.ERROR)
   try:
@@ -139,6 +146,7 @@ def _empty() -> Iterator[None]:
   finally:
     logging.disable(logging.NOTSET)
     gin_config._LOCATION_PREFIXES[:] = prefixes
+    gin_config._FILE_READERS[:] = readers
     gin.clear_config()
 
 
@@ -148,7 +156,9 @@ def _readable(name: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    raise UserError(f"{name}: {error}") from error
+    raise UserError(f"{name}: {_without_gin(str(error))}") from error
+  except RecursionError as error:
+    raise UserError(f"{name}: a file that it includes includes it") from error
   except Exception as error:
     raise UserError(f"{name}: {_shorten(error)}") from error
 
@@ -165,9 +175,17 @@ def _shorten(error: Exception) -> str:
       m.group(1) if m else "?" for m in (owner, value, wanted)
     ]
     return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
-  kept = [
-    line.strip()
+  macro = re.match(r"No bindings specified for '(.+)/gin\.macro'", text)
+  if macro:
+    return f"%{macro.group(1)}: has no value; add a line {macro.group(1)} = ..."
+  kept = [line.strip() for line in _without_gin(text).splitlines()]
+  return "\n".join(kept[:3]) or type(error).__name__
+
+
+def _without_gin(text: str) -> str:
+  """Returns a message without gin's notes on which call it came from."""
+  return "\n".join(
+    line
     for line in text.splitlines()
     if line.strip() and not line.lstrip().startswith("In call to")
-  ]
-  return "\n".join(kept[:3]) or type(error).__name__
+  )
