@@ -72,8 +72,9 @@ def run(main: Main) -> NoReturn:
   try:
     status = call(main, sys.argv)
     sys.stdout.flush()
-  except BrokenPipeError:
-    # Whoever read our output has gone; Python would complain at exit.
+  except OSError:
+    # Whoever read our output has gone, or it is a file on a full disk, which
+    # has been said; Python would complain again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
   sys.exit(status)
@@ -84,12 +85,12 @@ def call(main: Main, argv: Sequence[str]) -> int:
 
   0: done, 1: an error, 2: a wrong command line, 130: interrupted.
   """
-  if {"--help", "-h", "-help", "--helpshort", "--helpfull"} & set(argv[1:]):
-    print(describe(main))
-    return 0
   values = _flags(main)
   for name in values:
     values[name].unparse()
+  asked = {"--help", "-h", "-help", "--helpshort", "--helpfull"}
+  if asked & set(argv[1:]):
+    argv, main = argv[:1], _helps(main)
   try:
     rest = values(list(argv))[1:]
   except flags.Error as error:
@@ -113,6 +114,11 @@ def call(main: Main, argv: Sequence[str]) -> int:
       return 1
     return _fail(text, 1)
   return 0
+
+
+def _helps(main: Main) -> Main:
+  text = describe(main)
+  return lambda argv: say(text)
 
 
 def _flags(main: Main) -> flags.FlagValues:
@@ -172,7 +178,8 @@ def _flag(flag: Any) -> str:
   else:
     name = f"--{flag.name}=" + ("" if value in (None, "", []) else f"{value}")
   text = textwrap.fill(
-    " ".join(flag.help.split()),
+    # absl adds to the help of a flag that may be repeated.
+    " ".join(flag.help.split()).replace(".; repeat", "; repeat"),
     78,
     initial_indent=" " * 6,
     subsequent_indent=" " * 6,

@@ -21,15 +21,28 @@ from absl import flags
 
 from experiments import cli, runtime
 
+FLAGS = cli.new_flags()
+
 _CONFIG = flags.DEFINE_string(
-  "config", None, "Gin file; by default the working directory's config.gin."
+  "config",
+  None,
+  "Gin file; by default the working directory's config.gin.",
+  flag_values=FLAGS,
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "A run's working directory.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "A run's working directory.", flag_values=FLAGS
+)
 _STEP = flags.DEFINE_integer(
-  "step", None, "Which checkpoint; by default the best, else the last."
+  "step",
+  None,
+  "Which checkpoint; by default the best, else the last.",
+  flag_values=FLAGS,
 )
 _SET = flags.DEFINE_multi_string(
-  "set", [], "Gin binding that wins over the file's."
+  "set",
+  [],
+  "Gin binding that wins over the file's.",
+  flag_values=FLAGS,
 )
 
 
@@ -46,6 +59,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   path, workdir = _CONFIG.value, None
   if _WORKDIR.value is not None:
     workdir = pathlib.Path(_WORKDIR.value)
+    if path is None and not (workdir / "config.gin").is_file():
+      raise UserError(
+        f"--workdir={workdir}: found no config.gin there, expected the "
+        "directory of a run of experiments.train"
+      )
     path = path or str(workdir / "config.gin")
   experiment, _ = config.read(path, _SET.value)
   return runs.evaluate(experiment, workdir, _STEP.value)

@@ -37,8 +37,9 @@ def train(
   tokenizer = built.loaded.tokenizer
   start = state.create(built.params, experiment.trainable, experiment.optimizer)
   trainable, total = tree.count(start.trainable), tree.count(start.params)
-  (workdir / "parameters.txt").write_text(
-    tree.describe(built.params, experiment.trainable) + "\n"
+  _write(
+    workdir / "parameters.txt",
+    tree.describe(built.params, experiment.trainable) + "\n",
   )
   cli.say(
     f"{trainable:,} of {total:,} parameters are trained "
@@ -102,7 +103,7 @@ def train(
     **outcome.evaluation,
     "workdir": str(workdir),
   }
-  (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+  _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
   cli.say(_next(workdir, adapted))
   return result
 
@@ -142,6 +143,17 @@ def evaluate(
   for name in evaluations:
     found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
   return {"step": at, **found}
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  try:
+    path.write_text(text, encoding="utf-8")
+  except OSError as error:
+    raise UserError(
+      f"{path}: cannot be written ({error.strerror}).\nExpected a writable "
+      "folder with free space; the same command goes on from the last "
+      "checkpoint."
+    ) from error
 
 
 def _untrained(

@@ -21,20 +21,37 @@ from absl import flags
 
 from experiments import cli, runtime
 
+FLAGS = cli.new_flags()
+
 _CONFIG = flags.DEFINE_string(
-  "config", None, "Gin file, here or under configs/, e.g. runs/quickstart.gin."
+  "config",
+  None,
+  "Gin file, here or under configs/, e.g. runs/quickstart.gin.",
+  flag_values=FLAGS,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where the run leaves everything; resumed if it exists."
+  "workdir",
+  None,
+  "Where the run leaves everything; resumed if it exists.",
+  flag_values=FLAGS,
 )
 _SET = flags.DEFINE_multi_string(
-  "set", [], "Gin binding that wins over the file's, e.g. --set=STEPS=20."
+  "set",
+  [],
+  "Gin binding that wins over the file's, e.g. --set=STEPS=20.",
+  flag_values=FLAGS,
 )
 _TENSORBOARD = flags.DEFINE_bool(
-  "tensorboard", False, "Also write TensorBoard events (needs tensorboardX)."
+  "tensorboard",
+  False,
+  "Also write TensorBoard events (needs tensorboardX).",
+  flag_values=FLAGS,
 )
 _WANDB = flags.DEFINE_bool(
-  "wandb", False, "Also write to Weights & Biases (needs wandb)."
+  "wandb",
+  False,
+  "Also write to Weights & Biases (needs wandb).",
+  flag_values=FLAGS,
 )
 
 

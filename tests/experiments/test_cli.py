@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, generate, perplexity
+from experiments import cli, evaluate, generate, perplexity, runs, train
 from research import tree
 from research.interop import load
 from research.lora import adapt, peft
@@ -160,14 +160,38 @@ def test_a_directory_is_no_text(command, tmp_path):
   assert status == 1 and "directory" in errors
 
 
-@pytest.mark.parametrize("main", [generate.main, perplexity.main])
-def test_help_names_every_flag(command, main):
-  status, lines, _ = command(main, "--help")
+@pytest.mark.parametrize(
+  "module, own",
+  [
+    (generate, "model"),
+    (perplexity, "model"),
+    (train, "config"),
+    (evaluate, "workdir"),
+  ],
+  ids=lambda x: getattr(x, "__name__", x),
+)
+def test_help_names_every_flag(command, module, own):
+  status, lines, _ = command(module.main, "--help")
   text = "\n".join(lines)
   assert status == 0
   assert lines[0].endswith(".") and "python -m experiments." in text
-  for name in ("model", "dtype", "traceback", "huge_pages"):
+  for name in (own, *module.FLAGS):
     assert f"--{name}" in text or f"--[no]{name}" in text
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    ([], "--workdir=DIR of a run, or --config=FILE"),
+    (["--workdir=nowhere"], "--workdir=nowhere: found no config.gin"),
+    (["--config=nowhere.gin"], "--config=nowhere.gin: no such file"),
+  ],
+  ids=str,
+)
+def test_evaluate_errors(command, arguments, words):
+  status, lines, errors = command(evaluate.main, *arguments)
+  assert (status, lines) == (1, [])
+  assert words in errors and len(errors.splitlines()) <= 3
 
 
 @pytest.mark.parametrize(
@@ -206,6 +230,26 @@ def test_results_are_json(command):
     "b": None,
     "c": [str(ROOT), [1, None]],
   }
+
+
+FULL = pathlib.Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a device that is full")
+def test_a_full_disk():
+  with pytest.raises(UserError, match="/dev/full: cannot be written .No space"):
+    runs._write(FULL, "x")
+  with FULL.open("w") as full:
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.generate", "--help"],
+      cwd=ROOT,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      timeout=120,
+    )
+  assert done.returncode == 1
+  assert done.stderr == "error: output: No space left on device\n"
 
 
 def test_a_process_of_its_own():
