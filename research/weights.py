@@ -46,7 +46,8 @@ def einsum(eq: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."]:
   if is_weight(w):
     return w.einsum(eq, x)
   w = jnp.asarray(w).astype(x.dtype)
-  if _is_slow_row(x):
+  if eq.startswith("...") and _is_slow_row(x):
+    # The leading axis is then one of the dots, first in the output too.
     doubled = jnp.einsum(eq, jnp.concatenate([x, x]), w)
     return doubled[:1]
   return jnp.einsum(eq, x, w)

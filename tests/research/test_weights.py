@@ -65,6 +65,38 @@ def test_compute_dtype_is_that_of_the_activations():
     assert weights.einsum("...d,df->...f", x, w).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize(
+  "eq, shape",
+  [
+    ("...d,df->...f", (1, 6)),
+    ("...f,df->...d", (1, 1, 5)),
+    ("td,df->ft", (1, 6)),  # the row's axis is not the output's first
+    ("nd,df->f", (1, 6)),  # nor is it kept
+  ],
+)
+def test_a_single_row_in_bfloat16_is_that_row(eq, shape):
+  """One row is computed as two where XLA is slow with one."""
+  x, w = _draw(*shape).astype(jnp.bfloat16), LEAVES["array"]
+  exact = w.astype(jnp.bfloat16).astype(jnp.float32)
+
+  def value(x, w):
+    return weights.einsum(eq, x, w).astype(jnp.float32)
+
+  def expected(x, w):
+    return jnp.einsum(eq, x.astype(jnp.float32), w)
+
+  # Rounded once, to 8 bits; sums of six products may cancel.
+  chex.assert_trees_all_close(
+    value(x, w), expected(x, exact), rtol=2**-7, atol=2**-6
+  )
+  chex.assert_trees_all_close(
+    jax.grad(lambda w: value(x, w).sum())(w),
+    jax.grad(lambda w: expected(x, w).sum())(exact),
+    rtol=2**-7,
+    atol=2**-6,
+  )
+
+
 @pytest.mark.parametrize("eq", ["...d,df->...f", "...f,df->...d"])
 def test_gradients_are_those_of_the_dense_formula(eq):
   w = _lora()
