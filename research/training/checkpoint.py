@@ -352,7 +352,10 @@ def claim_workdir(
     if mark.exists():
       old = mark.read_text("utf-8", errors="replace")
       _same_experiment(mark, old, config, may_differ)
-    mark.write_text(config, encoding="utf-8")
+    # In one move: a full disk must not cost the mark that is there.
+    draft = mark.with_suffix(".tmp")
+    draft.write_text(config, encoding="utf-8")
+    draft.replace(mark)
   return workdir
 
 

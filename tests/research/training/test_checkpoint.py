@@ -190,3 +190,15 @@ def test_a_file_that_cannot_grow_is_the_users_error(tmp_path):
     assert checkpoints.steps == []
     checkpoints.save(start)
     assert checkpoints.steps == [0]
+
+
+def test_a_full_disk_leaves_the_mark(tmp_path):
+  checkpoint.claim_workdir(tmp_path, "steps = 1\n")
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
+  try:
+    with pytest.raises(UserError, match="cannot be written"):
+      checkpoint.claim_workdir(tmp_path, "steps = 2\n")
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  assert (tmp_path / "config.gin").read_text() == "steps = 1\n"
