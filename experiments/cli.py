@@ -38,6 +38,13 @@ flags.DEFINE_bool(
   flag_values=_SHARED,
 )
 
+MODEL = (
+  "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
+  "checkpoint that convert wrote, a .gguf file, org/name on the Hugging Face "
+  "Hub, or the name smollm2-135m."
+)
+"""What `--model` takes."""
+
 Main = Callable[[Sequence[str]], dict[str, Any] | None]
 flags.FLAGS.append_flag_values(_SHARED)
 

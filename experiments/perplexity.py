@@ -27,8 +27,7 @@ FLAGS = cli.new_flags()
 _MODEL = flags.DEFINE_string(
   "model",
   None,
-  "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
-  ".gguf file, or the name smollm2-135m.",
+  cli.MODEL,
   flag_values=FLAGS,
 )
 _TEXT = flags.DEFINE_string(
