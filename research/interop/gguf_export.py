@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from research.interop import changes, gguf_config, gguf_types, hf_config
+from research.interop import changes, gguf_config, gguf_types, hf_config_write
 from research.interop.gguf import GGUF, Pending, Tensor, nbytes, write_gguf
 from research.interop.gguf_model import (
   DTYPES,
@@ -68,7 +68,7 @@ def metadata(
   Raises:
     UserError: GGUF has no way to say what this model computes.
   """
-  kind = hf_config.describe(model, hint)["model_type"]
+  kind = hf_config_write.describe(model, hint)["model_type"]
   arch = ARCHITECTURES.get(kind)
   if arch is None:
     raise UserError(

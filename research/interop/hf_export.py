@@ -8,7 +8,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from research.interop import changes, hf, hf_config, names, safetensors
+from research.interop import (
+  changes,
+  hf,
+  hf_config,
+  hf_config_write,
+  names,
+  safetensors,
+)
 from research.interop.parts import Part, Parts, ordered
 from research.nn import presets
 from research.nn.tokenizer import Tokenizer
@@ -95,8 +102,8 @@ def config_json(
   if given is not None and _describes(given, model):
     config = dict(given)
   else:
-    config = hf_config.describe(model, hint)
-    kind = hf_config.ARCHITECTURES[config["model_type"]]
+    config = hf_config_write.describe(model, hint)
+    kind = hf_config_write.ARCHITECTURES[config["model_type"]]
     config = dict(architectures=[kind]) | config
     text = given.get("text_config", given) if given else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -11,7 +11,15 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from research.interop import gguf, hf, hf_config, load, ours, safetensors
+from research.interop import (
+  gguf,
+  hf,
+  hf_config,
+  hf_config_write,
+  load,
+  ours,
+  safetensors,
+)
 from research.interop import parts as part
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
@@ -94,7 +102,7 @@ def _gguf(path: pathlib.Path) -> Source:
 
   file = gguf.open_gguf(path)
   model, parts, tokenizer = gguf_model.open_model(str(path), file)
-  config = hf_config.describe(model, gguf_model.model_type(file))
+  config = hf_config_write.describe(model, gguf_model.model_type(file))
 
   def params():
     # Types of their own, so layers that differ get runs of their own.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import hf, hf_config, safetensors
+from research.interop import hf, hf_config, hf_config_write, safetensors
 from research.nn import presets, rope
 from research.typing import UserError
 
@@ -29,7 +29,7 @@ def model_of(config):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_written_and_read_again(name):
   model = model_of(CONFIGS[name])
-  config = hf_config.config_from_model(model, CONFIGS[name]["model_type"])
+  config = hf_config_write.config_from_model(model, CONFIGS[name]["model_type"])
   assert model_of(json.loads(json.dumps(config))) == model
 
 
@@ -41,7 +41,7 @@ def test_both_spellings_of_transformers_mean_the_same(name):
 def test_a_model_that_the_family_cannot_describe():
   model = model_of(CONFIGS["gemma2"])
   with pytest.raises(UserError, match="cannot describe"):
-    hf_config.config_from_model(model, "llama")
+    hf_config_write.config_from_model(model, "llama")
 
 
 @pytest.mark.parametrize(
