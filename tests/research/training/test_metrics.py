@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.training import metrics
+from research.training import memory, metrics
 from research.typing import UserError
 
 
