@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import cli
+from experiments import cli, runtime
 from experiments.experiment import Built, Experiment
 from research import tree
 from research.lora import adapt, peft
 from research.nn import generate
-from research.training import checkpoint, loop, plots, state, step
+from research.training import checkpoint, loop, metrics, plots, state, step
 from research.typing import UserError
 
 
@@ -52,6 +52,7 @@ def train(
   heldout = evaluations.pop("heldout", None)
 
   # --- train ---
+  ready = time.time() - runtime.START
   outcome = loop.fit(
     built.objective,
     experiment.optimizer,
@@ -97,6 +98,7 @@ def train(
     "tokens_per_s": outcome.tokens_per_s,
     "peak_memory_bytes": outcome.peak_memory_bytes,
     "seconds": time.perf_counter() - begin,
+    "seconds_to_first_step": _first_step(workdir, ready, outcome),
     "seconds_by_part": outcome.seconds,
     "steps": experiment.plan.steps,
     "best": outcome.best,
@@ -165,6 +167,22 @@ def _untrained(
     lambda x, y: jnp.asarray(x, y.dtype), first, trained.trainable
   )
   return dataclasses.replace(trained, trainable=first)
+
+
+def _first_step(
+  workdir: pathlib.Path, ready: float, outcome: loop.Outcome
+) -> float | None:
+  """Returns seconds from the command to the end of the first step.
+
+  None where this process resumed a run and so did not take it.
+  """
+  records = metrics.read_jsonl(workdir / "metrics.jsonl")
+  first = next((r for r in records if "train/seconds" in r), None)
+  if first is None or outcome.start:
+    return None
+  parts = ("restore", "compile")
+  before = ready + sum(outcome.seconds.get(part, 0.0) for part in parts)
+  return before + first["train/seconds"]
 
 
 def _look(

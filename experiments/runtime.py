@@ -7,6 +7,10 @@ and calls `setup()` once its flags are parsed.
 import os
 import pathlib
 import sys
+import time
+
+START = time.time()
+"""When this process began, to within the interpreter's own start."""
 
 PACKAGES = ("research", "kernels_pallas", "experiments")
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -77,6 +77,7 @@ class Outcome:
 
   Attributes:
     state: the state after the last step.
+    start: updates that were done before this process began.
     best: (step, metric) of the best checkpoint, or None.
     evaluation: metrics of the last evaluation in this process.
     tokens_per_s: of training alone in this process; None if it did no step.
@@ -85,6 +86,7 @@ class Outcome:
   """
 
   state: TrainState
+  start: int
   best: tuple[int, float] | None
   evaluation: dict[str, float]
   tokens_per_s: float | None
@@ -189,6 +191,7 @@ def fit(
     # --- finish ---
     return Outcome(
       state=dataclasses.replace(moving, frozen=frozen),
+      start=start,
       best=checkpoints.best,
       evaluation=evaluation,
       tokens_per_s=(
