@@ -235,12 +235,12 @@ def _next(workdir: pathlib.Path, adapted: bool) -> str:
     python = sys.executable
   where = os.path.relpath(workdir)
   where = str(workdir) if where.startswith("..") else where
-  model = where if adapted else "smollm2-135m"
-  return (
-    f"picture: {where}/loss.png. To try next:\n"
-    f"  {python} -m experiments.generate --model={model} "
-    '--prompt="A Python decorator is"\n'
-    f"  {python} -m experiments.perplexity --model={model} --text=README.md\n"
-    f"  {python} -m experiments.train --config=runs/quickstart.gin "
-    f"--set=RANK=64 --workdir={where}_r64"
-  )
+  lines = [f"{python} -m experiments.evaluate --workdir={where}"]
+  if adapted:
+    lines = [
+      f"{python} -m experiments.generate --model={where} "
+      '--prompt="A Python decorator is"',
+      f"{python} -m experiments.perplexity --model={where} --text=README.md",
+      *lines,
+    ]
+  return f"picture: {where}/loss.png. To try next:\n  " + "\n  ".join(lines)
