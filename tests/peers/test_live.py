@@ -102,7 +102,16 @@ def test_loss_and_gradients(name, heptad, tmp_path):
   got = safetensors.numpy.load_file(
     tmp_path / "slopes" / "adapter_model.safetensors"
   )
+  # The truth is fp64; PEFT's own fp32 is up to 7e-6 away from it. Whoever
+  # computes in fp32 may be off by 1e-5, or by twice what PEFT is.
+  wrapped = make_peft.wrap(
+    peer(make_peft.BASE), name, **make_peft.ADAPTERS[name]
+  )
+  theirs = make_peft.golden(wrapped)
   for key, value in want.items():
     if key.startswith("grad/"):
       error = np.abs(got[key.removeprefix("grad/")] - value).max()
-      assert error <= 1e-5 * np.abs(value).max(), key
+      allowed = max(
+        1e-5 * np.abs(value).max(), 2 * np.abs(theirs[key] - value).max()
+      )
+      assert error <= allowed, key
