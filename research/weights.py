@@ -144,3 +144,28 @@ def weight(
   if module.has_variable("params", name):
     return module.get_variable("params", name)
   return module.param(name, init, shape)
+
+
+def project(
+  module: nn.Module,
+  x: Float[Array, "*B I"],
+  name: str,
+  size: int,
+  bias: bool = False,
+) -> Float[Array, "*B O"]:
+  """Returns `x` times `module`'s weight `name [in, size]`, plus its bias.
+
+  Args:
+    module: whose parameters `name` and `name_bias` are, inside its call.
+    x: activations.
+    name: of the weight.
+    size: output width `O`.
+    bias: whether there is one.
+  """
+  init = nn.initializers.lecun_normal()
+  w = weight(module, name, init, (x.shape[-1], size))
+  y = einsum("...d,df->...f", x, w)
+  if bias:
+    zeros = nn.initializers.zeros
+    y += weight(module, f"{name}_bias", zeros, (size,)).astype(y.dtype)
+  return y

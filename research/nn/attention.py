@@ -90,20 +90,13 @@ class Attention(nn.Module):
       softcap=self.softcap,
     )
     y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
-    return self._project(y, "o", x.shape[-1], self.out_bias), cache
+    y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
+    return y, cache
 
   def _heads(self, x, name, heads):
-    y = self._project(x, name, heads * self.head_dim, self.qkv_bias)
+    size = heads * self.head_dim
+    y = weights.project(self, x, name, size, self.qkv_bias)
     return y.reshape(*x.shape[:2], heads, self.head_dim)
-
-  def _project(self, x, name, size, bias):
-    init = nn.initializers.lecun_normal()
-    w = weights.weight(self, name, init, (x.shape[-1], size))
-    y = weights.einsum("...d,df->...f", x, w)
-    if bias:
-      zeros = nn.initializers.zeros
-      y += weights.weight(self, f"{name}_bias", zeros, (size,)).astype(y.dtype)
-    return y
 
   def _remembered(self, cache, written, k, v, positions, length, mask):
     """Returns the keys and values to look at, and the mask over them."""

@@ -35,19 +35,11 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    width = x.shape[-1]
 
     def project(name, x, size):
-      init = nn.initializers.lecun_normal()
-      w = weights.weight(self, name, init, (x.shape[-1], size))
-      y = weights.einsum("...d,df->...f", x, w)
-      if self.bias:
-        zeros = nn.initializers.zeros
-        y += weights.weight(self, f"{name}_bias", zeros, (size,)).astype(
-          y.dtype
-        )
-      return y
+      return weights.project(self, x, name, size, self.bias)
 
     gate = checkpoint_name(project("gate", x, self.hidden), "gate")
     up = checkpoint_name(project("up", x, self.hidden), "up")
-    return project("down", ACTIVATIONS[self.activation](gate) * up, width)
+    product = ACTIVATIONS[self.activation](gate) * up
+    return project("down", product, x.shape[-1])
