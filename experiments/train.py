@@ -61,12 +61,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   runtime.setup()
   from experiments import config, runs
-  from research.training import checkpoint, metrics
+  from research.training import metrics
+  from research.training.workdir import claim_workdir
 
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
   writers += [metrics.WandbWriter] * _WANDB.value
   experiment, text = config.read(_CONFIG.value, _SET.value)
-  workdir = checkpoint.claim_workdir(_WORKDIR.value, text)
+  workdir = claim_workdir(_WORKDIR.value, text)
   return runs.train(experiment, workdir, writers)
 
 

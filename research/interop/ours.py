@@ -23,7 +23,7 @@ from research.nn import presets
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
 from research.quant.blocks import BlockTensor
-from research.training import checkpoint
+from research.training import base
 from research.typing import Params, UserError
 
 METADATA = "metadata.gguf"
@@ -61,7 +61,7 @@ def save(
     weights=_describe(params),
   )
   safetensors.write_json(directory / "config.json", config)
-  checkpoint.record_base(directory / ARRAYS, params, None)
+  base.record_base(directory / ARRAYS, params, None)
   # Last: where there is a note, the checkpoint is whole.
   safetensors.write_json(directory / NOTE, note)
 
@@ -144,7 +144,7 @@ def load(
   model = presets.transformer(family, sizes, dtype)
   target = _abstract(note.get("weights"), f"{file}: weights")
   _fits(file, model, target)
-  params = checkpoint.load_frozen(directory / ARRAYS, target)
+  params = base.load_frozen(directory / ARRAYS, target)
   source = note.object("source")
   return model, params, dict(source.values) if source else {}
 

@@ -1,17 +1,13 @@
-"""Checkpoints of a run: what moved, where the data stood, and on what base.
+"""Checkpoints of a run: what moved, and where the data stood.
 
 Each step holds `state` (step, trainable, optimizer state, moving average) and
 `data` (the iterator's position). Frozen weights are not part of a step: they
-are recorded once a run (`record_base`), as a reference to where they came from
-or, where they came from nowhere, as one copy.
+are recorded once a run, see `base`.
 
 The only file that imports orbax.
 """
 
 import contextlib
-import difflib
-import hashlib
-import json
 import logging
 import math
 import os
@@ -68,7 +64,7 @@ class Checkpoints:
     self.folder = pathlib.Path(folder).absolute()
     self._sign = 1.0 if better == "lower" else -1.0
     self._best = best
-    with _writing(self.folder):
+    with writing(self.folder):
       self._steps = ocp.training.Checkpointer(
         self.folder,
         save_decision_policy=_decide.FixedIntervalPolicy(1),
@@ -135,7 +131,7 @@ class Checkpoints:
     if data is not None:
       parts["data"] = data
     cost = self._sign * (metrics or {}).get(self._best, math.nan)
-    with _writing(self.folder):
+    with writing(self.folder):
       self._steps.save_checkpointables(
         step,
         parts,
@@ -174,7 +170,7 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def _writing(where: pathlib.Path):
+def writing(where: pathlib.Path):
   """Turns what a full or read-only disk raises into a UserError."""
   try:
     with _quiet():
@@ -250,132 +246,21 @@ def _compare(where: pathlib.Path, found: Any, wanted: Any) -> None:
     )
 
 
-def fingerprint(weights: Any) -> str:
-  """Returns a hash of every array's path, shape, type and a sample of values.
-
-  It tells one base model from another without reading all of it.
-  """
-  digest = hashlib.sha256()
-  for path, x in tree.flatten_paths(weights):
-    digest.update(f"{path} {x.shape} {x.dtype}\n".encode())
-    digest.update(np.asarray(_sample(x)).tobytes())
-  return digest.hexdigest()
+def save_tree(path: os.PathLike, arrays: Any) -> None:
+  """Writes a tree of arrays, whole or not at all; replaces what is there."""
+  ocp.save(path, arrays, overwrite=True)
 
 
-@jax.jit
-def _sample(x):
-  return x.reshape(-1)[:: max(1, x.size // 256)]
-
-
-def record_base(
-  folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
-) -> None:
-  """Records once on which frozen weights a run stands.
+def load_tree(path: os.PathLike, target: Any) -> Any:
+  """Returns the tree that `save_tree` wrote.
 
   Args:
-    folder: of the run's checkpoints.
-    frozen: the frozen tree.
-    source: a JSON object that says where the weights can be had again; None
-      if nowhere, and then they are copied into `folder/frozen`.
+    path: where it is.
+    target: a tree with its structure, shapes, types and shardings.
 
   Raises:
-    UserError: the run stands on other weights.
+    UserError: what it holds differs from `target`.
   """
-  folder = pathlib.Path(folder).absolute()
-  note = folder / "base.json"
-  found = fingerprint(frozen)
-  here = None if source is None else dict(source)
-  if note.exists():
-    known = _read_note(note)
-    if known["fingerprint"] != found:
-      raise UserError(
-        f"{note}: this run's frozen weights came from {known.get('source')} and"
-        f" are not the same as now, from {here}.\n"
-        "Use the same base weights, or another workdir."
-      )
-    return
-  with _writing(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    if source is None and jax.tree.leaves(frozen):
-      ocp.save(folder / "frozen", frozen, overwrite=True)
-    # Written last and in one move: where there is a note, it is whole.
-    draft = note.with_suffix(".tmp")
-    record = {"source": here, "fingerprint": found}
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draft.replace(note)
-
-
-def _read_note(note: pathlib.Path) -> dict[str, Any]:
-  try:
-    known = json.loads(note.read_bytes())
-    return {"source": known.get("source"), "fingerprint": known["fingerprint"]}
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise UserError(
-      f"{note}: not a note on base weights ({error}).\n"
-      "Expected JSON with source and fingerprint; use another workdir."
-    ) from error
-
-
-def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
-  """Returns the frozen weights that `record_base` copied.
-
-  Args:
-    folder: of the run's checkpoints.
-    target: a tree with their structure, shapes, types and shardings.
-  """
-  path = pathlib.Path(folder).absolute() / "frozen"
-  if not path.is_dir():
-    raise UserError(
-      f"{path}: no frozen weights here; base.json says where they came from."
-    )
   with _quiet():
-    _compare(path, ocp.metadata(path).metadata, target)
+    _compare(pathlib.Path(path), ocp.metadata(path).metadata, target)
     return ocp.load(path, jax.tree.map(_abstract, target))
-
-
-def claim_workdir(
-  workdir: str | os.PathLike, config: str, may_differ: str = r"(?i)\bsteps\b"
-) -> pathlib.Path:
-  """Returns the workdir, made and marked as this experiment's.
-
-  The mark is `config.gin`, the operative configuration. One that is there must
-  be equal, but for lines in which `may_differ` is found: more steps are the
-  same experiment.
-
-  Raises:
-    UserError: it holds another experiment, or cannot be written.
-  """
-  workdir = pathlib.Path(workdir).absolute()
-  mark = workdir / "config.gin"
-  with _writing(workdir):
-    workdir.mkdir(parents=True, exist_ok=True)
-    if mark.exists():
-      old = mark.read_text("utf-8", errors="replace")
-      _same_experiment(mark, old, config, may_differ)
-    # In one move: a full disk must not cost the mark that is there.
-    draft = mark.with_suffix(".tmp")
-    draft.write_text(config, encoding="utf-8")
-    draft.replace(mark)
-  return workdir
-
-
-def _same_experiment(
-  mark: pathlib.Path, old: str, new: str, may_differ: str
-) -> None:
-  def lines(text):
-    kept = (line.strip() for line in text.splitlines())
-    return [x for x in kept if x and not re.search(may_differ, x)]
-
-  changes = [
-    line
-    for line in difflib.unified_diff(lines(old), lines(new), n=0, lineterm="")
-    if line[:1] in "+-" and line[:3] not in ("+++", "---")
-  ]
-  if changes:
-    more = len(changes) - SHOWN
-    rest = f"  (and {more} more)" if more > 0 else ""
-    raise UserError(
-      f"{mark}: this workdir holds another experiment.\n"
-      f"{'  '.join(changes[:SHOWN])}{rest}\n"
-      "Choose another workdir, or delete this one."
-    )

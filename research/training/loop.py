@@ -22,7 +22,8 @@ import optax
 
 from research.training import memory
 from research.training import metrics as reports
-from research.training.checkpoint import Checkpoints, record_base
+from research.training.base import record_base
+from research.training.checkpoint import Checkpoints
 from research.training.objective import Batch, Objective
 from research.training.state import TrainState
 from research.training.step import EvalStep, make_eval_step, make_train_step

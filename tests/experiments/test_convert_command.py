@@ -192,7 +192,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
 def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
   """Its best checkpoint is rebuilt from config.gin and written."""
   from experiments import config, runs
-  from research.training import checkpoint
+  from research.training.workdir import claim_workdir
 
   name = MODELS / "gguf_f32" / "model.gguf"
   read = config.read(
@@ -205,7 +205,7 @@ def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
       f"experiment.Pretrained.name='{name}'",
     ],
   )
-  workdir = checkpoint.claim_workdir(tmp_path / "run", read.text)
+  workdir = claim_workdir(tmp_path / "run", read.text)
   runs.train(read.experiment, workdir)
   capsys.readouterr()
   status, result, errors = command(

@@ -15,7 +15,8 @@ from experiments import config, runs
 from research import tree
 from research.interop import load
 from research.lora import adapt
-from research.training import checkpoint, metrics
+from research.training import metrics
+from research.training.workdir import claim_workdir
 from research.typing import UserError
 
 SMALL = [
@@ -30,7 +31,7 @@ SMALL = [
 
 def _run(workdir, *bindings):
   read = config.read("runs/quickstart.gin", [*SMALL, *bindings])
-  folder = checkpoint.claim_workdir(workdir, read.text)
+  folder = claim_workdir(workdir, read.text)
   return runs.train(read.experiment, folder)
 
 
@@ -78,7 +79,7 @@ def test_adapter_is_the_trained_one(finished):
 def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
   workdir, first = finished
   read = config.read(str(workdir / "config.gin"))
-  folder = checkpoint.claim_workdir(tmp_path / "again", read.text)
+  folder = claim_workdir(tmp_path / "again", read.text)
   again = runs.train(read.experiment, folder)
   assert again["perplexity_after"] == first["perplexity_after"]
   weights = [

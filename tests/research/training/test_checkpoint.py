@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from research import tree
-from research.training import checkpoint, optim, state
+from research.training import base, optim, state
 from research.training.checkpoint import Checkpoints
+from research.training.workdir import claim_workdir
 from research.typing import UserError
 
 ADAPTERS = r"/(a|b)$"
@@ -51,7 +52,7 @@ def test_round_trip(start, tmp_path):
 def test_a_step_holds_no_frozen_weight(line, tmp_path):
   params = {"big": jnp.ones((512, 1024)), "a": jnp.ones((4, 4))}
   start = state.create(params, "^a$", optim.adamw(1e-3))
-  checkpoint.record_base(tmp_path, start.frozen, {"name": "somewhere"})
+  base.record_base(tmp_path, start.frozen, {"name": "somewhere"})
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(start)
   # 2 MiB are frozen; 192 bytes move, the rest is Orbax's book-keeping.
@@ -118,14 +119,14 @@ def test_latest_and_best_are_kept(tmp_path, better, best, kept):
 
 
 def test_frozen_weights_are_recorded_once(start, tmp_path):
-  checkpoint.record_base(tmp_path, start.frozen, None)
+  base.record_base(tmp_path, start.frozen, None)
   note = json.loads((tmp_path / "base.json").read_text())
   assert note["source"] is None
   size = nbytes(tmp_path)
-  checkpoint.record_base(tmp_path, start.frozen, None)
+  base.record_base(tmp_path, start.frozen, None)
   assert nbytes(tmp_path) == size > tree.nbytes(start.frozen) / 2
   target = jax.tree.map(jnp.zeros_like, start.frozen)
-  found = checkpoint.load_frozen(tmp_path, target)
+  found = base.load_frozen(tmp_path, target)
   chex.assert_trees_all_equal(found, start.frozen)
 
 
@@ -142,32 +143,32 @@ def test_only_the_writer_sweeps(start, tmp_path):
 
 
 def test_another_base_is_refused(start, tmp_path):
-  checkpoint.record_base(tmp_path, start.frozen, {"name": "one"})
+  base.record_base(tmp_path, start.frozen, {"name": "one"})
   other = jax.tree.map(lambda x: x + 1, start.frozen)
   with pytest.raises(UserError, match="came from {'name': 'one'}"):
-    checkpoint.record_base(tmp_path, other, {"name": "two"})
+    base.record_base(tmp_path, other, {"name": "two"})
   with pytest.raises(UserError, match="no frozen weights here"):
-    checkpoint.load_frozen(tmp_path, start.frozen)
+    base.load_frozen(tmp_path, start.frozen)
   (tmp_path / "base.json").write_text("[]")
   with pytest.raises(UserError, match="not a note on base weights"):
-    checkpoint.record_base(tmp_path, start.frozen, None)
+    base.record_base(tmp_path, start.frozen, None)
 
 
 def test_workdir_belongs_to_one_experiment(tmp_path):
   config = "adamw.learning_rate = 0.1\nSTEPS = 5\nPlan.steps = %STEPS\n"
-  workdir = checkpoint.claim_workdir(tmp_path / "run", config)
+  workdir = claim_workdir(tmp_path / "run", config)
   assert (workdir / "config.gin").read_text() == config
   longer = config.replace("5", "9")
-  checkpoint.claim_workdir(workdir, longer)
+  claim_workdir(workdir, longer)
   assert (workdir / "config.gin").read_text() == longer
   with pytest.raises(UserError, match="another experiment") as caught:
-    checkpoint.claim_workdir(workdir, config.replace("0.1", "0.2"))
+    claim_workdir(workdir, config.replace("0.1", "0.2"))
   assert "-adamw.learning_rate = 0.1  +adamw.learning_rate = 0.2" in str(
     caught.value
   )
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match="cannot be written"):
-    checkpoint.claim_workdir(tmp_path / "file", config)
+    claim_workdir(tmp_path / "file", config)
 
 
 def test_a_file_that_cannot_grow_is_the_users_error(tmp_path):
@@ -193,12 +194,12 @@ def test_a_file_that_cannot_grow_is_the_users_error(tmp_path):
 
 
 def test_a_full_disk_leaves_the_mark(tmp_path):
-  checkpoint.claim_workdir(tmp_path, "steps = 1\n")
+  claim_workdir(tmp_path, "steps = 1\n")
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
   try:
     with pytest.raises(UserError, match="cannot be written"):
-      checkpoint.claim_workdir(tmp_path, "steps = 2\n")
+      claim_workdir(tmp_path, "steps = 2\n")
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert (tmp_path / "config.gin").read_text() == "steps = 1\n"

@@ -1,0 +1,57 @@
+"""A run's working directory: whose it is."""
+
+import difflib
+import os
+import pathlib
+import re
+
+from research.training import checkpoint
+from research.typing import UserError
+
+
+def claim_workdir(
+  workdir: str | os.PathLike, config: str, may_differ: str = r"(?i)\bsteps\b"
+) -> pathlib.Path:
+  """Returns the workdir, made and marked as this experiment's.
+
+  The mark is `config.gin`, the operative configuration. One that is there must
+  be equal, but for lines in which `may_differ` is found: more steps are the
+  same experiment.
+
+  Raises:
+    UserError: it holds another experiment, or cannot be written.
+  """
+  workdir = pathlib.Path(workdir).absolute()
+  mark = workdir / "config.gin"
+  with checkpoint.writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+    if mark.exists():
+      old = mark.read_text("utf-8", errors="replace")
+      _same_experiment(mark, old, config, may_differ)
+    # In one move: a full disk must not cost the mark that is there.
+    draft = mark.with_suffix(".tmp")
+    draft.write_text(config, encoding="utf-8")
+    draft.replace(mark)
+  return workdir
+
+
+def _same_experiment(
+  mark: pathlib.Path, old: str, new: str, may_differ: str
+) -> None:
+  def lines(text):
+    kept = (line.strip() for line in text.splitlines())
+    return [x for x in kept if x and not re.search(may_differ, x)]
+
+  changes = [
+    line
+    for line in difflib.unified_diff(lines(old), lines(new), n=0, lineterm="")
+    if line[:1] in "+-" and line[:3] not in ("+++", "---")
+  ]
+  if changes:
+    more = len(changes) - checkpoint.SHOWN
+    rest = f"  (and {more} more)" if more > 0 else ""
+    raise UserError(
+      f"{mark}: this workdir holds another experiment.\n"
+      f"{'  '.join(changes[: checkpoint.SHOWN])}{rest}\n"
+      "Choose another workdir, or delete this one."
+    )
