@@ -99,9 +99,12 @@ def axes(w: Weight, names: Sequence[str | None]) -> Any:
 
   Args:
     w: a weight whose trailing axes are `names`; leading ones, such as the
-      layers of a scanned run, have no name.
+      layers of a scanned run, have no name. None, a part that another tree
+      has, stays None.
     names: one logical name (or None) per trailing axis.
   """
+  if w is None:
+    return None
   if is_weight(w):
     return w.axes(tuple(names))
   return (None,) * (w.ndim - len(names)) + tuple(names)

@@ -127,12 +127,11 @@ class LoRATensor:
 
   def axes(self, names: tuple[str | None, ...]) -> "LoRATensor":
     """`a` keeps the input's name, `b` the output's; the rank is unsharded."""
-    lead = (None,) * (self.a.ndim - len(names)) + names[:-2]
     return dataclasses.replace(
       self,
       w=weights.axes(self.w, names),
-      a=(*lead, None, names[-2]),
-      b=(*lead, None, names[-1]),
+      a=weights.axes(self.a, (*names[:-2], None, names[-2])),
+      b=weights.axes(self.b, (*names[:-2], None, names[-1])),
       key=None,
     )
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import weights
 from research.interop import gguf_types
 from research.quant import products
 from research.typing import Array, Float, Int, PRNGKey
@@ -134,15 +135,20 @@ class BlockTensor:
 
   def axes(self, names: tuple[str | None, ...]) -> "BlockTensor":
     """Blocks keep the name of the axis they cut; codes in one have none."""
-    *lead, first, second = (None,) * (self.ndim - len(names)) + tuple(names)
+    *lead, first, second = names
     x, rows = (first, second) if self.axis == -2 else (second, first)
     scale, codes = (*lead, x, rows), (*lead, x, None, rows)
+
+    # A part may be None: in the trainable half of a tree all of them are.
+    def part(name, names):
+      return weights.axes(getattr(self, name), names)
+
     return dataclasses.replace(
       self,
-      codes=codes,
-      scale=scale,
-      offset=None if self.offset is None else scale,
-      high=None if self.high is None else codes,
+      codes=part("codes", codes),
+      scale=part("scale", scale),
+      offset=part("offset", scale),
+      high=part("high", codes),
     )
 
   def bind(
