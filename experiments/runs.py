@@ -21,7 +21,15 @@ from experiments.experiment import Built, Experiment
 from research import tree
 from research.lora import adapt, peft
 from research.nn import generate
-from research.training import checkpoint, loop, metrics, plots, state, step
+from research.training import (
+  checkpoint,
+  evaluating,
+  loop,
+  metrics,
+  plots,
+  state,
+  step,
+)
 from research.typing import UserError
 
 
@@ -141,7 +149,7 @@ def evaluate(
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = jax.jit(step.make_eval_step(built.objective))
-  found = loop.evaluate_all(measure, trained, evaluations)
+  found = evaluating.evaluate_all(measure, trained, evaluations)
   for name in evaluations:
     found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
   return {"step": at, **found}
@@ -210,7 +218,7 @@ def _look(
     cli.say(f"{when}: {experiment.prompt}{text}\n")
   if heldout is None:
     return None
-  perplexity = math.exp(loop.evaluate(measure, trained, heldout)["loss"])
+  perplexity = math.exp(evaluating.evaluate(measure, trained, heldout)["loss"])
   cli.say(f"{when}: held-out perplexity {perplexity:.3f}")
   return perplexity
 

@@ -1,19 +1,15 @@
 """The loop: restore, compile, step, evaluate, save.
 
-`fit` reads straight down; what it calls stands below it. A run is a function
-of its plan, its data and its seed: ten steps are bitwise five, a crash, and
-five more, since a step's key is `fold_in(key(seed), step)` and the data's place
-is saved with the state.
+`fit` reads straight down. A run is a function of its plan, its data and its
+seed: ten steps are bitwise five, a crash, and five more, since a step's key is
+`fold_in(key(seed), step)` and the data's place is saved with the state.
 """
 
 import contextlib
 import dataclasses
-import logging
-import math
 import os
 import pathlib
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,13 +20,13 @@ from research.training import memory
 from research.training import metrics as reports
 from research.training.base import record_base
 from research.training.checkpoint import Checkpoints
+from research.training.compiling import compile_step
+from research.training.evaluating import Evaluations, evaluate_all
 from research.training.objective import Batch, Objective
+from research.training.report import Clock, Report
 from research.training.state import TrainState
-from research.training.step import EvalStep, make_eval_step, make_train_step
-from research.typing import PRNGKey, UserError
-
-Evaluations = Mapping[str, Sequence[Batch]]
-"""Name, e.g. `validation`, -> batches of one shape."""
+from research.training.step import make_eval_step, make_train_step
+from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,7 +157,7 @@ def fit(
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    report = stack.enter_context(_Report(workdir, writers, resumed, plan.steps))
+    report = stack.enter_context(Report(workdir, writers, resumed, plan.steps))
     if cost:
       report.write(start, cost)
     report.restart()
@@ -203,160 +199,6 @@ def fit(
     )
 
 
-def compile_step(
-  step: Callable, state: TrainState, batch: Batch, key: PRNGKey
-) -> tuple[Callable, dict[str, float]]:
-  """Returns the compiled update and what it costs.
-
-  The update is `(moving, frozen, batch, key) -> (moving, metrics)`, where
-  `moving` is the state without its frozen part. It is donated; `frozen` is
-  not. It takes one shape of batch: another one is a UserError, never a silent
-  recompilation.
-
-  Args:
-    step: from `make_train_step`.
-    state: or its shapes.
-    batch: or its shapes.
-    key: or its shape.
-  """
-
-  def update(moving, frozen, batch, key):
-    full = dataclasses.replace(moving, frozen=frozen)
-    state, metrics = step(full, batch, key)
-    return dataclasses.replace(state, frozen=None), metrics
-
-  begin = time.perf_counter()
-  moving = dataclasses.replace(state, frozen=None)
-  program = jax.jit(update, donate_argnums=0)
-  compiled = program.lower(moving, state.frozen, batch, key).compile()
-  memory.release()
-  cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
-  logging.info(
-    "Compiled the step in %.1f s: %s",
-    cost["compile/seconds"],
-    ", ".join(
-      f"{v:.3g} {k[8:]}" for k, v in cost.items() if k[8:] != "seconds"
-    ),
-  )
-  shapes = _shapes(batch)
-
-  def run(moving, frozen, batch, key):
-    if _shapes(batch) != shapes:
-      raise UserError(
-        f"batch: found {_shapes(batch)},\nexpected {shapes}.\n"
-        "Every batch of a run has one shape: pad the rows, drop a short batch."
-      )
-    return compiled(moving, frozen, batch, key)
-
-  return run, cost
-
-
-def evaluate_all(
-  step: EvalStep, state: TrainState, evaluations: Evaluations
-) -> dict[str, float]:
-  """Returns `name/metric` for each evaluation: means over the weight."""
-  return {
-    f"{name}/{metric}": value
-    for name, batches in evaluations.items()
-    for metric, value in evaluate(step, state, batches).items()
-  }
-
-
-def evaluate(
-  step: EvalStep, state: TrainState, batches: Iterable[Batch]
-) -> dict[str, float]:
-  """Returns the metrics' means over all batches' weight, and `weight`.
-
-  Args:
-    step: from `make_eval_step`, jitted.
-    state: what to evaluate.
-    batches: of one shape.
-  """
-  sums = None
-  for batch in batches:
-    found = step(state, batch)
-    # Added on the device: nothing waits until the last batch is queued.
-    sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
-  total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}
-  weight = total.pop("weight", 0.0)
-  if not weight:
-    raise UserError(
-      "evaluation: no targets. Expected at least one batch with some weight;\n"
-      "check the evaluation's source and split."
-    )
-  return {**{k: v / weight for k, v in total.items()}, "weight": weight}
-
-
-class Clock:
-  """Seconds by what was being done."""
-
-  def __init__(self):
-    self.seconds: dict[str, float] = {}
-
-  @contextlib.contextmanager
-  def doing(self, what: str):
-    """Adds the time spent inside to `what`."""
-    begin = time.perf_counter()
-    try:
-      yield
-    finally:
-      spent = time.perf_counter() - begin
-      self.seconds[what] = self.seconds.get(what, 0.0) + spent
-
-
-class _Report:
-  """Everything that a step's numbers go to."""
-
-  def __init__(self, workdir, writers, resumed: int | None, steps: int):
-    self.tokens = 0
-    self.late = reports.OneStepLate(self._train)
-    self.workdir = workdir
-    self._writers = [
-      reports.JsonlWriter(workdir / "metrics.jsonl", resumed),
-      *(make(workdir, resumed) for make in writers),
-    ]
-    self._bar = reports.progress_bar(steps, resumed or 0)
-    self.restart()
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    self._bar.close()
-    for writer in self._writers:
-      writer.close()
-
-  def restart(self) -> None:
-    """Starts timing anew: what came before was no step."""
-    self._before = time.perf_counter()
-
-  def write(self, step: int, values: Mapping[str, Any]) -> None:
-    for writer in self._writers:
-      writer.scalars(step, values)
-
-  def _train(self, step: int, values: dict[str, float]) -> None:
-    now = time.perf_counter()
-    seconds, self._before = now - self._before, now
-    self.tokens += int(values["tokens"])
-    named = {f"train/{name}": value for name, value in values.items()}
-    self.write(step, {**named, "train/seconds": seconds})
-    rate = f"{values['tokens'] / seconds:.0f}"
-    self._bar.set_postfix(
-      {"loss": f"{values['loss']:.4f}", "tokens/s": rate}, refresh=False
-    )
-    self._bar.update()
-    # The loss first: what is wrong with it is wrong with all others too.
-    for name, value in sorted(
-      named.items(), key=lambda x: x[0] != "train/loss"
-    ):
-      if not math.isfinite(value):
-        raise UserError(
-          f"{self.workdir}: {name} is {value} at step {step}.\n"
-          "Expected a finite number; lower the learning rate or clip, then"
-          " resume from the last checkpoint."
-        )
-
-
 def _due(every: int, number: int, last: bool) -> bool:
   return last or (every > 0 and number % every == 0)
 
@@ -369,26 +211,8 @@ def _tokens(batch: Batch) -> int:
   return int(np.prod(batch["tokens"].shape)) if "tokens" in batch else 0
 
 
-def _shapes(batch: Batch) -> dict[str, str]:
-  return {
-    path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-    for path, x in sorted(batch.items())
-  }
-
-
-def _cost(compiled: Any) -> dict[str, float]:
-  """Returns what XLA says of a program; bodies of loops count once."""
-  flops = (compiled.cost_analysis() or {}).get("flops")
-  usage = compiled.memory_analysis()
-  cost = {} if flops is None else {"compile/flops": float(flops)}
-  if usage is not None:
-    cost["compile/temporary_bytes"] = usage.temp_size_in_bytes
-    cost["compile/argument_bytes"] = usage.argument_size_in_bytes
-  return cost
-
-
 @contextlib.contextmanager
-def _traced(plan: Plan, number: int, last: bool, report: _Report):
+def _traced(plan: Plan, number: int, last: bool, report: Report):
   """Traces the steps that `plan.profile` names, for TensorBoard or xprof."""
   first, count = plan.profile or (0, 0)
   if number == first:

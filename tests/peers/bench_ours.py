@@ -39,7 +39,7 @@ def train(dtype: str, runs: int, steps: int) -> dict:
 
   from research import tree
   from research.lora import adapt
-  from research.training import loop, objective, optim, state, step
+  from research.training import compiling, objective, optim, state, step
 
   loaded, ids = load(dtype)
   params = adapt.Adapt(rank=RANK, alpha=ALPHA)(loaded.params, jax.random.key(0))
@@ -60,7 +60,7 @@ def train(dtype: str, runs: int, steps: int) -> dict:
   )
   key = jax.random.key(0)
   update = step.make_train_step(objective.NextToken(model), tx)
-  run, cost = loop.compile_step(update, start, batch, key)
+  run, cost = compiling.compile_step(update, start, batch, key)
   frozen = start.frozen
   held = {"state": start.__class__(
     start.step, start.trainable, None, start.opt_state

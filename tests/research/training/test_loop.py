@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from research.data import pipeline
-from research.training import loop, optim, state
+from research.training import evaluating, loop, optim, state
 from research.training.checkpoint import Checkpoints
 from research.training.objective import NextToken
 from research.training.step import make_eval_step
@@ -208,14 +208,16 @@ def test_evaluate_weighs_by_targets(line):
   objective, params, numbers = line
   start = state.create(params, "w", optax.sgd(0.1))
   batches = [b for b, _ in zip(numbers(), range(3), strict=False)]
-  found = loop.evaluate(jax.jit(make_eval_step(objective)), start, batches)
+  found = evaluating.evaluate(
+    jax.jit(make_eval_step(objective)), start, batches
+  )
   weight = np.concatenate([b["weights"] for b in batches])
   error = np.concatenate([(b["y"] - 0.5) ** 2 for b in batches])
   assert found["weight"] == weight.sum()
   want = (error * weight).sum() / weight.sum()
   np.testing.assert_allclose(found["loss"], want, rtol=1e-5)
   with pytest.raises(UserError, match="no targets"):
-    loop.evaluate(make_eval_step(objective), start, [])
+    evaluating.evaluate(make_eval_step(objective), start, [])
 
 
 def test_profile_of_early_steps(line, tmp_path):
