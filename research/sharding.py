@@ -296,19 +296,39 @@ def constrain(
     names: one for each axis of `x`. An axis that its mesh axes do not divide
       stays whole, and so do mesh axes of a surrounding `shard_map`.
   """
-  spec = activation(x.shape, *names)
-  if spec == PartitionSpec():
+  if not is_cut():
     return x
-  return jax.lax.with_sharding_constraint(x, spec)
+  return jax.lax.with_sharding_constraint(x, activation(x.shape, *names))
+
+
+def is_cut() -> bool:
+  """Whether a mesh is set that has several devices, here, to cut arrays over.
+
+  Inside a `shard_map` over all of its axes it has not.
+  """
+  return math.prod(_free_sizes().values()) > 1
 
 
 def activation(shape: Sequence[int], *names: str | None) -> PartitionSpec:
   """Returns the spec that `constrain` would give an array of `shape`."""
+  cut = _Cut(RULES, _free_sizes(), {})
+  return cut.spec(shape, _Names(names), "activation")
+
+
+def cuts(
+  shape: Sequence[int], *names: str | None
+) -> tuple[tuple[str, ...], ...]:
+  """Returns the mesh axes in `activation`'s spec, for each axis of `shape`."""
+  spec = activation(shape, *names)
+  spec = (*spec, *(None,) * (len(shape) - len(spec)))
+  return tuple((a,) if isinstance(a, str) else tuple(a or ()) for a in spec)
+
+
+def _free_sizes() -> dict[str, int]:
+  """Returns the sizes of the mesh's axes that no `shard_map` goes over."""
   mesh = jax.sharding.get_abstract_mesh()
   manual = set(mesh.manual_axes)
-  sizes = {k: v for k, v in mesh.shape.items() if k not in manual}
-  cut = _Cut(RULES, sizes, {})
-  return cut.spec(shape, _Names(names), "activation")
+  return {k: v for k, v in mesh.shape.items() if k not in manual}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
