@@ -26,49 +26,65 @@ CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 """Beside the package, in a checkout and in an installation alike."""
 
 _MACRO = "gin.macro"
+_FOLDERS = {"config": "runs", "sweep": "sweeps"}
 
 
 class Read(NamedTuple):
-  """An experiment and the text that rebuilds it."""
+  """An experiment, or what else is a root, and the text that rebuilds it."""
 
-  experiment: Experiment
+  experiment: Any
   text: str
 
 
-def find(path: str) -> pathlib.Path:
-  """Returns the gin file named `path`: as given, or under `configs/`."""
+def find(path: str, flag: str = "config") -> pathlib.Path:
+  """Returns the gin file named `path`: as given, or under `configs/`.
+
+  Args:
+    path: what was given.
+    flag: which gave it, for the error: `config` or `sweep`.
+  """
   for candidate in (pathlib.Path(path), CONFIGS / path):
     if candidate.is_file():
       return candidate.resolve()
-  runs = sorted(CONFIGS.glob("runs/**/*.gin"))
-  known = ", ".join(str(p.relative_to(CONFIGS)) for p in runs)
+  files = sorted(CONFIGS.glob(f"{_FOLDERS[flag]}/**/*.gin"))
+  known = ", ".join(str(p.relative_to(CONFIGS)) for p in files)
   raise UserError(
-    f"--config={path}: no such file, neither here nor under configs/.\n"
-    f"Runs that exist: {known or 'none'}."
+    f"--{flag}={path}: no such file, neither here nor under configs/.\n"
+    f"{_FOLDERS[flag].capitalize()} that exist: {known or 'none'}."
   )
 
 
-def read(path: str, bindings: Sequence[str] = ()) -> Read:
+def read(
+  path: str,
+  bindings: Sequence[str] = (),
+  root: type = Experiment,
+  flag: str = "config",
+) -> Read:
   """Returns the experiment that a gin file describes.
 
   Args:
     path: a gin file; relative ones are also looked for under `configs/`.
     bindings: further lines, which win: `"STEPS = 20"`, `"Adapt.rank=4"`.
+    root: what is built, without arguments.
+    flag: see `find`.
 
   Raises:
     UserError: the file is missing, or names what does not exist, or gives a
       value of the wrong type, or a binding changes nothing.
   """
-  file = find(path)
+  file = find(path, flag)
   try:
     text = file.read_text("utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
-  return parse(text, bindings, name=path)
+  return parse(text, bindings, name=path, root=root)
 
 
 def parse(
-  text: str, bindings: Sequence[str] = (), name: str = "config"
+  text: str,
+  bindings: Sequence[str] = (),
+  name: str = "config",
+  root: type = Experiment,
 ) -> Read:
   """Returns the experiment that gin `text` describes; see `read`."""
   lines = [_binding(line) for line in bindings]
@@ -78,7 +94,7 @@ def parse(
     gin.parse_config(file)
     gin.parse_config("\n".join([*_imports(text), *lines]))
     gin.finalize()
-    experiment = gin.get_configurable(Experiment)()
+    experiment = gin.get_configurable(root)()
     _all_used(lines)
     return Read(experiment, gin.operative_config_str())
 

@@ -1,0 +1,206 @@
+"""Sweeps as data: lists of units, and the algebra that makes them.
+
+A unit is a dict from gin bindings to values. A sweep file (gin, under
+`configs/sweeps/`) writes a list of units as a tree:
+
+    {'RANK': [1, 8], 'SEED': [0, 1]}          # a grid: each with each
+    {'product': [TREE, ...]}                  # the same of any trees
+    {'zip': {'RANK': [1, 8], 'BATCH': [8, 4]}}  # side by side, equally long
+    {'zip': [TREE, ...]}
+    {'chain': [TREE, ...]}                    # one after the other
+    {}                                        # one unit, without bindings
+
+What a unit's values may be is what gin may bind; `'@...'` and `'%...'` stand
+for gin's own references.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from research.typing import UserError
+
+Unit = dict[str, Any]
+"""Gin binding -> value."""
+
+Units = list[Unit]
+
+LONGEST = 100
+"""Characters of a unit's name; file systems take 255 bytes."""
+
+
+def over(binding: str, values: Sequence[Any]) -> Units:
+  """Returns one unit a value."""
+  return [{binding: value} for value in values]
+
+
+def product(*parts: Units) -> Units:
+  """Returns each unit of the first with each of the next, last one fastest."""
+  units: Units = [{}]
+  for part in parts:
+    units = [_merged(unit, other) for unit in units for other in part]
+  return units
+
+
+def zipped(*parts: Units) -> Units:
+  """Returns the first units merged, then the second ones, and so on."""
+  lengths = sorted({len(part) for part in parts})
+  if len(lengths) > 1:
+    raise UserError(
+      f"zip: found lists of {lengths} units, expected equally long ones."
+    )
+  return [
+    {} if not units else _merged(*units) for units in zip(*parts, strict=True)
+  ]
+
+
+def chain(*parts: Units) -> Units:
+  """Returns all units of the first, then those of the next."""
+  return [unit for part in parts for unit in part]
+
+
+def expand(tree: Mapping[str, Any]) -> Units:
+  """Returns the units that a tree describes; see the module's docstring.
+
+  Raises:
+    UserError: it is no such tree, a binding is given twice in one unit, lists
+      that are zipped differ in length, a list is empty.
+  """
+  for name, combine in _COMBINE.items():
+    if isinstance(tree, Mapping) and name in tree:
+      if len(tree) > 1:
+        beside = sorted(set(tree) - {name})
+        raise UserError(
+          f"sweep: found {beside} beside {name!r}, expected it alone in its"
+          " braces; put both into a 'product'."
+        )
+      return combine(*map(expand, _parts(name, tree[name])))
+  if not isinstance(tree, Mapping):
+    raise UserError(
+      f"sweep: found {tree!r}, expected {{'BINDING': [values]}} or one of"
+      f" {sorted(_COMBINE)}."
+    )
+  return product(*(over(k, _values(k, v)) for k, v in tree.items()))
+
+
+_COMBINE: Mapping[str, Callable[..., Units]] = {
+  "product": product,
+  "zip": zipped,
+  "chain": chain,
+}
+
+
+def _parts(name: str, value: Any) -> list[Any]:
+  """Returns the trees that are combined; a dict is one a binding."""
+  if isinstance(value, Mapping):
+    value = [{k: v} for k, v in value.items()]
+  if not isinstance(value, list | tuple) or not value:
+    raise UserError(
+      f"sweep: {name!r} holds {value!r}, expected a list of sweeps."
+    )
+  return list(value)
+
+
+def _values(binding: str, values: Any) -> Sequence[Any]:
+  if not isinstance(values, list | tuple) or not values:
+    raise UserError(
+      f"sweep: {binding} has {values!r}, expected a list of values, e.g."
+      f" '{binding}': [1, 2]."
+    )
+  return values
+
+
+def _merged(*units: Unit) -> Unit:
+  unit: Unit = {}
+  for other in units:
+    for binding in other:
+      if binding in unit:
+        raise UserError(f"sweep: {binding} is given twice in one unit.")
+    unit = {**unit, **other}
+  return unit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+  """A run, many times over: the root of a sweep file.
+
+  Attributes:
+    config: gin file of the run.
+    over: what varies, as a tree of units.
+    fixed: bindings that all units share.
+    seeds: each unit is run with each of these; none for the run's own.
+    seed: the binding that they go to.
+    metric: what of result.json the sweep looks at.
+    better: which way.
+    axis: the binding that the picture has on its x axis; None for the one with
+      most values, numbers first.
+  """
+
+  config: str
+  over: Mapping[str, Any]
+  fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seeds: Sequence[int] = ()
+  seed: str = "SEED"
+  metric: str = "perplexity_after"
+  better: Literal["lower", "higher"] = "lower"
+  axis: str | None = None
+
+  def units(self) -> Units:
+    """Returns what varies from unit to unit; seeds last and fastest."""
+    units = expand(self.over)
+    if self.seeds:
+      units = product(units, over(self.seed, self.seeds))
+    for binding in {name: None for unit in units for name in unit}:
+      if binding in self.fixed:
+        raise UserError(f"sweep: {binding} is fixed, and varies as well.")
+    if self.axis is not None and not any(self.axis in u for u in units):
+      raise UserError(f"Sweep.axis: {self.axis} varies in no unit.")
+    return units
+
+
+def bindings(unit: Mapping[str, Any]) -> list[str]:
+  """Returns a unit as lines of gin."""
+  return [f"{name} = {_gin(value)}" for name, value in unit.items()]
+
+
+def _gin(value: Any) -> str:
+  if isinstance(value, str) and value[:1] in ("@", "%"):
+    return value
+  if isinstance(value, list | tuple):
+    inner = "".join(f"{_gin(x)}, " for x in value)
+    return f"[{inner}]" if isinstance(value, list) else f"({inner})"
+  if isinstance(value, Mapping):
+    return f"{{{', '.join(f'{k!r}: {_gin(v)}' for k, v in value.items())}}}"
+  return repr(value)
+
+
+def name(unit: Mapping[str, Any]) -> str:
+  """Returns a name that is a good file name: `RANK=8,SEED=0`.
+
+  It depends on the unit alone, so that it stays when a sweep grows. What a file
+  name cannot say is told apart by a hash.
+  """
+  text = ",".join(f"{binding}={value}" for binding, value in unit.items())
+  clean = re.sub(r"[^\w.,=+-]+", "_", text)
+  if clean == text and len(text) <= LONGEST:
+    return text or "base"
+  digest = hashlib.sha256(repr(sorted(unit.items())).encode()).hexdigest()
+  return f"{clean[:LONGEST]}-{digest[:8]}"
+
+
+def axis(units: Sequence[Unit], seed: str) -> str | None:
+  """Returns the binding with most values, numbers first; None without any."""
+  counts = {}
+  for binding in {name: None for unit in units for name in unit}:
+    values = {repr(unit[binding]) for unit in units if binding in unit}
+    number = all(
+      isinstance(unit[binding], int | float)
+      and not isinstance(unit[binding], bool)
+      for unit in units
+      if binding in unit
+    )
+    if binding != seed:
+      counts[binding] = (number and len(values) > 1, len(values))
+  return max(counts, key=lambda x: counts[x]) if counts else None
