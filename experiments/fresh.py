@@ -1,0 +1,78 @@
+"""A model that nobody has trained yet."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from research.interop.load import Loaded
+from research.nn import presets
+from research.nn.transformer import Remat
+from research.typing import UserError
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+  """What gives a tokenizer: one that is learned, or one that exists."""
+
+  def load(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fresh:
+  """A model of a known family, of any size, with random weights.
+
+  Attributes:
+    sizes: of the model; `vocab` at least the tokenizer's.
+    family: a key of `presets.FAMILIES`.
+    tokenizer: what gives it, e.g. `research.data.bpe.Bpe`; None where the data
+      are ids.
+    seed: of the weights.
+    dtype: of computation; the weights are float32.
+    remat: what the backward pass computes again.
+  """
+
+  sizes: presets.Sizes
+  family: str = "llama"
+  tokenizer: Vocabulary | None = None
+  seed: int = 0
+  dtype: str = "float32"
+  remat: Remat = "none"
+
+  def __post_init__(self):
+    if self.family not in presets.FAMILIES:
+      raise UserError(
+        f"Fresh.family: found {self.family!r}, expected one of "
+        f"{', '.join(presets.FAMILIES)}."
+      )
+
+  def load(self, shardings: Callable[[Any], Any] | None = None) -> Loaded:
+    """Returns the model, random weights, and its tokenizer.
+
+    Args:
+      shardings: abstract parameters -> where each of them goes; the values do
+        not depend on it.
+
+    Raises:
+      UserError: the tokenizer has more ids than the model.
+    """
+    tokenizer = None if self.tokenizer is None else self.tokenizer.load()
+    if tokenizer is not None and tokenizer.vocab_size > self.sizes.vocab:
+      raise UserError(
+        f"Fresh.sizes.vocab: found {self.sizes.vocab}, expected at least the"
+        f" tokenizer's {tokenizer.vocab_size}."
+      )
+    family = presets.FAMILIES[self.family]
+    model = presets.transformer(family, self.sizes, self.dtype)
+
+    def init(key):
+      return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    key, places = jax.random.key(self.seed), None
+    if shardings is not None:
+      places = shardings(jax.eval_shape(init, key))
+    params = jax.jit(init, out_shardings=places)(key)
+    source = {"format": "fresh", "family": self.family, "seed": self.seed}
+    return Loaded(model.clone(remat=self.remat), params, tokenizer, source)

@@ -1,0 +1,57 @@
+"""A vocabulary of one's own: byte-level BPE, learned from documents.
+
+Sennrich et al. 2016 (arXiv:1508.07909) over bytes, with GPT-2's rule for words
+(Radford et al. 2019, section 2.2), by the `tokenizers` library. The same
+documents always give the same vocabulary.
+"""
+
+import dataclasses
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from research.data.sources import Documents
+from research.nn.tokenizer import Tokenizer
+from research.typing import UserError
+
+END = "<|endoftext|>"
+"""Stands before and after each document; its id is 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bpe:
+  """A tokenizer that is learned when it is asked for.
+
+  Attributes:
+    documents: what it is learned from; the training split, and no other.
+    size: ids, the 256 bytes and `END` included.
+  """
+
+  documents: Documents
+  size: int = 4096
+
+  def __post_init__(self):
+    if self.size < 257:
+      raise UserError(
+        f"Bpe.size: found {self.size}, expected at least 257: the bytes and"
+        f" {END}."
+      )
+
+  def load(self) -> Tokenizer:
+    """Returns the tokenizer; short texts give fewer than `size` ids."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+      (self.documents[i] for i in range(len(self.documents))),
+      trainers.BpeTrainer(
+        vocab_size=self.size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+      ),
+      length=len(self.documents),
+    )
+    return Tokenizer(
+      backend=backend, bos=0, eos=0, pad=0, stop=(0,), add_bos=True
+    )
