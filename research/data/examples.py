@@ -40,7 +40,10 @@ def join(parts: Sequence[tuple[Sequence[int], bool]]) -> Example:
 
 
 def read(
-  source: Source, tokenizer: Any, end: int | None = None
+  source: Source,
+  tokenizer: Any,
+  end: int | None = None,
+  begin: int | None = None,
 ) -> Sequence[Example]:
   """Returns the examples of a source.
 
@@ -48,6 +51,7 @@ def read(
     source: documents, or something that makes its own tokens.
     tokenizer: with `encode(text)`; None where no text has to be read.
     end: a token appended to each document of text, if any.
+    begin: a token put before each document of text, if any.
 
   Raises:
     UserError: text without a tokenizer, or nothing that could be predicted.
@@ -65,5 +69,5 @@ def read(
       f"{str(source)[:200]}: is text, and this model has no tokenizer.\n"
       "Use a source of tokens (arrays, synthetic) or a model with a tokenizer."
     )
-  documents = packing.tokenize(source, tokenizer.encode, end)
+  documents = packing.tokenize(source, tokenizer.encode, end, begin)
   return [Example(t, np.ones(len(t), bool)) for t in documents]

@@ -51,6 +51,7 @@ def tokenize(
   documents: Documents,
   encode: Callable[[str], Sequence[int]],
   end: int | None = None,
+  begin: int | None = None,
 ) -> list[np.ndarray]:
   """Returns the tokens of each document, int32 [length].
 
@@ -58,13 +59,14 @@ def tokenize(
     documents: the texts.
     encode: text to token ids, without special tokens.
     end: a token appended to each document, if any.
+    begin: a token put before each document, if any.
 
   Raises:
     UserError: no document has two tokens, so that nothing can be predicted.
   """
-  tail = [] if end is None else [end]
+  head, tail = ([] if i is None else [i] for i in (begin, end))
   tokens = [
-    np.asarray([*encode(documents[i]), *tail], np.int32)
+    np.asarray([*head, *encode(documents[i]), *tail], np.int32)
     for i in range(len(documents))
   ]
   tokens = [t for t in tokens if len(t) > 1]

@@ -1,9 +1,9 @@
 """From sources to batches: tokenise, pack, shuffle globally, slice, batch.
 
 The order of examples is a function of the seed and the example's index alone.
-The shuffle is global and comes before the slice by process, so that the set of
-examples in step k is the same for any number of processes, and the iterator's
-state is one number. A mixture chooses among its parts by index arithmetic, so
+The shuffle is global and comes before the slice by process, so that the batch
+of step k is the same, row by row, for any number of processes, and the
+iterator's state is one number. A mixture chooses among its parts by index arithmetic, so
 the same holds for it.
 """
 
@@ -53,6 +53,8 @@ class Pipeline:
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle and of the transforms' generators.
     plan: how documents share rows; `packing.concatenate` or `best_fit`.
+    begin: a token put before each document of text, if any, so that its first
+      token is predicted too.
     end: a token appended to each document of text, if any.
     transforms: random rewrites of a row, in order; training only.
   """
@@ -62,6 +64,7 @@ class Pipeline:
   batch_size: int = 4
   seed: int = 0
   plan: packing.Plan = packing.concatenate
+  begin: int | None = None
   end: int | None = None
   transforms: tuple[RowTransform, ...] = ()
 
@@ -70,7 +73,7 @@ class Pipeline:
 
   def rows(self, tokenizer: Any) -> PackedRows:
     """Returns the packed rows in the source's order."""
-    found = examples.read(self.source, tokenizer, self.end)
+    found = examples.read(self.source, tokenizer, self.end, self.begin)
     return packing.pack(
       [e.tokens for e in found],
       self.length,
@@ -182,8 +185,8 @@ def share(
   Args:
     stream: the rows of all processes.
     batch_size: rows in a batch over all processes.
-    process: number of this process.
-    processes: how many there are; they divide the batch.
+    process: which of the equal parts of each batch is wanted.
+    processes: how many parts there are; they divide the batch.
 
   Raises:
     UserError: the batch does not divide among the processes.
@@ -193,11 +196,32 @@ def share(
       f"Pipeline.batch_size: found {batch_size}, expected a multiple"
       f" of the {processes} processes."
     )
-  data = stream[process::processes].batch(batch_size // processes)
+  size = batch_size // processes
+  if processes > 1:
+    stream = _Part(stream, size, process, processes)
+  data = stream.batch(size)
   # One thread: a row is a few copies, and the cores belong to XLA.
   return data.to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   )
+
+
+class _Part(grain.MapDataset):
+  """Rows `[i * size, (i + 1) * size)` of each `parts * size` of a dataset."""
+
+  def __init__(self, parent: grain.MapDataset, size: int, i: int, parts: int):
+    super().__init__(parent)
+    self._rows, self._size, self._i, self._parts = parent, size, i, parts
+
+  def __len__(self) -> int:
+    return len(self._rows) // (self._size * self._parts) * self._size
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, row = divmod(index, self._size)
+    first = (batch * self._parts + self._i) * self._size
+    return self._rows[first + row]
 
 
 def in_order(
