@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research import tree as trees
@@ -140,12 +141,13 @@ class Layout:
       )
     else:
       devices = devices[:used]
-    return jax.make_mesh(
-      tuple(sizes.values()),
-      MESH_AXES,
-      axis_types=(jax.sharding.AxisType.Auto,) * len(MESH_AXES),
-      devices=devices,
+    # jax.make_mesh splits an axis of a pod's torus on some chips only, and
+    # refuses 2 x 8 devices of 4 x 4 on the others.
+    grid = mesh_utils.create_device_mesh(
+      tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
+    automatic = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(grid, MESH_AXES, axis_types=automatic)
 
   def shardings(
     self, tree: Any, mesh: Mesh, counts: Mapping[str, int] | None = None
