@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array
 
 from kernels_pallas.flash_attention import tiles
-from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
+from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.masks import cut
 
 
@@ -46,7 +46,6 @@ def backward(
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   table = _table(spec, x)
   x = _padded(spec, x)
-  dtype = accumulator(x.q.dtype)
   do, lse, shift = cotangents
   cotangents = tiles.Cotangents(
     _pad(do, 3, bq), _pad(lse, 3, bq, jnp.inf), _pad(shift, 3, bq)
@@ -68,12 +67,12 @@ def backward(
       return dq + parts[0], dk, dv, dbias
 
     B, K, G, _, H = x.q.shape
-    dq = jnp.zeros((B, K, H, G, bq), dtype)
+    dq = tiles.filled(x, (B, K, H, G, bq))
     dq, *carry = jax.lax.fori_loop(lo, hi, tile, (dq, *carry))
     return tuple(carry), jnp.moveaxis(dq, 2, 4)
 
-  dbias = None if x.bias is None else jnp.zeros(x.bias.shape, dtype)
-  sums = (jnp.zeros(x.k.shape, dtype), jnp.zeros(x.v.shape, dtype), dbias)
+  dbias = None if x.bias is None else tiles.filled(x, x.bias.shape)
+  sums = (tiles.filled(x, x.k.shape), tiles.filled(x, x.v.shape), dbias)
   (dk, dv, dbias), dq = jax.lax.scan(row, sums, table)
   if dbias is not None:
     dbias = dbias[..., : shapes.bias.shape[3], : shapes.bias.shape[4]]

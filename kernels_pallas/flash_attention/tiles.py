@@ -170,12 +170,22 @@ def finish(
 
 def nothing(x: Operands, rows: int) -> State:
   """The state of `rows` queries before they have seen any key."""
-  shape, dtype = (*x.q.shape[:3], rows), accumulator(x.q.dtype)
+  shape = (*x.q.shape[:3], rows)
   return State(
-    jnp.full((*shape, 1), -jnp.inf, dtype),
-    jnp.zeros((*shape, 1), dtype),
-    jnp.zeros((*shape, x.v.shape[-1]), dtype),
+    filled(x, (*shape, 1), -jnp.inf),
+    filled(x, (*shape, 1)),
+    filled(x, (*shape, x.v.shape[-1])),
   )
+
+
+def filled(x: Operands, shape: tuple[int, ...], value: float = 0) -> Array:
+  """An array to add tiles to, in the accumulator dtype.
+
+  Under `jax.shard_map` it differs between devices where the queries do, as
+  what is added to it does: a loop's carry must not change its type.
+  """
+  dtype = accumulator(x.q.dtype)
+  return jnp.full_like(x.q, value, dtype=dtype, shape=shape)
 
 
 def add_at(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:

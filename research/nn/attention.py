@@ -1,14 +1,15 @@
 """Grouped-query attention over the `flash_attention` kernels."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.flash_attention import api
+from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
-from research import weights
+from research import sharding, weights
 from research.nn import cache as caches
 from research.nn import rope as ropes
 from research.nn.norm import RMSNorm
@@ -81,13 +82,8 @@ class Attention(nn.Module):
           cache, written, k, v, positions, length, mask
         )
       cache = written
-    y = api.flash_attention(
-      q,
-      keys,
-      values,
-      mask=mask,
-      scale=self.scale,
-      softcap=self.softcap,
+    y = attend(
+      q, keys, values, mask=mask, scale=self.scale, softcap=self.softcap
     )
     y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
@@ -114,6 +110,32 @@ class Attention(nn.Module):
       for old, new in zip(cache.read(k.dtype), (k, v), strict=True)
     )
     return keys, values, at(mask, positions, held)
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  mask: Mask,
+  **options: Any,
+) -> Float[Array, "B T N H"]:
+  """Returns `flash_attention`, on each device's part under a mesh.
+
+  Rows and heads are never gathered. Along `sequence` queries stay where they
+  are, and keys and values are gathered for this layer; where a cache gives
+  more keys than queries, every device along `sequence` has all of them.
+
+  Args:
+    q, k, v: queries, keys and values.
+    mask: what may see what.
+    **options: see `flash_attention`.
+  """
+  if not sharding.is_cut():
+    return api.flash_attention(q, k, v, mask=mask, **options)
+  names = ("batch", "length", "heads", None)
+  cut = sharded.Cut(*sharding.cuts(q.shape, *names)[:3])
+  return sharded.sharded_attention(q, k, v, mask=mask, cut=cut, **options)
 
 
 def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:

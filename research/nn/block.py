@@ -4,6 +4,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.masks import Mask
+from research import sharding
 from research.nn import cache as caches
 from research.nn.attention import Attention
 from research.nn.mlp import Mlp
@@ -49,13 +50,15 @@ class Block(nn.Module):
       normed, positions, mask, rotation, cache, length, fresh
     )
     x = x + self._norm(self.post_norm, "post_attention_norm", y)
+    x = sharding.constrain(x, "batch", "length", None)
     x = checkpoint_name(x, "middle")
     normed = self._norm(self.norm, "mlp_norm", x)
     if isinstance(self.mlp, Moe):
       y, load = self.mlp(normed, positions >= 0)
     else:
       y, load = self.mlp(normed), None
-    return x + self._norm(self.post_norm, "post_mlp_norm", y), cache, load
+    x = x + self._norm(self.post_norm, "post_mlp_norm", y)
+    return sharding.constrain(x, "batch", "length", None), cache, load
 
   def _norm(self, norm, name, x):
     return x if norm is None else norm.clone(name=name, parent=self)(x)

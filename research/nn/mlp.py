@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from research import weights
+from research import sharding, weights
 from research.typing import Array, Float
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -42,4 +42,5 @@ class Mlp(nn.Module):
     gate = checkpoint_name(project("gate", x, self.hidden), "gate")
     up = checkpoint_name(project("up", x, self.hidden), "up")
     product = ACTIVATIONS[self.activation](gate) * up
+    product = sharding.constrain(product, "batch", "length", "hidden")
     return project("down", product, x.shape[-1])

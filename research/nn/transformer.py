@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from kernels_pallas.masks import Mask
-from research import tree, weights
+from research import sharding, tree, weights
 from research.nn import attention
 from research.nn import cache as caches
 from research.nn.block import Block
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
     return self._forward(inputs, positions, mask, cache, lengths)
 
   def _forward(self, inputs, positions, mask, cache, lengths):
-    x = self._embed(inputs)
+    x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     batch, time = x.shape[:2]
     fresh = cache is None or cache.fresh
     if mask is None:
