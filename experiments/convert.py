@@ -124,8 +124,8 @@ def _source(name: str) -> Any:
   from research.interop import load, sources
 
   path = pathlib.Path(name)
-  adapter = path / "adapter" / load.ADAPTER_CONFIG
-  if (path / "config.gin").is_file() and not adapter.is_file():
+  written = [path / "adapter" / load.ADAPTER_CONFIG, path / "model"]
+  if (path / "config.gin").is_file() and not any(p.exists() for p in written):
     return _trained(path)
   return sources.open_source(name)
 
@@ -133,8 +133,7 @@ def _source(name: str) -> Any:
 def _trained(path: pathlib.Path) -> Any:
   """Returns the best checkpoint of a run, or else its last one."""
   from experiments import config
-  from research.interop import load, sources
-  from research.interop.parts import from_params
+  from research.interop import sources
   from research.training import checkpoint, state
   from research.typing import UserError
 
@@ -149,20 +148,9 @@ def _trained(path: pathlib.Path) -> Any:
   ) as kept:
     step = kept.best[0] if kept.best else kept.latest
     params = kept.restore(start, step=step).params
-  loaded = built.loaded
   origin = dict(format="run", path=str(path), step=step)
-  try:
-    base = sources.open_source(load.locate(str(loaded.source.get("path"))))
-  except UserError:  # trained from scratch
-    return sources.Source(
-      model=loaded.model,
-      parts=from_params(params),
-      params=lambda: params,
-      origin=origin,
-      tokenizer=loaded.tokenizer,
-    )
   name = str(getattr(experiment.model, "name", "")) or None
-  return sources.with_params(base, loaded.model, params, origin, name)
+  return sources.trained(built.loaded, params, origin, name)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:

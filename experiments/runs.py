@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, runtime
+from experiments import cli, corpora, runtime
 from experiments.experiment import Built, Experiment
 from research import tree
+from research.interop import convert, sources
 from research.lora import adapt, peft
 from research.nn import generate
 from research.training import (
@@ -55,6 +57,7 @@ def train(
   )
 
   # --- data ---
+  texts = corpora.claim(experiment, workdir)
   training = experiment.data.training(tokenizer)
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
@@ -84,12 +87,12 @@ def train(
     )
   )
   points = [
-    (at, math.log(value), f"held out, {when}")
-    for at, value, when in (
+    (at, found["loss"], f"held out, {when}")
+    for at, found, when in (
       (0, before, "before"),
       (experiment.plan.steps, after, "after"),
     )
-    if value is not None
+    if found is not None
   ]
   plots.loss_curve(
     workdir / "metrics.jsonl",
@@ -97,10 +100,13 @@ def train(
     title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
     points=points,
   )
-  adapted = _save_adapter(workdir / "adapter", experiment, built, outcome)
+  usable = _save_adapter(
+    workdir / "adapter", experiment, built, outcome
+  ) or _save_model(workdir / "model", experiment, built, outcome)
   result = {
-    "perplexity_before": before,
-    "perplexity_after": after,
+    "perplexity_before": before and math.exp(before["loss"]),
+    "perplexity_after": after and math.exp(after["loss"]),
+    "bits_per_byte": corpora.bits_per_byte(experiment, tokenizer, after),
     "trainable_parameters": trainable,
     "total_parameters": total,
     "tokens_per_s": outcome.tokens_per_s,
@@ -110,11 +116,12 @@ def train(
     "seconds_by_part": outcome.seconds,
     "steps": experiment.plan.steps,
     "best": outcome.best,
+    "texts": texts,
     **outcome.evaluation,
     "workdir": str(workdir),
   }
   _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-  cli.say(_next(workdir, adapted))
+  cli.say(_next(workdir, usable))
   return result
 
 
@@ -200,11 +207,11 @@ def _look(
   trained: state.TrainState,
   heldout: Any,
   when: str,
-) -> float | None:
+) -> dict[str, float] | None:
   """Says what the model makes of the prompt and of held-out text.
 
   Returns:
-    The held-out perplexity, or None where nothing is held out.
+    Means over the held-out data, or None where nothing is held out.
   """
   if experiment.prompt is not None:
     tokenizer = built.loaded.tokenizer
@@ -218,9 +225,9 @@ def _look(
     cli.say(f"{when}: {experiment.prompt}{text}\n")
   if heldout is None:
     return None
-  perplexity = math.exp(evaluating.evaluate(measure, trained, heldout)["loss"])
-  cli.say(f"{when}: held-out perplexity {perplexity:.3f}")
-  return perplexity
+  found = evaluating.evaluate(measure, trained, heldout)
+  cli.say(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
+  return found
 
 
 def _save_adapter(folder, experiment, built, outcome) -> bool:
@@ -236,7 +243,24 @@ def _save_adapter(folder, experiment, built, outcome) -> bool:
   return True
 
 
-def _next(workdir: pathlib.Path, adapted: bool) -> str:
+def _save_model(folder, experiment, built, outcome) -> bool:
+  """Writes the whole model in Hugging Face's format, if that can say it."""
+  source = sources.trained(
+    built.loaded,
+    outcome.state.params,
+    {"format": "run", "path": str(folder.parent)},
+    getattr(experiment.model, "name", None),
+  )
+  shutil.rmtree(folder, ignore_errors=True)
+  try:
+    convert.to_hf(source, folder)
+  except UserError as error:
+    cli.say(f"{folder}: not written: {error}")
+    return False
+  return True
+
+
+def _next(workdir: pathlib.Path, usable: bool) -> str:
   """Returns commands to try next, for the Python that runs this one."""
   python = os.path.relpath(sys.executable)
   if python.startswith(".."):
@@ -244,7 +268,7 @@ def _next(workdir: pathlib.Path, adapted: bool) -> str:
   where = os.path.relpath(workdir)
   where = str(workdir) if where.startswith("..") else where
   lines = [f"{python} -m experiments.evaluate --workdir={where}"]
-  if adapted:
+  if usable:
     lines = [
       f"{python} -m experiments.generate --model={where} "
       '--prompt="A Python decorator is"',

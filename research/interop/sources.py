@@ -175,3 +175,30 @@ def with_params(
     base=base,
     base_name=base_name,
   )
+
+
+def trained(
+  loaded: load.Loaded,
+  params: Params,
+  origin: Mapping[str, Any],
+  name: str | None = None,
+) -> Source:
+  """Returns what a run made of the model that it loaded.
+
+  Args:
+    loaded: what the run started from.
+    params: what came of it.
+    origin: a JSON object: format, path, and so on.
+    name: what the run calls its model, or None.
+  """
+  path = loaded.source.get("path")
+  if path is None:  # trained from scratch
+    return Source(
+      model=loaded.model,
+      parts=part.from_params(params),
+      params=lambda: params,
+      origin=origin,
+      tokenizer=loaded.tokenizer,
+    )
+  base = open_source(path)
+  return with_params(base, loaded.model, params, origin, name)
