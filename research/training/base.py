@@ -4,10 +4,10 @@ As a reference to where they can be had again or, where they came from nowhere,
 as one copy.
 """
 
+import functools
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from research import tree
-from research.training import checkpoint
+from research.training import checkpoint, checks, folders
+from research.training.folders import Folder
 from research.typing import UserError
 
 
@@ -27,13 +28,16 @@ def fingerprint(weights: Any) -> str:
   digest = hashlib.sha256()
   for path, x in tree.flatten_paths(weights):
     digest.update(f"{path} {x.shape} {x.dtype}\n".encode())
-    digest.update(np.asarray(_sample(x)).tobytes())
+    digest.update(np.asarray(_sample(x, checks.everywhere([x]))).tobytes())
   return digest.hexdigest()
 
 
-@jax.jit
-def _sample(x):
-  return x.reshape(-1)[:: max(1, x.size // 256)]
+@functools.partial(jax.jit, static_argnums=1)
+def _sample(x, sharding):
+  sample = x.reshape(-1)[:: max(1, x.size // 256)]
+  if sharding is None:
+    return sample
+  return jax.lax.with_sharding_constraint(sample, sharding)
 
 
 def record_base(
@@ -50,7 +54,7 @@ def record_base(
   Raises:
     UserError: the run stands on other weights.
   """
-  folder = pathlib.Path(folder).absolute()
+  folder = folders.folder(folder)
   note = folder / "base.json"
   found = fingerprint(frozen)
   here = None if source is None else dict(source)
@@ -63,21 +67,25 @@ def record_base(
         "Use the same base weights, or another workdir."
       )
     return
-  with checkpoint.writing(folder):
+  with folders.writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-    if source is None and jax.tree.leaves(frozen):
-      checkpoint.save_tree(folder / "frozen", frozen)
-    # Written last and in one move: where there is a note, it is whole.
-    draft = note.with_suffix(".tmp")
     record = {"source": here, "fingerprint": found}
-    draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    draft.replace(note)
+    if source is None and jax.tree.leaves(frozen):
+      record["sums"] = checks.sums(frozen)
+      checkpoint.save_tree(folder / "frozen", frozen)
+    # Last: where there is a note, it is whole.
+    if jax.process_index() == 0:
+      folders.write_text(note, json.dumps(record, indent=2) + "\n")
 
 
-def _read_note(note: pathlib.Path) -> dict[str, Any]:
+def _read_note(note: Folder) -> dict[str, Any]:
   try:
     known = json.loads(note.read_bytes())
-    return {"source": known.get("source"), "fingerprint": known["fingerprint"]}
+    return {
+      "source": known.get("source"),
+      "fingerprint": known["fingerprint"],
+      "sums": dict(known.get("sums") or {}),
+    }
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise UserError(
       f"{note}: not a note on base weights ({error}).\n"
@@ -91,10 +99,25 @@ def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
   Args:
     folder: of the run's checkpoints.
     target: a tree with their structure, shapes, types and shardings.
+
+  Raises:
+    UserError: there are none, they differ from `target`, or from what was
+      saved.
   """
-  path = pathlib.Path(folder).absolute() / "frozen"
+  path = folders.folder(folder) / "frozen"
   if not path.is_dir():
     raise UserError(
       f"{path}: no frozen weights here; base.json says where they came from."
     )
-  return checkpoint.load_tree(path, target)
+  found = checkpoint.load_tree(path, target)
+  note = path.parent / "base.json"
+  known = _read_note(note)["sums"] if note.exists() else {}
+  if known:
+    sums = checks.sums(found)
+    bad = [name for name in sums if sums[name] != known.get(name)]
+    if bad:
+      raise UserError(
+        f"{path}: {bad[0]} differs from its checksum in {note}.\n"
+        "The files are damaged: get them again."
+      )
+  return found

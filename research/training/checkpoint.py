@@ -1,45 +1,46 @@
 """Checkpoints of a run: what moved, and where the data stood.
 
 Each step holds `state` (step, trainable, optimizer state, moving average) and
-`data` (the iterator's position). Frozen weights are not part of a step: they
-are recorded once a run, see `base`.
+`data` (the iterator's place). Frozen weights are not part of a step: they are
+recorded once a run, see `base`. A checkpoint is whole or it is not there: it
+is written aside and renamed. What happens to it later is found out by the
+checksums that it carries, see `checks`.
 
 The only file that imports orbax.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
-import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from research import tree
+from research.training import checks, folders
+from research.training.place import Place
 from research.training.state import TrainState
 from research.typing import UserError
 
 _preserve = ocp.training.preservation_policies
 _decide = ocp.training.save_decision_policies
 
-_DISK = re.compile(
-  "No space left on device|Disk quota exceeded|Read-only file system"
-  "|Permission denied|File too large"
-)
-
 SHOWN = 4
 """How many differences an error lists before it counts the rest."""
+
+ASIDE = ".damaged"
+"""What the name of a checkpoint that is not whole ends with."""
 
 
 class Checkpoints:
   """The checkpoints of one run; a context manager.
 
-  Kept are the latest `keep`, and the best by the metric `best`.
+  Kept are the latest `keep`, every `every` steps for good, and the best by the
+  metric `best`.
   """
 
   def __init__(
@@ -47,6 +48,7 @@ class Checkpoints:
     folder: str | os.PathLike,
     *,
     keep: int = 2,
+    every: int = 0,
     best: str = "validation/loss",
     better: Literal["lower", "higher"] = "lower",
     sweep: bool = False,
@@ -54,30 +56,37 @@ class Checkpoints:
     """Opens `folder`, and makes it if need be.
 
     Args:
-      folder: of the run's checkpoints.
+      folder: of the run's checkpoints, local or remote.
       keep: how many of the latest to keep.
+      every: steps between those that are kept for good; 0 for none.
       best: the metric that decides which is best.
       better: which way.
-      sweep: remove what a crash left half written; only for the one process
-        that writes, since it would remove another's checkpoint in the making.
+      sweep: remove what a crash left half written, and move what is damaged
+        aside; only for the one run that writes, since it would remove another
+        one's checkpoint in the making.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
-    self.folder = pathlib.Path(folder).absolute()
+    self.folder = folders.folder(folder)
     self._sign = 1.0 if better == "lower" else -1.0
     self._best = best
-    with writing(self.folder):
+    self._sweep = sweep
+    kept = [
+      _preserve.LatestN(keep),
+      _preserve.BestN(
+        get_metric_fn=lambda m: -m["cost"],
+        n=1,
+        keep_checkpoints_without_metrics=False,
+      ),
+      *([_preserve.EveryNSteps(every)] if every else []),
+    ]
+    with _quiet(), folders.writing(self.folder):
+      self._check_metrics()
       self._steps = ocp.training.Checkpointer(
         self.folder,
         save_decision_policy=_decide.FixedIntervalPolicy(1),
-        preservation_policy=_preserve.AnyPreservationPolicy(
-          [
-            _preserve.LatestN(keep),
-            _preserve.BestN(
-              get_metric_fn=lambda m: -m["cost"],
-              n=1,
-              keep_checkpoints_without_metrics=False,
-            ),
-          ]
-        ),
+        preservation_policy=_preserve.AnyPreservationPolicy(kept),
         cleanup_tmp_directories=sweep,
       )
 
@@ -123,21 +132,32 @@ class Checkpoints:
 
     Args:
       state: what to save; its frozen part is left out.
-      data: the very iterator that was consumed, if it can be checkpointed.
+      data: the very iterator that was consumed, if it can be checkpointed. Its
+        place is the same on every process, as it is for `data.pipeline`.
       metrics: results at this step; the one named by `best` decides.
     """
     step = int(state.step)
-    parts = {"state": _moving(state)}
+    moving = _moving(state)
+    parts: dict[str, Any] = {"state": moving}
+    note = {
+      "kinds": checks.kinds(moving),
+      "sums": checks.sums(moving),
+      "place": None,
+    }
     if data is not None:
-      parts["data"] = data
+      parts["data"] = place = Place(json.dumps(data.get_state()))
+      note["place"] = place.digest
     cost = self._sign * (metrics or {}).get(self._best, math.nan)
-    with writing(self.folder):
+    with _quiet(), folders.writing(self.folder):
       self._steps.save_checkpointables(
         step,
         parts,
         # A checkpoint without a finite metric is never the best.
         metrics={"cost": cost} if math.isfinite(cost) else None,
+        custom_metadata={"checks": note},
       )
+      if jax.process_index() == 0:
+        checks.write_list(self.folder / str(step))
 
   def restore(
     self, target: TrainState, data: Any = None, step: int | None = None
@@ -151,42 +171,116 @@ class Checkpoints:
       step: which one.
 
     Raises:
-      UserError: no such step, or what it holds differs from `target`.
+      UserError: no such step, it is damaged, or it differs from `target`.
     """
     step = self.latest if step is None else step
     if step is None or step not in self.steps:
       raise UserError(
         f"{self.folder}: no checkpoint of step {step}; found {self.steps}."
       )
-    wanted = _moving(target)
-    parts: dict[str, Any] = {"state": jax.tree.map(_abstract, wanted)}
-    if data is not None:
-      parts["data"] = data
-    with _quiet():
-      found = self._steps.metadata(step).metadata
-      _compare(self.folder / str(step), found, wanted)
+    try:
+      return self._load(step, target, data)
+    except checks.Damaged as error:
+      raise UserError(
+        f"{self.folder / str(step)}: damaged: {error}.\n"
+        f"Use another step; found {self.steps}."
+      ) from error
+
+  def restore_latest(
+    self, target: TrainState, data: Any = None
+  ) -> tuple[TrainState, int | None]:
+    """Returns the newest state that is whole, and its step.
+
+    A damaged one is named on stderr and moved aside (`<step>.damaged`), and
+    the one before it is tried. Where nothing was ever saved, the result is
+    `(target, None)`.
+
+    Args:
+      target: see `restore`.
+      data: the iterator to set to where it stood.
+
+    Raises:
+      UserError: it differs from `target`, or there are only damaged ones.
+    """
+    lost = []
+    for step in reversed(self.steps):
+      try:
+        return self._load(step, target, data), step
+      except checks.Damaged as error:
+        lost.append(str(step))
+        self._set_aside(step, str(error))
+        self._steps.reload()
+    lost += [p.name for p in self.folder.glob(f"*{ASIDE}*")]
+    if lost:
+      raise UserError(
+        f"{self.folder}: no checkpoint is whole, {len(lost)} are damaged.\n"
+        "Expected one to go on from; to begin again, choose another workdir or"
+        " move this folder away."
+      )
+    return target, None
+
+  def _load(self, step: int, target: TrainState, data: Any) -> TrainState:
+    """Returns a state after all its checks; `data` moves last of all."""
+    where, wanted = self.folder / str(step), _moving(target)
+    with _quiet(), checks.agreed():
+      if bad := checks.damaged_file(where):
+        raise checks.Damaged(bad)
+      meta = self._steps.metadata(step)
+      found = checks.kinds(meta.metadata)
+      note = (meta.custom_metadata or {}).get("checks")
+      if note and found != note["kinds"]:
+        raise checks.Damaged("state: its list of arrays is not what was saved")
+      place = None if data is None else Place.read(where / "data")
+      if place and note and place.digest != note["place"]:
+        raise checks.Damaged("data: the iterator's place is not what was saved")
+    _compare(where, found, wanted)
+    with _quiet(), checks.agreed():
+      parts = {"state": jax.tree.map(_abstract, wanted)}
       state = self._steps.load_checkpointables(step, parts)["state"]
+    if note is None:
+      folders.warn(f"{where}: has no checksums, so none were compared")
+    else:
+      sums = checks.sums(state)
+      bad = [path for path in sums if sums[path] != note["sums"][path]]
+      if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        raise checks.Damaged(f"state: {bad[0]}{more} differs from its checksum")
+    if place:
+      data.set_state(json.loads(place.text))
     return TrainState(frozen=target.frozen, **state)
 
+  def _check_metrics(self) -> None:
+    """Moves steps aside whose metric cannot be read, or raises."""
+    for path in self.folder.glob("*/metrics/metrics"):
+      step = path.parent.parent.name
+      try:
+        cost = json.loads(path.read_bytes())["cost"]
+        whole = type(cost) in (int, float)
+      except FileNotFoundError:
+        continue  # whoever writes has just removed it
+      except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+      if step.isdigit() and not whole:
+        if not self._sweep:
+          raise UserError(
+            f"{path}: is damaged, expected a metric.\n"
+            f"Move {path.parent.parent} away."
+          )
+        self._set_aside(int(step), "metrics/metrics: is no metric")
 
-@contextlib.contextmanager
-def writing(where: pathlib.Path):
-  """Turns what a full or read-only disk raises into a UserError."""
-  try:
-    with _quiet():
-      yield
-  except UserError:
-    raise
-  except Exception as error:
-    # Tensorstore raises ValueError with the system's words inside.
-    if not isinstance(error, OSError) and not _DISK.search(str(error)):
-      raise
-    reason = getattr(error, "strerror", None) or _DISK.search(str(error))[0]
-    raise UserError(
-      f"{getattr(error, 'filename', None) or where}: cannot be written"
-      f" ({reason}).\nExpected a writable folder with free space; a run can"
-      " resume from its last checkpoint."
-    ) from error
+  def _set_aside(self, step: int, why: str) -> None:
+    """Says what is wrong with a step, and takes it out of the way."""
+    where = self.folder / str(step)
+    folders.warn(f"{where}: damaged checkpoint, not used: {why}")
+    if not self._sweep:
+      return
+    if jax.process_index() == 0 and where.exists():
+      taken = len(list(self.folder.glob(f"{step}{ASIDE}*")))
+      suffix = f"{ASIDE}.{taken}" if taken else ASIDE
+      with folders.writing(where):
+        where.rename(self.folder / f"{step}{suffix}")
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f"aside {step}")
 
 
 @contextlib.contextmanager
@@ -195,13 +289,15 @@ def _quiet():
 
   What is wrong is raised; nothing is lost.
   """
-  logger = logging.getLogger("absl")
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
   try:
     yield
   finally:
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
 
 
 def _moving(state: TrainState) -> dict[str, Any]:
@@ -220,16 +316,9 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
   )
 
 
-def _compare(where: pathlib.Path, found: Any, wanted: Any) -> None:
+def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
   """Raises a UserError that lists the paths in which two trees differ."""
-
-  def kinds(tree_):
-    return {
-      path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-      for path, x in tree.flatten_paths(tree_)
-    }
-
-  have, want = kinds(found), kinds(wanted)
+  want = checks.kinds(wanted)
   differences = [
     f"{path}: found {have.get(path, 'nothing')},"
     f" expected {want.get(path, 'nothing')}"
@@ -248,7 +337,8 @@ def _compare(where: pathlib.Path, found: Any, wanted: Any) -> None:
 
 def save_tree(path: os.PathLike, arrays: Any) -> None:
   """Writes a tree of arrays, whole or not at all; replaces what is there."""
-  ocp.save(path, arrays, overwrite=True)
+  with _quiet():
+    ocp.save(path, arrays, overwrite=True)
 
 
 def load_tree(path: os.PathLike, target: Any) -> Any:
@@ -262,5 +352,5 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
     UserError: what it holds differs from `target`.
   """
   with _quiet():
-    _compare(pathlib.Path(path), ocp.metadata(path).metadata, target)
+    _compare(path, checks.kinds(ocp.metadata(path).metadata), target)
     return ocp.load(path, jax.tree.map(_abstract, target))

@@ -2,16 +2,16 @@
 
 import difflib
 import os
-import pathlib
 import re
 
-from research.training import checkpoint
+from research.training import checkpoint, folders
+from research.training.folders import Folder
 from research.typing import UserError
 
 
 def claim_workdir(
   workdir: str | os.PathLike, config: str, may_differ: str = r"(?i)\bsteps\b"
-) -> pathlib.Path:
+) -> Folder:
   """Returns the workdir, made and marked as this experiment's.
 
   The mark is `config.gin`, the operative configuration. One that is there must
@@ -21,23 +21,19 @@ def claim_workdir(
   Raises:
     UserError: it holds another experiment, or cannot be written.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = folders.folder(workdir)
   mark = workdir / "config.gin"
-  with checkpoint.writing(workdir):
+  with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     if mark.exists():
       old = mark.read_text("utf-8", errors="replace")
       _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
-    draft = mark.with_suffix(".tmp")
-    draft.write_text(config, encoding="utf-8")
-    draft.replace(mark)
+    folders.write_text(mark, config)
   return workdir
 
 
-def _same_experiment(
-  mark: pathlib.Path, old: str, new: str, may_differ: str
-) -> None:
+def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
   def lines(text):
     kept = (line.strip() for line in text.splitlines())
     return [x for x in kept if x and not re.search(may_differ, x)]
