@@ -1,0 +1,55 @@
+"""Bits per byte: against code lengths that can be counted by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from research.data import bpe, pipeline, predicted, stdlib, synthetic
+
+DOCUMENTS = stdlib.Stdlib("heldout", limit=4, size=3_000)
+DATA = pipeline.Pipeline(source=DOCUMENTS, length=64, begin=0, end=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+  return bpe.Bpe(documents=DOCUMENTS, size=400).load()
+
+
+@pytest.mark.parametrize("begin", [0, None])
+@pytest.mark.parametrize("end", [0, None])
+def test_tokens_are_the_weights_of_the_evaluation(tokenizer, begin, end):
+  data = dataclasses.replace(DATA, begin=begin, end=end)
+  found = predicted.predicted(data, tokenizer)
+  batches = data.evaluation(tokenizer)
+  assert found.tokens == sum(b["weights"].sum() for b in batches)
+  targets = np.concatenate(
+    [b["targets"][b["weights"] > 0] for b in batches]
+  ).tolist()
+  # What the targets spell, byte by byte; no text has a character cut in two.
+  spelled = [tokenizer.decode([i]) for i in targets if i != 0]
+  assert found.size == sum(len(text.encode()) for text in spelled)
+
+
+def test_a_uniform_model_over_bytes_needs_eight_bits():
+  class Bytes:
+    def encode(self, text):
+      return list(text.encode())
+
+  of = predicted.predicted(dataclasses.replace(DATA, end=None), Bytes())
+  assert of.size == of.tokens
+  found = predicted.bits_per_byte(math.log(256), of.tokens, of)
+  assert found == pytest.approx(8, rel=1e-12)
+
+
+def test_only_where_everything_was_measured(tokenizer):
+  of = predicted.predicted(DATA, tokenizer)
+  assert predicted.bits_per_byte(1.0, of.tokens - 1, of) is None
+  assert predicted.bits_per_byte(1.0, 5, None) is None
+
+
+def test_data_without_text():
+  markov = synthetic.Markov(vocab=8, length=16, split="train")
+  data = pipeline.Pipeline(source=markov)
+  assert predicted.predicted(data, None) is None
