@@ -3,8 +3,8 @@
 The order of examples is a function of the seed and the example's index alone.
 The shuffle is global and comes before the slice by process, so that the batch
 of step k is the same, row by row, for any number of processes, and the
-iterator's state is one number. A mixture chooses among its parts by index arithmetic, so
-the same holds for it.
+iterator's state is one number. A mixture chooses among its parts by index
+arithmetic, so the same holds for it.
 """
 
 import dataclasses

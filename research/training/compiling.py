@@ -3,43 +3,66 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from research import sharding
 from research.training import memory
 from research.training.objective import Batch
 from research.training.state import TrainState
+from research.training.step import Metrics
 from research.typing import PRNGKey, UserError
+
+Rewrite = Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]
+"""What follows a step: `(state, its metrics) -> (state, metrics)`.
+
+It is compiled with the step, decides by `state.step` when it does anything,
+and may use up metrics that are arrays.
+"""
 
 
 def compile_step(
-  step: Callable, state: TrainState, batch: Batch, key: PRNGKey
+  step: Callable,
+  state: TrainState,
+  batch: Batch,
+  key: PRNGKey,
+  rewrites: Sequence[Rewrite] = (),
 ) -> tuple[Callable, dict[str, float]]:
   """Returns the compiled update and what it costs.
 
   The update is `(moving, frozen, batch, key) -> (moving, metrics)`, where
   `moving` is the state without its frozen part. It is donated; `frozen` is
   not. It takes one shape of batch: another one is a UserError, never a silent
-  recompilation.
+  recompilation. Metrics that are still arrays after the rewrites are dropped.
 
   Args:
     step: from `make_train_step`.
-    state: or its shapes.
+    state: or its shapes. On a mesh, the new state is cut as this one is, and
+      the metrics are on every device.
     batch: or its shapes.
     key: or its shape.
+    rewrites: of the state, after each step, in order.
   """
 
   def update(moving, frozen, batch, key):
     full = dataclasses.replace(moving, frozen=frozen)
     state, metrics = step(full, batch, key)
-    return dataclasses.replace(state, frozen=None), metrics
+    for rewrite in rewrites:
+      state, metrics = rewrite(state, metrics)
+      if state.frozen is not frozen:
+        raise UserError(
+          f"{rewrite}: changed frozen weights, which no checkpoint of a step"
+          " holds.\nExpected changes of what `trainable` matches alone."
+        )
+    numbers = {k: v for k, v in metrics.items() if v.ndim == 0}
+    return dataclasses.replace(state, frozen=None), numbers
 
   begin = time.perf_counter()
   moving = dataclasses.replace(state, frozen=None)
-  program = jax.jit(update, donate_argnums=0)
+  program = jax.jit(update, donate_argnums=0, out_shardings=_same(moving))
   compiled = program.lower(moving, state.frozen, batch, key).compile()
   memory.release()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
@@ -61,6 +84,17 @@ def compile_step(
     return compiled(moving, frozen, batch, key)
 
   return run, cost
+
+
+def _same(moving: TrainState) -> Any:
+  """Returns the shardings of a new state, and of metrics; None off a mesh."""
+  where = getattr(moving.step, "sharding", None)
+  if not isinstance(where, jax.sharding.NamedSharding):
+    return None
+  return (
+    jax.tree.map(lambda x: x.sharding, moving),
+    sharding.replicated(where.mesh),
+  )
 
 
 def _shapes(batch: Batch) -> dict[str, str]:

@@ -3,40 +3,70 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
+from jax.sharding import NamedSharding
 
-from research.training.objective import Batch
+from research import sharding as shardings
+from research.training import feed
+from research.training.objective import Batch, Objective
 from research.training.state import TrainState
-from research.training.step import EvalStep
+from research.training.step import EvalStep, make_eval_step
 from research.typing import UserError
 
 Evaluations = Mapping[str, Sequence[Batch]]
 """Name, e.g. `validation`, -> batches of one shape."""
 
 
+def compiled(
+  objective: Objective, sharding: NamedSharding | None = None
+) -> EvalStep:
+  """Returns the jitted evaluation step; its sums are on every device.
+
+  Args:
+    objective: what to measure.
+    sharding: of batches, or None off a mesh.
+  """
+  where = None if sharding is None else shardings.replicated(sharding.mesh)
+  return jax.jit(make_eval_step(objective), out_shardings=where)
+
+
 def evaluate_all(
-  step: EvalStep, state: TrainState, evaluations: Evaluations
+  step: EvalStep,
+  state: TrainState,
+  evaluations: Evaluations,
+  sharding: NamedSharding | None = None,
 ) -> dict[str, float]:
-  """Returns `name/metric` for each evaluation: means over the weight."""
+  """Returns `name/metric` for each evaluation: means over the weight.
+
+  Args:
+    step: from `compiled`.
+    state: what to evaluate.
+    evaluations: name -> whole batches, in every process.
+    sharding: of batches, or None off a mesh.
+  """
   return {
     f"{name}/{metric}": value
     for name, batches in evaluations.items()
-    for metric, value in evaluate(step, state, batches).items()
+    for metric, value in evaluate(step, state, batches, sharding).items()
   }
 
 
 def evaluate(
-  step: EvalStep, state: TrainState, batches: Iterable[Batch]
+  step: EvalStep,
+  state: TrainState,
+  batches: Iterable[Batch],
+  sharding: NamedSharding | None = None,
 ) -> dict[str, float]:
   """Returns the metrics' means over all batches' weight, and `weight`.
 
   Args:
-    step: from `make_eval_step`, jitted.
+    step: from `compiled`.
     state: what to evaluate.
-    batches: of one shape.
+    batches: of one shape, whole in every process.
+    sharding: of batches, or None off a mesh.
   """
   sums = None
   for batch in batches:
-    found = step(state, batch)
+    found = step(state, feed.place(batch, sharding))
     # Added on the device: nothing waits until the last batch is queued.
     sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
   total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}

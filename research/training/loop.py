@@ -15,18 +15,21 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 
-from research.training import memory
+from research import sharding as shardings
+from research.training import evaluating, feed, memory, preemption
 from research.training import metrics as reports
 from research.training.base import record_base
 from research.training.checkpoint import Checkpoints
-from research.training.compiling import compile_step
-from research.training.evaluating import Evaluations, evaluate_all
+from research.training.compiling import Rewrite, compile_step
+from research.training.evaluating import Evaluations
+from research.training.goodput import Goodput
 from research.training.objective import Batch, Objective
-from research.training.report import Clock, Report
+from research.training.report import Report
 from research.training.state import TrainState
-from research.training.step import make_eval_step, make_train_step
-from research.typing import UserError
+from research.training.step import make_train_step
+from research.typing import PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,8 @@ class Outcome:
     best: (step, metric) of the best checkpoint, or None.
     evaluation: metrics of the last evaluation in this process.
     tokens_per_s: of training alone in this process; None if it did no step.
-    seconds: by what was being done: restore, compile, train, evaluate, save.
+    seconds: by what was being done in this process, see `Goodput`.
+    goodput: totals over all processes that this run took, see `Goodput`.
     peak_memory_bytes: see `memory.peak_memory_bytes`.
   """
 
@@ -88,6 +92,7 @@ class Outcome:
   evaluation: dict[str, float]
   tokens_per_s: float | None
   seconds: dict[str, float]
+  goodput: dict[str, float]
   peak_memory_bytes: int
 
 
@@ -102,28 +107,39 @@ def fit(
   evaluations: Evaluations | None = None,
   source: Mapping[str, Any] | None = None,
   writers: Sequence[reports.WriterFactory] = (),
+  rewrites: Sequence[Rewrite] = (),
+  sharding: NamedSharding | None = None,
+  began: float | int | None = None,
 ) -> Outcome:
   """Trains from `state`, or from the workdir's last checkpoint if it has one.
+
+  Every process of a run calls this with equal arguments, but for its share of
+  `training`; all stop at the same step, whatever the reason.
 
   Args:
     objective: the loss.
     tx: the optimizer that `state` was made with.
     state: where to start. It is consumed: its trainable part is donated.
-    training: endless batches of one shape; `iter` of it is checkpointed if it
-      is a grain iterator.
+    training: endless batches of one shape, this process's share of the rows
+      (`feed.share`); `iter` of it is checkpointed if it is a grain iterator.
     plan: how long, and when to look up.
     workdir: gets `metrics.jsonl`, `checkpoints/` and `profile/`.
-    evaluations: name -> batches; metrics are written as `name/metric`.
+    evaluations: name -> whole batches; metrics are written as `name/metric`.
     source: where the frozen weights can be had again, see `record_base`.
     writers: further writers besides `metrics.jsonl`.
+    rewrites: of the state, after each step, in order.
+    sharding: of batches `[B, T]`, on the mesh that `state` lives on; None for
+      a state on one device.
+    began: when this process began (`time.time()`), for the account of time.
 
   Raises:
     UserError: a loss or gradient that is not finite (with step and metric),
       another base or structure than the workdir's, a batch of another shape.
+    Preempted: SIGTERM came; the state has been saved.
   """
   workdir = pathlib.Path(workdir).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
-  clock, evaluation = Clock(), {}
+  clock, evaluation = Goodput(began), {}
   batches = iter(training)
   with contextlib.ExitStack() as stack:
     # --- restore ---
@@ -141,70 +157,89 @@ def fit(
       record_base(folder, state.frozen, source)
       resumed = checkpoints.latest
       if resumed is not None:
-        state = checkpoints.restore(state, _resumable(batches))
+        state = checkpoints.restore(state, feed.position(batches))
     start = int(state.step)
+    report = stack.enter_context(
+      Report(
+        workdir, writers, resumed, plan.steps, clock, lambda: checkpoints.latest
+      )
+    )
+    report.write(start, clock.summary())
 
     # --- compile ---
-    key = jax.random.key(plan.seed)
-    evaluate_step = jax.jit(make_eval_step(objective))
-    cost = {}
+    key = _key(plan.seed, sharding)
+    evaluate_step = evaluating.compiled(objective, sharding)
     if start < plan.steps:
       with clock.doing("compile"):
         # The first batch of another iterator: this one must not move.
-        first = next(iter(training))
+        _, parts = feed.share(sharding)
+        first = feed.place(next(iter(training)), sharding, parts)
         step = make_train_step(objective, tx, plan.accumulate, plan.average)
-        update, cost = compile_step(step, state, first, key)
+        update, cost = compile_step(step, state, first, key, rewrites)
+      report.write(start, cost)
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    report = stack.enter_context(Report(workdir, writers, resumed, plan.steps))
-    if cost:
-      report.write(start, cost)
+    placed = feed.placed(batches, sharding)
     report.restart()
     for number in range(start + 1, plan.steps + 1):
       last = number == plan.steps
-      evaluating = bool(evaluations) and _due(plan.eval_every, number, last)
-      saving = evaluating or _due(plan.save_every, number, last)
-      with clock.doing("train"), _traced(plan, number - start, last, report):
-        batch = next(batches)
+      looking = bool(evaluations) and _due(plan.eval_every, number, last)
+      with clock.doing("data"):
+        batch = next(placed)
+      with clock.doing("step"), _traced(plan, number - start, last, report):
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
         report.late.push(number, {**values, "tokens": _tokens(batch)})
+        leaving = preemption.reached(number) and not last
+        saving = looking or _due(plan.save_every, number, last or leaving)
         if saving:
           report.late.flush()  # nothing that is not finite gets past here
 
       # --- evaluate and save ---
       found = None
-      if evaluating:
+      if looking:
         with clock.doing("evaluate"):
           state = dataclasses.replace(moving, frozen=frozen)
-          found = evaluation = evaluate_all(evaluate_step, state, evaluations)
+          found = evaluation = evaluating.evaluate_all(
+            evaluate_step, state, evaluations, sharding
+          )
         report.write(number, found)
       if saving:
         with clock.doing("save"):
-          checkpoints.save(moving, _resumable(batches), found)
+          checkpoints.save(moving, feed.position(batches), found)
+        report.write(number, clock.summary())
         report.restart()
+      if leaving:
+        raise preemption.Preempted(
+          f"{workdir}: asked to stop; step {number} is saved.\n"
+          "The same command goes on from there."
+        )
 
     # --- finish ---
+    trained = clock.seconds["step"] + clock.seconds["data"]
     return Outcome(
       state=dataclasses.replace(moving, frozen=frozen),
       start=start,
       best=checkpoints.best,
       evaluation=evaluation,
-      tokens_per_s=(
-        report.tokens / clock.seconds["train"] if start < plan.steps else None
-      ),
+      tokens_per_s=report.tokens / trained if start < plan.steps else None,
       seconds=dict(clock.seconds),
+      goodput=clock.summary(),
       peak_memory_bytes=memory.peak_memory_bytes(),
     )
 
 
+def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:
+  """Returns the run's key, on every device of the mesh."""
+  if sharding is None:
+    return jax.random.key(seed)
+  where = shardings.replicated(sharding.mesh)
+  return jax.jit(jax.random.key, static_argnums=0, out_shardings=where)(seed)
+
+
 def _due(every: int, number: int, last: bool) -> bool:
   return last or (every > 0 and number % every == 0)
-
-
-def _resumable(batches: Any) -> Any:
-  return batches if hasattr(batches, "set_state") else None
 
 
 def _tokens(batch: Batch) -> int:

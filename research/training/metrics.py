@@ -201,14 +201,21 @@ class OneStepLate:
     self._emit(step, {k: float(v) for k, v in jax.device_get(values).items()})
 
 
-def progress_bar(steps: int, done: int) -> tqdm.tqdm:
-  """Returns a bar on stderr; where that is no terminal, a line now and then."""
+def progress_bar(steps: int, done: int, shown: bool = True) -> tqdm.tqdm:
+  """Returns a bar on stderr; where that is no terminal, a line now and then.
+
+  Args:
+    steps: in all.
+    done: of them.
+    shown: whether there is anything to see; one process of many shows it.
+  """
   terminal = sys.stderr.isatty()
   return tqdm.tqdm(
     total=steps,
     initial=done,
     unit="step",
     file=sys.stderr,
+    disable=not shown,
     dynamic_ncols=terminal,
     mininterval=0.5 if terminal else 15,
   )

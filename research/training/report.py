@@ -1,50 +1,63 @@
 """Everything that a step's numbers go to: files, the bar, the check."""
 
-import contextlib
 import math
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from research.training import metrics as reports
+from research.training.goodput import Goodput
 from research.typing import UserError
 
 
-class Clock:
-  """Seconds by what was being done."""
-
-  def __init__(self):
-    self.seconds: dict[str, float] = {}
-
-  @contextlib.contextmanager
-  def doing(self, what: str):
-    """Adds the time spent inside to `what`."""
-    begin = time.perf_counter()
-    try:
-      yield
-    finally:
-      spent = time.perf_counter() - begin
-      self.seconds[what] = self.seconds.get(what, 0.0) + spent
-
-
 class Report:
-  """Everything that a step's numbers go to."""
+  """Everything that a step's numbers go to; a context manager.
 
-  def __init__(self, workdir, writers, resumed: int | None, steps: int):
+  Every process reads them and stops at what is not finite; the first one alone
+  writes.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    writers: Sequence[reports.WriterFactory],
+    resumed: int | None,
+    steps: int,
+    clock: Goodput,
+    good: Callable[[], int | None],
+  ):
+    """Opens the writers.
+
+    Args:
+      workdir: gets `metrics.jsonl`.
+      writers: further ones.
+      resumed: the step that the run goes on from, or None.
+      steps: updates in all.
+      clock: takes note of slow steps, and writes its summary at the end.
+      good: returns the step of the last checkpoint, or None.
+    """
     self.tokens = 0
     self.late = reports.OneStepLate(self._train)
     self.workdir = workdir
-    self._writers = [
-      reports.JsonlWriter(workdir / "metrics.jsonl", resumed),
-      *(make(workdir, resumed) for make in writers),
-    ]
-    self._bar = reports.progress_bar(steps, resumed or 0)
+    self._clock, self._good = clock, good
+    first = jax.process_index() == 0
+    self._writers: list[reports.Writer] = []
+    if first:
+      clock.resume(workdir / "metrics.jsonl", resumed)
+      self._writers = [
+        reports.JsonlWriter(workdir / "metrics.jsonl", resumed),
+        *(make(workdir, resumed) for make in writers),
+      ]
+    self._bar = reports.progress_bar(steps, resumed or 0, shown=first)
     self.restart()
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, error, trace):
     self._bar.close()
     for writer in self._writers:
       writer.close()
@@ -54,6 +67,7 @@ class Report:
     self._before = time.perf_counter()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes numbers that belong to `step`."""
     for writer in self._writers:
       writer.scalars(step, values)
 
@@ -62,7 +76,8 @@ class Report:
     seconds, self._before = now - self._before, now
     self.tokens += int(values["tokens"])
     named = {f"train/{name}": value for name, value in values.items()}
-    self.write(step, {**named, "train/seconds": seconds})
+    slow = self._clock.stepped(seconds)
+    self.write(step, {**named, "train/seconds": seconds, **slow})
     rate = f"{values['tokens'] / seconds:.0f}"
     self._bar.set_postfix(
       {"loss": f"{values['loss']:.4f}", "tokens/s": rate}, refresh=False
@@ -76,5 +91,11 @@ class Report:
         raise UserError(
           f"{self.workdir}: {name} is {value} at step {step}.\n"
           "Expected a finite number; lower the learning rate or clip, then"
-          " resume from the last checkpoint."
+          f" {_again(self._good())}."
         )
+
+
+def _again(good: int | None) -> str:
+  if good is None:
+    return "start again: nothing had been saved"
+  return f"resume from\nthe last good checkpoint, of step {good}"

@@ -1,14 +1,19 @@
 """The training state: one pytree, with the trainable part set apart by path."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from research import tree
 from research.typing import Array, Params, UserError
+
+Placement = Callable[[Any], Any]
+"""A tree of arrays, or of shapes -> a sharding for each of them."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +50,7 @@ def create(
   *,
   dtype: Any = jnp.float32,
   average: bool = False,
+  shardings: Placement | None = None,
 ) -> TrainState:
   """Returns the state at step 0.
 
@@ -56,6 +62,8 @@ def create(
     dtype: of the trainable arrays. They are masters in float32 over a base of
       any type; activations decide in which type they are multiplied.
     average: whether to keep a moving average of the trainable arrays.
+    shardings: of the state, by its shapes; None off a mesh. Optimizer state is
+      made where it stays; the frozen arrays stay as they are, see `place`.
 
   Raises:
     UserError: nothing is trainable, or something that is not floating point.
@@ -66,14 +74,42 @@ def create(
   def copy(x: Array) -> Array:
     return jnp.array(x, dtype=dtype, copy=True)
 
-  selected = jax.tree.map(copy, selected)
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    trainable=selected,
-    frozen=frozen,
-    opt_state=tx.init(selected),
-    ema=jax.tree.map(copy, selected) if average else None,
-  )
+  def make(selected: Params) -> TrainState:
+    masters = jax.tree.map(copy, selected)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      trainable=masters,
+      frozen=None,
+      opt_state=tx.init(masters),
+      ema=jax.tree.map(copy, selected) if average else None,
+    )
+
+  if shardings is not None:
+    where = shardings(jax.eval_shape(make, selected))
+    made = jax.jit(make, out_shardings=where)(selected)
+  else:
+    made = make(selected)
+  return dataclasses.replace(made, frozen=frozen)
+
+
+def place(params: Params, shardings: Placement) -> Params:
+  """Returns `params` on the devices where they belong, one copy of each part.
+
+  Args:
+    params: arrays that every process has whole, or that are in place already.
+    shardings: where they belong, by their shapes.
+  """
+
+  def one(x: Any, where: jax.sharding.Sharding) -> Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return x if x.sharding == where else jax.device_put(x, where)
+    if where.is_fully_addressable:
+      return jax.device_put(x, where)
+    # Values of several processes are equal; device_put would compare them.
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda i: host[i])
+
+  return jax.tree.map(one, params, shardings(params))
 
 
 def _check(selected: Params, params: Params, pattern: str) -> None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree
+from research import sharding, tree
 from research.training.objective import Batch, Objective
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
@@ -30,10 +30,11 @@ def make_train_step(
 ) -> TrainStep:
   """Returns a pure `step(state, batch, key) -> (state, metrics)`.
 
-  Metrics are float32 scalars: `loss` and the objective's own (means over the
-  batch's weight), `weight`, `grad_norm` before clipping, `learning_rate` if
-  the optimizer has one, and `nonfinite`, 1 where loss or gradient is not
-  finite. `step` derives its randomness as `fold_in(key, state.step)`.
+  Metrics are float32: `loss` and the objective's own (means over the batch's
+  weight; whatever is no scalar is for a rewrite of the state to use up),
+  `weight`, `grad_norm` before clipping, `learning_rate` if the optimizer has
+  one, and `nonfinite`, 1 where loss or gradient is not finite. `step` derives
+  its randomness as `fold_in(key, state.step)`.
 
   Args:
     objective: the loss.
@@ -109,7 +110,10 @@ def _microbatches(batch: Batch, count: int) -> Any:
         f"accumulate: {count} microbatches do not divide batch {path!r} of"
         f" {x.shape[0]} rows.\nExpected a divisor of the batch size."
       )
-    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+    x = x.reshape(count, x.shape[0] // count, *x.shape[1:])
+    # Each microbatch over the whole mesh, not each device a microbatch.
+    rest = ("length",) * (x.ndim > 2) + (None,) * (x.ndim - 3)
+    return sharding.constrain(x, None, "batch", *rest)
 
   return tree.map_paths(cut, dict(batch))
 

@@ -106,10 +106,11 @@ def test_a_run_learns_and_reports(line, tmp_path):
   assert out.evaluation["validation/loss"] == pytest.approx(
     out.evaluation["heldout/loss"]
   )
-  assert out.seconds["train"] > 0 and out.seconds["compile"] > 0
+  assert out.seconds["step"] > 0 and out.seconds["compile"] > 0
   assert out.best == (40, pytest.approx(out.evaluation["validation/loss"]))
   found = records(tmp_path)
-  assert found[0]["step"] == 0 and found[0]["compile/seconds"] > 0
+  assert found[0]["step"] == 0 and found[0]["goodput/lives"] == 1
+  assert found[1]["step"] == 0 and found[1]["compile/seconds"] > 0
   assert [r["step"] for r in found if "validation/loss" in r] == [
     10,
     20,
@@ -140,6 +141,7 @@ def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
   with pytest.raises(UserError) as caught:
     line_run(line, tmp_path, plan, bad_from=6)
   assert "train/loss is nan at step 6" in str(caught.value)
+  assert "\nthe last good checkpoint, of step 4." in str(caught.value)
   assert str(caught.value).count("\n") < 3
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.steps == [2, 4]
@@ -239,7 +241,8 @@ def test_writers_get_everything(line, tmp_path):
       seen.append("closed")
 
   line_run(line, tmp_path, loop.Plan(steps=2), writers=(Listener,))
-  assert seen == [(tmp_path, None), 0, 1, 2, "closed"]
+  # Account of time, cost of the program; two steps; the account once more.
+  assert seen == [(tmp_path, None), 0, 0, 1, 2, 2, "closed"]
 
 
 @pytest.mark.parametrize("field", ["steps", "accumulate", "keep"])

@@ -1,0 +1,156 @@
+"""Global batches out of what each process reads.
+
+A batch is one array over all devices of all processes. A process reads only
+the rows that its own devices hold, and where it stands in the data is one
+number, the same for all: a run can go on with another number of processes.
+"""
+
+import json
+import math
+from collections.abc import Awaitable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from research.training.objective import Batch
+from research.typing import UserError
+
+_FILE = "position.json"
+
+
+def share(sharding: NamedSharding | None) -> tuple[int, int]:
+  """Returns `(i, n)`: this process holds the i-th of n equal parts of the rows.
+
+  All of them, `(0, 1)`, where the mesh scatters its rows.
+
+  Args:
+    sharding: of a batch's arrays `[B, T]`, or None for one device.
+  """
+  if sharding is None or jax.process_count() == 1:
+    return 0, 1
+  pieces = _pieces(sharding, 0)
+  rows = NamedSharding(sharding.mesh, PartitionSpec(_axes(sharding, 0)))
+  held = {
+    piece
+    for (index,) in rows.addressable_devices_indices_map((pieces,)).values()
+    for piece in range(*index.indices(pieces))
+  }
+  first, count = min(held), len(held)
+  if max(held) - first + 1 != count or first % count or pieces % count:
+    return 0, 1
+  return first // count, pieces // count
+
+
+def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+  """Returns `sharding`, that of `[B, T]`, for a batch's array of `shape`.
+
+  Raises:
+    UserError: the mesh does not divide the rows.
+  """
+  axes = [_axes(sharding, i) for i in range(len(shape))]
+  if shape[0] % _pieces(sharding, 0):
+    raise UserError(
+      f"batch_size: found {shape[0]} rows, expected a multiple of"
+      f" {_pieces(sharding, 0)}: so many parts\nthe mesh cuts them into"
+      f" ({sharding.mesh.shape_tuple}, axes {axes[0]})."
+    )
+  for i, dim in enumerate(shape):
+    if dim % _pieces(sharding, i):
+      axes[i] = None
+  return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+
+
+def _axes(sharding: NamedSharding, i: int) -> Any:
+  return sharding.spec[i] if i < len(sharding.spec) else None
+
+
+def _pieces(sharding: NamedSharding, i: int) -> int:
+  axes = _axes(sharding, i) or ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  return math.prod(sharding.mesh.shape[a] for a in axes)
+
+
+def place(
+  batch: Batch, sharding: NamedSharding | None, parts: int = 1
+) -> dict[str, Any]:
+  """Returns a batch as global arrays, cut as `sharding` says.
+
+  Args:
+    batch: host arrays `[B / parts, ...]`.
+    sharding: of arrays `[B, T]`; None leaves the batch as it is.
+    parts: into how many the processes share the rows, see `share`.
+  """
+  if sharding is None:
+    return dict(batch)
+
+  def one(x: Any) -> jax.Array:
+    x = np.asarray(x)
+    shape = (x.shape[0] * parts, *x.shape[1:])
+    cut = fitted(sharding, shape)
+    if jax.process_count() == 1:
+      return jax.device_put(x, cut)
+    return jax.make_array_from_process_local_data(cut, x, shape)
+
+  return {name: one(x) for name, x in batch.items()}
+
+
+def placed(
+  batches: Iterator[Batch], sharding: NamedSharding | None
+) -> Iterator[Batch]:
+  """Returns batches that a compiled step takes.
+
+  A single process hands its host arrays over as they are: the step knows where
+  they belong and puts them there faster than Python could.
+  """
+  if jax.process_count() == 1:
+    return batches
+  _, parts = share(sharding)
+  return (place(batch, sharding, parts) for batch in batches)
+
+
+class Position:
+  """Where an iterator stands, as one file for any number of processes.
+
+  Orbax saves and loads it (`StatefulCheckpointable`).
+  """
+
+  def __init__(self, iterator: Any):
+    """Refers to `iterator`, a grain iterator."""
+    self._iterator = iterator
+
+  def get_state(self) -> Any:
+    """Returns the position as JSON's types."""
+    return self._iterator.get_state()
+
+  def set_state(self, state: Any) -> None:
+    """Moves the iterator."""
+    self._iterator.set_state(state)
+
+  async def save(self, directory: Any) -> Awaitable[None]:
+    """Writes the position; it is read at once, the file is written later."""
+    text = json.dumps(self.get_state()) + "\n"
+
+    async def write() -> None:
+      folder = await directory.await_creation()
+      if jax.process_index() == 0:
+        (folder / _FILE).write_text(text)
+
+    return write()
+
+  async def load(self, directory: Any) -> Awaitable[None]:
+    """Moves the iterator to where it stood when `directory` was written."""
+
+    async def read() -> None:
+      path = directory / _FILE
+      if not path.exists():  # grain's own, of a run with one process
+        path = directory / "process_0-of-1.json"
+      self.set_state(json.loads(path.read_text()))
+
+    return read()
+
+
+def position(iterator: Any) -> Position | None:
+  """Returns where `iterator` stands, or None if it cannot be moved."""
+  return Position(iterator) if hasattr(iterator, "set_state") else None
