@@ -66,10 +66,10 @@ def test_compressors_count_bits():
   rng = np.random.default_rng(0)
   noise = rng.bytes(20_000)
   found = baselines.compressed(noise, noise)
-  # Noise does not compress; what is known already costs next to nothing.
+  # Noise does not compress; what is known costs a reference in 273 bytes.
   assert set(found) == {"gzip", "bzip2", "xz", "xz_after_training"}
   assert all(8 <= found[n] < 8.2 for n in ("gzip", "bzip2", "xz"))
-  assert found["xz_after_training"] < 0.1
+  assert found["xz_after_training"] < 0.2
   letters = bytes(rng.integers(0, 2, 20_000, np.uint8) + ord("a"))
   floor = 1.0  # a coin a byte
   assert all(
