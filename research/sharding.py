@@ -94,7 +94,9 @@ class Layout:
   sequence: int = 1
   tensor: int = 1
   expert: int = 1
-  axes: tuple[tuple[str, Names], ...] = AXES
+  axes: tuple[tuple[str, Names], ...] = dataclasses.field(
+    default_factory=lambda: AXES
+  )
   rules: Mapping[str, str | tuple[str, ...]] = dataclasses.field(
     default_factory=lambda: RULES
   )
