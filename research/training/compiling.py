@@ -24,19 +24,18 @@ and may use up metrics that are arrays.
 """
 
 
-def compile_step(
+def lower_step(
   step: Callable,
   state: TrainState,
   batch: Batch,
   key: PRNGKey,
   rewrites: Sequence[Rewrite] = (),
-) -> tuple[Callable, dict[str, float]]:
-  """Returns the compiled update and what it costs.
+) -> jax.stages.Lowered:
+  """Returns the update, for the devices that its arguments are on.
 
-  The update is `(moving, frozen, batch, key) -> (moving, metrics)`, where
-  `moving` is the state without its frozen part. It is donated; `frozen` is
-  not. It takes one shape of batch: another one is a UserError, never a silent
-  recompilation. Metrics that are still arrays after the rewrites are dropped.
+  It is `(moving, frozen, batch, key) -> (moving, metrics)`, where `moving` is
+  the state without its frozen part. It is donated; `frozen` is not. Metrics
+  that are still arrays after the rewrites are dropped.
 
   Args:
     step: from `make_train_step`.
@@ -60,10 +59,25 @@ def compile_step(
     numbers = {k: v for k, v in metrics.items() if v.ndim == 0}
     return dataclasses.replace(state, frozen=None), numbers
 
-  begin = time.perf_counter()
   moving = dataclasses.replace(state, frozen=None)
   program = jax.jit(update, donate_argnums=0, out_shardings=_same(moving))
-  compiled = program.lower(moving, state.frozen, batch, key).compile()
+  return program.lower(moving, state.frozen, batch, key)
+
+
+def compile_step(
+  step: Callable,
+  state: TrainState,
+  batch: Batch,
+  key: PRNGKey,
+  rewrites: Sequence[Rewrite] = (),
+) -> tuple[Callable, dict[str, float]]:
+  """Returns the compiled update of `lower_step` and what it costs.
+
+  It takes one shape of batch: another one is a UserError, never a silent
+  recompilation.
+  """
+  begin = time.perf_counter()
+  compiled = lower_step(step, state, batch, key, rewrites).compile()
   memory.release()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
   logging.info(
