@@ -38,6 +38,27 @@ flags.DEFINE_bool(
   flag_values=_SHARED,
 )
 
+_CLUSTER = flags.FlagValues()
+flags.DEFINE_integer(
+  "devices",
+  None,
+  "Compute on so many virtual CPU devices, to try a mesh out.",
+  flag_values=_CLUSTER,
+)
+flags.DEFINE_string(
+  "coordinator",
+  None,
+  "host:port where process 0 listens, for several processes. SLURM, Open MPI, "
+  "GKE and TPU pods need none of these flags.",
+  flag_values=_CLUSTER,
+)
+flags.DEFINE_integer(
+  "processes", None, "How many processes there are.", flag_values=_CLUSTER
+)
+flags.DEFINE_integer(
+  "process", None, "Which of them this one is, from 0.", flag_values=_CLUSTER
+)
+
 MODEL = (
   "A Hugging Face directory, a PEFT adapter's, a run's working directory, a "
   "checkpoint that convert wrote, a .gguf file, org/name on the Hugging Face "
@@ -45,19 +66,34 @@ MODEL = (
 )
 """What `--model` takes."""
 
+PREEMPTED = 42
+"""Exit status of a run that was asked to stop, and saved."""
+
 Main = Callable[[Sequence[str]], dict[str, Any] | None]
 flags.FLAGS.append_flag_values(_SHARED)
 
 
-def new_flags() -> flags.FlagValues:
+def new_flags(cluster: bool = False) -> flags.FlagValues:
   """Returns the flags of one command, so far those that every command has.
+
+  Args:
+    cluster: whether it may be one process of several, on many devices.
 
   A command keeps them in `FLAGS` and defines its own with `flag_values=FLAGS`:
   two commands in one process then do not get in each other's way.
   """
   values = flags.FlagValues()
   values.append_flag_values(_SHARED)
+  if cluster:
+    values.append_flag_values(_CLUSTER)
   return values
+
+
+def cluster(values: flags.FlagValues) -> Any:
+  """Returns the `runtime.Cluster` that a command's flags describe."""
+  from experiments import runtime
+
+  return runtime.Cluster(**{name: values[name].value for name in _CLUSTER})
 
 
 def say(text: str) -> None:
@@ -90,7 +126,8 @@ def run(main: Main) -> NoReturn:
 def call(main: Main, argv: Sequence[str]) -> int:
   """Runs a command on `argv`; returns its exit status.
 
-  0: done, 1: an error, 2: a wrong command line, 130: interrupted.
+  0: done, 1: an error, 2: a wrong command line, 42: asked to stop, and saved,
+  so that the same command goes on (`training.preemption`), 130: interrupted.
   """
   values = _flags(main)
   for name in values:
@@ -119,7 +156,7 @@ def call(main: Main, argv: Sequence[str]) -> int:
     if text is None or values["traceback"].value:
       traceback.print_exc()
       return 1
-    return _fail(text, 1)
+    return _fail(text, getattr(error, "exit_status", 1))
   return 0
 
 
@@ -134,7 +171,8 @@ def _flags(main: Main) -> flags.FlagValues:
 
 
 def _fail(text: str, status: int) -> int:
-  print(f"error: {text}", file=sys.stderr, flush=True)
+  kind = "preempted" if status == PREEMPTED else "error"
+  print(f"{kind}: {text}", file=sys.stderr, flush=True)
   return status
 
 
@@ -174,6 +212,9 @@ def describe(main: Main) -> str:
   shared = [_SHARED[name] for name in _SHARED]
   parts = [(module.__doc__ or "").strip(), "", "Flags:"]
   parts += map(_flag, found)
+  if set(_CLUSTER) <= set(_flags(main)):
+    many = [_CLUSTER[name] for name in _CLUSTER]
+    parts += ["", "Flags of runs on many devices:", *map(_flag, many)]
   parts += ["", "Flags of every command:", *map(_flag, shared)]
   return "\n".join(parts)
 

@@ -21,7 +21,7 @@ from absl import flags
 
 from experiments import cli, runtime
 
-FLAGS = cli.new_flags()
+FLAGS = cli.new_flags(cluster=True)
 
 _CONFIG = flags.DEFINE_string(
   "config",
@@ -46,8 +46,8 @@ _SET = flags.DEFINE_multi_string(
 )
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
-  """Evaluates; returns the metrics, which the command prints as JSON."""
+def main(argv: Sequence[str]) -> dict[str, Any] | None:
+  """Evaluates; returns the metrics, which the first process prints as JSON."""
   del argv
   from research.typing import UserError
 
@@ -66,7 +66,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       )
     path = path or str(workdir / "config.gin")
   experiment, _ = config.read(path, _SET.value)
-  return runs.evaluate(experiment, workdir, _STEP.value)
+  with runtime.cluster(cli.cluster(FLAGS), preemptible=False):
+    result = runs.evaluate(experiment, workdir, _STEP.value)
+    return result if runtime.first() else None
 
 
 if __name__ == "__main__":

@@ -11,14 +11,22 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 
+from experiments.site import Site
 from research.data.packing import Row
 from research.data.pipeline import Data
 from research.interop import load
 from research.interop.load import Loaded
+from research.interop.unread import Shardings
 from research.nn.transformer import Remat
+from research.sharding import Layout
+from research.training import state
+from research.training.compiling import Rewrite
 from research.training.loop import Plan
 from research.training.objective import Objective
 from research.typing import Params, PRNGKey
+
+ALONE = Site()
+"""One device."""
 
 Transform = Callable[[Params, PRNGKey], Params]
 """A pure rewrite of a parameter tree: quantize, adapt, merge."""
@@ -28,7 +36,7 @@ Transform = Callable[[Params, PRNGKey], Params]
 class Source(Protocol):
   """Where a model and its first weights come from."""
 
-  def load(self) -> Loaded: ...
+  def load(self, shardings: Shardings | None = None) -> Loaded: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,9 +55,13 @@ class Pretrained:
   packed: bool = False
   remat: Remat = "names"
 
-  def load(self) -> Loaded:
-    """Returns the model, its weights and its tokenizer."""
-    loaded = load.load_model(self.name, self.dtype, self.packed)
+  def load(self, shardings: Shardings | None = None) -> Loaded:
+    """Returns the model, its weights and its tokenizer.
+
+    Args:
+      shardings: where the weights go, see `load.load_model`.
+    """
+    loaded = load.load_model(self.name, self.dtype, self.packed, shardings)
     return dataclasses.replace(
       loaded, model=loaded.model.clone(remat=self.remat)
     )
@@ -70,6 +82,8 @@ class Experiment:
     validation: what the best checkpoint is chosen by, or None.
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
+    rewrites: of the training state, after each step, in order.
+    mesh: over which devices everything goes; one, by default.
     seed: of the transforms' random numbers.
     prompt: text that the model continues before and after training, or None.
     continuation: tokens of that continuation.
@@ -85,19 +99,28 @@ class Experiment:
   validation: Data | None = None
   heldout: Data | None = None
   eval_batches: int | None = None
+  rewrites: tuple[Rewrite, ...] = ()
+  mesh: Layout = Layout(data=1)
   seed: int = 0
   prompt: str | None = None
   continuation: int = 48
 
-  def build(self) -> "Built":
-    """Returns what the run works with: loads, transforms, tokenises."""
-    loaded = self.model.load()
+  def build(self, site: Site = ALONE) -> "Built":
+    """Returns what the run works with: loads, transforms, places.
+
+    Args:
+      site: where the weights go; each device's part alone is read for it.
+    """
+    loaded = self.model.load(site.placement)
     params = loaded.params
     key = jax.random.key(self.seed)
     for i, transform in enumerate(self.transforms):
       params = transform(params, jax.random.fold_in(key, i))
+    if site.mesh is not None:
+      site = site.of(loaded.model)
+      params = state.place(params, site.shardings)
     objective = dataclasses.replace(self.objective, model=loaded.model)
-    return Built(loaded=loaded, params=params, objective=objective)
+    return Built(loaded=loaded, params=params, objective=objective, site=site)
 
   def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
     """Returns the batches of `validation` and `heldout`, where there are."""
@@ -117,8 +140,10 @@ class Built:
     loaded: the model as it was imported.
     params: its weights after the transforms.
     objective: the loss of that model.
+    site: where those are.
   """
 
   loaded: Loaded
   params: Any
   objective: Any
+  site: Site = ALONE

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, corpora, runtime
+from experiments import cli, corpora, runtime, site
 from experiments.experiment import Built, Experiment
-from research import tree
+from research import sharding, tree
 from research.interop import convert, sources
 from research.lora import adapt, peft
 from research.nn import generate
@@ -30,7 +30,6 @@ from research.training import (
   metrics,
   plots,
   state,
-  step,
 )
 from research.typing import UserError
 
@@ -38,32 +37,46 @@ from research.typing import UserError
 def train(
   experiment: Experiment, workdir: pathlib.Path, writers: Sequence[Any] = ()
 ) -> dict[str, Any]:
-  """Trains `experiment` in `workdir`; returns its result."""
+  """Trains `experiment` in `workdir`; returns its result.
+
+  Of several processes, each calls this; the first one writes.
+
+  Raises:
+    Preempted: SIGTERM came; the run is saved.
+    UserError: what the user can mend.
+  """
+  with site.entered(experiment.mesh) as where:
+    return _train(experiment, where, workdir, writers)
+
+
+def _train(
+  experiment: Experiment,
+  where: site.Site,
+  workdir: pathlib.Path,
+  writers: Sequence[Any],
+) -> dict[str, Any]:
   begin = time.perf_counter()
 
   # --- model ---
-  cli.say(f"loading {experiment.model}")
-  built = experiment.build()
-  tokenizer = built.loaded.tokenizer
-  start = state.create(built.params, experiment.trainable, experiment.optimizer)
+  _say(f"loading {experiment.model}")
+  built = experiment.build(where)
+  where, tokenizer = built.site, built.loaded.tokenizer
+  start = state.create(
+    built.params,
+    experiment.trainable,
+    experiment.optimizer,
+    shardings=where.placement,
+  )
   trainable, total = tree.count(start.trainable), tree.count(start.params)
-  _write(
-    workdir / "parameters.txt",
-    tree.describe(built.params, experiment.trainable) + "\n",
-  )
-  cli.say(
-    f"{trainable:,} of {total:,} parameters are trained "
-    f"({trainable / total:.2%}); each one is in {workdir}/parameters.txt"
-  )
+  _say_parameters(experiment, built, trainable, total, workdir)
 
   # --- data ---
-  texts = corpora.claim(experiment, workdir)
-  training = experiment.data.training(tokenizer)
+  texts = runtime.in_turn(lambda: corpora.claim(experiment, workdir))
+  training = experiment.data.training(tokenizer, *where.share)
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
 
   # --- train ---
-  ready = time.time() - runtime.START
   outcome = loop.fit(
     built.objective,
     experiment.optimizer,
@@ -74,11 +87,14 @@ def train(
     evaluations=evaluations,
     source=built.loaded.source,
     writers=writers,
+    rewrites=experiment.rewrites,
+    sharding=where.batch,
+    began=runtime.START,
   )
 
   # --- before and after ---
   # Both now: nobody waits for the first step, and the program is compiled once.
-  measure = jax.jit(step.make_eval_step(built.objective))
+  measure = evaluating.compiled(built.objective, where.batch)
   before, after = (
     _look(experiment, built, measure, trained, heldout, when)
     for when, trained in (
@@ -94,12 +110,13 @@ def train(
     )
     if found is not None
   ]
-  plots.loss_curve(
-    workdir / "metrics.jsonl",
-    workdir / "loss.png",
-    title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
-    points=points,
-  )
+  if runtime.first():
+    plots.loss_curve(
+      workdir / "metrics.jsonl",
+      workdir / "loss.png",
+      title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
+      points=points,
+    )
   usable = _save_adapter(
     workdir / "adapter", experiment, built, outcome
   ) or _save_model(workdir / "model", experiment, built, outcome)
@@ -112,8 +129,11 @@ def train(
     "tokens_per_s": outcome.tokens_per_s,
     "peak_memory_bytes": outcome.peak_memory_bytes,
     "seconds": time.perf_counter() - begin,
-    "seconds_to_first_step": _first_step(workdir, ready, outcome),
+    "seconds_to_first_step": _first_step(workdir, outcome),
     "seconds_by_part": outcome.seconds,
+    "goodput": outcome.goodput["goodput/fraction"],
+    "devices": 1 if where.mesh is None else where.mesh.size,
+    "processes": jax.process_count(),
     "steps": experiment.plan.steps,
     "best": outcome.best,
     "texts": texts,
@@ -121,7 +141,7 @@ def train(
     "workdir": str(workdir),
   }
   _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-  cli.say(_next(workdir, usable))
+  _say(_next(workdir, usable))
   return result
 
 
@@ -137,9 +157,18 @@ def evaluate(
     workdir: where its checkpoints are; None for the model before training.
     number: step of the checkpoint; None for the best, or else the last.
   """
-  built = experiment.build()
+  with site.entered(experiment.mesh) as where:
+    return _evaluate(experiment, where, workdir, number)
+
+
+def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
+  built = experiment.build(where)
+  where = built.site
   trained = state.create(
-    built.params, experiment.trainable, experiment.optimizer
+    built.params,
+    experiment.trainable,
+    experiment.optimizer,
+    shardings=where.placement,
   )
   at = 0
   if workdir is not None:
@@ -155,14 +184,45 @@ def evaluate(
   evaluations = experiment.evaluations(built.loaded.tokenizer)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
-  measure = jax.jit(step.make_eval_step(built.objective))
-  found = evaluating.evaluate_all(measure, trained, evaluations)
+  measure = evaluating.compiled(built.objective, where.batch)
+  found = evaluating.evaluate_all(measure, trained, evaluations, where.batch)
   for name in evaluations:
     found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
   return {"step": at, **found}
 
 
+def _say(text: str) -> None:
+  if runtime.first():
+    cli.say(text)
+
+
+def _say_parameters(
+  experiment: Experiment,
+  built: Built,
+  trainable: int,
+  total: int,
+  workdir: pathlib.Path,
+) -> None:
+  """Says what is trained and where; the table of it all goes to a file."""
+  where, note = built.site, ""
+  shardings = None
+  if where.mesh is not None:
+    shardings = where.shardings(built.params)
+    each = sharding.bytes_per_device(built.params, shardings)
+    note = f"; {where.describe()}, {each:,} bytes of them on each"
+  _write(
+    workdir / "parameters.txt",
+    tree.describe(built.params, experiment.trainable, shardings) + "\n",
+  )
+  _say(
+    f"{trainable:,} of {total:,} parameters are trained "
+    f"({trainable / total:.2%}){note}; each one is in {workdir}/parameters.txt"
+  )
+
+
 def _write(path: pathlib.Path, text: str) -> None:
+  if not runtime.first():
+    return
   try:
     path.write_text(text, encoding="utf-8")
   except OSError as error:
@@ -184,9 +244,7 @@ def _untrained(
   return dataclasses.replace(trained, trainable=first)
 
 
-def _first_step(
-  workdir: pathlib.Path, ready: float, outcome: loop.Outcome
-) -> float | None:
+def _first_step(workdir: pathlib.Path, outcome: loop.Outcome) -> float | None:
   """Returns seconds from the command to the end of the first step.
 
   None where this process resumed a run and so did not take it.
@@ -195,8 +253,8 @@ def _first_step(
   first = next((r for r in records if "train/seconds" in r), None)
   if first is None or outcome.start:
     return None
-  parts = ("restore", "compile")
-  before = ready + sum(outcome.seconds.get(part, 0.0) for part in parts)
+  parts = ("init", "restore", "compile")
+  before = sum(outcome.seconds[part] for part in parts)
   return before + first["train/seconds"]
 
 
@@ -213,7 +271,8 @@ def _look(
   Returns:
     Means over the held-out data, or None where nothing is held out.
   """
-  if experiment.prompt is not None:
+  # Tokens come out one by one: that is for one process to wait for.
+  if experiment.prompt is not None and jax.process_count() == 1:
     tokenizer = built.loaded.tokenizer
     made = generate.generate(
       built.loaded.model,
@@ -222,20 +281,23 @@ def _look(
       max_new_tokens=experiment.continuation,
     )
     text = tokenizer.decode(made.tokens[0])
-    cli.say(f"{when}: {experiment.prompt}{text}\n")
+    _say(f"{when}: {experiment.prompt}{text}\n")
   if heldout is None:
     return None
-  found = evaluating.evaluate(measure, trained, heldout)
-  cli.say(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
+  found = evaluating.evaluate(measure, trained, heldout, built.site.batch)
+  _say(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
   return found
 
 
 def _save_adapter(folder, experiment, built, outcome) -> bool:
   """Writes what was trained in PEFT's format, if that is adapters."""
   params = outcome.state.params
-  adapters, _ = tree.partition(params, adapt.TRAINABLE)
+  adapters, rest = tree.partition(params, adapt.TRAINABLE)
   if not tree.count(adapters):
     return False
+  params = tree.combine(site.whole(adapters), rest)
+  if not runtime.first():
+    return True
   base = getattr(experiment.model, "name", "unknown")
   if pathlib.Path(base).exists():
     base = str(pathlib.Path(base).resolve())
@@ -245,9 +307,12 @@ def _save_adapter(folder, experiment, built, outcome) -> bool:
 
 def _save_model(folder, experiment, built, outcome) -> bool:
   """Writes the whole model in Hugging Face's format, if that can say it."""
+  params = site.whole(outcome.state.params)
+  if not runtime.first():
+    return True
   source = sources.trained(
     built.loaded,
-    outcome.state.params,
+    params,
     {"format": "run", "path": str(folder.parent)},
     getattr(experiment.model, "name", None),
   )
@@ -255,7 +320,7 @@ def _save_model(folder, experiment, built, outcome) -> bool:
   try:
     convert.to_hf(source, folder)
   except UserError as error:
-    cli.say(f"{folder}: not written: {error}")
+    _say(f"{folder}: not written: {error}")
     return False
   return True
 

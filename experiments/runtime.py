@@ -1,13 +1,19 @@
 """What a process needs before it computes: allocator, type checks, caches.
 
 Every command begins with `prepare()`, before jax or the library is imported,
-and calls `setup()` once its flags are parsed.
+and calls `setup()` once its flags are parsed. Commands that may be one process
+of several do their work inside `cluster(...)`.
 """
 
+import contextlib
+import dataclasses
 import os
 import pathlib
+import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 START = time.time()
 """When this process began, to within the interpreter's own start."""
@@ -65,3 +71,175 @@ def setup() -> None:
   jax.config.update("jax_compilation_cache_dir", cache_directory())
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+  """Which process this is, of which run.
+
+  Attributes:
+    coordinator: host:port where process 0 listens. With `processes` and
+      `process`, or none of the three: then the environment says it, as SLURM,
+      Open MPI, GKE and TPU pods do, or there is but one process.
+    processes: how many.
+    process: which one, from 0.
+    devices: virtual CPU devices of this process, to try a mesh out; None for
+      the devices that there are.
+  """
+
+  coordinator: str | None = None
+  processes: int | None = None
+  process: int | None = None
+  devices: int | None = None
+
+  def __post_init__(self):
+    from research.typing import UserError
+
+    given = (self.coordinator, self.processes, self.process)
+    if any(x is not None for x in given) and None in given:
+      raise UserError(
+        f"found --coordinator={given[0]} --processes={given[1]}"
+        f" --process={given[2]}, expected all three or none."
+      )
+    if None not in given and not 0 <= given[2] < given[1]:
+      raise UserError(
+        f"--process={given[2]}: expected a number from 0 to {given[1] - 1}."
+      )
+    if self.devices is not None and self.devices < 1:
+      raise UserError(f"--devices={self.devices}: expected at least 1.")
+
+
+@contextlib.contextmanager
+def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
+  """Connects the run's processes; they leave together.
+
+  A single process talks to itself, since that is what makes SIGTERM save.
+
+  Args:
+    where: which process this is.
+    preemptible: whether SIGTERM asks the loop to save (`training.preemption`)
+      rather than end the process.
+  """
+  import jax
+
+  from research.training.preemption import Preempted
+
+  if where.devices is not None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", where.devices)
+  jax.config.update("jax_enable_preemption_service", preemptible)
+  mine = _connect(where)
+  try:
+    yield
+  except Preempted:
+    if mine:
+      jax.distributed.shutdown()
+    raise
+  # After another error, the others hear of it as this process ends.
+  if mine:
+    jax.distributed.shutdown()
+
+
+def _connect(where: Cluster) -> bool:
+  """Returns whether the processes were connected here and now."""
+  import jax
+
+  if jax.distributed.is_initialized():
+    return False
+  environ = os.environ.get
+  coordinator = where.coordinator or environ("JAX_COORDINATOR_ADDRESS")
+  processes = where.processes or _number("JAX_NUM_PROCESSES")
+  process = where.process
+  process = _number("JAX_PROCESS_ID") if process is None else process
+  try:
+    if None not in (coordinator, processes, process):
+      jax.distributed.initialize(
+        coordinator, processes, process, cluster_detection_method="deactivate"
+      )
+      return True
+    with contextlib.suppress(ValueError):  # no cluster that JAX knows
+      jax.distributed.initialize()
+      return True
+    # Collectives among its own devices need no network.
+    jax.config.update("jax_cpu_collectives_implementation", None)
+    address = f"127.0.0.1:{_free_port()}"
+    jax.distributed.initialize(
+      address,
+      1,
+      0,
+      cluster_detection_method="deactivate",
+      coordinator_bind_address=address,
+    )
+    return True
+  except (RuntimeError, OSError) as error:
+    from research.typing import UserError
+
+    why = (str(error).strip().splitlines() or [repr(error)])[0]
+    if "before any JAX" in why:  # a notebook: computing already, alone
+      return False
+    if (processes or 1) > 1:
+      raise UserError(
+        f"{coordinator}: process {process} of {processes} could not connect:"
+        f" {why}\nExpected process 0 to listen there."
+      ) from error
+    print(
+      f"note: no local network ({why}); SIGTERM ends this run without saving",
+      file=sys.stderr,
+    )
+    return False
+
+
+def _number(name: str) -> int | None:
+  """Returns an environment variable's number; None where it is not set."""
+  text = os.environ.get(name)
+  if text is not None and not text.isdigit():
+    from research.typing import UserError
+
+    raise UserError(f"{name}={text}: expected a number")
+  return None if text is None else int(text)
+
+
+def _free_port() -> int:
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def first() -> bool:
+  """Whether this is the process that writes and prints."""
+  import jax
+
+  return jax.process_index() == 0
+
+
+def in_turn(act: Callable[[], Any]) -> Any:
+  """Returns what `act` does: in the first process, then in all others.
+
+  So the first one may leave a file for them to find.
+
+  Raises:
+    UserError: the first process failed, and has said why.
+  """
+  import jax
+
+  if jax.process_count() == 1:
+    return act()
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  from research.typing import UserError
+
+  def agree(good: bool) -> bool:
+    return bool(multihost_utils.broadcast_one_to_all(np.array(good)))
+
+  if not first():
+    if not agree(True):
+      raise UserError("stopped: the first process failed, and says why")
+    return act()
+  try:
+    result = act()
+  except Exception:
+    agree(False)
+    raise
+  agree(True)
+  return result

@@ -5,7 +5,12 @@
 Trains what the configuration describes and leaves in the working directory:
 config.gin (rebuilds the run), metrics.jsonl, checkpoints/, loss.png, adapter/
 (PEFT's format, where the run trained one) and result.json, whose content is
-the last line on stdout. The same command again resumes.
+the last line on stdout. The same command again resumes; so it does after
+SIGTERM, upon which the run saves and ends with status 42.
+
+A mesh is a matter of five numbers (configs/base.gin); on virtual devices:
+
+  python -m experiments.train --config=... --workdir=D --devices=8 --set=FSDP=8
 """
 
 # ruff: noqa: E402
@@ -21,7 +26,13 @@ from absl import flags
 
 from experiments import cli, runtime
 
-FLAGS = cli.new_flags()
+FLAGS = cli.new_flags(cluster=True)
+
+MAY_DIFFER = (
+  r"(?i)\bsteps\b|\bmesh = @|\bsharding\b|^(data|fsdp|sequence|tensor|expert) ="
+)
+"""In which lines of its configuration a run that goes on may differ: how long
+it is, and over which devices it goes."""
 
 _CONFIG = flags.DEFINE_string(
   "config",
@@ -55,8 +66,8 @@ _WANDB = flags.DEFINE_bool(
 )
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
-  """Trains; returns the result, which the command prints as JSON."""
+def main(argv: Sequence[str]) -> dict[str, Any] | None:
+  """Trains; returns the result, which the first process prints as JSON."""
   del argv
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   runtime.setup()
@@ -67,8 +78,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
   writers += [metrics.WandbWriter] * _WANDB.value
   experiment, text = config.read(_CONFIG.value, _SET.value)
-  workdir = claim_workdir(_WORKDIR.value, text)
-  return runs.train(experiment, workdir, writers)
+  with runtime.cluster(cli.cluster(FLAGS)):
+    workdir = runtime.in_turn(
+      lambda: claim_workdir(_WORKDIR.value, text, MAY_DIFFER)
+    )
+    result = runs.train(experiment, workdir, writers)
+    return result if runtime.first() else None
 
 
 if __name__ == "__main__":

@@ -198,18 +198,50 @@ def nbytes(tree: Any) -> int:
   )
 
 
-def describe(tree: Any, trainable: str = r"$^") -> str:
-  """Returns a table of every array: path, shape, dtype, trainable, bytes."""
+def describe(
+  tree: Any, trainable: str = r"$^", shardings: Any | None = None
+) -> str:
+  """Returns a table of every array: path, shape, dtype, trainable, bytes.
+
+  Args:
+    tree: of arrays, or of their shapes.
+    trainable: regular expression, searched for in each array's path.
+    shardings: a tree of each one's `NamedSharding`; then the table says over
+      which mesh axes each axis is cut, and the bytes on each device.
+  """
   rows = [("path", "shape", "dtype", "trainable", "bytes")]
   for path, x in flatten_paths(tree):
     mark = "yes" if re.search(trainable, path) else ""
     shape = "x".join(map(str, x.shape)) or "scalar"
     rows.append((path, shape, str(x.dtype), mark, f"{nbytes(x):,}"))
+  if shardings is not None:
+    found = zip(flatten_paths(tree), flatten_paths(shardings), strict=True)
+    more = [("spec", "bytes/device")] + [
+      (_spec(s.spec, x.ndim), f"{_part_bytes(x, s):,}")
+      for (_, x), (_, s) in found
+    ]
+    rows = [
+      (*row[:3], spec, *row[3:], each)
+      for row, (spec, each) in zip(rows, more, strict=True)
+    ]
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  right = {i for i, name in enumerate(rows[0]) if name.startswith("bytes")}
   return "\n".join(
     "  ".join(
-      cell.rjust(w) if i == len(row) - 1 else cell.ljust(w)
+      cell.rjust(w) if i in right else cell.ljust(w)
       for i, (cell, w) in enumerate(zip(row, widths, strict=True))
     ).rstrip()
     for row in rows
   )
+
+
+def _spec(spec: Any, ndim: int) -> str:
+  """Returns what cuts each axis: `-` for nothing, `data+fsdp` for both."""
+  axes = [*spec, *[None] * (ndim - len(spec))]
+  cut = [a if isinstance(a, str) else "+".join(a or ()) or "-" for a in axes]
+  return ",".join(cut)
+
+
+def _part_bytes(x: Any, sharding: Any) -> int:
+  shape = sharding.shard_shape(tuple(x.shape))
+  return int(np.prod(shape)) * np.dtype(x.dtype).itemsize

@@ -1,13 +1,12 @@
 """Global batches out of what each process reads.
 
 A batch is one array over all devices of all processes. A process reads only
-the rows that its own devices hold, and where it stands in the data is one
-number, the same for all: a run can go on with another number of processes.
+the rows that its own devices hold, and where it stands in the data is the same
+for all, so that a run can go on with another number of processes.
 """
 
-import json
 import math
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,8 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research.training.objective import Batch
 from research.typing import UserError
-
-_FILE = "position.json"
 
 
 def share(sharding: NamedSharding | None) -> tuple[int, int]:
@@ -108,49 +105,3 @@ def placed(
     return batches
   _, parts = share(sharding)
   return (place(batch, sharding, parts) for batch in batches)
-
-
-class Position:
-  """Where an iterator stands, as one file for any number of processes.
-
-  Orbax saves and loads it (`StatefulCheckpointable`).
-  """
-
-  def __init__(self, iterator: Any):
-    """Refers to `iterator`, a grain iterator."""
-    self._iterator = iterator
-
-  def get_state(self) -> Any:
-    """Returns the position as JSON's types."""
-    return self._iterator.get_state()
-
-  def set_state(self, state: Any) -> None:
-    """Moves the iterator."""
-    self._iterator.set_state(state)
-
-  async def save(self, directory: Any) -> Awaitable[None]:
-    """Writes the position; it is read at once, the file is written later."""
-    text = json.dumps(self.get_state()) + "\n"
-
-    async def write() -> None:
-      folder = await directory.await_creation()
-      if jax.process_index() == 0:
-        (folder / _FILE).write_text(text)
-
-    return write()
-
-  async def load(self, directory: Any) -> Awaitable[None]:
-    """Moves the iterator to where it stood when `directory` was written."""
-
-    async def read() -> None:
-      path = directory / _FILE
-      if not path.exists():  # grain's own, of a run with one process
-        path = directory / "process_0-of-1.json"
-      self.set_state(json.loads(path.read_text()))
-
-    return read()
-
-
-def position(iterator: Any) -> Position | None:
-  """Returns where `iterator` stands, or None if it cannot be moved."""
-  return Position(iterator) if hasattr(iterator, "set_state") else None

@@ -8,7 +8,6 @@ seed: ten steps are bitwise five, a crash, and five more, since a step's key is
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from research import sharding as shardings
-from research.training import evaluating, feed, memory, preemption
+from research.training import evaluating, feed, folders, memory, preemption
 from research.training import metrics as reports
 from research.training.base import record_base
 from research.training.checkpoint import Checkpoints
@@ -45,6 +44,7 @@ class Plan:
     save_every: steps between checkpoints besides those that follow each
       evaluation and the last step; 0 for none.
     keep: latest checkpoints to keep, besides the best.
+    keep_every: steps between checkpoints that are kept for good; 0 for none.
     best: the metric that decides which is best.
     better: which way.
     profile: (first step, number of steps) to trace, counted from the start of
@@ -58,13 +58,15 @@ class Plan:
   eval_every: int = 0
   save_every: int = 0
   keep: int = 2
+  keep_every: int = 0
   best: str = "validation/loss"
   better: Literal["lower", "higher"] = "lower"
   profile: tuple[int, int] | None = None
 
   def __post_init__(self):
+    every = ("eval_every", "save_every", "keep_every")
     least = {"steps": 1, "accumulate": 1, "keep": 1}
-    for name, low in {**least, "eval_every": 0, "save_every": 0}.items():
+    for name, low in {**least, **dict.fromkeys(every, 0)}.items():
       if getattr(self, name) < low:
         raise UserError(
           f"Plan.{name}: found {getattr(self, name)}, expected at least {low}."
@@ -137,7 +139,7 @@ def fit(
       another base or structure than the workdir's, a batch of another shape.
     Preempted: SIGTERM came; the state has been saved.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(began), {}
   batches = iter(training)
@@ -148,6 +150,7 @@ def fit(
       Checkpoints(
         folder,
         keep=plan.keep,
+        every=plan.keep_every,
         best=plan.best,
         better=plan.better,
         sweep=True,
@@ -155,9 +158,7 @@ def fit(
     )
     with clock.doing("restore"):
       record_base(folder, state.frozen, source)
-      resumed = checkpoints.latest
-      if resumed is not None:
-        state = checkpoints.restore(state, feed.position(batches))
+      state, resumed = checkpoints.restore_latest(state, _resumable(batches))
     start = int(state.step)
     report = stack.enter_context(
       Report(
@@ -207,7 +208,7 @@ def fit(
         report.write(number, found)
       if saving:
         with clock.doing("save"):
-          checkpoints.save(moving, feed.position(batches), found)
+          checkpoints.save(moving, _resumable(batches), found)
         report.write(number, clock.summary())
         report.restart()
       if leaving:
@@ -240,6 +241,10 @@ def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:
 
 def _due(every: int, number: int, last: bool) -> bool:
   return last or (every > 0 and number % every == 0)
+
+
+def _resumable(batches: Any) -> Any:
+  return batches if hasattr(batches, "set_state") else None
 
 
 def _tokens(batch: Batch) -> int:

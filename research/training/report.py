@@ -1,7 +1,6 @@
 """Everything that a step's numbers go to: files, the bar, the check."""
 
 import math
-import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 
 from research.training import metrics as reports
+from research.training.folders import Folder
 from research.training.goodput import Goodput
 from research.typing import UserError
 
@@ -22,7 +22,7 @@ class Report:
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: Folder,
     writers: Sequence[reports.WriterFactory],
     resumed: int | None,
     steps: int,

@@ -1,0 +1,96 @@
+"""Where an experiment computes: on one device, or on a mesh of many."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from research import sharding
+from research.sharding import Layout, Shardings
+from research.training import feed
+from research.training.state import Placement
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+  """A mesh, and what goes where on it.
+
+  Attributes:
+    layout: what is cut along which axis.
+    mesh: None on one device, where nothing has to be placed.
+    counts: pieces of the model's axes that stay whole, see `sharding.counts`.
+  """
+
+  layout: Layout = dataclasses.field(default_factory=lambda: Layout(data=1))
+  mesh: Mesh | None = None
+  counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def of(self, model: Any) -> "Site":
+    """Returns the site for `model`, whose heads stay whole."""
+    return dataclasses.replace(self, counts=sharding.counts(model))
+
+  @property
+  def placement(self) -> Placement | None:
+    """Where arrays go, by their paths; None on one device."""
+    return None if self.mesh is None else self.shardings
+
+  def shardings(self, tree: Any) -> Shardings:
+    """Returns a sharding for each array of `tree`, or of its shapes."""
+    return self.layout.shardings(tree, self.mesh, self.counts)
+
+  @property
+  def batch(self) -> NamedSharding | None:
+    """The sharding of batches `[B, T]`; None on one device."""
+    return None if self.mesh is None else self.layout.batch(self.mesh)
+
+  @property
+  def share(self) -> tuple[int, int]:
+    """`(i, n)`: this process reads the i-th of n equal parts of each batch."""
+    return feed.share(self.batch)
+
+  def describe(self) -> str:
+    """Returns the mesh in a few words."""
+    if self.mesh is None:
+      return f"one {jax.default_backend()} device"
+    sizes = [f"{k} {n}" for k, n in self.mesh.shape.items() if n > 1]
+    processes = jax.process_count()
+    several = f" in {processes} processes" if processes > 1 else ""
+    return (
+      f"{self.mesh.size} {jax.default_backend()} devices{several}:"
+      f" {' x '.join(sizes)}"
+    )
+
+
+@contextlib.contextmanager
+def entered(layout: Layout) -> Iterator[Site]:
+  """Makes the mesh of `layout` that of all computation inside.
+
+  Raises:
+    UserError: it does not fit the devices.
+  """
+  mesh = layout.mesh()
+  if mesh.size == 1 and jax.process_count() == 1:
+    yield Site(layout=layout)
+    return
+  with jax.set_mesh(mesh):
+    yield Site(layout=layout, mesh=mesh)
+
+
+def whole(tree: Any) -> Any:
+  """Returns `tree` such that this process can read every array of it.
+
+  Every process has to call it; arrays that are spread over several processes
+  are gathered into each one's memory.
+  """
+
+  def one(x: Any) -> Any:
+    if x.is_fully_addressable or x.is_fully_replicated:
+      return x
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+  return jax.tree.map(one, tree)
