@@ -202,18 +202,17 @@ class Checkpoints:
     Raises:
       UserError: it differs from `target`, or there are only damaged ones.
     """
-    lost = []
-    for step in reversed(self.steps):
+    for step in reversed(steps := self.steps):
       try:
         return self._load(step, target, data), step
       except checks.Damaged as error:
-        lost.append(str(step))
         self._set_aside(step, str(error))
         self._steps.reload()
-    lost += [p.name for p in self.folder.glob(f"*{ASIDE}*")]
-    if lost:
+    aside = len(list(self.folder.glob(f"*{ASIDE}*")))
+    if steps or aside:
       raise UserError(
-        f"{self.folder}: no checkpoint is whole, {len(lost)} are damaged.\n"
+        f"{self.folder}: none of its {aside or len(steps)} checkpoints is"
+        " whole.\n"
         "Expected one to go on from; to begin again, choose another workdir or"
         " move this folder away."
       )

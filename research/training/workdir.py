@@ -1,10 +1,12 @@
-"""A run's working directory: whose it is."""
+"""A run's working directory: whose it is, and what it was made with."""
 
 import difflib
 import os
 import re
 
-from research.training import checkpoint, folders
+import jax
+
+from research.training import checkpoint, folders, versions
 from research.training.folders import Folder
 from research.typing import UserError
 
@@ -16,7 +18,13 @@ def claim_workdir(
 
   The mark is `config.gin`, the operative configuration. One that is there must
   be equal, but for lines in which `may_differ` is found: more steps are the
-  same experiment.
+  same experiment. Other versions of code and libraries are only warned of, see
+  `versions`. Of several processes, the first one writes.
+
+  Args:
+    workdir: local, or remote such as `gs://bucket/run`.
+    config: the operative configuration.
+    may_differ: regular expression of the lines that need not be equal.
 
   Raises:
     UserError: it holds another experiment, or cannot be written.
@@ -29,7 +37,9 @@ def claim_workdir(
       old = mark.read_text("utf-8", errors="replace")
       _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
-    folders.write_text(mark, config)
+    if jax.process_index() == 0:
+      folders.write_text(mark, config)
+    versions.record(workdir)
   return workdir
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: round trips, refusals that say why, and what is kept."""
 
+import dataclasses
 import json
 import resource
 
@@ -9,9 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from research import tree
-from research.training import base, optim, state
+from research.training import base, checks, optim, state
 from research.training.checkpoint import Checkpoints
-from research.training.workdir import claim_workdir
 from research.typing import UserError
 
 ADAPTERS = r"/(a|b)$"
@@ -118,6 +118,16 @@ def test_latest_and_best_are_kept(tmp_path, better, best, kept):
     )
 
 
+def test_every_so_many_are_kept_for_good(tmp_path):
+  """Also those of before this process began."""
+  made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
+  for steps in (range(1, 6), range(6, 12)):
+    with Checkpoints(tmp_path, keep=1, every=4) as checkpoints:
+      for step in steps:
+        checkpoints.save(dataclasses.replace(made, step=jnp.int32(step)))
+  assert checkpoints.steps == [4, 8, 11]
+
+
 def test_frozen_weights_are_recorded_once(start, tmp_path):
   base.record_base(tmp_path, start.frozen, None)
   note = json.loads((tmp_path / "base.json").read_text())
@@ -128,6 +138,11 @@ def test_frozen_weights_are_recorded_once(start, tmp_path):
   target = jax.tree.map(jnp.zeros_like, start.frozen)
   found = base.load_frozen(tmp_path, target)
   chex.assert_trees_all_equal(found, start.frozen)
+  # A checksum that does not fit is the files' damage.
+  note["sums"] = {k: v ^ 1 for k, v in checks.sums(start.frozen).items()}
+  (tmp_path / "base.json").write_text(json.dumps(note))
+  with pytest.raises(UserError, match="differs from its checksum in"):
+    base.load_frozen(tmp_path, target)
 
 
 def test_only_the_writer_sweeps(start, tmp_path):
@@ -154,23 +169,6 @@ def test_another_base_is_refused(start, tmp_path):
     base.record_base(tmp_path, start.frozen, None)
 
 
-def test_workdir_belongs_to_one_experiment(tmp_path):
-  config = "adamw.learning_rate = 0.1\nSTEPS = 5\nPlan.steps = %STEPS\n"
-  workdir = claim_workdir(tmp_path / "run", config)
-  assert (workdir / "config.gin").read_text() == config
-  longer = config.replace("5", "9")
-  claim_workdir(workdir, longer)
-  assert (workdir / "config.gin").read_text() == longer
-  with pytest.raises(UserError, match="another experiment") as caught:
-    claim_workdir(workdir, config.replace("0.1", "0.2"))
-  assert "-adamw.learning_rate = 0.1  +adamw.learning_rate = 0.2" in str(
-    caught.value
-  )
-  (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match="cannot be written"):
-    claim_workdir(tmp_path / "file", config)
-
-
 def test_a_file_that_cannot_grow_is_the_users_error(tmp_path):
   start = state.create(
     {"a": jax.random.normal(jax.random.key(0), (300_000,))},
@@ -191,15 +189,3 @@ def test_a_file_that_cannot_grow_is_the_users_error(tmp_path):
     assert checkpoints.steps == []
     checkpoints.save(start)
     assert checkpoints.steps == [0]
-
-
-def test_a_full_disk_leaves_the_mark(tmp_path):
-  claim_workdir(tmp_path, "steps = 1\n")
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
-  try:
-    with pytest.raises(UserError, match="cannot be written"):
-      claim_workdir(tmp_path, "steps = 2\n")
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-  assert (tmp_path / "config.gin").read_text() == "steps = 1\n"

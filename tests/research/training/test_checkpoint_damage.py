@@ -189,7 +189,7 @@ def test_only_damaged_ones_are_no_fresh_start(saved, tmp_path):
   for _ in range(2):  # they are aside the second time
     with (
       Checkpoints(folder, sweep=True) as checkpoints,
-      pytest.raises(UserError, match="no checkpoint is whole, 2 are damaged"),
+      pytest.raises(UserError, match="none of its 2 checkpoints is whole"),
     ):
       checkpoints.restore_latest(at(0))
   with Checkpoints(tmp_path / "none") as checkpoints:
