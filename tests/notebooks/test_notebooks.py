@@ -1,0 +1,168 @@
+"""Notebooks: they run from top to bottom, teach, and hold no logic."""
+
+import ast
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+MAX_CELLS = 25
+LOGIC = (
+  *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda),
+  *(ast.For, ast.While, ast.Try, ast.With, ast.If, ast.Match),
+)
+
+RUN = """
+import json, sys
+cells = json.load(sys.stdin)
+namespace = {"__name__": "__main__"}
+for number, source in cells:
+  print(f"--- cell {number}", flush=True)
+  exec(compile(source, f"cell {number}", "exec"), namespace)
+print(json.dumps({k: v for k, v in namespace.items() if k in %r}))
+"""
+"""One namespace for all cells, like a kernel's; without IPython."""
+
+
+def _read(path: pathlib.Path) -> dict:
+  return json.loads(path.read_text("utf-8"))
+
+
+def _source(cell: dict) -> str:
+  return "".join(cell["source"])
+
+
+def _code(notebook: dict) -> list[tuple[int, str]]:
+  return [
+    (i, _source(cell))
+    for i, cell in enumerate(notebook["cells"])
+    if cell["cell_type"] == "code"
+  ]
+
+
+def faults(notebook: dict) -> list[str]:
+  """Returns what a notebook of ours must not be, in words."""
+  cells, found = notebook["cells"], []
+  if (notebook["nbformat"], notebook["metadata"]["kernelspec"]["name"]) != (
+    4,
+    "python3",
+  ):
+    found.append("format")
+  if len(cells) > MAX_CELLS:
+    found.append(f"{len(cells)} cells")
+  if len({cell["id"] for cell in cells}) != len(cells):
+    found.append("cell ids")
+  if cells[0]["cell_type"] != "markdown":
+    found.append("no title")
+  texts = [_source(c) for c in cells if c["cell_type"] == "markdown"]
+  if len(texts) < len(_code(notebook)) - 2 or min(map(len, texts)) < 40:
+    found.append("too little text between the cells")
+  for i, cell in enumerate(cells):
+    if cell["cell_type"] == "code" and (
+      cell["outputs"] or cell["execution_count"] is not None
+    ):
+      found.append(f"cell {i}: outputs")
+  for i, source in _code(notebook):
+    nodes = list(ast.walk(ast.parse(source)))
+    found += [
+      f"cell {i}: {type(node).__name__}"
+      for node in nodes
+      if isinstance(node, LOGIC)
+    ]
+    if source.count("\n") > 15:
+      found.append(f"cell {i}: long")
+    if re.search(r"https?://|git\+|/root|/home|/tmp|/work", source):
+      found.append(f"cell {i}: names a place")
+  return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_structure(path):
+  assert not faults(_read(path))
+
+
+def test_faults_can_be_found():
+  (path, *_) = NOTEBOOKS
+  for source, fault in (
+    ("def f():\n  return 1", "FunctionDef"),
+    ("for i in range(3):\n  print(i)", "For"),
+    ("x = lambda: 1", "Lambda"),
+    ("!pip install git+https://example.org/x".replace("!", "# "), "a place"),
+    ("x = 1\n" * 20, "long"),
+  ):
+    notebook = _read(path)
+    code = next(c for c in notebook["cells"] if c["cell_type"] == "code")
+    code["source"] = [source]
+    assert any(fault in found for found in faults(notebook)), fault
+  notebook = _read(path)
+  notebook["cells"] += [
+    notebook["cells"][0] | {"id": f"x{i}"} for i in range(9)
+  ]
+  assert any("cells" in found for found in faults(notebook))
+
+
+def _execute(path: pathlib.Path, names: tuple[str, ...]) -> tuple[dict, str]:
+  """Returns the values of `names` after all cells, and what was printed."""
+  environ = dict(os.environ, QUICK="1", MPLBACKEND="Agg")
+  # As a user has it: one device, no import hook.
+  environ.pop("XLA_FLAGS", None)
+  done = subprocess.run(
+    [sys.executable, "-c", RUN % (names,)],
+    input=json.dumps(_code(_read(path))),
+    cwd=path.parent,
+    env=environ,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_quickstart_learns_and_reloads(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "00_quickstart.ipynb"
+  values, printed = _execute(notebook, ("result",))
+  result = values["result"]
+  assert result["perplexity_after"] < result["perplexity_before"]
+  before, after = map(
+    float, re.search(r"perplexity ([\d.]+) -> ([\d.]+)", printed).groups()
+  )
+  assert after < before
+  assert "[cuda]" not in printed
+  (adapter,) = tmp_path.rglob("adapter_config.json")
+  assert json.loads(adapter.read_text())["base_model_name_or_path"] == (
+    "smollm2-135m"
+  )
+
+
+def _install():
+  spec = importlib.util.spec_from_file_location(
+    "install", ROOT / "colab" / "install.py"
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_installation_has_the_versions_of_the_makefile(monkeypatch):
+  install = _install()
+  makefile = (ROOT / "Makefile").read_text()
+  assert f"MODEL := {install.MODEL}\n" in makefile
+  monkeypatch.setattr(install.shutil, "which", lambda name: None)
+  monkeypatch.setattr(install.glob, "glob", lambda pattern: [])
+  first, second = install.commands()
+  assert first[-1] == str(ROOT)
+  assert second[-2:] == ["--no-deps", install.MODEL]
+  extras = (ROOT / "setup.cfg").read_text()
+  monkeypatch.setattr(install.glob, "glob", lambda pattern: ["/dev/accel0"])
+  assert install.extra() == "[tpu]" and "\ntpu =" in extras
+  monkeypatch.setattr(install.shutil, "which", lambda name: name)
+  assert install.extra() == "[cuda]" and "\ncuda =" in extras
