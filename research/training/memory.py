@@ -24,6 +24,11 @@ def release() -> None:
   keeps; a step's temporaries then come on top of them.
   """
   gc.collect()
+  trim()
+
+
+def trim() -> None:
+  """Gives back what is free already, without looking for garbage: quick."""
   if not sys.platform.startswith("linux"):
     return
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
