@@ -51,7 +51,7 @@ def _layout(rows, groups, sizes, block):
 
 def _spread(x, places, blocks, block):
   """Returns the rows at their places, `[blocks, block, I]`, zeros between."""
-  zeros = jnp.zeros((blocks * block, x.shape[1]), x.dtype)
+  zeros = jnp.zeros_like(x, shape=(blocks * block, x.shape[1]))
   return zeros.at[places].set(x, mode="drop").reshape(blocks, block, -1)
 
 
@@ -91,9 +91,8 @@ def _backward(saved, dy):
     return dw.at[owner].add(part), slopes @ matrix.T
 
   # A group's blocks add up in fp32 whatever they are multiplied in.
-  dw, dx = jax.lax.scan(
-    one, jnp.zeros(w.shape, jnp.float32), (spread(x), spread(dy), owners)
-  )
+  zeros = jnp.zeros_like(dy, shape=w.shape, dtype=jnp.float32)
+  dw, dx = jax.lax.scan(one, zeros, (spread(x), spread(dy), owners))
   return _gathered(dx, places), dw.astype(w.dtype), None
 
 

@@ -170,7 +170,7 @@ class Layout:
     cut = _Cut(self.rules, dict(mesh.shape), counts or {})
 
     def one(path: str, leaf: Any) -> Any:
-      names = _parts(leaf, self._names(path, leaf))
+      names = part_names(leaf, self._names(path, leaf))
       return jax.tree.map(
         lambda x, names: NamedSharding(mesh, cut.spec(x.shape, names, path)),
         leaf,
@@ -182,9 +182,9 @@ class Layout:
     return found
 
   def _names(self, path: str, leaf: Any) -> Names:
-    for pattern, names in self.axes:
-      if re.search(pattern, path):
-        return names
+    names = names_of(path, self.axes)
+    if names is not None:
+      return names
     if not weights.is_weight(leaf) and leaf.ndim == 0:
       return ()
     raise UserError(
@@ -200,7 +200,15 @@ class Layout:
     )
 
 
-def _parts(leaf: Any, names: Names) -> Any:
+def names_of(
+  path: str, axes: tuple[tuple[str, Names], ...] = AXES
+) -> Names | None:
+  """Returns the names in the first row that matches `path`, None without."""
+  found = (names for pattern, names in axes if re.search(pattern, path))
+  return next(found, None)
+
+
+def part_names(leaf: Any, names: Names) -> Any:
   """Returns `names` for each array of `leaf`, as leaves of its structure."""
   if weights.is_weight(leaf):
     found = weights.axes(leaf, names)
@@ -323,9 +331,13 @@ def cuts(
   shape: Sequence[int], *names: str | None
 ) -> tuple[tuple[str, ...], ...]:
   """Returns the mesh axes in `activation`'s spec, for each axis of `shape`."""
-  spec = activation(shape, *names)
-  spec = (*spec, *(None,) * (len(shape) - len(spec)))
-  return tuple((a,) if isinstance(a, str) else tuple(a or ()) for a in spec)
+  return spec_axes(activation(shape, *names), len(shape))
+
+
+def spec_axes(spec: PartitionSpec, ndim: int) -> tuple[tuple[str, ...], ...]:
+  """Returns the mesh axes that cut each of an array's `ndim` axes."""
+  found = (*spec, *(None,) * (ndim - len(spec)))
+  return tuple((a,) if isinstance(a, str) else tuple(a or ()) for a in found)
 
 
 def _free_sizes() -> dict[str, int]:

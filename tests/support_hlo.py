@@ -46,6 +46,11 @@ class Collective:
   loops: int
   line: str
 
+  @property
+  def largest(self) -> int:
+    """Numbers in its largest result on one device."""
+    return max(math.prod(shape) for shape in self.shapes)
+
 
 def collectives(text: str, mesh) -> list[Collective]:
   """Returns the collectives of `compiled.as_text()`.

@@ -72,9 +72,7 @@ def sharded_attention(
   def local(q, k, v, mask):
     if shared:
       first = jax.lax.axis_index(cut.heads) * q.shape[2] // group
-      k, v = (
-        jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v)
-      )
+      k, v = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
     if own_keys:
       k, v = (
         jax.lax.all_gather(x, own_keys, axis=1, tiled=True) for x in (k, v)

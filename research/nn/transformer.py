@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
-from research.nn import attention
+from research.nn import attention, meshes
 from research.nn import cache as caches
 from research.nn.block import Block
 from research.nn.norm import RMSNorm
@@ -30,12 +30,19 @@ the gated product are computed again."""
 
 
 def _rematerialised(f, remat: Remat):
-  if remat == "none":
+  if remat == "none" and not sharding.is_cut():
     return f
   policy = None
+  if remat == "none":
+    # What was gathered for a layer is gathered again, never kept for all.
+    policy = _unless_gathered
   if remat == "names":
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
   return jax.checkpoint(f, prevent_cse=False, policy=policy)
+
+
+def _unless_gathered(primitive, *_, **__) -> bool:
+  return primitive.name != "sharding_constraint"
 
 
 class Transformer(nn.Module):
@@ -145,7 +152,8 @@ class Transformer(nn.Module):
       y = weights.einsum("...d,vd->...v", hidden, self._embedding())
     else:
       y = weights.einsum("...d,dv->...v", hidden, self._head())
-    y = y.astype(jnp.float32)
+    names = ("batch", "length", None)[: y.ndim - 1]
+    y = sharding.constrain(y.astype(jnp.float32), *names, "vocab")
     if self.softcap is not None:
       y = self.softcap * jnp.tanh(y / self.softcap)
     return y
@@ -162,6 +170,7 @@ class Transformer(nn.Module):
     table = self._embedding()
     if jnp.issubdtype(inputs.dtype, jnp.floating):
       return inputs.astype(self.dtype)
+    table = meshes.gather(table, "vocab", "width")
     x = weights.take(table, inputs).astype(self.dtype)
     if self.embed_scale != 1.0:
       x = x * jnp.asarray(self.embed_scale, self.dtype)
@@ -202,6 +211,7 @@ class Transformer(nn.Module):
 
       def period(x, params_and_cache, blocks=blocks):
         params, old = params_and_cache
+        params = meshes.gather_parts(params)
         new, loads = {}, {}
         for j, block in enumerate(blocks):
           key = f"layer{j}"

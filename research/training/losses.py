@@ -8,7 +8,8 @@ backward pass needs three. The backward pass only scales what was saved.
 
 Which parts of the head are differentiated is asked of JAX itself (symbolic
 zeros): a frozen head pays for no gradient, a LoRA head only for its factors.
-Chunks run along T, so that a batch axis sharded over devices stays so.
+Under a mesh each device cuts its own rows and positions into chunks and adds
+up its own gradient of the head; devices add theirs up once, after the last.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
+from research.nn import meshes
 from research.typing import Array, Float, Int, Shaped
 
 Logits = Callable[[Any, Float[Array, "B T D"]], Float[Array, "B T V"]]
@@ -35,7 +37,7 @@ class TokenLoss:
   Attributes:
     z_loss: z, pulls the logits' log-normaliser to 0 (PaLM, section 5).
     smoothing: s, label smoothing (Szegedy et al. 2016, section 7).
-    rows: logits rows (positions times batch) held at a time.
+    rows: logits rows (positions times batch) that a device holds at a time.
   """
 
   z_loss: float | int = 0.0
@@ -110,7 +112,10 @@ def chunked_cross_entropy(
   def of_leaves(leaves, hidden):
     return logits(jax.tree.unflatten(structure, leaves), hidden)
 
-  return _chunked(of_leaves, loss, tuple(leaves), hidden, weight, targets)
+  def sums(leaves, *arrays):
+    return _chunked(of_leaves, loss, leaves, *arrays)
+
+  return meshes.sum_over_tokens(sums, tuple(leaves), hidden, weight, targets)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -119,9 +124,14 @@ def _chunked(logits, loss, head, hidden, weight, targets):
     value, (_, correct) = _chunk_loss(logits, loss, head, *chunk)
     return (sums[0] + value, sums[1] + correct), None
 
-  zero = jnp.zeros((), jnp.float32)
+  zero = _zero(hidden)
   chunks = split_rows(loss.rows, hidden, weight, targets)
   return jax.lax.scan(body, (zero, zero), chunks)[0]
+
+
+def _zero(hidden):
+  """Returns where sums over chunks begin, on each device that has some."""
+  return jnp.zeros_like(hidden, shape=(), dtype=jnp.float32)
 
 
 def _chunk_loss(logits, loss, head, hidden, weight, targets):
@@ -148,7 +158,7 @@ def _forward(logits, loss, head, hidden, weight, targets):
       losses,
     )
 
-  zero = jnp.zeros((), jnp.float32)
+  zero = _zero(hidden.value)
   chunks = split_rows(loss.rows, hidden.value, weight.value, targets.value)
   (loss_sum, correct_sum, d_head), (d_hidden, losses) = jax.lax.scan(
     body, (zero, zero, jax.tree.map(jnp.zeros_like, learned)), chunks

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.nn import meshes
 from research.nn.transformer import Transformer
 from research.training import losses
 from research.typing import Array, Float, Int, Params, Shaped
@@ -33,13 +34,17 @@ def map_positions(
       each position alone.
     parts: what every chunk needs, e.g. heads. Differentiable, as the arrays.
     *arrays: cut along T.
-    rows: positions times batch that are held at a time.
+    rows: positions times batch that a device holds at a time.
   """
-  length = arrays[0].shape[1]
-  chunks = losses.split_rows(rows, *arrays)
   again = jax.checkpoint(lambda parts, chunk: f(parts, *chunk))
-  found = jax.lax.map(lambda chunk: again(parts, chunk), chunks)
-  return jax.tree.map(lambda x: losses.join_rows(x, length), found)
+
+  def chunked(parts, *arrays):
+    length = arrays[0].shape[1]
+    chunks = losses.split_rows(rows, *arrays)
+    found = jax.lax.map(lambda chunk: again(parts, chunk), chunks)
+    return jax.tree.map(lambda x: losses.join_rows(x, length), found)
+
+  return meshes.map_tokens(chunked, parts, *arrays)
 
 
 def head_of(params: Params) -> dict[str, Any]:

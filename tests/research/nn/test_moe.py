@@ -14,8 +14,9 @@ from research.interop import gguf_types
 from research.lora import adapt, peft
 from research.nn import presets
 from research.nn import routing as routings
+from research.nn.mixture import by_expert
 from research.nn.mlp import Mlp
-from research.nn.moe import Moe, by_expert
+from research.nn.moe import Moe
 from research.nn.routing import Routing
 from research.nn.transformer import init_cache
 from research.quant import blocks
