@@ -69,7 +69,7 @@ def expand(tree: Mapping[str, Any]) -> Units:
       that are zipped differ in length, a list is empty.
   """
   for name, combine in _COMBINE.items():
-    if isinstance(tree, Mapping) and name in tree:
+    if name in tree:
       if len(tree) > 1:
         beside = sorted(set(tree) - {name})
         raise UserError(
@@ -77,11 +77,6 @@ def expand(tree: Mapping[str, Any]) -> Units:
           " braces; put both into a 'product'."
         )
       return combine(*map(expand, _parts(name, tree[name])))
-  if not isinstance(tree, Mapping):
-    raise UserError(
-      f"sweep: found {tree!r}, expected {{'BINDING': [values]}} or one of"
-      f" {sorted(_COMBINE)}."
-    )
   return product(*(over(k, _values(k, v)) for k, v in tree.items()))
 
 
@@ -100,6 +95,12 @@ def _parts(name: str, value: Any) -> list[Any]:
     raise UserError(
       f"sweep: {name!r} holds {value!r}, expected a list of sweeps."
     )
+  for part in value:
+    if not isinstance(part, Mapping):
+      raise UserError(
+        f"sweep: found {part!r} in {name!r}, expected"
+        f" {{'BINDING': [values]}} or one of {sorted(_COMBINE)}."
+      )
   return list(value)
 
 
@@ -177,13 +178,13 @@ def _gin(value: Any) -> str:
 
 
 def name(unit: Mapping[str, Any]) -> str:
-  """Returns a name that is a good file name: `RANK=8,SEED=0`.
+  """Returns a name that is a good file name: `RANK=8_SEED=0`.
 
   It depends on the unit alone, so that it stays when a sweep grows. What a file
   name cannot say is told apart by a hash.
   """
-  text = ",".join(f"{binding}={value}" for binding, value in unit.items())
-  clean = re.sub(r"[^\w.,=+-]+", "_", text)
+  text = "_".join(f"{binding}={value}" for binding, value in unit.items())
+  clean = re.sub(r"[^\w.=+-]+", "_", text)
   if clean == text and len(text) <= LONGEST:
     return text or "base"
   digest = hashlib.sha256(repr(sorted(unit.items())).encode()).hexdigest()

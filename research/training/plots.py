@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures of a run, and what all pictures share."""
 
 import itertools
 import os
@@ -7,6 +7,20 @@ from typing import Any
 
 from research.training.metrics import read_jsonl
 from research.typing import UserError
+
+COLORS = (
+  "#0072B2",
+  "#E69F00",
+  "#009E73",
+  "#CC79A7",
+  "#56B4E9",
+  "#D55E00",
+  "#000000",
+)
+"""Of Okabe and Ito, told apart with every kind of colour vision."""
+
+LINES = ("-", "--", ":", "-.")
+"""Once the colours are used up, in the order of use."""
 
 Point = tuple[int, float, str]
 """A marked point: step, loss in nats per token, and what it is."""
@@ -28,21 +42,16 @@ def loss_curve(
     title: above the picture.
     points: further points to mark, e.g. held-out loss before and after.
   """
-  # Drawn without pyplot: no global state, no display.
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
-
   curves = _curves(read_jsonl(metrics))
   if not curves:
     raise UserError(f"{metrics}: no losses to draw. Expected a finished run.")
-  figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
-  FigureCanvasAgg(figure)
-  axes = figure.add_subplot()
-  colors = (f"C{i}" for i in itertools.count(1))  # C0 is training
+  drawn = figure(7, 4.2)
+  axes = drawn.add_subplot()
+  colors = itertools.cycle(COLORS[1:])  # the first is training
   for part, (steps, losses) in curves.items():
     if part == "train":
       axes.plot(steps, losses, color="0.75", linewidth=0.8, label="train, raw")
-      axes.plot(steps, smooth(losses), color="C0", label="train, smoothed")
+      axes.plot(steps, smooth(losses), color=COLORS[0], label="train, smoothed")
     else:
       axes.plot(
         steps, losses, "o-", markersize=4, label=part, color=next(colors)
@@ -55,12 +64,35 @@ def loss_curve(
   axes.set(xlabel="step (updates)", ylabel="loss (nats per token)", title=title)
   axes.grid(alpha=0.3)
   axes.legend(frameon=False)
+  save(drawn, picture)
+
+
+def figure(width: float | int, height: float | int) -> Any:
+  """Returns an empty matplotlib figure of so many inches."""
+  # Drawn without pyplot: no global state, no display. Imported when needed: a
+  # run draws at its end and shall start soon.
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  made = Figure(figsize=(width, height), dpi=130, layout="constrained")
+  FigureCanvasAgg(made)
+  return made
+
+
+def save(drawn: Any, picture: str | os.PathLike) -> None:
+  """Writes a figure as a PNG."""
   try:
-    figure.savefig(picture)
+    drawn.savefig(picture)
   except OSError as error:
     raise UserError(
       f"{picture}: cannot be written ({error.strerror})."
     ) from error
+
+
+def style(number: int) -> dict[str, Any]:
+  """Returns the colour and the kind of line of the number-th of many."""
+  turn, color = divmod(number, len(COLORS))
+  return {"color": COLORS[color], "linestyle": LINES[turn % len(LINES)]}
 
 
 def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:

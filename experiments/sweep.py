@@ -1,0 +1,109 @@
+"""Runs a sweep: one run many times over, with other bindings.
+
+  python -m experiments.sweep --sweep=sweeps/quickstart_rank.gin --workdir=DIR
+
+A sweep file says what varies (experiments/sweeps.py has the notation). Every
+unit's configuration is built before anything runs. The working directory gets
+units/ (a run each, with its configuration and its log), results.csv,
+results.png and result.json, whose content is the last line on stdout. The same
+command again runs what is missing. A unit that fails does not stop the others;
+the command then exits with 1.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+FLAGS = cli.new_flags()
+
+_SWEEP = flags.DEFINE_string(
+  "sweep",
+  None,
+  "Gin file, here or under configs/, e.g. sweeps/quickstart_rank.gin.",
+  flag_values=FLAGS,
+)
+_LAUNCHER = flags.DEFINE_enum(
+  "launcher",
+  "local",
+  ["local"],
+  "Where the units run: local is here, one after another.",
+  flag_values=FLAGS,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Where everything goes; by default runs/ and the sweep's name.",
+  flag_values=FLAGS,
+)
+_SET = flags.DEFINE_multi_string(
+  "set",
+  [],
+  "Gin binding for every unit, e.g. --set=STEPS=4 for a trial.",
+  flag_values=FLAGS,
+)
+_PARALLEL = flags.DEFINE_integer(
+  "parallel",
+  1,
+  "How many units run at a time.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any] | None:
+  """Runs the units; returns the result, which the command prints as JSON."""
+  del argv
+  cli.required(sweep=_SWEEP.value)
+  from experiments import config, launch, sweep_results, sweep_units, sweeps
+  from research.training.preemption import Preempted
+  from research.typing import UserError
+
+  sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
+  name = pathlib.Path(_SWEEP.value).stem
+  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}").absolute()
+  units = sweep_units.plan(sweep, workdir, _SET.value)
+  todo = [unit for unit in units if unit.result() is None]
+  cli.say(f"{len(units)} units, {len(todo)} of them to run, in {workdir}")
+
+  # --- run ---
+  sweep_units.write(todo)
+  progress = sweep_results.Progress(sweep, units, len(todo), workdir)
+  launcher = functools.partial(
+    launch.local, parallel=_PARALLEL.value, on_end=progress.ended
+  )
+  statuses = launcher([unit.work for unit in todo])
+
+  # --- results ---
+  result = sweep_results.report(sweep, units, statuses, workdir, name)
+  failed, missing = result["failed"], result["missing"]
+  if not failed and not missing:
+    return result
+  cli.say(json.dumps(cli.plain(result)))
+  if not failed:
+    raise Preempted(
+      f"{len(missing)} of {len(units)} units are not done; the same command"
+      " goes on."
+    )
+  log = next(u.work.log for u in units if u.work.name == failed[0])
+  raise UserError(
+    f"{len(failed)} of {len(units)} units failed: {', '.join(failed[:3])}"
+    f"{', ...' if len(failed) > 3 else ''}.\n"
+    f"{log}: {sweep_results.last_words(log)}\n"
+    "The same command runs what is missing."
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,64 @@
+"""Tables of runs: on the screen, and as CSV."""
+
+import csv
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.typing import UserError
+
+Rows = Sequence[Mapping[str, Any]]
+"""Column -> value; a row need not have every column."""
+
+
+def columns(rows: Rows) -> list[str]:
+  """Returns every column of any row, in the order of first appearance."""
+  return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def text(rows: Rows) -> str:
+  """Returns rows under their columns' names, numbers to the right."""
+  names = columns(rows)
+  cells = [[cell(row.get(name)) for name in names] for row in rows]
+  right = [all(_number(row.get(name)) for row in rows) for name in names]
+  widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
+
+  def line(parts):
+    aligned = (
+      part.rjust(width) if to_right else part.ljust(width)
+      for part, width, to_right in zip(parts, widths, right, strict=True)
+    )
+    return "  ".join(aligned).rstrip()
+
+  rule = line("-" * width for width in widths)
+  return "\n".join([line(names), rule, *map(line, cells)])
+
+
+def cell(value: Any) -> str:
+  """Returns a value for people: four digits, thousands apart, `-` for None."""
+  if value is None:
+    return "-"
+  if isinstance(value, bool) or not isinstance(value, int | float):
+    return str(value)
+  if isinstance(value, int) or (abs(value) >= 1e4 and abs(value) < 1e15):
+    return f"{value:,.0f}"
+  return f"{value:.4g}"
+
+
+def _number(value: Any) -> bool:
+  return value is None or isinstance(value, int | float)
+
+
+def write_csv(path: str | os.PathLike, rows: Rows) -> None:
+  """Writes rows under their columns' names, numbers in full."""
+  path = pathlib.Path(path)
+  draft = path.with_suffix(".tmp")
+  try:
+    with draft.open("w", encoding="utf-8", newline="") as file:
+      writer = csv.DictWriter(file, columns(rows))
+      writer.writeheader()
+      writer.writerows(rows)
+    draft.replace(path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written ({error.strerror}).") from error

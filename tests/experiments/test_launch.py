@@ -1,0 +1,138 @@
+"""The local launcher: order, retries, failures, being asked to stop."""
+
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+import pytest
+
+from experiments import launch
+
+
+class Script(launch.Work):
+  """Runs its configuration as Python instead of training it."""
+
+  @property
+  def command(self):
+    return [sys.executable, "-S", str(self.config), str(self.workdir)]
+
+
+def script(folder: pathlib.Path, name: str, text: str) -> Script:
+  config = folder / f"{name}.gin"
+  config.write_text("import pathlib, sys, time\n" + text)
+  log = folder / f"{name}.log"
+  return Script(name=name, config=config, workdir=folder / name, log=log)
+
+
+def run(work, **more):
+  ended = []
+  found = launch.local(
+    work,
+    interval=0.01,
+    on_end=lambda unit, status, _: ended.append((unit.name, status)),
+    **more,
+  )
+  assert dict(ended) == found
+  return ended
+
+
+def test_a_failure_stops_nobody(tmp_path):
+  work = [
+    script(tmp_path, name, f"print('out {name}'); sys.exit({code})")
+    for name, code in [("a", 0), ("b", 3), ("c", 0)]
+  ]
+  assert run(work) == [("a", 0), ("b", 3), ("c", 0)]
+  assert (tmp_path / "b.log").read_text() == "out b\n"
+
+
+PREEMPTED = """
+path = pathlib.Path(sys.argv[1])
+path.mkdir(exist_ok=True)
+print("life", len(list(path.iterdir())))
+(path / str(time.time())).touch()
+sys.exit(0 if len(list(path.iterdir())) > 2 else 42)
+"""
+
+
+def test_a_preempted_run_is_started_again(tmp_path):
+  work = script(tmp_path, "a", PREEMPTED)
+  assert run([work]) == [("a", 0)]
+  assert work.log.read_text() == "life 0\nlife 1\nlife 2\n"
+
+
+def test_but_not_for_ever(tmp_path, monkeypatch):
+  monkeypatch.setattr(launch, "RETRIES", 2)
+  work = script(tmp_path, "a", "print('x'); sys.exit(42)")
+  assert run([work]) == [("a", 42)]
+  assert work.log.read_text() == "x\n" * 3
+
+
+MEET = """
+here = pathlib.Path(sys.argv[1])
+here.touch()
+end = time.time() + 20
+while not (here.parent / OTHER).exists():
+  time.sleep(0.01)
+  assert time.time() < end
+"""
+
+
+def test_parallel_units_run_at_the_same_time(tmp_path):
+  """Each waits for the other to begin."""
+  work = [
+    script(tmp_path, name, f"OTHER = {other!r}\n" + MEET)
+    for name, other in (("a", "b"), ("b", "a"))
+  ]
+  assert sorted(run(work, parallel=2)) == [("a", 0), ("b", 0)]
+
+
+SAVES = """
+import signal
+def stop(*_):
+  print("saved")
+  sys.exit(42)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(20)
+"""
+
+
+def when_exists(path, act):
+  def wait():
+    for _ in range(2000):
+      if path.exists():
+        return act()
+      threading.Event().wait(0.01)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_sigterm_is_passed_on_and_nothing_started_after_it(tmp_path):
+  work = [script(tmp_path, name, SAVES) for name in "ab"]
+  before = signal.getsignal(signal.SIGTERM)
+  when_exists(work[0].workdir, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  assert run(work) == [("a", 42)]
+  assert work[0].log.read_text() == "saved\n"
+  assert not work[1].log.exists()
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interrupt_ends_what_is_running(tmp_path):
+  work = script(tmp_path, "a", SAVES)
+  when_exists(work.workdir, lambda: os.kill(os.getpid(), signal.SIGINT))
+  with pytest.raises(KeyboardInterrupt):
+    run([work])
+  assert work.log.read_text() == "saved\n"
+
+
+def test_a_run_is_the_command_that_a_user_would_type(tmp_path):
+  path = tmp_path / "a"
+  work = launch.Work(name="a", config=path, workdir=path, log=path)
+  assert work.command[1:] == [
+    "-m",
+    "experiments.train",
+    f"--config={path}",
+    f"--workdir={path}",
+  ]
