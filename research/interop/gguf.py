@@ -7,7 +7,6 @@ hostile file costs milliseconds and ends in one clear error.
 
 import dataclasses
 import math
-import mmap
 import os
 import pathlib
 import struct
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from research.interop import mapped
 from research.interop.gguf_types import BY_ID, TYPES, decode
 from research.typing import UserError
 
@@ -47,12 +47,19 @@ class Tensor:
   Attributes:
     type: ggml's name of its type.
     shape: outermost axis first, as numpy has it (GGUF's dims reversed).
-    data: its bytes, uint8 of one dimension, a view of the mapped file.
+    stored: its bytes: uint8 of one dimension, or unread in a file.
   """
 
   type: str
   shape: tuple[int, ...]
-  data: np.ndarray
+  stored: np.ndarray | mapped.Bytes = dataclasses.field(repr=False)
+
+  @property
+  def data(self) -> np.ndarray:
+    """Its bytes, uint8 of one dimension; mapped while the view exists."""
+    if isinstance(self.stored, mapped.Bytes):
+      return self.stored.array()
+    return self.stored
 
   def rows(self) -> np.ndarray:
     """Returns the bytes with one row of the tensor a row."""
@@ -98,8 +105,9 @@ class GGUF:
 class _Reader:
   """A cursor over mapped bytes that never leaves them."""
 
-  def __init__(self, path: pathlib.Path, buffer: mmap.mmap):
-    self.path, self.buffer, self.at, self.size = path, buffer, 0, len(buffer)
+  def __init__(self, path: pathlib.Path, source: mapped.Bytes):
+    self.path, self.source, self.size = path, source, source.size
+    self.buffer, self.at = memoryview(source.array()), 0
 
   def fail(self, where: str, found: str, expected: str) -> NoReturn:
     raise UserError(
@@ -125,7 +133,7 @@ class _Reader:
       self.fail(where, f"a name of {length} bytes", f"at most {limit}")
     start = self.skip(length, where)
     try:
-      return self.buffer[start : start + length].decode("utf-8")
+      return str(self.buffer[start : start + length], "utf-8")
     except UnicodeDecodeError:
       self.fail(where, "bytes that are not UTF-8", "text")
 
@@ -173,16 +181,13 @@ def open_gguf(path: str | os.PathLike) -> GGUF:
   """
   path = pathlib.Path(path)
   try:
-    with path.open("rb") as file:
-      if os.fstat(file.fileno()).st_size < 24:
-        raise UserError(
-          f"{path}: shorter than a GGUF header; expected 24 bytes"
-        )
-      buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    source = mapped.open_bytes(path)
   except OSError as error:
     raise UserError(f"{path}: {error.strerror}; expected a GGUF file") from None
-  read = _Reader(path, buffer)
-  magic = buffer[: read.skip(4, "magic") + 4]
+  if source.size < 24:
+    raise UserError(f"{path}: shorter than a GGUF header; expected 24 bytes")
+  read = _Reader(path, source)
+  magic = bytes(read.buffer[: read.skip(4, "magic") + 4])
   if magic != MAGIC:
     read.fail("magic", repr(magic), repr(MAGIC))
   version = read.number("<I", "version")
@@ -236,7 +241,7 @@ def _tensor_info(read: _Reader, i: int, count: int):
 
 
 def _place(read: _Reader, infos: list, alignment: int) -> dict[str, Tensor]:
-  """Returns the tensors as views, having checked where they lie."""
+  """Returns the tensors, unread, having checked where they lie."""
   start = read.at + -read.at % alignment
   tensors: dict[str, Tensor] = {}
   for name, kind, shape, nbytes, offset in infos:
@@ -251,7 +256,7 @@ def _place(read: _Reader, infos: list, alignment: int) -> dict[str, Tensor]:
         f"its end at byte {start + offset + nbytes}",
         f"at most the file's {read.size}",
       )
-    data = np.frombuffer(read.buffer, np.uint8, nbytes, start + offset)
+    data = read.source.part(start + offset, start + offset + nbytes)
     tensors[name] = Tensor(kind.name, shape, data)
   end, last = 0, ""
   for name, _, _, nbytes, offset in sorted(infos, key=lambda info: info[4]):

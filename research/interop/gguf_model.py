@@ -1,8 +1,8 @@
 """A GGUF file as a model: architecture keys to sizes, tensor names to paths.
 
-A weight's walk: `ROWS` names it, `_leaf` turns the query and key rows of
+A weight's walk: `ROWS` names it, `_Matrix` turns the query and key rows of
 llama's interleaved rotation back to half-split order (whole rows move, so
-packed blocks do too) and either decodes it or keeps its blocks.
+packed blocks do too), and `_leaf` either decodes it or keeps its blocks.
 """
 
 import dataclasses
@@ -10,19 +10,22 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research import tree
+from research.interop import unread
 from research.interop.gguf import GGUF, Tensor, open_gguf
 from research.interop.gguf_config import config
-from research.interop.gguf_types import require
+from research.interop.gguf_types import TYPES, decode, require
 from research.interop.load import Loaded
 from research.interop.names import Address
 from research.interop.parts import Part
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.quant import blocks
+from research.training import memory
 from research.typing import UserError
 
 
@@ -76,6 +79,9 @@ ROWS = (
 )
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """ggml's types that are plain numbers -> their names here."""
+
+_PIECE = 1 << 20
+"""Numbers that are decoded at once, about."""
 
 USED_ELSEWHERE = ("rope_freqs.weight",)
 """Tensors that say something about the model and are no weights of it."""
@@ -136,88 +142,129 @@ def interleaved(rows: int, heads: int) -> np.ndarray:
 def permuted(tensor: Tensor, order: np.ndarray) -> Tensor:
   """Returns `tensor` with its rows, whatever their type, in `order`."""
   data = tensor.data.reshape(tensor.shape[0], -1)[order]
-  return dataclasses.replace(tensor, data=data.reshape(-1))
+  return dataclasses.replace(tensor, stored=data.reshape(-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+  """A stored tensor in our order, to be read in parts; a vector is one row.
+
+  Attributes:
+    tensor: as the file has it.
+    order: which stored row, or element of a vector, stands where; or None.
+    added: what llama.cpp's converter has added to it.
+  """
+
+  tensor: Tensor
+  order: np.ndarray | None = None
+  added: float = 0.0
+
+  def blocks(self, rows: slice, which: slice) -> np.ndarray:
+    """Returns some blocks of some rows, uint8 `[rows, bytes]`."""
+    size = TYPES[self.tensor.type].nbytes
+    found = self.tensor.rows()[:, which.start * size : which.stop * size]
+    return found[rows if self.order is None else self.order[rows]]
+
+  def numbers(self, rows: slice, columns: slice) -> np.ndarray:
+    """Returns a part, float32; blocks are decoded that hold some of it."""
+    kind = TYPES[self.tensor.type]
+    first, last = columns.start // kind.block, -(-columns.stop // kind.block)
+    raw = self.blocks(rows, slice(first, last))
+    shape = (len(raw), (last - first) * kind.block)
+    x = decode(kind.name, np.ascontiguousarray(raw).reshape(-1), shape)
+    skipped = first * kind.block
+    return x[:, columns.start - skipped : columns.stop - skipped]
+
+  def vector(self, index: unread.Index) -> np.ndarray:
+    """Returns a part of a vector, float32."""
+    x = self.tensor.decode()
+    x = x if self.order is None else x[self.order]
+    # Our norm adds again what the converter has added.
+    return (x - np.float32(self.added) if self.added else x)[index]
+
+  def filler(self, flip: bool) -> unread.Fill:
+    """Returns what decodes a part, `[columns, rows]` of a matrix if `flip`."""
+
+    def fill(index: unread.Index, out: np.ndarray) -> None:
+      if len(index) == 1:
+        out[...] = self.vector(index)
+        return
+      rows, columns = index[::-1] if flip else index
+      turned = out.T if flip else out
+      step = max(1, _PIECE // (columns.stop - columns.start))
+      for start in range(rows.start, rows.stop, step):
+        piece = slice(start, min(start + step, rows.stop))
+        to = slice(piece.start - rows.start, piece.stop - rows.start)
+        turned[to] = self.numbers(piece, columns)
+
+    return fill
 
 
 def _leaf(
-  row: Row,
-  stored: Sequence[Tensor],
-  offset: float,
-  dtype: str | None,
-  packed: bool,
+  row: Row, stored: Sequence[_Matrix], dtype: str | None, packed: bool
 ) -> Any:
-  """Returns one weight of all of a run's layers behind a leading axis."""
-  first = stored[0]
+  """Returns one weight of all of a run's layers, unread, `[layers, ...]`."""
+  first = stored[0].tensor
   if packed and blocks.packs(first.type, first.shape):
     axis = -1 if row.path == "embed" else -2
-    return blocks.from_ggml(first.type, [t.rows() for t in stored], axis)
+    kind = TYPES[first.type]
+    shape = (first.shape[0], first.shape[1] // kind.block)
+    return blocks.from_ggml_unread(
+      first.type, [m.blocks for m in stored], shape, axis
+    )
   flip = len(first.shape) == 2 and row.path != "embed"
-  shape = first.shape[::-1] if flip else first.shape
-  dtype = dtype or DTYPES.get(first.type, "float32")
-  out = np.empty((len(stored), *shape), jnp.dtype(dtype))
-  for i, tensor in enumerate(stored):
-    x = tensor.decode()
-    if offset and row.path.endswith("norm/scale"):
-      # llama.cpp's converter has added what our norm adds again.
-      x = x - np.float32(offset)
-    out[i] = x.T if flip else x
-  return jnp.asarray(out)
+  kind = jnp.dtype(dtype or DTYPES.get(first.type, "float32"))
+  return unread.stacked(
+    [m.filler(flip) for m in stored],
+    (len(stored),),
+    first.shape[::-1] if flip else first.shape,
+    kind,
+  )
 
 
-def _put(into: dict, path: str, value: Any) -> None:
-  *parents, name = path.split("/")
-  for parent in parents:
-    into = into.setdefault(parent, {})
-  into[name] = value
+def _matrix(row: Row, tensor: Tensor, family, sizes, turned: bool) -> _Matrix:
+  order = None
+  if row.heads is not None and turned:
+    order = half_split(tensor.shape[0], getattr(sizes, row.heads))
+  norm = row.path.endswith("norm/scale")
+  return _Matrix(tensor, order, family.norm_offset if norm else 0.0)
 
 
-def _params(
+def _unread(
   file: GGUF, family, sizes, model: Transformer, turned: bool, dtype, packed
 ) -> dict[str, Any]:
-  """Returns the parameter tree, built leaf by leaf: never held twice."""
+  """Returns the parameter tree, of `unread.Unread` arrays."""
   rows = _rows(family)
 
-  def stored(row: Row, layer: int) -> Tensor:
+  def matrix(row: Row, layer: int) -> _Matrix:
     tensor = file.tensors[f"blk.{layer}.{row.name}"]
-    if row.heads is None or not turned:
-      return tensor
-    heads = getattr(sizes, row.heads)
-    return permuted(tensor, half_split(tensor.shape[0], heads))
+    return _matrix(row, tensor, family, sizes, turned)
 
   def types(layer: int) -> tuple[str, ...]:
     names = (f"blk.{layer}.{row.name}" for row in rows)
     return tuple(file.tensors[name].type for name in names) if packed else ()
 
-  params: dict[str, Any] = {}
+  flat: dict[str, Any] = {}
   for row in TOP:
     if row.name in file.tensors:
-      leaf = _leaf(
-        row, [file.tensors[row.name]], family.norm_offset, dtype, packed
-      )
-      _put(params, row.path, _first(leaf))
+      only = _matrix(row, file.tensors[row.name], family, sizes, turned)
+      flat[row.path] = _first(_leaf(row, [only], dtype, packed))
   kinds = [(k, types(i)) for i, k in enumerate(model.layer_kinds())]
   start = 0
   for i, (repeats, period) in enumerate(tree.plan(kinds)):
     for j in range(period):
       layers = range(start + j, start + repeats * period, period)
       for row in rows:
-        leaf = _leaf(
-          row,
-          [stored(row, k) for k in layers],
-          family.norm_offset,
-          dtype,
-          packed,
-        )
-        _put(params, f"run{i}/layer{j}/{row.path}", leaf)
+        stored = [matrix(row, k) for k in layers]
+        path = f"run{i}/layer{j}/{row.path}"
+        flat[path] = _leaf(row, stored, dtype, packed)
     start += repeats * period
-  return params
+  return unread.nested(flat)
 
 
 def _first(leaf: Any) -> Any:
-  """Returns what stands behind a leading axis of one, without a copy."""
-  if isinstance(leaf, blocks.BlockTensor):
-    return leaf.squeeze()
-  return leaf.reshape(leaf.shape[1:])
+  """Returns what stands behind a leading axis of one."""
+  return jax.tree.map(lambda x: x.first(), leaf)
 
 
 def model_type(file: GGUF) -> str | None:
@@ -251,11 +298,8 @@ def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
 
   def part(row: Row, tensor: Tensor) -> Part:
     def read():
-      stored = tensor
-      if row.heads is not None and turned:
-        heads = getattr(sizes, row.heads)
-        stored = permuted(tensor, half_split(tensor.shape[0], heads))
-      return _first(_leaf(row, [stored], family.norm_offset, None, True))
+      stored = _matrix(row, tensor, family, sizes, turned)
+      return unread.place(_first(_leaf(row, [stored], None, True)))
 
     flip = len(tensor.shape) == 2 and row.path != "embed"
     shape = tensor.shape[::-1] if flip else tensor.shape
@@ -274,7 +318,10 @@ def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
 
 
 def load_gguf(
-  path: str | os.PathLike, dtype: str | None = "float32", packed: bool = False
+  path: str | os.PathLike,
+  dtype: str | None = "float32",
+  packed: bool = False,
+  shardings: unread.Shardings | None = None,
 ) -> Loaded:
   """Reads a model from a GGUF file.
 
@@ -285,6 +332,7 @@ def load_gguf(
       keeps what is not packed in its own type, and computes in float32.
     packed: keep matrices of 4, 5 and 8 bits as their blocks (`BlockTensor`),
       bit for bit, instead of decoding them.
+    shardings: where the arrays go, see `unread.place`.
 
   Returns:
     The model; its source names the path, format and architecture.
@@ -299,7 +347,9 @@ def load_gguf(
   _check(path, file, family, sizes)
   tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
   model = presets.transformer(family, sizes, dtype or "float32")
-  params = _params(file, family, sizes, model, turned, dtype, packed)
+  described = _unread(file, family, sizes, model, turned, dtype, packed)
+  memory.trim()  # the tokenizer took more than it keeps
+  params = unread.place(described, shardings)
   source = dict(
     format="gguf",
     path=path,

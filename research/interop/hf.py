@@ -7,7 +7,6 @@ equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
 """
 
 import dataclasses
-import functools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop import hf_config, hf_experts, names, parts, safetensors
+from research.interop import (
+  hf_config,
+  hf_experts,
+  names,
+  parts,
+  safetensors,
+  unread,
+)
 from research.nn import presets
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
@@ -55,11 +61,15 @@ class Slot:
   addresses: tuple[names.Address, ...]
 
   @property
+  def lead(self) -> tuple[int, ...]:
+    """The axes over parameters: none, layers, or layers and experts."""
+    first = self.addresses[0]
+    return self.shape[: (first.layer is not None) + (first.expert is not None)]
+
+  @property
   def one(self) -> tuple[int, ...]:
     """The shape of one parameter."""
-    first = self.addresses[0]
-    stacked = (first.layer is not None) + (first.expert is not None)
-    return self.shape[stacked:]
+    return self.shape[len(self.lead) :]
 
 
 def table(model: Transformer) -> names.Table:
@@ -164,11 +174,12 @@ def read_params(
   tensors: Mapping[str, safetensors.Lazy],
   dtype: str | None = "float32",
   where: Any = "model",
+  shardings: unread.Shardings | None = None,
 ) -> dict[str, Any]:
   """Returns `model`'s parameters out of Hugging Face tensors.
 
-  Each array is filled layer by layer, so beside the mapped file and the
-  result only one array is ever held twice.
+  Each array is filled layer by layer, so beside the result only one array is
+  ever held twice; with shardings, each device's part of it is.
 
   Args:
     model: what to fill.
@@ -176,27 +187,60 @@ def read_params(
     dtype: of the result; wider values are rounded to nearest even. None for
       the stored one, or float32 where layers differ or have float64.
     where: the file or directory, for messages.
+    shardings: where the arrays go, see `unread.place`.
 
   Raises:
     UserError: the tensors are not exactly the model's.
   """
+  return unread.place(unread_params(model, tensors, dtype, where), shardings)
+
+
+def unread_params(
+  model: Transformer,
+  tensors: Mapping[str, safetensors.Lazy],
+  dtype: str | None = "float32",
+  where: Any = "model",
+) -> dict[str, Any]:
+  """Returns `model`'s parameter tree as `read_params` does, unread."""
   rows, places = table(model), slots(model)
-  wanted = {}
-  for slot in places:
-    for address in slot.addresses:
-      name, transposed = rows.theirs(address)
-      wanted[name] = slot.one[::-1] if transposed else slot.one
-  _check(where, model, tensors, wanted)
+  _check(where, model, tensors, _wanted(rows, places))
   filled = {}
   for slot in places:
-    kind = dtype or _stored(rows, slot, tensors)
-    array = np.empty((len(slot.addresses), *slot.one), jnp.dtype(kind))
-    for k, address in enumerate(slot.addresses):
-      name, transposed = rows.theirs(address)
-      value = tensors[name].read()
-      array[k] = value.T if transposed else value
-    filled[slot.path] = jnp.asarray(array.reshape(slot.shape))
-  return _nested(filled)
+    kind = jnp.dtype(dtype or _stored(rows, slot, tensors))
+    fills = [
+      _filler(_reader(tensors[name], transposed))
+      for name, transposed in map(rows.theirs, slot.addresses)
+    ]
+    filled[slot.path] = unread.stacked(fills, slot.lead, slot.one, kind)
+  return unread.nested(filled)
+
+
+def _wanted(rows: names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
+  """Returns the shape of every tensor that must be there."""
+  wanted = {}
+  for slot in places:
+    for name, transposed in map(rows.theirs, slot.addresses):
+      wanted[name] = slot.one[::-1] if transposed else slot.one
+  return wanted
+
+
+def _reader(tensor: safetensors.Lazy, transposed: bool):
+  """Returns what reads a part of a parameter, in our orientation."""
+
+  def read(index: Any = ...) -> np.ndarray:
+    if not transposed:
+      return tensor.read(index)
+    # Cut before it is turned, so that only this part of the file is read.
+    return tensor.read(index if index is ... else index[::-1]).T
+
+  return read
+
+
+def _filler(read) -> unread.Fill:
+  def fill(index, out):
+    out[...] = read(index)
+
+  return fill
 
 
 def _stored(rows, slot, tensors) -> str:
@@ -214,36 +258,14 @@ def read_parts(
   Raises:
     UserError: the tensors are not exactly the model's.
   """
-  rows, places = table(model), slots(model)
-  wanted, out = {}, {}
-  for slot in places:
-    for address in slot.addresses:
-      name, transposed = rows.theirs(address)
-      wanted[name] = slot.one[::-1] if transposed else slot.one
-  _check(where, model, tensors, wanted)
-
-  def reader(name, transposed):
-    def read():
-      x = tensors[name].read()
-      return x.T if transposed else x
-
-    return read
-
+  rows, places, out = table(model), slots(model), {}
+  _check(where, model, tensors, _wanted(rows, places))
   for slot in places:
     for address in slot.addresses:
       name, transposed = rows.theirs(address)
       kind = str(tensors[name].dtype)
-      out[address] = parts.Part(slot.one, kind, reader(name, transposed))
-  return out
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  out: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, last = path.split("/")
-    functools.reduce(lambda d, k: d.setdefault(k, {}), parents, out)[last] = (
-      value
-    )
+      reader = _reader(tensors[name], transposed)
+      out[address] = parts.Part(slot.one, kind, reader)
   return out
 
 
@@ -278,16 +300,20 @@ def open_model(
 
 
 def model_from_directory(
-  directory: str | pathlib.Path, dtype: str = "float32"
+  directory: str | pathlib.Path,
+  dtype: str = "float32",
+  shardings: unread.Shardings | None = None,
 ) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
   """Returns (model, params, source) of a Hugging Face directory.
 
   Args:
     directory: has config.json and safetensors files.
     dtype: of the parameters and of the computation.
+    shardings: where the parameters go, see `unread.place`.
 
   Raises:
     UserError: anything in it is missing, damaged or not supported.
   """
   model, tensors, source = open_model(directory, dtype)
-  return model, read_params(model, tensors, dtype, directory), source
+  params = read_params(model, tensors, dtype, directory, shardings)
+  return model, params, source

@@ -61,12 +61,12 @@ def _matrices(name, tensor, layer, moe, paths, rows):
   if len(shape) != 3 or shape[0] != experts or shape[1] % len(paths):
     return {name: tensor}
   one = (shape[1] // len(paths), shape[2])
-  parts = tensor.raw.reshape(experts * len(paths), -1)
+  size = tensor.raw.size // (experts * len(paths))
   out = {}
   for e in range(experts):
     for j, path in enumerate(paths):
       theirs, _ = rows.theirs(names.Address(layer, path, e))
-      out[theirs] = dataclasses.replace(
-        tensor, shape=one, raw=parts[e * len(paths) + j]
-      )
+      start = (e * len(paths) + j) * size
+      raw = tensor.raw.part(start, start + size)
+      out[theirs] = dataclasses.replace(tensor, shape=one, raw=raw)
   return out

@@ -11,11 +11,15 @@ import pathlib
 import re
 from typing import Any
 
-from research.interop import hf, safetensors
+from research.interop import hf, safetensors, unread
 from research.nn.transformer import Transformer
+from research.training import memory
 from research.typing import Params, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+
+MODEL = "model"
+"""In a run's working directory: what it trained whole, Hugging Face's way."""
 
 NOTE = "heptad.json"
 """In a checkpoint that `research.interop.ours` wrote."""
@@ -45,7 +49,10 @@ class Loaded:
 
 
 def load_model(
-  name: str | os.PathLike, dtype: str = "float32", packed: bool = False
+  name: str | os.PathLike,
+  dtype: str = "float32",
+  packed: bool = False,
+  shardings: unread.Shardings | None = None,
 ) -> Loaded:
   """Returns the model that `name` stands for.
 
@@ -54,6 +61,9 @@ def load_model(
       one of `PACKAGES`, or `org/name` on the Hub.
     dtype: of parameters and computation.
     packed: keep quantized weights as they are in the file (GGUF).
+    shardings: from the tree of the parameters' shapes to one of
+      `jax.sharding.Sharding`s: each device's part, and no more, is read for
+      it. None puts whole arrays on the default device.
 
   Raises:
     UserError: it is none of these, or damaged, or not supported.
@@ -64,10 +74,10 @@ def load_model(
     )
   path = locate(name)
   if path.is_dir():
-    return _directory(path, dtype, packed)
+    return _directory(path, dtype, packed, shardings)
   from research.interop.gguf_model import load_gguf
 
-  return load_gguf(path, dtype=dtype, packed=packed)
+  return load_gguf(path, dtype, packed, shardings)
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:
@@ -78,7 +88,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   """
   path = pathlib.Path(name)
   if path.is_dir():
-    return path
+    return _of_run(path)
   if str(name) in PACKAGES:
     return _packaged(str(name))
   if path.is_file():
@@ -97,6 +107,14 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
   )
 
 
+def _of_run(path: pathlib.Path) -> pathlib.Path:
+  """Returns the model that a run wrote whole, or else `path` itself."""
+  whole = path / MODEL
+  if (path / "config.gin").is_file() and (whole / "config.json").is_file():
+    return whole
+  return path
+
+
 def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
   """Returns the adapter's own directory in an adapter's or a run's, or None.
 
@@ -109,7 +127,8 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
     if (path / "adapter" / ADAPTER_CONFIG).is_file():
       return path / "adapter"
     raise UserError(
-      f"{path}: this run has not written adapter/{ADAPTER_CONFIG} yet.\n"
+      f"{path}: this run has not written adapter/{ADAPTER_CONFIG} or "
+      f"{MODEL}/ yet.\n"
       "Finish it with experiments.train --workdir, then retry."
     )
   if not (path / "config.json").is_file():
@@ -120,26 +139,31 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
   return None
 
 
-def _directory(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   if (path / NOTE).is_file():
-    return _ours(path, dtype, packed)
+    return _ours(path, dtype, packed, shardings)
   adapter = adapter_directory(path)
   if adapter is not None:
-    return _adapted(adapter, dtype, packed)
+    return _adapted(adapter, dtype, packed, shardings)
   if packed:
     raise UserError(
       f"{path}: packed weights come from .gguf files; these tensors are not "
       "quantized, so load them without packed"
     )
-  model, params, source = hf.model_from_directory(path, dtype)
-  return Loaded(model, params, tokenizer(path), source)
+  words = tokenizer(path)
+  memory.trim()  # reading it took more than it keeps
+  model, params, source = hf.model_from_directory(path, dtype, shardings)
+  return Loaded(model, params, words, source)
 
 
-def _ours(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import ours
 
-  model, params, source = ours.load(path, dtype)
+  model, params, source = ours.load(path, dtype, shardings)
   params = ours.cast(params, dtype, packed)
+  if shardings is not None:
+    # Decoded weights are cut as arrays are, no longer as blocks.
+    params = unread.moved(params, shardings)
   source = dict(format="orbax", path=str(path), came_from=source)
   return Loaded(model, params, ours.tokenizer(path), source)
 
@@ -177,15 +201,17 @@ def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
   return base, target
 
 
-def _adapted(path: pathlib.Path, dtype: str, packed: bool) -> Loaded:
+def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.lora import peft
 
   _, target = base_of(path)
   try:
-    loaded = load_model(target, dtype, packed)
+    loaded = load_model(target, dtype, packed, shardings)
   except UserError as e:
     raise UserError(f"{path / ADAPTER_CONFIG}: its base: {e}") from e
   params, model = peft.open_adapter(path, loaded.params, loaded.model)
+  if shardings is not None:
+    params = unread.moved(params, shardings)
   source = dict(format="peft", path=str(path), base=loaded.source)
   return Loaded(model, params, loaded.tokenizer, source)
 

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.interop import gguf, hf, hf_config, parts, safetensors
+from research.interop import (
+  gguf,
+  hf,
+  hf_config,
+  parts,
+  safetensors,
+  unread,
+)
 from research.interop.fields import Fields
 from research.interop.load import NOTE
 from research.lora.tensor import LoRATensor
@@ -92,11 +99,7 @@ def _abstract(found: Any, where: str) -> Any:
     ok = found and found[0] in _DTYPES and len(found) <= 9
     if not ok or any(type(n) is not int or n < 0 for n in found[1:]):
       raise UserError(f"{where}: {str(found)[:60]} is no type and shape")
-    return jax.ShapeDtypeStruct(
-      tuple(found[1:]),
-      jnp.dtype(found[0]),
-      sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-    )
+    return jax.ShapeDtypeStruct(tuple(found[1:]), jnp.dtype(found[0]))
   if not isinstance(found, dict):
     raise UserError(f"{where}: found {str(found)[:60]}, expected an object")
   if "" not in found:
@@ -122,13 +125,16 @@ def _abstract(found: Any, where: str) -> Any:
 
 
 def load(
-  directory: pathlib.Path, dtype: str = "float32"
+  directory: pathlib.Path,
+  dtype: str = "float32",
+  shardings: unread.Shardings | None = None,
 ) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
   """Returns (model, params as they were saved, source) of a checkpoint.
 
   Args:
     directory: that `save` wrote.
     dtype: of the computation.
+    shardings: where the arrays go, see `unread.place`.
 
   Raises:
     UserError: it is damaged, or of a later version.
@@ -147,6 +153,20 @@ def load(
   params = base.load_frozen(directory / ARRAYS, target)
   source = note.object("source")
   return model, params, dict(source.values) if source else {}
+
+
+def _on(target: Any, shardings: unread.Shardings | None) -> Any:
+  """Returns `target` with the sharding that each of its arrays will have."""
+  if shardings is None:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    where = jax.tree.map(lambda x: here, target)
+  else:
+    where = shardings(target)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    target,
+    where,
+  )
 
 
 def cast(params: Params, dtype: str, packed: bool) -> Any:

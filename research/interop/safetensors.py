@@ -3,7 +3,7 @@
 An 8-byte little-endian length, that many bytes of JSON, then the tensors
 without holes or overlap. Files may come from strangers: nothing here
 allocates what a header merely claims, and every extent is checked against the
-file before any tensor is looked at. Tensors are views of the mapped file, so
+file before any tensor is looked at. A tensor is mapped when it is read, so
 opening costs no memory and reading a slice touches only its pages.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from research.interop import mapped
 from research.typing import UserError
 
 Path = str | os.PathLike
@@ -60,22 +61,22 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-  """A tensor of a mapped file.
+  """A tensor of a file.
 
   Attributes:
     shape, dtype: as the file states them, checked against its size.
     file: for messages.
-    raw: its bytes, a view of the mapping.
+    raw: its bytes, unread.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   file: str
-  raw: np.ndarray = dataclasses.field(repr=False)
+  raw: mapped.Bytes = dataclasses.field(repr=False)
 
   def read(self, index: Any = ...) -> np.ndarray:
     """Returns `tensor[index]`, a read-only view where the index allows it."""
-    return self.raw.view(self.dtype).reshape(self.shape)[index]
+    return self.raw.array().view(self.dtype).reshape(self.shape)[index]
 
 
 def _check(condition: bool, path: Path, found: str, expected: str) -> None:
@@ -125,13 +126,13 @@ def read_json(path: Path, raw: bytes | None = None) -> dict[str, Any]:
   return value
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _opened(path: Path) -> mapped.Bytes:
   try:
-    size = os.path.getsize(path)
-    _check(size >= 8, path, f"{size} bytes", "at least 8")
-    return np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+    data = mapped.open_bytes(path)
   except OSError as e:
     raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+  _check(data.size >= 8, path, f"{data.size} bytes", "at least 8")
+  return data
 
 
 def _naturals(x: Any) -> bool:
@@ -165,18 +166,18 @@ def open_file(path: Path) -> dict[str, Lazy]:
     UserError: the file cannot be read, or any part of its header disagrees
       with any other part or with the file's size.
   """
-  data = _mapped(path)
-  length = int.from_bytes(data[:8].tobytes(), "little")
+  data = _opened(path)
+  length = int.from_bytes(data.part(0, 8).array().tobytes(), "little")
   limit = min(data.size - 8, MAX_HEADER)
   found = f"a header of {length} bytes in a file of {data.size}"
   _check(2 <= length <= limit, path, found, f"2 to {limit}")
-  header = read_json(path, data[8 : 8 + length].tobytes())
+  header = read_json(path, data.part(8, 8 + length).array().tobytes())
   metadata = header.pop("__metadata__", {})
   texts = isinstance(metadata, dict) and all(
     isinstance(v, str) for v in metadata.values()
   )
   _check(texts, path, "__metadata__ of another kind", "texts by name")
-  body, out, end = data[8 + length :], {}, 0
+  body, out, end = data.part(8 + length, data.size), {}, 0
   entries = {name: _entry(path, name, e) for name, e in header.items()}
   for name, (dtype, shape, (begin, stop)) in sorted(
     entries.items(), key=lambda item: (item[1][2], item[0])
@@ -186,7 +187,7 @@ def open_file(path: Path) -> dict[str, Lazy]:
     size = math.prod(shape) * DTYPES[dtype].itemsize
     _check(stop - begin == size, path, found, f"{size} bytes for {shape}")
     _check(stop <= body.size, path, found, "it to lie inside the file")
-    raw = body[begin:stop]
+    raw = body.part(begin, stop)
     out[name] = Lazy(tuple(shape), DTYPES[dtype], str(path), raw)
     end = stop
   _check(end == body.size, path, f"{body.size} bytes of data", str(end))

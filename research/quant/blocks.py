@@ -17,7 +17,7 @@ swap letters instead of moving numbers.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.interop import gguf_types
+from research.interop import gguf_types, unread
 from research.quant import products
 from research.typing import Array, Float, Int, PRNGKey
 
@@ -178,14 +178,56 @@ def from_ggml(
     axis: -2 if ggml's rows are the logical columns (`[in, out]` from
       `[out, in]`), -1 if they are the logical rows (an embedding).
   """
-  ggml = gguf_types.TYPES[kind]
-  parts = [gguf_types.split(ggml, raw) for raw in matrices]
+  size = gguf_types.TYPES[kind].nbytes
 
-  def leaf(name: str) -> Array | None:
-    found = [getattr(part, name) for part in parts]
-    if found[0] is None:
+  def reader(matrix):
+    return lambda r, x: matrix[r, x.start * size : x.stop * size]
+
+  shape = (len(matrices[0]), matrices[0].shape[1] // size)
+  readers = [reader(matrix) for matrix in matrices]
+  return unread.place(from_ggml_unread(kind, readers, shape, axis))
+
+
+def from_ggml_unread(
+  kind: str,
+  matrices: Sequence[Callable[[slice, slice], np.ndarray]],
+  shape: tuple[int, int],
+  axis: int,
+) -> BlockTensor:
+  """Returns matrices as `from_ggml` does, of `unread.Unread` arrays.
+
+  A part of one reads the rows and, in them, the blocks that it needs.
+
+  Args:
+    kind: ggml's name of the type, one that `packs`.
+    matrices: each returns, of some of its rows, some of the blocks, uint8
+      `[rows, bytes]`.
+    shape: of each matrix, `[rows, blocks of a row]`.
+    axis: as for `from_ggml`.
+  """
+  ggml = gguf_types.TYPES[kind]
+  rows, columns = shape
+  empty = gguf_types.split(ggml, np.zeros((1, ggml.nbytes), np.uint8))
+
+  def leaf(name: str) -> unread.Unread | None:
+    found = getattr(empty, name)
+    if found is None:
       return None
-    return jnp.asarray(np.stack([np.moveaxis(x, 0, -1) for x in found]))
+
+    def filler(matrix) -> unread.Fill:
+      def fill(index, out):
+        x, *inner, chosen = index
+        part = getattr(gguf_types.split(ggml, matrix(chosen, x)), name)
+        out[...] = np.moveaxis(part, 0, -1)[:, *inner]
+
+      return fill
+
+    return unread.stacked(
+      [filler(matrix) for matrix in matrices],
+      (len(matrices),),
+      (columns, *found.shape[2:], rows),
+      found.dtype,
+    )
 
   return BlockTensor(
     leaf("codes"), leaf("scale"), leaf("offset"), leaf("high"), kind, axis

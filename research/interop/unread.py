@@ -1,0 +1,183 @@
+"""Arrays that are not read yet: each device will read its own part.
+
+An importer describes a tree of `Unread` arrays. `place` makes arrays of it,
+on one device or, with shardings, on all those of a mesh; then the file is read
+through the index of each device's shard, and nobody holds a whole array.
+"""
+
+import dataclasses
+import gc
+import math
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import tree
+from research.typing import UserError
+
+Index = tuple[slice, ...]
+"""One slice an axis, with its start and stop, of step 1."""
+
+Shardings = Callable[[Any], Any]
+"""From a tree of `jax.ShapeDtypeStruct`s to one of `jax.sharding.Sharding`s."""
+
+_SMALL = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread:
+  """An array, or what will be one.
+
+  Attributes:
+    shape, dtype: of all of it.
+    read: returns a part of it, in `dtype`.
+  """
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[Index], np.ndarray] = dataclasses.field(repr=False)
+
+  def first(self) -> "Unread":
+    """Returns what stands behind a leading axis of one."""
+    return Unread(
+      self.shape[1:],
+      self.dtype,
+      lambda index: self.read((slice(0, 1), *index))[0],
+    )
+
+
+Fill = Callable[[Index, np.ndarray], None]
+"""Reads a part of an array into memory of its shape."""
+
+
+def stacked(
+  fills: Sequence[Fill],
+  lead: tuple[int, ...],
+  one: tuple[int, ...],
+  dtype: np.dtype,
+) -> Unread:
+  """Returns arrays of shape `one`, read one by one, behind the axes `lead`."""
+  order = np.arange(len(fills)).reshape(lead)
+
+  def read(index: Index) -> np.ndarray:
+    chosen, inner = order[index[: len(lead)]], index[len(lead) :]
+    out = _scratch((*chosen.shape, *sizes(inner)), dtype)
+    for at in np.ndindex(*chosen.shape):
+      fills[chosen[at]](inner, out[at] if at else out)
+    return out
+
+  return Unread((*lead, *one), dtype, read)
+
+
+def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """Returns memory that the system has back as soon as it is not used.
+
+  glibc keeps what `np.empty` takes once a large array has been freed. Not at
+  the start of a page: on CPUs, JAX would keep aligned memory instead of
+  copying it, and memory that it has not allocated cannot be donated.
+  """
+  count, skipped = math.prod(shape), 16
+  if count * dtype.itemsize < _SMALL:
+    return np.empty(shape, dtype)
+  pages = mmap.mmap(-1, count * dtype.itemsize + skipped)
+  return np.frombuffer(pages, dtype, count, skipped).reshape(shape)
+
+
+def sizes(index: Index) -> tuple[int, ...]:
+  """Returns the shape of what an index chooses."""
+  return tuple(s.stop - s.start for s in index)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the tree whose leaves have such paths."""
+  out: dict[str, Any] = {}
+  for path, value in flat.items():
+    *parents, last = path.split("/")
+    into = out
+    for parent in parents:
+      into = into.setdefault(parent, {})
+    into[last] = value
+  return out
+
+
+def abstract(params: Any) -> Any:
+  """Returns shapes and types in place of arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def place(unread: Any, shardings: Shardings | None = None) -> Any:
+  """Returns the arrays that a tree of `Unread`s describes.
+
+  The largest are read first: while an array is made it is held twice, and at
+  the end, when memory is fullest, that is a small one.
+
+  Args:
+    unread: any tree.
+    shardings: where its arrays go; None for the default device.
+
+  Raises:
+    UserError: a file cannot be read, or an array cannot be cut that way.
+  """
+  leaves, treedef = jax.tree.flatten(unread)
+  paths = [path for path, _ in tree.flatten_paths(unread)]
+  where: Sequence[Any] = [None] * len(leaves)
+  if shardings is not None:
+    where = treedef.flatten_up_to(shardings(abstract(unread)))
+  out: list[Any] = [None] * len(leaves)
+  order = sorted(range(len(leaves)), key=lambda i: -_nbytes(leaves[i]))
+  for i in order:
+    out[i] = jax.block_until_ready(_placed(paths[i], leaves[i], where[i]))
+    # JAX lets go of what it has copied when Python collects garbage.
+    gc.collect(0)
+  return jax.tree.unflatten(treedef, out)
+
+
+def _nbytes(x: Unread) -> int:
+  return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+
+
+def _placed(path: str, x: Unread, sharding: jax.sharding.Sharding | None):
+  if sharding is None:
+    return jax.device_put(x.read(tuple(slice(0, n) for n in x.shape)))
+  _divisible(path, x.shape, sharding)
+  known: dict[Any, np.ndarray] = {}
+
+  def read(index):
+    # Replicas on other devices hold the same part: it is read once.
+    bounds = tuple(
+      slice(*s.indices(n)[:2]) for s, n in zip(index, x.shape, strict=True)
+    )
+    key = tuple((s.start, s.stop) for s in bounds)
+    if key not in known:
+      known[key] = x.read(bounds)
+    return known[key]
+
+  return jax.make_array_from_callback(x.shape, sharding, read, dtype=x.dtype)
+
+
+def _divisible(path: str, shape: tuple[int, ...], sharding) -> None:
+  try:
+    sharding.shard_shape(shape)
+  except ValueError as e:
+    raise UserError(
+      f"{path}: shape {list(shape)} cannot be cut as "
+      f"{getattr(sharding, 'spec', sharding)} over this mesh; expected axes "
+      "that its devices divide"
+    ) from e
+
+
+def moved(params: Any, shardings: Shardings) -> Any:
+  """Returns arrays that are in memory where `shardings` wants them."""
+
+  def one(x, sharding):
+    if sharding.is_fully_addressable or not x.is_fully_addressable:
+      return jax.device_put(x, sharding)
+    host = np.asarray(x)  # each process has made the same one
+    return jax.make_array_from_callback(
+      x.shape, sharding, lambda index: host[index]
+    )
+
+  return jax.tree.map(one, params, shardings(abstract(params)))
