@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak lint test-peers test-oldest bench venv \
+.PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest bench venv \
   venv-peers clean
 
 # In order of preference: those that every dependency has wheels for.
@@ -26,6 +26,11 @@ help:  ## Lists the targets
 quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
 	@$(PY) -m experiments.train --config=runs/quickstart.gin \
 	  --workdir=runs/quickstart
+
+tiny-lm: venv  ## Trains a small language model of our own (15 minutes)
+	@$(PY) -m experiments.train --config=runs/pretrain_tiny.gin \
+	  --workdir=runs/tiny-lm
+	@$(PY) -m experiments.baselines --config=runs/pretrain_tiny.gin
 
 test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
 	@$(MAKE) --no-print-directory lint

@@ -45,7 +45,10 @@ def chat(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_data_makes_batches(name, tokenizer, chat):
-  given = {"chat_jsonl": [f"FILES=({chat!r},)", "KEY='teacher'"]}
+  given = {
+    "chat_jsonl": [f"FILES=({chat!r},)", "KEY='teacher'"],
+    "stdlib": ["DOCUMENTS=5"],
+  }
   read = config.parse(HEAD.format(name=name), given.get(name, []))
   experiment = read.experiment
   batch = next(iter(experiment.data.training(tokenizer)))
