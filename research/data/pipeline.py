@@ -18,6 +18,9 @@ from research.data import examples, packing
 from research.data.packing import PackedRows, Row, Rows
 from research.typing import UserError
 
+ENDLESS = 2**50
+"""Rows of an endless stream: more than any run reads, and exact as floats."""
+
 RowTransform = Callable[[Row, np.random.Generator], Row]
 """A rewrite of one row; its generator depends on seed and index only."""
 
@@ -171,7 +174,9 @@ def shuffled(
   transforms: Sequence[RowTransform] = (),
 ) -> grain.MapDataset:
   """Returns the rows, endlessly, in another order in each epoch."""
-  data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  # Grain's own endlessness, sys.maxsize, overflows in batches of one.
+  epochs = ENDLESS // max(len(rows), 1)
+  data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(epochs)
   for transform in transforms:
     data = data.random_map(transform)
   return data

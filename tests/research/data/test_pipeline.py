@@ -3,6 +3,7 @@
 import dataclasses
 
 import chex
+import jax
 import numpy as np
 import pytest
 
@@ -78,12 +79,28 @@ def test_resume_continues_exactly():
   chex.assert_trees_all_equal(whole[4:], [next(resumed) for _ in range(5)])
 
 
-def test_processes_share_each_global_batch():
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_each_global_batch(processes):
+  """Row by row: the global batch does not depend on who reads it."""
   alone = take(DATA.training(LETTERS), 6)
-  parts = [take(DATA.training(LETTERS, p, 2), 6) for p in range(2)]
+  parts = [
+    take(DATA.training(LETTERS, p, processes), 6) for p in range(processes)
+  ]
   for step, batch in enumerate(alone):
-    both = np.concatenate([p[step]["noise"] for p in parts])
-    assert sorted(both.ravel()) == sorted(batch["noise"].ravel())
+    for name, rows in batch.items():
+      found = np.concatenate([part[step][name] for part in parts])
+      np.testing.assert_array_equal(found, rows)
+
+
+def test_the_place_is_the_same_for_any_number_of_processes():
+  alone, half = iter(DATA.training(LETTERS)), iter(DATA.training(LETTERS, 1, 2))
+  for _ in range(7):
+    next(alone), next(half)
+  assert alone.get_state() == half.get_state()
+  half.set_state(alone.get_state())
+  chex.assert_trees_all_equal(
+    next(half), jax.tree.map(lambda x: x[2:], next(alone))
+  )
 
 
 def test_noise_belongs_to_the_example_not_to_its_batch():
@@ -107,6 +124,24 @@ def test_evaluation_sees_every_row_once_in_equal_batches():
   assert weights[len(rows) :].sum() == 0
   assert weights.sum() == 23 * 5
   assert len(DATA.evaluation(LETTERS, limit=2)) == 2
+
+
+def test_batches_of_one_row():
+  wide = take(DATA.training(LETTERS), 6)
+  slim = take(dataclasses.replace(DATA, batch_size=1).training(LETTERS), 24)
+  for key in ("tokens", "noise"):
+    np.testing.assert_array_equal(
+      np.concatenate([b[key] for b in wide]),
+      np.concatenate([b[key] for b in slim]),
+    )
+
+
+def test_documents_may_begin_and_end_with_a_token():
+  data = dataclasses.replace(DATA, length=8, begin=7, end=9)
+  rows = data.rows(LETTERS)
+  assert len(rows) == 23
+  assert rows[0]["tokens"].tolist() == [7, *[65] * 6, 9]
+  assert rows[0]["weights"].sum() == 7
 
 
 def test_batch_must_divide_among_processes():
