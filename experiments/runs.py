@@ -21,6 +21,7 @@ from experiments import cli, corpora, runtime, site
 from experiments.experiment import Built, Experiment
 from research import sharding, tree
 from research.interop import convert, sources
+from research.interop.load import Loaded
 from research.lora import adapt, peft
 from research.nn import generate
 from research.training import (
@@ -32,6 +33,9 @@ from research.training import (
   state,
 )
 from research.typing import UserError
+
+DEFAULT_WINDOW = 1024
+"""Tokens that `experiments.perplexity` reads together."""
 
 
 def train(
@@ -141,7 +145,7 @@ def _train(
     "workdir": str(workdir),
   }
   _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-  _say(_next(workdir, usable))
+  _say(_next(workdir, built.loaded if usable else None))
   return result
 
 
@@ -188,7 +192,15 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   found = evaluating.evaluate_all(measure, trained, evaluations, where.batch)
   for name in evaluations:
     found[f"{name}/perplexity"] = math.exp(found[f"{name}/loss"])
-  return {"step": at, **found}
+  heldout = {
+    name.removeprefix("heldout/"): value
+    for name, value in found.items()
+    if name.startswith("heldout/")
+  }
+  bits = corpora.bits_per_byte(
+    experiment, built.loaded.tokenizer, heldout or None
+  )
+  return {"step": at, **found, "bits_per_byte": bits}
 
 
 def _say(text: str) -> None:
@@ -325,7 +337,7 @@ def _save_model(folder, experiment, built, outcome) -> bool:
   return True
 
 
-def _next(workdir: pathlib.Path, usable: bool) -> str:
+def _next(workdir: pathlib.Path, usable: Loaded | None) -> str:
   """Returns commands to try next, for the Python that runs this one."""
   python = os.path.relpath(sys.executable)
   if python.startswith(".."):
@@ -333,11 +345,14 @@ def _next(workdir: pathlib.Path, usable: bool) -> str:
   where = os.path.relpath(workdir)
   where = str(workdir) if where.startswith("..") else where
   lines = [f"{python} -m experiments.evaluate --workdir={where}"]
-  if usable:
+  if usable is not None and usable.tokenizer is not None:
+    context = usable.model.max_positions or DEFAULT_WINDOW
+    window = f" --window={context}" if context < DEFAULT_WINDOW else ""
     lines = [
       f"{python} -m experiments.generate --model={where} "
       '--prompt="A Python decorator is"',
-      f"{python} -m experiments.perplexity --model={where} --text=README.md",
+      f"{python} -m experiments.perplexity --model={where} --text=README.md"
+      f"{window}",
       *lines,
     ]
   return f"picture: {where}/loss.png. To try next:\n  " + "\n  ".join(lines)

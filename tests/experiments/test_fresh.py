@@ -135,6 +135,15 @@ def test_the_run_is_a_model_with_its_tokenizer(finished):
   assert last["heldout/perplexity"] == pytest.approx(
     finished[1]["perplexity_after"], rel=1e-6
   )
+  assert last["bits_per_byte"] == pytest.approx(
+    finished[1]["bits_per_byte"], rel=1e-6
+  )
+
+
+def test_what_to_try_next_fits_the_context(finished):
+  workdir, _ = finished
+  said = runs._next(workdir, load.load_model(workdir))
+  assert "--text=README.md --window=64\n" in said
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf:F32", "orbax"])
