@@ -28,7 +28,7 @@ def lower_step(
   step: Callable,
   state: TrainState,
   batch: Batch,
-  key: PRNGKey,
+  key: PRNGKey | jax.ShapeDtypeStruct,
   rewrites: Sequence[Rewrite] = (),
 ) -> jax.stages.Lowered:
   """Returns the update, for the devices that its arguments are on.
@@ -68,7 +68,7 @@ def compile_step(
   step: Callable,
   state: TrainState,
   batch: Batch,
-  key: PRNGKey,
+  key: PRNGKey | jax.ShapeDtypeStruct,
   rewrites: Sequence[Rewrite] = (),
 ) -> tuple[Callable, dict[str, float]]:
   """Returns the compiled update of `lower_step` and what it costs.
