@@ -140,6 +140,16 @@ def test_the_run_is_a_model_with_its_tokenizer(finished):
   )
 
 
+def test_a_mesh_trains_the_same_model(finished, tmp_path):
+  """Weights, momentum and vocabulary cut over devices; the run is the same."""
+  result = _run(tmp_path / "mesh", "FSDP=2", "TENSOR=2")
+  assert result["devices"] == 4
+  # Thirty updates whose sums were taken in another order, float32.
+  assert result["bits_per_byte"] == pytest.approx(
+    finished[1]["bits_per_byte"], rel=1e-4
+  )
+
+
 def test_what_to_try_next_fits_the_context(finished):
   workdir, _ = finished
   said = runs._next(workdir, load.load_model(workdir))
