@@ -46,6 +46,12 @@ def cell(value: Any) -> str:
   return f"{value:.4g}"
 
 
+def without_empty(rows: Rows) -> list[dict[str, Any]]:
+  """Returns the rows without columns in which all are None."""
+  kept = [n for n in columns(rows) if any(r.get(n) is not None for r in rows)]
+  return [{name: row.get(name) for name in kept} for row in rows]
+
+
 def _number(value: Any) -> bool:
   return value is None or isinstance(value, int | float)
 

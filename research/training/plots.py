@@ -98,9 +98,12 @@ def style(number: int) -> dict[str, Any]:
 def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
   """Returns the running mean over the last `share` of all values."""
   window = max(1, round(len(values) * share))
+  sums = list(itertools.accumulate(values, initial=0.0))
+  ends = range(1, len(values) + 1)
+  starts = (max(0, end - window) for end in ends)
   return [
-    sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window)
-    for i in range(len(values))
+    (sums[end] - sums[start]) / (end - start)
+    for start, end in zip(starts, ends, strict=True)
   ]
 
 

@@ -1,0 +1,70 @@
+"""Compares runs: a table, their configurations' differences, a picture.
+
+  python -m experiments.report --workdir=runs/a,runs/b
+
+Draws loss, throughput, learning rate and where the time went (goodput) into
+report.png, in --out or else the first working directory. A sweep's directory
+stands for all of its units. The last line on stdout is JSON with the numbers of
+the table.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+FLAGS = cli.new_flags()
+
+_WORKDIR = flags.DEFINE_list(
+  "workdir",
+  [],
+  "Working directories of runs, separated by commas.",
+  flag_values=FLAGS,
+)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "Where the picture goes; by default the first working directory.",
+  flag_values=FLAGS,
+)
+
+
+SHOWN = 40
+"""Lines of differences on the screen."""
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Compares; returns the numbers, which the command prints as JSON."""
+  del argv
+  cli.required(workdir=",".join(_WORKDIR.value))
+  from experiments import compare, tables
+  from research.training import plot_runs
+
+  runs = compare.load(_WORKDIR.value)
+  rows = [run.row() for run in runs]
+  cli.say(tables.text(tables.without_empty(rows)))
+  found = compare.differences(runs)
+  if found:
+    cli.say("\nwhat differs:")
+    cli.say(tables.text(compare.difference_rows(found, runs)[:SHOWN]))
+    if len(found) > SHOWN:
+      cli.say(f"({len(found)} bindings in all; the last line has each)")
+  out = pathlib.Path(_OUT.value or _WORKDIR.value[0])
+  out.mkdir(parents=True, exist_ok=True)
+  picture = out / "report.png"
+  plot_runs.compare([run.curves() for run in runs], picture)
+  cli.say(f"\npicture: {picture}")
+  return {"runs": rows, "differences": found, "picture": str(picture)}
+
+
+if __name__ == "__main__":
+  cli.run(main)
