@@ -138,7 +138,7 @@ def linear(
     w: decoded in the dtype of `x`.
     *rest: what has no gradient, such as the sizes of groups.
   """
-  like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  like = jax.typeof(x)  # under a shard_map also which devices' x differ
 
   @jax.custom_vjp
   def product(x, w, rest):
