@@ -14,7 +14,7 @@ import optax
 from experiments.site import Site
 from research.data.packing import Row
 from research.data.pipeline import Data
-from research.interop import load
+from research.interop import load, unread
 from research.interop.load import Loaded
 from research.interop.unread import Shardings
 from research.nn.transformer import Remat
@@ -65,6 +65,10 @@ class Pretrained:
     return dataclasses.replace(
       loaded, model=loaded.model.clone(remat=self.remat)
     )
+
+  def shapes(self) -> Loaded:
+    """Returns the same, with shapes in place of weights, which are not read."""
+    return self.load(unread.left)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,14 @@ def abstract(params: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
 
 
+def left(shapes: Any) -> Any:
+  """Returns the shapes: as `Shardings`, it leaves arrays where they are.
+
+  What would have been placed by it are then `jax.ShapeDtypeStruct`s.
+  """
+  return shapes
+
+
 def place(unread: Any, shardings: Shardings | None = None) -> Any:
   """Returns the arrays that a tree of `Unread`s describes.
 
@@ -116,7 +124,8 @@ def place(unread: Any, shardings: Shardings | None = None) -> Any:
 
   Args:
     unread: any tree.
-    shardings: where its arrays go; None for the default device.
+    shardings: where its arrays go; None for the default device; `left` to read
+      nothing.
 
   Raises:
     UserError: a file cannot be read, or an array cannot be cut that way.
@@ -129,6 +138,9 @@ def place(unread: Any, shardings: Shardings | None = None) -> Any:
   out: list[Any] = [None] * len(leaves)
   order = sorted(range(len(leaves)), key=lambda i: -_nbytes(leaves[i]))
   for i in order:
+    if isinstance(where[i], jax.ShapeDtypeStruct):
+      out[i] = where[i]
+      continue
     out[i] = jax.block_until_ready(_placed(paths[i], leaves[i], where[i]))
     # JAX lets go of what it has copied when Python collects garbage.
     gc.collect(0)
@@ -173,6 +185,8 @@ def moved(params: Any, shardings: Shardings) -> Any:
   """Returns arrays that are in memory where `shardings` wants them."""
 
   def one(x, sharding):
+    if isinstance(sharding, jax.ShapeDtypeStruct):
+      return sharding
     if sharding.is_fully_addressable or not x.is_fully_addressable:
       return jax.device_put(x, sharding)
     host = np.asarray(x)  # each process has made the same one

@@ -1,0 +1,110 @@
+"""Planning an experiment: compile its step ahead, and say what it costs.
+
+No flags, no gin; `experiments.plan` is the command.
+"""
+
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from experiments import cli, shapes
+from experiments.experiment import Experiment
+from research import sharding, tree
+from research.planning import flops, forecast, text
+from research.planning.chips import Topology
+from research.training import step
+
+
+def plan(
+  experiment: Experiment,
+  topology: Topology,
+  hlo: str | os.PathLike | None = None,
+) -> dict[str, Any]:
+  """Returns what a step of `experiment` costs on `topology`, and says it.
+
+  Args:
+    experiment: what would be trained.
+    topology: what on.
+    hlo: file for the compiled program's text, or None.
+
+  Raises:
+    UserError: what a run would complain of before its first step.
+  """
+  begin = time.perf_counter()
+  taken = shapes.shapes(experiment, topology.devices)
+  found = _given(taken, topology)
+  cli.say(_table(experiment, taken))
+  cli.say(_head(found))
+  try:
+    compiled = shapes.lower(experiment, taken).compile()
+  except jax.errors.JaxRuntimeError as error:
+    return found | _refused(error)
+  found["seconds_to_plan"] = time.perf_counter() - begin
+  if hlo is not None:
+    pathlib.Path(hlo).write_text(compiled.as_text(), "utf-8")
+  cost = forecast.forecast(compiled, taken.mesh, topology)
+  found |= text.plain(cost, found["model_flops"], taken.tokens)
+  cli.say(text.describe(cost, found))
+  return found
+
+
+def model_flops(taken: shapes.Shapes) -> float:
+  """Returns the FLOPs that a step needs, of all devices together.
+
+  Matrix products of a forward pass; as many for the gradient of activations;
+  and of those for weights the share that is learned. Nothing is recomputed.
+  """
+  evaluate = step.make_eval_step(taken.objective)
+  forward = flops.of(evaluate, taken.state, taken.batch)
+  learned = tree.count(taken.state.trainable) / tree.count(taken.state.params)
+  return forward * (2 + learned)
+
+
+def _given(taken: shapes.Shapes, topology: Topology) -> dict[str, Any]:
+  """Returns what is known before anything is compiled."""
+  arguments = (taken.state, taken.batch)
+  where = jax.tree.map(lambda x: x.sharding, arguments)
+  return {
+    "topology": topology.name,
+    "chip": topology.chip.name,
+    "devices": taken.mesh.size,
+    "topology_devices": len(topology.devices),
+    "mesh": {k: v for k, v in taken.mesh.shape.items() if v > 1},
+    "total_parameters": tree.count(taken.state.params),
+    "trainable_parameters": tree.count(taken.state.trainable),
+    "tokens": taken.tokens,
+    "predicted_argument_bytes": sharding.bytes_per_device(arguments, where),
+    "model_flops": model_flops(taken),
+  }
+
+
+def _table(experiment: Experiment, taken: shapes.Shapes) -> str:
+  params = taken.state.params
+  where = jax.tree.map(lambda x: x.sharding, params)
+  return tree.describe(params, experiment.trainable, where)
+
+
+def _head(found: dict[str, Any]) -> str:
+  mesh = ", ".join(f"{k} {v}" for k, v in found["mesh"].items()) or "one device"
+  spare = found["topology_devices"] - found["devices"]
+  unused = f", {spare} more unused" if spare else ""
+  return (
+    f"{found['topology']}: {found['devices']} x {found['chip']}, mesh {mesh}"
+    f"{unused}\n"
+    f"{found['trainable_parameters']:,} of {found['total_parameters']:,}"
+    f" parameters are trained on {found['tokens']:,} tokens a step,"
+    f" {found['model_flops']:.3g} FLOPs"
+  )
+
+
+def _refused(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
+  """Returns that a program does not fit, if that is what the compiler says."""
+  message = str(error)
+  if "RESOURCE_EXHAUSTED" not in message:
+    raise error
+  line = text.exhausted(message)
+  cli.say(f"memory of a device: DOES NOT FIT: {line}")
+  return {"fits": False, "message": line}

@@ -1,0 +1,173 @@
+"""Devices that are not here: their topology and what their chips can do.
+
+`v5e:4x4` is a slice of a TPU pod, known to the compiler that the package
+libtpu carries; `cpu:8` are eight virtual devices of this machine.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """What one device can do; None where nobody knows.
+
+  Attributes:
+    name: as people call it.
+    memory: bytes of its main memory.
+    flops: bf16 products and sums a second.
+    bandwidth: bytes a second of its main memory.
+    link: bytes a second to its neighbours along one axis of the torus, both
+      directions together.
+  """
+
+  name: str
+  memory: float
+  flops: float | None = None
+  bandwidth: float | None = None
+  link: float | None = None
+
+
+GIB = 2.0**30
+
+CHIPS = {
+  "TPU v4": Chip(
+    name="v4", memory=32 * GIB, flops=275e12, bandwidth=1.228e12, link=9e10
+  ),
+  "TPU v5 lite": Chip(
+    name="v5e", memory=16 * GIB, flops=197e12, bandwidth=0.819e12, link=9e10
+  ),
+  "TPU v5": Chip(
+    name="v5p", memory=95 * GIB, flops=459e12, bandwidth=2.765e12, link=18e10
+  ),
+  "TPU v6 lite": Chip(
+    name="v6e", memory=32 * GIB, flops=918e12, bandwidth=1.64e12, link=18e10
+  ),
+  "TPU7x": Chip(
+    name="tpu7x", memory=192 * GIB, flops=2307e12, bandwidth=7.38e12, link=18e10
+  ),
+}
+"""JAX's name of a kind of device -> its whole chip.
+
+Cloud TPU's documentation, pages of each version; links as in "How to scale
+your model" (Austin et al. 2025), section on TPUs.
+"""
+
+_LIBTPU = {
+  # Otherwise libtpu asks a metadata server that only Google's machines have.
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  # Nothing runs on a chip, so that several may compile at the same time.
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+  """Devices to compile for.
+
+  Attributes:
+    name: as it was asked for.
+    devices: JAX's; those of a TPU slice cannot compute.
+    chip: what each of them can do.
+  """
+
+  name: str
+  devices: Sequence[Any]
+  chip: Chip
+
+
+def topology(name: str) -> Topology:
+  """Returns the devices that `name` stands for.
+
+  Args:
+    name: `cpu:8`, or a TPU slice: `v5e:4x4`, `v5p:2x2x4`, `v6e:16x16`, ...
+
+  Raises:
+    UserError: there is no such slice, or no compiler for it here.
+  """
+  kind, _, size = name.partition(":")
+  if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
+    return _cpu(name, int(size))
+  if not re.fullmatch(r"(tpu)?v?\d+\w*:\d+(x\d+)*", name):
+    raise UserError(
+      f"topology {name!r}: expected a slice of a TPU pod such as v5e:4x4,"
+      " v5p:2x2x4\nor v6e:16x16, or virtual devices of this machine, cpu:8."
+    )
+  return _tpu(name)
+
+
+def has_tpu_compiler() -> bool:
+  """Whether the package libtpu is installed."""
+  return importlib.util.find_spec("libtpu") is not None
+
+
+def _cpu(name: str, count: int) -> Topology:
+  # Refused once the devices have been made.
+  with contextlib.suppress(RuntimeError):
+    jax.config.update("jax_num_cpu_devices", count)
+  devices = jax.devices("cpu")
+  if len(devices) < count:
+    raise UserError(
+      f"topology {name!r}: this process has {len(devices)} CPU devices already."
+      f"\nStart it with JAX_NUM_CPU_DEVICES={count}."
+    )
+  pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  # They share the machine's memory, and nobody knows how fast it is.
+  chip = Chip(name="this machine", memory=pages / count)
+  return Topology(name=name, devices=devices[:count], chip=chip)
+
+
+def _tpu(name: str) -> Topology:
+  if not has_tpu_compiler():
+    raise UserError(
+      f"topology {name!r}: needs XLA's compiler for TPUs, the package libtpu."
+      "\nRun: pip install 'jax[tpu]' (Linux on x86-64; no TPU is needed)."
+    )
+  for key, value in _LIBTPU.items():
+    os.environ.setdefault(key, value)
+  try:
+    found = topologies.get_topology_desc(
+      platform="tpu",
+      topology_name=name,
+      # Both cores of a chip as one device, as they come on Cloud TPUs.
+      **({"chip_config_name": "megacore"} if name.startswith("v4:") else {}),
+    )
+  except Exception as error:
+    raise UserError(
+      f"topology {name!r}: {str(error).splitlines()[0]}"
+    ) from error
+  devices = found.devices
+  chip = CHIPS.get(devices[0].device_kind)
+  if chip is None:
+    raise UserError(
+      f"topology {name!r}: {devices[0].device_kind!r} is not in"
+      f" research.planning.chips.CHIPS ({', '.join(CHIPS)})."
+    )
+  # Some chips appear as two devices, one a core.
+  shared = max(collections.Counter(str(d.coords) for d in devices).values())
+  return Topology(name=name, devices=devices, chip=_part(chip, shared))
+
+
+def _part(chip: Chip, parts: int) -> Chip:
+  if parts == 1:
+    return chip
+  return dataclasses.replace(
+    chip,
+    name=f"1/{parts} {chip.name}",
+    memory=chip.memory / parts,
+    flops=chip.flops / parts if chip.flops else None,
+    bandwidth=chip.bandwidth / parts if chip.bandwidth else None,
+  )

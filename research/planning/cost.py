@@ -1,0 +1,308 @@
+"""What one run of a compiled program costs a device: loops counted through.
+
+FLOPs are those of matrix products (a multiplication and an addition each), as
+is usual where utilisation is computed; bytes are those read from and written
+to the device's main memory, by the program's own shapes; collectives are kept
+one by one, with the devices that take part.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from research.planning import traffic, trips
+from research.planning.hlo import Computation, Instruction, Program
+
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One exchange of data.
+
+  Attributes:
+    kind: one of `COLLECTIVES`.
+    shapes: of what a device puts in, e.g. `("bf16[32,2048]",)`.
+    operand_bytes: the bytes of that.
+    group: the devices of one group, by number in the mesh; for a permutation
+      the first pair.
+    size: devices in a group.
+  """
+
+  kind: str
+  shapes: tuple[str, ...]
+  operand_bytes: int
+  group: tuple[int, ...]
+  size: int
+
+  @property
+  def payload(self) -> int:
+    """Bytes of the whole that is gathered, reduced or passed on."""
+    whole = self.size if self.kind == "all-gather" else 1
+    return whole * self.operand_bytes
+
+  @property
+  def sent(self) -> float:
+    """Bytes that each device sends if the group is a ring."""
+    if self.kind == "collective-permute":
+      return float(self.operand_bytes)
+    share = self.payload * (self.size - 1) / max(self.size, 1)
+    return 2 * share if self.kind == "all-reduce" else share
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """What one device does.
+
+  Attributes:
+    flops: of matrix products.
+    bytes: read from and written to main memory.
+    cycles: the compiler's own estimate, where it leaves one in the program.
+    collectives: how often each one runs.
+    unknown: loops whose length depends on data; they are counted once.
+  """
+
+  flops: float = 0.0
+  bytes: float = 0.0
+  cycles: float = 0.0
+  collectives: Mapping[Collective, float] = dataclasses.field(
+    default_factory=dict
+  )
+  unknown: int = 0
+
+  def __add__(self, other: "Cost") -> "Cost":
+    counts = collections.Counter(self.collectives)
+    counts.update(other.collectives)
+    return Cost(
+      self.flops + other.flops,
+      self.bytes + other.bytes,
+      self.cycles + other.cycles,
+      dict(counts),
+      self.unknown + other.unknown,
+    )
+
+  def times(self, n: int) -> "Cost":
+    """Returns the cost of `n` times as much."""
+    return Cost(
+      n * self.flops,
+      n * self.bytes,
+      n * self.cycles,
+      {k: n * v for k, v in self.collectives.items()},
+      self.unknown,
+    )
+
+
+def of(program: Program, devices: int) -> Cost:
+  """Returns what one run of `program` costs each of so many devices."""
+  return _Walk(program, devices).computation(program.entry)
+
+
+class _Walk:
+  """Adds up computations, each one once."""
+
+  def __init__(self, program: Program, devices: int):
+    self._program, self._devices = program, devices
+    self._known: dict[str, Cost] = {}
+
+  def computation(self, name: str) -> Cost:
+    if name not in self._known:
+      where, total = self._program.computations[name], Cost()
+      for i in where.instructions:
+        total += self._instruction(where, i)
+      self._known[name] = total
+    return self._known[name]
+
+  def _instruction(self, where: Computation, i: Instruction) -> Cost:
+    if i.opcode == "while":
+      each = self.computation(i.calls("body"))
+      each += self.computation(i.calls("condition"))
+      n = trips.count(self._program, where, i)
+      if n is None:
+        return dataclasses.replace(each, unknown=each.unknown + 1)
+      return each.times(n)
+    if i.opcode == "conditional":
+      # Whichever branch is taken, it is not more than this.
+      return max(map(self.computation, _branches(i)), key=lambda c: c.bytes)
+    if i.opcode == "call":
+      return self.computation(i.calls("to_apply"))
+    if i.opcode == "async-start":
+      return self.computation(i.calls("calls"))
+    here = Cost(
+      flops=_flops(where, i),
+      bytes=traffic.of(self._program, where, i),
+      cycles=_cycles(i),
+      collectives=self._collective(where, i),
+    )
+    if i.opcode == "fusion":
+      inner = self.computation(i.calls("calls"))
+      if "all-reduce-scatter" in i.calls("calls"):
+        inner = _scattered(inner)
+      # What happens inside does not pass through memory.
+      here += dataclasses.replace(inner, bytes=0.0, cycles=0.0)
+    return here
+
+  def _collective(self, where, i) -> dict[Collective, float]:
+    kind = i.opcode.removesuffix("-start")
+    if kind not in COLLECTIVES or _continued(where, i):
+      return {}
+    buffers = [b for o in where.operands(i) for b in o.buffers]
+    group = _group(i, self._devices)
+    size = self._devices if kind == "collective-permute" else len(group)
+    found = Collective(
+      kind,
+      tuple(f"{b.dtype}[{','.join(map(str, b.shape))}]" for b in buffers),
+      sum(b.nbytes for b in buffers),
+      group,
+      size,
+    )
+    return {found: 1.0} if len(group) > 1 else {}
+
+
+def _continued(where: Computation, i: Instruction) -> bool:
+  """Whether `i` only goes on with what another fusion has begun.
+
+  TPUs split a collective over the fusions that it runs beside, and each of
+  those names it again.
+  """
+  if "chain_id" not in (i.attribute("frontend_attributes") or ""):
+    return False
+  return not any(
+    "AsyncCollectiveStart" in other.attributes for other in where.instructions
+  )
+
+
+def _branches(i: Instruction) -> list[str]:
+  listed = i.attribute("branch_computations")
+  if listed is not None:
+    return [name.strip(" %") for name in listed.strip("{}").split(",")]
+  return [i.calls("true_computation"), i.calls("false_computation")]
+
+
+def _scattered(cost: Cost) -> Cost:
+  """A reduction of which each device keeps its own part, as TPUs fuse it."""
+  return dataclasses.replace(
+    cost,
+    collectives={
+      dataclasses.replace(c, kind="reduce-scatter")
+      if c.kind == "all-reduce"
+      else c: n
+      for c, n in cost.collectives.items()
+    },
+  )
+
+
+def _group(i: Instruction, devices: int) -> tuple[int, ...]:
+  """Returns the devices of the first group (or pair)."""
+  name = "replica_groups"
+  text = i.attribute("source_target_pairs") or i.attribute(name) or ""
+  if text.startswith("mesh"):  # mesh['a'=2,'b'=8] {'b'}
+    _, _, rest = i.attributes.partition(name + "=")
+    return _of_mesh(text, rest[len(text) :])
+  if "<=" in text:  # [groups,size]<=[dims]T(permutation)
+    shape, _, rest = text.partition("<=")
+    dims, _, order = rest.partition("T")
+    ids = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
+    if order:
+      ids = ids.transpose(_integers(order))
+    return tuple(ids.reshape(_integers(shape))[0].tolist())
+  first = _integers(text.split("}")[0])
+  return first or tuple(range(devices))
+
+
+def _of_mesh(mesh: str, rest: str) -> tuple[int, ...]:
+  """Returns the first group along the named axes of a mesh of devices.
+
+  An axis may be named in part: `'a':(2)4` is of size 4, behind 2 others.
+  """
+  sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
+  dims, chosen = [], []
+  _, _, named = rest.partition("{")
+  named, _, _ = named.partition("}")
+  parts = {
+    name: (int(before), int(size))
+    for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", named)
+  }
+  for name, size in sizes.items():
+    before, own = parts.get(name, (1, int(size)))
+    dims += [before, own, int(size) // before // own]
+    chosen += [False, f"'{name}'" in named, False]
+  ids = np.arange(math.prod(dims)).reshape(dims)
+  return tuple(
+    ids[tuple(slice(None) if c else 0 for c in chosen)].reshape(-1).tolist()
+  )
+
+
+def _integers(text: str) -> tuple[int, ...]:
+  return tuple(map(int, re.findall(r"\d+", text)))
+
+
+def _cycles(i: Instruction) -> float:
+  _, _, rest = i.attributes.partition('"estimated_cycles":"')
+  digits = rest.partition('"')[0]
+  return float(digits) if digits.isdigit() else 0.0
+
+
+def _flops(where: Computation, i: Instruction) -> float:
+  if i.opcode in ("dot", "ragged-dot"):
+    left = next(where.operands(i)).buffers[0].shape
+    name = "lhs_contracting_dims"
+    contracted = math.prod(left[d] for d in i.numbers(name))
+    return 2.0 * i.buffers[0].size * contracted
+  if i.opcode == "convolution":
+    left, right = (o.buffers[0].shape for o in where.operands(i))
+    return _convolution(i, left, right)
+  return 0.0
+
+
+def _convolution(i: Instruction, left, right) -> float:
+  """XLA's own count: products with padding are none."""
+  labels = i.attribute("dim_labels") or ""
+  a, _, rest = labels.partition("_")
+  b, _, c = rest.partition("->")
+  out = i.buffers[0].shape
+  window = dict(
+    part.split("=")
+    for part in (i.attribute("window") or "").strip("{}").split()
+  )
+  valid = 1
+  for d in range(len(a) - 2):
+
+    def of(field, default, d=d):
+      found = window.get(field)
+      return found.split("x")[d] if found else default
+
+    valid *= _positions(
+      size=left[a.index(str(d))],
+      out=out[c.index(str(d))],
+      window=int(of("size", "1")),
+      stride=int(of("stride", "1")),
+      pad=int(of("pad", "0_0").split("_")[0]),
+      spread=int(of("lhs_dilate", "1")),
+      spaced=int(of("rhs_dilate", "1")),
+    )
+  batch, features = out[c.index("b")], out[c.index("f")]
+  groups = (i.numbers("batch_group_count") or (1,))[0]
+  inner = right[b.index("i")]
+  return 2.0 * batch * features * inner * valid / groups
+
+
+def _positions(size, out, window, stride, pad, spread, spaced) -> int:
+  """Counts pairs of an output and a tap that meet an input, not padding."""
+  count, last = 0, (size - 1) * spread
+  outs = np.arange(out) * stride - pad
+  for tap in range(window):
+    at = outs + tap * spaced
+    count += int(((at >= 0) & (at <= last) & (at % spread == 0)).sum())
+  return count

@@ -1,0 +1,60 @@
+"""FLOPs of matrix products in a traced function: what the model asks for.
+
+A compiled program may do more: recompute, or do the same on several devices.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+
+def of(f: Any, *args: Any) -> float:
+  """Returns the FLOPs of `f(*args)`, summed over all devices.
+
+  A multiplication and an addition are two. Loops whose length depends on data
+  count once, and of several branches the most expensive one does.
+
+  Args:
+    f: a pure function.
+    args: arrays, or their shapes.
+  """
+  return _jaxpr(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _jaxpr(jaxpr: Any) -> float:
+  return float(sum(map(_equation, jaxpr.eqns)))
+
+
+def _equation(e: Any) -> float:
+  name, shapes = e.primitive.name, [v.aval.shape for v in e.invars]
+  if name == "dot_general":
+    (contracted, _), _ = e.params["dimension_numbers"]
+    inner = math.prod(shapes[0][d] for d in contracted)
+    return 2.0 * math.prod(e.outvars[0].aval.shape) * inner
+  if name == "ragged_dot_general":
+    numbers = e.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    inner = math.prod(shapes[0][d] for d in numbers[0][0])
+    return 2.0 * math.prod(e.outvars[0].aval.shape) * inner
+  if name == "cond":
+    return max(_jaxpr(branch.jaxpr) for branch in e.params["branches"])
+  inner = float(sum(map(_jaxpr, _inside(e))))
+  return inner * e.params["length"] if name == "scan" else inner
+
+
+def _inside(e: Any) -> Iterator[Any]:
+  """Yields the functions that an equation calls."""
+  if e.primitive.name.startswith("custom_"):
+    # Its rules for derivatives stand beside the function itself.
+    names = [k for k in ("call_jaxpr", "fun_jaxpr", "jaxpr") if k in e.params]
+    yield _open(e.params[names[0]])
+    return
+  for value in e.params.values():
+    for x in value if isinstance(value, tuple | list) else (value,):
+      if hasattr(_open(x), "eqns"):
+        yield _open(x)
+
+
+def _open(x: Any) -> Any:
+  return getattr(x, "jaxpr", x)

@@ -1,0 +1,138 @@
+"""A forecast in words, and as plain numbers."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from research.planning.forecast import Forecast
+
+_SHOWN = 12
+_UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def plain(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
+  """Returns a forecast's numbers for JSON; None where nobody knows.
+
+  Args:
+    cost: of each device.
+    model_flops: that a step needs, of all devices together.
+    tokens: in a step.
+  """
+  m, seconds = cost.memory, cost.at_least
+  peak = cost.peak_flops
+  return {
+    "fits": m.fits,
+    "argument_bytes": m.arguments,
+    "output_bytes": m.outputs,
+    "temporary_bytes": m.temporaries,
+    "total_bytes": m.total,
+    "limit_bytes": int(m.limit),
+    "flops": cost.flops,
+    "bytes_accessed": cost.bytes,
+    "bytes_sent": sum(e.sent for e in cost.exchanges),
+    "useful_flops": model_flops / (cost.flops * cost.devices),
+    "unknown_loops": cost.unknown_loops,
+    "seconds": seconds,
+    "seconds_by_part": dict(cost.seconds),
+    "seconds_without_overlap": cost.without_overlap,
+    "tokens_per_s": tokens / seconds if seconds else None,
+    "mfu_bound": (
+      model_flops / (seconds * cost.devices * peak) if seconds else None
+    ),
+    "collectives": [
+      {
+        "kind": e.kind,
+        "axes": list(e.axes),
+        "shapes": list(e.shapes),
+        "count": e.count,
+        "payload_bytes": e.payload,
+        "sent_bytes": e.sent,
+      }
+      for e in cost.exchanges
+    ],
+  }
+
+
+def describe(cost: Forecast, found: Mapping[str, Any]) -> str:
+  """Returns a forecast for people.
+
+  Args:
+    cost: of each device.
+    found: `plain` of it.
+  """
+  m = cost.memory
+  verdict = "fits" if m.fits else "DOES NOT FIT"
+  lines = [
+    f"memory of a device: {amount(m.arguments)} arguments,"
+    f" {amount(m.temporaries)} temporaries, {amount(m.outputs)} new outputs",
+    f"  in all {amount(m.total)} of {amount(m.limit)}: {verdict}",
+    f"work of a device: {cost.flops:.3g} FLOPs in matrix products"
+    f" ({found['useful_flops']:.0%} of them the model's),"
+    f" {amount(cost.bytes)} through memory,"
+    f" {amount(found['bytes_sent'])} sent",
+  ]
+  if cost.unknown_loops:
+    lines.append(
+      f"  {cost.unknown_loops} loops have lengths that depend on data and"
+      " count once: expect more"
+    )
+  lines += _seconds(cost, found) + _exchanges(cost)
+  return "\n".join(lines)
+
+
+def _seconds(cost: Forecast, found: Mapping[str, Any]) -> list[str]:
+  if not cost.seconds:
+    return ["seconds: not known for this kind of device"]
+  parts = ", ".join(f"{k} {v:.3g}" for k, v in cost.seconds.items())
+  return [
+    f"seconds of a step: {parts}; at least {cost.at_least:.3g} if all overlaps,"
+    f" {cost.without_overlap:.3g} if nothing does",
+    f"  at most {found['tokens_per_s']:,.0f} tokens a second, MFU at most"
+    f" {found['mfu_bound']:.0%}",
+  ]
+
+
+def _exchanges(cost: Forecast) -> list[str]:
+  if not cost.exchanges:
+    return ["collectives: none"]
+  rows = [("count", "collective", "over", "each", "sent", "of")]
+  for e in cost.exchanges[:_SHOWN]:
+    of = e.shapes[0] + (f" +{len(e.shapes) - 1}" if len(e.shapes) > 1 else "")
+    rows.append(
+      (
+        f"{e.count:,.0f}",
+        e.kind,
+        " ".join(e.axes),
+        amount(e.payload),
+        amount(e.sent),
+        of,
+      )
+    )
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  left = len(cost.exchanges) - _SHOWN
+  return [
+    "collectives of a step:",
+    *(
+      "  "
+      + "  ".join(
+        cell.rjust(w) if i in (0, 3, 4) else cell.ljust(w)
+        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+      ).rstrip()
+      for row in rows
+    ),
+    *([f"  and {left} smaller ones"] if left > 0 else []),
+  ]
+
+
+def amount(nbytes: float | int) -> str:
+  """Returns bytes with a unit."""
+  for unit, size in _UNITS:
+    if nbytes >= size:
+      return f"{nbytes / size:.3g} {unit}"
+  return f"{nbytes:.0f} B"
+
+
+def exhausted(message: str) -> str:
+  """Returns what matters of the compiler's error that memory is too small."""
+  found = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+\.[^\n]*", message)
+  return found.group(0) if found else message.splitlines()[0][:300]
