@@ -20,18 +20,20 @@ import jax.numpy as jnp
 from experiments import cli, corpora, runtime, site
 from experiments.experiment import Built, Experiment
 from research import sharding, tree
-from research.interop import convert, sources
+from research.interop import convert, load, sources
 from research.interop.load import Loaded
 from research.lora import adapt, peft
 from research.nn import generate
 from research.training import (
   checkpoint,
   evaluating,
+  folders,
   loop,
   metrics,
   plots,
   state,
 )
+from research.training.folders import Folder
 from research.typing import UserError
 
 DEFAULT_WINDOW = 1024
@@ -39,7 +41,7 @@ DEFAULT_WINDOW = 1024
 
 
 def train(
-  experiment: Experiment, workdir: pathlib.Path, writers: Sequence[Any] = ()
+  experiment: Experiment, workdir: Folder, writers: Sequence[Any] = ()
 ) -> dict[str, Any]:
   """Trains `experiment` in `workdir`; returns its result.
 
@@ -56,7 +58,7 @@ def train(
 def _train(
   experiment: Experiment,
   where: site.Site,
-  workdir: pathlib.Path,
+  workdir: Folder,
   writers: Sequence[Any],
 ) -> dict[str, Any]:
   begin = time.perf_counter()
@@ -114,16 +116,17 @@ def _train(
     )
     if found is not None
   ]
-  if runtime.first():
-    plots.loss_curve(
-      workdir / "metrics.jsonl",
-      workdir / "loss.png",
-      title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
-      points=points,
-    )
-  usable = _save_adapter(
-    workdir / "adapter", experiment, built, outcome
-  ) or _save_model(workdir / "model", experiment, built, outcome)
+  with folders.locally(workdir) as place:
+    if runtime.first():
+      plots.loss_curve(
+        workdir / "metrics.jsonl",
+        place / "loss.png",
+        title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
+        points=points,
+      )
+    usable = _save_adapter(
+      place / "adapter", experiment, built, outcome
+    ) or _save_model(place / "model", experiment, built, outcome)
   result = {
     "perplexity_before": before and math.exp(before["loss"]),
     "perplexity_after": after and math.exp(after["loss"]),
@@ -151,7 +154,7 @@ def _train(
 
 def evaluate(
   experiment: Experiment,
-  workdir: pathlib.Path | None = None,
+  workdir: Folder | None = None,
   number: int | None = None,
 ) -> dict[str, Any]:
   """Evaluates `experiment` on its validation and held-out data.
@@ -213,7 +216,7 @@ def _say_parameters(
   built: Built,
   trainable: int,
   total: int,
-  workdir: pathlib.Path,
+  workdir: Folder,
 ) -> None:
   """Says what is trained and where; the table of it all goes to a file."""
   where, note = built.site, ""
@@ -232,17 +235,10 @@ def _say_parameters(
   )
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-  if not runtime.first():
-    return
-  try:
-    path.write_text(text, encoding="utf-8")
-  except OSError as error:
-    raise UserError(
-      f"{path}: cannot be written ({error.strerror}).\nExpected a writable "
-      "folder with free space; the same command goes on from the last "
-      "checkpoint."
-    ) from error
+def _write(path: Folder, text: str) -> None:
+  if runtime.first():
+    with folders.writing(path):
+      folders.write_text(path, text)
 
 
 def _untrained(
@@ -256,7 +252,7 @@ def _untrained(
   return dataclasses.replace(trained, trainable=first)
 
 
-def _first_step(workdir: pathlib.Path, outcome: loop.Outcome) -> float | None:
+def _first_step(workdir: Folder, outcome: loop.Outcome) -> float | None:
   """Returns seconds from the command to the end of the first step.
 
   None where this process resumed a run and so did not take it.
@@ -312,7 +308,7 @@ def _save_adapter(folder, experiment, built, outcome) -> bool:
     return True
   base = getattr(experiment.model, "name", "unknown")
   if pathlib.Path(base).exists():
-    base = str(pathlib.Path(base).resolve())
+    base = str(load.locate(base).resolve())  # of a run, the model in it
   peft.save_adapter(folder, params, built.loaded.model, base)
   return True
 
@@ -337,13 +333,15 @@ def _save_model(folder, experiment, built, outcome) -> bool:
   return True
 
 
-def _next(workdir: pathlib.Path, usable: Loaded | None) -> str:
+def _next(workdir: Folder, usable: Loaded | None) -> str:
   """Returns commands to try next, for the Python that runs this one."""
   python = os.path.relpath(sys.executable)
   if python.startswith(".."):
     python = sys.executable
-  where = os.path.relpath(workdir)
-  where = str(workdir) if where.startswith("..") else where
+  where = str(workdir)
+  if not folders.is_remote(workdir):
+    near = os.path.relpath(workdir)
+    where = where if near.startswith("..") else near
   lines = [f"{python} -m experiments.evaluate --workdir={where}"]
   if usable is not None and usable.tokenizer is not None:
     context = usable.model.max_positions or DEFAULT_WINDOW

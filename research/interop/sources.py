@@ -67,8 +67,7 @@ def open_source(name: str | os.PathLike) -> Source:
   """Returns what `--model=` would load, but unread.
 
   Args:
-    name: anything that `load.load_model` takes, except a run that trained
-      something else than adapters.
+    name: anything that `load.load_model` takes.
 
   Raises:
     UserError: it is missing, damaged or not supported.

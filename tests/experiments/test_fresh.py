@@ -140,6 +140,25 @@ def test_the_run_is_a_model_with_its_tokenizer(finished):
   )
 
 
+def test_adapters_over_the_run_name_the_model_in_it(finished, tmp_path):
+  """So that PEFT finds a model there, which a run's directory is not."""
+  workdir, _ = finished
+  read = config.read(
+    "runs/quickstart.gin",
+    [
+      *("STEPS=1", "BATCH=2", "LENGTH=64", "EVAL_BATCHES=1", "WARMUP=0"),
+      f"experiment.Pretrained.name={str(workdir)!r}",
+      "experiment.Experiment.prompt=None",
+    ],
+  )
+  folder = claim_workdir(tmp_path / "adapted", read.text)
+  runs.train(read.experiment, folder)
+  note = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+  assert note["base_model_name_or_path"] == str(workdir / "model")
+  before, after = load.load_model(workdir), load.load_model(folder)
+  assert tree.count(after.params) > tree.count(before.params)
+
+
 def test_a_mesh_trains_the_same_model(finished, tmp_path):
   """Weights, momentum and vocabulary cut over devices; the run is the same."""
   result = _run(tmp_path / "mesh", "FSDP=2", "TENSOR=2")
