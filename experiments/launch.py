@@ -32,18 +32,21 @@ class Work:
     config: a gin file, whole in itself.
     workdir: the run's; going on where it stands, if it exists.
     log: gets what the run says.
+    options: further flags of the run.
   """
 
   name: str
   config: pathlib.Path
   workdir: pathlib.Path
   log: pathlib.Path
+  options: tuple[str, ...] = ()
 
   @property
   def command(self) -> list[str]:
     """What runs it, and runs it again after a preemption."""
     train = [sys.executable, "-m", "experiments.train"]
-    return [*train, f"--config={self.config}", f"--workdir={self.workdir}"]
+    files = f"--config={self.config}", f"--workdir={self.workdir}"
+    return [*train, *files, *self.options]
 
 
 Launcher = Callable[[Sequence[Work]], Mapping[str, int]]

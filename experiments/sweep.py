@@ -73,7 +73,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
   name = pathlib.Path(_SWEEP.value).stem
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}").absolute()
-  units = sweep_units.plan(sweep, workdir, _SET.value)
+  # What gin tells of defaults depends on type checks: the same in all.
+  checks = [] if FLAGS["typecheck"].value else ["--notypecheck"]
+  units = sweep_units.plan(sweep, workdir, _SET.value, checks)
   todo = [unit for unit in units if unit.result() is None]
   cli.say(f"{len(units)} units, {len(todo)} of them to run, in {workdir}")
 

@@ -49,7 +49,10 @@ def _flat(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def plan(
-  sweep: sweeps.Sweep, workdir: pathlib.Path, more: Sequence[str] = ()
+  sweep: sweeps.Sweep,
+  workdir: pathlib.Path,
+  more: Sequence[str] = (),
+  options: Sequence[str] = (),
 ) -> list[Planned]:
   """Returns what a sweep runs; builds each configuration, runs nothing.
 
@@ -57,6 +60,7 @@ def plan(
     sweep: which.
     workdir: of the sweep.
     more: gin bindings for all units; they win over `sweep.fixed`.
+    options: flags for all units.
 
   Raises:
     UserError: a unit's binding is unknown, or of the wrong type, or changes
@@ -81,6 +85,7 @@ def plan(
       config=folder / f"{name}.gin",
       workdir=folder / name,
       log=folder / f"{name}.log",
+      options=tuple(options),
     )
     steps = read.experiment.plan.steps
     planned.append(Planned(unit=unit, text=read.text, steps=steps, work=work))

@@ -129,10 +129,12 @@ def test_an_interrupt_ends_what_is_running(tmp_path):
 
 def test_a_run_is_the_command_that_a_user_would_type(tmp_path):
   path = tmp_path / "a"
-  work = launch.Work(name="a", config=path, workdir=path, log=path)
+  files = {"config": path, "workdir": path, "log": path}
+  work = launch.Work(name="a", **files, options=("--notypecheck",))
   assert work.command[1:] == [
     "-m",
     "experiments.train",
     f"--config={path}",
     f"--workdir={path}",
+    "--notypecheck",
   ]

@@ -28,6 +28,7 @@ rank, seed, steps, rate = (
 )
 workdir.mkdir(parents=True, exist_ok=True)
 (workdir / "config.gin").write_text(text)
+(workdir / "flags").write_text(" ".join(sys.argv[3:]))
 lives = workdir / "lives"
 before = lives.read_text() if lives.exists() else ""
 lives.write_text(before + "x")
@@ -62,6 +63,7 @@ def command(tmp_path, monkeypatch, capsys):
       *(sys.executable, "-S", str(script)),
       f"--config={self.config}",
       f"--workdir={self.workdir}",
+      *self.options,
     ]
 
   monkeypatch.setattr(launch.Work, "command", property(fake))
@@ -151,7 +153,10 @@ def test_what_remains_after_a_preemption_is_said(command, monkeypatch):
 
 
 def test_a_trial_has_bindings_of_its_own(command):
-  _, _, _ = command("--set=STEPS=2", "--parallel=2")
+  # The type checks are the units' as well: what gin writes depends on them.
+  command("--set=STEPS=2", "--parallel=2", "--notypecheck")
+  made = (command.out / "units" / "RANK=8_SEED=0" / "flags").read_text()
+  assert made == "--notypecheck"
   text = (command.out / "units" / "RANK=8_SEED=0.gin").read_text()
   assert "\nSTEPS = 2\n" in text and "\nRANK = 8\n" in text
   assert config.parse(text).text == text
@@ -210,6 +215,26 @@ def test_units_that_cannot_be_written(tmp_path):
   made = sweeps.Sweep(config="runs/quickstart.gin", over={"RANK": [1, 2]})
   with pytest.raises(UserError, match="cannot be written"):
     sweep_units.write(sweep_units.plan(made, tmp_path))
+
+
+def test_a_result_is_of_its_own_configuration(tmp_path):
+  made = sweeps.Sweep(config="runs/quickstart.gin", over={"RANK": [1, 2]})
+  unit = sweep_units.plan(made, tmp_path)[0]
+  folder = unit.work.workdir
+  folder.mkdir(parents=True)
+
+  def leave(text, steps):
+    (folder / "config.gin").write_text(text)
+    (folder / "result.json").write_text(json.dumps({"steps": steps}))
+    return unit.result()
+
+  assert unit.result() is None
+  assert leave(unit.text, unit.steps) == {"steps": 72}
+  assert leave(unit.text.replace("RANK = 1", "RANK = 3"), 72) is None
+  # Being lengthened, and not yet at its end: the result is the shorter run's.
+  assert leave(unit.text, 24) is None
+  (folder / "result.json").write_text("{torn")
+  assert unit.result() is None
 
 
 EARNEST = f"""
