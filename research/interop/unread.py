@@ -75,15 +75,17 @@ def stacked(
 def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   """Returns memory that the system has back as soon as it is not used.
 
-  glibc keeps what `np.empty` takes once a large array has been freed. Not at
-  the start of a page: on CPUs, JAX would keep aligned memory instead of
-  copying it, and memory that it has not allocated cannot be donated.
+  glibc keeps what `np.empty` takes once a large array has been freed. Never
+  aligned to 64 bytes: JAX would then keep it, on CPUs, instead of copying it,
+  and a step cannot reuse a donated array that JAX has not allocated.
   """
-  count, skipped = math.prod(shape), 16
-  if count * dtype.itemsize < _SMALL:
-    return np.empty(shape, dtype)
-  pages = mmap.mmap(-1, count * dtype.itemsize + skipped)
-  return np.frombuffer(pages, dtype, count, skipped).reshape(shape)
+  size = math.prod(shape) * dtype.itemsize
+  if size < _SMALL:
+    room = np.empty(size + 64, np.uint8)
+  else:
+    room = np.frombuffer(mmap.mmap(-1, size + 64), np.uint8)
+  skipped = (16 - room.ctypes.data) % 64
+  return room[skipped : skipped + size].view(dtype).reshape(shape)
 
 
 def sizes(index: Index) -> tuple[int, ...]:
