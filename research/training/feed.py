@@ -6,7 +6,7 @@ for all, so that a run can go on with another number of processes.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import jax
@@ -34,6 +34,14 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
     for (index,) in rows.addressable_devices_indices_map((pieces,)).values()
     for piece in range(*index.indices(pieces))
   }
+  return part(held, pieces)
+
+
+def part(held: Set[int], pieces: int) -> tuple[int, int]:
+  """Returns `(i, n)`: `held` is the i-th of n equal parts of `range(pieces)`.
+
+  Or `(0, 1)`, all of it, where it is none.
+  """
   first, count = min(held), len(held)
   if max(held) - first + 1 != count or first % count or pieces % count:
     return 0, 1

@@ -1,0 +1,171 @@
+"""Two processes are one: the same run, whoever computes it, ends or goes on.
+
+Runs of eight steps (`tiny.gin`) by two processes of two devices, by this
+process on eight, four and one, and by each of them in turn.
+"""
+
+import json
+import pathlib
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors
+
+from experiments import config, runs
+from experiments.train import MAY_DIFFER
+from research.training.metrics import read_jsonl
+from research.training.workdir import claim_workdir
+from tests.multiprocess.launcher import launch
+
+pytestmark = pytest.mark.multiprocess
+
+CONFIG = str(pathlib.Path(__file__).with_name("tiny.gin"))
+MESH = ("DATA=2", "FSDP=2")
+STOP = "loop.Plan.steps={}"
+
+
+def _arguments(command, workdir, *bindings):
+  given = [f"--set={binding}" for binding in bindings]
+  return [command, f"--config={CONFIG}", f"--workdir={workdir}", *given]
+
+
+def _together(*commands):
+  """Runs commands by two processes; returns what the first one printed."""
+  first, second = launch(
+    ["-m", "tests.multiprocess.worker", f"--do={json.dumps(commands)}"]
+  )
+  assert (first.status, second.status) == (0, 0), first.err + second.err
+  assert "{" not in second.out  # one process of them speaks
+  # Where the rows are cut each reads its half; where they are not, all.
+  for i, done in enumerate((first, second)):
+    assert f"share ({i}, 2)\nshare (0, 1)\n" in done.out
+  lines = first.out.splitlines()
+  return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+def _alone(workdir, *bindings):
+  read = config.read(CONFIG, list(bindings))
+  folder = claim_workdir(workdir, read.text, MAY_DIFFER)
+  return runs.train(read.experiment, folder)
+
+
+def _losses(workdir):
+  records = read_jsonl(workdir / "metrics.jsonl")
+  steps = [(r["step"], r["train/loss"]) for r in records if "train/loss" in r]
+  assert [step for step, _ in steps] == list(range(1, 9))
+  return np.array([loss for _, loss in steps])
+
+
+def _weights(workdir):
+  return safetensors.load_file(workdir / "model" / "model.safetensors")
+
+
+def _assert_close(found, wanted):
+  """Asserts the same run, but for the order in which sums are added.
+
+  A loss of about 4 in float32 has an ulp of 5e-7. A step of Adam moves a
+  weight by up to 1e-2 whatever its gradient's size, so errors grow with the
+  smallest gradients: 1e-4 is a hundredth of a step.
+  """
+  np.testing.assert_allclose(_losses(found), _losses(wanted), rtol=1e-5)
+  a, b = _weights(found), _weights(wanted)
+  assert a.keys() == b.keys() and len(a) > 10
+  for name in a:
+    np.testing.assert_allclose(a[name], b[name], atol=1e-4, err_msg=name)
+
+
+def _assert_bitwise(found, wanted):
+  np.testing.assert_array_equal(_losses(found), _losses(wanted))
+  a, b = _weights(found), _weights(wanted)
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+  """A run by two processes, and its evaluation."""
+  workdir = folder / "whole"
+  result, found = _together(
+    _arguments("train", workdir, *MESH),
+    _arguments("evaluate", workdir, *MESH),
+  )
+  assert result["processes"] == 2 and result["devices"] == 4
+  return workdir, result, found
+
+
+def test_two_processes_of_two_devices_are_one_of_four(whole, folder):
+  workdir, result, _ = whole
+  alone = _alone(folder / "alone", *MESH)
+  assert alone["processes"] == 1 and alone["devices"] == 4
+  _assert_close(workdir, folder / "alone")
+  for name in ("perplexity_before", "perplexity_after", "validation/loss"):
+    assert result[name] == pytest.approx(alone[name], rel=1e-5), name
+  table = (folder / "alone" / "parameters.txt").read_text()
+  assert (workdir / "parameters.txt").read_text() == table
+  assert "fsdp" in table and "bytes/device" in table
+
+
+def test_evaluation_by_two_processes(whole):
+  _, result, found = whole
+  # In bits: the same program on the same devices.
+  assert found["validation/loss"] == result["validation/loss"]
+  assert found["heldout/perplexity"] == result["perplexity_after"]
+
+
+@pytest.fixture(scope="module")
+def preempted(whole, folder):
+  """A run of which one process is asked to stop."""
+
+  def during(running):
+    # It has a handler when it has a working directory.
+    until = time.monotonic() + 120
+    while not (folder / "asked" / "config.gin").exists():
+      assert time.monotonic() < until and running[1].poll() is None
+      time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+
+  arguments = _arguments("train", folder / "asked", *MESH)
+  return launch(["-m", "experiments.train", *arguments[1:]], during=during)
+
+
+@pytest.fixture(scope="module")
+def resumed(whole, preempted, folder):
+  """It goes on, and so does a copy: with 8 devices, 1, and two processes."""
+  parts, asked = folder / "parts", folder / "asked"
+  shutil.copytree(asked, parts)
+  _alone(parts, "FSDP=4", "TENSOR=2", STOP.format(5))
+  _alone(parts, STOP.format(6))
+  return _together(
+    _arguments("train", parts, *MESH), _arguments("train", asked, *MESH)
+  )
+
+
+def test_sigterm_in_one_process_ends_both_with_42(preempted, folder):
+  assert [p.status for p in preempted] == [42, 42], preempted
+  for p in preempted:
+    assert "asked to stop; step " in p.err
+  steps = [int(p.name) for p in (folder / "asked/checkpoints").glob("[0-9]*")]
+  assert steps and 1 <= max(steps) < 8
+  assert not (folder / "asked" / "result.json").exists()
+
+
+def test_after_sigterm_the_run_is_bitwise_the_undisturbed_one(
+  whole, resumed, folder
+):
+  _assert_bitwise(folder / "asked", whole[0])
+  assert resumed[1]["validation/loss"] == whole[1]["validation/loss"]
+
+
+def test_other_devices_and_processes_go_on_with_the_same_data(
+  whole, resumed, folder
+):
+  """Four devices in two processes -> 8 in one -> 1 -> two processes again."""
+  _assert_close(folder / "parts", whole[0])

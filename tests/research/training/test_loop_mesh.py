@@ -1,0 +1,223 @@
+"""The loop on a mesh, and what it does when it is asked to stop."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research import sharding
+from research.sharding import Layout
+from research.training import feed, loop, preemption, state
+from research.training.metrics import read_jsonl
+from research.typing import UserError
+from tests.research.training import conftest
+
+LAYOUT = Layout(data=2, fsdp=2, sequence=2, axes=((r"(^|/)w$", ("width",)),))
+TX = optax.adam(0.05)
+PARAMS = {"w": jnp.zeros(4), "base": jnp.float32(0.5)}
+
+
+class Wide(conftest.Numbers):
+  """Four numbers a row, so that two devices share `w`; and a saved place."""
+
+  def __iter__(self):
+    return _Wide(self)
+
+
+class _Wide(conftest._Iterator):
+  def __next__(self):
+    batch = super().__next__()
+    return batch | {"x": np.pad(batch["x"], ((0, 0), (0, 1)), mode="wrap")}
+
+  def get_state(self):
+    return {"next_index": self.next_index}
+
+  def set_state(self, place):
+    self.next_index = place["next_index"]
+
+
+def run(workdir, layout=None, steps=6, objective=None, **more):
+  """Runs on one device, or on the mesh of `layout`."""
+
+  def fit(start, cut=None):
+    return loop.fit(
+      objective or conftest.Line(),
+      TX,
+      start,
+      Wide(),
+      loop.Plan(steps=steps, accumulate=2, save_every=2),
+      workdir=workdir,
+      evaluations={"validation": [next(iter(Wide()))]},
+      sharding=cut,
+      **more,
+    )
+
+  if layout is None:
+    return fit(state.create(PARAMS, "w", TX))
+  mesh = layout.mesh()
+
+  def where(tree):
+    return layout.shardings(tree, mesh)
+
+  with jax.set_mesh(mesh):
+    params = state.place(PARAMS, where)
+    start = state.create(params, "w", TX, shardings=where)
+    assert start.opt_state[0].mu["w"].sharding == where(PARAMS)["w"]
+    return fit(start, layout.batch(mesh))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("alone")
+  return workdir, run(workdir)
+
+
+def losses(workdir):
+  records = read_jsonl(workdir / "metrics.jsonl")
+  return [r["train/loss"] for r in records if "train/loss" in r]
+
+
+def test_a_mesh_changes_where_not_what(alone, tmp_path):
+  """Microbatches, too, hold the rows that they held on one device."""
+  workdir, one = alone
+  many = run(tmp_path, LAYOUT)
+  chex.assert_trees_all_close(
+    losses(tmp_path), losses(workdir), rtol=1e-5, atol=1e-6
+  )
+  chex.assert_trees_all_close(
+    jax.device_get(many.state.params),
+    jax.device_get(one.state.params),
+    atol=1e-5,
+  )
+  assert many.evaluation == pytest.approx(one.evaluation, rel=1e-5)
+  w = many.state.trainable["w"]
+  assert w.sharding.spec == jax.P("fsdp") and len(w.devices()) == 8
+  assert w.addressable_shards[0].data.shape == (2,)
+  assert many.state.step.sharding.is_fully_replicated
+
+
+def test_the_update_keeps_each_array_where_it_was(tmp_path):
+  """Two runs in a row: a checkpoint is restored onto the mesh's shards."""
+  run(tmp_path, LAYOUT, steps=2)
+  out = run(tmp_path, LAYOUT, steps=4)
+  assert out.start == 2
+  specs = jax.tree.map(lambda x: x.sharding.spec, out.state.opt_state)
+  assert specs[0].mu["w"] == jax.P("fsdp") and specs[0].count == jax.P()
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_batches_are_cut_where_the_mesh_divides_them(rows):
+  """Axes behind the rows stay whole where it does not; none needs T."""
+  mesh, spec = LAYOUT.mesh(), ("data", "fsdp", "expert")
+  batch = {
+    "even": np.zeros((rows, 4)),
+    "odd": np.zeros((rows, 3)),
+    "flat": np.zeros(rows),
+    "more": np.zeros((rows, 2, 5)),
+  }
+  placed = feed.place(batch, LAYOUT.batch(mesh))
+  found = {name: x.sharding.spec for name, x in placed.items()}
+  assert found["even"] == jax.P(spec, "sequence")
+  assert found["odd"][0] == spec and found["odd"][1] is None
+  assert found["flat"] == jax.P(spec)
+  assert found["more"] == jax.P(spec, "sequence", None)
+  assert feed.share(LAYOUT.batch(mesh)) == (0, 1)  # one process
+
+
+@pytest.mark.parametrize(
+  ("held", "pieces", "want"),
+  [
+    ({0, 1}, 4, (0, 2)),
+    ({2, 3}, 4, (1, 2)),
+    ({2}, 3, (2, 3)),
+    ({0, 1, 2, 3}, 4, (0, 1)),
+    ({0, 2}, 4, (0, 1)),  # scattered
+    ({1, 2}, 4, (0, 1)),  # across two parts
+    ({0, 1}, 5, (0, 1)),  # no equal parts
+  ],
+)
+def test_which_part_of_the_rows_is_held(held, pieces, want):
+  assert feed.part(held, pieces) == want
+
+
+def test_rows_that_the_mesh_does_not_divide():
+  mesh = LAYOUT.mesh()
+  with pytest.raises(UserError, match="found 6 rows, expected a multiple of 4"):
+    feed.place({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
+
+
+def test_asked_to_stop_it_saves_and_says_so(alone, tmp_path, monkeypatch):
+  """Then it goes on as if nothing had happened, bit by bit."""
+  monkeypatch.setattr(preemption, "reached", lambda step: step == 3)
+  with pytest.raises(preemption.Preempted, match="step 3 is saved") as caught:
+    run(tmp_path)
+  assert caught.value.exit_status == 42
+  assert (tmp_path / "checkpoints" / "3").is_dir()
+  assert losses(tmp_path) == losses(alone[0])[:3]
+  # At its last step there is nothing left to stop.
+  monkeypatch.setattr(preemption, "reached", lambda step: step == 6)
+  out = run(tmp_path)
+  assert out.start == 3
+  chex.assert_trees_all_equal(out.state, alone[1].state)
+  assert losses(tmp_path) == losses(alone[0])
+  assert out.evaluation == alone[1].evaluation
+
+
+def test_nobody_asks_where_jax_is_not_distributed():
+  assert not preemption.reached(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Talkative(conftest.Line):
+  """Returns an array among its metrics."""
+
+  def __call__(self, params, batch, key):
+    loss, weight, sums = super().__call__(params, batch, key)
+    return loss, weight, sums | {"vector": batch["weights"][:, None]}
+
+
+def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
+  """A rewrite sees them after each step; the file does not."""
+
+  def reset(trained, metrics):
+    size = metrics["vector"].sum()
+    now = trained.step % 3 == 0
+    w = jnp.where(now, 0.0, trained.trainable["w"])
+    trained = dataclasses.replace(trained, trainable={"w": w, "base": None})
+    return trained, metrics | {"size": size}
+
+  def evaluation_only(params, batch, key):
+    loss, weight, sums = Talkative()(params, batch, key)
+    return loss, weight, sums if key is not None else {}
+
+  out = run(tmp_path, objective=evaluation_only, rewrites=(reset,))
+  np.testing.assert_array_equal(out.state.trainable["w"], jnp.zeros(4))
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  steps = [r for r in records if "train/loss" in r]
+  assert all("train/size" in r and "train/vector" not in r for r in steps)
+  # From 0 again after the third step: the fourth begins where the first did.
+  first = run(tmp_path / "plain", steps=1, objective=evaluation_only)
+  assert float(jnp.abs(first.state.trainable["w"]).max()) > 0
+
+
+def test_frozen_weights_cannot_be_rewritten(tmp_path):
+  def thaw(trained, metrics):
+    frozen = jax.tree.map(lambda x: x + 1, trained.frozen)
+    return dataclasses.replace(trained, frozen=frozen), metrics
+
+  with pytest.raises(UserError, match="changed frozen weights"):
+    run(tmp_path, rewrites=(thaw,))
+
+
+def test_replicated_scalars(tmp_path):
+  """The key of a run on a mesh is on every device, as the step is."""
+  mesh = LAYOUT.mesh()
+  key = loop._key(3, LAYOUT.batch(mesh))
+  assert key.sharding == sharding.replicated(mesh)
+  chex.assert_trees_all_equal(
+    jax.random.key_data(key), jax.random.key_data(jax.random.key(3))
+  )

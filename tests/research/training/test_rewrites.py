@@ -1,0 +1,66 @@
+"""Routers' biases that move during training, and what resumes with them."""
+
+import chex
+import numpy as np
+import optax
+
+from research import tree
+from research.data import pipeline, synthetic
+from research.nn import presets
+from research.nn.routing import Routing
+from research.training import experts, loop, state
+from research.training.metrics import read_jsonl
+from research.training.objective import NextToken
+from tests import support
+
+RATE = 0.05
+MODEL = support.model(
+  "qwen3_moe",
+  depth=1,
+  sparse=presets.Sparse(
+    routing=Routing(experts=4, active=2, score="sigmoid", biased=True),
+    hidden=12,
+  ),
+)
+OBJECTIVE = NextToken(
+  model=MODEL, experts=experts.Balance(loss=0.0, z=0.0, counts=True)
+)
+BIAS = "run0/layer0/mlp/router_bias"
+DATA = pipeline.Pipeline(
+  source=synthetic.Markov(vocab=32, length=12, count=16),
+  length=12,
+  batch_size=4,
+)
+
+
+def run(workdir, steps):
+  tx = optax.adam(1e-2)
+  start = state.create(support.params(MODEL), ".", tx)
+  return loop.fit(
+    OBJECTIVE,
+    tx,
+    start,
+    DATA.training(None),
+    loop.Plan(steps=steps),
+    workdir=workdir,
+    rewrites=(experts.rebalance(RATE),),
+  ).state
+
+
+def test_biases_move_and_resume_bitwise(tmp_path):
+  whole = run(tmp_path / "whole", 6)
+  run(tmp_path / "parts", 3)
+  parts = run(tmp_path / "parts", 6)
+  chex.assert_trees_all_equal(parts, whole)
+  before = dict(tree.flatten_paths(support.params(MODEL)))[BIAS]
+  moved = np.asarray(dict(tree.flatten_paths(whole.trainable))[BIAS] - before)
+  # Up or down by the rate in each of six steps: an even number of rates, but
+  # for steps in which an expert had just the mean. Float32: 6 roundings of 1.
+  assert np.abs(moved).max() > RATE / 2
+  np.testing.assert_allclose(
+    moved / RATE, np.round(moved / RATE), atol=6 * 2**-24 / RATE
+  )
+  records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
+  steps = [r for r in records if "train/loss" in r]
+  assert len(steps) == 6 and all("train/violation" in r for r in steps)
+  assert not any("counts" in name for r in records for name in r)
