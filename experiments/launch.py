@@ -94,6 +94,8 @@ def local(
           if status is None:
             continue
           del running[unit.name]
+          if status == -signal.SIGTERM:  # before it could have saved anything
+            status = PREEMPTED
           if status == PREEMPTED and tries < RETRIES and not stopped():
             waiting.appendleft((unit, tries + 1))
             continue

@@ -62,6 +62,19 @@ def test_a_preempted_run_is_started_again(tmp_path):
   assert work.log.read_text() == "life 0\nlife 1\nlife 2\n"
 
 
+UNREADY = """
+import os, signal
+path = pathlib.Path(sys.argv[1])
+if not path.exists():
+  path.touch()
+  os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_so_is_one_that_was_asked_before_it_could_listen(tmp_path):
+  assert run([script(tmp_path, "a", UNREADY)]) == [("a", 0)]
+
+
 def test_but_not_for_ever(tmp_path, monkeypatch):
   monkeypatch.setattr(launch, "RETRIES", 2)
   work = script(tmp_path, "a", "print('x'); sys.exit(42)")
