@@ -7,7 +7,8 @@ unit's configuration is built before anything runs. The working directory gets
 units/ (a run each, with its configuration and its log), results.csv,
 results.png and result.json, whose content is the last line on stdout. The same
 command again runs what is missing. A unit that fails does not stop the others;
-the command then exits with 1.
+the command then exits with 1. Asked to stop by SIGTERM, it lets the units that
+run save, and exits with 42.
 """
 
 # ruff: noqa: E402
@@ -77,7 +78,10 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   checks = [] if FLAGS["typecheck"].value else ["--notypecheck"]
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
   todo = [unit for unit in units if unit.result() is None]
-  cli.say(f"{len(units)} units, {len(todo)} of them to run, in {workdir}")
+  cli.say(
+    f"{len(units)} units, {len(todo)} of them to run, in {workdir}; what they"
+    " say goes to units/*.log"
+  )
 
   # --- run ---
   sweep_units.write(todo)
