@@ -77,6 +77,9 @@ def sharded_attention(
       k, v = (
         jax.lax.all_gather(x, own_keys, axis=1, tiled=True) for x in (k, v)
       )
+    elif cut.length:
+      # All devices' gradients are added up behind the kernel, not in it.
+      k, v = jax.lax.pcast((k, v), cut.length, to="varying")
     return flash_attention(q, k, v, mask=mask, **options)
 
   ours = P(cut.batch, cut.length, cut.heads)

@@ -41,8 +41,13 @@ def _rematerialised(f, remat: Remat):
   return jax.checkpoint(f, prevent_cse=False, policy=policy)
 
 
-def _unless_gathered(primitive, *_, **__) -> bool:
-  return primitive.name != "sharding_constraint"
+def _unless_gathered(primitive, *_, **params) -> bool:
+  """Whether to keep a value: not one that `meshes.gather` made whole.
+
+  Its constraint alone leaves axes to XLA.
+  """
+  constrained = primitive.name == "sharding_constraint"
+  return not (constrained and params["unconstrained_dims"])
 
 
 class Transformer(nn.Module):

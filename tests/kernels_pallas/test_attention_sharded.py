@@ -18,8 +18,8 @@ B, T, N, K, H = 4, 16, 4, 2, 8
 SIZES = {"rows": 2, "queries": 2, "heads": 2}
 
 ALL = Cut(("rows",), ("queries",), ("heads",))
-# Sums of 16 products of numbers near 1 in another order.
-CLOSE = dict(rtol=1e-5, atol=5e-6)
+# Sums of 16 products of numbers near 1, the loss of 2048, in another order.
+CLOSE = dict(rtol=1e-5, atol=5e-5)
 
 
 def mesh_of(sizes):
@@ -93,7 +93,8 @@ def both(mask, cut, operands, sizes=SIZES, **options):
       found.append(jax.jit(run)(mask, *operands))
       continue
     with jax.set_mesh(mesh):
-      compiled = jax.jit(run).lower(mask, *operands).compile()
+      compiled = jax.jit(run, in_shardings=_whole(mesh))
+      compiled = compiled.lower(mask, *operands).compile()
       found.append(compiled(*jax.device_put((mask, *operands), _whole(mesh))))
   return *found, support_hlo.collectives(compiled.as_text(), mesh)
 
