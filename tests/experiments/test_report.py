@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import cli, compare, config, report, sweeps, tables
+from experiments import cli, compare, config, report, sweep, sweeps, tables
 from research.training import goodput, plot_runs
 from research.typing import UserError
 
@@ -159,6 +159,13 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
   paths = [write(tmp_path / part / "run") for part in "xy"]
   names = [run.name for run in compare.load([str(p) for p in paths])]
   assert [name[-5:] for name in names] == ["x/run", "y/run"]
+
+
+@pytest.mark.parametrize("module", [report, sweep])
+def test_help_names_every_flag(module):
+  text = cli.describe(module.main)
+  for name in module.FLAGS:
+    assert f"--{name}" in text or f"--[no]{name}" in text
 
 
 def test_tables():
