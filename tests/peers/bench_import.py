@@ -87,36 +87,30 @@ def holes(folder: pathlib.Path, layers: int) -> None:
 def part(folder: pathlib.Path) -> int:
   """Reads one device's part of `DEVICES`; returns its bytes.
 
-  Where the files are rows of what is cut, they are read in full lines; where
-  they are columns, each line in part.
+  Ours are cut by input features, which are columns in these files: each of
+  their lines is read in part, the most expensive way to cut them.
   """
   import jax
 
+  from research import tree
   from research.interop import hf, unread
 
   model, tensors, _ = hf.open_model(folder, "bfloat16")
   described = hf.unread_params(model, tensors, "bfloat16")
-  device, held = jax.devices()[0], []
-  for x in sorted(jax.tree.leaves(described), key=lambda x: -max(x.shape)):
-    index = [slice(0, n) for n in x.shape]
-    axis = len(x.shape) - 2
-    if axis >= 0 and x.shape[axis] > 64:
-      index[axis] = slice(0, x.shape[axis] // DEVICES)
-    shape = unread.sizes(tuple(index))
-    own = unread.Unread(shape, x.dtype, lambda _, x=x, i=index: x.read((*i,)))
-    held.append(unread.place(own, lambda _: on(device)))
-
-  def bytes_of(x):
-    return math.prod(x.shape) * x.dtype.itemsize
-
-  return sum(map(bytes_of, held))
+  own = jax.tree.map(_own, described)
+  return tree.nbytes(jax.block_until_ready(unread.place(own)))
 
 
-def on(device):
-  """Returns the sharding of one device."""
-  import jax
+def _own(x):
+  """Returns the part of an unread array that the first device would have."""
+  from research.interop import unread
 
-  return jax.sharding.SingleDeviceSharding(device)
+  index = [slice(0, n) for n in x.shape]
+  axis = len(index) - 2
+  if axis >= 0 and x.shape[axis] > 64:  # not the vectors of layers
+    index[axis] = slice(0, x.shape[axis] // DEVICES)
+  shape = unread.sizes(tuple(index))
+  return unread.Unread(shape, x.dtype, lambda _: x.read(tuple(index)))
 
 
 def measure(row: str, source: str, target: str) -> dict:
