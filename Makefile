@@ -3,8 +3,8 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest bench venv \
-  venv-peers clean
+.PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
+  test-chips bench venv venv-peers clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -56,6 +56,14 @@ test-oldest:  ## Runs the suite on the oldest JAX that setup.cfg admits
 	  -e '.[dev]' "jax==$$oldest" "jaxlib==$$oldest" -- '$(MODEL)'
 	@.venv-oldest/bin/python $(PYTEST) $(ARGS)
 
+# libtpu compiles for TPUs on any Linux machine of x86-64, and runs nowhere here.
+test-chips:  ## Compiles training steps for TPU pods, without a TPU (Linux)
+	@[ "$$(uname -sm)" = "Linux x86_64" ] || { \
+	  echo "skipped: libtpu exists for Linux on x86-64 only"; exit 0; }; \
+	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu]' \
+	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
+	  .venv-chips/bin/python -m pytest -m chips $(ARGS)
+
 bench: venv venv-peers  ## Measures speed and memory against torch
 	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)
 
@@ -67,6 +75,6 @@ venv-peers:
 	  -r tests/peers/requirements.txt -- '$(MODEL)'
 
 clean:  ## Removes environments, caches and build outputs (not runs/)
-	rm -rf .venv .venv-peers .venv-oldest .cache .pytest_cache .ruff_cache \
-	  build dist *.egg-info
+	rm -rf .venv .venv-peers .venv-oldest .venv-chips .cache .pytest_cache \
+	  .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

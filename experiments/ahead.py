@@ -105,6 +105,6 @@ def _refused(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
   message = str(error)
   if "RESOURCE_EXHAUSTED" not in message:
     raise error
-  line = text.exhausted(message)
-  cli.say(f"memory of a device: DOES NOT FIT: {line}")
-  return {"fits": False, "message": line}
+  found = text.exhausted(message)
+  cli.say(text.refusal(found))
+  return found

@@ -16,6 +16,7 @@ only registration; no module, trainer, sampler or checkpoint asks for a type.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -46,25 +47,29 @@ def einsum(eq: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."]:
   if is_weight(w):
     return w.einsum(eq, x)
   w = jnp.asarray(w).astype(x.dtype)
-  if eq.startswith("...") and _is_slow_row(x):
-    # The leading axis is then one of the dots, first in the output too.
-    doubled = jnp.einsum(eq, jnp.concatenate([x, x]), w)
-    return doubled[:1]
+  if eq.startswith("...") and _is_row(x):
+    # The platform is that of the program, which may be compiled for another
+    # one than this process runs on.
+    return jax.lax.platform_dependent(
+      x, w, cpu=partial(_doubled, eq), default=partial(jnp.einsum, eq)
+    )
   return jnp.einsum(eq, x, w)
 
 
-def _is_slow_row(x: Float[Array, "..."]) -> bool:
-  """Whether XLA would convert the whole weight to multiply this one row.
+def _is_row(x: Float[Array, "..."]) -> bool:
+  """Whether `x` is a single row in bf16, as in decoding."""
+  return x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size == x.shape[-1]
 
-  Its CPU backend has bf16 kernels for matrices only; a single row, as in
-  decoding, is 16 times faster as one of two (SmolLM2's head: 32 against 2 ms).
+
+def _doubled(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
+  """Returns `einsum(eq, x, w)` as the first of two equal rows.
+
+  XLA's CPU backend has bf16 kernels for matrices only, and would convert the
+  whole weight for a single row; two are 16 times faster (SmolLM2's head: 2
+  against 32 ms).
   """
-  return (
-    x.dtype == jnp.bfloat16
-    and x.ndim > 1
-    and x.size == x.shape[-1]
-    and jax.default_backend() == "cpu"
-  )
+  # The leading axis is one of the dots, first in the output too.
+  return jnp.einsum(eq, jnp.concatenate([x, x]), w)[:1]
 
 
 def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

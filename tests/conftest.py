@@ -4,6 +4,7 @@ All of it has to happen before JAX starts a backend and before our packages
 are imported, which is why it stands at module level here and nowhere else.
 """
 
+import importlib.util
 import os
 import pathlib
 
@@ -41,11 +42,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   )
 
 
+def _has(package: str) -> bool:
+  return importlib.util.find_spec(package) is not None
+
+
 def _reason_to_skip(item: pytest.Item) -> str | None:
   """Returns why this machine or command cannot run `item`, if it cannot."""
   for marker in ("tpu", "gpu"):
     if item.get_closest_marker(marker) and jax.default_backend() != marker:
       return f"needs a {marker.upper()}; JAX runs on {jax.default_backend()}"
+  if item.get_closest_marker("chips") and not _has("libtpu"):
+    return "needs libtpu: run `make test-chips`"
   if item.get_closest_marker("peers"):
     return "needs .venv-peers: run `make test-peers`"
   if item.get_closest_marker("slow") and not item.config.getoption("--slow"):

@@ -115,9 +115,10 @@ def has_tpu_compiler() -> bool:
 
 
 def _cpu(name: str, count: int) -> Topology:
-  # Refused once the devices have been made.
-  with contextlib.suppress(RuntimeError):
-    jax.config.update("jax_num_cpu_devices", count)
+  if jax.config.jax_num_cpu_devices < count:
+    # Refused once the devices have been made.
+    with contextlib.suppress(RuntimeError):
+      jax.config.update("jax_num_cpu_devices", count)
   devices = jax.devices("cpu")
   if len(devices) < count:
     raise UserError(

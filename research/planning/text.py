@@ -132,7 +132,33 @@ def amount(nbytes: float | int) -> str:
   return f"{nbytes:.0f} B"
 
 
-def exhausted(message: str) -> str:
-  """Returns what matters of the compiler's error that memory is too small."""
-  found = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+\.[^\n]*", message)
-  return found.group(0) if found else message.splitlines()[0][:300]
+def exhausted(message: str) -> dict[str, Any]:
+  """Returns `plain`'s numbers of a program that the compiler refused.
+
+  Args:
+    message: of its error, that the device's memory is too small.
+  """
+  found = re.search(
+    r"required for .*?\(([\d.]+)([KMGT])\).*?\(([\d.]+)([KMGT])\)", message
+  )
+  if not found:
+    return {"fits": False, "message": message.splitlines()[0][:300]}
+  sizes = {unit[0]: size for unit, size in _UNITS}
+  needed, unit, has, of = found.groups()
+  return {
+    "fits": False,
+    "total_bytes": int(float(needed) * sizes[unit]),
+    "limit_bytes": int(float(has) * sizes[of]),
+  }
+
+
+def refusal(found: Mapping[str, Any]) -> str:
+  """Returns what `exhausted` found for people."""
+  needed = found.get("message")
+  if needed is None:
+    needed = f"{amount(found['total_bytes'])} of {amount(found['limit_bytes'])}"
+  return (
+    f"memory of a device: {needed}: DOES NOT FIT\n"
+    "  Cut weights over fsdp or tensor, lower the batch, accumulate, or set"
+    " remat='layer'."
+  )

@@ -182,3 +182,17 @@ def test_axes_follow_the_weight():
   assert named.w == (None, "embed", "heads")
   assert named.a == (None, None, "embed")
   assert named.b == (None, None, "heads")
+
+
+def test_a_single_row_is_doubled_in_programs_for_the_cpu_alone():
+  row = jax.ShapeDtypeStruct((1, 1, 8), jnp.bfloat16)
+  w = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16)
+  traced = jax.jit(lambda x, w: weights.einsum("...d,df->...f", x, w)).trace(
+    row, w
+  )
+  found = {
+    platform: "concatenate"
+    in traced.lower(lowering_platforms=(platform,)).as_text()
+    for platform in ("cpu", "tpu")
+  }
+  assert found == {"cpu": True, "tpu": False}

@@ -1,0 +1,60 @@
+"""FLOPs of traced functions against the usual formulas."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from research import tree
+from research.planning import flops
+from research.training.objective import NextToken
+from tests import support
+
+B, T = 4, 32
+
+
+def _batch():
+  names = ("tokens", "targets", "positions", "segments")
+  batch = {k: jax.ShapeDtypeStruct((B, T), jnp.int32) for k in names}
+  return batch | {"weights": jax.ShapeDtypeStruct((B, T), jnp.float32)}
+
+
+def _forward(model):
+  objective = NextToken(model=model)
+  return flops.of(
+    lambda p, b: objective(p, b, None)[0], support.shapes(model), _batch()
+  )
+
+
+def test_a_forward_pass_is_twice_the_matrices_and_attention():
+  model, sizes = support.model("llama"), support.SIZES
+  matrices = sum(
+    tree.count(leaf)
+    for path, leaf in tree.flatten_paths(support.shapes(model))
+    if not path.endswith("scale")
+  )
+  # Scores and mixing, every head, all of T x T: one block has no tile to skip.
+  attention = sizes.depth * 2 * 2 * B * T * T * sizes.heads * sizes.head_dim
+  head = 0 if model.tied else -sizes.vocab * sizes.width
+  assert _forward(model) == 2 * B * T * (matrices + head) + attention
+
+
+def test_of_experts_only_those_that_a_token_uses_count():
+  def matmul(x, w, sizes):
+    return jax.lax.ragged_dot(x, w, sizes)
+
+  shapes = [
+    jax.ShapeDtypeStruct((24, 16), jnp.float32),
+    jax.ShapeDtypeStruct((8, 16, 32), jnp.float32),
+    jax.ShapeDtypeStruct((8,), jnp.int32),
+  ]
+  assert flops.of(matmul, *shapes) == 2 * 24 * 16 * 32
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_of_branches_the_most_expensive_counts(branches):
+  def f(x, w):
+    cheap, dear = (lambda x: x), (lambda x: x @ w @ w)
+    return jax.lax.cond(x.sum() > 0, cheap, (cheap, dear)[branches - 1], x)
+
+  x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 8), (8, 8)))
+  assert flops.of(f, x, w) == (branches - 1) * 2 * 2 * 4 * 8 * 8
