@@ -5,12 +5,13 @@ under a run that is resumed, or between two machines; a hash tells.
 """
 
 import json
-import pathlib
 import platform
 from typing import Any
 
 from experiments.experiment import Experiment
 from research.data import predicted
+from research.training import folders
+from research.training.folders import Folder
 from research.training.objective import NextToken
 from research.typing import UserError
 
@@ -23,7 +24,7 @@ def hashes(experiment: Experiment) -> dict[str, str]:
   return {p: value for p, value in found.items() if value is not None}
 
 
-def claim(experiment: Experiment, workdir: pathlib.Path) -> dict[str, str]:
+def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
   """Returns the run's hashes, and records them where it begins.
 
   Raises:
@@ -49,9 +50,8 @@ def claim(experiment: Experiment, workdir: pathlib.Path) -> dict[str, str]:
       )
     return now
   record = now | {"python": platform.python_version()}
-  draft = note.with_suffix(".tmp")
-  draft.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-  draft.replace(note)
+  with folders.writing(note):
+    folders.write_text(note, json.dumps(record, indent=2) + "\n")
   return now
 
 

@@ -13,7 +13,6 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,19 +54,23 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
     raise UserError("give --workdir=DIR of a run, or --config=FILE")
   runtime.setup()
   from experiments import config, runs
+  from research.training import folders
 
-  path, workdir = _CONFIG.value, None
+  path, workdir, mark = _CONFIG.value, None, None
   if _WORKDIR.value is not None:
-    workdir = pathlib.Path(_WORKDIR.value)
-    if path is None and not (workdir / "config.gin").is_file():
+    workdir = folders.folder(_WORKDIR.value)
+    mark = workdir / "config.gin"
+    if path is None and not mark.exists():
       raise UserError(
-        f"--workdir={workdir}: found no config.gin there, expected the "
+        f"--workdir={_WORKDIR.value}: found no config.gin there, expected the "
         "directory of a run of experiments.train"
       )
-    path = path or str(workdir / "config.gin")
-  experiment, _ = config.read(path, _SET.value)
+  if path is None:
+    found = config.parse(mark.read_text("utf-8"), _SET.value, str(mark))
+  else:
+    found = config.read(path, _SET.value)
   with runtime.cluster(cli.cluster(FLAGS), preemptible=False):
-    result = runs.evaluate(experiment, workdir, _STEP.value)
+    result = runs.evaluate(found.experiment, workdir, _STEP.value)
     return result if runtime.first() else None
 
 

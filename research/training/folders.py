@@ -9,8 +9,11 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
+import fsspec
 import jax
 from etils import epath
 
@@ -25,10 +28,25 @@ _DISK = re.compile(
 
 
 def folder(path: str | os.PathLike) -> Folder:
-  """Returns an absolute path, local or remote, of what may not exist."""
-  if is_remote(path):
-    return epath.Path(os.fspath(path))
-  return pathlib.Path(path).absolute()
+  """Returns an absolute path, local or remote, of what may not exist.
+
+  Raises:
+    UserError: a scheme that checkpoints cannot be written to, or without the
+      package that it takes.
+  """
+  if not is_remote(path):
+    return pathlib.Path(path).absolute()
+  scheme = os.fspath(path).split("://")[0]
+  if scheme != "gs":  # Orbax's arrays know no other store
+    raise UserError(
+      f"{path}: found {scheme}://, expected a local path or gs://bucket/path.\n"
+      "Mount other stores as a folder, e.g. with mountpoint-s3 or rclone."
+    )
+  try:
+    fsspec.get_filesystem_class("gcs")
+  except ImportError as error:
+    raise UserError(f"{path}: needs gcsfs; pip install gcsfs") from error
+  return epath.Path(os.fspath(path))
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -44,6 +62,27 @@ def write_text(path: Folder, text: str) -> None:
   draft = path.with_name(path.name + ".tmp")
   draft.write_text(text, encoding="utf-8")
   draft.replace(path)
+
+
+@contextlib.contextmanager
+def locally(path: Folder) -> Iterator[pathlib.Path]:
+  """Gives a local folder for what can only write to such.
+
+  Args:
+    path: the folder that the files are for: itself, if it is local; else they
+      are copied there at the end.
+  """
+  if not is_remote(path):
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as name:
+    local = pathlib.Path(name)
+    yield local
+    with writing(path):
+      for file in sorted(x for x in local.rglob("*") if x.is_file()):
+        target = path / file.relative_to(local).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
 
 
 def warn(text: str) -> None:

@@ -208,6 +208,7 @@ def fit(
         report.write(number, found)
       if saving:
         with clock.doing("save"):
+          report.flush()
           checkpoints.save(moving, _resumable(batches), found)
         report.write(number, clock.summary())
         report.restart()

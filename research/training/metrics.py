@@ -9,12 +9,15 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import tqdm
 
+from research.training import folders
+from research.training.folders import Folder
 from research.typing import UserError
 
 Values = Mapping[str, Any]
@@ -31,8 +34,12 @@ class Writer(Protocol):
     """Writes out what is pending."""
 
 
-WriterFactory = Callable[[pathlib.Path, int | None], Writer]
+WriterFactory = Callable[[Folder, int | None], Writer]
 """(workdir, step that a run resumes from or None) -> Writer."""
+
+
+PATIENCE = 30.0
+"""Seconds for which lines may wait to be written to an object store."""
 
 
 class JsonlWriter:
@@ -49,37 +56,44 @@ class JsonlWriter:
       resume_step: keep the lines up to this step and drop what follows (the
         steps that will be repeated, a line torn by a crash); None keeps none.
     """
-    self._path = pathlib.Path(path)
+    self._path = folders.folder(path)
     kept = []
     if resume_step is not None:
       kept = [r for r in read_jsonl(path) if r["step"] <= resume_step]
-    self._guard(lambda: _write_whole(self._path, kept))
-    self._file = self._guard(lambda: self._path.open("a", encoding="utf-8"))
+    text = "".join(map(_line, kept))
+    self._file, self._text = None, text
+    with folders.writing(self._path):
+      folders.write_text(self._path, text)
+      if not folders.is_remote(self._path):
+        self._file = self._path.open("a", encoding="utf-8")
+    self._written = time.monotonic()
 
   def scalars(self, step: int, values: Values) -> None:
-    """Appends a line, and flushes it."""
-    self._guard(lambda: self._file.write(_line({"step": step, **values})))
-    self._guard(self._file.flush)
+    """Adds a line: written at once, or within `PATIENCE` where it is remote."""
+    line = _line({"step": step, **values})
+    if self._file is None:
+      self._text += line
+      if time.monotonic() > self._written + PATIENCE:
+        self.flush()
+      return
+    with folders.writing(self._path):
+      self._file.write(line)
+      self._file.flush()
+
+  def flush(self) -> None:
+    """Writes out what is pending: a checkpoint is about to rely on it."""
+    if self._file is None:
+      # An object store cannot append.
+      with folders.writing(self._path):
+        folders.write_text(self._path, self._text)
+      self._written = time.monotonic()
 
   def close(self) -> None:
-    """Closes the file."""
-    self._guard(self._file.close)
-
-  def _guard(self, act: Callable) -> Any:
-    try:
-      return act()
-    except OSError as error:
-      raise UserError(
-        f"{self._path}: cannot be written ({error.strerror}).\n"
-        "Expected a writable workdir with free space."
-      ) from error
-
-
-def _write_whole(path: pathlib.Path, records: Sequence[Values]) -> None:
-  # Replaced in one move: a crash leaves the old file or the new one.
-  draft = path.with_suffix(".tmp")
-  draft.write_text("".join(map(_line, records)), encoding="utf-8")
-  draft.replace(path)
+    """Writes out what is pending, and closes the file."""
+    self.flush()
+    if self._file is not None:
+      with folders.writing(self._path):
+        self._file.close()
 
 
 def _line(record: Values) -> str:
@@ -96,7 +110,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
   A last line without its end is what a crash leaves behind and is left out.
   """
-  path = pathlib.Path(path)
+  path = folders.folder(path)
   if not path.exists():
     return []
   records = []

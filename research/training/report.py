@@ -44,11 +44,13 @@ class Report:
     self.workdir = workdir
     self._clock, self._good = clock, good
     first = jax.process_index() == 0
+    self._file: reports.JsonlWriter | None = None
     self._writers: list[reports.Writer] = []
     if first:
       clock.resume(workdir / "metrics.jsonl", resumed)
+      self._file = reports.JsonlWriter(workdir / "metrics.jsonl", resumed)
       self._writers = [
-        reports.JsonlWriter(workdir / "metrics.jsonl", resumed),
+        self._file,
         *(make(workdir, resumed) for make in writers),
       ]
     self._bar = reports.progress_bar(steps, resumed or 0, shown=first)
@@ -70,6 +72,11 @@ class Report:
     """Writes numbers that belong to `step`."""
     for writer in self._writers:
       writer.scalars(step, values)
+
+  def flush(self) -> None:
+    """Writes out every line so far: a checkpoint is about to rely on them."""
+    if self._file is not None:
+      self._file.flush()
 
   def _train(self, step: int, values: dict[str, float]) -> None:
     now = time.perf_counter()

@@ -34,7 +34,7 @@ def claim_workdir(
   with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     if mark.exists():
-      old = mark.read_text("utf-8", errors="replace")
+      old = mark.read_bytes().decode("utf-8", errors="replace")
       _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
     if jax.process_index() == 0:

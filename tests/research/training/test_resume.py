@@ -1,40 +1,44 @@
-"""A run that stops after any step and goes on is bitwise the whole run."""
+"""A run that stops after every step and goes on is bitwise the whole run."""
 
 import json
 
 import chex
 import pytest
 
+from research.training.checkpoint import Checkpoints
 from tests.crash import run
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("whole")
-  return workdir, run.fit(workdir, eval_every=1)
+  return workdir, run.fit(workdir, eval_every=1, keep=run.STEPS)
 
 
-def places(workdir):
-  """Returns step -> where the data stood, of the checkpoints that are kept."""
-  return {
-    path.parent.parent.name: json.loads(path.read_text())
-    for path in (workdir / "checkpoints").glob("*/data/place.json")
-  }
+def place(workdir, step):
+  path = workdir / "checkpoints" / str(step) / "data" / "place.json"
+  return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("stop", range(1, run.STEPS))
-def test_stopping_after_any_step_changes_nothing(whole, tmp_path, stop):
+def test_stopping_after_every_step_changes_nothing(whole, tmp_path):
   folder, expected = whole
-  run.fit(tmp_path, steps=stop, eval_every=1)
-  found = run.fit(tmp_path, eval_every=1)
-  assert found.start == stop
-  # Step, parameters, optimizer state and moving average.
-  chex.assert_trees_all_equal(found.state, expected.state)
+  with Checkpoints(folder / "checkpoints") as checkpoints:
+    states = {
+      step: checkpoints.restore(expected.state, step=step)
+      for step in checkpoints.steps
+    }
+  assert list(states) == list(range(1, run.STEPS + 1))
+  for step in states:
+    found = run.fit(tmp_path, steps=step, eval_every=1)
+    assert found.start == step - 1
+    # Step, parameters, optimizer state and moving average.
+    chex.assert_trees_all_equal(found.state, states[step])
+    # Every line so far, `order` among them: which tokens each step saw.
+    lines = [x for x in run.numbers(folder) if x["step"] <= step]
+    assert run.numbers(tmp_path) == lines
+    assert place(tmp_path, step) == place(folder, step)
   assert found.evaluation == expected.evaluation
   assert found.best == expected.best
-  # Every line, `order` among them: which tokens each step saw.
-  assert run.numbers(tmp_path) == run.numbers(folder)
-  assert places(tmp_path) == places(folder)
 
 
 def test_the_order_tells_batches_apart(whole):
