@@ -37,7 +37,8 @@ test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
 	@$(PY) $(PYTEST) $(ARGS)
 
 # Numbers of cases, from --first on: make soak ARGS='--first=10000'
-soak: venv  ## Reads 10,000 damaged files of every format
+soak: venv  ## Reads 10,000 damaged files; kills a run 200 times
+	@$(PY) -m tests.crash.soak --kills=200
 	@$(PY) -m tests.fuzz.soak --cases=10000 --workers=$(WORKERS) $(ARGS)
 
 lint: venv  ## Checks style and formatting
