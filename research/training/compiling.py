@@ -87,10 +87,10 @@ def compile_step(
       f"{v:.3g} {k[8:]}" for k, v in cost.items() if k[8:] != "seconds"
     ),
   )
-  shapes = _shapes(batch)
+  wanted, shapes = _kinds(batch), _shapes(batch)
 
   def run(moving, frozen, batch, key):
-    if _shapes(batch) != shapes:
+    if _kinds(batch) != wanted:
       raise UserError(
         f"batch: found {_shapes(batch)},\nexpected {shapes}.\n"
         "Every batch of a run has one shape: pad the rows, drop a short batch."
@@ -111,7 +111,13 @@ def _same(moving: TrainState) -> Any:
   )
 
 
+def _kinds(batch: Batch) -> dict[str, tuple[Any, Any]]:
+  """Returns what has to be equal in every batch; asked at every step."""
+  return {path: (x.shape, x.dtype) for path, x in batch.items()}
+
+
 def _shapes(batch: Batch) -> dict[str, str]:
+  """Returns the same in words."""
   return {
     path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
     for path, x in sorted(batch.items())
