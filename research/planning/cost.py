@@ -34,7 +34,7 @@ class Collective:
 
   Attributes:
     kind: one of `COLLECTIVES`.
-    shapes: of what a device puts in, e.g. `("bf16[32,2048]",)`.
+    shapes: of what a device puts in, e.g. `("bf16[32,2048]",)`, largest first.
     operand_bytes: the bytes of that.
     group: the devices of one group, by number in the mesh; for a permutation
       the first pair.
@@ -158,6 +158,7 @@ class _Walk:
     if kind not in COLLECTIVES or _continued(where, i):
       return {}
     buffers = [b for o in where.operands(i) for b in o.buffers]
+    buffers.sort(key=lambda b: -b.nbytes)
     group = _group(i, self._devices)
     size = self._devices if kind == "collective-permute" else len(group)
     found = Collective(
