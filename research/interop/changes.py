@@ -156,6 +156,8 @@ class Read:
 
 def read(weight: Any) -> Read:
   """Returns what a weight of any kind stands for; adapters merge in fp32."""
+  if isinstance(weight, np.ndarray):
+    return Read(weight)  # a view of a file: JAX would copy it, twice
   if weights.is_weight(weight):
     weight = jax.tree.map(jnp.asarray, weight)
   found = merged.in_float32(weight)
