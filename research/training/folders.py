@@ -56,7 +56,9 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 def write_text(path: Folder, text: str) -> None:
   """Writes a file in one move: a crash leaves the old one or the new one."""
-  if is_remote(path):  # an object appears when all of it has arrived
+  # An object appears when all of it has arrived; a device such as /dev/full is
+  # written to, never replaced by a file.
+  if is_remote(path) or (path.exists() and not path.is_file()):
     path.write_text(text, encoding="utf-8")
     return
   draft = path.with_name(path.name + ".tmp")
