@@ -89,6 +89,18 @@ def _experiment(workdir):
   return config.read(str(workdir / "config.gin")).experiment
 
 
+def test_the_shipped_model_has_five_million_that_can_be_quantized():
+  experiment = config.read("runs/pretrain_tiny.gin").experiment
+  model = presets.transformer(presets.FAMILIES["llama"], experiment.model.sizes)
+  tokens = np.zeros((1, 2), np.int32)
+  found = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+  assert 5e6 < tree.count(found) < 20e6
+  # Rows of matrices are cut into blocks of up to 256 by quantized formats.
+  for path, x in tree.flatten_paths(found):
+    if not path.endswith("scale"):
+      assert x.shape[-1] % 256 == x.shape[-2] % 256 == 0, path
+
+
 def test_bits_per_byte_are_the_heldout_texts(finished):
   workdir, result = finished
   assert result["perplexity_after"] < 0.8 * result["perplexity_before"]
