@@ -11,6 +11,8 @@ import pathlib
 import re
 from typing import Any
 
+import jax
+
 from research.interop import hf, safetensors, unread
 from research.nn.transformer import Transformer
 from research.training import memory
@@ -209,9 +211,20 @@ def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     loaded = load_model(target, dtype, packed, shardings)
   except UserError as e:
     raise UserError(f"{path / ADAPTER_CONFIG}: its base: {e}") from e
-  params, model = peft.open_adapter(path, loaded.params, loaded.model)
+  models = []
+
+  def opened(params):
+    params, model = peft.open_adapter(path, params, loaded.model)
+    models.append(model)
+    return params
+
+  if shardings is unread.left:
+    params = jax.eval_shape(opened, loaded.params)
+  else:
+    params = opened(loaded.params)
   if shardings is not None:
     params = unread.moved(params, shardings)
+  model = models[-1]
   source = dict(format="peft", path=str(path), base=loaded.source)
   return Loaded(model, params, loaded.tokenizer, source)
 

@@ -96,7 +96,8 @@ def test_accumulation_counts_every_microbatch():
 
 
 @pytest.mark.parametrize(
-  "name, packed", [("llama", False), ("gguf_q4_1", True)]
+  "name, packed",
+  [("llama", False), ("gguf_q4_1", True), ("peft_patterns", False)],
 )
 def test_no_weight_is_read(monkeypatch, name, packed):
   folder = GOLDEN / name
