@@ -204,6 +204,17 @@ def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
   assert float(jnp.abs(first.state.trainable["w"]).max()) > 0
 
 
+def test_what_a_rewrite_makes_goes_where_it_belongs(tmp_path):
+  """A constant has no place of its own; the next step expects it in place."""
+
+  def forget(trained, metrics):
+    zeros = {"w": jnp.zeros(4), "base": None}
+    return dataclasses.replace(trained, trainable=zeros), metrics
+
+  out = run(tmp_path, LAYOUT, steps=2, rewrites=(forget,))
+  assert out.state.trainable["w"].sharding.spec == jax.P("fsdp")
+
+
 def test_frozen_weights_cannot_be_rewritten(tmp_path):
   def thaw(trained, metrics):
     frozen = jax.tree.map(lambda x: x + 1, trained.frozen)
