@@ -14,12 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research import weights
+from research import sharding, weights
 from research.typing import Array, Float, Int, PRNGKey, Shaped
 
 
 def _flat(x: Float[Array, "..."]) -> Float[Array, "..."]:
   return x.reshape(-1, x.shape[-1])
+
+
+def _outer(
+  z: Float[Array, "*B R"], x: Float[Array, "*B I"]
+) -> Float[Array, "R I"]:
+  """Returns the sum over all rows of the outer products, in fp32."""
+  return jnp.einsum("...r,...i->ri", z, x, preferred_element_type=jnp.float32)
 
 
 @jax.custom_vjp
@@ -41,6 +48,9 @@ def _low_rank_bwd(saved, dy):
   x, z, a, b = saved
   dz = jnp.einsum("...o,ro->...r", dy, b.astype(dy.dtype))
   dx = jnp.einsum("...r,ri->...i", dz, a.astype(dy.dtype))
+  if sharding.is_cut():
+    # Rows of a batch and tokens of a row may both be cut; flat they cannot.
+    return dx, _outer(dz, x).astype(a.dtype), _outer(z, dy).astype(b.dtype)
   # The barrier keeps the small operand the transposed one; without it XLA
   # rewrites the product to transpose the activations (15 times slower).
   zt, dzt = jax.lax.optimization_barrier((_flat(z).T, _flat(dz).T))
