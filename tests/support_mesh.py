@@ -19,7 +19,7 @@ from research.training.objective import NextToken
 from tests import support
 
 BATCH, LENGTH, DEPTH = 8, 16, 3
-WIDTH = 64  # two blocks of packed weights, so that fsdp=2 cuts them
+WIDTH = 64  # two blocks of packed weights, so that an axis of two cuts them
 
 LAYOUTS = {
   "one": sharding.Layout(data=1),
@@ -42,7 +42,9 @@ MEMORY = 0.1  # of the first moment: 1 - b1
 @functools.cache
 def model(kind: str):
   """Returns the model of a tree: its heads are 4 and 2."""
-  sizes = dict(vocab=64, width=WIDTH, hidden=64, depth=DEPTH, tied=True)
+  sizes = dict(
+    vocab=64, width=WIDTH, hidden=64, head_dim=16, depth=DEPTH, tied=True
+  )
   if not kind.startswith("experts"):
     return support.model("llama", **sizes)
   experts = Sparse(routing=Routing(experts=4, active=2), hidden=64)
