@@ -7,7 +7,6 @@ run must end bitwise as if nothing had happened. The last line is JSON.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import random
@@ -74,7 +73,7 @@ def main() -> None:
         whole = killing.undisturbed(server, folder / "whole")
         tally = run(server, folder, *whole, kills=kills, seed=args.seed + i)
       print(f"{place}: {describe(tally)}", flush=True)
-      tallies[str(place)] = dataclasses.asdict(tally)
+      tallies[str(place)] = vars(tally)
   total = sum(tally["kills"] for tally in tallies.values())
   seconds = time.monotonic() - begin
   print(json.dumps(dict(kills=total, seconds=seconds, places=tallies)))
