@@ -82,7 +82,9 @@ class Checkpoints:
       *([_preserve.EveryNSteps(every)] if every else []),
     ]
     with _quiet(), folders.writing(self.folder):
-      self._check_metrics()
+      if jax.process_index() == 0 or not sweep:
+        self._check_metrics()
+      _meet()
       self._steps = ocp.training.Checkpointer(
         self.folder,
         save_decision_policy=_decide.FixedIntervalPolicy(1),
@@ -207,6 +209,7 @@ class Checkpoints:
         return self._load(step, target, data), step
       except checks.Damaged as error:
         self._set_aside(step, str(error))
+        _meet()
         self._steps.reload()
     aside = len(list(self.folder.glob(f"*{ASIDE}*")))
     if steps or aside:
@@ -278,8 +281,12 @@ class Checkpoints:
       suffix = f"{ASIDE}.{taken}" if taken else ASIDE
       with folders.writing(where):
         where.rename(self.folder / f"{step}{suffix}")
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"aside {step}")
+
+
+def _meet() -> None:
+  """Waits for all processes: what one has moved, the others must not see."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("checkpoints")
 
 
 @contextlib.contextmanager
