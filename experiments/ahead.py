@@ -3,6 +3,7 @@
 No flags, no gin; `experiments.plan` is the command.
 """
 
+import dataclasses
 import os
 import pathlib
 import time
@@ -35,7 +36,7 @@ def plan(
   """
   begin = time.perf_counter()
   taken = shapes.shapes(experiment, topology.devices)
-  found = _given(taken, topology)
+  found = _given(experiment, taken, topology)
   cli.say(_table(experiment, taken))
   cli.say(_head(found))
   try:
@@ -51,19 +52,22 @@ def plan(
   return found
 
 
-def model_flops(taken: shapes.Shapes) -> float:
+def model_flops(taken: shapes.Shapes, experiment: Experiment) -> float:
   """Returns the FLOPs that a step needs, of all devices together.
 
-  Matrix products of a forward pass; as many for the gradient of activations;
-  and of those for weights the share that is learned. Nothing is recomputed.
+  Those of its matrix products, forward and backward, where only what is
+  learned has a gradient and no layer is computed again. (Attention's scores
+  are, by flash attention's own algorithm.)
   """
-  evaluate = step.make_eval_step(taken.objective)
-  forward = flops.of(evaluate, taken.state, taken.batch)
-  learned = tree.count(taken.state.trainable) / tree.count(taken.state.params)
-  return forward * (2 + learned)
+  model = taken.loaded.model.clone(remat="none")
+  objective = dataclasses.replace(taken.objective, model=model)
+  update = step.make_train_step(objective, experiment.optimizer)
+  return flops.of(update, taken.state, taken.batch, taken.key)
 
 
-def _given(taken: shapes.Shapes, topology: Topology) -> dict[str, Any]:
+def _given(
+  experiment: Experiment, taken: shapes.Shapes, topology: Topology
+) -> dict[str, Any]:
   """Returns what is known before anything is compiled."""
   arguments = (taken.state, taken.batch)
   where = jax.tree.map(lambda x: x.sharding, arguments)
@@ -77,7 +81,7 @@ def _given(taken: shapes.Shapes, topology: Topology) -> dict[str, Any]:
     "trainable_parameters": tree.count(taken.state.trainable),
     "tokens": taken.tokens,
     "predicted_argument_bytes": sharding.bytes_per_device(arguments, where),
-    "model_flops": model_flops(taken),
+    "model_flops": model_flops(taken, experiment),
   }
 
 
