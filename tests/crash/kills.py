@@ -155,7 +155,11 @@ def kill_until_done(
       continue
     _check(status, workdir)
     found = json.loads((workdir / "done.json").read_text())
-    assert found == expected, _difference(found, expected)
+    # Killed after its last save, a run may not have removed what it need not
+    # keep; it has nothing left to do, so it leaves that.
+    more = set(found["steps"]) - set(expected["steps"])
+    found["steps"] = [step for step in found["steps"] if step not in more]
+    assert len(more) <= 1 and found == expected, _difference(found, expected)
     assert "damaged" not in (workdir / "log.txt").read_text()
     tally.runs += 1
     return
