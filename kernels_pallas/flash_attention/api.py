@@ -1,16 +1,20 @@
 """`flash_attention`: one contract, the same semantics on every backend."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_attention.blocked import blocked_attention
+from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
+from kernels_pallas.flash_attention.tiling import LANES, Tiles
 from kernels_pallas.masks import Mask, Segments, Window
 
-BACKENDS = ("auto", "reference", "xla_blockwise")
+BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu")
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -35,7 +39,7 @@ def flash_attention(
   kv_lens: Int[Array, " B"] | None = None,
   return_lse: bool = False,
   backend: str = "auto",
-  config: Blocks | None = None,
+  config: Blocks | Tiles | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> (
@@ -74,9 +78,9 @@ def flash_attention(
       integer, or Int [] or [B], not negative.
     kv_lens: Int [B]; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
-    backend: One of `BACKENDS`; 'auto' is 'xla_blockwise'.
-    config: Tile sizes.
-    interpret: Only for Pallas backends.
+    backend: One of `BACKENDS`; for 'auto' see `choose`.
+    config: Tile sizes: `Tiles` for mosaic_tpu, else `Blocks`.
+    interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
     precision: Of the matmuls, as in `jax.lax.dot`.
 
   Returns:
@@ -118,34 +122,74 @@ def flash_attention(
     raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap: found {softcap}, expected a positive number")
+  if backend == "auto":
+    backend, _ = choose(q, config)
+  run, default = _backend(backend, interpret)
   spec = Spec(
     scale=H**-0.5 if scale is None else float(scale),
     softcap=softcap,
     bias_before_softcap=bias_before_softcap,
     dropout_rate=float(dropout_rate),
     precision=precision,
-    blocks=Blocks() if config is None else config,
+    blocks=default() if config is None else config,
   )
+  if not isinstance(spec.blocks, default):
+    raise ValueError(
+      f"config: found {config!r}, expected {default.__name__} for {backend}"
+    )
   if bias is not None:
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
   seed = None
   if dropout_rate:
     seed = jnp.asarray(dropout_seed).astype(jnp.uint32)
-  run = _backend(backend, interpret)
   o, lse = run(spec, Operands(q, k, v, mask, bias, sinks, seed))
   return (o, lse) if return_lse else o
 
 
+def choose(
+  q: Float[Array, "B T N H"], config: Blocks | Tiles | None = None
+) -> tuple[str, str]:
+  """What backend 'auto' stands for, and why.
+
+  The platform is that of the mesh that is set, which may be a topology to
+  compile for, else that of the default device.
+
+  Args:
+    q: Queries.
+    config: Tile sizes, if the caller gave any.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  platform = jax.default_backend() if device is None else device.platform
+  if isinstance(config, Blocks):
+    return "xla_blockwise", "config is a Blocks"
+  if platform != "tpu":
+    return "xla_blockwise", f"there is no kernel for platform {platform} yet"
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    return "xla_blockwise", f"TPU kernels do not compute in {q.dtype}"
+  if q.shape[1] < LANES:
+    return "xla_blockwise", f"a TPU kernel would pad T to {LANES} queries"
+  return "mosaic_tpu", "the program is for a TPU"
+
+
 def _backend(name, interpret):
+  """The function of (spec, operands), and the type of its config."""
   if name not in BACKENDS:
     raise ValueError(
       f"backend: found {name!r}, available here: {', '.join(BACKENDS)}"
     )
+  if name == "mosaic_tpu":
+    run = functools.partial(_mosaic_tpu, interpret)
+    return run, Tiles
   if interpret is not None:
     raise ValueError(
       f"interpret: found {interpret!r}, {name} has no use for it"
     )
-  return reference_attention if name == "reference" else blocked_attention
+  run = reference_attention if name == "reference" else blocked_attention
+  return run, Blocks
+
+
+def _mosaic_tpu(interpret, spec, x):
+  return mosaic_tpu_attention(spec, interpret or False, x)
 
 
 def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:

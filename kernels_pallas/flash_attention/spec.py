@@ -46,7 +46,7 @@ class Spec:
     dropout_rate: Share of the normalised probabilities that is dropped.
     keep: `(seed, rate, b, h, i, j) -> Bool`, as `dropout.keep`.
     precision: Of all matmuls, as in `jax.lax.dot`.
-    blocks: Tile sizes.
+    blocks: Tile sizes, a type of the backend's own.
   """
 
   scale: float
@@ -55,7 +55,7 @@ class Spec:
   dropout_rate: float = 0.0
   keep: Callable[..., jax.Array] = dropout.keep
   precision: Any = None
-  blocks: Blocks = Blocks()
+  blocks: Any = Blocks()
 
 
 class Operands(NamedTuple):

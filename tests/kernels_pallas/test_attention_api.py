@@ -140,8 +140,9 @@ def test_one_compilation_serves_every_mask_of_a_kind(x):
 
 ERRORS = {
   "both masks": (dict(mask=Mask.full(), causal=True), "put all of it"),
-  "backend": (dict(backend="mosaic_tpu"), "available here: auto, reference"),
+  "backend": (dict(backend="triton"), "available here: auto, reference"),
   "interpret": (dict(interpret=True), "no use for it"),
+  "config": (dict(config=Blocks(), backend="mosaic_tpu"), "expected Tiles"),
   "rate": (dict(dropout_rate=1.0, dropout_seed=0), "expected \\[0, 1\\)"),
   "seed": (dict(dropout_rate=0.5), "dropout_seed: missing"),
   "softcap": (dict(softcap=0.0), "positive"),

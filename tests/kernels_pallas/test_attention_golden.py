@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.blocked import blocked_attention
+from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
+from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
 
 FILE = pathlib.Path(__file__).parents[1] / "golden" / "attention.json"
@@ -61,10 +63,17 @@ PUBLISHED = {
   ],
 }  # fmt: skip
 
+
+def interpreted(spec, x):
+  return mosaic_tpu_attention(spec, True, x)
+
+
 BACKENDS = {
   "reference": (reference_attention, Blocks()),
   "unrolled": (blocked_attention, Blocks(q=3)),
   "looped": (blocked_attention, Blocks(q=2, k=3, unroll=0)),
+  "mosaic_split": (interpreted, Tiles(*[Tile(4, 4, 2, 4)] * 3, "split")),
+  "mosaic_fused": (interpreted, Tiles(*[Tile(2, 6, 2, 3)] * 3, "fused")),
 }
 
 

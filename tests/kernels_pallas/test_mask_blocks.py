@@ -1,0 +1,146 @@
+"""Intervals and tile classes against what `Mask.visible` says of every pair."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import mask_blocks
+from kernels_pallas.masks import Mask
+
+B, T, S = 2, 24, 40
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+def ids(n, high, rows=B, seed=0):
+  rng = np.random.default_rng([seed, n, high])
+  return jnp.asarray(rng.integers(-1, high, (rows, n)), jnp.int32)
+
+
+def segments():
+  return jnp.sort(ids(T, 4), axis=1), jnp.sort(ids(S, 4), axis=1)
+
+
+BY_INDEX = {
+  "full": lambda: Mask.full(),
+  "causal": lambda: Mask.causal(),
+  "top_left": lambda: Mask.causal(offset=0),
+  "empty_rows": lambda: Mask.causal(offset=-4),
+  "sliding": lambda: Mask.causal((5, None)),
+  "band": lambda: Mask.full((3, 4)),
+  "block_causal": lambda: Mask.block_causal(4),
+  "block_causal_window": lambda: Mask.block_causal(5, (6, 2)),
+}
+BY_DATA = {
+  "prefix": lambda: Mask.prefix_lm(jnp.array([7, 0])),
+  "prefix_window": lambda: Mask.prefix_lm(jnp.array([7, 0]), (9, None)),
+  "segments": lambda: Mask.causal(segments=segments()),
+  "positions": lambda: Mask.full((4, 3), None, ids(T, 30), ids(S, 30, 1)),
+  "q_positions": lambda: Mask.block_causal(3, q_positions=ids(T, 50)),
+  "kv_positions": lambda: Mask.causal(kv_positions=ids(S, 30)),
+}
+DIFFUSION = {
+  "diffusion": (lambda: Mask.block_diffusion(12, 3), True),
+  "diffusion_ragged": (lambda: Mask.block_diffusion(12, 5), True),
+  "diffusion_data": (
+    lambda: Mask.block_diffusion(
+      12, 3, ids(24, 2), jnp.tile(ids(12, 12), (1, 2))
+    ),
+    False,
+  ),
+}
+CASES = {
+  **{k: (v, True, T, S) for k, v in BY_INDEX.items()},
+  **{k: (v, False, T, S) for k, v in BY_DATA.items()},
+  **{k: (*v, 24, 24) for k, v in DIFFUSION.items()},
+}
+
+
+@pytest.fixture(name="case", params=CASES)
+def _case(request):
+  build, exact, queries, keys = CASES[request.param]
+  return build(), exact, queries, keys
+
+
+def test_intervals_and_segments_are_the_mask(case):
+  mask, _, queries, keys = case
+  rows = mask_blocks.rows(mask, queries, keys)
+  bounds = np.asarray(rows.bounds)
+  k = np.arange(keys)[None] if rows.keys is None else np.asarray(rows.keys)
+  k = k[:, None, None]
+  lo, hi = bounds[:, 0::2, :, None], bounds[:, 1::2, :, None]
+  seen = ((k >= lo) & (k < hi)).any(1)
+  if rows.segments is not None:
+    ours, theirs = map(np.asarray, rows.segments)
+    seen = seen & (ours[:, :, None] == theirs[:, None])
+  expected = np.asarray(mask.visible(queries, keys))
+  np.testing.assert_array_equal(*np.broadcast_arrays(seen, expected))
+
+
+@pytest.mark.parametrize("block", [(4, 4), (5, 7), (8, 16), (100, 100)])
+def test_tiles_are_classified_by_their_pairs(case, block):
+  """Exactly where indices decide, else never too little."""
+  mask, exact, queries, keys = case
+  rows = mask_blocks.rows(mask, queries, keys)
+  found = np.asarray(mask_blocks.classes(rows, queries, keys, *block))
+  visible = np.asarray(mask.visible(queries, keys))
+  shape = (max(len(found), len(visible)), queries, keys)
+  visible = np.broadcast_to(visible, shape)
+  count = np.zeros((len(visible), *found.shape[1:]), int)
+  size = np.zeros(found.shape[1:], int)
+  for i, j in np.ndindex(*size.shape):
+    tile = visible[:, i * block[0] : (i + 1) * block[0]]
+    tile = tile[:, :, j * block[1] : (j + 1) * block[1]]
+    count[:, i, j] = tile.sum((1, 2))
+    # A tile that reaches past the last key hides keys.
+    size[i, j] = tile.shape[1] * block[1]
+  best = np.where(count == 0, EMPTY, np.where(count == size, FULL, PARTIAL))
+  found = np.broadcast_to(found, best.shape)
+  if exact:
+    np.testing.assert_array_equal(found, best)
+  else:
+    assert np.all((found == best) | (found == PARTIAL))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_tables_list_what_is_not_empty(case, axis):
+  mask, _, queries, keys = case
+  rows = mask_blocks.rows(mask, queries, keys)
+  wide = mask_blocks.width(rows, queries, keys, 4, 4, axis)
+  found = mask_blocks.classes(rows, queries, keys, 4, 4)
+  lines = found if axis == 2 else found.swapaxes(1, 2)
+  table = np.asarray(mask_blocks.table(lines, wide))
+  lines = np.asarray(lines)
+  assert wide >= (lines != EMPTY).sum(-1).max()
+  for line, entries in zip(
+    lines.reshape(-1, lines.shape[-1]), table.reshape(-1, wide), strict=True
+  ):
+    live = entries[entries & 3 != EMPTY]
+    np.testing.assert_array_equal(live >> 2, np.flatnonzero(line))
+    np.testing.assert_array_equal(live & 3, line[line != EMPTY])
+    # What is left repeats the last tile, so nothing is fetched for it.
+    rest = entries[len(live) :] >> 2
+    assert np.all(rest == (live[-1] >> 2 if len(live) else 0))
+
+
+def test_the_block_diffusion_mask_skips_three_quarters():
+  n = 2 * 4096
+  rows = mask_blocks.rows(Mask.block_diffusion(4096, 32), n, n)
+  found = mask_blocks.classes(rows, n, n, 256, 256)
+  # Of 32 x 32 tiles: 16 of own blocks, 2 x 16 x 17 / 2 of clean ones.
+  assert (found != EMPTY).sum() == 16 + 2 * 136
+  assert 0.71 < (found == EMPTY).mean() < 0.73
+
+
+def test_packed_documents_take_tiles_away():
+  segment = jnp.repeat(jnp.arange(4), 8)[None]
+  rows = mask_blocks.rows(Mask.causal(segments=segment), 32, 32)
+  found = np.asarray(mask_blocks.classes(rows, 32, 32, 8, 8))
+  np.testing.assert_array_equal(found[0], np.eye(4))
+
+
+def test_a_window_over_block_diffusion_is_refused():
+  mask = dataclasses.replace(Mask.block_diffusion(4, 2), window=(1, None))
+  with pytest.raises(ValueError, match="expected none"):
+    mask_blocks.rows(mask, 8, 8)
