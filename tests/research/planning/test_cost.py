@@ -257,6 +257,15 @@ def test_a_collective_that_several_fusions_share_counts_once():
   assert list(cost.of(hlo.parse(text), 4).collectives.values()) == [1]
 
 
+def test_a_kernel_costs_what_it_states():
+  text = f"""HloModule m
+{HEAD}  %a = f32[4]{{0}} parameter(0)
+  ROOT %k = f32[4]{{0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{"cost_estimate":{{"flops":"640","bytes_accessed":"9"}}}}
+}}
+"""  # noqa: E501
+  assert cost.of(hlo.parse(text), 1).flops == 640
+
+
 def test_text_of_something_else_is_refused():
   with pytest.raises(UserError, match="ENTRY"):
     hlo.parse("module @jit_f { }")
