@@ -96,7 +96,24 @@ def parse(
     gin.finalize()
     experiment = gin.get_configurable(root)()
     _all_used(lines)
+    _drop_defaults()
     return Read(experiment, gin.operative_config_str())
+
+
+def _drop_defaults() -> None:
+  """Leaves only what was bound in gin's record of what was used.
+
+  Gin finds defaults in signatures, which the run-time type checks hide from
+  it: the text would depend on `--typecheck`. A workdir's versions say which
+  code its defaults are those of.
+  """
+  bound = gin_config._CONFIG
+  for (scope, selector), used in gin_config._OPERATIVE_CONFIG.items():
+    parts = scope.split("/") if scope else []
+    scopes = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
+    kept = set().union(*(bound.get((s, selector), {}) for s in scopes))
+    for name in used.keys() - kept:
+      del used[name]
 
 
 def _imports(text: str) -> list[str]:

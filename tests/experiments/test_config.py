@@ -111,3 +111,13 @@ def test_a_failed_parse_leaves_nothing_behind():
   with pytest.raises(UserError):
     config.read("runs/quickstart.gin", ["STEPS='x'"])
   assert config.read("runs/quickstart.gin").experiment.plan.steps > 1
+
+
+def test_the_text_is_what_was_bound_without_defaults():
+  # Seen with and without type checks, which hide most defaults from gin.
+  bound = config.read("runs/quickstart.gin").text
+  assert "Adapt.rank" in bound
+  assert "Adapt.dropout" not in bound
+  assert "NextToken." not in bound
+  more = config.read("runs/quickstart.gin", ["adapt.Adapt.dropout=0.0"]).text
+  assert "Adapt.dropout = 0.0" in more
