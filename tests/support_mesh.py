@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -86,8 +87,14 @@ def start(kind: str) -> state.TrainState:
     targets = EXPERTS if kind.startswith("experts") else adapt.ALL_LINEAR
     params = adapt.Adapt(targets=targets, rank=4)(params, jax.random.key(0))
     # Away from the start, where a factor's gradient is zero.
+    rng = np.random.default_rng(7)
     params = tree.map_paths(
-      lambda path, x: x + 0.1 if path.endswith("/b") else x, params
+      lambda path, x: (
+        jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)
+        if path.endswith("/b")
+        else x
+      ),
+      params,
     )
   return state.create(params, TRAINABLE.get(kind, adapt.TRAINABLE), OPTIMIZER)
 
