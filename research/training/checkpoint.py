@@ -150,7 +150,7 @@ class Checkpoints:
       parts["data"] = place = Place(json.dumps(data.get_state()))
       note["place"] = place.digest
     cost = self._sign * (metrics or {}).get(self._best, math.nan)
-    with _quiet(), folders.writing(self.folder):
+    with _quiet(), _as_they_are(), folders.writing(self.folder):
       self._steps.save_checkpointables(
         step,
         parts,
@@ -306,6 +306,13 @@ def _quiet():
       logger.setLevel(level)
 
 
+def _as_they_are() -> ocp.Context:
+  """Arrays uncompressed: weights hardly shrink, and it takes much longer."""
+  context = ocp.Context()
+  context.array.saving.use_compression = False
+  return context
+
+
 def _moving(state: TrainState) -> dict[str, Any]:
   moving = {
     "step": state.step,
@@ -343,7 +350,7 @@ def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
 
 def save_tree(path: os.PathLike, arrays: Any) -> None:
   """Writes a tree of arrays, whole or not at all; replaces what is there."""
-  with _quiet():
+  with _quiet(), _as_they_are():
     ocp.save(path, arrays, overwrite=True)
 
 
