@@ -1,11 +1,14 @@
-"""The speed table: ours against torch, side by side in one run.
+"""The speed tables: ours against torch, side by side in one run, and the rest.
 
-  make bench                     # every row, about 20 minutes on two idle cores
+  make bench                     # every row, about 25 minutes on two idle cores
   make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
+  make bench ARGS='checkpoint pipeline host import_gguf_fp32'
 
-Each measurement is a process of its own; ours and torch's alternate, so that
-a machine which changes speed changes it for both. The ratio is the median of
-the pairs' ratios. `--huge_pages` gives both sides glibc's huge pages.
+Rows against torch come first; those of `bench_loop` (checkpoints, input, the
+host) and `bench_import` (loading models, memory) follow. Each measurement is
+a process of its own; ours and torch's alternate, so that a machine which
+changes speed changes it for both. The ratio is the median of the pairs'
+ratios. `--huge_pages` gives both sides glibc's huge pages.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import sys
 import time
 
 import tests.peers.bench_torch as table
+from tests.peers import bench_import, bench_loop
 
 OURS = [sys.executable, "tests/peers/bench_ours.py"]
 LIMITS = {
@@ -101,19 +105,30 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--huge_pages", action="store_true")
   args = parser.parse_args()
+  known = [*table.ROWS, *bench_loop.ROWS, *bench_import.ROWS]
+  if unknown := set(args.rows) - set(known):
+    parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
   environment = dict(os.environ)
   # A library that a small machine was told to use would slow one side down.
   if args.huge_pages:
     environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+  names = args.rows or known
   rows = [
     compare(row, args.peers, args.repeats, environment)
-    for row in args.rows or table.ROWS
+    for row in names
+    if row in table.ROWS
   ]
   print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
         f"{platform.machine()}, huge pages: {args.huge_pages}")  # fmt: skip
-  print(show(rows))
-  print(llama_cpp(args.peers))
-  print(json.dumps({"rows": rows}))
+  if rows:
+    print(show(rows))
+    print(llama_cpp(args.peers))
+  loop = [bench_loop.once(row) for row in names if row in bench_loop.ROWS]
+  print("\n".join(map(json.dumps, loop)))
+  found = bench_import.rows([r for r in names if r in bench_import.ROWS])
+  if found:
+    print(bench_import.show(found))
+  print(json.dumps({"rows": rows, "loop": loop, "import": found}))
 
 
 if __name__ == "__main__":

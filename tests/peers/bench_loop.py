@@ -180,24 +180,13 @@ def host(folder: pathlib.Path, steps: int = 400) -> dict:
   }
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
-  parser.add_argument("--demand", type=float, default=DEMAND)
-  parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-  args = parser.parse_args()
-  for row in args.rows or ROWS:
-    if not args.here:
-      again = [sys.executable, "-m", "tests.peers.bench_loop", row, "--here"]
-      again += [f"--demand={args.demand}", f"--repeats={args.repeats}"]
-      done = subprocess.run(again)
-      if done.returncode:
-        raise SystemExit(f"{row}: exit {done.returncode}")
-      continue
-    with tempfile.TemporaryDirectory(dir=".") as place:
-      found = here(row, pathlib.Path(place).absolute(), args)
-    print(json.dumps({"row": row, **found}), flush=True)
+def once(row: str, *options: str) -> dict:
+  """Returns what a row measures, in a process of its own."""
+  command = [sys.executable, "-m", "tests.peers.bench_loop", row, "--here"]
+  done = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True)
+  if done.returncode:
+    raise SystemExit(f"{row}: exit {done.returncode}")
+  return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def here(row: str, folder: pathlib.Path, args: argparse.Namespace) -> dict:
@@ -207,6 +196,24 @@ def here(row: str, folder: pathlib.Path, args: argparse.Namespace) -> dict:
   if row == "pipeline":
     return pipeline(folder, args.demand)
   return host(folder)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
+  parser.add_argument("--demand", type=float, default=DEMAND)
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  options = [f"--demand={args.demand}", f"--repeats={args.repeats}"]
+  for row in args.rows or ROWS:
+    if args.here:
+      with tempfile.TemporaryDirectory(dir=".") as place:
+        found = here(row, pathlib.Path(place).absolute(), args)
+      found = {"row": row, **found}
+    else:
+      found = once(row, *options)
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
