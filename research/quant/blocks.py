@@ -84,7 +84,7 @@ class BlockTensor:
 
   def stored(self) -> Float[Array, "... I O"]:
     """Returns the decoded numbers in the order they are stored in."""
-    codes = self._codes().astype(jnp.float32)
+    codes = self.codes_apart().astype(jnp.float32)
     values = codes - gguf_types.TYPES[self.kind].zero
     values *= self.scale.astype(jnp.float32)[..., None, :]
     if self.offset is not None:
@@ -93,7 +93,7 @@ class BlockTensor:
     *lead, x, _, rows = values.shape
     return values.reshape(*lead, x * BLOCK, rows)
 
-  def _codes(self) -> Array:
+  def codes_apart(self) -> Array:
     """Returns the codes `[..., X, 32, O]`."""
     if self.codes.dtype == jnp.int8:
       return self.codes

@@ -1,0 +1,82 @@
+"""`quantized_matmul`: one contract, the same numbers on every backend."""
+
+import functools
+
+import jax
+from jaxtyping import Array, Float
+
+from kernels_pallas.quantized_matmul import cpu
+from kernels_pallas.quantized_matmul.panels import Panels
+from kernels_pallas.quantized_matmul.reference import reference_matmul
+from kernels_pallas.quantized_matmul.xla import xla_input_gradient, xla_matmul
+
+BACKENDS = ("auto", "reference", "xla", "cpu")
+
+MANY = 64
+"""Rows from which decoding the matrix once, for XLA's own matmul, is faster
+than decoding it for every eight of them."""
+
+
+def quantized_matmul(
+  x: Float[Array, "*B I"], w: Panels, *, backend: str = "auto"
+) -> Float[Array, "*B O"]:
+  """Returns `x W` in the dtype of x, summed in float32.
+
+  Differentiable in x; the backward pass keeps only W, packed, and decodes it
+  again. W has no gradient.
+
+  Args:
+    x: Activations, float32 or bfloat16 (reference: any).
+    w: From `pack`, without leading axes.
+    backend: 'auto' takes, for CPU programs of few rows, the C++ kernel where
+      it compiles, else XLA; 'cpu' insists on the kernel.
+
+  Raises:
+    ValueError: Shapes that do not fit, or an unknown backend.
+  """
+  if w.words.ndim != 3 or x.ndim < 1 or x.shape[-1] != w.inputs:
+    raise ValueError(
+      f"quantized_matmul: found x {x.shape}, W {w.shape}; expected [..., I] and "
+      "[I, O]"
+    )
+  if backend not in BACKENDS:
+    raise ValueError(
+      f"backend: found {backend!r}, available: {', '.join(BACKENDS)}"
+    )
+  if backend == "reference":
+    return reference_matmul(x, w)
+  if backend == "cpu" and not (cpu.supports(x.dtype) and cpu.available()):
+    raise ValueError(
+      f"backend 'cpu': needs a C++ compiler and float32 or bfloat16; found "
+      f"{x.dtype}"
+    )
+  y = _product(x.reshape(-1, w.inputs), w, backend)
+  return y.reshape(*x.shape[:-1], w.outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnames=("backend",))
+def _product(x, w, backend):
+  if backend == "cpu":
+    return cpu.cpu_matmul(x, w)
+  few = 0 < len(x) < MANY and cpu.supports(x.dtype)
+  if backend == "xla" or not few:
+    return xla_matmul(x, w)
+
+  # The platform is that of the program, which may be compiled for another one
+  # than this process runs on.
+  def on_cpu(x, w):
+    return cpu.cpu_matmul(x, w) if cpu.available() else xla_matmul(x, w)
+
+  return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=xla_matmul)
+
+
+def _forward(x, w, backend):
+  return _product(x, w, backend), w
+
+
+def _backward(backend, w, dy):
+  del backend
+  return xla_input_gradient(dy, w), None
+
+
+_product.defvjp(_forward, _backward)

@@ -1,0 +1,239 @@
+"""Weights in panels of 16 outputs: packed once, read front to back.
+
+A vector register holds 16 outputs, one a lane, so a product needs no sum over
+lanes; a 32-bit word of a lane holds 8, 4 or 2 consecutive inputs. Decoding a
+token then reads memory in order, once, and decodes in registers
+(`panels.cc`). Any 16-entry codebook (NF4, AF4, FP4, IQ4), affine 4 bits, 8
+bits and bfloat16 share the layout:
+
+  weight[i, o] = scale[i // group, o] * code[i, o] + offset[i // group, o]
+
+where a 4-bit code stands for its entry in the codebook. An integer zero point
+`z` is an entry's: codebook `c - z`; one a group is the offset `-scale * z`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+LANES = 16
+"""Outputs of a panel."""
+
+AFFINE = tuple(float(code) for code in range(16))
+"""The codebook of codes that stand for themselves."""
+
+_SCALES = ("float32", "float16", "bfloat16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Panels:
+  """A matrix `[I, O]` in panels, behind any leading axes; see `pack`.
+
+  Attributes:
+    words: uint32 `[..., P, I' bits / 32, 16]`, `I'` the inputs padded to whole
+      groups, `P` panels of 16 outputs, the last one padded with zeros.
+    scale: `[..., P, I' / group, 16]`, or None.
+    offset: the same shape, or None.
+    inputs, outputs: `I`, `O`.
+    bits: of a code, 4, 8 or 16.
+    group: inputs that share a scale; all of them where there is none.
+    codebook: values of 4-bit codes, else empty.
+  """
+
+  words: Any
+  scale: Any
+  offset: Any
+  inputs: int = dataclasses.field(metadata=dict(static=True))
+  outputs: int = dataclasses.field(metadata=dict(static=True))
+  bits: int = dataclasses.field(metadata=dict(static=True))
+  group: int = dataclasses.field(metadata=dict(static=True))
+  codebook: tuple[float, ...] = dataclasses.field(
+    default=(), metadata=dict(static=True)
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.words.shape[:-3], self.inputs, self.outputs)
+
+  @property
+  def padded(self) -> int:
+    """Returns the inputs with their padding."""
+    return self.words.shape[-2] * (32 // self.bits)
+
+
+def pack(
+  codes: Num[Array, "... I O"] | np.ndarray,
+  scale: Float[Array, "... X O"] | np.ndarray | None = None,
+  offset: Float[Array, "... X O"] | np.ndarray | None = None,
+  *,
+  group: int | None = None,
+  codebook: Sequence[float] = AFFINE,
+) -> Panels:
+  """Returns the matrix in panels; `unpack` inverts it, bit by bit.
+
+  Args:
+    codes: uint8 below 16 (4 bits), int8 (8 bits), or bfloat16 (16 bits, which
+      have no scale).
+    scale: of groups of inputs, in float32, float16 or bfloat16.
+    offset: added to a group's weights; may have another type than the scale.
+    group: inputs a scale serves, a multiple of 8 (4 bits) or 4 (8 bits); by
+      default `I / X`. The last group may be shorter.
+    codebook: 16 values that 4-bit codes stand for.
+
+  Raises:
+    ValueError: types or shapes that do not fit each other.
+  """
+  bits = {"uint8": 4, "int8": 8, "bfloat16": 16}.get(str(codes.dtype))
+  if bits is None or codes.ndim < 2 or 0 in codes.shape:
+    raise ValueError(
+      f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits), int8 "
+      "(8 bits) or bfloat16, [..., inputs, outputs]"
+    )
+  *lead, inputs, outputs = codes.shape
+  per_word = 32 // bits
+  if scale is None:
+    group = -(-inputs // per_word) * per_word
+  group = _check_scales(codes, scale, offset, group, per_word)
+  if bits == 4 and (len(codebook) != 16 or not np.isfinite(codebook).all()):
+    raise ValueError(f"codebook: found {codebook}, expected 16 finite numbers")
+  groups = -(-inputs // group)
+  raw = jnp.asarray(codes)
+  if bits > 4:
+    unsigned = jnp.uint8 if bits == 8 else jnp.uint16
+    raw = jax.lax.bitcast_convert_type(raw, unsigned)
+  raw = _in_panels(raw.astype(jnp.uint32), groups * group)
+  raw = raw.reshape(*raw.shape[:-2], -1, per_word, LANES)
+  shifts = bits * jnp.arange(per_word, dtype=jnp.uint32)[:, None]
+  return Panels(
+    words=jnp.sum(raw << shifts, axis=-2, dtype=jnp.uint32),
+    scale=None if scale is None else _in_panels(jnp.asarray(scale), groups),
+    offset=None if offset is None else _in_panels(jnp.asarray(offset), groups),
+    inputs=inputs,
+    outputs=outputs,
+    bits=bits,
+    group=group,
+    codebook=tuple(map(float, codebook)) if bits == 4 else (),
+  )
+
+
+def _check_scales(codes, scale, offset, group, per_word) -> int:
+  """Returns how many inputs a scale serves."""
+  *lead, inputs, outputs = codes.shape
+  if scale is None and offset is not None:
+    raise ValueError("offset: given without a scale")
+  if codes.dtype == jnp.bfloat16 and scale is not None:
+    raise ValueError("scale: found one, but bfloat16 weights have none")
+  if codes.dtype != jnp.bfloat16 and scale is None:
+    raise ValueError(f"scale: missing, needed by {codes.dtype} codes")
+  if group is None:
+    group = inputs // max(scale.shape[-2], 1)
+    if scale.ndim < 2 or inputs % scale.shape[-2]:
+      raise ValueError(
+        f"scale: found {scale.shape}, expected a divisor of {inputs} inputs on "
+        "axis -2; or give group"
+      )
+  if group < 1 or group % per_word:
+    raise ValueError(
+      f"group: found {group}, expected a positive multiple of {per_word}"
+    )
+  want = (*lead, -(-inputs // group), outputs)
+  for name, part in (("scale", scale), ("offset", offset)):
+    if part is not None and (part.shape, str(part.dtype) in _SCALES) != (
+      want,
+      True,
+    ):
+      raise ValueError(
+        f"{name}: found {part.dtype} {part.shape}, expected {want} in one of "
+        f"{', '.join(_SCALES)}"
+      )
+  return group
+
+
+def _in_panels(x: Array, rows: int) -> Array:
+  """Returns `[..., I, O]` as `[..., P, rows, 16]`, zeros where nothing was."""
+  *lead, inputs, outputs = x.shape
+  pad = ((0, 0),) * len(lead)
+  x = jnp.pad(x, (*pad, (0, rows - inputs), (0, -outputs % LANES)))
+  return jnp.swapaxes(x.reshape(*lead, rows, -1, LANES), -3, -2)
+
+
+def _whole(x: Array, inputs: int, outputs: int) -> Array:
+  """Inverts `_in_panels`."""
+  x = jnp.swapaxes(x, -3, -2)
+  return x.reshape(*x.shape[:-2], -1)[..., :inputs, :outputs]
+
+
+def _codes(w: Panels) -> Array:
+  """Returns codes `[..., P, I', 16]`, uint8, int8 or bfloat16."""
+  per_word = 32 // w.bits
+  shifts = w.bits * jnp.arange(per_word, dtype=jnp.uint32)[:, None]
+  codes = w.words[..., None, :] >> shifts
+  codes = codes.reshape(*w.words.shape[:-2], -1, w.words.shape[-1])
+  if w.bits == 4:
+    return (codes & 15).astype(jnp.uint8)
+  unsigned = codes.astype(jnp.uint8 if w.bits == 8 else jnp.uint16)
+  signed = jnp.int8 if w.bits == 8 else jnp.bfloat16
+  return jax.lax.bitcast_convert_type(unsigned, signed)
+
+
+def unpack(
+  w: Panels,
+) -> tuple[
+  Num[Array, "... I O"],
+  Float[Array, "... X O"] | None,
+  Float[Array, "... X O"] | None,
+]:
+  """Returns `(codes, scale, offset)` as `pack` took them."""
+  groups = -(-w.inputs // w.group)
+
+  def part(x):
+    return None if x is None else _whole(x, groups, w.outputs)
+
+  codes = _whole(_codes(w), w.inputs, w.outputs)
+  return codes, part(w.scale), part(w.offset)
+
+
+def values(w: Panels) -> Float[Array, "... P I 16"]:
+  """Returns the weights in float32, still in panels, padding included."""
+  codes = _codes(w)
+  if w.bits == 4:
+    codes = _looked_up(codes, w.codebook)
+  x = codes.astype(jnp.float32)
+  if w.scale is None:
+    return x
+  whole = x.shape
+  x = x.reshape(*whole[:-2], -1, w.group, whole[-1])
+  x *= w.scale.astype(jnp.float32)[..., None, :]
+  if w.offset is not None:
+    x += w.offset.astype(jnp.float32)[..., None, :]
+  return x.reshape(whole)
+
+
+def _looked_up(codes: Int[Array, "..."], codebook: Sequence[float]) -> Array:
+  """Returns each code's entry, float32; arithmetic where entries are."""
+  first = codebook[0]
+  if all(entry == first + i for i, entry in enumerate(codebook)):
+    return codes.astype(jnp.float32) + jnp.float32(first)
+  return jnp.take(jnp.asarray(codebook, jnp.float32), codes.astype(jnp.int32))
+
+
+def dense(w: Panels) -> Float[Array, "... I O"]:
+  """Returns the float32 matrix."""
+  return _whole(values(w), w.inputs, w.outputs)
+
+
+def take(w: Panels, ids: Int[Array, "..."]) -> Float[Array, "... I"]:
+  """Returns columns `ids` of a matrix, float32; only those are decoded."""
+  flat = ids.reshape(-1)
+
+  def lane(part):
+    return part[flat // LANES, :, flat % LANES][..., None]
+
+  found = values(jax.tree.map(lane, w))[..., : w.inputs, 0]
+  return found.reshape(*ids.shape, w.inputs)

@@ -1,0 +1,28 @@
+"""The product written down: every weight decoded, then one einsum."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.quantized_matmul import panels
+from kernels_pallas.quantized_matmul.panels import Panels
+
+
+def reference_matmul(
+  x: Float[Array, "*B I"], w: Panels
+) -> Float[Array, "*B O"]:
+  """Returns `x W` in the dtype of x, summed in float32 at least."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  codes, scale, offset = panels.unpack(w)
+  if w.bits == 4:
+    codes = jnp.asarray(w.codebook, wide)[codes.astype(jnp.int32)]
+
+  def repeated(part):
+    return jnp.repeat(part.astype(wide), w.group, axis=-2)[: w.inputs]
+
+  matrix = codes.astype(wide)
+  if scale is not None:
+    matrix = matrix * repeated(scale)
+  if offset is not None:
+    matrix = matrix + repeated(offset)
+  y = jnp.einsum("...i,io->...o", x.astype(wide), matrix)
+  return y.astype(x.dtype)

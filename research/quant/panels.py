@@ -1,0 +1,187 @@
+"""Weights that CPU decoding reads fastest: `kernels_pallas`' panels as a leaf.
+
+`decoding` rewrites a tree once, before text is generated: matrices in ggml's
+blocks and bfloat16 matrices become panels, each layer's in arrays of its own.
+The numbers are the same bit by bit; what changes is their order in memory,
+and that a C++ kernel multiplies them (`kernels_pallas.quantized_matmul`).
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.quantized_matmul import api, cpu
+from kernels_pallas.quantized_matmul import panels as layout
+from research import tree, weights
+from research.interop import gguf_types
+from research.quant import products
+from research.quant.blocks import BlockTensor
+from research.typing import Array, Float, Int, Params, PRNGKey
+
+_MATRIX = re.compile(
+  r"(^|/)(embed|head|attention/[qkvo]|(?<!experts/)(gate|up|down))(/w)?$"
+)
+"""Paths of what tokens are multiplied with, alone or under an adapter."""
+
+_EMBED = re.compile(r"(^|/)embed(/w)?$")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PanelTensor:
+  """A matrix in panels; frozen: no gradient reaches its parts.
+
+  Attributes:
+    panels: `[..., I, O]` as stored.
+    axis: -2 if that is the logical order, -1 if its transpose is (an
+      embedding `[V, D]`, stored `[D, V]`).
+  """
+
+  panels: layout.Panels
+  axis: int = dataclasses.field(default=-2, metadata=dict(static=True))
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    *lead, inputs, outputs = self.panels.shape
+    last = (inputs, outputs) if self.axis == -2 else (outputs, inputs)
+    return (*lead, *last)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.panels.shape)
+
+  @property
+  def dtype(self) -> Any:
+    wide = self.panels.bits == 16
+    return np.dtype(jnp.bfloat16 if wide else jnp.float32)
+
+  @property
+  def columns(self) -> int:
+    """Returns `I` of the stored matrix."""
+    return self.panels.inputs
+
+  @property
+  def rows(self) -> int:
+    """Returns `O` of the stored matrix."""
+    return self.panels.outputs
+
+  def stored(self) -> Float[Array, "... I O"]:
+    """Returns the decoded numbers in the order they are stored in."""
+    return layout.dense(self.panels).astype(self.dtype)
+
+  def dense(self) -> Float[Array, "..."]:
+    """Returns the matrix, bitwise what it was made from."""
+    stored = self.stored()
+    return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, w)`, by the kernel where `I` is summed over."""
+    left, w, out = eq.replace("->", ",").split(",")
+    if self.axis == -1:
+      w = w[:-2] + w[-1] + w[-2]
+    if len(w) == 2 and left[-1] == w[0] and out == left[:-1] + w[1]:
+      return api.quantized_matmul(x, self.panels)
+    stored = f"{left},{w}->{out}"
+    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns rows of an embedding; only those are decoded."""
+    if self.axis == -2:
+      return jnp.take(self.dense(), ids, axis=0)
+    return layout.take(self.panels, ids).astype(self.dtype)
+
+  def ragged_dot(
+    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
+  ) -> Float[Array, "T O"]:
+    """Returns each row of `x` times its expert's matrix."""
+
+    def product(x, w, sizes):
+      w = w if self.axis == -2 else jnp.swapaxes(w, -1, -2)
+      return jax.lax.ragged_dot(x, w, sizes)
+
+    return products.linear(product, x, self, sizes)
+
+  def axes(self, names: tuple[str | None, ...]) -> "PanelTensor":
+    """Panels keep the outputs' name, words and groups the inputs'."""
+    *lead, first, second = names
+    inputs, outputs = (
+      (first, second) if self.axis == -2 else (second, first)
+    )
+    part_names = (*lead, outputs, inputs, None)
+    parts = jax.tree.map(
+      lambda part: weights.axes(part, part_names), self.panels
+    )
+    return dataclasses.replace(self, panels=parts)
+
+  def bind(
+    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
+  ) -> "PanelTensor":
+    """Returns itself: nothing here depends on the batch."""
+    return self
+
+
+@jax.jit
+def from_blocks(w: BlockTensor) -> PanelTensor:
+  """Returns ggml's blocks in panels: 4 bits as 4, 5 and 8 bits as 8."""
+  kind = gguf_types.TYPES[w.kind]
+  codes = w.codes_apart()
+  codes = codes.reshape(*codes.shape[:-3], w.columns, w.rows)
+  codebook = tuple(float(code - kind.zero) for code in range(16))
+  if kind.bits == 5:
+    codes = codes.astype(jnp.int8) - jnp.int8(kind.zero)
+  packed = layout.pack(codes, w.scale, w.offset, codebook=codebook)
+  return PanelTensor(packed, w.axis)
+
+
+def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
+  """Returns a bfloat16 matrix in panels; for `axis` see `PanelTensor`."""
+  stored = w if axis == -2 else jnp.swapaxes(w, -1, -2)
+  return PanelTensor(jax.jit(layout.pack)(stored), axis)
+
+
+def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
+  """Returns `params` with their matrices in panels, layer by layer.
+
+  A Transform. Blocks of 4, 5 and 8 bits and bfloat16 matrices are rewritten,
+  also those under an adapter; experts and float32 stay as they are. Layers
+  are unrolled: a scan over stacked panels would copy each before its use.
+
+  Args:
+    params: of a Transformer.
+    key: unused.
+  """
+  del key
+
+  def one(path: str, leaf: Any) -> Any:
+    ndim = 3 if path.startswith("run") else 2
+    if leaf.ndim != ndim:
+      return leaf
+    if isinstance(leaf, BlockTensor):
+      return from_blocks(leaf)
+    if leaf.dtype == jnp.bfloat16 and _MATRIX.search(path):
+      return from_array(leaf, -1 if _EMBED.search(path) else -2)
+    return leaf
+
+  def is_blocks(x: Any) -> bool:
+    return isinstance(x, BlockTensor)
+
+  return tree.unroll(tree.map_paths(one, params, is_leaf=is_blocks))
+
+
+def decoding(params: Params) -> Params:
+  """Returns `params` in panels where this process decodes faster so.
+
+  That is on CPU, on one device, with a C++ compiler; elsewhere `params`.
+  """
+  if jax.default_backend() != "cpu" or jax.process_count() > 1:
+    return params
+  leaves = jax.tree.leaves(params)
+  if any(len(x.devices()) > 1 for x in leaves if isinstance(x, jax.Array)):
+    return params
+  if all(x.dtype == jnp.float32 for x in leaves) or not cpu.available():
+    return params
+  return to_panels(params)
