@@ -1,0 +1,71 @@
+"""TPU generations, and what a schedule means on each (kernels.md 12.1, 15)."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A generation.
+
+  Attributes:
+    topology: Name of its smallest topology.
+    kind: Device kind as libtpu calls it.
+    peak: bf16 FLOP/s of a chip.
+    cores: Cores a chip.
+    clock: Hz of a core. Implied by the peak; v6e's is assumed, and fits.
+    mxu: Rows and columns of a matrix unit.
+    bandwidth: HBM bytes/s of a chip.
+  """
+
+  topology: str
+  kind: str
+  peak: float
+  cores: int
+  clock: float
+  mxu: int
+  bandwidth: float
+
+  @property
+  def flops_per_cycle(self) -> float:
+    """bf16 FLOPs a cycle and core."""
+    return self.peak / self.cores / self.clock
+
+
+CHIPS = {
+  "v4": Chip("v4:2x2x1", "TPU v4", 275e12, 2, 1.05e9, 128, 1.23e12),
+  "v5e": Chip("v5e:1x1", "TPU v5 lite", 197e12, 1, 1.5e9, 128, 0.82e12),
+  "v5p": Chip("v5p:2x2x1", "TPU v5", 459e12, 2, 1.75e9, 128, 2.77e12),
+  "v6e": Chip("v6e:1x1", "TPU v6 lite", 918e12, 1, 1.75e9, 256, 1.64e12),
+  "tpu7x": Chip("tpu7x:2x2x1", "TPU7x", 2310e12, 2, 2.2e9, 256, 7.4e12),
+}
+
+
+def bound(chip: Chip, head_dim: int, matmuls: int) -> float:
+  """Least bundles for 1000 score elements: matrix units busy all the time.
+
+  A head dim that does not fill a matrix unit wastes the rest of it.
+
+  Args:
+    chip: The generation.
+    head_dim: Length of the contraction, or width of the result.
+    matmuls: Matmuls a score element.
+  """
+  filled = -(-head_dim // chip.mxu) * chip.mxu
+  return 1000 * matmuls * 2 * filled / chip.flops_per_cycle
+
+
+def tflops(
+  chip: Chip, head_dim: int, credited: int, executed: int, bundles: float
+) -> float:
+  """Predicted TFLOP/s of a chip from bundles for 1000 score elements.
+
+  Args:
+    chip: The generation.
+    head_dim: Of q, k and v.
+    credited: Matmuls a score element that count as work.
+    executed: Those that run; a schedule cannot be faster than their FLOPs.
+    bundles: Of all kernels, for 1000 score elements.
+  """
+  least = 1000 * executed * 2 * head_dim / chip.flops_per_cycle
+  cycles = max(bundles, least) / 1000
+  return credited * 2 * head_dim / cycles * chip.clock * chip.cores / 1e12

@@ -1,0 +1,169 @@
+"""Reads libtpu's final schedule of a kernel: bundles, slots, matrix work.
+
+Two files say it: `*final_bundles.txt` lists every bundle with its instructions
+and how many loops it stands in, and `*final_hlo-static-per-bundle-utilization`
+how many slots of each kind it fills. Neither format is documented; what does
+not read as expected is an error, never a number.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+
+from kernels_pallas.inspect.chips import Chip
+
+_BUNDLE = re.compile(
+  r"^ *(?:0x[0-9a-f]+|0) *(?:[A-Z]{2})? *: *((?:> *)*)\{", re.M
+)
+_MATRIX = re.compile(r"\b(vmatmul|vmatpush[0-9]?)((?:\.\w+)*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """One kernel's schedule, a grid step at a time.
+
+  Attributes:
+    name: Of the kernel.
+    slots: Names of the slots.
+    capacity: int [slots], how many of each a bundle has.
+    use: int [bundles, slots] of the bundles of a grid step, in order.
+    weight: float [bundles], how often each runs in a grid step.
+    macs: bf16 multiply-adds of a grid step on the matrix units.
+  """
+
+  name: str
+  slots: tuple[str, ...]
+  capacity: np.ndarray
+  use: np.ndarray
+  weight: np.ndarray
+  macs: float
+
+  @property
+  def bundles(self) -> float:
+    """Bundles a grid step, bodies of loops as often as they run."""
+    return float(self.weight.sum())
+
+  def share(self) -> dict[str, float]:
+    """How full each slot is, of 1."""
+    used = (self.use * self.weight[:, None]).sum(0)
+    return dict(
+      zip(self.slots, used / self.capacity / self.bundles, strict=True)
+    )
+
+  def spills(self) -> int:
+    """Vector registers written to memory for want of one, a grid step."""
+    used = (self.use * self.weight[:, None]).sum(0)
+    return int(used[self.slots.index("VSTORE:SPILL")])
+
+
+def read(
+  folder: pathlib.Path, name: str, chip: Chip, trips: tuple[int, ...] = ()
+) -> Schedule:
+  """The schedule of kernel `name` from the dumps in `folder`.
+
+  Args:
+    folder: Where libtpu wrote.
+    name: What the kernel's name starts with.
+    chip: Whose instructions they are.
+    trips: How often each loop inside a grid step runs, in program order.
+
+  Raises:
+    ValueError: No such kernel, or other loops than `trips` knows.
+  """
+  bundles = _one(folder, name, "*[0-9]-final_bundles.txt").read_text()
+  table = _one(folder, name, "*-final_hlo-static-per-bundle-utilization.txt")
+  slots, capacity, use = _table(table.read_text())
+  starts = list(_BUNDLE.finditer(bundles))
+  if len(starts) != len(use):
+    raise ValueError(
+      f"schedule of {name}: found {len(starts)} bundles and {len(use)} rows of "
+      "slots; this libtpu writes another format"
+    )
+  depth = np.array([match.group(1).count(">") for match in starts])
+  weight = _weights(name, depth, trips)
+  ends = [*(m.start() for m in starts[1:]), len(bundles)]
+  texts = [
+    bundles[m.start() : end] for m, end in zip(starts, ends, strict=True)
+  ]
+  macs = _macs(texts, chip)
+  inside = depth > 0
+  return Schedule(
+    name=name,
+    slots=slots,
+    capacity=capacity,
+    use=use[inside],
+    weight=weight[inside],
+    macs=float((macs * weight)[inside].sum()),
+  )
+
+
+def _one(folder: pathlib.Path, name: str, pattern: str) -> pathlib.Path:
+  found = [
+    path
+    for path in folder.glob(pattern)
+    if re.search(rf"-{re.escape(name)}", path.name)
+    and "pre-delay" not in path.name
+    and "schedule-analysis" not in path.name
+  ]
+  if len(found) != 1:
+    raise ValueError(
+      f"schedule of {name}: found {len(found)} files {pattern} in {folder}, "
+      "expected one"
+    )
+  return found[0]
+
+
+def _table(text: str) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
+  lines = text.splitlines()
+  slots = tuple(name.strip() for name in lines[1].split(","))
+  rows = [line.split() for line in lines[4:] if line.strip()]
+  return slots, np.array(lines[2].split(), int), np.array(rows, int)
+
+
+def _weights(name, depth: np.ndarray, trips: tuple[int, ...]) -> np.ndarray:
+  """How often each bundle runs in one step of the grid, which is depth 1."""
+  weight = (depth > 0).astype(float)
+  if depth.max() > 2:
+    raise ValueError(f"schedule of {name}: loops inside loops of a grid step")
+  starts = np.flatnonzero((depth == 2) & (np.roll(depth, 1) != 2))
+  if len(starts) != len(trips):
+    raise ValueError(
+      f"schedule of {name}: found {len(starts)} loops inside a grid step, "
+      f"expected {len(trips)}; their bodies cannot be counted"
+    )
+  for start, count in zip(starts, trips, strict=True):
+    stop = start
+    while stop < len(depth) and depth[stop] == 2:
+      stop += 1
+    weight[start:stop] = count
+  return weight
+
+
+def _macs(texts: list[str], chip: Chip) -> np.ndarray:
+  """bf16 multiply-adds of each bundle.
+
+  A matmul instruction takes 16 rows of bf16 or 8 of float32 through a matrix
+  unit, 8 from a matrix register ("lmr"). How deep the unit is filled is said by
+  the instruction that pushed its weights: `vmatpush3` fills half of a unit of
+  256, and the weights of a unit are staged ("msr") before they are used
+  ("gmr").
+  """
+  macs = np.zeros(len(texts))
+  staged, used = {}, {}
+  for n, text in enumerate(texts):
+    for what, tail in _MATRIX.findall(text):
+      parts = tail.split(".")
+      unit = next((x for x in parts if x.startswith("mxu")), "mxu")
+      stage = next((x for x in parts if x.startswith("msr")), "msra")
+      if what.startswith("vmatpush"):
+        half = what == "vmatpush3" and chip.mxu > 128
+        staged[unit, stage] = chip.mxu // 2 if half else chip.mxu
+        continue
+      weights = next((x for x in parts if x.startswith("gmr")), "gmra")
+      if any(x.startswith("msr") for x in parts) or (unit, weights) not in used:
+        used[unit, weights] = staged.get((unit, stage), chip.mxu)
+      rows = 16 if "bf16" in parts and "lmr" not in parts else 8
+      macs[n] += rows * chip.mxu * used[unit, weights]
+  return macs
