@@ -45,7 +45,9 @@ def folder(path: str | os.PathLike) -> Folder:
   try:
     fsspec.get_filesystem_class("gcs")
   except ImportError as error:
-    raise UserError(f"{path}: needs gcsfs; pip install gcsfs") from error
+    raise UserError(
+      f"{path}: needs gcsfs; pip install 'heptad[gcs]'"
+    ) from error
   return epath.Path(os.fspath(path))
 
 
