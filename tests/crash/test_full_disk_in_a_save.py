@@ -8,7 +8,7 @@ import pytest
 from research.typing import UserError
 from tests.crash import kills, run
 
-BIG = 250  # thousand floats, twice (the moments are zeros): 2 MB
+BIG = 250  # thousand floats, and their moments and average: 3 MB a checkpoint
 
 
 def mount(folder, option):
@@ -22,7 +22,7 @@ def small_disk(tmp_path):
   """A filesystem that two checkpoints fit on, and a part of a third."""
   folder = tmp_path / "disk"
   folder.mkdir()
-  mount(folder, "size=5m")
+  mount(folder, "size=8m")
   yield folder
   subprocess.run(["umount", "-l", str(folder)], check=True)
 
