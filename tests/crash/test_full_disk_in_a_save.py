@@ -8,7 +8,7 @@ import pytest
 from research.typing import UserError
 from tests.crash import kills, run
 
-BIG = 250  # thousand floats, and their moments and average: 3 MB a checkpoint
+BIG = 250  # thousand floats, twice: 2 MB, and as much again while it is written
 
 
 def mount(folder, option):
