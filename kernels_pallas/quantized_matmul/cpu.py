@@ -30,7 +30,7 @@ TARGET = "heptad_panels"
 SOURCE = pathlib.Path(__file__).with_name("panels.cc")
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 COMPILERS = ("c++", "g++", "clang++")
-ISAS = ("auto", "avx512", "avx2", "portable")
+ISAS = ("auto", "vnni", "avx512", "avx2", "portable")
 _SECONDS = 120
 
 
@@ -145,7 +145,12 @@ def cpu_matmul(
     x: float32 or bfloat16.
     w: without leading axes.
     isa: of `ISAS`; "auto" is the best that the running CPU has.
+
+  Raises:
+    Unavailable: the library is not; see `available`.
   """
+  if not available():
+    raise Unavailable("quantized_matmul: no compiled kernel here")
   nothing = jnp.zeros((0,), jnp.float32)
   call = jax.ffi.ffi_call(
     TARGET,

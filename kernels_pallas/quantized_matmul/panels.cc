@@ -14,10 +14,15 @@
 // group only the codes are multiplied: scale enters once a group, and offset
 // times the sum of the group's x, which is computed once.
 //
+// Where the CPU has VNNI and codes are integers, x becomes fixed point first: of
+// a group's largest |x|, 23 bits, as three signed bytes. Products of bytes and
+// their sums are exact integers, so this is as exact as float32, and for a row
+// alone nearly twice as fast.
+//
 // Every output is summed in one order, input by input and group by group, by
-// one thread: results depend neither on the number of threads nor on the other
-// rows of the batch. (They do depend, in the last bits, on whether the
-// instruction set fuses products and sums.)
+// one thread, so results do not depend on the number of threads. (The last bits
+// depend on the instruction set, and on whether a batch is small enough for
+// fixed point.)
 //
 // The file includes itself once for each instruction set: the part below
 // PANELS_BODY is written for a struct `V` of 16 lanes. GCC 9 or Clang 10.
@@ -63,6 +68,9 @@ struct Problem {
   float table[kLanes];              // values of 4-bit codes
   const float* x;                   // [rows, padded], zeros after `inputs`
   const float* sums;                // [rows, groups] of x, or null
+  const uint32_t* digits;           // x in fixed point, or null: see `vnni`
+  const int32_t* starts;            // [rows, groups, 3]
+  const float* units;               // [rows, groups], of the fixed point
   void* y;                          // [rows, outputs]
   Type y_type;                      // kF32 or kBF16
 };
@@ -269,14 +277,185 @@ struct V {
 #undef TARGET
 #undef LANE
 }  // namespace avx512
+
+// x in fixed point: unit * (d0 + 256 d1 + 65536 d2), all d signed bytes, the
+// unit a group's own. Four inputs' bytes make a digit word, which vpdpbusd
+// multiplies with four codes in each lane.
+namespace vnni {
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
+constexpr int kDigits = 3;
+constexpr float kLargest = 8355000;  // below 127 * (1 + 256 + 65536)
+
+// Rows from which float32, which decodes codes once for several rows, is faster.
+constexpr int64_t kMany = 4;
+
+// 4-bit codes that are consecutive integers, or 8 bits, in groups of 16 (and
+// not so many that their sums overflow).
+inline bool takes(const Problem& p) {
+  if (p.rows >= kMany || !p.scale.data) return false;
+  if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
+  if (p.bits == 8) return true;
+  for (int i = 0; i < kLanes; ++i) {
+    if (p.table[i] != p.table[0] + float(i)) return false;
+  }
+  return p.table[0] == float(int8_t(p.table[0]));
+}
+
+// Codes are multiplied as unsigned ones; this is what they are less.
+inline int32_t zero(const Problem& p) {
+  return p.bits == 8 ? -128 : int32_t(p.table[0]);
+}
+
+// Writes digits, starts (zero times the digits' sums), units and sums of all
+// groups; `digits` has padded / 4 words of each digit a row, digits last.
+TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
+                           float* units, float* sums) {
+  // A 4-bit word gives its even codes first, then its odd ones.
+  const __m128i order =
+      p.bits == 8 ? _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+                  : _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  for (int64_t g = 0; g < p.rows * p.groups; ++g) {
+    const float* x = p.x + g * p.group;
+    __m512 top = _mm512_setzero_ps();
+    bool finite = true;
+    for (int64_t i = 0; i < p.group; i += 16) {
+      const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+      const __m512 most = _mm512_set1_ps(3.4028235e38f);
+      finite &= _mm512_cmp_ps_mask(size, most, _CMP_LE_OQ) == 0xffff;
+      top = _mm512_max_ps(top, size);
+    }
+    const float largest = _mm512_reduce_max_ps(top);
+    // Smaller ones are 0, since their inverse may not be a float; what is not
+    // finite makes all it touches NaN.
+    const bool tiny = !finite || largest < 1e-30f;
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0 : kLargest / largest);
+    const float unit = !finite ? from_bits(0x7fc00000)
+                               : tiny ? 0 : largest / kLargest;
+    __m512i sum[kDigits] = {};
+    for (int64_t i = 0; i < p.group; i += 16) {
+      __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
+      if (tiny) scaled = _mm512_setzero_ps();
+      __m512i rest = _mm512_cvtps_epi32(scaled);
+      for (int k = 0; k < kDigits; ++k) {
+        const __m512i digit =
+            _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+        rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, digit), 8);
+        sum[k] = _mm512_add_epi32(sum[k], digit);
+        uint32_t four[4];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(four),
+                         _mm_shuffle_epi8(_mm512_cvtepi32_epi8(digit), order));
+        const int64_t at = (g * p.group + i) / 4;
+        for (int j = 0; j < 4; ++j) digits[(at + j) * kDigits + k] = four[j];
+      }
+    }
+    double total = 0;
+    for (int k = kDigits; k-- > 0;) {
+      const int32_t s = _mm512_reduce_add_epi32(sum[k]);
+      starts[g * kDigits + k] = zero(p) * s;
+      total = total * 256 + s;
+    }
+    units[g] = unit;
+    sums[g] = float(total * unit);
+  }
+}
+
+// One row of x times PANELS panels.
+template <int BITS, int PANELS>
+TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
+  constexpr int kWords = 8 / BITS;  // digit words of a word of codes
+  const int64_t words = p.group * BITS / 32, stride = p.words * kLanes;
+  const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+  const __m512 base = _mm512_set1_ps(256);
+  const uint32_t* x = p.digits + row * (p.padded / 4) * kDigits;
+  const uint32_t* codes = p.codes + panel * stride;
+  __m512 total[PANELS];
+  UNROLL
+  for (int q = 0; q < PANELS; ++q) total[q] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const int64_t which = row * p.groups + g;
+    __m512i part[PANELS][kDigits];
+    UNROLL
+    for (int q = 0; q < PANELS; ++q) {
+      UNROLL
+      for (int k = 0; k < kDigits; ++k) {
+        part[q][k] = _mm512_set1_epi32(p.starts[which * kDigits + k]);
+      }
+    }
+    for (int64_t w = 0; w < words; ++w, codes += kLanes) {
+      UNROLL
+      for (int q = 0; q < PANELS; ++q) {
+        const __m512i word = _mm512_loadu_si512(codes + q * stride);
+        // A panel is about a page, at whose end the CPU's own prefetching stops.
+        __builtin_prefetch(codes + (q + PANELS) * stride);
+        __m512i bytes[kWords];
+        if constexpr (BITS == 8) {
+          bytes[0] = _mm512_xor_si512(word, sign);
+        } else {
+          bytes[0] = _mm512_and_si512(word, low);
+          bytes[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
+        }
+        UNROLL
+        for (int h = 0; h < kWords; ++h) {
+          UNROLL
+          for (int k = 0; k < kDigits; ++k) {
+            const __m512i digit = _mm512_set1_epi32(int(x[h * kDigits + k]));
+            part[q][k] = _mm512_dpbusd_epi32(part[q][k], bytes[h], digit);
+          }
+        }
+      }
+      x += kWords * kDigits;
+    }
+    const __m512 unit = _mm512_set1_ps(p.units[which]);
+    const __m512 sum = _mm512_set1_ps(p.sums[which]);
+    UNROLL
+    for (int q = 0; q < PANELS; ++q) {
+      const int64_t at = ((panel + q) * p.groups + g) * kLanes;
+      __m512 value = _mm512_cvtepi32_ps(part[q][2]);
+      value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(part[q][1]));
+      value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(part[q][0]));
+      value = _mm512_mul_ps(value, unit);
+      const __m512 scale = avx512::V::load(p.scale, at);
+      total[q] = _mm512_fmadd_ps(value, scale, total[q]);
+      if (!p.offset.data) continue;
+      const __m512 offset = avx512::V::load(p.offset, at);
+      total[q] = _mm512_fmadd_ps(offset, sum, total[q]);
+    }
+  }
+  UNROLL
+  for (int q = 0; q < PANELS; ++q) {
+    float values[kLanes];
+    _mm512_storeu_ps(values, total[q]);
+    put(p, row, panel + q, values);
+  }
+}
+
+template <int BITS>
+TARGET void range(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    int64_t panel = begin;
+    for (; panel + 4 <= end; panel += 4) tile<BITS, 4>(p, row, panel);
+    for (; panel < end; ++panel) tile<BITS, 1>(p, row, panel);
+  }
+}
+
+TARGET inline void run(const Problem& p, int64_t begin, int64_t end) {
+  p.bits == 4 ? range<4>(p, begin, end) : range<8>(p, begin, end);
+}
+#undef TARGET
+}  // namespace vnni
 #endif
 
 // Returns the kernel called `name`, "auto" being the fastest that this CPU
-// runs; null where it runs none of that name.
-inline Kernel kernel(const std::string& name) {
+// runs; null where it runs none of that name, or not for this problem.
+inline Kernel kernel(const std::string& name, const Problem& p) {
   const bool any = name == "auto";
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  if ((any || name == "vnni") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      vnni::takes(p)) {
+    return vnni::run;
+  }
   if ((any || name == "avx512") && __builtin_cpu_supports("avx512f")) {
     return avx512::run;
   }
@@ -294,7 +473,9 @@ struct Job {
   Problem problem;
   Kernel kernel;
   int64_t chunk, chunks;  // panels of a chunk, number of chunks
-  std::vector<float> x, sums;
+  std::vector<float> x, sums, units;
+  std::vector<uint32_t> digits;
+  std::vector<int32_t> starts;
   std::atomic<int64_t> next{0}, done{0};
 
   void work() {
@@ -306,8 +487,8 @@ struct Job {
   }
 };
 
-// Bytes of weights below which waking another thread costs more than it gives.
-constexpr int64_t kChunkBytes = 32 << 10;
+// Waking a thread takes as long as reading about this many bytes of codes.
+constexpr int64_t kWorthWaking = 256 << 10;
 
 // Computes y; `x` is [rows, inputs]. `schedule(task)` runs a task some time on
 // another thread, of which there are `threads`.
@@ -327,29 +508,46 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
     }
     p.x = job->x.data();
   }
-  if (p.offset.data) {
+#if defined(__x86_64__)
+  if (kernel == vnni::run) {
+    const int64_t groups = p.rows * p.groups;
+    job->digits.resize(p.rows * p.padded / 4 * vnni::kDigits);
+    job->starts.resize(groups * vnni::kDigits);
+    job->units.resize(groups);
+    job->sums.resize(groups);
+    p.digits = job->digits.data();
+    p.starts = job->starts.data();
+    p.units = job->units.data();
+    p.sums = job->sums.data();
+    vnni::prepare(p, job->digits.data(), job->starts.data(), job->units.data(),
+                  job->sums.data());
+  }
+#endif
+  if (p.offset.data && !p.sums) {
     job->sums.assign(p.rows * p.groups, 0);
     for (int64_t g = 0; g < p.rows * p.groups; ++g) {
-      for (int64_t i = 0; i < p.group; ++i) {
-        job->sums[g] += p.x[g * p.group + i];
+      float part[4] = {};  // groups are whole words, of 4 inputs at least
+      const float* x = p.x + g * p.group;
+      for (int64_t i = 0; i < p.group; i += 4) {
+        for (int k = 0; k < 4; ++k) part[k] += x[i + k];
       }
+      job->sums[g] = (part[0] + part[1]) + (part[2] + part[3]);
     }
     p.sums = job->sums.data();
   }
-  // A handful of chunks a thread, so that a slow one is waited for shortly;
-  // whole multiples of the panels that a tile takes.
-  const int64_t each = p.words * kLanes * 4;  // bytes of a panel
-  const int64_t work = each * (1 + p.rows / 4);
-  int64_t chunk = p.panels / (4 * threads);
-  if (chunk * work < kChunkBytes) chunk = kChunkBytes / work;
-  chunk = (chunk + 4) & ~int64_t{3};
+  const int64_t bytes = p.panels * p.words * kLanes * 4 * (1 + p.rows / 4);
+  const int64_t most = 1 + bytes / kWorthWaking;
+  const int64_t workers = threads < most ? threads : most;
+  // A handful of chunks each, so that a slow one is waited for shortly, in
+  // whole fours of panels, which a tile takes at once.
+  int64_t chunk = p.panels;
+  if (workers > 1) chunk = (p.panels / (4 * workers) + 3) & ~int64_t{3};
+  if (chunk < 4) chunk = 4;
   job->problem = p;
   job->kernel = kernel;
   job->chunk = chunk;
   job->chunks = (p.panels + chunk - 1) / chunk;
-  const int64_t helpers =
-      (threads < job->chunks ? threads : job->chunks) - 1;
-  for (int64_t i = 0; i < helpers; ++i) schedule([job] { job->work(); });
+  for (int64_t i = 1; i < workers; ++i) schedule([job] { job->work(); });
   // Works too, so that it never waits for a helper that has not started.
   job->work();
   while (job->done.load(std::memory_order_acquire) < job->chunks) {
@@ -424,8 +622,8 @@ inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
   p.y = y->untyped_data(), p.y_type = type_of(y->element_type());
   if (in.type != Type::kF32 && in.type != Type::kBF16) return bad("x: type");
   if (p.y_type != Type::kF32 && p.y_type != Type::kBF16) return bad("y: type");
-  const Kernel chosen = kernel(std::string(isa));
-  if (!chosen) return bad("isa: this CPU has none of that name");
+  const Kernel chosen = kernel(std::string(isa), p);
+  if (!chosen) return bad("isa: this CPU has none of that name for this W");
   multiply(p, chosen, in, pool.num_threads() > 1 ? pool.num_threads() : 1,
            [&](auto task) { pool.Schedule(std::move(task)); });
   return ffi::Error::Success();
@@ -481,6 +679,8 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
       UNROLL
       for (int q = 0; q < PANELS; ++q) {
         V::U word = V::load(codes[q]);
+        // A panel is about a page, at whose end the CPU's own prefetching stops.
+        __builtin_prefetch(codes[q] + PANELS * p.words * kLanes);
         codes[q] += kLanes;
         UNROLL
         for (int j = 0; j < kCodes; ++j) {
