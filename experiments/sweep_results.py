@@ -119,8 +119,9 @@ def report(
   measured = [(unit, values) for unit, values in grouped if values]
   picture = workdir / "results.png"
   axis = sweep.axis or sweeps.axis([unit for unit, _ in grouped], sweep.seed)
-  if measured and axis is not None:
-    plot_sweep.swept(measured, picture, axis=axis, metric=metric, title=title)
+  drawn = [(unit, values) for unit, values in measured if axis in unit]
+  if drawn and axis is not None:
+    plot_sweep.swept(drawn, picture, axis=axis, metric=metric, title=title)
   result = {
     "units": len(units),
     "done": sum(row["status"] == "done" for row in table),

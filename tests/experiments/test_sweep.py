@@ -138,6 +138,18 @@ def test_a_failure_is_told_at_the_end_and_can_be_mended(command):
   assert lives(command, "RANK=1_SEED=0") == 1
 
 
+def test_a_picture_of_nothing_is_not_drawn(command):
+  """All units on the axis failed, others are done."""
+  more = """
+sweeps.Sweep.over = {'chain': [{'RANK': [4]}, {'LEARNING_RATE': [1e-4]}]}
+sweeps.Sweep.axis = 'RANK'
+"""
+  status, result, out = command(more=more)
+  assert (status, result["done"]) == (1, 2)
+  assert "2 of 4 units failed" in out.err and "Traceback" not in out.err
+  assert not (command.out / "results.png").exists()
+
+
 def test_a_preempted_unit_goes_on(command):
   status, result, _ = command(ranks=(2, 1))
   assert (status, result["done"]) == (0, 4)
@@ -153,7 +165,7 @@ def test_what_remains_after_a_preemption_is_said(command, monkeypatch):
 
 
 def test_a_trial_has_bindings_of_its_own(command):
-  # The type checks are the units' as well: what gin writes depends on them.
+  # The type checks are the units' as well.
   command("--set=STEPS=2", "--parallel=2", "--notypecheck")
   made = (command.out / "units" / "RANK=8_SEED=0" / "flags").read_text()
   assert made == "--notypecheck"
