@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   sweep = config.read(_SWEEP.value, root=sweeps.Sweep, flag="sweep").experiment
   name = pathlib.Path(_SWEEP.value).stem
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name}").absolute()
-  # What gin tells of defaults depends on type checks: the same in all.
+  # What this command does not check, its units do not check either.
   checks = [] if FLAGS["typecheck"].value else ["--notypecheck"]
   units = sweep_units.plan(sweep, workdir, _SET.value, checks)
   todo = [unit for unit in units if unit.result() is None]
