@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 from kernels_pallas.inspect.chips import CHIPS
 
 TIMEOUT = 600
+
+# The sentence in pages of error that says why.
+_REASON = re.compile(r"Scoped allocation with[^.]*\.\w+ and[^-]*?limit by \S+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +88,11 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
   )
   if done.returncode == 0:
     return None
+  said = _REASON.search(done.stderr)
+  if said is not None:
+    return said.group()
   lines = [line for line in done.stderr.splitlines() if line.strip()]
-  return "\n".join(lines[-3:])[-600:]
+  return " ".join(lines[-1:])[-300:]
 
 
 def main() -> None:

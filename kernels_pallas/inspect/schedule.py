@@ -65,7 +65,7 @@ def read(
 
   Args:
     folder: Where libtpu wrote.
-    name: What the kernel's name starts with.
+    name: What the kernel's name contains.
     chip: Whose instructions they are.
     trips: How often each loop inside a grid step runs, in program order.
 
@@ -103,7 +103,7 @@ def _one(folder: pathlib.Path, name: str, pattern: str) -> pathlib.Path:
   found = [
     path
     for path in folder.glob(pattern)
-    if re.search(rf"-{re.escape(name)}", path.name)
+    if name in path.name
     and "pre-delay" not in path.name
     and "schedule-analysis" not in path.name
   ]
@@ -146,24 +146,22 @@ def _macs(texts: list[str], chip: Chip) -> np.ndarray:
 
   A matmul instruction takes 16 rows of bf16 or 8 of float32 through a matrix
   unit, 8 from a matrix register ("lmr"). How deep the unit is filled is said by
-  the instruction that pushed its weights: `vmatpush3` fills half of a unit of
-  256, and the weights of a unit are staged ("msr") before they are used
-  ("gmr").
+  how many registers of weights were pushed before: they are staged ("msr") and
+  then taken over ("gmr").
   """
   macs = np.zeros(len(texts))
   staged, used = {}, {}
   for n, text in enumerate(texts):
     for what, tail in _MATRIX.findall(text):
       parts = tail.split(".")
-      unit = next((x for x in parts if x.startswith("mxu")), "mxu")
-      stage = next((x for x in parts if x.startswith("msr")), "msra")
-      if what.startswith("vmatpush"):
-        half = what == "vmatpush3" and chip.mxu > 128
-        staged[unit, stage] = chip.mxu // 2 if half else chip.mxu
-        continue
-      weights = next((x for x in parts if x.startswith("gmr")), "gmra")
-      if any(x.startswith("msr") for x in parts) or (unit, weights) not in used:
-        used[unit, weights] = staged.get((unit, stage), chip.mxu)
       rows = 16 if "bf16" in parts and "lmr" not in parts else 8
-      macs[n] += rows * chip.mxu * used[unit, weights]
+      unit = next((x for x in parts if x.startswith("mxu")), "mxu")
+      stage = next((x for x in parts if x.startswith("msr")), None)
+      if what.startswith("vmatpush"):
+        staged[unit, stage] = staged.get((unit, stage), 0) + rows
+        continue
+      weights = next((x for x in parts if x.startswith("gmr")), None)
+      if stage is not None:
+        used[unit, weights] = min(staged.pop((unit, stage), 0), chip.mxu)
+      macs[n] += rows * chip.mxu * used.get((unit, weights), chip.mxu)
   return macs

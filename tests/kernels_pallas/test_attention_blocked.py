@@ -1,7 +1,6 @@
 """Blockwise attention against the reference, and both against mathematics."""
 
 import functools
-import itertools
 
 import chex
 import jax
@@ -14,6 +13,7 @@ from kernels_pallas.flash_attention import dropout
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.masks import Mask
+from tests.support_pairwise import pairwise
 
 B, T, S = 2, 6, 9
 BLOCKS = {
@@ -59,31 +59,6 @@ FACTORS = {
   "sinks": {"no": False, "yes": True},
   "dropout": {"no": {}, "yes": {"dropout_rate": 0.3, "dropout_seed": 5}},
 }  # fmt: skip
-
-
-def pairwise(factors):
-  """Rows that hold every pair of values of two factors, greedily."""
-  names = list(factors)
-  pairs = {
-    frozenset([(a, x), (b, y)])
-    for a, b in itertools.combinations(names, 2)
-    for x in factors[a]
-    for y in factors[b]
-  }
-  rows = []
-
-  def gain(row):
-    return sum(
-      frozenset(p) in pairs
-      for p in itertools.combinations(zip(names, row, strict=True), 2)
-    )
-
-  every = list(itertools.product(*factors.values()))
-  while pairs:
-    best = max(every, key=gain)
-    rows.append(dict(zip(names, best, strict=True)))
-    pairs -= {frozenset(p) for p in itertools.combinations(rows[-1].items(), 2)}
-  return rows
 
 
 ROWS = pairwise(FACTORS)

@@ -72,8 +72,7 @@ BACKENDS = {
   "reference": (reference_attention, Blocks()),
   "unrolled": (blocked_attention, Blocks(q=3)),
   "looped": (blocked_attention, Blocks(q=2, k=3, unroll=0)),
-  "mosaic_split": (interpreted, Tiles(*[Tile(4, 4, 2, 4)] * 3, "split")),
-  "mosaic_fused": (interpreted, Tiles(*[Tile(2, 6, 2, 3)] * 3, "fused")),
+  "mosaic_tpu": (interpreted, Tiles(*[Tile(4, 6, 2, 3)] * 3, "split")),
 }
 
 
