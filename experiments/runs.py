@@ -148,7 +148,7 @@ def _train(
     "workdir": str(workdir),
   }
   _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-  _say(_next(workdir, built.loaded if usable else None))
+  _say(_next(workdir, built.loaded if usable else None, result["devices"]))
   return result
 
 
@@ -333,7 +333,7 @@ def _save_model(folder, experiment, built, outcome) -> bool:
   return True
 
 
-def _next(workdir: Folder, usable: Loaded | None) -> str:
+def _next(workdir: Folder, usable: Loaded | None, devices: int) -> str:
   """Returns commands to try next, for the Python that runs this one."""
   python = os.path.relpath(sys.executable)
   if python.startswith(".."):
@@ -342,7 +342,10 @@ def _next(workdir: Folder, usable: Loaded | None) -> str:
   if not folders.is_remote(workdir):
     near = os.path.relpath(workdir)
     where = where if near.startswith("..") else near
-  lines = [f"{python} -m experiments.evaluate --workdir={where}"]
+  # The run's mesh takes as many: a CPU has them only if asked.
+  virtual = devices > 1 and jax.default_backend() == "cpu"
+  many = f" --devices={devices}" if virtual else ""
+  lines = [f"{python} -m experiments.evaluate --workdir={where}{many}"]
   if usable is not None and usable.tokenizer is not None:
     context = usable.model.max_positions or DEFAULT_WINDOW
     window = f" --window={context}" if context < DEFAULT_WINDOW else ""

@@ -14,6 +14,7 @@ from research import sharding
 from research.sharding import Layout, Shardings
 from research.training import feed
 from research.training.state import Placement
+from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,13 @@ def entered(layout: Layout) -> Iterator[Site]:
   Raises:
     UserError: it does not fit the devices.
   """
-  mesh = layout.mesh()
+  try:
+    mesh = layout.mesh()
+  except UserError as error:
+    if jax.default_backend() != "cpu":
+      raise
+    hint = "A CPU has as many as --devices=N says."
+    raise UserError(f"{error}\n{hint}") from error
   if mesh.size == 1 and jax.process_count() == 1:
     yield Site(layout=layout)
     return

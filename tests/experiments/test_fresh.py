@@ -183,8 +183,10 @@ def test_a_mesh_trains_the_same_model(finished, tmp_path):
 
 def test_what_to_try_next_fits_the_context(finished):
   workdir, _ = finished
-  said = runs._next(workdir, load.load_model(workdir))
+  said = runs._next(workdir, load.load_model(workdir), 8)
   assert "--text=README.md --window=64\n" in said
+  assert said.endswith(f"evaluate --workdir={workdir} --devices=8")
+  assert "--devices" not in runs._next(workdir, None, 1)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf:F32", "orbax"])
