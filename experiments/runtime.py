@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import socket
 import sys
 import time
@@ -101,6 +102,13 @@ class Cluster:
         f"found --coordinator={given[0]} --processes={given[1]}"
         f" --process={given[2]}, expected all three or none."
       )
+    if not re.fullmatch(r".+:\d+", self.coordinator or "any:0"):
+      raise UserError(
+        f"--coordinator={self.coordinator}: expected host:port, where process 0"
+        " listens, e.g. 10.0.0.1:8476."
+      )
+    if self.processes is not None and self.processes < 1:
+      raise UserError(f"--processes={self.processes}: expected at least 1.")
     if None not in given and not 0 <= given[2] < given[1]:
       raise UserError(
         f"--process={given[2]}: expected a number from 0 to {given[1] - 1}."
