@@ -29,7 +29,8 @@ from experiments import cli, runtime
 FLAGS = cli.new_flags(cluster=True)
 
 MAY_DIFFER = (
-  r"(?i)\bsteps\b|\bmesh = @|\bsharding\b|^(data|fsdp|sequence|tensor|expert) ="
+  r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
+  r"|\bmesh = @|\bsharding\b|^(data|fsdp|sequence|tensor|expert) ="
 )
 """In which lines of its configuration a run that goes on may differ: how long
 it is, and over which devices it goes."""

@@ -10,9 +10,13 @@ from research.training import checkpoint, folders, versions
 from research.training.folders import Folder
 from research.typing import UserError
 
+LONGER = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
+"""Lines that say how long a run is, its schedule included; there are other
+`steps`, such as Muon's, which are part of what it is."""
+
 
 def claim_workdir(
-  workdir: str | os.PathLike, config: str, may_differ: str = r"(?i)\bsteps\b"
+  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
 ) -> Folder:
   """Returns the workdir, made and marked as this experiment's.
 

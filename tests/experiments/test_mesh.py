@@ -7,7 +7,7 @@ from experiments import cli, config, runtime, site
 from experiments.train import MAY_DIFFER
 from research.sharding import Layout
 from research.training.preemption import Preempted
-from research.training.workdir import claim_workdir
+from research.training.workdir import LONGER, claim_workdir
 from research.typing import UserError
 
 RUN = "include 'runs/quickstart.gin'\n"
@@ -51,6 +51,19 @@ def test_a_run_goes_on_over_other_devices_and_no_other_change(tmp_path):
     claim_workdir(tmp_path, other, MAY_DIFFER)
 
 
+def test_other_steps_than_updates_are_another_run(tmp_path):
+  text = config.parse(f"""{HEAD}{RUN}
+include 'optim/muon_linear.gin'
+from research.training import muon
+muon.muon.steps = 5
+""").text
+  changed = text.replace("muon.muon.steps = 5", "muon.muon.steps = 4")
+  for may_differ in (MAY_DIFFER, LONGER):
+    claim_workdir(tmp_path, text, may_differ)
+    with pytest.raises(UserError, match="muon.muon.steps = 4"):
+      claim_workdir(tmp_path, changed, may_differ)
+
+
 def test_one_device_is_no_mesh():
   with site.entered(Layout(data=1)) as here:
     assert here.mesh is None and here.placement is None and here.batch is None
@@ -61,11 +74,10 @@ def test_one_device_is_no_mesh():
     assert jax.sharding.get_abstract_mesh().shape["fsdp"] == 4
 
 
-def test_a_mesh_that_does_not_fit_is_said():
-  with (
-    pytest.raises(UserError, match="there are 8"),
-    site.entered(Layout(data=3, fsdp=3)),
-  ):
+@pytest.mark.parametrize("layout", [Layout(fsdp=3), Layout(data=3, fsdp=3)])
+def test_a_mesh_that_does_not_fit_is_said(layout):
+  message = r"there are 8[.]\n.*divides that[.]\n.*--devices=N"
+  with pytest.raises(UserError, match=message), site.entered(layout):
     pass
 
 
@@ -75,6 +87,10 @@ def test_a_mesh_that_does_not_fit_is_said():
     (dict(processes=2), "expected all three or none"),
     (dict(coordinator="a:1", processes=2, process=2), "from 0 to 1"),
     (dict(devices=0), "--devices=0: expected at least 1"),
+    (
+      dict(coordinator="a:1", processes=0, process=0),
+      "--processes=0: expected",
+    ),
   ],
 )
 def test_flags_that_make_no_cluster(given, message):
