@@ -27,7 +27,7 @@ quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
 	@$(PY) -m experiments.train --config=runs/quickstart.gin \
 	  --workdir=runs/quickstart
 
-tiny-lm: venv  ## Trains a small language model of our own (15 minutes)
+tiny-lm: venv  ## Trains a small language model of our own (20 minutes)
 	@$(PY) -m experiments.train --config=runs/pretrain_tiny.gin \
 	  --workdir=runs/tiny-lm
 	@$(PY) -m experiments.baselines --config=runs/pretrain_tiny.gin
