@@ -1,6 +1,7 @@
 """`quantized_matmul`: one contract, the same numbers on every backend."""
 
 import functools
+import math
 
 import jax
 from jaxtyping import Array, Float
@@ -36,8 +37,8 @@ def quantized_matmul(
   """
   if w.words.ndim != 3 or x.ndim < 1 or x.shape[-1] != w.inputs:
     raise ValueError(
-      f"quantized_matmul: found x {x.shape}, W {w.shape}; expected [..., I] and "
-      "[I, O]"
+      f"quantized_matmul: found x {x.shape}, W {w.shape}; expected [..., I] "
+      "and [I, O]"
     )
   if backend not in BACKENDS:
     raise ValueError(
@@ -50,7 +51,8 @@ def quantized_matmul(
       f"backend 'cpu': needs a C++ compiler and float32 or bfloat16; found "
       f"{x.dtype}"
     )
-  y = _product(x.reshape(-1, w.inputs), w, backend)
+  rows = math.prod(x.shape[:-1])
+  y = _product(x.reshape(rows, w.inputs), w, backend)
   return y.reshape(*x.shape[:-1], w.outputs)
 
 

@@ -614,6 +614,7 @@ inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
     if (numbers(*part).type == Type::kNone) return bad("scale, offset: no floats");
   }
   if (p.offset.data && !p.scale.data) return bad("offset: without a scale");
+  if (!p.scale.data && p.groups != 1) return bad("group: without a scale");
   if (bits == 4) {
     if (table.size() != kLanes) return bad("codebook: not 16 values");
     std::memcpy(p.table, table.begin(), sizeof p.table);

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Integer, Num
 
 LANES = 16
 """Outputs of a panel."""
@@ -92,9 +92,11 @@ def pack(
   bits = {"uint8": 4, "int8": 8, "bfloat16": 16}.get(str(codes.dtype))
   if bits is None or codes.ndim < 2 or 0 in codes.shape:
     raise ValueError(
-      f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits), int8 "
-      "(8 bits) or bfloat16, [..., inputs, outputs]"
+      f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits), "
+      "int8 (8 bits) or bfloat16, [..., inputs, outputs]"
     )
+  if bits == 4 and isinstance(codes, np.ndarray) and codes.max() > 15:
+    raise ValueError(f"codes: found {codes.max()}, expected 4 bits, 0 to 15")
   *lead, inputs, outputs = codes.shape
   per_word = 32 // bits
   if scale is None:
@@ -199,7 +201,7 @@ def unpack(
   return codes, part(w.scale), part(w.offset)
 
 
-def values(w: Panels) -> Float[Array, "... P I 16"]:
+def values(w: Panels) -> Float[Array, "... I lanes"]:
   """Returns the weights in float32, still in panels, padding included."""
   codes = _codes(w)
   if w.bits == 4:
@@ -215,7 +217,7 @@ def values(w: Panels) -> Float[Array, "... P I 16"]:
   return x.reshape(whole)
 
 
-def _looked_up(codes: Int[Array, "..."], codebook: Sequence[float]) -> Array:
+def _looked_up(codes: Integer[Array, "..."], codebook: Sequence[float]):
   """Returns each code's entry, float32; arithmetic where entries are."""
   first = codebook[0]
   if all(entry == first + i for i, entry in enumerate(codebook)):

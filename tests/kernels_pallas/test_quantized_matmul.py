@@ -1,0 +1,416 @@
+"""Products with packed weights are those of the decoded ones, everywhere."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.quantized_matmul import api, cpu, panels
+
+NF4 = (
+  -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,
+  -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
+  0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+Q4_0 = tuple(float(code - 8) for code in range(16))
+
+KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
+  "nf4": (NF4, "uint8", 128, 40, 64, "float32", None),
+  "affine": (panels.AFFINE, "uint8", 96, 33, 32, "float16", "float16"),
+  "signed": (Q4_0, "uint8", 100, 16, 32, "bfloat16", None),
+  "small groups": (panels.AFFINE, "uint8", 36, 5, 8, "float16", "float32"),
+  "int8": (panels.AFFINE, "int8", 64, 70, 32, "float16", None),
+  "int8, affine": (panels.AFFINE, "int8", 30, 17, 12, "float32", "float16"),
+  "bfloat16": (panels.AFFINE, "bfloat16", 45, 31, 45, None, None),
+}
+BACKENDS = ("reference", "xla", "cpu", "auto")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+  """Skips what needs a compiler where there is none."""
+  try:
+    cpu.compiler()
+  except cpu.Unavailable as error:
+    pytest.skip(str(error))
+  assert cpu.available()
+
+
+def parts(kind, lead=()):
+  """Returns random (codes, scale, offset) of a kind, and how to pack them."""
+  codebook, dtype, inputs, outputs, group, scale, offset = KINDS[kind]
+  rng = np.random.default_rng(0)
+  if dtype == "uint8":
+    codes = rng.integers(0, 16, (*lead, inputs, outputs), np.uint8)
+  elif dtype == "int8":
+    codes = rng.integers(-128, 128, (*lead, inputs, outputs), np.int8)
+  else:
+    codes = rng.standard_normal((*lead, inputs, outputs)).astype(jnp.bfloat16)
+  shape = (*lead, -(-inputs // group), outputs)
+
+  def part(name):
+    if name is None:
+      return None
+    return rng.uniform(-0.2, 0.2, shape).astype(jnp.dtype(name))
+
+  how = dict(codebook=codebook)
+  if scale is not None:
+    how["group"] = group
+  return (codes, part(scale), part(offset)), how
+
+
+def decoded(codes, scale, offset, codebook, group=None):
+  """Returns the float64 matrix, entry by entry."""
+  out = np.zeros(codes.shape)
+  for i in range(codes.shape[0]):
+    for o in range(codes.shape[1]):
+      code = codes[i, o]
+      value = codebook[code] if codes.dtype == np.uint8 else float(code)
+      if scale is not None:
+        value = np.float32(value) * np.float64(scale[i // group, o])
+      if offset is not None:
+        value += np.float64(offset[i // group, o])
+      out[i, o] = value
+  return out
+
+
+@functools.lru_cache
+def case(kind):
+  """Returns (packed, its float64 matrix)."""
+  arrays, how = parts(kind)
+  return panels.pack(*arrays, **how), decoded(*arrays, **how)
+
+
+def inputs_of(kind, rows, dtype=np.float32):
+  rng = np.random.default_rng(rows)
+  x = rng.standard_normal((rows, KINDS[kind][2]))
+  return jnp.asarray(x, dtype)
+
+
+def bound(x, w, eps=2.0**-24):
+  """Returns what sums of that many terms in float32 may be off by.
+
+  Codes are multiplied before scale and offset are: their cancellation adds.
+  """
+  terms = np.abs(np.float64(x)) @ np.abs(w) + np.abs(np.float64(x)).sum(
+    -1, keepdims=True
+  ) * np.abs(w).max(0)
+  return x.shape[-1] * eps * terms
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpack_gives_back_every_bit(kind, lead):
+  arrays, how = parts(kind, lead)
+  w = panels.pack(*arrays, **how)
+  assert w.shape == arrays[0].shape
+  for got, want in zip(panels.unpack(w), arrays, strict=True):
+    assert (got is None) == (want is None)
+    if want is not None:
+      assert got.dtype == want.dtype
+      np.testing.assert_array_equal(
+        np.asarray(got).view(np.uint8), want.view(np.uint8)
+      )
+
+
+def test_every_bfloat16_is_kept():
+  codes = np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16)
+  got, _, _ = panels.unpack(panels.pack(codes.reshape(256, 256)))
+  np.testing.assert_array_equal(
+    np.asarray(got).view(np.uint16).reshape(-1), codes.view(np.uint16)
+  )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_what_the_codes_need(kind):
+  w, matrix = case(kind)
+  lanes = -(-matrix.shape[1] // 16) * 16
+  assert w.words.nbytes == w.padded * lanes * w.bits // 8
+  assert w.padded - matrix.shape[0] < max(w.group, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_and_take(kind):
+  w, matrix = case(kind)
+  np.testing.assert_allclose(panels.dense(w), matrix, rtol=2e-7, atol=1e-7)
+  ids = jnp.array([[0, 3, matrix.shape[1] - 1]])
+  np.testing.assert_array_equal(panels.take(w, ids), panels.dense(w).T[ids])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 13])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind, backend, rows):
+  w, matrix = case(kind)
+  x = inputs_of(kind, rows)
+  product = jax.jit(functools.partial(api.quantized_matmul, backend=backend))
+  got = np.float64(product(x, w))
+  assert np.all(np.abs(got - np.float64(x) @ matrix) <= bound(x, matrix))
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_instruction_set(kind, isa):
+  w, matrix = case(kind)
+  for rows in (1, 2, 8, 21):
+    x = inputs_of(kind, rows)
+    try:
+      got = np.float64(cpu.cpu_matmul(x, w, isa))
+    except jax.errors.JaxRuntimeError as error:
+      assert "none of that name for this W" in str(error)
+      continue
+    assert np.all(np.abs(got - np.float64(x) @ matrix) <= bound(x, matrix))
+
+
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+@pytest.mark.parametrize("kind", ["affine", "bfloat16"])
+def test_bfloat16_activations_are_rounded_once(kind, backend):
+  w, matrix = case(kind)
+  x = inputs_of(kind, 3, jnp.bfloat16)
+  got = api.quantized_matmul(x, w, backend=backend)
+  assert got.dtype == jnp.bfloat16
+  want = np.float64(x) @ matrix
+  # XLA multiplies weights that were rounded to bfloat16.
+  eps = 2.0**-8 if backend == "xla" else 2.0**-24
+  slack = bound(x, matrix, eps) + 2.0**-8 * np.abs(want)
+  assert np.all(np.abs(np.float64(got) - want) <= slack)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["nf4", "int8, affine", "bfloat16"])
+def test_the_input_gradient(kind, backend):
+  w, matrix = case(kind)
+  x = inputs_of(kind, 5)
+  dy = jnp.asarray(
+    np.random.default_rng(9).standard_normal((5, matrix.shape[1])), np.float32
+  )
+  f = functools.partial(api.quantized_matmul, backend=backend)
+  dx = jax.jit(lambda x, w: jax.vjp(lambda x: f(x, w), x)[1](dy)[0])(x, w)
+  want = np.float64(dy) @ matrix.T
+  slack = bound(dy, matrix.T)
+  assert np.all(np.abs(np.float64(dx) - want) <= slack)
+
+
+def test_the_backward_pass_keeps_packed_weights_alone():
+  w = panels.pack(np.zeros((256, 512), np.int8), np.ones((8, 512), np.float32))
+  x = jnp.ones((3, 256))
+
+  def pull(x, w):
+    return jax.vjp(lambda x: api.quantized_matmul(x, w), x)[1]
+
+  kept = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(
+    jax.eval_shape(pull, x, w)
+  ))  # fmt: skip
+  assert kept <= sum(part.nbytes for part in jax.tree.leaves(w))
+
+
+def test_large_matrices_are_decoded_piece_by_piece():
+  codes = np.random.default_rng(0).integers(0, 16, (64, 40_000), np.uint8)
+  w = panels.pack(codes, np.ones((2, 40_000), np.float16))
+  x = jnp.ones((1, 64))
+  compiled = jax.jit(
+    functools.partial(api.quantized_matmul, backend="xla")
+  ).lower(x, w).compile()  # fmt: skip
+  # Whole, it would be 10 MB and its codes several times as much.
+  assert compiled.memory_analysis().temp_size_in_bytes < 9 << 20
+  np.testing.assert_array_equal(compiled(x, w)[0], codes.sum(0))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_shows(value):
+  w, _ = case("affine")
+  x = inputs_of("affine", 2).at[1, 7].set(value)
+  for isa in ("auto", "portable"):
+    got = cpu.cpu_matmul(x, w, isa)
+    assert np.isfinite(got[0]).all()
+    assert not np.isfinite(got[1]).any()
+
+
+def test_activations_of_any_size():
+  w, matrix = case("signed")
+  rows = np.array([[1e-38], [1e-20], [1e30]], np.float32)
+  x = jnp.asarray(rows) * jnp.ones((3, 100))
+  got = np.float64(cpu.cpu_matmul(x, w))
+  want = np.float64(x) @ matrix
+  # A product below 1e-29 may be lost.
+  assert np.all(np.abs(got - want) <= bound(x, matrix) + 1e-29)
+
+
+def test_it_batches_and_takes_no_rows():
+  w, _ = case("affine")
+  x = inputs_of("affine", 6)
+  apart = jax.vmap(lambda x: api.quantized_matmul(x, w, backend="cpu"))(
+    x.reshape(3, 2, -1)
+  )
+  np.testing.assert_array_equal(
+    apart.reshape(6, -1)[:2],
+    api.quantized_matmul(x[:2], w, backend="cpu"),
+  )
+  assert api.quantized_matmul(x[:0], w).shape == (0, 33)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(inputs=95), r"found x \(2, 96\)"),
+    (dict(backend="gpu"), "backend: found 'gpu'"),
+    (dict(lead=True), "quantized_matmul: found"),
+    (dict(x="float16", backend="cpu"), "found float16"),
+  ],
+)
+def test_products_that_do_not_fit_are_refused(change, message):
+  w, _ = case("affine")
+  x = inputs_of("affine", 2, change.get("x", np.float32))
+  if "inputs" in change:
+    x = x[:, : change["inputs"]] if change["inputs"] > 96 else x
+    w = panels.pack(np.zeros((95, 8), np.int8), np.ones((3, 8), "f4"), group=32)
+  if "lead" in change:
+    w = jax.tree.map(lambda part: part[None], w)
+  with pytest.raises(ValueError, match=message):
+    api.quantized_matmul(x, w, backend=change.get("backend", "auto"))
+
+
+GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "how", "message"),
+  [
+    ((GOOD[0].astype(np.int32), GOOD[1]), {}, "codes: found int32"),
+    ((GOOD[0][0], GOOD[1]), {}, "codes: found uint8"),
+    ((GOOD[0][:0], GOOD[1]), {}, "codes: found uint8"),
+    ((GOOD[0] + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
+    ((GOOD[0],), {}, "scale: missing"),
+    ((GOOD[0], None, GOOD[1]), {}, "offset: given without"),
+    ((GOOD[0].astype(jnp.bfloat16), GOOD[1]), {}, "bfloat16 weights have none"),
+    ((GOOD[0], GOOD[1][:, :7]), {}, r"found float32 \(2, 7\)"),
+    ((GOOD[0], GOOD[1].astype(np.float64)), {}, "found float64"),
+    ((GOOD[0], np.ones((3, 8), "f4")), {}, "expected a divisor"),
+    ((GOOD[0], GOOD[1]), dict(group=12), "positive multiple of 8"),
+    ((GOOD[0], GOOD[1]), dict(group=0), "positive multiple of 8"),
+    ((GOOD[0], GOOD[1]), dict(codebook=(1.0,) * 15), "16 finite"),
+    ((GOOD[0], GOOD[1]), dict(codebook=(np.inf,) * 16), "16 finite"),
+  ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, how, message):
+  with pytest.raises(ValueError, match=message):
+    panels.pack(*arguments, **how)
+
+
+BUFFERS = dict(
+  x=((2, 64), "float32"),
+  words=((2, 8, 16), "uint32"),
+  scale=((2, 2, 16), "float32"),
+  offset=((0,), "float32"),
+)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(bits=5), "bits"),
+    (dict(x=((2, 65), "float32")), "more inputs"),
+    (dict(x=((3, 64), "float32")), "number of rows"),
+    (dict(x=((2, 64), "int32")), "x: type"),
+    (dict(words=((1, 8, 16), "uint32")), "number of outputs"),
+    (dict(words=((3, 8, 16), "uint32")), "number of outputs"),
+    (dict(words=((2, 8, 8), "uint32")), r"\[P, W, 16\]"),
+    (dict(group=24), "group"),
+    (dict(group=0), "group"),
+    (dict(group=-32), "group"),
+    (dict(scale=((2, 1, 16), "float32")), "groups, 16"),
+    (dict(scale=((2, 2, 16), "int32")), "no floats"),
+    (dict(offset=((2, 2, 15), "float32")), "groups, 16"),
+    (dict(codebook=15), "codebook"),
+    (dict(isa="mmx"), "isa"),
+  ],
+)
+def test_the_library_checks_every_buffer(change, message):
+  buffers = {
+    name: jnp.zeros(*change.get(name, default))
+    for name, default in BUFFERS.items()
+  }
+  call = jax.ffi.ffi_call(
+    cpu.TARGET, jax.ShapeDtypeStruct((2, 32), jnp.float32)
+  )
+  with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+    call(
+      *buffers.values(),
+      codebook=np.zeros(change.get("codebook", 16), np.float32),
+      bits=np.int64(change.get("bits", 4)),
+      group=np.int64(change.get("group", 32)),
+      isa=change.get("isa", "auto"),
+    )
+
+
+@pytest.mark.parametrize(
+  ("variables", "message"),
+  [
+    (dict(CXX="no-such-compiler"), "no C.. compiler .looked for no-such"),
+    (dict(CXX="false"), "returned non-zero|failed"),
+    (dict(PATH=""), "no C.. compiler .looked for c"),
+  ],
+)
+def test_without_a_compiler_xla_computes(
+  variables, message, monkeypatch, tmp_path
+):
+  w, matrix = case("affine")
+  x = inputs_of("affine", 2)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.delenv("CXX", raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value)
+  cpu.available.cache_clear()
+  try:
+    with pytest.warns(RuntimeWarning, match=message):
+      got = jax.jit(lambda x, w: api.quantized_matmul(x, w))(x, w)
+    with warnings.catch_warnings():
+      warnings.simplefilter("error")  # it was said once
+      again = api.quantized_matmul(x, w)
+    with pytest.raises(ValueError, match="needs a C"):
+      api.quantized_matmul(x, w, backend="cpu")
+  finally:
+    cpu.available.cache_clear()
+  for y in (got, again):
+    off = np.abs(np.float64(y) - np.float64(x) @ matrix)
+    assert np.all(off <= bound(x, matrix))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_library_is_not_loaded(damage, tmp_path):
+  made = cpu.build(cpu.cache_folder())
+  good = made.read_bytes()
+  bad = dict(
+    cut=good[: len(good) // 2],
+    flipped=good[:99] + bytes([good[99] ^ 1]) + good[100:],
+    empty=b"",
+  )[damage]
+  assert cpu.is_whole(made)
+  copy = tmp_path / made.name
+  copy.write_bytes(bad)
+  assert not cpu.is_whole(copy)
+
+
+def test_a_library_is_made_once_and_again_if_damaged(tmp_path, monkeypatch):
+  script = tmp_path / "cxx"
+  script.write_text(
+    "#!/bin/sh\n"
+    '[ "$1" = --version ] && echo a compiler && exit\n'
+    f"echo called >> {tmp_path}/calls\n"
+    'for last; do :; done; echo library > "$last"\n'
+  )
+  script.chmod(0o700)
+  monkeypatch.setenv("CXX", str(script))
+  folder = tmp_path / "libraries"
+  made = cpu.build(folder)
+  assert cpu.is_whole(made)
+  assert cpu.build(folder) == made
+  assert (tmp_path / "calls").read_text() == "called\n"
+  made.write_bytes(b"half")
+  assert cpu.build(folder) == made
+  assert cpu.is_whole(made)
+  assert (tmp_path / "calls").read_text() == "called\n" * 2
+  assert [path.name for path in folder.iterdir()] == [made.name]
