@@ -171,6 +171,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   import jax
 
   from research.nn import generate, sampling, stream
+  from research.quant import panels
   from research.typing import UserError
 
   if _SAMPLER.value == "diffusion":
@@ -182,7 +183,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   sampling.check(rules)
   loaded = _load()
   prompt = _tokens(loaded.tokenizer)
-  params = generate.prepare(loaded.params, loaded.model)
+  params = generate.prepare(panels.decoding(loaded.params), loaded.model)
   start, first, pieces = time.perf_counter(), None, []
   for (piece,) in stream.stream(
     loaded.model,

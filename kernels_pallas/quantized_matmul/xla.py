@@ -29,7 +29,7 @@ def xla_matmul(x: Float[Array, "B I"], w: Panels) -> Float[Array, "B O"]:
     )
 
   y = jax.lax.map(piece, _pieces(w))  # [N, B, panels of a piece, 16]
-  y = jnp.moveaxis(y, 0, 1).reshape(len(x), -1)
+  y = jnp.moveaxis(y, 0, 1).reshape(len(x), y.shape[0] * y.shape[2] * LANES)
   return y[:, : w.outputs].astype(x.dtype)
 
 
@@ -40,7 +40,9 @@ def xla_input_gradient(
   dy, w = jax.lax.optimization_barrier((dy, w))
   pieces = _pieces(w)
   count, each = pieces.words.shape[:2]
-  slopes = _padded(dy, count * each * LANES).reshape(-1, count, each, LANES)
+  slopes = _padded(dy, count * each * LANES).reshape(
+    len(dy), count, each, LANES
+  )
 
   def add(total, slopes_and_part):
     slope, part = slopes_and_part

@@ -108,9 +108,7 @@ class PanelTensor:
   def axes(self, names: tuple[str | None, ...]) -> "PanelTensor":
     """Panels keep the outputs' name, words and groups the inputs'."""
     *lead, first, second = names
-    inputs, outputs = (
-      (first, second) if self.axis == -2 else (second, first)
-    )
+    inputs, outputs = (first, second) if self.axis == -2 else (second, first)
     part_names = (*lead, outputs, inputs, None)
     parts = jax.tree.map(
       lambda part: weights.axes(part, part_names), self.panels

@@ -1,0 +1,137 @@
+"""Panels as a leaf: the same numbers and the same model, for CPU decoding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.quantized_matmul import cpu
+from research import tree, weights
+from research.lora.tensor import LoRATensor
+from research.nn import generate
+from research.quant import blocks, panels
+from tests import support
+from tests.research.quant.test_blocks import (
+  KINDS,
+  SIZES,
+  adapted,
+  logits,
+  packed_params,
+  raw,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:quantized_matmul")
+
+
+def leaf(kind, axis=-2):
+  return blocks.from_ggml(kind, raw(kind, 1, 24, 64), axis).squeeze()
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_keep_every_bit(kind, axis):
+  w = leaf(kind, axis)
+  got = panels.from_blocks(w)
+  assert (got.shape, got.dtype, got.ndim) == (w.shape, w.dtype, w.ndim)
+  np.testing.assert_array_equal(jax.jit(weights.dense)(got), w.dense())
+  assert got.panels.bits == (4 if kind.startswith("Q4") else 8)
+
+
+def test_bfloat16_keeps_every_bit():
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), jnp.bfloat16)
+  for axis in (-2, -1):
+    got = panels.from_array(w, axis)
+    assert (got.shape, got.dtype) == (w.shape, w.dtype)
+    np.testing.assert_array_equal(got.dense(), w)
+  ids = jnp.array([[3, 0, 23]])
+  np.testing.assert_array_equal(weights.take(got, ids), w[ids])
+
+
+@pytest.mark.parametrize(
+  ("eq", "axis", "shape"),
+  [
+    ("...d,df->...f", -2, (2, 3, 64)),
+    ("...d,vd->...v", -1, (3, 64)),
+    ("...f,df->...d", -2, (3, 24)),
+  ],
+)
+def test_einsum_and_its_gradient_are_those_of_the_blocks(eq, axis, shape):
+  w = leaf("Q4_1", axis)
+  got = panels.from_blocks(w)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=shape), np.float32)
+
+  def both(w):
+    y, pull = jax.vjp(lambda x: weights.einsum(eq, x, w), x)
+    return y, pull(jnp.ones_like(y))[0]
+
+  for a, b in zip(jax.jit(both)(got), jax.jit(both)(w), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_are_named_after_the_axes_they_cut():
+  w = panels.from_blocks(leaf("Q4_1"))
+  named = weights.axes(w, ("width", "heads"))
+  assert named.panels.words == ("heads", "width", None)
+  assert named.panels.scale == ("heads", "width", None)
+  other = weights.axes(panels.from_blocks(leaf("Q4_0", -1)), ("vocab", "width"))
+  assert other.panels.words == ("vocab", "width", None)
+  assert other.panels.offset is None
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0"])
+def test_a_packed_model_is_the_same_in_panels(kind):
+  model = support.model(tied=True, **SIZES)
+  params = adapted(packed_params(model, kind))
+  got = panels.to_panels(params)
+  assert tree.run_length(got["run0"]) == 1
+  assert isinstance(got["embed"], panels.PanelTensor)
+  attention = got["run0"]["layer0"]["attention"]
+  assert isinstance(attention["q"], LoRATensor)
+  assert isinstance(attention["q"].w, panels.PanelTensor)
+  tokens = support.tokens(vocab=64)
+  want = logits(model, params, tokens)
+  np.testing.assert_allclose(
+    logits(model, got, tokens), want, atol=1e-5 * float(jnp.ptp(want))
+  )
+  np.testing.assert_allclose(  # of one row alone, as in decoding
+    logits(model, got, tokens[:1, :1]),
+    logits(model, params, tokens[:1, :1]),
+    atol=1e-5 * float(jnp.ptp(want)),
+  )
+
+
+def test_a_bfloat16_model_is_the_same_in_panels():
+  model = support.model(tied=False, **SIZES)
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), support.params(model))
+  got = panels.to_panels(params)
+  names = [
+    path
+    for path, leaf in tree.flatten_paths(got["run0"]["layer0"])
+    if leaf.dtype == jnp.uint32
+  ]
+  assert len(names) == 7
+  tokens = support.tokens(vocab=64)
+  # In float32 both multiply the very same numbers.
+  want = logits(model, params, tokens)
+  np.testing.assert_allclose(
+    logits(model, got, tokens), want, atol=1e-5 * float(jnp.ptp(want))
+  )
+
+
+def test_decoding_chooses(monkeypatch):
+  model = support.model(tied=True, **SIZES)
+  plain, packed = support.params(model), packed_params(model)
+  assert panels.decoding(plain) is plain
+  monkeypatch.setattr(cpu, "available", lambda: True)
+  assert isinstance(panels.decoding(packed)["embed"], panels.PanelTensor)
+  monkeypatch.setattr(cpu, "available", lambda: False)
+  assert panels.decoding(packed) is packed
+
+
+def test_text_from_panels_is_the_packed_models():
+  model = support.model(tied=True, **SIZES)
+  params = packed_params(model)
+  prompts = [[3, 5, 7], [11]]
+  want = generate.generate(model, params, prompts, 6)
+  got = generate.generate(model, panels.to_panels(params), prompts, 6)
+  assert got == want
