@@ -12,12 +12,16 @@ import pathlib
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 START = time.time()
 """When this process began, to within the interpreter's own start."""
+
+PATIENCE = 10.0
+"""Seconds that a process which failed waits for the others to fail, too."""
 
 PACKAGES = ("research", "kernels_pallas", "experiments")
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -143,9 +147,33 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
     if mine:
       jax.distributed.shutdown()
     raise
-  # After another error, the others hear of it as this process ends.
+  # After another error, see `leave`.
   if mine:
     jax.distributed.shutdown()
+
+
+def leave(status: int) -> None:
+  """Ends this process after an error, if it is one of several.
+
+  JAX would wait at exit for the others, and they for this one's part of what
+  they compute. If they do not come soon, it goes without a word, and they
+  notice that.
+  """
+  import jax
+
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return
+
+  def part():
+    with contextlib.suppress(Exception):
+      jax.distributed.shutdown()
+
+  together = threading.Thread(target=part, daemon=True)
+  together.start()
+  together.join(PATIENCE)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _connect(where: Cluster) -> bool:
