@@ -110,6 +110,18 @@ def required(**values: Any) -> None:
       raise UserError(f"--{name}: is missing; --help says what it is")
 
 
+def local(**paths: str | None) -> None:
+  """Raises UserError for the first flag that names no local path."""
+  for name, path in paths.items():
+    if path is not None and "://" in path:
+      from research.typing import UserError
+
+      raise UserError(
+        f"--{name}={path}: found an object store's, expected a local path;"
+        " copy or mount it first"
+      )
+
+
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
   try:
@@ -120,6 +132,10 @@ def run(main: Main) -> NoReturn:
     # has been said; Python would complain again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
+  if status not in (0, PREEMPTED) and "jax" in sys.modules:
+    from experiments import runtime
+
+    runtime.leave(status)
   sys.exit(status)
 
 

@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   """Compares; returns the numbers, which the command prints as JSON."""
   del argv
   cli.required(workdir=",".join(_WORKDIR.value))
+  cli.local(workdir=",".join(_WORKDIR.value), out=_OUT.value)
   from experiments import compare, tables
   from research.training import plot_runs
 

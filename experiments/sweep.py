@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   """Runs the units; returns the result, which the command prints as JSON."""
   del argv
   cli.required(sweep=_SWEEP.value)
+  cli.local(workdir=_WORKDIR.value)
   from experiments import config, launch, sweep_results, sweep_units, sweeps
   from research.training.preemption import Preempted
   from research.typing import UserError

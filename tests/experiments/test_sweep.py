@@ -185,6 +185,7 @@ def test_a_trial_has_bindings_of_its_own(command):
     ([], {"more": "sweeps.Sweep.axes = 'RANK'"}, "parameter named 'axes'"),
     ([], {"more": "sweeps.Sweep.better = 'more'"}, "better: found 'more'"),
     (["--sweep=nowhere.gin"], {}, "--sweep=nowhere.gin: no such file"),
+    (["--workdir=gs://a/b"], {}, "--workdir=gs://a/b: .* a local path"),
   ],
 )
 def test_mistakes_are_found_before_anything_runs(
