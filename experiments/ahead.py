@@ -88,7 +88,14 @@ def _given(
 def _table(experiment: Experiment, taken: shapes.Shapes) -> str:
   params = taken.state.params
   where = jax.tree.map(lambda x: x.sharding, params)
-  return tree.describe(params, experiment.trainable, where)
+  counts = sharding.counts(taken.loaded.model)
+  uncut = experiment.mesh.uncut(params, taken.mesh, counts)
+  return "\n".join(
+    [
+      tree.describe(params, experiment.trainable, where),
+      *(f"not cut, since the mesh does not divide it: {x}" for x in uncut),
+    ]
+  )
 
 
 def _head(found: dict[str, Any]) -> str:

@@ -225,6 +225,8 @@ def _say_parameters(
     shardings = where.shardings(built.params)
     each = sharding.bytes_per_device(built.params, shardings)
     note = f"; {where.describe()}, {each:,} bytes of them on each"
+    for what in where.uncut(built.params):
+      _say(f"not cut, since the mesh does not divide it: {what}")
   _write(
     workdir / "parameters.txt",
     tree.describe(built.params, experiment.trainable, shardings) + "\n",

@@ -44,6 +44,10 @@ class Site:
     """Returns a sharding for each array of `tree`, or of its shapes."""
     return self.layout.shardings(tree, self.mesh, self.counts)
 
+  def uncut(self, tree: Any) -> list[str]:
+    """Returns what of `tree` the mesh does not divide, see `Layout.uncut`."""
+    return self.layout.uncut(tree, self.mesh, self.counts)
+
   @property
   def batch(self) -> NamedSharding | None:
     """The sharding of batches `[B, T]`; None on one device."""

@@ -19,7 +19,6 @@ Pipeline parallelism is out of scope: no axis cuts the stack of layers.
 """
 
 import dataclasses
-import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -167,6 +166,19 @@ class Layout:
     Raises:
       UserError: no row of the table matches an array.
     """
+    return self._cut(tree, mesh, counts)[0]
+
+  def uncut(
+    self, tree: Any, mesh: Mesh, counts: Mapping[str, int] | None = None
+  ) -> list[str]:
+    """Returns, in words, what `shardings` leaves whole against the rules.
+
+    Those are axes that their mesh axes do not divide: one line a name and
+    size, with an array that has it.
+    """
+    return self._cut(tree, mesh, counts)[1]
+
+  def _cut(self, tree, mesh, counts) -> tuple[Shardings, list[str]]:
     cut = _Cut(self.rules, dict(mesh.shape), counts or {})
 
     def one(path: str, leaf: Any) -> Any:
@@ -177,9 +189,7 @@ class Layout:
         names,
       )
 
-    found = trees.map_paths(one, tree, is_leaf=weights.is_weight)
-    cut.log()
-    return found
+    return trees.map_paths(one, tree, is_leaf=weights.is_weight), cut.whole()
 
   def _names(self, path: str, leaf: Any) -> Names:
     names = names_of(path, self.axes)
@@ -259,14 +269,9 @@ class _Cut:
       self._whole[f"{name} of {pieces}"] = path
     return kept
 
-  def log(self) -> None:
-    for what, path in self._whole.items():
-      logging.info(
-        "%s is not cut as the mesh %s would have it: %s",
-        what,
-        self._sizes,
-        path,
-      )
+  def whole(self) -> list[str]:
+    """Returns what stayed whole that the rules would cut."""
+    return [f"{what} ({path})" for what, path in self._whole.items()]
 
 
 def _mesh_axes(rules, name, sizes) -> tuple[str, ...]:

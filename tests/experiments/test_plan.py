@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from experiments import ahead, cli, experiment, plan, shapes
+from experiments import ahead, cli, config, experiment, plan, shapes
 from research.interop import unread
 from research.planning import chips, flops
 from research.sharding import Layout
@@ -171,3 +171,11 @@ def test_the_command_ends_with_its_result(tmp_path, capsys):
 def test_what_the_command_refuses(capsys, flags, words):
   assert cli.call(plan.main, ["plan", *flags]) == 1
   assert words in capsys.readouterr().err
+
+
+def test_what_the_mesh_does_not_divide_is_said():
+  bindings = ["DATA=1", "TENSOR=2", "LENGTH=32"]
+  experiment = config.parse(RUN, bindings).experiment
+  taken = shapes.shapes(experiment, jax.devices())
+  said = ahead._table(experiment, taken).splitlines()[-1]
+  assert "does not divide it: kv_heads of 1 (run0/layer0/attention/" in said
