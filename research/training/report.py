@@ -97,12 +97,16 @@ class Report:
       if not math.isfinite(value):
         raise UserError(
           f"{self.workdir}: {name} is {value} at step {step}.\n"
-          "Expected a finite number; lower the learning rate or clip, then"
-          f" {_again(self._good())}."
+          "Expected a finite number; lower the learning rate or clip, in a new"
+          f" workdir{_again(self._good())}."
         )
 
 
 def _again(good: int | None) -> str:
+  # Another learning rate is another experiment, which this workdir refuses.
   if good is None:
-    return "start again: nothing had been saved"
-  return f"resume from\nthe last good checkpoint, of step {good}"
+    return ": nothing had been saved"
+  return (
+    ". To go on from\nthe last good checkpoint, of step"
+    f" {good}, copy checkpoints/ there"
+  )

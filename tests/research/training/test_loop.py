@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import chex
 import jax
@@ -141,11 +142,15 @@ def test_a_nan_stops_the_run_before_it_is_saved(line, tmp_path):
   with pytest.raises(UserError) as caught:
     line_run(line, tmp_path, plan, bad_from=6)
   assert "train/loss is nan at step 6" in str(caught.value)
-  assert "\nthe last good checkpoint, of step 4." in str(caught.value)
+  assert "\nthe last good checkpoint, of step 4, copy" in str(caught.value)
   assert str(caught.value).count("\n") < 3
   with Checkpoints(tmp_path / "checkpoints") as checkpoints:
     assert checkpoints.steps == [2, 4]
   assert records(tmp_path)[-1]["train/loss"] is None
+  # A new workdir with a copy of its checkpoints goes on from the last one.
+  new = tmp_path / "new"
+  shutil.copytree(tmp_path / "checkpoints", new / "checkpoints")
+  assert line_run(line, new, plan).start == 4
   # The same workdir, with good data, goes on from the last checkpoint.
   out = line_run(line, tmp_path, plan)
   assert int(out.state.step) == 9
