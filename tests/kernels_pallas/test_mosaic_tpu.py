@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas.flash_attention import dropout
 from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
+from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
@@ -314,3 +315,26 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
   chosen("tpu", Blocks())
   names = [name for name, _ in found]
   assert names == ["mosaic_tpu", "xla_blockwise", "xla_blockwise"]
+
+
+def test_each_device_runs_the_kernel_on_its_own_part():
+  q, k, v = (draw(2, T, n, 8, seed=n) for n in (4, 2, 2))
+  options = {
+    "backend": "mosaic_tpu",
+    "interpret": True,
+    "config": TILES["fused"],
+    "mask": Mask.causal(),
+  }
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(
+    jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
+  cut = Cut(batch=("data",), heads=("tensor",))
+
+  def gradients(attend):
+    loss = lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v)))  # noqa: E731
+    return quick(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+  whole = gradients(lambda *x: flash_attention(*x, **options))
+  with jax.set_mesh(mesh):
+    parts = gradients(lambda *x: sharded_attention(*x, cut=cut, **options))
+  # The same operations for each head.
+  chex.assert_trees_all_close(parts, whole, rtol=1e-6, atol=1e-6)
