@@ -13,7 +13,7 @@ from kernels_pallas.quantized_matmul.xla import xla_input_gradient, xla_matmul
 
 BACKENDS = ("auto", "reference", "xla", "cpu")
 
-MANY = 64
+MANY = 512
 """Rows from which decoding the matrix once, for XLA's own matmul, is faster
 than decoding it for every eight of them."""
 

@@ -14,10 +14,10 @@
 // group only the codes are multiplied: scale enters once a group, and offset
 // times the sum of the group's x, which is computed once.
 //
-// Where the CPU has VNNI and codes are integers, x becomes fixed point first: of
-// a group's largest |x|, 23 bits, as three signed bytes. Products of bytes and
-// their sums are exact integers, so this is as exact as float32, and for a row
-// alone nearly twice as fast.
+// Where the CPU has VNNI and codes are integers, x becomes fixed point first:
+// of a group's largest |x|, 23 bits, as three signed bytes. Products of bytes
+// and their sums are exact integers, so this is as exact as float32, and for a
+// row alone nearly twice as fast.
 //
 // Every output is summed in one order, input by input and group by group, by
 // one thread, so results do not depend on the number of threads. (The last bits
@@ -204,7 +204,9 @@ struct V {
     const __m256i raw = words(static_cast<const uint16_t*>(n.data) + i);
     const __m128i low = _mm256_castsi256_si128(raw);
     const __m128i high = _mm256_extracti128_si256(raw, 1);
-    if (n.type == Type::kF16) return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
+    if (n.type == Type::kF16) {
+      return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
+    }
     return half({_mm256_cvtepu16_epi32(low), _mm256_cvtepu16_epi32(high)});
   }
   // The permutation sees three bits; the fourth chooses between the halves.
@@ -282,11 +284,13 @@ struct V {
 // unit a group's own. Four inputs' bytes make a digit word, which vpdpbusd
 // multiplies with four codes in each lane.
 namespace vnni {
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define TARGET \
+  __attribute__((  \
+      target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
 constexpr int kDigits = 3;
 constexpr float kLargest = 8355000;  // below 127 * (1 + 256 + 65536)
 
-// Rows from which float32, which decodes codes once for several rows, is faster.
+// Rows from which float32 is faster: it decodes codes once for several rows.
 constexpr int64_t kMany = 4;
 
 // 4-bit codes that are consecutive integers, or 8 bits, in groups of 16 (and
@@ -311,9 +315,12 @@ inline int32_t zero(const Problem& p) {
 TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
                            float* units, float* sums) {
   // A 4-bit word gives its even codes first, then its odd ones.
-  const __m128i order =
-      p.bits == 8 ? _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-                  : _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+  __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7,  //
+                                8, 10, 12, 14, 9, 11, 13, 15);
+  if (p.bits == 8) {
+    order = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7,  //
+                          8, 9, 10, 11, 12, 13, 14, 15);
+  }
   for (int64_t g = 0; g < p.rows * p.groups; ++g) {
     const float* x = p.x + g * p.group;
     __m512 top = _mm512_setzero_ps();
@@ -385,7 +392,7 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
       UNROLL
       for (int q = 0; q < PANELS; ++q) {
         const __m512i word = _mm512_loadu_si512(codes + q * stride);
-        // A panel is about a page, at whose end the CPU's own prefetching stops.
+        // A panel is about a page: the CPU's own prefetching stops at its end.
         __builtin_prefetch(codes + (q + PANELS) * stride);
         __m512i bytes[kWords];
         if constexpr (BITS == 8) {
@@ -452,8 +459,8 @@ inline Kernel kernel(const std::string& name, const Problem& p) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if ((any || name == "vnni") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      vnni::takes(p)) {
+      __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && vnni::takes(p)) {
     return vnni::run;
   }
   if ((any || name == "avx512") && __builtin_cpu_supports("avx512f")) {
@@ -479,7 +486,9 @@ struct Job {
   std::atomic<int64_t> next{0}, done{0};
 
   void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+    while (true) {
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= chunks) return;
       const int64_t end = (i + 1) * chunk;
       kernel(problem, i * chunk, end < problem.panels ? end : problem.panels);
       done.fetch_add(1, std::memory_order_release);
@@ -584,7 +593,8 @@ inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
                        ffi::Span<const float> table, int64_t bits,
                        int64_t group, std::string_view isa) {
   const auto bad = [](const char* what) {
-    return ffi::Error::InvalidArgument(std::string("quantized_matmul: ") + what);
+    return ffi::Error::InvalidArgument(std::string("quantized_matmul: ")
+                                           .append(what));
   };
   const auto xs = x.dimensions(), ws = codes.dimensions(), ys = y->dimensions();
   if (bits != 4 && bits != 8 && bits != 16) return bad("bits: not 4, 8 or 16");
@@ -608,10 +618,13 @@ inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
   for (const ffi::AnyBuffer* part : {&scale, &offset}) {
     if (!part->element_count()) continue;
     const auto s = part->dimensions();
-    if (s.size() != 3 || s[0] != p.panels || s[1] != p.groups || s[2] != kLanes) {
+    if (s.size() != 3 || s[0] != p.panels || s[1] != p.groups ||
+        s[2] != kLanes) {
       return bad("scale, offset: not [P, groups, 16]");
     }
-    if (numbers(*part).type == Type::kNone) return bad("scale, offset: no floats");
+    if (numbers(*part).type == Type::kNone) {
+      return bad("scale, offset: no floats");
+    }
   }
   if (p.offset.data && !p.scale.data) return bad("offset: without a scale");
   if (!p.scale.data && p.groups != 1) return bad("group: without a scale");
@@ -680,7 +693,7 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
       UNROLL
       for (int q = 0; q < PANELS; ++q) {
         V::U word = V::load(codes[q]);
-        // A panel is about a page, at whose end the CPU's own prefetching stops.
+        // A panel is about a page: the CPU's own prefetching stops at its end.
         __builtin_prefetch(codes[q] + PANELS * p.words * kLanes);
         codes[q] += kLanes;
         UNROLL

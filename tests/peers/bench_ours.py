@@ -21,10 +21,16 @@ RANK, ALPHA, RATE = 8, 16.0, 2e-4
 
 
 def load(dtype: str):
-  """Returns the real model and its token ids, the same as torch's."""
+  """Returns the real model and its token ids, the same as torch's.
+
+  Args:
+    dtype: of `table.DTYPES`, or "packed": the file's blocks, computed in fp32.
+  """
   from research.interop.load import load_model
 
-  loaded = load_model("smollm2-135m", dtype=table.DTYPES[dtype])
+  packed = dtype == "packed"
+  name = "float32" if packed else table.DTYPES[dtype]
+  loaded = load_model("smollm2-135m", dtype=name, packed=packed)
   from research.data.sources import PydocTopics
 
   texts = [PydocTopics("train")[i] for i in range(40)]
@@ -85,11 +91,12 @@ def train(dtype: str, runs: int, steps: int) -> dict:
 def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times greedy decoding, prefill within."""
   from research.nn import generate
+  from research.quant import panels
 
   loaded, ids = load(dtype)
   size = table.PROMPT
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
-  params = generate.prepare(loaded.params, loaded.model)
+  params = generate.prepare(panels.decoding(loaded.params), loaded.model)
   model = loaded.model
   del loaded
 
