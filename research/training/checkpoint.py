@@ -177,15 +177,17 @@ class Checkpoints:
     """
     step = self.latest if step is None else step
     if step is None or step not in self.steps:
+      which = "" if step is None else f" of step {step}"
       raise UserError(
-        f"{self.folder}: no checkpoint of step {step}; found {self.steps}."
+        f"{self.folder}: no checkpoint{which}; found {self.steps}.\n"
+        "Expected a run that has saved one; train it further."
       )
     try:
       return self._load(step, target, data)
     except checks.Damaged as error:
       raise UserError(
         f"{self.folder / str(step)}: damaged: {error}.\n"
-        f"Use another step; found {self.steps}."
+        f"Use another step; found {[s for s in self.steps if s != step]}."
       ) from error
 
   def restore_latest(

@@ -217,7 +217,7 @@ def test_who_only_reads_moves_nothing(saved, tmp_path, capsys):
   flip(folder / "4" / "data" / "place.json")
   with Checkpoints(folder) as checkpoints:
     with pytest.raises(
-      UserError, match=r"damaged: data/place.json.*\nUse anot"
+      UserError, match=r"damaged: data/place.json.*\nUse.*found \[3\]"
     ):
       checkpoints.restore(at(0), step=4)
     assert checkpoints.restore_latest(at(0))[1] == 3
