@@ -23,6 +23,9 @@ START = time.time()
 PATIENCE = 10.0
 """Seconds that a process which failed waits for the others to fail, too."""
 
+WRITING = 3600
+"""Seconds that all others wait at the end for the first one, which writes."""
+
 PACKAGES = ("research", "kernels_pallas", "experiments")
 _HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -190,11 +193,15 @@ def _connect(where: Cluster) -> bool:
   try:
     if None not in (coordinator, processes, process):
       jax.distributed.initialize(
-        coordinator, processes, process, cluster_detection_method="deactivate"
+        coordinator,
+        processes,
+        process,
+        cluster_detection_method="deactivate",
+        shutdown_timeout_seconds=WRITING,
       )
       return True
     with contextlib.suppress(ValueError):  # no cluster that JAX knows
-      jax.distributed.initialize()
+      jax.distributed.initialize(shutdown_timeout_seconds=WRITING)
       return True
     # Collectives among its own devices need no network.
     jax.config.update("jax_cpu_collectives_implementation", None)
