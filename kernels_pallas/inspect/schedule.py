@@ -17,7 +17,7 @@ from kernels_pallas.inspect.chips import Chip
 _BUNDLE = re.compile(
   r"^ *(?:0x[0-9a-f]+|0) *(?:[A-Z]{2})? *: *((?:> *)*)\{", re.M
 )
-_MATRIX = re.compile(r"\b(vmatmul|vmatpush[0-9]?)((?:\.\w+)*)")
+_MATRIX = re.compile(r"\b(vmatmul|vmatpush[0-9]?)((?:\.\w+(?:\[\d+\])?)*)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ BODY = """\
    0x1 LB: > { %s2 = sadd.s32 1, %s1 }
    0x2   : > { %v1 = vld [vmem:[%s2]]  ;;  %3 = vmatpush.bf16.msra.mxu0 %v1 }
    0x3   : > > { %4 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v2 }
-   0x4   : > > { %5 = vmatmul.bf16.gmra.mxu0 %v2  ;;  %v9 = vadd.f32 %v8, %v8 }
+   0x4   : > > { %5 = vmatmul.bf16.gmra.mrb[4].mxu0 %v2  ;;  %v9 = vadd.f32 %v8, %v8 }
    0x5 PF: > { %6 = sbr.rel (%p1) target = $region4 }
    0x6   :  {}
 """
