@@ -14,6 +14,9 @@ import numpy as np
 
 from kernels_pallas.inspect.chips import Chip
 
+FULL_DEPTH = 128
+"""A contraction is never shallower: it is padded to the lanes of a register."""
+
 _BUNDLE = re.compile(
   r"^ *(?:0x[0-9a-f]+|0) *(?:[A-Z]{2})? *: *((?:> *)*)\{", re.M
 )
@@ -145,9 +148,9 @@ def _macs(texts: list[str], chip: Chip) -> np.ndarray:
   """bf16 multiply-adds of each bundle.
 
   A matmul instruction takes 16 rows of bf16 or 8 of float32 through a matrix
-  unit, 8 from a matrix register ("lmr"). How deep the unit is filled is said by
-  how many registers of weights were pushed before: they are staged ("msr") and
-  then taken over ("gmr").
+  unit, 8 from a matrix register ("lmr"). How deep a unit of 256 is filled is
+  said by how many registers of weights were pushed before: they are staged
+  ("msr") and then taken over ("gmr").
   """
   macs = np.zeros(len(texts))
   staged, used = {}, {}
@@ -159,6 +162,9 @@ def _macs(texts: list[str], chip: Chip) -> np.ndarray:
       stage = next((x for x in parts if x.startswith("msr")), None)
       if what.startswith("vmatpush"):
         staged[unit, stage] = staged.get((unit, stage), 0) + rows
+        continue
+      if chip.mxu == FULL_DEPTH:
+        macs[n] += rows * chip.mxu**2
         continue
       weights = next((x for x in parts if x.startswith("gmr")), None)
       if stage is not None:

@@ -14,7 +14,7 @@ BODY = """\
    0x1 LB: > { %s2 = sadd.s32 1, %s1 }
    0x2   : > { %v1 = vld [vmem:[%s2]]  ;;  %3 = vmatpush.bf16.msra.mxu0 %v1 }
    0x3   : > > { %4 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v2 }
-   0x4   : > > { %5 = vmatmul.bf16.gmra.mrb[4].mxu0 %v2  ;;  %v9 = vadd.f32 %v8, %v8 }
+   0x4   : > > { %5 = vmatmul.bf16.gmra.mrb[4].mxu0 %v2  ;;  %v9 = vadd %v8 }
    0x5 PF: > { %6 = sbr.rel (%p1) target = $region4 }
    0x6   :  {}
 """
@@ -43,11 +43,11 @@ def _dump(tmp_path):
 
 
 def test_bodies_of_loops_count_as_often_as_they_run(dump):
-  found = schedule.read(dump, "kern", V5P, trips=(5,))
+  found = schedule.read(dump, "kern", V6E, trips=(5,))
   # Three bundles a step, two of a loop; none of what stands outside the grid.
   assert found.bundles == 3 + 2 * 5
   # One register of 16 rows of weights: two matmuls of 16 rows, 16 deep.
-  assert found.macs == 5 * 2 * 16 * 16 * 128
+  assert found.macs == 5 * 2 * 16 * 16 * 256
   assert found.spills() == 1
   np.testing.assert_allclose(found.share()["MXU"], 11 / 4 / 13)
 
