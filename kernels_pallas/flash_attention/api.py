@@ -11,7 +11,7 @@ from kernels_pallas.flash_attention.blocked import blocked_attention
 from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import LANES, Tiles
+from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
 from kernels_pallas.masks import Mask, Segments, Window
 
 BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu")
@@ -124,19 +124,21 @@ def flash_attention(
     raise ValueError(f"softcap: found {softcap}, expected a positive number")
   if backend == "auto":
     backend, _ = choose(q, config)
-  run, default = _backend(backend, interpret)
+  run, kind = _backend(backend, interpret)
+  if config is None:
+    config = for_device(_device()[1]) if kind is Tiles else Blocks()
+  if not isinstance(config, kind):
+    raise ValueError(
+      f"config: found {config!r}, expected {kind.__name__} for {backend}"
+    )
   spec = Spec(
     scale=H**-0.5 if scale is None else float(scale),
     softcap=softcap,
     bias_before_softcap=bias_before_softcap,
     dropout_rate=float(dropout_rate),
     precision=precision,
-    blocks=default() if config is None else config,
+    blocks=config,
   )
-  if not isinstance(spec.blocks, default):
-    raise ValueError(
-      f"config: found {config!r}, expected {default.__name__} for {backend}"
-    )
   if bias is not None:
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
   seed = None
@@ -158,8 +160,7 @@ def choose(
     q: Queries.
     config: Tile sizes, if the caller gave any.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = jax.default_backend() if device is None else device.platform
+  platform, _ = _device()
   if isinstance(config, Blocks):
     return "xla_blockwise", "config is a Blocks"
   if platform != "tpu":
@@ -169,6 +170,14 @@ def choose(
   if q.shape[1] < LANES:
     return "xla_blockwise", f"a TPU kernel would pad T to {LANES} queries"
   return "mosaic_tpu", "the program is for a TPU"
+
+
+def _device() -> tuple[str, str]:
+  """Platform and kind of the devices that the program is for."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None:
+    return device.platform, device.device_kind
+  return jax.default_backend(), jax.devices()[0].device_kind
 
 
 def _backend(name, interpret):

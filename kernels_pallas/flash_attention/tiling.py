@@ -63,6 +63,20 @@ class Tiles:
       )
 
 
+def for_device(kind: str) -> Tiles:
+  """The tiles with the fewest bundles on a kind of device.
+
+  As `python -m kernels_pallas.inspect --blocks=` finds them for D = 128 in
+  bf16.
+
+  Args:
+    kind: As JAX calls it: 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', ...
+  """
+  if kind == "TPU v5 lite":
+    return Tiles(dkv=Tile(2048, 1024, 512, 256))
+  return Tiles()
+
+
 def fit(tile: Tile, T: int, S: int) -> Tile:
   """The tile shrunk to T queries and S keys, with little padding.
 

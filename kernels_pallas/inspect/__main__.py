@@ -1,19 +1,17 @@
 """The command: one kernel on one chip, beside the reference if asked."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
 
+from kernels_pallas.flash_attention import tiling
 from kernels_pallas.inspect import build, chips, picture, report
 from kernels_pallas.inspect.build import Job
 from kernels_pallas.inspect.report import Measurement
 
-# Our tiles: (q, kv, q part, kv part); splash's blocks: (q, kv, part, fused).
-OURS = {
-  "forward": ((2048, 2048, 256, 128),),
-  "backward": ((2048, 1024, 256, 256),),
-}
+# (q, kv, kv part, fused) of splash.
 SPLASH = {
   "forward": ((2048, 2048, 256, 0), (2048, 2048, 512, 0), (1024, 1024, 256, 0)),
   "backward": (
@@ -29,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
   if problem is not None:
     print(f"kernels_pallas.inspect: {problem}", file=sys.stderr)
     return 1
-  tiles = [_blocks(args.blocks)] if args.blocks else OURS[args.direction]
+  tiles = [_blocks(args.blocks) if args.blocks else _tile(args)]
   ours = _measure(args, "ours", tiles)
   if not ours:
     return 1
@@ -75,6 +73,14 @@ def _blocks(text: str) -> tuple[int, ...]:
       f"--blocks: found {text!r}, expected four numbers: q,kv,q_part,kv_part"
     )
   return blocks
+
+
+def _tile(args) -> tuple[int, ...]:
+  """The tile that the kernels take on the target."""
+  tiles = tiling.for_device(chips.CHIPS[args.target].kind)
+  names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
+  name = names.get((args.direction, args.backward), "forward")
+  return dataclasses.astuple(getattr(tiles, name))
 
 
 def _same(ours: Measurement) -> tuple[int, ...]:
