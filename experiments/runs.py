@@ -227,6 +227,9 @@ def _say_parameters(
     note = f"; {where.describe()}, {each:,} bytes of them on each"
     for what in where.uncut(built.params):
       _say(f"not cut, since the mesh does not divide it: {what}")
+  used = 1 if where.mesh is None else where.mesh.size
+  if (spare := jax.device_count() - used) > 0:
+    _say(f"{spare} more devices are not used; --set=DATA=-1 takes all")
   _write(
     workdir / "parameters.txt",
     tree.describe(built.params, experiment.trainable, shardings) + "\n",

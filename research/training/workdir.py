@@ -22,7 +22,8 @@ def claim_workdir(
 
   The mark is `config.gin`, the operative configuration. One that is there must
   be equal, but for lines in which `may_differ` is found: more steps are the
-  same experiment. Other versions of code and libraries are only warned of, see
+  same experiment. Before its first step a run holds nothing yet, and any other
+  may take its place. Other versions of code and libraries are only warned of, see
   `versions`. Of several processes, the first one writes.
 
   Args:
@@ -37,7 +38,7 @@ def claim_workdir(
   mark = workdir / "config.gin"
   with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if mark.exists():
+    if mark.exists() and _begun(workdir):
       old = mark.read_bytes().decode("utf-8", errors="replace")
       _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
@@ -45,6 +46,14 @@ def claim_workdir(
       folders.write_text(mark, config)
     versions.record(workdir)
   return workdir
+
+
+def _begun(workdir: Folder) -> bool:
+  """Whether a step was taken, or saved, or found damaged."""
+  if any(p.name[0].isdigit() for p in (workdir / "checkpoints").glob("*")):
+    return True
+  metrics = workdir / "metrics.jsonl"
+  return metrics.exists() and b'"train/' in metrics.read_bytes()
 
 
 def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:

@@ -43,6 +43,7 @@ def test_a_size_from_the_command_line_wins():
 def test_a_run_goes_on_over_other_devices_and_no_other_change(tmp_path):
   first = config.parse(HEAD + RUN, ["FSDP=8"]).text
   claim_workdir(tmp_path, first, MAY_DIFFER)
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   for bindings in (["FSDP=4", "DATA=2"], ["SEQUENCE=2", "STEPS=80"], []):
     text = config.parse(HEAD + RUN, bindings).text
     claim_workdir(tmp_path, text, MAY_DIFFER)
@@ -58,6 +59,8 @@ from research.training import muon
 muon.muon.steps = 5
 """).text
   changed = text.replace("muon.muon.steps = 5", "muon.muon.steps = 4")
+  (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+  (tmp_path / "config.gin").write_text(text)
   for may_differ in (MAY_DIFFER, LONGER):
     claim_workdir(tmp_path, text, may_differ)
     with pytest.raises(UserError, match="muon.muon.steps = 4"):

@@ -65,10 +65,20 @@ def test_the_code_is_known_by_its_content(tmp_path, monkeypatch):
 
 def test_another_experiment_writes_nothing(tmp_path):
   workdir = claim_workdir(tmp_path, CONFIG)
+  (workdir / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
   before = {p.name: p.read_bytes() for p in workdir.iterdir()}
   with pytest.raises(UserError, match="holds another experiment"):
     claim_workdir(tmp_path, CONFIG.replace("0.1", "0.2"))
   assert {p.name: p.read_bytes() for p in workdir.iterdir()} == before
+
+
+def test_a_mistake_before_the_first_step_does_not_cost_the_workdir(tmp_path):
+  workdir = claim_workdir(tmp_path, CONFIG)
+  (workdir / "checkpoints").mkdir()
+  (workdir / "metrics.jsonl").write_text('{"step": 0, "goodput/init": 2.0}\n')
+  other = CONFIG.replace("0.1", "0.2")
+  claim_workdir(tmp_path, other)
+  assert (workdir / "config.gin").read_text() == other
 
 
 @pytest.mark.parametrize(
@@ -85,6 +95,7 @@ def test_workdir_belongs_to_one_experiment(tmp_path):
   config = "adamw.learning_rate = 0.1\nSTEPS = 5\nPlan.steps = %STEPS\n"
   workdir = claim_workdir(tmp_path / "run", config)
   assert (workdir / "config.gin").read_text() == config
+  (workdir / "checkpoints" / "3").mkdir(parents=True)
   longer = config.replace("5", "9")
   claim_workdir(workdir, longer)
   assert (workdir / "config.gin").read_text() == longer
