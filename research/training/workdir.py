@@ -22,9 +22,9 @@ def claim_workdir(
 
   The mark is `config.gin`, the operative configuration. One that is there must
   be equal, but for lines in which `may_differ` is found: more steps are the
-  same experiment. Before its first step a run holds nothing yet, and any other
-  may take its place. Other versions of code and libraries are only warned of, see
-  `versions`. Of several processes, the first one writes.
+  same experiment. Before its first step a run holds nothing yet, and another
+  may take its place. Other versions of code and libraries are only warned of,
+  see `versions`. Of several processes, the first one writes.
 
   Args:
     workdir: local, or remote such as `gs://bucket/run`.
