@@ -89,7 +89,7 @@ def test_the_harness_notices(server, whole, tmp_path):
       *(draw, tally),
       most=0,
     )
-  (tmp_path / "b").mkdir()
+  (tmp_path / "b" / "checkpoints" / "1").mkdir(parents=True)
   (tmp_path / "b" / "config.gin").write_text("another = 1\n")
   with pytest.raises(AssertionError, match="holds another experiment"):
     kills.kill_until_done(

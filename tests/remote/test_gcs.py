@@ -74,6 +74,8 @@ def test_another_experiment_is_refused(objects):
   workdir = claim_workdir(WORKDIR, "a = 1\n")
   assert str(workdir) == WORKDIR
   assert names(objects) == {"config.gin", "versions.json"}
+  # A run that took a step; before, another may take its place.
+  (workdir / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
   with pytest.raises(UserError, match="gs://.*another experiment"):
     claim_workdir(WORKDIR, "a = 2\n")
 
