@@ -5,6 +5,7 @@ file, the name of a model in the package index, or `org/name` on the Hub.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -162,7 +163,9 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import ours
 
   model, params, source = ours.load(path, dtype, shardings)
-  params = ours.cast(params, dtype, packed)
+  cast = functools.partial(ours.cast, dtype=dtype, packed=packed)
+  left = shardings is unread.left
+  params = jax.eval_shape(cast, params) if left else cast(params)
   if shardings is not None:
     # Decoded weights are cut as arrays are, no longer as blocks.
     params = unread.moved(params, shardings)

@@ -150,7 +150,10 @@ def load(
   model = presets.transformer(family, sizes, dtype)
   target = _abstract(note.get("weights"), f"{file}: weights")
   _fits(file, model, target)
-  params = base.load_frozen(directory / ARRAYS, _on(target, shardings))
+  if shardings is unread.left:
+    params = target
+  else:
+    params = base.load_frozen(directory / ARRAYS, _on(target, shardings))
   source = note.object("source")
   return model, params, dict(source.values) if source else {}
 
