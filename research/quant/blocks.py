@@ -126,12 +126,7 @@ class BlockTensor:
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
     """Returns each row of `x` times its expert's matrix."""
-
-    def product(x, w, sizes):
-      w = w if self.axis == -2 else jnp.swapaxes(w, -1, -2)
-      return jax.lax.ragged_dot(x, w, sizes)
-
-    return products.linear(product, x, self, sizes)
+    return products.ragged_dot(x, self, sizes, self.axis)
 
   def axes(self, names: tuple[str | None, ...]) -> "BlockTensor":
     """Blocks keep the name of the axis they cut; codes in one have none."""

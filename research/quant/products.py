@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from research.typing import Array, Float
+from research.typing import Array, Float, Int
 
 PIECE = 2 << 20
 """Bytes of a decoded piece of a large matrix: a core's cache holds it."""
@@ -157,3 +157,22 @@ def linear(
 
   product.defvjp(forward, backward)
   return product(x, w, rest)
+
+
+def ragged_dot(
+  x: Float[Array, "T I"], w: Packed, sizes: Int[Array, "E"], axis: int
+) -> Float[Array, "T O"]:
+  """Returns each row of `x` times its expert's matrix, saving only `w`.
+
+  Args:
+    x: rows sorted by expert.
+    w: stands for one matrix an expert, as stored.
+    sizes: how many rows belong to each expert.
+    axis: -2 if `w` is stored in its logical order, -1 if transposed.
+  """
+
+  def product(x, w, sizes):
+    w = w if axis == -2 else jnp.swapaxes(w, -1, -2)
+    return jax.lax.ragged_dot(x, w, sizes)
+
+  return linear(product, x, w, sizes)
