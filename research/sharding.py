@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -359,9 +358,5 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def bytes_per_device(tree: Any, shardings: Shardings) -> int:
   """Returns the bytes of `tree`'s arrays, or shapes, on each device."""
-  sizes = jax.tree.map(
-    lambda x, s: math.prod(s.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize,
-    tree,
-    shardings,
-  )
+  sizes = jax.tree.map(trees.part_bytes, tree, shardings)
   return sum(jax.tree.leaves(sizes))

@@ -217,7 +217,7 @@ def describe(
   if shardings is not None:
     found = zip(flatten_paths(tree), flatten_paths(shardings), strict=True)
     more = [("spec", "bytes/device")] + [
-      (_spec(s.spec, x.ndim), f"{_part_bytes(x, s):,}")
+      (_spec(s.spec, x.ndim), f"{part_bytes(x, s):,}")
       for (_, x), (_, s) in found
     ]
     rows = [
@@ -242,6 +242,7 @@ def _spec(spec: Any, ndim: int) -> str:
   return ",".join(cut)
 
 
-def _part_bytes(x: Any, sharding: Any) -> int:
+def part_bytes(x: Any, sharding: Any) -> int:
+  """Returns the bytes of an array, or its shape, on each device."""
   shape = sharding.shard_shape(tuple(x.shape))
   return int(np.prod(shape)) * np.dtype(x.dtype).itemsize

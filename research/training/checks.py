@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from research import tree
+from research.sharding import replicated
 from research.training import folders
 from research.typing import Array, UserError
 
@@ -66,9 +67,7 @@ def everywhere(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
   for x in leaves:
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-      return jax.sharding.NamedSharding(
-        sharding.mesh, jax.sharding.PartitionSpec()
-      )
+      return replicated(sharding.mesh)
   return None
 
 

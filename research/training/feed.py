@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from research.sharding import spec_axes
 from research.training.objective import Batch
 from research.typing import UserError
 
@@ -28,7 +29,7 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
   if sharding is None or jax.process_count() == 1:
     return 0, 1
   pieces = _pieces(sharding, 0)
-  rows = NamedSharding(sharding.mesh, PartitionSpec(_axes(sharding, 0)))
+  rows = fitted(sharding, (pieces,))
   held = {
     piece
     for (index,) in rows.addressable_devices_indices_map((pieces,)).values()
@@ -54,7 +55,8 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   Raises:
     UserError: the mesh does not divide the rows.
   """
-  axes = [_axes(sharding, i) for i in range(len(shape))]
+  ndim = len(shape)
+  axes = [cut or None for cut in spec_axes(sharding.spec, ndim)[:ndim]]
   if shape[0] % _pieces(sharding, 0):
     raise UserError(
       f"batch_size: found {shape[0]} rows, expected a multiple of"
@@ -67,13 +69,8 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
-def _axes(sharding: NamedSharding, i: int) -> Any:
-  return sharding.spec[i] if i < len(sharding.spec) else None
-
-
 def _pieces(sharding: NamedSharding, i: int) -> int:
-  axes = _axes(sharding, i) or ()
-  axes = (axes,) if isinstance(axes, str) else axes
+  axes = spec_axes(sharding.spec, i + 1)[i]
   return math.prod(sharding.mesh.shape[a] for a in axes)
 
 
