@@ -66,9 +66,6 @@ MODEL = (
 )
 """What `--model` takes."""
 
-PREEMPTED = 42
-"""Exit status of a run that was asked to stop, and saved."""
-
 Main = Callable[[Sequence[str]], dict[str, Any] | None]
 flags.FLAGS.append_flag_values(_SHARED)
 
@@ -132,7 +129,7 @@ def run(main: Main) -> NoReturn:
     # has been said; Python would complain again at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
-  if status not in (0, PREEMPTED) and "jax" in sys.modules:
+  if status and "jax" in sys.modules:
     from experiments import runtime
 
     runtime.leave(status)
@@ -172,7 +169,10 @@ def call(main: Main, argv: Sequence[str]) -> int:
     if text is None or values["traceback"].value:
       traceback.print_exc()
       return 1
-    return _fail(text, getattr(error, "exit_status", 1))
+    status = getattr(error, "exit_status", None)  # a `Preempted` has one
+    return (
+      _fail(text, 1) if status is None else _fail(text, status, "preempted")
+    )
   return 0
 
 
@@ -186,8 +186,7 @@ def _flags(main: Main) -> flags.FlagValues:
   return getattr(sys.modules[main.__module__], "FLAGS", flags.FLAGS)
 
 
-def _fail(text: str, status: int) -> int:
-  kind = "preempted" if status == PREEMPTED else "error"
+def _fail(text: str, status: int, kind: str = "error") -> int:
   print(f"{kind}: {text}", file=sys.stderr, flush=True)
   return status
 
