@@ -11,8 +11,6 @@ for. Pages of mapped files count as memory here.
 
 import argparse
 import json
-import math
-import os
 import pathlib
 import shutil
 import subprocess
@@ -33,18 +31,6 @@ ROWS = (
 LIMIT_RATIO = 1.2
 LIMIT_EXTRA = 2 << 30
 DEVICES = 8
-LLAMA_8B = dict(
-  model_type="llama",
-  vocab_size=128256,
-  hidden_size=4096,
-  intermediate_size=14336,
-  num_attention_heads=32,
-  num_key_value_heads=8,
-  max_position_embeddings=8192,
-  rope_theta=500000.0,
-  rms_norm_eps=1e-5,
-  tie_word_embeddings=False,
-)
 
 
 def memory(field: str) -> int:
@@ -53,35 +39,6 @@ def memory(field: str) -> int:
     if line.startswith(field + ":"):
       return int(line.split()[1]) * 1024
   raise SystemExit(f"{field}: this system does not say it")
-
-
-def holes(folder: pathlib.Path, layers: int) -> None:
-  """Writes a checkpoint of zeros, a file for every four layers."""
-  from research.interop import hf, hf_config, safetensors
-  from research.nn import presets
-
-  config = LLAMA_8B | dict(num_hidden_layers=layers)
-  model = presets.transformer(*hf_config.sizes_from_config(config))
-  rows, files, where = hf.table(model), {}, {}
-  for slot in hf.slots(model):
-    for address in slot.addresses:
-      name, transposed = rows.theirs(address)
-      shape = slot.one[::-1] if transposed else slot.one
-      file = f"model-{(address.layer or 0) // 4:05d}.safetensors"
-      files.setdefault(file, {})[name] = shape
-      where[name] = file
-  for file, shapes in files.items():
-    header, end = {}, 0
-    for name, shape in shapes.items():
-      extent = [end, end + 2 * math.prod(shape)]
-      header[name] = dict(dtype="BF16", shape=shape, data_offsets=extent)
-      end = extent[1]
-    raw = json.dumps(header).encode()
-    (folder / file).write_bytes(len(raw).to_bytes(8, "little") + raw)
-    os.truncate(folder / file, 8 + len(raw) + end)
-  index = dict(weight_map=where)
-  safetensors.write_json(folder / safetensors.INDEX, index)
-  safetensors.write_json(folder / "config.json", config)
 
 
 def part(folder: pathlib.Path) -> int:
@@ -149,11 +106,14 @@ def measure(row: str, source: str, target: str) -> dict:
 
 def prepare(row: str, folder: pathlib.Path, layers: int) -> str:
   """Returns what the row reads, made in `folder` where it is not there."""
+  from tests import support_sparse
+
   if "8b" in row:
     place = folder / "8b"
     if not place.exists():
       place.mkdir()
-      holes(place, layers)
+      config = support_sparse.LLAMA_8B | dict(num_hidden_layers=layers)
+      support_sparse.write(place, config)
     return str(place)
   if "gguf" in row:
     return SMALL

@@ -1,7 +1,6 @@
 """Each device reads its own part of a file, and gets what it would have."""
 
 import functools
-import json
 import math
 import os
 import pathlib
@@ -27,6 +26,7 @@ from research.interop import (
 )
 from research.nn import presets
 from research.typing import UserError
+from tests import support_sparse
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 FAMILIES = sorted(p.parent.name for p in MODELS.glob("*/config.json"))
@@ -37,19 +37,7 @@ LAYOUTS = [
   sharding.Layout(data=1, fsdp=4, tensor=2),
   sharding.Layout(data=2, fsdp=2, expert=2),
 ]
-LARGE = dict(
-  model_type="llama",
-  vocab_size=32064,
-  hidden_size=4096,
-  intermediate_size=14336,
-  num_hidden_layers=1,
-  num_attention_heads=32,
-  num_key_value_heads=8,
-  max_position_embeddings=8192,
-  rope_theta=500000.0,
-  rms_norm_eps=1e-5,
-  tie_word_embeddings=False,
-)
+LARGE = support_sparse.LLAMA_8B | dict(vocab_size=32064, num_hidden_layers=1)
 
 
 def by(layout):
@@ -168,29 +156,8 @@ def test_values_stay_where_a_step_may_donate_them(width):
 
 def sparse_model(folder: pathlib.Path, config: dict) -> tuple:
   """Writes a model of zeros in bfloat16 that takes no room; returns it."""
+  support_sparse.write(folder, config, layers=1)
   model = presets.transformer(*hf_config.sizes_from_config(config))
-  rows, files = hf.table(model), {}
-  for slot in hf.slots(model):
-    for address in slot.addresses:
-      name, transposed = rows.theirs(address)
-      shape = slot.one[::-1] if transposed else slot.one
-      layer = address.layer or 0
-      files.setdefault(f"model-{layer}.safetensors", {})[name] = shape
-  where = {}
-  for file, shapes in files.items():
-    header, end = {}, 0
-    for name, shape in shapes.items():
-      start, end = end, end + 2 * math.prod(shape)
-      header[name] = dict(
-        dtype="BF16", shape=list(shape), data_offsets=[start, end]
-      )
-      where[name] = file
-    raw = json.dumps(header).encode()
-    (folder / file).write_bytes(len(raw).to_bytes(8, "little") + raw)
-    os.truncate(folder / file, 8 + len(raw) + end)
-  index = folder / safetensors.INDEX
-  index.write_text(json.dumps(dict(weight_map=where)))
-  (folder / "config.json").write_text(json.dumps(config))
   return model, safetensors.open_directory(folder)
 
 
