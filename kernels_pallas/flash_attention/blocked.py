@@ -15,7 +15,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import looped, tiles, unrolled
-from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
+from kernels_pallas.flash_attention.cotangents import (
+  Queries,
+  finished,
+  queries,
+)
+from kernels_pallas.flash_attention.spec import Operands, Spec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -39,7 +44,7 @@ def blocked_attention(
   B, T, N, _ = x.q.shape
   o, lse = _organisation(spec, x).forward(spec, tiles.group(x))
   return (
-    tiles.ungroup_queries(o).astype(x.q.dtype),
+    tiles.ungroup_queries(o).astype(spec.output or x.q.dtype),
     lse.reshape(B, N, T),
   )
 
@@ -53,40 +58,36 @@ def _forward(spec, x):
 
 def _backward(spec, saved, cotangents):
   x, o, lse = saved
-  do, dlse = cotangents
-  (B, T, N, _), K = x.q.shape, x.k.shape[2]
-  dtype = accumulator(x.q.dtype)
-  do = tiles.zero_padding(do, x.mask.live_queries())
-  delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1)
-  # Rows without a key: P = exp(s - inf) = 0, and so are all gradients.
-  empty = lse == -jnp.inf
-  shift = delta.swapaxes(1, 2) - jnp.where(empty, 0, dlse)
-  lse = jnp.where(empty, jnp.inf, lse)
+  rows = queries(x, o, lse, *cotangents)
+  return (finished(x, blocked_gradients(spec, x, rows), rows),)
 
-  grouped = tiles.group(x)
-  rows = (B, K, N // K, T)
+
+def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
+  """Gradients of q, k, v and bias in the accumulator dtype.
+
+  Args:
+    spec: Static part.
+    x: Arrays; sinks are not looked at.
+    rows: What the queries saw, these keys and perhaps others.
+  """
+  (B, T, N, _), K = x.q.shape, x.k.shape[2]
+  shape = (B, K, N // K, T)
   dq, dk, dv, dbias = _organisation(spec, x).backward(
     spec,
-    grouped,
+    tiles.group(x),
     tiles.Cotangents(
-      tiles.group_queries(do, K), lse.reshape(rows), shift.reshape(rows)
+      tiles.group_queries(rows.do, K),
+      rows.lse.reshape(shape),
+      rows.shift.reshape(shape),
     ),
   )
-  dsinks = None
-  if x.sinks is not None:
-    share = jnp.exp(x.sinks.astype(dtype)[None, :, None] - lse)
-    dsinks = -jnp.sum(share * shift, axis=(0, 2)).astype(x.sinks.dtype)
-  if dbias is not None:
-    dbias = dbias.reshape(x.bias.shape).astype(x.bias.dtype)
-  gradients = Operands(
-    q=tiles.ungroup_queries(dq).astype(x.q.dtype),
-    k=jnp.swapaxes(dk, 1, 2).astype(x.k.dtype),
-    v=jnp.swapaxes(dv, 1, 2).astype(x.v.dtype),
+  return Operands(
+    q=tiles.ungroup_queries(dq),
+    k=jnp.swapaxes(dk, 1, 2),
+    v=jnp.swapaxes(dv, 1, 2),
     mask=None,
     bias=dbias,
-    sinks=dsinks,
   )
-  return (gradients,)
 
 
 def _organisation(spec: Spec, x: Operands):

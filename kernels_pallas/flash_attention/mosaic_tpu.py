@@ -17,9 +17,14 @@ from jaxtyping import Array, Float
 from kernels_pallas.flash_attention import mosaic_tpu_backward as back
 from kernels_pallas.flash_attention import mosaic_tpu_bias
 from kernels_pallas.flash_attention import mosaic_tpu_problem as problem
+from kernels_pallas.flash_attention.cotangents import (
+  Queries,
+  finished,
+  queries,
+)
 from kernels_pallas.flash_attention.mosaic_tpu_forward import forward
 from kernels_pallas.flash_attention.mosaic_tpu_tile import unit
-from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
+from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tile, Tiles
 
 FUSED_KEY_TILES = 8
@@ -63,18 +68,27 @@ def _forward(spec, interpret, x):
 
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
-  do, dlse = cotangents
-  dtype, T, S = accumulator(x.q.dtype), x.q.shape[1], x.k.shape[1]
+  rows = queries(x, o, lse, *cotangents)
+  found = mosaic_tpu_gradients(spec, interpret, x, rows)
+  return (finished(x, found, rows),)
+
+
+def mosaic_tpu_gradients(
+  spec: Spec, interpret: Any, x: Operands, rows: Queries
+) -> Operands:
+  """Gradients of q, k, v and bias in the accumulator dtype.
+
+  Args:
+    spec: Static part; `spec.blocks` is a `Tiles`.
+    interpret: False to compile, or as of `pl.pallas_call`.
+    x: Arrays; sinks are not looked at.
+    rows: What the queries saw, these keys and perhaps others.
+  """
+  T, S = x.q.shape[1], x.k.shape[1]
   tiles = _tiles(spec, interpret, x)
-  do = problem.alive(do, x.mask.live_queries())
-  delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1)
-  # Rows without a key: P = exp(s - inf) = 0, and so are all gradients.
-  empty = lse == -jnp.inf
-  shift = delta.swapaxes(1, 2) - jnp.where(empty, 0, dlse)
-  lse = jnp.where(empty, jnp.inf, lse)
 
   def prepare(tile):
-    return _with_cotangents(problem.prepare(spec, x, tile), do, lse, shift)
+    return _with_cotangents(problem.prepare(spec, x, tile), *rows)
 
   p = prepare(tiles.dkv)
   if _is_fused(tiles, p):
@@ -82,22 +96,16 @@ def _backward(spec, interpret, saved, cotangents):
   else:
     dk, dv = back.dkv(p, interpret)
     dq = back.dq(prepare(tiles.dq), interpret)
-  dbias = dsinks = None
+  dbias = None
   if x.bias is not None:
     dbias = mosaic_tpu_bias.dbias(prepare(tiles.dq), x.bias.shape, interpret)
-    dbias = dbias.astype(x.bias.dtype)
-  if x.sinks is not None:
-    share = jnp.exp(x.sinks.astype(dtype)[None, :, None] - lse)
-    dsinks = -jnp.sum(share * shift, axis=(0, 2)).astype(x.sinks.dtype)
-  gradients = Operands(
-    q=jnp.swapaxes(dq[:, :, :T], 1, 2).astype(x.q.dtype),
-    k=jnp.swapaxes(dk[:, :, :S], 1, 2).astype(x.k.dtype),
-    v=jnp.swapaxes(dv[:, :, :S], 1, 2).astype(x.v.dtype),
+  return Operands(
+    q=jnp.swapaxes(dq[:, :, :T], 1, 2),
+    k=jnp.swapaxes(dk[:, :, :S], 1, 2),
+    v=jnp.swapaxes(dv[:, :, :S], 1, 2),
     mask=None,
     bias=dbias,
-    sinks=dsinks,
   )
-  return (gradients,)
 
 
 def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:

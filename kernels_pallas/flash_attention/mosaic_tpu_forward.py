@@ -52,7 +52,7 @@ def forward(p: Problem, interpret) -> tuple[jax.Array, jax.Array]:
       ],
     ),
     out_shape=[
-      varying(q, (B, N, T, Hv), q.dtype),
+      varying(q, (B, N, T, Hv), p.spec.output or q.dtype),
       varying(q, (B, N, 1, T), p.dtype),
     ],
     compiler_params=pltpu.CompilerParams(

@@ -65,4 +65,4 @@ def reference_attention(
     )
     p = jnp.where(kept, p / (1 - spec.dropout_rate), 0)
   o = jnp.einsum("bnts,bsnh->btnh", p, v, precision=spec.precision)
-  return o.astype(x.q.dtype), lse[..., 0]
+  return o.astype(spec.output or x.q.dtype), lse[..., 0]

@@ -47,6 +47,7 @@ class Spec:
     keep: `(seed, rate, b, h, i, j) -> Bool`, as `dropout.keep`.
     precision: Of all matmuls, as in `jax.lax.dot`.
     blocks: Tile sizes, a type of the backend's own.
+    output: Type of the output; None is that of q.
   """
 
   scale: float
@@ -56,6 +57,7 @@ class Spec:
   keep: Callable[..., jax.Array] = dropout.keep
   precision: Any = None
   blocks: Any = Blocks()
+  output: Any = None
 
 
 class Operands(NamedTuple):
@@ -73,6 +75,20 @@ class Operands(NamedTuple):
   bias: Any = None
   sinks: Any = None
   seed: Any = None
+
+
+class Backend(NamedTuple):
+  """An implementation.
+
+  Fields: attend `(spec, x) -> (o, lse)`; gradients `(spec, x, queries) ->
+  Operands` of q, k, v and bias in the accumulator dtype, where `queries` (of
+  `cotangents`) may be those of more keys than x has, or None where JAX
+  differentiates `attend`; config, the type of `spec.blocks`.
+  """
+
+  attend: Callable[[Spec, Operands], tuple[jax.Array, jax.Array]]
+  gradients: Callable[[Spec, Operands, Any], Operands] | None
+  config: type
 
 
 def accumulator(dtype: Any) -> Any:
