@@ -142,7 +142,12 @@ def _trained(path: pathlib.Path) -> Any:
   if not folder.is_dir():
     raise UserError(f"{path}: no checkpoints/ in it; has the run begun?")
   built = experiment.build()
-  start = state.create(built.params, experiment.trainable, experiment.optimizer)
+  start = state.create(
+    built.params,
+    experiment.trainable,
+    experiment.optimizer,
+    held=experiment.held,
+  )
   with checkpoint.Checkpoints(
     folder, best=experiment.plan.best, better=experiment.plan.better
   ) as kept:

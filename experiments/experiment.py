@@ -79,6 +79,8 @@ class Experiment:
     model: where the model and its first weights come from.
     transforms: rewrites of the weights, in order, before training.
     trainable: regular expression of the paths that are learned.
+    held: regular expression of the paths, besides, that only `rewrites`
+      change and checkpoints keep, or None.
     objective: the loss; the loaded model is put into its field `model`.
     optimizer: an optax chain over the trainable part.
     data: what is trained on.
@@ -100,6 +102,7 @@ class Experiment:
   plan: Plan
   transforms: tuple[Transform, ...] = ()
   trainable: str = "."
+  held: str | None = None
   validation: Data | None = None
   heldout: Data | None = None
   eval_batches: int | None = None

@@ -71,6 +71,7 @@ def _train(
     built.params,
     experiment.trainable,
     experiment.optimizer,
+    held=experiment.held,
     shardings=where.placement,
   )
   trainable, total = tree.count(start.trainable), tree.count(start.params)
@@ -175,6 +176,7 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
     built.params,
     experiment.trainable,
     experiment.optimizer,
+    held=experiment.held,
     shardings=where.placement,
   )
   at = 0
@@ -250,11 +252,14 @@ def _untrained(
   experiment: Experiment, built: Built, trained: state.TrainState
 ) -> state.TrainState:
   """Returns the state before the first step; its weights were only copied."""
-  first, _ = tree.partition(built.params, experiment.trainable)
+  first, rest = tree.partition(built.params, experiment.trainable)
   first = jax.tree.map(
     lambda x, y: jnp.asarray(x, y.dtype), first, trained.trainable
   )
-  return dataclasses.replace(trained, trainable=first)
+  held = None
+  if experiment.held is not None:
+    held, _ = tree.partition(rest, experiment.held)
+  return dataclasses.replace(trained, trainable=first, held=held)
 
 
 def _first_step(workdir: Folder, outcome: loop.Outcome) -> float | None:

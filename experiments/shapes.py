@@ -65,7 +65,12 @@ def shapes(experiment: Experiment, devices: Sequence[Any]) -> Shapes:
     params = jax.eval_shape(transform, params, key)
 
   def create(params):
-    return state.create(params, experiment.trainable, experiment.optimizer)
+    return state.create(
+      params,
+      experiment.trainable,
+      experiment.optimizer,
+      held=experiment.held,
+    )
 
   with jax.set_mesh(mesh):
     made = jax.eval_shape(create, params)

@@ -322,7 +322,8 @@ def _moving(state: TrainState) -> dict[str, Any]:
     "opt_state": state.opt_state,
     "ema": state.ema,
   }
-  return moving
+  # Only then: what was saved before there was such a part has none.
+  return moving if state.held is None else {**moving, "held": state.held}
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

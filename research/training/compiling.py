@@ -54,7 +54,8 @@ def lower_step(
       if state.frozen is not frozen:
         raise UserError(
           f"{rewrite}: changed frozen weights, which no checkpoint of a step"
-          " holds.\nExpected changes of what `trainable` matches alone."
+          " holds.\nExpected changes of what `trainable` or `held` matches"
+          " alone."
         )
     numbers = {k: v for k, v in metrics.items() if v.ndim == 0}
     return dataclasses.replace(state, frozen=None), numbers

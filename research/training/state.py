@@ -29,6 +29,9 @@ class TrainState:
       optimizer state, never donated, not in the run's step checkpoints.
     opt_state: optax's, over `trainable` alone.
     ema: moving average of `trainable`, or None.
+    held: parameters that only rewrites change, None elsewhere: a base that
+      adapters are merged into. No gradient and no optimizer state, but in
+      every checkpoint; None if there are none.
   """
 
   step: Any
@@ -36,11 +39,15 @@ class TrainState:
   frozen: Any
   opt_state: Any
   ema: Any = None
+  held: Any = None
 
   @property
   def params(self) -> Params:
     """The whole parameter tree."""
-    return tree.combine(self.trainable, self.frozen)
+    moving = self.trainable
+    if self.held is not None:
+      moving = tree.combine(moving, self.held)
+    return tree.combine(moving, self.frozen)
 
 
 def create(
@@ -50,6 +57,7 @@ def create(
   *,
   dtype: Any = jnp.float32,
   average: bool = False,
+  held: str | None = None,
   shardings: Placement | None = None,
 ) -> TrainState:
   """Returns the state at step 0.
@@ -62,19 +70,26 @@ def create(
     dtype: of the trainable arrays. They are masters in float32 over a base of
       any type; activations decide in which type they are multiplied.
     average: whether to keep a moving average of the trainable arrays.
+    held: regular expression of the paths, among those that are not trainable,
+      that rewrites change; they are copied, in their own type.
     shardings: of the state, by its shapes; None off a mesh. Optimizer state is
       made where it stays; the frozen arrays stay as they are, see `place`.
 
   Raises:
-    UserError: nothing is trainable, or something that is not floating point.
+    UserError: nothing is trainable or held, or something that is not floating
+      point.
   """
   selected, frozen = tree.partition(params, trainable)
-  _check(selected, params, trainable)
+  _check("trainable", selected, params, trainable)
+  kept = None
+  if held is not None:
+    kept, frozen = tree.partition(frozen, held)
+    _check("held", kept, params, held)
 
   def copy(x: Array) -> Array:
     return jnp.array(x, dtype=dtype, copy=True)
 
-  def make(selected: Params) -> TrainState:
+  def make(selected: Params, kept: Params | None) -> TrainState:
     masters = jax.tree.map(copy, selected)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -82,13 +97,14 @@ def create(
       frozen=None,
       opt_state=tx.init(masters),
       ema=jax.tree.map(copy, selected) if average else None,
+      held=jax.tree.map(lambda x: jnp.array(x, copy=True), kept),
     )
 
   if shardings is not None:
-    where = shardings(jax.eval_shape(make, selected))
-    made = jax.jit(make, out_shardings=where)(selected)
+    where = shardings(jax.eval_shape(make, selected, kept))
+    made = jax.jit(make, out_shardings=where)(selected, kept)
   else:
-    made = make(selected)
+    made = make(selected, kept)
   return dataclasses.replace(made, frozen=frozen)
 
 
@@ -112,18 +128,18 @@ def place(params: Params, shardings: Placement) -> Params:
   return jax.tree.map(one, params, shardings(params))
 
 
-def _check(selected: Params, params: Params, pattern: str) -> None:
+def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
   found = tree.flatten_paths(selected)
   if not found:
     paths = [path for path, _ in tree.flatten_paths(params)]
     raise UserError(
-      f"trainable: {pattern!r} matches none of {len(paths)} parameters.\n"
+      f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
       f"Expected a regular expression for paths such as {paths[-1]!r}."
     )
   for path, leaf in found:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise UserError(
-        f"trainable: {pattern!r} matches {path} of type {leaf.dtype}.\n"
+        f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
         " adapters, e.g. '/(a|b)$'."
       )

@@ -5,6 +5,7 @@ of (sum of losses) / (sum of weights) over the whole batch, however many
 microbatches it is cut into and however unevenly they are masked.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,13 @@ def make_train_step(
     if rate is not None:
       metrics["learning_rate"] = rate
     metrics = {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
-    state = TrainState(state.step + 1, trainable, state.frozen, opt_state, ema)
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      trainable=trainable,
+      opt_state=opt_state,
+      ema=ema,
+    )
     return state, metrics
 
   return step
@@ -75,7 +82,7 @@ def _gradients(objective, state, batch, key, accumulate):
   """Returns sums over the batch: gradients, loss, weight, metrics."""
 
   def loss(trainable, batch, key):
-    params = tree.combine(trainable, state.frozen)
+    params = dataclasses.replace(state, trainable=trainable).params
     loss_sum, weight, sums = objective(params, batch, key)
     return loss_sum, (weight, sums)
 
