@@ -7,10 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.flash_attention.blocked import blocked_attention
-from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
+from kernels_pallas.flash_attention.blocked import (
+  blocked_attention,
+  blocked_gradients,
+)
+from kernels_pallas.flash_attention.mosaic_tpu import (
+  mosaic_tpu_attention,
+  mosaic_tpu_gradients,
+)
 from kernels_pallas.flash_attention.reference import reference_attention
-from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
+from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
 from kernels_pallas.masks import Mask, Segments, Window
 
@@ -91,7 +97,7 @@ def flash_attention(
     ValueError: Shapes that do not fit, contradicting or unsupported arguments.
   """
   _check_shapes(q, k, v, bias, sinks)
-  (B, T, _, H), S = q.shape, k.shape[1]
+  B, T, S = *q.shape[:2], k.shape[1]
   built = (
     segment_ids is not None
     or causal
@@ -115,23 +121,69 @@ def flash_attention(
       q_offset,
       kv_lens,
     )
-  mask.check(B, T, S)
+  if bias is not None:
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+  seed = None
+  if dropout_rate and dropout_seed is not None:
+    seed = jnp.asarray(dropout_seed).astype(jnp.uint32)
+  x = Operands(q, k, v, mask, bias, sinks, seed)
+  run, spec = prepare(
+    x,
+    scale=scale,
+    softcap=softcap,
+    bias_before_softcap=bias_before_softcap,
+    dropout_rate=dropout_rate,
+    backend=backend,
+    config=config,
+    interpret=interpret,
+    precision=precision,
+  )
+  o, lse = run.attend(spec, x)
+  return (o, lse) if return_lse else o
+
+
+def prepare(
+  x: Operands,
+  *,
+  scale: float | None = None,
+  softcap: float | None = None,
+  bias_before_softcap: bool = False,
+  dropout_rate: float = 0.0,
+  backend: str = "auto",
+  config: Blocks | Tiles | None = None,
+  interpret: Any = None,
+  precision: Any = None,
+) -> tuple[Backend, Spec]:
+  """Checks a call; returns what it runs on, and its static part.
+
+  Args:
+    x: Arrays of the call.
+    scale, softcap, bias_before_softcap, dropout_rate, backend, config,
+      interpret, precision: As of `flash_attention`.
+
+  Raises:
+    ValueError: As `flash_attention`.
+  """
+  q, k, v = x.q, x.k, x.v
+  _check_shapes(q, k, v, x.bias, x.sinks)
+  (B, T, _, H), S = q.shape, k.shape[1]
+  x.mask.check(B, T, S)
   if not 0 <= dropout_rate < 1:
     raise ValueError(f"dropout_rate: found {dropout_rate}, expected [0, 1)")
-  if dropout_rate and dropout_seed is None:
+  if dropout_rate and x.seed is None:
     raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap: found {softcap}, expected a positive number")
   if backend == "auto":
     backend, _ = choose(q, config)
-  run, kind = _backend(backend, interpret)
+  run = _backend(backend, interpret)
   if config is None:
-    config = for_device(_device()[1]) if kind is Tiles else Blocks()
-  if not isinstance(config, kind):
+    config = for_device(_device()[1]) if run.config is Tiles else Blocks()
+  if not isinstance(config, run.config):
     raise ValueError(
-      f"config: found {config!r}, expected {kind.__name__} for {backend}"
+      f"config: found {config!r}, expected {run.config.__name__} for {backend}"
     )
-  spec = Spec(
+  return run, Spec(
     scale=H**-0.5 if scale is None else float(scale),
     softcap=softcap,
     bias_before_softcap=bias_before_softcap,
@@ -139,13 +191,6 @@ def flash_attention(
     precision=precision,
     blocks=config,
   )
-  if bias is not None:
-    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-  seed = None
-  if dropout_rate:
-    seed = jnp.asarray(dropout_seed).astype(jnp.uint32)
-  o, lse = run(spec, Operands(q, k, v, mask, bias, sinks, seed))
-  return (o, lse) if return_lse else o
 
 
 def choose(
@@ -180,25 +225,32 @@ def _device() -> tuple[str, str]:
   return jax.default_backend(), jax.devices()[0].device_kind
 
 
-def _backend(name, interpret):
-  """The function of (spec, operands), and the type of its config."""
+def _backend(name: str, interpret: Any) -> Backend:
   if name not in BACKENDS:
     raise ValueError(
       f"backend: found {name!r}, available here: {', '.join(BACKENDS)}"
     )
   if name == "mosaic_tpu":
-    run = functools.partial(_mosaic_tpu, interpret)
-    return run, Tiles
+    return Backend(
+      functools.partial(_mosaic_tpu, interpret or False),
+      functools.partial(_mosaic_tpu_gradients, interpret or False),
+      Tiles,
+    )
   if interpret is not None:
     raise ValueError(
       f"interpret: found {interpret!r}, {name} has no use for it"
     )
-  run = reference_attention if name == "reference" else blocked_attention
-  return run, Blocks
+  if name == "reference":
+    return Backend(reference_attention, None, Blocks)
+  return Backend(blocked_attention, blocked_gradients, Blocks)
 
 
 def _mosaic_tpu(interpret, spec, x):
-  return mosaic_tpu_attention(spec, interpret or False, x)
+  return mosaic_tpu_attention(spec, interpret, x)
+
+
+def _mosaic_tpu_gradients(interpret, spec, x, rows):
+  return mosaic_tpu_gradients(spec, interpret, x, rows)
 
 
 def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:
