@@ -178,7 +178,9 @@ def prepare(
     backend, _ = choose(q, config)
   run = _backend(backend, interpret)
   if config is None:
-    config = for_device(_device()[1]) if run.config is Tiles else Blocks()
+    wide, kind_of_device = max(H, v.shape[-1]), _device()[1]
+    tiles = functools.partial(for_device, kind_of_device, wide, q.dtype.name)
+    config = tiles() if run.config is Tiles else Blocks()
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"

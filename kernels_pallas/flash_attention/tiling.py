@@ -7,6 +7,15 @@ in float32 is 32 of the 64).
 """
 
 import dataclasses
+import functools
+import json
+import pathlib
+
+TABLE = pathlib.Path(__file__).parent / "tiles.json"
+"""Device kind -> dtype -> head dim -> name of a tile in `Tiles` -> sizes."""
+
+SMALLEST = "TPU v5"
+"""The kind with the least memory for tiles."""
 
 LANES = 128
 
@@ -63,18 +72,43 @@ class Tiles:
       )
 
 
-def for_device(kind: str) -> Tiles:
-  """The tiles with the fewest bundles on a kind of device.
+def for_device(
+  kind: str, head_dim: int = 128, dtype: str = "bfloat16"
+) -> Tiles:
+  """The tiles with the fewest bundles that fit, by the table `tiles.json`.
 
-  As `python -m kernels_pallas.inspect --blocks=` finds them for D = 128 in
-  bf16.
+  `python -m kernels_pallas.inspect --search` finds and writes them.
 
   Args:
-    kind: As JAX calls it: 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', ...
+    kind: As JAX calls it: 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', ... One that
+      the table does not know has the tiles of the smallest memory.
+    head_dim: Of q, k and v: the larger of them. One that the table does not
+      know has the tiles of the next in it, and beyond the last smaller ones.
+    dtype: 'bfloat16', else the tiles are those of 'float32'.
   """
-  if kind == "TPU v5 lite":
-    return Tiles(dkv=Tile(2048, 1024, 512, 256))
-  return Tiles()
+  table = _table()
+  rows = table.get(kind, table[SMALLEST])
+  rows = rows["bfloat16" if dtype == "bfloat16" else "float32"]
+  dims = sorted(map(int, rows))
+  row = rows[str(next((d for d in dims if d >= head_dim), dims[-1]))]
+  shrink = -(-head_dim // dims[-1])
+  return Tiles(
+    **{name: _smaller(Tile(*sizes), shrink) for name, sizes in row.items()}
+  )
+
+
+@functools.cache
+def _table():
+  return json.loads(TABLE.read_text())
+
+
+def _smaller(tile: Tile, times: int) -> Tile:
+  """The tile with about 1 / `times` of its queries and keys."""
+  q, kv = (
+    max(1, size // part // times) * part
+    for size, part in ((tile.q, tile.q_part), (tile.kv, tile.kv_part))
+  )
+  return Tile(q, kv, tile.q_part, tile.kv_part)
 
 
 def fit(tile: Tile, T: int, S: int) -> Tile:

@@ -7,17 +7,28 @@ import pathlib
 import sys
 
 from kernels_pallas.flash_attention import tiling
-from kernels_pallas.inspect import build, chips, picture, report
+from kernels_pallas.inspect import build, chips, picture, report, search
 from kernels_pallas.inspect.build import Job
 from kernels_pallas.inspect.report import Measurement
 
-# (q, kv, kv part, fused) of splash.
-SPLASH = {
-  "forward": ((2048, 2048, 256, 0), (2048, 2048, 512, 0), (1024, 1024, 256, 0)),
-  "backward": (
-    (1024, 1024, 512, 1), (1024, 1024, 1024, 1), (1024, 1024, 1024, 0),
-  ),
+REFERENCES = {
+  # (q, kv, kv part, fused).
+  "splash": {
+    "forward": (
+      (2048, 2048, 256, 0), (2048, 2048, 512, 0), (1024, 1024, 256, 0),
+    ),
+    "backward": (
+      (1024, 1024, 512, 1), (1024, 1024, 1024, 1), (1024, 1024, 1024, 0),
+    ),
+  },
+  "tokamax": {
+    "forward": (
+      (2048, 2048, 256, 1), (2048, 2048, 512, 1), (1024, 1024, 256, 1),
+    ),
+    "backward": ((1024, 1024, 512, 1), (1024, 1024, 1024, 1)),
+  },
 }  # fmt: skip
+"""Blocks at which a reference is read; the best of them count."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,21 +38,25 @@ def main(arguments: list[str] | None = None) -> int:
   if problem is not None:
     print(f"kernels_pallas.inspect: {problem}", file=sys.stderr)
     return 1
-  tiles = [_blocks(args.blocks) if args.blocks else _tile(args)]
-  ours = _measure(args, "ours", tiles)
-  if not ours:
+  job = Job(
+    maker=args.kernel,
+    target=args.target,
+    direction=args.direction,
+    length=0,
+    head_dim=args.head_dim,
+    dtype=args.dtype,
+    blocks=(),
+    backward=args.backward,
+  )
+  best = _search(job) if args.search else _ours(job, args)
+  if best is None:
     return 1
-  best = min(ours, key=lambda m: m.bundles)
-  theirs = []
-  if args.compare == "splash":
-    blocks = dict.fromkeys((_same(best), *SPLASH[args.direction]))
-    theirs = _measure(args, "splash", blocks)
-  reference = min(theirs, key=lambda m: m.bundles, default=None)
+  reference = _reference(best, args)
   if args.picture:
     chosen = [best] if reference is None else [best, reference]
     picture.draw([s for m in chosen for s in m.schedules], args.picture)
     print(f"picture: {args.picture}")
-  print(json.dumps(_summary(args, best, reference)))
+  print(json.dumps(summary(best, reference)))
   return 0
 
 
@@ -50,17 +65,76 @@ def _parser() -> argparse.ArgumentParser:
     prog="python -m kernels_pallas.inspect", description=main.__doc__
   )
   add = parser.add_argument
-  add("--kernel", choices=["flash_attention"], default="flash_attention")
+  ours = [name for name in build.PROGRAMS if name not in REFERENCES]
+  add("--kernel", choices=ours, default=ours[0])
   add("--target", choices=list(chips.CHIPS), required=True)
   add("--direction", choices=["forward", "backward"], default="forward")
-  add("--compare", choices=["splash"], help="read the reference, too")
-  add("--head_dim", type=int, default=128)
+  add("--compare", choices=list(REFERENCES), help="read the reference, too")
+  add("--head_dim", type=int, choices=[64, 128, 256], default=128)
   add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
   add("--blocks", help="our tile: q,kv,q_part,kv_part")
   add("--backward", choices=["fused", "split"], default="fused")
+  add(
+    "--search",
+    action="store_true",
+    help="find the best tile, and write it where the kernels read it",
+  )
   add("--picture", type=pathlib.Path, help="PNG of the schedule")
   add("--keep", type=pathlib.Path, help="folder for the compiler's dumps")
   return parser
+
+
+def summary(best: Measurement, reference: Measurement | None) -> dict:
+  """What the last line says.
+
+  Args:
+    best: Of our kernel.
+    reference: Of what it is compared with.
+  """
+  ratio = None if reference is None else best.bundles / reference.bundles
+  return {
+    "kernel": best.job.maker,
+    "target": best.job.target,
+    "direction": best.job.direction,
+    "bundles_per_kilo_element": round(best.bundles, 3),
+    "ratio_to_reference": None if ratio is None else round(ratio, 3),
+    "spills": best.spills,
+    "predicted_tflops": round(best.tflops, 1),
+    "roofline_share": round(best.roofline_share, 3),
+  }
+
+
+def line(blocks: tuple[int, ...], found: Measurement | str) -> str:
+  """A line of the table: what blocks cost, or why they do not compile."""
+  label = f"{','.join(map(str, blocks)):<20}"
+  if isinstance(found, str):
+    return f"{label} {found}"
+  slot, full = found.limiting()
+  vmem = "" if found.vmem is None else f", VMEM {found.vmem / 2**20:.1f} MiB"
+  return (
+    f"{label} {found.bundles:6.3f} bundles/1000, {found.tflops:5.0f} TFLOP/s, "
+    f"{found.roofline_share:4.0%} of the bound, {found.spills} spills a step, "
+    f"fullest {slot} {full:.0%}{vmem}"
+  )
+
+
+def _search(job: Job) -> Measurement | None:
+  def tell(blocks, found):
+    print(line(blocks, found), flush=True)
+
+  best = search.search(job, tell)
+  if best is not None:
+    search.write(best)
+    print(f"{search.name(job)} = {best.job.blocks}: {tiling.TABLE}")
+  return best
+
+
+def _ours(job: Job, args) -> Measurement | None:
+  """Of the blocks that are asked for, else of those that the kernels take."""
+  tiles = tiling.for_device(job.chip.kind, job.head_dim, job.dtype)
+  blocks = dataclasses.astuple(getattr(tiles, search.name(job)))
+  blocks = _blocks(args.blocks) if args.blocks else blocks
+  return next(iter(_measure(job, [blocks], args.keep)), None)
 
 
 def _blocks(text: str) -> tuple[int, ...]:
@@ -75,64 +149,34 @@ def _blocks(text: str) -> tuple[int, ...]:
   return blocks
 
 
-def _tile(args) -> tuple[int, ...]:
-  """The tile that the kernels take on the target."""
-  tiles = tiling.for_device(chips.CHIPS[args.target].kind)
-  names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
-  name = names.get((args.direction, args.backward), "forward")
-  return dataclasses.astuple(getattr(tiles, name))
-
-
-def _same(ours: Measurement) -> tuple[int, ...]:
-  """Splash's blocks that are most like ours."""
+def _reference(ours: Measurement, args) -> Measurement | None:
+  """The best of the reference's blocks, the most like ours among them."""
+  if args.compare is None:
+    return None
+  problem = build.missing(args.compare)
+  if problem is not None:
+    print(f"{args.compare}: {problem}", flush=True)
+    return None
   q, kv, _, part = ours.job.blocks
-  return q, kv, part, int(ours.job.direction == "backward")
+  same = q, kv, part, int(ours.job.direction == "backward")
+  blocks = dict.fromkeys((same, *REFERENCES[args.compare][args.direction]))
+  job = dataclasses.replace(ours.job, maker=args.compare)
+  found = _measure(job, blocks, args.keep)
+  return min(found, key=lambda m: m.bundles, default=None)
 
 
-def _measure(args, maker: str, blocks) -> list[Measurement]:
+def _measure(job: Job, blocks, keep) -> list[Measurement]:
   """Prints a line for each of `blocks`; those that compile."""
   found = []
   for n, sizes in enumerate(blocks):
-    job = Job(
-      maker=maker,
-      target=args.target,
-      direction=args.direction,
-      length=4 * max(sizes[:2]),
-      head_dim=args.head_dim,
-      dtype=args.dtype,
-      blocks=tuple(sizes),
-      backward=args.backward,
-    )
-    keep = args.keep / f"{maker}_{n}" if args.keep else None
-    name = f"{maker:>7} {','.join(map(str, sizes)):<20}"
+    folder = keep / f"{job.maker}_{n}" if keep else None
     try:
-      one = report.measure(job, keep)
+      found.append(report.measure(search.at(job, sizes), folder))
+      text = line(sizes, found[-1])
     except ValueError as problem:
-      print(f"{name} {problem}", flush=True)
-      continue
-    slot, full = one.limiting()
-    print(
-      f"{name} {one.bundles:6.3f} bundles/1000, {one.tflops:5.0f} TFLOP/s, "
-      f"{one.roofline_share:4.0%} of the bound, {one.spills} spills a step, "
-      f"fullest {slot} {full:.0%}",
-      flush=True,
-    )
-    found.append(one)
+      text = line(sizes, str(problem))
+    print(f"{job.maker:>15} {text}", flush=True)
   return found
-
-
-def _summary(args, best: Measurement, reference: Measurement | None) -> dict:
-  ratio = None if reference is None else best.bundles / reference.bundles
-  return {
-    "kernel": args.kernel,
-    "target": args.target,
-    "direction": args.direction,
-    "bundles_per_kilo_element": round(best.bundles, 3),
-    "ratio_to_reference": None if ratio is None else round(ratio, 3),
-    "spills": best.spills,
-    "predicted_tflops": round(best.tflops, 1),
-    "roofline_share": round(best.roofline_share, 3),
-  }
 
 
 if __name__ == "__main__":

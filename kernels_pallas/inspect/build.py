@@ -12,30 +12,48 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Any
 
-from kernels_pallas.inspect.chips import CHIPS
+from kernels_pallas.inspect import programs
+from kernels_pallas.inspect.chips import CHIPS, Chip
+from kernels_pallas.inspect.programs import Program
 
 TIMEOUT = 600
 
 # The sentence in pages of error that says why.
 _REASON = re.compile(r"Scoped allocation with[^.]*\.\w+ and[^-]*?limit by \S+")
 
+FEATURES = ("full", "causal", "everything")
+"""Of attention: a full mask, a causal one, or all that the kernels can do."""
+
+PROGRAMS = {
+  "flash_attention": Program(
+    programs.flash_attention,
+    programs.flash_attention_steps,
+    programs.ATTENTION,
+  ),
+  "splash": Program(programs.splash, programs.splash_steps, programs.ATTENTION),
+  "tokamax": Program(
+    programs.tokamax, programs.splash_steps, programs.ATTENTION
+  ),
+}
+"""What can be compiled and read, by name: another kernel is an entry more."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What to compile: T = S tokens, one head, full mask.
+  """What to compile: T = S tokens and one head, where it is attention.
 
   Attributes:
-    maker: 'ours' or 'splash'.
+    maker: A key of `PROGRAMS`.
     target: A key of `CHIPS`.
     direction: 'forward' or 'backward'.
     length: Tokens.
     head_dim: Of q, k and v.
     dtype: 'bfloat16' or 'float32'.
-    blocks: (q, kv, q part, kv part) of ours; (q, kv, kv part, fused: 0 or 1)
-      of splash.
+    blocks: (q, kv, q part, kv part) of ours, or () for those that our kernels
+      take by themselves; (q, kv, kv part, fused: 0 or 1) of splash.
     backward: Organisation of our backward pass.
+    features: One of `FEATURES`.
   """
 
   maker: str
@@ -46,16 +64,33 @@ class Job:
   dtype: str
   blocks: tuple[int, ...]
   backward: str = "fused"
+  features: str = "full"
+
+  @property
+  def chip(self) -> Chip:
+    """The generation."""
+    return CHIPS[self.target]
+
+  @property
+  def program(self) -> Program:
+    """What is compiled."""
+    return PROGRAMS[self.maker]
 
 
-def missing() -> str | None:
-  """Why nothing can be compiled here, or None."""
+def missing(maker: str = "flash_attention") -> str | None:
+  """Why `maker` cannot be compiled here, or None.
+
+  Args:
+    maker: A key of `PROGRAMS`.
+  """
   if importlib.util.find_spec("libtpu") is None:
     return (
       "libtpu is not installed, and no TPU kernel compiles without it; "
       "pip install libtpu into an environment of its own, or put its folder on "
       "PYTHONPATH"
     )
+  if maker == "tokamax" and importlib.util.find_spec("tokamax") is None:
+    return "not installed, so not compared; pip install tokamax"
   return None
 
 
@@ -99,64 +134,18 @@ def main() -> None:
   """Compiles the job that the command line holds as JSON."""
   job = Job(**json.loads(sys.argv[1]))
   import jax
-  import jax.numpy as jnp
   from jax.experimental import topologies
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-  chip = CHIPS[job.target]
-  devices = topologies.get_topology_desc(chip.topology, platform="tpu").devices
-  mesh = Mesh(devices[:1], ("x",))
-  function = (_ours if job.maker == "ours" else _splash)(job)
-  x = jax.ShapeDtypeStruct(
-    (1, job.length, job.head_dim),
-    jnp.dtype(job.dtype),
-    sharding=NamedSharding(mesh, PartitionSpec()),
-  )
-
-  def backward(q, k, v):
-    return jax.vjp(function, q, k, v)[1](q)
-
+  topology = topologies.get_topology_desc(job.chip.topology, platform="tpu")
+  mesh = Mesh(topology.devices[:1], ("x",))
+  whole = NamedSharding(mesh, PartitionSpec())
   with jax.set_mesh(mesh):
-    run = function if job.direction == "forward" else backward
-    jax.jit(run).lower(x, x, x).compile()
-
-
-def _ours(job: Job) -> Any:
-  from kernels_pallas.flash_attention.api import flash_attention
-  from kernels_pallas.flash_attention.tiling import Tile, Tiles
-
-  tile = Tile(*job.blocks)
-  tiles = {"forward": tile} if job.direction == "forward" else {}
-  tiles = tiles or {"dkv": tile, "dq": tile, "backward": job.backward}
-
-  def run(q, k, v):
-    q, k, v = (y.swapaxes(0, 1)[None] for y in (q, k, v))
-    return flash_attention(
-      q, k, v, backend="mosaic_tpu", config=Tiles(**tiles)
-    )[0].swapaxes(0, 1)
-
-  return run
-
-
-def _splash(job: Job) -> Any:
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernel,
-  )
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as mask,
-  )
-
-  q, kv, part, fused = job.blocks
-  sizes = kernel.BlockSizes(
-    block_q=q, block_kv=kv, block_kv_compute=part,
-    block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=part,
-    block_q_dq=None if fused else q, block_kv_dq=None if fused else kv,
-    use_fused_bwd_kernel=bool(fused),
-  )  # fmt: skip
-  full = mask.MultiHeadMask([mask.FullMask((job.length, job.length))])
-  return kernel.make_splash_mha(
-    full, block_sizes=sizes, head_shards=1, q_seq_shards=1
-  )
+    function, shapes = job.program.call(job)
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+    )
+    jax.jit(function).lower(*shapes).compile()
 
 
 if __name__ == "__main__":

@@ -54,18 +54,23 @@ def bound(chip: Chip, head_dim: int, matmuls: int) -> float:
   return 1000 * matmuls * 2 * filled / chip.flops_per_cycle
 
 
+def memory_cycles(chip: Chip, size: int) -> float:
+  """Cycles in which a core gets `size` bytes from HBM, all cores reading."""
+  return size / (chip.bandwidth / chip.cores) * chip.clock
+
+
 def tflops(
-  chip: Chip, head_dim: int, credited: int, executed: int, bundles: float
+  chip: Chip, head_dim: int, credited: int, executed: int, cycles: float
 ) -> float:
-  """Predicted TFLOP/s of a chip from bundles for 1000 score elements.
+  """Predicted TFLOP/s of a chip from cycles for 1000 score elements.
 
   Args:
     chip: The generation.
     head_dim: Of q, k and v.
     credited: Matmuls a score element that count as work.
     executed: Those that run; a schedule cannot be faster than their FLOPs.
-    bundles: Of all kernels, for 1000 score elements.
+    cycles: Of all kernels, for 1000 score elements.
   """
   least = 1000 * executed * 2 * head_dim / chip.flops_per_cycle
-  cycles = max(bundles, least) / 1000
+  cycles = max(cycles, least) / 1000
   return credited * 2 * head_dim / cycles * chip.clock * chip.cores / 1e12

@@ -6,17 +6,8 @@ import tempfile
 
 from kernels_pallas.inspect import build, chips, schedule
 from kernels_pallas.inspect.build import Job
+from kernels_pallas.inspect.programs import Step
 
-# Which kernels a direction is made of: (name, matmuls a score element).
-KERNELS = {
-  ("ours", "forward"): (("flash_attention_forward", 2),),
-  ("ours", "fused"): (("flash_attention_fused", 5),),
-  ("ours", "split"): (("flash_attention_dkv", 4), ("flash_attention_dq", 3)),
-  ("splash", "forward"): (("splash_mha_fwd", 2),),
-  ("splash", "fused"): (("splash_mha_dkv", 5),),
-  ("splash", "split"): (("splash_mha_dkv", 4), ("splash_mha_dq", 3)),
-}
-CREDITED = {"forward": 2, "backward": 5}
 TOLERANCE = 0.01
 
 
@@ -28,38 +19,44 @@ class Measurement:
     job: What was compiled.
     schedules: Of its kernels.
     bundles: For 1000 score elements, of all kernels.
+    cycles: For 1000 score elements: a bundle each, or what memory takes.
     executed: Matmuls a score element that run.
   """
 
   job: Job
   schedules: tuple[schedule.Schedule, ...]
   bundles: float
+  cycles: float
   executed: int
-
-  @property
-  def chip(self) -> chips.Chip:
-    """The generation."""
-    return chips.CHIPS[self.job.target]
 
   @property
   def tflops(self) -> float:
     """Predicted TFLOP/s of a chip."""
-    credited = CREDITED[self.job.direction]
     return chips.tflops(
-      self.chip, self.job.head_dim, credited, self.executed, self.bundles
+      self.job.chip,
+      self.job.head_dim,
+      self.job.program.credited[self.job.direction],
+      self.executed,
+      self.cycles,
     )
 
   @property
   def roofline_share(self) -> float:
     """Of the bound that the matrix units set, which is reached."""
-    credited = CREDITED[self.job.direction]
-    least = chips.bound(self.chip, self.job.head_dim, credited)
+    credited = self.job.program.credited[self.job.direction]
+    least = chips.bound(self.job.chip, self.job.head_dim, credited)
     return min(1.0, least / self.bundles)
 
   @property
   def spills(self) -> int:
     """Registers written to memory for want of one, a grid step, all kernels."""
     return sum(s.spills() for s in self.schedules)
+
+  @property
+  def vmem(self) -> int | None:
+    """Bytes of VMEM of the kernel that takes most, if libtpu says so."""
+    found = [s.vmem for s in self.schedules if s.vmem is not None]
+    return max(found, default=None)
 
   def limiting(self) -> tuple[str, float]:
     """The fullest slot, and how full it is."""
@@ -89,34 +86,31 @@ def measure(job: Job, keep: pathlib.Path | None = None) -> Measurement:
 
 
 def _read(job: Job, folder: pathlib.Path) -> Measurement:
-  organisation = job.direction
-  if organisation == "backward":
-    fused = job.blocks[3] if job.maker == "splash" else job.backward == "fused"
-    organisation = "fused" if fused else "split"
-  found, bundles, executed = [], 0.0, 0
-  for name, matmuls in KERNELS[job.maker, organisation]:
-    this = schedule.read(folder, name, chips.CHIPS[job.target])
-    elements = job.blocks[0] * job.blocks[1]
-    work = this.macs / elements / job.head_dim
-    if not _adds_up(work, matmuls, job):
+  found, bundles, cycles, executed = [], 0.0, 0.0, 0
+  for step in job.program.steps(job):
+    this = schedule.read(folder, step.name, job.chip, step.trips)
+    work = this.macs / step.elements / step.depth
+    if not _adds_up(work, step, job.chip):
       raise ValueError(
-        f"{name}: found the work of {work:.2f} matmuls a grid step, expected "
-        f"{matmuls}; its bundles say nothing"
+        f"{step.name}: found the work of {work:.2f} matmuls a grid step, "
+        f"expected {step.matmuls}; its bundles say nothing"
       )
     found.append(this)
-    bundles += 1000 * this.bundles / elements
-    executed += matmuls
-  return Measurement(job, tuple(found), bundles, executed)
+    bundles += 1000 * this.bundles / step.elements
+    memory = chips.memory_cycles(job.chip, step.bytes)
+    cycles += 1000 * max(this.bundles, memory) / step.elements
+    executed += step.matmuls
+  return Measurement(job, tuple(found), bundles, cycles, executed)
 
 
-def _adds_up(work: float, matmuls: int, job: Job) -> bool:
-  """Whether `work` is that of `matmuls` matmuls, within 1%.
+def _adds_up(work: float, step: Step, chip: chips.Chip) -> bool:
+  """Whether `work` is that of the step's matmuls, within 1%.
 
-  A matmul counts 2, 4, ... times where the head dim fills 1/2, 1/4, ... of a
+  A matmul counts 2, 4, ... times where its depth fills 1/2, 1/4, ... of a
   matrix unit: the rest of the unit multiplies zeros.
   """
-  most = max(1, chips.CHIPS[job.target].mxu // job.head_dim)
+  most = max(1, chip.mxu // step.depth)
   counts, sums = [2**n for n in range(most.bit_length())], {0}
-  for _ in range(matmuls):
+  for _ in range(step.matmuls):
     sums = {s + count for s in sums for count in counts}
   return any(abs(work / s - 1) <= TOLERANCE for s in sums)

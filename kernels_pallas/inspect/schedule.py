@@ -20,6 +20,7 @@ FULL_DEPTH = 128
 _BUNDLE = re.compile(
   r"^ *(?:0x[0-9a-f]+|0) *(?:[A-Z]{2})? *: *((?:> *)*)\{", re.M
 )
+_VMEM = re.compile(r"^ *#allocation.*space=vmem, size = (0x[0-9a-f]+)", re.M)
 _MATRIX = re.compile(r"\b(vmatmul|vmatpush[0-9]?)((?:\.\w+(?:\[\d+\])?)*)")
 
 
@@ -34,6 +35,7 @@ class Schedule:
     use: int [bundles, slots] of the bundles of a grid step, in order.
     weight: float [bundles], how often each runs in a grid step.
     macs: bf16 multiply-adds of a grid step on the matrix units.
+    vmem: Bytes of VMEM that the kernel holds, or None if nothing says it.
   """
 
   name: str
@@ -42,6 +44,7 @@ class Schedule:
   use: np.ndarray
   weight: np.ndarray
   macs: float
+  vmem: int | None = None
 
   @property
   def bundles(self) -> float:
@@ -99,7 +102,17 @@ def read(
     use=use[inside],
     weight=weight[inside],
     macs=float((macs * weight)[inside].sum()),
+    vmem=_vmem(folder, name),
   )
+
+
+def _vmem(folder: pathlib.Path, name: str) -> int | None:
+  """Bytes of all that is allocated in VMEM: blocks twice, scratch, spills."""
+  found = [f for f in folder.glob("*-post-ra.txt") if name in f.name]
+  sizes = [
+    _VMEM.findall(f.read_text()) for f in found if "bundle" not in f.name
+  ]
+  return sum(int(x, 16) for x in sizes[0]) if sizes else None
 
 
 def _one(folder: pathlib.Path, name: str, pattern: str) -> pathlib.Path:

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas.inspect import __main__ as command
-from kernels_pallas.inspect import build, chips, picture, report, schedule
+from kernels_pallas.inspect import (
+  build,
+  chips,
+  picture,
+  programs,
+  report,
+  schedule,
+)
 
 V5P, V6E = chips.CHIPS["v5p"], chips.CHIPS["v6e"]
 BODY = """\
@@ -75,10 +82,12 @@ def test_bounds_are_those_of_the_matrix_units():
 
 
 def test_work_must_be_that_of_the_matmuls():
-  job = build.Job("ours", "v5p", "forward", 1, 128, "bfloat16", (1, 1, 1, 1))
-  assert report._adds_up(2.01, 2, job) and not report._adds_up(2.1, 2, job)
-  half = build.Job("ours", "v6e", "forward", 1, 128, "bfloat16", (1, 1, 1, 1))
-  assert report._adds_up(3.0, 2, half) and not report._adds_up(3.5, 2, half)
+  step = programs.Step("kernel", 2, elements=1, depth=128, bytes=0)
+  assert report._adds_up(2.01, step, V5P)
+  assert not report._adds_up(2.1, step, V5P)
+  # Half a matrix unit is filled: a matmul may count twice.
+  assert report._adds_up(3.0, step, V6E)
+  assert not report._adds_up(3.5, step, V6E)
 
 
 def test_the_picture_is_a_picture(dump, tmp_path):
@@ -103,19 +112,19 @@ def test_bad_arguments_are_refused(monkeypatch, arguments):
 
 
 @pytest.mark.chips
-def test_the_last_line_is_the_result(capsys):
+def test_the_last_line_is_the_result(monkeypatch, capsys):
   """A whole measurement beside splash, at small blocks to be quick."""
-  monkey = command.SPLASH["forward"]
-  command.SPLASH["forward"] = ()
-  try:
-    arguments = ["--target=v5p", "--blocks=512,512,256,128"]
-    assert command.main([*arguments, "--compare=splash"]) == 0
-  finally:
-    command.SPLASH["forward"] = monkey
-  found = json.loads(capsys.readouterr().out.splitlines()[-1])
+  # Splash at blocks like ours alone.
+  monkeypatch.setitem(command.REFERENCES["splash"], "forward", ())
+  arguments = ["--target=v5p", "--blocks=512,512,256,128"]
+  assert command.main([*arguments, "--compare=splash"]) == 0
+  *table, last = capsys.readouterr().out.splitlines()
+  found = json.loads(last)
   assert list(found) == [
     "kernel", "target", "direction", "bundles_per_kilo_element",
     "ratio_to_reference", "spills", "predicted_tflops", "roofline_share",
   ]  # fmt: skip
   assert 0.3 < found["ratio_to_reference"] < 1
   assert 0.3 < found["roofline_share"] < 1
+  # At least q, k, v and o of 512 x 128 in bf16, each twice.
+  assert 1.0 < float(table[0].rsplit("VMEM ")[1].split()[0]) < 4.0

@@ -1,0 +1,200 @@
+"""Kernels that can be inspected: how each is called, what a step of it does.
+
+A kernel is one `Program` in `build.PROGRAMS`. Its steps say what matrix work a
+step of the grid holds, so that a schedule can be checked, and how many bytes
+it fetches, so that a prediction knows when memory is the limit.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from kernels_pallas.inspect.build import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What one step of a kernel's grid does.
+
+  Attributes:
+    name: What the kernel's name contains.
+    matmuls: Matmuls of `elements` results, `depth` deep.
+    elements: Elements that the report counts by (of attention: scores).
+    depth: Length of a contraction.
+    bytes: Read from and written to HBM, in a long row of steps.
+    trips: How often each loop inside the step runs, in program order.
+  """
+
+  name: str
+  matmuls: int
+  elements: int
+  depth: int
+  bytes: int
+  trips: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A kernel that can be compiled for a chip that is not here.
+
+  Attributes:
+    call: From a job to the function to compile and its arguments' shapes, a
+      tree of `jax.ShapeDtypeStruct`. Runs where the mesh of the job is set.
+    steps: From a job to what each of its kernels does in a grid step.
+    credited: Matmuls an element that count as work, by direction.
+  """
+
+  call: Callable[["Job"], tuple[Callable[..., Any], Any]]
+  steps: Callable[["Job"], tuple[Step, ...]]
+  credited: dict[str, int]
+
+
+# Attention is credited with 2 matmuls forward and 5 backward, however it is
+# organised (kernels.md 3).
+ATTENTION = {"forward": 2, "backward": 5}
+
+
+def flash_attention(job: "Job") -> tuple[Callable[..., Any], Any]:
+  """Ours: one head, or whatever the job's features add."""
+  import jax
+  import jax.numpy as jnp
+
+  from kernels_pallas.flash_attention import api, tiling
+
+  config = None
+  if job.blocks:
+    tile = tiling.Tile(*job.blocks)
+    names = ("forward",) if job.direction == "forward" else ("dkv", "dq")
+    config = dataclasses.replace(
+      tiling.for_device(job.chip.kind, job.head_dim, job.dtype),
+      **dict.fromkeys(names, tile),
+      backward=job.backward,
+    )
+  x = dict.fromkeys(
+    "qkv",
+    jax.ShapeDtypeStruct(
+      (1, job.length, 1, job.head_dim), jnp.dtype(job.dtype)
+    ),
+  )
+  data, options = {}, {"causal": job.features != "full"}
+  if job.features == "everything":
+    x["bias"] = jax.ShapeDtypeStruct(
+      (1, 1, job.length, job.length), jnp.float32
+    )
+    x["sinks"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+    data["segment_ids"] = jax.ShapeDtypeStruct((1, job.length), jnp.int32)
+    options |= {
+      "window": (job.length // 2, None), "softcap": 30.0,
+      "dropout_rate": 0.1, "dropout_seed": 0,
+    }  # fmt: skip
+
+  def run(x, data):
+    return api.flash_attention(
+      **x, **data, **options, backend="mosaic_tpu", config=config
+    )
+
+  return _directed(job, run), (x, data)
+
+
+def flash_attention_steps(job: "Job") -> tuple[Step, ...]:
+  """Of our kernels at the job's blocks."""
+  q, kv, *_ = job.blocks
+  H, size = job.head_dim, _size(job.dtype)
+  tile = {"elements": q * kv, "depth": H}
+  over_keys = 2 * q * H * size + 2 * 4 * q  # q, do, and two rows
+  if job.direction == "forward":
+    return (
+      Step("flash_attention_forward", 2, bytes=2 * kv * H * size, **tile),
+    )
+  if job.backward == "fused":
+    return (
+      Step("flash_attention_fused", 5, bytes=over_keys + 4 * q * H, **tile),
+    )
+  return (
+    Step("flash_attention_dkv", 4, bytes=over_keys, **tile),
+    Step("flash_attention_dq", 3, bytes=2 * kv * H * size, **tile),
+  )
+
+
+def splash(job: "Job") -> tuple[Callable[..., Any], Any]:
+  """jax's splash attention, forward and backward, full mask."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  q, kv, part, fused = job.blocks
+  sizes = kernel.BlockSizes(
+    block_q=q, block_kv=kv, block_kv_compute=part,
+    block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=part,
+    block_q_dq=None if fused else q, block_kv_dq=None if fused else kv,
+    use_fused_bwd_kernel=bool(fused),
+  )  # fmt: skip
+  full = masks.MultiHeadMask([masks.FullMask((job.length, job.length))])
+  run = kernel.make_splash_mha(
+    full, block_sizes=sizes, head_shards=1, q_seq_shards=1
+  )
+  return _heads_first(job, run)
+
+
+def tokamax(job: "Job") -> tuple[Callable[..., Any], Any]:
+  """tokamax's splash attention, whose backward pass is always fused."""
+  from tokamax._src.ops.experimental.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+  )
+  from tokamax._src.ops.experimental.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  q, kv, part, _ = job.blocks
+  sizes = kernel.SplashConfig(
+    block_q=q, block_kv=kv, block_kv_compute=part,
+    block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=part,
+  )  # fmt: skip
+  run = kernel.make_splash_mha(
+    masks.FullMask((job.length, job.length)), config=sizes
+  )
+  return _heads_first(job, run)
+
+
+def splash_steps(job: "Job") -> tuple[Step, ...]:
+  """Of splash attention, jax's and tokamax's, at the job's blocks."""
+  q, kv, _, fused = job.blocks
+  H, size = job.head_dim, _size(job.dtype)
+  tile = {"elements": q * kv, "depth": H}
+  if job.direction == "forward":
+    return (Step("splash_mha_fwd", 2, bytes=2 * kv * H * size, **tile),)
+  over_keys = 2 * q * H * size + 2 * 4 * q
+  if fused:
+    return (Step("splash_mha_dkv", 5, bytes=over_keys + q * H * size, **tile),)
+  return (
+    Step("splash_mha_dkv", 4, bytes=over_keys, **tile),
+    Step("splash_mha_dq", 3, bytes=2 * kv * H * size, **tile),
+  )
+
+
+def _heads_first(job: "Job", run) -> tuple[Callable[..., Any], Any]:
+  """`run` of q, k, v [N, T, H], as what a job compiles."""
+  import jax
+  import jax.numpy as jnp
+
+  x = jax.ShapeDtypeStruct((1, job.length, job.head_dim), jnp.dtype(job.dtype))
+  function = _directed(job, lambda x, data: run(**x, **data))
+  return function, (dict.fromkeys("qkv", x), {})
+
+
+def _directed(job: "Job", run):
+  """`run` of (what is differentiated, what is not), or its gradient."""
+  import jax
+
+  def backward(x, data):
+    return jax.vjp(lambda x: run(x, data), x)[1](x["q"])
+
+  return run if job.direction == "forward" else backward
+
+
+def _size(dtype: str) -> int:
+  return {"bfloat16": 2, "float32": 4}[dtype]
