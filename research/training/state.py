@@ -125,5 +125,5 @@ def _check(selected: Params, params: Params, pattern: str) -> None:
       raise UserError(
         f"trainable: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
-        " adapters, e.g. '/(a|b)$'."
+        " adapters, e.g. '/trained/'."
       )

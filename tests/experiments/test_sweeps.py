@@ -116,7 +116,7 @@ def test_values_reach_gin_as_they_are():
   assert read.model.dtype == "bfloat16"
   (adapt,) = read.transforms
   assert adapt.rslora is True and list(adapt.targets) == ["q", "k'v"]
-  assert read.continuation == adapt.rank == 8
+  assert read.continuation == adapt.method.rank == 8
 
 
 def test_names_are_good_file_names_and_stay():
