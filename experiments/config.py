@@ -64,7 +64,7 @@ def read(
 
   Args:
     path: a gin file; relative ones are also looked for under `configs/`.
-    bindings: further lines, which win: `"STEPS = 20"`, `"Adapt.rank=4"`.
+    bindings: further lines, which win: `"STEPS = 20"`, `"LoRA.rank=4"`.
     root: what is built, without arguments.
     flag: see `find`.
 
@@ -137,7 +137,7 @@ def _binding(line: str) -> str:
   if not re.fullmatch(r"\s*[\w./]+\s*=\s*\S.*", line, re.DOTALL):
     raise UserError(
       f"--set={line}: expected NAME=VALUE, e.g. --set=STEPS=20 or "
-      "--set=adapt.Adapt.rank=16."
+      "--set=lora.LoRA.rank=16."
     )
   return line
 

@@ -22,7 +22,7 @@ from experiments.experiment import Built, Experiment
 from research import sharding, tree
 from research.interop import convert, load, sources
 from research.interop.load import Loaded
-from research.lora import adapt, peft
+from research.lora import peft, wrap
 from research.nn import generate
 from research.training import (
   checkpoint,
@@ -310,7 +310,7 @@ def _look(
 def _save_adapter(folder, experiment, built, outcome) -> bool:
   """Writes what was trained in PEFT's format, if that is adapters."""
   params = outcome.state.params
-  adapters, rest = tree.partition(params, adapt.TRAINABLE)
+  adapters, rest = tree.partition(params, wrap.TRAINABLE)
   if not tree.count(adapters):
     return False
   params = tree.combine(site.whole(adapters), rest)

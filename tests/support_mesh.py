@@ -10,7 +10,8 @@ import optax
 
 from research import sharding, tree
 from research.interop import gguf_types
-from research.lora import adapt
+from research.lora import adapt, wrap
+from research.lora.methods.lora import LoRA
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
 from research.quant import blocks
@@ -85,7 +86,9 @@ def start(kind: str) -> state.TrainState:
     params = packed(params)
   if kind.endswith("lora"):
     targets = EXPERTS if kind.startswith("experts") else adapt.ALL_LINEAR
-    params = adapt.Adapt(targets=targets, rank=4)(params, jax.random.key(0))
+    params = adapt.Adapt(targets=targets, method=LoRA(rank=4))(
+      params, jax.random.key(0)
+    )
     # Away from the start, where a factor's gradient is zero.
     rng = np.random.default_rng(7)
     params = tree.map_paths(
@@ -96,7 +99,7 @@ def start(kind: str) -> state.TrainState:
       ),
       params,
     )
-  return state.create(params, TRAINABLE.get(kind, adapt.TRAINABLE), OPTIMIZER)
+  return state.create(params, TRAINABLE.get(kind, wrap.TRAINABLE), OPTIMIZER)
 
 
 @functools.cache

@@ -5,7 +5,8 @@ import dataclasses
 from experiments.experiment import Experiment
 from experiments.fresh import Fresh
 from research.data import pipeline, synthetic
-from research.lora import adapt
+from research.lora import adapt, wrap
+from research.lora.methods.lora import LoRA
 from research.nn import presets
 from research.sharding import Layout
 from research.training import loop, optim
@@ -58,6 +59,6 @@ def adapted(whole: Experiment) -> Experiment:
   """Returns the same with adapters trained alone."""
   return dataclasses.replace(
     whole,
-    transforms=(adapt.Adapt(rank=4),),
-    trainable=adapt.TRAINABLE,
+    transforms=(adapt.Adapt(method=LoRA(rank=4)),),
+    trainable=wrap.TRAINABLE,
   )

@@ -96,7 +96,7 @@ def no_other_framework(path: str, text: str) -> list[str]:
 
 def leaf_types_stay_home(path: str, text: str) -> list[str]:
   """Only a leaf's own system and weights.py may ask for a leaf's class."""
-  homes = {"LoRATensor": "research/lora/", "QTensor": "research/quant/"}
+  homes = {"AdaptedTensor": "research/lora/", "QTensor": "research/quant/"}
   found = []
   for node in ast.walk(ast.parse(text)):
     if not (
@@ -234,7 +234,7 @@ RULES = {  # rule -> a (path, text) that breaks it
   no_other_framework: ("research/a.py", '"""M."""\nimport torch.nn\n'),
   leaf_types_stay_home: (
     "research/nn/a.py",
-    '"""M."""\nx = isinstance(w, (int, tensor.LoRATensor))\n',
+    '"""M."""\nx = isinstance(w, (int, tensor.AdaptedTensor))\n',
   ),
   training_knows_no_method: (
     "research/training/a.py",

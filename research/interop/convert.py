@@ -199,7 +199,7 @@ def to_peft(
   Raises:
     UserError: there are no adapters, or the base is not known.
   """
-  from research.lora import adapt, peft
+  from research.lora import peft, wrap
 
   free(to)
   name = base or source.base_name
@@ -212,7 +212,7 @@ def to_peft(
   if under is None or base is not None:
     under = sources.open_source(name)
   params = source.params()
-  different = _differing(part.from_params(adapt.disable(params)), under)
+  different = _differing(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:
     peft.save_adapter(
       draft,

@@ -50,6 +50,13 @@ class Fields:
   def maybe_number(self, name: str) -> float | None:
     return None if self.get(name) is None else self.number(name)
 
+  def rate(self, name: str) -> float:
+    """Returns a probability of dropping, in [0, 1)."""
+    x = self.get(name)
+    if type(x) not in (int, float) or not 0 <= x < 1:
+      raise self.wrong(name, "at least 0 and below 1")
+    return float(x)
+
   def flag(self, name: str) -> bool:
     """Returns true or false; false where it is left out or null."""
     x = self.get(name)

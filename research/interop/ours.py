@@ -25,7 +25,9 @@ from research.interop import (
 )
 from research.interop.fields import Fields
 from research.interop.load import NOTE
-from research.lora.tensor import LoRATensor
+from research.lora.adapted import AdaptedTensor
+from research.lora.method import Method
+from research.lora.methods import all_methods
 from research.nn import presets
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
@@ -37,7 +39,7 @@ METADATA = "metadata.gguf"
 ARRAYS = "arrays"
 VERSION = 1
 
-LEAVES = {"BlockTensor": BlockTensor, "LoRATensor": LoRATensor}
+LEAVES = {"BlockTensor": BlockTensor, "AdaptedTensor": AdaptedTensor}
 """Weights that are no arrays, by the names that the note has for them."""
 
 _DTYPES = (
@@ -87,7 +89,8 @@ def _describe(x: Any) -> Any:
   fields = {}
   for f in dataclasses.fields(x):
     value = getattr(x, f.name)
-    fields[f.name] = value if f.metadata.get("static") else _describe(value)
+    static = f.metadata.get("static")
+    fields[f.name] = _spelled(value) if static else _describe(value)
   return {"": name} | fields
 
 
@@ -118,10 +121,37 @@ def _abstract(found: Any, where: str) -> Any:
     value = found[name]
     if not f.metadata.get("static"):
       value = _abstract(value, f"{where}: {name}")
-    elif type(value) is not type(f.default):
-      raise UserError(f"{where}: {name} is {str(value)[:60]}")
+    else:
+      value = _static(value, f, f"{where}: {name}")
     values[name] = value
   return kind(**values)
+
+
+def _spelled(value: Any) -> Any:
+  """Returns a static field as JSON: itself, or a method's name and fields."""
+  if isinstance(value, Method):
+    return {"": type(value).__name__} | dataclasses.asdict(value)
+  return value
+
+
+def _static(value: Any, field: Any, where: str) -> Any:
+  """Returns a static field; inverts `_spelled`."""
+  if field.default is not dataclasses.MISSING:
+    if type(value) is not type(field.default):
+      raise UserError(f"{where} is {str(value)[:60]}")
+    return value
+  if not isinstance(value, dict) or value.get("") not in all_methods():
+    raise UserError(
+      f"{where} is {str(value)[:60]}, expected one of "
+      f"{', '.join(all_methods())}"
+    )
+  kind = all_methods()[value[""]]
+  given = {k: v for k, v in value.items() if k}
+  known = {f.name: type(f.default) for f in dataclasses.fields(kind)}
+  for name, x in given.items():
+    if name not in known or type(x) is not known[name]:
+      raise UserError(f"{where}: {name} is {str(x)[:60]}")
+  return kind(**given)
 
 
 def load(

@@ -1,12 +1,13 @@
 """Merging one adapted weight so that what rounding loses can be told."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.lora.tensor import LoRATensor
+from research.lora.adapted import AdaptedTensor
 
 
 def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -15,13 +16,12 @@ def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:
   Args:
     weight: any; adapters on adapters all count.
   """
-  if not isinstance(weight, LoRATensor):
+  if not isinstance(weight, AdaptedTensor):
     return None
   below = in_float32(weight.w)
   if below is None:
     base = total = np.asarray(weights.dense(weight.w)).astype(np.float32)
   else:
     total, base = below
-  a, b = (np.asarray(jnp.asarray(x, jnp.float32)) for x in (weight.a, weight.b))
-  delta = np.swapaxes(a, -1, -2) @ b
-  return total + np.float32(weight.scale) * delta, base
+  delta = dataclasses.replace(weight, w=jnp.asarray(total)).delta()
+  return total + np.asarray(delta), base

@@ -13,13 +13,16 @@ import pathlib
 from collections.abc import Collection
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
 from research.interop import hf, parts, safetensors
-from research.lora import adapt, peft_config, peft_whole
-from research.lora.tensor import LoRATensor
+from research.lora import peft_config, peft_whole, wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.method import Method, Place
+from research.lora.methods.lora import KEYS, LoRA
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
@@ -28,18 +31,35 @@ WEIGHTS = "adapter_model.safetensors"
 _PREFIX = peft_whole.PREFIX
 
 
-def _keys(module: str) -> tuple[str, str]:
-  """Returns the names in the file of a module's A `[r, in]` and B."""
-  if module == peft_whole.EMBEDDING:
-    stem = f"{_PREFIX}{module}.lora_embedding_"
-    return f"{stem}A", f"{stem}B"
-  return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+def _named(
+  module: str, method: Method, arrays: Any, size: tuple[int, int]
+) -> dict[str, Any]:
+  """Returns a module's tensors by their names in the file."""
+  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+  return {
+    f"{_PREFIX}{module}.{name}": x
+    for name, x in method.to_peft(arrays, place).items()
+  }
+
+
+def _shapes_of(
+  module: str, method: Method, size: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a module's tensors by their names in the file."""
+  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+
+  def fresh():
+    w = jnp.zeros(size)
+    trained, fixed = method.start(jax.random.key(0), place, w)
+    return _named(module, method, trained | fixed, size)
+
+  return {key: x.shape for key, x in jax.eval_shape(fresh).items()}
 
 
 def _modules(params: Params, model: Transformer) -> dict[str, str]:
   """Returns Hugging Face's module name of each address of a matrix."""
   rows, out = hf.table(model), {}
-  for path in adapt.matrices(params):
+  for path in wrap.matrices(params):
     # An adapted weight that is adapted again is addressed as itself.
     name, _ = rows.theirs(peft_whole.addressed(path))
     out[path] = name.removesuffix(".weight")
@@ -79,7 +99,7 @@ def open_adapter(
   adapts one side alone of a tied embedding.
   """
   directory = pathlib.Path(directory)
-  fields = peft_config.read_config(directory)
+  fields, kind = peft_config.read_config(directory)
   file = directory / WEIGHTS
   if not file.is_file():
     pickled = (directory / "adapter_model.bin").exists()
@@ -91,13 +111,13 @@ def open_adapter(
       "Save it with PEFT's save_pretrained(..., safe_serialization=True)."
     )
   tensors = safetensors.open_file(file)
-  params, model = _untied(fields, params, model)
+  params, model = _untied(fields, kind, params, model)
   modules = _modules(params, model)
-  specs = peft_config.read_specs(fields, modules)
+  methods = peft_config.read_methods(fields, kind, modules)
   base = peft_whole.base_weights(params, model)
   whole = peft_whole.required(
     base,
-    {modules[address] for address in specs},
+    {modules[address] for address in methods},
     peft_config.whole_modules(fields),
     peft_config.bias_mode(fields),
   )
@@ -105,22 +125,48 @@ def open_adapter(
     optional = peft_whole.embeddings(base, model.tied, whole, adapted)
     whole |= {key: w for key, w in optional.items() if key in tensors}
   params, model = _with_whole(file, tensors, whole, params, model)
-  if model.tied and "embed" in specs:
+  if model.tied and "embed" in methods:
     tensors = _without_copies(file, tensors)
-  _check(file, tensors, specs, modules, params, whole)
+  _check(file, tensors, methods, modules, params, whole)
 
-  def factors(paths, spec, shape):
-    pairs = [_keys(modules[p]) for p in paths]
-    a = np.stack([tensors[k].read() for k, _ in pairs])
-    b = np.stack([tensors[k].read().T for _, k in pairs])
-    return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+  live = []
 
-  return adapt.wrap(params, specs, factors), model
+  def make(paths, method, w):
+    each = [
+      _read(tensors, modules[p], method, jax.tree.map(lambda x, k=k: x[k], w))
+      for k, p in enumerate(paths)
+    ]
+    live.extend(not method.idle(x | y) for x, y in each)
+    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.float32), *each)
+
+  adapted = wrap.wrap(params, methods, make)
+  if methods and not any(live):
+    raise UserError(
+      f"{file}: B (or A) is zero in every module, so the adapter changes "
+      "nothing: it was saved before any training step"
+    )
+  return adapted, model
+
+
+def _read(tensors, module, method, w):
+  """Returns (trained, fixed) of one module."""
+  size = tuple(w.shape)
+  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+  stem = f"{_PREFIX}{module}."
+  names = [key.removeprefix(stem) for key in _shapes_of(module, method, size)]
+  found = {name: tensors[stem + name].read() for name in names}
+  return method.from_peft(found, place, w)
 
 
 def _tied_keys() -> list[tuple[str, str]]:
   """Returns pairs of keys: the head's factors are the embedding's, turned."""
-  embed, head = (_keys(m) for m in (peft_whole.EMBEDDING, peft_whole.HEAD))
+  embed, head = (
+    [f"{_PREFIX}{module}.{name}" for name in KEYS[embedding]]
+    for module, embedding in (
+      (peft_whole.EMBEDDING, True),
+      (peft_whole.HEAD, False),
+    )
+  )
   return [(head[0], embed[1]), (head[1], embed[0])]
 
 
@@ -138,12 +184,13 @@ def _without_copies(path, tensors):
   return out
 
 
-def _untied(fields, params, model):
+def _untied(fields, kind, params, model):
   """Returns the base, untied where PEFT changes one of its two sides."""
   if not model.tied or fields.flag("ensure_weight_tying"):
     return params, model
   sides = {"embed": peft_whole.EMBEDDING, "head": peft_whole.HEAD}
-  touched = peft_config.read_specs(fields, _modules(params, model) | sides)
+  modules = _modules(params, model) | sides
+  touched = peft_config.read_methods(fields, kind, modules)
   saved = peft_config.whole_modules(fields)
   for address, module in sides.items():
     if address in touched or peft_whole.saved_whole(module, saved):
@@ -190,10 +237,10 @@ def _with_whole(path, tensors, whole, params, model):
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-  out = {p: tuple(w.shape) for p, w in adapt.leaves(tree.top(params))}
+  out = {p: tuple(w.shape) for p, w in wrap.leaves(tree.top(params))}
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, w in adapt.leaves(params[run][layer]):
+    for path, w in wrap.leaves(params[run][layer]):
       out |= {f"layers/{i}/{path}": tuple(w.shape[1:]) for i in layers}
   return out
 
@@ -205,13 +252,11 @@ def _wrong_dtype(path, key, tensor) -> UserError:
   )
 
 
-def _check(path, tensors, specs, modules, params, whole) -> None:
+def _check(path, tensors, methods, modules, params, whole) -> None:
   """Raises UserError unless the file holds exactly what is asked for."""
-  shapes, wanted = adapt.matrices(params), {}
-  for address, spec in specs.items():
-    a, b = _keys(modules[address])
-    wanted[a] = (spec.rank, shapes[address][0])
-    wanted[b] = (shapes[address][1], spec.rank)
+  sizes, wanted = wrap.matrices(params), {}
+  for address, method in methods.items():
+    wanted |= _shapes_of(modules[address], method, sizes[address])
   missing = (set(wanted) | set(whole)) - set(tensors)
   extra = set(tensors) - set(wanted) - set(whole)
   if missing or extra:
@@ -224,14 +269,6 @@ def _check(path, tensors, specs, modules, params, whole) -> None:
       )
     if str(tensors[key].dtype) not in hf.DTYPES:
       raise _wrong_dtype(path, key, tensors[key])
-  pairs = (_keys(modules[address]) for address in specs)
-  if specs and not any(
-    all(tensors[k].read().any() for k in pair) for pair in pairs
-  ):
-    raise UserError(
-      f"{path}: B (or A) is zero in every module, so the adapter changes "
-      "nothing: it was saved before any training step"
-    )
 
 
 def save_adapter(
@@ -239,7 +276,7 @@ def save_adapter(
   params: Params,
   model: Transformer,
   base_name: str,
-  use_rslora: bool = False,
+  use_rslora: bool | None = None,
   whole: Collection[str] = (),
   resized: bool = False,
 ) -> None:
@@ -247,11 +284,12 @@ def save_adapter(
 
   Args:
     directory: made if need be.
-    params: with LoRATensor leaves; one adapter a weight.
+    params: with AdaptedTensor leaves; one adapter a weight.
     model: the base.
     base_name: base_model_name_or_path: a name, or a directory, absolute or
       relative to `directory`.
-    use_rslora: state the scales as `alpha / sqrt(r)` instead of `alpha / r`.
+    use_rslora: whether to state the scales of plain LoRA as `alpha / sqrt(r)`
+      rather than `alpha / r`; None for as they are.
     whole: addresses of weights without adapter that differ from the base's.
     resized: whether the base has another number of tokens; both embeddings
       are written then, and whoever loads the adapter resizes the base first.
@@ -270,22 +308,24 @@ def save_adapter(
       f"{directory}: PEFT's files have no name for an adapter on stacked "
       f"experts ({nameless[0]}).\nMerge it into the model instead."
     )
-  tensors, forms = {}, {}
+  tensors, methods, sizes = {}, {}, wrap.matrices(params)
   for path, w in found.items():
-    key_a, key_b = _keys(modules[path])
-    tensors[key_a] = np.asarray(w.a, np.float32)
-    tensors[key_b] = np.asarray(w.b, np.float32).T
-    rank = w.a.shape[-2]
-    alpha = w.scale * (rank**0.5 if use_rslora else rank)
-    forms[modules[path]] = (rank, float(f"{alpha:.12g}"), w.dropout)
+    module, method = modules[path], w.method
+    if method.PEFT is None:
+      raise UserError(
+        f"{directory}: PEFT has no method {type(method).__name__}; merge it "
+        "into the model, or convert it to plain LoRA first"
+      )
+    arrays = {k: np.asarray(x, np.float32) for k, x in w.arrays.items()}
+    tensors |= _named(module, method, arrays, sizes[path])
+    methods[module] = _stated(method, use_rslora)
   if model.tied and "embed" in found:
     tensors |= {copy: tensors[key].T for copy, key in _tied_keys()}
-  kept, saved, bias = _whole(params, model, set(forms), set(whole), resized)
+  kept, saved, bias = _whole(params, model, set(methods), set(whole), resized)
   config = peft_config.make_config(
-    forms,
+    methods,
     list(modules.values()),
     base_name,
-    use_rslora,
     saved,
     bias,
     # One matrix on both sides, which PEFT has to be told.
@@ -316,7 +356,7 @@ def _whole(params, model, adapted, changed, resized):
   elif model.tied and "embed" in changed:
     copy = dataclasses.replace(base["embed"], module=peft_whole.HEAD)
     keys[f"{_PREFIX}{peft_whole.HEAD}.weight"] = copy
-  read = parts.from_params(adapt.disable(params))
+  read = parts.from_params(wrap.disable(params))
   out = {}
   for key, w in keys.items():
     x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
@@ -324,23 +364,31 @@ def _whole(params, model, adapted, changed, resized):
   return out, saved, bias
 
 
-def _adapters(params: Params) -> dict[str, LoRATensor]:
+def _stated(method: Method, use_rslora: bool | None) -> Method:
+  """Returns the same method with its scale over `r` or over `sqrt(r)`."""
+  if use_rslora is None or not isinstance(method, LoRA):
+    return method
+  alpha = method.scale * (method.rank**0.5 if use_rslora else method.rank)
+  return dataclasses.replace(method, alpha=alpha, rslora=use_rslora)
+
+
+def _adapters(params: Params) -> dict[str, AdaptedTensor]:
   """Returns each layer's adapter without its base, by address."""
   out = {}
 
-  def thin(w, k=None):
-    if isinstance(w.w, LoRATensor):
+  def thin(w):
+    if isinstance(w.w, AdaptedTensor):
       raise UserError("two adapters on one weight: merge one before saving")
-    a, b = (w.a, w.b) if k is None else (w.a[k], w.b[k])
-    return LoRATensor(None, a, b, scale=w.scale, dropout=w.dropout)
+    return dataclasses.replace(w, w=None, key=None)
 
-  for path, leaf in adapt.leaves(tree.top(params)):
-    if isinstance(leaf, LoRATensor):
+  for path, leaf in wrap.leaves(tree.top(params)):
+    if isinstance(leaf, AdaptedTensor):
       out[path] = thin(leaf)
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, leaf in adapt.leaves(params[run][layer]):
-      if isinstance(leaf, LoRATensor):
+    for path, leaf in wrap.leaves(params[run][layer]):
+      if isinstance(leaf, AdaptedTensor):
         for k, i in enumerate(layers):
-          out[f"layers/{i}/{path}"] = thin(leaf, k)
+          one = jax.tree.map(lambda x, k=k: x[k], thin(leaf))
+          out[f"layers/{i}/{path}"] = one
   return out

@@ -5,23 +5,24 @@ lora.md sections 6.4 and 6.5. A field that is not understood and does not say
 """
 
 import collections
+import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from research.interop import safetensors
 from research.interop.fields import Fields
-from research.lora import adapt, match, peft_whole
+from research.lora import match, peft_whole
+from research.lora.method import Method
+from research.lora.methods import all_methods, of_peft_type
 from research.typing import UserError
 
 CONFIG = "adapter_config.json"
 
-_DEFAULTS = dict(r=8, lora_alpha=8, lora_dropout=0.0)
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 _OFF: dict[str, tuple[Any, ...]] = {
-  "use_dora": (None, False),
   "trainable_token_indices": (None, [], {}),
   "target_parameters": (None, []),
   "layer_replication": (None, []),
@@ -32,9 +33,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
 
 _UNDERSTOOD = {
   *_OFF,
-  *_DEFAULTS,
   "peft_type",
-  "use_rslora",
   "rank_pattern",
   "alpha_pattern",
   "target_modules",
@@ -121,16 +120,16 @@ def bias_mode(fields: Fields) -> str:
   return found
 
 
-def read_config(directory: pathlib.Path) -> Fields:
-  """Returns adapter_config.json; what it asks for is supported here.
+def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
+  """Returns adapter_config.json and its method; all it asks for is supported.
 
   Raises:
     UserError: it is damaged, or names a method or feature that is not.
   """
   path = directory / CONFIG
-  fields = Fields(safetensors.read_json(path), str(path), _DEFAULTS)
-  if fields.get("peft_type") != "LORA":
-    raise fields.wrong("peft_type", "'LORA'")
+  fields = Fields(safetensors.read_json(path), str(path))
+  kind = _kind(fields)
+  fields = dataclasses.replace(fields, defaults=kind.PEFT_DEFAULTS)
   fields.neutral(_OFF)
   init = fields.get("init_lora_weights")
   if init not in _INITS:
@@ -139,46 +138,51 @@ def read_config(directory: pathlib.Path) -> Fields:
       "true: such methods change the base, which this adapter lacks; convert "
       "it with PEFT's path_initial_model_for_weight_conversion",
     )
-  for name in sorted(set(fields.values) - _UNDERSTOOD - _HARMLESS):
+  understood = _UNDERSTOOD | _HARMLESS | set(kind().peft_fields())
+  for name in sorted(set(fields.values) - understood):
     if fields.get(name) not in (None, False, [], {}, ""):
       raise fields.wrong(name, "no such field, or null: it is not supported")
-  return fields
+  return fields, kind
 
 
-def read_specs(
-  fields: Fields, modules: Mapping[str, str]
-) -> dict[str, adapt.Spec]:
+def _kind(fields: Fields) -> type[Method]:
+  """Returns the method of a file."""
+  name = fields.get("peft_type")
+  for kind in of_peft_type(name) if isinstance(name, str) else ():
+    if kind.PEFT_FLAG is None or fields.flag(kind.PEFT_FLAG):
+      return kind
+  known = sorted({k.PEFT for k in all_methods().values() if k.PEFT})
+  raise fields.wrong("peft_type", " or ".join(map(repr, known)))
+
+
+def read_methods(
+  fields: Fields, kind: type[Method], modules: Mapping[str, str]
+) -> dict[str, Method]:
   """Returns what a configuration adapts, and how, by address.
 
   Args:
     fields: the configuration.
+    kind: its method, of `read_config`.
     modules: module names by address.
   """
   targets, whole = _targets(fields), whole_modules(fields)
   ranks = _values(fields, "rank_pattern")
   alphas = _values(fields, "alpha_pattern")
-  rank, alpha = fields.integer("r"), fields.number("lora_alpha")
-  dropout = fields.get("lora_dropout")
-  if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-    raise fields.wrong("lora_dropout", "at least 0 and below 1")
-  rslora = fields.flag("use_rslora")
-  specs = {}
+  usual, out = kind.from_fields(fields), {}
   for path, module in modules.items():
     if targets.match(module) and not peft_whole.not_adapted(module, whole):
-      r = match.by_pattern(module, ranks, rank, "rank_pattern")
-      a = match.by_pattern(module, alphas, alpha, "alpha_pattern")
-      scale = a / (r**0.5 if rslora else r)
-      specs[path] = adapt.Spec(rank=r, scale=scale, dropout=float(dropout))
-  if not specs and not whole:
+      r = match.by_pattern(module, ranks, usual.rank, "rank_pattern")
+      a = match.by_pattern(module, alphas, usual.alpha, "alpha_pattern")
+      out[path] = dataclasses.replace(usual, rank=r, alpha=a)
+  if not out and not whole:
     raise fields.wrong("target_modules", "names of modules of the base model")
-  return specs
+  return out
 
 
 def make_config(
-  forms: Mapping[str, tuple[int, float, float]],
+  methods: Mapping[str, Method],
   modules: Sequence[str],
   base_name: str,
-  use_rslora: bool,
   whole: Sequence[str] = (),
   bias: str = "none",
   tied: bool = False,
@@ -186,53 +190,61 @@ def make_config(
   """Returns adapter_config.json.
 
   Args:
-    forms: (rank, alpha, dropout) of each adapted module, by its name.
+    methods: of each adapted module, by its name.
     modules: names of all modules that could be adapted.
     base_name: of the base model.
-    use_rslora: whether the scale is `alpha / sqrt(r)`.
     whole: modules_to_save.
     bias: which of `BIASES` are brought along.
     tied: ensure_weight_tying.
+
+  Raises:
+    UserError: the methods differ in more than rank and alpha.
   """
-  dropouts = {dropout for _, _, dropout in forms.values()}
-  if len(dropouts) > 1:
-    raise UserError(f"PEFT has one dropout an adapter, found {dropouts}")
-
-  def usual(i):
-    return collections.Counter(f[i] for f in forms.values()).most_common(1)[0][
-      0
-    ]
-
-  def exact(module):
-    # Sorted on writing, and the first match wins: only keys that match one
-    # module each mean the same afterwards.
-    return f"^{re.escape(module)}"
-
-  def number(x):
-    return int(x) if x == int(x) else x
-
-  rank, alpha = usual(0), usual(1)
-  suffixes = sorted({module.rsplit(".", 1)[-1] for module in forms})
+  ranks = {m: method.rank for m, method in methods.items()}
+  alphas = {m: float(f"{x.alpha:.12g}") for m, x in methods.items()}
+  rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+  kinds = {
+    dataclasses.replace(x, rank=rank, alpha=alpha) for x in methods.values()
+  }
+  if len(kinds) > 1:
+    first, second, *_ = sorted(map(str, kinds))
+    raise UserError(
+      f"PEFT has one method an adapter, found {first}\nand {second}"
+    )
+  suffixes = sorted({module.rsplit(".", 1)[-1] for module in methods})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
   # Older versions of PEFT stop at a field that they do not know.
   rest = dict(ensure_weight_tying=True) if tied else {}
-  return rest | dict(
-    peft_type="LORA",
-    task_type="CAUSAL_LM",
-    base_model_name_or_path=base_name,
-    inference_mode=True,
-    r=rank,
-    lora_alpha=number(alpha),
-    lora_dropout=dropouts.pop(),
-    bias=bias,
-    fan_in_fan_out=False,
-    use_rslora=use_rslora,
-    use_dora=False,
-    init_lora_weights=True,
-    modules_to_save=sorted(whole) or None,
-    target_modules=suffixes if covered == set(forms) else sorted(forms),
-    rank_pattern={exact(m): f[0] for m, f in forms.items() if f[0] != rank},
-    alpha_pattern={
-      exact(m): number(f[1]) for m, f in forms.items() if f[1] != alpha
-    },
+  own = {k: _number(x) for k, x in kinds.pop().peft_fields().items()}
+  return (
+    own
+    | rest
+    | dict(
+      peft_type=next(iter(methods.values())).PEFT,
+      task_type="CAUSAL_LM",
+      base_model_name_or_path=base_name,
+      inference_mode=True,
+      bias=bias,
+      modules_to_save=sorted(whole) or None,
+      target_modules=suffixes if covered == set(methods) else sorted(methods),
+      rank_pattern={_exact(m): r for m, r in ranks.items() if r != rank},
+      alpha_pattern={
+        _exact(m): _number(a) for m, a in alphas.items() if a != alpha
+      },
+    )
   )
+
+
+def _usual(values: Iterable[Any]) -> Any:
+  return collections.Counter(values).most_common(1)[0][0]
+
+
+def _exact(module: str) -> str:
+  # Sorted on writing, and the first match wins: only keys that match one
+  # module each mean the same afterwards.
+  return f"^{re.escape(module)}"
+
+
+def _number(x: Any) -> Any:
+  """Returns whole numbers as such, as people write them."""
+  return int(x) if isinstance(x, float) and x == int(x) and x else x

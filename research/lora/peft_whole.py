@@ -15,7 +15,7 @@ import numpy as np
 
 from research import tree, weights
 from research.interop import hf, names
-from research.lora import adapt, match
+from research.lora import match, wrap
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
@@ -52,10 +52,10 @@ def base_weights(params: Params, model: Transformer) -> dict[str, Weight]:
 
   PEFT's files name those by no module, so none is kept whole or adapted.
   """
-  rows, paths = hf.table(model), [p for p, _ in adapt.leaves(tree.top(params))]
+  rows, paths = hf.table(model), [p for p, _ in wrap.leaves(tree.top(params))]
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, leaf in adapt.leaves(params[run][layer]):
+    for path, leaf in wrap.leaves(params[run][layer]):
       if len(leaf.shape) < 4:
         paths += [f"layers/{i}/{path}" for i in layers]
   out = {}

@@ -134,7 +134,7 @@ def adamw(
     eps: added to the root of the mean square.
     weight_decay: share of a parameter taken off at rate 1.
     decayed: regular expression, searched for in the paths that decay, e.g.
-      `"/(a|b)$"`, or `"^(?!.*(norm|bias))"` for all but norms and biases.
+      `"/trained/"`, or `"^(?!.*(norm|bias))"` for all but norms and biases.
     clip: bound of the gradient's global norm, or None.
   """
   parts = []

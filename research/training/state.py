@@ -141,5 +141,5 @@ def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
-        " adapters, e.g. '/(a|b)$'."
+        " adapters, e.g. '/trained/'."
       )

@@ -15,6 +15,7 @@ from experiments import cli, evaluate, generate, perplexity, runs, train
 from research import tree
 from research.interop import load
 from research.lora import adapt, peft
+from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def test_generate_streams_and_ends_with_json(command):
 def test_an_adapter_is_applied(command, tmp_path):
   """By --adapter over its base, or as a model that names its base."""
   base = load.load_model(TINY)
-  adapted = adapt.Adapt(rank=2)(base.params, jax.random.key(0))
+  adapted = adapt.Adapt(method=LoRA(rank=2))(base.params, jax.random.key(0))
   adapted = tree.map_paths(
     lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
   )

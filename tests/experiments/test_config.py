@@ -38,10 +38,10 @@ def test_no_two_runs_are_the_same():
 
 
 def test_a_binding_wins_over_the_file():
-  bindings = ["pipeline.Pipeline.length=64", "adapt.Adapt.rank = 3"]
+  bindings = ["pipeline.Pipeline.length=64", "lora.LoRA.rank = 3"]
   experiment = config.read("runs/quickstart.gin", bindings).experiment
   assert experiment.data.length == 64
-  assert experiment.transforms[0].rank == 3
+  assert experiment.transforms[0].method.rank == 3
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_a_binding_wins_over_the_file():
     ("STEPS", "expected NAME=VALUE"),
     ("STEPS=", "expected NAME=VALUE"),
     ("STEPS=[1,", "quickstart"),
-    ("adapt.Adapt.rank=%NOPE", "%NOPE: has no value"),
-    ("adapt.Adapt.rank=-2", "rank is -2, expected at least 1$"),
+    ("lora.LoRA.rank=%NOPE", "%NOPE: has no value"),
+    ("lora.LoRA.rank=-2", "rank is -2, expected at least 1$"),
     ("DTYPE=32", "dtype: found 32"),
     ("train/sources.PydocTopics.split='test'", "split: found 'test'"),
   ],
@@ -116,8 +116,8 @@ def test_a_failed_parse_leaves_nothing_behind():
 def test_the_text_is_what_was_bound_without_defaults():
   # Seen with and without type checks, which hide most defaults from gin.
   bound = config.read("runs/quickstart.gin").text
-  assert "Adapt.rank" in bound
-  assert "Adapt.dropout" not in bound
+  assert "LoRA.rank" in bound
+  assert "LoRA.dropout" not in bound
   assert "NextToken." not in bound
-  more = config.read("runs/quickstart.gin", ["adapt.Adapt.dropout=0.0"]).text
-  assert "Adapt.dropout = 0.0" in more
+  more = config.read("runs/quickstart.gin", ["lora.LoRA.dropout=0.0"]).text
+  assert "LoRA.dropout = 0.0" in more

@@ -106,7 +106,7 @@ def test_values_reach_gin_as_they_are():
     "LEARNING_RATE": 3e-5,
     "EVAL_BATCHES": None,
     "DTYPE": "bfloat16",
-    "adapt.Adapt.rslora": True,
+    "lora.LoRA.rslora": True,
     "adapt.Adapt.targets": ["q", "k'v"],
     "experiment.Experiment.transforms": ("@adapt.Adapt()",),
     "experiment.Experiment.continuation": "%RANK",
@@ -115,8 +115,8 @@ def test_values_reach_gin_as_they_are():
   assert read.eval_batches is None
   assert read.model.dtype == "bfloat16"
   (adapt,) = read.transforms
-  assert adapt.rslora is True and list(adapt.targets) == ["q", "k'v"]
-  assert read.continuation == adapt.rank == 8
+  assert adapt.method.rslora is True and list(adapt.targets) == ["q", "k'v"]
+  assert read.continuation == adapt.method.rank == 8
 
 
 def test_names_are_good_file_names_and_stay():

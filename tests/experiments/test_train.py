@@ -14,7 +14,7 @@ import pytest
 from experiments import config, runs
 from research import tree
 from research.interop import load
-from research.lora import adapt
+from research.lora import wrap
 from research.training import metrics
 from research.training.workdir import claim_workdir
 from research.typing import UserError
@@ -59,14 +59,14 @@ def test_workdir_holds_what_the_readme_says(finished):
   assert losses == {1, 2, 3, 4}
   assert (workdir / "loss.png").read_bytes()[:4] == b"\x89PNG"
   table = (workdir / "parameters.txt").read_text()
-  assert "run0/layer0/mlp/up/a" in table
+  assert "run0/layer0/mlp/up/trained/a" in table
   assert config.read(str(workdir / "config.gin")).experiment.plan.steps == 4
 
 
 def test_adapter_is_the_trained_one(finished):
   workdir, result = finished
   loaded = load.load_model(workdir)
-  adapters, _ = tree.partition(loaded.params, adapt.TRAINABLE)
+  adapters, _ = tree.partition(loaded.params, wrap.TRAINABLE)
   assert tree.count(adapters) == result["trainable_parameters"]
   again = runs.evaluate(
     config.read(str(workdir / "config.gin")).experiment, workdir, 4
@@ -83,7 +83,7 @@ def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
   again = runs.train(read.experiment, folder)
   assert again["perplexity_after"] == first["perplexity_after"]
   weights = [
-    tree.partition(load.load_model(w).params, adapt.TRAINABLE)[0]
+    tree.partition(load.load_model(w).params, wrap.TRAINABLE)[0]
     for w in (workdir, folder)
   ]
   chex.assert_trees_all_equal(*weights)

@@ -44,13 +44,15 @@ def train(dtype: str, runs: int, steps: int) -> dict:
   import numpy as np
 
   from research import tree
-  from research.lora import adapt
+  from research.lora import adapt, wrap
+  from research.lora.methods.lora import LoRA
   from research.training import compiling, objective, optim, state, step
 
   loaded, ids = load(dtype)
-  params = adapt.Adapt(rank=RANK, alpha=ALPHA)(loaded.params, jax.random.key(0))
+  transform = adapt.Adapt(method=LoRA(rank=RANK, alpha=ALPHA))
+  params = transform(loaded.params, jax.random.key(0))
   tx = optim.adamw(RATE, weight_decay=0.01, clip=None)
-  start = state.create(params, adapt.TRAINABLE, tx)
+  start = state.create(params, wrap.TRAINABLE, tx)
   model = loaded.model.clone(remat="names")
   rows = np.asarray(ids[: table.BATCH * (table.LENGTH + 1)], np.int32).reshape(
     table.BATCH, -1

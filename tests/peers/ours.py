@@ -28,7 +28,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from research import tree  # noqa: E402
 from research.interop import load  # noqa: E402
-from research.lora import adapt  # noqa: E402
+from research.lora import adapt, wrap  # noqa: E402
+from research.lora.methods.lora import LoRA  # noqa: E402
 from research.nn import transformer  # noqa: E402
 
 
@@ -82,7 +83,7 @@ def adapt_and_save(it, args, rows) -> dict:
 
   key = jax.random.key(0)
   rank = int(rows["rank"])
-  params = adapt.Adapt(rank=rank, alpha=2.0 * rank)(it.params, key)
+  params = adapt.Adapt(method=LoRA(rank=rank, alpha=2.0 * rank))(it.params, key)
   std = float(rows["std"])
 
   def drawn(path, leaf):
@@ -93,7 +94,7 @@ def adapt_and_save(it, args, rows) -> dict:
 
   params = tree.map_paths(drawn, params)
   peft.save_adapter(args.adapter, params, it.model, base_name=args.model)
-  merged = forward(it.model, adapt.merge(params), rows["tokens"])
+  merged = forward(it.model, wrap.merge(params), rows["tokens"])
   whole = forward(it.model, params, rows["tokens"])
   return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))
 
@@ -112,7 +113,7 @@ def gradients(it, args, rows) -> dict:
     positions=jnp.tile(jnp.arange(length), (count, 1)),
     segments=jnp.zeros((count, length), jnp.int32),
   )
-  selected, rest = tree.partition(it.params, adapt.TRAINABLE)
+  selected, rest = tree.partition(it.params, wrap.TRAINABLE)
   goal = objective.NextToken(it.model)
 
   @jax.jit

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from research import sharding, tree
 from research.lora import adapt
+from research.lora.methods.lora import LoRA
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
 from research.quant import blocks
@@ -53,18 +54,18 @@ def test_experts_are_cut_over_their_own_axis():
 
 def test_a_training_state_is_cut_like_its_parameters():
   params = jax.eval_shape(
-    adapt.Adapt(rank=4), support.shapes(llama()), jax.random.key(0)
+    adapt.Adapt(method=LoRA(rank=4)), support.shapes(llama()), jax.random.key(0)
   )
   tx = optax.adamw(1e-3)
   whole = jax.eval_shape(
-    lambda p: state.create(p, "/(a|b)$", tx, average=True), params
+    lambda p: state.create(p, "/trained/", tx, average=True), params
   )
   found = specs(whole)
   for part in ("trainable", "ema", "opt_state/0/mu", "opt_state/0/nu"):
     prefix = f"{part}/run0/layer0/attention/q"
     # The factors keep the names of the axes that they touch; the rank none.
-    assert found[f"{prefix}/a"] == P(None, None, "fsdp")
-    assert found[f"{prefix}/b"] == P(None, None, "tensor")
+    assert found[f"{prefix}/trained/a"] == P(None, None, "fsdp")
+    assert found[f"{prefix}/trained/b"] == P(None, None, "tensor")
   assert found["frozen/run0/layer0/attention/q/w"] == P(None, "fsdp", "tensor")
   assert found["step"] == found["opt_state/0/count"] == P()
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.lora.tensor import LoRATensor
 from research.typing import UserError
+from tests.support_lora import lora
 
 
 def _layer(value, width=2, extra=False):
@@ -18,14 +18,14 @@ def _layer(value, width=2, extra=False):
 
 def test_partition_and_combine_are_inverse():
   params = {
-    "run0": {"q": LoRATensor(jnp.ones((2, 4, 3)), jnp.ones((2, 1, 4)),
+    "run0": {"q": lora(jnp.ones((2, 4, 3)), jnp.ones((2, 1, 4)),
                              jnp.zeros((2, 1, 3)), scale=2.0)},
     "embed": jnp.ones((5, 4)),
   }  # fmt: skip
-  selected, rest = tree.partition(params, r"/(a|b)$")
+  selected, rest = tree.partition(params, r"/trained/")
   assert [p for p, _ in tree.flatten_paths(selected)] == [
-    "run0/q/a",
-    "run0/q/b",
+    "run0/q/trained/a",
+    "run0/q/trained/b",
   ]
   assert [p for p, _ in tree.flatten_paths(rest)] == ["embed", "run0/q/w"]
   chex.assert_trees_all_equal(tree.combine(selected, rest), params)

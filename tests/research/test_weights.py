@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research import weights
-from research.lora.tensor import LoRATensor
+from tests.support_lora import lora
 
 RNG = np.random.default_rng(0)
 
@@ -17,7 +17,7 @@ def _draw(*shape):
 
 
 def _lora(*lead, inside=6, outside=5, rank=2, **fields):
-  return LoRATensor(
+  return lora(
     _draw(*lead, inside, outside),
     _draw(*lead, rank, inside),
     _draw(*lead, rank, outside),
@@ -103,14 +103,14 @@ def test_gradients_are_those_of_the_dense_formula(eq):
   x = _draw(4, 3, 6 if eq.startswith("...d,") else 5)
 
   def by_leaf(x, a, b):
-    leaf = LoRATensor(w.w, a, b, scale=w.scale)
+    leaf = lora(w.w, a, b, scale=w.method.scale)
     return jnp.sin(weights.einsum(eq, x, leaf)).sum()
 
   def by_formula(x, a, b):
-    dense = w.w + w.scale * jnp.einsum("ri,ro->io", a, b)
+    dense = w.w + w.method.scale * jnp.einsum("ri,ro->io", a, b)
     return jnp.sin(jnp.einsum(eq, x, dense)).sum()
 
-  arguments = (x, w.a, w.b)
+  arguments = (x, w.trained["a"], w.trained["b"])
   chex.assert_trees_all_close(
     jax.grad(by_leaf, (0, 1, 2))(*arguments),
     jax.grad(by_formula, (0, 1, 2))(*arguments),
@@ -121,7 +121,7 @@ def test_gradients_are_those_of_the_dense_formula(eq):
 
 def test_zero_b_is_bitwise_the_base():
   w = _lora()
-  zero = LoRATensor(w.w, w.a, jnp.zeros_like(w.b), scale=3.0)
+  zero = lora(w.w, w.trained["a"], jnp.zeros_like(w.trained["b"]), scale=3.0)
   x = _draw(3, 6)
   eq = "...d,df->...f"
   chex.assert_trees_all_equal(
@@ -132,7 +132,7 @@ def test_zero_b_is_bitwise_the_base():
 
 def test_adapters_of_adapters_add_up():
   inner = _lora()
-  outer = LoRATensor(inner, _draw(2, 6), _draw(2, 5), scale=2.0)
+  outer = lora(inner, _draw(2, 6), _draw(2, 5), scale=2.0)
   x = _draw(3, 6)
   chex.assert_trees_all_close(
     weights.einsum("...d,df->...f", x, outer),
@@ -169,7 +169,9 @@ def test_dropout_keeps_the_expectation_and_the_base():
 
   found = sample(jax.random.split(jax.random.key(0), 20_000)).mean(0)
   # Standard error of the branch's mean over 20,000 draws of 6 inputs.
-  branch = jnp.abs(w.scale * x[0, :, None] * (w.a.T @ w.b)).sum()
+  branch = jnp.abs(
+    w.method.scale * x[0, :, None] * (w.trained["a"].T @ w.trained["b"])
+  ).sum()
   error = float(branch) * np.sqrt(0.25 / 0.75 / 20_000)
   chex.assert_trees_all_close(
     found, weights.einsum(eq, x, w), atol=5 * error, rtol=0
@@ -180,8 +182,8 @@ def test_axes_follow_the_weight():
   w = _lora(4)
   named = weights.axes(w, ("embed", "heads"))
   assert named.w == (None, "embed", "heads")
-  assert named.a == (None, None, "embed")
-  assert named.b == (None, None, "heads")
+  assert named.trained["a"] == (None, None, "embed")
+  assert named.trained["b"] == (None, None, "heads")
 
 
 def test_a_single_row_is_doubled_in_programs_for_the_cpu_alone():

@@ -21,7 +21,8 @@ from research.interop import (
   safetensors,
   sources,
 )
-from research.lora import adapt, peft
+from research.lora import adapt, peft, wrap
+from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -251,10 +252,10 @@ def test_merged_exports_and_their_fidelity(name, tmp_path):
   it = load.load_model(MODELS / name)
   merged = load.load_model(tmp_path / "fp32")
   chex.assert_trees_all_close(
-    parts_of(merged.params), parts_of(adapt.merge(it.params)), atol=1e-6
+    parts_of(merged.params), parts_of(wrap.merge(it.params)), atol=1e-6
   )
   counts = [log.summary()["merged"] for log in (exact, rounded)]
-  adapted = [p for p in source.parts.values() if hasattr(p.read(), "a")]
+  adapted = [p for p in source.parts.values() if hasattr(p.read(), "trained")]
   assert counts == [len(adapted)] * 2 != [0, 0]
   assert exact.summary()["merge_loss"] == 0
   # An independent count of what bf16 loses, for one module.
@@ -299,7 +300,7 @@ def test_peft_to_ours_to_peft(name, tmp_path):
 
 def test_an_adapter_over_packed_weights(tmp_path):
   it = load.load_model(MODELS / "gguf_q8_0" / "model.gguf", packed=True)
-  params = adapt.Adapt(rank=2)(it.params, jax.random.key(0))
+  params = adapt.Adapt(method=LoRA(rank=2))(it.params, jax.random.key(0))
   params = jax.tree.map(
     lambda x: x + 0.01 if x.dtype == np.float32 else x, params
   )

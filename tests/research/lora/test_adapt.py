@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.lora import adapt
-from research.lora.tensor import LoRATensor
+from research.lora import adapt, wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods.lora import LoRA
 from research.nn import presets
 from research.typing import UserError
+from tests.support_lora import adapting
 
 LINEARS = {
   *(f"attention/{x}" for x in "qkvo"),
@@ -55,7 +57,7 @@ def randomised(params):
   """Returns the tree with a random b, so that adapters do something."""
 
   def draw(path, x):
-    if not re.search(adapt.TRAINABLE, path):
+    if not re.search(wrap.TRAINABLE, path):
       return x
     seed = np.random.default_rng(len(path) + x.size)
     return jnp.asarray(0.3 * seed.standard_normal(x.shape), x.dtype)
@@ -67,19 +69,19 @@ def adapters(params):
   """Returns {address: LoRATensor}, whatever the runs."""
   out = {}
   for i, layer in enumerate(tree.layers(params)):
-    for path, w in adapt.leaves(layer):
-      if isinstance(w, LoRATensor):
+    for path, w in wrap.leaves(layer):
+      if isinstance(w, AdaptedTensor):
         out[f"layers/{i}/{path}"] = w
   return out
 
 
 def test_all_linear_maps_of_all_layers():
   _, params = llama()
-  got = adapt.Adapt(rank=3)(params, KEY)
+  got = adapt.Adapt(method=LoRA(rank=3))(params, KEY)
   want = {f"layers/{i}/{name}" for i in range(4) for name in LINEARS}
   assert set(adapters(got)) == want
-  assert not isinstance(got["embed"], LoRATensor)
-  assert not isinstance(got["head"], LoRATensor)
+  assert not isinstance(got["embed"], AdaptedTensor)
+  assert not isinstance(got["head"], AdaptedTensor)
 
 
 def test_trainable_parameters_of_the_main_job():
@@ -87,10 +89,10 @@ def test_trainable_parameters_of_the_main_job():
 
   def adapted(key):
     start = model.init(key, jnp.zeros((1, 1), jnp.int32))
-    return adapt.Adapt(rank=8)(start["params"], key)
+    return adapt.Adapt(method=LoRA(rank=8))(start["params"], key)
 
   selected, frozen = tree.partition(
-    jax.eval_shape(adapted, KEY), adapt.TRAINABLE
+    jax.eval_shape(adapted, KEY), wrap.TRAINABLE
   )
   assert tree.count(selected) == 2_442_240
   assert tree.count(frozen) == 134_515_008
@@ -111,7 +113,7 @@ def test_targets(targets, count):
   got = adapt.Adapt(targets=targets)(params, KEY)
   assert len(adapters(got)) == count
   for name in ("embed", "head"):
-    assert isinstance(got[name], LoRATensor) == (name in str(targets))
+    assert isinstance(got[name], AdaptedTensor) == (name in str(targets))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_targets(targets, count):
 )
 def test_bad_configurations(options, message):
   with pytest.raises(UserError, match=message):
-    adapt.Adapt(**options)(llama()[1], KEY)
+    adapting(**options)(llama()[1], KEY)
 
 
 def test_fresh_adapters_are_bitwise_the_base():
@@ -144,20 +146,27 @@ def test_fresh_adapters_are_bitwise_the_base():
 
 def test_initial_distributions():
   _, params = build(width=64, depth=8, hidden=96, vocab=50)
-  drawn = adapters(adapt.Adapt(rank=16)(params, KEY))
-  a = np.stack([drawn[f"layers/{i}/attention/q"].a for i in range(8)])
+  drawn = adapters(adapt.Adapt(method=LoRA(rank=16))(params, KEY))
+  a = np.stack(
+    [drawn[f"layers/{i}/attention/q"].trained["a"] for i in range(8)]
+  )
   bound = 64**-0.5
   assert abs(a).max() <= bound and abs(a).max() > 0.99 * bound
   # 8192 draws: the variance's own standard error is about 1 percent.
   np.testing.assert_allclose(a.var(), bound**2 / 3, rtol=0.05)
-  normal = adapters(adapt.Adapt(rank=16, init="gaussian")(params, KEY))
-  a = np.stack([normal[f"layers/{i}/mlp/down"].a for i in range(8)])
+  normal = adapters(
+    adapt.Adapt(method=LoRA(rank=16, init="gaussian"))(params, KEY)
+  )
+  a = np.stack([normal[f"layers/{i}/mlp/down"].trained["a"] for i in range(8)])
   np.testing.assert_allclose(a.std(), 1 / 16, rtol=0.05)
-  assert all(not w.b.any() for w in drawn.values())
-  assert all(w.a.dtype == w.b.dtype == jnp.float32 for w in drawn.values())
+  assert all(not w.trained["b"].any() for w in drawn.values())
+  assert all(
+    w.trained["a"].dtype == w.trained["b"].dtype == jnp.float32
+    for w in drawn.values()
+  )
   embed = adapt.Adapt(targets=("embed",))(params, KEY)["embed"]
-  assert not embed.a.any()
-  np.testing.assert_allclose(np.std(embed.b), 1.0, rtol=0.2)
+  assert not embed.trained["a"].any()
+  np.testing.assert_allclose(np.std(embed.trained["b"]), 1.0, rtol=0.2)
 
 
 def test_every_weight_has_its_own_draw_whatever_the_runs():
@@ -165,20 +174,23 @@ def test_every_weight_has_its_own_draw_whatever_the_runs():
   scanned = adapters(adapt.Adapt()(params, KEY))
   unrolled = adapters(adapt.Adapt()(tree.unroll(params), KEY))
   chex.assert_trees_all_equal(
-    {k: w.a for k, w in scanned.items()}, {k: w.a for k, w in unrolled.items()}
+    {k: w.trained["a"] for k, w in scanned.items()},
+    {k: w.trained["a"] for k, w in unrolled.items()},
   )
-  some = [np.asarray(w.a)[0, :6].tobytes() for w in scanned.values()]
+  some = [np.asarray(w.trained["a"])[0, :6].tobytes() for w in scanned.values()]
   assert len(set(some)) == len(some)
   other = adapters(adapt.Adapt()(params, jax.random.key(1)))
-  assert all((other[k].a != w.a).any() for k, w in scanned.items())
+  assert all(
+    (other[k].trained["a"] != w.trained["a"]).any() for k, w in scanned.items()
+  )
 
 
 def test_scales():
   _, params = llama()
 
   def scales(**options):
-    drawn = adapters(adapt.Adapt(rank=4, alpha=8.0, **options)(params, KEY))
-    return {w.scale for w in drawn.values()}
+    drawn = adapters(adapting(rank=4, alpha=8.0, **options)(params, KEY))
+    return {w.method.scale for w in drawn.values()}
 
   assert scales() == {2.0}
   assert scales(rslora=True) == {4.0}
@@ -190,26 +202,26 @@ def test_scales():
 def test_merged_equals_unmerged_also_where_runs_are_split(make):
   model, params = make()
   transform = adapt.Adapt(
-    rank=3,
     rank_pattern={"layers/1/attention/q": 2, "down": 4},
-    alpha_pattern={r"layers/[34]/mlp/up": 3.0},
+    alpha_pattern={"layers/[34]/mlp/up": 3.0},
+    method=LoRA(rank=3),
   )
   got = randomised(transform(params, KEY))
   assert len(tree.runs(got)) > len(tree.runs(params))
-  ranks = {k: w.a.shape[0] for k, w in adapters(got).items()}
+  ranks = {k: w.trained["a"].shape[0] for k, w in adapters(got).items()}
   assert ranks["layers/1/attention/q"] == 2
   assert ranks["layers/2/mlp/down"] == 4
   assert ranks["layers/2/attention/q"] == 3
   unmerged = logits(model, got)
   assert abs(unmerged - logits(model, params)).max() > 0.1
   chex.assert_trees_all_close(
-    unmerged, logits(model, adapt.merge(got)), atol=2e-5
+    unmerged, logits(model, wrap.merge(got)), atol=2e-5
   )
 
 
 def test_disabled_is_the_base_itself():
   _, params = llama()
-  got = adapt.disable(adapt.Adapt(targets=r".*")(params, KEY))
+  got = wrap.disable(adapt.Adapt(targets=r".*")(params, KEY))
   chex.assert_trees_all_equal_structs(got, params)
   assert all(
     x is y
@@ -219,18 +231,22 @@ def test_disabled_is_the_base_itself():
 
 def test_two_adapters_on_one_weight_add_up():
   model, params = llama()
-  first = randomised(adapt.Adapt(targets=("q",), rank=2)(params, KEY))
-  both = randomised(adapt.Adapt(targets=("q",), rank=3)(first, KEY))
-  merged = adapt.merge(both)
+  first = randomised(
+    adapt.Adapt(targets=("q",), method=LoRA(rank=2))(params, KEY)
+  )
+  both = randomised(
+    adapt.Adapt(targets=("q",), method=LoRA(rank=3))(first, KEY)
+  )
+  merged = wrap.merge(both)
   chex.assert_trees_all_close(
     logits(model, both), logits(model, merged), atol=2e-5
   )
-  chex.assert_trees_all_equal(adapt.disable(both), params)
+  chex.assert_trees_all_equal(wrap.disable(both), params)
 
 
 def test_dropout_is_drawn_by_step_and_off_without_a_key():
   model, params = llama()
-  got = randomised(adapt.Adapt(dropout=0.5)(params, KEY))
+  got = randomised(adapt.Adapt(method=LoRA(dropout=0.5))(params, KEY))
   off = logits(model, got)
   plain = adapt.Adapt()(params, KEY)
   chex.assert_trees_all_equal(off, logits(model, randomised(plain)))

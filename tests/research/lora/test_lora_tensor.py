@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research import weights
-from research.lora.tensor import LoRATensor
+from tests.support_lora import lora, with_arrays
 
 IN, OUT, RANK, SCALE = 5, 7, 3, 1.5
 # fp32 sums of at most a few dozen products of size about 1.
@@ -24,12 +24,15 @@ def draw(*shape, seed=0):
 
 def make(w, lead=(), **options):
   a, b = draw(*lead, RANK, IN, seed=1), draw(*lead, RANK, OUT, seed=2)
-  return LoRATensor(w, a, b, scale=SCALE, **options)
+  return lora(w, a, b, scale=SCALE, **options)
 
 
 def summed(w, base=None):
   """Returns the merged matrix in fp64 NumPy."""
-  a, b = np.asarray(w.a, np.float64), np.asarray(w.b, np.float64)
+  a, b = (
+    np.asarray(w.trained["a"], np.float64),
+    np.asarray(w.trained["b"], np.float64),
+  )
   base = np.asarray(w.w if base is None else base, np.float64)
   return base + SCALE * np.swapaxes(a, -1, -2) @ b
 
@@ -80,7 +83,7 @@ def test_golden_of_the_specification():
   # lora.md section 11, worked out by hand in the torch layout.
   w = jnp.array([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]]).T
   a, b = jnp.array([[1.0, 0.0, 2.0]]), jnp.array([[0.5, -1.0]])
-  t = LoRATensor(w, a, b, scale=2.0)
+  t = lora(w, a, b, scale=2.0)
   y = weights.einsum("i,io->o", jnp.array([1.0, -1.0, 2.0]), t)
   chex.assert_trees_all_close(y, jnp.array([2.0, -2.5]))
   update = jnp.array([[1.0, 0.0, 2.0], [-2.0, 0.0, -4.0]]).T
@@ -122,15 +125,15 @@ def test_gradients_are_those_of_the_dense_formula(base, eq, size):
   m = weights.dense(t.w)
 
   def ours(x, a, b):
-    y = weights.einsum(eq, x, dataclasses.replace(t, a=a, b=b))
+    y = weights.einsum(eq, x, with_arrays(t, a=a, b=b))
     return jnp.sum(jnp.sin(y / 8))
 
   def formula(x, a, b):
     return jnp.sum(jnp.sin(jnp.einsum(eq, x, m + SCALE * a.T @ b) / 8))
 
   chex.assert_trees_all_close(
-    jax.jit(jax.grad(ours, (0, 1, 2)))(x, t.a, t.b),
-    jax.jit(jax.grad(formula, (0, 1, 2)))(x, t.a, t.b),
+    jax.jit(jax.grad(ours, (0, 1, 2)))(x, t.trained["a"], t.trained["b"]),
+    jax.jit(jax.grad(formula, (0, 1, 2)))(x, t.trained["a"], t.trained["b"]),
     **TOL,
   )
 
@@ -145,7 +148,7 @@ def test_gradients_under_scan_and_checkpoint(base):
     def body(x, w):
       return jnp.sin(weights.einsum("td,df->tf", x, w)) @ back, None
 
-    return jnp.sum(jax.lax.scan(body, x, dataclasses.replace(t, a=a, b=b))[0])
+    return jnp.sum(jax.lax.scan(body, x, with_arrays(t, a=a, b=b))[0])
 
   def looped(a, b):
     y = x
@@ -155,8 +158,8 @@ def test_gradients_under_scan_and_checkpoint(base):
     return jnp.sum(y)
 
   chex.assert_trees_all_close(
-    jax.jit(jax.grad(stacked, (0, 1)))(t.a, t.b),
-    jax.jit(jax.grad(looped, (0, 1)))(t.a, t.b),
+    jax.jit(jax.grad(stacked, (0, 1)))(t.trained["a"], t.trained["b"]),
+    jax.jit(jax.grad(looped, (0, 1)))(t.trained["a"], t.trained["b"]),
     rtol=1e-4,
     atol=1e-4,
   )
@@ -164,7 +167,7 @@ def test_gradients_under_scan_and_checkpoint(base):
 
 def test_zero_b_is_bitwise_the_base(base):
   t = make(base(IN, OUT))
-  t = dataclasses.replace(t, b=jnp.zeros_like(t.b))
+  t = with_arrays(t, b=jnp.zeros_like(t.trained["b"]))
   x = draw(4, IN, seed=9)
   got, want = (
     jax.jit(lambda w, x: weights.einsum("td,df->tf", x, w))(w, x)
@@ -214,8 +217,10 @@ def test_dropout_is_unbiased():
 
 def test_stacked_layers_draw_their_own_dropout():
   t = make(jnp.zeros((2, IN, OUT)), lead=(2,), dropout=0.5)
-  same = dataclasses.replace(
-    t, a=t.a.at[1].set(t.a[0]), b=t.b.at[1].set(t.b[0])
+  same = with_arrays(
+    t,
+    a=t.trained["a"].at[1].set(t.trained["a"][0]),
+    b=t.trained["b"].at[1].set(t.trained["b"][0]),
   )
   bound = weights.bind({"w": same}, key=jax.random.key(0))["w"]
   x = draw(4, IN, seed=9)
@@ -230,7 +235,10 @@ def test_stacked_layers_draw_their_own_dropout():
 def test_axes_follow_the_weight(base):
   t = make(base(2, IN, OUT), lead=(2,))
   got = weights.axes(t, ("embed", "heads"))
-  assert (got.a, got.b) == ((None, None, "embed"), (None, None, "heads"))
+  assert (got.trained["a"], got.trained["b"]) == (
+    (None, None, "embed"),
+    (None, None, "heads"),
+  )
 
 
 def test_an_einsum_that_is_not_a_linear_map():

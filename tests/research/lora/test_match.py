@@ -8,6 +8,7 @@ import pytest
 
 from research.interop.fields import Fields
 from research.lora import peft_config
+from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
 GOLDEN = json.loads(
@@ -18,7 +19,8 @@ MODULES = {name: name for name in GOLDEN["modules"]}
 
 def read(**fields):
   fields = dict(r=8, lora_alpha=16, lora_dropout=0.0) | fields
-  return peft_config.read_specs(Fields(fields, "adapter_config.json"), MODULES)
+  found = Fields(fields, "adapter_config.json")
+  return peft_config.read_methods(found, LoRA, MODULES)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,7 @@ def test_as_peft_decides(case):
       read(**case["fields"])
     return
   specs = read(**case["fields"])
-  got = {name: [s.rank, s.scale * s.rank] for name, s in specs.items()}
+  got = {name: [s.rank, s.alpha] for name, s in specs.items()}
   chex.assert_trees_all_close(got, case["adapted"])
 
 

@@ -14,8 +14,9 @@ import pytest
 
 from research import tree
 from research.interop import load, safetensors
-from research.lora import adapt, peft, peft_config
+from research.lora import adapt, peft, peft_config, wrap
 from research.typing import UserError
+from tests.support_lora import adapting
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 ADAPTERS = sorted(p.name for p in MODELS.glob("peft_*"))
@@ -52,8 +53,8 @@ def relative(got, want):
   "key, rewrite",
   [
     ("logits", lambda p: p),
-    ("merged_logits", adapt.merge),
-    ("base_logits", adapt.disable),
+    ("merged_logits", wrap.merge),
+    ("base_logits", wrap.disable),
   ],
 )
 def test_logits_are_pefts(name, key, rewrite):
@@ -65,7 +66,7 @@ def test_logits_are_pefts(name, key, rewrite):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_loss_and_gradients_are_pefts(name, tmp_path):
   it, g = loaded(name), golden(name)
-  selected, frozen = tree.partition(it.params, adapt.TRAINABLE)
+  selected, frozen = tree.partition(it.params, wrap.TRAINABLE)
 
   @jax.jit
   @jax.value_and_grad
@@ -120,7 +121,7 @@ def test_every_adapter_of_ours_survives_the_format(
   tmp_path, options, use_rslora
 ):
   it = base()
-  params = adapt.Adapt(**options)(it.params, jax.random.key(0))
+  params = adapting(**options)(it.params, jax.random.key(0))
   params = tree.map_paths(
     lambda p, x: x + 0.5 if p.endswith(("/a", "/b")) else x, params
   )
@@ -134,9 +135,9 @@ def test_every_adapter_of_ours_survives_the_format(
 
 def forms(params):
   for i, layer in enumerate([tree.top(params), *tree.layers(params)]):
-    for path, w in adapt.leaves(layer):
+    for path, w in wrap.leaves(layer):
       if hasattr(w, "scale") and hasattr(w, "dropout"):
-        yield f"{i}/{path}", (w.scale, w.dropout)
+        yield f"{i}/{path}", (w.method.scale, w.method.dropout)
 
 
 @pytest.fixture
@@ -156,8 +157,8 @@ def message(folder):
 @pytest.mark.parametrize(
   "change, text",
   [
-    (dict(peft_type="LOHA"), "peft_type is 'LOHA', expected 'LORA'"),
-    (dict(use_dora=True), "use_dora is True, expected None or False"),
+    (dict(peft_type="TINYLORA"), "peft_type is 'TINYLORA', expected"),
+    (dict(use_dora=True), "lora_magnitude_vector"),
     (dict(modules_to_save=["lm_head"]), "1 missing: base_model.model.lm_head"),
     (dict(trainable_token_indices=[1]), "trainable_token_indices"),
     (dict(target_parameters=["x"]), "target_parameters"),
@@ -226,7 +227,7 @@ def test_narrow_adapters_become_fp32(folder, kind):
 
   rewrite(folder, narrow)
   params = peft.load_adapter(folder, base().params, base().model)
-  selected, _ = tree.partition(params, adapt.TRAINABLE)
+  selected, _ = tree.partition(params, wrap.TRAINABLE)
   assert {str(x.dtype) for x in jax.tree.leaves(selected)} == {"float32"}
 
 

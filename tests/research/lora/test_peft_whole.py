@@ -12,7 +12,7 @@ import pytest
 
 from research.interop import load, safetensors
 from research.interop.parts import from_params
-from research.lora import adapt, peft, peft_config
+from research.lora import peft, peft_config, wrap
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -50,14 +50,14 @@ def test_logits_are_pefts(name):
   if "resized" not in name:  # the adapter does something
     b = base(name)
     assert relative(logits(b.model, b.params, tokens), want) > 1e-4
-  assert relative(logits(it.model, adapt.merge(it.params), tokens), want) < 1e-5
+  assert relative(logits(it.model, wrap.merge(it.params), tokens), want) < 1e-5
 
 
 def changed(it, base) -> set[str]:
   """Returns the addresses at which two models differ below the adapters."""
   theirs = from_params(base.params)
   out = set()
-  for address, part in from_params(adapt.disable(it.params)).items():
+  for address, part in from_params(wrap.disable(it.params)).items():
     x = np.asarray(part.read())
     if address.path == "head" and base.model.tied:
       other = np.asarray(base.params["embed"]).T

@@ -11,7 +11,8 @@ import pytest
 
 from research import tree, weights
 from research.interop import gguf_types
-from research.lora import adapt, peft
+from research.lora import adapt, peft, wrap
+from research.lora.methods.lora import LoRA
 from research.nn import presets
 from research.nn import routing as routings
 from research.nn.mixture import by_expert
@@ -284,8 +285,10 @@ EXPERTS = ("router", "experts/gate", "experts/up", "experts/down")
 
 def test_a_fresh_adapter_on_experts_changes_no_bit():
   tokens = support.tokens()
-  adapted = adapt.Adapt(targets=EXPERTS, rank=3)(base(), jax.random.key(0))
-  a = adapted["run1"]["layer0"]["mlp"]["experts"]["down"].a
+  adapted = adapt.Adapt(targets=EXPERTS, method=LoRA(rank=3))(
+    base(), jax.random.key(0)
+  )
+  a = adapted["run1"]["layer0"]["mlp"]["experts"]["down"].trained["a"]
   assert a.shape == (2, 5, 3, 20)
   assert len(np.unique(np.asarray(a)[..., 0, 0])) == 10
   chex.assert_trees_all_equal(
@@ -295,12 +298,14 @@ def test_a_fresh_adapter_on_experts_changes_no_bit():
 
 def test_merged_adapters_on_experts_compute_the_same():
   tokens = support.tokens()
-  spec = adapt.Adapt(targets=EXPERTS, rank=3)(base(), jax.random.key(0))
-  factors, frozen = tree.partition(spec, adapt.TRAINABLE)
+  spec = adapt.Adapt(targets=EXPERTS, method=LoRA(rank=3))(
+    base(), jax.random.key(0)
+  )
+  factors, frozen = tree.partition(spec, wrap.TRAINABLE)
   factors = drawn(factors, seed=4)
   adapted = tree.combine(factors, frozen)
   got = outputs(MODEL, adapted, tokens)[0]
-  want = outputs(MODEL, adapt.merge(adapted), tokens)[0]
+  want = outputs(MODEL, wrap.merge(adapted), tokens)[0]
   # Sums through three layers, the updates as large as the weights.
   chex.assert_trees_all_close(got, want, rtol=2e-4, atol=2e-4)
   assert jnp.abs(got - outputs(MODEL, base(), tokens)[0]).max() > 0.1
@@ -308,9 +313,9 @@ def test_merged_adapters_on_experts_compute_the_same():
 
 def test_dropout_reaches_the_experts_adapters():
   tokens = support.tokens()
-  spec = adapt.Adapt(targets=EXPERTS, rank=3, dropout=0.5)
+  spec = adapt.Adapt(targets=EXPERTS, method=LoRA(rank=3, dropout=0.5))
   adapted = spec(base(), jax.random.key(0))
-  factors, frozen = tree.partition(adapted, adapt.TRAINABLE)
+  factors, frozen = tree.partition(adapted, wrap.TRAINABLE)
   adapted = tree.combine(drawn(factors), frozen)
   one, two = (
     outputs(MODEL, weights.bind(adapted, key=jax.random.key(k)), tokens)[0]
@@ -320,7 +325,7 @@ def test_dropout_reaches_the_experts_adapters():
 
 
 def test_all_linear_leaves_router_and_experts_alone():
-  chosen = adapt.Adapt().specs(base())
+  chosen = adapt.Adapt().methods(base())
   assert not [p for p in chosen if "router" in p or "experts" in p]
   assert {"layers/1/mlp/shared/up", "layers/0/mlp/up"} <= set(chosen)
 
@@ -330,8 +335,8 @@ def test_pefts_files_hold_adapters_beside_experts_and_none_on_them(tmp_path):
     "qwen3_moe", sparse=dataclasses.replace(SPARSE, shared=0)
   )
   plain = support.params(model)
-  adapted = adapt.Adapt(rank=2)(plain, jax.random.key(0))
-  factors, frozen = tree.partition(adapted, adapt.TRAINABLE)
+  adapted = adapt.Adapt(method=LoRA(rank=2))(plain, jax.random.key(0))
+  factors, frozen = tree.partition(adapted, wrap.TRAINABLE)
   adapted = tree.combine(drawn(factors), frozen)
   peft.save_adapter(tmp_path / "a", adapted, model, "base")
   again = peft.load_adapter(tmp_path / "a", plain, model)

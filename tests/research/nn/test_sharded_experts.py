@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from research import sharding, weights
-from research.lora.tensor import LoRATensor
 from research.nn.moe import Moe
 from research.nn.routing import Routing
+from tests.support_lora import lora
 
 D, F, T = 16, 24, 6
 ROUTING = Routing(experts=4, active=2)
@@ -24,7 +24,7 @@ def params(dropout=0.0):
 
   def adapted(rows, columns):
     w, a, b = draw(4, rows, columns), draw(4, 2, rows), draw(4, 2, columns)
-    return LoRATensor(w, a, b, scale=1.0, dropout=dropout)
+    return lora(w, a, b, scale=1.0, dropout=dropout)
 
   experts = dict(gate=adapted(D, F), up=adapted(D, F), down=adapted(F, D))
   return {"router": draw(D, 4), "experts": experts}

@@ -11,9 +11,9 @@ import pytest
 
 from research import tree, weights
 from research.interop import gguf_types
-from research.lora.tensor import LoRATensor
 from research.quant import blocks, products
 from tests import support
+from tests.support_lora import lora
 
 KINDS = ["Q4_1", "Q4_0", "Q5_0", "Q5_1", "Q8_0"]
 BITS = dict(Q4_1=5.0, Q4_0=4.5, Q5_0=5.5, Q5_1=6.0, Q8_0=8.5)
@@ -242,7 +242,7 @@ def adapted(params, rank=4):
       return w
     n, inputs, outputs = w.shape
     a = jnp.asarray(rng.uniform(-0.2, 0.2, (n, rank, inputs)), jnp.float32)
-    return LoRATensor(w, a, jnp.zeros((n, rank, outputs)), scale=2.0)
+    return lora(w, a, jnp.zeros((n, rank, outputs)), scale=2.0)
 
   return tree.map_paths(wrap, params, is_leaf=weights.is_weight)
 
@@ -263,7 +263,7 @@ def test_lora_trains_over_a_packed_base_that_stays_what_it_is(remat):
   np.testing.assert_array_equal(
     logits(model, params, tokens), logits(model, base, tokens)
   )
-  trainable, frozen = tree.partition(params, r"/(a|b)$")
+  trainable, frozen = tree.partition(params, r"/trained/")
   optimizer = optax.adam(1e-2)
 
   @jax.jit
@@ -286,7 +286,7 @@ def test_lora_trains_over_a_packed_base_that_stays_what_it_is(remat):
 def test_gradients_over_blocks_are_those_over_the_decoded_base():
   model = support.model(**SIZES)
   params = adapted(packed_params(model))
-  trainable, frozen = tree.partition(params, r"/(a|b)$")
+  trainable, frozen = tree.partition(params, r"/trained/")
   trainable = jax.tree.map(lambda x: x + 0.05, trainable)
   tokens = support.tokens(vocab=64)
   dense = jax.tree.map(
@@ -296,7 +296,7 @@ def test_gradients_over_blocks_are_those_over_the_decoded_base():
   )
   f = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
   got = f(model, trainable, frozen, tokens)
-  want = f(model, *tree.partition(dense, r"/(a|b)$"), tokens)
+  want = f(model, *tree.partition(dense, r"/trained/"), tokens)
   scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
   chex.assert_trees_all_close(
     jax.tree.leaves(got), jax.tree.leaves(want), atol=1e-5 * scale

@@ -7,7 +7,7 @@ import pytest
 
 from kernels_pallas.quantized_matmul import cpu
 from research import tree, weights
-from research.lora.tensor import LoRATensor
+from research.lora.adapted import AdaptedTensor
 from research.nn import generate
 from research.quant import blocks, panels
 from tests import support
@@ -86,7 +86,7 @@ def test_a_packed_model_is_the_same_in_panels(kind):
   assert tree.run_length(got["run0"]) == 1
   assert isinstance(got["embed"], panels.PanelTensor)
   attention = got["run0"]["layer0"]["attention"]
-  assert isinstance(attention["q"], LoRATensor)
+  assert isinstance(attention["q"], AdaptedTensor)
   assert isinstance(attention["q"].w, panels.PanelTensor)
   tokens = support.tokens(vocab=64)
   want = logits(model, params, tokens)

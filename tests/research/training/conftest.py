@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.lora.tensor import LoRATensor
 from research.nn import presets
 from research.training.objective import NextToken
+from tests.support_lora import lora
 
 VOCAB, LENGTH = 67, 16
 
@@ -58,7 +58,7 @@ def with_lora(params, dropout=0.0, rank=3):
     k = jax.random.split(jax.random.fold_in(key, w.size + len(path)))
     a = jax.random.normal(k[0], (n, rank, rows)) / rows**0.5
     b = jax.random.normal(k[1], (n, rank, columns)) * 0.1
-    return LoRATensor(w, a, b, scale=2.0, dropout=dropout)
+    return lora(w, a, b, scale=2.0, dropout=dropout)
 
   return tree.map_paths(leaf, params)
 

@@ -14,7 +14,7 @@ from research.training import base, checks, optim, state
 from research.training.checkpoint import Checkpoints
 from research.typing import UserError
 
-ADAPTERS = r"/(a|b)$"
+ADAPTERS = r"/trained/"
 
 
 def nbytes(folder):

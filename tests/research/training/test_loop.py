@@ -58,7 +58,7 @@ def test_ten_steps_are_five_and_five(model, params, adapt, tmp_path):
   objective = NextToken(model, rows=16)
 
   def run(workdir, steps):
-    start = state.create(adapt(params, 0.1), r"/(a|b)$", tx, average=True)
+    start = state.create(adapt(params, 0.1), r"/trained/", tx, average=True)
     plan = loop.Plan(steps=steps, seed=5, eval_every=5)
     return loop.fit(
       objective,

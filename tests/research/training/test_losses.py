@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research.lora.tensor import LoRATensor
 from research.quant.blocks import BlockTensor
 from research.training import losses
+from tests.support_lora import lora
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -79,7 +79,7 @@ def test_gradient_of_an_adapter_on_the_head(case):
   logits = losses.linear_head("btd,dv->btv")
 
   def ours(a, b, hidden):
-    head = LoRATensor(case["head"], a, b)
+    head = lora(case["head"], a, b)
     return losses.chunked_cross_entropy(
       logits,
       head,

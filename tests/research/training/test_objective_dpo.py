@@ -12,7 +12,7 @@ from kernels_pallas.masks import Mask
 from research import tree
 from research.data import pairs, pipeline
 from research.data.examples import Example
-from research.lora import adapt
+from research.lora import wrap
 from research.nn import presets
 from research.training import distill, positions, preference, state, step
 from research.training.objective import NextToken, Objective
@@ -162,7 +162,7 @@ def test_dpo_gradient_is_that_of_the_paper(
 def test_reference_is_the_model_without_its_adapters(
   model, params, adapted, batch
 ):
-  goal = preference.DPO(model, 2.0, reference=adapt.disable, rows=8)
+  goal = preference.DPO(model, 2.0, reference=wrap.disable, rows=8)
   two = preference.DPO(model, 2.0, policy=preference.Part("policy"), rows=8)
   got = jax.jit(goal)(adapted, batch, None)
   want = jax.jit(two)({"policy": adapted, "reference": params}, batch, None)

@@ -13,7 +13,7 @@ from research.training import optim, state, step
 from research.training.objective import NextToken
 from research.typing import UserError
 
-ADAPTERS = r"/(a|b)$"
+ADAPTERS = r"/trained/"
 
 
 def batch_of(documents, length, plan=packing.concatenate, rows=4):

@@ -1,0 +1,132 @@
+"""A weight and what a method adds to it: one leaf for every method.
+
+The base may be any weight, packed or adapted already, so QLoRA is this leaf
+around a packed one. It may carry leading axes (the layers of a scanned run,
+experts); the method sees one matrix at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import weights
+from research.lora.method import Arrays, Method, turned, wide
+from research.typing import Array, Float, Int, PRNGKey, Shaped
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedTensor:
+  """A weight under an adapter.
+
+  Attributes:
+    w: the base weight, logical shape `[..., in, out]`.
+    trained: the method's arrays that are learned, each `[..., its shape]`.
+    fixed: those that are not.
+    key: dropout key of this batch, `[...]`, or None.
+    method: what the arrays mean; static.
+  """
+
+  w: Any
+  trained: Arrays
+  fixed: Arrays = dataclasses.field(default_factory=dict)
+  key: Any = None
+  method: Method = dataclasses.field(
+    default_factory=Method, metadata=dict(static=True)
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.w.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.w.dtype
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def arrays(self) -> Arrays:
+    """All arrays of the method."""
+    return {**self.fixed, **self.trained}
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, adapted w)`; contracts either axis of `w`."""
+    turned(eq)
+    return self.method.einsum(eq, x, self._dropped(x), self.arrays, self.w)
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns adapted embedding rows."""
+    rows = weights.take(self.w, ids)
+    return rows + self.method.rows(ids, self.arrays, self.w).astype(rows.dtype)
+
+  def ragged_dot(
+    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
+  ) -> Float[Array, "T O"]:
+    """Returns the experts' matmul; every array has the experts in front."""
+    # One mask over all experts' rows; `bind` gave each expert a key.
+    one = self if self.key is None else self._with_key(self.key[0])
+    y = weights.ragged_dot(x, self.w, sizes)
+    return y + self.method.ragged(one._dropped(x), self.arrays, self.w, sizes)
+
+  def delta(self) -> Float[Array, "..."]:
+    """Returns what merging adds, in fp32."""
+    f = self.method.delta
+    for _ in self.shape[:-2]:
+      f = jax.vmap(f)
+    return f(self.arrays, self.w)
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns the merged weight, added in fp32, in the dtype of `w`."""
+    return (wide(self.w) + self.delta()).astype(self.dtype)
+
+  def axes(self, names: tuple[str | None, ...]) -> "AdaptedTensor":
+    """The method names its arrays' axes."""
+    named = self.method.axes(names[-2:])
+    lead = names[:-2]
+
+    def cut(arrays):
+      return {
+        name: weights.axes(x, (*lead, *named[name]))
+        for name, x in arrays.items()
+      }
+
+    return dataclasses.replace(
+      self,
+      w=weights.axes(self.w, names),
+      trained=cut(self.trained),
+      fixed=cut(self.fixed),
+      key=None,
+    )
+
+  def bind(
+    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
+  ) -> "AdaptedTensor":
+    """Returns itself with a dropout key for each matrix it stacks."""
+    w = self.w
+    if weights.is_weight(w):
+      w = w.bind(key=key, ids=ids)
+    if key is None or not self.method.dropout:
+      return dataclasses.replace(self, w=w, key=None)
+    lead = self.shape[:-2]
+    keys = jax.random.split(key, lead) if lead else key
+    return dataclasses.replace(self, w=w, key=keys)
+
+  def map_base(self, f: Callable[[Any], Any]) -> "AdaptedTensor":
+    """Returns itself around `f(w)`."""
+    return dataclasses.replace(self, w=f(self.w))
+
+  def _with_key(self, key: PRNGKey) -> "AdaptedTensor":
+    return dataclasses.replace(self, key=key)
+
+  def _dropped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    if self.key is None or not self.method.dropout:
+      return x
+    keep = 1.0 - self.method.dropout
+    mask = jax.random.bernoulli(self.key, keep, x.shape)
+    return jnp.where(mask, x / keep, 0).astype(x.dtype)

@@ -1,0 +1,170 @@
+"""Adapters in the tree: around which weights, off again, merged.
+
+Any matrix of the tree can be wrapped, packed or not. Weights are addressed by
+layer, whatever runs they are stored in: `layers/3/attention/q`, `embed`,
+`head`. Where layers of one run get adapters of different form, the run is
+split, since only equal layers can be scanned.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from research import tree, weights
+from research.lora.adapted import AdaptedTensor
+from research.lora.method import Arrays, Method
+from research.typing import Params, UserError
+
+TRAINABLE = r"(^|/)trained/"
+"""Paths of the adapters' learned arrays, for `tree.partition`."""
+
+EMBEDDING = "embed"
+
+Make = Callable[[Sequence[str], Method, Any], tuple[Arrays, Arrays]]
+"""(paths, method, weights) -> trained and fixed arrays, stacked.
+
+`weights` is one weight `[L, in, out]` for the L paths (`[L, E, in, out]` for
+experts), and so is every array returned."""
+
+
+def leaves(part: Any) -> Iterator[tuple[str, Any]]:
+  """Yields (path, weight) of every weight in a part of the tree."""
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    part, is_leaf=weights.is_weight
+  )
+  for path, leaf in found:
+    yield tree.path_name(path), leaf
+
+
+def matrices(params: Params) -> dict[str, tuple[int, int]]:
+  """Returns (in, out) of every matrix that can be adapted, by address.
+
+  Those are the layers' linear maps, `embed` `[V, D]` and an untied `head`.
+  """
+  out = {}
+  for path, leaf in leaves(tree.top(params)):
+    if len(leaf.shape) == 2:
+      out[path] = tuple(leaf.shape)
+  for prefix, layers in tree.layer_indices(params).items():
+    for path, leaf in leaves(_layer(params, prefix)):
+      if len(leaf.shape) == 3:
+        for i in layers:
+          out[f"layers/{i}/{path}"] = tuple(leaf.shape[1:])
+  return out
+
+
+def _layer(params: Params, prefix: str) -> Params:
+  run, layer = prefix.split("/")
+  return params[run][layer]
+
+
+def experts(params: Params) -> dict[str, tuple[int, int, int]]:
+  """Returns (E, in, out) of every layer's stacked experts, by address.
+
+  Each expert has factors of its own; all of a stack share rank and scale.
+  """
+  return {
+    f"layers/{i}/{path}": tuple(leaf.shape[1:])
+    for prefix, layers in tree.layer_indices(params).items()
+    for path, leaf in leaves(_layer(params, prefix))
+    if len(leaf.shape) == 4
+    for i in layers
+  }
+
+
+def wrap(
+  params: Params, methods: Mapping[str, Method], make: Make
+) -> dict[str, Any]:
+  """Returns `params` with an AdaptedTensor around each matrix in `methods`.
+
+  Args:
+    params: any tree of weights; its arrays are shared, not copied, except
+      those of runs that have to be split.
+    methods: by address, as in `matrices` and `experts`.
+    make: the arrays; called once for each weight of the tree.
+
+  Raises:
+    UserError: the model has no such matrix.
+  """
+  unknown = sorted(set(methods) - set(matrices(params)) - set(experts(params)))
+  if unknown:
+    raise UserError(f"no matrix of the model is called {unknown[0]}")
+
+  def adapted(path, leaf):
+    if path not in methods:
+      return leaf
+    alone = jax.tree.map(lambda x: x[None], leaf)
+    arrays = make([path], methods[path], alone)
+    trained, fixed = jax.tree.map(lambda x: x[0], arrays)
+    return AdaptedTensor(leaf, trained, fixed, method=methods[path])
+
+  out = tree.map_paths(adapted, tree.top(params), is_leaf=weights.is_weight)
+  indices, count = tree.layer_indices(params), itertools.count()
+  for name in tree.runs(params):
+    run = params[name]
+    rows = {layer: indices[f"{name}/{layer}"] for layer in run}
+    n = tree.run_length(run)
+    for start, stop in _equal_rows(run, rows, methods, n):
+      part = run
+      if stop - start < n:
+        part = jax.tree.map(lambda x, s=start, e=stop: x[s:e], run)
+      out[f"run{next(count)}"] = _wrap_run(
+        part, rows, range(start, stop), methods, make
+      )
+  return out
+
+
+def _address(path: str, rows: Mapping[str, range], k: int) -> str:
+  layer, inner = path.split("/", 1)
+  return f"layers/{rows[layer][k]}/{inner}"
+
+
+def _equal_rows(run, rows, methods, n) -> Iterator[tuple[int, int]]:
+  """Yields the ranges of a run's rows whose adapters are equal in form."""
+  paths = [path for path, _ in leaves(run)]
+
+  def form(k):
+    return tuple(methods.get(_address(path, rows, k)) for path in paths)
+
+  for _, group in itertools.groupby(range(n), key=form):
+    ks = list(group)
+    yield ks[0], ks[-1] + 1
+
+
+def _wrap_run(run, rows, ks, methods, make):
+  def adapted(path, leaf):
+    paths = [_address(path, rows, k) for k in ks]
+    method = methods.get(paths[0])
+    if method is None:
+      return leaf
+    return AdaptedTensor(leaf, *make(paths, method, leaf), method=method)
+
+  return tree.map_paths(adapted, run, is_leaf=weights.is_weight)
+
+
+def _strip(params: Params, f: Callable[[AdaptedTensor], Any]) -> Any:
+  return jax.tree.map(
+    lambda w: f(w) if isinstance(w, AdaptedTensor) else w,
+    params,
+    is_leaf=weights.is_weight,
+  )
+
+
+def merge(params: Params) -> Any:
+  """Returns the tree with every adapter added into its weight.
+
+  The sum is formed in fp32 and rounded to the weight's dtype; in bf16 most of
+  a small update is lost (lora.md 2.5), so merge fp32 weights where it counts.
+  """
+  return _strip(params, weights.dense)
+
+
+def disable(params: Params) -> Any:
+  """Returns the tree under the adapters; shares its arrays."""
+
+  def base(w):
+    return base(w.w) if isinstance(w, AdaptedTensor) else w
+
+  return _strip(params, base)

@@ -1,0 +1,226 @@
+"""Every method obeys the same laws; a new one is one more row of METHODS."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research import tree, weights
+from research.interop import gguf_types, ours
+from research.lora import adapt, wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods import all_methods
+from research.lora.methods.dora import DoRA
+from research.lora.methods.hira import HiRA
+from research.lora.methods.lora import LoRA
+from research.quant import blocks
+from tests import support
+
+METHODS = [
+  LoRA(rank=4),
+  LoRA(rank=4, rslora=True),
+  DoRA(rank=4),
+  HiRA(rank=4),
+]
+
+ROUNDED = (DoRA,)
+"""Methods whose fresh adapter is its base up to fp32 rounding only."""
+
+IN, OUT = 64, 32
+KEY = jax.random.key(0)
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+def label(method):
+  changed = [
+    f"{k}={v}"
+    for k, v in vars(method).items()
+    if v != getattr(type(method)(), k) and k != "rank"
+  ]
+  return "-".join([type(method).__name__, *changed])
+
+
+every = pytest.mark.parametrize("method", METHODS, ids=label)
+
+
+@functools.cache
+def base(packed=False, n=3):
+  """Returns `[n, IN, OUT]`, an array or 4-bit blocks."""
+  w = np.asarray(jax.random.normal(jax.random.key(1), (n, IN, OUT))) * 0.125
+  if not packed:
+    return jnp.asarray(w)
+  rows = gguf_types.encode("Q4_1", w.swapaxes(1, 2).copy())
+  return blocks.from_ggml("Q4_1", list(rows.reshape(n, OUT, -1)), -2)
+
+
+def fresh(method, w):
+  paths = [f"layers/{i}/x" for i in range(w.shape[0])]
+  return AdaptedTensor(
+    w, *adapt.fresh(KEY, paths, method, w, {}), method=method
+  )
+
+
+@functools.cache
+def moved(method, packed=False):
+  """Returns three adapters, away from their start."""
+  t = fresh(method, base(packed))
+  keys = jax.random.split(jax.random.key(2), len(t.trained))
+  trained = {
+    name: x + 0.1 * jax.random.normal(key, x.shape)
+    for key, (name, x) in zip(keys, sorted(t.trained.items()), strict=True)
+  }
+  return AdaptedTensor(t.w, trained, t.fixed, method=method)
+
+
+def draw(*shape, seed=3):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def one(t, k=0):
+  return jax.tree.map(lambda x: x[k], t)
+
+
+def close(got, want, length=IN):
+  """Equal up to rounding of sums of `length` terms."""
+  scale = float(jnp.abs(want).max())
+  chex.assert_trees_all_close(got, want, atol=8 * EPS * length**0.5 * scale)
+
+
+def test_every_method_has_a_row():
+  assert {type(m) for m in METHODS} == set(all_methods().values())
+
+
+@every
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_fresh_adapter_changes_nothing(method, packed):
+  t, x = one(fresh(method, base(packed))), draw(5, IN)
+  both = jax.jit(
+    lambda w, x: (
+      weights.einsum("td,df->tf", x, w),
+      weights.einsum("td,df->tf", x, w.w),
+    )
+  )
+  got, want = both(t, x)
+  if isinstance(method, ROUNDED):
+    close(got, want)
+  else:
+    chex.assert_trees_all_equal(got, want)
+  assert all(x.dtype == jnp.float32 for x in t.arrays.values())
+
+
+@every
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_is_multiplication_with_the_merged_matrix(method, packed):
+  t = one(moved(method, packed))
+  merged = np.asarray(jax.jit(weights.dense)(t), np.float64)
+  x, y = draw(5, IN), draw(5, OUT, seed=4)
+  got = jax.jit(lambda t, x: weights.einsum("td,df->tf", x, t))(t, x)
+  close(got, np.asarray(x, np.float64) @ merged)
+  got = jax.jit(lambda t, y: weights.einsum("tf,df->td", y, t))(t, y)
+  close(got, np.asarray(y, np.float64) @ merged.T)
+  ids = jnp.array([3, 0, 3, 63])
+  got = jax.jit(weights.take)(t, ids)
+  close(got, merged[np.asarray(ids)])
+
+
+@every
+def test_experts_have_adapters_of_their_own(method):
+  t = moved(method)
+  sizes = jnp.array([2, 0, 3])
+  x = draw(5, IN)
+  got = jax.jit(weights.ragged_dot)(x, t, sizes)
+  merged = weights.dense(t)
+  want = jnp.concatenate([x[:2] @ merged[0], x[2:] @ merged[2]])
+  close(got, want)
+
+
+@every
+def test_gradients_are_finite_differences(method):
+  """Directional, in fp64, away from the start."""
+  with jax.enable_x64():
+    t = jax.tree.map(
+      lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x,
+      one(moved(method)),
+    )
+    x = draw(5, IN).astype(jnp.float64)
+    directions = {
+      k: jax.random.normal(jax.random.key(i), v.shape, jnp.float64)
+      for i, (k, v) in enumerate(sorted(t.trained.items()))
+    }
+
+    def loss(trained, x):
+      w = AdaptedTensor(t.w, trained, t.fixed, method=method)
+      return jnp.sin(weights.einsum("td,df->tf", x, w)).sum()
+
+    grads = jax.jit(jax.grad(loss))(t.trained, x)
+    value = jax.jit(loss)
+    for name in held_constant(method, t.trained):
+      h, d = 1e-5, directions[name]
+
+      def at(e, name=name, d=d):
+        return value(t.trained | {name: t.trained[name] + e * d}, x)
+
+      want = (at(h) - at(-h)) / (2 * h)
+      got = jnp.sum(grads[name] * d)
+      chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def held_constant(method, trained):
+  """Names of arrays whose gradient is that of the value.
+
+  DoRA's norm is constant in the backward pass by definition, so only its
+  magnitudes have the value's gradient.
+  """
+  return ["m"] if isinstance(method, DoRA) else sorted(trained)
+
+
+@every
+def test_dropout_falls_on_the_adapter_alone(method):
+  method = dataclasses.replace(method, dropout=0.5)
+  t, x = one(moved(method)), draw(5, IN)
+  quiet = weights.einsum("td,df->tf", x, t)
+  bound = weights.bind({"w": t}, key=jax.random.key(5))["w"]
+  f = jax.jit(lambda t, x: weights.einsum("td,df->tf", x, t))
+  assert jnp.abs(f(bound, x) - quiet).max() > 1e-3
+  start = weights.bind({"w": one(fresh(method, base()))}, key=KEY)["w"]
+  close(f(start, x), x @ start.w)
+
+
+@every
+def test_in_a_model_scanned_or_not(method):
+  model = support.model(width=32, head_dim=8)
+  params = support.params(model)
+  adapted = adapt.Adapt(method=method)(params, KEY)
+  noisy = tree.map_paths(
+    lambda p, x: x + 0.05 if "/trained/" in p else x, adapted
+  )
+  tokens = support.tokens()
+
+  @jax.jit
+  def logits(params):
+    return model.apply({"params": params}, tokens)[0]
+
+  got = logits(noisy)
+  assert jnp.abs(got - logits(params)).max() > 1e-3
+  size = float(jnp.abs(got).max())
+  for other in (tree.unroll(noisy), wrap.merge(noisy)):
+    chex.assert_trees_all_close(logits(other), got, atol=2e-5 * size)
+  chex.assert_trees_all_equal(wrap.disable(noisy), params)
+
+
+@every
+def test_axes_name_every_array(method):
+  t = fresh(method, base())
+  named = weights.axes(t, ("width", "heads"))
+  for name, x in t.arrays.items():
+    assert len(named.arrays[name]) == x.ndim, name
+
+
+@every
+def test_spelled_in_a_checkpoint(method):
+  note = ours._describe(fresh(method, base()))
+  assert ours._abstract(note, "weights").method == method
