@@ -1,0 +1,258 @@
+"""`decode_attention`, `paged_attention`: attention of new tokens to a memory.
+
+A new token sees the keys of its own row up to itself, within a window of
+`window` keys; nothing else of the memory matters, NaN included. Query head n
+uses key head n // (N / K). Sums are held in float32 (float64 for float64
+queries in `reference` and `xla`). A query that sees no key gives output 0 and
+log-sum-exp -inf (with sinks, that of the sink). Decoding has no gradient.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.decode_attention import pages as paging
+from kernels_pallas.decode_attention import ragged
+from kernels_pallas.decode_attention import work as works
+from kernels_pallas.decode_attention.mosaic_tpu import (
+  check_for_tpu,
+  mosaic_tpu_decode,
+)
+from kernels_pallas.decode_attention.pages import Pages
+from kernels_pallas.decode_attention.reference import (
+  add_sinks,
+  reference_decode,
+)
+from kernels_pallas.decode_attention.spec import Blocks, Spec, accumulator
+from kernels_pallas.decode_attention.xla import xla_decode
+
+BACKENDS = ("auto", "reference", "xla", "mosaic_tpu")
+
+TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+"""Kinds of device whose two cores share the parallel steps of a kernel."""
+
+
+def decode_attention(
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
+  lengths: Int[Array, " B"],
+  *,
+  window: int | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: bool = False,
+  backend: str = "auto",
+  blocks: Blocks | None = None,
+  interpret: Any = None,
+  precision: Any = None,
+) -> (
+  Float[Array, "B N Hv"] | tuple[Float[Array, "B N Hv"], Float[Array, "B N"]]
+):
+  """Attention of one new token a row to that row's cache.
+
+  A cache kept as [B, K, S, H] and passed as `cache.swapaxes(1, 2)` is not
+  copied; on a TPU, S should be a multiple of 16 (8 in float32).
+
+  Args:
+    q: Queries; row b's is at position `lengths[b] - 1`.
+    k: Keys, position s in slot s.
+    v: Values.
+    lengths: Tokens in the cache, the new one included; 0 for padding.
+    window: Keys that a query sees at most, itself included.
+    sinks: A logit a head that joins the denominator only.
+    scale: Default H ** -0.5.
+    softcap: c of c tanh(logit / c).
+    return_lse: Also return the natural log-sum-exp, sinks included.
+    backend: One of `BACKENDS`; for 'auto' see `choose`.
+    blocks: How the work is cut.
+    interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
+    precision: Of the matmuls, as in `jax.lax.dot`.
+
+  Returns:
+    The output in the dtype of q; with `return_lse`, also the log-sum-exp in
+    the accumulator dtype.
+
+  Raises:
+    ValueError: Shapes that do not fit, unsupported arguments, or (where they
+      are known) lengths beyond S.
+  """
+  (B, _, H), shapes = q.shape, f"q {q.shape}, k {k.shape}, v {v.shape}"
+  if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
+    raise ValueError(
+      f"decode_attention: found {shapes}, expected [B,N,H], [B,S,K,H], "
+      "[B,S,K,Hv]"
+    )
+  if k.shape[0] != B or lengths.shape != (B,):
+    raise ValueError(
+      f"decode_attention: found {shapes}, lengths {lengths.shape}; expected "
+      "one B"
+    )
+  held = works.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+  spec = _spec(H, scale, softcap, window, precision)
+  rows = ragged.rows(B, None, lengths, None, k.shape[:2])
+  return _run(
+    spec, q, held, rows, sinks, return_lse, backend, blocks, interpret
+  )
+
+
+def paged_attention(
+  q: Float[Array, "T N H"],
+  pages: Pages,
+  table: Int[Array, "R W"],
+  kv_lens: Int[Array, " R"],
+  cu_q_lens: Int[Array, " R1"] | None = None,
+  *,
+  window: int | None = None,
+  sinks: Float[Array, " N"] | None = None,
+  scale: float | None = None,
+  softcap: float | None = None,
+  return_lse: bool = False,
+  backend: str = "auto",
+  blocks: Blocks | None = None,
+  interpret: Any = None,
+  precision: Any = None,
+) -> (
+  Float[Array, "T N Hv"] | tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]
+):
+  """Attention of new tokens, few or many a row, to pages.
+
+  Token t of the q_len new ones of a row of kv_len tokens is at position
+  kv_len - q_len + t: rows that decode and rows that read a prompt mix, as do
+  whole prompts and later parts of them. Their keys are in the pages already
+  (`append_to_pages` takes the same arguments). Pages that no new token of
+  their row sees are not read, and their entries in the table may be anything.
+
+  Args:
+    q: Queries of all rows one after another; after the last row's, padding.
+    pages: Keys and values, quantized or not.
+    table: Pages of each row.
+    kv_lens: Tokens of each row, the new ones included; 0 for padding.
+    cu_q_lens: Where each row's queries start, and where the last one's end;
+      by default each row has one.
+    window: Keys that a query sees at most, itself included.
+    sinks: A logit a head that joins the denominator only.
+    scale: Default H ** -0.5.
+    softcap: c of c tanh(logit / c).
+    return_lse: Also return the natural log-sum-exp, sinks included.
+    backend: One of `BACKENDS`; for 'auto' see `choose`.
+    blocks: How the work is cut.
+    interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
+    precision: Of the matmuls, as in `jax.lax.dot`.
+
+  Returns:
+    The output in the dtype of q; with `return_lse`, also the log-sum-exp in
+    the accumulator dtype.
+
+  Raises:
+    ValueError: Shapes or dtypes that do not fit, unsupported arguments, or
+      (where they are known) lengths that their rows have no pages for. Where
+      they are not known, entries of the table outside the pages are moved to
+      the nearest page, so that nothing outside is read.
+  """
+  paging.check_pages(pages)
+  spec = _spec(q.shape[2], scale, softcap, window, precision)
+  rows = ragged.rows(
+    q.shape[0], table, kv_lens, cu_q_lens, (pages.count, pages.size), window
+  )
+  return _run(
+    spec, q, pages, rows, sinks, return_lse, backend, blocks, interpret
+  )
+
+
+def choose(dtype: Any) -> tuple[str, str]:
+  """What backend 'auto' stands for, and why.
+
+  The platform is that of the mesh that is set, which may be a topology to
+  compile for, else that of the default device.
+
+  Args:
+    dtype: Of the queries.
+  """
+  platform, _ = _device()
+  if platform != "tpu":
+    return "xla", f"there is no kernel for platform {platform} yet"
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return "xla", f"TPU kernels do not compute in {dtype}"
+  return "mosaic_tpu", "the program is for a TPU"
+
+
+def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
+  """Checks what the two contracts share, and runs a backend."""
+  T, N, H = q.shape
+  K, Hk, _ = works.heads_of(held)
+  if N % K or Hk != H:
+    raise ValueError(
+      f"decoding: found q {q.shape} for {K} key heads of dim {Hk}; expected "
+      "equal head dims, and N % K = 0"
+    )
+  if sinks is not None and sinks.shape != (N,):
+    raise ValueError(f"sinks: found {sinks.shape}, expected {(N,)}")
+  if backend == "auto":
+    backend, _ = choose(q.dtype)
+  if backend not in BACKENDS:
+    raise ValueError(
+      f"backend: found {backend!r}, available here: {', '.join(BACKENDS)}"
+    )
+  if interpret is not None and backend != "mosaic_tpu":
+    raise ValueError(
+      f"interpret: found {interpret!r}, {backend} has no use for it"
+    )
+  if backend == "reference":
+    o, lse = _reference(spec, q, held, rows)
+  else:
+    p, tiling = works.prepare(spec, _blocks(blocks), q, held, rows)
+    decode = xla_decode
+    if backend == "mosaic_tpu":
+      check_for_tpu(p, interpret)
+      decode = functools.partial(mosaic_tpu_decode, interpret=interpret)
+    o, lse = works.untile(p, tiling, rows, T, *decode(p))
+  if sinks is not None:
+    o, lse = add_sinks(o, lse, sinks)
+  o = o.astype(q.dtype)
+  return (o, lse) if return_lse else o
+
+
+def _reference(spec, q, held, rows):
+  dtype = accumulator(q.dtype)
+  if rows.table is None:
+    k, v = (x.swapaxes(1, 2).astype(dtype) for x in (held.k, held.v))
+  else:
+    k, v = paging.dense(held, rows.table, dtype)
+  return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+
+
+def _spec(H, scale, softcap, window, precision) -> Spec:
+  if window is not None and window < 1:
+    raise ValueError(f"window: found {window}, expected at least 1 key")
+  if softcap is not None and not softcap > 0:
+    raise ValueError(f"softcap: found {softcap}, expected a positive number")
+  scale = H**-0.5 if scale is None else float(scale)
+  if not math.isfinite(scale):
+    raise ValueError(f"scale: found {scale}, expected a finite number")
+  return Spec(scale, softcap, window, precision)
+
+
+def _blocks(blocks: Blocks | None) -> Blocks:
+  """The sizes asked for, or those that fit the device."""
+  platform, kind = _device()
+  cores = 2 if platform == "tpu" and kind in TWO_CORES else 1
+  if blocks is None:
+    blocks = Blocks()
+  if blocks.splits is None:
+    blocks = dataclasses.replace(blocks, splits=cores)
+  return blocks
+
+
+def _device() -> tuple[str, str]:
+  """Platform and kind of the devices that the program is for."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None:
+    return device.platform, device.device_kind
+  return jax.default_backend(), jax.devices()[0].device_kind

@@ -1,0 +1,145 @@
+"""Rows of different lengths in one array of tokens: where each one is."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Sequences, their new tokens and their memory.
+
+  Attributes:
+    table: int32 [R, W], pages of each row, or None where row r of the memory
+      is its own.
+    kv_lens: int32 [R], tokens of each row, the new ones included.
+    starts: int32 [R + 1], where each row's new tokens start, and the last
+      one's end.
+  """
+
+  table: Any
+  kv_lens: Any
+  starts: Any
+
+
+def rows(
+  tokens: int,
+  table: Any,
+  kv_lens: Any,
+  starts: Any,
+  memory: tuple[int, int],
+  window: int | None = None,
+) -> Rows:
+  """Checks what is known before the program runs.
+
+  Only entries of the table that are read need to name a page.
+
+  Args:
+    tokens: T, new tokens of all rows, padding at the end included.
+    table: int [R, W], or None where row r of the memory is its own.
+    kv_lens: int [R].
+    starts: int [R + 1], or None for a token a row.
+    memory: Pages there are, and tokens a page; without a table, those a row.
+    window: Keys that a query sees at most, itself included, or None.
+
+  Raises:
+    ValueError: Shapes that do not fit, or rows that ask for memory there is
+      not.
+  """
+  R = kv_lens.shape[0]
+  if R < 1 or tokens < 1:
+    raise ValueError(f"rows: found {R} rows, {tokens} tokens, expected some")
+  if table is not None and (table.shape[0] != R or table.shape[1] < 1):
+    raise ValueError(
+      f"table: found {table.shape} for {R} rows of kv_lens, expected [{R}, W]"
+    )
+  if starts is None and tokens != R:
+    raise ValueError(
+      f"cu_q_lens: missing; without it expected a token for each of {R} rows, "
+      f"found {tokens}"
+    )
+  if starts is not None and starts.shape != (R + 1,):
+    raise ValueError(
+      f"cu_q_lens: found {starts.shape}, expected {(R + 1,)}: a start for each "
+      "row, and the end"
+    )
+  starts = np.arange(R + 1) if starts is None else starts
+  _check(tokens, *(_known(x) for x in (table, kv_lens, starts)), memory, window)
+  arrays = (
+    None if x is None else jnp.asarray(x, jnp.int32)
+    for x in (table, kv_lens, starts)
+  )
+  return Rows(*arrays)
+
+
+def places(
+  x: Rows, tokens: int
+) -> tuple[Int[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
+  """Row and position of each token, and whether it is one of any row.
+
+  The last new token of a row is at its position kv_len - 1, so that the t-th
+  of q_len is at kv_len - q_len + t.
+
+  Args:
+    x: The rows.
+    tokens: T.
+  """
+  t = jnp.arange(tokens)
+  row = jnp.searchsorted(x.starts[1:], t, side="right")
+  live = row < x.kv_lens.shape[0]
+  row = jnp.minimum(row, x.kv_lens.shape[0] - 1)
+  position = x.kv_lens[row] - x.starts[row + 1] + t
+  return row, position, live & (t >= x.starts[0])
+
+
+def _check(tokens, table, lens, starts, memory, window) -> None:
+  """Raises ValueError for values that do not fit; None is not known."""
+  pages, size = memory
+  width = 1 if table is None else table.shape[1]
+  if starts is not None:
+    new = np.diff(starts)
+    for row in np.flatnonzero(new < 0)[:1]:
+      raise ValueError(
+        f"cu_q_lens: row {row} starts at {starts[row]} and ends at "
+        f"{starts[row + 1]}, expected starts that never fall"
+      )
+    if starts[0] < 0 or starts[-1] > tokens:
+      raise ValueError(
+        f"cu_q_lens: found {starts[0]} to {starts[-1]}, expected them within "
+        f"the {tokens} tokens"
+      )
+  if lens is None:
+    return
+  for row in np.flatnonzero((lens < 0) | (lens > width * size))[:1]:
+    raise ValueError(
+      f"kv_lens: row {row} has {lens[row]} tokens, expected 0 to "
+      f"{width * size}, which is what its memory holds"
+    )
+  if starts is None:
+    return
+  for row in np.flatnonzero((new > lens) & (lens > 0))[:1]:
+    raise ValueError(
+      f"kv_lens: row {row} has {lens[row]} tokens, {new[row]} of them new; "
+      "expected kv_lens to count the new ones (or 0, for padding)"
+    )
+  if table is None:
+    return
+  first = np.zeros_like(lens)
+  if window is not None:
+    first = np.maximum(lens - new - window + 1, 0) // size
+  column = np.arange(width)
+  read = (column >= first[:, None]) & (column * size < lens[:, None])
+  read &= (new > 0)[:, None]
+  for row, place in np.argwhere(read & ((table < 0) | (table >= pages)))[:1]:
+    raise ValueError(
+      f"table: row {row} has page {table[row, place]} for its tokens from "
+      f"{place * size} on, expected 0 to {pages - 1}"
+    )
+
+
+def _known(x) -> np.ndarray | None:
+  return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)

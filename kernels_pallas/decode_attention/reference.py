@@ -1,0 +1,86 @@
+"""Decoding attention as its definition: every row's keys laid out in full."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas.decode_attention.spec import Spec, accumulator, capped
+
+
+def reference_decode(
+  spec: Spec,
+  q: Float[Array, "T N H"],
+  k: Float[Array, "R S K H"],
+  v: Float[Array, "R S K Hv"],
+  row: Int[Array, " T"],
+  position: Int[Array, " T"],
+  live: Bool[Array, " T"],
+) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+  """Softmax attention of each token over its row's keys (kernels.md 2.1).
+
+  Args:
+    spec: Static part.
+    q: Queries.
+    k: Keys of whole rows, in the accumulator dtype.
+    v: Values.
+    row: Whose keys a token sees.
+    position: Its own; it sees that key and those before it.
+    live: Whether it is a token at all.
+
+  Returns:
+    The output and the natural log-sum-exp in the accumulator dtype; 0 and
+    -inf for tokens that see nothing.
+  """
+  T, N, H = q.shape
+  S, K = k.shape[1:3]
+  dtype = accumulator(q.dtype)
+  q = q.astype(dtype).reshape(T, K, N // K, H)
+  key = jnp.arange(S)
+  visible = live[:, None] & (key <= position[:, None])
+  if spec.window is not None:
+    visible &= key > position[:, None] - spec.window
+  # What is not visible may be NaN, which 0 does not cancel.
+  v = jnp.where(visible[:, :, None, None], v[row], 0)
+  s = jnp.einsum("tkgh,tskh->tkgs", q, k[row], precision=spec.precision)
+  s = capped(spec, s * spec.scale)
+  s = jnp.where(visible[:, None, None], s, -jnp.inf)
+  m = jnp.max(s, axis=-1, keepdims=True)
+  m = jnp.where(m == -jnp.inf, 0, m)
+  p = jnp.exp(s - m)
+  l = jnp.sum(p, axis=-1, keepdims=True)
+  empty = l == 0
+  l = jnp.where(empty, 1, l)
+  o = jnp.einsum("tkgs,tskh->tkgh", p / l, v, precision=spec.precision)
+  lse = jnp.where(empty, -jnp.inf, m + jnp.log(l))[..., 0]
+  return o.reshape(T, N, -1), lse.reshape(T, N)
+
+
+def add_sinks(
+  o: Float[Array, "T N Hv"],
+  lse: Float[Array, "T N"],
+  sinks: Float[Array, " N"],
+) -> tuple[Float[Array, "T N Hv"], Float[Array, "T N"]]:
+  """Attention with one more logit a head, whose value is 0.
+
+  Args:
+    o: Output without it.
+    lse: Its log-sum-exp.
+    sinks: The logits.
+  """
+  total = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+  shift = jnp.where(total == -jnp.inf, 0, total)
+  return o * jnp.exp(lse - shift)[..., None], total
+
+
+def combine(
+  o: Float[Array, "X ..."], lse: Float[Array, "X ..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+  """Attention over all keys from that over parts of them (kernels.md 2.1).
+
+  Args:
+    o: Normalised outputs over each part; an empty one may hold anything.
+    lse: Log-sum-exp of each part's logits, -inf for an empty one.
+  """
+  total = jax.nn.logsumexp(lse, axis=0)
+  share = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total))[..., None]
+  return jnp.sum(jnp.where(share == 0, 0, share * o), axis=0), total
