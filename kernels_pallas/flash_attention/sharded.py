@@ -1,13 +1,13 @@
 """Flash attention over a mesh: each device runs the kernel on its own part.
 
 Rows and heads do not depend on each other, so no device needs another's. Where
-queries are cut along the sequence, keys and values are gathered for one layer
-at a time (and their gradients scattered back, summed): a device then computes
-its own queries against all keys, as Llama 3's context parallelism does
-(Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.2).
+tokens are cut, attention crosses the devices in one of three ways, each in a
+file of `kernels_pallas.sequence_parallel`: keys and values are gathered, go
+around in a ring, or are exchanged for other heads'.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -17,9 +17,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.flash_attention.spec import accumulator
 from kernels_pallas.masks import Mask
-
-Names = tuple[str, ...]
+from kernels_pallas.sequence_parallel.gather import gathered_attention
+from kernels_pallas.sequence_parallel.order import Names
+from kernels_pallas.sequence_parallel.ring import ring_attention
+from kernels_pallas.sequence_parallel.ulysses import ulysses_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +31,32 @@ class Cut:
 
   Attributes:
     batch: of all operands; their sizes together divide B.
-    length: of the queries (T), and of the keys where S = T.
+    length: of the queries (T), and of the keys where S = T: these are
+      gathered.
     heads: of the query heads (N). Where they do not divide the key heads, too,
       each device takes the one key head that its query heads share.
+    ring: of T, instead of `length`: keys and values go around.
+    ulysses: of what `length` or `ring` leaves of T: tokens are exchanged for
+      heads.
   """
 
   batch: Names = ()
   length: Names = ()
   heads: Names = ()
+  ring: Names = ()
+  ulysses: Names = ()
+
+  def __post_init__(self):
+    if self.length and self.ring:
+      raise ValueError(
+        f"cut: found length {self.length} and ring {self.ring}, expected one: "
+        "keys are gathered or go around"
+      )
+
+  @property
+  def tokens(self) -> Names:
+    """All axes that cut T, the fastest last."""
+    return (*self.length, *self.ring, *self.ulysses)
 
 
 def sharded_attention(
@@ -45,11 +66,16 @@ def sharded_attention(
   *,
   mask: Mask,
   cut: Cut,
+  sinks: Float[Array, " N"] | None = None,
+  return_lse: bool = False,
   **options: Any,
-) -> Float[Array, "B T N Hv"]:
+) -> (
+  Float[Array, "B T N Hv"]
+  | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]
+):
   """`flash_attention` under the mesh that is set, over all of its axes.
 
-  No operand is gathered, but for keys and values along the sequence. What
+  No operand is gathered, but for keys and values along `cut.length`. What
   `cut` does not name, or cannot cut (`possible`), is computed alike by all
   devices along that axis, without communication.
 
@@ -59,36 +85,48 @@ def sharded_attention(
     v: Values.
     mask: Who sees whom; its arrays are cut like the queries and keys.
     cut: Axes of the mesh.
-    **options: Of `flash_attention`: scale, softcap, backend, config, precision.
+    sinks: As of `flash_attention`.
+    return_lse: Also return the log-sum-exp.
+    **options: Of `flash_attention`: scale, softcap, backend, config,
+      interpret, precision.
+
+  Raises:
+    ValueError: As `flash_attention`; `cut.ulysses` does not divide the heads.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   cut = possible(cut, mask, q.shape, k.shape, sizes)
-  if cut.length:
+  if cut.length or cut.ring:
     mask = positioned(mask, q.shape[1], k.shape[1])
-  own_keys = cut.length if q.shape[1] == k.shape[1] else ()
+  own_keys = cut.tokens if q.shape[1] == k.shape[1] else ()
   shared = bool(cut.heads) and k.shape[2] % _size(cut.heads, sizes) != 0
   group = q.shape[2] // k.shape[2]
+  attend = _crossing(cut) if own_keys else flash_attention
 
-  def local(q, k, v, mask):
+  def local(q, k, v, mask, sinks):
     if shared:
       first = jax.lax.axis_index(cut.heads) * q.shape[2] // group
       k, v = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
-    if own_keys:
-      k, v = (
-        jax.lax.all_gather(x, own_keys, axis=1, tiled=True) for x in (k, v)
-      )
-    elif cut.length:
-      # All devices' gradients are added up behind the kernel, not in it.
-      k, v = jax.lax.pcast((k, v), cut.length, to="varying")
-    return flash_attention(q, k, v, mask=mask, **options)
+    # All devices' gradients are added up behind the kernel, not in it.
+    if cut.tokens and not own_keys:
+      k, v = jax.lax.pcast((k, v), cut.tokens, to="varying")
+    if sinks is not None:
+      sinks = sinks.astype(accumulator(q.dtype))
+      sinks = jax.lax.pcast(sinks, cut.batch + cut.tokens, to="varying")
+    return attend(
+      q, k, v, mask=mask, sinks=sinks, return_lse=return_lse, **options
+    )
 
-  ours = P(cut.batch, cut.length, cut.heads)
+  ours = P(cut.batch, cut.tokens, cut.heads)
   theirs = P(cut.batch, own_keys, () if shared else cut.heads)
+  rows = P(cut.batch, cut.heads, cut.tokens)
+  of_sinks = None if sinks is None else P(cut.heads)
   return jax.shard_map(
     local,
-    in_specs=(ours, theirs, theirs, _specs(mask, cut)),
-    out_specs=ours,
-  )(q, k, v, mask)
+    in_specs=(ours, theirs, theirs, _specs(mask, cut), of_sinks),
+    out_specs=(ours, rows) if return_lse else ours,
+    # The interpreter of kernels knows no types that vary over a mesh.
+    check_vma=not options.get("interpret"),
+  )(q, k, v, mask, sinks)
 
 
 def possible(
@@ -102,7 +140,8 @@ def possible(
 
   Queries stay whole where a rule depends on their index: block diffusion, and
   more queries than keys. Heads stay whole where a device's query heads would
-  share key heads only in part.
+  share key heads only in part. Where there are more keys than queries, every
+  device has all of them, and queries are cut without any exchange.
 
   Args:
     cut: Wanted.
@@ -112,8 +151,10 @@ def possible(
     sizes: Of the mesh's axes, by name.
   """
   (_, T, N, _), (_, S, K, _) = queries, keys
+  if T != S:
+    cut = dataclasses.replace(cut, length=cut.tokens, ring=(), ulysses=())
   if mask.kind == "block_diffusion" or _level(mask, T, S) < 0:
-    cut = dataclasses.replace(cut, length=())
+    cut = dataclasses.replace(cut, length=(), ring=())
   own = N // _size(cut.heads, sizes)
   if K % _size(cut.heads, sizes) and N // K % own:
     cut = dataclasses.replace(cut, heads=())
@@ -121,17 +162,35 @@ def possible(
 
 
 def positioned(mask: Mask, T: int, S: int) -> Mask:
-  """The same mask with its queries' positions as data, so that it can be cut.
+  """The same mask with positions as data, so that it can be cut.
 
   Args:
     mask: Any that `possible` lets be cut along the queries.
     T: Queries a row.
     S: Keys a row.
   """
-  if mask.q_positions is not None:
+  if mask.kind == "full" and mask.window == (None, None):
     return mask
-  positions = jnp.arange(T, dtype=jnp.int32)[None] + _level(mask, T, S)
-  return dataclasses.replace(mask, q_positions=positions)
+  ours, theirs = mask.q_positions, mask.kv_positions
+  if ours is None:
+    ours = jnp.arange(T, dtype=jnp.int32)[None] + _level(mask, T, S)
+  if theirs is None:
+    theirs = jnp.arange(S, dtype=jnp.int32)[None]
+  return dataclasses.replace(mask, q_positions=ours, kv_positions=theirs)
+
+
+def _crossing(cut: Cut):
+  """Attention over all devices that `cut` cuts the tokens for."""
+  attend = flash_attention
+  if cut.ring:
+    attend = functools.partial(ring_attention, axis=cut.ring)
+  elif cut.length:
+    attend = functools.partial(gathered_attention, axis=cut.length)
+  if cut.ulysses:
+    attend = functools.partial(
+      ulysses_attention, axis=cut.ulysses, attend=attend
+    )
+  return attend
 
 
 def _level(mask: Mask, T: int, S: int) -> int:
@@ -142,14 +201,20 @@ def _level(mask: Mask, T: int, S: int) -> int:
 
 
 def _specs(mask: Mask, cut: Cut) -> Mask:
-  """How each of a mask's arrays is cut; a batch axis of 1 stays whole."""
+  """How each of a mask's arrays is cut; a batch axis of 1 stays whole.
+
+  Keys that are gathered have theirs whole, and so have tokens that are
+  exchanged.
+  """
+  tokens = {"q": cut.length + cut.ring, "kv": cut.ring}
 
   def spec(name):
     leaf = getattr(mask, name)
     if leaf is None:
       return None
-    along = (cut.length,) if name.startswith("q_") else ()
-    return P(cut.batch if leaf.shape[0] > 1 else (), *along)
+    along = tokens.get(name.split("_")[0])
+    rest = () if along is None else (along,)
+    return P(cut.batch if leaf.shape[0] > 1 else (), *rest)
 
   names = ("q_positions", "kv_positions", "q_segments", "kv_segments", "prefix")
   return dataclasses.replace(mask, **{name: spec(name) for name in names})

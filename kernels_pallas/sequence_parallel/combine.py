@@ -1,0 +1,51 @@
+"""Partial attentions over disjoint keys combined into the one over all."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def combine(
+  outputs: Sequence[Float[Array, "B T N Hv"]],
+  lses: Sequence[Float[Array, "B N T"]],
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+  """The output and log-sum-exp over the keys of all partials (kernels.md 2.1).
+
+  With w_k = exp(lse_k): o = sum_k w_k o_k / sum_k w_k, lse = log sum_k w_k, in
+  any order and grouping. Differentiable in everything. A partial without a
+  visible key (lse_k = -inf) has no part in values or gradients, whatever its
+  output holds. A sink belongs to exactly one partial.
+
+  Args:
+    outputs: Of each partial, normalised.
+    lses: Natural log-sum-exp of each.
+
+  Returns:
+    Both in the type of the log-sum-exps, promoted with the outputs'; 0 and
+    -inf where no partial saw a key.
+
+  Raises:
+    ValueError: No partials, or other numbers of outputs and of log-sum-exps.
+  """
+  if len(outputs) != len(lses) or not len(lses):
+    raise ValueError(
+      f"combine: found {len(outputs)} outputs and {len(lses)} log-sum-exps, "
+      "expected one of each for every partial"
+    )
+  # The result does not depend on m.
+  m = jax.lax.stop_gradient(functools.reduce(jnp.maximum, lses))
+  m = jnp.where(m == -jnp.inf, 0, m)
+  weights = [jnp.exp(lse - m) for lse in lses]
+  total = sum(weights)
+  empty = total == 0
+  total = jnp.where(empty, 1, total)
+  parts = []
+  for o, weight in zip(outputs, weights, strict=True):
+    weight = jnp.swapaxes(weight / total, 1, 2)[..., None]
+    # Set to 0 before it is multiplied: 0 * NaN would reach the weight's
+    # gradient.
+    parts.append(weight * jnp.where(weight == 0, 0, o))
+  return sum(parts), jnp.where(empty, -jnp.inf, m + jnp.log(total))

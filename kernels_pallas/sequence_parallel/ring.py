@@ -1,0 +1,212 @@
+"""Ring attention: keys and values pass by all devices, queries stay.
+
+Each device holds one shard of the tokens. In n steps it attends to the shard
+of keys and values at hand while that goes on to its neighbour, and combines
+what it found by the log-sum-exps, in the accumulator dtype (Liu et al. 2023,
+"Ring Attention with Blockwise Transformers", arXiv:2310.01889). The backward
+pass sends (k, v) around again, and dk and dv after them: a step's gradients
+follow from the output and log-sum-exp of all keys. Memory is that of one
+shard; a step without a visible pair does nothing.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from kernels_pallas import mask_blocks
+from kernels_pallas.flash_attention import cotangents
+from kernels_pallas.flash_attention.api import prepare
+from kernels_pallas.flash_attention.spec import (
+  Backend,
+  Operands,
+  Spec,
+  accumulator,
+)
+from kernels_pallas.masks import Mask
+from kernels_pallas.sequence_parallel.combine import combine
+from kernels_pallas.sequence_parallel.order import Names, halves
+
+
+def ring_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
+  *,
+  axis: Names,
+  mask: Mask,
+  sinks: Float[Array, " N"] | None = None,
+  return_lse: bool = False,
+  **options: Any,
+) -> (
+  Float[Array, "B T N Hv"]
+  | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]
+):
+  """`flash_attention` over the keys of all devices, under `jax.shard_map`.
+
+  Args:
+    q: This device's queries.
+    k: This device's keys.
+    v: This device's values.
+    axis: Axes of the mesh that cut the tokens.
+    mask: Of this device's queries and keys, by positions unless everything is
+      visible. Tokens may be in any order; in zig-zag order (`order.zigzag`)
+      causal work is the same on all devices.
+    sinks: As of `flash_attention`.
+    return_lse: Also return the log-sum-exp.
+    **options: Of `flash_attention`: scale, softcap, backend, config,
+      interpret, precision.
+
+  Raises:
+    ValueError: As `flash_attention`; a mask by index; a backend without
+      gradients for a part of the keys.
+  """
+  x = Operands(q, k, v, mask, sinks=sinks)
+  backend, spec = prepare(x, **options)
+  if backend.gradients is None:
+    raise ValueError(
+      f"ring attention: found backend {options['backend']!r}, expected one "
+      "that has gradients for a part of the keys, such as xla_blockwise"
+    )
+  _check(mask)
+  spec = dataclasses.replace(
+    spec, blocks=halves(spec.blocks, q.shape[1], k.shape[1])
+  )
+  o, lse = _ring(_Ring(backend, axis), spec, x)
+  return (o, lse) if return_lse else o
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ring:
+  backend: Backend
+  axis: Names
+
+  @property
+  def size(self) -> int:
+    return jax.lax.axis_size(self.axis)
+
+  def pass_on(self, x: Any) -> Any:
+    """What the neighbour before holds, for what is held here."""
+    n = self.size
+    pairs = [(r, (r + 1) % n) for r in range(n)]
+    return jax.lax.ppermute(x, self.axis, pairs)
+
+
+class _Keys(NamedTuple):
+  """What goes around: k, v, and what the mask says of them."""
+
+  k: Array
+  v: Array
+  positions: Array | None
+  segments: Array | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ring(ring: _Ring, spec: Spec, x: Operands):
+  """The output and log-sum-exp over all keys."""
+  dtype = accumulator(x.q.dtype)
+  partial = dataclasses.replace(spec, output=dtype)
+
+  def see(state, held):
+    def attend(step):
+      new = ring.backend.attend(partial, step)
+      return combine(*zip(state, new, strict=True))
+
+    return _if_visible(x, held, attend, state)
+
+  def turn(carry, _):
+    state, held = carry
+    following = ring.pass_on(held)
+    return (see(state, held), following), None
+
+  carry = (_nothing(x, dtype), _keys(x))
+  (state, held), _ = jax.lax.scan(turn, carry, None, ring.size - 1)
+  o, lse = see(state, held)
+  if x.sinks is not None:
+    # A key whose value is 0, once for all shards.
+    sinks = jnp.broadcast_to(x.sinks.astype(dtype)[None, :, None], lse.shape)
+    o, lse = combine((o, jnp.zeros_like(o)), (lse, sinks))
+  return o.astype(x.q.dtype), lse
+
+
+def _forward(ring, spec, x):
+  o, lse = _ring.__wrapped__(ring, spec, x)
+  o = checkpoint_name(o, "attn_out")
+  lse = checkpoint_name(lse, "attn_lse")
+  return (o, lse), (x, o, lse)
+
+
+def _backward(ring, spec, saved, arrived):
+  x, o, lse = saved
+  rows = cotangents.queries(x, o, lse, *arrived)
+
+  def see(sums, held):
+    def attend(step):
+      found = ring.backend.gradients(spec, step, rows)
+      new = (found.q, found.k, found.v)
+      return tuple(a + b for a, b in zip(sums, new, strict=True))
+
+    return _if_visible(x, held, attend, sums)
+
+  def turn(carry, _):
+    (dq, dk, dv), held = carry
+    following = ring.pass_on(held)
+    dq, *theirs = see((dq, dk, dv), held)
+    return ((dq, *ring.pass_on(theirs)), following), None
+
+  dtype = accumulator(x.q.dtype)
+  sums = tuple(jnp.full_like(y, 0, dtype) for y in (x.q, x.k, x.v))
+  (sums, held), _ = jax.lax.scan(turn, (sums, _keys(x)), None, ring.size - 1)
+  dq, *theirs = see(sums, held)
+  dk, dv = ring.pass_on(theirs)
+  found = Operands(dq, dk, dv, None)
+  return (cotangents.finished(x, found, rows),)
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _keys(x: Operands) -> _Keys:
+  return _Keys(x.k, x.v, x.mask.kv_positions, x.mask.kv_segments)
+
+
+def _nothing(x: Operands, dtype: Any) -> tuple[Array, Array]:
+  """The output and log-sum-exp of queries that have seen no key."""
+  B, T, N, _ = x.q.shape
+  return (
+    jnp.full_like(x.q, 0, dtype, shape=(B, T, N, x.v.shape[-1])),
+    jnp.full_like(x.q, -jnp.inf, dtype, shape=(B, N, T)),
+  )
+
+
+def _if_visible(x: Operands, held: _Keys, attend, otherwise):
+  """`attend` of the keys at hand, or `otherwise` if no query sees any."""
+  mask = dataclasses.replace(
+    x.mask, kv_positions=held.positions, kv_segments=held.segments
+  )
+  step = x._replace(k=held.k, v=held.v, mask=mask, sinks=None)
+  T, S = x.q.shape[1], held.k.shape[1]
+  # By halves, since a shard in zig-zag order holds early and late tokens.
+  tiles = mask_blocks.classes(
+    mask_blocks.rows(mask, T, S), T, S, -(-T // 2), -(-S // 2)
+  )
+  if isinstance(tiles, np.ndarray):
+    return attend(step)
+  visible = jnp.any(tiles != mask_blocks.EMPTY)
+  return jax.lax.cond(visible, lambda: attend(step), lambda: otherwise)
+
+
+def _check(mask: Mask) -> None:
+  if mask.kind == "full" and mask.window == (None, None):
+    return
+  missing = mask.q_positions is None or mask.kv_positions is None
+  if mask.kind == "block_diffusion" or missing:
+    raise ValueError(
+      f"ring attention: found a {mask.kind} mask by index, expected "
+      "q_positions and kv_positions: a shard does not know where it begins"
+    )
