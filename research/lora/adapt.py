@@ -74,11 +74,15 @@ class Adapt:
       if len(kept) == len(chosen):
         raise _no_match("exclude", pattern, chosen)
       chosen = kept
+    sizes = matrices(params) | {
+      path: size[1:] for path, size in experts(params).items()
+    }
+    sizes = {path: sizes[path] for path in chosen}
     ranks = _patterned(self.rank_pattern, chosen, "rank_pattern")
     alphas = _patterned(self.alpha_pattern, chosen, "alpha_pattern")
     return {
       path: dataclasses.replace(
-        self.method.at(path),
+        self.method.at(path, sizes),
         rank=ranks.get(path, self.method.rank),
         alpha=alphas.get(path, self.method.alpha),
       )

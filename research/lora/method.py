@@ -61,6 +61,16 @@ class Method:
   PEFT_FLAG: ClassVar[str | None] = None
   """The field that switches this method on among others of its type."""
 
+  PEFT_SHARED: ClassVar[tuple[str, ...]] = ()
+  """Tensors that a file holds once; a module has their first rows and columns.
+  """
+
+  VARIES: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+  """Fields that may differ between the modules of one adapter."""
+
+  DROPS: ClassVar[bool] = True
+  """Whether something is added, whose input can be dropped."""
+
   PEFT_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
   """What PEFT takes for fields that a file leaves out."""
 
@@ -74,9 +84,16 @@ class Method:
       raise UserError(
         f"{name}: dropout is {self.dropout}, expected at least 0 and below 1"
       )
+    if self.dropout and not self.DROPS:
+      raise UserError(f"{name}: dropout is {self.dropout}, expected 0")
 
-  def at(self, path: str) -> "Method":
-    """Returns the method for the matrix at an address, where that matters."""
+  def at(self, name: str, sizes: Mapping[str, tuple[int, int]]) -> "Method":
+    """Returns the method for one matrix, where that matters.
+
+    Args:
+      name: `layers/3/mlp/down`, or PEFT's `model.layers.3.mlp.down_proj`.
+      sizes: (in, out) of all matrices that are adapted, by such names.
+    """
     return self
 
   def start(
@@ -193,8 +210,12 @@ class Method:
     """
     raise NotImplementedError
 
-  def peft_fields(self) -> dict[str, Any]:
-    """Returns the method's own fields of adapter_config.json."""
+  def peft_fields(self, methods: Mapping[str, "Method"]) -> dict[str, Any]:
+    """Returns the method's own fields of adapter_config.json.
+
+    Args:
+      methods: of each module, by PEFT's names.
+    """
     raise NotImplementedError
 
   @classmethod

@@ -37,9 +37,16 @@ def _named(
   """Returns a module's tensors by their names in the file."""
   place = Place(*size, embedding=module == peft_whole.EMBEDDING)
   return {
-    f"{_PREFIX}{module}.{name}": x
+    _key(module, name, method): x
     for name, x in method.to_peft(arrays, place).items()
   }
+
+
+def _key(module: str, name: str, method: Method) -> str:
+  """Returns the name in the file of one tensor of a module."""
+  if name in method.PEFT_SHARED:
+    return f"base_model.{name}"
+  return f"{_PREFIX}{module}.{name}"
 
 
 def _shapes_of(
@@ -113,7 +120,9 @@ def open_adapter(
   tensors = safetensors.open_file(file)
   params, model = _untied(fields, kind, params, model)
   modules = _modules(params, model)
-  methods = peft_config.read_methods(fields, kind, modules)
+  methods = peft_config.read_methods(
+    fields, kind, modules, wrap.matrices(params)
+  )
   base = peft_whole.base_weights(params, model)
   whole = peft_whole.required(
     base,
@@ -152,9 +161,11 @@ def _read(tensors, module, method, w):
   """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
   place = Place(*size, embedding=module == peft_whole.EMBEDDING)
-  stem = f"{_PREFIX}{module}."
-  names = [key.removeprefix(stem) for key in _shapes_of(module, method, size)]
-  found = {name: tensors[stem + name].read() for name in names}
+  found = {
+    key.removeprefix(f"{_PREFIX}{module}.").removeprefix("base_model."): key
+    for key in _shapes_of(module, method, size)
+  }
+  found = {name: tensors[key].read() for name, key in found.items()}
   return method.from_peft(found, place, w)
 
 
@@ -256,7 +267,11 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
   """Raises UserError unless the file holds exactly what is asked for."""
   sizes, wanted = wrap.matrices(params), {}
   for address, method in methods.items():
-    wanted |= _shapes_of(modules[address], method, sizes[address])
+    for key, shape in _shapes_of(
+      modules[address], method, sizes[address]
+    ).items():
+      # What modules share is as large as the largest of them wants.
+      wanted[key] = tuple(map(max, wanted.get(key, shape), shape))
   missing = (set(wanted) | set(whole)) - set(tensors)
   extra = set(tensors) - set(wanted) - set(whole)
   if missing or extra:
@@ -317,7 +332,8 @@ def save_adapter(
         "into the model, or convert it to plain LoRA first"
       )
     arrays = {k: np.asarray(x, np.float32) for k, x in w.arrays.items()}
-    tensors |= _named(module, method, arrays, sizes[path])
+    for key, x in _named(module, method, arrays, sizes[path]).items():
+      tensors[key] = _joined(tensors[key], x) if key in tensors else x
     methods[module] = _stated(method, use_rslora)
   if model.tied and "embed" in found:
     tensors |= {copy: tensors[key].T for copy, key in _tied_keys()}
@@ -362,6 +378,21 @@ def _whole(params, model, adapted, changed, resized):
     x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
     out[key] = x.T if w.transposed else x
   return out, saved, bias
+
+
+def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Returns the array whose first rows and columns two modules have."""
+  shape = tuple(map(max, one.shape, other.shape))
+  out = np.zeros(shape, one.dtype)
+  for x in (one, other):
+    out[tuple(slice(n) for n in x.shape)] = x
+  for x in (one, other):
+    if not np.array_equal(out[tuple(slice(n) for n in x.shape)], x):
+      raise UserError(
+        "modules of this adapter should share an array and do not; adapters "
+        "that were made apart cannot be saved as one"
+      )
+  return out
 
 
 def _stated(method: Method, use_rslora: bool | None) -> Method:

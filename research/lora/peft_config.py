@@ -58,6 +58,8 @@ _HARMLESS = {
   "eva_config",
   "corda_config",
   "lora_ga_config",
+  "init_weights",
+  "init_ia3_weights",
 }
 BIASES = ("none", "all", "lora_only")
 """Which biases of the base an adapter brings along."""
@@ -138,7 +140,7 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
       "true: such methods change the base, which this adapter lacks; convert "
       "it with PEFT's path_initial_model_for_weight_conversion",
     )
-  understood = _UNDERSTOOD | _HARMLESS | set(kind().peft_fields())
+  understood = _UNDERSTOOD | _HARMLESS | set(kind().peft_fields({}))
   for name in sorted(set(fields.values) - understood):
     if fields.get(name) not in (None, False, [], {}, ""):
       raise fields.wrong(name, "no such field, or null: it is not supported")
@@ -156,7 +158,10 @@ def _kind(fields: Fields) -> type[Method]:
 
 
 def read_methods(
-  fields: Fields, kind: type[Method], modules: Mapping[str, str]
+  fields: Fields,
+  kind: type[Method],
+  modules: Mapping[str, str],
+  sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, Method]:
   """Returns what a configuration adapts, and how, by address.
 
@@ -164,16 +169,23 @@ def read_methods(
     fields: the configuration.
     kind: its method, of `read_config`.
     modules: module names by address.
+    sizes: (in, out) of each matrix by address, where methods are to be used.
   """
   targets, whole = _targets(fields), whole_modules(fields)
   ranks = _values(fields, "rank_pattern")
   alphas = _values(fields, "alpha_pattern")
   usual, out = kind.from_fields(fields), {}
-  for path, module in modules.items():
-    if targets.match(module) and not peft_whole.not_adapted(module, whole):
-      r = match.by_pattern(module, ranks, usual.rank, "rank_pattern")
-      a = match.by_pattern(module, alphas, usual.alpha, "alpha_pattern")
-      out[path] = dataclasses.replace(usual, rank=r, alpha=a)
+  chosen = {
+    path: module
+    for path, module in modules.items()
+    if targets.match(module) and not peft_whole.not_adapted(module, whole)
+  }
+  named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
+  for path, module in chosen.items():
+    r = match.by_pattern(module, ranks, usual.rank, "rank_pattern")
+    a = match.by_pattern(module, alphas, usual.alpha, "alpha_pattern")
+    own = usual.at(module, named)
+    out[path] = dataclasses.replace(own, rank=r, alpha=a)
   if not out and not whole:
     raise fields.wrong("target_modules", "names of modules of the base model")
   return out
@@ -203,9 +215,7 @@ def make_config(
   ranks = {m: method.rank for m, method in methods.items()}
   alphas = {m: float(f"{x.alpha:.12g}") for m, x in methods.items()}
   rank, alpha = _usual(ranks.values()), _usual(alphas.values())
-  kinds = {
-    dataclasses.replace(x, rank=rank, alpha=alpha) for x in methods.values()
-  }
+  kinds = {_alike(x, rank, alpha) for x in methods.values()}
   if len(kinds) > 1:
     first, second, *_ = sorted(map(str, kinds))
     raise UserError(
@@ -215,10 +225,18 @@ def make_config(
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
   # Older versions of PEFT stop at a field that they do not know.
   rest = dict(ensure_weight_tying=True) if tied else {}
-  own = {k: _number(x) for k, x in kinds.pop().peft_fields().items()}
+  own = kinds.pop().peft_fields(methods)
+  own = {k: _number(x) for k, x in own.items()}
+  patterns = dict(
+    rank_pattern={_exact(m): r for m, r in ranks.items() if r != rank},
+    alpha_pattern={
+      _exact(m): _number(a) for m, a in alphas.items() if a != alpha
+    },
+  )
   return (
     own
     | rest
+    | {name: x for name, x in patterns.items() if x}
     | dict(
       peft_type=next(iter(methods.values())).PEFT,
       task_type="CAUSAL_LM",
@@ -227,12 +245,14 @@ def make_config(
       bias=bias,
       modules_to_save=sorted(whole) or None,
       target_modules=suffixes if covered == set(methods) else sorted(methods),
-      rank_pattern={_exact(m): r for m, r in ranks.items() if r != rank},
-      alpha_pattern={
-        _exact(m): _number(a) for m, a in alphas.items() if a != alpha
-      },
     )
   )
+
+
+def _alike(method: Method, rank: int, alpha: float) -> Method:
+  """Returns the method without what differs from module to module."""
+  varies = {f: getattr(type(method)(), f) for f in method.VARIES}
+  return dataclasses.replace(method, **varies | dict(rank=rank, alpha=alpha))
 
 
 def _usual(values: Iterable[Any]) -> Any:

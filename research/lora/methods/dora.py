@@ -83,8 +83,8 @@ class DoRA(LoRA):
     m = tensors["lora_magnitude_vector"]
     return trained | {"m": m}, {"square": _square(w)}
 
-  def peft_fields(self):
-    return super().peft_fields() | dict(use_dora=True)
+  def peft_fields(self, methods):
+    return super().peft_fields(methods) | dict(use_dora=True)
 
 
 def _square(w):

@@ -38,7 +38,7 @@ class HiRA(Method):
   def from_peft(self, tensors, place, w):
     return {"a": tensors["hira_A"], "b": tensors["hira_B"].T}, {}
 
-  def peft_fields(self):
+  def peft_fields(self, methods):
     return dict(r=self.rank, hira_dropout=self.dropout, fan_in_fan_out=False)
 
   @classmethod

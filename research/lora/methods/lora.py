@@ -88,7 +88,7 @@ class LoRA(Method):
     a, b = KEYS[place.embedding]
     return {"a": tensors[a], "b": tensors[b].T}, {}
 
-  def peft_fields(self):
+  def peft_fields(self, methods):
     return dict(
       r=self.rank,
       lora_alpha=self.alpha,

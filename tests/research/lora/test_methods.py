@@ -14,10 +14,19 @@ from research.interop import gguf_types, ours
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods import all_methods
+from research.lora.methods.c3a import C3A
 from research.lora.methods.dora import DoRA
+from research.lora.methods.gralora import GraLoRA
 from research.lora.methods.hira import HiRA
+from research.lora.methods.ia3 import IA3
+from research.lora.methods.loha import LoHa
+from research.lora.methods.lokr import LoKr
 from research.lora.methods.lora import LoRA
+from research.lora.methods.miss import MiSS
+from research.lora.methods.mora import MoRA
+from research.lora.methods.vera import VeRA
 from research.quant import blocks
+from research.typing import UserError
 from tests import support
 
 METHODS = [
@@ -25,6 +34,19 @@ METHODS = [
   LoRA(rank=4, rslora=True),
   DoRA(rank=4),
   HiRA(rank=4),
+  LoHa(rank=4),
+  LoKr(rank=2),
+  LoKr(rank=2, both=True, factor=4),
+  LoKr(rank=64),
+  VeRA(rank=4, widest=64),
+  IA3(),
+  IA3(by_input=True),
+  MoRA(rank=4),
+  MoRA(rank=4, form="share"),
+  MiSS(rank=4),
+  MiSS(rank=24),
+  GraLoRA(rank=4),
+  C3A(block=4),
 ]
 
 ROUNDED = (DoRA,)
@@ -180,6 +202,10 @@ def held_constant(method, trained):
 
 @every
 def test_dropout_falls_on_the_adapter_alone(method):
+  if not method.DROPS:
+    with pytest.raises(UserError, match="dropout"):
+      dataclasses.replace(method, dropout=0.5)
+    return
   method = dataclasses.replace(method, dropout=0.5)
   t, x = one(moved(method)), draw(5, IN)
   quiet = weights.einsum("td,df->tf", x, t)

@@ -1,0 +1,84 @@
+"""(IA)^3: one trained factor for each output, or input, of a matrix.
+
+Liu et al. 2022 (arXiv:2205.05638), section 3.3: keys and values by output,
+feed-forward layers by the input of their second matrix.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from research import weights
+from research.lora.method import Method, turned, wide
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IA3(Method):
+  """`w` times `l`, which starts as 1; rank and alpha mean nothing.
+
+  A bias of the matrix is not scaled, although PEFT's is: models with biases
+  on these matrices compute something else there.
+
+  Attributes:
+    feedforward: ends of names of the matrices that are scaled by input.
+    by_input: whether this matrix is one; set by `at`.
+  """
+
+  feedforward: tuple[str, ...] = ("down", "down_proj")
+  by_input: bool = False
+
+  DROPS: ClassVar = False
+  PEFT: ClassVar = "IA3"
+  VARIES: ClassVar = ("rank", "alpha", "by_input", "feedforward")
+
+  def at(self, name, sizes):
+    ends = tuple(f"/{end}" for end in self.feedforward)
+    by_input = f"/{name.replace('.', '/')}".endswith(ends)
+    return dataclasses.replace(self, by_input=by_input)
+
+  def start(self, key, place, w, seen=None):
+    size = place.size_in if self.by_input else place.size_out
+    return {"l": jnp.ones(size, jnp.float32)}, {}
+
+  def delta(self, p, w):
+    l = wide(p["l"]) - 1
+    return wide(w) * (l[:, None] if self.by_input else l)
+
+  def einsum(self, eq, x, dropped, p, w):
+    l = p["l"].astype(x.dtype)
+    if self.by_input != turned(eq):
+      return weights.einsum(eq, x * l, w)
+    return weights.einsum(eq, x, w) * l
+
+  def ragged(self, x, p, w, sizes):
+    l = jnp.repeat(p["l"] - 1, sizes, axis=0, total_repeat_length=x.shape[0])
+    if self.by_input:
+      return weights.ragged_dot(x * l.astype(x.dtype), w, sizes)
+    return weights.ragged_dot(x, w, sizes) * l.astype(x.dtype)
+
+  def rows(self, ids, p, w):
+    l = p["l"] - 1
+    return weights.take(w, ids) * (l[ids][..., None] if self.by_input else l)
+
+  def axes(self, names):
+    return {"l": (names[0 if self.by_input else 1],)}
+
+  def to_peft(self, p, place):
+    return {"ia3_l": p["l"][None] if self.by_input else p["l"][:, None]}
+
+  def from_peft(self, tensors, place, w):
+    return {"l": tensors["ia3_l"].reshape(-1)}, {}
+
+  def peft_fields(self, methods):
+    by_input = {m.rsplit(".", 1)[-1] for m, x in methods.items() if x.by_input}
+    return dict(feedforward_modules=sorted(by_input), fan_in_fan_out=False)
+
+  @classmethod
+  def from_fields(cls, fields):
+    found = fields.get("feedforward_modules") or []
+    if not isinstance(found, list) or not all(
+      isinstance(name, str) for name in found
+    ):
+      raise fields.wrong("feedforward_modules", "a list of names")
+    return cls(feedforward=tuple(name.replace(".", "/") for name in found))

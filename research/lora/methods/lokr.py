@@ -1,0 +1,130 @@
+"""LoKr: a Kronecker product, its larger factor of low rank.
+
+LyCORIS (Yeh et al. 2023, arXiv:2309.14859), section 3: with `in = m n` and
+`out = l k`, the update is `s w1 x w2`, `w1 [m, l]`, `w2 [n, k]`.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from research.lora.method import Method, turned, uniform, wide, zeros
+
+
+def factors(size: int, factor: int) -> tuple[int, int]:
+  """Returns two numbers with product `size`, the smaller first.
+
+  Args:
+    size: to be split.
+    factor: of it, which is then the first; -1, or one that does not divide
+      it, for the divisors closest to each other (at most `factor`).
+  """
+  if factor > 0 and size % factor == 0:
+    return factor, size // factor
+  most = size if factor == -1 else factor
+  small = [m for m in range(1, int(size**0.5) + 1) if size % m == 0]
+  first = max(m for m in small if m <= most)
+  return first, size // first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoKr(Method):
+  """`s = alpha / r`, also where no factor is of low rank.
+
+  Attributes:
+    factor: of both sizes, see `factors`.
+    both: whether w1 may be of low rank, too.
+  """
+
+  alpha: float = 8.0
+  factor: int = -1
+  both: bool = False
+
+  PEFT: ClassVar = "LOKR"
+  PEFT_DEFAULTS: ClassVar = dict(
+    r=8, alpha=8, decompose_factor=-1, decompose_both=False
+  )
+
+  def _sizes(self, size_in, size_out):
+    """Returns (in, out) of w1 and of w2."""
+    m, n = factors(size_in, self.factor)
+    l, k = factors(size_out, self.factor)
+    return (m, l), (n, k)
+
+  def start(self, key, place, w, seen=None):
+    first, second = self._sizes(place.size_in, place.size_out)
+    r, out = self.rank, {}
+    whole = dict(
+      w1=not (self.both and r < max(first) / 2), w2=not r < max(second) / 2
+    )
+    # The first factor (or its output side) is zero, the rest Kaiming uniform.
+    for i, (name, (n, k)) in enumerate((("w1", first), ("w2", second))):
+      one, two = jax.random.split(jax.random.fold_in(key, i))
+      if whole[name]:
+        out[name] = zeros(n, k) if i == 0 else uniform(one, (n, k), n**-0.5)
+      else:
+        out[f"{name}_a"] = uniform(one, (r, n), n**-0.5)
+        b = zeros(r, k) if i == 0 else uniform(two, (r, k), r**-0.5)
+        out[f"{name}_b"] = b
+    return out, {}
+
+  def _factor(self, p, name):
+    if name in p:
+      return wide(p[name])
+    return wide(p[f"{name}_a"]).T @ wide(p[f"{name}_b"])
+
+  def delta(self, p, w):
+    one, two = self._factor(p, "w1"), self._factor(p, "w2")
+    return self.alpha / self.rank * jnp.kron(one, two)
+
+  def branch(self, eq, x, p, w):
+    one, two = (self._factor(p, n).astype(x.dtype) for n in ("w1", "w2"))
+    if turned(eq):
+      one, two = one.T, two.T
+    x = x.reshape(*x.shape[:-1], one.shape[0], two.shape[0])
+    y = jnp.einsum("...mn,nk,ml->...lk", x, two, one)
+    return (self.alpha / self.rank * y).reshape(*y.shape[:-2], -1)
+
+  def axes(self, names):
+    # Small: a side of each factor is about the root of a side of w.
+    every = ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b")
+    return dict.fromkeys(every, (None, None))
+
+  def to_peft(self, p, place):
+    # Theirs are [out, in]: what is ours `b [r, out]` is their `a`.
+    swap = {"w1": "w1", "w2": "w2"} | {
+      f"{w}_{x}": f"{w}_{y}" for w in ("w1", "w2") for x, y in ("ab", "ba")
+    }
+    return {
+      f"lokr_{swap[name]}": x if name.endswith("_a") else x.T
+      for name, x in p.items()
+    }
+
+  def from_peft(self, tensors, place, w):
+    turn = {"_a": "_b", "_b": "_a"}
+    out = {}
+    for key, x in tensors.items():
+      name = key.removeprefix("lokr_")
+      out[name[:2] + turn.get(name[2:], "")] = x if name[2:] == "_b" else x.T
+    return out, {}
+
+  def peft_fields(self, methods):
+    return dict(
+      r=self.rank,
+      alpha=self.alpha,
+      decompose_factor=self.factor,
+      decompose_both=self.both,
+      rank_dropout=0.0,
+      module_dropout=0.0,
+    )
+
+  @classmethod
+  def from_fields(cls, fields):
+    return cls(
+      rank=fields.integer("r"),
+      alpha=fields.number("alpha"),
+      factor=fields.integer("decompose_factor", least=-1),
+      both=fields.flag("decompose_both"),
+    )

@@ -1,0 +1,110 @@
+"""VeRA: shared random factors, and a trained number for each row of them.
+
+Kopiczko et al. 2024 (arXiv:2310.11454), equation 2.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from research.lora.method import Method, turned, uniform, wide, zeros
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VeRA(Method):
+  """`(aᵀ * d) b * l`; only `d [r]` and `l [out]` are trained.
+
+  All matrices use the first columns of the same `a [r, most in]` and
+  `b [r, most out]`; each holds its own part, so that layers can be scanned.
+
+  Attributes:
+    first: what d starts as.
+    seed: of a and b.
+    widest: the largest input of all matrices adapted; set by `at`.
+  """
+
+  rank: int = 256
+  first: float = 0.1
+  seed: int = 0
+  widest: int = 0
+
+  PEFT: ClassVar = "VERA"
+  PEFT_SHARED: ClassVar = ("vera_A", "vera_B")
+  PEFT_DEFAULTS: ClassVar = dict(
+    r=256, d_initial=0.1, vera_dropout=0.0, projection_prng_key=0
+  )
+
+  def at(self, name, sizes):
+    widest = max((size_in for size_in, _ in sizes.values()), default=0)
+    return dataclasses.replace(self, widest=widest)
+
+  def start(self, key, place, w, seen=None):
+    a, b = jax.random.split(jax.random.key(self.seed))
+    r = self.rank
+    # Kaiming uniform with gain sqrt(2).
+    a = _columns(
+      a, r, place.size_in, (6 / (self.widest or place.size_in)) ** 0.5
+    )
+    b = _columns(b, r, place.size_out, (6 / r) ** 0.5)
+    d = jnp.full((r,), self.first, jnp.float32)
+    return {"d": d, "l": zeros(place.size_out)}, {"a": a, "b": b}
+
+  def delta(self, p, w):
+    d, a, b = (wide(p[name]) for name in "dab")
+    return (a.T * d) @ b * wide(p["l"])
+
+  def branch(self, eq, x, p, w):
+    d, l, a, b = (p[name].astype(x.dtype) for name in "dlab")
+    if turned(eq):
+      return jnp.einsum("...o,ro->...r", x * l, b) * d @ a
+    return jnp.einsum("...i,ri->...r", x, a) * d @ b * l
+
+  def axes(self, names):
+    return {
+      "d": (None,),
+      "l": (names[1],),
+      "a": (None, names[0]),
+      "b": (None, names[1]),
+    }
+
+  def idle(self, p):
+    return not (p["d"].any() and p["l"].any())
+
+  def to_peft(self, p, place):
+    return dict(
+      vera_lambda_b=p["l"], vera_lambda_d=p["d"], vera_A=p["a"], vera_B=p["b"].T
+    )
+
+  def from_peft(self, tensors, place, w):
+    fixed = {
+      "a": tensors["vera_A"][:, : place.size_in],
+      "b": tensors["vera_B"][: place.size_out].T,
+    }
+    trained = {"d": tensors["vera_lambda_d"], "l": tensors["vera_lambda_b"]}
+    return trained, fixed
+
+  def peft_fields(self, methods):
+    return dict(
+      r=self.rank,
+      d_initial=self.first,
+      vera_dropout=self.dropout,
+      projection_prng_key=self.seed,
+      save_projection=True,
+    )
+
+  @classmethod
+  def from_fields(cls, fields):
+    return cls(
+      rank=fields.integer("r"),
+      first=fields.number("d_initial"),
+      dropout=fields.rate("vera_dropout"),
+      seed=fields.integer("projection_prng_key", least=0),
+    )
+
+
+def _columns(key, rank, n, bound):
+  """Returns `[rank, n]` whose columns do not depend on `n`."""
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+  return jax.vmap(lambda k: uniform(k, (rank,), bound))(keys).T
