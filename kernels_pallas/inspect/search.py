@@ -17,13 +17,10 @@ from kernels_pallas.inspect.build import Job
 from kernels_pallas.inspect.report import Measurement
 
 QUICK = 1024
-PARTS = (
-  (256, 128), (128, 128), (128, 256), (256, 256), (512, 128), (512, 256),
-  (256, 512),
-)  # fmt: skip
+PARTS = ((256, 128), (128, 128), (128, 256), (256, 256), (512, 256))
 TILES = ((2048, 2048), (2048, 1024), (1024, 2048), (1024, 1024), (1024, 512),
          (512, 1024), (512, 512), (256, 512), (256, 256))  # fmt: skip
-MOST = 3
+MOST = 2
 """Tiles that are tried for the best parts: the largest that fit."""
 
 

@@ -1,0 +1,174 @@
+"""ONNX's generated cases of attention, as `make_attention_onnx.py` keeps them.
+
+Differences of contract: ONNX aligns causal masks and windows to the top left
+unless there is a past or a length; its boolean masks are biases of -inf here;
+a past is put before the keys, as a cache does.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.flash_attention.spec import Blocks
+from kernels_pallas.flash_attention.tiling import Tile, Tiles
+
+FILE = pathlib.Path(__file__).parents[1] / "golden" / "attention_onnx.npz"
+ARRAYS = np.load(FILE, allow_pickle=False)
+CASES = json.loads(str(ARRAYS["cases"]))["cases"]
+
+INEXPRESSIBLE = {
+  "flexattention_prob_mod": "probabilities that do not sum to 1",
+}
+"""What our contract has no argument for, and what it lacks.
+
+Of cases that also return the product of q and k, or the cache, the output
+alone is compared.
+"""
+
+BACKENDS = {
+  "reference": {"backend": "reference"},
+  "xla_blockwise": {"backend": "xla_blockwise", "config": Blocks(q=2, k=4)},
+  "mosaic_tpu": {
+    "backend": "mosaic_tpu", "config": Tiles(*[Tile(4, 8, 4, 8)] * 3),
+    "interpret": True},
+}  # fmt: skip
+CHEAP = ("reference", "xla_blockwise")
+
+
+def array(spec):
+  """An array of the file, in the type that the case has it in."""
+  found = ARRAYS[spec["array"]]
+  dtype = np.int32 if spec["dtype"] == "int64" else jnp.dtype(spec["dtype"])
+  return jnp.asarray(found, dtype)
+
+
+def heads_last(x, heads):
+  """[B, N, T, H], or [B, T, N H], to [B, T, N, H]."""
+  if x.ndim == 3:
+    return x.reshape(*x.shape[:2], heads, -1)
+  return x.swapaxes(1, 2)
+
+
+def score_mod(attributes, T, S):
+  """Options and bias of FlexAttention's subgraphs, which are known by name."""
+  mod = attributes.get("score_mod", {"name": None})
+  name = mod["name"]
+  if name == "score_mod_bias":
+    return {}, jnp.full((1,), mod["constants"][0][0])
+  if name == "score_mod_causal_mask":
+    return {"causal": True}, None
+  if name == "score_mod_soft_cap":
+    return {"softcap": mod["constants"][0][0]}, None
+  if name == "score_mod_relative_positional":
+    i, j = jnp.ogrid[:T, :S]
+    return {}, (i - j).astype(jnp.float32)
+  assert name is None
+  return {}, None
+
+
+def bias_of(mask, S):
+  """ONNX's mask as a bias over S keys; it may end early."""
+  if mask is None:
+    return None
+  if mask.dtype == bool:
+    mask = jnp.where(mask, 0.0, -jnp.inf)
+  missing = S - mask.shape[-1]
+  widths = [(0, 0)] * (mask.ndim - 1) + [(0, missing)]
+  return jnp.pad(mask, widths, constant_values=-jnp.inf)
+
+
+def problem(case):
+  """Arrays and static options of a case, in our contract's terms."""
+  has = case["attributes"]
+  x = {name: array(spec) for name, spec in case["inputs"].items()}
+  heads = has.get("q_num_heads"), has.get("kv_num_heads")
+  q, k, v = (
+    heads_last(x[n], h)
+    for n, h in zip("QKV", (heads[0], heads[1], heads[1]), strict=True)
+  )
+  past = 0
+  if "past_key" in x:
+    past = x["past_key"].shape[2]
+    k = jnp.concatenate([x["past_key"].swapaxes(1, 2), k], 1)
+    v = jnp.concatenate([x["past_value"].swapaxes(1, 2), v], 1)
+  (T, S), lens = (q.shape[1], k.shape[1]), x.get("nonpad_kv_seqlen")
+  options, bias = score_mod(has, T, S)
+  window = [has.get(f"{side}_window_size", -1) for side in ("left", "right")]
+  options |= {
+    "causal": bool(has.get("is_causal")) or options.get("causal", False),
+    "window": tuple(None if n < 0 else n for n in window),
+    "scale": has.get("scale"),
+    "softcap": has.get("softcap") or options.get("softcap"),
+  }
+  arrays = {"q": q, "k": k, "v": v}
+  if lens is None:
+    options["q_offset"] = past
+  else:
+    arrays["kv_lens"] = lens
+  bias = bias_of(x["attn_mask"], S) if "attn_mask" in x else bias
+  if bias is not None:
+    arrays["bias"] = bias.astype(jnp.float32)
+  return arrays, options
+
+
+def kind(case):
+  """Which attributes and inputs a case has."""
+  ignored = {"q_num_heads", "kv_num_heads", "qk_matmul_output_mode"}
+  return frozenset(case["attributes"]) - ignored, frozenset(case["inputs"])
+
+
+# An interpreted kernel is a large program: one case of each kind will do.
+FIRST = {kind(CASES[name]): name for name in reversed(CASES)}
+
+
+@functools.cache
+def runner(options, backends):
+  """Some backends as one program, shared by cases of equal options."""
+
+  def run(arrays):
+    return {
+      name: flash_attention(**arrays, **dict(options), **BACKENDS[name])
+      for name in backends
+    }
+
+  fast = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  }
+  return jax.jit(run, compiler_options=fast)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n not in INEXPRESSIBLE])
+def test_onnx(name):
+  case = CASES[name]
+  double = "float64" in {spec["dtype"] for spec in case["inputs"].values()}
+  with jax.enable_x64(double):
+    arrays, options = problem(case)
+    names = tuple(BACKENDS) if FIRST[kind(case)] == name else CHEAP
+    found = runner(tuple(sorted(options.items())), names)(arrays)
+    expected = np.asarray(array(case["output"]), np.float64)
+  if arrays["q"].ndim != np.ndim(expected):
+    expected = expected.reshape(found["reference"].shape)
+  else:
+    expected = expected.swapaxes(1, 2)
+  dtype = arrays["q"].dtype
+  # ONNX rounds at every step to the type of the inputs: scores of up to 8
+  # products, probabilities, 18 products; inputs are numbers up to 1.
+  atol = 8 * float(jnp.finfo(dtype).eps) * max(1, np.abs(expected).max())
+  for backend, o in found.items():
+    assert o.dtype == dtype
+    np.testing.assert_allclose(
+      np.asarray(o, np.float64), expected, rtol=0, atol=atol, err_msg=backend
+    )
+
+
+def test_all_of_onnx_is_there_and_what_is_left_out_is_known():
+  flex = [name for name in CASES if name.startswith("flex")]
+  assert len(flex) == 11 and len(CASES) == 93 + 11
+  assert INEXPRESSIBLE.keys() <= CASES.keys() and len(INEXPRESSIBLE) == 1
