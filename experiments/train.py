@@ -30,7 +30,8 @@ FLAGS = cli.new_flags(cluster=True)
 
 MAY_DIFFER = (
   r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
-  r"|\bmesh = @|\bsharding\b|^(data|fsdp|sequence|tensor|expert) ="
+  r"|\bmesh = @|\bsharding\b"
+  r"|^(data|fsdp|sequence|ring|ulysses|tensor|expert) ="
 )
 """In which lines of its configuration a run that goes on may differ: how long
 it is, and over which devices it goes."""

@@ -7,11 +7,14 @@ them; a packed or adapted weight says itself (`weights.axes`) which of those
 names its parts carry. `RULES` says over which axes of the mesh each name is
 cut. Activations use the same names (`constrain`).
 
-The mesh always has five axes, most of them often of size 1:
+The mesh always has seven axes, most of them often of size 1:
 
   data      rows of the batch; weights are copied
   fsdp      rows of the batch; weights are cut, and gathered layer by layer
-  sequence  tokens of a row
+  sequence  tokens of a row; attention gathers keys and values
+  ring      tokens of a row; keys and values pass by all devices
+  ulysses   tokens of a row, of what the two above leave; in attention a device
+            has all tokens of some heads
   tensor    heads, hidden units, vocabulary
   expert    rows of the batch, and the experts of a mixture
 
@@ -63,7 +66,7 @@ layers) are never cut.
 
 RULES: Mapping[str, str | tuple[str, ...]] = {
   "batch": ("data", "fsdp", "expert"),
-  "length": "sequence",
+  "length": ("sequence", "ring", "ulysses"),
   "width": "fsdp",
   "heads": "tensor",
   "kv_heads": "tensor",
@@ -73,7 +76,15 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 }
 """Logical axis -> the mesh axes that cut it."""
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor", "expert")
+MESH_AXES = (
+  "data",
+  "fsdp",
+  "sequence",
+  "ring",
+  "ulysses",
+  "tensor",
+  "expert",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +92,9 @@ class Layout:
   """A mesh, and what is cut along its axes.
 
   Attributes:
-    data, fsdp, sequence, tensor, expert: sizes; at most one is -1, for
-      whatever the number of devices leaves.
+    data, fsdp, sequence, ring, ulysses, tensor, expert: sizes; at most one is
+      -1, for whatever the number of devices leaves. `sequence` and `ring` are
+      two ways for the same, so one of them is 1.
     axes: path -> logical axes, see `AXES`.
     rules: logical axis -> mesh axes, see `RULES`.
   """
@@ -90,6 +102,8 @@ class Layout:
   data: int = -1
   fsdp: int = 1
   sequence: int = 1
+  ring: int = 1
+  ulysses: int = 1
   tensor: int = 1
   expert: int = 1
   axes: tuple[tuple[str, Names], ...] = dataclasses.field(
@@ -109,6 +123,12 @@ class Layout:
         )
     if list(sizes.values()).count(-1) > 1:
       raise UserError(f"Layout: found {sizes}, expected at most one -1.")
+    if self.sequence != 1 and self.ring != 1:
+      raise UserError(
+        f"Layout: found sequence {self.sequence} and ring {self.ring}, expected"
+        " one of them\nto be 1: attention gathers keys and values, or passes"
+        " them around."
+      )
 
   def _sizes(self) -> dict[str, int]:
     return {name: getattr(self, name) for name in MESH_AXES}

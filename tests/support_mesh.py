@@ -30,6 +30,8 @@ LAYOUTS = {
   "tensor": sharding.Layout(data=1, tensor=8),
   "mixed": sharding.Layout(data=2, fsdp=2, tensor=2),
   "sequence": sharding.Layout(data=2, sequence=2, tensor=2),
+  "ring": sharding.Layout(data=1, ring=4, tensor=2),
+  "ulysses": sharding.Layout(data=2, ulysses=2, tensor=2),
   "expert": sharding.Layout(data=2, expert=2, tensor=2),
   "experts": sharding.Layout(data=1, fsdp=2, expert=4),
 }

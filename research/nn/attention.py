@@ -1,8 +1,10 @@
 """Grouped-query attention over the `flash_attention` kernels."""
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
@@ -13,7 +15,7 @@ from research import sharding, weights
 from research.nn import cache as caches
 from research.nn import rope as ropes
 from research.nn.norm import RMSNorm
-from research.typing import Array, Float, Int
+from research.typing import Array, Float, Int, UserError
 
 
 class Attention(nn.Module):
@@ -122,20 +124,46 @@ def attend(
 ) -> Float[Array, "B T N H"]:
   """Returns `flash_attention`, on each device's part under a mesh.
 
-  Rows and heads are never gathered. Along `sequence` queries stay where they
-  are, and keys and values are gathered for this layer; where a cache gives
-  more keys than queries, every device along `sequence` has all of them.
+  Rows and heads are never gathered. Tokens cross the devices as their axis of
+  the mesh says: along `sequence` keys and values are gathered for this layer,
+  along `ring` they pass by all devices, along `ulysses` they are exchanged for
+  other heads'. Where a cache gives more keys than queries, every device has all
+  of them.
 
   Args:
     q, k, v: queries, keys and values.
     mask: what may see what.
     **options: see `flash_attention`.
+
+  Raises:
+    UserError: `ulysses` does not divide the heads of a device.
   """
   if not sharding.is_cut():
     return api.flash_attention(q, k, v, mask=mask, **options)
-  names = ("batch", "length", "heads", None)
-  cut = sharded.Cut(*sharding.cuts(q.shape, *names)[:3])
+  cut = _cut(q.shape, k.shape)
   return sharded.sharded_attention(q, k, v, mask=mask, cut=cut, **options)
+
+
+def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
+  names = ("batch", "length", "heads", None)
+  batch, tokens, heads, _ = sharding.cuts(queries, *names)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  apart = math.prod(sizes[a] for a in heads)
+  exchanged = queries[1] == keys[1] and "ulysses" in tokens
+  if exchanged and queries[2] // apart % sizes["ulysses"]:
+    raise UserError(
+      f"Layout.ulysses: found {sizes['ulysses']} for {queries[2]} heads over"
+      f" {apart} devices, expected to divide them.\nLayout.ring and"
+      " Layout.sequence ask nothing of heads."
+    )
+  ways = {"length": "sequence", "ring": "ring", "ulysses": "ulysses"}
+  return sharded.Cut(
+    batch,
+    heads=heads,
+    **{
+      way: tuple(a for a in tokens if a == axis) for way, axis in ways.items()
+    },
+  )
 
 
 def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:

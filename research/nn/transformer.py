@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
-from research.nn import attention, meshes
+from research.nn import attention, meshes, order
 from research.nn import cache as caches
 from research.nn.block import Block
 from research.nn.norm import RMSNorm
@@ -140,7 +140,10 @@ class Transformer(nn.Module):
     length = None
     if cache is not None:
       length = cache.length + jnp.sum(positions >= 0, axis=-1)
+    axes = order.balanced(mask, (batch, time)) if cache is None else ()
+    x, positions, mask = order.spread(axes, x, positions, mask)
     x, layers, loads = self._layers(x, positions, mask, cache, length, fresh)
+    x = order.restored(axes, x)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if not self.tied:
       self._head()

@@ -218,8 +218,10 @@ def _group(i: Instruction, devices: int) -> tuple[int, ...]:
     if order:
       ids = ids.transpose(_integers(order))
     return tuple(ids.reshape(_integers(shape))[0].tolist())
-  first = _integers(text.split("}")[0])
-  return first or tuple(range(devices))
+  groups = [_integers(group) for group in text.split("}")]
+  # The first pair of a permutation may be a device and itself.
+  groups = [g for g in groups if len(set(g)) > 1] or groups
+  return groups[0] or tuple(range(devices))
 
 
 def _of_mesh(mesh: str, rest: str) -> tuple[int, ...]:

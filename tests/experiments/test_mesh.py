@@ -23,6 +23,8 @@ HEAD = "from __gin__ import dynamic_registration\n"
     ("tensor", Layout(data=1, tensor=-1)),
     ("mixed", Layout(data=1, fsdp=-1, tensor=2)),
     ("sequence", Layout(data=-1, sequence=2)),
+    ("ring", Layout(data=1, ring=-1)),
+    ("ulysses", Layout(data=-1, ulysses=2)),
     ("expert", Layout(data=1, expert=-1)),
   ],
 )

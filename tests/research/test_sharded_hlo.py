@@ -12,6 +12,8 @@ CASES = [
   ("plain", "tensor"),
   ("plain", "mixed"),
   ("plain", "sequence"),
+  ("plain", "ring"),
+  ("plain", "ulysses"),
   ("lora", "mixed"),
   ("packed", "mixed"),
   ("qlora", "mixed"),
@@ -48,7 +50,8 @@ def test_nothing_is_larger_than_what_a_table_row_implies(kind, layout):
   """The residual stream, one weight of a layer, or the embedding: no more."""
   mesh = support_mesh.compiled(kind, layout).mesh.shape
   rows = mesh["data"] * mesh["fsdp"] * mesh["expert"]
-  stream = BATCH * LENGTH // rows // mesh["sequence"] * WIDTH
+  tokens = mesh["sequence"] * mesh["ring"] * mesh["ulysses"]
+  stream = BATCH * LENGTH // rows // tokens * WIDTH
   # Experts' tokens are those of all devices along their axis.
   bound = max(stream * mesh["expert"], WIDTH * 64 // mesh["tensor"])
   if kind == "experts":
@@ -60,7 +63,13 @@ def test_nothing_is_larger_than_what_a_table_row_implies(kind, layout):
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_nothing_is_exchanged_that_could_stay(kind, layout):
   kinds = {c.kind for c in collectives(kind, layout)}
-  assert kinds <= {"all-reduce", "all-gather", "reduce-scatter"}
+  more = {
+    "sequence": {"collective-permute"},
+    "ring": {"collective-permute"},
+    "ulysses": {"all-to-all"},
+  }
+  known = {"all-reduce", "all-gather", "reduce-scatter"}
+  assert kinds <= known | more.get(layout, set())
 
 
 def test_data_only_adds_up_gradients():
@@ -112,6 +121,35 @@ def test_along_the_sequence_only_keys_and_values_are_gathered():
   assert {c.axes for c in gathers} == {frozenset({"sequence"})}
   scattered = [c for c in found if c.kind == "reduce-scatter"]
   assert {s for c in scattered for s in c.shapes} == {(4, LENGTH // 2, 1, 16)}
+
+
+def test_tokens_change_their_order_at_both_ends_of_the_layers_alone():
+  found = collectives("plain", "sequence")
+  moved = [c for c in found if c.kind == "collective-permute"]
+  assert moved and not [c for c in moved if c.loops]
+  # Half of a device's tokens: the stream, and integers for each token.
+  halves = {(4, LENGTH // 4, WIDTH), (4, LENGTH // 4), (1, LENGTH // 4)}
+  assert {s for c in moved for s in c.shapes} <= halves
+
+
+def test_a_ring_passes_keys_and_values_and_gathers_none():
+  found = collectives("plain", "ring")
+  inside = [c for c in found if c.kind == "collective-permute" and c.loops]
+  # All rows, a quarter of the tokens, one of two key heads.
+  shapes = {s for c in large(inside) for s in c.shapes}
+  assert shapes == {(BATCH, LENGTH // 4, 1, 16)}
+  assert not [c for c in found if c.kind == "all-gather" and c.loops > 1]
+  gathered = {s for c in found if c.kind == "all-gather" for s in c.shapes}
+  assert not [s for s in gathered if len(s) == 4]
+
+
+def test_heads_are_exchanged_for_tokens():
+  found = collectives("plain", "ulysses")
+  moved = [c for c in found if c.kind == "all-to-all"]
+  assert {c.axes for c in moved} == {frozenset({"ulysses"})}
+  # To each of two devices: half of the tokens, one head of each row.
+  shapes = {s for c in large(moved) for s in c.shapes}
+  assert shapes == {(4, LENGTH // 2, 1, 16)}
 
 
 def test_experts_exchange_tokens_not_weights():

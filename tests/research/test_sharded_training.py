@@ -15,6 +15,7 @@ from tests import support, support_mesh
 STEPS = 20
 CASES = (
   *(("plain", m) for m in ("data", "fsdp", "tensor", "mixed", "sequence")),
+  *(("plain", m) for m in ("ring", "ulysses")),
   *(("lora", m) for m in ("tensor", "mixed")),
   ("packed", "mixed"),
   *(("qlora", m) for m in ("mixed", "sequence")),

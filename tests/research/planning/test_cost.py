@@ -233,6 +233,11 @@ def test_every_way_to_write_a_group_of_devices(attributes, group):
   assert _group(attributes) == group
 
 
+def test_the_pair_of_a_permutation_is_one_that_talks():
+  pairs = "source_target_pairs={{0,0},{1,3},{3,1},{2,2}}"
+  assert _group(pairs, "collective-permute") == (1, 3)
+
+
 def test_a_collective_that_several_fusions_share_counts_once():
   chain = 'frontend_attributes={chain_id="0"}'
   gather = f"all-gather(%p), replica_groups=[2,2]<=[4], {chain}"

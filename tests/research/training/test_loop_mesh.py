@@ -113,6 +113,7 @@ def test_the_update_keeps_each_array_where_it_was(tmp_path):
 def test_batches_are_cut_where_the_mesh_divides_them(rows):
   """Axes behind the rows stay whole where it does not; none needs T."""
   mesh, spec = LAYOUT.mesh(), ("data", "fsdp", "expert")
+  tokens = ("sequence", "ring", "ulysses")
   batch = {
     "even": np.zeros((rows, 4)),
     "odd": np.zeros((rows, 3)),
@@ -121,10 +122,10 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
   }
   placed = feed.place(batch, LAYOUT.batch(mesh))
   found = {name: x.sharding.spec for name, x in placed.items()}
-  assert found["even"] == jax.P(spec, "sequence")
+  assert found["even"] == jax.P(spec, tokens)
   assert found["odd"][0] == spec and found["odd"][1] is None
   assert found["flat"] == jax.P(spec)
-  assert found["more"] == jax.P(spec, "sequence", None)
+  assert found["more"] == jax.P(spec, tokens, None)
   assert feed.share(LAYOUT.batch(mesh)) == (0, 1)  # one process
 
 
