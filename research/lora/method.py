@@ -185,6 +185,14 @@ class Method:
     """
     raise NotImplementedError
 
+  def exported(self, p: Arrays) -> tuple["Method", Arrays]:
+    """Returns the same update as a method that PEFT has, where there is one.
+
+    Args:
+      p: all arrays; leading axes may stand in front.
+    """
+    return self, p
+
   def idle(self, p: Arrays) -> bool:
     """Whether the arrays, of NumPy, plainly change nothing."""
     return False

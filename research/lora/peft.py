@@ -146,7 +146,7 @@ def open_adapter(
       for k, p in enumerate(paths)
     ]
     live.extend(not method.idle(x | y) for x, y in each)
-    return jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.float32), *each)
+    return jax.tree.map(_stacked, *each)
 
   adapted = wrap.wrap(params, methods, make)
   if methods and not any(live):
@@ -155,6 +155,11 @@ def open_adapter(
       "nothing: it was saved before any training step"
     )
   return adapted, model
+
+
+def _stacked(*arrays):
+  x = np.stack(arrays)
+  return jnp.asarray(x, x.dtype if x.dtype.kind in "iu" else jnp.float32)
 
 
 def _read(tensors, module, method, w):
@@ -325,13 +330,14 @@ def save_adapter(
     )
   tensors, methods, sizes = {}, {}, wrap.matrices(params)
   for path, w in found.items():
-    module, method = modules[path], w.method
+    module = modules[path]
+    method, arrays = w.method.exported(w.arrays)
     if method.PEFT is None:
       raise UserError(
         f"{directory}: PEFT has no method {type(method).__name__}; merge it "
         "into the model, or convert it to plain LoRA first"
       )
-    arrays = {k: np.asarray(x, np.float32) for k, x in w.arrays.items()}
+    arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
     for key, x in _named(module, method, arrays, sizes[path]).items():
       tensors[key] = _joined(tensors[key], x) if key in tensors else x
     methods[module] = _stated(method, use_rslora)

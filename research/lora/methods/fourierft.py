@@ -1,0 +1,76 @@
+"""FourierFT: a few entries of the update's spectrum are trained.
+
+Gao et al. 2024 (arXiv:2405.03003), equations 2 to 4.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from research.lora.draws import drawn_places
+from research.lora.method import Method, wide, zeros
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FourierFT(Method):
+  """The real part of the inverse transform of `spectrum`, times `scaling`.
+
+  Attributes:
+    frequencies: how many are trained.
+    scaling: of the update.
+    seed: of their places, which are PEFT's for the same seed.
+  """
+
+  frequencies: int = 1000
+  scaling: float = 150.0
+  seed: int = 777
+
+  PEFT: ClassVar = "FOURIERFT"
+  PEFT_DEFAULTS: ClassVar = dict(
+    n_frequency=1000, scaling=150.0, random_loc_seed=777
+  )
+
+  def start(self, key, place, w, seen=None):
+    return {"spectrum": zeros(self.frequencies)}, {}
+
+  def delta(self, p, w):
+    size_in, size_out = w.shape[-2:]
+    if self.frequencies > size_in * size_out:
+      raise UserError(
+        f"FourierFT: frequencies is {self.frequencies}, expected at most "
+        f"{size_in * size_out}, the entries of the matrix"
+      )
+    places = drawn_places(self.seed, size_in * size_out, self.frequencies)
+    full = jnp.zeros(size_out * size_in).at[places].set(wide(p["spectrum"]))
+    update = jnp.fft.ifft2(full.reshape(size_out, size_in)).real
+    return self.scaling * update.T
+
+  def axes(self, names):
+    return {"spectrum": (None,)}
+
+  def idle(self, p):
+    return not p["spectrum"].any()
+
+  def to_peft(self, p, place):
+    return {"fourierft_spectrum": p["spectrum"]}
+
+  def from_peft(self, tensors, place, w):
+    return {"spectrum": tensors["fourierft_spectrum"]}, {}
+
+  def peft_fields(self, methods):
+    return dict(
+      n_frequency=self.frequencies,
+      scaling=self.scaling,
+      random_loc_seed=self.seed,
+      fan_in_fan_out=False,
+    )
+
+  @classmethod
+  def from_fields(cls, fields):
+    return cls(
+      frequencies=fields.integer("n_frequency"),
+      scaling=fields.number("scaling"),
+      seed=fields.integer("random_loc_seed", least=0, most=2**32 - 1),
+    )

@@ -1,0 +1,54 @@
+"""LoRA with one factor fixed."""
+
+import dataclasses
+from typing import ClassVar
+
+from research.lora import spectrum
+from research.lora.method import wide, zeros
+from research.lora.methods.lora import LoRA
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAFA(LoRA):
+  """Zhang et al. 2023 (arXiv:2308.03303): a stays as it was drawn.
+
+  What the backward pass keeps of the input is then `a x [tokens, r]`. For the
+  authors' preconditioned update of b see `research.training`.
+  """
+
+  def start(self, key, place, w, seen=None):
+    trained, _ = super().start(key, place, w)
+    return {"b": trained["b"]}, {"a": trained["a"]}
+
+  def from_peft(self, tensors, place, w):
+    trained, _ = super().from_peft(tensors, place, w)
+    return {"b": trained["b"]}, {"a": trained["a"]}
+
+  PEFT: ClassVar = None
+
+  def exported(self, p):
+    return _plain(self), p
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiCA(LoRA):
+  """Only a is trained; b is what the weight's output uses least: the left
+  singular vectors (of PEFT's `[out, in]`) of the smallest singular values.
+  """
+
+  PEFT: ClassVar = None
+
+  def start(self, key, place, w, seen=None):
+    if place.embedding:
+      raise UserError("MiCA: no start for embeddings")
+    _, _, v = spectrum.smallest(wide(w), self.rank)
+    return {"a": zeros(self.rank, place.size_in)}, {"b": v}
+
+  def exported(self, p):
+    return _plain(self), p
+
+
+def _plain(method):
+  own = {f.name: getattr(method, f.name) for f in dataclasses.fields(LoRA)}
+  return LoRA(**own)
