@@ -1,0 +1,152 @@
+"""Flash attention as Mosaic kernels for Hopper GPUs, the mosaic_gpu backend.
+
+`mosaic_gpu_forward` and `mosaic_gpu_backward` hold the kernels,
+`mosaic_gpu_problem` what they are called with. The saved output and
+log-sum-exp have the names that `blocked` gives them.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from kernels_pallas.flash_attention import mosaic_gpu_backward as back
+from kernels_pallas.flash_attention import mosaic_gpu_problem as problem
+from kernels_pallas.flash_attention.mosaic_gpu_forward import forward
+from kernels_pallas.flash_attention.mosaic_gpu_tile import LOG2E
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+  GpuTiles,
+  for_head_dim,
+)
+from kernels_pallas.flash_attention.mosaic_tpu_problem import alive, pad
+from kernels_pallas.flash_attention.spec import Operands, Spec
+
+HOPPER = ("H100", "H200", "H800", "GH200", "H20")
+"""Device kinds that have `wgmma`."""
+
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def unsupported(
+  q: Any, k: Any, v: Any, bias: Any = None, precision: Any = None
+) -> str | None:
+  """Why the kernels cannot run a call, with the argument's name, or None."""
+  if any(y.dtype != q.dtype or y.dtype not in DTYPES for y in (q, k, v)):
+    return (
+      f"dtype: found q {q.dtype}, k {k.dtype}, v {v.dtype}, expected one of "
+      "bfloat16 and float16"
+    )
+  if bias is not None:
+    return "bias: found one, expected None; the GPU kernels have none"
+  if precision not in (None, jax.lax.Precision.DEFAULT):
+    return (
+      f"precision: found {precision!r}, expected None; tensor cores multiply "
+      "16 bits and sum in float32"
+    )
+  return None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def mosaic_gpu_attention(
+  spec: Spec, interpret: Any, x: Operands
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+  """Softmax attention (kernels.md 2.1) on a GPU, with its own gradient.
+
+  Differentiable once in q, k, v and sinks, through both results.
+
+  Args:
+    spec: Static part; `spec.blocks` is a `GpuTiles`.
+    interpret: False to compile, or a `plgpu.InterpretGPUParams`.
+    x: Arrays.
+
+  Returns:
+    The output in the dtype of q and the natural log-sum-exp of the logits
+    (sinks included, before dropout); 0 and -inf where a query sees no key and
+    there is no sink.
+
+  Raises:
+    ValueError: What these kernels do not compute, with what does.
+  """
+  tiles = _tiles(spec, interpret, x)
+  p = problem.prepare(spec, x, tiles.forward, problem.KEYS)
+  o, lse = forward(p, interpret)
+  T, Hv = x.q.shape[1], x.v.shape[-1]
+  return o[:, :T, :, :Hv], lse[:, :, :T]
+
+
+def _forward(spec, interpret, x):
+  o, lse = mosaic_gpu_attention.__wrapped__(spec, interpret, x)
+  o = checkpoint_name(o, "attn_out")
+  lse = checkpoint_name(lse, "attn_lse")
+  return (o, lse), (x, o, lse)
+
+
+def _backward(spec, interpret, saved, cotangents):
+  x, o, lse = saved
+  do, dlse = cotangents
+  (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
+  tiles = _tiles(spec, interpret, x)
+  do = alive(do, x.mask.live_queries())
+  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
+  # Rows without a key: P = exp(s - inf) = 0, and so are all gradients.
+  empty = lse == -jnp.inf
+  shift = delta.swapaxes(1, 2) - jnp.where(empty, 0, dlse)
+  lse = jnp.where(empty, jnp.inf, lse)
+
+  def prepare(tile, streamed):
+    p = problem.prepare(spec, x, tile, streamed)
+    return _with_cotangents(p, do.astype(x.q.dtype), lse, shift)
+
+  dq = back.dq(prepare(tiles.dq, problem.KEYS), interpret)
+  p, found = prepare(tiles.dkv, problem.QUERIES), {}
+  for names in tiles.gradients:
+    found |= back.dkv(p, names, interpret)
+  dsinks = None
+  if x.sinks is not None:
+    share = jnp.exp(x.sinks.astype(jnp.float32)[None, :, None] - lse)
+    dsinks = -jnp.sum(share * shift, axis=(0, 2)).astype(x.sinks.dtype)
+  gradients = Operands(
+    q=dq[:, :T, :, :H],
+    k=found["dk"][:, :S, :, :H],
+    v=found["dv"][:, :S, :, :Hv],
+    mask=None,
+    sinks=dsinks,
+  )
+  return (gradients,)
+
+
+def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
+  """The problem with the arrays of the backward pass."""
+  T = p.dims[3]
+  do = problem.padded(pad(do, 1, T), 1)
+  rows = (pad(lse * LOG2E, 2, T, jnp.inf), pad(shift, 2, T))
+  more = {"do": do, "stats": jnp.stack(rows, axis=2)}
+  return dataclasses.replace(p, arrays={**p.arrays, **more})
+
+
+def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
+  """The call's tiles; raises where these kernels cannot take the call."""
+  tiles = spec.blocks
+  if tiles is None:
+    tiles = for_head_dim(x.q.shape[-1], x.v.shape[-1])
+  if not isinstance(tiles, GpuTiles):
+    raise ValueError(
+      f"config: found {tiles!r}, expected a `mosaic_gpu_tiling.GpuTiles` for "
+      "mosaic_gpu"
+    )
+  reason = unsupported(x.q, x.k, x.v, x.bias, spec.precision)
+  if reason is not None:
+    raise ValueError(f"mosaic_gpu: {reason}; backend='xla_blockwise' takes it")
+  if interpret and tiles.operand != "shared":
+    raise ValueError(
+      "interpret: the GPU interpreter has no matmul with operands in "
+      "registers; pass config=GpuTiles(operand='shared')"
+    )
+  return tiles
+
+
+mosaic_gpu_attention.defvjp(_forward, _backward)

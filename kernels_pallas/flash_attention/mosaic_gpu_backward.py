@@ -1,0 +1,287 @@
+"""The backward GPU kernels: probabilities recomputed, a tile at a time.
+
+`dq` holds queries and streams keys, `dkv` holds keys and streams the queries of
+all heads of a group, whose gradients it sums in float32 (kernels.md 2.2, 6.2):
+7 matmuls a tile, no atomics, so that results repeat to the bit. `dkv` works on
+transposed scores: P^T and dS^T are then left operands, which come from
+registers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
+from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
+from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
+from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
+
+LSE, SHIFT = 0, 1
+"""Rows of `arrays['stats']`, float32 [B, N, 2, T]: the base-2 log-sum-exp, +inf
+where there is none, and delta minus the cotangent of the log-sum-exp."""
+
+
+def dq(p: Problem, interpret: Any) -> jax.Array:
+  """dq [B, T, N, H] in the type of q.
+
+  Args:
+    p: The problem, keys streamed, with arrays do and stats.
+    interpret: As of `plgpu.kernel`.
+  """
+  (B, N, _, T, _, H, Hv), t = p.dims, p.tile
+  q = p.arrays["q"]
+  buffers = {
+    "q": stream.buffer((t.groups, ROWS, H), q.dtype),
+    "do": stream.buffer((t.groups, ROWS, Hv), q.dtype),
+    "k": stream.buffer((t.stages[0], t.streamed, H), q.dtype),
+    "v": stream.buffer((t.stages[1], t.streamed, Hv), q.dtype),
+  }
+  kernel = functools.partial(_dq_kernel, p)
+  out = [varying(q, (B, T, N, H), q.dtype)]
+  return _call(p, kernel, buffers, out, (1, 1), N, 3, interpret, "dq")[0]
+
+
+def dkv(
+  p: Problem, names: tuple[str, ...], interpret: Any
+) -> dict[str, jax.Array]:
+  """dk [B, S, K, H] and dv [B, S, K, Hv], those named, in the type of q.
+
+  Args:
+    p: The problem, queries streamed, with arrays do and stats.
+    names: Of 'dk' and 'dv'.
+    interpret: As of `plgpu.kernel`.
+  """
+  (B, _, K, _, S, H, Hv), t = p.dims, p.tile
+  q = p.arrays["q"]
+  buffers = {
+    "k": stream.buffer((t.groups, ROWS, H), q.dtype),
+    "v": stream.buffer((t.groups, ROWS, Hv), q.dtype),
+    "q": stream.buffer((t.stages[0], t.streamed, H), q.dtype),
+    "do": stream.buffer((t.stages[1], t.streamed, Hv), q.dtype),
+    "stats": plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32),
+  }
+  sizes = {"dk": H, "dv": Hv}
+  out = [varying(q, (B, S, K, sizes[name]), q.dtype) for name in names]
+  kernel = functools.partial(_dkv_kernel, p, names)
+  matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
+  found = _call(
+    p, kernel, buffers, out, (2, 1), K, matmuls, interpret, "".join(names)
+  )
+  return dict(zip(names, found, strict=True))
+
+
+def _call(p, kernel, buffers, out, arrivals, heads, matmuls, interpret, name):
+  t = p.tile
+  if p.spec.blocks.operand == "shared":
+    dtype = p.arrays["q"].dtype
+    buffers["p"] = stream.buffer((t.groups, ROWS, t.streamed), dtype)
+  return plgpu.kernel(
+    kernel,
+    out_type=out,
+    scratch_types=[
+      buffers,
+      stream.barriers(p, arrivals),
+      plgpu.Barrier(num_arrivals=2, num_barriers=t.groups),
+    ],
+    grid=(heads, p.lines, p.dims[0]),
+    grid_names=("head", "line", "batch"),
+    num_threads=t.groups + 1,
+    thread_name=stream.GROUP,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    cost_estimate=p.cost(matmuls),
+    kernel_name=f"flash_attention_{name}",
+    interpret=interpret,
+  )(p.arrays)
+
+
+def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
+  b, h = lax.axis_index("batch"), lax.axis_index("head")
+  row = p.lines - 1 - lax.axis_index("line")
+  line = stream.line(p, refs["table"], b, row)
+
+  def copy():
+    kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
+
+    def operand(name):
+      def run(_, j, slot, barrier):
+        keys = pl.ds(j * p.tile.streamed, p.tile.streamed)
+        plgpu.copy_gmem_to_smem(
+          refs[name].at[b, keys, kv], smem[name].at[slot], barrier
+        )
+
+      return run
+
+    stream.produce(line, *pipe, (operand("k"), operand("v")))
+
+  def compute(group):
+    start = row * p.tile.rows + group * ROWS
+    queries = pl.ds(start, ROWS)
+    mine = _hold(refs, smem, ready, ("q", "do"), (b, queries, h), group)
+    x = tile.View(p, refs, mine.get("p"), b, h)
+    rows = [
+      plgpu.load(
+        refs["stats"].at[b, h, n, queries],
+        layout=plgpu.Layout.WGMMA.reduce(1),
+        optimized=False,
+      )
+      for n in (LSE, SHIFT)
+    ]
+    stats = rows.__getitem__
+    bounds = tile.of_queries(x, start, ROWS)
+    step = functools.partial(
+      _dq_step, x, mine, smem, pipe, stats, bounds, start
+    )
+    acc = stream.consume(line, step, tile.zeros(ROWS, p.dims[5]))
+    _store(mine["q"], acc * p.spec.scale, dq_ref.at[b, queries, h])
+
+  stream.roles(p, compute, copy)
+
+
+def _dq_step(x, mine, smem, pipe, stats, bounds, start, _, where, slots, acc,
+             masked):  # fmt: skip
+  """dq += dS K of one tile."""
+  p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
+  k_slot, v_slot = slots
+  k, v = smem["k"].at[k_slot], smem["v"].at[v_slot]
+  first, seen = 0, None
+  if masked or p.spec.dropout_rate:
+    first = where()[1] * p.tile.streamed
+  if masked:
+    columns = tile.of_keys(x, first, p.tile.streamed)
+    seen = tile.visible(x, bounds, columns, first)
+  drop = tile.dropper(x, start, first)
+  plgpu.barrier_wait(k_full.at[k_slot])
+  plgpu.barrier_wait(v_full.at[v_slot])
+  _, ds = _scores(x, (mine["q"], k), (mine["do"], v), stats, seen, drop)
+  plgpu.barrier_arrive(v_free.at[v_slot])
+  acc = tile.accumulate(x, acc, ds, k)
+  plgpu.barrier_arrive(k_free.at[k_slot])
+  return acc
+
+
+def _dkv_kernel(p, names, refs, *rest):
+  outputs = dict(zip(names, rest, strict=False))
+  smem, pipe, ready = rest[len(names) :]
+  b, h = lax.axis_index("batch"), lax.axis_index("head")
+  row = lax.axis_index("line")
+  line = stream.line(p, refs["table"], b, row, p.group)
+
+  def copy():
+    def operand(name, stats):
+      def run(head, i, slot, barrier):
+        queries = pl.ds(i * p.tile.streamed, p.tile.streamed)
+        n = h * p.group + head
+        plgpu.copy_gmem_to_smem(
+          refs[name].at[b, queries, n], smem[name].at[slot], barrier
+        )
+        if stats:
+          plgpu.copy_gmem_to_smem(
+            refs["stats"].at[b, n, :, queries], smem["stats"].at[slot], barrier
+          )
+
+      return run
+
+    stream.produce(line, *pipe, (operand("q", True), operand("do", False)))
+
+  def compute(group):
+    start = row * p.tile.rows + group * ROWS
+    keys = pl.ds(start, ROWS)
+    mine = _hold(refs, smem, ready, ("k", "v"), (b, keys, h), group)
+    x = tile.View(p, refs, mine.get("p"), b, h)
+    columns = tile.of_keys(x, start, ROWS)
+    step = functools.partial(_dkv_step, x, mine, smem, pipe, columns, start)
+    sizes = {"dk": p.dims[5], "dv": p.dims[6]}
+    acc = stream.consume(
+      line, step, {name: tile.zeros(ROWS, sizes[name]) for name in names}
+    )
+    for name in names:
+      value = acc[name] * p.spec.scale if name == "dk" else acc[name]
+      _store(mine[name[1]], value, outputs[name].at[b, keys, h])
+
+  stream.roles(p, compute, copy)
+
+
+def _dkv_step(x, mine, smem, pipe, columns, start, _, where, slots, acc,
+              masked):  # fmt: skip
+  """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
+  p, ((q_full, do_full), (q_free, do_free)) = x.p, pipe
+  q_slot, do_slot = slots
+  q, do = smem["q"].at[q_slot], smem["do"].at[do_slot]
+  first, seen = 0, None
+  if masked or p.spec.dropout_rate:
+    head, i = where()
+    first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
+  if masked:
+    bounds = tile.of_queries(x, first, p.tile.streamed)
+    seen = tile.visible(x, bounds, columns, start)
+  drop = tile.dropper(x, first, start)
+
+  def stats(n):
+    row = smem["stats"].at[q_slot, n]
+    return plgpu.load(row, layout=plgpu.Layout.WGMMA.reduce(0))
+
+  plgpu.barrier_wait(q_full.at[q_slot])
+  plgpu.barrier_wait(do_full.at[do_slot])
+  right = (mine["v"], do) if "dk" in acc else None
+  e, ds = _scores(x, (mine["k"], q), right, stats, seen, drop)
+  found = {}
+  if "dv" in acc:
+    found["dv"] = tile.accumulate(x, acc["dv"], drop(e), do)
+  plgpu.barrier_arrive(do_free.at[do_slot])
+  if "dk" in acc:
+    found["dk"] = tile.accumulate(x, acc["dk"], ds, q)
+  plgpu.barrier_arrive(q_free.at[q_slot])
+  return found
+
+
+def _scores(x, left, right, stats, seen, drop):
+  """P and dS of a tile, or P and None; transposed where queries are streamed.
+
+  Both matmuls are issued before the first is awaited. `stats(n)` reads a row of
+  the statistics: late, since registers are what there is least of.
+  """
+  p = x.p
+
+  def probabilities(s):
+    t, factor, slope = tile.logits(p, s, seen)
+    e = jnp.exp2(t * factor - tile.spread(stats(LSE), t.shape, x.along))
+    return e, slope
+
+  if right is None:
+    return probabilities(tile.product(*left))[0], None
+
+  def run(s_out, dp_out):
+    plgpu.wgmma(s_out, left[0], left[1].transpose((1, 0)))
+    plgpu.wgmma(dp_out, right[0], right[1].transpose((1, 0)))
+    e, slope = probabilities(plgpu.wgmma_accumulator_load(s_out, wait_n=1))
+    dp = drop(dp_out[...])
+    ds = e * (dp - tile.spread(stats(SHIFT), dp.shape, x.along))
+    return e, ds if slope is None else ds * slope
+
+  acc = plgpu.ACC(tile.shape(p), jnp.float32)
+  return pl.run_scoped(run, acc, acc)
+
+
+def _hold(refs, smem, ready, names, where, group) -> dict[str, Any]:
+  """Copies what stays into shared memory and waits for it."""
+  mine = {name: smem[name].at[group] for name in (*names, "p") if name in smem}
+  for name in names:
+    plgpu.copy_gmem_to_smem(
+      refs[name].at[where], mine[name], ready.at[group]
+    )  # fmt: skip
+  plgpu.barrier_wait(ready.at[group])
+  return mine
+
+
+def _store(buffer, value, out) -> None:
+  """Sums to memory, by way of a buffer that is no longer needed."""
+  buffer[...] = value.astype(out.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(buffer, out)
+  plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,166 @@
+"""How tiles reach the warpgroups of a GPU kernel that compute.
+
+One warpgroup issues the copies of the streamed side into its buffers; each
+buffer has a barrier that says it is full, on which the others wait, and one
+that says it is free, on which all of them arrive (FlashAttention-3, section
+3.1). A line of the problem's table says which tiles: the visible ones first.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import mask_blocks
+from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import REGISTERS
+
+GROUP = "group"
+"""Name of the axis of warpgroups."""
+
+Step = Callable[..., Any]
+"""(n, where, slots, carry, masked) to the next carry: n counts over the line,
+`where()` is (head, tile), slots are the operands' buffers."""
+
+
+class Line(NamedTuple):
+  """A line of the table: which tiles a block visits.
+
+  Fields: p, the problem; table, reference; start of the line in it; full and
+  partial, how many tiles there are of each class; heads, how often the line is
+  walked, once for each query head.
+  """
+
+  p: Problem
+  table: Any
+  start: Any
+  full: jax.Array
+  partial: jax.Array
+  heads: int
+
+  @property
+  def steps(self) -> jax.Array:
+    """Tiles that pass, over all heads."""
+    return self.heads * (self.full + self.partial)
+
+  def tile(self, kind: int, n: jax.Array) -> tuple[Any, jax.Array]:
+    """(head, tile) of step n among those of a class."""
+    count = self.full if kind == mask_blocks.FULL else self.partial
+    head, w = 0, n
+    if self.heads > 1:
+      head, w = lax.div(n, count), lax.rem(n, count)
+    first = 0 if kind == mask_blocks.FULL else self.full
+    return head, self.table[self.start + 2 + first + w]
+
+
+def line(p: Problem, table: Any, b: Any, row: Any, heads: int = 1) -> Line:
+  """The line of a batch row and a block of rows."""
+  wide = p.wide + 2
+  rows = table.shape[0] // (p.lines * wide)
+  start = (row if rows == 1 else b * p.lines + row) * wide
+  return Line(p, table, start, table[start], table[start + 1], heads)
+
+
+def barriers(p: Problem, arrivals: tuple[int, ...]) -> list[Any]:
+  """Types of the barriers: full ones, with their copies, then free ones."""
+  t = p.tile
+  full = [
+    plgpu.Barrier(num_arrivals=n, num_barriers=stages)
+    for n, stages in zip(arrivals, t.stages, strict=True)
+  ]
+  free = [
+    plgpu.Barrier(num_arrivals=t.groups, num_barriers=stages)
+    for stages in t.stages
+  ]
+  return [full, free]
+
+
+def slots(p: Problem, n: jax.Array) -> tuple[jax.Array, ...]:
+  """The buffers of both operands at step n."""
+  return tuple(lax.rem(n, jnp.int32(stages)) for stages in p.tile.stages)
+
+
+def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Shared memory as `wgmma` and the copy engine want it: swizzled rows."""
+  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:
+  """Copies the tiles of a line, one after the other, as buffers get free.
+
+  Args:
+    a: The line.
+    full: A barrier array for each of `copies`.
+    free: Likewise.
+    copies: Functions of (head, tile, slot, barrier).
+  """
+
+  def turn(kind, first, n, carry):
+    head, tile = a.tile(kind, n)
+    for i, slot in enumerate(slots(a.p, first + n)):
+
+      @pl.when(first + n >= a.p.tile.stages[i])
+      def _wait(i=i, slot=slot):
+        plgpu.barrier_wait(free[i].at[slot])
+
+      copies[i](head, tile, slot, full[i].at[slot])
+    return carry
+
+  for kind, first, count in _loops(a):
+    lax.fori_loop(0, count, functools.partial(turn, kind, first), None)
+
+
+def consume(a: Line, step: Step, carry: Any) -> Any:
+  """Folds `step` over the tiles of a line.
+
+  Args:
+    a: The line.
+    step: As of `Step`.
+    carry: First carry.
+  """
+
+  def turn(kind, first, n, carry):
+    where = functools.partial(a.tile, kind, n)
+    masked = kind == mask_blocks.PARTIAL
+    return step(first + n, where, slots(a.p, first + n), carry, masked)
+
+  for kind, first, count in _loops(a):
+    carry = lax.fori_loop(0, count, functools.partial(turn, kind, first), carry)
+  return carry
+
+
+def roles(p: Problem, compute: Callable[[Any], None], copy) -> None:
+  """Runs `compute(group)` in all warpgroups but the last, and `copy()` there.
+
+  Registers move from the one that only copies to the others.
+  """
+  groups = p.tile.groups
+  group = lax.axis_index(GROUP)
+  many, few = REGISTERS.get(groups, (None, None))
+
+  @pl.when(group < groups)
+  def _compute():
+    if many is not None:
+      plgpu.set_max_registers(many, action="increase")
+    compute(group)
+
+  @pl.when(group == groups)
+  def _copy():
+    if few is not None:
+      plgpu.set_max_registers(few, action="decrease")
+    copy()
+
+
+def _loops(a: Line):
+  """(class, steps before, steps) of the loops over a line."""
+  if mask_blocks.FULL in a.p.kinds:
+    yield mask_blocks.FULL, 0, a.heads * a.full
+  if mask_blocks.PARTIAL in a.p.kinds:
+    first = a.heads * a.full if mask_blocks.FULL in a.p.kinds else 0
+    yield mask_blocks.PARTIAL, first, a.heads * a.partial

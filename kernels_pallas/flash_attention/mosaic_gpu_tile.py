@@ -1,0 +1,232 @@
+"""What the GPU kernels do with a tile: matmuls, logits, masks, dropout.
+
+Everything works on values of one warpgroup, 64 rows in the layout of `wgmma`.
+Rows are queries in the kernels that stream keys, and keys in the one that
+streams queries; `along` is the axis of the queries.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention.mosaic_gpu_problem import KEYS, Problem
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+
+
+class View(NamedTuple):
+  """What a warpgroup sees.
+
+  Fields: p, the problem; refs, its arrays by name; operand, shared memory for
+  the left operand of `accumulate`, or None if that comes from registers; b, the
+  batch row; h, the query head.
+  """
+
+  p: Problem
+  refs: dict[str, Any]
+  operand: Any
+  b: Any
+  h: Any
+
+  @property
+  def along(self) -> int:
+    """The axis of the queries."""
+    return 0 if self.p.streamed == KEYS else 1
+
+
+class Logits(NamedTuple):
+  """Fields: t, base-2 logits but for a factor; factor; slope of the soft cap
+  or None."""
+
+  t: jax.Array
+  factor: float
+  slope: jax.Array | None
+
+
+def shape(p: Problem) -> tuple[int, int]:
+  """Rows and columns of a warpgroup's scores."""
+  return ROWS, p.tile.streamed
+
+
+def zeros(*size: int) -> jax.Array:
+  """An accumulator, in the layout of `wgmma`."""
+  return plgpu.layout_cast(
+    jnp.zeros(size, jnp.float32), plgpu.Layout.WGMMA
+  )  # fmt: skip
+
+
+def vector(value: Any) -> jax.Array:
+  """64 times `value`, one for each row."""
+  return plgpu.layout_cast(
+    jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+  )
+
+
+def spread(x: jax.Array, like: tuple[int, ...], axis: int) -> jax.Array:
+  """Repeats a vector that lies along `axis`."""
+  return lax.broadcast_in_dim(x, like, [axis])
+
+
+def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):
+  """a b^T of two references, [64, rows of b].
+
+  Args:
+    a: [64, H] in shared memory.
+    b: [n, H] in shared memory.
+    free: Called while the matmul runs.
+  """
+
+  def run(out):
+    plgpu.wgmma(out, a, b.transpose((1, 0)))
+    free()
+    return out[...]
+
+  size = (a.shape[0], b.shape[0])
+  return pl.run_scoped(run, plgpu.ACC(size, jnp.float32))
+
+
+def accumulate(
+  x: View,
+  acc: jax.Array,
+  left: jax.Array,
+  right: Any,
+  free: Callable[[], None] = lambda: None,
+) -> jax.Array:
+  """acc + left right, left rounded to the type of `right`.
+
+  Args:
+    x: The view.
+    acc: [64, n].
+    left: [64, m], values.
+    right: [m, n] in shared memory.
+    free: Called while the matmul runs.
+  """
+  left = left.astype(right.dtype)
+  if x.operand is None:
+
+    def into(out):
+      plgpu.wgmma(out, left, right)
+      free()
+
+    return pl.run_state(into)(plgpu.ACC.init(acc))
+
+  x.operand[...] = left
+  plgpu.commit_smem()
+
+  def alone(out):
+    plgpu.wgmma(out, x.operand, right)
+    free()
+    return out[...]
+
+  return acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
+
+
+def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
+  """The logits of scores q.k; invisible ones are -inf.
+
+  Args:
+    p: The problem.
+    s: Products.
+    seen: Which are visible, or None: all.
+  """
+  spec, slope = p.spec, None
+  t, factor = s, spec.scale * LOG2E
+  if spec.softcap is not None:
+    # tanh of the hardware is good to 11 bits only: too little for logits.
+    root = lax.rsqrt(1 + jnp.exp2(s * (2 * spec.scale * LOG2E / spec.softcap)))
+    t, factor = 1 - 2 * root * root, spec.softcap * LOG2E
+    slope = 1 - t * t
+  elif spec.scale <= 0:
+    t, factor = s * factor, 1.0
+  if seen is not None:
+    t = jnp.where(seen, t, -jnp.inf)
+  return Logits(t, factor, slope)
+
+
+def of_queries(x: View, start: Any, size: int) -> dict[str, jax.Array]:
+  """What the mask says of queries [start, start + size), by name."""
+  return _vectors(x, "rows", x.p.rows, start, size, 1 - x.along)
+
+
+def of_keys(x: View, start: Any, size: int) -> dict[str, jax.Array]:
+  """What the mask says of keys [start, start + size), by name."""
+  return _vectors(x, "columns", x.p.columns, start, size, x.along)
+
+
+def visible(x: View, rows, columns, start: Any) -> jax.Array:
+  """Which pairs of a tile see each other.
+
+  Args:
+    x: The view.
+    rows: What `of_queries` gave.
+    columns: What `of_keys` gave.
+    start: First key.
+  """
+  p, size, along = x.p, shape(x.p), x.along
+  if "key" in columns:
+    key, start = spread(columns["key"], size, 1 - along), 0
+  else:
+    key = plgpu.broadcasted_iota(
+      jnp.int32, size, 1 - along, layout=plgpu.Layout.WGMMA
+    )
+  seen = None
+  for n in range(sum(name.startswith("hi") for name in p.rows)):
+    inside = key < spread(rows[f"hi{n}"] - start, size, along)
+    if f"lo{n}" in rows:
+      inside &= key >= spread(rows[f"lo{n}"] - start, size, along)
+    elif "key" in columns:
+      inside &= key >= 0
+    seen = inside if seen is None else seen | inside
+  if "segment" in rows:
+    ours = spread(rows["segment"], size, along)
+    seen &= ours == spread(columns["segment"], size, 1 - along)
+  return seen
+
+
+def dropper(x: View, q: Any, k: Any) -> Callable[[jax.Array], jax.Array]:
+  """What zeroes the dropped probabilities of a tile and scales the others.
+
+  Args:
+    x: The view.
+    q: First query.
+    k: First key.
+  """
+  spec, size = x.p.spec, shape(x.p)
+  if not spec.dropout_rate:
+    return lambda y: y
+  iota = functools.partial(
+    plgpu.broadcasted_iota, jnp.int32, size, layout=plgpu.Layout.WGMMA
+  )
+  kept = spec.keep(
+    x.refs["seed"][0],
+    spec.dropout_rate,
+    x.b,
+    x.h,
+    iota(x.along) + q,
+    iota(1 - x.along) + k,
+  )
+  return lambda y: jnp.where(kept, y * (1 / (1 - spec.dropout_rate)), 0.0)
+
+
+def _vectors(x, array, names, start, size, across) -> dict[str, jax.Array]:
+  if not names:
+    return {}
+  ref = x.refs[array]
+  b = x.b if ref.shape[0] > 1 else 0
+  return {
+    name: plgpu.load(
+      ref.at[b, n, pl.ds(start, size)],
+      layout=plgpu.Layout.WGMMA.reduce(across),
+      optimized=False,
+    )
+    for n, name in enumerate(names)
+  }

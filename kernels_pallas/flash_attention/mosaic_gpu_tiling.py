@@ -1,0 +1,110 @@
+"""Tile sizes of the GPU kernels: what a block of threads holds and streams.
+
+A warpgroup (128 threads) computes 64 rows, the height of a `wgmma`. The rows of
+all warpgroups of a block stay in shared memory, while tiles of the other side
+(keys for queries, queries for keys) pass through `stages` buffers. What bounds
+the sizes are 232,448 bytes of shared memory a block and 65,536 registers a
+multiprocessor.
+"""
+
+import dataclasses
+
+ROWS = 64
+"""Rows of a warpgroup: the M of `wgmma`."""
+
+COLUMNS = 64
+"""Head dims are padded to a multiple: a swizzled row of 128 bytes."""
+
+SHARED_BYTES = 232_448
+"""Shared memory that a block of Hopper or Blackwell may ask for."""
+
+OPERANDS = ("registers", "shared")
+
+# Registers a thread of (a computing, the copying) warpgroup, by how many
+# compute; a multiprocessor has 65,536, in units of 8 a thread.
+REGISTERS = {2: (240, 24), 3: (160, 32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTile:
+  """Sizes of one kernel.
+
+  Attributes:
+    groups: Warpgroups that compute, of 64 rows each; one more copies.
+    streamed: Tokens of a tile of the side that passes by, a multiple of 64.
+    stages: Buffers of its two operands (keys and values, or queries and
+      cotangents).
+  """
+
+  groups: int = 2
+  streamed: int = 128
+  stages: tuple[int, int] = (2, 2)
+
+  def __post_init__(self):
+    bad = self.streamed < 1 or self.streamed % ROWS or min(self.stages) < 1
+    if bad or not 1 <= self.groups <= 3:  # noqa: PLR2004
+      raise ValueError(
+        f"tile: found {self}, expected 1 to 3 groups, streamed a multiple of "
+        f"{ROWS}, and at least 1 stage"
+      )
+
+  @property
+  def rows(self) -> int:
+    """Tokens of the side that stays."""
+    return self.groups * ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTiles:
+  """Tiles of every kernel.
+
+  Attributes:
+    forward: Queries stay, keys pass.
+    dkv: Keys stay, queries pass.
+    dq: Queries stay, keys pass.
+    gradients: What a kernel over queries sums: ('dk', 'dv') both in one;
+      ('dk',), ('dv',) each in its own, where registers do not hold both.
+    operand: Where the left operand of the second matmul comes from:
+      'registers', which is fast, or 'shared' memory, which the GPU interpreter
+      can run.
+  """
+
+  forward: GpuTile = GpuTile()
+  dkv: GpuTile = GpuTile(2, 64)
+  dq: GpuTile = GpuTile(2, 64)
+  gradients: tuple[tuple[str, ...], ...] = (("dk", "dv"),)
+  operand: str = "registers"
+
+  def __post_init__(self):
+    if self.operand not in OPERANDS:
+      raise ValueError(
+        f"tiles.operand: found {self.operand!r}, expected one of {OPERANDS}"
+      )
+    names = [name for kernel in self.gradients for name in kernel]
+    if sorted(names) != ["dk", "dv"]:
+      raise ValueError(
+        f"tiles.gradients: found {self.gradients}, expected 'dk' and 'dv' once "
+        "each"
+      )
+
+
+def for_head_dim(H: int, Hv: int) -> GpuTiles:
+  """Tiles that fit registers and shared memory, without a spill.
+
+  As `python -m kernels_pallas.inspect.gpu` finds them for 16-bit operands.
+
+  Args:
+    H: Head dim of queries and keys.
+    Hv: Head dim of values.
+  """
+  wide = max(H, Hv)
+  if wide <= 64:
+    return GpuTiles(dq=GpuTile(2, 128))
+  if wide <= 128:
+    return GpuTiles()
+  return GpuTiles(
+    forward=GpuTile(2, 64),
+    dkv=GpuTile(2, 64, (2, 1)),
+    dq=GpuTile(2, 64, (2, 1)),
+    gradients=(("dk",), ("dv",)),
+  )
