@@ -1,0 +1,120 @@
+"""Products with packed weights as Mosaic kernels for TPU.
+
+`mosaic_tpu_few` is bound by the weights' bytes, `mosaic_tpu_many` by the matrix
+units; the backward pass is the latter, transposed, from the same bytes.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from kernels_pallas.quantized_matmul import mosaic_tpu_problem as problem
+from kernels_pallas.quantized_matmul.mosaic_tpu_few import few
+from kernels_pallas.quantized_matmul.mosaic_tpu_many import (
+  FORWARD,
+  GRADIENT,
+  many,
+)
+from kernels_pallas.quantized_matmul.mosaic_tpu_problem import Tile
+from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How products are cut.
+
+  Attributes:
+    few: Tile of products of few rows.
+    many: Tile of products of many rows.
+    gradient: Tile of the input gradient.
+    most: Rows, times the groups of a block, up to which they are few.
+  """
+
+  few: Tile = Tile(256, 2048, 1024)
+  many: Tile = Tile(512, 2048, 512)
+  gradient: Tile = Tile(512, 512, 2048)
+  most: int = 128
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def mosaic_tpu_matmul(
+  x: Float[Array, "B I"],
+  w: Planar,
+  activations: Any = None,
+  config: Config = Config(),
+  interpret: Any = False,
+) -> Float[Array, "B O"]:
+  """Returns `x W` in the dtype of x, summed in float32, on a TPU.
+
+  Differentiable in x; the backward pass keeps W packed.
+
+  Args:
+    x: float32 or bfloat16.
+    w: Without leading axes.
+    activations: None; or int8, to which each row is then rounded, by its
+      largest number, for sums of 8-bit codes in int32 (LLM.int8,
+      arXiv:2208.07339, equation 4, without outliers). The gradient is that of
+      rows as they were.
+    config: Tiles.
+    interpret: False to compile, or as of `pl.pallas_call`.
+
+  Raises:
+    ValueError: A dtype that no TPU takes, or int8 with 4-bit codes.
+  """
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(
+      f"mosaic_tpu: found {x.dtype}, expected bfloat16 or float32, which are "
+      "what TPUs compute in"
+    )
+  if activations is not None and (jnp.dtype(activations), w.bits) != (
+    jnp.int8,
+    8,
+  ):
+    raise ValueError(
+      f"activations: found {jnp.dtype(activations)} with {w.bits}-bit codes, "
+      "expected None, or int8 with 8-bit codes"
+    )
+  if activations is not None:
+    codes, unit = quantize_rows(x)
+    p = problem.prepare(w, config.few)
+    y = few(codes, p, jnp.float32, interpret)
+    y = (y * unit).astype(x.dtype)
+  elif len(x) * max(1, BLOCK // w.group) <= config.most:
+    p = problem.prepare(w, config.few)
+    y = few(x, p, x.dtype, interpret)
+  else:
+    p = problem.prepare(w, config.many)
+    y = many(x, p, FORWARD, x.dtype, interpret)
+  return y[:, : w.outputs]
+
+
+def quantize_rows(
+  x: Float[Array, "B I"],
+) -> tuple[Int8[Array, "B I"], Float[Array, "B 1"]]:
+  """Rows as int8 codes, nearest and ties to even, and what a code stands for.
+
+  A row's largest number has code 127 (or -127).
+  """
+  wide = x.astype(jnp.float32)
+  unit = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127
+  codes = jnp.round(wide / jnp.where(unit == 0, 1, unit))
+  return codes.astype(jnp.int8), unit
+
+
+def _forward(x, w, activations, config, interpret):
+  y = mosaic_tpu_matmul(x, w, activations, config, interpret)
+  return y, w
+
+
+def _backward(activations, config, interpret, w, dy):
+  del activations
+  p = problem.prepare(w, config.gradient, outputs=True)
+  dx = many(dy, p, GRADIENT, dy.dtype, interpret)
+  return dx[:, : w.inputs], None
+
+
+mosaic_tpu_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,237 @@
+"""Packed weights in the order in which a TPU decodes them.
+
+A vector register of a TPU holds 8 rows (sublanes) of 128 columns (lanes) in 32
+bits, or 16 rows in bfloat16, where a 32-bit word holds rows 2s and 2s + 1. So
+a 4-bit matrix is cut into blocks of 128 rows, and a block into four planes of
+32: word s of a block holds rows 2s (low half) and 2s + 1 (high half) of every
+plane, plane j in bits 4j of each half. One shift and two bit operations then
+make a plane of bfloat16, in its rows' order: nothing moves between lanes or
+sublanes. 8-bit codes stay as they are.
+
+As in `panels`, with the same arguments to `pack`,
+
+  weight[i, o] = scale[i // group, o] * code[i, o] + offset[i // group, o]
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from kernels_pallas.quantized_matmul.panels import AFFINE
+
+LANES = 128
+"""Outputs are padded to whole registers, as a TPU's memory would be anyway."""
+
+BLOCK = 128
+"""Inputs of a block: four planes of 32."""
+
+PLANES = 4
+WORDS = BLOCK // 8
+"""Words of a block of 4-bit codes."""
+
+LEAST = 16
+"""Smallest group: the rows of a register of bfloat16."""
+
+_SCALES = ("float32", "float16", "bfloat16")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Planar:
+  """A matrix `[I, O]` behind any leading axes; see `pack`.
+
+  Axes -2 of all arrays follow the inputs, axes -1 the outputs: cutting them
+  alike cuts the matrix, outputs at multiples of 128, inputs at multiples of
+  128 and of the group.
+
+  Attributes:
+    codes: uint32 `[..., I' / 8, O']` (4 bits) or int8 `[..., I', O']`; `I'` and
+      `O'` are padded with zeros to whole blocks, groups and lanes.
+    scale: `[..., I' / group, O']`.
+    offset: the same shape, or None.
+    inputs, outputs: `I`, `O`.
+    bits: of a code, 4 or 8.
+    group: inputs that share a scale; `I'` if all do.
+    codebook: values of 4-bit codes, else empty.
+  """
+
+  codes: Any
+  scale: Any
+  offset: Any
+  inputs: int = dataclasses.field(metadata=dict(static=True))
+  outputs: int = dataclasses.field(metadata=dict(static=True))
+  bits: int = dataclasses.field(metadata=dict(static=True))
+  group: int = dataclasses.field(metadata=dict(static=True))
+  codebook: tuple[float, ...] = dataclasses.field(
+    default=(), metadata=dict(static=True)
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (*self.codes.shape[:-2], self.inputs, self.outputs)
+
+  @property
+  def padded(self) -> tuple[int, int]:
+    """Returns inputs and outputs with their padding."""
+    rows = 8 if self.bits == 4 else 1
+    return self.codes.shape[-2] * rows, self.codes.shape[-1]
+
+
+def pack(
+  codes: Num[Array, "... I O"] | np.ndarray,
+  scale: Float[Array, "... X O"] | np.ndarray,
+  offset: Float[Array, "... X O"] | np.ndarray | None = None,
+  *,
+  group: int | None = None,
+  codebook: Sequence[float] = AFFINE,
+) -> Planar:
+  """Returns the matrix packed; `unpack` inverts it, bit by bit.
+
+  Args:
+    codes: uint8 below 16 (4 bits) or int8 (8 bits).
+    scale: of groups of inputs, in float32, bfloat16 or float16 (which no TPU
+      reads: it is converted at every call).
+    offset: added to a group's weights.
+    group: inputs that a scale serves: 16, 32, 64, a multiple of 128, or at
+      least I; by default `I / X`. The last group may be shorter.
+    codebook: 16 values that 4-bit codes stand for.
+
+  Raises:
+    ValueError: types or shapes that do not fit each other.
+  """
+  bits = {"uint8": 4, "int8": 8}.get(str(codes.dtype))
+  if bits is None or codes.ndim < 2 or 0 in codes.shape:
+    raise ValueError(
+      f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits) or "
+      "int8 (8 bits), [..., inputs, outputs]"
+    )
+  if bits == 4 and isinstance(codes, np.ndarray) and codes.max() > 15:
+    raise ValueError(f"codes: found {codes.max()}, expected 4 bits, 0 to 15")
+  if bits == 4 and (len(codebook) != 16 or not np.isfinite(codebook).all()):
+    raise ValueError(f"codebook: found {codebook}, expected 16 finite numbers")
+  inputs, outputs = codes.shape[-2:]
+  group = _check_scales(codes, scale, offset, group)
+  rows = _up(inputs, max(BLOCK, group))
+  raw = _padded(jnp.asarray(codes), rows)
+
+  def part(x):
+    return None if x is None else _padded(jnp.asarray(x), rows // group)
+
+  return Planar(
+    codes=_words(raw) if bits == 4 else raw,
+    scale=part(scale),
+    offset=part(offset),
+    inputs=inputs,
+    outputs=outputs,
+    bits=bits,
+    group=group,
+    codebook=tuple(map(float, codebook)) if bits == 4 else (),
+  )
+
+
+def _check_scales(codes, scale, offset, group) -> int:
+  """Returns how many inputs a scale serves, with padding."""
+  *lead, inputs, outputs = codes.shape
+  if group is None:
+    if scale.ndim < 2 or scale.shape[-2] < 1 or inputs % scale.shape[-2]:
+      raise ValueError(
+        f"scale: found {scale.shape}, expected a divisor of {inputs} inputs on "
+        "axis -2; or give group"
+      )
+    group = inputs // scale.shape[-2]
+  whole = _up(inputs, BLOCK) if group >= inputs else group
+  if whole < LEAST or (whole % BLOCK and BLOCK % whole):
+    raise ValueError(
+      f"group: found {group}, expected 16, 32, 64, a multiple of {BLOCK}, or "
+      f"all {inputs} inputs"
+    )
+  want = (*lead, -(-inputs // group), outputs)
+  for name, part in (("scale", scale), ("offset", offset)):
+    fits = part is None or (part.shape, str(part.dtype) in _SCALES) == (
+      want,
+      True,
+    )
+    if not fits:
+      raise ValueError(
+        f"{name}: found {part.dtype} {part.shape}, expected {want} in one of "
+        f"{', '.join(_SCALES)}"
+      )
+  return whole
+
+
+def _up(n: int, multiple: int) -> int:
+  return -(-n // multiple) * multiple
+
+
+def _padded(x: Array, rows: int) -> Array:
+  """Returns `[..., rows, O']`, zeros where nothing was."""
+  *lead, found, outputs = x.shape
+  pad = ((0, 0),) * len(lead)
+  return jnp.pad(x, (*pad, (0, rows - found), (0, -outputs % LANES)))
+
+
+def _shifts() -> Array:
+  """Returns where word s has the code of plane j and half h, `[4, 1, 2, 1]`."""
+  planes = 4 * jnp.arange(PLANES, dtype=jnp.uint32)[:, None, None, None]
+  return planes + 16 * jnp.arange(2, dtype=jnp.uint32)[:, None]
+
+
+def _words(codes: Array) -> Array:
+  """Returns words `[..., I' / 8, O']` of codes `[..., I', O']`."""
+  *lead, rows, lanes = codes.shape
+  apart = codes.reshape(*lead, rows // BLOCK, PLANES, WORDS, 2, lanes)
+  words = (apart.astype(jnp.uint32) << _shifts()).sum(
+    (-4, -2), dtype=jnp.uint32
+  )
+  return words.reshape(*lead, rows // 8, lanes)
+
+
+def _codes(w: Planar) -> Array:
+  """Returns codes `[..., I', O']`."""
+  if w.bits == 8:
+    return w.codes
+  *lead, rows, lanes = w.codes.shape
+  words = w.codes.reshape(*lead, rows // WORDS, 1, WORDS, 1, lanes)
+  codes = (words >> _shifts()) & 15
+  return codes.reshape(*lead, rows * 8, lanes).astype(jnp.uint8)
+
+
+def unpack(
+  w: Planar,
+) -> tuple[
+  Num[Array, "... I O"],
+  Float[Array, "... X O"],
+  Float[Array, "... X O"] | None,
+]:
+  """Returns `(codes, scale, offset)` as `pack` took them."""
+  groups = -(-w.inputs // w.group)
+
+  def part(x):
+    return None if x is None else x[..., :groups, : w.outputs]
+
+  codes = _codes(w)[..., : w.inputs, : w.outputs]
+  return codes, part(w.scale), part(w.offset)
+
+
+def dense(w: Planar, dtype: Any = jnp.float32) -> Float[Array, "... I O"]:
+  """Returns the matrix, computed in float32 at least."""
+  wide = jnp.promote_types(dtype, jnp.float32)
+  codes, scale, offset = unpack(w)
+  if w.bits == 4:
+    matrix = jnp.asarray(w.codebook, wide)[codes.astype(jnp.int32)]
+  else:
+    matrix = codes.astype(wide)
+
+  def repeated(part):
+    whole = jnp.repeat(part.astype(wide), w.group, axis=-2)
+    return whole[..., : w.inputs, :]
+
+  matrix = matrix * repeated(scale)
+  if offset is not None:
+    matrix = matrix + repeated(offset)
+  return matrix.astype(dtype)

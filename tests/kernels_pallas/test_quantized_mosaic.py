@@ -1,0 +1,374 @@
+"""The TPU kernels, interpreted on the CPU, against float64."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas.quantized_matmul import mosaic_tpu_decode as decode
+from kernels_pallas.quantized_matmul import panels, planar
+from kernels_pallas.quantized_matmul.mosaic_tpu import (
+  Config,
+  mosaic_tpu_matmul,
+  quantize_rows,
+)
+from kernels_pallas.quantized_matmul.mosaic_tpu_problem import (
+  Tile,
+  fit,
+  prepare,
+)
+
+# Interpreted kernels are large programs over tiny arrays.
+quick = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  },
+)
+NF4 = (
+  -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,
+  -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
+  0.562617, 0.72295684, 1.0,
+)  # fmt: skip
+Q4_0 = tuple(float(code - 8) for code in range(16))
+SMALL = Tile(16, 128, 128)
+CONFIG = Config(SMALL, SMALL, SMALL)
+
+KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
+  "nf4": (NF4, "uint8", 192, 150, 64, "float32", None),
+  "affine": (panels.AFFINE, "uint8", 300, 130, 32, "float16", "float16"),
+  "signed": (Q4_0, "uint8", 260, 140, 128, "bfloat16", None),
+  "wide groups": (panels.AFFINE, "uint8", 500, 100, 256, "float32", "float32"),
+  "int8, channels": (panels.AFFINE, "int8", 200, 140, 200, "float32", None),
+  "int8, groups": (panels.AFFINE, "int8", 256, 70, 16, "bfloat16", "float16"),
+}
+
+
+@functools.lru_cache
+def case(kind, lead=()):
+  """Returns (packed, what from, its float64 matrix)."""
+  codebook, dtype, inputs, outputs, group, scale, offset = KINDS[kind]
+  rng = np.random.default_rng(0)
+  shape = (*lead, inputs, outputs)
+  if dtype == "uint8":
+    codes = rng.integers(0, 16, shape, np.uint8)
+    matrix = np.asarray(codebook)[codes]
+  else:
+    codes = rng.integers(-128, 128, shape, np.int8)
+    matrix = codes.astype(np.float64)
+
+  def part(name):
+    if name is None:
+      return None
+    size = (*lead, -(-inputs // group), outputs)
+    return rng.uniform(-0.2, 0.2, size).astype(jnp.dtype(name))
+
+  parts = codes, part(scale), part(offset)
+  # Rows of one scale, by plain indexing.
+  own = np.arange(inputs) // group
+  matrix = matrix * parts[1].astype(np.float64)[..., own, :]
+  if offset is not None:
+    matrix = matrix + parts[2].astype(np.float64)[..., own, :]
+  w = planar.pack(*parts, group=group, codebook=codebook)
+  return w, parts, matrix
+
+
+def draw(*shape, dtype=np.float32):
+  rng = np.random.default_rng(shape)
+  return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def absolute(kind):
+  """Returns [I, O]: size of the numbers that are summed for a weight.
+
+  Codes are 16 more than they are inside the kernels, and offsets cancel them.
+  """
+  w, parts, matrix = case(kind)
+  largest = 32 if w.bits == 4 else 128
+  own = np.arange(w.inputs) // w.group
+  terms = np.abs(matrix) + largest * np.abs(np.float64(parts[1]))[own]
+  return (
+    terms if parts[2] is None else terms + np.abs(np.float64(parts[2]))[own]
+  )
+
+
+def bound(kind, x, y, rounded, transposed=False):
+  """Returns what products may be off by.
+
+  Args:
+    kind: Of the matrix.
+    x: Activations.
+    y: float64 [M, O], the truth.
+    rounded: whether scaled weights are rounded to the type of x.
+    transposed: for `x W^T`.
+  """
+  _, _, matrix = case(kind)
+  terms, matrix = absolute(kind), np.abs(matrix)
+  if transposed:
+    terms, matrix = terms.T, matrix.T
+  size = np.abs(np.float64(x))
+  slack = (x.shape[1] + 8) * 2.0**-24 * (size @ terms)
+  if x.dtype == jnp.bfloat16:
+    # The result is rounded; entries of codebooks or weights are.
+    entries = rounded or kind == "nf4"
+    slack += 2.0**-8 * np.abs(y) + entries * 2.0**-8 * (size @ matrix)
+  return slack
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpack_gives_back_every_bit(kind, lead):
+  w, parts, matrix = case(kind, lead)
+  assert w.shape == parts[0].shape
+  for got, want in zip(planar.unpack(w), parts, strict=True):
+    assert (got is None) == (want is None)
+    if want is not None:
+      assert got.dtype == want.dtype
+      np.testing.assert_array_equal(
+        np.asarray(got).view(np.uint8), want.view(np.uint8)
+      )
+  np.testing.assert_allclose(
+    planar.dense(w), matrix, rtol=2e-7, atol=2e-6 * np.abs(matrix).max()
+  )
+
+
+def test_where_a_code_lies():
+  """The layout is a promise: others may write it."""
+  codes = np.random.default_rng(0).integers(0, 16, (256, 128), np.uint8)
+  w = planar.pack(codes, np.ones((1, 128), np.float32))
+  words = np.asarray(w.codes)
+  for row in (0, 1, 2, 31, 32, 95, 127, 128, 255):
+    block, inside = divmod(row, 128)
+    plane, inside = divmod(inside, 32)
+    word, half = divmod(inside, 2)
+    found = words[16 * block + word] >> (16 * half + 4 * plane) & 15
+    np.testing.assert_array_equal(found, codes[row])
+
+
+@pytest.mark.parametrize("kind", ["affine", "int8, channels"])
+def test_parts_along_each_axis_are_packed_matrices(kind):
+  """So that a mesh may cut them."""
+  bits = 8 if kind.startswith("int8") else 4
+  dtype = np.uint8 if bits == 4 else np.int8
+  codes = np.random.default_rng(0).integers(0, 16, (256, 256)).astype(dtype)
+  scale = np.random.default_rng(1).uniform(1, 2, (8, 256)).astype(np.float32)
+  w = planar.pack(codes, scale)
+  for axis in (0, 1):
+    halves = zip(
+      *(np.split(part, 2, axis) for part in (w.codes, w.scale)), strict=True
+    )
+    cut = zip(
+      *(np.split(part, 2, axis) for part in (codes, scale)), strict=True
+    )
+    for half, parts in zip(halves, cut, strict=True):
+      packed = planar.pack(*parts)
+      np.testing.assert_array_equal(packed.codes, half[0])
+      np.testing.assert_array_equal(packed.scale, half[1])
+
+
+ENTRIES = {
+  "nf4": NF4,
+  "signed": Q4_0,
+  "mixed": (3.5, -1e-3, 7.0, -0.0, 2.0**-20, *range(-5, 5), 1e30),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_levels_are_the_entries_exactly(name, dtype):
+  codebook = tuple(map(float, ENTRIES[name]))
+  codes = np.random.default_rng(0).integers(0, 16, (256, 256), np.uint8)
+  w = planar.pack(codes, np.ones((1, 256), np.float32), codebook=codebook)
+  found = jax.jit(
+    lambda words: decode.levels(
+      words, codebook, dtype, decode.tables(codebook, dtype)
+    )
+  )(w.codes)
+  assert found.dtype == dtype
+  want = jnp.asarray(codebook, dtype)[codes].astype(jnp.float32)
+  np.testing.assert_array_equal(
+    found.astype(jnp.float32) + decode.base(codebook), want
+  )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "most"), [(1, 999), (13, 999), (21, 0)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products(kind, rows, most, dtype):
+  w, _, matrix = case(kind)
+  x = draw(rows, w.inputs, dtype=dtype)
+  config = Config(SMALL, SMALL, SMALL, most)
+  got = quick(lambda x, w: mosaic_tpu_matmul(x, w, None, config, True))(x, w)
+  chex.assert_shape(got, (rows, w.outputs))
+  assert got.dtype == x.dtype
+  want = np.float64(x) @ matrix
+  off = np.abs(np.float64(got) - want)
+  assert np.all(off <= bound(kind, x, want, rounded=most == 0))
+
+
+def test_many_rows_in_tiles_as_on_a_chip():
+  """512 rows are a prefill; tiles as they are by default."""
+  codes = np.random.default_rng(0).integers(0, 16, (1000, 600), np.uint8)
+  scale = np.full((8, 600), 0.5, np.float32)
+  w = planar.pack(codes, scale, group=128, codebook=Q4_0)
+  x = draw(512, 1000, dtype=jnp.bfloat16)
+  matrix = (codes - 8.0) / 2
+  got = quick(lambda x, w: mosaic_tpu_matmul(x, w, None, Config(), True))(x, w)
+  want = np.float64(x) @ matrix
+  # Weights are exact in bfloat16: the result is rounded, sums of 1000 are not.
+  slack = 2.0**-8 * np.abs(want) + 1e3 * 2.0**-24 * np.abs(x) @ np.abs(matrix)
+  assert np.all(np.abs(np.float64(got) - want) <= slack)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_input_gradient(kind, dtype):
+  w, _, matrix = case(kind)
+  dy = draw(19, w.outputs, dtype=dtype)
+
+  @quick
+  def gradient(w, dy):
+    x = jnp.zeros((19, w.inputs), dy.dtype)
+    f = lambda x: mosaic_tpu_matmul(x, w, None, CONFIG, True)  # noqa: E731
+    return jax.vjp(f, x)[1](dy)[0]
+
+  dx = gradient(w, dy)
+  assert dx.dtype == dy.dtype
+  want = np.float64(dy) @ matrix.T
+  off = np.abs(np.float64(dx) - want)
+  assert np.all(off <= bound(kind, dy, want, True, transposed=True))
+
+
+def test_the_backward_pass_keeps_packed_weights_alone():
+  w, _, _ = case("signed")
+  x = draw(3, w.inputs)
+
+  def pull(x, w):
+    return jax.vjp(
+      lambda x: mosaic_tpu_matmul(x, w, None, CONFIG, True), x
+    )[1]  # fmt: skip
+
+  kept = sum(
+    part.size * part.dtype.itemsize
+    for part in jax.tree.leaves(jax.eval_shape(pull, x, w))
+  )
+  assert kept <= sum(part.nbytes for part in jax.tree.leaves(w))
+
+
+@pytest.mark.parametrize("rows", [3, 37])
+@pytest.mark.parametrize("kind", ["int8, channels", "int8, groups"])
+def test_int8_activations_are_summed_as_integers(kind, rows):
+  w, parts, _ = case(kind)
+  x = draw(rows, w.inputs)
+  codes, unit = map(np.asarray, quantize_rows(x))
+  np.testing.assert_allclose(unit[:, 0] * 127, np.abs(x).max(1), rtol=1e-6)
+  assert np.abs(codes).max(1).tolist() == [127] * rows
+  assert np.all(np.abs(codes * unit - x) <= unit / 2 * (1 + 1e-5))
+  got = quick(
+    lambda x, w: mosaic_tpu_matmul(x, w, jnp.int8, CONFIG, True)
+  )(x, w)  # fmt: skip
+  # Exact integers, then one scale a group: rounded as many times.
+  _, _, matrix = case(kind)
+  want = np.float64(codes) @ matrix * unit
+  groups = len(parts[1]) + 4
+  slack = groups * 2.0**-23 * np.abs(codes * unit) @ absolute(kind)
+  assert np.all(np.abs(got - want) <= slack)
+
+
+def test_a_row_of_zeros_stays_zero():
+  codes, unit = quantize_rows(jnp.zeros((2, 5)))
+  assert not np.any(codes) and not np.any(unit)
+
+
+@pytest.fixture(name="tpu_interpreter")
+def _tpu_interpreter():
+  yield pltpu.InterpretParams(
+    detect_races=True,
+    uninitialized_memory="nan",
+    out_of_bounds_reads="raise",
+    random_seed=3,
+    num_cores_or_threads=2,
+  )
+  pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(
+  ("kind", "most"), [("affine", 999), ("nf4", 0), ("int8, channels", 999)]
+)
+def test_kernels_do_not_race_or_read_what_nobody_wrote(
+  tpu_interpreter, kind, most
+):
+  """With memory full of NaN, and parallel grid steps in random order."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  w, _, _ = case(kind)
+  x = draw(21, w.inputs)
+  config = Config(SMALL, SMALL, SMALL, most)
+
+  def both(interpret):
+    f = lambda x: mosaic_tpu_matmul(x, w, None, config, interpret)  # noqa: E731
+    y, pull = jax.vjp(f, x)
+    return y, pull(jnp.ones_like(y))[0]
+
+  found = both(tpu_interpreter)
+  assert not interpret_pallas_call.races.races_found
+  chex.assert_trees_all_close(
+    found, quick(lambda: both(True))(), rtol=1e-5, atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("size", [128, 640, 1024, 1152, 5504, 11008, 14336])
+def test_tiles_cover_with_little_padding(size):
+  tile, count = fit(size, 1024, 128)
+  assert tile % 128 == 0 and tile <= 1024
+  assert (count - 1) * tile < size <= count * tile
+  assert count * tile <= 1.15 * size
+
+
+@pytest.mark.parametrize("group", [128, 384, 640, 2048])
+def test_steps_and_groups_hold_each_other(group):
+  codes = np.zeros((3840, 128), np.int8)
+  w = planar.pack(codes, np.ones((-(-3840 // group), 128), "f4"), group=group)
+  p = prepare(w, Tile(8, 512, 128))
+  assert p.tile.inputs % group == 0 or group % p.tile.inputs == 0
+  assert p.tile.inputs * p.steps[0] >= 3840
+
+
+GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "how", "message"),
+  [
+    ((GOOD[0].astype(np.int32), GOOD[1]), {}, "codes: found int32"),
+    ((GOOD[0][0], GOOD[1]), {}, "codes: found uint8"),
+    ((GOOD[0][:0], GOOD[1]), {}, "codes: found uint8"),
+    ((GOOD[0] + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
+    ((GOOD[0], GOOD[1], GOOD[1][:1]), {}, r"offset: found float32 \(1, 8\)"),
+    ((GOOD[0], GOOD[1][:, :7]), {}, r"found float32 \(2, 7\)"),
+    ((GOOD[0], GOOD[1].astype(np.float64)), {}, "found float64"),
+    ((GOOD[0], np.ones((3, 8), "f4")), {}, "expected a divisor"),
+    ((GOOD[0], np.ones((8, 8), "f4")), {}, "group: found 8, expected 16"),
+    ((GOOD[0], GOOD[1]), dict(group=0), "group: found 0, expected 16"),
+    ((GOOD[0], GOOD[1]), dict(codebook=(1.0,) * 15), "16 finite"),
+    ((GOOD[0], GOOD[1]), dict(codebook=(np.inf,) * 16), "16 finite"),
+  ],
+)
+def test_parts_that_do_not_fit_are_refused(arguments, how, message):
+  with pytest.raises(ValueError, match=message):
+    planar.pack(*arguments, **how)
+
+
+def test_what_no_tpu_takes_is_refused():
+  w, _, _ = case("signed")
+  with pytest.raises(ValueError, match="expected bfloat16 or float32"):
+    mosaic_tpu_matmul(draw(2, 260, dtype=np.float16), w)
+  with pytest.raises(ValueError, match="int8 with 4-bit codes"):
+    mosaic_tpu_matmul(draw(2, 260), w, jnp.int8)
+  with pytest.raises(ValueError, match="multiples of 128"):
+    Tile(8, 100, 128)
