@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
-  test-chips bench venv venv-peers clean
+  test-chips bench bench-chips venv venv-peers clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -64,6 +64,14 @@ test-chips:  ## Compiles training steps for TPU pods, without a TPU (Linux)
 	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu]' \
 	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
 	  .venv-chips/bin/python -m pytest -m chips $(ARGS)
+
+# About 15 minutes on two cores; ARGS='--targets v5p' for one chip.
+bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
+	@[ "$$(uname -sm)" = "Linux x86_64" ] || { \
+	  echo "skipped: libtpu exists for Linux on x86-64 only"; exit 0; }; \
+	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu]' \
+	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
+	  .venv-chips/bin/python -m kernels_pallas.inspect.bench $(ARGS)
 
 bench: venv venv-peers  ## Measures speed and memory against torch
 	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)

@@ -324,7 +324,7 @@ def test_every_import_is_declared():
   """What our code imports is the standard library, ours, or in setup.cfg."""
   names = {"absl": "absl-py", "gin": "gin-config", "orbax": "orbax-checkpoint"}
   # Optional ones are imported inside functions, behind a clear error.
-  optional = {"huggingface_hub", "mpl_toolkits", "google"}
+  optional = {"huggingface_hub", "mpl_toolkits", "google", "tokamax"}
   known = _distributions(_requirements()) | {"jaxlib"}
   missing = {}
   for path, text in _sources():

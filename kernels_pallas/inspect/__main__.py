@@ -48,10 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     blocks=(),
     backward=args.backward,
   )
-  best = _search(job) if args.search else _ours(job, args)
+  blocks = _blocks(args.blocks) if args.blocks else ()
+  best = _search(job) if args.search else ours(job, blocks, args.keep)
   if best is None:
     return 1
-  reference = _reference(best, args)
+  theirs = []
+  if args.compare and (absent := build.missing(args.compare)):
+    print(f"{args.compare}: {absent}", flush=True)
+  elif args.compare:
+    theirs = references(best, args.compare, args.keep)
+  reference = min(theirs, key=lambda m: m.bundles, default=None)
   if args.picture:
     chosen = [best] if reference is None else [best, reference]
     picture.draw([s for m in chosen for s in m.schedules], args.picture)
@@ -65,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     prog="python -m kernels_pallas.inspect", description=main.__doc__
   )
   add = parser.add_argument
-  ours = [name for name in build.PROGRAMS if name not in REFERENCES]
-  add("--kernel", choices=ours, default=ours[0])
+  kernels = [name for name in build.PROGRAMS if name not in REFERENCES]
+  add("--kernel", choices=kernels, default=kernels[0])
   add("--target", choices=list(chips.CHIPS), required=True)
   add("--direction", choices=["forward", "backward"], default="forward")
   add("--compare", choices=list(REFERENCES), help="read the reference, too")
@@ -129,12 +135,36 @@ def _search(job: Job) -> Measurement | None:
   return best
 
 
-def _ours(job: Job, args) -> Measurement | None:
-  """Of the blocks that are asked for, else of those that the kernels take."""
+def ours(
+  job: Job, blocks: tuple[int, ...] = (), keep: pathlib.Path | None = None
+) -> Measurement | None:
+  """A kernel of ours, measured and told; None if it does not compile.
+
+  Args:
+    job: Its blocks and length are not used.
+    blocks: Else those that the kernels take.
+    keep: A folder for the compiler's dumps.
+  """
   tiles = tiling.for_device(job.chip.kind, job.head_dim, job.dtype)
-  blocks = dataclasses.astuple(getattr(tiles, search.name(job)))
-  blocks = _blocks(args.blocks) if args.blocks else blocks
-  return next(iter(_measure(job, [blocks], args.keep)), None)
+  taken = dataclasses.astuple(getattr(tiles, search.name(job)))
+  return next(iter(_measure(job, [blocks or taken], keep)), None)
+
+
+def alike(found: Measurement) -> tuple[int, ...]:
+  """A reference's blocks that are most like those of our kernel."""
+  q, kv, _, part = found.job.blocks
+  return q, kv, part, int(found.job.direction == "backward")
+
+
+def references(
+  found: Measurement, maker: str, keep: pathlib.Path | None = None
+) -> list[Measurement]:
+  """A reference at blocks like ours and at those of `REFERENCES`."""
+  blocks = dict.fromkeys(
+    (alike(found), *REFERENCES[maker][found.job.direction])
+  )
+  job = dataclasses.replace(found.job, maker=maker)
+  return _measure(job, blocks, keep)
 
 
 def _blocks(text: str) -> tuple[int, ...]:
@@ -147,22 +177,6 @@ def _blocks(text: str) -> tuple[int, ...]:
       f"--blocks: found {text!r}, expected four numbers: q,kv,q_part,kv_part"
     )
   return blocks
-
-
-def _reference(ours: Measurement, args) -> Measurement | None:
-  """The best of the reference's blocks, the most like ours among them."""
-  if args.compare is None:
-    return None
-  problem = build.missing(args.compare)
-  if problem is not None:
-    print(f"{args.compare}: {problem}", flush=True)
-    return None
-  q, kv, _, part = ours.job.blocks
-  same = q, kv, part, int(ours.job.direction == "backward")
-  blocks = dict.fromkeys((same, *REFERENCES[args.compare][args.direction]))
-  job = dataclasses.replace(ours.job, maker=args.compare)
-  found = _measure(job, blocks, args.keep)
-  return min(found, key=lambda m: m.bundles, default=None)
 
 
 def _measure(job: Job, blocks, keep) -> list[Measurement]:

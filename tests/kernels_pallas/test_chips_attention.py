@@ -1,34 +1,77 @@
-"""Every attention kernel through XLA's compiler for TPUs that are not here."""
+"""Every attention kernel through XLA's compiler for TPUs that are not here.
+
+The cells are {chips} x {head dims} x {dtypes} x {directions}. Each is compiled
+at a tile that compiles quickly, for a full mask here and a causal one there;
+with `--slow`, also at the tiles that the kernels take by themselves, for a
+causal mask (whose kernels hold the code for tiles that are visible throughout,
+too), and with every feature at once. No cell is refused.
+"""
 
 import itertools
-import os
 
 import pytest
 
-from kernels_pallas.inspect import build
+from kernels_pallas.inspect import build, programs
 from kernels_pallas.inspect.build import Job
 from kernels_pallas.inspect.chips import CHIPS
 
 pytestmark = pytest.mark.chips
 CELLS = list(itertools.product(CHIPS, (64, 128, 256), ("bfloat16", "float32")))
+QUICK = (512, 512, 256, 128)
+every_cell = pytest.mark.parametrize(("target", "head_dim", "dtype"), CELLS)
+both_directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 
 
-@pytest.mark.parametrize(("target", "head_dim", "dtype"), CELLS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+def compiles(job, folder):
+  """Compiles a job, and finds the dumps of each of its kernels."""
+  assert build.compile_to(job, folder) is None
+  names = {f.name for f in folder.glob("*-final_bundles.txt")}
+  blocks = job.blocks or QUICK
+  for step in programs.flash_attention_steps(
+    Job(**{**vars(job), "blocks": blocks})
+  ):
+    assert any(step.name in name for name in names)
+
+
+@every_cell
+@both_directions
 def test_compiles(tmp_path, target, head_dim, dtype, direction):
   job = Job(
-    "ours", target, direction, 1024, head_dim, dtype, (512, 512, 256, 128)
-  )
-  assert build.compile_to(job, tmp_path) is None
-  kernel = {"forward": "forward", "backward": "fused"}[direction]
-  dumps = [f for f in os.listdir(tmp_path) if f"attention_{kernel}" in f]
-  assert any(f.endswith("-final_bundles.txt") for f in dumps)
+    "flash_attention", target, direction, 1024, head_dim, dtype, QUICK,
+    features="causal" if dtype == "bfloat16" else "full",
+  )  # fmt: skip
+  compiles(job, tmp_path)
 
 
 @pytest.mark.parametrize("target", CHIPS)
 def test_split_backward_compiles(tmp_path, target):
   job = Job(
-    "ours", target, "backward", 1024, 128, "bfloat16", (512, 512, 256, 256),
-    "split",
+    "flash_attention", target, "backward", 1024, 128, "bfloat16",
+    (512, 512, 256, 256), "split",
   )  # fmt: skip
-  assert build.compile_to(job, tmp_path) is None
+  compiles(job, tmp_path)
+
+
+@pytest.mark.slow
+@every_cell
+@both_directions
+def test_the_tiles_of_the_table_compile(
+  tmp_path, target, head_dim, dtype, direction
+):
+  """At 4096 tokens, so that no tile is shrunk."""
+  job = Job(
+    "flash_attention", target, direction, 4096, head_dim, dtype, (),
+    features="causal",
+  )  # fmt: skip
+  compiles(job, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", CHIPS)
+@both_directions
+def test_every_feature_at_once_compiles(tmp_path, target, direction):
+  job = Job(
+    "flash_attention", target, direction, 2048, 128, "bfloat16", (),
+    features="everything",
+  )  # fmt: skip
+  compiles(job, tmp_path)
