@@ -5,8 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.flash_attention import blocking
 from kernels_pallas.flash_attention.blocked import (
   blocked_attention,
   blocked_gradients,
@@ -82,7 +84,7 @@ def flash_attention(
     dropout_seed: 32-bit integer; needed for dropout.
     q_offset: Key index level with query 0, instead of causal_alignment; an
       integer, or Int [] or [B], not negative.
-    kv_lens: Int [B]; keys from there on are padding.
+    kv_lens: Int [B], at most S; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
     backend: One of `BACKENDS`; for 'auto' see `choose`.
     config: Tile sizes: `Tiles` for mosaic_tpu, else `Blocks`.
@@ -98,6 +100,7 @@ def flash_attention(
   """
   _check_shapes(q, k, v, bias, sinks)
   B, T, S = *q.shape[:2], k.shape[1]
+  _check_lengths(kv_lens, B, S)
   built = (
     segment_ids is not None
     or causal
@@ -180,7 +183,7 @@ def prepare(
   if config is None:
     wide, kind_of_device = max(H, v.shape[-1]), _device()[1]
     tiles = functools.partial(for_device, kind_of_device, wide, q.dtype.name)
-    config = tiles() if run.config is Tiles else Blocks()
+    config = tiles() if run.config is Tiles else blocking.fitted(x)
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"
@@ -315,3 +318,21 @@ def _check_shapes(q, k, v, bias, sinks) -> None:
       raise ValueError(
         f"bias: found {bias.shape}, expected to broadcast to {(B, N, T, S)}"
       )
+
+
+def _check_lengths(kv_lens, B: int, S: int) -> None:
+  if kv_lens is None:
+    return
+  if kv_lens.shape != (B,):
+    raise ValueError(f"kv_lens: found shape {kv_lens.shape}, expected {(B,)}")
+  # Values that are traced, or on other hosts, are nobody's to see.
+  if isinstance(kv_lens, jax.core.Tracer) or not getattr(
+    kv_lens, "is_fully_addressable", True
+  ):
+    return
+  values = np.asarray(kv_lens)
+  least, most = int(values.min()), int(values.max())
+  if least < 0 or most > S:
+    raise ValueError(
+      f"kv_lens: found lengths from {least} to {most}, expected 0 to {S} keys"
+    )

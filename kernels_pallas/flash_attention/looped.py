@@ -1,19 +1,36 @@
 """Tiles of queries and keys in loops of the program: memory linear in length.
 
 For sequences too long for `unrolled`. The outer loop runs over query tiles and
-the inner one over the key tiles that they may see; a tile's scores are the
-largest temporary. The backward pass is one sweep (5 matmuls a tile), with dk
-and dv as carries.
+the inner one over the key tiles of which they may see any, from the table of
+`mask_blocks`; only tiles that are partly visible pay for the mask. A tile's
+scores are the largest temporary. The backward pass is one sweep (5 matmuls a
+tile), with dk and dv as carries.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from kernels_pallas import mask_blocks
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.masks import cut
+
+
+class _Table(NamedTuple):
+  """What is visited, for each tile of queries.
+
+  Fields: entries [q tiles, w], 4 times the tile of keys plus its class;
+  counts [q tiles], how many of them; kinds, the classes that may occur.
+  """
+
+  entries: Any
+  counts: Any
+  kinds: frozenset[int]
 
 
 def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
@@ -24,17 +41,23 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
   x = _padded(spec, x)
 
   def row(carry, step):
-    i, lo, hi = step
+    i, entries, count = step
     rows = (i * bq, bq)
 
-    def tile(j, state):
-      new = tiles.attend(spec, x, T, S, rows, (j * bk, bk))
+    def tile(n, state):
+      keys = (entries[n] // 4 * bk, bk)
+
+      def attend(seen):
+        return tiles.attend(spec, x, rows, keys, seen)
+
+      seen = lambda: tiles.visible(x, T, S, rows, keys)  # noqa: E731
+      new = _by_class(table.kinds, entries[n] % 4, seen, attend)
       return tiles.merge(state, new)
 
-    state = jax.lax.fori_loop(lo, hi, tile, tiles.nothing(x, bq))
+    state = jax.lax.fori_loop(0, count, tile, tiles.nothing(x, bq))
     return carry, tiles.finish(state, x.sinks)
 
-  _, (o, lse) = jax.lax.scan(row, None, table)
+  _, (o, lse) = jax.lax.scan(row, None, _steps(table))
   return _unstack(o, T), _unstack(lse, T)
 
 
@@ -52,14 +75,19 @@ def backward(
   )
 
   def row(carry, step):
-    i, lo, hi = step
+    i, entries, count = step
     rows = (i * bq, bq)
     block = jax.tree.map(lambda c: cut(c, 3, *rows), cotangents)
 
-    def tile(j, carry):
+    def tile(n, carry):
       dq, dk, dv, dbias = carry
-      keys = (j * bk, bk)
-      parts = tiles.tile_gradients(spec, x, T, S, rows, keys, block)
+      keys = (entries[n] // 4 * bk, bk)
+
+      def gradients(seen):
+        return tiles.tile_gradients(spec, x, rows, keys, seen, block)
+
+      seen = lambda: tiles.visible(x, T, S, rows, keys)  # noqa: E731
+      parts = _by_class(table.kinds, entries[n] % 4, seen, gradients)
       dk = tiles.add_at(dk, parts[1], (2, keys))
       dv = tiles.add_at(dv, parts[2], (2, keys))
       if dbias is not None:
@@ -68,28 +96,56 @@ def backward(
 
     B, K, G, _, H = x.q.shape
     dq = tiles.filled(x, (B, K, H, G, bq))
-    dq, *carry = jax.lax.fori_loop(lo, hi, tile, (dq, *carry))
+    dq, *carry = jax.lax.fori_loop(0, count, tile, (dq, *carry))
     return tuple(carry), jnp.moveaxis(dq, 2, 4)
 
   dbias = None if x.bias is None else tiles.filled(x, x.bias.shape)
   sums = (tiles.filled(x, x.k.shape), tiles.filled(x, x.v.shape), dbias)
-  (dk, dv, dbias), dq = jax.lax.scan(row, sums, table)
+  (dk, dv, dbias), dq = jax.lax.scan(row, sums, _steps(table))
   if dbias is not None:
     dbias = dbias[..., : shapes.bias.shape[3], : shapes.bias.shape[4]]
   return _unstack(dq, T), dk[:, :, :S], dv[:, :, :S], dbias
 
 
-def _table(spec: Spec, x: Operands) -> tuple[Array, Array, Array]:
-  """Query tiles, and the first and last + 1 key tile that each may see."""
+def _table(spec: Spec, x: Operands) -> _Table:
+  """The tiles of keys of which any query of a tile, in any row, sees any."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
-  starts = range(0, T, bq)
-  ranges = [x.mask.key_range(i, min(i + bq, T), T, S) for i in starts]
-  lo, hi = np.asarray(ranges, np.int32).T
-  first = np.where(hi > lo, lo // bk, 0)
-  last = np.where(hi > lo, -(-hi // bk), 0)
-  return tuple(
-    jnp.asarray(a, jnp.int32) for a in (np.arange(len(starts)), first, last)
+  found = mask_blocks.rows(x.mask, T, S)
+  classes = mask_blocks.classes(found, T, S, bq, bk)
+  static = isinstance(classes, np.ndarray)
+  xp = np if static else jnp
+  some = (classes != mask_blocks.EMPTY).any(0)
+  full = (classes == mask_blocks.FULL).all(0)
+  classes = xp.where(some, mask_blocks.PARTIAL, mask_blocks.EMPTY)
+  classes = xp.where(full, mask_blocks.FULL, classes)
+  counts = some.sum(-1).astype(np.int32)
+  kinds = np.unique(classes[some]) if static else (1, 2)
+  wide = max(1, int(counts.max())) if static else classes.shape[1]
+  return _Table(
+    mask_blocks.table(classes, wide), counts, frozenset(map(int, kinds))
+  )
+
+
+def _steps(table: _Table) -> tuple[Array, Array, Array]:
+  """What a scan over tiles of queries runs over."""
+  lines = np.arange(len(table.counts), dtype=np.int32)
+  return tuple(map(jnp.asarray, (lines, table.entries, table.counts)))
+
+
+def _by_class(
+  kinds: frozenset[int],
+  kind: Array,
+  seen: Callable[[], Array],
+  run: Callable[[Array | None], Any],
+) -> Any:
+  """`run` of what is visible in a tile, None where that is everything."""
+  if kinds == {mask_blocks.FULL}:
+    return run(None)
+  if mask_blocks.FULL not in kinds:
+    return run(seen())
+  return jax.lax.cond(
+    kind == mask_blocks.FULL, lambda: run(None), lambda: run(seen())
   )
 
 

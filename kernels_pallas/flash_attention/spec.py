@@ -13,7 +13,7 @@ from kernels_pallas.masks import Mask
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Tile sizes of the blockwise backend.
+  """Tile sizes of the blockwise backend; `blocking.fitted` chooses them.
 
   Attributes:
     q: Queries a tile.

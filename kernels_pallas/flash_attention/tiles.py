@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
 from kernels_pallas.masks import Tile, cut
@@ -53,10 +53,16 @@ def group(x: Operands) -> Operands:
     heads = (K, N // K) if bias.shape[1] == N else (1, 1)
     bias = bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
   keys = x.mask.live_keys()
+
+  def heads_first(y):
+    # In this order a cache that lies heads first is never transposed.
+    y = jnp.swapaxes(y, 1, 2)
+    return y if keys is None else jnp.where(keys[:, None, :, None], y, 0)
+
   return x._replace(
     q=group_queries(zero_padding(x.q, x.mask.live_queries()), K),
-    k=jnp.swapaxes(zero_padding(x.k, keys), 1, 2),
-    v=jnp.swapaxes(zero_padding(x.v, keys), 1, 2),
+    k=heads_first(x.k),
+    v=heads_first(x.v),
     bias=bias,
     sinks=None if sinks is None else sinks.reshape(K, N // K),
   )
@@ -87,22 +93,20 @@ def logits(
   spec: Spec,
   x: Operands,
   products: Array,
-  T: int,
-  S: int,
   rows: Tile,
   keys: Tile,
+  seen: Array | None,
   arrange: Callable[[Array], Array],
 ) -> Logits:
   """The logits of query tile `rows` and key tile `keys`.
 
   Args:
     spec: Static part.
-    x: Grouped arrays, perhaps padded beyond T and S.
+    x: Grouped arrays, perhaps padded.
     products: q.k in the layout of the caller.
-    T: Queries a row, padding excluded.
-    S: Keys a row, padding excluded.
     rows: (start, size) of the queries.
     keys: (start, size) of the keys.
+    seen: Bool [b, 1, 1, t, s], or None where every key is visible.
     arrange: Takes [B, K, G, t, s] to the layout of `products`.
   """
   t = products * spec.scale
@@ -120,23 +124,36 @@ def logits(
     t, slope = spec.softcap * tanh, 1 - tanh**2
   if bias is not None and not spec.bias_before_softcap:
     t = t + bias
-  if not _certainly_full(x, T, S, rows, keys):
-    visible = x.mask.visible(T, S, rows, keys)[:, None, None]
-    t = jnp.where(arrange(visible), t, -jnp.inf)
+  if seen is not None:
+    t = jnp.where(arrange(seen), t, -jnp.inf)
   kept = _kept(spec, x, rows, keys)
   return Logits(t, slope, None if kept is None else arrange(kept))
 
 
+def visible(
+  x: Operands, T: int, S: int, rows: Tile, keys: Tile
+) -> Bool[Array, "b 1 1 t s"]:
+  """Which keys of a tile are visible; T and S as of `Mask.visible`."""
+  return x.mask.visible(T, S, rows, keys)[:, None, None]
+
+
 def attend(
-  spec: Spec, x: Operands, T: int, S: int, rows: Tile, keys: Tile
+  spec: Spec, x: Operands, rows: Tile, keys: Tile, seen: Array | None
 ) -> State:
   """The softmax state of one tile; arguments as in `logits`."""
   q, k, v = _tile(x, rows, keys)
   shape = (*x.q.shape[:3], rows[1], -1)
   products = _dot(spec, "xth,xsh->xts", q, k).reshape(shape)
-  s, _, kept = logits(spec, x, products, T, S, rows, keys, arrange=lambda y: y)
+  s, _, kept = logits(spec, x, products, rows, keys, seen, arrange=lambda y: y)
+  # Rounding keeps the order, so the largest product has the largest logit:
+  # with products left as they are, logits need no pass through memory.
+  plain = seen is None and x.bias is None and spec.softcap is None
+  if plain and spec.scale > 0:
+    m = jnp.max(products, axis=-1, keepdims=True) * spec.scale
+  else:
+    m = jnp.max(s, axis=-1, keepdims=True)
   # The result does not depend on m, so its gradient is 0 (kernels.md 2.2).
-  m = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))
+  m = jax.lax.stop_gradient(m)
   p = jnp.exp(s - _finite(m))
   l = jnp.sum(p, axis=-1, keepdims=True)
   p = _drop(spec, p, kept).astype(v.dtype)
@@ -218,24 +235,23 @@ class Cotangents(NamedTuple):
 def tile_gradients(
   spec: Spec,
   x: Operands,
-  T: int,
-  S: int,
   rows: Tile,
   keys: Tile,
+  seen: Array | None,
   cotangents: Cotangents,
 ) -> tuple[Array, Array, Array, Array]:
   """A tile's part of (dq, dk, dv, dbias), kernels.md 2.2.
 
   Scores are transposed here, [s, t]: of the matmuls then only dq contracts
-  over leading axes, which costs a CPU a transposed copy of its larger operand.
+  over an axis that is not the last of k. XLA would copy dt, or convert it to
+  float32, for that, so k is transposed before.
 
   Args:
     spec: Static part.
     x: Grouped arrays.
-    T: Queries a row, padding excluded.
-    S: Keys a row, padding excluded.
     rows: (start, size) of the queries.
     keys: (start, size) of the keys.
+    seen: As in `logits`.
     cotangents: Of the queries in `rows`.
 
   Returns:
@@ -255,7 +271,7 @@ def tile_gradients(
   tile = (B, K, s, G, t)
   products = _dot(spec, "xsh,xth->xst", k, q).reshape(tile)
   u, slope, kept = logits(
-    spec, x, products, T, S, rows, keys, arrange=keys_first
+    spec, x, products, rows, keys, seen, arrange=keys_first
   )
   p = jnp.exp(u - cotangents.lse[:, :, None])
   dv = _dot(spec, "xst,xth->xsh", matrices(_drop(spec, p, kept)), do)
@@ -264,7 +280,8 @@ def tile_gradients(
   dt = du if slope is None else du * slope
   dbias = jnp.moveaxis(dt if spec.bias_before_softcap else du, 2, 4)
   dt = matrices(dt)
-  dq = _dot(spec, "xsh,xst->xht", k, dt).reshape(B, K, -1, G, t)
+  k = jax.lax.optimization_barrier(jnp.swapaxes(k, 1, 2))
+  dq = _dot(spec, "xhs,xst->xht", k, dt).reshape(B, K, -1, G, t)
   dk = _dot(spec, "xst,xth->xsh", dt, q).reshape(B, K, s, -1)
   return dq * spec.scale, dk * spec.scale, dv.reshape(B, K, s, -1), dbias
 
@@ -304,11 +321,3 @@ def _kept(spec: Spec, x: Operands, rows: Tile, keys: Tile) -> Array | None:
   b, i, j = jnp.arange(B), jnp.arange(rows[1]), jnp.arange(keys[1])
   b, i = b.reshape(-1, 1, 1, 1, 1), (rows[0] + i)[:, None]
   return spec.keep(x.seed, spec.dropout_rate, b, h, i, keys[0] + j)
-
-
-def _certainly_full(
-  x: Operands, T: int, S: int, rows: Tile, keys: Tile
-) -> bool:
-  if not (isinstance(rows[0], int) and isinstance(keys[0], int)):
-    return False
-  return x.mask.is_full_tile(rows[0], sum(rows), keys[0], sum(keys), T, S)

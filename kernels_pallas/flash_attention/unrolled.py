@@ -24,7 +24,8 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
   for rows, keys in _blocks(spec, x):
     if keys[1]:
       x, parts = _in_turn(x, parts)
-      state = tiles.attend(spec, x, T, S, rows, keys)
+      seen = _visible(x, T, S, rows, keys)
+      state = tiles.attend(spec, x, rows, keys, seen)
     else:
       state = tiles.nothing(x, rows[1])
     parts.append(tiles.finish(state, x.sinks))
@@ -49,7 +50,7 @@ def backward(
     block = jax.tree.map(lambda c, rows=rows: cut(c, 3, *rows), cotangents)
     x, (dk, dv, dbias) = _in_turn(x, (dk, dv, dbias))
     dq, dk_part, dv_part, dbias_part = tiles.tile_gradients(
-      spec, x, T, S, rows, keys, block
+      spec, x, rows, keys, _visible(x, T, S, rows, keys), block
     )
     dqs.append(dq)
     dk = tiles.add_at(dk, dk_part, (2, keys))
@@ -67,6 +68,15 @@ def _blocks(spec: Spec, x: Operands) -> Iterator[tuple[Tile, Tile]]:
     stop = min(start + spec.blocks.q, T)
     lo, hi = x.mask.key_range(start, stop, T, S)
     yield (start, stop - start), (lo, hi - lo)
+
+
+def _visible(
+  x: Operands, T: int, S: int, rows: Tile, keys: Tile
+) -> Array | None:
+  """`tiles.visible`, or None where that is everything."""
+  if x.mask.is_full_tile(rows[0], sum(rows), keys[0], sum(keys), T, S):
+    return None
+  return tiles.visible(x, T, S, rows, keys)
 
 
 def _in_turn(x: Operands, done):

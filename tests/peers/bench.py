@@ -1,11 +1,12 @@
 """The speed tables: ours against torch, side by side in one run, and the rest.
 
-  make bench                     # every row, about 25 minutes on two idle cores
+  make bench                     # every row, about 40 minutes on two idle cores
   make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
   make bench ARGS='checkpoint pipeline host import_gguf_fp32'
 
-Rows against torch come first; those of `bench_loop` (checkpoints, input, the
-host) and `bench_import` (loading models, memory) follow. Each measurement is
+Rows against torch come first; those of `bench_attention` (attention alone),
+`bench_loop` (checkpoints, input, the host) and `bench_import` (loading models,
+memory) follow. Each measurement is
 a process of its own; ours and torch's alternate, so that a machine which
 changes speed changes it for both. The ratio is the median of the pairs'
 ratios. `--huge_pages` gives both sides glibc's huge pages.
@@ -21,7 +22,7 @@ import sys
 import time
 
 import tests.peers.bench_torch as table
-from tests.peers import bench_import, bench_loop
+from tests.peers import bench_attention, bench_import, bench_loop
 
 OURS = [sys.executable, "tests/peers/bench_ours.py"]
 LIMITS = {
@@ -105,7 +106,8 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--huge_pages", action="store_true")
   args = parser.parse_args()
-  known = [*table.ROWS, *bench_loop.ROWS, *bench_import.ROWS]
+  others = (bench_attention, bench_loop, bench_import)
+  known = [row for module in (table, *others) for row in module.ROWS]
   if unknown := set(args.rows) - set(known):
     parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
   environment = dict(os.environ)
@@ -123,12 +125,20 @@ def main() -> None:
   if rows:
     print(show(rows))
     print(llama_cpp(args.peers))
+  attention = bench_attention.rows(
+    [row for row in names if row in bench_attention.ROWS],
+    args.peers,
+    args.repeats,
+  )
+  if attention:
+    print(bench_attention.show(attention))
   loop = [bench_loop.once(row) for row in names if row in bench_loop.ROWS]
   print("\n".join(map(json.dumps, loop)))
   found = bench_import.rows([r for r in names if r in bench_import.ROWS])
   if found:
     print(bench_import.show(found))
-  print(json.dumps({"rows": rows, "loop": loop, "import": found}))
+  found = {"rows": rows, "attention": attention, "loop": loop, "import": found}
+  print(json.dumps(found))
 
 
 if __name__ == "__main__":

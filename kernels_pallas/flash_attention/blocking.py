@@ -1,0 +1,43 @@
+"""Sizes of the blockwise backend's tiles, from what a CPU's caches hold.
+
+A tile is scored for all heads of all rows at once, so the more heads there
+are, the fewer tokens it has. `SCORES` was measured on two cores with 1 MiB of
+cache each, 1 to 36 heads of 64, 256 to 8,192 tokens: half as many cost more
+calls of small matmuls, twice as many leave the cache.
+"""
+
+from kernels_pallas.flash_attention.spec import Blocks, Operands
+
+SCORES = 5 * 2**18
+"""Of a tile, all heads and rows together; 5 MiB in float32."""
+
+LEAST, MOST = 128, 512
+"""Queries a tile. Matmuls are slow below, and a causal mask wastes above."""
+
+UNROLLED = 1024
+"""Most queries that are unrolled: compilation grows with their blocks."""
+
+
+def fitted(x: Operands) -> Blocks:
+  """The tiles of a call whose config says nothing.
+
+  Few tokens are unrolled, a block of queries against all its keys; where a
+  mask lets blocks skip keys, the blocks are small.
+  """
+  (B, T, N, H), (S, K) = x.q.shape, x.k.shape[1:3]
+  room = max(1, SCORES // (B * N))
+  # So few queries have no more scores than there are keys.
+  few = T * N <= K * H and T <= LEAST
+  if few or (T <= UNROLLED and min(T, LEAST) * S <= room):
+    whole = x.mask.key_range(0, min(T, LEAST), T, S) == (0, S)
+    q = min(MOST, _power(room // S)) if whole else LEAST
+    return Blocks(max(q, LEAST), MOST, unroll=max(T, S))
+  q = min(max(_power(room // MOST), LEAST), MOST)
+  rows = min(T, q)
+  k = min(max(_power(room // rows), 256), 2 * MOST * MOST // rows)
+  return Blocks(q, k, unroll=0)
+
+
+def _power(n: int) -> int:
+  """The largest power of two that is at most `n`, or 1."""
+  return 2 ** max(n.bit_length() - 1, 0) if n > 0 else 1
