@@ -16,6 +16,8 @@ calls, since what disturbs a call only ever makes it longer.
 import itertools
 import json
 import os
+import statistics
+import subprocess
 import sys
 import time
 
@@ -133,12 +135,16 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     for length in map(str, LENGTHS):
       line = {"row": row, "length": int(length)}
       for side in SIDES:
-        spent = [r[side].get(length, math.nan) for r in rounds]
-        line[side] = statistics.median(spent)
-        ratios = [t / r["ours"][length] for t, r in zip(spent, rounds, strict=True)]  # fmt: skip # noqa: E501
-        line[f"to_{side}"] = statistics.median(ratios)
+        timed = [r for r in rounds if length in r[side]]
+        ratios = [r[side][length] / r["ours"][length] for r in timed]
+        line[f"{side}_ms"] = _median([r[side][length] for r in timed])
+        line[f"{side}_to_ours"] = _median(ratios)
       found.append(line)
   return found
+
+
+def _median(numbers: list[float]) -> float | None:
+  return statistics.median(numbers) if numbers else None
 
 
 def _once(side: str, row: str, peers: str) -> dict[str, float]:
@@ -164,7 +170,7 @@ def show(found: list[dict]) -> str:
   ]
   for row, group in itertools.groupby(found, key=lambda line: line["row"]):
     cells = [
-      f"{_ratio(line['to_naive'])}, {_ratio(line['to_torch'])}"
+      f"{_ratio(line['naive_to_ours'])}, {_ratio(line['torch_to_ours'])}"
       for line in group
     ]
     name = row.removeprefix("attention_").replace("_", " ")
@@ -172,8 +178,8 @@ def show(found: list[dict]) -> str:
   return "\n".join(lines)
 
 
-def _ratio(x: float) -> str:
-  return "-" if math.isnan(x) else f"{x:.2f}"
+def _ratio(x: float | None) -> str:
+  return "-" if x is None else f"{x:.2f}"
 
 
 if __name__ == "__main__":
