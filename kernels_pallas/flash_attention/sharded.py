@@ -24,6 +24,9 @@ from kernels_pallas.sequence_parallel.order import Names
 from kernels_pallas.sequence_parallel.ring import ring_attention
 from kernels_pallas.sequence_parallel.ulysses import ulysses_attention
 
+OPTIONS = ("scale", "softcap", "backend", "config", "interpret", "precision")
+"""Of `flash_attention`, what means the same on every device."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
@@ -91,8 +94,14 @@ def sharded_attention(
       interpret, precision.
 
   Raises:
-    ValueError: As `flash_attention`; `cut.ulysses` does not divide the heads.
+    ValueError: As `flash_attention`; other options, bias and dropout among
+      them; `cut.ulysses` does not divide the heads.
   """
+  if unknown := sorted(set(options) - set(OPTIONS)):
+    raise ValueError(
+      f"sharded attention: found {', '.join(unknown)}, expected only "
+      f"{', '.join(OPTIONS)}; bias and dropout go by indices of the whole"
+    )
   sizes = jax.sharding.get_abstract_mesh().shape
   cut = possible(cut, mask, q.shape, k.shape, sizes)
   if cut.length or cut.ring:

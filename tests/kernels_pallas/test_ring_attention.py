@@ -242,6 +242,9 @@ def test_what_a_ring_cannot_do_is_refused():
     call(Mask.full(), softcap=-1.0)
   with pytest.raises(ValueError, match="gathered or go around"):
     Cut(length=("a",), ring=("b",))
+  for option in ({"bias": x["q"]}, {"dropout_rate": 0.1, "dropout_seed": 1}):
+    with pytest.raises(ValueError, match=f"found {min(option)}"):
+      support.shared(Mask.full(), x, support.ROWS, support.ULYSSES, **option)
   with pytest.raises(ValueError, match="30 tokens over 4 shards.*of 8"):
     order.zigzag(30, 4)
 
