@@ -2,16 +2,19 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
 from kernels_pallas.quantized_matmul import cpu
 from kernels_pallas.quantized_matmul.panels import Panels
+from kernels_pallas.quantized_matmul.planar import Planar
+from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from kernels_pallas.quantized_matmul.reference import reference_matmul
 from kernels_pallas.quantized_matmul.xla import xla_input_gradient, xla_matmul
 
-BACKENDS = ("auto", "reference", "xla", "cpu")
+BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu")
 
 MANY = 512
 """Rows from which decoding the matrix once, for XLA's own matmul, is faster
@@ -19,7 +22,11 @@ than decoding it for every eight of them."""
 
 
 def quantized_matmul(
-  x: Float[Array, "*B I"], w: Panels, *, backend: str = "auto"
+  x: Float[Array, "*B I"],
+  w: Panels | Planar,
+  *,
+  backend: str = "auto",
+  activations: Any = None,
 ) -> Float[Array, "*B O"]:
   """Returns `x W` in the dtype of x, summed in float32.
 
@@ -28,14 +35,17 @@ def quantized_matmul(
 
   Args:
     x: Activations, float32 or bfloat16 (reference: any).
-    w: From `pack`, without leading axes.
-    backend: 'auto' takes, for CPU programs of few rows, the C++ kernel where
-      it compiles, else XLA; 'cpu' insists on the kernel.
+    w: From `panels.pack` or `planar.pack`, without leading axes.
+    backend: 'auto' takes, for CPU programs of few rows and panels, the C++
+      kernel where it compiles, for TPU programs and planes the TPU kernels,
+      else XLA; 'cpu' and 'mosaic_tpu' insist on their kernels.
+    activations: None; or int8, to which rows are rounded before a product with
+      8-bit planes (`mosaic_tpu.product`).
 
   Raises:
     ValueError: Shapes that do not fit, or an unknown backend.
   """
-  if w.words.ndim != 3 or x.ndim < 1 or x.shape[-1] != w.inputs:
+  if len(w.shape) != 2 or x.ndim < 1 or x.shape[-1] != w.inputs:
     raise ValueError(
       f"quantized_matmul: found x {x.shape}, W {w.shape}; expected [..., I] "
       "and [I, O]"
@@ -51,8 +61,20 @@ def quantized_matmul(
       f"backend 'cpu': needs a C++ compiler and float32 or bfloat16; found "
       f"{x.dtype}"
     )
+  kernels = {"cpu": Panels, "mosaic_tpu": Planar}
+  if activations is not None and not isinstance(w, Planar):
+    raise ValueError("activations: found some for panels, which round none")
+  if not isinstance(w, kernels.get(backend, object)):
+    raise ValueError(
+      f"backend {backend!r}: found {type(w).__name__}, expected "
+      f"{kernels[backend].__name__}"
+    )
   rows = math.prod(x.shape[:-1])
-  y = _product(x.reshape(rows, w.inputs), w, backend)
+  x_rows = x.reshape(rows, w.inputs)
+  if isinstance(w, Panels):
+    y = _product(x_rows, w, backend)
+  else:
+    y = planar_matmul(x_rows, w, backend, activations)
   return y.reshape(*x.shape[:-1], w.outputs)
 
 

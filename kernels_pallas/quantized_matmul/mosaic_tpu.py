@@ -5,10 +5,8 @@ units; the backward pass is the latter, transposed, from the same bytes.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
@@ -35,13 +33,12 @@ class Config:
   """
 
   few: Tile = Tile(256, 2048, 1024)
-  many: Tile = Tile(512, 2048, 512)
-  gradient: Tile = Tile(512, 512, 2048)
+  many: Tile = Tile(1024, 2048, 512)
+  gradient: Tile = Tile(1024, 512, 2048)
   most: int = 128
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def mosaic_tpu_matmul(
+def product(
   x: Float[Array, "B I"],
   w: Planar,
   activations: Any = None,
@@ -50,34 +47,24 @@ def mosaic_tpu_matmul(
 ) -> Float[Array, "B O"]:
   """Returns `x W` in the dtype of x, summed in float32, on a TPU.
 
-  Differentiable in x; the backward pass keeps W packed.
-
   Args:
     x: float32 or bfloat16.
     w: Without leading axes.
     activations: None; or int8, to which each row is then rounded, by its
       largest number, for sums of 8-bit codes in int32 (LLM.int8,
-      arXiv:2208.07339, equation 4, without outliers). The gradient is that of
-      rows as they were.
+      arXiv:2208.07339, equation 4, without outliers).
     config: Tiles.
     interpret: False to compile, or as of `pl.pallas_call`.
 
   Raises:
     ValueError: A dtype that no TPU takes, or int8 with 4-bit codes.
   """
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
+  if not supports(x.dtype):
     raise ValueError(
       f"mosaic_tpu: found {x.dtype}, expected bfloat16 or float32, which are "
       "what TPUs compute in"
     )
-  if activations is not None and (jnp.dtype(activations), w.bits) != (
-    jnp.int8,
-    8,
-  ):
-    raise ValueError(
-      f"activations: found {jnp.dtype(activations)} with {w.bits}-bit codes, "
-      "expected None, or int8 with 8-bit codes"
-    )
+  check_activations(activations, w)
   if activations is not None:
     codes, unit = quantize_rows(x)
     p = problem.prepare(w, config.few)
@@ -92,6 +79,40 @@ def mosaic_tpu_matmul(
   return y[:, : w.outputs]
 
 
+def input_gradient(
+  dy: Float[Array, "B O"],
+  w: Planar,
+  config: Config = Config(),
+  interpret: Any = False,
+) -> Float[Array, "B I"]:
+  """Returns `dy W^T` in the dtype of dy, from the same bytes.
+
+  Args:
+    dy: float32 or bfloat16.
+    w: Without leading axes.
+    config: Tiles.
+    interpret: False to compile, or as of `pl.pallas_call`.
+  """
+  p = problem.prepare(w, config.gradient, outputs=True)
+  return many(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
+
+
+def supports(dtype: Any) -> bool:
+  """Whether the kernels take activations of this type."""
+  return dtype in (jnp.bfloat16, jnp.float32)
+
+
+def check_activations(activations: Any, w: Planar) -> None:
+  """Raises ValueError unless rows may be rounded to such codes for `w`."""
+  if activations is None:
+    return
+  if (jnp.dtype(activations), w.bits) != (jnp.int8, 8):
+    raise ValueError(
+      f"activations: found {jnp.dtype(activations)} with {w.bits}-bit codes, "
+      "expected None, or int8 with 8-bit codes"
+    )
+
+
 def quantize_rows(
   x: Float[Array, "B I"],
 ) -> tuple[Int8[Array, "B I"], Float[Array, "B 1"]]:
@@ -103,18 +124,3 @@ def quantize_rows(
   unit = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127
   codes = jnp.round(wide / jnp.where(unit == 0, 1, unit))
   return codes.astype(jnp.int8), unit
-
-
-def _forward(x, w, activations, config, interpret):
-  y = mosaic_tpu_matmul(x, w, activations, config, interpret)
-  return y, w
-
-
-def _backward(activations, config, interpret, w, dy):
-  del activations
-  p = problem.prepare(w, config.gradient, outputs=True)
-  dx = many(dy, p, GRADIENT, dy.dtype, interpret)
-  return dx[:, : w.inputs], None
-
-
-mosaic_tpu_matmul.defvjp(_forward, _backward)

@@ -116,13 +116,14 @@ def _kernel(p: Problem, way: Direction, x, refs, y, total, weights):
     total[...] = jnp.zeros(total.shape, total.dtype)
 
   width = COLUMNS if p.tile.outputs % COLUMNS == 0 else LANES
-  tables = decode.tables(p.codebook, jnp.float32)
+  tables = decode.tables(p.codebook, weights.dtype)
   columns = [slice(o, o + width) for o in range(0, p.tile.outputs, width)]
 
   def decode_to(here):
     for n in range(0, p.tile.inputs, BLOCK):
-      found = _weights(p, refs, n, here, tables)
-      weights[n : n + BLOCK, here] = found.astype(weights.dtype)
+      weights[n : n + BLOCK, here] = _weights(
+        p, refs, n, here, tables, weights.dtype
+      )
 
   decode_to(columns[0])
   for here, following in zip(columns, [*columns[1:], None], strict=True):
@@ -136,14 +137,15 @@ def _kernel(p: Problem, way: Direction, x, refs, y, total, weights):
     y[...] = total[...].astype(y.dtype)
 
 
-def _weights(p: Problem, refs, n: int, here: slice, tables):
-  """A block's weights in float32, [128, width]."""
+def _weights(p: Problem, refs, n: int, here: slice, tables, dtype):
+  """A block's weights, scaled in float32, [128, width]."""
   words = refs["codes"][p.words(n) : p.words(n + BLOCK), here]
-  found = decode.levels(words, p.codebook, jnp.float32, tables)
+  found = decode.levels(words, p.codebook, dtype, tables)
+  found = found.astype(jnp.float32)
   first = n // p.group
   groups = slice(first, first + max(1, BLOCK // p.group))
   scale = refs["scale"][groups, here].astype(jnp.float32)
   offset = None
   if "offset" in refs:
     offset = refs["offset"][groups, here].astype(jnp.float32)
-  return decode.scaled(found, scale, offset, p.group, p.shift)
+  return decode.scaled(found, scale, offset, p.group, p.shift).astype(dtype)

@@ -3,16 +3,18 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.quantized_matmul import panels
+from kernels_pallas.quantized_matmul import panels, planar
 from kernels_pallas.quantized_matmul.panels import Panels
+from kernels_pallas.quantized_matmul.planar import Planar
 
 
 def reference_matmul(
-  x: Float[Array, "*B I"], w: Panels
+  x: Float[Array, "*B I"], w: Panels | Planar
 ) -> Float[Array, "*B O"]:
   """Returns `x W` in the dtype of x, summed in float32 at least."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
-  codes, scale, offset = panels.unpack(w)
+  layout = panels if isinstance(w, Panels) else planar
+  codes, scale, offset = layout.unpack(w)
   if w.bits == 4:
     codes = jnp.asarray(w.codebook, wide)[codes.astype(jnp.int32)]
 

@@ -9,18 +9,15 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas.quantized_matmul import api, panels, planar
 from kernels_pallas.quantized_matmul import mosaic_tpu_decode as decode
-from kernels_pallas.quantized_matmul import panels, planar
-from kernels_pallas.quantized_matmul.mosaic_tpu import (
-  Config,
-  mosaic_tpu_matmul,
-  quantize_rows,
-)
+from kernels_pallas.quantized_matmul.mosaic_tpu import Config, quantize_rows
 from kernels_pallas.quantized_matmul.mosaic_tpu_problem import (
   Tile,
   fit,
   prepare,
 )
+from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 
 # Interpreted kernels are large programs over tiny arrays.
 quick = functools.partial(
@@ -38,6 +35,12 @@ NF4 = (
 Q4_0 = tuple(float(code - 8) for code in range(16))
 SMALL = Tile(16, 128, 128)
 CONFIG = Config(SMALL, SMALL, SMALL)
+
+
+def run(x, w, config=CONFIG, activations=None, interpret=True):
+  """Returns the product by the kernels, interpreted."""
+  return planar_matmul(x, w, "mosaic_tpu", activations, config, interpret)
+
 
 KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
   "nf4": (NF4, "uint8", 192, 150, 64, "float32", None),
@@ -203,7 +206,7 @@ def test_products(kind, rows, most, dtype):
   w, _, matrix = case(kind)
   x = draw(rows, w.inputs, dtype=dtype)
   config = Config(SMALL, SMALL, SMALL, most)
-  got = quick(lambda x, w: mosaic_tpu_matmul(x, w, None, config, True))(x, w)
+  got = quick(lambda x, w: run(x, w, config))(x, w)
   chex.assert_shape(got, (rows, w.outputs))
   assert got.dtype == x.dtype
   want = np.float64(x) @ matrix
@@ -218,7 +221,7 @@ def test_many_rows_in_tiles_as_on_a_chip():
   w = planar.pack(codes, scale, group=128, codebook=Q4_0)
   x = draw(512, 1000, dtype=jnp.bfloat16)
   matrix = (codes - 8.0) / 2
-  got = quick(lambda x, w: mosaic_tpu_matmul(x, w, None, Config(), True))(x, w)
+  got = quick(lambda x, w: run(x, w, Config()))(x, w)
   want = np.float64(x) @ matrix
   # Weights are exact in bfloat16: the result is rounded, sums of 1000 are not.
   slack = 2.0**-8 * np.abs(want) + 1e3 * 2.0**-24 * np.abs(x) @ np.abs(matrix)
@@ -234,7 +237,7 @@ def test_the_input_gradient(kind, dtype):
   @quick
   def gradient(w, dy):
     x = jnp.zeros((19, w.inputs), dy.dtype)
-    f = lambda x: mosaic_tpu_matmul(x, w, None, CONFIG, True)  # noqa: E731
+    f = lambda x: run(x, w)  # noqa: E731
     return jax.vjp(f, x)[1](dy)[0]
 
   dx = gradient(w, dy)
@@ -250,7 +253,7 @@ def test_the_backward_pass_keeps_packed_weights_alone():
 
   def pull(x, w):
     return jax.vjp(
-      lambda x: mosaic_tpu_matmul(x, w, None, CONFIG, True), x
+      lambda x: run(x, w), x
     )[1]  # fmt: skip
 
   kept = sum(
@@ -270,7 +273,7 @@ def test_int8_activations_are_summed_as_integers(kind, rows):
   assert np.abs(codes).max(1).tolist() == [127] * rows
   assert np.all(np.abs(codes * unit - x) <= unit / 2 * (1 + 1e-5))
   got = quick(
-    lambda x, w: mosaic_tpu_matmul(x, w, jnp.int8, CONFIG, True)
+    lambda x, w: run(x, w, activations=jnp.int8)
   )(x, w)  # fmt: skip
   # Exact integers, then one scale a group: rounded as many times.
   _, _, matrix = case(kind)
@@ -283,6 +286,51 @@ def test_int8_activations_are_summed_as_integers(kind, rows):
 def test_a_row_of_zeros_stays_zero():
   codes, unit = quantize_rows(jnp.zeros((2, 5)))
   assert not np.any(codes) and not np.any(unit)
+
+
+@pytest.mark.parametrize(
+  ("kind", "backend", "activations"),
+  [
+    ("nf4", "reference", None),
+    ("nf4", "xla", None),
+    ("nf4", "auto", None),
+    ("int8, channels", "xla", jnp.int8),
+    ("int8, groups", "auto", jnp.int8),
+  ],
+)
+def test_every_backend_agrees(kind, backend, activations):
+  """On the CPU 'auto' is XLA: kernels are for TPUs."""
+  w, _, matrix = case(kind)
+  x = draw(2, 3, w.inputs)
+  how = dict(backend=backend, activations=activations)
+  f = functools.partial(api.quantized_matmul, w=w, **how)
+  y, pull = jax.vjp(f, x)
+  chex.assert_shape(y, (2, 3, w.outputs))
+  flat = x.reshape(6, -1)
+  if activations is not None:
+    codes, unit = quantize_rows(flat)
+    flat = np.float64(codes) * np.float64(unit)
+  off = np.abs(np.float64(y).reshape(6, -1) - np.float64(flat) @ matrix)
+  assert np.all(off <= bound(kind, jnp.asarray(flat), 0, rounded=True))
+  np.testing.assert_allclose(
+    pull(jnp.ones_like(y))[0][0, 0], matrix.sum(1), rtol=1e-4, atol=1e-3
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(backend="cpu"), "found Planar, expected Panels"),
+    (dict(backend="triton"), "backend: found 'triton'"),
+    (dict(activations=jnp.int8), "int8 with 4-bit codes"),
+    (dict(x=draw(2, 7)), r"found x \(2, 7\)"),
+  ],
+)
+def test_calls_that_do_not_fit_are_refused(change, message):
+  w, _, _ = case("signed")
+  arguments = dict(x=draw(2, 260), w=w) | change
+  with pytest.raises(ValueError, match=message):
+    api.quantized_matmul(**arguments)
 
 
 @pytest.fixture(name="tpu_interpreter")
@@ -311,7 +359,7 @@ def test_kernels_do_not_race_or_read_what_nobody_wrote(
   config = Config(SMALL, SMALL, SMALL, most)
 
   def both(interpret):
-    f = lambda x: mosaic_tpu_matmul(x, w, None, config, interpret)  # noqa: E731
+    f = lambda x: run(x, w, config, interpret=interpret)  # noqa: E731
     y, pull = jax.vjp(f, x)
     return y, pull(jnp.ones_like(y))[0]
 
@@ -367,8 +415,8 @@ def test_parts_that_do_not_fit_are_refused(arguments, how, message):
 def test_what_no_tpu_takes_is_refused():
   w, _, _ = case("signed")
   with pytest.raises(ValueError, match="expected bfloat16 or float32"):
-    mosaic_tpu_matmul(draw(2, 260, dtype=np.float16), w)
+    run(draw(2, 260, dtype=np.float16), w)
   with pytest.raises(ValueError, match="int8 with 4-bit codes"):
-    mosaic_tpu_matmul(draw(2, 260), w, jnp.int8)
+    run(draw(2, 260), w, activations=jnp.int8)
   with pytest.raises(ValueError, match="multiples of 128"):
     Tile(8, 100, 128)
