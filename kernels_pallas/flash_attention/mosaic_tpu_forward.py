@@ -33,24 +33,11 @@ def forward(p: Problem, interpret) -> tuple[jax.Array, jax.Array]:
     interpret: As of `pl.pallas_call`.
   """
   B, N, _, T, _, _, Hv = p.dims
-  place, t = query_place(p), p.tile
   operands = {k: v for k, v in p.arrays.items() if k != "seed"}
-  out = pl.BlockSpec((None, None, t.q, Hv), lambda b, h, i, *_: (b, h, i, 0))
-  row = pl.BlockSpec((None, None, 1, t.q), lambda b, h, i, *_: (b, h, 0, i))
   q = p.arrays["q"]
   return pl.pallas_call(
-    functools.partial(_kernel, p, place),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=PREFETCHED,
-      grid=(B, N, p.tiles[0], p.width(2)),
-      in_specs=[operand_specs(p, place)],
-      out_specs=[out, row],
-      scratch_shapes=[
-        pltpu.VMEM((1, t.q), p.dtype),
-        pltpu.VMEM((_sums(p), t.q), p.dtype),
-        pltpu.VMEM((Hv, t.q), p.dtype),
-      ],
-    ),
+    functools.partial(_kernel, p, query_place(p)),
+    grid_spec=grid_spec(p),
     out_shape=[
       varying(q, (B, N, T, Hv), p.spec.output or q.dtype),
       varying(q, (B, N, 1, T), p.dtype),
@@ -63,6 +50,25 @@ def forward(p: Problem, interpret) -> tuple[jax.Array, jax.Array]:
     interpret=interpret,
     name="flash_attention_forward",
   )(p.table(2), p.seed(), operands)
+
+
+def grid_spec(p: Problem) -> pltpu.PrefetchScalarGridSpec:
+  """The kernel's grid, and which block each of its steps holds."""
+  B, N, _, _, _, _, Hv = p.dims
+  place, t = query_place(p), p.tile
+  out = pl.BlockSpec((None, None, t.q, Hv), lambda b, h, i, *_: (b, h, i, 0))
+  row = pl.BlockSpec((None, None, 1, t.q), lambda b, h, i, *_: (b, h, 0, i))
+  return pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=PREFETCHED,
+    grid=(B, N, p.tiles[0], p.width(2)),
+    in_specs=[operand_specs(p, place)],
+    out_specs=[out, row],
+    scratch_shapes=[
+      pltpu.VMEM((1, t.q), p.dtype),
+      pltpu.VMEM((_sums(p), t.q), p.dtype),
+      pltpu.VMEM((Hv, t.q), p.dtype),
+    ],
+  )
 
 
 def _sums(p: Problem) -> int:

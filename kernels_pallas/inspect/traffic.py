@@ -1,0 +1,125 @@
+"""Bytes between HBM and a kernel, counted from its index maps.
+
+A Pallas pipeline fetches a block when its index differs from that of the grid
+step before, and writes one back when it changes. So the index maps alone say
+what a kernel moves, on any machine (kernels.md 3).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.flash_attention import mosaic_tpu_problem as problem
+from kernels_pallas.flash_attention.mosaic_tpu_forward import grid_spec
+from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
+from kernels_pallas.flash_attention.tiling import Tile
+from kernels_pallas.masks import Mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+  """What one call moves and computes.
+
+  Attributes:
+    bytes: By operand.
+    flops: Of its matmuls, for the visible pairs alone.
+  """
+
+  bytes: Mapping[str, int]
+  flops: int
+
+  @property
+  def total(self) -> int:
+    """Bytes of all operands."""
+    return sum(self.bytes.values())
+
+  @property
+  def intensity(self) -> float:
+    """FLOPs a byte."""
+    return self.flops / self.total
+
+
+def count_traffic(
+  grid: Sequence[int],
+  specs: Mapping[str, Any],
+  sizes: Mapping[str, int],
+  *prefetched: Any,
+) -> dict[str, int]:
+  """Returns the bytes that each operand moves, in all steps of a grid.
+
+  Args:
+    grid: Steps an axis; the last changes fastest.
+    specs: Block specifications by operand. One without a block shape is not
+      pipelined, and is not counted.
+    sizes: Bytes an element by operand.
+    prefetched: The scalar arguments that the index maps take after the ids.
+  """
+  steps = np.indices(grid).reshape(len(grid), -1).astype(np.int32)
+
+  @jax.jit
+  def indices(steps, prefetched):
+    return {
+      name: jax.vmap(
+        lambda ids, spec=spec: jnp.stack(
+          [jnp.asarray(i, jnp.int32) for i in spec.index_map(*ids, *prefetched)]
+        )
+      )(tuple(steps))
+      for name, spec in specs.items()
+      if spec.block_shape is not None
+    }
+
+  found = {}
+  for name, index in indices(steps, prefetched).items():
+    moved = 1 + int((np.diff(np.asarray(index), axis=0) != 0).any(1).sum())
+    block = math.prod(n for n in specs[name].block_shape if n is not None)
+    found[name] = moved * block * sizes[name]
+  return found
+
+
+def forward_traffic(
+  length: int,
+  head_dim: int,
+  tile: Tile,
+  dtype: Any = jnp.bfloat16,
+  mask: Mask | None = None,
+) -> Traffic:
+  """Returns what our forward TPU kernel moves for one head.
+
+  Args:
+    length: Queries and keys.
+    head_dim: Of q, k and v.
+    tile: Sizes in tokens.
+    dtype: Of q, k and v.
+    mask: Decided by indices; default full.
+  """
+  x = jnp.zeros((1, length, 1, head_dim), dtype)
+  mask = mask or Mask.full()
+  p = problem.prepare(Spec(head_dim**-0.5), Operands(x, x, x, mask), tile)
+  spec = grid_spec(p)
+  specs = {**spec.in_specs[0], "o": spec.out_specs[0], "lse": spec.out_specs[1]}
+  sizes = {name: one.dtype.itemsize for name, one in p.arrays.items()}
+  sizes |= {"o": x.dtype.itemsize, "lse": accumulator(dtype).itemsize}
+  found = count_traffic(spec.grid, specs, sizes, p.table(2), p.seed())
+  lo, hi = p.found.bounds[0, 0::2], p.found.bounds[0, 1::2]
+  pairs = int(np.maximum(np.minimum(hi, length) - lo, 0).sum())
+  return Traffic(found, 4 * head_dim * pairs)
+
+
+def standard_traffic(
+  length: int, head_dim: int, dtype: Any = jnp.bfloat16
+) -> Traffic:
+  """Returns what attention moves whose scores pass through memory twice.
+
+  S = q k^T is written and read, P = softmax(S) too (Dao et al. 2022,
+  "FlashAttention", algorithm 0). Arguments as of `forward_traffic`.
+  """
+  size = jnp.dtype(dtype).itemsize
+  matrix, rows = length * length * size, length * head_dim * size
+  moved = {"q": rows, "k": rows, "v": rows, "o": rows}
+  moved |= {"scores": 2 * matrix, "probabilities": 2 * matrix}
+  return Traffic(moved, 4 * length * length * head_dim)
