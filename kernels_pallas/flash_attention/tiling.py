@@ -14,7 +14,7 @@ import pathlib
 TABLE = pathlib.Path(__file__).parent / "tiles.json"
 """Device kind -> dtype -> head dim -> name of a tile in `Tiles` -> sizes."""
 
-SMALLEST = "TPU v5"
+SMALLEST = "TPU v4"
 """The kind with the least memory for tiles."""
 
 LANES = 128

@@ -20,7 +20,10 @@ from kernels_pallas.inspect.programs import Program
 TIMEOUT = 600
 
 # The sentence in pages of error that says why.
-_REASON = re.compile(r"Scoped allocation with[^.]*\.\w+ and[^-]*?limit by \S+")
+_REASON = re.compile(
+  r"Scoped allocation with[^.]*\.\w+ and[^-]*?limit by \S+"
+  r"|Used \S+ of \S+ vmem\. Exceeded vmem capacity by [\d.]+\w"
+)
 
 FEATURES = ("full", "causal", "everything")
 """Of attention: a full mask, a causal one, or all that the kernels can do."""

@@ -112,7 +112,7 @@ def _vmem(folder: pathlib.Path, name: str) -> int | None:
   sizes = [
     _VMEM.findall(f.read_text()) for f in found if "bundle" not in f.name
   ]
-  return sum(int(x, 16) for x in sizes[0]) if sizes else None
+  return max((sum(int(x, 16) for x in each) for each in sizes), default=None)
 
 
 def _one(folder: pathlib.Path, name: str, pattern: str) -> pathlib.Path:
