@@ -25,6 +25,8 @@ _REASON = re.compile(
   r"|Used \S+ of \S+ vmem\. Exceeded vmem capacity by [\d.]+\w"
 )
 
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit)\b")
+
 FEATURES = ("full", "causal", "everything")
 """Of attention: a full mask, a causal one, or all that the kernels can do."""
 
@@ -101,7 +103,7 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
   """Compiles `job` and leaves libtpu's dumps in `folder`.
 
   Returns:
-    None, or the last lines of what the compiler said against it.
+    None, or what the compiler said against it.
   """
   folder.mkdir(parents=True, exist_ok=True)
   flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -126,11 +128,17 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
   )
   if done.returncode == 0:
     return None
-  said = _REASON.search(done.stderr)
+  return _reason(done.stderr)
+
+
+def _reason(errors: str) -> str:
+  """The sentence that says why, or the last exception, or the last line."""
+  said = _REASON.search(errors)
   if said is not None:
     return said.group()
-  lines = [line for line in done.stderr.splitlines() if line.strip()]
-  return " ".join(lines[-1:])[-300:]
+  lines = [line for line in errors.splitlines() if line.strip()]
+  raised = [line for line in lines if _RAISED.match(line)]
+  return " ".join((raised or lines)[-1:])[:300]
 
 
 def main() -> None:

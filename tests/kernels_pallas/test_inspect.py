@@ -90,6 +90,20 @@ def test_work_must_be_that_of_the_matmuls():
   assert not report._adds_up(3.5, step, V6E)
 
 
+@pytest.mark.parametrize(("errors", "reason"), [
+  ("a\nE: Scoped allocation with size 70.00M and limit 63.94M exceeded scoped "
+   "vmem limit by 6.06M. b", "size 70.00M and limit 63.94M"),
+  ("Ran out of memory in memory space vmem. Used 21.46M of 16.00M vmem. "
+   "Exceeded vmem capacity by 5.46M.\n", "Used 21.46M of 16.00M vmem"),
+  ("Traceback\n  f()\njax.errors.JaxError: bad tile\n----\nFor simplicity, ...",
+   "JaxError: bad tile"),
+  ("killed\n", "killed"),
+])  # fmt: skip
+def test_refusals_are_told_in_a_sentence(errors, reason):
+  found = build._reason(errors)
+  assert reason in found and "simplicity" not in found
+
+
 def test_the_picture_is_a_picture(dump, tmp_path):
   picture.draw(
     [schedule.read(dump, "kern", V5P, (5,))], tmp_path / "schedule.png"
