@@ -151,11 +151,11 @@ def main() -> None:
   topology = topologies.get_topology_desc(job.chip.topology, platform="tpu")
   mesh = Mesh(topology.devices[:1], ("x",))
   whole = NamedSharding(mesh, PartitionSpec())
+  function, shapes = job.program.call(job)
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+  )
   with jax.set_mesh(mesh):
-    function, shapes = job.program.call(job)
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
-    )
     jax.jit(function).lower(*shapes).compile()
 
 

@@ -40,7 +40,8 @@ class Program:
 
   Attributes:
     call: From a job to the function to compile and its arguments' shapes, a
-      tree of `jax.ShapeDtypeStruct`. Runs where the mesh of the job is set.
+      tree of `jax.ShapeDtypeStruct`. The function, and it alone, is traced
+      where the chip's mesh is set.
     steps: From a job to what each of its kernels does in a grid step.
     credited: Matmuls an element that count as work, by direction.
   """
