@@ -156,7 +156,7 @@ def tokamax(job: "Job") -> tuple[Callable[..., Any], Any]:
     block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=part,
   )  # fmt: skip
   run = kernel.make_splash_mha(
-    masks.FullMask((job.length, job.length)), config=sizes
+    masks.FullMask((job.length, job.length)), config=sizes, q_seq_shards=1
   )
   return _heads_first(job, run)
 
