@@ -6,6 +6,7 @@ plain values for tables and pictures; `attention_cost` is the command.
 """
 
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,20 +41,20 @@ def memory(
     topology: A TPU slice to compile for, else this machine's CPU.
 
   Returns:
-    For each length: `scores`, the bytes of one score matrix, and the
-    temporaries of `naive` and `flash`; None where it does not fit the chip.
+    For each length: `scores`, the bytes of one score matrix, and those that
+    `naive` and `flash` take, q to dv included; None where it does not fit.
   """
   device = jax.devices("cpu")[0]
   if topology is not None:
     device = chips.topology(topology).devices[0]
   return [
     {"length": length, "scores": 4 * length**2}
-    | {name: _temporaries(f, length, device) for name, f in MEMORY.items()}
+    | {name: _bytes(f, length, device) for name, f in MEMORY.items()}
     for length in lengths
   ]
 
 
-def _temporaries(attend: Any, length: int, device: Any) -> int | None:
+def _bytes(attend: Any, length: int, device: Any) -> int | None:
   mesh = Mesh(np.array([device]), ("x",))
   x = jax.ShapeDtypeStruct(
     (1, length, 1, HEAD_DIM),
@@ -72,7 +73,11 @@ def _temporaries(attend: Any, length: int, device: Any) -> int | None:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return None
-  return int(run.memory_analysis().temp_size_in_bytes)
+  found = run.memory_analysis()
+  # A CPU's peak leaves out temporaries, a TPU's temporaries some of the peak.
+  whole = found.argument_size_in_bytes + found.output_size_in_bytes
+  whole += found.temp_size_in_bytes
+  return max(whole, getattr(found, "peak_memory_in_bytes", 0))
 
 
 def exactness(length: int) -> list[dict[str, Any]]:
@@ -178,3 +183,41 @@ def masks(length: int) -> dict[str, Mask]:
     "sliding window": Mask.causal((length // 8 - 1, None)),
     "block diffusion": Mask.block_diffusion(length // 2, length // 32),
   }
+
+
+def timing(lengths: Sequence[int], heads: int = 8) -> list[dict[str, Any]]:
+  """Returns milliseconds of a forward pass on this machine's accelerator.
+
+  Args:
+    lengths: Tokens of a causal call in bfloat16.
+    heads: Of `HEAD_DIM`.
+
+  Returns:
+    For each length, `naive` and `flash`. Nothing on a CPU, after saying so:
+    its table is that of `make bench`.
+  """
+  platform = jax.default_backend()
+  if platform == "cpu":
+    print("timing: skipped, there is no TPU or GPU here")
+    return []
+  rows = []
+  for length in lengths:
+    x = jax.random.normal(
+      jax.random.key(0), (3, 1, length, heads, HEAD_DIM), jnp.bfloat16
+    )
+    calls = {
+      "naive": functools.partial(MEMORY["naive"], is_causal=True),
+      "flash": functools.partial(MEMORY["flash"], causal=True),
+    }
+    spent = {name: _milliseconds(jax.jit(f), x) for name, f in calls.items()}
+    rows.append({"length": length} | spent)
+  return rows
+
+
+def _milliseconds(run: Any, x: Any) -> float:
+  jax.block_until_ready(run(*x))
+  begin, calls = time.perf_counter(), 10
+  for _ in range(calls):
+    o = run(*x)
+  jax.block_until_ready(o)
+  return 1e3 * (time.perf_counter() - begin) / calls

@@ -1,11 +1,14 @@
 """Pictures of what attention costs; rows are those of `attention_claims`."""
 
+import pathlib
+import tempfile
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from kernels_pallas import mask_blocks
+from kernels_pallas.inspect import __main__ as inspect
 from kernels_pallas.masks import Mask
 
 
@@ -32,9 +35,10 @@ def traffic(rows: list[dict[str, Any]], ridges: list[dict[str, Any]]) -> Any:
   left.legend()
   right.loglog(blocks, [r["intensity"] for r in tiled], "s-", label="tiles")
   right.axhline(plain["intensity"], color="C1", label="standard")
-  for row in ridges:
+  for n, row in enumerate(sorted(ridges, key=lambda row: row["ridge"])):
     right.axhline(row["ridge"], color="gray", linewidth=0.5)
-    right.text(blocks[0], row["ridge"], row["chip"], fontsize=7)
+    place = blocks[n % len(blocks)]  # names of near ridges side by side
+    right.text(place, row["ridge"], row["chip"], fontsize=7, color="gray")
   right.set(xlabel="block", ylabel="FLOPs a byte", title="against the ridges")
   figure.tight_layout()
   return figure
@@ -89,4 +93,27 @@ def softmax_steps(steps: list[dict], exact: float) -> Any:
     axis.set(xlabel="block of keys", title=name)
   axes[2].axhline(exact, color="C1", linestyle=":")
   figure.tight_layout()
+  return figure
+
+
+def schedule(target: str, *options: str) -> Any:
+  """Returns a figure of our forward kernel's schedule above splash's.
+
+  Prints their numbers, too. Needs libtpu, no TPU; without it, says so and
+  returns None.
+
+  Args:
+    target: A chip of `kernels_pallas.inspect`.
+    options: More arguments of that command.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "schedule.png"
+    arguments = [f"--target={target}", "--compare=splash", f"--picture={path}"]
+    if inspect.main([*arguments, *options]) or not path.exists():
+      print("schedule: skipped, see the line above or on stderr")
+      return None
+    image = plt.imread(path)
+  figure, axis = plt.subplots(figsize=(11, 6))
+  axis.imshow(image)
+  axis.axis("off")
   return figure

@@ -143,6 +143,21 @@ def test_quickstart_learns_and_reloads(tmp_path, monkeypatch):
   )
 
 
+def test_flash_attention_shows_what_it_says():
+  notebook = ROOT / "colab" / "flash_attention.ipynb"
+  values, printed = _execute(notebook, ("memory", "moved", "steps"))
+  short, long = values["memory"]
+  assert long["naive"] / short["naive"] > 2.4 > long["flash"] / short["flash"]
+  assert [row["bytes"] for row in values["moved"]] == sorted(
+    (row["bytes"] for row in values["moved"]), reverse=True
+  )
+  end = re.search(r"([-\d.e]+) is ([-\d.e]+)", printed)
+  assert float(end[1]) == pytest.approx(float(end[2]), rel=1e-5)
+  assert "timing: skipped" in printed
+  if importlib.util.find_spec("libtpu") is None:
+    assert "schedule: skipped" in printed
+
+
 def _install():
   spec = importlib.util.spec_from_file_location(
     "install", ROOT / "colab" / "install.py"
