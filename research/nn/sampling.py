@@ -159,6 +159,18 @@ def choose(
   """
   logits = adjusted(logits, sampling, seen)
   if sampling.temperature is None:
-    return jnp.argmax(logits, axis=-1)
+    return _largest(logits)
   keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
   return jax.vmap(jax.random.categorical)(keys, logits)
+
+
+def _largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+  """Returns what `argmax` does, by two reductions of one number each.
+
+  XLA's CPU backend turns these into vectors; its argmax, of pairs, takes 20
+  times as long: 0.3 ms for SmolLM2's vocabulary, a tenth of a decoding step.
+  """
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  found = (logits == top) | jnp.isnan(logits)
+  ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+  return jnp.min(jnp.where(found, ids, ids[-1]), axis=-1)

@@ -107,6 +107,16 @@ def test_greedy_is_the_argmax():
   chex.assert_trees_all_equal(found, jnp.asarray(LOGITS.argmax(-1)))
 
 
+def test_greedy_takes_the_first_of_equals_and_shows_what_is_no_number():
+  rows = np.zeros((4, 9), np.float32)
+  rows[1] = -np.inf
+  rows[2, 3:] = 7
+  rows[3, [2, 5]] = np.inf, np.nan
+  keys = s.row_keys(jax.random.key(0), jnp.arange(4))
+  found = s.choose(jnp.asarray(rows), s.GREEDY, keys, 0)
+  chex.assert_trees_all_equal(found, jnp.asarray([0, 0, 3, 5]))
+
+
 def test_a_draw_depends_on_example_and_step_only():
   rules = s.Sampling(temperature=5.0)
   examples = jnp.arange(5)
