@@ -12,7 +12,6 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -28,7 +27,12 @@ from kernels_pallas.decode_attention.reference import (
   add_sinks,
   reference_decode,
 )
-from kernels_pallas.decode_attention.spec import Blocks, Spec, accumulator
+from kernels_pallas.decode_attention.spec import (
+  Blocks,
+  Spec,
+  accumulator,
+  device,
+)
 from kernels_pallas.decode_attention.xla import xla_decode
 
 BACKENDS = ("auto", "reference", "xla", "mosaic_tpu")
@@ -175,7 +179,7 @@ def choose(dtype: Any) -> tuple[str, str]:
   Args:
     dtype: Of the queries.
   """
-  platform, _ = _device()
+  platform, _ = device()
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"
   if dtype not in (jnp.bfloat16, jnp.float32):
@@ -241,18 +245,10 @@ def _spec(H, scale, softcap, window, precision) -> Spec:
 
 def _blocks(blocks: Blocks | None) -> Blocks:
   """The sizes asked for, or those that fit the device."""
-  platform, kind = _device()
+  platform, kind = device()
   cores = 2 if platform == "tpu" and kind in TWO_CORES else 1
   if blocks is None:
     blocks = Blocks()
   if blocks.splits is None:
     blocks = dataclasses.replace(blocks, splits=cores)
   return blocks
-
-
-def _device() -> tuple[str, str]:
-  """Platform and kind of the devices that the program is for."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None:
-    return device.platform, device.device_kind
-  return jax.default_backend(), jax.devices()[0].device_kind

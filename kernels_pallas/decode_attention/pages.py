@@ -26,6 +26,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.decode_attention import ragged
+from kernels_pallas.decode_attention.mosaic_tpu_append import (
+  group_size,
+  mosaic_tpu_append,
+)
+from kernels_pallas.decode_attention.spec import device
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """Quantized dtypes, and their largest number."""
@@ -145,6 +150,9 @@ def append_to_pages(
   table: Int[Array, "R W"],
   kv_lens: Int[Array, " R"],
   cu_q_lens: Int[Array, " R1"] | None = None,
+  *,
+  backend: str = "auto",
+  interpret: Any = None,
 ) -> Pages:
   """The pages with new tokens at the ends of their sequences.
 
@@ -161,6 +169,10 @@ def append_to_pages(
     kv_lens: Tokens of each row, the new ones included.
     cu_q_lens: Where each row's tokens start, and where the last one's end; by
       default a token a row.
+    backend: 'xla', 'mosaic_tpu' (which writes within the pages, wherever
+      tables lead), or 'auto': that kernel for TPUs where a page is a whole
+      number of registers.
+    interpret: Of mosaic_tpu, as of `pl.pallas_call`; runs it anywhere.
 
   Raises:
     ValueError: Shapes that do not fit, or (where values are known) tokens that
@@ -175,22 +187,51 @@ def append_to_pages(
       f"{(T, K, H)} and {(T, K, Hv)}"
     )
   rows = ragged.rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
-  row, position, live = ragged.places(rows, T)
-  inside = live & (position >= 0) & (position < table.shape[1] * size)
-  position = jnp.where(inside, position, 0)
-  page = rows.table[row, position // size]
-  page = jnp.where(inside & (page >= 0), page, pages.count)  # outside: dropped
-  slot = position % size
-
-  def put(old, new, *axes):
-    return old.at[page, *axes, :, slot].set(new, mode="drop")
-
   dtype, scale = pages.kv.dtype, pages.scale
+  put = _scatter(rows, T, pages)
   if scale is not None:
     (k, k_scale), (v, v_scale) = quantize(k, dtype), quantize(v, dtype)
     scale = put(put(scale, k_scale, 0), v_scale, 1)
   new = jnp.concatenate([k.astype(dtype), v.astype(dtype)], axis=-1)
-  return Pages(put(pages.kv, new), scale, H)
+  if _is_for_tpu(backend, pages):
+    kv = mosaic_tpu_append(pages.kv, new, rows, interpret)
+  else:
+    kv = put(pages.kv, new)
+  return Pages(kv, scale, H)
+
+
+def _is_for_tpu(backend: str, pages: Pages) -> bool:
+  group = group_size(pages.kv.dtype)
+  fits = pages.size % group == 0
+  if backend == "auto":
+    return fits and device()[0] == "tpu"
+  if backend not in ("xla", "mosaic_tpu"):
+    raise ValueError(
+      f"backend: found {backend!r}, available: auto, xla, mosaic_tpu"
+    )
+  if backend == "mosaic_tpu" and not fits:
+    raise ValueError(
+      f"mosaic_tpu: found {pages.size} tokens a page, expected a multiple of "
+      f"{group} in {pages.kv.dtype}"
+    )
+  return backend == "mosaic_tpu"
+
+
+def _scatter(rows: ragged.Rows, tokens: int, pages: Pages):
+  """A function that writes what tokens have into an array of pages."""
+  row, position, live = ragged.places(rows, tokens)
+  inside = live & (position >= 0)
+  inside &= position < rows.table.shape[1] * pages.size
+  position = jnp.where(inside, position, 0)
+  page = rows.table[row, position // pages.size]
+  inside &= page >= 0
+  page = jnp.where(inside, page, pages.count)  # outside: dropped
+  slot = position % pages.size
+
+  def put(old, new, *axes):
+    return old.at[page, *axes, :, slot].set(new, mode="drop")
+
+  return put
 
 
 def dense(

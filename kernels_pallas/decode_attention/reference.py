@@ -1,6 +1,5 @@
 """Decoding attention as its definition: every row's keys laid out in full."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -70,17 +69,3 @@ def add_sinks(
   total = jnp.logaddexp(lse, sinks.astype(lse.dtype))
   shift = jnp.where(total == -jnp.inf, 0, total)
   return o * jnp.exp(lse - shift)[..., None], total
-
-
-def combine(
-  o: Float[Array, "X ..."], lse: Float[Array, "X ..."]
-) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-  """Attention over all keys from that over parts of them (kernels.md 2.1).
-
-  Args:
-    o: Normalised outputs over each part; an empty one may hold anything.
-    lse: Log-sum-exp of each part's logits, -inf for an empty one.
-  """
-  total = jax.nn.logsumexp(lse, axis=0)
-  share = jnp.exp(lse - jnp.where(total == -jnp.inf, 0, total))[..., None]
-  return jnp.sum(jnp.where(share == 0, 0, share * o), axis=0), total

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention.pages import Pages
-from kernels_pallas.decode_attention.reference import combine
 from kernels_pallas.decode_attention.spec import Blocks, Spec
+from kernels_pallas.sequence_parallel.combine import combine
 
 FULL = 128
 """Rows of a matmul that are worth filling with tokens of one row."""
@@ -197,7 +197,8 @@ def untile(
   """
   if p.splits > 1:
     o, lse = (x.reshape(p.splits, tiling.items, *x.shape[1:]) for x in (o, lse))
-    o, lse = combine(o, lse)
+    o, lse = combine(list(o.swapaxes(2, 3)), list(lse))
+    o = o.swapaxes(1, 2)
   K, queries = o.shape[1], tiling.queries
   o, lse = (
     x.reshape(tiling.items, K, queries, p.group, *x.shape[3:]).swapaxes(1, 2)

@@ -31,12 +31,12 @@ def xla_decode(
     return _attend(p, q, jnp.minimum(work.start + n, work.stop), state)
 
   longest = jnp.max(work.stop - work.start)
-  shape = (entries, K, M)
-  state = (
-    jnp.full(shape, -jnp.inf, dtype),
-    jnp.zeros(shape, dtype),
-    jnp.zeros((*shape, Hv), dtype),
-  )
+
+  def filled(value, *more):
+    # Like q, so that it varies over a mesh as q does.
+    return jnp.full_like(q, value, shape=(entries, K, M, *more))
+
+  state = filled(-jnp.inf), filled(0), filled(0, Hv)
   m, l, acc = jax.lax.fori_loop(0, longest, step, state)
   empty = l == 0
   l = jnp.where(empty, 1, l)

@@ -1,0 +1,200 @@
+"""Decoding over a mesh: each device attends with its own rows and key heads.
+
+Neither depends on the other, so nothing is gathered. Pages are cut by key
+heads; where rows are cut, too, the pages are as many pools as there are parts
+of rows, one after another, and a row's table counts from 0 in its own.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.decode_attention import api, pages, ragged
+from kernels_pallas.decode_attention.pages import Pages
+
+Names = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """Which axes of the mesh cut which axes of the operands; none by default.
+
+  Attributes:
+    rows: of everything that rows have; their sizes together divide R.
+    heads: of the key heads (K) and the query heads (N).
+  """
+
+  rows: Names = ()
+  heads: Names = ()
+
+
+def sharded_decode_attention(
+  q: Float[Array, "B N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K Hv"],
+  lengths: Int[Array, " B"],
+  *,
+  cut: Cut,
+  sinks: Float[Array, " N"] | None = None,
+  return_lse: bool = False,
+  **options: Any,
+) -> Any:
+  """`decode_attention` under the mesh that is set, over all of its axes.
+
+  Args:
+    q: Queries.
+    k: Keys.
+    v: Values.
+    lengths: Tokens in the cache.
+    cut: Axes of the mesh.
+    sinks: A logit a head.
+    return_lse: Also return the log-sum-exp.
+    **options: Of `decode_attention`.
+
+  Raises:
+    ValueError: Axes that do not divide rows or heads.
+  """
+  _divide(cut, q.shape[0], k.shape[2])
+
+  def local(q, k, v, lengths, sinks):
+    return api.decode_attention(
+      q, k, v, lengths, sinks=sinks, return_lse=return_lse, **options
+    )
+
+  own = P(cut.rows, cut.heads)
+  memory = P(cut.rows, None, cut.heads)
+  return _map(
+    local,
+    in_specs=(own, memory, memory, P(cut.rows), P(cut.heads)),
+    out_specs=(own, own) if return_lse else own,
+  )(q, k, v, lengths, sinks)
+
+
+def sharded_paged_attention(
+  q: Float[Array, "T N H"],
+  held: Pages,
+  table: Int[Array, "R W"],
+  kv_lens: Int[Array, " R"],
+  cu_q_lens: Int[Array, " R1"] | None = None,
+  *,
+  cut: Cut,
+  sinks: Float[Array, " N"] | None = None,
+  return_lse: bool = False,
+  **options: Any,
+) -> Any:
+  """`paged_attention` under the mesh that is set, over all of its axes.
+
+  Args:
+    q: Queries.
+    held: The pages.
+    table: Pages of each row.
+    kv_lens: Tokens of each row.
+    cu_q_lens: Where each row's queries start; None if rows are cut, which
+      leaves each part a token a row.
+    cut: Axes of the mesh.
+    sinks: A logit a head.
+    return_lse: Also return the log-sum-exp.
+    **options: Of `paged_attention`.
+
+  Raises:
+    ValueError: As `paged_attention`; axes that do not divide rows or heads.
+  """
+  window = options.get("window")
+  _check(cut, held, q.shape[0], table, kv_lens, cu_q_lens, window)
+
+  def local(q, held, table, kv_lens, cu_q_lens, sinks):
+    return api.paged_attention(
+      q,
+      held,
+      table,
+      kv_lens,
+      cu_q_lens,
+      sinks=sinks,
+      return_lse=return_lse,
+      **options,
+    )
+
+  own, rows = P(cut.rows, cut.heads), P(cut.rows)
+  return _map(
+    local,
+    in_specs=(own, _specs(held, cut), rows, rows, P(), P(cut.heads)),
+    out_specs=(own, own) if return_lse else own,
+  )(q, held, table, kv_lens, cu_q_lens, sinks)
+
+
+def sharded_append_to_pages(
+  held: Pages,
+  k: Float[Array, "T K H"],
+  v: Float[Array, "T K Hv"],
+  table: Int[Array, "R W"],
+  kv_lens: Int[Array, " R"],
+  cu_q_lens: Int[Array, " R1"] | None = None,
+  *,
+  cut: Cut,
+) -> Pages:
+  """`append_to_pages` under the mesh that is set, over all of its axes.
+
+  Args:
+    held: The pages.
+    k: New keys.
+    v: New values.
+    table: Pages of each row.
+    kv_lens: Tokens of each row.
+    cu_q_lens: As of `sharded_paged_attention`.
+    cut: Axes of the mesh.
+  """
+  _check(cut, held, k.shape[0], table, kv_lens, cu_q_lens, 1)
+  own, rows, memory = P(cut.rows, cut.heads), P(cut.rows), _specs(held, cut)
+  return _map(
+    pages.append_to_pages,
+    in_specs=(memory, own, own, rows, rows, P()),
+    out_specs=memory,
+  )(held, k, v, table, kv_lens, cu_q_lens)
+
+
+# What varies over the mesh is not checked: Pallas' interpreter cannot say, and
+# there is no gradient to be wrong.
+_map = functools.partial(jax.shard_map, check_vma=False)
+
+
+def _specs(held: Pages, cut: Cut) -> Pages:
+  scale = None if held.scale is None else P(cut.rows, None, cut.heads)
+  return dataclasses.replace(held, kv=P(cut.rows, cut.heads), scale=scale)
+
+
+def _check(cut, held, tokens, table, kv_lens, cu_q_lens, window) -> None:
+  pages.check_pages(held)
+  parts = _divide(cut, kv_lens.shape[0], held.kv.shape[1])
+  if cut.rows and cu_q_lens is not None:
+    raise ValueError(
+      f"cu_q_lens: found with rows cut by {cut.rows}, expected none (a token "
+      "a row): which tokens a device has would depend on data"
+    )
+  if held.count % parts:
+    raise ValueError(
+      f"pages: found {held.count} pages in {parts} pools, expected as many in "
+      "each"
+    )
+  memory = held.count // parts, held.size
+  ragged.rows(tokens, table, kv_lens, cu_q_lens, memory, window)
+
+
+def _divide(cut: Cut, rows: int, kv_heads: int) -> int:
+  """Parts of the rows; raises unless the axes divide both sizes."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  for what, names, size in (
+    ("rows", cut.rows, rows),
+    ("heads", cut.heads, kv_heads),
+  ):
+    parts = math.prod(sizes[name] for name in names)
+    if size % parts:
+      raise ValueError(
+        f"cut.{what}: found {size} {what} in {parts} parts by {names}, "
+        "expected as many in each"
+      )
+  return math.prod(sizes[name] for name in cut.rows)
