@@ -28,6 +28,9 @@ TARGET = "heptad_panels"
 """The name by which compiled programs call the library."""
 
 SOURCE = pathlib.Path(__file__).with_name("panels.cc")
+PARTS = ("problem.h", "lanes.h", "tile.inc", "vnni.h", "multiply.h")
+"""What it includes, beside it."""
+
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 COMPILERS = ("c++", "g++", "clang++")
 ISAS = ("auto", "vnni", "avx512", "avx2", "portable")
@@ -66,7 +69,8 @@ def build(folder: pathlib.Path) -> pathlib.Path:
     ).stdout
     include = pathlib.Path(jax.ffi.include_dir())
     api = include / "xla" / "ffi" / "api"
-    parts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode()]
+    parts = [SOURCE.with_name(name).read_bytes() for name in PARTS]
+    parts += [SOURCE.read_bytes(), version, " ".join(FLAGS).encode()]
     parts += [platform.machine().encode()]
     parts += [header.read_bytes() for header in sorted(api.glob("*.h"))]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]

@@ -1,0 +1,194 @@
+// Integer codes times x in fixed point, by byte products.
+
+#ifndef PANELS_VNNI_H_
+#define PANELS_VNNI_H_
+
+#include "lanes.h"
+
+#if defined(__x86_64__)
+namespace panels {
+
+// x in fixed point: unit * (d0 + 256 d1 + 65536 d2), all d signed bytes, the
+// unit a group's own. Four inputs' bytes make a digit word, which vpdpbusd
+// multiplies with four codes in each lane.
+namespace vnni {
+#define TARGET \
+  __attribute__((  \
+      target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")))
+constexpr int kDigits = 3;
+constexpr float kLargest = 8355000;  // below 127 * (1 + 256 + 65536)
+
+// Rows from which float32 is as fast: it decodes codes once for several rows.
+constexpr int64_t kMany = 4;
+
+// Cache lines of codes to ask for ahead of reading them. Panels of a page's size
+// end before the CPU's own prefetching has begun.
+constexpr int64_t kAhead = 64;
+
+// 4-bit codes that are consecutive integers, or 8 bits, in groups of 16 (and
+// not so many that their sums overflow).
+inline bool takes(const Problem& p) {
+  if (p.rows >= kMany || !p.scale.data) return false;
+  if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
+  if (p.bits == 8) return true;
+  for (int i = 0; i < kLanes; ++i) {
+    if (p.table[i] != p.table[0] + float(i)) return false;
+  }
+  return p.table[0] == float(int8_t(p.table[0]));
+}
+
+// Codes are multiplied as unsigned ones; this is what they are less.
+inline int32_t zero(const Problem& p) {
+  return p.bits == 8 ? -128 : int32_t(p.table[0]);
+}
+
+// Writes digits, starts (zero times the digits' sums), units and sums of all
+// groups; `digits` has padded / 4 words of each digit a row, digits last.
+TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
+                           float* units, float* sums) {
+  // A 4-bit word gives its even codes first, then its odd ones.
+  __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7,  //
+                                8, 10, 12, 14, 9, 11, 13, 15);
+  if (p.bits == 8) {
+    order = _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7,  //
+                          8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  for (int64_t g = 0; g < p.rows * p.groups; ++g) {
+    const float* x = p.x + g * p.group;
+    __m512 top = _mm512_setzero_ps();
+    bool finite = true;
+    for (int64_t i = 0; i < p.group; i += 16) {
+      const __m512 size = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+      const __m512 most = _mm512_set1_ps(3.4028235e38f);
+      finite &= _mm512_cmp_ps_mask(size, most, _CMP_LE_OQ) == 0xffff;
+      top = _mm512_max_ps(top, size);
+    }
+    const float largest = _mm512_reduce_max_ps(top);
+    // Smaller ones are 0, since their inverse may not be a float; what is not
+    // finite makes all it touches NaN.
+    const bool tiny = !finite || largest < 1e-30f;
+    const __m512 inverse = _mm512_set1_ps(tiny ? 0 : kLargest / largest);
+    const float unit = !finite ? from_bits(0x7fc00000)
+                               : tiny ? 0 : largest / kLargest;
+    __m512i sum[kDigits] = {};
+    for (int64_t i = 0; i < p.group; i += 16) {
+      __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
+      if (tiny) scaled = _mm512_setzero_ps();
+      __m512i rest = _mm512_cvtps_epi32(scaled);
+      for (int k = 0; k < kDigits; ++k) {
+        const __m512i digit =
+            _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+        rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, digit), 8);
+        sum[k] = _mm512_add_epi32(sum[k], digit);
+        uint32_t four[4];
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(four),
+                         _mm_shuffle_epi8(_mm512_cvtepi32_epi8(digit), order));
+        const int64_t at = (g * p.group + i) / 4;
+        for (int j = 0; j < 4; ++j) digits[(at + j) * kDigits + k] = four[j];
+      }
+    }
+    double total = 0;
+    for (int k = kDigits; k-- > 0;) {
+      const int32_t s = _mm512_reduce_add_epi32(sum[k]);
+      starts[g * kDigits + k] = zero(p) * s;
+      total = total * 256 + s;
+    }
+    units[g] = unit;
+    sums[g] = float(total * unit);
+  }
+}
+
+// ROWS rows of x times one panel. Panels lie behind each other in memory, and
+// so do their scales: three streams, read in order.
+template <int BITS, int ROWS>
+TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
+  constexpr int kWords = 8 / BITS;  // digit words of a word of codes
+  const int64_t words = p.group * BITS / 32, ahead = 1 + kAhead / words;
+  const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+  const __m512 base = _mm512_set1_ps(256);
+  const int64_t stride = p.padded / 4 * kDigits;
+  const uint32_t* x = p.digits + row * stride;
+  const uint32_t* codes = p.codes + panel * p.words * kLanes;
+  __m512 total[ROWS];
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) total[r] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < p.groups; ++g) {
+    __m512i part[ROWS][kDigits];
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const int32_t* start = p.starts + ((row + r) * p.groups + g) * kDigits;
+      UNROLL
+      for (int k = 0; k < kDigits; ++k) {
+        part[r][k] = _mm512_set1_epi32(start[k]);
+      }
+    }
+    for (int64_t w = 0; w < words; ++w, codes += kLanes) {
+      const __m512i word = _mm512_loadu_si512(codes);
+      __builtin_prefetch(codes + kAhead * kLanes);
+      __m512i bytes[kWords];
+      if constexpr (BITS == 8) {
+        bytes[0] = _mm512_xor_si512(word, sign);
+      } else {
+        bytes[0] = _mm512_and_si512(word, low);
+        bytes[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
+      }
+      UNROLL
+      for (int h = 0; h < kWords; ++h, x += kDigits) {
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+          UNROLL
+          for (int k = 0; k < kDigits; ++k) {
+            const __m512i digit = _mm512_set1_epi32(int(x[r * stride + k]));
+            part[r][k] = _mm512_dpbusd_epi32(part[r][k], bytes[h], digit);
+          }
+        }
+      }
+    }
+    const int64_t at = (panel * p.groups + g) * kLanes;
+    const __m512 scale = avx512::V::load(p.scale, at);
+    prefetch(p.scale, at + ahead * kLanes);
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      __m512 value = _mm512_cvtepi32_ps(part[r][2]);
+      value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(part[r][1]));
+      value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(part[r][0]));
+      const float unit = p.units[(row + r) * p.groups + g];
+      value = _mm512_mul_ps(value, _mm512_set1_ps(unit));
+      total[r] = _mm512_fmadd_ps(value, scale, total[r]);
+    }
+    if (!p.offset.data) continue;
+    const __m512 offset = avx512::V::load(p.offset, at);
+    prefetch(p.offset, at + ahead * kLanes);
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      const float sum = p.sums[(row + r) * p.groups + g];
+      total[r] = _mm512_fmadd_ps(offset, _mm512_set1_ps(sum), total[r]);
+    }
+  }
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    float values[kLanes];
+    _mm512_storeu_ps(values, total[r]);
+    put(p, row + r, panel, values);
+  }
+}
+
+template <int BITS>
+TARGET void range(const Problem& p, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) {
+    int64_t row = 0;
+    for (; row + 2 <= p.rows; row += 2) tile<BITS, 2>(p, row, panel);
+    for (; row < p.rows; ++row) tile<BITS, 1>(p, row, panel);
+  }
+}
+
+TARGET inline void run(const Problem& p, int64_t begin, int64_t end) {
+  p.bits == 4 ? range<4>(p, begin, end) : range<8>(p, begin, end);
+}
+#undef TARGET
+}  // namespace vnni
+
+}  // namespace panels
+#endif
+
+#endif  // PANELS_VNNI_H_
