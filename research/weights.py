@@ -15,12 +15,13 @@ and has `shape` and `dtype`, the logical ones. JAX's pytree registration is the
 only registration; no module, trainer, sampler or checkpoint asks for a type.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from kernels_pallas import grouped_matmul
@@ -172,8 +173,43 @@ def project(
   """
   init = nn.initializers.lecun_normal()
   w = weight(module, name, init, (x.shape[-1], size))
-  y = einsum("...d,df->...f", x, w)
-  if bias:
-    zeros = nn.initializers.zeros
-    y += weight(module, f"{name}_bias", zeros, (size,)).astype(y.dtype)
-  return y
+  return _biased(module, einsum("...d,df->...f", x, w), name, bias)
+
+
+def project_all(
+  module: nn.Module,
+  x: Float[Array, "*B I"],
+  sizes: Mapping[str, int],
+  bias: bool = False,
+) -> list[Float[Array, "*B O"]]:
+  """Returns `project` by each name; by one product if one matrix holds all.
+
+  Args:
+    module: as for `project`; a tree may hold `beside(names)` instead of the
+      names, the matrices side by side.
+    x: activations.
+    sizes: name -> output width.
+    bias: whether there are some, each under its own name.
+  """
+  name = beside(sizes)
+  if not module.has_variable("params", name):
+    return [project(module, x, n, size, bias) for n, size in sizes.items()]
+  y = einsum("...d,df->...f", x, module.get_variable("params", name))
+  ends = np.cumsum(list(sizes.values()))[:-1]
+  return [
+    _biased(module, part, n, bias)
+    for n, part in zip(sizes, jnp.split(y, ends, axis=-1), strict=True)
+  ]
+
+
+def beside(names: Iterable[str]) -> str:
+  """Returns the name of one matrix that holds those of `names`."""
+  return "_".join(names)
+
+
+def _biased(module, y, name, bias):
+  if not bias:
+    return y
+  zeros = nn.initializers.zeros
+  size = y.shape[-1:]
+  return y + weight(module, f"{name}_bias", zeros, size).astype(y.dtype)

@@ -201,6 +201,30 @@ def unpack(
   return codes, part(w.scale), part(w.offset)
 
 
+def beside(parts: Sequence[Panels]) -> Panels | None:
+  """Returns `[I, O1 + O2 + ...]` of matrices `[I, O]`, copied, not repacked.
+
+  None where they differ in anything but their outputs, or where one but the
+  last ends inside a panel.
+  """
+
+  def kind(w: Panels):
+    leaves, names = jax.tree.flatten(dataclasses.replace(w, outputs=0))
+    shapes = [(*x.shape[:-3], *x.shape[-2:], str(x.dtype)) for x in leaves]
+    return names, shapes
+
+  same = all(kind(w) == kind(parts[0]) for w in parts)
+  if not same or any(w.outputs % LANES for w in parts[:-1]):
+    return None
+
+  def joined(*arrays):
+    return jnp.concatenate(arrays, axis=-3)
+
+  outputs = sum(w.outputs for w in parts)
+  alike = [dataclasses.replace(w, outputs=outputs) for w in parts]
+  return jax.tree.map(joined, *alike)
+
+
 def values(w: Panels) -> Float[Array, "... I lanes"]:
   """Returns the weights in float32, still in panels, padding included."""
   codes = _codes(w)

@@ -65,9 +65,7 @@ class Attention(nn.Module):
       length: tokens in the cache after this call, for each row.
       fresh: whether the cache was empty before this call.
     """
-    q = self._heads(x, "q", self.heads)
-    k = self._heads(x, "k", self.kv_heads)
-    v = self._heads(x, "v", self.kv_heads)
+    q, k, v = self._heads(x)
     if self.qk_norm is not None:
       q = self.qk_norm.clone(name="q_norm", parent=self)(q)
       k = self.qk_norm.clone(name="k_norm", parent=self)(k)
@@ -91,10 +89,11 @@ class Attention(nn.Module):
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
 
-  def _heads(self, x, name, heads):
-    size = heads * self.head_dim
-    y = weights.project(self, x, name, size, self.qkv_bias)
-    return y.reshape(*x.shape[:2], heads, self.head_dim)
+  def _heads(self, x):
+    heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+    sizes = {name: n * self.head_dim for name, n in heads.items()}
+    parts = weights.project_all(self, x, sizes, self.qkv_bias)
+    return [y.reshape(*x.shape[:2], -1, self.head_dim) for y in parts]
 
   def _remembered(self, cache, written, k, v, positions, length, mask):
     """Returns the keys and values to look at, and the mask over them."""

@@ -35,12 +35,9 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-
-    def project(name, x, size):
-      return weights.project(self, x, name, size, self.bias)
-
-    gate = checkpoint_name(project("gate", x, self.hidden), "gate")
-    up = checkpoint_name(project("up", x, self.hidden), "up")
+    sizes = {"gate": self.hidden, "up": self.hidden}
+    gate, up = weights.project_all(self, x, sizes, self.bias)
+    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     product = ACTIVATIONS[self.activation](gate) * up
     product = sharding.constrain(product, "batch", "length", "hidden")
-    return project("down", product, x.shape[-1])
+    return weights.project(self, product, "down", x.shape[-1], self.bias)

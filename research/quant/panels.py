@@ -27,6 +27,9 @@ _MATRIX = re.compile(
 )
 """Paths of what tokens are multiplied with, alone or under an adapter."""
 
+_BESIDE = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
+"""Matrices of the same input, which one product multiplies."""
+
 _EMBED = re.compile(r"(^|/)embed(/w)?$")
 
 
@@ -142,6 +145,8 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   A Transform. Blocks of 4, 5 and 8 bits and bfloat16 matrices are rewritten,
   also those under an adapter; experts and float32 stay as they are. Layers
   are unrolled: a scan over stacked panels would copy each before its use.
+  Queries, keys and values of a layer become one matrix, and so do gate and up,
+  where they are of one kind and without adapters.
 
   Args:
     params: of a Transformer.
@@ -162,7 +167,24 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   def is_blocks(x: Any) -> bool:
     return isinstance(x, BlockTensor)
 
-  return tree.unroll(tree.map_paths(one, params, is_leaf=is_blocks))
+  return tree.unroll(_beside(tree.map_paths(one, params, is_leaf=is_blocks)))
+
+
+def _beside(part: Any) -> Any:
+  """Returns `part` of a tree with the matrices of `_BESIDE` side by side."""
+  if not isinstance(part, dict):
+    return part
+  out = {name: _beside(inner) for name, inner in part.items()}
+  for module, names in _BESIDE.items():
+    found = out.get(module, {})
+    leaves = [found.get(name) for name in names]
+    if not all(isinstance(x, PanelTensor) and x.axis == -2 for x in leaves):
+      continue
+    joined = layout.beside([leaf.panels for leaf in leaves])
+    if joined is not None:
+      rest = {name: x for name, x in found.items() if name not in names}
+      out[module] = rest | {weights.beside(names): PanelTensor(joined)}
+  return out
 
 
 def decoding(params: Params) -> Params:

@@ -1,5 +1,6 @@
 """Products with packed weights are those of the decoded ones, everywhere."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -138,6 +139,26 @@ def test_dense_and_take(kind):
   np.testing.assert_allclose(panels.dense(w), matrix, rtol=2e-7, atol=1e-7)
   ids = jnp.array([[0, 3, matrix.shape[1] - 1]])
   np.testing.assert_array_equal(panels.take(w, ids), panels.dense(w).T[ids])
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_matrices_side_by_side(lead):
+  arrays, how = parts("signed", lead)  # 16 outputs: whole panels
+  w = panels.pack(*arrays, **how)
+  three = [w, w, panels.pack(*(x[..., :5] for x in arrays[:2]), **how)]
+  got = panels.beside(three)
+  assert got.shape == (*lead, 100, 37)
+  want = np.concatenate([panels.dense(w) for w in three], axis=-1)
+  np.testing.assert_array_equal(panels.dense(got), want)
+
+
+def test_matrices_that_do_not_lie_side_by_side():
+  w = case("signed")[0]
+  cut, other = case("affine")[0], dataclasses.replace(w, codebook=NF4)
+  wide = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
+  assert panels.beside([w, w]) is not None
+  for parts_ in ([cut, cut], [w, other], [w, wide], [w, cut]):
+    assert panels.beside(parts_) is None
 
 
 @pytest.mark.parametrize("rows", [1, 3, 13])
@@ -377,40 +398,3 @@ def test_without_a_compiler_xla_computes(
   for y in (got, again):
     off = np.abs(np.float64(y) - np.float64(x) @ matrix)
     assert np.all(off <= bound(x, matrix))
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_library_is_not_loaded(damage, tmp_path):
-  made = cpu.build(cpu.cache_folder())
-  good = made.read_bytes()
-  bad = dict(
-    cut=good[: len(good) // 2],
-    flipped=good[:99] + bytes([good[99] ^ 1]) + good[100:],
-    empty=b"",
-  )[damage]
-  assert cpu.is_whole(made)
-  copy = tmp_path / made.name
-  copy.write_bytes(bad)
-  assert not cpu.is_whole(copy)
-
-
-def test_a_library_is_made_once_and_again_if_damaged(tmp_path, monkeypatch):
-  script = tmp_path / "cxx"
-  script.write_text(
-    "#!/bin/sh\n"
-    '[ "$1" = --version ] && echo a compiler && exit\n'
-    f"echo called >> {tmp_path}/calls\n"
-    'for last; do :; done; echo library > "$last"\n'
-  )
-  script.chmod(0o700)
-  monkeypatch.setenv("CXX", str(script))
-  folder = tmp_path / "libraries"
-  made = cpu.build(folder)
-  assert cpu.is_whole(made)
-  assert cpu.build(folder) == made
-  assert (tmp_path / "calls").read_text() == "called\n"
-  made.write_bytes(b"half")
-  assert cpu.build(folder) == made
-  assert cpu.is_whole(made)
-  assert (tmp_path / "calls").read_text() == "called\n" * 2
-  assert [path.name for path in folder.iterdir()] == [made.name]
