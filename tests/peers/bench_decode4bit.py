@@ -2,12 +2,14 @@
 
   .venv/bin/python -m tests.peers.bench_decode4bit \\
     --peers=.venv-peers/bin/python [--repeats=3] [--batches=1,8]
+    [--sides=packed,nf4,int8,bf16]
 
 Every round measures each side once, one process after the other, so that a
 machine which changes speed changes it for all; a ratio is the median of the
 rounds' ratios. Prompt 32 and 64 greedy tokens of SmolLM2-135M, prefill within.
-`packed` is the file's own Q4_1 layers and Q8_0 embedding; `bf16` the same
-weights in bfloat16; both in panels (`kernels_pallas.quantized_matmul`).
+`packed` is the file's own Q4_1 layers and Q8_0 embedding; `nf4`, `int8` and
+`bf16` the same weights rounded to NF4 in groups of 64, 8 bits in groups of 32,
+and bfloat16; all in panels (`kernels_pallas.quantized_matmul`).
 """
 
 import argparse
@@ -18,19 +20,24 @@ import sys
 
 from tests.peers import bench
 
-RATIOS = (("packed", "fp32"), ("bf16", "bf16 of transformers"))
-GOALS = (4.0, 2.5)
+AGAINST = {
+  "packed": ("fp32", 4.0),
+  "nf4": ("fp32", 4.0),
+  "int8": ("fp32", None),
+  "bf16": ("bf16 of transformers", 2.5),
+}
+"""Each side's other one, and how many times its speed is the goal."""
 
 
-def rounds(batch: int, peers: str, repeats: int) -> dict[str, list[float]]:
-  """Returns tokens/s of every side in each round."""
+def rounds(
+  batch: int, peers: str, repeats: int, chosen: list[str]
+) -> dict[str, list[float]]:
+  """Returns tokens/s of every side, and its other one, in each round."""
   theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
-  sides = {
-    "fp32": (bench.OURS, "fp32"),
-    "packed": (bench.OURS, "packed"),
-    "bf16": (bench.OURS, "bf16"),
-    "bf16 of transformers": (theirs, "bf16"),
-  }
+  sides = {name: (bench.OURS, name) for name in ("fp32", *AGAINST)}
+  sides["bf16 of transformers"] = theirs, "bf16"
+  used = {*chosen, *(AGAINST[name][0] for name in chosen)}
+  sides = {name: side for name, side in sides.items() if name in used}
   found = {name: [] for name in sides}
   for _ in range(repeats):
     for name, (command, dtype) in sides.items():
@@ -46,19 +53,24 @@ def main() -> None:
   parser.add_argument("--peers", required=True, help="their Python")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--batches", default="1,8")
+  parser.add_argument("--sides", default=",".join(AGAINST))
   args = parser.parse_args()
+  chosen = args.sides.split(",")
+  if unknown := set(chosen) - set(AGAINST):
+    parser.error(f"no such sides: {unknown}; there are {', '.join(AGAINST)}")
   print("| batch | side | tokens/s | ratio (min..max) | to | goal |")
   print("| --- | --- | --- | --- | --- | --- |")
   table = []
   for batch in map(int, args.batches.split(",")):
-    found = rounds(batch, args.peers, args.repeats)
-    for (side, other), goal in zip(RATIOS, GOALS, strict=True):
+    found = rounds(batch, args.peers, args.repeats, chosen)
+    for side in chosen:
+      other, goal = AGAINST[side]
       pairs = zip(found[side], found[other], strict=True)
       ratios = [a / b for a, b in pairs]
       ratio, rate = statistics.median(ratios), statistics.median(found[side])
       print(
         f"| {batch} | {side} | {rate:.0f} | {ratio:.2f} "
-        f"({min(ratios):.2f}..{max(ratios):.2f}) | {other} | {goal} |"
+        f"({min(ratios):.2f}..{max(ratios):.2f}) | {other} | {goal or '-'} |"
       )
       table.append(dict(batch=batch, side=side, tokens_per_s=rate, ratio=ratio))
   print(json.dumps({"rows": table}))

@@ -6,6 +6,7 @@ Each row runs in its own process and prints one JSON line. `compile_s` is what
 a cold start would spend on compilation; it is not in tokens/s.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -24,18 +25,63 @@ def load(dtype: str):
   """Returns the real model and its token ids, the same as torch's.
 
   Args:
-    dtype: of `table.DTYPES`, or "packed": the file's blocks, computed in fp32.
+    dtype: of `table.DTYPES`; or "packed", the file's blocks, computed in fp32;
+      or "nf4" or "int8", the same numbers rounded to those.
   """
   from research.interop.load import load_model
 
   packed = dtype == "packed"
-  name = "float32" if packed else table.DTYPES[dtype]
-  loaded = load_model("smollm2-135m", dtype=name, packed=packed)
+  loaded = load_model(
+    "smollm2-135m", dtype=table.DTYPES.get(dtype, "float32"), packed=packed
+  )
+  if dtype in ("nf4", "int8"):
+    rounded = in_panels(loaded.params, dtype)
+    loaded = dataclasses.replace(loaded, params=rounded)
   from research.data.sources import PydocTopics
 
   texts = [PydocTopics("train")[i] for i in range(40)]
   ids = loaded.tokenizer.encode("\n".join(texts)[:60000])
   return loaded, ids
+
+
+def in_panels(params, kind: str):
+  """Returns `params`, every matrix rounded to "nf4" or "int8" in panels."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from kernels_pallas.quantized_matmul.panels import pack
+  from research import tree
+  from research.quant.panels import PanelTensor
+
+  # Dettmers et al. 2023 (arXiv:2305.14314), appendix E.
+  nf4 = (
+    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
+    -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
+    0.562617, 0.72295684, 1.0,
+  )  # fmt: skip
+  middles = np.convolve(nf4, [0.5, 0.5], "valid")
+  size = 64 if kind == "nf4" else 32
+
+  @jax.jit
+  def one(w):
+    groups = w.reshape(*w.shape[:-2], -1, size, w.shape[-1])
+    top = jnp.max(jnp.abs(groups), axis=-2, keepdims=True)
+    if kind == "int8":
+      codes, scale = jnp.round(groups * (127 / top)), top / 127
+      codes = codes.astype(jnp.int8)
+    else:
+      codes, scale = jnp.searchsorted(middles, groups / top), top
+      codes = codes.astype(jnp.uint8)
+    scale = scale[..., 0, :].astype(jnp.float16)
+    return pack(codes.reshape(w.shape), scale, group=size, codebook=nf4)
+
+  def leaf(path, w):
+    if path == "embed":
+      return PanelTensor(one(w.T), -1)
+    return w if path.endswith("scale") else PanelTensor(one(w))
+
+  return tree.map_paths(leaf, params)
 
 
 def train(dtype: str, runs: int, steps: int) -> dict:
