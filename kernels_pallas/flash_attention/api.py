@@ -13,6 +13,17 @@ from kernels_pallas.flash_attention.blocked import (
   blocked_attention,
   blocked_gradients,
 )
+from kernels_pallas.flash_attention.mosaic_gpu import (
+  HOPPER,
+  mosaic_gpu_attention,
+  mosaic_gpu_gradients,
+  unsupported,
+)
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+  ROWS,
+  GpuTiles,
+  for_head_dim,
+)
 from kernels_pallas.flash_attention.mosaic_tpu import (
   mosaic_tpu_attention,
   mosaic_tpu_gradients,
@@ -22,7 +33,8 @@ from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
 from kernels_pallas.masks import Mask, Segments, Window
 
-BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu")
+BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu", "mosaic_gpu")
+GPUS = ("gpu", "cuda")
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -47,7 +59,7 @@ def flash_attention(
   kv_lens: Int[Array, " B"] | None = None,
   return_lse: bool = False,
   backend: str = "auto",
-  config: Blocks | Tiles | None = None,
+  config: Blocks | Tiles | GpuTiles | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> (
@@ -87,8 +99,10 @@ def flash_attention(
     kv_lens: Int [B], at most S; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
     backend: One of `BACKENDS`; for 'auto' see `choose`.
-    config: Tile sizes: `Tiles` for mosaic_tpu, else `Blocks`.
+    config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu, else
+      `Blocks`.
     interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
+      A `plgpu.InterpretGPUParams` for mosaic_gpu.
     precision: Of the matmuls, as in `jax.lax.dot`.
 
   Returns:
@@ -153,7 +167,7 @@ def prepare(
   bias_before_softcap: bool = False,
   dropout_rate: float = 0.0,
   backend: str = "auto",
-  config: Blocks | Tiles | None = None,
+  config: Blocks | Tiles | GpuTiles | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> tuple[Backend, Spec]:
@@ -178,12 +192,16 @@ def prepare(
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap: found {softcap}, expected a positive number")
   if backend == "auto":
-    backend, _ = choose(q, config)
+    backend, _ = choose(q, config, x.bias, precision)
   run = _backend(backend, interpret)
   if config is None:
     wide, kind_of_device = max(H, v.shape[-1]), _device()[1]
-    tiles = functools.partial(for_device, kind_of_device, wide, q.dtype.name)
-    config = tiles() if run.config is Tiles else blocking.fitted(x)
+    if run.config is Tiles:
+      config = for_device(kind_of_device, wide, q.dtype.name)
+    elif run.config is GpuTiles:
+      config = for_head_dim(H, v.shape[-1])
+    else:
+      config = blocking.fitted(x)
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"
@@ -199,7 +217,10 @@ def prepare(
 
 
 def choose(
-  q: Float[Array, "B T N H"], config: Blocks | Tiles | None = None
+  q: Float[Array, "B T N H"],
+  config: Blocks | Tiles | GpuTiles | None = None,
+  bias: Float[Array, "..."] | None = None,
+  precision: Any = None,
 ) -> tuple[str, str]:
   """What backend 'auto' stands for, and why.
 
@@ -209,10 +230,21 @@ def choose(
   Args:
     q: Queries.
     config: Tile sizes, if the caller gave any.
+    bias: Added to the logits, if any.
+    precision: Of the matmuls.
   """
-  platform, _ = _device()
+  platform, kind = _device()
   if isinstance(config, Blocks):
     return "xla_blockwise", "config is a Blocks"
+  if platform in GPUS:
+    if not any(name in kind for name in HOPPER):
+      return "xla_blockwise", f"there is no kernel for {kind}, but for Hopper"
+    reason = unsupported(q, q, q, bias, precision)
+    if reason is not None:
+      return "xla_blockwise", reason
+    if q.shape[1] < ROWS:
+      return "xla_blockwise", f"a GPU kernel would pad T to {2 * ROWS} queries"
+    return "mosaic_gpu", "the program is for a Hopper GPU"
   if platform != "tpu":
     return "xla_blockwise", f"there is no kernel for platform {platform} yet"
   if q.dtype not in (jnp.bfloat16, jnp.float32):
@@ -241,6 +273,12 @@ def _backend(name: str, interpret: Any) -> Backend:
       functools.partial(_mosaic_tpu_gradients, interpret or False),
       Tiles,
     )
+  if name == "mosaic_gpu":
+    return Backend(
+      functools.partial(_mosaic_gpu, interpret or False),
+      functools.partial(_mosaic_gpu_gradients, interpret or False),
+      GpuTiles,
+    )
   if interpret is not None:
     raise ValueError(
       f"interpret: found {interpret!r}, {name} has no use for it"
@@ -256,6 +294,14 @@ def _mosaic_tpu(interpret, spec, x):
 
 def _mosaic_tpu_gradients(interpret, spec, x, rows):
   return mosaic_tpu_gradients(spec, interpret, x, rows)
+
+
+def _mosaic_gpu(interpret, spec, x):
+  return mosaic_gpu_attention(spec, interpret, x)
+
+
+def _mosaic_gpu_gradients(interpret, spec, x, rows):
+  return mosaic_gpu_gradients(spec, interpret, x, rows)
 
 
 def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:

@@ -16,13 +16,15 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import mosaic_gpu_backward as back
 from kernels_pallas.flash_attention import mosaic_gpu_problem as problem
+from kernels_pallas.flash_attention.cotangents import (
+  Queries,
+  finished,
+  queries,
+)
 from kernels_pallas.flash_attention.mosaic_gpu_forward import forward
 from kernels_pallas.flash_attention.mosaic_gpu_tile import LOG2E
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
-  GpuTiles,
-  for_head_dim,
-)
-from kernels_pallas.flash_attention.mosaic_tpu_problem import alive, pad
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
+from kernels_pallas.flash_attention.mosaic_tpu_problem import pad
 from kernels_pallas.flash_attention.spec import Operands, Spec
 
 HOPPER = ("H100", "H200", "H800", "GH200", "H20")
@@ -87,42 +89,44 @@ def _forward(spec, interpret, x):
 
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
-  do, dlse = cotangents
+  rows = queries(x, o, lse, *cotangents)
+  found = mosaic_gpu_gradients(spec, interpret, x, rows)
+  return (finished(x, found, rows),)
+
+
+def mosaic_gpu_gradients(
+  spec: Spec, interpret: Any, x: Operands, rows: Queries
+) -> Operands:
+  """Gradients of q, k and v, summed in float32 and rounded as q is.
+
+  Args:
+    spec: Static part; `spec.blocks` is a `GpuTiles`.
+    interpret: False to compile, or a `plgpu.InterpretGPUParams`.
+    x: Arrays; sinks are not looked at.
+    rows: What the queries saw, these keys and perhaps others.
+  """
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
-  do = alive(do, x.mask.live_queries())
-  delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1)
-  # Rows without a key: P = exp(s - inf) = 0, and so are all gradients.
-  empty = lse == -jnp.inf
-  shift = delta.swapaxes(1, 2) - jnp.where(empty, 0, dlse)
-  lse = jnp.where(empty, jnp.inf, lse)
 
   def prepare(tile, streamed):
-    p = problem.prepare(spec, x, tile, streamed)
-    return _with_cotangents(p, do.astype(x.q.dtype), lse, shift)
+    return _with_cotangents(problem.prepare(spec, x, tile, streamed), *rows)
 
   dq = back.dq(prepare(tiles.dq, problem.KEYS), interpret)
   p, found = prepare(tiles.dkv, problem.QUERIES), {}
   for names in tiles.gradients:
     found |= back.dkv(p, names, interpret)
-  dsinks = None
-  if x.sinks is not None:
-    share = jnp.exp(x.sinks.astype(jnp.float32)[None, :, None] - lse)
-    dsinks = -jnp.sum(share * shift, axis=(0, 2)).astype(x.sinks.dtype)
-  gradients = Operands(
-    q=dq[:, :T, :, :H],
-    k=found["dk"][:, :S, :, :H],
-    v=found["dv"][:, :S, :, :Hv],
+  return Operands(
+    q=dq[:, :T, :, :H].astype(jnp.float32),
+    k=found["dk"][:, :S, :, :H].astype(jnp.float32),
+    v=found["dv"][:, :S, :, :Hv].astype(jnp.float32),
     mask=None,
-    sinks=dsinks,
   )
-  return (gradients,)
 
 
 def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
   """The problem with the arrays of the backward pass."""
   T = p.dims[3]
-  do = problem.padded(pad(do, 1, T), 1)
+  do = problem.padded(pad(do.astype(p.arrays["q"].dtype), 1, T), 1)
   rows = (pad(lse * LOG2E, 2, T, jnp.inf), pad(shift, 2, T))
   more = {"do": do, "stats": jnp.stack(rows, axis=2)}
   return dataclasses.replace(p, arrays={**p.arrays, **more})
@@ -131,8 +135,6 @@ def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
 def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
   """The call's tiles; raises where these kernels cannot take the call."""
   tiles = spec.blocks
-  if tiles is None:
-    tiles = for_head_dim(x.q.shape[-1], x.v.shape[-1])
   if not isinstance(tiles, GpuTiles):
     raise ValueError(
       f"config: found {tiles!r}, expected a `mosaic_gpu_tiling.GpuTiles` for "

@@ -153,8 +153,11 @@ def _dq_step(x, mine, smem, pipe, stats, bounds, start, _, where, slots, acc,
   if masked or p.spec.dropout_rate:
     first = where()[1] * p.tile.streamed
   if masked:
-    columns = tile.of_keys(x, first, p.tile.streamed)
-    seen = tile.visible(x, bounds, columns, first)
+
+    def seen():
+      columns = tile.of_keys(x, first, p.tile.streamed)
+      return tile.visible(x, bounds, columns, first)
+
   drop = tile.dropper(x, start, first)
   plgpu.barrier_wait(k_full.at[k_slot])
   plgpu.barrier_wait(v_full.at[v_slot])
@@ -218,8 +221,11 @@ def _dkv_step(x, mine, smem, pipe, columns, start, _, where, slots, acc,
     head, i = where()
     first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
   if masked:
-    bounds = tile.of_queries(x, first, p.tile.streamed)
-    seen = tile.visible(x, bounds, columns, start)
+
+    def seen():
+      bounds = tile.of_queries(x, first, p.tile.streamed)
+      return tile.visible(x, bounds, columns, start)
+
   drop = tile.dropper(x, first, start)
 
   def stats(n):
@@ -243,26 +249,33 @@ def _dkv_step(x, mine, smem, pipe, columns, start, _, where, slots, acc,
 def _scores(x, left, right, stats, seen, drop):
   """P and dS of a tile, or P and None; transposed where queries are streamed.
 
-  Both matmuls are issued before the first is awaited. `stats(n)` reads a row of
-  the statistics: late, since registers are what there is least of.
+  `stats(n)` reads a row of the statistics and `seen()` gives the mask, if there
+  is one: late, since registers are what there is least of.
   """
   p = x.p
 
   def probabilities(s):
-    t, factor, slope = tile.logits(p, s, seen)
+    t, factor, slope = tile.logits(p, s, None if seen is None else seen())
     e = jnp.exp2(t * factor - tile.spread(stats(LSE), t.shape, x.along))
     return e, slope
 
   if right is None:
     return probabilities(tile.product(*left))[0], None
 
+  def gradient(e, slope, dp):
+    dp = drop(dp)
+    ds = e * (dp - tile.spread(stats(SHIFT), dp.shape, x.along))
+    return e, ds if slope is None else ds * slope
+
+  if p.tile.products == "one":
+    e, slope = probabilities(tile.product(*left))
+    return gradient(e, slope, tile.product(*right))
+
   def run(s_out, dp_out):
     plgpu.wgmma(s_out, left[0], left[1].transpose((1, 0)))
     plgpu.wgmma(dp_out, right[0], right[1].transpose((1, 0)))
     e, slope = probabilities(plgpu.wgmma_accumulator_load(s_out, wait_n=1))
-    dp = drop(dp_out[...])
-    ds = e * (dp - tile.spread(stats(SHIFT), dp.shape, x.along))
-    return e, ds if slope is None else ds * slope
+    return gradient(e, slope, dp_out[...])
 
   acc = plgpu.ACC(tile.shape(p), jnp.float32)
   return pl.run_scoped(run, acc, acc)

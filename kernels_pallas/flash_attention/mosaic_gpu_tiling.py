@@ -19,6 +19,7 @@ SHARED_BYTES = 232_448
 """Shared memory that a block of Hopper or Blackwell may ask for."""
 
 OPERANDS = ("registers", "shared")
+PRODUCTS = ("both", "one")
 
 # Registers a thread of (a computing, the copying) warpgroup, by how many
 # compute; a multiprocessor has 65,536, in units of 8 a thread.
@@ -34,13 +35,20 @@ class GpuTile:
     streamed: Tokens of a tile of the side that passes by, a multiple of 64.
     stages: Buffers of its two operands (keys and values, or queries and
       cotangents).
+    products: How a backward kernel issues its two products of a tile: 'both'
+      at once, or 'one' after the other, which holds fewer registers.
   """
 
   groups: int = 2
   streamed: int = 128
   stages: tuple[int, int] = (2, 2)
+  products: str = "both"
 
   def __post_init__(self):
+    if self.products not in PRODUCTS:
+      raise ValueError(
+        f"tile.products: found {self.products!r}, expected one of {PRODUCTS}"
+      )
     bad = self.streamed < 1 or self.streamed % ROWS or min(self.stages) < 1
     if bad or not 1 <= self.groups <= 3:  # noqa: PLR2004
       raise ValueError(
@@ -70,7 +78,7 @@ class GpuTiles:
   """
 
   forward: GpuTile = GpuTile()
-  dkv: GpuTile = GpuTile(2, 64)
+  dkv: GpuTile = GpuTile(2, 64, products="one")
   dq: GpuTile = GpuTile(2, 64)
   gradients: tuple[tuple[str, ...], ...] = (("dk", "dv"),)
   operand: str = "registers"
@@ -89,7 +97,7 @@ class GpuTiles:
 
 
 def for_head_dim(H: int, Hv: int) -> GpuTiles:
-  """Tiles that fit registers and shared memory, without a spill.
+  """Tiles that fit registers and shared memory.
 
   As `python -m kernels_pallas.inspect.gpu` finds them for 16-bit operands.
 
@@ -99,12 +107,12 @@ def for_head_dim(H: int, Hv: int) -> GpuTiles:
   """
   wide = max(H, Hv)
   if wide <= 64:
-    return GpuTiles(dq=GpuTile(2, 128))
+    return GpuTiles(dkv=GpuTile(2, 64), dq=GpuTile(2, 128))
   if wide <= 128:
     return GpuTiles()
   return GpuTiles(
     forward=GpuTile(2, 64),
-    dkv=GpuTile(2, 64, (2, 1)),
-    dq=GpuTile(2, 64, (2, 1)),
+    dkv=GpuTile(1, 64, products="one"),
+    dq=GpuTile(1, 64, products="one"),
     gradients=(("dk",), ("dv",)),
   )

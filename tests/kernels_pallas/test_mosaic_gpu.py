@@ -1,0 +1,223 @@
+"""The GPU kernels, interpreted on the CPU with race detection.
+
+The interpreter runs the variant whose left operands come from shared memory;
+barriers, copies, masks and loops are those of the other one, too.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.flash_attention.api import choose, flash_attention
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+  SHARED_BYTES,
+  GpuTile,
+  GpuTiles,
+  for_head_dim,
+)
+from kernels_pallas.flash_attention.spec import Blocks
+from kernels_pallas.masks import Mask
+
+# Neither length is a multiple of any tile.
+B, T, S = 2, 100, 150
+SMALL = GpuTile(2, 64)
+TILES = {
+  "two_groups": GpuTiles(SMALL, SMALL, SMALL, operand="shared"),
+  "one_group": GpuTiles(
+    GpuTile(1, 64, (3, 1)),
+    GpuTile(1, 64, (1, 2), "one"),
+    GpuTile(1, 64, (1, 2), "one"),
+    (("dk",), ("dv",)),
+    "shared",
+  ),
+}
+
+
+@pytest.fixture(name="interpreter")
+def _interpreter():
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+  yield plgpu.InterpretGPUParams(
+    detect_races=True, uninitialized_memory="nan"
+  )  # fmt: skip
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def draw(*shape, seed=0, dtype=jnp.float16):
+  rng = np.random.default_rng([seed, *shape])
+  return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def ids(*shape, high=3):
+  rng = np.random.default_rng([1, *shape])
+  return jnp.asarray(rng.integers(-1, high, shape), jnp.int32)
+
+
+def qkv(H=64, Hv=64, T=T, S=S):
+  return draw(B, T, 2, H), draw(B, S, 1, H), draw(B, S, 1, Hv, seed=1)
+
+
+def run(q, k, v, sinks=None, **options):
+  """Output, log-sum-exp (0 where there is none) and gradients of sines."""
+
+  def f(x):
+    o, lse = flash_attention(
+      x["q"], x["k"], x["v"], sinks=x.get("sinks"), return_lse=True, **options
+    )
+    lse = jnp.where(jnp.isneginf(lse), 0, lse)
+    total = jnp.sum(jnp.sin(3 * o.astype(jnp.float32))) + jnp.sum(jnp.cos(lse))
+    return total, (o, lse)
+
+  x = {"q": q, "k": k, "v": v}
+  x |= {} if sinks is None else {"sinks": sinks}
+  (_, out), gradients = jax.jit(jax.value_and_grad(f, has_aux=True))(x)
+  return out, gradients
+
+
+CASES = {
+  "causal": ({"causal": True}, {}),
+  "empty_rows": ({"mask": lambda: Mask.causal(offset=-30)}, {}),
+  "window_segments_sinks": (
+    {
+      "mask": lambda: Mask.causal((20, None), (ids(B, T), ids(B, S))),
+      "sinks": lambda: jnp.array([0.3, -0.2]),
+    },
+    {"tiles": "one_group"},
+  ),
+  "positions_softcap": (
+    {
+      "mask": lambda: Mask.full(
+        (9, 9), None, ids(B, T, high=S), ids(1, S, high=S)
+      ),
+      "softcap": 2.0,
+    },
+    {},
+  ),
+  "ragged": ({"kv_lens": lambda: jnp.array([150, 70]), "causal": True}, {}),
+  "dropout_other_width": (
+    {"causal": True, "dropout_rate": 0.3, "dropout_seed": 5},
+    {"Hv": 80},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_reference_without_a_race(interpreter, name):
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+  options, shape = CASES[name]
+  options = {k: v() if callable(v) else v for k, v in options.items()}
+  x = qkv(Hv=shape.get("Hv", 64))
+  found = run(
+    *x,
+    backend="mosaic_gpu",
+    config=TILES[shape.get("tiles", "two_groups")],
+    interpret=interpreter,
+    **options,
+  )
+  assert not interpret_pallas_call.get_races().races_found
+  expected = run(
+    *(y.astype(jnp.float32) for y in x), backend="reference", **options
+  )
+  assert float(jnp.abs(expected[1]["q"]).max()) > 1e-2
+  # float16 rounds P, dS and the results by 2^-11; gradients of a lone visible
+  # key are sums of some ten such terms, of size up to 3 from sin(3 o).
+  found = jax.tree.map(lambda y: y.astype(jnp.float32), found)
+  chex.assert_trees_all_close(found, expected, rtol=5e-3, atol=1e-2)
+
+
+def test_padding_may_hold_anything(interpreter):
+  """NaN in padding reaches neither outputs nor gradients."""
+  q, k, v = qkv()
+  lens = jnp.array([90, 130])
+  dead = (jnp.arange(S) >= lens[:, None])[:, :, None, None]
+  call = functools.partial(
+    run,
+    kv_lens=lens,
+    backend="mosaic_gpu",
+    config=TILES["two_groups"],
+    interpret=interpreter,
+  )
+  found = call(q, *(jnp.where(dead, jnp.nan, x) for x in (k, v)))
+  chex.assert_trees_all_equal(found, call(q, k, v))
+  chex.assert_tree_all_finite(found)
+
+
+def test_what_the_kernels_do_not_compute_is_refused():
+  q, k, v = qkv()
+  call = functools.partial(flash_attention, backend="mosaic_gpu")
+  with pytest.raises(ValueError, match="dtype: found q float32.*xla_blockwise"):
+    call(*(x.astype(jnp.float32) for x in (q, k, v)))
+  with pytest.raises(ValueError, match="bias.*xla_blockwise"):
+    call(q, k, v, bias=jnp.zeros((1, 1, T, S)))
+  with pytest.raises(ValueError, match="precision.*xla_blockwise"):
+    call(q, k, v, precision=jax.lax.Precision.HIGHEST)
+  with pytest.raises(ValueError, match="operand='shared'"):
+    call(q, k, v, interpret=plgpu.InterpretGPUParams())
+  with pytest.raises(ValueError, match="expected GpuTiles"):
+    call(q, k, v, config=Blocks())
+
+
+@pytest.mark.parametrize(
+  ("bad", "match"),
+  [
+    ({"groups": 4}, "1 to 3 groups"),
+    ({"streamed": 32}, "multiple of 64"),
+    ({"stages": (0, 1)}, "at least 1 stage"),
+    ({"products": "none"}, "products"),
+  ],
+)
+def test_bad_tiles_are_refused(bad, match):
+  with pytest.raises(ValueError, match=match):
+    GpuTile(**bad)
+
+
+def test_bad_kernels_are_refused():
+  with pytest.raises(ValueError, match="operand"):
+    GpuTiles(operand="memory")
+  with pytest.raises(ValueError, match="'dk' and 'dv' once"):
+    GpuTiles(gradients=(("dk",),))
+
+
+@pytest.mark.parametrize(("H", "Hv"), [(64, 64), (128, 128), (192, 128),
+                                       (256, 256)])  # fmt: skip
+def test_tiles_fit_shared_memory(H, Hv):
+  """The bytes of every buffer, 16 bits an element (kernels.md 6.3)."""
+  tiles = for_head_dim(H, Hv)
+  for tile, held in (
+    (tiles.forward, H + Hv * (Hv != H)),
+    (tiles.dkv, H + Hv),
+    (tiles.dq, H + Hv),
+  ):
+    first, second = tile.stages
+    rows = tile.rows * held + tile.streamed * (first * H + second * Hv)
+    assert 2 * rows + 2048 <= SHARED_BYTES
+
+
+def test_auto_is_the_kernel_on_hopper_alone():
+  q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+
+  def chosen(kind, q=q, **more):
+    device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(
+      (1,), ("data",), abstract_device=device
+    )  # fmt: skip
+    found = []
+    with jax.sharding.use_abstract_mesh(mesh):
+      jax.eval_shape(lambda q: found.append(choose(q, **more)) or q, q)
+    return found[0]
+
+  assert chosen("NVIDIA H100 80GB HBM3")[0] == "mosaic_gpu"
+  few = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
+  for name, why in (
+    (chosen("NVIDIA A100-SXM4-80GB"), "Hopper"),
+    (chosen("NVIDIA H100", q.update(dtype=jnp.float32)), "dtype"),
+    (chosen("NVIDIA H100", few), "pad T"),
+    (chosen("NVIDIA H100", bias=jnp.zeros((1, 1, 1, 1))), "bias"),
+  ):
+    assert name[0] == "xla_blockwise" and why in name[1]
