@@ -28,12 +28,19 @@ TARGET = "heptad_panels"
 """The name by which compiled programs call the library."""
 
 SOURCE = pathlib.Path(__file__).with_name("panels.cc")
-PARTS = ("problem.h", "lanes.h", "tile.inc", "vnni.h", "multiply.h")
+PARTS = (
+  "problem.h",
+  "lanes.h",
+  "tile.inc",
+  "vnni.h",
+  "bfloat16.h",
+  "multiply.h",
+)
 """What it includes, beside it."""
 
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 COMPILERS = ("c++", "g++", "clang++")
-ISAS = ("auto", "vnni", "avx512", "avx2", "portable")
+ISAS = ("auto", "vnni", "bfloat16", "avx512", "avx2", "portable")
 _SECONDS = 120
 
 

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "bfloat16.h"
 #include "lanes.h"
 #include "vnni.h"
 
@@ -25,6 +26,12 @@ inline Kernel kernel(const std::string& name, const Problem& p) {
       __builtin_cpu_supports("avx512vl") && vnni::takes(p)) {
     return vnni::run;
   }
+#if defined(PANELS_BFLOAT16)
+  if ((any || name == "bfloat16") && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512bw") && bfloat16::takes(p)) {
+    return bfloat16::run;
+  }
+#endif
   if ((any || name == "avx512") && __builtin_cpu_supports("avx512f")) {
     return avx512::run;
   }
@@ -61,6 +68,14 @@ struct Job {
 // Waking a thread takes as long as reading about this many bytes of codes.
 constexpr int64_t kWorthWaking = 64 << 10;
 
+inline bool takes_pairs(Kernel kernel) {
+#if defined(PANELS_BFLOAT16)
+  return kernel == bfloat16::run;
+#else
+  return false;
+#endif
+}
+
 // Computes y; `x` is [rows, inputs]. `schedule(task)` runs a task some time on
 // another thread, of which there are `threads`.
 template <class Schedule>
@@ -68,7 +83,9 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
               const Schedule& schedule) {
   if (!p.rows || !p.panels) return;
   auto job = std::make_shared<Job>();
-  if (x.type == Type::kF32 && p.inputs == p.padded) {
+  if (takes_pairs(kernel)) {
+    p.pairs = static_cast<const uint16_t*>(x.data);
+  } else if (x.type == Type::kF32 && p.inputs == p.padded) {
     p.x = static_cast<const float*>(x.data);
   } else {
     job->x.assign(p.rows * p.padded, 0);

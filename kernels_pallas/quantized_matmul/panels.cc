@@ -19,6 +19,9 @@
 // and their sums are exact integers, so this is as exact as float32, and for a
 // row alone nearly twice as fast.
 //
+// Where the CPU multiplies pairs of bfloat16 (AVX-512 BF16) and both sides are,
+// it does, adding in float32; subnormal products count as 0.
+//
 // Every output is summed in one order, input by input and group by group, by
 // one thread, so results do not depend on the number of threads. (The last bits
 // depend on the instruction set, and on whether a batch is small enough for
@@ -26,7 +29,7 @@
 //
 // `problem.h` says what is multiplied, `lanes.h` what a vector is on each
 // instruction set, `tile.inc` the product by any of them, `vnni.h` that in
-// fixed point, `multiply.h` how threads share it; here is XLA's side.
+// fixed point, `bfloat16.h` that of pairs, `multiply.h` how threads share it; here is XLA's side.
 // GCC 9 or Clang 10.
 
 #include "multiply.h"
@@ -99,6 +102,7 @@ inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
   }
   const Numbers in = {x.untyped_data(), type_of(x.element_type())};
   p.y = y->untyped_data(), p.y_type = type_of(y->element_type());
+  p.x_type = in.type;
   if (in.type != Type::kF32 && in.type != Type::kBF16) return bad("x: type");
   if (p.y_type != Type::kF32 && p.y_type != Type::kBF16) return bad("y: type");
   const Kernel chosen = kernel(std::string(isa), p);

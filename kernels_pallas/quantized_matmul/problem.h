@@ -30,7 +30,9 @@ struct Problem {
   const uint32_t* codes;
   Numbers scale, offset;            // without scale a weight is its code
   float table[kLanes];              // values of 4-bit codes
+  Type x_type;                      // as given, kF32 or kBF16
   const float* x;                   // [rows, padded], zeros after `inputs`
+  const uint16_t* pairs;            // x as given, where `bfloat16` runs
   const float* sums;                // [rows, groups] of x, or null
   const uint32_t* digits;           // x in fixed point, or null: see `vnni`
   const int32_t* starts;            // [rows, groups, 3]

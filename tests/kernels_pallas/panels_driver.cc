@@ -76,8 +76,9 @@ std::vector<Y> product(Problem p, Kernel run, const Numbers& x, int threads) {
 
 template <class Y>
 bool check(Problem p, const Numbers& x) {
+  p.x_type = x.type;
   p.y_type = sizeof(Y) == 4 ? Type::kF32 : Type::kBF16;
-  for (const char* name : {"portable", "avx2", "avx512", "vnni"}) {
+  for (const char* name : {"portable", "avx2", "avx512", "bfloat16", "vnni"}) {
     const Kernel run = kernel(name, p);
     if (!run) continue;
     const std::vector<Y> y = product<Y>(p, run, x, 1);

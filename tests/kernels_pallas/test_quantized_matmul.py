@@ -200,6 +200,22 @@ def test_bfloat16_activations_are_rounded_once(kind, backend):
   assert np.all(np.abs(np.float64(got) - want) <= slack)
 
 
+@pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("rows", [1, 5, 18])
+def test_pairs_of_bfloat16_on_every_instruction_set(rows, isa):
+  rng = np.random.default_rng(rows)
+  w = jnp.asarray(rng.standard_normal((46, 87)), jnp.bfloat16)
+  x = jnp.asarray(rng.standard_normal((rows, 46)), jnp.bfloat16)
+  try:
+    got = np.float64(cpu.cpu_matmul(x, panels.pack(w), isa))
+  except jax.errors.JaxRuntimeError as error:
+    assert "none of that name for this W" in str(error)
+    return
+  want = np.float64(x) @ np.float64(w)
+  slack = bound(x, np.float64(w)) + 2.0**-8 * np.abs(want)
+  assert np.all(np.abs(got - want) <= slack)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["nf4", "int8, affine", "bfloat16"])
 def test_the_input_gradient(kind, backend):
