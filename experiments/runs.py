@@ -22,7 +22,7 @@ from experiments.experiment import Built, Experiment
 from research import sharding, tree
 from research.interop import convert, load, sources
 from research.interop.load import Loaded
-from research.lora import peft, wrap
+from research.lora import peft_write, wrap
 from research.nn import generate
 from research.training import (
   checkpoint,
@@ -319,7 +319,7 @@ def _save_adapter(folder, experiment, built, outcome) -> bool:
   base = getattr(experiment.model, "name", "unknown")
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
-  peft.save_adapter(folder, params, built.loaded.model, base)
+  peft_write.save_adapter(folder, params, built.loaded.model, base)
   return True
 
 

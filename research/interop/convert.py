@@ -199,7 +199,7 @@ def to_peft(
   Raises:
     UserError: there are no adapters, or the base is not known.
   """
-  from research.lora import peft, wrap
+  from research.lora import peft, peft_write, wrap
 
   free(to)
   name = base or source.base_name
@@ -214,7 +214,7 @@ def to_peft(
   params = source.params()
   different = _differing(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:
-    peft.save_adapter(
+    peft_write.save_adapter(
       draft,
       params,
       source.model,

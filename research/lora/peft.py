@@ -1,4 +1,4 @@
-"""PEFT's adapters on disk: adapter_config.json and adapter_model.safetensors.
+"""Reads PEFT's adapters: adapter_config.json and adapter_model.safetensors.
 
 Reading is strict where PEFT is not: a module that the configuration matches
 and the file lacks, or the other way round, or an adapter that changes nothing
@@ -7,70 +7,23 @@ sections 6.4 to 6.6). Writing uses only fields and patterns that mean the same
 after PEFT has sorted them.
 """
 
-import dataclasses
-import json
 import pathlib
-from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import tree, weights
-from research.interop import hf, parts, safetensors
-from research.lora import peft_config, peft_whole, wrap
-from research.lora.adapted import AdaptedTensor
-from research.lora.method import Method, Place
-from research.lora.methods.lora import KEYS, LoRA
+from research import tree
+from research.interop import hf, safetensors
+from research.lora import peft_config, peft_names, peft_whole, wrap
+from research.lora.method import Place
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = peft_whole.PREFIX
-
-
-def _named(
-  module: str, method: Method, arrays: Any, size: tuple[int, int]
-) -> dict[str, Any]:
-  """Returns a module's tensors by their names in the file."""
-  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
-  return {
-    _key(module, name, method): x
-    for name, x in method.to_peft(arrays, place).items()
-  }
-
-
-def _key(module: str, name: str, method: Method) -> str:
-  """Returns the name in the file of one tensor of a module."""
-  if name in method.PEFT_SHARED:
-    return f"base_model.{name}"
-  return f"{_PREFIX}{module}.{name}"
-
-
-def _shapes_of(
-  module: str, method: Method, size: tuple[int, int]
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a module's tensors by their names in the file."""
-  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
-
-  def fresh():
-    w = jnp.zeros(size)
-    trained, fixed = method.start(jax.random.key(0), place, w)
-    return _named(module, method, trained | fixed, size)
-
-  return {key: x.shape for key, x in jax.eval_shape(fresh).items()}
-
-
-def _modules(params: Params, model: Transformer) -> dict[str, str]:
-  """Returns Hugging Face's module name of each address of a matrix."""
-  rows, out = hf.table(model), {}
-  for path in wrap.matrices(params):
-    # An adapted weight that is adapted again is addressed as itself.
-    name, _ = rows.theirs(peft_whole.addressed(path))
-    out[path] = name.removesuffix(".weight")
-  return out
 
 
 def load_adapter(
@@ -119,7 +72,7 @@ def open_adapter(
     )
   tensors = safetensors.open_file(file)
   params, model = _untied(fields, kind, params, model)
-  modules = _modules(params, model)
+  modules = peft_names.modules(params, model)
   methods = peft_config.read_methods(
     fields, kind, modules, wrap.matrices(params)
   )
@@ -168,28 +121,16 @@ def _read(tensors, module, method, w):
   place = Place(*size, embedding=module == peft_whole.EMBEDDING)
   found = {
     key.removeprefix(f"{_PREFIX}{module}.").removeprefix("base_model."): key
-    for key in _shapes_of(module, method, size)
+    for key in peft_names.shapes_of(module, method, size)
   }
   found = {name: tensors[key].read() for name, key in found.items()}
   return method.from_peft(found, place, w)
 
 
-def _tied_keys() -> list[tuple[str, str]]:
-  """Returns pairs of keys: the head's factors are the embedding's, turned."""
-  embed, head = (
-    [f"{_PREFIX}{module}.{name}" for name in KEYS[embedding]]
-    for module, embedding in (
-      (peft_whole.EMBEDDING, True),
-      (peft_whole.HEAD, False),
-    )
-  )
-  return [(head[0], embed[1]), (head[1], embed[0])]
-
-
 def _without_copies(path, tensors):
   """Returns the tensors less a tied head's adapter, which says it again."""
   out = dict(tensors)
-  for copy, key in _tied_keys():
+  for copy, key in peft_names.tied_keys():
     if copy in tensors and key in tensors:
       if not np.array_equal(tensors[copy].read(), tensors[key].read().T):
         raise UserError(
@@ -205,7 +146,7 @@ def _untied(fields, kind, params, model):
   if not model.tied or fields.flag("ensure_weight_tying"):
     return params, model
   sides = {"embed": peft_whole.EMBEDDING, "head": peft_whole.HEAD}
-  modules = _modules(params, model) | sides
+  modules = peft_names.modules(params, model) | sides
   touched = peft_config.read_methods(fields, kind, modules)
   saved = peft_config.whole_modules(fields)
   for address, module in sides.items():
@@ -272,7 +213,7 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
   """Raises UserError unless the file holds exactly what is asked for."""
   sizes, wanted = wrap.matrices(params), {}
   for address, method in methods.items():
-    for key, shape in _shapes_of(
+    for key, shape in peft_names.shapes_of(
       modules[address], method, sizes[address]
     ).items():
       # What modules share is as large as the largest of them wants.
@@ -289,143 +230,3 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
       )
     if str(tensors[key].dtype) not in hf.DTYPES:
       raise _wrong_dtype(path, key, tensors[key])
-
-
-def save_adapter(
-  directory: str | pathlib.Path,
-  params: Params,
-  model: Transformer,
-  base_name: str,
-  use_rslora: bool | None = None,
-  whole: Collection[str] = (),
-  resized: bool = False,
-) -> None:
-  """Writes the adapters in `params` as PEFT would have.
-
-  Args:
-    directory: made if need be.
-    params: with AdaptedTensor leaves; one adapter a weight.
-    model: the base.
-    base_name: base_model_name_or_path: a name, or a directory, absolute or
-      relative to `directory`.
-    use_rslora: whether to state the scales of plain LoRA as `alpha / sqrt(r)`
-      rather than `alpha / r`; None for as they are.
-    whole: addresses of weights without adapter that differ from the base's.
-    resized: whether the base has another number of tokens; both embeddings
-      are written then, and whoever loads the adapter resizes the base first.
-
-  Raises:
-    UserError: there are no adapters, or PEFT has no way to say what they do.
-  """
-  directory = pathlib.Path(directory)
-  modules = _modules(params, model)
-  found = _adapters(params)
-  if not found:
-    raise UserError(f"{directory}: these parameters hold no adapter to save")
-  nameless = sorted(set(found) - set(modules))
-  if nameless:
-    raise UserError(
-      f"{directory}: PEFT's files have no name for an adapter on stacked "
-      f"experts ({nameless[0]}).\nMerge it into the model instead."
-    )
-  tensors, methods, sizes = {}, {}, wrap.matrices(params)
-  for path, w in found.items():
-    module = modules[path]
-    method, arrays = w.method.exported(w.arrays)
-    if method.PEFT is None:
-      raise UserError(
-        f"{directory}: PEFT has no method {type(method).__name__}; merge it "
-        "into the model, or convert it to plain LoRA first"
-      )
-    arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
-    for key, x in _named(module, method, arrays, sizes[path]).items():
-      tensors[key] = _joined(tensors[key], x) if key in tensors else x
-    methods[module] = _stated(method, use_rslora)
-  if model.tied and "embed" in found:
-    tensors |= {copy: tensors[key].T for copy, key in _tied_keys()}
-  kept, saved, bias = _whole(params, model, set(methods), set(whole), resized)
-  config = peft_config.make_config(
-    methods,
-    list(modules.values()),
-    base_name,
-    saved,
-    bias,
-    # One matrix on both sides, which PEFT has to be told.
-    model.tied and ("embed" in found or ("embed" in whole and not resized)),
-  )
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    safetensors.write_file(directory / WEIGHTS, tensors | kept)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (directory / peft_config.CONFIG).write_text(text)
-  except OSError as e:
-    raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
-
-
-def _whole(params, model, adapted, changed, resized):
-  """Returns (tensors, modules_to_save, bias mode) of what is no adapter."""
-  base = peft_whole.base_weights(params, model)
-  biases = {a for a, w in base.items() if w.name == "bias"}
-  theirs = {a for a in biases if base[a].module in adapted}
-  changed = changed - ({"embed", "head"} if resized else set())
-  bias = "none"
-  if changed & biases:
-    bias = "lora_only" if changed & biases <= theirs else "all"
-  saved = sorted({base[a].module for a in changed - biases})
-  keys = peft_whole.required(base, adapted, saved, bias)
-  if resized:
-    keys |= peft_whole.embeddings(base, model.tied, keys, adapted)
-  elif model.tied and "embed" in changed:
-    copy = dataclasses.replace(base["embed"], module=peft_whole.HEAD)
-    keys[f"{_PREFIX}{peft_whole.HEAD}.weight"] = copy
-  read = parts.from_params(wrap.disable(params))
-  out = {}
-  for key, w in keys.items():
-    x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
-    out[key] = x.T if w.transposed else x
-  return out, saved, bias
-
-
-def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-  """Returns the array whose first rows and columns two modules have."""
-  shape = tuple(map(max, one.shape, other.shape))
-  out = np.zeros(shape, one.dtype)
-  for x in (one, other):
-    out[tuple(slice(n) for n in x.shape)] = x
-  for x in (one, other):
-    if not np.array_equal(out[tuple(slice(n) for n in x.shape)], x):
-      raise UserError(
-        "modules of this adapter should share an array and do not; adapters "
-        "that were made apart cannot be saved as one"
-      )
-  return out
-
-
-def _stated(method: Method, use_rslora: bool | None) -> Method:
-  """Returns the same method with its scale over `r` or over `sqrt(r)`."""
-  if use_rslora is None or not isinstance(method, LoRA):
-    return method
-  alpha = method.scale * (method.rank**0.5 if use_rslora else method.rank)
-  return dataclasses.replace(method, alpha=alpha, rslora=use_rslora)
-
-
-def _adapters(params: Params) -> dict[str, AdaptedTensor]:
-  """Returns each layer's adapter without its base, by address."""
-  out = {}
-
-  def thin(w):
-    if isinstance(w.w, AdaptedTensor):
-      raise UserError("two adapters on one weight: merge one before saving")
-    return dataclasses.replace(w, w=None, key=None)
-
-  for path, leaf in wrap.leaves(tree.top(params)):
-    if isinstance(leaf, AdaptedTensor):
-      out[path] = thin(leaf)
-  for prefix, layers in tree.layer_indices(params).items():
-    run, layer = prefix.split("/")
-    for path, leaf in wrap.leaves(params[run][layer]):
-      if isinstance(leaf, AdaptedTensor):
-        for k, i in enumerate(layers):
-          one = jax.tree.map(lambda x, k=k: x[k], thin(leaf))
-          out[f"layers/{i}/{path}"] = one
-  return out

@@ -14,7 +14,7 @@ import pytest
 from experiments import cli, evaluate, generate, perplexity, runs, train
 from research import tree
 from research.interop import load
-from research.lora import adapt, peft
+from research.lora import adapt, peft_write
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
@@ -60,7 +60,7 @@ def test_an_adapter_is_applied(command, tmp_path):
   adapted = tree.map_paths(
     lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
   )
-  peft.save_adapter(tmp_path, adapted, base.model, TINY)
+  peft_write.save_adapter(tmp_path, adapted, base.model, TINY)
   arguments = ["--prompt=the cat", "--max_new_tokens=20"]
   with_it = f"--model={TINY}", f"--adapter=mine={tmp_path}"
   named = command(generate.main, *arguments, *with_it)

@@ -79,7 +79,7 @@ def encode(it, args, rows) -> dict:
 
 def adapt_and_save(it, args, rows) -> dict:
   """Every linear layer adapted, with b drawn too; saved where PEFT reads."""
-  from research.lora import peft
+  from research.lora import peft_write
 
   key = jax.random.key(0)
   rank = int(rows["rank"])
@@ -93,7 +93,7 @@ def adapt_and_save(it, args, rows) -> dict:
     return std * jax.random.normal(name, leaf.shape, leaf.dtype)
 
   params = tree.map_paths(drawn, params)
-  peft.save_adapter(args.adapter, params, it.model, base_name=args.model)
+  peft_write.save_adapter(args.adapter, params, it.model, base_name=args.model)
   merged = forward(it.model, wrap.merge(params), rows["tokens"])
   whole = forward(it.model, params, rows["tokens"])
   return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))
@@ -101,7 +101,7 @@ def adapt_and_save(it, args, rows) -> dict:
 
 def gradients(it, args, rows) -> dict:
   """Mean next-token loss over every predicted token, and its gradients."""
-  from research.lora import peft
+  from research.lora import peft_write
   from research.training import objective
 
   tokens = jnp.asarray(rows["tokens"].astype(np.int32))
@@ -124,7 +124,7 @@ def gradients(it, args, rows) -> dict:
 
   loss, slopes = jax.value_and_grad(mean)(selected)
   written = tree.combine(slopes, rest)
-  peft.save_adapter(args.adapter, written, it.model, base_name=args.model)
+  peft_write.save_adapter(args.adapter, written, it.model, base_name=args.model)
   return dict(loss=np.asarray(loss))
 
 

@@ -21,7 +21,7 @@ from research.interop import (
   safetensors,
   sources,
 )
-from research.lora import adapt, peft, wrap
+from research.lora import adapt, peft, peft_write, wrap
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
@@ -305,7 +305,7 @@ def test_an_adapter_over_packed_weights(tmp_path):
     lambda x: x + 0.01 if x.dtype == np.float32 else x, params
   )
   base = str(MODELS / "gguf_q8_0" / "model.gguf")
-  peft.save_adapter(tmp_path / "a", params, it.model, base)
+  peft_write.save_adapter(tmp_path / "a", params, it.model, base)
   source = sources.open_source(tmp_path / "a")
   convert.to_orbax(source, tmp_path / "ours")
   again = sources.open_source(tmp_path / "ours")

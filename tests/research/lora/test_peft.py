@@ -14,7 +14,7 @@ import pytest
 
 from research import tree
 from research.interop import load, safetensors
-from research.lora import adapt, peft, peft_config, wrap
+from research.lora import adapt, peft, peft_config, peft_write, wrap
 from research.typing import UserError
 from tests.support_lora import adapting
 
@@ -79,7 +79,8 @@ def test_loss_and_gradients_are_pefts(name, tmp_path):
   value, gradient = loss(selected)
   np.testing.assert_allclose(value, g["loss"], rtol=1e-6)
   # Saved as if they were an adapter, the gradients carry the file's names.
-  peft.save_adapter(tmp_path, tree.combine(gradient, frozen), it.model, "x")
+  slopes = tree.combine(gradient, frozen)
+  peft_write.save_adapter(tmp_path, slopes, it.model, "x")
   got = safetensors.open_file(tmp_path / peft.WEIGHTS)
   wanted = {k[5:]: v for k, v in g.items() if k.startswith("grad/")}
   assert set(got) == set(wanted)
@@ -95,7 +96,7 @@ def test_loss_and_gradients_are_pefts(name, tmp_path):
 def test_read_and_written_again(name, tmp_path):
   it = loaded(name)
   rslora = "rslora" in name
-  peft.save_adapter(tmp_path, it.params, it.model, "../llama", rslora)
+  peft_write.save_adapter(tmp_path, it.params, it.model, "../llama", rslora)
   original = json.loads((MODELS / name / "adapter_config.json").read_text())
   written = json.loads((tmp_path / "adapter_config.json").read_text())
   original["init_lora_weights"] = True  # says how it began; no longer known
@@ -125,7 +126,7 @@ def test_every_adapter_of_ours_survives_the_format(
   params = tree.map_paths(
     lambda p, x: x + 0.5 if p.endswith(("/a", "/b")) else x, params
   )
-  peft.save_adapter(tmp_path, params, it.model, "../llama", use_rslora)
+  peft_write.save_adapter(tmp_path, params, it.model, "../llama", use_rslora)
   again = peft.load_adapter(tmp_path, it.params, it.model)
   # Scales pass through a decimal alpha.
   got, want = (dict(forms(p)) for p in (again, params))
@@ -250,7 +251,7 @@ def test_a_tied_embedding_is_adapted_on_both_sides(tmp_path):
   params = tree.map_paths(
     lambda p, x: x + 0.5 if p.endswith("/a") else x, params
   )
-  peft.save_adapter(tmp_path, params, it.model, "x")
+  peft_write.save_adapter(tmp_path, params, it.model, "x")
   config = json.loads((tmp_path / peft_config.CONFIG).read_text())
   assert config["ensure_weight_tying"] is True
   again = peft.load_adapter(tmp_path, it.params, it.model)
@@ -259,11 +260,11 @@ def test_a_tied_embedding_is_adapted_on_both_sides(tmp_path):
 
 def test_nothing_to_save(tmp_path):
   with pytest.raises(UserError, match="no adapter to save"):
-    peft.save_adapter(tmp_path, base().params, base().model, "x")
+    peft_write.save_adapter(tmp_path, base().params, base().model, "x")
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("")
   it = loaded("peft_lora")
   with pytest.raises(UserError, match="cannot be written"):
-    peft.save_adapter(tmp_path / "file", it.params, it.model, "x")
+    peft_write.save_adapter(tmp_path / "file", it.params, it.model, "x")

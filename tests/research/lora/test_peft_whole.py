@@ -12,7 +12,7 @@ import pytest
 
 from research.interop import load, safetensors
 from research.interop.parts import from_params
-from research.lora import peft, peft_config, wrap
+from research.lora import peft, peft_config, peft_write, wrap
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -71,7 +71,7 @@ def changed(it, base) -> set[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_read_and_written_again(name, tmp_path):
   it, b = loaded(name), base(name)
-  peft.save_adapter(
+  peft_write.save_adapter(
     tmp_path,
     it.params,
     it.model,

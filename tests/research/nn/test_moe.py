@@ -11,7 +11,7 @@ import pytest
 
 from research import tree, weights
 from research.interop import gguf_types
-from research.lora import adapt, peft, wrap
+from research.lora import adapt, peft, peft_write, wrap
 from research.lora.methods.lora import LoRA
 from research.nn import presets
 from research.nn import routing as routings
@@ -338,12 +338,12 @@ def test_pefts_files_hold_adapters_beside_experts_and_none_on_them(tmp_path):
   adapted = adapt.Adapt(method=LoRA(rank=2))(plain, jax.random.key(0))
   factors, frozen = tree.partition(adapted, wrap.TRAINABLE)
   adapted = tree.combine(drawn(factors), frozen)
-  peft.save_adapter(tmp_path / "a", adapted, model, "base")
+  peft_write.save_adapter(tmp_path / "a", adapted, model, "base")
   again = peft.load_adapter(tmp_path / "a", plain, model)
   chex.assert_trees_all_equal(again, adapted)
   on_experts = adapt.Adapt(targets=("experts/up",))(plain, jax.random.key(0))
   with pytest.raises(UserError, match="no name for an adapter on stacked"):
-    peft.save_adapter(tmp_path / "b", on_experts, model, "base")
+    peft_write.save_adapter(tmp_path / "b", on_experts, model, "base")
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])

@@ -1,0 +1,67 @@
+"""What PEFT's files call the tensors of an adapter."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.interop import hf
+from research.lora import peft_whole, wrap
+from research.lora.method import Method, Place
+from research.lora.methods.lora import KEYS
+from research.nn.transformer import Transformer
+from research.typing import Params
+
+
+def named(
+  module: str, method: Method, arrays: Any, size: tuple[int, int]
+) -> dict[str, Any]:
+  """Returns a module's tensors by their names in the file."""
+  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+  return {
+    key(module, name, method): x
+    for name, x in method.to_peft(arrays, place).items()
+  }
+
+
+def key(module: str, name: str, method: Method) -> str:
+  """Returns the name in the file of one tensor of a module."""
+  if name in method.PEFT_SHARED:
+    return f"base_model.{name}"
+  return f"{peft_whole.PREFIX}{module}.{name}"
+
+
+def shapes_of(
+  module: str, method: Method, size: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a module's tensors by their names in the file."""
+  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+
+  def fresh():
+    w = jnp.zeros(size)
+    trained, fixed = method.start(jax.random.key(0), place, w)
+    return named(module, method, trained | fixed, size)
+
+  return {key: x.shape for key, x in jax.eval_shape(fresh).items()}
+
+
+def modules(params: Params, model: Transformer) -> dict[str, str]:
+  """Returns Hugging Face's module name of each address of a matrix."""
+  rows, out = hf.table(model), {}
+  for path in wrap.matrices(params):
+    # An adapted weight that is adapted again is addressed as itself.
+    name, _ = rows.theirs(peft_whole.addressed(path))
+    out[path] = name.removesuffix(".weight")
+  return out
+
+
+def tied_keys() -> list[tuple[str, str]]:
+  """Returns pairs of keys: the head's factors are the embedding's, turned."""
+  embed, head = (
+    [f"{peft_whole.PREFIX}{module}.{name}" for name in KEYS[embedding]]
+    for module, embedding in (
+      (peft_whole.EMBEDDING, True),
+      (peft_whole.HEAD, False),
+    )
+  )
+  return [(head[0], embed[1]), (head[1], embed[0])]

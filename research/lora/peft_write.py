@@ -1,0 +1,163 @@
+"""Writes adapters as PEFT's own directories.
+
+Only fields and patterns that mean the same after PEFT has sorted them are
+written (lora.md sections 6.3 to 6.5).
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Collection
+
+import jax
+import numpy as np
+
+from research import tree, weights
+from research.interop import parts, safetensors
+from research.lora import peft_config, peft_names, peft_whole, wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.method import Method
+from research.lora.methods.lora import LoRA
+from research.lora.peft import WEIGHTS
+from research.nn.transformer import Transformer
+from research.typing import Params, UserError
+
+
+def save_adapter(
+  directory: str | pathlib.Path,
+  params: Params,
+  model: Transformer,
+  base_name: str,
+  use_rslora: bool | None = None,
+  whole: Collection[str] = (),
+  resized: bool = False,
+) -> None:
+  """Writes the adapters in `params` as PEFT would have.
+
+  Args:
+    directory: made if need be.
+    params: with AdaptedTensor leaves; one adapter a weight.
+    model: the base.
+    base_name: base_model_name_or_path: a name, or a directory, absolute or
+      relative to `directory`.
+    use_rslora: whether to state the scales of plain LoRA as `alpha / sqrt(r)`
+      rather than `alpha / r`; None for as they are.
+    whole: addresses of weights without adapter that differ from the base's.
+    resized: whether the base has another number of tokens; both embeddings
+      are written then, and whoever loads the adapter resizes the base first.
+
+  Raises:
+    UserError: there are no adapters, or PEFT has no way to say what they do.
+  """
+  directory = pathlib.Path(directory)
+  modules = peft_names.modules(params, model)
+  found = _adapters(params)
+  if not found:
+    raise UserError(f"{directory}: these parameters hold no adapter to save")
+  nameless = sorted(set(found) - set(modules))
+  if nameless:
+    raise UserError(
+      f"{directory}: PEFT's files have no name for an adapter on stacked "
+      f"experts ({nameless[0]}).\nMerge it into the model instead."
+    )
+  tensors, methods, sizes = {}, {}, wrap.matrices(params)
+  for path, w in found.items():
+    module = modules[path]
+    method, arrays = w.method.exported(w.arrays)
+    if method.PEFT is None:
+      raise UserError(
+        f"{directory}: PEFT has no method {type(method).__name__}; merge it "
+        "into the model, or convert it to plain LoRA first"
+      )
+    arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
+    for key, x in peft_names.named(module, method, arrays, sizes[path]).items():
+      tensors[key] = _joined(tensors[key], x) if key in tensors else x
+    methods[module] = _stated(method, use_rslora)
+  if model.tied and "embed" in found:
+    tensors |= {copy: tensors[key].T for copy, key in peft_names.tied_keys()}
+  kept, saved, bias = _whole(params, model, set(methods), set(whole), resized)
+  config = peft_config.make_config(
+    methods,
+    list(modules.values()),
+    base_name,
+    saved,
+    bias,
+    # One matrix on both sides, which PEFT has to be told.
+    model.tied and ("embed" in found or ("embed" in whole and not resized)),
+  )
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    safetensors.write_file(directory / WEIGHTS, tensors | kept)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (directory / peft_config.CONFIG).write_text(text)
+  except OSError as e:
+    raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
+
+
+def _whole(params, model, adapted, changed, resized):
+  """Returns (tensors, modules_to_save, bias mode) of what is no adapter."""
+  base = peft_whole.base_weights(params, model)
+  biases = {a for a, w in base.items() if w.name == "bias"}
+  theirs = {a for a in biases if base[a].module in adapted}
+  changed = changed - ({"embed", "head"} if resized else set())
+  bias = "none"
+  if changed & biases:
+    bias = "lora_only" if changed & biases <= theirs else "all"
+  saved = sorted({base[a].module for a in changed - biases})
+  keys = peft_whole.required(base, adapted, saved, bias)
+  if resized:
+    keys |= peft_whole.embeddings(base, model.tied, keys, adapted)
+  elif model.tied and "embed" in changed:
+    copy = dataclasses.replace(base["embed"], module=peft_whole.HEAD)
+    keys[f"{peft_whole.PREFIX}{peft_whole.HEAD}.weight"] = copy
+  read = parts.from_params(wrap.disable(params))
+  out = {}
+  for key, w in keys.items():
+    x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
+    out[key] = x.T if w.transposed else x
+  return out, saved, bias
+
+
+def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+  """Returns the array whose first rows and columns two modules have."""
+  shape = tuple(map(max, one.shape, other.shape))
+  out = np.zeros(shape, one.dtype)
+  for x in (one, other):
+    out[tuple(slice(n) for n in x.shape)] = x
+  for x in (one, other):
+    if not np.array_equal(out[tuple(slice(n) for n in x.shape)], x):
+      raise UserError(
+        "modules of this adapter should share an array and do not; adapters "
+        "that were made apart cannot be saved as one"
+      )
+  return out
+
+
+def _stated(method: Method, use_rslora: bool | None) -> Method:
+  """Returns the same method with its scale over `r` or over `sqrt(r)`."""
+  if use_rslora is None or not isinstance(method, LoRA):
+    return method
+  alpha = method.scale * (method.rank**0.5 if use_rslora else method.rank)
+  return dataclasses.replace(method, alpha=alpha, rslora=use_rslora)
+
+
+def _adapters(params: Params) -> dict[str, AdaptedTensor]:
+  """Returns each layer's adapter without its base, by address."""
+  out = {}
+
+  def thin(w):
+    if isinstance(w.w, AdaptedTensor):
+      raise UserError("two adapters on one weight: merge one before saving")
+    return dataclasses.replace(w, w=None, key=None)
+
+  for path, leaf in wrap.leaves(tree.top(params)):
+    if isinstance(leaf, AdaptedTensor):
+      out[path] = thin(leaf)
+  for prefix, layers in tree.layer_indices(params).items():
+    run, layer = prefix.split("/")
+    for path, leaf in wrap.leaves(params[run][layer]):
+      if isinstance(leaf, AdaptedTensor):
+        for k, i in enumerate(layers):
+          one = jax.tree.map(lambda x, k=k: x[k], thin(leaf))
+          out[f"layers/{i}/{path}"] = one
+  return out
