@@ -142,4 +142,7 @@ def _check(tokens, table, lens, starts, memory, window) -> None:
 
 
 def _known(x) -> np.ndarray | None:
-  return None if x is None or isinstance(x, jax.core.Tracer) else np.asarray(x)
+  """Values, unless they are traced, or on other hosts."""
+  if x is None or isinstance(x, jax.core.Tracer):
+    return None
+  return np.asarray(x) if getattr(x, "is_fully_addressable", True) else None

@@ -250,7 +250,8 @@ def choose(
   if q.dtype not in (jnp.bfloat16, jnp.float32):
     return "xla_blockwise", f"TPU kernels do not compute in {q.dtype}"
   if q.shape[1] < LANES:
-    return "xla_blockwise", f"a TPU kernel would pad T to {LANES} queries"
+    why = f"a TPU kernel would pad T to {LANES} queries"
+    return "xla_blockwise", f"{why}; decode_attention's would not"
   return "mosaic_tpu", "the program is for a TPU"
 
 
