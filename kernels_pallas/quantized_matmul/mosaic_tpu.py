@@ -33,8 +33,8 @@ class Config:
   """
 
   few: Tile = Tile(256, 2048, 1024)
-  many: Tile = Tile(1024, 2048, 512)
-  gradient: Tile = Tile(1024, 512, 2048)
+  many: Tile = Tile(1024, 1024, 512)
+  gradient: Tile = Tile(1024, 512, 1024)
   most: int = 128
 
 

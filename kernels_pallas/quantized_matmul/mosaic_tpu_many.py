@@ -79,7 +79,8 @@ def many(
     interpret: As of `pl.pallas_call`.
   """
   M, t = len(x), p.tile
-  rows, tiles = fit(M, t.rows, 16)
+  # Tiles are sized for bfloat16: v4 has 16 MiB of VMEM.
+  rows, tiles = fit(M, 2 * t.rows // x.dtype.itemsize, 16)
   kept, depth = way.sizes(t.inputs, t.outputs)
   across, steps = way.sizes(*p.steps)
   width, _ = way.sizes(*p.padded)
