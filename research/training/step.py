@@ -2,7 +2,9 @@
 
 Read `make_train_step`; the loop compiles what it returns. The gradient is that
 of (sum of losses) / (sum of weights) over the whole batch, however many
-microbatches it is cut into and however unevenly they are masked.
+microbatches it is cut into and however unevenly they are masked. Optimizers
+that project gradients (`Compressing`) have those of microbatches added up as
+projected.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from research import sharding, tree
+from research.training.compressing import Compressing
 from research.training.objective import Batch, Objective
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
@@ -33,7 +36,8 @@ def make_train_step(
 
   Metrics are float32: `loss` and the objective's own (means over the batch's
   weight; whatever is no scalar is for a rewrite of the state to use up),
-  `weight`, `grad_norm` before clipping, `learning_rate` if the optimizer has
+  `weight`, `grad_norm` before clipping (of projected gradients where those
+  are added up), `learning_rate` if the optimizer has
   one, and `nonfinite`, 1 where loss or gradient is not finite. `step` derives
   its randomness as `fold_in(key, state.step)`.
 
@@ -46,12 +50,13 @@ def make_train_step(
 
   def step(state: TrainState, batch: Batch, key: PRNGKey):
     key = jax.random.fold_in(key, state.step)
-    grads, loss_sum, weight, sums = _gradients(
-      objective, state, batch, key, accumulate
+    (grads, loss_sum, weight, sums), opt_state = _gradients(
+      objective, state, batch, key, accumulate, tx
     )
     weight_or_one = jnp.where(weight > 0, weight, 1)
     grads = jax.tree.map(lambda g: g / weight_or_one, grads)
-    updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+    apply = tx.apply if _adds_small(tx, accumulate) else tx.update
+    updates, opt_state = apply(grads, opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     ema = state.ema
     if ema is not None:
@@ -78,8 +83,16 @@ def make_train_step(
   return step
 
 
-def _gradients(objective, state, batch, key, accumulate):
-  """Returns sums over the batch: gradients, loss, weight, metrics."""
+def _adds_small(tx: optax.GradientTransformation, accumulate: int) -> bool:
+  """Whether gradients of microbatches are added up compressed."""
+  return accumulate > 1 and isinstance(tx, Compressing)
+
+
+def _gradients(objective, state, batch, key, accumulate, tx):
+  """Returns sums over the batch, and the optimizer's state.
+
+  The sums are of gradients, compressed or not, loss, weight, and metrics.
+  """
 
   def loss(trainable, batch, key):
     params = dataclasses.replace(state, trainable=trainable).params
@@ -93,21 +106,38 @@ def _gradients(objective, state, batch, key, accumulate):
     return grads, loss_sum, weight, sums
 
   if accumulate == 1:
-    return one(batch, key)
+    return one(batch, key), state.opt_state
+  small = _adds_small(tx, accumulate)
 
-  def add(total, numbered):
-    index, part = numbered
+  def settle(opt_state, index, found):
+    grads, *rest = found
+    if small:
+      opt_state = jax.lax.cond(
+        index == 0, tx.prepare, lambda _, same: same, grads, opt_state
+      )
+      grads = tx.compress(grads, opt_state)
+    return opt_state, (grads, *rest)
+
+  def add(carry, numbered):
+    (opt_state, total), (index, part) = carry, numbered
     found = one(part, jax.random.fold_in(key, index))
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found), None
+    opt_state, found = settle(opt_state, index, found)
+    total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found)
+    return (opt_state, total), None
 
   parts = _microbatches(batch, accumulate)
   first = jax.tree.map(lambda x: x[0], parts)
+  settled = state.opt_state if small else None
+  shapes = jax.eval_shape(
+    lambda *args: settle(settled, 0, one(*args))[1], first, key
+  )
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-    jax.eval_shape(one, first, key),
+    shapes,
   )
   numbers = jnp.arange(accumulate)
-  return jax.lax.scan(add, zeros, (numbers, parts))[0]
+  (settled, total), _ = jax.lax.scan(add, (settled, zeros), (numbers, parts))
+  return total, settled if small else state.opt_state
 
 
 def _microbatches(batch: Batch, count: int) -> Any:
