@@ -4,7 +4,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
-  test-chips bench bench-chips venv venv-peers clean
+  test-chips bench bench-chips bench-gpu venv venv-peers clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -61,7 +61,7 @@ test-oldest:  ## Runs the suite on the oldest JAX that setup.cfg admits
 test-chips:  ## Compiles training steps for TPU pods, without a TPU (Linux)
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || { \
 	  echo "skipped: libtpu exists for Linux on x86-64 only"; exit 0; }; \
-	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu]' \
+	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu,cuda-compile]' \
 	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
 	  .venv-chips/bin/python -m pytest -m chips $(ARGS)
 
@@ -69,9 +69,13 @@ test-chips:  ## Compiles training steps for TPU pods, without a TPU (Linux)
 bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || { \
 	  echo "skipped: libtpu exists for Linux on x86-64 only"; exit 0; }; \
-	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu]' \
+	sh .ci/make_venv.sh .venv-chips "$(PYTHONS)" -e '.[dev,tpu,cuda-compile]' \
 	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
 	  .venv-chips/bin/python -m kernels_pallas.inspect.bench $(ARGS)
+
+# Installs nothing: runs in whatever Python has JAX for the GPU.
+bench-gpu:  ## Checks and times the kernels on the Hopper GPU at hand
+	@$${PYTHON:-python3} -m kernels_pallas.bench_gpu $(ARGS)
 
 bench: venv venv-peers  ## Measures speed and memory against torch
 	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)

@@ -51,12 +51,12 @@ class Row:
 
   @property
   def flops(self) -> float:
-    """Credited FLOPs: 4 H a visible pair forward, 3.5 times that with backward."""
-    pairs = (
-      self.length * (self.length + 1) / 2 if self.causal else self.length**2
-    )
+    """Credited: 4 H a visible pair, 3.5 times that with the backward pass."""
+    pairs = self.length**2
+    if self.causal:
+      pairs = self.length * (self.length + 1) // 2
     forward = 4 * self.batch * self.heads * self.head_dim * pairs
-    return forward * (3.5 if self.direction == "backward" else 1)
+    return float(forward * (3.5 if self.direction == "backward" else 1))
 
 
 def main(arguments: list[str] | None = None) -> int:

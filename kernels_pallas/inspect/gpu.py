@@ -1,0 +1,261 @@
+"""Compiles attention for a GPU that is not here, and reads what came out.
+
+    python -m kernels_pallas.inspect.gpu --target=h100 --direction=forward
+
+XLA's compiler for CUDA needs a description of the chip and ptxas, but no GPU.
+Mosaic GPU reads where to dump from the environment, so that a compilation is a
+process of its own: `python -m kernels_pallas.inspect.gpu --job=JSON`.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from kernels_pallas.inspect import ptx
+
+TARGETS = ("h100",)
+DTYPES = ("bfloat16", "float16")
+TIMEOUT = 600
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What to compile: T = S tokens, four query heads, two key heads.
+
+  Attributes:
+    maker: 'ours' or 'attention_mgpu', which is jax's, for float16.
+    target: One of `TARGETS`.
+    direction: 'forward' or 'backward'.
+    head_dim: Of q, k and v.
+    dtype: One of `DTYPES`.
+    mask: 'full' or 'causal'.
+    operand: As of `GpuTiles`.
+    length: Tokens.
+  """
+
+  maker: str = "ours"
+  target: str = "h100"
+  direction: str = "forward"
+  head_dim: int = 128
+  dtype: str = "bfloat16"
+  mask: str = "full"
+  operand: str = "registers"
+  length: int = 1024
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Prints a table, then one line of JSON; returns the exit code."""
+  args = _parser().parse_args(arguments)
+  if args.job:
+    _compile(Job(**json.loads(args.job)))
+    return 0
+  problem = missing()
+  if problem is not None:
+    print(f"kernels_pallas.inspect.gpu: {problem}", file=sys.stderr)
+    return 1
+  job = Job(
+    target=args.target,
+    direction=args.direction,
+    head_dim=args.head_dim,
+    dtype=args.dtype,
+    mask=args.mask,
+  )
+  jobs = [job]
+  if args.compare:
+    jobs.append(dataclasses.replace(job, maker=args.compare, dtype="float16"))
+  found = {}
+  for one in jobs:
+    try:
+      found[one.maker] = measure(one, args.keep)
+    except ValueError as refusal:
+      print(f"{one.maker}: {refusal}", flush=True)
+      continue
+    for kernel in found[one.maker]:
+      print(_line(one.maker, kernel), flush=True)
+  if "ours" not in found:
+    return 1
+  print(json.dumps(_summary(job, found["ours"])))
+  return 0
+
+
+def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
+  """The kernels of a job.
+
+  Args:
+    job: What to compile.
+    keep: Folder for the dumps; default is one that is removed.
+
+  Raises:
+    ValueError: The compiler refuses, in its words.
+  """
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(scratch) if keep is None else keep / job.maker
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(
+      [sys.executable, "-m", "kernels_pallas.inspect.gpu", "--job",
+       json.dumps(dataclasses.asdict(job))],
+      env=_environment(folder),
+      capture_output=True,
+      text=True,
+      timeout=TIMEOUT,
+      check=False,
+    )  # fmt: skip
+    if done.returncode:
+      lines = [line for line in done.stderr.splitlines() if line.strip()]
+      said = [line for line in lines if "Error" in line] or lines
+      raise ValueError(" ".join(said[-1:])[-300:])
+    kernels = ptx.read(folder)
+  if job.direction == "backward":
+    kernels = [k for k in kernels if "forward" not in k.name]
+  return kernels
+
+
+def missing() -> str | None:
+  """Why nothing can be compiled here, or None."""
+  plugins = importlib.util.find_spec("jax_plugins")
+  places = [] if plugins is None else plugins.submodule_search_locations or []
+  if not any(pathlib.Path(p, "xla_cuda13").exists() for p in places):
+    return (
+      "jax-cuda13-pjrt is not installed, and no GPU kernel compiles without "
+      "it; `make test-chips` installs it into an environment of its own"
+    )
+  if _toolkit() is None:
+    return "ptxas was not found; pip install nvidia-cuda-nvcc beside the plugin"
+  return None
+
+
+def _toolkit() -> pathlib.Path | None:
+  """The folder with bin/ptxas that NVIDIA's wheel installs."""
+  spec = importlib.util.find_spec("nvidia")
+  for place in [] if spec is None else spec.submodule_search_locations or []:
+    for found in sorted(pathlib.Path(place).glob("*/bin/ptxas")):
+      return found.parents[1]
+  return None
+
+
+def _environment(folder: pathlib.Path) -> dict[str, str]:
+  toolkit = _toolkit()
+  return {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+    "PATH": f"{toolkit}/bin{os.pathsep}{os.environ.get('PATH', '')}",
+    "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={toolkit} "
+    "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+    "MOSAIC_GPU_DUMP_TO": str(folder),
+    "MOSAIC_GPU_DUMP_PTX": "1",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "MOSAIC_GPU_DUMP_RESOURCES": "1",
+  }
+
+
+def _compile(job: Job) -> None:
+  import jax
+  from jax.experimental import topologies
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  text = pathlib.Path(__file__).with_name(f"{job.target}.textproto").read_text()
+  devices = topologies.get_topology_desc(
+    job.target, platform="cuda", target_config=text, topology="1x1x1"
+  ).devices
+  sharding = NamedSharding(Mesh(devices[:1], ("x",)), PartitionSpec())
+
+  def array(heads):
+    shape = (1, job.length, heads, job.head_dim)
+    return jax.ShapeDtypeStruct(shape, job.dtype, sharding=sharding)
+
+  function = (_ours if job.maker == "ours" else _theirs)(job)
+
+  def backward(q, k, v):
+    return jax.vjp(function, q, k, v)[1](q)
+
+  run = function if job.direction == "forward" else backward
+  jax.jit(run).lower(array(4), array(2), array(2)).compile()
+
+
+def _ours(job: Job):
+  from kernels_pallas.flash_attention.api import flash_attention
+  from kernels_pallas.flash_attention.mosaic_gpu_tiling import for_head_dim
+
+  tiles = dataclasses.replace(
+    for_head_dim(job.head_dim, job.head_dim), operand=job.operand
+  )
+  return lambda q, k, v: flash_attention(
+    q, k, v, causal=job.mask == "causal", backend="mosaic_gpu", config=tiles
+  )
+
+
+def _theirs(job: Job):
+  """jax's attention at the blocks of ours; where jaxlib was built without CUDA
+  its check of the runtime's version has nothing to ask, and is answered."""
+  import types
+
+  from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+  if attention_mgpu.cuda_versions is None:
+    attention_mgpu.cuda_versions = types.SimpleNamespace(
+      cuda_runtime_get_version=lambda: 13000
+    )
+  config = attention_mgpu.TuningConfig(
+    block_q=64,
+    block_kv=64 if job.head_dim > 128 else 128,  # noqa: PLR2004
+    max_concurrent_steps=2,
+    causal=job.mask == "causal",
+    block_q_dkv=64,
+    block_kv_dkv=64,
+    block_q_dq=64,
+    block_kv_dq=64,
+  )
+  return lambda q, k, v: attention_mgpu.attention(q, k, v, config)
+
+
+def _line(maker: str, kernel: ptx.Kernel) -> str:
+  loop = ", ".join(f"{n} {kind}" for kind, n in sorted(kernel.loop.items()))
+  return (
+    f"{maker:>14} {kernel.name}: {kernel.registers} registers, "
+    f"{kernel.spills} bytes spilled, {kernel.shared} bytes shared; "
+    f"an iteration of {kernel.flops / 1e6:.1f} MFLOP: {loop}"
+  )
+
+
+def _summary(job: Job, kernels: list[ptx.Kernel]) -> dict:
+  shared = [k.shared for k in kernels if k.shared is not None]
+  return {
+    "kernel": "flash_attention",
+    "target": job.target,
+    "direction": job.direction,
+    "bundles_per_kilo_element": None,
+    "ratio_to_reference": None,
+    "spills": sum(k.spills for k in kernels),
+    "predicted_tflops": None,
+    "roofline_share": None,
+    "registers": max(k.registers for k in kernels),
+    "shared_bytes": max(shared, default=None),
+  }
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m kernels_pallas.inspect.gpu", description=main.__doc__
+  )
+  add = parser.add_argument
+  add("--kernel", choices=["flash_attention"], default="flash_attention")
+  add("--target", choices=TARGETS, default="h100")
+  add("--direction", choices=["forward", "backward"], default="forward")
+  add("--head_dim", type=int, default=128)
+  add("--dtype", choices=DTYPES, default="bfloat16")
+  add("--mask", choices=["full", "causal"], default="full")
+  add("--compare", choices=["attention_mgpu"], help="read jax's kernel, too")
+  add("--keep", type=pathlib.Path, help="folder for the compiler's dumps")
+  add("--job", help=argparse.SUPPRESS)
+  return parser
+
+
+if __name__ == "__main__":
+  sys.exit(main())

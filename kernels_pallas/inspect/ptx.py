@@ -1,0 +1,130 @@
+"""Reads what ptxas says of a GPU kernel, and the kernel's PTX.
+
+There is no schedule to read as there is for a TPU: a GPU decides while it runs.
+What can be read is what bounds it: registers, spills, shared memory, and the
+instructions of one iteration of the loop that does the matmuls.
+"""
+
+import collections
+import dataclasses
+import pathlib
+import re
+
+_LABEL = re.compile(r"^(\$L\w+):")
+_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+);")
+_OPCODE = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)")
+_SHAPE = re.compile(r"wgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)")
+
+MIX = {
+  "wgmma": r"wgmma\.mma_async",
+  "copy": r"cp\.async\.bulk",
+  "exp2": r"ex2\.",
+  "fma": r"fma\.",
+  "multiply": r"mul\.(rn\.)?f",
+  "add": r"(add|sub)\.(rn\.)?f",
+  "max": r"max\.",
+  "convert": r"cvt\.",
+  "shuffle": r"shfl\.",
+  "integer": r"(add|sub|mad|mul|shl|shr|and|or|xor|bfe|lop3)\S*\.[bsu]\d",
+  "select": r"(setp|selp)\.",
+  "barrier": r"(mbarrier|bar|barrier|fence)\.",
+  "memory": r"(ld|st)\.",
+}
+"""Kinds of instruction by the start of their opcode, first match counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """One compiled kernel.
+
+  Attributes:
+    name: Of its entry function.
+    registers: A thread, at launch.
+    spills: Bytes stored for want of a register, a thread.
+    shared: Bytes of shared memory a block, or None if the dump lacks it.
+    warnings: What ptxas warned of.
+    total: Instructions of each kind in the whole kernel.
+    loop: Those of one iteration of the smallest loop with matmuls.
+    flops: Of the matmuls of that iteration, a warpgroup.
+  """
+
+  name: str
+  registers: int
+  spills: int
+  shared: int | None
+  warnings: tuple[str, ...]
+  total: dict[str, int]
+  loop: dict[str, int]
+  flops: int
+
+
+def read(folder: pathlib.Path) -> list[Kernel]:
+  """The kernels that Mosaic GPU dumped into a folder.
+
+  Raises:
+    ValueError: There are none, or one in a format that is not known.
+  """
+  found = [_read(path) for path in sorted(folder.glob("*.ptxas"))]
+  if not found:
+    raise ValueError(f"{folder}: found no *.ptxas, expected Mosaic GPU's dumps")
+  return found
+
+
+def _read(path: pathlib.Path) -> Kernel:
+  said = path.read_text()
+  registers = re.search(r"Used (\d+) registers", said)
+  spills = re.search(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", said)
+  if registers is None or spills is None:
+    raise ValueError(f"{path}: no line of registers or spills, another format")
+  lines = path.with_suffix(".ptx").read_text().splitlines()
+  resources = path.with_suffix(".resources.txt")
+  shared = None
+  if resources.exists():
+    number = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
+    shared = int(number[1]) if number else None
+  loop = _steady(lines)
+  return Kernel(
+    name=re.sub(r"_\d+$", "", path.stem),
+    registers=int(registers[1]),
+    spills=max(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
+    shared=shared,
+    warnings=tuple(re.findall(r"ptxas warning\s*: (.*)", said)),
+    total=mix(lines),
+    loop=mix(loop),
+    flops=_flops(loop),
+  )
+
+
+def mix(lines: list[str]) -> dict[str, int]:
+  """How many instructions of each kind of `MIX` there are, and others."""
+  found = collections.Counter()
+  for line in lines:
+    opcode = _OPCODE.match(line)
+    if opcode is None or line.lstrip().startswith((".", "//", "$")):
+      continue
+    kinds = (k for k, start in MIX.items() if re.match(start, opcode[1]))
+    found[next(kinds, "other")] += 1
+  return dict(found)
+
+
+def _steady(lines: list[str]) -> list[str]:
+  """The smallest loop that holds a matmul: a tile that needs no mask."""
+  labels, loops = {}, []
+  for n, line in enumerate(lines):
+    if label := _LABEL.match(line.strip()):
+      labels[label[1]] = n
+    branch = _BRANCH.search(line)
+    if branch and branch[1] in labels:
+      loops.append((labels[branch[1]], n + 1))
+  bodies = [lines[a:b] for a, b in loops]
+  bodies = [b for b in bodies if any("wgmma.mma_async" in x for x in b)]
+  return min(bodies, key=len, default=[])
+
+
+def _flops(lines: list[str]) -> int:
+  total = 0
+  for line in lines:
+    if shape := _SHAPE.search(line):
+      m, n, k = (int(x) for x in shape.groups())
+      total += 2 * m * n * k
+  return total
