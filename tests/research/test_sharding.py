@@ -141,7 +141,7 @@ def test_impossible_meshes(sizes, match):
 
 def test_what_is_left_goes_to_one_axis():
   mesh = sharding.Layout(data=2, fsdp=-1, tensor=2).mesh()
-  assert tuple(mesh.shape.values()) == (2, 2, 1, 2, 1)
+  assert tuple(mesh.shape.values()) == (2, 2, 1, 1, 1, 2, 1)
   assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
 
 
