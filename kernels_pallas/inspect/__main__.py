@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from kernels_pallas.flash_attention import tiling
-from kernels_pallas.inspect import build, chips, picture, report, search
+from kernels_pallas.inspect import build, chips, gpu, picture, report, search
 from kernels_pallas.inspect.build import Job
 from kernels_pallas.inspect.report import Measurement
 
@@ -33,6 +33,9 @@ REFERENCES = {
 
 def main(arguments: list[str] | None = None) -> int:
   """Prints a table, then one line of JSON; returns the exit code."""
+  arguments = sys.argv[1:] if arguments is None else arguments
+  if gpu.asked(arguments):
+    return gpu.main(arguments)
   args = _parser().parse_args(arguments)
   problem = build.missing()
   if problem is not None:

@@ -84,6 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
   return 0
 
 
+def asked(arguments: list[str]) -> bool:
+  """Whether a command line names one of `TARGETS`."""
+  parser = argparse.ArgumentParser(add_help=False)
+  parser.add_argument("--target")
+  return parser.parse_known_args(arguments)[0].target in TARGETS
+
+
 def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
   """The kernels of a job.
 
