@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     "--dry-run", action="store_true", help="tiny, interpreted, on the CPU"
   )
   parser.add_argument("--repeats", type=int, default=REPEATS)
+  parser.add_argument("--only", help="checks to run, joined by commas")
   args = parser.parse_args(arguments)
   if args.dry_run:
     # The interpreter's threads wait for each other: XLA needs one for each.
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     result["error"] = f"found a {device.platform}, expected a Hopper GPU"
     print(json.dumps(result))
     return 1
-  result["checks"] = check(args.dry_run)
+  result["checks"] = check(args.dry_run, args.only)
   result["times"] = table(args.dry_run, 1 if args.dry_run else args.repeats)
   result["ok"] = all(found["ok"] for found in result["checks"].values())
   print(json.dumps(result))
@@ -128,10 +129,14 @@ def checks(tiny: bool) -> dict[str, dict[str, Any]]:
   return {k: {"T": T, "H": 64 if tiny else 128, **v} for k, v in found.items()}
 
 
-def check(tiny: bool) -> dict[str, Any]:
+def check(tiny: bool, only: str | None = None) -> dict[str, Any]:
   """Largest errors of every kernel, beside those of plain 16-bit attention."""
-  found = {}
-  for name, options in checks(tiny).items():
+  found, every = {}, checks(tiny)
+  names = list(every) if only is None else only.split(",")
+  for name in names:
+    options = every.get(name)
+    if options is None:
+      raise SystemExit(f"--only: found {name!r}, expected of {sorted(every)}")
     run = functools.partial(_check, tiny, **options)
     errors, reason = guarded(f"check {name}", run)
     if errors is None:

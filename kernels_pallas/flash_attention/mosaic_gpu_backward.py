@@ -94,9 +94,9 @@ def _call(p, kernel, buffers, out, arrivals, heads, matmuls, interpret, name):
     num_threads=t.groups + 1,
     thread_name=stream.GROUP,
     compiler_params=plgpu.CompilerParams(approx_math=True),
-    cost_estimate=p.cost(matmuls),
     kernel_name=f"flash_attention_{name}",
     interpret=interpret,
+    **stream.estimate(p, matmuls),
   )(p.arrays)
 
 

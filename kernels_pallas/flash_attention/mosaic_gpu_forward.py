@@ -43,9 +43,9 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     num_threads=p.tile.groups + 1,
     thread_name=stream.GROUP,
     compiler_params=plgpu.CompilerParams(approx_math=True),
-    cost_estimate=p.cost(2),
     kernel_name="flash_attention_forward",
     interpret=interpret,
+    **stream.estimate(p, 2),
   )
   return tuple(call(p.arrays))
 

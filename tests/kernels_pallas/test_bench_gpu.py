@@ -5,14 +5,20 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 from kernels_pallas import bench_gpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_dry_run_walks_every_row():
+@pytest.mark.parametrize(
+  "checks", [["sinks"], pytest.param([], marks=pytest.mark.slow)]
+)
+def test_dry_run_walks_every_row(checks):
+  only = [f"--only={name}" for name in checks]
   done = subprocess.run(
-    [sys.executable, "-m", "kernels_pallas.bench_gpu", "--dry-run"],
+    [sys.executable, "-m", "kernels_pallas.bench_gpu", "--dry-run", *only],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -21,7 +27,9 @@ def test_dry_run_walks_every_row():
   )
   assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
   found = json.loads(done.stdout.splitlines()[-1])
-  assert found["ok"] and len(found["checks"]) == len(bench_gpu.checks(True))
+  assert found["ok"] and len(found["checks"]) == len(
+    checks or bench_gpu.checks(True)
+  )
   assert len(found["times"]) == len(bench_gpu.rows(True))
   assert all("ms" in row["ours"] for row in found["times"])
 
