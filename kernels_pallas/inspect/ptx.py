@@ -99,6 +99,10 @@ def mix(lines: list[str]) -> dict[str, int]:
   """How many instructions of each kind of `MIX` there are, and others."""
   found = collections.Counter()
   for line in lines:
+    # Inline assembly: a brace or a predicate of its own may stand before it.
+    if inline := re.search(r"wgmma\.mma_async|cp\.async\.bulk\.tensor", line):
+      found["wgmma" if inline[0].startswith("wgmma") else "copy"] += 1
+      continue
     opcode = _OPCODE.match(line)
     if opcode is None or line.lstrip().startswith((".", "//", "$")):
       continue
