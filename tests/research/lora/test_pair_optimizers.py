@@ -274,3 +274,17 @@ def adapted_state():
   params = {"run0": {"layer0": {"attention": {"q": w}}}}
   tx = riemannian.riemannian(optim.cosine(1e-3, 10))
   return state.create(params, "/trained/", tx)
+
+
+def test_frozen_down_gives_what_a_fixed_a_can_express():
+  """`s aᵀ db` is G, projected on the rows of a: whatever the scale is."""
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(4)
+    a, full = rng.normal(size=(3, 7)), rng.normal(size=(7, 5))
+    params = {"q": lora(None, jnp.array(a), jnp.zeros((3, 5)), 2.5)}
+    grads = {"q": lora(None, jnp.array(a), jnp.array(2.5 * a @ full), 2.5)}
+    tx = riemannian.frozen_down()
+    found, _ = tx.update(grads, tx.init(params), params)
+    moved = 2.5 * a.T @ np.asarray(found["q"].trained["b"])
+  # The damping of 1e-8 beside eigenvalues of order 1.
+  np.testing.assert_allclose(moved, np.linalg.pinv(a) @ a @ full, atol=1e-6)
