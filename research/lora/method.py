@@ -66,7 +66,13 @@ class Method:
   """
 
   VARIES: ClassVar[tuple[str, ...]] = ("rank", "alpha")
-  """Fields that may differ between the modules of one adapter."""
+  """Fields that may differ between the modules of one adapter in a file."""
+
+  PEFT_PATTERNS: ClassVar[Mapping[str, str]] = {}
+  """PEFT's field for what differs between modules: of `rank`, of `alpha`."""
+
+  PEFT_HARMLESS: ClassVar[tuple[str, ...]] = ()
+  """PEFT's fields that do not change what a trained adapter computes."""
 
   DROPS: ClassVar[bool] = True
   """Whether something is added, whose input can be dropped."""
@@ -94,6 +100,10 @@ class Method:
       name: `layers/3/mlp/down`, or PEFT's `model.layers.3.mlp.down_proj`.
       sizes: (in, out) of all matrices that are adapted, by such names.
     """
+    return self
+
+  def settled(self) -> "Method":
+    """Returns the method without what only its file needs."""
     return self
 
   def start(
@@ -196,6 +206,10 @@ class Method:
   def idle(self, p: Arrays) -> bool:
     """Whether the arrays, of NumPy, plainly change nothing."""
     return False
+
+  def shared_shapes(self) -> Mapping[str, tuple[int, ...]]:
+    """Returns least shapes of `PEFT_SHARED`, where modules need less."""
+    return {}
 
   def to_peft(self, p: Arrays, place: Place) -> dict[str, Any]:
     """Returns the tensors of one module by their names behind the module's.

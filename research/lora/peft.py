@@ -94,14 +94,17 @@ def open_adapter(
   live = []
 
   def make(paths, method, w):
+    del method  # of all; a file may hold less for some
     each = [
-      _read(tensors, modules[p], method, jax.tree.map(lambda x, k=k: x[k], w))
+      _read(file, tensors, modules[p], methods[p], _one(w, k))
       for k, p in enumerate(paths)
     ]
-    live.extend(not method.idle(x | y) for x, y in each)
+    rows = zip(paths, each, strict=True)
+    live.extend(not methods[p].idle(x | y) for p, (x, y) in rows)
     return jax.tree.map(_stacked, *each)
 
-  adapted = wrap.wrap(params, methods, make)
+  settled = {path: method.settled() for path, method in methods.items()}
+  adapted = wrap.wrap(params, settled, make)
   if methods and not any(live):
     raise UserError(
       f"{file}: B (or A) is zero in every module, so the adapter changes "
@@ -115,7 +118,11 @@ def _stacked(*arrays):
   return jnp.asarray(x, x.dtype if x.dtype.kind in "iu" else jnp.float32)
 
 
-def _read(tensors, module, method, w):
+def _one(w, k):
+  return jax.tree.map(lambda x: x[k], w)
+
+
+def _read(file, tensors, module, method, w):
   """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
   place = Place(*size, embedding=module == peft_whole.EMBEDDING)
@@ -124,6 +131,12 @@ def _read(tensors, module, method, w):
     for key in peft_names.shapes_of(module, method, size)
   }
   found = {name: tensors[key].read() for name, key in found.items()}
+  for name, x in found.items():
+    if not np.isfinite(x.astype(np.float32)).all():
+      raise UserError(
+        f"{file}: {module}.{name} holds a number that is not finite; the run "
+        "that wrote it had diverged"
+      )
   return method.from_peft(found, place, w)
 
 
@@ -218,6 +231,9 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
     ).items():
       # What modules share is as large as the largest of them wants.
       wanted[key] = tuple(map(max, wanted.get(key, shape), shape))
+    for name, least in method.shared_shapes().items():
+      key = peft_names.key(modules[address], name, method)
+      wanted[key] = tuple(map(max, wanted[key], least))
   missing = (set(wanted) | set(whole)) - set(tensors)
   extra = set(tensors) - set(wanted) - set(whole)
   if missing or extra:

@@ -34,8 +34,6 @@ _OFF: dict[str, tuple[Any, ...]] = {
 _UNDERSTOOD = {
   *_OFF,
   "peft_type",
-  "rank_pattern",
-  "alpha_pattern",
   "target_modules",
   "exclude_modules",
   "layers_to_transform",
@@ -74,11 +72,11 @@ def _texts(fields: Fields, name: str) -> match.Names:
   raise fields.wrong(name, "a list of names or a regular expression")
 
 
-def _values(fields: Fields, name: str) -> dict[str, Any]:
+def _values(fields: Fields, name: str, whole: bool) -> dict[str, Any]:
   inner = fields.object(name)
   if inner is None:
     return {}
-  read = inner.integer if name == "rank_pattern" else inner.number
+  read = inner.integer if whole else inner.number
   return {key: read(key) for key in inner.values}
 
 
@@ -140,7 +138,12 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
       "true: such methods change the base, which this adapter lacks; convert "
       "it with PEFT's path_initial_model_for_weight_conversion",
     )
-  understood = _UNDERSTOOD | _HARMLESS | set(kind().peft_fields({}))
+  understood = {
+    *(_UNDERSTOOD | _HARMLESS),
+    *kind().peft_fields({}),
+    *kind.PEFT_HARMLESS,
+    *kind.PEFT_PATTERNS.values(),
+  }
   for name in sorted(set(fields.values) - understood):
     if fields.get(name) not in (None, False, [], {}, ""):
       raise fields.wrong(name, "no such field, or null: it is not supported")
@@ -151,10 +154,17 @@ def _kind(fields: Fields) -> type[Method]:
   """Returns the method of a file."""
   name = fields.get("peft_type")
   for kind in of_peft_type(name) if isinstance(name, str) else ():
-    if kind.PEFT_FLAG is None or fields.flag(kind.PEFT_FLAG):
+    flag = kind.PEFT_FLAG
+    if flag is None or _on(fields, flag):
       return kind
   known = sorted({k.PEFT for k in all_methods().values() if k.PEFT})
   raise fields.wrong("peft_type", " or ".join(map(repr, known)))
+
+
+def _on(fields: Fields, name: str) -> bool:
+  if name.endswith("_config"):
+    return fields.object(name) is not None
+  return fields.flag(name)
 
 
 def read_methods(
@@ -172,8 +182,11 @@ def read_methods(
     sizes: (in, out) of each matrix by address, where methods are to be used.
   """
   targets, whole = _targets(fields), whole_modules(fields)
-  ranks = _values(fields, "rank_pattern")
-  alphas = _values(fields, "alpha_pattern")
+  names = kind.PEFT_PATTERNS
+  ranks, alphas = (
+    _values(fields, names[f], f == "rank") if f in names else {}
+    for f in ("rank", "alpha")
+  )
   usual, out = kind.from_fields(fields), {}
   chosen = {
     path: module
@@ -182,8 +195,8 @@ def read_methods(
   }
   named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
   for path, module in chosen.items():
-    r = match.by_pattern(module, ranks, usual.rank, "rank_pattern")
-    a = match.by_pattern(module, alphas, usual.alpha, "alpha_pattern")
+    r = match.by_pattern(module, ranks, usual.rank, names.get("rank", ""))
+    a = match.by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
     own = usual.at(module, named)
     out[path] = dataclasses.replace(own, rank=r, alpha=a)
   if not out and not whole:
@@ -225,20 +238,22 @@ def make_config(
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
   # Older versions of PEFT stop at a field that they do not know.
   rest = dict(ensure_weight_tying=True) if tied else {}
-  own = kinds.pop().peft_fields(methods)
+  kind = kinds.pop()
+  own = kind.peft_fields(methods)
   own = {k: _number(x) for k, x in own.items()}
-  patterns = dict(
-    rank_pattern={_exact(m): r for m, r in ranks.items() if r != rank},
-    alpha_pattern={
-      _exact(m): _number(a) for m, a in alphas.items() if a != alpha
-    },
+  differing = dict(
+    rank={_exact(m): r for m, r in ranks.items() if r != rank},
+    alpha={_exact(m): _number(a) for m, a in alphas.items() if a != alpha},
   )
+  patterns = {
+    name: differing[field] for field, name in kind.PEFT_PATTERNS.items()
+  }
   return (
     own
     | rest
     | {name: x for name, x in patterns.items() if x}
     | dict(
-      peft_type=next(iter(methods.values())).PEFT,
+      peft_type=kind.PEFT,
       task_type="CAUSAL_LM",
       base_model_name_or_path=base_name,
       inference_mode=True,
@@ -251,8 +266,9 @@ def make_config(
 
 def _alike(method: Method, rank: int, alpha: float) -> Method:
   """Returns the method without what differs from module to module."""
-  varies = {f: getattr(type(method)(), f) for f in method.VARIES}
-  return dataclasses.replace(method, **varies | dict(rank=rank, alpha=alpha))
+  usual = dict(rank=rank, alpha=alpha)
+  varies = {f: usual.get(f, getattr(type(method)(), f)) for f in method.VARIES}
+  return dataclasses.replace(method, **varies)
 
 
 def _usual(values: Iterable[Any]) -> Any:

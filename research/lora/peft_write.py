@@ -60,7 +60,8 @@ def save_adapter(
       f"{directory}: PEFT's files have no name for an adapter on stacked "
       f"experts ({nameless[0]}).\nMerge it into the model instead."
     )
-  tensors, methods, sizes = {}, {}, wrap.matrices(params)
+  tensors, methods, shared = {}, {}, {}
+  sizes = wrap.matrices(params)
   for path, w in found.items():
     module = modules[path]
     method, arrays = w.method.exported(w.arrays)
@@ -72,7 +73,10 @@ def save_adapter(
     arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
     for key, x in peft_names.named(module, method, arrays, sizes[path]).items():
       tensors[key] = _joined(tensors[key], x) if key in tensors else x
+    for name, least in method.shared_shapes().items():
+      shared[peft_names.key(module, name, method)] = least
     methods[module] = _stated(method, use_rslora)
+  tensors |= {key: _padded(tensors[key], n) for key, n in shared.items()}
   if model.tied and "embed" in found:
     tensors |= {copy: tensors[key].T for copy, key in peft_names.tied_keys()}
   kept, saved, bias = _whole(params, model, set(methods), set(whole), resized)
@@ -131,6 +135,11 @@ def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         "that were made apart cannot be saved as one"
       )
   return out
+
+
+def _padded(x: np.ndarray, least: tuple[int, ...]) -> np.ndarray:
+  rest = map(max, np.subtract(least, x.shape), (0,) * x.ndim)
+  return np.pad(x, [(0, n) for n in rest])
 
 
 def _stated(method: Method, use_rslora: bool | None) -> Method:

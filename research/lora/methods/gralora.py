@@ -26,6 +26,7 @@ class GraLoRA(Method):
   blocks: int = 2
 
   PEFT: ClassVar = "GRALORA"
+  VARIES: ClassVar = ()
   PEFT_DEFAULTS: ClassVar = dict(
     r=32, alpha=64, gralora_k=2, gralora_dropout=0.0
   )

@@ -17,6 +17,7 @@ class HiRA(Method):
   rank: int = 32
 
   PEFT: ClassVar = "HIRA"
+  PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern"}
   PEFT_DEFAULTS: ClassVar = dict(r=32, hira_dropout=0.0)
 
   def start(self, key, place, w, seen=None):

@@ -22,6 +22,7 @@ class LoHa(Method):
   alpha: float = 8.0
 
   PEFT: ClassVar = "LOHA"
+  PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
   PEFT_DEFAULTS: ClassVar = dict(r=8, alpha=8)
 
   def start(self, key, place, w, seen=None):

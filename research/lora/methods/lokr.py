@@ -43,6 +43,7 @@ class LoKr(Method):
   both: bool = False
 
   PEFT: ClassVar = "LOKR"
+  PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
   PEFT_DEFAULTS: ClassVar = dict(
     r=8, alpha=8, decompose_factor=-1, decompose_both=False
   )

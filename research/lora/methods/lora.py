@@ -37,6 +37,7 @@ class LoRA(Method):
   init: Literal["peft", "gaussian"] = "peft"
 
   PEFT: ClassVar = "LORA"
+  PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
   PEFT_DEFAULTS: ClassVar = dict(r=8, lora_alpha=8, lora_dropout=0.0)
 
   @property

@@ -19,6 +19,7 @@ class MiSS(Method):
   rank: int = 64
 
   PEFT: ClassVar = "MISS"
+  VARIES: ClassVar = ("alpha",)
   PEFT_DEFAULTS: ClassVar = dict(r=64, miss_dropout=0.0)
 
   def start(self, key, place, w, seen=None):

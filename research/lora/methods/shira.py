@@ -28,6 +28,7 @@ class SHiRA(Method):
   seed: int = 0
 
   PEFT: ClassVar = "SHIRA"
+  VARIES: ClassVar = ("alpha",)
   PEFT_DEFAULTS: ClassVar = dict(r=32)
 
   def start(self, key, place, w, seen=None):

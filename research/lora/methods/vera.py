@@ -31,6 +31,7 @@ class VeRA(Method):
   widest: int = 0
 
   PEFT: ClassVar = "VERA"
+  VARIES: ClassVar = ("alpha", "widest")
   PEFT_SHARED: ClassVar = ("vera_A", "vera_B")
   PEFT_DEFAULTS: ClassVar = dict(
     r=256, d_initial=0.1, vera_dropout=0.0, projection_prng_key=0

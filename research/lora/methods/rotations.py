@@ -1,0 +1,299 @@
+"""Methods that rotate the inputs of a matrix: `R w`, `R [in, in]` orthogonal.
+
+Angles and lengths between the outputs' weights stay what they are. OFT: Qiu et
+al. 2023 (arXiv:2306.07280), section 4; BOFT: Liu et al. 2024
+(arXiv:2311.06243), equation 5; HRA: Yuan et al. 2024 (arXiv:2405.17484),
+equation 4.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from research import weights
+from research.lora.method import Method, normal, turned, wide, zeros
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotation(Method):
+  """Common to all: a rotation is applied to activations, never formed."""
+
+  DROPS: ClassVar = False
+
+  def turn(self, x, p):
+    """Returns `x R`."""
+    raise NotImplementedError
+
+  def back(self, x, p):
+    """Returns `x Rᵀ`."""
+    raise NotImplementedError
+
+  def gain(self, p):
+    """Returns what outputs are multiplied by, `[out]`, or 1."""
+    return 1
+
+  def delta(self, p, w):
+    w = wide(w)
+    return self.back(w.T, p).T * self.gain(p) - w
+
+  def einsum(self, eq, x, dropped, p, w):
+    p = {name: y.astype(x.dtype) for name, y in p.items()}
+    if turned(eq):
+      return self.back(weights.einsum(eq, x * self.gain(p), w), p)
+    return weights.einsum(eq, self.turn(x, p), w) * self.gain(p)
+
+
+def _blocks(name, size_in, block):
+  if size_in % block:
+    raise UserError(f"{name}: in {size_in} is not a multiple of block {block}")
+  return size_in // block
+
+
+def _turned(x, r):
+  """Returns `x R` for blocks `r [n, block, block]` on R's diagonal."""
+  y = x.reshape(*x.shape[:-1], *r.shape[:2])
+  return jnp.einsum("...nk,nkc->...nc", y, r).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OFT(Rotation):
+  """Blocks on the diagonal, each by Cayley's map of a skew matrix `q`.
+
+  `v [in / block, block (block - 1) / 2]` are the entries of `q` above the
+  diagonal, row by row.
+
+  Attributes:
+    block: side of the blocks.
+    form: 'exact' is `(1 - q) (1 + q)^-1`; 'neumann' its series, in which the
+      sign of `q` is the other one (PEFT's default).
+    terms: of the series.
+  """
+
+  block: int = 32
+  form: Literal["exact", "neumann"] = "neumann"
+  terms: int = 5
+
+  PEFT: ClassVar = "OFT"
+  PEFT_DEFAULTS: ClassVar = dict(
+    oft_block_size=32, use_cayley_neumann=True, num_cayley_neumann_terms=5
+  )
+  PEFT_HARMLESS: ClassVar = ("eps",)
+
+  def start(self, key, place, w, seen=None):
+    n = _blocks("OFT", place.size_in, self.block)
+    return {"v": zeros(n, self.block * (self.block - 1) // 2)}, {}
+
+  def _rotations(self, v):
+    """Returns the blocks, `[n, block, block]`."""
+    rows, columns = np.triu_indices(self.block, 1)
+    q = jnp.zeros((len(v), self.block, self.block), v.dtype)
+    q = q.at[:, rows, columns].set(v)
+    q = q - q.swapaxes(1, 2)
+    one = jnp.broadcast_to(jnp.eye(self.block, dtype=v.dtype), q.shape)
+    if self.form == "exact":
+      return _cayley(q)
+    # Powers 1 to terms - 1 of q, each twice but for the last.
+    total, power = one, one
+    terms = 4 if self.terms == 3 else self.terms  # as PEFT counts
+    for i in range(1, terms):
+      power = power @ q
+      last = i == terms - 1 and i > 1
+      total = total + (power if last else 2 * power)
+    return total
+
+  def turn(self, x, p):
+    return _turned(x, self._rotations(p["v"]))
+
+  def back(self, x, p):
+    return _turned(x, self._rotations(p["v"]).swapaxes(1, 2))
+
+  def axes(self, names):
+    return {"v": (None, None)}
+
+  def idle(self, p):
+    return not p["v"].any()
+
+  def to_peft(self, p, place):
+    return {"oft_R.weight": p["v"]}
+
+  def from_peft(self, tensors, place, w):
+    return {"v": tensors["oft_R.weight"]}, {}
+
+  def peft_fields(self, methods):
+    return dict(
+      r=0,
+      oft_block_size=self.block,
+      use_cayley_neumann=self.form == "neumann",
+      num_cayley_neumann_terms=self.terms,
+      module_dropout=0.0,
+      coft=False,
+      block_share=False,
+      fan_in_fan_out=False,
+      init_weights=True,
+    )
+
+  @classmethod
+  def from_fields(cls, fields):
+    fields.neutral(dict(r=(None, 0), **_OFT_OFF))
+    return cls(
+      block=fields.integer("oft_block_size"),
+      form="neumann" if fields.flag("use_cayley_neumann") else "exact",
+      terms=fields.integer("num_cayley_neumann_terms", most=100),
+    )
+
+
+_OFT_OFF = dict(
+  coft=(None, False), block_share=(None, False), module_dropout=(None, 0)
+)
+
+
+def _cayley(q):
+  """Returns `(1 - q) (1 + q)^-1` of skew matrices; the two commute."""
+  one = jnp.eye(q.shape[-1], dtype=q.dtype)
+  wide_q = q.astype(jnp.promote_types(q.dtype, jnp.float32))
+  return jnp.linalg.solve(one + wide_q, one - wide_q).astype(q.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BOFT(Rotation):
+  """A product of `factors` block rotations, shuffled, and a gain of outputs.
+
+  `r [factors, in / block, block, block]`, of which the skew part counts, and
+  `s [out]`.
+
+  Attributes:
+    block: side of the blocks; even where there are several factors.
+    factors: 1 is OFT with a gain; m factors mix `2^(m-1)` blocks.
+  """
+
+  block: int = 4
+  factors: int = 1
+
+  PEFT: ClassVar = "BOFT"
+  PEFT_DEFAULTS: ClassVar = dict(boft_block_size=4, boft_n_butterfly_factor=1)
+
+  def start(self, key, place, w, seen=None):
+    n = _blocks("BOFT", place.size_in, self.block)
+    mixed = 2 ** (self.factors - 1)
+    if self.factors > 1 and (n % mixed or self.block % 2):
+      raise UserError(
+        f"BOFT: {n} blocks of {self.block} for {self.factors} factors, "
+        f"expected even blocks, and a multiple of {mixed} of them"
+      )
+    r = zeros(self.factors, n, self.block, self.block)
+    return {"r": r, "s": jnp.ones(place.size_out, jnp.float32)}, {}
+
+  def _factor(self, x, p, i, back):
+    """Returns `x F` or `x Fᵀ` for factor i, `F = P blocks Pᵀ`."""
+    r = p["r"][i]
+    r = _cayley(0.5 * (r - r.swapaxes(1, 2)))
+    order = _butterfly(x.shape[-1], self.block, i)
+    inverse = np.argsort(order)
+    y = x[..., inverse]
+    return _turned(y, r.swapaxes(1, 2) if back else r)[..., order]
+
+  def turn(self, x, p):
+    # The last factor is the leftmost.
+    for i in reversed(range(self.factors)):
+      x = self._factor(x, p, i, back=False)
+    return x
+
+  def back(self, x, p):
+    for i in range(self.factors):
+      x = self._factor(x, p, i, back=True)
+    return x
+
+  def gain(self, p):
+    return p["s"]
+
+  def axes(self, names):
+    return {"r": (None,) * 4, "s": (names[1],)}
+
+  def idle(self, p):
+    return not p["r"].any() and bool((p["s"] == 1).all())
+
+  def to_peft(self, p, place):
+    return {"boft_R": p["r"], "boft_s": p["s"][:, None]}
+
+  def from_peft(self, tensors, place, w):
+    return {"r": tensors["boft_R"], "s": tensors["boft_s"][:, 0]}, {}
+
+  def peft_fields(self, methods):
+    return dict(
+      boft_block_size=self.block,
+      boft_block_num=0,
+      boft_n_butterfly_factor=self.factors,
+      boft_dropout=0.0,
+      fan_in_fan_out=False,
+      init_weights=True,
+    )
+
+  @classmethod
+  def from_fields(cls, fields):
+    fields.neutral(dict(boft_block_num=(None, 0), boft_dropout=(None, 0)))
+    return cls(
+      block=fields.integer("boft_block_size"),
+      factors=fields.integer("boft_n_butterfly_factor", most=24),
+    )
+
+
+def _butterfly(n, block, i):
+  """Returns factor i's order of the inputs: halves of blocks, even ones first.
+
+  Within each group of `2^i` blocks.
+  """
+  if i == 0:
+    return np.arange(n)
+  halves = np.arange(n).reshape(-1, 2 ** (i + 1), block // 2)
+  return np.concatenate([halves[:, ::2], halves[:, 1::2]], 1).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HRA(Rotation):
+  """`r` reflections, one after the other; `u [r, in]`, of any length.
+
+  The rank is even: a fresh adapter reflects at the same plane twice.
+  """
+
+  PEFT: ClassVar = "HRA"
+  VARIES: ClassVar = ("alpha",)
+  PEFT_DEFAULTS: ClassVar = dict(r=8)
+
+  def start(self, key, place, w, seen=None):
+    if self.rank % 2:
+      raise UserError(f"HRA: rank is {self.rank}, expected an even number")
+    half = normal(key, (self.rank // 2, place.size_in))
+    return {"u": jnp.repeat(half, 2, axis=0)}, {}
+
+  def _reflected(self, x, p, order):
+    u = wide(p["u"])
+    u = (u / jnp.linalg.norm(u, axis=1, keepdims=True)).astype(x.dtype)
+    for i in order:
+      x = x - 2 * jnp.einsum("...i,i->...", x, u[i])[..., None] * u[i]
+    return x
+
+  def turn(self, x, p):
+    return self._reflected(x, p, reversed(range(self.rank)))
+
+  def back(self, x, p):
+    return self._reflected(x, p, range(self.rank))
+
+  def axes(self, names):
+    return {"u": (None, names[0])}
+
+  def to_peft(self, p, place):
+    return {"hra_u": p["u"].T}
+
+  def from_peft(self, tensors, place, w):
+    return {"u": tensors["hra_u"].T}, {}
+
+  def peft_fields(self, methods):
+    return dict(r=self.rank, apply_GS=False, init_weights=True)
+
+  @classmethod
+  def from_fields(cls, fields):
+    fields.neutral(dict(apply_GS=(None, False)))
+    return cls(rank=fields.integer("r"))
