@@ -20,7 +20,8 @@ from research.typing import Float, UserError
 _SPLITS = ("train", "validation", "heldout")
 
 
-def _rng(seed: int, split: Split, *more: int) -> np.random.Generator:
+def rng_of(seed: int, split: Split, *more: int) -> np.random.Generator:
+  """Returns the generator of a split's documents."""
   return np.random.default_rng([seed, _SPLITS.index(split), *more])
 
 
@@ -84,7 +85,7 @@ class Markov:
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
     """Returns the documents; every token counts."""
-    uniform = _rng(self.seed, self.split).random((self.count, self.length))
+    uniform = rng_of(self.seed, self.split).random((self.count, self.length))
     tokens = np.empty((self.count, self.length), np.int32)
     tokens[:, 0] = _choose(self.stationary[None], uniform[:, 0])
     for t in range(1, self.length):
@@ -150,7 +151,7 @@ class Copy:
   def examples(self, tokenizer: Any) -> Sequence[Example]:
     """Returns the documents, of 2 length + 1 tokens."""
     shape = (self.count, self.length)
-    symbols = _rng(self.seed, self.split).integers(0, self.vocab, shape)
+    symbols = rng_of(self.seed, self.split).integers(0, self.vocab, shape)
     between = np.full((self.count, 1), self.vocab)
     tokens = np.concatenate([symbols, between, symbols], 1).astype(np.int32)
     learned = np.arange(tokens.shape[1]) > self.length
@@ -201,7 +202,7 @@ class Recall:
     return [Example(self._document(i), learned) for i in range(self.count)]
 
   def _document(self, index: int) -> np.ndarray:
-    rng = _rng(self.seed, self.split, index)
+    rng = rng_of(self.seed, self.split, index)
     keys = rng.permutation(self.keys)[: self.pairs]
     values = self.keys + rng.integers(0, self.values, self.pairs)
     told = np.stack([keys, values], 1)

@@ -1,0 +1,152 @@
+"""Checks claims of LoRA's story: arms with swept rates, tables and verdicts.
+
+  python -m experiments.lora_claims --config=runs/lora/claims_capacity.gin \
+      --workdir=DIR
+
+A configuration is a `study.Study`. Every arm's rates are swept with every seed;
+its row goes to DIR/arms/, and the same command again runs what is missing.
+Ends with a table, verdicts, sweep.png and tradeoff.png in DIR, and result.json,
+whose content is the last line on stdout.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import json
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli
+
+FLAGS = cli.new_flags()
+
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "Gin file, here or under configs/, e.g. runs/lora/claims_capacity.gin.",
+  flag_values=FLAGS,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Where everything goes; made if missing.",
+  flag_values=FLAGS,
+)
+_SET = flags.DEFINE_multi_string(
+  "set",
+  [],
+  "Gin binding, e.g. --set=study.Study.steps=20 for a trial.",
+  flag_values=FLAGS,
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Runs what is missing; returns the result."""
+  del argv
+  cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
+  cli.local(workdir=_WORKDIR.value)
+  from experiments import config, lora_pictures, lora_verdicts, runtime, tables
+  from experiments import study as studies
+
+  runtime.setup()
+  read = config.read(_CONFIG.value, _SET.value, root=studies.Study)
+  folder = pathlib.Path(_WORKDIR.value)
+  rows = _rows(read.experiment, _claimed(folder, read.text))
+
+  # --- what they say ---
+  lines = lora_verdicts.table(rows)
+  verdicts = read.experiment.verdicts(rows)
+  cli.say(f"\n{tables.text(lines)}\n")
+  for claim, found, holds in verdicts:
+    cli.say(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}\n  {found}")
+  name = pathlib.Path(_CONFIG.value).stem
+  lora_pictures.sweep(rows, folder / "sweep.png", name)
+  if all("known" in row for row in rows.values()):
+    lora_pictures.tradeoff(rows, folder / "tradeoff.png")
+  result = {
+    "claims": [v._asdict() for v in verdicts],
+    "arms": lines,
+    "not_inside": [n for n, row in rows.items() if not row["inside"]],
+    "seconds": round(sum(row["seconds"] for row in rows.values())),
+  }
+  text = json.dumps(cli.plain(result), indent=2)
+  (folder / "result.json").write_text(text + "\n")
+  return result
+
+
+def _claimed(folder: pathlib.Path, text: str) -> pathlib.Path:
+  """Returns the folder, which belongs to this configuration alone."""
+  from research.typing import UserError
+
+  (folder / "arms").mkdir(parents=True, exist_ok=True)
+  note = folder / "config.gin"
+  if note.exists() and note.read_text("utf-8") != text:
+    raise UserError(
+      f"{note}: differs from this configuration.\n"
+      "Use another --workdir, or remove that one."
+    )
+  note.write_text(text)
+  return folder
+
+
+def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
+  """Returns all arms' rows, from the folder or from new runs."""
+  paths = {
+    arm.name: folder / "arms" / (re.sub(r"\W+", "_", arm.name) + ".json")
+    for arm in study.arms
+  }
+  todo = [arm for arm in study.arms if not paths[arm.name].exists()]
+  if todo:
+    from experiments import population
+
+    on = population.ground(study, _base(study, folder))
+    before = population.before(on)
+    cli.say(f"{len(todo)} arms to run; before: {cli.plain(before)}")
+    for arm in todo:
+      start = time.perf_counter()
+      row = population.sweep(study, arm, on) | {"before": before}
+      row["seconds"] = time.perf_counter() - start
+      paths[arm.name].write_text(json.dumps(cli.plain(row)))
+      best = row["best"]
+      cli.say(
+        f"{arm.name}: {min(map(_mean, row['heldout'])):.3f}, best of"
+        f" {len(row['ks'])} rates 10^({row['ks'][best]}/2)"
+        f" ({row['seconds']:.0f} s)"
+      )
+  rows = [json.loads(paths[arm.name].read_text()) for arm in study.arms]
+  return {row["arm"]: row for row in rows}
+
+
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / len(values)
+
+
+def _base(study: Any, folder: pathlib.Path) -> Any:
+  """Returns the base that all arms share, trained once; None for none."""
+  if study.known is None:
+    return None
+  import numpy as np
+
+  from experiments import population
+  from research import tree
+
+  note = folder / "base.npz"
+  if not note.exists():
+    cli.say("training the base")
+    found = population.learned(study)
+    np.savez(note, **dict(tree.flatten_paths(found)))
+  saved = np.load(note, allow_pickle=False)
+  like = study.model.load().params
+  return tree.map_paths(lambda path, _: saved[path], like)
+
+
+if __name__ == "__main__":
+  cli.run(main)
