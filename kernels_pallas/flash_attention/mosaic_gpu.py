@@ -66,9 +66,9 @@ def mosaic_gpu_attention(
     x: Arrays.
 
   Returns:
-    The output in the dtype of q and the natural log-sum-exp of the logits
-    (sinks included, before dropout); 0 and -inf where a query sees no key and
-    there is no sink.
+    The output, in the dtype of q unless `spec.output` says otherwise, and the
+    natural log-sum-exp of the logits (sinks included, before dropout); 0 and
+    -inf where a query sees no key and there is no sink.
 
   Raises:
     ValueError: What these kernels do not compute, with what does.
@@ -90,14 +90,14 @@ def _forward(spec, interpret, x):
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
   rows = queries(x, o, lse, *cotangents)
-  found = mosaic_gpu_gradients(spec, interpret, x, rows)
+  found = _gradients(spec, interpret, x, rows)
   return (finished(x, found, rows),)
 
 
 def mosaic_gpu_gradients(
   spec: Spec, interpret: Any, x: Operands, rows: Queries
 ) -> Operands:
-  """Gradients of q, k and v, summed in float32 and rounded as q is.
+  """Gradients of q, k and v in float32, as they were summed.
 
   Args:
     spec: Static part; `spec.blocks` is a `GpuTiles`.
@@ -105,6 +105,12 @@ def mosaic_gpu_gradients(
     x: Arrays; sinks are not looked at.
     rows: What the queries saw, these keys and perhaps others.
   """
+  wide = dataclasses.replace(spec, output=jnp.float32)
+  return _gradients(wide, interpret, x, rows)
+
+
+def _gradients(spec, interpret, x, rows) -> Operands:
+  """Gradients in the type of the output."""
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
 
@@ -116,9 +122,9 @@ def mosaic_gpu_gradients(
   for names in tiles.gradients:
     found |= back.dkv(p, names, interpret)
   return Operands(
-    q=dq[:, :T, :, :H].astype(jnp.float32),
-    k=found["dk"][:, :S, :, :H].astype(jnp.float32),
-    v=found["dv"][:, :S, :, :Hv].astype(jnp.float32),
+    q=dq[:, :T, :, :H],
+    k=found["dk"][:, :S, :, :H],
+    v=found["dv"][:, :S, :, :Hv],
     mask=None,
   )
 

@@ -28,7 +28,7 @@ where there is none, and delta minus the cotangent of the log-sum-exp."""
 
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
-  """dq [B, T, N, H] in the type of q.
+  """dq [B, T, N, H] in the type of the output.
 
   Args:
     p: The problem, keys streamed, with arrays do and stats.
@@ -43,14 +43,15 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
     "v": stream.buffer((t.stages[1], t.streamed, Hv), q.dtype),
   }
   kernel = functools.partial(_dq_kernel, p)
-  out = [varying(q, (B, T, N, H), q.dtype)]
+  out = [varying(q, (B, T, N, H), p.spec.output or q.dtype)]
   return _call(p, kernel, buffers, out, (1, 1), N, 3, interpret, "dq")[0]
 
 
 def dkv(
   p: Problem, names: tuple[str, ...], interpret: Any
 ) -> dict[str, jax.Array]:
-  """dk [B, S, K, H] and dv [B, S, K, Hv], those named, in the type of q.
+  """dk [B, S, K, H] and dv [B, S, K, Hv], those named, in the type of the
+  output.
 
   Args:
     p: The problem, queries streamed, with arrays do and stats.
@@ -67,7 +68,8 @@ def dkv(
     "stats": plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32),
   }
   sizes = {"dk": H, "dv": Hv}
-  out = [varying(q, (B, S, K, sizes[name]), q.dtype) for name in names]
+  dtype = p.spec.output or q.dtype
+  out = [varying(q, (B, S, K, sizes[name]), dtype) for name in names]
   kernel = functools.partial(_dkv_kernel, p, names)
   matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
   found = _call(
@@ -135,19 +137,20 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
     stats = rows.__getitem__
     bounds = tile.of_queries(x, start, ROWS)
     step = functools.partial(
-      _dq_step, x, mine, smem, pipe, stats, bounds, start
+      _dq_step, x, group, smem, pipe, stats, bounds, start
     )
     acc = stream.consume(line, step, tile.zeros(ROWS, p.dims[5]))
-    _store(mine["q"], acc * p.spec.scale, dq_ref.at[b, queries, h])
+    tile.store(mine["q"], acc * p.spec.scale, dq_ref.at[b, queries, h])
+    plgpu.wait_smem_to_gmem(0)
 
   stream.roles(p, compute, copy)
 
 
-def _dq_step(x, mine, smem, pipe, stats, bounds, start, _, where, slots, acc,
+def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
              masked):  # fmt: skip
   """dq += dS K of one tile."""
   p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
-  k_slot, v_slot = slots
+  mine, (k_slot, v_slot) = _again(smem, ("q", "do"), group), slots
   k, v = smem["k"].at[k_slot], smem["v"].at[v_slot]
   first, seen = 0, None
   if masked or p.spec.dropout_rate:
@@ -198,23 +201,24 @@ def _dkv_kernel(p, names, refs, *rest):
     mine = _hold(refs, smem, ready, ("k", "v"), (b, keys, h), group)
     x = tile.View(p, refs, mine.get("p"), b, h)
     columns = tile.of_keys(x, start, ROWS)
-    step = functools.partial(_dkv_step, x, mine, smem, pipe, columns, start)
+    step = functools.partial(_dkv_step, x, group, smem, pipe, columns, start)
     sizes = {"dk": p.dims[5], "dv": p.dims[6]}
     acc = stream.consume(
       line, step, {name: tile.zeros(ROWS, sizes[name]) for name in names}
     )
     for name in names:
       value = acc[name] * p.spec.scale if name == "dk" else acc[name]
-      _store(mine[name[1]], value, outputs[name].at[b, keys, h])
+      tile.store(mine[name[1]], value, outputs[name].at[b, keys, h])
+    plgpu.wait_smem_to_gmem(0)
 
   stream.roles(p, compute, copy)
 
 
-def _dkv_step(x, mine, smem, pipe, columns, start, _, where, slots, acc,
+def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
               masked):  # fmt: skip
   """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
   p, ((q_full, do_full), (q_free, do_free)) = x.p, pipe
-  q_slot, do_slot = slots
+  mine, (q_slot, do_slot) = _again(smem, ("k", "v"), group), slots
   q, do = smem["q"].at[q_slot], smem["do"].at[do_slot]
   first, seen = 0, None
   if masked or p.spec.dropout_rate:
@@ -281,20 +285,25 @@ def _scores(x, left, right, stats, seen, drop):
   return pl.run_scoped(run, acc, acc)
 
 
+def _held(smem, names, group) -> dict[str, Any]:
+  """What a warpgroup keeps in shared memory."""
+  return {name: smem[name].at[group] for name in (*names, "p") if name in smem}
+
+
+def _again(smem, names, group) -> dict[str, Any]:
+  """The same in a loop, where its addresses may not be known beforehand.
+
+  The compiler would keep all 16 of a wide head, and spill accumulators.
+  """
+  return _held(smem, names, lax.optimization_barrier(group))
+
+
 def _hold(refs, smem, ready, names, where, group) -> dict[str, Any]:
   """Copies what stays into shared memory and waits for it."""
-  mine = {name: smem[name].at[group] for name in (*names, "p") if name in smem}
+  mine = _held(smem, names, group)
   for name in names:
     plgpu.copy_gmem_to_smem(
       refs[name].at[where], mine[name], ready.at[group]
     )  # fmt: skip
   plgpu.barrier_wait(ready.at[group])
   return mine
-
-
-def _store(buffer, value, out) -> None:
-  """Sums to memory, by way of a buffer that is no longer needed."""
-  buffer[...] = value.astype(out.dtype)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(buffer, out)
-  plgpu.wait_smem_to_gmem(0)

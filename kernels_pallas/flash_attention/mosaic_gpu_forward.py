@@ -34,7 +34,7 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
   call = plgpu.kernel(
     functools.partial(_kernel, p),
     out_type=[
-      varying(q, (B, T, N, Hv), q.dtype),
+      varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
       varying(q, (B, N, T), jnp.float32),
     ],
     scratch_types=[_buffers(p), *_barriers(p)],
@@ -175,10 +175,10 @@ def _store(p, acc, m, l, outputs, smem, place):
   empty = l == 0
   scale = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, l))
   lse = m * tile.LN2 + jnp.log(jnp.where(empty, 1.0, l))
-  o_smem[...] = (acc * tile.spread(scale, acc.shape, 0)).astype(o_ref.dtype)
   lse_smem[...] = jnp.where(empty, -jnp.inf, lse)
-  plgpu.commit_smem()
   queries = pl.ds(start, ROWS)
-  plgpu.copy_smem_to_gmem(o_smem, o_ref.at[b, queries, h])
+  acc = acc * tile.spread(scale, acc.shape, 0)
+  tile.store(o_smem, acc, o_ref.at[b, queries, h])
+  plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, h, queries])
   plgpu.wait_smem_to_gmem(0)

@@ -130,6 +130,24 @@ def accumulate(
   return acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
 
 
+def store(buffer: Any, value: jax.Array, out: Any) -> None:
+  """Sums to memory: rounded by way of a buffer, or from registers as they are.
+
+  The caller waits, by `plgpu.wait_smem_to_gmem`.
+
+  Args:
+    buffer: Shared memory that is no longer needed, in 16 bits.
+    value: [64, n].
+    out: Reference, of the buffer's type or float32, for which it is too small.
+  """
+  if out.dtype != buffer.dtype:
+    plgpu.store(out, value.astype(out.dtype), optimized=False)
+    return
+  buffer[...] = value.astype(out.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(buffer, out)
+
+
 def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
   """The logits of scores q.k; invisible ones are -inf.
 

@@ -72,10 +72,6 @@ MATRIX = list(
   itertools.product((64, 128, 256), gpu.DTYPES, ("full", "causal"),
                     ("forward", "backward"))
 )  # fmt: skip
-# Bytes a thread that ptxas spills today: a warpgroup of dk and dv at 128 holds
-# 128 accumulators a thread, dk or dq at 256 as many again.
-SPILLS = {(128, "backward", "causal"): 64, (256, "backward", "full"): 320,
-          (256, "backward", "causal"): 320}  # fmt: skip
 
 
 @pytest.mark.chips
@@ -90,7 +86,7 @@ def test_compiles_for_hopper(head_dim, dtype, mask, direction):
   for kernel in kernels:
     assert kernel.total["wgmma"] >= 2 and kernel.total["copy"] >= 2
     assert kernel.loop["wgmma"] >= 2
-    assert kernel.spills <= SPILLS.get((head_dim, direction, mask), 0)
+    assert kernel.spills == 0
     assert kernel.shared is None or kernel.shared <= 232_448
 
 

@@ -4,6 +4,7 @@ The interpreter runs the variant whose left operands come from shared memory;
 barriers, copies, masks and loops are those of the other one, too.
 """
 
+import dataclasses
 import functools
 
 import chex
@@ -13,14 +14,19 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.api import choose, flash_attention
+from kernels_pallas.flash_attention.api import (
+  choose,
+  flash_attention,
+  prepare,
+)
+from kernels_pallas.flash_attention.cotangents import queries
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
   SHARED_BYTES,
   GpuTile,
   GpuTiles,
   for_head_dim,
 )
-from kernels_pallas.flash_attention.spec import Blocks
+from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
 
 # Neither length is a multiple of any tile.
@@ -146,6 +152,28 @@ def test_padding_may_hold_anything(interpreter):
   found = call(q, *(jnp.where(dead, jnp.nan, x) for x in (k, v)))
   chex.assert_trees_all_equal(found, call(q, k, v))
   chex.assert_tree_all_finite(found)
+
+
+def test_partial_results_are_not_rounded(interpreter):
+  """What a ring adds up: outputs and gradients in float32."""
+  x = Operands(*qkv(T=64, S=64), mask=Mask.causal())
+  options = {"backend": "mosaic_gpu", "config": TILES["two_groups"]}
+  backend, spec = prepare(x, interpret=interpreter, **options)
+  wide = dataclasses.replace(spec, output=jnp.float32)
+  o, lse = backend.attend(wide, x)
+  rows = queries(x, o, lse, jnp.cos(o), jnp.zeros_like(lse))
+  found = backend.gradients(spec, x, rows)
+  truth = jax.tree.map(lambda y: y.astype(jnp.float32), x[:3])
+  expected, vjp = jax.vjp(
+    lambda *y: flash_attention(*y, causal=True, backend="reference"), *truth
+  )
+  for have, want in (
+    (o, expected),
+    *zip(found[:3], vjp(jnp.cos(o)), strict=True),
+  ):
+    assert have.dtype == jnp.float32
+    assert jnp.any(have != have.astype(jnp.float16).astype(jnp.float32))
+    chex.assert_trees_all_close(have, want, rtol=5e-3, atol=5e-3)
 
 
 def test_what_the_kernels_do_not_compute_is_refused():
