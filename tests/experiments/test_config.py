@@ -10,6 +10,7 @@ from research.typing import UserError
 RUNS = sorted(
   str(p.relative_to(config.CONFIGS))
   for p in config.CONFIGS.glob("runs/**/*.gin")
+  if not p.name.startswith("claims_")  # studies: test_lora_claims
 )
 
 
