@@ -32,6 +32,7 @@ from research.nn import presets
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
 from research.quant.blocks import BlockTensor
+from research.quant.qtensor import QTensor
 from research.training import base
 from research.typing import Params, UserError
 
@@ -39,7 +40,7 @@ METADATA = "metadata.gguf"
 ARRAYS = "arrays"
 VERSION = 1
 
-LEAVES = {"BlockTensor": BlockTensor, "AdaptedTensor": AdaptedTensor}
+LEAVES = {kind.__name__: kind for kind in (BlockTensor, QTensor, AdaptedTensor)}
 """Weights that are no arrays, by the names that the note has for them."""
 
 _DTYPES = (

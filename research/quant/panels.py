@@ -1,8 +1,8 @@
 """Weights that CPU decoding reads fastest: `kernels_pallas`' panels as a leaf.
 
 `decoding` rewrites a tree once, before text is generated: matrices in ggml's
-blocks and bfloat16 matrices become panels, each layer's in arrays of its own.
-The numbers are the same bit by bit; what changes is their order in memory,
+blocks, in codebooks or in bfloat16 become panels, each layer's in arrays of its
+own. The numbers are the same bit by bit; what changes is their order in memory,
 and that a C++ kernel multiplies them (`kernels_pallas.quantized_matmul`).
 """
 
@@ -18,8 +18,9 @@ from kernels_pallas.quantized_matmul import api, cpu
 from kernels_pallas.quantized_matmul import panels as layout
 from research import tree, weights
 from research.interop import gguf_types
-from research.quant import products
+from research.quant import codebooks, products
 from research.quant.blocks import BlockTensor
+from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int, Params, PRNGKey
 
 _MATRIX = re.compile(
@@ -133,6 +134,21 @@ def from_blocks(w: BlockTensor) -> PanelTensor:
   return PanelTensor(packed, w.axis)
 
 
+@jax.jit
+def from_codebook(w: QTensor) -> PanelTensor:
+  """Returns codes of a codebook in panels, their magnitudes in float32.
+
+  Numbers are those before they are rounded to a dtype of 16 bits.
+  """
+  packed = layout.pack(
+    w.codes_apart(),
+    w.magnitudes(),
+    group=w.block,
+    codebook=codebooks.CODEBOOKS[w.kind],
+  )
+  return PanelTensor(packed)
+
+
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
   """Returns a bfloat16 matrix in panels; for `axis` see `PanelTensor`."""
   stored = w if axis == -2 else jnp.swapaxes(w, -1, -2)
@@ -142,9 +158,10 @@ def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
 def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   """Returns `params` with their matrices in panels, layer by layer.
 
-  A Transform. Blocks of 4, 5 and 8 bits and bfloat16 matrices are rewritten,
-  also those under an adapter; experts and float32 stay as they are. Layers
-  are unrolled: a scan over stacked panels would copy each before its use.
+  A Transform. Blocks of 4, 5 and 8 bits, codebooks and bfloat16 matrices are
+  rewritten, also those under an adapter; experts and float32 stay as they are.
+  Layers are unrolled: a scan over stacked panels would copy each before its
+  use.
   Queries, keys and values of a layer become one matrix, and so do gate and up,
   where they are of one kind and without adapters.
 
@@ -160,14 +177,16 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
       return leaf
     if isinstance(leaf, BlockTensor):
       return from_blocks(leaf)
+    if isinstance(leaf, QTensor):
+      return leaf if leaf.flat else from_codebook(leaf)
     if leaf.dtype == jnp.bfloat16 and _MATRIX.search(path):
       return from_array(leaf, -1 if _EMBED.search(path) else -2)
     return leaf
 
-  def is_blocks(x: Any) -> bool:
-    return isinstance(x, BlockTensor)
+  def is_packed(x: Any) -> bool:
+    return isinstance(x, BlockTensor | QTensor)
 
-  return tree.unroll(_beside(tree.map_paths(one, params, is_leaf=is_blocks)))
+  return tree.unroll(_beside(tree.map_paths(one, params, is_leaf=is_packed)))
 
 
 def _beside(part: Any) -> Any:

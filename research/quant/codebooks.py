@@ -1,0 +1,119 @@
+"""Values that 4-bit codes stand for, and the search for the nearest one.
+
+NF4: Dettmers et al. 2023 (arXiv:2305.14314), appendix E; quantiles of a normal
+distribution, asymmetric so that zero is a value. FP4: sign, two bits of
+exponent, one of mantissa, in bitsandbytes' order and scale (not that of OCP's
+E2M1). Both bit by bit as bitsandbytes 0.50 has them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.typing import Array, Float, UInt8
+
+NF4 = (
+  *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+  *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+  *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+  *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+  *(0.7229568362236023, 1.0),
+)
+
+_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = tuple(s * m / 12 for s in (1.0, -1.0) for m in _MAGNITUDES)
+
+CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+
+TINY = np.float32(1e-38)
+"""What bitsandbytes divides by at least."""
+
+
+def table(kind: str) -> np.ndarray:
+  """Returns the 16 values, float32, by code."""
+  return np.asarray(CODEBOOKS[kind], np.float32)
+
+
+def nearest(
+  x: Float[Array, "..."] | np.ndarray, kind: str
+) -> UInt8[Array, "..."] | np.ndarray:
+  """Returns each number's code, uint8; halfway, the lower value's.
+
+  Args:
+    x: within [-1, 1]; an array of NumPy gives one of NumPy.
+    kind: of the codebook.
+  """
+  values = table(kind)
+  # Of FP4's two zeros the first is the lower: what is barely more than nothing
+  # gets the other, as in bitsandbytes.
+  order = np.argsort(values, kind="stable")
+  ascending = values[order]
+  between = (ascending[:-1] + ascending[1:]) / np.float32(2)
+  # A comparison with each, added up: fused, and no array of 15 times the size.
+  place = sum((x > t).astype(np.uint8) for t in between)
+  if (order == np.arange(16)).all():
+    return place
+  return lookup(place, order.astype(np.uint8))
+
+
+def lookup(codes: Any, values: np.ndarray) -> Any:
+  """Returns `values[codes]` for 4-bit codes, by four choices an element.
+
+  Vector units choose where they cannot gather.
+  """
+  if isinstance(codes, np.ndarray):
+    return values[codes]
+  # Tied to the codes: else XLA makes each value a whole array, ahead of a loop.
+  codes, values = jax.lax.optimization_barrier((codes, jnp.asarray(values)))
+  found = list(values)
+  for bit in range(4):
+    odd = (codes >> bit) & 1 == 1
+    found = [
+      jnp.where(odd, high, low)
+      for low, high in zip(found[::2], found[1::2], strict=True)
+    ]
+  return found[0]
+
+
+def inverse(top: Float[Array, "..."] | np.ndarray) -> Any:
+  """Returns `1 / top` as bitsandbytes forms it: of at least `TINY`."""
+  if isinstance(top, np.ndarray):
+    return np.float32(1) / np.maximum(top, TINY)
+  # XLA may take numbers as small as TINY for zero.
+  least = jnp.finfo(jnp.float32).tiny
+  return jnp.where(top >= least, 1 / jnp.maximum(top, least), 1 / TINY)
+
+
+def magnitudes(
+  x: Float[Array, " N"] | np.ndarray, block: int
+) -> tuple[Any, Any]:
+  """Returns the largest magnitude of each block, and the numbers over it.
+
+  Args:
+    x: flat, float32; the last block may be shorter.
+    block: how many numbers share one.
+  """
+  xp = np if isinstance(x, np.ndarray) else jnp
+  full = x.size - x.size % block
+  blocks = x[:full].reshape(-1, block)
+  top = abs(blocks).max(-1)
+  unit = (blocks * inverse(top)[:, None]).reshape(-1)
+  if full < x.size:
+    # A shorter block is divided, not multiplied by a reciprocal.
+    last = xp.maximum(abs(x[full:]).max(), TINY)
+    top = xp.concatenate([top, last[None]])
+    # Where XLA takes TINY for zero, zeros stay zeros.
+    rest = xp.where(x[full:] == 0, 0, x[full:] / xp.where(last > 0, last, 1))
+    unit = xp.concatenate([unit, rest])
+  return top, xp.clip(unit, -1, 1)
+
+
+def divided(unit: jax.Array | np.ndarray, values: np.ndarray) -> Any:
+  """Returns the nearest of ascending `values`, uint8; halfway, the lower."""
+  between = (values[:-1] + values[1:]) / np.float32(2)
+  if isinstance(unit, np.ndarray):
+    return np.searchsorted(between, unit).astype(np.uint8)
+  found = jnp.searchsorted(between, unit, method="scan_unrolled")
+  return found.astype(jnp.uint8)

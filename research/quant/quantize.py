@@ -1,0 +1,115 @@
+"""The transforms that pack or round a tree's weights, before adapters."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from research import tree, weights
+from research.quant import qtensor
+from research.typing import Params, PRNGKey, UserError
+
+ALL_LINEAR = "all-linear"
+_ROUTER = re.compile(r"/mlp/router$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize:
+  """Packs the layers' matrices in 4 bits, see `research.quant.qtensor`.
+
+  Attributes:
+    kind: of the codebook.
+    block: weights that share a magnitude.
+    nested: magnitudes that share a second-level one, 256; 0 for one level.
+    targets: `"all-linear"`, every matrix of a layer but the router, whose
+      choices are all or nothing; or names such as `("q", "mlp/up")` for the
+      end of paths. Embedding, head and norms stay as they are, as in QLoRA.
+  """
+
+  kind: Literal["nf4", "fp4"] = "nf4"
+  block: int = 64
+  nested: int = qtensor.NESTED
+  targets: str | Sequence[str] = ALL_LINEAR
+
+  def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
+    """Returns `params` with packed matrices; the others are shared.
+
+    Raises:
+      UserError: a target matches nothing, or what is adapted already.
+    """
+    del key
+    chosen = set(self.chosen(params))
+
+    def one(path: str, w: Any) -> Any:
+      if path not in chosen:
+        return w
+      if hasattr(w, "w"):
+        raise UserError(
+          f"Quantize: {path} is adapted; quantize first, then adapt"
+        )
+      return self.pack(w)
+
+    return tree.map_paths(one, params, is_leaf=weights.is_weight)
+
+  def chosen(self, params: Params) -> list[str]:
+    """Returns the paths of the matrices that are packed, runs as they are."""
+    found, _ = jax.tree_util.tree_flatten_with_path(
+      params, is_leaf=weights.is_weight
+    )
+    paths = [
+      path
+      for path, w in ((tree.path_name(path), w) for path, w in found)
+      if path.startswith("run") and len(w.shape) > 2
+    ]
+    if self.targets == ALL_LINEAR:
+      return [path for path in paths if not _ROUTER.search(path)]
+    if isinstance(self.targets, str):
+      raise UserError(
+        f"Quantize: targets is {self.targets!r}, expected {ALL_LINEAR!r} or a "
+        "list of names"
+      )
+    for name in self.targets:
+      if not any(path.endswith(f"/{name}") for path in paths):
+        names = sorted({path.split("/", 2)[-1] for path in paths})
+        raise UserError(
+          f"Quantize: targets {name!r} matches no matrix of the layers.\n"
+          f"Names: {', '.join(names)}."
+        )
+    return [
+      path
+      for path in paths
+      if any(path.endswith(f"/{name}") for name in self.targets)
+    ]
+
+  def pack(self, w: Any) -> qtensor.QTensor:
+    """Returns one weight, or a stack of them, packed; compiled once a shape."""
+    return _packed(w, self.kind, self.block, self.nested)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "block", "nested"))
+def _packed(w, kind, block, nested):
+  return qtensor.pack(weights.dense(w), kind, block, nested)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cast:
+  """Rounds every array of a tree, as a base that is stored in 16 bits.
+
+  Attributes:
+    dtype: such as `"bfloat16"`.
+  """
+
+  dtype: str = "bfloat16"
+
+  def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
+    """Returns `params` in that dtype; what is packed stays as it is."""
+    del key
+
+    def one(w: Any) -> Any:
+      return w if weights.is_weight(w) else jnp.asarray(w, self.dtype)
+
+    return jax.tree.map(one, params, is_leaf=weights.is_weight)
