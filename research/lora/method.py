@@ -250,6 +250,26 @@ class Method:
     raise NotImplementedError
 
 
+class Formed(Method):
+  """Methods that have nothing cheaper than the update itself.
+
+  It is added to the matrix, so that an activation is multiplied once, and
+  formed again in the backward pass, which then keeps no matrix.
+  """
+
+  def einsum(self, eq, x, dropped, p, w):
+    # In 16 bits most of a small update would be lost in the sum; and what is
+    # dropped for the update is not for the base.
+    if dropped is not x or jnp.finfo(x.dtype).bits < 32:
+      return super().einsum(eq, x, dropped, p, w)
+
+    def product(x, p, w):
+      changed = wide(w) + self.delta(p, w)
+      return jnp.einsum(eq, x, changed.astype(x.dtype))
+
+    return jax.checkpoint(product)(x, p, w)
+
+
 def turned(eq: str) -> bool:
   """Whether `eq` contracts the output axis of its weight, as a tied head does.
 

@@ -24,9 +24,10 @@ from research.typing import Array, Float, Int, Params
 
 Remat = Literal["none", "layer", "names"]
 
-SAVED = ("qkv", "attn_out", "attn_lse", "middle", "gate", "up")
+SAVED = ("qkv", "attn_out", "attn_lse", "middle", "gate", "up", "unscaled")
 """What `remat="names"` keeps of a layer; norms, rotations, probabilities and
-the gated product are computed again."""
+the gated product are computed again. `unscaled` is a product that an adapter
+multiplies by trained numbers, whose gradient needs it."""
 
 
 def _rematerialised(f, remat: Remat):

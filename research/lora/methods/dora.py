@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research import weights
 from research.lora.method import turned, wide
@@ -47,16 +48,21 @@ class DoRA(LoRA):
     return (g - 1) * wide(w) + g * super().delta(p, w)
 
   def einsum(self, eq, x, dropped, p, w):
-    g = self._gain(p, w).astype(x.dtype)
+    g = self._gain(p, w)
     if turned(eq):
-      y = weights.einsum(eq, x * g, w) + super().branch(eq, dropped * g, p, w)
+      scaled = (x * g).astype(x.dtype)
+      y = weights.einsum(eq, scaled, w)
+      if dropped is x:
+        return y + super().branch(eq, scaled, p, w)
       # What dropout takes from the base's share, too (PEFT's rule).
-      return y + (
-        0 if dropped is x else weights.einsum(eq, (dropped - x) * (g - 1), w)
-      )
+      y = y + weights.einsum(eq, ((dropped - x) * (g - 1)).astype(x.dtype), w)
+      return y + super().branch(eq, (dropped * g).astype(x.dtype), p, w)
     base = weights.einsum(eq, x, w)
-    seen = base if dropped is x else weights.einsum(eq, dropped, w)
-    return base + (g - 1) * seen + g * super().branch(eq, dropped, p, w)
+    added = super().branch(eq, dropped, p, w)
+    if dropped is x:
+      return (checkpoint_name(base + added, "unscaled") * g).astype(x.dtype)
+    seen = weights.einsum(eq, dropped, w)
+    return (base + (g - 1) * seen + g * added).astype(x.dtype)
 
   def rows(self, ids, p, w):
     g = self._gain(p, w)

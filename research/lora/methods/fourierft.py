@@ -9,12 +9,12 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from research.lora.draws import drawn_places
-from research.lora.method import Method, wide, zeros
+from research.lora.method import Formed, wide, zeros
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FourierFT(Method):
+class FourierFT(Formed):
   """The real part of the inverse transform of `spectrum`, times `scaling`.
 
   Attributes:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research import weights
 from research.lora.method import Method, turned, wide
@@ -49,7 +50,7 @@ class IA3(Method):
     l = p["l"].astype(x.dtype)
     if self.by_input != turned(eq):
       return weights.einsum(eq, x * l, w)
-    return weights.einsum(eq, x, w) * l
+    return checkpoint_name(weights.einsum(eq, x, w), "unscaled") * l
 
   def ragged(self, x, p, w, sizes):
     l = jnp.repeat(p["l"] - 1, sizes, axis=0, total_repeat_length=x.shape[0])

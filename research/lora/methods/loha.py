@@ -9,14 +9,14 @@ from typing import ClassVar
 
 import jax
 
-from research.lora.method import Method, uniform, wide, zeros
+from research.lora.method import Formed, uniform, wide, zeros
 
 NAMES = {"b1": "w1_a", "a1": "w1_b", "b2": "w2_a", "a2": "w2_b"}
 """Ours -> PEFT's; those whose input is the rank are turned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHa(Method):
+class LoHa(Formed):
   """`s (a1ᵀb1) * (a2ᵀb2)`, `a [r, in]`, `b [r, out]`, `s = alpha / r`."""
 
   alpha: float = 8.0

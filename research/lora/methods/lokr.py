@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from research.lora.method import Method, turned, uniform, wide, zeros
+from research.lora.method import Formed, uniform, wide, zeros
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def factors(size: int, factor: int) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKr(Method):
+class LoKr(Formed):
   """`s = alpha / r`, also where no factor is of low rank.
 
   Attributes:
@@ -79,14 +79,6 @@ class LoKr(Method):
   def delta(self, p, w):
     one, two = self._factor(p, "w1"), self._factor(p, "w2")
     return self.alpha / self.rank * jnp.kron(one, two)
-
-  def branch(self, eq, x, p, w):
-    one, two = (self._factor(p, n).astype(x.dtype) for n in ("w1", "w2"))
-    if turned(eq):
-      one, two = one.T, two.T
-    x = x.reshape(*x.shape[:-1], one.shape[0], two.shape[0])
-    y = jnp.einsum("...mn,nk,ml->...lk", x, two, one)
-    return (self.alpha / self.rank * y).reshape(*y.shape[:-2], -1)
 
   def axes(self, names):
     # Small: a side of each factor is about the root of a side of w.
