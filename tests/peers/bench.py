@@ -1,10 +1,11 @@
 """The speed tables: ours against torch, side by side in one run, and the rest.
 
-  make bench                     # every row, about 40 minutes on two idle cores
+  make bench                     # every row, about 70 minutes on two idle cores
   make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
   make bench ARGS='checkpoint pipeline host import_gguf_fp32'
 
-Rows against torch come first; those of `bench_attention` (attention alone),
+Rows against torch come first; those of `bench_methods` (PEFT's methods),
+`bench_attention` (attention alone),
 `bench_loop` (checkpoints, input, the host) and `bench_import` (loading models,
 memory) follow. Each measurement is
 a process of its own; ours and torch's alternate, so that a machine which
@@ -22,7 +23,7 @@ import sys
 import time
 
 import tests.peers.bench_torch as table
-from tests.peers import bench_attention, bench_import, bench_loop
+from tests.peers import bench_attention, bench_import, bench_loop, bench_methods
 
 OURS = [sys.executable, "tests/peers/bench_ours.py"]
 LIMITS = {
@@ -106,7 +107,7 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--huge_pages", action="store_true")
   args = parser.parse_args()
-  others = (bench_attention, bench_loop, bench_import)
+  others = (bench_methods, bench_attention, bench_loop, bench_import)
   known = [row for module in (table, *others) for row in module.ROWS]
   if unknown := set(args.rows) - set(known):
     parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
@@ -125,6 +126,13 @@ def main() -> None:
   if rows:
     print(show(rows))
     print(llama_cpp(args.peers))
+  methods = bench_methods.rows(
+    [row for row in names if row in bench_methods.ROWS],
+    args.peers,
+    args.repeats,
+  )
+  if methods:
+    print(bench_methods.show(methods))
   attention = bench_attention.rows(
     [row for row in names if row in bench_attention.ROWS],
     args.peers,
@@ -137,7 +145,13 @@ def main() -> None:
   found = bench_import.rows([r for r in names if r in bench_import.ROWS])
   if found:
     print(bench_import.show(found))
-  found = {"rows": rows, "attention": attention, "loop": loop, "import": found}
+  found = {
+    "rows": rows,
+    "methods": methods,
+    "attention": attention,
+    "loop": loop,
+    "import": found,
+  }
   print(json.dumps(found))
 
 

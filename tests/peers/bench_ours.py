@@ -84,8 +84,14 @@ def in_panels(params, kind: str):
   return tree.map_paths(leaf, params)
 
 
-def train(dtype: str, runs: int, steps: int) -> dict:
-  """Times whole optimizer steps of LoRA on every linear layer."""
+def train(dtype: str, runs: int, steps: int, method=None) -> dict:
+  """Times whole optimizer steps of adapters on every linear layer.
+
+  Args:
+    dtype: of the base and of activations.
+    runs, steps: see `table.timed`.
+    method: of adaptation; LoRA if None.
+  """
   import jax
   import numpy as np
 
@@ -95,7 +101,7 @@ def train(dtype: str, runs: int, steps: int) -> dict:
   from research.training import compiling, objective, optim, state, step
 
   loaded, ids = load(dtype)
-  transform = adapt.Adapt(method=LoRA(rank=RANK, alpha=ALPHA))
+  transform = adapt.Adapt(method=method or LoRA(rank=RANK, alpha=ALPHA))
   params = transform(loaded.params, jax.random.key(0))
   tx = optim.adamw(RATE, weight_decay=0.01, clip=None)
   start = state.create(params, wrap.TRAINABLE, tx)

@@ -68,18 +68,26 @@ def load(dtype: str):
   return model, torch.from_numpy(ids).long()
 
 
-def train(dtype: str, runs: int, steps: int) -> dict:
-  """Times whole optimizer steps of LoRA on every linear layer."""
+def train(dtype: str, runs: int, steps: int, config=None) -> dict:
+  """Times whole optimizer steps of adapters on every linear layer.
+
+  Args:
+    dtype: of the base and of activations.
+    runs, steps: see `timed`.
+    config: PEFT's, of the adapters; LoRA's if None.
+  """
   import peft
   import torch
 
   model, ids = load(dtype)
-  config = peft.LoraConfig(
+  config = config or peft.LoraConfig(
     r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
   )
   # PEFT keeps A and B in fp32 over a bf16 base, as we do.
-  model = peft.get_peft_model(model, config).train()
-  chosen = [p for p in model.parameters() if p.requires_grad]
+  adapted = peft.get_peft_model(model, config).train()
+  chosen = [p for p in adapted.parameters() if p.requires_grad]
+  # The same layers, without what AdaLoRA's wrapper adds to the loss.
+  model = adapted.get_base_model()
   optimizer = torch.optim.AdamW(chosen, lr=2e-4)
   rows = ids[: BATCH * LENGTH].reshape(BATCH, LENGTH)
   losses = []
