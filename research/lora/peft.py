@@ -24,6 +24,7 @@ from research.typing import Params, UserError
 WEIGHTS = "adapter_model.safetensors"
 
 _PREFIX = peft_whole.PREFIX
+_INTEGERS = ("int32", "int64")
 
 
 def load_adapter(
@@ -89,6 +90,7 @@ def open_adapter(
   params, model = _with_whole(file, tensors, whole, params, model)
   if model.tied and "embed" in methods:
     tensors = _without_copies(file, tensors)
+  tensors = _shared_once(file, tensors, methods, modules)
   _check(file, tensors, methods, modules, params, whole)
 
   live = []
@@ -154,6 +156,22 @@ def _without_copies(path, tensors):
   return out
 
 
+def _shared_once(path, tensors, methods, modules):
+  """Returns the tensors less what PEFT repeats for each module."""
+  out = dict(tensors)
+  for address, method in methods.items():
+    for name in method.PEFT_SHARED:
+      copy = f"{_PREFIX}{modules[address]}.{name}"
+      first = peft_names.key(modules[address], name, method)
+      if copy in out and first in out:
+        if not np.array_equal(out[copy].read(), out[first].read()):
+          raise UserError(
+            f"{path}: {copy} differs from {first}, which all modules share"
+          )
+        del out[copy]
+  return out
+
+
 def _untied(fields, kind, params, model):
   """Returns the base, untied where PEFT changes one of its two sides."""
   if not model.tied or fields.flag("ensure_weight_tying"):
@@ -215,22 +233,23 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
   return out
 
 
-def _wrong_dtype(path, key, tensor) -> UserError:
+def _wrong_dtype(path, key, tensor, allowed=hf.DTYPES) -> UserError:
   return UserError(
     f"{path}: {key} is stored as {tensor.dtype}, expected one of "
-    f"{', '.join(hf.DTYPES)}"
+    f"{', '.join(allowed)}"
   )
 
 
 def _check(path, tensors, methods, modules, params, whole) -> None:
   """Raises UserError unless the file holds exactly what is asked for."""
-  sizes, wanted = wrap.matrices(params), {}
+  sizes, wanted, whole_numbers = wrap.matrices(params), {}, set()
   for address, method in methods.items():
-    for key, shape in peft_names.shapes_of(
+    for key, x in peft_names.shapes_of(
       modules[address], method, sizes[address]
     ).items():
       # What modules share is as large as the largest of them wants.
-      wanted[key] = tuple(map(max, wanted.get(key, shape), shape))
+      wanted[key] = tuple(map(max, wanted.get(key, x.shape), x.shape))
+      whole_numbers |= {key} if x.dtype.kind in "iu" else set()
     for name, least in method.shared_shapes().items():
       key = peft_names.key(modules[address], name, method)
       wanted[key] = tuple(map(max, wanted[key], least))
@@ -244,5 +263,6 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
         f"{path}: {key} has shape {list(tensors[key].shape)}, expected "
         f"{list(shape)} by {peft_config.CONFIG} and the base model"
       )
-    if str(tensors[key].dtype) not in hf.DTYPES:
-      raise _wrong_dtype(path, key, tensors[key])
+    allowed = _INTEGERS if key in whole_numbers else hf.DTYPES
+    if str(tensors[key].dtype) not in allowed:
+      raise _wrong_dtype(path, key, tensors[key], allowed)

@@ -234,11 +234,18 @@ def make_config(
     raise UserError(
       f"PEFT has one method an adapter, found {first}\nand {second}"
     )
+  kind = kinds.pop()
   suffixes = sorted({module.rsplit(".", 1)[-1] for module in methods})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
   # Older versions of PEFT stop at a field that they do not know.
   rest = dict(ensure_weight_tying=True) if tied else {}
-  kind = kinds.pop()
+  if kind.PEFT == "LORA":
+    rest["bias"] = bias
+  elif bias != "none":
+    raise UserError(
+      f"biases were trained, which PEFT's {kind.PEFT} has no way to say; "
+      "merge the adapter into the model instead"
+    )
   own = kind.peft_fields(methods)
   own = {k: _number(x) for k, x in own.items()}
   differing = dict(
@@ -257,7 +264,6 @@ def make_config(
       task_type="CAUSAL_LM",
       base_model_name_or_path=base_name,
       inference_mode=True,
-      bias=bias,
       modules_to_save=sorted(whole) or None,
       target_modules=suffixes if covered == set(methods) else sorted(methods),
     )

@@ -33,8 +33,11 @@ def key(module: str, name: str, method: Method) -> str:
 
 def shapes_of(
   module: str, method: Method, size: tuple[int, int]
-) -> dict[str, tuple[int, ...]]:
-  """Returns the shapes of a module's tensors by their names in the file."""
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shape and type of a module's tensors by their names in the file.
+
+  Of the types only the kind matters: a float, or a whole number.
+  """
   place = Place(*size, embedding=module == peft_whole.EMBEDDING)
 
   def fresh():
@@ -42,7 +45,7 @@ def shapes_of(
     trained, fixed = method.start(jax.random.key(0), place, w)
     return named(module, method, trained | fixed, size)
 
-  return {key: x.shape for key, x in jax.eval_shape(fresh).items()}
+  return jax.eval_shape(fresh)
 
 
 def modules(params: Params, model: Transformer) -> dict[str, str]:

@@ -7,17 +7,19 @@ full rank; zeros of the base stay zero.
 import dataclasses
 from typing import ClassVar
 
-from research.lora.method import Method, uniform, wide, zeros
+from research.lora.method import Formed, uniform, wide, zeros
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HiRA(Method):
+class HiRA(Formed):
   """`a [r, in]`, `b [r, out]`; no scale. Forms `aᵀb` in every step."""
 
   rank: int = 32
 
   PEFT: ClassVar = "HIRA"
-  PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern"}
+  VARIES: ClassVar = ("alpha",)
+  # PEFT has the field and takes r for every module.
+  PEFT_HARMLESS: ClassVar = ("rank_pattern",)
   PEFT_DEFAULTS: ClassVar = dict(r=32, hira_dropout=0.0)
 
   def start(self, key, place, w, seen=None):

@@ -20,6 +20,7 @@ class MiSS(Method):
 
   PEFT: ClassVar = "MISS"
   VARIES: ClassVar = ("alpha",)
+  PEFT_HARMLESS: ClassVar = ("mini_r",)
   PEFT_DEFAULTS: ClassVar = dict(r=64, miss_dropout=0.0)
 
   def start(self, key, place, w, seen=None):

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.lora.draws import drawn_places
-from research.lora.method import Method, wide, zeros
+from research.lora.method import Formed, wide, zeros
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SHiRA(Method):
+class SHiRA(Formed):
   """As many entries as LoRA of that rank has: `r (in + out)`; no scale.
 
   Attributes:
     seed: of the places, PEFT's for the same one; -1 for others in each
-      matrix, which PEFT cannot be told.
+      matrix.
   """
 
   rank: int = 32
@@ -58,29 +58,39 @@ class SHiRA(Method):
     return not p["values"].any()
 
   def to_peft(self, p, place):
-    return {"shira_weight": p["values"]}
+    places = p["places"].astype(jnp.int32)
+    inputs, outputs = places // place.size_out, places % place.size_out
+    both = (np if isinstance(places, np.ndarray) else jnp).stack
+    return {
+      "shira_weight": p["values"],
+      "shira_indices": both([outputs, inputs]),
+    }
 
   def from_peft(self, tensors, place, w):
-    values = tensors["shira_weight"]
-    places = _peft_places(self.seed, place, len(values))
-    return {"values": values}, {"places": places}
+    outputs, inputs = indices = tensors["shira_indices"].astype(np.int64)
+    sizes = np.array([[place.size_out], [place.size_in]])
+    if (indices < 0).any() or (indices >= sizes).any():
+      raise UserError(
+        f"SHiRA: shira_indices has a place outside [{place.size_out}, "
+        f"{place.size_in}], out and in of the matrix"
+      )
+    places = (inputs * place.size_out + outputs).astype(np.int32)
+    return {"values": tensors["shira_weight"]}, {"places": places}
 
   def peft_fields(self, methods):
-    if self.seed < 0:
-      raise UserError("SHiRA: PEFT needs a seed for the places; found -1")
     return dict(
       r=self.rank,
       mask_type="random",
-      random_seed=self.seed,
+      random_seed=self.seed if self.seed >= 0 else None,
       fan_in_fan_out=False,
     )
 
   @classmethod
   def from_fields(cls, fields):
-    return cls(
-      rank=fields.integer("r"),
-      seed=fields.integer("random_seed", least=0, most=2**32 - 1),
-    )
+    seed = fields.get("random_seed")
+    if seed is not None:
+      seed = fields.integer("random_seed", least=0, most=2**32 - 1)
+    return cls(rank=fields.integer("r"), seed=-1 if seed is None else seed)
 
 
 def _peft_places(seed, place, count):

@@ -1,0 +1,122 @@
+"""Adapters of each of PEFT's methods compute here what they compute there."""
+
+import functools
+import json
+import pathlib
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from research import tree
+from research.interop import load, safetensors
+from research.lora import peft, peft_config, peft_write, wrap
+from research.lora.methods import all_methods
+
+MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+ADAPTERS = sorted(p.name for p in MODELS.glob("method_*"))
+
+
+# PEFT repeats them for every module, and reads them without.
+SHARED = ("randlora_A", "randlora_B")
+
+
+@functools.cache
+def base():
+  return load.load_model(MODELS / "llama")
+
+
+@functools.cache
+def loaded(name):
+  return load.load_model(MODELS / name)
+
+
+@functools.cache
+def golden(name):
+  with np.load(MODELS / name / "golden.npz") as file:
+    return dict(file)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model, params, tokens):
+  hidden, _ = model.apply({"params": params}, tokens)
+  return model.apply({"params": params}, hidden, method="logits")
+
+
+def relative(got, want):
+  return np.abs(np.asarray(got) - want).max() / (want.max() - want.min())
+
+
+def test_every_method_that_peft_has_is_here():
+  kinds = {peft_config.read_config(MODELS / name)[1] for name in ADAPTERS}
+  theirs = {kind for kind in all_methods().values() if kind.PEFT}
+  # Plain LoRA has tests of its own, QA-LoRA no form on a CPU.
+  assert {kind.__name__ for kind in theirs - kinds} <= {"LoRA", "QALoRA"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def computed(model, params, tokens):
+  """Returns what PEFT's golden holds, in one program."""
+  selected, frozen = tree.partition(params, wrap.TRAINABLE)
+
+  def loss(selected):
+    y = logits(model, tree.combine(selected, frozen), tokens)
+    rows = optax.softmax_cross_entropy_with_integer_labels(
+      y[:, :-1], tokens[:, 1:]
+    )
+    return rows.mean(), y
+
+  (value, y), slopes = jax.value_and_grad(loss, has_aux=True)(selected)
+  return value, y, slopes
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
+  it, g = loaded(name), golden(name)
+  value, y, slopes = computed(it.model, it.params, g["tokens"])
+  # PEFT takes the smallest triples out of the base in fp32.
+  bound = 2e-5 if "kasa" in name else 1e-5
+  assert relative(y, g["logits"]) < bound
+  np.testing.assert_allclose(value, g["loss"], rtol=2e-6)
+  merged = jax.jit(wrap.merge)(it.params)
+  got = logits(it.model, merged, g["tokens"])
+  assert relative(got, g["merged_logits"]) < bound
+  # Saved as if they were an adapter, the gradients carry the file's names.
+  _, frozen = tree.partition(it.params, wrap.TRAINABLE)
+  both = tree.combine(slopes, frozen)
+  peft_write.save_adapter(tmp_path, both, it.model, "x")
+  got = safetensors.open_file(tmp_path / peft.WEIGHTS)
+  wanted = {k[5:]: v for k, v in g.items() if k.startswith("grad/")}
+  assert wanted and set(wanted) <= set(got)
+  largest = max(abs(want).max() for want in wanted.values())
+  for key, want in wanted.items():
+    atol = 1.5 * bound * max(abs(want).max(), 1e-2 * largest)
+    np.testing.assert_allclose(got[key].read(), want, atol=atol, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_read_and_written_again(name, tmp_path):
+  it = loaded(name)
+  peft_write.save_adapter(tmp_path, it.params, it.model, "../llama")
+  original = json.loads((MODELS / name / "adapter_config.json").read_text())
+  written = json.loads((tmp_path / "adapter_config.json").read_text())
+  changed = {k for k in written if original[k] != written[k]}
+  # How it began is no longer known, nor is what its training planned.
+  assert changed <= {"init_weights", "total_step"}
+  theirs, ours = (
+    safetensors.open_file(f / peft.WEIGHTS) for f in (MODELS / name, tmp_path)
+  )
+  copies = {k for k in theirs if k.endswith(SHARED) and "layers" in k}
+  assert set(ours) == set(theirs) - copies
+  for key in ours:
+    x = theirs[key]
+    if key.startswith("base_model.randlora_"):
+      # No module is so large that it uses all of them.
+      x = x.read() * (ours[key].read() != 0)
+      np.testing.assert_array_equal(ours[key].read(), x)
+      continue
+    np.testing.assert_array_equal(ours[key].read(), x.read(), err_msg=key)
+  again = peft.load_adapter(tmp_path, base().params, base().model)
+  chex.assert_trees_all_equal(again, it.params)
