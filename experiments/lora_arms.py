@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from experiments import study
 from experiments.study import Arm
 from research.lora import adapt, looks, loraplus, lorapro, relora, riemannian
 from research.lora.methods.adalora import AdaLoRA
@@ -74,6 +73,14 @@ def capacity(ranks: Sequence[int] = (1, 4, 16, 64)) -> tuple[Arm, ...]:
       LoRA(rank=last, alpha=32.0, rslora=True),
       group="scale",
     ),
+  )
+
+
+def width(rank: int = 16) -> tuple[Arm, ...]:
+  """Returns full training and LoRA, for a base wider than the others."""
+  return (
+    dataclasses.replace(FULL, first=-8),
+    _adapted(f"LoRA r={rank}", LoRA(rank=rank, alpha=32.0), group="rank"),
   )
 
 
@@ -214,8 +221,3 @@ def policy(ranks: Sequence[int] = (1, 8)) -> tuple[Arm, ...]:
       for r in ranks
     ),
   )
-
-
-def one(name: str, arms: Sequence[Arm]) -> study.Arm:
-  """Returns the arm of that name."""
-  return next(arm for arm in arms if arm.name == name)

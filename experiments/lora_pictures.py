@@ -25,10 +25,17 @@ def sweep(rows: verdicts.Rows, picture: pathlib.Path, title: str) -> None:
     row = rows[name]
     rates, losses = _curve(row)
     left.plot(
-      rates, losses.mean(1), "o-", markersize=4, label=name, **_style(i)
+      rates,
+      losses.mean(1),
+      marker="o",
+      markersize=4,
+      label=name,
+      **plots.style(i),
     )
     low, high = losses.min(1), losses.max(1)
-    left.fill_between(rates, low, high, alpha=0.15, color=_style(i)["color"])
+    left.fill_between(
+      rates, low, high, alpha=0.15, color=plots.style(i)["color"]
+    )
   best = min(np.nanmin(_curve(r)[1]) for r in rows.values())
   worst = max(verdicts.mean(verdicts.at_best(r)).value for r in rows.values())
   left.set(
@@ -42,10 +49,6 @@ def sweep(rows: verdicts.Rows, picture: pathlib.Path, title: str) -> None:
   left.grid(alpha=0.3)
   _ranking(right, rows)
   plots.save(drawn, picture)
-
-
-def _style(i: int) -> dict[str, Any]:
-  return plots.style(i)
 
 
 def _curve(row: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -58,6 +58,16 @@ def best_k(row: Row) -> int:
   return row["ks"][row["best"]]
 
 
+def optimum(row: Row) -> float:
+  """Returns the best rate between the grid's: a parabola's, in log rate."""
+  k, losses = row["best"], np.array(row["validation"], float).mean(1)
+  if not row["inside"] or not np.isfinite(losses[k - 1 : k + 2]).all():
+    return 10 ** (best_k(row) / 2)
+  before, at, after = losses[k - 1 : k + 2]
+  shift = 0.5 * (before - after) / (before - 2 * at + after)
+  return float(10 ** ((best_k(row) + shift) / 2))
+
+
 def below(rows: Rows, first: str, second: str, name: str = "heldout") -> Mean:
   """Returns by how much `first` is below `second`, paired by seed."""
   a, b = (np.array(at_best(rows[arm], name)) for arm in (first, second))
@@ -75,9 +85,7 @@ def _said(rows: Rows, names: Sequence[str], name: str = "heldout") -> str:
 
 
 def _rates(rows: Rows, names: Sequence[str]) -> str:
-  return ", ".join(
-    f"{arm}: {10 ** (best_k(rows[arm]) / 2):.1e}" for arm in names
-  )
+  return ", ".join(f"{arm}: {optimum(rows[arm]):.1e}" for arm in names)
 
 
 def capacity(rows: Rows) -> list[Verdict]:
@@ -87,7 +95,7 @@ def capacity(rows: Rows) -> list[Verdict]:
   scaled = next(n for n, row in rows.items() if row["group"] == "scale")
   top, full = ranks[-1], rows["full"]
   steps = list(zip(ranks[1:], ranks, strict=False))
-  ks = [best_k(rows[n]) for n in ranks]
+  rates = [optimum(rows[n]) for n in ranks]
   forgot = [mean(at_best(rows[n], "known")).value for n in (*ranks, "full")]
   tie = below(rows, scaled, top)
   size = mean(at_best(rows[top])).value
@@ -116,7 +124,7 @@ def capacity(rows: Rows) -> list[Verdict]:
     Verdict(
       "with alpha / r the best rate does not depend on the rank",
       _rates(rows, ranks),
-      max(ks) - min(ks) <= 1,
+      max(rates) < 2 * min(rates),
     ),
     Verdict(
       "nor do the first 20 steps (losses within 2%, r > 1)",
@@ -126,7 +134,7 @@ def capacity(rows: Rows) -> list[Verdict]:
     Verdict(
       "LoRA's best rate is at least twice that of full training",
       _rates(rows, ("full", *ranks)),
-      min(ks) > best_k(full),
+      min(rates) >= 2 * optimum(full),
     ),
     Verdict(
       "adapters on the MLP learn more than on attention, with fewer parameters",
@@ -144,7 +152,7 @@ def capacity(rows: Rows) -> list[Verdict]:
       "rsLoRA has the same optimum at a smaller rate, not a better one",
       f"{scaled} below {top} by {tie}; rates {_rates(rows, (scaled, top))}",
       abs(tie.value) < 0.5 * CLOSE * size
-      and best_k(rows[scaled]) < best_k(rows[top]),
+      and 2 * optimum(rows[scaled]) <= optimum(rows[top]),
     ),
     Verdict(
       "full training's change has low rank (90% of its energy in half)",
@@ -182,8 +190,8 @@ def methods(rows: Rows) -> list[Verdict]:
   equal = [n for n, r in rows.items() if r["group"] not in ("full", "few")]
   size = mean(at_best(rows["LoRA"])).value
   loss = {n: mean(at_best(r)).value for n, r in rows.items()}
-  ks = {n: best_k(rows[n]) for n in equal}
-  far = [n for n in equal if abs(ks[n] - ks["LoRA"]) >= 2]
+  own = {n: optimum(rows[n]) / optimum(rows["LoRA"]) for n in equal}
+  far = [n for n in equal if not 0.2 < own[n] < 5]
   gains = [loss[n] for n in rows]
   forgot = [mean(at_best(r, "known")).value for r in rows.values()]
   agree = _ranked(gains, [-x for x in forgot])
@@ -212,7 +220,7 @@ def methods(rows: Rows) -> list[Verdict]:
       not any(_surely(below(rows, n, "LoRA")) for n in equal if n != "LoRA"),
     ),
     Verdict(
-      "methods need rates of their own (a decade or more from LoRA's)",
+      "methods need rates of their own (some 5 times LoRA's, or a fifth)",
       _rates(rows, far),
       bool(far),
     ),
@@ -236,6 +244,18 @@ def _ranked(a: Sequence[float], b: Sequence[float]) -> float:
   """Spearman's correlation, without ties."""
   a, b = (np.argsort(np.argsort(x)) for x in (a, b))
   return float(np.corrcoef(a, b)[0, 1])
+
+
+def width(rows: Rows) -> list[Verdict]:
+  """Returns the verdict on rates of a wider base (`lora_arms.width`)."""
+  full, adapted = (optimum(row) for row in rows.values())
+  return [
+    Verdict(
+      "LoRA's best rate is at least twice that of full training",
+      f"{_rates(rows, list(rows))}: {adapted / full:.1f} times",
+      adapted >= 2 * full,
+    )
+  ]
 
 
 def pretraining(rows: Rows) -> list[Verdict]:
@@ -287,7 +307,7 @@ def policy(rows: Rows) -> list[Verdict]:
     Verdict(
       "and its best rate is at least twice that of full training",
       _rates(rows, list(rows)),
-      best_k(rows[first]) > best_k(rows["full"]),
+      optimum(rows[first]) >= 2 * optimum(rows["full"]),
     ),
   ]
 
@@ -298,7 +318,7 @@ def table(rows: Rows) -> list[dict[str, Any]]:
     {
       "arm": n,
       "trained": r["trained"],
-      "rate": f"{10 ** (best_k(r) / 2):.1e}" + ("" if r["inside"] else "*"),
+      "best rate": f"{optimum(r):.1e}" + ("" if r["inside"] else "*"),
       "heldout": str(mean(at_best(r))),
       "known": str(mean(at_best(r, "known"))) if "known" in r else None,
       "rank": mean(at_best(r, "rank")).value,
