@@ -8,9 +8,12 @@
 --from takes what --model= takes elsewhere, and a run whose whole model was
 trained. Formats: hf (safetensors), gguf or gguf:TYPE (F32, F16, BF16, Q8_0,
 Q5_0, Q5_1, Q4_0, Q4_1; without a type each tensor keeps its own), peft (an
-adapter), orbax (our checkpoint: every bit, adapters and packed weights
-included). hf and gguf merge adapters in float32 and say what rounding lost.
-The last line on stdout is JSON: tensors, changed, types, errors, merges.
+adapter), gguf-adapter or gguf-adapter:TYPE (an adapter for llama.cpp; F32, F16,
+BF16), orbax (our checkpoint: every bit, adapters and packed weights included).
+hf and gguf merge adapters in float32, say what rounding lost, and refuse to
+lose more than a tenth of the update unless --lossy. experiments.adapters
+combines, converts and examines adapters. The last line on stdout is JSON:
+tensors, changed, types, errors, merges.
 """
 
 # ruff: noqa: E402
@@ -32,7 +35,7 @@ from experiments import cli, runtime
 FLAGS = cli.new_flags()
 
 LATER = ("gptq", "awq", "bnb", "compressed-tensors")
-FORMATS = ("hf", "gguf", "peft", "orbax")
+FORMATS = ("hf", "gguf", "peft", "gguf-adapter", "orbax")
 
 _FROM = flags.DEFINE_string(
   "from",
@@ -48,7 +51,10 @@ _TO = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 _FORMAT = flags.DEFINE_string(
-  "format", None, "hf, gguf, gguf:TYPE, peft or orbax.", flag_values=FLAGS
+  "format",
+  None,
+  "hf, gguf, gguf:TYPE, peft, gguf-adapter, gguf-adapter:TYPE or orbax.",
+  flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_string(
   "dtype",
@@ -69,6 +75,19 @@ _RSLORA = flags.DEFINE_bool(
   "rslora",
   False,
   "For peft: state scales as alpha / sqrt(rank).",
+  flag_values=FLAGS,
+)
+_ROUNDING = flags.DEFINE_enum(
+  "rounding",
+  "nearest",
+  ["nearest", "stochastic"],
+  "For hf: of merged weights. Stochastic keeps small updates on average.",
+  flag_values=FLAGS,
+)
+_LOSSY = flags.DEFINE_bool(
+  "lossy",
+  False,
+  "Merge even where most of the adapter's update is rounded away.",
   flag_values=FLAGS,
 )
 _REPORT = flags.DEFINE_string(
@@ -93,7 +112,7 @@ def bytes_of(text: str) -> int:
 
 
 def _target() -> tuple[str, str | None]:
-  """Returns the format and, for gguf, the type."""
+  """Returns the format and, for GGUF files, the type."""
   from research.typing import UserError
 
   name, colon, kind = _FORMAT.value.partition(":")
@@ -102,12 +121,14 @@ def _target() -> tuple[str, str | None]:
       f"--format={name}: quantized formats other than GGUF come with the "
       f"quantization system; expected {', '.join(FORMATS)} for now"
     )
-  if name not in FORMATS or (colon and (name != "gguf" or not kind)):
+  typed = name.startswith("gguf") and kind
+  if name not in FORMATS or (colon and not typed):
     raise UserError(
-      f"--format={_FORMAT.value}: expected hf, gguf, gguf:TYPE, peft or orbax"
+      f"--format={_FORMAT.value}: expected hf, gguf, gguf:TYPE, peft, "
+      "gguf-adapter, gguf-adapter:TYPE or orbax"
     )
   others = {
-    "hf": dict(dtype=_DTYPE, shard_size=_SHARD_SIZE),
+    "hf": dict(dtype=_DTYPE, shard_size=_SHARD_SIZE, rounding=_ROUNDING),
     "peft": dict(base=_BASE, rslora=_RSLORA),
   }
   for owner, options in others.items():
@@ -158,6 +179,14 @@ def _trained(path: pathlib.Path) -> Any:
   return sources.trained(built.loaded, params, origin, name)
 
 
+def _rounding() -> Any:
+  from research.interop import changes
+  from research.lora import merging
+
+  kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic())
+  return kinds[_ROUNDING.value]
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Converts; returns the result, which the command prints as JSON."""
   del argv
@@ -168,7 +197,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   import dataclasses
   import json
 
-  from research.interop import convert, hf
+  from research.interop import changes, convert, hf
   from research.training import memory
   from research.typing import UserError
 
@@ -181,10 +210,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   to, start, reason = pathlib.Path(_TO.value), time.perf_counter(), ""
   convert.free(to)
   source = _source(_FROM.value)
+  least = None if _LOSSY.value else changes.LEAST_KEPT
   if name == "hf":
-    log = convert.to_hf(source, to, _DTYPE.value, size)
+    log = convert.to_hf(source, to, _DTYPE.value, size, _rounding(), least)
   elif name == "gguf":
-    log, reason = convert.to_gguf(source, to, kind)
+    log, reason = convert.to_gguf(source, to, kind, least)
+  elif name == "gguf-adapter":
+    log = convert.to_gguf_adapter(source, to, kind or "F32")
   elif name == "peft":
     log = convert.to_peft(source, to, _BASE.value, _RSLORA.value)
   else:

@@ -1,6 +1,7 @@
 """What a conversion changed, tensor by tensor."""
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -24,6 +25,9 @@ class Change:
     fidelity: where an adapter was merged, the norm of what its update lost
       over the norm of the update; 0 is all of it kept, 1 as much lost as
       there was. None where nothing was merged.
+    kept: of a merged update, what is left along it: 1 where rounding errors
+      have nothing to do with it, 0 where every number stayed what it was.
+    update: the norm of the update.
   """
 
   name: str
@@ -32,6 +36,12 @@ class Change:
   max_abs_error: float = 0.0
   relative_error: float = 0.0
   fidelity: float | None = None
+  kept: float | None = None
+  update: float | None = None
+
+
+Rounding = Callable[[str, np.ndarray, np.dtype], np.ndarray]
+"""(name of a weight, its numbers, type) -> in that type; `cast` is one."""
 
 
 class Comparison:
@@ -39,6 +49,7 @@ class Comparison:
 
   def __init__(self) -> None:
     self._worst = self._size = self._lost = self._update = 0.0
+    self._along = 0.0
     self._merged = False
 
   def add(
@@ -63,17 +74,52 @@ class Comparison:
     self._lost += float((difference**2).sum())
     if base is not None:
       self._merged = True
-      self._update += float(((want - base) ** 2).sum())
+      update = want - base
+      self._update += float((update**2).sum())
+      self._along += float(((got - base) * update).sum())
 
   def change(self, name: str, before: str, after: str) -> Change:
     """Returns what was found."""
-    fidelity = None
+    merge: dict[str, float] = {}
     if self._merged:
-      fidelity = (self._lost / self._update) ** 0.5 if self._update else 0.0
+      u = self._update
+      merge["fidelity"] = (self._lost / u) ** 0.5 if u else 0.0
+      merge["kept"] = self._along / u if u else 1.0
+      merge["update"] = u**0.5
     relative = float(self._lost > 0)
     if self._size:
       relative = (self._lost / self._size) ** 0.5
-    return Change(name, before, after, self._worst, relative, fidelity)
+    return Change(name, before, after, self._worst, relative, **merge)
+
+
+LEAST_KEPT = 0.9
+"""Of all updates, what a merge has to keep unless it may be lossy."""
+
+
+def kept(changes: Iterable[Change]) -> float | None:
+  """Returns the share of all merged updates that is left along them."""
+  merges = [c for c in changes if c.update is not None]
+  total = sum(c.update**2 for c in merges)
+  if not merges:
+    return None
+  return sum(c.kept * c.update**2 for c in merges) / total if total else 1.0
+
+
+def check_kept(changes: Iterable[Change], least: float) -> None:
+  """Raises UserError if less than that share of all updates is left."""
+  changes = list(changes)
+  found = kept(changes)
+  if found is None or found >= least:
+    return
+  merges = [c for c in changes if c.kept is not None]
+  worst = min(merges, key=lambda c: c.kept)
+  raise UserError(
+    f"merging: {found:.0%} of the adapter's update would be left after "
+    f"rounding to {worst.after}, expected at least {least:.0%} (least: "
+    f"{worst.kept:.0%} of {worst.name}).\n"
+    "Merge into float32 (--dtype=float32, gguf:F32), with "
+    "--rounding=stochastic, or accept the loss with --lossy."
+  )
 
 
 class Log:
@@ -116,6 +162,7 @@ class Log:
       "merged": len(merges),
       "merge_loss": lossy.fidelity if lossy else None,
       "merge_worst": lossy.name if lossy else None,
+      "merge_kept": kept(self.changes),
     }
 
   def table(self, shown: int = 12) -> str:

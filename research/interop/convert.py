@@ -61,6 +61,8 @@ def to_hf(
   to: pathlib.Path,
   dtype: str | None = None,
   shard_size: int = safetensors.SHARD_SIZE,
+  rounding: changes.Rounding = changes.cast,
+  least: float | None = None,
 ) -> changes.Log:
   """Writes a Hugging Face directory; adapters are merged.
 
@@ -69,6 +71,11 @@ def to_hf(
     to: a new directory.
     dtype: to round to; None for each tensor's own, float32 if packed.
     shard_size: bytes a file.
+    rounding: of what adapters were merged into.
+    least: share of the adapters' updates that has to be left; None for any.
+
+  Raises:
+    UserError: less is left, so nothing is written.
   """
   free(to)
   log = changes.Log()
@@ -78,8 +85,17 @@ def to_hf(
   config = hf_export.config_json(source.model, source.config, kept, source.hint)
   with _whole(to) as draft:
     hf_export.write_model(
-      draft, source.model, source.parts, config, dtype, shard_size, log
+      draft,
+      source.model,
+      source.parts,
+      config,
+      dtype,
+      shard_size,
+      log,
+      rounding,
     )
+    if least is not None:
+      changes.check_kept(log.changes, least)
     _write_tokenizer(draft, source)
   return log
 
@@ -93,7 +109,10 @@ def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
 
 
 def to_gguf(
-  source: sources.Source, to: pathlib.Path, kind: str | None = None
+  source: sources.Source,
+  to: pathlib.Path,
+  kind: str | None = None,
+  least: float | None = None,
 ) -> tuple[changes.Log, str]:
   """Writes a GGUF file; adapters are merged.
 
@@ -101,6 +120,7 @@ def to_gguf(
     source: any.
     to: a new file.
     kind: ggml's type of the matrices; None keeps each one's.
+    least: share of the adapters' updates that has to be left; None for any.
 
   Returns:
     What changed, and why the tokenizer stayed behind ("" if it did not).
@@ -131,6 +151,12 @@ def to_gguf(
     name=_name(source),
     tokenizer=keys,
   )
+  if least is not None:
+    try:
+      changes.check_kept(log.changes, least)
+    except UserError:
+      to.unlink()
+      raise
   return log, reason
 
 
@@ -212,7 +238,7 @@ def to_peft(
   if under is None or base is not None:
     under = sources.open_source(name)
   params = source.params()
-  different = _differing(part.from_params(wrap.disable(params)), under)
+  different = differing(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:
     peft_write.save_adapter(
       draft,
@@ -229,7 +255,41 @@ def to_peft(
   return log
 
 
-def _differing(mine: part.Parts, base: sources.Source) -> set[str]:
+def to_gguf_adapter(
+  source: sources.Source, to: pathlib.Path, kind: str = "F32"
+) -> changes.Log:
+  """Writes an adapter as llama.cpp reads it.
+
+  Args:
+    source: with adapters that are plain LoRA, or exported as such.
+    to: a new file.
+    kind: ggml's type of the factors.
+
+  Raises:
+    UserError: there are none, or they bring weights besides.
+  """
+  from research.lora import gguf_adapter, wrap
+
+  free(to)
+  params, base = source.params(), source.base
+  if base is not None:
+    whole = differing(part.from_params(wrap.disable(params)), base)
+    if whole or source.model.vocab_size != base.model.vocab_size:
+      raise UserError(
+        f"{source.origin.get('path')}: brings {sorted(whole)[0]} whole, which "
+        "llama.cpp's adapters cannot; merge it instead: --format=gguf"
+      )
+  return gguf_adapter.save(
+    to,
+    params,
+    source.model,
+    hint=source.hint,
+    name=_name(source),
+    kind=kind,
+  )
+
+
+def differing(mine: part.Parts, base: sources.Source) -> set[str]:
   """Returns the addresses at which weights are not the base's."""
   out = set()
   for address, p in mine.items():

@@ -179,7 +179,7 @@ def tensors(
   a = kinds[0].attention
   arch = given["general.architecture"]
   turned = gguf_config.ARCHITECTURES[arch].interleaved
-  fold = _fold(model, arch)
+  fold = folded(model, arch)
   rows = {row.path: row for row in (*TOP, *ROWS)}
   for address in ordered(parts):
     row, part = rows.get(address.path), parts[address]
@@ -207,7 +207,7 @@ def tensors(
   return out
 
 
-def _fold(model: Transformer, arch: str) -> float:
+def folded(model: Transformer, arch: str) -> float:
   """Returns what the queries take of a scale that no key can hold."""
   kinds = model.layer_kinds()
   a, usual = kinds[0].attention, kinds[0].attention.head_dim ** -0.5

@@ -37,7 +37,11 @@ GENERATION = "generation_config.json"
 
 
 def tensors(
-  model: Transformer, parts: Parts, dtype: str | None, log: changes.Log
+  model: Transformer,
+  parts: Parts,
+  dtype: str | None,
+  log: changes.Log,
+  rounding: changes.Rounding = changes.cast,
 ) -> dict[str, safetensors.Pending]:
   """Returns every tensor under its name in Hugging Face's files, unread.
 
@@ -46,6 +50,7 @@ def tensors(
     parts: packed weights are decoded, adapters merged in float32.
     dtype: to round to; None for each one's own (float32 if packed).
     log: told what changed as the tensors are made.
+    rounding: of what adapters were merged into.
   """
   rows, out = hf.table(model), {}
   for address in ordered(parts):
@@ -53,7 +58,7 @@ def tensors(
     part = parts[address]
     kind = dtype or ("float32" if part.packed else part.kind)
     shape = part.shape[::-1] if transposed else part.shape
-    make = _maker(name, part, kind, transposed, log)
+    make = _maker(name, part, kind, transposed, log, rounding)
     out[name] = safetensors.Pending(shape, _dtype(kind), make)
   return out
 
@@ -72,10 +77,11 @@ def _named(rows: names.Table, address: names.Address) -> tuple[str, bool]:
     ) from e
 
 
-def _maker(name: str, part: Part, kind: str, transposed: bool, log):
+def _maker(name: str, part: Part, kind: str, transposed: bool, log, rounding):
   def make():
     found = changes.read(part.read())
-    x = changes.cast(name, found.array, _dtype(kind))
+    to = changes.cast if found.base is None else rounding
+    x = to(name, found.array, _dtype(kind))
     if x is found.array and found.base is None:
       log.same(name, part.kind, kind)
     else:
@@ -205,8 +211,9 @@ def write_model(
   dtype: str | None,
   shard_size: int,
   log: changes.Log,
+  rounding: changes.Rounding = changes.cast,
 ) -> None:
   """Writes the tensors and config.json into an empty directory."""
-  found = tensors(model, parts, dtype, log)
+  found = tensors(model, parts, dtype, log, rounding)
   safetensors.write_directory(directory, found, shard_size)
   safetensors.write_json(directory / "config.json", config)

@@ -1,0 +1,189 @@
+"""Weighted sums of adapters: PEFT's `add_weighted_adapter`.
+
+lora.md section 7. A way has three parts: what is summed (whole updates, or the
+factors A and B one by one, which gets the products between adapters wrong),
+what is left of each before (TIES: Yadav et al. 2023, arXiv:2306.01708, its
+largest entries; DARE: Yu et al. 2023, arXiv:2311.03099, random ones), and
+whether entries against the majority's sign count.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from research.lora.plain import Factors, decomposed, truncated
+from research.typing import PRNGKey, UserError
+
+Elect = Literal["total", "frequency"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """How adapters are combined.
+
+  Attributes:
+    of: each factor, or the whole update, which is decomposed again.
+    left: of an adapter: all of it, its largest entries, or random ones.
+    signs: whether only entries of the elected sign are averaged.
+  """
+
+  of: Literal["factors", "update"]
+  left: Literal["all", "largest", "random"] = "all"
+  signs: Literal["any", "majority"] = "any"
+
+
+CAT = "cat"
+WAYS = {
+  "svd": Way("update"),
+  "linear": Way("factors"),
+  "ties": Way("factors", "largest", "majority"),
+  "ties_svd": Way("update", "largest", "majority"),
+  "dare_linear": Way("factors", "random"),
+  "dare_linear_svd": Way("update", "random"),
+  "dare_ties": Way("factors", "random", "majority"),
+  "dare_ties_svd": Way("update", "random", "majority"),
+  "magnitude_prune": Way("factors", "largest"),
+  "magnitude_prune_svd": Way("update", "largest"),
+}
+"""By PEFT's names, besides `CAT`, which keeps every factor."""
+
+
+def add_weighted(
+  adapters: Sequence[Mapping[str, Factors]],
+  weights: Sequence[float],
+  how: str,
+  *,
+  rank: int | None = None,
+  density: float = 1.0,
+  elect: Elect = "total",
+  key: PRNGKey | None = None,
+) -> dict[str, Factors]:
+  """Returns one adapter, scale 1, that is a weighted sum of several.
+
+  Args:
+    adapters: factors by address; a matrix counts those that have it.
+    weights: one for each adapter; may be negative.
+    how: `cat` (exact, ranks add up), `svd` (the best of one rank), or another
+      of `WAYS`.
+    rank: of what is decomposed again; None for the adapters' largest.
+    density: share of the entries that is left, where some are dropped.
+    elect: a sign by the sum of the entries or by their number.
+    key: of random entries.
+
+  Raises:
+    UserError: the numbers do not fit each other, or the ranks do not where
+      factors are summed.
+  """
+  if how != CAT and how not in WAYS:
+    raise UserError(f"{how!r}: expected one of {', '.join([CAT, *WAYS])}")
+  if not adapters or len(adapters) != len(weights):
+    raise UserError(
+      f"{len(adapters)} adapters and {len(weights)} weights: expected one "
+      "weight for each of at least one adapter"
+    )
+  if not np.isfinite(weights).all():
+    raise UserError(f"weights are {list(weights)}, expected finite numbers")
+  if not 0 < density <= 1:
+    raise UserError(f"density is {density}, expected above 0 and at most 1")
+  if rank is not None and rank < 1:
+    raise UserError(f"rank is {rank}, expected at least 1")
+  if how != CAT and WAYS[how].left == "random" and key is None:
+    raise UserError(f"{how}: drops entries at random and needs a key")
+  most = rank or max(f.rank for a in adapters for f in a.values())
+  out = {}
+  for path in dict.fromkeys(path for a in adapters for path in a):
+    pairs = zip(adapters, weights, strict=True)
+    parts = [(a[path], float(w)) for a, w in pairs if path in a]
+    if how == CAT:
+      out[path] = _concatenated(parts)
+    elif WAYS[how] == Way("update"):
+      thin = _concatenated(parts)
+      out[path] = truncated(decomposed(thin.a, thin.b), most)
+    else:
+      mix = _Mix(WAYS[how], density, elect, key, path)
+      summed = _of_updates if WAYS[how].of == "update" else _of_factors
+      out[path] = summed(mix, parts, most)
+  return out
+
+
+def _concatenated(parts: Sequence[tuple[Factors, float]]) -> Factors:
+  a = [np.float32(w * f.scale) * f.a for f, w in parts]
+  return Factors(
+    np.concatenate(a, -2), np.concatenate([f.b for f, _ in parts], -2)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mix:
+  """A way with its numbers, at one matrix."""
+
+  way: Way
+  density: float
+  elect: Elect
+  key: PRNGKey | None
+  path: str
+
+  def __call__(self, arrays, weights, salt: int) -> np.ndarray:
+    """Returns the sum of equally shaped arrays; `salt` tells draws apart."""
+    left = [self._left(x, 2 * i + salt) for i, x in enumerate(arrays)]
+    x = np.stack(left).astype(np.float32)
+    w = np.asarray(weights, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
+    if self.way.signs == "any":
+      return (w * x).sum(0)
+    agree = np.sign(x) == elected(x, self.elect)
+    return (w * x * agree).sum(0) / np.maximum(agree.sum(0), 1)
+
+  def _left(self, x, salt):
+    if self.way.left == "all" or self.density >= 1:
+      return x
+    if self.way.left == "largest":
+      return largest(x, self.density)
+    key = jax.random.fold_in(self.key, zlib.crc32(self.path.encode()))
+    key = jax.random.fold_in(key, salt)
+    kept = np.asarray(jax.random.bernoulli(key, self.density, x.shape))
+    return x * kept / np.float32(self.density)
+
+
+def largest(
+  x: Float[np.ndarray, "..."], density: float
+) -> Float[np.ndarray, "..."]:
+  """Returns `x` with all but that share of its largest entries zeroed."""
+  count = int(density * x.size)
+  out = np.zeros_like(x).reshape(-1)
+  if count:
+    rows = np.argpartition(-np.abs(x.reshape(-1)), count - 1)[:count]
+    out[rows] = x.reshape(-1)[rows]
+  return out.reshape(x.shape)
+
+
+def elected(x: Float[np.ndarray, "N ..."], elect: Elect) -> np.ndarray:
+  """Returns the sign, 1 or -1, of each entry's majority; a draw is 1."""
+  votes = x if elect == "total" else np.sign(x)
+  return np.where(votes.sum(0) >= 0, 1, -1)
+
+
+def _of_updates(mix: _Mix, parts, rank: int) -> Factors:
+  deltas = [f.delta() for f, _ in parts]
+  x = mix(deltas, [w for _, w in parts], 0)
+  return truncated(np.linalg.svd(x, full_matrices=False), rank)
+
+
+def _of_factors(mix: _Mix, parts, rank: int) -> Factors:
+  del rank  # the factors' own
+  ranks = {f.rank for f, _ in parts}
+  if len(ranks) > 1:
+    raise UserError(
+      f"{mix.path}: ranks are {sorted(ranks)}, expected equal ones where "
+      "factors are summed; use cat or svd"
+    )
+  scales = np.array([w * f.scale for f, w in parts])
+  roots = np.sqrt(np.abs(scales))
+  # The sign on one side alone: on both it would cancel.
+  signs = np.where(scales >= 0, 1, -1)
+  a = mix([f.a for f, _ in parts], roots * signs, 0)
+  return Factors(a, mix([f.b for f, _ in parts], roots, 1))

@@ -1,0 +1,145 @@
+"""What an adapter did to its matrices: ranks, sizes, angles, intruders.
+
+lora.md section 7. Intruder dimensions: Shuttleworth et al. 2024
+(arXiv:2410.21228), "LoRA vs Full Fine-tuning: An Illusion of Equivalence":
+leading singular vectors of the changed matrix that are like none of the base.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float
+
+from research.lora import plain
+from research.lora.to_lora import Energy
+from research.typing import Params, UserError
+
+Matrix = Float[np.ndarray, "I O"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+  """One matrix `w [in, out]` and its update `d`.
+
+  Attributes:
+    relative: Frobenius norm of `d` over that of `w`.
+    stable_rank: squared Frobenius over squared spectral norm of `d`.
+    energy_rank: fewest singular triples with most of the squared norm of `d`.
+    angles_in, angles_out: principal angles between the leading singular
+      subspaces of `d` and of `w`, of `energy_rank` dimensions, in radians,
+      smallest first.
+    cosines: of each leading output vector of `w + d`, the largest absolute
+      cosine with any of `w`.
+  """
+
+  relative: float
+  stable_rank: float
+  energy_rank: int
+  angles_in: Float[np.ndarray, " R"]
+  angles_out: Float[np.ndarray, " R"]
+  cosines: Float[np.ndarray, " T"]
+
+  def intruders(self, threshold: float = 0.5) -> int:
+    """Returns how many leading vectors are no closer than that to any."""
+    return int((self.cosines < threshold).sum())
+
+
+def diagnose(
+  params: Params, top: int = 10, energy: float = 0.9
+) -> dict[str, Diagnosis]:
+  """Returns the diagnosis of every adapted matrix, each expert's by itself.
+
+  Args:
+    params: with adapters of any method.
+    top: leading singular vectors that are looked at for intruders.
+    energy: share of the squared norm for `energy_rank`.
+
+  Raises:
+    UserError: there is no adapter, or a number is out of range.
+  """
+  if top < 1:
+    raise UserError(f"top is {top}, expected at least 1")
+  size = Energy(energy)
+  out = {path: _diagnosis(w, d, top, size) for path, w, d in _updates(params)}
+  if not out:
+    raise UserError("these parameters hold no adapter")
+  return out
+
+
+def _updates(params: Params) -> Iterator[tuple[str, Matrix, Matrix]]:
+  for path, t in plain.adapters(params).items():
+    w, d = plain.base(t), plain.update(t)
+    if w.ndim == 2:
+      yield path, w, d
+    else:
+      for k in range(len(w)):
+        yield f"{path}[{k}]", w[k], d[k]
+
+
+def _diagnosis(w: Matrix, d: Matrix, top: int, energy: Energy) -> Diagnosis:
+  u, s, v = np.linalg.svd(d, full_matrices=False)
+  x, _, y = np.linalg.svd(w, full_matrices=False)
+  none = not s[0] > 0
+  rank = 0 if none else energy.of(s)
+  return Diagnosis(
+    relative=float(np.linalg.norm(d) / np.linalg.norm(w)),
+    stable_rank=0.0 if none else float(((s / s[0]) ** 2).sum()),
+    energy_rank=rank,
+    angles_in=_angles(u[:, :rank].T, x[:, :rank].T),
+    angles_out=_angles(v[:rank], y[:rank]),
+    cosines=_cosines(np.linalg.svd(w + d, full_matrices=False)[2], y, top),
+  )
+
+
+def _angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """Returns the principal angles between the spans of orthonormal rows."""
+  if not len(a):
+    return np.zeros(0, np.float32)
+  cosines = np.linalg.svd(a @ b.T, compute_uv=False)
+  return np.arccos(np.clip(cosines, 0, 1))
+
+
+def _cosines(changed: np.ndarray, base: np.ndarray, top: int) -> np.ndarray:
+  return np.abs(changed[:top] @ base.T).max(1)
+
+
+def mitigate(
+  params: Params,
+  top: int = 10,
+  threshold: float = 0.5,
+  strength: float = 0.75,
+) -> tuple[dict[str, plain.Factors], dict[str, int]]:
+  """Returns plain adapters with weaker intruders, and their numbers.
+
+  PEFT's `reduce_intruder_dimension`: each intruder of `w + d` is scaled by
+  `strength`, and the update factored again at its rank and scale. A matrix
+  without intruders keeps its factors.
+
+  Args:
+    params: with plain LoRA adapters.
+    top, threshold: which vectors are intruders.
+    strength: 1 changes nothing, 0 removes them.
+  """
+  if not 0 <= strength <= 1:
+    raise UserError(f"strength is {strength}, expected from 0 to 1")
+  found, tensors = plain.factors(params), plain.adapters(params)
+  out, counts = {}, {}
+  for path, f in found.items():
+    w = plain.base(tensors[path])
+    if w.ndim > 2:
+      raise UserError(f"{path}: intruders of stacked experts stay as they are")
+    u, s, v = np.linalg.svd(w + f.delta(), full_matrices=False)
+    base = np.linalg.svd(w, full_matrices=False)[2]
+    rows = np.flatnonzero(_cosines(v, base, top) < threshold)
+    counts[path] = len(rows)
+    if not len(rows):
+      out[path] = f
+      continue
+    weaker = np.float32(strength - 1) * (u[:, rows] * s[rows]) @ v[rows]
+    u, s, v = np.linalg.svd((f.delta() + weaker) / np.float32(f.scale))
+    root = np.sqrt(s[: f.rank])[:, None]
+    out[path] = plain.Factors(
+      root * u[:, : f.rank].T, root * v[: f.rank], f.scale
+    )
+  return out, counts
