@@ -33,6 +33,13 @@ Transform = Callable[[Params, PRNGKey], Params]
 
 
 @runtime_checkable
+class Looking(Protocol):
+  """A transform that reads data through the model, which it is given first."""
+
+  def of(self, loaded: Loaded) -> Transform: ...
+
+
+@runtime_checkable
 class Source(Protocol):
   """Where a model and its first weights come from."""
 
@@ -121,13 +128,19 @@ class Experiment:
     loaded = self.model.load(site.placement)
     params = loaded.params
     key = jax.random.key(self.seed)
-    for i, transform in enumerate(self.transforms):
+    for i, transform in enumerate(self.transforms_of(loaded)):
       params = transform(params, jax.random.fold_in(key, i))
     if site.mesh is not None:
       site = site.of(loaded.model)
       params = state.place(params, site.shardings)
     objective = dataclasses.replace(self.objective, model=loaded.model)
     return Built(loaded=loaded, params=params, objective=objective, site=site)
+
+  def transforms_of(self, loaded: Loaded) -> list[Transform]:
+    """Returns the transforms, given the model where they read through it."""
+    return [
+      t.of(loaded) if isinstance(t, Looking) else t for t in self.transforms
+    ]
 
   def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
     """Returns the batches of `validation` and `heldout`, where there are."""

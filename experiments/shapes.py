@@ -61,7 +61,7 @@ def shapes(experiment: Experiment, devices: Sequence[Any]) -> Shapes:
   mesh = experiment.mesh.mesh(devices)
   loaded = _loaded(experiment.model)
   key, params = jax.eval_shape(jax.random.key, experiment.seed), loaded.params
-  for transform in experiment.transforms:
+  for transform in experiment.transforms_of(loaded):
     params = jax.eval_shape(transform, params, key)
 
   def create(params):

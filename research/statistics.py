@@ -54,7 +54,8 @@ class Rows:
         "...i,...j->ij", a, b, precision=jax.lax.Precision.HIGHEST
       )
     # What the gradient of a grouped matmul is.
-    w = jnp.zeros((len(self.sizes), a.shape[-1], b.shape[-1]))
+    shape = (len(self.sizes), a.shape[-1], b.shape[-1])
+    w = jnp.zeros_like(a, shape=shape)  # as varying over a mesh as the rows
     _, pull = jax.vjp(lambda w: weights.ragged_dot(a, w, self.sizes), w)
     return pull(b)[0]
 

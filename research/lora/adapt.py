@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research.lora.method import Method, Place
@@ -39,7 +40,7 @@ class Adapt:
       are.
     rank_pattern, alpha_pattern: regular expressions for the end of addresses
       -> another rank or alpha; no two may match one address.
-    look: measures what the method's start needs (activations, gradients).
+    look: measures what the method's start needs, see `research.lora.look`.
   """
 
   method: Method = LoRA()
@@ -64,6 +65,12 @@ class Adapt:
       return fresh(key, paths, method, w, seen)
 
     return wrap(params, methods, make)
+
+  def of(self, loaded: Any) -> "Adapt":
+    """Returns itself, looking at `loaded.model` where it has to look."""
+    if not hasattr(self.look, "of"):
+      return self
+    return dataclasses.replace(self, look=self.look.of(loaded))
 
   def methods(self, params: Params) -> dict[str, Method]:
     """Returns what is adapted, and how, by address."""
@@ -136,12 +143,19 @@ def fresh(
   measured = None
   if seen:
     rows = [seen[path] for path in paths]
-    measured = jax.tree.map(lambda *x: np.stack(x), *rows)
+    measured = jax.tree.map(_stacked, *rows)
     if len(lead) > 1:
       measured = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)
   place = Place(*w.shape[-2:], embedding=paths[0] == EMBEDDING)
   arrays = _started(key, ids, w, measured, method, place)
   return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), arrays)
+
+
+def _stacked(*rows):
+  # Not by JAX, which would compile a program for each shape; but a plan, which
+  # wants shapes alone, traces.
+  traced = any(isinstance(x, jax.core.Tracer) for x in rows)
+  return (jnp if traced else np).stack(rows)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "place"))
