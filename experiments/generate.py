@@ -3,9 +3,14 @@
   python -m experiments.generate --model=smollm2-135m --prompt="The sea is"
   python -m experiments.generate --model=smollm2-135m --chat \\
     --prompt="What is gravity?" --temperature=0.7 --top_p=0.9 --seed=1
+  python -m experiments.generate --model=smollm2-135m --adapter=a=runs/a \\
+    --adapter=b=runs/b --prompt="The sea is" --prompt="def area(r):"
 
 The text is printed as it comes; the last line on stdout is JSON that repeats
-it: text, tokens, tokens_per_s, finish_reason.
+it: text, tokens, tokens_per_s, finish_reason. Several prompts are one batch,
+printed when it is done, and the JSON has a list of rows. Of several adapters
+the first goes with the first prompt and so on, or all with one prompt; a NAME
+given before, or __base__ for none, may stand again without its directory.
 """
 
 # ruff: noqa: E402
@@ -30,8 +35,11 @@ _MODEL = flags.DEFINE_string(
   cli.MODEL,
   flag_values=FLAGS,
 )
-_PROMPT = flags.DEFINE_string(
-  "prompt", None, "The text to continue.", flag_values=FLAGS
+_PROMPT = flags.DEFINE_multi_string(
+  "prompt",
+  [],
+  "The text to continue; may be given several times.",
+  flag_values=FLAGS,
 )
 _CHAT = flags.DEFINE_bool(
   "chat",
@@ -39,10 +47,11 @@ _CHAT = flags.DEFINE_bool(
   "Take the prompt as a user's message to be answered.",
   flag_values=FLAGS,
 )
-_ADAPTER = flags.DEFINE_string(
+_ADAPTER = flags.DEFINE_multi_string(
   "adapter",
-  None,
-  "NAME=DIR of an adapter in PEFT's format, to be applied.",
+  [],
+  "NAME=DIR of an adapter in PEFT's format, to be applied; may be given "
+  "several times, one for each prompt.",
   flag_values=FLAGS,
 )
 _SAMPLER = flags.DEFINE_enum(
@@ -127,33 +136,77 @@ def _sampling() -> Any:
 
 
 def _load() -> Any:
-  """Returns the model, with its adapter if one is named."""
-  import dataclasses
-
+  """Returns the model."""
   from research.interop.load import load_model
   from research.typing import UserError
 
   loaded = load_model(_MODEL.value, _DTYPE.value, _PACKED.value)
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
-  if _ADAPTER.value is None:
-    return loaded
-  name, equals, folder = _ADAPTER.value.partition("=")
-  if not (name and equals and folder):
-    raise UserError(
-      f"--adapter={_ADAPTER.value}: expected NAME=DIR, e.g. mine=runs/a/adapter"
-    )
-  from research.lora.peft import load_adapter
-
-  params = load_adapter(folder, loaded.params, loaded.model)
-  return dataclasses.replace(loaded, params=params)
+  return loaded
 
 
-def _tokens(tokenizer: Any) -> list[int]:
-  """Returns the prompt's ids, rendered as a conversation if asked to."""
+def _named() -> tuple[list[str], dict[str, str]]:
+  """Returns the adapters' names in the order of their flags, and the places."""
+  from research.lora.pool import BASE
   from research.typing import UserError
 
-  text = _PROMPT.value
+  names, places = [], {}
+  for text in _ADAPTER.value:
+    name, equals, folder = text.partition("=")
+    again = name in places or name == BASE
+    if not (name and equals and folder) and not (again and not equals):
+      raise UserError(
+        f"--adapter={text}: expected NAME=DIR, e.g. mine=runs/a/adapter"
+      )
+    if equals and again:
+      raise UserError(f"--adapter={text}: {name} is taken, choose another name")
+    names.append(name)
+    places |= {name: folder} if equals else {}
+  return names, places
+
+
+def _rows(names: Sequence[str]) -> list[tuple[str, str | None]]:
+  """Returns (prompt, adapter's name or None) of each row of the batch."""
+  from research.typing import UserError
+
+  prompts, names = list(_PROMPT.value), list(names) or [None]
+  if len(names) == 1:
+    names *= len(prompts)
+  if len(prompts) == 1:
+    prompts *= len(names)
+  if len(names) != len(prompts):
+    raise UserError(
+      f"--adapter: found {len(names)} for {len(prompts)} prompts, expected "
+      "one for all or one for each; a name may be given again"
+    )
+  return list(zip(prompts, names, strict=True))
+
+
+def _prepared(loaded: Any, names: Any, places: Any) -> Any:
+  """Returns parameters for decoding, each row's adapter in them."""
+  from research import weights
+  from research.lora import peft, pool
+  from research.nn import generate
+  from research.quant import panels
+
+  def ready(params):
+    return generate.prepare(panels.decoding(params), loaded.model)
+
+  if not places:
+    return ready(loaded.params)
+  if len(set(names)) == 1:
+    params = peft.load_adapter(places[names[0]], loaded.params, loaded.model)
+    return ready(params)
+  held = pool.fitted(loaded.params, loaded.model, places)
+  held, ids = pool.use(held, names)
+  return weights.bind(ready(held.params), ids=ids)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+  """Returns a prompt's ids, rendered as a conversation if asked to."""
+  from research.typing import UserError
+
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
@@ -163,15 +216,24 @@ def _tokens(tokenizer: Any) -> list[int]:
   return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]))
 
 
+def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
+  """Returns what is told of one row."""
+  return {
+    "text": "".join(p.text for p in pieces),
+    "tokens": sum(p.tokens for p in pieces),
+    "finish_reason": next(p.reason for p in pieces if p.reason),
+    "prompt_tokens": len(prompt),
+  }
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
-  cli.required(model=_MODEL.value, prompt=_PROMPT.value)
+  cli.required(model=_MODEL.value, prompt="".join(_PROMPT.value))
   runtime.setup()
   import jax
 
-  from research.nn import generate, sampling, stream
-  from research.quant import panels
+  from research.nn import sampling, stream
   from research.typing import UserError
 
   if _SAMPLER.value == "diffusion":
@@ -181,35 +243,52 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
   rules = _sampling()
   sampling.check(rules)
+  names, places = _named()
+  rows = _rows(names)
   loaded = _load()
-  prompt = _tokens(loaded.tokenizer)
-  params = generate.prepare(panels.decoding(loaded.params), loaded.model)
-  start, first, pieces = time.perf_counter(), None, []
-  for (piece,) in stream.stream(
+  prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows]
+  params = _prepared(loaded, [name for _, name in rows], places)
+  start, first, steps = time.perf_counter(), None, []
+  for pieces in stream.stream(
     loaded.model,
     params,
     loaded.tokenizer,
-    [prompt],
+    prompts,
     _MAX_NEW_TOKENS.value,
     rules,
     jax.random.key(_SEED.value),
     stop=_STOP.value,
   ):
     first = first or time.perf_counter()
-    pieces.append(piece)
-    print(piece.text, end="", flush=True)
-  end, tokens = time.perf_counter(), sum(p.tokens for p in pieces)
-  print()
-  after = end - first
-  return {
-    "text": "".join(p.text for p in pieces),
+    steps.append(pieces)
+    if len(rows) == 1:
+      print(pieces[0].text, end="", flush=True)
+  end = time.perf_counter()
+  told = [
+    _row(pieces, prompt)
+    for pieces, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
+  ]
+  tokens, after = sum(row["tokens"] for row in told), end - first
+  shared = {
     "tokens": tokens,
-    "tokens_per_s": (tokens - 1) / after if tokens > 1 and after else None,
-    "finish_reason": next(p.reason for p in pieces if p.reason),
-    "prompt_tokens": len(prompt),
+    "tokens_per_s": (
+      (tokens - len(rows)) / after if tokens > len(rows) and after else None
+    ),
     "seconds": end - start,
     "model": _MODEL.value,
-    "adapter": _ADAPTER.value,
+  }
+  if len(rows) == 1:
+    print()
+    adapter = _ADAPTER.value[0] if _ADAPTER.value else None
+    return told[0] | shared | {"adapter": adapter}
+  for (prompt, name), row in zip(rows, told, strict=True):
+    label = "" if name is None else f"[{name}] "
+    print(f"{label}{prompt}{row['text']}\n", flush=True)
+  return shared | {
+    "rows": [
+      {"prompt": prompt, "adapter": name} | row
+      for (prompt, name), row in zip(rows, told, strict=True)
+    ]
   }
 
 
