@@ -9,6 +9,9 @@ trained. They are computed in fp64 from the folder as PEFT loads it again.
 What is trained is drawn: around 0, or around its start where that is another
 constant (magnitudes, gains, bounds). BOFT's product of several factors needs a
 CUDA extension in PEFT; it is `torch.block_diag`, which stands in for it here.
+C3A's backward pass of PEFT 0.21.2 is not the gradient of its forward pass in
+the input (finite differences say so); torch's gradient of its own circulant
+matrix stands in.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import zlib
 import numpy as np
 import peft
 import peft.tuners.boft.layer as boft_layer
+import peft.tuners.c3a.layer as c3a_layer
 import safetensors.numpy
 import torch
 
@@ -99,6 +103,14 @@ class Blocks:
   @staticmethod
   def apply(x):
     return torch.stack([torch.block_diag(*blocks) for blocks in x])
+
+
+class Circulant:
+  """Stands in for PEFT's convolution."""
+
+  @staticmethod
+  def apply(x, w):
+    return x @ c3a_layer.get_circulant_fast(w).T
 
 
 def config(name: str):
@@ -205,6 +217,7 @@ def main() -> None:
   torch.set_num_threads(1)
   boft_layer.get_fbd_cuda = lambda: True
   boft_layer.FastBlockDiag = Blocks
+  c3a_layer.BlockCircularConvolution = Circulant
   for name in args.names or ADAPTERS:
     arrays = make(name, args.to)
     fidelity = np.abs(arrays["logits"] - arrays["merged_logits"]).max()

@@ -11,6 +11,10 @@ whose output is a plain .npy, so that the reader can map it.
   encode    text                        -> ids
   adapt     tokens, rank, std           -> logits of a new adapter, which is
                                            left at --adapter in PEFT's format
+  start     tokens, method              -> logits of a moved adapter of that
+                                           method, left at --adapter
+  rewrite   names, folder               -> nothing; each adapter of the folder
+                                           is read and left below --adapter
   gradients tokens [B, T]               -> loss; d loss / d A and B are left at
                                            --adapter, written as an adapter
 """
@@ -99,6 +103,34 @@ def adapt_and_save(it, args, rows) -> dict:
   return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))
 
 
+def start_and_save(it, args, rows) -> dict:
+  """An adapter of rank 4 on every linear layer, moved off its start."""
+  from research.lora import methods, peft_write
+
+  method = methods.all_methods()[str(rows["method"])](rank=4)
+  params = adapt.Adapt(method=method)(it.params, jax.random.key(0))
+
+  def moved(path, x):
+    if "/trained/" not in path:
+      return x
+    return x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+
+  params = tree.map_paths(moved, params)
+  peft_write.save_adapter(args.adapter, params, it.model, base_name=args.model)
+  return dict(logits=np.asarray(forward(it.model, params, rows["tokens"])))
+
+
+def rewrite(it, args, rows) -> dict:
+  from research.lora import peft, peft_write
+
+  for name in rows["names"].tolist():
+    read = pathlib.Path(str(rows["folder"])) / name
+    params = peft.load_adapter(read, it.params, it.model)
+    written = args.adapter / name
+    peft_write.save_adapter(written, params, it.model, base_name=args.model)
+  return {}
+
+
 def gradients(it, args, rows) -> dict:
   """Mean next-token loss over every predicted token, and its gradients."""
   from research.lora import peft_write
@@ -133,6 +165,8 @@ COMMANDS = dict(
   greedy=greedy,
   encode=encode,
   adapt=adapt_and_save,
+  start=start_and_save,
+  rewrite=rewrite,
   gradients=gradients,
 )
 

@@ -1,0 +1,75 @@
+"""Adapters of every method, read here, written, and loaded by PEFT live."""
+
+import families
+import make_models
+import make_peft
+import make_peft_methods
+import numpy as np
+import peft
+import pytest
+import safetensors.numpy
+import support
+import torch
+from peft.utils import set_peft_model_state_dict
+
+# Several factors of BOFT run in PEFT by a CUDA extension only.
+ADAPTERS = [
+  name for name in make_peft_methods.ADAPTERS if name != "boft_factors"
+]
+
+
+def computed(model, tokens) -> np.ndarray:
+  with torch.no_grad():
+    return make_peft.loss_and_logits(model, tokens)[1].numpy()
+
+
+def base():
+  family = families.FAMILIES[make_peft.BASE]
+  return make_models.build(family.config, make_models.weights(family))
+
+
+def check(folder, want, tokens) -> None:
+  """PEFT finds in the folder just what it looks for, and computes the same."""
+  config = peft.PeftConfig.from_pretrained(folder)
+  model = peft.get_peft_model(base(), config)
+  stored = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+  tensors = {k: torch.from_numpy(v) for k, v in stored.items()}
+  found = set_peft_model_state_dict(model, tensors)
+  assert not found.unexpected_keys
+  prefix = model.base_model.prefix
+  missing = [k for k in found.missing_keys if prefix in k]
+  # Of RandLoRA's, each module's is the one that all share.
+  assert not [k for k in missing if "randlora_" not in k or "layers" not in k]
+  loaded = peft.PeftModel.from_pretrained(base(), folder)
+  assert support.relative_error(computed(loaded, tokens), want) < 2e-5
+  merged = loaded.merge_and_unload()
+  assert support.relative_error(computed(merged, tokens), want) < 2e-5
+
+
+def test_peft_loads_what_we_wrote(heptad, tmp_path):
+  tokens = make_peft.tokens(12)
+  names = [make_peft_methods.PREFIX + name for name in ADAPTERS]
+  heptad.bridge(
+    "rewrite",
+    make_models.MODELS / make_peft.BASE,
+    tmp_path / "written",
+    names=np.array(names),
+    folder=np.array(str(make_models.MODELS)),
+  )
+  for name in names:
+    with np.load(make_models.MODELS / name / "golden.npz") as file:
+      check(tmp_path / "written" / name, file["logits"], tokens)
+
+
+@pytest.mark.parametrize("method", ["PiSSA", "OLoRA", "MiCA", "LoRAFA"])
+def test_peft_loads_starts_as_plain_lora(method, heptad, tmp_path):
+  tokens = make_peft.tokens(12)
+  ours = heptad.bridge(
+    "start",
+    make_models.MODELS / make_peft.BASE,
+    tmp_path / "adapter",
+    tokens=tokens,
+    method=np.array(method),
+  )
+  assert support.relative_error(computed(base(), tokens), ours["logits"]) > 1e-3
+  check(tmp_path / "adapter", ours["logits"], tokens)
