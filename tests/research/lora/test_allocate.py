@@ -1,0 +1,154 @@
+"""AdaLoRA's allocator leaves what PEFT's leaves."""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research.lora import allocate
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods.adalora import AdaLoRA
+from research.training import objective
+from research.typing import UserError
+
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "allocator.json"
+RANK, STEPS = 4, 12
+SIZES = {"one": (5, 4), "two": (4, 3)}
+BUDGET = allocate.Budget(target=2, steps=STEPS, warmup=2, final=3, every=2)
+
+
+def drawn(step):
+  """Returns values (step -1) or gradients, as tests/golden drew them."""
+
+  def one(matrix, array):
+    size_in, size_out = SIZES[matrix]
+    shape = dict(a=(RANK, size_in), b=(RANK, size_out), e=(RANK,))[array]
+    seed = zlib.crc32(f"{matrix}/{array}/{step}".encode())
+    x = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(x, jnp.float32)
+
+  return {
+    matrix: {"trained": {array: one(matrix, array) for array in "abe"}}
+    for matrix in SIZES
+  }
+
+
+def run(budget, steps=STEPS):
+  """Returns all states of plain descent: parameters, and what is kept."""
+  optimizer = allocate.allocated(optax.sgd(0.1), budget)
+
+  @jax.jit
+  def step(params, state, grads):
+    moves, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, moves), state
+
+  params, out = drawn(-1), []
+  state = optimizer.init(params)
+  for i in range(steps):
+    params, state = step(params, state, drawn(i))
+    out.append((params, state))
+  return out
+
+
+def test_terms_are_those_that_peft_leaves():
+  golden = json.loads(GOLDEN.read_text())
+  got = np.array(
+    [[p[m]["trained"]["e"] for m in SIZES] for p, _ in run(BUDGET)]
+  )
+  want = np.array(golden["e"])
+  np.testing.assert_array_equal(got != 0, want != 0)
+  # Twelve sums of numbers of size 1, each rounded.
+  np.testing.assert_allclose(got, want, atol=12 * 2**-22)
+  assert np.count_nonzero(want[-1]) == 4  # two a matrix
+  params = {
+    m: AdaptedTensor(
+      jnp.zeros(SIZES[m]), x["trained"], method=AdaLoRA(rank=RANK)
+    )
+    for m, x in run(BUDGET)[-1][0].items()
+  }
+  off = jax.jit(allocate.distance)(params)
+  np.testing.assert_allclose(off, golden["regular"], rtol=1e-5)
+
+
+def test_nothing_is_cut_while_the_budget_is_whole():
+  """PEFT stops at such an allocation (its issue 2337)."""
+  budget = allocate.Budget(target=RANK, steps=STEPS)
+  for params, state in run(budget, 4):
+    chex.assert_trees_all_equal(
+      state.kept, jax.tree.map(jnp.ones_like, state.kept)
+    )
+    assert all((params[m]["trained"]["e"] != 0).all() for m in SIZES)
+
+
+def test_budget_falls_by_a_cube():
+  left = BUDGET.left(8, 2)
+  assert left.tolist() == [8, 8, 8, 6, 5, 4, 4, 4, 4, 4]
+  assert BUDGET.last == 9
+
+
+@pytest.mark.parametrize(
+  "change, said",
+  [
+    (dict(warmup=9), "some steps between"),
+    (dict(final=-1), "some steps between"),
+    (dict(target=0), "target is 0"),
+    (dict(every=0), "every 0"),
+  ],
+)
+def test_impossible_budgets_are_refused(change, said):
+  fields = dict(target=2, steps=12, warmup=2, final=3) | change
+  with pytest.raises(UserError, match=said):
+    allocate.Budget(**fields)
+
+
+def test_other_adapters_are_refused():
+  with pytest.raises(UserError, match="no AdaLoRA adapter"):
+    allocate.allocated(optax.sgd(0.1), BUDGET).init({"q": {"a": jnp.ones(3)}})
+  with pytest.raises(UserError, match="no AdaLoRA adapter"):
+    allocate.distance({"q": jnp.ones(3)})
+
+
+def test_the_regulariser_is_weighed_as_the_batch_is():
+  params = {
+    "w": AdaptedTensor(
+      jnp.zeros((5, 4)),
+      drawn(-1)["one"]["trained"],
+      method=AdaLoRA(rank=RANK),
+    )
+  }
+
+  def inner(params, batch, key):
+    return jnp.float32(3.0), jnp.float32(7.0), {}
+
+  goal = allocate.Orthogonal(inner, weight=0.25)
+  loss, weight, _ = goal(params, {}, None)
+  want = 3.0 + 0.25 * 7.0 * float(allocate.distance(params))
+  np.testing.assert_allclose(loss, want, rtol=1e-6)
+  assert weight == 7.0
+
+
+def test_an_experiment_fills_the_model_into_the_objective():
+  goal = allocate.Orthogonal(objective.NextToken())
+  seen = []
+
+  @dataclasses.dataclass(frozen=True)
+  class Inner:
+    model: str | None = None
+
+    def __call__(self, params, batch, key):
+      seen.append(self.model)
+      return 0.0, 1.0, {}
+
+  goal = dataclasses.replace(goal, objective=Inner(), model="it")
+  w = AdaptedTensor(
+    jnp.zeros((5, 4)), drawn(-1)["one"]["trained"], method=AdaLoRA(rank=RANK)
+  )
+  goal({"w": w}, {}, None)
+  assert seen == ["it"]
