@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import zlib
+from typing import Any
 
 import chex
 import jax
@@ -15,8 +16,8 @@ import pytest
 from research.lora import allocate
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.adalora import AdaLoRA
-from research.training import objective
 from research.typing import UserError
+from tests import support
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "allocator.json"
 RANK, STEPS = 4, 12
@@ -135,20 +136,19 @@ def test_the_regulariser_is_weighed_as_the_batch_is():
 
 
 def test_an_experiment_fills_the_model_into_the_objective():
-  goal = allocate.Orthogonal(objective.NextToken())
-  seen = []
+  seen, model = [], support.model(width=32, head_dim=8)
 
   @dataclasses.dataclass(frozen=True)
   class Inner:
-    model: str | None = None
+    model: Any = None
 
     def __call__(self, params, batch, key):
       seen.append(self.model)
       return 0.0, 1.0, {}
 
-  goal = dataclasses.replace(goal, objective=Inner(), model="it")
+  goal = dataclasses.replace(allocate.Orthogonal(Inner()), model=model)
   w = AdaptedTensor(
     jnp.zeros((5, 4)), drawn(-1)["one"]["trained"], method=AdaLoRA(rank=RANK)
   )
   goal({"w": w}, {}, None)
-  assert seen == ["it"]
+  assert seen == [model]
