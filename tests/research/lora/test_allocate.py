@@ -144,7 +144,7 @@ def test_an_experiment_fills_the_model_into_the_objective():
 
     def __call__(self, params, batch, key):
       seen.append(self.model)
-      return 0.0, 1.0, {}
+      return jnp.float32(0.0), jnp.float32(1.0), {}
 
   goal = dataclasses.replace(allocate.Orthogonal(Inner()), model=model)
   w = AdaptedTensor(
