@@ -1,0 +1,28 @@
+"""Run files of adapters on SmolLM2 do what their headers say."""
+
+import re
+
+import pytest
+
+from experiments import config, runs
+from research.training import workdir
+
+RUNS = sorted(
+  str(path.relative_to(config.CONFIGS))
+  for path in config.CONFIGS.glob("runs/lora/*_smollm2.gin")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_file_gives_the_numbers_of_its_header(run, tmp_path):
+  header = (config.CONFIGS / run).read_text("utf-8")
+  said = re.search(
+    r"perplexity_before ([\d.]+), perplexity_after ([\d.]+)\.", header
+  )
+  experiment, text = config.read(run)
+  result = runs.train(experiment, workdir.claim_workdir(tmp_path / "run", text))
+  before, after = (float(x) for x in said.groups())
+  assert result["perplexity_before"] == pytest.approx(before, abs=0.06)
+  # Another machine rounds another way, which 24 steps amplify.
+  assert result["perplexity_after"] == pytest.approx(after, rel=0.02)
