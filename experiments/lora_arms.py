@@ -76,11 +76,18 @@ def capacity(ranks: Sequence[int] = (1, 4, 16, 64)) -> tuple[Arm, ...]:
   )
 
 
-def width(rank: int = 16) -> tuple[Arm, ...]:
-  """Returns full training and LoRA, for a base wider than the others."""
+def width(ranks: Sequence[int] = (2, 16)) -> tuple[Arm, ...]:
+  """Returns full training and LoRA, for a base wider than the others.
+
+  Args:
+    ranks: of LoRA; the first one is about 1% of the parameters.
+  """
   return (
     dataclasses.replace(FULL, first=-8),
-    _adapted(f"LoRA r={rank}", LoRA(rank=rank, alpha=32.0), group="rank"),
+    *(
+      _adapted(f"LoRA r={r}", LoRA(rank=r, alpha=32.0), group="rank")
+      for r in ranks
+    ),
   )
 
 
@@ -94,34 +101,34 @@ def methods() -> tuple[Arm, ...]:
     _adapted("LoRA", plain),
     _adapted("rsLoRA", LoRA(rank=r, alpha=16.0, rslora=True)),
     _adapted("DoRA", DoRA(rank=r, alpha=16.0)),
-    _adapted("PiSSA", PiSSA(rank=r, alpha=4.0), **start),
+    _adapted("PiSSA", PiSSA(rank=r, alpha=4.0), -6, **start),
     _adapted(
       "MiLoRA", PiSSA(rank=r, alpha=4.0, part="smallest"), group="start"
     ),
-    _adapted("OLoRA", OLoRA(rank=r, alpha=4.0), **start),
-    _adapted("CorDA", CorDA(rank=r, alpha=4.0), look=_covariances, **start),
-    _adapted("LoRA-GA", LoRAGA(rank=r, alpha=4.0), look=_gradients, **start),
+    _adapted("OLoRA", OLoRA(rank=r, alpha=4.0), -6, **start),
+    _adapted("CorDA", CorDA(rank=r, alpha=4.0), -6, look=_covariances, **start),
+    _adapted("LoRA-GA", LoRAGA(rank=r, alpha=4.0), -6, look=_gradients, **start),
     _adapted("EVA", EVA(rank=r, alpha=16.0), look=_directions, **start),
     _adapted("KaSA", KaSA(rank=r, alpha=16.0), **start),
     _adapted("AdaLoRA", AdaLoRA(rank=r, alpha=16.0), -6),
     _adapted("DeLoRA", DeLoRA(rank=r), -6),
-    _adapted("LoRA-FA", LoRAFA(rank=2 * r, alpha=16.0)),
-    _adapted("MiCA", MiCA(rank=2 * r, alpha=16.0), **start),
+    _adapted("LoRA-FA", LoRAFA(rank=2 * r, alpha=16.0), -6),
+    _adapted("MiCA", MiCA(rank=2 * r, alpha=16.0), -6, **start),
     pairs("LoRA+", optimizer=_loraplus),
-    pairs("LoRA-Pro", optimizer=_lorapro),
+    pairs("LoRA-Pro", first=-6, optimizer=_lorapro),
     pairs("Riemannian", optimizer=_riemannian),
     _adapted("HiRA", HiRA(rank=r), -5, group="high rank"),
     _adapted("LoHa", LoHa(rank=r // 2), -6, group="high rank"),
     _adapted("LoKr", LoKr(rank=2 * r, factor=2), -6, group="high rank"),
-    _adapted("MoRA", MoRA(rank=r), -7, group="high rank"),
-    _adapted("MiSS", MiSS(rank=2 * r), -7, group="high rank"),
-    _adapted("GraLoRA", GraLoRA(rank=r, alpha=8.0), group="high rank"),
+    _adapted("MoRA", MoRA(rank=r), -6, group="high rank"),
+    _adapted("MiSS", MiSS(rank=2 * r), -6, group="high rank"),
+    _adapted("GraLoRA", GraLoRA(rank=r, alpha=8.0), -6, group="high rank"),
     _adapted("C3A", C3A(block=8), -3, group="high rank"),
-    _adapted("SHiRA", SHiRA(rank=r, seed=-1), -6, group="high rank"),
+    _adapted("SHiRA", SHiRA(rank=r, seed=-1), -5, group="high rank"),
     _adapted(
-      "FourierFT", FourierFT(frequencies=622), -3, group="high rank"
+      "FourierFT", FourierFT(frequencies=622), -6, group="high rank"
     ),
-    _adapted("RandLoRA", RandLoRA(rank=8, alpha=160.0), -6, group="high rank"),
+    _adapted("RandLoRA", RandLoRA(rank=8, alpha=160.0), -8, group="high rank"),
     _adapted("OFT", OFT(block=16), -6, group="rotation"),
     _adapted("BOFT", BOFT(block=4, factors=2), -6, group="rotation"),
     _adapted("HRA", HRA(rank=2 * r), -6, group="rotation"),

@@ -23,7 +23,7 @@ RUNS = sorted(
 )
 TINY = (
   *("presets.Sizes.width=32", "presets.Sizes.head_dim=8"),
-  *("presets.Sizes.hidden=32", "study.Study.base_steps=3"),
+  *("presets.Sizes.hidden=32", "study.Study.base_steps=30"),
   *("study.Study.steps=4", "study.Study.seeds=2", "study.Study.batch=4"),
 )
 
@@ -89,7 +89,7 @@ def test_the_command_leaves_what_it_says(trial, capsys):
 
 def test_another_configuration_is_refused(trial, capsys):
   _, _, run = trial
-  assert run("study.Study.base_steps=5") == 1
+  assert run("study.Study.base_steps=31") == 1
   assert "differs from this configuration" in capsys.readouterr().err
 
 
