@@ -1,0 +1,197 @@
+"""The command: every operation, from files to files."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import adapters, cli, convert
+from research.interop import load
+from research.lora import plain
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODELS = ROOT / "tests" / "golden" / "models"
+A, B = MODELS / "peft_lora", MODELS / "peft_rslora"
+
+
+@pytest.fixture
+def command(capsys):
+  """Calls a command in this process: `(status, result, stderr)`."""
+
+  def call(main, *arguments):
+    status = cli.call(main, ["x", *map(str, arguments)])
+    out = capsys.readouterr()
+    lines = out.out.splitlines()
+    return status, json.loads(lines[-1]) if lines else None, out.err
+
+  return call
+
+
+def factors(folder):
+  return plain.factors(load.load_model(folder).params)
+
+
+def test_a_sum_is_written_in_pefts_format(command, tmp_path):
+  to = tmp_path / "out"
+  status, result, errors = command(
+    adapters.main,
+    *("--op=cat", f"--from={A}", f"--from={B}", f"--to={to}"),
+    *("--weight=0.7", "--weight=-0.3"),
+  )
+  assert (status, errors) == (0, "")
+  assert (result["matrices"], result["min_rank"]) == (21, 8)
+  config = json.loads((to / "adapter_config.json").read_text())
+  assert config["r"] == config["lora_alpha"] == 8
+  one, two, got = factors(A), factors(B), factors(to)
+  for path, f in got.items():
+    want = 0.7 * one[path].delta() - 0.3 * two[path].delta()
+    np.testing.assert_allclose(f.delta(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["svd", "ties", "dare_linear", "ties_svd"])
+def test_other_sums(op, command, tmp_path):
+  status, result, errors = command(
+    adapters.main,
+    *(f"--op={op}", f"--from={A}", f"--from={B}", f"--to={tmp_path / 'o'}"),
+    *("--density=0.5", "--seed=1"),
+  )
+  assert (status, errors) == (0, "")
+  assert result["max_rank"] == 4
+  assert len(factors(tmp_path / "o")) == 21
+
+
+def test_to_gguf_and_back(command, tmp_path):
+  file, to = tmp_path / "a.gguf", tmp_path / "out"
+  status, result, errors = command(
+    convert.main, f"--from={B}", f"--to={file}", "--format=gguf-adapter"
+  )
+  assert (status, errors) == (0, "")
+  assert result["tensors"] == 42
+  status, _, errors = command(
+    adapters.main,
+    *("--op=cat", f"--from={file}", f"--base={MODELS / 'llama'}"),
+    f"--to={to}",
+  )
+  assert (status, errors) == (0, "")
+  want = factors(B)
+  for path, f in factors(to).items():
+    np.testing.assert_allclose(f.delta(), want[path].delta(), atol=1e-6)
+  status, _, errors = command(
+    convert.main,
+    *(f"--from={MODELS / 'peftfull_saved'}", f"--to={tmp_path / 'b.gguf'}"),
+    "--format=gguf-adapter",
+  )
+  assert status == 1
+  assert "whole, which llama.cpp's adapters cannot" in errors
+
+
+def test_conversion_by_energy(command, tmp_path):
+  report = tmp_path / "report.json"
+  status, result, errors = command(
+    adapters.main,
+    *("--op=lora", f"--from={A}", f"--to={tmp_path / 'o'}", "--energy=0.9"),
+    f"--report={report}",
+  )
+  assert (status, errors) == (0, "")
+  assert 0 < result["error"] <= 0.1**0.5
+  rows = json.loads(report.read_text())
+  assert max(row["rank"] for row in rows.values()) == result["max_rank"] <= 4
+  assert {p: f.rank for p, f in factors(tmp_path / "o").items()} == {
+    p: row["rank"] for p, row in rows.items()
+  }
+
+
+def test_diagnosis_and_mitigation(command, tmp_path):
+  picture = tmp_path / "a.png"
+  status, result, errors = command(
+    adapters.main, "--op=diagnose", f"--from={A}", f"--picture={picture}"
+  )
+  assert (status, errors) == (0, "")
+  assert picture.is_file()
+  assert 0 < result["means"]["relative"] < 1
+  status, result, errors = command(
+    adapters.main,
+    *("--op=intruders", f"--from={A}", "--threshold=0.95"),
+    f"--to={tmp_path / 'o'}",
+  )
+  assert (status, errors) == (0, "")
+  assert result["intruders"] > 0
+  assert len(factors(tmp_path / "o")) == 21
+
+
+def test_fidelity(command):
+  results = []
+  for options in (["--rounding=nearest"], ["--rounding=stochastic"]):
+    status, result, errors = command(
+      adapters.main,
+      *("--op=fidelity", f"--from={A}", "--dtype=bfloat16", *options),
+    )
+    assert (status, errors) == (0, "")
+    assert result["matrices"] == 21
+    results.append(result)
+  assert results[0]["lost"] < results[1]["lost"]
+
+
+def test_rules(command, tmp_path):
+  folder = tmp_path / "a"
+  shutil.copytree(A, folder)
+  path = folder / "adapter_config.json"
+  config = json.loads(path.read_text())
+  config["base_model_name_or_path"] = str(MODELS / "llama")
+  config["rank_pattern"] = {"q_proj": 4, "layers.0.*": 8, "x_proj": 2}
+  path.write_text(json.dumps(config))
+  status, result, _ = command(
+    adapters.main, "--op=validate", f"--from={folder}"
+  )
+  assert status == 0
+  kinds = [f["kind"] for f in result["findings"]]
+  assert kinds == ["nothing", "order"]
+
+
+def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):
+  """An update a thousandth of its weights, in bf16."""
+  small, to = tmp_path / "small", tmp_path / "hf"
+  weight = "--weight=0.003"
+  status, _, errors = command(
+    adapters.main, "--op=cat", f"--from={A}", weight, f"--to={small}"
+  )
+  assert (status, errors) == (0, "")
+  options = [f"--from={small}", "--format=hf", f"--to={to}", "--dtype=bfloat16"]
+  status, _, errors = command(convert.main, *options)
+  assert status == 1
+  assert "of the adapter's update would be left" in errors
+  assert not to.exists()
+  status, result, errors = command(convert.main, *options, "--lossy")
+  assert (status, errors) == (0, "")
+  assert result["merge_kept"] < 0.9
+  shutil.rmtree(to)
+  status, kept, _ = command(
+    convert.main, *options, "--rounding=stochastic", "--lossy"
+  )
+  assert status == 0
+  assert abs(kept["merge_kept"] - 1) < abs(result["merge_kept"] - 1)
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    (["--op=cat"], "--from: is missing"),
+    (["--op=mean", f"--from={A}"], "expected one of cat, svd"),
+    (["--op=cat", f"--from={A}"], "--to: is missing"),
+    (["--op=cat", f"--from={MODELS / 'llama'}", "--to=x"], "found a model"),
+    (["--op=cat", "--from=x.gguf", "--to=x"], "--base: is missing"),
+    (["--op=lora", f"--from={A}", "--to=x"], "either --rank or --energy"),
+    (["--op=lora", f"--from={A}", f"--from={B}", "--rank=2", "--to=x"], "one"),
+    (
+      ["--op=cat", f"--from={A}", f"--from={B}", "--weight=1", "--to=x"],
+      "2 adapters and 1 weights",
+    ),
+  ],
+)
+def test_wrong_flags(command, arguments, words):
+  status, result, errors = command(adapters.main, *arguments)
+  assert (status, result) == (1, None)
+  assert words in errors
+  assert errors.count("\n") <= 3
