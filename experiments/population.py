@@ -187,6 +187,20 @@ def _begun(arm: Arm, on: Ground, seed: int) -> Params:
   return transform(base, jax.random.key(seed))
 
 
+def one_run(
+  study: Study, arm: Arm, on: Ground, k: int, seed: int = 0
+) -> tuple[Params, Params]:
+  """Returns the parameters before and after one run at the rate 10^(k/2)."""
+  begin = _begun(arm, on, seed)
+  key = jax.random.fold_in(jax.random.key(17), seed)
+
+  @jax.jit
+  def run(params, pool, rate):
+    return _member(arm, study, on.objective, params, pool, key, rate)[0].params
+
+  return begin, run(begin, on.pool, jnp.float32(10 ** (k / 2)))
+
+
 def best_of(losses: Float[np.ndarray, "R S"]) -> int:
   """Returns the row of the least mean; what is not finite is worst."""
   mean = losses.mean(1)

@@ -158,6 +158,24 @@ def test_flash_attention_shows_what_it_says():
     assert "schedule: skipped" in printed
 
 
+def test_lora_ranks_merges_and_comes_back(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "lora.ipynb"
+  names = ("methods", "ranking", "losses", "difference")
+  values, printed = _execute(notebook, names)
+  counts = {row["method"]: row["trained"] for row in values["methods"]}
+  assert counts["IA3"] < counts["LoRA"] < counts["HiRA"]
+  full, *low = values["ranking"]
+  assert full["trained %"] == 100 > low[-1]["trained %"]
+  assert all(row["rank of 90%"] < full["rank of 90%"] for row in low)
+  losses = values["losses"]
+  assert losses["tuned"] < losses["base"]
+  assert losses["merged"] == pytest.approx(losses["tuned"], rel=1e-5)
+  assert values["difference"] == 0
+  (adapter,) = tmp_path.rglob("adapter_config.json")
+  assert json.loads(adapter.read_text())["peft_type"] == "LORA"
+
+
 def _install():
   spec = importlib.util.spec_from_file_location(
     "install", ROOT / "colab" / "install.py"

@@ -1,0 +1,158 @@
+"""Lists every method of adaptation: file, size, PEFT's name, speed.
+
+  python -m experiments.lora_methods [--bench=FILE]
+
+FILE is what `make bench ARGS='method_...'` printed; without it, columns of
+speed are left out. Trained parameters are those on SmolLM2-135M's linear
+layers at the method's own defaults; nothing is computed but shapes. Prints the
+table of `research/lora/README.md` and ends with a JSON line.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import functools
+import inspect
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import cli
+from research import tree
+from research.lora import adapt, wrap
+from research.lora.method import Method
+from research.lora.methods import all_methods
+from research.nn import presets
+from research.typing import UserError
+
+FLAGS = cli.new_flags()
+
+_BENCH = flags.DEFINE_string(
+  "bench", None, "What `make bench` printed.", flag_values=FLAGS
+)
+
+SMOLLM2 = presets.Sizes(
+  vocab=49152,
+  width=576,
+  depth=30,
+  heads=9,
+  kv_heads=3,
+  head_dim=64,
+  hidden=1536,
+  tied=True,
+)
+"""Of SmolLM2-135M; every matrix has a side of 192, 576 or 1536."""
+
+OPTIONS: Mapping[str, dict[str, Any]] = {"C3A": dict(block=64)}
+"""What these sizes need; for all others, defaults."""
+
+ABSTRACT = ("Residual", "Rotation")
+MEASURED = {"CorDA": "PiSSA", "LoRAGA": "PiSSA", "EVA": "LoRA"}
+"""Their start needs data; their arrays are those of another method."""
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Prints the table."""
+  del argv
+  found = rows(_speeds(_BENCH.value) if _BENCH.value else {})
+  names = list(found[0])
+  lines = [names, ["---"] * len(names)]
+  lines += [[_cell(row[name]) for name in names] for row in found]
+  cli.say("\n".join(f"| {' | '.join(line)} |" for line in lines))
+  return {"methods": len(found)}
+
+
+def rows(speeds: Mapping[str, Mapping[str, float]] | None = None) -> list[dict]:
+  """Returns a row a method, as plain values, fewest parameters first.
+
+  Args:
+    speeds: class's name in lower case -> columns to add.
+  """
+  kinds = {n: k for n, k in all_methods().items() if n not in ABSTRACT}
+  shapes = _shapes()
+  total, out = tree.count(shapes), []
+  for name, kind in kinds.items():
+    file = pathlib.Path(inspect.getfile(kind))
+    count = trained(name, kind(**OPTIONS.get(name, {})), shapes)
+    row = {
+      "method": name,
+      "file": file.name,
+      "lines": len(file.read_text("utf-8").splitlines()),
+      "trained": count,
+      "share %": round(100 * count / total, 2),
+      "PEFT": _peft(kind),
+    }
+    if speeds:
+      row |= dict.fromkeys(_columns(speeds)) | speeds.get(name.lower(), {})
+    out.append(row)
+  return sorted(out, key=lambda row: row["trained"])
+
+
+def trained(name: str, method: Method, shapes: Any) -> int:
+  """Returns how many parameters a method trains on all linear layers."""
+  if name in MEASURED:
+    method = all_methods()[MEASURED[name]](rank=method.rank)
+  transform = adapt.Adapt(method=method)
+  adapted = jax.eval_shape(transform, shapes, jax.random.key(0))
+  chosen, _ = tree.partition(adapted, wrap.TRAINABLE)
+  return tree.count(chosen)
+
+
+@functools.cache
+def _shapes() -> Any:
+  model = presets.transformer(presets.FAMILIES["llama"], SMOLLM2)
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), tokens)["params"])
+
+
+def _peft(kind: type[Method]) -> str:
+  if kind.PEFT is None:
+    plain = kind.exported is not Method.exported
+    return "as LORA" if plain else "-"
+  return f"{kind.PEFT}, {kind.PEFT_FLAG}" if kind.PEFT_FLAG else kind.PEFT
+
+
+def _columns(speeds: Mapping[str, Mapping[str, float]]) -> list[str]:
+  return list(next(iter(speeds.values())))
+
+
+def _speeds(path: str) -> dict[str, dict[str, float]]:
+  """Returns columns of speed by method, from the bench's last lines."""
+  found = []
+  try:
+    for line in pathlib.Path(path).read_text("utf-8").splitlines():
+      if line.startswith('{"rows"'):
+        found += json.loads(line)["methods"]
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"--bench={path}: cannot be read: {error}") from error
+  lora = [r["ours_tokens_per_s"] for r in found if r["row"] == "method_lora"]
+  if not lora:
+    raise UserError(f"--bench={path}: has no row method_lora, expected one")
+  return {
+    row["row"].removeprefix("method_"): {
+      "times PEFT": round(row["ratio"], 2),
+      "step / LoRA's": round(lora[-1] / row["ours_tokens_per_s"], 2),
+      "memory / PEFT's": round(
+        row["ours_peak_rss_bytes"] / row["torch_peak_rss_bytes"], 2
+      ),
+    }
+    for row in found
+  }
+
+
+def _cell(value: Any) -> str:
+  if value is None:
+    return ""
+  return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+  cli.run(main)
