@@ -43,7 +43,7 @@ MASTERS = dict(trainable=".", precision=MIXED)
 HALVES = dict(trainable=".", precision=HALF)
 ROWS = {  # what is done -> weights frozen and learned, gradients, master, state
   "full": (
-    FULL | dict(precision=MIXED),
+    MASTERS,
     (0, 13.48, 13.48, 26.95, 53.91),
     107.8,
   ),
