@@ -15,7 +15,8 @@ from research.lora import adapt, peft_write
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
 
-TINY = pathlib.Path(__file__).parents[1] / "golden" / "models" / "llama"
+MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
+TINY = MODELS / "gguf_f32" / "model.gguf"
 
 
 @pytest.fixture
@@ -79,8 +80,7 @@ def test_one_prompt_goes_to_all_and_one_adapter_to_all(command, places):
   assert [row["adapter"] for row in got] == ["d", "d"]
   done = command("--prompt=a", "--prompt=the cat")
   assert [row["adapter"] for row in rows(done)] == [None, None]
-  told = [line for line in done[1] if line]
-  assert told[1].startswith("the cat")
+  assert any(line.startswith("the cat") for line in done[1])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,6 @@ def test_one_prompt_goes_to_all_and_one_adapter_to_all(command, places):
     (["a", "--adapter=a=elsewhere"], "a is taken"),
     (["--adapter=__base__=here"], "__base__ is taken"),
     (["a", "b", "--prompt=b", "--prompt=c"], "found 2 for 3 prompts"),
-    (["a", "d"], "what DoRA adds is no matrix of rank"),
     (["a", "--adapter=x=nowhere"], "nowhere"),
   ],
   ids=str,
