@@ -103,11 +103,11 @@ def methods() -> tuple[Arm, ...]:
     _adapted("DoRA", DoRA(rank=r, alpha=16.0)),
     _adapted("PiSSA", PiSSA(rank=r, alpha=4.0), -6, **start),
     _adapted(
-      "MiLoRA", PiSSA(rank=r, alpha=4.0, part="smallest"), group="start"
+      "MiLoRA", PiSSA(rank=r, alpha=4.0, part="smallest"), -6, **start
     ),
     _adapted("OLoRA", OLoRA(rank=r, alpha=4.0), -6, **start),
     _adapted("CorDA", CorDA(rank=r, alpha=4.0), -6, look=_covariances, **start),
-    _adapted("LoRA-GA", LoRAGA(rank=r, alpha=4.0), -6, look=_gradients, **start),
+    _adapted("LoRA-GA", LoRAGA(rank=r, alpha=4.0), -6, look=_slopes, **start),
     _adapted("EVA", EVA(rank=r, alpha=16.0), look=_directions, **start),
     _adapted("KaSA", KaSA(rank=r, alpha=16.0), **start),
     _adapted("AdaLoRA", AdaLoRA(rank=r, alpha=16.0), -6),
@@ -137,7 +137,7 @@ def methods() -> tuple[Arm, ...]:
   )  # fmt: skip
 
 
-def _gradients(loss):
+def _slopes(loss):
   return looks.Gradients(loss=loss)
 
 
