@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 
 from experiments.study import Arm
-from research.lora import adapt, looks, loraplus, lorapro, relora, riemannian
+from research.lora import adapt, look, loraplus, lorapro, relora, riemannian
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.c3a import C3A
 from research.lora.methods.delora import DeLoRA
@@ -137,16 +137,16 @@ def methods() -> tuple[Arm, ...]:
   )  # fmt: skip
 
 
-def _slopes(loss):
-  return looks.Gradients(loss=loss)
+def _slopes(reading):
+  return look.Gradients(reading=reading)
 
 
-def _covariances(loss):
-  return looks.Covariances(loss=loss)
+def _covariances(reading):
+  return look.Covariances(reading=reading)
 
 
-def _directions(loss):
-  return looks.Directions(loss=loss, rank=4)
+def _directions(reading):
+  return look.Directions(reading=reading)
 
 
 def _loraplus(schedule):

@@ -16,7 +16,9 @@ import numpy as np
 
 from experiments.study import Arm, Row, Study
 from research import tree, weights
+from research.data.pipeline import Pipeline
 from research.lora import wrap
+from research.lora.look import Reading
 from research.training import optim, state, step
 from research.training.objective import NextToken
 from research.typing import Array, Float, Int, Params
@@ -141,7 +143,7 @@ def sweep(study: Study, arm: Arm, on: Ground) -> Row:
   largest, as a share of all) and `rank90` (how many have 90% of the energy);
   `curve` is [rates, seeds, steps].
   """
-  trees = [_begun(arm, on, seed) for seed in range(study.seeds)]
+  trees = [_begun(study, arm, on, seed) for seed in range(study.seeds)]
   run = _population(study, arm, on, trees)
   ks, parts = [], []
   grid = range(arm.first, arm.first + CHUNK)
@@ -174,31 +176,19 @@ def sweep(study: Study, arm: Arm, on: Ground) -> Row:
   }
 
 
-def _begun(arm: Arm, on: Ground, seed: int) -> Params:
+def _begun(study: Study, arm: Arm, on: Ground, seed: int) -> Params:
   """Returns the parameters that one seed starts from."""
   base = on.bases[seed % len(on.bases)]
   transform = arm.transform
   if transform is None:
     return base
   if arm.look is not None:
-    rows = on.pool[:EVALUATED]
-    look = arm.look(lambda params: _loss(on.objective, params, rows))
-    transform = dataclasses.replace(transform, look=look)
+    data = Pipeline(
+      source=study.task, length=on.pool.shape[1] - 1, batch_size=32
+    )
+    reading = Reading(data=data, objective=on.objective)
+    transform = dataclasses.replace(transform, look=arm.look(reading))
   return transform(base, jax.random.key(seed))
-
-
-def one_run(
-  study: Study, arm: Arm, on: Ground, k: int, seed: int = 0
-) -> tuple[Params, Params]:
-  """Returns the parameters before and after one run at the rate 10^(k/2)."""
-  begin = _begun(arm, on, seed)
-  key = jax.random.fold_in(jax.random.key(17), seed)
-
-  @jax.jit
-  def run(params, pool, rate):
-    return _member(arm, study, on.objective, params, pool, key, rate)[0].params
-
-  return begin, run(begin, on.pool, jnp.float32(10 ** (k / 2)))
 
 
 def best_of(losses: Float[np.ndarray, "R S"]) -> int:

@@ -34,7 +34,7 @@ class Arm:
   Attributes:
     name: of the row.
     transform: of the base's weights, or None.
-    look: loss -> what `transform` looks with (`adapt.Look`), or None.
+    look: `look.Reading` -> what `transform` looks with, or None.
     trainable, held: as in `experiment.Experiment`.
     optimizer: of a schedule.
     first: k of the first of four rates, which grow from there as needed.
