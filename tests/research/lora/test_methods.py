@@ -30,6 +30,7 @@ from research.lora.methods.lokr import LoKr
 from research.lora.methods.lora import LoRA
 from research.lora.methods.miss import MiSS
 from research.lora.methods.mora import MoRA
+from research.lora.methods.qalora import QALoRA
 from research.lora.methods.randlora import RandLoRA
 from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA, Residual
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
@@ -59,6 +60,7 @@ METHODS = [
   MiSS(rank=24),
   GraLoRA(rank=4),
   C3A(block=4),
+  QALoRA(rank=4, group=4),
   SHiRA(rank=4),
   SHiRA(rank=4, seed=-1),
   FourierFT(frequencies=40),
