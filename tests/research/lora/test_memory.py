@@ -147,7 +147,7 @@ def test_activations_are_those_that_are_named():
   assert predicted(taken(remat="layer")[1]).activations < 0.15 * got
 
 
-@pytest.mark.parametrize("how", ["lora", "qlora"])
+@pytest.mark.parametrize("how", ["lora", "qlora", "full"])
 def test_within_a_tenth_of_the_compilers(how):
   whole, found = taken(how)
   usage = shapes.lower(whole, found).compile().memory_analysis()
