@@ -128,7 +128,7 @@ def methods() -> tuple[Arm, ...]:
     _adapted(
       "FourierFT", FourierFT(frequencies=622), -6, group="high rank"
     ),
-    _adapted("RandLoRA", RandLoRA(rank=8, alpha=160.0), -8, group="high rank"),
+    _adapted("RandLoRA", RandLoRA(rank=8, alpha=160.0), -7, group="high rank"),
     _adapted("OFT", OFT(block=16), -6, group="rotation"),
     _adapted("BOFT", BOFT(block=4, factors=2), -6, group="rotation"),
     _adapted("HRA", HRA(rank=2 * r), -6, group="rotation"),
