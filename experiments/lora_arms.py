@@ -111,7 +111,7 @@ def methods() -> tuple[Arm, ...]:
     _adapted("EVA", EVA(rank=r, alpha=16.0), look=_directions, **start),
     _adapted("KaSA", KaSA(rank=r, alpha=16.0), **start),
     _adapted("AdaLoRA", AdaLoRA(rank=r, alpha=16.0), -6),
-    _adapted("DeLoRA", DeLoRA(rank=r), -6),
+    _adapted("DeLoRA", DeLoRA(rank=r), -6, group="bound"),
     _adapted("LoRA-FA", LoRAFA(rank=2 * r, alpha=16.0), -6),
     _adapted("MiCA", MiCA(rank=2 * r, alpha=16.0), -6, **start),
     pairs("LoRA+", optimizer=_loraplus),
