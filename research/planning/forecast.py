@@ -111,7 +111,7 @@ def forecast(compiled: Any, mesh: Mesh, topology: Topology) -> Forecast:
   """
   found = cost.of(hlo.parse(compiled.as_text()), mesh.size)
   exchanges = _exchanges(found, mesh)
-  sent = sum(e.sent for e in exchanges)
+  sent = sum((e.sent for e in exchanges), 0.0)
   return Forecast(
     devices=mesh.size,
     peak_flops=topology.chip.flops,
