@@ -166,6 +166,15 @@ def open_file(path: Path) -> dict[str, Lazy]:
     UserError: the file cannot be read, or any part of its header disagrees
       with any other part or with the file's size.
   """
+  return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
+  """Returns the tensors of one file, and the texts of its header, by name.
+
+  Raises:
+    UserError: as `open_file`.
+  """
   data = _opened(path)
   length = int.from_bytes(data.part(0, 8).array().tobytes(), "little")
   limit = min(data.size - 8, MAX_HEADER)
@@ -191,7 +200,7 @@ def open_file(path: Path) -> dict[str, Lazy]:
     out[name] = Lazy(tuple(shape), DTYPES[dtype], str(path), raw)
     end = stop
   _check(end == body.size, path, f"{body.size} bytes of data", str(end))
-  return {name: out[name] for name in header}
+  return {name: out[name] for name in header}, metadata
 
 
 def _index(path: pathlib.Path) -> dict[str, str]:

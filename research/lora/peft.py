@@ -71,7 +71,8 @@ def open_adapter(
       f"{directory}: no {WEIGHTS}{hint}.\n"
       "Save it with PEFT's save_pretrained(..., safe_serialization=True)."
     )
-  tensors = safetensors.open_file(file)
+  tensors, notes = safetensors.open_with_metadata(file)
+  _check_base(file, fields, notes, params)
   params, model = _untied(fields, kind, params, model)
   modules = peft_names.modules(params, model)
   methods = peft_config.read_methods(
@@ -113,6 +114,19 @@ def open_adapter(
       "nothing: it was saved before any training step"
     )
   return adapted, model
+
+
+def _check_base(file, fields, notes, params) -> None:
+  """Raises UserError where the file says that it is for another base."""
+  wanted, found = notes.get(peft_whole.BASE), peft_whole.fingerprint(params)
+  if wanted and found and wanted != found:
+    name = fields.get("base_model_name_or_path")
+    raise UserError(
+      f"{file}: this adapter is for another base: {str(name)[:80]!r}, "
+      f"fingerprint {wanted[:12]}.\n"
+      f"The model it is put on has {found[:12]}: other sizes or norms. Load "
+      "it over its own base."
+    )
 
 
 def _stacked(*arrays):

@@ -91,7 +91,11 @@ def save_adapter(
   )
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    safetensors.write_file(directory / WEIGHTS, tensors | kept)
+    notes = {"format": "pt"}
+    if not any(len(x.shape) == 1 for x in kept.values()):
+      own = peft_whole.fingerprint(params)
+      notes |= {peft_whole.BASE: own} if own else {}
+    safetensors.write_file(directory / WEIGHTS, tensors | kept, notes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / peft_config.CONFIG).write_text(text)
   except OSError as e:

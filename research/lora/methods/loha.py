@@ -68,4 +68,5 @@ class LoHa(Formed):
 
   @classmethod
   def from_fields(cls, fields):
+    fields.neutral(dict(rank_dropout=(None, 0), module_dropout=(None, 0)))
     return cls(rank=fields.integer("r"), alpha=fields.number("alpha"))
