@@ -201,11 +201,14 @@ def _check(tiny, T, H, Hv=None, N=2, sinks=False, dtype="bfloat16",
 
 
 def _ours(tiny: bool, H: int, Hv: int, operand: str | None) -> dict[str, Any]:
+  import jax
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
+  from kernels_pallas.flash_attention.mosaic_gpu import cores
   from kernels_pallas.flash_attention.mosaic_gpu_tiling import for_head_dim
 
-  tiles = for_head_dim(H, Hv)
+  kind = jax.devices()[0].device_kind
+  tiles = for_head_dim(H, Hv, cores(kind) or "wgmma")
   if not tiny:
     tiles = dataclasses.replace(tiles, operand=operand or tiles.operand)
     return {"backend": "mosaic_gpu", "config": tiles}

@@ -14,7 +14,7 @@ from kernels_pallas.flash_attention.blocked import (
   blocked_gradients,
 )
 from kernels_pallas.flash_attention.mosaic_gpu import (
-  HOPPER,
+  cores,
   mosaic_gpu_attention,
   mosaic_gpu_gradients,
   unsupported,
@@ -199,7 +199,7 @@ def prepare(
     if run.config is Tiles:
       config = for_device(kind_of_device, wide, q.dtype.name)
     elif run.config is GpuTiles:
-      config = for_head_dim(H, v.shape[-1])
+      config = for_head_dim(H, v.shape[-1], cores(kind_of_device) or "wgmma")
     else:
       config = blocking.fitted(x)
   if not isinstance(config, run.config):
@@ -237,13 +237,16 @@ def choose(
   if isinstance(config, Blocks):
     return "xla_blockwise", "config is a Blocks"
   if platform in GPUS:
-    if not any(name in kind for name in HOPPER):
-      return "xla_blockwise", f"there is no kernel for {kind}, but for Hopper"
+    if cores(kind) is None:
+      why = f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
+      return "xla_blockwise", why
     reason = unsupported(q, q, q, bias, precision)
     if reason is not None:
       return "xla_blockwise", reason
     if q.shape[1] < ROWS:
-      return "xla_blockwise", f"a GPU kernel would pad T to {2 * ROWS} queries"
+      return "xla_blockwise", f"a GPU kernel would pad T to {ROWS} queries"
+    if cores(kind) == "mma":
+      return "mosaic_gpu", f"the program is for {kind}; gradients are blockwise"
     return "mosaic_gpu", "the program is for a Hopper GPU"
   if platform != "tpu":
     return "xla_blockwise", f"there is no kernel for platform {platform} yet"

@@ -1,8 +1,9 @@
-"""Flash attention as Mosaic kernels for Hopper GPUs, the mosaic_gpu backend.
+"""Flash attention as Mosaic kernels for GPUs, the mosaic_gpu backend.
 
-`mosaic_gpu_forward` and `mosaic_gpu_backward` hold the kernels,
-`mosaic_gpu_problem` what they are called with. The saved output and
-log-sum-exp have the names that `blocked` gives them.
+`mosaic_gpu_forward` and `mosaic_gpu_backward` hold the kernels for Hopper,
+`mosaic_gpu_ampere` the forward one for Ampere and Ada, whose backward pass is
+that of `blocked`; `mosaic_gpu_problem` is what they are called with. The saved
+output and log-sum-exp have the names that `blocked` gives them.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from kernels_pallas.flash_attention import blocking, mosaic_gpu_ampere
 from kernels_pallas.flash_attention import mosaic_gpu_backward as back
 from kernels_pallas.flash_attention import mosaic_gpu_problem as problem
+from kernels_pallas.flash_attention.blocked import blocked_gradients
 from kernels_pallas.flash_attention.cotangents import (
   Queries,
   finished,
@@ -30,7 +33,19 @@ from kernels_pallas.flash_attention.spec import Operands, Spec
 HOPPER = ("H100", "H200", "H800", "GH200", "H20")
 """Device kinds that have `wgmma`."""
 
+AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
+          "L4", "Ada")  # fmt: skip
+"""Device kinds that have `mma` of 16 bits and `cp.async`, and not `wgmma`."""
+
+
 DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def cores(kind: str) -> str | None:
+  """`GpuTiles.cores` of a device kind, or None where there is no kernel."""
+  if any(name in kind for name in HOPPER):
+    return "wgmma"
+  return "mma" if any(name in kind for name in AMPERE) else None
 
 
 def unsupported(
@@ -75,7 +90,8 @@ def mosaic_gpu_attention(
   """
   tiles = _tiles(spec, interpret, x)
   p = problem.prepare(spec, x, tiles.forward, problem.KEYS)
-  o, lse = forward(p, interpret)
+  kernel = mosaic_gpu_ampere.forward if tiles.cores == "mma" else forward
+  o, lse = kernel(p, interpret)
   T, Hv = x.q.shape[1], x.v.shape[-1]
   return o[:, :T, :, :Hv], lse[:, :, :T]
 
@@ -113,6 +129,9 @@ def _gradients(spec, interpret, x, rows) -> Operands:
   """Gradients in the type of the output."""
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
+  if tiles.cores == "mma":
+    plain = dataclasses.replace(spec, blocks=blocking.fitted(x))
+    return blocked_gradients(plain, x, rows)
 
   def prepare(tile, streamed):
     return _with_cotangents(problem.prepare(spec, x, tile, streamed), *rows)

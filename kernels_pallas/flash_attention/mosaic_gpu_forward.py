@@ -121,11 +121,8 @@ def _compute(p, refs, outputs, smem, barriers, line, place):
   pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(pipe[0][0].at[0]))
   pl.when(group == 1)(turn)
   step = functools.partial(_step, x, q, smem, pipe, turn, line, bounds, start)
-  first = tile.vector(-jnp.inf), tile.vector(0.0)
-  if "sinks" in refs:
-    first = tile.vector(refs["sinks"][h] * tile.LOG2E), tile.vector(1.0)
   acc, m, l = stream.consume(
-    line, step, (tile.zeros(ROWS, p.dims[-1]), *first)
+    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
   )  # fmt: skip
   pl.when(group == 0)(turn)
   _store(p, acc, m, l, outputs, smem, (b, h, start, group))
@@ -134,7 +131,7 @@ def _compute(p, refs, outputs, smem, barriers, line, place):
 def _step(x, q, smem, pipe, turn, line, bounds, start, n, where, slots, carry,
           masked):  # fmt: skip
   """Scores of one tile, their softmax, and the product with its values."""
-  p, (acc, m, l), ((k_full, v_full), (k_free, v_free)) = x.p, carry, pipe
+  p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
   k_slot, v_slot = slots
   s = tile.product(q, smem["k"].at[k_slot], turn)
   plgpu.barrier_arrive(k_free.at[k_slot])
@@ -144,14 +141,7 @@ def _step(x, q, smem, pipe, turn, line, bounds, start, n, where, slots, carry,
     drop = tile.dropper(x, start, k)
   if masked:
     seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
-  t, factor, _ = tile.logits(p, s, seen)
-  m_new = jnp.maximum(m, t.max(axis=1) * factor)
-  # No key seen so far: any finite number, so that exponentials are 0, not NaN.
-  shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
-  alpha = jnp.exp2(m - shift)
-  e = jnp.exp2(t * factor - tile.spread(shift, t.shape, 0))
-  acc = acc * tile.spread(alpha, acc.shape, 0)
-  l = l * alpha + e.sum(axis=1)
+  acc, m_new, l, e = tile.softmax(p, s, seen, carry)
   e = drop(e).astype(smem["v"].dtype)
   acc, l, m_new, e = lax.optimization_barrier((acc, l, m_new, e))
   turn()
@@ -169,16 +159,13 @@ def _step(x, q, smem, pipe, turn, line, bounds, start, n, where, slots, carry,
 
 
 def _store(p, acc, m, l, outputs, smem, place):
-  """o = acc / l and lse = m + log l; 0 and -inf where l = 0."""
+  """Results to memory."""
   (b, h, start, group), (o_ref, lse_ref) = place, outputs
   o_smem, lse_smem = smem.get("o", smem["q"]).at[group], smem["lse"].at[group]
-  empty = l == 0
-  scale = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, l))
-  lse = m * tile.LN2 + jnp.log(jnp.where(empty, 1.0, l))
-  lse_smem[...] = jnp.where(empty, -jnp.inf, lse)
+  o, lse = tile.normalised(acc, m, l)
+  lse_smem[...] = lse
   queries = pl.ds(start, ROWS)
-  acc = acc * tile.spread(scale, acc.shape, 0)
-  tile.store(o_smem, acc, o_ref.at[b, queries, h])
+  tile.store(o_smem, o, o_ref.at[b, queries, h])
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, h, queries])
   plgpu.wait_smem_to_gmem(0)

@@ -49,6 +49,10 @@ class Line(NamedTuple):
     """Tiles that pass, over all heads."""
     return self.heads * (self.full + self.partial)
 
+  def nth(self, n: Any) -> jax.Array:
+    """The tile of step n of a line that is walked once."""
+    return self.table[self.start + 2 + n]
+
   def tile(self, kind: int, n: jax.Array) -> tuple[Any, jax.Array]:
     """(head, tile) of step n among those of a class."""
     count = self.full if kind == mask_blocks.FULL else self.partial

@@ -170,6 +170,46 @@ def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
   return Logits(t, factor, slope)
 
 
+def nothing(x: View) -> tuple[jax.Array, jax.Array]:
+  """Maximum and sum of exponentials before the first key: those of sinks."""
+  if "sinks" in x.refs:
+    return vector(x.refs["sinks"][x.h] * LOG2E), vector(1.0)
+  return vector(-jnp.inf), vector(0.0)
+
+
+def softmax(
+  p: Problem, s: jax.Array, seen: jax.Array | None, carry: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """A step of the online softmax: (acc, m, l, e), acc without the new tile.
+
+  Args:
+    p: The problem.
+    s: Products of queries and keys.
+    seen: Which are visible, or None: all.
+    carry: acc, m (in base 2) and l so far.
+  """
+  acc, m, l = carry
+  t, factor, _ = logits(p, s, seen)
+  m_new = jnp.maximum(m, t.max(axis=1) * factor)
+  # No key seen so far: any finite number, so that exponentials are 0, not NaN.
+  shift = m_new if seen is None else jnp.where(m_new == -jnp.inf, 0.0, m_new)
+  alpha = jnp.exp2(m - shift)
+  e = jnp.exp2(t * factor - spread(shift, t.shape, 0))
+  acc = acc * spread(alpha, acc.shape, 0)
+  return acc, m_new, l * alpha + e.sum(axis=1), e
+
+
+def normalised(
+  acc: jax.Array, m: jax.Array, l: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """o = acc / l and lse = m + log l, natural; 0 and -inf where l = 0."""
+  empty = l == 0
+  scale = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, l))
+  lse = m * LN2 + jnp.log(jnp.where(empty, 1.0, l))
+  o = acc * spread(scale, acc.shape, 0)
+  return o, jnp.where(empty, -jnp.inf, lse)
+
+
 def of_queries(x: View, start: Any, size: int) -> dict[str, jax.Array]:
   """What the mask says of queries [start, start + size), by name."""
   return _vectors(x, "rows", x.p.rows, start, size, 1 - x.along)

@@ -19,6 +19,7 @@ SHARED_BYTES = 232_448
 """Shared memory that a block of Hopper or Blackwell may ask for."""
 
 OPERANDS = ("registers", "shared")
+CORES = ("wgmma", "mma")
 PRODUCTS = ("both", "one")
 
 # Registers a thread of (a computing, the copying) warpgroup, by how many
@@ -75,6 +76,8 @@ class GpuTiles:
     operand: Where the left operand of the second matmul comes from:
       'registers', which is fast, or 'shared' memory, which the GPU interpreter
       can run.
+    cores: The instruction of the tensor cores: 'wgmma' of Hopper, or 'mma' of
+      every GPU since Ampere, which has a forward kernel of one group.
   """
 
   forward: GpuTile = GpuTile()
@@ -82,8 +85,15 @@ class GpuTiles:
   dq: GpuTile = GpuTile(2, 64)
   gradients: tuple[tuple[str, ...], ...] = (("dk", "dv"),)
   operand: str = "registers"
+  cores: str = "wgmma"
 
   def __post_init__(self):
+    groups = self.forward.groups
+    if self.cores not in CORES or (self.cores == "mma" and groups != 1):
+      raise ValueError(
+        f"tiles.cores: found {self.cores!r} and {groups} groups, expected one "
+        f"of {CORES}, and 1 group for 'mma'"
+      )
     if self.operand not in OPERANDS:
       raise ValueError(
         f"tiles.operand: found {self.operand!r}, expected one of {OPERANDS}"
@@ -96,7 +106,7 @@ class GpuTiles:
       )
 
 
-def for_head_dim(H: int, Hv: int) -> GpuTiles:
+def for_head_dim(H: int, Hv: int, cores: str = "wgmma") -> GpuTiles:
   """Tiles that fit registers and shared memory.
 
   As `python -m kernels_pallas.inspect.gpu` finds them for 16-bit operands.
@@ -104,7 +114,10 @@ def for_head_dim(H: int, Hv: int) -> GpuTiles:
   Args:
     H: Head dim of queries and keys.
     Hv: Head dim of values.
+    cores: As of `GpuTiles`.
   """
+  if cores == "mma":
+    return GpuTiles(forward=GpuTile(1, 64, (1, 1)), cores=cores)
   wide = max(H, Hv)
   if wide <= 64:
     return GpuTiles(dkv=GpuTile(2, 64), dq=GpuTile(2, 128))

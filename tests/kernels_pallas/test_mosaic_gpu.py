@@ -41,6 +41,7 @@ TILES = {
     (("dk",), ("dv",)),
     "shared",
   ),
+  "ampere": GpuTiles(GpuTile(1, 64), operand="shared", cores="mma"),
 }
 
 
@@ -110,6 +111,14 @@ CASES = {
     {"Hv": 80},
   ),
 }
+
+
+AMPERE = {
+  f"{name}_ampere": (options, shape | {"tiles": "ampere"})
+  for name, (options, shape) in CASES.items()
+  if name in ("empty_rows", "window_segments_sinks", "dropout_other_width")
+}
+CASES |= AMPERE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -208,6 +217,8 @@ def test_bad_tiles_are_refused(bad, match):
 def test_bad_kernels_are_refused():
   with pytest.raises(ValueError, match="operand"):
     GpuTiles(operand="memory")
+  with pytest.raises(ValueError, match="cores.*1 group"):
+    GpuTiles(cores="mma")
   with pytest.raises(ValueError, match="'dk' and 'dv' once"):
     GpuTiles(gradients=(("dk",),))
 
@@ -227,7 +238,7 @@ def test_tiles_fit_shared_memory(H, Hv):
     assert 2 * rows + 2048 <= SHARED_BYTES
 
 
-def test_auto_is_the_kernel_on_hopper_alone():
+def test_auto_is_the_kernel_where_there_is_one():
   q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
 
   def chosen(kind, q=q, **more):
@@ -241,9 +252,12 @@ def test_auto_is_the_kernel_on_hopper_alone():
     return found[0]
 
   assert chosen("NVIDIA H100 80GB HBM3")[0] == "mosaic_gpu"
+  for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
+    name, why = chosen(kind)
+    assert name == "mosaic_gpu" and "gradients are blockwise" in why
   few = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
   for name, why in (
-    (chosen("NVIDIA A100-SXM4-80GB"), "Hopper"),
+    (chosen("NVIDIA B200"), "Hopper"),
     (chosen("NVIDIA H100", q.update(dtype=jnp.float32)), "dtype"),
     (chosen("NVIDIA H100", few), "pad T"),
     (chosen("NVIDIA H100", bias=jnp.zeros((1, 1, 1, 1))), "bias"),
