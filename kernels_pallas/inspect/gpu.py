@@ -19,7 +19,9 @@ import tempfile
 
 from kernels_pallas.inspect import ptx
 
-TARGETS = ("h100",)
+TARGETS = {"a100": "mma", "h100": "wgmma", "b200": "wgmma"}
+"""Chips, and the instruction of `GpuTiles.cores` that is tried on each."""
+
 DTYPES = ("bfloat16", "float16")
 TIMEOUT = 600
 
@@ -99,8 +101,13 @@ def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
     keep: Folder for the dumps; default is one that is removed.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: There is no such kernel, or the compiler refuses, in its words.
   """
+  if (job.direction, TARGETS[job.target]) == ("backward", "mma"):
+    raise ValueError(
+      f"direction: found backward, expected forward for {job.target}, whose "
+      "gradients are xla_blockwise's"
+    )
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch) if keep is None else keep / job.maker
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,16 +190,17 @@ def _compile(job: Job) -> None:
     return jax.vjp(function, q, k, v)[1](q)
 
   run = function if job.direction == "forward" else backward
-  jax.jit(run).lower(array(4), array(2), array(2)).compile()
+  # Mosaic asks the default device which instructions there are.
+  with jax.default_device(devices[0]):
+    jax.jit(run).lower(array(4), array(2), array(2)).compile()
 
 
 def _ours(job: Job):
   from kernels_pallas.flash_attention.api import flash_attention
   from kernels_pallas.flash_attention.mosaic_gpu_tiling import for_head_dim
 
-  tiles = dataclasses.replace(
-    for_head_dim(job.head_dim, job.head_dim), operand=job.operand
-  )
+  tiles = for_head_dim(job.head_dim, job.head_dim, TARGETS[job.target])
+  tiles = dataclasses.replace(tiles, operand=job.operand)
   return lambda q, k, v: flash_attention(
     q, k, v, causal=job.mask == "causal", backend="mosaic_gpu", config=tiles
   )

@@ -13,11 +13,23 @@ import re
 _LABEL = re.compile(r"^(\$L\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+);")
 _OPCODE = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)")
-_SHAPE = re.compile(r"wgmma\.mma_async\S*\.m(\d+)n(\d+)k(\d+)")
+_MATMUL = re.compile(r"wgmma\.mma_async|mma\.sync")
+_SHAPE = re.compile(r"(w?g?)mma\.(?:mma_async|sync)\S*\.m(\d+)n(\d+)k(\d+)")
+_KINDS = {
+  "wgmma.mma_async": "wgmma",
+  "mma.sync": "mma",
+  "cp.async.bulk.tensor": "copy",
+}
+_INLINE = re.compile("|".join(map(re.escape, _KINDS)))
+_WARPS = {"wg": 1, "": 4}
+"""Instructions of a warpgroup that do what one of these says: a `mma` is that
+of a warp."""
 
 MIX = {
   "wgmma": r"wgmma\.mma_async",
-  "copy": r"cp\.async\.bulk",
+  "mma": r"mma\.sync",
+  "copy": r"cp\.async\.(bulk|c[ag])",
+  "matrix": r"ldmatrix\.",
   "exp2": r"ex2\.",
   "fma": r"fma\.",
   "multiply": r"mul\.(rn\.)?f",
@@ -100,8 +112,8 @@ def mix(lines: list[str]) -> dict[str, int]:
   found = collections.Counter()
   for line in lines:
     # Inline assembly: a brace or a predicate of its own may stand before it.
-    if inline := re.search(r"wgmma\.mma_async|cp\.async\.bulk\.tensor", line):
-      found["wgmma" if inline[0].startswith("wgmma") else "copy"] += 1
+    if inline := _INLINE.search(line):
+      found[_KINDS[inline[0]]] += 1
       continue
     opcode = _OPCODE.match(line)
     if opcode is None or line.lstrip().startswith((".", "//", "$")):
@@ -121,7 +133,7 @@ def _steady(lines: list[str]) -> list[str]:
     if branch and branch[1] in labels:
       loops.append((labels[branch[1]], n + 1))
   bodies = [lines[a:b] for a, b in loops]
-  bodies = [b for b in bodies if any("wgmma.mma_async" in x for x in b)]
+  bodies = [b for b in bodies if any(map(_MATMUL.search, b))]
   return min(bodies, key=len, default=[])
 
 
@@ -129,6 +141,6 @@ def _flops(lines: list[str]) -> int:
   total = 0
   for line in lines:
     if shape := _SHAPE.search(line):
-      m, n, k = (int(x) for x in shape.groups())
-      total += 2 * m * n * k
+      m, n, k = (int(x) for x in shape.groups()[1:])
+      total += 2 * m * n * k * _WARPS[shape[1]]
   return total

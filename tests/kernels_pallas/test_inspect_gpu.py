@@ -53,6 +53,16 @@ def test_the_loop_of_matmuls_is_found_and_counted(dump):
   assert found.total["integer"] == found.total["barrier"] == 1
 
 
+def test_a_warps_matmuls_count_as_a_warpgroups(dump):
+  text = PTX.replace(
+    "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%f1}, %rd1, %rd2",
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%f1}, {%r1}",
+  )
+  (dump / "k_0.ptx").write_text(text)
+  (found,) = ptx.read(dump)
+  assert found.loop["mma"] == 1 and found.flops == 2 * 64 * 8 * 16
+
+
 def test_other_formats_are_refused(dump):
   (dump / "k_0.ptxas").write_text("nothing")
   with pytest.raises(ValueError, match="another format"):
@@ -60,6 +70,11 @@ def test_other_formats_are_refused(dump):
   (dump / "k_0.ptxas").unlink()
   with pytest.raises(ValueError, match="found no"):
     ptx.read(dump)
+
+
+def test_ampere_has_no_backward_kernel():
+  with pytest.raises(ValueError, match="direction: found backward"):
+    gpu.measure(Job(target="a100", direction="backward"))
 
 
 def test_without_the_compiler_it_says_so(monkeypatch, capsys):
@@ -88,6 +103,28 @@ def test_compiles_for_hopper(head_dim, dtype, mask, direction):
     assert kernel.loop["wgmma"] >= 2
     assert kernel.spills == 0
     assert kernel.shared is None or kernel.shared <= 232_448
+
+
+@pytest.mark.chips
+@pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_compiles_for_ampere(head_dim, mask):
+  (kernel,) = gpu.measure(Job(target="a100", head_dim=head_dim, mask=mask))
+  # Copies of 16 bytes a thread, and no shuffle but those of the softmax's sums.
+  assert kernel.total["copy"] and not kernel.total.get("wgmma")
+  assert kernel.flops == 2 * 2 * 64 * 64 * head_dim
+  assert kernel.loop["matrix"] and kernel.loop["shuffle"] <= 8
+  assert kernel.spills == 0
+  # An Ada has 101,376 bytes.
+  assert kernel.shared is None or kernel.shared <= 101_376
+
+
+@pytest.mark.chips
+@pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+def test_blackwell_has_no_wgmma():
+  with pytest.raises(ValueError, match="Cannot select: intrinsic.*wgmma"):
+    gpu.measure(Job(target="b200"))
 
 
 @pytest.mark.chips
