@@ -50,8 +50,8 @@ _CHAT = flags.DEFINE_bool(
 _ADAPTER = flags.DEFINE_multi_string(
   "adapter",
   [],
-  "NAME=DIR of an adapter in PEFT's format, to be applied; may be given "
-  "several times, one for each prompt.",
+  "NAME=DIR of an adapter in PEFT's format, or NAME=FILE.gguf of llama.cpp's, "
+  "to be applied; may be given several times, one for each prompt.",
   flag_values=FLAGS,
 )
 _SAMPLER = flags.DEFINE_enum(
@@ -186,7 +186,7 @@ def _rows(names: Sequence[str]) -> list[tuple[str, str | None]]:
 def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   """Returns parameters for decoding, each row's adapter in them."""
   from research import weights
-  from research.lora import peft, pool
+  from research.lora import gguf_adapter, pool
   from research.nn import generate
   from research.quant import panels
 
@@ -196,8 +196,8 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   if not places:
     return ready(loaded.params)
   if len(set(names)) == 1:
-    params = peft.load_adapter(places[names[0]], loaded.params, loaded.model)
-    return ready(params)
+    place = places[names[0]]
+    return ready(gguf_adapter.load_any(place, loaded.params, loaded.model))
   held = pool.fitted(loaded.params, loaded.model, places)
   held, ids = pool.use(held, names)
   return weights.bind(ready(held.params), ids=ids)

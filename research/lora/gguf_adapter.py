@@ -26,7 +26,7 @@ from research.interop import (
   gguf_model,
   gguf_types,
 )
-from research.lora import plain, wrap
+from research.lora import peft, plain, wrap
 from research.lora.plain import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
@@ -215,6 +215,19 @@ def load(
   if not any(f.a.any() and f.b.any() for f in found.values()):
     raise UserError(f"{path}: the adapter changes nothing; A or B is zero")
   return plain.wrapped(params, found)
+
+
+def is_file(place: str | os.PathLike) -> bool:
+  """Whether a name is that of a GGUF file, not of PEFT's directory."""
+  return pathlib.Path(place).suffix == ".gguf"
+
+
+def load_any(
+  place: str | os.PathLike, params: Params, model: Transformer
+) -> dict[str, Any]:
+  """Returns `params` under the adapter of a GGUF file or PEFT's directory."""
+  read = load if is_file(place) else peft.load_adapter
+  return read(place, params, model)
 
 
 def _alpha(path, file: gguf.GGUF, arch: str) -> float:

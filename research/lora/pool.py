@@ -20,7 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.lora import adapt, peft, peft_config, row_factors
+from research.lora import adapt, gguf_adapter, peft_config, row_factors
 from research.lora import slots as slots_of
 from research.lora.adapted import AdaptedTensor
 from research.lora.batched import NONE
@@ -132,12 +132,12 @@ def fitted(
 
 
 def add(pool: Pool, name: str, directory: str | os.PathLike) -> Pool:
-  """Returns the pool with an adapter in PEFT's format, of any method.
+  """Returns the pool with an adapter in PEFT's format, or llama.cpp's.
 
   Args:
     pool: if it has one of that name, the new one takes its place.
     name: anything but `BASE`.
-    directory: see `peft.load_adapter`.
+    directory: or a .gguf file, see `gguf_adapter.load_any`.
 
   Raises:
     UserError: it is damaged or does not fit, brings weights whole, or is no
@@ -252,11 +252,8 @@ def _trimmed(pool):
 
 def _read(place, params, model, rank):
   """Returns the factors of an adapter of the base `params`."""
-  adapted = peft.load_adapter(place, params, model)
-  fields, _ = peft_config.read_config(place)
-  saved = peft_config.whole_modules(fields)
-  if peft_config.bias_mode(fields) != "none":
-    saved = (*saved, "bias")
+  adapted = gguf_adapter.load_any(place, params, model)
+  saved = () if gguf_adapter.is_file(place) else _saved(place)
   before = tree.top(params)
   for path, w in tree.top(adapted).items():
     while isinstance(w, AdaptedTensor):
@@ -272,6 +269,13 @@ def _read(place, params, model, rank):
     return row_factors.of(adapted, rank)
   except UserError as error:
     raise UserError(f"{place}: {error}") from error
+
+
+def _saved(place):
+  """Returns what PEFT's directory `place` says it brings whole."""
+  fields, _ = peft_config.read_config(place)
+  saved = peft_config.whole_modules(fields)
+  return saved if peft_config.bias_mode(fields) == "none" else (*saved, "bias")
 
 
 def _again(pool, place):

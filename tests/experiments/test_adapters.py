@@ -151,14 +151,24 @@ def test_rules(command, tmp_path):
 
 
 def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):
-  """An update a thousandth of its weights, in bf16."""
-  small, to = tmp_path / "small", tmp_path / "hf"
+  """A small update of a base in bf16, whose numbers it does not move."""
+  small, to, base = (tmp_path / name for name in ("small", "hf", "base"))
+  status, _, errors = command(
+    convert.main,
+    *(f"--from={MODELS / 'llama'}", f"--to={base}", "--format=hf"),
+    "--dtype=bfloat16",
+  )
+  assert (status, errors) == (0, "")
   weight = "--weight=0.003"
   status, _, errors = command(
     adapters.main, "--op=cat", f"--from={A}", weight, f"--to={small}"
   )
   assert (status, errors) == (0, "")
-  options = [f"--from={small}", "--format=hf", f"--to={to}", "--dtype=bfloat16"]
+  path = small / "adapter_config.json"
+  config = json.loads(path.read_text())
+  config["base_model_name_or_path"] = str(base)
+  path.write_text(json.dumps(config))
+  options = [f"--from={small}", "--format=hf", f"--to={to}"]
   status, _, errors = command(convert.main, *options)
   assert status == 1
   assert "of the adapter's update would be left" in errors

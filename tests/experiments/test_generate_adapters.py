@@ -11,7 +11,7 @@ import pytest
 from experiments import cli, generate
 from research import tree
 from research.interop import load
-from research.lora import adapt, peft_write
+from research.lora import adapt, gguf_adapter, peft, peft_write
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
 
@@ -100,3 +100,21 @@ def test_errors(command, places, flags, words):
   assert (status, lines) == (1, [])
   assert errors.startswith("error: ") and words in errors
   assert len(errors.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("others", [[], ["a"]], ids=["alone", "in a batch"])
+def test_a_gguf_adapter_does_what_its_directory_does(
+  others, command, places, tmp_path
+):
+  folder = places["b"].partition("=b=")[2]
+  file, base = tmp_path / "b.gguf", load.load_model(TINY)
+  params = peft.load_adapter(folder, base.params, base.model)
+  gguf_adapter.save(file, params, base.model)
+  rest = [places[name] for name in others]
+  texts = []
+  for place in (places["b"], f"--adapter=b={file}"):
+    status, lines, errors = command("--prompt=def area", place, *rest)
+    assert (status, errors) == (0, "")
+    texts.append([r["text"] for r in json.loads(lines[-1]).get("rows", [])])
+    texts[-1].append(json.loads(lines[-1]).get("text"))
+  assert texts[0] == texts[1]
