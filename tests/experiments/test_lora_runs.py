@@ -10,6 +10,7 @@ from research.training import workdir
 RUNS = sorted(
   str(path.relative_to(config.CONFIGS))
   for path in config.CONFIGS.glob("runs/lora/*_smollm2.gin")
+  if "adapters/smollm2_short.gin" in path.read_text("utf-8")
 )
 
 
