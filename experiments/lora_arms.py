@@ -131,7 +131,7 @@ def methods() -> tuple[Arm, ...]:
     _adapted("RandLoRA", RandLoRA(rank=8, alpha=160.0), -7, group="high rank"),
     _adapted("OFT", OFT(block=16), -6, group="rotation"),
     _adapted("BOFT", BOFT(block=4, factors=2), -6, group="rotation"),
-    _adapted("HRA", HRA(rank=2 * r), -6, group="rotation"),
+    _adapted("HRA", HRA(rank=2 * r), -4, group="rotation"),
     _adapted("VeRA", VeRA(rank=448), -4, group="few"),
     _adapted("IA3", IA3(), -5, group="few"),
   )  # fmt: skip
