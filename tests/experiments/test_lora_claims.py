@@ -22,7 +22,8 @@ RUNS = sorted(
   for p in config.CONFIGS.glob("runs/**/claims_*.gin")
 )
 TINY = (
-  *("presets.Sizes.width=32", "presets.Sizes.head_dim=8"),
+  *("presets.Sizes.width=32", "presets.Sizes.depth=1"),
+  "presets.Sizes.head_dim=8",
   *("presets.Sizes.hidden=32", "study.Study.base_steps=30"),
   *("study.Study.steps=4", "study.Study.seeds=2", "study.Study.batch=4"),
 )
