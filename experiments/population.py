@@ -176,6 +176,20 @@ def sweep(study: Study, arm: Arm, on: Ground) -> Row:
   }
 
 
+def one_run(
+  study: Study, arm: Arm, on: Ground, k: int, seed: int = 0
+) -> tuple[Params, Params]:
+  """Returns the parameters before and after one run at the rate 10^(k/2)."""
+  begin = _begun(study, arm, on, seed)
+  key = jax.random.fold_in(jax.random.key(17), seed)
+
+  @jax.jit
+  def run(params, pool, rate):
+    return _member(arm, study, on.objective, params, pool, key, rate)[0].params
+
+  return begin, run(begin, on.pool, jnp.float32(10 ** (k / 2)))
+
+
 def _begun(study: Study, arm: Arm, on: Ground, seed: int) -> Params:
   """Returns the parameters that one seed starts from."""
   base = on.bases[seed % len(on.bases)]

@@ -178,7 +178,7 @@ def test_a_trial_has_bindings_of_its_own(command):
   ("arguments", "options", "message"),
   [
     (["--set=RANK=3"], {}, "the sweep varies it already"),
-    (["--set=RANG=3"], {}, "did you mean RANK"),
+    (["--set=RANKS=3"], {}, "did you mean RANK"),
     ([], {"more": "sweeps.Sweep.seed = 'SEEED'"}, "nothing in this run uses"),
     ([], {"ranks": (1, 2.5)}, "unit RANK=2.5_SEED=0: .*rank: found 2.5"),
     ([], {"ranks": (8, 8)}, "are the same run"),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from research import tree
 from research.interop import (
   convert,
   gguf,
@@ -301,8 +302,8 @@ def test_peft_to_ours_to_peft(name, tmp_path):
 def test_an_adapter_over_packed_weights(tmp_path):
   it = load.load_model(MODELS / "gguf_q8_0" / "model.gguf", packed=True)
   params = adapt.Adapt(method=LoRA(rank=2))(it.params, jax.random.key(0))
-  params = jax.tree.map(
-    lambda x: x + 0.01 if x.dtype == np.float32 else x, params
+  params = tree.map_paths(
+    lambda p, x: x + 0.01 if "/trained/" in p else x, params
   )
   base = str(MODELS / "gguf_q8_0" / "model.gguf")
   peft_write.save_adapter(tmp_path / "a", params, it.model, base)

@@ -62,13 +62,15 @@ def test_a_step_holds_no_frozen_weight(line, tmp_path):
 def test_difference_is_shown_path_by_path(start, adapted, tmp_path):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(start)
-    other = {**adapted, "extra": {"a": jnp.ones(3)}}
+    other = {**adapted, "extra": {"trained": {"a": jnp.ones(3)}}}
     del other["run0"]
     with pytest.raises(UserError) as caught:
       checkpoints.restore(
         state.create(other, ADAPTERS, optim.adamw(1e-3), average=True)
       )
-    assert "extra/a: found nothing, expected float32[3]" in str(caught.value)
+    assert "extra/trained/a: found nothing, expected float32[3]" in str(
+      caught.value
+    )
     assert "more\n" in str(caught.value)
     assert str(caught.value).count("\n") == 2
     wider = jax.tree.map(
