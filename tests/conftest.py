@@ -64,3 +64,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
     if reason := _reason_to_skip(item):
       item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """Drops compiled programs before the kernel has no map left for another.
+
+  A program takes several; Linux gives a process 65,530, after which XLA fails
+  to materialize symbols. What is dropped comes back from the disk's cache.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    jax.clear_caches()
