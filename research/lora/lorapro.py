@@ -59,14 +59,7 @@ def nearest(
       db - jnp.einsum("...rs,...ro->...so", x, b),
     )
 
-  def init(params):
-    pairs.pairs(params, matching)
-    return optax.EmptyState()
-
-  def update(updates, state, params=None):
-    return pairs.map_pairs(change, updates, params, matching), state
-
-  return optax.GradientTransformation(init, update)
+  return pairs.stateless(change, matching)
 
 
 def lorapro(

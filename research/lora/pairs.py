@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from research import tree, weights
 from research.typing import Array, Float, UserError
@@ -109,6 +110,24 @@ def map_pairs(change: Change, updates: Any, params: Any, matching: str) -> Any:
     for path, new in zip(places, changed, strict=True):
       moves[path] = new.astype(moves[path].dtype)
   return tree.map_paths(lambda path, _: moves[path], updates)
+
+
+def stateless(change: Change, matching: str) -> optax.GradientTransformation:
+  """Returns the transformation that changes pairs and remembers nothing.
+
+  Args:
+    change: see `map_pairs`.
+    matching: as in `pairs`.
+  """
+
+  def init(params):
+    pairs(params, matching)  # a pattern that matches nothing is said now
+    return optax.EmptyState()
+
+  def update(updates, state, params=None):
+    return map_pairs(change, updates, params, matching), state
+
+  return optax.GradientTransformation(init, update)
 
 
 def _wide(x: Array) -> Array:

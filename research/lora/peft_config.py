@@ -63,7 +63,8 @@ BIASES = ("none", "all", "lora_only")
 """Which biases of the base an adapter brings along."""
 
 
-def _texts(fields: Fields, name: str) -> match.Names:
+def texts(fields: Fields, name: str) -> match.Names:
+  """Returns a field that holds names, or a regular expression."""
   x = fields.get(name)
   if isinstance(x, list) and all(isinstance(t, str) for t in x):
     return tuple(x)
@@ -80,25 +81,23 @@ def _values(fields: Fields, name: str, whole: bool) -> dict[str, Any]:
   return {key: read(key) for key in inner.values}
 
 
-def _targets(fields: Fields) -> match.Targets:
+def targets(fields: Fields) -> match.Targets:
+  """Returns which modules a configuration chooses."""
   layers = fields.get("layers_to_transform")
   layers = [layers] if type(layers) is int else layers
   if layers is not None and not (
     isinstance(layers, list) and all(type(i) is int for i in layers)
   ):
     raise fields.wrong("layers_to_transform", "whole numbers")
-  containers = _texts(fields, "layers_pattern")
+  containers = texts(fields, "layers_pattern")
   if isinstance(containers, str):
     containers = (containers,)
-  targets = match.Targets(
-    target=_texts(fields, "target_modules"),
-    exclude=_texts(fields, "exclude_modules"),
+  return match.Targets(
+    target=texts(fields, "target_modules"),
+    exclude=texts(fields, "exclude_modules"),
     layers=None if layers is None else tuple(layers),
     containers=containers or None,
   )
-  if layers and isinstance(targets.target, str):
-    raise fields.wrong("layers_to_transform", "null beside a pattern")
-  return targets
 
 
 def whole_modules(fields: Fields) -> tuple[str, ...]:
@@ -181,7 +180,9 @@ def read_methods(
     modules: module names by address.
     sizes: (in, out) of each matrix by address, where methods are to be used.
   """
-  targets, whole = _targets(fields), whole_modules(fields)
+  chooses, whole = targets(fields), whole_modules(fields)
+  if chooses.layers and isinstance(chooses.target, str):
+    raise fields.wrong("layers_to_transform", "null beside a pattern")
   names = kind.PEFT_PATTERNS
   ranks, alphas = (
     _values(fields, names[f], f == "rank") if f in names else {}
@@ -191,7 +192,7 @@ def read_methods(
   chosen = {
     path: module
     for path, module in modules.items()
-    if targets.match(module) and not peft_whole.not_adapted(module, whole)
+    if chooses.match(module) and not peft_whole.not_adapted(module, whole)
   }
   named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
   for path, module in chosen.items():

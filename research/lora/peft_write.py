@@ -9,10 +9,9 @@ import json
 import pathlib
 from collections.abc import Collection
 
-import jax
 import numpy as np
 
-from research import tree, weights
+from research import weights
 from research.interop import parts, safetensors
 from research.lora import peft_config, peft_names, peft_whole, wrap
 from research.lora.adapted import AdaptedTensor
@@ -51,7 +50,7 @@ def save_adapter(
   """
   directory = pathlib.Path(directory)
   modules = peft_names.modules(params, model)
-  found = _adapters(params)
+  found = wrap.adapters(params, _thin)
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
   nameless = sorted(set(found) - set(modules))
@@ -154,23 +153,8 @@ def _stated(method: Method, use_rslora: bool | None) -> Method:
   return dataclasses.replace(method, alpha=alpha, rslora=use_rslora)
 
 
-def _adapters(params: Params) -> dict[str, AdaptedTensor]:
-  """Returns each layer's adapter without its base, by address."""
-  out = {}
-
-  def thin(w):
-    if isinstance(w.w, AdaptedTensor):
-      raise UserError("two adapters on one weight: merge one before saving")
-    return dataclasses.replace(w, w=None, key=None)
-
-  for path, leaf in wrap.leaves(tree.top(params)):
-    if isinstance(leaf, AdaptedTensor):
-      out[path] = thin(leaf)
-  for prefix, layers in tree.layer_indices(params).items():
-    run, layer = prefix.split("/")
-    for path, leaf in wrap.leaves(params[run][layer]):
-      if isinstance(leaf, AdaptedTensor):
-        for k, i in enumerate(layers):
-          one = jax.tree.map(lambda x, k=k: x[k], thin(leaf))
-          out[f"layers/{i}/{path}"] = one
-  return out
+def _thin(w: AdaptedTensor) -> AdaptedTensor:
+  """Returns an adapter without its base."""
+  if isinstance(w.w, AdaptedTensor):
+    raise UserError("two adapters on one weight: merge one before saving")
+  return dataclasses.replace(w, w=None, key=None)

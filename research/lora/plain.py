@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from research import tree, weights
+from research import weights
 from research.lora import merged, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
@@ -69,19 +69,7 @@ def truncated(triple: Triple, rank: int) -> Factors:
 
 def adapters(params: Params) -> dict[str, AdaptedTensor]:
   """Returns each matrix's adapter around its base, in NumPy, by address."""
-  out = {}
-  for path, leaf in wrap.leaves(tree.top(params)):
-    if isinstance(leaf, AdaptedTensor):
-      out[path] = jax.tree.map(np.asarray, _still(leaf))
-  for prefix, layers in tree.layer_indices(params).items():
-    run, layer = prefix.split("/")
-    for path, leaf in wrap.leaves(params[run][layer]):
-      if isinstance(leaf, AdaptedTensor):
-        rows = jax.tree.map(np.asarray, _still(leaf))
-        for k, i in enumerate(layers):
-          one = jax.tree.map(lambda x, k=k: x[k], rows)
-          out[f"layers/{i}/{path}"] = one
-  return out
+  return wrap.adapters(params, lambda t: jax.tree.map(np.asarray, _still(t)))
 
 
 def _still(t: AdaptedTensor) -> AdaptedTensor:

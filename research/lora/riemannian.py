@@ -42,7 +42,7 @@ def scaled(
       pairs.solve(pairs.gram(a, damping), gb),
     )
 
-  return _stateless(change, matching)
+  return pairs.stateless(change, matching)
 
 
 def frozen_down(
@@ -60,18 +60,7 @@ def frozen_down(
     moved = pairs.solve(pairs.gram(a, damping), gb)
     return jnp.zeros_like(ga), moved / scale**2
 
-  return _stateless(change, matching)
-
-
-def _stateless(change: pairs.Change, matching: str):
-  def init(params):
-    pairs.pairs(params, matching)  # a pattern that matches nothing is said now
-    return optax.EmptyState()
-
-  def update(updates, state, params=None):
-    return pairs.map_pairs(change, updates, params, matching), state
-
-  return optax.GradientTransformation(init, update)
+  return pairs.stateless(change, matching)
 
 
 def riemannian(

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from research.interop.fields import Fields
-from research.lora import match, peft_whole
+from research.lora import match, peft_config, peft_whole
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern")
-_NAMES = (list, tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +47,11 @@ def findings(
     modules: names of the base's modules that can be adapted.
     everything: names of all of its modules, norms included.
   """
-  fields = Fields(config, "adapter_config.json")
-  targets = _targets(fields)
-  whole = tuple(_names(fields, "modules_to_save") or ())
+  # As in a file, where there are no tuples.
+  held = {k: list(x) if isinstance(x, tuple) else x for k, x in config.items()}
+  fields = Fields(held, "adapter_config.json")
+  targets = peft_config.targets(fields)
+  whole = tuple(peft_config.texts(fields, "modules_to_save") or ())
   out = [*_invalid(fields)]
   if out:
     return out
@@ -67,35 +68,9 @@ def findings(
   return out
 
 
-def _names(fields: Fields, name: str) -> match.Names:
-  x = fields.get(name)
-  if isinstance(x, _NAMES) and all(isinstance(t, str) for t in x):
-    return tuple(x)
-  if x is None or isinstance(x, str):
-    return x
-  raise fields.wrong(name, "a list of names or a regular expression")
-
-
 def _pattern(fields: Fields, name: str) -> Mapping[str, Any]:
   inner = fields.object(name)
   return inner.values if inner else {}
-
-
-def _targets(fields: Fields) -> match.Targets:
-  layers = fields.get("layers_to_transform")
-  layers = [layers] if type(layers) is int else layers
-  if layers is not None and not (
-    isinstance(layers, _NAMES) and all(type(i) is int for i in layers)
-  ):
-    raise fields.wrong("layers_to_transform", "whole numbers")
-  containers = _names(fields, "layers_pattern")
-  containers = (containers,) if isinstance(containers, str) else containers
-  return match.Targets(
-    target=_names(fields, "target_modules"),
-    exclude=_names(fields, "exclude_modules"),
-    layers=None if layers is None else tuple(layers),
-    containers=tuple(containers) if containers else None,
-  )
 
 
 def _invalid(fields: Fields) -> Iterator[Finding]:

@@ -116,6 +116,29 @@ def wrap(
   return out
 
 
+def adapters(
+  params: Params, prepare: Callable[[AdaptedTensor], Any]
+) -> dict[str, Any]:
+  """Returns each matrix's adapter, by address.
+
+  Args:
+    params: with adapters of any method.
+    prepare: called with each leaf of the tree, layers stacked, before these
+      are taken apart.
+  """
+  out = {}
+  for path, leaf in leaves(tree.top(params)):
+    if isinstance(leaf, AdaptedTensor):
+      out[path] = prepare(leaf)
+  for prefix, layers in tree.layer_indices(params).items():
+    for path, leaf in leaves(_layer(params, prefix)):
+      if isinstance(leaf, AdaptedTensor):
+        rows = prepare(leaf)
+        for k, i in enumerate(layers):
+          out[f"layers/{i}/{path}"] = jax.tree.map(lambda x, k=k: x[k], rows)
+  return out
+
+
 def _address(path: str, rows: Mapping[str, range], k: int) -> str:
   layer, inner = path.split("/", 1)
   return f"layers/{rows[layer][k]}/{inner}"

@@ -27,8 +27,7 @@ class EVA(LoRA):
     return {"a": seen[: self.rank], "b": trained["b"]}, {}
 
   def exported(self, p):
-    own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA)}
-    return LoRA(**own), p
+    return self.plain(), p
 
 
 def ranks(explained: Mapping[str, Any], rank: int) -> dict[str, int]:

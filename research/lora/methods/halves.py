@@ -13,8 +13,8 @@ from research.typing import UserError
 class LoRAFA(LoRA):
   """Zhang et al. 2023 (arXiv:2308.03303): a stays as it was drawn.
 
-  What the backward pass keeps of the input is then `a x [tokens, r]`. For the
-  authors' preconditioned update of b see `research.training`.
+  For the authors' preconditioned update of b see `research.lora.riemannian`.
+  The backward pass keeps the input like that of plain LoRA.
   """
 
   def start(self, key, place, w, seen=None):
@@ -28,7 +28,7 @@ class LoRAFA(LoRA):
   PEFT: ClassVar = None
 
   def exported(self, p):
-    return _plain(self), p
+    return self.plain(), p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,4 @@ class MiCA(LoRA):
     return {"a": zeros(self.rank, place.size_in)}, {"b": v}
 
   def exported(self, p):
-    return _plain(self), p
-
-
-def _plain(method):
-  own = {f.name: getattr(method, f.name) for f in dataclasses.fields(LoRA)}
-  return LoRA(**own)
+    return self.plain(), p

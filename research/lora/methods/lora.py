@@ -45,6 +45,11 @@ class LoRA(Method):
     """`s`; never trained."""
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
+  def plain(self) -> "LoRA":
+    """Returns what computes the same once a start has been made."""
+    own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA)}
+    return LoRA(**own)
+
   def start(self, key, place, w, seen=None):
     r = self.rank
     if place.embedding:

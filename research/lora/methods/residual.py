@@ -70,9 +70,7 @@ class Residual(LoRA):
   def exported(self, p):
     # alpha / r, or alpha / sqrt(r), stays what it is.
     alpha = self.alpha * (2**0.5 if self.rslora else 2)
-    plain = LoRA(
-      rank=2 * self.rank, alpha=alpha, rslora=self.rslora, dropout=self.dropout
-    )
+    plain = dataclasses.replace(self.plain(), rank=2 * self.rank, alpha=alpha)
     a = jnp.concatenate([p["a"], p["a0"]], -2)
     b = jnp.concatenate([p["b"], -p["b0"]], -2)
     return plain, {"a": a, "b": b}
