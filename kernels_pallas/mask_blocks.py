@@ -81,6 +81,29 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
   )
 
 
+def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What decides inside a tile: arrays of rows and of columns, by name.
+
+  Args:
+    found: What `rows` returned.
+
+  Returns:
+    `lo` and `hi` of each interval and `segment`, [B or 1, T]; `key` and
+    `segment`, [B or 1, S]. A bound that is 0 throughout is left out.
+  """
+  rows, columns = {}, {}
+  for n in range(0, found.bounds.shape[1], 2):
+    lo, hi = found.bounds[:, n], found.bounds[:, n + 1]
+    if not (isinstance(lo, np.ndarray) and np.all(lo == 0)):
+      rows[f"lo{n // 2}"] = lo
+    rows[f"hi{n // 2}"] = hi
+  if found.keys is not None:
+    columns["key"] = found.keys
+  if found.segments is not None:
+    rows["segment"], columns["segment"] = found.segments
+  return rows, columns
+
+
 def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
   """The class of every tile, int32 [B or 1, tiles of T, tiles of S].
 

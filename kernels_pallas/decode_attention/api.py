@@ -27,13 +27,9 @@ from kernels_pallas.decode_attention.reference import (
   add_sinks,
   reference_decode,
 )
-from kernels_pallas.decode_attention.spec import (
-  Blocks,
-  Spec,
-  accumulator,
-  device,
-)
+from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.decode_attention.xla import xla_decode
+from kernels_pallas.lowering import accumulator, device
 
 BACKENDS = ("auto", "reference", "xla", "mosaic_tpu")
 

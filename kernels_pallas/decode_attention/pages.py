@@ -30,7 +30,7 @@ from kernels_pallas.decode_attention.mosaic_tpu_append import (
   group_size,
   mosaic_tpu_append,
 )
-from kernels_pallas.decode_attention.spec import device
+from kernels_pallas.lowering import device
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """Quantized dtypes, and their largest number."""

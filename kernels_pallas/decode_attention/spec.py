@@ -49,21 +49,8 @@ class Spec:
   precision: Any = None
 
 
-def accumulator(dtype: Any) -> Any:
-  """What sums are held in: float32, or float64 for float64 inputs."""
-  return jnp.promote_types(dtype, jnp.float32)
-
-
 def capped(spec: Spec, t: jax.Array) -> jax.Array:
   """Logits from scaled products."""
   if spec.softcap is None:
     return t
   return spec.softcap * jnp.tanh(t / spec.softcap)
-
-
-def device() -> tuple[str, str]:
-  """Platform and kind of the devices that the program is for."""
-  found = jax.sharding.get_abstract_mesh().abstract_device
-  if found is not None:
-    return found.platform, found.device_kind
-  return jax.default_backend(), jax.devices()[0].device_kind

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.decode_attention.spec import accumulator, capped
+from kernels_pallas.decode_attention.spec import capped
 from kernels_pallas.decode_attention.work import Problem
+from kernels_pallas.lowering import accumulator
 
 
 def xla_decode(

@@ -31,6 +31,7 @@ from kernels_pallas.flash_attention.mosaic_tpu import (
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
+from kernels_pallas.lowering import device
 from kernels_pallas.masks import Mask, Segments, Window
 
 BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu", "mosaic_gpu")
@@ -195,7 +196,7 @@ def prepare(
     backend, _ = choose(q, config, x.bias, precision)
   run = _backend(backend, interpret)
   if config is None:
-    wide, kind_of_device = max(H, v.shape[-1]), _device()[1]
+    wide, kind_of_device = max(H, v.shape[-1]), device()[1]
     if run.config is Tiles:
       config = for_device(kind_of_device, wide, q.dtype.name)
     elif run.config is GpuTiles:
@@ -233,7 +234,7 @@ def choose(
     bias: Added to the logits, if any.
     precision: Of the matmuls.
   """
-  platform, kind = _device()
+  platform, kind = device()
   if isinstance(config, Blocks):
     return "xla_blockwise", "config is a Blocks"
   if platform in GPUS:
@@ -256,14 +257,6 @@ def choose(
     why = f"a TPU kernel would pad T to {LANES} queries"
     return "xla_blockwise", f"{why}; decode_attention's would not"
   return "mosaic_tpu", "the program is for a TPU"
-
-
-def _device() -> tuple[str, str]:
-  """Platform and kind of the devices that the program is for."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None:
-    return device.platform, device.device_kind
-  return jax.default_backend(), jax.devices()[0].device_kind
 
 
 def _backend(name: str, interpret: Any) -> Backend:

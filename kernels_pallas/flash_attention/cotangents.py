@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import tiles
-from kernels_pallas.flash_attention.spec import Operands, accumulator
+from kernels_pallas.flash_attention.spec import Operands
+from kernels_pallas.lowering import accumulator
 
 
 class Queries(NamedTuple):

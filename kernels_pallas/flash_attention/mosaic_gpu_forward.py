@@ -86,18 +86,7 @@ def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
              (b, h, row, group))  # fmt: skip
 
   def copy():
-    kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
-
-    def operand(name):
-      def run(_, j, slot, barrier):
-        keys = pl.ds(j * p.tile.streamed, p.tile.streamed)
-        plgpu.copy_gmem_to_smem(
-          refs[name].at[b, keys, kv], smem[name].at[slot], barrier
-        )
-
-      return run
-
-    stream.produce(line, *pipe, (operand("k"), operand("v")))
+    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
 
   stream.roles(p, compute, copy)
 

@@ -144,16 +144,7 @@ def _table(tiles: Any, wide: int) -> jax.Array:
 
 def _mask_arrays(found, bq: int, bk: int):
   """Rows [B or 1, T] and columns [B or 1, S] of the mask, by name."""
-  rows, columns = {}, {}
-  for n in range(0, found.bounds.shape[1], 2):
-    lo, hi = found.bounds[:, n], found.bounds[:, n + 1]
-    if not (isinstance(lo, np.ndarray) and np.all(lo == 0)):
-      rows[f"lo{n // 2}"] = lo
-    rows[f"hi{n // 2}"] = hi
-  if found.keys is not None:
-    columns["key"] = found.keys
-  if found.segments is not None:
-    rows["segment"], columns["segment"] = found.segments
+  rows, columns = mask_blocks.arrays(found)
   # Padding: no interval holds coordinate -1, or anything before 0.
   rows = {
     k: pad(jnp.asarray(v), 1, bq, -1 if k == "segment" else 0)

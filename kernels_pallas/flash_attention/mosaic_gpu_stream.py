@@ -121,6 +121,22 @@ def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:
     lax.fori_loop(0, count, functools.partial(turn, kind, first), None)
 
 
+def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
+  """Copies of k and v for query head h of a batch row, for `produce`."""
+  kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
+
+  def operand(name):
+    def run(_, j, slot, barrier):
+      keys = pl.ds(j * p.tile.streamed, p.tile.streamed)
+      plgpu.copy_gmem_to_smem(
+        refs[name].at[b, keys, kv], smem[name].at[slot], barrier
+      )
+
+    return run
+
+  return operand("k"), operand("v")
+
+
 def consume(a: Line, step: Step, carry: Any) -> Any:
   """Folds `step` over the tiles of a line.
 

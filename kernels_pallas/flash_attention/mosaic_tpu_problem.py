@@ -17,8 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import mask_blocks
-from kernels_pallas.flash_attention.spec import Operands, Spec, accumulator
+from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tile, fit
+from kernels_pallas.lowering import accumulator
 
 PREFETCHED = 2
 """Scalar arguments before all others: the table and the dropout seed."""
@@ -255,16 +256,7 @@ def lanes(tile: Tile) -> int:
 
 def _mask_arrays(found, tile: Tile) -> tuple[dict[str, Any], dict[str, Any]]:
   """Rows [B or 1, T] and columns [B or 1, S, lanes] of the mask, by name."""
-  rows, columns = {}, {}
-  for n in range(0, found.bounds.shape[1], 2):
-    lo, hi = found.bounds[:, n], found.bounds[:, n + 1]
-    if not (isinstance(lo, np.ndarray) and np.all(lo == 0)):
-      rows[f"lo{n // 2}"] = lo
-    rows[f"hi{n // 2}"] = hi
-  if found.keys is not None:
-    columns["key"] = found.keys
-  if found.segments is not None:
-    rows["segment"], columns["segment"] = found.segments
+  rows, columns = mask_blocks.arrays(found)
   # Padding: no interval holds coordinate -1, or anything before 0.
   rows = {
     k: pad(jnp.asarray(v), 1, tile.q, -1 if k == "segment" else 0)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from kernels_pallas.flash_attention import dropout
 from kernels_pallas.masks import Mask
@@ -89,8 +88,3 @@ class Backend(NamedTuple):
   attend: Callable[[Spec, Operands], tuple[jax.Array, jax.Array]]
   gradients: Callable[[Spec, Operands, Any], Operands] | None
   config: type
-
-
-def accumulator(dtype: Any) -> Any:
-  """What sums are held in: float32, or float64 for float64 inputs."""
-  return jnp.promote_types(dtype, jnp.float32)

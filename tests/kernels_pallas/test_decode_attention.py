@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.paged_attention import util as paged_util
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as rpa
 
@@ -384,18 +383,6 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
     assert found.dtype == jnp.bfloat16
     error = float(jnp.abs(found.astype(jnp.float32) - exact).max())
     assert error <= 2 * float(jnp.abs(rough - exact).max()) + 1e-5
-
-
-@pytest.fixture(name="tpu_interpreter")
-def _tpu_interpreter():
-  yield pltpu.InterpretParams(
-    detect_races=True,
-    uninitialized_memory="nan",
-    out_of_bounds_reads="raise",
-    random_seed=3,
-    num_cores_or_threads=2,
-  )
-  pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "cache"])

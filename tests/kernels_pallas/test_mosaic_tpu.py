@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention import dropout
 from kernels_pallas.flash_attention.api import choose, flash_attention
@@ -239,18 +238,6 @@ def test_no_tile_is_visited_without_a_visible_pair(name):
   # Once each in the forward kernel, that of dk and dv, and that of dq.
   assert seen == dict.fromkeys(expected, 3)
   assert len(expected) < (n // 4) * (n // 8)
-
-
-@pytest.fixture(name="tpu_interpreter")
-def _tpu_interpreter():
-  yield pltpu.InterpretParams(
-    detect_races=True,
-    uninitialized_memory="nan",
-    out_of_bounds_reads="raise",
-    random_seed=3,
-    num_cores_or_threads=2,
-  )
-  pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.mark.parametrize("backward", ["split", "fused"])

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.quantized_matmul import api, panels, planar
 from kernels_pallas.quantized_matmul import mosaic_tpu_decode as decode
@@ -331,18 +330,6 @@ def test_calls_that_do_not_fit_are_refused(change, message):
   arguments = dict(x=draw(2, 260), w=w) | change
   with pytest.raises(ValueError, match=message):
     api.quantized_matmul(**arguments)
-
-
-@pytest.fixture(name="tpu_interpreter")
-def _tpu_interpreter():
-  yield pltpu.InterpretParams(
-    detect_races=True,
-    uninitialized_memory="nan",
-    out_of_bounds_reads="raise",
-    random_seed=3,
-    num_cores_or_threads=2,
-  )
-  pltpu.reset_tpu_interpret_mode_state()
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Adapters made by PEFT compute here what they compute there, and go back."""
 
-import functools
 import json
-import pathlib
 import shutil
 
 import chex
@@ -17,35 +15,9 @@ from research.interop import load, safetensors
 from research.lora import adapt, peft, peft_config, peft_write, wrap
 from research.typing import UserError
 from tests.support_lora import adapting
+from tests.support_peft import MODELS, base, golden, loaded, logits, relative
 
-MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 ADAPTERS = sorted(p.name for p in MODELS.glob("peft_*"))
-
-
-@functools.cache
-def base():
-  return load.load_model(MODELS / "llama")
-
-
-@functools.cache
-def loaded(name):
-  return load.load_model(MODELS / name)
-
-
-@functools.cache
-def golden(name):
-  with np.load(MODELS / name / "golden.npz") as file:
-    return dict(file)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, params, tokens):
-  hidden, _ = model.apply({"params": params}, tokens)
-  return model.apply({"params": params}, hidden, method="logits")
-
-
-def relative(got, want):
-  return np.abs(np.asarray(got) - want).max() / (want.max() - want.min())
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 
 import chex
 import jax
@@ -11,42 +10,16 @@ import optax
 import pytest
 
 from research import tree
-from research.interop import load, safetensors
+from research.interop import safetensors
 from research.lora import peft, peft_config, peft_write, wrap
 from research.lora.methods import all_methods
+from tests.support_peft import MODELS, base, golden, loaded, logits, relative
 
-MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 ADAPTERS = sorted(p.name for p in MODELS.glob("method_*"))
 
 
 # PEFT repeats them for every module, and reads them without.
 SHARED = ("randlora_A", "randlora_B")
-
-
-@functools.cache
-def base():
-  return load.load_model(MODELS / "llama")
-
-
-@functools.cache
-def loaded(name):
-  return load.load_model(MODELS / name)
-
-
-@functools.cache
-def golden(name):
-  with np.load(MODELS / name / "golden.npz") as file:
-    return dict(file)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, params, tokens):
-  hidden, _ = model.apply({"params": params}, tokens)
-  return model.apply({"params": params}, hidden, method="logits")
-
-
-def relative(got, want):
-  return np.abs(np.asarray(got) - want).max() / (want.max() - want.min())
 
 
 def test_every_method_that_peft_has_is_here():

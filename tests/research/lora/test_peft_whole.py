@@ -2,11 +2,9 @@
 
 import functools
 import json
-import pathlib
 import shutil
 
 import chex
-import jax
 import numpy as np
 import pytest
 
@@ -14,8 +12,8 @@ from research.interop import load, safetensors
 from research.interop.parts import from_params
 from research.lora import peft, peft_config, peft_write, wrap
 from research.typing import UserError
+from tests.support_peft import MODELS, loaded, logits, relative
 
-MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 CASES = sorted(p.name for p in MODELS.glob("peftfull_*"))
 PREFIX = "base_model.model."
 
@@ -24,21 +22,6 @@ PREFIX = "base_model.model."
 def base(name):
   config = json.loads((MODELS / name / "adapter_config.json").read_text())
   return load.load_model(MODELS / name / config["base_model_name_or_path"])
-
-
-@functools.cache
-def loaded(name):
-  return load.load_model(MODELS / name)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, params, tokens):
-  hidden, _ = model.apply({"params": params}, tokens)
-  return model.apply({"params": params}, hidden, method="logits")
-
-
-def relative(got, want):
-  return np.abs(np.asarray(got) - want).max() / (want.max() - want.min())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,23 @@
+"""What the program is for: the device that it is lowered for, and its sums."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulator(dtype: Any) -> Any:
+  """What sums are held in: float32, or float64 for float64 inputs."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def device() -> tuple[str, str]:
+  """Platform and kind of the devices that the program is for.
+
+  Those of the mesh that is set, which may be a topology to compile for, else
+  the default device's.
+  """
+  found = jax.sharding.get_abstract_mesh().abstract_device
+  if found is not None:
+    return found.platform, found.device_kind
+  return jax.default_backend(), jax.devices()[0].device_kind
