@@ -77,8 +77,11 @@ def test_the_command_leaves_what_it_says(trial, capsys):
   assert np.shape(row["heldout"]) == np.shape(row["rank90"]) == (n, 2)
   assert np.shape(row["curve"]) == (n, 2, 4)
   assert row["ks"] == list(range(row["ks"][0], row["ks"][0] + n))
-  # Rank 1 of matrices of side 32.
-  np.testing.assert_allclose(row["rank"], 1 / 32, atol=1e-6)
+  # Rank 1 of matrices of side 32, or none where no sample was ever rewarded:
+  # four steps of four draws, and which are drawn depends on the last bit.
+  rank = np.asarray(row["rank"])
+  np.testing.assert_allclose(rank[rank > 0], 1 / 32, atol=1e-6)
+  assert np.any(rank > 0)
   capsys.readouterr()
   assert run() == 0  # nothing is run twice
   out = capsys.readouterr().out
