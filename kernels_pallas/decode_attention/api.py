@@ -33,6 +33,10 @@ from kernels_pallas.lowering import accumulator, device
 
 BACKENDS = ("auto", "reference", "xla", "mosaic_tpu")
 
+CACHE = 16
+"""Of which a TPU's cache holds a multiple of tokens: rows of a register of
+bfloat16."""
+
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 """Kinds of device whose two cores share the parallel steps of a kernel."""
 
@@ -58,7 +62,8 @@ def decode_attention(
   """Attention of one new token a row to that row's cache.
 
   A cache kept as [B, K, S, H] and passed as `cache.swapaxes(1, 2)` is not
-  copied; on a TPU, S should be a multiple of 16 (8 in float32).
+  copied; TPU kernels take an S that is a multiple of 16 (8 in float32, where
+  they are asked for by name).
 
   Args:
     q: Queries; row b's is at position `lengths[b] - 1`.
@@ -166,7 +171,7 @@ def paged_attention(
   )
 
 
-def choose(dtype: Any) -> tuple[str, str]:
+def choose(dtype: Any, size: int | None = None) -> tuple[str, str]:
   """What backend 'auto' stands for, and why.
 
   The platform is that of the mesh that is set, which may be a topology to
@@ -174,12 +179,15 @@ def choose(dtype: Any) -> tuple[str, str]:
 
   Args:
     dtype: Of the queries.
+    size: Tokens that a row's cache holds; None for pages, which have to fit.
   """
   platform, _ = device()
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"
   if dtype not in (jnp.bfloat16, jnp.float32):
     return "xla", f"TPU kernels do not compute in {dtype}"
+  if size is not None and size % CACHE:
+    return "xla", f"TPU kernels take caches of multiples of {CACHE} tokens"
   return "mosaic_tpu", "the program is for a TPU"
 
 
@@ -195,7 +203,7 @@ def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
   if sinks is not None and sinks.shape != (N,):
     raise ValueError(f"sinks: found {sinks.shape}, expected {(N,)}")
   if backend == "auto":
-    backend, _ = choose(q.dtype)
+    backend, _ = choose(q.dtype, held.size if rows.table is None else None)
   if backend not in BACKENDS:
     raise ValueError(
       f"backend: found {backend!r}, available here: {', '.join(BACKENDS)}"

@@ -13,6 +13,7 @@ from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
 from research import sharding, weights
 from research.nn import cache as caches
+from research.nn import decoding
 from research.nn import rope as ropes
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
@@ -82,9 +83,12 @@ class Attention(nn.Module):
           cache, written, k, v, positions, length, mask
         )
       cache = written
-    y = attend(
-      q, keys, values, mask=mask, scale=self.scale, softcap=self.softcap
-    )
+    options = {"scale": self.scale, "softcap": self.softcap}
+    one = cache is not None and not fresh and x.shape[1] == 1
+    if one and decoding.has_kernel(q, keys, mask):
+      y = decoding.attend_one(q, keys, values, positions, **options)
+    else:
+      y = attend(q, keys, values, mask=mask, **options)
     y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
