@@ -12,6 +12,7 @@ Vectors are rows, as activations are: `rotate(x)` is `x @ matrix(n) / sqrt(n)`.
 import functools
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +49,14 @@ def block(n: int) -> int:
   return next(d for d in range(n, 0, -1) if n % d == 0 and _core(d))
 
 
-def random_matrix(key: PRNGKey, n: int) -> Float[Array, "n n"]:
+def random_matrix(
+  key: PRNGKey, n: int, dtype: Any = jnp.float32
+) -> Float[Array, "n n"]:
   """Returns `diag(+-1) matrix(n) / sqrt(n)`, a random orthogonal matrix.
 
   In blocks where there is no matrix of order `n`.
   """
-  return rotate(jnp.diag(jax.random.rademacher(key, (n,), jnp.float32)))
+  return rotate(jnp.diag(jax.random.rademacher(key, (n,), dtype)))
 
 
 def rotate(

@@ -1,0 +1,201 @@
+"""Changes of a layer that leave what it computes: scales moved, norms folded.
+
+A layer is flat here: path within it -> weight (`attention/q`), any axes in
+front (a run's layers). Matrices become arrays.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from research import tree, weights
+from research.nn.transformer import Transformer
+from research.typing import Array, Float, Params, UserError
+
+Flat = dict[str, Any]
+"""path within a layer -> weight."""
+
+READERS = {
+  "attention_norm": ("attention/q", "attention/k", "attention/v"),
+  "mlp_norm": (
+    "mlp/gate",
+    "mlp/up",
+    "mlp/router",
+    "mlp/experts/gate",
+    "mlp/experts/up",
+    "mlp/shared/gate",
+    "mlp/shared/up",
+  ),
+}
+"""norm -> the matrices that read what it normalises."""
+
+WRITERS = ("attention/o", "mlp/down", "mlp/experts/down", "mlp/shared/down")
+"""Matrices whose outputs, with their biases, are added to the residual."""
+
+MLPS = ("mlp", "mlp/experts", "mlp/shared")
+"""Feed-forwards that a layer may have."""
+
+
+def readers(flat: Flat, norm: str) -> list[str]:
+  """Returns the matrices of this layer that read `norm`'s output."""
+  return [path for path in READERS[norm] if path in flat]
+
+
+def array(w: Any, where: str) -> Array:
+  """Returns the array of a weight that is about to change.
+
+  Raises:
+    UserError: it is adapted or wrapped already.
+  """
+  if hasattr(w, "w"):
+    raise UserError(
+      f"{where}: is adapted, or its inputs are changed, already.\nFold, scale"
+      " and rotate first."
+    )
+  return weights.dense(w)
+
+
+def widened(params: Params) -> Any:
+  """Returns `params` as float64 arrays; where JAX has 64 bits enabled.
+
+  Raises:
+    UserError: a weight is adapted or wrapped already.
+  """
+
+  def one(path: str, w: Any) -> Any:
+    w = array(w, path)
+    floating = jnp.issubdtype(w.dtype, jnp.floating)
+    return w.astype(jnp.float64) if floating else w
+
+  return tree.map_paths(one, params, is_leaf=weights.is_weight)
+
+
+def cast_like(tree_of: Any, params: Params) -> Any:
+  """Returns a tree of float64 arrays, cast to the dtypes of `params`.
+
+  Args:
+    tree_of: like `params`, but for weights that became several arrays.
+    params: before anything changed.
+  """
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    params, is_leaf=weights.is_weight
+  )
+  dtypes = {tree.path_name(path): w.dtype for path, w in found}
+
+  def one(path: str, x: Any) -> Any:
+    while path not in dtypes:
+      path = path.rpartition("/")[0]
+    return x.astype(dtypes[path])
+
+  return tree.map_paths(one, tree_of)
+
+
+def map_layers(
+  f: Callable[[Flat, Any, str], Flat], model: Transformer, params: Params
+) -> dict[str, Any]:
+  """Returns `params` with `f(layer, its block, where)` of each run's layers.
+
+  Args:
+    f: given layers that stand behind one leading axis, and a path for errors.
+    model: whose blocks tell heads and norms.
+    params: its parameters.
+  """
+  out = tree.top(params)
+  for name, _, blocks in model.stack.runs(params):
+    out[name] = {}
+    for j, block in enumerate(blocks):
+      flat = traverse_util.flatten_dict(params[name][f"layer{j}"], sep="/")
+      found = f(flat, block, f"{name}/layer{j}")
+      out[name][f"layer{j}"] = traverse_util.unflatten_dict(found, sep="/")
+  return out
+
+
+def scale_norm(
+  flat: Flat, norm: str, s: Float[Array, "*L D"], offset: float
+) -> Flat:
+  """Returns the layer whose `norm` gives what it did over `s`.
+
+  Args:
+    flat: the layer.
+    norm: `attention_norm` or `mlp_norm`.
+    s: positive.
+    offset: the norm's own, 1 for Gemma.
+  """
+  path = f"{norm}/scale"
+  gain = (offset + flat[path]) / s - offset
+  out = flat | {path: gain.astype(flat[path].dtype)}
+  return out | {p: scale_rows(flat[p], s, p) for p in readers(flat, norm)}
+
+
+def scale_rows(w: Any, s: Float[Array, "*L I"], where: str) -> Array:
+  """Returns `diag(s) w`; experts `[..., E, I, O]` share `s [..., I]`."""
+  w = array(w, where)
+  while s.ndim < w.ndim - 1:
+    s = s[..., None, :]
+  return (s[..., None] * w).astype(w.dtype)
+
+
+def scale_values(
+  flat: Flat, s: Float[Array, "*L X"], heads: int, kv_heads: int
+) -> Flat:
+  """Returns the layer whose values are over `s`, and `o` makes up for it.
+
+  Args:
+    flat: the layer.
+    s: one for each output `[..., K H]` of `v`; query heads that share a value
+      head share its.
+    heads, kv_heads: N, K.
+  """
+  v, o = (array(flat[f"attention/{name}"], name) for name in "vo")
+  out = {"attention/v": (v / s[..., None, :]).astype(v.dtype)}
+  if "attention/v_bias" in flat:
+    bias = flat["attention/v_bias"]
+    out["attention/v_bias"] = (bias / s).astype(bias.dtype)
+  shared = to_heads(s, heads, kv_heads)
+  out["attention/o"] = (shared[..., None] * o).astype(o.dtype)
+  return flat | out
+
+
+def to_heads(
+  s: Float[Array, "*L X"], heads: int, kv_heads: int
+) -> Float[Array, "*L Y"]:
+  """Returns numbers of value heads `[..., K H]` for each query head."""
+  apart = s.reshape(*s.shape[:-1], kv_heads, -1)
+  found = jnp.repeat(apart, heads // kv_heads, axis=-2)
+  return found.reshape(*s.shape[:-1], -1)
+
+
+def from_heads(
+  s: Float[Array, "*L Y"], heads: int, kv_heads: int
+) -> Float[Array, "*L X"]:
+  """Returns geometric means, `[..., K H]`, over heads that share a value head.
+
+  Args:
+    s: positive `[..., N H]`.
+    heads, kv_heads: N, K.
+  """
+  apart = s.reshape(*s.shape[:-1], kv_heads, heads // kv_heads, -1)
+  found = jnp.exp(jnp.mean(jnp.log(apart), axis=-2))
+  return found.reshape(*s.shape[:-1], -1)
+
+
+def scale_hidden(flat: Flat, mlp: str, s: Float[Array, "*L F"]) -> Flat:
+  """Returns the layer whose hidden units are over `s`, `down` makes up for it.
+
+  Args:
+    flat: the layer.
+    mlp: one of `MLPS`.
+    s: positive; `[..., E, F]` for experts.
+  """
+  up, down = (array(flat[f"{mlp}/{name}"], name) for name in ("up", "down"))
+  out = {
+    f"{mlp}/up": (up / s[..., None, :]).astype(up.dtype),
+    f"{mlp}/down": (s[..., None] * down).astype(down.dtype),
+  }
+  if f"{mlp}/up_bias" in flat:
+    bias = flat[f"{mlp}/up_bias"]
+    out[f"{mlp}/up_bias"] = (bias / s).astype(bias.dtype)
+  return flat | out

@@ -1,0 +1,276 @@
+"""Rotations that leave a model's outputs and spread its outliers.
+
+QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024,
+arXiv:2405.16406). RMSNorm without a gain commutes with rotations, so, norms
+folded, the whole residual stream may be rotated by one orthogonal matrix R1,
+hidden inside the weights; each value head by an R2; and hidden units of the
+feed-forward by a Hadamard matrix, which alone is applied as the model runs,
+fast. Rotated activations have no outliers, and so few bits serve them.
+
+All is computed in float64 and cast at the end. The head of a model with tied
+embeddings is no longer the embedding: `Untied` is both, one leaf in its place.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import weights
+from research.nn.transformer import Transformer
+from research.quant import folding, hadamard
+from research.quant.activations import InputTensor
+from research.quant.folding import Flat
+from research.typing import (
+  Array,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  Shaped,
+  UserError,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Untied:
+  """An embedding `[V, D]` whose transpose, as a head, is another matrix.
+
+  Attributes:
+    table: rows that are looked up.
+    head: `[V, D]`, what hidden states are multiplied by.
+  """
+
+  table: Any
+  head: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.table.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.table.dtype
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, head)`."""
+    return weights.einsum(eq, x, self.head)
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns rows of `table`."""
+    return weights.take(self.table, ids)
+
+  def ragged_dot(self, x: Any, sizes: Any) -> Any:
+    """Raises: an embedding is not stacked experts."""
+    raise UserError("an embedding is not a stack of experts")
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns `table`."""
+    return weights.dense(self.table)
+
+  def axes(self, names: tuple[str | None, ...]) -> "Untied":
+    """Both have the embedding's names."""
+    return Untied(*(weights.axes(w, names) for w in (self.table, self.head)))
+
+  def bind(self, *, key: PRNGKey | None, ids: Any) -> "Untied":
+    """Returns itself with what depends on the batch in its weights."""
+    both = {"table": self.table, "head": self.head}
+    return Untied(**weights.bind(both, key=key, ids=ids))
+
+
+def untie(
+  model: Transformer, params: Params
+) -> tuple[Transformer, dict[str, Any]]:
+  """Returns a model with a head of its own, for exports; the same otherwise."""
+  embed = params["embed"]
+  if not isinstance(embed, Untied):
+    return model, dict(params)
+  head = jnp.swapaxes(weights.dense(embed.head), -1, -2)
+  rest = {"embed": weights.dense(embed.table), "head": head}
+  return model.clone(tied=False), dict(params) | rest
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hadamard:
+  """The op that rotates inputs by `hadamard.rotate`; its weight is rotated."""
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `x` rotated along its last axis."""
+    return hadamard.rotate(x)
+
+  def einsum(
+    self, eq: str, x: Float[Array, "..."], w: weights.Weight
+  ) -> Float[Array, "..."]:
+    """Returns `einsum(eq, self(x), w)`."""
+    return weights.einsum(eq, self(x), w)
+
+  def undone(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
+    """Returns the matrix before it was rotated."""
+    turned = hadamard.rotate(jnp.swapaxes(w, -1, -2), inverse=True)
+    return jnp.swapaxes(turned, -1, -2)
+
+
+def rotate_inputs(w: Float[Array, "*L I O"]) -> InputTensor:
+  """Returns a weight of the same products, whose inputs are rotated."""
+  turned = hadamard.rotate(jnp.swapaxes(w, -1, -2))
+  return InputTensor(jnp.swapaxes(turned, -1, -2), Hadamard())
+
+
+def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:
+  """Returns the same model with norms of gain 1 before layers and head.
+
+  Raises:
+    UserError: the model's outputs are normalised, too (Gemma 2 and 3).
+  """
+
+  def layer(flat: Flat, block: Any, where: str) -> Flat:
+    if block.post_norm is not None:
+      raise UserError(
+        f"{where}: outputs are normalised with gains, which no rotation"
+        " passes.\nGemma 2 and 3 have no rotated residual stream."
+      )
+    for norm in folding.READERS:
+      gain = block.norm.offset + flat[f"{norm}/scale"]
+      flat = folding.scale_norm(flat, norm, gain, block.norm.offset)
+    return flat
+
+  out = folding.map_layers(layer, model, params)
+  offset = model.norm.offset
+  stored = params["final_norm"]["scale"]
+  gain = offset + stored
+  out["final_norm"] = {"scale": jnp.ones_like(stored) - offset}
+  if model.tied:
+    table = folding.array(params["embed"], "embed")
+    out["embed"] = Untied(table, (gain * table).astype(table.dtype))
+  else:
+    out["head"] = folding.scale_rows(params["head"], gain, "head")
+  return out
+
+
+def rotate_residual(
+  model: Transformer, params: Params, r: Float[Array, "D D"]
+) -> dict[str, Any]:
+  """Returns the same model, folded, its residual stream times `r`.
+
+  Args:
+    model: with norms of gain 1, see `fold_norms`.
+    params: its parameters.
+    r: orthogonal.
+  """
+
+  def rows(w):
+    return jnp.matmul(r.T, w).astype(w.dtype)
+
+  def columns(w):
+    return jnp.matmul(w, r).astype(w.dtype)
+
+  def layer(flat: Flat, block: Any, where: str) -> Flat:
+    out = dict(flat)
+    for norm in folding.READERS:
+      for path in folding.readers(flat, norm):
+        out[path] = rows(flat[path])
+    for path in folding.WRITERS:
+      for name in (path, f"{path}_bias"):
+        if name in flat:
+          out[name] = columns(flat[name])
+    return out
+
+  out = folding.map_layers(layer, model, params)
+  embed = params["embed"]
+  if isinstance(embed, Untied):
+    out["embed"] = Untied(columns(embed.table), columns(embed.head))
+  else:
+    out["embed"] = columns(embed)
+  if "head" in params:
+    out["head"] = rows(params["head"])
+  return out
+
+
+def rotate_values(
+  model: Transformer, params: Params, r: Float[Array, "H H"]
+) -> dict[str, Any]:
+  """Returns the same model, each value head times `r`, which `o` undoes."""
+
+  def layer(flat: Flat, block: Any, where: str) -> Flat:
+    size = block.attention.head_dim
+    out = dict(flat)
+    for name in ("attention/v", "attention/v_bias"):
+      if name in flat:
+        w = flat[name]
+        heads = w.reshape(*w.shape[:-1], -1, size)
+        out[name] = jnp.matmul(heads, r).reshape(w.shape).astype(w.dtype)
+    o = flat["attention/o"]
+    heads = o.reshape(*o.shape[:-2], -1, size, o.shape[-1])
+    out["attention/o"] = jnp.matmul(r.T, heads).reshape(o.shape).astype(o.dtype)
+    return out
+
+  return folding.map_layers(layer, model, params)
+
+
+def rotate_hidden(model: Transformer, params: Params) -> dict[str, Any]:
+  """Returns the same model whose `down` rotates what it is given, fast."""
+
+  def layer(flat: Flat, block: Any, where: str) -> Flat:
+    found = [f"{mlp}/down" for mlp in folding.MLPS if f"{mlp}/down" in flat]
+    return flat | {path: rotate_inputs(flat[path]) for path in found}
+
+  return folding.map_layers(layer, model, params)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rotate:
+  """QuaRot's rotations by random Hadamard matrices, as a transform.
+
+  What QuaRot rotates after the rotary embedding, queries and keys, concerns a
+  cache of keys alone, which has its own rotation (`research.quant.kv_cache`).
+
+  Attributes:
+    residual: R1; `values`: R2; `hidden`: of `down`'s inputs, as the model runs.
+    model: whose weights these are, given by `of`.
+  """
+
+  residual: bool = True
+  values: bool = True
+  hidden: bool = True
+  model: Any = None
+
+  def of(self, loaded: Any) -> "Rotate":
+    """Returns itself for `loaded.model`."""
+    return dataclasses.replace(self, model=loaded.model)
+
+  def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
+    """Returns `params` rotated; norms are folded, the head is untied.
+
+    Raises:
+      UserError: no model yet, or one that cannot be rotated.
+    """
+    if self.model is None:
+      raise UserError("Rotate: has no model; `of` gives it one.")
+    residual, values = jax.random.split(key)
+    width, size = self.model.width, _head_dim(self.model)
+    with jax.enable_x64(True):
+      out = folding.widened(params)
+      if self.residual:
+        out = fold_norms(self.model, out)
+        r = hadamard.random_matrix(residual, width, jnp.float64)
+        out = rotate_residual(self.model, out, r)
+      if self.values:
+        r = hadamard.random_matrix(values, size, jnp.float64)
+        out = rotate_values(self.model, out, r)
+      if self.hidden:
+        out = rotate_hidden(self.model, out)
+      return folding.cast_like(out, params)
+
+
+def _head_dim(model: Transformer) -> int:
+  found = {block.attention.head_dim for block in model.layer_kinds()}
+  if len(found) != 1:
+    raise UserError(f"Rotate.values: found heads of {sorted(found)}, not one.")
+  return found.pop()

@@ -1,0 +1,97 @@
+"""Rotations leave logits, in fp32 to 1e-4, and spread outliers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tests.support as support
+from research import weights
+from research.quant import hadamard, rotate
+from research.typing import UserError
+
+
+@functools.cache
+def _logits(model):
+  def run(params, tokens):
+    hidden, _ = model.apply({"params": params}, tokens)
+    return model.apply({"params": params}, hidden, method="logits")
+
+  return jax.jit(run)
+
+
+def _case(family, **changes):
+  model = support.model(family, **changes)
+  return model, support.params(model), support.tokens()
+
+
+def _error(got, want):
+  return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+# Tied and not; with biases; Gemma's 1 + w and scaled embeddings; experts.
+@pytest.mark.parametrize(
+  "family, changes",
+  [
+    ("llama", dict(tied=True)),
+    ("qwen2", dict(tied=False)),
+    ("gemma", {}),
+    ("qwen3", dict(tied=False)),
+  ],
+)
+def test_logits_stay(family, changes):
+  model, params, tokens = _case(family, **changes)
+  rotated = rotate.Rotate(model=model)(params, jax.random.key(3))
+  run = _logits(model)
+  want = run(params, tokens)
+  assert _error(run(rotated, tokens), want) < 1e-4
+  # All of it has moved.
+  q = rotated["run0"]["layer0"]["attention"]["q"]
+  assert q.dtype == jnp.float32
+  assert _error(q, params["run0"]["layer0"]["attention"]["q"]) > 0.5
+
+
+def test_an_untied_model_is_the_same():
+  model, params, tokens = _case("llama", tied=True)
+  rotated = rotate.Rotate(model=model, hidden=False)(params, jax.random.key(0))
+  untied, plain = rotate.untie(model, rotated)
+  assert not untied.tied and plain["head"].shape == (32, 67)
+  want = _logits(model)(rotated, tokens)
+  np.testing.assert_allclose(_logits(untied)(plain, tokens), want, atol=1e-5)
+
+
+def test_norms_before_layers_and_head_have_no_gain():
+  model, params, _ = _case("gemma")
+  folded = rotate.fold_norms(model, params)
+  for layer in folded["run0"].values():
+    np.testing.assert_array_equal(layer["attention_norm"]["scale"], 0)
+  np.testing.assert_array_equal(folded["final_norm"]["scale"], 0)
+
+
+def test_a_rotated_input_stands_for_the_same_matrix():
+  w = jnp.asarray(np.random.default_rng(0).standard_normal((24, 5)), "float32")
+  leaf = rotate.rotate_inputs(w)
+  np.testing.assert_allclose(weights.dense(leaf), w, atol=1e-5)
+  x = jnp.asarray(np.random.default_rng(1).standard_normal((3, 24)), "float32")
+  got = weights.einsum("...i,io->...o", x, leaf)
+  np.testing.assert_allclose(got, x @ w, atol=1e-4)
+  assert _error(leaf.w, w) > 0.5
+
+
+def test_a_rotation_spreads_one_massive_channel():
+  x = np.random.default_rng(2).standard_normal((50, 576)).astype(np.float32)
+  x[:, 7] *= 100
+  y = np.asarray(x @ hadamard.random_matrix(jax.random.key(0), 576))
+  peaks = [np.mean(np.max(abs(a), -1) / np.std(a, -1)) for a in (x, y)]
+  # A spike of size a becomes a / sqrt(n) everywhere.
+  assert peaks[0] > 15 and peaks[1] < 5
+
+
+def test_normalised_outputs_are_refused():
+  model, params, _ = _case("gemma2")
+  with pytest.raises(UserError, match="Gemma 2"):
+    rotate.Rotate(model=model)(params, jax.random.key(0))
+  with pytest.raises(UserError, match="no model"):
+    rotate.Rotate()(params, jax.random.key(0))
