@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
 from research import sharding, weights
-from research.nn import cache as caches
 from research.nn import decoding
 from research.nn import rope as ropes
 from research.nn.norm import RMSNorm
@@ -51,10 +50,10 @@ class Attention(nn.Module):
     positions: Int[Array, "B T"],
     mask: Mask,
     rotation: tuple[Array, Array] | None = None,
-    cache: caches.LayerCache | None = None,
+    cache: Any = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
-  ) -> tuple[Float[Array, "B T D"], caches.LayerCache | None]:
+  ) -> tuple[Float[Array, "B T D"], Any]:
     """Returns the attended values, and the cache with `x`'s keys in it.
 
     Args:
@@ -62,7 +61,8 @@ class Attention(nn.Module):
       positions: of `x`, negative for padding.
       mask: what may see what, before this layer's window.
       rotation: cos and sin of `positions`.
-      cache: this layer's, or None.
+      cache: this layer's (`research.nn.cache.LayerCache`, or what answers as
+        it does), or None.
       length: tokens in the cache after this call, for each row.
       fresh: whether the cache was empty before this call.
     """
@@ -76,15 +76,19 @@ class Attention(nn.Module):
     if self.window is not None:
       mask = dataclasses.replace(mask, window=(self.window - 1, None))
     keys, values = k, v
-    if cache is not None:
-      written = caches.write(cache, k, v, positions, length)
-      if not fresh:
-        keys, values, mask = self._remembered(
-          cache, written, k, v, positions, length, mask
-        )
-      cache = written
-    options = {"scale": self.scale, "softcap": self.softcap}
     one = cache is not None and not fresh and x.shape[1] == 1
+    if cache is not None:
+      cache, keys, values, held = cache.extend(
+        k,
+        v,
+        positions,
+        length,
+        fresh=fresh,
+        window=self.window,
+        bias=self._key_bias,
+      )
+      mask = mask if held is None else at(mask, positions, held)
+    options = {"scale": self.scale, "softcap": self.softcap}
     if one and decoding.has_kernel(q, keys, mask):
       y = decoding.attend_one(q, keys, values, positions, **options)
     else:
@@ -99,22 +103,21 @@ class Attention(nn.Module):
     parts = weights.project_all(self, x, sizes, self.qkv_bias)
     return [y.reshape(*x.shape[:2], -1, self.head_dim) for y in parts]
 
-  def _remembered(self, cache, written, k, v, positions, length, mask):
-    """Returns the keys and values to look at, and the mask over them."""
-    if k.shape[1] == 1 or self.window is None:
-      # Nothing that this call still needs was overwritten.
-      held = caches.slot_positions(length, cache.slots)
-      return *written.read(k.dtype), at(mask, positions, held)
-    # A ring may have lost keys that the first new queries see: look at the
-    # ring as it was, and at the new keys.
-    before = length - jnp.sum(positions >= 0, axis=-1)
-    held = caches.slot_positions(before, cache.slots)
-    held = jnp.concatenate([held, positions], axis=1)
-    keys, values = (
-      jnp.concatenate([old, new], axis=1)
-      for old, new in zip(cache.read(k.dtype), (k, v), strict=True)
-    )
-    return keys, values, at(mask, positions, held)
+  def _key_bias(self, positions):
+    """Returns the bias that keys at `positions` have, `[B, S, K, H]`."""
+    turned = self.rope is not None
+    moving = turned and isinstance(self.rope.scaling, ropes.Dynamic)
+    if not self.qkv_bias or self.qk_norm is not None or moving:
+      raise UserError(
+        "kv less_bias: found a model whose keys have no bias that stays as it "
+        "was added.\nLeave less_bias out."
+      )
+    bias = self.get_variable("params", "k_bias").astype(jnp.float32)
+    shape = (*positions.shape, self.kv_heads, self.head_dim)
+    bias = jnp.broadcast_to(bias.reshape(shape[2:]), shape)
+    if not turned:
+      return bias
+    return ropes.rotate(bias, *self.rope.tables(positions, self.head_dim))
 
 
 def attend(

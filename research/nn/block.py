@@ -1,11 +1,12 @@
 """One layer of the stack: attention and feed-forward around a residual."""
 
+from typing import Any
+
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.nn import cache as caches
 from research.nn.attention import Attention
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
@@ -37,10 +38,10 @@ class Block(nn.Module):
     positions: Int[Array, "B T"],
     mask: Mask,
     rotation: tuple[Array, Array] | None = None,
-    cache: caches.LayerCache | None = None,
+    cache: Any = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
-  ) -> tuple[Float[Array, "B T D"], caches.LayerCache | None, Load | None]:
+  ) -> tuple[Float[Array, "B T D"], Any, Load | None]:
     """Returns the layer's output, its cache and its experts' load.
 
     The first two as in `Attention`; no load without experts.

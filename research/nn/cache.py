@@ -38,6 +38,49 @@ class LayerCache:
     """Returns keys and values as attention takes them, `[B, S, K, H]`."""
     return tuple(x.swapaxes(1, 2).astype(dtype) for x in (self.k, self.v))
 
+  def extend(
+    self,
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    positions: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    fresh: bool,
+    window: int | None = None,
+    bias: Any = None,
+  ) -> tuple["LayerCache", Array, Array, Array | None]:
+    """Returns the cache with new tokens in it, and what they may look at.
+
+    That is keys and values `[B, S, K, H]` and their positions `[B, S]`, -1
+    where there are none; None in place of them for the new tokens alone.
+
+    Args:
+      k, v: of the new tokens.
+      positions: of the new tokens, negative for padding.
+      length: tokens of each row, the new ones included.
+      fresh: whether the cache was empty.
+      window: how many positions the layer looks back on, or None.
+      bias: of keys, which a cache may want to know; not this one.
+    """
+    del bias
+    written = write(self, k, v, positions, length)
+    if fresh:
+      return written, k, v, None
+    if k.shape[1] == 1 or window is None:
+      # Nothing that this call still needs was overwritten.
+      held = slot_positions(length, self.slots)
+      return written, *written.read(k.dtype), held
+    # A ring may have lost keys that the first new queries see: look at the
+    # ring as it was, and at the new keys.
+    before = length - jnp.sum(positions >= 0, axis=-1)
+    held = slot_positions(before, self.slots)
+    held = jnp.concatenate([held, positions], axis=1)
+    keys, values = (
+      jnp.concatenate([old, new], axis=1)
+      for old, new in zip(self.read(k.dtype), (k, v), strict=True)
+    )
+    return written, keys, values, held
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +89,8 @@ class Cache:
 
   Attributes:
     length: `[B]`, tokens read by each row.
-    layers: run name -> layer name -> `LayerCache` stacked over the run.
+    layers: run name -> layer name -> `LayerCache` stacked over the run, or
+      another class with its `slots` and `extend`.
     fresh: whether nothing has been written; a prefill then attends to its own
       keys only, with tiles that are known to be empty skipped.
   """
@@ -58,8 +102,8 @@ class Cache:
   @property
   def capacity(self) -> int:
     """Positions that every layer can hold or has a window for."""
-    leaves = jax.tree.leaves(self.layers)
-    return max(x.shape[-2] for x in leaves)
+    layers = jax.tree.leaves(self.layers, is_leaf=lambda x: hasattr(x, "slots"))
+    return max(layer.slots for layer in layers)
 
 
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:

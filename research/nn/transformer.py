@@ -255,6 +255,7 @@ def init_cache(
   batch: int,
   capacity: int,
   dtype: str | None = None,
+  kv: Any = None,
 ) -> caches.Cache:
   """Returns an empty cache for `params`' runs.
 
@@ -265,14 +266,22 @@ def init_cache(
     capacity: positions that layers without a window can hold; windowed ones
       hold at most their window, as a ring.
     dtype: of keys and values; by default the model's.
+    kv: how they are packed (`research.quant.kv_quantizer.KVQuantizer`), or
+      None.
   """
+  dtype = dtype or model.dtype
   layers = {}
   for name, repeats, blocks in model.stack.runs(params):
     layers[name] = {}
     for j, block in enumerate(blocks):
       a = block.attention
       slots = min(capacity, a.window or capacity)
-      shape = (repeats, batch, a.kv_heads, slots, a.head_dim)
-      zeros = jnp.zeros(shape, dtype or model.dtype)
-      layers[name][f"layer{j}"] = caches.LayerCache(zeros, zeros)
+      lead = repeats, batch, a.kv_heads
+      if kv is not None:
+        windowed = slots < capacity
+        made = kv.empty(lead, slots, a.head_dim, dtype, windowed)
+      else:
+        zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
+        made = caches.LayerCache(zeros, zeros)
+      layers[name][f"layer{j}"] = made
   return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)
