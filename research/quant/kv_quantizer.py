@@ -1,0 +1,222 @@
+"""How a model's keys and values are kept in few bits, as a value.
+
+`init_cache(..., kv=KVQuantizer(bits_k=8, bits_v=4))` is all that changes: the
+cache that it returns is written and read in place of the full one. `parse`
+reads the short form of a command line: `k8v4,residual=0,key=per_token`.
+"""
+
+import dataclasses
+import difflib
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from research.quant.kv_cache import QuantizedLayer, Side
+from research.quant.kv_grid import BITS, SYMMETRIC, Grid
+from research.typing import UserError
+
+Axis = Literal["per_channel", "per_token", "hadamard+per_token"]
+"""What shares a scale: tokens of a channel, or channels of a token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KVQuantizer:
+  """KIVI's choices, and what else is known to help.
+
+  Attributes:
+    key, value: what shares a scale; with `hadamard`, after each head was turned
+      by a Hadamard matrix, which spreads large channels (QuaRot).
+    bits_k, bits_v: 2, 4, 8, `"int8"`, `"fp8"`, or 16 for the model's dtype.
+    group: numbers that share a scale.
+    residual: recent tokens in full precision; per channel, that many are packed
+      at a time, at least a group.
+    sink_tokens: first tokens in full precision, in layers without a window.
+    less_bias: whether the bias of the key projection, rotated to where it is
+      added, is kept apart: Qwen 2's is far larger than the rest of its keys.
+    scale_dtype: of scales and least numbers.
+  """
+
+  key: Axis = "per_channel"
+  value: Axis = "per_token"
+  bits_k: int | str = 4
+  bits_v: int | str = 4
+  group: int = 32
+  residual: int = 128
+  sink_tokens: int = 0
+  less_bias: bool = False
+  scale_dtype: str = "float16"
+
+  def __post_init__(self):
+    for name in ("key", "value"):
+      _one_of(name, getattr(self, name), get_args(Axis))
+    for name in ("bits_k", "bits_v"):
+      _one_of(name, getattr(self, name), BITS)
+    _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
+    for name, least in (("group", 1), ("residual", 0), ("sink_tokens", 0)):
+      found = getattr(self, name)
+      if found < least:
+        raise UserError(f"kv {name}: found {found}, expected at least {least}")
+    if self.residual % self.group and any(g.per_channel for g in self.grids):
+      raise UserError(
+        f"kv residual: found {self.residual}, expected a multiple of the group "
+        f"of {self.group} tokens, which are packed together per channel"
+      )
+
+  @property
+  def grids(self) -> tuple[Grid, Grid]:
+    """Returns the grids of keys and of values."""
+
+    def grid(axis, bits):
+      return Grid(
+        bits,
+        axis == "per_channel",
+        self.group,
+        axis.startswith("hadamard"),
+        self.scale_dtype,
+      )
+
+    return grid(self.key, self.bits_k), grid(self.value, self.bits_v)
+
+  def empty(
+    self,
+    lead: tuple[int, ...],
+    slots: int,
+    dim: int,
+    dtype: Any,
+    windowed: bool = False,
+  ) -> QuantizedLayer:
+    """Returns an empty cache of a layer, or of a run of them.
+
+    Args:
+      lead: `[L, B, K]`, or without the layers.
+      slots: positions that it is to hold, rounded up to whole groups.
+      dim: H.
+      dtype: of what is not packed.
+      windowed: whether old positions make room for new ones.
+
+    Raises:
+      UserError: heads of `dim` channels have no whole groups.
+    """
+    grids = self.grids
+    for grid, what in zip(grids, ("kv keys", "kv values"), strict=True):
+      grid.check(dim, what)
+    first = 0 if windowed else min(self.sink_tokens, slots - 1)
+    unit = 1
+    if any(g.per_channel and not g.whole for g in grids):
+      unit = max(self.residual, self.group)
+    slots = -(-(slots - first) // unit) * unit
+
+    def whole(size):
+      # An array each: what is donated may not be given twice.
+      return jnp.zeros((*lead, size, dim), dtype) if size else None
+
+    def side(grid):
+      ring = min(self.residual, slots)
+      if grid.whole:
+        ring = 0
+      elif grid.per_channel:
+        ring = unit
+      return Side(grid.empty(lead, slots, dim, dtype), whole(ring), grid)
+
+    sinks = (whole(first), whole(first)) if first else None
+    return QuantizedLayer(*map(side, grids), sinks, self.less_bias)
+
+  def bits_per_number(self, dim: int) -> tuple[float, float]:
+    """Returns what a packed key's and value's number takes, scales included.
+
+    Args:
+      dim: H.
+    """
+    k, v = (grid.bits_per_number(dim) for grid in self.grids)
+    return k, v
+
+
+def parse(text: str) -> KVQuantizer | None:
+  """Returns what a command line says, e.g. `k8v4,group=64`; "" is none.
+
+  Args:
+    text: `kAvB` with A and B of `BITS`, or one of them for both; then
+      `field=value` for other fields of `KVQuantizer`.
+
+  Raises:
+    UserError: it is not of that form.
+  """
+  if not text:
+    return None
+  head, *rest = text.split(",")
+  fields = _bits(head, text)
+  known = {f.name: f for f in dataclasses.fields(KVQuantizer)}
+  for name in ("bits_k", "bits_v"):
+    del known[name]
+  for part in rest:
+    name, equals, value = part.partition("=")
+    if not equals or name not in known:
+      near = difflib.get_close_matches(name, known, 1) or sorted(known)
+      raise UserError(
+        f"kv={text}: found {part!r}, expected one of {', '.join(known)} as "
+        f"NAME=VALUE, e.g. {near[0]}={known[near[0]].default}"
+      )
+    fields[name] = _value(known[name], value, text)
+  return KVQuantizer(**fields)
+
+
+def _bits(head: str, text: str) -> dict[str, int | str]:
+  names = {str(b): b for b in BITS}
+  if head in names:
+    return {"bits_k": names[head], "bits_v": names[head]}
+  key, v, value = head[1:].partition("v")
+  if head[:1] != "k" or not v or not {key, value} <= names.keys():
+    raise UserError(
+      f"kv={text}: found {head!r}, expected bits of keys and of values, e.g. "
+      f"k8v4, k4vfp8 or int8; each may be {', '.join(names)}"
+    )
+  return {"bits_k": names[key], "bits_v": names[value]}
+
+
+def _value(field, value: str, text: str) -> Any:
+  kind = type(field.default)
+  if kind is bool and value in ("true", "false"):
+    return value == "true"
+  if kind is int and value.isdecimal():
+    return int(value)
+  if kind is str:
+    return value
+  kinds = {bool: "true or false", int: "a number of tokens"}
+  raise UserError(
+    f"kv={text}: found {field.name}={value}, expected {kinds[kind]}"
+  )
+
+
+def _one_of(name: str, found: Any, known: tuple) -> None:
+  if found not in known:
+    raise UserError(
+      f"kv {name}: found {found!r}, expected one of "
+      f"{', '.join(map(str, known))}"
+    )
+
+
+def nbytes(cache: Any) -> int:
+  """Returns the bytes of a cache's keys and values, as they lie in memory."""
+  return sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+def describe(quantizer: KVQuantizer, dim: int) -> str:
+  """Returns what a quantizer does, in words.
+
+  Args:
+    quantizer: it.
+    dim: H.
+  """
+  k, v = quantizer.bits_per_number(dim)
+  words = [
+    f"keys {k:.3g} bits {quantizer.key}, values {v:.3g} bits {quantizer.value}"
+  ]
+  if not {quantizer.bits_k, quantizer.bits_v} <= SYMMETRIC.keys():
+    words.append(f"groups of {quantizer.group}")
+  words.append(f"last {quantizer.residual} whole")
+  if quantizer.sink_tokens:
+    words.append(f"first {quantizer.sink_tokens} whole")
+  if quantizer.less_bias:
+    words.append("less the keys' bias")
+  return ", ".join(words)
