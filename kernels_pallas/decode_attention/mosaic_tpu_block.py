@@ -158,7 +158,8 @@ def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
     K = x.dims[1]
     unrolled = math.gcd(K, HEADS)
     if unrolled == K:
-      return heads((0, K))
+      heads((0, K))
+      return
 
     def some(j, carry):
       for h in range(unrolled):
@@ -166,7 +167,7 @@ def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
               held, state)  # fmt: skip
       return carry
 
-    return jax.lax.fori_loop(0, K // unrolled, some, 0)
+    jax.lax.fori_loop(0, K // unrolled, some, 0)
 
   many = x.dims[2]
   for rows in sorted({x.few, many}):

@@ -54,10 +54,10 @@ def paged(shape, head_dim, dtype, tokens):
   return None
 
 
-def cached(shape, head_dim, dtype):
+def cached(shape, head_dim, dtype, heads=K):
   """A token a row, from a cache of [B, K, S, H]."""
-  q = shape((ROWS, N, head_dim), jnp.dtype(dtype))
-  k = shape((ROWS, K, 1040, head_dim), jnp.dtype(dtype))
+  q = shape((ROWS, N // K * heads, head_dim), jnp.dtype(dtype))
+  k = shape((ROWS, heads, 1040, head_dim), jnp.dtype(dtype))
 
   def step(q, k, v, lengths):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -80,6 +80,7 @@ def main() -> None:
     (64, 128, 256), DTYPES, KINDS.values())]  # fmt: skip
   cells += [(cached, *x) for x in itertools.product(
     (64, 128, 256), ("bfloat16", "float32"))]  # fmt: skip
+  cells += [(cached, 64, dtype, 3) for dtype in ("bfloat16", "float32")]
   with jax.set_mesh(mesh):
     for compile_, *cell in cells:
       try:

@@ -51,11 +51,13 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize(
   "backend", [{"backend": "xla"}, {"backend": "mosaic_tpu", "interpret": True}]
 )
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_a_step_is_attention_with_one_query(backend, softcap):
+@pytest.mark.parametrize(("softcap", "heads"), [(None, (6, 3)), (2.0, (4, 2))])
+def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   """Rows that are short, full, in a ring that went round, and padding."""
   positions = jnp.array([[2], [SLOTS - 1], [37], [-1]])
-  q, k, v = draw(4, 1, 4, 8), draw(4, SLOTS, 2, 8), draw(4, SLOTS, 2, 8, seed=1)
+  N, K = heads
+  size = (4, SLOTS, K, 8)
+  q, k, v = draw(4, 1, N, 8), draw(*size), draw(*size, seed=1)
   held = caches.slot_positions(positions[:, 0] + 1, SLOTS)
   mask = attention.at(Mask.causal((SLOTS - 1, None)), positions, held)
   options = {"scale": 0.5, "softcap": softcap}
