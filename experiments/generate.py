@@ -111,6 +111,12 @@ _PACKED = flags.DEFINE_bool(
   "Keep a .gguf file's quantized weights as they are.",
   flag_values=FLAGS,
 )
+_KV = flags.DEFINE_string(
+  "kv",
+  "",
+  "Keys and values in so many bits, e.g. k4v4, k8v4,residual=64 or int8.",
+  flag_values=FLAGS,
+)
 
 
 def _sampling() -> Any:
@@ -234,6 +240,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   import jax
 
   from research.nn import sampling, stream
+  from research.quant import kv_quantizer
   from research.typing import UserError
 
   if _SAMPLER.value == "diffusion":
@@ -243,6 +250,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
   rules = _sampling()
   sampling.check(rules)
+  kv = kv_quantizer.parse(_KV.value)
   names, places = _named()
   rows = _rows(names)
   loaded = _load()
@@ -258,6 +266,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     rules,
     jax.random.key(_SEED.value),
     stop=_STOP.value,
+    kv=kv,
   ):
     first = first or time.perf_counter()
     steps.append(pieces)
@@ -276,6 +285,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     ),
     "seconds": end - start,
     "model": _MODEL.value,
+    "kv": _KV.value or None,
   }
   if len(rows) == 1:
     print()

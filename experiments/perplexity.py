@@ -6,6 +6,12 @@ The text is tokenised once, without special tokens, and cut into windows of
 --window tokens that do not overlap. Each is read alone; all its tokens but the
 first are predicted, and a last partial window counts from two tokens on. The
 last line on stdout is JSON: perplexity, tokens (predicted), tokens_per_s.
+
+  python -m experiments.perplexity --model=smollm2-135m --text=README.md \\
+    --kv=k4v4 --chunk=1 --batch=4
+
+reads through a cache of keys and values in few bits, --chunk tokens at a time,
+and measures the model without it as well.
 """
 
 # ruff: noqa: E402
@@ -57,6 +63,18 @@ _PACKED = flags.DEFINE_bool(
   "Keep a .gguf file's quantized weights as they are.",
   flag_values=FLAGS,
 )
+_KV = flags.DEFINE_string(
+  "kv",
+  "",
+  "Keys and values in so many bits, e.g. k4v4, k8v4,residual=64 or int8.",
+  flag_values=FLAGS,
+)
+_CHUNK = flags.DEFINE_integer(
+  "chunk",
+  None,
+  "Tokens read at a time, through a cache; 1 with --kv, else the whole window.",
+  flag_values=FLAGS,
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -67,19 +85,42 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   runtime.setup()
   from research.interop.load import load_model
   from research.nn.perplexity import perplexity
+  from research.quant import kv_memory, kv_quantizer
   from research.typing import UserError
 
+  kv = kv_quantizer.parse(_KV.value)
+  chunk = _CHUNK.value
+  if kv is not None and chunk is None:
+    chunk = 1
   loaded = load_model(_MODEL.value, _DTYPE.value, _PACKED.value)
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
-  found = perplexity(
-    loaded.model,
-    loaded.params,
-    loaded.tokenizer.encode(text),
-    window=_WINDOW.value,
-    max_windows=_MAX_WINDOWS.value or None,
-    batch=_BATCH.value,
-  )
+  ids = loaded.tokenizer.encode(text)
+
+  def measure(**how):
+    return perplexity(
+      loaded.model,
+      loaded.params,
+      ids,
+      window=_WINDOW.value,
+      max_windows=_MAX_WINDOWS.value or None,
+      batch=_BATCH.value,
+      **how,
+    )
+
+  found, more = measure(chunk=chunk, kv=kv), {}
+  if kv is not None:
+    took = kv_memory.memory(
+      loaded.model, loaded.params, 1, _WINDOW.value, kv=kv
+    )
+    more = {
+      "kv": _KV.value,
+      "chunk": chunk,
+      "perplexity_without": measure().perplexity,
+      "kv_bytes_per_token": took.bytes_per_token,
+      "kv_bits_per_number": took.bits_per_number,
+      "kv_cache_bytes": took.cache_bytes,
+    }
   return {
     "perplexity": found.perplexity,
     "tokens": found.tokens,
@@ -92,6 +133,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "window": _WINDOW.value,
     "dtype": _DTYPE.value,
     "model": _MODEL.value,
+    **more,
   }
 
 

@@ -95,7 +95,7 @@ def _choose(model, params, hidden, sampling, keys, step, seen):
   return token.astype(jnp.int32), seen
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
+@functools.partial(jax.jit, static_argnames=("model", "capacity", "kv"))
 def prefill(
   model: Transformer,
   params: Params,
@@ -107,6 +107,7 @@ def prefill(
   limit: Int[Array, "B"],
   stop: Int[Array, "E"],
   capacity: int,
+  kv: Any = None,
 ) -> tuple[State, Int[Array, "B 1"], Bool[Array, "B"]]:
   """Returns the state after the prompts, the first tokens, and who ended.
 
@@ -121,9 +122,10 @@ def prefill(
     limit: how many tokens each row may generate.
     stop: tokens that end a row.
     capacity: of the cache.
+    kv: how it is packed, as for `init_cache`.
   """
   rows, time = tokens.shape
-  cache = init_cache(model, params, rows, capacity)
+  cache = init_cache(model, params, rows, capacity, kv=kv)
   hidden, cache = model.apply(
     {"params": params}, tokens, cache=cache, lengths=lengths
   )
@@ -209,6 +211,7 @@ def chunks(
   stop_tokens: Sequence[int] = (),
   examples: Sequence[int] | None = None,
   size: int = CHUNK,
+  kv: Any = None,
 ) -> Iterator[np.ndarray]:
   """Yields new tokens `[B, n]` as they come, `NONE` after a row's end.
 
@@ -223,6 +226,7 @@ def chunks(
     examples: index of each prompt; its sample depends on the key and on this,
       not on the batch. By default 0, 1, ...
     size: tokens between two looks.
+    kv: how the cache is packed, as for `init_cache`.
 
   Raises:
     UserError: a prompt is empty, too long, or no prompt for this model.
@@ -249,6 +253,7 @@ def chunks(
     limit,
     stop,
     capacity=bucket(longest + steps),
+    kv=kv,
   )
   made = 1
   while True:
@@ -308,6 +313,7 @@ def generate(
   key: PRNGKey | None = None,
   stop_tokens: Sequence[int] = (),
   examples: Sequence[int] | None = None,
+  kv: Any = None,
 ) -> Generated:
   """Returns continuations of token prompts; arguments as for `chunks`."""
   parts = list(
@@ -320,6 +326,7 @@ def generate(
       key,
       stop_tokens,
       examples,
+      kv=kv,
     )
   )
   stops, out, reasons = set(stop_tokens), [], []

@@ -4,6 +4,11 @@ The text is tokenised once, without special tokens, and cut into windows that
 do not overlap, from position 0. Each window is read alone; its first token is
 given, the others are predicted. A last partial window counts from two tokens
 on. The perplexity is `exp` of the mean over all predicted tokens.
+
+With `chunk`, a window is read through a cache, so many tokens at a time, as
+generation reads it: keys and values of a chunk are in the cache (packed, if it
+packs them) for later chunks, and as they are within their own. One at a time
+is what decoding does.
 """
 
 import dataclasses
@@ -11,12 +16,13 @@ import functools
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.nn.transformer import Transformer
+from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Float, Int, Params, UserError
 
 ROWS = 256
@@ -50,7 +56,15 @@ def log_probs(
   The logits of a few positions exist at a time, never `[B, T, V]`.
   """
   hidden, _ = model.apply({"params": params}, tokens)
-  hidden, targets = hidden[:, :-1], tokens[:, 1:]
+  return _log_probs(model, params, hidden[:, :-1], tokens[:, 1:])
+
+
+def _log_probs(
+  model: Transformer,
+  params: Params,
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+) -> Float[Array, "B T"]:
   flat = hidden.reshape(-1, hidden.shape[-1])
   count = flat.shape[0]
   rows = min(ROWS, count)
@@ -79,6 +93,39 @@ def _sums(
   found = log_probs(model, params, tokens)
   predicted = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
   return jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk", "kv"))
+def _cached_sums(
+  model: Transformer,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, "B"],
+  chunk: int,
+  kv: Any,
+) -> Float[Array, "B"]:
+  """Returns what `_sums` does, of windows read through a cache."""
+  rows, time = tokens.shape
+  steps = -(-time // chunk)
+  tokens = jnp.pad(tokens, ((0, 0), (0, steps * chunk + 1 - time)))
+  cache = init_cache(model, params, rows, steps * chunk, kv=kv)
+  # One program for all chunks: the first one looks at an empty cache, too.
+  cache = dataclasses.replace(cache, fresh=False)
+
+  def step(cache, part):
+    tokens, targets, start = part
+    hidden, cache = model.apply({"params": params}, tokens, cache=cache)
+    found = _log_probs(model, params, hidden, targets)
+    predicted = start + jnp.arange(1, chunk + 1) < lengths[:, None]
+    return cache, jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
+
+  inputs, targets = (
+    x.reshape(rows, steps, chunk).swapaxes(0, 1)
+    for x in (tokens[:, :-1], tokens[:, 1:])
+  )
+  starts = jnp.arange(steps) * chunk
+  _, sums = jax.lax.scan(step, cache, (inputs, targets, starts))
+  return jnp.sum(sums, axis=0)
 
 
 def windows(
@@ -114,6 +161,8 @@ def perplexity(
   window: int = 1024,
   max_windows: int | None = 8,
   batch: int = 1,
+  chunk: int | None = None,
+  kv: Any = None,
 ) -> Perplexity:
   """Returns the perplexity of a text.
 
@@ -124,9 +173,15 @@ def perplexity(
     window: tokens a window; at most the model's context.
     max_windows: how many windows at most; None for all.
     batch: windows read at a time.
+    chunk: tokens read at a time, through a cache; None reads windows whole.
+    kv: how the cache is packed, as for `init_cache`; needs `chunk`.
   """
   if batch < 1:
     raise UserError(f"batch: found {batch}, expected at least 1")
+  if not 1 <= (chunk or 1) <= window:
+    raise UserError(f"chunk: found {chunk}, expected 1 to the window: {window}")
+  if kv is not None and chunk is None:
+    raise UserError("kv: found no chunk, expected one to read through a cache")
   if model.max_positions is not None and window > model.max_positions:
     raise UserError(
       f"window: found {window} tokens, expected at most the model's context "
@@ -139,8 +194,11 @@ def perplexity(
   lengths = np.zeros((rows,), np.int32)
   for i, part in enumerate(parts):
     tokens[i, : len(part)], lengths[i] = part, len(part)
-  compiled = _sums.lower(model, params, tokens[:batch], lengths[:batch])
-  compiled = compiled.compile()
+  sums, how = _sums, {}
+  if chunk is not None:
+    sums, how = _cached_sums, {"chunk": chunk, "kv": kv}
+  lowered = sums.lower(model, params, tokens[:batch], lengths[:batch], **how)
+  compiled = lowered.compile()
   start = time.perf_counter()
   sums = [
     compiled(params, tokens[i : i + batch], lengths[i : i + batch])

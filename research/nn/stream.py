@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from research.nn import generate
 from research.nn.sampling import GREEDY, Sampling
@@ -67,6 +68,7 @@ def stream(
   key: PRNGKey | None = None,
   stop: Sequence[str] = (),
   size: int = generate.CHUNK,
+  kv: Any = None,
 ) -> Iterator[list[Piece]]:
   """Yields a piece for each prompt, until all have ended.
 
@@ -80,6 +82,7 @@ def stream(
     key: of the sampling; seed 0 by default.
     stop: strings that end a row where they first appear in its new text.
     size: tokens between two pieces.
+    kv: how the cache is packed, as for `init_cache`.
   """
   rows = [_Row(tokenizer, stop) for _ in prompts]
   for chunk in generate.chunks(
@@ -91,6 +94,7 @@ def stream(
     key,
     tokenizer.stop,
     size=size,
+    kv=kv,
   ):
     yield [r.feed(t) for r, t in zip(rows, chunk.tolist(), strict=True)]
     if all(row.ended for row in rows):

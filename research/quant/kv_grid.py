@@ -82,13 +82,11 @@ class Grid:
       packing.check(self.group, self.bits, f"{what}: a group")
 
   def bits_per_number(self, dim: int) -> float:
-    """Returns what a number takes, its share of its group included.
+    """Returns what a packed number takes, its share of its group included.
 
     Args:
       dim: H.
     """
-    if self.whole:
-      return 16.0
     if self.bits in SYMMETRIC:
       return 8 + 32 / (self.group if self.per_channel else dim)
     return self.bits + 16 * jnp.dtype(self.scale_dtype).itemsize / self.group

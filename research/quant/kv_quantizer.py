@@ -9,11 +9,10 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
-import jax
 import jax.numpy as jnp
 
 from research.quant.kv_cache import QuantizedLayer, Side
-from research.quant.kv_grid import BITS, SYMMETRIC, Grid
+from research.quant.kv_grid import BITS, Grid
 from research.typing import UserError
 
 Axis = Literal["per_channel", "per_token", "hadamard+per_token"]
@@ -122,15 +121,6 @@ class KVQuantizer:
     sinks = (whole(first), whole(first)) if first else None
     return QuantizedLayer(*map(side, grids), sinks, self.less_bias)
 
-  def bits_per_number(self, dim: int) -> tuple[float, float]:
-    """Returns what a packed key's and value's number takes, scales included.
-
-    Args:
-      dim: H.
-    """
-    k, v = (grid.bits_per_number(dim) for grid in self.grids)
-    return k, v
-
 
 def parse(text: str) -> KVQuantizer | None:
   """Returns what a command line says, e.g. `k8v4,group=64`; "" is none.
@@ -194,29 +184,3 @@ def _one_of(name: str, found: Any, known: tuple) -> None:
       f"kv {name}: found {found!r}, expected one of "
       f"{', '.join(map(str, known))}"
     )
-
-
-def nbytes(cache: Any) -> int:
-  """Returns the bytes of a cache's keys and values, as they lie in memory."""
-  return sum(x.nbytes for x in jax.tree.leaves(cache))
-
-
-def describe(quantizer: KVQuantizer, dim: int) -> str:
-  """Returns what a quantizer does, in words.
-
-  Args:
-    quantizer: it.
-    dim: H.
-  """
-  k, v = quantizer.bits_per_number(dim)
-  words = [
-    f"keys {k:.3g} bits {quantizer.key}, values {v:.3g} bits {quantizer.value}"
-  ]
-  if not {quantizer.bits_k, quantizer.bits_v} <= SYMMETRIC.keys():
-    words.append(f"groups of {quantizer.group}")
-  words.append(f"last {quantizer.residual} whole")
-  if quantizer.sink_tokens:
-    words.append(f"first {quantizer.sink_tokens} whole")
-  if quantizer.less_bias:
-    words.append("less the keys' bias")
-  return ", ".join(words)
