@@ -1,7 +1,7 @@
 """Weights are values: the only place that knows how a leaf is multiplied.
 
 A parameter leaf is a `jax.Array`, or a small frozen dataclass, registered as a
-pytree, that stands for one: `AdaptedTensor`, `BlockTensor`, and whatever comes.
+pytree, that stands for one: `AdaptedTensor`, `QTensor`, and whatever comes.
 Such a class answers by its own methods:
 
   einsum(eq, x)         x times this weight

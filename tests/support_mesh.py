@@ -14,7 +14,6 @@ from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
-from research.quant import blocks
 from research.training import state, step
 from research.training.experts import Balance
 from research.training.objective import NextToken
@@ -66,7 +65,7 @@ def packed(params, kind: str = "Q4_1"):
     matrices = ggml.reshape(-1, *ggml.shape[-2:])
     raw = gguf_types.encode(kind, matrices)
     raw = raw.reshape(*matrices.shape[:2], -1)
-    w = blocks.from_ggml(kind, list(raw), axis)
+    w = ggml.from_ggml(kind, list(raw), axis)
     return jax.tree.map(lambda a: a.reshape(*x.shape[:-2], *a.shape[1:]), w)
 
   return tree.map_paths(pack, params)

@@ -26,7 +26,7 @@ from research.interop.parts import Part, Parts, ordered
 from research.nn import presets, rope
 from research.nn.attention import Attention
 from research.nn.transformer import Transformer
-from research.quant import blocks
+from research.quant.formats import ggml
 from research.typing import UserError
 
 FILE_TYPES = {
@@ -237,8 +237,8 @@ def _type(
 def _maker(name, part: Part, which, flip, order, offset, scale, log):
   def make():
     weight = part.read()
-    if part.kind == which and hasattr(weight, "codes"):
-      raw = blocks.to_ggml(weight)
+    if part.kind == which and hasattr(weight, "format"):
+      raw = ggml.to_ggml(weight)
       log.same(name, part.kind, which)
       return (raw if order is None else raw[order]).reshape(-1)
     found = changes.read(weight)

@@ -24,7 +24,7 @@ from research.interop.names import Address
 from research.interop.parts import Part
 from research.nn import presets
 from research.nn.transformer import Transformer
-from research.quant import blocks
+from research.quant.formats import ggml
 from research.training import memory
 from research.typing import UserError
 
@@ -205,11 +205,11 @@ def _leaf(
 ) -> Any:
   """Returns one weight of all of a run's layers, unread, `[layers, ...]`."""
   first = stored[0].tensor
-  if packed and blocks.packs(first.type, first.shape):
+  if packed and ggml.packs(first.type, first.shape):
     axis = -1 if row.path == "embed" else -2
     kind = TYPES[first.type]
     shape = (first.shape[0], first.shape[1] // kind.block)
-    return blocks.from_ggml_unread(
+    return ggml.from_ggml_unread(
       first.type, [m.blocks for m in stored], shape, axis
     )
   flip = len(first.shape) == 2 and row.path != "embed"
@@ -330,7 +330,7 @@ def load_gguf(
     dtype: of the arrays, and the model's compute dtype. Decoded weights are
       float32 numbers; bfloat16 rounds them to nearest even once more. None
       keeps what is not packed in its own type, and computes in float32.
-    packed: keep matrices of 4, 5 and 8 bits as their blocks (`BlockTensor`),
+    packed: keep matrices of 4, 5 and 8 bits as their blocks (`QTensor`),
       bit for bit, instead of decoding them.
     shardings: where the arrays go, see `unread.place`.
 

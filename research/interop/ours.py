@@ -31,7 +31,8 @@ from research.lora.methods import all_methods
 from research.nn import presets
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
-from research.quant.blocks import BlockTensor
+from research.quant.format import Format
+from research.quant.formats import all_formats
 from research.quant.qtensor import QTensor
 from research.training import base
 from research.typing import Params, UserError
@@ -40,7 +41,7 @@ METADATA = "metadata.gguf"
 ARRAYS = "arrays"
 VERSION = 1
 
-LEAVES = {kind.__name__: kind for kind in (BlockTensor, QTensor, AdaptedTensor)}
+LEAVES = {kind.__name__: kind for kind in (QTensor, AdaptedTensor)}
 """Weights that are no arrays, by the names that the note has for them."""
 
 _DTYPES = (
@@ -125,28 +126,35 @@ def _abstract(found: Any, where: str) -> Any:
     else:
       value = _static(value, f, f"{where}: {name}")
     values[name] = value
-  return kind(**values)
+  made = kind(**values)
+  format = getattr(made, "format", None)
+  if format is not None and set(made.parts) != set(format.layout()):
+    raise UserError(
+      f"{where}: parts {', '.join(made.parts)}, expected "
+      f"{', '.join(format.layout())} of {format.name}"
+    )
+  return made
 
 
 def _spelled(value: Any) -> Any:
-  """Returns a static field as JSON: itself, or a method's name and fields."""
-  if isinstance(value, Method):
+  """Returns a static field as JSON: itself, or a value's name and fields."""
+  if isinstance(value, Method | Format):
     return {"": type(value).__name__} | dataclasses.asdict(value)
   return value
 
 
 def _static(value: Any, field: Any, where: str) -> Any:
   """Returns a static field; inverts `_spelled`."""
-  if field.default is not dataclasses.MISSING:
+  kinds = all_formats() if field.name == "format" else all_methods()
+  if not isinstance(field.default, Format | type(dataclasses.MISSING)):
     if type(value) is not type(field.default):
       raise UserError(f"{where} is {str(value)[:60]}")
     return value
-  if not isinstance(value, dict) or value.get("") not in all_methods():
+  if not isinstance(value, dict) or value.get("") not in kinds:
     raise UserError(
-      f"{where} is {str(value)[:60]}, expected one of "
-      f"{', '.join(all_methods())}"
+      f"{where} is {str(value)[:60]}, expected one of {', '.join(kinds)}"
     )
-  kind = all_methods()[value[""]]
+  kind = kinds[value[""]]
   given = {k: v for k, v in value.items() if k}
   known = {f.name: type(f.default) for f in dataclasses.fields(kind)}
   for name, x in given.items():

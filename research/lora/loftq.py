@@ -24,6 +24,8 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.method import wide
 from research.lora.methods.lora import LoRA
 from research.lora.wrap import wrap
+from research.quant.format import Format
+from research.quant.formats.codebook import Codebook
 from research.quant.qtensor import QTensor, pack
 from research.quant.quantize import Quantize
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
@@ -73,7 +75,7 @@ class LoftQ:
         scale=method.scale,
         steps=self.steps,
         first=self.first,
-        how=(how.kind, how.block, how.nested),
+        format=how.format,
       )
       return {"a": a, "b": b}, {"packed": q}
 
@@ -89,15 +91,15 @@ class LoftQ:
 
 
 @functools.partial(
-  jax.jit, static_argnames=("rank", "scale", "steps", "first", "how")
+  jax.jit, static_argnames=("rank", "scale", "steps", "first", "format")
 )
-def _fitted(w, *, rank, scale, steps, first, how):
+def _fitted(w, *, rank, scale, steps, first, format):
   """Returns (packed, a, b) of a stack of matrices, one at a time."""
   lead = w.shape[:-2]
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), w)
 
   def one(w):
-    return fit(weights.dense(w), rank, scale, steps, first, how)
+    return fit(weights.dense(w), rank, scale, steps, first, format)
 
   found = jax.lax.map(one, flat)
   return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), found)
@@ -109,7 +111,7 @@ def fit(
   scale: float,
   steps: int | Int[Array, ""] = 1,
   first: First = "codes",
-  how: tuple[str, int, int] = ("nf4", 64, 256),
+  format: Format = Codebook(),
 ) -> tuple[QTensor, Float[Array, "R I"], Float[Array, "R O"]]:
   """Returns (q, a, b) with `q + scale aᵀb` about `w`.
 
@@ -119,7 +121,7 @@ def fit(
     scale: of the adapter; the factors are made for it.
     steps: how often q is packed.
     first: what is found first, see `LoftQ`.
-    how: kind, block and nested of `qtensor.pack`.
+    format: that q is packed in.
   """
   full = wide(w)
   a = jnp.zeros((rank, w.shape[0]), jnp.float32)
@@ -129,7 +131,7 @@ def fit(
 
   def packed(factors):
     a, b = factors
-    return pack((full - scale * (a.T @ b)).astype(w.dtype), *how)
+    return pack((full - scale * (a.T @ b)).astype(w.dtype), format)
 
   def again(_, factors):
     return _factors(full - wide(packed(factors)), rank, scale)

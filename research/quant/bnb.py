@@ -12,8 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from research.quant import codebooks, qtensor
-from research.quant.qtensor import NESTED, QTensor
+from research.quant import codebooks
+from research.quant.formats.codebook import (
+  BLOCKS,
+  NESTED,
+  Codebook,
+  FlatCodebook,
+)
+from research.quant.qtensor import QTensor
 from research.training.adam8bit import dynamic_map
 from research.typing import UserError
 
@@ -28,35 +34,36 @@ def to_state_dict(w: QTensor) -> dict[str, np.ndarray]:
   Args:
     w: one matrix `[I, O]`.
   """
-  name, parts = "weight", {}
+  name, parts, format = "weight", {}, w.format
   parts[name] = _bytes(w)[:, None]
-  top = np.asarray(w.top)
-  parts[f"{name}.absmax"] = (top if w.flat else top.T).reshape(-1)
-  parts[f"{name}.quant_map"] = codebooks.table(w.kind)
+  top = np.asarray(w.parts["top"])
+  flat = isinstance(format, FlatCodebook)
+  parts[f"{name}.absmax"] = (top if flat else top.T).reshape(-1)
+  parts[f"{name}.quant_map"] = codebooks.table(format.kind)
   said: dict[str, Any] = dict(
-    quant_type=w.kind,
-    blocksize=w.block,
+    quant_type=format.kind,
+    blocksize=format.block,
     dtype=w.of,
     shape=[w.outputs, w.inputs],
   )
-  if w.nested is not None:
-    parts[f"{name}.nested_absmax"] = np.asarray(w.nested)
+  if format.nested:
+    parts[f"{name}.nested_absmax"] = np.asarray(w.parts["nested"])
     parts[f"{name}.nested_quant_map"] = dynamic_map(True)
     said |= dict(
       nested_blocksize=NESTED,
       nested_dtype="float32",
-      nested_offset=float(w.mean),
+      nested_offset=float(w.parts["mean"]),
     )
   text = json.dumps(said).encode()
-  parts[f"{name}.{_STATE}{w.kind}"] = np.frombuffer(text, np.uint8)
+  parts[f"{name}.{_STATE}{format.kind}"] = np.frombuffer(text, np.uint8)
   return parts
 
 
 def _bytes(w: QTensor) -> np.ndarray:
   """Returns the codes as bitsandbytes packs them, uint8 `[bytes]`."""
-  if w.flat:
-    return np.asarray(w.codes)
-  codes = np.asarray(w.codes)
+  codes = np.asarray(w.parts["codes"])
+  if isinstance(w.format, FlatCodebook):
+    return codes
   codes = np.concatenate([codes & 15, codes >> 4], axis=-2)
   codes = codes.transpose(2, 0, 1).reshape(-1, 2)
   return (codes[:, 0] << 4) | codes[:, 1]
@@ -80,13 +87,15 @@ def from_state_dict(
   total = inputs * outputs
   count = -(-total // block)
   codes = _tensor(tensors, "weight", (-(-total // 2),), where)
-  second = mean = None
+  parts: dict[str, Any] = {}
   if "nested_offset" in said:
     top = _tensor(tensors, "weight.absmax", (count,), where)
     shape = (-(-count // NESTED),)
-    second = _tensor(tensors, "weight.nested_absmax", shape, where, "float32")
+    parts["nested"] = _tensor(
+      tensors, "weight.nested_absmax", shape, where, "float32"
+    )
     _equal(tensors, "weight.nested_quant_map", dynamic_map(True), where)
-    mean = np.float32(said["nested_offset"])
+    parts["mean"] = np.float32(said["nested_offset"])
   else:
     top = _tensor(tensors, "weight.absmax", (count,), where, "float32")
   _equal(tensors, "weight.quant_map", codebooks.table(kind), where)
@@ -96,8 +105,15 @@ def from_state_dict(
     apart = apart.transpose(1, 2, 0)
     codes = apart[:, :half] | (apart[:, half:] << 4)
     top = top.reshape(outputs, x).T
-  of = said["dtype"]
-  return QTensor(codes, top, second, mean, kind, block, inputs, outputs, of)
+  nested = NESTED if "nested" in parts else 0
+  format = Codebook(kind=kind, block=block, nested=nested)
+  return QTensor(
+    {"codes": codes, "top": top} | parts,
+    format=format.fitted(inputs, outputs),
+    inputs=inputs,
+    outputs=outputs,
+    of=said["dtype"],
+  )
 
 
 def _said(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
@@ -124,7 +140,7 @@ def _said(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
     "quant_type": said.get("quant_type") in codebooks.CODEBOOKS
     and names[0].endswith(f"__{said['quant_type']}"),
     "blocksize": type(said.get("blocksize")) is int
-    and said["blocksize"] in qtensor.BLOCKS,
+    and said["blocksize"] in BLOCKS,
     "dtype": said.get("dtype") in _DTYPES,
     "shape": isinstance(shape, list)
     and len(shape) == 2

@@ -3,7 +3,8 @@
 NF4: Dettmers et al. 2023 (arXiv:2305.14314), appendix E; quantiles of a normal
 distribution, asymmetric so that zero is a value. FP4: sign, two bits of
 exponent, one of mantissa, in bitsandbytes' order and scale (not that of OCP's
-E2M1). Both bit by bit as bitsandbytes 0.50 has them.
+E2M1). Both bit by bit as bitsandbytes 0.50 has them. AF4: what errs least for
+blocks of 64 (Yoshida 2023, arXiv:2306.06965).
 """
 
 from typing import Any
@@ -25,7 +26,13 @@ NF4 = (
 _MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4 = tuple(s * m / 12 for s in (1.0, -1.0) for m in _MAGNITUDES)
 
-CODEBOOKS = {"nf4": NF4, "fp4": FP4}
+AF4 = (
+  *(-1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478),
+  *(-0.04934812, 0.0, 0.04273164, 0.12934483, 0.21961274, 0.31675666),
+  *(0.42563882, 0.55496234, 0.72424863, 1.0),
+)
+
+CODEBOOKS = {"nf4": NF4, "fp4": FP4, "af4": AF4}
 
 TINY = np.float32(1e-38)
 """What bitsandbytes divides by at least."""
@@ -58,13 +65,15 @@ def nearest(
   return lookup(place, order.astype(np.uint8))
 
 
-def lookup(codes: Any, values: np.ndarray) -> Any:
-  """Returns `values[codes]` for 4-bit codes, by four choices an element.
+def lookup(codes: Any, values: Any) -> Any:
+  """Returns `values[codes]`, of 16 values by four choices an element.
 
   Vector units choose where they cannot gather.
   """
-  if isinstance(codes, np.ndarray):
+  if isinstance(codes, np.ndarray) and isinstance(values, np.ndarray):
     return values[codes]
+  if len(values) != 16:
+    return jnp.take(jnp.asarray(values), codes.astype(jnp.int32))
   # Tied to the codes: else XLA makes each value a whole array, ahead of a loop.
   codes, values = jax.lax.optimization_barrier((codes, jnp.asarray(values)))
   found = list(values)

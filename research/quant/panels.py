@@ -1,9 +1,9 @@
 """Weights that CPU decoding reads fastest: `kernels_pallas`' panels as a leaf.
 
-`decoding` rewrites a tree once, before text is generated: matrices in ggml's
-blocks, in codebooks or in bfloat16 become panels, each layer's in arrays of its
-own. The numbers are the same bit by bit; what changes is their order in memory,
-and that a C++ kernel multiplies them (`kernels_pallas.quantized_matmul`).
+`decoding` rewrites a tree once, before text is generated: packed matrices, and
+those in bfloat16, become panels, each layer's in arrays of its own. What
+changes is their order in memory, and that a C++ kernel multiplies them
+(`kernels_pallas.quantized_matmul`).
 """
 
 import dataclasses
@@ -17,9 +17,7 @@ import numpy as np
 from kernels_pallas.quantized_matmul import api, cpu
 from kernels_pallas.quantized_matmul import panels as layout
 from research import tree, weights
-from research.interop import gguf_types
-from research.quant import codebooks, products
-from research.quant.blocks import BlockTensor
+from research.quant import products
 from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -121,32 +119,63 @@ class PanelTensor:
     return self
 
 
-@jax.jit
-def from_blocks(w: BlockTensor) -> PanelTensor:
-  """Returns ggml's blocks in panels: 4 bits as 4, 5 and 8 bits as 8."""
-  kind = gguf_types.TYPES[w.kind]
-  codes = w.codes_apart()
-  codes = codes.reshape(*codes.shape[:-3], w.columns, w.rows)
-  codebook = tuple(float(code - kind.zero) for code in range(16))
-  if kind.bits == 5:
-    codes = codes.astype(jnp.int8) - jnp.int8(kind.zero)
-  packed = layout.pack(codes, w.scale, w.offset, codebook=codebook)
-  return PanelTensor(packed, w.axis)
+def fits(w: QTensor) -> bool:
+  """Whether panels can hold what `w` holds.
 
-
-@jax.jit
-def from_codebook(w: QTensor) -> PanelTensor:
-  """Returns codes of a codebook in panels, their magnitudes in float32.
-
-  Numbers are those before they are rounded to a dtype of 16 bits.
+  Codes of at most 4 bits, or integers of up to 8; groups of whole words; no
+  rows out of their order, nor in other precision.
   """
+  if w.order is not None or w.outliers is not None:
+    return False
+  plain = jax.eval_shape(lambda w: w.plain().scale, w)
+  group = w.inputs // plain.shape[-2]
+  return _bits(w) is not None and group % (32 // _bits(w)) == 0
+
+
+def _bits(w: QTensor) -> int | None:
+  """Returns how wide a code is in panels, None if none is wide enough."""
+  found = {}
+
+  def look(w):
+    plain = w.plain()
+    found.update(bits=plain.bits, codebook=plain.codebook)
+    return plain.codes
+
+  jax.eval_shape(look, w)
+  if found["bits"] <= 4:
+    return 4
+  return 8 if found["codebook"] is None else None
+
+
+@jax.jit
+def from_qtensor(w: QTensor) -> PanelTensor:
+  """Returns a packed matrix that `fits` in panels.
+
+  Numbers are those before they are rounded to a dtype of 16 bits; a zero that
+  differs by group becomes an offset, rounded once in float32.
+  """
+  plain = w.plain()
+  one = isinstance(plain.zero, float)
+  codes, offset, book = plain.codes, plain.offset, layout.AFFINE
+  if not one:
+    offset = plain.shift()
+  if plain.bits <= 4:
+    if plain.codebook is not None:
+      book = tuple(plain.codebook)
+    book = tuple(code - plain.zero for code in book) if one else book
+    book += (0.0,) * (16 - len(book))
+  elif codes.dtype == jnp.uint8:
+    # Codes of 8 bits are signed there; what was taken off is in the offset.
+    least = int(plain.zero) if one else 128
+    if plain.bits == 8 and least != 128:
+      raise ValueError(f"a zero of {least} does not fit codes of 8 bits")
+    codes = (codes.astype(jnp.int16) - least).astype(jnp.int8)
+    if not one:
+      offset = offset + least * plain.scale.astype(jnp.float32)
   packed = layout.pack(
-    w.codes_apart(),
-    w.magnitudes(),
-    group=w.block,
-    codebook=codebooks.CODEBOOKS[w.kind],
+    codes, plain.scale, offset, group=plain.group, codebook=book
   )
-  return PanelTensor(packed)
+  return PanelTensor(packed, w.axis)
 
 
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
@@ -158,7 +187,7 @@ def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
 def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   """Returns `params` with their matrices in panels, layer by layer.
 
-  A Transform. Blocks of 4, 5 and 8 bits, codebooks and bfloat16 matrices are
+  A Transform. Packed matrices of a format that `fits`, and bfloat16 ones, are
   rewritten, also those under an adapter; experts and float32 stay as they are.
   Layers are unrolled: a scan over stacked panels would copy each before its
   use.
@@ -175,16 +204,14 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
     ndim = 3 if path.startswith("run") else 2
     if leaf.ndim != ndim:
       return leaf
-    if isinstance(leaf, BlockTensor):
-      return from_blocks(leaf)
     if isinstance(leaf, QTensor):
-      return leaf if leaf.flat else from_codebook(leaf)
+      return from_qtensor(leaf) if fits(leaf) else leaf
     if leaf.dtype == jnp.bfloat16 and _MATRIX.search(path):
       return from_array(leaf, -1 if _EMBED.search(path) else -2)
     return leaf
 
   def is_packed(x: Any) -> bool:
-    return isinstance(x, BlockTensor | QTensor)
+    return isinstance(x, QTensor)
 
   return tree.unroll(_beside(tree.map_paths(one, params, is_leaf=is_packed)))
 

@@ -20,7 +20,15 @@ PIECE = 2 << 20
 
 @runtime_checkable
 class Packed(Protocol):
-  """A pytree of arrays whose last axis is the decoded matrix' last axis."""
+  """A pytree that decodes itself."""
+
+  def stored(self) -> Float[Array, "... I O"]:
+    """Returns the decoded matrix, float32."""
+
+
+@runtime_checkable
+class Sliced(Packed, Protocol):
+  """One that may decode some of its outputs alone."""
 
   @property
   def columns(self) -> int:
@@ -30,14 +38,18 @@ class Packed(Protocol):
   def rows(self) -> int:
     """Returns `O`."""
 
-  def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix, float32."""
+  @property
+  def sliceable(self) -> bool:
+    """Whether `piece` is to be had."""
+
+  def piece(self, i: Int[Array, ""], size: int) -> "Sliced":
+    """Returns outputs `[i size, (i + 1) size)`."""
 
 
-def _piece_count(w: Packed) -> int:
+def _piece_count(w: Sliced) -> int:
   """Returns into how many pieces of whole rows a large matrix decodes."""
   size = 4 * w.columns * w.rows
-  if size <= 4 * PIECE:
+  if size <= 4 * PIECE or not w.sliceable:
     return 1
   least = -(-size // PIECE)
   # Equal pieces, unless the rows divide into none of about the right size.
@@ -45,30 +57,23 @@ def _piece_count(w: Packed) -> int:
   return next(fits, 1)
 
 
-def _piece(w: Packed, i: Array, count: int) -> Packed:
-  size = w.rows // count
-  return jax.tree.map(
-    lambda part: jax.lax.dynamic_slice_in_dim(part, i * size, size, axis=-1), w
-  )
-
-
-def _joined(x: Array, w: Packed, count: int) -> Array:
+def _joined(x: Array, w: Sliced, count: int) -> Array:
   """Returns `x[..., I] @ stored`, piece beside piece."""
 
   def one(i):
-    stored = _piece(w, i, count).stored().astype(x.dtype)
+    stored = w.piece(i, w.rows // count).stored().astype(x.dtype)
     return jnp.einsum("...i,io->...o", x, stored)
 
   y = jnp.moveaxis(jax.lax.map(one, jnp.arange(count)), 0, -2)
   return y.reshape(*y.shape[:-2], -1)
 
 
-def _summed(x: Array, w: Packed, count: int) -> Array:
+def _summed(x: Array, w: Sliced, count: int) -> Array:
   """Returns `x[..., O] @ stored.T`, the pieces' products added in float32."""
   size = w.rows // count
 
   def add(total, i):
-    stored = _piece(w, i, count).stored().astype(x.dtype)
+    stored = w.piece(i, size).stored().astype(x.dtype)
     part = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=-1)
     product = jnp.einsum(
       "...o,io->...i", part, stored, preferred_element_type=jnp.float32
@@ -79,7 +84,7 @@ def _summed(x: Array, w: Packed, count: int) -> Array:
   return jax.lax.scan(add, zeros, jnp.arange(count))[0].astype(x.dtype)
 
 
-def _times(x: Array, w: Packed, transposed: bool) -> Array:
+def _times(x: Array, w: Sliced, transposed: bool) -> Array:
   """Returns `x` times the stored matrix or its transpose.
 
   A large matrix is decoded piece by piece on CPU, where each piece then stays
@@ -101,7 +106,7 @@ def _times(x: Array, w: Packed, transposed: bool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("transposed",))
 def matmul(
-  x: Float[Array, "*B X"], w: Packed, transposed: bool
+  x: Float[Array, "*B X"], w: Sliced, transposed: bool
 ) -> Float[Array, "*B Y"]:
   """Returns `x` times the stored matrix or its transpose, saving only `w`.
 

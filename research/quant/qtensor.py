@@ -1,14 +1,10 @@
-"""A matrix in 4-bit codes of a codebook, as QLoRA keeps its base.
+"""A packed matrix as a weight: one leaf for every format.
 
-Dettmers et al. 2023 (arXiv:2305.14314): each block of 64 weights is 4-bit codes
-times its largest magnitude; those magnitudes, less their mean, are 8-bit codes
-themselves, 256 to a second-level magnitude: 4.127 bits a weight. Blocks run
-along the rows of torch's `[out, in]`, each matrix by itself; numbers are bit by
-bit those of bitsandbytes (but for the mean, whose sum has another order).
-
-In memory the outputs come last and a block's codes before them, so that
-decoding runs along whole vectors. Products decode the matrix next to where it
-is used, the backward pass again (`research.quant.products`).
+The arrays of a `QTensor` are what its format makes of a matrix, blocks along
+the inputs, and outputs last, so that decoding runs along whole vectors.
+Products decode the matrix next to where it is used, and the backward pass does
+it again (as QLoRA does, Dettmers et al. 2023, arXiv:2305.14314, section 3):
+what lives between is the packed form alone.
 """
 
 import dataclasses
@@ -20,76 +16,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.quant import codebooks, products
-from research.training.adam8bit import dynamic_map
-from research.typing import Array, Float, Int, PRNGKey, UserError
-
-NESTED = 256
-"""Magnitudes that share a second-level one, where there are two levels."""
-
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Weights that may share a magnitude."""
+from research.quant import products
+from research.quant.format import Format, Plain
+from research.typing import Array, Float, Int, PRNGKey
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor:
-  """A packed matrix `[..., I, O]`; frozen: no gradient reaches its parts.
+  """A packed matrix; frozen: no gradient reaches its parts.
 
   Attributes:
-    codes: uint8 `[..., X, block / 2, O]` for I = X block, low nibbles the
-      block's first half, high nibbles the other. Where blocks do not divide I,
-      `[..., bytes]` in bitsandbytes' own order: rows of `[O, I]`, one after
-      the other, high nibbles first.
-    top: largest magnitudes `[..., X, O]`, or `[..., blocks]`; float32, or
-      their 8-bit codes.
-    nested: second-level magnitudes, float32 `[..., blocks / 256]` in the order
-      of rows of `[O, I]`; None with one level.
-    mean: of the magnitudes, float32 `[...]`; None with one level.
-    kind: of the codebook, `"nf4"` or `"fp4"`.
-    block: weights that share a magnitude.
-    inputs, outputs: I, O.
-    of: dtype that numbers are rounded to, the one they were packed from.
+    parts: name -> array, as `format.layout()` says, behind any leading axes.
+    order: int32 `[..., I]` or None: row `i` of the matrix is stored at
+      `order[i]`.
+    outliers: None, or `{"rows": int32 [..., n], "values": [..., n, O]}`: rows
+      of the matrix that are these instead of what is packed.
+    format: how the parts are to be read.
+    inputs, outputs: I and O of the matrix as stored.
+    axis: -2 if the stored matrix is the logical one, `[I, O]`; -1 if it is its
+      transpose, as of an embedding `[V, D]` with blocks along D.
+    of: dtype that decoded numbers are rounded to.
   """
 
-  codes: Any
-  top: Any
-  nested: Any = None
-  mean: Any = None
-  kind: str = dataclasses.field(default="nf4", metadata=dict(static=True))
-  block: int = dataclasses.field(default=64, metadata=dict(static=True))
+  parts: Any
+  order: Any = None
+  outliers: Any = None
+  format: Format = dataclasses.field(
+    default=Format(), metadata=dict(static=True)
+  )
   inputs: int = dataclasses.field(default=0, metadata=dict(static=True))
   outputs: int = dataclasses.field(default=0, metadata=dict(static=True))
+  axis: int = dataclasses.field(default=-2, metadata=dict(static=True))
   of: str = dataclasses.field(default="float32", metadata=dict(static=True))
-
-  def __post_init__(self):
-    if self.kind not in codebooks.CODEBOOKS:
-      raise UserError(
-        f"packed weight: kind is {self.kind!r}, expected one of "
-        f"{', '.join(codebooks.CODEBOOKS)}"
-      )
-    if self.block < 2 or self.block % 2:
-      raise UserError(
-        f"packed weight: block is {self.block}, expected an even number"
-      )
-
-  @property
-  def flat(self) -> bool:
-    """Whether blocks run across rows, in bitsandbytes' own order."""
-    return self.inputs % self.block != 0
 
   @property
   def lead(self) -> tuple[int, ...]:
     """The axes over matrices."""
-    return tuple(self.codes.shape[: -1 if self.flat else -3])
+    name, letters = next(iter(self.format.layout().items()))
+    shape = self.parts[name].shape
+    return tuple(shape[: len(shape) - len(letters)])
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (*self.lead, self.inputs, self.outputs)
+    stored = (self.inputs, self.outputs)
+    return self.lead + stored[:: 1 if self.axis == -2 else -1]
 
   @property
   def ndim(self) -> int:
-    return len(self.shape)
+    return len(self.lead) + 2
 
   @property
   def dtype(self) -> Any:
@@ -97,86 +72,115 @@ class QTensor:
 
   @property
   def columns(self) -> int:
-    """Returns `I`."""
+    """Returns `I`, for `products`."""
     return self.inputs
 
   @property
   def rows(self) -> int:
-    """Returns `O`."""
+    """Returns `O`, for `products`."""
     return self.outputs
 
-  def codes_apart(self) -> Array:
-    """Returns the codes, `[..., I, O]`, or of flat ones `[..., I O]`."""
-    if self.flat:
-      pairs = jnp.stack([self.codes >> 4, self.codes & 15], axis=-1)
-      found = pairs.reshape(*self.lead, -1)
-      return found[..., : self.inputs * self.outputs]
-    both = jnp.concatenate([self.codes & 15, self.codes >> 4], axis=-2)
-    return both.reshape(self.shape)
+  @property
+  def nbytes(self) -> int:
+    """Returns the bytes of all its arrays."""
+    return sum(x.nbytes for x in jax.tree.leaves(self))
 
-  def magnitudes(self) -> Float[Array, "..."]:
-    """Returns the blocks' largest magnitudes, float32, in the form of `top`."""
-    if self.nested is None:
-      return jnp.asarray(self.top)
-    count = self.top.shape[-1]
-    if self.flat:
-      place, mean = np.arange(count), self.mean[..., None]
-    else:
-      x = self.top.shape[-2]
-      place = np.arange(count) * x + np.arange(x)[:, None]
-      mean = self.mean[..., None, None]
-    values = jnp.take(jnp.asarray(dynamic_map(True)), self.top.astype(int))
-    scaled = values * self.nested[..., place // NESTED]
-    # Rounded before the sum, as in bitsandbytes: fused, it would not be.
-    return jax.lax.optimization_barrier(scaled) + mean
+  @property
+  def bits_per_weight(self) -> float:
+    """Returns the bits that a weight takes, everything counted."""
+    count = int(np.prod(self.lead, dtype=np.int64))
+    return 8 * self.nbytes / (count * self.inputs * self.outputs)
+
+  @property
+  def sliceable(self) -> bool:
+    """Returns whether `piece` works."""
+    return self.format.sliceable
+
+  def plain(self) -> Plain:
+    """Returns the normal form of what is stored, order and outliers aside."""
+    return self.format.plain(self.parts)
 
   def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix, bitwise what bitsandbytes decodes to."""
-    values = codebooks.lookup(self.codes_apart(), codebooks.table(self.kind))
-    top = self.magnitudes()
-    if not self.flat:
-      *lead, x, o = top.shape
-      values = values.reshape(*lead, x, self.block, o) * top[..., None, :]
-      return values.reshape(self.shape).astype(self.dtype)
-    place = np.arange(self.inputs * self.outputs) // self.block
-    values = (values * top[..., place]).astype(self.dtype)
-    values = values.reshape(*self.lead, self.outputs, self.inputs)
-    return jnp.swapaxes(values, -1, -2)
+    """Returns the decoded matrix as stored."""
+    w = self.format.decode(self.parts)
+    if self.order is not None:
+      w = jnp.take_along_axis(w, self.order[..., None], axis=-2)
+    if self.outliers is not None:
+      values = self.outliers["values"].astype(w.dtype)
+      w = _replaced(w, self.outliers["rows"], values)
+    return w.astype(self.dtype)
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the matrix, in the dtype that it was packed from."""
-    return self.stored()
+    """Returns the logical matrix."""
+    stored = self.stored()
+    return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)` over either axis, in the dtype of `x`."""
-    return products.linear(lambda x, w: jnp.einsum(eq, x, w), x, self)
+    left, w, out = eq.replace("->", ",").split(",")
+    if self.axis == -1:
+      w = w[:-2] + w[-1] + w[-2]
+    if left[:-1] == out[:-1] and sorted((left[-1], out[-1])) == sorted(w):
+      return products.matmul(x, self, transposed=left[-1] == w[1])
+    stored = f"{left},{w}->{out}"
+    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows; all are decoded."""
-    return jnp.take(self.dense(), ids, axis=0)
+    """Returns rows of the logical matrix; only those, of an embedding."""
+    if self.axis == -2 or not self.format.sliceable:
+      return jnp.take(self.dense(), ids, axis=0)
+    some = self._outputs(lambda x: jnp.take(x, ids.reshape(-1), axis=-1))
+    some = dataclasses.replace(some, outputs=ids.size)
+    return some.dense().reshape(*ids.shape, self.inputs)
+
+  def piece(self, i: Int[Array, ""], size: int) -> "QTensor":
+    """Returns outputs `[i size, (i + 1) size)`."""
+
+    def cut(x: Array) -> Array:
+      return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=-1)
+
+    return dataclasses.replace(self._outputs(cut), outputs=size)
+
+  def _outputs(self, f) -> "QTensor":
+    """Returns itself with `f` of every array that has outputs."""
+    layout = self.format.layout()
+    parts = {
+      name: f(x) if layout[name].endswith("o") else x
+      for name, x in self.parts.items()
+    }
+    outliers = self.outliers
+    if outliers is not None:
+      outliers = outliers | {"values": f(outliers["values"])}
+    return dataclasses.replace(self, parts=parts, outliers=outliers)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
     """Returns each row of `x` times its expert's matrix."""
-    return products.ragged_dot(x, self, sizes, -2)
+    return products.ragged_dot(x, self, sizes, self.axis)
 
   def axes(self, names: tuple[str | None, ...]) -> "QTensor":
-    """Blocks keep the name of the inputs; what is flat is never cut."""
+    """Blocks keep the inputs' name, outputs theirs; the rest has none."""
     *lead, first, second = names
-    own = {
-      "codes": (*lead, first, None, second),
-      "top": (*lead, first, second),
-      "nested": (*lead, None),
-      "mean": tuple(lead),
-    }
-    if self.flat:
-      own |= {"codes": (*lead, None), "top": (*lead, None)}
+    inputs, outputs = (first, second) if self.axis == -2 else (second, first)
+    of = {"x": inputs, "o": outputs, ".": None}
+
+    # A part may be None: in the trainable half of a tree all of them are.
     parts = {
-      name: weights.axes(getattr(self, name), axes)
-      for name, axes in own.items()
+      name: weights.axes(x, (*lead, *(of[c] for c in layout)))
+      for name, layout in self.format.layout().items()
+      for x in [self.parts[name]]
     }
-    return dataclasses.replace(self, **parts)
+    order = weights.axes(self.order, (*lead, None))
+    outliers = self.outliers
+    if outliers is not None:
+      outliers = {
+        "rows": weights.axes(outliers["rows"], (*lead, None)),
+        "values": weights.axes(outliers["values"], (*lead, None, outputs)),
+      }
+    return dataclasses.replace(
+      self, parts=parts, order=order, outliers=outliers
+    )
 
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
@@ -184,60 +188,48 @@ class QTensor:
     """Returns itself: nothing here depends on the batch."""
     return self
 
+  def squeeze(self) -> "QTensor":
+    """Returns itself without a leading axis of one."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[1:]), self)
+
+
+def _replaced(w, rows, values):
+  """Returns `w [..., I, O]` with some of its rows replaced."""
+  if w.ndim == 2:
+    return w.at[rows].set(values)
+  return jax.vmap(_replaced)(w, rows, values)
+
 
 def pack(
   w: Float[Array, "... I O"] | np.ndarray,
-  kind: str = "nf4",
-  block: int = 64,
-  nested: int = NESTED,
+  format: Format,
+  importance: Float[Array, "... I"] | None = None,
 ) -> QTensor:
   """Returns a matrix, or each of a stack of them, packed.
 
   Args:
-    w: finite. An array of NumPy is packed by NumPy, to the same bits.
-    kind: of the codebook.
-    block: weights that share a magnitude, a power of two.
-    nested: magnitudes that share a second-level one, 256; 0 for one level.
+    w: finite. An array of NumPy is packed by NumPy where the format can.
+    format: how.
+    importance: of each input; see `Format.encode`.
 
   Raises:
-    UserError: bitsandbytes has no such blocks.
+    UserError: the format cannot hold such a matrix.
   """
-  if block not in BLOCKS:
-    raise UserError(f"block is {block}, expected a power of two, 32 to 4096")
-  if nested not in (0, NESTED):
-    raise UserError(f"nested is {nested}, expected {NESTED}, or 0 for none")
-  one = functools.partial(_pack, kind=kind, block=block, nested=nested)
-  lead = w.shape[:-2]
+  *lead, inputs, outputs = w.shape
+  format = format.fitted(inputs, outputs)
+  made = functools.partial(
+    QTensor, format=format, inputs=inputs, outputs=outputs, of=str(w.dtype)
+  )
   if not lead:
-    return one(w)
-  matrices = w.reshape(-1, *w.shape[-2:])
+    return made(format.encode(w, importance))
+  matrices = w.reshape(-1, inputs, outputs)
+  given = [matrices]
+  if importance is not None:
+    given.append(importance.reshape(-1, inputs))
   if isinstance(w, np.ndarray):
-    packed = jax.tree.map(lambda *x: np.stack(x), *map(one, matrices))
+    each = [format.encode(*xs) for xs in zip(*given, strict=True)]
+    parts = jax.tree.map(lambda *x: np.stack(x), *each)
   else:
     # One at a time: what a matrix takes while it is packed is not kept.
-    packed = jax.lax.map(one, matrices)
-  return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), packed)
-
-
-def _pack(w: Any, kind: str, block: int, nested: int) -> QTensor:
-  xp = np if isinstance(w, np.ndarray) else jnp
-  inputs, outputs = w.shape
-  top, unit = codebooks.magnitudes(w.T.reshape(-1).astype(np.float32), block)
-  # An odd number of codes is filled up with that of zero.
-  odd = unit.size % 2 if inputs % block else 0
-  codes = codebooks.nearest(xp.pad(unit, (0, odd)), kind)
-  second = mean = None
-  if nested:
-    mean = top.mean(dtype=np.float32)
-    second, unit = codebooks.magnitudes(top - mean, nested)
-    top = codebooks.divided(unit, dynamic_map(True))
-  if inputs % block:
-    codes = (codes[::2] << 4) | codes[1::2]
-  else:
-    x = inputs // block
-    top = top.reshape(outputs, x).T
-    codes = codes.reshape(outputs, x, 2, block // 2).transpose(1, 2, 3, 0)
-    codes = codes[:, 0] | (codes[:, 1] << 4)
-  return QTensor(
-    codes, top, second, mean, kind, block, inputs, outputs, str(w.dtype)
-  )
+    parts = jax.lax.map(lambda xs: format.encode(*xs), tuple(given))
+  return made(jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), parts))

@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from research import tree, weights
 from research.quant import qtensor
+from research.quant.format import Format
+from research.quant.formats.codebook import Codebook
 from research.typing import Params, PRNGKey, UserError
 
 ALL_LINEAR = "all-linear"
@@ -19,20 +21,16 @@ _ROUTER = re.compile(r"/mlp/router$")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
-  """Packs the layers' matrices in 4 bits, see `research.quant.qtensor`.
+  """Packs the layers' matrices, see `research.quant.qtensor`.
 
   Attributes:
-    kind: of the codebook.
-    block: weights that share a magnitude.
-    nested: magnitudes that share a second-level one, 256; 0 for one level.
+    format: that they are kept in.
     targets: `"all-linear"`, every matrix of a layer but the router, whose
       choices are all or nothing; or names such as `("q", "mlp/up")` for the
       end of paths. Embedding, head and norms stay as they are, as in QLoRA.
   """
 
-  kind: Literal["nf4", "fp4"] = "nf4"
-  block: int = 64
-  nested: int = qtensor.NESTED
+  format: Format = Codebook()
   targets: str | Sequence[str] = ALL_LINEAR
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
@@ -87,12 +85,12 @@ class Quantize:
 
   def pack(self, w: Any) -> qtensor.QTensor:
     """Returns one weight, or a stack of them, packed; compiled once a shape."""
-    return _packed(w, self.kind, self.block, self.nested)
+    return _packed(w, self.format)
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "block", "nested"))
-def _packed(w, kind, block, nested):
-  return qtensor.pack(weights.dense(w), kind, block, nested)
+@functools.partial(jax.jit, static_argnames=("format",))
+def _packed(w, format):
+  return qtensor.pack(weights.dense(w), format)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

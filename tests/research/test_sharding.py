@@ -13,7 +13,8 @@ from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
-from research.quant import blocks
+from research.quant import qtensor
+from research.quant.formats import ggml
 from research.training import state
 from research.typing import UserError
 from tests import support
@@ -73,17 +74,22 @@ def test_a_training_state_is_cut_like_its_parameters():
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_packed_parts_follow_their_blocks(axis):
   part = jax.ShapeDtypeStruct
-  w = blocks.BlockTensor(
-    codes=part((3, 4, 16, 64), jnp.uint8),
-    scale=part((3, 4, 64), jnp.float16),
-    offset=part((3, 4, 64), jnp.float16),
+  w = qtensor.QTensor(
+    dict(
+      codes=part((3, 4, 16, 64), jnp.uint8),
+      scale=part((3, 4, 64), jnp.float16),
+      offset=part((3, 4, 64), jnp.float16),
+    ),
+    format=ggml.GGML(kind="Q4_1"),
+    inputs=128,
+    outputs=64,
     axis=axis,
   )
   found = specs({"run0": {"layer0": {"mlp": {"up": w}}}})
   x, rows = ("fsdp", "tensor") if axis == -2 else ("tensor", "fsdp")
-  assert found["run0/layer0/mlp/up/codes"] == P(None, x, None, rows)
-  assert found["run0/layer0/mlp/up/scale"] == P(None, x, rows)
-  assert found["run0/layer0/mlp/up/offset"] == P(None, x, rows)
+  assert found["run0/layer0/mlp/up/parts/codes"] == P(None, x, None, rows)
+  assert found["run0/layer0/mlp/up/parts/scale"] == P(None, x, rows)
+  assert found["run0/layer0/mlp/up/parts/offset"] == P(None, x, rows)
 
 
 def test_an_axis_that_does_not_divide_is_not_cut():

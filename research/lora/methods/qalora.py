@@ -87,7 +87,8 @@ def merged_offsets(t: Any) -> Any:
     UserError: the base has no offsets, or groups that the adapter's cut.
   """
   w, method = t.w, t.method
-  offset = getattr(w, "offset", None)
+  parts = getattr(w, "parts", {})
+  offset = parts.get("offset")
   if offset is None or w.axis != -2:
     raise UserError(
       "QALoRA: merging into zero points takes a base with offsets, such as "
@@ -104,4 +105,4 @@ def merged_offsets(t: Any) -> Any:
   moved = scale * jnp.einsum("...rg,...ro->...go", a, b)
   moved = jnp.repeat(moved, method.group // size, -2)
   new = (offset.astype(jnp.float32) + moved).astype(offset.dtype)
-  return dataclasses.replace(w, offset=new)
+  return dataclasses.replace(w, parts=parts | {"offset": new})

@@ -21,7 +21,7 @@ from research.interop.gguf_model import (
 )
 from research.interop.gguf_types import TYPES
 from research.nn import rope
-from research.quant import blocks
+from research.quant.formats import ggml
 from research.typing import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
@@ -360,14 +360,14 @@ def test_the_real_file_comes_back_byte_for_byte(real):
   heads = {"q": 9, "k": 3}
   names = dict(q="attn_q", k="attn_k", v="attn_v", o="attn_output")
   names |= dict(gate="ffn_gate", up="ffn_up", down="ffn_down")
-  embed = blocks.to_ggml(real.params["embed"])
+  embed = ggml.to_ggml(real.params["embed"])
   np.testing.assert_array_equal(
     embed.reshape(-1), file.tensors["token_embd.weight"].data
   )
   checked = 1
   for part in ("attention", "mlp"):
     for key, leaf in real.params["run0"]["layer0"][part].items():
-      for i, raw in enumerate(blocks.to_ggml(leaf)):
+      for i, raw in enumerate(ggml.to_ggml(leaf)):
         stored = file.tensors[f"blk.{i}.{names[key]}.weight"]
         if key in heads:
           raw = raw[interleaved(raw.shape[0], heads[key])]

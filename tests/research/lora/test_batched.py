@@ -14,7 +14,8 @@ from research.lora import adapt, batched, pool, slots
 from research.lora.batched import NONE, BatchedTensor
 from research.lora.methods.lora import LoRA
 from research.nn import generate
-from research.quant import blocks, panels
+from research.quant import panels
+from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support
 
@@ -118,9 +119,7 @@ def to_blocks(path, x):
   if x.ndim != 3:
     return x
   rows = gguf_types.encode("Q4_1", np.asarray(x).swapaxes(1, 2).copy())
-  return blocks.from_ggml(
-    "Q4_1", list(rows.reshape(len(x), x.shape[2], -1)), -2
-  )
+  return ggml.from_ggml("Q4_1", list(rows.reshape(len(x), x.shape[2], -1)), -2)
 
 
 @functools.cache

@@ -17,7 +17,9 @@ from research.lora.loftq import LoftQ, fit
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
 from research.lora.methods.qalora import QALoRA, merged_offsets
-from research.quant import blocks, qtensor
+from research.quant import qtensor
+from research.quant.formats import ggml
+from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
 from research.typing import UserError
 from tests import support
@@ -42,7 +44,7 @@ def error(w, steps, first, scale=SCALE):
 
 def test_errors_fall_as_lora_md_9_2_has_them():
   w = spread()
-  plain = float(jnp.linalg.norm(w - qtensor.pack(w).dense()))
+  plain = float(jnp.linalg.norm(w - qtensor.pack(w, Codebook()).dense()))
   loftq = [float(error(w, steps, "codes")) for steps in (1, 2, 3, 5)]
   # QLoRA's error is that of the codes; each step of LoftQ takes from it.
   assert loftq[0] < 0.9 * plain
@@ -58,7 +60,7 @@ def test_errors_fall_as_lora_md_9_2_has_them():
 def test_one_step_is_the_best_correction_of_the_plain_codes():
   w = spread()
   q, _, _ = fit(w, RANK, SCALE, 1, "codes")
-  chex.assert_trees_all_equal(q, qtensor.pack(w))
+  chex.assert_trees_all_equal(q, qtensor.pack(w, Codebook()))
   rest = np.asarray(w - q.dense(), np.float64)
   want = np.sqrt((np.linalg.svd(rest, compute_uv=False)[RANK:] ** 2).sum())
   assert float(error(w, 1, "codes")) == pytest.approx(want, rel=1e-4)
@@ -115,7 +117,7 @@ def affine(kind="Q4_1", n=3, inputs=128, outputs=24):
   rng = np.random.default_rng(0)
   x = 0.1 * rng.standard_normal((n, outputs, inputs)).astype(np.float32)
   rows = gguf_types.encode(kind, x).reshape(n, outputs, -1)
-  return blocks.from_ggml(kind, list(rows), -2)
+  return ggml.from_ggml(kind, list(rows), -2)
 
 
 def over(w, group=64):
@@ -142,11 +144,11 @@ def test_the_update_is_pefts_formula():
 def test_merging_moves_offsets_alone():
   t = over(affine())
   merged = merged_offsets(t)
-  chex.assert_trees_all_equal(merged.codes, t.w.codes)
-  chex.assert_trees_all_equal(merged.scale, t.w.scale)
+  chex.assert_trees_all_equal(merged.parts["codes"], t.w.parts["codes"])
+  chex.assert_trees_all_equal(merged.parts["scale"], t.w.parts["scale"])
   want = np.asarray(t.dense())
   # float16 has 11 bits, and an offset is the smallest number of its group.
-  atol = 2.0**-11 * float(np.abs(np.asarray(merged.offset)).max())
+  atol = 2.0**-11 * float(np.abs(np.asarray(merged.parts["offset"])).max())
   np.testing.assert_allclose(merged.dense(), want, atol=atol)
   assert np.abs(want - t.w.dense()).max() > 100 * atol
 

@@ -12,6 +12,7 @@ from research.lora.memory import HALF, MIXED
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
 from research.nn import presets
+from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Cast, Quantize
 from research.sharding import Layout
 from tests import support_plan
@@ -65,7 +66,7 @@ def of_row(case):
   rank, *rest = case
   how = [Cast()]
   if rest and isinstance(rest[0], int):
-    how.append(Quantize(nested=rest[0]))
+    how.append(Quantize(format=Codebook(nested=rest[0])))
   targets = rest[0] if rest and isinstance(rest[0], tuple) else "all-linear"
   return memory.lora_memory(params(LLAMA2_7B), (*how, adapting(rank, targets)))
 

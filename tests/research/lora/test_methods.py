@@ -36,7 +36,7 @@ from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA, Residual
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
 from research.lora.methods.shira import SHiRA
 from research.lora.methods.vera import VeRA
-from research.quant import blocks
+from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support
 
@@ -115,7 +115,7 @@ def base(packed=False, n=3):
   if not packed:
     return jnp.asarray(w)
   rows = gguf_types.encode("Q4_1", w.swapaxes(1, 2).copy())
-  return blocks.from_ggml("Q4_1", list(rows.reshape(n, OUT, -1)), -2)
+  return ggml.from_ggml("Q4_1", list(rows.reshape(n, OUT, -1)), -2)
 
 
 def look(method, sizes):

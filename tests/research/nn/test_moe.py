@@ -20,7 +20,6 @@ from research.nn.mlp import Mlp
 from research.nn.moe import Moe
 from research.nn.routing import Routing
 from research.nn.transformer import init_cache
-from research.quant import blocks
 from research.typing import UserError
 from tests import support
 
@@ -360,7 +359,7 @@ def test_packed_experts_compute_what_they_decode_to(kind):
       gguf_types.encode(kind, m).reshape(len(m), -1)
       for m in np.ascontiguousarray(ggml)
     ]
-    return blocks.from_ggml(kind, raw, -2)
+    return ggml.from_ggml(kind, raw, -2)
 
   params = plain | {"experts": jax.tree.map(packed, plain["experts"])}
   decoded = plain | {

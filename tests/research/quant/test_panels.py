@@ -9,9 +9,10 @@ from kernels_pallas.quantized_matmul import cpu
 from research import tree, weights
 from research.lora.adapted import AdaptedTensor
 from research.nn import generate
-from research.quant import blocks, panels
+from research.quant import panels
+from research.quant.formats import ggml
 from tests import support
-from tests.research.quant.test_blocks import (
+from tests.research.quant.test_ggml import (
   KINDS,
   SIZES,
   adapted,
@@ -24,14 +25,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:quantized_matmul")
 
 
 def leaf(kind, axis=-2):
-  return blocks.from_ggml(kind, raw(kind, 1, 24, 64), axis).squeeze()
+  return ggml.from_ggml(kind, raw(kind, 1, 24, 64), axis).squeeze()
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_keep_every_bit(kind, axis):
   w = leaf(kind, axis)
-  got = panels.from_blocks(w)
+  got = panels.from_qtensor(w)
   assert (got.shape, got.dtype, got.ndim) == (w.shape, w.dtype, w.ndim)
   np.testing.assert_array_equal(jax.jit(weights.dense)(got), w.dense())
   assert got.panels.bits == (4 if kind.startswith("Q4") else 8)
@@ -57,7 +58,7 @@ def test_bfloat16_keeps_every_bit():
 )
 def test_einsum_and_its_gradient_are_those_of_the_blocks(eq, axis, shape):
   w = leaf("Q4_1", axis)
-  got = panels.from_blocks(w)
+  got = panels.from_qtensor(w)
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), np.float32)
 
   def both(w):
@@ -69,11 +70,13 @@ def test_einsum_and_its_gradient_are_those_of_the_blocks(eq, axis, shape):
 
 
 def test_parts_are_named_after_the_axes_they_cut():
-  w = panels.from_blocks(leaf("Q4_1"))
+  w = panels.from_qtensor(leaf("Q4_1"))
   named = weights.axes(w, ("width", "heads"))
   assert named.panels.words == ("heads", "width", None)
   assert named.panels.scale == ("heads", "width", None)
-  other = weights.axes(panels.from_blocks(leaf("Q4_0", -1)), ("vocab", "width"))
+  other = weights.axes(
+    panels.from_qtensor(leaf("Q4_0", -1)), ("vocab", "width")
+  )
   assert other.panels.words == ("vocab", "width", None)
   assert other.panels.offset is None
 

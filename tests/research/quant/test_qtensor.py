@@ -12,6 +12,7 @@ import pytest
 from research import sharding, tree, weights
 from research.interop import ours
 from research.quant import bnb, codebooks, panels, qtensor
+from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Cast, Quantize
 from research.typing import UserError
 from tests import support, support_lora
@@ -53,12 +54,16 @@ def gaussian(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def pack(w, kind="nf4", block=64, nested=256):
+  return qtensor.pack(w, Codebook(kind=kind, block=block, nested=nested))
+
+
 def packed(found, how):
   outputs, inputs, kind, double, block, dtype = found["case"]
   w, nested = matrix(outputs, inputs, dtype), 256 if double else 0
   if how == "numpy":
-    return qtensor.pack(w, kind, block, nested)
-  return jax.jit(lambda w: qtensor.pack(w, kind, block, nested))(jnp.asarray(w))
+    return pack(w, kind, block, nested)
+  return jax.jit(lambda w: pack(w, kind, block, nested))(jnp.asarray(w))
 
 
 @golden
@@ -123,19 +128,19 @@ def test_the_published_table_is_what_its_derivation_gives():
 )
 def test_error_on_gaussians_is_the_published_one(kind, block, error):
   w = gaussian(1024, 512)
-  got = np.abs(qtensor.pack(w, kind, block, 0).dense() - w).mean()
+  got = np.abs(pack(w, kind, block, 0).dense() - w).mean()
   assert got == pytest.approx(error, rel=0.005)
 
 
 @pytest.mark.parametrize("shape", [(3, 128, 24), (2, 7, 5), (2, 3, 64, 6)])
 def test_stacks_are_their_matrices_and_numpy_is_jax(shape):
   w = gaussian(*shape)
-  here, there = qtensor.pack(w), jax.jit(qtensor.pack)(jnp.asarray(w))
+  here, there = pack(w), jax.jit(pack)(jnp.asarray(w))
   assert here.shape == there.shape == shape
-  chex.assert_trees_all_equal(here.codes, there.codes)
+  chex.assert_trees_all_equal(here.parts["codes"], there.parts["codes"])
   last = (-1,) * (len(shape) - 2)
   one = jax.tree.map(lambda x: x[last], here)
-  chex.assert_trees_all_equal(one, qtensor.pack(w[last]))
+  chex.assert_trees_all_equal(one, pack(w[last]))
   np.testing.assert_array_equal(here.dense()[last], one.dense())
   np.testing.assert_allclose(here.dense(), there.dense(), atol=1e-5)
 
@@ -143,8 +148,8 @@ def test_stacks_are_their_matrices_and_numpy_is_jax(shape):
 @pytest.mark.parametrize("shape", [(128, 24), (7, 5)])
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
 def test_packing_what_was_decoded_changes_nothing(shape, how):
-  w = qtensor.pack(how(gaussian(*shape)), nested=0)
-  again = qtensor.pack(how(np.asarray(w.dense())), nested=0)
+  w = pack(how(gaussian(*shape)), nested=0)
+  again = pack(how(np.asarray(w.dense())), nested=0)
   chex.assert_trees_all_equal(w, again)
 
 
@@ -152,15 +157,15 @@ def test_packing_what_was_decoded_changes_nothing(shape, how):
 @pytest.mark.parametrize("nested", [0, 256])
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
 def test_zeros_stay_zeros(shape, nested, how):
-  w = qtensor.pack(how(np.zeros(shape, np.float32)), nested=nested)
+  w = pack(how(np.zeros(shape, np.float32)), nested=nested)
   assert not np.asarray(w.dense()).any()
 
 
 def test_bits_of_a_weight():
-  w = qtensor.pack(gaussian(1024, 512))
+  w = pack(gaussian(1024, 512))
   # 4 + 8/64 + 32/(64 256), and a mean of 4 bytes.
   assert tree.nbytes(w) == 1024 * 512 * (4 + 8 / 64 + 32 / 64 / 256) / 8 + 4
-  w = qtensor.pack(gaussian(1024, 512), nested=0)
+  w = pack(gaussian(1024, 512), nested=0)
   assert tree.nbytes(w) == 1024 * 512 * 4.5 / 8
 
 
@@ -168,7 +173,7 @@ def test_bits_of_a_weight():
 @pytest.mark.parametrize("inputs", [64, 45])
 @pytest.mark.parametrize("eq", ["...i,io->...o", "...o,io->...i"])
 def test_products_and_their_gradients_are_the_dense_ones(eq, inputs, dtype):
-  w = qtensor.pack(jnp.asarray(gaussian(inputs, 24)))
+  w = pack(jnp.asarray(gaussian(inputs, 24)))
   x = jnp.asarray(gaussian(2, 5, w.shape[0 if eq[3] == "i" else 1]), dtype)
 
   def both(multiply, x, w):
@@ -189,7 +194,7 @@ def test_products_and_their_gradients_are_the_dense_ones(eq, inputs, dtype):
 
 
 def test_experts_and_rows():
-  w = qtensor.pack(jnp.asarray(gaussian(3, 64, 24)))
+  w = pack(jnp.asarray(gaussian(3, 64, 24)))
   x = jnp.asarray(gaussian(10, 64))
   got = weights.ragged_dot(x, w, jnp.array([4, 0, 6]))
   dense = w.dense()
@@ -203,7 +208,7 @@ def test_experts_and_rows():
 def test_the_backward_pass_keeps_the_packed_weights_alone():
   """Under adapters in fp32: residuals hold no decoded matrix."""
   layers, width = 16, 256
-  w = qtensor.pack(jnp.asarray(gaussian(layers, width, width)))
+  w = pack(jnp.asarray(gaussian(layers, width, width)))
   a = jnp.asarray(gaussian(layers, 2, width))
   adapted = support_lora.lora(w, a, 0 * a)
   trained, fixed = tree.partition(adapted, "trained")
@@ -238,21 +243,21 @@ def test_the_backward_pass_keeps_the_packed_weights_alone():
 
 
 def test_axes_follow_the_parts():
-  w = qtensor.pack(gaussian(3, 128, 24))
+  w = pack(gaussian(3, 128, 24))
   named = weights.axes(w, ("in", "out"))
-  assert named.codes == (None, "in", None, "out")
-  assert named.top == (None, "in", "out")
-  flat = qtensor.pack(gaussian(3, 7, 24))
+  assert named.parts["codes"] == (None, "in", None, "out")
+  assert named.parts["top"] == (None, "in", "out")
+  flat = pack(gaussian(3, 7, 24))
   for x in (w, flat):
     named = weights.axes(x, ("in", "out"))
     for name in ("codes", "top", "nested", "mean"):
-      assert len(getattr(named, name)) in (0, getattr(x, name).ndim)
+      assert len(named.parts[name]) in (0, x.parts[name].ndim)
 
 
 @pytest.mark.parametrize("of", ["float32", "bfloat16"])
 def test_panels_hold_the_same_numbers(of):
-  w = qtensor.pack(jnp.asarray(gaussian(2, 128, 24), of))
-  got = np.asarray(panels.from_codebook(w).dense(), of)
+  w = pack(jnp.asarray(gaussian(2, 128, 24), of))
+  got = np.asarray(panels.from_qtensor(w).dense(), of)
   np.testing.assert_array_equal(got, w.dense())
 
 
@@ -267,7 +272,7 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   got = Quantize()(params)
   assert got["embed"] is params["embed"]
   layer = got["run0"]["layer0"]
-  assert layer["mlp"]["up"].kind == "nf4"
+  assert layer["mlp"]["up"].format.kind == "nf4"
   assert layer["attention_norm"] is not None
   dense = jax.tree.map(weights.dense, got, is_leaf=weights.is_weight)
   f = jax.jit(lambda p: model.apply({"params": p}, support.tokens(vocab=64))[0])
@@ -284,12 +289,14 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
 
 def test_cut_over_devices_is_whole():
   model = support.model(**SIZES)
-  params = Quantize(block=32)(support.params(model))
+  params = Quantize(format=Codebook(block=32))(support.params(model))
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)
   mesh = layout.mesh()
   where = layout.shardings(params, mesh, sharding.counts(model))
   cut = where["run0"]["layer0"]["mlp"]["up"]
-  assert "fsdp" in cut.codes.spec and "tensor" in cut.codes.spec
+  assert (
+    "fsdp" in cut.parts["codes"].spec and "tensor" in cut.parts["codes"].spec
+  )
   f = jax.jit(lambda p: model.apply({"params": p}, support.tokens(vocab=64))[0])
   want = f(params)
   with jax.set_mesh(mesh):
@@ -312,8 +319,6 @@ def test_cast_leaves_packed_weights():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(block=48), "block is 48, expected a power of two"),
-    (dict(nested=64), "nested is 64, expected 256, or 0"),
     (dict(targets=("qq",)), "'qq' matches no matrix"),
     (dict(targets="qq"), "expected 'all-linear' or a list"),
   ],
@@ -322,6 +327,19 @@ def test_mistakes_in_quantize(change, message):
   params = support.params(support.model(**SIZES))
   with pytest.raises(UserError, match=message):
     Quantize(**change)(params)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(block=48), "block is 48, expected a power of two"),
+    (dict(nested=64), "nested is 64, expected 256, or 0"),
+    (dict(kind="nf5"), "kind is 'nf5', expected one of nf4"),
+  ],
+)
+def test_mistakes_in_a_codebook(change, message):
+  with pytest.raises(UserError, match=message):
+    Codebook(**change)
 
 
 def test_adapted_weights_are_not_packed():

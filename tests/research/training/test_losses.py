@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research.quant.blocks import BlockTensor
+from research.quant.formats.ggml import GGML
+from research.quant.qtensor import QTensor
 from research.training import losses
 from tests.support_lora import lora
 
@@ -102,10 +103,14 @@ def test_gradient_of_an_adapter_on_the_head(case):
 
 def test_a_packed_head_stays_packed():
   k = jax.random.split(jax.random.key(2), 3)
-  head = BlockTensor(
-    jax.random.randint(k[0], (1, 32, V), -127, 128, jnp.int8),
-    jax.random.uniform(k[1], (1, V), jnp.float16, 1e-3, 1e-2),
-    kind="Q8_0",
+  head = QTensor(
+    dict(
+      codes=jax.random.randint(k[0], (1, 32, V), -127, 128, jnp.int8),
+      scale=jax.random.uniform(k[1], (1, V), jnp.float16, 1e-3, 1e-2),
+    ),
+    format=GGML(kind="Q8_0"),
+    inputs=32,
+    outputs=V,
     axis=-1,
   )
   hidden = jax.random.normal(k[2], (B, T, 32))

@@ -11,7 +11,8 @@ import pytest
 
 from research import tree, weights
 from research.interop import gguf_types
-from research.quant import blocks, products
+from research.quant import products, qtensor
+from research.quant.formats import ggml
 from tests import support
 from tests.support_lora import lora
 
@@ -33,25 +34,23 @@ def decoded(kind, matrix, columns):
 
 def leaf(kind="Q4_1", inputs=64, outputs=24, seed=0):
   """Returns one `[inputs, outputs]` weight."""
-  return blocks.from_ggml(
-    kind, raw(kind, 1, outputs, inputs, seed), -2
-  ).squeeze()
+  return ggml.from_ggml(kind, raw(kind, 1, outputs, inputs, seed), -2).squeeze()
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_is_bitwise_ggmls_and_blocks_come_back(kind, axis):
   matrices = raw(kind, 3, 24, 64)
-  w = blocks.from_ggml(kind, matrices, axis)
+  w = ggml.from_ggml(kind, matrices, axis)
   want = np.stack([decoded(kind, m, 64) for m in matrices])
   want = want.swapaxes(1, 2) if axis == -2 else want
   assert w.shape == want.shape
   assert w.dtype == np.float32
   np.testing.assert_array_equal(jax.jit(weights.dense)(w), want)
   assert tree.nbytes(w) * 8 == BITS[kind] * want.size
-  np.testing.assert_array_equal(blocks.to_ggml(w), np.stack(matrices))
+  np.testing.assert_array_equal(ggml.to_ggml(w), np.stack(matrices))
   one = jax.tree.map(lambda part: part[1], w)
-  np.testing.assert_array_equal(blocks.to_ggml(one), matrices[1])
+  np.testing.assert_array_equal(ggml.to_ggml(one), matrices[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,11 +66,11 @@ def test_every_code_decodes_to_its_value(kind):
     t, gguf_types.Parts(parts.codes, parts.high, half, offset)
   )
   for axis in (-1, -2):
-    w = blocks.from_ggml(kind, [matrix], axis).squeeze()
+    w = ggml.from_ggml(kind, [matrix], axis).squeeze()
     want = decoded(kind, matrix, 128)
     got = np.asarray(w.dense())
     np.testing.assert_array_equal(got if axis == -1 else got.T, want)
-    np.testing.assert_array_equal(blocks.to_ggml(w), matrix)
+    np.testing.assert_array_equal(ggml.to_ggml(w), matrix)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -79,7 +78,7 @@ def test_every_code_decodes_to_its_value(kind):
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_products_and_their_gradients_are_the_dense_ones(eq, axis, dtype):
   matrices = raw("Q4_1", 1, 32, 64)
-  w = blocks.from_ggml("Q4_1", matrices, axis).squeeze()
+  w = ggml.from_ggml("Q4_1", matrices, axis).squeeze()
   contracted = w.shape[0 if eq.startswith("...i") else 1]
   rng = np.random.default_rng(1)
   x = jnp.asarray(rng.standard_normal((2, 5, contracted)), dtype)
@@ -107,7 +106,7 @@ def test_products_and_their_gradients_are_the_dense_ones(eq, axis, dtype):
 @pytest.mark.parametrize("eq", ["bi,io->bo", "bo,io->bi"])
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_a_large_matrix_is_decoded_in_pieces(eq, axis, monkeypatch):
-  w = blocks.from_ggml("Q4_1", raw("Q4_1", 1, 96, 64), axis).squeeze()
+  w = ggml.from_ggml("Q4_1", raw("Q4_1", 1, 96, 64), axis).squeeze()
   monkeypatch.setattr(products, "PIECE", 96 * 64 * 4 // 5)
   assert products._piece_count(w) == 6
   contracted = w.shape[0 if eq.startswith("bi") else 1]
@@ -125,17 +124,17 @@ def test_a_large_matrix_is_decoded_in_pieces(eq, axis, monkeypatch):
 
 
 def test_take_decodes_rows():
-  w = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 50, 64), -1).squeeze()
+  w = ggml.from_ggml("Q8_0", raw("Q8_0", 1, 50, 64), -1).squeeze()
   ids = jnp.array([[3, 49, 0], [7, 7, 3]])
   want = np.asarray(w.dense())[np.asarray(ids)]
   np.testing.assert_array_equal(jax.jit(weights.take)(w, ids), want)
-  columns = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 50, 64), -2).squeeze()
+  columns = ggml.from_ggml("Q8_0", raw("Q8_0", 1, 50, 64), -2).squeeze()
   got = weights.take(columns, ids)
   np.testing.assert_array_equal(got, np.asarray(columns.dense())[ids])
 
 
 def test_experts_and_their_gradient():
-  w = blocks.from_ggml("Q4_1", raw("Q4_1", 3, 24, 32), -2)
+  w = ggml.from_ggml("Q4_1", raw("Q4_1", 3, 24, 32), -2)
   x = jnp.asarray(np.random.default_rng(2).standard_normal((10, 32)), "float32")
   sizes = jnp.array([4, 0, 6])
 
@@ -152,17 +151,19 @@ def test_experts_and_their_gradient():
 
 
 def test_axes_follow_the_blocked_axis():
-  w = blocks.from_ggml("Q5_1", raw("Q5_1", 3, 24, 32), -2)
+  w = ggml.from_ggml("Q5_1", raw("Q5_1", 3, 24, 32), -2)
   named = weights.axes(w, ("in", "out"))
-  assert named.codes == named.high == (None, "in", None, "out")
-  assert named.scale == named.offset == (None, "in", "out")
+  assert (
+    named.parts["codes"] == named.parts["high"] == (None, "in", None, "out")
+  )
+  assert named.parts["scale"] == named.parts["offset"] == (None, "in", "out")
   experts = weights.axes(w, ("expert", "in", "out"))
-  assert experts.scale == ("expert", "in", "out")
-  e = blocks.from_ggml("Q8_0", raw("Q8_0", 1, 24, 32), -1).squeeze()
+  assert experts.parts["scale"] == ("expert", "in", "out")
+  e = ggml.from_ggml("Q8_0", raw("Q8_0", 1, 24, 32), -1).squeeze()
   named = weights.axes(e, ("vocab", "embed"))
-  assert named.codes == ("embed", None, "vocab")
-  assert named.scale == ("embed", "vocab")
-  assert named.high is None
+  assert named.parts["codes"] == ("embed", None, "vocab")
+  assert named.parts["scale"] == ("embed", "vocab")
+  assert "high" not in named.parts
   for part, names in zip(
     jax.tree.leaves(w),
     jax.tree.leaves(
@@ -187,10 +188,10 @@ def packed_params(model, kind="Q4_1"):
     axis = -1 if path == "embed" else -2
     x = np.asarray(x)
     x = x[None] if path in ("embed", "head") else x
-    ggml = x if axis == -1 else x.swapaxes(1, 2)
-    n, rows, _ = ggml.shape
-    matrices = list(gguf_types.encode(kind, ggml).reshape(n, rows, -1))
-    w = blocks.from_ggml(kind, matrices, axis)
+    stored = x if axis == -1 else x.swapaxes(1, 2)
+    n, rows, _ = stored.shape
+    matrices = list(gguf_types.encode(kind, stored).reshape(n, rows, -1))
+    w = ggml.from_ggml(kind, matrices, axis)
     return w.squeeze() if path in ("embed", "head") else w
 
   return tree.map_paths(pack, support.params(model))
@@ -238,7 +239,7 @@ def adapted(params, rank=4):
   rng = np.random.default_rng(5)
 
   def wrap(path, w):
-    if not isinstance(w, blocks.BlockTensor) or not path.startswith("run"):
+    if not isinstance(w, qtensor.QTensor) or not path.startswith("run"):
       return w
     n, inputs, outputs = w.shape
     a = jnp.asarray(rng.uniform(-0.2, 0.2, (n, rank, inputs)), jnp.float32)
@@ -290,9 +291,9 @@ def test_gradients_over_blocks_are_those_over_the_decoded_base():
   trainable = jax.tree.map(lambda x: x + 0.05, trainable)
   tokens = support.tokens(vocab=64)
   dense = jax.tree.map(
-    lambda w: w.dense() if isinstance(w, blocks.BlockTensor) else w,
+    lambda w: w.dense() if isinstance(w, qtensor.QTensor) else w,
     tree.combine(trainable, frozen),
-    is_leaf=lambda w: isinstance(w, blocks.BlockTensor),
+    is_leaf=lambda w: isinstance(w, qtensor.QTensor),
   )
   f = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
   got = f(model, trainable, frozen, tokens)
@@ -306,7 +307,7 @@ def test_gradients_over_blocks_are_those_over_the_decoded_base():
 def test_no_decoded_matrix_outlives_its_product():
   """Temporaries of a step over n layers hold one decoded layer, not n."""
   layers, width = 16, 256
-  w = blocks.from_ggml("Q4_1", raw("Q4_1", layers, width, width), -2)
+  w = ggml.from_ggml("Q4_1", raw("Q4_1", layers, width, width), -2)
   x = jnp.ones((4, width))
 
   def temporaries(multiply):

@@ -1,0 +1,150 @@
+"""How numbers are kept: what every format of a packed matrix answers.
+
+A format is a value, `Affine(bits=4, block=64)`, that knows which arrays a
+matrix `[I, O]` becomes, and what they stand for. It has no arrays itself, and
+is static where it meets `jax.jit`. One file of `research.quant.formats` is one
+format, or a family; everything else (the leaf, its products, the kernels'
+panels, reports) works from what is said here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.quant import codebooks
+from research.typing import Array, Float, UserError
+
+Parts = Mapping[str, Any]
+"""name -> array; the leading axes, over matrices, are those of all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+  """The normal form of every format; leading axes are matrices.
+
+    weight[i, o] = (value[i, o] - zero) * scale + offset
+
+  where `scale`, `offset` and `zero` are those of group `i // group`, and the
+  value is the code, or its entry in the codebook.
+
+  Attributes:
+    codes: uint8 or int8 `[..., I, O]`.
+    scale: `[..., G, O]`, of any floating type.
+    group: inputs that share a scale.
+    offset: `[..., G, O]`, or None for 0.
+    zero: `[..., G, O]`, or one number for all.
+    codebook: values of the codes, or None where they stand for themselves.
+    bits: of a code.
+  """
+
+  codes: Array
+  scale: Array
+  group: int
+  offset: Array | None = None
+  zero: Array | float = 0.0
+  codebook: tuple[float, ...] | None = None
+  bits: int = 4
+
+  def dense(self) -> Float[Array, "... I O"]:
+    """Returns the matrix, float32, by the formula above."""
+    if self.codebook is not None:
+      values = codebooks.lookup(
+        self.codes, jnp.asarray(self.codebook, jnp.float32)
+      )
+    else:
+      values = self.codes.astype(jnp.float32)
+    *lead, inputs, outputs = values.shape
+
+    def spread(part: Any) -> Any:
+      return jnp.asarray(part).astype(jnp.float32)[..., None, :]
+
+    if self.group == inputs:
+      values = values[..., None, :, :]
+    else:
+      values = values.reshape(*lead, -1, self.group, outputs)
+    if not isinstance(self.zero, float):
+      values = values - spread(self.zero)
+    elif self.zero:
+      values = values - self.zero
+    values = values * spread(self.scale)
+    if self.offset is not None:
+      values = values + spread(self.offset)
+    return values.reshape(*lead, inputs, outputs)
+
+  def shift(self) -> Array | None:
+    """Returns what is added to `value * scale`: zero and offset as one."""
+    if isinstance(self.zero, float) and not self.zero:
+      return self.offset
+    scale = self.scale.astype(jnp.float32)
+    shift = -scale * jnp.asarray(self.zero).astype(jnp.float32)
+    return shift if self.offset is None else shift + self.offset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+  """A way to keep a matrix; subclasses are the formats.
+
+  Attributes:
+    block: weights, along the inputs, that one step of the axis `x` stands for.
+  """
+
+  block: int = 64
+
+  @property
+  def name(self) -> str:
+    """Returns what tables call it."""
+    raise NotImplementedError
+
+  @property
+  def sliceable(self) -> bool:
+    """Whether some outputs decode from the same outputs of every part.
+
+    Parts without an axis `o` are then those of the whole matrix.
+    """
+    return True
+
+  def layout(self) -> dict[str, str]:
+    """Returns each part's trailing axes, a letter each.
+
+    `x` are blocks of inputs, `o` outputs, and `.` what is neither.
+    """
+    raise NotImplementedError
+
+  def fitted(self, inputs: int, outputs: int) -> "Format":
+    """Returns the format that a matrix `[I, O]` is kept in: mostly itself.
+
+    Raises:
+      UserError: it cannot hold such a matrix.
+    """
+    del outputs
+    if self.block < 1 or inputs % self.block:
+      raise UserError(
+        f"{self.name}: {inputs} inputs are no multiple of its block of "
+        f"{self.block}; choose another block or format for this matrix"
+      )
+    return self
+
+  def encode(
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
+  ) -> dict[str, Any]:
+    """Returns the parts of one matrix.
+
+    Args:
+      w: finite, float32; an array of NumPy is encoded by NumPy.
+      importance: of each input, such as its mean square; formats that search
+        weigh errors by it.
+    """
+    raise NotImplementedError
+
+  def plain(self, parts: Parts) -> Plain:
+    """Returns the normal form of what `encode` returned, or of a stack."""
+    raise NotImplementedError
+
+  def decode(self, parts: Parts) -> Float[Array, "... I O"]:
+    """Returns the matrix, float32."""
+    return self.plain(parts).dense()

@@ -1,0 +1,186 @@
+"""4-bit codes of a codebook, as QLoRA keeps its base: NF4, FP4, AF4.
+
+Dettmers et al. 2023 (arXiv:2305.14314): each block of 64 weights is 4-bit codes
+times its largest magnitude; those magnitudes, less their mean, are 8-bit codes
+themselves, 256 to a second-level magnitude: 4.127 bits a weight. Blocks run
+along the rows of torch's `[out, in]`, each matrix by itself; numbers are bit by
+bit those of bitsandbytes (but for the mean, whose sum has another order).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.quant import codebooks
+from research.quant.format import Format, Parts, Plain
+from research.training.adam8bit import dynamic_map
+from research.typing import Array, Float, UserError
+
+NESTED = 256
+"""Magnitudes that share a second-level one, where there are two levels."""
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights that may share a magnitude."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codebook(Format):
+  """Codes of a codebook times a magnitude a block.
+
+  Parts: codes uint8 `[..., X, block / 2, O]`, low nibbles the block's first
+  half, high nibbles the other; top, the largest magnitudes `[..., X, O]` in
+  float32 or as 8-bit codes; with two levels nested, float32
+  `[..., blocks / 256]` in the order of rows of `[O, I]`, and mean `[...]`.
+
+  Attributes:
+    block: weights that share a magnitude, one of `BLOCKS`.
+    kind: of the codebook.
+    nested: magnitudes that share a second-level one, 256; 0 for one level.
+  """
+
+  kind: str = "nf4"
+  nested: int = NESTED
+
+  def __post_init__(self):
+    if self.kind not in codebooks.CODEBOOKS:
+      raise UserError(
+        f"packed weight: kind is {self.kind!r}, expected one of "
+        f"{', '.join(codebooks.CODEBOOKS)}"
+      )
+    if self.block not in BLOCKS:
+      raise UserError(
+        f"block is {self.block}, expected a power of two, 32 to 4096"
+      )
+    if self.nested not in (0, NESTED):
+      raise UserError(
+        f"nested is {self.nested}, expected {NESTED}, or 0 for none"
+      )
+
+  @property
+  def name(self) -> str:
+    return f"{self.kind}-b{self.block}{'-dq' if self.nested else ''}"
+
+  @property
+  def sliceable(self) -> bool:
+    return not self.nested
+
+  def layout(self) -> dict[str, str]:
+    layout = {"codes": "x.o", "top": "xo"}
+    return layout | ({"nested": ".", "mean": ""} if self.nested else {})
+
+  def fitted(self, inputs: int, outputs: int) -> "Codebook":
+    if inputs % self.block == 0:
+      return self
+    mine = dataclasses.asdict(self)
+    return FlatCodebook(**mine | {"inputs": inputs, "outputs": outputs})
+
+  def encode(
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
+  ) -> dict[str, Any]:
+    del importance
+    xp = np if isinstance(w, np.ndarray) else jnp
+    flat = w.T.reshape(-1).astype(np.float32)
+    top, unit = codebooks.magnitudes(flat, self.block)
+    # An odd number of codes is filled up with that of zero.
+    codes = codebooks.nearest(xp.pad(unit, (0, unit.size % 2)), self.kind)
+    parts = {}
+    if self.nested:
+      mean = top.mean(dtype=np.float32)
+      parts["nested"], unit = codebooks.magnitudes(top - mean, self.nested)
+      parts["mean"] = mean
+      top = codebooks.divided(unit, dynamic_map(True))
+    return self._placed(codes, top, *w.shape) | parts
+
+  def _placed(self, codes, top, inputs, outputs) -> dict[str, Any]:
+    """Returns the first parts of codes in the order of rows of `[O, I]`."""
+    x = inputs // self.block
+    codes = codes.reshape(outputs, x, 2, self.block // 2).transpose(1, 2, 3, 0)
+    codes = codes[:, 0] | (codes[:, 1] << 4)
+    return {"codes": codes, "top": top.reshape(outputs, x).T}
+
+  def magnitudes(self, parts: Parts) -> Float[Array, "..."]:
+    """Returns the blocks' largest magnitudes, float32, in the form of `top`."""
+    top = parts["top"]
+    if not self.nested:
+      return jnp.asarray(top)
+    place = self._places(top)
+    values = jnp.take(jnp.asarray(dynamic_map(True)), top.astype(int))
+    scaled = values * parts["nested"][..., place // self.nested]
+    mean = parts["mean"][(..., *(None,) * place.ndim)]
+    # Rounded before the sum, as in bitsandbytes: fused, it would not be.
+    return jax.lax.optimization_barrier(scaled) + mean
+
+  def _places(self, top) -> np.ndarray:
+    """Returns which block of the rows of `[O, I]` each of `top` belongs to."""
+    x, outputs = top.shape[-2:]
+    return np.arange(outputs) * x + np.arange(x)[:, None]
+
+  def plain(self, parts: Parts) -> Plain:
+    codes = parts["codes"]
+    both = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
+    *lead, x, _, outputs = both.shape
+    return Plain(
+      codes=both.reshape(*lead, x * self.block, outputs),
+      scale=self.magnitudes(parts),
+      group=self.block,
+      codebook=codebooks.CODEBOOKS[self.kind],
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlatCodebook(Codebook):
+  """The same where blocks do not divide the inputs, and run across rows.
+
+  Parts: codes `[..., bytes]` and top `[..., blocks]` in bitsandbytes' own
+  order: rows of `[O, I]`, one after the other, high nibbles first.
+
+  Attributes:
+    inputs, outputs: I, O.
+  """
+
+  inputs: int = 0
+  outputs: int = 0
+
+  @property
+  def sliceable(self) -> bool:
+    return False
+
+  def layout(self) -> dict[str, str]:
+    return super().layout() | {"codes": ".", "top": "."}
+
+  def fitted(self, inputs: int, outputs: int) -> "FlatCodebook":
+    if (inputs, outputs) != (self.inputs, self.outputs):
+      raise UserError(
+        f"{self.name}: made for [{self.inputs}, {self.outputs}], found "
+        f"[{inputs}, {outputs}]"
+      )
+    return self
+
+  def _placed(self, codes, top, inputs, outputs) -> dict[str, Any]:
+    return {"codes": (codes[::2] << 4) | codes[1::2], "top": top}
+
+  def _places(self, top) -> np.ndarray:
+    return np.arange(top.shape[-1])
+
+  def plain(self, parts: Parts) -> Plain:
+    codes = parts["codes"]
+    pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
+    size = self.inputs * self.outputs
+    found = pairs.reshape(*codes.shape[:-1], -1)[..., :size]
+    top = self.magnitudes(parts)[..., np.arange(size) // self.block]
+
+    def turned(x):
+      shape = (*x.shape[:-1], self.outputs, self.inputs)
+      return jnp.swapaxes(x.reshape(shape), -1, -2)
+
+    return Plain(
+      codes=turned(found),
+      scale=turned(top),
+      group=1,
+      codebook=codebooks.CODEBOOKS[self.kind],
+    )
