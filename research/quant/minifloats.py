@@ -13,15 +13,15 @@ arXiv:2209.05433) and microscaling (Rouhani et al. 2023, arXiv:2310.10537).
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.typing import Array, Float, UInt8
+from research.typing import Array, Float, Int, UInt8
 
-Rule = Literal["floor", "ceil", "rceil", "even"]
+RULES = ("floor", "ceil", "rceil", "even")
 """How a block's power of two follows from its largest magnitude."""
 
 BIAS = 127
@@ -135,7 +135,7 @@ def decode(
 def block_exponent(
   top: Float[Array, "..."] | np.ndarray,
   kind: MiniFloat,
-  rule: Rule = "floor",
+  rule: str = "floor",
 ) -> UInt8[Array, "..."] | np.ndarray:
   """Returns the E8M0 byte of a block's scale, from its largest magnitude.
 
@@ -151,7 +151,7 @@ def block_exponent(
   Args:
     top: not negative; 0 gives the smallest scale, NaN the byte of NaN.
     kind: of the elements.
-    rule: one of the above.
+    rule: one of `RULES`.
   """
   xp = np if isinstance(top, np.ndarray) else jnp
   top = xp.asarray(top).astype(np.float32)
@@ -160,7 +160,7 @@ def block_exponent(
   if rule == "even":
     bits = bits + (1 << (22 - kind.mantissa))
   elif rule == "rceil":
-    bits, down = _bits(top / np.float32(kind.max)), 0
+    bits, down = _bits(divided(top, kind.max)), 0
   power = bits >> 23
   if rule in ("ceil", "rceil"):
     power = power + ((bits & 0x7FFFFF) > 0)
@@ -189,6 +189,25 @@ def divided_by_scale(
   first = power >> 1
   out = x * power_of_two(first) * power_of_two(power - first)
   return xp.where(byte == NAN, np.float32(np.nan), out)
+
+
+def nearest_first(most: int) -> Int[Array, " N"]:
+  """Returns steps 0, -1, 1, ... of a search: of equals the first is taken."""
+  steps = [0] + [sign * n for n in range(1, most + 1) for sign in (-1, 1)]
+  return jnp.asarray(steps)
+
+
+def divided(
+  x: Float[Array, "..."] | np.ndarray, by: Any
+) -> Float[Array, "..."] | np.ndarray:
+  """Returns `x / by`, rounded once, which XLA's simplifications would not do.
+
+  It multiplies by reciprocals of constants, and turns `a / (b / c)` around.
+  """
+  by = np.float32(by) if isinstance(by, float) else by
+  if isinstance(x, np.ndarray):
+    return x / by
+  return x / jax.lax.optimization_barrier(jnp.asarray(by))
 
 
 def power_of_two(power: Any) -> Any:
