@@ -1,0 +1,128 @@
+"""Eight-bit floats with float32 scales: of a matrix, an output or a tile.
+
+Micikevicius et al. 2022 (arXiv:2209.05433). What shares a scale is divided by
+it so that its largest magnitude becomes the largest number there is, 448 of
+E4M3; tiles of 128 by 128 are DeepSeek-V3's (arXiv:2412.19437).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from research.quant import minifloats
+from research.quant.format import Format, Parts, Plain
+from research.typing import Array, Float, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FP8(Format):
+  """Codes of an eight-bit float times a scale.
+
+  Parts: codes uint8 `[..., I, O]`; scale `[...]`, `[..., O]`, or of tiles
+  `[..., I / rows, O / columns]`, rounded up.
+
+  Attributes:
+    block: 1; scales are not those of blocks along the inputs.
+    element: `"e4m3"` or `"e5m2"`.
+    share: who shares a scale: `"tensor"`, `"channel"` (an output) or `"tile"`.
+    tile: inputs and outputs of a tile; the last ones may be smaller.
+    scale_dtype: what scales are stored in.
+  """
+
+  block: int = 1
+  element: str = "e4m3"
+  share: str = "channel"
+  tile: tuple[int, int] = (128, 128)
+  scale_dtype: str = "float32"
+
+  def __post_init__(self):
+    good = {
+      "block": (self.block == 1, "1"),
+      "element": (self.element in ("e4m3", "e5m2"), "'e4m3' or 'e5m2'"),
+      "share": (
+        self.share in ("tensor", "channel", "tile"),
+        "'tensor', 'channel' or 'tile'",
+      ),
+      "tile": (
+        len(self.tile) == 2 and min(self.tile) > 0,
+        "two positive numbers",
+      ),
+    }
+    for name, (fits, expected) in good.items():
+      if not fits:
+        raise UserError(
+          f"FP8: {name} is {getattr(self, name)!r}, expected {expected}"
+        )
+
+  @property
+  def kind(self) -> minifloats.MiniFloat:
+    """Returns what elements are."""
+    return minifloats.KINDS[self.element]
+
+  @property
+  def name(self) -> str:
+    tile = f"-{self.tile[0]}x{self.tile[1]}" if self.share == "tile" else ""
+    return f"fp8-{self.element}-{self.share}{tile}"
+
+  @property
+  def sliceable(self) -> bool:
+    return self.share != "tile"
+
+  def layout(self) -> dict[str, str]:
+    scale = {"tensor": "", "channel": "o", "tile": ".."}[self.share]
+    return {"codes": "xo", "scale": scale}
+
+  def encode(
+    self, w: Float[Array, "I O"], importance: Float[Array, " I"] | None = None
+  ) -> dict[str, Any]:
+    del importance
+    w = jnp.asarray(w).astype(jnp.float32)
+    if self.share == "tile":
+      rows, columns = self.tile
+      pad = ((0, -w.shape[0] % rows), (0, -w.shape[1] % columns))
+      tiles = jnp.pad(w, pad).reshape(-(-w.shape[0] // rows), rows, -1, columns)
+      top = abs(tiles).max((1, 3))
+    else:
+      top = abs(w).max(0 if self.share == "channel" else None)
+    scale = jnp.where(top > 0, minifloats.divided(top, self.kind.max), 1.0)
+    # Not below what the type has, nor below what XLA takes for zero.
+    info = jnp.finfo(self.scale_dtype)
+    least = max(float(info.smallest_subnormal), 2.0**-126)
+    scale = jnp.maximum(scale, least).astype(self.scale_dtype)
+    x = minifloats.divided(w, self._spread(scale, *w.shape))
+    return {"codes": minifloats.encode(x, self.kind), "scale": scale}
+
+  def _spread(
+    self, scale: Any, inputs: int, outputs: int
+  ) -> Float[Array, "..."]:
+    """Returns the scales, float32, in a shape that broadcasts to `[I, O]`."""
+    scale = jnp.asarray(scale).astype(jnp.float32)
+    if self.share == "tensor":
+      return scale[..., None, None]
+    if self.share == "channel":
+      return scale[..., None, :]
+    scale = jnp.repeat(scale, self.tile[0], axis=-2)[..., :inputs, :]
+    return jnp.repeat(scale, self.tile[1], axis=-1)[..., :outputs]
+
+  def plain(self, parts: Parts) -> Plain:
+    codes = jnp.asarray(parts["codes"])
+    *lead, inputs, outputs = codes.shape
+    scale, group = self._spread(parts["scale"], inputs, outputs), inputs
+    if self.share == "tile":
+      group = math.gcd(inputs, self.tile[0])
+      scale = scale[..., ::group, :]
+    return Plain(
+      codes=codes,
+      scale=jnp.broadcast_to(scale, (*lead, inputs // group, outputs)),
+      group=group,
+      codebook=self.kind.values,
+      bits=8,
+    )
+
+  def decode(self, parts: Parts) -> Float[Array, "... I O"]:
+    # By arithmetic: nothing gathers from a table of 256.
+    codes = jnp.asarray(parts["codes"])
+    scale = self._spread(parts["scale"], *codes.shape[-2:])
+    return minifloats.decode(codes, self.kind) * scale

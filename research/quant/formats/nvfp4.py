@@ -1,0 +1,151 @@
+"""NVFP4: blocks of 16 four-bit floats, an E4M3 scale each, one more a matrix.
+
+NVIDIA 2025 (arXiv:2509.25149). A weight is `code * (scale / divisor)`: the
+divisor, `448 * 6 / max|w|`, moves a matrix's blocks into the range of E4M3,
+below which the scales of small weights would vanish. ModelOpt stores the
+reciprocal of the divisor; compressed-tensors, as here, the divisor itself.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.quant import minifloats, packing
+from research.quant.format import Format, Parts, Plain
+from research.quant.minifloats import E2M1, E4M3
+from research.typing import Array, Float, UInt8, UserError
+
+_MAX = E4M3.max * E2M1.max
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NVFP4(Format):
+  """Codes of E2M1 times a scale a block over a divisor of the matrix.
+
+  Parts: codes uint8 `[..., X, 8, O]` as `packing` has them; scale, codes of
+  E4M3, uint8 `[..., X, O]`; divisor, float32 `[...]`.
+
+  Attributes:
+    block: weights that share a scale, 16 in the standard.
+    search: codes of the scale below and above the nearest that are tried as
+      well; kept is the one of the least squared error. With 5 that includes
+      the largest weight at 4 instead of 6 (Cook et al. 2025,
+      arXiv:2512.02010).
+    divided: whether there is a divisor other than 1.
+  """
+
+  block: int = 16
+  search: int = 0
+  divided: bool = True
+
+  def __post_init__(self):
+    if not 0 <= self.search <= 16:
+      raise UserError(f"NVFP4: search is {self.search}, expected 0 to 16")
+    packing.check(self.block, 4, "NVFP4")
+
+  @property
+  def name(self) -> str:
+    return "nvfp4" if self.divided else "nvfp4-undivided"
+
+  def layout(self) -> dict[str, str]:
+    return {"codes": "x.o", "scale": "xo", "divisor": ""}
+
+  def divisor(self, w: Float[Array, "*B"]) -> Float[Array, ""]:
+    """Returns the divisor of a matrix, in any shape; of zeros, 1."""
+    if not self.divided:
+      return jnp.ones((), jnp.float32)
+    top = abs(w.astype(jnp.float32)).max()
+    # What divides to infinity, and what XLA takes for zero, is nothing.
+    least = jnp.float32(2.0**-114)
+    return jnp.where(top > least, _MAX / jnp.maximum(top, least), 1.0)
+
+  def grid(
+    self, w: Float[Array, "*B S O"], divisor: Float[Array, ""] | None = None
+  ) -> tuple[UInt8[Array, "*B O"], Float[Array, ""]]:
+    """Returns the scales' codes of groups of `S` weights, and the divisor.
+
+    Args:
+      w: groups.
+      divisor: of the matrix that they are of; their own by default.
+    """
+    w = w.astype(jnp.float32)
+    if divisor is None:
+      divisor = self.divisor(w)
+    scale = divisor * minifloats.divided(abs(w).max(-2), E2M1.max)
+    # A block of small weights keeps the least scale there is, not none.
+    scale = jnp.clip(scale, E4M3.values[1], E4M3.max)
+    return minifloats.encode(scale, E4M3), divisor
+
+  def codes(
+    self,
+    w: Float[Array, "*B S O"],
+    scale: UInt8[Array, "*B O"],
+    divisor: Float[Array, ""],
+  ) -> UInt8[Array, "*B S O"]:
+    """Returns the nearest codes."""
+    step = minifloats.decode(scale, E4M3) / divisor
+    x = minifloats.divided(w.astype(jnp.float32), step[..., None, :])
+    return minifloats.encode(x, E2M1)
+
+  def values(
+    self,
+    codes: UInt8[Array, "*B S O"],
+    scale: UInt8[Array, "*B O"],
+    divisor: Float[Array, ""],
+  ) -> Float[Array, "*B S O"]:
+    """Returns what codes stand for."""
+    step = minifloats.decode(scale, E4M3) / divisor
+    return minifloats.decode(codes, E2M1) * step[..., None, :]
+
+  def parts(
+    self,
+    codes: Array,
+    scale: UInt8[Array, "*B O"],
+    divisor: Float[Array, ""],
+  ) -> dict[str, Any]:
+    """Returns the arrays that are kept of codes on a grid."""
+    packed = packing.pack(codes.astype(jnp.uint8), 4)
+    return {"codes": packed, "scale": scale, "divisor": divisor}
+
+  def encode(
+    self, w: Float[Array, "I O"], importance: Float[Array, " I"] | None = None
+  ) -> dict[str, Any]:
+    w = jnp.asarray(w).astype(jnp.float32)
+    groups = w.reshape(-1, self.block, w.shape[1])
+    scale, divisor = self.grid(groups)
+    if self.search:
+      weigh = None
+      if importance is not None:
+        weigh = importance.reshape(-1, self.block, 1)
+      scale = self._best(groups, scale, divisor, weigh)
+    return self.parts(self.codes(groups, scale, divisor), scale, divisor)
+
+  def _best(self, groups, scale, divisor, weigh) -> UInt8[Array, "X O"]:
+    """Returns the code near `scale` whose error is least."""
+
+    def moved(move):
+      code = jnp.clip(scale.astype(jnp.int32) + move, 1, E4M3.top)
+      return jnp.where(scale == E4M3.nan, scale, code.astype(jnp.uint8))
+
+    def error(move):
+      code = moved(move)
+      off = self.values(self.codes(groups, code, divisor), code, divisor)
+      # Times the divisor, so that no square is beyond float32.
+      off = ((off - groups) * divisor) ** 2
+      return (off if weigh is None else off * weigh).sum(-2)
+
+    moves = minifloats.nearest_first(self.search)
+    return moved(moves[jnp.argmin(jax.lax.map(error, moves), axis=0)])
+
+  def plain(self, parts: Parts) -> Plain:
+    codes = packing.unpack(parts["codes"], 4)
+    scale = minifloats.decode(jnp.asarray(parts["scale"]), E4M3)
+    *lead, x, size, outputs = codes.shape
+    return Plain(
+      codes=codes.reshape(*lead, x * size, outputs),
+      scale=scale / jnp.asarray(parts["divisor"])[..., None, None],
+      group=size,
+      codebook=E2M1.values,
+    )
