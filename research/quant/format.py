@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.quant import codebooks
-from research.typing import Array, Float, UserError
+from research.typing import Array, Float, UInt8, UserError
 
 Parts = Mapping[str, Any]
 """name -> array; the leading axes, over matrices, are those of all."""
@@ -40,11 +40,11 @@ class Plain:
     bits: of a code.
   """
 
-  codes: Array
-  scale: Array
+  codes: Array | np.ndarray
+  scale: Array | np.ndarray
   group: int
-  offset: Array | None = None
-  zero: Array | float = 0.0
+  offset: Array | np.ndarray | None = None
+  zero: Array | np.ndarray | float = 0.0
   codebook: tuple[float, ...] | None = None
   bits: int = 4
 
@@ -99,12 +99,26 @@ class Format:
     raise NotImplementedError
 
   @property
+  def traced(self) -> bool:
+    """Whether `encode` can be compiled; else it is NumPy's."""
+    return True
+
+  @property
   def sliceable(self) -> bool:
     """Whether some outputs decode from the same outputs of every part.
 
     Parts without an axis `o` are then those of the whole matrix.
     """
     return True
+
+  @property
+  def local(self) -> bool:
+    """Whether a group's grid follows from the group's weights alone.
+
+    Then it has the methods of `research.quant.gptq.Grids`, and `parts`, which
+    makes the parts of codes and grids.
+    """
+    return False
 
   def layout(self) -> dict[str, str]:
     """Returns each part's trailing axes, a letter each.
@@ -144,6 +158,21 @@ class Format:
   def plain(self, parts: Parts) -> Plain:
     """Returns the normal form of what `encode` returned, or of a stack."""
     raise NotImplementedError
+
+  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+    """Returns parts with other codes on the same grids.
+
+    Args:
+      parts: of one matrix.
+      codes: as `plain` has them.
+
+    Raises:
+      UserError: the format cannot.
+    """
+    raise UserError(
+      f"{self.name}: its codes cannot be chosen apart from its grids, as GPTQ "
+      "does; expected another format, or rounding to nearest"
+    )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
     """Returns the matrix, float32."""

@@ -62,7 +62,8 @@ class GPTQ:
     dead: what becomes of rows whose inputs were always 0: `"round"`, or
       `"zero"` as in the authors' code, which later inputs may miss.
     clip: a search for narrower grids, or None.
-    drift: share of the inputs' drift that is made up for, see `corrected`.
+    drift: share of the inputs' drift that is made up for, 0 to 1; see
+      `research.quant.drift`.
   """
 
   order: Literal["natural", "activations", "groups"] = "groups"
@@ -70,13 +71,35 @@ class GPTQ:
   damp: float = 0.01
   dead: Literal["round", "zero"] = "round"
   clip: Clip | None = None
-  drift: float = 0.5
+  drift: float = 0.0
 
   def __post_init__(self):
     if not 0 <= self.damp < float("inf"):
       raise UserError(
         f"GPTQ: damp is {self.damp}, expected 0 or more, such as 0.01"
       )
+    if not 0 <= self.drift <= 1:
+      raise UserError(f"GPTQ: drift is {self.drift}, expected 0 to 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A matrix before it is rounded.
+
+  Attributes:
+    w: `[I, O]`, corrected.
+    u: `[I, I]`, see `hessian.inverse_factor`; in the order of `rows`.
+    rows: which row is taken first, second, ...
+    dead: rows whose inputs were always 0.
+    damping: what the Hessian took.
+  """
+
+  w: Any
+  u: Any
+  rows: Any
+  dead: Any
+  damping: Damping
 
 
 @jax.tree_util.register_dataclass
@@ -89,81 +112,93 @@ class Rounded:
     grid: of each group, arrays `[G, O]`.
     order: row `i` of the matrix is stored at `order[i]`; or None.
     loss: the sum over rows and outputs of GPTQ's squared errors, halved.
-    dead: rows whose inputs were always 0.
-    damping: what the Hessian took.
   """
 
   codes: Any
   grid: Any
   order: Any
   loss: Any
-  dead: Any
-  damping: Damping
 
 
-def quantize(
+def prepare(
   w: Float[Array, "I O"],
   h: Float[Array, "I I"],
-  format: Grids,
-  options: GPTQ | None = None,
+  group: int,
+  options: GPTQ,
   drift: Float[Array, "I I"] | None = None,
   tokens: Float[Array, ""] | None = None,
-) -> Rounded:
-  """Returns `w` on the grids of `format`.
+) -> Prepared:
+  """Returns `w`, ready to be rounded.
 
   Args:
     w: any floating point.
     h: sum of `x xᵀ` over the inputs, times any number; float32, or float64,
       which all but the grids is computed in.
-    format: with `block` dividing I.
+    group: rows that share a grid.
     options: how.
     drift: sum of `(x - y) yᵀ` where `y` are the inputs that `h` is of and `x`
       those that `w` was made for; None for none.
     tokens: how many inputs `h` is a sum over, if few are to be allowed for.
 
   Raises:
-    UserError: the block does not divide I.
+    UserError: the group does not divide I.
   """
-  options = options or GPTQ()
-  inputs, group = w.shape[0], format.block
-  if group < 1 or inputs % group:
+  if group < 1 or w.shape[0] % group:
     raise UserError(
-      f"GPTQ: {inputs} inputs are no multiple of the groups of {group}"
+      f"GPTQ: {w.shape[0]} inputs are no multiple of the groups of {group}"
     )
   w = w.astype(h.dtype)
-  fit = _fitter(format, options.clip)
   diagonal = jnp.diagonal(h)
   dead = diagonal == 0
   h, diagonal = _filled(h, diagonal, dead)
   if options.dead == "zero":
-    w = jnp.where(dead[:, None], 0, w)
+    # A matrix that saw nothing at all, such as an expert's, is left alone.
+    w = jnp.where((dead & ~dead.all())[:, None], 0, w)
   rows = _order(diagonal, options.order, group)
-  back = jnp.argsort(rows)
-  damp = options.damp
+  damp: Any = options.damp
   if tokens is not None:
-    damp = hessian.enough(damp, tokens, inputs)
+    damp = hessian.enough(damp, tokens, w.shape[0])
   u, damping = hessian.inverse_factor(h[rows][:, rows], damp)
-  if drift is not None:
+  if drift is not None and options.drift:
     change = _times(drift.astype(h.dtype).T, w)[rows]
     change = options.drift * _times(u.T, _times(u, change))
-    w = w + jnp.where(damping.failed, 0, change[back])
-  whole = group == inputs
-  static = None
-  if options.grids == "static" or whole:
-    static = fit(w.reshape(-1, group, w.shape[1]))
+    w = w + jnp.where(damping.failed, 0, change[jnp.argsort(rows)])
+  return Prepared(w, u, rows, dead.sum(), damping)
+
+
+def quantize(
+  given: Prepared,
+  format: Grids,
+  options: GPTQ,
+  known: Any = None,
+) -> Rounded:
+  """Returns a matrix on the grids of `format`.
+
+  Args:
+    given: with groups of `format.block`.
+    format: what rounds.
+    options: how.
+    known: the groups' grids, a tuple of arrays `[G, O]`, if they are not to
+      be fitted.
+  """
+  w, rows, group = given.w, given.rows, format.block
+  back = jnp.argsort(rows)
+  fit = _fitter(format, options.clip)
+  if known is None and (options.grids == "static" or group == len(w)):
+    known = fit(w.reshape(-1, group, w.shape[1]))
   codes, grid, loss = _rows(
-    w[rows], u, format, fit, options, static, rows // group
+    w[rows], given.u, format, fit, options, known, rows // group
   )
   order = None
-  if static is not None:
-    codes, grid = codes[back], static
+  if known is not None:
+    codes, grid = codes[back], known
   elif options.order == "groups":
     codes = codes[back]
     home = jnp.argsort(rows[::group] // group)
     grid = jax.tree.map(lambda x: x[home], grid)
   elif options.order == "activations":
     order = back.astype(jnp.int32)
-  return Rounded(codes, grid, order, loss, dead.sum(), damping)
+  return Rounded(codes, grid, order, loss)
 
 
 def _rows(w, u, format, fit, options, static, home):

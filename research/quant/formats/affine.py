@@ -69,6 +69,10 @@ class Affine(Format):
     """Returns the zero of a symmetric grid."""
     return float(2 ** (self.bits - 1))
 
+  @property
+  def local(self) -> bool:
+    return True
+
   def layout(self) -> dict[str, str]:
     layout = {"codes": "x.o", "scale": "xo"}
     return layout if self.symmetric else layout | {"zero": "xo"}
@@ -135,6 +139,16 @@ class Affine(Format):
     if self.symmetric or self.zero == "int":
       return jnp.clip(jnp.round(x) + shift, 0, self.top)
     return jnp.clip(jnp.round(x + shift), 0, self.top)
+
+  def values(
+    self,
+    codes: Float[Array, "*B S O"],
+    scale: Float[Array, "*B O"],
+    zero: Float[Array, "*B O"] | float,
+  ) -> Float[Array, "*B S O"]:
+    """Returns what codes on a grid stand for, float32."""
+    shift = zero if isinstance(zero, float) else zero[..., None, :]
+    return (codes - shift) * scale[..., None, :]
 
   def encode(
     self,

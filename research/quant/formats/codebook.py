@@ -17,7 +17,7 @@ import numpy as np
 from research.quant import codebooks
 from research.quant.format import Format, Parts, Plain
 from research.training.adam8bit import dynamic_map
-from research.typing import Array, Float, UserError
+from research.typing import Array, Float, UInt8, UserError
 
 NESTED = 256
 """Magnitudes that share a second-level one, where there are two levels."""
@@ -67,6 +67,10 @@ class Codebook(Format):
   def sliceable(self) -> bool:
     return not self.nested
 
+  @property
+  def local(self) -> bool:
+    return not self.nested
+
   def layout(self) -> dict[str, str]:
     layout = {"codes": "x.o", "top": "xo"}
     return layout | ({"nested": ".", "mean": ""} if self.nested else {})
@@ -102,6 +106,38 @@ class Codebook(Format):
     codes = codes.reshape(outputs, x, 2, self.block // 2).transpose(1, 2, 3, 0)
     codes = codes[:, 0] | (codes[:, 1] << 4)
     return {"codes": codes, "top": top.reshape(outputs, x).T}
+
+  def grid(self, w: Float[Array, "*B S O"]) -> tuple[Float[Array, "*B O"]]:
+    """Returns the largest magnitude of each group of `S` weights."""
+    return (abs(w).max(-2),)
+
+  def codes(
+    self, w: Float[Array, "*B S O"], top: Float[Array, "*B O"]
+  ) -> UInt8[Array, "*B S O"]:
+    """Returns the nearest codes; halfway, the lower value's."""
+    unit = w * codebooks.inverse(top)[..., None, :]
+    return codebooks.nearest(jnp.clip(unit, -1, 1), self.kind)
+
+  def values(
+    self, codes: UInt8[Array, "*B S O"], top: Float[Array, "*B O"]
+  ) -> Float[Array, "*B S O"]:
+    """Returns what codes stand for, float32."""
+    found = codebooks.lookup(codes, codebooks.table(self.kind))
+    return found * top[..., None, :]
+
+  def parts(
+    self, codes: UInt8[Array, "X S O"], top: Float[Array, "X O"]
+  ) -> dict[str, Any]:
+    """Returns the arrays that are kept of one matrix, with one level."""
+    whole = codes.reshape(-1, codes.shape[-1])
+    return self.recoded({"top": top}, whole)
+
+  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+    """Returns parts with other codes on the same grids."""
+    flat = codes.T.reshape(-1)
+    flat = jnp.pad(flat, (0, flat.size % 2))
+    placed = self._placed(flat, jnp.zeros(parts["top"].size), *codes.shape)
+    return dict(parts) | {"codes": placed["codes"]}
 
   def magnitudes(self, parts: Parts) -> Float[Array, "..."]:
     """Returns the blocks' largest magnitudes, float32, in the form of `top`."""
@@ -148,6 +184,10 @@ class FlatCodebook(Codebook):
 
   @property
   def sliceable(self) -> bool:
+    return False
+
+  @property
+  def local(self) -> bool:
     return False
 
   def layout(self) -> dict[str, str]:
