@@ -27,14 +27,15 @@ class FP8(Format):
     block: 1; scales are not those of blocks along the inputs.
     element: `"e4m3"` or `"e5m2"`.
     share: who shares a scale: `"tensor"`, `"channel"` (an output) or `"tile"`.
-    tile: inputs and outputs of a tile; the last ones may be smaller.
+    tile_inputs, tile_outputs: of a tile; the last ones may be smaller.
     scale_dtype: what scales are stored in.
   """
 
   block: int = 1
   element: str = "e4m3"
   share: str = "channel"
-  tile: tuple[int, int] = (128, 128)
+  tile_inputs: int = 128
+  tile_outputs: int = 128
   scale_dtype: str = "float32"
 
   def __post_init__(self):
@@ -45,10 +46,8 @@ class FP8(Format):
         self.share in ("tensor", "channel", "tile"),
         "'tensor', 'channel' or 'tile'",
       ),
-      "tile": (
-        len(self.tile) == 2 and min(self.tile) > 0,
-        "two positive numbers",
-      ),
+      "tile_inputs": (self.tile_inputs > 0, "at least 1"),
+      "tile_outputs": (self.tile_outputs > 0, "at least 1"),
     }
     for name, (fits, expected) in good.items():
       if not fits:
@@ -63,8 +62,10 @@ class FP8(Format):
 
   @property
   def name(self) -> str:
-    tile = f"-{self.tile[0]}x{self.tile[1]}" if self.share == "tile" else ""
-    return f"fp8-{self.element}-{self.share}{tile}"
+    share = self.share
+    if share == "tile":
+      share = f"{self.tile_inputs}x{self.tile_outputs}"
+    return f"fp8-{self.element}-{share}"
 
   @property
   def sliceable(self) -> bool:
@@ -80,7 +81,7 @@ class FP8(Format):
     del importance
     w = jnp.asarray(w).astype(jnp.float32)
     if self.share == "tile":
-      rows, columns = self.tile
+      rows, columns = self.tile_inputs, self.tile_outputs
       pad = ((0, -w.shape[0] % rows), (0, -w.shape[1] % columns))
       tiles = jnp.pad(w, pad).reshape(-(-w.shape[0] // rows), rows, -1, columns)
       top = abs(tiles).max((1, 3))
@@ -103,15 +104,15 @@ class FP8(Format):
       return scale[..., None, None]
     if self.share == "channel":
       return scale[..., None, :]
-    scale = jnp.repeat(scale, self.tile[0], axis=-2)[..., :inputs, :]
-    return jnp.repeat(scale, self.tile[1], axis=-1)[..., :outputs]
+    scale = jnp.repeat(scale, self.tile_inputs, axis=-2)[..., :inputs, :]
+    return jnp.repeat(scale, self.tile_outputs, axis=-1)[..., :outputs]
 
   def plain(self, parts: Parts) -> Plain:
     codes = jnp.asarray(parts["codes"])
     *lead, inputs, outputs = codes.shape
     scale, group = self._spread(parts["scale"], inputs, outputs), inputs
     if self.share == "tile":
-      group = math.gcd(inputs, self.tile[0])
+      group = math.gcd(inputs, self.tile_inputs)
       scale = scale[..., ::group, :]
     return Plain(
       codes=codes,

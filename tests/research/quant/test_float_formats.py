@@ -29,7 +29,7 @@ FORMATS = {
   "nvfp4 search": NVFP4(search=5),
   "fp8 channel": FP8(),
   "fp8 tensor": FP8(share="tensor"),
-  "fp8 tile": FP8(share="tile", tile=(24, 16)),
+  "fp8 tile": FP8(share="tile", tile_inputs=24, tile_outputs=16),
   "fp8 e5m2": FP8(element="e5m2", scale_dtype="bfloat16"),
 }
 
@@ -128,7 +128,7 @@ def test_a_matrix_decodes_alike_by_every_way(name):
     (NVFP4(), 4.5 + 32 / (64 * 64)),
     (FP8(), 8.5),
     (FP8(share="tensor"), 8 + 32 / 4096),
-    (FP8(share="tile", tile=(32, 32)), 8 + 4 * 32 / 4096),
+    (FP8(share="tile", tile_inputs=32, tile_outputs=32), 8 + 4 * 32 / 4096),
   ],
   ids=lambda x: getattr(x, "name", None),
 )
@@ -170,7 +170,7 @@ def test_zeros_tiny_and_huge_numbers_stay_finite(name):
   dense = np.asarray(packer(format)(jnp.asarray(w)).dense())
   assert np.isfinite(dense).all()
   np.testing.assert_array_equal(dense[:, 0], 0)
-  whole = isinstance(format, NVFP4) or format.name.endswith(("tensor", "x16"))
+  whole = isinstance(format, NVFP4) or format.name.endswith(("tensor", "24x16"))
   if not whole:
     assert dense[5, 3] == pytest.approx(-7, rel=0.15)
     np.testing.assert_allclose(dense[:, 1], 1e-30, rtol=0.25)
@@ -206,7 +206,7 @@ def test_grids_are_what_encoding_uses():
     (lambda: FP8(share="row"), "share is 'row'"),
     (lambda: FP8(element="e2m1"), "element is 'e2m1'"),
     (lambda: FP8(block=32), "block is 32"),
-    (lambda: FP8(tile=(0, 4)), "tile is"),
+    (lambda: FP8(tile_inputs=0), "tile_inputs is 0"),
     (lambda: qtensor.pack(gaussian(40, 8), NVFP4()), "40 inputs"),
   ],
 )
