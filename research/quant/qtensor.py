@@ -98,11 +98,11 @@ class QTensor:
 
   def plain(self) -> Plain:
     """Returns the normal form of what is stored, order and outliers aside."""
-    return self.format.plain(self.parts)
+    return self.format.plain(jax.tree.map(jnp.asarray, self.parts))
 
   def stored(self) -> Float[Array, "... I O"]:
     """Returns the decoded matrix as stored."""
-    w = self.format.decode(self.parts)
+    w = self.format.decode(jax.tree.map(jnp.asarray, self.parts))
     if self.order is not None:
       w = jnp.take_along_axis(w, self.order[..., None], axis=-2)
     if self.outliers is not None:
@@ -226,7 +226,7 @@ def pack(
   given = [matrices]
   if importance is not None:
     given.append(importance.reshape(-1, inputs))
-  if isinstance(w, np.ndarray):
+  if isinstance(w, np.ndarray) or not format.traced:
     each = [format.encode(*xs) for xs in zip(*given, strict=True)]
     parts = jax.tree.map(lambda *x: np.stack(x), *each)
   else:

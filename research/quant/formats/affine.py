@@ -97,7 +97,9 @@ class Affine(Format):
     low = jnp.minimum(w.min(-2), 0)
     high = jnp.maximum(w.max(-2), 0)
     empty = low == high
-    low, high = jnp.where(empty, -1.0, low), jnp.where(empty, 1.0, high)
+    # Of any numbers: here 0 is a code either way.
+    ends = (-1.0, 1.0) if self.zero == "int" else (0.0, float(self.top))
+    low, high = jnp.where(empty, ends[0], low), jnp.where(empty, ends[1], high)
     scale = self._stored((high - low) / self.top)
     zero = -low / scale
     if self.zero == "float":

@@ -47,6 +47,10 @@ class GGML(Format):
     """Returns what GGUF says of the type."""
     return gguf_types.TYPES[self.kind]
 
+  @property
+  def traced(self) -> bool:
+    return False
+
   def layout(self) -> dict[str, str]:
     layout = {"codes": "x.o", "scale": "xo"}
     if self.type.offset:
