@@ -1,0 +1,114 @@
+"""ggml's TQ1_0 and TQ2_0: -1, 0 or 1 times a float16 scale for 256 weights.
+
+They are for models that are trained to such weights (BitNet b1.58, Ma et al.
+2024, arXiv:2402.17764): encoding takes the largest magnitude as the scale.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.quant import ggml_bits as bits
+from research.quant.format import Parts, Plain
+from research.quant.ggml_format import Field, Ggml, half, joined
+
+F = np.float32
+BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ternary(Ggml):
+  """A ternary type.
+
+  Attributes:
+    block: 256.
+  """
+
+  block: int = BLOCK
+
+  def apart(self, parts: Parts) -> Any:
+    """Returns the codes, 0 to 2, `[..., X, 256, O]`."""
+    raise NotImplementedError
+
+  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the parts that codes of blocks are."""
+    raise NotImplementedError
+
+  def plain(self, parts: Parts) -> Plain:
+    return Plain(
+      codes=joined(self.apart(parts)),
+      scale=parts["scale"],
+      group=BLOCK,
+      zero=1.0,
+      bits=2,
+    )
+
+  def blocks(self, x, weight, mean):
+    most = np.abs(x).max(-2)
+    inverse = np.where(most == 0, F(0), F(1) / np.where(most == 0, F(1), most))
+    scaled = x * inverse[:, None]
+    codes = (np.abs(scaled) >= F(0.5)) * np.sign(scaled) + F(1)
+    return self.packed(codes.astype(np.uint8)) | {"scale": half(most)[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TQ2(Ternary):
+  """2 bits a code: 2.0625 bits."""
+
+  kind: ClassVar[str] = "TQ2_0"
+  fields: ClassVar[tuple[Field, ...]] = (
+    Field("codes", "u1", 64),
+    Field("scale", "<f2"),
+  )
+
+  def apart(self, parts: Parts) -> Any:
+    return bits.unfold(parts["codes"], 2, 32)
+
+  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": bits.fold(codes, 2, 32)}
+
+
+_RUNS = ((160, 32, 5), (80, 16, 5), (16, 4, 4))
+"""Codes, how far those of one byte lie apart, and how many a byte has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TQ1(Ternary):
+  """Five codes to a byte, as digits of a fraction: 1.6875 bits."""
+
+  kind: ClassVar[str] = "TQ1_0"
+  fields: ClassVar[tuple[Field, ...]] = (
+    Field("codes", "u1", 48),
+    Field("last", "u1", 4),
+    Field("scale", "<f2"),
+  )
+
+  def apart(self, parts: Parts) -> Any:
+    packed = parts["codes"]
+    xp = np if isinstance(packed, np.ndarray) else jnp
+    packed = xp.concatenate([packed, parts["last"]], axis=-2)
+    out, at = [], 0
+    for size, run, count in _RUNS:
+      digits = packed[..., None, at : at + run, :]
+      at += run
+      powers = np.array([3**k for k in range(count)], np.uint8)
+      # A byte is a fraction of 256; what is left of it holds later digits.
+      rest = digits * powers[:, None, None]
+      codes = ((rest.astype(np.uint16) * np.uint16(3)) >> 8).astype(np.uint8)
+      out.append(codes.reshape(*codes.shape[:-3], size, codes.shape[-1]))
+    return xp.concatenate(out, axis=-2)
+
+  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+    out, at = [], 0
+    for size, run, count in _RUNS:
+      digits = codes[:, at : at + size].reshape(len(codes), count, run, -1)
+      at += size
+      value = np.zeros_like(digits[:, 0], np.uint16)
+      for k in range(5):
+        value = value * 3
+        if k < count:
+          value += digits[:, k]
+      out.append(((value * 256 + 242) // 243).astype(np.uint8))
+    return {"codes": np.concatenate(out[:2], axis=1), "last": out[2]}

@@ -1,0 +1,255 @@
+"""What all of ggml's block types have in common.
+
+A type is a struct of scales and packed codes for each block of a row. Its parts
+are the struct's fields, byte for byte, with rows last. So a file's blocks and a
+`QTensor`'s arrays hold the same bits, only in another order, and whole rows
+move without being decoded. Decoding (`plain`) works on arrays of NumPy and of
+JAX; encoding is NumPy's, since a compiler that fuses products and sums gives
+other codes than the C reference. Under `jax.jit` it is called back, in threads
+that take numbers below float32's normal range for 0.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.quant import searches
+from research.quant.format import Format, Parts
+from research.typing import Array, Float, UserError
+
+_COLUMNS, _PIECE = 512, 1 << 16
+"""Outputs, and weights, that are encoded at once: a core's cache holds them."""
+
+
+class Field(NamedTuple):
+  """One field of a block: `count` numbers of a dtype, or one if it is 0."""
+
+  name: str
+  dtype: str
+  count: int = 0
+
+  @property
+  def nbytes(self) -> int:
+    return np.dtype(self.dtype).itemsize * (self.count or 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ggml(Format):
+  """A type of ggml; subclasses say which fields it has and what they mean.
+
+  Attributes:
+    block: weights a block; fixed.
+  """
+
+  kind: ClassVar[str] = ""
+  fields: ClassVar[tuple[Field, ...]] = ()
+
+  def __post_init__(self):
+    if self.block != type(self).block:
+      raise UserError(
+        f"{self.kind}: block is {self.block}, expected {type(self).block}"
+      )
+
+  @property
+  def name(self) -> str:
+    return self.kind
+
+  @property
+  def nbytes(self) -> int:
+    """Returns the bytes of a block."""
+    return sum(field.nbytes for field in self.fields)
+
+  def layout(self) -> dict[str, str]:
+    return {f.name: "x.o" if f.count else "xo" for f in self.fields}
+
+  def split(self, raw: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the parts of some rows.
+
+    Args:
+      raw: uint8 `[rows, X nbytes]`.
+
+    Returns:
+      views, `[X, rows]` or `[X, count, rows]`.
+    """
+    blocks = raw.reshape(raw.shape[0], -1, self.nbytes)
+    out, at = {}, 0
+    for field in self.fields:
+      part = blocks[..., at : at + field.nbytes]
+      at += field.nbytes
+      if np.dtype(field.dtype).itemsize > 1:
+        part = np.ascontiguousarray(part).view(field.dtype)
+      else:
+        part = part.view(field.dtype)
+      part = part if field.count else part[..., 0]
+      out[field.name] = np.moveaxis(part, 0, -1)
+    return out
+
+  def join(self, parts: Parts) -> np.ndarray:
+    """Returns blocks, uint8 `[rows, X nbytes]`; inverts `split`."""
+    pieces = []
+    for field in self.fields:
+      part = np.moveaxis(np.asarray(parts[field.name]), -1, 0)
+      part = part if field.count else part[..., None]
+      part = np.ascontiguousarray(part, np.dtype(field.dtype))
+      pieces.append(part.view(np.uint8))
+    blocks = np.concatenate(pieces, axis=-1)
+    return blocks.reshape(blocks.shape[0], -1)
+
+  def encode(
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | np.ndarray | None = None,
+  ) -> dict[str, Any]:
+    """Returns the parts of one matrix, bytes of the C reference.
+
+    Args:
+      w: finite.
+      importance: of each input, or None; squared errors are weighted by it.
+
+    Raises:
+      UserError: a weight is not finite, or too large for the type's scales.
+    """
+    given = (w,) if importance is None else (w, importance)
+    if any(isinstance(x, jax.core.Tracer) for x in given):
+      return jax.pure_callback(self._numpy, self._shapes(*w.shape), *given)
+    out = self._numpy(*map(np.asarray, given))
+    return out if isinstance(w, np.ndarray) else jax.tree.map(jnp.asarray, out)
+
+  def values(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the matrix `[..., I, O]` as `decode` does, but in NumPy."""
+    plain = self.plain(parts)
+    if plain.codebook is None:
+      codes = plain.codes.astype(np.float32) - np.float32(plain.zero)
+    else:
+      codes = np.array(plain.codebook, np.float32)[plain.codes]
+    *lead, inputs, outputs = codes.shape
+    out = codes.reshape(*lead, -1, plain.group, outputs)
+    out *= plain.scale.astype(np.float32)[..., None, :]
+    if plain.offset is not None:
+      out += plain.offset.astype(np.float32)[..., None, :]
+    return out.reshape(*lead, inputs, outputs)
+
+  def _shapes(self, inputs: int, outputs: int) -> dict[str, Any]:
+    x = inputs // self.block
+    return {
+      f.name: jax.ShapeDtypeStruct(
+        (x, f.count, outputs) if f.count else (x, outputs), f.dtype
+      )
+      for f in self.fields
+    }
+
+  def _numpy(self, w, importance=None) -> dict[str, np.ndarray]:
+    """Returns the parts, made piece by piece by a thread a core."""
+    w = np.asarray(w)
+    inputs, outputs = w.shape
+    shapes = self._shapes(inputs, outputs)
+    out = {name: np.empty(s.shape, s.dtype) for name, s in shapes.items()}
+    weight = mean = None
+    if importance is not None:
+      weight = np.asarray(importance, np.float32).reshape(-1, self.block, 1)
+      mean = _mean_square(w)
+    columns = min(outputs, _COLUMNS)
+    step = max(1, _PIECE // (self.block * columns))
+
+    def one(x: slice, o: slice) -> None:
+      piece = w[x.start * self.block : x.stop * self.block, o]
+      piece = np.ascontiguousarray(piece, np.float32)
+      if not np.isfinite(piece).all():
+        raise UserError(f"{self.kind} cannot hold weights that are not finite")
+      if piece.shape[1] == 1:
+        piece = np.repeat(piece, 2, axis=1)  # see `searches`
+      piece = piece.reshape(-1, self.block, piece.shape[1])
+      found = self.blocks(
+        piece,
+        None if weight is None else weight[x],
+        None if mean is None else mean[o],
+      )
+      for name, part in found.items():
+        out[name][x, ..., o] = part[..., : o.stop - o.start]
+
+    pieces = [
+      (x, o)
+      for o in _slices(outputs, columns)
+      for x in _slices(inputs // self.block, step)
+    ]
+    with np.errstate(over="ignore"):
+      if len(pieces) == 1:
+        one(*pieces[0])
+      else:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+          list(pool.map(lambda piece: one(*piece), pieces))
+    for name, part in out.items():
+      if part.dtype.kind == "f" and not np.isfinite(part).all():
+        raise UserError(
+          f"{self.kind}: {name} is beyond the range of {part.dtype}; the "
+          f"largest weight is {np.abs(w).max():.3g}"
+        )
+    return out
+
+  def blocks(
+    self,
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    mean: np.ndarray | None,
+  ) -> dict[str, np.ndarray]:
+    """Returns the parts of some blocks.
+
+    Args:
+      x: float32 `[X, block, O]`, finite, O from 2 on.
+      weight: importance of the inputs `[X, block, 1]`, or None.
+      mean: square of a row's weights, `[O]`, where `weight` is given.
+    """
+    raise NotImplementedError
+
+
+def _slices(size: int, step: int) -> list[slice]:
+  return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _mean_square(w: np.ndarray) -> np.ndarray:
+  """Returns the mean square of each column `[O]`, summed in order."""
+  w = np.asarray(w, np.float32)
+  total = np.zeros(w.shape[1], np.float32)
+  for row in w:
+    total += row * row
+  return total / np.float32(len(w))
+
+
+def groups(x: np.ndarray, size: int) -> np.ndarray:
+  """Returns `[X, block / size, size, O]`, the groups of each block."""
+  return x.reshape(x.shape[0], -1, size, x.shape[-1])
+
+
+def flat(codes: np.ndarray) -> np.ndarray:
+  """Returns codes of groups as codes of blocks, `[X, block, O]`."""
+  return codes.reshape(codes.shape[0], -1, codes.shape[-1])
+
+
+def weighted(
+  x: np.ndarray, weight: np.ndarray, size: int, factor: float = 2.0
+) -> np.ndarray:
+  """Returns weights of squared errors by importance, as `groups(x, size)`.
+
+  importance * sqrt(factor * mean square of the block + x**2)
+  """
+  mean = searches.total(x * x) * np.float32(factor) / np.float32(x.shape[1])
+  spread = np.sqrt(mean[:, None, :] + x * x)
+  return groups(weight * spread, size)
+
+
+def half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (float16, what is left of it in float32)."""
+  with np.errstate(over="ignore"):
+    rounded = x.astype(np.float16)
+  return rounded, rounded.astype(np.float32)
+
+
+def joined(x: Any) -> Any:
+  """Returns `[..., X n, O]` from `[..., X, n, O]`."""
+  return x.reshape(*x.shape[:-3], -1, x.shape[-1])
