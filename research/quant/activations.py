@@ -7,17 +7,21 @@ rotated, then rounded, times packed codes. No module knows.
 """
 
 import dataclasses
+import functools
 import re
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from research import tree, weights
+from research.quant.format import Plain
+from research.quant.qtensor import QTensor
 from research.typing import (
   Array,
   Float,
   Int,
+  Int8,
   Params,
   PRNGKey,
   Shaped,
@@ -28,20 +32,27 @@ LINEAR = r"/(attention/(q|k|v|o)|mlp/(\w+/)?(gate|up|down))$"
 """Paths of all matrices of a layer but a router's."""
 
 
-@runtime_checkable
-class Op(Protocol):
-  """What becomes of a weight's inputs: a pytree, static but for its arrays."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Op:
+  """What becomes of a weight's inputs: a static value; this one changes none.
 
-  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+  Wherever `scale` is passed it is the leaf's own, or None.
+  """
+
+  def __call__(self, x: Float[Array, "..."], scale: Any = None) -> Any:
     """Returns what takes the place of `x [..., I]`."""
+    del scale
+    return x
 
   def einsum(
-    self, eq: str, x: Float[Array, "..."], w: weights.Weight
+    self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
   ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, self(x), w)`, by whatever way is exact."""
+    """Returns `einsum(eq, self(x), w)`, in the dtype of `x`."""
+    return weights.einsum(eq, self(x, scale), w)
 
   def undone(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
     """Returns the matrix that `x` is multiplied by in all, but for rounding."""
+    return w
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +62,13 @@ class InputTensor:
 
   Attributes:
     w: any weight; it multiplies `op(x)`.
+    scale: of the activations, from calibration, `[...]`; or None.
     op: of the inputs.
   """
 
   w: Any
-  op: Any
+  scale: Any = None
+  op: Op = dataclasses.field(default=Op(), metadata=dict(static=True))
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -80,7 +93,7 @@ class InputTensor:
       raise UserError(
         f"activations: expected x[..., in] times w[in, out], found {eq!r}"
       )
-    return self.op.einsum(eq, x, self.w)
+    return self.op.einsum(eq, x, self.w, self.scale)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of `w`: looking up has no inputs."""
@@ -90,16 +103,16 @@ class InputTensor:
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
     """Returns each row of `op(x)` times its expert's matrix."""
-    return weights.ragged_dot(self.op(x), self.w, sizes)
+    return weights.ragged_dot(self.op(x, self.scale), self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the matrix that stands for both, activations unrounded."""
     return self.op.undone(weights.dense(self.w))
 
   def axes(self, names: tuple[str | None, ...]) -> "InputTensor":
-    """The weight's names; what the op holds is whole on each device."""
-    op = jax.tree.map(lambda x: (None,) * x.ndim, self.op)
-    return InputTensor(weights.axes(self.w, names), op)
+    """The weight's names; scales are whole on each device."""
+    w, scale = weights.axes(self.w, names), weights.axes(self.scale, names[:-2])
+    return dataclasses.replace(self, w=w, scale=scale)
 
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
@@ -111,74 +124,73 @@ class InputTensor:
     return dataclasses.replace(self, w=w)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Round:
+class Round(Op):
   """Integer activations with a scale for each token, or one for all.
 
   The scale is `clip max|x| / (2^(bits-1) - 1)`, or with a zero point
-  `clip (max - min) / (2^bits - 1)`, of ranges that hold 0. Gradients go
-  straight through.
+  `clip (max - min) / (2^bits - 1)` of ranges that hold 0; that of the leaf, if
+  it has one. Gradients go straight through.
 
   Attributes:
-    static: scale `[...]` from calibration, or None for the tokens' own; with
-      `per='tensor'` and `symmetric`.
     bits: 2 to 8.
     per: what shares a scale.
-    group: inputs that share a scale within a token, None for all.
+    group: inputs that share a scale within a token, 0 for all.
     clip: share of the range that is not cut off (QuaRot: 0.9 at 4 bits).
     symmetric: whether there is no zero point.
     integer: whether products are of integers, summed in int32, where the
       weight is integers, too.
   """
 
-  static: Any = None
-  bits: int = dataclasses.field(default=8, metadata=dict(static=True))
-  per: Literal["token", "tensor"] = dataclasses.field(
-    default="token", metadata=dict(static=True)
-  )
-  group: int | None = dataclasses.field(
-    default=None, metadata=dict(static=True)
-  )
-  clip: float = dataclasses.field(default=1.0, metadata=dict(static=True))
-  symmetric: bool = dataclasses.field(default=True, metadata=dict(static=True))
-  integer: bool = dataclasses.field(default=False, metadata=dict(static=True))
+  bits: int = 8
+  per: str = "token"
+  group: int = 0
+  clip: float = 1.0
+  symmetric: bool = True
+  integer: bool = False
 
   def __post_init__(self):
     if not 2 <= self.bits <= 8:
       raise UserError(f"Round.bits: found {self.bits}, expected 2 to 8.")
+    if self.per not in ("token", "tensor"):
+      raise UserError(
+        f"Round.per: found {self.per!r}, expected 'token' or 'tensor'."
+      )
     if not 0 < self.clip <= 1:
       raise UserError(
         f"Round.clip: found {self.clip}, expected more than 0, at most 1."
       )
-    if self.group is not None and (self.per == "tensor" or self.group < 1):
+    if self.group < 0 or (self.group and self.per == "tensor"):
       raise UserError(
-        f"Round.group: found {self.group} with per={self.per!r}, expected a"
-        " number of inputs with per='token'."
+        f"Round.group: found {self.group} with per={self.per!r}, expected 0, or"
+        " a number of inputs with per='token'."
       )
-    whole = self.per == "tensor" and self.symmetric
-    if self.static is not None and not whole:
-      raise UserError(
-        "Round.static: a scale from calibration is one a tensor, without zero"
-        " point.\nExpected per='tensor' and symmetric=True."
-      )
-    if self.integer and not self.symmetric:
-      raise UserError("Round.integer: expected symmetric=True.")
+    if self.integer and (self.group or not self.symmetric):
+      raise UserError("Round.integer: expected symmetric=True and group=0.")
 
-  def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B I"]:
-    """Returns `x` rounded, in its dtype; the gradient is that of `x`."""
-    return _straight_through(self, x)
+  @property
+  def top(self) -> int:
+    """Returns the largest code of a symmetric grid."""
+    return 2 ** (self.bits - 1) - 1
+
+  def __call__(
+    self, x: Float[Array, "*B I"], scale: Any = None
+  ) -> Float[Array, "*B I"]:
+    """Returns `x` rounded, in its dtype; the gradient is that of `x`.
+
+    Raises:
+      UserError: `group` does not divide I.
+    """
+    return _straight_through(self, x, scale)
 
   def codes(
-    self, x: Float[Array, "*B I"]
-  ) -> tuple[Float[Array, "*B G J"], Float[Array, "*B G 1"], Any]:
+    self, x: Float[Array, "*B I"], scale: Any = None
+  ) -> tuple[Float[Array, "*B G J"], Float[Array, "..."], Any]:
     """Returns (codes, scale, zero): `x` is about `(codes - zero) scale`.
 
     Args:
       x: activations, in G groups of J inputs.
-
-    Raises:
-      UserError: `group` does not divide I.
+      scale: what shall be the scale, or None for what the values ask for.
     """
     size = self.group or x.shape[-1]
     if x.shape[-1] % size:
@@ -187,14 +199,12 @@ class Round:
       )
     x = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, size)
     over = -1 if self.per == "token" else None
-    top = 2 ** (self.bits - 1) - 1
-    if self.symmetric:
-      if self.static is None:
+    if self.symmetric or scale is not None:
+      if scale is None:
         most = jnp.max(jnp.abs(x), axis=over, keepdims=True)
-        scale = _positive(self.clip * most / top)
-      else:
-        scale = jnp.broadcast_to(self.static, x[..., :1].shape)
-      return jnp.clip(jnp.round(x / scale), -top - 1, top), scale, 0.0
+        scale = _positive(self.clip * most / self.top)
+      codes = jnp.clip(jnp.round(x / scale), -self.top - 1, self.top)
+      return codes, jnp.asarray(scale), 0.0
     most = jnp.maximum(jnp.max(x, axis=over, keepdims=True), 0)
     least = jnp.minimum(jnp.min(x, axis=over, keepdims=True), 0)
     last = 2**self.bits - 1
@@ -203,32 +213,73 @@ class Round:
     return jnp.clip(jnp.round(x / scale) + zero, 0, last), scale, zero
 
   def einsum(
-    self, eq: str, x: Float[Array, "..."], w: weights.Weight
+    self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
   ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, self(x), w)`."""
-    return weights.einsum(eq, self(x), w)
+    """Returns `einsum(eq, self(x), w)`; integers' sums are exact."""
+    held = integers(w) if self.integer else None
+    if held is None:
+      return weights.einsum(eq, self(x, scale), w)
+    codes, scale, _ = self.codes(x, scale)
+    y = integer_product(codes[..., 0, :].astype(jnp.int8), held)
+    y = y * (scale if scale.ndim == 0 else scale[..., 0])
+    return y.astype(x.dtype)
 
-  def undone(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
-    """Returns `w`: rounding has no matrix."""
-    return w
+
+def integer_product(x: Int8[Array, "*B I"], w: Plain) -> Float[Array, "*B O"]:
+  """Returns codes times a matrix of codes, summed in int32 within a group.
+
+  Args:
+    x: codes of activations, without their scales.
+    w: one matrix, without a codebook.
+  """
+  # What of the codes fits 8 bits with a sign; the rest of the zero is added
+  # as a multiple of the activations' sum.
+  middle = 2 ** (w.bits - 1) if w.codes.dtype == jnp.uint8 else 0
+  inputs, outputs = w.codes.shape
+  codes = (w.codes.astype(jnp.int32) - middle).astype(jnp.int8)
+  codes = codes.reshape(-1, w.group, outputs)
+  x = x.reshape(*x.shape[:-1], inputs // w.group, w.group)
+  sums = jnp.einsum(
+    "...gj,gjo->...go", x, codes, preferred_element_type=jnp.int32
+  )
+  scale = w.scale.astype(jnp.float32)
+  y = jnp.einsum("...go,go->...o", sums.astype(jnp.float32), scale)
+  fixed = isinstance(w.zero, float)
+  if w.offset is None and fixed and w.zero == middle:
+    return y
+  zero = w.zero if fixed else w.zero.astype(jnp.float32)
+  shift = scale * (middle - zero)
+  shift = shift if w.offset is None else shift + w.offset
+  total = jnp.sum(x, axis=-1, dtype=jnp.int32).astype(jnp.float32)
+  return y + jnp.einsum("...g,go->...o", total, shift)
+
+
+def integers(w: Any) -> Plain | None:
+  """Returns a weight's integers, in the order of its inputs, if it has them."""
+  if not isinstance(w, QTensor) or w.axis != -2:
+    return None
+  if w.order is not None or w.outliers is not None:
+    return None
+  plain = w.plain()
+  return plain if plain.codebook is None else None
 
 
 def _positive(scale):
   return jnp.where(scale > 0, scale, 1.0)
 
 
-@jax.custom_vjp
-def _straight_through(op, x):
-  codes, scale, zero = op.codes(x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _straight_through(op, x, scale):
+  codes, scale, zero = op.codes(x, scale)
   return ((codes - zero) * scale).reshape(x.shape).astype(x.dtype)
 
 
-def _forward(op, x):
-  return _straight_through(op, x), op
+def _forward(op, x, scale):
+  return _straight_through(op, x, scale), None
 
 
-def _backward(op, dy):
-  return jax.tree.map(jnp.zeros_like, op), dy
+def _backward(op, saved, dy):
+  return dy, None
 
 
 _straight_through.defvjp(_forward, _backward)
@@ -243,7 +294,7 @@ class Inputs:
     targets: regular expression, searched for in a matrix's path.
   """
 
-  op: Any = Round()
+  op: Op = Round()
   targets: str = LINEAR
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
@@ -260,7 +311,7 @@ class Inputs:
       if not found.search(path):
         return w
       paths.append(path)
-      return InputTensor(w, self.op)
+      return InputTensor(w, op=self.op)
 
     out = tree.map_paths(one, params, is_leaf=weights.is_weight)
     if not paths:

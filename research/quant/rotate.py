@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from research import weights
 from research.nn.transformer import Transformer
 from research.quant import folding, hadamard
-from research.quant.activations import InputTensor
+from research.quant.activations import InputTensor, Op
 from research.quant.folding import Flat
 from research.typing import (
   Array,
@@ -96,20 +96,14 @@ def untie(
   return model.clone(tied=False), dict(params) | rest
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Hadamard:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hadamard(Op):
   """The op that rotates inputs by `hadamard.rotate`; its weight is rotated."""
 
-  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+  def __call__(self, x: Float[Array, "..."], scale: Any = None) -> Any:
     """Returns `x` rotated along its last axis."""
+    del scale
     return hadamard.rotate(x)
-
-  def einsum(
-    self, eq: str, x: Float[Array, "..."], w: weights.Weight
-  ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, self(x), w)`."""
-    return weights.einsum(eq, self(x), w)
 
   def undone(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
     """Returns the matrix before it was rotated."""
@@ -120,7 +114,7 @@ class Hadamard:
 def rotate_inputs(w: Float[Array, "*L I O"]) -> InputTensor:
   """Returns a weight of the same products, whose inputs are rotated."""
   turned = hadamard.rotate(jnp.swapaxes(w, -1, -2))
-  return InputTensor(jnp.swapaxes(turned, -1, -2), Hadamard())
+  return InputTensor(jnp.swapaxes(turned, -1, -2), op=Hadamard())
 
 
 def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""Rounded activations: against NumPy, and integers against their fractions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tests.support as support
+from research import weights
+from research.quant import activations, llm_int8, qtensor
+from research.quant.activations import InputTensor, Round
+from research.quant.formats.affine import Affine
+from research.typing import UserError
+
+EQ = "...d,df->...f"
+
+
+def _x(shape=(3, 5, 32), seed=0):
+  x = np.random.default_rng(seed).standard_normal(shape)
+  return jnp.asarray(x, jnp.float32)
+
+
+def _w(shape=(32, 12), seed=1):
+  return _x(shape, seed)
+
+
+@pytest.mark.parametrize("bits, clip", [(8, 1.0), (4, 1.0), (4, 0.9)])
+def test_tokens_are_rounded_as_by_definition(bits, clip):
+  x = np.asarray(_x(), np.float64)
+  top = 2 ** (bits - 1) - 1
+  scale = clip * abs(x).max(-1, keepdims=True) / top
+  want = np.clip(np.round(x / scale), -top - 1, top) * scale
+  got = Round(bits=bits, clip=clip)(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_one_massive_token_costs_the_others_all_if_they_share_a_scale():
+  x = _x().at[0, 0, 3].set(1e4)
+  rest = np.s_[1:]
+  assert np.all(np.asarray(Round(per="tensor")(x))[rest] == 0)
+  error = np.asarray(Round()(x) - x)[rest]
+  assert np.abs(error).max() <= np.abs(x[rest]).max() / 127 / 2 + 1e-7
+
+
+def test_groups_and_zeros():
+  x = _x().at[..., :8].add(5.0)
+  apart = Round(bits=4, group=8)(x)
+  want = Round(bits=4)(x.reshape(3, 5, 4, 8)).reshape(x.shape)
+  np.testing.assert_array_equal(apart, want)
+  # Values of one sign need a zero point.
+  one_sign = jnp.abs(x)
+  errors = [
+    jnp.abs(Round(bits=4, symmetric=s)(one_sign) - one_sign).mean()
+    for s in (True, False)
+  ]
+  assert errors[1] < 0.7 * errors[0]
+
+
+def test_a_scale_from_calibration_is_used():
+  x = _x()
+  leaf = InputTensor(_w(), jnp.float32(0.5), Round(per="tensor"))
+  want = jnp.round(x / 0.5) * 0.5 @ _w()
+  np.testing.assert_allclose(weights.einsum(EQ, x, leaf), want, atol=1e-5)
+
+
+def test_zeros_stay_and_gradients_go_through():
+  np.testing.assert_array_equal(Round()(jnp.zeros((2, 4))), 0)
+  x, w = _x(), _w()
+  leaf = InputTensor(w, op=Round(bits=4))
+  got = jax.grad(lambda x: weights.einsum(EQ, x, leaf).sum())(x)
+  np.testing.assert_allclose(got, jnp.broadcast_to(w.sum(1), x.shape))
+
+
+FORMATS = {
+  "per output": Affine(block=0, bits=8, symmetric=True, rule="amax/qmax"),
+  "groups": Affine(block=16, bits=4, symmetric=True),
+  "zeros": Affine(block=16, bits=4),
+  "fractions": Affine(block=16, bits=8, zero="float"),
+}
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("per", ["token", "tensor"])
+def test_products_of_integers_are_those_of_what_they_stand_for(format, per):
+  x, w = _x(), qtensor.pack(_w(), format)
+  op = Round(bits=8, per=per, integer=True)
+  got = weights.einsum(EQ, x, InputTensor(w, op=op))
+  want = np.asarray(op(x), np.float64) @ np.asarray(w.dense(), np.float64)
+  # fp32's rounding of sums of 32 terms of about 1.
+  np.testing.assert_allclose(got, want, atol=3e-5)
+
+
+def test_weights_without_integers_are_multiplied_as_they_are():
+  x, op = _x(), Round(integer=True)
+  got = weights.einsum(EQ, x, InputTensor(_w(), op=op))
+  np.testing.assert_allclose(got, op(x) @ _w(), atol=1e-5)
+
+
+def test_a_model_of_eight_bits_is_near_itself():
+  model = support.model()
+  params, tokens = support.params(model), support.tokens()
+
+  @jax.jit
+  def run(params):
+    return model.apply({"params": params}, tokens)[0]
+
+  want = run(params)
+  errors = {
+    bits: float(
+      jnp.linalg.norm(
+        run(activations.Inputs(op=Round(bits=bits))(params)) - want
+      )
+      / jnp.linalg.norm(want)
+    )
+    for bits in (8, 4)
+  }
+  assert 0 < errors[8] < 0.05 < errors[4]
+
+
+def test_llm_int8_keeps_outliers_exact():
+  x = _x().at[..., 7].multiply(100.0)
+  w = qtensor.pack(_w(), llm_int8.INT8)
+  dense = np.asarray(w.dense(), np.float64)
+  want = np.asarray(x, np.float64) @ dense
+  errors = []
+  for threshold in (6.0, 0.0):
+    op = llm_int8.Outliers(threshold=threshold)
+    got = weights.einsum(EQ, x, InputTensor(w, op=op))
+    np.testing.assert_allclose(got, op(x) @ w.dense(), atol=2e-3)
+    errors.append(np.abs(got - want).mean())
+  assert errors[0] < 0.1 * errors[1]
+
+
+def test_mistakes_are_said():
+  with pytest.raises(UserError, match="bits"):
+    Round(bits=1)
+  with pytest.raises(UserError, match="group"):
+    Round(group=5)(_x())
+  with pytest.raises(UserError, match="no matrix"):
+    activations.Inputs(targets="/nothing$")(support.params(support.model()))
+  with pytest.raises(UserError, match="threshold"):
+    llm_int8.Outliers(threshold=-1.0)

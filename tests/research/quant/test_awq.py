@@ -1,0 +1,162 @@
+"""AWQ: exact before it is packed, better after, by its own definition."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tests.support as support
+from research import tree
+from research.quant import awq, awq_search, folding, qtensor
+from research.quant.formats.affine import Affine
+from research.typing import UserError
+
+FORMAT = Affine(bits=4, block=16)
+SIZES = dict(width=32, hidden=48, depth=2)
+
+
+@functools.cache
+def _case(family):
+  """Returns a model, weights whose activations have large channels, tokens."""
+  # Without a window all layers are of one kind, compiled once.
+  model = support.model(family, window=None, local_theta=None, **SIZES)
+  params = support.params(model)
+
+  def grown(path, w):
+    if path.endswith("_norm/scale"):
+      w = w.at[..., 3].add(20.0).at[..., 11].add(8.0)
+    return w
+
+  return model, tree.map_paths(grown, params), support.tokens(2, 24)
+
+
+@functools.cache
+def _found(family, **options):
+  model, params, tokens = _case(family)
+  made = awq.AWQ(format=FORMAT, steps=8, model=model, **options)
+  return made.scaled(params, tokens)
+
+
+def _search(steps=8, duo=True):
+  return awq_search.Search(
+    format=FORMAT, steps=steps, duo=duo, diagonal=False, clip=True
+  )
+
+
+@functools.cache
+def _runner(model):
+  return jax.jit(lambda p, t: model.apply({"params": p}, t)[0])
+
+
+def _outputs(family, params):
+  model, _, tokens = _case(family)
+  return _runner(model)(params, tokens)
+
+
+def _packed(params):
+  def one(path, w):
+    linear = path.startswith("run") and w.ndim > 2
+    return qtensor.pack(w, FORMAT).dense() if linear else w
+
+  return tree.map_paths(one, params)
+
+
+def _error(got, want):
+  return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+def test_scales_leave_the_model():
+  """Grouped heads; Gemma's norms of 1 + w, and its outer ones."""
+  family = "gemma2"
+  scaled, reports = _found(family, clip=False)
+  _, params, _ = _case(family)
+  want = _outputs(family, params)
+  assert _error(_outputs(family, scaled), want) < 1e-4
+  q = [next(tree.layers(p))["attention"]["q"] for p in (params, scaled)]
+  assert _error(*q) > 0.1
+  for report in reports:
+    for place in ("qkv", "o", "mlp", "down"):
+      assert report[place]["losses"].min() <= report[place]["losses"][0]
+    assert report["qkv"]["losses"].min() < 0.8 * report["qkv"]["losses"][0]
+
+
+def test_packed_it_is_better_than_rounding():
+  _, params, _ = _case("llama")
+  want = _outputs("llama", params)
+  rounded = _error(_outputs("llama", _packed(params)), want)
+  scaled = _error(_outputs("llama", _packed(_found("llama")[0])), want)
+  assert scaled < 0.8 * rounded
+
+
+@pytest.mark.parametrize("loss", ["diag", "module"])
+def test_alpha_zero_is_rounding(loss):
+  model, params, tokens = _case("llama")
+  made = awq.AWQ(
+    format=FORMAT, steps=1, duo=False, clip=False, loss=loss, model=model
+  )
+  scaled, _ = made.scaled(params, tokens)
+  found = dict(tree.flatten_paths(scaled))
+  for path, w in tree.flatten_paths(params):
+    np.testing.assert_allclose(found[path], w, rtol=1e-6, err_msg=path)
+
+
+def test_candidates_are_those_of_the_paper():
+  rng = np.random.default_rng(0)
+  size = np.abs(rng.standard_normal(32)).astype(np.float32) + 0.1
+  w = rng.standard_normal((32, 5)).astype(np.float32)
+  plain = _search(steps=4, duo=False)
+  got = plain.candidates(jnp.asarray(size), [jnp.asarray(w)])
+  for row, alpha in zip(got[1:], (0, 0.25, 0.5, 0.75), strict=True):
+    s = np.maximum(size.astype(np.float64) ** alpha, 1e-4)
+    np.testing.assert_allclose(row, s / np.sqrt(s.max() * s.min()), rtol=1e-5)
+  duo = dataclasses.replace(plain, duo=True)
+  got = duo.candidates(jnp.asarray(size), [jnp.asarray(w)])
+  groups = abs(w.astype(np.float64)).reshape(2, 16, 5)
+  share = groups / groups.max(1, keepdims=True)
+  share = share.reshape(32, 5).mean(1)
+  s = size.astype(np.float64) ** 0.5 / (share**0.5 + 1e-4)
+  np.testing.assert_allclose(got[3], s / np.sqrt(s.max() * s.min()), rtol=1e-5)
+
+
+def test_ranges_are_cut_where_a_groups_own_output_gains():
+  rng = np.random.default_rng(1)
+  w = rng.standard_t(2, (32, 6)).astype(np.float32)
+  x = rng.standard_normal((1, 40, 32)).astype(np.float32)
+  flat = x[0].astype(np.float64)
+  xx = jnp.asarray(flat.T @ flat / len(flat), jnp.float32)
+  got = awq_search.cut(_search(), jnp.asarray(w), xx)
+  # By the definition, over tokens, in NumPy.
+  want = np.empty_like(w)
+  for group in (slice(0, 16), slice(16, 32)):
+    most = abs(w[group]).max(0)
+    errors, cuts = [], []
+    for i in range(10):
+      cut = np.clip(w[group], -most * (1 - i / 20), most * (1 - i / 20))
+      near = np.asarray(qtensor.pack(jnp.asarray(cut), FORMAT).dense())
+      outputs = flat[:, group] @ (near - w[group])
+      errors.append((outputs**2).mean(0)), cuts.append(cut)
+    best = np.argmin(errors, axis=0)
+    want[group] = np.stack(cuts)[best, :, range(6)].T
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  assert np.any(want != w)
+
+
+def test_scales_of_value_heads_go_with_their_queries():
+  s = jnp.asarray(np.random.default_rng(2).uniform(0.5, 2, 12), jnp.float32)
+  tied = folding.from_heads(s, heads=6, kv_heads=2)  # of two dimensions
+  a = np.asarray(s, np.float64).reshape(2, 3, 2)
+  want = np.exp(np.log(a).mean(1))
+  np.testing.assert_allclose(tied, want.ravel(), rtol=1e-6)
+  spread = folding.to_heads(tied, heads=6, kv_heads=2)
+  want = np.repeat(want, 3, axis=0).ravel()
+  np.testing.assert_allclose(spread, want, rtol=1e-6)
+
+
+def test_mistakes_are_said():
+  with pytest.raises(UserError, match="no model"):
+    awq.AWQ()({})
+  with pytest.raises(UserError, match="steps"):
+    awq.AWQ(steps=0)
