@@ -79,7 +79,9 @@ def unpack(
   return codes
 
 
-def pack_pairs(codes: UInt8[Array, "*B X O"]) -> UInt8[Array, "*B Y O"]:
+def pack_pairs(
+  codes: UInt8[Array, "*B X O"] | np.ndarray,
+) -> UInt8[Array, "*B Y O"] | np.ndarray:
   """Returns 4-bit codes by twos, neighbours in a byte, the first one low.
 
   What is cut along `X` between pairs stays whole, unlike in `pack`.

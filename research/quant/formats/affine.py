@@ -15,7 +15,7 @@ import numpy as np
 
 from research.quant import packing
 from research.quant.format import Format, Parts, Plain
-from research.typing import Array, Float, UserError
+from research.typing import Array, Float, Shaped, UInt8, UserError
 
 RULES = {
   "amax/qmax": "codes -7..7 of 4 bits: QuaRot, AWQ, SmoothQuant",
@@ -170,16 +170,32 @@ class Affine(Format):
     zero: Float[Array, "*B X O"] | float,
   ) -> dict[str, Any]:
     """Returns the arrays that are kept of codes on a grid."""
-    packed = packing.pack(codes.astype(jnp.uint8), self.bits)
-    parts = {"codes": packed, "scale": scale.astype(self.scale_dtype)}
-    if self.symmetric:
-      return parts
-    if self.zero == "float":
-      return parts | {"zero": zero.astype(self.scale_dtype)}
-    zero = jnp.asarray(zero).astype(jnp.uint8)
-    if self._paired(zero.shape[-2]):
-      zero = packing.pack_pairs(zero)
-    return parts | {"zero": zero}
+    kept: Any = None
+    if not self.symmetric:
+      kind = self.scale_dtype if self.zero == "float" else jnp.uint8
+      kept = jnp.asarray(zero).astype(kind)
+    return self.kept(
+      codes.astype(jnp.uint8), scale.astype(self.scale_dtype), kept
+    )
+
+  def kept(
+    self,
+    codes: UInt8[Array, "*B X S O"] | np.ndarray,
+    scale: Float[Array, "*B X O"] | np.ndarray,
+    zero: Shaped[Array, "*B X O"] | np.ndarray | None = None,
+  ) -> dict[str, Any]:
+    """Returns the parts of codes, scales and zeros that are as stored.
+
+    Args:
+      codes: below `2**bits`; arrays of NumPy give ones of NumPy.
+      scale: in `scale_dtype`.
+      zero: uint8 for `"int"`, else in `scale_dtype`; None of symmetric grids.
+    """
+    parts = {"codes": packing.pack(codes, self.bits), "scale": scale}
+    if zero is not None:
+      paired = self.zero == "int" and self._paired(zero.shape[-2])
+      parts["zero"] = packing.pack_pairs(zero) if paired else zero
+    return parts
 
   def _paired(self, groups: int) -> bool:
     """Whether a byte holds two zeros."""
