@@ -1,0 +1,272 @@
+"""Which matrices err, and why: each layer's output error, and its outliers.
+
+Two trees of one model go through one forward pass: every matrix of the first
+multiplies what it always does, and the second's matrix beside it multiplies the
+same inputs. So an error is the matrix's own, not what errors before it did.
+Numbers are by token: where a token or two have nearly all the energy, the mean
+over all hides what becomes of the others.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.masks import Mask
+from research import tree, weights
+from research.nn.transformer import Transformer
+from research.quant.qtensor import QTensor
+from research.typing import (
+  Array,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  Shaped,
+  UserError,
+)
+
+_STAT = r"(^|/)stat$"
+SEEN = 4
+"""Numbers of each token: squares of error and output; max and mean of |x|."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What a tree takes, as its arrays; padding and file headers aside.
+
+  Attributes:
+    packed_weights: logical weights in packed matrices.
+    bits_per_weight: of those, scales, zeros, orders and outliers counted; NaN
+      if there are none.
+    packed_bytes: of those.
+    nbytes: of all arrays.
+    model_bits: `nbytes` in bits over all logical weights.
+  """
+
+  packed_weights: int
+  bits_per_weight: float
+  packed_bytes: int
+  nbytes: int
+  model_bits: float
+
+
+def sizes(params: Params) -> Sizes:
+  """Returns what a tree, or its shapes, takes."""
+  packed_weights = packed = rest = others = 0
+  for w in jax.tree.leaves(params, is_leaf=_is_packed):
+    if isinstance(w, QTensor):
+      packed_weights += int(np.prod(w.shape, dtype=np.int64))
+      packed += tree.nbytes(w)
+    else:
+      others += int(np.prod(w.shape, dtype=np.int64))
+      rest += tree.nbytes(w)
+  bits = 8 * packed / packed_weights if packed_weights else float("nan")
+  total = packed + rest
+  count = max(packed_weights + others, 1)
+  return Sizes(packed_weights, bits, packed, total, 8 * total / count)
+
+
+def _is_packed(x: Any) -> bool:
+  return isinstance(x, QTensor)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """A matrix, and another in its place whose outputs are only looked at.
+
+  Attributes:
+    w: what multiplies, `[..., I, O]`.
+    other: the same, of any kind.
+    stat: zeros `[..., B, T, SEEN]`, whose cotangent is what is seen.
+  """
+
+  w: Any
+  other: Any
+  stat: Any
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.w.shape
+
+  @property
+  def dtype(self) -> Any:
+    return self.w.dtype
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, w)`."""
+    y = weights.einsum(eq, x, self.w)
+    wide = y.astype(jnp.float32)
+    error = weights.einsum(eq, x, self.other).astype(jnp.float32) - wide
+    size = jnp.abs(x.astype(jnp.float32))
+    seen = [(error**2).sum(-1), (wide**2).sum(-1), size.max(-1), size.mean(-1)]
+    return _watched(y, self.stat, jax.lax.stop_gradient(jnp.stack(seen, -1)))
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns rows of `w`; looking up is not seen."""
+    return weights.take(self.w, ids)
+
+  def ragged_dot(
+    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
+  ) -> Float[Array, "T O"]:
+    """Returns the experts' matmul; it is not seen."""
+    return weights.ragged_dot(x, self.w, sizes)
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns the logical array."""
+    return weights.dense(self.w)
+
+  def axes(self, names: tuple[str | None, ...]) -> "Probe":
+    """Both matrices have the same names; what is seen has none."""
+    return Probe(
+      weights.axes(self.w, names),
+      weights.axes(self.other, names),
+      weights.axes(self.stat, (*names[:-2], None, None, None)),
+    )
+
+  def bind(
+    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
+  ) -> "Probe":
+    """Returns itself: nothing here depends on the batch."""
+    return self
+
+
+@jax.custom_vjp
+def _watched(y, stat, seen):
+  """Returns `y`; the cotangent of `stat` is `seen`, by definition."""
+  return y
+
+
+_watched.defvjp(
+  lambda y, stat, seen: (y, seen), lambda seen, dy: (dy, seen, None)
+)
+
+
+def errors(
+  model: Transformer,
+  params: Params,
+  other: Params,
+  tokens: Int[Array, "B T"] | np.ndarray,
+) -> dict[str, dict[str, float]]:
+  """Returns, for each matrix that `other` has otherwise, what became of it.
+
+  Experts are left out.
+
+  Args:
+    model: of both.
+    params: what runs.
+    other: the same layers with other matrices in place of some.
+    tokens: what is read; a few hundred are enough.
+
+  Returns:
+    `layers/3/attention/q` -> `output`, the relative error of the outputs,
+    median over tokens; `output_all`, that of all tokens together; `weight`,
+    that of the matrix; `inputs`, its inputs' largest over their mean size;
+    `weights`, the same of the matrix.
+
+  Raises:
+    UserError: the trees are not of one model, or do not differ.
+  """
+  if not _alike(params, other):
+    params, other = tree.unroll(params), tree.unroll(other)
+  beside = dict(_matrices(other))
+  shape = np.shape(tokens)
+
+  def probed(path, w):
+    new = beside.get(path)
+    if new is None or not path.startswith("run") or _same(w, new):
+      return w
+    if tuple(new.shape) != tuple(w.shape):
+      raise UserError(
+        f"errors: {path} is {tuple(w.shape)} and {tuple(new.shape)}, expected "
+        "two trees of one model"
+      )
+    if len(w.shape) != 3:
+      return w
+    return Probe(w, new, jnp.zeros((w.shape[0], *shape, SEEN)))
+
+  both = tree.map_paths(probed, params, is_leaf=weights.is_weight)
+  chosen = {p: w for p, w in _matrices(both) if isinstance(w, Probe)}
+  if not chosen:
+    raise UserError("errors: found two equal trees, expected them to differ")
+  seen = jax.device_get(_seen(model, both, jnp.asarray(tokens)))
+  seen = {p: w.stat for p, w in _matrices(seen) if isinstance(w, Probe)}
+  indices, out = tree.layer_indices(params), {}
+  for path, w in chosen.items():
+    prefix, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[-1]
+    of_weights = jax.device_get(_of_weights(w.w, w.other))
+    for k, layer in enumerate(indices[prefix]):
+      found = _of_tokens(seen[path][k].reshape(-1, SEEN))
+      found |= {name: float(x[k]) for name, x in of_weights.items()}
+      out[f"layers/{layer}/{inner}"] = found
+  order = sorted(out, key=lambda a: (int(a.split("/")[1]), a))
+  return {address: out[address] for address in order}
+
+
+def _of_tokens(seen: Float[np.ndarray, "T S"]) -> dict[str, float]:
+  error, power, most, mean = seen.astype(np.float64).T
+  each = np.sqrt(error / np.maximum(power, 1e-30))
+  return {
+    "output": float(np.median(each)),
+    "output_all": float(np.sqrt(error.sum() / max(power.sum(), 1e-30))),
+    "inputs": float(most.max() / max(mean.mean(), 1e-30)),
+  }
+
+
+@jax.jit
+def _of_weights(w, other):
+  """Returns relative errors and outliers of stacked matrices."""
+
+  def one(pair):
+    old, new = (weights.dense(x).astype(jnp.float32) for x in pair)
+    size = jnp.abs(old)
+    error = jnp.linalg.norm(new - old) / jnp.linalg.norm(old)
+    return {"weight": error, "weights": size.max() / size.mean()}
+
+  return jax.lax.map(one, (w, other))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _seen(model, both, tokens):
+  stats, rest = tree.partition(both, _STAT)
+
+  def run(stats):
+    params = tree.combine(stats, rest)
+    where = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.apply({"params": params}, tokens, where, Mask.causal())
+    return hidden.astype(jnp.float32).sum()
+
+  value, pull = jax.vjp(run, stats)
+  return pull(jnp.ones_like(value))[0]
+
+
+def _matrices(params: Params) -> list[tuple[str, Any]]:
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    params, is_leaf=weights.is_weight
+  )
+  return [(tree.path_name(path), w) for path, w in found]
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Whether two weights are one array, or equal ones."""
+  if a is b:
+    return True
+  arrays = not weights.is_weight(a) and not weights.is_weight(b)
+  return arrays and a.shape == b.shape and bool(jnp.array_equal(a, b))
+
+
+def _alike(a: Params, b: Params) -> bool:
+  """Whether two trees have the same runs."""
+
+  def runs(params):
+    return {p: list(i) for p, i in tree.layer_indices(params).items()}
+
+  return runs(a) == runs(b)
