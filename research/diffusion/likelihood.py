@@ -1,0 +1,186 @@
+"""Unbiased bounds on -log p(x) of a masked diffusion model, with their errors.
+
+The continuous-time bound equals the mean over how many tokens are masked, and
+which (Ou et al. 2024, arXiv:2406.03736; Nie et al. 2025, arXiv:2502.09992,
+appendix B.5):
+
+  mean over n = 1..L, over sets S of n tokens, of  L/n  sum over S of CE
+
+which has far less variance than a mean over times. LLaDA's own stratification
+of n rounds halves to even, which prefers even n wherever the batch does not
+divide L: 5.84 instead of 7.31 nats in a small example. Here halves are rounded
+down, which is exactly uniform.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from research.diffusion import process
+from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
+
+Scores = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
+"""Noisy tokens -> logits of each place's own token."""
+
+Rounding = Literal["floor", "half_even"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """An estimate of a bound on -log p, in nats of the whole target.
+
+  Attributes:
+    mean: of the samples.
+    error: its standard error.
+    samples: how many.
+  """
+
+  mean: float
+  error: float
+  samples: int
+
+
+def counts(
+  key: PRNGKey, length: int, batch: int, rounding: Rounding = "floor"
+) -> Int[Array, "B"]:
+  """Returns `batch` numbers of masks, each uniform on 1..length, spread out.
+
+  Args:
+    key: of this batch.
+    length: of the target, L.
+    batch: how many.
+    rounding: `"half_even"` is what LLaDA's evaluation does, biased unless the
+      batch divides the length; only for comparisons with it.
+  """
+  first = jax.random.randint(key, (), 1, length + 1)
+  # Whole numbers, so that no half is a matter of rounding errors.
+  step = jnp.arange(batch) * length
+  whole, rest = step // batch, step % batch
+  if rounding == "half_even":
+    odd = (first + whole) % 2
+    up = (2 * rest > batch) | ((2 * rest == batch) & (odd == 1))
+    whole = whole + up
+  return (first + whole - 1) % length + 1
+
+
+def values(
+  scores: Scores,
+  tokens: Int[Array, "T"],
+  target: Bool[Array, "T"],
+  masks: Bool[Array, "B T"],
+  mask_id: int,
+) -> Float[Array, "B"]:
+  """Returns `L/n` times the cross-entropy of the masked tokens, a mask each."""
+  logits = scores(process.noisy(tokens, masks, mask_id))
+  logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  places = jnp.broadcast_to(tokens[None, :, None], (*masks.shape, 1))
+  loss = -jnp.take_along_axis(logp, places, axis=-1)[..., 0]
+  total = jnp.where(masks, loss, 0).sum(-1)
+  return total * target.sum() / jnp.maximum(masks.sum(-1), 1)
+
+
+def bound(
+  scores: Scores,
+  tokens: Int[Array, "T"],
+  target: Bool[Array, "T"],
+  mask_id: int,
+  key: PRNGKey,
+  samples: int = 128,
+  batch: int = 16,
+  rounding: Rounding = "floor",
+) -> Bound:
+  """Returns an estimate of the bound on -log p(target | the rest).
+
+  A single target token takes one sample, which is exact.
+
+  Args:
+    scores: the model. It should give the mask itself no probability.
+    tokens: the whole row.
+    target: which of them are asked for.
+    mask_id: of the mask.
+    key: of this row.
+    samples: a multiple of `batch`.
+    batch: rows at once; their numbers of masks are spread evenly.
+    rounding: see `counts`.
+
+  Raises:
+    UserError: samples do not divide.
+  """
+  length = int(target.sum())
+  if length == 0:
+    return Bound(0.0, 0.0, 0)
+  if length == 1:
+    value = values(scores, tokens, target, target[None], mask_id)
+    return Bound(float(value[0]), 0.0, 1)
+  if samples < 1 or samples % batch:
+    raise UserError(
+      f"likelihood: samples is {samples}, expected a multiple of {batch}, the "
+      "batch"
+    )
+  found = []
+  for i in range(samples // batch):
+    start, each = jax.random.split(jax.random.fold_in(key, i))
+    ns = counts(start, length, batch, rounding)
+    keys = process.example_keys(each, jnp.arange(batch))
+    rows = jnp.broadcast_to(target, (batch, target.shape[0]))
+    masks = process.mask_count(keys, rows, ns)
+    found.append(values(scores, tokens, target, masks, mask_id))
+  return _summary(jnp.stack(found))
+
+
+def _summary(found: Float[Array, "N B"]) -> Bound:
+  """Returns the mean; its error from batches, which are spread within."""
+  mean, n = float(found.mean()), found.shape[0]
+  if n > 1:
+    error = float(found.mean(-1).std(ddof=1)) / math.sqrt(n)
+  else:
+    size = found.shape[1]
+    error = float(found.std(ddof=1)) / math.sqrt(size) if size > 1 else math.inf
+  return Bound(mean, error, found.size)
+
+
+def guided(scores: Scores, prompt: Bool[Array, "T"], mask_id: int, w: float):
+  """Returns scores with classifier-free guidance by the prompt.
+
+  Logits are `u + (w + 1)(c - u)`, `u` those of the row whose prompt is masked
+  (Nie et al. 2024, arXiv:2410.18514); with w = 0 the conditional ones exactly.
+
+  Args:
+    scores: the model.
+    prompt: what is masked in the unconditional row.
+    mask_id: of the mask.
+    w: strength.
+  """
+  if w == 0:
+    return scores
+
+  def both(tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    blind = process.noisy(tokens, prompt, mask_id)
+    c, u = jnp.split(scores(jnp.concatenate([tokens, blind])), 2)
+    return u + (w + 1) * (c - u)
+
+  return both
+
+
+def greedy(
+  scores: Scores, tokens: Any, target: Any, mask_id: int
+) -> Bool[Array, ""]:
+  """Whether revealing the surest token, one at a time, gives the target."""
+  tokens, target = jnp.asarray(tokens), jnp.asarray(target)
+
+  def step(_, state):
+    row, masked = state
+    logits = scores(row[None])[0].astype(jnp.float32)
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    sure = jnp.where(masked, logp.max(-1), -jnp.inf)
+    at = jnp.argmax(sure)
+    row = row.at[at].set(jnp.argmax(logits[at]).astype(row.dtype))
+    return row, masked.at[at].set(False)
+
+  start = process.noisy(tokens, target, mask_id), target
+  row, _ = jax.lax.fori_loop(0, int(target.sum()), step, start)
+  return jnp.all(row == tokens)

@@ -1,0 +1,178 @@
+"""Which candidates of a step are kept: policies of one sampling loop.
+
+A policy is a value with one method, which sees how sure the model is of each
+place and says which places to fill. It knows nothing of models, blocks, caches
+or tokens; a new one is one function.
+
+  commit(confidence [B, K], eligible [B, K], quota [B]) -> places [B, K]
+
+At least one eligible place a row is kept, so that every loop ends. Ties go to
+the lower place.
+"""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+import numpy as np
+
+from research.typing import Array, Bool, Float, Int, UserError
+
+
+@runtime_checkable
+class Policy(Protocol):
+  """How many, and which."""
+
+  def commit(
+    self,
+    confidence: Float[Array, "B K"],
+    eligible: Bool[Array, "B K"],
+    quota: Int[Array, "B"],
+  ) -> Bool[Array, "B K"]:
+    """Returns which eligible places are filled now.
+
+    Args:
+      confidence: of each place's candidate.
+      eligible: places that are masked, and in the block.
+      quota: how many the schedule of steps would fill, of each row.
+    """
+
+  @property
+  def scheduled(self) -> bool:
+    """Whether steps are planned ahead; else the loop runs until all is full."""
+
+
+def ranks(
+  confidence: Float[Array, "B K"], eligible: Bool[Array, "B K"]
+) -> Int[Array, "B K"]:
+  """Returns each place's rank by confidence, eligible ones first, from 0."""
+  keys = jnp.where(eligible, -confidence, jnp.inf)
+  return jnp.argsort(jnp.argsort(keys, axis=-1, stable=True), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quota:
+  """The surest `quota` places (LLaDA, arXiv:2502.09992)."""
+
+  scheduled: bool = dataclasses.field(default=True, init=False)
+
+  def commit(self, confidence, eligible, quota):
+    return eligible & (ranks(confidence, eligible) < quota[:, None])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Threshold:
+  """All places at least this sure, and always the surest one.
+
+  Wu et al. 2025 (Fast-dLLM, arXiv:2505.22618), section 3.3.
+
+  Attributes:
+    threshold: tau.
+    quota_first: keep at least the schedule's quota, as LLaDA 2 does.
+  """
+
+  threshold: float = 0.9
+  quota_first: bool = False
+  scheduled: bool = dataclasses.field(default=False, init=False)
+
+  def commit(self, confidence, eligible, quota):
+    rank = ranks(confidence, eligible)
+    least = jnp.maximum(quota, 1) if self.quota_first else jnp.ones_like(quota)
+    kept = (confidence >= self.threshold) | (rank < least[:, None])
+    return eligible & kept
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Factor:
+  """As many of the surest as an error of `factor` allows.
+
+  The r-th surest, from 1, needs a confidence of `1 - factor / (r + 1)`, and
+  all before it theirs (Fast-dLLM, theorem 1: the product of marginals and the
+  joint distribution then have the same mode).
+
+  Attributes:
+    factor: f; 1 is what the theorem asks.
+  """
+
+  factor: float = 1.0
+  scheduled: bool = dataclasses.field(default=False, init=False)
+
+  def commit(self, confidence, eligible, quota):
+    rank = ranks(confidence, eligible)
+    enough = confidence >= 1 - self.factor / (rank + 2)
+    enough |= rank == 0
+    # The longest run of ranks that all are sure enough.
+    failed = jnp.where(eligible & ~enough, rank, confidence.shape[-1])
+    return eligible & (rank < failed.min(-1, keepdims=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hierarchy:
+  """The surest place of each run of masks, if sure enough (dInfer).
+
+  Attributes:
+    low: what the surest of a run needs.
+    threshold: what any place needs.
+  """
+
+  low: float = 0.62
+  threshold: float = 0.92
+  scheduled: bool = dataclasses.field(default=False, init=False)
+
+  def commit(self, confidence, eligible, quota):
+    sure = jnp.where(eligible, confidence, -jnp.inf)
+    start = eligible & ~jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
+    run = jnp.where(eligible, jnp.cumsum(start, axis=-1), 0)
+    same = run[:, :, None] == run[:, None, :]
+    rival = jnp.where(same & eligible[:, None, :], sure[:, None, :], -jnp.inf)
+    place = jnp.arange(run.shape[-1])
+    ahead = (rival > sure[:, :, None]) | (
+      (rival == sure[:, :, None]) & (place < place[:, None])
+    )
+    best = eligible & ~jnp.any(ahead & same & eligible[:, None, :], axis=-1)
+    kept = (best & (confidence > self.low)) | (confidence > self.threshold)
+    kept &= eligible
+    first = ranks(confidence, eligible) == 0
+    return kept | (eligible & first & ~kept.any(-1, keepdims=True))
+
+
+def quotas(count: int, steps: int) -> np.ndarray:
+  """Returns how many of `count` places each of `steps` steps fills.
+
+  As even as can be, the larger ones first (LLaDA): 10 in 4 are 3, 3, 2, 2.
+  """
+  if count < 0 or steps < 1:
+    raise UserError(f"quotas: {count} places in {steps} steps")
+  base, rest = divmod(count, steps)
+  return np.array([base + (i < rest) for i in range(steps)], np.int32)
+
+
+def scheduled_quotas(count: int, steps: int, shape: str) -> np.ndarray:
+  """Returns quotas that follow a noise schedule, empty steps left out.
+
+  Each step fills what is left times the share that the schedule clears,
+  rounded half to even: linear 10 in 4 are 2, 3, 2, 3; cosine 16 in 4 are
+  1, 4, 5, 6.
+
+  Args:
+    count: places.
+    steps: at most so many.
+    shape: `"linear"` or `"cosine"`.
+  """
+  left, out = count, []
+  for i in range(steps):
+    t, s = 1 - i / steps, 1 - (i + 1) / steps
+    if shape == "cosine":
+      share = 1 - _cosine(s) / _cosine(t)
+    elif shape == "linear":
+      share = 1 - s / t
+    else:
+      raise UserError(f"quotas: shape is {shape!r}, expected linear or cosine")
+    take = min(left, round(left * share)) if i < steps - 1 else left
+    out.append(take)
+    left -= take
+  return np.array([n for n in out if n], np.int32)
+
+
+def _cosine(t: float) -> float:
+  return float(np.cos(np.pi / 2 * (1 - t)))

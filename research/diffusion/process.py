@@ -1,0 +1,62 @@
+"""The forward process: times, and tokens that masks replace.
+
+What is random for an example comes from the example's own key, so that its
+masks do not depend on the batch that it is in, nor on the mesh.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from research.typing import Array, Bool, Float, Int, PRNGKey
+
+Spread = Literal["independent", "even"]
+
+
+def example_keys(key: PRNGKey, examples: Int[Array, "B"]) -> PRNGKey:
+  """Returns a key for each example, `[B]`."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
+
+
+def times(
+  key: PRNGKey, count: int, spread: Spread = "independent"
+) -> Float[Array, " N"]:
+  """Returns times in (0, 1], each of them uniform.
+
+  Args:
+    key: of the batch.
+    count: how many.
+    spread: `"even"`: one number is drawn, and the times are it plus i/N, mod 1
+      (Kingma et al. 2021, arXiv:2107.00630, section I.1), so that a batch has
+      small and large ones.
+  """
+  if spread == "independent":
+    return 1 - jax.random.uniform(key, (count,))
+  first = jax.random.uniform(key, ())
+  return 1 - (first + jnp.arange(count) / count) % 1
+
+
+def mask_each(
+  keys: PRNGKey, maskable: Bool[Array, "B T"], rate: Float[Array, "B #T"]
+) -> Bool[Array, "B T"]:
+  """Returns which tokens are masked, each with probability `rate`."""
+  draw = jax.vmap(lambda k: jax.random.uniform(k, maskable.shape[1:]))
+  return maskable & (draw(keys) < rate)
+
+
+def mask_count(
+  keys: PRNGKey, maskable: Bool[Array, "B T"], count: Int[Array, "B"]
+) -> Bool[Array, "B T"]:
+  """Returns masks of exactly `count` tokens, any set as likely as any other."""
+  draw = jax.vmap(lambda k: jax.random.uniform(k, maskable.shape[1:]))
+  noise = jnp.where(maskable, draw(keys), 2.0)
+  rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
+  return maskable & (rank < count[:, None])
+
+
+def noisy(
+  tokens: Int[Array, "*#B T"], masked: Bool[Array, "*#B T"], mask_id: int
+) -> Int[Array, "*B T"]:
+  """Returns the tokens with masks in their places."""
+  return jnp.where(masked, mask_id, tokens)
