@@ -1,0 +1,94 @@
+"""HQQ: zeros of any value, for which fewer weights err much.
+
+Badri and Shaji 2023 ("Half-Quadratic Quantization of Large Machine Learning
+Models"). Scales are those of each group's range. Zeros minimise
+`Σ |w - w'|^p`, p < 1, by half-quadratic splitting: errors are shrunk towards
+zero, but for large ones, then zeros are the mean that fits best. No data is
+read. It is the weights' error that falls; a model's may rise (at 3 bits).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from research.quant.formats.affine import Affine
+from research.typing import Array, Float, UserError
+
+LIMIT = 2e4
+"""The largest inverse of a scale."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HQQ(Affine):
+  """An even grid whose zeros are numbers.
+
+  Attributes:
+    steps: of the minimisation at most; it stops where the mean error of the
+      matrix no longer falls.
+    norm: p.
+    beta, growth: weight of the quadratic part, and its factor a step; the
+      authors' package (0.2.8) leaves it as it is, 1.
+  """
+
+  zero: str = "float"
+  steps: int = 20
+  norm: float = 0.7
+  beta: float = 10.0
+  growth: float = 1.01
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.symmetric or self.zero != "float":
+      raise UserError("HQQ: expected symmetric=False and zero='float'.")
+    if not 0 < self.norm <= 1 or self.steps < 0:
+      raise UserError(
+        f"HQQ: norm is {self.norm}, expected more than 0 and at most 1; steps"
+        f" is {self.steps}, expected 0 or more."
+      )
+
+  @property
+  def name(self) -> str:
+    return f"hqq{self.bits}-g{self.block or 'all'}"
+
+  @property
+  def local(self) -> bool:
+    return False  # all groups stop at the same step
+
+  def grid(
+    self, w: Float[Array, "*B S O"]
+  ) -> tuple[Float[Array, "*B O"], Float[Array, "*B O"]]:
+    """Returns (scale, zero) of groups of `S` weights, float32."""
+    low, high = w.min(-2), w.max(-2)
+    span = high - low
+    inverse = jnp.where(span > 1e-4, self.top / jnp.maximum(span, 1e-30), 1.0)
+    scale = self._stored(1 / jnp.minimum(inverse, LIMIT))
+    zero = -low / scale
+    if self.bits == 4:
+      zero = jnp.round(zero)
+    zero = self._minimised(w, scale, zero)
+    return scale, zero.astype(self.scale_dtype).astype(jnp.float32)
+
+  def _minimised(self, w, scale, zero):
+    """Returns the zeros where the mean error stopped falling."""
+    wide = scale[..., None, :]
+
+    def unfinished(state):
+      i, _, _, going = state
+      return going & (i < self.steps)
+
+    def step(state):
+      i, zero, least, _ = state
+      codes = self.codes(w, scale, zero)
+      apart = w - (codes - zero[..., None, :]) * wide
+      size = jnp.abs(apart)
+      beta = self.beta * self.growth ** i.astype(jnp.float32)
+      # At 0 the power is infinite, and all is shrunk away.
+      shrunk = jnp.maximum(size - size ** (self.norm - 1) / beta, 0)
+      kept = jnp.sign(apart) * shrunk
+      zero = jnp.mean(codes - (w - kept) / wide, axis=-2)
+      error = jnp.mean(size)
+      return i + 1, zero, jnp.minimum(error, least), error < least
+
+    start = (jnp.int32(0), zero, jnp.float32(1e4), jnp.bool(True))
+    return jax.lax.while_loop(unfinished, step, start)[1]
