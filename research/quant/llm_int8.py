@@ -48,14 +48,14 @@ class Outliers(Op):
 
   def __call__(self, x: Float[Array, "*B I"], scale: Any = None) -> Any:
     """Returns `x`, rounded but for inputs with outliers."""
-    codes, scale, exact = self._parts(x, scale)
+    codes, scale, exact = self.parts(x, scale)
     return (codes * scale).astype(x.dtype) + exact
 
   def einsum(
     self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`; the rounded part in integers."""
-    codes, scale, exact = self._parts(x, scale)
+    codes, scale, exact = self.parts(x, scale)
     held = integers(w)
     if held is None:
       rounded = (codes * scale).astype(x.dtype)
@@ -63,7 +63,9 @@ class Outliers(Op):
     y = integer_product(codes.astype(jnp.int8), held) * scale
     return y.astype(x.dtype) + weights.einsum(eq, exact, w)
 
-  def _parts(self, x, scale):
+  def parts(
+    self, x: Float[Array, "*B I"], scale: Any = None
+  ) -> tuple[Float[Array, "*B I"], Float[Array, "..."], Float[Array, "*B I"]]:
     """Returns (codes, their scale, what is not rounded).
 
     A token's scale is that of all its values below the threshold, those of

@@ -7,7 +7,7 @@ import pytest
 
 import tests.support as support
 from research import weights
-from research.quant import activations, llm_int8, qtensor
+from research.quant import activations, qtensor
 from research.quant.activations import InputTensor, Round
 from research.quant.formats.affine import Affine
 from research.typing import UserError
@@ -117,20 +117,6 @@ def test_a_model_of_eight_bits_is_near_itself():
   assert 0 < errors[8] < 0.05 < errors[4]
 
 
-def test_llm_int8_keeps_outliers_exact():
-  x = _x().at[..., 7].multiply(100.0)
-  w = qtensor.pack(_w(), llm_int8.INT8)
-  dense = np.asarray(w.dense(), np.float64)
-  want = np.asarray(x, np.float64) @ dense
-  errors = []
-  for threshold in (6.0, 0.0):
-    op = llm_int8.Outliers(threshold=threshold)
-    got = weights.einsum(EQ, x, InputTensor(w, op=op))
-    np.testing.assert_allclose(got, op(x) @ w.dense(), atol=2e-3)
-    errors.append(np.abs(got - want).mean())
-  assert errors[0] < 0.1 * errors[1]
-
-
 def test_mistakes_are_said():
   with pytest.raises(UserError, match="bits"):
     Round(bits=1)
@@ -138,5 +124,3 @@ def test_mistakes_are_said():
     Round(group=5)(_x())
   with pytest.raises(UserError, match="no matrix"):
     activations.Inputs(targets="/nothing$")(support.params(support.model()))
-  with pytest.raises(UserError, match="threshold"):
-    llm_int8.Outliers(threshold=-1.0)
