@@ -1,0 +1,289 @@
+"""How matrices are rounded: to nearest, or by GPTQ; one call an input.
+
+Matrices that multiply the same inputs (q, k and v) are rounded together: their
+outputs go side by side and the Hessian is factored once. What comes back is
+packed, decoded, and measured.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from research.quant import gptq
+from research.quant.clip import Clip
+from research.quant.format import Format, Plain
+from research.quant.gptq import GPTQ
+from research.quant.qtensor import QTensor
+from research.typing import Array, Float, UserError
+
+Seen = Mapping[str, Any]
+"""Of the inputs: `xx`, the sum of `x xᵀ`, `n`, how many, and maybe `drift`."""
+
+
+@runtime_checkable
+class Method(Protocol):
+  """A way to choose codes; hashable, since it is part of a program."""
+
+  @property
+  def name(self) -> str:
+    """Returns what tables call it."""
+
+  def parts(
+    self,
+    ws: Sequence[Float[Array, "I O"]],
+    seen: Seen | None,
+    format: Format,
+  ) -> tuple[list[Any], Any, Any]:
+    """Returns (parts of each matrix, order or None, damping or None)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nearest:
+  """Each weight by itself: round to nearest.
+
+  Attributes:
+    clip: a search for narrower grids, or None.
+    weighted: whether errors weigh as much as the inputs' mean square, in that
+      search and in formats that search themselves.
+  """
+
+  clip: Clip | None = None
+  weighted: bool = False
+
+  @property
+  def name(self) -> str:
+    return "nearest" if self.clip is None else "nearest, clipped"
+
+  def parts(self, ws, seen, format):
+    importance = None
+    if self.weighted:
+      if seen is None:
+        raise UserError("Nearest.weighted: needs calibration, found none")
+      importance = _importance(seen)
+    return [self._parts(w, importance, format) for w in ws], None, None
+
+  def _parts(self, w, importance, format):
+    if self.clip is None:
+      return format.encode(w, importance)
+    _check_local(format, "Nearest.clip")
+    groups = w.reshape(-1, format.block, w.shape[-1])
+    if importance is not None:
+      importance = importance.reshape(-1, format.block)
+    grid = self.clip.grid(format, groups, importance)
+    return format.parts(format.codes(groups, *grid), *grid)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compensated:
+  """GPTQ, see `research.quant.gptq`.
+
+  Formats whose grids are not of a group alone (double quantization, scales of
+  scales) keep those that they have for the whole matrix: static grids.
+
+  Attributes:
+    options: how.
+  """
+
+  options: GPTQ = GPTQ()
+
+  @property
+  def name(self) -> str:
+    return f"GPTQ, {self.options.order}, {self.options.grids}"
+
+  def parts(self, ws, seen, format):
+    if seen is None:
+      raise UserError("GPTQ: needs calibration, found none")
+    if self.options.clip is not None:
+      _check_local(format, "GPTQ.clip")
+    side = jnp.concatenate(ws, axis=-1)
+    n = seen["n"][0]
+    h = seen["xx"] / jnp.maximum(n, 1)
+    drift = seen.get("drift")
+    if drift is not None:
+      drift = drift / jnp.maximum(n, 1)
+    ends = [sum(w.shape[-1] for w in ws[:k]) for k in range(1, len(ws))]
+    options = self.options
+    given = gptq.prepare(side, h, format.block, options, drift, n)
+    split = functools.partial(_split, ends=ends)
+    if format.local:
+      found = gptq.quantize(given, format, options)
+      shape = (-1, format.block, side.shape[-1])
+      codes = split(found.codes.reshape(shape))
+      grids = zip(*(split(x) for x in found.grid), strict=True)
+      parts = [format.parts(c, *g) for c, g in zip(codes, grids, strict=True)]
+      return parts, found.order, given.damping
+    starts = [format.encode(w, _importance(seen)) for w in split(given.w)]
+    plain = [format.plain(start) for start in starts]
+    grids = Known.of(plain[0])
+    known = [Known.grid_of(x) for x in plain]
+    known = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *known)
+    found = gptq.quantize(given, grids, options, known)
+    parts = [
+      format.recoded(start, codes.astype(x.codes.dtype))
+      for start, codes, x in zip(starts, split(found.codes), plain, strict=True)
+    ]
+    return parts, found.order, given.damping
+
+
+def _split(x, ends):
+  return jnp.split(x, ends, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """Grids of a format's normal form, `research.quant.format.Plain`.
+
+  Attributes:
+    block: inputs that share a scale.
+    low, high: the least and the largest code.
+    codebook: values of the codes, or None.
+  """
+
+  block: int
+  low: int
+  high: int
+  codebook: tuple[float, ...] | None
+
+  @classmethod
+  def of(cls, plain: Plain) -> "Known":
+    """Returns the grids' kind."""
+    signed = jnp.issubdtype(plain.codes.dtype, jnp.signedinteger)
+    low = -(2 ** (plain.bits - 1)) if signed else 0
+    high = low + 2**plain.bits - 1
+    return cls(plain.group, low, high, plain.codebook)
+
+  @staticmethod
+  def grid_of(plain: Plain) -> tuple[Any, Any]:
+    """Returns (scale, what is added), float32 `[G, O]`."""
+    scale = jnp.asarray(plain.scale).astype(jnp.float32)
+    shift = plain.shift()
+    if shift is None:
+      return scale, jnp.zeros_like(scale)
+    return scale, jnp.broadcast_to(shift.astype(jnp.float32), scale.shape)
+
+  def codes(self, w, scale, shift):
+    """Returns the nearest codes."""
+    scale, shift = scale[..., None, :], shift[..., None, :]
+    unit = (w - shift) / jnp.where(scale == 0, 1, scale)
+    if self.codebook is None:
+      return jnp.clip(jnp.round(unit), self.low, self.high)
+    table = jnp.asarray(self.codebook, jnp.float32)
+    return abs(unit[..., None] - table).argmin(-1)
+
+  def values(self, codes, scale, shift):
+    """Returns what codes stand for, float32."""
+    value = codes.astype(jnp.float32)
+    if self.codebook is not None:
+      value = jnp.asarray(self.codebook, jnp.float32)[codes]
+    return value * scale[..., None, :] + shift[..., None, :]
+
+  def grid(self, w):
+    """Raises UserError: these are not fitted."""
+    raise UserError("GPTQ: these grids belong to a whole matrix")
+
+
+def _importance(seen: Seen) -> Float[Array, " I"]:
+  return jnp.diagonal(seen["xx"]) / jnp.maximum(seen["n"][0], 1)
+
+
+def _check_local(format: Format, what: str) -> None:
+  if not format.local:
+    raise UserError(
+      f"{what}: the grids of {format.name} are not of a group alone, expected "
+      "None"
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measures:
+  """What became of a matrix; arrays, one entry an expert if there are any.
+
+  Attributes:
+    weight_error: of the weights, root mean square over theirs.
+    output_error: of the outputs for the inputs seen, the same way; or None.
+    nearest_error: that of rounding to nearest in the same format; or None.
+    tokens: how many inputs were seen, or None.
+    dead: inputs that were always 0, or None.
+    damping: what the Hessian took, or None.
+  """
+
+  weight_error: Any
+  output_error: Any = None
+  nearest_error: Any = None
+  tokens: Any = None
+  dead: Any = None
+  damping: Any = None
+
+
+@functools.partial(
+  jax.jit, static_argnames=("format", "method", "compare", "of")
+)
+def rounded(
+  ws: tuple[Float[Array, "*E I O"], ...],
+  seen: Seen | None,
+  format: Format,
+  method: Method,
+  compare: bool = False,
+  of: str = "float32",
+) -> tuple[tuple[QTensor, ...], tuple[Array, ...], tuple[Measures, ...]]:
+  """Returns matrices of the same inputs: packed, decoded, measured.
+
+  Args:
+    ws: one matrix each, or one an expert.
+    seen: what their inputs were, or None; see `Seen`.
+    format: that fits them.
+    method: how codes are chosen.
+    compare: whether rounding to nearest is measured as well.
+    of: dtype that decoded numbers are rounded to.
+  """
+
+  def one(ws, seen):
+    ws = [w.astype(jnp.float32) for w in ws]
+    parts, order, damping = method.parts(ws, seen, format)
+    packed, dense, measures = [], [], []
+    for w, part in zip(ws, parts, strict=True):
+      q = QTensor(
+        part,
+        order,
+        None,
+        format=format,
+        inputs=w.shape[0],
+        outputs=w.shape[1],
+        of=of,
+      )
+      near = None
+      if compare and seen is not None:
+        near = format.decode(format.encode(w))
+      packed.append(q)
+      dense.append(q.dense())
+      measures.append(_measured(w, dense[-1], near, seen, damping))
+    return tuple(packed), tuple(dense), tuple(measures)
+
+  return (jax.vmap(one) if ws[0].ndim > 2 else one)(ws, seen)
+
+
+def _measured(w, got, near, seen, damping) -> Measures:
+  error = got.astype(jnp.float32) - w
+  weight = jnp.sqrt((error**2).sum() / jnp.maximum((w**2).sum(), 1e-30))
+  if seen is None:
+    return Measures(weight)
+  h = seen["xx"] / jnp.maximum(seen["n"], 1)
+
+  def size(x):
+    y = jnp.matmul(h, x, precision=gptq.HIGHEST)
+    return jnp.maximum((x * y).sum(), 0)
+
+  whole = jnp.maximum(size(w), 1e-30)
+  return Measures(
+    weight,
+    jnp.sqrt(size(error) / whole),
+    None if near is None else jnp.sqrt(size(near - w) / whole),
+    seen["n"][0],
+    (jnp.diagonal(h) == 0).sum(),
+    damping,
+  )
