@@ -30,6 +30,9 @@ from experiments import cli, runtime
 
 FLAGS = cli.new_flags()
 
+FEW = 32
+"""Rows of products from which on weights are read as they were loaded."""
+
 _MODEL = flags.DEFINE_string(
   "model",
   None,
@@ -84,8 +87,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   text = cli.read_text(_TEXT.value, "text")
   runtime.setup()
   from research.interop.load import load_model
+  from research.nn import generate
   from research.nn.perplexity import perplexity
-  from research.quant import kv_memory, kv_quantizer
+  from research.quant import kv_memory, kv_quantizer, panels
   from research.typing import UserError
 
   kv = kv_quantizer.parse(_KV.value)
@@ -98,9 +102,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   ids = loaded.tokenizer.encode(text)
 
   def measure(**how):
+    params = loaded.params
+    if (how.get("chunk") or FEW) * _BATCH.value < FEW:
+      params = generate.prepare(panels.decoding(params), loaded.model)
     return perplexity(
       loaded.model,
-      loaded.params,
+      params,
       ids,
       window=_WINDOW.value,
       max_windows=_MAX_WINDOWS.value or None,

@@ -70,19 +70,22 @@ class Side:
   ) -> Float[Array, "B K P H"]:
     """Returns the numbers of all slots, before a call's tokens are written."""
     x = self.grid.decode(self.packed)
+    held = slot_positions(tokens.before, self.slots)
     if shift is not None:
-      held = slot_positions(tokens.before, self.slots) + tokens.first
-      x = x + shift(held).swapaxes(1, 2)
+      x = x + shift(held + tokens.first).swapaxes(1, 2)
     x = x.astype(dtype)
     if self.recent is None:
       return x
     if self.grid.per_channel:
-      index = _blocks(tokens.before, self.ring)[:, None] * self.ring
-      index = index + jnp.arange(self.ring)
+      start = tokens.before // self.ring * self.ring
     else:
-      index = slot_positions(tokens.before, self.ring)
-    alive = (index >= 0) & (index < tokens.before[:, None])
-    return _put(x, self.recent.swapaxes(1, 2), index, alive)
+      start = jnp.maximum(tokens.before - self.ring, 0)
+    # A choice for each slot, which fuses with decoding; rings divide slots.
+    *lead, _, dim = x.shape
+    shape = *lead, self.slots // self.ring, self.ring, dim
+    ring = jnp.broadcast_to(self.recent[:, :, None], shape).reshape(x.shape)
+    recent = held >= start[:, None]
+    return jnp.where(recent[:, None, :, None], ring.astype(dtype), x)
 
   def write(
     self,
@@ -116,7 +119,7 @@ class Side:
     recent = _put(self.recent, x, tokens.index, tokens.index >= 0)
     whole = tokens.after % self.ring == 0
     whole &= tokens.after > tokens.before
-    start = (_blocks(tokens.after, self.ring) - 1) * self.ring
+    start = (tokens.after // self.ring - 1) * self.ring
 
     def packed(recent):
       return self._encode(recent, start, tokens.first, shift)
@@ -134,13 +137,13 @@ class Side:
     """Writes many tokens; packs every block that is complete with them."""
     ring, time = self.ring, x.shape[1]
     count = -(-(ring - 1 + time) // ring)
-    first = _blocks(tokens.before, ring)
+    first = tokens.before // ring
     pad = [(0, 0), (0, 0), (0, (count - 1) * ring), (0, 0)]
     staged = jnp.pad(self.recent, pad)
     at = tokens.index - first[:, None] * ring
     staged = _put(staged, x, at, tokens.index >= 0)
     block = first[:, None] + jnp.arange(count)
-    done = _blocks(tokens.after, ring)
+    done = tokens.after // ring
     # Of more blocks than there is room for, the last ones stay.
     whole = (block < done[:, None]) & (
       block >= done[:, None] - self.slots // ring
@@ -227,10 +230,11 @@ class QuantizedLayer:
     written = old._write(k, v, positions, tokens, shift)
     one = k.shape[1] == 1
     if one:  # in the place of one that no window reaches any more
-      alive = tokens.index >= 0
-      keys, values = (
-        _put(x, y, tokens.index, alive) for x, y in ((keys, k), (values, v))
-      )
+      index = jnp.where(tokens.index < 0, -1, tokens.index % self.k.slots)
+      here = jnp.arange(self.k.slots) == index
+      here = here[:, None, :, None]
+      keys = jnp.where(here, k.swapaxes(1, 2), keys)
+      values = jnp.where(here, v.swapaxes(1, 2), values)
       held = slot_positions(tokens.after, self.k.slots)
     held = jnp.where(held >= 0, held + self.first, -1)
     parts = [(keys.swapaxes(1, 2), values.swapaxes(1, 2), held)]
@@ -266,11 +270,6 @@ class QuantizedLayer:
       )
     written = self.k.write(k, tokens, shift), self.v.write(v, tokens, None)
     return QuantizedLayer(*written, sinks, self.shifted)
-
-
-def _blocks(count, size):
-  """Returns how many whole blocks there are."""
-  return count // size
 
 
 def _put(

@@ -89,7 +89,7 @@ class KVQuantizer:
 
     Args:
       lead: `[L, B, K]`, or without the layers.
-      slots: positions that it is to hold, rounded up to whole groups.
+      slots: positions that it is to hold, rounded up to whole rings.
       dim: H.
       dtype: of what is not packed.
       windowed: whether old positions make room for new ones.
@@ -101,9 +101,9 @@ class KVQuantizer:
     for grid, what in zip(grids, ("kv keys", "kv values"), strict=True):
       grid.check(dim, what)
     first = 0 if windowed else min(self.sink_tokens, slots - 1)
-    unit = 1
+    unit = max(self.residual, 1)
     if any(g.per_channel and not g.whole for g in grids):
-      unit = max(self.residual, self.group)
+      unit = max(unit, self.group)
     slots = -(-(slots - first) // unit) * unit
 
     def whole(size):
@@ -111,11 +111,8 @@ class KVQuantizer:
       return jnp.zeros((*lead, size, dim), dtype) if size else None
 
     def side(grid):
-      ring = min(self.residual, slots)
-      if grid.whole:
-        ring = 0
-      elif grid.per_channel:
-        ring = unit
+      ring = unit if grid.per_channel else self.residual
+      ring = 0 if grid.whole else ring
       return Side(grid.empty(lead, slots, dim, dtype), whole(ring), grid)
 
     sinks = (whole(first), whole(first)) if first else None
