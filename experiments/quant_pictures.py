@@ -14,7 +14,7 @@ def pareto(rows: Rows, picture: pathlib.Path, title: str) -> None:
   """Draws divergence against true bits a weight; none below is the front.
 
   Args:
-    rows: as `experiments.quant_table` measures them.
+    rows: as `experiments.quant_study` measures them.
     picture: the PNG.
     title: above it.
   """

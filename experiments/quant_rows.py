@@ -7,7 +7,7 @@ that the table is measured on.
 
 from collections.abc import Sequence
 
-from experiments.quant_table import Row
+from experiments.quant_study import Row
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook

@@ -12,6 +12,7 @@ from experiments import (
   fresh,
   quant_pictures,
   quant_rows,
+  quant_study,
   quant_table,
 )
 from research.nn import presets
@@ -53,7 +54,7 @@ class Text:
 SIZES = presets.Sizes(
   vocab=64, width=32, depth=1, heads=2, kv_heads=2, head_dim=16, hidden=32
 )
-TABLE = quant_table.Table(
+TABLE = quant_study.Table(
   model=fresh.Fresh(sizes=SIZES, tokenizer=Letters()),
   rows=(
     quant_rows.rounding(bits=(4, 3), blocks=(16,), symmetric=(False,)),
@@ -69,13 +70,13 @@ TABLE = quant_table.Table(
 @pytest.fixture(scope="module", name="rows")
 def _rows(tmp_path_factory):
   folder = tmp_path_factory.mktemp("table")
-  return folder, quant_table.measured(TABLE, folder)
+  return folder, quant_study.measured(TABLE, folder)
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_table_parses_and_its_text_rebuilds_it(run):
-  first = config.read(run, root=quant_table.Table)
-  again = config.parse(first.text, root=quant_table.Table)
+  first = config.read(run, root=quant_study.Table)
+  again = config.parse(first.text, root=quant_study.Table)
   assert again.text == first.text
   assert [r.name for r in again.experiment.flat] == [
     r.name for r in first.experiment.flat
@@ -107,25 +108,25 @@ def test_more_bits_lose_less(rows):
 def test_what_does_not_fit_is_a_row_that_says_so(rows):
   _, found = rows
   assert "no multiple" in found["does not fit"]["failed"]
-  assert "does not fit" not in [x["row"] for x in quant_table.table(found)]
+  assert "does not fit" not in [x["row"] for x in quant_study.table(found)]
 
 
 def test_rows_are_measured_once(rows, monkeypatch):
   folder, found = rows
   good = dataclasses.replace(TABLE, rows=TABLE.rows[:1])
   monkeypatch.setattr(
-    quant_table, "one", lambda *x: pytest.fail("measured again")
+    quant_study, "one", lambda *x: pytest.fail("measured again")
   )
-  again = quant_table.measured(good, folder)
+  again = quant_study.measured(good, folder)
   assert again == {name: found[name] for name in again} and len(again) == 2
   other = dataclasses.replace(good, text=Calibration(windows=2))
   with pytest.raises(UserError, match="another configuration"):
-    quant_table.measured(other, folder)
+    quant_study.measured(other, folder)
 
 
 def test_the_table_has_the_base_and_bands(rows):
   _, found = rows
-  lines = quant_table.table(found)
+  lines = quant_study.table(found)
   assert [x["row"] for x in lines][:2] == ["base", "eight"]
   bits = [x["bits"] for x in lines[1:]]
   assert bits == sorted(bits, reverse=True)
@@ -135,7 +136,7 @@ def test_the_table_has_the_base_and_bands(rows):
     "int4-asym-g16": None,
     "int3-asym-g16": "4.25-4.5",
   }
-  assert quant_table.band(3.5) == (3.25, 3.5) and not quant_table.band(None)
+  assert quant_study.band(3.5) == (3.25, 3.5) and not quant_study.band(None)
 
 
 def test_the_front_is_what_nothing_beats():
