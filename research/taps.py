@@ -201,7 +201,7 @@ def collect(
     seen = counts
     if counts is not None:
       seen = jnp.broadcast_to(counts, (*n, *counts.shape))
-    return Tap(w, stat, seen, statistic, sizes)
+    return weights.within(w, lambda w: Tap(w, stat, seen, statistic, sizes))
 
   taps = tree.map_paths(tapped, params, is_leaf=weights.is_weight)
   stats, rest = tree.partition(taps, _STAT)
@@ -210,9 +210,16 @@ def collect(
   flat, _ = jax.tree_util.tree_flatten_with_path(
     found, is_leaf=weights.is_weight
   )
-  return {
-    tree.path_name(path): dict(x.stat) for path, x in flat if isinstance(x, Tap)
-  }
+  out = {}
+
+  def note(path, w):
+    if isinstance(w, Tap):
+      out[path] = dict(w.stat)
+    return w
+
+  for path, w in flat:
+    weights.within(w, functools.partial(note, tree.path_name(path)))
+  return out
 
 
 def _check_order(counts):

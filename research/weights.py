@@ -116,6 +116,15 @@ def axes(w: Weight, names: Sequence[str | None]) -> Any:
   return (None,) * (w.ndim - len(names)) + tuple(names)
 
 
+def within(w: Weight, f: Callable[[Weight], Weight]) -> Weight:
+  """Returns `w` with `f` of the weight that multiplies, in place of that one.
+
+  Those are the same, unless `w` changes the inputs first: rounds or rotates
+  them, say. What is measured of inputs, and packed, is what stands inside.
+  """
+  return w.within(f) if hasattr(w, "within") else f(w)
+
+
 def bind(
   params: Params,
   *,

@@ -31,9 +31,12 @@ from research.lora.methods import all_methods
 from research.nn import presets
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
+from research.quant.activations import InputTensor, Op
 from research.quant.format import Format
 from research.quant.formats import all_formats
+from research.quant.ops import OPS
 from research.quant.qtensor import QTensor
+from research.quant.rotate import Untied
 from research.training import base
 from research.typing import Params, UserError
 
@@ -41,12 +44,14 @@ METADATA = "metadata.gguf"
 ARRAYS = "arrays"
 VERSION = 1
 
-LEAVES = {kind.__name__: kind for kind in (QTensor, AdaptedTensor)}
+LEAVES = {
+  kind.__name__: kind for kind in (QTensor, AdaptedTensor, InputTensor, Untied)
+}
 """Weights that are no arrays, by the names that the note has for them."""
 
 _DTYPES = (
   *("float32", "bfloat16", "float16", "float64"),
-  *("int8", "uint8", "int32", "uint32"),
+  *("int8", "uint8", "int16", "int32", "uint32"),
 )
 
 
@@ -138,18 +143,19 @@ def _abstract(found: Any, where: str) -> Any:
 
 def _spelled(value: Any) -> Any:
   """Returns a static field as JSON: itself, or a value's name and fields."""
-  if isinstance(value, Method | Format):
+  if isinstance(value, Method | Format | Op):
     return {"": type(value).__name__} | dataclasses.asdict(value)
   return value
 
 
 def _static(value: Any, field: Any, where: str) -> Any:
   """Returns a static field; inverts `_spelled`."""
-  kinds = all_formats() if field.name == "format" else all_methods()
-  if not isinstance(field.default, Format | type(dataclasses.MISSING)):
+  if not isinstance(field.default, Format | Op | type(dataclasses.MISSING)):
     if type(value) is not type(field.default):
       raise UserError(f"{where} is {str(value)[:60]}")
     return value
+  listed = {"format": all_formats, "op": lambda: OPS}
+  kinds = listed.get(field.name, all_methods)()
   if not isinstance(value, dict) or value.get("") not in kinds:
     raise UserError(
       f"{where} is {str(value)[:60]}, expected one of {', '.join(kinds)}"

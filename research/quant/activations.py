@@ -114,6 +114,10 @@ class InputTensor:
     w, scale = weights.axes(self.w, names), weights.axes(self.scale, names[:-2])
     return dataclasses.replace(self, w=w, scale=scale)
 
+  def within(self, f: Any) -> "InputTensor":
+    """Returns itself with `f` of the weight that multiplies."""
+    return dataclasses.replace(self, w=weights.within(self.w, f))
+
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "InputTensor":

@@ -45,13 +45,16 @@ class Quantize:
     def one(path: str, w: Any) -> Any:
       if path not in chosen:
         return w
-      if hasattr(w, "w"):
-        raise UserError(
-          f"Quantize: {path} is adapted; quantize first, then adapt"
-        )
-      return self.pack(w)
+      return weights.within(w, functools.partial(self._packed, path))
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
+
+  def _packed(self, path: str, w: Any) -> qtensor.QTensor:
+    if hasattr(w, "w"):
+      raise UserError(
+        f"Quantize: {path} is adapted; quantize first, then adapt"
+      )
+    return self.pack(w)
 
   def chosen(self, params: Params) -> list[str]:
     """Returns the paths of the matrices that are packed, runs as they are."""

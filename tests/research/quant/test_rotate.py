@@ -1,6 +1,7 @@
 """Rotations leave logits, in fp32 to 1e-4, and spread outliers."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,16 @@ import numpy as np
 import pytest
 
 import tests.support as support
-from research import weights
-from research.quant import hadamard, rotate
+from research import taps, weights
+from research.interop import ours
+from research.nn.presets import Sparse
+from research.nn.routing import Routing
+from research.quant import activations, hadamard, qtensor, quantize, rotate
+from research.quant.formats.affine import Affine
+from research.statistics import Covariance
 from research.typing import UserError
+
+SPARSE = Sparse(routing=Routing(experts=3, active=2), hidden=24, shared=1)
 
 
 @functools.cache
@@ -38,7 +46,7 @@ def _error(got, want):
     ("llama", dict(tied=True)),
     ("qwen2", dict(tied=False)),
     ("gemma", {}),
-    ("qwen3", dict(tied=False)),
+    ("qwen3_moe", dict(sparse=SPARSE)),
   ],
 )
 def test_logits_stay(family, changes):
@@ -87,6 +95,34 @@ def test_a_rotation_spreads_one_massive_channel():
   peaks = [np.mean(np.max(abs(a), -1) / np.std(a, -1)) for a in (x, y)]
   # A spike of size a becomes a / sqrt(n) everywhere.
   assert peaks[0] > 15 and peaks[1] < 5
+
+
+def test_what_is_packed_and_seen_stands_behind_the_rotation():
+  model, params, tokens = _case("llama", tied=True, hidden=48)
+  rotated = rotate.Rotate(model=model)(params, jax.random.key(0))
+  packed = quantize.Quantize(format=Affine(bits=8, block=16))(rotated)
+  op = activations.Round(bits=8)
+  packed = activations.Inputs(op=op, targets="/down$")(packed)
+  down = packed["run0"]["layer0"]["mlp"]["down"]
+  assert isinstance(down.w.w, qtensor.QTensor)
+  run = _logits(model)
+  assert _error(run(packed, tokens), run(rotated, tokens)) < 0.05
+
+  def seen(params):
+    def loss(params):
+      return model.apply({"params": params}, tokens)[0].sum()
+
+    return taps.collect(loss, params, Covariance())
+
+  path = "run0/layer0/mlp/down"
+  before, after = (jax.jit(seen)(p)[path]["xx"] for p in (params, rotated))
+  h = hadamard.matrix(48) / np.sqrt(48)
+  want = h.T @ np.asarray(before, np.float64) @ h
+  np.testing.assert_allclose(after, want, atol=1e-4 * np.abs(want).max())
+  # A checkpoint's note makes the same tree again.
+  note = json.loads(json.dumps(ours._describe(packed)))
+  made = ours._abstract(note, "weights")
+  assert jax.tree.structure(made) == jax.tree.structure(packed)
 
 
 def test_normalised_outputs_are_refused():

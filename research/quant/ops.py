@@ -1,0 +1,12 @@
+"""All that may become of a weight's inputs, by name, for checkpoints."""
+
+from collections.abc import Mapping
+
+from research.quant.activations import Op, Round
+from research.quant.llm_int8 import Outliers
+from research.quant.rotate import Hadamard
+
+OPS: Mapping[str, type[Op]] = {
+  kind.__name__: kind for kind in (Op, Round, Hadamard, Outliers)
+}
+"""What `InputTensor.op` may be."""
