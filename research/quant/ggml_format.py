@@ -5,8 +5,7 @@ are the struct's fields, byte for byte, with rows last. So a file's blocks and a
 `QTensor`'s arrays hold the same bits, only in another order, and whole rows
 move without being decoded. Decoding (`plain`) works on arrays of NumPy and of
 JAX; encoding is NumPy's, since a compiler that fuses products and sums gives
-other codes than the C reference. Under `jax.jit` it is called back, in threads
-that take numbers below float32's normal range for 0.
+other codes than the C reference.
 """
 
 import concurrent.futures
@@ -15,8 +14,6 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from research.quant import searches
@@ -59,6 +56,10 @@ class Ggml(Format):
   @property
   def name(self) -> str:
     return self.kind
+
+  @property
+  def traced(self) -> bool:
+    return False
 
   @property
   def nbytes(self) -> int:
@@ -115,11 +116,59 @@ class Ggml(Format):
     Raises:
       UserError: a weight is not finite, or too large for the type's scales.
     """
-    given = (w,) if importance is None else (w, importance)
-    if any(isinstance(x, jax.core.Tracer) for x in given):
-      return jax.pure_callback(self._numpy, self._shapes(*w.shape), *given)
-    out = self._numpy(*map(np.asarray, given))
-    return out if isinstance(w, np.ndarray) else jax.tree.map(jnp.asarray, out)
+    w = np.asarray(w)
+    inputs, outputs = w.shape
+    out = {
+      f.name: np.empty(self._shape(f, inputs // self.block, outputs), f.dtype)
+      for f in self.fields
+    }
+    weight = mean = None
+    if importance is not None:
+      weight = np.asarray(importance, np.float32).reshape(-1, self.block, 1)
+      mean = _mean_square(w)
+    columns = min(outputs, _COLUMNS)
+    step = max(1, _PIECE // (self.block * columns))
+
+    def one(piece: tuple[slice, slice]) -> None:
+      x, o = piece
+      found = self.blocks(
+        self._piece(w, x, o),
+        None if weight is None else weight[x],
+        None if mean is None else mean[o],
+      )
+      for name, part in found.items():
+        out[name][x, ..., o] = part[..., : o.stop - o.start]
+
+    pieces = [
+      (x, o)
+      for o in _slices(outputs, columns)
+      for x in _slices(inputs // self.block, step)
+    ]
+    if len(pieces) == 1:
+      one(pieces[0])
+    else:
+      with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, pieces))
+    for name, part in out.items():
+      if part.dtype.kind == "f" and not np.isfinite(part).all():
+        raise UserError(
+          f"{self.kind}: {name} is beyond the range of {part.dtype}; the "
+          f"largest weight is {np.abs(w).max():.3g}"
+        )
+    return out
+
+  def _shape(self, field: Field, x: int, outputs: int) -> tuple[int, ...]:
+    return (x, field.count, outputs) if field.count else (x, outputs)
+
+  def _piece(self, w: np.ndarray, x: slice, o: slice) -> np.ndarray:
+    """Returns some blocks of some outputs, `[X, block, O]`."""
+    piece = w[x.start * self.block : x.stop * self.block, o]
+    piece = np.ascontiguousarray(piece, np.float32)
+    if not np.isfinite(piece).all():
+      raise UserError(f"{self.kind} cannot hold weights that are not finite")
+    if piece.shape[1] == 1:
+      piece = np.repeat(piece, 2, axis=1)  # see `searches`
+    return piece.reshape(-1, self.block, piece.shape[1])
 
   def values(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the matrix `[..., I, O]` as `decode` does, but in NumPy."""
@@ -135,63 +184,6 @@ class Ggml(Format):
       out += plain.offset.astype(np.float32)[..., None, :]
     return out.reshape(*lead, inputs, outputs)
 
-  def _shapes(self, inputs: int, outputs: int) -> dict[str, Any]:
-    x = inputs // self.block
-    return {
-      f.name: jax.ShapeDtypeStruct(
-        (x, f.count, outputs) if f.count else (x, outputs), f.dtype
-      )
-      for f in self.fields
-    }
-
-  def _numpy(self, w, importance=None) -> dict[str, np.ndarray]:
-    """Returns the parts, made piece by piece by a thread a core."""
-    w = np.asarray(w)
-    inputs, outputs = w.shape
-    shapes = self._shapes(inputs, outputs)
-    out = {name: np.empty(s.shape, s.dtype) for name, s in shapes.items()}
-    weight = mean = None
-    if importance is not None:
-      weight = np.asarray(importance, np.float32).reshape(-1, self.block, 1)
-      mean = _mean_square(w)
-    columns = min(outputs, _COLUMNS)
-    step = max(1, _PIECE // (self.block * columns))
-
-    def one(x: slice, o: slice) -> None:
-      piece = w[x.start * self.block : x.stop * self.block, o]
-      piece = np.ascontiguousarray(piece, np.float32)
-      if not np.isfinite(piece).all():
-        raise UserError(f"{self.kind} cannot hold weights that are not finite")
-      if piece.shape[1] == 1:
-        piece = np.repeat(piece, 2, axis=1)  # see `searches`
-      piece = piece.reshape(-1, self.block, piece.shape[1])
-      found = self.blocks(
-        piece,
-        None if weight is None else weight[x],
-        None if mean is None else mean[o],
-      )
-      for name, part in found.items():
-        out[name][x, ..., o] = part[..., : o.stop - o.start]
-
-    pieces = [
-      (x, o)
-      for o in _slices(outputs, columns)
-      for x in _slices(inputs // self.block, step)
-    ]
-    with np.errstate(over="ignore"):
-      if len(pieces) == 1:
-        one(*pieces[0])
-      else:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-          list(pool.map(lambda piece: one(*piece), pieces))
-    for name, part in out.items():
-      if part.dtype.kind == "f" and not np.isfinite(part).all():
-        raise UserError(
-          f"{self.kind}: {name} is beyond the range of {part.dtype}; the "
-          f"largest weight is {np.abs(w).max():.3g}"
-        )
-    return out
-
   def blocks(
     self,
     x: np.ndarray,
@@ -206,6 +198,17 @@ class Ggml(Format):
       mean: square of a row's weights, `[O]`, where `weight` is given.
     """
     raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuperBlock(Ggml):
+  """A type whose groups' scales are codes themselves.
+
+  Attributes:
+    block: 256.
+  """
+
+  block: int = 256
 
 
 def _slices(size: int, step: int) -> list[slice]:

@@ -1,4 +1,4 @@
-"""ggml's blocks of 32 weights in 4, 5 and 8 bits, as GGUF files hold them.
+"""ggml's blocks of 32 weights in 4, 5 and 8 bits, and all its types by name.
 
 A block is 32 weights along the columns of a ggml matrix `[O, I]`: `scale *
 (code - zero)`, or `scale * code + offset`. In memory the rows `O` come last
@@ -11,19 +11,34 @@ swap letters instead of moving numbers.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from research.interop import gguf_types, unread
-from research.quant.format import Format, Parts, Plain
+from research.interop import unread
+from research.quant import ggml_bits as bits
+from research.quant import searches
+from research.quant.format import Parts, Plain
+from research.quant.formats import ggml_fp4, iq4, kquants, ternary
+from research.quant.ggml_format import Field, Ggml, half, joined
 from research.quant.qtensor import QTensor
-from research.typing import Array, Float
+from research.typing import UserError
+
+F = np.float32
+KINDS = {
+  "Q4_0": (4, 8, False),
+  "Q4_1": (4, 0, True),
+  "Q5_0": (5, 16, False),
+  "Q5_1": (5, 0, True),
+  "Q8_0": (8, 0, False),
+}
+"""name -> (bits of a code, its zero, whether a block has an offset)."""
+
+_OFFSET = Field("offset", "<f2")
+_HIGH = Field("high", "u1", 4)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GGML(Format):
+class GGML(Ggml):
   """One of ggml's types with blocks of 32.
 
   Parts: codes uint8 `[..., X, 16, O]`, low nibbles the block's first 16 codes,
@@ -32,81 +47,100 @@ class GGML(Format):
   `[..., X, 4, O]`, bit `j` the fifth bit of code `j`.
 
   Attributes:
+    block: 32.
     kind: ggml's name of the type.
   """
 
   block: int = 32
   kind: str = "Q4_0"
 
-  @property
-  def name(self) -> str:
-    return self.kind
+  def __post_init__(self):
+    super().__post_init__()
+    if self.kind not in KINDS:
+      raise UserError(
+        f"GGML: kind is {self.kind!r}, expected one of {', '.join(KINDS)}"
+      )
 
   @property
-  def type(self) -> gguf_types.Type:
-    """Returns what GGUF says of the type."""
-    return gguf_types.TYPES[self.kind]
-
-  @property
-  def traced(self) -> bool:
-    return False
-
-  def layout(self) -> dict[str, str]:
-    layout = {"codes": "x.o", "scale": "xo"}
-    if self.type.offset:
-      layout |= {"offset": "xo"}
-    return layout | ({"high": "x.o"} if self.type.high else {})
-
-  def encode(
-    self,
-    w: Float[Array, "I O"] | np.ndarray,
-    importance: Float[Array, " I"] | None = None,
-  ) -> dict[str, Any]:
-    """Returns the parts as the C reference encodes them; in NumPy."""
-    del importance
-    rows = np.asarray(w, np.float32).T
-    raw = gguf_types.encode(self.kind, rows).reshape(rows.shape[0], -1)
-    return self.split(raw)
-
-  def split(self, raw: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the parts of blocks, uint8 `[O, bytes of a row]`."""
-    found = gguf_types.split(self.type, raw)
-    return {
-      name: np.moveaxis(getattr(found, name), 0, -1) for name in self.layout()
-    }
-
-  def join(self, parts: Parts) -> np.ndarray:
-    """Returns the blocks of one matrix, uint8 `[O, bytes of a row]`."""
-    rows = {k: np.moveaxis(np.asarray(x), -1, 0) for k, x in parts.items()}
-    return gguf_types.join(
-      self.type,
-      gguf_types.Parts(
-        rows["codes"], rows.get("high"), rows["scale"], rows.get("offset")
-      ),
+  def fields(self) -> tuple[Field, ...]:
+    width, _, offset = KINDS[self.kind]
+    return (
+      Field("scale", "<f2"),
+      *([_OFFSET] if offset else []),
+      *([_HIGH] if width == 5 else []),
+      Field("codes", "i1", 32) if width == 8 else Field("codes", "u1", 16),
     )
 
   def plain(self, parts: Parts) -> Plain:
+    width, zero, _ = KINDS[self.kind]
     codes = parts["codes"]
-    if self.type.bits < 8:
-      codes = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
-    if self.type.high:
-      shifts = jnp.arange(8, dtype=jnp.uint8)[:, None]
-      bits = (parts["high"][..., None, :] >> shifts) & 1
-      codes = codes | bits.reshape(codes.shape) << 4
-    *lead, x, size, outputs = codes.shape
+    if width < 8:
+      codes = bits.unfold(codes, 4, 16)
+    if width == 5:
+      codes = codes | bits.unfold(parts["high"], 1, 1) << 4
     return Plain(
-      codes=codes.reshape(*lead, x * size, outputs),
+      codes=joined(codes),
       scale=parts["scale"],
-      group=size,
+      group=32,
       offset=parts.get("offset"),
-      zero=float(self.type.zero),
-      bits=self.type.bits,
+      zero=float(zero),
+      bits=width,
     )
+
+  def blocks(self, x, weight, mean):
+    width, zero, offset = KINDS[self.kind]
+    if width == 8:
+      return self._eight(x)
+    top, low = 2**width - 1, None
+    if weight is not None:
+      errors = weight * np.sqrt(mean + x * x)
+      if offset:
+        scale, drop, codes = searches.affine(x, errors, top, (-0.9, 0.05, 36))
+        low = -drop
+      else:
+        scale, codes = searches.symmetric(x, zero, errors)
+    elif offset:
+      low, high = x.min(-2), x.max(-2)
+      scale = (high - low) / F(top)
+      codes = (x - low[:, None]) * _inverse(scale)[:, None] + F(0.5)
+    else:
+      scale = searches.extreme(x) / F(-zero)
+      codes = x * _inverse(scale)[:, None] + F(zero + 0.5)
+    codes = np.minimum(np.trunc(codes), F(top)).astype(np.uint8)
+    parts = {"scale": half(scale)[0], "codes": bits.fold(codes & 15, 4, 16)}
+    if width == 5:
+      parts["high"] = bits.fold(codes >> 4, 1, 1)
+    return parts | ({"offset": half(low)[0]} if offset else {})
+
+  def _eight(self, x: np.ndarray) -> dict[str, np.ndarray]:
+    scale = np.abs(x).max(-2) / F(127)
+    codes = x * _inverse(scale)[:, None]
+    # Halves away from zero, without rounding twice.
+    whole = np.trunc(codes)
+    codes = whole + np.trunc(F(2) * (codes - whole))
+    return {"scale": half(scale)[0], "codes": codes.astype(np.int8)}
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+  return np.where(scale == 0, F(0), F(1) / np.where(scale == 0, F(1), scale))
+
+
+TYPES: dict[str, Ggml] = {
+  format.kind: format
+  for format in (
+    *(GGML(kind=kind) for kind in KINDS),
+    *(kquants.Q2K(), kquants.Q3K(), kquants.Q4K(), kquants.Q5K()),
+    *(kquants.Q6K(), kquants.Q8K(), iq4.IQ4NL(), iq4.IQ4XS()),
+    *(ternary.TQ1(), ternary.TQ2()),
+    *(ggml_fp4.GgmlMXFP4(), ggml_fp4.GgmlNVFP4()),
+  )
+}
+"""ggml's name of a type -> how it is kept."""
 
 
 def packs(kind: str, shape: Sequence[int]) -> bool:
   """Whether a tensor of ggml type `kind` can be kept as a `QTensor`."""
-  return len(shape) == 2 and gguf_types.TYPES[kind].bits is not None
+  return len(shape) == 2 and kind in TYPES
 
 
 def from_ggml(kind: str, matrices: Sequence[np.ndarray], axis: int) -> QTensor:
@@ -118,7 +152,7 @@ def from_ggml(kind: str, matrices: Sequence[np.ndarray], axis: int) -> QTensor:
     axis: -2 if ggml's rows are the logical columns (`[in, out]` from
       `[out, in]`), -1 if they are the logical rows (an embedding).
   """
-  size = gguf_types.TYPES[kind].nbytes
+  size = TYPES[kind].nbytes
 
   def reader(matrix):
     return lambda r, x: matrix[r, x.start * size : x.stop * size]
@@ -145,9 +179,9 @@ def from_ggml_unread(
     shape: of each matrix, `[rows, blocks of a row]`.
     axis: as for `from_ggml`.
   """
-  format = GGML(kind=kind)
+  format = TYPES[kind]
   rows, columns = shape
-  empty = format.split(np.zeros((1, format.type.nbytes), np.uint8))
+  empty = format.split(np.zeros((1, format.nbytes), np.uint8))
 
   def leaf(name: str) -> unread.Unread:
     found = empty[name]

@@ -16,6 +16,7 @@ from research.quant.format import Parts, Plain
 from research.quant.ggml_format import (
   Field,
   Ggml,
+  SuperBlock,
   groups,
   half,
   joined,
@@ -108,12 +109,8 @@ class IQ4NL(Ggml):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class IQ4XS(Ggml):
-  """4.25 bits.
-
-  Attributes:
-    block: 256.
-  """
+class IQ4XS(SuperBlock):
+  """4.25 bits."""
 
   kind: ClassVar[str] = "IQ4_XS"
   fields: ClassVar[tuple[Field, ...]] = (
@@ -122,7 +119,6 @@ class IQ4XS(Ggml):
     Field("low", "u1", 4),
     Field("codes", "u1", 128),
   )
-  block: int = 256
 
   def plain(self, parts: Parts) -> Plain:
     scales = bits.unfold(parts["low"], 4, 1)

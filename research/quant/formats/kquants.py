@@ -17,7 +17,7 @@ from research.quant import searches
 from research.quant.format import Parts, Plain
 from research.quant.ggml_format import (
   Field,
-  Ggml,
+  SuperBlock,
   flat,
   groups,
   half,
@@ -26,7 +26,6 @@ from research.quant.ggml_format import (
 )
 
 F = np.float32
-BLOCK = 256
 
 
 def _wide(x: Any) -> Any:
@@ -78,18 +77,7 @@ def _scales(x, weight, scale, drop, top):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KQuant(Ggml):
-  """A k-quant.
-
-  Attributes:
-    block: 256.
-  """
-
-  block: int = BLOCK
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Q2K(KQuant):
+class Q2K(SuperBlock):
   """2 bits, groups of 16 with a scale and an offset of 4 bits: 2.625 bits."""
 
   kind: ClassVar[str] = "Q2_K"
@@ -130,7 +118,7 @@ class Q2K(KQuant):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Q3K(KQuant):
+class Q3K(SuperBlock):
   """3 bits, groups of 16 with a signed scale of 6 bits: 3.4375 bits."""
 
   kind: ClassVar[str] = "Q3_K"
@@ -179,7 +167,7 @@ class Q3K(KQuant):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Q4K(KQuant):
+class Q4K(SuperBlock):
   """4 bits, groups of 32 with a scale and an offset of 6 bits: 4.5 bits."""
 
   kind: ClassVar[str] = "Q4_K"
@@ -252,7 +240,7 @@ class Q5K(Q4K):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Q6K(KQuant):
+class Q6K(SuperBlock):
   """6 bits, groups of 16 with a signed scale of 8 bits: 6.5625 bits."""
 
   kind: ClassVar[str] = "Q6_K"
@@ -294,7 +282,7 @@ class Q6K(KQuant):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Q8K(KQuant):
+class Q8K(SuperBlock):
   """8 bits with a float32 scale, what ggml rounds activations to."""
 
   kind: ClassVar[str] = "Q8_K"

@@ -12,49 +12,27 @@ import numpy as np
 
 from research.quant import ggml_bits as bits
 from research.quant.format import Parts, Plain
-from research.quant.ggml_format import Field, Ggml, half, joined
+from research.quant.ggml_format import Field, SuperBlock, half, joined
 
 F = np.float32
 BLOCK = 256
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ternary(Ggml):
-  """A ternary type.
+def _plain(codes: Any, scale: Any) -> Plain:
+  return Plain(codes=joined(codes), scale=scale, group=BLOCK, zero=1.0, bits=2)
 
-  Attributes:
-    block: 256.
-  """
 
-  block: int = BLOCK
-
-  def apart(self, parts: Parts) -> Any:
-    """Returns the codes, 0 to 2, `[..., X, 256, O]`."""
-    raise NotImplementedError
-
-  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the parts that codes of blocks are."""
-    raise NotImplementedError
-
-  def plain(self, parts: Parts) -> Plain:
-    return Plain(
-      codes=joined(self.apart(parts)),
-      scale=parts["scale"],
-      group=BLOCK,
-      zero=1.0,
-      bits=2,
-    )
-
-  def blocks(self, x, weight, mean):
-    most = np.abs(x).max(-2)
-    inverse = np.where(most == 0, F(0), F(1) / np.where(most == 0, F(1), most))
-    scaled = x * inverse[:, None]
-    codes = (np.abs(scaled) >= F(0.5)) * np.sign(scaled) + F(1)
-    return self.packed(codes.astype(np.uint8)) | {"scale": half(most)[0]}
+def _rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns (codes 0 to 2, float16 scale), halves away from zero."""
+  most = np.abs(x).max(-2)
+  inverse = np.where(most == 0, F(0), F(1) / np.where(most == 0, F(1), most))
+  scaled = x * inverse[:, None]
+  codes = (np.abs(scaled) >= F(0.5)) * np.sign(scaled) + F(1)
+  return codes.astype(np.uint8), half(most)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TQ2(Ternary):
+class TQ2(SuperBlock):
   """2 bits a code: 2.0625 bits."""
 
   kind: ClassVar[str] = "TQ2_0"
@@ -63,11 +41,12 @@ class TQ2(Ternary):
     Field("scale", "<f2"),
   )
 
-  def apart(self, parts: Parts) -> Any:
-    return bits.unfold(parts["codes"], 2, 32)
+  def plain(self, parts: Parts) -> Plain:
+    return _plain(bits.unfold(parts["codes"], 2, 32), parts["scale"])
 
-  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
-    return {"codes": bits.fold(codes, 2, 32)}
+  def blocks(self, x, weight, mean):
+    codes, scale = _rounded(x)
+    return {"codes": bits.fold(codes, 2, 32), "scale": scale}
 
 
 _RUNS = ((160, 32, 5), (80, 16, 5), (16, 4, 4))
@@ -75,7 +54,7 @@ _RUNS = ((160, 32, 5), (80, 16, 5), (16, 4, 4))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TQ1(Ternary):
+class TQ1(SuperBlock):
   """Five codes to a byte, as digits of a fraction: 1.6875 bits."""
 
   kind: ClassVar[str] = "TQ1_0"
@@ -85,7 +64,7 @@ class TQ1(Ternary):
     Field("scale", "<f2"),
   )
 
-  def apart(self, parts: Parts) -> Any:
+  def plain(self, parts: Parts) -> Plain:
     packed = parts["codes"]
     xp = np if isinstance(packed, np.ndarray) else jnp
     packed = xp.concatenate([packed, parts["last"]], axis=-2)
@@ -98,9 +77,10 @@ class TQ1(Ternary):
       rest = digits * powers[:, None, None]
       codes = ((rest.astype(np.uint16) * np.uint16(3)) >> 8).astype(np.uint8)
       out.append(codes.reshape(*codes.shape[:-3], size, codes.shape[-1]))
-    return xp.concatenate(out, axis=-2)
+    return _plain(xp.concatenate(out, axis=-2), parts["scale"])
 
-  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+  def blocks(self, x, weight, mean):
+    codes, scale = _rounded(x)
     out, at = [], 0
     for size, run, count in _RUNS:
       digits = codes[:, at : at + size].reshape(len(codes), count, run, -1)
@@ -111,4 +91,5 @@ class TQ1(Ternary):
         if k < count:
           value += digits[:, k]
       out.append(((value * 256 + 242) // 243).astype(np.uint8))
-    return {"codes": np.concatenate(out[:2], axis=1), "last": out[2]}
+    packed = np.concatenate(out[:2], axis=1)
+    return {"codes": packed, "last": out[2], "scale": scale}
