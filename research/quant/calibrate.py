@@ -25,6 +25,7 @@ from research import taps, tree, weights
 from research.data.sources import Documents, PydocTopics
 from research.nn.block import Block
 from research.nn.transformer import Transformer
+from research.quant import drift
 from research.statistics import Statistic
 from research.typing import Array, Float, Int, Params, UserError
 
@@ -159,7 +160,7 @@ def walk(
   tokens: Int[Array, "N T"] | np.ndarray,
   visit: Visit,
   batch: int = 4,
-  follow: Literal["new", "old"] = "new",
+  follow: Literal["new", "old", "pairs"] = "new",
 ) -> dict[str, Any]:
   """Returns `params` with each layer as its visit left it.
 
@@ -169,19 +170,25 @@ def walk(
     tokens: rows from position 0.
     visit: see `Visit`.
     batch: rows that are computed at a time.
-    follow: whether a layer is given what the new layers before it put out, or
-      what the old ones would have.
+    follow: whether a layer is given what the new layers before it put out,
+      what the old ones would have, or, in each batch, both: first the old
+      ones', then as many rows of the new ones', see `research.quant.drift`.
   """
   if not len(tokens):
     raise UserError("calibration: no tokens, expected at least one window")
   x, out = embedded(model, params, jnp.asarray(tokens)), []
+  if follow == "pairs":
+    parts = [x[i : i + batch] for i in range(0, len(x), batch)]
+    x = jnp.concatenate([part for part in parts for _ in range(2)])
+    batch *= 2
   kinds, layers = model.layer_kinds(), list(tree.layers(params))
   for i, (block, layer) in enumerate(zip(kinds, layers, strict=True)):
     inputs = Inputs(block, x, batch)
     new = visit(i, layer, inputs)
     out.append(new)
     if i + 1 < len(layers):
-      x = inputs.outputs(new if follow == "new" else layer)
+      used = {"new": new, "old": layer}.get(follow)
+      x = inputs.outputs(drift.paired(layer, new) if used is None else used)
   return tree.stack(tree.top(params), out, kinds)
 
 

@@ -1,0 +1,347 @@
+"""Which matrix is kept how: rules, and the transform that follows them.
+
+  rules.Quantization(
+    rules=(
+      Rule(match=r"mlp/down$", format=Affine(bits=8)),
+      Rule(match=r"^layers/", format=Affine(block=64), method=Compensated()),
+    ),
+    calibration=Calibration(),
+  )
+
+The first rule whose pattern is found in a matrix' address decides:
+`layers/3/attention/q`, `embed`, `head`. Others stay as they are; a rule that
+decides nothing is an error. With calibration, layers are taken first to last
+and their matrices in the order of use, each measured on what the rounded ones
+before it put out (true sequential; Frantar et al. 2022, arXiv:2210.17323).
+"""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from research import tree, weights
+from research.quant import calibrate, drift, methods
+from research.quant.calibrate import Calibration
+from research.quant.format import Format
+from research.quant.methods import Compensated, Method, Nearest
+from research.quant.reports import Report, Row
+from research.statistics import Covariance
+from research.typing import Params, PRNGKey, UserError
+
+Say = Callable[[str], None]
+
+_STAGES = (
+  r"attention/(q|k|v)$",
+  r"attention/o$",
+  r"mlp/(.+/)?(gate|up)$",
+  r"mlp/(.+/)?down$",
+)
+_ROUTER = re.compile(r"mlp/router$")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+  """How some matrices are kept.
+
+  Attributes:
+    match: regular expression, searched for in addresses.
+    format: that they are kept in; None leaves them alone.
+    method: how codes are chosen.
+  """
+
+  match: str
+  format: Format | None
+  method: Method = Nearest()
+
+  def __post_init__(self):
+    try:
+      re.compile(self.match)
+    except re.error as e:
+      raise UserError(f"Rule.match: {self.match!r} is no pattern: {e}") from e
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+  """Rewrites a tree by rules.
+
+  Attributes:
+    rules: the first that matches decides.
+    calibration: what inputs are measured on, or None for methods that need
+      none.
+    sequential: what is rounded when the next is measured: `"stages"`, the
+      layers before and what comes before it in its own; `"layers"`, the layers
+      before; `"none"`, which compares methods on equal inputs.
+    compare: whether rounding to nearest is measured along.
+    model, tokenizer: what reads the calibration; filled in by `of`.
+  """
+
+  rules: tuple[Rule, ...]
+  calibration: Calibration | None = None
+  sequential: Literal["stages", "layers", "none"] = "stages"
+  compare: bool = True
+  model: Any = None
+  tokenizer: Any = None
+
+  def of(self, loaded: Any) -> "Quantization":
+    """Returns itself, reading through `loaded.model`."""
+    return dataclasses.replace(
+      self, model=loaded.model, tokenizer=loaded.tokenizer
+    )
+
+  def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
+    """Returns `params`, packed by the rules; see `run`."""
+    del key
+    return self.run(params)[0]
+
+  def run(
+    self, params: Params, say: Say = lambda text: None
+  ) -> tuple[dict[str, Any], "Report"]:
+    """Returns `params`, packed by the rules, and what became of each matrix.
+
+    Args:
+      params: any tree of weights without adapters.
+      say: is told of progress.
+
+    Raises:
+      UserError: a rule decides nothing, or does not fit a matrix; a method
+        needs inputs that are not measured.
+    """
+    chosen = self.chosen(params)
+    follow, windows = "new", None
+    if self.calibration is not None:
+      windows = self._windows()
+    pairs = any(
+      isinstance(r.method, Compensated) and r.method.options.drift
+      for r in chosen.values()
+    )
+    if pairs and self.sequential == "none":
+      raise UserError(
+        "GPTQ.drift: there is none with sequential = 'none', expected 0"
+      )
+    if self.sequential == "none":
+      follow = "old"
+    work = _Work(self, chosen, pairs, say)
+    if windows is None:
+      layers = [
+        work.alone(i, layer) for i, layer in enumerate(tree.layers(params))
+      ]
+    else:
+      layers = work.walked(params, windows.tokens, "pairs" if pairs else follow)
+    outside = {
+      name: work.outside(name, w) for name, w in tree.top(params).items()
+    }
+    kinds = None if self.model is None else self.model.layer_kinds()
+    record = None if windows is None else windows.record()
+    return (
+      tree.stack(outside, [dict(x) for x in layers], kinds),
+      Report(tuple(work.rows), record),
+    )
+
+  def _windows(self) -> calibrate.Windows:
+    if self.model is None:
+      raise UserError("Quantization: has no model; `of` gives it one")
+    return self.calibration.read(self.tokenizer)
+
+  def chosen(self, params: Params) -> dict[str, Rule]:
+    """Returns address -> rule of every matrix that is to be packed.
+
+    Raises:
+      UserError: a rule decides nothing.
+    """
+    found, used = {}, set()
+    for address in addresses(params):
+      for k, rule in enumerate(self.rules):
+        if re.search(rule.match, address):
+          used.add(k)
+          if rule.format is not None:
+            found[address] = rule
+          break
+    for k, rule in enumerate(self.rules):
+      if k not in used:
+        raise UserError(
+          f"Quantization: rule {k + 1}, {rule.match!r}, decides nothing: it "
+          "matches no matrix, or earlier rules have them.\nMatrices are such "
+          f"as {', '.join(sorted(_examples(params)))}."
+        )
+    return found
+
+
+def addresses(params: Params) -> list[str]:
+  """Returns the addresses of all matrices but routers, first to last."""
+  out = []
+  for i, layer in enumerate(tree.layers(params)):
+    out += [f"layers/{i}/{path}" for path in matrices(layer)]
+  top = tree.top(params)
+  return out + [name for name in ("embed", "head") if name in top]
+
+
+def matrices(layer: Params) -> dict[str, Any]:
+  """Returns path -> weight of a layer's matrices, but for its router."""
+  found, _ = jax.tree_util.tree_flatten_with_path(
+    layer, is_leaf=weights.is_weight
+  )
+  named = {tree.path_name(path): w for path, w in found}
+  return {
+    path: w
+    for path, w in named.items()
+    if len(w.shape) > 1 and not _ROUTER.search(path)
+  }
+
+
+def stages(paths: Sequence[str]) -> list[list[list[str]]]:
+  """Returns a layer's matrices in the order of use.
+
+  A stage is a list of groups, a group the paths that multiply the same inputs.
+  """
+  out, left = [], list(paths)
+  for pattern in _STAGES:
+    groups: dict[str, list[str]] = {}
+    for path in [p for p in left if re.search(pattern, p)]:
+      groups.setdefault(path.rpartition("/")[0], []).append(path)
+      left.remove(path)
+    if groups:
+      out.append(list(groups.values()))
+  return out + [[[path]] for path in left]
+
+
+def _examples(params: Params) -> set[str]:
+  return {re.sub(r"/\d+/", "/0/", a) for a in addresses(params)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """One run: what is decided, and the rows of the report so far."""
+
+  how: Quantization
+  chosen: dict[str, Rule]
+  pairs: bool
+  say: Say
+  rows: list["Row"] = dataclasses.field(default_factory=list)
+
+  def alone(self, i: int, layer: Params) -> Params:
+    """Returns a layer, packed without a look at its inputs."""
+    for path in matrices(layer):
+      layer = self._replaced(layer, self._pack(i, layer, [path], None)[0])
+    return layer
+
+  def outside(self, name: str, w: Any) -> Any:
+    """Returns an embedding or a head, packed if a rule says so."""
+    rule = self.chosen.get(name)
+    if rule is None:
+      return w
+    if not isinstance(rule.method, Nearest) or rule.method.weighted:
+      raise UserError(
+        f"Quantization: {name} is packed without calibration, expected the "
+        f"method Nearest, found {rule.method.name}"
+      )
+    w = _array(name, w)
+    # An embedding's blocks run along its width.
+    stored = w.T if name == "embed" else w
+    packed, _ = self._one([name], [stored], None, rule)
+    axis = -1 if name == "embed" else -2
+    return dataclasses.replace(packed[0], axis=axis)
+
+  def walked(self, params: Params, tokens: Any, follow: str) -> list[Params]:
+    """Returns the layers, packed with a look at their inputs."""
+    out = []
+    count = sum(1 for _ in tree.layers(params))
+
+    def visit(i, layer, inputs):
+      start = time.perf_counter()
+      dense, packed = layer, layer
+      paths = list(matrices(layer))
+      known = None
+      if self.how.sequential != "stages":
+        firsts = [g[0] for stage in stages(paths) for g in stage]
+        known = self._seen(layer, layer, inputs, firsts)
+      for stage in stages(paths):
+        seen = known or self._seen(layer, dense, inputs, [g[0] for g in stage])
+        for group in stage:
+          found, plain = self._pack(i, layer, group, seen[group[0]])
+          packed = self._replaced(packed, found)
+          dense = self._replaced(dense, plain)
+      out.append(packed)
+      seconds = time.perf_counter() - start
+      self.say(f"layer {i + 1}/{count}: {self._summary(i)}, {seconds:.1f} s")
+      return dense
+
+    how = self.how.calibration
+    calibrate.walk(self.how.model, params, tokens, visit, how.batch, follow)
+    return out
+
+  def _seen(self, old, new, inputs, paths):
+    if self.pairs:
+      return inputs.seen(drift.paired(old, new), paths, drift.Drift())
+    return inputs.seen(new, paths, Covariance())
+
+  def _pack(self, i, layer, group, seen):
+    """Returns ({path: packed}, {path: decoded}) of a group's matrices."""
+    found, plain = {}, {}
+    ws = matrices(layer)
+    byrule: dict[Rule, list[str]] = {}
+    for path in group:
+      rule = self.chosen.get(f"layers/{i}/{path}")
+      if rule is not None:
+        byrule.setdefault(rule, []).append(path)
+    for rule, paths in byrule.items():
+      names = [f"layers/{i}/{path}" for path in paths]
+      some = [_array(n, ws[p]) for n, p in zip(names, paths, strict=True)]
+      packed, dense = self._one(names, some, seen, rule)
+      found |= dict(zip(paths, packed, strict=True))
+      plain |= dict(zip(paths, dense, strict=True))
+    return found, plain
+
+  def _one(self, names, ws, seen, rule):
+    """Returns (packed, decoded) of matrices of one rule and input."""
+    fitted = [_fitted(n, w, rule) for n, w in zip(names, ws, strict=True)]
+    of = str(ws[0].dtype)
+    packed, dense = [None] * len(ws), [None] * len(ws)
+    for format in dict.fromkeys(fitted):
+      at = [k for k, f in enumerate(fitted) if f == format]
+      found = methods.rounded(
+        tuple(ws[k] for k in at),
+        seen,
+        format,
+        rule.method,
+        self.how.compare,
+        of,
+      )
+      for k, q, w, measures in zip(at, *found, strict=True):
+        packed[k], dense[k] = q, w
+        self.rows.append(Row.of(names[k], q, rule.method.name, measures))
+    return packed, dense
+
+  def _replaced(self, layer, found):
+    return tree.map_paths(
+      lambda path, w: found.get(path, w), layer, is_leaf=weights.is_weight
+    )
+
+  def _summary(self, i):
+    mine = [r for r in self.rows if r.address.startswith(f"layers/{i}/")]
+    if not mine:
+      return "left alone"
+    worst = max(mine, key=lambda r: r.output_error or 0)
+    text = f"largest output error {worst.output_error:.4f}, {worst.address}"
+    return "; ".join([text, *(w for r in mine for w in r.warnings())])
+
+
+def _array(name: str, w: Any) -> jax.Array:
+  """Returns a weight's matrix, or raises UserError if it is adapted."""
+  if hasattr(w, "w"):
+    raise UserError(
+      f"Quantization: {name} is adapted; quantize first, then adapt"
+    )
+  return jnp.asarray(weights.dense(w))
+
+
+def _fitted(name: str, w: jax.Array, rule: Rule) -> Format:
+  """Returns the rule's format for a matrix."""
+  try:
+    return rule.format.fitted(*w.shape[-2:])
+  except UserError as e:
+    raise UserError(f"{name}: {e}") from e
