@@ -11,7 +11,8 @@ import pytest
 
 from research import sharding, tree, weights
 from research.interop import ours
-from research.quant import bnb, codebooks, panels, qtensor
+from research.quant import codebooks, panels, qtensor
+from research.quant.checkpoints import bnb
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Cast, Quantize
 from research.typing import UserError
