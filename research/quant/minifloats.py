@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.quant import exact
 from research.typing import Array, Float, Int, UInt8
 
 RULES = ("floor", "ceil", "rceil", "even")
@@ -160,7 +161,7 @@ def block_exponent(
   if rule == "even":
     bits = bits + (1 << (22 - kind.mantissa))
   elif rule == "rceil":
-    bits, down = _bits(divided(top, kind.max)), 0
+    bits, down = _bits(exact.divided(top, kind.max)), 0
   power = bits >> 23
   if rule in ("ceil", "rceil"):
     power = power + ((bits & 0x7FFFFF) > 0)
@@ -195,19 +196,6 @@ def nearest_first(most: int) -> Int[Array, " N"]:
   """Returns steps 0, -1, 1, ... of a search: of equals the first is taken."""
   steps = [0] + [sign * n for n in range(1, most + 1) for sign in (-1, 1)]
   return jnp.asarray(steps)
-
-
-def divided(
-  x: Float[Array, "..."] | np.ndarray, by: Any
-) -> Float[Array, "..."] | np.ndarray:
-  """Returns `x / by`, rounded once, which XLA's simplifications would not do.
-
-  It multiplies by reciprocals of constants, and turns `a / (b / c)` around.
-  """
-  by = np.float32(by) if isinstance(by, float) else by
-  if isinstance(x, np.ndarray):
-    return x / by
-  return x / jax.lax.optimization_barrier(jnp.asarray(by))
 
 
 def power_of_two(power: Any) -> Any:

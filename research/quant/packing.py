@@ -89,8 +89,11 @@ def pack_pairs(
   return codes[..., 0::2, :] | (codes[..., 1::2, :] << 4)
 
 
-def unpack_pairs(packed: UInt8[Array, "*B Y O"]) -> UInt8[Array, "*B X O"]:
+def unpack_pairs(
+  packed: UInt8[Array, "*B Y O"] | np.ndarray,
+) -> UInt8[Array, "*B X O"] | np.ndarray:
   """Returns the codes that `pack_pairs` packed."""
-  both = jnp.stack([packed & 15, packed >> 4], axis=-2)
+  xp = np if isinstance(packed, np.ndarray) else jnp
+  both = xp.stack([packed & 15, packed >> 4], axis=-2)
   *lead, y, _, outputs = both.shape
   return both.reshape(*lead, 2 * y, outputs)

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from research.quant import minifloats
+from research.quant import exact, minifloats
 from research.quant.format import Format, Parts, Plain
-from research.typing import Array, Float, UserError
+from research.typing import Array, Float, UInt8, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +87,12 @@ class FP8(Format):
       top = abs(tiles).max((1, 3))
     else:
       top = abs(w).max(0 if self.share == "channel" else None)
-    scale = jnp.where(top > 0, minifloats.divided(top, self.kind.max), 1.0)
+    scale = jnp.where(top > 0, exact.divided(top, self.kind.max), 1.0)
     # Not below what the type has, nor below what XLA takes for zero.
     info = jnp.finfo(self.scale_dtype)
     least = max(float(info.smallest_subnormal), 2.0**-126)
     scale = jnp.maximum(scale, least).astype(self.scale_dtype)
-    x = minifloats.divided(w, self._spread(scale, *w.shape))
+    x = exact.divided(w, self._spread(scale, *w.shape))
     return {"codes": minifloats.encode(x, self.kind), "scale": scale}
 
   def _spread(
@@ -106,6 +106,9 @@ class FP8(Format):
       return scale[..., None, :]
     scale = jnp.repeat(scale, self.tile_inputs, axis=-2)[..., :inputs, :]
     return jnp.repeat(scale, self.tile_outputs, axis=-1)[..., :outputs]
+
+  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+    return dict(parts) | {"codes": codes}
 
   def plain(self, parts: Parts) -> Plain:
     codes = jnp.asarray(parts["codes"])

@@ -73,6 +73,10 @@ class Microscaling(Format):
     short = {"e2m1": "mxfp4", "e4m3": "mxfp8"}
     return short.get(self.element, f"mxfp{self.bits}-{self.element}")
 
+  @property
+  def local(self) -> bool:
+    return True
+
   def layout(self) -> dict[str, str]:
     return {"codes": "x.o", "scale": "xo"}
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.quant import minifloats, packing
+from research.quant import exact, minifloats, packing
 from research.quant.format import Format, Parts, Plain
 from research.quant.minifloats import E2M1, E4M3
 from research.typing import Array, Float, UInt8, UserError
@@ -73,7 +73,7 @@ class NVFP4(Format):
     w = w.astype(jnp.float32)
     if divisor is None:
       divisor = self.divisor(w)
-    scale = divisor * minifloats.divided(abs(w).max(-2), E2M1.max)
+    scale = divisor * exact.divided(abs(w).max(-2), E2M1.max)
     # A block of small weights keeps the least scale there is, not none.
     scale = jnp.clip(scale, E4M3.values[1], E4M3.max)
     return minifloats.encode(scale, E4M3), divisor
@@ -86,7 +86,7 @@ class NVFP4(Format):
   ) -> UInt8[Array, "*B S O"]:
     """Returns the nearest codes."""
     step = minifloats.decode(scale, E4M3) / divisor
-    x = minifloats.divided(w.astype(jnp.float32), step[..., None, :])
+    x = exact.divided(w.astype(jnp.float32), step[..., None, :])
     return minifloats.encode(x, E2M1)
 
   def values(
@@ -138,6 +138,10 @@ class NVFP4(Format):
 
     moves = minifloats.nearest_first(self.search)
     return moved(moves[jnp.argmin(jax.lax.map(error, moves), axis=0)])
+
+  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+    blocks = codes.reshape(-1, self.block, codes.shape[-1])
+    return dict(parts) | {"codes": packing.pack(blocks, 4)}
 
   def plain(self, parts: Parts) -> Plain:
     codes = packing.unpack(parts["codes"], 4)
