@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research import tree, weights
 from research.quant import qtensor
@@ -88,6 +89,8 @@ class Quantize:
 
   def pack(self, w: Any) -> qtensor.QTensor:
     """Returns one weight, or a stack of them, packed; compiled once a shape."""
+    if not self.format.traced:
+      return qtensor.pack(np.asarray(weights.dense(w)), self.format)
     return _packed(w, self.format)
 
 
