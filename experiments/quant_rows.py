@@ -5,15 +5,29 @@ arguments choose among it. What is calibrated reads other documents than those
 that the table is measured on.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from experiments.quant_study import Row
+from experiments.quant_training import Trained
+from research.data.pipeline import Data
+from research.lora.methods.lora import LoRA
+from research.quant.awq import AWQ
+from research.quant.calibrate import Calibration
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
+from research.quant.formats.ggml import GGML
+from research.quant.formats.hqq import HQQ
+from research.quant.formats.iq4 import IQ4NL, IQ4XS
+from research.quant.formats.kquants import Q2K, Q3K, Q4K, Q5K, Q6K
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
+from research.quant.gptq import GPTQ
+from research.quant.methods import Compensated
 from research.quant.quantize import Quantize
+from research.quant.rules import Quantization, Rule
 
 
 def row(
@@ -62,4 +76,176 @@ def floats() -> tuple[Row, ...]:
     ),
     row(NVFP4(), group="floats"),
     row(NVFP4(search=6), "nvfp4, searched", "floats"),
+  )
+
+
+def hqq(
+  bits: Sequence[int] = (4, 3), blocks: Sequence[int] = (64,)
+) -> tuple[Row, ...]:
+  """Returns even grids with float zeros that minimise errors of weights."""
+  return tuple(
+    row(HQQ(bits=b, block=block), group="integers")
+    for b in bits
+    for block in blocks
+  )
+
+
+def awq(
+  calibration: Calibration,
+  bits: Sequence[int] = (4, 3),
+  blocks: Sequence[int] = (64,),
+) -> tuple[Row, ...]:
+  """Returns AWQ, whose scales are folded before matrices are rounded.
+
+  Args:
+    calibration: what is read.
+    bits: of a code.
+    blocks: inputs that share a scale.
+  """
+  out = []
+  for b in bits:
+    for block in blocks:
+      format = Affine(bits=b, block=block)
+      scale = AWQ(calibration=calibration, format=format)
+      out.append(
+        Row(
+          name=f"AWQ {format.name}",
+          transforms=(scale, Quantize(format=format)),
+          group="calibrated",
+        )
+      )
+  return tuple(out)
+
+
+def gptq(
+  calibration: Calibration,
+  bits: Sequence[int] = (4, 3),
+  blocks: Sequence[int] = (64,),
+  order: str = "groups",
+  drift: float = 0.5,
+) -> tuple[Row, ...]:
+  """Returns GPTQ on integers, and on NF4 with scales of scales.
+
+  Args:
+    calibration: what is read.
+    bits: of a code.
+    blocks: inputs that share a scale.
+    order, drift: see `research.quant.gptq`.
+  """
+  method = Compensated(options=GPTQ(order=order, drift=drift))
+  formats = [Affine(bits=b, block=block) for b in bits for block in blocks]
+  return tuple(
+    compensated(f, f"GPTQ {f.name}", calibration, method)
+    for f in (*formats, Codebook(kind="nf4", block=64))
+  )
+
+
+def compensated(
+  format: Format,
+  name: str,
+  calibration: Calibration,
+  method: Compensated,
+  group: str = "calibrated",
+) -> Row:
+  """Returns the row of a format whose codes GPTQ chooses."""
+  rule = Rule(match="^layers/", format=format, method=method)
+  whole = Quantization(rules=(rule,), calibration=calibration, compare=False)
+  return Row(name=name, transforms=(whole,), group=group)
+
+
+def budget(
+  calibration: Calibration,
+  windows: Sequence[int] = (1, 2, 8, 32),
+  format: Format = Affine(bits=3, block=64),
+) -> tuple[Row, ...]:
+  """Returns rounding to nearest, and GPTQ on ever more text.
+
+  Twice: damped by 1% however few tokens there are, as by GPTQ's authors, and
+  by more for few.
+
+  Args:
+    calibration: what is read, but for how much.
+    windows: how many are read.
+    format: that is rounded to.
+  """
+  options = GPTQ(drift=0.0)
+  out = [row(format, group="uncalibrated")]
+  for n in windows:
+    some = dataclasses.replace(calibration, windows=n)
+    tokens = n * calibration.length
+    for method, group in (
+      (Undamped(options=options), "calibration"),
+      (Compensated(options=options), "calibration, damped"),
+    ):
+      name = f"GPTQ, {tokens} tokens" + group.removeprefix("calibration")
+      out.append(compensated(format, name, some, method, group))
+  return tuple(out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undamped(Compensated):
+  """GPTQ that takes its tokens for many, however few they are."""
+
+  def parts(self, ws: Any, seen: Any, format: Format) -> Any:
+    many = {name: 1e6 * seen[name] for name in ("xx", "n")}
+    return super().parts(ws, dict(seen) | many, format)
+
+
+def gguf(
+  kinds: Sequence[str] = ("Q4_0", "Q4_1", "Q5_0", "Q8_0"),
+  supers: bool = True,
+) -> tuple[Row, ...]:
+  """Returns ggml's types.
+
+  Args:
+    kinds: of blocks of 32.
+    supers: whether those of blocks of 256 are among them; both sides of every
+      matrix must then be multiples of it.
+  """
+  formats = [*(GGML(kind=kind) for kind in kinds), IQ4NL()]
+  if supers:
+    formats += [Q2K(), Q3K(), IQ4XS(), Q4K(), Q5K(), Q6K()]
+  return tuple(row(f, group="GGUF") for f in formats)
+
+
+def trained(
+  data: Data,
+  format: Format = Affine(bits=3, block=64, symmetric=True),
+  steps: int = 100,
+  seeds: int = 3,
+) -> tuple[Row, ...]:
+  """Returns a format alone, and after training through it.
+
+  Args:
+    data: what is read; its seed is that of the row.
+    format: what is trained for.
+    steps: updates.
+    seeds: of data and adapters.
+  """
+  arms = {
+    "masters": dict(rate=3e-4),
+    "masters, on text": dict(rate=3e-4, distilled=False),
+    "learned scales": dict(rate=3e-4, learned=True),
+    "LoRA r=16": dict(rate=2e-3, adapter=LoRA(rank=16, alpha=16.0)),
+  }
+  return (
+    row(format, group="rounded"),
+    *(
+      Row(
+        name=f"{arm}, seed {seed}",
+        transforms=(
+          Trained(
+            format=format,
+            data=dataclasses.replace(data, seed=seed),
+            steps=steps,
+            **how,
+          ),
+        ),
+        group=arm,
+        errors=False,
+        seed=seed,
+      )
+      for arm, how in arms.items()
+      for seed in range(seeds)
+    ),
   )

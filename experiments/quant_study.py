@@ -49,6 +49,12 @@ class Row:
   errors: bool = True
   seed: int = 0
 
+  @property
+  def calibrated_on(self) -> int | None:
+    """Returns the tokens that its transforms read, where they say so."""
+    read = [getattr(t, "calibration", None) for t in self.transforms]
+    return sum(r.windows * r.length for r in read if r is not None) or None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
@@ -138,6 +144,7 @@ def one(table: Table, row: Row, loaded: Any, base: compare.Base) -> dict:
   """
   start = time.perf_counter()
   out: dict[str, Any] = {"row": row.name, "group": row.group}
+  out["calibrated_on"] = row.calibrated_on
   try:
     before, params = _transformed(row, loaded)
   except UserError as error:
