@@ -315,7 +315,8 @@ class Inputs:
       if not found.search(path):
         return w
       paths.append(path)
-      return InputTensor(w, op=self.op)
+      # What rounds stands behind what rotates, next to the matrix.
+      return weights.within(w, lambda w: InputTensor(w, op=self.op))
 
     out = tree.map_paths(one, params, is_leaf=weights.is_weight)
     if not paths:

@@ -173,7 +173,7 @@ def rotate_residual(
     for path in folding.WRITERS:
       for name in (path, f"{path}_bias"):
         if name in flat:
-          out[name] = columns(flat[name])
+          out[name] = weights.within(flat[name], columns)
     return out
 
   out = folding.map_layers(layer, model, params)
@@ -247,23 +247,57 @@ class Rotate:
     """
     if self.model is None:
       raise UserError("Rotate: has no model; `of` gives it one.")
-    residual, values = jax.random.split(key)
-    width, size = self.model.width, _head_dim(self.model)
-    with jax.enable_x64(True):
-      out = folding.widened(params)
-      if self.residual:
-        out = fold_norms(self.model, out)
-        r = hadamard.random_matrix(residual, width, jnp.float64)
-        out = rotate_residual(self.model, out, r)
-      if self.values:
-        r = hadamard.random_matrix(values, size, jnp.float64)
-        out = rotate_values(self.model, out, r)
-      if self.hidden:
-        out = rotate_hidden(self.model, out)
-      return folding.cast_like(out, params)
+    first, second = jax.random.split(key)
+    residual = values = None
+    if self.residual:
+      residual = hadamard.random_matrix(first, self.model.width)
+    if self.values:
+      values = hadamard.random_matrix(second, head_dim(self.model))
+    return rotated(self.model, params, residual, values, self.hidden)
 
 
-def _head_dim(model: Transformer) -> int:
+def rotated(
+  model: Transformer,
+  params: Params,
+  residual: Float[Array, "D D"] | None,
+  values: Float[Array, "H H"] | None,
+  hidden: bool,
+) -> dict[str, Any]:
+  """Returns the same model rotated, computed in float64.
+
+  Args:
+    model: what `params` are for.
+    params: its parameters; norms are folded if `residual` is given.
+    residual: R1, orthogonal to about fp32's precision, or None.
+    values: R2, the same way.
+    hidden: whether `down` rotates its inputs.
+  """
+  with jax.enable_x64(True):
+    out = folding.widened(params)
+    if residual is not None:
+      out = fold_norms(model, out)
+      out = rotate_residual(model, out, nearest_rotation(residual))
+    if values is not None:
+      out = rotate_values(model, out, nearest_rotation(values))
+    if hidden:
+      out = rotate_hidden(model, out)
+    return folding.cast_like(out, params)
+
+
+def nearest_rotation(r: Float[Array, "D D"]) -> Float[Array, "D D"]:
+  """Returns the orthogonal matrix next to one that nearly is, in float64."""
+  r = jnp.asarray(r, jnp.float64)
+  for _ in range(3):  # Newton's iteration for the polar factor
+    r = 1.5 * r - 0.5 * r @ r.T @ r
+  return r
+
+
+def head_dim(model: Transformer) -> int:
+  """Returns the size of all layers' heads.
+
+  Raises:
+    UserError: they differ.
+  """
   found = {block.attention.head_dim for block in model.layer_kinds()}
   if len(found) != 1:
     raise UserError(f"Rotate.values: found heads of {sorted(found)}, not one.")
