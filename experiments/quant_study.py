@@ -157,7 +157,7 @@ def one(table: Table, row: Row, loaded: Any, base: compare.Base) -> dict:
   if row.errors and out["packed_weights"]:
     tokens = base.tokens[: table.probed]
     found = report_errors.errors(loaded.model, before, params, tokens)
-    out |= {"matrices": found, **_overall(found)}
+    out |= {"matrices": found, **overall(found)}
   return out | {"seconds": time.perf_counter() - start}
 
 
@@ -172,8 +172,8 @@ def _transformed(row: Row, loaded: Any) -> tuple[Any, Any]:
   return before, params
 
 
-def _overall(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-  """Returns the median and the worst of the matrices."""
+def overall(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+  """Returns the median and the worst of what `report_errors` found."""
   output = {address: row["output"] for address, row in found.items()}
   worst = max(output, key=output.get)
   return {
