@@ -1,0 +1,252 @@
+"""What a sampler asks of a model: logits of one block of a row.
+
+A denoiser is a static value; what it remembers from step to step (a cache) is
+its carry. `first` looks at the whole row, at a block's first step; `again` is
+any later step of the same block, and may use what `first` has left.
+"""
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research.nn import cache as caches
+from research.nn.transformer import Transformer, init_cache
+from research.typing import Array, Bool, Float, Int, Params, UserError
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+  """Logits of tokens `[start, start + size)` of each row, and a carry."""
+
+  def first(
+    self,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    start: Int[Array, ""],
+    size: int,
+  ) -> tuple[Float[Array, "B K V"], Any]: ...
+
+  def again(
+    self,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    start: Int[Array, ""],
+    size: int,
+    carry: Any,
+  ) -> tuple[Float[Array, "B K V"], Any]: ...
+
+
+def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+  """Returns positions that start at the first valid token; -1 for padding."""
+  place = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
+  return jnp.where(valid, place, -1)
+
+
+def own_rows(
+  hidden: Float[Array, "B T D"], start: Int[Array, ""], size: int, shift: bool
+) -> Float[Array, "B K D"]:
+  """Returns the hidden states that predict a block's own tokens.
+
+  Args:
+    hidden: of whole rows.
+    start: of the block.
+    size: of the block, K.
+    shift: whether a token is predicted by the state before it, as in models
+      that began autoregressive (Dream, arXiv:2508.15487); the first token of
+      a row has its own state alone.
+  """
+  if not shift:
+    return jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1)
+  at = jnp.maximum(start - 1 + jnp.arange(size), 0)
+  return jnp.take(hidden, at, axis=1)
+
+
+def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
+  """Returns who sees whom in whole rows: all, or blocks before and its own.
+
+  Args:
+    block: of block-causal models; their blocks start at index 0. None for
+      all tokens.
+    valid: False for padding.
+  """
+  segments = jnp.where(valid, 0, -1)
+  if block is None:
+    return Mask.full(segments=segments)
+  return Mask.block_causal(block, segments=segments)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+  """Every step reads the whole row, and only a block's logits are formed.
+
+  Attributes:
+    model: the Transformer.
+    shift: see `own_rows`.
+    block: tokens of a block of a block-causal model; None: all see all.
+    guidance: w of classifier-free guidance by the prompt, see
+      `likelihood.guided`; the prompt is what was not masked at first.
+    mask_id: of the mask, where there is guidance.
+  """
+
+  model: Transformer
+  shift: bool = False
+  block: int | None = None
+  guidance: float = 0.0
+  mask_id: int = -1
+
+  def scores(self, params, tokens, valid) -> Float[Array, "B T V"]:
+    """Returns logits of every token: what likelihoods need."""
+    hidden = self._hidden(params, tokens, valid)
+    rows = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
+    return self.model.apply({"params": params}, rows, method="logits")
+
+  def _hidden(self, params, tokens, valid):
+    mask = visible(self.block, valid)
+    return self.model.apply({"params": params}, tokens, positions(valid), mask)[
+      0
+    ]
+
+  def first(self, params, tokens, valid, start, size):
+    rows = own_rows(
+      self._hidden(params, tokens, valid), start, size, self.shift
+    )
+    return self.model.apply({"params": params}, rows, method="logits"), ()
+
+  def again(self, params, tokens, valid, start, size, carry):
+    return self.first(params, tokens, valid, start, size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cached:
+  """Later steps of a block read the block and its neighbours alone.
+
+  Keys and values of the rest are those of the block's first step: an
+  approximation, since filling a place changes what all others see (Wu et al.
+  2025, arXiv:2505.22618: with `before = after = 0` its dual cache; with an
+  `after` that reaches the end, its prefix cache; Ma et al. 2025, dInfer: with
+  some of each, its vicinity refresh). Exact at a block's first step.
+
+  Attributes:
+    model: the Transformer; all tokens see all.
+    shift: see `own_rows`.
+    before, after: how many tokens around the block are read again; those
+      beyond the row's ends are not there.
+  """
+
+  model: Transformer
+  shift: bool = False
+  before: int = 0
+  after: int = 0
+
+  def first(self, params, tokens, valid, start, size):
+    rows, length = tokens.shape
+    cache = init_cache(self.model, params, rows, length)
+    hidden, cache = self.model.apply(
+      {"params": params},
+      tokens,
+      positions(valid),
+      visible(None, valid),
+      cache,
+    )
+    own = own_rows(hidden, start, size, self.shift)
+    logits = self.model.apply({"params": params}, own, method="logits")
+    # The state before the block predicts its first token.
+    edge = jax.lax.dynamic_slice_in_dim(
+      hidden, jnp.maximum(start - 1, 0), 1, axis=1
+    )
+    return logits, (cache, edge)
+
+  def again(self, params, tokens, valid, start, size, carry):
+    cache, edge = carry
+    length = tokens.shape[1]
+    span = min(self.before + size + self.after, length)
+    low = jnp.clip(start - self.before, 0, length - span)
+    some = jax.lax.dynamic_slice_in_dim(tokens, low, span, axis=1)
+    place = jax.lax.dynamic_slice_in_dim(positions(valid), low, span, axis=1)
+    # All tokens of a row are in the cache, before this call and after it.
+    held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
+    cache = dataclasses.replace(cache, length=held.astype(jnp.int32))
+    hidden, cache = self.model.apply(
+      {"params": params}, some, place, Mask.full(), cache
+    )
+    if self.shift:
+      fresh = jnp.where(start > low, 1, 0)
+      before = jax.lax.dynamic_slice_in_dim(
+        hidden, jnp.maximum(start - low - 1, 0), 1, axis=1
+      )
+      edge = jnp.where(fresh == 1, before, edge)
+      own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
+      own = jnp.concatenate([edge, own[:, :-1]], axis=1)
+      # At the row's start there is no state before.
+      alone = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
+      alone = jnp.concatenate([alone[:, :1], alone[:, :-1]], axis=1)
+      own = jnp.where(start == 0, alone, own)
+    else:
+      own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
+    logits = self.model.apply({"params": params}, own, method="logits")
+    return logits, (cache, edge)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockCausal:
+  """A block-causal model by its cache of finished blocks: exact.
+
+  Keys and values of finished blocks come from a pass over their final tokens,
+  as a whole row without a cache has them. Rows may not be padded on the left:
+  blocks start at index 0.
+
+  Attributes:
+    model: the Transformer.
+    block: tokens of a block.
+    shift: see `own_rows`.
+  """
+
+  model: Transformer
+  block: int
+  shift: bool = False
+
+  def first(self, params, tokens, valid, start, size):
+    """Reads all that lies before the block anew, whatever is cached."""
+    if size != self.block:
+      raise UserError(
+        f"sampler: blocks of {size} tokens, but the model's have {self.block}"
+      )
+    rows, length = tokens.shape
+    place = jnp.arange(length)
+    before = jnp.where((place < start) & valid, place, -1)
+    cache = init_cache(self.model, params, rows, length)
+    segments = jnp.where(before >= 0, 0, -1)
+    hidden, cache = self.model.apply(
+      {"params": params},
+      tokens,
+      before,
+      Mask.block_causal(self.block, segments=segments),
+      cache,
+    )
+    edge = jax.lax.dynamic_slice_in_dim(
+      hidden, jnp.maximum(start - 1, 0), 1, axis=1
+    )
+    return self.again(params, tokens, valid, start, size, (cache, edge))
+
+  def again(self, params, tokens, valid, start, size, carry):
+    cache, edge = carry
+    some = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+    place = start + jnp.arange(size, dtype=jnp.int32)
+    place = jnp.broadcast_to(place, some.shape)
+    held = jnp.broadcast_to(start, (tokens.shape[0],)).astype(jnp.int32)
+    cache = caches.Cache(held, cache.layers, fresh=False)
+    hidden, cache = self.model.apply(
+      {"params": params}, some, place, Mask.full(), cache
+    )
+    if self.shift:
+      head = jnp.where(start == 0, hidden[:, :1], edge)
+      hidden = jnp.concatenate([head, hidden[:, :-1]], axis=1)
+    return self.model.apply({"params": params}, hidden, method="logits"), (
+      cache,
+      edge,
+    )

@@ -1,0 +1,442 @@
+"""Text from a masked diffusion model: one loop, whatever the policy.
+
+A row is a prompt and `length` masks. Its blocks are filled from left to right;
+in a block, each step asks the denoiser for logits, makes a candidate for every
+place, and keeps those that the policy chooses (Nie et al. 2025,
+arXiv:2502.09992, algorithm 5, as its code has it). A block is one compiled
+program whose start is data; so all blocks, and all prompts of a shape, share
+it. What is random in a row depends on the row's own key and steps alone, so its
+tokens do not depend on the batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.diffusion.denoiser import Denoiser
+from research.diffusion.policies import Policy, Quota
+from research.nn import sampling as samplers
+from research.nn.sampling import GREEDY, Sampling
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+
+Select = Literal["candidate", "max", "margin", "entropy", "random"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How rows are filled; all of it is static.
+
+  Attributes:
+    mask_id: of the mask, which is never a candidate.
+    length: how many tokens are generated, a multiple of `block`.
+    block: tokens of a block; `length` for pure diffusion.
+    steps: of all blocks together, for policies that plan them; None for a
+      token a step.
+    policy: which candidates are kept.
+    select: what confidence is: the candidate's probability (LLaDA's
+      `low_confidence`; biased for temperatures above 0), or what does not
+      depend on the candidate: the largest probability, the margin between the
+      two largest, minus the entropy, or chance.
+    tempered: whether confidence is taken from the distribution that is
+      sampled, filters included (LLaDA 2), not from the model's.
+    end: token ids that end a text.
+    never_end: no candidate is one of them.
+    end_last: places whose candidate is one of them are filled last.
+    stop: rows whose finished part holds an end are done; the rest is it.
+    edit: places already filled change where another token is this likely
+      (LLaDA 2.1), or None.
+    edit_steps: at most so many steps of a full block.
+  """
+
+  mask_id: int
+  length: int = 128
+  block: int = 32
+  steps: int | None = None
+  policy: Policy = Quota()
+  select: Select = "candidate"
+  tempered: bool = False
+  end: tuple[int, ...] = ()
+  never_end: bool = False
+  end_last: bool = False
+  stop: bool = True
+  edit: float | None = None
+  edit_steps: int = 16
+
+  def __post_init__(self):
+    if self.length < 1 or self.block < 1 or self.length % self.block:
+      raise UserError(
+        f"sampler: length is {self.length}, expected a multiple of block, "
+        f"{self.block}"
+      )
+    blocks = self.length // self.block
+    if self.steps is not None and (self.steps < 1 or self.steps % blocks):
+      raise UserError(
+        f"sampler: steps is {self.steps}, expected a multiple of the {blocks} "
+        "blocks"
+      )
+    if self.mask_id in self.end:
+      raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
+
+  @property
+  def block_steps(self) -> int:
+    """Returns the steps planned for a block."""
+    if self.steps is None:
+      return self.block
+    return self.steps // (self.length // self.block)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """Rows while they are filled.
+
+  Attributes:
+    tokens: int32 `[B, T]`.
+    masked: bool `[B, T]`, what is still to be filled.
+    fixed: bool `[B, T]`, prompts, and whatever else was given.
+    valid: bool `[B, T]`, False for padding on the left.
+    keys: `[B]`.
+    count: int32 `[B]`, steps in which a row took part.
+    done: bool `[B]`, rows that have ended.
+    filled: int32 `[B, T]`, the step that filled a place, -1 for none.
+    calls: int32, how often the model was asked.
+  """
+
+  tokens: Any
+  masked: Any
+  fixed: Any
+  valid: Any
+  keys: Any
+  count: Any
+  done: Any
+  filled: Any
+  calls: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+  """What `sample` returns.
+
+  Attributes:
+    tokens: int32 `[B, T]`, prompts included.
+    filled: int32 `[B, T]`, the model call that filled a place, -1 elsewhere.
+    calls: model calls of the batch (NFE).
+    counts: int32 `[B]`, those in which each row took part.
+    lengths: int32 `[B]`, generated tokens before the first end.
+  """
+
+  tokens: np.ndarray
+  filled: np.ndarray
+  calls: int
+  counts: np.ndarray
+  lengths: np.ndarray
+
+  @property
+  def tokens_per_call(self) -> float:
+    """Returns tokens before an end for each call of a row."""
+    return float(self.lengths.sum() / max(self.counts.sum(), 1))
+
+
+def start(
+  prompts: list[list[int]],
+  options: Options,
+  key: PRNGKey,
+  examples: Int[Array, "B"] | None = None,
+) -> State:
+  """Returns rows of prompts, padded on the left, and masks.
+
+  Raises:
+    UserError: there is no prompt, or one holds the mask.
+  """
+  if not prompts:
+    raise UserError("sampler: no prompts")
+  for i, prompt in enumerate(prompts):
+    if options.mask_id in prompt:
+      raise UserError(
+        f"sampler: prompt {i} holds the mask, id {options.mask_id}; use infill "
+        "for text with gaps"
+      )
+  width = max(map(len, prompts))
+  tokens = np.full((len(prompts), width + options.length), options.mask_id)
+  valid = np.ones(tokens.shape, bool)
+  for row, ok, prompt in zip(tokens, valid, prompts, strict=True):
+    row[width - len(prompt) : width] = prompt
+    row[: width - len(prompt)] = 0
+    ok[: width - len(prompt)] = False
+  masked = np.arange(tokens.shape[1]) >= np.full((len(prompts), 1), width)
+  return begin(tokens, masked, valid, key, examples)
+
+
+def begin(
+  tokens: np.ndarray,
+  masked: np.ndarray,
+  valid: np.ndarray,
+  key: PRNGKey,
+  examples: Int[Array, "B"] | None = None,
+) -> State:
+  """Returns rows in which any places are to be filled: infilling."""
+  rows = tokens.shape[0]
+  if examples is None:
+    examples = jnp.arange(rows)
+  zero = jnp.zeros(rows, jnp.int32)
+  return State(
+    tokens=jnp.asarray(tokens, jnp.int32),
+    masked=jnp.asarray(masked),
+    fixed=jnp.asarray(~masked),
+    valid=jnp.asarray(valid),
+    keys=samplers.row_keys(key, examples),
+    count=zero,
+    done=zero > 0,
+    filled=jnp.full(tokens.shape, -1, jnp.int32),
+    calls=jnp.int32(0),
+  )
+
+
+def sample(
+  denoiser: Denoiser,
+  params: Params,
+  state: State,
+  options: Options,
+  sampling: Sampling = GREEDY,
+  look: Callable[[State], None] | None = None,
+) -> Sampled:
+  """Returns filled rows.
+
+  Args:
+    denoiser: the model.
+    params: its parameters.
+    state: from `start` or `begin`; its last `options.length` places are
+      filled, block after block.
+    options: how.
+    sampling: how candidates are drawn; greedy by default.
+    look: called after each block, to show it.
+
+  Raises:
+    UserError: logits are not finite.
+  """
+  total = state.tokens.shape[1]
+  for at in range(total - options.length, total, options.block):
+    if bool(state.done.all()):
+      break
+    state, finite = fill_block(
+      denoiser, params, state, jnp.int32(at), options, sampling
+    )
+    if not bool(finite):
+      raise UserError(
+        f"sampler: logits of the block at {at} are not finite numbers; are "
+        "these the model's weights?"
+      )
+    if look is not None:
+      look(state)
+  return _result(state, options)
+
+
+def _result(state: State, options: Options) -> Sampled:
+  tokens = np.asarray(state.tokens)
+  made = tokens[:, -options.length :]
+  ended = np.isin(made, options.end)
+  first = np.where(ended.any(-1), ended.argmax(-1), options.length)
+  return Sampled(
+    tokens,
+    np.asarray(state.filled),
+    int(state.calls),
+    np.asarray(state.count),
+    first.astype(np.int32),
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("state",)
+)
+def fill_block(
+  denoiser: Denoiser,
+  params: Params,
+  state: State,
+  at: Int[Array, ""],
+  options: Options,
+  sampling: Sampling = GREEDY,
+) -> tuple[State, Bool[Array, ""]]:
+  """Returns rows with the block at `at` filled, and whether logits were finite.
+
+  Args:
+    denoiser, params, options, sampling: as for `sample`.
+    state: rows.
+    at: where the block starts.
+  """
+  size = options.block
+  masked = jax.lax.dynamic_slice_in_dim(state.masked, at, size, axis=1)
+  planned = jnp.where(state.done, 0, masked.sum(-1))
+
+  # Each step fills a place of every row that has some.
+  most = max(size, options.block_steps)
+
+  def more(loop):
+    state, i, edits, _, _ = loop
+    left = _block(state.masked, at, size) & ~state.done[:, None]
+    go = left.any() & (i < most)
+    if options.edit is None:
+      return go
+    return go | (edits & (i < most + options.edit_steps))
+
+  def step(loop):
+    state, i, _, carry, finite = loop
+    logits, carry = denoiser.again(
+      params, state.tokens, state.valid, at, size, carry
+    )
+    state, edits = fill(state, logits, at, options, sampling, planned, i)
+    return state, i + 1, edits, carry, finite & _finite(logits)
+
+  logits, carry = denoiser.first(params, state.tokens, state.valid, at, size)
+  state, edits = fill(state, logits, at, options, sampling, planned, 0)
+  carry = jax.tree.map(jnp.asarray, carry)
+  loop = state, jnp.int32(1), edits, carry, _finite(logits)
+  state, _, _, _, finite = jax.lax.while_loop(more, step, loop)
+  if options.stop and options.end:
+    state = _ended(state, at, options)
+  return state, finite
+
+
+def _finite(logits: Float[Array, "B K V"]) -> Bool[Array, ""]:
+  """Whether no logit is NaN or plus infinity, and some are finite."""
+  return jnp.isfinite(logits.max(-1)).all()
+
+
+def _block(x: Array, at: Array, size: int) -> Array:
+  return jax.lax.dynamic_slice_in_dim(x, at, size, axis=1)
+
+
+def _put(x: Array, new: Array, at: Array) -> Array:
+  return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, 1)
+
+
+def fill(
+  state: State,
+  logits: Float[Array, "B K V"],
+  at: Int[Array, ""],
+  options: Options,
+  sampling: Sampling,
+  planned: Int[Array, "B"],
+  i: Int[Array, ""] | int,
+) -> tuple[State, Bool[Array, ""]]:
+  """Returns rows after one step of a block, and whether edits may follow.
+
+  Args:
+    state: rows.
+    logits: of the block.
+    at: where it starts.
+    options, sampling: as for `sample`.
+    planned: how many masks the block had at first.
+    i: steps of this block so far.
+  """
+  size = options.block
+  tokens, masked = (_block(x, at, size) for x in (state.tokens, state.masked))
+  active = masked.any(-1) & ~state.done
+  keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
+  found, sure, chance = candidates(logits, keys, options, sampling)
+  eligible = masked & active[:, None]
+  steps = options.block_steps
+  quota = planned // steps + (i < planned % steps)
+  kept = options.policy.commit(sure, eligible, quota) & eligible
+  new = jnp.where(kept, found, tokens)
+  edited = jnp.zeros((), bool)
+  taking_part = active
+  if options.edit is not None:
+    free = ~_block(state.fixed, at, size) & ~masked & ~state.done[:, None]
+    other = free & (found != tokens) & (chance > options.edit)
+    # What was filled now is looked at once more, too.
+    new, edited = jnp.where(other, found, new), (other | kept).any()
+    taking_part = ~state.done
+  calls = state.calls + 1
+  filled = jnp.where(kept, state.calls, _block(state.filled, at, size))
+  state = dataclasses.replace(
+    state,
+    tokens=_put(state.tokens, new, at),
+    masked=_put(state.masked, masked & ~kept, at),
+    filled=_put(state.filled, filled, at),
+    count=state.count + taking_part,
+    calls=calls,
+  )
+  return state, edited
+
+
+def candidates(
+  logits: Float[Array, "B K V"],
+  keys: PRNGKey,
+  options: Options,
+  sampling: Sampling,
+) -> tuple[Int[Array, "B K"], Float[Array, "B K"], Float[Array, "B K"]]:
+  """Returns each place's candidate, its confidence, and its probability.
+
+  Args:
+    logits: of the places.
+    keys: of the rows, for this step.
+    options, sampling: as for `sample`.
+  """
+  logits = logits.astype(jnp.float32)
+  never = (options.mask_id, *(options.end if options.never_end else ()))
+  logits = logits.at[..., jnp.array(never)].set(-jnp.inf)
+  rows, size, vocabulary = logits.shape
+  flat = samplers.adjusted(logits.reshape(-1, vocabulary), sampling)
+  drawn = flat.reshape(logits.shape)
+  noise, chance = jax.vmap(jax.random.split, out_axes=1)(keys)
+  if sampling.temperature is None:
+    found = jnp.argmax(drawn, axis=-1)
+  else:
+    # Of full 32 bits Gumbel noise has no tail beyond 16, as if the temperature
+    # were lower (Zheng et al. 2024, arXiv:2409.02908).
+    gumbel = jax.vmap(
+      lambda k: jax.random.gumbel(k, (size, vocabulary), mode="high")
+    )(noise)
+    found = jnp.argmax(drawn + gumbel, axis=-1)
+  logp = jax.nn.log_softmax(drawn if options.tempered else logits, axis=-1)
+  own = jnp.take_along_axis(logp, found[..., None], axis=-1)[..., 0]
+  probability = jnp.exp(own)
+  sure = _confidence(logp, probability, chance, options.select)
+  # A model that is broken is said to be so after the block.
+  sure = jnp.where(jnp.isnan(sure), -1.0, sure)
+  if options.end_last and options.end:
+    ends = jnp.isin(found, jnp.array(options.end))
+    # Lower than any confidence, but finite: last, not never.
+    sure = jnp.where(ends, jnp.minimum(sure.min() - 1, -1.0), sure)
+  return found.astype(jnp.int32), sure, probability
+
+
+def _confidence(logp, probability, keys, select: Select):
+  if select == "candidate":
+    return probability
+  if select == "max":
+    return jnp.exp(logp.max(-1))
+  if select == "margin":
+    top = jax.lax.top_k(jnp.exp(logp), 2)[0]
+    return top[..., 0] - top[..., 1]
+  if select == "entropy":
+    p = jnp.exp(logp)
+    return jnp.where(p > 0, p * logp, 0).sum(-1)
+  draw = jax.vmap(lambda k: jax.random.uniform(k, probability.shape[1:]))
+  return draw(keys)
+
+
+def _ended(state: State, at: Array, options: Options) -> State:
+  """Returns rows that have ended, filled up with their end."""
+  place = jnp.arange(state.tokens.shape[1])
+  made = ~state.fixed & (place < at + options.block) & ~state.masked
+  ends = made & jnp.isin(state.tokens, jnp.array(options.end))
+  # Only an end with nothing open before it.
+  first = jnp.where(ends.any(-1), jnp.argmax(ends, axis=-1), place.size)
+  open_before = (state.masked & (place < first[:, None])).any(-1)
+  now = ends.any(-1) & ~open_before & ~state.done
+  last = jnp.take_along_axis(
+    state.tokens, jnp.minimum(first, place.size - 1)[:, None], axis=1
+  )
+  rest = now[:, None] & (place > first[:, None]) & ~state.fixed
+  return dataclasses.replace(
+    state,
+    tokens=jnp.where(rest, last, state.tokens),
+    masked=state.masked & ~rest,
+    done=state.done | now,
+  )

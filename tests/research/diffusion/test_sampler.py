@@ -1,0 +1,320 @@
+"""The sampling loop against traces worked out elsewhere, and its laws."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.diffusion import policies, sampler
+from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
+from research.diffusion.sampler import Options
+from research.nn.sampling import Sampling
+from research.typing import UserError
+from tests.research.diffusion import joint
+
+MASK = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave:
+  """diffusion.md 14.1's logits: of the place, the token before, the masks."""
+
+  def first(self, params, tokens, valid, start, size):
+    left = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
+    many = (tokens == MASK).sum(-1)[:, None, None]
+    i = jnp.arange(tokens.shape[1])[None, :, None]
+    v = jnp.arange(8)
+    z = 3 * jnp.sin(1 + 0.7 * i + 1.3 * v + 0.37 * left[..., None])
+    z += 0.5 * jnp.cos(0.9 * many + v)
+    z = z.at[..., MASK].set(-20.0)
+    return jax.lax.dynamic_slice_in_dim(z, start, size, axis=1), ()
+
+  def again(self, params, tokens, valid, start, size, carry):
+    return self.first(params, tokens, valid, start, size)
+
+
+TRACES = [
+  (
+    dict(steps=8, block=8),
+    "2 5 1 3 2 2 6 4 4 4 3",
+    "8;10;3;4;5;9;7;6",
+  ),
+  (dict(steps=4, block=4), "2 5 1 3 6 1 0 6 4 3 3", "3,4;5,6;9,10;7,8"),
+  (dict(steps=4, block=8), "2 5 1 3 2 2 0 6 4 4 3", "8,10;3,6;4,9;5,7"),
+  (
+    dict(block=4, policy=Threshold(threshold=0.6)),
+    "2 5 1 3 6 1 0 6 4 3 3",
+    "4;3;6;5;8,9,10;7",
+  ),
+  (
+    dict(block=8, policy=Factor()),
+    "2 5 1 3 2 2 6 4 4 4 3",
+    "8,10;3;4;5,9;7;6",
+  ),
+]
+
+
+def run(prompts=((2, 5, 1),), key=0, examples=None, sampling=None, **options):
+  options = Options(mask_id=MASK, **{"length": 8} | options)
+  state = sampler.start(
+    [list(p) for p in prompts], options, jax.random.key(key), examples
+  )
+  given = {} if sampling is None else {"sampling": sampling}
+  return sampler.sample(Wave(), {}, state, options, **given)
+
+
+@pytest.mark.parametrize(("options", "text", "order"), TRACES)
+def test_traces(options, text, order):
+  got = run(**options)
+  assert " ".join(map(str, got.tokens[0])) == text
+  steps = [list(map(int, part.split(","))) for part in order.split(";")]
+  want = np.full(11, -1)
+  for n, places in enumerate(steps):
+    want[places] = n
+  np.testing.assert_array_equal(got.filled[0], want)
+  assert got.calls == got.counts[0] == len(steps)
+
+
+def test_confidences_of_what_is_kept():
+  """The first trace, step by step."""
+  options = Options(mask_id=MASK, length=8, block=8)
+  got, keys = run(steps=8, block=8), jax.random.split(jax.random.key(0), 1)
+  final, filled = got.tokens[0], got.filled[0]
+
+  @jax.jit
+  def sure(row):
+    logits, _ = Wave().first({}, row[None], None, jnp.int32(3), 8)
+    return sampler.candidates(logits, keys, options, Sampling())[1][0]
+
+  found = []
+  for step in range(8):
+    row = np.where(filled < step, final, MASK)
+    found.append(sure(jnp.asarray(row))[np.argmax(filled == step) - 3])
+  want = [0.722455, 0.628561, 0.637975, 0.747718]
+  want += [0.779357, 0.753916, 0.512494, 0.570518]
+  np.testing.assert_allclose(found, want, atol=2e-6)
+
+
+# Policies --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("count", "steps", "want"),
+  [
+    (10, 4, [3, 3, 2, 2]),
+    (5, 3, [2, 2, 1]),
+    (7, 16, [1] * 7 + [0] * 9),
+    (128, 32, [4] * 32),
+  ],
+)
+def test_quotas(count, steps, want):
+  np.testing.assert_array_equal(policies.quotas(count, steps), want)
+
+
+@pytest.mark.parametrize(
+  ("count", "steps", "shape", "want"),
+  [
+    (10, 4, "linear", [2, 3, 2, 3]),
+    (4, 3, "linear", [1, 2, 1]),
+    (16, 4, "cosine", [1, 4, 5, 6]),
+    (32, 8, "cosine", [1, 2, 3, 4, 5, 5, 6, 6]),
+  ],
+)
+def test_scheduled_quotas(count, steps, shape, want):
+  got = policies.scheduled_quotas(count, steps, shape)
+  np.testing.assert_array_equal(got, want)
+
+
+def kept(policy, confidence, eligible=None, quota=1):
+  sure = jnp.asarray([confidence], jnp.float32)
+  ok = jnp.ones_like(sure, bool) if eligible is None else jnp.array([eligible])
+  got = policy.commit(sure, ok, jnp.array([quota]))
+  assert not (got & ~ok).any()
+  return np.flatnonzero(np.asarray(got[0])).tolist()
+
+
+@pytest.mark.parametrize(("factor", "want"), [(0.5, 3), (1.0, 4), (1.5, 4)])
+def test_factors(factor, want):
+  got = kept(Factor(factor=factor), [0.7, 0.99, 0.9, 0.97, 0.8])
+  assert len(got) == want
+  assert got == sorted([1, 3, 2, 4, 0][:want])
+
+
+def test_policies_by_hand():
+  sure = [0.5, 0.95, 0.2, 0.93, 0.93]
+  assert kept(Threshold(threshold=0.93), sure) == [1, 3, 4]
+  assert kept(Threshold(threshold=0.99), sure) == [1]
+  both = Threshold(threshold=0.94, quota_first=True)
+  assert kept(both, sure, quota=3) == [1, 3, 4]
+  assert kept(Quota(), sure, quota=2) == [1, 3]  # a tie: the lower place
+  eligible = [True, False, True, True, True]
+  assert kept(Threshold(threshold=0.99), sure, eligible) == [3]
+  # Runs of masks: 0, and 2 to 4.
+  assert kept(Hierarchy(low=0.4, threshold=0.99), sure, eligible) == [0, 3]
+  assert kept(Hierarchy(low=0.99, threshold=0.99), sure, eligible) == [3]
+  assert kept(Hierarchy(low=0.4, threshold=0.92), sure, eligible) == [0, 3, 4]
+
+
+@pytest.mark.parametrize(
+  "policy", [Quota(), Threshold(), Factor(), Hierarchy()], ids=str
+)
+def test_every_policy_fills_everything(policy):
+  got = run(block=4, policy=policy, steps=8)
+  assert (got.tokens != MASK).all() and (got.filled[0, 3:] >= 0).all()
+
+
+# The loop --------------------------------------------------------------------
+
+
+def test_rows_do_not_depend_on_their_batch():
+  hot = Sampling(temperature=1.5)
+  prompts = [(2, 5, 1), (0,), (6, 6, 6, 6), (3, 2)]
+  for options in (
+    dict(block=4, policy=Threshold(threshold=0.5)),
+    dict(block=8, steps=4, select="random"),
+  ):
+    whole = run(prompts, sampling=hot, **options)
+    # The others' lengths decide about padding, so keep the longest one.
+    some = run(
+      [prompts[2], prompts[1]],
+      examples=jnp.array([2, 1]),
+      sampling=hot,
+      **options,
+    )
+    for a, b in ((0, 2), (1, 1)):
+      np.testing.assert_array_equal(some.tokens[a], whole.tokens[b])
+      assert some.counts[a] == whole.counts[b]
+
+
+def test_ends():
+  base = run(block=4)
+  made = base.tokens[0, 3:]
+  end = int(made[2])
+  first = int(np.argmax(made == end))
+  got = run(block=4, end=(end,))
+  assert got.lengths[0] == first
+  assert (got.tokens[0, 3 + first :] == end).all()
+  assert got.calls == 4  # the second block was never begun
+  assert run(block=4, end=(end,), stop=False).calls == 8
+  never = run(block=4, end=(end,), never_end=True)
+  assert not (never.tokens[0, 3:] == end).any()
+  late = run(block=8, end=(end,), end_last=True, stop=False)
+  others = late.filled[0, 3:][late.tokens[0, 3:] != end]
+  ends = late.filled[0, 3:][late.tokens[0, 3:] == end]
+  assert others.max(initial=-1) < ends.min(initial=99)
+
+
+def test_infilling_keeps_what_is_given():
+  options = Options(mask_id=MASK, length=8, block=8)
+  tokens = np.array([[2, 5, 1, MASK, 4, MASK, MASK, 0]])
+  state = sampler.begin(
+    tokens, tokens == MASK, np.ones_like(tokens, bool), jax.random.key(0)
+  )
+  got = sampler.sample(Wave(), {}, state, options)
+  np.testing.assert_array_equal(got.tokens[0, [0, 1, 2, 4, 7]], [2, 5, 1, 4, 0])
+  assert (got.tokens != MASK).all() and got.calls == 3
+
+
+def test_edits_end():
+  got = run(block=8, edit=0.5, policy=Threshold(threshold=0.3))
+  plain = run(block=8, policy=Threshold(threshold=0.3))
+  assert (got.tokens != MASK).all()
+  assert plain.calls <= got.calls <= 8 + 16
+  # Where it stopped by itself, no other token is likely any more.
+  options = Options(mask_id=MASK, length=8, block=8)
+  logits, _ = Wave().first({}, jnp.asarray(got.tokens), None, jnp.int32(3), 8)
+  keys = jax.random.split(jax.random.key(0), 1)
+  found, _, p = sampler.candidates(logits, keys, options, Sampling())
+  wrong = (np.asarray(found) != got.tokens[:, 3:]) & (np.asarray(p) > 0.5)
+  assert not wrong.any() or got.calls == 8 + 16
+
+
+# Laws of samplers, exactly ---------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+  """The joint distribution's own conditionals."""
+
+  def first(self, params, tokens, valid, start, size):
+    logits = joint.scores()(tokens)
+    return jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1), ()
+
+  def again(self, params, tokens, valid, start, size, carry):
+    return self.first(params, tokens, valid, start, size)
+
+
+def law(n=20_000, **options):
+  """Returns how often each of 81 sequences was drawn."""
+  options = Options(
+    mask_id=joint.MASK, length=4, block=4, **{"steps": 4} | options
+  )
+  tokens = np.full((n, 4), joint.MASK)
+  ones = np.ones_like(tokens, bool)
+  state = sampler.begin(tokens, ones, ones, jax.random.key(5))
+  got = sampler.sample(
+    Exact(), {}, state, options, sampling=Sampling(temperature=1.0)
+  )
+  names = (got.tokens * 3 ** np.arange(4)[::-1]).sum(-1)
+  return np.bincount(names, minlength=81) / n
+
+
+def variation(p, q):
+  return 0.5 * np.abs(p - q).sum()
+
+
+# Of 81 frequencies of 20,000 draws: half the sum of their mean deviations.
+NOISE = 0.5 * np.sqrt(2 / np.pi / 20_000) * np.sqrt(joint.table()).sum()
+
+
+@pytest.mark.parametrize("select", ["random", "max", "margin", "entropy"])
+def test_places_chosen_without_the_candidate_sample_the_joint(select):
+  assert variation(law(select=select), joint.table()) < 1.5 * NOISE
+
+
+@pytest.mark.parametrize(
+  ("options", "want"),
+  [
+    (dict(select="candidate"), 0.4036),
+    (dict(steps=1), 0.3844),  # the product of marginals
+  ],
+)
+def test_how_far_other_choices_are_from_the_joint(options, want):
+  """diffusion.md 5.2, by exact enumeration there."""
+  got = variation(law(**options), joint.table())
+  assert abs(got - want) < 1.5 * NOISE
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    (dict(block=3), "length is 8, expected a multiple of block, 3"),
+    (dict(block=4, steps=3), "steps is 3, expected a multiple of the 2 blocks"),
+    (dict(end=(MASK,)), "end holds the mask's id"),
+  ],
+)
+def test_mistakes_in_options(options, message):
+  with pytest.raises(UserError, match=message):
+    Options(mask_id=MASK, length=8, **{"block": 8} | options)
+
+
+def test_mistakes_in_prompts():
+  with pytest.raises(UserError, match="prompt 1 holds the mask, id 7"):
+    run([(1, 2), (3, MASK)], block=8)
+  with pytest.raises(UserError, match="no prompts"):
+    run([], block=8)
+
+
+def test_logits_that_are_no_numbers():
+  @dataclasses.dataclass(frozen=True)
+  class Broken(Wave):
+    def first(self, params, tokens, valid, start, size):
+      logits, carry = super().first(params, tokens, valid, start, size)
+      return logits * jnp.nan, carry
+
+  options = Options(mask_id=MASK, length=8, block=8)
+  state = sampler.start([[1]], options, jax.random.key(0))
+  with pytest.raises(UserError, match="block at 1 are not finite"):
+    sampler.sample(Broken(), {}, state, options)
