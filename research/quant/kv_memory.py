@@ -51,7 +51,7 @@ def memory(
   for block in model.layer_kinds():
     a = block.attention
     width = a.kv_heads * a.head_dim
-    own = 8 * jax.numpy.dtype(model.dtype).itemsize
+    own = 8.0 * jax.numpy.dtype(model.dtype).itemsize
     bits += width * sum(_bits(kv, a.head_dim, own))
     count += 2 * width
     held += 2 * width * min(capacity, a.window or capacity) * batch
@@ -59,7 +59,7 @@ def memory(
   return Memory(bits / 8, bits / count, total, total * 8 / held)
 
 
-def _bits(kv: KVQuantizer | None, dim: int, own: int) -> tuple[float, float]:
+def _bits(kv: KVQuantizer | None, dim: int, own: float) -> tuple[float, float]:
   """Returns bits of a key's and a value's number; `own` where it is whole."""
   if kv is None:
     return own, own
