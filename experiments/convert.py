@@ -6,14 +6,31 @@
   python -m experiments.convert --from=runs/quickstart --to=DIR --format=hf
 
 --from takes what --model= takes elsewhere, and a run whose whole model was
-trained. Formats: hf (safetensors), gguf or gguf:TYPE (F32, F16, BF16, Q8_0,
-Q5_0, Q5_1, Q4_0, Q4_1; without a type each tensor keeps its own), peft (an
-adapter), gguf-adapter or gguf-adapter:TYPE (an adapter for llama.cpp; F32, F16,
-BF16), orbax (our checkpoint: every bit, adapters and packed weights included).
+trained. Formats: hf (safetensors), gguf or gguf:TYPE (see below; without a
+type each tensor keeps its own), peft (an adapter), gguf-adapter or
+gguf-adapter:TYPE (an adapter for llama.cpp; F32, F16, BF16), orbax (our
+checkpoint: every bit, adapters and packed weights included).
 hf and gguf merge adapters in float32, say what rounding lost, and refuse to
 lose more than a tenth of the update unless --lossy. experiments.adapters
-combines, converts and examines adapters. The last line on stdout is JSON:
-tensors, changed, types, errors, merges.
+combines, converts and examines adapters.
+
+gguf:TYPE is a type for every matrix (F32, F16, BF16, Q8_0, Q5_0, Q5_1, Q4_0,
+Q4_1, Q3_K, Q4_K, Q5_K, MXFP4, NVFP4), or one of llama.cpp's mixtures (Q2_K,
+Q2_K_S, Q3_K_S, Q3_K_M, Q3_K_L, Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M, Q6_K, IQ4_NL,
+IQ4_XS, TQ1_0, TQ2_0). Rows that blocks do not divide are refused; with
+--fallback they are stored as llama.cpp stores them, and listed. --imatrix
+weighs errors by importances, from experiments.imatrix or from llama.cpp.
+
+gptq[:BITS], awq, bnb[:nf4, fp4 or int8] and compressed-tensors[:int4, int8,
+fp8, nvfp4 or mxfp4] are other tools' quantized directories. Matrices that such
+a tool can hold as they are lose nothing; with --requantize the others are
+rounded to nearest, and each one's errors said.
+
+  python -m experiments.convert --from=GPTQ --to=DIR --format=awq
+  python -m experiments.convert --from=smollm2-135m --to=DIR \\
+    --format=gptq:4 --group_size=64 --requantize
+
+The last line on stdout is JSON: tensors, changed, types, errors, merges.
 """
 
 # ruff: noqa: E402
@@ -34,8 +51,14 @@ from experiments import cli, runtime
 
 FLAGS = cli.new_flags()
 
-LATER = ("gptq", "awq", "bnb", "compressed-tensors")
 FORMATS = ("hf", "gguf", "peft", "gguf-adapter", "orbax")
+QUANTIZED = {
+  "gptq": ("2", "3", "4", "8"),
+  "awq": (),
+  "bnb": ("nf4", "fp4", "int8"),
+  "compressed-tensors": ("int4", "int8", "fp8", "nvfp4", "mxfp4"),
+}
+"""Formats of other tools -> what they may be of, behind a colon."""
 
 _FROM = flags.DEFINE_string(
   "from",
@@ -53,17 +76,48 @@ _TO = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string(
   "format",
   None,
-  "hf, gguf, gguf:TYPE, peft, gguf-adapter, gguf-adapter:TYPE or orbax.",
+  "hf, gguf, gguf:TYPE, peft, gguf-adapter, gguf-adapter:TYPE, orbax, "
+  "gptq[:BITS], awq, bnb[:TYPE] or compressed-tensors[:TYPE].",
   flag_values=FLAGS,
 )
 _DTYPE = flags.DEFINE_string(
   "dtype",
   None,
-  "For hf: float32, bfloat16 or float16; by default each tensor keeps its own.",
+  "For hf, and for what other tools' formats leave plain: float32, bfloat16 or "
+  "float16; by default each tensor keeps its own.",
   flag_values=FLAGS,
 )
 _SHARD_SIZE = flags.DEFINE_string(
-  "shard_size", "5GB", "For hf: bytes a file, e.g. 500MB.", flag_values=FLAGS
+  "shard_size",
+  "5GB",
+  "For hf and other tools' formats: bytes a file, e.g. 500MB.",
+  flag_values=FLAGS,
+)
+_REQUANTIZE = flags.DEFINE_bool(
+  "requantize",
+  False,
+  "For other tools' formats: round matrices that do not fit to nearest.",
+  flag_values=FLAGS,
+)
+_GROUP_SIZE = flags.DEFINE_integer(
+  "group_size",
+  None,
+  "For --requantize to integers: inputs that share a scale, 0 for all; by "
+  "default 128, 64 or 32, what all matrices have whole.",
+  lower_bound=0,
+  flag_values=FLAGS,
+)
+_FALLBACK = flags.DEFINE_bool(
+  "fallback",
+  False,
+  "For gguf: store rows that blocks do not divide as llama.cpp does.",
+  flag_values=FLAGS,
+)
+_IMATRIX = flags.DEFINE_string(
+  "imatrix",
+  None,
+  "For gguf: a file of importances, which errors are weighed by.",
+  flag_values=FLAGS,
 )
 _BASE = flags.DEFINE_string(
   "base",
@@ -112,32 +166,60 @@ def bytes_of(text: str) -> int:
 
 
 def _target() -> tuple[str, str | None]:
-  """Returns the format and, for GGUF files, the type."""
+  """Returns the format and what it is to be of, such as a type."""
   from research.typing import UserError
 
   name, colon, kind = _FORMAT.value.partition(":")
-  if name in LATER:
-    raise UserError(
-      f"--format={name}: quantized formats other than GGUF come with the "
-      f"quantization system; expected {', '.join(FORMATS)} for now"
-    )
   typed = name.startswith("gguf") and kind
-  if name not in FORMATS or (colon and not typed):
+  typed = typed or kind in QUANTIZED.get(name, ())
+  if name not in (*FORMATS, *QUANTIZED) or (colon and not typed):
+    known = [*FORMATS, *QUANTIZED, "gguf:TYPE", "gguf-adapter:TYPE"]
+    known += [f"{k}:{x}" for k, v in QUANTIZED.items() for x in v]
     raise UserError(
-      f"--format={_FORMAT.value}: expected hf, gguf, gguf:TYPE, peft, "
-      "gguf-adapter, gguf-adapter:TYPE or orbax"
+      f"--format={_FORMAT.value}: expected one of {', '.join(known)}"
     )
+  hf = dict(dtype=_DTYPE, shard_size=_SHARD_SIZE)
   others = {
-    "hf": dict(dtype=_DTYPE, shard_size=_SHARD_SIZE, rounding=_ROUNDING),
-    "peft": dict(base=_BASE, rslora=_RSLORA),
+    ("hf",): dict(rounding=_ROUNDING),
+    ("hf", *QUANTIZED): hf,
+    ("gguf",): dict(fallback=_FALLBACK, imatrix=_IMATRIX),
+    ("peft",): dict(base=_BASE, rslora=_RSLORA),
+    (*QUANTIZED,): dict(requantize=_REQUANTIZE, group_size=_GROUP_SIZE),
   }
-  for owner, options in others.items():
+  for owners, options in others.items():
     for option in options:
-      if owner != name and FLAGS[option].present:
+      if name not in owners and FLAGS[option].present:
         raise UserError(
-          f"--{option}: is for --format={owner}, found --format={name}"
+          f"--{option}: is for --format={', '.join(owners)}, found "
+          f"--format={name}"
         )
-  return name, kind.upper() or None
+  return name, (kind.upper() if name.startswith("gguf") else kind) or None
+
+
+def _writer(name: str, kind: str | None, source: Any) -> Any:
+  """Returns what writes another tool's format."""
+  from research.quant.checkpoints import gptq, writers
+
+  group = _GROUP_SIZE.value
+  if name == "gptq":
+    said = source.origin.get("quantization") or {}
+    version = gptq.VERSIONS.get(said.get("checkpoint_format"), 1)
+    return writers.Gptq(kind and int(kind), group, version)
+  if name == "awq":
+    return writers.Awq(group)
+  if name == "bnb":
+    return writers.Bnb(kind)
+  return writers.Compressed(kind or "int4", group)
+
+
+def _recipe(kind: str | None) -> Any:
+  """Returns what the matrices of a GGUF file are stored in."""
+  from research.interop import gguf_imatrix, gguf_recipe
+
+  importances = None
+  if _IMATRIX.value is not None:
+    importances = gguf_imatrix.read(_IMATRIX.value).means()
+  return gguf_recipe.Recipe(kind, _FALLBACK.value, importances)
 
 
 def _source(name: str) -> Any:
@@ -209,16 +291,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
   to, start, reason = pathlib.Path(_TO.value), time.perf_counter(), ""
   convert.free(to)
+  recipe, more = _recipe(kind) if name == "gguf" else None, {}
   source = _source(_FROM.value)
   least = None if _LOSSY.value else changes.LEAST_KEPT
   if name == "hf":
     log = convert.to_hf(source, to, _DTYPE.value, size, _rounding(), least)
   elif name == "gguf":
-    log, reason = convert.to_gguf(source, to, kind, least)
+    log, reason, written = convert.to_gguf(source, to, recipe, least)
+    more = _said(written)
   elif name == "gguf-adapter":
     log = convert.to_gguf_adapter(source, to, kind or "F32")
   elif name == "peft":
     log = convert.to_peft(source, to, _BASE.value, _RSLORA.value)
+  elif name in QUANTIZED:
+    writer = _writer(name, kind, source)
+    log = convert.to_quantized(
+      source, to, writer, _REQUANTIZE.value, _DTYPE.value, size
+    )
   else:
     log = convert.to_orbax(source, to)
   cli.say(log.table())
@@ -231,6 +320,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     )
   return {
     **log.summary(),
+    **more,
     "bytes": _size(to),
     "tokenizer": source.tokenizer is not None and not reason,
     "from": _FROM.value,
@@ -238,6 +328,22 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "format": _FORMAT.value,
     "seconds": time.perf_counter() - start,
     "peak_memory_bytes": memory.peak_memory_bytes(),
+  }
+
+
+def _said(written: Any) -> dict[str, Any]:
+  """Prints what is stored otherwise than wanted; returns what JSON has."""
+  kinds: dict[str, list[str]] = {}
+  for name, (want, have) in written.otherwise.items():
+    kinds.setdefault(f"{want} -> {have}", []).append(name)
+  for kind, names in kinds.items():
+    cli.say(
+      f"blocks do not divide the rows of {len(names)} tensors, {kind}: "
+      f"{names[0]} ..."
+    )
+  return {
+    "bits_per_weight": written.bits_per_weight,
+    "fallbacks": {kind: len(names) for kind, names in kinds.items()},
   }
 
 

@@ -53,13 +53,14 @@ class Pretrained:
   Attributes:
     name: whatever `--model=` takes, see `research.interop.load`.
     dtype: of computation and of the base weights.
-    packed: whether quantized weights stay as the file has them.
+    packed: whether quantized weights stay as the file has them; None: those
+      of Hugging Face directories.
     remat: what the backward pass computes again.
   """
 
   name: str
   dtype: str = "float32"
-  packed: bool = False
+  packed: bool | None = None
   remat: Remat = "names"
 
   def load(self, shardings: Shardings | None = None) -> Loaded:

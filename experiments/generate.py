@@ -107,8 +107,9 @@ _DTYPE = flags.DEFINE_string(
 )
 _PACKED = flags.DEFINE_bool(
   "packed",
-  False,
-  "Keep a .gguf file's quantized weights as they are.",
+  None,
+  "Keep quantized weights as they are, or decode them (--nopacked). By default "
+  "those of Hugging Face directories are kept, other ones decoded.",
   flag_values=FLAGS,
 )
 _KV = flags.DEFINE_string(

@@ -147,6 +147,7 @@ def stack(
   outside: Params,
   layers: Sequence[Params],
   kinds: Sequence[Hashable] | None = None,
+  join: Callable[..., Any] = _stack,
 ) -> dict[str, Any]:
   """Returns the parameter tree of a model: `outside` and the layers as runs.
 
@@ -156,6 +157,7 @@ def stack(
       follow each other share a run.
     kinds: what else tells layers apart (`Transformer.layer_kinds()`), one
       hashable a layer.
+    join: puts arrays of layers behind a leading axis.
   """
   kinds = list(kinds) if kinds is not None else [None] * len(layers)
   if len(kinds) != len(layers):
@@ -165,7 +167,7 @@ def stack(
   for i, (repeats, p) in enumerate(plan(signed)):
     params[f"run{i}"] = {
       f"layer{j}": jax.tree.map(
-        _stack, *layers[start + j : start + repeats * p : p]
+        join, *layers[start + j : start + repeats * p : p]
       )
       for j in range(p)
     }

@@ -15,13 +15,16 @@ from research.interop import (
   changes,
   gguf,
   gguf_export,
+  gguf_recipe,
   gguf_vocab,
   hf_export,
+  hf_quant_export,
   ours,
   safetensors,
   sources,
 )
 from research.interop import parts as part
+from research.quant.checkpoints import writers
 from research.typing import UserError
 
 
@@ -111,26 +114,22 @@ def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
 def to_gguf(
   source: sources.Source,
   to: pathlib.Path,
-  kind: str | None = None,
+  recipe: gguf_recipe.Recipe | None = None,
   least: float | None = None,
-) -> tuple[changes.Log, str]:
+) -> tuple[changes.Log, str, gguf_export.Written]:
   """Writes a GGUF file; adapters are merged.
 
   Args:
     source: any.
     to: a new file.
-    kind: ggml's type of the matrices; None keeps each one's.
+    recipe: what the matrices are stored in; None keeps each one's type.
     least: share of the adapters' updates that has to be left; None for any.
 
   Returns:
-    What changed, and why the tokenizer stayed behind ("" if it did not).
+    What changed, why the tokenizer stayed behind ("" if it did not), and what
+    the file takes.
   """
   free(to)
-  if kind is not None and kind not in gguf_export.FILE_TYPES:
-    raise UserError(
-      f"--format=gguf:{kind}: expected one of "
-      f"{', '.join(gguf_export.FILE_TYPES)}"
-    )
   log, keys, reason = changes.Log(), {}, ""
   kept = source.metadata
   if kept is not None and not _still(source):
@@ -140,11 +139,11 @@ def to_gguf(
       source.tokenizer, source.model.vocab_size
     )
   to.absolute().parent.mkdir(parents=True, exist_ok=True)
-  gguf_export.write_model(
+  written = gguf_export.write_model(
     to,
     source.model,
     source.parts,
-    kind,
+    recipe or gguf_recipe.Recipe(),
     log,
     given=kept,
     hint=source.hint,
@@ -157,7 +156,38 @@ def to_gguf(
     except UserError:
       to.unlink()
       raise
-  return log, reason
+  return log, reason, written
+
+
+def to_quantized(
+  source: sources.Source,
+  to: pathlib.Path,
+  writer: writers.Writer,
+  requantize: bool = False,
+  dtype: str | None = None,
+  shard_size: int = safetensors.SHARD_SIZE,
+) -> changes.Log:
+  """Writes a Hugging Face directory in another tool's quantized form.
+
+  Args:
+    source: any; adapters are merged.
+    to: a new directory.
+    writer: of the tool.
+    requantize: whether matrices that do not fit it are quantized again.
+    dtype: of what is not packed; None for each tensor's own.
+    shard_size: bytes a file.
+
+  Raises:
+    UserError: something does not fit, so nothing is written.
+  """
+  free(to)
+  log = changes.Log()
+  with _whole(to) as draft:
+    hf_quant_export.write_model(
+      draft, source, writer, requantize, dtype, shard_size, log
+    )
+    _write_tokenizer(draft, source)
+  return log
 
 
 def _still(source: sources.Source) -> bool:

@@ -20,6 +20,7 @@ from research import tree
 from research.interop import (
   hf_config,
   hf_experts,
+  hf_quant,
   names,
   parts,
   safetensors,
@@ -175,6 +176,7 @@ def read_params(
   dtype: str | None = "float32",
   where: Any = "model",
   shardings: unread.Shardings | None = None,
+  packed: bool = False,
 ) -> dict[str, Any]:
   """Returns `model`'s parameters out of Hugging Face tensors.
 
@@ -188,11 +190,13 @@ def read_params(
       the stored one, or float32 where layers differ or have float64.
     where: the file or directory, for messages.
     shardings: where the arrays go, see `unread.place`.
+    packed: whether packed matrices stay as they are, or are decoded.
 
   Raises:
     UserError: the tensors are not exactly the model's.
   """
-  return unread.place(unread_params(model, tensors, dtype, where), shardings)
+  described = unread_params(model, tensors, dtype, where, packed)
+  return unread.place(described, shardings)
 
 
 def unread_params(
@@ -200,10 +204,13 @@ def unread_params(
   tensors: Mapping[str, safetensors.Lazy],
   dtype: str | None = "float32",
   where: Any = "model",
+  packed: bool = False,
 ) -> dict[str, Any]:
   """Returns `model`'s parameter tree as `read_params` does, unread."""
   rows, places = table(model), slots(model)
   _check(where, model, tensors, _wanted(rows, places))
+  if packed and any(hasattr(t, "leaf") for t in tensors.values()):
+    return _packed_params(model, rows, places, tensors, dtype)
   filled = {}
   for slot in places:
     kind = jnp.dtype(dtype or _stored(rows, slot, tensors))
@@ -213,6 +220,46 @@ def unread_params(
     ]
     filled[slot.path] = unread.stacked(fills, slot.lead, slot.one, kind)
   return unread.nested(filled)
+
+
+def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
+  """Returns the tree whose runs are of layers that are kept alike."""
+
+  def leaf(slot: Slot, address: names.Address) -> Any:
+    name, transposed = rows.theirs(address)
+    tensor = tensors[name]
+    if hasattr(tensor, "leaf"):
+      if not transposed:
+        raise UserError(
+          f"{tensor.file}: {name} is packed, which is supported of linear "
+          "layers; load the model without packed"
+        )
+      return tensor.leaf
+    kind = jnp.dtype(dtype or str(tensor.dtype))
+    fill = _filler(_reader(tensor, transposed))
+    return unread.stacked([fill], (), slot.one, kind)
+
+  kinds = model.layer_kinds()
+  outside: dict[str, Any] = {}
+  layers: list[dict[str, Any]] = [{} for _ in kinds]
+  for slot in places:
+    of: dict[int | None, list[Any]] = {}
+    for address in slot.addresses:
+      of.setdefault(address.layer, []).append(leaf(slot, address))
+    first = slot.addresses[0]
+    for layer, leaves in of.items():
+      into = outside if layer is None else layers[layer]
+      into[first.path] = (
+        leaves[0]
+        if first.expert is None
+        else hf_quant.joined(leaves, slot.path)
+      )
+  return tree.stack(
+    unread.nested(outside),
+    [unread.nested(x) for x in layers],
+    kinds,
+    hf_quant.stack,
+  )
 
 
 def _wanted(rows: names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
@@ -263,8 +310,10 @@ def read_parts(
   for slot in places:
     for address in slot.addresses:
       name, transposed = rows.theirs(address)
-      kind = str(tensors[name].dtype)
-      reader = _reader(tensors[name], transposed)
+      tensor = tensors[name]
+      kind, reader = str(tensor.dtype), _reader(tensor, transposed)
+      if hasattr(tensor, "leaf") and transposed:
+        kind, reader = parts.kind_of(tensor.leaf), tensor.weight
       out[address] = parts.Part(slot.one, kind, reader)
   return out
 
@@ -283,19 +332,26 @@ def open_model(
   """
   directory = pathlib.Path(directory)
   file = directory / "config.json"
-  config = safetensors.read_json(file)
+  config, said = hf_quant.config_of(safetensors.read_json(file), directory)
   family, sizes = hf_config.sizes_from_config(config, str(file))
   model = presets.transformer(family, sizes, dtype)
-  tensors = safetensors.open_directory(directory)
+  tensors: dict[str, Any] = safetensors.open_directory(directory)
+  if said is not None:
+    tensors, said = hf_quant.opened(said, tensors, directory)
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
   tensors = hf_experts.apart(model, table(model), tensors)
-  source = dict(
+  if said is not None:
+    known = _wanted(table(model), slots(model))
+    tensors = hf_quant.without_zero_biases(tensors, known)
+  source: dict[str, Any] = dict(
     format="hf",
     path=str(directory),
     model_type=hf_config.text_fields(config, str(file)).values["model_type"],
     config=config,
   )
+  if said is not None:
+    source["quantization"] = dict(said)
   return model, tensors, source
 
 
@@ -303,6 +359,7 @@ def model_from_directory(
   directory: str | pathlib.Path,
   dtype: str = "float32",
   shardings: unread.Shardings | None = None,
+  packed: bool = True,
 ) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
   """Returns (model, params, source) of a Hugging Face directory.
 
@@ -310,10 +367,11 @@ def model_from_directory(
     directory: has config.json and safetensors files.
     dtype: of the parameters and of the computation.
     shardings: where the parameters go, see `unread.place`.
+    packed: whether matrices that a tool has quantized stay packed.
 
   Raises:
     UserError: anything in it is missing, damaged or not supported.
   """
   model, tensors, source = open_model(directory, dtype)
-  params = read_params(model, tensors, dtype, directory, shardings)
+  params = read_params(model, tensors, dtype, directory, shardings, packed)
   return model, params, source

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from research.interop import hf, safetensors, unread
+from research.interop import hf, hf_quant, safetensors, unread
 from research.nn.transformer import Transformer
 from research.training import memory
 from research.typing import Params, UserError
@@ -54,7 +54,7 @@ class Loaded:
 def load_model(
   name: str | os.PathLike,
   dtype: str = "float32",
-  packed: bool = False,
+  packed: bool | None = None,
   shardings: unread.Shardings | None = None,
 ) -> Loaded:
   """Returns the model that `name` stands for.
@@ -63,7 +63,9 @@ def load_model(
     name: a directory (Hugging Face, PEFT adapter, or a run's), a .gguf file,
       one of `PACKAGES`, or `org/name` on the Hub.
     dtype: of parameters and computation.
-    packed: keep quantized weights as they are in the file (GGUF).
+    packed: keep quantized weights as they are in the file. None: those of
+      Hugging Face directories; weights of .gguf files and of our checkpoints
+      are decoded.
     shardings: from the tree of the parameters' shapes to one of
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
       it. None puts whole arrays on the default device.
@@ -80,7 +82,7 @@ def load_model(
     return _directory(path, dtype, packed, shardings)
   from research.interop.gguf_model import load_gguf
 
-  return load_gguf(path, dtype, packed, shardings)
+  return load_gguf(path, dtype, bool(packed), shardings)
 
 
 def locate(name: str | os.PathLike) -> pathlib.Path:
@@ -144,18 +146,21 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
 
 def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   if (path / NOTE).is_file():
-    return _ours(path, dtype, packed, shardings)
+    return _ours(path, dtype, bool(packed), shardings)
   adapter = adapter_directory(path)
   if adapter is not None:
     return _adapted(adapter, dtype, packed, shardings)
-  if packed:
+  if packed and not hf_quant.is_quantized(path):
     raise UserError(
-      f"{path}: packed weights come from .gguf files; these tensors are not "
-      "quantized, so load them without packed"
+      f"{path}: packed weights come from .gguf files and from directories "
+      "that a tool has quantized; these tensors are not, so load them without "
+      "packed"
     )
   words = tokenizer(path)
   memory.trim()  # reading it took more than it keeps
-  model, params, source = hf.model_from_directory(path, dtype, shardings)
+  model, params, source = hf.model_from_directory(
+    path, dtype, shardings, packed is not False
+  )
   return Loaded(model, params, words, source)
 
 

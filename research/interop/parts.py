@@ -46,7 +46,9 @@ def kind_of(weight: Any) -> str:
   """Returns how a weight is stored; an adapted one like its base."""
   if hasattr(weight, "w"):
     return kind_of(weight.w)
-  return str(getattr(weight, "kind", None) or weight.dtype)
+  if weights.is_weight(weight) and hasattr(weight, "format"):
+    return weight.format.name
+  return str(weight.dtype)
 
 
 def _leaves(part: Any) -> list[tuple[str, Any]]:

@@ -88,7 +88,7 @@ def _hf(path: pathlib.Path) -> Source:
   return Source(
     model=model,
     parts=hf.read_parts(model, tensors, path),
-    params=lambda: hf.read_params(model, tensors, None, path),
+    params=lambda: hf.read_params(model, tensors, None, path, packed=True),
     origin={k: v for k, v in origin.items() if k != "config"},
     tokenizer=load.tokenizer(path),
     files=path,

@@ -66,7 +66,7 @@ def stacked(
     chosen, inner = order[index[: len(lead)]], index[len(lead) :]
     out = _scratch((*chosen.shape, *sizes(inner)), dtype)
     for at in np.ndindex(*chosen.shape):
-      fills[chosen[at]](inner, out[at] if at else out)
+      fills[chosen[at]](inner, out[*at, ...])
     return out
 
   return Unread((*lead, *one), dtype, read)

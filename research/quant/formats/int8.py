@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from research.quant.format import Format, Parts, Plain
 from research.typing import Array, Float
@@ -37,7 +38,9 @@ class Int8(Format):
     return {"codes": "xo", "top": "o"}
 
   def encode(
-    self, w: Float[Array, "I O"], importance: Float[Array, " I"] | None = None
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
   ) -> dict[str, Any]:
     del importance
     w = jnp.asarray(w).astype(jnp.float32)
