@@ -5,6 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+HOPPER = ("H100", "H200", "H800", "GH200", "H20")
+"""Device kinds that have `wgmma`."""
+
 
 def accumulator(dtype: Any) -> Any:
   """What sums are held in: float32, or float64 for float64 inputs."""

@@ -29,9 +29,7 @@ from kernels_pallas.flash_attention.mosaic_gpu_tile import LOG2E
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
 from kernels_pallas.flash_attention.mosaic_tpu_problem import pad
 from kernels_pallas.flash_attention.spec import Operands, Spec
-
-HOPPER = ("H100", "H200", "H800", "GH200", "H20")
-"""Device kinds that have `wgmma`."""
+from kernels_pallas.lowering import HOPPER
 
 AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
           "L4", "Ada")  # fmt: skip

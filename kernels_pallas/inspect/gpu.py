@@ -108,26 +108,60 @@ def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
       f"direction: found backward, expected forward for {job.target}, whose "
       "gradients are xla_blockwise's"
     )
+  kernels = compiled(
+    [
+      "kernels_pallas.inspect.gpu",
+      "--job",
+      json.dumps(dataclasses.asdict(job)),
+    ],
+    None if keep is None else keep / job.maker,
+  )
+  if job.direction == "backward":
+    kernels = [k for k in kernels if "forward" not in k.name]
+  return kernels
+
+
+def compiled(
+  module: list[str], keep: pathlib.Path | None = None
+) -> list[ptx.Kernel]:
+  """The kernels that a Python module compiles, run in a process of its own.
+
+  Args:
+    module: Its name and arguments.
+    keep: Folder for the dumps; default is one that is removed.
+
+  Raises:
+    ValueError: The compiler refuses, in its words.
+  """
   with tempfile.TemporaryDirectory() as scratch:
-    folder = pathlib.Path(scratch) if keep is None else keep / job.maker
+    folder = pathlib.Path(scratch) if keep is None else keep
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
-      [sys.executable, "-m", "kernels_pallas.inspect.gpu", "--job",
-       json.dumps(dataclasses.asdict(job))],
+      [sys.executable, "-m", *module],
       env=_environment(folder),
       capture_output=True,
       text=True,
       timeout=TIMEOUT,
       check=False,
-    )  # fmt: skip
+    )
     if done.returncode:
       lines = [line for line in done.stderr.splitlines() if line.strip()]
       said = [line for line in lines if "Error" in line] or lines
       raise ValueError(" ".join(said[-1:])[-300:])
-    kernels = ptx.read(folder)
-  if job.direction == "backward":
-    kernels = [k for k in kernels if "forward" not in k.name]
-  return kernels
+    return ptx.read(folder)
+
+
+def devices(target: str) -> list:
+  """The devices of one of `TARGETS`, to compile for.
+
+  Mosaic asks the default device which instructions there are.
+  """
+  from jax.experimental import topologies
+
+  text = pathlib.Path(__file__).with_name(f"{target}.textproto").read_text()
+  return topologies.get_topology_desc(
+    target, platform="cuda", target_config=text, topology="1x1x1"
+  ).devices
 
 
 def missing() -> str | None:
@@ -171,14 +205,10 @@ def _environment(folder: pathlib.Path) -> dict[str, str]:
 
 def _compile(job: Job) -> None:
   import jax
-  from jax.experimental import topologies
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-  text = pathlib.Path(__file__).with_name(f"{job.target}.textproto").read_text()
-  devices = topologies.get_topology_desc(
-    job.target, platform="cuda", target_config=text, topology="1x1x1"
-  ).devices
-  sharding = NamedSharding(Mesh(devices[:1], ("x",)), PartitionSpec())
+  device = devices(job.target)[0]
+  sharding = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
 
   def array(heads):
     shape = (1, job.length, heads, job.head_dim)
@@ -190,8 +220,7 @@ def _compile(job: Job) -> None:
     return jax.vjp(function, q, k, v)[1](q)
 
   run = function if job.direction == "forward" else backward
-  # Mosaic asks the default device which instructions there are.
-  with jax.default_device(devices[0]):
+  with jax.default_device(device):
     jax.jit(run).lower(array(4), array(2), array(2)).compile()
 
 

@@ -14,7 +14,7 @@ from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from kernels_pallas.quantized_matmul.reference import reference_matmul
 from kernels_pallas.quantized_matmul.xla import xla_input_gradient, xla_matmul
 
-BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu")
+BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu", "mosaic_gpu")
 
 MANY = 512
 """Rows from which decoding the matrix once, for XLA's own matmul, is faster
@@ -34,11 +34,12 @@ def quantized_matmul(
   again. W has no gradient.
 
   Args:
-    x: Activations, float32 or bfloat16 (reference: any).
+    x: Activations, float32 or bfloat16 (reference: any; mosaic_gpu: bfloat16
+      or float16).
     w: From `panels.pack` or `planar.pack`, without leading axes.
     backend: 'auto' takes, for CPU programs of few rows and panels, the C++
-      kernel where it compiles, for TPU programs and planes the TPU kernels,
-      else XLA; 'cpu' and 'mosaic_tpu' insist on their kernels.
+      kernel where it compiles, for programs for a TPU or a Hopper GPU and
+      planes their kernels, else XLA; the others insist on their kernels.
     activations: None; or int8, to which rows are rounded before a product with
       8-bit planes (`mosaic_tpu.product`).
 
@@ -61,7 +62,7 @@ def quantized_matmul(
       f"backend 'cpu': needs a C++ compiler and float32 or bfloat16; found "
       f"{x.dtype}"
     )
-  kernels = {"cpu": Panels, "mosaic_tpu": Planar}
+  kernels = {"cpu": Panels, "mosaic_tpu": Planar, "mosaic_gpu": Planar}
   if activations is not None and not isinstance(w, Planar):
     raise ValueError("activations: found some for panels, which round none")
   if not isinstance(w, kernels.get(backend, object)):

@@ -59,11 +59,8 @@ def product(
   Raises:
     ValueError: A dtype that no TPU takes, or int8 with 4-bit codes.
   """
-  if not supports(x.dtype):
-    raise ValueError(
-      f"mosaic_tpu: found {x.dtype}, expected bfloat16 or float32, which are "
-      "what TPUs compute in"
-    )
+  if reason := unsupported(x.dtype, w):
+    raise ValueError(f"mosaic_tpu: {reason}")
   check_activations(activations, w)
   if activations is not None:
     codes, unit = quantize_rows(x)
@@ -97,9 +94,16 @@ def input_gradient(
   return many(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
 
 
-def supports(dtype: Any) -> bool:
-  """Whether the kernels take activations of this type."""
-  return dtype in (jnp.bfloat16, jnp.float32)
+def unsupported(dtype: Any, w: Planar) -> str | None:
+  """Why the kernels cannot multiply such rows with `w`, or None."""
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return (
+      f"found {dtype}, expected bfloat16 or float32, which are what TPUs "
+      "compute in"
+    )
+  if w.bits == 8 and w.words:
+    return "codes: found 8 bits in words, expected int8, as planar.pack leaves"
+  return None
 
 
 def check_activations(activations: Any, w: Planar) -> None:

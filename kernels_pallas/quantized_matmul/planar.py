@@ -31,6 +31,7 @@ BLOCK = 128
 """Inputs of a block: four planes of 32."""
 
 PLANES = 4
+PLANE = BLOCK // PLANES
 WORDS = BLOCK // 8
 """Words of a block of 4-bit codes."""
 
@@ -50,8 +51,9 @@ class Planar:
   128 and of the group.
 
   Attributes:
-    codes: uint32 `[..., I' / 8, O']` (4 bits) or int8 `[..., I', O']`; `I'` and
-      `O'` are padded with zeros to whole blocks, groups and lanes.
+    codes: uint32 `[..., I' / 8, O']` (4 bits) or int8 `[..., I', O']`; 8 bits
+      `in_words` are uint32 `[..., I' / 4, O']`. `I'` and `O'` are padded with
+      zeros to whole blocks, groups and lanes.
     scale: `[..., I' / group, O']`.
     offset: the same shape, or None.
     inputs, outputs: `I`, `O`.
@@ -78,8 +80,13 @@ class Planar:
   @property
   def padded(self) -> tuple[int, int]:
     """Returns inputs and outputs with their padding."""
-    rows = 8 if self.bits == 4 else 1
+    rows = 32 // self.bits if self.words else 1
     return self.codes.shape[-2] * rows, self.codes.shape[-1]
+
+  @property
+  def words(self) -> bool:
+    """Returns whether codes are in words: all of 4 bits, some of 8."""
+    return self.codes.dtype == jnp.uint32
 
 
 def pack(
@@ -175,30 +182,46 @@ def _padded(x: Array, rows: int) -> Array:
   return jnp.pad(x, (*pad, (0, rows - found), (0, -outputs % LANES)))
 
 
-def _shifts() -> Array:
-  """Returns where word s has the code of plane j and half h, `[4, 1, 2, 1]`."""
-  planes = 4 * jnp.arange(PLANES, dtype=jnp.uint32)[:, None, None, None]
-  return planes + 16 * jnp.arange(2, dtype=jnp.uint32)[:, None]
+def in_words(w: Planar) -> Planar:
+  """Returns 8-bit codes as GPUs decode them, in words like 4-bit ones.
+
+  A word holds two neighbouring inputs of two planes of 32, each as 128 + code;
+  a block is then 64 inputs. 4-bit codes are in words already.
+  """
+  if w.words:
+    return w
+  codes = jax.lax.bitcast_convert_type(w.codes, jnp.uint8) ^ jnp.uint8(128)
+  return dataclasses.replace(w, codes=_words(codes, 8))
 
 
-def _words(codes: Array) -> Array:
-  """Returns words `[..., I' / 8, O']` of codes `[..., I', O']`."""
+def _shifts(bits: int) -> Array:
+  """Returns where word s has the code of plane j and half h, `[J, 1, 2, 1]`."""
+  planes = bits * jnp.arange(16 // bits, dtype=jnp.uint32)
+  halves = 16 * jnp.arange(2, dtype=jnp.uint32)
+  return planes[:, None, None, None] + halves[:, None]
+
+
+def _words(codes: Array, bits: int = 4) -> Array:
+  """Returns words `[..., I' / J / 2, O']` of codes `[..., I', O']`."""
   *lead, rows, lanes = codes.shape
-  apart = codes.reshape(*lead, rows // BLOCK, PLANES, WORDS, 2, lanes)
-  words = (apart.astype(jnp.uint32) << _shifts()).sum(
+  apart = codes.reshape(*lead, -1, 16 // bits, WORDS, 2, lanes)
+  words = (apart.astype(jnp.uint32) << _shifts(bits)).sum(
     (-4, -2), dtype=jnp.uint32
   )
-  return words.reshape(*lead, rows // 8, lanes)
+  return words.reshape(*lead, rows * bits // 32, lanes)
 
 
 def _codes(w: Planar) -> Array:
   """Returns codes `[..., I', O']`."""
-  if w.bits == 8:
+  if not w.words:
     return w.codes
   *lead, rows, lanes = w.codes.shape
   words = w.codes.reshape(*lead, rows // WORDS, 1, WORDS, 1, lanes)
-  codes = (words >> _shifts()) & 15
-  return codes.reshape(*lead, rows * 8, lanes).astype(jnp.uint8)
+  codes = (words >> _shifts(w.bits)) & jnp.uint32(2**w.bits - 1)
+  codes = codes.reshape(*lead, w.padded[0], lanes).astype(jnp.uint8)
+  if w.bits == 4:
+    return codes
+  return jax.lax.bitcast_convert_type(codes ^ jnp.uint8(128), jnp.int8)
 
 
 def unpack(

@@ -1,4 +1,4 @@
-"""Products with `Planar` weights: TPU kernels, or XLA where there is no TPU."""
+"""Products with `Planar` weights: kernels for TPU and Hopper GPU, else XLA."""
 
 import functools
 from typing import Any
@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.quantized_matmul import mosaic_tpu, planar
+from kernels_pallas.quantized_matmul import mosaic_gpu, mosaic_tpu, planar
+from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
 from kernels_pallas.quantized_matmul.mosaic_tpu import Config
 from kernels_pallas.quantized_matmul.planar import Planar
 
-BACKENDS = ("auto", "xla", "mosaic_tpu")
+BACKENDS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -20,7 +21,7 @@ def planar_matmul(
   w: Planar,
   backend: str = "auto",
   activations: Any = None,
-  config: Config = Config(),
+  config: Config | Tile | None = None,
   interpret: Any = False,
 ) -> Float[Array, "B O"]:
   """Returns `x W` in the dtype of x, summed in float32.
@@ -29,36 +30,49 @@ def planar_matmul(
   again. Its gradient is that of rows as they were before `activations`.
 
   Args:
-    x: float32 or bfloat16.
+    x: float32 or bfloat16; for Hopper bfloat16 or float16.
     w: Without leading axes.
-    backend: 'mosaic_tpu'; 'xla', which decodes the matrix as a whole; 'auto'
-      is the kernels in programs for a TPU, else XLA.
+    backend: 'mosaic_tpu', 'mosaic_gpu'; 'xla', which decodes the matrix as a
+      whole; 'auto' is the kernels in programs for a TPU or a Hopper GPU, else
+      XLA.
     activations: None, or int8 with 8-bit codes; see `mosaic_tpu.product`.
-    config: Tiles of the kernels.
+    config: Tiles of the kernels: `Config` of TPUs, `Tile` of GPUs.
     interpret: False to compile the kernels, or as of `pl.pallas_call`.
 
   Raises:
     ValueError: Types that do not fit each other.
   """
   mosaic_tpu.check_activations(activations, w)
+  if backend == "mosaic_gpu" and activations is not None:
+    raise ValueError("activations: found some, mosaic_gpu rounds none")
 
-  def kernels(x, w):
-    return mosaic_tpu.product(x, w, activations, config, interpret)
+  def on_tpu(x, w):
+    return mosaic_tpu.product(x, w, activations, config or Config(), interpret)
+
+  def on_gpu(x, w):
+    return mosaic_gpu.product(x, w, config, interpret)
 
   def plain(x, w):
     return _plain(x, w, activations)
 
-  return _choose(backend, kernels, plain, x, w)
+  if activations is not None:
+    on_gpu = plain
+  return _choose(backend, on_tpu, on_gpu, plain, x, w)
 
 
-def _choose(backend, kernels, plain, x, w):
-  if backend == "mosaic_tpu":
-    return kernels(x, w)
-  if backend == "xla" or not mosaic_tpu.supports(x.dtype) or not len(x):
+def _choose(backend, on_tpu, on_gpu, plain, x, w):
+  if backend in ("mosaic_tpu", "mosaic_gpu"):
+    return (on_tpu if backend == "mosaic_tpu" else on_gpu)(x, w)
+  if backend == "xla" or not len(x):
     return plain(x, w)
   # The platform is that of the program, which may be compiled for another one
   # than this process runs on.
-  return jax.lax.platform_dependent(x, w, tpu=kernels, default=plain)
+  kernels = {}
+  if mosaic_tpu.unsupported(x.dtype, w) is None:
+    kernels["tpu"] = on_tpu
+  if mosaic_gpu.is_for() and mosaic_gpu.unsupported(x.dtype, w) is None:
+    kernels["cuda"] = on_gpu
+  return jax.lax.platform_dependent(x, w, **kernels, default=plain)
 
 
 def _plain(x, w, activations):
@@ -83,15 +97,18 @@ def _forward(x, w, backend, activations, config, interpret):
 def _backward(backend, activations, config, interpret, w, dy):
   del activations
 
-  def kernels(dy, w):
-    return mosaic_tpu.input_gradient(dy, w, config, interpret)
+  def on_tpu(dy, w):
+    return mosaic_tpu.input_gradient(dy, w, config or Config(), interpret)
+
+  def on_gpu(dy, w):
+    return mosaic_gpu.input_gradient(dy, w, config, interpret)
 
   def plain(dy, w):
     matrix = planar.dense(w, dy.dtype)
     dx = jnp.dot(dy, matrix.T, preferred_element_type=_sums(dy.dtype))
     return dx.astype(dy.dtype)
 
-  return _choose(backend, kernels, plain, dy, w), None
+  return _choose(backend, on_tpu, on_gpu, plain, dy, w), None
 
 
 planar_matmul.defvjp(_forward, _backward)

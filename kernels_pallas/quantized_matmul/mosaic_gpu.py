@@ -1,0 +1,116 @@
+"""Products with `Planar` weights on a Hopper GPU, the mosaic_gpu backend.
+
+W4A16, and W8A16 out of 8-bit codes in words (`planar.in_words`); activations
+are bfloat16 or float16, sums float32.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas.lowering import HOPPER, device
+from kernels_pallas.quantized_matmul.mosaic_gpu_kernel import Problem, multiply
+from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
+  DTYPES,
+  Tile,
+  fitted,
+)
+from kernels_pallas.quantized_matmul.planar import Planar
+
+
+def unsupported(dtype: Any, w: Planar) -> str | None:
+  """Why the kernels cannot multiply such rows with `w`, or None."""
+  if dtype not in DTYPES:
+    return f"x: found {dtype}, expected bfloat16 or float16"
+  if w.codes.dtype != jnp.uint32:
+    return "codes: found int8, expected words: see planar.in_words"
+  if w.codebook and _first(w) is None:
+    return (
+      f"codebook: found {w.codebook[:3]}..., expected consecutive integers; "
+      "the GPU kernels look nothing up"
+    )
+  return None
+
+
+def is_for() -> bool:
+  """Whether the program is for a device that the kernels run on."""
+  platform, kind = device()
+  gpu = platform in ("gpu", "cuda")
+  return gpu and any(name in kind for name in HOPPER)
+
+
+def product(
+  x: Float[Array, "B I"],
+  w: Planar,
+  tile: Tile | None = None,
+  interpret: Any = False,
+) -> Float[Array, "B O"]:
+  """Returns `x W` in the dtype of x, summed in float32, on a Hopper GPU.
+
+  Args:
+    x: bfloat16 or float16; weights are rounded to its type.
+    w: Without leading axes.
+    tile: Sizes; by default fitted.
+    interpret: False to compile, or a `plgpu.InterpretGPUParams`.
+
+  Raises:
+    ValueError: What the kernels do not compute.
+  """
+  return _run(x, w, 1, tile, interpret)[:, : w.outputs]
+
+
+def input_gradient(
+  dy: Float[Array, "B O"],
+  w: Planar,
+  tile: Tile | None = None,
+  interpret: Any = False,
+) -> Float[Array, "B I"]:
+  """Returns `dy W^T` in the dtype of dy, from the same bytes.
+
+  Args:
+    dy: bfloat16 or float16.
+    w: Without leading axes.
+    tile: Sizes; by default fitted.
+    interpret: False to compile, or a `plgpu.InterpretGPUParams`.
+
+  Raises:
+    ValueError: What the kernels do not compute.
+  """
+  return _run(dy, w, 0, tile, interpret)[:, : w.inputs]
+
+
+def _run(x, w, inputs, tile, interpret):
+  if reason := unsupported(x.dtype, w):
+    raise ValueError(f"mosaic_gpu: {reason}")
+  if interpret and (tile is None or tile.operand != "shared"):
+    raise ValueError(
+      "interpret: the GPU interpreter has no left operands in registers; pass "
+      "Tile(operand='shared')"
+    )
+  M, padded = len(x), w.padded
+  p = Problem(
+    inputs=inputs,
+    padded=padded,
+    bits=w.bits,
+    group=min(w.group, padded[0]),
+    first=_first(w),
+  )
+  t = tile or fitted(M, p.width // p.kept, p.steps, gradient=inputs == 0)
+  rows = -(-M // t.rows) * t.rows
+  x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
+  arrays = {"x": x, "codes": w.codes, "scale": w.scale, "offset": w.offset}
+  arrays = {name: x for name, x in arrays.items() if x is not None}
+  out = x.dtype if t.splits == 1 else jnp.float32
+  y = multiply(p, t, arrays, out, interpret)
+  y = y[0] if t.splits == 1 else y.sum(axis=0).astype(x.dtype)
+  return y[:M]
+
+
+def _first(w: Planar) -> float | None:
+  """What code 0 stands for, or None unless the next ones follow by ones."""
+  if w.bits == 8:
+    return -128.0
+  first = w.codebook[0]
+  follow = all(x == first + n for n, x in enumerate(w.codebook))
+  return first if follow and first == int(first) else None

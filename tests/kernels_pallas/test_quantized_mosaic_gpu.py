@@ -1,0 +1,244 @@
+"""The Hopper kernels of packed weights, interpreted on the CPU.
+
+The interpreter runs the variant whose weights pass through shared memory;
+barriers, copies, loops and arithmetic are those of the other one, too. Which
+register holds which weight is checked here by the layouts' own definition.
+"""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.quantized_matmul import mosaic_gpu, planar
+from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
+from kernels_pallas.quantized_matmul.api import quantized_matmul
+from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
+  SHARED_BYTES,
+  Tile,
+  fitted,
+)
+from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
+
+TILE = Tile(rows=8, groups=2, stages=2, operand="shared")
+I, O = 256, 128
+SYMMETRIC = tuple(float(n) for n in range(-8, 8))
+LOOKED_UP = tuple(float(n) / 15 for n in range(16))
+
+
+@pytest.fixture(name="interpreter")
+def _interpreter():
+  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+  yield plgpu.InterpretGPUParams(
+    detect_races=True, uninitialized_memory="nan"
+  )  # fmt: skip
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+@functools.cache
+def packed(bits, group, offset=False, dtype="float16", inputs=I, outputs=O):
+  """A matrix whose codes are symmetric, of weights near 1."""
+  rng = np.random.default_rng([bits, group])
+  low, high, kind = (0, 16, "uint8") if bits == 4 else (-128, 128, "int8")
+  codes = rng.integers(low, high, (inputs, outputs)).astype(kind)
+  shape = (-(-inputs // group), outputs)
+  scale = jnp.asarray(rng.uniform(0.5, 1, shape) / 2 ** (bits - 1), dtype)
+  shift = jnp.asarray(rng.normal(size=shape), dtype) if offset else None
+  w = planar.pack(codes, scale, shift, group=group, codebook=SYMMETRIC)
+  return planar.in_words(w)
+
+
+def draw(*shape, seed=0, dtype=jnp.float16):
+  rng = np.random.default_rng([seed, *shape])
+  return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def close(found, x, matrix):
+  """Weights and results are rounded to float16, sums are float32."""
+  x, found = (np.asarray(y, np.float64) for y in (x, found))
+  matrix = np.asarray(matrix, np.float64)
+  want, size = x @ matrix, np.abs(x) @ np.abs(matrix)
+  bound = 2.0**-11 * (size + np.abs(want)) + 2.0**-20 * size
+  assert np.all(np.abs(found - want) <= bound)
+
+
+CASES = {  # name: (bits, group, offset, scales), gradient, tile
+  "group_32_offset": ((4, 32, True), False, {}),
+  "one_group_float32": ((4, 256, False, "float32"), False, {"splits": 2}),
+  "group_16_8_bits": ((8, 16, True), False, {"groups": 1}),
+  "gradient_16_float32": ((4, 16, True, "float32"), True, {"groups": 1}),
+  "gradient_64": ((4, 64), True, {}),
+  "gradient_8_bits": ((8, 128), True, {"splits": 2}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_the_decoded_matrix(interpreter, name):
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+  what, gradient, changes = CASES[name]
+  w, tile = packed(*what), dataclasses.replace(TILE, **changes)
+  x = draw(11, O if gradient else I)
+  run = mosaic_gpu.input_gradient if gradient else mosaic_gpu.product
+  found = run(x, w, tile, interpreter)
+  assert not interpret_pallas_call.get_races().races_found
+  matrix = planar.dense(w)
+  close(found, x, matrix.T if gradient else matrix)
+
+
+def test_many_rows_leave_in_parts_and_matrices_are_padded(interpreter):
+  """The last tile of rows is not whole, nor are inputs and outputs."""
+  w = packed(4, 64, inputs=200, outputs=70)
+  tile = Tile(128, 1, 2, operand="shared")
+  found, vjp = jax.vjp(
+    lambda x: planar_matmul(x, w, "mosaic_gpu", None, tile, interpreter),
+    draw(130, 200),
+  )
+  close(found, draw(130, 200), planar.dense(w))
+  close(vjp(draw(130, 70))[0], draw(130, 70), planar.dense(w).T)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_arithmetic_in_16_bits_is_that_in_32_rounded(interpreter, offset):
+  """Bit by bit: the codes are exact, and one rounding is left."""
+  w, x = packed(4, 32, offset), draw(8, I)
+  wide = dataclasses.replace(
+    w,
+    scale=w.scale.astype(jnp.float32),
+    offset=None if not offset else w.offset.astype(jnp.float32),
+  )
+  chosen = [decode.narrow(4, -8.0, x.dtype, y.scale.dtype) for y in (w, wide)]
+  assert chosen == [True, False]
+  found = [mosaic_gpu.product(x, y, TILE, interpreter) for y in (w, wide)]
+  chex.assert_trees_all_equal(*found)
+
+
+def test_words_of_8_bits_are_the_same_matrix():
+  w = planar.pack(
+    np.arange(-128, 128, dtype=np.int8).reshape(2, 128).repeat(65, 0),
+    draw(1, 128, dtype=np.float32),
+  )
+  words = planar.in_words(w)
+  assert (words.codes.shape, words.padded) == ((64, 128), w.padded)
+  chex.assert_trees_all_equal(planar.unpack(words), planar.unpack(w))
+  assert planar.in_words(words) is words
+
+
+def elements(layout, shape):
+  """The flat index in each register, [thread, *registers, vector]."""
+  x = np.arange(np.prod(shape)).reshape(shape)
+  for tile in layout.tiling.tiles:
+    lead = x.ndim - len(tile)
+    cut = [(n // t, t) for n, t in zip(x.shape[lead:], tile, strict=True)]
+    x = x.reshape(*x.shape[:lead], *sum(cut, ()))
+    outer = [lead + 2 * n for n in range(len(tile))]
+    x = x.transpose(*range(lead), *outer, *(n + 1 for n in outer))
+
+  def threads(dims, count):
+    """Index along each partitioned dim, by thread."""
+    sizes = [d.times if hasattr(d, "times") else x.shape[d] for d in dims]
+    places = np.unravel_index(np.arange(count), sizes)
+    return {d: p for d, p in zip(dims, places, strict=True) if d in at}
+
+  at = [d for d in (*layout.warp_dims, *layout.lane_dims) if isinstance(d, int)]
+  warps, lanes = threads(layout.warp_dims, 4), threads(layout.lane_dims, 32)
+  found = []
+  for warp in range(4):
+    for lane in range(32):
+      pick = [slice(None)] * x.ndim
+      for dims, n in ((warps, warp), (lanes, lane)):
+        for d, place in dims.items():
+          pick[d] = slice(place[n], place[n] + 1)
+      found.append(x[tuple(pick)])
+  return np.stack(found).reshape(128, *layout.registers_shape(shape), -1)
+
+
+@pytest.mark.parametrize("inputs", [0, 1])
+def test_registers_hold_the_words_of_their_weights(inputs):
+  """Nothing travels: a thread's words are those of its part of an operand."""
+  weights = elements(plgpu.Layout.WGMMA.to_mgpu(), (64, 64))
+  words = elements(decode.words_layout(inputs).to_mgpu(), (16, 64))
+  for at in np.ndindex(weights.shape[1:-1]):
+    have = words[:, *decode.source(at, inputs)]
+    for n in range(2):  # of a register's two neighbours
+      place = np.divmod(weights[:, *at, n], 64)
+      i, o = place[inputs], place[1 - inputs]
+      word = have[:, 0 if inputs == 1 else n]
+      np.testing.assert_array_equal(word, i % 32 // 2 * 64 + o)
+      # Where in the word: which half, and which plane of the two.
+      thread = np.arange(128)
+      half = n if inputs == 1 else thread // 4 % 2
+      plane = at[1] // 4 if inputs == 1 else thread // 64
+      np.testing.assert_array_equal(i % 2, np.broadcast_to(half, 128))
+      np.testing.assert_array_equal(i // 32, np.broadcast_to(plane, 128))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 60, 100, 4096])
+@pytest.mark.parametrize("pieces", [3, 8, 64])
+def test_fitted_tiles_fit_shared_memory(rows, pieces, gradient):
+  tile = fitted(rows, pieces, 32, gradient)
+  assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
+  depth, scales = (64, 8) if gradient else (128, 8)
+  stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * scales) * 4
+  result = tile.groups * min(64, tile.rows) * 64 * 4
+  assert tile.stages * stage + result + 2048 <= SHARED_BYTES
+
+
+def test_programs_for_hopper_call_the_kernels():
+  device = jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+
+  def kernels(w, dtype):
+    x = jnp.zeros((9, I), dtype)
+    run = jax.grad(lambda x: quantized_matmul(x, w).astype(jnp.float32).sum())
+    with jax.sharding.use_abstract_mesh(mesh):
+      lowered = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",))
+    return "mosaic_gpu" in lowered.as_text()
+
+  w = packed(4, 64)
+  assert kernels(w, jnp.bfloat16)
+  assert not kernels(w, jnp.float32)
+  looked_up = dataclasses.replace(w, codebook=LOOKED_UP)
+  assert not kernels(looked_up, jnp.bfloat16)
+
+
+def test_what_the_kernels_do_not_compute_is_refused():
+  w, x = packed(4, 64), jnp.zeros((2, I), jnp.float16)
+  call = functools.partial(quantized_matmul, backend="mosaic_gpu")
+  with pytest.raises(ValueError, match="x: found float32, expected bfloat16"):
+    call(x.astype(jnp.float32), w)
+  with pytest.raises(ValueError, match="codebook.*look nothing up"):
+    call(x, dataclasses.replace(w, codebook=LOOKED_UP))
+  raw = planar.pack(np.zeros((I, O), np.int8), jnp.ones((1, O), jnp.float32))
+  with pytest.raises(ValueError, match="codes: found int8.*in_words"):
+    call(x, raw)
+  with pytest.raises(ValueError, match="activations.*rounds none"):
+    call(x, planar.in_words(raw), activations=jnp.int8)
+  with pytest.raises(ValueError, match="8 bits in words, expected int8"):
+    quantized_matmul(
+      x.astype(jnp.bfloat16), planar.in_words(raw), backend="mosaic_tpu"
+    )
+  with pytest.raises(ValueError, match="operand='shared'"):
+    mosaic_gpu.product(x, w, interpret=plgpu.InterpretGPUParams())
+
+
+@pytest.mark.parametrize(
+  ("bad", "match"),
+  [
+    ({"rows": 12}, "multiples of 8"),
+    ({"rows": 72}, "multiples of 8"),
+    ({"rows": 320}, "up to 256"),
+    ({"stages": 0}, "at least 1"),
+    ({"operand": "memory"}, "operand"),
+  ],
+)
+def test_bad_tiles_are_refused(bad, match):
+  with pytest.raises(ValueError, match=match):
+    Tile(**bad)
