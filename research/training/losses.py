@@ -38,11 +38,14 @@ class TokenLoss:
     z_loss: z, pulls the logits' log-normaliser to 0 (PaLM, section 5).
     smoothing: s, label smoothing (Szegedy et al. 2016, section 7).
     rows: logits rows (positions times batch) that a device holds at a time.
+    sparse: whether many targets have weight 0, so that it pays to put the
+      others together and to form no logits for the rest.
   """
 
   z_loss: float | int = 0.0
   smoothing: float | int = 0.0
   rows: int = 256
+  sparse: bool = False
 
 
 def linear_head(eq: str, softcap: float | None = None) -> Logits:
@@ -113,20 +116,46 @@ def chunked_cross_entropy(
     return logits(jax.tree.unflatten(structure, leaves), hidden)
 
   def sums(leaves, *arrays):
+    if loss.sparse:
+      arrays = _together(*arrays)
     return _chunked(of_leaves, loss, leaves, *arrays)
 
   return meshes.sum_over_tokens(sums, tuple(leaves), hidden, weight, targets)
 
 
+def _together(hidden, weight, targets):
+  """Returns the arrays as one row, targets that count first."""
+  flat = [x.reshape(1, -1, *x.shape[2:]) for x in (hidden, weight, targets)]
+  order = jnp.argsort(flat[1][0] == 0, stable=True)
+  return tuple(jnp.take(x, order, axis=1) for x in flat)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(logits, loss, head, hidden, weight, targets):
-  def body(sums, chunk):
+  def one(chunk):
     value, (_, correct) = _chunk_loss(logits, loss, head, *chunk)
+    return value, correct
+
+  def body(sums, chunk):
+    value, correct = _unless_empty(loss, one, chunk)
     return (sums[0] + value, sums[1] + correct), None
 
   zero = _zero(hidden)
   chunks = split_rows(loss.rows, hidden, weight, targets)
   return jax.lax.scan(body, (zero, zero), chunks)[0]
+
+
+def _unless_empty(loss, f, chunk):
+  """Returns `f(chunk)`, or zeros for a sparse chunk without any weight."""
+  if not loss.sparse:
+    return f(chunk)
+
+  def nothing(chunk):
+    return jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, chunk)
+    )
+
+  return jax.lax.cond(jnp.any(chunk[1] != 0), f, nothing, chunk)
 
 
 def _zero(hidden):
@@ -149,10 +178,15 @@ def _forward(logits, loss, head, hidden, weight, targets):
     full = tuple(next(some) if x.perturbed else x.value for x in head)
     return _chunk_loss(logits, loss, full, *chunk)
 
+  def one(chunk):
+    return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
+      learned, *chunk
+    )
+
   def body(carry, chunk):
-    (total, (losses, correct)), (d_head, d_hidden) = jax.value_and_grad(
-      value, argnums=(0, 1), has_aux=True
-    )(learned, *chunk)
+    (total, (losses, correct)), (d_head, d_hidden) = _unless_empty(
+      loss, one, chunk
+    )
     return jax.tree.map(jnp.add, carry, (total, correct, d_head)), (
       d_hidden,
       losses,

@@ -1,0 +1,179 @@
+"""The masked diffusion objective: LLaDA's, MDLM's and MD4's, as one value.
+
+A row's tokens are masked at a random time, and the cross-entropy of each masked
+token counts `-alpha'(t) / (1 - alpha(t))`, see `research.diffusion.schedule`: a
+bound on -log p(x) in expectation. Only masked places have logits. Rows are those
+of next-token prediction; their tokens are read as they stand.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research import weights
+from research.diffusion import process
+from research.diffusion.denoiser import own_rows
+from research.diffusion.process import Spread
+from research.diffusion.schedule import Linear, Schedule
+from research.nn.transformer import Transformer
+from research.training import losses
+from research.training.objective import Batch, Sums
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+
+Noise = Literal["all", "learned"]
+Count = Literal["elbo", "uniform"]
+Norm = Literal["token", "sequence"]
+
+_FIXED = 17
+"""Seed of the masks in evaluation, the same ones every time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedDiffusion:
+  """The bound of masked diffusion, estimated at one time a document.
+
+  LLaDA's pre-training is `schedule=Linear(high=1e-3)`, `noise="all"`,
+  `norm="token"`; its fine-tuning `noise="learned"`, `norm="sequence"`. MDLM's
+  and MD4's have `spread="even"` and their schedules.
+
+  Attributes:
+    model: the network; an experiment fills it in once it is loaded.
+    mask_id: the token that hides others.
+    schedule: how much is masked at a time.
+    noise: which tokens may be masked: all, or those that are learned (the
+      targets of next-token prediction), so that prompts stay clean.
+    spread: of the times of a batch, see `process.times`.
+    count: whether a masked token counts by the bound or 1.
+    norm: whether the mean is over tokens that may be masked, or over rows of
+      each row's mean.
+    shift: whether a token is predicted by the state before it, see
+      `denoiser.own_rows`.
+    complement: each row comes twice, the second time with the other tokens
+      masked, at time 1 - t; linear schedules only.
+    levels: number of steps of the discrete-time bound (MD4, equation 6), or
+      None for continuous time.
+    never_mask: whether the mask has no probability (MDLM's zero masking
+      probabilities), whatever the head says.
+    rows: rows of logits held at a time.
+  """
+
+  model: Transformer | None = None
+  mask_id: int = -1
+  schedule: Schedule = Linear(high=1e-3)
+  noise: Noise = "all"
+  spread: Spread = "independent"
+  count: Count = "elbo"
+  norm: Norm = "token"
+  shift: bool = False
+  complement: bool = False
+  levels: int | None = None
+  never_mask: bool = True
+  rows: int = 256
+
+  def __post_init__(self):
+    if self.complement and not isinstance(self.schedule, Linear):
+      raise UserError(
+        "MaskedDiffusion: complement needs a linear schedule, found "
+        f"{type(self.schedule).__name__}"
+      )
+    if self.levels is not None and self.levels < 1:
+      raise UserError(
+        f"MaskedDiffusion: levels is {self.levels}, expected at least 1"
+      )
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the sums of loss, of weights, and of right predictions."""
+    params = weights.bind(params, key=key)
+    drawn = jax.random.key(_FIXED) if key is None else key
+    tokens, maskable = batch["tokens"], self.maskable(batch)
+    masked, counts = self.draw(drawn, maskable, batch["segments"])
+    if self.complement:
+      batch = {k: jnp.concatenate([v, v]) for k, v in batch.items()}
+      tokens = batch["tokens"]
+    hidden, _ = self.model.apply(
+      {"params": params},
+      process.noisy(tokens, masked, self.mask_id),
+      batch["positions"],
+      Mask.full(segments=batch["segments"]),
+    )
+    hidden = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
+    share = 1.0
+    if self.norm == "sequence":
+      share = 1 / jnp.maximum(maskable.sum(-1, keepdims=True), 1)
+      share = jnp.concatenate([share, share]) if self.complement else share
+    weight = maskable.sum() if self.norm == "token" else maskable.any(-1).sum()
+    return self._sums(params, hidden, tokens, masked, counts * share, weight)
+
+  def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
+    """Returns which tokens may be masked."""
+    real = batch["segments"] >= 0
+    if self.noise == "all":
+      return real
+    # A token is learned where the place before it has it for a target.
+    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1] > 0
+    segments = batch["segments"]
+    same = segments == jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    return real & before & same
+
+  def draw(
+    self,
+    key: PRNGKey,
+    maskable: Bool[Array, "B T"],
+    segments: Int[Array, "B T"],
+  ) -> tuple[Bool[Array, "N T"], Float[Array, "N T"]]:
+    """Returns what is masked, and what each masked token counts.
+
+    Args:
+      key: of the batch; each row's noise comes from its index and this.
+      maskable: which tokens may be.
+      segments: documents of a row, which have times of their own.
+    """
+    rows, length = maskable.shape
+    first, second, third = jax.random.split(key, 3)
+    t = process.times(first, rows, self.spread)
+    keys = process.example_keys(second, jnp.arange(rows))
+    # Documents of a row are as far apart as chance has it; the first is at t.
+    apart = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(keys)
+    apart = apart.at[:, 0].set(0.0)
+    apart = jnp.take_along_axis(apart, jnp.maximum(segments, 0), axis=1)
+    t = 1 - (1 - t[:, None] + apart) % 1
+    if self.levels is not None:
+      t = jnp.ceil(t * self.levels) / self.levels
+    keys = process.example_keys(third, jnp.arange(rows))
+    masked = process.mask_each(keys, maskable, self.schedule.masked(t))
+    counts = self._counts(t)
+    if self.complement:
+      masked = jnp.concatenate([masked, maskable & ~masked])
+      # Half of each: together they see every token once.
+      counts = 0.5 * jnp.concatenate([counts, self._counts(1 - t)])
+    return masked, counts
+
+  def _counts(self, t: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    if self.count == "uniform":
+      return jnp.ones_like(t)
+    if self.levels is None:
+      return self.schedule.weight(t)
+    before = self.schedule.alpha(t - 1 / self.levels)
+    fall = before - self.schedule.alpha(t)
+    return self.levels * fall / self.schedule.masked(t)
+
+  def _sums(self, params, hidden, tokens, masked, counts, weight) -> Sums:
+    head = "embed" if self.model.tied else "head"
+    loss, _ = losses.chunked_cross_entropy(
+      self._logits,
+      {head: params[head]},
+      hidden,
+      tokens,
+      jnp.where(masked, counts, 0.0),
+      losses.TokenLoss(rows=self.rows, sparse=True),
+    )
+    return loss, weight.astype(jnp.float32), {"masked": masked.sum() * 1.0}
+
+  def _logits(self, head, hidden):
+    logits = self.model.apply({"params": head}, hidden, method="logits")
+    if not self.never_mask:
+      return logits
+    return logits.at[..., self.mask_id].set(-1e9)

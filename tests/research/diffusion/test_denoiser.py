@@ -1,0 +1,168 @@
+"""What a block's logits are with and without caches, on real networks."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.diffusion import denoiser, sampler
+from research.diffusion.denoiser import BlockCausal, Cached, Whole
+from research.diffusion.policies import Threshold
+from research.diffusion.sampler import Options
+from research.nn.sampling import Sampling
+from research.typing import UserError
+from tests import support
+
+V, T, K = 24, 16, 4
+MASK = V - 1
+
+
+@functools.cache
+def network(family="llama"):
+  model = support.model(
+    family, depth=2, width=32, hidden=32, head_dim=8, vocab=V
+  )
+  return model, support.params(model)
+
+
+def rows(pads=(0, 0)):
+  tokens = np.random.default_rng(0).integers(0, MASK, (2, T))
+  tokens[:, T // 2 :] = MASK
+  valid = np.arange(T) >= np.array(pads)[:, None]
+  return jnp.asarray(tokens, jnp.int32), jnp.asarray(valid)
+
+
+def close(got, want):
+  # Two layers in fp32.
+  chex.assert_trees_all_close(
+    got, want, atol=2e-5 * float(jnp.abs(want).max()), rtol=0
+  )
+
+
+def by_hand(tokens, valid, block, shift):
+  """Returns all logits, from one pass with a mask as an array."""
+  model, params = network()
+  hidden, _ = model.apply(
+    {"params": params},
+    tokens,
+    denoiser.positions(valid),
+    denoiser.visible(block, valid),
+  )
+  logits = model.apply({"params": params}, hidden, method="logits")
+  if shift:
+    logits = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
+  return logits
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("pads", [(0, 0), (3, 1)])
+def test_a_block_s_logits_are_its_rows_of_all(pads, shift):
+  model, params = network()
+  tokens, valid = rows(pads)
+  want = by_hand(tokens, valid, None, shift)
+  whole = Whole(model=model, shift=shift)
+  cached = Cached(model=model, shift=shift)
+  for d in (whole, cached):
+    f = jax.jit(
+      lambda params, at, d=d: d.first(params, tokens, valid, at, K)[0]
+    )
+    for at in (8, 12):
+      close(f(params, jnp.int32(at)), want[:, at : at + K])
+  close(whole.scores(params, tokens, valid), want)
+
+
+def test_padding_on_the_left_changes_nothing():
+  model, params = network()
+  tokens, _ = rows()
+  whole = Whole(model=model)
+  alone = whole.scores(params, tokens[:1, 5:], jnp.ones((1, T - 5), bool))
+  padded = jnp.arange(T)[None] >= 5
+  got = whole.scores(params, tokens[:1].at[:, :5].set(3), padded)
+  close(got[:, 5:], alone)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 1), (0, T), (T, T)])
+def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
+  model, params = network()
+  tokens, valid = rows((3, 0))
+  d = Cached(model=model, shift=shift, before=before, after=after)
+
+  @jax.jit
+  def both(at):
+    logits, carry = d.first(params, tokens, valid, at, K)
+    return logits, d.again(params, tokens, valid, at, K, carry)[0]
+
+  for at in (8, 12):
+    first, again = both(jnp.int32(at))
+    close(again, first)
+
+
+def test_caches_drift_once_tokens_change_unless_all_is_read_again():
+  model, params = network()
+  tokens, valid = rows()
+  changed = tokens.at[:, 9].set(5)
+  want = by_hand(changed, valid, None, False)[:, 8:12]
+
+  def error(before, after):
+    d = Cached(model=model, before=before, after=after)
+
+    @jax.jit
+    def run():
+      _, carry = d.first(params, tokens, valid, jnp.int32(8), K)
+      return d.again(params, changed, valid, jnp.int32(8), K, carry)[0]
+
+    return float(jnp.abs(run() - want).max())
+
+  scale = float(jnp.abs(want).max())
+  assert error(T, T) < 2e-5 * scale
+  assert error(0, 0) > 1e-3 * scale
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_block_causal_model_s_cache_is_exact_at_every_step(shift):
+  model, params = network()
+  tokens, valid = rows()
+  d = BlockCausal(model=model, block=K, shift=shift)
+  changed = tokens.at[:, 9].set(5).at[:, 11].set(2)
+
+  @jax.jit
+  def both(at):
+    first, carry = d.first(params, tokens, valid, at, K)
+    return first, d.again(params, changed, valid, at, K, carry)[0]
+
+  want = [by_hand(x, valid, K, shift)[:, 8:12] for x in (tokens, changed)]
+  for got, right in zip(both(jnp.int32(8)), want, strict=True):
+    close(got, right)
+  # The first block, which has no state before it.
+  close(both(jnp.int32(0))[0], by_hand(tokens, valid, K, shift)[:, :K])
+
+
+def test_blocks_are_those_of_the_model():
+  model, params = network()
+  tokens, valid = rows()
+  with pytest.raises(UserError, match="blocks of 8 tokens, but the model's"):
+    BlockCausal(model=model, block=K).first(
+      params, tokens, valid, jnp.int32(0), 8
+    )
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_a_block_causal_model_samples_the_same_with_its_cache(temperature):
+  model, params = network()
+  options = Options(
+    mask_id=MASK, length=12, block=K, policy=Threshold(threshold=0.2)
+  )
+  found = []
+  for d in (Whole(model=model, block=K), BlockCausal(model=model, block=K)):
+    state = sampler.start([[3, 1, 4, 1]] * 2, options, jax.random.key(1))
+    found.append(
+      sampler.sample(
+        d, params, state, options, Sampling(temperature=temperature)
+      )
+    )
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+  assert found[0].calls == found[1].calls

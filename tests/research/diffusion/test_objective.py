@@ -1,0 +1,208 @@
+"""The objective in expectation, and what it does with documents and prompts."""
+
+import dataclasses
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.masks import Mask
+from research.diffusion.objective import MaskedDiffusion
+from research.diffusion.schedule import Cosine, Linear, Power
+from research.training import losses
+from research.typing import UserError
+from tests import support
+
+V, T = 16, 6
+MASK = V - 1
+
+
+@functools.cache
+def network():
+  model = support.model(depth=1, width=16, hidden=16, head_dim=8, vocab=V)
+  return model, support.params(model)
+
+
+def rows(n, length=T):
+  tokens = np.random.default_rng(0).integers(0, MASK, (n, length))
+  ones = np.ones((n, length))
+  return {
+    "tokens": jnp.asarray(tokens, jnp.int32),
+    "targets": jnp.asarray(np.roll(tokens, -1, 1), jnp.int32),
+    "weights": jnp.asarray(ones, jnp.float32).at[:, -1].set(0),
+    "positions": jnp.broadcast_to(jnp.arange(length), (n, length)),
+    "segments": jnp.zeros((n, length), jnp.int32),
+  }
+
+
+def logp(tokens):
+  """Returns log p of every place, a full mask, none for the mask token."""
+  model, params = network()
+  mask = Mask.full()
+  hidden, _ = model.apply({"params": params}, tokens, None, mask)
+  logits = model.apply({"params": params}, hidden, method="logits")
+  return jax.nn.log_softmax(logits.at[..., MASK].set(-1e9))
+
+
+def exact(tokens):
+  """Returns the bound of one row, by all 2^T - 1 sets of masks."""
+  sets = np.array(
+    [[(n >> i) & 1 for i in range(T)] for n in range(1, 2**T)], bool
+  )
+  noisy = jnp.where(jnp.asarray(sets), MASK, tokens)
+  found = jnp.take_along_axis(
+    jax.jit(logp)(noisy), jnp.broadcast_to(tokens, noisy.shape)[..., None], -1
+  )[..., 0]
+  loss = -np.asarray(found, np.float64)
+  size = sets.sum(-1)
+  choices = np.array([math.comb(T, n) for n in size])
+  return ((loss * sets).sum(-1) / (size * choices)).sum()
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    dict(),
+    dict(spread="even"),
+    dict(schedule=Cosine(high=1e-3), spread="even"),
+    dict(schedule=Power(power=2.0, high=1e-3), spread="even"),
+    dict(complement=True),
+    dict(levels=50),
+  ],
+  ids=str,
+)
+def test_in_expectation_it_is_the_bound_of_any_schedule(change):
+  model, params = network()
+  n = 2048
+  row = rows(1)["tokens"][0]
+  batch = rows(n) | {"tokens": jnp.broadcast_to(row, (n, T))}
+  objective = MaskedDiffusion(model=model, mask_id=MASK, **change)
+  f = jax.jit(objective)
+  each = []
+  for i in range(4):
+    loss, weight, _ = f(params, batch, jax.random.key(i))
+    assert float(weight) == n * T
+    each.append(float(loss) / n)
+  # The variance of one sample is below 30 (times 1/t, at most 1000, are rare);
+  # 1e-3 of noise at t = 0 takes 1 / T of 1e-3 T of the bound.
+  atol = 4 * np.sqrt(30 / (4 * n))
+  assert abs(np.mean(each) - exact(row)) < atol
+
+
+def test_only_masked_places_count_and_the_gradient_is_the_dense_one():
+  model, params = network()
+  objective = MaskedDiffusion(model=model, mask_id=MASK, rows=4)
+  batch, key = rows(5), jax.random.key(0)
+  masked, counts = objective.draw(
+    key, objective.maskable(batch), batch["segments"]
+  )
+
+  def truth(params):
+    tokens = batch["tokens"]
+    noisy = jnp.where(masked, MASK, tokens)
+    hidden, _ = model.apply({"params": params}, noisy, None, Mask.full())
+    logits = model.apply({"params": params}, hidden, method="logits")
+    found = jax.nn.log_softmax(logits.at[..., MASK].set(-1e9))
+    found = jnp.take_along_axis(found, tokens[..., None], -1)[..., 0]
+    return -jnp.where(masked, counts * found, 0).sum()
+
+  def ours(params):
+    return objective(params, batch, key)[0]
+
+  got, want = (jax.jit(jax.value_and_grad(f))(params) for f in (ours, truth))
+  chex.assert_trees_all_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_a_sparse_loss_is_the_plain_one():
+  k = jax.random.split(jax.random.key(0), 3)
+  hidden = jax.random.normal(k[0], (3, 7, 8))
+  head = jax.random.normal(k[1], (8, V))
+  targets = jnp.arange(21).reshape(3, 7) % V
+  weight = jnp.where(jax.random.uniform(k[2], (3, 7)) < 0.3, 2.0, 0.0)
+  logits = losses.linear_head("btd,dv->btv")
+
+  def loss(head, hidden, sparse):
+    how = losses.TokenLoss(rows=4, sparse=sparse)
+    return losses.chunked_cross_entropy(
+      logits, head, hidden, targets, weight, how
+    )
+
+  f = jax.jit(
+    jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2
+  )
+  chex.assert_trees_all_close(
+    f(head, hidden, True), f(head, hidden, False), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_prompts_stay_clean_and_padding_is_nothing():
+  model, params = network()
+  batch = rows(64)
+  batch["weights"] = batch["weights"].at[:, :2].set(0)
+  batch["segments"] = batch["segments"].at[:, -1].set(-1)
+  objective = MaskedDiffusion(
+    model=model, mask_id=MASK, noise="learned", norm="sequence"
+  )
+  maskable = objective.maskable(batch)
+  # The targets of places 2, 3, 4 are tokens 3, 4, 5; the last is padding.
+  np.testing.assert_array_equal(maskable[0], [0, 0, 0, 1, 1, 0])
+  masked, _ = objective.draw(jax.random.key(0), maskable, batch["segments"])
+  assert masked.any() and not (masked & ~maskable).any()
+  f = jax.jit(objective)
+  loss, weight, _ = f(params, batch, jax.random.key(0))
+  assert float(weight) == 64
+  other = dict(batch)
+  other["tokens"] = batch["tokens"].at[:, -1].set(3)
+  chex.assert_trees_all_close(
+    f(params, other, jax.random.key(0))[0], loss, rtol=1e-6
+  )
+
+
+def test_documents_of_a_row_have_times_of_their_own_and_do_not_leak():
+  model, params = network()
+  batch = rows(400)
+  batch["segments"] = jnp.broadcast_to(jnp.array([0, 0, 0, 1, 1, 1]), (400, T))
+  batch["positions"] = jnp.broadcast_to(jnp.array([0, 1, 2, 0, 1, 2]), (400, T))
+  objective = MaskedDiffusion(model=model, mask_id=MASK)
+  masked, counts = objective.draw(
+    jax.random.key(0), objective.maskable(batch), batch["segments"]
+  )
+  t = 1 / np.asarray(counts)
+  assert (t[:, 0] == t[:, 2]).all() and (t[:, 3] == t[:, 5]).all()
+  # Of 400 pairs the correlation errs by 1 / sqrt(400).
+  assert abs(np.corrcoef(t[:, 0], t[:, 3])[0, 1]) < 0.2
+  f = jax.jit(objective)
+  half = {k: v[:, :3] for k, v in batch.items()}
+  g = jax.jit(dataclasses.replace(objective, noise="learned"))
+  learned = dict(batch)
+  learned["weights"] = batch["weights"].at[:, 3:].set(0)
+  one = g(params, learned, jax.random.key(1))[0]
+  learned["tokens"] = batch["tokens"].at[:, 3:].set(2)
+  chex.assert_trees_all_close(
+    g(params, learned, jax.random.key(1))[0], one, rtol=1e-6
+  )
+  assert f(params, half, jax.random.key(1))[1] == 1200
+
+
+def test_evaluation_draws_the_same_masks_every_time():
+  model, params = network()
+  f = jax.jit(MaskedDiffusion(model=model, mask_id=MASK))
+  chex.assert_trees_all_equal(
+    f(params, rows(4), None), f(params, rows(4), None)
+  )
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(complement=True, schedule=Cosine()), "needs a linear schedule"),
+    (dict(levels=0), "levels is 0"),
+  ],
+)
+def test_mistakes(change, message):
+  with pytest.raises(UserError, match=message):
+    MaskedDiffusion(mask_id=1, **{"schedule": Linear()} | change)
