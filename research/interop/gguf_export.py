@@ -7,6 +7,7 @@ Metadata is read back before anything is written: a file that would be another
 model is an error.
 """
 
+import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
@@ -22,24 +23,13 @@ from research.interop.gguf_model import (
   TOP,
   interleaved,
 )
+from research.interop.gguf_recipe import FILE_TYPES, Recipe
 from research.interop.parts import Part, Parts, ordered
 from research.nn import presets, rope
 from research.nn.attention import Attention
 from research.nn.transformer import Transformer
 from research.quant.formats import ggml
 from research.typing import UserError
-
-FILE_TYPES = {
-  "F32": 0,
-  "F16": 1,
-  "Q4_0": 2,
-  "Q4_1": 3,
-  "Q8_0": 7,
-  "Q5_0": 8,
-  "Q5_1": 9,
-  "BF16": 32,
-}
-"""Types to convert to -> `general.file_type`."""
 
 ARCHITECTURES = {
   "llama": "llama",
@@ -51,8 +41,6 @@ ARCHITECTURES = {
   "gemma3_text": "gemma3",
 }
 """model_type -> `general.architecture`."""
-
-_PLAIN = {name: kind for kind, name in DTYPES.items()} | {"float64": "F32"}
 
 
 def metadata(
@@ -156,10 +144,13 @@ def tensors(
   parts: Parts,
   given: Mapping[str, Any],
   extra: Mapping[str, Tensor],
-  kind: str | None,
+  recipe: Recipe,
   log: changes.Log,
-) -> dict[str, Tensor | Pending]:
-  """Returns every tensor of the file, unread; checks that it fits `given`.
+) -> tuple[dict[str, Tensor | Pending], dict[str, tuple[str, str]]]:
+  """Returns every tensor of the file, unread, and those stored otherwise.
+
+  Checks that the file would be this model. What is stored otherwise than
+  wanted has its name, and both types.
 
   Args:
     model: whose parameters `parts` are.
@@ -167,14 +158,15 @@ def tensors(
       are.
     given: the file's metadata.
     extra: tensors that are no parameters.
-    kind: ggml's type of the matrices, or None to keep each one's.
+    recipe: what the matrices are stored in.
     log: told what changed as the tensors are made.
 
   Raises:
     UserError: the metadata means another model, or a type does not fit.
   """
   out: dict[str, Tensor | Pending] = dict(extra)
-  stubs = dict(extra)
+  stubs, otherwise = dict(extra), {}
+  shape_of = recipe.shape(model)
   kinds = model.layer_kinds()
   a = kinds[0].attention
   arch = given["general.architecture"]
@@ -189,7 +181,12 @@ def tensors(
     name = layer + row.name
     flip = len(part.shape) == 2 and row.path != "embed"
     shape = part.shape[::-1] if flip else part.shape
-    which = _type(name, part, kind, shape)
+    want, which = recipe.types(name, address, part, shape[-1], shape_of)
+    if want != which:
+      otherwise[name] = (want, which)
+    importance = None
+    if len(shape) > 1 and which in ggml.TYPES:
+      importance = recipe.importance(name, shape[-1])
     order = None
     if row.heads is not None and turned:
       heads = getattr(a, row.heads)
@@ -200,11 +197,13 @@ def tensors(
       a.qk_norm is None and address.path in ("attention/q", "attention/q_bias")
     ):
       scale = fold
-    make = _maker(name, part, which, flip, order, offset, scale, log)
+    make = _maker(
+      name, part, which, flip, order, offset, scale, importance, log
+    )
     out[name] = Pending(which, shape, make)
     stubs[name] = Tensor(which, shape, np.zeros(0, np.uint8))
   _check(model, GGUF(dict(given), stubs), fold)
-  return out
+  return out, otherwise
 
 
 def folded(model: Transformer, arch: str) -> float:
@@ -218,26 +217,12 @@ def folded(model: Transformer, arch: str) -> float:
   return 1.0 if math.isclose(fold, 1.0, rel_tol=1e-12) else fold
 
 
-def _type(
-  name: str, part: Part, kind: str | None, shape: tuple[int, ...]
-) -> str:
-  own = _PLAIN.get(part.kind, part.kind)
-  if len(shape) == 1:
-    return "F32"
-  which = kind or own
-  if shape[-1] % gguf_types.require(which, f"GGUF: {name}").block:
-    raise UserError(
-      f"GGUF: {name} has rows of {shape[-1]} weights, which {which} cannot "
-      f"hold: expected a multiple of {gguf_types.TYPES[which].block}.\n"
-      "Use --format=gguf:F16."
-    )
-  return which
-
-
-def _maker(name, part: Part, which, flip, order, offset, scale, log):
+def _maker(
+  name, part: Part, which, flip, order, offset, scale, importance, log
+):
   def make():
     weight = part.read()
-    if part.kind == which and hasattr(weight, "format"):
+    if part.kind == which and ggml.is_stored(weight):
       raw = ggml.to_ggml(weight)
       log.same(name, part.kind, which)
       return (raw if order is None else raw[order]).reshape(-1)
@@ -254,7 +239,7 @@ def _maker(name, part: Part, which, flip, order, offset, scale, log):
       x = changes.cast(name, stored[rows], np.dtype(np.float32))
       if offset or scale != 1.0:
         x = (x + np.float32(offset)) * np.float32(scale)
-      raw = _encoded(name, which, x)
+      raw = _encoded(name, which, x, importance)
       out[seen : seen + raw.size] = raw
       seen += raw.size
       if not exact:
@@ -270,11 +255,11 @@ def _maker(name, part: Part, which, flip, order, offset, scale, log):
   return make
 
 
-def _encoded(name: str, which: str, x: np.ndarray) -> np.ndarray:
+def _encoded(name: str, which: str, x: np.ndarray, importance) -> np.ndarray:
   if which == "F16":
     changes.cast(name, x, np.dtype(np.float16))
   try:
-    return gguf_types.encode(which, x)
+    return gguf_types.encode(which, x, importance)
   except UserError as e:
     raise UserError(f"{name}: {e}") from e
 
@@ -303,24 +288,38 @@ def _check(model: Transformer, file: GGUF, fold: float) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """What a file has become.
+
+  Attributes:
+    bits_per_weight: of all tensors, scales included.
+    otherwise: name of a tensor -> (type that was wanted, type it has), where
+      blocks do not divide its rows.
+  """
+
+  bits_per_weight: float
+  otherwise: Mapping[str, tuple[str, str]]
+
+
 def write_model(
   path: pathlib.Path,
   model: Transformer,
   parts: Parts,
-  kind: str | None,
+  recipe: Recipe,
   log: changes.Log,
   *,
   given: Mapping[str, Any] | None = None,
   hint: str | None = None,
   name: str = "",
   tokenizer: Mapping[str, Any] | None = None,
-) -> None:
+) -> Written:
   """Writes a file, whole or not at all.
 
   Args:
     path: where to.
     model, parts: what to write.
-    kind: ggml's type of the matrices, or None to keep each one's.
+    recipe: what the matrices are stored in.
     log: told what changed.
     given: metadata of the GGUF file it came from, kept as it is.
     hint: model_type to try first.
@@ -332,10 +331,12 @@ def write_model(
     found = dict(given)
   if not any(key.startswith("tokenizer.") for key in found):
     found |= dict(tokenizer or {})
-  made = tensors(model, parts, found, extra, kind, log)
+  made, otherwise = tensors(model, parts, found, extra, recipe, log)
   sizes: dict[str, int] = {}
   for t in made.values():
     sizes[t.type] = sizes.get(t.type, 0) + nbytes(t.type, t.shape)
-  most = max(sizes, key=lambda k: sizes[k])
-  found["general.file_type"] = FILE_TYPES[kind or most]
+  most = recipe.kind or max(sizes, key=lambda k: sizes[k])
+  found["general.file_type"] = FILE_TYPES.get(most, FILE_TYPES["F32"])
   write_gguf(path, found, made)
+  count = sum(math.prod(t.shape) for t in made.values())
+  return Written(8 * sum(sizes.values()) / count, otherwise)

@@ -126,7 +126,7 @@ def test_sizes(text, want):
 _STREAM = """
 import json, pathlib, resource, sys
 import numpy as np
-from research.interop import convert, hf, safetensors, sources
+from research.interop import convert, gguf_recipe, hf, safetensors, sources
 folder, to, form = sys.argv[1:]
 source = sources.open_source(folder)
 tiny = sources.open_source(folder + '/../tiny')
@@ -135,7 +135,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 if form == 'hf':
   convert.to_hf(source, pathlib.Path(to), 'float32', 20_000_000)
 else:
-  convert.to_gguf(source, pathlib.Path(to), form)
+  convert.to_gguf(source, pathlib.Path(to), gguf_recipe.Recipe(form))
 status = pathlib.Path('/proc/self/status').read_text()
 anonymous = [x for x in status.splitlines() if x.startswith('RssAnon')][0]
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

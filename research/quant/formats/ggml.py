@@ -11,6 +11,7 @@ swap letters instead of moving numbers.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -141,6 +142,16 @@ TYPES: dict[str, Ggml] = {
 def packs(kind: str, shape: Sequence[int]) -> bool:
   """Whether a tensor of ggml type `kind` can be kept as a `QTensor`."""
   return len(shape) == 2 and kind in TYPES
+
+
+def is_stored(w: Any) -> bool:
+  """Whether a weight is blocks of ggml's, and nothing besides."""
+  return (
+    isinstance(w, QTensor)
+    and isinstance(w.format, Ggml)
+    and w.order is None
+    and w.outliers is None
+  )
 
 
 def from_ggml(kind: str, matrices: Sequence[np.ndarray], axis: int) -> QTensor:

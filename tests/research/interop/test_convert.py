@@ -15,6 +15,7 @@ from research import tree
 from research.interop import (
   convert,
   gguf,
+  gguf_recipe,
   gguf_types,
   load,
   ours,
@@ -81,7 +82,9 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
 def test_hf_to_gguf_to_hf(name, tmp_path):
   file = tmp_path / "model.gguf"
-  convert.to_gguf(sources.open_source(MODELS / name), file, "F32")
+  convert.to_gguf(
+    sources.open_source(MODELS / name), file, gguf_recipe.Recipe("F32")
+  )
   log = convert.to_hf(sources.open_source(file), tmp_path / "hf")
   assert log.summary()["changed"] == 0
   got, want = load.load_model(tmp_path / "hf"), load.load_model(MODELS / name)
@@ -122,7 +125,7 @@ def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
   convert.to_orbax(sources.open_source(file), tmp_path / "ours")
   for source in (file, tmp_path / "ours"):
     to = tmp_path / f"{source.name}.gguf"
-    log, reason = convert.to_gguf(sources.open_source(source), to)
+    log, reason, _ = convert.to_gguf(sources.open_source(source), to)
     assert tensors(to) == tensors(file)
     assert (log.summary()["changed"], reason) == (0, "")
     new, old = (gguf.open_gguf(f).metadata for f in (to, file))
@@ -151,7 +154,7 @@ def test_our_checkpoint_of_packed_weights_is_a_model(name, packed, tmp_path):
 def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
   source = sources.open_source(MODELS / "gguf_f32" / "model.gguf")
   file = tmp_path / "x.gguf"
-  log, _ = convert.to_gguf(source, file, kind)
+  log, _, _ = convert.to_gguf(source, file, gguf_recipe.Recipe(kind))
   old, new = (
     gguf.open_gguf(f).tensors
     for f in (MODELS / "gguf_f32" / "model.gguf", file)
@@ -173,7 +176,9 @@ def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
 def test_rows_that_a_type_cannot_hold_are_named(tmp_path):
   with pytest.raises(UserError, match="rows of 36 weights.*multiple of 32"):
     convert.to_gguf(
-      sources.open_source(MODELS / "smollm2"), tmp_path / "x.gguf", "Q8_0"
+      sources.open_source(MODELS / "smollm2"),
+      tmp_path / "x.gguf",
+      gguf_recipe.Recipe("Q8_0"),
     )
   assert list(tmp_path.iterdir()) == []
 
@@ -182,7 +187,7 @@ def test_a_tokenizer_goes_both_ways(tmp_path):
   file = MODELS / "gguf_f32" / "model.gguf"
   convert.to_hf(sources.open_source(file), tmp_path / "hf")
   back = tmp_path / "back.gguf"
-  _, reason = convert.to_gguf(sources.open_source(tmp_path / "hf"), back)
+  _, reason, _ = convert.to_gguf(sources.open_source(tmp_path / "hf"), back)
   assert reason == ""
   cases = json.loads((MODELS / "gguf_tokenizer.json").read_text())
   for path in (file, tmp_path / "hf", back):
@@ -311,7 +316,9 @@ def test_an_adapter_over_packed_weights(tmp_path):
   convert.to_orbax(source, tmp_path / "ours")
   again = sources.open_source(tmp_path / "ours")
   chex.assert_trees_all_equal(again.params(), source.params())
-  log, _ = convert.to_gguf(again, tmp_path / "x.gguf", "Q8_0")
+  log, _, _ = convert.to_gguf(
+    again, tmp_path / "x.gguf", gguf_recipe.Recipe("Q8_0")
+  )
   assert log.summary()["merged"] == 14
   log = convert.to_hf(again, tmp_path / "hf")
   assert log.summary()["merge_loss"] == 0

@@ -1,0 +1,96 @@
+"""Collects an importance matrix, which encoders of GGUF files weigh errors by.
+
+  python -m experiments.imatrix --model=smollm2-135m --to=smollm2.imatrix.gguf
+  python -m experiments.convert --from=smollm2-135m --to=model.gguf \\
+    --format=gguf:Q4_K_M --fallback --imatrix=smollm2.imatrix.gguf
+
+For every matrix of the layers: the sum of the squares of each of its inputs,
+over windows of a text. Without --text that is a part of the Python language
+reference. The file is one of llama.cpp's, which reads and writes the same. The
+last line on stdout is JSON: matrices, tokens, windows.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, runtime
+
+FLAGS = cli.new_flags()
+
+_MODEL = flags.DEFINE_string("model", None, cli.MODEL, flag_values=FLAGS)
+_TO = flags.DEFINE_string(
+  "to", None, "The file to write; it must not exist yet.", flag_values=FLAGS
+)
+_TEXT = flags.DEFINE_string(
+  "text", None, "A text file in UTF-8.", flag_values=FLAGS
+)
+_WINDOWS = flags.DEFINE_integer(
+  "windows",
+  24,
+  "Windows that are drawn from the text.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_WINDOW = flags.DEFINE_integer(
+  "window", 512, "Tokens of each.", lower_bound=1, flag_values=FLAGS
+)
+_BATCH = flags.DEFINE_integer(
+  "batch",
+  4,
+  "Windows computed at a time.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Collects; returns the result, which the command prints as JSON."""
+  del argv
+  cli.required(model=_MODEL.value, to=_TO.value)
+  given = {}
+  if _TEXT.value is not None:
+    given["source"] = [cli.read_text(_TEXT.value, "text")]
+  runtime.setup()
+  from research.interop import convert, gguf_imatrix
+  from research.interop.load import load_model
+  from research.quant import imatrix
+  from research.quant.calibrate import Calibration
+
+  to, start = pathlib.Path(_TO.value), time.perf_counter()
+  convert.free(to)
+  loaded = load_model(_MODEL.value)
+  text = Calibration(
+    windows=_WINDOWS.value,
+    length=_WINDOW.value,
+    batch=_BATCH.value,
+    seed=_SEED.value,
+    **given,
+  ).read(loaded.tokenizer)
+  name = pathlib.Path(_TEXT.value).name if _TEXT.value else "pydoc topics"
+  found = imatrix.collect(
+    loaded.model, loaded.params, text.tokens, _BATCH.value, name
+  )
+  gguf_imatrix.write(to, found)
+  return {
+    "matrices": len(found.squares),
+    "tokens": int(text.tokens.size),
+    "windows": found.windows,
+    "model": _MODEL.value,
+    "to": _TO.value,
+    "seconds": time.perf_counter() - start,
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main)
