@@ -84,8 +84,12 @@ def pack_pairs(
 ) -> UInt8[Array, "*B Y O"] | np.ndarray:
   """Returns 4-bit codes by twos, neighbours in a byte, the first one low.
 
-  What is cut along `X` between pairs stays whole, unlike in `pack`.
+  What is cut along `X` between pairs stays whole, unlike in `pack`. An odd
+  number of them is filled up with 0.
   """
+  if codes.shape[-2] % 2:
+    xp = np if isinstance(codes, np.ndarray) else jnp
+    codes = xp.concatenate([codes, xp.zeros_like(codes[..., :1, :])], axis=-2)
   return codes[..., 0::2, :] | (codes[..., 1::2, :] << 4)
 
 

@@ -193,13 +193,13 @@ class Affine(Format):
     """
     parts = {"codes": packing.pack(codes, self.bits), "scale": scale}
     if zero is not None:
-      paired = self.zero == "int" and self._paired(zero.shape[-2])
-      parts["zero"] = packing.pack_pairs(zero) if paired else zero
+      parts["zero"] = packing.pack_pairs(zero) if self._paired else zero
     return parts
 
-  def _paired(self, groups: int) -> bool:
+  @property
+  def _paired(self) -> bool:
     """Whether a byte holds two zeros."""
-    return self.bits <= 4 and groups % 2 == 0
+    return self.zero == "int" and self.bits <= 4
 
   def plain(self, parts: Parts) -> Plain:
     codes = packing.unpack(parts["codes"], self.bits)
@@ -207,8 +207,8 @@ class Affine(Format):
     zero: Any = self.middle
     if not self.symmetric:
       zero = parts["zero"]
-      if self.zero == "int" and self._paired(x):
-        zero = packing.unpack_pairs(zero)
+      if self._paired:
+        zero = packing.unpack_pairs(zero)[..., :x, :]
     return Plain(
       codes=codes.reshape(*lead, x * size, outputs),
       scale=parts["scale"],
