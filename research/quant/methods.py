@@ -224,7 +224,7 @@ class Measures:
   jax.jit, static_argnames=("format", "method", "compare", "of")
 )
 def rounded(
-  ws: tuple[Float[Array, "*E I O"], ...],
+  ws: tuple[Float[Array, "..."], ...],
   seen: Seen | None,
   format: Format,
   method: Method,
@@ -234,7 +234,7 @@ def rounded(
   """Returns matrices of the same inputs: packed, decoded, measured.
 
   Args:
-    ws: one matrix each, or one an expert.
+    ws: matrices `[I, O]`, or one an expert, `[E, I, O]`.
     seen: what their inputs were, or None; see `Seen`.
     format: that fits them.
     method: how codes are chosen.
