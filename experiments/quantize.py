@@ -1,0 +1,95 @@
+"""Quantizes a model by rules, with calibration where they ask for it.
+
+  python -m experiments.quantize --config=runs/quant/gptq_smollm2.gin --to=DIR
+  python -m experiments.perplexity --model=DIR --packed --text=README.md
+
+DIR is then a model of ours: what `--model=` takes elsewhere. Beside the arrays
+stand quantize.gin, which made it, and quantize.json: the calibration's windows
+by index and hash, and each matrix' format, bits, errors and damping. The last
+line on stdout is JSON: matrices, bits_per_weight, output_error, nearest_error,
+failed, seconds, bytes.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import cli, runtime
+
+FLAGS = cli.new_flags()
+
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "Gin file of an experiments.quantizing.Job; also looked for in configs/.",
+  flag_values=FLAGS,
+)
+_TO = flags.DEFINE_string(
+  "to",
+  None,
+  "The directory to write; it must not exist yet.",
+  flag_values=FLAGS,
+)
+_SET = flags.DEFINE_multi_string(
+  "set",
+  [],
+  "Gin binding that wins over the file's.",
+  flag_values=FLAGS,
+)
+_TABLE = flags.DEFINE_bool(
+  "table", False, "Print a line for each matrix.", flag_values=FLAGS
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Quantizes; returns the result, which the command prints as JSON."""
+  del argv
+  cli.required(config=_CONFIG.value, to=_TO.value)
+  cli.local(to=_TO.value)
+  start = time.perf_counter()
+  runtime.setup()
+  from experiments import config, quantizing
+  from research.interop import convert, sources
+  from research.training import memory
+
+  to = pathlib.Path(_TO.value)
+  convert.free(to)
+  job, text = config.read(_CONFIG.value, _SET.value, root=quantizing.Job)
+  loaded, params, reports = job.run(cli.say)
+  seconds = time.perf_counter() - start
+  for report in reports:
+    if _TABLE.value:
+      cli.say(report.table())
+    for warning in report.warnings():
+      cli.say(f"warning: {warning}")
+  name = str(getattr(job.model, "name", "")) or None
+  origin = dict(format="quantized", config=_CONFIG.value, of=name or "")
+  convert.to_orbax(sources.trained(loaded, params, origin, name), to)
+  (to / "quantize.gin").write_text(text, encoding="utf-8")
+  found = [cli.plain(report.plain()) for report in reports]
+  (to / "quantize.json").write_text(
+    json.dumps(found, indent=1) + "\n", encoding="utf-8"
+  )
+  summary = reports[-1].summary() if reports else {}
+  return {
+    **summary,
+    "seconds": seconds,
+    "seconds_in_all": time.perf_counter() - start,
+    "bytes": sum(f.stat().st_size for f in to.rglob("*") if f.is_file()),
+    "peak_memory_bytes": memory.peak_memory_bytes(),
+    "to": _TO.value,
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main)
