@@ -2,8 +2,8 @@
 
 A row's tokens are masked at a random time, and the cross-entropy of each masked
 token counts `-alpha'(t) / (1 - alpha(t))`, see `research.diffusion.schedule`: a
-bound on -log p(x) in expectation. Only masked places have logits. Rows are those
-of next-token prediction; their tokens are read as they stand.
+bound on -log p(x) in expectation. Only masked places have logits. Rows are
+those of next-token prediction; their tokens are read as they stand.
 """
 
 import dataclasses
@@ -161,19 +161,49 @@ class MaskedDiffusion:
     return self.levels * fall / self.schedule.masked(t)
 
   def _sums(self, params, hidden, tokens, masked, counts, weight) -> Sums:
-    head = "embed" if self.model.tied else "head"
-    loss, _ = losses.chunked_cross_entropy(
-      self._logits,
-      {head: params[head]},
+    loss = masked_loss(
+      self.model,
+      params,
       hidden,
       tokens,
       jnp.where(masked, counts, 0.0),
-      losses.TokenLoss(rows=self.rows, sparse=True),
+      self.mask_id if self.never_mask else None,
+      self.rows,
     )
     return loss, weight.astype(jnp.float32), {"masked": masked.sum() * 1.0}
 
-  def _logits(self, head, hidden):
-    logits = self.model.apply({"params": head}, hidden, method="logits")
-    if not self.never_mask:
-      return logits
-    return logits.at[..., self.mask_id].set(-1e9)
+
+def masked_loss(
+  model: Transformer,
+  params: Params,
+  hidden: Float[Array, "B T D"],
+  tokens: Int[Array, "B T"],
+  counts: Float[Array, "B T"],
+  never: int | None = None,
+  rows: int = 256,
+) -> Float[Array, ""]:
+  """Returns the sum of cross-entropies times `counts`; of zeros, no logits.
+
+  Args:
+    model: whose head is used.
+    params: its parameters.
+    hidden: the states that predict `tokens`.
+    tokens: the truth.
+    counts: what each is worth.
+    never: a token without probability, the mask; or None.
+    rows: rows of logits held at a time.
+  """
+
+  def logits(head, hidden):
+    out = model.apply({"params": head}, hidden, method="logits")
+    return out if never is None else out.at[..., never].set(-1e9)
+
+  head = "embed" if model.tied else "head"
+  return losses.chunked_cross_entropy(
+    logits,
+    {head: params[head]},
+    hidden,
+    tokens,
+    counts,
+    losses.TokenLoss(rows=rows, sparse=True),
+  )[0]

@@ -1,0 +1,201 @@
+"""Ancestral sampling: every place by its own chance, over a grid of times.
+
+The reverse of masking, from time t to s < t: a masked place is filled with
+probability `(alpha_s - alpha_t) / (1 - alpha_t)`, from the model (Sahoo et al.
+2024, arXiv:2406.07524; Shi et al. 2024, arXiv:2406.04329). Wang et al. 2025
+(ReMDM, arXiv:2503.00307) let filled places be masked again with probability
+`sigma`, and fill more in turn, so that the marginals stay those of the process:
+more steps than places then correct mistakes. The first-hitting sampler (Zheng
+et al. 2024, arXiv:2409.02908) draws when the next place is filled instead, one
+place a call, which is exact for models that do not look at the time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from research.diffusion import process
+from research.diffusion.schedule import Linear, Schedule
+from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
+
+Scores = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
+Grid = Literal["uniform", "cosine"]
+Remask = Literal["none", "cap", "rescale", "confidence"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ancestral:
+  """A grid of times, and what is masked again.
+
+  Attributes:
+    steps: of the grid.
+    schedule: of the process.
+    grid: even in t, or `cos(pi/2 (1 - t))`, whose steps are small near t = 0.
+    remask: `"cap"`: sigma is `eta`, `"rescale"`: `eta` of its largest value,
+      either way of each filled place alike; `"confidence"`: that much a place
+      on average, more where the model was less sure of what it filled in.
+    eta: see `remask`.
+    start, stop: times between which filled places may be masked again.
+  """
+
+  steps: int
+  schedule: Schedule = Linear()
+  grid: Grid = "uniform"
+  remask: Remask = "none"
+  eta: float = 0.0
+  start: float = 1.0
+  stop: float = 0.0
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise UserError(f"Ancestral: steps is {self.steps}, expected at least 1")
+    if not 0 <= self.eta <= 1:
+      raise UserError(f"Ancestral: eta is {self.eta}, expected 0 to 1")
+
+  def times(self) -> Float[Array, " N"]:
+    """Returns the grid, from 1 down to 0, `steps + 1` numbers."""
+    t = 1 - jnp.arange(self.steps + 1) / self.steps
+    if self.grid == "cosine":
+      t = jnp.cos(jnp.pi / 2 * (1 - t))
+    return t.at[-1].set(0.0).at[0].set(1.0)
+
+
+def largest_sigma(
+  schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]
+) -> Float[Array, ""]:
+  """Returns the most that may be masked again: `min(1, (1 - alpha_s)/alpha_t)`."""
+  alpha = schedule.alpha(t)
+  most = schedule.masked(s) / jnp.maximum(alpha, 1e-12)
+  return jnp.where(alpha > 0, jnp.minimum(1.0, most), 1.0)
+
+
+def chances(
+  schedule: Schedule,
+  t: Float[Array, ""],
+  s: Float[Array, ""],
+  sigma: Float[Array, "*B"],
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+  """Returns (filled, masked): what becomes of a masked place from t to s."""
+  fill = schedule.alpha(s) - (1 - sigma) * schedule.alpha(t)
+  fill = jnp.clip(fill / schedule.masked(t), 0, 1)
+  return fill, 1 - fill
+
+
+def sample(
+  scores: Scores,
+  tokens: Int[Array, "B T"],
+  masked: Bool[Array, "B T"],
+  mask_id: int,
+  keys: PRNGKey,
+  how: Ancestral,
+) -> tuple[Int[Array, "B T"], Int[Array, ""]]:
+  """Returns filled rows, and how often the model was asked.
+
+  Args:
+    scores: the model; the mask has no probability whatever it says.
+    tokens: rows.
+    masked: which places are to be filled.
+    mask_id: of the mask.
+    keys: of the rows.
+    how: the grid.
+  """
+  free, grid = masked, how.times()
+
+  def body(i, state):
+    tokens, masked, sure = state
+    t, s = grid[i], grid[i + 1]
+    now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i), 3))(
+      keys
+    )
+    logp = _logp(scores(process.noisy(tokens, masked, mask_id)), mask_id)
+    found = _draw(now[:, 0], logp)
+    chance = jnp.take_along_axis(logp, found[..., None], -1)[..., 0]
+    sigma = _sigma(how, t, s, sure, free & ~masked)
+    fill, _ = chances(how.schedule, t, s, sigma)
+    # At the end all that is left is filled.
+    fill = jnp.where(i == how.steps - 1, 1.0, fill)
+    uniform = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))
+    filled = masked & (uniform(now[:, 1]) < fill)
+    again = free & ~masked & (uniform(now[:, 2]) < sigma)
+    again &= i < how.steps - 1
+    tokens = jnp.where(filled, found, tokens)
+    sure = jnp.where(filled, jnp.exp(chance), sure)
+    return tokens, (masked & ~filled) | again, sure
+
+  state = tokens, masked, jnp.ones(tokens.shape)
+  tokens, _, _ = jax.lax.fori_loop(0, how.steps, body, state)
+  return tokens, jnp.int32(how.steps)
+
+
+def _sigma(how, t, s, sure, filled):
+  """Returns how likely each place is masked again, `[B, T]`."""
+  most = largest_sigma(how.schedule, t, s)
+  on = (t <= how.start) & (t > how.stop)
+  if how.remask == "none":
+    size = jnp.zeros(())
+  elif how.remask == "cap":
+    size = jnp.minimum(how.eta, most)
+  else:
+    size = how.eta * most
+  size = jnp.broadcast_to(jnp.where(on, size, 0.0), sure.shape)
+  if how.remask != "confidence":
+    return size
+  share = jax.nn.softmax(jnp.where(filled, -sure, -jnp.inf), axis=-1)
+  share = jnp.where(filled.any(-1, keepdims=True), share, 0.0)
+  count = filled.sum(-1, keepdims=True)
+  return jnp.where(on, jnp.minimum(size * share * count, most), 0.0)
+
+
+def first_hitting(
+  scores: Scores,
+  tokens: Int[Array, "B T"],
+  masked: Bool[Array, "B T"],
+  mask_id: int,
+  keys: PRNGKey,
+  order: Int[Array, "B T"] | None = None,
+) -> tuple[Int[Array, "B T"], Int[Array, ""]]:
+  """Returns filled rows, a place a call, and how often the model was asked.
+
+  Times do not matter to a model that does not see them: what is left is a
+  random order.
+
+  Args:
+    scores, tokens, masked, mask_id, keys: as for `sample`.
+    order: ranks of the places, lowest first; by default random.
+  """
+  if order is None:
+    first = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys)
+    uniform = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))
+    order = uniform(first)
+  order = jnp.where(masked, order, jnp.inf)
+
+  def body(state):
+    tokens, masked, i = state
+    now = jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(keys)
+    logp = _logp(scores(process.noisy(tokens, masked, mask_id)), mask_id)
+    found = _draw(now, logp)
+    next_one = jnp.where(masked, order, jnp.inf)
+    here = jnp.argmin(next_one, axis=-1)[:, None] == jnp.arange(tokens.shape[1])
+    here &= masked
+    return jnp.where(here, found, tokens), masked & ~here, i + 1
+
+  def more(state):
+    return state[1].any()
+
+  tokens, _, calls = jax.lax.while_loop(
+    more, body, (tokens, masked, jnp.int32(0))
+  )
+  return tokens, calls
+
+
+def _logp(logits, mask_id):
+  logits = logits.astype(jnp.float32).at[..., mask_id].set(-jnp.inf)
+  return jax.nn.log_softmax(logits, axis=-1)
+
+
+def _draw(keys, logp):
+  gumbel = jax.vmap(lambda k: jax.random.gumbel(k, logp.shape[1:], mode="high"))
+  return jnp.argmax(logp + gumbel(keys), axis=-1).astype(jnp.int32)

@@ -1,0 +1,156 @@
+"""Block diffusion: blocks from left to right, diffusion inside each.
+
+Arriola et al. 2025 (BD3-LM, arXiv:2503.09573): p(x) is a product over blocks,
+each bounded by masked diffusion given the clean blocks before it. One pass over
+`[noisy, clean]`, both at the same positions, gives all blocks at once: a noisy
+token sees its own noisy block and the clean blocks before it, a clean one the
+clean blocks up to its own. A block of one token is autoregression; one of the
+whole row is plain diffusion.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research import weights
+from research.diffusion import process
+from research.diffusion.objective import Noise, masked_loss
+from research.nn.transformer import Transformer
+from research.training.objective import Batch, Sums
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
+
+_FIXED = 17
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockDiffusion:
+  """The bound of block diffusion, each block at a time of its own.
+
+  Attributes:
+    model: the network; an experiment fills it in once it is loaded.
+    mask_id: the token that hides others.
+    block: tokens of a block; blocks start where documents do.
+    low, high: a block's time, which is the share of masks, lies between;
+      a narrower range has less variance, and is no bound. Blocks of one token
+      are always masked.
+    noise: which tokens may be masked, see `MaskedDiffusion`.
+    shift: whether a token is predicted by the state before it, as in models
+      that began autoregressive. A block's first token is predicted by the last
+      clean state before it, which the clean half holds; a document's first
+      token by nothing.
+    never_mask: whether the mask has no probability, whatever the head says.
+    rows: rows of logits held at a time.
+  """
+
+  model: Transformer | None = None
+  mask_id: int = -1
+  block: int = 32
+  low: float = 1e-3
+  high: float = 1.0
+  noise: Noise = "all"
+  shift: bool = False
+  never_mask: bool = True
+  rows: int = 256
+
+  def __post_init__(self):
+    if self.block < 1:
+      raise UserError(f"BlockDiffusion: block is {self.block}, expected >= 1")
+    if not 0 < self.low <= self.high <= 1:
+      raise UserError(
+        f"BlockDiffusion: low is {self.low} and high {self.high}, expected "
+        "0 < low <= high <= 1"
+      )
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the sums of loss, of weights, and of masks."""
+    params = weights.bind(params, key=key)
+    drawn = jax.random.key(_FIXED) if key is None else key
+    tokens, maskable = batch["tokens"], self.maskable(batch)
+    masked, counts = self.draw(drawn, maskable, batch["positions"])
+    hidden = self.states(params, batch, masked)
+    loss = masked_loss(
+      self.model,
+      params,
+      hidden,
+      tokens,
+      jnp.where(masked, counts, 0.0),
+      self.mask_id if self.never_mask else None,
+      self.rows,
+    )
+    weight = maskable.sum().astype(jnp.float32)
+    return loss, weight, {"masked": masked.sum() * 1.0}
+
+  def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
+    """Returns which tokens may be masked."""
+    real = batch["segments"] >= 0
+    if self.shift:
+      real &= batch["positions"] > 0
+    if self.noise == "all":
+      return real
+    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1] > 0
+    return real & before & (batch["positions"] > 0)
+
+  def draw(
+    self,
+    key: PRNGKey,
+    maskable: Bool[Array, "B T"],
+    positions: Int[Array, "B T"],
+  ) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
+    """Returns what is masked, and what each masked token counts.
+
+    Times of a row's blocks are spread evenly from a draw of the row's own.
+    """
+    rows, length = maskable.shape
+    first, second, third = jax.random.split(key, 3)
+    if self.block == 1:
+      return maskable, jnp.ones(maskable.shape)
+    place = jnp.arange(length)
+    start = jnp.maximum(place - positions % self.block, 0)
+    # The n-th block of a row, of documents too that begin within it.
+    fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0))(start)
+    number = jnp.cumsum(fresh, axis=-1) - 1
+    keys = process.example_keys(first, jnp.arange(rows))
+    u = jax.vmap(lambda k: jax.random.uniform(k, ()))(keys)
+    blocks = jnp.maximum(number.max(-1, keepdims=True) + 1, 1)
+    # In no order, or a row's last block would always be its noisiest.
+    order = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(
+      process.example_keys(third, jnp.arange(rows))
+    )
+    order = jnp.where(place < blocks, order, 2.0)
+    order = jnp.argsort(jnp.argsort(order, axis=-1), axis=-1)
+    number = jnp.take_along_axis(order, number.astype(int), axis=-1)
+    u = (u[:, None] + number / blocks) % 1
+    t = self.low + (self.high - self.low) * (1 - u)
+    keys = process.example_keys(second, jnp.arange(rows))
+    masked = process.mask_each(keys, maskable, t)
+    counts = jnp.ones_like(t) if self.low > 0.5 else 1 / t
+    return masked, counts
+
+  def states(
+    self, params: Params, batch: Batch, masked: Bool[Array, "B T"]
+  ) -> Float[Array, "B T D"]:
+    """Returns the states that predict each place's own token."""
+    tokens, positions = batch["tokens"], batch["positions"]
+    length = tokens.shape[1]
+
+    def twice(x, y):
+      return jnp.concatenate([x, y], axis=1)
+
+    noisy = process.noisy(tokens, masked, self.mask_id)
+    both = twice(positions, positions)
+    segments = twice(batch["segments"], batch["segments"])
+    mask = Mask.block_diffusion(length, self.block, segments, both)
+    hidden, _ = self.model.apply(
+      {"params": params}, twice(noisy, tokens), both, mask
+    )
+    noisy, clean = hidden[:, :length], hidden[:, length:]
+    if not self.shift:
+      return noisy
+
+    def before(x):
+      return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+    first = (positions % self.block == 0)[..., None]
+    return jnp.where(first, before(clean), before(noisy))

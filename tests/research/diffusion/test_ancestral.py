@@ -1,0 +1,122 @@
+"""Ancestral samplers against a joint distribution that can be enumerated."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.diffusion import ancestral, process
+from research.diffusion.ancestral import Ancestral
+from research.diffusion.schedule import Cosine, Linear
+from research.typing import UserError
+from tests.research.diffusion import joint
+
+N = 20_000
+# Of 81 frequencies: half the sum of their mean deviations.
+NOISE = 0.5 * np.sqrt(2 / np.pi / N) * np.sqrt(joint.table()).sum()
+
+
+@functools.partial(jax.jit, static_argnames=("f", "how", "rows"))
+def run(f, how, key, rows):
+  tokens = jnp.full(rows, joint.MASK, jnp.int32)
+  keys = process.example_keys(key, jnp.arange(rows[0]))
+  more = () if how is None else (how,)
+  masked = jnp.ones(rows, bool)
+  return f(joint.scores(), tokens, masked, joint.MASK, keys, *more)
+
+
+def law(f, how=None):
+  tokens, calls = run(f, how, jax.random.key(2), (N, 4))
+  names = (np.asarray(tokens) * 3 ** np.arange(4)[::-1]).sum(-1)
+  return np.bincount(names, minlength=81) / N, int(calls)
+
+
+def variation(p, q=None):
+  return 0.5 * np.abs(p - (joint.table() if q is None else q)).sum()
+
+
+def test_first_hitting_is_exact():
+  found, calls = law(ancestral.first_hitting)
+  assert calls == 4
+  assert variation(found) < 1.5 * NOISE
+
+
+def marginals():
+  tables = np.exp(joint.conditionals()[-1])  # all places masked
+  return np.prod([tables[i][joint.SEQUENCES[:, i]] for i in range(4)], axis=0)
+
+
+def test_one_step_is_the_product_of_marginals():
+  found, _ = law(ancestral.sample, Ancestral(steps=1))
+  assert variation(found, marginals()) < 1.5 * NOISE
+  assert variation(marginals()) == pytest.approx(0.3844, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+  "how",
+  [
+    dict(),
+    dict(grid="cosine"),
+    dict(schedule=Cosine()),
+    dict(remask="rescale", eta=0.2),
+    dict(remask="cap", eta=0.05, start=0.8, stop=0.2),
+  ],
+  ids=str,
+)
+def test_many_steps_approach_the_joint(how):
+  few, _ = law(ancestral.sample, Ancestral(steps=2, **how))
+  many, calls = law(ancestral.sample, Ancestral(steps=128, **how))
+  assert calls == 128
+  # Two of four places fall into one of 128 steps 6 / 128 of the time.
+  assert variation(many) < 1.5 * NOISE + 0.06 * 0.39
+  assert variation(few) > variation(many) + 0.05
+
+
+@pytest.mark.parametrize(
+  ("t", "s", "sigma", "fill", "masked"),
+  [
+    (0.6, 0.5, 0.0, 0.1667, 0.8333),
+    (0.6, 0.5, 0.02, 0.18, 0.82),
+    (0.6, 0.5, 1.0, 0.8333, 0.1667),
+    (0.5, 0.4, 0.8, 1.0, 0.0),
+  ],
+)
+def test_chances_of_the_paper(t, s, sigma, fill, masked):
+  got = ancestral.chances(
+    Linear(), jnp.float32(t), jnp.float32(s), jnp.float32(sigma)
+  )
+  np.testing.assert_allclose(got, (fill, masked), atol=1e-4)
+  most = ancestral.largest_sigma(Linear(), jnp.float32(t), jnp.float32(s))
+  assert float(most) == pytest.approx(min(1, s / (1 - t)), rel=1e-5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 1.0])
+def test_marginals_are_the_process_s(sigma):
+  """A place is masked at s with probability 1 - alpha(s), whatever it was."""
+  t, s = jnp.float32(0.7), jnp.float32(0.55)
+  most = ancestral.largest_sigma(Linear(), t, s)
+  sigma = sigma * most
+  _, masked = ancestral.chances(Linear(), t, s, sigma)
+  got = 0.7 * masked + 0.3 * sigma
+  assert float(got) == pytest.approx(0.55, rel=1e-5)
+
+
+def test_nothing_masked_again_is_the_plain_sampler():
+  key, rows = jax.random.key(4), (64, 4)
+  plain, _ = run(ancestral.sample, Ancestral(steps=8), key, rows)
+  for remask in ("cap", "rescale", "confidence"):
+    how = Ancestral(steps=8, remask=remask, eta=0.0)
+    got, _ = run(ancestral.sample, how, key, rows)
+    np.testing.assert_array_equal(got, plain)
+  how = Ancestral(steps=8, remask="confidence", eta=0.5)
+  got, _ = run(ancestral.sample, how, key, rows)
+  assert (got != plain).any() and (got != joint.MASK).all()
+
+
+def test_mistakes():
+  with pytest.raises(UserError, match="steps is 0"):
+    Ancestral(steps=0)
+  with pytest.raises(UserError, match="eta is 2"):
+    Ancestral(steps=1, eta=2.0)
