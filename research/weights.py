@@ -125,6 +125,13 @@ def within(w: Weight, f: Callable[[Weight], Weight]) -> Weight:
   return w.within(f) if hasattr(w, "within") else f(w)
 
 
+def inner(w: Weight) -> Weight:
+  """Returns the weight that multiplies within `w`, see `within`."""
+  found = []
+  within(w, lambda x: found.append(x) or x)
+  return found[0]
+
+
 def bind(
   params: Params,
   *,

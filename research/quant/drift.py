@@ -79,7 +79,10 @@ def paired(old: Params, new: Params) -> Params:
   before = dict(_matrices(old))
 
   def one(path, w):
-    return Pair(before[path], w) if path in before else w
+    if path not in before:
+      return w
+    held = weights.inner(before[path])
+    return weights.within(w, lambda w: Pair(held, w))
 
   return tree.map_paths(one, new, is_leaf=weights.is_weight)
 

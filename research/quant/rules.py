@@ -317,9 +317,12 @@ class _Work:
     return packed, dense
 
   def _replaced(self, layer, found):
-    return tree.map_paths(
-      lambda path, w: found.get(path, w), layer, is_leaf=weights.is_weight
-    )
+    def one(path, w):
+      if path not in found:
+        return w
+      return weights.within(w, lambda _: found[path])
+
+    return tree.map_paths(one, layer, is_leaf=weights.is_weight)
 
   def _summary(self, i):
     mine = [r for r in self.rows if r.address.startswith(f"layers/{i}/")]
@@ -332,6 +335,7 @@ class _Work:
 
 def _array(name: str, w: Any) -> jax.Array:
   """Returns a weight's matrix, or raises UserError if it is adapted."""
+  w = weights.inner(w)
   if hasattr(w, "w"):
     raise UserError(
       f"Quantization: {name} is adapted; quantize first, then adapt"

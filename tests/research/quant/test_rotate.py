@@ -1,5 +1,6 @@
 """Rotations leave logits, in fp32 to 1e-4, and spread outliers."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,14 +10,29 @@ import numpy as np
 import pytest
 
 import tests.support as support
-from research import taps, weights
+from research import taps, tree, weights
 from research.interop import ours
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
 from research.quant import activations, hadamard, qtensor, quantize, rotate
+from research.quant.calibrate import Calibration
 from research.quant.formats.affine import Affine
+from research.quant.gptq import GPTQ
+from research.quant.methods import Compensated
+from research.quant.rules import Quantization, Rule
 from research.statistics import Covariance
 from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """A tokenizer of one text."""
+
+  ids: list
+
+  def encode(self, text):
+    return self.ids if text is not None else []
+
 
 SPARSE = Sparse(routing=Routing(experts=3, active=2), hidden=24, shared=1)
 
@@ -123,6 +139,30 @@ def test_what_is_packed_and_seen_stands_behind_the_rotation():
   note = json.loads(json.dumps(ours._describe(packed)))
   made = ours._abstract(note, "weights")
   assert jax.tree.structure(made) == jax.tree.structure(packed)
+
+
+def test_gptq_compensates_behind_the_rotation():
+  model, params, tokens = _case("llama", tied=True, hidden=48, depth=1)
+  rotated = rotate.Rotate(model=model)(params, jax.random.key(0))
+  format = Affine(block=16)
+  run = _logits(model)
+  want = run(params, tokens)
+  errors = []
+  for drift in (None, 0.0, 0.5):
+    rule = Rule(match="/down$", format=format)
+    if drift is not None:
+      method = Compensated(options=GPTQ(drift=drift))
+      rule = dataclasses.replace(rule, method=method)
+    calibration = Calibration(windows=2, length=16)
+    made = Quantization(rules=(rule,), calibration=calibration, model=model)
+    tokenizer = Words(np.asarray(tokens).ravel().tolist())
+    made = dataclasses.replace(made, tokenizer=tokenizer)
+    packed = made(rotated)
+    down = next(tree.layers(packed))["mlp"]["down"]
+    assert isinstance(down, activations.InputTensor)
+    assert isinstance(down.w, qtensor.QTensor)
+    errors.append(_error(run(packed, tokens), want))
+  assert max(errors[1:]) < 0.95 * errors[0]
 
 
 def test_normalised_outputs_are_refused():
