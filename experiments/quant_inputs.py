@@ -1,0 +1,94 @@
+"""Rows of `experiments.quant_table` whose activations are in few bits, too.
+
+What repairs them stands beside what they are without: SmoothQuant, LLM.int8,
+QuaRot. Weights are in 8 bits where activations are the question.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.lora_verdicts import Verdict
+from experiments.quant_study import Row
+from research.quant import llm_int8
+from research.quant.activations import Inputs, Round
+from research.quant.calibrate import Calibration
+from research.quant.formats.affine import Affine
+from research.quant.gptq import GPTQ
+from research.quant.methods import Compensated
+from research.quant.quantize import Quantize
+from research.quant.rotate import Rotate
+from research.quant.rules import Quantization, Rule
+from research.quant.smoothquant import SmoothQuant
+
+TENSOR, EIGHT = Round(bits=8, per="tensor"), Round(bits=8)
+FOUR = Round(bits=4, clip=0.9)
+
+
+def rows(
+  calibration: Calibration, alpha: float = 0.5, block: int = 64
+) -> tuple[Row, ...]:
+  """Returns rows named by the bits of weights and activations: W8A8.
+
+  Args:
+    calibration: what SmoothQuant and GPTQ read.
+    alpha: SmoothQuant's.
+    block: weights of a group, at 4 bits.
+  """
+  smooth = SmoothQuant(calibration=calibration, alpha=alpha)
+  weights8 = Quantize(format=llm_int8.INT8)
+  format = Affine(bits=4, block=block, symmetric=True)
+  weights4 = Quantize(format=format)
+  gptq = Quantization(
+    rules=(
+      Rule(
+        match="^layers/",
+        format=format,
+        method=Compensated(options=GPTQ(drift=0.0)),
+      ),
+    ),
+    calibration=calibration,
+  )
+  outliers = llm_int8.Outliers()
+  made = {
+    "W8A8 tensor": (weights8, Inputs(op=TENSOR)),
+    "W8A8 tensor, SmoothQuant": (smooth, weights8, Inputs(op=TENSOR)),
+    "W8A8 token": (weights8, Inputs(op=EIGHT)),
+    "W8A8 LLM.int8": (weights8, Inputs(op=outliers)),
+    "W8A4": (weights8, Inputs(op=FOUR)),
+    "W8A4 SmoothQuant": (smooth, weights8, Inputs(op=FOUR)),
+    "W8A4 rotated": (Rotate(), weights8, Inputs(op=FOUR)),
+    "W4A4": (weights4, Inputs(op=FOUR)),
+    "W4A4 rotated": (Rotate(), weights4, Inputs(op=FOUR)),
+    "W4A4 rotated, GPTQ": (Rotate(), gptq, Inputs(op=FOUR)),
+  }
+  return tuple(
+    Row(name=name, transforms=transforms, group=name[:4], errors=False)
+    for name, transforms in made.items()
+  )
+
+
+CLAIMS = (
+  ("W8A8 tensor, SmoothQuant", "W8A8 tensor", "SmoothQuant repairs W8A8"),
+  ("W8A8 token", "W8A8 tensor", "so does a scale for each token"),
+  ("W8A4 rotated", "W8A4", "rotations repair 4-bit activations"),
+  ("W8A4 rotated", "W8A4 SmoothQuant", "and better than SmoothQuant"),
+  ("W4A4 rotated, GPTQ", "W4A4 rotated", "GPTQ works behind rotations"),
+)
+"""(row, what it is held against, what is claimed)."""
+
+
+def repaired(rows: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+  """Returns whether each repair at least halves the divergence; GPTQ lowers it.
+
+  Args:
+    rows: measured, by name.
+  """
+  out = []
+  for name, other, claim in CLAIMS:
+    if not {name, other} <= rows.keys():
+      continue
+    after, before = rows[name]["kl"], rows[other]["kl"]
+    share = 1.0 if "GPTQ" in name else 0.5
+    found = f"KL {before:.4g} ({other}) to {after:.4g} ({name})"
+    out.append(Verdict(claim, found, after < share * before))
+  return out
