@@ -67,6 +67,26 @@ def codebooks(kinds: Sequence[str] = ("nf4", "fp4")) -> tuple[Row, ...]:
   return (*plain, row(Codebook(kind="nf4", block=64), group="codebooks"))
 
 
+def blocks(sizes: Sequence[int] = (32, 64, 128, 256)) -> tuple[Row, ...]:
+  """Returns integers and NF4 of 4 bits by how many inputs share a scale.
+
+  NF4's magnitudes are float32, as bitsandbytes has them; integers' scales are
+  float16, so bits differ by 16 a block.
+
+  Args:
+    sizes: of blocks.
+  """
+  return tuple(
+    row(format, group=group)
+    for size in sizes
+    for group, format in (
+      ("int4, asymmetric", Affine(block=size)),
+      ("int4, symmetric", Affine(block=size, symmetric=True)),
+      ("NF4", Codebook(block=size, nested=0)),
+    )
+  )
+
+
 def floats() -> tuple[Row, ...]:
   """Returns 4-bit floats of the OCP and of NVIDIA."""
   return (
@@ -186,9 +206,9 @@ def budget(
 class Undamped(Compensated):
   """GPTQ that takes its tokens for many, however few they are."""
 
-  def parts(self, ws: Any, seen: Any, format: Format) -> Any:
+  def parts(self, ws: Any, seen: Any, format: Format, starts: Any) -> Any:
     many = {name: 1e6 * seen[name] for name in ("xx", "n")}
-    return super().parts(ws, dict(seen) | many, format)
+    return super().parts(ws, dict(seen) | many, format, starts)
 
 
 def gguf(

@@ -7,13 +7,19 @@ by more than two standard errors of both.
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import quant_study
 from experiments.lora_verdicts import Mean, Verdict, mean
+from research.quant import qtensor
+from research.quant.format import Format
+from research.quant.formats.affine import Affine
+from research.quant.formats.codebook import Codebook
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -141,6 +147,52 @@ def weights_are_not_the_goal(rows: Rows) -> list[Verdict]:
       )
     )
   return out
+
+
+def crossover(rows: Rows) -> list[Verdict]:
+  """Returns from which block size on NF4 beats even grids of 4 bits.
+
+  By errors of a million normal numbers, by errors of the model's matrices, and
+  by divergence; each is a ratio, NF4 over asymmetric integers.
+  """
+  rows = good(rows)
+  sizes = sorted(
+    int(name.removeprefix("nf4-b"))
+    for name in rows
+    if re.fullmatch(r"nf4-b\d+", name)
+  )
+  pairs = {n: (f"nf4-b{n}", f"int4-asym-g{n}") for n in sizes}
+  pairs = {n: p for n, p in pairs.items() if all(x in rows for x in p)}
+  if not pairs:
+    return []
+  normal = {
+    n: normal_error(Codebook(block=n, nested=0)) / normal_error(Affine(block=n))
+    for n in pairs
+  }
+  ratios = {"normal numbers": normal}
+  for said, name in (("matrices", "weight_error"), ("divergence", "kl")):
+    ratios[said] = {
+      n: rows[a][name] / rows[b][name] for n, (a, b) in pairs.items()
+    }
+  out = []
+  for what, ratio in ratios.items():
+    by = ", ".join(f"{n}: {x:.3f}" for n, x in ratio.items())
+    first, last = ratio[min(ratio)], ratio[max(ratio)]
+    out.append(
+      Verdict(
+        f"integers lose less than NF4 at small blocks, more at large: {what}",
+        f"NF4 over int4 asymmetric by block, {by}",
+        first > 1 > last,
+      )
+    )
+  return out
+
+
+def normal_error(format: Format) -> float:
+  """Returns the root mean square error of a million normal numbers."""
+  w = np.random.default_rng(0).standard_normal((4096, 256)).astype(np.float32)
+  found = qtensor.pack(jnp.asarray(w), format).dense()
+  return float(np.sqrt(np.mean((np.asarray(found, np.float64) - w) ** 2)))
 
 
 def too_few_tokens(rows: Rows) -> list[Verdict]:
