@@ -66,12 +66,7 @@ class Attention(nn.Module):
       length: tokens in the cache after this call, for each row.
       fresh: whether the cache was empty before this call.
     """
-    q, k, v = self._heads(x)
-    if self.qk_norm is not None:
-      q = self.qk_norm.clone(name="q_norm", parent=self)(q)
-      k = self.qk_norm.clone(name="k_norm", parent=self)(k)
-    if rotation is not None:
-      q, k = ropes.rotate(q, *rotation), ropes.rotate(k, *rotation)
+    q, k, v = self._rotated(x, rotation)
     q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
     if self.window is not None:
       mask = dataclasses.replace(mask, window=(self.window - 1, None))
@@ -96,6 +91,28 @@ class Attention(nn.Module):
     y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
+
+  @nn.compact
+  def heads_of(
+    self,
+    x: Float[Array, "B T D"],
+    rotation: tuple[Array, Array] | None = None,
+  ) -> tuple[Array, Array, Array]:
+    """Returns queries, keys and values `[B, T, heads, H]`, as a cache has them.
+
+    Args:
+      x, rotation: as in a call.
+    """
+    return self._rotated(x, rotation)
+
+  def _rotated(self, x, rotation):
+    q, k, v = self._heads(x)
+    if self.qk_norm is not None:
+      q = self.qk_norm.clone(name="q_norm", parent=self)(q)
+      k = self.qk_norm.clone(name="k_norm", parent=self)(k)
+    if rotation is not None:
+      q, k = ropes.rotate(q, *rotation), ropes.rotate(k, *rotation)
+    return q, k, v
 
   def _heads(self, x):
     heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}

@@ -178,7 +178,7 @@ def perplexity(
   """
   if batch < 1:
     raise UserError(f"batch: found {batch}, expected at least 1")
-  if not 1 <= (chunk or 1) <= window:
+  if chunk is not None and not 1 <= chunk <= window:
     raise UserError(f"chunk: found {chunk}, expected 1 to the window: {window}")
   if kv is not None and chunk is None:
     raise UserError("kv: found no chunk, expected one to read through a cache")

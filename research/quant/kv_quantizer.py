@@ -7,7 +7,7 @@ reads the short form of a command line: `k8v4,residual=0,key=per_token`.
 
 import dataclasses
 import difflib
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -15,7 +15,7 @@ from research.quant.kv_cache import QuantizedLayer, Side
 from research.quant.kv_grid import BITS, Grid
 from research.typing import UserError
 
-Axis = Literal["per_channel", "per_token", "hadamard+per_token"]
+AXES = ("per_channel", "per_token", "hadamard+per_token")
 """What shares a scale: tokens of a channel, or channels of a token."""
 
 
@@ -24,8 +24,8 @@ class KVQuantizer:
   """KIVI's choices, and what else is known to help.
 
   Attributes:
-    key, value: what shares a scale; with `hadamard`, after each head was turned
-      by a Hadamard matrix, which spreads large channels (QuaRot).
+    key, value: what shares a scale, one of `AXES`; with `hadamard`, after each
+      head was turned by a Hadamard matrix, which spreads large channels.
     bits_k, bits_v: 2, 4, 8, `"int8"`, `"fp8"`, or 16 for the model's dtype.
     group: numbers that share a scale.
     residual: recent tokens in full precision; per channel, that many are packed
@@ -36,8 +36,8 @@ class KVQuantizer:
     scale_dtype: of scales and least numbers.
   """
 
-  key: Axis = "per_channel"
-  value: Axis = "per_token"
+  key: str = "per_channel"
+  value: str = "per_token"
   bits_k: int | str = 4
   bits_v: int | str = 4
   group: int = 32
@@ -48,7 +48,7 @@ class KVQuantizer:
 
   def __post_init__(self):
     for name in ("key", "value"):
-      _one_of(name, getattr(self, name), get_args(Axis))
+      _one_of(name, getattr(self, name), AXES)
     for name in ("bits_k", "bits_v"):
       _one_of(name, getattr(self, name), BITS)
     _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))

@@ -9,6 +9,7 @@ import pytest
 
 from research.nn import perplexity as p
 from research.nn import presets
+from research.quant.kv_quantizer import KVQuantizer
 from research.typing import UserError
 
 MODEL = presets.transformer(
@@ -80,6 +81,25 @@ def test_a_whole_text_of_one_window():
   assert (found.windows, found.tokens) == (1, 99)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_through_a_cache_is_the_same(chunk):
+  found = p.perplexity(MODEL, params(), IDS, 100, None, 3, chunk=chunk)
+  assert (found.windows, found.tokens) == (5, 432)
+  np.testing.assert_allclose(found.nll, _losses(100, None).mean(), rtol=1e-5)
+
+
+def test_what_is_packed_is_read_by_later_chunks():
+  """Two bits cost something, unless all tokens are of one chunk."""
+  kv = KVQuantizer(bits_k=2, bits_v=16, group=4, residual=0)
+  want = _losses(100, None).mean()
+  by_one, by_all = (
+    p.perplexity(MODEL, params(), IDS, 100, None, 5, chunk=chunk, kv=kv).nll
+    for chunk in (1, 100)
+  )
+  assert abs(by_one - want) > 1e-4
+  np.testing.assert_allclose(by_all, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   "arguments, words",
   [
@@ -89,6 +109,9 @@ def test_a_whole_text_of_one_window():
     (dict(ids=[]), "found 0 tokens"),
     (dict(max_windows=0), "max_windows: found 0"),
     (dict(batch=0), "batch: found 0"),
+    (dict(chunk=0), "chunk: found 0"),
+    (dict(chunk=101), "chunk: found 101, expected 1 to the window: 100"),
+    (dict(kv=KVQuantizer()), "kv: found no chunk"),
   ],
 )
 def test_bad_arguments(arguments, words):
