@@ -5,7 +5,6 @@ file, the name of a model in the package index, or `org/name` on the Hub.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import os
 import pathlib
@@ -166,9 +165,15 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
 
 def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import ours
+  from research.quant import rotate
 
-  model, params, source = ours.load(path, dtype, shardings)
-  cast = functools.partial(ours.cast, dtype=dtype, packed=packed)
+  tied, params, source = ours.load(path, dtype, shardings)
+  model = rotate.untie_model(tied, params)
+
+  def cast(params):
+    untied = rotate.untie(tied, params)[1]
+    return ours.cast(untied, dtype=dtype, packed=packed)
+
   left = shardings is unread.left
   params = jax.eval_shape(cast, params) if left else cast(params)
   if shardings is not None:

@@ -91,9 +91,16 @@ def untie(
   embed = params["embed"]
   if not isinstance(embed, Untied):
     return model, dict(params)
+  model = untie_model(model, params)
   head = jnp.swapaxes(weights.dense(embed.head), -1, -2)
   rest = {"embed": weights.dense(embed.table), "head": head}
-  return model.clone(tied=False), dict(params) | rest
+  return model, dict(params) | rest
+
+
+def untie_model(model: Transformer, params: Params) -> Transformer:
+  """Returns the model of `untie`, for parameters or their shapes."""
+  apart = isinstance(params["embed"], Untied)
+  return model.clone(tied=False) if apart else model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

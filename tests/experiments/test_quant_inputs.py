@@ -1,0 +1,72 @@
+"""Models whose activations are in few bits, too: written, loaded, judged."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import cli, config, quant_inputs, quant_study, quantize
+from research.interop import load
+from research.quant.activations import InputTensor
+from research.quant.calibrate import Calibration
+from research.quant.qtensor import QTensor
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MODEL = ROOT / "tests" / "golden" / "models" / "gguf_mixed" / "model.gguf"
+
+
+def _logits(loaded):
+  tokens = jnp.arange(12)[None]
+
+  @jax.jit
+  def run(params):
+    hidden, _ = loaded.model.apply({"params": params}, tokens)
+    return loaded.model.apply({"params": params}, hidden, method="logits")
+
+  return np.asarray(run(loaded.params))
+
+
+def test_a_rotated_model_is_written_and_loaded(tmp_path, capsys):
+  to = tmp_path / "model"
+  flags = [
+    "--config=runs/quant/quarot_smollm2.gin",
+    f"--set=experiment.Pretrained.name='{MODEL}'",
+    *("--set=WINDOWS=2", "--set=LENGTH=32", "--set=BLOCK=32"),
+    *("--set=BITS=8", "--set=activations.Round.clip=1.0"),
+  ]
+  assert cli.call(quantize.main, ["quantize", *flags, f"--to={to}"]) == 0
+  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert result["failed"] == 0 and 8 < result["bits_per_weight"] < 9
+  want = _logits(load.load_model(MODEL))
+  packed, decoded = (load.load_model(to, packed=p) for p in (True, False))
+  # The head is a matrix of its own, and no step of loading loses it.
+  assert not packed.model.tied and "head" in packed.params
+  down = packed.params["run0"]["layer0"]["mlp"]["down"]
+  assert isinstance(down, InputTensor) and isinstance(down.w.w, QTensor)
+  for loaded in (packed, decoded):
+    error = np.linalg.norm(_logits(loaded) - want) / np.linalg.norm(want)
+    assert 0 < error < 0.1
+
+
+def test_rows_and_what_they_say():
+  rows = quant_inputs.rows(calibration=Calibration(windows=2, length=16))
+  names = [row.name for row in rows]
+  assert len(set(names)) == len(names)
+  wanted = {name for claim in quant_inputs.CLAIMS for name in claim[:2]}
+  assert wanted <= set(names)
+  kl = dict.fromkeys(wanted, 1.0)
+  kl |= {"W8A8 tensor, SmoothQuant": 0.4, "W8A8 token": 0.1}
+  kl |= {"W8A4 rotated": 0.1, "W4A4 rotated, GPTQ": 0.9}
+  found = quant_inputs.repaired({k: {"kl": v} for k, v in kl.items()})
+  assert len(found) == 5 and all(v.holds for v in found)
+  same = quant_inputs.repaired({k: {"kl": 1.0} for k in wanted})
+  assert not any(v.holds for v in same)
+  assert quant_inputs.repaired({}) == []
+
+
+def test_the_run_file_can_be_read():
+  run = "runs/quant/claims_activations_smollm2.gin"
+  table, _ = config.read(run, root=quant_study.Table)
+  assert len(table.flat) == 10
