@@ -66,7 +66,7 @@ class Ancestral:
 def largest_sigma(
   schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]
 ) -> Float[Array, ""]:
-  """Returns the most that may be masked again: `min(1, (1 - alpha_s)/alpha_t)`."""
+  """Returns the most that may be masked again, `(1 - alpha_s) / alpha_t`."""
   alpha = schedule.alpha(t)
   most = schedule.masked(s) / jnp.maximum(alpha, 1e-12)
   return jnp.where(alpha > 0, jnp.minimum(1.0, most), 1.0)

@@ -1,0 +1,196 @@
+"""Log-likelihoods of answers by few forward passes, token by token.
+
+A masked diffusion model has no exact log p(answer | prompt); alignment uses
+estimates, and a policy and its reference must be estimated with the *same*
+masks, or the noise drowns the difference. All estimators have one interface:
+
+  plan(keys, answer) -> Views: masked rows, and what each masked token counts
+  tokens [B, T] of estimates = sum over views of counts * log p(token | view)
+
+`full_mask`: the answer all masked, the prompt masked a little (diffu-GRPO,
+Zhao et al. 2025, arXiv:2504.12216); biased. `coupled`: that, a random mask, and
+its complement, so that every token is seen once in context (Gong et al. 2025,
+arXiv:2506.20639). `elbo`: n masks of n counts, whose sum over tokens is an
+unbiased bound (Zhu et al. 2025, VRPO, arXiv:2505.19223: one mask for each of n
+times is the best use of n passes).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.diffusion import denoiser, process
+from research.nn.transformer import Transformer
+from research.training import positions
+from research.typing import (
+  Array,
+  Bool,
+  Float,
+  Int,
+  Params,
+  PRNGKey,
+  UserError,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Views:
+  """Rows as the model is shown them.
+
+  Attributes:
+    masked: bool `[N, B, T]`, for each of N views.
+    counts: float32 `[N, B, T]`, zero where nothing is asked.
+  """
+
+  masked: Any
+  counts: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullMask:
+  """One pass: all of the answer masked.
+
+  Attributes:
+    prompt: how likely a token of the prompt is masked, too.
+  """
+
+  prompt: float = 0.15
+
+  def __post_init__(self):
+    if not 0 <= self.prompt < 1:
+      raise UserError(f"FullMask: prompt is {self.prompt}, expected 0 to 1")
+
+  def plan(
+    self, keys: PRNGKey, answer: Bool[Array, "B T"], real: Bool[Array, "B T"]
+  ) -> Views:
+    """Returns one view.
+
+    Args:
+      keys: of the rows.
+      answer: which tokens are asked for.
+      real: which are no padding.
+    """
+    rate = jnp.full((answer.shape[0], 1), self.prompt)
+    hidden = process.mask_each(keys, real & ~answer, rate)
+    return Views((answer | hidden)[None], answer.astype(jnp.float32)[None])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coupled:
+  """Three passes: all masked, a mask of ratio r, and its complement.
+
+  Attributes:
+    low, high: r is uniform between them.
+  """
+
+  low: float = 0.2
+  high: float = 0.8
+
+  def __post_init__(self):
+    if not 0 < self.low <= self.high < 1:
+      raise UserError(
+        f"Coupled: low is {self.low} and high {self.high}, expected "
+        "0 < low <= high < 1"
+      )
+
+  def plan(self, keys, answer, real):
+    """Returns three views; see `FullMask.plan`."""
+    del real
+    first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
+    u = jax.vmap(lambda k: jax.random.uniform(k, (1,)))(first)
+    ratio = self.low + (self.high - self.low) * u
+    some = process.mask_each(second, answer, ratio)
+    rest = answer & ~some
+    counts = jnp.stack(
+      [
+        answer * 0.5,
+        jnp.where(some, 0.5 / ratio, 0.0),
+        jnp.where(rest, 0.5 / (1 - ratio), 0.0),
+      ]
+    )
+    return Views(jnp.stack([answer, some, rest]), counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Elbo:
+  """`times` numbers of masks, `masks` sets of each; together unbiased.
+
+  Attributes:
+    times: n_t; the numbers are spread over 1..L.
+    masks: n_y; more of them is worth less than more times.
+  """
+
+  times: int = 8
+  masks: int = 1
+
+  def __post_init__(self):
+    if self.times < 1 or self.masks < 1:
+      raise UserError(
+        f"Elbo: times is {self.times} and masks {self.masks}, expected at "
+        "least 1"
+      )
+
+  def plan(self, keys, answer, real):
+    """Returns `times * masks` views; see `FullMask.plan`."""
+    del real
+    length = answer.sum(-1)
+
+    def count(key):
+      return jax.random.uniform(key, (self.times,))
+
+    u = jax.vmap(count)(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
+    each = 1 + jnp.floor(u * length[:, None]).astype(jnp.int32)
+    each = jnp.minimum(each, jnp.maximum(length, 1)[:, None])
+    masked, counts = [], []
+    for i in range(self.times):
+      for j in range(self.masks):
+        number = 1 + i * self.masks + j
+        now = jax.vmap(lambda k, n=number: jax.random.fold_in(k, n))(keys)
+        mask = process.mask_count(now, answer, each[:, i])
+        scale = length / each[:, i] / (self.times * self.masks)
+        masked.append(mask)
+        counts.append(jnp.where(mask, scale[:, None], 0.0))
+    return Views(jnp.stack(masked), jnp.stack(counts).astype(jnp.float32))
+
+
+Estimator = FullMask | Coupled | Elbo
+
+
+def estimate(
+  model: Transformer,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  valid: Bool[Array, "B T"],
+  views: Views,
+  mask_id: int,
+  shift: bool = False,
+  rows: int = 256,
+) -> Float[Array, "B T"]:
+  """Returns the estimates of each token; sum them for the answer's.
+
+  Args:
+    model: the network; all see all.
+    params: its parameters.
+    tokens: the truth.
+    valid: which are no padding.
+    views: from `plan`; the same ones for policy and reference.
+    mask_id: of the mask.
+    shift: see `denoiser.own_rows`.
+    rows: rows of logits held at a time.
+  """
+  mask = denoiser.visible(None, valid)
+  place = denoiser.positions(valid)
+
+  def one(total, view):
+    masked, counts = view
+    noisy = process.noisy(tokens, masked, mask_id)
+    hidden, _ = model.apply({"params": params}, noisy, place, mask)
+    hidden = denoiser.own_rows(hidden, jnp.int32(0), tokens.shape[1], shift)
+    found = positions.log_probs(model, params, hidden, tokens, rows)
+    return total + jnp.where(counts > 0, counts * found, 0.0), None
+
+  zero = jnp.zeros(tokens.shape, jnp.float32)
+  return jax.lax.scan(one, zero, (views.masked, views.counts))[0]
