@@ -18,7 +18,7 @@ import numpy as np
 
 from research.quant import searches
 from research.quant.format import Format, Parts
-from research.typing import Array, Float, UserError
+from research.typing import Array, Float, Shaped, UserError
 
 _COLUMNS, _PIECE = 512, 1 << 16
 """Outputs, and weights, that are encoded at once: a core's cache holds them."""
@@ -169,6 +169,23 @@ class Ggml(Format):
     if piece.shape[1] == 1:
       piece = np.repeat(piece, 2, axis=1)  # see `searches`
     return piece.reshape(-1, self.block, piece.shape[1])
+
+  def recoded(
+    self, parts: Parts, codes: Shaped[Array, "I O"]
+  ) -> dict[str, Any]:
+    """Returns parts with other codes on the same grids.
+
+    Raises:
+      UserError: the type's codes are not apart from its scales.
+    """
+    blocks = codes.reshape(-1, self.block, codes.shape[-1])
+    return dict(parts) | self.packed(blocks)
+
+  def packed(self, codes: Any) -> dict[str, Any]:
+    """Returns the parts that codes of blocks `[X, block, O]` are."""
+    raise UserError(
+      f"{self.name}: codes cannot be chosen for it, expected another type"
+    )
 
   def values(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the matrix `[..., I, O]` as `decode` does, but in NumPy."""

@@ -12,12 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.quant import gptq
 from research.quant.clip import Clip
 from research.quant.format import Format, Plain
 from research.quant.gptq import GPTQ
-from research.quant.qtensor import QTensor
+from research.quant.qtensor import QTensor, pack
 from research.typing import Array, Float, UserError
 
 Seen = Mapping[str, Any]
@@ -32,13 +33,26 @@ class Method(Protocol):
   def name(self) -> str:
     """Returns what tables call it."""
 
+  @property
+  def weighted(self) -> bool:
+    """Whether formats that search are told of the inputs' mean square."""
+
   def parts(
     self,
     ws: Sequence[Float[Array, "I O"]],
     seen: Seen | None,
     format: Format,
+    starts: Sequence[Any] | None,
   ) -> tuple[list[Any], Any, Any]:
-    """Returns (parts of each matrix, order or None, damping or None)."""
+    """Returns (parts of each matrix, order or None, damping or None).
+
+    Args:
+      ws: of the same inputs.
+      seen: what those were, or None.
+      format: that fits them.
+      starts: what the format encodes the matrices to, where that cannot be
+        traced; else None.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +72,14 @@ class Nearest:
   def name(self) -> str:
     return "nearest" if self.clip is None else "nearest, clipped"
 
-  def parts(self, ws, seen, format):
+  def parts(self, ws, seen, format, starts):
+    if starts is not None and self.clip is None:
+      return list(starts), None, None
     importance = None
     if self.weighted:
       if seen is None:
         raise UserError("Nearest.weighted: needs calibration, found none")
-      importance = _importance(seen)
+      importance = importance_of(seen)
     return [self._parts(w, importance, format) for w in ws], None, None
 
   def _parts(self, w, importance, format):
@@ -94,7 +110,11 @@ class Compensated:
   def name(self) -> str:
     return f"GPTQ, {self.options.order}, {self.options.grids}"
 
-  def parts(self, ws, seen, format):
+  @property
+  def weighted(self) -> bool:
+    return True
+
+  def parts(self, ws, seen, format, starts):
     if seen is None:
       raise UserError("GPTQ: needs calibration, found none")
     if self.options.clip is not None:
@@ -116,7 +136,8 @@ class Compensated:
       grids = zip(*(split(x) for x in found.grid), strict=True)
       parts = [format.parts(c, *g) for c, g in zip(codes, grids, strict=True)]
       return parts, found.order, given.damping
-    starts = [format.encode(w, _importance(seen)) for w in split(given.w)]
+    if starts is None:
+      starts = [format.encode(w, importance_of(seen)) for w in split(given.w)]
     plain = [format.plain(start) for start in starts]
     grids = Known.of(plain[0])
     known = [Known.grid_of(x) for x in plain]
@@ -186,8 +207,10 @@ class Known:
     raise UserError("GPTQ: these grids belong to a whole matrix")
 
 
-def _importance(seen: Seen) -> Float[Array, " I"]:
-  return jnp.diagonal(seen["xx"]) / jnp.maximum(seen["n"][0], 1)
+def importance_of(seen: Seen) -> Float[Array, "*E I"]:
+  """Returns the mean square of each input, which errors may be weighed by."""
+  squares = jnp.diagonal(seen["xx"], axis1=-2, axis2=-1)
+  return squares / jnp.maximum(seen["n"], 1)
 
 
 def _check_local(format: Format, what: str) -> None:
@@ -220,9 +243,6 @@ class Measures:
   damping: Any = None
 
 
-@functools.partial(
-  jax.jit, static_argnames=("format", "method", "compare", "of")
-)
 def rounded(
   ws: tuple[Float[Array, "..."], ...],
   seen: Seen | None,
@@ -241,12 +261,26 @@ def rounded(
     compare: whether rounding to nearest is measured as well.
     of: dtype that decoded numbers are rounded to.
   """
+  starts = None
+  if not format.traced:
+    importance = None
+    if method.weighted and seen is not None:
+      importance = importance_of(seen)
+    starts = tuple(
+      pack(np.asarray(w, np.float32), format, importance).parts for w in ws
+    )
+  return _rounded(ws, seen, starts, format, method, compare, of)
 
-  def one(ws, seen):
+
+@functools.partial(
+  jax.jit, static_argnames=("format", "method", "compare", "of")
+)
+def _rounded(ws, seen, starts, format, method, compare, of):
+  def one(ws, seen, starts):
     ws = [w.astype(jnp.float32) for w in ws]
-    parts, order, damping = method.parts(ws, seen, format)
+    parts, order, damping = method.parts(ws, seen, format, starts)
     packed, dense, measures = [], [], []
-    for w, part in zip(ws, parts, strict=True):
+    for k, (w, part) in enumerate(zip(ws, parts, strict=True)):
       q = QTensor(
         part,
         order,
@@ -258,13 +292,14 @@ def rounded(
       )
       near = None
       if compare and seen is not None:
-        near = format.decode(format.encode(w))
+        start = format.encode(w) if starts is None else starts[k]
+        near = format.decode(start)
       packed.append(q)
       dense.append(q.dense())
       measures.append(_measured(w, dense[-1], near, seen, damping))
     return tuple(packed), tuple(dense), tuple(measures)
 
-  return (jax.vmap(one) if ws[0].ndim > 2 else one)(ws, seen)
+  return (jax.vmap(one) if ws[0].ndim > 2 else one)(ws, seen, starts)
 
 
 def _measured(w, got, near, seen, damping) -> Measures:

@@ -108,10 +108,15 @@ class GGML(Ggml):
       scale = searches.extreme(x) / F(-zero)
       codes = x * _inverse(scale)[:, None] + F(zero + 0.5)
     codes = np.minimum(np.trunc(codes), F(top)).astype(np.uint8)
-    parts = {"scale": half(scale)[0], "codes": bits.fold(codes & 15, 4, 16)}
-    if width == 5:
-      parts["high"] = bits.fold(codes >> 4, 1, 1)
+    parts = {"scale": half(scale)[0]} | self.packed(codes)
     return parts | ({"offset": half(low)[0]} if offset else {})
+
+  def packed(self, codes):
+    width, _, _ = KINDS[self.kind]
+    if width == 8:
+      return {"codes": codes}
+    parts = {"codes": bits.fold(codes & 15, 4, 16)}
+    return parts | ({"high": bits.fold(codes >> 4, 1, 1)} if width == 5 else {})
 
   def _eight(self, x: np.ndarray) -> dict[str, np.ndarray]:
     scale = np.abs(x).max(-2) / F(127)

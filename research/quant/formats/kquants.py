@@ -195,8 +195,7 @@ class Q4K(SuperBlock):
     """Returns the codes of blocks, `[..., X, 256, O]`."""
     return bits.unfold(parts["codes"], 4, 32)
 
-  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the parts that codes of blocks are."""
+  def packed(self, codes):
     return {"codes": bits.fold(codes, 4, 32)}
 
   def blocks(self, x, weight, mean):
@@ -234,7 +233,7 @@ class Q5K(Q4K):
   def apart(self, parts: Parts) -> Any:
     return super().apart(parts) | bits.unfold(parts["high"], 1, 32) << 4
 
-  def packed(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+  def packed(self, codes):
     high = bits.fold(codes >> 4, 1, 32)
     return super().packed(codes & 15) | {"high": high}
 
@@ -273,11 +272,12 @@ class Q6K(SuperBlock):
     codes = _recoded(xs, found, None, 31, -32, kept)
     # Such a block is all zeros, its codes too.
     codes = np.where(empty[..., None, :], np.uint8(0), codes)
+    return {"scales": a, "scale": d} | self.packed(codes)
+
+  def packed(self, codes):
     return {
       "codes": bits.fold(codes & 15, 4, 64),
       "high": bits.fold(codes >> 4, 2, 32),
-      "scales": a,
-      "scale": d,
     }
 
 

@@ -17,8 +17,12 @@ from research.quant.calibrate import Calibration
 from research.quant.clip import Clip
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
+from research.quant.formats.ggml import GGML
+from research.quant.formats.kquants import Q4K, Q5K, Q6K
+from research.quant.formats.microscaling import Microscaling
+from research.quant.formats.nvfp4 import NVFP4
 from research.quant.gptq import GPTQ
-from research.quant.methods import Compensated, Nearest
+from research.quant.methods import Compensated, Known, Nearest
 from research.quant.rules import Quantization, Rule
 from research.typing import UserError
 from tests import support, support_mesh
@@ -185,6 +189,9 @@ def test_drift_is_made_up_for():
     (Codebook(block=32), GPTQ()),
     (Affine(block=0, bits=3), GPTQ(clip=Clip(tried=20))),
     (Affine(block=8, symmetric=True), GPTQ(order="activations")),
+    (GGML(kind="Q4_1"), GPTQ(order="activations")),
+    (NVFP4(), GPTQ()),
+    (Microscaling(), GPTQ()),
   ],
   ids=lambda x: getattr(x, "name", ""),
 )
@@ -200,7 +207,8 @@ def test_any_grid_is_compensated(format, options):
   assert np.mean(better) > 0.7
   first = next(tree.layers(packed))
   q = first["attention"]["q"]
-  assert (q.order is not None) == (options.order == "activations")
+  scattered = format.local and options.order == "activations"
+  assert (q.order is not None) == scattered
   # What is stored decodes to what was measured.
   w = np.asarray(params["run0"]["layer0"]["attention"]["q"][0])
   error = np.linalg.norm(weights.dense(q) - w) / np.linalg.norm(w)
@@ -330,3 +338,42 @@ def test_matrices_side_by_side_are_as_one_by_one():
     for w, q in zip(ws, together, strict=True):
       (alone,), _, _ = methods.rounded((w,), seen, **how)
       np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "format",
+  [
+    *(GGML(kind=k) for k in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
+    *(Q4K(), Q5K(), Q6K()),
+    *(Codebook(block=32), NVFP4(), Microscaling()),
+  ],
+  ids=lambda format: format.name,
+)
+def test_codes_can_be_put_back(format):
+  w = np.random.default_rng(2).standard_normal((256, 6)).astype(np.float32)
+  w = jnp.asarray(w) if format.traced else w
+  parts = jax.tree.map(jnp.asarray, format.encode(w))
+  plain = format.plain(parts)
+  if format.local:
+    size = (-1, format.block, 6)
+    again = format.parts(
+      plain.codes.reshape(size), *format.grid(w.reshape(size))
+    )
+  else:
+    again = format.recoded(parts, plain.codes)
+  jax.tree.map(np.testing.assert_array_equal, dict(parts), dict(again))
+  grids, known = Known.of(plain), Known.grid_of(plain)
+  groups = jnp.asarray(format.decode(parts)).reshape(-1, plain.group, 6)
+  codes = grids.codes(groups, *known)
+  np.testing.assert_allclose(grids.values(codes, *known), groups, atol=1e-6)
+
+
+def test_ggml_is_rounded_by_the_c_references_rules():
+  _, params = known()
+  rule = Rule(match="layers", format=GGML(kind="Q4_0"))
+  down = Rule(match="down$", format=None)
+  packed, _ = run(*known(), down, rule)
+  w = np.asarray(params["run0"]["layer0"]["mlp"]["up"][1])
+  want = rule.format.decode(rule.format.encode(w))
+  got = weights.dense(packed["run0"]["layer0"]["mlp"]["up"])[1]
+  np.testing.assert_array_equal(got, want)
