@@ -19,6 +19,7 @@ from research.quant.quantize import Quantize
 from research.quant.rotate import Rotate
 from research.quant.rules import Quantization, Rule
 from research.quant.smoothquant import SmoothQuant
+from research.quant.spinquant import SpinQuant
 
 TENSOR, EIGHT = Round(bits=8, per="tensor"), Round(bits=8)
 FOUR = Round(bits=4, clip=0.9)
@@ -65,6 +66,55 @@ def rows(
     Row(name=name, transforms=transforms, group=name[:4], errors=False)
     for name, transforms in made.items()
   )
+
+
+def learned(
+  calibration: Calibration, steps: int = 100, bits: int = 4, seeds: int = 3
+) -> tuple[Row, ...]:
+  """Returns rotations by random matrices, and learned from these.
+
+  Args:
+    calibration: what SpinQuant reads.
+    steps: of the learning.
+    bits: of activations; weights have 8.
+    seeds: of the random matrices.
+  """
+  op = Round(bits=bits)
+  spin = SpinQuant(calibration=calibration, op=op, steps=steps)
+  ways = {"as it is": None, "random": Rotate(), "learned": spin}
+  return tuple(
+    Row(
+      name=f"W8A{bits} {way}" + (f", seed {seed}" if turn else ""),
+      transforms=(
+        *([turn] if turn else []),
+        Quantize(format=llm_int8.INT8),
+        Inputs(op=op),
+      ),
+      group=way,
+      errors=False,
+      seed=seed,
+    )
+    for way, turn in ways.items()
+    for seed in range(seeds if turn else 1)
+  )
+
+
+def better_learned(rows: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
+  """Returns whether learned rotations lose less, for each seed.
+
+  Args:
+    rows: measured, by name.
+  """
+  pairs = [
+    (row["kl"], rows[name.replace("learned", "random")]["kl"])
+    for name, row in rows.items()
+    if " learned" in name and name.replace("learned", "random") in rows
+  ]
+  if not pairs:
+    return []
+  found = ", ".join(f"KL {b:.4g} to {a:.4g}" for a, b in pairs)
+  claim = "a learned rotation loses less than the random one it starts from"
+  return [Verdict(claim, found, all(a < b for a, b in pairs))]
 
 
 CLAIMS = (

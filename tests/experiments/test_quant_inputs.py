@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from experiments import cli, config, quant_inputs, quant_study, quantize
 from research.interop import load
@@ -65,8 +66,20 @@ def test_rows_and_what_they_say():
   assert not any(v.holds for v in same)
   assert quant_inputs.repaired({}) == []
 
+  kl = {"random, seed 0": 0.2, "random, seed 1": 0.3}
+  kl |= {"learned, seed 0": 0.1, "learned, seed 1": 0.2}
+  for worst, holds in ((0.2, True), (0.4, False)):
+    kl["learned, seed 1"] = worst
+    spun = {f"W8A4 {name}": {"kl": value} for name, value in kl.items()}
+    (found,) = quant_inputs.better_learned(spun)
+    assert found.holds == holds
+  assert quant_inputs.better_learned({}) == []
 
-def test_the_run_file_can_be_read():
-  run = "runs/quant/claims_activations_smollm2.gin"
+
+@pytest.mark.parametrize(
+  "name, count", [("activations_smollm2", 10), ("rotations", 7)]
+)
+def test_run_files_can_be_read(name, count):
+  run = f"runs/quant/claims_{name}.gin"
   table, _ = config.read(run, root=quant_study.Table)
-  assert len(table.flat) == 10
+  assert len(table.flat) == count
