@@ -76,7 +76,7 @@ class Side:
     x = x.astype(dtype)
     if self.recent is None:
       return x
-    if self.grid.per_channel:
+    if self.grid.by_blocks:
       start = tokens.before // self.ring * self.ring
     else:
       start = jnp.maximum(tokens.before - self.ring, 0)
@@ -94,7 +94,7 @@ class Side:
     shift: Shift | None,
   ) -> "Side":
     """Returns the side with a call's tokens in it."""
-    if self.grid.per_channel and not self.grid.whole:
+    if self.grid.by_blocks:
       if x.shape[1] == 1:
         return self._write_one(x, tokens, shift)
       return self._write_blocks(x, tokens, shift)

@@ -38,7 +38,7 @@ def attention_errors(
     UserError: T is no such multiple.
   """
   for kv in kvs:
-    if tokens.shape[1] % kv.group and any(g.per_channel for g in kv.grids):
+    if tokens.shape[1] % kv.group and any(g.by_blocks for g in kv.grids):
       raise UserError(
         f"tokens: found {tokens.shape[1]} a row, expected a multiple of the "
         f"group of {kv.group}"

@@ -69,6 +69,11 @@ class Grid:
     """Whether nothing is packed."""
     return self.bits == 16
 
+  @property
+  def by_blocks(self) -> bool:
+    """Whether tokens are packed together."""
+    return self.per_channel and not self.whole
+
   def check(self, dim: int, what: str) -> None:
     """Raises UserError unless heads of `dim` channels can be packed."""
     if self.whole or (self.bits in SYMMETRIC and not self.per_channel):
@@ -143,7 +148,7 @@ class Grid:
 
   def tokens(self, packed: Packed) -> int:
     """Returns S."""
-    if self.per_channel and not self.whole:
+    if self.by_blocks:
       return packed.codes.shape[-3] * self.group
     return packed.codes.shape[-2]
 

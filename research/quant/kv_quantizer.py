@@ -56,7 +56,7 @@ class KVQuantizer:
       found = getattr(self, name)
       if found < least:
         raise UserError(f"kv {name}: found {found}, expected at least {least}")
-    if self.residual % self.group and any(g.per_channel for g in self.grids):
+    if self.residual % self.group and any(g.by_blocks for g in self.grids):
       raise UserError(
         f"kv residual: found {self.residual}, expected a multiple of the group "
         f"of {self.group} tokens, which are packed together per channel"
@@ -102,7 +102,7 @@ class KVQuantizer:
       grid.check(dim, what)
     first = 0 if windowed else min(self.sink_tokens, slots - 1)
     unit = max(self.residual, 1)
-    if any(g.per_channel and not g.whole for g in grids):
+    if any(g.by_blocks for g in grids):
       unit = max(unit, self.group)
     slots = -(-(slots - first) // unit) * unit
 
@@ -111,7 +111,7 @@ class KVQuantizer:
       return jnp.zeros((*lead, size, dim), dtype) if size else None
 
     def side(grid):
-      ring = unit if grid.per_channel else self.residual
+      ring = unit if grid.by_blocks else self.residual
       ring = 0 if grid.whole else ring
       return Side(grid.empty(lead, slots, dim, dtype), whole(ring), grid)
 
