@@ -104,8 +104,8 @@ def slots(model: Transformer) -> list[Slot]:
 
 
 def text_part(
-  tensors: Mapping[str, safetensors.Lazy],
-) -> dict[str, safetensors.Lazy]:
+  tensors: Mapping[str, hf_quant.Tensor],
+) -> dict[str, hf_quant.Tensor]:
   """Returns a multimodal file's language model under its usual names."""
   out = {}
   for name, tensor in tensors.items():
@@ -172,7 +172,7 @@ def _check_tied(embedding, head, rows: int = 4096) -> None:
 
 def read_params(
   model: Transformer,
-  tensors: Mapping[str, safetensors.Lazy],
+  tensors: Mapping[str, hf_quant.Tensor],
   dtype: str | None = "float32",
   where: Any = "model",
   shardings: unread.Shardings | None = None,
@@ -201,7 +201,7 @@ def read_params(
 
 def unread_params(
   model: Transformer,
-  tensors: Mapping[str, safetensors.Lazy],
+  tensors: Mapping[str, hf_quant.Tensor],
   dtype: str | None = "float32",
   where: Any = "model",
   packed: bool = False,
@@ -271,7 +271,7 @@ def _wanted(rows: names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
   return wanted
 
 
-def _reader(tensor: safetensors.Lazy, transposed: bool):
+def _reader(tensor: hf_quant.Tensor, transposed: bool):
   """Returns what reads a part of a parameter, in our orientation."""
 
   def read(index: Any = ...) -> np.ndarray:
@@ -297,7 +297,7 @@ def _stored(rows, slot, tensors) -> str:
 
 def read_parts(
   model: Transformer,
-  tensors: Mapping[str, safetensors.Lazy],
+  tensors: Mapping[str, hf_quant.Tensor],
   where: Any = "model",
 ) -> dict[names.Address, parts.Part]:
   """Returns `model`'s parameters one by one, unread, as they are stored.
@@ -320,7 +320,7 @@ def read_parts(
 
 def open_model(
   directory: str | pathlib.Path, dtype: str = "float32"
-) -> tuple[Transformer, dict[str, safetensors.Lazy], dict[str, Any]]:
+) -> tuple[Transformer, dict[str, hf_quant.Tensor], dict[str, Any]]:
   """Returns (model, its tensors unread, source) of a directory.
 
   Args:

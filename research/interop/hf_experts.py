@@ -13,7 +13,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from research.interop import names, safetensors
+from research.interop import hf_quant, names
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 
@@ -30,8 +30,8 @@ _HELD = {
 def apart(
   model: Transformer,
   rows: names.Table,
-  tensors: Mapping[str, safetensors.Lazy],
-) -> dict[str, safetensors.Lazy]:
+  tensors: Mapping[str, hf_quant.Tensor],
+) -> dict[str, hf_quant.Tensor]:
   """Returns `tensors` with stacked experts under the names of `rows`, unread.
 
   What does not fit the model, or is in the file twice, is left as it is, and

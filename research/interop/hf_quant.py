@@ -53,8 +53,12 @@ class Packed:
     return np.asarray(self.weight().dense()).T[index]
 
 
+Tensor = safetensors.Lazy | Packed
+"""A tensor of a file, or what stands in for some."""
+
+
 def _whole(x: unread.Unread) -> np.ndarray:
-  return x.read(tuple(slice(0, n) for n in x.shape))
+  return np.asarray(x.read(tuple(slice(0, n) for n in x.shape)))
 
 
 def config_of(

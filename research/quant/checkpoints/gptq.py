@@ -8,7 +8,7 @@ they are. Files of version 2 exist that say 1, so the numbers are asked.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ def _zeros(tensors, scheme: Scheme, sizes: _Sizes) -> np.ndarray:
 
 
 def detected(
-  scheme: Scheme, modules: Sequence[Mapping[str, np.ndarray]], where: str
+  scheme: Scheme, modules: Mapping[str, Mapping[str, np.ndarray]]
 ) -> Scheme:
   """Returns `scheme` with the version that the numbers have.
 
@@ -182,8 +182,7 @@ def detected(
 
   Args:
     scheme: by the config.
-    modules: tensors of some modules.
-    where: they come from, for messages.
+    modules: tensors of some modules, by their names.
 
   Raises:
     UserError: tensors do not fit each other, or symmetric zeros are neither
@@ -191,7 +190,7 @@ def detected(
   """
   top, bias = (1 << scheme.bits) - 1, {1: 0.0, 2: 0.0}
   count, spread = 0, 0.0
-  for tensors in modules:
+  for where, tensors in modules.items():
     sizes = _sizes(tensors, scheme, where)
     stored = _zeros(tensors, scheme, sizes)
     if scheme.symmetric:

@@ -109,8 +109,10 @@ def _bnb(tensors: Tensors) -> Modules:
 def _gptq(values, tensors: Tensors, where: str) -> Opened:
   scheme = gptq.parse(values, where)
   found = _ending(tensors, gptq.MARK, gptq.NAMES)
-  some = [_arrays(tensors, names) for names in list(found.values())[:_SAMPLES]]
-  scheme = gptq.detected(scheme, some, where)
+  some = list(found)[:_SAMPLES]
+  scheme = gptq.detected(
+    scheme, {module: _arrays(tensors, found[module]) for module in some}
+  )
   read = functools.partial(gptq.from_tensors, scheme=scheme)
   said = dict(values) | {
     "checkpoint_format": gptq.config(scheme)["checkpoint_format"]

@@ -91,7 +91,7 @@ def test_words_of_symmetric_zeros(version, word):
   assert (tensors["qzeros"].view(np.uint32) == word).all()
   for said in (1, 2):
     scheme = gptq.Scheme(group=GROUP, version=said)
-    assert gptq.detected(scheme, [tensors], "w").version == version
+    assert gptq.detected(scheme, {"w": tensors}).version == version
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -107,14 +107,14 @@ def test_the_numbers_tell_the_version(bits, version, said):
     pytest.skip("a zero of 0")
   tensors = gptq.to_tensors(found, version)
   scheme = gptq.Scheme(bits=bits, group=GROUP, symmetric=False, version=said)
-  assert gptq.detected(scheme, [tensors] * 2, "w").version == version
+  assert gptq.detected(scheme, {"a": tensors, "b": tensors}).version == version
 
 
 def test_few_codes_tell_nothing():
   tensors, _ = random_tensors(8, 2)
   for said in (1, 2):
     scheme = gptq.Scheme(bits=8, group=GROUP, symmetric=False, version=said)
-    assert gptq.detected(scheme, [tensors], "w").version == said
+    assert gptq.detected(scheme, {"w": tensors}).version == said
 
 
 def test_version_1_cuts_a_zero_of_0_and_cannot_write_it():
@@ -302,7 +302,7 @@ def test_other_damage_of_gptq():
     read(changed(), 4, 1)
   tensors, _ = random_tensors(4, 2, zero=3)
   with pytest.raises(UserError, match="qzeros has 3, expected 7 .* or 8"):
-    gptq.detected(gptq.Scheme(group=GROUP), [tensors], "w")
+    gptq.detected(gptq.Scheme(group=GROUP), {"w": tensors})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,434 @@
+"""Directories that other tools have quantized: read packed, and written."""
+
+import functools
+import json
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import cli
+from experiments import convert as command
+from research import tree, weights
+from research.interop import (
+  convert,
+  hf,
+  hf_quant,
+  load,
+  parts,
+  safetensors,
+  sources,
+)
+from research.quant import qtensor
+from research.quant.checkpoints import gptq, writers
+from research.quant.checkpoints.integers import integers
+from research.quant.formats.affine import Affine
+from research.typing import UserError
+from tests import support
+from tests.research.interop.test_convert import MODELS, logits
+
+SIZES = dict(width=64, hidden=96, head_dim=16, depth=3)
+SQUARE = dict(width=64, hidden=64, head_dim=16, kv_heads=4, depth=2)
+"""Where all matrices have one shape, little is compiled."""
+
+WRITERS = {
+  "gptq": writers.Gptq(group=32),
+  "gptq3": writers.Gptq(bits=3, group=32),
+  "gptq8": writers.Gptq(bits=8, group=0),
+  "awq": writers.Awq(group=32),
+  "nf4": writers.Bnb(),
+  "fp4": writers.Bnb("fp4"),
+  "int8": writers.Bnb("int8"),
+  "compressed": writers.Compressed(),
+  "fp8": writers.Compressed("fp8"),
+  "nvfp4": writers.Compressed("nvfp4"),
+}
+every = pytest.mark.parametrize("name", WRITERS)
+
+
+def source(model, params):
+  return sources.Source(
+    model=model,
+    parts=parts.from_params(params),
+    params=lambda: params,
+    origin={},
+  )
+
+
+@functools.cache
+def plain(square=False):
+  model = support.model(**(SQUARE if square else SIZES))
+  return source(model, support.params(model))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """Returns the directory that a writer has made of a tiny model."""
+  folder = tmp_path_factory.mktemp("quantized")
+
+  @functools.cache
+  def make(name, square=False):
+    to = folder / f"{name}-{square}"
+    convert.to_quantized(plain(square), to, WRITERS[name], True)
+    return to
+
+  return make
+
+
+def raw(folder):
+  return {
+    name: (t.shape, str(t.dtype), t.read().tobytes())
+    for name, t in safetensors.open_directory(folder).items()
+  }
+
+
+def packed_leaves(params):
+  leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
+  return [w for w in leaves if weights.is_weight(w)]
+
+
+def decoded(params):
+  return jax.tree.map(weights.dense, params, is_leaf=weights.is_weight)
+
+
+def change(folder, to, edit=None, **config):
+  """Returns a copy of a directory with other tensors and another config."""
+  shutil.copytree(folder, to)
+  tensors = {
+    name: np.array(t.read())
+    for name, t in safetensors.open_directory(folder).items()
+  }
+  if edit is not None:
+    edit(tensors)
+  (to / safetensors.SINGLE).unlink()
+  safetensors.write_directory(to, tensors)
+  said = safetensors.read_json(to / "config.json")
+  said[hf_quant.CONFIG] |= config
+  safetensors.write_json(to / "config.json", said)
+  return to
+
+
+@every
+def test_read_packed_and_written_back(name, made, tmp_path):
+  folder = made(name, True)
+  it = load.load_model(folder)
+  found = packed_leaves(it.params)
+  assert len(found) == 7
+  # All layers stand behind one axis.
+  assert {w.lead for w in found} == {(2,)}
+  wide = load.load_model(folder, packed=False).params
+  assert not packed_leaves(wide)
+  chex.assert_trees_all_equal(decoded(it.params), wide)
+  again, before = tmp_path / "again", sources.open_source(folder)
+  if name == "gptq":  # through our own checkpoint
+    convert.to_orbax(before, tmp_path / "ours")
+    before = sources.open_source(tmp_path / "ours")
+  log = convert.to_quantized(before, again, WRITERS[name])
+  assert log.summary()["changed"] == 0
+  assert raw(again) == raw(folder)
+  both = [f / "config.json" for f in (again, folder)]
+  assert both[0].read_text() == both[1].read_text()
+
+
+def derived(folder, module, bits, awq=False):
+  """Returns a matrix `[I, O]` straight from its words."""
+  t = {
+    k: safetensors.open_directory(folder)[f"{module}.{k}"].read()
+    for k in ("qweight", "qzeros", "scales")
+  }
+
+  def along_rows(words):
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
+    x = (words.view(np.uint32)[:, None] >> shifts) & (2**bits - 1)
+    return x.reshape(-1, words.shape[1])
+
+  def along_columns(words):
+    x = along_rows(np.ascontiguousarray(words.T)).T
+    return x.reshape(len(x), -1, 8)[..., [0, 4, 1, 5, 2, 6, 3, 7]] if awq else x
+
+  zero = along_columns(t["qzeros"]).reshape(t["scales"].shape) + (not awq)
+  codes = along_columns(t["qweight"]) if awq else along_rows(t["qweight"])
+  codes = codes.reshape(-1, zero.shape[1])
+  spread = functools.partial(np.repeat, repeats=len(codes) // len(zero), axis=0)
+  return spread(t["scales"].astype("f4")) * (codes - spread(zero).astype("f4"))
+
+
+@pytest.mark.parametrize(("name", "bits"), [("gptq", 4), ("awq", 4)])
+def test_numbers_are_those_of_the_words(name, bits, made):
+  params = load.load_model(made(name)).params
+  for i, layer in enumerate(tree.layers(params)):
+    for path, theirs in (
+      ("attention/k", "self_attn.k_proj"),
+      ("mlp/down", "mlp.down_proj"),
+    ):
+      a, b = path.split("/")
+      module = f"model.layers.{i}.{theirs}"
+      want = derived(made(name), module, bits, name == "awq")
+      np.testing.assert_array_equal(layer[a][b].dense(), want)
+
+
+def test_errors_are_those_of_the_bits(made):
+  """Each bit less doubles the error, about."""
+  want = plain(True).params()["run0"]["layer0"]["mlp"]["up"]
+
+  def error(name):
+    it = load.load_model(made(name, True))
+    got = it.params["run0"]["layer0"]["mlp"]["up"]
+    return float(jnp.linalg.norm(got.dense() - want) / jnp.linalg.norm(want))
+
+  assert error("gptq") < 0.13 and error("gptq8") < 0.012
+  assert 1.7 < error("gptq3") / error("gptq") < 2.6
+  assert error("nf4") < error("gptq") and error("fp8") < 0.04
+
+
+def scattered(params):
+  """Returns GPTQ's packed matrices, one layer plain, one act-ordered."""
+  rng = np.random.default_rng(0)
+
+  def pack(i, path, w):
+    if i == 1 or w.ndim != 2:
+      return w
+    q = qtensor.pack(w, Affine(block=32, symmetric=True))
+    if i == 2:
+      order = rng.permutation(q.inputs).astype(np.int32)
+      q = qtensor.QTensor(
+        q.parts, order, format=q.format, inputs=q.inputs, outputs=q.outputs
+      )
+    return q
+
+  layers = [
+    tree.map_paths(functools.partial(pack, i), layer)
+    for i, layer in enumerate(tree.layers(params))
+  ]
+  return tree.stack(tree.top(params), layers)
+
+
+def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):
+  model = plain().model
+  params = scattered(plain().params())
+  mixed = source(model, params)
+  with pytest.raises(UserError, match="7 of 21 matrices do not fit .*plain"):
+    convert.to_quantized(mixed, tmp_path / "no", writers.Gptq())
+  assert not (tmp_path / "no").exists()
+
+  def write(tensors):
+    # As a tool leaves a layer out.
+    for address, part in mixed.parts.items():
+      if address.layer is None or len(part.shape) != 2:
+        continue
+      name, _ = hf.table(model).theirs(address)
+      module = name.removesuffix(".weight")
+      for k in gptq.NAMES:
+        tensors.pop(f"{module}.{k}")
+      w = part.read()
+      if address.layer == 1:
+        tensors[name] = np.ascontiguousarray(np.asarray(w).T)
+        continue
+      made = gptq.to_tensors(integers(w, "w"), 1)
+      tensors |= {f"{module}.{k}": x for k, x in made.items()}
+
+  folder = change(made("gptq"), tmp_path / "mixed", write)
+  it = load.load_model(folder)
+  assert len(tree.runs(it.params)) == 3
+  assert len(packed_leaves(it.params)) == 14
+  x = support.tokens()
+  want = logits(model, decoded(params), x)
+  got = logits(it.model, it.params, x)
+  chex.assert_trees_all_close(got, want, atol=1e-5 * float(jnp.ptp(want)))
+  # A source reads the same.
+  again = sources.open_source(folder).params()
+  chex.assert_trees_all_equal(again, it.params)
+
+
+def test_experts_are_packed(tmp_path):
+  it = load.load_model(MODELS / "mixtral")
+  writer = writers.Bnb("int8")
+  convert.to_quantized(
+    source(it.model, it.params), tmp_path / "q", writer, True
+  )
+  got = load.load_model(tmp_path / "q").params
+  up = got["run0"]["layer0"]["mlp"]["experts"]["up"]
+  assert up.shape == it.params["run0"]["layer0"]["mlp"]["experts"]["up"].shape
+  assert not weights.is_weight(got["run0"]["layer0"]["mlp"]["router"])
+  said = safetensors.read_json(tmp_path / "q" / "config.json")
+  skipped = said[hf_quant.CONFIG]["llm_int8_skip_modules"]
+  assert "model.layers.0.block_sparse_moe.gate" in skipped
+  wide = load.load_model(tmp_path / "q", packed=False).params
+  chex.assert_trees_all_equal(decoded(got), wide)
+
+
+def test_between_tools_without_loss(made, tmp_path):
+  def to(name, before, writer):
+    log = convert.to_quantized(
+      sources.open_source(before), tmp_path / name, writer
+    )
+    assert log.summary()["changed"] == 0
+    return tmp_path / name
+
+  def numbers(folder):
+    return load.load_model(folder, packed=False).params
+
+  # Symmetric 4-bit integers are everybody's.
+  a = to("a", made("gptq", True), writers.Awq())
+  b = to("b", a, writers.Compressed())
+  c = to("c", b, writers.Gptq())
+  chex.assert_trees_all_equal(numbers(a), numbers(made("gptq", True)))
+  assert raw(c) == raw(made("gptq", True))
+  # Version 2 has the zeros of 0 that AWQ may have.
+  d = to("d", made("awq", True), writers.Gptq())
+  said = safetensors.read_json(d / "quantize_config.json")
+  assert said["checkpoint_format"] in ("gptq", "gptq_v2")
+  assert raw(to("e", d, writers.Awq())) == raw(made("awq", True))
+  # Blocks of ggml are groups of 32.
+  f = to("f", MODELS / "gguf_q4_0" / "model.gguf", writers.Gptq())
+  want = load.load_model(MODELS / "gguf_q4_0" / "model.gguf").params
+  chex.assert_trees_all_equal(numbers(f), want)
+
+
+def test_what_does_not_fit_is_refused_or_rounded(made, tmp_path):
+  before = sources.open_source(made("nf4", True))
+  with pytest.raises(UserError, match="(?s)14 of 14.*codebook .*--requantize"):
+    convert.to_quantized(before, tmp_path / "a", writers.Gptq())
+  log = convert.to_quantized(before, tmp_path / "a", writers.Gptq(), True)
+  changed = [c for c in log.changes if c.before != c.after]
+  assert len(changed) == 14
+  assert all(c.before == "nf4-b64-dq" for c in changed)
+  assert all(0.01 < c.relative_error < 0.2 for c in changed)
+  with pytest.raises(UserError, match="bits and group do not fit: found 8"):
+    convert.to_quantized(
+      sources.open_source(made("gptq8", True)),
+      tmp_path / "b",
+      writers.Gptq(bits=4),
+    )
+
+
+def test_configs_in_files_of_their_own(made, tmp_path):
+  folder = tmp_path / "old"
+  shutil.copytree(made("gptq"), folder)
+  config = safetensors.read_json(folder / "config.json")
+  said = config.pop(hf_quant.CONFIG)
+  safetensors.write_json(folder / "config.json", config)
+  del said["quant_method"]
+  safetensors.write_json(folder / "quantize_config.json", said)
+  got, want = load.load_model(folder), load.load_model(made("gptq"))
+  chex.assert_trees_all_equal(got.params, want.params)
+
+
+def test_a_label_that_lies_is_found_out(made, tmp_path):
+  folder = change(made("gptq"), tmp_path / "lies", checkpoint_format="gptq_v2")
+  it = load.load_model(folder)
+  chex.assert_trees_all_equal(it.params, load.load_model(made("gptq")).params)
+  assert it.source["quantization"]["checkpoint_format"] == "gptq"
+
+
+def test_biases_of_nothing_are_left_out(made, tmp_path):
+  module = "model.layers.1.self_attn.k_proj"
+
+  def edit(value, tensors):
+    tensors[f"{module}.bias"] = np.full(32, value, np.float16)
+
+  zero = change(made("gptq"), tmp_path / "0", functools.partial(edit, 0))
+  want = load.load_model(made("gptq")).params
+  chex.assert_trees_all_equal(load.load_model(zero).params, want)
+  one = change(made("gptq"), tmp_path / "1", functools.partial(edit, 1))
+  with pytest.raises(UserError, match="superfluous: model.layers.1.*k_proj.b"):
+    load.load_model(one)
+
+
+def cut(tensors):
+  name = "model.layers.0.mlp.up_proj.qweight"
+  tensors[name] = tensors[name][:-1]
+
+
+def both(tensors):
+  name = "model.layers.0.mlp.up_proj.weight"
+  tensors[name] = np.zeros((96, 64), np.float32)
+
+
+def transposed(tensors):
+  for name in gptq.NAMES:
+    a, b = (f"model.layers.0.mlp.{x}_proj.{name}" for x in ("up", "down"))
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+
+
+@pytest.mark.parametrize(
+  ("edit", "config", "message"),
+  [
+    (
+      None,
+      dict(quant_method="quip"),
+      "quant_method is 'quip', expected one of",
+    ),
+    (None, dict(quant_method=None), "quant_method is None"),
+    (
+      None,
+      dict(quant_method="awq"),
+      "layers.0.mlp.down_proj: .*qweight|qzeros",
+    ),
+    (None, dict(bits=8), "down_proj: 64 outputs of 48 inputs"),
+    (
+      None,
+      dict(group_size=48),
+      r"down_proj: qzeros is int32 \[3, 8\]",
+    ),
+    (cut, {}, "up_proj: .* inputs in whole groups of 32"),
+    (both, {}, "up_proj.weight is there both packed and plain"),
+    (
+      transposed,
+      {},
+      r"down_proj.weight has shape \[96, 64\], expected \[64, 96\]",
+    ),
+  ],
+)
+def test_damaged_directories(edit, config, message, made, tmp_path):
+  folder = change(made("gptq"), tmp_path / "bad", edit, **config)
+  with pytest.raises(UserError, match=message):
+    load.load_model(folder)
+
+
+def test_a_config_that_is_no_object(made, tmp_path):
+  folder = change(made("gptq"), tmp_path / "bad")
+  said = safetensors.read_json(folder / "config.json")
+  said[hf_quant.CONFIG] = ["gptq"]
+  safetensors.write_json(folder / "config.json", said)
+  with pytest.raises(UserError, match="expected an object"):
+    load.load_model(folder)
+
+
+def test_packed_needs_something_packed():
+  with pytest.raises(UserError, match="that a tool has quantized"):
+    load.load_model(MODELS / "llama", packed=True)
+
+
+def test_the_command(made, tmp_path, capsys):
+  def call(*arguments):
+    status = cli.call(command.main, ["convert", *map(str, arguments)])
+    out = capsys.readouterr()
+    lines = out.out.splitlines()
+    return status, json.loads(lines[-1]) if lines else None, out.err
+
+  status, result, errors = call(
+    f"--from={made('gptq', True)}", f"--to={tmp_path / 'a'}", "--format=awq"
+  )
+  assert (status, errors, result["changed"]) == (0, "", 0)
+  status, result, _ = call(
+    f"--from={tmp_path / 'a'}",
+    f"--to={tmp_path / 'b'}",
+    "--format=gptq:8",
+    "--requantize",
+    "--group_size=16",
+  )
+  assert (status, result["changed"]) == (0, 14)
+  assert 0 < result["max_relative_error"] < 0.01
+  for flags, words in (
+    (["--format=gptq:5"], "expected one of hf"),
+    (["--format=bnb"], "do not fit this format"),
+    (["--format=hf", "--requantize"], "--requantize: is for --format=gptq"),
+  ):
+    status, _, errors = call(
+      f"--from={made('gptq', True)}", f"--to={tmp_path / 'c'}", *flags
+    )
+    assert status and words in errors
