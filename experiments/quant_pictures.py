@@ -1,17 +1,17 @@
 """Pictures of quantized models: what is lost against bits."""
 
-import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from experiments import quant_study
 from research.training import plots
 
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 def pareto(rows: Rows, picture: pathlib.Path, title: str) -> None:
-  """Draws divergence against true bits a weight; none below is the front.
+  """Draws divergence against true bits a weight, and each band's ranking.
 
   Args:
     rows: as `experiments.quant_study` measures them.
@@ -21,50 +21,71 @@ def pareto(rows: Rows, picture: pathlib.Path, title: str) -> None:
   good = [
     r for r in rows.values() if "failed" not in r and r["bits_per_weight"]
   ]
-  drawn = plots.figure(9, 6)
-  axes = drawn.add_subplot()
   groups = list(dict.fromkeys(r["group"] for r in good))
-  markers = itertools.cycle("os^Dv*PX")
-  for group, color, marker in zip(
-    groups, itertools.cycle(plots.COLORS), markers, strict=False
-  ):
+  drawn = plots.figure(13, max(5, 0.2 * len(good) + 1))
+  left, right = drawn.subplots(1, 2, width_ratios=(3, 2))
+  for group in groups:
     mine = [r for r in good if r["group"] == group]
-    axes.errorbar(
+    left.errorbar(
       [r["bits_per_weight"] for r in mine],
       [r["kl"] for r in mine],
       yerr=[r["kl_se"] or 0 for r in mine],
-      fmt=marker,
-      color=color,
-      capsize=2,
       label=group,
-    )
-  for r in good:
-    axes.annotate(
-      r["row"],
-      (r["bits_per_weight"], r["kl"]),
-      (4, 3),
-      textcoords="offset points",
-      fontsize=6,
+      **_look(groups, group),
     )
   best = front(good)
-  axes.plot(
+  left.plot(
     [r["bits_per_weight"] for r in best],
     [r["kl"] for r in best],
     color="0.6",
     linewidth=0.8,
     zorder=0,
   )
-  for low, high in ((3.25, 3.5), (4.25, 4.5)):
-    axes.axvspan(low, high, color="0.93", zorder=-1)
-  axes.set(
+  for r in best:
+    left.annotate(
+      r["row"],
+      (r["bits_per_weight"], r["kl"]),
+      (4, 4),
+      textcoords="offset points",
+      fontsize=7,
+    )
+  for low, high in quant_study.BANDS:
+    left.axvspan(low, high, color="0.93", zorder=-1)
+  left.set(
     xlabel="bits a weight, everything counted",
     ylabel="KL(base || quantized), nats a token",
     yscale="log",
     title=title,
   )
-  axes.legend(frameon=False, fontsize=8)
-  axes.grid(alpha=0.3)
+  left.legend(frameon=False, fontsize=8)
+  left.grid(alpha=0.3)
+  _ranking(right, good, groups)
   plots.save(drawn, picture)
+
+
+def _look(groups: list[str], group: str) -> dict[str, Any]:
+  i = groups.index(group)
+  color = plots.COLORS[i % len(plots.COLORS)]
+  return dict(fmt="os^Dv*PX"[i % 8], color=color, capsize=2, markersize=5)
+
+
+def _ranking(axes: Any, rows: list[Any], groups: list[str]) -> None:
+  """Draws the rows of each band under each other, the best on top."""
+  names: list[str] = []
+  for low, high in quant_study.BANDS[::-1]:
+    some = [
+      r for r in rows if quant_study.band(r["bits_per_weight"]) == (low, high)
+    ]
+    for r in sorted(some, key=lambda r: -r["kl"]):
+      axes.errorbar(
+        r["kl"], len(names), xerr=r["kl_se"] or 0, **_look(groups, r["group"])
+      )
+      names.append(f"{r['row']}  ({r['bits_per_weight']:.2f})")
+    axes.axhline(len(names) - 0.5, color="0.8", linewidth=0.8)
+  axes.set_yticks(range(len(names)), names, fontsize=7)
+  axes.set(xscale="log", xlabel="KL, by band", title="at equal bits")
+  axes.xaxis.set_minor_formatter("")
+  axes.grid(alpha=0.3)
 
 
 def front(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -196,8 +196,10 @@ def _said(name: str, row: Mapping[str, Any]) -> str:
 
 
 def band(bits: float | None) -> tuple[float, float] | None:
-  """Returns the band that a number of bits lies in, or None."""
-  found = [b for b in BANDS if bits is not None and b[0] <= bits <= b[1]]
+  """Returns the band that a number of bits, to a hundredth, lies in."""
+  if bits is None:
+    return None
+  found = [b for b in BANDS if b[0] <= round(bits, 2) <= b[1]]
   return found[0] if found else None
 
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from experiments import quant_study
 from experiments.lora_verdicts import Mean, Verdict, mean
-from research.quant import qtensor
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
+from research.quant.quantize import Quantize
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -93,7 +93,8 @@ def formats(rows: Rows) -> list[Verdict]:
   pairs = [
     (a, b)
     for a, b in itertools.combinations(within(rows, 4.25).values(), 2)
-    if (a["kl"] - b["kl"]) * (a["perplexity"] - b["perplexity"]) < 0
+    if (surely_above(a, b) and a["perplexity"] < b["perplexity"])
+    or (surely_above(b, a) and b["perplexity"] < a["perplexity"])
   ]
   if len(within(rows, 4.25)) > 1:
     said = [f"{a['row']} and {b['row']}" for a, b in pairs]
@@ -191,7 +192,7 @@ def crossover(rows: Rows) -> list[Verdict]:
 def normal_error(format: Format) -> float:
   """Returns the root mean square error of 2^18 normal numbers."""
   w = np.random.default_rng(0).standard_normal((1024, 256)).astype(np.float32)
-  found = qtensor.pack(jnp.asarray(w), format).dense()
+  found = Quantize(format=format).pack(jnp.asarray(w)).dense()
   return float(np.sqrt(np.mean((np.asarray(found, np.float64) - w) ** 2)))
 
 
