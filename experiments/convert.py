@@ -202,7 +202,8 @@ def _writer(name: str, kind: str | None, source: Any) -> Any:
 
   group = _GROUP_SIZE.value
   if name == "gptq":
-    said = source.origin.get("quantization") or {}
+    before = source.origin.get("came_from", source.origin)
+    said = before.get("quantization") or {}
     version = gptq.VERSIONS.get(said.get("checkpoint_format"), 1)
     return writers.Gptq(kind and int(kind), group, version)
   if name == "awq":
