@@ -165,14 +165,14 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
 
 def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import ours
-  from research.quant import rotate
+  from research.quant import untied
 
   tied, params, source = ours.load(path, dtype, shardings)
-  model = rotate.untie_model(tied, params)
+  model = untied.untie_model(tied, params)
 
   def cast(params):
-    untied = rotate.untie(tied, params)[1]
-    return ours.cast(untied, dtype=dtype, packed=packed)
+    params = untied.untie(tied, params)[1]
+    return ours.cast(params, dtype=dtype, packed=packed)
 
   left = shardings is unread.left
   params = jax.eval_shape(cast, params) if left else cast(params)

@@ -36,7 +36,7 @@ from research.quant.format import Format
 from research.quant.formats import all_formats
 from research.quant.ops import OPS
 from research.quant.qtensor import QTensor
-from research.quant.rotate import Untied
+from research.quant.untied import Untied
 from research.training import base
 from research.typing import Params, UserError
 

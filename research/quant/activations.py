@@ -15,13 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.quant.format import Plain
-from research.quant.qtensor import QTensor
+from research.quant.integers import integer_product, integers
 from research.typing import (
   Array,
   Float,
   Int,
-  Int8,
   Params,
   PRNGKey,
   Shaped,
@@ -227,45 +225,6 @@ class Round(Op):
     y = integer_product(codes[..., 0, :].astype(jnp.int8), held)
     y = y * (scale if scale.ndim == 0 else scale[..., 0])
     return y.astype(x.dtype)
-
-
-def integer_product(x: Int8[Array, "*B I"], w: Plain) -> Float[Array, "*B O"]:
-  """Returns codes times a matrix of codes, summed in int32 within a group.
-
-  Args:
-    x: codes of activations, without their scales.
-    w: one matrix, without a codebook.
-  """
-  # What of the codes fits 8 bits with a sign; the rest of the zero is added
-  # as a multiple of the activations' sum.
-  middle = 2 ** (w.bits - 1) if w.codes.dtype == jnp.uint8 else 0
-  inputs, outputs = w.codes.shape
-  codes = (w.codes.astype(jnp.int32) - middle).astype(jnp.int8)
-  codes = codes.reshape(-1, w.group, outputs)
-  x = x.reshape(*x.shape[:-1], inputs // w.group, w.group)
-  sums = jnp.einsum(
-    "...gj,gjo->...go", x, codes, preferred_element_type=jnp.int32
-  )
-  scale = w.scale.astype(jnp.float32)
-  y = jnp.einsum("...go,go->...o", sums.astype(jnp.float32), scale)
-  fixed = isinstance(w.zero, float)
-  if w.offset is None and fixed and w.zero == middle:
-    return y
-  zero = w.zero if fixed else w.zero.astype(jnp.float32)
-  shift = scale * (middle - zero)
-  shift = shift if w.offset is None else shift + w.offset
-  total = jnp.sum(x, axis=-1, dtype=jnp.int32).astype(jnp.float32)
-  return y + jnp.einsum("...g,go->...o", total, shift)
-
-
-def integers(w: Any) -> Plain | None:
-  """Returns a weight's integers, in the order of its inputs, if it has them."""
-  if not isinstance(w, QTensor) or w.axis != -2:
-    return None
-  if w.order is not None or w.outliers is not None:
-    return None
-  plain = w.plain()
-  return plain if plain.codebook is None else None
 
 
 def _positive(scale):

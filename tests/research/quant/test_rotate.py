@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 
 import tests.support as support
-from research import taps, tree, weights
+from research import sharding, taps, tree, weights
 from research.interop import ours
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
-from research.quant import activations, hadamard, qtensor, quantize, rotate
+from research.quant import (
+  activations,
+  hadamard,
+  qtensor,
+  quantize,
+  rotate,
+  untied,
+)
 from research.quant.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.quant.gptq import GPTQ
@@ -80,10 +87,10 @@ def test_logits_stay(family, changes):
 def test_an_untied_model_is_the_same():
   model, params, tokens = _case("llama", tied=True)
   rotated = rotate.Rotate(model=model, hidden=False)(params, jax.random.key(0))
-  untied, plain = rotate.untie(model, rotated)
-  assert not untied.tied and plain["head"].shape == (32, 67)
+  apart, plain = untied.untie(model, rotated)
+  assert not apart.tied and plain["head"].shape == (32, 67)
   want = _logits(model)(rotated, tokens)
-  np.testing.assert_allclose(_logits(untied)(plain, tokens), want, atol=1e-5)
+  np.testing.assert_allclose(_logits(apart)(plain, tokens), want, atol=1e-5)
 
 
 def test_norms_before_layers_and_head_have_no_gain():
@@ -163,6 +170,23 @@ def test_gptq_compensates_behind_the_rotation():
     assert isinstance(down.w, qtensor.QTensor)
     errors.append(_error(run(packed, tokens), want))
   assert max(errors[1:]) < 0.95 * errors[0]
+
+
+def test_on_eight_devices_as_on_one():
+  """Rotated inputs, whose axis is cut; integers; a head of its own."""
+  model, params, tokens = _case("llama", tied=True, hidden=48, vocab=64)
+  packed = rotate.Rotate(model=model)(params, jax.random.key(0))
+  packed = quantize.Quantize(format=Affine(block=16))(packed)
+  packed = activations.Inputs(op=activations.Round(integer=True))(packed)
+  run = _logits(model)
+  want = run(packed, tokens)
+  layout = sharding.Layout(data=2, fsdp=2, tensor=2)
+  mesh = layout.mesh()
+  cut = layout.shardings(packed, mesh, sharding.counts(model))
+  with jax.set_mesh(mesh):
+    got = run(jax.device_put(packed, cut), tokens)
+  # Sums in another order now and then round an activation the other way.
+  assert _error(np.asarray(got), np.asarray(want)) < 5e-3
 
 
 def test_normalised_outputs_are_refused():
