@@ -1,0 +1,222 @@
+"""Bits where they count: formats chosen layer by layer under a budget.
+
+Each unit (a layer, a kind of matrix) is kept in each format by itself, the
+rest of the model as it was, and the divergence from the model is measured. Then
+all begin in the cheapest format, and whoever loses most divergence a bit is
+kept in more, as long as the budget lasts. Dominated formats, and those that a
+mixture of two others beats, are never steps; so the result is the best there is
+for what it takes, if divergences of units add up.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from research import tree, weights
+from research.nn.transformer import Transformer
+from research.quant import compare, rules
+from research.quant.calibrate import Calibration
+from research.quant.format import Format
+from research.quant.methods import Method, Nearest
+from research.quant.reports import Report
+from research.quant.rules import Quantization, Rule
+from research.typing import Params, PRNGKey, UserError
+
+Choice = tuple[float, float]
+"""(bits, cost) of one unit in one format."""
+
+
+def allocate(
+  choices: Mapping[Hashable, Sequence[Choice]], budget: float
+) -> dict[Hashable, int]:
+  """Returns which choice each unit gets.
+
+  Args:
+    choices: of each unit, (bits, cost), both summed over units.
+    budget: of the bits of all.
+
+  Raises:
+    UserError: the cheapest choices take more than the budget.
+  """
+  hulls = {unit: hull(given) for unit, given in choices.items()}
+  at = dict.fromkeys(hulls, 0)
+  spent = sum(choices[unit][steps[0]][0] for unit, steps in hulls.items())
+  if spent > budget:
+    raise UserError(
+      f"bits: the cheapest formats take {spent:.6g}, more than the budget of "
+      f"{budget:.6g}; give it more, or a cheaper format"
+    )
+  while True:
+    best = None
+    for unit, steps in hulls.items():
+      if at[unit] + 1 == len(steps):
+        continue
+      now, then = (choices[unit][steps[at[unit] + k]] for k in (0, 1))
+      more = then[0] - now[0]
+      gain = (now[1] - then[1]) / more
+      if spent + more <= budget and (best is None or gain > best[0]):
+        best = (gain, unit, more)
+    if best is None:
+      return {unit: steps[at[unit]] for unit, steps in hulls.items()}
+    at[best[1]] += 1
+    spent += best[2]
+
+
+def hull(choices: Sequence[Choice]) -> list[int]:
+  """Returns the choices on the lower convex hull, cheapest first.
+
+  Each costs less than the one before, and less and less so a bit.
+  """
+  order = sorted(range(len(choices)), key=lambda k: choices[k])
+  kept: list[int] = []
+  for k in order:
+    if kept and choices[k][1] >= choices[kept[-1]][1]:
+      continue
+    while kept and choices[kept[-1]][0] == choices[k][0]:
+      kept.pop()
+    while len(kept) > 1 and _slope(choices, *kept[-2:]) >= _slope(
+      choices, kept[-1], k
+    ):
+      kept.pop()
+    kept.append(k)
+  return kept
+
+
+def _slope(choices, a, b):
+  (bits, cost), (more, less) = choices[a], choices[b]
+  return (less - cost) / (more - bits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Allocation:
+  """Quantizes with the formats that measured divergences ask for.
+
+  Attributes:
+    formats: to choose among.
+    bits: of a weight, on average over what `unit` matches.
+    unit: regular expression, searched for in addresses; matrices in which it
+      finds the same text are kept alike, those without it left alone.
+    method: how codes are chosen.
+    calibration: what inputs are measured on, or None.
+    probe: what divergences are measured on.
+    model, tokenizer: filled in by `of`.
+  """
+
+  formats: tuple[Format, ...]
+  bits: float
+  unit: str = r"^layers/\d+/"
+  method: Method = Nearest()
+  calibration: Calibration | None = None
+  probe: Calibration = Calibration(windows=4, seed=1)
+  model: Any = None
+  tokenizer: Any = None
+
+  def of(self, loaded: Any) -> "Allocation":
+    """Returns itself, reading through `loaded.model`."""
+    return dataclasses.replace(
+      self, model=loaded.model, tokenizer=loaded.tokenizer
+    )
+
+  def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
+    """Returns `params`, packed; see `run`."""
+    del key
+    return self.run(params)[0]
+
+  def run(
+    self, params: Params, say: rules.Say = lambda text: None
+  ) -> tuple[dict[str, Any], Report]:
+    """Returns `params`, packed, and what became of each matrix.
+
+    Args:
+      params: any tree of weights without adapters.
+      say: is told of progress.
+
+    Raises:
+      UserError: the budget is too small, or nothing matches.
+    """
+    if self.model is None:
+      raise UserError("Allocation: has no model; `of` gives it one")
+    units = self.units(params)
+    choices = self.measured(params, units, say)
+    every = held(params)
+    count = sum(
+      math.prod(every[path].shape) for paths in units.values() for path in paths
+    )
+    chosen = []
+    for unit, k in allocate(choices, self.bits * count).items():
+      rule = self._rule(units[unit], self.formats[k])
+      say(f"{unit} is kept in {rule.format.name}")
+      chosen.append(rule)
+    return self._how(chosen).run(params, say)
+
+  def units(self, params: Params) -> dict[str, list[str]]:
+    """Returns the addresses of each unit's matrices."""
+    out: dict[str, list[str]] = {}
+    for address in rules.addresses(params):
+      text = re.search(self.unit, address)
+      if text:
+        out.setdefault(text.group(), []).append(address)
+    if not out:
+      raise UserError(f"Allocation.unit: {self.unit!r} matches no matrix")
+    return out
+
+  def measured(
+    self, params: Params, units: Mapping[str, Sequence[str]], say: rules.Say
+  ) -> dict[str, list[Choice]]:
+    """Returns (bits, divergence) of each unit in each format."""
+    tokens = self.probe.read(self.tokenizer).tokens
+    known = compare.base(self.model, params, tokens, self.probe.batch)
+    every = [path for paths in units.values() for path in paths]
+    old, out = held(params), {unit: [] for unit in units}
+    for format in self.formats:
+      packed = held(self._how([self._rule(every, format)])(params))
+      for unit, paths in units.items():
+        new = {path: packed[path] for path in paths}
+        bits = sum(8.0 * tree.nbytes(w) for w in new.values())
+        mixed = replaced(self.model, params, old | new)
+        kl = compare.compare(known, self.model, mixed).kl
+        out[unit].append((bits, kl))
+        say(f"{unit} alone in {format.name}: divergence {kl:.5f}")
+    return out
+
+  def _rule(self, paths: Sequence[str], format: Format) -> Rule:
+    pattern = "|".join(f"^{re.escape(path)}$" for path in paths)
+    return Rule(match=pattern, format=format, method=self.method)
+
+  def _how(self, chosen: Sequence[Rule]) -> Quantization:
+    return Quantization(
+      rules=tuple(chosen),
+      calibration=self.calibration,
+      compare=False,
+      model=self.model,
+      tokenizer=self.tokenizer,
+    )
+
+
+def held(params: Params) -> dict[str, Any]:
+  """Returns address -> weight of all that rules may pack."""
+  layers = {
+    f"layers/{i}/{path}": w
+    for i, layer in enumerate(tree.layers(params))
+    for path, w in rules.matrices(layer).items()
+  }
+  top = tree.top(params)
+  return layers | {k: top[k] for k in ("embed", "head") if k in top}
+
+
+def replaced(
+  model: Transformer, params: Params, every: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns `params` with other matrices, decoded so that layers are alike."""
+  layers = [
+    tree.map_paths(
+      lambda path, w, i=i: weights.dense(every.get(f"layers/{i}/{path}", w)),
+      layer,
+      is_leaf=weights.is_weight,
+    )
+    for i, layer in enumerate(tree.layers(params))
+  ]
+  outside = {k: every.get(k, w) for k, w in tree.top(params).items()}
+  return tree.stack(outside, layers, model.layer_kinds())
