@@ -82,6 +82,9 @@ class FullMask:
 class Coupled:
   """Three passes: all masked, a mask of ratio r, and its complement.
 
+  Half of log p in the first plus 1/r, or 1/(1 - r), of it in that of the others
+  which masks the token: 1.5 log p if all agree, as the authors have it.
+
   Attributes:
     low, high: r is uniform between them.
   """

@@ -69,7 +69,7 @@ class GRPO:
     answer: Bool[Array, "B T"],
     seed: Int[Array, "B"],
   ) -> Float[Array, "B T"]:
-    """Returns log p of each token, masks by seed and not by place in a batch."""
+    """Returns log p of each token; masks follow a row's seed, not its place."""
     keys = process.example_keys(jax.random.key(0), seed)
     views = self.estimator.plan(keys, answer, valid)
     return estimators.estimate(
