@@ -52,6 +52,10 @@ class Heptad:
     out = self._process("-m", f"experiments.{name}", *flags)
     return json.loads(out.strip().splitlines()[-1])
 
+  def script(self, text: str, *arguments: object) -> str:
+    """Runs a program of Heptad's environment; returns what it prints."""
+    return self._process("-c", text, *map(str, arguments))
+
   def bridge(self, command: str, model, adapter=None, packed=False, **rows):
     """Runs a command of ours.py; returns its arrays."""
     self.calls += 1
@@ -78,6 +82,11 @@ class Heptad:
 @pytest.fixture
 def heptad(tmp_path) -> Heptad:
   return Heptad(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_heptad(tmp_path_factory) -> Heptad:
+  return Heptad(tmp_path_factory.mktemp("heptad"))
 
 
 @functools.cache
