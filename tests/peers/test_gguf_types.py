@@ -3,6 +3,9 @@
 import gguf
 import numpy as np
 import pytest
+import support
+import torch
+import transformers
 from gguf import GGMLQuantizationType as Type
 
 # The package encodes these itself.
@@ -73,3 +76,28 @@ def test_the_package_decodes_our_encoding(kind, ours):
   rows = slice(4, None)
   error = np.sqrt(np.mean((got - w)[rows] ** 2)) / w[rows].std()
   assert 0 < error < worst
+
+
+WRITE = """
+import pathlib
+import sys
+from tests import support_gguf
+support_gguf.write(pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_transformers_reads_a_model_of_every_type_alike(heptad, tmp_path):
+  heptad.script(WRITE, tmp_path / "model.gguf")
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path,
+    gguf_file="model.gguf",
+    attn_implementation="eager",
+    dtype=torch.float32,
+  ).eval()
+  rows = np.arange(3, 35, dtype=np.int32).reshape(2, 16)
+  with torch.no_grad():
+    want = model(torch.from_numpy(rows).long()).logits.numpy()
+  got = heptad.bridge(
+    "logits", tmp_path / "model.gguf", packed=True, tokens=rows
+  )
+  assert support.relative_error(got, want) < 1e-5
