@@ -240,6 +240,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   runtime.setup()
   import jax
 
+  from research import tree
   from research.nn import sampling, stream
   from research.quant import kv_quantizer
   from research.typing import UserError
@@ -257,6 +258,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   loaded = _load()
   prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows]
   params = _prepared(loaded, [name for _, name in rows], places)
+  if isinstance(kv, kv_quantizer.KVByLayer):
+    params = tree.unroll(params)
   start, first, steps = time.perf_counter(), None, []
   for pieces in stream.stream(
     loaded.model,

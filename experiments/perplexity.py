@@ -87,6 +87,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(model=_MODEL.value, text=_TEXT.value)
   text = cli.read_text(_TEXT.value, "text")
   runtime.setup()
+  import jax
+
+  from research import tree
   from research.interop.load import load_model
   from research.nn import generate
   from research.nn.perplexity import perplexity
@@ -106,6 +109,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     params = loaded.params
     if (how.get("chunk") or FEW) * _BATCH.value < FEW:
       params = generate.prepare(panels.decoding(params), loaded.model)
+    elif isinstance(how.get("kv"), kv_quantizer.KVByLayer):
+      params = tree.unroll(params)
     return perplexity(
       loaded.model,
       params,
@@ -119,7 +124,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   found, more = measure(chunk=chunk, kv=kv), {}
   if kv is not None:
     took = kv_memory.memory(
-      loaded.model, loaded.params, 1, _WINDOW.value, kv=kv
+      loaded.model,
+      jax.eval_shape(tree.unroll, loaded.params),
+      1,
+      _WINDOW.value,
+      kv=kv,
     )
     more = {
       "kv": _KV.value,

@@ -270,7 +270,7 @@ def init_cache(
       None.
   """
   dtype = dtype or model.dtype
-  layers = {}
+  layers, start = {}, 0
   for name, repeats, blocks in model.stack.runs(params):
     layers[name] = {}
     for j, block in enumerate(blocks):
@@ -278,10 +278,12 @@ def init_cache(
       slots = min(capacity, a.window or capacity)
       lead = repeats, batch, a.kv_heads
       if kv is not None:
-        windowed = slots < capacity
-        made = kv.empty(lead, slots, a.head_dim, dtype, windowed)
+        first, period = start + j, len(blocks)
+        own = kv.of(range(first, first + repeats * period, period))
+        made = own.empty(lead, slots, a.head_dim, dtype, slots < capacity)
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)
         made = caches.LayerCache(zeros, zeros)
       layers[name][f"layer{j}"] = made
+    start += repeats * len(blocks)
   return caches.Cache(jnp.zeros((batch,), jnp.int32), layers)

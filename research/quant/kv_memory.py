@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from research.nn.transformer import Transformer, init_cache
-from research.quant.kv_quantizer import KVQuantizer
+from research.quant.kv_quantizer import KVByLayer, KVQuantizer
 from research.typing import Params
 
 
@@ -33,7 +33,7 @@ def memory(
   params: Params,
   batch: int,
   capacity: int,
-  kv: KVQuantizer | None = None,
+  kv: KVQuantizer | KVByLayer | None = None,
 ) -> Memory:
   """Returns what a cache takes; nothing is allocated.
 
@@ -48,11 +48,12 @@ def memory(
     lambda: init_cache(model, params, batch, capacity, kv=kv)
   )
   bits, count, held = 0.0, 0, 0
-  for block in model.layer_kinds():
+  for i, block in enumerate(model.layer_kinds()):
     a = block.attention
     width = a.kv_heads * a.head_dim
     own = 8.0 * jax.numpy.dtype(model.dtype).itemsize
-    bits += width * sum(_bits(kv, a.head_dim, own))
+    one = None if kv is None else kv.of([i])
+    bits += width * sum(_bits(one, a.head_dim, own))
     count += 2 * width
     held += 2 * width * min(capacity, a.window or capacity) * batch
   total = nbytes(cache.layers)

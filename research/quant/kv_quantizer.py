@@ -7,6 +7,8 @@ reads the short form of a command line: `k8v4,residual=0,key=per_token`.
 
 import dataclasses
 import difflib
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -77,6 +79,11 @@ class KVQuantizer:
 
     return grid(self.key, self.bits_k), grid(self.value, self.bits_v)
 
+  def of(self, layers: Sequence[int]) -> "KVQuantizer":
+    """Returns what is used in some layers: this."""
+    del layers
+    return self
+
   def empty(
     self,
     lead: tuple[int, ...],
@@ -119,29 +126,77 @@ class KVQuantizer:
     return QuantizedLayer(*map(side, grids), sinks, self.less_bias)
 
 
-def parse(text: str) -> KVQuantizer | None:
+@dataclasses.dataclass(frozen=True)
+class KVByLayer:
+  """Other choices in some layers; often the first and the last are delicate.
+
+  Attributes:
+    default: in all other layers.
+    others: (layer, choice), each layer once.
+  """
+
+  default: KVQuantizer
+  others: tuple[tuple[int, KVQuantizer], ...] = ()
+
+  def of(self, layers: Sequence[int]) -> KVQuantizer:
+    """Returns what is used in layers that are scanned together.
+
+    Raises:
+      UserError: they differ.
+    """
+    others = dict(self.others)
+    found = {others.get(i, self.default) for i in layers}
+    if len(found) > 1:
+      raise UserError(
+        f"kv: found layers {layers[0]} to {layers[-1]} with different bits, "
+        "expected the same in a run of layers.\nUnroll the parameters "
+        "(`research.tree.unroll`)."
+      )
+    return found.pop()
+
+
+def parse(text: str) -> KVQuantizer | KVByLayer | None:
   """Returns what a command line says, e.g. `k8v4,group=64`; "" is none.
 
   Args:
     text: `kAvB` with A and B of `BITS`, or one of them for both; then
-      `field=value` for other fields of `KVQuantizer`.
+      `field=value` for other fields of `KVQuantizer`. Others for some layers
+      follow: `k4v4;0,29=k8v8`.
 
   Raises:
     UserError: it is not of that form.
   """
   if not text:
     return None
-  head, *rest = text.split(",")
+  first, *rest = text.split(";")
+  default, others = _parse_one(first, text), {}
+  for part in rest:
+    layers, equals, own = part.partition("=")
+    if not equals or not re.fullmatch(r"\d+(,\d+)*", layers):
+      raise UserError(
+        f"kv={text}: found {part!r}, expected layers and their bits, e.g. "
+        "0,29=k8v8"
+      )
+    for layer in map(int, layers.split(",")):
+      if layer in others:
+        raise UserError(f"kv={text}: found layer {layer} twice, expected once")
+      others[layer] = _parse_one(own, text)
+  return KVByLayer(default, tuple(others.items())) if others else default
+
+
+def _parse_one(part: str, text: str) -> KVQuantizer:
+  """Returns the choice that a part of the text is."""
+  head, *rest = part.split(",")
   fields = _bits(head, text)
   known = {f.name: f for f in dataclasses.fields(KVQuantizer)}
   for name in ("bits_k", "bits_v"):
     del known[name]
-  for part in rest:
-    name, equals, value = part.partition("=")
+  for word in rest:
+    name, equals, value = word.partition("=")
     if not equals or name not in known:
       near = difflib.get_close_matches(name, known, 1) or sorted(known)
       raise UserError(
-        f"kv={text}: found {part!r}, expected one of {', '.join(known)} as "
+        f"kv={text}: found {word!r}, expected one of {', '.join(known)} as "
         f"NAME=VALUE, e.g. {near[0]}={known[near[0]].default}"
       )
     fields[name] = _value(known[name], value, text)

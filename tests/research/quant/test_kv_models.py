@@ -15,7 +15,7 @@ from research.nn import generate
 from research.nn.cache import LayerCache, write
 from research.nn.transformer import init_cache
 from research.quant.kv_memory import memory, nbytes
-from research.quant.kv_quantizer import KVQuantizer
+from research.quant.kv_quantizer import KVQuantizer, parse
 from research.typing import UserError
 from tests import support, support_mesh
 
@@ -59,6 +59,9 @@ class EmptyAtOnce:
   """Makes them, whatever the window."""
 
   slots: int
+
+  def of(self, layers):
+    return self
 
   def empty(self, lead, slots, dim, dtype, windowed=False):
     zeros = jnp.zeros((*lead, self.slots, dim), dtype)
@@ -183,6 +186,22 @@ def test_key_heads_over_devices_are_one_devices():
   # Sums in another order; a code at a tie may fall either way, once.
   close = np.abs(got - want) <= 1e-4 + 1e-4 * np.abs(want)
   assert close.mean() > 0.99
+
+
+def test_layers_differ_where_they_are_unrolled():
+  model = support.model("llama", depth=2)
+  params, kv = support.params(model), parse("k2v2,group=8;1=k8v16,group=8")
+  with pytest.raises(UserError, match="layers 0 to 1 with different bits"):
+    init_cache(model, params, 1, 32, kv=kv)
+  layers = init_cache(model, tree.unroll(params), 1, 128, kv=kv).layers
+  bits = [
+    (run["layer0"].k.grid.bits, run["layer0"].v.grid.bits)
+    for run in layers.values()
+  ]
+  assert bits == [(2, 2), (8, 16)]
+  found = memory(model, tree.unroll(params), 1, 128, kv=kv)
+  # 2 + 4 of 8 + 4 twice, 8 + 4 and the whole number.
+  assert found.bits_per_number == (6 + 6 + 12 + 32) / 4
 
 
 def test_memory_is_that_of_the_arrays():

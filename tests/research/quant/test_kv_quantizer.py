@@ -25,6 +25,17 @@ def test_short_forms(text, fields):
   assert parse(text) == KVQuantizer(**fields)
 
 
+def test_layers_of_their_own():
+  found = parse("k2v2;0,29=k8v4,residual=0;3=int8,key=per_token")
+  assert found.default == parse("k2v2")
+  assert found.of([29]) == found.of([0]) == parse("k8v4,residual=0")
+  assert found.of([3]) == parse("int8,key=per_token")
+  assert found.of(range(4, 9)) == found.default
+  with pytest.raises(UserError, match="layers 2 to 4 with different"):
+    found.of(range(2, 5))
+  assert parse("k2v2").of(range(9)) == parse("k2v2")
+
+
 def test_no_text_is_no_quantizer():
   assert parse("") is None
 
@@ -41,6 +52,10 @@ def test_no_text_is_no_quantizer():
     ("k4v4,residual=x", "residual=x, expected a number"),
     ("k4v4,residual=-32", "residual=-32, expected a number"),
     ("k4v4,less_bias=1", "less_bias=1, expected true or false"),
+    ("k4v4;0-3=k8v8", "found '0-3=k8v8', expected layers"),
+    ("k4v4;k8v8", "found 'k8v8', expected layers"),
+    ("k4v4;0=k8v8;1,0=k2v2", "found layer 0 twice"),
+    ("k4v4;0=k9v9", "found 'k9v9'"),
     ("k4v4,group=0", "kv group: found 0, expected at least 1"),
     ("k4v4,residual=48", "residual: found 48, expected a multiple.*32"),
     ("k4v4,key=channel", "kv key: found 'channel', expected one of per_ch"),
