@@ -94,7 +94,7 @@ def read(path: str | os.PathLike) -> Importances:
     if name.endswith(SUMS):
       squares[name.removesuffix(SUMS)] = x
     else:
-      counts[name.removesuffix(COUNTS)] = float(x[0])
+      counts[name.removesuffix(COUNTS)] = float(np.rint(x[0]))
   if odd := squares.keys() ^ counts.keys():
     raise UserError(
       f"{path}: {sorted(odd)[0]!r} has sums or counts, expected both"

@@ -189,16 +189,18 @@ class Ggml(Format):
 
   def values(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the matrix `[..., I, O]` as `decode` does, but in NumPy."""
-    plain = self.plain(parts)
-    if plain.codebook is None:
-      codes = plain.codes.astype(np.float32) - np.float32(plain.zero)
-    else:
-      codes = np.array(plain.codebook, np.float32)[plain.codes]
-    *lead, inputs, outputs = codes.shape
-    out = codes.reshape(*lead, -1, plain.group, outputs)
-    out *= plain.scale.astype(np.float32)[..., None, :]
-    if plain.offset is not None:
-      out += plain.offset.astype(np.float32)[..., None, :]
+    # Scales of a damaged file may be anything.
+    with np.errstate(invalid="ignore", over="ignore"):
+      plain = self.plain(parts)
+      if plain.codebook is None:
+        codes = plain.codes.astype(np.float32) - np.float32(plain.zero)
+      else:
+        codes = np.array(plain.codebook, np.float32)[plain.codes]
+      *lead, inputs, outputs = codes.shape
+      out = codes.reshape(*lead, -1, plain.group, outputs)
+      out *= plain.scale.astype(np.float32)[..., None, :]
+      if plain.offset is not None:
+        out += plain.offset.astype(np.float32)[..., None, :]
     return out.reshape(*lead, inputs, outputs)
 
   def blocks(

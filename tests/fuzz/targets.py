@@ -18,11 +18,12 @@ import numpy as np
 from experiments import config as gin_config
 from research import tree, weights
 from research.data import jsonl
-from research.interop import hf, hf_config, load, safetensors
+from research.interop import gguf_imatrix, hf, hf_config, load, safetensors
 from research.interop.gguf_model import load_gguf
 from research.lora import peft
 from research.nn import chat, presets
 from research.nn.tokenizer import Tokenizer
+from tests import support_gguf
 from tests.fuzz import mutations
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -72,6 +73,16 @@ def _gguf(path: pathlib.Path) -> None:
   _complete(it)
   if it.tokenizer is not None:
     it.tokenizer.decode(it.tokenizer.encode("the rain in é", add_special=True))
+
+
+def _gguf_kinds(path: pathlib.Path) -> None:
+  for packed in (True, False):
+    _complete(load_gguf(path / "model.gguf", packed=packed))
+
+
+def _imatrix(path: pathlib.Path) -> None:
+  means = gguf_imatrix.read(path / "imatrix.gguf").means()
+  assert all(np.isfinite(x).all() for x in means.values())
 
 
 @functools.cache
@@ -144,6 +155,11 @@ def _made(kind: str) -> pathlib.Path:
   if kind == "tokenizer":
     source = sources.open_source(MODELS / "gguf_f32" / "model.gguf")
     convert.to_hf(source, folder)
+  if kind == "gguf":
+    support_gguf.write(folder / "model.gguf")
+    squares = {f"blk.{i}.ffn_up.weight": np.full(64, i, "f4") for i in (0, 1)}
+    found = gguf_imatrix.Importances(squares, dict.fromkeys(squares, 8.0))
+    gguf_imatrix.write(folder / "imatrix.gguf", found)
   if kind == "ours":
     convert.to_orbax(sources.open_source(MODELS / "llama"), folder)
   if kind == "jsonl":
@@ -203,6 +219,12 @@ TARGETS: dict[str, Target] = {
   "gguf": Target(20, _golden("gguf_q4_1"), "model.gguf", _GGUF_MUTATION, _gguf),
   "gguf_mixed": Target(
     4, _golden("gguf_mixed"), "model.gguf", _GGUF_MUTATION, _gguf
+  ),
+  "gguf_kinds": Target(
+    3, lambda: _made("gguf"), "model.gguf", _GGUF_MUTATION, _gguf_kinds
+  ),
+  "imatrix": Target(
+    2, lambda: _made("gguf"), "imatrix.gguf", _GGUF_MUTATION, _imatrix
   ),
   "adapter_config": Target(
     9,
