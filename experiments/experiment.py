@@ -97,6 +97,8 @@ class Experiment:
     heldout: what the result is measured on, before and after, or None.
     eval_batches: at most so many batches of each of those two; None for all.
     rewrites: of the training state, after each step, in order.
+    after: rewrites of the weights, in order, once they are trained; what is
+      saved then is a checkpoint of ours, which keeps every kind of weight.
     mesh: over which devices everything goes; one, by default.
     seed: of the transforms' random numbers.
     prompt: text that the model continues before and after training, or None.
@@ -115,6 +117,7 @@ class Experiment:
   heldout: Data | None = None
   eval_batches: int | None = None
   rewrites: tuple[Rewrite, ...] = ()
+  after: tuple[Transform, ...] = ()
   mesh: Layout = Layout(data=1)
   seed: int = 0
   prompt: str | None = None
@@ -142,6 +145,13 @@ class Experiment:
     return [
       t.of(loaded) if isinstance(t, Looking) else t for t in self.transforms
     ]
+
+  def finished(self, params: Params) -> Params:
+    """Returns trained weights after the transforms of `after`."""
+    key = jax.random.key(self.seed)
+    for i, transform in enumerate(self.after):
+      params = transform(params, jax.random.fold_in(key, i))
+    return params
 
   def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
     """Returns the batches of `validation` and `heldout`, where there are."""

@@ -125,9 +125,10 @@ def _train(
         title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
         points=points,
       )
+    params = experiment.finished(outcome.state.params)
     usable = _save_adapter(
-      place / "adapter", experiment, built, outcome
-    ) or _save_model(place / "model", experiment, built, outcome)
+      place / "adapter", experiment, built, params
+    ) or _save_model(place / "model", experiment, built, params)
   result = {
     "perplexity_before": before and math.exp(before["loss"]),
     "perplexity_after": after and math.exp(after["loss"]),
@@ -307,9 +308,8 @@ def _look(
   return found
 
 
-def _save_adapter(folder, experiment, built, outcome) -> bool:
+def _save_adapter(folder, experiment, built, params) -> bool:
   """Writes what was trained in PEFT's format, if that is adapters."""
-  params = outcome.state.params
   adapters, rest = tree.partition(params, wrap.TRAINABLE)
   if not tree.count(adapters):
     return False
@@ -323,9 +323,12 @@ def _save_adapter(folder, experiment, built, outcome) -> bool:
   return True
 
 
-def _save_model(folder, experiment, built, outcome) -> bool:
-  """Writes the whole model in Hugging Face's format, if that can say it."""
-  params = site.whole(outcome.state.params)
+def _save_model(folder, experiment, built, params) -> bool:
+  """Writes the whole model: in Hugging Face's format, if that can say it.
+
+  What `after` made of it is kept as it is, in ours.
+  """
+  params = site.whole(params)
   if not runtime.first():
     return True
   source = sources.trained(
@@ -336,7 +339,8 @@ def _save_model(folder, experiment, built, outcome) -> bool:
   )
   shutil.rmtree(folder, ignore_errors=True)
   try:
-    convert.to_hf(source, folder)
+    write = convert.to_orbax if experiment.after else convert.to_hf
+    write(source, folder)
   except UserError as error:
     _say(f"{folder}: not written: {error}")
     return False

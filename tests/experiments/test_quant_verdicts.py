@@ -4,25 +4,32 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from experiments import (
   cli,
+  experiment,
   fresh,
   quant_memory,
   quant_rows,
   quant_training,
   quant_verdicts,
+  runs,
 )
 from research.data import synthetic
 from research.data.pipeline import Pipeline
+from research.interop import load
 from research.lora.methods.lora import LoRA
 from research.nn import presets
-from research.quant import compare, report_errors
+from research.quant import compare, qat, report_errors
 from research.quant.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
+from research.training import loop
+from research.training.objective import NextToken
 from research.typing import UserError
 
 
@@ -225,3 +232,27 @@ def test_a_step_of_generation_holds_weights_packed():
   for line in (whole, packed):
     assert 0 <= line["step GB"] - line["with cache GB"] < 3 * matrix
   assert packed["step GB"] < 0.6 * whole["step GB"]
+
+
+def test_a_run_leaves_what_comes_after_training_packed(tmp_path):
+  made = experiment.Experiment(
+    model=fresh.Fresh(sizes=SIZES),
+    optimizer=optax.sgd(0.3),
+    objective=NextToken(),
+    data=DATA,
+    plan=loop.Plan(steps=2),
+    heldout=DATA,
+    eval_batches=1,
+    transforms=(qat.Prepare(format=FORMAT),),
+    after=(qat.Convert(),),
+  )
+  found = runs.train(made, tmp_path)
+  loaded = load.load_model(tmp_path / "model", packed=True)
+  sizes = report_errors.sizes(loaded.params)
+  assert (sizes.packed_weights, sizes.bits_per_weight) == (7 * 32 * 32, 4)
+  # The packed model is the one that was measured.
+  batch = jax.tree.map(jnp.asarray, DATA.evaluation(None, 1)[0])
+  loss, weight, _ = NextToken(loaded.model)(loaded.params, batch, None)
+  want = np.log(found["perplexity_after"])
+  assert float(loss / weight) == pytest.approx(want, rel=1e-5)
+  assert found["perplexity_after"] < found["perplexity_before"]
