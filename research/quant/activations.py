@@ -109,7 +109,7 @@ class InputTensor:
 
   def axes(self, names: tuple[str | None, ...]) -> "InputTensor":
     """The weight's names; scales are whole on each device."""
-    w, scale = weights.axes(self.w, names), weights.axes(self.scale, names[:-2])
+    w, scale = weights.axes(self.w, names), weights.axes(self.scale, ())
     return dataclasses.replace(self, w=w, scale=scale)
 
   def within(self, f: Any) -> "InputTensor":

@@ -66,10 +66,14 @@ def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:
         f"{where}: outputs are normalised with gains, which no rotation"
         " passes.\nGemma 2 and 3 have no rotated residual stream."
       )
+    out = dict(flat)
     for norm in folding.READERS:
-      gain = block.norm.offset + flat[f"{norm}/scale"]
-      flat = folding.scale_norm(flat, norm, gain, block.norm.offset)
-    return flat
+      stored = flat[f"{norm}/scale"]
+      out[f"{norm}/scale"] = jnp.ones_like(stored) - block.norm.offset
+      for path in folding.readers(flat, norm):
+        gain = block.norm.offset + stored
+        out[path] = folding.scale_rows(flat[path], gain, path)
+    return out
 
   out = folding.map_layers(layer, model, params)
   offset = model.norm.offset

@@ -1,5 +1,7 @@
 """Rounded activations: against NumPy, and integers against their fractions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,30 @@ import pytest
 
 import tests.support as support
 from research import weights
-from research.quant import activations, qtensor
+from research.quant import (
+  activations,
+  input_errors,
+  qtensor,
+  quantize,
+  static_inputs,
+)
 from research.quant.activations import InputTensor, Round
+from research.quant.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.typing import UserError
+from tests.support_lora import adapting, with_arrays
 
 EQ = "...d,df->...f"
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """A tokenizer of one text."""
+
+  ids: list
+
+  def encode(self, text):
+    return self.ids if text is not None else []
 
 
 def _x(shape=(3, 5, 32), seed=0):
@@ -117,10 +137,56 @@ def test_a_model_of_eight_bits_is_near_itself():
   assert 0 < errors[8] < 0.05 < errors[4]
 
 
+def test_scales_of_a_calibration_are_the_largest_inputs():
+  model = support.model("llama", depth=2)
+  params, tokens = support.params(model), np.asarray(support.tokens(4, 16))
+  made = static_inputs.StaticInputs(
+    calibration=Calibration(windows=2, length=16, batch=1), model=model
+  )
+  made = dataclasses.replace(made, tokenizer=Words(tokens.ravel().tolist()))
+  fixed = made(params)
+  windows = jnp.asarray(made.calibration.read(made.tokenizer).tokens)
+  x, _ = input_errors.inputs(model, params, windows, ("layers/1/mlp/down",))[
+    "layers/1/mlp/down"
+  ]
+  leaf = fixed["run0"]["layer0"]["mlp"]["down"]
+  assert leaf.scale.shape == (2,)
+  np.testing.assert_allclose(leaf.scale[1] * 127, jnp.abs(x).max(), rtol=1e-5)
+  run = jax.jit(lambda p: model.apply({"params": p}, windows)[0])
+  want = run(params)
+  error = jnp.linalg.norm(run(fixed) - want) / jnp.linalg.norm(want)
+  assert 0 < error < 0.05
+
+
+def test_adapters_stand_on_rounded_activations():
+  model = support.model("llama", depth=1)
+  params, tokens = support.params(model), support.tokens()
+  base = quantize.Quantize(format=FORMATS["per output"])(params)
+  base = activations.Inputs(op=Round(integer=True))(base)
+  adapted = adapting(rank=2)(base, jax.random.key(0))
+
+  @jax.jit
+  def loss(b):
+    leaf = adapted["run0"]["layer0"]["attention"]["q"]
+    leaf = with_arrays(leaf, b=b)
+    layer = adapted["run0"]["layer0"]
+    layer = layer | {"attention": layer["attention"] | {"q": leaf}}
+    tree = adapted | {"run0": {"layer0": layer}}
+    return jnp.sum(model.apply({"params": tree}, tokens)[0] ** 2)
+
+  b = adapted["run0"]["layer0"]["attention"]["q"].trained["b"]
+  value, gradient = jax.value_and_grad(loss)(b)
+  want = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])(base)
+  np.testing.assert_allclose(value, jnp.sum(want**2), rtol=1e-5)
+  assert jnp.abs(gradient).max() > 0
+
+
 def test_mistakes_are_said():
   with pytest.raises(UserError, match="bits"):
     Round(bits=1)
   with pytest.raises(UserError, match="group"):
     Round(group=5)(_x())
+  with pytest.raises(UserError, match="without zero"):
+    static_inputs.StaticInputs(op=Round())
   with pytest.raises(UserError, match="no matrix"):
     activations.Inputs(targets="/nothing$")(support.params(support.model()))

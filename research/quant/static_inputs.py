@@ -1,0 +1,82 @@
+"""Activations' scales from calibration: nothing is measured as the model runs.
+
+SmoothQuant's fastest form (O3; Xiao et al. 2022, arXiv:2211.10438, section 5):
+one scale a matrix, from the largest magnitude of its inputs on a text. What is
+larger later is clipped.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from research import tree, weights
+from research.quant import smoothquant
+from research.quant.activations import LINEAR, InputTensor, Round
+from research.quant.calibrate import Calibration
+from research.typing import Params, PRNGKey, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StaticInputs:
+  """The transform; `activations.Inputs` is the one that measures each token.
+
+  Attributes:
+    calibration: what is read.
+    op: with a scale a tensor, and no zero point.
+    targets: regular expression, searched for in a matrix's path.
+    model, tokenizer: whose weights these are, given by `of`.
+  """
+
+  calibration: Calibration = Calibration()
+  op: Round = Round(per="tensor")
+  targets: str = LINEAR
+  model: Any = None
+  tokenizer: Any = None
+
+  def __post_init__(self):
+    if self.op.per != "tensor" or not self.op.symmetric:
+      raise UserError(
+        "StaticInputs.op: a scale from calibration is one a tensor, without"
+        " zero point.\nExpected per='tensor' and symmetric=True."
+      )
+
+  def of(self, loaded: Any) -> "StaticInputs":
+    """Returns itself for `loaded.model`."""
+    return dataclasses.replace(
+      self, model=loaded.model, tokenizer=loaded.tokenizer
+    )
+
+  def __call__(
+    self, params: Params, key: PRNGKey | None = None
+  ) -> dict[str, Any]:
+    """Returns `params` whose matrices round their inputs by fixed scales.
+
+    Raises:
+      UserError: no model yet, or no path matches.
+    """
+    del key
+    if self.model is None:
+      raise UserError("StaticInputs: has no model; `of` gives it one.")
+    tokens = self.calibration.read(self.tokenizer).tokens
+    found = smoothquant.magnitudes(
+      self.model, params, tokens, self.calibration.batch
+    )
+    chosen = [path for path in found if re.search(self.targets, path)]
+    if not chosen:
+      raise UserError(
+        f"StaticInputs.targets: {self.targets!r} matches no matrix."
+      )
+
+    def one(path: str, w: Any) -> Any:
+      if path not in chosen:
+        return w
+      # One for each layer of a run; experts share theirs.
+      most = found[path]["most"]
+      most = most.reshape(most.shape[0], -1).max(-1)
+      scale = self.op.clip * most / self.op.top
+      scale = jnp.where(scale > 0, scale, 1.0)
+      return weights.within(w, lambda w: InputTensor(w, scale, self.op))
+
+    return tree.map_paths(one, params, is_leaf=weights.is_weight)
