@@ -83,10 +83,18 @@ def save(folder, state):
   )
 
 
-def logits(folder) -> np.ndarray:
-  """Returns what transformers computes, packed weights decoded at first."""
+def logits(folder, late=False) -> np.ndarray:
+  """Returns what transformers computes.
+
+  Args:
+    folder: of the model.
+    late: whether weights are decoded when they are used, not when they are
+      loaded. Loading reads all groups by the first one's scheme; but later,
+      floats become bfloat16 in a float32 model, activations are rounded, and
+      zero points of groups do not load.
+  """
   options = {}
-  if "quantization_config" in (folder / "config.json").read_text():
+  if "quantization_config" in (folder / "config.json").read_text() and not late:
     options["quantization_config"] = transformers.CompressedTensorsConfig(
       dequantize=True
     )
@@ -156,6 +164,6 @@ def test_we_open_what_it_writes(name, heptad, tmp_path):
   )
   save(tmp_path / "theirs", state)
   ModelCompressor(config).update_config(str(tmp_path / "theirs"))
-  want = logits(tmp_path / "theirs")
+  want = logits(tmp_path / "theirs", late=len(THEIRS[name]) > 1)
   got = heptad.bridge("logits", tmp_path / "theirs", tokens=TOKENS)
   assert support.relative_error(got, want) < CLOSE.get(name, 1e-5)
