@@ -12,82 +12,17 @@ tokens do not depend on the batch.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.diffusion.candidates import Options, candidates
 from research.diffusion.denoiser import Denoiser
-from research.diffusion.policies import Policy, Quota
 from research.nn import sampling as samplers
 from research.nn.sampling import GREEDY, Sampling
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
-
-Select = Literal["candidate", "max", "margin", "entropy", "random"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-  """How rows are filled; all of it is static.
-
-  Attributes:
-    mask_id: of the mask, which is never a candidate.
-    length: how many tokens are generated, a multiple of `block`.
-    block: tokens of a block; `length` for pure diffusion.
-    steps: of all blocks together, for policies that plan them; None for a
-      token a step.
-    policy: which candidates are kept.
-    select: what confidence is: the candidate's probability (LLaDA's
-      `low_confidence`; biased for temperatures above 0), or what does not
-      depend on the candidate: the largest probability, the margin between the
-      two largest, minus the entropy, or chance.
-    tempered: whether confidence is taken from the distribution that is
-      sampled, filters included (LLaDA 2), not from the model's.
-    end: token ids that end a text.
-    never_end: no candidate is one of them.
-    end_last: places whose candidate is one of them are filled last.
-    stop: rows whose finished part holds an end are done; the rest is it.
-    edit: places already filled change where another token is this likely
-      (LLaDA 2.1), or None.
-    edit_steps: at most so many steps of a full block.
-  """
-
-  mask_id: int
-  length: int = 128
-  block: int = 32
-  steps: int | None = None
-  policy: Policy = Quota()
-  select: Select = "candidate"
-  tempered: bool = False
-  end: tuple[int, ...] = ()
-  never_end: bool = False
-  end_last: bool = False
-  stop: bool = True
-  edit: float | None = None
-  edit_steps: int = 16
-
-  def __post_init__(self):
-    if self.length < 1 or self.block < 1 or self.length % self.block:
-      raise UserError(
-        f"sampler: length is {self.length}, expected a multiple of block, "
-        f"{self.block}"
-      )
-    blocks = self.length // self.block
-    if self.steps is not None and (self.steps < 1 or self.steps % blocks):
-      raise UserError(
-        f"sampler: steps is {self.steps}, expected a multiple of the {blocks} "
-        "blocks"
-      )
-    if self.mask_id in self.end:
-      raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
-
-  @property
-  def block_steps(self) -> int:
-    """Returns the steps planned for a block."""
-    if self.steps is None:
-      return self.block
-    return self.steps // (self.length // self.block)
 
 
 @jax.tree_util.register_dataclass
@@ -362,63 +297,6 @@ def fill(
     calls=calls,
   )
   return state, edited
-
-
-def candidates(
-  logits: Float[Array, "B K V"],
-  keys: PRNGKey,
-  options: Options,
-  sampling: Sampling,
-) -> tuple[Int[Array, "B K"], Float[Array, "B K"], Float[Array, "B K"]]:
-  """Returns each place's candidate, its confidence, and its probability.
-
-  Args:
-    logits: of the places.
-    keys: of the rows, for this step.
-    options, sampling: as for `sample`.
-  """
-  logits = logits.astype(jnp.float32)
-  never = (options.mask_id, *(options.end if options.never_end else ()))
-  logits = logits.at[..., jnp.array(never)].set(-jnp.inf)
-  rows, size, vocabulary = logits.shape
-  flat = samplers.adjusted(logits.reshape(-1, vocabulary), sampling)
-  drawn = flat.reshape(logits.shape)
-  noise, chance = jax.vmap(jax.random.split, out_axes=1)(keys)
-  if sampling.temperature is None:
-    found = jnp.argmax(drawn, axis=-1)
-  else:
-    # Of full 32 bits Gumbel noise has no tail beyond 16, as if the temperature
-    # were lower (Zheng et al. 2024, arXiv:2409.02908).
-    gumbel = jax.vmap(
-      lambda k: jax.random.gumbel(k, (size, vocabulary), mode="high")
-    )(noise)
-    found = jnp.argmax(drawn + gumbel, axis=-1)
-  logp = jax.nn.log_softmax(drawn if options.tempered else logits, axis=-1)
-  own = jnp.take_along_axis(logp, found[..., None], axis=-1)[..., 0]
-  probability = jnp.exp(own)
-  sure = _confidence(logp, probability, chance, options.select)
-  # A model that is broken is said to be so after the block.
-  sure = jnp.where(jnp.isnan(sure), -1.0, sure)
-  if options.end_last and options.end:
-    ends = jnp.isin(found, jnp.array(options.end))
-    # Lower than any confidence, but finite: last, not never.
-    sure = jnp.where(ends, jnp.minimum(sure.min() - 1, -1.0), sure)
-  return found.astype(jnp.int32), sure, probability
-
-
-def _confidence(logp, probability, keys, select: Select):
-  if select == "candidate":
-    return probability
-  if select == "max":
-    return jnp.exp(logp.max(-1))
-  if select == "margin":
-    top = jax.lax.top_k(jnp.exp(logp), 2)[0]
-    return top[..., 0] - top[..., 1]
-  if select == "entropy":
-    p = jnp.exp(logp)
-    return jnp.where(p > 0, p * logp, 0).sum(-1)
-  draw = jax.vmap(lambda k: jax.random.uniform(k, probability.shape[1:]))
-  return draw(keys)
 
 
 def _ended(state: State, at: Array, options: Options) -> State:

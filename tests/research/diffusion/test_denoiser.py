@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from research.diffusion import denoiser, sampler
+from research.diffusion.candidates import Options
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
 from research.diffusion.policies import Threshold
-from research.diffusion.sampler import Options
 from research.nn.sampling import Sampling
 from research.typing import UserError
 from tests import support

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from research.diffusion import policies, sampler
+from research.diffusion.candidates import Options, candidates
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
-from research.diffusion.sampler import Options
 from research.nn.sampling import Sampling
 from research.typing import UserError
 from tests.research.diffusion import joint
@@ -86,7 +86,7 @@ def test_confidences_of_what_is_kept():
   @jax.jit
   def sure(row):
     logits, _ = Wave().first({}, row[None], None, jnp.int32(3), 8)
-    return sampler.candidates(logits, keys, options, Sampling())[1][0]
+    return candidates(logits, keys, options, Sampling())[1][0]
 
   found = []
   for step in range(8):
@@ -226,7 +226,7 @@ def test_edits_end():
   options = Options(mask_id=MASK, length=8, block=8)
   logits, _ = Wave().first({}, jnp.asarray(got.tokens), None, jnp.int32(3), 8)
   keys = jax.random.split(jax.random.key(0), 1)
-  found, _, p = sampler.candidates(logits, keys, options, Sampling())
+  found, _, p = candidates(logits, keys, options, Sampling())
   wrong = (np.asarray(found) != got.tokens[:, 3:]) & (np.asarray(p) > 0.5)
   assert not wrong.any() or got.calls == 8 + 16
 
