@@ -25,7 +25,7 @@ from research.quant.formats.kquants import Q2K, Q3K, Q4K, Q5K, Q6K
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
 from research.quant.gptq import GPTQ
-from research.quant.methods import Compensated
+from research.quant.methods import Compensated, Method, Nearest
 from research.quant.quantize import Quantize
 from research.quant.rules import Quantization, Rule
 
@@ -155,19 +155,19 @@ def gptq(
   method = Compensated(options=GPTQ(order=order, drift=drift))
   formats = [Affine(bits=b, block=block) for b in bits for block in blocks]
   return tuple(
-    compensated(f, f"GPTQ {f.name}", calibration, method)
+    by_method(f, f"GPTQ {f.name}", calibration, method)
     for f in (*formats, Codebook(kind="nf4", block=64))
   )
 
 
-def compensated(
+def by_method(
   format: Format,
   name: str,
   calibration: Calibration,
-  method: Compensated,
+  method: Method,
   group: str = "calibrated",
 ) -> Row:
-  """Returns the row of a format whose codes GPTQ chooses."""
+  """Returns the row of a format whose codes a method chooses."""
   rule = Rule(match="^layers/", format=format, method=method)
   whole = Quantization(rules=(rule,), calibration=calibration, compare=False)
   return Row(name=name, transforms=(whole,), group=group)
@@ -198,7 +198,7 @@ def budget(
       (Compensated(options=options), "calibration, damped"),
     ):
       name = f"GPTQ, {tokens} tokens" + group.removeprefix("calibration")
-      out.append(compensated(format, name, some, method, group))
+      out.append(by_method(format, name, some, method, group))
   return tuple(out)
 
 
@@ -226,6 +226,26 @@ def gguf(
   if supers:
     formats += [Q2K(), Q3K(), IQ4XS(), Q4K(), Q5K(), Q6K()]
   return tuple(row(f, group="GGUF") for f in formats)
+
+
+def imatrix(calibration: Calibration, supers: bool = True) -> tuple[Row, ...]:
+  """Returns ggml's types with errors weighed by the inputs' mean squares.
+
+  Args:
+    calibration: what is read.
+    supers: see `gguf`.
+  """
+  formats = (Q4K(), Q3K()) if supers else (GGML(kind="Q4_0"), IQ4NL())
+  rows = []
+  for format in formats:
+    for said, method in (
+      ("imatrix", Nearest(weighted=True)),
+      ("GPTQ", Compensated()),
+    ):
+      rows.append(
+        by_method(format, f"{said} {format.name}", calibration, method)
+      )
+  return tuple(rows)
 
 
 def trained(
