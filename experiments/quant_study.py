@@ -122,7 +122,9 @@ def measured(
 
 def _key(table: Table, row: Row) -> dict[str, str]:
   """Returns what tells a row from others of its name."""
-  return {"made": f"{row.transforms}", "of": f"{table.model} {table.text}"}
+  key = {"made": f"{row.transforms}", "of": f"{table.model} {table.text}"}
+  # A function's address is another in each process.
+  return {name: re.sub(r" at 0x[0-9a-f]+", "", x) for name, x in key.items()}
 
 
 def _kept(path: pathlib.Path, table: Table, row: Row) -> bool:

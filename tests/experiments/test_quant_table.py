@@ -124,6 +124,12 @@ def test_rows_are_measured_once(rows, monkeypatch):
     quant_study.measured(other, folder)
 
 
+def test_what_tells_rows_apart_is_no_address():
+  row = quant_study.Row(name="a", transforms=(quant_study.band,))
+  key = quant_study._key(TABLE, row)
+  assert key["made"] == "(<function band>,)" and "0x" not in f"{key}"
+
+
 def test_the_table_has_the_base_and_bands(rows):
   _, found = rows
   lines = quant_study.table(found)
