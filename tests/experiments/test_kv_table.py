@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import config, fresh, kv_study
+from experiments import cli, config, fresh, generate, kv_study, perplexity
 from research.nn import presets
 from research.typing import UserError
 
@@ -102,3 +102,14 @@ def test_what_cannot_be_measured():
 def test_every_table_parses_and_its_text_rebuilds_it(run):
   first = config.read(run, root=kv_study.Table)
   assert config.parse(first.text, root=kv_study.Table).text == first.text
+
+
+@pytest.mark.parametrize(
+  "main, more",
+  [(generate.main, "--prompt=x"), (perplexity.main, f"--text={__file__}")],
+)
+def test_a_command_says_what_bits_are(capsys, main, more):
+  """Before any model is looked for."""
+  found = cli.call(main, ["x", "--model=nowhere", more, "--kv=k3v4"])
+  assert found == 1
+  assert "found 'k3v4', expected bits of keys" in capsys.readouterr().err
