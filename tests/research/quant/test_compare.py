@@ -15,7 +15,7 @@ from tests import support
 @pytest.fixture(scope="module", name="pair")
 def _pair():
   """A model, its weights, those in 4 bits, and three windows of text."""
-  model = support.model()
+  model = support.model(depth=2)
   params = support.params(model)
   other = Quantize(format=Affine(bits=4, block=4), targets=("q", "up"))(params)
   return model, params, other, np.asarray(support.tokens(3, 33))
@@ -70,7 +70,7 @@ def test_a_summary_is_the_means(found):
 
 def test_a_model_beside_itself_has_no_distance(pair):
   model, params, _, tokens = pair
-  base = compare.base(model, params, tokens, batch=8)
+  base = compare.base(model, params, tokens, batch=2)
   s = compare.compare(base, model, params)
   assert s.kl == pytest.approx(0, abs=1e-6)
   assert (s.same_top, s.same_top_se, s.rms_delta_p) == (1, 0, 0)
@@ -93,7 +93,7 @@ def test_what_cannot_be_compared_is_refused(pair):
   model, params, _, tokens = pair
   with pytest.raises(UserError, match="windows of at least 2"):
     compare.base(model, params, tokens[:, :1])
-  base = compare.base(model, params, tokens[:1])
+  base = compare.base(model, params, tokens, batch=2)
   with pytest.raises(UserError, match="the same vocabulary"):
     compare.compare(base, support.model(vocab=68), params)
   short = support.model(max_positions=16)
