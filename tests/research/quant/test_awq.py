@@ -81,6 +81,8 @@ def test_scales_leave_the_model():
     for place in ("qkv", "o", "mlp", "down"):
       assert report[place]["losses"].min() <= report[place]["losses"][0]
     assert report["qkv"]["losses"].min() < 0.8 * report["qkv"]["losses"][0]
+    # Neither no scales, nor the largest: the optimum is inside.
+    assert 0 < report["qkv"]["alpha"] < 7 / 8
 
 
 def test_packed_it_is_better_than_rounding():
