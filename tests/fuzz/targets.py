@@ -194,6 +194,10 @@ def _bytes_of(name: str, *others: str):
   return mutate
 
 
+def _quantized(name: str) -> Callable[[], pathlib.Path]:
+  return lambda: MODELS.with_name("quantized") / name
+
+
 def _tensors(r, data):
   if r.random() < 0.5:
     return mutations.of_header(r, data)
@@ -259,6 +263,16 @@ TARGETS: dict[str, Target] = {
   "checkpoint": Target(
     1, lambda: _made("ours"), load.NOTE, mutations.of_json, _load
   ),
+  **{
+    name: Target(1, _quantized(name), _FILE, _tensors, _load)
+    for name in ("gptq", "awq", "bnb", "compressed")
+  },
+  **{
+    f"{name}_config": Target(
+      1, _quantized(name), "config.json", mutations.of_json, _load
+    )
+    for name in ("gptq", "int8", "compressed")
+  },
   "jsonl": Target(
     6, lambda: _made("jsonl"), "data.jsonl", mutations.of_lines, _jsonl
   ),
