@@ -96,7 +96,7 @@ def _run(x, w, inputs, tile, interpret):
     group=min(w.group, padded[0]),
     first=_first(w),
   )
-  t = tile or fitted(M, p.width // p.kept, p.steps, gradient=inputs == 0)
+  t = tile or fitted(M, p.width // p.kept, p.steps, p.depth, p.sums)
   rows = -(-M // t.rows) * t.rows
   x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
   arrays = {"x": x, "codes": w.codes, "scale": w.scale, "offset": w.offset}

@@ -60,6 +60,11 @@ class Problem:
     return self.planes // 2
 
   @property
+  def sums(self) -> int:
+    """Accumulators of a warpgroup."""
+    return 1 if self.inputs == 1 else self.halves
+
+  @property
   def kept(self) -> int:
     """Outputs, or inputs, of a warpgroup."""
     return TILE if self.inputs == 1 else self.block
@@ -194,7 +199,6 @@ def _fetch(p, t, refs, smem, barrier, slot, place) -> None:
 def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
   """Sums what a warpgroup keeps, and stores it."""
   full, free = barriers
-  tiles = 1 if p.inputs == 1 else p.halves
 
   def run(*sums):
     def turn(n, carry):
@@ -209,7 +213,7 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
     return [total[...] for total in sums]
 
   accumulator = plgpu.ACC((TILE, t.rows), jnp.float32)
-  found = pl.run_scoped(run, *[accumulator] * tiles)
+  found = pl.run_scoped(run, *[accumulator] * p.sums)
   (places, columns), buffer = target, smem["y"].at[group]
   size = min(CHUNK, t.rows)
   for i, total in enumerate(found):

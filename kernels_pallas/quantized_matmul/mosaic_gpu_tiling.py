@@ -71,24 +71,23 @@ class Tile:
       )
 
 
-def fitted(rows: int, pieces: int, steps: int, gradient: bool) -> Tile:
+def fitted(rows: int, pieces: int, steps: int, depth: int, sums: int) -> Tile:
   """A tile for a product that is not told one.
 
   Args:
     rows: Of activations.
     pieces: Along what is not summed, one for each warpgroup.
     steps: That they walk over.
-    gradient: Of the input gradient, whose groups have two accumulators.
+    depth: Of a step.
+    sums: Accumulators of a warpgroup.
   """
-  most = MOST // 2 if gradient else MOST
   size = -(-rows // EIGHT) * EIGHT
   if size > CHUNK:
-    size = min(most, -(-size // CHUNK) * CHUNK)
+    size = min(MOST // sums, -(-size // CHUNK) * CHUNK)
   groups = 2 if pieces % 2 == 0 else 1
   blocks = pieces // groups * -(-rows // size)
   # Few blocks leave multiprocessors idle, and memory with too few requests.
   splits = max(1, min(PROCESSORS // blocks, steps // LEAST))
-  depth = 64 if gradient else 128
   # Words and at most 8 float32 scales and offsets of 64 outputs, a group.
   stage = 2 * size * depth + groups * 64 * 4 * (16 + 2 * 8)
   left = SHARED_BYTES - groups * min(size, CHUNK) * 64 * 4 - RESERVED

@@ -179,14 +179,15 @@ def test_registers_hold_the_words_of_their_weights(inputs):
       np.testing.assert_array_equal(i // 32, np.broadcast_to(plane, 128))
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("depth", "sums"), [(128, 1), (64, 1), (64, 2)])
 @pytest.mark.parametrize("rows", [1, 8, 60, 100, 4096])
 @pytest.mark.parametrize("pieces", [3, 8, 64])
-def test_fitted_tiles_fit_shared_memory(rows, pieces, gradient):
-  tile = fitted(rows, pieces, 32, gradient)
+def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
+  tile = fitted(rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
-  depth, scales = (64, 8) if gradient else (128, 8)
-  stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * scales) * 4
+  assert tile.stages >= 2 and tile.rows * sums <= 256
+  # Rows in 16 bits; words, 8 scales and 8 offsets of 32 bits; a part of sums.
+  stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   result = tile.groups * min(64, tile.rows) * 64 * 4
   assert tile.stages * stage + result + 2048 <= SHARED_BYTES
 
