@@ -79,6 +79,16 @@ class MiniFloat:
       half.append(value if code <= self.top else beyond)
     return (*half, *(-value for value in half))
 
+  @functools.cached_property
+  def finite(self) -> tuple[float, ...]:
+    """Returns the values, with the largest instead of what is beyond it."""
+    return tuple(
+      value
+      if math.isfinite(value)
+      else self.max * (1 if code < 1 << (self.bits - 1) else -1)
+      for code, value in enumerate(self.values)
+    )
+
 
 E4M3 = MiniFloat("e4m3", 4, 3, 7, 0x7E, 0x7F)
 E5M2 = MiniFloat("e5m2", 5, 2, 15, 0x7B, 0x7E)

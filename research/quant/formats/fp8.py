@@ -121,7 +121,7 @@ class FP8(Format):
       codes=codes,
       scale=jnp.broadcast_to(scale, (*lead, inputs // group, outputs)),
       group=group,
-      codebook=self.kind.values,
+      codebook=self.kind.finite,
       bits=8,
     )
 

@@ -145,7 +145,7 @@ class Microscaling(Format):
       values = minifloats.decode(packing.unpack(codes, 6), self.kind)
       codes, scale = (8 * values).astype(jnp.int8), scale / 8
     else:
-      codes, codebook = packing.unpack(codes, self.bits), self.kind.values
+      codes, codebook = packing.unpack(codes, self.bits), self.kind.finite
     *lead, x, size, outputs = codes.shape
     return Plain(
       codes=codes.reshape(*lead, x * size, outputs),

@@ -52,6 +52,15 @@ def test_values_are_those_of_the_specification(kind):
   np.testing.assert_array_equal(got, want)
 
 
+@kinds
+def test_finite_values_are_the_values_where_these_are_finite(kind):
+  values, finite = np.float32(kind.values), np.float32(kind.finite)
+  here = np.isfinite(values)
+  np.testing.assert_array_equal(finite[here], values[here])
+  signs = np.where(np.arange(len(values)) >= len(values) // 2, -1, 1)
+  np.testing.assert_array_equal(finite[~here], (kind.max * signs)[~here])
+
+
 @pytest.mark.parametrize(
   "name, bias, most, normal, least",
   [
