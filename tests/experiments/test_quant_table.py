@@ -22,7 +22,8 @@ from research.typing import UserError
 
 RUNS = sorted(
   str(p.relative_to(config.CONFIGS))
-  for p in config.CONFIGS.glob("runs/quant/claims_equal*.gin")
+  for p in config.CONFIGS.glob("runs/quant/claims_*.gin")
+  if "quant_study" in p.read_text("utf-8")
 )
 
 
