@@ -112,6 +112,8 @@ def _modules(
       continue
     name = name.removesuffix(_WEIGHT)
     found, reason = None, f"plain numbers ({part.kind})"
+    if part.packed:
+      reason = f"{part.kind} under something else, such as an adapter"
     w = part.read() if part.packed else None
     if weights.is_weight(w) and hasattr(w, "format"):
       try:
@@ -119,7 +121,8 @@ def _modules(
       except UserError as e:
         reason = str(e).removeprefix(f"{name}: ")
     outside = address.layer is None or address.path == "mlp/router"
-    if outside and found is None:
+    head = address.layer is None and not writer.head
+    if head or (outside and found is None):
       plain.append(name)
     else:
       out[address] = _Module(name, part, found, reason)

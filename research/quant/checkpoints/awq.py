@@ -1,8 +1,10 @@
-"""AWQ's checkpoints, as AutoAWQ and its readers have them (version "gemm").
+"""AWQ's checkpoints, as AutoAWQ and its readers have them.
 
-A module `P` of `[out, in]` has `P.qweight`, int32 `[in, out / 8]`, eight
-outputs a word in an order of its own (`bitstream.AWQ`); `P.qzeros`
-`[G, out / 8]`, the same; and `P.scales` `[G, out]`.
+In the version "gemm", a module `P` of `[out, in]` has `P.qweight`, int32
+`[in, out / 8]`, eight outputs a word in an order of its own (`bitstream.AWQ`);
+`P.qzeros` `[G, out / 8]`, the same; and `P.scales` `[G, out]`. In "gemv", which
+is read but not written, rows are outputs: `P.qweight` `[out, in / 8]`, low
+nibbles first; `P.qzeros` `[out, Z]` and `P.scales` `[out, 8 Z]`, padded.
 """
 
 import dataclasses
@@ -31,9 +33,11 @@ class Scheme:
 
   Attributes:
     group: inputs that share a scale, 0 for all of them.
+    version: `"gemm"` or `"gemv"`.
   """
 
   group: int = 128
+  version: str = "gemm"
 
 
 def parse(values: Mapping[str, Any], where: str) -> Scheme:
@@ -54,14 +58,14 @@ def parse(values: Mapping[str, Any], where: str) -> Scheme:
   if fields.integer("bits") != 4:
     raise fields.wrong("bits", "4")
   version = fields.get("version")
-  if not isinstance(version, str) or version.lower() != "gemm":
-    raise fields.wrong("version", "'gemm'")
+  if not isinstance(version, str) or version.lower() not in ("gemm", "gemv"):
+    raise fields.wrong("version", "'gemm' or 'gemv'")
   if fields.get("zero_point") is not True:
     raise fields.wrong("zero_point", "true")
   group = fields.get("group_size")
   if group != -1:
     group = fields.integer("group_size")
-  return Scheme(group=max(group, 0))
+  return Scheme(group=max(group, 0), version=version.lower())
 
 
 def config(scheme: Scheme) -> dict[str, Any]:
@@ -89,38 +93,88 @@ def from_tensors(
   Raises:
     UserError: a tensor is missing or does not fit the others.
   """
-
-  def tensor(name, shape, *kinds):
-    found = tensors.get(name)
-    if found is None:
-      raise UserError(f"{where}: {name} is missing")
-    if found.shape != shape or str(found.dtype) not in kinds:
-      raise UserError(
-        f"{where}: {name} is {found.dtype} {list(found.shape)}, expected "
-        f"{' or '.join(kinds)} {list(shape)} by qweight and groups of {group}"
-      )
-    return np.asarray(found)
-
-  shape = np.asarray(tensors["qweight"]).shape
-  inputs, words = shape if len(shape) == 2 else (0, 0)
-  group = scheme.group or inputs
-  if not inputs or not words or inputs % group:
-    raise UserError(
-      f"{where}: qweight has shape {list(shape)}, expected [inputs, outputs / "
-      f"8], inputs a multiple of the group of {group}"
-    )
-  outputs, groups = 8 * words, inputs // group
-  kinds = ("int32", "uint32")
-  codes = bitstream.unpack_awq(tensor("qweight", shape, *kinds))
-  zero = bitstream.unpack_awq(tensor("qzeros", (groups, words), *kinds))
-  scale = tensor("scales", (groups, outputs), *_SCALES)
-  format = Affine(block=group, bits=4, scale_dtype=str(scale.dtype))
+  given = _Tensors(tensors, where)
+  if scheme.version == "gemv":
+    codes, zero, scale = _gemv(given, scheme.group)
+  else:
+    codes, zero, scale = _gemm(given, scheme.group)
+  inputs, outputs = codes.shape
+  groups = len(scale)
+  format = Affine(
+    block=inputs // groups, bits=4, scale_dtype=str(scale.dtype)
+  ).fitted(inputs, outputs)
   return QTensor(
-    format.kept(codes.reshape(groups, group, outputs), scale, zero),
-    format=format.fitted(inputs, outputs),
+    format.kept(codes.reshape(groups, -1, outputs), scale, zero),
+    format=format,
     inputs=inputs,
     outputs=outputs,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+  """The tensors of one module; a wrong one is a UserError that names it."""
+
+  tensors: Mapping[str, np.ndarray]
+  where: str
+
+  def matrix(
+    self, name: str, kinds: tuple[str, ...], shape: tuple[int, int] | None
+  ) -> np.ndarray:
+    """Returns a matrix of one of some dtypes, and of a shape if it is given."""
+    found = self.tensors.get(name)
+    if found is None:
+      raise UserError(f"{self.where}: {name} is missing")
+    good = found.ndim == 2 and found.size and str(found.dtype) in kinds
+    if not good or (shape is not None and found.shape != shape):
+      raise UserError(
+        f"{self.where}: {name} is {found.dtype} {list(found.shape)}, expected "
+        f"{' or '.join(kinds)} {list(shape) if shape else 'of two axes'}, by "
+        "qweight and the group"
+      )
+    return np.asarray(found)
+
+  def groups(self, inputs: int, group: int) -> int:
+    """Returns how many groups so many inputs are."""
+    group = group or inputs
+    if inputs % group:
+      raise UserError(
+        f"{self.where}: {inputs} inputs are no multiple of the group of {group}"
+      )
+    return inputs // group
+
+
+_WORDS = ("int32", "uint32")
+
+_Parts = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _gemm(given: _Tensors, group: int) -> _Parts:
+  """Returns codes `[I, O]`, zeros and scales `[G, O]`."""
+  packed = given.matrix("qweight", _WORDS, None)
+  inputs, words = packed.shape
+  groups = given.groups(inputs, group)
+  zero = given.matrix("qzeros", _WORDS, (groups, words))
+  scale = given.matrix("scales", _SCALES, (groups, 8 * words))
+  return bitstream.unpack_awq(packed), bitstream.unpack_awq(zero), scale
+
+
+def _gemv(given: _Tensors, group: int) -> _Parts:
+  """Returns the same of the version whose rows are outputs."""
+  packed = given.matrix("qweight", _WORDS, None)
+  outputs, inputs = packed.shape[0], 8 * packed.shape[1]
+  groups = given.groups(inputs, group)
+  zero = given.matrix("qzeros", _WORDS, None)
+  # As many words as kernels read; groups end before.
+  words = max(zero.shape[1], -(-groups // 8))
+  zero = given.matrix("qzeros", _WORDS, (outputs, words))
+  scale = given.matrix("scales", _SCALES, (outputs, 8 * words))
+
+  def along(x, count):
+    return bitstream.unpack(np.ascontiguousarray(x.T), 4, count)
+
+  scale = np.ascontiguousarray(scale.T)[:groups]
+  return along(packed, inputs), along(zero, 8 * words)[:groups], scale
 
 
 def to_tensors(w: Integers, where: str = "module") -> dict[str, np.ndarray]:

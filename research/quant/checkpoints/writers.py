@@ -43,10 +43,12 @@ class Writer(Protocol):
   Attributes:
     files: names of files, beside config.json, that have its config, too.
     varied: whether sizes of a matrix's tensors follow from its numbers.
+    head: whether a packed head stays packed.
   """
 
   files: tuple[str, ...]
   varied: bool
+  head: bool
 
   def look(self, w: QTensor, where: str) -> Hashable:
     """Returns what a config would say of a matrix, if it fits one."""
@@ -146,6 +148,7 @@ class Gptq:
   version: int = 1
   files: tuple[str, ...] = ("quantize_config.json",)
   varied: bool = False
+  head: bool = True
 
   def look(self, w: QTensor, where: str) -> _Grid:
     x = integers(w, where)
@@ -217,6 +220,7 @@ class Awq:
   group: int | None = None
   files: tuple[str, ...] = ()
   varied: bool = False
+  head: bool = False
 
   def look(self, w: QTensor, where: str) -> _Grid:
     x = integers(w, where)
@@ -254,6 +258,7 @@ class Bnb:
   kind: str | None = None
   files: tuple[str, ...] = ()
   varied: bool = True
+  head: bool = False
 
   def look(self, w: QTensor, where: str) -> tuple[str, bool, str]:
     bnb.to_tensors(w, where)
@@ -310,6 +315,7 @@ class Compressed:
   group: int | None = None
   files: tuple[str, ...] = ()
   varied: bool = False
+  head: bool = True
 
   def look(self, w: QTensor, where: str) -> compressed_config.Scheme:
     try:

@@ -21,6 +21,7 @@ from research.interop import (
   parts,
   safetensors,
   sources,
+  unread,
 )
 from research.quant import qtensor
 from research.quant.checkpoints import gptq, writers
@@ -28,8 +29,10 @@ from research.quant.checkpoints.integers import integers
 from research.quant.formats.affine import Affine
 from research.typing import UserError
 from tests import support
+from tests.research.interop import test_unread
 from tests.research.interop.test_convert import MODELS, logits
 
+LAYOUT = test_unread.LAYOUTS[1]
 SIZES = dict(width=64, hidden=96, head_dim=16, depth=3)
 SQUARE = dict(width=64, hidden=64, head_dim=16, kv_heads=4, depth=2)
 """Where all matrices have one shape, little is compiled."""
@@ -258,6 +261,36 @@ def test_experts_are_packed(tmp_path):
   assert "model.layers.0.block_sparse_moe.gate" in skipped
   wide = load.load_model(tmp_path / "q", packed=False).params
   chex.assert_trees_all_equal(decoded(got), wide)
+
+
+@pytest.mark.parametrize("name", ["gptq", "bnb"])
+def test_each_device_reads_its_part(name):
+  folder = MODELS.with_name("quantized") / name
+  want = load.load_model(folder).params
+  for shardings in (test_unread.everywhere, test_unread.by(LAYOUT)):
+    got = load.load_model(folder, shardings=shardings).params
+    test_unread.same(got, want, shardings)
+  shapes = load.load_model(folder, shardings=unread.left).params
+  chex.assert_trees_all_equal_shapes(shapes, want)
+
+
+def test_a_packed_head_stays_packed_where_it_can(tmp_path):
+  params = dict(plain(True).params())
+  head = params["head"][:, :64]
+  model = support.model(**SQUARE, vocab=64)
+  params |= {"head": qtensor.pack(head, Affine(block=32))}
+  params["embed"] = params["embed"][:64]
+  before = source(model, params)
+  convert.to_quantized(before, tmp_path / "a", writers.Gptq(), True)
+  said = safetensors.read_json(tmp_path / "a" / "config.json")
+  assert said[hf_quant.CONFIG]["lm_head"]
+  got = load.load_model(tmp_path / "a").params["head"]
+  np.testing.assert_array_equal(got.dense(), params["head"].dense())
+  convert.to_quantized(
+    sources.open_source(tmp_path / "a"), tmp_path / "b", writers.Awq()
+  )
+  wide = load.load_model(tmp_path / "b").params["head"]
+  np.testing.assert_array_equal(wide, got.dense())
 
 
 def test_between_tools_without_loss(made, tmp_path):

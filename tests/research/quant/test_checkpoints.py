@@ -153,6 +153,25 @@ def test_awq_is_its_definition_and_written_back(group):
   same(awq.to_tensors(integers(w, "w")), tensors)
 
 
+@pytest.mark.parametrize("words", [1, 4])
+def test_rows_of_gemv_are_outputs(words):
+  r, groups = rng(), I // GROUP
+  codes = r.integers(0, 16, (O, I)).astype(np.uint8)
+  zero = r.integers(0, 16, (O, 8 * words)).astype(np.uint8)
+  scale = r.uniform(0.01, 0.1, (O, 8 * words)).astype(np.float16)
+
+  def nibbles(x):
+    return np.ascontiguousarray(streams(x.T, 4).T)
+
+  w = awq.from_tensors(
+    {"qweight": nibbles(codes), "qzeros": nibbles(zero), "scales": scale},
+    awq.Scheme(group=GROUP, version="gemv"),
+  )
+  wide = [np.repeat(x[:, :groups], GROUP, 1) for x in (zero, scale)]
+  want = wide[1].astype(np.float32) * (codes.astype(np.float32) - wide[0])
+  np.testing.assert_array_equal(w.dense(), want.T)
+
+
 def test_int8_is_its_definition_and_written_back():
   r = rng()
   tensors = {
@@ -333,7 +352,7 @@ def test_mistakes_in_the_config_of_gptq(changes, message):
   ("changes", "message"),
   [
     (dict(bits=8), "bits is 8, expected 4"),
-    (dict(version="gemv"), "version is 'gemv', expected 'gemm'"),
+    (dict(version="marlin"), "version is 'marlin', expected 'gemm' or"),
     (dict(zero_point=False), "zero_point is False, expected true"),
     (dict(group_size=-2), "group_size is -2"),
   ],
@@ -350,7 +369,7 @@ def test_mistakes_in_the_config_of_awq(changes, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (dict(qweight=np.zeros((64, 0), np.int32)), "qweight has shape"),
+    (dict(qweight=np.zeros((64, 0), np.int32)), "qweight is int32"),
     (dict(qweight=np.zeros((60, 4), np.int32)), "multiple of the group of 32"),
     (dict(qzeros=np.zeros((2, 4), np.int64)), "qzeros is int64"),
     (
