@@ -198,6 +198,21 @@ def test_grids_are_what_encoding_uses():
     np.testing.assert_array_equal(values, format.decode(want))
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "fp8 tile"])
+def test_packing_over_a_mesh_changes_no_byte(name):
+  """Scales of a whole matrix are those of all its pieces."""
+  kinds = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 4), ("in", "out"), axis_types=kinds)
+  cut = jax.sharding.NamedSharding(mesh, jax.P("in", "out"))
+  w = gaussian(96, 40)
+  got = packer(FORMATS[name])(jax.device_put(w, cut))
+  want = packer(FORMATS[name])(w)
+  assert len(got.parts["codes"].sharding.device_set) == 8
+  for part, x in want.parts.items():
+    np.testing.assert_array_equal(got.parts[part], x)
+  np.testing.assert_array_equal(jax.jit(weights.dense)(got), want.dense())
+
+
 @pytest.mark.parametrize("name", ["mx e2m1", "fp8 channel"])
 def test_compensated_rounding_halves_the_error(name):
   """Of outputs whose inputs are alike; also of codes that include NaN."""
