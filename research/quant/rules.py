@@ -112,6 +112,7 @@ class Quantization:
         needs inputs that are not measured.
     """
     chosen = self.chosen(params)
+    _check_fit(params, chosen)
     follow, windows = "new", None
     if self.calibration is not None:
       windows = self._windows()
@@ -209,6 +210,15 @@ def stages(paths: Sequence[str]) -> list[list[list[str]]]:
   return out + [[[path]] for path in left]
 
 
+def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
+  """Raises UserError for a matrix that its rule's format cannot hold."""
+  for i, layer in enumerate(tree.layers(params)):
+    for path, w in matrices(layer).items():
+      address = f"layers/{i}/{path}"
+      if address in chosen:
+        _fitted(address, w, chosen[address])
+
+
 def _examples(params: Params) -> set[str]:
   return {re.sub(r"/\d+/", "/0/", a) for a in addresses(params)}
 
@@ -254,12 +264,11 @@ class _Work:
     def visit(i, layer, inputs):
       start = time.perf_counter()
       dense, packed = layer, layer
-      paths = list(matrices(layer))
-      known = None
-      if self.how.sequential != "stages":
-        firsts = [g[0] for stage in stages(paths) for g in stage]
+      known, used = None, self._used(i, layer)
+      if used and self.how.sequential != "stages":
+        firsts = [group[0] for stage in used for group in stage]
         known = self._seen(layer, layer, inputs, firsts)
-      for stage in stages(paths):
+      for stage in used:
         seen = known or self._seen(layer, dense, inputs, [g[0] for g in stage])
         for group in stage:
           found, plain = self._pack(i, layer, group, seen[group[0]])
@@ -273,6 +282,11 @@ class _Work:
     how = self.how.calibration
     calibrate.walk(self.how.model, params, tokens, visit, how.batch, follow)
     return out
+
+  def _used(self, i, layer):
+    """Returns the stages and groups of a layer that rules have chosen from."""
+    paths = [p for p in matrices(layer) if f"layers/{i}/{p}" in self.chosen]
+    return stages(paths)
 
   def _seen(self, old, new, inputs, paths):
     if self.pairs:
@@ -343,7 +357,7 @@ def _array(name: str, w: Any) -> jax.Array:
   return jnp.asarray(weights.dense(w))
 
 
-def _fitted(name: str, w: jax.Array, rule: Rule) -> Format:
+def _fitted(name: str, w: Any, rule: Rule) -> Format:
   """Returns the rule's format for a matrix."""
   try:
     return rule.format.fitted(*w.shape[-2:])

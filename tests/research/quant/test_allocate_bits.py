@@ -15,9 +15,7 @@ from research.typing import UserError
 from tests import support
 from tests.research.quant.test_rules import Bytes, Text
 
-FORMATS = tuple(
-  Affine(block=4, bits=bits, symmetric=True) for bits in (2, 4, 8)
-)
+FORMATS = tuple(Affine(block=4, bits=bits, symmetric=True) for bits in (2, 8))
 PROBE = Calibration(source=Text(), windows=4, length=16, batch=4)
 
 

@@ -56,6 +56,16 @@ def solve(w, h, format, options=None, **more):
     return np.asarray(value, np.float64), found, given
 
 
+@functools.partial(jax.jit, static_argnames="format")
+def again(w, format):
+  return format.decode(format.encode(w))
+
+
+def nearest(w, format):
+  """Returns rounded weights in float64."""
+  return np.asarray(again(jnp.asarray(w, jnp.float32), format), np.float64)
+
+
 def grid(bits=4, block=64, symmetric=False):
   return Affine(
     bits=bits, block=block, symmetric=symmetric, scale_dtype="float32"
@@ -104,8 +114,7 @@ def test_known_numbers(loss, mse, format, options):
 )
 def test_known_numbers_of_rounding_to_nearest(rtn, format):
   w, x = problem()
-  value = format.decode(format.encode(w.astype(np.float32)))
-  got = np.mean((x @ (np.asarray(value, np.float64) - w)) ** 2)
+  got = np.mean((x @ (nearest(w, format) - w)) ** 2)
   assert got == pytest.approx(rtn, rel=1e-6)
 
 
@@ -149,7 +158,8 @@ def test_fresh_grids_are_the_surgeons(order):
     )
   with jax.enable_x64(True):
     want = surgeon(w, h, grid(block=16), list(rows))
-  value, found, _ = solve(w, h, grid(block=16), GPTQ(order=order))
+  options = GPTQ(order=order, dead="zero")
+  value, found, _ = solve(w, h, grid(block=16), options)
   # Grids are in float32: a code may differ where a weight is half way.
   assert np.mean(abs(value - want) > 1e-5) < 5e-3
   assert (found.order is None) == (order != "activations")
@@ -162,14 +172,20 @@ def test_fresh_grids_and_act_order_together_are_best():
   assert np.mean((x @ (value - w)) ** 2) < 0.87 * 1.748542
 
 
-@pytest.mark.parametrize("order", ["natural", "activations", "groups"])
-@pytest.mark.parametrize("grids", ["fresh", "static"])
-def test_without_correlations_it_rounds_to_nearest(order, grids):
+@pytest.mark.parametrize(
+  "options",
+  [
+    NATURAL,
+    ACTIVATIONS,
+    dict(order="groups", dead="zero"),
+    ACTIVATIONS | STATIC,
+  ],
+)
+def test_without_correlations_it_rounds_to_nearest(options):
   w, _ = problem()
-  format, options = grid(block=16), GPTQ(order=order, grids=grids)
+  format, options = grid(block=16), GPTQ(**options)
   value, _, _ = solve(w, np.eye(64), format, options)
-  want = format.decode(format.encode(w.astype(np.float32)))
-  np.testing.assert_array_equal(value, want)
+  np.testing.assert_array_equal(value, nearest(w, format))
 
 
 def test_act_order_does_not_see_the_order():
@@ -185,14 +201,14 @@ def test_act_order_does_not_see_the_order():
 def test_dead_rows_are_rounded_or_zero():
   w, x = problem()
   for dead in ("round", "zero"):
-    options = GPTQ(order="natural", grids="static", dead=dead)
+    options = GPTQ(order="natural", dead=dead)
     value, _, given = solve(w, hessian_of(x), grid(block=16), options)
     assert given.dead == 1
     assert (abs(value[5]) < 1e-6).all() == (dead == "zero")
   # An expert that no token came to keeps its weights.
-  value, _, given = solve(w, np.zeros((64, 64)), grid(block=16), GPTQ(**STATIC))
-  want = grid(block=16).decode(grid(block=16).encode(w.astype(np.float32)))
-  np.testing.assert_array_equal(value, want)
+  options = GPTQ(**NATURAL)
+  value, _, given = solve(w, np.zeros((64, 64)), grid(block=16), options)
+  np.testing.assert_array_equal(value, nearest(w, grid(block=16)))
   assert given.dead == 64
 
 
@@ -231,9 +247,9 @@ def test_damping_grows_until_there_is_a_factor(h, attempts, floor, failed):
 
 def test_what_cannot_be_factored_is_rounded_to_nearest():
   w, _ = problem()
-  value, _, given = solve(w, np.full((64, 64), np.nan), grid(block=16))
-  want = grid(block=16).decode(grid(block=16).encode(w.astype(np.float32)))
-  np.testing.assert_array_equal(value, want)
+  bad = np.full((64, 64), np.nan)
+  value, _, given = solve(w, bad, grid(block=16), GPTQ(**ACTIVATIONS))
+  np.testing.assert_array_equal(value, nearest(w, grid(block=16)))
   assert given.damping.failed
 
 
@@ -243,14 +259,13 @@ def test_few_tokens_do_no_harm(tokens):
   w, x = problem()
   h, all_of_it = hessian_of(x[:tokens]), hessian_of(x)
   format = grid(block=16)
-  nearest = format.decode(format.encode(w.astype(np.float32)))
 
   def error(value):
     return np.einsum("io,ij,jo", value - w, all_of_it, value - w)
 
   few, _, given = solve(w, h, format, NAT, tokens=jnp.float32(tokens))
   many, _, _ = solve(w, h, format, NAT)
-  assert error(few) < 1.1 * error(np.asarray(nearest, np.float64))
+  assert error(few) < 1.1 * error(nearest(w, format))
   assert error(few) < error(many)
   assert given.damping.damp == pytest.approx((64 / tokens) ** 2 / 4)
 
@@ -265,8 +280,8 @@ def test_outputs_are_better_than_of_nearest_in_nearly_all_problems():
     x = jax.random.normal(b, (256, 32)) @ jax.random.normal(c, (32, 32))
     format = grid(block=16)
     value, _, _ = compiled(w, x.T @ x, format, GPTQ())
-    nearest = format.decode(format.encode(w))
-    return jnp.stack([jnp.sum((x @ (v - w)) ** 2) for v in (value, nearest)])
+    plain = format.decode(format.encode(w))
+    return jnp.stack([jnp.sum((x @ (v - w)) ** 2) for v in (value, plain)])
 
   found = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 60))
   assert np.mean(found[:, 0] <= found[:, 1]) >= 0.95
