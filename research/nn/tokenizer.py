@@ -291,9 +291,11 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   """Returns the object in a JSON file, an empty one where there is no file."""
   if not path.is_file():
     return {}
+  text = _text(path)
   try:
-    found = json.loads(_text(path))
-  except (json.JSONDecodeError, RecursionError) as error:
+    found = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    # An integer of thousands of digits is a ValueError, too.
     raise UserError(f"{path}: is no JSON: {error}") from error
   if not isinstance(found, dict):
     raise UserError(f"{path}: found a {type(found).__name__}, not an object")
