@@ -237,6 +237,8 @@ def rows(tiny: bool) -> list[Row]:
     for n in lengths
     for causal in (False, True)
     for direction in ("forward", "backward")
+    # Tiny, one with and one without a mask walk through all that there is.
+    if not tiny or causal == (direction == "backward")
   ]
 
 

@@ -29,7 +29,17 @@ def test_every_method_that_peft_has_is_here():
   assert {kind.__name__ for kind in theirs - kinds} <= {"LoRA", "QALoRA"}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# A program is run once: what compiling it takes is the time of a test.
+quick = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+  },
+)
+
+
+@functools.partial(quick, static_argnums=0)
 def computed(model, params, tokens):
   """Returns what PEFT's golden holds, in one program."""
   selected, frozen = tree.partition(params, wrap.TRAINABLE)
@@ -54,7 +64,7 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
   bound = 1e-4 if "kasa" in name else 1e-5
   assert relative(y, g["logits"]) < bound
   np.testing.assert_allclose(value, g["loss"], rtol=2e-6)
-  merged = jax.jit(wrap.merge)(it.params)
+  merged = quick(wrap.merge)(it.params)
   got = logits(it.model, merged, g["tokens"])
   assert relative(got, g["merged_logits"]) < bound
   # Saved as if they were an adapter, the gradients carry the file's names.
