@@ -18,6 +18,7 @@ from research.quant.formats.affine import RULES, Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.fp8 import FP8
 from research.quant.formats.hqq import HQQ
+from research.quant.formats.int8 import Int8
 from research.quant.formats.microscaling import Microscaling
 from research.quant.formats.nvfp4 import NVFP4
 from research.typing import UserError
@@ -40,6 +41,7 @@ ROWS = {
   "hqq": HQQ(),
   "nvfp4": NVFP4(),
   "fp8": FP8(),
+  "int8 of rows": Int8(),
   "fp8 of tiles": FP8(share="tile", tile_inputs=96, tile_outputs=16),
   **ggml.TYPES,
 }
