@@ -160,6 +160,7 @@ def test_other_orders_measure_other_inputs(sequential):
   assert found["layers/0/mlp/down"] != want["layers/0/mlp/down"]
 
 
+@pytest.mark.slow
 def test_drift_is_made_up_for():
   model, params = known()
   some = dataclasses.replace(BY_GPTQ, match="attention/o$|down$")
@@ -208,7 +209,8 @@ def test_any_grid_is_compensated(format, options):
   assert report.rows[0].weight_error == pytest.approx(error, rel=1e-5)
 
 
-def test_experts_have_hessians_of_their_own():
+@pytest.mark.slow
+def test_experts_are_walked_by_what_comes_to_them():
   model = support_mesh.model("experts")
   params = support.params(model)
   rule = Rule(match="experts/down", format=FORMAT, method=Compensated())
@@ -219,6 +221,25 @@ def test_experts_have_hessians_of_their_own():
   assert all(r.output_error < r.nearest_error for r in found)
   q = next(tree.layers(packed))["mlp"]["experts"]["down"]
   assert q.shape == next(tree.layers(params))["mlp"]["experts"]["down"].shape
+
+
+def test_experts_have_hessians_of_their_own():
+  _, params = known()
+  w = params["run0"]["layer0"]["attention"]["o"]  # layers, for experts
+  x = np.random.default_rng(0).standard_normal((3, 96, 32)).astype(np.float32)
+  x[1] = 0  # to which no token came
+  seen = dict(
+    xx=jnp.einsum("eti,etj->eij", x, x), n=jnp.asarray([[96.0], [0.0], [96.0]])
+  )
+  how = dict(format=FORMAT, method=Compensated())
+  (q,), (dense,), (found,) = methods.rounded((w,), seen, **how, compare=True)
+  assert q.shape == w.shape and found.dead.tolist() == [0, 32, 0]
+  want = FORMAT.decode(FORMAT.encode(w[1]))
+  np.testing.assert_array_equal(dense[1], want)
+  assert (found.output_error < found.nearest_error)[np.array([0, 2])].all()
+  one = {name: a[2] for name, a in seen.items()}
+  (alone,), _, _ = methods.rounded((w[2],), one, **how)
+  np.testing.assert_allclose(dense[2], alone.dense(), atol=1e-5)
 
 
 def test_first_rules_win_and_embeddings_run_along_their_width():
@@ -325,12 +346,11 @@ def test_matrices_side_by_side_are_as_one_by_one():
   ws = [params["run0"]["layer0"]["attention"][n][0] for n in "kv"]
   x = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)
   seen = dict(xx=jnp.asarray(x.T @ x), n=jnp.full((1,), 96.0))
-  for format in (FORMAT, Codebook(block=32)):
-    how = dict(format=format, method=Compensated())
-    together, _, _ = methods.rounded(tuple(ws), seen, **how)
-    for w, q in zip(ws, together, strict=True):
-      (alone,), _, _ = methods.rounded((w,), seen, **how)
-      np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
+  how = dict(format=Codebook(block=32), method=Compensated())
+  together, _, _ = methods.rounded(tuple(ws), seen, **how)
+  for w, q in zip(ws, together, strict=True):
+    (alone,), _, _ = methods.rounded((w,), seen, **how)
+    np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
 
 
 @pytest.mark.parametrize(
