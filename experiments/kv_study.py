@@ -157,6 +157,12 @@ def verdicts(caches: Rows, attention: Rows) -> list[Verdict]:
     ),
     ("Keys need more bits than values", lost, "k8v4", "k4v8"),
     ("Recent tokens should be whole", lost, "k2v2", "k2v2,residual=0"),
+    (
+      "The first tokens should be whole",
+      lost,
+      "k2v2,residual=0,sink_tokens=32",
+      "k2v2,residual=0",
+    ),
   ):
     if less in rows and more in rows:
       found = f"{less} {rows[less]:.4f}, {more} {rows[more]:.4f}"
