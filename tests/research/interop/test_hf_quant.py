@@ -43,11 +43,8 @@ WRITERS = {
   "gptq8": writers.Gptq(bits=8, group=0),
   "awq": writers.Awq(group=32),
   "nf4": writers.Bnb(),
-  "fp4": writers.Bnb("fp4"),
   "int8": writers.Bnb("int8"),
   "compressed": writers.Compressed(),
-  "fp8": writers.Compressed("fp8"),
-  "nvfp4": writers.Compressed("nvfp4"),
 }
 every = pytest.mark.parametrize("name", WRITERS)
 
@@ -184,7 +181,7 @@ def test_errors_are_those_of_the_bits(made):
 
   assert error("gptq") < 0.13 and error("gptq8") < 0.012
   assert 1.7 < error("gptq3") / error("gptq") < 2.6
-  assert error("nf4") < error("gptq") and error("fp8") < 0.04
+  assert error("nf4") < error("gptq")
 
 
 def scattered(params):
@@ -319,6 +316,9 @@ def test_between_tools_without_loss(made, tmp_path):
   f = to("f", MODELS / "gguf_q4_0" / "model.gguf", writers.Gptq())
   want = load.load_model(MODELS / "gguf_q4_0" / "model.gguf").params
   chex.assert_trees_all_equal(numbers(f), want)
+  # Anybody's numbers are everybody's, decoded.
+  convert.to_hf(sources.open_source(d), tmp_path / "wide")
+  chex.assert_trees_all_equal(numbers(tmp_path / "wide"), numbers(d))
 
 
 def test_what_does_not_fit_is_refused_or_rounded(made, tmp_path):
@@ -399,7 +399,7 @@ def transposed(tensors):
     (
       None,
       dict(quant_method="awq"),
-      "layers.0.mlp.down_proj: .*qweight|qzeros",
+      "layers.0.mlp.down_proj: 12 inputs are no",
     ),
     (None, dict(bits=8), "down_proj: 64 outputs of 48 inputs"),
     (
