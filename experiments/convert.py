@@ -307,7 +307,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   elif name in QUANTIZED:
     writer = _writer(name, kind, source)
     log = convert.to_quantized(
-      source, to, writer, _REQUANTIZE.value, _DTYPE.value, size
+      source, to, writer, _REQUANTIZE.value, _DTYPE.value, size, least
     )
   else:
     log = convert.to_orbax(source, to)

@@ -166,6 +166,7 @@ def to_quantized(
   requantize: bool = False,
   dtype: str | None = None,
   shard_size: int = safetensors.SHARD_SIZE,
+  least: float | None = None,
 ) -> changes.Log:
   """Writes a Hugging Face directory in another tool's quantized form.
 
@@ -176,9 +177,10 @@ def to_quantized(
     requantize: whether matrices that do not fit it are quantized again.
     dtype: of what is not packed; None for each tensor's own.
     shard_size: bytes a file.
+    least: share of the adapters' updates that has to be left; None for any.
 
   Raises:
-    UserError: something does not fit, so nothing is written.
+    UserError: something does not fit, or less is left, so nothing is written.
   """
   free(to)
   log = changes.Log()
@@ -186,6 +188,8 @@ def to_quantized(
     hf_quant_export.write_model(
       draft, source, writer, requantize, dtype, shard_size, log
     )
+    if least is not None:
+      changes.check_kept(log.changes, least)
     _write_tokenizer(draft, source)
   return log
 

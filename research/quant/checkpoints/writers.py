@@ -163,12 +163,14 @@ class Gptq:
       common = (self.bits or 4, _group(self.group, inputs))
     some = [x for x in found if x.fits(*common)]
     symmetric = all(x.symmetric for x in some)
+    # What is yet to be rounded may get a zero of 0.
+    zero = any(x.zero for x in some) or (not symmetric and len(inputs) > 0)
     return gptq.Scheme(
       bits=common[0],
       group=common[1],
       symmetric=symmetric,
       act_order=not all(x.ordered for x in some),
-      version=2 if any(x.zero for x in some) else self.version,
+      version=2 if zero else self.version,
     )
 
   def differs(self, found: _Grid, scheme: gptq.Scheme) -> str:

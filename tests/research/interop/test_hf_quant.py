@@ -28,7 +28,7 @@ from research.quant.checkpoints import gptq, writers
 from research.quant.checkpoints.integers import integers
 from research.quant.formats.affine import Affine
 from research.typing import UserError
-from tests import support
+from tests import support, support_lora
 from tests.research.interop import test_unread
 from tests.research.interop.test_convert import MODELS, logits
 
@@ -465,3 +465,20 @@ def test_the_command(made, tmp_path, capsys):
       f"--from={made('gptq', True)}", f"--to={tmp_path / 'c'}", *flags
     )
     assert status and words in errors
+
+
+def test_updates_that_rounding_would_eat_are_refused(made, tmp_path):
+  it = load.load_model(made("gptq", True))
+  params = support_lora.adapting(rank=2)(it.params, jax.random.key(0))
+  # An update a hundredth of the step between codes.
+  params = tree.map_paths(
+    lambda path, x: x + 1e-3 if path.endswith("trained/b") else x, params
+  )
+  before = source(it.model, params)
+  with pytest.raises(UserError, match="14 of 14.*under .* an adapter"):
+    convert.to_quantized(before, tmp_path / "q", writers.Gptq())
+  with pytest.raises(UserError, match="of the adapter's update would be left"):
+    convert.to_quantized(
+      before, tmp_path / "q", writers.Gptq(group=32), True, least=0.9
+    )
+  assert not (tmp_path / "q").exists()
