@@ -125,8 +125,14 @@ def period(kinds: Sequence[Hashable]) -> int:
 
 
 def plan(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
-  """Returns the runs of layers of such kinds as `(repeats, period)`."""
+  """Returns the runs of layers of such kinds as `(repeats, period)`.
+
+  A period of all layers, or else the runs with the fewest layers to compile: a
+  file whose types repeat every third layer, but for both ends, is three runs.
+  """
   p = period(kinds)
+  if p == 1:
+    return _fewest(kinds)
   chunks = [tuple(kinds[i : i + p]) for i in range(0, len(kinds), p)]
   out: list[tuple[int, int]] = []
   for i, chunk in enumerate(chunks):
@@ -135,6 +141,25 @@ def plan(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
     else:
       out.append((1, len(chunk)))
   return out
+
+
+def _fewest(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
+  """Returns runs whose periods add up to least; of such, most of period 1."""
+  n = len(kinds)
+  best: list[tuple[int, int, list]] = [(0, 0, [])] * (n + 1)
+  for i in reversed(range(n)):
+    found = []
+    for p in range(1, min(MAX_PERIOD, n - i) + 1):
+      end = i + p
+      while end < n and kinds[end] == kinds[end - p]:
+        end += 1
+      for repeats in range(1 if p == 1 else 2, (end - i) // p + 1):
+        compiled, periodic, rest = best[i + repeats * p]
+        run = [(repeats, p), *rest]
+        found.append((compiled + p, periodic + (p > 1), len(run), run))
+    compiled, periodic, _, run = min(found, key=lambda x: x[:3])
+    best[i] = compiled, periodic, run
+  return best[0][2]
 
 
 def _stack(*leaves: Any) -> Any:

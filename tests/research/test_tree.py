@@ -42,6 +42,8 @@ def test_partition_and_combine_are_inverse():
     ("abbb", [(1, 1), (3, 1)]),
     ("aaaaabbbbbb", [(5, 1), (6, 1)]),
     ("a", [(1, 1)]),
+    ("aaabbabbabbabbaaaa", [(2, 1), (4, 3), (4, 1)]),
+    ("abacabad", [(1, 1)] * 8),
   ],
 )
 def test_plan(kinds, runs):
