@@ -175,7 +175,7 @@ def by_method(
 
 def budget(
   calibration: Calibration,
-  windows: Sequence[int] = (1, 2, 8, 32),
+  tokens: Sequence[int] = (32, 128, 512, 4096),
   format: Format = Affine(bits=3, block=64),
 ) -> tuple[Row, ...]:
   """Returns rounding to nearest, and GPTQ on ever more text.
@@ -185,19 +185,19 @@ def budget(
 
   Args:
     calibration: what is read, but for how much.
-    windows: how many are read.
+    tokens: how many are read; fewer than a window's are a shorter one.
     format: that is rounded to.
   """
   options = GPTQ(drift=0.0)
   out = [row(format, group="uncalibrated")]
-  for n in windows:
-    some = dataclasses.replace(calibration, windows=n)
-    tokens = n * calibration.length
+  for n in tokens:
+    length = min(n, calibration.length)
+    some = dataclasses.replace(calibration, windows=n // length, length=length)
     for method, group in (
       (Undamped(options=options), "calibration"),
       (Compensated(options=options), "calibration, damped"),
     ):
-      name = f"GPTQ, {tokens} tokens" + group.removeprefix("calibration")
+      name = f"GPTQ, {n} tokens" + group.removeprefix("calibration")
       out.append(by_method(format, name, some, method, group))
   return tuple(out)
 

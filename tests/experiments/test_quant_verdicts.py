@@ -185,8 +185,8 @@ def test_training_comes_closer_to_the_model_before():
 
 
 def test_rows_say_what_they_read():
-  rows = quant_rows.budget(Calibration(length=64), windows=(1, 4))
-  assert [r.calibrated_on for r in rows] == [None, 64, 64, 256, 256]
+  rows = quant_rows.budget(Calibration(length=64), tokens=(32, 256))
+  assert [r.calibrated_on for r in rows] == [None, 32, 32, 256, 256]
   trained = quant_rows.trained(DATA, seeds=2)
   assert [r.transforms[0].data.seed for r in trained[1:3]] == [0, 1]
   assert len({r.name for r in trained}) == 9
