@@ -102,6 +102,15 @@ class Method:
     """
     return self
 
+  def among(self, name: str, names: Sequence[str]) -> "Method":
+    """Returns the method for one module of a file, where that matters.
+
+    Args:
+      name: `model.layers.3.mlp.down_proj`.
+      names: of all modules that are adapted.
+    """
+    return self
+
   def settled(self) -> "Method":
     """Returns the method without what only its file needs."""
     return self

@@ -198,7 +198,7 @@ def read_methods(
   for path, module in chosen.items():
     r = match.by_pattern(module, ranks, usual.rank, names.get("rank", ""))
     a = match.by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
-    own = usual.at(module, named)
+    own = usual.at(module, named).among(module, list(chosen.values()))
     out[path] = dataclasses.replace(own, rank=r, alpha=a)
   if not out and not whole:
     raise fields.wrong("target_modules", "names of modules of the base model")

@@ -69,6 +69,7 @@ def save_adapter(
         f"{directory}: PEFT has no method {type(method).__name__}; merge it "
         "into the model, or convert it to plain LoRA first"
       )
+    method = method.among(module, [modules[p] for p in found])
     arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
     for key, x in peft_names.named(module, method, arrays, sizes[path]).items():
       tensors[key] = _joined(tensors[key], x) if key in tensors else x

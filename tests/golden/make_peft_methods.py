@@ -73,6 +73,7 @@ ADAPTERS = {
   "boft": peft.BOFTConfig(boft_block_size=4),
   "boft_factors": peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3),
   "hra": peft.HRAConfig(r=4),
+  "tinylora": peft.TinyLoraConfig(r=2, u=5),
 }
 PREFIX = "method_"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -94,6 +95,7 @@ DEVIATION = {
   "boft_R": 0.2,
   "lokr": 0.15,
   "hira_B": 0.15,
+  "tinylora_v": 0.3,
 }
 
 
@@ -148,6 +150,8 @@ def cut(wrapped) -> None:
 
 def stored_name(key: str, stored) -> str:
   """Returns the name in the file of a live parameter."""
+  if ".tinylora_v." in key:  # of all modules, found in the first
+    return f"base_model.tinylora_v.{key.rsplit('.', 1)[-1]}"
   plain = key.replace(".default", "")
   return plain if plain in stored else plain.removesuffix(".weight")
 

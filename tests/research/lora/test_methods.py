@@ -35,6 +35,7 @@ from research.lora.methods.randlora import RandLoRA
 from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA, Residual
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
 from research.lora.methods.shira import SHiRA
+from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.vera import VeRA
 from research.quant.formats import ggml
 from research.typing import UserError
@@ -83,6 +84,7 @@ METHODS = [
   BOFT(block=4),
   BOFT(block=2, factors=2),
   HRA(rank=4),
+  TinyLoRA(rank=3, size=7),
 ]
 
 SEEN = {CorDA: "ii", LoRAGA: "io", EVA: "ri"}
