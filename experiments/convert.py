@@ -102,8 +102,8 @@ _REQUANTIZE = flags.DEFINE_bool(
 _GROUP_SIZE = flags.DEFINE_integer(
   "group_size",
   None,
-  "For --requantize to integers: inputs that share a scale, 0 for all; by "
-  "default 128, 64 or 32, what all matrices have whole.",
+  "For other tools' integers: inputs that share a scale, 0 for all. By default "
+  "those of most packed matrices; else 128, 64 or 32, what all have whole.",
   lower_bound=0,
   flag_values=FLAGS,
 )

@@ -114,15 +114,28 @@ def _grid(x: Integers) -> _Grid:
   )
 
 
-def _common(found: Sequence[_Grid], bits: int | None) -> tuple[int, int] | None:
-  """Returns the (bits, group) of most matrices, 0 for all their inputs."""
-  found = [x for x in found if bits in (None, x.bits)]
+def _common(
+  found: Sequence[_Grid], bits: int | None, group: int | None
+) -> tuple[int, int] | None:
+  """Returns the (bits, group) of most matrices, 0 for all their inputs.
+
+  Args:
+    found: of each matrix.
+    bits, group: that are wanted, or None for any.
+  """
+  found = [x for x in found if x.fits(bits or x.bits, _wanted(group, x))]
+  if group is not None:
+    return (found[0].bits, group) if found else None
   counts = collections.Counter((x.bits, x.group) for x in found)
   counts += collections.Counter(
     (x.bits, 0) for x in found if x.group == x.inputs
   )
   # Of two that say the same of all matrices, whole rows are the plainer.
   return max(counts, key=lambda k: (counts[k], k[1] == 0), default=None)
+
+
+def _wanted(group: int | None, x: _Grid) -> int:
+  return x.group if group is None else group
 
 
 def _group(group: int | None, inputs: Sequence[int]) -> int:
@@ -139,7 +152,7 @@ class Gptq:
 
   Attributes:
     bits: that are wanted, or None for those of most matrices.
-    group: of what is quantized again; 0 for all inputs.
+    group: that is wanted, 0 for all inputs; None for that of most matrices.
     version: that is wanted; the other one where zeros are 0.
   """
 
@@ -158,13 +171,14 @@ class Gptq:
   def settle(
     self, found: Sequence[_Grid], inputs: Sequence[int]
   ) -> gptq.Scheme:
-    common = _common(found, self.bits)
+    common = _common(found, self.bits, self.group)
     if common is None:
       common = (self.bits or 4, _group(self.group, inputs))
     some = [x for x in found if x.fits(*common)]
     symmetric = all(x.symmetric for x in some)
     # What is yet to be rounded may get a zero of 0.
-    zero = any(x.zero for x in some) or (not symmetric and len(inputs) > 0)
+    rounded = len(inputs) > 0 or len(some) < len(found)
+    zero = any(x.zero for x in some) or (rounded and not symmetric)
     return gptq.Scheme(
       bits=common[0],
       group=common[1],
@@ -216,7 +230,7 @@ class Awq:
   """AWQ's.
 
   Attributes:
-    group: of what is quantized again; 0 for all inputs.
+    group: that is wanted, 0 for all inputs; None for that of most matrices.
   """
 
   group: int | None = None
@@ -230,7 +244,8 @@ class Awq:
     return _grid(x)
 
   def settle(self, found: Sequence[_Grid], inputs: Sequence[int]) -> awq.Scheme:
-    common = _common(found, 4) or (4, _group(self.group, inputs))
+    common = _common(found, 4, self.group)
+    common = common or (4, _group(self.group, inputs))
     return awq.Scheme(group=common[1])
 
   def differs(self, found: _Grid, scheme: awq.Scheme) -> str:

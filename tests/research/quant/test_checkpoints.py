@@ -277,7 +277,11 @@ def test_most_matrices_decide():
   # Groups of 64 are all 64 inputs: either says it.
   assert writer.settle(found[2:], []).group == 0
   assert writer.settle([], [576, 1536]).group == 64
-  assert writer.settle([], [40]).group == 0
+  assert writers.Gptq(group=64).settle(found, []).group == 64
+  assert writers.Gptq(group=16).settle(found, [96]).group == 16
+  # Of rounded matrices some zero may be 0.
+  assert writer.settle(found[:2], [64]).version == 2
+  assert writer.settle([], [40]) == gptq.Scheme(group=0)
 
 
 # Damage ----------------------------------------------------------------------
