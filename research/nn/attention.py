@@ -14,6 +14,7 @@ from kernels_pallas.masks import Mask
 from research import sharding, weights
 from research.nn import decoding
 from research.nn import rope as ropes
+from research.nn.cache import LayerCache
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
 
@@ -71,7 +72,8 @@ class Attention(nn.Module):
     if self.window is not None:
       mask = dataclasses.replace(mask, window=(self.window - 1, None))
     keys, values = k, v
-    one = cache is not None and not fresh and x.shape[1] == 1
+    # Other caches keep positions in other slots than the kernel counts on.
+    one = isinstance(cache, LayerCache) and not fresh and x.shape[1] == 1
     if cache is not None:
       cache, keys, values, held = cache.extend(
         k,
