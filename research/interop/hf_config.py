@@ -175,7 +175,7 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     config, where, kind = values, inner.where, values["model_type"]
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise UserError(
-      f"{where}: model_type is {kind!r}, which is not supported.\n"
+      f"{where}: model_type is {repr(kind)[:80]}, which is not supported.\n"
       f"Supported: {', '.join(FAMILIES)}, gemma3 (its text part)."
     )
   return Fields(config, where, DEFAULTS[kind])
