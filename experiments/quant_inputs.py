@@ -23,6 +23,8 @@ from research.quant.spinquant import SpinQuant
 
 TENSOR, EIGHT = Round(bits=8, per="tensor"), Round(bits=8)
 FOUR = Round(bits=4, clip=0.9)
+BEHIND = r"/(attention/(q|k|v)|mlp/(\w+/)?(gate|up))$"
+OTHERS = r"/(attention/o|mlp/(\w+/)?down)$"
 
 
 def rows(
@@ -50,9 +52,15 @@ def rows(
     calibration=calibration,
   )
   outliers = llm_int8.Outliers()
+  behind = (
+    Inputs(op=TENSOR, targets=BEHIND),
+    Inputs(op=EIGHT, targets=OTHERS),
+  )
   made = {
     "W8A8 tensor": (weights8, Inputs(op=TENSOR)),
     "W8A8 tensor, SmoothQuant": (smooth, weights8, Inputs(op=TENSOR)),
+    "W8A8 tensor behind norms": (weights8, *behind),
+    "W8A8 tensor behind norms, SmoothQuant": (smooth, weights8, *behind),
     "W8A8 token": (weights8, Inputs(op=EIGHT)),
     "W8A8 LLM.int8": (weights8, Inputs(op=outliers)),
     "W8A4": (weights8, Inputs(op=FOUR)),
@@ -118,8 +126,13 @@ def better_learned(rows: Mapping[str, Mapping[str, Any]]) -> list[Verdict]:
 
 
 CLAIMS = (
-  ("W8A8 tensor, SmoothQuant", "W8A8 tensor", "SmoothQuant repairs W8A8"),
-  ("W8A8 token", "W8A8 tensor", "so does a scale for each token"),
+  (
+    "W8A8 tensor behind norms, SmoothQuant",
+    "W8A8 tensor behind norms",
+    "SmoothQuant repairs what norms feed",
+  ),
+  ("W8A8 tensor, SmoothQuant", "W8A8 tensor", "and so all of the model"),
+  ("W8A8 token", "W8A8 tensor", "a scale for each token repairs it"),
   ("W8A4 rotated", "W8A4", "rotations repair 4-bit activations"),
   ("W8A4 rotated", "W8A4 SmoothQuant", "and better than SmoothQuant"),
   ("W4A4 rotated, GPTQ", "W4A4 rotated", "GPTQ works behind rotations"),

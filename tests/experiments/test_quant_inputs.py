@@ -1,6 +1,5 @@
 """Models whose activations are in few bits, too: written, loaded, judged."""
 
-import json
 import pathlib
 
 import jax
@@ -8,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, config, quant_inputs, quant_study, quantize
-from research.interop import load
-from research.quant.activations import InputTensor
+from experiments import config, quant_inputs, quant_study
+from research.interop import convert, load, sources
+from research.quant import llm_int8
+from research.quant.activations import Inputs, InputTensor, Round
 from research.quant.calibrate import Calibration
 from research.quant.qtensor import QTensor
+from research.quant.quantize import Quantize
+from research.quant.rotate import Rotate
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "golden" / "models" / "gguf_mixed" / "model.gguf"
@@ -29,25 +31,27 @@ def _logits(loaded):
   return np.asarray(run(loaded.params))
 
 
-def test_a_rotated_model_is_written_and_loaded(tmp_path, capsys):
-  to = tmp_path / "model"
-  flags = [
-    "--config=runs/quant/quarot_smollm2.gin",
-    f"--set=experiment.Pretrained.name='{MODEL}'",
-    *("--set=WINDOWS=2", "--set=LENGTH=32", "--set=BLOCK=32"),
-    *("--set=BITS=8", "--set=activations.Round.clip=1.0"),
-  ]
-  assert cli.call(quantize.main, ["quantize", *flags, f"--to={to}"]) == 0
-  result = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert result["failed"] == 0 and 8 < result["bits_per_weight"] < 9
-  want = _logits(load.load_model(MODEL))
-  packed, decoded = (load.load_model(to, packed=p) for p in (True, False))
-  # The head is a matrix of its own, and no step of loading loses it.
-  assert not packed.model.tied and "head" in packed.params
-  down = packed.params["run0"]["layer0"]["mlp"]["down"]
-  assert isinstance(down, InputTensor) and isinstance(down.w.w, QTensor)
-  for loaded in (packed, decoded):
-    error = np.linalg.norm(_logits(loaded) - want) / np.linalg.norm(want)
+def test_a_rotated_model_is_written_and_loaded(tmp_path):
+  loaded = load.load_model(MODEL)
+  params = loaded.params
+  for transform in (
+    Rotate(model=loaded.model),
+    Quantize(format=llm_int8.INT8),
+    Inputs(op=Round(bits=8, integer=True)),
+  ):
+    params = transform(params, jax.random.key(0))
+  origin = {"format": "quantized", "of": "test"}
+  source = sources.trained(loaded, params, origin, None)
+  convert.to_orbax(source, tmp_path / "model")
+  want = _logits(loaded)
+  for packed in (True, False):
+    found = load.load_model(tmp_path / "model", packed=packed)
+    # The head is a matrix of its own, and no step of loading loses it.
+    assert not found.model.tied and "head" in found.params
+    down = found.params["run0"]["layer0"]["mlp"]["down"]
+    assert isinstance(down, InputTensor) and down.w.op == Round(integer=True)
+    assert isinstance(down.w.w, QTensor) == packed
+    error = np.linalg.norm(_logits(found) - want) / np.linalg.norm(want)
     assert 0 < error < 0.1
 
 
@@ -58,10 +62,11 @@ def test_rows_and_what_they_say():
   wanted = {name for claim in quant_inputs.CLAIMS for name in claim[:2]}
   assert wanted <= set(names)
   kl = dict.fromkeys(wanted, 1.0)
-  kl |= {"W8A8 tensor, SmoothQuant": 0.4, "W8A8 token": 0.1}
+  kl |= {f"W8A8 tensor{x}, SmoothQuant": 0.4 for x in ("", " behind norms")}
+  kl |= {"W8A8 token": 0.1}
   kl |= {"W8A4 rotated": 0.1, "W4A4 rotated, GPTQ": 0.9}
   found = quant_inputs.repaired({k: {"kl": v} for k, v in kl.items()})
-  assert len(found) == 5 and all(v.holds for v in found)
+  assert len(found) == 6 and all(v.holds for v in found)
   same = quant_inputs.repaired({k: {"kl": 1.0} for k in wanted})
   assert not any(v.holds for v in same)
   assert quant_inputs.repaired({}) == []
@@ -77,7 +82,7 @@ def test_rows_and_what_they_say():
 
 
 @pytest.mark.parametrize(
-  "name, count", [("activations_smollm2", 10), ("rotations", 7)]
+  "name, count", [("activations_smollm2", 12), ("rotations", 7)]
 )
 def test_run_files_can_be_read(name, count):
   run = f"runs/quant/claims_{name}.gin"

@@ -56,7 +56,7 @@ def test_a_small_step_is_along_the_projected_gradient():
 
 @functools.cache
 def _case():
-  model = support.model("llama", tied=True, depth=2)
+  model = support.model("llama", tied=True, depth=1)
   params = support.params(model)
   sizes = np.random.default_rng(0).lognormal(0, 1.5, 32).astype(np.float32)
 
