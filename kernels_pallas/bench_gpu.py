@@ -4,9 +4,10 @@
 
 needs this package, JAX and jaxtyping; it installs nothing. Every kernel is
 checked against the reference, then timed beside cuDNN and jax's own Mosaic GPU
-attention. A part that fails says so and the others go on; the last line is the
-result as JSON, printed whatever happens. `--dry-run` walks every row on the CPU
-with tiny shapes, the kernels in the interpreter.
+attention, those of packed weights beside XLA's product. A part that fails says
+so and the others go on; the last line is the result as JSON, printed whatever
+happens. `--dry-run` walks every row on the CPU with tiny shapes, the kernels in
+the interpreter.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+from kernels_pallas import bench_gpu_packed
 
 REPEATS = 20
 LENGTHS = (1024, 4096, 16384)
@@ -84,8 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(json.dumps(result))
     return 1
   result["checks"] = check(args.dry_run, args.only)
-  result["times"] = table(args.dry_run, 1 if args.dry_run else args.repeats)
-  result["ok"] = all(found["ok"] for found in result["checks"].values())
+  repeats = 1 if args.dry_run else args.repeats
+  result["times"] = table(args.dry_run, repeats)
+  result["packed"] = bench_gpu_packed.measure(args.dry_run, repeats, guarded)
+  parts = [*result["checks"].values(), *result["packed"]]
+  result["ok"] = all(found["ok"] for found in parts)
   print(json.dumps(result))
   return 0 if result["ok"] else 1
 

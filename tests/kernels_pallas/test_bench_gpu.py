@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kernels_pallas import bench_gpu
+from kernels_pallas import bench_gpu, bench_gpu_packed
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -32,6 +32,8 @@ def test_dry_run_walks_every_row(checks):
   )
   assert len(found["times"]) == len(bench_gpu.rows(True))
   assert all("ms" in row["ours"] for row in found["times"])
+  assert len(found["packed"]) == len(bench_gpu_packed.rows(True))
+  assert all(row["ok"] and "ms" in row for row in found["packed"])
 
 
 def test_a_part_that_fails_does_not_lose_the_others(monkeypatch, capsys):
