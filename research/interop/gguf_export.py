@@ -222,7 +222,7 @@ def _maker(
 ):
   def make():
     weight = part.read()
-    if part.kind == which and ggml.is_stored(weight):
+    if part.kind == which and ggml.is_stored(weight, -2 if flip else -1):
       raw = ggml.to_ggml(weight)
       log.same(name, part.kind, which)
       return (raw if order is None else raw[order]).reshape(-1)

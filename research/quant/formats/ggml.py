@@ -149,11 +149,12 @@ def packs(kind: str, shape: Sequence[int]) -> bool:
   return len(shape) == 2 and kind in TYPES
 
 
-def is_stored(w: Any) -> bool:
-  """Whether a weight is blocks of ggml's, and nothing besides."""
+def is_stored(w: Any, axis: int) -> bool:
+  """Whether a weight is blocks of ggml's along `axis`, nothing besides."""
   return (
     isinstance(w, QTensor)
     and isinstance(w.format, Ggml)
+    and w.axis == axis
     and w.order is None
     and w.outliers is None
   )

@@ -1,5 +1,6 @@
 """Models of every block type, mixtures, and importances, in GGUF files."""
 
+import dataclasses
 import re
 
 import chex
@@ -13,6 +14,7 @@ from research.interop import convert, gguf, gguf_imatrix, gguf_types, sources
 from research.interop.gguf_model import load_gguf
 from research.interop.gguf_recipe import FILE_TYPES, Recipe
 from research.quant import imatrix, mixtures, qtensor
+from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support, support_gguf
 
@@ -108,6 +110,14 @@ def test_types_that_are_not_known_are_named(kind, file, tmp_path):
     UserError, match=f"{name}' has type {kind}; supported: F32"
   ):
     load_gguf(tmp_path / "bad.gguf")
+
+
+def test_blocks_along_another_axis_are_no_rows_of_a_file():
+  w = qtensor.pack(np.ones((256, 256), np.float32), ggml.TYPES["Q4_K"])
+  assert ggml.is_stored(w, -2)
+  assert not ggml.is_stored(w, -1)
+  moved = dataclasses.replace(w, order=jnp.arange(256, dtype=jnp.int32))
+  assert not ggml.is_stored(moved, -2)
 
 
 # Mixtures --------------------------------------------------------------------
