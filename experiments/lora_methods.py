@@ -51,8 +51,11 @@ SMOLLM2 = presets.Sizes(
 )
 """Of SmolLM2-135M; every matrix has a side of 192, 576 or 1536."""
 
-OPTIONS: Mapping[str, dict[str, Any]] = {"C3A": dict(block=64)}
-"""What these sizes need; for all others, defaults."""
+OPTIONS: Mapping[str, dict[str, Any]] = {
+  "C3A": dict(block=64),
+  "ALoRA": dict(invocation=(0,)),
+}
+"""What these need; for all others, defaults."""
 
 ABSTRACT = ("Residual", "Rotation")
 MEASURED = {"CorDA": "PiSSA", "LoRAGA": "PiSSA", "EVA": "LoRA"}

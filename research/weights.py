@@ -155,6 +155,31 @@ def bind(
   return jax.tree.unflatten(treedef, bound)
 
 
+def with_tokens(
+  params: Any,
+  tokens: Int[Array, "B T"],
+  segments: Int[Array, "B T"] | None = None,
+) -> Any:
+  """Returns `params` whose leaves know the tokens that come next.
+
+  Only leaves that answer `with_tokens(tokens, segments)` change: adapters that
+  act behind some tokens alone. Those that a prompt has called stay so while
+  it is continued token by token.
+
+  Args:
+    params: any tree of weights, or one.
+    tokens: of the whole rows; padding is -1, or has no segment.
+    segments: document of each token, -1 for padding; by default one a row.
+  """
+
+  def one(w):
+    if not hasattr(w, "with_tokens"):
+      return w
+    return w.with_tokens(tokens, segments)
+
+  return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
+
+
 def weight(
   module: nn.Module,
   name: str,

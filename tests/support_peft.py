@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
+from research import weights
 from research.interop import load
 
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
@@ -29,6 +30,7 @@ def golden(name):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(model, params, tokens):
+  params = weights.with_tokens(params, tokens)
   hidden, _ = model.apply({"params": params}, tokens)
   return model.apply({"params": params}, hidden, method="logits")
 

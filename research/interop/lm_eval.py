@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from kernels_pallas.masks import Mask
+from research import weights
 from research.interop.load import Loaded
 from research.nn import generate
 from research.nn.sampling import GREEDY, Sampling
@@ -157,6 +158,7 @@ def _scored(
   segments: Int[Array, "B T"],
   asked: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+  params = weights.with_tokens(params, tokens, segments)
   hidden, _ = model.apply(
     {"params": params}, tokens, None, Mask.causal(segments=segments)
   )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.lora.method import Arrays, Method, turned, wide
-from research.typing import Array, Float, Int, PRNGKey, Shaped
+from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +27,7 @@ class AdaptedTensor:
     trained: the method's arrays that are learned, each `[..., its shape]`.
     fixed: those that are not.
     key: dropout key of this batch, `[...]`, or None.
+    gate: where a gated method acts in this batch, `[..., B, T]`, or None.
     method: what the arrays mean; static.
   """
 
@@ -34,6 +35,7 @@ class AdaptedTensor:
   trained: Arrays
   fixed: Arrays = dataclasses.field(default_factory=dict)
   key: Any = None
+  gate: Any = None
   method: Method = dataclasses.field(
     default_factory=Method, metadata=dict(static=True)
   )
@@ -63,7 +65,8 @@ class AdaptedTensor:
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns adapted embedding rows."""
     rows = weights.take(self.w, ids)
-    return rows + self.method.rows(ids, self.arrays, self.w).astype(rows.dtype)
+    more = self.method.rows(ids, self.arrays, self.w).astype(rows.dtype)
+    return rows + self._gated(more)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
@@ -102,6 +105,7 @@ class AdaptedTensor:
       trained=cut(self.trained),
       fixed=cut(self.fixed),
       key=None,
+      gate=None,
     )
 
   def bind(
@@ -117,6 +121,17 @@ class AdaptedTensor:
     keys = jax.random.split(key, lead) if lead else key
     return dataclasses.replace(self, w=w, key=keys)
 
+  def with_tokens(
+    self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+  ) -> "AdaptedTensor":
+    """Returns itself knowing where a gated method acts in these rows."""
+    w = weights.with_tokens(self.w, tokens, segments)
+    if not self.method.GATED:
+      return dataclasses.replace(self, w=w)
+    gate = self.method.active(tokens, segments)
+    gate = jnp.broadcast_to(gate, (*self.shape[:-2], *gate.shape))
+    return dataclasses.replace(self, w=w, gate=gate)
+
   def map_base(self, f: Callable[[Any], Any]) -> "AdaptedTensor":
     """Returns itself around `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))
@@ -124,7 +139,29 @@ class AdaptedTensor:
   def _with_key(self, key: PRNGKey) -> "AdaptedTensor":
     return dataclasses.replace(self, key=key)
 
+  def _gated(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `x [B, T, ...]` where the method acts, elsewhere 0."""
+    if not self.method.GATED:
+      return x
+    if self.gate is None:
+      raise UserError(
+        f"{type(self.method).__name__}: does not know the tokens it stands "
+        "in; call weights.with_tokens(params, tokens) before the model"
+      )
+    gate = self.gate
+    if x.shape[1:2] == (1,):
+      # A token that was generated: whoever was called by the prompt still is.
+      gate = gate[:, -1:]
+    if x.shape[:2] != gate.shape:
+      raise UserError(
+        f"{type(self.method).__name__}: found rows {list(x.shape[:-1])}, "
+        f"expected those of its tokens, {list(gate.shape)}; heads and experts "
+        "cannot be adapted"
+      )
+    return jnp.where(gate.reshape(*gate.shape, *(1,) * (x.ndim - 2)), x, 0)
+
   def _dropped(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    x = self._gated(x)
     if self.key is None or not self.method.dropout:
       return x
     keep = 1.0 - self.method.dropout

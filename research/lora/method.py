@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.typing import Array, Float, Int, PRNGKey, UserError
+from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Arrays = Any
 """A dict of a method's arrays by name; fp32 whatever the base is.
@@ -73,6 +73,9 @@ class Method:
 
   PEFT_HARMLESS: ClassVar[tuple[str, ...]] = ()
   """PEFT's fields that do not change what a trained adapter computes."""
+
+  GATED: ClassVar[bool] = False
+  """Whether it acts at some positions only, which `active` finds."""
 
   DROPS: ClassVar[bool] = True
   """Whether something is added, whose input can be dropped."""
@@ -134,6 +137,17 @@ class Method:
     Args:
       p: all arrays, trained and fixed.
       w: the base, any weight.
+    """
+    raise NotImplementedError
+
+  def active(
+    self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None
+  ) -> Bool[Array, "B T"]:
+    """Returns where the method acts; only for those that are `GATED`.
+
+    Args:
+      tokens: of the batch that is multiplied next.
+      segments: document of each token, -1 for padding; by default one a row.
     """
     raise NotImplementedError
 

@@ -163,6 +163,8 @@ def _kind(fields: Fields) -> type[Method]:
 def _on(fields: Fields, name: str) -> bool:
   if name.endswith("_config"):
     return fields.object(name) is not None
+  if name.endswith("_tokens"):
+    return fields.get(name) is not None
   return fields.flag(name)
 
 

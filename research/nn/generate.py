@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import tree
+from research import tree, weights
 from research.nn import sampling as samplers
 from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
@@ -237,6 +237,8 @@ def chunks(
   tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
+  inside = np.arange(tokens.shape[1]) < np.array([[len(p)] for p in prompts])
+  params = weights.with_tokens(params, jnp.where(inside, tokens, NONE))
   stops = sorted(set(stop_tokens))
   stops += [NONE] * (-len(stops) % _STOPS or (0 if stops else _STOPS))
   limit, stop = np.array(limits, np.int32), np.array(stops, np.int32)

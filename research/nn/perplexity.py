@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import weights
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Float, Int, Params, UserError
 
@@ -55,6 +56,7 @@ def log_probs(
 
   The logits of a few positions exist at a time, never `[B, T, V]`.
   """
+  params = weights.with_tokens(params, tokens)
   hidden, _ = model.apply({"params": params}, tokens)
   return _log_probs(model, params, hidden[:, :-1], tokens[:, 1:])
 

@@ -58,6 +58,10 @@ class Distill:
     """
     student = weights.bind(self.student(params), key=key)
     source = jax.lax.stop_gradient(self.source(params))
+    student, source = (
+      weights.with_tokens(p, batch["tokens"], batch["segments"])
+      for p in (student, source)
+    )
     teacher = self.teacher or self.model
     if teacher.vocab_size != self.model.vocab_size:
       raise UserError(

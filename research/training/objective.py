@@ -53,12 +53,14 @@ class NextToken:
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of right predictions."""
     params = weights.bind(params, key=key)
+    tokens, segments = batch["tokens"], batch["segments"]
+    params = weights.with_tokens(params, tokens, segments)
     # By index, not by position: rows are packed in order, and what follows
     # from indices alone lets attention skip tiles before anything runs.
-    mask = Mask.causal(segments=batch["segments"])
+    mask = Mask.causal(segments=segments)
     hidden, _, loads = self.model.apply(
       {"params": params},
-      batch["tokens"],
+      tokens,
       batch["positions"],
       mask,
       method="routed",

@@ -121,6 +121,7 @@ class DPO:
       k: v.reshape(-1, v.shape[-1]) for k, v in batch.items() if v.ndim == 3
     }
     mask = Mask.causal(segments=flat["segments"])
+    params = weights.with_tokens(params, flat["tokens"], flat["segments"])
     hidden, _ = self.model.apply(
       {"params": params}, flat["tokens"], flat["positions"], mask
     )

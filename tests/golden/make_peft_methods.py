@@ -74,6 +74,10 @@ ADAPTERS = {
   "boft_factors": peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3),
   "hra": peft.HRAConfig(r=4),
   "tinylora": peft.TinyLoraConfig(r=2, u=5),
+  # Once in a row of the tokens, not at all in the other.
+  "alora": peft.LoraConfig(
+    r=4, lora_alpha=12, alora_invocation_tokens=[34, 12]
+  ),
 }
 PREFIX = "method_"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -179,8 +183,10 @@ def golden(folder: pathlib.Path) -> dict[str, np.ndarray]:
       if v.grad is not None and "ranknum" not in k
     }
     model.zero_grad()
-    with torch.no_grad():
-      merged = make_peft.loss_and_logits(model.merge_and_unload(), rows)[1]
+    merged = logits  # an activated adapter has no other form
+    if not model.active_peft_config.to_dict().get("alora_invocation_tokens"):
+      with torch.no_grad():
+        merged = make_peft.loss_and_logits(model.merge_and_unload(), rows)[1]
   torch.set_default_dtype(torch.float32)
   if not {k.removeprefix("grad/") for k in out} <= set(stored):
     raise ValueError("gradients of what the file does not hold")

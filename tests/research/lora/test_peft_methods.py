@@ -64,9 +64,10 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
   bound = 1e-4 if "kasa" in name else 1e-5
   assert relative(y, g["logits"]) < bound
   np.testing.assert_allclose(value, g["loss"], rtol=2e-6)
-  merged = quick(wrap.merge)(it.params)
-  got = logits(it.model, merged, g["tokens"])
-  assert relative(got, g["merged_logits"]) < bound
+  if name != "method_alora":
+    merged = quick(wrap.merge)(it.params)
+    got = logits(it.model, merged, g["tokens"])
+    assert relative(got, g["merged_logits"]) < bound
   # Saved as if they were an adapter, the gradients carry the file's names.
   _, frozen = tree.partition(it.params, wrap.TRAINABLE)
   both = tree.combine(slopes, frozen)
