@@ -121,11 +121,13 @@ def _abstract(found: Any, where: str) -> Any:
       f"{', '.join(LEAVES)}"
     )
   names = {f.name: f for f in dataclasses.fields(kind)}
-  if set(found) - {""} != set(names):
+  # Notes of a batch are None in a checkpoint, and may be younger than it.
+  needed = {name for name, f in names.items() if f.default is not None}
+  if not needed <= set(found) - {""} <= set(names):
     raise UserError(f"{where}: {found['']} has fields {', '.join(names)}")
   values = {}
   for name, f in names.items():
-    value = found[name]
+    value = found.get(name)
     if not f.metadata.get("static"):
       value = _abstract(value, f"{where}: {name}")
     else:
@@ -148,6 +150,10 @@ def _spelled(value: Any) -> Any:
   return value
 
 
+def _tupled(x: Any) -> Any:
+  return tuple(map(_tupled, x)) if isinstance(x, list) else x
+
+
 def _static(value: Any, field: Any, where: str) -> Any:
   """Returns a static field; inverts `_spelled`."""
   if not isinstance(field.default, Format | Op | type(dataclasses.MISSING)):
@@ -164,6 +170,8 @@ def _static(value: Any, field: Any, where: str) -> Any:
   given = {k: v for k, v in value.items() if k}
   known = {f.name: type(f.default) for f in dataclasses.fields(kind)}
   for name, x in given.items():
+    if known.get(name) is tuple and isinstance(x, list):
+      given[name] = x = _tupled(x)  # JSON has no tuples
     if name not in known or type(x) is not known[name]:
       raise UserError(f"{where}: {name} is {str(x)[:60]}")
   return kind(**given)
