@@ -271,6 +271,29 @@ def test_each_device_reads_its_part(name):
   chex.assert_trees_all_equal_shapes(shapes, want)
 
 
+def test_nothing_is_decoded_and_no_more_held_than_an_array(monkeypatch):
+  scratch, made = unread._scratch, []
+
+  def counted(shape, dtype):
+    out = scratch(shape, dtype)
+    made.append(out.nbytes)
+    return out
+
+  def decodes(*_):
+    raise AssertionError("decoded")
+
+  monkeypatch.setattr(unread, "_scratch", counted)
+  monkeypatch.setattr(hf_quant.Packed, "read", decodes)
+  it = load.load_model(MODELS.with_name("quantized") / "gptq")
+  sizes = [x.nbytes for x in jax.tree.leaves(it.params)]
+  # Stacked arrays, and those of one layer that go into them.
+  assert max(made) == max(sizes) and sum(made) <= 2 * sum(sizes)
+  packed = sum(w.nbytes for w in packed_leaves(it.params))
+  count = sum(int(np.prod(w.shape)) for w in packed_leaves(it.params))
+  # 4 bits, 16 and 4 a group of 16, and 32 an input for its place.
+  assert packed == count * (4 + 20 / 16 + 32 / 32) / 8
+
+
 def test_a_packed_head_stays_packed_where_it_can(tmp_path):
   params = dict(plain(True).params())
   head = params["head"][:, :64]
