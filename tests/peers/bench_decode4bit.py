@@ -2,14 +2,14 @@
 
   .venv/bin/python -m tests.peers.bench_decode4bit \\
     --peers=.venv-peers/bin/python [--repeats=3] [--batches=1,8]
-    [--sides=packed,nf4,int8,bf16]
+    [--sides=packed,int4,nvfp4,bf16]
 
 Every round measures each side once, one process after the other, so that a
 machine which changes speed changes it for all; a ratio is the median of the
 rounds' ratios. Prompt 32 and 64 greedy tokens of SmolLM2-135M, prefill within.
-`packed` is the file's own Q4_1 layers and Q8_0 embedding; `nf4`, `int8` and
-`bf16` the same weights rounded to NF4 in groups of 64, 8 bits in groups of 32,
-and bfloat16; all in panels (`kernels_pallas.quantized_matmul`).
+`packed` is the file's own Q4_1 layers and Q8_0 embedding; the others the same
+weights, the embedding too, in `bench_ours.formats` and in bfloat16; all in
+panels (`kernels_pallas.quantized_matmul`).
 """
 
 import argparse
@@ -22,7 +22,10 @@ from tests.peers import bench
 
 AGAINST = {
   "packed": ("fp32", 4.0),
-  "nf4": ("fp32", 4.0),
+  **{
+    name: ("fp32", 4.0)
+    for name in ("nf4", "nf4dq", "int4", "q4_0", "iq4_nl", "mxfp4", "nvfp4")
+  },
   "int8": ("fp32", None),
   "bf16": ("bf16 of transformers", 2.5),
 }

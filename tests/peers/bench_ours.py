@@ -26,7 +26,7 @@ def load(dtype: str):
 
   Args:
     dtype: of `table.DTYPES`; or "packed", the file's blocks, computed in fp32;
-      or "nf4" or "int8", the same numbers rounded to those.
+      or one of `formats`, the same numbers rounded to it.
   """
   from research.interop.load import load_model
 
@@ -34,7 +34,7 @@ def load(dtype: str):
   loaded = load_model(
     "smollm2-135m", dtype=table.DTYPES.get(dtype, "float32"), packed=packed
   )
-  if dtype in ("nf4", "int8"):
+  if dtype in formats():
     rounded = in_panels(loaded.params, dtype)
     loaded = dataclasses.replace(loaded, params=rounded)
   from research.data.sources import PydocTopics
@@ -44,42 +44,45 @@ def load(dtype: str):
   return loaded, ids
 
 
+def formats() -> dict:
+  """Returns formats of the rows that round the model's numbers, by name."""
+  from research.quant.formats.affine import Affine
+  from research.quant.formats.codebook import Codebook
+  from research.quant.formats.ggml import GGML
+  from research.quant.formats.iq4 import IQ4NL
+  from research.quant.formats.microscaling import Microscaling
+  from research.quant.formats.nvfp4 import NVFP4
+
+  return {
+    "nf4": Codebook(nested=0),
+    "nf4dq": Codebook(),
+    "int4": Affine(block=64),
+    "int8": Affine(bits=8, block=32, symmetric=True),
+    "q4_0": GGML(kind="Q4_0"),
+    "iq4_nl": IQ4NL(),
+    "mxfp4": Microscaling(),
+    "nvfp4": NVFP4(),
+  }
+
+
 def in_panels(params, kind: str):
-  """Returns `params`, every matrix rounded to "nf4" or "int8" in panels."""
-  import jax
-  import jax.numpy as jnp
+  """Returns `params`, every matrix in a format, and that in panels."""
   import numpy as np
 
-  from kernels_pallas.quantized_matmul.panels import pack
   from research import tree
-  from research.quant.panels import PanelTensor
+  from research.quant import qtensor
+  from research.quant.panels import from_qtensor
 
-  # Dettmers et al. 2023 (arXiv:2305.14314), appendix E.
-  nf4 = (
-    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
-    -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
-    0.562617, 0.72295684, 1.0,
-  )  # fmt: skip
-  middles = np.convolve(nf4, [0.5, 0.5], "valid")
-  size = 64 if kind == "nf4" else 32
-
-  @jax.jit
-  def one(w):
-    groups = w.reshape(*w.shape[:-2], -1, size, w.shape[-1])
-    top = jnp.max(jnp.abs(groups), axis=-2, keepdims=True)
-    if kind == "int8":
-      codes, scale = jnp.round(groups * (127 / top)), top / 127
-      codes = codes.astype(jnp.int8)
-    else:
-      codes, scale = jnp.searchsorted(middles, groups / top), top
-      codes = codes.astype(jnp.uint8)
-    scale = scale[..., 0, :].astype(jnp.float16)
-    return pack(codes.reshape(w.shape), scale, group=size, codebook=nf4)
+  format = formats()[kind]
 
   def leaf(path, w):
-    if path == "embed":
-      return PanelTensor(one(w.T), -1)
-    return w if path.endswith("scale") else PanelTensor(one(w))
+    if path.endswith("scale"):
+      return w
+    embed = path == "embed"
+    packed = qtensor.pack(np.asarray(w).T if embed else w, format)
+    if embed:
+      packed = dataclasses.replace(packed, axis=-1)
+    return from_qtensor(packed)
 
   return tree.map_paths(leaf, params)
 
