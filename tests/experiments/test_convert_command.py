@@ -80,10 +80,10 @@ def test_the_report(command, tmp_path):
   "arguments, words",
   [
     (["--format=hf"], "--from: is missing"),
-    (["--from=x", "--to=y", "--format=gptq"], "come with the quantization"),
-    (["--from=x", "--to=y", "--format=bnb"], "come with the quantization"),
-    (["--from=x", "--to=y", "--format=pt"], "expected hf, gguf, gguf:TYPE"),
-    (["--from=x", "--to=y", "--format=hf:F16"], "expected hf, gguf, gguf:TYPE"),
+    (["--from=x", "--to=y", "--format=gptq:5"], "expected one of hf, gguf,"),
+    (["--from=x", "--to=y", "--format=awq:4"], "expected one of hf, gguf,"),
+    (["--from=x", "--to=y", "--format=pt"], "expected one of hf, gguf,"),
+    (["--from=x", "--to=y", "--format=hf:F16"], "expected one of hf, gguf,"),
     (["--from=x", "--to=y", "--format=hf"], "x: no such file or directory"),
     (
       ["--from=x", "--to=y", "--format=hf", "--dtype=int8"],
@@ -108,10 +108,10 @@ def test_wrong_flags(command, arguments, words):
 
 def test_an_unknown_type_of_gguf(command, tmp_path):
   status, _, errors = command(
-    f"--from={MODELS / 'llama'}", f"--to={tmp_path / 'x'}", "--format=gguf:Q4_K"
+    f"--from={MODELS / 'llama'}", f"--to={tmp_path / 'x'}", "--format=gguf:Q9_K"
   )
   assert status == 1
-  assert "gguf:Q4_K: expected one of F32, F16" in errors
+  assert "gguf:Q9_K: expected one of F32, F16" in errors
 
 
 @pytest.mark.parametrize(
