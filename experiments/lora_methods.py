@@ -1,11 +1,12 @@
-"""Lists every method of adaptation: file, size, PEFT's name, speed.
+"""Lists every method of adaptation: file, size, PEFT's name, score, speed.
 
-  python -m experiments.lora_methods [--bench=FILE]
+  python -m experiments.lora_methods [--bench=FILE] [--scores=FILE]
 
-FILE is what `make bench ARGS='method_...'` printed; without it, columns of
-speed are left out. Trained parameters are those on SmolLM2-135M's linear
+`--bench` is what `make bench ARGS='method_...'` printed; `--scores` a text with
+the table of `claims_methods`, by default `research/lora/README.md`. What was
+not measured is "-". Trained parameters are those on SmolLM2-135M's linear
 layers at the method's own defaults; nothing is computed but shapes. Prints the
-table of `research/lora/README.md` and ends with a JSON line.
+table of methods of that README and ends with a JSON line.
 """
 
 # ruff: noqa: E402
@@ -39,6 +40,18 @@ _BENCH = flags.DEFINE_string(
   "bench", None, "What `make bench` printed.", flag_values=FLAGS
 )
 
+_SCORES = flags.DEFINE_string(
+  "scores", None, "A text with the swept scores.", flag_values=FLAGS
+)
+
+README = pathlib.Path(__file__).parents[1] / "research" / "lora" / "README.md"
+
+SPEEDS = ("times PEFT", "step / LoRA's", "memory / PEFT's")
+"""Columns that a bench fills."""
+
+SWEPT = {"held out": "swept score", "against LoRA": "against LoRA"}
+"""Columns of the table of claims, and their names here."""
+
 SMOLLM2 = presets.Sizes(
   vocab=49152,
   width=576,
@@ -65,7 +78,8 @@ MEASURED = {"CorDA": "PiSSA", "LoRAGA": "PiSSA", "EVA": "LoRA"}
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Prints the table."""
   del argv
-  found = rows(_speeds(_BENCH.value) if _BENCH.value else {})
+  speeds = _speeds(_BENCH.value) if _BENCH.value else {}
+  found = rows(speeds, _scores(_SCORES.value or README))
   names = list(found[0])
   lines = [names, ["---"] * len(names)]
   lines += [[_cell(row[name]) for name in names] for row in found]
@@ -73,11 +87,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return {"methods": len(found)}
 
 
-def rows(speeds: Mapping[str, Mapping[str, float]] | None = None) -> list[dict]:
+def rows(
+  speeds: Mapping[str, Mapping[str, float]] | None = None,
+  scores: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[dict]:
   """Returns a row a method, as plain values, fewest parameters first.
 
   Args:
-    speeds: class's name in lower case -> columns to add.
+    speeds, scores: class's name in lower case -> columns that were measured.
   """
   kinds = {n: k for n, k in all_methods().items() if n not in ABSTRACT}
   shapes = _shapes()
@@ -93,8 +110,9 @@ def rows(speeds: Mapping[str, Mapping[str, float]] | None = None) -> list[dict]:
       "share %": round(100 * count / total, 2),
       "PEFT": _peft(kind),
     }
-    if speeds:
-      row |= dict.fromkeys(_columns(speeds)) | speeds.get(name.lower(), {})
+    row |= dict.fromkeys((*SWEPT.values(), *SPEEDS))
+    for measured in (scores or {}, speeds or {}):
+      row |= measured.get(name.lower(), {})
     out.append(row)
   return sorted(out, key=lambda row: row["trained"])
 
@@ -123,8 +141,27 @@ def _peft(kind: type[Method]) -> str:
   return f"{kind.PEFT}, {kind.PEFT_FLAG}" if kind.PEFT_FLAG else kind.PEFT
 
 
-def _columns(speeds: Mapping[str, Mapping[str, float]]) -> list[str]:
-  return list(next(iter(speeds.values())))
+def _scores(path: str | pathlib.Path) -> dict[str, dict[str, str]]:
+  """Returns swept scores by method, from a text that holds their table."""
+  try:
+    lines = pathlib.Path(path).read_text("utf-8").splitlines()
+  except (OSError, ValueError) as error:
+    raise UserError(f"--scores={path}: cannot be read: {error}") from error
+  cells = [[c.strip() for c in line.strip("| ").split("|")] for line in lines]
+  heads = [i for i, c in enumerate(cells) if {"method", *SWEPT} <= set(c)]
+  if not heads:
+    raise UserError(
+      f"--scores={path}: has no table with columns method, "
+      f"{', '.join(SWEPT)}, as {README.name} of research/lora has"
+    )
+  names, out = cells[heads[-1]], {}
+  for row in cells[heads[-1] + 2 :]:
+    if len(row) != len(names):
+      break
+    found = dict(zip(names, row, strict=True))
+    own = {ours: found[theirs] for theirs, ours in SWEPT.items()}
+    out[found["method"].replace("-", "").lower()] = own
+  return out
 
 
 def _speeds(path: str) -> dict[str, dict[str, float]]:
@@ -140,20 +177,24 @@ def _speeds(path: str) -> dict[str, dict[str, float]]:
   if not lora:
     raise UserError(f"--bench={path}: has no row method_lora, expected one")
   return {
-    row["row"].removeprefix("method_"): {
-      "times PEFT": round(row["ratio"], 2),
-      "step / LoRA's": round(lora[-1] / row["ours_tokens_per_s"], 2),
-      "memory / PEFT's": round(
-        row["ours_peak_rss_bytes"] / row["torch_peak_rss_bytes"], 2
-      ),
-    }
+    row["row"].removeprefix("method_"): dict(
+      zip(
+        SPEEDS,
+        (
+          round(row["ratio"], 2),
+          round(lora[-1] / row["ours_tokens_per_s"], 2),
+          round(row["ours_peak_rss_bytes"] / row["torch_peak_rss_bytes"], 2),
+        ),
+        strict=True,
+      )
+    )
     for row in found
   }
 
 
 def _cell(value: Any) -> str:
-  if value is None:
-    return ""
+  if value is None or value == "":
+    return "-"
   return f"{value:,}" if isinstance(value, int) else str(value)
 
 

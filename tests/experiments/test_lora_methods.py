@@ -64,9 +64,29 @@ def test_speeds_come_from_the_bench(tmp_path):
   made = {row["method"]: row for row in lora_methods.rows(speeds)}
   assert made["HiRA"]["times PEFT"] == 1.6
   assert made["LoHa"]["times PEFT"] is None
+  assert made["HiRA"]["swept score"] is None
   file.write_text(json.dumps(found | {"methods": [row("hira", 80)]}))
   with pytest.raises(UserError, match="no row method_lora"):
     lora_methods._speeds(str(file))
+
+
+def test_scores_come_from_the_table_of_claims(tmp_path):
+  found = lora_methods._scores(lora_methods.README)
+  made = {row["method"]: row for row in lora_methods.rows({}, found)}
+  for name in ("LoRA", "HiRA", "LoRAFA", "LoRAGA", "OFT"):
+    assert re.fullmatch(r"\d\.\d+ ± \d\.\d+", made[name]["swept score"]), name
+  # Each is a method, a form of one or an optimizer, or full training.
+  others = {"full", "riemannian", "rslora", "milora", "lorapro", "lora+"}
+  assert set(found) - {name.lower() for name in made} == others
+  file = tmp_path / "printed.md"
+  file.write_text(
+    "| method | held out | against LoRA |\n|--|--|--|\n| LoRA-FA | 2 | 3 |\n\n"
+  )
+  want = {"swept score": "2", "against LoRA": "3"}
+  assert lora_methods._scores(file) == {"lorafa": want}
+  file.write_text("| method | trained |\n")
+  with pytest.raises(UserError, match="no table with columns"):
+    lora_methods._scores(file)
 
 
 def test_a_method_is_one_file(rows):
