@@ -48,7 +48,7 @@ METHODS = {
     dict(feedforward_modules=["down_proj"]),
   ),
   "hira": ("hira", "HiRA", dict(rank=32), "HiraConfig", dict(r=32)),
-  "kasa": ("kasa", "KaSA", {}, "LoraConfig", dict(use_kasa=True)),
+  "kasa": ("kasa", "KaSA", {}, "LoraConfig", dict(kasa_config=dict(beta=1e-4))),
   "miss": ("miss", "MiSS", dict(rank=64), "MissConfig", dict(r=64)),
   "gralora": ("gralora", "GraLoRA", dict(rank=32), "GraloraConfig", dict(r=32)),
   "c3a": ("c3a", "C3A", dict(block=64), "C3AConfig", dict(block_size=64)),
