@@ -50,13 +50,26 @@ class Perplexity:
 
 
 def log_probs(
-  model: Transformer, params: Params, tokens: Int[Array, "B T"]
+  model: Transformer,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B S"]:
   """Returns `log p(token | those before)` of tokens 1 .. T-1, in fp32.
 
   The logits of a few positions exist at a time, never `[B, T, V]`.
+
+  Args:
+    model: the Transformer.
+    params: its parameters.
+    tokens: each row's text.
+    lengths: of the texts, where rows are padded on the right.
   """
-  params = weights.with_tokens(params, tokens)
+  known = tokens
+  if lengths is not None:
+    inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    known = jnp.where(inside, tokens, -1)
+  params = weights.with_tokens(params, known)
   hidden, _ = model.apply({"params": params}, tokens)
   return _log_probs(model, params, hidden[:, :-1], tokens[:, 1:])
 
@@ -92,7 +105,7 @@ def _sums(
   lengths: Int[Array, "B"],
 ) -> Float[Array, "B"]:
   """Returns each window's summed log-likelihood; padding counts nothing."""
-  found = log_probs(model, params, tokens)
+  found = log_probs(model, params, tokens, lengths)
   predicted = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
   return jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
 
