@@ -30,6 +30,13 @@ rounded to nearest, and each one's errors said.
   python -m experiments.convert --from=smollm2-135m --to=DIR \\
     --format=gptq:4 --group_size=64 --requantize
 
+With --mask_token a model that predicts the next token becomes one that fills in
+masks (hf, orbax): its weights stay, and config.json says how. With --block=1
+it writes what it wrote before; otherwise it has to be trained.
+
+  python -m experiments.convert --from=smollm2-135m --to=DIR --format=hf \\
+    --mask_token=new
+
 The last line on stdout is JSON: tensors, changed, types, errors, merges.
 """
 
@@ -144,6 +151,21 @@ _LOSSY = flags.DEFINE_bool(
   "Merge even where most of the adapter's update is rounded away.",
   flag_values=FLAGS,
 )
+_MASK_TOKEN = flags.DEFINE_string(
+  "mask_token",
+  None,
+  "For hf and orbax: the token that hides others, by its text or id, one that "
+  "texts do not use; or new, for a row of its own.",
+  flag_values=FLAGS,
+)
+_BLOCK = flags.DEFINE_integer(
+  "block",
+  None,
+  "With --mask_token: tokens of a block, which sees itself and those before "
+  "it. By default all tokens see each other.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
 _REPORT = flags.DEFINE_string(
   "report",
   None,
@@ -181,6 +203,7 @@ def _target() -> tuple[str, str | None]:
   hf = dict(dtype=_DTYPE, shard_size=_SHARD_SIZE)
   others = {
     ("hf",): dict(rounding=_ROUNDING),
+    ("hf", "orbax"): dict(mask_token=_MASK_TOKEN, block=_BLOCK),
     ("hf", *QUANTIZED): hf,
     ("gguf",): dict(fallback=_FALLBACK, imatrix=_IMATRIX),
     ("peft",): dict(base=_BASE, rslora=_RSLORA),
@@ -262,6 +285,30 @@ def _trained(path: pathlib.Path) -> Any:
   return sources.trained(built.loaded, params, origin, name)
 
 
+def _filling(source: Any) -> Any:
+  """Returns the source, as a diffusion model if the flags say so."""
+  from research.diffusion import convert
+  from research.typing import UserError
+
+  token = _MASK_TOKEN.value
+  if token is None:
+    if _BLOCK.value is not None:
+      raise UserError("--block: is for --mask_token, which is missing")
+    return source
+  index = None
+  if token != "new":
+    words = source.tokenizer
+    index = words.backend.token_to_id(token) if words else None
+    if index is None and token.isdecimal() and len(token) < 9:
+      index = int(token)
+    if index is None:
+      raise UserError(
+        f"--mask_token={token}: no token of the model's, expected its text, "
+        "an id, or new"
+      )
+  return convert.source(source, index, _BLOCK.value)
+
+
 def _rounding() -> Any:
   from research.interop import changes
   from research.lora import merging
@@ -293,7 +340,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   to, start, reason = pathlib.Path(_TO.value), time.perf_counter(), ""
   convert.free(to)
   recipe, more = _recipe(kind) if name == "gguf" else None, {}
-  source = _source(_FROM.value)
+  source = _filling(_source(_FROM.value))
   least = None if _LOSSY.value else changes.LEAST_KEPT
   if name == "hf":
     log = convert.to_hf(source, to, _DTYPE.value, size, _rounding(), least)

@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from research.diffusion import spec
 from research.interop import (
   changes,
   hf,
@@ -115,6 +116,9 @@ def config_json(
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       if name in text:
         config[name] = text[name]
+    how = spec.from_config(given) if given else None
+    if how is not None:
+      config[spec.FIELD] = how.spelled()
   if dtype is not None:
     old = "torch_dtype" in config or "dtype" not in config
     config["torch_dtype" if old else "dtype"] = dtype

@@ -13,12 +13,14 @@ from typing import Any
 
 import jax
 
+from research.diffusion import spec
 from research.interop import hf, hf_quant, safetensors, unread
 from research.nn.transformer import Transformer
 from research.training import memory
 from research.typing import Params, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
+CONFIG = "config.json"
 
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
@@ -42,12 +44,15 @@ class Loaded:
     params: the weights.
     tokenizer: a `research.nn.tokenizer.Tokenizer`, or None.
     source: where it came from: `format`, `path`, and whatever else is known.
+    diffusion: how its masks are to be filled; None for models that predict the
+      next token.
   """
 
   model: Transformer
   params: Params
   tokenizer: Any
   source: dict[str, Any]
+  diffusion: spec.Spec | None = None
 
 
 def load_model(
@@ -160,7 +165,8 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   model, params, source = hf.model_from_directory(
     path, dtype, shardings, packed is not False
   )
-  return Loaded(model, params, words, source)
+  how = spec.from_config(source["config"], str(path / CONFIG))
+  return Loaded(model, params, words, source, how)
 
 
 def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
@@ -180,7 +186,9 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     # Decoded weights are cut as arrays are, no longer as blocks.
     params = unread.moved(params, shardings)
   source = dict(format="orbax", path=str(path), came_from=source)
-  return Loaded(model, params, ours.tokenizer(path), source)
+  config = safetensors.read_json(path / CONFIG)
+  how = spec.from_config(config, str(path / CONFIG))
+  return Loaded(model, params, ours.tokenizer(path), source, how)
 
 
 def tokenizer(path: pathlib.Path) -> Any:
@@ -239,7 +247,7 @@ def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     params = unread.moved(params, shardings)
   model = models[-1]
   source = dict(format="peft", path=str(path), base=loaded.source)
-  return Loaded(model, params, loaded.tokenizer, source)
+  return Loaded(model, params, loaded.tokenizer, source, loaded.diffusion)
 
 
 def _packaged(name: str) -> pathlib.Path:
