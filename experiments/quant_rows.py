@@ -235,17 +235,18 @@ def imatrix(calibration: Calibration, supers: bool = True) -> tuple[Row, ...]:
     calibration: what is read.
     supers: see `gguf`.
   """
+  weighted = Nearest(weighted=True)
   formats = (Q4K(), Q3K()) if supers else (GGML(kind="Q4_0"), IQ4NL())
-  rows = []
-  for format in formats:
-    for said, method in (
-      ("imatrix", Nearest(weighted=True)),
-      ("GPTQ", Compensated()),
-    ):
-      rows.append(
-        by_method(format, f"{said} {format.name}", calibration, method)
-      )
-  return tuple(rows)
+  # Not of Q3_K: its codes cannot be chosen apart from its grids.
+  chosen = formats[:1] if supers else formats
+  return tuple(
+    by_method(format, f"{said} {format.name}", calibration, method)
+    for said, method, some in (
+      ("imatrix", weighted, formats),
+      ("GPTQ", Compensated(), chosen),
+    )
+    for format in some
+  )
 
 
 def trained(
