@@ -132,7 +132,8 @@ class Round(Op):
 
   The scale is `clip max|x| / (2^(bits-1) - 1)`, or with a zero point
   `clip (max - min) / (2^bits - 1)` of ranges that hold 0; that of the leaf, if
-  it has one. Gradients go straight through.
+  it has one. Gradients go straight through rounding, and through scales: what
+  is largest costs the others.
 
   Attributes:
     bits: 2 to 8.
@@ -178,12 +179,13 @@ class Round(Op):
   def __call__(
     self, x: Float[Array, "*B I"], scale: Any = None
   ) -> Float[Array, "*B I"]:
-    """Returns `x` rounded, in its dtype; the gradient is that of `x`.
+    """Returns `x` rounded, in its dtype.
 
     Raises:
       UserError: `group` does not divide I.
     """
-    return _straight_through(self, x, scale)
+    codes, scale, zero = self.codes(x, scale)
+    return ((codes - zero) * scale).reshape(x.shape).astype(x.dtype)
 
   def codes(
     self, x: Float[Array, "*B I"], scale: Any = None
@@ -205,14 +207,15 @@ class Round(Op):
       if scale is None:
         most = jnp.max(jnp.abs(x), axis=over, keepdims=True)
         scale = _positive(self.clip * most / self.top)
-      codes = jnp.clip(jnp.round(x / scale), -self.top - 1, self.top)
+      codes = _nearest(x / scale, -self.top - 1, self.top)
       return codes, jnp.asarray(scale), 0.0
     most = jnp.maximum(jnp.max(x, axis=over, keepdims=True), 0)
     least = jnp.minimum(jnp.min(x, axis=over, keepdims=True), 0)
     last = 2**self.bits - 1
     scale = _positive(self.clip * (most - least) / last)
-    zero = jnp.round(-self.clip * least / scale)
-    return jnp.clip(jnp.round(x / scale) + zero, 0, last), scale, zero
+    zero = _nearest(-self.clip * least / scale, 0, last)
+    codes = _nearest(x / scale, -last, last) + zero
+    return _nearest(codes, 0, last), scale, zero
 
   def einsum(
     self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
@@ -231,21 +234,15 @@ def _positive(scale):
   return jnp.where(scale > 0, scale, 1.0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _straight_through(op, x, scale):
-  codes, scale, zero = op.codes(x, scale)
-  return ((codes - zero) * scale).reshape(x.shape).astype(x.dtype)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _nearest(x, low, high):
+  """Returns the nearest code; differentiated as if it were `x`."""
+  return jnp.clip(jnp.round(x), low, high)
 
 
-def _forward(op, x, scale):
-  return _straight_through(op, x, scale), None
-
-
-def _backward(op, saved, dy):
-  return dy, None
-
-
-_straight_through.defvjp(_forward, _backward)
+@_nearest.defjvp
+def _nearest_jvp(low, high, primals, tangents):
+  return _nearest(*primals, low, high), tangents[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

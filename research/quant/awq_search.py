@@ -53,16 +53,15 @@ class Search:
       size: mean magnitude of each input.
       ws: the matrices behind it.
     """
-    rows = [jnp.ones_like(size)]
-    within = self._within_groups(ws) if self.duo else None
-    for alpha in self.alphas():
-      s = size**alpha
-      if within is not None:
-        s = s / (within ** (1 - alpha) + 1e-4)
-      s = jnp.maximum(s, 1e-4)
-      s = s / jnp.sqrt(s.max() * s.min())
-      rows.append(jnp.where(jnp.isfinite(s), s, 1.0))
-    return jnp.stack(rows)
+    alphas = jnp.asarray(self.alphas())[:, None]
+    s = size**alphas
+    if self.duo:
+      s = s / (self._within_groups(ws) ** (1 - alphas) + 1e-4)
+    s = jnp.maximum(s, 1e-4)
+    ends = s.max(-1, keepdims=True) * s.min(-1, keepdims=True)
+    s = s / jnp.sqrt(ends)
+    s = jnp.where(jnp.isfinite(s), s, 1.0)
+    return jnp.concatenate([jnp.ones_like(s[:1]), s])
 
   def _within_groups(self, ws):
     """Returns each input's mean share of its groups' largest weights."""
