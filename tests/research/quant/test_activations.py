@@ -18,6 +18,7 @@ from research.quant import (
 from research.quant.activations import InputTensor, Round
 from research.quant.calibrate import Calibration
 from research.quant.formats.affine import Affine
+from research.quant.formats.int8 import Int8
 from research.typing import UserError
 from tests.support_lora import lora
 
@@ -99,6 +100,7 @@ def test_zeros_stay_and_gradients_go_through():
 
 FORMATS = {
   "per output": Affine(block=0, bits=8, symmetric=True, rule="amax/qmax"),
+  "bitsandbytes": Int8(),
   "groups": Affine(block=16, bits=4, symmetric=True),
   "zeros": Affine(block=16, bits=4),
   "fractions": Affine(block=16, bits=8, zero="float"),
