@@ -20,6 +20,7 @@ from research import tree
 from research.interop import (
   hf_config,
   hf_experts,
+  hf_llada,
   hf_quant,
   names,
   parts,
@@ -340,6 +341,8 @@ def open_model(
     tensors, said = hf_quant.opened(said, tensors, directory)
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
+  if config["model_type"] == hf_llada.KIND:
+    tensors = hf_llada.as_llamas(tensors)
   tensors = hf_experts.apart(model, table(model), tensors)
   if said is not None:
     known = _wanted(table(model), slots(model))

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop import hf_experts_config, hf_rope
+from research.interop import hf_experts_config, hf_llada, hf_rope
 from research.interop.fields import Fields
 from research.interop.hf_rope import KINDS
 from research.nn import presets
@@ -173,10 +173,15 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     if "tie_word_embeddings" in config:
       values.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
     config, where, kind = values, inner.where, values["model_type"]
+  if kind == hf_llada.KIND:
+    config, kind = hf_llada.as_llama(config, where), "llama"
+  if kind == "Dream":
+    # Qwen2, but for what it is asked: its mask.
+    config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise UserError(
       f"{where}: model_type is {repr(kind)[:80]}, which is not supported.\n"
-      f"Supported: {', '.join(FAMILIES)}, gemma3 (its text part)."
+      f"Supported: {', '.join(FAMILIES)}, gemma3 (its text part), llada, Dream."
     )
   return Fields(config, where, DEFAULTS[kind])
 

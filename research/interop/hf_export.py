@@ -14,6 +14,7 @@ from research.interop import (
   hf,
   hf_config,
   hf_config_write,
+  hf_llada,
   names,
   safetensors,
 )
@@ -125,6 +126,19 @@ def config_json(
   return config
 
 
+def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+  """Returns a config.json for tensors under the usual names.
+
+  Args:
+    given: of any model; LLaDA's becomes a Llama's that says what its mask is.
+  """
+  if given is None or given.get("model_type") != hf_llada.KIND:
+    return given
+  how = spec.from_config(given)
+  said = {spec.FIELD: how.spelled()} if how is not None else {}
+  return hf_llada.as_llama(given, "config.json") | said
+
+
 def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
   if config.get("model_type") == "gemma3":  # more than its text part
     return False
@@ -219,5 +233,7 @@ def write_model(
 ) -> None:
   """Writes the tensors and config.json into an empty directory."""
   found = tensors(model, parts, dtype, log, rounding)
+  if config["model_type"] == hf_llada.KIND:
+    found = hf_llada.as_lladas(found)
   safetensors.write_directory(directory, found, shard_size)
   safetensors.write_json(directory / "config.json", config)

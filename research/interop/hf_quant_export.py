@@ -91,7 +91,10 @@ def write_model(
   said = writer.config(scheme, found, plain)
   safetensors.write_directory(directory, out, shard_size)
   config = hf_export.config_json(
-    source.model, source.config, dtype, source.hint
+    source.model,
+    hf_export.plain_config(source.config),
+    dtype,
+    source.hint,
   )
   safetensors.write_json(
     directory / "config.json", config | {hf_quant.CONFIG: said}

@@ -241,6 +241,20 @@ LLAMA2_7B = Sizes(
   max_positions=4_096,
 )
 
+LLADA_8B = Sizes(
+  vocab=126_464,
+  width=4_096,
+  depth=32,
+  heads=32,
+  kv_heads=32,
+  hidden=12_288,
+  head_dim=128,
+  theta=500_000.0,
+  pattern=("global",),
+  tied=False,
+  max_positions=4_096,
+)
+
 MIXTRAL_8X7B = Sizes(
   vocab=32_000,
   width=4_096,
