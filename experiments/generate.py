@@ -11,6 +11,14 @@ it: text, tokens, tokens_per_s, finish_reason. Several prompts are one batch,
 printed when it is done, and the JSON has a list of rows. Of several adapters
 the first goes with the first prompt and so on, or all with one prompt; a NAME
 given before, or __base__ for none, may stand again without its directory.
+
+Diffusion models fill in masks instead, block after block; a terminal shows it.
+
+  python -m experiments.generate --sampler=diffusion --model=DIR --chat \\
+    --prompt="What is gravity?" --block=32 --policy=threshold:0.9 --cache=dual
+
+The JSON then has calls (of the model), tokens_per_call, and tokens_per_s of
+what comes before the first end of text.
 """
 
 # ruff: noqa: E402
@@ -118,6 +126,56 @@ _KV = flags.DEFINE_string(
   "Keys and values in so many bits, e.g. k4v4, k8v4,residual=64 or int8.",
   flag_values=FLAGS,
 )
+
+
+_BLOCK = flags.DEFINE_integer(
+  "block",
+  None,
+  "For diffusion: tokens of a block; blocks are filled from left to right. By "
+  "default the model's, or 32, or all.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_STEPS = flags.DEFINE_integer(
+  "steps",
+  None,
+  "For diffusion: calls of the model, of all blocks together; by default one a "
+  "token. For --policy=quota.",
+  lower_bound=1,
+  flag_values=FLAGS,
+)
+_POLICY = flags.DEFINE_string(
+  "policy",
+  "quota",
+  "For diffusion, what a call fills: quota (as many as the steps ask for), "
+  "threshold:P (all at least so likely), factor:F (Fast-dLLM's).",
+  flag_values=FLAGS,
+)
+_CACHE = flags.DEFINE_string(
+  "cache",
+  "none",
+  "For diffusion: keys and values kept within a block, none, prefix, dual or "
+  "vicinity:N (all but the block and N tokens around it).",
+  flag_values=FLAGS,
+)
+_GUIDANCE = flags.DEFINE_float(
+  "guidance",
+  0.0,
+  "For diffusion: how much more than the model the prompt counts.",
+  lower_bound=0.0,
+  flag_values=FLAGS,
+)
+_GIF = flags.DEFINE_string(
+  "gif", None, "For diffusion: a moving picture to write.", flag_values=FLAGS
+)
+_HTML = flags.DEFINE_string(
+  "html", None, "For diffusion: a page to write.", flag_values=FLAGS
+)
+
+_OF_DIFFUSION = (
+  *("block", "steps", "policy", "cache", "guidance", "gif", "html"),
+)
+_NOT_OF_DIFFUSION = ("adapter", "kv", "stop", "repetition_penalty")
 
 
 def _sampling() -> Any:
@@ -233,6 +291,51 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
   }
 
 
+def _fill(rules: Any) -> dict[str, Any]:
+  """Returns what filling in masks gives."""
+  from experiments import filling
+
+  wanted = filling.Wanted(
+    length=_MAX_NEW_TOKENS.value,
+    block=_BLOCK.value,
+    steps=_STEPS.value,
+    policy=_POLICY.value,
+    cache=_CACHE.value,
+    guidance=_GUIDANCE.value,
+    seed=_SEED.value,
+    gif=_GIF.value,
+    html=_HTML.value,
+  )
+  wanted.check(len(_PROMPT.value))
+  loaded = _load()
+  how = filling.spec_of(loaded, _MODEL.value)
+  prompts = [_tokens(loaded.tokenizer, text) for text in _PROMPT.value]
+  rows = [
+    filling.fill(loaded, how, prompt, i, rules, wanted)
+    for i, prompt in enumerate(prompts)
+  ]
+  if len(rows) == 1:
+    return rows[0] | {"model": _MODEL.value}
+  rows = [
+    {"prompt": prompt} | row
+    for prompt, row in zip(_PROMPT.value, rows, strict=True)
+  ]
+  return {"model": _MODEL.value, "rows": rows}
+
+
+def _check_sampler() -> None:
+  """Raises UserError if a flag is given that the other sampler has."""
+  from research.typing import UserError
+
+  diffusion = _SAMPLER.value == "diffusion"
+  for name in _NOT_OF_DIFFUSION if diffusion else _OF_DIFFUSION:
+    if FLAGS[name].present:
+      raise UserError(
+        f"--{name}: is not for --sampler={_SAMPLER.value}; leave one of them "
+        "out"
+      )
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
@@ -243,15 +346,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research import tree
   from research.nn import sampling, stream
   from research.quant import kv_quantizer
-  from research.typing import UserError
 
-  if _SAMPLER.value == "diffusion":
-    raise UserError(
-      "--sampler=diffusion: needs a masked diffusion model, of which none can "
-      "be loaded yet; leave the flag out"
-    )
+  _check_sampler()
   rules = _sampling()
   sampling.check(rules)
+  if _SAMPLER.value == "diffusion":
+    return _fill(rules)
   kv = kv_quantizer.parse(_KV.value)
   names, places = _named()
   rows = _rows(names)

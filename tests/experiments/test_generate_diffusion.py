@@ -1,0 +1,164 @@
+"""Filling in masks from the command line: what it writes, shows and refuses."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import cli, convert, filling, generate
+from research.diffusion import view
+from research.diffusion.spec import Spec
+from research.interop import load
+
+MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
+TINY = MODELS / "gguf_f32" / "model.gguf"
+LENGTH = 8
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+  """Converted models: all tokens see each other, or blocks of 1 and of 4."""
+  root = tmp_path_factory.mktemp("models")
+  kinds = {"all": (), "one": ("--block=1",), "four": ("--block=4",)}
+  for name, more in kinds.items():
+    kind = "orbax" if name == "four" else "hf"
+    flags = f"--from={TINY}", f"--to={root / name}", f"--format={kind}"
+    arguments = ["command", *flags, "--mask_token=new", *more]
+    assert cli.call(convert.main, arguments) == 0
+  return {name: root / name for name in kinds}
+
+
+@pytest.fixture
+def command(capsys, places):
+  """Runs generate in this process: (status, stdout lines, stderr)."""
+
+  def call(name, *arguments):
+    model = places.get(name, name)
+    given = [f"--model={model}", f"--max_new_tokens={LENGTH}"]
+    if not any(a.startswith("--sampler") for a in arguments):
+      given.append("--sampler=diffusion")
+    if not any(a.startswith("--prompt") for a in arguments):
+      given.append("--prompt=the cat")
+    status = cli.call(generate.main, ["command", *given, *arguments])
+    out = capsys.readouterr()
+    return status, out.out.splitlines(), out.err
+
+  return call
+
+
+def told(done):
+  status, lines, errors = done
+  assert (status, errors) == (0, "")
+  return json.loads(lines[-1])
+
+
+def test_what_is_converted_says_so(places):
+  vocabulary = load.load_model(TINY).model.vocab_size
+  for name, block in (("all", None), ("one", 1), ("four", 4)):
+    loaded = load.load_model(places[name])
+    end = loaded.tokenizer.stop
+    want = Spec(mask_id=vocabulary, shift=True, block=block, end=end)
+    assert loaded.diffusion == want
+    assert loaded.model.vocab_size == vocabulary + 1
+  assert load.load_model(TINY).diffusion is None
+
+
+def test_blocks_of_one_write_what_the_model_wrote(command):
+  want = told(command(TINY, "--sampler=autoregressive"))
+  for flags in ([], ["--cache=prefix"]):
+    got = told(command("one", *flags))
+    for field in ("text", "tokens", "finish_reason", "prompt_tokens"):
+      assert got[field] == want[field]
+
+
+def test_calls_are_counted(command):
+  assert told(command("all", "--block=8", "--steps=2"))["calls"] == 2
+  got = told(command("all", "--block=4", "--steps=4", "--cache=dual"))
+  assert got["calls"] <= 4 and got["tokens"] <= LENGTH
+  assert got["tokens_per_call"] == got["tokens"] / got["calls"]
+  assert got["tokens_per_s"] is None or got["tokens_per_s"] >= 0
+
+
+def test_a_vicinity_of_everything_is_no_cache(command):
+  flags = "--block=4", "--policy=threshold:0.2"
+  want = told(command("all", *flags))
+  assert (
+    told(command("all", *flags, "--cache=vicinity:64"))["text"]
+    == (want["text"])
+  )
+
+
+def test_a_prompt_may_end_within_a_block(command):
+  want = told(command("four"))
+  assert told(command("four", "--cache=prefix"))["text"] == want["text"]
+  assert want["prompt_tokens"] % 4 and want["tokens"] <= LENGTH
+
+
+def test_several_prompts_have_rows(command):
+  alone = told(command("all", "--prompt=the dog"))
+  rows = told(command("all", "--prompt=the dog", "--prompt=the cat"))["rows"]
+  assert [row["prompt"] for row in rows] == ["the dog", "the cat"]
+  assert rows[0]["text"] == alone["text"]
+
+
+def test_what_is_drawn(command, tmp_path):
+  page, picture = tmp_path / "a.html", tmp_path / "a.gif"
+  flags = f"--html={page}", f"--gif={picture}", "--guidance=1"
+  got = told(command("all", *flags))
+  assert "<script>" in page.read_text("utf-8")
+  head = picture.read_bytes()
+  # A frame for each call, the masks before, and the end for a second.
+  assert head[:6] == b"GIF89a"
+  assert head.count(b"\x21\xf9\x04") >= got["calls"] + 1
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments", "words"),
+  [
+    (TINY, (), "--mask_token=new"),
+    ("all", ("--block=3",), "--block=3: does not divide"),
+    ("all", ("--block=4", "--steps=3"), "a multiple of the 2 blocks"),
+    ("four", ("--block=8",), "the model's blocks have 4"),
+    ("four", ("--cache=dual",), "expected prefix"),
+    ("all", ("--policy=most",), "--policy=most: expected quota"),
+    ("all", ("--policy=threshold:2",), "P in (0, 1]"),
+    ("all", ("--policy=factor:nan",), "F above 0"),
+    ("all", ("--cache=some",), "--cache=some: expected none"),
+    ("all", ("--cache=dual", "--guidance=1"), "expected --cache=none"),
+    ("all", ("--policy=factor:1", "--steps=8"), "expected --policy=quota"),
+    ("all", ("--kv=int8",), "--kv: is not for --sampler=diffusion"),
+    (TINY, ("--sampler=autoregressive", "--block=4"), "--block: is not for"),
+    ("all", ("--prompt=" + "word " * 5000,), "context of"),
+    ("all", ("--html=/nowhere/a.html", "--prompt=a"), "cannot be written"),
+    ("all", ("--gif=a.gif", "--prompt=a", "--prompt=b"), "shows one prompt"),
+  ],
+)
+def test_errors(command, name, arguments, words):
+  status, _, errors = command(name, *arguments)
+  assert status == 1 and words in errors
+  assert len(errors.splitlines()) <= 3 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_a_mask_in_the_prompt_is_refused(block):
+  how = Spec(mask_id=9, block=block)
+  wanted = filling.Wanted(length=4)
+  with pytest.raises(Exception, match="holds the mask, id 9"):
+    filling.begun([1, 9, 2], 0, how, filling.policy_of("quota"), wanted)
+
+
+def test_frames():
+  pieces, filled = ["ab ", "c", "\n", "d"], np.array([-1, 2, 0, 2])
+  assert view.calls(filled) == [0, 2]
+  assert view.frame(pieces, filled, 0) == "ab ░\n░"
+  assert view.frame(pieces, filled, 2) == "ab c\nd"
+  text, lines = view.redrawn("ab\nc", "call 1", above=2)
+  assert lines == 3 and text.startswith("\x1b[2A\r")
+
+
+def test_nothing_that_a_model_writes_is_obeyed():
+  evil = ["\x1b[2J", "</script><script>alert(1)</script>", "{x}"]
+  assert "\x1b" not in "".join(view.shown(evil))
+  page = view.page(evil, [0, 1, 2])
+  assert page.count("<script>") == page.count("</script>") == 1
