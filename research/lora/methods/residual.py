@@ -116,8 +116,8 @@ class CorDA(Residual):
   Attributes:
     keep: 'knowledge' trains what the inputs use least (KPM), 'instruction'
       what they use most (IPM).
-    damping: added to the covariance's diagonal, in its mean; doubled until
-      the inverse is one: until `|C C⁻¹ - I|`, by Frobenius, is below 0.05.
+    damping: added to the covariance's diagonal, in its mean. PEFT doubles it
+      until its inverse is one; here there is none.
   """
 
   keep: Literal["instruction", "knowledge"] = "instruction"
@@ -126,39 +126,21 @@ class CorDA(Residual):
   def factors(self, w, seen):
     if seen is None:
       raise UserError("CorDA: needs the inputs' covariances; give Adapt.look")
-    c, inverse = _inverted(seen, self.damping)
+    mean = jnp.trace(seen) / len(seen)
+    # What has seen nothing (an expert, say) has no preference.
+    mean = jnp.where(mean > 0, mean, 1)
+    c = seen + self.damping * mean * jnp.eye(len(seen))
     # As PEFT: svd(W C) with W [out, in]; here of the transpose, C w.
-    u, s, v = jnp.linalg.svd(_dot(c, w), full_matrices=False)
-    u = _dot(inverse, u)
-    if self.keep == "knowledge":
-      u, s, v = u[:, -self.rank :], s[-self.rank :], v[-self.rank :]
-    else:
-      u, s, v = u[:, : self.rank], s[: self.rank], v[: self.rank]
-    root = jnp.sqrt(s / self.scale)[:, None]
-    return root * u.T, root * v
+    product = _dot(c, w)
+    find = {"instruction": spectrum.largest, "knowledge": spectrum.smallest}
+    _, s, v = find[self.keep](product, self.rank)
+    # C⁻¹ u s = w vᵀ, so that nothing is inverted.
+    least = jnp.finfo(s.dtype).eps * jnp.linalg.norm(product)
+    root = jnp.sqrt(jnp.maximum(s, least) / self.scale)[:, None]
+    return _dot(v, w.T) / (root * self.scale), root * v
 
 
 _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-def _inverted(c, damping):
-  """Returns (damped covariance, its inverse)."""
-  eye = jnp.eye(len(c))
-  mean = jnp.trace(c) / len(c)
-  # What has seen nothing (an expert, say) has no preference.
-  mean = jnp.where(mean > 0, mean, 1)
-
-  def damped(d):
-    inverse = jnp.linalg.inv(c + d * mean * eye)
-    error = jnp.linalg.norm(_dot(c + d * mean * eye, inverse) - eye)
-    return d, inverse, error
-
-  d, inverse, _ = jax.lax.while_loop(
-    lambda x: (x[0] < 1) & ~(x[2] < 0.05),
-    lambda x: damped(2 * x[0]),
-    damped(jnp.float32(damping)),
-  )
-  return c + d * mean * eye, inverse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -184,7 +184,7 @@ def test_corda_is_the_decomposition_by_its_inputs(keep):
     np.testing.assert_allclose(got, want.T, atol=2e-3 * scale, err_msg=address)
 
 
-def test_corda_is_damped_until_there_is_an_inverse():
+def test_corda_takes_covariances_that_have_no_inverse():
   wide = np.zeros((64, 64), np.float32)
   wide[0, 0] = 1e9  # 0.01 of the mean is no help to 1e-30
   w = jax.random.normal(KEY, (64, 8))
