@@ -113,6 +113,20 @@ def test_what_is_drawn(command, tmp_path):
   assert head.count(b"\x21\xf9\x04") >= got["calls"] + 1
 
 
+def test_a_terminal_shows_each_call(command, monkeypatch):
+  monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+  monkeypatch.setattr(filling, "FRAME", 0.0)
+  status, lines, errors = command("all", "--block=4")
+  assert (status, errors) == (0, "")
+  text, got = "\n".join(lines[:-1]), json.loads(lines[-1])
+  for now in range(got["calls"]):
+    assert f"call {now + 1}\x1b" in text
+  assert view.HIDDEN in text and "\x1b[2A" in text
+  # The last frame has nothing hidden, and is the text.
+  last = text.split("\x1b[0J")[-2]
+  assert view.HIDDEN not in last
+
+
 @pytest.mark.parametrize(
   ("name", "arguments", "words"),
   [

@@ -152,22 +152,32 @@ def asked(config, tensors, shift):
   return dict(tokens=tokens, positions=positions, logits=logits)
 
 
+CASES = {"llada": (LLAMA, LLADA), "dream": (QWEN2, DREAM)}
+"""Name -> transformers' configuration of what computes, and the file's."""
+
+
+def make(name, to=TO):
+  """Writes one folder; returns its golden.npz."""
+  peer, config = CASES[name]
+  tensors = draw(peer, list(CASES).index(name))
+  golden = asked(peer, tensors, shift=name == "dream")
+  if name == "llada":
+    tensors = {official(k): v for k, v in tensors.items()}
+  folder = to / name
+  folder.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(config, indent=2) + "\n"
+  (folder / "config.json").write_text(text)
+  safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+  np.savez_compressed(folder / "golden.npz", **golden)
+  return golden
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--to", type=pathlib.Path, default=TO)
   to = parser.parse_args().to
-  kinds = {"llada": (LLAMA, LLADA), "dream": (QWEN2, DREAM)}
-  for seed, (name, (peer, config)) in enumerate(kinds.items()):
-    tensors = draw(peer, seed)
-    golden = asked(peer, tensors, shift=name == "dream")
-    if name == "llada":
-      tensors = {official(k): v for k, v in tensors.items()}
-    folder = to / name
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "config.json").write_text(text)
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    np.savez_compressed(folder / "golden.npz", **golden)
+  for name in CASES:
+    make(name, to)
 
 
 if __name__ == "__main__":
