@@ -94,8 +94,7 @@ def as_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   width = fields.integer("d_model")
   hidden = fields.maybe_integer("mlp_hidden_size")
   if hidden is None:
-    # OLMo counts the gate's and the other half together.
-    hidden = fields.integer("mlp_ratio") * width // 2
+    hidden = fields.integer("mlp_ratio") * width
   # The embedding may be larger than the vocabulary, to divide well.
   size = fields.maybe_integer("embedding_size")
   return dict(

@@ -130,6 +130,13 @@ def test_what_is_not_supported_is_named(change, message, tmp_path):
     load.load_model(tmp_path / "a")
 
 
+def test_the_inner_width_may_be_a_ratio():
+  config = json.loads((GOLDEN / "llada" / "config.json").read_text())
+  config["mlp_hidden_size"] = None
+  found = hf_llada.as_llama(config, "config.json")
+  assert found["intermediate_size"] == 4 * 32
+
+
 def test_the_mixture_that_calls_itself_llada_too():
   with pytest.raises(UserError, match="LLaDA-MoE"):
     hf_llada.as_llama({"model_type": "llada", "hidden_size": 2048}, "config")
