@@ -161,7 +161,7 @@ def _kind(fields: Fields) -> type[Method]:
 
 
 def _on(fields: Fields, name: str) -> bool:
-  if name.endswith("_config"):
+  if name.endswith("_config") or name == "use_bdlora":
     return fields.object(name) is not None
   if name.endswith("_tokens"):
     return fields.get(name) is not None

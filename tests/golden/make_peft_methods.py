@@ -74,6 +74,15 @@ ADAPTERS = {
   "boft_factors": peft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3),
   "hra": peft.HRAConfig(r=4),
   "tinylora": peft.TinyLoraConfig(r=2, u=5),
+  "bdlora": peft.LoraConfig(
+    r=4,
+    lora_alpha=12,
+    use_bdlora=peft.BdLoraConfig(
+      target_modules_bd_a=["down_proj"],
+      target_modules_bd_b=["q_proj", "v_proj"],
+      nblocks=2,
+    ),
+  ),
   # Once in a row of the tokens, not at all in the other.
   "alora": peft.LoraConfig(
     r=4, lora_alpha=12, alora_invocation_tokens=[34, 12]

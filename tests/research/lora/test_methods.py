@@ -17,6 +17,7 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.methods import all_methods, eva
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.alora import ALoRA
+from research.lora.methods.bdlora import BDLoRA
 from research.lora.methods.c3a import C3A
 from research.lora.methods.delora import DeLoRA
 from research.lora.methods.dora import DoRA
@@ -87,6 +88,8 @@ METHODS = [
   BOFT(block=2, factors=2),
   HRA(rank=4),
   TinyLoRA(rank=3, size=7),
+  BDLoRA(rank=4, side="a"),
+  BDLoRA(rank=4, blocks=2, side="b"),
 ]
 
 SEEN = {CorDA: "ii", LoRAGA: "io", EVA: "ri"}

@@ -1,0 +1,122 @@
+"""BD-LoRA: one factor is block-diagonal, as tensor parallelism cuts matrices.
+
+Wang et al. 2025 (arXiv:2510.23346). Where a matrix is cut along its inputs, a
+is made of blocks, each of some inputs and some of the ranks; where it is cut
+along its outputs, b is. A device then has all that its part needs.
+"""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+
+from research.lora.method import uniform, zeros
+from research.lora.methods.lora import LoRA
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BDLoRA(LoRA):
+  """`a [r, in / blocks]`, `b [r, out]`, or `a [r, in]`, `b [r / blocks, out]`.
+
+  Attributes:
+    blocks: on the diagonal.
+    side: which factor has them, or neither; set by `at`.
+    by_input, by_output: names of matrices where a has them, and where b has.
+  """
+
+  blocks: int = 4
+  side: Literal["a", "b", ""] = "b"
+  by_input: tuple[str, ...] = ("o", "down")
+  by_output: tuple[str, ...] = ("q", "k", "v", "gate", "up")
+
+  VARIES: ClassVar = ("rank", "alpha", "side")
+  PEFT_FLAG: ClassVar = "use_bdlora"
+
+  def at(self, name, sizes):
+    own = name.replace("/", ".").rsplit(".", 1)[-1]
+    # PEFT looks for its names within a module's; ours are whole.
+    found = {
+      side: any(n == own if "/" in name else n in own for n in names)
+      for side, names in (("a", self.by_input), ("b", self.by_output))
+    }
+    if all(found.values()):
+      raise UserError(
+        f"BDLoRA: {name} is among both inputs' and outputs' names"
+      )
+    side = next((side for side, there in found.items() if there), "")
+    return dataclasses.replace(self, side=side)
+
+  def settled(self):
+    return dataclasses.replace(self, by_input=(), by_output=())
+
+  def start(self, key, place, w, seen=None):
+    n = self.blocks if self.side else 1
+    cut = place.size_in if self.side == "a" else place.size_out
+    if self.rank % n or cut % n or place.embedding:
+      what = "an embedding" if place.embedding else f"rank {self.rank}, {cut}"
+      raise UserError(f"BDLoRA: found {what}, expected multiples of {n} blocks")
+    inner = place.size_in // (n if self.side == "a" else 1)
+    a = uniform(key, (self.rank, inner), inner**-0.5)
+    rows = self.rank // (n if self.side == "b" else 1)
+    return {"a": a, "b": zeros(rows, place.size_out)}, {}
+
+  def _whole(self, p):
+    """Returns a and b with the zeros beside the blocks."""
+    a, b, n = p["a"], p["b"], self.blocks
+    if self.side == "a":
+      return {"a": _spread(a.reshape(n, -1, a.shape[-1])), "b": b}
+    if self.side == "b":
+      parts = b.reshape(len(b), n, -1).swapaxes(0, 1)
+      return {"a": a, "b": _spread(parts)}
+    return {"a": a, "b": b}
+
+  def delta(self, p, w):
+    return super().delta(self._whole(p), w)
+
+  def branch(self, eq, x, p, w):
+    return super().branch(eq, x, self._whole(p), w)
+
+  def rows(self, ids, p, w):
+    return super().rows(ids, self._whole(p), w)
+
+  def ragged(self, x, p, w, sizes):
+    return super(LoRA, self).ragged(x, p, w, sizes)
+
+  def axes(self, names):
+    a = (names[0], None) if self.side == "a" else (None, names[0])
+    return {"a": a, "b": (None, names[1])}
+
+  def peft_fields(self, methods):
+    ends = {
+      side: sorted(
+        {m.rsplit(".", 1)[-1] for m, x in methods.items() if x.side == side}
+      )
+      for side in ("a", "b", "")
+    }
+    own = dict(
+      target_modules_bd_a=ends["a"] or None,
+      target_modules_bd_b=ends["b"] or None,
+      nblocks=self.blocks,
+      match_strict=not ends[""],
+    )
+    return super().peft_fields(methods) | dict(use_bdlora=own)
+
+  @classmethod
+  def from_fields(cls, fields):
+    found = fields.object("use_bdlora")
+    names = {}
+    for ours, theirs in (("by_input", "bd_a"), ("by_output", "bd_b")):
+      x = found.get(f"target_modules_{theirs}") or []
+      if not isinstance(x, list) or not all(type(t) is str for t in x):
+        raise found.wrong(f"target_modules_{theirs}", "a list of names or null")
+      names[ours] = tuple(x)
+    plain = super().from_fields(fields)
+    return dataclasses.replace(plain, blocks=found.integer("nblocks"), **names)
+
+
+def _spread(parts):
+  """Returns the block-diagonal matrix of `parts [n, rows, columns]`."""
+  n, rows, columns = parts.shape
+  out = jnp.eye(n, dtype=parts.dtype)[:, None, :, None] * parts[:, :, None]
+  return out.reshape(n * rows, n * columns)
