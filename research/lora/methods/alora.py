@@ -63,9 +63,9 @@ class ALoRA(LoRA):
   @classmethod
   def from_fields(cls, fields):
     found = fields.get("alora_invocation_tokens")
-    ok = isinstance(found, list) and found
+    ok = isinstance(found, list) and 0 < len(found) <= 256
     if not ok or any(type(t) is not int or not 0 <= t < 2**31 for t in found):
-      raise fields.wrong("alora_invocation_tokens", "token ids, or null")
+      raise fields.wrong("alora_invocation_tokens", "token ids, at most 256")
     plain = super().from_fields(fields)
     return dataclasses.replace(plain, invocation=tuple(found))
 

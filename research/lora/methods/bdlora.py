@@ -23,12 +23,14 @@ class BDLoRA(LoRA):
     blocks: on the diagonal.
     side: which factor has them, or neither; set by `at`.
     by_input, by_output: names of matrices where a has them, and where b has.
+    strict: whether a matrix that is named by neither is an error.
   """
 
   blocks: int = 4
   side: Literal["a", "b", ""] = "b"
   by_input: tuple[str, ...] = ("o", "down")
   by_output: tuple[str, ...] = ("q", "k", "v", "gate", "up")
+  strict: bool = True
 
   VARIES: ClassVar = ("rank", "alpha", "side")
   PEFT_FLAG: ClassVar = "use_bdlora"
@@ -44,11 +46,17 @@ class BDLoRA(LoRA):
       raise UserError(
         f"BDLoRA: {name} is among both inputs' and outputs' names"
       )
+    if self.strict and not any(found.values()):
+      raise UserError(
+        f"BDLoRA: names neither by input, {self.by_input}, nor by output, "
+        f"{self.by_output}, have {name}; or set strict, PEFT's match_strict, "
+        "to false"
+      )
     side = next((side for side, there in found.items() if there), "")
     return dataclasses.replace(self, side=side)
 
   def settled(self):
-    return dataclasses.replace(self, by_input=(), by_output=())
+    return dataclasses.replace(self, by_input=(), by_output=(), strict=False)
 
   def start(self, key, place, w, seen=None):
     n = self.blocks if self.side else 1
@@ -112,6 +120,7 @@ class BDLoRA(LoRA):
         raise found.wrong(f"target_modules_{theirs}", "a list of names or null")
       names[ours] = tuple(x)
     plain = super().from_fields(fields)
+    names["strict"] = found.get("match_strict") is not False
     return dataclasses.replace(plain, blocks=found.integer("nblocks"), **names)
 
 
