@@ -7,11 +7,12 @@ so that what was packed is what later tokens read.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.claims import Verdict
 from experiments.experiment import Source
 from research.data.sources import Documents
 from research.nn.perplexity import perplexity
@@ -24,14 +25,6 @@ WHOLE = "whole"
 
 Rows = list[dict[str, Any]]
 """Plain values by column."""
-
-
-class Verdict(NamedTuple):
-  """A claim, what was found, and whether it holds."""
-
-  claim: str
-  found: str
-  holds: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,47 +15,27 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
-from experiments import cli
+from experiments import claims, cli
 
 FLAGS = cli.new_flags()
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file, here or under configs/, e.g. runs/quant/claims_kv_smollm2.gin.",
-  flag_values=FLAGS,
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "Where everything goes; made if missing.",
-  flag_values=FLAGS,
-)
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding, e.g. --set=kv_study.Table.chunk=1 for decoding's own steps.",
-  flag_values=FLAGS,
+_GIVEN = claims.define(
+  FLAGS,
+  "runs/quant/claims_kv_smollm2.gin",
+  "kv_study.Table.chunk=1 for decoding's own steps",
 )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Measures; returns the result."""
   del argv
-  cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
-  cli.local(workdir=_WORKDIR.value)
-  from experiments import config, kv_study, runtime, tables
+  from experiments import kv_study, tables
 
-  runtime.setup()
-  read = config.read(_CONFIG.value, _SET.value, root=kv_study.Table)
-  folder = pathlib.Path(_WORKDIR.value)
+  read = _GIVEN.read(kv_study.Table)
+  folder = _GIVEN.folder
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.gin").write_text(read.text)
   table = read.experiment
@@ -67,16 +47,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   caches = kv_study.perplexities(table, loaded, ids)
   cli.say(f"\n{tables.text(caches)}\n")
   verdicts = kv_study.verdicts(caches, attention)
-  for claim, found, holds in verdicts:
-    cli.say(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}\n  {found}")
   result = {
     "caches": caches,
     "attention": attention,
-    "claims": [v._asdict() for v in verdicts],
+    "claims": claims.tell(verdicts),
   }
-  text = json.dumps(cli.plain(result), indent=2)
-  (folder / "result.json").write_text(text + "\n")
-  return result
+  return claims.finish(folder, result)
 
 
 if __name__ == "__main__":

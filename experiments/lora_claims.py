@@ -22,64 +22,42 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
-from experiments import cli
+from experiments import claims, cli
 
 FLAGS = cli.new_flags()
 
-_CONFIG = flags.DEFINE_string(
-  "config",
-  None,
-  "Gin file, here or under configs/, e.g. runs/lora/claims_capacity.gin.",
-  flag_values=FLAGS,
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "Where everything goes; made if missing.",
-  flag_values=FLAGS,
-)
-_SET = flags.DEFINE_multi_string(
-  "set",
-  [],
-  "Gin binding, e.g. --set=study.Study.steps=20 for a trial.",
-  flag_values=FLAGS,
+_GIVEN = claims.define(
+  FLAGS,
+  "runs/lora/claims_capacity.gin",
+  "study.Study.steps=20 for a trial",
 )
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Runs what is missing; returns the result."""
   del argv
-  cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
-  cli.local(workdir=_WORKDIR.value)
-  from experiments import config, lora_pictures, lora_verdicts, runtime, tables
+  from experiments import lora_pictures, lora_verdicts, tables
   from experiments import study as studies
 
-  runtime.setup()
-  read = config.read(_CONFIG.value, _SET.value, root=studies.Study)
-  folder = pathlib.Path(_WORKDIR.value)
+  read = _GIVEN.read(studies.Study)
+  folder = _GIVEN.folder
   rows = _rows(read.experiment, _claimed(folder, read.text))
 
   # --- what they say ---
   lines = lora_verdicts.table(rows)
   verdicts = read.experiment.verdicts(rows)
   cli.say(f"\n{tables.text(lines)}\n")
-  for claim, found, holds in verdicts:
-    cli.say(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}\n  {found}")
-  name = pathlib.Path(_CONFIG.value).stem
-  lora_pictures.sweep(rows, folder / "sweep.png", name)
+  said = claims.tell(verdicts)
+  lora_pictures.sweep(rows, folder / "sweep.png", _GIVEN.name)
   if all("known" in row for row in rows.values()):
     lora_pictures.tradeoff(rows, folder / "tradeoff.png")
   result = {
-    "claims": [v._asdict() for v in verdicts],
+    "claims": said,
     "arms": lines,
     "not_inside": [n for n, row in rows.items() if not row["inside"]],
     "seconds": round(sum(row["seconds"] for row in rows.values())),
   }
-  text = json.dumps(cli.plain(result), indent=2)
-  (folder / "result.json").write_text(text + "\n")
-  return result
+  return claims.finish(folder, result)
 
 
 def _claimed(folder: pathlib.Path, text: str) -> pathlib.Path:

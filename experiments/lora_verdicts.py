@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.claims import Verdict
 from experiments.study import Row
 
 Rows = Mapping[str, Row]
@@ -18,14 +19,6 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 
 CLOSE = 0.02
 """Share of a loss within which two tie: the 1 to 2% of arXiv:2602.04998."""
-
-
-class Verdict(NamedTuple):
-  """A claim, the numbers found, and whether they agree with it."""
-
-  claim: str
-  found: str
-  holds: bool
 
 
 class Mean(NamedTuple):

@@ -7,7 +7,7 @@ QuaRot. Weights are in 8 bits where activations are the question.
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.lora_verdicts import Verdict
+from experiments.claims import Verdict
 from experiments.quant_study import Row
 from research.quant import llm_int8
 from research.quant.activations import Inputs, Round

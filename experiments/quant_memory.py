@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli
+from experiments import claims, cli
 
 FLAGS = cli.new_flags()
 
@@ -61,10 +61,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   model, shapes = shapes_of(read.experiment)
   lines = rows(model, shapes, formats(), _CONTEXT.value, _COMPILE.value)
   cli.say(f"\n{tables.text(tables.without_empty(lines))}\n")
-  found = claims(lines)
-  for claim, said, holds in found:
-    cli.say(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}\n  {said}")
-  return {"rows": lines, "claims": [v._asdict() for v in found]}
+  found = verdicts(lines)
+  return {"rows": lines, "claims": claims.tell(found)}
 
 
 def shapes_of(source: Any) -> tuple[Any, Any]:
@@ -160,9 +158,9 @@ def step_bytes(model: Any, params: Any, cache: Any) -> int:
   )
 
 
-def claims(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
+def verdicts(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
   """Returns what is said of a 70B model, and whether it holds here."""
-  from experiments.lora_verdicts import Verdict
+  from experiments.claims import Verdict
 
   by = {line["format"]: line for line in lines}
   whole = by["bfloat16"]["weights GB"]

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import quant_study
-from experiments.lora_verdicts import Mean, Verdict, mean
+from experiments.claims import Verdict
+from experiments.lora_verdicts import Mean, mean
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook

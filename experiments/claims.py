@@ -1,0 +1,91 @@
+"""What the commands that check claims share: flags, verdicts, a result.
+
+Such a command reads a gin file that says what is compared, leaves its tables
+and pictures in a folder, and ends with a verdict on each claim.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from experiments import cli
+
+
+class Verdict(NamedTuple):
+  """A claim, what was found, and whether it holds."""
+
+  claim: str
+  found: str
+  holds: bool
+
+
+class Flags(NamedTuple):
+  """--config, --workdir and --set of a command."""
+
+  config: flags.FlagHolder
+  workdir: flags.FlagHolder
+  set: flags.FlagHolder
+
+  def read(self, root: type) -> Any:
+    """Returns what `config.read` does, both flags given and valid."""
+    cli.required(config=self.config.value, workdir=self.workdir.value)
+    cli.local(workdir=self.workdir.value)
+    from experiments import config, runtime
+
+    runtime.setup()
+    return config.read(self.config.value, self.set.value, root=root)
+
+  @property
+  def folder(self) -> pathlib.Path:
+    """Returns where everything goes."""
+    return pathlib.Path(self.workdir.value)
+
+  @property
+  def name(self) -> str:
+    """Returns the configuration's name."""
+    return pathlib.Path(self.config.value).stem
+
+
+def define(values: flags.FlagValues, config: str, binding: str) -> Flags:
+  """Returns the flags, defined among `values`.
+
+  Args:
+    values: of the command.
+    config: an example of a configuration.
+    binding: an example of what --set takes, and why.
+  """
+  return Flags(
+    flags.DEFINE_string(
+      "config",
+      None,
+      f"Gin file, here or under configs/, e.g. {config}.",
+      flag_values=values,
+    ),
+    flags.DEFINE_string(
+      "workdir",
+      None,
+      "Where everything goes; made if missing.",
+      flag_values=values,
+    ),
+    flags.DEFINE_multi_string(
+      "set", [], f"Gin binding, e.g. --set={binding}.", flag_values=values
+    ),
+  )
+
+
+def tell(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
+  """Prints verdicts; returns them as JSON has them."""
+  found = list(verdicts)
+  for claim, seen, holds in found:
+    cli.say(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}\n  {seen}")
+  return [v._asdict() for v in found]
+
+
+def finish(folder: pathlib.Path, result: Mapping[str, Any]) -> dict[str, Any]:
+  """Writes result.json into the folder; returns what it holds."""
+  text = json.dumps(cli.plain(result), indent=2)
+  (folder / "result.json").write_text(text + "\n")
+  return dict(result)
