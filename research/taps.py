@@ -39,7 +39,7 @@ _STAT = r"(^|/)stat/\w+$"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tap:
+class Tap(weights.Around):
   """A weight `[..., in, out]` and what is to be seen of its use.
 
   Attributes:
@@ -55,18 +55,6 @@ class Tap:
   counts: Any
   statistic: Statistic = dataclasses.field(metadata=dict(static=True))
   sizes: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.w.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)`; `eq` contracts the input axis of `w`.

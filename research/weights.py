@@ -31,6 +31,25 @@ Weight = Any
 """A `jax.Array` or an object with the methods named above."""
 
 
+class Around:
+  """A weight around another one, `w`, whose shape and type are its own."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Returns the logical shape."""
+    return self.w.shape
+
+  @property
+  def dtype(self) -> Any:
+    """Returns the logical type."""
+    return self.w.dtype
+
+  @property
+  def ndim(self) -> int:
+    """Returns the number of logical axes."""
+    return len(self.shape)
+
+
 def is_weight(x: Any) -> bool:
   """Whether `x` is a leaf that answers by its own methods."""
   return hasattr(x, "dense") and hasattr(x, "einsum")

@@ -61,8 +61,8 @@ def packed(params, kind: str = "Q4_1"):
     if x.ndim < 2 or path.endswith(("scale", "router")):
       return x
     axis = -1 if path == "embed" else -2
-    ggml = np.asarray(x if axis == -1 else x.swapaxes(-1, -2))
-    matrices = ggml.reshape(-1, *ggml.shape[-2:])
+    stored = np.asarray(x if axis == -1 else x.swapaxes(-1, -2))
+    matrices = stored.reshape(-1, *stored.shape[-2:])
     raw = gguf_types.encode(kind, matrices)
     raw = raw.reshape(*matrices.shape[:2], -1)
     w = ggml.from_ggml(kind, list(raw), axis)

@@ -88,16 +88,11 @@ class Whole:
     model: the Transformer.
     shift: see `own_rows`.
     block: tokens of a block of a block-causal model; None: all see all.
-    guidance: w of classifier-free guidance by the prompt, see
-      `likelihood.guided`; the prompt is what was not masked at first.
-    mask_id: of the mask, where there is guidance.
   """
 
   model: Transformer
   shift: bool = False
   block: int | None = None
-  guidance: float = 0.0
-  mask_id: int = -1
 
   def scores(self, params, tokens, valid) -> Float[Array, "B T V"]:
     """Returns logits of every token: what likelihoods need."""

@@ -134,13 +134,31 @@ def _abstract(found: Any, where: str) -> Any:
       value = _static(value, f, f"{where}: {name}")
     values[name] = value
   made = kind(**values)
-  format = getattr(made, "format", None)
-  if format is not None and set(made.parts) != set(format.layout()):
-    raise UserError(
-      f"{where}: parts {', '.join(made.parts)}, expected "
-      f"{', '.join(format.layout())} of {format.name}"
-    )
+  if hasattr(made, "parts"):
+    _check_parts(made, where)
   return made
+
+
+def _check_parts(w: QTensor, where: str) -> None:
+  """Raises UserError unless a packed leaf's parts are its format's."""
+  try:
+    format = w.format.fitted(w.inputs, w.outputs)
+    want = format.shapes(w.inputs, w.outputs)
+  except (ValueError, TypeError, ZeroDivisionError) as error:
+    raise UserError(
+      f"{where}: {w.format.name} holds no matrix of {w.inputs} inputs and "
+      f"{w.outputs} outputs: {error}"
+    ) from error
+  for name in sorted(set(w.parts) | set(want)):
+    found, needed = w.parts.get(name), want.get(name)
+    if found is not None and needed is not None:
+      tail = found.shape[len(found.shape) - len(needed.shape) :]
+      if (tail, found.dtype) == (needed.shape, needed.dtype):
+        continue
+    raise UserError(
+      f"{where}: {name} of {w.format.name} is {found}, expected {needed} "
+      "behind its leading axes; convert the model again"
+    )
 
 
 def _spelled(value: Any) -> Any:

@@ -19,7 +19,7 @@ from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaptedTensor:
+class AdaptedTensor(weights.Around):
   """A weight under an adapter.
 
   Attributes:
@@ -39,18 +39,6 @@ class AdaptedTensor:
   method: Method = dataclasses.field(
     default_factory=Method, metadata=dict(static=True)
   )
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.w.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   @property
   def arrays(self) -> Arrays:

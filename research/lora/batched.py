@@ -23,7 +23,7 @@ NONE = -1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BatchedTensor:
+class BatchedTensor(weights.Around):
   """A weight, and `n` adapters that are applied by row.
 
   Attributes:
@@ -37,18 +37,6 @@ class BatchedTensor:
   a: Any
   b: Any
   ids: Any = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.w.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   def einsum(self, eq: str, x: Float[Array, "B ..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)` and what each row's adapter adds."""

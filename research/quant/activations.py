@@ -55,7 +55,7 @@ class Op:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class InputTensor:
+class InputTensor(weights.Around):
   """A weight `[..., I, O]` and what becomes of its inputs.
 
   Attributes:
@@ -67,18 +67,6 @@ class InputTensor:
   w: Any
   scale: Any = None
   op: Op = dataclasses.field(default=Op(), metadata=dict(static=True))
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.w.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, op(x), w)`; `eq` contracts the inputs of `w`.

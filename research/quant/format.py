@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -140,6 +141,25 @@ class Format:
         f"{self.block}; choose another block or format for this matrix"
       )
     return self
+
+  def shapes(self, inputs: int, outputs: int) -> dict[str, Any]:
+    """Returns the parts of a matrix `[I, O]` as shapes and types."""
+    if self.traced:
+      w = jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)
+      return dict(jax.eval_shape(self.encode, w))
+    one = self.encode(np.zeros((self.block, 1), np.float32))
+    sizes = {"x": inputs // self.block, "o": outputs}
+    layout = self.layout()
+    return {
+      name: jax.ShapeDtypeStruct(
+        tuple(
+          sizes.get(letter, n)
+          for letter, n in zip(layout[name], part.shape, strict=True)
+        ),
+        part.dtype,
+      )
+      for name, part in one.items()
+    }
 
   def encode(
     self,

@@ -35,7 +35,7 @@ TRAINABLE = r"^(?!.*/start$)"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FakeQuantTensor:
+class FakeQuantTensor(weights.Around):
   """A matrix that is used as its own rounding.
 
   Attributes:
@@ -52,18 +52,6 @@ class FakeQuantTensor:
   format: Format = dataclasses.field(
     default=Format(), metadata=dict(static=True)
   )
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.w.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   def dense(self) -> Float[Array, "..."]:
     """Returns the rounded matrix; its gradient reaches the masters."""

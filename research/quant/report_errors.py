@@ -76,7 +76,7 @@ def _is_packed(x: Any) -> bool:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe:
+class Probe(weights.Around):
   """A matrix, and another in its place whose outputs are only looked at.
 
   Attributes:
@@ -88,18 +88,6 @@ class Probe:
   w: Any
   other: Any
   stat: Any
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    return self.w.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)`."""

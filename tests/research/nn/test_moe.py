@@ -354,7 +354,7 @@ def test_packed_experts_compute_what_they_decode_to(kind):
   plain = drawn(shapes)
 
   def packed(w):
-    ggml = np.asarray(w, np.float32).transpose(0, 2, 1)  # rows of [out, in]
+    stored = np.asarray(w, np.float32).transpose(0, 2, 1)  # rows of [out, in]
     raw = [
       gguf_types.encode(kind, m).reshape(len(m), -1)
       for m in np.ascontiguousarray(ggml)

@@ -174,6 +174,19 @@ def test_a_note_of_it_makes_it_again(row):
   assert jax.tree.structure(made) == jax.tree.structure(leaf(row))
 
 
+def test_parts_of_another_matrix_are_refused():
+  note = json.loads(json.dumps(ours._describe({"w": leaf("int4")})))
+  ok = note["w"]["parts"]["scale"]
+  for wrong in (["float16", 2, 7, OUTPUTS], ["float32", *ok[1:]], None):
+    note["w"]["parts"]["scale"] = wrong
+    with pytest.raises(UserError, match="scale of int4-asym-g32 is"):
+      ours._abstract(note, "weights")
+  note["w"]["parts"]["scale"] = ok
+  note["w"]["inputs"] = INPUTS - 8
+  with pytest.raises(UserError, match="no multiple of its block"):
+    ours._abstract(note, "weights")
+
+
 @every
 def test_panels_hold_the_same_numbers(row):
   w = leaf(row)
