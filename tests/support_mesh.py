@@ -14,6 +14,7 @@ from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
+from research.quant.formats import ggml
 from research.training import state, step
 from research.training.experts import Balance
 from research.training.objective import NextToken

@@ -20,6 +20,7 @@ from research.nn.mlp import Mlp
 from research.nn.moe import Moe
 from research.nn.routing import Routing
 from research.nn.transformer import init_cache
+from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support
 
@@ -357,7 +358,7 @@ def test_packed_experts_compute_what_they_decode_to(kind):
     stored = np.asarray(w, np.float32).transpose(0, 2, 1)  # rows of [out, in]
     raw = [
       gguf_types.encode(kind, m).reshape(len(m), -1)
-      for m in np.ascontiguousarray(ggml)
+      for m in np.ascontiguousarray(stored)
     ]
     return ggml.from_ggml(kind, raw, -2)
 
