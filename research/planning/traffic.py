@@ -47,7 +47,7 @@ def of(program: Program, where: Computation, i: Instruction) -> float:
   if i.opcode == "dynamic-update-slice":
     update = operands[1].buffers
     return _main(update) + (_whole(update) if _main(i.buffers) else 0.0)
-  read = sum(_main(o.buffers) for o in operands)
+  read = sum((_main(o.buffers) for o in operands), 0.0)
   return read if i.opcode.endswith("-start") else read + _main(i.buffers)
 
 

@@ -236,7 +236,7 @@ def test_gguf_adapters_are_read_by_gguf_py(name, heptad, saved, tmp_path):
   config = families.FAMILIES[make_peft.BASE].config
   for module, want in deltas(model, name).items():
     short = module.removeprefix("base_model.model.")
-    key = names.get_name(f"{short}.weight", (".weight",)) + ".weight"
+    key = names.get_name(f"{short}.weight", (".weight",))
     a, b = tensors[f"{key}.lora_a"], tensors[f"{key}.lora_b"]
     if short.endswith("q_proj"):  # as convert_hf_to_gguf permutes it
       heads = config["num_attention_heads"]
