@@ -135,7 +135,7 @@ def message(folder):
 @pytest.mark.parametrize(
   "change, text",
   [
-    (dict(peft_type="TINYLORA"), "peft_type is 'TINYLORA', expected"),
+    (dict(peft_type="VBLORA"), "peft_type is 'VBLORA', expected"),
     (dict(use_dora=True), "lora_magnitude_vector"),
     (dict(modules_to_save=["lm_head"]), "1 missing: base_model.model.lm_head"),
     (dict(trainable_token_indices=[1]), "trainable_token_indices"),
