@@ -7,6 +7,7 @@ and global layers). Importers, exporters and reports use `layers` and `stack`,
 and never see the runs.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -143,9 +144,19 @@ def plan(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
   return out
 
 
+MOST_SEARCHED = 512
+"""Layers at most whose runs are searched for."""
+
+
 def _fewest(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
-  """Returns runs whose periods add up to least; of such, most of period 1."""
+  """Returns runs whose periods add up to least; of such, most of period 1.
+
+  The search is quadratic: of more layers than anybody's, equal neighbours are
+  runs and nothing else.
+  """
   n = len(kinds)
+  if n > MOST_SEARCHED or len(set(kinds)) == 1:
+    return [(len(list(same)), 1) for _, same in itertools.groupby(kinds)]
   best: list[tuple[int, int, list]] = [(0, 0, [])] * (n + 1)
   for i in reversed(range(n)):
     found = []
