@@ -24,7 +24,7 @@ AGAINST = {
   "packed": ("fp32", 4.0),
   **{
     name: ("fp32", 4.0)
-    for name in ("nf4", "nf4dq", "int4", "q4_0", "iq4_nl", "mxfp4", "nvfp4")
+    for name in ("nf4", "nf4dq", "int4", "q40", "iq4nl", "mxfp4", "nvfp4")
   },
   "int8": ("fp32", None),
   "bf16": ("bf16 of transformers", 2.5),

@@ -45,7 +45,10 @@ def load(dtype: str):
 
 
 def formats() -> dict:
-  """Returns formats of the rows that round the model's numbers, by name."""
+  """Returns formats of the rows that round the model's numbers, by name.
+
+  Names have no underscore: a row's name is split there.
+  """
   from research.quant.formats.affine import Affine
   from research.quant.formats.codebook import Codebook
   from research.quant.formats.ggml import GGML
@@ -58,8 +61,8 @@ def formats() -> dict:
     "nf4dq": Codebook(),
     "int4": Affine(block=64),
     "int8": Affine(bits=8, block=32, symmetric=True),
-    "q4_0": GGML(kind="Q4_0"),
-    "iq4_nl": IQ4NL(),
+    "q40": GGML(kind="Q4_0"),
+    "iq4nl": IQ4NL(),
     "mxfp4": Microscaling(),
     "nvfp4": NVFP4(),
   }
