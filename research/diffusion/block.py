@@ -17,11 +17,10 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
 from research.diffusion.objective import Noise, masked_loss
+from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
-
-_FIXED = 17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ class BlockDiffusion:
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)
-    drawn = jax.random.key(_FIXED) if key is None else key
+    drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])
     hidden = self.states(params, batch, masked)
@@ -89,7 +88,7 @@ class BlockDiffusion:
       real &= batch["positions"] > 0
     if self.noise == "all":
       return real
-    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1] > 0
+    before = process.learned(batch["weights"])
     return real & before & (batch["positions"] > 0)
 
   def draw(
@@ -111,19 +110,19 @@ class BlockDiffusion:
     # The n-th block of a row, of documents too that begin within it.
     fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0))(start)
     number = jnp.cumsum(fresh, axis=-1) - 1
-    keys = process.example_keys(first, jnp.arange(rows))
+    keys = row_keys(first, jnp.arange(rows))
     u = jax.vmap(lambda k: jax.random.uniform(k, ()))(keys)
     blocks = jnp.maximum(number.max(-1, keepdims=True) + 1, 1)
     # In no order, or a row's last block would always be its noisiest.
     order = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(
-      process.example_keys(third, jnp.arange(rows))
+      row_keys(third, jnp.arange(rows))
     )
     order = jnp.where(place < blocks, order, 2.0)
-    order = jnp.argsort(jnp.argsort(order, axis=-1), axis=-1)
+    order = process.ranks(order)
     number = jnp.take_along_axis(order, number.astype(int), axis=-1)
     u = (u[:, None] + number / blocks) % 1
     t = self.low + (self.high - self.low) * (1 - u)
-    keys = process.example_keys(second, jnp.arange(rows))
+    keys = row_keys(second, jnp.arange(rows))
     masked = process.mask_each(keys, maskable, t)
     counts = jnp.ones_like(t) if self.low > 0.5 else 1 / t
     return masked, counts

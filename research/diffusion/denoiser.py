@@ -66,6 +66,24 @@ def own_rows(
   return jnp.take(hidden, at, axis=1)
 
 
+def _before(hidden: Array, start: Array) -> Array:
+  """Returns the state before a block, `[B, 1, D]`."""
+  at = jnp.maximum(start - 1, 0)
+  return jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1)
+
+
+def _shifted(own: Array, edge: Array, start: Array) -> Array:
+  """Returns a block's states, each from the place before it.
+
+  Args:
+    own: of the block.
+    edge: of the place before the block; a row's first token has its own.
+    start: of the block in its row.
+  """
+  head = jnp.where(start == 0, own[:, :1], edge)
+  return jnp.concatenate([head, own[:, :-1]], axis=1)
+
+
 def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
   """Returns who sees whom in whole rows: all, or blocks before and its own.
 
@@ -151,9 +169,7 @@ class Cached:
     own = own_rows(hidden, start, size, self.shift)
     logits = self.model.apply({"params": params}, own, method="logits")
     # The state before the block predicts its first token.
-    edge = jax.lax.dynamic_slice_in_dim(
-      hidden, jnp.maximum(start - 1, 0), 1, axis=1
-    )
+    edge = _before(hidden, start)
     return logits, (cache, edge)
 
   def again(self, params, tokens, valid, start, size, carry):
@@ -169,20 +185,10 @@ class Cached:
     hidden, cache = self.model.apply(
       {"params": params}, some, place, Mask.full(), cache
     )
+    own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
     if self.shift:
-      fresh = jnp.where(start > low, 1, 0)
-      before = jax.lax.dynamic_slice_in_dim(
-        hidden, jnp.maximum(start - low - 1, 0), 1, axis=1
-      )
-      edge = jnp.where(fresh == 1, before, edge)
-      own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
-      own = jnp.concatenate([edge, own[:, :-1]], axis=1)
-      # At the row's start there is no state before.
-      alone = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
-      alone = jnp.concatenate([alone[:, :1], alone[:, :-1]], axis=1)
-      own = jnp.where(start == 0, alone, own)
-    else:
-      own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
+      near = _before(hidden, start - low)
+      own = _shifted(own, jnp.where(start > low, near, edge), start)
     logits = self.model.apply({"params": params}, own, method="logits")
     return logits, (cache, edge)
 
@@ -223,9 +229,7 @@ class BlockCausal:
       Mask.block_causal(self.block, segments=segments),
       cache,
     )
-    edge = jax.lax.dynamic_slice_in_dim(
-      hidden, jnp.maximum(start - 1, 0), 1, axis=1
-    )
+    edge = _before(hidden, start)
     return self.again(params, tokens, valid, start, size, (cache, edge))
 
   def again(self, params, tokens, valid, start, size, carry):
@@ -239,8 +243,7 @@ class BlockCausal:
       {"params": params}, some, place, Mask.full(), cache
     )
     if self.shift:
-      head = jnp.where(start == 0, hidden[:, :1], edge)
-      hidden = jnp.concatenate([head, hidden[:, :-1]], axis=1)
+      hidden = _shifted(hidden, edge, start)
     return self.model.apply({"params": params}, hidden, method="logits"), (
       cache,
       edge,

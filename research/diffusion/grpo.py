@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.diffusion import estimators, process
+from research.diffusion import estimators
 from research.diffusion.estimators import Estimator, FullMask
+from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
 from research.typing import (
@@ -70,7 +71,7 @@ class GRPO:
     seed: Int[Array, "B"],
   ) -> Float[Array, "B T"]:
     """Returns log p of each token; masks follow a row's seed, not its place."""
-    keys = process.example_keys(jax.random.key(0), seed)
+    keys = row_keys(jax.random.key(0), seed)
     views = self.estimator.plan(keys, answer, valid)
     return estimators.estimate(
       self.model,

@@ -4,16 +4,16 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from research.diffusion import process
+from research.diffusion import likelihood, process
 from research.diffusion.denoiser import Denoiser
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guided:
-  """Logits `u + (w + 1)(c - u)`, `u` those without the prompt.
+  """Logits of `likelihood.toward`, free of the prompt and told it.
 
-  Nie et al. 2024 (arXiv:2410.18514). Each step reads rows twice, so nothing
+  Each step reads rows twice, so nothing
   may be cached: `inner` has to read whole rows.
 
   Attributes:
@@ -39,7 +39,7 @@ class Guided:
     asked = jnp.arange(tokens.shape[1]) < self.prompt
     blind = process.noisy(tokens, valid & asked, self.mask_id)
     free, _ = self.inner.first(params, blind, valid, start, size)
-    return free + (self.weight + 1) * (told - free), ()
+    return likelihood.toward(told, free, self.weight), ()
 
   def again(self, params, tokens, valid, start, size, carry):
     return self.first(params, tokens, valid, start, size)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from research.diffusion import process
+from research.nn.sampling import row_keys
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Scores = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
@@ -125,7 +126,7 @@ def bound(
   for i in range(samples // batch):
     start, each = jax.random.split(jax.random.fold_in(key, i))
     ns = counts(start, length, batch, rounding)
-    keys = process.example_keys(each, jnp.arange(batch))
+    keys = row_keys(each, jnp.arange(batch))
     rows = jnp.broadcast_to(target, (batch, target.shape[0]))
     masks = process.mask_count(keys, rows, ns)
     found.append(values(scores, tokens, target, masks, mask_id))
@@ -141,6 +142,13 @@ def _summary(found: Float[Array, "N B"]) -> Bound:
     size = found.shape[1]
     error = float(found.std(ddof=1)) / math.sqrt(size) if size > 1 else math.inf
   return Bound(mean, error, found.size)
+
+
+def toward(
+  told: Float[Array, "*B V"], free: Float[Array, "*B V"], w: float
+) -> Float[Array, "*B V"]:
+  """Returns logits `free + (w + 1) (told - free)`, see `guided`."""
+  return free + (w + 1) * (told - free)
 
 
 def guided(scores: Scores, prompt: Bool[Array, "T"], mask_id: int, w: float):
@@ -161,7 +169,7 @@ def guided(scores: Scores, prompt: Bool[Array, "T"], mask_id: int, w: float):
   def both(tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     blind = process.noisy(tokens, prompt, mask_id)
     c, u = jnp.split(scores(jnp.concatenate([tokens, blind])), 2)
-    return u + (w + 1) * (c - u)
+    return toward(c, u, w)
 
   return both
 

@@ -18,6 +18,7 @@ from research.diffusion import process
 from research.diffusion.denoiser import own_rows
 from research.diffusion.process import Spread
 from research.diffusion.schedule import Linear, Schedule
+from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training import losses
 from research.training.objective import Batch, Sums
@@ -26,9 +27,6 @@ from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 Noise = Literal["all", "learned"]
 Count = Literal["elbo", "uniform"]
 Norm = Literal["token", "sequence"]
-
-_FIXED = 17
-"""Seed of the masks in evaluation, the same ones every time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +85,7 @@ class MaskedDiffusion:
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of right predictions."""
     params = weights.bind(params, key=key)
-    drawn = jax.random.key(_FIXED) if key is None else key
+    drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["segments"])
     if self.complement:
@@ -113,7 +111,7 @@ class MaskedDiffusion:
     if self.noise == "all":
       return real
     # A token is learned where the place before it has it for a target.
-    before = jnp.pad(batch["weights"], ((0, 0), (1, 0)))[:, :-1] > 0
+    before = process.learned(batch["weights"])
     segments = batch["segments"]
     same = segments == jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     return real & before & same
@@ -134,7 +132,7 @@ class MaskedDiffusion:
     rows, length = maskable.shape
     first, second, third = jax.random.split(key, 3)
     t = process.times(first, rows, self.spread)
-    keys = process.example_keys(second, jnp.arange(rows))
+    keys = row_keys(second, jnp.arange(rows))
     # Documents of a row are as far apart as chance has it; the first is at t.
     apart = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(keys)
     apart = apart.at[:, 0].set(0.0)
@@ -142,7 +140,7 @@ class MaskedDiffusion:
     t = 1 - (1 - t[:, None] + apart) % 1
     if self.levels is not None:
       t = jnp.ceil(t * self.levels) / self.levels
-    keys = process.example_keys(third, jnp.arange(rows))
+    keys = row_keys(third, jnp.arange(rows))
     masked = process.mask_each(keys, maskable, self.schedule.masked(t))
     counts = self._counts(t)
     if self.complement:

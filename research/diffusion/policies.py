@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 import numpy as np
 
+from research.diffusion import process
 from research.typing import Array, Bool, Float, Int, UserError
 
 
@@ -46,8 +47,7 @@ def ranks(
   confidence: Float[Array, "B K"], eligible: Bool[Array, "B K"]
 ) -> Int[Array, "B K"]:
   """Returns each place's rank by confidence, eligible ones first, from 0."""
-  keys = jnp.where(eligible, -confidence, jnp.inf)
-  return jnp.argsort(jnp.argsort(keys, axis=-1, stable=True), axis=-1)
+  return process.ranks(jnp.where(eligible, -confidence, jnp.inf))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from research import weights
 from research.diffusion import estimators, process
 from research.diffusion.estimators import Elbo, Estimator
+from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
 from research.training.preference import Part, Select, whole
@@ -56,19 +57,17 @@ class VRPO:
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns sums over pairs; metrics as DPO's."""
-    drawn = jax.random.key(17) if key is None else key
+    drawn = process.drawing(key)
     policy = weights.bind(self.policy(params), key=key)
     reference = jax.lax.stop_gradient(self.reference(params))
     flat = {
       k: v.reshape(-1, v.shape[-1]) for k, v in batch.items() if v.ndim == 3
     }
     real = flat["segments"] >= 0
-    answer = jnp.pad(flat["weights"], ((0, 0), (1, 0)))[:, :-1] > 0
+    answer = process.learned(flat["weights"])
     # Each answer has masks of its own; chosen and rejected differ anyway.
-    keys = process.example_keys(drawn, jnp.arange(real.shape[0]))
-    other = process.example_keys(
-      jax.random.fold_in(drawn, 1), jnp.arange(real.shape[0])
-    )
+    keys = row_keys(drawn, jnp.arange(real.shape[0]))
+    other = row_keys(jax.random.fold_in(drawn, 1), jnp.arange(real.shape[0]))
 
     def total(params, keys):
       views = self.estimator.plan(keys, answer & real, real)

@@ -14,9 +14,27 @@ from research.typing import Array, Bool, Float, Int, PRNGKey
 Spread = Literal["independent", "even"]
 
 
-def example_keys(key: PRNGKey, examples: Int[Array, "B"]) -> PRNGKey:
-  """Returns a key for each example, `[B]`."""
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
+FIXED = 17
+"""Seed of the masks in evaluation, the same ones every time."""
+
+
+def drawing(key: PRNGKey | None) -> PRNGKey:
+  """Returns what masks are drawn from: `key`, or a fixed one for None."""
+  return jax.random.key(FIXED) if key is None else key
+
+
+def learned(weights: Float[Array, "B T"]) -> Bool[Array, "B T"]:
+  """Returns which tokens are targets of the place before them.
+
+  Args:
+    weights: of next-token prediction's targets.
+  """
+  return jnp.pad(weights, ((0, 0), (1, 0)))[:, :-1] > 0
+
+
+def ranks(x: Float[Array, "*B T"]) -> Int[Array, "*B T"]:
+  """Returns each number's place in its row in order; ties: the lower index."""
+  return jnp.argsort(jnp.argsort(x, axis=-1, stable=True), axis=-1)
 
 
 def times(
@@ -51,8 +69,7 @@ def mask_count(
   """Returns masks of exactly `count` tokens, any set as likely as any other."""
   draw = jax.vmap(lambda k: jax.random.uniform(k, maskable.shape[1:]))
   noise = jnp.where(maskable, draw(keys), 2.0)
-  rank = jnp.argsort(jnp.argsort(noise, axis=-1), axis=-1)
-  return maskable & (rank < count[:, None])
+  return maskable & (ranks(noise) < count[:, None])
 
 
 def noisy(

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import ancestral, process
+from research.diffusion import ancestral
 from research.diffusion.ancestral import Ancestral
 from research.diffusion.schedule import Cosine, Linear
+from research.nn.sampling import row_keys
 from research.typing import UserError
 from tests.research.diffusion import joint
 
@@ -21,7 +22,7 @@ NOISE = 0.5 * np.sqrt(2 / np.pi / N) * np.sqrt(joint.table()).sum()
 @functools.partial(jax.jit, static_argnames=("f", "how", "rows"))
 def run(f, how, key, rows):
   tokens = jnp.full(rows, joint.MASK, jnp.int32)
-  keys = process.example_keys(key, jnp.arange(rows[0]))
+  keys = row_keys(key, jnp.arange(rows[0]))
   more = () if how is None else (how,)
   masked = jnp.ones(rows, bool)
   return f(joint.scores(), tokens, masked, joint.MASK, keys, *more)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import denoiser, estimators, grpo, process
+from research.diffusion import denoiser, estimators, grpo
 from research.diffusion.estimators import Coupled, Elbo, FullMask
 from research.diffusion.grpo import GRPO
 from research.diffusion.preference import VRPO
+from research.nn.sampling import row_keys
 from research.typing import UserError
 from tests import support
 from tests.research.diffusion import joint
@@ -95,7 +96,7 @@ def rows(n=4):
 )
 def test_every_token_counts_once_in_expectation(how):
   n = 4000
-  keys = process.example_keys(jax.random.key(0), jnp.arange(n))
+  keys = row_keys(jax.random.key(0), jnp.arange(n))
   answer = jnp.broadcast_to((jnp.arange(T) >= 4) & (jnp.arange(T) < 7), (n, T))
   views = jax.jit(how.plan)(keys, answer, jnp.ones((n, T), bool))
   total = np.asarray(views.counts.sum(0))
@@ -115,7 +116,7 @@ def test_every_token_counts_once_in_expectation(how):
 def test_estimates_are_log_probabilities_of_the_views():
   model, params = network()
   tokens, valid, answer = rows()
-  keys = process.example_keys(jax.random.key(1), jnp.arange(4))
+  keys = row_keys(jax.random.key(1), jnp.arange(4))
   views = Elbo(times=2).plan(keys, answer & valid, valid)
   f = jax.jit(estimators.estimate, static_argnums=(0, 5))
   got = f(model, params, tokens, valid, views, MASK)

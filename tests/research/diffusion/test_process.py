@@ -11,6 +11,7 @@ import pytest
 
 from research.diffusion import process
 from research.diffusion.schedule import Cosine, Linear, Power
+from research.nn.sampling import row_keys
 from research.typing import UserError
 
 # diffusion.md 3.2 and 3.3: MDLM's log-linear noise, MD4's schedules.
@@ -85,7 +86,7 @@ def test_times_are_uniform(spread):
 def test_masks_do_not_depend_on_the_batch():
   maskable = jnp.ones((6, 9), bool)
   key, rate = jax.random.key(3), jnp.full((6, 1), 0.4)
-  keys = process.example_keys(key, jnp.arange(6))
+  keys = row_keys(key, jnp.arange(6))
   whole = process.mask_each(keys, maskable, rate)
   some = process.mask_each(keys[2:4], maskable[2:4], rate[2:4])
   chex.assert_trees_all_equal(whole[2:4], some)
@@ -96,7 +97,7 @@ def test_masks_do_not_depend_on_the_batch():
 
 def test_only_what_may_be_is_masked_and_exactly_so_many():
   maskable = jnp.arange(8) >= jnp.array([[3], [0], [6]])
-  keys = process.example_keys(jax.random.key(0), jnp.arange(3))
+  keys = row_keys(jax.random.key(0), jnp.arange(3))
   count = jnp.array([4, 8, 1])
   got = process.mask_count(keys, maskable, count)
   chex.assert_trees_all_equal(got.sum(-1), count)
@@ -107,7 +108,7 @@ def test_only_what_may_be_is_masked_and_exactly_so_many():
 
 def test_every_set_of_masks_is_as_likely():
   n = 6000
-  keys = process.example_keys(jax.random.key(1), jnp.arange(n))
+  keys = row_keys(jax.random.key(1), jnp.arange(n))
   got = process.mask_count(keys, jnp.ones((n, 4), bool), jnp.full(n, 2))
   names = np.asarray(got) @ (1 << np.arange(4))
   want = [sum(1 << i for i in c) for c in itertools.combinations(range(4), 2)]
