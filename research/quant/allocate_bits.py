@@ -17,7 +17,7 @@ from typing import Any
 from research import tree, weights
 from research.nn.transformer import Transformer
 from research.quant import compare, rules
-from research.quant.calibrate import Calibration
+from research.quant.calibrate import Calibration, OfModel
 from research.quant.format import Format
 from research.quant.methods import Method, Nearest
 from research.quant.reports import Report
@@ -90,7 +90,7 @@ def _slope(choices, a, b):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Allocation:
+class Allocation(OfModel):
   """Quantizes with the formats that measured divergences ask for.
 
   Attributes:
@@ -112,12 +112,6 @@ class Allocation:
   probe: Calibration = Calibration(windows=4, seed=1)
   model: Any = None
   tokenizer: Any = None
-
-  def of(self, loaded: Any) -> "Allocation":
-    """Returns itself, reading through `loaded.model`."""
-    return dataclasses.replace(
-      self, model=loaded.model, tokenizer=loaded.tokenizer
-    )
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
     """Returns `params`, packed; see `run`."""

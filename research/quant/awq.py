@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from research.quant import awq_search, calibrate, folding
-from research.quant.calibrate import Calibration
+from research.quant.calibrate import Calibration, OfModel
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.statistics import Covariance, Magnitudes
@@ -28,7 +28,7 @@ from research.typing import Array, Int, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AWQ:
+class AWQ(OfModel):
   """The transform; `Quantize` with the same format comes after it.
 
   Experts' `down` is left: its inputs are those of few tokens.
@@ -56,12 +56,6 @@ class AWQ:
   def __post_init__(self):
     if self.steps < 1:
       raise UserError(f"AWQ.steps: found {self.steps}, expected at least 1.")
-
-  def of(self, loaded: Any) -> "AWQ":
-    """Returns itself for `loaded.model`."""
-    return dataclasses.replace(
-      self, model=loaded.model, tokenizer=loaded.tokenizer
-    )
 
   def __call__(
     self, params: Params, key: PRNGKey | None = None

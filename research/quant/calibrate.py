@@ -33,6 +33,16 @@ Seen = dict[str, dict[str, Array]]
 """path of a weight in its layer -> its statistic's arrays."""
 
 
+class OfModel:
+  """A transform with the fields `model` and `tokenizer`, given to it later."""
+
+  def of(self, loaded: Any) -> Any:
+    """Returns itself for `loaded.model`."""
+    return dataclasses.replace(
+      self, model=loaded.model, tokenizer=loaded.tokenizer
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
   """Windows of a text, drawn without replacement.

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.quant import calibrate, drift, methods
-from research.quant.calibrate import Calibration
+from research.quant.calibrate import Calibration, OfModel
 from research.quant.format import Format
 from research.quant.methods import Compensated, Method, Nearest
 from research.quant.reports import Report, Row
@@ -66,7 +66,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
+class Quantization(OfModel):
   """Rewrites a tree by rules.
 
   Attributes:
@@ -86,12 +86,6 @@ class Quantization:
   compare: bool = True
   model: Any = None
   tokenizer: Any = None
-
-  def of(self, loaded: Any) -> "Quantization":
-    """Returns itself, reading through `loaded.model`."""
-    return dataclasses.replace(
-      self, model=loaded.model, tokenizer=loaded.tokenizer
-    )
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
     """Returns `params`, packed by the rules; see `run`."""

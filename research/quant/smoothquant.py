@@ -19,7 +19,7 @@ import numpy as np
 from research import taps
 from research.nn.transformer import Transformer
 from research.quant import folding
-from research.quant.calibrate import Calibration
+from research.quant.calibrate import Calibration, OfModel
 from research.quant.folding import Flat
 from research.statistics import Magnitudes
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
@@ -109,7 +109,7 @@ def _over_experts(x, width):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothQuant:
+class SmoothQuant(OfModel):
   """The transform; `Quantize` and `Inputs` come after it.
 
   Attributes:
@@ -128,12 +128,6 @@ class SmoothQuant:
       raise UserError(
         f"SmoothQuant.alpha: found {self.alpha}, expected 0 to 1."
       )
-
-  def of(self, loaded: Any) -> "SmoothQuant":
-    """Returns itself for `loaded.model`."""
-    return dataclasses.replace(
-      self, model=loaded.model, tokenizer=loaded.tokenizer
-    )
 
   def __call__(
     self, params: Params, key: PRNGKey | None = None

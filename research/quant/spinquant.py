@@ -23,7 +23,7 @@ import numpy as np
 from research.nn.transformer import Transformer
 from research.quant import activations, hadamard, rotate
 from research.quant.activations import Op, Round
-from research.quant.calibrate import Calibration
+from research.quant.calibrate import Calibration, OfModel
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
 
@@ -71,7 +71,7 @@ def loss(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpinQuant:
+class SpinQuant(OfModel):
   """The transform: as `rotate.Rotate`, R1 learned.
 
   Attributes:
@@ -97,12 +97,6 @@ class SpinQuant:
         f"SpinQuant: found steps {self.steps} and rate {self.rate}, expected"
         " at least 1, and more than 0."
       )
-
-  def of(self, loaded: Any) -> "SpinQuant":
-    """Returns itself for `loaded.model`."""
-    return dataclasses.replace(
-      self, model=loaded.model, tokenizer=loaded.tokenizer
-    )
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
     """Returns `params` rotated; norms are folded, the head is untied.

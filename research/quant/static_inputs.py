@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.quant import smoothquant
 from research.quant.activations import LINEAR, InputTensor, Round
-from research.quant.calibrate import Calibration
+from research.quant.calibrate import Calibration, OfModel
 from research.typing import Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StaticInputs:
+class StaticInputs(OfModel):
   """The transform; `activations.Inputs` is the one that measures each token.
 
   Attributes:
@@ -41,12 +41,6 @@ class StaticInputs:
         "StaticInputs.op: a scale from calibration is one a tensor, without"
         " zero point.\nExpected per='tensor' and symmetric=True."
       )
-
-  def of(self, loaded: Any) -> "StaticInputs":
-    """Returns itself for `loaded.model`."""
-    return dataclasses.replace(
-      self, model=loaded.model, tokenizer=loaded.tokenizer
-    )
 
   def __call__(
     self, params: Params, key: PRNGKey | None = None
