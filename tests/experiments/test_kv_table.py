@@ -2,42 +2,17 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
 from experiments import cli, config, fresh, generate, kv_study, perplexity
 from research.nn import presets
 from research.typing import UserError
+from tests.support_letters import Letters, Text
 
 RUNS = sorted(
   str(p.relative_to(config.CONFIGS))
   for p in config.CONFIGS.glob("runs/quant/claims_kv*.gin")
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Letters:
-  """A tokenizer of 64 ids."""
-
-  vocab_size: int = 64
-
-  def load(self):
-    return self
-
-  def encode(self, text):
-    return [ord(c) % 64 for c in text]
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """Two documents of 40 letters."""
-
-  def __len__(self):
-    return 2
-
-  def __getitem__(self, index):
-    rng = np.random.default_rng(index)
-    return "".join(map(chr, rng.integers(32, 96, 40)))
 
 
 TABLE = kv_study.Table(
@@ -47,7 +22,7 @@ TABLE = kv_study.Table(
     ),
     tokenizer=Letters(),
   ),
-  text=Text(),
+  text=Text(2, 40),
   caches=("k2v2,group=8,residual=0",),
   attention=("k8v16,group=8", "k2v16,group=8", "k16v16"),
   window=32,

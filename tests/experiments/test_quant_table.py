@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import numpy as np
 import pytest
 
 from experiments import (
@@ -19,37 +18,13 @@ from research.nn import presets
 from research.quant.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.typing import UserError
+from tests.support_letters import Letters, Text
 
 RUNS = sorted(
   str(p.relative_to(config.CONFIGS))
   for p in config.CONFIGS.glob("runs/quant/claims_*.gin")
   if "quant_study" in p.read_text("utf-8")
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Letters:
-  """A tokenizer of 64 ids."""
-
-  vocab_size: int = 64
-
-  def load(self):
-    return self
-
-  def encode(self, text):
-    return [ord(c) % 64 for c in text]
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-  """A document of 600 letters."""
-
-  def __len__(self):
-    return 1
-
-  def __getitem__(self, index):
-    rng = np.random.default_rng(index)
-    return "".join(map(chr, rng.integers(32, 96, 600)))
 
 
 SIZES = presets.Sizes(
@@ -64,7 +39,7 @@ TABLE = quant_study.Table(
       quant_rows.row(Affine(bits=8, block=48), name="does not fit"),
     ),
   ),
-  text=Calibration(source=Text(), windows=6, length=64),
+  text=Calibration(source=Text(1, 600), windows=6, length=64),
 )
 
 
