@@ -30,6 +30,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
+import ours_diffusion  # noqa: E402
+
 from research import tree  # noqa: E402
 from research.interop import load  # noqa: E402
 from research.lora import adapt, wrap  # noqa: E402
@@ -168,6 +170,7 @@ COMMANDS = dict(
   start=start_and_save,
   rewrite=rewrite,
   gradients=gradients,
+  **ours_diffusion.COMMANDS,
 )
 
 

@@ -1,0 +1,123 @@
+"""Heptad's side of the comparisons of diffusion models; see `ours.py`.
+
+sample  cases (JSON), prompts [B, P] -> of each case: tokens, the call that
+                                        filled each place, calls, and what was
+                                        random
+refine  cases (JSON), table [S, B, K, V] -> tokens and calls of one block
+                                        whose logits at step s are table[s]
+scores  tokens [B, T], positions     -> logits [B, T, V], each place's own
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.diffusion import policies, sampler
+from research.diffusion.candidates import Options
+from research.diffusion.denoiser import Whole
+from research.diffusion.guided import Guided
+from research.nn import sampling as samplers
+from research.nn.sampling import Sampling
+
+POLICIES = {
+  "quota": lambda value: policies.Quota(),
+  "threshold": lambda value: policies.Threshold(threshold=value),
+  "factor": lambda value: policies.Factor(factor=value),
+  "refine": lambda value: policies.Threshold(threshold=value, quota_first=True),
+}
+
+
+def options(case: dict, mask_id: int) -> Options:
+  """Returns what a case's own names stand for."""
+  known = {f.name for f in dataclasses.fields(Options)}
+  given = {k: v for k, v in case.items() if k in known and k != "policy"}
+  given["end"] = tuple(given.get("end", ()))
+  policy = POLICIES[case["policy"]](case.get("value", 0.0))
+  return Options(mask_id=mask_id, policy=policy, stop=False, **given)
+
+
+def sample(it, args, rows) -> dict:
+  prompts = rows["prompts"]
+  key, out = jax.random.key(0), {}
+  for case in json.loads(str(rows["cases"])):
+    how = options(case, it.diffusion.mask_id)
+    asked = Whole(model=it.model, shift=it.diffusion.shift)
+    if case.get("cfg"):
+      asked = Guided(
+        inner=asked,
+        prompt=prompts.shape[1],
+        mask_id=how.mask_id,
+        weight=case["cfg"],
+      )
+    hot = case.get("temperature", 0.0)
+    rule = Sampling(temperature=hot) if hot else samplers.GREEDY
+    state = sampler.start(prompts.tolist(), how, key)
+    got = sampler.sample(asked, it.params, state, how, rule)
+    found = dict(tokens=got.tokens, filled=got.filled, calls=got.calls)
+    if hot or case.get("select") == "random":
+      found |= noise(key, len(prompts), how, it.model.vocab_size)
+    out |= {f"{case['name']}/{k}": np.asarray(v) for k, v in found.items()}
+  return out
+
+
+def noise(key, rows: int, how: Options, vocabulary: int) -> dict:
+  """Returns what each step of each row draws, as `candidates` does."""
+  own = samplers.row_keys(key, jnp.arange(rows))
+  gumbel, uniform = [], []
+  for step in range(how.steps or how.length):
+    keys = jax.vmap(lambda k, step=step: jax.random.fold_in(k, step))(own)
+    first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
+    gumbel.append(
+      [
+        np.asarray(jax.random.gumbel(k, (how.block, vocabulary), mode="high"))
+        for k in first
+      ]
+    )
+    uniform.append(
+      [np.asarray(jax.random.uniform(k, (how.block,))) for k in second]
+    )
+  return dict(gumbel=np.array(gumbel), uniform=np.array(uniform))
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A denoiser that knows each step's logits; its parameters are they."""
+
+  def first(self, params, tokens, valid, start, size):
+    return params[0], jnp.int32(1)
+
+  def again(self, params, tokens, valid, start, size, carry):
+    return params[jnp.minimum(carry, len(params) - 1)], carry + 1
+
+
+def refine(it, args, rows) -> dict:
+  table, out = jnp.asarray(rows["table"]), {}
+  _, count, size, _ = table.shape
+  for case in json.loads(str(rows["cases"])):
+    how = options(case, it.diffusion.mask_id)
+    tokens = np.full((count, size), how.mask_id)
+    masked = np.ones((count, size), bool)
+    if "given" in case:
+      tokens[:, : len(case["given"])] = case["given"]
+      masked[:, : len(case["given"])] = False
+    state = sampler.begin(
+      tokens, masked, np.ones_like(masked), jax.random.key(0)
+    )
+    got = sampler.sample(Table(), table, state, how)
+    found = dict(tokens=got.tokens, calls=got.calls)
+    out |= {f"{case['name']}/{k}": np.asarray(v) for k, v in found.items()}
+  return out
+
+
+def scores(it, args, rows) -> dict:
+  how = it.diffusion
+  asked = Whole(model=it.model, shift=how.shift, block=how.block)
+  valid = jnp.asarray(rows["positions"] >= 0)
+  found = jax.jit(asked.scores)(it.params, rows["tokens"], valid)
+  return dict(logits=np.asarray(found))
+
+
+COMMANDS = dict(sample=sample, refine=refine, scores=scores)

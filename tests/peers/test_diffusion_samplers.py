@@ -1,0 +1,196 @@
+"""Equal tokens: Heptad's sampler, the loops of `diffusion_loops`, diffusers."""
+
+import functools
+import json
+
+import diffusion_loops as loops
+import make_diffusion
+import numpy as np
+import pytest
+import torch
+from diffusers import BlockRefinementScheduler
+from make_models import build, float64
+
+MASK = {"llada": 46, "dream": 39}
+ENDS = (41, 7)
+ROWS, PROMPT = 3, 5
+
+CASES = {
+  "one_block": dict(length=12, block=12),
+  "fewer_steps": dict(length=12, block=12, steps=5),
+  "blocks": dict(length=12, block=4),
+  "blocks_fewer_steps": dict(length=12, block=4, steps=6),
+  "guided": dict(length=12, block=4, steps=6, cfg=1.5),
+  "random": dict(length=12, block=6, steps=6, select="random"),
+  "hot": dict(length=12, block=6, steps=6, temperature=0.7),
+  "hot_random": dict(length=12, block=12, temperature=1.0, select="random"),
+  "never_end": dict(length=12, block=4, steps=6, end=ENDS, never_end=True),
+  "end_last": dict(length=12, block=6, steps=6, end=ENDS, end_last=True),
+  "threshold": dict(length=12, block=6, policy="threshold", value=0.3),
+  "factor": dict(length=12, block=6, policy="factor", value=2.0),
+}
+
+
+@functools.cache
+def peer(name: str):
+  """Returns transformers' model in fp64, all tokens seeing each other."""
+  config, _ = make_diffusion.CASES[name]
+  tensors = make_diffusion.draw(config, list(make_diffusion.CASES).index(name))
+  with float64():
+    model = build(config, tensors, torch.float64)
+
+  def scores(tokens):
+    rows, length = tokens.shape
+    seen = torch.zeros(rows, 1, length, length, dtype=torch.float64)
+    with float64(), torch.no_grad():
+      logits = model(tokens, attention_mask=seen, use_cache=False).logits
+    if name == "dream":
+      logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+    return logits
+
+  return scores
+
+
+def prompts(name: str) -> np.ndarray:
+  rng = np.random.default_rng(3)
+  return rng.integers(0, MASK[name] - 8, (ROWS, PROMPT)).astype(np.int32)
+
+
+def asked(cases: dict) -> str:
+  return json.dumps(
+    [{"policy": "quota", **case, "name": name} for name, case in cases.items()]
+  )
+
+
+@pytest.fixture(scope="module", params=["llada", "dream"])
+def sampled(request, shared_heptad):
+  """Returns (which model, what Heptad's sampler made of every case)."""
+  got = shared_heptad.bridge(
+    "sample",
+    make_diffusion.TO / request.param,
+    cases=asked(CASES),
+    prompts=prompts(request.param),
+  )
+  return request.param, got
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lladas_loop(case, sampled):
+  """Also of Dream's model: its logits are those of the place before."""
+  name, got = sampled
+  given = dict(CASES[case])
+  random = given.pop("select", None) == "random"
+  wanted = loops.Wanted(
+    **given,
+    remasking="random" if random else "low_confidence",
+    gumbel=_noise(got, f"{case}/gumbel"),
+    uniform=_noise(got, f"{case}/uniform"),
+  )
+  tokens, calls = loops.llada(
+    peer(name), torch.from_numpy(prompts(name)).long(), MASK[name], wanted
+  )
+  np.testing.assert_array_equal(got[f"{case}/tokens"], tokens.numpy())
+  assert int(got[f"{case}/calls"]) == calls
+
+
+def _noise(got, name):
+  return torch.from_numpy(got[name]) if name in got else None
+
+
+def test_cases_differ(sampled):
+  """Or a rule that does nothing would pass."""
+  _, got = sampled
+  made = {case: got[f"{case}/tokens"].tobytes() for case in CASES}
+  for one, other in (
+    ("one_block", "fewer_steps"),
+    ("blocks_fewer_steps", "guided"),
+    ("blocks_fewer_steps", "never_end"),
+    ("fewer_steps", "hot"),
+  ):
+    assert made[one] != made[other], (one, other)
+  calls = {case: int(got[f"{case}/calls"]) for case in CASES}
+  assert calls["threshold"] < 12 and calls["factor"] < 12
+
+
+REFINED = {
+  "quota": dict(value=2.0, steps=4),
+  "threshold": dict(value=0.5, steps=8),
+  "low_threshold": dict(value=0.2, steps=8),
+  "edited": dict(value=0.4, steps=4, edit=0.3),
+  "edited_after_a_prompt": dict(
+    value=0.4, steps=8, edit=0.3, given=[3, 9, 1, 2]
+  ),
+}
+BLOCK, STEPS = 12, 40
+
+
+def table() -> np.ndarray:
+  """Returns logits of every step, `[S, 1, K, V]`; they settle in the end."""
+  rng = np.random.default_rng(11)
+  moving = rng.standard_normal((STEPS, 1, BLOCK, 48))
+  last = rng.standard_normal((1, 1, BLOCK, 48))
+  share = np.linspace(1, 0, STEPS)[:, None, None, None] ** 2
+  logits = 2.5 * (share * moving + (1 - share) * last)
+  logits[..., MASK["llada"]] = loops.LOWEST
+  return logits.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def refined(shared_heptad):
+  cases = {
+    name: dict(length=BLOCK, block=BLOCK, policy="refine", **case)
+    for name, case in REFINED.items()
+  }
+  model = make_diffusion.TO / "llada"
+  return shared_heptad.bridge(
+    "refine", model, cases=asked(cases), table=table()
+  )
+
+
+@pytest.mark.parametrize("case", REFINED)
+def test_block_refinement_of_diffusers(case, refined):
+  given = REFINED[case]
+  tokens, calls, edits = diffusers_block(table(), **given)
+  np.testing.assert_array_equal(refined[f"{case}/tokens"], tokens)
+  assert int(refined[f"{case}/calls"]) - calls in (0, 1)
+  assert (edits > 0) == ("edit" in given)
+
+
+def diffusers_block(logits, value, steps, edit=None, given=()):
+  """Returns a block as diffusers' LLaDA2 pipeline fills it: its loop here.
+
+  The tokens, the calls of the model, and how many tokens were edited. Heptad
+  looks once more after a step that filled a place, whether it edited or not.
+  """
+  mask_id, most = MASK["llada"], 16
+  scheduler = BlockRefinementScheduler(BLOCK, steps, value, edit)
+  masks = BLOCK - len(given)
+  scheduler.set_timesteps(steps, block_length=masks)
+  block = torch.full((1, BLOCK), mask_id)
+  block[:, : len(given)] = torch.tensor(given, dtype=torch.long)
+  prompt = torch.arange(BLOCK) < len(given)
+  step = after = calls = edits = 0
+  more = True
+  while more:
+    masked = bool((block == mask_id).any())
+    after += not masked
+    out = scheduler.step(
+      torch.from_numpy(logits[min(calls, len(logits) - 1)]),
+      step,
+      block,
+      mask_token_id=mask_id,
+      prompt_mask=prompt,
+    )
+    block, calls = out.prev_sample, calls + 1
+    edits += int(out.editing_transfer_index.sum())
+    step += masked
+    more = scheduler.check_block_should_continue(
+      step,
+      masked,
+      edit is not None,
+      out.editing_transfer_index,
+      after,
+      most,
+      torch.zeros(1, dtype=torch.bool),
+    )
+  return block.numpy(), calls, edits
