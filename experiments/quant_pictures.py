@@ -96,3 +96,36 @@ def front(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if not kept or row["kl"] < kept[-1]["kl"]:
       kept.append(row)
   return kept
+
+
+def ladder(
+  lines: list[Mapping[str, Any]], picture: pathlib.Path, title: str
+) -> None:
+  """Draws loss against bytes, a line a way to keep a model of any width.
+
+  Args:
+    lines: as `experiments.quant_ladder.table` makes them.
+    picture: the PNG.
+    title: above it.
+  """
+  drawn = plots.figure(8, 5)
+  axes = drawn.add_subplot()
+  names = list(dict.fromkeys(x["row"] for x in lines))
+  for name in names:
+    mine = [x for x in lines if x["row"] == name]
+    axes.errorbar(
+      [x["kB"] for x in mine],
+      [x["loss"] for x in mine],
+      yerr=[x["± 95%"] or 0 for x in mine],
+      label=name,
+      **_look(names, name) | {"fmt": "-" + "os^Dv*PX"[names.index(name) % 8]},
+    )
+  axes.set(
+    xscale="log",
+    xlabel="kB, all arrays",
+    ylabel="loss on unseen text, nats a token",
+    title=title,
+  )
+  axes.legend(frameon=False, fontsize=8)
+  axes.grid(alpha=0.3, which="both")
+  plots.save(drawn, picture)
