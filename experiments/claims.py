@@ -76,6 +76,28 @@ def define(values: flags.FlagValues, config: str, binding: str) -> Flags:
   )
 
 
+def claimed(folder: pathlib.Path, text: str) -> None:
+  """Makes the folder, which belongs to this configuration alone.
+
+  Args:
+    folder: of a study.
+    text: the configuration's.
+
+  Raises:
+    UserError: it is another configuration's.
+  """
+  from research.typing import UserError
+
+  folder.mkdir(parents=True, exist_ok=True)
+  note = folder / "config.gin"
+  if note.exists() and note.read_text("utf-8") != text:
+    raise UserError(
+      f"{note}: differs from this configuration.\n"
+      "Use another --workdir, or remove that one."
+    )
+  note.write_text(text)
+
+
 def tell(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:
   """Prints verdicts; returns them as JSON has them."""
   found = list(verdicts)

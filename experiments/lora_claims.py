@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   read = _GIVEN.read(studies.Study)
   folder = _GIVEN.folder
-  rows = _rows(read.experiment, _claimed(folder, read.text))
+  claims.claimed(folder, read.text)
+  (folder / "arms").mkdir(exist_ok=True)
+  rows = _rows(read.experiment, folder)
 
   # --- what they say ---
   lines = lora_verdicts.table(rows)
@@ -58,21 +60,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "seconds": round(sum(row["seconds"] for row in rows.values())),
   }
   return claims.finish(folder, result)
-
-
-def _claimed(folder: pathlib.Path, text: str) -> pathlib.Path:
-  """Returns the folder, which belongs to this configuration alone."""
-  from research.typing import UserError
-
-  (folder / "arms").mkdir(parents=True, exist_ok=True)
-  note = folder / "config.gin"
-  if note.exists() and note.read_text("utf-8") != text:
-    raise UserError(
-      f"{note}: differs from this configuration.\n"
-      "Use another --workdir, or remove that one."
-    )
-  note.write_text(text)
-  return folder
 
 
 def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Checks what is claimed of masked diffusion language models, on tiny ones.
+
+  python -m experiments.diffusion_claims \
+      --config=runs/llada/claims_reversal.gin --workdir=DIR
+
+A configuration is a `diffusion_study.Claims`, one study of several arms. Every
+arm's row goes to DIR/arms/, and the same command again runs what is missing.
+Ends with a table, verdicts, and pictures in DIR, and result.json, whose content
+is the last line on stdout.
+"""
+
+# ruff: noqa: E402
+if __name__ == "__main__":
+  from experiments import runtime
+
+  runtime.prepare()
+
+import json
+import pathlib
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from experiments import claims, cli
+
+FLAGS = cli.new_flags()
+
+_GIVEN = claims.define(
+  FLAGS,
+  "runs/llada/claims_reversal.gin",
+  "diffusion_study.Tiny.width=32 for a trial",
+)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+  """Runs what is missing; returns the result."""
+  del argv
+  from experiments import diffusion_study, tables
+
+  read = _GIVEN.read(diffusion_study.Claims)
+  study, folder = read.experiment.study, _GIVEN.folder
+  claims.claimed(folder, read.text)
+  rows = _rows(study, folder / "arms")
+
+  # --- what they say ---
+  lines = study.table(rows)
+  cli.say(f"\n{tables.text(lines)}\n")
+  said = claims.tell(study.verdicts(rows))
+  study.draw(rows, folder, _GIVEN.name)
+  result = {
+    "claims": said,
+    "table": lines,
+    "seconds": round(sum(row["seconds"] for row in rows.values())),
+  }
+  return claims.finish(folder, result)
+
+
+def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
+  """Returns all arms' rows, from the folder or from new runs."""
+  rows = {}
+  folder.mkdir(parents=True, exist_ok=True)
+  for arm in study.arms:
+    path = folder / (re.sub(r"\W+", "_", arm) + ".json")
+    if not path.exists():
+      start = time.perf_counter()
+      row = cli.plain(study.row(arm))
+      row["seconds"] = time.perf_counter() - start
+      draft = path.with_suffix(".tmp")
+      draft.write_text(json.dumps(row))
+      draft.replace(path)
+      cli.say(f"{arm}: {row['seconds']:.0f} s")
+    rows[arm] = json.loads(path.read_text())
+  return rows
+
+
+if __name__ == "__main__":
+  cli.run(main)

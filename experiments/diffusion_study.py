@@ -1,0 +1,208 @@
+"""What the studies of masked diffusion share: arms, tiny models, training.
+
+A study says which arms it has and how to run one; an arm's row is plain JSON,
+kept once it is there. Models are trained by the real step
+(`research.training.step`), scanned, at a constant rate; what is judged is the
+moving average of the weights, so that every point of a curve is worth the
+same, whatever comes after it.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.claims import Verdict
+from experiments.fresh import Fresh
+from research.nn import presets
+from research.nn.transformer import Transformer
+from research.training import optim, state, step
+from research.training.objective import Batch, Objective
+from research.typing import Array, Int, Params
+
+Row = dict[str, Any]
+"""What is known of an arm; plain values."""
+
+Rows = Mapping[str, Row]
+
+
+@runtime_checkable
+class Study(Protocol):
+  """What `diffusion_claims` runs."""
+
+  @property
+  def arms(self) -> Sequence[str]:
+    """Names of the arms, in the order of running."""
+
+  def row(self, arm: str) -> Row:
+    """Runs an arm."""
+
+  def table(self, rows: Rows) -> list[dict[str, Any]]:
+    """Returns the lines to print."""
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns what the rows say of the claims."""
+
+  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+    """Leaves pictures in the folder."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claims:
+  """The root of a run file: one study."""
+
+  study: Study
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiny:
+  """A small Transformer, and how it is trained.
+
+  Attributes:
+    width, depth, heads: of the model; the feed-forward is twice as wide.
+    batch: rows of a step.
+    rate: of Adam, constant after `warmup` steps.
+    warmup: see `rate`.
+    average: decay of the moving average of weights.
+    every: steps of a compiled piece of training.
+  """
+
+  width: int = 64
+  depth: int = 2
+  heads: int = 4
+  batch: int = 16
+  rate: float = 3e-3
+  warmup: int = 50
+  average: float = 0.99
+  every: int = 250
+
+  def load(self, vocab: int, seed: int) -> tuple[Transformer, Params]:
+    """Returns the model and random weights, for `vocab` ids in all."""
+    sizes = presets.Sizes(
+      vocab=vocab,
+      width=self.width,
+      depth=self.depth,
+      heads=self.heads,
+      kv_heads=self.heads,
+      head_dim=self.width // self.heads,
+      hidden=2 * self.width,
+      tied=False,
+    )
+    loaded = Fresh(sizes=sizes, seed=seed).load()
+    return loaded.model, loaded.params
+
+  def train(
+    self,
+    objective: Objective,
+    params: Params,
+    pool: Batch,
+    steps: int,
+    seed: int,
+    rate: float | None = None,
+  ) -> Iterator[tuple[int, Params]]:
+    """Yields steps done and averaged weights, after each `every` steps.
+
+    Args:
+      objective: with its model.
+      params: at the start.
+      pool: rows to draw batches from, a batch of all of them.
+      steps: in all.
+      seed: of the order and of the masks.
+      rate: instead of `self.rate`.
+    """
+    piece = _piece(objective, self)
+    rate = jnp.float32(self.rate if rate is None else rate)
+    now = _begin(self, params)
+    key, done = jax.random.key(seed), 0
+    while done < steps:
+      count = min(self.every, steps - done)
+      now = piece(now, pool, key, rate, count)
+      done += count
+      yield done, now.ema
+
+  def trained(self, *args: Any, **kwargs: Any) -> Params:
+    """Returns the averaged weights that `train` ends with."""
+    *_, (_, params) = self.train(*args, **kwargs)
+    return params
+
+
+def _optimizer(tiny: Tiny, rate: Any) -> Any:
+  # Rates are data: runs at several of them share one compilation.
+  shape = optim.constant(1.0, tiny.warmup)
+  return optim.adamw(lambda count: rate * shape(count))
+
+
+def _begin(tiny: Tiny, params: Params) -> state.TrainState:
+  return state.create(params, ".", _optimizer(tiny, 1.0), average=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _piece(objective: Objective, tiny: Tiny) -> Callable[..., Any]:
+  """Returns `count` steps as one program."""
+
+  @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
+  def piece(now, pool, key, rate, count):
+    tx = _optimizer(tiny, rate)
+    update = step.make_train_step(objective, tx, average=tiny.average)
+    total = pool["tokens"].shape[0]
+
+    def one(now, _):
+      at = jax.random.fold_in(jax.random.fold_in(key, 1), now.step)
+      chosen = jax.random.randint(at, (tiny.batch,), 0, total)
+      batch = {name: x[chosen] for name, x in pool.items()}
+      return update(now, batch, key)[0], None
+
+    return jax.lax.scan(one, now, length=count)[0]
+
+  return piece
+
+
+def batch_of(
+  rows: Int[Any, "B T"], learned: Any = None, begin: int | None = None
+) -> dict[str, Array]:
+  """Returns rows as a batch, each a document of its own.
+
+  Args:
+    rows: tokens.
+    learned: which tokens are targets, `[B, T]`; by default all, the first one
+      only if something comes before it.
+    begin: a token before each row, for next-token prediction; the last token
+      of a row is then no input, so that rows stay as long as they were.
+  """
+  rows = jnp.asarray(rows, jnp.int32)
+  weights = jnp.ones(rows.shape) if learned is None else jnp.asarray(learned)
+  weights = jnp.broadcast_to(weights, rows.shape) * 1.0
+  tokens, targets = rows, rows
+  if begin is not None:
+    tokens = jnp.pad(rows, ((0, 0), (1, 0)), constant_values=begin)[:, :-1]
+  else:
+    targets = jnp.roll(rows, -1, axis=1)
+    weights = jnp.roll(weights, -1, axis=1).at[:, -1].set(0.0)
+  return {
+    "tokens": tokens,
+    "targets": targets,
+    "weights": weights,
+    "positions": jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape),
+    "segments": jnp.zeros_like(rows),
+  }
+
+
+def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:
+  """Returns one number of each arm, found along `path` in its row."""
+  out = []
+  for arm in arms:
+    found: Any = rows[arm]
+    for name in path:
+      found = found[name]
+    out.append(float(found))
+  return out
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+  """Returns `a - b`, paired by seed."""
+  return np.asarray(a, float) - np.asarray(b, float)
