@@ -7,6 +7,7 @@ equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
 """
 
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -216,7 +217,7 @@ def unread_params(
   for slot in places:
     kind = jnp.dtype(dtype or _stored(rows, slot, tensors))
     fills = [
-      _filler(_reader(tensors[name], transposed))
+      _filler(tensors[name], transposed)
       for name, transposed in map(rows.theirs, slot.addresses)
     ]
     filled[slot.path] = unread.stacked(fills, slot.lead, slot.one, kind)
@@ -237,7 +238,7 @@ def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
         )
       return tensor.leaf
     kind = jnp.dtype(dtype or str(tensor.dtype))
-    fill = _filler(_reader(tensor, transposed))
+    fill = _filler(tensor, transposed)
     return unread.stacked([fill], (), slot.one, kind)
 
   kinds = model.layer_kinds()
@@ -284,11 +285,13 @@ def _reader(tensor: hf_quant.Tensor, transposed: bool):
   return read
 
 
-def _filler(read) -> unread.Fill:
-  def fill(index, out):
-    out[...] = read(index)
-
-  return fill
+def _filler(tensor: hf_quant.Tensor, transposed: bool) -> unread.Fill:
+  read, shape = _reader(tensor, transposed), tensor.shape
+  if hasattr(tensor, "leaf") or not shape:  # decoded as a whole, once
+    return unread.in_pieces(read)
+  axis = len(shape) - 1 if transposed else 0
+  row = tensor.dtype.itemsize * math.prod(shape[1:])
+  return unread.in_pieces(read, axis, row)
 
 
 def _stored(rows, slot, tensors) -> str:

@@ -25,6 +25,7 @@ Shardings = Callable[[Any], Any]
 """From a tree of `jax.ShapeDtypeStruct`s to one of `jax.sharding.Sharding`s."""
 
 _SMALL = 1 << 20
+_PIECE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,35 @@ class Unread:
 
 Fill = Callable[[Index, np.ndarray], None]
 """Reads a part of an array into memory of its shape."""
+
+
+def in_pieces(
+  read: Callable[[Index], np.ndarray], axis: int = 0, nbytes: int = 0
+) -> Fill:
+  """Returns what reads a part of an array, a mebibyte of its file at a time.
+
+  Pages of a file lie in memory as long as a look at them lasts: an embedding
+  that becomes another type, or whose scales alone are wanted, would be there
+  twice.
+
+  Args:
+    read: returns a part.
+    axis: of the array, along which the file's rows are.
+    nbytes: that each entry of that axis takes in the file; 0 reads all at once.
+  """
+
+  def fill(index: Index, out: np.ndarray) -> None:
+    if not nbytes:
+      out[...] = read(index)
+      return
+    rows, step = index[axis], max(1, _PIECE // nbytes)
+    for start in range(rows.start, rows.stop, step):
+      some = slice(start, min(start + step, rows.stop))
+      to = slice(some.start - rows.start, some.stop - rows.start)
+      part = read((*index[:axis], some, *index[axis + 1 :]))
+      out[(*(slice(None),) * axis, to)] = part
+
+  return fill
 
 
 def stacked(

@@ -204,12 +204,13 @@ def from_ggml_unread(
     found = empty[name]
 
     def filler(matrix) -> unread.Fill:
-      def fill(index, out):
+      def read(index):
         x, *inner, chosen = index
-        part = format.split(matrix(chosen, x))[name]
-        out[...] = part[:, *inner]
+        return format.split(matrix(chosen, x))[name][:, *inner]
 
-      return fill
+      return unread.in_pieces(
+        read, axis=found.ndim - 1, nbytes=columns * format.nbytes
+      )
 
     return unread.stacked(
       [filler(matrix) for matrix in matrices],

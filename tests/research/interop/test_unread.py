@@ -25,6 +25,7 @@ from research.interop import (
   unread,
 )
 from research.nn import presets
+from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support_sparse
 
@@ -285,3 +286,53 @@ def test_the_largest_array_is_read_first():
   got = unread.place({"a": array(3), "b": array(9), "c": array(5)})
   assert order == [9, 5, 3]
   assert jax.tree.map(jnp.size, got) == {"a": 3, "b": 9, "c": 5}
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_in_pieces_is_the_whole_a_mebibyte_at_a_time(axis):
+  x, asked = np.arange(60.0).reshape(6, 10), []
+
+  def read(index):
+    asked.append(unread.sizes(index)[axis])
+    return x[index]
+
+  index = (slice(1, 6), slice(2, 9))
+  for nbytes, most in ((1 << 19, 2), (3 << 19, 1), (1, 7), (0, 7)):
+    out = np.zeros(unread.sizes(index))
+    asked.clear()
+    unread.in_pieces(read, axis, nbytes)(index, out)
+    np.testing.assert_array_equal(out, x[index])
+    assert max(asked) <= most and sum(asked) == unread.sizes(index)[axis]
+
+
+def test_a_files_rows_are_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
+  """Of scales alone, and of numbers that become another type."""
+  looks = []
+
+  def look(rows, blocks):
+    made = np.zeros((rows.stop - rows.start, 20 * (blocks.stop - blocks.start)))
+    looks.append(made.size)
+    return made.astype(np.uint8)
+
+  w = ggml.from_ggml_unread("Q4_1", [look], (2048, 64), -1)
+  for x in jax.tree.leaves(w):
+    x.read(tuple(slice(0, n) for n in x.shape))
+  assert max(looks) <= 1 << 20 < sum(looks)
+
+  looks.clear()
+  file, x = tmp_path / "x.safetensors", np.ones((4096, 256), np.float32)
+  safetensors.write_file(file, {"x": x})
+  tensor = safetensors.open_file(file)["x"]
+  whole = safetensors.Lazy.read
+
+  def read(self, index=...):
+    looks.append(whole(self, index).nbytes)
+    return whole(self, index)
+
+  monkeypatch.setattr(safetensors.Lazy, "read", read)
+  for flip in (False, True):
+    shape = x.shape[::-1] if flip else x.shape
+    out = np.zeros(shape, np.float16)
+    hf._filler(tensor, flip)(tuple(slice(0, n) for n in shape), out)
+    assert out.all()
+  assert max(looks) <= 1 << 20 and sum(looks) == 2 * x.nbytes
