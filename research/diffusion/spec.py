@@ -2,16 +2,25 @@
 
 It stands in config.json, whatever the weights are stored in: under `diffusion`
 for models of any family that were converted or trained here, or in the fields
-of families that are diffusion models anyway (`research.interop.hf_llada`).
+of families that are diffusion models anyway (`research.interop.hf_llada`,
+`hf_llada2`).
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from research.interop import hf_llada, hf_llada2
 from research.interop.fields import Fields
 
 FIELD = "diffusion"
+
+_MASKS = {157_184: 156_895}
+"""Of LLaDA-MoE and LLaDA 2, by the size of their vocabulary: their model cards
+give the mask to those who sample, their config.json has none."""
+
+_BLOCK = 32
+"""Of LLaDA 2, likewise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +74,34 @@ def from_config(
       end=_ends(given, vocabulary),
     )
   kind = config.get("model_type")
-  if kind not in ("llada", "Dream"):
+  if kind not in (*hf_llada.KINDS, hf_llada2.KIND, "Dream"):
     return None
-  name = "embedding_size" if kind == "llada" else "vocab_size"
+  if kind == hf_llada2.KIND or hf_llada.is_mixture(config):
+    return _of_mixture(config, where)
+  name = "vocab_size" if kind == "Dream" else "embedding_size"
   size = name if whole.get(name) is not None else "vocab_size"
   vocabulary = whole.integer(size)
   return Spec(
     mask_id=_mask(whole, vocabulary),
     shift=kind == "Dream",
     end=_ends(whole, vocabulary),
+  )
+
+
+def _of_mixture(config: Mapping[str, Any], where: str) -> Spec:
+  """Returns what LLaDA-MoE's and LLaDA 2's files say, or leave out."""
+  vocabulary = Fields(config, where).integer("vocab_size")
+  defaults = dict(
+    mask_token_id=_MASKS.get(vocabulary),
+    eos_token_id=config.get("pad_token_id"),
+    block_length=_BLOCK,
+  )
+  fields = Fields(config, where, defaults)
+  blocks = config["model_type"] == hf_llada2.KIND
+  return Spec(
+    mask_id=_mask(fields, vocabulary),
+    block=fields.integer("block_length") if blocks else None,
+    end=_ends(fields, vocabulary),
   )
 
 

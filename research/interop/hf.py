@@ -22,6 +22,7 @@ from research.interop import (
   hf_config,
   hf_experts,
   hf_llada,
+  hf_llada2,
   hf_quant,
   names,
   parts,
@@ -346,6 +347,8 @@ def open_model(
     tensors = text_part(tensors)
   if config["model_type"] == hf_llada.KIND:
     tensors = hf_llada.as_llamas(tensors)
+  if config["model_type"] == hf_llada2.KIND:
+    tensors = hf_llada2.as_usual(tensors, sizes.heads, sizes.kv_heads)
   tensors = hf_experts.apart(model, table(model), tensors)
   if said is not None:
     known = _wanted(table(model), slots(model))

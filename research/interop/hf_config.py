@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop import hf_experts_config, hf_llada, hf_rope
+from research.interop import hf_experts_config, hf_llada, hf_llada2, hf_rope
 from research.interop.fields import Fields
 from research.interop.hf_rope import KINDS
 from research.nn import presets
@@ -25,6 +25,7 @@ FAMILIES = {
   "gemma": "gemma",
   "gemma2": "gemma2",
   "gemma3_text": "gemma3",
+  hf_llada2.KIND: "qwen3",
 }
 """model_type -> row of `presets.FAMILIES`; `gemma3` is its text part."""
 
@@ -93,6 +94,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     num_attention_heads=8,
     num_key_value_heads=4,
   ),
+  hf_llada2.KIND: hf_llada2.DEFAULTS,
 }
 
 MAX_DEPTH = 4_096
@@ -148,11 +150,15 @@ def sizes_from_config(
     raise fields.wrong("attention_bias", f"false: {kind} has none to switch")
   if fields.flag("mlp_bias") and kind != "llama":
     raise fields.wrong("mlp_bias", f"false: {kind} has no such biases")
+  before = after = biased
+  if kind == hf_llada2.KIND:
+    hf_llada2.check(fields)
+    before, after = fields.flag("use_qkv_bias"), fields.flag("use_bias")
   family = dataclasses.replace(
     family,
     activation=_activation(fields, kind),
-    qkv_bias=family.qkv_bias or biased,
-    out_bias=biased,
+    qkv_bias=family.qkv_bias or before,
+    out_bias=after,
     mlp_bias=fields.flag("mlp_bias"),
   )
   return family, _sizes(fields, kind)
@@ -173,8 +179,9 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     if "tie_word_embeddings" in config:
       values.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
     config, where, kind = values, inner.where, values["model_type"]
-  if kind == hf_llada.KIND:
-    config, kind = hf_llada.as_llama(config, where), "llama"
+  if kind in hf_llada.KINDS:
+    config = hf_llada.as_known(config, where)
+    kind = config["model_type"]
   if kind == "Dream":
     # Qwen2, but for what it is asked: its mask.
     config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
@@ -213,7 +220,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
       "rotations pair dimensions"
     )
   window = fields.maybe_integer("sliding_window")
-  if kind in ("llama", "gemma") or (
+  if kind in ("llama", "gemma", hf_llada2.KIND) or (
     kind in ("qwen2", "qwen3", "qwen3_moe")
     and not fields.flag("use_sliding_window")
   ):
@@ -233,6 +240,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     hidden=fields.integer("intermediate_size"),
     head_dim=head_dim,
     sparse=hf_experts_config.read(fields, kind),
+    rotated=_rotated(fields, kind, head_dim),
     theta=theta,
     scaling=scaling,
     local_theta=local_theta,
@@ -245,6 +253,19 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     pattern=_pattern(fields, kind, window),
     max_positions=fields.integer("max_position_embeddings"),
   )
+
+
+def _rotated(fields: Fields, kind: str, head_dim: int) -> float:
+  """Returns the share of a head's dimensions that rotate."""
+  if kind != hf_llada2.KIND:
+    return 1.0
+  share = fields.number("partial_rotary_factor")
+  count = int(head_dim * share)
+  if share > 1 or count % 2 or not count:
+    raise fields.wrong(
+      "partial_rotary_factor", f"an even part of head_dim, {head_dim}"
+    )
+  return share
 
 
 def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:

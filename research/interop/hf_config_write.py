@@ -6,7 +6,7 @@ and has to give the same model.
 
 from typing import Any
 
-from research.interop import hf_config, hf_experts_config, hf_rope
+from research.interop import hf_config, hf_experts_config, hf_llada2, hf_rope
 from research.nn import presets
 from research.nn.mlp import Mlp
 from research.nn.transformer import Transformer
@@ -69,6 +69,15 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   if model_type == "gemma3_text":
     local = next((k for k in kinds if k.attention.window), wide)
     config["rope_local_base_freq"] = local.attention.rope.theta
+  if model_type == hf_llada2.KIND:
+    config.pop("sliding_window")
+    config.pop("attention_bias", None)
+    config |= dict(
+      partial_rotary_factor=a.rope.fraction,
+      use_qk_norm=True,
+      use_qkv_bias=a.qkv_bias,
+      use_bias=a.out_bias,
+    )
   _check_described(model, config)
   return config
 
@@ -83,6 +92,7 @@ ARCHITECTURES = {
   "gemma": "GemmaForCausalLM",
   "gemma2": "Gemma2ForCausalLM",
   "gemma3_text": "Gemma3ForCausalLM",
+  hf_llada2.KIND: "LLaDA2MoeModelLM",
 }
 """model_type -> the class of transformers, which other readers ask for."""
 

@@ -1,8 +1,9 @@
-"""Experts in config.json: Mixtral's fields and Qwen3-MoE's."""
+"""Experts in config.json: Mixtral's fields, Qwen3-MoE's and LLaDA 2's."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from research.interop import hf_llada2
 from research.interop.fields import Fields
 from research.nn import presets
 from research.nn.block import Block
@@ -14,6 +15,7 @@ _COUNTS = ("num_local_experts", "num_experts")
 KINDS = {
   "mixtral": _COUNTS,
   "qwen3_moe": (*_COUNTS, "moe_intermediate_size"),
+  hf_llada2.KIND: hf_llada2.READ,
 }
 """model_type -> the fields that mean something there and are refused
 elsewhere."""
@@ -46,6 +48,8 @@ def read(fields: Fields, kind: str) -> presets.Sparse | None:
     return presets.Sparse(
       routing=routing, hidden=fields.integer("intermediate_size")
     )
+  if kind == hf_llada2.KIND:
+    return _llada2(fields, experts, active, depth)
   return presets.Sparse(
     routing=Routing(
       experts=experts,
@@ -54,6 +58,29 @@ def read(fields: Fields, kind: str) -> presets.Sparse | None:
     ),
     hidden=fields.integer("moe_intermediate_size"),
     dense=_dense(fields, depth),
+  )
+
+
+def _llada2(
+  fields: Fields, experts: int, active: int, depth: int
+) -> presets.Sparse:
+  """Returns LLaDA 2's experts, whose choice is DeepSeek-V3's."""
+  dense = fields.integer("first_k_dense_replace", least=0, most=depth)
+  return presets.Sparse(
+    routing=Routing(
+      experts=experts,
+      active=active,
+      score="sigmoid",
+      normalised=active > 1,
+      scale=fields.number("routed_scaling_factor"),
+      biased=True,
+      groups=fields.integer("n_group"),
+      active_groups=fields.integer("topk_group"),
+      group_score="top2",
+    ),
+    hidden=fields.integer("moe_intermediate_size"),
+    shared=fields.integer("num_shared_experts", least=0),
+    dense=tuple(range(dense)),
   )
 
 
@@ -92,12 +119,32 @@ def spelled(kinds: Sequence[Block], model_type: str) -> dict[str, Any]:
     return out | dict(
       num_local_experts=routing.experts, intermediate_size=moe.hidden
     )
-  return out | dict(
+  out |= dict(
     num_experts=routing.experts,
     moe_intermediate_size=moe.hidden,
     norm_topk_prob=routing.normalised,
+  )
+  if model_type == hf_llada2.KIND:
+    return out | _llada2_spelled(kinds, moe)
+  return out | dict(
     decoder_sparse_step=1,
     mlp_only_layers=[
       i for i, kind in enumerate(kinds) if not isinstance(kind.mlp, Moe)
     ],
+  )
+
+
+def _llada2_spelled(kinds: Sequence[Block], moe: Moe) -> dict[str, Any]:
+  routing = moe.routing
+  shared = moe.shared.hidden // moe.hidden if moe.shared else 0
+  return dict(
+    num_shared_experts=shared,
+    n_group=routing.groups,
+    topk_group=routing.active_groups,
+    routed_scaling_factor=routing.scale,
+    score_function="sigmoid",
+    moe_router_enable_expert_bias=True,
+    first_k_dense_replace=next(
+      i for i, kind in enumerate(kinds) if isinstance(kind.mlp, Moe)
+    ),
   )

@@ -15,6 +15,7 @@ from research.interop import (
   hf_config,
   hf_config_write,
   hf_llada,
+  hf_llada2,
   names,
   safetensors,
 )
@@ -130,13 +131,23 @@ def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
   """Returns a config.json for tensors under the usual names.
 
   Args:
-    given: of any model; LLaDA's becomes a Llama's that says what its mask is.
+    given: of any model; LLaDA's becomes a Llama's, or a Qwen3-MoE's, that says
+      what its mask is.
+
+  Raises:
+    UserError: there is no such config.json: LLaDA 2's.
   """
-  if given is None or given.get("model_type") != hf_llada.KIND:
+  kind = given.get("model_type") if given is not None else None
+  if kind == hf_llada2.KIND:
+    raise UserError(
+      f"model_type is {kind!r}: no reader of quantized files knows this family "
+      "by tensors of its own; expected --format=hf or orbax"
+    )
+  if kind not in hf_llada.KINDS:
     return given
   how = spec.from_config(given)
   said = {spec.FIELD: how.spelled()} if how is not None else {}
-  return hf_llada.as_llama(given, "config.json") | said
+  return hf_llada.as_known(given, "config.json") | said
 
 
 def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
@@ -233,7 +244,10 @@ def write_model(
 ) -> None:
   """Writes the tensors and config.json into an empty directory."""
   found = tensors(model, parts, dtype, log, rounding)
-  if config["model_type"] == hf_llada.KIND:
+  kind = config["model_type"]
+  if kind in hf_llada.KINDS and not hf_llada.is_mixture(config):
     found = hf_llada.as_lladas(found)
+  elif kind == hf_llada2.KIND:
+    found = hf_llada2.official(found)
   safetensors.write_directory(directory, found, shard_size)
   safetensors.write_json(directory / "config.json", config)

@@ -1,10 +1,12 @@
-"""LLaDA's checkpoints (8B, 1.5): Llama's layers under OLMo's names.
+"""LLaDA's checkpoints (8B, 1.5; MoE): Llama's layers under OLMo's names.
 
 Its config.json and its tensors are read as those of the Llama that they
 describe, and written back under their own names. What such a model is for, the
-mask, is `research.diffusion.spec`'s; Dream's files have Qwen2's names already.
+mask, is `research.diffusion.spec`'s; Dream's files, and DiffuCoder's, have
+Qwen2's names already.
 
-LLaDA-MoE calls itself "llada" too; its tensors' names tell it apart.
+LLaDA-MoE calls itself "llada" too, but has no d_model. It is OLMoE's layer with
+norms of each head's queries and keys, which is Qwen3-MoE's, names and all.
 """
 
 import re
@@ -15,6 +17,8 @@ from research.interop.fields import Fields
 from research.typing import UserError
 
 KIND = "llada"
+KINDS = (KIND, "lladamoe")
+"""What such files call themselves; some readers rename the mixture."""
 
 _DEFAULTS = dict(
   activation_type="silu",
@@ -70,6 +74,85 @@ _OF_LAYER = re.compile(
 _OF_LLAMA = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.([\w.]+)\.weight")
 
 
+_MIXTURE = dict(
+  hidden_act="silu",
+  max_position_embeddings=4_096,
+  rms_norm_eps=1e-5,
+  tie_word_embeddings=False,
+)
+_NOT_IN_MIXTURES: dict[str, tuple[Any, ...]] = {
+  "clip_qkv": (None,),
+  "moe_router_enable_expert_bias": (None, False),
+  "partial_rotary_factor": (None, 1),
+  "shared_expert_intermediate_size": (None,),
+}
+"""Its code also has a list of fields that it never looks at: how the router
+scores and scales, its groups, and `norm_topk_prob`."""
+
+
+def is_mixture(config: Mapping[str, Any]) -> bool:
+  """Whether a LLaDA's config.json is LLaDA-MoE's."""
+  return config.get("model_type") in KINDS and "d_model" not in config
+
+
+def as_known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Returns the config.json of the Llama or Qwen3-MoE that a LLaDA's describes.
+
+  Args:
+    config: the parsed file.
+    where: the file, for messages.
+
+  Raises:
+    UserError: it is another architecture, or of the wrong types.
+  """
+  return (as_qwen3_moe if is_mixture(config) else as_llama)(config, where)
+
+
+def as_qwen3_moe(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """Returns the config.json of the Qwen3-MoE that a LLaDA-MoE's describes."""
+  fields = Fields(config, where, _MIXTURE)
+  fields.neutral(_NOT_IN_MIXTURES)
+  if fields.get("qk_layernorm") is not True:
+    raise fields.wrong("qk_layernorm", "true: no other is supported")
+  depth, heads = (
+    fields.integer(f"num_{name}")
+    for name in ("hidden_layers", "attention_heads")
+  )
+  width = fields.integer("hidden_size")
+  if width % heads:
+    raise fields.wrong("num_attention_heads", f"a divisor of {width}")
+  sparse = fields.get("moe_layer_freq")
+  ok = isinstance(sparse, list) and len(sparse) == depth
+  if not ok or any(type(x) is not int or x not in (0, 1) for x in sparse):
+    raise fields.wrong("moe_layer_freq", f"{depth} times 0 or 1")
+  same = (
+    "vocab_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "attention_bias",
+    "num_experts",
+    "num_experts_per_tok",
+  )
+  return dict(
+    model_type="qwen3_moe",
+    hidden_size=width,
+    intermediate_size=fields.integer("dense_intermediate_size"),
+    moe_intermediate_size=fields.integer("expert_intermediate_size"),
+    num_hidden_layers=depth,
+    num_attention_heads=heads,
+    num_key_value_heads=fields.maybe_integer("num_key_value_heads") or heads,
+    head_dim=width // heads,
+    norm_topk_prob=False,
+    decoder_sparse_step=1,
+    mlp_only_layers=[i for i, x in enumerate(sparse) if not x],
+    **{name: fields.get(name) for name in same},
+  )
+
+
 def as_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns the config.json of the Llama that a LLaDA's describes.
 
@@ -80,11 +163,6 @@ def as_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   Raises:
     UserError: it is another architecture, or of the wrong types.
   """
-  if "d_model" not in config:
-    raise UserError(
-      f"{where}: model_type is 'llada' without d_model: LLaDA-MoE, which is "
-      "not supported; expected LLaDA-8B's fields"
-    )
   fields = Fields(config, where, _DEFAULTS)
   fields.neutral(_OFF)
   for name, values in _NEEDED.items():

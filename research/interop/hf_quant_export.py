@@ -72,6 +72,7 @@ def write_model(
   Raises:
     UserError: something does not fit, or all of it is plain.
   """
+  usual = hf_export.plain_config(source.config)
   modules, plain = _modules(source, writer)
   scheme, modules = _settled(modules, writer, requantize)
   make = _Maker(writer, scheme, log)
@@ -90,12 +91,7 @@ def write_model(
       out[name] = dense[name]
   said = writer.config(scheme, found, plain)
   safetensors.write_directory(directory, out, shard_size)
-  config = hf_export.config_json(
-    source.model,
-    hf_export.plain_config(source.config),
-    dtype,
-    source.hint,
-  )
+  config = hf_export.config_json(source.model, usual, dtype, source.hint)
   safetensors.write_json(
     directory / "config.json", config | {hf_quant.CONFIG: said}
   )

@@ -130,9 +130,15 @@ _SANDWICH_NORMS = (
   Row("post_mlp_norm/scale", "post_feedforward_layernorm.weight"),
 )
 
-# Qwen3-MoE; its dense layers have the rows above.
+# Qwen3-MoE; its dense layers have the rows above. A bias of the router and
+# shared experts are LLaDA 2's.
 _EXPERTS = (
   Row("mlp/router", "mlp.gate.weight", transposed=True),
+  Row("mlp/router_bias", "mlp.gate.expert_bias"),
+  *(
+    Row(f"mlp/shared/{x}", f"mlp.shared_experts.{x}_proj.weight", True)
+    for x in ("gate", "up", "down")
+  ),
   *(
     Row(f"mlp/experts/{x}", f"mlp.experts.{EXPERT}.{x}_proj.weight", True)
     for x in ("gate", "up", "down")

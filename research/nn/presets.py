@@ -283,3 +283,68 @@ QWEN3_30B_A3B = Sizes(
   tied=False,
   max_positions=40_960,
 )
+
+LLADA_MOE_7B = Sizes(
+  vocab=157_184,
+  width=2_048,
+  depth=16,
+  heads=16,
+  kv_heads=16,
+  hidden=8_192,
+  head_dim=128,
+  sparse=Sparse(
+    routing=Routing(experts=64, active=8, normalised=False), hidden=1_024
+  ),
+  theta=50_000.0,
+  pattern=("global",),
+  tied=False,
+  max_positions=8_192,
+)
+"""Of family `qwen3_moe`; all tokens see each other."""
+
+LLADA2_MINI = Sizes(
+  vocab=157_184,
+  width=2_048,
+  depth=20,
+  heads=16,
+  kv_heads=4,
+  hidden=5_120,
+  head_dim=128,
+  sparse=Sparse(
+    routing=Routing(
+      experts=256,
+      active=8,
+      score="sigmoid",
+      scale=2.5,
+      biased=True,
+      groups=8,
+      active_groups=4,
+      group_score="top2",
+    ),
+    hidden=512,
+    shared=1,
+    dense=(0,),
+  ),
+  rotated=0.5,
+  theta=600_000.0,
+  eps=1e-6,
+  tied=False,
+  max_positions=32_768,
+)
+"""Of family `qwen3`; blocks of 32 tokens see those before and themselves."""
+
+DREAM_7B = Sizes(
+  vocab=152_064,
+  width=3_584,
+  depth=28,
+  heads=28,
+  kv_heads=4,
+  hidden=18_944,
+  head_dim=128,
+  theta=1_000_000.0,
+  eps=1e-6,
+  tied=False,
+  max_positions=131_072,
+)
+"""Of family `qwen2`; all tokens see each other, logits are those of the place
+before. DiffuCoder's too."""
