@@ -32,3 +32,19 @@ def test_all_see_each_other():
   first = np.abs(causal[0, 0].numpy() - golden["logits"][0, 0]).max()
   last = np.abs(causal[0, -1].numpy() - golden["logits"][0, -1]).max()
   assert first > 0.1 and last > 0.01
+
+
+@pytest.mark.parametrize("name", make_diffusion.CASES)
+def test_logits(name, heptad):
+  """Heptad's, of the file, and transformers', of its own tensors, now."""
+  with np.load(make_diffusion.TO / name / "golden.npz") as file:
+    golden = dict(file)
+  got = heptad.bridge("scores", make_diffusion.TO / name, **golden)["logits"]
+  peer, config = make_diffusion.CASES[name]
+  shift = name == "dream"
+  seed = list(make_diffusion.CASES).index(name)
+  want = make_diffusion.asked(
+    peer, make_diffusion.draw(peer, seed), shift, config.get("block_length")
+  )
+  real = golden["positions"] >= shift
+  assert support.relative_error(got[real], want["logits"][real]) < 1e-5

@@ -122,9 +122,9 @@ def count(model) -> tuple[int, int]:
   [(LLADA_MOE_7B, 7.36, 1.076), (LLADA2_MINI, 16.26, 0.789)],
 )
 def test_published_sizes(config, billions, inner):
-  """Of the first by hand; LLaDA 2's report has 16B, and 789M without embeddings.
+  """By hand; LLaDA 2's report has 16B, 789M of them used beside embeddings.
 
-  16 x (4 x 2,048^2 + 8 x 3 x 2,048 x 1,024 + 64 x 2,048), and what is idle.
+  The first: 16 x (4 x 2,048^2 + 8 x 3 x 2,048 x 1,024 + 64 x 2,048).
   """
   every, used = count(model_of(config))
   outside = 2 * config["vocab_size"] * config["hidden_size"]
