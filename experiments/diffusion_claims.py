@@ -64,7 +64,7 @@ def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
     path = folder / (re.sub(r"\W+", "_", arm) + ".json")
     if not path.exists():
       start = time.perf_counter()
-      row = cli.plain(study.row(arm))
+      row = cli.plain(study.row(arm, rows))
       row["seconds"] = time.perf_counter() - start
       draft = path.with_suffix(".tmp")
       draft.write_text(json.dumps(row))

@@ -39,8 +39,8 @@ class Study(Protocol):
   def arms(self) -> Sequence[str]:
     """Names of the arms, in the order of running."""
 
-  def row(self, arm: str) -> Row:
-    """Runs an arm."""
+  def row(self, arm: str, before: Rows) -> Row:
+    """Runs an arm, given the rows of those before it."""
 
   def table(self, rows: Rows) -> list[dict[str, Any]]:
     """Returns the lines to print."""
@@ -206,3 +206,8 @@ def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:
 def difference(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
   """Returns `a - b`, paired by seed."""
   return np.asarray(a, float) - np.asarray(b, float)
+
+
+def surely(found: Any) -> bool:
+  """Whether a difference's 95% interval lies above zero."""
+  return found.value > found.half

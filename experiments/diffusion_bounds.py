@@ -1,0 +1,88 @@
+"""Bounds on -log p a token of tiny models, by masks of all numbers."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research.diffusion import process
+from research.diffusion.block import BlockDiffusion
+from research.diffusion.objective import masked_loss
+from research.training.objective import Batch, Objective
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey
+
+
+def loss(objective: Objective, params: Params, batch: Batch) -> float:
+  """Returns an objective's mean, nothing random."""
+  total, weight, _ = _sums(objective, params, batch)
+  return float(total / weight)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(objective, params, batch):
+  return objective(params, batch, None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def bound(
+  objective: Any, params: Params, batch: Any, block: int
+) -> Float[Array, ""]:
+  """Returns the bound a token, by so many masks of each block, all of them.
+
+  Every number of masks 1 to K counts alike, with one draw of places for each
+  row: `K/n` times the cross-entropy of the n masked tokens (`likelihood`).
+
+  Args:
+    objective: `MaskedDiffusion` or `BlockDiffusion`.
+    params: of its model.
+    batch: rows.
+    block: K, tokens of a block.
+  """
+  tokens = batch["tokens"]
+
+  def one(n):
+    masked, counts = masks(
+      jax.random.fold_in(jax.random.key(3), n), tokens, n, block
+    )
+    hidden = states(objective, params, batch, masked)
+    return (
+      masked_loss(
+        objective.model,
+        params,
+        hidden,
+        tokens,
+        counts,
+        objective.mask_id,
+        4096,
+      )
+      / tokens.size
+    )
+
+  return jax.lax.map(one, jnp.arange(1, block + 1)).mean()
+
+
+def masks(
+  key: PRNGKey, tokens: Int[Array, "B T"], n: Any, block: int
+) -> tuple[Bool[Array, "B T"], Float[Array, "B T"]]:
+  """Returns n masks a block, and what each of them counts."""
+  shape = (tokens.size // block, block)
+  keys = jax.random.split(key, shape[0])
+  count = jnp.full(shape[0], n)
+  masked = process.mask_count(keys, jnp.ones(shape, bool), count)
+  masked = masked.reshape(tokens.shape)
+  return masked, jnp.where(masked, block / n, 0.0)
+
+
+def states(
+  objective: Any, params: Params, batch: Batch, masked: Bool[Array, "B T"]
+) -> Float[Array, "B T D"]:
+  """Returns the states that predict each place's own token."""
+  if isinstance(objective, BlockDiffusion):
+    return objective.states(params, batch, masked)
+  noisy = process.noisy(batch["tokens"], masked, objective.mask_id)
+  mask = Mask.full(segments=batch["segments"])
+  return objective.model.apply(
+    {"params": params}, noisy, batch["positions"], mask
+  )[0]

@@ -1,0 +1,278 @@
+"""What caches of keys and values change: tokens, and how good they are.
+
+A model that sees both ways has no exact cache: filling a place changes what all
+others are. Caches of blocks are renewed at a block's first step (Fast-dLLM,
+arXiv:2505.22618), so smaller blocks mean newer caches. The same rows are filled
+with and without, with the same random numbers: samples of a Markov chain, whose
+likelihood is known, and `Sums`, which are right or wrong.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import diffusion_tasks as tasks
+from experiments import diffusion_truth
+from experiments.claims import Verdict
+from experiments.diffusion_policies import ANY
+from experiments.diffusion_study import Row, Rows, Tiny
+from experiments.lora_verdicts import Mean, mean
+from research.data.synthetic import Markov
+from research.diffusion import sampler
+from research.diffusion.candidates import Options
+from research.diffusion.denoiser import Cached, Denoiser, Whole
+from research.nn.sampling import GREEDY, Sampling
+from research.training import plots
+from research.typing import Int, Params, UserError
+
+NONE, PREFIX = "none", "prefix"
+CHAIN, SUMS = "chain", "sums"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Caches:
+  """Every cache at every size of blocks.
+
+  Attributes:
+    chain, sums: what is filled.
+    tiny: the model of either.
+    steps: of training.
+    seeds: of models.
+    rows: that are filled.
+    blocks: tokens between renewals; divisors of either's length.
+    around: caches -> tokens before and after a block that are read again;
+      besides, `prefix` reads all that follows.
+  """
+
+  chain: Markov
+  sums: tasks.Sums = tasks.Sums()
+  tiny: Tiny = Tiny()
+  steps: int = 2000
+  seeds: int = 3
+  rows: int = 256
+  blocks: Sequence[int] = (8, 16)
+  around: Mapping[str, tuple[int, int]] = dataclasses.field(
+    default_factory=lambda: {
+      "dual": (0, 0),
+      "vicinity": (4, 4),
+    }
+  )
+
+  def __post_init__(self):
+    for length in (self.chain.length, 2 * self.sums.length):
+      if any(length % k for k in self.blocks):
+        raise UserError(
+          f"Caches.blocks: found {tuple(self.blocks)}, expected divisors of"
+          f" {length}, the length of rows"
+        )
+
+  @property
+  def arms(self) -> list[str]:
+    """A model of each task and seed."""
+    return [f"{t}, seed {s}" for s in range(self.seeds) for t in (CHAIN, SUMS)]
+
+  def row(self, arm: str, before: Rows) -> Row:
+    """Returns a point for each cache and size of blocks."""
+    del before
+    task, seed = arm.split(", seed ")
+    if task == SUMS:
+      learned = tasks.learn_sums(self.sums, self.tiny, self.steps, int(seed))
+      truth = self.sums.rows("heldout", self.rows)
+      asked, mask = self.sums.asked(), self.sums.mask_id
+    else:
+      learned = tasks.learn_chain(self.chain, self.tiny, self.steps, int(seed))
+      truth = np.zeros((self.rows, self.chain.length), np.int32)
+      asked, mask = np.ones(self.chain.length, bool), self.chain.vocab
+    model, params = learned
+    noisy, out = np.where(asked, mask, truth).astype(np.int32), []
+    for block in self.blocks:
+      options = Options(
+        mask_id=mask, length=noisy.shape[1], block=block, select="max"
+      )
+      plain = None
+      for name in (NONE, *self.caches):
+        # Samples of a chain, answers to sums.
+        how = GREEDY if task == SUMS else ANY
+        ways = [
+          self._way(name, model, at, noisy.shape[1], block)
+          for at in range(0, noisy.shape[1], block)
+        ]
+        got = _filled(ways, params, noisy, options, how)
+        plain = got if plain is None else plain
+        point = {
+          "cache": name,
+          "block": block,
+          "read": self._read(name, block, noisy.shape[1]),
+          "same": float((got == plain)[:, asked].mean()),
+        }
+        if task == SUMS:
+          point["right"] = float((got == truth)[:, asked].mean())
+        else:
+          surprise = diffusion_truth.surprise(self.chain, got).mean()
+          point["nats"] = float(surprise) / self.chain.length
+          point["off"] = diffusion_truth.off(self.chain, got)
+        out.append(point)
+    return {"points": out}
+
+  @property
+  def caches(self) -> list[str]:
+    """Names of the caches, the one that reads least first."""
+    return [*self.around, PREFIX]
+
+  def _way(
+    self, name: str, model: Any, at: int, length: int, block: int
+  ) -> Denoiser:
+    """Returns what the block at `at` is asked of."""
+    if name == NONE:
+      return Whole(model=model)
+    if name == PREFIX:
+      return Cached(model=model, after=length - at - block)
+    before, after = self.around[name]
+    return Cached(model=model, before=before, after=after)
+
+  def _read(self, name: str, block: int, length: int) -> float:
+    """Returns the tokens that a later call of a block reads, on average."""
+    if name == NONE:
+      return float(length)
+    if name == PREFIX:
+      return float(np.mean(range(block, length + 1, block)))
+    return float(min(sum(self.around[name]) + block, length))
+
+  # --- what the rows say ---
+
+  def of(
+    self, rows: Rows, task: str, cache: str, block: int, name: str
+  ) -> Mean:
+    """Returns a number's mean over seeds."""
+    return mean([
+      next(
+        p[name] for p in rows[f"{task}, seed {s}"]["points"]
+        if p["cache"] == cache and p["block"] == block
+      )
+      for s in range(self.seeds)
+    ])  # fmt: skip
+
+  def table(self, rows: Rows) -> list[dict[str, Any]]:
+    """Returns a line for each cache and size of blocks."""
+    out = []
+    for block in self.blocks:
+      for cache in (NONE, *self.caches):
+        chain = {
+          n: self.of(rows, CHAIN, cache, block, n).value
+          for n in ("read", "same", "nats", "off")
+        }
+        sums = {
+          n: self.of(rows, SUMS, cache, block, n).value
+          for n in ("same", "right")
+        }
+        out.append({
+          "block": block,
+          "cache": cache,
+          "tokens read": chain["read"],
+          "chain: same %": 100 * chain["same"],
+          "chain: nats": chain["nats"],
+          "chain: off": chain["off"],
+          "sums: same %": 100 * sums["same"],
+          "sums: right %": 100 * sums["right"],
+        })  # fmt: skip
+    return out
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns what holds of caches."""
+    small, large = self.blocks[0], self.blocks[-1]
+
+    def drift(task, cache, block):
+      return 1 - self.of(rows, task, cache, block, "same").value
+
+    def lost(task, name, sign):
+      return {
+        cache: max(
+          sign * (
+            self.of(rows, task, cache, k, name).value
+            - self.of(rows, task, NONE, k, name).value
+          )
+          for k in self.blocks
+        )
+        for cache in self.caches
+      }  # fmt: skip
+
+    def said(task, block):
+      return ", ".join(f"{c}: {drift(task, c, block):.2%}" for c in self.caches)
+
+    right, off = lost(SUMS, "right", -1), lost(CHAIN, "off", 1)
+    names = self.caches
+    return [
+      Verdict(
+        "no cache is exact: some tokens are others",
+        f"chain, blocks of {large}: {said(CHAIN, large)}",
+        all(drift(CHAIN, c, large) > 0 for c in names),
+      ),
+      Verdict(
+        "what is right stays right: sums lose under 1% of their tokens",
+        ", ".join(f"{c}: {x:+.2%}" for c, x in right.items()),
+        max(right.values()) < 0.01,
+      ),
+      Verdict(
+        "samples stay as good: pairs of the chain at most 0.01 further off",
+        ", ".join(f"{c}: {x:+.4f}" for c, x in off.items()),
+        max(off.values()) < 0.01,
+      ),
+      Verdict(
+        "drift grows with the steps between renewals (chain)",
+        f"blocks of {small}: {said(CHAIN, small)}; of {large}:"
+        f" {said(CHAIN, large)}",
+        all(drift(CHAIN, c, large) > drift(CHAIN, c, small) for c in names),
+      ),
+      Verdict(
+        "what is read again around a block brings tokens back (chain)",
+        f"blocks of {large}: {said(CHAIN, large)}",
+        all(
+          drift(CHAIN, c, large) <= drift(CHAIN, names[0], large)
+          for c in names[1:]
+        ),
+      ),
+    ]
+
+  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+    """Leaves drift.png: tokens that are others, against tokens of a block."""
+    drawn = plots.figure(9, 3.8)
+    for axes, task in zip(drawn.subplots(1, 2), (CHAIN, SUMS), strict=True):
+      for i, cache in enumerate(self.caches):
+        same = [self.of(rows, task, cache, k, "same") for k in self.blocks]
+        axes.errorbar(
+          self.blocks,
+          [100 - 100 * x.value for x in same],
+          [100 * min(x.half, 1.0) for x in same],
+          marker="o",
+          markersize=4,
+          capsize=2,
+          label=cache,
+          **plots.style(i),
+        )
+      axes.set_xscale("log", base=2)
+      axes.set(xlabel="tokens of a block", ylabel="other tokens, %", title=task)
+      axes.grid(alpha=0.3)
+      axes.legend(frameon=False)
+    drawn.suptitle(title)
+    plots.save(drawn, folder / "drift.png")
+
+
+def _filled(
+  ways: Sequence[Denoiser],
+  params: Params,
+  noisy: Int[np.ndarray, "B T"],
+  options: Options,
+  sampling: Sampling,
+) -> Int[np.ndarray, "B T"]:
+  """Returns rows whose masks are filled, each block by its own denoiser."""
+  masked = noisy == options.mask_id
+  now = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
+  for i, denoiser in enumerate(ways):
+    at = jnp.int32(i * options.block)
+    now, _ = sampler.fill_block(denoiser, params, now, at, options, sampling)
+  return np.asarray(now.tokens)

@@ -1,0 +1,215 @@
+"""How good text is against how often the model is asked, for every policy.
+
+On a Markov chain, sampled at temperature 1, a row's likelihood is known, and so
+are the pairs it should be made of: policies that only write what is likely are
+told apart from those that sample. They are asked of the chain's own
+conditionals (`diffusion_truth.Chain`), where all errors are the sampler's, and
+of trained models. On `Sums`, decoded greedily, answers are right or wrong.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import diffusion_policy_verdicts as judged
+from experiments import diffusion_tasks as tasks
+from experiments import diffusion_truth
+from experiments.claims import Verdict
+from experiments.diffusion_study import Row, Rows, Tiny
+from research.data.synthetic import Markov
+from research.diffusion import ancestral, sampler
+from research.diffusion.ancestral import Ancestral
+from research.diffusion.candidates import Options
+from research.diffusion.denoiser import Denoiser, Whole
+from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
+from research.nn.sampling import GREEDY, Sampling, row_keys
+from research.typing import Int, Params
+
+SELECTS = {
+  "low confidence": "candidate",
+  "largest probability": "max",
+  "margin": "margin",
+  "entropy": "entropy",
+  "random": "random",
+}
+"""Names of the ways to choose a quota of places -> `Options.select`."""
+
+ANY = Sampling(temperature=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policies:
+  """Every policy at several speeds.
+
+  Attributes:
+    chain: what is sampled; the mask is one more id.
+    sums: what is answered.
+    tiny: the model of either.
+    steps: of training.
+    seeds: of models.
+    rows: that are sampled, of each policy.
+    speeds: tokens a step, of policies with a quota.
+    thresholds, factors, lows: of the policies without.
+    longer: steps of ReMDM, in row lengths.
+  """
+
+  chain: Markov
+  sums: tasks.Sums = tasks.Sums()
+  tiny: Tiny = Tiny()
+  steps: int = 2000
+  seeds: int = 3
+  rows: int = 256
+  speeds: Sequence[int] = (1, 2, 4, 8)
+  thresholds: Sequence[float] = (0.5, 0.7, 0.9)
+  factors: Sequence[float] = (0.5, 1.0, 2.0)
+  lows: Sequence[float] = (0.4, 0.62)
+  longer: Sequence[int] = (1, 2, 4)
+
+  @property
+  def arms(self) -> list[str]:
+    """The chain itself, and models of each seed."""
+    made = [f"{t}, seed {s}" for s in range(self.seeds) for t in judged.TASKS]
+    return [judged.EXACT, *made]
+
+  def row(self, arm: str, before: Rows) -> Row:
+    """Returns a point for each policy and speed."""
+    del before
+    if arm == judged.EXACT:
+      chain = diffusion_truth.Chain(mask_id=self.chain.vocab)
+      params = diffusion_truth.tables(self.chain, self.chain.length)
+      return {"points": self._chain(chain, params)}
+    task, seed = arm.split(", seed ")
+    if task == judged.SUMS:
+      learned = tasks.learn_sums(self.sums, self.tiny, self.steps, int(seed))
+      return {"points": self._sums(*learned)}
+    model, params = tasks.learn_chain(
+      self.chain, self.tiny, self.steps, int(seed)
+    )
+    return {"points": self._chain(Whole(model=model), params)}
+
+  def _chain(self, denoiser: Any, params: Params) -> list[Row]:
+    length, mask = self.chain.length, self.chain.vocab
+    noisy = np.full((self.rows, length), mask, np.int32)
+    out = []
+    for name, knob, how in self._ways(mask, length, length):
+      got, calls = fill(denoiser, params, noisy, mask, how)
+      nats = diffusion_truth.surprise(self.chain, got).mean() / length
+      off = diffusion_truth.off(self.chain, got)
+      found = {"nats": float(nats), "off": float(off)}
+      out.append(_point(name, knob, calls, length) | found)
+    return out
+
+  def _sums(self, model: Any, params: Params) -> list[Row]:
+    rows, asked = self.sums.rows("heldout", self.rows), self.sums.asked()
+    mask, length = self.sums.mask_id, rows.shape[1]
+    noisy = np.where(asked, mask, rows)
+    places, out = int(asked.sum()), []
+    for name, knob, how in self._ways(mask, length, places):
+      if not isinstance(how, Options) or how.select in ("max", "margin"):
+        continue  # the same ones, or for samples alone
+      got, calls = fill(Whole(model=model), params, noisy, mask, how, GREEDY)
+      right = (got == rows)[:, asked]
+      found = {"token": float(right.mean()), "row": float(right.all(1).mean())}
+      out.append(_point(name, knob, calls, places) | found)
+    return out
+
+  def _ways(self, mask: int, length: int, places: int):
+    """Yields name, knob, and how, for each policy at each speed."""
+    whole = functools.partial(
+      Options, mask_id=mask, length=length, block=length
+    )
+    for name, select in SELECTS.items():
+      for speed in self.speeds:
+        steps = -(-places // speed)
+        yield name, speed, whole(policy=Quota(), select=select, steps=steps)
+    for tau in self.thresholds:
+      yield "threshold", tau, whole(policy=Threshold(threshold=tau))
+    for factor in self.factors:
+      yield "factor", factor, whole(policy=Factor(factor=factor))
+    for low in self.lows:
+      yield "hierarchy", low, whole(policy=Hierarchy(low=low))
+    for speed in self.speeds:
+      yield "ancestral", speed, Ancestral(steps=-(-length // speed))
+    yield "first hitting", 1, None
+    for times in self.longer:
+      yield (
+        "ReMDM",
+        times,
+        Ancestral(
+          steps=times * length, remask="cap", eta=1 / length, start=0.9
+        ),
+      )
+
+  def table(self, rows: Rows) -> list[dict[str, Any]]:
+    """Returns a line for each policy and speed, of all arms."""
+    return judged.table(rows, self.seeds)
+
+  def verdicts(self, rows: Rows) -> list[Verdict]:
+    """Returns what holds of D4 and of the policies."""
+    entropy = diffusion_truth.entropy(self.chain, self.chain.length)
+    return judged.verdicts(rows, self.seeds, entropy)
+
+  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+    """Leaves policies.png: quality against calls, of all policies."""
+    entropy = diffusion_truth.entropy(self.chain, self.chain.length)
+    judged.draw(rows, self.seeds, entropy, folder / "policies.png", title)
+
+
+def _point(name: str, knob: float, calls: float, places: int) -> Row:
+  return {
+    "policy": name,
+    "knob": knob,
+    "calls": calls,
+    "tokens a call": places / calls,
+  }
+
+
+def fill(
+  denoiser: Denoiser,
+  params: Params,
+  noisy: Int[np.ndarray, "B T"],
+  mask_id: int,
+  how: Options | Ancestral | None,
+  sampling: Sampling = ANY,
+  seed: int = 0,
+) -> tuple[Int[np.ndarray, "B T"], float]:
+  """Returns rows whose masks are filled, and the calls of a row on average.
+
+  Args:
+    denoiser, params: the model.
+    noisy: rows with masks.
+    mask_id: of the mask.
+    how: a policy; a grid of times; or None for first hitting.
+    sampling: of policies; the other two sample at temperature 1.
+    seed: of what is drawn.
+  """
+  masked, key = noisy == mask_id, jax.random.key(seed)
+  if isinstance(how, Options):
+    begun = sampler.begin(noisy, masked, np.ones_like(masked), key)
+    found = sampler.sample(denoiser, params, begun, how, sampling)
+    return found.tokens, float(found.counts.mean())
+  keys = row_keys(key, jnp.arange(len(noisy)))
+  tokens, calls = _by_chance(
+    denoiser, params, noisy, masked, mask_id, keys, how
+  )
+  return np.asarray(tokens), float(calls)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 6))
+def _by_chance(denoiser, params, noisy, masked, mask, keys, how):
+  valid = jnp.ones(noisy.shape, bool)
+  length = noisy.shape[1]
+
+  def scores(tokens):
+    start = jnp.int32(0)
+    return denoiser.first(params, tokens, valid, start, length)[0]
+
+  if how is None:
+    return ancestral.first_hitting(scores, noisy, masked, mask, keys)
+  return ancestral.sample(scores, noisy, masked, mask, keys, how)
