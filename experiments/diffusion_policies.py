@@ -161,7 +161,7 @@ class Policies:
     judged.draw(rows, self.seeds, entropy, folder / "policies.png", title)
 
 
-def _point(name: str, knob: float, calls: float, places: int) -> Row:
+def _point(name: str, knob: Any, calls: float, places: int) -> Row:
   return {
     "policy": name,
     "knob": knob,

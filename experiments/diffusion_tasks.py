@@ -114,7 +114,7 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Walks:
-  """`s g | walk`: from s to a neighbour on a ring, by chance, until g; then ends.
+  """`s g | walk`: from s, by chance, to neighbours on a ring until g; ends.
 
   How long a walk is is known in distribution only, and each of its steps is one
   of two, while what follows it is certain.
