@@ -6,10 +6,6 @@ Commands and notebooks call these with an `Experiment` value.
 import dataclasses
 import json
 import math
-import os
-import pathlib
-import shutil
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,27 +13,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, corpora, runtime, site
+from experiments import corpora, outputs, runtime, site
 from experiments.experiment import Built, Experiment
 from research import sharding, tree
-from research.interop import convert, load, sources
-from research.interop.load import Loaded
-from research.lora import peft_write, wrap
 from research.nn import generate
 from research.training import (
   checkpoint,
   evaluating,
-  folders,
   loop,
   metrics,
-  plots,
   state,
 )
 from research.training.folders import Folder
 from research.typing import UserError
-
-DEFAULT_WINDOW = 1024
-"""Tokens that `experiments.perplexity` reads together."""
 
 
 def train(
@@ -64,7 +52,7 @@ def _train(
   begin = time.perf_counter()
 
   # --- model ---
-  _say(f"loading {experiment.model}")
+  outputs.say(f"loading {experiment.model}")
   built = experiment.build(where)
   where, tokenizer = built.site, built.loaded.tokenizer
   start = state.create(
@@ -99,7 +87,7 @@ def _train(
     began=runtime.START,
   )
 
-  # --- before and after ---
+  # --- what became of it ---
   # Both now: nobody waits for the first step, and the program is compiled once.
   measure = evaluating.compiled(built.objective, where.batch)
   before, after = (
@@ -109,49 +97,42 @@ def _train(
       ("after", outcome.state),
     )
   )
-  points = [
-    (at, found["loss"], f"held out, {when}")
-    for at, found, when in (
-      (0, before, "before"),
-      (experiment.plan.steps, after, "after"),
-    )
-    if found is not None
-  ]
-  with folders.locally(workdir) as place:
-    if runtime.first():
-      plots.loss_curve(
-        workdir / "metrics.jsonl",
-        place / "loss.png",
-        title=f"{workdir.name}: {trainable:,} trainable of {total:,}",
-        points=points,
-      )
-    params = experiment.finished(outcome.state.params)
-    usable = _save_adapter(
-      place / "adapter", experiment, built, params
-    ) or _save_model(place / "model", experiment, built, params)
+  looks = {"before": (0, before), "after": (experiment.plan.steps, after)}
+  title = f"{workdir.name}: {trainable:,} trainable of {total:,}"
+  readable = outputs.keep(
+    experiment, built, outcome.state, workdir, looks, title
+  )
   result = {
     "perplexity_before": before and math.exp(before["loss"]),
     "perplexity_after": after and math.exp(after["loss"]),
     "bits_per_byte": corpora.bits_per_byte(experiment, tokenizer, after),
     "trainable_parameters": trainable,
     "total_parameters": total,
-    "tokens_per_s": outcome.tokens_per_s,
-    "peak_memory_bytes": outcome.peak_memory_bytes,
     "seconds": time.perf_counter() - begin,
-    "seconds_to_first_step": _first_step(workdir, outcome),
-    "seconds_by_part": outcome.seconds,
-    "goodput": outcome.goodput["goodput/fraction"],
+    **_told(workdir, outcome),
     "devices": 1 if where.mesh is None else where.mesh.size,
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
-    "best": outcome.best,
     "texts": texts,
     **outcome.evaluation,
     "workdir": str(workdir),
   }
-  _write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
-  _say(_next(workdir, built.loaded if usable else None, result["devices"]))
+  outputs.write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
+  loaded = built.loaded if readable else None
+  outputs.say(outputs.commands(workdir, loaded, result["devices"]))
   return result
+
+
+def _told(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:
+  """Returns what a result says of how the loop went."""
+  return {
+    "tokens_per_s": outcome.tokens_per_s,
+    "peak_memory_bytes": outcome.peak_memory_bytes,
+    "seconds_to_first_step": _first_step(workdir, outcome),
+    "seconds_by_part": outcome.seconds,
+    "goodput": outcome.goodput["goodput/fraction"],
+    "best": outcome.best,
+  }
 
 
 def evaluate(
@@ -209,11 +190,6 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   return {"step": at, **found, "bits_per_byte": bits}
 
 
-def _say(text: str) -> None:
-  if runtime.first():
-    cli.say(text)
-
-
 def _say_parameters(
   experiment: Experiment,
   built: Built,
@@ -229,24 +205,18 @@ def _say_parameters(
     each = sharding.bytes_per_device(built.params, shardings)
     note = f"; {where.describe()}, {each:,} bytes of them on each"
     for what in where.uncut(built.params):
-      _say(f"not cut, since the mesh does not divide it: {what}")
+      outputs.say(f"not cut, since the mesh does not divide it: {what}")
   used = 1 if where.mesh is None else where.mesh.size
   if (spare := jax.device_count() - used) > 0:
-    _say(f"{spare} more devices are not used; --set=DATA=-1 takes all")
-  _write(
+    outputs.say(f"{spare} more devices are not used; --set=DATA=-1 takes all")
+  outputs.write(
     workdir / "parameters.txt",
     tree.describe(built.params, experiment.trainable, shardings) + "\n",
   )
-  _say(
+  outputs.say(
     f"{trainable:,} of {total:,} parameters are trained "
     f"({trainable / total:.2%}){note}; each one is in {workdir}/parameters.txt"
   )
-
-
-def _write(path: Folder, text: str) -> None:
-  if runtime.first():
-    with folders.writing(path):
-      folders.write_text(path, text)
 
 
 def _untrained(
@@ -300,74 +270,9 @@ def _look(
       max_new_tokens=experiment.continuation,
     )
     text = tokenizer.decode(made.tokens[0])
-    _say(f"{when}: {experiment.prompt}{text}\n")
+    outputs.say(f"{when}: {experiment.prompt}{text}\n")
   if heldout is None:
     return None
   found = evaluating.evaluate(measure, trained, heldout, built.site.batch)
-  _say(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
+  outputs.say(f"{when}: held-out perplexity {math.exp(found['loss']):.3f}")
   return found
-
-
-def _save_adapter(folder, experiment, built, params) -> bool:
-  """Writes what was trained in PEFT's format, if that is adapters."""
-  adapters, rest = tree.partition(params, wrap.TRAINABLE)
-  if not tree.count(adapters):
-    return False
-  params = tree.combine(site.whole(adapters), rest)
-  if not runtime.first():
-    return True
-  base = getattr(experiment.model, "name", "unknown")
-  if pathlib.Path(base).exists():
-    base = str(load.locate(base).resolve())  # of a run, the model in it
-  peft_write.save_adapter(folder, params, built.loaded.model, base)
-  return True
-
-
-def _save_model(folder, experiment, built, params) -> bool:
-  """Writes the whole model: in Hugging Face's format, if that can say it.
-
-  What `after` made of it is kept as it is, in ours.
-  """
-  params = site.whole(params)
-  if not runtime.first():
-    return True
-  source = sources.trained(
-    built.loaded,
-    params,
-    {"format": "run", "path": str(folder.parent)},
-    getattr(experiment.model, "name", None),
-  )
-  shutil.rmtree(folder, ignore_errors=True)
-  try:
-    write = convert.to_orbax if experiment.after else convert.to_hf
-    write(source, folder)
-  except UserError as error:
-    _say(f"{folder}: not written: {error}")
-    return False
-  return True
-
-
-def _next(workdir: Folder, usable: Loaded | None, devices: int) -> str:
-  """Returns commands to try next, for the Python that runs this one."""
-  python = os.path.relpath(sys.executable)
-  if python.startswith(".."):
-    python = sys.executable
-  where = str(workdir)
-  if not folders.is_remote(workdir):
-    near = os.path.relpath(workdir)
-    where = where if near.startswith("..") else near
-  # The run's mesh takes as many: a CPU has them only if asked.
-  virtual = devices > 1 and jax.default_backend() == "cpu"
-  many = f" --devices={devices}" if virtual else ""
-  lines = [f"{python} -m experiments.evaluate --workdir={where}{many}"]
-  if usable is not None and usable.tokenizer is not None:
-    context = usable.model.max_positions or DEFAULT_WINDOW
-    window = f" --window={context}" if context < DEFAULT_WINDOW else ""
-    lines = [
-      f"{python} -m experiments.generate --model={where} "
-      '--prompt="A Python decorator is"',
-      f"{python} -m experiments.perplexity --model={where} --text=README.md"
-      f"{window}",
-      *lines,
-    ]
-  return f"picture: {where}/loss.png. To try next:\n  " + "\n  ".join(lines)

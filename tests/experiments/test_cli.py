@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, evaluate, generate, perplexity, runs, train
+from experiments import cli, evaluate, generate, outputs, perplexity, train
 from research import tree
 from research.interop import load
 from research.lora import adapt, peft_write
@@ -244,7 +244,7 @@ def test_a_full_disk(tmp_path):
   link = tmp_path / "result.json"
   link.symlink_to(FULL)
   with pytest.raises(UserError, match="json: cannot be written .No space"):
-    runs._write(link, "x")
+    outputs.write(link, "x")
   assert link.is_symlink()
   with FULL.open("w") as full:
     done = subprocess.run(

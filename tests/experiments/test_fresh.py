@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import baselines, cli, config, convert, corpora, runs
+from experiments import baselines, cli, config, convert, corpora, outputs, runs
 from experiments.fresh import Fresh
 from research import sharding, tree
 from research.data import baselines as lengths
@@ -183,10 +183,10 @@ def test_a_mesh_trains_the_same_model(finished, tmp_path):
 
 def test_what_to_try_next_fits_the_context(finished):
   workdir, _ = finished
-  said = runs._next(workdir, load.load_model(workdir), 8)
+  said = outputs.commands(workdir, load.load_model(workdir), 8)
   assert "--text=README.md --window=64\n" in said
   assert said.endswith(f"evaluate --workdir={workdir} --devices=8")
-  assert "--devices" not in runs._next(workdir, None, 1)
+  assert "--devices" not in outputs.commands(workdir, None, 1)
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf:F32", "orbax"])

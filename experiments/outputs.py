@@ -1,0 +1,137 @@
+"""What a run leaves behind: a picture, weights, and commands to try next."""
+
+import os
+import pathlib
+import shutil
+import sys
+
+import jax
+
+from experiments import cli, runtime, site
+from experiments.experiment import Built, Experiment
+from research import tree
+from research.interop import convert, load, sources
+from research.interop.load import Loaded
+from research.lora import peft_write, wrap
+from research.training import folders, plots, state
+from research.training.folders import Folder
+from research.typing import UserError
+
+DEFAULT_WINDOW = 1024
+"""Tokens that `experiments.perplexity` reads together."""
+
+
+def say(text: str) -> None:
+  """Says it on stderr, once however many processes there are."""
+  if runtime.first():
+    cli.say(text)
+
+
+def write(path: Folder, text: str) -> None:
+  """Writes a whole file, from the first process alone."""
+  if runtime.first():
+    with folders.writing(path):
+      folders.write_text(path, text)
+
+
+def keep(
+  experiment: Experiment,
+  built: Built,
+  trained: state.TrainState,
+  workdir: Folder,
+  looks: dict[str, tuple[int, dict[str, float] | None]],
+  title: str,
+) -> bool:
+  """Writes the picture of the loss, and what was trained.
+
+  Args:
+    experiment, built, workdir: of the run.
+    trained: the state after the last step.
+    looks: when -> (step, means over held-out data or None).
+    title: of the picture.
+
+  Returns:
+    Whether other commands can read what was written.
+  """
+  points = [
+    (at, found["loss"], f"held out, {when}")
+    for when, (at, found) in looks.items()
+    if found is not None
+  ]
+  with folders.locally(workdir) as place:
+    if runtime.first():
+      plots.loss_curve(
+        workdir / "metrics.jsonl",
+        place / "loss.png",
+        title=title,
+        points=points,
+      )
+    params = experiment.finished(trained.params)
+    return _save_adapter(
+      place / "adapter", experiment, built, params
+    ) or _save_model(place / "model", experiment, built, params)
+
+
+def _save_adapter(folder, experiment, built, params) -> bool:
+  """Writes what was trained in PEFT's format, if that is adapters."""
+  adapters, rest = tree.partition(params, wrap.TRAINABLE)
+  if not tree.count(adapters):
+    return False
+  params = tree.combine(site.whole(adapters), rest)
+  if not runtime.first():
+    return True
+  base = getattr(experiment.model, "name", "unknown")
+  if pathlib.Path(base).exists():
+    base = str(load.locate(base).resolve())  # of a run, the model in it
+  peft_write.save_adapter(folder, params, built.loaded.model, base)
+  return True
+
+
+def _save_model(folder, experiment, built, params) -> bool:
+  """Writes the whole model: in Hugging Face's format, if that can say it.
+
+  What `after` made of it is kept as it is, in ours.
+  """
+  params = site.whole(params)
+  if not runtime.first():
+    return True
+  source = sources.trained(
+    built.loaded,
+    params,
+    {"format": "run", "path": str(folder.parent)},
+    getattr(experiment.model, "name", None),
+  )
+  shutil.rmtree(folder, ignore_errors=True)
+  try:
+    as_files = convert.to_orbax if experiment.after else convert.to_hf
+    as_files(source, folder)
+  except UserError as error:
+    say(f"{folder}: not written: {error}")
+    return False
+  return True
+
+
+def commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
+  """Returns commands to try next, for the Python that runs this one."""
+  python = os.path.relpath(sys.executable)
+  if python.startswith(".."):
+    python = sys.executable
+  where = str(workdir)
+  if not folders.is_remote(workdir):
+    near = os.path.relpath(workdir)
+    where = where if near.startswith("..") else near
+  # The run's mesh takes as many: a CPU has them only if asked.
+  virtual = devices > 1 and jax.default_backend() == "cpu"
+  many = f" --devices={devices}" if virtual else ""
+  lines = [f"{python} -m experiments.evaluate --workdir={where}{many}"]
+  if usable is not None and usable.tokenizer is not None:
+    context = usable.model.max_positions or DEFAULT_WINDOW
+    window = f" --window={context}" if context < DEFAULT_WINDOW else ""
+    lines = [
+      f"{python} -m experiments.generate --model={where} "
+      '--prompt="A Python decorator is"',
+      f"{python} -m experiments.perplexity --model={where} --text=README.md"
+      f"{window}",
+      *lines,
+    ]
+  return f"picture: {where}/loss.png. To try next:\n  " + "\n  ".join(lines)
