@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from experiments.study import Arm
 from research.lora import adapt, look, loraplus, lorapro, relora, riemannian
 from research.lora.methods.adalora import AdaLoRA
+from research.lora.methods.bdlora import BDLoRA
 from research.lora.methods.c3a import C3A
 from research.lora.methods.delora import DeLoRA
 from research.lora.methods.dora import DoRA
@@ -26,10 +27,12 @@ from research.lora.methods.lokr import LoKr
 from research.lora.methods.lora import LoRA
 from research.lora.methods.miss import MiSS
 from research.lora.methods.mora import MoRA
+from research.lora.methods.qalora import QALoRA
 from research.lora.methods.randlora import RandLoRA
 from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA
 from research.lora.methods.rotations import BOFT, HRA, OFT
 from research.lora.methods.shira import SHiRA
+from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.vera import VeRA
 from research.training import galore, subspace
 
@@ -92,7 +95,11 @@ def width(ranks: Sequence[int] = (2, 16)) -> tuple[Arm, ...]:
 
 
 def methods() -> tuple[Arm, ...]:
-  """Returns every method at about the parameters of LoRA of rank 4."""
+  """Returns every method at about the parameters of LoRA of rank 4.
+
+  But for activated LoRA, which is LoRA from its invocation on. TinyLoRA's rank
+  is the least whose square exceeds what it trains.
+  """
   r, plain = 4, LoRA(rank=4, alpha=16.0)
   pairs = functools.partial(_adapted, method=plain, group="optimizer")
   start = dict(group="start")
@@ -114,6 +121,8 @@ def methods() -> tuple[Arm, ...]:
     _adapted("DeLoRA", DeLoRA(rank=r), -6, group="bound"),
     _adapted("LoRA-FA", LoRAFA(rank=2 * r, alpha=16.0), -6),
     _adapted("MiCA", MiCA(rank=2 * r, alpha=16.0), -6, **start),
+    _adapted("QA-LoRA", QALoRA(rank=6, alpha=16.0, group=4)),
+    _adapted("BD-LoRA", BDLoRA(rank=6, alpha=16.0, blocks=2)),
     pairs("LoRA+", optimizer=_loraplus),
     pairs("LoRA-Pro", first=-6, optimizer=_lorapro),
     pairs("Riemannian", optimizer=_riemannian),
@@ -129,6 +138,7 @@ def methods() -> tuple[Arm, ...]:
       "FourierFT", FourierFT(frequencies=622), -6, group="high rank"
     ),
     _adapted("RandLoRA", RandLoRA(rank=8, alpha=160.0), -7, group="high rank"),
+    _adapted("TinyLoRA", TinyLoRA(rank=25, size=622), -6, group="high rank"),
     _adapted("OFT", OFT(block=16), -6, group="rotation"),
     _adapted("BOFT", BOFT(block=4, factors=2), -6, group="rotation"),
     _adapted("HRA", HRA(rank=2 * r), -4, group="rotation"),
