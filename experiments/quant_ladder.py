@@ -93,9 +93,9 @@ class Ladder:
 
 def rows(
   calibration: Calibration,
-  bits: Sequence[int] = (8, 6, 4, 3, 2),
+  bits: Sequence[int] = (8, 4, 3, 2),
   block: int = 32,
-  nearest: Sequence[int] = (4, 3),
+  nearest: Sequence[int] = (),
 ) -> tuple[Row, ...]:
   """Returns integers by GPTQ, and some rounded to nearest.
 

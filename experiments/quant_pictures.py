@@ -11,11 +11,15 @@ Rows = Mapping[str, Mapping[str, Any]]
 
 
 def pareto(rows: Rows, picture: pathlib.Path, title: str) -> None:
-  """Draws divergence against true bits a weight, and each band's ranking.
+  """Draws `front_and_ranking` into a PNG."""
+  plots.save(front_and_ranking(rows, title), picture)
+
+
+def front_and_ranking(rows: Rows, title: str) -> Any:
+  """Returns a figure: divergence against true bits, and each band's ranking.
 
   Args:
     rows: as `experiments.quant_study` measures them.
-    picture: the PNG.
     title: above it.
   """
   good = [
@@ -60,7 +64,7 @@ def pareto(rows: Rows, picture: pathlib.Path, title: str) -> None:
   left.legend(frameon=False, fontsize=8)
   left.grid(alpha=0.3)
   _ranking(right, good, groups)
-  plots.save(drawn, picture)
+  return drawn
 
 
 def _look(groups: list[str], group: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -56,6 +56,16 @@ class Row:
     return sum(r.windows * r.length for r in read if r is not None) or None
 
 
+@runtime_checkable
+class Task(Protocol):
+  """Questions whose answers are known."""
+
+  name: str
+
+  def right(self, loaded: Any) -> list[bool]:
+    """Returns which questions a model answers as it should."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
   """Rows beside each other.
@@ -66,6 +76,7 @@ class Table:
     text: windows that are read; the model and its calibration have not.
     verdicts: rows by name -> claims, what was found, and whether they hold.
     probed: windows that errors by matrix are measured on.
+    tasks: with answers, that rows are asked, by name.
   """
 
   model: Source
@@ -73,6 +84,7 @@ class Table:
   text: Calibration
   verdicts: Sequence[Callable[[Measured], list[Any]]] = ()
   probed: int = 1
+  tasks: Sequence[Task] = ()
 
   def __post_init__(self):
     names = [row.name for row in self.flat]
@@ -123,6 +135,8 @@ def measured(
 def _key(table: Table, row: Row) -> dict[str, str]:
   """Returns what tells a row from others of its name."""
   key = {"made": f"{row.transforms}", "of": f"{table.model} {table.text}"}
+  if table.tasks:
+    key["asked"] = f"{table.tasks}"
   # A function's address is another in each process.
   return {name: re.sub(r" at 0x[0-9a-f]+", "", x) for name, x in key.items()}
 
@@ -156,6 +170,9 @@ def one(table: Table, row: Row, loaded: Any, base: compare.Base) -> dict:
   out["seconds_to_pack"] = time.perf_counter() - start
   out |= dataclasses.asdict(report_errors.sizes(params))
   out |= dataclasses.asdict(compare.compare(base, loaded.model, params))
+  if table.tasks:
+    now = dataclasses.replace(loaded, params=params)
+    out["right"] = {task.name: task.right(now) for task in table.tasks}
   if row.errors and out["packed_weights"]:
     tokens = base.tokens[: table.probed]
     found = report_errors.errors(loaded.model, before, params, tokens)
