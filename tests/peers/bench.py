@@ -5,7 +5,7 @@
   make bench ARGS='checkpoint pipeline host import_gguf_fp32'
 
 Rows against torch come first; those of `bench_methods` (PEFT's methods),
-`bench_attention` (attention alone),
+`bench_attention` (attention alone), `bench_diffusion` (masked diffusion),
 `bench_loop` (checkpoints, input, the host) and `bench_import` (loading models,
 memory) follow. Each measurement is
 a process of its own; ours and torch's alternate, so that a machine which
@@ -23,7 +23,13 @@ import sys
 import time
 
 import tests.peers.bench_torch as table
-from tests.peers import bench_attention, bench_import, bench_loop, bench_methods
+from tests.peers import (
+  bench_attention,
+  bench_diffusion,
+  bench_import,
+  bench_loop,
+  bench_methods,
+)
 
 OURS = [sys.executable, "tests/peers/bench_ours.py"]
 LIMITS = {
@@ -107,7 +113,13 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--huge_pages", action="store_true")
   args = parser.parse_args()
-  others = (bench_methods, bench_attention, bench_loop, bench_import)
+  others = (
+    bench_methods,
+    bench_attention,
+    bench_diffusion,
+    bench_loop,
+    bench_import,
+  )
   known = [row for module in (table, *others) for row in module.ROWS]
   if unknown := set(args.rows) - set(known):
     parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
@@ -140,6 +152,13 @@ def main() -> None:
   )
   if attention:
     print(bench_attention.show(attention))
+  diffusion = bench_diffusion.rows(
+    [row for row in names if row in bench_diffusion.ROWS],
+    args.peers,
+    args.repeats,
+  )
+  if diffusion:
+    print(bench_diffusion.show(diffusion))
   loop = [bench_loop.once(row) for row in names if row in bench_loop.ROWS]
   print("\n".join(map(json.dumps, loop)))
   found = bench_import.rows([r for r in names if r in bench_import.ROWS])
@@ -149,6 +168,7 @@ def main() -> None:
     "rows": rows,
     "methods": methods,
     "attention": attention,
+    "diffusion": diffusion,
     "loop": loop,
     "import": found,
   }

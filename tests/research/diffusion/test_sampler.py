@@ -318,3 +318,16 @@ def test_logits_that_are_no_numbers():
   state = sampler.start([[1]], options, jax.random.key(0))
   with pytest.raises(UserError, match="block at 1 are not finite"):
     sampler.sample(Broken(), {}, state, options)
+
+
+def test_no_block_and_no_prompt_compiles_again():
+  """Of one shape: other blocks, prompts, keys and temperatures."""
+  hot = Sampling(temperature=0.5)
+  run(block=4, sampling=hot)
+  programs = sampler.fill_block._cache_size()
+  for prompt, key in (((2, 5, 1), 1), ((6, 6, 0), 2), ((1, 0, 3), 3)):
+    run(prompts=[prompt], block=4, key=key, sampling=hot)
+  run(block=4, sampling=Sampling(temperature=1.5))
+  assert sampler.fill_block._cache_size() == programs
+  run(prompts=[(2, 5)], block=4, sampling=hot)  # a shorter row is another shape
+  assert sampler.fill_block._cache_size() == programs + 1
