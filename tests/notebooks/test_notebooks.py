@@ -176,6 +176,51 @@ def test_lora_ranks_merges_and_comes_back(tmp_path, monkeypatch):
   assert json.loads(adapter.read_text())["peft_type"] == "LORA"
 
 
+def test_llada_is_bounded_by_the_truth(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "llada.ipynb"
+  names = ("bounds", "entropy", "quality", "turned")
+  values, printed = _execute(notebook, names)
+  bounds, entropy = values["bounds"], values["entropy"]
+  # Of 128 rows of 32 tokens, nats a token vary by about 0.1 from row to row.
+  assert bounds["perfect"] == pytest.approx(entropy, abs=0.05)
+  assert bounds["model"] > bounds["perfect"] + 0.2  # it has hardly learned
+  few, many = values["quality"]["perfect"]
+  assert few["pairs off"] > 2 * many["pairs off"]
+  assert many["nats a token"] == pytest.approx(entropy, abs=0.05)
+  plain, ones = (row["nats a token"] for row in values["turned"])
+  assert ones == pytest.approx(plain, rel=1e-4)
+  assert re.search(r"^ +24  [a-j]{32}$", printed, re.M)
+  (picture,) = tmp_path.rglob("a.gif")
+  assert picture.read_bytes()[:6] == b"GIF89a"
+
+
+def test_quantization_shows_what_it_says(tmp_path, monkeypatch):
+  monkeypatch.setenv("TMPDIR", str(tmp_path))
+  notebook = ROOT / "colab" / "quantization.ipynb"
+  names = ("errors", "outliers", "cache", "rows", "texts", "different", "equal")
+  values, printed = _execute(notebook, names)
+  bits = [row["bits"] for row in values["errors"]]
+  assert bits == sorted(bits, reverse=True) and bits[-1] == 2.625
+  assert values["errors"][-1]["outputs' error"] > 0.2
+  near, compensated = map(
+    float, re.search(r"end ([\d.]+) with GPTQ ([\d.]+)", printed).groups()
+  )
+  assert compensated < 0.5 * near and values["equal"] > 0.99
+  found = {row["what"]: row["found"] for row in values["outliers"]}
+  assert found["outliers"] > 10_000 > 100 > found["outliers rotated"]
+  assert found["A8 tensor"] > 0.9 > 0.1 > found["A8 token"]
+  assert found["A4 rotated"] < 0.5 * found["A4 token"]
+  keys, turned, rows, columns = (x["median layer"] for x in values["cache"])
+  assert keys < 0.7 * turned and rows < 0.7 * columns
+  four, three = values["rows"].values()
+  assert four["bits_per_weight"] > three["bits_per_weight"]
+  assert four["kl"] < three["kl"]
+  assert set(values["texts"]) == {"4.5 bits"} and values["different"] == 0
+  (file,) = tmp_path.rglob("*.gguf")
+  assert 85e6 < file.stat().st_size < 95e6
+
+
 def _install():
   spec = importlib.util.spec_from_file_location(
     "install", ROOT / "colab" / "install.py"
