@@ -23,7 +23,7 @@ TASKS = (CHAIN, SUMS)
 QUOTA = ("low confidence", "largest probability", "margin", "entropy", "random")
 ADAPTIVE = ("threshold", "factor", "hierarchy")
 
-Point = tuple[str, float]
+Point = tuple[str, Any]
 """A policy and its knob."""
 
 

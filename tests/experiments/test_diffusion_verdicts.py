@@ -1,0 +1,344 @@
+"""Verdicts on diffusion's claims say what the rows say, either way."""
+
+import copy
+import math
+
+import pytest
+
+from experiments import (
+  diffusion_caches,
+  diffusion_ends,
+  diffusion_following,
+  diffusion_ladder,
+  diffusion_policies,
+  diffusion_policy_verdicts,
+  diffusion_reversal,
+  diffusion_rewards,
+  diffusion_truth,
+)
+from research.data.synthetic import Markov
+
+SOURCE = Markov(vocab=8, length=16)
+JITTER = (-1e-4, 0.0, 1e-4)
+
+
+def holds(study, rows):
+  return [v.holds for v in study.verdicts(rows)]
+
+
+def changed(rows, arms, path, values):
+  """Rows in which one number of some arms is another one."""
+  out = copy.deepcopy(rows)
+  for arm, value in zip(arms, values, strict=True):
+    at = out[arm]
+    for name in path[:-1]:
+      at = at[name]
+    at[path[-1]] = value
+  return out
+
+
+# --- the ladder ---
+
+LADDER = diffusion_ladder.Ladder(source=SOURCE, steps=100, more=4)
+ENTROPY = diffusion_truth.entropy(SOURCE, 16)
+
+
+def ladder_rows(**gaps):
+  read = [25_600, 102_400]
+  ends = {
+    "next token": (0.01, 0.002),
+    "blocks of 1": (0.01, 0.003),
+    "blocks of 4": (0.02, 0.006),
+    "whole rows": (0.02, 0.01),
+  } | gaps
+  return {
+    f"{kind}, seed {s}": {
+      "rate": 1e-3,
+      "read": [16 * 16 * 100] if kind == "next token" else read,
+      "gap": [
+        g + JITTER[s] for g in (both[1:] if kind == "next token" else both)
+      ],
+    }
+    for kind, both in ends.items()
+    for s in range(3)
+  }
+
+
+def test_the_ladder_holds_as_a_theorist_would_like():
+  assert holds(LADDER, ladder_rows()) == [True] * 5
+  kinds = [line["kind"] for line in LADDER.table(ladder_rows())]
+  assert kinds == list(LADDER.kinds)
+
+
+@pytest.mark.parametrize(
+  ("gaps", "number"),
+  [
+    ({"whole rows": (0.2, 0.01)}, 0),
+    ({"whole rows": (0.2, 0.1)}, 1),
+    ({"whole rows": (1.0, 0.9)}, 2),
+    ({"blocks of 4": (0.02, 0.02)}, 3),
+    ({"blocks of 1": (0.02, 0.0125)}, 4),
+  ],
+)
+def test_the_ladder_falls(gaps, number):
+  assert not holds(LADDER, ladder_rows(**gaps))[number]
+
+
+def test_a_gap_at_equal_tokens_is_read_off_the_curve():
+  row = {"read": [10, 1000], "gap": [1.0, 0.0]}
+  # Halfway in log tokens.
+  assert diffusion_ladder._at(row, 100) == pytest.approx(0.5)
+  assert diffusion_ladder._at(row, None) == 0.0
+  assert diffusion_ladder._marks(1000, 250, 3) == {250, 500, 1000}
+  assert diffusion_ladder._marks(7, 250, 3) == {7}
+
+
+# --- reversal ---
+
+REVERSAL = diffusion_reversal.Reversal()
+RIGHT = {
+  "next token": {
+    "fact": 1.0,
+    "template, told both": 1.0,
+    "template, told once": 0.0,
+    "scored": 0.0,
+  },
+  "diffusion": {
+    "fact": 1.0,
+    "template, told both": 1.0,
+    "template, told once": 0.9,
+    "gap": 1.0,
+  },
+}
+REVERSED = {
+  f"{kind}, seed {s}": {"right": right}
+  for kind, right in RIGHT.items()
+  for s in range(3)
+}
+
+
+def test_reversal_by_both_ways():
+  assert holds(REVERSAL, REVERSED) == [True] * 5
+  lines = REVERSAL.table(REVERSED)
+  assert lines[1]["next token"] is None and lines[1]["diffusion"] == 100
+
+
+@pytest.mark.parametrize(
+  ("kind", "probe", "value", "number"),
+  [
+    ("next token", "fact", 0.9, 0),
+    ("next token", "template, told once", 0.5, 1),
+    ("diffusion", "gap", 0.5, 2),
+    ("diffusion", "template, told once", 0.0, 3),
+    ("next token", "scored", 1.0, 4),
+  ],
+)
+def test_reversal_fails(kind, probe, value, number):
+  arms = [f"{kind}, seed {s}" for s in range(3)]
+  rows = changed(REVERSED, arms, ("right", probe), [value] * 3)
+  assert not holds(REVERSAL, rows)[number]
+
+
+# --- policies ---
+
+POLICIES = diffusion_policies.Policies(chain=SOURCE)
+
+
+def policy_rows():
+  """Points as they would be if all that is claimed were so."""
+
+  def points(task):
+    out = []
+    for name, knob, _ in POLICIES._ways(8, 16, 16):
+      calls = 16 * knob if name == "ReMDM" else 16 / knob
+      calls = 4.0 if name in ("threshold", "factor", "hierarchy") else calls
+      point = {"policy": name, "knob": knob, "calls": float(calls)}
+      point["tokens a call"] = 16 / point["calls"]
+      if task == "sums":
+        point["row"] = 0.3 if name == "random" else 1.0
+      else:
+        biased = name == "low confidence"
+        point["nats"] = ENTROPY * (0.5 if biased else 1.0)
+        point["off"] = 0.3 if biased else 0.02 / (1 + point["calls"])
+      out.append(point)
+    return out
+
+  exact = {diffusion_policy_verdicts.EXACT: {"points": points("chain")}}
+  return exact | {
+    f"{task}, seed {s}": {"points": points(task)}
+    for task in ("chain", "sums")
+    for s in range(3)
+  }
+
+
+def altered(rows, task, policy, name, value):
+  out = copy.deepcopy(rows)
+  for arm, row in out.items():
+    for point in row["points"]:
+      if arm.startswith(task) and point["policy"] == policy:
+        point[name] = value
+  return out
+
+
+def test_policies_all_hold(tmp_path):
+  rows = policy_rows()
+  assert holds(POLICIES, rows) == [True] * 8
+  assert len(POLICIES.table(rows)) == len(rows["chain, seed 0"]["points"])
+  POLICIES.draw(rows, tmp_path, "policies")
+  assert (tmp_path / "policies.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+  ("task", "policy", "name", "value", "number"),
+  [
+    ("sums", "random", "row", 1.0, 0),
+    ("sums", "threshold", "row", 0.9, 1),
+    ("sums", "factor", "tokens a call", 1.5, 2),
+    ("the chain", "low confidence", "nats", ENTROPY, 3),
+    ("the chain", "margin", "off", 0.2, 4),
+    ("the chain", "ReMDM", "off", 0.2, 5),
+    ("chain", "ReMDM", "off", 0.2, 6),
+    ("chain", "ancestral", "off", 0.2, 7),
+  ],
+)
+def test_policies_do_not(task, policy, name, value, number):
+  rows = altered(policy_rows(), task, policy, name, value)
+  assert not holds(POLICIES, rows)[number]
+
+
+# --- caches ---
+
+CACHES = diffusion_caches.Caches(chain=SOURCE)
+
+
+def cache_rows(**more):
+  drift = {"none": 0.0, "dual": 0.02, "vicinity": 0.01, "prefix": 0.005} | more
+  points = [
+    {
+      "cache": cache,
+      "block": block,
+      "read": 8.0,
+      "same": 1 - drift[cache] * block / 16,
+      "right": 1 - 0.1 * drift[cache],
+      "nats": 1.0,
+      "off": 0.05 + 0.1 * drift[cache],
+    }
+    for cache in drift
+    for block in CACHES.blocks
+  ]
+  return {arm: {"points": copy.deepcopy(points)} for arm in CACHES.arms}
+
+
+@pytest.mark.parametrize(
+  ("more", "wanted"),
+  [
+    ({}, [True, True, True, True, True]),
+    ({"prefix": 0.0}, [False, True, True, False, True]),
+    ({"dual": 0.2}, [True, False, False, True, True]),
+    ({"prefix": 0.05}, [True, True, True, True, False]),
+  ],
+)
+def test_caches(more, wanted):
+  assert holds(CACHES, cache_rows(**more)) == wanted
+
+
+# --- ends ---
+
+ENDS = diffusion_ends.Ends()
+
+
+def end_rows(**lengths):
+  found = dict(low=5.0, last=12.0, blocks=9.5, chance=10.2) | lengths
+  names = dict(zip(found, ("low confidence", "ends last", "blocks of 4",
+                           "random places"), strict=True))  # fmt: skip
+  row = {names[k]: {"length": x, "valid": 0.9} for k, x in found.items()}
+  return {arm: copy.deepcopy(row) | {"want": 10.0} for arm in ENDS.arms}
+
+
+@pytest.mark.parametrize(
+  ("lengths", "number"),
+  [
+    ({"low": 9.0}, 0),
+    ({"chance": 8.0}, 1),
+    ({"last": 7.0}, 2),
+    ({"blocks": 7.0}, 3),
+  ],
+)
+def test_ends(lengths, number):
+  assert holds(ENDS, end_rows()) == [True] * 5
+  want = [True] * 5
+  want[number] = False
+  assert holds(ENDS, end_rows(**lengths)) == want
+  path = ("ends last", "valid")
+  rows = changed(end_rows(), ENDS.arms, path, [0.5] * 3)
+  assert holds(ENDS, rows) == [True, True, True, True, False]
+
+
+# --- rewards ---
+
+REWARDS = diffusion_rewards.Rewards()
+
+
+def reward_rows(one=0.9, coupled=0.99, lot=0.4, different=0.8):
+  ends = dict(zip(diffusion_rewards.KINDS, (one, coupled, lot), strict=True))
+  return {
+    f"{kind}: seed {s}": {
+      "reward": [0.4, end + JITTER[s]],
+      "greedy": [0.4, end],
+      "different": [1.0, different],
+    }
+    for kind, end in ends.items()
+    for s in range(3)
+  }
+
+
+@pytest.mark.parametrize(
+  ("more", "wanted"),
+  [
+    ({}, [True] * 5),
+    ({"one": 0.4}, [False, True, True, True, True]),
+    ({"lot": 0.6}, [True, False, True, True, True]),
+    ({"coupled": 0.4}, [True, True, False, False, True]),
+    ({"different": 0.1}, [True, True, True, True, False]),
+  ],
+)
+def test_rewards(more, wanted):
+  assert holds(REWARDS, reward_rows(**more)) == wanted
+
+
+# --- instructions ---
+
+FOLLOWING = diffusion_following.Following()
+
+
+def following_rows(before=(2.0, 0.1), after=(0.1, 0.95), alone=(1.0, 0.5)):
+  kinds = ("converted", "converted, tuned", "no base, tuned")
+  return {
+    arm: {
+      kind: {"loss": loss + JITTER[s], "right": right + JITTER[s] * (i + 1)}
+      for i, (kind, (loss, right)) in enumerate(
+        zip(kinds, (before, after, alone), strict=True)
+      )
+    }
+    for s, arm in enumerate(FOLLOWING.arms)
+  }
+
+
+@pytest.mark.parametrize(
+  ("more", "wanted"),
+  [
+    ({}, [True] * 4),
+    ({"before": (0.05, 0.1)}, [False, True, True, True]),
+    ({"before": (2.0, 0.96)}, [True, False, True, True]),
+    ({"after": (0.1, 0.8)}, [True, True, False, True]),
+    ({"alone": (0.1, 0.95)}, [True, True, True, False]),
+  ],
+)
+def test_following(more, wanted):
+  assert holds(FOLLOWING, following_rows(**more)) == wanted
+
+
+def test_one_seed_is_no_interval():
+  one = diffusion_following.Following(seeds=1)
+  assert not holds(one, following_rows())[0]
+  assert math.isinf(one.of(following_rows(), "converted", "loss").half)
