@@ -8,6 +8,7 @@ changes is their order in memory, and that a C++ kernel multiplies them
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,11 +40,15 @@ class PanelTensor:
 
   Attributes:
     panels: `[..., I, O]` as stored.
+    source: int32 `[..., I]` or None: the matrix' row that each stored row is,
+      as act-order leaves them. What is multiplied is put in that order, once;
+      the panels are read front to back as ever.
     axis: -2 if that is the logical order, -1 if its transpose is (an
       embedding `[V, D]`, stored `[D, V]`).
   """
 
   panels: layout.Panels
+  source: Any = None
   axis: int = dataclasses.field(default=-2, metadata=dict(static=True))
 
   @property
@@ -72,8 +77,12 @@ class PanelTensor:
     return self.panels.outputs
 
   def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded numbers in the order they are stored in."""
-    return layout.dense(self.panels).astype(self.dtype)
+    """Returns the decoded matrix `[I, O]`."""
+    w = layout.dense(self.panels).astype(self.dtype)
+    if self.source is None:
+      return w
+    order = jnp.argsort(self.source, axis=-1)
+    return jnp.take_along_axis(w, order[..., None], axis=-2)
 
   def dense(self) -> Float[Array, "..."]:
     """Returns the matrix, bitwise what it was made from."""
@@ -86,6 +95,8 @@ class PanelTensor:
     if self.axis == -1:
       w = w[:-2] + w[-1] + w[-2]
     if len(w) == 2 and left[-1] == w[0] and out == left[:-1] + w[1]:
+      if self.source is not None:
+        x = jnp.take(x, self.source, axis=-1, unique_indices=True)
       return api.quantized_matmul(x, self.panels)
     stored = f"{left},{w}->{out}"
     return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
@@ -94,7 +105,10 @@ class PanelTensor:
     """Returns rows of an embedding; only those are decoded."""
     if self.axis == -2:
       return jnp.take(self.dense(), ids, axis=0)
-    return layout.take(self.panels, ids).astype(self.dtype)
+    found = layout.take(self.panels, ids).astype(self.dtype)
+    if self.source is None:
+      return found
+    return jnp.take(found, jnp.argsort(self.source), axis=-1)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
@@ -110,7 +124,8 @@ class PanelTensor:
     parts = jax.tree.map(
       lambda part: weights.axes(part, part_names), self.panels
     )
-    return dataclasses.replace(self, panels=parts)
+    source = weights.axes(self.source, (*lead, None))
+    return dataclasses.replace(self, panels=parts, source=source)
 
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
@@ -123,9 +138,9 @@ def fits(w: QTensor) -> bool:
   """Whether panels can hold what `w` holds.
 
   Codes of at most 4 bits, or integers of up to 8; groups of whole words; no
-  rows out of their order, nor in other precision.
+  rows in other precision.
   """
-  if w.order is not None or w.outliers is not None:
+  if w.outliers is not None:
     return False
   plain = jax.eval_shape(lambda w: w.plain().scale, w)
   group = w.inputs // plain.shape[-2]
@@ -175,13 +190,16 @@ def from_qtensor(w: QTensor) -> PanelTensor:
   packed = layout.pack(
     codes, plain.scale, offset, group=plain.group, codebook=book
   )
-  return PanelTensor(packed, w.axis)
+  source = None
+  if w.order is not None:
+    source = jnp.argsort(w.order, axis=-1).astype(jnp.int32)
+  return PanelTensor(packed, source, w.axis)
 
 
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
   """Returns a bfloat16 matrix in panels; for `axis` see `PanelTensor`."""
   stored = w if axis == -2 else jnp.swapaxes(w, -1, -2)
-  return PanelTensor(jax.jit(layout.pack)(stored), axis)
+  return PanelTensor(jax.jit(layout.pack)(stored), axis=axis)
 
 
 def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
@@ -192,7 +210,7 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   Layers are unrolled: a scan over stacked panels would copy each before its
   use.
   Queries, keys and values of a layer become one matrix, and so do gate and up,
-  where they are of one kind and without adapters.
+  where they are of one kind and order and without adapters.
 
   Args:
     params: of a Transformer.
@@ -226,11 +244,23 @@ def _beside(part: Any) -> Any:
     leaves = [found.get(name) for name in names]
     if not all(isinstance(x, PanelTensor) and x.axis == -2 for x in leaves):
       continue
+    if not _alike([leaf.source for leaf in leaves]):
+      continue
     joined = layout.beside([leaf.panels for leaf in leaves])
     if joined is not None:
       rest = {name: x for name, x in found.items() if name not in names}
-      out[module] = rest | {weights.beside(names): PanelTensor(joined)}
+      one = PanelTensor(joined, leaves[0].source)
+      out[module] = rest | {weights.beside(names): one}
   return out
+
+
+def _alike(sources: Sequence[Any]) -> bool:
+  """Whether matrices take the same inputs in the same order."""
+  if any(x is None for x in sources):
+    return all(x is None for x in sources)
+  if any(isinstance(x, jax.core.Tracer) for x in sources):
+    return False  # of shapes alone nobody knows
+  return all(bool(jnp.array_equal(x, sources[0])) for x in sources)
 
 
 def decoding(params: Params) -> Params:

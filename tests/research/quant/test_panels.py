@@ -1,16 +1,21 @@
 """Panels as a leaf: the same numbers and the same model, for CPU decoding."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kernels_pallas.quantized_matmul import cpu
-from research import tree, weights
+from research import sharding, tree, weights
 from research.lora.adapted import AdaptedTensor
 from research.nn import generate
-from research.quant import panels
+from research.quant import panels, qtensor
 from research.quant.formats import ggml
+from research.quant.formats.affine import Affine
+from research.quant.quantize import Quantize
 from tests import support
 from tests.research.quant.test_ggml import (
   KINDS,
@@ -67,6 +72,100 @@ def test_einsum_and_its_gradient_are_those_of_the_blocks(eq, axis, shape):
 
   for a, b in zip(jax.jit(both)(got), jax.jit(both)(w), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def ordered(axis=-2, layers=(), seed=0):
+  """Returns a matrix `[64, 24]` whose rows act-order has left elsewhere."""
+  rng = np.random.default_rng(seed)
+  w = rng.normal(size=(*layers, 64, 24)).astype(np.float32)
+  order = np.argsort(rng.normal(size=(*layers, 64)), -1).astype(np.int32)
+  w = qtensor.pack(jnp.asarray(w), Affine(bits=4, block=16))
+  return dataclasses.replace(w, order=jnp.asarray(order), axis=axis)
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_act_order_is_gathered_once(axis):
+  w = ordered(axis)
+  assert panels.fits(w)
+  got = panels.from_qtensor(w)
+  # A zero a group becomes an offset, which is rounded once.
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
+  assert (got.shape, got.dtype) == (w.shape, w.dtype)
+  close(jax.jit(weights.dense)(got), w.dense())
+  ids = jnp.array([[3, 0, 20]])
+  close(weights.take(got, ids), w.dense()[ids])
+  stacked = panels.from_qtensor(ordered(axis, (2, 3)))
+  close(stacked.dense(), ordered(axis, (2, 3)).dense())
+
+  def both(w, eq, size):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, size)))
+    x = x.astype(jnp.float32)
+    y, pull = jax.vjp(lambda x: weights.einsum(eq, x, w), x)
+    return y, pull(jnp.ones_like(y))[0]
+
+  for eq, size in (
+    ("...d,df->...f", w.shape[0]),
+    ("...f,df->...d", w.shape[1]),
+  ):
+    f = jax.jit(functools.partial(both, eq=eq, size=size))
+    for a, b in zip(f(got), f(w), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+def test_act_order_cut_over_a_mesh_is_the_same():
+  w = panels.from_qtensor(ordered())
+  named = weights.axes(w, ("width", "heads"))
+  assert named.panels.words == ("heads", "width", None)
+  assert named.source == (None,)
+  plan = sharding.Layout(data=2, fsdp=2, tensor=2)
+  mesh = plan.mesh()
+  where = plan.shardings({"mlp": {"up": w}}, mesh)["mlp"]["up"]
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 2, 64)), np.float32)
+
+  @jax.jit
+  def both(x, w):
+    y, pull = jax.vjp(lambda x: weights.einsum("...d,df->...f", x, w), x)
+    return y, pull(y)[0]
+
+  with jax.set_mesh(mesh):
+    got = both(*jax.device_put((x, w), (plan.batch(mesh), where)))
+  for a, b in zip(got, both(x, w), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-4)
+
+
+def test_a_model_in_act_order_is_the_same_in_panels():
+  model = support.model(tied=True, **SIZES)
+  rng = np.random.default_rng(2)
+  kept = {}  # of the same inputs, the same order
+
+  def one(path, w):
+    inputs = path.rpartition("/")[0] + str(w.shape[-2])
+    if inputs not in kept:
+      order = np.argsort(rng.normal(size=w.shape[:-1]), -1).astype(np.int32)
+      kept[inputs] = jnp.asarray(order)
+    return dataclasses.replace(w, order=kept[inputs])
+
+  params = Quantize(format=Affine(bits=4, block=16))(support.params(model))
+  is_packed = lambda w: isinstance(w, qtensor.QTensor)  # noqa: E731
+  params = tree.map_paths(
+    lambda path, w: one(path, w) if is_packed(w) else w,
+    params,
+    is_leaf=weights.is_weight,
+  )
+  got = panels.to_panels(params)
+  layer = got["run0"]["layer0"]
+  assert {"q_k_v", "o"} == set(layer["attention"])
+  assert {"gate_up", "down"} == set(layer["mlp"])
+  tokens = support.tokens(vocab=64)
+  want = logits(model, params, tokens)
+  np.testing.assert_allclose(
+    logits(model, got, tokens), want, atol=1e-5 * float(jnp.ptp(want))
+  )
+  # Of another order, a matrix stays by itself.
+  of = params["run0"]["layer0"]["attention"]
+  of["k"] = dataclasses.replace(of["k"], order=of["k"].order[:, ::-1])
+  again = panels.to_panels(params)["run0"]["layer0"]
+  assert {"q", "k", "v", "o"} == set(again["attention"])
 
 
 def test_parts_are_named_after_the_axes_they_cut():
