@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.data.synthetic import Markov
-from research.typing import Array, Float, Int, Params
+from research.typing import Array, Bool, Float, Int, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,19 @@ class Chain:
   mask_id: int
 
   def scores(
-    self, params: Params, tokens: Int[Array, "B T"]
+    self,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
-    """Returns log p of every place, as if it were masked; none for the mask."""
+    """Returns log p of every place, as if it were masked; none for the mask.
+
+    Args:
+      params: from `tables`.
+      tokens: rows.
+      valid: as for `denoiser.Whole.scores`; all are.
+    """
+    del valid
     powers, stationary = params["powers"], params["stationary"]
     count = tokens.shape[1]
     place = jnp.arange(count)

@@ -6,12 +6,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from research.diffusion.policies import Policy, Quota
+from research.diffusion.policies import Policy, Quota, shares_of
 from research.nn import sampling as samplers
 from research.nn.sampling import Sampling
 from research.typing import Array, Float, Int, PRNGKey, UserError
 
 Select = Literal["candidate", "max", "margin", "entropy", "random"]
+Plan = Literal["even", "dream", "linear", "cosine"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,15 @@ class Options:
     block: tokens of a block; `length` for pure diffusion.
     steps: of all blocks together, for policies that plan them; None for a
       token a step.
+    plan: how many places the steps of a block fill, see `policies.shares_of`.
     policy: which candidates are kept.
     select: what confidence is: the candidate's probability (LLaDA's
       `low_confidence`; biased for temperatures above 0), or what does not
       depend on the candidate: the largest probability, the margin between the
       two largest, minus the entropy, or chance.
+    place_temperature: of choosing places: confidences divided by it are the
+      logits of draws without replacement (Dream's `alg_temp`), for policies
+      that only rank them; None for the surest.
     tempered: whether confidence is taken from the distribution that is
       sampled, filters included (LLaDA 2), not from the model's.
     end: token ids that end a text.
@@ -44,8 +49,10 @@ class Options:
   length: int = 128
   block: int = 32
   steps: int | None = None
+  plan: Plan = "even"
   policy: Policy = Quota()
   select: Select = "candidate"
+  place_temperature: float | None = None
   tempered: bool = False
   end: tuple[int, ...] = ()
   never_end: bool = False
@@ -68,6 +75,18 @@ class Options:
       )
     if self.mask_id in self.end:
       raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
+    if self.place_temperature is None:
+      return
+    if not self.place_temperature > 0:
+      raise UserError(
+        f"sampler: place_temperature is {self.place_temperature}, expected "
+        "more than 0, or None"
+      )
+    if not isinstance(self.policy, Quota):
+      raise UserError(
+        "sampler: place_temperature changes what confidences are worth, so "
+        f"policy has to be Quota, found {type(self.policy).__name__}"
+      )
 
   @property
   def block_steps(self) -> int:
@@ -75,6 +94,27 @@ class Options:
     if self.steps is None:
       return self.block
     return self.steps // (self.length // self.block)
+
+  def quota(
+    self,
+    planned: Int[Array, "B"],
+    left: Int[Array, "B"],
+    i: Int[Array, ""] | int,
+  ) -> Int[Array, "B"]:
+    """Returns how many places each row fills by plan.
+
+    Args:
+      planned: masks that a block had at first.
+      left: those that it has.
+      i: steps of this block so far.
+    """
+    steps = self.block_steps
+    if self.plan == "even":
+      return planned // steps + (i < planned % steps)
+    shares = jnp.asarray(shares_of(self.plan, steps), jnp.float32)
+    some = left * shares[jnp.minimum(i, steps - 1)]
+    some = jnp.floor(some) if self.plan == "dream" else jnp.round(some)
+    return jnp.where(i < steps - 1, some.astype(jnp.int32), left)
 
 
 def candidates(
@@ -110,6 +150,10 @@ def candidates(
   own = jnp.take_along_axis(logp, found[..., None], axis=-1)[..., 0]
   probability = jnp.exp(own)
   sure = _confidence(logp, probability, chance, options.select)
+  if options.place_temperature is not None:
+    places = jax.vmap(lambda k: jax.random.fold_in(k, 1))(chance)
+    draw = jax.vmap(lambda k: jax.random.gumbel(k, (size,), mode="high"))
+    sure = sure / options.place_temperature + draw(places)
   # A model that is broken is said to be so after the block.
   sure = jnp.where(jnp.isnan(sure), -1.0, sure)
   if options.end_last and options.end:

@@ -2,7 +2,9 @@
 
 A denoiser is a static value; what it remembers from step to step (a cache) is
 its carry. `first` looks at the whole row, at a block's first step; `again` is
-any later step of the same block, and may use what `first` has left.
+any later step of the same block, and may use what `first` has left. One that
+can do without `first` has a method `remember`, which carries what is known of
+finished blocks to the next: see `BlockCausal`.
 """
 
 import dataclasses
@@ -211,40 +213,57 @@ class BlockCausal:
   block: int
   shift: bool = False
 
-  def first(self, params, tokens, valid, start, size):
-    """Reads all that lies before the block anew, whatever is cached."""
-    if size != self.block:
-      raise UserError(
-        f"sampler: blocks of {size} tokens, but the model's have {self.block}"
-      )
+  def remember(self, params, tokens, valid, start, size, memory=None):
+    """Returns what `again` needs of all that lies before a block.
+
+    Args:
+      params, tokens, valid, start, size: as for `first`.
+      memory: what was returned for the block before, whose final tokens are
+        all that is read now; None to read everything.
+    """
+    self._check(size)
+    if memory is not None:
+      cache, _ = memory
+      hidden, cache = self._read(params, tokens, start - size, size, cache)
+      return cache, hidden[:, -1:]
     rows, length = tokens.shape
     place = jnp.arange(length)
-    before = jnp.where((place < start) & valid, place, -1)
+    known = jnp.where((place < start) & valid, place, -1)
     cache = init_cache(self.model, params, rows, length)
-    segments = jnp.where(before >= 0, 0, -1)
+    segments = jnp.where(known >= 0, 0, -1)
     hidden, cache = self.model.apply(
       {"params": params},
       tokens,
-      before,
+      known,
       Mask.block_causal(self.block, segments=segments),
       cache,
     )
-    edge = _before(hidden, start)
-    return self.again(params, tokens, valid, start, size, (cache, edge))
+    return cache, _before(hidden, start)
+
+  def first(self, params, tokens, valid, start, size):
+    """Reads all that lies before the block anew, whatever is cached."""
+    memory = self.remember(params, tokens, valid, start, size)
+    return self.again(params, tokens, valid, start, size, memory)
 
   def again(self, params, tokens, valid, start, size, carry):
     cache, edge = carry
+    hidden, cache = self._read(params, tokens, start, size, cache)
+    if self.shift:
+      hidden = _shifted(hidden, edge, start)
+    logits = self.model.apply({"params": params}, hidden, method="logits")
+    return logits, (cache, edge)
+
+  def _read(self, params, tokens, start, size, cache):
+    """Returns a block's states, and the cache with its keys and values."""
     some = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
     place = start + jnp.arange(size, dtype=jnp.int32)
     place = jnp.broadcast_to(place, some.shape)
     held = jnp.broadcast_to(start, (tokens.shape[0],)).astype(jnp.int32)
     cache = caches.Cache(held, cache.layers, fresh=False)
-    hidden, cache = self.model.apply(
-      {"params": params}, some, place, Mask.full(), cache
-    )
-    if self.shift:
-      hidden = _shifted(hidden, edge, start)
-    return self.model.apply({"params": params}, hidden, method="logits"), (
-      cache,
-      edge,
-    )
+    return self.model.apply({"params": params}, some, place, Mask.full(), cache)
+
+  def _check(self, size: int) -> None:
+    if size != self.block:
+      raise UserError(
+        f"sampler: blocks of {size} tokens, but the model's have {self.block}"
+      )

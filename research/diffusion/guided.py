@@ -13,8 +13,8 @@ from research.typing import UserError
 class Guided:
   """Logits of `likelihood.toward`, free of the prompt and told it.
 
-  Each step reads rows twice, so nothing
-  may be cached: `inner` has to read whole rows.
+  Each step reads rows twice, and each of the two has a cache of its own if
+  `inner` has one.
 
   Attributes:
     inner: the denoiser, e.g. `denoiser.Whole`.
@@ -35,11 +35,17 @@ class Guided:
       )
 
   def first(self, params, tokens, valid, start, size):
-    told, _ = self.inner.first(params, tokens, valid, start, size)
-    asked = jnp.arange(tokens.shape[1]) < self.prompt
-    blind = process.noisy(tokens, valid & asked, self.mask_id)
-    free, _ = self.inner.first(params, blind, valid, start, size)
-    return likelihood.toward(told, free, self.weight), ()
+    return self._both(self.inner.first, params, tokens, valid, start, size)
 
   def again(self, params, tokens, valid, start, size, carry):
-    return self.first(params, tokens, valid, start, size)
+    return self._both(
+      self.inner.again, params, tokens, valid, start, size, carry
+    )
+
+  def _both(self, ask, params, tokens, valid, start, size, carry=None):
+    mine, other = ((), ()) if carry is None else ((x,) for x in carry)
+    told, left = ask(params, tokens, valid, start, size, *mine)
+    asked = jnp.arange(tokens.shape[1]) < self.prompt
+    blind = process.noisy(tokens, valid & asked, self.mask_id)
+    free, right = ask(params, blind, valid, start, size, *other)
+    return likelihood.toward(told, free, self.weight), (left, right)

@@ -160,19 +160,26 @@ def scheduled_quotas(count: int, steps: int, shape: str) -> np.ndarray:
     shape: `"linear"` or `"cosine"`.
   """
   left, out = count, []
-  for i in range(steps):
-    t, s = 1 - i / steps, 1 - (i + 1) / steps
-    if shape == "cosine":
-      share = 1 - _cosine(s) / _cosine(t)
-    elif shape == "linear":
-      share = 1 - s / t
-    else:
-      raise UserError(f"quotas: shape is {shape!r}, expected linear or cosine")
+  shares = shares_of(shape, steps)
+  for i, share in enumerate(shares):
     take = min(left, round(left * share)) if i < steps - 1 else left
     out.append(take)
     left -= take
   return np.array([n for n in out if n], np.int32)
 
 
-def _cosine(t: float) -> float:
-  return float(np.cos(np.pi / 2 * (1 - t)))
+def shares_of(plan: str, steps: int) -> np.ndarray:
+  """Returns which share of what is left each step of a plan fills.
+
+  `"linear"` and `"cosine"` are those of noise schedules, to be rounded half to
+  even; `"dream"` the linear one on Dream's times, from 1 to 0.001, to be
+  rounded down (arXiv:2508.15487). What is left at the last step is filled.
+  """
+  t = 1 - np.arange(steps + 1) / steps
+  if plan == "dream":
+    t = np.linspace(1, 1e-3, steps + 1)
+  elif plan == "cosine":
+    t = np.cos(np.pi / 2 * (1 - t))
+  elif plan != "linear":
+    raise UserError(f"quotas: shape is {plan!r}, expected linear or cosine")
+  return np.append(1 - t[1:-1] / t[:-2], 1.0)

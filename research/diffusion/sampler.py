@@ -154,12 +154,16 @@ def sample(
   Raises:
     UserError: logits are not finite.
   """
-  total = state.tokens.shape[1]
+  total, memory = state.tokens.shape[1], None
   for at in range(total - options.length, total, options.block):
     if bool(state.done.all()):
       break
+    if hasattr(denoiser, "remember"):
+      memory = _remembered(
+        denoiser, params, state, jnp.int32(at), options.block, memory
+      )
     state, finite = fill_block(
-      denoiser, params, state, jnp.int32(at), options, sampling
+      denoiser, params, state, jnp.int32(at), options, sampling, memory
     )
     if not bool(finite):
       raise UserError(
@@ -186,6 +190,14 @@ def _result(state: State, options: Options) -> Sampled:
 
 
 @functools.partial(
+  jax.jit, static_argnames=("denoiser", "size"), donate_argnames=("memory",)
+)
+def _remembered(denoiser, params, state, at, size, memory):
+  """Returns what a denoiser remembers of all before a block."""
+  return denoiser.remember(params, state.tokens, state.valid, at, size, memory)
+
+
+@functools.partial(
   jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("state",)
 )
 def fill_block(
@@ -195,6 +207,7 @@ def fill_block(
   at: Int[Array, ""],
   options: Options,
   sampling: Sampling = GREEDY,
+  memory: Any = None,
 ) -> tuple[State, Bool[Array, ""]]:
   """Returns rows with the block at `at` filled, and whether logits were finite.
 
@@ -202,6 +215,7 @@ def fill_block(
     denoiser, params, options, sampling: as for `sample`.
     state: rows.
     at: where the block starts.
+    memory: what a denoiser's `remember` returned; None to look at whole rows.
   """
   size = options.block
   masked = jax.lax.dynamic_slice_in_dim(state.masked, at, size, axis=1)
@@ -226,7 +240,11 @@ def fill_block(
     state, edits = fill(state, logits, at, options, sampling, planned, i)
     return state, i + 1, edits, carry, finite & _finite(logits)
 
-  logits, carry = denoiser.first(params, state.tokens, state.valid, at, size)
+  given = params, state.tokens, state.valid, at, size
+  if memory is None:
+    logits, carry = denoiser.first(*given)
+  else:
+    logits, carry = denoiser.again(*given, memory)
   state, edits = fill(state, logits, at, options, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
   loop = state, jnp.int32(1), edits, carry, _finite(logits)
@@ -274,8 +292,7 @@ def fill(
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
   found, sure, chance = candidates(logits, keys, options, sampling)
   eligible = masked & active[:, None]
-  steps = options.block_steps
-  quota = planned // steps + (i < planned % steps)
+  quota = options.quota(planned, masked.sum(-1), i)
   kept = options.policy.commit(sure, eligible, quota) & eligible
   new = jnp.where(kept, found, tokens)
   edited = jnp.zeros((), bool)

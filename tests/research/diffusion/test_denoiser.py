@@ -1,5 +1,6 @@
 """What a block's logits are with and without caches, on real networks."""
 
+import dataclasses
 import functools
 
 import chex
@@ -11,6 +12,7 @@ import pytest
 from research.diffusion import denoiser, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
+from research.diffusion.guided import Guided
 from research.diffusion.policies import Threshold
 from research.nn.sampling import Sampling
 from research.typing import UserError
@@ -139,6 +141,64 @@ def test_a_block_causal_model_s_cache_is_exact_at_every_step(shift):
     close(got, right)
   # The first block, which has no state before it.
   close(both(jnp.int32(0))[0], by_hand(tokens, valid, K, shift)[:, :K])
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):
+  model, params = network()
+  tokens, valid = rows()
+  d = BlockCausal(model=model, block=K, shift=shift)
+  later = tokens.at[:, 8:12].set(7)
+
+  @jax.jit
+  def both():
+    memory = d.remember(params, tokens, valid, jnp.int32(8), K)
+    # What the steps of a block leave behind must not be seen again.
+    _, memory = d.again(params, tokens, valid, jnp.int32(8), K, memory)
+    at = params, later, valid, jnp.int32(12), K
+    kept = d.again(*at, d.remember(*at, memory))[0]
+    return kept, d.first(*at)[0]
+
+  kept, anew = both()
+  close(kept, anew)
+  close(kept, by_hand(later, valid, K, shift)[:, 12:])
+
+
+def test_a_block_causal_model_reads_the_start_of_rows_once():
+  model, params = network()
+
+  @dataclasses.dataclass(frozen=True, kw_only=True)
+  class Watched(BlockCausal):
+    def first(self, *args):
+      raise AssertionError("a whole row was read")
+
+  options = Options(mask_id=MASK, length=12, block=K)
+  state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
+  d = Watched(model=model, block=K)
+  programs = sampler._remembered._cache_size()
+  got = sampler.sample(d, params, state, options)
+  assert got.calls == 12
+  # The row's start is one program, all blocks after it another.
+  assert sampler._remembered._cache_size() - programs == 2
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.5])
+def test_guidance_has_a_cache_a_side(weight):
+  """With all read again, what it is without a cache."""
+  model, params = network()
+  tokens, valid = rows((3, 0))
+  changed = tokens.at[:, 9].set(5)
+  found = []
+  for inner in (Whole(model=model), Cached(model=model, before=T, after=T)):
+    d = Guided(inner=inner, prompt=8, mask_id=MASK, weight=weight)
+
+    @jax.jit
+    def run(d=d):
+      _, carry = d.first(params, tokens, valid, jnp.int32(8), K)
+      return d.again(params, changed, valid, jnp.int32(8), K, carry)[0]
+
+    found.append(run())
+  close(found[1], found[0])
 
 
 def test_blocks_are_those_of_the_model():
