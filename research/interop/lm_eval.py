@@ -6,13 +6,12 @@ that imports it (extra `evaluation`; no torch is needed):
 
   lm_eval.simple_evaluate(model=adapter(load_model(NAME)), tasks=[...])
 
-Tokenisation follows the harness: context and continuation are tokenised as
-one text and parted where the context alone ends; spaces at the end of a
-context belong to the continuation.
+Models that fill in masks are asked by `lm_eval_diffusion`; what requests say is
+`lm_eval_requests`'.
 """
 
-import dataclasses
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,29 +20,28 @@ import numpy as np
 
 from kernels_pallas.masks import Mask
 from research import weights
+from research.interop import lm_eval_diffusion, lm_eval_requests
+from research.interop.lm_eval_requests import Ids, context_of
 from research.interop.load import Loaded
 from research.nn import generate
-from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
 from research.training import losses, positions
 from research.typing import Array, Bool, Float, Int, Params, UserError
-
-CONTEXT = 2048
-"""Tokens that a model without a limit of its own reads."""
-
-NEW_TOKENS = 256
-
-Ids = Sequence[int]
 
 
 def loglikelihood(
   loaded: Loaded, pairs: Sequence[tuple[str, str]], batch: int = 8
 ) -> list[tuple[float, bool]]:
-  """Returns (log p(continuation | context), is it the greedy one?) of each."""
+  """Returns (log p(continuation | context), is it the greedy one?) of each.
+
+  Raises:
+    UserError: the model fills in masks.
+  """
+  _check(loaded)
   return score(
     loaded.model,
     loaded.params,
-    [_encoded(loaded.tokenizer, *pair) for pair in pairs],
+    [lm_eval_requests.encoded(loaded.tokenizer, *pair) for pair in pairs],
     batch,
   )
 
@@ -57,17 +55,14 @@ def rolling(
   follows the last one of the window before, the text's first one follows the
   tokenizer's first (or last) token.
   """
-  size = _context(loaded.model)
+  _check(loaded)
   requests, owners = [], []
   for i, text in enumerate(texts):
-    ids = loaded.tokenizer.encode(text)
-    before = [_prefix(loaded.tokenizer)]
-    for start in range(0, len(ids), size):
-      part = ids[start : start + size]
-      # The last window is filled up with context, as the harness does.
-      spare = size - len(part) if start else 0
-      requests.append(((before + ids[:start])[-1 - spare :], part))
-      owners.append(i)
+    parts = lm_eval_requests.windows(
+      loaded.tokenizer, context_of(loaded.model), text
+    )
+    requests += parts
+    owners += [i] * len(parts)
   found = score(loaded.model, loaded.params, requests, batch)
   out = [0.0] * len(texts)
   for owner, (value, _) in zip(owners, found, strict=True):
@@ -90,14 +85,10 @@ def generate_until(
     batch: contexts continued at a time.
     seed: of the sampling; a sample depends on it and on the request's place.
   """
-  wanted = [_options(options) for _, options in requests]
-  groups: dict[Any, list[int]] = {}
-  for i, options in enumerate(wanted):
-    groups.setdefault(options, []).append(i)
+  _check(loaded)
   out = [""] * len(requests)
   params = generate.prepare(loaded.params, loaded.model)
-  for options, members in groups.items():
-    members = sorted(members, key=lambda i: len(requests[i][0]))
+  for options, members in lm_eval_requests.grouped(requests).items():
     for start in range(0, len(members), batch):
       part = members[start : start + batch]
       contexts = [requests[i][0] for i in part]
@@ -105,6 +96,15 @@ def generate_until(
       for i, text in zip(part, texts, strict=True):
         out[i] = text
   return out
+
+
+def _check(loaded: Loaded) -> None:
+  if loaded.diffusion is not None:
+    raise UserError(
+      f"{loaded.source.get('path', 'the model')}: fills in masks; expected one "
+      "that predicts the next token.\nresearch.interop.lm_eval_diffusion asks "
+      "such models, and `adapter` either kind."
+    )
 
 
 def score(
@@ -122,7 +122,7 @@ def score(
       than the model's context, their beginning is left out.
     batch: requests scored at a time.
   """
-  size = _context(model)
+  size = context_of(model)
   rows = [([*a, *b][-size - 1 :], len(b)) for a, b in requests]
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
   out: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
@@ -174,70 +174,12 @@ def _scored(
   return sums, ((best > 0) | ~asked).all(-1)
 
 
-def _encoded(tokenizer: Any, context: str, continuation: str):
-  if not context:
-    ids = tokenizer.encode(continuation)
-    prefix = _prefix(tokenizer)
-    if ids[:1] == [prefix]:
-      return ids[:1], ids[1:]
-    return [prefix], ids
-  bare = context.rstrip()
-  whole = tokenizer.encode(context + continuation, add_special=True)
-  before = tokenizer.encode(bare, add_special=True)
-  if not before:
-    before, whole = [_prefix(tokenizer)], [_prefix(tokenizer), *whole]
-  return before, whole[len(before) :]
-
-
-def _prefix(tokenizer: Any) -> int:
-  for token in (tokenizer.bos, tokenizer.eos):
-    if token is not None:
-      return token
-  raise UserError(
-    "this tokenizer has neither a first nor a last token, which a text without"
-    " a context would follow."
-  )
-
-
-def _context(model: Transformer) -> int:
-  return model.max_positions or CONTEXT
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  until: tuple[str, ...]
-  count: int
-  sampling: tuple[tuple[str, Any], ...]
-
-
-def _options(options: Mapping[str, Any]) -> _Options:
-  known = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
-  unknown = sorted(set(options) - known - {"top_k"})
-  if unknown:
-    raise UserError(
-      f"generation: found the option {unknown[0]!r}, expected"
-      f" {', '.join(sorted(known))} or top_k."
-    )
-  until = options.get("until") or ()
-  until = (until,) if isinstance(until, str) else tuple(until)
-  temperature = options.get("temperature")
-  drawn = options.get("do_sample", bool(temperature)) and temperature != 0
-  sampling = {}
-  if drawn:
-    sampling = {"temperature": 1.0 if temperature is None else temperature}
-    sampling |= {k: options[k] for k in ("top_p", "top_k") if options.get(k)}
-  return _Options(
-    tuple(s for s in until if s),
-    int(options.get("max_gen_toks", NEW_TOKENS)),
-    tuple(sorted(sampling.items())),
-  )
-
-
 def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
   tokenizer = loaded.tokenizer
-  room = max(1, _context(loaded.model) - options.count)
+  room = max(1, context_of(loaded.model) - options.count)
   prompts = [
-    tokenizer.encode(text, add_special=True)[-room:] or [_prefix(tokenizer)]
+    tokenizer.encode(text, add_special=True)[-room:]
+    or [lm_eval_requests.prefix(tokenizer)]
     for text in contexts
   ]
   made: list[list[int]] = [[] for _ in prompts]
@@ -247,7 +189,7 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
     params,
     prompts,
     options.count,
-    Sampling(**dict(options.sampling)) if options.sampling else GREEDY,
+    options.rule,
     jax.random.key(seed),
     tokenizer.stop,
     numbers,
@@ -259,16 +201,20 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
       any(s in text for s in options.until) for text in texts
     ):
       break
-  return [_before(text, options.until) for text in texts]
+  return [lm_eval_requests.before(text, options.until) for text in texts]
 
 
-def _before(text: str, stops: Sequence[str]) -> str:
-  found = [i for s in stops if (i := text.find(s)) >= 0]
-  return text[: min(found)] if found else text
-
-
-def adapter(loaded: Loaded, batch: int = 8) -> Any:
+def adapter(
+  loaded: Loaded,
+  batch: int = 8,
+  masked: lm_eval_diffusion.Asking | None = None,
+) -> Any:
   """Returns the model as an `lm_eval.api.model.LM`.
+
+  Args:
+    loaded: of either kind: one that fills in masks is asked as such.
+    batch: requests at a time.
+    masked: how a model that fills in masks is asked.
 
   Raises:
     UserError: the harness is not installed, or there is no tokenizer.
@@ -283,19 +229,23 @@ def adapter(loaded: Loaded, batch: int = 8) -> Any:
       "Install the extra: pip install 'heptad[evaluation]'."
     ) from error
 
+  here: Any = sys.modules[__name__]
+  if loaded.diffusion is not None:
+    here = lm_eval_diffusion.bound(masked or lm_eval_diffusion.Asking())
+
   class Heptad(LM):
     """The harness's interface; each method is one of the functions above."""
 
     tokenizer_name = "heptad"
 
     def loglikelihood(self, requests, disable_tqdm=False):
-      return loglikelihood(loaded, [r.args for r in requests], batch)
+      return here.loglikelihood(loaded, [r.args for r in requests], batch)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      return rolling(loaded, [r.args[0] for r in requests], batch)
+      return here.rolling(loaded, [r.args[0] for r in requests], batch)
 
     def generate_until(self, requests, disable_tqdm=False):
-      return generate_until(loaded, [r.args for r in requests], batch)
+      return here.generate_until(loaded, [r.args for r in requests], batch)
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
       return loaded.tokenizer.chat(chat_history, add_generation_prompt)

@@ -25,7 +25,7 @@ CONTEXT = 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,?:\n"
 
 
-def _tokenizer():
+def tokenizer():
   vocab = {"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(LETTERS)}
   backend = tokenizers.Tokenizer(
     tokenizers.models.BPE(vocab | {"th": 62}, merges=[("t", "h")])
@@ -38,7 +38,7 @@ def _tokenizer():
 @pytest.fixture(scope="module")
 def loaded():
   model = support.model().clone(max_positions=CONTEXT)
-  return Loaded(model, support.params(model), _tokenizer(), {"format": "test"})
+  return Loaded(model, support.params(model), tokenizer(), {"format": "test"})
 
 
 @pytest.fixture(scope="module")

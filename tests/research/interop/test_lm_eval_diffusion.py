@@ -1,0 +1,202 @@
+"""The harness's questions to models that fill in masks."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.diffusion import likelihood
+from research.diffusion.denoiser import Whole
+from research.diffusion.spec import Spec
+from research.interop import lm_eval, lm_eval_diffusion
+from research.interop.lm_eval_diffusion import Asking
+from research.interop.load import Loaded
+from research.typing import UserError
+from tests import support
+from tests.research.interop.test_lm_eval import tokenizer
+
+MASK, CONTEXT = 63, 24
+
+
+@pytest.fixture(scope="module")
+def plain():
+  model = support.model().clone(max_positions=CONTEXT)
+  return Loaded(model, support.params(model), tokenizer(), {"format": "test"})
+
+
+@pytest.fixture(scope="module")
+def loaded(plain):
+  return dataclasses.replace(plain, diffusion=Spec(mask_id=MASK, end=(1,)))
+
+
+def exact(loaded, ids, first, guidance=0.0) -> float:
+  """Returns the bound on -log p(ids[first:] | ids[:first]), over all masks."""
+  denoiser = Whole(model=loaded.model, block=loaded.diffusion.block)
+  tokens = jnp.asarray(ids)
+  target = jnp.arange(len(ids)) >= first
+  scores = lm_eval_diffusion.scores_of(
+    denoiser, loaded.params, jnp.ones(len(ids), bool), MASK
+  )
+  scores = likelihood.guided(scores, ~target, MASK, guidance)
+  total, length = 0.0, len(ids) - first
+  for n in range(1, length + 1):
+    sets = list(itertools.combinations(range(first, len(ids)), n))
+    masks = np.zeros((len(sets), len(ids)), bool)
+    for row, chosen in zip(masks, sets, strict=True):
+      row[list(chosen)] = True
+    found = likelihood.values(scores, tokens, target, jnp.asarray(masks), MASK)
+    total += float(found.mean())
+  return total / length
+
+
+def test_the_estimate_is_of_the_bound(loaded):
+  context, continuation = [0, 9, 10, 11], [12, 13, 14]
+  want = exact(loaded, [*context, *continuation], 4)
+  how = Asking(samples=512)
+  [(value, greedy)] = lm_eval_diffusion.score(
+    loaded, [(context, continuation)], how
+  )
+  spread = [
+    lm_eval_diffusion.score(
+      loaded, [(context, continuation)], Asking(samples=64, seed=s)
+    )[0][0]
+    for s in range(8)
+  ]
+  assert abs(-value - want) < 4 * np.std(spread) / np.sqrt(512 / 64) + 1e-4
+  assert not greedy
+
+
+def test_a_single_token_takes_one_exact_sample(loaded):
+  ids = [0, 9, 10, 11]
+  [(value, _)] = lm_eval_diffusion.score(loaded, [(ids[:3], ids[3:])])
+  assert -value == pytest.approx(exact(loaded, ids, 3), rel=1e-5)
+  [(guided, _)] = lm_eval_diffusion.score(
+    loaded, [(ids[:3], ids[3:])], Asking(guidance=1.5)
+  )
+  want = exact(loaded, ids, 3, guidance=1.5)
+  assert -guided == pytest.approx(want, rel=1e-5)
+  assert guided != pytest.approx(value, rel=1e-2)
+
+
+def test_blocks_of_one_token_are_the_model_that_it_was(plain):
+  """A converted model's value is exact: the chain rule, token by token."""
+  blocks = dataclasses.replace(
+    plain, diffusion=Spec(mask_id=MASK, shift=True, block=1)
+  )
+  pairs = [("hello", " you"), ("what is", " th"), ("", "abc")]
+  # The mask has no probability, which a model without one gives it.
+  head = plain.params["embed"].at[MASK].set(0.0)
+  low = plain.params | {"embed": head}
+  text = [lm_eval.lm_eval_requests.encoded(plain.tokenizer, *p) for p in pairs]
+  want = []
+  for context, continuation in text:
+    tokens = jnp.asarray([[*context, *continuation]])
+    hidden, _ = plain.model.apply({"params": low}, tokens)
+    logits = plain.model.apply({"params": low}, hidden, method="logits")
+    logits = logits[0].at[:, MASK].set(-jnp.inf)
+    logp = jax.nn.log_softmax(logits)[len(context) - 1 : -1]
+    want.append(float(logp[jnp.arange(len(continuation)), jnp.asarray(continuation)].sum()))  # fmt: skip # noqa: E501
+  blocks = dataclasses.replace(blocks, params=low)
+  got = lm_eval_diffusion.loglikelihood(blocks, pairs)
+  np.testing.assert_allclose([v for v, _ in got], want, rtol=1e-5)
+
+
+def test_blocks_follow_clean_ones(loaded):
+  """Two blocks of 2 behind a context: the sum of two bounds."""
+  blocks = dataclasses.replace(
+    loaded, diffusion=Spec(mask_id=MASK, end=(1,), block=2)
+  )
+  ids = [0, 9, 10, 11, 12, 13]
+  want = exact(blocks, ids[:4], 2) + exact(blocks, ids, 4)
+  how = Asking(samples=256)
+  [(value, _)] = lm_eval_diffusion.score(blocks, [(ids[:2], ids[2:])], how)
+  assert -value == pytest.approx(want, rel=2e-2)
+  # One that begins within a block is asked of the rest of it first.
+  row = lm_eval_diffusion._Row(blocks, blocks.diffusion, how, ids, 3)
+  assert row.spans() == [(3, 4), (4, 6)]
+
+
+def test_values_do_not_depend_on_their_company(loaded):
+  pairs = [("hello", " you"), ("a", "b then"), ("", "abc")]
+  all_of_them = lm_eval_diffusion.loglikelihood(loaded, pairs)
+  assert lm_eval_diffusion.loglikelihood(loaded, pairs[:1]) == all_of_them[:1]
+  other = Asking(seed=1)
+  assert (
+    lm_eval_diffusion.loglikelihood(loaded, pairs, how=other) != all_of_them
+  )
+
+
+def test_rolling_windows_are_read_with_what_they_follow(loaded):
+  text = "abc xyz" * 6
+  ids = loaded.tokenizer.encode(text)
+  size = CONTEXT - 1
+  parts = [([0], ids[:size]), (ids[-size - 1 : size], ids[size:])]
+  want = sum(v for v, _ in lm_eval_diffusion.score(loaded, parts))
+  assert len(parts[1][0]) + len(parts[1][1]) == CONTEXT
+  [got] = lm_eval_diffusion.rolling(loaded, [text])
+  assert got == pytest.approx(want)
+
+
+def test_greedy_is_asked_for(loaded):
+  """The surest token first; without being asked, no continuation is it."""
+  ids = [0, 9, 10]
+  scores = lm_eval_diffusion.scores_of(
+    Whole(model=loaded.model), loaded.params, jnp.ones(4, bool), MASK
+  )
+  best = int(scores(jnp.asarray([[*ids, MASK]]))[0, -1].argmax())
+  asked = [(ids, [best]), (ids, [5 if best != 5 else 6])]
+  found = lm_eval_diffusion.score(loaded, asked, Asking(greedy=True))
+  assert [greedy for _, greedy in found] == [True, False]
+  assert found[0][0] > found[1][0]
+  found = lm_eval_diffusion.score(loaded, asked)
+  assert [greedy for _, greedy in found] == [False, False]
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_generate_until(loaded, block):
+  it = dataclasses.replace(
+    loaded, diffusion=dataclasses.replace(loaded.diffusion, block=block)
+  )
+  options = {"until": [], "max_gen_toks": 8, "do_sample": False}
+  requests = [(text, options) for text in ("what", "is th", "a")]
+  how = Asking(block=4)
+  whole = lm_eval_diffusion.generate_until(it, requests, batch=2, how=how)
+  alone = lm_eval_diffusion.generate_until(it, requests, batch=1, how=how)
+  assert whole == alone and all(len(text) <= 16 for text in whole)
+  longest = max(whole, key=len)
+  i, stop = whole.index(longest), longest[2:4]
+  [cut] = lm_eval_diffusion.generate_until(
+    it, [(requests[i][0], options | {"until": [stop]})], how=how
+  )
+  assert cut == longest[: longest.index(stop)]
+
+
+def test_wrong_questions(plain, loaded):
+  with pytest.raises(UserError, match="has no mask"):
+    lm_eval_diffusion.loglikelihood(plain, [("a", "b")])
+  with pytest.raises(UserError, match="fills in masks"):
+    lm_eval.loglikelihood(loaded, [("a", "b")])
+  with pytest.raises(UserError, match="fills in masks"):
+    lm_eval.rolling(loaded, ["a"])
+  with pytest.raises(UserError, match="fills in masks"):
+    lm_eval.generate_until(loaded, [("a", {})])
+  with pytest.raises(UserError, match="request 0: holds the mask"):
+    lm_eval_diffusion.score(loaded, [([0], [MASK])])
+  with pytest.raises(UserError, match="a continuation of 24 tokens"):
+    lm_eval_diffusion.score(loaded, [([0], [5] * CONTEXT)])
+  assert lm_eval_diffusion.score(loaded, [([0], [])]) == [(0.0, False)]
+
+
+def test_the_adapter_asks_either_kind(plain, loaded):
+  pytest.importorskip("lm_eval")
+  request = type("Request", (), {"args": ("hello", " you")})
+  how = Asking(samples=16)
+  asked = lm_eval.adapter(loaded, masked=how).loglikelihood([request])
+  assert asked == lm_eval_diffusion.loglikelihood(
+    loaded, [request.args], how=how
+  )
+  asked = lm_eval.adapter(plain).loglikelihood([request])
+  assert asked == lm_eval.loglikelihood(plain, [request.args])
