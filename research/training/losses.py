@@ -151,8 +151,10 @@ def _unless_empty(loss, f, chunk):
     return f(chunk)
 
   def nothing(chunk):
+    zero = _zero(chunk[0])
     return jax.tree.map(
-      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(f, chunk)
+      lambda x: jnp.broadcast_to(zero.astype(x.dtype), x.shape),
+      jax.eval_shape(f, chunk),
     )
 
   return jax.lax.cond(jnp.any(chunk[1] != 0), f, nothing, chunk)
