@@ -2,7 +2,7 @@
 
   .venv/bin/python -m tests.peers.bench_decode4bit \\
     --peers=.venv-peers/bin/python [--repeats=3] [--batches=1,8]
-    [--sides=packed,int4,nvfp4,bf16]
+    [--sides=packed,int4,nvfp4,bf16] [--prefill]
 
 Every round measures each side once, one process after the other, so that a
 machine which changes speed changes it for all; a ratio is the median of the
@@ -24,8 +24,10 @@ AGAINST = {
   "packed": ("fp32", 4.0),
   **{
     name: ("fp32", 4.0)
-    for name in ("nf4", "nf4dq", "int4", "q40", "iq4nl", "mxfp4", "nvfp4")
+    for name in ("nf4", "nf4dq", "int4", "int4order", "q40", "iq4nl")
   },
+  "mxfp4": ("fp32", 4.0),
+  "nvfp4": ("fp32", 4.0),
   "int8": ("fp32", None),
   "bf16": ("bf16 of transformers", 2.5),
 }
@@ -33,7 +35,7 @@ AGAINST = {
 
 
 def rounds(
-  batch: int, peers: str, repeats: int, chosen: list[str]
+  what: str, batch: int, peers: str, repeats: int, chosen: list[str]
 ) -> dict[str, list[float]]:
   """Returns tokens/s of every side, and its other one, in each round."""
   theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
@@ -44,7 +46,7 @@ def rounds(
   found = {name: [] for name in sides}
   for _ in range(repeats):
     for name, (command, dtype) in sides.items():
-      row = f"decode_b{batch}_{dtype}"
+      row = f"{what}_b{batch}_{dtype}"
       made = bench.once(command, row, dict(os.environ))
       found[name].append(made["tokens_per_s"])
     print(f"  batch {batch}: {found}", file=sys.stderr, flush=True)
@@ -57,17 +59,20 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--batches", default="1,8")
   parser.add_argument("--sides", default=",".join(AGAINST))
+  parser.add_argument("--prefill", action="store_true")
   args = parser.parse_args()
   chosen = args.sides.split(",")
   if unknown := set(chosen) - set(AGAINST):
     parser.error(f"no such sides: {unknown}; there are {', '.join(AGAINST)}")
+  what = "prefill" if args.prefill else "decode"
   print("| batch | side | tokens/s | ratio (min..max) | to | goal |")
   print("| --- | --- | --- | --- | --- | --- |")
   table = []
   for batch in map(int, args.batches.split(",")):
-    found = rounds(batch, args.peers, args.repeats, chosen)
+    found = rounds(what, batch, args.peers, args.repeats, chosen)
     for side in chosen:
       other, goal = AGAINST[side]
+      goal = 1.0 if args.prefill else goal
       pairs = zip(found[side], found[other], strict=True)
       ratios = [a / b for a, b in pairs]
       ratio, rate = statistics.median(ratios), statistics.median(found[side])

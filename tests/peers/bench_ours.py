@@ -60,6 +60,7 @@ def formats() -> dict:
     "nf4": Codebook(nested=0),
     "nf4dq": Codebook(),
     "int4": Affine(block=64),
+    "int4order": Affine(block=64),
     "int8": Affine(bits=8, block=32, symmetric=True),
     "q40": GGML(kind="Q4_0"),
     "iq4nl": IQ4NL(),
@@ -76,7 +77,7 @@ def in_panels(params, kind: str):
   from research.quant import qtensor
   from research.quant.panels import from_qtensor
 
-  format = formats()[kind]
+  format, rng = formats()[kind], np.random.default_rng(0)
 
   def leaf(path, w):
     if path.endswith("scale"):
@@ -85,6 +86,10 @@ def in_panels(params, kind: str):
     packed = qtensor.pack(np.asarray(w).T if embed else w, format)
     if embed:
       packed = dataclasses.replace(packed, axis=-1)
+    elif kind.endswith("order"):
+      # As act-order leaves rows; what is multiplied are other numbers.
+      order = rng.permuted(np.tile(np.arange(w.shape[-2]), (len(w), 1)), axis=1)
+      packed = dataclasses.replace(packed, order=order.astype(np.int32))
     return from_qtensor(packed)
 
   return tree.map_paths(leaf, params)
@@ -171,6 +176,25 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   return out | dict(compile_s=round(first - spent, 2))
 
 
+def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
+  """Times reading prompts and choosing one token, which needs no step."""
+  from research.nn import generate
+  from research.quant import panels
+
+  loaded, ids = load(dtype)
+  size = table.PREFILL
+  prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
+  params = generate.prepare(panels.decoding(loaded.params), loaded.model)
+  model = loaded.model
+  del loaded
+  return table.timed(
+    lambda: generate.generate(model, params, prompts, 1),
+    batch * size,
+    runs,
+    steps,
+  )
+
+
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
   """Times forward and loss of one window."""
   import jax
@@ -214,8 +238,9 @@ def measure(row: str, runs: int, steps: int, threads: int) -> dict:
   del threads  # XLA uses the cores that the process may use
   kind, *rest = row.split("_")
   work = {"train": train, "perplexity": perplexity}.get(kind)
-  if kind == "decode":
-    out = decode(int(rest[0][1:]), rest[1], runs, steps)
+  if kind in ("decode", "prefill"):
+    work = {"decode": decode, "prefill": prefill}[kind]
+    out = work(int(rest[0][1:]), rest[1], runs, steps)
   else:
     out = work(rest[0], runs, steps)
   return dict(

@@ -12,6 +12,7 @@ peak resident memory. Real SmolLM2-135M weights throughout.
                                  the faster of `generate` and a loop of ours
                                  over a StaticCache
   perplexity_{fp32,bf16}         forward and loss, 1 x 1024
+  prefill_b{1,8}_{fp32,bf16}     prompt 512 and its first token; not in ROWS
 
 The parent must not import torch: Linux counts its memory into the child's
 ru_maxrss when the child is started.
@@ -40,6 +41,7 @@ ROWS = (
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 BATCH, LENGTH = 4, 256
 PROMPT, NEW = 32, 64
+PREFILL = 512
 WINDOW = 1024
 
 
@@ -173,6 +175,20 @@ def static_loop(model, prompt):
   return torch.stack(out, 1)
 
 
+def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
+  """Times reading prompts and choosing one token."""
+  import torch
+
+  model, ids = load(dtype)
+  prompt = ids[: batch * PREFILL].reshape(batch, PREFILL)
+
+  def read():
+    model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+  with torch.inference_mode():
+    return timed(read, batch * PREFILL, runs, steps)
+
+
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
   """Times forward and loss of one window."""
   import torch
@@ -204,6 +220,7 @@ def measure(row: str, runs: int, steps: int, threads: int) -> dict:
     "train": train,
     "perplexity": perplexity,
     "decode": lambda size, *a: decode(int(size[1:]), *a),
+    "prefill": lambda size, *a: prefill(int(size[1:]), *a),
   }[kind]
   out = functools.partial(work, *rest)(runs, steps)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
