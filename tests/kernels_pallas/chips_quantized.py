@@ -1,6 +1,7 @@
 """Schedules of the quantized matmul on TPUs that are not here.
 
-    .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized v5e v6e
+    .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized v5e v6e \
+        [--only=REGEX]
 
 prints a row for each case beside the same product of bfloat16 weights, by a
 kernel as plain as can be in tiles of the same size. Each is compiled in a
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,9 @@ NAMES = {
 }
 
 
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
   """A product of `rows` rows with a matrix of 4096 x 4096.
@@ -32,7 +37,7 @@ class Case:
   Attributes:
     target: Of `CHIPS`.
     way: Of `NAMES`.
-    kind: 'int4', 'nf4', 'int8', 'w8a8'; or 'bf16', the plain kernel.
+    kind: 'int4', 'nf4', 'e2m1', 'int8', 'w8a8'; or 'bf16', the plain kernel.
     group: Inputs of a scale.
     rows: Rows.
     tile: (rows, inputs, outputs) of a grid step.
@@ -120,6 +125,7 @@ def _ours(case: Case, array):
   codebook = {
     "int4": tuple(float(code - 8) for code in range(16)),
     "nf4": tuple((code / 15) ** 2 for code in range(16)),
+    "e2m1": tuple(sign * x for sign in (1, -1) for x in E2M1),
   }.get(case.kind, ())
   scale = array((n // case.group, n), "bfloat16")
   w = planar.Planar(
@@ -196,12 +202,20 @@ TABLE = (  # way, kind, group, rows, tile, offset
   ("few", "bf16", 128, 8, (8, 2048, 1024), False),
   ("few", "int4", 128, 8, (8, 2048, 1024), False),
   ("few", "int4", 32, 8, (8, 2048, 1024), True),
+  ("few", "int4", 64, 8, (8, 2048, 1024), True),
+  ("few", "int4", 32, 8, (8, 2048, 1024), False),
   ("few", "nf4", 64, 8, (8, 2048, 1024), False),
+  ("few", "nf4", 32, 8, (8, 2048, 1024), False),
+  ("few", "e2m1", 32, 8, (8, 2048, 1024), False),
+  ("few", "e2m1", 16, 8, (8, 2048, 1024), False),
+  ("few", "int8", 32, 8, (8, 2048, 1024), False),
   ("few", "int8", 4096, 8, (8, 2048, 1024), False),
   ("few", "w8a8", 4096, 8, (8, 2048, 1024), False),
   ("many", "bf16", 128, 1024, (1024, 1024, 512), False),
   ("many", "int4", 128, 1024, (1024, 1024, 512), False),
+  ("many", "int4", 32, 1024, (1024, 1024, 512), True),
   ("many", "nf4", 64, 1024, (1024, 1024, 512), False),
+  ("many", "e2m1", 16, 1024, (1024, 1024, 512), False),
   ("many", "int8", 4096, 1024, (1024, 1024, 512), False),
   ("few", "w8a8", 4096, 1024, (256, 2048, 1024), False),
   ("gradient", "bf16", 128, 1024, (1024, 512, 1024), False),
@@ -210,13 +224,21 @@ TABLE = (  # way, kind, group, rows, tile, offset
 )
 
 
-def main(targets: list[str]) -> None:
-  """Prints the table: cycles of 2^20 weights, of the schedule and of memory."""
-  print("| chip | kernel | weights | rows | bundles | memory | bf16's | slot |")
-  print("|---|---|---|---|---|---|---|---|")
+def main(targets: list[str], only: str = "") -> None:
+  """Prints the table: cycles of 2^20 weights, of the schedule and of memory.
+
+  Args:
+    targets: of `CHIPS`.
+    only: regular expression for `kind, group`; bf16 is always read.
+  """
+  heads = "chip kernel weights rows bytes bundles memory kiloMAC bf16's slot"
+  print(f"| {' | '.join(heads.split())} |")
+  print("|---" * len(heads.split()) + "|")
   for target in targets:
     plain = {}
     for way, kind, group, rows, tile, offset in TABLE:
+      if kind != "bf16" and not re.search(only, f"{kind}, {group}"):
+        continue
       case = Case(target, way, kind, group, rows, tile, offset=offset)
       with tempfile.TemporaryDirectory() as folder:
         problem = compile_to(case, pathlib.Path(folder))
@@ -234,8 +256,10 @@ def main(targets: list[str]) -> None:
       slot, full = max(found.share().items(), key=lambda x: x[1])
       print(
         f"| {target} | {way} | {kind}, group {group}"
-        f"{', offset' if offset else ''} | {rows} | {bundles:.0f} | "
-        f"{memory:.0f} | {cost / base:.2f} | {slot} {full:.0%} |",
+        f"{', offset' if offset else ''} | {rows} | "
+        f"{case.bytes / tile[1] / tile[2]:.3f} | {bundles:.0f} | "
+        f"{memory:.0f} | {1000 * bundles / 2**20 / rows:.4f} | "
+        f"{cost / base:.2f} | {slot} {full:.0%} |",
         flush=True,
       )
 
@@ -245,4 +269,6 @@ if __name__ == "__main__":
     fields = json.loads(sys.argv[1])
     _compile(Case(**{**fields, "tile": tuple(fields["tile"])}))
   else:
-    main(sys.argv[1:] or ["v5e", "v6e"])
+    given = [a for a in sys.argv[1:] if not a.startswith("--only=")]
+    only = [a.removeprefix("--only=") for a in sys.argv[1:] if a not in given]
+    main(given or ["v5e", "v6e"], *only)
