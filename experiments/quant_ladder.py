@@ -111,7 +111,7 @@ def rows(
   def one(b: int, name: str, method: Any, reads: Calibration | None) -> Row:
     eight: Format = Affine(bits=8, block=block, symmetric=True)
     rules = (
-      Rule(match="^embed$", format=eight),
+      Rule(match="^(embed|head)$", format=eight),
       Rule(match="^layers/", format=Affine(bits=b, block=block), method=method),
     )
     whole = Quantization(rules=rules, calibration=reads, compare=False)
@@ -144,7 +144,7 @@ def measured(
       runs.train(ladder.experiment(width, seed), place)
     cli.say(f"{name}:")
     table = quant_study.Table(
-      model=Pretrained(name=str(place), packed=False),
+      model=Pretrained(name=str(place / "model"), packed=False),
       rows=ladder.rows,
       text=ladder.text,
     )

@@ -290,7 +290,7 @@ def axes(
 def measured(
   loaded: Loaded, tokens: Int[Array, "N T"], rows: Sequence[Row]
 ) -> dict[str, dict[str, Any]]:
-  """Returns rows of a table as `experiments.quant_table` measures them.
+  """Returns rows as `experiments.quant_table` measures them, but by matrix.
 
   Args:
     loaded: the model before.
@@ -301,6 +301,7 @@ def measured(
   table = quant_study.Table(
     model=_Given(loaded), rows=(rows,), text=calibrate.Calibration()
   )
+  rows = [dataclasses.replace(r, errors=False) for r in rows]
   return {r.name: quant_study.one(table, r, loaded, base) for r in rows}
 
 

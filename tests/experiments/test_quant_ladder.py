@@ -25,7 +25,14 @@ from tests.support_letters import Text
 
 BPE = bpe.Bpe(documents=Text(4, 200), size=260)
 SIZES = presets.Sizes(
-  vocab=272, width=16, depth=1, heads=1, kv_heads=1, head_dim=16, hidden=32
+  vocab=272,
+  width=16,
+  depth=1,
+  heads=1,
+  kv_heads=1,
+  head_dim=16,
+  hidden=32,
+  tied=True,
 )
 TEXT = Calibration(source=Text(1, 400), windows=4, length=32)
 LADDER = quant_ladder.Ladder(
@@ -37,8 +44,8 @@ LADDER = quant_ladder.Ladder(
     plan=Plan(steps=2),
   ),
   text=TEXT,
-  rows=(quant_ladder.rows(TEXT, bits=(8, 3), block=16, nearest=(3,)),),
-  widths=(16, 32),
+  rows=(quant_ladder.rows(TEXT, bits=(8,), block=16, nearest=(3,)),),
+  widths=(16,),
   seeds=1,
   verdicts=(quant_ladder.fewer_bits,),
 )
@@ -103,6 +110,21 @@ def test_widths_are_multiples_of_heads():
     dataclasses.replace(LADDER, widths=(16, 24))
 
 
+def test_rows_have_an_embedding_in_8_bits_and_gptq_below():
+  rows = quant_ladder.rows(TEXT, bits=(8, 4, 2), nearest=(3,))
+  methods = {
+    r.name: [rule.method.name for rule in r.transforms[0].rules] for r in rows
+  }
+  gptq = ["nearest", "GPTQ, groups, fresh"]
+  assert methods == {
+    "8 bits": ["nearest", "nearest"],
+    "4 bits": gptq,
+    "2 bits": gptq,
+    "3 bits, nearest": ["nearest", "nearest"],
+  }
+  assert {r.calibrated_on for r in rows} == {None, 128}
+
+
 def test_a_rung_has_its_width_and_seed():
   read = config.read("runs/quant/claims_ladder.gin", root=quant_ladder.Ladder)
   made = read.experiment.experiment(192, 2)
@@ -118,15 +140,18 @@ def test_the_command_trains_measures_and_keeps(tmp_path, capsys, monkeypatch):
   assert cli.call(quant_ladder_table.main, argv) == 0
   result = json.loads(capsys.readouterr().out.splitlines()[-1])
   sizes = {(x["width"], x["row"]): x for x in result["rows"]}
-  assert len(sizes) == 6
+  assert len(sizes) == 2
   # Eight bits of an embedding are among the bytes, of every row.
-  for width in (16, 32):
-    count = 4 * width**2 + 3 * width * 2 * width
-    norms = 4 * 3 * width
-    embedding = 272 * width * (1 + 2 / 16)
-    eight = count * (1 + 2 / 16 + 1 / 16) + norms + embedding
-    assert sizes[width, "8 bits"]["kB"] == pytest.approx(eight / 1e3, rel=0.01)
-    assert sizes[width, "3 bits"]["KL"] > 4 * sizes[width, "8 bits"]["KL"] > 0
+  count = 4 * 16**2 + 3 * 16 * 32
+  rest = 4 * 3 * 16 + 272 * 16 * (1 + 2 / 16)  # norms, and the embedding
+  for bits, name in ((8, "8 bits"), (3, "3 bits, nearest")):
+    # Codes, and a float16 scale and a zero for each 16.
+    matrices = count * (bits + 16 / 16 + bits / 16) / 8
+    assert sizes[16, name]["kB"] == pytest.approx(
+      (matrices + rest) / 1e3, rel=1e-6
+    )
+  kl = [sizes[16, name]["KL"] for name in ("8 bits", "3 bits, nearest")]
+  assert kl[1] > 4 * kl[0] > 0
   assert (tmp_path / "ladder.png").read_bytes()[:4] == b"\x89PNG"
   monkeypatch.setattr(
     quant_ladder.runs, "train", lambda *x: pytest.fail("trained again")

@@ -111,8 +111,9 @@ def test_faults_can_be_found():
 def _execute(path: pathlib.Path, names: tuple[str, ...]) -> tuple[dict, str]:
   """Returns the values of `names` after all cells, and what was printed."""
   environ = dict(os.environ, QUICK="1", MPLBACKEND="Agg")
-  # As a user has it: one device, no import hook.
-  environ.pop("XLA_FLAGS", None)
+  # As a user has it: one device, no import hook; but compiled without LLVM's
+  # passes, as all tests are.
+  environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
   done = subprocess.run(
     [sys.executable, "-c", RUN % (names,)],
     input=json.dumps(_code(_read(path))),
@@ -182,12 +183,13 @@ def test_llada_is_bounded_by_the_truth(tmp_path, monkeypatch):
   names = ("bounds", "entropy", "quality", "turned")
   values, printed = _execute(notebook, names)
   bounds, entropy = values["bounds"], values["entropy"]
-  # Of 128 rows of 32 tokens, nats a token vary by about 0.1 from row to row.
-  assert bounds["perfect"] == pytest.approx(entropy, abs=0.05)
+  # Of 32 rows of 32 tokens, nats a token vary by about 0.2 from row to row.
+  assert bounds["perfect"] == pytest.approx(entropy, abs=0.15)
   assert bounds["model"] > bounds["perfect"] + 0.2  # it has hardly learned
-  few, many = values["quality"]["perfect"]
-  assert few["pairs off"] > 2 * many["pairs off"]
-  assert many["nats a token"] == pytest.approx(entropy, abs=0.05)
+  (once,) = values["quality"]["perfect"]
+  # In one call places do not know of each other: of pairs, 256 rows of the
+  # chain itself are off by 0.02.
+  assert once["pairs off"] > 0.2 and once["nats a token"] > entropy + 0.5
   plain, ones = (row["nats a token"] for row in values["turned"])
   assert ones == pytest.approx(plain, rel=1e-4)
   assert re.search(r"^ +24  [a-j]{32}$", printed, re.M)
