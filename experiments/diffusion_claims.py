@@ -4,8 +4,8 @@
       --config=runs/llada/claims_reversal.gin --workdir=DIR
 
 A configuration is a `diffusion_study.Claims`, one study of several arms. Every
-arm's row goes to DIR/arms/, and the same command again runs what is missing.
-Ends with a table, verdicts, and pictures in DIR, and result.json, whose content
+arm's row goes to DIR/arms/, and the same command again runs what is missing;
+--only runs some of them. Ends with a table, verdicts, and pictures in DIR, and result.json, whose content
 is the last line on stdout.
 """
 
@@ -22,6 +22,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
+
 from experiments import claims, cli
 
 FLAGS = cli.new_flags()
@@ -30,6 +32,13 @@ _GIVEN = claims.define(
   FLAGS,
   "runs/llada/claims_reversal.gin",
   "diffusion_study.Tiny.width=32 for a trial",
+)
+
+_ONLY = flags.DEFINE_string(
+  "only",
+  ".",
+  "Regular expression; other arms are not run now, e.g. --only='seed 0'.",
+  flag_values=FLAGS,
 )
 
 
@@ -41,7 +50,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   read = _GIVEN.read(diffusion_study.Claims)
   study, folder = read.experiment.study, _GIVEN.folder
   claims.claimed(folder, read.text)
-  rows = _rows(study, folder / "arms")
+  rows = _rows(study, folder / "arms", _ONLY.value)
+  missing = [arm for arm in study.arms if arm not in rows]
+  if missing:
+    cli.say(f"{len(missing)} arms are missing; verdicts need them all")
+    return {"arms": list(rows), "missing": missing}
 
   # --- what they say ---
   lines = study.table(rows)
@@ -56,13 +69,23 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return claims.finish(folder, result)
 
 
-def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
-  """Returns all arms' rows, from the folder or from new runs."""
-  rows = {}
+def _rows(study: Any, folder: pathlib.Path, only: str) -> dict[str, Any]:
+  """Returns arms' rows, from the folder or, where they match, new runs."""
+  from research.typing import UserError
+
+  try:
+    wanted = re.compile(only)
+  except re.error as error:
+    raise UserError(
+      f"--only={only}: no regular expression ({error}); try e.g. 'seed 0'"
+    ) from error
+  rows: dict[str, Any] = {}
   folder.mkdir(parents=True, exist_ok=True)
   for arm in study.arms:
     path = folder / (re.sub(r"\W+", "_", arm) + ".json")
     if not path.exists():
+      if not wanted.search(arm):
+        continue
       start = time.perf_counter()
       row = cli.plain(study.row(arm, rows))
       row["seconds"] = time.perf_counter() - start

@@ -95,6 +95,8 @@ class Ladder:
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
     kind, seed = arm.split(", seed ")
+    if f"rates of {kind}" not in before:
+      raise UserError(f"{arm}: needs the arm 'rates of {kind}'; run it first")
     rate = before[f"rates of {kind}"]["rate"]
     curve = self.curve(kind, int(seed), self._steps(kind), rate)
     return {"kind": kind, "seed": int(seed), "rate": rate, **curve}

@@ -94,6 +94,27 @@ def test_the_command_keeps_arms_and_says_what_it_found(trial, capsys):
   assert held[gap] and not all(held.values())
 
 
+def test_arms_are_run_apart(tmp_path, capsys):
+  def run(only):
+    return cli.call(
+      diffusion_claims.main,
+      [
+        "diffusion_claims",
+        "--config=runs/llada/claims_ar.gin",
+        f"--workdir={tmp_path}",
+        f"--only={only}",
+      ],
+    )
+
+  assert run("^none$") == 0
+  found = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert found["arms"] == [] and len(found["missing"]) == 16
+  assert run("next token, seed 0") == 1
+  assert "needs the arm 'rates of next token'" in capsys.readouterr().err
+  assert run("(") == 1
+  assert "--only=(: no regular expression" in capsys.readouterr().err
+
+
 def test_another_configuration_is_refused(trial, capsys):
   _, run = trial
   assert run("diffusion_reversal.Pairs.size=2") == 1
