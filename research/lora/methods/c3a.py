@@ -6,8 +6,11 @@ Chen et al. 2024 (arXiv:2407.19342), equations 4 and 5.
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from research import sharding
 from research.lora.method import Method, turned, uniform, zeros
 from research.typing import UserError
 
@@ -50,11 +53,11 @@ class C3A(Method):
     )
 
   def _product(self, x, kernel):
-    x = x.reshape(*x.shape[:-1], -1, self.block)
+    x = _whole(x.reshape(*x.shape[:-1], -1, self.block))
     spectrum = jnp.einsum(
-      "...nb,mnb->...mb", jnp.fft.ifft(x), jnp.fft.fft(kernel)
+      "...nb,mnb->...mb", jnp.fft.ifft(x), jnp.fft.fft(_whole(kernel))
     )
-    y = jnp.fft.fft(spectrum).real.astype(kernel.dtype)
+    y = _whole(jnp.fft.fft(_whole(spectrum)).real).astype(kernel.dtype)
     size_in = x.shape[-2] * x.shape[-1]
     return y.reshape(*y.shape[:-2], -1) / size_in
 
@@ -76,3 +79,15 @@ class C3A(Method):
   @classmethod
   def from_fields(cls, fields):
     return cls(block=fields.integer("block_size"))
+
+
+def _whole(x):
+  """Returns `x [..., n, b]`, whole along both on each device of a mesh.
+
+  Outputs that are cut would have XLA cut transforms along their frequencies,
+  which its CPU backend cannot run.
+  """
+  if not sharding.is_cut():
+    return x
+  free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None, None))
