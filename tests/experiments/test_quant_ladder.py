@@ -127,6 +127,8 @@ def test_rows_have_an_embedding_in_8_bits_and_gptq_below():
 
 def test_a_rung_has_its_width_and_seed():
   read = config.read("runs/quant/claims_ladder.gin", root=quant_ladder.Ladder)
+  again = config.parse(read.text, root=quant_ladder.Ladder)
+  assert again.text == read.text
   made = read.experiment.experiment(192, 2)
   sizes = made.model.sizes
   assert (sizes.width, sizes.heads, sizes.hidden) == (192, 6, 576)
