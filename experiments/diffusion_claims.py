@@ -5,8 +5,8 @@
 
 A configuration is a `diffusion_study.Claims`, one study of several arms. Every
 arm's row goes to DIR/arms/, and the same command again runs what is missing;
---only runs some of them. Ends with a table, verdicts, and pictures in DIR, and result.json, whose content
-is the last line on stdout.
+--only runs some of them. Ends with a table, verdicts, and pictures in DIR, and
+result.json, whose content is the last line on stdout.
 """
 
 # ruff: noqa: E402

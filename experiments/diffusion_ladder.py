@@ -294,7 +294,7 @@ def _marks(steps: int, every: int, points: int) -> set[int]:
 
 
 def _at(row: Row, read: int | None) -> float:
-  """Returns a row's gap at the end, or after so many tokens (interpolated)."""
+  """Returns the gap at the end, or after so many tokens (interpolated)."""
   if read is None:
     return row["gap"][-1]
   x = np.log(row["read"])
