@@ -246,9 +246,7 @@ def choose(
       return "xla_blockwise", reason
     if q.shape[1] < ROWS:
       return "xla_blockwise", f"a GPU kernel would pad T to {ROWS} queries"
-    if cores(kind) == "mma":
-      return "mosaic_gpu", f"the program is for {kind}; gradients are blockwise"
-    return "mosaic_gpu", "the program is for a Hopper GPU"
+    return "mosaic_gpu", f"the program is for {kind}"
   if platform != "tpu":
     return "xla_blockwise", f"there is no kernel for platform {platform} yet"
   if q.dtype not in (jnp.bfloat16, jnp.float32):

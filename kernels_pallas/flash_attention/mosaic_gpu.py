@@ -1,9 +1,9 @@
 """Flash attention as Mosaic kernels for GPUs, the mosaic_gpu backend.
 
 `mosaic_gpu_forward` and `mosaic_gpu_backward` hold the kernels for Hopper,
-`mosaic_gpu_ampere` the forward one for Ampere and Ada, whose backward pass is
-that of `blocked`; `mosaic_gpu_problem` is what they are called with. The saved
-output and log-sum-exp have the names that `blocked` gives them.
+`mosaic_gpu_ampere` and `mosaic_gpu_ampere_backward` those for Ampere and Ada;
+`mosaic_gpu_problem` is what they are called with. The saved output and
+log-sum-exp have the names that `blocked` gives them.
 """
 
 import dataclasses
@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas.flash_attention import blocking, mosaic_gpu_ampere
-from kernels_pallas.flash_attention import mosaic_gpu_backward as back
+from kernels_pallas.flash_attention import (
+  mosaic_gpu_ampere,
+  mosaic_gpu_ampere_backward,
+  mosaic_gpu_backward,
+)
 from kernels_pallas.flash_attention import mosaic_gpu_problem as problem
-from kernels_pallas.flash_attention.blocked import blocked_gradients
 from kernels_pallas.flash_attention.cotangents import (
   Queries,
   finished,
@@ -127,9 +129,8 @@ def _gradients(spec, interpret, x, rows) -> Operands:
   """Gradients in the type of the output."""
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
-  if tiles.cores == "mma":
-    plain = dataclasses.replace(spec, blocks=blocking.fitted(x))
-    return blocked_gradients(plain, x, rows)
+  mma = tiles.cores == "mma"
+  back = mosaic_gpu_ampere_backward if mma else mosaic_gpu_backward
 
   def prepare(tile, streamed):
     return _with_cotangents(problem.prepare(spec, x, tile, streamed), *rows)

@@ -1,13 +1,9 @@
 """The forward kernel for GPUs before Hopper: `mma` and `cp.async`.
 
-A block is one warpgroup, 64 queries of a head, with one buffer for keys and one
-for values: values arrive while scores are computed, and the next keys while
-probabilities are and meet the values (FlashAttention-2's order). That is little
-shared memory, and several blocks a multiprocessor hide the rest. Nothing here
-has a barrier in memory: those that other warpgroups could wait on are Hopper's.
-
-The GPU interpreter has neither instruction: there a copy is an assignment and a
-product a `jnp.dot`, while masks, softmax, loops and the table are the same.
+A block is 64 queries of a head. Values arrive while scores are computed, and
+the next keys while probabilities are and meet the values (FlashAttention-2's
+order). `mosaic_gpu_mma` says what the GPU interpreter does instead; masks,
+softmax, loops and the table are the same there.
 """
 
 import functools
@@ -17,17 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention import mosaic_gpu_mma as mma
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import COLUMNS, ROWS
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
-
-DEPTH = 16
-"""Terms that one `mma` sums."""
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
@@ -59,17 +52,7 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     interpret=interpret,
     **stream.estimate(p, 2),
   )
-  # `cp.async` takes a head only out of rows that are flat.
-  flat = {name: _flat(p.arrays[name]) for name in ("q", "k", "v")}
-  return tuple(call({**p.arrays, **flat}))
-
-
-def _flat(x: jax.Array) -> jax.Array:
-  return x.reshape(*x.shape[:2], -1)
-
-
-def _columns(head: Any, size: int):
-  return pl.ds(head * size, size)
+  return tuple(call(mma.flat(p, ("q", "k", "v"))))
 
 
 def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
@@ -79,15 +62,12 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
   start = row * p.tile.rows
   queries = pl.ds(start, ROWS)
   kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
-  load = functools.partial(_copy, interpreted)
 
   def fetch(name, n):
-    keys = pl.ds(line.nth(n) * p.tile.streamed, p.tile.streamed)
-    columns = _columns(kv, smem[name].shape[2])
-    load(refs[name].at[b, keys, columns], smem[name].at[0])
+    where = b, line.nth(n) * p.tile.streamed, kv
+    mma.fetch(interpreted, refs[name], smem[name], where)
 
-  columns = _columns(h, smem["q"].shape[2])
-  load(refs["q"].at[b, queries, columns], smem["q"].at[0])
+  mma.fetch(interpreted, refs["q"], smem["q"], (b, start, h))
   pl.when(line.steps > 0)(lambda: fetch("k", 0))
   x = tile.View(p, refs, smem.get("p"), b, h)
   bounds = tile.of_queries(x, start, ROWS)
@@ -97,102 +77,31 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
   acc, m, l = stream.consume(
     line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
   )
-  _wait(interpreted, 0)
+  mma.wait(interpreted, 0)
   o, lse = tile.normalised(acc, m, l)
-  plgpu.store(
-    o_ref.at[b, queries, h], o.astype(o_ref.dtype), optimized=False
-  )  # fmt: skip
-  plgpu.store(lse_ref.at[b, h, queries], lse, optimized=False)
+  mma.store(o, o_ref.at[b, queries, h])
+  mma.store(lse, lse_ref.at[b, h, queries])
 
 
 def _step(x, interpreted, smem, fetch, line, bounds, start, n, where, _, carry,
           masked):  # fmt: skip
   """Scores of one tile, their softmax, and the product with its values."""
   p = x.p
-  # Addresses that may not be known before the loop: kept, they would spill.
-  again = lax.optimization_barrier(jnp.int32(0))
+  q, k, v = mma.again(smem, "qkv")
   fetch("v", n)
-  _wait(interpreted, 1)
-  s = tile.zeros(*tile.shape(p))
-  q, k_ref, v_ref = (smem[name].at[again] for name in "qkv")
-  for at in range(0, p.dims[5], COLUMNS):
-    # By parts, since operands are registers, too.
-    part = slice(None), pl.ds(at, COLUMNS)
-    keys = k_ref.at[part].transpose((1, 0))
-    s = _dot(interpreted, s, _left(q.at[part]), _right(keys))
+  mma.wait(interpreted, 1)
+  s = mma.product(interpreted, q, k)
   # The last step fetches its own keys again: copies have no condition, and as
   # many must be under way in every step.
   fetch("k", jnp.minimum(n + 1, line.steps - 1))
   seen, drop = None, lambda y: y
   if masked or p.spec.dropout_rate:
-    k = where()[1] * p.tile.streamed
-    drop = tile.dropper(x, start, k)
+    first = where()[1] * p.tile.streamed
+    drop = tile.dropper(x, start, first)
   if masked:
-    seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
+    columns = tile.of_keys(x, first, p.tile.streamed)
+    seen = tile.visible(x, bounds, columns, first)
   acc, m, l, e = tile.softmax(p, s, seen, carry)
   e = drop(e)
-  if x.operand is None:
-    left = _as_left(e, v_ref.dtype)
-  else:
-    x.operand[...] = e.astype(x.operand.dtype)
-    left = [_left(x.operand)]
-  _wait(interpreted, 1)
-  size = p.tile.streamed // len(left)
-  for i, part in enumerate(left):
-    values = _right(v_ref.at[pl.ds(i * size, size)])
-    acc = _dot(interpreted, acc, part, values)
-  return acc, m, l
-
-
-def _copy(interpreted, source, target) -> None:
-  if interpreted:
-    target[...] = source[...]
-    return
-  plgpu.copy_gmem_to_smem(
-    source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS
-  )
-
-
-def _wait(interpreted, most: int) -> None:
-  """Until at most so many copies are under way, the latest ones."""
-  if not interpreted:
-    plgpu.wait_gmem_to_smem(most)
-
-
-def _dot(interpreted, acc, a, b):
-  if interpreted:
-    return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
-  return plgpu.mma(acc, a, b)
-
-
-def _left(ref):
-  return plgpu.load(ref, layout=plgpu.Layout.MMA_LHS(ref.dtype))
-
-
-def _right(ref):
-  return plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))
-
-
-def _as_left(e: jax.Array, dtype: Any) -> list[jax.Array]:
-  """Left operands [64, 16] out of an accumulator: rounded, in its registers."""
-  left = plgpu.Layout.MMA_LHS(dtype)
-  rows, columns = e.shape
-  part = plgpu.ShapeDtypeStruct((rows, DEPTH), dtype, layout=left)
-
-  @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA,), return_type=[part] * (columns // DEPTH)
-  )
-  def rounded(_, values):
-    values = values.astype(mgpu.utils.dtype_to_ir_type(dtype))
-    layout = left.to_mgpu()
-    shape = layout.registers_shape(part.shape)
-    return [
-      mgpu.FragmentedArray(
-        _registers=values[:, at : at + DEPTH].registers.reshape(shape),
-        _layout=layout,
-        _is_signed=None,
-      )
-      for at in range(0, columns, DEPTH)
-    ]
-
-  return rounded(e)
+  mma.wait(interpreted, 1)
+  return mma.accumulate(interpreted, x, acc, e, v), m, l

@@ -248,17 +248,13 @@ def _scores(x, left, right, stats, seen, drop):
   p = x.p
 
   def probabilities(s):
-    t, factor, slope = tile.logits(p, s, None if seen is None else seen())
-    e = jnp.exp2(t * factor - tile.spread(stats(LSE), t.shape, x.along))
-    return e, slope
+    return tile.probabilities(x, s, stats(LSE), seen)
 
   if right is None:
     return probabilities(tile.product(*left))[0], None
 
   def gradient(e, slope, dp):
-    dp = drop(dp)
-    ds = e * (dp - tile.spread(stats(SHIFT), dp.shape, x.along))
-    return e, ds if slope is None else ds * slope
+    return e, tile.slopes(x, e, slope, drop(dp), stats(SHIFT))
 
   if p.tile.products == "one":
     e, slope = probabilities(tile.product(*left))

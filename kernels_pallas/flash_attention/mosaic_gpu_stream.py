@@ -53,6 +53,16 @@ class Line(NamedTuple):
     """The tile of step n of a line that is walked once."""
     return self.table[self.start + 2 + n]
 
+  def at(self, n: jax.Array) -> tuple[Any, jax.Array]:
+    """(head, tile) of step n of all, of either class."""
+    if self.heads == 1:
+      return 0, self.nth(n)
+    full = n < self.heads * self.full
+    count = jnp.where(full, self.full, self.partial)
+    m = n - jnp.where(full, 0, self.heads * self.full)
+    head = lax.div(m, count)
+    return head, self.nth(jnp.where(full, 0, self.full) + m - head * count)
+
   def tile(self, kind: int, n: jax.Array) -> tuple[Any, jax.Array]:
     """(head, tile) of step n among those of a class."""
     count = self.full if kind == mask_blocks.FULL else self.partial

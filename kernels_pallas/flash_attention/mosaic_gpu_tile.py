@@ -170,6 +170,44 @@ def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
   return Logits(t, factor, slope)
 
 
+def probabilities(
+  x: View,
+  s: jax.Array,
+  lse: jax.Array,
+  seen: Callable[[], jax.Array] | None,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Those of a tile once more (kernels.md 2.2), and the slope of the soft cap.
+
+  Args:
+    x: The view.
+    s: Products of queries and keys.
+    lse: Base-2 log-sum-exps of the queries, +inf where there is none.
+    seen: Gives which are visible, or None: all.
+  """
+  t, factor, slope = logits(x.p, s, None if seen is None else seen())
+  return jnp.exp2(t * factor - spread(lse, t.shape, x.along)), slope
+
+
+def slopes(
+  x: View,
+  e: jax.Array,
+  slope: jax.Array | None,
+  dp: jax.Array,
+  shift: jax.Array,
+) -> jax.Array:
+  """dS of a tile: the gradient of its logits, but for the scale.
+
+  Args:
+    x: The view.
+    e: Probabilities.
+    slope: Of the soft cap, or None.
+    dp: Gradient of the probabilities, after dropout.
+    shift: delta of the queries minus the cotangent of their log-sum-exp.
+  """
+  ds = e * (dp - spread(shift, dp.shape, x.along))
+  return ds if slope is None else ds * slope
+
+
 def nothing(x: View) -> tuple[jax.Array, jax.Array]:
   """Maximum and sum of exponentials before the first key: those of sinks."""
   if "sinks" in x.refs:

@@ -12,6 +12,9 @@ import dataclasses
 ROWS = 64
 """Rows of a warpgroup: the M of `wgmma`."""
 
+STREAMED = 32
+"""Tokens of a tile that passes are a multiple."""
+
 COLUMNS = 64
 """Head dims are padded to a multiple: a swizzled row of 128 bytes."""
 
@@ -33,7 +36,7 @@ class GpuTile:
 
   Attributes:
     groups: Warpgroups that compute, of 64 rows each; one more copies.
-    streamed: Tokens of a tile of the side that passes by, a multiple of 64.
+    streamed: Tokens of a tile of the side that passes by, a multiple of 32.
     stages: Buffers of its two operands (keys and values, or queries and
       cotangents).
     products: How a backward kernel issues its two products of a tile: 'both'
@@ -50,11 +53,11 @@ class GpuTile:
       raise ValueError(
         f"tile.products: found {self.products!r}, expected one of {PRODUCTS}"
       )
-    bad = self.streamed < 1 or self.streamed % ROWS or min(self.stages) < 1
+    bad = self.streamed < 1 or self.streamed % STREAMED or min(self.stages) < 1
     if bad or not 1 <= self.groups <= 3:  # noqa: PLR2004
       raise ValueError(
         f"tile: found {self}, expected 1 to 3 groups, streamed a multiple of "
-        f"{ROWS}, and at least 1 stage"
+        f"{STREAMED}, and at least 1 stage"
       )
 
   @property
@@ -77,7 +80,7 @@ class GpuTiles:
       'registers', which is fast, or 'shared' memory, which the GPU interpreter
       can run.
     cores: The instruction of the tensor cores: 'wgmma' of Hopper, or 'mma' of
-      every GPU since Ampere, which has a forward kernel of one group.
+      every GPU since Ampere, whose kernels have one group.
   """
 
   forward: GpuTile = GpuTile()
@@ -88,7 +91,7 @@ class GpuTiles:
   cores: str = "wgmma"
 
   def __post_init__(self):
-    groups = self.forward.groups
+    groups = max(t.groups for t in (self.forward, self.dkv, self.dq))
     if self.cores not in CORES or (self.cores == "mma" and groups != 1):
       raise ValueError(
         f"tiles.cores: found {self.cores!r} and {groups} groups, expected one "
@@ -116,9 +119,9 @@ def for_head_dim(H: int, Hv: int, cores: str = "wgmma") -> GpuTiles:
     Hv: Head dim of values.
     cores: As of `GpuTiles`.
   """
-  if cores == "mma":
-    return GpuTiles(forward=GpuTile(1, 64, (1, 1)), cores=cores)
   wide = max(H, Hv)
+  if cores == "mma":
+    return _of_mma(wide)
   if wide <= 64:
     return GpuTiles(dkv=GpuTile(2, 64), dq=GpuTile(2, 128))
   if wide <= 128:
@@ -129,3 +132,14 @@ def for_head_dim(H: int, Hv: int, cores: str = "wgmma") -> GpuTiles:
     dq=GpuTile(1, 64, products="one"),
     gradients=(("dk",), ("dv",)),
   )
+
+
+def _of_mma(wide: int) -> GpuTiles:
+  """Of Ampere and Ada, whose 255 registers a thread are what there is least."""
+  tile, narrow = GpuTile(1, 64, (1, 1)), GpuTile(1, 32, (1, 1))
+  apart = (("dk",), ("dv",))
+  if wide <= 64:
+    return GpuTiles(tile, narrow, tile, cores="mma")
+  if wide <= 128:
+    return GpuTiles(tile, tile, tile, apart, cores="mma")
+  return GpuTiles(tile, narrow, narrow, apart, cores="mma")

@@ -101,13 +101,8 @@ def measure(job: Job, keep: pathlib.Path | None = None) -> list[ptx.Kernel]:
     keep: Folder for the dumps; default is one that is removed.
 
   Raises:
-    ValueError: There is no such kernel, or the compiler refuses, in its words.
+    ValueError: The compiler refuses, in its words.
   """
-  if (job.direction, TARGETS[job.target]) == ("backward", "mma"):
-    raise ValueError(
-      f"direction: found backward, expected forward for {job.target}, whose "
-      "gradients are xla_blockwise's"
-    )
   kernels = compiled(
     [
       "kernels_pallas.inspect.gpu",

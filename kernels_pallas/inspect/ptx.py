@@ -89,14 +89,15 @@ def _read(path: pathlib.Path) -> Kernel:
   if registers is None or spills is None:
     raise ValueError(f"{path}: no line of registers or spills, another format")
   lines = path.with_suffix(".ptx").read_text().splitlines()
-  resources = path.with_suffix(".resources.txt")
+  # Dumps of one kernel may bear different numbers.
+  name = re.sub(r"_\d+$", "", path.stem)
   shared = None
-  if resources.exists():
-    number = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text())
-    shared = int(number[1]) if number else None
+  for dump in path.parent.glob(f"{name}_*.resources.txt"):
+    number = re.search(r"smem_scratch_bytes=(\d+)", dump.read_text())
+    shared = int(number[1]) if number else shared
   loop = _steady(lines)
   return Kernel(
-    name=re.sub(r"_\d+$", "", path.stem),
+    name=name,
     registers=int(registers[1]),
     spills=max(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
     shared=shared,
