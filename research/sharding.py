@@ -337,6 +337,23 @@ def constrain(
   return jax.lax.with_sharding_constraint(x, activation(x.shape, *names))
 
 
+def whole(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
+  """Returns `x`, whole along its last axes on each device of a mesh.
+
+  For what XLA cannot cut along them, or cuts wrongly. Over the other axes it
+  decides; a gradient is kept as whole.
+
+  Args:
+    x: any array.
+    last: how many axes.
+  """
+  if not is_cut():
+    return x
+  free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - last)
+  spec = PartitionSpec(*free, *(None,) * last)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
 def is_cut() -> bool:
   """Whether a mesh is set that has several devices, here, to cut arrays over.
 

@@ -4,11 +4,10 @@ Chen et al. 2024 (arXiv:2407.19342), equations 4 and 5.
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from research import sharding
 from research.lora.method import Method, turned, uniform, zeros
@@ -53,11 +52,14 @@ class C3A(Method):
     )
 
   def _product(self, x, kernel):
-    x = _whole(x.reshape(*x.shape[:-1], -1, self.block))
+    # Outputs that are cut would have XLA cut transforms along frequencies,
+    # which its CPU backend cannot run.
+    whole = functools.partial(sharding.whole, last=2)
+    x = whole(x.reshape(*x.shape[:-1], -1, self.block))
     spectrum = jnp.einsum(
-      "...nb,mnb->...mb", jnp.fft.ifft(x), jnp.fft.fft(_whole(kernel))
+      "...nb,mnb->...mb", jnp.fft.ifft(x), jnp.fft.fft(whole(kernel))
     )
-    y = _whole(jnp.fft.fft(_whole(spectrum)).real).astype(kernel.dtype)
+    y = whole(jnp.fft.fft(whole(spectrum)).real).astype(kernel.dtype)
     size_in = x.shape[-2] * x.shape[-1]
     return y.reshape(*y.shape[:-2], -1) / size_in
 
@@ -79,15 +81,3 @@ class C3A(Method):
   @classmethod
   def from_fields(cls, fields):
     return cls(block=fields.integer("block_size"))
-
-
-def _whole(x):
-  """Returns `x [..., n, b]`, whole along both on each device of a mesh.
-
-  Outputs that are cut would have XLA cut transforms along their frequencies,
-  which its CPU backend cannot run.
-  """
-  if not sharding.is_cut():
-    return x
-  free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 2)
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*free, None, None))

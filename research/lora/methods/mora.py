@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from research import sharding
 from research.lora.method import Method, turned, wide, zeros
 
 
@@ -43,12 +44,14 @@ class MoRA(Method):
 
   def _product(self, x, m, size_out):
     side = m.shape[0]
+    # Cut along what is folded here, XLA gives wrong gradients of x (jax 0.12).
+    x = sharding.whole(x)
     # Filled up with its own first entries.
     x = jnp.concatenate([x, x[..., : -x.shape[-1] % side]], -1)
     x = x.reshape(*x.shape[:-1], -1, side)
     y = jnp.sum(x, -2) if self.form == "share" else _rotated(x)
     y = y @ m
-    y = y.reshape(*x.shape[:-2], -1)
+    y = sharding.whole(y.reshape(*x.shape[:-2], -1))
     times = -(-size_out // y.shape[-1])
     return jnp.tile(y, (1,) * (y.ndim - 1) + (times,))[..., :size_out]
 
