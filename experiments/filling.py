@@ -1,28 +1,32 @@
-"""What `generate --sampler=diffusion` does with a model, a prompt at a time."""
+"""What `generate --sampler=diffusion` does with a model and its prompts."""
 
 import dataclasses
 import math
-import shutil
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.screen import Screen, pieces_of
 from research.diffusion import sampler, view
 from research.diffusion.candidates import Options
+from research.diffusion.credit import Credited
 from research.diffusion.denoiser import BlockCausal, Cached, Denoiser, Whole
 from research.diffusion.guided import Guided
-from research.diffusion.policies import Factor, Policy, Quota, Threshold
+from research.diffusion.policies import (
+  Factor,
+  Hierarchy,
+  Policy,
+  Quota,
+  Threshold,
+)
 from research.diffusion.spec import Spec
 from research.interop.load import Loaded
 from research.nn.sampling import Sampling
 from research.typing import UserError
 
 BLOCK = 32
-FRAME = 0.03
-"""Seconds that a terminal shows a frame for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,8 @@ class Wanted:
   block: int | None = None
   steps: int | None = None
   policy: str = "quota"
+  select: str = "candidate"
+  plan: str = "even"
   cache: str = "none"
   guidance: float = 0.0
   seed: int = 0
@@ -50,16 +56,16 @@ class Wanted:
         f"--max_new_tokens: found {self.length}, expected at least 1"
       )
     policy_of(self.policy)
-    cached = around(self.cache, self.length) is not None
-    if self.guidance and cached:
-      raise UserError(
-        f"--guidance={self.guidance}: reads whole rows without the prompt; "
-        "expected --cache=none"
-      )
+    around(self.cache, self.length)
     if self.steps is not None and self.policy != "quota":
       raise UserError(
         f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
         "it takes; expected --policy=quota, or no --steps"
+      )
+    if self.plan != "even" and self.policy != "quota":
+      raise UserError(
+        f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
+        "--policy=quota"
       )
     for name, file in (("gif", self.gif), ("html", self.html)):
       if file is not None and prompts > 1:
@@ -67,18 +73,20 @@ class Wanted:
 
 
 def policy_of(text: str) -> Policy:
-  """Returns what `quota`, `threshold:0.9` or `factor:1` stands for."""
+  """Returns what a name and a number stand for, see `experiments.generate`."""
   name, colon, number = text.partition(":")
   value = _number(number) if colon else None
   if text == "quota":
     return Quota()
-  if name == "threshold" and value is not None and 0 < value <= 1:
+  if text == "hierarchy":
+    return Hierarchy()
+  if name in ("threshold", "credit") and value is not None and 0 < value <= 1:
     return Threshold(threshold=value)
   if name == "factor" and value is not None and value > 0:
     return Factor(factor=value)
   raise UserError(
-    f"--policy={text}: expected quota, threshold:P with P in (0, 1], or "
-    "factor:F with F above 0"
+    f"--policy={text}: expected quota, hierarchy, threshold:P or credit:P with "
+    "P in (0, 1], or factor:F with F above 0"
   )
 
 
@@ -131,55 +139,103 @@ def denoiser_of(
     loaded: the model.
     how: what its checkpoint says.
     wanted: the flags.
-    prompt: tokens of it.
+    prompt: tokens at the start of rows that are prompts, or padding.
   """
+  asked = _reading(loaded, how, wanted)
+  if wanted.guidance:
+    asked = Guided(
+      inner=asked, prompt=prompt, mask_id=how.mask_id, weight=wanted.guidance
+    )
+  if wanted.policy.startswith("credit"):
+    asked = Credited(inner=asked, mask_id=how.mask_id)
+  return asked
+
+
+def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
+  """Returns how rows are read, with or without a cache."""
   model, shift = loaded.model, how.shift
   near = around(wanted.cache, wanted.length)
-  if how.block is not None and near is not None:
-    if wanted.cache != "prefix":
-      raise UserError(
-        f"--cache={wanted.cache}: the model's blocks see nothing after them; "
-        "expected prefix, which is exact, or none"
-      )
-    return BlockCausal(model=model, block=how.block, shift=shift)
-  if near is not None:
-    before, after = near
-    return Cached(model=model, shift=shift, before=before, after=after)
-  whole = Whole(model=model, shift=shift, block=how.block)
-  if not wanted.guidance:
-    return whole
-  return Guided(
-    inner=whole, prompt=prompt, mask_id=how.mask_id, weight=wanted.guidance
-  )
+  if near is None:
+    return Whole(model=model, shift=shift, block=how.block)
+  if how.block is None:
+    return Cached(model=model, shift=shift, before=near[0], after=near[1])
+  if wanted.cache != "prefix":
+    raise UserError(
+      f"--cache={wanted.cache}: the model's blocks see nothing after them; "
+      "expected prefix, which is exact, or none"
+    )
+  return BlockCausal(model=model, block=how.block, shift=shift)
+
+
+def batches(
+  prompts: list[list[int]], how: Spec, wanted: Wanted
+) -> list[list[int]]:
+  """Returns which prompts are filled together, by their numbers.
+
+  Rows of models without blocks are padded on the left. Blocks begin where rows
+  do, so there the first block that is filled has to be the same one; with
+  guidance, which masks prompts, their lengths have to be.
+  """
+  if how.block is None:
+    return [list(range(len(prompts)))]
+  size = 1 if wanted.guidance else wanted.block or how.block
+  found: dict[int, list[int]] = {}
+  for i, prompt in enumerate(prompts):
+    found.setdefault(len(prompt) // size, []).append(i)
+  return list(found.values())
 
 
 def begun(
-  prompt: list[int], index: int, how: Spec, policy: Policy, wanted: Wanted
-) -> tuple[sampler.State, Options]:
-  """Returns a row to be filled, and how.
+  prompts: list[list[int]],
+  examples: list[int],
+  how: Spec,
+  policy: Policy,
+  wanted: Wanted,
+) -> tuple[sampler.State, Options, list[int]]:
+  """Returns rows to be filled, how, and where each prompt ends.
 
   Blocks of a model that has some start at the row's start, so the end of the
   prompt may stand in the first one.
 
   Args:
-    prompt: ids.
-    index: its number, which its randomness comes from.
+    prompts: ids, of one of the `batches`.
+    examples: their numbers, which their randomness comes from.
     how: what the checkpoint says.
     policy: of what is kept.
     wanted: the flags.
 
   Raises:
-    UserError: the prompt holds the mask, or blocks and steps do not divide.
+    UserError: a prompt holds the mask, or blocks and steps do not divide.
   """
+  options = _options(prompts, how, policy, wanted)
+  key, numbers = jax.random.key(wanted.seed), jax.numpy.array(examples)
+  held = any(how.mask_id in prompt for prompt in prompts)
+  if how.block is None or held:
+    # Says so, if a prompt holds the mask.
+    state = sampler.start(prompts, options, key, numbers)
+    return state, options, [max(map(len, prompts))] * len(prompts)
+  first = len(prompts[0]) // options.block * options.block
+  tokens = np.full((len(prompts), first + options.length), how.mask_id)
+  ends = list(map(len, prompts))
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[: len(prompt)] = prompt
+  masked = np.arange(tokens.shape[1]) >= np.array(ends)[:, None]
+  valid = np.ones_like(masked)
+  return sampler.begin(tokens, masked, valid, key, numbers), options, ends
+
+
+def _options(
+  prompts: list[list[int]], how: Spec, policy: Policy, wanted: Wanted
+) -> Options:
   block = wanted.block or how.block or min(BLOCK, wanted.length)
+  length = wanted.length
   if how.block is not None and block != how.block:
     raise UserError(
       f"--block={block}: the model's blocks have {how.block} tokens; leave "
       "the flag out"
     )
-  inside = 0 if how.block is None else len(prompt) % block
-  length = wanted.length
   if how.block is not None:
+    inside = max(len(prompt) % block for prompt in prompts)
     length = -(-(inside + length) // block) * block
   elif length % block:
     raise UserError(
@@ -190,143 +246,106 @@ def begun(
       f"--steps={wanted.steps}: expected a multiple of the {length // block} "
       f"blocks of {block} tokens"
     )
-  options = Options(
+  return Options(
     mask_id=how.mask_id,
     length=length,
     block=block,
     steps=wanted.steps,
+    plan=wanted.plan,
     policy=policy,
+    select=wanted.select,
     end=tuple(i for i in how.end if i != how.mask_id),
   )
-  key = jax.random.key(wanted.seed)
-  example = jax.numpy.array([index])
-  if not inside:
-    return sampler.start([prompt], options, key, example), options
-  if how.mask_id in prompt:
-    sampler.start([prompt], options, key)  # says so
-  first = len(prompt) - inside
-  tokens = np.full((1, first + length), how.mask_id)
-  tokens[0, : len(prompt)] = prompt
-  masked = np.arange(first + length)[None] >= len(prompt)
-  valid = np.ones_like(masked)
-  return sampler.begin(tokens, masked, valid, key, example), options
-
-
-class _Screen:
-  """Shows a row as its blocks are filled; on a terminal call by call."""
-
-  def __init__(self, tokenizer: Any, prompt: int, mask_id: int):
-    self._tokenizer, self._prompt, self._mask = tokenizer, prompt, mask_id
-    self._tty = sys.stdout.isatty()
-    self._columns = shutil.get_terminal_size().columns
-    self._above, self._last, self._written = 0, -1, 0
-    self.seconds = 0.0
-    self.blocks: list[tuple[float, int]] = []
-
-  def __call__(self, state: sampler.State) -> None:
-    jax.block_until_ready(state)
-    begin = time.perf_counter()
-    filled = np.asarray(state.filled)[0, self._prompt :]
-    tokens = np.asarray(state.tokens)[0, self._prompt :]
-    open_ = np.asarray(state.masked)[0, self._prompt :]
-    self.blocks.append((begin - self.seconds, int((~open_).sum())))
-    if self._tty:
-      self._draw(tokens, filled, open_)
-    else:
-      # To the first mask: characters may need tokens of the next block.
-      ready = int(np.argmax(open_)) if open_.any() else len(tokens)
-      text = self._tokenizer.decode(tokens[:ready].tolist())
-      if not text.endswith("�") or ready == len(tokens):
-        print(text[self._written :], end="", flush=True)
-        self._written = len(text)
-    self.seconds += time.perf_counter() - begin
-
-  def _draw(self, tokens, filled, open_):
-    pieces = view.shown(pieces_of(self._tokenizer, tokens, self._mask))
-    filled = np.where(open_, np.iinfo(np.int32).max, filled)
-    for now in view.calls(np.where(open_, -1, filled)):
-      if now <= self._last:
-        continue
-      text, self._above = view.redrawn(
-        view.frame(pieces, filled, now),
-        f"call {now + 1}",
-        self._above,
-        self._columns,
-      )
-      print(text, end="", flush=True)
-      self._last = now
-      time.sleep(FRAME)
-
-
-def pieces_of(tokenizer: Any, tokens: Any, mask_id: int) -> list[str]:
-  """Returns the text of each token."""
-  return [
-    view.HIDDEN
-    if i == mask_id
-    else tokenizer.decode([int(i)], skip_special=False)
-    for i in tokens
-  ]
 
 
 def fill(
   loaded: Loaded,
   how: Spec,
-  prompt: list[int],
-  index: int,
+  prompts: list[list[int]],
   rules: Sampling,
   wanted: Wanted,
-) -> dict[str, Any]:
-  """Fills a row after a prompt; returns what is told of it.
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """Fills rows after prompts; returns what is told of each, and of all.
 
   Args:
     loaded: the model.
     how: what its checkpoint says.
-    prompt: ids.
-    index: its number.
+    prompts: ids; rows of a batch do not depend on each other.
     rules: how candidates are drawn.
     wanted: the flags.
 
   Raises:
     UserError: it cannot be, or a file cannot be written.
   """
-  state, options = begun(prompt, index, how, policy_of(wanted.policy), wanted)
+  rows: list[dict[str, Any]] = [{} for _ in prompts]
+  tokens, after, seconds = 0, 0.0, 0.0
+  for chosen in batches(prompts, how, wanted):
+    some = [prompts[i] for i in chosen]
+    found, spent = _fill(loaded, how, some, chosen, rules, wanted)
+    for i, row in zip(chosen, found, strict=True):
+      rows[i] = row
+    tokens, after = tokens + spent[0], after + spent[1]
+    seconds += spent[2]
+  shared = {
+    "tokens": sum(row["tokens"] for row in rows),
+    "tokens_per_s": tokens / after if after else None,
+    "seconds": seconds,
+  }
+  return rows, shared
+
+
+def _fill(loaded, how, prompts, examples, rules, wanted):
+  """Returns rows of one batch; tokens, their seconds, and all seconds.
+
+  Tokens are those before an end and after the block that compiles.
+  """
+  policy = policy_of(wanted.policy)
+  state, options, ends = begun(prompts, examples, how, policy, wanted)
   total, most = state.tokens.shape[1], loaded.model.max_positions
   if most is not None and total > most:
+    longest = max(map(len, prompts))
     raise UserError(
-      f"--prompt: {len(prompt)} tokens and {total - len(prompt)} new ones are "
+      f"--prompt: {longest} tokens and {total - longest} new ones are "
       f"{total}, more than the model's context of {most}; shorten it, or lower "
       "--max_new_tokens"
     )
-  asked = denoiser_of(loaded, how, wanted, len(prompt))
-  screen = _Screen(loaded.tokenizer, len(prompt), how.mask_id)
+  asked = denoiser_of(loaded, how, wanted, ends[0])
+  screen = Screen(loaded.tokenizer, ends, how.mask_id)
   begin = time.perf_counter()
   got = sampler.sample(asked, loaded.params, state, options, rules, screen)
   seconds = time.perf_counter() - begin - screen.seconds
-  print(flush=True)
-  made = got.tokens[0, len(prompt) :]
-  made = made[: wanted.length]
+  if len(prompts) == 1:
+    print(flush=True)
+    _draw(got, loaded, how, wanted)
+  rows = [
+    _row(loaded, options, got, i, end, len(prompt), wanted.length)
+    for i, (end, prompt) in enumerate(zip(ends, prompts, strict=True))
+  ]
+  (first, ready), (last, _) = screen.blocks[0], screen.blocks[-1]
+  late = [max(row["tokens"] - n, 0) for row, n in zip(rows, ready, strict=True)]
+  return rows, (sum(late), last - first, seconds)
+
+
+def _row(loaded, options, got, i, end, prompt, length) -> dict[str, Any]:
+  """Returns what is told of one row, whose prompt ends at `end`."""
+  made = got.tokens[i, end:][:length]
   ends = np.flatnonzero(np.isin(made, options.end))
   count = int(ends[0]) if ends.size else len(made)
+  calls = int(got.counts[i])
+  return {
+    "text": loaded.tokenizer.decode(made[:count].tolist()),
+    "tokens": count,
+    "finish_reason": "stop" if ends.size else "length",
+    "prompt_tokens": prompt,
+    "calls": calls,
+    "tokens_per_call": count / max(calls, 1),
+  }
+
+
+def _draw(got, loaded, how, wanted) -> None:
+  """Writes the files that show how a row was filled."""
   pieces = pieces_of(loaded.tokenizer, got.tokens[0], how.mask_id)
   if wanted.html is not None:
     view.write_page(wanted.html, pieces, got.filled[0])
   if wanted.gif is not None:
     view.write_gif(wanted.gif, view.shown(pieces), got.filled[0])
-  return {
-    "text": loaded.tokenizer.decode(made[:count].tolist()),
-    "tokens": count,
-    "finish_reason": "stop" if ends.size else "length",
-    "prompt_tokens": len(prompt),
-    "calls": int(got.counts[0]),
-    "tokens_per_call": count / max(int(got.counts[0]), 1),
-    "tokens_per_s": _speed(screen.blocks, count),
-    "seconds": seconds,
-  }
-
-
-def _speed(blocks: list[tuple[float, int]], count: int) -> float | None:
-  """Returns tokens a second before the end, after the block that compiles."""
-  if len(blocks) < 2:
-    return None
-  (first, ready), (last, _) = blocks[0], blocks[-1]
-  return max(count - ready, 0) / max(last - first, 1e-9)

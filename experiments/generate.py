@@ -33,7 +33,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments import cli, filling_flags, runtime
 
 FLAGS = cli.new_flags()
 
@@ -127,54 +127,9 @@ _KV = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
+filling_flags.define(FLAGS)
 
-_BLOCK = flags.DEFINE_integer(
-  "block",
-  None,
-  "For diffusion: tokens of a block; blocks are filled from left to right. By "
-  "default the model's, or 32, or all.",
-  lower_bound=1,
-  flag_values=FLAGS,
-)
-_STEPS = flags.DEFINE_integer(
-  "steps",
-  None,
-  "For diffusion: calls of the model, of all blocks together; by default one a "
-  "token. For --policy=quota.",
-  lower_bound=1,
-  flag_values=FLAGS,
-)
-_POLICY = flags.DEFINE_string(
-  "policy",
-  "quota",
-  "For diffusion, what a call fills: quota (as many as the steps ask for), "
-  "threshold:P (all at least so likely), factor:F (Fast-dLLM's).",
-  flag_values=FLAGS,
-)
-_CACHE = flags.DEFINE_string(
-  "cache",
-  "none",
-  "For diffusion: keys and values kept within a block, none, prefix, dual or "
-  "vicinity:N (all but the block and N tokens around it).",
-  flag_values=FLAGS,
-)
-_GUIDANCE = flags.DEFINE_float(
-  "guidance",
-  0.0,
-  "For diffusion: how much more than the model the prompt counts.",
-  lower_bound=0.0,
-  flag_values=FLAGS,
-)
-_GIF = flags.DEFINE_string(
-  "gif", None, "For diffusion: a moving picture to write.", flag_values=FLAGS
-)
-_HTML = flags.DEFINE_string(
-  "html", None, "For diffusion: a page to write.", flag_values=FLAGS
-)
-
-_OF_DIFFUSION = (
-  *("block", "steps", "policy", "cache", "guidance", "gif", "html"),
-)
+_OF_DIFFUSION = filling_flags.NAMES
 _NOT_OF_DIFFUSION = ("adapter", "kv", "stop", "repetition_penalty")
 
 
@@ -295,32 +250,25 @@ def _fill(rules: Any) -> dict[str, Any]:
   """Returns what filling in masks gives."""
   from experiments import filling
 
+  given = {name: FLAGS[name].value for name in filling_flags.NAMES}
   wanted = filling.Wanted(
-    length=_MAX_NEW_TOKENS.value,
-    block=_BLOCK.value,
-    steps=_STEPS.value,
-    policy=_POLICY.value,
-    cache=_CACHE.value,
-    guidance=_GUIDANCE.value,
-    seed=_SEED.value,
-    gif=_GIF.value,
-    html=_HTML.value,
+    length=_MAX_NEW_TOKENS.value, seed=_SEED.value, **given
   )
   wanted.check(len(_PROMPT.value))
   loaded = _load()
   how = filling.spec_of(loaded, _MODEL.value)
   prompts = [_tokens(loaded.tokenizer, text) for text in _PROMPT.value]
-  rows = [
-    filling.fill(loaded, how, prompt, i, rules, wanted)
-    for i, prompt in enumerate(prompts)
-  ]
+  rows, shared = filling.fill(loaded, how, prompts, rules, wanted)
+  shared["model"] = _MODEL.value
   if len(rows) == 1:
-    return rows[0] | {"model": _MODEL.value}
+    return rows[0] | shared
   rows = [
     {"prompt": prompt} | row
     for prompt, row in zip(_PROMPT.value, rows, strict=True)
   ]
-  return {"model": _MODEL.value, "rows": rows}
+  for row in rows:
+    print(f"{row['prompt']}{row['text']}\n", flush=True)
+  return shared | {"rows": rows}
 
 
 def _check_sampler() -> None:

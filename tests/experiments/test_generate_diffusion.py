@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import cli, convert, filling, generate
+from experiments import cli, convert, filling, generate, screen
 from research.diffusion import view
+from research.diffusion.policies import Hierarchy, Threshold
 from research.diffusion.spec import Spec
 from research.interop import load
 
@@ -95,11 +96,69 @@ def test_a_prompt_may_end_within_a_block(command):
   assert want["prompt_tokens"] % 4 and want["tokens"] <= LENGTH
 
 
-def test_several_prompts_have_rows(command):
-  alone = told(command("all", "--prompt=the dog"))
-  rows = told(command("all", "--prompt=the dog", "--prompt=the cat"))["rows"]
-  assert [row["prompt"] for row in rows] == ["the dog", "the cat"]
-  assert rows[0]["text"] == alone["text"]
+PROMPTS = "the dog", "the cat sat on the mat", "a"
+
+
+@pytest.mark.parametrize(
+  ("name", "flags"),
+  [
+    ("all", ["--block=4", "--temperature=1"]),
+    ("four", ["--cache=prefix", "--temperature=1"]),
+  ],
+)
+def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(
+  command, name, flags
+):
+  """Of different lengths; each has the key of its place."""
+  prompts = PROMPTS if name == "all" else PROMPTS[:2]
+  given = [f"--prompt={p}" for p in prompts]
+  whole = told(command(name, *flags, *given))
+  rows = whole["rows"]
+  assert [row["prompt"] for row in rows] == list(prompts)
+  assert whole["tokens"] == sum(row["tokens"] for row in rows)
+  if name == "all":
+    # Others in the place of the first two; the third is what it was.
+    other = ["--prompt=the cat", "--prompt=the mat", given[2]]
+    again = told(command(name, *flags, *other))["rows"]
+    assert again[2] == rows[2]
+  alone = told(command(name, *flags, given[0]))
+  assert {k: alone[k] for k in ("text", "tokens", "calls")} == {
+    k: rows[0][k] for k in ("text", "tokens", "calls")
+  }
+
+
+def test_which_prompts_are_filled_together():
+  prompts = [[1] * n for n in (3, 9, 4, 7, 8)]
+  wanted = filling.Wanted(length=4)
+  assert filling.batches(prompts, Spec(mask_id=9), wanted) == [[0, 1, 2, 3, 4]]
+  blocks = Spec(mask_id=9, block=4)
+  assert filling.batches(prompts, blocks, wanted) == [[0], [1, 4], [2, 3]]
+  policy = filling.policy_of("quota")
+  state, options, ends = filling.begun(
+    [prompts[2], prompts[3]], [2, 3], blocks, policy, wanted
+  )
+  # The second needs two blocks, with three of its prompt's tokens in one.
+  assert state.tokens.shape == (2, 4 + 8) and options.length == 8
+  assert ends == [4, 7]
+  np.testing.assert_array_equal(state.masked.sum(-1), [8, 5])
+  assert filling.policy_of("hierarchy") == Hierarchy()
+  assert filling.policy_of("credit:0.9") == Threshold(threshold=0.9)
+  guided = filling.Wanted(length=4, guidance=1.0)
+  assert len(filling.batches(prompts, blocks, guided)) == 5
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--policy=credit:0.9", "--guidance=1", "--cache=dual"],
+    ["--plan=dream", "--steps=3", "--select=entropy"],
+  ],
+  ids=" ".join,
+)
+def test_ways_to_fill(command, flags):
+  got = told(command("all", "--block=8", *flags))
+  assert 1 <= got["calls"] <= LENGTH and got["tokens"] <= LENGTH
+  assert got["calls"] <= 3 or "--steps=3" not in flags
 
 
 def test_what_is_drawn(command, tmp_path):
@@ -115,7 +174,7 @@ def test_what_is_drawn(command, tmp_path):
 
 def test_a_terminal_shows_each_call(command, monkeypatch):
   monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-  monkeypatch.setattr(filling, "FRAME", 0.0)
+  monkeypatch.setattr(screen, "FRAME", 0.0)
   status, lines, errors = command("all", "--block=4")
   assert (status, errors) == (0, "")
   text, got = "\n".join(lines[:-1]), json.loads(lines[-1])
@@ -139,7 +198,8 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--policy=threshold:2",), "P in (0, 1]"),
     ("all", ("--policy=factor:nan",), "F above 0"),
     ("all", ("--cache=some",), "--cache=some: expected none"),
-    ("all", ("--cache=dual", "--guidance=1"), "expected --cache=none"),
+    ("all", ("--plan=dream", "--policy=factor:1"), "expected --policy=quota"),
+    ("all", ("--policy=credit:0",), "P in (0, 1]"),
     ("all", ("--policy=factor:1", "--steps=8"), "expected --policy=quota"),
     ("all", ("--kv=int8",), "--kv: is not for --sampler=diffusion"),
     (TINY, ("--sampler=autoregressive", "--block=4"), "--block: is not for"),
@@ -159,7 +219,7 @@ def test_a_mask_in_the_prompt_is_refused(block):
   how = Spec(mask_id=9, block=block)
   wanted = filling.Wanted(length=4)
   with pytest.raises(Exception, match="holds the mask, id 9"):
-    filling.begun([1, 9, 2], 0, how, filling.policy_of("quota"), wanted)
+    filling.begun([[1, 9, 2]], [0], how, filling.policy_of("quota"), wanted)
 
 
 def test_frames():

@@ -1,0 +1,73 @@
+"""Flags of `experiments.generate` that are for diffusion models alone."""
+
+from absl import flags
+
+NAMES = (
+  *("block", "steps", "policy", "select", "plan", "cache", "guidance"),
+  *("gif", "html"),
+)
+"""What `filling.Wanted` calls them, too."""
+
+
+def define(values: flags.FlagValues) -> None:
+  """Defines them."""
+  flags.DEFINE_integer(
+    "block",
+    None,
+    "For diffusion: tokens of a block; blocks are filled from left to right. "
+    "By default the model's, or 32, or all.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "steps",
+    None,
+    "For diffusion: calls of the model, of all blocks together; by default one "
+    "a token. For --policy=quota.",
+    lower_bound=1,
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "policy",
+    "quota",
+    "For diffusion, what a call fills: quota (as many as the steps ask for), "
+    "threshold:P (all at least so likely), factor:F (Fast-dLLM's), credit:P (a "
+    "threshold, earlier calls counted in) or hierarchy (dInfer's).",
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "select",
+    "candidate",
+    ["candidate", "max", "margin", "entropy", "random"],
+    "For diffusion: what makes a place sure, its candidate's probability, the "
+    "largest one, the margin between the two largest, a low entropy, or "
+    "chance.",
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "plan",
+    "even",
+    ["even", "dream", "linear", "cosine"],
+    "For diffusion, with --policy=quota: how many places each call fills.",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "cache",
+    "none",
+    "For diffusion: keys and values kept within a block, none, prefix, dual or "
+    "vicinity:N (all but the block and N tokens around it).",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "guidance",
+    0.0,
+    "For diffusion: how much more than the model the prompt counts.",
+    lower_bound=0.0,
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "gif", None, "For diffusion: a moving picture to write.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "html", None, "For diffusion: a page to write.", flag_values=values
+  )

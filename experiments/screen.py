@@ -1,0 +1,81 @@
+"""Rows to look at while `generate --sampler=diffusion` fills them."""
+
+import shutil
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from research.diffusion import sampler, view
+
+FRAME = 0.03
+"""Seconds that a terminal shows a frame for."""
+
+
+class Screen:
+  """Shows a row as its blocks are filled; on a terminal call by call.
+
+  Several rows are only timed.
+  """
+
+  def __init__(self, tokenizer: Any, ends: list[int], mask_id: int):
+    self._tokenizer, self._ends, self._mask = tokenizer, ends, mask_id
+    self._prompt = ends[0]
+    self._tty = sys.stdout.isatty()
+    self._columns = shutil.get_terminal_size().columns
+    self._above, self._last, self._written = 0, -1, 0
+    self.seconds = 0.0
+    self.blocks: list[tuple[float, list[int]]] = []
+
+  def __call__(self, state: sampler.State) -> None:
+    jax.block_until_ready(state)
+    begin = time.perf_counter()
+    masked = np.asarray(state.masked)
+    ready = [
+      int((~row[end:]).sum())
+      for row, end in zip(masked, self._ends, strict=True)
+    ]
+    self.blocks.append((begin - self.seconds, ready))
+    if len(self._ends) > 1:
+      return
+    filled = np.asarray(state.filled)[0, self._prompt :]
+    tokens = np.asarray(state.tokens)[0, self._prompt :]
+    open_ = masked[0, self._prompt :]
+    if self._tty:
+      self._draw(tokens, filled, open_)
+    else:
+      # To the first mask: characters may need tokens of the next block.
+      ready = int(np.argmax(open_)) if open_.any() else len(tokens)
+      text = self._tokenizer.decode(tokens[:ready].tolist())
+      if not text.endswith("�") or ready == len(tokens):
+        print(text[self._written :], end="", flush=True)
+        self._written = len(text)
+    self.seconds += time.perf_counter() - begin
+
+  def _draw(self, tokens, filled, open_):
+    pieces = view.shown(pieces_of(self._tokenizer, tokens, self._mask))
+    filled = np.where(open_, np.iinfo(np.int32).max, filled)
+    for now in view.calls(np.where(open_, -1, filled)):
+      if now <= self._last:
+        continue
+      text, self._above = view.redrawn(
+        view.frame(pieces, filled, now),
+        f"call {now + 1}",
+        self._above,
+        self._columns,
+      )
+      print(text, end="", flush=True)
+      self._last = now
+      time.sleep(FRAME)
+
+
+def pieces_of(tokenizer: Any, tokens: Any, mask_id: int) -> list[str]:
+  """Returns the text of each token."""
+  return [
+    view.HIDDEN
+    if i == mask_id
+    else tokenizer.decode([int(i)], skip_special=False)
+    for i in tokens
+  ]
