@@ -1,6 +1,5 @@
 """Products with packed weights are those of the decoded ones, everywhere."""
 
-import dataclasses
 import functools
 import warnings
 
@@ -10,23 +9,8 @@ import numpy as np
 import pytest
 
 from kernels_pallas.quantized_matmul import api, cpu, panels
+from tests.kernels_pallas.panel_cases import KINDS, case
 
-NF4 = (
-  -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,
-  -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
-  0.562617, 0.72295684, 1.0,
-)  # fmt: skip
-Q4_0 = tuple(float(code - 8) for code in range(16))
-
-KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
-  "nf4": (NF4, "uint8", 128, 40, 64, "float32", None),
-  "affine": (panels.AFFINE, "uint8", 96, 33, 32, "float16", "float16"),
-  "signed": (Q4_0, "uint8", 100, 16, 32, "bfloat16", None),
-  "small groups": (panels.AFFINE, "uint8", 36, 5, 8, "float16", "float32"),
-  "int8": (panels.AFFINE, "int8", 64, 70, 32, "float16", None),
-  "int8, affine": (panels.AFFINE, "int8", 30, 17, 12, "float32", "float16"),
-  "bfloat16": (panels.AFFINE, "bfloat16", 45, 31, 45, None, None),
-}
 BACKENDS = ("reference", "xla", "cpu", "auto")
 
 
@@ -38,51 +22,6 @@ def compiled():
   except cpu.Unavailable as error:
     pytest.skip(str(error))
   assert cpu.available()
-
-
-def parts(kind, lead=()):
-  """Returns random (codes, scale, offset) of a kind, and how to pack them."""
-  codebook, dtype, inputs, outputs, group, scale, offset = KINDS[kind]
-  rng = np.random.default_rng(0)
-  if dtype == "uint8":
-    codes = rng.integers(0, 16, (*lead, inputs, outputs), np.uint8)
-  elif dtype == "int8":
-    codes = rng.integers(-128, 128, (*lead, inputs, outputs), np.int8)
-  else:
-    codes = rng.standard_normal((*lead, inputs, outputs)).astype(jnp.bfloat16)
-  shape = (*lead, -(-inputs // group), outputs)
-
-  def part(name):
-    if name is None:
-      return None
-    return rng.uniform(-0.2, 0.2, shape).astype(jnp.dtype(name))
-
-  how = dict(codebook=codebook)
-  if scale is not None:
-    how["group"] = group
-  return (codes, part(scale), part(offset)), how
-
-
-def decoded(codes, scale, offset, codebook, group=None):
-  """Returns the float64 matrix, entry by entry."""
-  out = np.zeros(codes.shape)
-  for i in range(codes.shape[0]):
-    for o in range(codes.shape[1]):
-      code = codes[i, o]
-      value = codebook[code] if codes.dtype == np.uint8 else float(code)
-      if scale is not None:
-        value = np.float32(value) * np.float64(scale[i // group, o])
-      if offset is not None:
-        value += np.float64(offset[i // group, o])
-      out[i, o] = value
-  return out
-
-
-@functools.lru_cache
-def case(kind):
-  """Returns (packed, its float64 matrix)."""
-  arrays, how = parts(kind)
-  return panels.pack(*arrays, **how), decoded(*arrays, **how)
 
 
 def inputs_of(kind, rows, dtype=np.float32):
@@ -100,65 +39,6 @@ def bound(x, w, eps=2.0**-24):
     -1, keepdims=True
   ) * np.abs(w).max(0)
   return x.shape[-1] * eps * terms
-
-
-@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_unpack_gives_back_every_bit(kind, lead):
-  arrays, how = parts(kind, lead)
-  w = panels.pack(*arrays, **how)
-  assert w.shape == arrays[0].shape
-  for got, want in zip(panels.unpack(w), arrays, strict=True):
-    assert (got is None) == (want is None)
-    if want is not None:
-      assert got.dtype == want.dtype
-      np.testing.assert_array_equal(
-        np.asarray(got).view(np.uint8), want.view(np.uint8)
-      )
-
-
-def test_every_bfloat16_is_kept():
-  codes = np.arange(1 << 16, dtype=np.uint16).view(jnp.bfloat16)
-  got, _, _ = panels.unpack(panels.pack(codes.reshape(256, 256)))
-  np.testing.assert_array_equal(
-    np.asarray(got).view(np.uint16).reshape(-1), codes.view(np.uint16)
-  )
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_memory_is_what_the_codes_need(kind):
-  w, matrix = case(kind)
-  lanes = -(-matrix.shape[1] // 16) * 16
-  assert w.words.nbytes == w.padded * lanes * w.bits // 8
-  assert w.padded - matrix.shape[0] < max(w.group, 2)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dense_and_take(kind):
-  w, matrix = case(kind)
-  np.testing.assert_allclose(panels.dense(w), matrix, rtol=2e-7, atol=1e-7)
-  ids = jnp.array([[0, 3, matrix.shape[1] - 1]])
-  np.testing.assert_array_equal(panels.take(w, ids), panels.dense(w).T[ids])
-
-
-@pytest.mark.parametrize("lead", [(), (2,)])
-def test_matrices_side_by_side(lead):
-  arrays, how = parts("signed", lead)  # 16 outputs: whole panels
-  w = panels.pack(*arrays, **how)
-  three = [w, w, panels.pack(*(x[..., :5] for x in arrays[:2]), **how)]
-  got = panels.beside(three)
-  assert got.shape == (*lead, 100, 37)
-  want = np.concatenate([panels.dense(w) for w in three], axis=-1)
-  np.testing.assert_array_equal(panels.dense(got), want)
-
-
-def test_matrices_that_do_not_lie_side_by_side():
-  w = case("signed")[0]
-  cut, other = case("affine")[0], dataclasses.replace(w, codebook=NF4)
-  wide = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
-  assert panels.beside([w, w]) is not None
-  for parts_ in ([cut, cut], [w, other], [w, wide], [w, cut]):
-    assert panels.beside(parts_) is None
 
 
 @pytest.mark.parametrize("rows", [1, 3, 13])
@@ -308,33 +188,6 @@ def test_products_that_do_not_fit_are_refused(change, message):
     w = jax.tree.map(lambda part: part[None], w)
   with pytest.raises(ValueError, match=message):
     api.quantized_matmul(x, w, backend=change.get("backend", "auto"))
-
-
-GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
-
-
-@pytest.mark.parametrize(
-  ("arguments", "how", "message"),
-  [
-    ((GOOD[0].astype(np.int32), GOOD[1]), {}, "codes: found int32"),
-    ((GOOD[0][0], GOOD[1]), {}, "codes: found uint8"),
-    ((GOOD[0][:0], GOOD[1]), {}, "codes: found uint8"),
-    ((GOOD[0] + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
-    ((GOOD[0],), {}, "scale: missing"),
-    ((GOOD[0], None, GOOD[1]), {}, "offset: given without"),
-    ((GOOD[0].astype(jnp.bfloat16), GOOD[1]), {}, "bfloat16 weights have none"),
-    ((GOOD[0], GOOD[1][:, :7]), {}, r"found float32 \(2, 7\)"),
-    ((GOOD[0], GOOD[1].astype(np.float64)), {}, "found float64"),
-    ((GOOD[0], np.ones((3, 8), "f4")), {}, "expected a divisor"),
-    ((GOOD[0], GOOD[1]), dict(group=12), "positive multiple of 8"),
-    ((GOOD[0], GOOD[1]), dict(group=0), "positive multiple of 8"),
-    ((GOOD[0], GOOD[1]), dict(codebook=(1.0,) * 15), "16 finite"),
-    ((GOOD[0], GOOD[1]), dict(codebook=(np.inf,) * 16), "16 finite"),
-  ],
-)
-def test_parts_that_do_not_fit_are_refused(arguments, how, message):
-  with pytest.raises(ValueError, match=message):
-    panels.pack(*arguments, **how)
 
 
 BUFFERS = dict(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.quantized_matmul import api, panels, planar
+from kernels_pallas.quantized_matmul import api, planar
 from kernels_pallas.quantized_matmul import mosaic_tpu_decode as decode
 from kernels_pallas.quantized_matmul.mosaic_tpu import Config, quantize_rows
 from kernels_pallas.quantized_matmul.mosaic_tpu_problem import (
@@ -17,6 +17,7 @@ from kernels_pallas.quantized_matmul.mosaic_tpu_problem import (
   prepare,
 )
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
+from tests.kernels_pallas.planar_cases import KINDS, NF4, Q4_0, case
 
 # Interpreted kernels are large programs over tiny arrays.
 quick = functools.partial(
@@ -26,12 +27,6 @@ quick = functools.partial(
     "xla_llvm_disable_expensive_passes": True,
   },
 )
-NF4 = (
-  -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,
-  -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
-  0.562617, 0.72295684, 1.0,
-)  # fmt: skip
-Q4_0 = tuple(float(code - 8) for code in range(16))
 SMALL = Tile(16, 128, 128)
 CONFIG = Config(SMALL, SMALL, SMALL)
 
@@ -39,45 +34,6 @@ CONFIG = Config(SMALL, SMALL, SMALL)
 def run(x, w, config=CONFIG, activations=None, interpret=True):
   """Returns the product by the kernels, interpreted."""
   return planar_matmul(x, w, "mosaic_tpu", activations, config, interpret)
-
-
-KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
-  "nf4": (NF4, "uint8", 192, 150, 64, "float32", None),
-  "affine": (panels.AFFINE, "uint8", 300, 130, 32, "float16", "float16"),
-  "signed": (Q4_0, "uint8", 260, 140, 128, "bfloat16", None),
-  "wide groups": (panels.AFFINE, "uint8", 500, 100, 256, "float32", "float32"),
-  "int8, channels": (panels.AFFINE, "int8", 200, 140, 200, "float32", None),
-  "int8, groups": (panels.AFFINE, "int8", 256, 70, 16, "bfloat16", "float16"),
-}
-
-
-@functools.lru_cache
-def case(kind, lead=()):
-  """Returns (packed, what from, its float64 matrix)."""
-  codebook, dtype, inputs, outputs, group, scale, offset = KINDS[kind]
-  rng = np.random.default_rng(0)
-  shape = (*lead, inputs, outputs)
-  if dtype == "uint8":
-    codes = rng.integers(0, 16, shape, np.uint8)
-    matrix = np.asarray(codebook)[codes]
-  else:
-    codes = rng.integers(-128, 128, shape, np.int8)
-    matrix = codes.astype(np.float64)
-
-  def part(name):
-    if name is None:
-      return None
-    size = (*lead, -(-inputs // group), outputs)
-    return rng.uniform(-0.2, 0.2, size).astype(jnp.dtype(name))
-
-  parts = codes, part(scale), part(offset)
-  # Rows of one scale, by plain indexing.
-  own = np.arange(inputs) // group
-  matrix = matrix * parts[1].astype(np.float64)[..., own, :]
-  if offset is not None:
-    matrix = matrix + parts[2].astype(np.float64)[..., own, :]
-  w = planar.pack(*parts, group=group, codebook=codebook)
-  return w, parts, matrix
 
 
 def draw(*shape, dtype=np.float32):
@@ -120,57 +76,6 @@ def bound(kind, x, y, rounded, transposed=False):
     entries = rounded or kind == "nf4"
     slack += 2.0**-8 * np.abs(y) + entries * 2.0**-8 * (size @ matrix)
   return slack
-
-
-@pytest.mark.parametrize("lead", [(), (2, 3)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_unpack_gives_back_every_bit(kind, lead):
-  w, parts, matrix = case(kind, lead)
-  assert w.shape == parts[0].shape
-  for got, want in zip(planar.unpack(w), parts, strict=True):
-    assert (got is None) == (want is None)
-    if want is not None:
-      assert got.dtype == want.dtype
-      np.testing.assert_array_equal(
-        np.asarray(got).view(np.uint8), want.view(np.uint8)
-      )
-  np.testing.assert_allclose(
-    planar.dense(w), matrix, rtol=2e-7, atol=2e-6 * np.abs(matrix).max()
-  )
-
-
-def test_where_a_code_lies():
-  """The layout is a promise: others may write it."""
-  codes = np.random.default_rng(0).integers(0, 16, (256, 128), np.uint8)
-  w = planar.pack(codes, np.ones((1, 128), np.float32))
-  words = np.asarray(w.codes)
-  for row in (0, 1, 2, 31, 32, 95, 127, 128, 255):
-    block, inside = divmod(row, 128)
-    plane, inside = divmod(inside, 32)
-    word, half = divmod(inside, 2)
-    found = words[16 * block + word] >> (16 * half + 4 * plane) & 15
-    np.testing.assert_array_equal(found, codes[row])
-
-
-@pytest.mark.parametrize("kind", ["affine", "int8, channels"])
-def test_parts_along_each_axis_are_packed_matrices(kind):
-  """So that a mesh may cut them."""
-  bits = 8 if kind.startswith("int8") else 4
-  dtype = np.uint8 if bits == 4 else np.int8
-  codes = np.random.default_rng(0).integers(0, 16, (256, 256)).astype(dtype)
-  scale = np.random.default_rng(1).uniform(1, 2, (8, 256)).astype(np.float32)
-  w = planar.pack(codes, scale)
-  for axis in (0, 1):
-    halves = zip(
-      *(np.split(part, 2, axis) for part in (w.codes, w.scale)), strict=True
-    )
-    cut = zip(
-      *(np.split(part, 2, axis) for part in (codes, scale)), strict=True
-    )
-    for half, parts in zip(halves, cut, strict=True):
-      packed = planar.pack(*parts)
-      np.testing.assert_array_equal(packed.codes, half[0])
-      np.testing.assert_array_equal(packed.scale, half[1])
 
 
 ENTRIES = {
@@ -372,31 +277,6 @@ def test_steps_and_groups_hold_each_other(group):
   p = prepare(w, Tile(8, 512, 128))
   assert p.tile.inputs % group == 0 or group % p.tile.inputs == 0
   assert p.tile.inputs * p.steps[0] >= 3840
-
-
-GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)
-
-
-@pytest.mark.parametrize(
-  ("arguments", "how", "message"),
-  [
-    ((GOOD[0].astype(np.int32), GOOD[1]), {}, "codes: found int32"),
-    ((GOOD[0][0], GOOD[1]), {}, "codes: found uint8"),
-    ((GOOD[0][:0], GOOD[1]), {}, "codes: found uint8"),
-    ((GOOD[0] + 16, GOOD[1]), {}, "found 16, expected 4 bits"),
-    ((GOOD[0], GOOD[1], GOOD[1][:1]), {}, r"offset: found float32 \(1, 8\)"),
-    ((GOOD[0], GOOD[1][:, :7]), {}, r"found float32 \(2, 7\)"),
-    ((GOOD[0], GOOD[1].astype(np.float64)), {}, "found float64"),
-    ((GOOD[0], np.ones((3, 8), "f4")), {}, "expected a divisor"),
-    ((GOOD[0], np.ones((8, 8), "f4")), {}, "group: found 8, expected 16"),
-    ((GOOD[0], GOOD[1]), dict(group=0), "group: found 0, expected 16"),
-    ((GOOD[0], GOOD[1]), dict(codebook=(1.0,) * 15), "16 finite"),
-    ((GOOD[0], GOOD[1]), dict(codebook=(np.inf,) * 16), "16 finite"),
-  ],
-)
-def test_parts_that_do_not_fit_are_refused(arguments, how, message):
-  with pytest.raises(ValueError, match=message):
-    planar.pack(*arguments, **how)
 
 
 def test_what_no_tpu_takes_is_refused():
