@@ -83,7 +83,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     cli.say(row(name, found[name]))
   cli.say("\n" + table(found))
   good = [
-    re.fullmatch(r"[~*]?0\.\d+", c) for r in found.values() for c in r.values()
+    re.fullmatch(r"[~*]?0\.\d{3}", c)
+    for r in found.values()
+    for c in r.values()
   ]
   return {
     "methods": len(found),
@@ -249,13 +251,13 @@ class Cell:
     if self.based and not self.start <= ROUNDED:
       wrong.append(f"starts {self.start:.1g} off")
     if not self.left < 1:
-      wrong.append(f"{self.left:.2f} of the loss left")
+      wrong.append(f"{self.left:.3f} of the loss left")
     if not self.cut <= CUT:
       wrong.append(f"{self.cut:.1g} off when cut")
     if wrong:
       return ", ".join(wrong)
     mark = "*" if not self.based else "~" if self.start else ""
-    return f"{mark}{self.left:.2f}"
+    return f"{mark}{self.left:.3f}"
 
 
 def cell(name: str, packing: str) -> Cell:
