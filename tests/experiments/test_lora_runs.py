@@ -23,6 +23,10 @@ def test_a_run_file_gives_the_numbers_of_its_header(run, tmp_path):
   )
   experiment, text = config.read(run)
   result = runs.train(experiment, workdir.claim_workdir(tmp_path / "run", text))
+  if said is None:  # a run that says no more than its claim
+    assert "perplexity_after below perplexity_before" in header
+    assert result["perplexity_after"] < result["perplexity_before"]
+    return
   before, after = (float(x) for x in said.groups())
   assert result["perplexity_before"] == pytest.approx(before, abs=0.06)
   # Another machine rounds another way, which 24 steps amplify.
