@@ -49,7 +49,7 @@ class Ends:
 
   walks: Walks = Walks()
   tiny: Tiny = Tiny()
-  steps: int = 3000
+  steps: int = 2000
   rows: int = 256
   seeds: int = 3
 

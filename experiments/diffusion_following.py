@@ -101,8 +101,8 @@ class Following:
 
   orders: Orders = Orders()
   tiny: Tiny = Tiny()
-  base_steps: int = 3000
-  steps: int = 1500
+  base_steps: int = 2000
+  steps: int = 1000
   rows: int = 256
   seeds: int = 3
 

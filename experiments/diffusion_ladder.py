@@ -62,10 +62,10 @@ class Ladder:
   source: Markov
   tiny: Tiny = Tiny()
   blocks: Sequence[int] = (1, 4)
-  steps: int = 2000
-  more: int = 4
+  steps: int = 1000
+  more: int = 6
   rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
-  trial: int = 1000
+  trial: int = 500
   seeds: int = 3
   heldout: int = 128
   points: int = 8

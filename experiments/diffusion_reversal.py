@@ -51,9 +51,9 @@ class Pairs:
     seed: of the pairs.
   """
 
-  count: int = 120
-  size: int = 3
-  words: int = 40
+  count: int = 40
+  size: int = 2
+  words: int = 30
   seed: int = 0
 
   def __post_init__(self):
@@ -102,7 +102,7 @@ class Reversal:
 
   pairs: Pairs = Pairs()
   tiny: Tiny = Tiny()
-  steps: int = 3000
+  steps: int = 2000
   seeds: int = 3
 
   @property

@@ -59,8 +59,8 @@ class Rewards:
 
   targets: Targets = Targets()
   tiny: Tiny = Tiny()
-  base_steps: int = 1500
-  steps: int = 200
+  base_steps: int = 1000
+  steps: int = 150
   prompts: int = 8
   group: int = 8
   inner: int = 4

@@ -75,7 +75,7 @@ class Tiny:
   width: int = 64
   depth: int = 2
   heads: int = 4
-  batch: int = 16
+  batch: int = 32
   rate: float = 3e-3
   warmup: int = 50
   average: float = 0.99

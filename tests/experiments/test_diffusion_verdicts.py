@@ -44,7 +44,7 @@ ENTROPY = diffusion_truth.entropy(SOURCE, 16)
 
 
 def ladder_rows(**gaps):
-  read = [25_600, 102_400]
+  read = [51_200, 204_800]
   ends = {
     "next token": (0.01, 0.002),
     "blocks of 1": (0.01, 0.003),
@@ -54,7 +54,7 @@ def ladder_rows(**gaps):
   return {
     f"{kind}, seed {s}": {
       "rate": 1e-3,
-      "read": [16 * 16 * 100] if kind == "next token" else read,
+      "read": [32 * 16 * 100] if kind == "next token" else read,
       "gap": [
         g + JITTER[s] for g in (both[1:] if kind == "next token" else both)
       ],
