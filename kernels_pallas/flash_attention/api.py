@@ -348,6 +348,7 @@ def _check_shapes(q, k, v, bias, sinks) -> None:
     )
   if not T or not S:
     raise ValueError(f"flash_attention: {shapes}, expected T and S at least 1")
+  _check_dtypes(q=q, k=k, v=v, bias=bias, sinks=sinks)
   if sinks is not None and sinks.shape != (N,):
     raise ValueError(f"sinks: found {sinks.shape}, expected {(N,)}")
   if bias is not None:
@@ -361,9 +362,18 @@ def _check_shapes(q, k, v, bias, sinks) -> None:
       )
 
 
+def _check_dtypes(**arrays) -> None:
+  """A mask passed as a bias would be added, integers be rounded to."""
+  for name, x in arrays.items():
+    if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(f"{name}: found {x.dtype}, expected floats")
+
+
 def _check_lengths(kv_lens, B: int, S: int) -> None:
   if kv_lens is None:
     return
+  if not jnp.issubdtype(kv_lens.dtype, jnp.integer):
+    raise ValueError(f"kv_lens: found {kv_lens.dtype}, expected integers")
   if kv_lens.shape != (B,):
     raise ValueError(f"kv_lens: found shape {kv_lens.shape}, expected {(B,)}")
   # Values that are traced, or on other hosts, are nobody's to see.

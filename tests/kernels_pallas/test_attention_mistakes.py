@@ -81,6 +81,12 @@ def mistakes(draw):
     "parts": lambda: (
       {"backend": "mosaic_tpu",
        "config": Tiles(forward=Tile(64, 64, 64, 64))}, "tile"),
+    "no floats": lambda: (pick(st.sampled_from(
+      [({n: GOOD[n].astype(d)}, n) for n in "qkv"
+       for d in (np.int32, np.int8, np.bool_, np.complex64)]))),
+    "mask as bias": lambda: ({"bias": zeros(T, S, dtype=np.bool_)}, "bias"),
+    "whole sinks": lambda: ({"sinks": zeros(4, dtype=np.int32)}, "sinks"),
+    "part of a key": lambda: ({"kv_lens": zeros(B)}, "kv_lens"),
     "lengths": lambda: ({"kv_lens": zeros(size(B), dtype=np.int32)}, "kv_lens"),
     "long": lambda: ({"kv_lens": np.array([S, pick(st.sampled_from(
       [-1, S + 1, 2**30]))], np.int32)}, "kv_lens"),
