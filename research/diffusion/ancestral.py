@@ -22,7 +22,7 @@ from research.diffusion.schedule import Linear, Schedule
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Scores = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
-Grid = Literal["uniform", "cosine"]
+Grid = Literal["uniform", "cosine", "dream"]
 Remask = Literal["none", "cap", "rescale", "confidence"]
 
 
@@ -33,7 +33,8 @@ class Ancestral:
   Attributes:
     steps: of the grid.
     schedule: of the process.
-    grid: even in t, or `cos(pi/2 (1 - t))`, whose steps are small near t = 0.
+    grid: even in t, or `cos(pi/2 (1 - t))`, whose steps are small near t = 0,
+      or even from 1 to 0.001 (Dream's `origin`, arXiv:2508.15487).
     remask: `"cap"`: sigma is `eta`, `"rescale"`: `eta` of its largest value,
       either way of each filled place alike; `"confidence"`: that much a place
       on average, more where the model was less sure of what it filled in.
@@ -60,6 +61,8 @@ class Ancestral:
     t = 1 - jnp.arange(self.steps + 1) / self.steps
     if self.grid == "cosine":
       t = jnp.cos(jnp.pi / 2 * (1 - t))
+    elif self.grid == "dream":
+      t = jnp.linspace(1, 1e-3, self.steps + 1)
     return t.at[-1].set(0.0).at[0].set(1.0)
 
 

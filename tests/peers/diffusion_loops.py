@@ -154,8 +154,9 @@ def dream(
   steps: int,
   algorithm: str,
   uniform: torch.Tensor | None = None,
+  gumbel: torch.Tensor | None = None,
 ) -> torch.Tensor:
-  """Returns rows as Dream's sampler fills them, greedily.
+  """Returns rows as Dream's sampler fills them, greedily but for `gumbel`.
 
   Args:
     model: logits of each place's own, already shifted.
@@ -165,7 +166,8 @@ def dream(
     steps: between time 1 and 0.001.
     algorithm: `origin`: every mask is filled by chance; `maskgit_plus`,
       `topk_margin`, `entropy`: the surest ones are.
-    uniform: `[S, B, length]`, the chances of `origin`.
+    uniform: `[S, B, P + length]`, the chances of `origin`.
+    gumbel: `[S, B, P + length, V]`, added to logits; None for temperature 0.
   """
   rows, before = prompt.shape
   x = torch.full((rows, before + length), mask_id)
@@ -177,11 +179,11 @@ def dream(
     logits[..., mask_id] = LOWEST
     p = logits.softmax(-1)
     best, found = p.max(-1)
+    if gumbel is not None:
+      found = (logits + gumbel[i].double()).argmax(-1)
     share = float(1 - times[i + 1] / times[i]) if i < steps - 1 else 1.0
     if algorithm == "origin":
-      filled = torch.zeros_like(masked)
-      filled[:, before:] = uniform[i] < share
-      filled &= masked
+      filled = masked & (uniform[i] < share)
     else:
       sure = best
       if algorithm == "topk_margin":

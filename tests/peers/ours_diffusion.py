@@ -3,8 +3,12 @@
 sample  cases (JSON), prompts [B, P] -> of each case: tokens, the call that
                                         filled each place, calls, and what was
                                         random
+ancestral  steps, length, prompts [B, P] -> tokens on Dream's times, and what
+                                        was random
 refine  cases (JSON), table [S, B, K, V] -> tokens and calls of one block
                                         whose logits at step s are table[s]
+continue  cases (JSON), prompt [P]   -> of each case: tokens of a model with
+                                        blocks, by its cache and without
 scores  tokens [B, T], positions     -> logits [B, T, V], each place's own
 """
 
@@ -15,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.diffusion import policies, sampler
+from research.diffusion import ancestral, policies, sampler
 from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Whole
+from research.diffusion.denoiser import BlockCausal, Whole
 from research.diffusion.guided import Guided
 from research.nn import sampling as samplers
 from research.nn.sampling import Sampling
@@ -112,6 +116,56 @@ def refine(it, args, rows) -> dict:
   return out
 
 
+def ancestors(it, args, rows) -> dict:
+  how = it.diffusion
+  asked = Whole(model=it.model, shift=how.shift, block=how.block)
+  steps, length = int(rows["steps"]), int(rows["length"])
+  first = rows["prompts"]
+  count, before = first.shape
+  tokens = np.full((count, before + length), how.mask_id, np.int32)
+  tokens[:, :before] = first
+  masked = np.broadcast_to(np.arange(before + length) >= before, tokens.shape)
+  keys = samplers.row_keys(jax.random.key(0), jnp.arange(count))
+  valid = jnp.ones(tokens.shape, bool)
+  got, _ = ancestral.sample(
+    lambda x: asked.scores(it.params, x, valid),
+    jnp.asarray(tokens),
+    jnp.asarray(masked),
+    how.mask_id,
+    keys,
+    ancestral.Ancestral(steps=steps, grid="dream"),
+  )
+  gumbel, uniform = [], []
+  for i in range(steps):
+    now = [jax.random.split(jax.random.fold_in(k, i), 3) for k in keys]
+    shape = tokens.shape[1], it.model.vocab_size
+    gumbel.append([jax.random.gumbel(k[0], shape, mode="high") for k in now])
+    uniform.append([jax.random.uniform(k[1], shape[:1]) for k in now])
+  return dict(
+    tokens=np.asarray(got), gumbel=np.array(gumbel), uniform=np.array(uniform)
+  )
+
+
+def continued(it, args, rows) -> dict:
+  prompt, out = rows["prompt"], {}
+  how, key = it.diffusion, jax.random.key(0)
+  for case in json.loads(str(rows["cases"])):
+    wanted = options(case, how.mask_id)
+    first = len(prompt) // how.block * how.block
+    tokens = np.full((1, first + wanted.length), how.mask_id)
+    tokens[0, : len(prompt)] = prompt
+    masked = np.arange(tokens.shape[1])[None] >= len(prompt)
+    ways = dict(
+      tokens=BlockCausal(model=it.model, block=how.block, shift=how.shift),
+      uncached=Whole(model=it.model, block=how.block, shift=how.shift),
+    )
+    for name, asked in ways.items():
+      state = sampler.begin(tokens, masked, np.ones_like(masked), key)
+      got = sampler.sample(asked, it.params, state, wanted)
+      out[f"{case['name']}/{name}"] = got.tokens
+  return out
+
+
 def scores(it, args, rows) -> dict:
   how = it.diffusion
   asked = Whole(model=it.model, shift=how.shift, block=how.block)
@@ -120,4 +174,10 @@ def scores(it, args, rows) -> dict:
   return dict(logits=np.asarray(found))
 
 
-COMMANDS = dict(sample=sample, refine=refine, scores=scores)
+COMMANDS = dict(
+  {"continue": continued},
+  sample=sample,
+  ancestral=ancestors,
+  refine=refine,
+  scores=scores,
+)
