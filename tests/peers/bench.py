@@ -1,6 +1,6 @@
 """The speed tables: ours against torch, side by side in one run, and the rest.
 
-  make bench                     # every row, about 70 minutes on two idle cores
+  make bench                     # every row, about 90 minutes on two idle cores
   make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
   make bench ARGS='checkpoint pipeline host import_gguf_fp32'
 

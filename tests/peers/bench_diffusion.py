@@ -351,4 +351,5 @@ if __name__ == "__main__":
   sys.path[:0] = [str(pathlib.Path(__file__).parent), os.getcwd()]
   side, row, *counts = sys.argv[1:]
   work = {"ours": ours, "torch": theirs}[side]
-  print(json.dumps(work(row, int(counts[0]) if counts else 2)))
+  runs = int(counts[0]) if counts else 1 if row.endswith("b8") else 2
+  print(json.dumps(work(row, runs)))

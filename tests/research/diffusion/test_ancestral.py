@@ -121,3 +121,12 @@ def test_mistakes():
     Ancestral(steps=0)
   with pytest.raises(UserError, match="eta is 2"):
     Ancestral(steps=1, eta=2.0)
+
+
+def test_grids_of_times():
+  """From 1 down to 0; Dream's are even to 0.001, and then all is filled."""
+  for grid in ("uniform", "cosine", "dream"):
+    times = np.asarray(ancestral.Ancestral(steps=5, grid=grid).times())
+    assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+  inner = np.linspace(1, 1e-3, 6)[1:-1]
+  np.testing.assert_allclose(times[1:-1], inner, rtol=1e-6)
