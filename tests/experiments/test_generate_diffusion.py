@@ -191,6 +191,8 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
   [
     (TINY, (), "--mask_token=new"),
     ("all", ("--block=3",), "--block=3: does not divide"),
+    ("all", ("--block=16",), "--block=16: does not divide --max_new_tokens=8"),
+    ("all", ("--prompt=",), "--prompt"),
     ("all", ("--block=4", "--steps=3"), "a multiple of the 2 blocks"),
     ("four", ("--block=8",), "the model's blocks have 4"),
     ("four", ("--cache=dual",), "expected prefix"),

@@ -1,0 +1,109 @@
+"""What a sampler does with input that is wrong, empty or at a limit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from research.diffusion import sampler
+from research.diffusion.candidates import Options
+from research.diffusion.policies import Quota, Threshold
+from research.diffusion.spec import from_config
+from research.nn.sampling import GREEDY, Sampling
+from research.typing import UserError
+from tests.research.diffusion.test_sampler import MASK, Wave, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking(Wave):
+  """Likes nothing as much as the mask."""
+
+  def first(self, params, tokens, valid, start, size):
+    logits, carry = super().first(params, tokens, valid, start, size)
+    return logits.at[..., MASK].set(50.0), carry
+
+
+@pytest.mark.parametrize("rules", [GREEDY, Sampling(temperature=2.0)])
+def test_a_model_that_predicts_the_mask_fills_in_its_next_choice(rules):
+  options = Options(mask_id=MASK, length=8, block=8, steps=4)
+  found = []
+  for asked in (Wave(), Masking()):
+    state = sampler.start([[2, 5, 1]], options, jax.random.key(0))
+    found.append(sampler.sample(asked, {}, state, options, rules))
+  np.testing.assert_array_equal(found[1].tokens, found[0].tokens)
+  np.testing.assert_array_equal(found[1].filled, found[0].filled)
+  assert (found[1].tokens != MASK).all()
+
+
+def test_a_block_longer_than_the_answer():
+  with pytest.raises(
+    UserError, match="length is 8, expected a multiple of block, 16"
+  ):
+    Options(mask_id=MASK, length=8, block=16)
+
+
+def test_steps_beyond_the_places_end_when_all_is_full():
+  got = run(block=8, steps=64)
+  assert got.calls == 8 and got.counts[0] == 8
+
+
+def test_an_empty_prompt_is_a_row_of_masks():
+  alone = run(prompts=[()], block=8, steps=4)
+  assert alone.tokens.shape == (1, 8) and alone.calls == 4
+  assert (alone.tokens != MASK).all()
+  options = Options(mask_id=MASK, length=8, block=8, steps=4)
+  tokens = np.full((1, 8), MASK)
+  whole = tokens == MASK
+  state = sampler.begin(tokens, whole, whole, jax.random.key(0))
+  want = sampler.sample(Wave(), {}, state, options)
+  np.testing.assert_array_equal(alone.tokens, want.tokens)
+  both = sampler.start([[], [1, 2]], options, jax.random.key(0))
+  np.testing.assert_array_equal(both.valid.sum(-1), [8, 10])
+  np.testing.assert_array_equal(both.masked.sum(-1), [8, 8])
+
+
+def test_nothing_masked_is_nothing_to_do():
+  options = Options(mask_id=MASK, length=4, block=4)
+  tokens = np.array([[1, 2, 3, 4, 5]])
+  state = sampler.begin(tokens, tokens < 0, tokens > 0, jax.random.key(0))
+  got = sampler.sample(Wave(), {}, state, options)
+  np.testing.assert_array_equal(got.tokens, tokens)
+  assert got.counts[0] == 0 and (got.filled == -1).all()
+
+
+@pytest.mark.parametrize("policy", [Quota(), Threshold(threshold=0.5)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_no_numbers_end_and_are_told(value, policy):
+  """Of one place and one token, at the second call."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Breaking(Wave):
+    def again(self, params, tokens, valid, start, size, carry):
+      logits, carry = super().first(params, tokens, valid, start, size)
+      return logits.at[0, 3, 2].set(value), carry
+
+  options = Options(mask_id=MASK, length=8, block=8, policy=policy)
+  state = sampler.start([[1, 2]], options, jax.random.key(0))
+  with pytest.raises(UserError, match="block at 2 are not finite"):
+    sampler.sample(Breaking(), {}, state, options)
+
+
+@pytest.mark.parametrize(
+  ("config", "words"),
+  [
+    (dict(model_type="llada", vocab_size=16), "mask_token_id"),
+    (
+      dict(model_type="Dream", vocab_size=16, mask_token_id=16),
+      "mask_token_id",
+    ),
+    (
+      dict(vocab_size=16, diffusion=dict(shift=True, block=None)),
+      "mask_token_id",
+    ),
+  ],
+)
+def test_a_checkpoint_without_a_mask(config, words):
+  with pytest.raises(UserError, match=words):
+    from_config(config)
+  assert from_config(dict(model_type="llama", vocab_size=16)) is None
