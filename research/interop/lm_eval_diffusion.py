@@ -23,6 +23,7 @@ import numpy as np
 from research.diffusion import likelihood, sampler
 from research.diffusion.candidates import Options as Filling
 from research.diffusion.denoiser import Whole
+from research.diffusion.guided import Guided
 from research.diffusion.policies import Policy, Quota
 from research.diffusion.spec import Spec
 from research.interop import lm_eval_requests as texts
@@ -277,6 +278,13 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
     width = _bucket(width, block)
   state = _begun(prompts, width, inside, filling, numbers, how.seed)
   denoiser = Whole(model=loaded.model, shift=spec.shift, block=spec.block)
+  if how.guidance:
+    denoiser = Guided(
+      inner=denoiser,
+      prompt=width,
+      mask_id=spec.mask_id,
+      weight=how.guidance,
+    )
   rows = sampler.sample(denoiser, loaded.params, state, filling, options.rule)
   out = []
   for made in rows.tokens[:, inside - length :]:

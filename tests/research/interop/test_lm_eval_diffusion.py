@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import likelihood
+from research.diffusion import likelihood, sampler
+from research.diffusion.candidates import Options as Filling
 from research.diffusion.denoiser import Whole
+from research.diffusion.guided import Guided
 from research.diffusion.spec import Spec
 from research.interop import lm_eval, lm_eval_diffusion
 from research.interop.lm_eval_diffusion import Asking
@@ -174,6 +176,30 @@ def test_generate_until(loaded, block):
     it, [(requests[i][0], options | {"until": [stop]})], how=how
   )
   assert cut == longest[: longest.index(stop)]
+
+
+def test_guidance_is_also_of_texts(loaded):
+  """By hand: the sampler, guided by a prompt of as many tokens."""
+  options = {"until": [], "max_gen_toks": 4}
+  how = Asking(block=4, guidance=3.0)
+  [got] = lm_eval_diffusion.generate_until(loaded, [("what", options)], how=how)
+  prompt = loaded.tokenizer.encode("what", add_special=True)
+  filling = Filling(mask_id=MASK, length=4, block=4, end=(1,))
+  asked = Guided(
+    inner=Whole(model=loaded.model),
+    prompt=len(prompt),
+    mask_id=MASK,
+    weight=3.0,
+  )
+  state = sampler.start([prompt], filling, jax.random.key(0))
+  rows = sampler.sample(asked, loaded.params, state, filling)
+  assert got == loaded.tokenizer.decode(
+    rows.tokens[0, -4:][: rows.lengths[0]].tolist()
+  )
+  [plain] = lm_eval_diffusion.generate_until(
+    loaded, [("what", options)], how=Asking(block=4)
+  )
+  assert plain != got
 
 
 def test_wrong_questions(plain, loaded):
