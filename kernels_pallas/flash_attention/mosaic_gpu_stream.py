@@ -102,7 +102,11 @@ def slots(p: Problem, n: jax.Array) -> tuple[jax.Array, ...]:
 
 def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
   """Shared memory as `wgmma` and the copy engine want it: swizzled rows."""
-  transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+  columns = 64 if shape[-1] % 64 == 0 else 32
+  transforms = (
+    plgpu.TilingTransform((8, columns)),
+    plgpu.SwizzleTransform(2 * columns),
+  )
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -13,7 +13,7 @@ ROWS = 64
 """Rows of a warpgroup: the M of `wgmma`."""
 
 STREAMED = 32
-"""Tokens of a tile that passes are a multiple."""
+"""Tokens of a tile that passes are a multiple, of `ROWS` for `wgmma`."""
 
 COLUMNS = 64
 """Head dims are padded to a multiple: a swizzled row of 128 bytes."""
@@ -91,7 +91,13 @@ class GpuTiles:
   cores: str = "wgmma"
 
   def __post_init__(self):
-    groups = max(t.groups for t in (self.forward, self.dkv, self.dq))
+    tiles = self.forward, self.dkv, self.dq
+    groups = max(t.groups for t in tiles)
+    if self.cores == "wgmma" and any(t.streamed % ROWS for t in tiles):
+      raise ValueError(
+        f"tiles: found {tiles}, expected streamed a multiple of {ROWS} for "
+        "'wgmma'"
+      )
     if self.cores not in CORES or (self.cores == "mma" and groups != 1):
       raise ValueError(
         f"tiles.cores: found {self.cores!r} and {groups} groups, expected one "

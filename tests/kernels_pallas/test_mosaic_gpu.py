@@ -236,6 +236,8 @@ def test_bad_kernels_are_refused():
     GpuTiles(operand="memory")
   with pytest.raises(ValueError, match="cores.*1 group"):
     GpuTiles(cores="mma")
+  with pytest.raises(ValueError, match="multiple of 64 for 'wgmma'"):
+    GpuTiles(dq=NARROW)
   with pytest.raises(ValueError, match="'dk' and 'dv' once"):
     GpuTiles(gradients=(("dk",),))
 
