@@ -7,6 +7,11 @@ slice of a TPU pod (needs the package libtpu, no TPU) or for virtual devices of
 this machine (--topology=cpu:8), from shapes alone: no weight is read. Prints
 how every parameter is cut, the memory of a device, FLOPs, collectives and
 bounds of the time of a step; the last line on stdout is a JSON object.
+
+Of a model that fills in masks, sampling's two kinds of calls, with a cache:
+
+  python -m experiments.plan --config=runs/llada/pretrain_8b.gin \\
+    --set=FSDP=1 --set=TENSOR=4 --topology=v5p:2x2x1 --fill=16x1024+256
 """
 
 # ruff: noqa: E402
@@ -49,6 +54,13 @@ _HLO = flags.DEFINE_string(
   "File to write the compiled program to, as XLA's text.",
   flag_values=FLAGS,
 )
+_FILL = flags.DEFINE_string(
+  "fill",
+  None,
+  "ROWSxPROMPT+LENGTH: plan the calls that fill so many masks after prompts, "
+  "instead of training.",
+  flag_values=FLAGS,
+)
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
@@ -59,11 +71,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   # What is here is not asked, and stays free for others.
   jax.config.update("jax_platforms", "cpu")
-  from experiments import ahead, config
+  from experiments import ahead, ahead_filling, config
   from research.planning import chips
 
   experiment, _ = config.read(_CONFIG.value, _SET.value)
+  wanted = _FILL.value and ahead_filling.rows(_FILL.value)
   topology = chips.topology(_TOPOLOGY.value)
+  if wanted:
+    return ahead_filling.plan(experiment, topology, wanted)
   return ahead.plan(experiment, topology, hlo=_HLO.value)
 
 
