@@ -120,7 +120,8 @@ def packings() -> dict[str, Callable[[], qtensor.QTensor]]:
   """Returns what packs the matrix, by the column's name."""
 
   def nearest(format):
-    return lambda: qtensor.pack(problem().w, format)
+    asarray = jnp.asarray if format.traced else np.asarray
+    return lambda: qtensor.pack(asarray(problem().w), format)
 
   return {
     "NF4 + DQ": nearest(Codebook(block=64)),

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from research.quant import exact, minifloats
 from research.quant.format import Format, Parts, Plain
@@ -76,7 +77,9 @@ class FP8(Format):
     return {"codes": "xo", "scale": scale}
 
   def encode(
-    self, w: Float[Array, "I O"], importance: Float[Array, " I"] | None = None
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
   ) -> dict[str, Any]:
     del importance
     w = jnp.asarray(w).astype(jnp.float32)

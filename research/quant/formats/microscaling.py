@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.quant import minifloats, packing
 from research.quant.format import Format, Parts, Plain
@@ -108,7 +109,9 @@ class Microscaling(Format):
     return {"codes": packing.pack(codes, self.bits), "scale": scale}
 
   def encode(
-    self, w: Float[Array, "I O"], importance: Float[Array, " I"] | None = None
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
   ) -> dict[str, Any]:
     w = jnp.asarray(w).astype(jnp.float32)
     groups = w.reshape(-1, self.block, w.shape[1])

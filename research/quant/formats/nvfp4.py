@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.quant import exact, minifloats, packing
 from research.quant.format import Format, Parts, Plain
@@ -110,7 +111,9 @@ class NVFP4(Format):
     return {"codes": packed, "scale": scale, "divisor": divisor}
 
   def encode(
-    self, w: Float[Array, "I O"], importance: Float[Array, " I"] | None = None
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
   ) -> dict[str, Any]:
     w = jnp.asarray(w).astype(jnp.float32)
     groups = w.reshape(-1, self.block, w.shape[1])
