@@ -88,8 +88,9 @@ def decode_attention(
     ValueError: Shapes that do not fit, unsupported arguments, or (where they
       are known) lengths beyond S.
   """
+  _check_floats(q=(q, 3), k=(k, 4), v=(v, 4), sinks=(sinks, 1))
   (B, _, H), shapes = q.shape, f"q {q.shape}, k {k.shape}, v {v.shape}"
-  if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]:
+  if k.shape[:3] != v.shape[:3]:
     raise ValueError(
       f"decode_attention: found {shapes}, expected [B,N,H], [B,S,K,H], "
       "[B,S,K,Hv]"
@@ -162,6 +163,7 @@ def paged_attention(
       the nearest page, so that nothing outside is read.
   """
   paging.check_pages(pages)
+  _check_floats(q=(q, 3), sinks=(sinks, 1))
   spec = _spec(q.shape[2], scale, softcap, window, precision)
   rows = ragged.rows(
     q.shape[0], table, kv_lens, cu_q_lens, (pages.count, pages.size), window
@@ -234,6 +236,16 @@ def _reference(spec, q, held, rows):
   else:
     k, v = paging.dense(held, rows.table, dtype)
   return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+
+
+def _check_floats(**arrays) -> None:
+  for name, (x, rank) in arrays.items():
+    if x is None:
+      continue
+    if x.ndim != rank or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f"{name}: found {x.dtype} {x.shape}, expected floats, {rank} axes"
+      )
 
 
 def _spec(H, scale, softcap, window, precision) -> Spec:

@@ -50,6 +50,15 @@ def rows(
     ValueError: Shapes that do not fit, or rows that ask for memory there is
       not.
   """
+  for name, x, rank in (
+    ("kv_lens", kv_lens, 1), ("table", table, 2), ("cu_q_lens", starts, 1),
+  ):  # fmt: skip
+    if x is None:
+      continue
+    if x.ndim != rank or not jnp.issubdtype(x.dtype, jnp.integer):
+      raise ValueError(
+        f"{name}: found {x.dtype} {x.shape}, expected integers, {rank} axes"
+      )
   R = kv_lens.shape[0]
   if R < 1 or tokens < 1:
     raise ValueError(f"rows: found {R} rows, {tokens} tokens, expected some")
