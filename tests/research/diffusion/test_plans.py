@@ -1,5 +1,7 @@
 """How many places a step fills by plan, and which ones by chance."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,22 @@ def test_every_plan_fills_everything(plan):
   got = run(prompts=[(2, 5, 1), (4,)], block=8, steps=4, plan=plan)
   assert (got.tokens[:, 3:] != 7).all()
   assert got.calls <= 4
+
+
+def test_a_new_policy_is_one_function():
+  """That of the README."""
+
+  @dataclasses.dataclass(frozen=True)
+  class Half:
+    scheduled: bool = False
+
+    def commit(self, confidence, eligible, quota):
+      some = -(-eligible.sum(-1) // 2)
+      return eligible & (policies.ranks(confidence, eligible) < some[:, None])
+
+  got = run(block=8, policy=Half())
+  assert got.calls == 4
+  np.testing.assert_array_equal(np.bincount(got.filled[0, 3:]), [4, 2, 1, 1])
 
 
 def test_places_are_drawn_without_replacement():
