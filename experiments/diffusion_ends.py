@@ -139,14 +139,14 @@ class Ends:
         abs(chance.value - want) < 0.1 * want,
       ),
       Verdict(
-        "ends last cures it (mean length at least 80%)",
+        "ends last cures it (mean length within 20%)",
         f"{last} of {want:.2f}",
-        last.value - last.half > 0.8 * want,
+        abs(last.value - want) < 0.2 * want,
       ),
       Verdict(
         "so do blocks from left to right",
         f"{blocks} of {want:.2f}",
-        blocks.value - blocks.half > 0.8 * want,
+        abs(blocks.value - want) < 0.2 * want,
       ),
       Verdict(
         "neither costs valid answers (2%, and most are valid)",

@@ -248,7 +248,7 @@ ENDS = diffusion_ends.Ends()
 
 
 def end_rows(**lengths):
-  found = dict(low=5.0, last=12.0, blocks=9.5, chance=10.2) | lengths
+  found = dict(low=5.0, last=11.0, blocks=9.5, chance=10.2) | lengths
   names = dict(zip(found, ("low confidence", "ends last", "blocks of 4",
                            "random places"), strict=True))  # fmt: skip
   row = {names[k]: {"length": x, "valid": 0.9} for k, x in found.items()}
@@ -261,6 +261,7 @@ def end_rows(**lengths):
     ({"low": 9.0}, 0),
     ({"chance": 8.0}, 1),
     ({"last": 7.0}, 2),
+    ({"last": 13.0}, 2),
     ({"blocks": 7.0}, 3),
   ],
 )
