@@ -203,7 +203,8 @@ def _seen(name: str, w: qtensor.QTensor) -> np.ndarray | None:
   if name == "EVA":
     return np.linalg.svd(x, full_matrices=False)[2][: kinds()[name].rank]
   if name == "LoRAGA":
-    slope = jax.grad(lambda w: _loss(w, problem().x, problem().y)[0])
+    data = jnp.asarray(problem().x), jnp.asarray(problem().y)
+    slope = jax.grad(lambda w: _loss(w, *data)[0])
     return np.asarray(slope(w.dense()))
   return None
 
