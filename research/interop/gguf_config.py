@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from research.interop import gguf_experts
 from research.interop.gguf import GGUF
 from research.nn import presets
 from research.nn.rope import Linear, Llama3, Scaling, Yarn, inverse_frequencies
@@ -34,6 +35,7 @@ ARCHITECTURES = {
   "llama": Architecture("llama", interleaved=True),
   "qwen2": Architecture("qwen2"),
   "qwen3": Architecture("qwen3"),
+  "qwen3moe": Architecture("qwen3_moe"),
   "gemma": Architecture("gemma"),
   "gemma2": Architecture("gemma2", scaled_by_width=(46,)),
   "gemma3": Architecture("gemma3", local_theta=1e4, scaled_by_width=(62,)),
@@ -142,8 +144,13 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
   rotated = keys.integer("rope.dimension_count", head_dim)
   if rotated != head_dim:
     keys.fail("rope.dimension_count", rotated, f"the head's {head_dim}")
+  hidden = keys.needed("feed_forward_length")
+  sparse = gguf_experts.read(keys, name, hidden)
+  base = kind.family
+  if name == "llama" and (window or sparse):
+    base = "mixtral" if sparse else "mistral"
   family = dataclasses.replace(
-    presets.FAMILIES["mistral" if name == "llama" and window else kind.family],
+    presets.FAMILIES[base],
     **{flag: tensor in file.tensors for flag, tensor in _BIASES.items()},
   )
   scaled = depth in kind.scaled_by_width
@@ -153,7 +160,8 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
     depth=depth,
     heads=heads,
     kv_heads=keys.integer("attention.head_count_kv", heads),
-    hidden=keys.needed("feed_forward_length"),
+    hidden=hidden,
+    sparse=sparse,
     head_dim=head_dim,
     theta=theta,
     scaling=_scaling(keys, file, theta, head_dim),

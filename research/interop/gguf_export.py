@@ -15,15 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from research.interop import changes, gguf_config, gguf_types, hf_config_write
-from research.interop.gguf import GGUF, Pending, Tensor, nbytes, write_gguf
-from research.interop.gguf_model import (
-  DTYPES,
-  ROWS,
-  TOP,
-  interleaved,
+from research.interop import (
+  changes,
+  gguf_config,
+  gguf_experts,
+  gguf_types,
+  hf_config_write,
 )
+from research.interop.gguf import GGUF, Pending, Tensor, nbytes, write_gguf
+from research.interop.gguf_model import DTYPES, interleaved
 from research.interop.gguf_recipe import FILE_TYPES, Recipe
+from research.interop.gguf_rows import EXPERT_ROWS, ROWS, TOP
+from research.interop.names import Address
 from research.interop.parts import Part, Parts, ordered
 from research.nn import presets, rope
 from research.nn.attention import Attention
@@ -36,6 +39,8 @@ ARCHITECTURES = {
   "mistral": "llama",
   "qwen2": "qwen2",
   "qwen3": "qwen3",
+  "mixtral": "llama",
+  "qwen3_moe": "qwen3moe",
   "gemma": "gemma",
   "gemma2": "gemma2",
   "gemma3_text": "gemma3",
@@ -80,7 +85,7 @@ def metadata(
     "rope.dimension_count": a.head_dim,
     "rope.freq_base": float(a.rope.theta),
   }
-  out |= _windows(model, arch)
+  out |= _windows(model, arch) | gguf_experts.spelled(kinds, arch)
   for key, value in (
     ("attn_logit_softcapping", a.softcap),
     ("final_logit_softcapping", model.softcap),
@@ -172,9 +177,9 @@ def tensors(
   arch = given["general.architecture"]
   turned = gguf_config.ARCHITECTURES[arch].interleaved
   fold = folded(model, arch)
-  rows = {row.path: row for row in (*TOP, *ROWS)}
-  for address in ordered(parts):
-    row, part = rows.get(address.path), parts[address]
+  rows = {row.path: row for row in (*TOP, *ROWS, *EXPERT_ROWS)}
+  for address, alike in _together(parts).items():
+    row, part = rows.get(address.path), alike[0]
     if row is None:
       raise UserError(f"GGUF: no name for {address} of this model")
     layer = "" if address.layer is None else f"blk.{address.layer}."
@@ -197,13 +202,36 @@ def tensors(
       a.qk_norm is None and address.path in ("attention/q", "attention/q_bias")
     ):
       scale = fold
-    make = _maker(
-      name, part, which, flip, order, offset, scale, importance, log
-    )
+    how = (which, flip, order, offset, scale, importance, log)
+    make = _maker(name, part, *how)
+    if address.expert is not None:
+      make = _stacked(name, alike, how)
+      shape = (len(alike), *shape)
     out[name] = Pending(which, shape, make)
     stubs[name] = Tensor(which, shape, np.zeros(0, np.uint8))
   _check(model, GGUF(dict(given), stubs), fold)
   return out, otherwise
+
+
+def _together(parts: Parts) -> dict[Address, list[Part]]:
+  """Returns parameters in the order of files, experts' under the first one."""
+  out: dict[Address, list[Part]] = {}
+  for address in ordered(parts):
+    first = address
+    if address.expert is not None:
+      first = dataclasses.replace(address, expert=0)
+    out.setdefault(first, []).append(parts[address])
+  return out
+
+
+def _stacked(name: str, alike: list[Part], how: tuple[Any, ...]):
+  """Returns what makes one tensor of experts' matrices."""
+
+  def make():
+    makers = (_maker(f"{name}[{e}]", x, *how) for e, x in enumerate(alike))
+    return np.concatenate([make() for make in makers])
+
+  return make
 
 
 def folded(model: Transformer, arch: str) -> float:

@@ -1,6 +1,6 @@
 """A GGUF file as a model: architecture keys to sizes, tensor names to paths.
 
-A weight's walk: `ROWS` names it, `_Matrix` turns the query and key rows of
+A weight's walk: `gguf_rows` names it, `_Matrix` turns the query and key rows of
 llama's interleaved rotation back to half-split order (whole rows move, so
 packed blocks do too), and `_leaf` either decodes it or keeps its blocks.
 """
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop import unread
+from research.interop import gguf_experts, gguf_rows, unread
 from research.interop.gguf import GGUF, Tensor, open_gguf
 from research.interop.gguf_config import config
+from research.interop.gguf_rows import Row
 from research.interop.gguf_types import TYPES, decode, require
 from research.interop.load import Loaded
 from research.interop.names import Address
@@ -28,55 +29,6 @@ from research.quant.formats import ggml
 from research.training import memory
 from research.typing import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One weight under both names.
-
-  Attributes:
-    path: ours, inside the tree or inside a layer.
-    name: GGUF's, inside the file or after `blk.N.`.
-    dims: letters of GGUF's shape (numpy order); `Q` is `N*H`, `K` is `K*H`.
-    when: the family's flag without which it does not exist, or None.
-    heads: the size whose heads llama's converter interleaved, or None.
-  """
-
-  path: str
-  name: str
-  dims: str
-  when: str | None = None
-  heads: str | None = None
-
-
-TOP = (
-  Row("embed", "token_embd.weight", "VD"),
-  Row("final_norm/scale", "output_norm.weight", "D"),
-  Row("head", "output.weight", "VD"),
-)
-ROWS = (
-  Row("attention_norm/scale", "attn_norm.weight", "D"),
-  Row("attention/q", "attn_q.weight", "QD", heads="heads"),
-  Row("attention/k", "attn_k.weight", "KD", heads="kv_heads"),
-  Row("attention/v", "attn_v.weight", "KD"),
-  Row("attention/o", "attn_output.weight", "DQ"),
-  Row("attention/q_bias", "attn_q.bias", "Q", "qkv_bias", "heads"),
-  Row("attention/k_bias", "attn_k.bias", "K", "qkv_bias", "kv_heads"),
-  Row("attention/v_bias", "attn_v.bias", "K", "qkv_bias"),
-  Row("attention/o_bias", "attn_output.bias", "D", "out_bias"),
-  Row("attention/q_norm/scale", "attn_q_norm.weight", "H", "qk_norm"),
-  Row("attention/k_norm/scale", "attn_k_norm.weight", "H", "qk_norm"),
-  Row(
-    "post_attention_norm/scale", "post_attention_norm.weight", "D", "post_norm"
-  ),
-  Row("mlp_norm/scale", "ffn_norm.weight", "D"),
-  Row("mlp/gate", "ffn_gate.weight", "FD"),
-  Row("mlp/up", "ffn_up.weight", "FD"),
-  Row("mlp/down", "ffn_down.weight", "DF"),
-  Row("mlp/gate_bias", "ffn_gate.bias", "F", "mlp_bias"),
-  Row("mlp/up_bias", "ffn_up.bias", "F", "mlp_bias"),
-  Row("mlp/down_bias", "ffn_down.bias", "D", "mlp_bias"),
-  Row("post_mlp_norm/scale", "post_ffw_norm.weight", "D", "post_norm"),
-)
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """ggml's types that are plain numbers -> their names here."""
 
@@ -87,10 +39,6 @@ USED_ELSEWHERE = ("rope_freqs.weight",)
 """Tensors that say something about the model and are no weights of it."""
 
 
-def _rows(family: presets.Family) -> list[Row]:
-  return [r for r in ROWS if r.when is None or getattr(family, r.when)]
-
-
 def _few(names: Iterable[str]) -> str:
   names = sorted(names)
   more = f" and {len(names) - 10} more" if len(names) > 10 else ""
@@ -99,9 +47,11 @@ def _few(names: Iterable[str]) -> str:
 
 def _check(path: str, file: GGUF, family, sizes) -> None:
   """Raises where the tensors are not exactly those of the model."""
-  top = [r for r in TOP if r.path != "head" or not sizes.tied]
+  top = [r for r in gguf_rows.TOP if r.path != "head" or not sizes.tied]
   wanted = {r.name: r for r in top} | {
-    f"blk.{i}.{r.name}": r for i in range(sizes.depth) for r in _rows(family)
+    f"blk.{i}.{r.name}": r
+    for i in range(sizes.depth)
+    for r in gguf_rows.of_model(family, sizes)
   }
   found = set(file.tensors) - set(USED_ELSEWHERE)
   if missing := wanted.keys() - found:
@@ -117,6 +67,8 @@ def _check(path: str, file: GGUF, family, sizes) -> None:
   dims = dict(V=sizes.vocab, D=sizes.width, F=sizes.hidden, H=sizes.head_dim)
   dims["Q"] = sizes.heads * sizes.head_dim
   dims["K"] = sizes.kv_heads * sizes.head_dim
+  if sizes.sparse is not None:
+    dims |= dict(E=sizes.sparse.routing.experts, F=sizes.sparse.hidden)
   for name, row in wanted.items():
     tensor = file.tensors[name]
     shape = tuple(dims[d] for d in row.dims)
@@ -175,6 +127,10 @@ class _Matrix:
     skipped = first * kind.block
     return x[:, columns.start - skipped : columns.stop - skipped]
 
+  def expert(self, number: int) -> "_Matrix":
+    """Returns one of a stack's."""
+    return _Matrix(gguf_experts.one(self.tensor, number))
+
   def vector(self, index: unread.Index) -> np.ndarray:
     """Returns a part of a vector, float32."""
     x = self.tensor.decode()
@@ -204,19 +160,24 @@ def _leaf(
   row: Row, stored: Sequence[_Matrix], dtype: str | None, packed: bool
 ) -> Any:
   """Returns one weight of all of a run's layers, unread, `[layers, ...]`."""
-  first = stored[0].tensor
+  lead, first = (len(stored),), stored[0].tensor
+  if len(first.shape) == 3:
+    lead += first.shape[:1]
+    stored = [m.expert(e) for m in stored for e in range(lead[1])]
+    first = stored[0].tensor
+  packed = packed and row.path != gguf_experts.ROUTER
   if packed and ggml.packs(first.type, first.shape):
     axis = -1 if row.path == "embed" else -2
     kind = TYPES[first.type]
     shape = (first.shape[0], first.shape[1] // kind.block)
     return ggml.from_ggml_unread(
-      first.type, [m.blocks for m in stored], shape, axis
+      first.type, [m.blocks for m in stored], shape, axis, lead
     )
   flip = len(first.shape) == 2 and row.path != "embed"
   kind = jnp.dtype(dtype or DTYPES.get(first.type, "float32"))
   return unread.stacked(
     [m.filler(flip) for m in stored],
-    (len(stored),),
+    lead,
     first.shape[::-1] if flip else first.shape,
     kind,
   )
@@ -234,7 +195,7 @@ def _unread(
   file: GGUF, family, sizes, model: Transformer, turned: bool, dtype, packed
 ) -> dict[str, Any]:
   """Returns the parameter tree, of `unread.Unread` arrays."""
-  rows = _rows(family)
+  rows = gguf_rows.of_model(family, sizes)
 
   def matrix(row: Row, layer: int) -> _Matrix:
     tensor = file.tensors[f"blk.{layer}.{row.name}"]
@@ -245,7 +206,7 @@ def _unread(
     return tuple(file.tensors[name].type for name in names) if packed else ()
 
   flat: dict[str, Any] = {}
-  for row in TOP:
+  for row in gguf_rows.TOP:
     if row.name in file.tensors:
       only = _matrix(row, file.tensors[row.name], family, sizes, turned)
       flat[row.path] = _first(_leaf(row, [only], dtype, packed))
@@ -270,9 +231,12 @@ def _first(leaf: Any) -> Any:
 def model_type(file: GGUF) -> str | None:
   """Returns the model_type that a config.json would have, if one is meant."""
   name = str(file.metadata.get("general.architecture"))
+  if name == "llama" and file.metadata.get("llama.expert_count"):
+    return "mixtral"
   if name == "llama" and "llama.attention.sliding_window" in file.metadata:
     return "mistral"
-  return {"gemma3": "gemma3_text"}.get(name, name)
+  theirs = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
+  return theirs.get(name, name)
 
 
 def open_model(
@@ -307,13 +271,18 @@ def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
 
   out = {
     Address(None, row.path): part(row, file.tensors[row.name])
-    for row in TOP
+    for row in gguf_rows.TOP
     if row.name in file.tensors
   }
   for i in range(sizes.depth):
-    for row in _rows(family):
+    for row in gguf_rows.of_model(family, sizes):
       tensor = file.tensors[f"blk.{i}.{row.name}"]
-      out[Address(i, row.path)] = part(row, tensor)
+      if len(tensor.shape) < 3:
+        out[Address(i, row.path)] = part(row, tensor)
+        continue
+      for e in range(tensor.shape[0]):
+        one = part(row, gguf_experts.one(tensor, e))
+        out[Address(i, row.path, e)] = one
   return out
 
 

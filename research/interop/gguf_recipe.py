@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from research.interop import gguf_types
+from research.interop import gguf_experts, gguf_types
 from research.interop.names import Address
 from research.interop.parts import Part
 from research.nn.transformer import Transformer
@@ -34,6 +34,11 @@ FILE_TYPES = {
 
 A mixture of `research.quant.mixtures`, or else a type for every matrix.
 """
+
+_EVEN = ("Q6_K",)
+"""Mixtures that take one type for all."""
+
+_ALIKE = (*_EVEN, *(k for k in FILE_TYPES if k not in mixtures.MIXTURES))
 
 _PLAIN = {
   "float32": "F32",
@@ -93,9 +98,14 @@ class Recipe:
     Raises:
       UserError: blocks do not divide rows, or the type is none of weights.
     """
-    if len(part.shape) == 1:
+    if len(part.shape) == 1 or address.path == gguf_experts.ROUTER:
       return "F32", "F32"
     if self.kind in mixtures.MIXTURES:
+      if address.expert is not None and self.kind not in _EVEN:
+        raise UserError(
+          f"GGUF: {name}: {self.kind} is a mixture of types, which is known "
+          f"for dense models only; expected one of {', '.join(_ALIKE)}"
+        )
       kind = mixtures.wanted(self.kind, address.path, address.layer, shape)
     else:
       kind = self.kind or _PLAIN.get(part.kind, part.kind)

@@ -24,6 +24,7 @@ from research.interop import (
   gguf_config,
   gguf_export,
   gguf_model,
+  gguf_rows,
   gguf_types,
 )
 from research.lora import peft, plain, wrap
@@ -61,7 +62,7 @@ def _matrices(
   params: Params, model: Transformer, arch: str
 ) -> dict[str, _Matrix]:
   """Returns every matrix that can be named, by our address."""
-  rows = {row.path: row for row in (*gguf_model.TOP, *gguf_model.ROWS)}
+  rows = {row.path: row for row in (*gguf_rows.TOP, *gguf_rows.ROWS)}
   a = model.layer_kinds()[0].attention
   turned = gguf_config.ARCHITECTURES[arch].interleaved
   fold = gguf_export.folded(model, arch)

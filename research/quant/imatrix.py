@@ -10,7 +10,7 @@ import numpy as np
 
 from research import weights
 from research.interop.gguf_imatrix import Importances
-from research.interop.gguf_model import ROWS
+from research.interop.gguf_rows import ROWS
 from research.nn.transformer import Transformer
 from research.quant import calibrate
 from research.statistics import Magnitudes

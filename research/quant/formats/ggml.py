@@ -184,6 +184,7 @@ def from_ggml_unread(
   matrices: Sequence[Callable[[slice, slice], np.ndarray]],
   shape: tuple[int, int],
   axis: int,
+  lead: tuple[int, ...] | None = None,
 ) -> QTensor:
   """Returns matrices as `from_ggml` does, of `unread.Unread` arrays.
 
@@ -195,6 +196,7 @@ def from_ggml_unread(
       `[rows, bytes]`.
     shape: of each matrix, `[rows, blocks of a row]`.
     axis: as for `from_ggml`.
+    lead: axes over the matrices; one for all by default.
   """
   format = TYPES[kind]
   rows, columns = shape
@@ -214,7 +216,7 @@ def from_ggml_unread(
 
     return unread.stacked(
       [filler(matrix) for matrix in matrices],
-      (len(matrices),),
+      (len(matrices),) if lead is None else lead,
       (columns, *found.shape[1:-1], rows),
       found.dtype,
     )

@@ -285,7 +285,7 @@ BAD = {
   ),
   "experts": (
     put("llama.expert_count", 8),
-    "expert_count: found 8, .*not supported",
+    "expert_used_count: found 'nothing', expected a pos",
   ),
   "rope type": (
     lambda metadata, tensors: metadata.update(
