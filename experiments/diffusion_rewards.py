@@ -1,7 +1,7 @@
 """Does diffu-GRPO improve a reward that is checked, not learned?
 
 A prompt names a target; an answer is some digits, right if their sum is the
-target, modulo m. The base has seen right answers more often than chance, and
+target. The base has seen right answers more often than chance, and
 others, too. It is then rewarded for right ones alone: by diffu-GRPO (d1,
 arXiv:2504.12216), by coupled-GRPO (DiffuCoder, arXiv:2506.20639), and, as a
 control, by diffu-GRPO with rewards of as many rows drawn by lot.
@@ -64,7 +64,7 @@ class Rewards:
   prompts: int = 8
   group: int = 8
   inner: int = 4
-  rate: float = 3e-4
+  rate: float = 1e-3
   every: int = 25
   rows: int = 512
   seeds: int = 3
@@ -138,8 +138,8 @@ class Rewards:
     """
     task, length = self.targets, self.targets.length
     first, second = jax.random.split(key)
-    chosen = jax.random.randint(first, (prompts,), 0, task.modulus)
-    chosen = jnp.repeat(chosen, group)[:, None] + task.modulus
+    chosen = jax.random.randint(first, (prompts,), 0, task.sums)
+    chosen = jnp.repeat(chosen, group)[:, None] + task.digits
     tokens = jnp.pad(
       chosen, ((0, 0), (0, length)), constant_values=task.mask_id
     )

@@ -71,45 +71,52 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targets:
-  """`t d d d d`: digits whose sum is t, modulo m, more often than not.
+  """`t d d d d`: digits whose sum is t, more often than by luck.
 
   Attributes:
-    modulus: m; digits are 0 to m - 1, targets the m ids that follow.
+    digits: how many there are, from 0 on; targets are the ids that follow, one
+      for each sum.
     length: digits of an answer.
-    honest: how many of the base's answers are right by intent.
+    honest: how many of the base's answers are right by intent; the targets of
+      the others are drawn apart, all as likely.
     seed: of the documents.
   """
 
-  modulus: int = 7
+  digits: int = 3
   length: int = 4
   honest: float = 0.3
   seed: int = 0
 
   def __post_init__(self):
-    if self.modulus < 2 or self.length < 1 or not 0 <= self.honest <= 1:
+    if self.digits < 2 or self.length < 1 or not 0 <= self.honest <= 1:
       raise UserError(
-        f"Targets: modulus is {self.modulus}, length {self.length}, honest"
+        f"Targets: digits is {self.digits}, length {self.length}, honest"
         f" {self.honest}; expected at least 2, 1, and 0 to 1"
       )
 
   @property
+  def sums(self) -> int:
+    """How many different sums there are."""
+    return self.length * (self.digits - 1) + 1
+
+  @property
   def mask_id(self) -> int:
     """The token that hides others."""
-    return 2 * self.modulus
+    return self.digits + self.sums
 
   def rows(self, count: int) -> Int[np.ndarray, "N T"]:
     """Returns what the base learns."""
     rng = rng_of(self.seed, "train")
-    digits = rng.integers(0, self.modulus, (count, self.length))
-    targets = rng.integers(0, self.modulus, count)
-    sums = digits.sum(1) % self.modulus
-    targets = np.where(rng.random(count) < self.honest, sums, targets)
-    prompt = self.modulus + targets[:, None]
+    digits = rng.integers(0, self.digits, (count, self.length))
+    targets = rng.integers(0, self.sums, count)
+    honest = rng.random(count) < self.honest
+    targets = np.where(honest, digits.sum(1), targets)
+    prompt = self.digits + targets[:, None]
     return np.concatenate([prompt, digits], axis=1).astype(np.int32)
 
   def right(self, rows: Int[Any, "N T"]) -> Any:
     """Returns which answers are right, of NumPy's or JAX's arrays."""
-    return rows[:, 1:].sum(1) % self.modulus == rows[:, 0] - self.modulus
+    return rows[:, 1:].sum(1) == rows[:, 0] - self.digits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,13 +26,14 @@ def test_sums_are_sums_and_some_are_told():
 
 
 def test_targets_are_met_as_often_as_said():
-  task = tasks.Targets(modulus=5, length=3, honest=0.4)
+  task = tasks.Targets(digits=4, length=3, honest=0.4)
   rows = task.rows(20_000)
-  digits, target = rows[:, 1:], rows[:, 0] - 5
-  right = digits.sum(1) % 5 == target
+  digits, target = rows[:, 1:], rows[:, 0] - 4
+  assert set(target) == set(range(10)) and task.mask_id == 14
+  right = digits.sum(1) == target
   np.testing.assert_array_equal(task.right(rows), right)
-  # Intent, or luck: 0.4 + 0.6 / 5; four standard errors.
-  assert right.mean() == pytest.approx(0.52, abs=4 * 0.5 / 20_000**0.5)
+  # Intent, or luck: 0.4 + 0.6 / 10; four standard errors.
+  assert right.mean() == pytest.approx(0.46, abs=4 * 0.5 / 20_000**0.5)
 
 
 def test_walks_are_valid_and_as_long_as_counted():
