@@ -118,6 +118,26 @@ class Targets:
     """Returns which answers are right, of NumPy's or JAX's arrays."""
     return rows[:, 1:].sum(1) == rows[:, 0] - self.digits
 
+  def alike(self, rows: Int[np.ndarray, "N T"]) -> float:
+    """Returns how often two right answers to one target are the same.
+
+    In multiples of what it were if all right answers were as likely; 1 where
+    there are no two.
+
+    Args:
+      rows: answers, right or wrong.
+    """
+    every = np.indices((self.digits,) * self.length).reshape(self.length, -1)
+    ways = np.bincount(every.sum(0), minlength=self.sums)
+    found, counts = np.unique(
+      rows[self.right(rows)], axis=0, return_counts=True
+    )
+    target = found[:, 0] - self.digits
+    total = np.bincount(target, counts, self.sums)
+    evenly = (total * (total - 1) / ways).sum()
+    same = (counts * (counts - 1)).sum()
+    return float(same / evenly) if evenly > 0 else 1.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Walks:

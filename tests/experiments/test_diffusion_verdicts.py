@@ -280,13 +280,13 @@ def test_ends(lengths, number):
 REWARDS = diffusion_rewards.Rewards()
 
 
-def reward_rows(one=0.9, coupled=0.99, lot=0.4, different=0.8):
+def reward_rows(one=0.9, coupled=0.99, lot=0.4, alike=1.5):
   ends = dict(zip(diffusion_rewards.KINDS, (one, coupled, lot), strict=True))
   return {
     f"{kind}: seed {s}": {
       "reward": [0.4, end + JITTER[s]],
       "greedy": [0.4, end],
-      "different": [1.0, different],
+      "alike": [1.0, alike],
     }
     for kind, end in ends.items()
     for s in range(3)
@@ -300,7 +300,7 @@ def reward_rows(one=0.9, coupled=0.99, lot=0.4, different=0.8):
     ({"one": 0.4}, [False, True, True, True, True]),
     ({"lot": 0.6}, [True, False, True, True, True]),
     ({"coupled": 0.4}, [True, True, False, False, True]),
-    ({"different": 0.1}, [True, True, True, True, False]),
+    ({"alike": 3.0}, [True, True, True, True, False]),
   ],
 )
 def test_rewards(more, wanted):
