@@ -16,6 +16,7 @@ import jax
 from research.diffusion import spec
 from research.interop import hf, hf_quant, safetensors, unread
 from research.nn.transformer import Transformer
+from research.quant.checkpoints import compressed_inputs
 from research.training import memory
 from research.typing import Params, UserError
 
@@ -165,6 +166,9 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   model, params, source = hf.model_from_directory(
     path, dtype, shardings, packed is not False
   )
+  if packed is not False:
+    said = source.get("quantization")
+    params = compressed_inputs.applied(params, said, str(path / CONFIG))
   how = spec.from_config(source["config"], str(path / CONFIG))
   return Loaded(model, params, words, source, how)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
+from research.quant import exact
 from research.quant.integers import integer_product, integers
 from research.typing import (
   Array,
@@ -28,6 +29,10 @@ from research.typing import (
 
 LINEAR = r"/(attention/(q|k|v|o)|mlp/(\w+/)?(gate|up|down))$"
 """Paths of all matrices of a layer but a router's."""
+
+
+_E4M3 = 448.0
+"""The largest number of the type."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,8 @@ class Round(Op):
     group: inputs that share a scale within a token, 0 for all.
     clip: share of the range that is not cut off (QuaRot: 0.9 at 4 bits).
     symmetric: whether there is no zero point.
+    full: whether a symmetric grid is of all `2^bits` codes: its scale is then
+      `2 clip max|x| / (2^bits - 1)`, as compressed-tensors has it.
     integer: whether products are of integers, summed in int32, where the
       weight is integers, too.
   """
@@ -138,6 +145,7 @@ class Round(Op):
   group: int = 0
   clip: float = 1.0
   symmetric: bool = True
+  full: bool = False
   integer: bool = False
 
   def __post_init__(self):
@@ -194,8 +202,12 @@ class Round(Op):
     if self.symmetric or scale is not None:
       if scale is None:
         most = jnp.max(jnp.abs(x), axis=over, keepdims=True)
-        scale = _positive(self.clip * most / self.top)
-      codes = _nearest(x / scale, -self.top - 1, self.top)
+        scale = self.clip * most / self.top
+        if self.full:  # the largest is half way between two codes
+          scale = exact.divided(self.clip * most, self.top + 0.5)
+        scale = _positive(scale)
+      unit = exact.divided(x, scale) if self.full else x / scale
+      codes = _nearest(unit, -self.top - 1, self.top)
       return codes, jnp.asarray(scale), 0.0
     most = jnp.maximum(jnp.max(x, axis=over, keepdims=True), 0)
     least = jnp.minimum(jnp.min(x, axis=over, keepdims=True), 0)
@@ -216,6 +228,41 @@ class Round(Op):
     y = integer_product(codes[..., 0, :].astype(jnp.int8), held)
     y = y * (scale if scale.ndim == 0 else scale[..., 0])
     return y.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundFloat(Op):
+  """Activations in E4M3 with a scale for each token, or one for all.
+
+  The scale is `max|x| / 448`, or that of the leaf, if it has one. Gradients go
+  straight through rounding.
+
+  Attributes:
+    per: what shares a scale.
+  """
+
+  per: str = "token"
+
+  def __post_init__(self):
+    if self.per not in ("token", "tensor"):
+      raise UserError(
+        f"RoundFloat.per: found {self.per!r}, expected 'token' or 'tensor'."
+      )
+
+  def __call__(
+    self, x: Float[Array, "*B I"], scale: Any = None
+  ) -> Float[Array, "*B I"]:
+    """Returns `x` rounded, in its dtype."""
+    wide = x.astype(jnp.float32)
+    if scale is None:
+      over = -1 if self.per == "token" else None
+      most = jnp.max(jnp.abs(wide), axis=over, keepdims=True)
+      scale = _positive(exact.divided(most, _E4M3))
+    # The type has no infinity: what is beyond it would become NaN.
+    unit = jnp.clip(exact.divided(wide, scale), -_E4M3, _E4M3)
+    near = unit.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    near = unit + jax.lax.stop_gradient(near - unit)
+    return (near * scale).astype(x.dtype)
 
 
 def _positive(scale):
