@@ -63,8 +63,8 @@ class Scheme:
     group: inputs that share a scale, of groups.
     tile: outputs and inputs that share one, of blocks.
     act_order: whether groups are not of neighbours (`weight_g_idx`).
-    activations: how activations were to be rounded, as its config says it; not
-      done here.
+    activations: how activations are to be rounded, as its config says it; see
+      `compressed_inputs`.
   """
 
   format: str

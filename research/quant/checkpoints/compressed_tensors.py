@@ -27,7 +27,7 @@ _UNUSED = (
   *("input_scale", "input_zero_point", "input_global_scale"),
   *("output_scale", "output_zero_point"),
 )
-"""What rounds activations, which are not rounded here."""
+"""What rounds activations by calibration, which is not done here."""
 
 ELEMENTS = {
   "mxfp4-pack-quantized": "e2m1",
