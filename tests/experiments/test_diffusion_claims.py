@@ -188,7 +188,9 @@ STUDY = diffusion_policies.Policies(
 )
 
 
-def test_of_the_chain_itself_samples_are_as_good_as_the_sampler():
+def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
+  few = {"low confidence": "candidate", "random": "random"}
+  monkeypatch.setattr(diffusion_policies, "SELECTS", few)
   points = {
     (p["policy"], p["knob"]): p for p in STUDY.row(judged.EXACT, {})["points"]
   }
@@ -198,7 +200,7 @@ def test_of_the_chain_itself_samples_are_as_good_as_the_sampler():
   # Four standard errors of a row's surprise, a token.
   rows = np.stack([e.tokens for e in CHAIN.examples(None)])
   error = 4 * diffusion_truth.surprise(CHAIN, rows).std() / 512**0.5 / 8
-  for name in ("random", "margin", "entropy", "first hitting"):
+  for name in ("random", "first hitting"):
     assert points[name, 1]["nats"] == pytest.approx(entropy, abs=error)
     assert points[name, 1]["off"] < 0.06
   # All at once: each token by itself.
