@@ -223,7 +223,10 @@ def describe(main: Main) -> str:
   module = sys.modules[main.__module__]
   # absl files the flags of a program's own module under its path.
   name = sys.argv[0] if main.__module__ == "__main__" else main.__module__
-  found = _flags(main).flags_by_module_dict().get(name, [])
+  by_module = _flags(main).flags_by_module_dict()
+  found = by_module.pop(name, [])
+  if hasattr(module, "FLAGS"):  # other modules' are for this command, too
+    found = [*found, *(flag for more in by_module.values() for flag in more)]
   shared = [_SHARED[name] for name in _SHARED]
   parts = [(module.__doc__ or "").strip(), "", "Flags:"]
   parts += map(_flag, found)
