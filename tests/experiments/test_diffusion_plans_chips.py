@@ -12,7 +12,7 @@ from kernels_pallas.masks import Mask
 from research.planning import chips
 
 TRAINING = {  # run, topology -> GiB of a device where they were looked at
-  ("pretrain_8b", "v5p:4x4x4"): None,
+  ("pretrain_8b", "v5p:4x4x4"): 45.3,
   ("pretrain_8b", "v5e:16x16"): None,
   ("sft_8b", "v5p:2x2x4"): 37.6,
   ("sft_8b", "v5e:8x8"): None,
