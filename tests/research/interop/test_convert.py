@@ -39,7 +39,7 @@ FAMILIES = sorted(
 )
 FILES = sorted(p.parent.name for p in MODELS.glob("gguf_*/model.gguf"))
 # llama.cpp has no way to say these.
-NOT_GGUF = {"llama_dynamic", "qwen2_window", "mixtral", "qwen3_moe"}
+NOT_GGUF = {"llama_dynamic", "qwen2_window", "qwen3_moe"}
 
 
 @functools.partial(jax.jit, static_argnums=0)

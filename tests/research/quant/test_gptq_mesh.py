@@ -80,6 +80,7 @@ def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
   assert not codes.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_a_model_that_is_cut_is_rounded_as_on_one_device():
   model = support_mesh.model("plain")
   params = support.params(model)
