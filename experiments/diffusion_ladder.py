@@ -269,7 +269,9 @@ class Ladder:
       gaps = np.array([row["gap"] for row in mine], float)
       read = mine[0]["read"]
       style = plots.style(i)
-      axes.plot(read, gaps.mean(0), "o-", markersize=3, label=kind, **style)
+      axes.plot(
+        read, gaps.mean(0), marker="o", markersize=3, label=kind, **style
+      )
       low, high = gaps.min(0), gaps.max(0)
       axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
     axes.set(

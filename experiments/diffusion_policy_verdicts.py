@@ -196,7 +196,7 @@ def draw(
       axes.plot(
         [of(found[p], "calls").value for p in mine],
         [shown(of(found[p], name)) for p in mine],
-        "o-",
+        marker="o",
         markersize=3,
         label=policy,
         **plots.style(number.index(policy)),

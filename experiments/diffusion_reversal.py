@@ -222,8 +222,8 @@ class Reversal:
       [t.replace(", ", ",\n") for t in ASKED.values()],
       fontsize=8,
     )
-    axes.set(ylabel="right answers, %", title=title, ylim=(0, 105))
-    axes.legend(frameon=False)
+    axes.set(ylabel="right answers, %", title=title, ylim=(0, 120))
+    axes.legend(frameon=False, loc="upper center", ncols=2)
     plots.save(drawn, folder / "reversal.png")
 
 

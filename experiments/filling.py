@@ -98,18 +98,18 @@ def _number(text: str) -> float | None:
   return value if math.isfinite(value) else None
 
 
-def around(text: str, length: int) -> tuple[int, int] | None:
+def around(text: str, behind: int) -> tuple[int, int] | None:
   """Returns how many tokens around a block are read anew, or None for all.
 
   Args:
     text: `none`, `prefix`, `dual` or `vicinity:N`.
-    length: tokens that are generated.
+    behind: tokens that are generated after the first block.
   """
   name, _, number = text.partition(":")
   if text == "none":
     return None
   if text in ("prefix", "dual"):
-    return 0, (length if text == "prefix" else 0)
+    return 0, (behind if text == "prefix" else 0)
   if name == "vicinity" and number.isdecimal() and len(number) < 7:
     return int(number), int(number)
   raise UserError(f"--cache={text}: expected none, prefix, dual or vicinity:N")
@@ -154,7 +154,8 @@ def denoiser_of(
 def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
   """Returns how rows are read, with or without a cache."""
   model, shift = loaded.model, how.shift
-  near = around(wanted.cache, wanted.length)
+  block = wanted.block or min(BLOCK, wanted.length)
+  near = around(wanted.cache, max(wanted.length - block, 0))
   if near is None:
     return Whole(model=model, shift=shift, block=how.block)
   if how.block is None:

@@ -142,15 +142,19 @@ class Cached:
 
   Keys and values of the rest are those of the block's first step: an
   approximation, since filling a place changes what all others see (Wu et al.
-  2025, arXiv:2505.22618: with `before = after = 0` its dual cache; with an
-  `after` that reaches the end, its prefix cache; Ma et al. 2025, dInfer: with
-  some of each, its vicinity refresh). Exact at a block's first step.
+  2025, arXiv:2505.22618: with `before = after = 0` its dual cache; Ma et al.
+  2025, dInfer: with some of each, its vicinity refresh). Exact at a block's
+  first step.
+
+  With an `after` of all tokens behind the first block it is a prefix cache
+  that keeps the prompt alone: shapes are static, so what later blocks do not
+  need behind them is read again before them, finished blocks included.
 
   Attributes:
     model: the Transformer; all tokens see all.
     shift: see `own_rows`.
-    before, after: how many tokens around the block are read again; those
-      beyond the row's ends are not there.
+    before, after: how many tokens around the block are read again; where
+      the row ends, more on the other side.
   """
 
   model: Transformer
