@@ -6,14 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.quantized_matmul import panels, planar
-
-NF4 = (
-  -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,
-  -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983,
-  0.562617, 0.72295684, 1.0,
-)  # fmt: skip
-
-Q4_0 = tuple(float(code - 8) for code in range(16))
+from tests.kernels_pallas.panel_cases import NF4, Q4_0
 
 KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
   "nf4": (NF4, "uint8", 192, 150, 64, "float32", None),

@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 
@@ -126,10 +125,13 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     peers: Their Python.
     repeats: Rounds; a ratio is the median of the rounds' ratios.
   """
+  from tests.peers import sides  # the script alone does not see it
+
   found = []
   for row in names:
     rounds = [
-      {side: _once(side, row, peers) for side in SIDES} for _ in range(repeats)
+      {side: sides.once(__file__, side, row, peers) for side in SIDES}
+      for _ in range(repeats)
     ]
     print(f"  {row}: {rounds}", file=sys.stderr, flush=True)
     for length in map(str, LENGTHS):
@@ -145,16 +147,6 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
 
 def _median(numbers: list[float]) -> float | None:
   return statistics.median(numbers) if numbers else None
-
-
-def _once(side: str, row: str, peers: str) -> dict[str, float]:
-  python = [peers, "-W", "ignore"] if side == "torch" else [sys.executable]
-  done = subprocess.run(
-    [*python, __file__, side, row], stdout=subprocess.PIPE, text=True
-  )
-  if done.returncode:
-    raise SystemExit(f"{side} {row}: exit {done.returncode}")
-  return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def show(found: list[dict]) -> str:

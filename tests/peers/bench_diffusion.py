@@ -22,7 +22,6 @@ import os
 import pathlib
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -275,17 +274,6 @@ def torch_train(model, runs: int) -> dict:
   return out | dict(loss_first=round(losses[0], 3))
 
 
-def once(side: str, row: str, peers: str) -> dict:
-  """Returns what one process of that side measured."""
-  python = [peers, "-W", "ignore"] if side == "torch" else [sys.executable]
-  done = subprocess.run(
-    [*python, __file__, side, row], stdout=subprocess.PIPE, text=True
-  )
-  if done.returncode:
-    raise SystemExit(f"{side} {row}: exit {done.returncode}")
-  return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
   """Returns medians and ratios of each row; sides alternate.
 
@@ -294,10 +282,12 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     peers: their Python.
     repeats: rounds.
   """
+  from tests.peers import sides  # the script alone does not see it
+
   found = []
   for row in names:
     pairs = [
-      [once(side, row, peers) for side in ("ours", "torch")]
+      [sides.once(__file__, side, row, peers) for side in ("ours", "torch")]
       for _ in range(repeats)
     ]
     ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]

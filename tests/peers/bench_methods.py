@@ -17,7 +17,6 @@ import math
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 
 METHODS = {
@@ -120,17 +119,6 @@ def torch(row: str, runs: int, steps: int) -> dict:
   return out | dict(peak_rss_bytes=peak)
 
 
-def once(side: str, row: str, peers: str) -> dict:
-  """Returns what one process of that side measured."""
-  python = [peers, "-W", "ignore"] if side == "torch" else [sys.executable]
-  done = subprocess.run(
-    [*python, __file__, side, row], stdout=subprocess.PIPE, text=True
-  )
-  if done.returncode:
-    raise SystemExit(f"{side} {row}: exit {done.returncode}")
-  return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
   """Returns medians and ratios of each row.
 
@@ -139,10 +127,12 @@ def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
     peers: their Python.
     repeats: rounds; sides alternate.
   """
+  from tests.peers import sides  # the script alone does not see it
+
   found = []
   for row in names:
     pairs = [
-      [once(side, row, peers) for side in ("ours", "torch")]
+      [sides.once(__file__, side, row, peers) for side in ("ours", "torch")]
       for _ in range(repeats)
     ]
     ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
