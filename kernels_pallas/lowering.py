@@ -24,3 +24,10 @@ def device() -> tuple[str, str]:
   if found is not None:
     return found.platform, found.device_kind
   return jax.default_backend(), jax.devices()[0].device_kind
+
+
+def free_axes() -> dict[str, int]:
+  """Returns the sizes of the set mesh's axes that no `shard_map` goes over."""
+  mesh = jax.sharding.get_abstract_mesh()
+  manual = set(mesh.manual_axes)
+  return {k: v for k, v in mesh.shape.items() if k not in manual}

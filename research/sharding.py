@@ -31,6 +31,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas import lowering
 from research import tree as trees
 from research import weights
 from research.typing import Array, Shaped, UserError
@@ -359,12 +360,12 @@ def is_cut() -> bool:
 
   Inside a `shard_map` over all of its axes it has not.
   """
-  return math.prod(_free_sizes().values()) > 1
+  return math.prod(lowering.free_axes().values()) > 1
 
 
 def activation(shape: Sequence[int], *names: str | None) -> PartitionSpec:
   """Returns the spec that `constrain` would give an array of `shape`."""
-  cut = _Cut(RULES, _free_sizes(), {})
+  cut = _Cut(RULES, lowering.free_axes(), {})
   return cut.spec(shape, _Names(names), "activation")
 
 
@@ -379,13 +380,6 @@ def spec_axes(spec: PartitionSpec, ndim: int) -> tuple[tuple[str, ...], ...]:
   """Returns the mesh axes that cut each of an array's `ndim` axes."""
   found = (*spec, *(None,) * (ndim - len(spec)))
   return tuple((a,) if isinstance(a, str) else tuple(a or ()) for a in found)
-
-
-def _free_sizes() -> dict[str, int]:
-  """Returns the sizes of the mesh's axes that no `shard_map` goes over."""
-  mesh = jax.sharding.get_abstract_mesh()
-  manual = set(mesh.manual_axes)
-  return {k: v for k, v in mesh.shape.items() if k not in manual}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

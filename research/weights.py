@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from kernels_pallas import grouped_matmul
+from kernels_pallas import grouped_matmul, lowering
 from research.typing import Array, Float, Int, Params, PRNGKey, Shaped
 
 Weight = Any
@@ -73,7 +73,23 @@ def einsum(eq: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."]:
     return jax.lax.platform_dependent(
       x, w, cpu=partial(_doubled, eq), default=partial(jnp.einsum, eq)
     )
-  return jnp.einsum(eq, x, w)
+  return _flatly(eq, x, w)
+
+
+def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
+  """Returns `einsum(eq, x, w)` with the leading axes of `x` as one.
+
+  The gradient of `w` is then a sum over a single axis. Over two, XLA's CPU
+  backend transposes what went in: that took longer than the product, and twice
+  the whole backward pass of a layer.
+  """
+  rows = x.ndim + len("...") - eq.index(",")
+  # Rows of a batch and tokens of a row may both be cut; flat they cannot.
+  cut = any(n > 1 for n in lowering.free_axes().values())
+  if not eq.startswith("...") or rows < 2 or cut:
+    return jnp.einsum(eq, x, w)
+  y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
+  return y.reshape(*x.shape[:rows], *y.shape[1:])
 
 
 def _is_row(x: Float[Array, "..."]) -> bool:

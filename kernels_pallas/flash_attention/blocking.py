@@ -14,6 +14,13 @@ SCORES = 5 * 2**18
 LEAST, MOST = 128, 512
 """Queries a tile. Matmuls are slow below, and a causal mask wastes above."""
 
+NARROW, SHORT = 64, 512
+"""Queries a tile, and the most of all, where blocks skip keys and are many.
+
+Measured with a causal mask, forward and backward: 256 tokens of 48 heads in all
+take half the time of loops over tiles, 512 of 24 or 72 take 0.8 and 0.9.
+"""
+
 UNROLLED = 1024
 """Most queries that are unrolled: compilation grows with their blocks."""
 
@@ -28,10 +35,12 @@ def fitted(x: Operands) -> Blocks:
   room = max(1, SCORES // (B * N))
   # So few queries have no more scores than there are keys.
   few = T * N <= K * H and T <= LEAST
+  whole = x.mask.key_range(0, min(T, LEAST), T, S) == (0, S)
   if few or (T <= UNROLLED and min(T, LEAST) * S <= room):
-    whole = x.mask.key_range(0, min(T, LEAST), T, S) == (0, S)
     q = min(MOST, _power(room // S)) if whole else LEAST
     return Blocks(max(q, LEAST), MOST, unroll=max(T, S))
+  if not whole and T <= SHORT and NARROW * S <= 3 * room:
+    return Blocks(NARROW, MOST, unroll=max(T, S))
   q = min(max(_power(room // MOST), LEAST), MOST)
   rows = min(T, q)
   k = min(max(_power(room // rows), 256), 2 * MOST * MOST // rows)

@@ -188,7 +188,9 @@ def ours_train(runs: int) -> dict:
     positions=np.broadcast_to(place, rows.shape),
     segments=np.zeros_like(rows),
   )
-  loss = MaskedDiffusion(model=it.model, mask_id=MASK)
+  # As experiments.train does unless told otherwise.
+  model = it.model.clone(remat="names")
+  loss = MaskedDiffusion(model=model, mask_id=MASK)
   key = jax.random.key(0)
   run, cost = compiling.compile_step(
     step.make_train_step(loss, tx), begun, batch, key
