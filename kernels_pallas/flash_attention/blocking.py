@@ -39,7 +39,7 @@ def fitted(x: Operands) -> Blocks:
   if few or (T <= UNROLLED and min(T, LEAST) * S <= room):
     q = min(MOST, _power(room // S)) if whole else LEAST
     return Blocks(max(q, LEAST), MOST, unroll=max(T, S))
-  if not whole and T <= SHORT and NARROW * S <= 3 * room:
+  if not whole and T <= SHORT and 3 * room >= NARROW * S:
     return Blocks(NARROW, MOST, unroll=max(T, S))
   q = min(max(_power(room // MOST), LEAST), MOST)
   rows = min(T, q)
