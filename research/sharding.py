@@ -56,6 +56,8 @@ AXES: tuple[tuple[str, Names], ...] = (
   (r"/down$", ("hidden", "width")),
   (r"/(gate|up)_bias$", ("hidden",)),
   (r"/router$", ("width", None)),
+  # What the time changes is small.
+  (r"_modulation/weight$|(^|/)clock/(enter|leave)$", (None, None)),
   # A vector a layer costs nothing; gathering it would.
   (r"(^|/)scale$|_bias$", (None,)),
 )

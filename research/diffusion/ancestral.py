@@ -21,7 +21,9 @@ from research.diffusion import process
 from research.diffusion.schedule import Linear, Schedule
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
-Scores = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
+Scores = Callable[..., Float[Array, "B T V"]]
+"""Noisy tokens, and each row's time if it is told, -> logits."""
+
 Grid = Literal["uniform", "cosine", "dream"]
 Remask = Literal["none", "cap", "rescale", "confidence"]
 
@@ -94,6 +96,7 @@ def sample(
   mask_id: int,
   keys: PRNGKey,
   how: Ancestral,
+  told: bool = False,
 ) -> tuple[Int[Array, "B T"], Int[Array, ""]]:
   """Returns filled rows, and how often the model was asked.
 
@@ -104,6 +107,7 @@ def sample(
     mask_id: of the mask.
     keys: of the rows.
     how: the grid.
+    told: whether `scores` takes times `[B]`, those before each step.
   """
   free, grid = masked, how.times()
 
@@ -113,7 +117,9 @@ def sample(
     now = jax.vmap(lambda k: jax.random.split(jax.random.fold_in(k, i), 3))(
       keys
     )
-    logp = _logp(scores(process.noisy(tokens, masked, mask_id)), mask_id)
+    time = (jnp.full(tokens.shape[0], t),) if told else ()
+    logits = scores(process.noisy(tokens, masked, mask_id), *time)
+    logp = _logp(logits, mask_id)
     found = _draw(now[:, 0], logp)
     chance = jnp.take_along_axis(logp, found[..., None], -1)[..., 0]
     sigma = _sigma(how, t, s, sure, free & ~masked)
@@ -159,15 +165,19 @@ def first_hitting(
   mask_id: int,
   keys: PRNGKey,
   order: Int[Array, "B T"] | None = None,
+  schedule: Schedule | None = None,
 ) -> tuple[Int[Array, "B T"], Int[Array, ""]]:
   """Returns filled rows, a place a call, and how often the model was asked.
 
   Times do not matter to a model that does not see them: what is left is a
-  random order.
+  random order. One that is told them is asked when a place is filled: with n
+  masks left, the share `1 - alpha` at which the next one is filled is the one
+  before times `u^(1/n)`, the largest of n uniform numbers.
 
   Args:
     scores, tokens, masked, mask_id, keys: as for `sample`.
     order: ranks of the places, lowest first; by default random.
+    schedule: of the process, if `scores` takes times `[B]`.
   """
   if order is None:
     first = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys)
@@ -175,22 +185,30 @@ def first_hitting(
     order = uniform(first)
   order = jnp.where(masked, order, jnp.inf)
 
+  def earlier(share, masked, now):
+    u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1)))(now)
+    return share * (1 - u) ** (1 / jnp.maximum(masked.sum(-1), 1))
+
   def body(state):
-    tokens, masked, i = state
+    tokens, masked, i, share = state
     now = jax.vmap(lambda k: jax.random.fold_in(k, i + 1))(keys)
-    logp = _logp(scores(process.noisy(tokens, masked, mask_id)), mask_id)
+    time = ()
+    if schedule is not None:
+      share = earlier(share, masked, now)
+      time = (schedule.time(share),)
+    logits = scores(process.noisy(tokens, masked, mask_id), *time)
+    logp = _logp(logits, mask_id)
     found = _draw(now, logp)
     next_one = jnp.where(masked, order, jnp.inf)
     here = jnp.argmin(next_one, axis=-1)[:, None] == jnp.arange(tokens.shape[1])
     here &= masked
-    return jnp.where(here, found, tokens), masked & ~here, i + 1
+    return jnp.where(here, found, tokens), masked & ~here, i + 1, share
 
   def more(state):
     return state[1].any()
 
-  tokens, _, calls = jax.lax.while_loop(
-    more, body, (tokens, masked, jnp.int32(0))
-  )
+  state = tokens, masked, jnp.int32(0), jnp.ones(tokens.shape[0])
+  tokens, _, calls, _ = jax.lax.while_loop(more, body, state)
   return tokens, calls
 
 

@@ -68,7 +68,10 @@ class BlockDiffusion:
     drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])
-    hidden = self.states(params, batch, masked)
+    time = None
+    if self.model.clock is not None:
+      time = self.times(drawn, batch["positions"])
+    hidden = self.states(params, batch, masked, time)
     loss = masked_loss(
       self.model,
       params,
@@ -101,12 +104,30 @@ class BlockDiffusion:
 
     Times of a row's blocks are spread evenly from a draw of the row's own.
     """
-    rows, length = maskable.shape
-    first, second, third = jax.random.split(key, 3)
     if self.block == 1:
       return maskable, jnp.ones(maskable.shape)
+    first, second, third = jax.random.split(key, 3)
+    t = self._times(first, third, positions)
+    keys = row_keys(second, jnp.arange(maskable.shape[0]))
+    masked = process.mask_each(keys, maskable, t)
+    counts = jnp.ones_like(t) if self.low > 0.5 else 1 / t
+    return masked, counts
+
+  def times(
+    self, key: PRNGKey, positions: Int[Array, "B T"]
+  ) -> Float[Array, "B T"]:
+    """Returns the time of each token's block, of the draw by that key."""
+    if self.block == 1:
+      return jnp.ones(positions.shape)
+    first, _, third = jax.random.split(key, 3)
+    return self._times(first, third, positions)
+
+  def _times(self, first, third, positions):
+    rows, length = positions.shape
     place = jnp.arange(length)
-    start = jnp.maximum(place - positions % self.block, 0)
+    # Padding, at position -1, is in no block of what is before it.
+    start = place - jnp.where(positions < 0, 0, positions % self.block)
+    start = jnp.maximum(start, 0)
     # The n-th block of a row, of documents too that begin within it.
     fresh = jax.vmap(lambda s: jnp.zeros(length).at[s].set(1.0))(start)
     number = jnp.cumsum(fresh, axis=-1) - 1
@@ -121,16 +142,24 @@ class BlockDiffusion:
     order = process.ranks(order)
     number = jnp.take_along_axis(order, number.astype(int), axis=-1)
     u = (u[:, None] + number / blocks) % 1
-    t = self.low + (self.high - self.low) * (1 - u)
-    keys = row_keys(second, jnp.arange(rows))
-    masked = process.mask_each(keys, maskable, t)
-    counts = jnp.ones_like(t) if self.low > 0.5 else 1 / t
-    return masked, counts
+    return self.low + (self.high - self.low) * (1 - u)
 
   def states(
-    self, params: Params, batch: Batch, masked: Bool[Array, "B T"]
+    self,
+    params: Params,
+    batch: Batch,
+    masked: Bool[Array, "B T"],
+    time: Float[Array, "B T"] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Returns the states that predict each place's own token."""
+    """Returns the states that predict each place's own token.
+
+    Args:
+      params: of the model.
+      batch: rows.
+      masked: what is hidden in their noisy copy.
+      time: of each token's block, for a model that is told it; clean copies
+        are at time 0.
+    """
     tokens, positions = batch["tokens"], batch["positions"]
     length = tokens.shape[1]
 
@@ -142,7 +171,11 @@ class BlockDiffusion:
     segments = twice(batch["segments"], batch["segments"])
     mask = Mask.block_diffusion(length, self.block, segments, both)
     hidden, _ = self.model.apply(
-      {"params": params}, twice(noisy, tokens), both, mask
+      {"params": params},
+      twice(noisy, tokens),
+      both,
+      mask,
+      time=None if time is None else twice(time, jnp.zeros_like(time)),
     )
     noisy, clean = hidden[:, :length], hidden[:, length:]
     if not self.shift:

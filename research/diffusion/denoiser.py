@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.masks import Mask
+from research.diffusion.told import Shares
 from research.nn import cache as caches
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, UserError
@@ -108,11 +109,13 @@ class Whole:
     model: the Transformer.
     shift: see `own_rows`.
     block: tokens of a block of a block-causal model; None: all see all.
+    told: times, for a model that is told them.
   """
 
   model: Transformer
   shift: bool = False
   block: int | None = None
+  told: Shares | None = None
 
   def scores(self, params, tokens, valid) -> Float[Array, "B T V"]:
     """Returns logits of every token: what likelihoods need."""
@@ -121,10 +124,14 @@ class Whole:
     return self.model.apply({"params": params}, rows, method="logits")
 
   def _hidden(self, params, tokens, valid):
-    mask = visible(self.block, valid)
-    return self.model.apply({"params": params}, tokens, positions(valid), mask)[
-      0
-    ]
+    mask, time = visible(self.block, valid), None
+    if self.told is not None and self.block is None:
+      time = self.told.rows(tokens, valid)
+    elif self.told is not None:
+      time = self.told.blocks(tokens, valid, self.block)
+    return self.model.apply(
+      {"params": params}, tokens, positions(valid), mask, time=time
+    )[0]
 
   def first(self, params, tokens, valid, start, size):
     rows = own_rows(
@@ -155,12 +162,14 @@ class Cached:
     shift: see `own_rows`.
     before, after: how many tokens around the block are read again; where
       the row ends, more on the other side.
+    told: times, for a model that is told them.
   """
 
   model: Transformer
   shift: bool = False
   before: int = 0
   after: int = 0
+  told: Shares | None = None
 
   def first(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
@@ -171,6 +180,7 @@ class Cached:
       positions(valid),
       visible(None, valid),
       cache,
+      time=self.told and self.told.rows(tokens, valid),
     )
     own = own_rows(hidden, start, size, self.shift)
     logits = self.model.apply({"params": params}, own, method="logits")
@@ -188,8 +198,9 @@ class Cached:
     # All tokens of a row are in the cache, before this call and after it.
     held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
     cache = dataclasses.replace(cache, length=held.astype(jnp.int32))
+    time = self.told and self.told.rows(tokens, valid)
     hidden, cache = self.model.apply(
-      {"params": params}, some, place, Mask.full(), cache
+      {"params": params}, some, place, Mask.full(), cache, time=time
     )
     own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
     if self.shift:
@@ -211,11 +222,13 @@ class BlockCausal:
     model: the Transformer.
     block: tokens of a block.
     shift: see `own_rows`.
+    told: times, for a model that is told them; those of finished blocks are 0.
   """
 
   model: Transformer
   block: int
   shift: bool = False
+  told: Shares | None = None
 
   def remember(self, params, tokens, valid, start, size, memory=None):
     """Returns what `again` needs of all that lies before a block.
@@ -241,6 +254,7 @@ class BlockCausal:
       known,
       Mask.block_causal(self.block, segments=segments),
       cache,
+      time=self.told and jnp.zeros(rows),
     )
     return cache, _before(hidden, start)
 
@@ -264,7 +278,10 @@ class BlockCausal:
     place = jnp.broadcast_to(place, some.shape)
     held = jnp.broadcast_to(start, (tokens.shape[0],)).astype(jnp.int32)
     cache = caches.Cache(held, cache.layers, fresh=False)
-    return self.model.apply({"params": params}, some, place, Mask.full(), cache)
+    time = self.told and self.told.rows(some, place >= 0)
+    return self.model.apply(
+      {"params": params}, some, place, Mask.full(), cache, time=time
+    )
 
   def _check(self, size: int) -> None:
     if size != self.block:

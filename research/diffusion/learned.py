@@ -19,7 +19,7 @@ import numpy as np
 
 from kernels_pallas.masks import Mask
 from research import weights
-from research.diffusion import process
+from research.diffusion import process, told
 from research.diffusion.denoiser import own_rows
 from research.diffusion.objective import Noise
 from research.diffusion.process import Spread
@@ -151,6 +151,7 @@ class GenMD4:
       process.noisy(tokens, masked, self.mask_id),
       both["positions"],
       Mask.full(segments=both["segments"]),
+      time=told.given(self.model, jnp.concatenate([t, t])[:, 0]),
     )
     hidden = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
 

@@ -10,6 +10,10 @@ which has far less variance than a mean over times. LLaDA's own stratification
 of n rounds halves to even, which prefers even n wherever the batch does not
 divide L: 5.84 instead of 7.31 nats in a small example. Here halves are rounded
 down, which is exactly uniform.
+
+The time is integrated out of this form. A model that is told it gets, for n
+masks of L, a time whose share of masks is drawn from Beta(n, L - n + 1): the
+density of times that the bound has for any such set.
 """
 
 import dataclasses
@@ -21,11 +25,13 @@ import jax
 import jax.numpy as jnp
 
 from research.diffusion import process
+from research.diffusion.schedule import Schedule
 from research.nn.sampling import row_keys
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
-Scores = Callable[[Int[Array, "B T"]], Float[Array, "B T V"]]
-"""Noisy tokens -> logits of each place's own token."""
+Scores = Callable[..., Float[Array, "B T V"]]
+"""Noisy tokens, and each row's time if it is told, -> logits of each place's
+own token."""
 
 Rounding = Literal["floor", "half_even"]
 
@@ -74,9 +80,16 @@ def values(
   target: Bool[Array, "T"],
   masks: Bool[Array, "B T"],
   mask_id: int,
+  *time: Float[Array, "B"],
 ) -> Float[Array, "B"]:
-  """Returns `L/n` times the cross-entropy of the masked tokens, a mask each."""
-  logits = scores(process.noisy(tokens, masks, mask_id))
+  """Returns `L/n` times the cross-entropy of the masked tokens, a mask each.
+
+  Args:
+    scores, tokens, target, mask_id: as for `bound`.
+    masks: subsets of the target.
+    time: of each, for a model that is told it.
+  """
+  logits = scores(process.noisy(tokens, masks, mask_id), *time)
   logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
   places = jnp.broadcast_to(tokens[None, :, None], (*masks.shape, 1))
   loss = -jnp.take_along_axis(logp, places, axis=-1)[..., 0]
@@ -93,6 +106,7 @@ def bound(
   samples: int = 128,
   batch: int = 16,
   rounding: Rounding = "floor",
+  schedule: Schedule | None = None,
 ) -> Bound:
   """Returns an estimate of the bound on -log p(target | the rest).
 
@@ -107,6 +121,7 @@ def bound(
     samples: a multiple of `batch`.
     batch: rows at once; their numbers of masks are spread evenly.
     rounding: see `counts`.
+    schedule: of the process, if `scores` takes times `[B]`.
 
   Raises:
     UserError: samples do not divide.
@@ -114,7 +129,7 @@ def bound(
   length = int(target.sum())
   if length == 0:
     return Bound(0.0, 0.0, 0)
-  if length == 1:
+  if length == 1 and schedule is None:
     value = values(scores, tokens, target, target[None], mask_id)
     return Bound(float(value[0]), 0.0, 1)
   if samples < 1 or samples % batch:
@@ -129,8 +144,20 @@ def bound(
     keys = row_keys(each, jnp.arange(batch))
     rows = jnp.broadcast_to(target, (batch, target.shape[0]))
     masks = process.mask_count(keys, rows, ns)
-    found.append(values(scores, tokens, target, masks, mask_id))
+    time = ()
+    if schedule is not None:
+      later = row_keys(jax.random.fold_in(each, 1), jnp.arange(batch))
+      time = (times(later, ns, length, schedule),)
+    found.append(values(scores, tokens, target, masks, mask_id, *time))
   return _summary(jnp.stack(found))
+
+
+def times(
+  keys: PRNGKey, ns: Int[Array, "B"], length: int, schedule: Schedule
+) -> Float[Array, "B"]:
+  """Returns times for n masks of `length` tokens, as the bound has them."""
+  a = ns.astype(jnp.float32)
+  return schedule.time(jax.vmap(jax.random.beta)(keys, a, length - a + 1))
 
 
 def _summary(found: Float[Array, "N B"]) -> Bound:
@@ -166,9 +193,10 @@ def guided(scores: Scores, prompt: Bool[Array, "T"], mask_id: int, w: float):
   if w == 0:
     return scores
 
-  def both(tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+  def both(tokens: Int[Array, "B T"], *time: Any) -> Float[Array, "B T V"]:
     blind = process.noisy(tokens, prompt, mask_id)
-    c, u = jnp.split(scores(jnp.concatenate([tokens, blind])), 2)
+    time = (jnp.concatenate([t, t]) for t in time)
+    c, u = jnp.split(scores(jnp.concatenate([tokens, blind]), *time), 2)
     return toward(c, u, w)
 
   return both

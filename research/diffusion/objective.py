@@ -88,6 +88,11 @@ class MaskedDiffusion:
     drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["segments"])
+    time = None
+    if self.model.clock is not None:
+      time = self.times(drawn, maskable, batch["segments"])
+      if self.complement:
+        time = jnp.concatenate([time, 1 - time])
     if self.complement:
       batch = {k: jnp.concatenate([v, v]) for k, v in batch.items()}
       tokens = batch["tokens"]
@@ -96,6 +101,7 @@ class MaskedDiffusion:
       process.noisy(tokens, masked, self.mask_id),
       batch["positions"],
       Mask.full(segments=batch["segments"]),
+      time=time,
     )
     hidden = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
     share = 1.0
@@ -116,6 +122,28 @@ class MaskedDiffusion:
     same = segments == jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
     return real & before & same
 
+  def times(
+    self,
+    key: PRNGKey,
+    maskable: Bool[Array, "B T"],
+    segments: Int[Array, "B T"],
+  ) -> Float[Array, "B T"]:
+    """Returns the time of each token's document, of the draw by that key."""
+    return self._times(*jax.random.split(key, 3)[:2], maskable, segments)
+
+  def _times(self, first, second, maskable, segments):
+    rows, length = maskable.shape
+    t = process.times(first, rows, self.spread)
+    keys = row_keys(second, jnp.arange(rows))
+    # Documents of a row are as far apart as chance has it; the first is at t.
+    apart = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(keys)
+    apart = apart.at[:, 0].set(0.0)
+    apart = jnp.take_along_axis(apart, jnp.maximum(segments, 0), axis=1)
+    t = 1 - (1 - t[:, None] + apart) % 1
+    if self.levels is not None:
+      t = jnp.ceil(t * self.levels) / self.levels
+    return t
+
   def draw(
     self,
     key: PRNGKey,
@@ -129,18 +157,9 @@ class MaskedDiffusion:
       maskable: which tokens may be.
       segments: documents of a row, which have times of their own.
     """
-    rows, length = maskable.shape
     first, second, third = jax.random.split(key, 3)
-    t = process.times(first, rows, self.spread)
-    keys = row_keys(second, jnp.arange(rows))
-    # Documents of a row are as far apart as chance has it; the first is at t.
-    apart = jax.vmap(lambda k: jax.random.uniform(k, (length,)))(keys)
-    apart = apart.at[:, 0].set(0.0)
-    apart = jnp.take_along_axis(apart, jnp.maximum(segments, 0), axis=1)
-    t = 1 - (1 - t[:, None] + apart) % 1
-    if self.levels is not None:
-      t = jnp.ceil(t * self.levels) / self.levels
-    keys = row_keys(third, jnp.arange(rows))
+    t = self._times(first, second, maskable, segments)
+    keys = row_keys(third, jnp.arange(maskable.shape[0]))
     masked = process.mask_each(keys, maskable, self.schedule.masked(t))
     counts = self._counts(t)
     if self.complement:

@@ -17,7 +17,7 @@ from research.typing import Array, Float, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """A schedule; subclasses say `noise` and its slope.
+  """A schedule; subclasses say `noise`, its slope and its inverse.
 
     1 - alpha(t) = (1 - low - high) noise(t) + high
 
@@ -45,6 +45,10 @@ class Schedule:
     """Returns its derivative."""
     raise NotImplementedError
 
+  def noise_time(self, noise: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Returns when `noise` has a value; inverts it."""
+    raise NotImplementedError
+
   def masked(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns how likely a token is masked, `1 - alpha`."""
     return (1 - self.low - self.high) * self.noise(t) + self.high
@@ -52,6 +56,11 @@ class Schedule:
   def alpha(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns how likely a token is clean."""
     return 1 - self.masked(t)
+
+  def time(self, masked: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Returns when so many are masked; inverts `masked`, ends beyond it."""
+    noise = (masked - self.high) / (1 - self.low - self.high)
+    return self.noise_time(jnp.clip(noise, 0, 1))
 
   def slope(self, t: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Returns `alpha'(t)`, at most 0."""
@@ -76,6 +85,9 @@ class Linear(Schedule):
   def noise_slope(self, t):
     return jnp.ones_like(t)
 
+  def noise_time(self, noise):
+    return noise
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
@@ -86,6 +98,9 @@ class Cosine(Schedule):
 
   def noise_slope(self, t):
     return jnp.pi / 2 * jnp.cos(jnp.pi / 2 * t)
+
+  def noise_time(self, noise):
+    return jnp.arcsin(noise) * 2 / jnp.pi
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,3 +123,6 @@ class Power(Schedule):
 
   def noise_slope(self, t):
     return self.power * t ** (self.power - 1)
+
+  def noise_time(self, noise):
+    return noise ** (1 / self.power)

@@ -44,6 +44,13 @@ class AnyOrder(MaskedDiffusion):
           "numbers of masks are drawn, not times"
         )
 
+  def times(self, key: PRNGKey, maskable: Any, segments: Any) -> Any:
+    """Raises UserError: there are none."""
+    raise UserError(
+      "AnyOrder: numbers of masks are drawn, not times, but the model is told"
+      " the time (Sizes.clock); expected MaskedDiffusion"
+    )
+
   def draw(
     self,
     key: PRNGKey,

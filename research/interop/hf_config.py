@@ -13,6 +13,7 @@ from research.interop import hf_experts_config, hf_llada, hf_llada2, hf_rope
 from research.interop.fields import Fields
 from research.interop.hf_rope import KINDS
 from research.nn import presets
+from research.nn.clock import Clock
 from research.typing import UserError
 
 FAMILIES = {
@@ -96,6 +97,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
   ),
   hf_llada2.KIND: hf_llada2.DEFAULTS,
 }
+
+CLOCK = "time_conditioning"
+"""Our own field of models that are told the time (`research.nn.clock`)."""
 
 MAX_DEPTH = 4_096
 """Layers; what a file claims is written out one by one."""
@@ -252,6 +256,25 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     logit_softcap=fields.maybe_number("final_logit_softcapping"),
     pattern=_pattern(fields, kind, window),
     max_positions=fields.integer("max_position_embeddings"),
+    clock=_clock(fields.object(CLOCK)),
+  )
+
+
+def _clock(fields: Fields | None) -> Clock | None:
+  """Returns how a model of ours is told the time, or None."""
+  if fields is None:
+    return None
+  told = fields.get("told")
+  if told not in ("time", "sigma"):
+    raise fields.wrong("told", "'time' or 'sigma'")
+  sizes = {
+    name: fields.integer(name) for name in ("features", "hidden", "width")
+  }
+  return Clock(
+    told=told,
+    scale=fields.number("scale"),
+    closed=fields.flag("closed"),
+    **sizes,
   )
 
 

@@ -4,6 +4,7 @@ The first family that can describe a model does; what is written is read back
 and has to give the same model.
 """
 
+import dataclasses
 from typing import Any
 
 from research.interop import hf_config, hf_experts_config, hf_llada2, hf_rope
@@ -78,6 +79,8 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
       use_qkv_bias=a.qkv_bias,
       use_bias=a.out_bias,
     )
+  if model.clock is not None:
+    config[hf_config.CLOCK] = dataclasses.asdict(model.clock)
   _check_described(model, config)
   return config
 
@@ -140,7 +143,7 @@ def _check_described(model: Transformer, config: dict[str, Any]) -> None:
   family, sizes = hf_config.sizes_from_config(config, where)
   again = presets.transformer(family, sizes, model.dtype)
   same = _scaled(again) == _scaled(model)
-  for field in ("vocab_size", "width", "norm", "tied", "softcap"):
+  for field in ("vocab_size", "width", "norm", "tied", "softcap", "clock"):
     same = same and getattr(again, field) == getattr(model, field)
   if not same or again.embed_scale != model.embed_scale:
     raise UserError(

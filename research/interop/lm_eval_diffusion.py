@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.diffusion import likelihood, sampler
+from research.diffusion import likelihood, sampler, told
 from research.diffusion.candidates import Options as Filling
 from research.diffusion.denoiser import Whole
 from research.diffusion.guided import Guided
@@ -196,9 +196,7 @@ class _Row:
     tokens[:stop] = self.ids[:stop]
     place = np.arange(length)
     valid = jnp.asarray(place < stop)
-    denoiser = Whole(
-      model=self.loaded.model, shift=self.spec.shift, block=self.spec.block
-    )
+    denoiser = _whole(self.loaded, self.spec)
     scores = scores_of(denoiser, self.loaded.params, valid, self.spec.mask_id)
     prompt = jnp.asarray(place < self.first)
     scores = likelihood.guided(
@@ -206,6 +204,15 @@ class _Row:
     )
     target = jnp.asarray((place >= start) & (place < stop))
     return jnp.asarray(tokens), target, scores
+
+
+def _whole(loaded: Loaded, spec: Spec) -> Whole:
+  return Whole(
+    model=loaded.model,
+    shift=spec.shift,
+    block=spec.block,
+    told=told.shares(loaded.model, spec.mask_id),
+  )
 
 
 def scores_of(
@@ -277,7 +284,7 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
   if spec.block is None:
     width = _bucket(width, block)
   state = _begun(prompts, width, inside, filling, numbers, how.seed)
-  denoiser = Whole(model=loaded.model, shift=spec.shift, block=spec.block)
+  denoiser = _whole(loaded, spec)
   if how.guidance:
     denoiser = Guided(
       inner=denoiser,

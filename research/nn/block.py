@@ -7,6 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels_pallas.masks import Mask
 from research import sharding
+from research.nn import clock
 from research.nn.attention import Attention
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
@@ -24,12 +25,14 @@ class Block(nn.Module):
     norm: normalises the input of both.
     post_norm: normalises both outputs before they are added (Gemma 2's
       sandwich), or None.
+    modulation: what the time changes of both (`research.nn.clock`), or None.
   """
 
   attention: Attention
   mlp: Mlp | Moe
   norm: RMSNorm = RMSNorm()
   post_norm: RMSNorm | None = None
+  modulation: clock.Modulation | None = None
 
   @nn.compact
   def __call__(
@@ -41,25 +44,37 @@ class Block(nn.Module):
     cache: Any = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
+    told: Float[Array, "B #T C"] | None = None,
   ) -> tuple[Float[Array, "B T D"], Any, Load | None]:
     """Returns the layer's output, its cache and its experts' load.
 
     The first two as in `Attention`; no load without experts.
     """
-    normed = self._norm(self.norm, "attention_norm", x)
+    normed, gate = self._read("attention", x, told)
     y, cache = self.attention(
       normed, positions, mask, rotation, cache, length, fresh
     )
-    x = x + self._norm(self.post_norm, "post_attention_norm", y)
+    y = self._norm(self.post_norm, "post_attention_norm", y)
+    x = x + clock.gated(y, gate)
     x = sharding.constrain(x, "batch", "length", None)
     x = checkpoint_name(x, "middle")
-    normed = self._norm(self.norm, "mlp_norm", x)
+    normed, gate = self._read("mlp", x, told)
     if isinstance(self.mlp, Moe):
       y, load = self.mlp(normed, positions >= 0)
     else:
       y, load = self.mlp(normed), None
-    x = x + self._norm(self.post_norm, "post_mlp_norm", y)
+    y = self._norm(self.post_norm, "post_mlp_norm", y)
+    x = x + clock.gated(y, gate)
     return sharding.constrain(x, "batch", "length", None), cache, load
+
+  def _read(self, name, x, told):
+    """Returns a sublayer's input, and the gate of its output or None."""
+    normed = self._norm(self.norm, f"{name}_norm", x)
+    if self.modulation is None:
+      return normed, None
+    change = self.modulation.clone(name=f"{name}_modulation", parent=self)
+    shift, scale, gate = change(told, x.shape[-1])
+    return clock.modulated(normed, shift, scale), gate
 
   def _norm(self, norm, name, x):
     return x if norm is None else norm.clone(name=name, parent=self)(x)

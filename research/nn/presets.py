@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from research.nn.attention import Attention
 from research.nn.block import Block
+from research.nn.clock import Clock, Modulation
 from research.nn.mlp import Activation, Mlp
 from research.nn.moe import Moe
 from research.nn.norm import RMSNorm
@@ -104,6 +105,7 @@ class Sizes:
     attention_softcap, logit_softcap: or None.
     pattern: kinds of layers, repeated; None for the family's.
     max_positions: context length.
+    clock: how the model is told the time, or None.
   """
 
   vocab: int
@@ -126,6 +128,7 @@ class Sizes:
   logit_softcap: float | None = None
   pattern: Sequence[str] | None = None
   max_positions: int | None = None
+  clock: Clock | None = None
 
 
 def transformer(
@@ -137,6 +140,9 @@ def transformer(
     theta=sizes.theta, scaling=sizes.scaling, fraction=sizes.rotated
   )
   own = shared
+  change = None
+  if sizes.clock is not None:
+    change = Modulation(closed=sizes.clock.closed)
   if sizes.local_theta is not None:
     own = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
 
@@ -158,6 +164,7 @@ def transformer(
       mlp=_feed_forward(family, sizes, sparse),
       norm=norm,
       post_norm=norm if family.post_norm else None,
+      modulation=change,
     )
 
   kinds = tuple(sizes.pattern or family.pattern)
@@ -179,6 +186,7 @@ def transformer(
     softcap=sizes.logit_softcap,
     dtype=dtype,
     max_positions=sizes.max_positions,
+    clock=sizes.clock,
   )
 
 

@@ -17,10 +17,11 @@ from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
 from research.nn import attention, meshes, order
 from research.nn import cache as caches
+from research.nn import clock as clocks
 from research.nn.block import Block
 from research.nn.norm import RMSNorm
 from research.nn.stack import Stack
-from research.typing import Array, Float, Int, Params
+from research.typing import Array, Float, Int, Params, UserError
 
 Remat = Literal["none", "layer", "names"]
 
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
     remat: what the backward pass computes again.
     max_positions: context length the weights were trained for; stated, not
       enforced here.
+    clock: how the model is told the time, or None if it is not.
   """
 
   vocab_size: int
@@ -78,6 +80,7 @@ class Transformer(nn.Module):
   dtype: str = "float32"
   remat: Remat = "none"
   max_positions: int | None = None
+  clock: clocks.Clock | None = None
 
   def layer_kinds(self) -> tuple[Block, ...]:
     """Returns each layer's block, first to last."""
@@ -91,6 +94,7 @@ class Transformer(nn.Module):
     mask: Mask | None = None,
     cache: caches.Cache | None = None,
     lengths: Int[Array, "B"] | None = None,
+    time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], caches.Cache | None]:
     """Returns final hidden states, after the last norm, and the cache.
 
@@ -102,8 +106,14 @@ class Transformer(nn.Module):
         is not given.
       cache: from `init_cache` or an earlier call.
       lengths: tokens in each right-padded row of `inputs`; by default `T`.
+      time: in [0, 1], of rows or of tokens; only for a model with a clock.
+
+    Raises:
+      UserError: a model with a clock got no time, or one without got one.
     """
-    hidden, cache, _ = self._forward(inputs, positions, mask, cache, lengths)
+    hidden, cache, _ = self._forward(
+      inputs, positions, mask, cache, lengths, time
+    )
     return hidden, cache
 
   @nn.compact
@@ -114,6 +124,7 @@ class Transformer(nn.Module):
     mask: Mask | None = None,
     cache: caches.Cache | None = None,
     lengths: Int[Array, "B"] | None = None,
+    time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], caches.Cache | None, dict[str, Any]]:
     """Returns what a call does, and what its experts were used for.
 
@@ -122,35 +133,43 @@ class Transformer(nn.Module):
     scans, so balance losses differentiate through them, and a caller who does
     not ask for them pays nothing: unused outputs are compiled away.
     """
-    return self._forward(inputs, positions, mask, cache, lengths)
+    return self._forward(inputs, positions, mask, cache, lengths, time)
 
-  def _forward(self, inputs, positions, mask, cache, lengths):
+  def _forward(self, inputs, positions, mask, cache, lengths, time):
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
-    batch, time = x.shape[:2]
+    batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
     if mask is None:
       mask = Mask.causal()
       if positions is not None:
         mask = attention.at(mask, positions, positions)
     if positions is None:
-      step = jnp.broadcast_to(jnp.arange(time), (batch, time))
+      step = jnp.broadcast_to(jnp.arange(length), (batch, length))
       start = 0 if cache is None else cache.length[:, None]
       positions = step + start
       if lengths is not None:
         positions = jnp.where(step < lengths[:, None], positions, -1)
-    length = None
+    held = None
     if cache is not None:
-      length = cache.length + jnp.sum(positions >= 0, axis=-1)
-    axes = order.balanced(mask, (batch, time)) if cache is None else ()
+      held = cache.length + jnp.sum(positions >= 0, axis=-1)
+    told = self._told(time, batch)
+    # Times of tokens stay where their tokens are.
+    still = cache is not None or (told is not None and told.shape[1] > 1)
+    axes = () if still else order.balanced(mask, (batch, length))
     x, positions, mask = order.spread(axes, x, positions, mask)
-    x, layers, loads = self._layers(x, positions, mask, cache, length, fresh)
+    x, layers, loads = self._layers(
+      x, positions, mask, cache, held, fresh, told
+    )
     x = order.restored(axes, x)
     x = self.norm.clone(name="final_norm", parent=self)(x)
+    if told is not None:
+      change = clocks.Modulation(gated=False, name="final_modulation")
+      x = clocks.modulated(x, *change(told, self.width))
     if not self.tied:
       self._head()
     if cache is None:
       return x, None, loads
-    cache = caches.Cache(length=length, layers=layers, fresh=False)
+    cache = caches.Cache(length=held, layers=layers, fresh=False)
     return x, cache, loads
 
   @nn.compact
@@ -170,6 +189,19 @@ class Transformer(nn.Module):
   def _embedding(self):
     init = nn.initializers.normal(0.02)
     return weights.weight(self, "embed", init, (self.vocab_size, self.width))
+
+  def _told(self, time, batch):
+    """Returns what layers are told of the time, `[B, 1 or T, C]`, or None."""
+    if self.clock is None:
+      if time is not None:
+        raise UserError("a time was given to a model that has no clock")
+      return None
+    if time is None and self.is_initializing():
+      time = jnp.zeros(batch)
+    if time is None:
+      raise clocks.missing()
+    time = time[:, None] if time.ndim == 1 else time
+    return clocks.Told(self.clock, name="clock")(time, self.dtype)
 
   def _head(self):
     init = nn.initializers.lecun_normal()
@@ -198,9 +230,10 @@ class Transformer(nn.Module):
   def _init_run(self, key, shape, *, repeats, blocks):
     x = jnp.zeros((1, 1, self.width), self.dtype)
     positions = jnp.zeros((1, 1), jnp.int32)
+    told = self.clock and jnp.zeros((1, 1, self.clock.width), self.dtype)
 
     def one(block, key):
-      return block.init(key, x, positions, Mask.causal())["params"]
+      return block.init(key, x, positions, Mask.causal(), told=told)["params"]
 
     def init(j, block):
       keys = jax.random.split(jax.random.fold_in(key, j), repeats)
@@ -208,7 +241,7 @@ class Transformer(nn.Module):
 
     return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
 
-  def _layers(self, x, positions, mask, cache, length, fresh):
+  def _layers(self, x, positions, mask, cache, length, fresh, told):
     rotations = {}
     for rope, dim in {
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
@@ -234,6 +267,7 @@ class Transformer(nn.Module):
             None if old is None else old[key],
             length,
             fresh,
+            told,
           )
         return x, (None if old is None else new, loads)
 

@@ -50,3 +50,15 @@ def test_research_models_have_a_row_for_the_mask(name):
   sizes = made.model.sizes
   assert made.objective.mask_id == sizes.vocab - 1
   assert (sizes.width, sizes.depth, sizes.heads) == (768, 12, 12)
+  assert sizes.clock is None
+
+
+@pytest.mark.parametrize(
+  ("name", "told", "width"),
+  [("md4_text8", "time", 768), ("mdlm_owt", "sigma", 128)],
+)
+def test_research_models_can_be_told_the_time(name, told, width):
+  text = TEXT.format(name=name)
+  sizes = config.parse(text, ["CLOCK=@clock.Clock()"]).experiment.model.sizes
+  assert (sizes.clock.told, sizes.clock.width) == (told, width)
+  assert sizes.clock.closed

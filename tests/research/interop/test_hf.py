@@ -1,5 +1,6 @@
 """Directories are read strictly: every difference is an error that says so."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from research import tree
 from research.interop import hf, hf_config, hf_config_write, safetensors
-from research.nn import presets, rope
+from research.nn import clock, presets, rope
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -247,3 +248,14 @@ def test_the_text_part_of_a_multimodal_gemma(tmp_path, spelling):
   plain, want, _ = hf.model_from_directory(MODELS / "gemma3")
   assert model == plain
   chex.assert_trees_all_equal(params, want)
+
+
+def test_a_model_that_is_told_the_time_comes_back():
+  told = clock.Clock(told="time", scale=1000.0, features=8, closed=True)
+  family, sizes = hf_config.sizes_from_config(CONFIGS["llama"])
+  model = presets.transformer(family, dataclasses.replace(sizes, clock=told))
+  config = hf_config_write.config_from_model(model, "llama")
+  assert model_of(json.loads(json.dumps(config))) == model
+  wrong = config | {hf_config.CLOCK: config[hf_config.CLOCK] | {"told": "t"}}
+  with pytest.raises(UserError, match="told is 't', expected 'time' or"):
+    model_of(wrong)
