@@ -2,9 +2,10 @@
 
 A model that sees both ways has no exact cache: filling a place changes what all
 others are. Caches of blocks are renewed at a block's first step (Fast-dLLM,
-arXiv:2505.22618), so smaller blocks mean newer caches. The same rows are filled
-with and without, with the same random numbers: samples of a Markov chain, whose
-likelihood is known, and `Sums`, which are right or wrong.
+arXiv:2505.22618), so smaller blocks mean newer caches; delayed ones read masks,
+and keep what is filled in (dKV-Cache, arXiv:2505.15781). The same rows are
+filled with and without, with the same random numbers: samples of a Markov
+chain, whose likelihood is known, and `Sums`, which are right or wrong.
 """
 
 import dataclasses
@@ -25,12 +26,13 @@ from experiments.lora_verdicts import Mean, mean
 from research.data.synthetic import Markov
 from research.diffusion import sampler
 from research.diffusion.candidates import Options
+from research.diffusion.delayed import Delayed
 from research.diffusion.denoiser import Cached, Denoiser, Whole
 from research.nn.sampling import GREEDY, Sampling
 from research.training import plots
 from research.typing import Int, Params, UserError
 
-NONE, PREFIX = "none", "prefix"
+NONE, PREFIX, DELAYED = "none", "prefix", "delayed"
 CHAIN, SUMS = "chain", "sums"
 
 
@@ -47,6 +49,7 @@ class Caches:
     blocks: tokens between renewals; divisors of either's length.
     around: caches -> tokens before and after a block that are read again;
       besides, `prefix` reads all that follows.
+    renewals: of delayed caches, calls after which all is read again.
   """
 
   chain: Markov
@@ -62,6 +65,8 @@ class Caches:
       "vicinity": (4, 4),
     }
   )
+
+  renewals: Sequence[int] = ()
 
   def __post_init__(self):
     for length in (self.chain.length, 2 * self.sums.length):
@@ -99,7 +104,7 @@ class Caches:
         # Samples of a chain, answers to sums.
         how = GREEDY if task == SUMS else ANY
         ways = [
-          self._way(name, model, at, noisy.shape[1], block)
+          self._way(name, model, mask, at, noisy.shape[1], block)
           for at in range(0, noisy.shape[1], block)
         ]
         got = _filled(ways, params, noisy, options, how)
@@ -121,17 +126,27 @@ class Caches:
 
   @property
   def caches(self) -> list[str]:
-    """Names of the caches, the one that reads least first."""
-    return [*self.around, PREFIX]
+    """Names of the caches: those around a block, the smallest first."""
+    delayed = [f"{DELAYED} {n}" for n in self.renewals]
+    return [*self.around, PREFIX, *delayed]
 
   def _way(
-    self, name: str, model: Any, at: int, length: int, block: int
+    self,
+    name: str,
+    model: Any,
+    mask: int,
+    at: int,
+    length: int,
+    block: int,
   ) -> Denoiser:
     """Returns what the block at `at` is asked of."""
     if name == NONE:
       return Whole(model=model)
     if name == PREFIX:
       return Cached(model=model, after=length - at - block)
+    if name not in self.around:
+      often = int(name.removeprefix(DELAYED))
+      return Delayed(model=model, mask_id=mask, refresh=often)
     before, after = self.around[name]
     return Cached(model=model, before=before, after=after)
 
@@ -141,6 +156,14 @@ class Caches:
       return float(length)
     if name == PREFIX:
       return float(np.mean(range(block, length + 1, block)))
+    if name not in self.around:
+      # A mask less each call, and what was just filled; all, every so often.
+      often = int(name.removeprefix(DELAYED))
+      return float(np.mean([
+        length if i % often == 0 else left - i + 1
+        for left in range(block, length + 1, block)
+        for i in range(1, block)
+      ]))  # fmt: skip
     return float(min(sum(self.around[name]) + block, length))
 
   # --- what the rows say ---
@@ -205,7 +228,7 @@ class Caches:
       return ", ".join(f"{c}: {drift(task, c, block):.2%}" for c in self.caches)
 
     right, off = lost(SUMS, "right", -1), lost(CHAIN, "off", 1)
-    names = self.caches
+    names, blocks = self.caches, [*self.around, PREFIX]
     return [
       Verdict(
         "no cache is exact: some tokens are others",
@@ -226,14 +249,14 @@ class Caches:
         "drift grows with the steps between renewals (chain)",
         f"blocks of {small}: {said(CHAIN, small)}; of {large}:"
         f" {said(CHAIN, large)}",
-        all(drift(CHAIN, c, large) > drift(CHAIN, c, small) for c in names),
+        all(drift(CHAIN, c, large) > drift(CHAIN, c, small) for c in blocks),
       ),
       Verdict(
         "what is read again around a block brings tokens back (chain)",
         f"blocks of {large}: {said(CHAIN, large)}",
         all(
           drift(CHAIN, c, large) <= drift(CHAIN, names[0], large)
-          for c in names[1:]
+          for c in blocks[1:]
         ),
       ),
     ]

@@ -12,6 +12,7 @@ from experiments.screen import Screen, pieces_of
 from research.diffusion import sampler, view
 from research.diffusion.candidates import Options
 from research.diffusion.credit import Credited
+from research.diffusion.delayed import Delayed
 from research.diffusion.denoiser import BlockCausal, Cached, Denoiser, Whole
 from research.diffusion.guided import Guided
 from research.diffusion.policies import (
@@ -22,6 +23,7 @@ from research.diffusion.policies import (
   Threshold,
 )
 from research.diffusion.spec import Spec
+from research.diffusion.told import shares
 from research.interop.load import Loaded
 from research.nn.sampling import Sampling
 from research.typing import UserError
@@ -102,17 +104,29 @@ def around(text: str, behind: int) -> tuple[int, int] | None:
   """Returns how many tokens around a block are read anew, or None for all.
 
   Args:
-    text: `none`, `prefix`, `dual` or `vicinity:N`.
+    text: `none`, `prefix`, `dual`, `vicinity:N` or `delayed`, `delayed:N`.
     behind: tokens that are generated after the first block.
   """
   name, _, number = text.partition(":")
   if text == "none":
     return None
-  if text in ("prefix", "dual"):
+  if text in ("prefix", "dual", "delayed"):
     return 0, (behind if text == "prefix" else 0)
-  if name == "vicinity" and number.isdecimal() and len(number) < 7:
+  whole = number.isdecimal() and len(number) < 7
+  if name == "vicinity" and whole:
     return int(number), int(number)
-  raise UserError(f"--cache={text}: expected none, prefix, dual or vicinity:N")
+  if name == "delayed" and whole and int(number) > 0:
+    return 0, 0
+  raise UserError(
+    f"--cache={text}: expected none, prefix, dual, vicinity:N, delayed or"
+    " delayed:N"
+  )
+
+
+def renewed(text: str) -> int | None:
+  """Returns after how many calls `delayed:N` reads all again, if ever."""
+  number = text.partition(":")[2]
+  return int(number) if number else None
 
 
 def spec_of(loaded: Loaded, name: str) -> Spec:
@@ -154,18 +168,29 @@ def denoiser_of(
 def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
   """Returns how rows are read, with or without a cache."""
   model, shift = loaded.model, how.shift
+  told = shares(model, how.mask_id)
   block = wanted.block or min(BLOCK, wanted.length)
   near = around(wanted.cache, max(wanted.length - block, 0))
   if near is None:
-    return Whole(model=model, shift=shift, block=how.block)
+    return Whole(model=model, shift=shift, block=how.block, told=told)
+  if how.block is None and wanted.cache.startswith("delayed"):
+    return Delayed(
+      model=model,
+      mask_id=how.mask_id,
+      shift=shift,
+      refresh=renewed(wanted.cache),
+      told=told,
+    )
   if how.block is None:
-    return Cached(model=model, shift=shift, before=near[0], after=near[1])
+    return Cached(
+      model=model, shift=shift, before=near[0], after=near[1], told=told
+    )
   if wanted.cache != "prefix":
     raise UserError(
       f"--cache={wanted.cache}: the model's blocks see nothing after them; "
       "expected prefix, which is exact, or none"
     )
-  return BlockCausal(model=model, block=how.block, shift=shift)
+  return BlockCausal(model=model, block=how.block, shift=shift, told=told)
 
 
 def batches(

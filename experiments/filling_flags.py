@@ -54,8 +54,9 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "cache",
     "none",
-    "For diffusion: keys and values kept within a block, none, prefix, dual or "
-    "vicinity:N (all but the block and N tokens around it).",
+    "For diffusion: keys and values kept within a block, none, prefix, dual, "
+    "vicinity:N (all but the block and N tokens around it), or delayed (all "
+    "but masks and what was just filled; delayed:N reads all every N calls).",
     flag_values=values,
   )
   flags.DEFINE_float(
