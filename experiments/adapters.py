@@ -277,7 +277,7 @@ def _fidelity() -> dict[str, Any]:
 def _validated() -> dict[str, Any]:
   """Reads rules, not weights: rules can be wrong that no adapter has."""
   from research.interop import load, safetensors, sources
-  from research.lora import peft_names, peft_whole, validate
+  from research.lora import peft_names, peft_naming, peft_whole, validate
   from research.typing import UserError
 
   if len(_FROM.value) != 1:
@@ -288,10 +288,11 @@ def _validated() -> dict[str, Any]:
     raise UserError(f"--from={path}: expected a directory with an adapter")
   base = sources.open_source(str(load.base_of(folder)[1]))
   params = base.params()
-  everything = peft_whole.base_weights(params, base.model)
+  naming = peft_naming.of_config(base.config)
+  everything = peft_whole.base_weights(params, base.model, naming)
   found = validate.findings(
     safetensors.read_json(folder / load.ADAPTER_CONFIG),
-    list(peft_names.modules(params, base.model).values()),
+    list(peft_names.modules(params, base.model, naming).values()),
     [w.module for w in everything.values()],
   )
   for f in found:

@@ -12,7 +12,7 @@ from experiments.experiment import Built, Experiment
 from research import tree
 from research.interop import convert, load, sources
 from research.interop.load import Loaded
-from research.lora import peft_write, wrap
+from research.lora import peft_naming, peft_write, wrap
 from research.training import folders, plots, state
 from research.training.folders import Folder
 from research.typing import UserError
@@ -83,7 +83,9 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   base = getattr(experiment.model, "name", "unknown")
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
-  peft_write.save_adapter(folder, params, built.loaded.model, base)
+  loaded = built.loaded
+  naming = peft_naming.of_source(loaded.source)
+  peft_write.save_adapter(folder, params, loaded.model, base, naming=naming)
   return True
 
 

@@ -259,7 +259,7 @@ def to_peft(
   Raises:
     UserError: there are no adapters, or the base is not known.
   """
-  from research.lora import peft, peft_write, wrap
+  from research.lora import peft, peft_naming, peft_write, wrap
 
   free(to)
   name = base or source.base_name
@@ -282,6 +282,7 @@ def to_peft(
       use_rslora,
       different,
       source.model.vocab_size != under.model.vocab_size,
+      peft_naming.of_config(under.config),
     )
   log = changes.Log()
   for tensor, x in safetensors.open_file(to / peft.WEIGHTS).items():

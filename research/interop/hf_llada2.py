@@ -64,11 +64,12 @@ _OTHERWISE: dict[str, tuple[Any, ...]] = {
 _PARTS = ("q", "k", "v")
 _FUSED = "attention.query_key_value"
 _OUTSIDE = {"model.word_embeddings.weight": "model.embed_tokens.weight"}
-_LAYER = {
+MODULES = {
   "attention.query_layernorm": "self_attn.q_norm",
   "attention.key_layernorm": "self_attn.k_norm",
   "attention.dense": "self_attn.o_proj",
 }
+"""Theirs -> Qwen3-MoE's, of one layer; queries, keys and values besides."""
 _OF_LAYER = re.compile(r"(model\.layers\.(?:0|[1-9]\d{0,5})\.)(.+)\.(\w+)")
 
 
@@ -95,8 +96,8 @@ def as_usual(
     inner = found[2] if found else ""
     if name in _OUTSIDE:
       out[_OUTSIDE[name]] = tensor
-    elif inner in _LAYER:
-      out[f"{found[1]}{_LAYER[inner]}.{found[3]}"] = tensor
+    elif inner in MODULES:
+      out[f"{found[1]}{MODULES[inner]}.{found[3]}"] = tensor
     elif inner == _FUSED and _divides(tensor, heads + 2 * kv_heads):
       pieces = _cut(tensor, (heads, kv_heads, kv_heads))
       for part, piece in zip(_PARTS, pieces, strict=True):
@@ -127,7 +128,7 @@ def _cut(tensor: Lazy, heads: tuple[int, ...]) -> list[Lazy]:
 def official(tensors: Mapping[str, Pending]) -> dict[str, Pending]:
   """Returns tensors under the names of LLaDA 2's files; undoes `as_usual`."""
   outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
-  layer = {ours: theirs for theirs, ours in _LAYER.items()}
+  layer = {ours: theirs for theirs, ours in MODULES.items()}
   out: dict[str, Pending] = {}
   for name, tensor in tensors.items():
     found = _OF_LAYER.fullmatch(name)

@@ -16,7 +16,13 @@ import numpy as np
 
 from research import tree
 from research.interop import hf, safetensors
-from research.lora import peft_config, peft_names, peft_whole, wrap
+from research.lora import (
+  peft_config,
+  peft_names,
+  peft_naming,
+  peft_whole,
+  wrap,
+)
 from research.lora.method import Place
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
@@ -73,24 +79,25 @@ def open_adapter(
     )
   tensors, notes = safetensors.open_with_metadata(file)
   _check_base(file, fields, notes, params)
-  params, model = _untied(fields, kind, params, model)
-  modules = peft_names.modules(params, model)
+  naming = peft_naming.of_keys(tensors)
+  params, model = _untied(fields, kind, params, model, naming)
+  modules = peft_names.modules(params, model, naming)
   methods = peft_config.read_methods(
     fields, kind, modules, wrap.matrices(params)
   )
-  base = peft_whole.base_weights(params, model)
+  base = peft_whole.base_weights(params, model, naming)
   whole = peft_whole.required(
     base,
     {modules[address] for address in methods},
     peft_config.whole_modules(fields),
     peft_config.bias_mode(fields),
   )
-  for adapted in (set(), {peft_whole.EMBEDDING, peft_whole.HEAD}):
-    optional = peft_whole.embeddings(base, model.tied, whole, adapted)
+  for adapted in (set(), {naming.embedding, naming.head}):
+    optional = peft_whole.embeddings(base, model.tied, whole, adapted, naming)
     whole |= {key: w for key, w in optional.items() if key in tensors}
   params, model = _with_whole(file, tensors, whole, params, model)
   if model.tied and "embed" in methods:
-    tensors = _without_copies(file, tensors)
+    tensors = _without_copies(file, tensors, naming)
   tensors = _shared_once(file, tensors, methods, modules)
   _check(file, tensors, methods, modules, params, whole)
 
@@ -141,7 +148,7 @@ def _one(w, k):
 def _read(file, tensors, module, method, w):
   """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
-  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+  place = Place(*size, embedding=module in peft_naming.EMBEDDINGS)
   found = {
     key.removeprefix(f"{_PREFIX}{module}.").removeprefix("base_model."): key
     for key in peft_names.shapes_of(module, method, size)
@@ -156,10 +163,10 @@ def _read(file, tensors, module, method, w):
   return method.from_peft(found, place, w)
 
 
-def _without_copies(path, tensors):
+def _without_copies(path, tensors, naming):
   """Returns the tensors less a tied head's adapter, which says it again."""
   out = dict(tensors)
-  for copy, key in peft_names.tied_keys():
+  for copy, key in peft_names.tied_keys(naming):
     if copy in tensors and key in tensors:
       if not np.array_equal(tensors[copy].read(), tensors[key].read().T):
         raise UserError(
@@ -186,12 +193,12 @@ def _shared_once(path, tensors, methods, modules):
   return out
 
 
-def _untied(fields, kind, params, model):
+def _untied(fields, kind, params, model, naming):
   """Returns the base, untied where PEFT changes one of its two sides."""
   if not model.tied or fields.flag("ensure_weight_tying"):
     return params, model
-  sides = {"embed": peft_whole.EMBEDDING, "head": peft_whole.HEAD}
-  modules = peft_names.modules(params, model) | sides
+  sides = {"embed": naming.embedding, "head": naming.head}
+  modules = peft_names.modules(params, model, naming) | sides
   touched = peft_config.read_methods(fields, kind, modules)
   saved = peft_config.whole_modules(fields)
   for address, module in sides.items():

@@ -9,6 +9,7 @@ from research.interop import hf
 from research.lora import peft_whole, wrap
 from research.lora.method import Method, Place
 from research.lora.methods.lora import KEYS
+from research.lora.peft_naming import EMBEDDINGS, USUAL, Naming
 from research.nn.transformer import Transformer
 from research.typing import Params
 
@@ -17,7 +18,7 @@ def named(
   module: str, method: Method, arrays: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
   """Returns a module's tensors by their names in the file."""
-  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+  place = Place(*size, embedding=module in EMBEDDINGS)
   return {
     key(module, name, method): x
     for name, x in method.to_peft(arrays, place).items()
@@ -38,7 +39,7 @@ def shapes_of(
 
   Of the types only the kind matters: a float, or a whole number.
   """
-  place = Place(*size, embedding=module == peft_whole.EMBEDDING)
+  place = Place(*size, embedding=module in EMBEDDINGS)
 
   def fresh():
     w = jnp.zeros(size)
@@ -48,23 +49,25 @@ def shapes_of(
   return jax.eval_shape(fresh)
 
 
-def modules(params: Params, model: Transformer) -> dict[str, str]:
-  """Returns Hugging Face's module name of each address of a matrix."""
+def modules(
+  params: Params, model: Transformer, naming: Naming = USUAL
+) -> dict[str, str]:
+  """Returns the module name of each address of a matrix."""
   rows, out = hf.table(model), {}
   for path in wrap.matrices(params):
     # An adapted weight that is adapted again is addressed as itself.
     name, _ = rows.theirs(peft_whole.addressed(path))
-    out[path] = name.removesuffix(".weight")
+    out[path] = naming.theirs(name).removesuffix(".weight")
   return out
 
 
-def tied_keys() -> list[tuple[str, str]]:
+def tied_keys(naming: Naming = USUAL) -> list[tuple[str, str]]:
   """Returns pairs of keys: the head's factors are the embedding's, turned."""
   embed, head = (
     [f"{peft_whole.PREFIX}{module}.{name}" for name in KEYS[embedding]]
     for module, embedding in (
-      (peft_whole.EMBEDDING, True),
-      (peft_whole.HEAD, False),
+      (naming.embedding, True),
+      (naming.head, False),
     )
   )
   return [(head[0], embed[1]), (head[1], embed[0])]

@@ -18,14 +18,13 @@ import numpy as np
 from research import tree, weights
 from research.interop import hf, names
 from research.lora import match, wrap
+from research.lora.peft_naming import USUAL, Naming
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
 PREFIX = "base_model.model."
 BASE = "base_fingerprint"
 """Name of the note in a file that tells its base from others."""
-
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,9 @@ def addressed(path: str) -> names.Address:
   return names.Address(int(index), inner)
 
 
-def base_weights(params: Params, model: Transformer) -> dict[str, Weight]:
+def base_weights(
+  params: Params, model: Transformer, naming: Naming = USUAL
+) -> dict[str, Weight]:
   """Returns every parameter of a model by its address, but stacked experts.
 
   PEFT's files name those by no module, so none is kept whole or adapted.
@@ -66,7 +67,7 @@ def base_weights(params: Params, model: Transformer) -> dict[str, Weight]:
   out = {}
   for path in paths:
     theirs, transposed = rows.theirs(addressed(path))
-    module, _, name = theirs.rpartition(".")
+    module, _, name = naming.theirs(theirs).rpartition(".")
     out[path] = Weight(path, module, name, transposed)
   return out
 
@@ -117,6 +118,7 @@ def embeddings(
   tied: bool,
   taken: Collection[str],
   adapted: Collection[str],
+  naming: Naming = USUAL,
 ) -> dict[str, Weight]:
   """Returns the embeddings that a file may hold besides, by key.
 
@@ -128,12 +130,14 @@ def embeddings(
     tied: whether its head is the embedding.
     taken: keys that mean something else already.
     adapted: modules that have an adapter.
+    naming: of the base.
   """
   out = {}
-  for module in (EMBEDDING, HEAD):
+  for module in (naming.embedding, naming.head):
     middle = ".base_layer." if module in adapted else "."
     key = f"{PREFIX}{module}{middle}weight"
-    address = "embed" if module == EMBEDDING or tied else "head"
+    first = module == naming.embedding
+    address = "embed" if first or tied else "head"
     if key not in taken:
       out[key] = found[address]
   return out

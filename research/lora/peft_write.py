@@ -13,11 +13,18 @@ import numpy as np
 
 from research import weights
 from research.interop import parts, safetensors
-from research.lora import peft_config, peft_names, peft_whole, wrap
+from research.lora import (
+  peft_config,
+  peft_names,
+  peft_naming,
+  peft_whole,
+  wrap,
+)
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
 from research.lora.methods.lora import LoRA
 from research.lora.peft import WEIGHTS
+from research.lora.peft_naming import USUAL, Naming
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
@@ -30,6 +37,7 @@ def save_adapter(
   use_rslora: bool | None = None,
   whole: Collection[str] = (),
   resized: bool = False,
+  naming: Naming = USUAL,
 ) -> None:
   """Writes the adapters in `params` as PEFT would have.
 
@@ -44,12 +52,13 @@ def save_adapter(
     whole: addresses of weights without adapter that differ from the base's.
     resized: whether the base has another number of tokens; both embeddings
       are written then, and whoever loads the adapter resizes the base first.
+    naming: what the base calls its modules.
 
   Raises:
     UserError: there are no adapters, or PEFT has no way to say what they do.
   """
   directory = pathlib.Path(directory)
-  modules = peft_names.modules(params, model)
+  modules = peft_names.modules(params, model, naming)
   found = wrap.adapters(params, _thin)
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
@@ -59,6 +68,7 @@ def save_adapter(
       f"{directory}: PEFT's files have no name for an adapter on stacked "
       f"experts ({nameless[0]}).\nMerge it into the model instead."
     )
+  peft_naming.check([modules[path] for path in found], directory)
   tensors, methods, shared = {}, {}, {}
   sizes = wrap.matrices(params)
   for path, w in found.items():
@@ -78,8 +88,12 @@ def save_adapter(
     methods[module] = _stated(method, use_rslora)
   tensors |= {key: _padded(tensors[key], n) for key, n in shared.items()}
   if model.tied and "embed" in found:
-    tensors |= {copy: tensors[key].T for copy, key in peft_names.tied_keys()}
-  kept, saved, bias = _whole(params, model, set(methods), set(whole), resized)
+    tensors |= {
+      copy: tensors[key].T for copy, key in peft_names.tied_keys(naming)
+    }
+  kept, saved, bias = _whole(
+    params, model, set(methods), set(whole), resized, naming
+  )
   config = peft_config.make_config(
     methods,
     list(modules.values()),
@@ -102,9 +116,9 @@ def save_adapter(
     raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
 
 
-def _whole(params, model, adapted, changed, resized):
+def _whole(params, model, adapted, changed, resized, naming):
   """Returns (tensors, modules_to_save, bias mode) of what is no adapter."""
-  base = peft_whole.base_weights(params, model)
+  base = peft_whole.base_weights(params, model, naming)
   biases = {a for a, w in base.items() if w.name == "bias"}
   theirs = {a for a in biases if base[a].module in adapted}
   changed = changed - ({"embed", "head"} if resized else set())
@@ -114,10 +128,10 @@ def _whole(params, model, adapted, changed, resized):
   saved = sorted({base[a].module for a in changed - biases})
   keys = peft_whole.required(base, adapted, saved, bias)
   if resized:
-    keys |= peft_whole.embeddings(base, model.tied, keys, adapted)
+    keys |= peft_whole.embeddings(base, model.tied, keys, adapted, naming)
   elif model.tied and "embed" in changed:
-    copy = dataclasses.replace(base["embed"], module=peft_whole.HEAD)
-    keys[f"{peft_whole.PREFIX}{peft_whole.HEAD}.weight"] = copy
+    copy = dataclasses.replace(base["embed"], module=naming.head)
+    keys[f"{peft_whole.PREFIX}{naming.head}.weight"] = copy
   read = parts.from_params(wrap.disable(params))
   out = {}
   for key, w in keys.items():
