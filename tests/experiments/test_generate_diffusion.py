@@ -81,13 +81,17 @@ def test_calls_are_counted(command):
   assert got["tokens_per_s"] is None or got["tokens_per_s"] >= 0
 
 
-def test_a_vicinity_of_everything_is_no_cache(command):
+@pytest.mark.parametrize("cache", ["vicinity:64", "delayed:1"])
+def test_what_reads_everything_is_no_cache(command, cache):
   flags = "--block=4", "--policy=threshold:0.2"
   want = told(command("all", *flags))
-  assert (
-    told(command("all", *flags, "--cache=vicinity:64"))["text"]
-    == (want["text"])
-  )
+  got = told(command("all", *flags, f"--cache={cache}"))
+  assert got["text"] == want["text"]
+
+
+def test_a_delayed_cache_fills_everything(command):
+  got = told(command("all", "--block=8", "--steps=8", "--cache=delayed"))
+  assert got["calls"] <= 8 and got["tokens"] <= LENGTH
 
 
 def test_a_prompt_may_end_within_a_block(command):
@@ -200,6 +204,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--policy=threshold:2",), "P in (0, 1]"),
     ("all", ("--policy=factor:nan",), "F above 0"),
     ("all", ("--cache=some",), "--cache=some: expected none"),
+    ("all", ("--cache=delayed:0",), "--cache=delayed:0: expected none"),
     ("all", ("--plan=dream", "--policy=factor:1"), "expected --policy=quota"),
     ("all", ("--policy=credit:0",), "P in (0, 1]"),
     ("all", ("--policy=factor:1", "--steps=8"), "expected --policy=quota"),
