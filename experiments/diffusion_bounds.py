@@ -16,13 +16,16 @@ from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 
 def loss(objective: Objective, params: Params, batch: Batch) -> float:
   """Returns an objective's mean, nothing random."""
-  total, weight, _ = _sums(objective, params, batch)
+  total, weight = sums(objective, params, batch, None)
   return float(total / weight)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sums(objective, params, batch):
-  return objective(params, batch, None)
+def sums(
+  objective: Objective, params: Params, batch: Batch, key: PRNGKey | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Returns an objective's sum and its weight, by the noise of `key`."""
+  return objective(params, batch, key)[:2]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

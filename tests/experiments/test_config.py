@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import config, quantizing
+from experiments import config, diffusion_study, quantizing
 from experiments.experiment import Experiment, Pretrained
 from research.training.objective import NextToken
 from research.typing import UserError
@@ -15,8 +15,10 @@ RUNS = sorted(
 
 
 def _root(run):
-  """Returns what a run file builds: an experiment, or what is quantized."""
+  """Returns what a run file builds: an experiment, a study, or a job."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
+  if "from experiments import diffusion_study" in lines:
+    return diffusion_study.Claims
   quantizes = "from experiments import quantizing" in lines
   return quantizing.Job if quantizes else Experiment
 
