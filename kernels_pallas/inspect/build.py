@@ -99,15 +99,18 @@ def missing(maker: str = "flash_attention") -> str | None:
   return None
 
 
-def compile_to(job: Job, folder: pathlib.Path) -> str | None:
-  """Compiles `job` and leaves libtpu's dumps in `folder`.
+def dumping(folder: pathlib.Path) -> dict[str, str]:
+  """Returns the environment of a process whose libtpu dumps into `folder`.
 
-  Returns:
-    None, or what the compiler said against it.
+  Of its 70 passes those that are read (`schedule.py`): all of them are a
+  gigabyte, and half of the time.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-  environment = {
+  flags = (
+    f"--xla_jf_dump_to={folder}",
+    "--xla_jf_dump_llo_text=true",
+    "--xla_jf_dump_llo_pass_label_regex=final|post-ra",
+  )
+  return {
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -115,12 +118,21 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "LIBTPU_INIT_ARGS": flags,
+    "LIBTPU_INIT_ARGS": " ".join(flags),
   }
+
+
+def compile_to(job: Job, folder: pathlib.Path) -> str | None:
+  """Compiles `job` and leaves libtpu's dumps in `folder`.
+
+  Returns:
+    None, or what the compiler said against it.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
   command = [sys.executable, "-m", "kernels_pallas.inspect.build"]
   done = subprocess.run(
     [*command, json.dumps(dataclasses.asdict(job))],
-    env=environment,
+    env=dumping(folder),
     capture_output=True,
     text=True,
     timeout=TIMEOUT,

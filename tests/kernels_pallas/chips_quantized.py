@@ -10,14 +10,13 @@ process of its own: libtpu reads where to dump once.
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
 
-from kernels_pallas.inspect import schedule
+from kernels_pallas.inspect import build, schedule
 from kernels_pallas.inspect.chips import CHIPS
 
 NAMES = {
@@ -67,19 +66,9 @@ class Case:
 
 def compile_to(case: Case, folder: pathlib.Path) -> str | None:
   """Compiles a case, leaving dumps; returns what the compiler said against."""
-  flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
   done = subprocess.run(
     [sys.executable, "-m", __spec__.name, json.dumps(dataclasses.asdict(case))],
-    env={
-      **os.environ,
-      "JAX_PLATFORMS": "cpu",
-      "JAX_ENABLE_COMPILATION_CACHE": "false",
-      "TPU_SKIP_MDS_QUERY": "1",
-      "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-      "TPU_WORKER_HOSTNAMES": "localhost",
-      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-      "LIBTPU_INIT_ARGS": flags,
-    },
+    env=build.dumping(folder),
     capture_output=True,
     text=True,
     timeout=300,
