@@ -1,16 +1,19 @@
 """What a run leaves behind: a picture, weights, and commands to try next."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
 import sys
+from typing import Any
 
 import jax
 
 from experiments import cli, runtime, site
 from experiments.experiment import Built, Experiment
 from research import tree
-from research.interop import convert, load, sources
+from research.diffusion import spec
+from research.interop import convert, hf_export, load, sources
 from research.interop.load import Loaded
 from research.lora import peft_naming, peft_write, wrap
 from research.training import folders, plots, state
@@ -92,7 +95,8 @@ def _save_adapter(folder, experiment, built, params) -> bool:
 def _save_model(folder, experiment, built, params) -> bool:
   """Writes the whole model: in Hugging Face's format, if that can say it.
 
-  What `after` made of it is kept as it is, in ours.
+  What `after` made of it is kept as it is, in ours, and what only ours has
+  names for.
   """
   params = site.whole(params)
   if not runtime.first():
@@ -103,14 +107,32 @@ def _save_model(folder, experiment, built, params) -> bool:
     {"format": "run", "path": str(folder.parent)},
     getattr(experiment.model, "name", None),
   )
+  source = _saying(source, experiment.objective)
   shutil.rmtree(folder, ignore_errors=True)
   try:
-    as_files = convert.to_orbax if experiment.after else convert.to_hf
+    own = experiment.after or source.model.clock is not None
+    as_files = convert.to_orbax if own else convert.to_hf
     as_files(source, folder)
   except UserError as error:
     say(f"{folder}: not written: {error}")
     return False
   return True
+
+
+def _saying(source: sources.Source, objective: Any) -> sources.Source:
+  """Returns a model from nothing as one that says what its masks are."""
+  mask = getattr(objective, "mask_id", -1)
+  if source.config is not None or mask < 0:
+    return source
+  how = spec.Spec(
+    mask_id=mask,
+    shift=getattr(objective, "shift", False),
+    block=getattr(objective, "block", None),
+    end=source.tokenizer.stop if source.tokenizer else (),
+  )
+  config = hf_export.config_json(source.model, None, None, source.hint)
+  config |= {spec.FIELD: how.spelled()}
+  return dataclasses.replace(source, config=config)
 
 
 def commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
