@@ -111,7 +111,7 @@ class Instructed:
   train: Tiny = Tiny(batch=4, rate=2e-4, warmup=10, average=0.8, every=10)
   length: int = 128
   adapt: int = 40
-  tune: int = 50
+  tune: int = 80
   pool: int = 256
   answer: int = 250
   graded: int = 64

@@ -63,7 +63,7 @@ class Text:
   vocab: int = 4096
   length: int = 256
   documents: int | None = None
-  steps: int = 700
+  steps: int = 1000
   rates: Sequence[float] = (1e-3, 3e-3)
   trial: int = 100
   heldout: int = 128
