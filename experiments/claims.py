@@ -6,6 +6,7 @@ and pictures in a folder, and ends with a verdict on each claim.
 
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -96,6 +97,29 @@ def claimed(folder: pathlib.Path, text: str) -> None:
       "Use another --workdir, or remove that one."
     )
   note.write_text(text)
+
+
+class Kept(NamedTuple):
+  """What was found of each arm of a study, a file each; what is there stays."""
+
+  folder: pathlib.Path
+
+  def path(self, arm: str) -> pathlib.Path:
+    """Returns an arm's file, which need not be there."""
+    return self.folder / (re.sub(r"[^\w.-]+", "_", arm) + ".json")
+
+  def __contains__(self, arm: str) -> bool:
+    return self.path(arm).exists()
+
+  def __getitem__(self, arm: str) -> dict[str, Any]:
+    return json.loads(self.path(arm).read_text("utf-8"))
+
+  def keep(self, arm: str, row: Mapping[str, Any]) -> None:
+    """Writes an arm's file, whole or not at all."""
+    from research.training import folders
+
+    self.folder.mkdir(parents=True, exist_ok=True)
+    folders.write_text(self.path(arm), json.dumps(cli.plain(row)))
 
 
 def tell(verdicts: Iterable[Verdict]) -> list[dict[str, Any]]:

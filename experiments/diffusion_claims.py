@@ -15,7 +15,6 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import json
 import pathlib
 import re
 import time
@@ -80,20 +79,17 @@ def _rows(study: Any, folder: pathlib.Path, only: str) -> dict[str, Any]:
       f"--only={only}: no regular expression ({error}); try e.g. 'seed 0'"
     ) from error
   rows: dict[str, Any] = {}
-  folder.mkdir(parents=True, exist_ok=True)
+  kept = claims.Kept(folder)
   for arm in study.arms:
-    path = folder / (re.sub(r"\W+", "_", arm) + ".json")
-    if not path.exists():
+    if arm not in kept:
       if not wanted.search(arm):
         continue
       start = time.perf_counter()
-      row = cli.plain(study.row(arm, rows))
+      row = dict(study.row(arm, rows))
       row["seconds"] = time.perf_counter() - start
-      draft = path.with_suffix(".tmp")
-      draft.write_text(json.dumps(row))
-      draft.replace(path)
+      kept.keep(arm, row)
       cli.say(f"{arm}: {row['seconds']:.0f} s")
-    rows[arm] = json.loads(path.read_text())
+    rows[arm] = kept[arm]
   return rows
 
 

@@ -15,9 +15,7 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
-import json
 import pathlib
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -64,11 +62,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
   """Returns all arms' rows, from the folder or from new runs."""
-  paths = {
-    arm.name: folder / "arms" / (re.sub(r"\W+", "_", arm.name) + ".json")
-    for arm in study.arms
-  }
-  todo = [arm for arm in study.arms if not paths[arm.name].exists()]
+  kept = claims.Kept(folder / "arms")
+  todo = [arm for arm in study.arms if arm.name not in kept]
   if todo:
     from experiments import population
 
@@ -79,14 +74,14 @@ def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
       start = time.perf_counter()
       row = population.sweep(study, arm, on) | {"before": before}
       row["seconds"] = time.perf_counter() - start
-      paths[arm.name].write_text(json.dumps(cli.plain(row)))
+      kept.keep(arm.name, row)
       best = row["best"]
       cli.say(
         f"{arm.name}: {min(map(_mean, row['heldout'])):.3f}, best of"
         f" {len(row['ks'])} rates 10^({row['ks'][best]}/2)"
         f" ({row['seconds']:.0f} s)"
       )
-  rows = [json.loads(paths[arm.name].read_text()) for arm in study.arms]
+  rows = [kept[arm.name] for arm in study.arms]
   return {row["arm"]: row for row in rows}
 
 

@@ -6,7 +6,6 @@ row is a file of its own, and is measured once.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 import time
@@ -16,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from experiments import cli
+from experiments import claims, cli
 from experiments.experiment import Looking, Source
 from research.quant import compare, report_errors
 from research.quant.calibrate import Calibration
@@ -108,17 +107,9 @@ def measured(
     folder: keeps rows; one that was made from other transforms is refused.
     only: regular expression of the rows that are looked at.
   """
-  (folder / "rows").mkdir(parents=True, exist_ok=True)
-  paths = {
-    row.name: folder / "rows" / (re.sub(r"[^\w.-]+", "_", row.name) + ".json")
-    for row in table.flat
-    if re.search(only, row.name)
-  }
-  todo = [
-    row
-    for row in table.flat
-    if row.name in paths and not _kept(paths[row.name], table, row)
-  ]
+  kept = claims.Kept(folder / "rows")
+  chosen = [row for row in table.flat if re.search(only, row.name)]
+  todo = [row for row in chosen if not _kept(kept, table, row)]
   if todo:
     loaded = table.model.load()
     windows = table.text.read(loaded.tokenizer)
@@ -127,9 +118,9 @@ def measured(
     )
     for row in todo:
       found = one(table, row, loaded, base) | _key(table, row)
-      paths[row.name].write_text(json.dumps(cli.plain(found)))
+      kept.keep(row.name, found)
       cli.say(_said(row.name, found))
-  return {name: json.loads(path.read_text()) for name, path in paths.items()}
+  return {row.name: kept[row.name] for row in chosen}
 
 
 def _key(table: Table, row: Row) -> dict[str, str]:
@@ -141,13 +132,13 @@ def _key(table: Table, row: Row) -> dict[str, str]:
   return {name: re.sub(r" at 0x[0-9a-f]+", "", x) for name, x in key.items()}
 
 
-def _kept(path: pathlib.Path, table: Table, row: Row) -> bool:
-  if not path.exists():
+def _kept(kept: claims.Kept, table: Table, row: Row) -> bool:
+  if row.name not in kept:
     return False
-  found, want = json.loads(path.read_text()), _key(table, row)
+  found, want = kept[row.name], _key(table, row)
   if any(found.get(k) != v for k, v in want.items()):
     raise UserError(
-      f"{path}: was measured with another configuration.\n"
+      f"{kept.path(row.name)}: was measured with another configuration.\n"
       "Use another --workdir, or remove that file."
     )
   return "failed" not in found
