@@ -1,6 +1,7 @@
 """Verdicts on diffusion's claims say what the rows say, either way."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from experiments import (
   diffusion_rewards,
   diffusion_truth,
 )
+from experiments import diffusion_tasks as tasks
 from research.data.synthetic import Markov
 
 SOURCE = Markov(vocab=8, length=16)
@@ -240,6 +242,23 @@ def cache_rows(**more):
 )
 def test_caches(more, wanted):
   assert holds(CACHES, cache_rows(**more)) == wanted
+
+
+def test_delayed_caches_have_rows_and_what_they_read():
+  study = diffusion_caches.Caches(
+    chain=Markov(vocab=8, length=8),
+    sums=tasks.Sums(length=4),
+    blocks=(4, 8),
+    renewals=(2,),
+  )
+  assert study.caches == ["dual", "vicinity", "prefix", "delayed 2"]
+  # All at every second call, else masks and one more, in either block.
+  want = ((4 + 8 + 2) + (8 + 8 + 6)) / 6
+  assert study._read("delayed 2", 4, 8) == pytest.approx(want)
+  study = dataclasses.replace(CACHES, renewals=(2,))
+  rows = cache_rows(**{"delayed 2": 0.03})
+  assert holds(study, rows) == [True, True, True, True, True]
+  assert len(study.table(rows)) == 2 * 5
 
 
 # --- ends ---
