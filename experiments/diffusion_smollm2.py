@@ -134,11 +134,14 @@ class Instructed:
     words = loaded.tokenizer
     model, params, spec = convert.converted(loaded.model, loaded.params)
     common = dict(
-      model=model, mask_id=spec.mask_id, noise="learned", shift=True, rows=256
+      model=model,
+      mask_id=spec.mask_id,
+      noise="learned",
+      spread="even",
+      shift=True,
+      rows=256,
     )
-    objective = MaskedDiffusion(
-      **common, schedule=Linear(high=1e-3), spread="even"
-    )
+    objective = MaskedDiffusion(**common, schedule=Linear(high=1e-3))
     # Without prompts all of a text is learned; so all pools are of one kind.
     plain, told = self._plain(words), self._told(words)
 

@@ -152,7 +152,11 @@ class Text:
       objective, keys = NextToken(model=model, rows=1024), [None]
     else:
       objective = AnyOrder(
-        model=model, mask_id=self.vocab, noise="learned", rows=1024
+        model=model,
+        mask_id=self.vocab,
+        noise="learned",
+        spread="even",
+        rows=1024,
       )
       keys = list(jax.random.split(jax.random.key(7), self.passes))
     found = [_loss(objective, params, each, key) * scale for key in keys]
