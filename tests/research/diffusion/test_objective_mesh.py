@@ -10,24 +10,35 @@ import pytest
 
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion
+from research.nn.clock import Clock
 from research.sharding import Layout
 from tests import support
 
 V, T, ROWS = 16, 8, 4
 MASK = V - 1
+CLOCK = Clock(features=8, hidden=8, width=8)
 
 
 @functools.cache
-def network():
-  model = support.model(depth=1, width=16, hidden=16, head_dim=8, vocab=V)
+def network(clock):
+  model = support.model(
+    depth=1, width=16, hidden=16, head_dim=8, vocab=V, clock=clock
+  )
   return model, support.params(model)
 
 
-@pytest.mark.parametrize("kind", [MaskedDiffusion, BlockDiffusion])
-def test_on_a_mesh(kind):
+@pytest.mark.parametrize(
+  ("kind", "clock", "sizes"),
+  [
+    (MaskedDiffusion, None, dict(data=2, fsdp=2)),
+    (BlockDiffusion, None, dict(data=2, fsdp=2)),
+    (BlockDiffusion, CLOCK, dict(data=1, fsdp=2, tensor=2)),
+  ],
+)
+def test_on_a_mesh(kind, clock, sizes):
   """Devices skip chunks without masks, each its own."""
-  layout = Layout(data=2, fsdp=2)
-  model, params = network()
+  layout = Layout(**sizes)
+  model, params = network(clock)
   more = {} if kind is MaskedDiffusion else dict(block=4)
   objective = kind(model=model, mask_id=MASK, rows=4, **more)
   tokens = np.random.default_rng(0).integers(0, MASK, (ROWS, T))
