@@ -52,11 +52,14 @@ def shapes_of(
 def modules(
   params: Params, model: Transformer, naming: Naming = USUAL
 ) -> dict[str, str]:
-  """Returns the module name of each address of a matrix."""
+  """Returns the module name of each address of a matrix that has one."""
   rows, out = hf.table(model), {}
   for path in wrap.matrices(params):
     # An adapted weight that is adapted again is addressed as itself.
-    name, _ = rows.theirs(peft_whole.addressed(path))
+    try:
+      name, _ = rows.theirs(peft_whole.addressed(path))
+    except KeyError:
+      continue  # only ours has it: what tells a model the time
     out[path] = naming.theirs(name).removesuffix(".weight")
   return out
 

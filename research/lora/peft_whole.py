@@ -56,7 +56,8 @@ def base_weights(
 ) -> dict[str, Weight]:
   """Returns every parameter of a model by its address, but stacked experts.
 
-  PEFT's files name those by no module, so none is kept whole or adapted.
+  PEFT's files name those by no module, so none is kept whole or adapted; nor
+  what no file has but ours.
   """
   rows, paths = hf.table(model), [p for p, _ in wrap.leaves(tree.top(params))]
   for prefix, layers in tree.layer_indices(params).items():
@@ -66,7 +67,10 @@ def base_weights(
         paths += [f"layers/{i}/{path}" for i in layers]
   out = {}
   for path in paths:
-    theirs, transposed = rows.theirs(addressed(path))
+    try:
+      theirs, transposed = rows.theirs(addressed(path))
+    except KeyError:
+      continue
     module, _, name = naming.theirs(theirs).rpartition(".")
     out[path] = Weight(path, module, name, transposed)
   return out

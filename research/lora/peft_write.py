@@ -66,7 +66,8 @@ def save_adapter(
   if nameless:
     raise UserError(
       f"{directory}: PEFT's files have no name for an adapter on stacked "
-      f"experts ({nameless[0]}).\nMerge it into the model instead."
+      f"experts, or on what only our files have ({nameless[0]}).\n"
+      "Merge it into the model instead."
     )
   peft_naming.check([modules[path] for path in found], directory)
   tensors, methods, shared = {}, {}, {}

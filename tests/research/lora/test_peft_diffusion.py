@@ -22,7 +22,9 @@ from research.lora import (
   wrap,
 )
 from research.lora.methods.lora import LoRA
+from research.nn.clock import Clock
 from research.typing import UserError
+from tests import support
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 BASES, ADAPTERS = GOLDEN / "diffusion", GOLDEN / "diffusion_peft"
@@ -130,3 +132,19 @@ def test_a_part_of_a_module_has_no_name(tmp_path):
   naming = peft_naming.of_source(loaded.source)
   with pytest.raises(UserError, match="queries, keys and values in one"):
     peft_write.save_adapter(tmp_path, params, loaded.model, "x", naming=naming)
+
+
+def test_what_tells_a_model_the_time_has_no_name(tmp_path):
+  model = support.model(depth=1, clock=Clock(features=8, hidden=8, width=8))
+  params = support.params(model)
+
+  def save(target):
+    add = adapt.Adapt(method=LoRA(rank=2), targets=(target,))
+    found = add(params, jax.random.key(0))
+    peft_write.save_adapter(tmp_path, found, model, "x")
+
+  save("attention/q")
+  (a, b) = sorted(tensors(tmp_path))
+  assert a.endswith("q_proj.lora_A.weight") and b.endswith("lora_B.weight")
+  with pytest.raises(UserError, match="only our files have"):
+    save("clock/enter")
