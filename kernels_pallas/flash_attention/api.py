@@ -198,7 +198,9 @@ def prepare(
   if config is None:
     wide, kind_of_device = max(H, v.shape[-1]), device()[1]
     if run.config is Tiles:
-      config = for_device(kind_of_device, wide, q.dtype.name)
+      config = for_device(
+        kind_of_device, wide, q.dtype.name, x.bias is not None
+      )
     elif run.config is GpuTiles:
       config = for_head_dim(H, v.shape[-1], cores(kind_of_device) or "wgmma")
     else:

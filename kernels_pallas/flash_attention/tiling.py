@@ -73,7 +73,7 @@ class Tiles:
 
 
 def for_device(
-  kind: str, head_dim: int = 128, dtype: str = "bfloat16"
+  kind: str, head_dim: int = 128, dtype: str = "bfloat16", bias: bool = False
 ) -> Tiles:
   """The tiles with the fewest bundles that fit, by the table `tiles.json`.
 
@@ -85,6 +85,8 @@ def for_device(
     head_dim: Of q, k and v: the larger of them. One that the table does not
       know has the tiles of the next in it, and beyond the last smaller ones.
     dtype: 'bfloat16', else the tiles are those of 'float32'.
+    bias: Whether there is one, whose tiles have to fit too (2048 x 1024 of
+      float32, twice, are 16 MiB: all of a v4's).
   """
   table = _table()
   rows = table.get(kind, table[SMALLEST])
@@ -92,6 +94,8 @@ def for_device(
   dims = sorted(map(int, rows))
   row = rows[str(next((d for d in dims if d >= head_dim), dims[-1]))]
   shrink = -(-head_dim // dims[-1])
+  if bias and table.get(kind, table[SMALLEST]) == table[SMALLEST]:
+    shrink *= 2
   return Tiles(
     **{name: _smaller(Tile(*sizes), shrink) for name, sizes in row.items()}
   )
