@@ -65,7 +65,7 @@ test-chips:  ## Compiles training steps for TPU pods, without a TPU (Linux)
 	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
 	  .venv-chips/bin/python -m pytest -m chips $(ARGS)
 
-# About 15 minutes on two cores; ARGS='--targets v5p' for one chip.
+# About 10 minutes on two cores; ARGS='--targets v5p' for one chip.
 bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
 	@[ "$$(uname -sm)" = "Linux x86_64" ] || { \
 	  echo "skipped: libtpu exists for Linux on x86-64 only"; exit 0; }; \
