@@ -1,10 +1,13 @@
 """Bounds on -log p a token of tiny models, by masks of all numbers."""
 
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.masks import Mask
 from research.diffusion import process
@@ -16,15 +19,39 @@ from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 
 def loss(objective: Objective, params: Params, batch: Batch) -> float:
   """Returns an objective's mean, nothing random."""
-  total, weight = sums(objective, params, batch, None)
+  total, weight = _sums(objective, params, batch, None)
   return float(total / weight)
 
 
+def passes(
+  objective: Objective,
+  params: Params,
+  batches: Sequence[Batch],
+  keys: Sequence[PRNGKey | None],
+) -> tuple[float, float]:
+  """Returns an objective's mean over batches, and its standard error.
+
+  Args:
+    objective: what is measured.
+    params: of its model.
+    batches: of one shape.
+    keys: of passes over all of them, each with noise of its own, by which the
+      error is known; one pass has none: 0.
+  """
+  found = []
+  for key in keys:
+    total = weight = 0.0
+    for i, batch in enumerate(batches):
+      own = None if key is None else jax.random.fold_in(key, i)
+      one, count = _sums(objective, params, batch, own)
+      total, weight = total + float(one), weight + float(count)
+    found.append(total / weight)
+  error = np.std(found, ddof=1) / math.sqrt(len(found)) if found[1:] else 0.0
+  return float(np.mean(found)), float(error)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def sums(
-  objective: Objective, params: Params, batch: Batch, key: PRNGKey | None
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Returns an objective's sum and its weight, by the noise of `key`."""
+def _sums(objective, params, batch, key):
   return objective(params, batch, key)[:2]
 
 

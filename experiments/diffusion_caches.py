@@ -127,8 +127,12 @@ class Caches:
   @property
   def caches(self) -> list[str]:
     """Names of the caches: those around a block, the smallest first."""
-    delayed = [f"{DELAYED} {n}" for n in self.renewals]
-    return [*self.around, PREFIX, *delayed]
+    return [*self.around, PREFIX, *self._delayed]
+
+  @property
+  def _delayed(self) -> dict[str, int]:
+    """Delayed caches -> calls after which all is read again."""
+    return {f"{DELAYED} {n}": n for n in self.renewals}
 
   def _way(
     self,
@@ -144,8 +148,8 @@ class Caches:
       return Whole(model=model)
     if name == PREFIX:
       return Cached(model=model, after=length - at - block)
-    if name not in self.around:
-      often = int(name.removeprefix(DELAYED))
+    if name in self._delayed:
+      often = self._delayed[name]
       return Delayed(model=model, mask_id=mask, refresh=often)
     before, after = self.around[name]
     return Cached(model=model, before=before, after=after)
@@ -156,9 +160,9 @@ class Caches:
       return float(length)
     if name == PREFIX:
       return float(np.mean(range(block, length + 1, block)))
-    if name not in self.around:
+    if name in self._delayed:
       # A mask less each call, and what was just filled; all, every so often.
-      often = int(name.removeprefix(DELAYED))
+      often = self._delayed[name]
       return float(np.mean([
         length if i % often == 0 else left - i + 1
         for left in range(block, length + 1, block)

@@ -145,8 +145,11 @@ class Instructed:
     # Without prompts all of a text is learned; so all pools are of one kind.
     plain, told = self._plain(words), self._told(words)
 
+    heldout = self._heldout(words)
+    lists = self.task.examples(words, "heldout", self.graded)
+
     def judged(params):
-      return self._judged(AnyOrder(**common), params, words)
+      return self._judged(AnyOrder(**common), params, heldout, lists)
 
     out = {CONVERTED: judged(params)}
     params = self.train.trained(objective, params, plain, self.adapt, 0)
@@ -174,7 +177,7 @@ class Instructed:
       # The longest come first.
       order = rng.permutation(len(some)).tolist()
       rows += [some[order[i % len(some)]] for i in range(count)]
-    return {k: jnp.asarray(np.stack([r[k] for r in rows])) for k in rows[0]}
+    return _stacked(rows)
 
   def _packed(self, found: Sequence[Example]) -> Any:
     return packing.pack(
@@ -184,35 +187,30 @@ class Instructed:
       [e.learned for e in found],
     )
 
-  def _judged(self, objective: Any, params: Params, tokenizer: Any) -> Row:
-    """Returns the answers' loss, its error, and what is right."""
+  def _heldout(self, tokenizer: Any) -> list[Batch]:
+    """Returns held-out answers, the last batch filled with nothing."""
     held = self._packed(self._questions("heldout").examples(tokenizer))
     rows = [held[i] for i in range(min(len(held), self.heldout))]
     size = self.train.batch
     rows += [packing.blank_like(rows[0])] * (-len(rows) % size)
-    batches = [
-      {
-        k: jnp.asarray(np.stack([r[k] for r in rows[i : i + size]]))
-        for k in rows[0]
-      }
-      for i in range(0, len(rows), size)
-    ]
-    losses = []
-    for key in jax.random.split(jax.random.key(5), self.passes):
-      each = [
-        diffusion_bounds.sums(objective, params, b, jax.random.fold_in(key, i))
-        for i, b in enumerate(batches)
-      ]
-      losses.append(
-        sum(float(x) for x, _ in each) / sum(float(w) for _, w in each)
-      )
-    lists = self.task.examples(tokenizer, "heldout", self.graded)
+    return [_stacked(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+  def _judged(
+    self,
+    objective: Any,
+    params: Params,
+    batches: Sequence[Batch],
+    lists: Sequence[Example],
+  ) -> Row:
+    """Returns the answers' loss, its error, and what is right."""
+    keys = list(jax.random.split(jax.random.key(5), self.passes))
+    loss, error = diffusion_bounds.passes(objective, params, batches, keys)
     got = self._answers(objective, params, lists)
     want = np.stack([e.tokens for e in lists])
     asked = lists[0].learned
     return {
-      "loss": float(np.mean(losses)),
-      "error": float(np.std(losses, ddof=1) / math.sqrt(len(losses))),
+      "loss": loss,
+      "error": error,
       "token": float((got == want)[:, asked].mean()),
       "right": float((got == want)[:, asked].all(1).mean()),
     }
@@ -294,3 +292,7 @@ class Instructed:
       axes.set(xlabel=label)
     drawn.suptitle(title)
     plots.save(drawn, folder / "smollm2.png")
+
+
+def _stacked(rows: Sequence[Any]) -> Batch:
+  return {k: jnp.asarray(np.stack([r[k] for r in rows])) for k in rows[0]}

@@ -159,11 +159,10 @@ class Text:
         rows=1024,
       )
       keys = list(jax.random.split(jax.random.key(7), self.passes))
-    found = [_loss(objective, params, each, key) * scale for key in keys]
-    error = np.std(found, ddof=1) / math.sqrt(len(found)) if found[1:] else 0.0
+    nats, error = diffusion_bounds.passes(objective, params, each, keys)
     return {
-      "bits": float(np.mean(found)),
-      "error": float(error),
+      "bits": nats * scale,
+      "error": error * scale,
       "bytes": float(size),
       "tokens": int(real.sum()),
       "parameters": sum(x.size for x in jax.tree.leaves(params)),
@@ -290,15 +289,3 @@ def _chunks(rows: Any, real: Any, size: int) -> list[tuple[Any, Any]]:
   return [
     (rows[i : i + size], real[i : i + size]) for i in range(0, len(rows), size)
   ]
-
-
-def _loss(
-  objective: Objective, params: Params, batches: Sequence[Batch], key: Any
-) -> float:
-  """Returns the mean over all batches' tokens, each with a key of its own."""
-  total = weight = 0.0
-  for i, batch in enumerate(batches):
-    own = None if key is None else jax.random.fold_in(key, i)
-    loss, count = diffusion_bounds.sums(objective, params, batch, own)
-    total, weight = total + float(loss), weight + float(count)
-  return total / weight

@@ -1,5 +1,6 @@
 """What the program is for: the device that it is lowered for, and its sums."""
 
+import math
 from typing import Any
 
 import jax
@@ -31,3 +32,11 @@ def free_axes() -> dict[str, int]:
   mesh = jax.sharding.get_abstract_mesh()
   manual = set(mesh.manual_axes)
   return {k: v for k, v in mesh.shape.items() if k not in manual}
+
+
+def is_cut() -> bool:
+  """Whether a mesh is set that has several devices, here, to cut arrays over.
+
+  Inside a `shard_map` over all of its axes it has not.
+  """
+  return math.prod(free_axes().values()) > 1

@@ -357,12 +357,8 @@ def whole(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def is_cut() -> bool:
-  """Whether a mesh is set that has several devices, here, to cut arrays over.
-
-  Inside a `shard_map` over all of its axes it has not.
-  """
-  return math.prod(lowering.free_axes().values()) > 1
+is_cut = lowering.is_cut
+"""Here, too: who cuts arrays asks it."""
 
 
 def activation(shape: Sequence[int], *names: str | None) -> PartitionSpec:

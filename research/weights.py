@@ -85,8 +85,7 @@ def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
   """
   rows = x.ndim + len("...") - eq.index(",")
   # Rows of a batch and tokens of a row may both be cut; flat they cannot.
-  cut = any(n > 1 for n in lowering.free_axes().values())
-  if not eq.startswith("...") or rows < 2 or cut:
+  if not eq.startswith("...") or rows < 2 or lowering.is_cut():
     return jnp.einsum(eq, x, w)
   y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
   return y.reshape(*x.shape[:rows], *y.shape[1:])

@@ -89,12 +89,12 @@ def for_device(
       float32, twice, are 16 MiB: all of a v4's).
   """
   table = _table()
-  rows = table.get(kind, table[SMALLEST])
-  rows = rows["bfloat16" if dtype == "bfloat16" else "float32"]
+  own = table.get(kind, table[SMALLEST])
+  rows = own["bfloat16" if dtype == "bfloat16" else "float32"]
   dims = sorted(map(int, rows))
   row = rows[str(next((d for d in dims if d >= head_dim), dims[-1]))]
   shrink = -(-head_dim // dims[-1])
-  if bias and table.get(kind, table[SMALLEST]) == table[SMALLEST]:
+  if bias and own is table[SMALLEST]:
     shrink *= 2
   return Tiles(
     **{name: _smaller(Tile(*sizes), shrink) for name, sizes in row.items()}

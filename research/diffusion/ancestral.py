@@ -11,18 +11,15 @@ place a call, which is exact for models that do not look at the time.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from research.diffusion import process
+from research.diffusion.likelihood import Scores
 from research.diffusion.schedule import Linear, Schedule
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
-
-Scores = Callable[..., Float[Array, "B T V"]]
-"""Noisy tokens, and each row's time if it is told, -> logits."""
 
 Grid = Literal["uniform", "cosine", "dream"]
 Remask = Literal["none", "cap", "rescale", "confidence"]

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.masks import Mask
-from research.diffusion.denoiser import own_rows, positions
+from research.diffusion.denoiser import own_rows, positions, reread
 from research.diffusion.told import Shares
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, UserError
@@ -149,16 +148,8 @@ class Delayed:
 
     chosen = some(need)
     place = jnp.where(chosen, some(positions(valid)), -1)
-    # All tokens of a row are in the cache, before this call and after it.
-    held = valid.sum(-1) - chosen.sum(-1)
-    cache = dataclasses.replace(kept.cache, length=held.astype(jnp.int32))
-    hidden, cache = self.model.apply(
-      {"params": params},
-      some(tokens),
-      place,
-      Mask.full(),
-      dataclasses.replace(cache, fresh=False),
-      time=self.told and self.told.rows(tokens, valid),
+    hidden, cache = reread(
+      self, params, tokens, valid, some(tokens), place, kept.cache
     )
     row = jnp.arange(tokens.shape[0])[:, None]
     to = jnp.where(chosen, at, length)  # beyond: dropped

@@ -143,6 +143,35 @@ class Whole:
     return self.first(params, tokens, valid, start, size)
 
 
+def reread(
+  how: Any,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  valid: Bool[Array, "B T"],
+  some: Int[Array, "B N"],
+  place: Int[Array, "B N"],
+  cache: caches.Cache,
+) -> tuple[Float[Array, "B N D"], caches.Cache]:
+  """Returns states of places that are read again, and the cache with them.
+
+  Args:
+    how: a denoiser whose cache holds all tokens of its rows: before the call,
+      what it read of these places included, and after it.
+    params: of its model.
+    tokens: of whole rows; with `valid`, what a model is told the time by.
+    valid: False for padding.
+    some: the tokens that are read.
+    place: their positions; -1 for padding.
+    cache: keys and values of all places.
+  """
+  held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
+  cache = dataclasses.replace(cache, length=held.astype(jnp.int32), fresh=False)
+  time = how.told and how.told.rows(tokens, valid)
+  return how.model.apply(
+    {"params": params}, some, place, Mask.full(), cache, time=time
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cached:
   """Later steps of a block read the block and its neighbours alone.
@@ -195,13 +224,7 @@ class Cached:
     low = jnp.clip(start - self.before, 0, length - span)
     some = jax.lax.dynamic_slice_in_dim(tokens, low, span, axis=1)
     place = jax.lax.dynamic_slice_in_dim(positions(valid), low, span, axis=1)
-    # All tokens of a row are in the cache, before this call and after it.
-    held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
-    cache = dataclasses.replace(cache, length=held.astype(jnp.int32))
-    time = self.told and self.told.rows(tokens, valid)
-    hidden, cache = self.model.apply(
-      {"params": params}, some, place, Mask.full(), cache, time=time
-    )
+    hidden, cache = reread(self, params, tokens, valid, some, place, cache)
     own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
     if self.shift:
       near = _before(hidden, start - low)

@@ -31,6 +31,12 @@ import families  # noqa: E402
 import make_models  # noqa: E402
 
 BASE = "llama"
+SETS = (
+  *("target_modules", "modules_to_save", "exclude_modules"),
+  "feedforward_modules",
+)
+"""Fields that are sets in PEFT: their order would differ from run to run."""
+
 ALL_LINEAR = [
   "q_proj",
   "k_proj",
@@ -117,6 +123,23 @@ def golden(model) -> dict[str, np.ndarray]:
   return out | dict(tokens=rows)
 
 
+def settle(folder: pathlib.Path, base: str) -> None:
+  """Makes what PEFT wrote the same wherever it is made.
+
+  Args:
+    folder: of an adapter.
+    base: where its base lies, relative to the folder.
+  """
+  (folder / "README.md").unlink(missing_ok=True)
+  path = folder / "adapter_config.json"
+  config = json.loads(path.read_text())
+  config["base_model_name_or_path"] = base
+  for field in SETS:
+    if isinstance(config.get(field), list):
+      config[field].sort()
+  path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def make(name: str, to: pathlib.Path = make_models.MODELS) -> dict:
   """Writes one adapter's folder; returns its golden arrays."""
   family = families.FAMILIES[BASE]
@@ -124,14 +147,7 @@ def make(name: str, to: pathlib.Path = make_models.MODELS) -> dict:
   folder = to / name
   single = make_models.build(family.config, tensors)
   wrap(single, name, **ADAPTERS[name]).save_pretrained(folder)
-  (folder / "README.md").unlink(missing_ok=True)
-  path = folder / "adapter_config.json"
-  config = json.loads(path.read_text())
-  # Where the base lies, relative to the adapter.
-  config["base_model_name_or_path"] = f"../{BASE}"
-  # A set in PEFT: its order would differ from run to run.
-  config["target_modules"] = sorted(config["target_modules"])
-  path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+  settle(folder, f"../{BASE}")
   with make_models.float64():
     double = make_models.build(family.config, tensors, torch.float64)
     arrays = golden(wrap(double, name, **ADAPTERS[name]).double())

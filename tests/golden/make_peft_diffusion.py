@@ -10,14 +10,17 @@ PEFT saves it, with merged.npz beside it: the adapted weights after
 """
 
 import argparse
-import json
 import pathlib
+import sys
 import zlib
 
 import numpy as np
 import peft
 import safetensors.numpy
 import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import make_peft  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 TO, BASES = HERE / "diffusion_peft", HERE / "diffusion"
@@ -72,12 +75,7 @@ def make(name: str, to: pathlib.Path = TO) -> dict[str, np.ndarray]:
       value.data = torch.from_numpy(drawn.astype(np.float32))
   folder = to / name
   wrapped.save_pretrained(folder)
-  (folder / "README.md").unlink(missing_ok=True)
-  path = folder / "adapter_config.json"
-  said = json.loads(path.read_text())
-  said["base_model_name_or_path"] = f"../../diffusion/{base}"
-  said["target_modules"] = sorted(said["target_modules"])
-  path.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
+  make_peft.settle(folder, f"../../diffusion/{base}")
   adapted = {
     key.removeprefix("base_model.model.").partition(".lora_")[0]
     for key, _ in wrapped.named_parameters()

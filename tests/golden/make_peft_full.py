@@ -13,7 +13,6 @@ tied model (with and without ensure_weight_tying), a longer vocabulary.
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 import tempfile
@@ -164,14 +163,7 @@ def make(name: str, to: pathlib.Path = make_models.MODELS) -> dict:
     make_models.save(pathlib.Path(base), family, {})
     wrapped.peft_config["default"].base_model_name_or_path = base
     wrapped.save_pretrained(folder)
-  (folder / "README.md").unlink(missing_ok=True)
-  path = folder / "adapter_config.json"
-  stored = json.loads(path.read_text())
-  stored["base_model_name_or_path"] = f"../{case.base}"
-  for field in ("target_modules", "modules_to_save", "exclude_modules"):
-    if isinstance(stored[field], list):  # sets in PEFT
-      stored[field].sort()
-  path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+  make_peft.settle(folder, f"../{case.base}")
   found = logits(case, folder)
   arrays = dict(tokens=tokens(case), logits=found.astype(np.float32))
   np.savez_compressed(folder / "golden.npz", **arrays)

@@ -15,7 +15,6 @@ matrix stands in.
 """
 
 import argparse
-import json
 import pathlib
 import sys
 import zlib
@@ -215,14 +214,7 @@ def make(name: str, to: pathlib.Path = make_models.MODELS) -> dict:
   if name == "adalora_cut":
     cut(wrapped)
   wrapped.save_pretrained(folder)
-  (folder / "README.md").unlink(missing_ok=True)
-  path = folder / "adapter_config.json"
-  stored = json.loads(path.read_text())
-  stored["base_model_name_or_path"] = f"../{make_peft.BASE}"
-  for field in ("target_modules", "feedforward_modules"):
-    if isinstance(stored.get(field), list):  # sets in PEFT
-      stored[field].sort()
-  path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+  make_peft.settle(folder, f"../{make_peft.BASE}")
   arrays = golden(folder)
   np.savez_compressed(folder / "golden.npz", **arrays)
   return arrays

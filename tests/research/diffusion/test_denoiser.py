@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import denoiser, sampler
+from research.diffusion import sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
 from research.diffusion.guided import Guided
@@ -17,6 +17,7 @@ from research.diffusion.policies import Threshold
 from research.nn.sampling import Sampling
 from research.typing import UserError
 from tests import support
+from tests.research.diffusion import passes
 
 V, T, K = 24, 16, 4
 MASK = V - 1
@@ -46,14 +47,7 @@ def close(got, want):
 
 def by_hand(tokens, valid, block, shift):
   """Returns all logits, from one pass with a mask as an array."""
-  model, params = network()
-  hidden, _ = model.apply(
-    {"params": params},
-    tokens,
-    denoiser.positions(valid),
-    denoiser.visible(block, valid),
-  )
-  logits = model.apply({"params": params}, hidden, method="logits")
+  logits = passes.logits(*network(), tokens, valid, block)
   if shift:
     logits = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
   return logits

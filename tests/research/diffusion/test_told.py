@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.masks import Mask
-from research.diffusion import ancestral, denoiser, likelihood, sampler
+from research.diffusion import ancestral, likelihood, sampler
 from research.diffusion.ancestral import Ancestral
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.candidates import Options
@@ -25,7 +25,7 @@ from research.nn.clock import Clock
 from research.nn.sampling import Sampling, row_keys
 from research.typing import UserError
 from tests import support
-from tests.research.diffusion import joint
+from tests.research.diffusion import joint, passes
 
 V, T, K = 20, 12, 4
 MASK = V - 1
@@ -259,15 +259,7 @@ def test_samplers_tell_when_a_place_is_filled(way, schedule):
 
 
 def by_hand(tokens, valid, block, time):
-  model, params = network()
-  hidden, _ = model.apply(
-    {"params": params},
-    tokens,
-    denoiser.positions(valid),
-    denoiser.visible(block, valid),
-    time=time,
-  )
-  return model.apply({"params": params}, hidden, method="logits")
+  return passes.logits(*network(), tokens, valid, block, time)
 
 
 def test_caches_are_told_what_whole_rows_are():
