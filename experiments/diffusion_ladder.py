@@ -22,8 +22,10 @@ from experiments.diffusion_study import (
   Row,
   Rows,
   Tiny,
+  at,
   batch_of,
   difference,
+  marks,
   surely,
 )
 from experiments.lora_verdicts import Mean, mean
@@ -137,7 +139,7 @@ class Ladder:
     size = self.tiny.batch * self.source.length
     size *= 1 if kind in (AR, WHOLE) else 2
     tried = self.tiny.train(objective, params, pool, steps, seed, rate)
-    wanted = _marks(steps, self.tiny.every, points or self.points)
+    wanted = marks(steps, self.tiny.every, points or self.points)
     out: dict[str, list[Any]] = {"read": [], "gap": []}
     for done, now in tried:
       if done in wanted:
@@ -178,7 +180,7 @@ class Ladder:
   def gaps(self, rows: Rows, kind: str, read: int | None = None) -> Mean:
     """Returns the mean gap of a kind, at its end, or after `read` tokens."""
     mine = [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
-    return mean([_at(row, read) for row in mine])
+    return mean([at(row, "gap", read) for row in mine])
 
   def apart(
     self, rows: Rows, first: str, second: str, read: int | None = None
@@ -186,7 +188,9 @@ class Ladder:
     """Returns by how much `first` is further away, after `read` tokens."""
 
     def of(kind, read):
-      return [_at(rows[f"{kind}, seed {s}"], read) for s in range(self.seeds)]
+      return [
+        at(rows[f"{kind}, seed {s}"], "gap", read) for s in range(self.seeds)
+      ]
 
     return mean(difference(of(first, read), of(second, None)))
 
@@ -284,20 +288,3 @@ class Ladder:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     plots.save(drawn, folder / "curves.png")
-
-
-def _marks(steps: int, every: int, points: int) -> set[int]:
-  """Returns when to look, each twice as late as the one before, and the end."""
-  ends = {*range(every, steps, every), steps}
-  wanted = {steps / 2**i for i in range(points)}
-  return {min(ends, key=lambda e, w=w: (abs(e - w), e)) for w in wanted} | {
-    steps
-  }
-
-
-def _at(row: Row, read: int | None) -> float:
-  """Returns the gap at the end, or after so many tokens (interpolated)."""
-  if read is None:
-    return row["gap"][-1]
-  x = np.log(row["read"])
-  return float(np.interp(math.log(read), x, row["gap"]))

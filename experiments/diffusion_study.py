@@ -203,6 +203,29 @@ def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:
   return out
 
 
+def marks(steps: int, every: int, points: int) -> set[int]:
+  """Returns when to look, each twice as late as the one before, and the end."""
+  ends = {*range(every, steps, every), steps}
+  wanted = {steps / 2**i for i in range(points)}
+  return {min(ends, key=lambda e, w=w: (abs(e - w), e)) for w in wanted} | {
+    steps
+  }
+
+
+def at(row: Row, name: str, read: int | None) -> float:
+  """Returns a curve's value at its end, or after so many tokens.
+
+  Args:
+    row: with `read`, tokens so far, and the curve beside it.
+    name: of the curve.
+    read: None for the end; between two points the curve is straight in log
+      tokens.
+  """
+  if read is None:
+    return row[name][-1]
+  return float(np.interp(np.log(read), np.log(row["read"]), row[name]))
+
+
 def difference(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
   """Returns `a - b`, paired by seed."""
   return np.asarray(a, float) - np.asarray(b, float)

@@ -1,11 +1,12 @@
 """Real text, left to right against diffusion: bits per byte.
 
-Two models of equal size learn the same rows of Python's own text, in the same
-number of steps, each at its best of a few rates. A row is a mark and a piece of
-a document; both predict all of it but the mark, and see nothing else. What
-diffusion is worth is its bound, estimated without bias: any number of masks is
-as likely as any other (`variants.AnyOrder`), drawn anew for every pass over the
-held-out rows, so that the passes say how sure the estimate is.
+Two models of equal size learn the same rows of Python's own text, each at its
+best of a few rates; diffusion goes on for several times as many tokens, since
+that is what it needs. A row is a mark
+and a piece of a document; both predict all of it but the mark, and see nothing
+else. What diffusion is worth is its bound, estimated without bias: any number
+of masks is as likely as any other (`variants.AnyOrder`), drawn anew for every
+pass over the held-out rows, so that the passes say how sure the estimate is.
 """
 
 import dataclasses
@@ -21,8 +22,16 @@ import numpy as np
 
 from experiments import diffusion_bounds
 from experiments.claims import Verdict
-from experiments.diffusion_study import Row, Rows, Tiny, batch_of
-from experiments.lora_verdicts import CLOSE
+from experiments.diffusion_study import (
+  Row,
+  Rows,
+  Tiny,
+  at,
+  batch_of,
+  difference,
+  marks,
+)
+from experiments.lora_verdicts import CLOSE, Mean, mean
 from research.data.bpe import Bpe
 from research.data.stdlib import Stdlib
 from research.diffusion.objective import MaskedDiffusion
@@ -50,24 +59,30 @@ class Text:
     vocab: ids that are learned from the training text; one more is the mask.
     length: tokens of a row.
     documents: of the training text, at most; None for all.
-    steps: of training.
-    rates: tried, for `trial` steps, on half of the held-out rows' number of
-      validation rows.
+    steps: of next-token prediction.
+    more: how many times as many steps diffusion takes.
+    rates: tried, for `trial` steps, on half as many validation rows as there
+      are held-out ones.
     trial: see `rates`.
+    seeds: of weights, order and masks.
     heldout: rows that are measured.
     passes: over them, for the bound; at least two.
+    points: of each curve.
   """
 
-  tiny: Tiny = Tiny(width=256, depth=4, batch=4, rate=1e-3, every=50)
-  hidden: int = 768
-  vocab: int = 4096
-  length: int = 256
+  tiny: Tiny = Tiny(width=96, depth=4, batch=16, rate=3e-3, every=50)
+  hidden: int = 256
+  vocab: int = 512
+  length: int = 128
   documents: int | None = None
-  steps: int = 1000
-  rates: Sequence[float] = (1e-3, 3e-3)
-  trial: int = 100
+  steps: int = 600
+  more: int = 8
+  rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
+  trial: int = 200
+  seeds: int = 3
   heldout: int = 128
-  passes: int = 8
+  passes: int = 4
+  points: int = 6
 
   def __post_init__(self):
     if self.passes < 2 or self.heldout < 2:
@@ -78,35 +93,65 @@ class Text:
 
   @property
   def arms(self) -> list[str]:
-    """One for the rates of each, then one for each."""
-    return [f"rates of {kind}" for kind in KINDS] + list(KINDS)
+    """One for the rates of each kind, then one for each kind and seed."""
+    rates = [f"rates of {kind}" for kind in KINDS]
+    return rates + [
+      f"{kind}, seed {s}" for kind in KINDS for s in range(self.seeds)
+    ]
 
   def row(self, arm: str, before: Rows) -> Row:
-    """Returns bits per byte, by rate or at the end."""
-    kind = arm.removeprefix("rates of ")
-    if arm != kind:
-      bits = {
-        rate: self._trained(kind, rate, self.trial, "validation")["bits"]
-        for rate in self.rates
-      }
-      good = {r: b for r, b in bits.items() if math.isfinite(b)}
-      if not good:
-        raise UserError(f"{arm}: no rate of {tuple(self.rates)} was stable")
-      return {"bits": list(bits.values()), "rate": min(good, key=good.get)}
+    """Returns the best rate, or a curve of bits per byte."""
+    if arm.startswith("rates of "):
+      return self._swept(arm.removeprefix("rates of "))
+    kind, seed = arm.split(", seed ")
     if f"rates of {kind}" not in before:
       raise UserError(f"{arm}: needs the arm 'rates of {kind}'; run it first")
     rate = before[f"rates of {kind}"]["rate"]
-    return {"rate": rate, **self._trained(kind, rate, self.steps, "heldout")}
+    steps = self.steps * (1 if kind == AR else self.more)
+    curve = self.curve(kind, int(seed), steps, rate, "heldout", self.points)
+    return {"kind": kind, "seed": int(seed), "rate": rate, **curve}
 
-  def _trained(self, kind: str, rate: float, steps: int, split: Any) -> Row:
-    """Returns what a model of some steps is worth."""
-    model, params = self._load()
-    pool = _batch(*self._rows("train", None))
+  def _swept(self, kind: str) -> Row:
+    seed = self.seeds  # a seed that is not reported
+    bits = {
+      rate: self.curve(kind, seed, self.trial, rate, "validation", 1)["bits"][0]
+      for rate in self.rates
+    }
+    good = {r: b for r, b in bits.items() if math.isfinite(b)}
+    if not good:
+      raise UserError(
+        f"rates of {kind}: no rate of {tuple(self.rates)} was stable"
+      )
+    return {"bits": list(bits.values()), "rate": min(good, key=good.get)}
+
+  def curve(
+    self,
+    kind: str,
+    seed: int,
+    steps: int,
+    rate: float,
+    split: Any,
+    points: int,
+  ) -> dict[str, Any]:
+    """Returns `read` (tokens so far), `bits` and their `error`, three lists."""
+    model, params = self._load(seed)
     objective = self._objective(kind, model)
-    params = self.tiny.trained(objective, params, pool, steps, 0, rate)
-    return self._worth(kind, model, params, split)
+    pool = _batch(*self._rows("train", None))
+    wanted = marks(steps, self.tiny.every, points)
+    read, found = [], []
+    tried = self.tiny.train(objective, params, pool, steps, seed, rate)
+    for done, now in tried:
+      if done in wanted:
+        read.append(done * self.tiny.batch * self.length)
+        found.append(self._worth(kind, model, now, split))
+    return {
+      "read": read,
+      "bits": [f["bits"] for f in found],
+      "error": [f["error"] for f in found],
+      **{k: found[-1][k] for k in ("bytes", "tokens", "parameters")},
+    }
 
-  def _load(self) -> tuple[Transformer, Params]:
+  def _load(self, seed: int) -> tuple[Transformer, Params]:
     sizes = presets.Sizes(
       vocab=self.vocab + 1,
       width=self.tiny.width,
@@ -119,7 +164,7 @@ class Text:
     )
     model = presets.transformer(presets.FAMILIES["llama"], sizes)
     tokens = jnp.zeros((1, 2), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    return model, jax.jit(model.init)(jax.random.key(seed), tokens)["params"]
 
   def _objective(self, kind: str, model: Transformer) -> Objective:
     if kind == AR:
@@ -179,60 +224,93 @@ class Text:
 
   # --- what the rows say ---
 
+  def _of(self, rows: Rows, kind: str) -> list[Row]:
+    return [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
+
+  def bits(self, rows: Rows, kind: str, read: int | None = None) -> list[float]:
+    """Returns each seed's bits a byte, at the end or after `read` tokens."""
+    return [at(row, "bits", read) for row in self._of(rows, kind)]
+
   def table(self, rows: Rows) -> list[dict[str, Any]]:
-    """Returns a line for each model."""
-    read = self.steps * self.tiny.batch * self.length
-    lines = [
-      {
-        "model": kind,
-        "rate": rows[kind]["rate"],
-        "tokens read": read,
-        "bits a byte": rows[kind]["bits"],
-        "+- (1 s.e.)": rows[kind]["error"],
-        "parameters": rows[kind]["parameters"],
-      }
-      for kind in KINDS
-    ]
-    nothing = {"rate": 0.0, "tokens read": 0, "+- (1 s.e.)": 0.0}
-    own = {"model": "unigrams", "bits a byte": self.unigram(), "parameters": 0}
+    """Returns a line for each model, and for counted tokens."""
+    equal = self.steps * self.tiny.batch * self.length
+    lines = []
+    for kind, read in ((AR, equal), (DIFFUSION, equal), (DIFFUSION, None)):
+      first = self._of(rows, kind)[0]
+      found = mean(self.bits(rows, kind, read))
+      lines.append(
+        {
+          "model": kind,
+          "rate": first["rate"],
+          "tokens read": read or first["read"][-1],
+          "bits a byte": found.value,
+          "+-": found.half,
+          "parameters": first["parameters"],
+        }
+      )
+    nothing = {"rate": 0.0, "tokens read": 0, "+-": 0.0, "parameters": 0}
+    own = {"model": "unigrams", "bits a byte": self.unigram()}
     return [*lines, nothing | own]
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of D1 on real text."""
-    ar, bound = rows[AR]["bits"], rows[DIFFUSION]["bits"]
-    error, known = rows[DIFFUSION]["error"], self.unigram()
+    equal = self.steps * self.tiny.batch * self.length
+    known = self.unigram()
+    last = mean(self.bits(rows, DIFFUSION))
+    error = max(row["error"][-1] for row in self._of(rows, DIFFUSION))
     return [
       Verdict(
-        "the bound is known to 1%",
-        f"{bound:.3f} ± {error:.3f} bits a byte (1 s.e.)",
-        error < 0.01 * bound,
+        "the bound of a model is known to 1%",
+        f"{last.value:.3f} ± {error:.3f} bits a byte (1 s.e.)",
+        error < 0.01 * last.value,
       ),
       Verdict(
         "diffusion has learned more than how frequent tokens are (10% less)",
-        f"{bound:.3f} bits a byte, unigrams {known:.3f}",
-        bound + 2 * error < 0.9 * known,
+        f"{last} bits a byte, unigrams {known:.3f}",
+        last.value + last.half < 0.9 * known,
       ),
-      Verdict(
-        "at equal parameters, data and steps it is within 2% of next-token"
+      self._close(
+        rows,
+        "at equal parameters, tokens and FLOPs it is within 2% of next-token"
         " prediction",
-        f"{bound:.3f} ± {error:.3f} against {ar:.3f}: {bound / ar - 1:+.1%}",
-        bound - 2 * error < (1 + CLOSE) * ar,
+        equal,
       ),
+      self._close(rows, f"with {self.more} times the tokens it is", None),
     ]
 
-  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
-    """Leaves text.png: bits per byte of each."""
-    drawn = plots.figure(7, 2.6)
-    axes = drawn.add_subplot()
-    axes.barh(
-      [*KINDS, "unigrams"],
-      [*(rows[kind]["bits"] for kind in KINDS), self.unigram()],
-      xerr=[*(rows[kind]["error"] for kind in KINDS), 0.0],
-      color=plots.style(0)["color"],
-      capsize=2,
+  def _close(self, rows: Rows, claim: str, read: int | None) -> Verdict:
+    ar, bound = self.bits(rows, AR), self.bits(rows, DIFFUSION, read)
+    behind: Mean = mean(difference(bound, ar))
+    base = mean(ar).value
+    said = f"behind by {behind} of {base:.3f} bits a byte"
+    return Verdict(
+      claim,
+      f"{said}: {behind.value / base:+.1%}",
+      behind.value < CLOSE * base,
     )
-    axes.invert_yaxis()
-    axes.set(xlabel="held-out bits a byte", title=title)
+
+  def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
+    """Leaves text.png: bits per byte against tokens read."""
+    drawn = plots.figure(7, 4.2)
+    axes = drawn.add_subplot()
+    for i, kind in enumerate(KINDS):
+      mine = self._of(rows, kind)
+      bits = np.array([row["bits"] for row in mine])
+      read, style = mine[0]["read"], plots.style(i)
+      axes.plot(
+        read, bits.mean(0), marker="o", markersize=3, label=kind, **style
+      )
+      low, high = bits.min(0), bits.max(0)
+      axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
+    axes.axhline(self.unigram(), label="unigrams", **plots.style(2))
+    axes.set(
+      xscale="log",
+      xlabel="tokens through the model, of training",
+      ylabel="held-out bits a byte",
+      title=title,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     plots.save(drawn, folder / "text.png")
 
 

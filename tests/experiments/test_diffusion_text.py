@@ -23,6 +23,9 @@ SMALL = Text(
   steps=4,
   rates=(1e-3, 1e-2),
   trial=2,
+  more=2,
+  seeds=2,
+  points=2,
   heldout=6,
   passes=2,
 )
@@ -47,22 +50,36 @@ def trained():
 
 def test_both_are_measured_on_the_same_bytes():
   rows = trained()
-  assert rows[AR]["bytes"] == rows[DIFFUSION]["bytes"] > 0
-  assert rows[AR]["tokens"] == rows[DIFFUSION]["tokens"]
-  assert rows[AR]["parameters"] == rows[DIFFUSION]["parameters"]
-  assert rows[AR]["error"] == 0 < rows[DIFFUSION]["error"]
+  ar, diffusion = (rows[f"{kind}, seed 1"] for kind in (AR, DIFFUSION))
+  assert ar["bytes"] == diffusion["bytes"] > 0
+  assert ar["tokens"] == diffusion["tokens"]
+  assert ar["parameters"] == diffusion["parameters"]
+  # 2 rows of 32 tokens a step; diffusion takes twice as many steps.
+  assert ar["read"] == [128, 256] and diffusion["read"] == [256, 512]
+  assert ar["error"] == [0, 0] and min(diffusion["error"]) > 0
   # Hardly trained: about a uniform guess of one of 301 ids.
-  uniform = math.log2(301) * rows[AR]["tokens"] / rows[AR]["bytes"]
+  uniform = math.log2(301) * ar["tokens"] / ar["bytes"]
   for kind in (AR, DIFFUSION):
-    assert rows[kind]["bits"] == pytest.approx(uniform, rel=0.1)
+    found = SMALL.bits(rows, kind)
+    assert found == pytest.approx([uniform] * 2, rel=0.1)
+    assert found[0] != found[1]  # seeds differ
     best = np.argmin(rows[f"rates of {kind}"]["bits"])
-    assert rows[kind]["rate"] == SMALL.rates[best]
-  assert len(SMALL.table(rows)) == 3
+    assert rows[f"{kind}, seed 0"]["rate"] == SMALL.rates[best]
+
+
+def test_table_and_picture(tmp_path):
+  rows = trained()
+  lines = SMALL.table(rows)
+  assert [line["tokens read"] for line in lines] == [256, 256, 512, 0]
+  equal = [rows[f"{DIFFUSION}, seed {s}"]["bits"][0] for s in range(2)]
+  assert lines[1]["bits a byte"] == pytest.approx(np.mean(equal))
+  SMALL.draw(rows, tmp_path, "text")
+  assert (tmp_path / "text.png").stat().st_size > 1000
 
 
 def test_next_tokens_are_those_of_the_rows():
   """Against every token's own cross-entropy."""
-  model, params = SMALL._load()
+  model, params = SMALL._load(0)
   got = SMALL._worth(AR, model, params, "heldout")
   rows, real = SMALL._rows("heldout", 6)
 
@@ -79,25 +96,29 @@ def test_next_tokens_are_those_of_the_rows():
   assert got["bits"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
-def found(ar, bound, error=0.01):
+def found(ar, equal, last, error=0.01):
   common = {"rate": 1e-3, "bytes": 10.0, "tokens": 5, "parameters": 7}
-  return {
-    AR: common | {"bits": ar, "error": 0.0},
-    DIFFUSION: common | {"bits": bound, "error": error},
-  }
+  out = {}
+  for s in range(2):
+    off = 0.001 * s
+    mine = {"read": [128, 256], "bits": [9.0, ar + off], "error": [0.0, 0.0]}
+    out[f"{AR}, seed {s}"] = common | mine
+    mine = {"read": [256, 512], "bits": [equal + off, last + off]}
+    out[f"{DIFFUSION}, seed {s}"] = common | mine | {"error": [error] * 2}
+  return out
 
 
 @pytest.mark.parametrize(
-  ("ar", "bound", "error", "wanted"),
+  ("ar", "equal", "last", "error", "wanted"),
   [
-    (2.0, 2.03, 0.001, [True, True, True]),
-    (2.0, 2.5, 0.001, [True, True, False]),
-    (2.0, 2.5, 0.1, [False, True, False]),
-    (2.0, 9.0, 0.001, [True, False, False]),
+    (2.0, 2.03, 2.02, 0.001, [True, True, True, True]),
+    (2.0, 2.5, 2.03, 0.001, [True, True, False, True]),
+    (2.0, 2.5, 2.5, 0.1, [False, True, False, False]),
+    (2.0, 9.0, 8.0, 0.001, [True, False, False, False]),
   ],
 )
-def test_verdicts(ar, bound, error, wanted):
-  said = SMALL.verdicts(found(ar, bound, error))
+def test_verdicts(ar, equal, last, error, wanted):
+  said = SMALL.verdicts(found(ar, equal, last, error))
   assert [v.holds for v in said] == wanted
   assert 3 < SMALL.unigram() < 8
 
@@ -106,4 +127,4 @@ def test_mistakes():
   with pytest.raises(UserError, match="passes is 1"):
     Text(passes=1)
   with pytest.raises(UserError, match="needs the arm 'rates of diffusion'"):
-    SMALL.row(DIFFUSION, {})
+    SMALL.row(f"{DIFFUSION}, seed 0", {})

@@ -15,6 +15,7 @@ from experiments import (
   diffusion_policy_verdicts,
   diffusion_reversal,
   diffusion_rewards,
+  diffusion_study,
   diffusion_truth,
 )
 from experiments import diffusion_tasks as tasks
@@ -89,10 +90,10 @@ def test_the_ladder_falls(gaps, number):
 def test_a_gap_at_equal_tokens_is_read_off_the_curve():
   row = {"read": [10, 1000], "gap": [1.0, 0.0]}
   # Halfway in log tokens.
-  assert diffusion_ladder._at(row, 100) == pytest.approx(0.5)
-  assert diffusion_ladder._at(row, None) == 0.0
-  assert diffusion_ladder._marks(1000, 250, 3) == {250, 500, 1000}
-  assert diffusion_ladder._marks(7, 250, 3) == {7}
+  assert diffusion_study.at(row, "gap", 100) == pytest.approx(0.5)
+  assert diffusion_study.at(row, "gap", None) == 0.0
+  assert diffusion_study.marks(1000, 250, 3) == {250, 500, 1000}
+  assert diffusion_study.marks(7, 250, 3) == {7}
 
 
 # --- reversal ---
