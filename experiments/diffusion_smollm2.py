@@ -4,7 +4,9 @@ A real next-token model gets a mask (`convert.converted`). First it has to learn
 that all tokens see each other: it fills in masks of plain text (adapted). Then
 it is fine-tuned as LLaDA is, prompts clean, answers masked (tuned): questions
 about the Python reference, whose held-out answers have a loss, and lists of
-words to be said backwards, which are right or wrong.
+words to be said backwards, which are right or wrong. Beside the second step
+the model that it was learns the same rows by next tokens: as many parameters,
+tokens and FLOPs.
 """
 
 import dataclasses
@@ -20,7 +22,8 @@ import numpy as np
 from experiments import diffusion_bounds
 from experiments.claims import Verdict
 from experiments.diffusion_policies import fill
-from experiments.diffusion_study import Row, Rows, Tiny
+from experiments.diffusion_study import Row, Rows, Tiny, difference, over_seeds
+from experiments.lora_verdicts import CLOSE, mean
 from research.data import examples, packing, pydoc
 from research.data.examples import Example
 from research.data.sources import PydocTopics, Split
@@ -34,11 +37,12 @@ from research.diffusion.variants import AnyOrder
 from research.interop import load
 from research.nn.sampling import GREEDY
 from research.training import plots
-from research.training.objective import Batch
+from research.training.objective import Batch, NextToken
 from research.typing import Int, Params, UserError
 
 CONVERTED, ADAPTED, TUNED = "converted", "adapted", "tuned"
 STAGES = (CONVERTED, ADAPTED, TUNED)
+AR, DIFFUSION = "next token", "diffusion"
 
 WORDS = (
   *("time", "year", "people", "way", "day", "man", "thing", "woman", "life"),
@@ -103,7 +107,8 @@ class Instructed:
     answer: characters of an answer, at most.
     graded: held-out lists.
     heldout: rows of held-out answers, at most.
-    passes: over the held-out answers, each with masks of its own.
+    passes: over what is held out, each with masks of its own.
+    seeds: of the order of rows and of masks.
   """
 
   name: str = "smollm2-135m"
@@ -117,6 +122,7 @@ class Instructed:
   graded: int = 64
   heldout: int = 32
   passes: int = 3
+  seeds: int = 3
 
   def __post_init__(self):
     if self.passes < 2:
@@ -124,14 +130,18 @@ class Instructed:
 
   @property
   def arms(self) -> list[str]:
-    """One: a stage begins where the one before it ends."""
-    return [self.name]
+    """One a seed: a stage begins where the one before it ends."""
+    return [f"seed {s}" for s in range(self.seeds)]
 
   def row(self, arm: str, before: Rows) -> Row:
-    """Returns what each stage is worth."""
-    del arm, before
+    """Returns what each stage is worth, and plain text by two kinds."""
+    del before
+    seed = int(arm.removeprefix("seed "))
     loaded = load.load_model(self.name)
     words = loaded.tokenizer
+    plain, unseen = self._plain(words), self._unseen(words)
+    text = {AR: self._next_token(loaded, plain, unseen, seed)}
+
     model, params, spec = convert.converted(loaded.model, loaded.params)
     common = dict(
       model=model,
@@ -142,24 +152,46 @@ class Instructed:
       rows=256,
     )
     objective = MaskedDiffusion(**common, schedule=Linear(high=1e-3))
-    # Without prompts all of a text is learned; so all pools are of one kind.
-    plain, told = self._plain(words), self._told(words)
-
+    exact = AnyOrder(**common)
     heldout = self._heldout(words)
     lists = self.task.examples(words, "heldout", self.graded)
 
     def judged(params):
-      return self._judged(AnyOrder(**common), params, heldout, lists)
+      return self._judged(exact, params, heldout, lists)
 
+    # Without prompts all of a text is learned; so all pools are of one kind.
     out = {CONVERTED: judged(params)}
-    params = self.train.trained(objective, params, plain, self.adapt, 0)
-    out[ADAPTED] = judged(params)
-    params = self.train.trained(objective, params, told, self.tune, 1)
-    return out | {TUNED: judged(params)}
+    text[DIFFUSION] = [self._loss(exact, params, unseen)[0]]
+    pairs = ((plain, self.adapt), (self._told(words), self.tune))
+    for i, (stage, (pool, steps)) in enumerate(
+      zip((ADAPTED, TUNED), pairs, strict=True)
+    ):
+      key = 2 * seed + i
+      params = self.train.trained(objective, params, pool, steps, key)
+      out[stage] = judged(params)
+      if stage == ADAPTED:
+        text[DIFFUSION].append(self._loss(exact, params, unseen)[0])
+    return out | {"text": text}
+
+  def _next_token(
+    self, loaded: Any, plain: Batch, unseen: Sequence[Batch], seed: int
+  ) -> list[float]:
+    """Returns nats a token of plain text, before and after learning it."""
+    objective = NextToken(model=loaded.model, rows=256)
+    params = loaded.params
+    out = [diffusion_bounds.passes(objective, params, unseen, [None])[0]]
+    params = self.train.trained(objective, params, plain, self.adapt, 2 * seed)
+    out.append(diffusion_bounds.passes(objective, params, unseen, [None])[0])
+    return out
 
   def _plain(self, tokenizer: Any) -> Batch:
     found = examples.read(PydocTopics("train"), tokenizer)
     return self._pool([(found, 2 * self.pool)])
+
+  def _unseen(self, tokenizer: Any) -> list[Batch]:
+    """Returns rows of plain text of topics that no stage reads."""
+    found = examples.read(PydocTopics("heldout"), tokenizer)
+    return self._batches(self._packed(found))
 
   def _told(self, tokenizer: Any) -> Batch:
     questions = self._questions("train").examples(tokenizer)
@@ -189,7 +221,11 @@ class Instructed:
 
   def _heldout(self, tokenizer: Any) -> list[Batch]:
     """Returns held-out answers, the last batch filled with nothing."""
-    held = self._packed(self._questions("heldout").examples(tokenizer))
+    return self._batches(
+      self._packed(self._questions("heldout").examples(tokenizer))
+    )
+
+  def _batches(self, held: Any) -> list[Batch]:
     rows = [held[i] for i in range(min(len(held), self.heldout))]
     size = self.train.batch
     rows += [packing.blank_like(rows[0])] * (-len(rows) % size)
@@ -203,8 +239,7 @@ class Instructed:
     lists: Sequence[Example],
   ) -> Row:
     """Returns the answers' loss, its error, and what is right."""
-    keys = list(jax.random.split(jax.random.key(5), self.passes))
-    loss, error = diffusion_bounds.passes(objective, params, batches, keys)
+    loss, error = self._loss(objective, params, batches)
     got = self._answers(objective, params, lists)
     want = np.stack([e.tokens for e in lists])
     asked = lists[0].learned
@@ -214,6 +249,12 @@ class Instructed:
       "token": float((got == want)[:, asked].mean()),
       "right": float((got == want)[:, asked].all(1).mean()),
     }
+
+  def _loss(
+    self, objective: Any, params: Params, batches: Sequence[Batch]
+  ) -> tuple[float, float]:
+    keys = list(jax.random.split(jax.random.key(5), self.passes))
+    return diffusion_bounds.passes(objective, params, batches, keys)
 
   def _answers(
     self, objective: Any, params: Params, lists: Sequence[Example]
@@ -230,35 +271,48 @@ class Instructed:
   # --- what the rows say ---
 
   def table(self, rows: Rows) -> list[dict[str, Any]]:
-    """Returns a line for each stage."""
-    row = rows[self.name]
-    return [
-      {
-        "stage": stage,
-        "loss": row[stage]["loss"],
-        "+- (1 s.e.)": row[stage]["error"],
-        "words right %": 100 * row[stage]["token"],
-        "lists right %": 100 * row[stage]["right"],
-      }
-      for stage in STAGES
-    ]
+    """Returns a line for each stage, and for plain text by each kind."""
+    lines = []
+    for stage in STAGES:
+      loss = mean(over_seeds(rows, self.arms, stage, "loss"))
+      lines.append(
+        {
+          "stage": stage,
+          "loss": loss.value,
+          "+-": loss.half,
+          "words right %": 100 * self._mean(rows, stage, "token"),
+          "lists right %": 100 * self._mean(rows, stage, "right"),
+        }
+      )
+    for kind in (AR, DIFFUSION):
+      for i, when in enumerate(("before", "after")):
+        loss = mean(over_seeds(rows, self.arms, "text", kind, i))
+        said = {"stage": f"plain text by {kind}, {when}"}
+        nothing = {"words right %": math.nan, "lists right %": math.nan}
+        lines.append(said | {"loss": loss.value, "+-": loss.half} | nothing)
+    return lines
+
+  def _mean(self, rows: Rows, *path: Any) -> float:
+    return mean(over_seeds(rows, self.arms, *path)).value
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
-    """Returns what holds of D3, on a real model."""
-    row = rows[self.name]
+    """Returns what holds of D1 and D3, on a real model."""
 
     def lower(a, b):
-      gain = row[a]["loss"] - row[b]["loss"]
-      error = math.hypot(row[a]["error"], row[b]["error"])
-      said = f"{row[a]['loss']:.3f}, then {row[b]['loss']:.3f} ± {error:.3f}"
-      return said + " (1 s.e.)", gain > 2 * error
+      first, last = (over_seeds(rows, self.arms, s, "loss") for s in (a, b))
+      gain = mean(difference(first, last))
+      said = f"{mean(first)}, then {mean(last)}"
+      return said, gain.value > gain.half
 
     learned, tuned = lower(CONVERTED, ADAPTED), lower(ADAPTED, TUNED)
-    first, last = row[ADAPTED]["right"], row[TUNED]["right"]
-    apart = math.sqrt(
-      (first * (1 - first) + last * (1 - last) + 0.25 / self.graded)
-      / self.graded
+    first, last = (
+      over_seeds(rows, self.arms, s, "right") for s in (ADAPTED, TUNED)
     )
+    gain, share = mean(difference(last, first)), mean(last).value
+    ar, bound = (
+      over_seeds(rows, self.arms, "text", kind, 1) for kind in (AR, DIFFUSION)
+    )
+    behind, base = mean(difference(bound, ar)), mean(ar).value
     return [
       Verdict(
         "some plain text teaches a converted model to fill in masks: the loss"
@@ -268,25 +322,34 @@ class Instructed:
       Verdict("fine-tuning lowers it further", *tuned),
       Verdict(
         "fine-tuning makes it follow instructions: more lists are right",
-        f"{first:.0%}, then {last:.0%} of {self.graded}",
-        last - first > 2 * apart,
+        f"{mean(first)}, then {mean(last)} of {self.graded}",
+        gain.value > max(gain.half, 0.0),
       ),
-      Verdict("half of the lists are right", f"{last:.0%}", last >= 0.5),
+      Verdict("half of the lists are right", f"{share:.0%}", share >= 0.5),
+      Verdict(
+        "on plain text, after as many steps, it is within 2% of the next-token"
+        " model that it was",
+        f"{mean(bound)} against {mean(ar)} nats a token",
+        behind.value < CLOSE * base,
+      ),
     ]
 
   def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves smollm2.png: loss and right words, by stage."""
-    drawn, row = plots.figure(9, 2.8), rows[self.name]
+    drawn = plots.figure(9, 2.8)
     for axes, name, label in zip(
       drawn.subplots(1, 2),
       ("loss", "token"),
       ("loss of held-out answers, nats a token", "share of right words"),
       strict=True,
     ):
+      found = [mean(over_seeds(rows, self.arms, s, name)) for s in STAGES]
       axes.barh(
         STAGES,
-        [row[stage][name] for stage in STAGES],
+        [f.value for f in found],
+        xerr=[f.half if math.isfinite(f.half) else 0.0 for f in found],
         color=plots.style(0)["color"],
+        capsize=2,
       )
       axes.invert_yaxis()
       axes.set(xlabel=label)

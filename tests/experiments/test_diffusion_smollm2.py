@@ -52,14 +52,20 @@ def test_every_stage_is_judged(words, monkeypatch):
     graded=2,
     heldout=3,
     passes=2,
+    seeds=1,
   )
   (arm,) = study.arms
   row = study.row(arm, {})
+  text = row.pop("text")
   assert list(row) == ["converted", "adapted", "tuned"]
   losses = [row[stage]["loss"] for stage in row]
   assert np.isfinite(losses).all() and len(set(losses)) == 3
   assert all(row[stage]["error"] > 0 for stage in row)
-  assert len(study.table({arm: row})) == 3
+  # Nothing is known yet of 49,152 tokens, by either kind.
+  for kind in ("next token", "diffusion"):
+    assert text[kind] == pytest.approx([np.log(49_152)] * 2, rel=0.1)
+    assert text[kind][0] != text[kind][1]
+  assert len(study.table({arm: row | {"text": text}})) == 7
 
 
 STUDY = Instructed()
@@ -67,24 +73,42 @@ ROW = {
   "converted": dict(loss=9.0, error=0.1, token=0.0, right=0.0),
   "adapted": dict(loss=5.0, error=0.1, token=0.2, right=0.0),
   "tuned": dict(loss=3.0, error=0.1, token=0.9, right=0.8),
+  "text": {"next token": [3.0, 2.5], "diffusion": [8.0, 2.54]},
 }
+
+
+def rows_of(row):
+  """Three seeds, little apart."""
+  out = {}
+  for seed in range(3):
+    out[f"seed {seed}"] = mine = copy.deepcopy(row)
+    for stage in ("converted", "adapted", "tuned"):
+      mine[stage]["loss"] += 0.01 * (seed - 1) * (stage == "adapted")
+      mine[stage]["right"] += 0.01 * seed * (stage == "tuned")
+  return out
 
 
 @pytest.mark.parametrize(
   ("stage", "changes", "wanted"),
   [
-    ("tuned", {}, [True, True, True, True]),
-    ("adapted", dict(loss=9.0), [False, True, True, True]),
-    ("tuned", dict(loss=4.9), [True, False, True, True]),
-    ("tuned", dict(right=0.02), [True, True, False, False]),
-    ("tuned", dict(right=0.3), [True, True, True, False]),
+    ("tuned", {}, [True, True, True, True, True]),
+    ("adapted", dict(loss=9.0), [False, True, True, True, True]),
+    ("tuned", dict(loss=4.98), [True, False, True, True, True]),
+    ("tuned", dict(right=0.0), [True, True, False, False, True]),
+    ("tuned", dict(right=0.3), [True, True, True, False, True]),
+    ("text", dict(diffusion=[8.0, 2.6]), [True, True, True, True, False]),
   ],
 )
 def test_verdicts(stage, changes, wanted):
   row = copy.deepcopy(ROW)
   row[stage] |= changes
-  said = STUDY.verdicts({STUDY.name: row})
+  said = STUDY.verdicts(rows_of(row))
   assert [v.holds for v in said] == wanted
+
+
+def test_picture(tmp_path):
+  STUDY.draw(rows_of(ROW), tmp_path, "three stages")
+  assert (tmp_path / "smollm2.png").stat().st_size > 1000
 
 
 def test_mistakes():
