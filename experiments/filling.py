@@ -58,7 +58,7 @@ class Wanted:
         f"--max_new_tokens: found {self.length}, expected at least 1"
       )
     policy_of(self.policy)
-    around(self.cache, self.length)
+    cache_of(self.cache)
     if self.steps is not None and self.policy != "quota":
       raise UserError(
         f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
@@ -100,33 +100,19 @@ def _number(text: str) -> float | None:
   return value if math.isfinite(value) else None
 
 
-def around(text: str, behind: int) -> tuple[int, int] | None:
-  """Returns how many tokens around a block are read anew, or None for all.
-
-  Args:
-    text: `none`, `prefix`, `dual`, `vicinity:N` or `delayed`, `delayed:N`.
-    behind: tokens that are generated after the first block.
-  """
-  name, _, number = text.partition(":")
-  if text == "none":
-    return None
-  if text in ("prefix", "dual", "delayed"):
-    return 0, (behind if text == "prefix" else 0)
+def cache_of(text: str) -> tuple[str, int | None]:
+  """Returns a cache's kind and its number, see `experiments.generate`."""
+  name, colon, number = text.partition(":")
+  if not colon and name in ("none", "prefix", "dual", "delayed"):
+    return name, None
+  least = {"vicinity": 0, "delayed": 1}.get(name)
   whole = number.isdecimal() and len(number) < 7
-  if name == "vicinity" and whole:
-    return int(number), int(number)
-  if name == "delayed" and whole and int(number) > 0:
-    return 0, 0
+  if least is not None and whole and int(number) >= least:
+    return name, int(number)
   raise UserError(
     f"--cache={text}: expected none, prefix, dual, vicinity:N, delayed or"
     " delayed:N"
   )
-
-
-def renewed(text: str) -> int | None:
-  """Returns after how many calls `delayed:N` reads all again, if ever."""
-  number = text.partition(":")[2]
-  return int(number) if number else None
 
 
 def spec_of(loaded: Loaded, name: str) -> Spec:
@@ -167,30 +153,29 @@ def denoiser_of(
 
 def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
   """Returns how rows are read, with or without a cache."""
-  model, shift = loaded.model, how.shift
-  told = shares(model, how.mask_id)
-  block = wanted.block or min(BLOCK, wanted.length)
-  near = around(wanted.cache, max(wanted.length - block, 0))
-  if near is None:
-    return Whole(model=model, shift=shift, block=how.block, told=told)
-  if how.block is None and wanted.cache.startswith("delayed"):
-    return Delayed(
-      model=model,
-      mask_id=how.mask_id,
-      shift=shift,
-      refresh=renewed(wanted.cache),
-      told=told,
-    )
-  if how.block is None:
-    return Cached(
-      model=model, shift=shift, before=near[0], after=near[1], told=told
-    )
-  if wanted.cache != "prefix":
+  common = dict(
+    model=loaded.model,
+    shift=how.shift,
+    told=shares(loaded.model, how.mask_id),
+  )
+  kind, number = cache_of(wanted.cache)
+  if kind == "none":
+    return Whole(**common, block=how.block)
+  if how.block is not None:
+    if kind == "prefix":
+      return BlockCausal(**common, block=how.block)
     raise UserError(
       f"--cache={wanted.cache}: the model's blocks see nothing after them; "
       "expected prefix, which is exact, or none"
     )
-  return BlockCausal(model=model, block=how.block, shift=shift, told=told)
+  if kind == "delayed":
+    return Delayed(**common, mask_id=how.mask_id, refresh=number)
+  # What is read again around a block: nothing, N tokens, or all behind it.
+  before = after = number or 0
+  if kind == "prefix":
+    block = wanted.block or min(BLOCK, wanted.length)
+    after = max(wanted.length - block, 0)
+  return Cached(**common, before=before, after=after)
 
 
 def batches(
