@@ -14,6 +14,9 @@ from absl import flags
 
 from experiments import cli
 
+ALL = re.compile("")
+"""Finds every name."""
+
 
 class Verdict(NamedTuple):
   """A claim, what was found, and whether it holds."""
@@ -24,11 +27,12 @@ class Verdict(NamedTuple):
 
 
 class Flags(NamedTuple):
-  """--config, --workdir and --set of a command."""
+  """--config, --workdir, --set and --only of a command."""
 
   config: flags.FlagHolder
   workdir: flags.FlagHolder
   set: flags.FlagHolder
+  only: flags.FlagHolder | None
 
   def read(self, root: type) -> Any:
     """Returns what `config.read` does, both flags given and valid."""
@@ -38,6 +42,23 @@ class Flags(NamedTuple):
 
     runtime.setup()
     return config.read(self.config.value, self.set.value, root=root)
+
+  @property
+  def wanted(self) -> re.Pattern[str]:
+    """Returns what --only finds: names of arms or rows.
+
+    Raises:
+      UserError: it is no regular expression.
+    """
+    from research.typing import UserError
+
+    try:
+      return re.compile(self.only.value)
+    except re.error as error:
+      raise UserError(
+        f"--only={self.only.value}: no regular expression ({error}); expected"
+        " e.g. a name"
+      ) from error
 
   @property
   def folder(self) -> pathlib.Path:
@@ -50,13 +71,16 @@ class Flags(NamedTuple):
     return pathlib.Path(self.config.value).stem
 
 
-def define(values: flags.FlagValues, config: str, binding: str) -> Flags:
+def define(
+  values: flags.FlagValues, config: str, binding: str, only: str | None = None
+) -> Flags:
   """Returns the flags, defined among `values`.
 
   Args:
     values: of the command.
     config: an example of a configuration.
     binding: an example of what --set takes, and why.
+    only: an example of what --only takes; None: the command does not have it.
   """
   return Flags(
     flags.DEFINE_string(
@@ -73,6 +97,14 @@ def define(values: flags.FlagValues, config: str, binding: str) -> Flags:
     ),
     flags.DEFINE_multi_string(
       "set", [], f"Gin binding, e.g. --set={binding}.", flag_values=values
+    ),
+    only
+    and flags.DEFINE_string(
+      "only",
+      "",
+      "Regular expression: what it does not find is not run now, e.g."
+      f" --only='{only}'.",
+      flag_values=values,
     ),
   )
 

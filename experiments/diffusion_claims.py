@@ -21,8 +21,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments import claims, cli
 
 FLAGS = cli.new_flags()
@@ -31,13 +29,7 @@ _GIVEN = claims.define(
   FLAGS,
   "runs/llada/claims_reversal.gin",
   "diffusion_study.Tiny.width=32 for a trial",
-)
-
-_ONLY = flags.DEFINE_string(
-  "only",
-  ".",
-  "Regular expression; other arms are not run now, e.g. --only='seed 0'.",
-  flag_values=FLAGS,
+  "seed 0",
 )
 
 
@@ -49,7 +41,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   read = _GIVEN.read(diffusion_study.Claims)
   study, folder = read.experiment.study, _GIVEN.folder
   claims.claimed(folder, read.text)
-  rows = _rows(study, folder / "arms", _ONLY.value)
+  rows = _rows(study, folder / "arms", _GIVEN.wanted)
   missing = [arm for arm in study.arms if arm not in rows]
   if missing:
     cli.say(f"{len(missing)} arms are missing; verdicts need them all")
@@ -68,16 +60,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return claims.finish(folder, result)
 
 
-def _rows(study: Any, folder: pathlib.Path, only: str) -> dict[str, Any]:
+def _rows(
+  study: Any, folder: pathlib.Path, wanted: re.Pattern[str]
+) -> dict[str, Any]:
   """Returns arms' rows, from the folder or, where they match, new runs."""
-  from research.typing import UserError
-
-  try:
-    wanted = re.compile(only)
-  except re.error as error:
-    raise UserError(
-      f"--only={only}: no regular expression ({error}); try e.g. 'seed 0'"
-    ) from error
   rows: dict[str, Any] = {}
   kept = claims.Kept(folder)
   for arm in study.arms:

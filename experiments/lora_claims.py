@@ -4,9 +4,9 @@
       --workdir=DIR
 
 A configuration is a `study.Study`. Every arm's rates are swept with every seed;
-its row goes to DIR/arms/, and the same command again runs what is missing.
-Ends with a table, verdicts, sweep.png and tradeoff.png in DIR, and result.json,
-whose content is the last line on stdout.
+its row goes to DIR/arms/, and the same command again runs what is missing;
+--only runs some of them. Ends with a table, verdicts, sweep.png and
+tradeoff.png in DIR, and result.json, whose content is the last line on stdout.
 """
 
 # ruff: noqa: E402
@@ -16,6 +16,7 @@ if __name__ == "__main__":
   runtime.prepare()
 
 import pathlib
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ _GIVEN = claims.define(
   FLAGS,
   "runs/lora/claims_capacity.gin",
   "study.Study.steps=20 for a trial",
+  "DoRA",
 )
 
 
@@ -36,18 +38,25 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   from experiments import lora_pictures, lora_verdicts, tables
   from experiments import study as studies
+  from research.typing import UserError
 
   read = _GIVEN.read(studies.Study)
   folder = _GIVEN.folder
   claims.claimed(folder, read.text)
   (folder / "arms").mkdir(exist_ok=True)
-  rows = _rows(read.experiment, folder)
+  study = read.experiment
+  rows = _rows(study, folder, _GIVEN.wanted)
+  if not rows:
+    raise UserError(f"--only={_GIVEN.only.value}: finds no arm")
+  missing = [arm.name for arm in study.arms if arm.name not in rows]
 
   # --- what they say ---
   lines = lora_verdicts.table(rows)
-  verdicts = read.experiment.verdicts(rows)
   cli.say(f"\n{tables.text(lines)}\n")
-  said = claims.tell(verdicts)
+  if missing:
+    cli.say(f"{len(missing)} arms are missing; verdicts need them all")
+    return {"arms": lines, "missing": missing}
+  said = claims.tell(study.verdicts(rows))
   lora_pictures.sweep(rows, folder / "sweep.png", _GIVEN.name)
   if all("known" in row for row in rows.values()):
     lora_pictures.tradeoff(rows, folder / "tradeoff.png")
@@ -60,10 +69,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   return claims.finish(folder, result)
 
 
-def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
-  """Returns all arms' rows, from the folder or from new runs."""
+def _rows(
+  study: Any, folder: pathlib.Path, wanted: re.Pattern[str]
+) -> dict[str, Any]:
+  """Returns arms' rows, from the folder or, where they match, new runs."""
   kept = claims.Kept(folder / "arms")
-  todo = [arm for arm in study.arms if arm.name not in kept]
+  todo = [
+    arm
+    for arm in study.arms
+    if arm.name not in kept and wanted.search(arm.name)
+  ]
   if todo:
     from experiments import population
 
@@ -81,7 +96,7 @@ def _rows(study: Any, folder: pathlib.Path) -> dict[str, Any]:
         f" {len(row['ks'])} rates 10^({row['ks'][best]}/2)"
         f" ({row['seconds']:.0f} s)"
       )
-  rows = [kept[arm.name] for arm in study.arms]
+  rows = [kept[arm.name] for arm in study.arms if arm.name in kept]
   return {row["arm"]: row for row in rows}
 
 

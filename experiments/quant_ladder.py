@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import cli, lora_verdicts, quant_study, runs
-from experiments.claims import Verdict
+from experiments import claims, cli, lora_verdicts, quant_study, runs
 from experiments.experiment import Experiment, Pretrained
 from experiments.quant_study import Row
 from research.quant.calibrate import Calibration
@@ -125,18 +124,18 @@ def rows(
 
 
 def measured(
-  ladder: Ladder, folder: pathlib.Path, only: str = ""
+  ladder: Ladder, folder: pathlib.Path, wanted: re.Pattern[str] = claims.ALL
 ) -> list[dict[str, Any]]:
   """Returns all points, trained and measured now or before.
 
   Args:
     ladder: what is measured.
     folder: keeps models and rows.
-    only: regular expression of the rungs' names that are looked at.
+    wanted: finds the rungs' names that are looked at.
   """
   points = []
   for name, (width, seed) in ladder.rungs.items():
-    if not re.search(only, name):
+    if not wanted.search(name):
       continue
     place = folder / name
     if not (place / "result.json").exists():
@@ -222,7 +221,7 @@ def gain(points: Sequence[Point], fewer: str, more: str) -> dict[int, float]:
   return out
 
 
-def fewer_bits(points: Sequence[Point]) -> list[Verdict]:
+def fewer_bits(points: Sequence[Point]) -> list[claims.Verdict]:
   """Returns whether fewer bits win at equal bytes, bit by bit.
 
   Each claim is held surely: by more than the interval over seeds.
@@ -237,7 +236,7 @@ def fewer_bits(points: Sequence[Point]) -> list[Verdict]:
       continue
     mean = lora_verdicts.mean(list(found.values()))
     out.append(
-      Verdict(
+      claims.Verdict(
         f"at equal bytes a larger model in {fewer} beats a smaller one in"
         f" {more}",
         f"loss lower by {mean} nats a token, {len(found)} seeds",

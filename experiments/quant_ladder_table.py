@@ -19,19 +19,12 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments import claims, cli
 
 FLAGS = cli.new_flags()
 
-_GIVEN = claims.define(FLAGS, "runs/quant/claims_ladder.gin", "STEPS=400")
-_ONLY = flags.DEFINE_string(
-  "only",
-  "",
-  "Regular expression: look at no other models than those whose name it finds, "
-  "e.g. w64-s0.",
-  flag_values=FLAGS,
+_GIVEN = claims.define(
+  FLAGS, "runs/quant/claims_ladder.gin", "STEPS=400", "w64-s0"
 )
 
 
@@ -43,9 +36,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   ladder = _GIVEN.read(quant_ladder.Ladder).experiment
   folder = _GIVEN.folder
-  points = quant_ladder.measured(ladder, folder, _ONLY.value)
+  points = quant_ladder.measured(ladder, folder, _GIVEN.wanted)
   if not points:
-    raise UserError(f"--only={_ONLY.value}: finds no model")
+    raise UserError(f"--only={_GIVEN.only.value}: finds no model")
   lines = quant_ladder.table(points)
   cli.say(f"\n{tables.text(tables.without_empty(lines))}\n")
   said = claims.tell(v for f in ladder.verdicts for v in f(points))

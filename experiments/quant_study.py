@@ -98,17 +98,17 @@ class Table:
 
 
 def measured(
-  table: Table, folder: pathlib.Path, only: str = ""
+  table: Table, folder: pathlib.Path, wanted: re.Pattern[str] = claims.ALL
 ) -> dict[str, dict[str, Any]]:
   """Returns all rows, from the folder or measured now, in the table's order.
 
   Args:
     table: what is measured.
     folder: keeps rows; one that was made from other transforms is refused.
-    only: regular expression of the rows that are looked at.
+    wanted: finds the rows that are looked at.
   """
   kept = claims.Kept(folder / "rows")
-  chosen = [row for row in table.flat if re.search(only, row.name)]
+  chosen = [row for row in table.flat if wanted.search(row.name)]
   todo = [row for row in chosen if not _kept(kept, table, row)]
   if todo:
     loaded = table.model.load()

@@ -20,22 +20,12 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from experiments import claims, cli
 
 FLAGS = cli.new_flags()
 
 _GIVEN = claims.define(
-  FLAGS,
-  "runs/quant/claims_equal_bits.gin",
-  "MODEL='runs/tiny-lm'",
-)
-_ONLY = flags.DEFINE_string(
-  "only",
-  "",
-  "Regular expression: measure no other rows than those whose name it finds.",
-  flag_values=FLAGS,
+  FLAGS, "runs/quant/claims_equal_bits.gin", "MODEL='runs/tiny-lm'", "GPTQ"
 )
 
 
@@ -47,9 +37,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   read = _GIVEN.read(quant_study.Table)
   folder = _GIVEN.folder
-  rows = quant_study.measured(read.experiment, folder, _ONLY.value)
+  rows = quant_study.measured(read.experiment, folder, _GIVEN.wanted)
   if not rows:
-    raise UserError(f"--only={_ONLY.value}: finds no row")
+    raise UserError(f"--only={_GIVEN.only.value}: finds no row")
   lines = quant_study.table(rows)
   cli.say(f"\n{tables.text(tables.without_empty(lines))}\n")
   verdicts = [v for f in read.experiment.verdicts for v in f(rows)]

@@ -91,6 +91,32 @@ def test_the_command_leaves_what_it_says(trial, capsys):
   )
 
 
+def test_without_all_arms_there_is_no_verdict(trial, tmp_path, capsys):
+  folder, _, _ = trial
+  (tmp_path / "arms").mkdir()
+  (kept,) = (folder / "arms").glob("LoRA*")
+  (tmp_path / "arms" / kept.name).write_text(kept.read_text())
+  argv = [
+    "lora_claims",
+    "--config=runs/lora/claims_policy.gin",
+    *(f"--set={b}" for b in (*TINY, "lora_arms.policy.ranks=(1,)")),
+  ]
+
+  def run(folder, only):
+    more = [f"--workdir={folder}", f"--only={only}"]
+    code = cli.call(lora_claims.main, [*argv, *more])
+    return code, capsys.readouterr()
+
+  code, said = run(tmp_path, "^LoRA")  # of which none is missing
+  result = json.loads(said.out.splitlines()[-1])
+  assert code == 0 and result["missing"] == ["full"]
+  assert [line["arm"] for line in result["arms"]] == ["LoRA r=1"]
+  assert not (tmp_path / "result.json").exists()
+  for text, wrong in (("(", "no regular expression"), ("none", "no arm")):
+    code, said = run(tmp_path / wrong, text)
+    assert code == 1 and f"--only={text}: " in said.err and wrong in said.err
+
+
 def test_another_configuration_is_refused(trial, capsys):
   _, _, run = trial
   assert run("study.Study.base_steps=31") == 1
