@@ -38,6 +38,7 @@ def model(family: str = "llama", **changes):
   return presets.transformer(presets.FAMILIES[family], sizes)
 
 
+@functools.cache
 def shapes(model):
   """Returns the shapes of a model's parameters."""
   tokens = jnp.zeros((1, 2), jnp.int32)

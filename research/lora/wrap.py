@@ -181,7 +181,13 @@ def merge(params: Params) -> Any:
   The sum is formed in fp32 and rounded to the weight's dtype; in bf16 most of
   a small update is lost (lora.md 2.5), so merge fp32 weights where it counts.
   """
-  return _strip(params, weights.dense)
+  return _strip(params, _merged)
+
+
+@jax.jit
+def _merged(w: AdaptedTensor) -> Any:
+  # One program for a weight; eagerly each operation would be compiled.
+  return weights.dense(w)
 
 
 def disable(params: Params) -> Any:

@@ -1,4 +1,9 @@
-"""Every method obeys the same laws; a new one is one more row of METHODS."""
+"""Every method obeys the same laws; a new one is one more row of METHODS.
+
+Each row stands on one kind of base, every other on blocks, and in a model on
+two of its matrices; with --slow on both kinds and on all. What is no law is
+computed by numpy: eagerly, JAX compiles a program for each sum and slice.
+"""
 
 import dataclasses
 import functools
@@ -112,7 +117,25 @@ def label(method):
   return "-".join([type(method).__name__, *changed])
 
 
+def crossed(axis, values):
+  """Every row with one of `values` in turn; with --slow with all of them."""
+  return pytest.mark.parametrize(
+    ("method", axis),
+    [
+      pytest.param(
+        method,
+        value,
+        id=f"{label(method)}-{value}",
+        marks=[] if (i - j) % len(values) == 0 else pytest.mark.slow,
+      )
+      for i, method in enumerate(METHODS)
+      for j, value in enumerate(values)
+    ],
+  )
+
+
 every = pytest.mark.parametrize("method", METHODS, ids=label)
+on_either = crossed("packed", [False, True])
 
 
 @functools.cache
@@ -149,22 +172,21 @@ def fresh(method, w):
 @functools.cache
 def moved(method, packed=False):
   """Returns three adapters, away from their start."""
-  t = fresh(method, base(packed))
-  keys = jax.random.split(jax.random.key(2), len(t.trained))
+  t, rng = fresh(method, base(packed)), np.random.default_rng(2)
   trained = {
-    name: x + 0.1 * jax.random.normal(key, x.shape)
-    for key, (name, x) in zip(keys, sorted(t.trained.items()), strict=True)
+    name: jnp.asarray(x + 0.1 * rng.standard_normal(x.shape), jnp.float32)
+    for name, x in sorted(jax.device_get(t.trained).items())
   }
   return AdaptedTensor(t.w, trained, t.fixed, method=method)
 
 
-def draw(*shape, seed=3):
-  return jax.random.normal(jax.random.key(seed), shape)
+def draw(*shape, seed=3, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def waves(x):
   """Returns numbers of the size of 0.05, no two alike."""
-  return 0.05 + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+  return 0.05 + 0.02 * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
 
 def began(method, w):
@@ -177,12 +199,17 @@ def began(method, w):
 
 
 def one(t, k=0):
-  return jax.tree.map(lambda x: x[k], t)
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[k]), t)
+
+
+@jax.jit
+def times(x, w):
+  return weights.einsum("td,df->tf", x, w)
 
 
 def close(got, want, length=IN):
   """Equal up to rounding of sums of `length` terms."""
-  scale = float(jnp.abs(want).max())
+  scale = float(np.abs(want).max())
   chex.assert_trees_all_close(got, want, atol=8 * EPS * length**0.5 * scale)
 
 
@@ -194,8 +221,7 @@ def test_every_method_has_a_row():
   }
 
 
-@every
-@pytest.mark.parametrize("packed", [False, True])
+@on_either
 def test_a_fresh_adapter_changes_nothing(method, packed):
   t, x = one(fresh(method, base(packed))), draw(5, IN)
   both = jax.jit(
@@ -212,30 +238,32 @@ def test_a_fresh_adapter_changes_nothing(method, packed):
   assert all(x.dtype == jnp.float32 for x in t.trained.values())
 
 
-@every
-@pytest.mark.parametrize("packed", [False, True])
+@on_either
 def test_forward_is_multiplication_with_the_merged_matrix(method, packed):
   t = one(moved(method, packed))
-  merged = np.asarray(jax.jit(weights.dense)(t), np.float64)
-  x, y = draw(5, IN), draw(5, OUT, seed=4)
-  got = jax.jit(lambda t, x: weights.einsum("td,df->tf", x, t))(t, x)
-  close(got, np.asarray(x, np.float64) @ merged)
-  got = jax.jit(lambda t, y: weights.einsum("tf,df->td", y, t))(t, y)
-  close(got, np.asarray(y, np.float64) @ merged.T)
-  ids = jnp.array([3, 0, 3, 63])
-  got = jax.jit(weights.take)(t, ids)
-  close(got, merged[np.asarray(ids)])
+  x, y, ids = draw(5, IN), draw(5, OUT, seed=4), np.array([3, 0, 3, 63])
+
+  @jax.jit
+  def forward(t, x, y, ids):
+    there = weights.einsum("td,df->tf", x, t)
+    back = weights.einsum("tf,df->td", y, t)
+    return weights.dense(t), there, back, weights.take(t, ids)
+
+  merged, there, back, rows = jax.device_get(forward(t, x, y, jnp.array(ids)))
+  merged = merged.astype(np.float64)
+  close(there, np.asarray(x, np.float64) @ merged)
+  close(back, np.asarray(y, np.float64) @ merged.T)
+  close(rows, merged[ids])
 
 
 @every
 def test_experts_have_adapters_of_their_own(method):
-  t = moved(method)
+  t, x = moved(method), draw(5, IN)
   sizes = jnp.array([2, 0, 3])
-  x = draw(5, IN)
-  got = jax.jit(weights.ragged_dot)(x, t, sizes)
-  merged = weights.dense(t)
-  want = jnp.concatenate([x[:2] @ merged[0], x[2:] @ merged[2]])
-  close(got, want)
+  both = jax.jit(lambda t: (weights.ragged_dot(x, t, sizes), weights.dense(t)))
+  got, merged = jax.device_get(both(t))
+  x, merged = np.asarray(x, np.float64), merged.astype(np.float64)
+  close(got, np.concatenate([x[:2] @ merged[0], x[2:] @ merged[2]]))
 
 
 @every
@@ -243,29 +271,30 @@ def test_gradients_are_finite_differences(method):
   """Directional, in fp64, away from the start."""
   with jax.enable_x64():
     t = jax.tree.map(
-      lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x,
+      lambda x: np.float64(x) if x.dtype == jnp.float32 else np.asarray(x),
       one(moved(method)),
     )
-    x = draw(5, IN).astype(jnp.float64)
+    t, trained = jax.device_put((t, t.trained))[0], t.trained
+    x, rng = draw(5, IN, dtype=jnp.float64), np.random.default_rng(0)
     directions = {
-      k: jax.random.normal(jax.random.key(i), v.shape, jnp.float64)
-      for i, (k, v) in enumerate(sorted(t.trained.items()))
+      k: rng.standard_normal(v.shape) for k, v in sorted(trained.items())
     }
 
     def loss(trained, x):
       w = AdaptedTensor(t.w, trained, t.fixed, method=method)
       return jnp.sin(weights.einsum("td,df->tf", x, w)).sum()
 
-    grads = jax.jit(jax.grad(loss))(t.trained, x)
+    grads = jax.device_get(jax.jit(jax.grad(loss))(t.trained, x))
     value = jax.jit(loss)
     for name in held_constant(method, t.trained):
       h, d = 1e-5, directions[name]
 
       def at(e, name=name, d=d):
-        return value(t.trained | {name: t.trained[name] + e * d}, x)
+        moved = jnp.asarray(trained[name] + e * d)
+        return float(value(t.trained | {name: moved}, x))
 
       want = (at(h) - at(-h)) / (2 * h)
-      got = jnp.sum(grads[name] * d)
+      got = np.sum(grads[name] * d)
       chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
 
 
@@ -286,40 +315,51 @@ def test_dropout_falls_on_the_adapter_alone(method):
     return
   method = dataclasses.replace(method, dropout=0.5)
   t, x = one(moved(method)), draw(5, IN)
-  quiet = weights.einsum("td,df->tf", x, t)
   bound = weights.bind({"w": t}, key=jax.random.key(5))["w"]
-  f = jax.jit(lambda t, x: weights.einsum("td,df->tf", x, t))
-  assert jnp.abs(f(bound, x) - quiet).max() > 1e-3
+  dropped, quiet = np.asarray(times(x, bound)), np.asarray(times(x, t))
+  assert np.abs(dropped - quiet).max() > 1e-3
   start = weights.bind({"w": one(fresh(method, base()))}, key=KEY)["w"]
-  close(f(start, x), x @ began(method, start.w))
+  close(times(x, start), np.asarray(x) @ np.asarray(began(method, start.w)))
 
 
-@every
-def test_in_a_model_scanned_or_not(method):
-  model = support.model(width=32, head_dim=8)
-  params = support.params(model)
+@jax.jit
+def logits(params, tokens):
+  return model().apply({"params": params}, tokens)[0]
+
+
+def model():
+  return support.model(width=32, head_dim=8, depth=2)
+
+
+@functools.cache
+def plain():
+  """Returns the model's parameters, and its logits without an adapter."""
+  params = support.params(model())
+  return params, np.asarray(logits(params, support.tokens()))
+
+
+@crossed("targets", ["q|down", "v|up", "o|gate", "all"])
+def test_in_a_model_scanned_or_not(method, targets):
+  params, before = plain()
 
   def seen(params, paths, key):
     sizes = wrap.matrices(params)
     return look(method, {path: sizes[path] for path in paths})
 
-  adapted = adapt.Adapt(method=method, look=seen)(params, KEY)
+  targets = adapt.ALL_LINEAR if targets == "all" else f".*/({targets})"
+  adapted = adapt.Adapt(method=method, look=seen, targets=targets)(params, KEY)
   noisy = tree.map_paths(
-    lambda p, x: x + waves(x) if "/trained/" in p else x, adapted
+    lambda p, x: np.asarray(x + waves(x) if "/trained/" in p else x),
+    jax.device_get(adapted),
   )
-  tokens = support.tokens()
-
-  @jax.jit
-  def logits(params):
-    return model.apply({"params": params}, tokens)[0]
-
-  got = logits(noisy)
-  assert jnp.abs(got - logits(params)).max() > 1e-3
-  size = float(jnp.abs(got).max())
+  got = np.asarray(logits(noisy, support.tokens()))
+  assert np.abs(got - before).max() > 1e-3
+  size = float(np.abs(got).max())
   # A start that is subtracted again rounds numbers larger than the result.
   atol = (1e-4 if isinstance(method, Residual) else 2e-5) * size
   for other in (tree.unroll(noisy), wrap.merge(noisy)):
-    chex.assert_trees_all_close(logits(other), got, atol=atol)
+    after = logits(other, support.tokens())
+    chex.assert_trees_all_close(after, got, atol=atol)
   chex.assert_trees_all_equal(wrap.disable(noisy), params)
 
 
