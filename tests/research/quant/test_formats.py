@@ -69,16 +69,31 @@ def matrices():
   return np.float32(x * np.exp(np.linspace(-1, 1, OUTPUTS)))
 
 
+_packed = jax.jit(qtensor.pack, static_argnums=1)
+_dense = jax.jit(qtensor.QTensor.dense)
+
+
+def stack(each, row):
+  """Returns a stack of two: all of one shape, so that a row compiles once."""
+  format = ROWS[row]
+  f = _packed if format.traced else qtensor.pack
+  found = [jax.device_get(f(jnp.asarray(w), format)) for w in each]
+  return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *found)
+
+
 @functools.cache
 def leaf(row):
-  """Returns a stack of two, which all the tests of a row share."""
-  each = [qtensor.pack(jnp.asarray(w), ROWS[row]) for w in matrices()]
-  return jax.tree.map(lambda *x: jnp.stack(x), *each)
+  """Returns what all the tests of a row share."""
+  return stack(matrices(), row)
+
+
+def one(row):
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[1]), leaf(row))
 
 
 @functools.cache
 def decoded(row):
-  return np.asarray(leaf(row).dense())
+  return np.asarray(_dense(leaf(row)))
 
 
 def test_every_format_has_a_row():
@@ -108,10 +123,11 @@ def test_parts_are_what_the_layout_says(row):
 @every
 def test_numbers_are_near_what_was_packed(row):
   w, got = matrices(), decoded(row)
-  plain = leaf(row).plain()
+  bits = []
+  jax.eval_shape(lambda w: bits.append(w.plain().bits), leaf(row))
   # Of a normal distribution a code more halves the error, from 2 bits' on.
   error = np.sqrt(np.mean((got - w) ** 2, -2) / np.mean(w**2, -2))
-  worst = 0.6 * 2.0 ** (2 - min(plain.bits, 6))
+  worst = 0.6 * 2.0 ** (2 - min(bits[0], 6))
   # Ternary ones are for weights that are ternary already.
   assert error.max() < (1 if row.startswith("TQ") else worst)
   assert error.min() > 0
@@ -121,49 +137,48 @@ def test_numbers_are_near_what_was_packed(row):
 def test_packing_again_changes_nothing(row):
   if row in MOVING:
     pytest.skip(MOVING[row])
-  again = qtensor.pack(jnp.asarray(decoded(row)[0]), ROWS[row]).dense()
+  again = np.asarray(_dense(stack(decoded(row), row)))
   # A scale may be rounded once more, to a float of 11 bits.
-  atol = 2.0**-10 * np.abs(decoded(row)[0]).max(0)
-  moved = np.abs(again - decoded(row)[0]) > atol
+  atol = 2.0**-10 * np.abs(decoded(row)).max(-2, keepdims=True)
+  moved = np.abs(again - decoded(row)) > atol
   # A group whose ends fall between two codes may lose its first or last one.
   assert moved.mean() <= (0.02 if row.startswith("int") else 0)
 
 
 @every
 def test_zeros_stay_zeros(row):
-  w = qtensor.pack(jnp.zeros((INPUTS, 8)), ROWS[row])
-  assert not np.asarray(w.dense()).any()
+  w = stack(np.zeros((2, INPUTS, OUTPUTS), np.float32), row)
+  assert not np.asarray(_dense(w)).any()
+
+
+@jax.jit
+def _products(w, x, ids):
+  y, pull = jax.vjp(lambda x: weights.einsum("td,df->tf", x, w), x)
+  back = weights.einsum("tf,df->td", y, w)
+  return (y, pull(jnp.sin(y))[0], back), weights.take(w, ids)
 
 
 @every
 def test_products_and_gradients_are_the_dense_ones(row):
-  one = jax.tree.map(lambda x: x[1], leaf(row))
-  dense = jnp.asarray(decoded(row)[1])
+  dense = decoded(row)[1]
   x = jnp.asarray(
     np.random.default_rng(1).standard_normal((5, INPUTS)), np.float32
   )
-
-  @jax.jit
-  def both(w, x):
-    y, pull = jax.vjp(lambda x: weights.einsum("td,df->tf", x, w), x)
-    back = weights.einsum("tf,df->td", y, w)
-    return y, pull(jnp.sin(y))[0], back
-
-  got, want = both(one, x), both(dense, x)
+  ids = np.array([[3, 0], [200, 3]])
+  got, rows = jax.device_get(_products(one(row), x, jnp.asarray(ids)))
+  want, _ = _products(jnp.asarray(dense), x, jnp.asarray(ids))
   # Sums of 256 products.
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) * 16)
-  ids = jnp.array([[3, 0], [200, 3]])
-  np.testing.assert_array_equal(weights.take(one, ids), dense[ids])
+  for a, b in zip(got, jax.device_get(want), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6 * float(np.abs(b).max()) * 16)
+  np.testing.assert_array_equal(rows, dense[ids])
 
 
 @every
 def test_an_embedding_decodes_the_rows_it_is_asked_for(row):
-  one = jax.tree.map(lambda x: x[1], leaf(row))
-  embed = dataclasses.replace(one, axis=-1)
+  embed = dataclasses.replace(one(row), axis=-1)
   assert embed.shape == (OUTPUTS, INPUTS)
-  ids = jnp.array([[3, 0], [23, 3]])
-  got = jax.jit(weights.take)(embed, ids)
+  ids = np.array([[3, 0], [23, 3]])
+  got = jax.jit(weights.take)(embed, jnp.asarray(ids))
   np.testing.assert_array_equal(got, decoded(row)[1].T[ids])
 
 
@@ -192,7 +207,7 @@ def test_panels_hold_the_same_numbers(row):
   w = leaf(row)
   if not panels.fits(w):
     pytest.skip("panels hold no such codes")
-  got = panels.from_qtensor(w).dense()
+  got = jax.jit(lambda w: panels.from_qtensor(w).dense())(w)
   # A zero a group becomes an offset, which is rounded once.
   atol = 2.0**-22 * np.abs(decoded(row)).max(-2, keepdims=True) * 16
   assert (np.abs(np.asarray(got) - decoded(row)) <= atol).all()
