@@ -7,6 +7,7 @@ and global layers). Importers, exporters and reports use `layers` and `stack`,
 and never see the runs.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -80,11 +81,38 @@ def run_length(run: Params) -> int:
 
 def layers(params: Params) -> Iterator[Params]:
   """Yields each layer's own parameters, first to last."""
+  yield from _each(params, _row)
+
+
+def _each(params: Params, take: Callable[[Any, Any], Any]) -> Iterator[Params]:
   for name in runs(params):
     run = params[name]
     for k in range(run_length(run)):
       for j in range(len(run)):
-        yield jax.tree.map(lambda x, k=k: x[k], run[f"layer{j}"])
+        yield _at_once(take, run[f"layer{j}"])(run[f"layer{j}"], np.int32(k))
+
+
+def _row(stacked: Params, k: Any) -> Params:
+  return jax.tree.map(lambda x: x[k], stacked)
+
+
+def _run_of_one(stacked: Params, k: Any) -> Params:
+  return jax.tree.map(lambda x: x[k][None], stacked)
+
+
+_compiled = functools.cache(jax.jit)
+
+
+def _at_once(f: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
+  """Returns `f` as one program where all leaves are arrays of JAX.
+
+  Eagerly each operation would be compiled, for each leaf's shape anew.
+  """
+
+  def ready(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+
+  return _compiled(f) if all(map(ready, jax.tree.leaves(trees))) else f
 
 
 def layer_indices(params: Params) -> dict[str, range]:
@@ -201,14 +229,17 @@ def stack(
   signed = [(k, _signature(x)) for k, x in zip(kinds, layers, strict=True)]
   params, start = dict(outside), 0
   for i, (repeats, p) in enumerate(plan(signed)):
-    params[f"run{i}"] = {
-      f"layer{j}": jax.tree.map(
-        join, *layers[start + j : start + repeats * p : p]
-      )
-      for j in range(p)
-    }
+    rows = [layers[start + j : start + repeats * p : p] for j in range(p)]
+    put = functools.partial(jax.tree.map, join)
+    if join is _stack:
+      put = _at_once(_stacked, rows)
+    params[f"run{i}"] = {f"layer{j}": put(*each) for j, each in enumerate(rows)}
     start += repeats * p
   return params
+
+
+def _stacked(*layers: Params) -> Params:
+  return jax.tree.map(_stack, *layers)
 
 
 def unroll(params: Params) -> dict[str, Any]:
@@ -218,8 +249,8 @@ def unroll(params: Params) -> dict[str, Any]:
   its own, which CPU decoding in fp32 is faster with.
   """
   out = top(params)
-  for i, layer in enumerate(layers(params)):
-    out[f"run{i}"] = {"layer0": jax.tree.map(lambda x: x[None], layer)}
+  for i, layer in enumerate(_each(params, _run_of_one)):
+    out[f"run{i}"] = {"layer0": layer}
   return out
 
 
