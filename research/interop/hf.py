@@ -7,6 +7,7 @@ equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
@@ -88,6 +89,12 @@ def table(model: Transformer) -> names.Table:
 
 def slots(model: Transformer) -> list[Slot]:
   """Returns every array of `model`'s parameters, and what belongs in it."""
+  return list(_slots(model))
+
+
+# One load asks several times, and each time the model would be traced.
+@functools.lru_cache(maxsize=32)
+def _slots(model: Transformer) -> tuple[Slot, ...]:
   shapes = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
   )["params"]
@@ -103,7 +110,7 @@ def slots(model: Transformer) -> list[Slot]:
         names.Address(i, inner[0], e) for i in indices[head] for e in experts
       ]
     out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
-  return out
+  return tuple(out)
 
 
 def text_part(

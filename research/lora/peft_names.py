@@ -1,5 +1,7 @@
 """What PEFT's files call the tensors of an adapter."""
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,12 +41,19 @@ def shapes_of(
 
   Of the types only the kind matters: a float, or a whole number.
   """
-  place = Place(*size, embedding=module in EMBEDDINGS)
+  arrays = _started(method, Place(*size, embedding=module in EMBEDDINGS))
+  return jax.eval_shape(lambda x: named(module, method, x, size), dict(arrays))
 
+
+# Modules of one size are many, and each start would be traced.
+@functools.lru_cache(maxsize=256)
+def _started(
+  method: Method, place: Place
+) -> Mapping[str, jax.ShapeDtypeStruct]:
   def fresh():
-    w = jnp.zeros(size)
+    w = jnp.zeros((place.size_in, place.size_out))
     trained, fixed = method.start(jax.random.key(0), place, w)
-    return named(module, method, trained | fixed, size)
+    return trained | fixed
 
   return jax.eval_shape(fresh)
 

@@ -58,7 +58,10 @@ def sums(arrays: Any) -> dict[str, int]:
   if not found:
     return {}
   leaves = [x for _, x in found]
-  numbers = jax.device_get(_sums(leaves, everywhere(leaves)))
+  sharding = everywhere(leaves)
+  # A program for each shape, which other trees have too; all of them run
+  # before the first is waited for.
+  numbers = jax.device_get([_summed(x, sharding) for x in leaves])
   return {path: int(n) for (path, _), n in zip(found, numbers, strict=True)}
 
 
@@ -72,11 +75,11 @@ def everywhere(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _sums(leaves: list[Array], sharding: jax.sharding.Sharding | None):
-  numbers = jnp.stack([_sum(x) for x in leaves])
+def _summed(x: Array, sharding: jax.sharding.Sharding | None):
+  number = _sum(x)
   if sharding is None:
-    return numbers
-  return jax.lax.with_sharding_constraint(numbers, sharding)
+    return number
+  return jax.lax.with_sharding_constraint(number, sharding)
 
 
 def _sum(x: Array) -> Array:

@@ -88,7 +88,7 @@ def test_no_sharding_changes_a_sum(spec):
     x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
   )
   assert checks.sums({"x": sharded}) == {"x": plain(x)}
-  text = checks._sums.lower([sharded], checks.everywhere([sharded]))
+  text = checks._summed.lower(sharded, checks.everywhere([sharded]))
   # One number is reduced; no weight is gathered for it.
   assert "all-gather" not in text.compile().as_text()
 
