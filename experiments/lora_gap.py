@@ -154,14 +154,14 @@ def draw(lines: Sequence[Mapping[str, Any]], picture: pathlib.Path) -> None:
   axes.plot(
     [x["trained %"] for x in ranks],
     [x["above full"] for x in ranks],
-    **plots.style(0),
+    color="0.7",
+    zorder=1,
   )
   for i, x in enumerate(low):
     half = x["±"] if math.isfinite(x["±"]) else 0
-    color = plots.style(0 if x in ranks else i)["color"]
     place = (x["trained %"], x["above full"])
-    axes.errorbar(*place, half, fmt="o", capsize=3, color=color)
-    axes.annotate(x["arm"], place, (6, 4), textcoords="offset points")
+    color = plots.style(i)["color"]
+    axes.errorbar(*place, half, fmt="o", capsize=3, color=color, label=x["arm"])
   axes.axhline(0, color="0.5", linewidth=1)
   axes.set(
     xscale="log",
@@ -170,6 +170,7 @@ def draw(lines: Sequence[Mapping[str, Any]], picture: pathlib.Path) -> None:
     title="full training is 0",
   )
   axes.grid(alpha=0.3)
+  axes.legend(frameon=False)
   plots.save(figure, picture)
 
 
