@@ -120,8 +120,10 @@ def packings() -> dict[str, Callable[[], qtensor.QTensor]]:
   """Returns what packs the matrix, by the column's name."""
 
   def nearest(format):
-    asarray = jnp.asarray if format.traced else np.asarray
-    return lambda: qtensor.pack(asarray(problem().w), format)
+    pack = functools.partial(qtensor.pack, format=format)
+    if format.traced:
+      pack = jax.jit(pack)
+    return lambda: pack(problem().w)
 
   return {
     "NF4 + DQ": nearest(Codebook(block=64)),
@@ -190,9 +192,17 @@ def started(name: str, w: qtensor.QTensor) -> AdaptedTensor:
   """Returns a fresh adapter of a method around a packed matrix."""
   method = kinds()[name].at(ADDRESS, {ADDRESS: (SIZE_IN, SIZE_OUT)})
   place = Place(SIZE_IN, SIZE_OUT)
-  arrays = method.start(jax.random.key(0), place, w, _seen(name, w))
+  arrays = _start(method, place, jax.random.key(0), w, _seen(name, w))
   t = AdaptedTensor(w, *arrays, method=method)
   return t.with_tokens(jnp.asarray(problem().tokens), None)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(method: Method, place: Place, key: Any, w: Any, seen: Any) -> Any:
+  return method.start(key, place, w, seen)
+
+
+_dense = jax.jit(weights.dense)
 
 
 def _seen(name: str, w: qtensor.QTensor) -> np.ndarray | None:
@@ -204,8 +214,8 @@ def _seen(name: str, w: qtensor.QTensor) -> np.ndarray | None:
     return np.linalg.svd(x, full_matrices=False)[2][: kinds()[name].rank]
   if name == "LoRAGA":
     data = jnp.asarray(problem().x), jnp.asarray(problem().y)
-    slope = jax.grad(lambda w: _loss(w, *data)[0])
-    return np.asarray(slope(w.dense()))
+    slope = jax.jit(jax.grad(lambda w: _loss(w, *data)[0]))
+    return np.asarray(slope(_dense(w)))
   return None
 
 
@@ -267,7 +277,7 @@ def cell(name: str, packing: str) -> Cell:
   p, w = problem(), packed(packing)
   t = started(name, w)
   run, base = _cut(t), _base(packing)
-  whole = dataclasses.replace(t, w=w.dense(), trained={})
+  whole = dataclasses.replace(t, w=_dense(w), trained={})
   first = run(t.trained)
   trained, value = descended(run, t.trained, first)
   cut = 0.0

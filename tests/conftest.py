@@ -4,6 +4,7 @@ All of it has to happen before JAX starts a backend and before our packages
 are imported, which is why it stands at module level here and nowhere else.
 """
 
+import gc
 import importlib.util
 import os
 import pathlib
@@ -67,6 +68,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
     if reason := _reason_to_skip(item):
       item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+  """Leaves what is imported and collected out of each search for garbage.
+
+  It stays until the end, and is most of what there is to search.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, *gc.get_threshold()[1:])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -90,6 +90,7 @@ def definition(m, b, i, j, T, S):
 
 
 def table(mask, T, S):
+  mask = jax.tree.map(np.asarray, mask)  # whose entries are read one by one
   index = itertools.product(range(B), range(T), range(S))
   flat = [definition(mask, *where, T, S) for where in index]
   return np.array(flat).reshape(B, T, S)

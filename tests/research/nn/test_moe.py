@@ -63,10 +63,12 @@ def inputs(seed=1):
   return jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def applied(module, params, x, real=None):
   return module.apply({"params": params}, x, real)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def dense_loop(module, params, x):
   """Returns every token through every expert, weighed by 0 where not chosen."""
   flat = x.reshape(-1, D)
@@ -170,7 +172,7 @@ def test_the_router_computes_in_fp32():
 def test_initial_experts_have_the_fan_in_of_one():
   module = Moe(routing=Routing(experts=16, active=2), hidden=64)
   x = jnp.zeros((1, 1, 64))
-  params = module.init(jax.random.key(0), x)["params"]["experts"]
+  params = jax.jit(module.init)(jax.random.key(0), x)["params"]["experts"]
   for w in params.values():
     # 64 * 64 numbers: the deviation is known to about 1/90.
     deviations = np.asarray(w).std(axis=(1, 2)) * 8
@@ -365,16 +367,19 @@ def test_packed_experts_compute_what_they_decode_to(kind):
   params = plain | {"experts": jax.tree.map(packed, plain["experts"])}
   decoded = plain | {
     "experts": jax.tree.map(
-      weights.dense, params["experts"], is_leaf=weights.is_weight
+      jax.jit(weights.dense), params["experts"], is_leaf=weights.is_weight
     )
   }
 
-  def slope(params):
-    return jax.grad(lambda x: (applied(module, params, x)[0] ** 2).sum())(x)
+  @jax.jit
+  def both(params):
+    def loss(x):
+      y = applied(module, params, x)[0]
+      return (y**2).sum(), y
 
-  chex.assert_trees_all_close(
-    applied(module, params, x)[0], applied(module, decoded, x)[0], **CLOSE
-  )
-  chex.assert_trees_all_close(
-    slope(params), slope(decoded), rtol=1e-4, atol=1e-4
-  )
+    slope, y = jax.grad(loss, has_aux=True)(x)
+    return y, slope
+
+  (y, slope), (expected, slopes) = both(params), both(decoded)
+  chex.assert_trees_all_close(y, expected, **CLOSE)
+  chex.assert_trees_all_close(slope, slopes, rtol=1e-4, atol=1e-4)
