@@ -1,7 +1,9 @@
 """Intervals and tile classes against what `Mask.visible` says of every pair."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ def ids(n, high, rows=B, seed=0):
 
 
 def segments():
-  return jnp.sort(ids(T, 4), axis=1), jnp.sort(ids(S, 4), axis=1)
+  return tuple(jnp.asarray(np.sort(ids(n, 4), axis=1)) for n in (T, S))
 
 
 BY_INDEX = {
@@ -57,6 +59,41 @@ CASES = {
 }
 
 
+def at_once(f):
+  """`f` as one program where data decide; where indices do, NumPy computes."""
+  program = jax.jit(f, static_argnums=range(1, f.__code__.co_argcount))
+  return lambda mask, *sizes: (
+    program(mask, *sizes) if jax.tree.leaves(mask) else f(mask, *sizes)
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def visible(mask, queries, keys):
+  return mask.visible(queries, keys)
+
+
+@at_once
+def rows_of(mask, queries, keys):
+  found = mask_blocks.rows(mask, queries, keys)
+  return found.bounds, found.keys, found.segments
+
+
+@at_once
+def classes(mask, queries, keys, block):
+  rows = mask_blocks.rows(mask, queries, keys)
+  return mask_blocks.classes(rows, queries, keys, *block)
+
+
+@at_once
+def lines_of(mask, queries, keys, axis):
+  """Returns classes by line, their tables, and how wide these are."""
+  rows = mask_blocks.rows(mask, queries, keys)
+  wide = mask_blocks.width(rows, queries, keys, 4, 4, axis)
+  found = mask_blocks.classes(rows, queries, keys, 4, 4)
+  lines = found if axis == 2 else found.swapaxes(1, 2)
+  return lines, mask_blocks.table(lines, wide), wide
+
+
 @pytest.fixture(name="case", params=CASES)
 def _case(request):
   build, exact, queries, keys = CASES[request.param]
@@ -65,16 +102,15 @@ def _case(request):
 
 def test_intervals_and_segments_are_the_mask(case):
   mask, _, queries, keys = case
-  rows = mask_blocks.rows(mask, queries, keys)
-  bounds = np.asarray(rows.bounds)
-  k = np.arange(keys)[None] if rows.keys is None else np.asarray(rows.keys)
+  bounds, places, both = jax.device_get(rows_of(mask, queries, keys))
+  k = np.arange(keys)[None] if places is None else places
   k = k[:, None, None]
   lo, hi = bounds[:, 0::2, :, None], bounds[:, 1::2, :, None]
   seen = ((k >= lo) & (k < hi)).any(1)
-  if rows.segments is not None:
-    ours, theirs = map(np.asarray, rows.segments)
+  if both is not None:
+    ours, theirs = both
     seen = seen & (ours[:, :, None] == theirs[:, None])
-  expected = np.asarray(mask.visible(queries, keys))
+  expected = np.asarray(visible(mask, queries, keys))
   np.testing.assert_array_equal(*np.broadcast_arrays(seen, expected))
 
 
@@ -82,15 +118,13 @@ def test_intervals_and_segments_are_the_mask(case):
 def test_tiles_are_classified_by_their_pairs(case, block):
   """Exactly where indices decide, else never too little."""
   mask, exact, queries, keys = case
-  rows = mask_blocks.rows(mask, queries, keys)
-  found = np.asarray(mask_blocks.classes(rows, queries, keys, *block))
-  visible = np.asarray(mask.visible(queries, keys))
-  shape = (max(len(found), len(visible)), queries, keys)
-  visible = np.broadcast_to(visible, shape)
-  count = np.zeros((len(visible), *found.shape[1:]), int)
+  found = np.asarray(classes(mask, queries, keys, block))
+  seen = np.asarray(visible(mask, queries, keys))
+  seen = np.broadcast_to(seen, (max(len(found), len(seen)), queries, keys))
+  count = np.zeros((len(seen), *found.shape[1:]), int)
   size = np.zeros(found.shape[1:], int)
   for i, j in np.ndindex(*size.shape):
-    tile = visible[:, i * block[0] : (i + 1) * block[0]]
+    tile = seen[:, i * block[0] : (i + 1) * block[0]]
     tile = tile[:, :, j * block[1] : (j + 1) * block[1]]
     count[:, i, j] = tile.sum((1, 2))
     # A tile that reaches past the last key hides keys.
@@ -106,12 +140,10 @@ def test_tiles_are_classified_by_their_pairs(case, block):
 @pytest.mark.parametrize("axis", [1, 2])
 def test_tables_list_what_is_not_empty(case, axis):
   mask, _, queries, keys = case
-  rows = mask_blocks.rows(mask, queries, keys)
-  wide = mask_blocks.width(rows, queries, keys, 4, 4, axis)
-  found = mask_blocks.classes(rows, queries, keys, 4, 4)
-  lines = found if axis == 2 else found.swapaxes(1, 2)
-  table = np.asarray(mask_blocks.table(lines, wide))
-  lines = np.asarray(lines)
+  found = lines_of(mask, queries, keys, axis)
+  lines, table, wide = jax.device_get(found)
+  wide = int(wide)
+  assert table.shape[-1] == wide
   assert wide >= (lines != EMPTY).sum(-1).max()
   for line, entries in zip(
     lines.reshape(-1, lines.shape[-1]), table.reshape(-1, wide), strict=True
