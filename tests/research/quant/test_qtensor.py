@@ -55,8 +55,14 @@ def gaussian(*shape, seed=0):
   return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+_packed = jax.jit(qtensor.pack, static_argnums=1)
+_dense = jax.jit(weights.dense)
+
+
 def pack(w, kind="nf4", block=64, nested=256):
-  return qtensor.pack(w, Codebook(kind=kind, block=block, nested=nested))
+  """Packs by NumPy, or by one program of JAX."""
+  f = qtensor.pack if isinstance(w, np.ndarray) else _packed
+  return f(w, Codebook(kind=kind, block=block, nested=nested))
 
 
 def packed(found, how):
@@ -129,7 +135,7 @@ def test_the_published_table_is_what_its_derivation_gives():
 )
 def test_error_on_gaussians_is_the_published_one(kind, block, error):
   w = gaussian(1024, 512)
-  got = np.abs(pack(w, kind, block, 0).dense() - w).mean()
+  got = np.abs(np.asarray(_dense(pack(w, kind, block, 0))) - w).mean()
   assert got == pytest.approx(error, rel=0.005)
 
 
@@ -142,15 +148,16 @@ def test_stacks_are_their_matrices_and_numpy_is_jax(shape):
   last = (-1,) * (len(shape) - 2)
   one = jax.tree.map(lambda x: x[last], here)
   chex.assert_trees_all_equal(one, pack(w[last]))
-  np.testing.assert_array_equal(here.dense()[last], one.dense())
-  np.testing.assert_allclose(here.dense(), there.dense(), atol=1e-5)
+  dense = np.asarray(_dense(here))
+  np.testing.assert_array_equal(dense[last], _dense(one))
+  np.testing.assert_allclose(dense, _dense(there), atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(128, 24), (7, 5)])
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
 def test_packing_what_was_decoded_changes_nothing(shape, how):
   w = pack(how(gaussian(*shape)), nested=0)
-  again = pack(how(np.asarray(w.dense())), nested=0)
+  again = pack(how(np.asarray(_dense(w))), nested=0)
   chex.assert_trees_all_equal(w, again)
 
 
@@ -159,7 +166,7 @@ def test_packing_what_was_decoded_changes_nothing(shape, how):
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
 def test_zeros_stay_zeros(shape, nested, how):
   w = pack(how(np.zeros(shape, np.float32)), nested=nested)
-  assert not np.asarray(w.dense()).any()
+  assert not np.asarray(_dense(w)).any()
 
 
 def test_bits_of_a_weight():
@@ -186,7 +193,7 @@ def test_products_and_their_gradients_are_the_dense_ones(eq, inputs, dtype):
 
   f = jax.jit(both, static_argnums=0)
   got = f(lambda x, w: weights.einsum(eq, x, w), x, w)
-  want = f(lambda x, w: jnp.einsum(eq, x, w.astype(x.dtype)), x, w.dense())
+  want = f(lambda x, w: jnp.einsum(eq, x, w.astype(x.dtype)), x, _dense(w))
   # Sums of up to 64 products of size 1, and cosines of them.
   atol = 256 * float(jnp.finfo(dtype).eps)
   chex.assert_trees_all_close(got[0][1], want[0][1], atol=atol)
@@ -275,7 +282,7 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   layer = got["run0"]["layer0"]
   assert layer["mlp"]["up"].format.kind == "nf4"
   assert layer["attention_norm"] is not None
-  dense = jax.tree.map(weights.dense, got, is_leaf=weights.is_weight)
+  dense = jax.tree.map(_dense, got, is_leaf=weights.is_weight)
   f = jax.jit(lambda p: model.apply({"params": p}, support.tokens(vocab=64))[0])
   want = f(dense)
   chex.assert_trees_all_close(f(got), want, atol=1e-5 * float(jnp.ptp(want)))
