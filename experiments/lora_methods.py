@@ -147,7 +147,9 @@ def _scores(path: str | pathlib.Path) -> dict[str, dict[str, str]]:
     lines = pathlib.Path(path).read_text("utf-8").splitlines()
   except (OSError, ValueError) as error:
     raise UserError(f"--scores={path}: cannot be read: {error}") from error
-  cells = [[c.strip() for c in line.strip("| ").split("|")] for line in lines]
+  # The first and last cell may be empty.
+  inner = [x.strip().removeprefix("|").removesuffix("|") for x in lines]
+  cells = [[cell.strip() for cell in line.split("|")] for line in inner]
   heads = [i for i, c in enumerate(cells) if {"method", *SWEPT} <= set(c)]
   if not heads:
     raise UserError(
