@@ -89,10 +89,11 @@ def test_float64_agrees_with_numpy(backend):
       (TOKENS, 4, 8), (COUNT, 2, SIZE, 14)))  # fmt: skip
     pages, table = Pages(kv, None, 8), tables()
     options = {"window": 6, "softcap": 2.0, "sinks": draw(4, dtype=np.float64)}
-    found = paged_attention(
-      q, pages, *map(jnp.asarray, (table, LENS, STARTS)), return_lse=True,
-      blocks=Blocks(2, 8, 2), **options, **BACKENDS[backend],
-    )  # fmt: skip
+    run = quick(functools.partial(
+      paged_attention, return_lse=True, blocks=Blocks(2, 8, 2), **options,
+      **BACKENDS[backend],
+    ))  # fmt: skip
+    found = run(q, pages, *map(jnp.asarray, (table, LENS, STARTS)))
     expected = paged_truth(q, pages, table, LENS, STARTS, **options)
     chex.assert_trees_all_close(found, expected, rtol=1e-13, atol=1e-13)
 
@@ -140,11 +141,11 @@ def test_agrees_with_the_ragged_reference_of_jax():
     expected = rpa.ref_ragged_paged_attention(
       q, interleaved, *args, sm_scale=8**-0.5, **options
     )
-    found = paged_attention(
-      q, pages, args[1], args[0], args[2],
-      window=options.get("sliding_window"), softcap=options.get("soft_cap"),
-      backend="xla",
-    )  # fmt: skip
+    run = quick(functools.partial(
+      paged_attention, window=options.get("sliding_window"),
+      softcap=options.get("soft_cap"), backend="xla",
+    ))  # fmt: skip
+    found = run(q, pages, args[1], args[0], args[2])
     chex.assert_trees_all_close(found, expected, **CLOSE)
 
 
@@ -244,6 +245,6 @@ def test_kernels_do_not_race_or_read_what_nobody_wrote(tpu_interpreter, kind):
     call = functools.partial(paged_attention, draw(TOKENS, 2, 8), pages, *args)
     blocks = Blocks(2, 8, 2)
   found = call(blocks=blocks, **ours, **options)
-  expected = call(backend="reference", **options)
+  expected = quick(lambda: call(backend="reference", **options))()
   assert not interpret_pallas_call.races.races_found
   chex.assert_trees_all_close(found, expected, **CLOSE)
