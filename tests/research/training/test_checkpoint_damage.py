@@ -145,10 +145,14 @@ def test_without_the_list_nothing_wrong_is_used(saved, tmp_path, damage, name):
   (folder / "4" / "files.json").unlink()
   if path.exists():
     damage(path)
-  assert restored(folder) in [(3, 2), (4, 3)]  # and bitwise what was saved
+  found = restored(folder)
+  assert found in [(3, 2), (4, 3)]  # and bitwise what was saved
   arrays = ("state/ocdbt.process_0/d/*", "state/_METADATA", "data/place.json")
   if name in arrays:
-    assert (folder / "4.damaged").exists()
+    # The file of arrays has bits that no number depends on, and the name that
+    # its bit is drawn by is another one each time.
+    unread = damage is flip and name == arrays[0] and found == (4, 3)
+    assert unread or (folder / "4.damaged").exists()
 
 
 @pytest.mark.parametrize("part", ["", "state", "data", "metrics"])
