@@ -24,9 +24,13 @@ from experiments.diffusion_study import (
   Tiny,
   at,
   batch_of,
+  best_rate,
   difference,
+  draw_curve,
   marks,
   surely,
+  swept,
+  swept_before,
 )
 from experiments.lora_verdicts import Mean, mean
 from research.data.synthetic import Markov
@@ -88,20 +92,15 @@ class Ladder:
   @property
   def arms(self) -> list[str]:
     """One for each kind and seed, after one for each kind's rates."""
-    rates = [f"rates of {kind}" for kind in self.kinds]
-    seeds = range(self.seeds)
-    return rates + [f"{kind}, seed {s}" for kind in self.kinds for s in seeds]
+    return swept(self.kinds, self.seeds)
 
   def row(self, arm: str, before: Rows) -> Row:
     """Returns a curve of gaps to the truth, or the best rate."""
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
-    kind, seed = arm.split(", seed ")
-    if f"rates of {kind}" not in before:
-      raise UserError(f"{arm}: needs the arm 'rates of {kind}'; run it first")
-    rate = before[f"rates of {kind}"]["rate"]
-    curve = self.curve(kind, int(seed), self._steps(kind), rate)
-    return {"kind": kind, "seed": int(seed), "rate": rate, **curve}
+    kind, seed, rate = swept_before(arm, before)
+    curve = self.curve(kind, seed, self._steps(kind), rate)
+    return {"kind": kind, "seed": seed, "rate": rate, **curve}
 
   def _steps(self, kind: str) -> int:
     block = self.kinds[kind]
@@ -115,12 +114,8 @@ class Ladder:
       rate: self.curve(kind, seed, self.trial, rate, points=1)["gap"][-1]
       for rate in self.rates
     }
-    good = {r: g for r, g in gaps.items() if math.isfinite(g)}
-    return {
-      "kind": kind,
-      "gaps": list(gaps.values()),
-      "rate": min(good, key=lambda r: good[r]),
-    }
+    rate = best_rate(kind, gaps)
+    return {"kind": kind, "gaps": list(gaps.values()), "rate": rate}
 
   def curve(
     self,
@@ -270,14 +265,7 @@ class Ladder:
     axes = drawn.add_subplot()
     for i, kind in enumerate(self.kinds):
       mine = [rows[f"{kind}, seed {s}"] for s in range(self.seeds)]
-      gaps = np.array([row["gap"] for row in mine], float)
-      read = mine[0]["read"]
-      style = plots.style(i)
-      axes.plot(
-        read, gaps.mean(0), marker="o", markersize=3, label=kind, **style
-      )
-      low, high = gaps.min(0), gaps.max(0)
-      axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
+      draw_curve(axes, mine, "gap", i, kind)
     axes.set(
       xscale="log",
       yscale="log",

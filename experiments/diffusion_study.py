@@ -9,8 +9,9 @@ same, whatever comes after it.
 
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -21,9 +22,9 @@ from experiments.claims import Verdict
 from experiments.fresh import Fresh
 from research.nn import presets
 from research.nn.transformer import Transformer
-from research.training import optim, state, step
+from research.training import optim, plots, state, step
 from research.training.objective import Batch, Objective
-from research.typing import Array, Int, Params
+from research.typing import Array, Int, Params, UserError
 
 Row = dict[str, Any]
 """What is known of an arm; plain values."""
@@ -201,6 +202,48 @@ def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:
       found = found[name]
     out.append(float(found))
   return out
+
+
+def swept(kinds: Iterable[str], seeds: int) -> list[str]:
+  """Returns arms of kinds whose rates are swept: those, then all by seed."""
+  kinds = list(kinds)
+  rates = [f"rates of {kind}" for kind in kinds]
+  return rates + [f"{kind}, seed {s}" for kind in kinds for s in range(seeds)]
+
+
+def swept_before(arm: str, rows: Rows) -> tuple[str, int, float]:
+  """Returns an arm's kind, seed and the best rate that was found for it.
+
+  Raises:
+    UserError: its rates have not been swept.
+  """
+  kind, seed = arm.split(", seed ")
+  if f"rates of {kind}" not in rows:
+    raise UserError(f"{arm}: needs the arm 'rates of {kind}'; run it first")
+  return kind, int(seed), rows[f"rates of {kind}"]["rate"]
+
+
+def best_rate(kind: str, found: Mapping[float, float]) -> float:
+  """Returns the rate whose loss is lowest.
+
+  Raises:
+    UserError: none is finite.
+  """
+  good = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
+  if not good:
+    raise UserError(f"rates of {kind}: none of {tuple(found)} was stable")
+  return min(good, key=good.__getitem__)
+
+
+def draw_curve(
+  axes: Any, rows: Sequence[Row], name: str, i: int, label: str
+) -> None:
+  """Draws the mean over seeds against tokens read, and their range."""
+  found = np.array([row[name] for row in rows], float)
+  read, style = rows[0]["read"], plots.style(i)
+  axes.plot(read, found.mean(0), marker="o", markersize=3, label=label, **style)
+  low, high = found.min(0), found.max(0)
+  axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
 
 
 def marks(steps: int, every: int, points: int) -> set[int]:

@@ -28,8 +28,12 @@ from experiments.diffusion_study import (
   Tiny,
   at,
   batch_of,
+  best_rate,
   difference,
+  draw_curve,
   marks,
+  swept,
+  swept_before,
 )
 from experiments.lora_verdicts import CLOSE, Mean, mean
 from research.data.bpe import Bpe
@@ -94,22 +98,16 @@ class Text:
   @property
   def arms(self) -> list[str]:
     """One for the rates of each kind, then one for each kind and seed."""
-    rates = [f"rates of {kind}" for kind in KINDS]
-    return rates + [
-      f"{kind}, seed {s}" for kind in KINDS for s in range(self.seeds)
-    ]
+    return swept(KINDS, self.seeds)
 
   def row(self, arm: str, before: Rows) -> Row:
     """Returns the best rate, or a curve of bits per byte."""
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
-    kind, seed = arm.split(", seed ")
-    if f"rates of {kind}" not in before:
-      raise UserError(f"{arm}: needs the arm 'rates of {kind}'; run it first")
-    rate = before[f"rates of {kind}"]["rate"]
+    kind, seed, rate = swept_before(arm, before)
     steps = self.steps * (1 if kind == AR else self.more)
-    curve = self.curve(kind, int(seed), steps, rate, "heldout", self.points)
-    return {"kind": kind, "seed": int(seed), "rate": rate, **curve}
+    curve = self.curve(kind, seed, steps, rate, "heldout", self.points)
+    return {"kind": kind, "seed": seed, "rate": rate, **curve}
 
   def _swept(self, kind: str) -> Row:
     seed = self.seeds  # a seed that is not reported
@@ -117,12 +115,7 @@ class Text:
       rate: self.curve(kind, seed, self.trial, rate, "validation", 1)["bits"][0]
       for rate in self.rates
     }
-    good = {r: b for r, b in bits.items() if math.isfinite(b)}
-    if not good:
-      raise UserError(
-        f"rates of {kind}: no rate of {tuple(self.rates)} was stable"
-      )
-    return {"bits": list(bits.values()), "rate": min(good, key=good.get)}
+    return {"bits": list(bits.values()), "rate": best_rate(kind, bits)}
 
   def curve(
     self,
@@ -294,14 +287,7 @@ class Text:
     drawn = plots.figure(7, 4.2)
     axes = drawn.add_subplot()
     for i, kind in enumerate(KINDS):
-      mine = self._of(rows, kind)
-      bits = np.array([row["bits"] for row in mine])
-      read, style = mine[0]["read"], plots.style(i)
-      axes.plot(
-        read, bits.mean(0), marker="o", markersize=3, label=kind, **style
-      )
-      low, high = bits.min(0), bits.max(0)
-      axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
+      draw_curve(axes, self._of(rows, kind), "bits", i, kind)
     axes.axhline(self.unigram(), label="unigrams", **plots.style(2))
     axes.set(
       xscale="log",
