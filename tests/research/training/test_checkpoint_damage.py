@@ -97,7 +97,10 @@ def truncate(path):
 
 def flip(path):
   data = bytearray(path.read_bytes())
-  bit = random.Random(str(path.name)).randrange(8 * len(data))
+  # A file in `d` has another name each time, and would have another bit: few
+  # are in no array.
+  fixed = "d" if path.parent.name == "d" else path.name
+  bit = random.Random(fixed).randrange(8 * len(data))
   data[bit // 8] ^= 1 << (bit % 8)
   path.write_bytes(data)
 
@@ -145,14 +148,10 @@ def test_without_the_list_nothing_wrong_is_used(saved, tmp_path, damage, name):
   (folder / "4" / "files.json").unlink()
   if path.exists():
     damage(path)
-  found = restored(folder)
-  assert found in [(3, 2), (4, 3)]  # and bitwise what was saved
+  assert restored(folder) in [(3, 2), (4, 3)]  # and bitwise what was saved
   arrays = ("state/ocdbt.process_0/d/*", "state/_METADATA", "data/place.json")
   if name in arrays:
-    # The file of arrays has bits that no number depends on, and the name that
-    # its bit is drawn by is another one each time.
-    unread = damage is flip and name == arrays[0] and found == (4, 3)
-    assert unread or (folder / "4.damaged").exists()
+    assert (folder / "4.damaged").exists()
 
 
 @pytest.mark.parametrize("part", ["", "state", "data", "metrics"])
