@@ -2,11 +2,11 @@
 
 Two models of equal size learn the same rows of Python's own text, each at its
 best of a few rates; diffusion goes on for several times as many tokens, since
-that is what it needs. A row is a mark
-and a piece of a document; both predict all of it but the mark, and see nothing
-else. What diffusion is worth is its bound, estimated without bias: any number
-of masks is as likely as any other (`variants.AnyOrder`), drawn anew for every
-pass over the held-out rows, so that the passes say how sure the estimate is.
+that is what it needs. A row is a mark and a piece of a document; both predict
+all of it but the mark, and see nothing else. What diffusion is worth is its
+bound, estimated without bias: any number of masks is as likely as any other
+(`variants.AnyOrder`), drawn anew for every pass over the held-out rows, so that
+the passes say how sure the estimate is.
 """
 
 import dataclasses
