@@ -7,6 +7,7 @@ factors keep the rank first: their gradients are then `[r, tokens] x
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research import sharding
 from research.typing import Array, Float
@@ -34,6 +35,7 @@ def low_rank(
 
 def _low_rank_fwd(x, a, b):
   z = jnp.einsum("...i,ri->...r", x, a.astype(x.dtype))
+  z = checkpoint_name(z, "thin")
   y = jnp.einsum("...r,ro->...o", z, b.astype(x.dtype))
   return y, (x, z, a, b)
 

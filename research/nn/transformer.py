@@ -25,10 +25,20 @@ from research.typing import Array, Float, Int, Params, UserError
 
 Remat = Literal["none", "layer", "names"]
 
-SAVED = ("qkv", "attn_out", "attn_lse", "middle", "gate", "up", "unscaled")
+SAVED = (
+  "qkv",
+  "attn_out",
+  "attn_lse",
+  "middle",
+  "gate",
+  "up",
+  "unscaled",
+  "thin",
+)
 """What `remat="names"` keeps of a layer; norms, rotations, probabilities and
 the gated product are computed again. `unscaled` is a product that an adapter
-multiplies by trained numbers, whose gradient needs it."""
+multiplies by trained numbers, whose gradient needs it; `thin` is what stands
+between an adapter's two factors."""
 
 
 def _rematerialised(f, remat: Remat):

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from research.lora.method import Method, turned, uniform, wide, zeros
 
@@ -60,7 +61,8 @@ class VeRA(Method):
     d, l, a, b = (p[name].astype(x.dtype) for name in "dlab")
     if turned(eq):
       return jnp.einsum("...o,ro->...r", x * l, b) * d @ a
-    return jnp.einsum("...i,ri->...r", x, a) * d @ b * l
+    z = checkpoint_name(jnp.einsum("...i,ri->...r", x, a), "thin")
+    return checkpoint_name(z * d @ b, "unscaled") * l
 
   def axes(self, names):
     return {
