@@ -10,7 +10,8 @@ Rows against torch come first; those of `bench_methods` (PEFT's methods),
 memory) follow. Each measurement is
 a process of its own; ours and torch's alternate, so that a machine which
 changes speed changes it for both. The ratio is the median of the pairs'
-ratios. `--huge_pages` gives both sides glibc's huge pages.
+ratios. `--huge_pages=ours` starts training steps as each side's own commands do:
+ours ask glibc for huge pages; `both` gives them to torch, too.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from tests.peers import (
   bench_import,
   bench_loop,
   bench_methods,
+  sides,
 )
 
 OURS = [sys.executable, "tests/peers/bench_ours.py"]
@@ -49,15 +51,17 @@ def once(command: list[str], row: str, environment: dict) -> dict:
   return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(row: str, peers: str, repeats: int, environment: dict) -> dict:
+def compare(row: str, peers: str, repeats: int, huge_pages: str) -> dict:
   """Returns the medians and ratios of one row."""
   theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
   pairs = []
   for i in range(repeats):
-    sides = [once(OURS, row, environment), None]
-    sides[1] = once(theirs, row, environment)
-    pairs.append(sides)
-    rates = [side["tokens_per_s"] for side in sides]
+    pair = [
+      once(OURS, row, sides.environment("ours", huge_pages)),
+      once(theirs, row, sides.environment("torch", huge_pages)),
+    ]
+    pairs.append(pair)
+    rates = [side["tokens_per_s"] for side in pair]
     print(f"  {row} {i + 1}/{repeats}: {rates}", file=sys.stderr, flush=True)
   ours = statistics.median(a["tokens_per_s"] for a, _ in pairs)
   peer = statistics.median(b["tokens_per_s"] for _, b in pairs)
@@ -111,7 +115,7 @@ def main() -> None:
   parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
   parser.add_argument("--peers", required=True, help="their Python")
   parser.add_argument("--repeats", type=int, default=3)
-  parser.add_argument("--huge_pages", action="store_true")
+  parser.add_argument("--huge_pages", choices=sides.HUGE_PAGES, default="none")
   args = parser.parse_args()
   others = (
     bench_methods,
@@ -123,13 +127,9 @@ def main() -> None:
   known = [row for module in (table, *others) for row in module.ROWS]
   if unknown := set(args.rows) - set(known):
     parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
-  environment = dict(os.environ)
-  # A library that a small machine was told to use would slow one side down.
-  if args.huge_pages:
-    environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
   names = args.rows or known
   rows = [
-    compare(row, args.peers, args.repeats, environment)
+    compare(row, args.peers, args.repeats, args.huge_pages)
     for row in names
     if row in table.ROWS
   ]
@@ -142,6 +142,7 @@ def main() -> None:
     [row for row in names if row in bench_methods.ROWS],
     args.peers,
     args.repeats,
+    args.huge_pages,
   )
   if methods:
     print(bench_methods.show(methods))

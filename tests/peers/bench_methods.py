@@ -119,20 +119,26 @@ def torch(row: str, runs: int, steps: int) -> dict:
   return out | dict(peak_rss_bytes=peak)
 
 
-def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
+def rows(
+  names: list[str], peers: str, repeats: int, huge_pages: str = "none"
+) -> list[dict]:
   """Returns medians and ratios of each row.
 
   Args:
     names: of `ROWS`.
     peers: their Python.
     repeats: rounds; sides alternate.
+    huge_pages: see `sides.environment`.
   """
   from tests.peers import sides  # the script alone does not see it
 
   found = []
   for row in names:
     pairs = [
-      [sides.once(__file__, side, row, peers) for side in ("ours", "torch")]
+      [
+        sides.once(__file__, side, row, peers, huge_pages)
+        for side in ("ours", "torch")
+      ]
       for _ in range(repeats)
     ]
     ratios = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs]
