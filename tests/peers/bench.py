@@ -10,7 +10,7 @@ Rows against torch come first; those of `bench_methods` (PEFT's methods),
 memory) follow. Each measurement is
 a process of its own; ours and torch's alternate, so that a machine which
 changes speed changes it for both. The ratio is the median of the pairs'
-ratios. `--huge_pages=ours` starts training steps as each side's own commands do:
+ratios. `--huge_pages=ours` starts training steps as each side does by itself:
 ours ask glibc for huge pages; `both` gives them to torch, too.
 """
 
