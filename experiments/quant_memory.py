@@ -128,6 +128,7 @@ def rows(
     line = {
       "format": name,
       "bits": 16.0 if format is None else sizes.bits_per_weight,
+      "packed GB": None if format is None else sizes.packed_bytes / 1e9,
       "weights GB": sizes.nbytes / 1e9,
       "with cache GB": (sizes.nbytes + held) / 1e9,
     }
@@ -165,7 +166,8 @@ def verdicts(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
   by = {line["format"]: line for line in lines}
   whole = by["bfloat16"]["weights GB"]
   four = {n: x["weights GB"] for n, x in by.items() if 4 <= x["bits"] < 5}
-  least = 24 * 16 / whole
+  needs = {n: by[n].get("step GB", by[n]["with cache GB"]) for n in four}
+  bare, held = bits_within(lines, 24)
   return [
     Verdict(
       "16 bits take 140 GB (within 3%)",
@@ -178,11 +180,39 @@ def verdicts(lines: Sequence[Mapping[str, Any]]) -> list[Any]:
       all(35 <= x <= 40 for x in four.values()),
     ),
     Verdict(
+      "with keys and values, or as a compiled step, they fit 40 GB",
+      ", ".join(f"{n} {x:.1f}" for n, x in needs.items()),
+      all(x <= 40 for x in needs.values()),
+    ),
+    Verdict(
       "no 4-bit format fits 24 GB",
-      f"24 GB would take {least:.1f} bits a weight, everything counted",
+      f"24 GB would take {bare:.2f} bits a packed weight, {held:.2f} with keys"
+      " and values beside",
       all(x > 24 for x in four.values()),
     ),
   ]
+
+
+def bits_within(
+  lines: Sequence[Mapping[str, Any]], gigabytes: int
+) -> tuple[float, float]:
+  """Returns the bits a packed weight that a budget allows.
+
+  What is not packed stays in 16 bits and is taken off first.
+
+  Args:
+    lines: as `rows` returns them; at least one is packed.
+    gigabytes: in all.
+
+  Returns:
+    Without and with the keys and values that the lines hold.
+  """
+  line = next(x for x in lines if x["packed GB"])
+  weights = 8 * line["packed GB"] / line["bits"]
+  rest = line["weights GB"] - line["packed GB"]
+  held = line["with cache GB"] - line["weights GB"]
+  left = gigabytes - rest
+  return 8 * left / weights, 8 * (left - held) / weights
 
 
 if __name__ == "__main__":

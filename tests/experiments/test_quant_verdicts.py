@@ -207,7 +207,12 @@ def test_memory_is_what_the_arithmetic_says(capsys):
   cache = 2 * 80 * 8 * 128 * 2 * 4096
   held = rows["mxfp4"]["with cache GB"] - rows["mxfp4"]["weights GB"]
   assert held == pytest.approx(cache / 1e9, rel=1e-3)
-  assert [c["holds"] for c in found["claims"]] == [True, True, True]
+  assert [c["holds"] for c in found["claims"]] == [True, True, False, True]
+  # 24 GB less what stays in 16 bits, over the matrices alone.
+  left = 24e9 - 2 * rest
+  want = [8 * left / (80 * layer), 8 * (left - cache) / (80 * layer)]
+  assert quant_memory.bits_within(found["rows"], 24) == pytest.approx(want)
+  assert f"{want[0]:.2f} bits" in found["claims"][3]["found"]
 
 
 def test_a_step_of_generation_holds_weights_packed():
