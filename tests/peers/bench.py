@@ -1,17 +1,19 @@
 """The speed tables: ours against torch, side by side in one run, and the rest.
 
-  make bench                     # every row, about 90 minutes on two idle cores
+  make bench                     # every row, 2 to 3 hours on two idle cores
   make bench ARGS='train_fp32 decode_b1_fp32 --repeats=3'
   make bench ARGS='checkpoint pipeline host import_gguf_fp32'
+  make bench ARGS='decode4bit_b1 pack_nf4 gptq'
 
 Rows against torch come first; those of `bench_methods` (PEFT's methods),
 `bench_attention` (attention alone), `bench_diffusion` (masked diffusion),
+`bench_decode4bit` (few bits' panels), `bench_quantize` (packing, GPTQ),
 `bench_loop` (checkpoints, input, the host) and `bench_import` (loading models,
-memory) follow. Each measurement is
-a process of its own; ours and torch's alternate, so that a machine which
-changes speed changes it for both. The ratio is the median of the pairs'
-ratios. `--huge_pages=ours` starts training steps as each side does by itself:
-ours ask glibc for huge pages; `both` gives them to torch, too.
+memory) follow. Each measurement is a process of its own; ours and torch's
+alternate, so that a machine which changes speed changes it for both. The ratio
+is the median of the pairs' ratios. `--huge_pages=ours` starts training steps as
+each side does by itself: ours ask glibc for huge pages; `both` gives them to
+torch, too.
 """
 
 import argparse
@@ -26,10 +28,12 @@ import time
 import tests.peers.bench_torch as table
 from tests.peers import (
   bench_attention,
+  bench_decode4bit,
   bench_diffusion,
   bench_import,
   bench_loop,
   bench_methods,
+  bench_quantize,
   sides,
 )
 
@@ -39,6 +43,14 @@ LIMITS = {
   "decode": "bytes of the weights",
   "perplexity": "FLOPs of the matmuls",
 }
+SECTIONS = {
+  "methods": bench_methods,
+  "attention": bench_attention,
+  "diffusion": bench_diffusion,
+  "decoding": bench_decode4bit,
+  "packing": bench_quantize,
+}
+"""Tables of their own, each against others' code, by name in the JSON line."""
 
 
 def once(command: list[str], row: str, environment: dict) -> dict:
@@ -110,6 +122,18 @@ def llama_cpp(peers: str) -> str:
   return f"llama.cpp: {done.stdout.strip()}"
 
 
+def section(name: str, names: list[str], args: argparse.Namespace) -> list:
+  """Prints a table of `SECTIONS` if rows of it are wanted; returns its rows."""
+  module = SECTIONS[name]
+  chosen = [row for row in names if row in module.ROWS]
+  if not chosen:
+    return []
+  more = (args.huge_pages,) if name == "methods" else ()
+  found = module.rows(chosen, args.peers, args.repeats, *more)
+  print(module.show(found))
+  return found
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("rows", nargs="*", metavar="ROW", help="default: all")
@@ -117,14 +141,8 @@ def main() -> None:
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--huge_pages", choices=sides.HUGE_PAGES, default="none")
   args = parser.parse_args()
-  others = (
-    bench_methods,
-    bench_attention,
-    bench_diffusion,
-    bench_loop,
-    bench_import,
-  )
-  known = [row for module in (table, *others) for row in module.ROWS]
+  modules = (table, *SECTIONS.values(), bench_loop, bench_import)
+  known = [row for module in modules for row in module.ROWS]
   if unknown := set(args.rows) - set(known):
     parser.error(f"no such rows: {unknown}; there are {', '.join(known)}")
   names = args.rows or known
@@ -137,42 +155,17 @@ def main() -> None:
         f"{platform.machine()}, huge pages: {args.huge_pages}")  # fmt: skip
   if rows:
     print(show(rows))
+  if rows or set(names) & set(bench_decode4bit.ROWS):
     print(llama_cpp(args.peers))
-  methods = bench_methods.rows(
-    [row for row in names if row in bench_methods.ROWS],
-    args.peers,
-    args.repeats,
-    args.huge_pages,
+  found = {"rows": rows}
+  found |= {name: section(name, names, args) for name in SECTIONS}
+  found["loop"] = [bench_loop.once(r) for r in names if r in bench_loop.ROWS]
+  print("\n".join(map(json.dumps, found["loop"])))
+  found["import"] = bench_import.rows(
+    [row for row in names if row in bench_import.ROWS]
   )
-  if methods:
-    print(bench_methods.show(methods))
-  attention = bench_attention.rows(
-    [row for row in names if row in bench_attention.ROWS],
-    args.peers,
-    args.repeats,
-  )
-  if attention:
-    print(bench_attention.show(attention))
-  diffusion = bench_diffusion.rows(
-    [row for row in names if row in bench_diffusion.ROWS],
-    args.peers,
-    args.repeats,
-  )
-  if diffusion:
-    print(bench_diffusion.show(diffusion))
-  loop = [bench_loop.once(row) for row in names if row in bench_loop.ROWS]
-  print("\n".join(map(json.dumps, loop)))
-  found = bench_import.rows([r for r in names if r in bench_import.ROWS])
-  if found:
-    print(bench_import.show(found))
-  found = {
-    "rows": rows,
-    "methods": methods,
-    "attention": attention,
-    "diffusion": diffusion,
-    "loop": loop,
-    "import": found,
-  }
+  if found["import"]:
+    print(bench_import.show(found["import"]))
   print(json.dumps(found))
 
 

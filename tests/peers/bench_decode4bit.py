@@ -18,7 +18,8 @@ import os
 import statistics
 import sys
 
-from tests.peers import bench
+ROWS = ("decode4bit_b1", "decode4bit_b8", "prefill4bit_b1")
+"""Of `make bench`, all sides each; the goal of prefill is fp32's speed."""
 
 AGAINST = {
   "packed": ("fp32", 4.0),
@@ -38,6 +39,8 @@ def rounds(
   what: str, batch: int, peers: str, repeats: int, chosen: list[str]
 ) -> dict[str, list[float]]:
   """Returns tokens/s of every side, and its other one, in each round."""
+  from tests.peers import bench  # which imports this module
+
   theirs = [peers, "-W", "ignore", "tests/peers/bench_torch.py", "--here"]
   sides = {name: (bench.OURS, name) for name in ("fp32", *AGAINST)}
   sides["bf16 of transformers"] = theirs, "bf16"
@@ -53,6 +56,68 @@ def rounds(
   return found
 
 
+def compared(
+  what: str, batch: int, peers: str, repeats: int, chosen: list[str]
+) -> list[dict]:
+  """Returns what sides reach: medians, and ratios of the rounds.
+
+  Args:
+    what: `"decode"` or `"prefill"`.
+    batch: sequences at a time.
+    peers: their Python.
+    repeats: rounds.
+    chosen: sides, of `AGAINST`.
+  """
+  found, out = rounds(what, batch, peers, repeats, chosen), []
+  for side in chosen:
+    other, goal = AGAINST[side]
+    pairs = zip(found[side], found[other], strict=True)
+    ratios = [a / b for a, b in pairs]
+    line = dict(row=f"{what}4bit_b{batch}", batch=batch, side=side)
+    out.append(
+      line
+      | dict(
+        tokens_per_s=statistics.median(found[side]),
+        ratio=statistics.median(ratios),
+        ratios=ratios,
+        to=other,
+        goal=1.0 if what == "prefill" else goal,
+      )
+    )
+  return out
+
+
+def rows(names: list[str], peers: str, repeats: int) -> list[dict]:
+  """Returns all sides of each row.
+
+  Args:
+    names: of `ROWS`.
+    peers: their Python.
+    repeats: rounds.
+  """
+  out = []
+  for name in names:
+    what, batch = name.split("4bit_b")
+    out += compared(what, int(batch), peers, repeats, list(AGAINST))
+  return out
+
+
+def show(found: list[dict]) -> str:
+  """Returns the table as Markdown."""
+  lines = [
+    "| row | side | tokens/s | ratio (min..max) | to | goal |",
+    "| --- | --- | --- | --- | --- | --- |",
+  ]
+  for r in found:
+    low, high = min(r["ratios"]), max(r["ratios"])
+    lines.append(
+      f"| {r['row']} | {r['side']} | {r['tokens_per_s']:.0f} "
+      f"| {r['ratio']:.2f} ({low:.2f}..{high:.2f}) | {r['to']} "
+      f"| {r['goal'] or '-'} |"
+    )
+  return "\n".join(lines)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--peers", required=True, help="their Python")
@@ -65,22 +130,10 @@ def main() -> None:
   if unknown := set(chosen) - set(AGAINST):
     parser.error(f"no such sides: {unknown}; there are {', '.join(AGAINST)}")
   what = "prefill" if args.prefill else "decode"
-  print("| batch | side | tokens/s | ratio (min..max) | to | goal |")
-  print("| --- | --- | --- | --- | --- | --- |")
   table = []
   for batch in map(int, args.batches.split(",")):
-    found = rounds(what, batch, args.peers, args.repeats, chosen)
-    for side in chosen:
-      other, goal = AGAINST[side]
-      goal = 1.0 if args.prefill else goal
-      pairs = zip(found[side], found[other], strict=True)
-      ratios = [a / b for a, b in pairs]
-      ratio, rate = statistics.median(ratios), statistics.median(found[side])
-      print(
-        f"| {batch} | {side} | {rate:.0f} | {ratio:.2f} "
-        f"({min(ratios):.2f}..{max(ratios):.2f}) | {other} | {goal or '-'} |"
-      )
-      table.append(dict(batch=batch, side=side, tokens_per_s=rate, ratio=ratio))
+    table += compared(what, batch, args.peers, args.repeats, chosen)
+  print(show(table))
   print(json.dumps({"rows": table}))
 
 

@@ -27,6 +27,7 @@ ROWS = (
   "import_bnb_packed",
   "import_gptq_packed",
   "import_awq_packed",
+  "import_compressed-tensors_packed",
   "import_hf_fp32",
   "import_hf_bf16",
   "import_8b_part",
