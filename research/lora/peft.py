@@ -17,6 +17,7 @@ import numpy as np
 from research import tree
 from research.interop import hf, safetensors
 from research.lora import (
+  base_note,
   peft_config,
   peft_names,
   peft_naming,
@@ -78,7 +79,8 @@ def open_adapter(
       "Save it with PEFT's save_pretrained(..., safe_serialization=True)."
     )
   tensors, notes = safetensors.open_with_metadata(file)
-  _check_base(file, fields, notes, params)
+  base_name = fields.get("base_model_name_or_path")
+  base_note.check(file, base_name, notes, params)
   naming = peft_naming.of_keys(tensors)
   params, model = _untied(fields, kind, params, model, naming)
   modules = peft_names.modules(params, model, naming)
@@ -121,19 +123,6 @@ def open_adapter(
       "nothing: it was saved before any training step"
     )
   return adapted, model
-
-
-def _check_base(file, fields, notes, params) -> None:
-  """Raises UserError where the file says that it is for another base."""
-  wanted, found = notes.get(peft_whole.BASE), peft_whole.fingerprint(params)
-  if wanted and found and wanted != found:
-    name = fields.get("base_model_name_or_path")
-    raise UserError(
-      f"{file}: this adapter is for another base: {str(name)[:80]!r}, "
-      f"fingerprint {wanted[:12]}.\n"
-      f"The model it is put on has {found[:12]}: other sizes or norms. Load "
-      "it over its own base."
-    )
 
 
 def _stacked(*arrays):

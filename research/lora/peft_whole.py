@@ -6,12 +6,10 @@ meant (PEFT's issue 2777).
 """
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,8 +21,6 @@ from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
 PREFIX = "base_model.model."
-BASE = "base_fingerprint"
-"""Name of the note in a file that tells its base from others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,43 +141,6 @@ def embeddings(
     if key not in taken:
       out[key] = found[address]
   return out
-
-
-def fingerprint(params: Params) -> str | None:
-  """Returns what tells a base from others, packed or not, as hexadecimals.
-
-  A hash of its layers' shapes and of its norms, rounded to bfloat16: what no
-  quantizer packs, and no adapter brings unasked. None for weights that are not
-  here to be read.
-  """
-  base, notes = wrap.disable(params), []
-  rows = [(p, x, [p]) for p, x in wrap.leaves(tree.top(base))]
-  for prefix, layers in tree.layer_indices(base).items():
-    run, layer = prefix.split("/")
-    for path, x in wrap.leaves(base[run][layer]):
-      rows.append((path, x, [f"layers/{i}/{path}" for i in layers]))
-  for path, x, addresses in rows:
-    if path in ("embed", "head") or path.endswith("bias"):
-      continue
-    alone = addresses == [path]
-    shape = tuple(x.shape) if alone else tuple(x.shape[1:])
-    notes += [f"{address} {list(shape)}" for address in addresses]
-    if len(shape) == 1 and not weights.is_weight(x):
-      if isinstance(x, jax.core.Tracer) or not _is_here(x):
-        return None
-      values = np.asarray(jnp.asarray(x).astype(jnp.bfloat16))
-      each = [values] if alone else list(values)
-      notes += [
-        f"{address} {value.tobytes().hex()}"
-        for address, value in zip(addresses, each, strict=True)
-      ]
-  return hashlib.sha256("\n".join(sorted(notes)).encode()).hexdigest()
-
-
-def _is_here(x) -> bool:
-  if isinstance(x, jax.Array):
-    return x.is_fully_addressable
-  return isinstance(x, np.ndarray)
 
 
 def replace(params: Params, values: Mapping[str, np.ndarray]) -> Any:

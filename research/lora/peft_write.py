@@ -14,6 +14,7 @@ import numpy as np
 from research import weights
 from research.interop import parts, safetensors
 from research.lora import (
+  base_note,
   peft_config,
   peft_names,
   peft_naming,
@@ -92,7 +93,7 @@ def save_adapter(
     tensors |= {
       copy: tensors[key].T for copy, key in peft_names.tied_keys(naming)
     }
-  kept, saved, bias = _whole(
+  kept, replaced, saved, bias = _whole(
     params, model, set(methods), set(whole), resized, naming
   )
   config = peft_config.make_config(
@@ -106,10 +107,7 @@ def save_adapter(
   )
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    notes = {"format": "pt"}
-    if not any(len(x.shape) == 1 for x in kept.values()):
-      own = peft_whole.fingerprint(params)
-      notes |= {peft_whole.BASE: own} if own else {}
+    notes = {"format": "pt"} | base_note.notes(params, replaced)
     safetensors.write_file(directory / WEIGHTS, tensors | kept, notes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / peft_config.CONFIG).write_text(text)
@@ -118,7 +116,10 @@ def save_adapter(
 
 
 def _whole(params, model, adapted, changed, resized, naming):
-  """Returns (tensors, modules_to_save, bias mode) of what is no adapter."""
+  """Returns what is no adapter.
+
+  Tensors, the addresses that they are of, modules_to_save, and the bias mode.
+  """
   base = peft_whole.base_weights(params, model, naming)
   biases = {a for a, w in base.items() if w.name == "bias"}
   theirs = {a for a in biases if base[a].module in adapted}
@@ -138,7 +139,7 @@ def _whole(params, model, adapted, changed, resized, naming):
   for key, w in keys.items():
     x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
     out[key] = x.T if w.transposed else x
-  return out, saved, bias
+  return out, {w.address for w in keys.values()}, saved, bias
 
 
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -79,7 +79,7 @@ def test_read_and_written_again(name, tmp_path):
   again = tmp_path / "again"
   safetensors.write_file(again, {k: x.read() for k, x in got.items()})
   assert again.read_bytes() == theirs.read_bytes()
-  assert set(notes) == {"format", "base_fingerprint"}
+  assert set(notes) == {"format", "base_fingerprint", "base_sample"}
   again = peft.load_adapter(tmp_path, base().params, base().model)
   chex.assert_trees_all_equal(again, it.params)
 

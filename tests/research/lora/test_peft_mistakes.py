@@ -6,14 +6,12 @@ import json
 import pathlib
 import shutil
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from research import tree
 from research.interop import load, safetensors
-from research.lora import peft, peft_whole, peft_write
+from research.lora import peft, peft_write
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -129,32 +127,6 @@ def test_whole_numbers_are_not_floats(tmp_path):
 
   with pytest.raises(UserError, match="float32, expected one of int32, int64"):
     read(changed(tmp_path, "method_shira", tensors=broken))
-
-
-def test_an_adapter_of_another_base(tmp_path):
-  it = load.load_model(MODELS / "peft_lora")
-  peft_write.save_adapter(tmp_path, it.params, it.model, "../llama")
-  read(tmp_path)
-
-  norms = {p for p, _ in tree.flatten_paths(base().params) if "norm" in p}
-  params = tree.map_paths(
-    lambda p, x: x * 1.01 if p in norms else x, base().params
-  )
-  with pytest.raises(UserError) as e:
-    peft.load_adapter(tmp_path, params, base().model)
-  own, found = map(peft_whole.fingerprint, (base().params, params))
-  for said in ("../llama", own[:12], found[:12]):
-    assert said in str(e.value)
-
-
-def test_a_fingerprint_is_of_the_base_however_it_is_held():
-  it, plain = load.load_model(MODELS / "peft_lora"), base().params
-  want = peft_whole.fingerprint(plain)
-  assert peft_whole.fingerprint(it.params) == want
-  assert peft_whole.fingerprint(tree.unroll(plain)) == want
-  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), plain)
-  assert peft_whole.fingerprint(half) == want
-  assert jax.eval_shape(lambda p: (peft_whole.fingerprint(p), p)[1], plain)
 
 
 def test_ranks_that_peft_cannot_say(tmp_path):
