@@ -22,6 +22,7 @@ from research.lora import (
   peft_names,
   peft_naming,
   peft_whole,
+  validate,
   wrap,
 )
 from research.lora.method import Place
@@ -88,6 +89,8 @@ def open_adapter(
     fields, kind, modules, wrap.matrices(params)
   )
   base = peft_whole.base_weights(params, model, naming)
+  everything = [w.module for w in base.values()]
+  validate.warn(fields.values, fields.where, list(modules.values()), everything)
   whole = peft_whole.required(
     base,
     {modules[address] for address in methods},

@@ -1,18 +1,20 @@
 """Rules of an adapter_config.json that do not do what they seem to.
 
-lora.md 6.5. PEFT is silent where a rule matches nothing, and takes the first
-pattern that matches; but it sorts patterns when it saves, so overlapping ones
-can mean something else after a save and a load.
+lora.md 6.5. PEFT takes the first pattern that matches; but it sorts patterns
+when it saves, so overlapping ones can mean something else after a save and a
+load. Where a rule matches nothing, it warns if that is a pattern or excludes,
+and says nothing of a name among targets; `warn` does of all of them.
 """
 
 import dataclasses
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from research.interop.fields import Fields
-from research.lora import match, peft_config, peft_whole
+from research.lora import match, methods, peft_config, peft_whole
 
 _PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern")
 
@@ -63,9 +65,34 @@ def findings(
     if hidden:
       text = f"keeps adapters off {_few(hidden)}, which targets match"
       out.append(Finding("hidden", "modules_to_save", name, text))
-  for field in _PATTERNS:
+  for field in _fields(config):
     out += _patterns(field, _pattern(fields, field), adapted)
   return out
+
+
+def warn(
+  config: Mapping[str, Any],
+  where: Any,
+  modules: Sequence[str],
+  everything: Sequence[str] = (),
+) -> None:
+  """Warns of each rule that matches nothing, as PEFT does on loading.
+
+  Args:
+    config, modules, everything: as for `findings`.
+    where: the file, for the text.
+  """
+  for found in findings(config, modules, everything):
+    if found.kind == "nothing":
+      text = f"{where}: {found.field}: {found.rule!r} {found.text}"
+      warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _fields(config: Mapping[str, Any]) -> Sequence[str]:
+  """Returns the fields of patterns that a configuration's method has."""
+  kinds = methods.of_peft_type(str(config.get("peft_type")))
+  theirs = {field for kind in kinds for field in kind.PEFT_PATTERNS.values()}
+  return [f for f in _PATTERNS if f in theirs or not kinds]
 
 
 def _pattern(fields: Fields, name: str) -> Mapping[str, Any]:
@@ -74,7 +101,7 @@ def _pattern(fields: Fields, name: str) -> Mapping[str, Any]:
 
 
 def _invalid(fields: Fields) -> Iterator[Finding]:
-  rules = [(f, k) for f in _PATTERNS for k in _pattern(fields, f)]
+  rules = [(f, k) for f in _fields(fields.values) for k in _pattern(fields, f)]
   for field in ("target_modules", "exclude_modules"):
     if isinstance(fields.get(field), str):
       rules.append((field, fields.get(field)))

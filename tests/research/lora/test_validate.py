@@ -1,9 +1,14 @@
 """Rules that match nothing, overlap, or change when they are saved."""
 
+import json
+import shutil
+import warnings
+
 import pytest
 
-from research.lora import match, validate
+from research.lora import match, peft, peft_config, validate
 from research.typing import UserError
+from tests.support_peft import MODELS, base
 
 MODULES = [
   f"model.layers.{i}.{name}"
@@ -104,3 +109,57 @@ def test_types():
   ):
     with pytest.raises(UserError, match="expected"):
       found(**config)
+
+
+def test_adaloras_ranks_are_no_patterns():
+  """There rank_pattern says which terms are left of each module."""
+  pattern = {"model.layers.0.self_attn.q_proj.lora_E": [True]}
+  assert found(peft_type="ADALORA", rank_pattern=pattern) == []
+
+
+def told(folder, name, **fields):
+  """Returns what loading an adapter with such fields warns of."""
+  out = shutil.copytree(MODELS / name, folder / name)
+  path = out / peft_config.CONFIG
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+  with warnings.catch_warnings(record=True) as given:
+    warnings.simplefilter("always")
+    peft.load_adapter(out, base().params, base().model)
+  rows = [w for w in given if w.category is RuntimeWarning]
+  assert all(str(path) in str(w.message) for w in rows)
+  return [str(w.message).removeprefix(f"{path}: ") for w in rows]
+
+
+@pytest.mark.parametrize(
+  "fields, want",
+  [
+    (dict(), []),
+    # PEFT warns of these three,
+    (
+      dict(rank_pattern={"qproj": 2, "^layers.0.*": 4}),
+      [
+        "rank_pattern: 'qproj' matches no adapted module",
+        "rank_pattern: '^layers.0.*' matches no adapted module",
+      ],
+    ),
+    (
+      dict(alpha_pattern={"lm_head": 2}),
+      ["alpha_pattern: 'lm_head' matches no adapted module"],
+    ),
+    (
+      dict(exclude_modules=["qproj"]),
+      ["exclude_modules: 'qproj' matches no module of the base"],
+    ),
+    # and says nothing of this one.
+    (
+      dict(modules_to_save=["score"]),
+      ["modules_to_save: 'score' matches no module of the base"],
+    ),
+  ],
+)
+def test_a_rule_that_matches_nothing_is_told_on_loading(tmp_path, fields, want):
+  assert told(tmp_path, "peft_lora", **fields) == want
+
+
+def test_patterns_that_are_none_are_not_told(tmp_path):
+  assert told(tmp_path, "method_adalora_cut") == []
