@@ -82,7 +82,7 @@ class Delayed:
       calls=jnp.int32(0),
     )
     kept = self._read(length, params, tokens, valid, valid, kept)
-    return self._logits(params, kept, start, size), kept
+    return self._logits(params, kept, valid, start, size), kept
 
   def again(self, params, tokens, valid, start, size, carry):
     need = self.needed(tokens, valid, carry.seen)
@@ -102,7 +102,7 @@ class Delayed:
     kept = jax.lax.switch(
       chosen, [of(n) for n in sizes], params, tokens, valid, need, kept
     )
-    return self._logits(params, kept, start, size), kept
+    return self._logits(params, kept, valid, start, size), kept
 
   def needed(
     self,
@@ -160,6 +160,7 @@ class Delayed:
       calls=kept.calls,
     )
 
-  def _logits(self, params, kept, start, size) -> Float[Array, "B K V"]:
-    own = own_rows(kept.hidden, start, size, self.shift)
+  def _logits(self, params, kept, valid, start, size) -> Float[Array, "B K V"]:
+    place = positions(valid)
+    own = own_rows(kept.hidden, start, size, self.shift, place)
     return self.model.apply({"params": params}, own, method="logits")

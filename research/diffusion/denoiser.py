@@ -51,7 +51,11 @@ def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def own_rows(
-  hidden: Float[Array, "B T D"], start: Int[Array, ""], size: int, shift: bool
+  hidden: Float[Array, "B T D"],
+  start: Int[Array, ""],
+  size: int,
+  shift: bool,
+  place: Int[Array, "B T"],
 ) -> Float[Array, "B K D"]:
   """Returns the hidden states that predict a block's own tokens.
 
@@ -61,12 +65,18 @@ def own_rows(
     size: of the block, K.
     shift: whether a token is predicted by the state before it, as in models
       that began autoregressive (Dream, arXiv:2508.15487); the first token of
-      a row has its own state alone.
+      a document has its own state alone, since what lies before it in the row
+      is padding or another document.
+    place: positions, from 0 in each document.
   """
+  own = _cut(hidden, start, size)
   if not shift:
-    return jax.lax.dynamic_slice_in_dim(hidden, start, size, axis=1)
-  at = jnp.maximum(start - 1 + jnp.arange(size), 0)
-  return jnp.take(hidden, at, axis=1)
+    return own
+  return _shifted(own, _before(hidden, start), _cut(place, start, size))
+
+
+def _cut(x: Array, start: Any, size: int) -> Array:
+  return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
 
 def _before(hidden: Array, start: Array) -> Array:
@@ -75,16 +85,16 @@ def _before(hidden: Array, start: Array) -> Array:
   return jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1)
 
 
-def _shifted(own: Array, edge: Array, start: Array) -> Array:
+def _shifted(own: Array, edge: Array, place: Array) -> Array:
   """Returns a block's states, each from the place before it.
 
   Args:
     own: of the block.
-    edge: of the place before the block; a row's first token has its own.
-    start: of the block in its row.
+    edge: of the place before the block.
+    place: the block's positions; a document's first token has its own state.
   """
-  head = jnp.where(start == 0, own[:, :1], edge)
-  return jnp.concatenate([head, own[:, :-1]], axis=1)
+  before = jnp.concatenate([edge, own[:, :-1]], axis=1)
+  return jnp.where((place == 0)[..., None], own, before)
 
 
 def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
@@ -120,7 +130,9 @@ class Whole:
   def scores(self, params, tokens, valid) -> Float[Array, "B T V"]:
     """Returns logits of every token: what likelihoods need."""
     hidden = self._hidden(params, tokens, valid)
-    rows = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
+    rows = own_rows(
+      hidden, jnp.int32(0), tokens.shape[1], self.shift, positions(valid)
+    )
     return self.model.apply({"params": params}, rows, method="logits")
 
   def _hidden(self, params, tokens, valid):
@@ -134,9 +146,8 @@ class Whole:
     )[0]
 
   def first(self, params, tokens, valid, start, size):
-    rows = own_rows(
-      self._hidden(params, tokens, valid), start, size, self.shift
-    )
+    hidden = self._hidden(params, tokens, valid)
+    rows = own_rows(hidden, start, size, self.shift, positions(valid))
     return self.model.apply({"params": params}, rows, method="logits"), ()
 
   def again(self, params, tokens, valid, start, size, carry):
@@ -211,7 +222,7 @@ class Cached:
       cache,
       time=self.told and self.told.rows(tokens, valid),
     )
-    own = own_rows(hidden, start, size, self.shift)
+    own = own_rows(hidden, start, size, self.shift, positions(valid))
     logits = self.model.apply({"params": params}, own, method="logits")
     # The state before the block predicts its first token.
     edge = _before(hidden, start)
@@ -222,13 +233,13 @@ class Cached:
     length = tokens.shape[1]
     span = min(self.before + size + self.after, length)
     low = jnp.clip(start - self.before, 0, length - span)
-    some = jax.lax.dynamic_slice_in_dim(tokens, low, span, axis=1)
-    place = jax.lax.dynamic_slice_in_dim(positions(valid), low, span, axis=1)
+    some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
     hidden, cache = reread(self, params, tokens, valid, some, place, cache)
-    own = jax.lax.dynamic_slice_in_dim(hidden, start - low, size, axis=1)
+    own = _cut(hidden, start - low, size)
     if self.shift:
       near = _before(hidden, start - low)
-      own = _shifted(own, jnp.where(start > low, near, edge), start)
+      near = jnp.where(start > low, near, edge)
+      own = _shifted(own, near, _cut(place, start - low, size))
     logits = self.model.apply({"params": params}, own, method="logits")
     return logits, (cache, edge)
 
@@ -290,13 +301,14 @@ class BlockCausal:
     cache, edge = carry
     hidden, cache = self._read(params, tokens, start, size, cache)
     if self.shift:
-      hidden = _shifted(hidden, edge, start)
+      place = _cut(positions(valid), start, size)
+      hidden = _shifted(hidden, edge, place)
     logits = self.model.apply({"params": params}, hidden, method="logits")
     return logits, (cache, edge)
 
   def _read(self, params, tokens, start, size, cache):
     """Returns a block's states, and the cache with its keys and values."""
-    some = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+    some = _cut(tokens, start, size)
     place = start + jnp.arange(size, dtype=jnp.int32)
     place = jnp.broadcast_to(place, some.shape)
     held = jnp.broadcast_to(start, (tokens.shape[0],)).astype(jnp.int32)

@@ -122,7 +122,7 @@ class Elbo:
   """`times` numbers of masks, `masks` sets of each; together unbiased.
 
   Attributes:
-    times: n_t; the numbers are spread over 1..L.
+    times: n_t; each number is drawn by itself, uniform on 1..L.
     masks: n_y; more of them is worth less than more times.
   """
 
@@ -191,7 +191,9 @@ def estimate(
     masked, counts = view
     noisy = process.noisy(tokens, masked, mask_id)
     hidden, _ = model.apply({"params": params}, noisy, place, mask)
-    hidden = denoiser.own_rows(hidden, jnp.int32(0), tokens.shape[1], shift)
+    hidden = denoiser.own_rows(
+      hidden, jnp.int32(0), tokens.shape[1], shift, place
+    )
     found = positions.log_probs(model, params, hidden, tokens, rows)
     return total + jnp.where(counts > 0, counts * found, 0.0), None
 

@@ -153,7 +153,9 @@ class GenMD4:
       Mask.full(segments=both["segments"]),
       time=told.given(self.model, jnp.concatenate([t, t])[:, 0]),
     )
-    hidden = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
+    hidden = own_rows(
+      hidden, jnp.int32(0), tokens.shape[1], self.shift, both["positions"]
+    )
 
     def loss(logits, tokens, masked):
       logp = jax.nn.log_softmax(logits)

@@ -49,7 +49,10 @@ def by_hand(tokens, valid, block, shift):
   """Returns all logits, from one pass with a mask as an array."""
   logits = passes.logits(*network(), tokens, valid, block)
   if shift:
-    logits = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
+    before = jnp.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
+    # A row's first token has padding before it, if anything.
+    first = np.asarray(valid) & (np.cumsum(valid, axis=-1) == 1)
+    logits = jnp.where(first[..., None], logits, before)
   return logits
 
 
