@@ -3,7 +3,7 @@
 A *piece* is a stretch of one document. A plan says which pieces share a row;
 `concatenate` wastes no place and cuts documents where a row ends, `best_fit`
 cuts only documents longer than a row (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling", best-fit packing).
+Improve Language Modeling", best-fit packing), `alone` gives each its own row.
 
 Invariants, whatever the plan: each piece is its own segment and its positions
 start at 0, so that it cannot see its neighbours; each token of a document but
@@ -94,13 +94,18 @@ def concatenate(lengths: Sequence[int], row: int) -> list[list[Piece]]:
   return rows
 
 
-def best_fit(lengths: Sequence[int], row: int) -> list[list[Piece]]:
-  """Returns a plan that cuts no document which fits into a row."""
-  pieces = [
-    Piece(document, start, min(row, length - start))
+def alone(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+  """Returns a plan in which documents share no row; longer ones are cut."""
+  return [
+    [Piece(document, start, min(row, length - start))]
     for document, length in enumerate(lengths)
     for start in range(0, length, row)
   ]
+
+
+def best_fit(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+  """Returns a plan that cuts no document which fits into a row."""
+  pieces = [piece for (piece,) in alone(lengths, row)]
   rows: list[list[Piece]] = []
   spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
   for piece in sorted(pieces, key=lambda p: (-p.size, p)):

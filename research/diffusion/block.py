@@ -17,6 +17,7 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
 from research.diffusion.objective import Noise, masked_loss
+from research.diffusion.rows import Rewrite
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
@@ -41,6 +42,7 @@ class BlockDiffusion:
       token by nothing.
     never_mask: whether the mask has no probability, whatever the head says.
     rows: rows of logits held at a time.
+    rewrites: of each batch, in order, before anything is masked.
   """
 
   model: Transformer | None = None
@@ -52,6 +54,7 @@ class BlockDiffusion:
   shift: bool = False
   never_mask: bool = True
   rows: int = 256
+  rewrites: tuple[Rewrite, ...] = ()
 
   def __post_init__(self):
     if self.block < 1:
@@ -65,6 +68,8 @@ class BlockDiffusion:
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)
+    for rewrite in self.rewrites:
+      batch = rewrite(batch, key)
     drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])

@@ -17,6 +17,7 @@ from research import weights
 from research.diffusion import process
 from research.diffusion.denoiser import own_rows
 from research.diffusion.process import Spread
+from research.diffusion.rows import Rewrite
 from research.diffusion.schedule import Linear, Schedule
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
@@ -56,6 +57,7 @@ class MaskedDiffusion:
     never_mask: whether the mask has no probability (MDLM's zero masking
       probabilities), whatever the head says.
     rows: rows of logits held at a time.
+    rewrites: of each batch, in order, before anything is masked.
   """
 
   model: Transformer | None = None
@@ -70,6 +72,7 @@ class MaskedDiffusion:
   levels: int | None = None
   never_mask: bool = True
   rows: int = 256
+  rewrites: tuple[Rewrite, ...] = ()
 
   def __post_init__(self):
     if self.complement and not isinstance(self.schedule, Linear):
@@ -83,8 +86,10 @@ class MaskedDiffusion:
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the sums of loss, of weights, and of right predictions."""
+    """Returns the sums of loss, of weights, and of masks."""
     params = weights.bind(params, key=key)
+    for rewrite in self.rewrites:
+      batch = rewrite(batch, key)
     drawn = process.drawing(key)
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["segments"])
@@ -103,7 +108,9 @@ class MaskedDiffusion:
       Mask.full(segments=batch["segments"]),
       time=time,
     )
-    hidden = own_rows(hidden, jnp.int32(0), tokens.shape[1], self.shift)
+    hidden = own_rows(
+      hidden, jnp.int32(0), tokens.shape[1], self.shift, batch["positions"]
+    )
     share = 1.0
     if self.norm == "sequence":
       share = 1 / jnp.maximum(maskable.sum(-1, keepdims=True), 1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from research.data import packing
 from research.typing import UserError
 
-PLANS = [packing.concatenate, packing.best_fit]
+PLANS = [packing.concatenate, packing.best_fit, packing.alone]
 
 
 def _unpack(rows):
