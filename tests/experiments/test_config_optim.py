@@ -22,7 +22,10 @@ LEARNING_RATE = 1e-2
 WARMUP = 1
 """
 NAMES = sorted(p.stem for p in config.CONFIGS.glob("optim/*.gin"))
-GIVEN = {"relora": ["RESTART=2", "REWARM=1"]}
+GIVEN = {
+  "adamw_stages": ["LATER_RATE=5e-3", "LATER_STEP=3"],
+  "relora": ["RESTART=2", "REWARM=1"],
+}
 
 
 class Product:
