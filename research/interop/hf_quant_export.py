@@ -186,7 +186,7 @@ class _Maker:
     if module.found is None:
       array = changes.read(w).array
       array = changes.cast(module.name, array, np.dtype(np.float32))
-      w = qtensor.pack(jnp.asarray(array), self.format)
+      w = qtensor.pack(jnp.asarray(array), self.format, where=module.name)
     return w, self.writer.tensors(w, self.scheme, module.name)
 
   def _tensors(self, module: _Module) -> Mapping[str, np.ndarray]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
-from research.quant import qtensor
+from research.quant import finite, qtensor
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.quantize import ALL_LINEAR, Quantize
@@ -63,9 +63,17 @@ class FakeQuantTensor(weights.Around):
       f = jax.vmap(f)
     return f(w, self.gain, self.start)
 
-  def packed(self) -> qtensor.QTensor:
-    """Returns what `dense` stands for, packed."""
+  def packed(self, where: str = "FakeQuantTensor") -> qtensor.QTensor:
+    """Returns what `dense` stands for, packed.
+
+    Args:
+      where: its address, for messages.
+
+    Raises:
+      UserError: training left what is not finite.
+    """
     w = weights.dense(self.w)
+    finite.check(w, where)
     if self.gain is None:
       return _pack(self.format, w)
     f = functools.partial(_on_grid, self.format)
@@ -246,10 +254,10 @@ class Convert:
     """Returns `params` with what their matrices were used as, packed."""
     del key
 
-    def one(w: Any) -> Any:
-      return w.packed() if isinstance(w, FakeQuantTensor) else w
+    def one(path: str, w: Any) -> Any:
+      return w.packed(path) if isinstance(w, FakeQuantTensor) else w
 
-    return jax.tree.map(one, params, is_leaf=weights.is_weight)
+    return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
 def bare(params: Params) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
-from research.quant import qtensor
+from research.quant import finite, qtensor
 from research.quant.format import Format
 from research.quant.formats.codebook import Codebook
 from research.typing import Params, PRNGKey, UserError
@@ -38,7 +38,8 @@ class Quantize:
     """Returns `params` with packed matrices; the others are shared.
 
     Raises:
-      UserError: a target matches nothing, or what is adapted already.
+      UserError: a target matches nothing, or what is adapted already, or
+        what is not finite.
     """
     del key
     chosen = set(self.chosen(params))
@@ -55,7 +56,7 @@ class Quantize:
       raise UserError(
         f"Quantize: {path} is adapted; quantize first, then adapt"
       )
-    return self.pack(w)
+    return self.pack(w, path)
 
   def chosen(self, params: Params) -> list[str]:
     """Returns the paths of the matrices that are packed, runs as they are."""
@@ -87,16 +88,27 @@ class Quantize:
       if any(path.endswith(f"/{name}") for name in self.targets)
     ]
 
-  def pack(self, w: Any) -> qtensor.QTensor:
-    """Returns one weight, or a stack of them, packed; compiled once a shape."""
+  def pack(self, w: Any, where: str = "Quantize") -> qtensor.QTensor:
+    """Returns one weight, or a stack of them, packed; compiled once a shape.
+
+    Args:
+      w: any weight.
+      where: its address, for messages.
+    """
     if not self.format.traced:
-      return qtensor.pack(np.asarray(weights.dense(w)), self.format)
-    return _packed(w, self.format)
+      dense = np.asarray(weights.dense(w))
+      return qtensor.pack(dense, self.format, where=where)
+    packed, fine = _packed(w, self.format)
+    if not isinstance(fine, jax.core.Tracer) and not fine:
+      finite.check(weights.dense(w), where)
+    return packed
 
 
 @functools.partial(jax.jit, static_argnames=("format",))
 def _packed(w, format):
-  return qtensor.pack(weights.dense(w), format)
+  """Returns (packed, whether all was finite); a packed one is decoded once."""
+  dense = weights.dense(w)
+  return qtensor.pack(dense, format), jnp.isfinite(dense).all()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

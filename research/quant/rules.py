@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.quant import calibrate, drift, methods
+from research.quant import calibrate, drift, finite, methods
 from research.quant.calibrate import Calibration, OfModel
 from research.quant.format import Format
 from research.quant.methods import Compensated, Method, Nearest
@@ -102,8 +102,8 @@ class Quantization(OfModel):
       say: is told of progress.
 
     Raises:
-      UserError: a rule decides nothing, or does not fit a matrix; a method
-        needs inputs that are not measured.
+      UserError: a rule decides nothing, or does not fit a matrix; a matrix
+        is not finite; a method needs inputs that are not measured.
     """
     chosen = self.chosen(params)
     _check_fit(params, chosen)
@@ -205,12 +205,17 @@ def stages(paths: Sequence[str]) -> list[list[list[str]]]:
 
 
 def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
-  """Raises UserError for a matrix that its rule's format cannot hold."""
+  """Raises UserError for a matrix that its rule's format cannot hold.
+
+  That is before anything is calibrated, which takes the longest.
+  """
   for i, layer in enumerate(tree.layers(params)):
     for path, w in matrices(layer).items():
       address = f"layers/{i}/{path}"
       if address in chosen:
         _fitted(address, w, chosen[address])
+        if not weights.is_weight(w):
+          finite.check(w, address)
 
 
 def _examples(params: Params) -> set[str]:
@@ -342,13 +347,19 @@ class _Work:
 
 
 def _array(name: str, w: Any) -> jax.Array:
-  """Returns a weight's matrix, or raises UserError if it is adapted."""
+  """Returns a weight's matrix.
+
+  Raises:
+    UserError: it is adapted, or not finite.
+  """
   w = weights.inner(w)
   if hasattr(w, "w"):
     raise UserError(
       f"Quantization: {name} is adapted; quantize first, then adapt"
     )
-  return jnp.asarray(weights.dense(w))
+  w = jnp.asarray(weights.dense(w))
+  finite.check(w, name)
+  return w
 
 
 def _fitted(name: str, w: Any, rule: Rule) -> Format:
