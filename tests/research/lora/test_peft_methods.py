@@ -11,8 +11,11 @@ import pytest
 
 from research import tree
 from research.interop import safetensors
-from research.lora import peft, peft_config, peft_write, wrap
+from research.lora import adapt, peft, peft_config, peft_write, wrap
 from research.lora.methods import all_methods
+from research.lora.methods.lora import LoRA
+from research.lora.methods.qalora import QALoRA
+from tests.research.lora import test_methods as methods
 from tests.support_peft import MODELS, base, golden, loaded, logits, relative
 
 ADAPTERS = sorted(p.name for p in MODELS.glob("method_*"))
@@ -105,3 +108,48 @@ def test_read_and_written_again(name, tmp_path):
     np.testing.assert_array_equal(ours[key].read(), x.read(), err_msg=key)
   again = peft.load_adapter(tmp_path, base().params, base().model)
   chex.assert_trees_all_equal(again, it.params)
+  same_bytes(tmp_path, again)
+
+
+def same_bytes(folder, again):
+  """Asserts that what was read from a folder is written as it was there."""
+  peft_write.save_adapter(folder / "b", again, base().model, "../llama")
+  names = {p.name for p in folder.iterdir() if p.is_file()}
+  assert names == {"adapter_config.json", peft.WEIGHTS}
+  for name in names:
+    assert (folder / "b" / name).read_bytes() == (folder / name).read_bytes()
+
+
+OTHERS = [
+  m
+  for m in methods.METHODS
+  if type(m).PEFT is None and isinstance(m, LoRA) or isinstance(m, QALoRA)
+]
+
+
+@pytest.mark.parametrize("method", OTHERS, ids=methods.label)
+def test_what_peft_has_as_something_else_is_written_again(method, tmp_path):
+  """With a start of its own, half fixed, or grouped: as PEFT is told of it."""
+
+  def seen(params, paths, key):
+    sizes = wrap.matrices(params)
+    return methods.look(method, {path: sizes[path] for path in paths})
+
+  how = adapt.Adapt(method=method, look=seen, targets=r"layers/1/.*/(q|down)")
+  params = tree.map_paths(
+    lambda p, x: x + methods.waves(x) if "/trained/" in p else x,
+    jax.device_get(how(base().params, jax.random.key(0))),
+  )
+  peft_write.save_adapter(tmp_path, params, base().model, "../llama")
+  again = peft.load_adapter(tmp_path, base().params, base().model)
+  close = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  if isinstance(method, QALoRA):
+    close(again, params)
+  else:
+    found = wrap.adapters(again, lambda w: w)
+    for path, w in wrap.adapters(params, lambda w: w).items():
+      plain, arrays = w.method.exported(w.arrays)
+      assert found[path].method.rank == plain.rank
+      np.testing.assert_allclose(found[path].method.scale, plain.scale)
+      close(dict(found[path].arrays), dict(arrays))
+  same_bytes(tmp_path, again)
