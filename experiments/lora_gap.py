@@ -4,11 +4,13 @@
 
 DIR is the folder of a sweep, such as sweeps/lora_seeds_smollm2.gin, in which
 one unit trains everything. Each arm (the bindings, less seed and rate) stands
-at the rate with the least mean perplexity. Prints a table: parameters,
-perplexity, how far above full training in nats a token, paired by seed, and
-the share of full training's gain; draws the gaps against parameters in
-DIR/gap.png. ± is Student's 95% over seeds. The last line on stdout is a JSON
-object.
+at the rate with the least mean loss on the validation documents, which are not
+those whose perplexity is told; a * marks a rate at the edge of a grid of
+several, beyond which a better one may lie. Prints a table: parameters as a
+share of the base's, perplexity, how far above full training in nats a token,
+paired by seed, and the share of full training's gain; then how far arms
+are apart. Draws the gaps against parameters in DIR/gap.png. ± is
+Student's 95% over seeds. The last line on stdout is a JSON object.
 """
 
 # ruff: noqa: E402
@@ -18,6 +20,7 @@ if __name__ == "__main__":
   runtime.prepare()
 
 import csv
+import itertools
 import math
 import pathlib
 import re
@@ -37,7 +40,9 @@ _SWEEP = flags.DEFINE_string(
 )
 
 RATE, SEED, WHOLE = "LEARNING_RATE", "SEED", "full"
+LORA = "LoRA r="
 BEFORE, AFTER = "perplexity_before", "perplexity_after"
+CHOOSES = "validation/loss"
 COUNT, TOTAL = "trainable_parameters", "total_parameters"
 
 
@@ -46,10 +51,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(sweep=_SWEEP.value)
   folder = pathlib.Path(_SWEEP.value)
-  lines = table(read(folder / "results.csv"))
-  cli.say(tables.text(lines))
+  rows = read(folder / "results.csv")
+  lines, pairs = table(rows), apart(rows)
+  cli.say(f"{tables.text(lines)}\n\n{tables.text(pairs)}")
   draw(lines, folder / "gap.png")
-  return {"arms": lines, "picture": str(folder / "gap.png")}
+  picture = str(folder / "gap.png")
+  return {"arms": lines, "apart": pairs, "picture": picture}
 
 
 def read(path: pathlib.Path) -> list[dict[str, str]]:
@@ -68,7 +75,7 @@ def read(path: pathlib.Path) -> list[dict[str, str]]:
     ) from error
   if not rows:
     raise UserError(f"{path}: no unit is done.")
-  missing = {RATE, SEED, BEFORE, AFTER, COUNT, TOTAL} - set(rows[0])
+  missing = {RATE, SEED, BEFORE, AFTER, CHOOSES, COUNT, TOTAL} - set(rows[0])
   if missing:
     raise UserError(f"{path}: has no column {', '.join(sorted(missing))}.")
   return rows
@@ -83,6 +90,44 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   Raises:
     UserError: none trains everything, or an arm has other seeds than that one.
   """
+  best = _arms(rows)
+  _, _, whole = best[WHOLE]
+  lines = [_line(n, *found, whole) for n, found in best.items()]
+  return sorted(lines, key=lambda x: (x["arm"] != WHOLE, x["trained %"]))
+
+
+def apart(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+  """Returns how far ranks of LoRA are apart, and methods from LoRA's.
+
+  Args:
+    rows: as for `table`.
+  """
+  losses = {
+    name: {seed: math.log(float(r[AFTER])) for seed, r in units.items()}
+    for name, (_, _, units) in _arms(rows).items()
+  }
+  ranks = {
+    name.partition(" ")[2]: name for name in losses if name.startswith(LORA)
+  }
+  order = sorted(ranks.values(), key=lambda n: int(n.removeprefix(LORA)))
+  compared = [*itertools.pairwise(order)]
+  for name in losses:
+    rank = ranks.get(name.partition(" ")[2])
+    if rank and rank != name:
+      compared.append((name, rank))
+  out = []
+  for one, other in compared:
+    both = set(losses[one]) & set(losses[other])
+    gap = lora_verdicts.mean(
+      [losses[one][s] - losses[other][s] for s in sorted(both)]
+    )
+    found = {"arm": one, "from": other, "nats": gap.value, "±": gap.half}
+    out.append(found | {"told apart": abs(gap.value) > gap.half})
+  return out
+
+
+def _arms(rows):
+  """Returns (rate, whether at an edge, units by seed) of each arm's best."""
   arms: dict[str, dict[float, dict[str, Mapping[str, str]]]] = {}
   for row in rows:
     by_rate = arms.setdefault(_name(row), {})
@@ -92,10 +137,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
       f"sweep: no unit trains all {rows[0][TOTAL]} parameters, expected one to"
       " compare with."
     )
-  best = {name: _best(by_rate) for name, by_rate in arms.items()}
-  _, whole = best[WHOLE]
-  lines = [_line(n, rate, units, whole) for n, (rate, units) in best.items()]
-  return sorted(lines, key=lambda x: (x["arm"] != WHOLE, x["trained %"]))
+  return {name: _best(by_rate) for name, by_rate in arms.items()}
 
 
 def _name(row: Mapping[str, str]) -> str:
@@ -108,15 +150,16 @@ def _name(row: Mapping[str, str]) -> str:
 
 
 def _best(by_rate):
-  """Returns (rate, units by seed) of the least mean perplexity."""
 
-  def mean(item):
-    return np.mean([math.log(float(r[AFTER])) for r in item[1].values()])
+  def mean(rate):
+    return np.mean([float(r[CHOOSES]) for r in by_rate[rate].values()])
 
-  return min(by_rate.items(), key=mean)
+  rate = min(by_rate, key=mean)
+  edge = len(by_rate) > 1 and rate in (min(by_rate), max(by_rate))
+  return rate, edge, by_rate[rate]
 
 
-def _line(name, rate, units, whole) -> dict[str, Any]:
+def _line(name, rate, edge, units, whole) -> dict[str, Any]:
   if set(units) - set(whole):
     raise UserError(
       f"sweep: {name} has seeds {', '.join(sorted(units))}, full training"
@@ -129,17 +172,20 @@ def _line(name, rate, units, whole) -> dict[str, Any]:
 
   loss, reached = nats(units, AFTER), nats(whole, AFTER)
   gain = nats(whole, BEFORE) - reached
-  first = units[seeds[0]]
+  # An adapted model's own total has the adapter in it.
+  first, base = units[seeds[0]], next(iter(whole.values()))[TOTAL]
   gap = lora_verdicts.mean(loss - reached)
+  closed = 1 - float(np.sum(loss - reached) / np.sum(gain))
   return {
     "arm": name,
-    "trained %": 100 * int(first[COUNT]) / int(first[TOTAL]),
-    "rate": rate,
+    "trained %": 100 * int(first[COUNT]) / int(base),
+    "rate": f"{rate:g}" + "*" * edge,
     "seeds": len(seeds),
     "perplexity": str(lora_verdicts.mean(np.exp(loss))),
     "above full": gap.value if name != WHOLE else None,
     "±": gap.half if name != WHOLE else None,
-    "closed %": 100 * (1 - float(np.sum(loss - reached) / np.sum(gain))),
+    "closed %": 100 * closed,
+    "± %": 100 * gap.half / float(np.mean(gain)) if name != WHOLE else None,
   }
 
 
