@@ -1,5 +1,7 @@
 """What the program is for: the device that it is lowered for, and its sums."""
 
+import functools
+import logging
 import math
 from typing import Any
 
@@ -9,10 +11,22 @@ import jax.numpy as jnp
 HOPPER = ("H100", "H200", "H800", "GH200", "H20")
 """Device kinds that have `wgmma`."""
 
+LOG = logging.getLogger("kernels_pallas")
+"""At level INFO it says, once each, what 'auto' took and why."""
+
 
 def accumulator(dtype: Any) -> Any:
   """What sums are held in: float32, or float64 for float64 inputs."""
   return jnp.promote_types(dtype, jnp.float32)
+
+
+def target() -> tuple[str, str] | None:
+  """Platform and kind of the devices of the mesh that is set, if one is.
+
+  It may be a topology to compile for.
+  """
+  found = jax.sharding.get_abstract_mesh().abstract_device
+  return None if found is None else (found.platform, found.device_kind)
 
 
 def device() -> tuple[str, str]:
@@ -21,10 +35,36 @@ def device() -> tuple[str, str]:
   Those of the mesh that is set, which may be a topology to compile for, else
   the default device's.
   """
-  found = jax.sharding.get_abstract_mesh().abstract_device
-  if found is not None:
-    return found.platform, found.device_kind
-  return jax.default_backend(), jax.devices()[0].device_kind
+  return target() or (jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def kind_of(platform: str) -> str:
+  """The kind of device of a program that is lowered for `platform`.
+
+  That of the device at hand, where it is of the platform. Else no kind is
+  known: a GPU is then taken for a Hopper, as JAX does when it lowers a kernel
+  without one, and of a TPU nothing is assumed.
+
+  Args:
+    platform: 'tpu', 'cuda', ..., as of `lowering_platforms`.
+  """
+  here = jax.default_backend()
+  if platform == here or (platform, here) == ("cuda", "gpu"):
+    return jax.devices()[0].device_kind
+  return f"{HOPPER[0]} (none is here)" if platform == "cuda" else "unknown"
+
+
+@functools.cache
+def say(what: str, platform: str, backend: str, why: str) -> None:
+  """Logs what 'auto' took, once in a process for each reason.
+
+  Args:
+    what: Which operation.
+    platform: That the program is for.
+    backend: Taken.
+    why: The reason.
+  """
+  LOG.info("%s: auto is %s on %s: %s", what, backend, platform, why)
 
 
 def free_axes() -> dict[str, int]:

@@ -1,6 +1,5 @@
 """`flash_attention`: one contract, the same semantics on every backend."""
 
-import functools
 from typing import Any
 
 import jax
@@ -8,34 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.flash_attention import blocking
-from kernels_pallas.flash_attention.blocked import (
-  blocked_attention,
-  blocked_gradients,
-)
-from kernels_pallas.flash_attention.mosaic_gpu import (
-  cores,
-  mosaic_gpu_attention,
-  mosaic_gpu_gradients,
-  unsupported,
-)
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
-  ROWS,
-  GpuTiles,
-  for_head_dim,
-)
-from kernels_pallas.flash_attention.mosaic_tpu import (
-  mosaic_tpu_attention,
-  mosaic_tpu_gradients,
-)
-from kernels_pallas.flash_attention.reference import reference_attention
+from kernels_pallas.flash_attention import backends
+from kernels_pallas.flash_attention.backends import BACKENDS, choose
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
+from kernels_pallas.flash_attention.tiling import Tiles
 from kernels_pallas.lowering import device
 from kernels_pallas.masks import Mask, Segments, Window
 
-BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu", "mosaic_gpu")
-GPUS = ("gpu", "cuda")
+__all__ = ["BACKENDS", "choose", "flash_attention", "prepare"]
+
 ALIGNMENTS = ("bottom_right", "top_left")
 
 
@@ -99,9 +80,11 @@ def flash_attention(
       integer, or Int [] or [B], not negative.
     kv_lens: Int [B], at most S; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
-    backend: One of `BACKENDS`; for 'auto' see `choose`.
+    backend: One of `BACKENDS`; 'auto' goes by the platform that the program is
+      lowered for (`backends.automatic`).
     config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu, else
-      `Blocks`.
+      `Blocks`. With 'auto', `Blocks` stand for xla_blockwise, and other sizes
+      are used where their backend is taken.
     interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
       A `plgpu.InterpretGPUParams` for mosaic_gpu.
     precision: Of the matmuls, as in `jax.lax.dot`.
@@ -192,19 +175,14 @@ def prepare(
     raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap: found {softcap}, expected a positive number")
-  if backend == "auto":
-    backend, _ = choose(q, config, x.bias, precision)
-  run = _backend(backend, interpret)
-  if config is None:
-    wide, kind_of_device = max(H, v.shape[-1]), device()[1]
-    if run.config is Tiles:
-      config = for_device(
-        kind_of_device, wide, q.dtype.name, x.bias is not None
-      )
-    elif run.config is GpuTiles:
-      config = for_head_dim(H, v.shape[-1], cores(kind_of_device) or "wgmma")
-    else:
-      config = blocking.fitted(x)
+  if backend == "auto" and interpret is None:
+    run, config = backends.automatic(x, config, precision)
+  else:
+    if backend == "auto":
+      backend, _ = choose(q, config, x.bias, precision)
+    run = backends.named(backend, interpret)
+    if config is None:
+      config = backends.fitted(x, run.config, device()[1])
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"
@@ -217,88 +195,6 @@ def prepare(
     precision=precision,
     blocks=config,
   )
-
-
-def choose(
-  q: Float[Array, "B T N H"],
-  config: Blocks | Tiles | GpuTiles | None = None,
-  bias: Float[Array, "..."] | None = None,
-  precision: Any = None,
-) -> tuple[str, str]:
-  """What backend 'auto' stands for, and why.
-
-  The platform is that of the mesh that is set, which may be a topology to
-  compile for, else that of the default device.
-
-  Args:
-    q: Queries.
-    config: Tile sizes, if the caller gave any.
-    bias: Added to the logits, if any.
-    precision: Of the matmuls.
-  """
-  platform, kind = device()
-  if isinstance(config, Blocks):
-    return "xla_blockwise", "config is a Blocks"
-  if platform in GPUS:
-    if cores(kind) is None:
-      why = f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
-      return "xla_blockwise", why
-    reason = unsupported(q, q, q, bias, precision)
-    if reason is not None:
-      return "xla_blockwise", reason
-    if q.shape[1] < ROWS:
-      return "xla_blockwise", f"a GPU kernel would pad T to {ROWS} queries"
-    return "mosaic_gpu", f"the program is for {kind}"
-  if platform != "tpu":
-    return "xla_blockwise", f"there is no kernel for platform {platform} yet"
-  if q.dtype not in (jnp.bfloat16, jnp.float32):
-    return "xla_blockwise", f"TPU kernels do not compute in {q.dtype}"
-  if q.shape[1] < LANES:
-    why = f"a TPU kernel would pad T to {LANES} queries"
-    return "xla_blockwise", f"{why}; decode_attention's would not"
-  return "mosaic_tpu", "the program is for a TPU"
-
-
-def _backend(name: str, interpret: Any) -> Backend:
-  if name not in BACKENDS:
-    raise ValueError(
-      f"backend: found {name!r}, available here: {', '.join(BACKENDS)}"
-    )
-  if name == "mosaic_tpu":
-    return Backend(
-      functools.partial(_mosaic_tpu, interpret or False),
-      functools.partial(_mosaic_tpu_gradients, interpret or False),
-      Tiles,
-    )
-  if name == "mosaic_gpu":
-    return Backend(
-      functools.partial(_mosaic_gpu, interpret or False),
-      functools.partial(_mosaic_gpu_gradients, interpret or False),
-      GpuTiles,
-    )
-  if interpret is not None:
-    raise ValueError(
-      f"interpret: found {interpret!r}, {name} has no use for it"
-    )
-  if name == "reference":
-    return Backend(reference_attention, None, Blocks)
-  return Backend(blocked_attention, blocked_gradients, Blocks)
-
-
-def _mosaic_tpu(interpret, spec, x):
-  return mosaic_tpu_attention(spec, interpret, x)
-
-
-def _mosaic_tpu_gradients(interpret, spec, x, rows):
-  return mosaic_tpu_gradients(spec, interpret, x, rows)
-
-
-def _mosaic_gpu(interpret, spec, x):
-  return mosaic_gpu_attention(spec, interpret, x)
-
-
-def _mosaic_gpu_gradients(interpret, spec, x, rows):
-  return mosaic_gpu_gradients(spec, interpret, x, rows)
 
 
 def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:

@@ -106,7 +106,7 @@ def _forward(spec, interpret, x):
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
   rows = queries(x, o, lse, *cotangents)
-  found = _gradients(spec, interpret, x, rows)
+  found = narrow_gradients(spec, interpret, x, rows)
   return (finished(x, found, rows),)
 
 
@@ -122,11 +122,17 @@ def mosaic_gpu_gradients(
     rows: What the queries saw, these keys and perhaps others.
   """
   wide = dataclasses.replace(spec, output=jnp.float32)
-  return _gradients(wide, interpret, x, rows)
+  return narrow_gradients(wide, interpret, x, rows)
 
 
-def _gradients(spec, interpret, x, rows) -> Operands:
-  """Gradients in the type of the output."""
+def narrow_gradients(
+  spec: Spec, interpret: Any, x: Operands, rows: Queries
+) -> Operands:
+  """As `mosaic_gpu_gradients`, but rounded once to the type of the output.
+
+  Args:
+    spec, interpret, x, rows: As of `mosaic_gpu_gradients`.
+  """
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
   mma = tiles.cores == "mma"
