@@ -26,8 +26,8 @@ quick = functools.partial(
     "xla_llvm_disable_expensive_passes": True,
   },
 )
-# Neither length is a multiple of any tile.
-B, T, S = 2, 13, 19
+# No length is a multiple of any tile; a block diffusion mask has T = S.
+B, T, S, L = 2, 13, 19, 7
 
 
 def tiles(q, kv, q_part, kv_part, backward="fused"):
@@ -54,17 +54,18 @@ def ids(*shape, high=2, seed=0):
 FACTORS = {
   "mask": {
     "window_segments": lambda: Mask.causal((6, None), (ids(B, T), ids(B, S))),
-    "empty_rows": lambda: Mask.causal(offset=-5),
+    "blocks_empty_rows": lambda: Mask.block_causal(3, offset=-5),
+    "diffusion": lambda: Mask.block_diffusion(L, 3),
     "prefix": lambda: Mask.prefix_lm(jnp.array([9, 0]), (8, None)),
     "positions": lambda: Mask.full(
       (3, 1), None, ids(B, T, high=9), ids(1, S, high=9)
     ),
   },
   "bias": {
-    "none": lambda N: None,
-    "keys": lambda N: draw(B, 1, 1, S),
-    "heads": lambda N: draw(1, N, T, S),
-    "queries": lambda N: draw(1, N, T, 1),
+    "none": lambda N, T, S: None,
+    "keys": lambda N, T, S: draw(B, 1, 1, S),
+    "heads": lambda N, T, S: draw(1, N, T, S),
+    "queries": lambda N, T, S: draw(1, N, T, 1),
   },
   "heads": {"grouped": (4, 2, 4, 4), "other_width": (2, 2, 4, 6)},
   "softcap": {"none": {}, "first": {"softcap": 1.5}, "last": {
@@ -81,8 +82,9 @@ ROWS = pairwise(FACTORS)
 def test_agrees_with_the_reference(row):
   choice = {name: FACTORS[name][value] for name, value in row.items()}
   N, K, H, Hv = choice["heads"]
-  x = {"q": draw(B, T, N, H), "k": draw(B, S, K, H), "v": draw(B, S, K, Hv)}
-  bias = choice["bias"](N)
+  t, s = (2 * L, 2 * L) if row["mask"] == "diffusion" else (T, S)
+  x = {"q": draw(B, t, N, H), "k": draw(B, s, K, H), "v": draw(B, s, K, Hv)}
+  bias = choice["bias"](N, t, s)
   x |= {} if bias is None else {"bias": bias}
   x |= {"sinks": draw(N)} if choice["sinks"] else {}
   options = {**choice["softcap"], **choice["dropout"], "return_lse": True}
@@ -200,44 +202,129 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
     assert error <= 2 * float(jnp.abs(theirs - exact).max()) + 1e-5
 
 
-VISITED = {
-  "causal": (lambda: Mask.causal(), 32),
-  "sliding": (lambda: Mask.causal((5, None)), 32),
-  "diffusion": (lambda: Mask.block_diffusion(16, 4), 32),
+# Tiles whose parts differ, so that a count says which kernel it is of.
+COUNTED = {
+  "split": Tiles(
+    Tile(4, 8, 4, 8), Tile(8, 4, 8, 4), Tile(16, 8, 8, 8), "split"
+  ),
+  "fused": Tiles(Tile(8, 16, 4, 16), Tile(4, 8, 4, 8), Tile(), "fused"),
 }
+BY_INDEX = {
+  "causal": lambda: Mask.causal(),
+  "sliding": lambda: Mask.causal((5, None)),
+  "blocks": lambda: Mask.block_causal(5, (6, 2)),
+  "diffusion": lambda: Mask.block_diffusion(15, 4),
+}
+PACKED = jnp.asarray(np.repeat([0, 1, 2, 0, 1], [11, 13, 6, 4, 26]), jnp.int32)
 
 
-@pytest.mark.parametrize("name", VISITED)
-def test_no_tile_is_visited_without_a_visible_pair(name):
-  """Counted inside the kernels, which ask for dropout of what they visit."""
-  build, n = VISITED[name]
+def counted(config, mask, rows=1, n=30):
+  """A function of the mask: how often each part of a tile is worked on.
+
+  Counted inside the kernels, which ask for dropout of what they visit: (row,
+  queries and keys of a part, where it starts).
+  """
   seen = collections.Counter()
 
+  def count(b, i, j):
+    at = (b, i.shape[1], j.shape[0], i[0, 0], j[0, 0])
+    seen.update([tuple(map(int, at))])
+
   def keep(seed, rate, b, h, i, j):
-    jax.debug.callback(lambda i, j: seen.update([(int(i), int(j))]),
-                       i[0, 0], j[0, 0])  # fmt: skip
+    jax.debug.callback(count, b, i, j)
     return dropout.keep(seed, rate, b, h, i, j)
 
-  spec = Spec(
-    scale=0.5, dropout_rate=0.1, keep=keep, blocks=tiles(4, 8, 4, 8, "split")
-  )
-  x = Operands(*(draw(1, n, 1, 4, seed=s) for s in range(3)), build(),
+  spec = Spec(scale=0.5, dropout_rate=0.1, keep=keep, blocks=config)
+  x = Operands(*(draw(rows, n, 1, 4, seed=s) for s in range(3)), mask,
                seed=jnp.uint32(0))  # fmt: skip
 
-  def total(q, k, v):
-    y = x._replace(q=q, k=k, v=v)
-    return mosaic_tpu_attention(spec, True, y)[0].sum()
+  @quick
+  def gradient(mask):
+    def total(q, k, v):
+      y = x._replace(q=q, k=k, v=v, mask=mask)
+      return mosaic_tpu_attention(spec, True, y)[0].sum()
 
-  gradient = quick(jax.grad(total, (0, 1, 2)))
-  jax.block_until_ready(gradient(x.q, x.k, x.v))
-  jax.effects_barrier()
-  visible = np.asarray(build().visible(n, n))[0].reshape(n // 4, 4, n // 8, 8)
-  expected = {
-    (4 * i, 8 * j) for i, j in np.argwhere(visible.any((1, 3))).tolist()
-  }
-  # Once each in the forward kernel, that of dk and dv, and that of dq.
-  assert seen == dict.fromkeys(expected, 3)
-  assert len(expected) < (n // 4) * (n // 8)
+    return jax.grad(total, (0, 1, 2))(x.q, x.k, x.v)
+
+  def run(mask):
+    seen.clear()
+    jax.block_until_ready(gradient(mask))
+    jax.effects_barrier()
+    return seen
+
+  return run
+
+
+def in_tiles(x, tile, reduce=np.any):
+  """`reduce` over each tile of [rows, T, S], false beyond its ends."""
+  rows, t, s = x.shape
+  x = np.pad(x, ((0, 0), (0, -t % tile.q), (0, -s % tile.kv)))
+  x = x.reshape(rows, -(-t // tile.q), tile.q, -(-s // tile.kv), tile.kv)
+  return reduce(x, (2, 4))
+
+
+def once_each(config, visited):
+  """What `counted` finds where each kernel visits the tiles `visited(tile)`."""
+  expected = collections.Counter()
+  fused = config.backward == "fused"
+  for tile in (config.forward, config.dkv, *(() if fused else (config.dq,))):
+    for b, i, j in np.argwhere(visited(tile)).tolist():
+      for part_i in range(i * tile.q, (i + 1) * tile.q, tile.q_part):
+        for part_j in range(j * tile.kv, (j + 1) * tile.kv, tile.kv_part):
+          at = (b, tile.q_part, tile.kv_part, part_i, part_j)
+          expected[at] += 1
+  return expected
+
+
+@pytest.mark.parametrize("backward", COUNTED)
+@pytest.mark.parametrize("name", BY_INDEX)
+def test_no_tile_is_visited_without_a_visible_pair(name, backward):
+  """Exactly the tiles with one, once in each kernel, whatever their size."""
+  config, mask = COUNTED[backward], BY_INDEX[name]()
+  seen = np.asarray(mask.visible(30, 30))
+  expected = once_each(config, lambda tile: in_tiles(seen, tile))
+  assert counted(config, mask)(mask) == expected
+  assert any(not in_tiles(seen, t).all() for t in (config.forward, config.dkv))
+
+
+def test_tiles_that_segments_allow_are_visited():
+  """Exactly those with a visible pair where documents stand one by one.
+
+  Segments in any order are bounded: a tile is visited where the indices allow
+  a pair, and the least and greatest segments of its queries and of its keys,
+  padding apart, enclose a common one.
+  """
+  config = COUNTED["fused"]
+  packed = Mask.causal(segments=PACKED.reshape(2, 30))
+  run = counted(config, packed, rows=2)
+  seen = np.asarray(packed.visible(30, 30))
+  assert run(packed) == once_each(config, lambda tile: in_tiles(seen, tile))
+
+  mixed = Mask.causal(segments=ids(2, 30, high=4))
+  allowed = np.tril(np.ones((2, 30, 30), bool))
+
+  def meet(tile):
+    """Whether some integer is between some two of each side's segments."""
+    found = in_tiles(allowed, tile)
+    for b, i, j in np.argwhere(found):
+      sides = (
+        x[x >= 0]
+        for x in (
+          np.asarray(mixed.q_segments[b, i * tile.q : (i + 1) * tile.q]),
+          np.asarray(mixed.kv_segments[b, j * tile.kv : (j + 1) * tile.kv]),
+        )
+      )
+      ours, theirs = (set(range(x.min(), x.max() + 1)) if len(x) else set()
+                      for x in sides)  # fmt: skip
+      found[b, i, j] = bool(ours & theirs)
+    return found
+
+  expected = once_each(config, meet)
+  assert run(mixed) == expected
+  # More than need be, never fewer.
+  seen = np.asarray(mixed.visible(30, 30))
+  needed = once_each(config, lambda tile: in_tiles(seen, tile))
+  assert needed < expected
 
 
 @pytest.mark.parametrize("backward", ["split", "fused"])
@@ -256,6 +343,31 @@ def test_kernels_do_not_race_or_read_what_nobody_wrote(
   )(q, k, v)  # fmt: skip
   assert not interpret_pallas_call.races.races_found
   chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_no_feature_races_or_reads_what_nobody_wrote(tpu_interpreter):
+  """Segments, sinks, soft cap, dropout, and a bias with its own kernel."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  n = 16
+  x = {"q": draw(1, n, 2, 8), "k": draw(1, n, 1, 8), "v": draw(1, n, 1, 8)}
+  x |= {"bias": draw(1, 1, 1, n), "sinks": draw(2)}
+  mask = Mask.causal(segments=jnp.repeat(jnp.array([[1, 0, -1]]), 7, 1)[:, :n])
+
+  def step(x, **backend):
+    def loss(x):
+      o = flash_attention(**x, mask=mask, softcap=1.5, dropout_rate=0.3,
+                          dropout_seed=5, **backend)  # fmt: skip
+      return jnp.sum(jnp.sin(3 * o)), o
+
+    return jax.value_and_grad(loss, has_aux=True)(x)
+
+  found = step(x, backend="mosaic_tpu", config=tiles(8, 8, 8, 8, "split"),
+               interpret=tpu_interpreter)  # fmt: skip
+  assert not interpret_pallas_call.races.races_found
+  expected = quick(functools.partial(step, backend="reference"))(x)
+  assert min(float(jnp.abs(g).max()) for g in expected[1].values()) > 1e-2
+  chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("length", [1, 100, 128, 300, 2048, 2304, 5000])
