@@ -8,8 +8,21 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+from experiments import lora_terms, study
 from experiments.study import Arm
-from research.lora import adapt, look, loraplus, lorapro, relora, riemannian
+from research.lora import (
+  adapt,
+  adapt_eva,
+  allocate,
+  look,
+  loraplus,
+  lorapro,
+  relora,
+  riemannian,
+  wrap,
+)
+from research.lora.adapt import Adapt
+from research.lora.look import Reading
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.bdlora import BDLoRA
 from research.lora.methods.c3a import C3A
@@ -35,6 +48,7 @@ from research.lora.methods.shira import SHiRA
 from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.vera import VeRA
 from research.training import galore, subspace
+from research.typing import Params, PRNGKey
 
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
@@ -94,11 +108,15 @@ def width(ranks: Sequence[int] = (2, 16)) -> tuple[Arm, ...]:
   )
 
 
-def methods() -> tuple[Arm, ...]:
+def methods(steps: int) -> tuple[Arm, ...]:
   """Returns every method at about the parameters of LoRA of rank 4.
 
   But for activated LoRA, which is LoRA from its invocation on. TinyLoRA's rank
-  is the least whose square exceeds what it trains.
+  is the least whose square exceeds what it trains; AdaLoRA begins with half as
+  many terms again as its budget leaves, its authors' ratio.
+
+  Args:
+    steps: of each run, over which AdaLoRA's budget falls.
   """
   r, plain = 4, LoRA(rank=4, alpha=16.0)
   pairs = functools.partial(_adapted, method=plain, group="optimizer")
@@ -115,11 +133,22 @@ def methods() -> tuple[Arm, ...]:
     _adapted("OLoRA", OLoRA(rank=r, alpha=4.0), -6, **start),
     _adapted("CorDA", CorDA(rank=r, alpha=4.0), -6, look=_covariances, **start),
     _adapted("LoRA-GA", LoRAGA(rank=r, alpha=4.0), -6, look=_slopes, **start),
-    _adapted("EVA", EVA(rank=r, alpha=16.0), look=_directions, **start),
-    _adapted("KaSA", KaSA(rank=r, alpha=16.0), **start),
-    _adapted("AdaLoRA", AdaLoRA(rank=r, alpha=16.0), -6),
+    Arm(name="EVA", transform=_eva(r), look=_itself, **start),
+    _adapted("KaSA", KaSA(rank=r, alpha=16.0), optimizer=_kasa, **start),
+    _adapted(
+      "AdaLoRA",
+      AdaLoRA(rank=r + r // 2, alpha=24.0),
+      -6,
+      optimizer=functools.partial(_adalora, rank=r, steps=steps),
+    ),
     _adapted("DeLoRA", DeLoRA(rank=r), -6, group="bound"),
-    _adapted("LoRA-FA", LoRAFA(rank=2 * r, alpha=16.0), -6),
+    _adapted(
+      "LoRA-FA",
+      LoRAFA(rank=2 * r, alpha=16.0),
+      -6,
+      trainable=f"{wrap.TRAINABLE}|/fixed/a$",
+      optimizer=riemannian.lora_fa,
+    ),
     _adapted("MiCA", MiCA(rank=2 * r, alpha=16.0), -6, **start),
     _adapted("QA-LoRA", QALoRA(rank=6, alpha=16.0, group=4)),
     _adapted("BD-LoRA", BDLoRA(rank=6, alpha=16.0, blocks=2)),
@@ -155,8 +184,44 @@ def _covariances(reading):
   return look.Covariances(reading=reading)
 
 
-def _directions(reading):
-  return look.Directions(reading=reading)
+def _itself(reading):
+  return reading
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+  """EVA whose ranks go where inputs need them (`adapt_eva.AdaptEVA`).
+
+  Attributes:
+    adapt: what is adapted.
+    look: the data, as an arm gives it.
+  """
+
+  adapt: Adapt
+  look: Reading | None = None
+
+  def __call__(self, params: Params, key: PRNGKey) -> Params:
+    """Returns `params` with fresh adapters, each of its own rank."""
+    made = adapt_eva.AdaptEVA(adapt=self.adapt, reading=self.look, form="split")
+    return made(params, key)
+
+
+def _eva(rank):
+  return Spread(adapt.Adapt(method=EVA(rank=rank, alpha=4.0 * rank)))
+
+
+def _kasa(schedule):
+  return lora_terms.beside(lora_terms.kasa, study.adam(schedule))
+
+
+def _adalora(schedule, rank, steps):
+  """A tenth of the steps to warm up, the last third with what is left."""
+  budget = allocate.Budget(
+    target=rank, steps=steps, warmup=steps // 10, final=steps // 3
+  )
+  return lora_terms.beside(
+    lora_terms.orthogonal, allocate.allocated(study.adam(schedule), budget)
+  )
 
 
 def _loraplus(schedule):

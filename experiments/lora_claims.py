@@ -88,6 +88,7 @@ def _rows(
     for arm in todo:
       start = time.perf_counter()
       row = population.sweep(study, arm, on) | {"before": before}
+      row["trained"] -= _still(study, arm, on)
       row["seconds"] = time.perf_counter() - start
       kept.keep(arm.name, row)
       best = row["best"]
@@ -98,6 +99,21 @@ def _rows(
       )
   rows = [kept[arm.name] for arm in study.arms if arm.name in kept]
   return {row["arm"]: row for row in rows}
+
+
+def _still(study: Any, arm: Any, on: Any) -> int:
+  """Returns how many numbers the optimizer sees and leaves where they are.
+
+  LoRA-FA's needs `a` to know how b should move.
+  """
+  if "/fixed/" not in arm.trainable:
+    return 0
+  from experiments import population
+  from research import tree
+
+  seen, _ = tree.partition(population._begun(study, arm, on, 0), arm.trainable)
+  fixed, _ = tree.partition(seen, "/fixed/")
+  return tree.count(fixed)
 
 
 def _mean(values: Sequence[float]) -> float:
