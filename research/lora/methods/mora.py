@@ -47,7 +47,9 @@ class MoRA(Method):
     # Cut along what is folded here, XLA gives wrong gradients of x (jax 0.12).
     x = sharding.whole(x)
     # Filled up with its own first entries.
-    x = jnp.concatenate([x, x[..., : -x.shape[-1] % side]], -1)
+    more = -x.shape[-1] % side
+    again = jnp.concatenate([x] * -(-more // x.shape[-1]), -1) if more else x
+    x = jnp.concatenate([x, again[..., :more]], -1)
     x = x.reshape(*x.shape[:-1], -1, side)
     y = jnp.sum(x, -2) if self.form == "share" else _rotated(x)
     y = y @ m

@@ -25,7 +25,28 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("method_*"))
 SHARED = ("randlora_A", "randlora_B")
 
 
-def test_every_method_that_peft_has_is_here():
+ABSENT = (
+  *("ADAMSS", "BEFT", "DEFT", "FROD", "GLORA", "LILY", "LN_TUNING", "OSF"),
+  *("PEANUT", "PSOFT", "PVERA", "ROAD", "SUPERTUNING", "UNILORA", "VBLORA"),
+  *("WAVEFT", "TRAINABLE_TOKENS"),
+)
+"""Methods of PEFT's that change weights and are not here."""
+
+NO_WEIGHTS = (
+  *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY"),
+  *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "SHADOW", "XLORA"),
+)
+"""Prompts, caches, second models and mixtures: no changes to one matrix."""
+
+
+def test_every_method_of_pefts_is_here_or_named():
+  golden = json.loads((MODELS.parent / "peft_facts.json").read_text())
+  ours = {kind.PEFT for kind in all_methods().values() if kind.PEFT}
+  assert ours <= set(golden["types"])
+  assert sorted(set(golden["types"]) - ours) == sorted([*ABSENT, *NO_WEIGHTS])
+
+
+def test_every_method_that_is_here_is_compared():
   kinds = {peft_config.read_config(MODELS / name)[1] for name in ADAPTERS}
   theirs = {kind for kind in all_methods().values() if kind.PEFT}
   # Plain LoRA has tests of its own, QA-LoRA no form on a CPU.
