@@ -106,11 +106,16 @@ class Format:
 
   @property
   def sliceable(self) -> bool:
-    """Whether some outputs decode from the same outputs of every part.
-
-    Parts without an axis `o` are then those of the whole matrix.
-    """
+    """Whether some outputs decode from those outputs of `by_output`."""
     return True
+
+  def by_output(self, parts: Parts) -> tuple["Format", Parts]:
+    """Returns a format, and parts, whose outputs may be cut; the same numbers.
+
+    Some outputs are then the same outputs of every part that has an axis `o`;
+    the others are the whole matrix'. It is what formats are that say nothing.
+    """
+    return self, parts
 
   @property
   def local(self) -> bool:

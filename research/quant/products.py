@@ -1,21 +1,30 @@
 """Products with packed matrices, decoded where they are used and never kept.
 
 Each function takes a matrix that decodes itself (`stored()`) and saves only
-its packed form for the backward pass, which decodes it once more. So a step
-over many layers holds one decoded matrix at a time.
+its packed form for the backward pass, which decodes it once more. A large one
+is never decoded as a whole: its outputs come piece by piece, each multiplied
+before the next is decoded. So a step over many layers holds one small decoded
+matrix, or a piece of one, at a time.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from kernels_pallas import lowering
 from research.typing import Array, Float, Int
 
 PIECE = 2 << 20
-"""Bytes of a decoded piece of a large matrix: a core's cache holds it."""
+"""Bytes of a piece of a large matrix, decoded: a core's cache holds it."""
+
+LARGE_PIECE = 32 << 20
+"""The same on other platforms: half of it, in 16 bits, stays in an H100's L2
+cache or a TPU's VMEM, and fills its matrix units."""
 
 
 @runtime_checkable
@@ -32,76 +41,156 @@ class Sliced(Packed, Protocol):
 
   @property
   def columns(self) -> int:
-    """Returns `I` of the decoded `[I, O]`."""
+    """Returns `I` of the decoded `[..., I, O]`."""
 
   @property
   def rows(self) -> int:
     """Returns `O`."""
 
   @property
+  def lead(self) -> tuple[int, ...]:
+    """Returns the axes before `I`."""
+
+  @property
   def sliceable(self) -> bool:
-    """Whether `piece` is to be had."""
+    """Whether `piece` is to be had of `by_output()`."""
+
+  def by_output(self) -> "Sliced":
+    """Returns the same matrix, each part of it that of some outputs."""
 
   def piece(self, i: Int[Array, ""], size: int) -> "Sliced":
     """Returns outputs `[i size, (i + 1) size)`."""
 
 
-def _piece_count(w: Sliced) -> int:
-  """Returns into how many pieces of whole rows a large matrix decodes."""
-  size = 4 * w.columns * w.rows
-  if size <= 4 * PIECE or not w.sliceable:
+@dataclasses.dataclass(frozen=True)
+class Along:
+  """Where a matrix' outputs are in a product with it.
+
+  Attributes:
+    kept: whether they are an axis of the product; else one of `x`, and summed
+      over.
+    axis: which.
+  """
+
+  kept: bool
+  axis: int = -1
+
+
+def along(x: str, outputs: str, y: str) -> Along | None:
+  """Returns where the outputs are in an einsum; None where in both or neither.
+
+  Args:
+    x, y: the letters of what goes in and comes out.
+    outputs: their letter.
+  """
+  if (outputs in x) == (outputs in y):
+    return None
+  kept = outputs in y
+  letters = y if kept else x
+  at = letters.index(outputs)
+  if "..." in letters[:at]:
+    return Along(kept, at - len(letters))
+  return Along(kept, at)
+
+
+def piece_count(w: Any, target: int) -> int:
+  """Returns into how many pieces of whole outputs a large matrix decodes.
+
+  Args:
+    w: maybe a stack of matrices, of which a piece has the same outputs.
+    target: bytes of a piece; what is at most four of them is decoded whole.
+  """
+  if not isinstance(w, Sliced) or not w.sliceable:
     return 1
-  least = -(-size // PIECE)
+  size = 4 * int(np.prod(w.lead, dtype=np.int64)) * w.columns * w.rows
+  # Cut over devices, a slice of the outputs would lie on some of them.
+  if size <= 4 * target or lowering.is_cut():
+    return 1
+  least = -(-size // target)
   # Equal pieces, unless the rows divide into none of about the right size.
   fits = (n for n in range(least, 4 * least) if w.rows % n == 0)
   return next(fits, 1)
 
 
-def _joined(x: Array, w: Sliced, count: int) -> Array:
-  """Returns `x[..., I] @ stored`, piece beside piece."""
-
-  def one(i):
-    stored = w.piece(i, w.rows // count).stored().astype(x.dtype)
-    return jnp.einsum("...i,io->...o", x, stored)
-
-  y = jnp.moveaxis(jax.lax.map(one, jnp.arange(count)), 0, -2)
-  return y.reshape(*y.shape[:-2], -1)
+Step = Callable[[Float[Array, "... I O"], Int[Array, ""]], Array]
+"""(decoded outputs, which piece they are) -> a product with them."""
 
 
-def _summed(x: Array, w: Sliced, count: int) -> Array:
-  """Returns `x[..., O] @ stored.T`, the pieces' products added in float32."""
+def _joined(f: Step, w: Sliced, count: int, axis: int) -> Array:
+  """Returns the pieces' products side by side along an axis of each."""
   size = w.rows // count
 
-  def add(total, i):
-    stored = w.piece(i, size).stored().astype(x.dtype)
-    part = jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=-1)
-    product = jnp.einsum(
-      "...o,io->...i", part, stored, preferred_element_type=jnp.float32
-    )
-    return total + product, None
+  def one(i):
+    return f(w.piece(i, size).stored(), i)
 
-  zeros = jnp.zeros((*x.shape[:-1], w.columns), jnp.float32)
-  return jax.lax.scan(add, zeros, jnp.arange(count))[0].astype(x.dtype)
+  each = jax.lax.map(one, jnp.arange(count))
+  axis %= each.ndim - 1
+  y = jnp.moveaxis(each, 0, axis)
+  return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+
+
+def _summed(f: Step, w: Sliced, count: int) -> Array:
+  """Returns the sum of the pieces' products, float32."""
+  size = w.rows // count
+
+  def one(i):
+    return f(w.piece(i, size).stored(), i).astype(jnp.float32)
+
+  # Under a shard_map, zeros would not have the type of a product.
+  first = one(jnp.int32(0))
+  return jax.lax.fori_loop(1, count, lambda i, total: total + one(i), first)
+
+
+def _part(x: Array, i: Int[Array, ""], count: int, axis: int) -> Array:
+  """Returns piece `i` of `count` of an axis."""
+  size = x.shape[axis] // count
+  return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
+
+
+def _decoded(
+  pieces: Callable[..., Array], whole: Callable[..., Array], w: Packed, *args
+) -> Array:
+  """Returns `pieces(w, *args, count=...)`, or `whole` of a small matrix.
+
+  On CPU a tied head [576, 49152] takes 4 ms instead of 44 and 2 MB instead of
+  113 for one token.
+  """
+  cpu, other = piece_count(w, PIECE), piece_count(w, LARGE_PIECE)
+  if cpu == other == 1:
+    return whole(w, *args)
+
+  def of(count):
+    if count == 1:
+      return whole
+    return lambda w, *args: pieces(w.by_output(), *args, count=count)
+
+  if cpu == other:
+    return of(cpu)(w, *args)
+  return jax.lax.platform_dependent(w, *args, cpu=of(cpu), default=of(other))
 
 
 def _times(x: Array, w: Sliced, transposed: bool) -> Array:
-  """Returns `x` times the stored matrix or its transpose.
-
-  A large matrix is decoded piece by piece on CPU, where each piece then stays
-  in cache: a tied head [576, 49152] takes 4 ms instead of 44 and 2 MB instead
-  of 113 for one token.
-  """
+  """Returns `x` times the stored matrix or its transpose."""
   x, w = jax.lax.optimization_barrier((x, w))
+  eq = "...o,io->...i" if transposed else "...i,io->...o"
 
-  def whole(x, w):
-    eq = "...o,io->...i" if transposed else "...i,io->...o"
+  def whole(w, x):
     return jnp.einsum(eq, x, w.stored().astype(x.dtype))
 
-  count = _piece_count(w)
-  if count == 1:
-    return whole(x, w)
-  pieces = functools.partial(_summed if transposed else _joined, count=count)
-  return jax.lax.platform_dependent(x, w, cpu=pieces, default=whole)
+  def pieces(w, x, count):
+    def kept(w, i):
+      del i
+      return jnp.einsum(eq, x, w.astype(x.dtype))
+
+    def summed(w, i):
+      part, w = _part(x, i, count, -1), w.astype(x.dtype)
+      return jnp.einsum(eq, part, w, preferred_element_type=jnp.float32)
+
+    if transposed:
+      return _summed(summed, w, count).astype(x.dtype)
+    return _joined(kept, w, count, -1)
+
+  return _decoded(pieces, whole, w, x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("transposed",))
@@ -133,7 +222,11 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def linear(
-  f: Callable[..., Array], x: Float[Array, "..."], w: Packed, *rest: Array
+  f: Callable[..., Array],
+  x: Float[Array, "..."],
+  w: Packed,
+  *rest: Array,
+  along: Along | None = None,
 ) -> Float[Array, "..."]:
   """Returns `f(x, stored w, *rest)`, saving only `w` and `rest`.
 
@@ -142,23 +235,51 @@ def linear(
     x: activations.
     w: decoded in the dtype of `x`.
     *rest: what has no gradient, such as the sizes of groups.
+    along: where the outputs of `w` are; None has it decoded whole.
   """
   like = jax.typeof(x)  # under a shard_map also which devices' x differ
+  kept = along is not None and along.kept
+
+  def forwards(x, stored, rest):
+    return f(x, stored.astype(like.dtype), *rest)
+
+  def backwards(dy, stored, rest):
+    # Of outputs that are summed over, only a piece's are of this gradient.
+    size, of = stored.shape[-1], like
+    if along is not None and not kept:
+      axis = along.axis % like.ndim
+      shape = (*like.shape[:axis], size, *like.shape[axis + 1 :])
+      of = like.update(shape=shape)
+    (dx,) = jax.linear_transpose(lambda x: forwards(x, stored, rest), of)(dy)
+    return dx
+
+  def run(step, x, w, rest, joins):
+    x, w = jax.lax.optimization_barrier((x, w))
+
+    def whole(w, x, rest):
+      return step(x, w.stored(), rest)
+
+    def pieces(w, x, rest, count):
+      if joins:
+        return _joined(lambda s, _: step(x, s, rest), w, count, along.axis)
+      parts = functools.partial(_part, x, count=count, axis=along.axis)
+      total = _summed(lambda s, i: step(parts(i), s, rest), w, count)
+      return total.astype(like.dtype)
+
+    if along is None:
+      return whole(w, x, rest)
+    return _decoded(pieces, whole, w, x, rest)
 
   @jax.custom_vjp
   def product(x, w, rest):
-    x, w = jax.lax.optimization_barrier((x, w))
-    return f(x, w.stored().astype(x.dtype), *rest)
+    return run(forwards, x, w, rest, kept)
 
   def forward(x, w, rest):
     return product(x, w, rest), (w, rest)
 
   def backward(saved, dy):
     w, rest = saved
-    dy, w = jax.lax.optimization_barrier((dy, w))
-    stored = w.stored().astype(like.dtype)
-    (dx,) = jax.linear_transpose(lambda x: f(x, stored, *rest), like)(dy)
-    return dx, None, None
+    return run(backwards, dy, w, rest, not kept), None, None
 
   product.defvjp(forward, backward)
   return product(x, w, rest)
@@ -180,4 +301,4 @@ def ragged_dot(
     w = w if axis == -2 else jnp.swapaxes(w, -1, -2)
     return jax.lax.ragged_dot(x, w, sizes)
 
-  return linear(product, x, w, sizes)
+  return linear(product, x, w, sizes, along=Along(axis == -2))

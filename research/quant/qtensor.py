@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.quant import products
+from research.quant import finite, products
 from research.quant.format import Format, Plain
 from research.typing import Array, Float, Int, PRNGKey
 
@@ -96,6 +96,11 @@ class QTensor:
     """Returns whether `piece` works."""
     return self.format.sliceable
 
+  def by_output(self) -> "QTensor":
+    """Returns the same numbers in parts whose outputs may be cut."""
+    format, parts = self.format.by_output(self.parts)
+    return dataclasses.replace(self, format=format, parts=parts)
+
   def plain(self) -> Plain:
     """Returns the normal form of what is stored, order and outliers aside."""
     return self.format.plain(jax.tree.map(jnp.asarray, self.parts))
@@ -123,7 +128,9 @@ class QTensor:
     if left[:-1] == out[:-1] and sorted((left[-1], out[-1])) == sorted(w):
       return products.matmul(x, self, transposed=left[-1] == w[1])
     stored = f"{left},{w}->{out}"
-    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
+    f = lambda x, w: jnp.einsum(stored, x, w)  # noqa: E731
+    along = products.along(left, w[-1], out)
+    return products.linear(f, x, self, along=along)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of the logical matrix; only those, of an embedding."""
@@ -143,15 +150,16 @@ class QTensor:
 
   def _outputs(self, f) -> "QTensor":
     """Returns itself with `f` of every array that has outputs."""
-    layout = self.format.layout()
+    w = self.by_output()
+    layout = w.format.layout()
     parts = {
       name: f(x) if layout[name].endswith("o") else x
-      for name, x in self.parts.items()
+      for name, x in w.parts.items()
     }
     outliers = self.outliers
     if outliers is not None:
       outliers = outliers | {"values": f(outliers["values"])}
-    return dataclasses.replace(self, parts=parts, outliers=outliers)
+    return dataclasses.replace(w, parts=parts, outliers=outliers)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
@@ -204,6 +212,7 @@ def pack(
   w: Float[Array, "... I O"] | np.ndarray,
   format: Format,
   importance: Float[Array, "... I"] | None = None,
+  where: str = "",
 ) -> QTensor:
   """Returns a matrix, or each of a stack of them, packed.
 
@@ -211,10 +220,13 @@ def pack(
     w: finite. An array of NumPy is packed by NumPy where the format can.
     format: how.
     importance: of each input; see `Format.encode`.
+    where: its address, for messages.
 
   Raises:
-    UserError: the format cannot hold such a matrix.
+    UserError: the format cannot hold such a matrix, or it is not finite (which
+      cannot be told of what is traced).
   """
+  finite.check(w, where or "pack")
   *lead, inputs, outputs = w.shape
   format = format.fitted(inputs, outputs)
   made = functools.partial(

@@ -64,10 +64,6 @@ class Codebook(Format):
     return f"{self.kind}-b{self.block}{'-dq' if self.nested else ''}"
 
   @property
-  def sliceable(self) -> bool:
-    return not self.nested
-
-  @property
   def local(self) -> bool:
     return not self.nested
 
@@ -139,6 +135,13 @@ class Codebook(Format):
     placed = self._placed(flat, jnp.zeros(parts["top"].size), *codes.shape)
     return dict(parts) | {"codes": placed["codes"]}
 
+  def by_output(self, parts: Parts) -> tuple[Format, Parts]:
+    """Returns it with one level: 32 bits for each 8 that say a magnitude."""
+    if not self.nested:
+      return self, parts
+    plain = dataclasses.replace(self, nested=0)
+    return plain, {"codes": parts["codes"], "top": self.magnitudes(parts)}
+
   def magnitudes(self, parts: Parts) -> Float[Array, "..."]:
     """Returns the blocks' largest magnitudes, float32, in the form of `top`."""
     top = parts["top"]
@@ -185,6 +188,9 @@ class FlatCodebook(Codebook):
   @property
   def sliceable(self) -> bool:
     return False
+
+  def by_output(self, parts: Parts) -> tuple[Format, Parts]:
+    return self, parts  # its blocks are those of several outputs
 
   @property
   def local(self) -> bool:

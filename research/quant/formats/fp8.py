@@ -68,13 +68,19 @@ class FP8(Format):
       share = f"{self.tile_inputs}x{self.tile_outputs}"
     return f"fp8-{self.element}-{share}"
 
-  @property
-  def sliceable(self) -> bool:
-    return self.share != "tile"
-
   def layout(self) -> dict[str, str]:
-    scale = {"tensor": "", "channel": "o", "tile": ".."}[self.share]
-    return {"codes": "xo", "scale": scale}
+    tile = "..", ".o"
+    scale = {"tensor": "", "channel": "o", "tile": tile[self.tile_outputs == 1]}
+    return {"codes": "xo", "scale": scale[self.share]}
+
+  def by_output(self, parts: Parts) -> tuple[Format, Parts]:
+    """Returns tiles of one output."""
+    if self.share != "tile" or self.tile_outputs == 1:
+      return self, parts
+    outputs = parts["codes"].shape[-1]
+    scale = jnp.repeat(parts["scale"], self.tile_outputs, axis=-1)
+    one = dataclasses.replace(self, tile_outputs=1)
+    return one, dict(parts) | {"scale": scale[..., :outputs]}
 
   def encode(
     self,
