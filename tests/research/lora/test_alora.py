@@ -17,7 +17,8 @@ from research.nn import generate
 from research.nn.sampling import GREEDY
 from research.training import objective
 from research.typing import UserError
-from tests import support
+from tests import support, support_mesh
+from tests.research.lora import test_methods as laws
 
 CALL = (5, 6)
 KEY = jax.random.key(0)
@@ -231,3 +232,98 @@ def test_says_what_it_cannot(what, words):
   arrays = {"a": jnp.ones((2, 8)), "b": jnp.ones((2, 4))}
   with pytest.raises(UserError, match=words):
     what(AdaptedTensor(jnp.ones((8, 4)), arrays, method=method))
+
+
+def away(packed=False):
+  """Returns one matrix under an adapter away from its start."""
+  method = ALoRA(rank=4, invocation=CALL)
+  return laws.one(laws.moved(method, packed))
+
+
+CALLED = np.array([[1, *CALL, 3], [*CALL, *CALL], [1, 2, 3, 4], [2, 2, *CALL]])
+FROM = (1, 2, 4, 2)
+"""Where each of those rows is called."""
+
+
+def product(t, x, tokens):
+  t = weights.with_tokens({"w": t}, tokens)["w"]
+  return weights.einsum("btd,df->btf", x, t)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_on_a_packed_base_and_a_plain_one(packed):
+  t, x = away(packed), laws.draw(4, 4, laws.IN)
+  got = np.asarray(jax.jit(product)(t, x, CALLED))
+  alone = np.asarray(jax.jit(product)(t.w, x, CALLED))
+  x = np.asarray(x, np.float64)
+  a, b = (np.asarray(t.trained[n], np.float64) for n in "ab")
+  merged = np.asarray(weights.dense(t.w)) + t.method.scale * a.T @ b
+  for i, start in enumerate(FROM):
+    np.testing.assert_array_equal(got[i, :start], alone[i, :start])
+    if start < 4:
+      laws.close(got[i, start:], x[i, start:] @ merged)
+      assert np.abs(got[i, start:] - alone[i, start:]).min(0).max() > 1e-2
+
+
+def test_gradients_are_finite_differences():
+  with jax.enable_x64():
+    t = jax.tree.map(jnp.float64, away())
+    x = laws.draw(4, 4, laws.IN, dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+
+    @jax.jit
+    def loss(trained, x):
+      w = AdaptedTensor(t.w, trained, method=t.method)
+      return jnp.sin(product(w, x, jnp.asarray(CALLED))).sum()
+
+    at = dict(trained=t.trained, x=x)
+    ways = {k: rng.standard_normal(v.shape) for k, v in t.trained.items()}
+    ways = dict(trained=ways, x=rng.standard_normal(x.shape))
+    grads = jax.jit(jax.grad(loss, (0, 1)))(*at.values())
+    flat = [jax.tree.leaves(part) for part in (at, ways, grads)]
+    places = jax.tree.structure(at)
+    for k in range(len(flat[0])):
+
+      def moved(e, k=k):
+        leaves = list(flat[0])
+        leaves[k] = leaves[k] + e * flat[1][k]
+        return float(loss(**places.unflatten(leaves)))
+
+      want = (moved(1e-5) - moved(-1e-5)) / 2e-5
+      got = float(jnp.sum(flat[2][k] * flat[1][k]))
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@functools.cache
+def on_devices(layout):
+  """Returns outputs and gradients of eight rows; one program."""
+  plan = support_mesh.LAYOUTS[layout]
+  mesh = plan.mesh()
+  halves = tree.partition({"mlp": {"up": away()}}, wrap.TRAINABLE)
+  places = tuple(plan.shardings(x, mesh) for x in halves)
+  x, tokens = laws.draw(8, 4, laws.IN), jnp.asarray(np.tile(CALLED, (2, 1)))
+
+  def loss(learned, frozen, x, tokens):
+    t = tree.combine(learned, frozen)["mlp"]["up"]
+    y = product(t, x, tokens)
+    return jnp.sum(y * laws.waves(y)), y
+
+  with jax.set_mesh(mesh):
+    cut = plan.batch(mesh)
+    given = jax.device_put((*halves, x, tokens), (*places, cut, cut))
+    f = jax.jit(
+      jax.value_and_grad(loss, has_aux=True), in_shardings=(*places, cut, cut)
+    )
+    done = f.lower(*given).compile(support_mesh.QUICKLY)
+    (_, y), slopes = done(*given)
+  return jax.tree.map(np.asarray, (y, dict(tree.flatten_paths(slopes))))
+
+
+def test_eight_devices_compute_what_one_does():
+  (want, alone), (got, shared) = on_devices("one"), on_devices("mixed")
+  laws.close(got, want)
+  assert alone.keys() == shared.keys() and len(alone) == 2
+  for path, x in alone.items():
+    scale = np.abs(x).max()
+    assert scale > 0, path
+    np.testing.assert_allclose(shared[path], x, rtol=1e-4, atol=3e-5 * scale)
