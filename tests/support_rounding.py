@@ -1,0 +1,50 @@
+"""flash-attention's rule, the only tolerance of 16 bits (kernels.md 14.1).
+
+What a kernel computes may be off by at most twice what plain attention with
+every step in the same 16 bits is off by, and by twice the rounding of numbers
+near the result: the rule is free of scales, and its limit is measured.
+"""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.flash_attention import reference
+
+
+def in_low_precision(f, *args):
+  """`f(*args)` with the sums of the reference in the dtype of its operands.
+
+  Args:
+    f: Calls `flash_attention` with backend='reference'; not jitted before,
+      lest its trace be found again.
+    *args: Its arguments.
+  """
+  # XLA would keep a chain of steps in float32, and round once.
+  strict = {"xla_allow_excess_precision": False}
+  with mock.patch.object(reference, "accumulator", lambda dtype: dtype):
+    return jax.jit(lambda *x: f(*x), compiler_options=strict)(*args)
+
+
+def assert_no_rougher(found, rough, exact, dtype):
+  """Holds every array of a tree to the rule.
+
+  Args:
+    found: What is tested, in any dtype.
+    rough: The same by `in_low_precision`.
+    exact: The same in float32 or wider.
+    dtype: Of the operands.
+  """
+  wide = lambda x: np.asarray(x, np.float64)  # noqa: E731
+  flat, tree = jax.tree.flatten_with_path(found)
+  others = tree.flatten_up_to(rough), tree.flatten_up_to(exact)
+  for (path, have), plain, truth in zip(flat, *others, strict=True):
+    have, plain, truth = wide(have), wide(plain), wide(truth)
+    rounded = jnp.asarray(truth, dtype)
+    near = rounded + 0.3 - 0.3
+    limit = 2 * np.abs(plain - truth).max()
+    limit += 2 * np.abs(wide(near) - wide(rounded)).max()
+    error = np.abs(have - truth).max()
+    assert error <= limit, (jax.tree_util.keystr(path), error, limit)
