@@ -109,8 +109,6 @@ def torch(row: str, runs: int, steps: int) -> dict:
   options = dict(options)
   if name == "LoraConfig":
     options |= LOW_RANK
-  if options.pop("use_kasa", False):
-    options["kasa_config"] = peft.KasaConfig()
   config = getattr(peft, name)(
     target_modules=list(TARGETS), task_type="CAUSAL_LM", **options
   )
