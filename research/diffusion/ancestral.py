@@ -24,6 +24,10 @@ from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 Grid = Literal["uniform", "cosine", "dream"]
 Remask = Literal["none", "cap", "rescale", "confidence"]
 
+NOTHING = -1
+"""In place of a token whose logits are not finite: compiled code cannot raise,
+callers that compile the samplers look for it."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ancestral:
@@ -105,6 +109,9 @@ def sample(
     keys: of the rows.
     how: the grid.
     told: whether `scores` takes times `[B]`, those before each step.
+
+  Raises:
+    UserError: logits are not finite; within jit, `NOTHING` says so.
   """
   free, grid = masked, how.times()
 
@@ -133,7 +140,7 @@ def sample(
 
   state = tokens, masked, jnp.ones(tokens.shape)
   tokens, _, _ = jax.lax.fori_loop(0, how.steps, body, state)
-  return tokens, jnp.int32(how.steps)
+  return _checked(tokens), jnp.int32(how.steps)
 
 
 def _sigma(how, t, s, sure, filled):
@@ -175,6 +182,9 @@ def first_hitting(
     scores, tokens, masked, mask_id, keys: as for `sample`.
     order: ranks of the places, lowest first; by default random.
     schedule: of the process, if `scores` takes times `[B]`.
+
+  Raises:
+    UserError: as for `sample`.
   """
   if order is None:
     first = jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys)
@@ -206,7 +216,7 @@ def first_hitting(
 
   state = tokens, masked, jnp.int32(0), jnp.ones(tokens.shape[0])
   tokens, _, calls, _ = jax.lax.while_loop(more, body, state)
-  return tokens, calls
+  return _checked(tokens), calls
 
 
 def _logp(logits, mask_id):
@@ -216,4 +226,14 @@ def _logp(logits, mask_id):
 
 def _draw(keys, logp):
   gumbel = jax.vmap(lambda k: jax.random.gumbel(k, logp.shape[1:], mode="high"))
-  return jnp.argmax(logp + gumbel(keys), axis=-1).astype(jnp.int32)
+  found = jnp.argmax(logp + gumbel(keys), axis=-1).astype(jnp.int32)
+  return jnp.where(jnp.isnan(logp).any(-1), NOTHING, found)
+
+
+def _checked(tokens):
+  """Returns rows, if they are known already to be text."""
+  if not isinstance(tokens, jax.core.Tracer) and (tokens == NOTHING).any():
+    raise UserError(
+      "ancestral: logits are not finite numbers; are these the model's weights?"
+    )
+  return tokens

@@ -12,7 +12,7 @@ from research.nn.sampling import Sampling
 from research.typing import Array, Float, Int, PRNGKey, UserError
 
 Select = Literal["candidate", "max", "margin", "entropy", "random"]
-Plan = Literal["even", "dream", "linear", "cosine"]
+Plan = Literal["even", "dream", "linear", "cosine", "chance"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Options:
     steps: of all blocks together, for policies that plan them; None for a
       token a step.
     plan: how many places the steps of a block fill, see `policies.shares_of`.
+      `"chance"`, with `select="random"`, is ancestral sampling: each place
+      left is filled by chance, as likely as the linear schedule has it.
     policy: which candidates are kept.
     select: what confidence is: the candidate's probability (LLaDA's
       `low_confidence`; biased for temperatures above 0), or what does not
@@ -100,6 +102,7 @@ class Options:
     planned: Int[Array, "B"],
     left: Int[Array, "B"],
     i: Int[Array, ""] | int,
+    keys: PRNGKey | None = None,
   ) -> Int[Array, "B"]:
     """Returns how many places each row fills by plan.
 
@@ -107,12 +110,21 @@ class Options:
       planned: masks that a block had at first.
       left: those that it has.
       i: steps of this block so far.
+      keys: of the rows, for this step; for `"chance"`.
     """
     steps = self.block_steps
     if self.plan == "even":
       return planned // steps + (i < planned % steps)
     shares = jnp.asarray(shares_of(self.plan, steps), jnp.float32)
-    some = left * shares[jnp.minimum(i, steps - 1)]
+    share = shares[jnp.minimum(i, steps - 1)]
+    if self.plan == "chance":
+      # So many of K coins as places are left.
+      lot = jax.vmap(lambda k: jax.random.uniform(k, (self.block,)))(
+        jax.vmap(lambda k: jax.random.fold_in(k, 2))(keys)
+      )
+      hit = (lot < share) & (jnp.arange(self.block) < left[:, None])
+      return hit.sum(-1, dtype=jnp.int32)
+    some = left * share
     some = jnp.floor(some) if self.plan == "dream" else jnp.round(some)
     return jnp.where(i < steps - 1, some.astype(jnp.int32), left)
 

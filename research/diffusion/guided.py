@@ -45,6 +45,8 @@ class Guided:
   def _both(self, ask, params, tokens, valid, start, size, carry=None):
     mine, other = ((), ()) if carry is None else ((x,) for x in carry)
     told, left = ask(params, tokens, valid, start, size, *mine)
+    if self.weight == 0:
+      return told, (left, ())  # nothing to read twice for, or to round
     asked = jnp.arange(tokens.shape[1]) < self.prompt
     blind = process.noisy(tokens, valid & asked, self.mask_id)
     free, right = ask(params, blind, valid, start, size, *other)

@@ -17,17 +17,21 @@ density of times that the bound has for any such set.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research.diffusion import process
+from research.diffusion.denoiser import BlockCausal
 from research.diffusion.schedule import Schedule
 from research.nn.sampling import row_keys
-from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Scores = Callable[..., Float[Array, "B T V"]]
 """Noisy tokens, and each row's time if it is told, -> logits of each place's
@@ -110,7 +114,8 @@ def bound(
 ) -> Bound:
   """Returns an estimate of the bound on -log p(target | the rest).
 
-  A single target token takes one sample, which is exact.
+  Where all sets of masks are no more than `samples`, it is `exact`; so a single
+  target token takes one pass.
 
   Args:
     scores: the model. It should give the mask itself no probability.
@@ -124,14 +129,13 @@ def bound(
     schedule: of the process, if `scores` takes times `[B]`.
 
   Raises:
-    UserError: samples do not divide.
+    UserError: samples do not divide, or logits are not finite.
   """
   length = int(target.sum())
   if length == 0:
     return Bound(0.0, 0.0, 0)
-  if length == 1 and schedule is None:
-    value = values(scores, tokens, target, target[None], mask_id)
-    return Bound(float(value[0]), 0.0, 1)
+  if schedule is None and (length == 1 or 2**length - 1 <= samples):
+    return exact(scores, tokens, target, mask_id, batch)
   if samples < 1 or samples % batch:
     raise UserError(
       f"likelihood: samples is {samples}, expected a multiple of {batch}, the "
@@ -152,6 +156,86 @@ def bound(
   return _summary(jnp.stack(found))
 
 
+def exact(
+  scores: Scores,
+  tokens: Int[Array, "T"],
+  target: Bool[Array, "T"],
+  mask_id: int,
+  batch: int = 16,
+) -> Bound:
+  """Returns the bound itself, by every set of masks: 2^L - 1 of L tokens.
+
+  Args:
+    scores, tokens, target, mask_id: as for `bound`; not for models that are
+      told the time, whose bound is an integral, too.
+    batch: rows at once.
+  """
+  place = np.flatnonzero(np.asarray(target))
+  length = len(place)
+  if not length:
+    return Bound(0.0, 0.0, 0)
+  chosen = np.array(list(itertools.product([False, True], repeat=length)))[1:]
+  size = chosen.sum(-1)
+  share = 1 / (length * np.array([math.comb(length, n) for n in size]))
+  rows = 1 if length == 1 else batch
+  # Whole batches, so that there is one program; the last one ends in repeats.
+  chosen = np.pad(chosen, ((0, -len(chosen) % rows), (0, 0)), mode="edge")
+  masks = np.zeros((len(chosen), target.shape[0]), bool)
+  masks[:, place] = chosen
+  found = [
+    values(scores, tokens, target, jnp.asarray(masks[i : i + rows]), mask_id)
+    for i in range(0, len(masks), rows)
+  ]
+  each = np.concatenate([np.asarray(x, np.float64) for x in found])
+  return _checked(Bound(float(each[: len(share)] @ share), 0.0, len(share)))
+
+
+def block_scores(
+  denoiser: BlockCausal,
+  params: Params,
+  tokens: Int[Array, "T"],
+  start: int,
+  mask_id: int,
+  batch: int = 16,
+) -> Scores:
+  """Returns the model of one block's rows; what is before it is read once.
+
+  Of a block-causal model it is what whole rows give, for the price of a block:
+
+    bound(block_scores(..), tokens[start : start + K], target, mask_id, ..)
+
+  Args:
+    denoiser: the model.
+    params: its parameters.
+    tokens: a row.
+    start: where the block starts, a multiple of its size.
+    mask_id: of the mask, which gets no probability.
+    batch: rows at once, at most.
+  """
+  rows = jnp.broadcast_to(tokens, (batch, tokens.shape[0]))
+  memory = _remembered(denoiser, params, rows, jnp.int32(start))
+  return functools.partial(
+    _block, denoiser, mask_id, params, rows, jnp.int32(start), memory
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _remembered(denoiser, params, rows, start):
+  valid = jnp.ones(rows.shape, bool)
+  return denoiser.remember(params, rows, valid, start, denoiser.block)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _block(denoiser, mask_id, params, rows, start, memory, noisy):
+  """Returns logits of a block, finite ones of the mask, too."""
+  size = noisy.shape[0]
+  noisy = jnp.pad(noisy, ((0, rows.shape[0] - size), (0, 0)))
+  rows = jax.lax.dynamic_update_slice_in_dim(rows, noisy, start, axis=1)
+  valid = jnp.ones(rows.shape, bool)
+  logits, _ = denoiser.again(params, rows, valid, start, denoiser.block, memory)
+  return logits[:size].astype(jnp.float32).at[..., mask_id].set(-1e30)
+
+
 def times(
   keys: PRNGKey, ns: Int[Array, "B"], length: int, schedule: Schedule
 ) -> Float[Array, "B"]:
@@ -168,7 +252,16 @@ def _summary(found: Float[Array, "N B"]) -> Bound:
   else:
     size = found.shape[1]
     error = float(found.std(ddof=1)) / math.sqrt(size) if size > 1 else math.inf
-  return Bound(mean, error, found.size)
+  return _checked(Bound(mean, error, found.size))
+
+
+def _checked(found: Bound) -> Bound:
+  if math.isnan(found.mean):
+    raise UserError(
+      "likelihood: logits are not finite numbers; are these the model's"
+      " weights?"
+    )
+  return found
 
 
 def toward(

@@ -93,8 +93,8 @@ def start(
   for i, prompt in enumerate(prompts):
     if options.mask_id in prompt:
       raise UserError(
-        f"sampler: prompt {i} holds the mask, id {options.mask_id}; use infill "
-        "for text with gaps"
+        f"sampler: prompt {i} holds the mask, id {options.mask_id}; rows "
+        "with gaps are for sampler.begin"
       )
   width = max(map(len, prompts))
   tokens = np.full((len(prompts), width + options.length), options.mask_id)
@@ -292,7 +292,7 @@ def fill(
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
   found, sure, chance = candidates(logits, keys, options, sampling)
   eligible = masked & active[:, None]
-  quota = options.quota(planned, masked.sum(-1), i)
+  quota = options.quota(planned, masked.sum(-1), i, keys)
   kept = options.policy.commit(sure, eligible, quota) & eligible
   new = jnp.where(kept, found, tokens)
   edited = jnp.zeros((), bool)

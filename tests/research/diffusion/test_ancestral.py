@@ -116,6 +116,39 @@ def test_nothing_masked_again_is_the_plain_sampler():
   assert (got != plain).any() and (got != joint.MASK).all()
 
 
+def test_the_less_sure_are_masked_again_more():
+  """`confidence`: as many as `rescale` on average, by softmax of doubt."""
+  t, s = jnp.float32(0.6), jnp.float32(0.5)
+  sure = jnp.array([[0.9, 0.1, 0.5, 1.0]])
+  filled = jnp.array([[True, True, True, False]])
+  how = Ancestral(steps=4, remask="confidence", eta=0.3)
+  got = np.asarray(ancestral._sigma(how, t, s, sure, filled))[0]
+  weight = np.exp(-np.array([0.9, 0.1, 0.5]))
+  # sigma_max is 1 here: (1 - alpha_s) / alpha_t = 0.5 / 0.4.
+  np.testing.assert_allclose(got[:3], 0.9 * weight / weight.sum(), rtol=1e-5)
+  assert got[3] == 0
+  even = ancestral._sigma(
+    Ancestral(steps=4, remask="rescale", eta=0.3), t, s, sure, filled
+  )
+  assert got[:3].sum() == pytest.approx(float(even[0, :3].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("f", [ancestral.sample, ancestral.first_hitting])
+def test_logits_that_are_no_numbers(f):
+  def broken(tokens):
+    return joint.scores()(tokens).at[:, 1].set(jnp.nan)
+
+  rows = jnp.full((2, 4), joint.MASK, jnp.int32)
+  given = broken, rows, rows == joint.MASK, joint.MASK
+  keys = row_keys(jax.random.key(0), jnp.arange(2))
+  how = (Ancestral(steps=3),) if f is ancestral.sample else ()
+  with pytest.raises(UserError, match="ancestral: logits are not finite"):
+    f(*given, keys, *how)
+  # Compiled code cannot say so; it leaves no token that looks like one.
+  found = jax.jit(lambda: f(*given, keys, *how)[0])()
+  np.testing.assert_array_equal(found == ancestral.NOTHING, [[0, 1, 0, 0]] * 2)
+
+
 def test_mistakes():
   with pytest.raises(UserError, match="steps is 0"):
     Ancestral(steps=0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import sampler
+from research.diffusion import likelihood, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
 from research.diffusion.guided import Guided
@@ -81,6 +81,22 @@ def test_padding_on_the_left_changes_nothing():
   padded = jnp.arange(T)[None] >= 5
   got = whole.scores(params, tokens[:1].at[:, :5].set(3), padded)
   close(got[:, 5:], alone)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_padding_on_the_right_changes_nothing(shift):
+  model, params = network()
+  tokens, _ = rows()
+  whole = Whole(model=model, shift=shift)
+
+  @jax.jit
+  def both():
+    alone = whole.scores(params, tokens[:, :11], jnp.ones((2, 11), bool))
+    valid = jnp.broadcast_to(jnp.arange(T) < 11, (2, T))
+    return whole.scores(params, tokens.at[:, 11:].set(3), valid), alone
+
+  got, alone = both()
+  close(got[:, :11], alone)
 
 
 @pytest.mark.parametrize("shift", [False, True])
@@ -196,6 +212,48 @@ def test_guidance_has_a_cache_a_side(weight):
 
     found.append(run())
   close(found[1], found[0])
+
+
+def test_no_guidance_is_no_guidance():
+  """Bit by bit, and one pass: property 15 of diffusion.md 14.3."""
+  model, params = network()
+  tokens, valid = rows((3, 0))
+  inner = Cached(model=model)
+  d = Guided(inner=inner, prompt=8, mask_id=MASK, weight=0.0)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(d):
+    first, carry = d.first(params, tokens, valid, jnp.int32(8), K)
+    return first, d.again(params, tokens, valid, jnp.int32(8), K, carry)[0]
+
+  chex.assert_trees_all_equal(run(d), run(inner))
+
+
+def test_likelihoods_by_the_cache_are_those_without():
+  """Of a block of four after eight tokens, and of the first block."""
+  model, params = network()
+  tokens = np.random.default_rng(3).integers(0, MASK, T)
+  tokens, key = jnp.asarray(tokens, jnp.int32), jax.random.key(0)
+  d = BlockCausal(model=model, block=K)
+  whole = Whole(model=model, block=K)
+
+  @jax.jit
+  def scores(noisy):
+    logits = whole.scores(params, noisy, jnp.ones(noisy.shape, bool))
+    return logits.at[..., MASK].set(-1e30)
+
+  for start in (8, 0):
+    here = (jnp.arange(T) >= start) & (jnp.arange(T) < start + K)
+    cached = likelihood.block_scores(d, params, tokens, start, MASK, 8)
+    block, every = tokens[start : start + K], jnp.ones(K, bool)
+    got = likelihood.bound(cached, block, every, MASK, key, 15, 8)
+    want = likelihood.exact(scores, tokens, here, MASK, 8)
+    assert got.mean == pytest.approx(want.mean, rel=2e-5)
+    # Fewer rows than it was made for.
+    noisy = jnp.where(jnp.arange(K) % 2 == jnp.arange(2)[:, None], MASK, block)
+    rest = jnp.broadcast_to(tokens, (2, T))
+    logits = scores(rest.at[:, start : start + K].set(noisy))
+    close(cached(noisy)[..., :MASK], logits[:, start : start + K, :MASK])
 
 
 def test_blocks_are_those_of_the_model():

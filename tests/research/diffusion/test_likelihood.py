@@ -68,24 +68,48 @@ def test_a_uniform_model_needs_no_samples():
   def flat(tokens):
     return jnp.zeros((*tokens.shape, 3))
 
-  got = likelihood.bound(flat, X, ALL, joint.MASK, jax.random.key(0), 16, 16)
+  got = likelihood.bound(flat, X, ALL, joint.MASK, jax.random.key(0), 8, 8)
   assert got.mean == pytest.approx(4 * np.log(3), rel=1e-6)
   assert got.error == pytest.approx(0, abs=1e-6)
 
 
 def test_estimates_are_within_their_errors():
-  scores = jax.jit(joint.scores())
-  got = likelihood.bound(scores, X, ALL, joint.MASK, jax.random.key(1), 1024)
-  assert abs(got.mean - 7.312644) < 4 * got.error
-  assert got.error < 0.3
-  assert got.samples == 1024
-  # Given the first two tokens.
+  """Two rows of the joint as one: 255 sets of masks, of which 128 are drawn."""
+  scores = joint.scores()
+
+  @jax.jit
+  def twice(tokens):
+    return jnp.concatenate([scores(tokens[:, :4]), scores(tokens[:, 4:])], 1)
+
+  x, target = jnp.concatenate([X, X]), jnp.ones(8, bool)
+  means, errors = [], []
+  for i in range(16):
+    got = likelihood.bound(twice, x, target, joint.MASK, jax.random.key(i), 128)
+    assert got.samples == 128
+    means.append(got.mean)
+    errors.append(got.error)
+  error = np.sqrt(np.square(errors).sum()) / 16
+  assert abs(np.mean(means) - 2 * 7.312644) < 4 * error
+  # What is called a standard error is one.
+  assert 0.5 < np.std(means, ddof=1) / np.mean(errors) < 2
+
+
+def test_few_sets_of_masks_are_enumerated():
+  scores, key = jax.jit(joint.scores()), jax.random.key(1)
+  got = likelihood.bound(scores, X, ALL, joint.MASK, key, 16)
+  assert (got.error, got.samples) == (0.0, 15)
+  assert got.mean == pytest.approx(7.312644, rel=2e-6)
+  # Given the first two tokens: any batch, that does not divide the sets too.
   target = jnp.array([False, False, True, True])
-  got = likelihood.bound(scores, X, target, joint.MASK, jax.random.key(2), 256)
-  p = joint.table()
   rows = (joint.SEQUENCES[:, :2] == [0, 1]).all(-1)
-  want = joint.minus_log(X) + np.log(p[rows].sum())
-  assert abs(got.mean - want) < 4 * got.error + 1e-5
+  want = joint.minus_log(X) + np.log(joint.table()[rows].sum())
+  for batch in (1, 2, 16):
+    got = likelihood.exact(scores, X, target, joint.MASK, batch)
+    assert (got.samples, got.error) == (3, 0.0)
+    assert got.mean == pytest.approx(want, rel=1e-5)
+  # One set more than samples: drawn.
+  got = likelihood.bound(scores, X, ALL, joint.MASK, key, 14, 2)
+  assert got.samples == 14 and got.error > 0
 
 
 def rounded(first, length, batch, rounding):
@@ -168,7 +192,19 @@ def test_edges():
   one = jnp.array([False, True, False, False])
   got = likelihood.bound(scores, X, one, joint.MASK, key)
   assert (got.error, got.samples) == (0.0, 1)
+  assert likelihood.exact(scores, X, ~ALL, joint.MASK).samples == 0
   with pytest.raises(
     UserError, match="samples is 10, expected a multiple of 4"
   ):
     likelihood.bound(scores, X, ALL, joint.MASK, key, 10, 4)
+
+
+@pytest.mark.parametrize("samples", [8, 16])
+def test_logits_that_are_no_numbers(samples):
+  """Where masks are drawn, and where all are tried."""
+
+  def broken(tokens):
+    return joint.scores()(tokens).at[:, 1].set(jnp.nan)
+
+  with pytest.raises(UserError, match="likelihood: logits are not finite"):
+    likelihood.bound(broken, X, ALL, joint.MASK, jax.random.key(0), samples, 8)

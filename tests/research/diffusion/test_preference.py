@@ -57,23 +57,64 @@ def split(values, n_t, n_y):
   return between / n_t + within / (n_t * n_y)
 
 
-def test_variances_of_shared_masks_and_of_budgets():
-  """diffusion.md 14.2: policy of strength 2.2, reference of 2."""
-  policy, reference = score(2.2), score(2.0)
-  apart = [a - b for a, b in zip(policy, reference, strict=True)]
-  assert np.mean([d.mean() for d in apart]) == pytest.approx(
-    -0.348950, abs=1e-6
+N = 60_000
+
+
+@functools.cache
+def drawn(n_t, n_y, seed=0):
+  """Returns estimates of log p by N plans of `Elbo`, policy and reference."""
+  keys = jax.random.split(jax.random.key(seed), N)
+  every = jnp.ones((N, 4), bool)
+  views = jax.jit(Elbo(times=n_t, masks=n_y).plan)(keys, every, every)
+  x = np.array([0, 1, 2, 0])
+  found = []
+  for strength in (2.2, 2.0):
+    known, total = joint.conditionals(strength), 0.0
+    for masked, counts in zip(views.masked, views.counts, strict=True):
+      rows = np.where(masked, joint.MASK, x)
+      each = known[(rows * 4 ** np.arange(4)[::-1]).sum(-1)]
+      each = each[:, np.arange(4), x]
+      total = total + (np.where(masked, counts, 0) * each).sum(-1)
+    found.append(total)
+  return found
+
+
+def close_variance(found, want):
+  """Whether a sample's variance is `want`, within 4.5 of its errors."""
+  apart = (found - found.mean()) ** 2
+  assert abs(apart.mean() - want) < 4.5 * apart.std() / np.sqrt(N)
+  assert apart.std() / np.sqrt(N) < 0.05 * want
+
+
+@pytest.mark.parametrize(
+  ("n_t", "n_y", "want"),
+  [
+    (1, 1, 0.412511),
+    (4, 1, 0.103128),
+    (2, 2, 0.205901),
+    (1, 4, 0.411446),
+    (8, 1, 0.051564),
+  ],
+)
+def test_variances_of_budgets(n_t, n_y, want):
+  """diffusion.md 14.2: policy of strength 2.2, reference of 2, masks shared."""
+  policy, reference = drawn(n_t, n_y)
+  apart = policy - reference
+  close_variance(apart, want)
+  error = apart.std() / np.sqrt(N)
+  assert abs(apart.mean() + 0.348950) < 4.5 * error
+  # The same by enumeration.
+  scores = zip(score(2.2), score(2.0), strict=True)
+  assert split([a - b for a, b in scores], n_t, n_y) == pytest.approx(
+    want, abs=1e-6
   )
-  assert split(apart, 1, 1) == pytest.approx(0.412511, abs=1e-6)
-  independent = split(policy, 1, 1) + split(reference, 1, 1)
+
+
+def test_variance_of_masks_that_are_not_shared():
+  apart = drawn(1, 1)[0] - drawn(1, 1, seed=1)[1]
+  close_variance(apart, 61.465454)
+  independent = split(score(2.2), 1, 1) + split(score(2.0), 1, 1)
   assert independent == pytest.approx(61.465454, abs=1e-5)
-  for (n_t, n_y), want in {
-    (4, 1): 0.103128,
-    (2, 2): 0.205901,
-    (1, 4): 0.411446,
-    (8, 1): 0.051564,
-  }.items():
-    assert split(apart, n_t, n_y) == pytest.approx(want, abs=1e-6)
 
 
 # Estimators ------------------------------------------------------------------

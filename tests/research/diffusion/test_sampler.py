@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import policies, sampler
+from research.diffusion import ancestral, policies, sampler
 from research.diffusion.candidates import Options, candidates
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.nn.sampling import Sampling
 from research.typing import UserError
-from tests.research.diffusion import joint
+from tests.research.diffusion import joint, test_ancestral
 
 MASK = 7
 
@@ -195,6 +195,8 @@ def test_ends():
   first = int(np.argmax(made == end))
   got = run(block=4, end=(end,))
   assert got.lengths[0] == first
+  # What stands behind the end is no speed.
+  assert got.tokens_per_call == first / 4
   assert (got.tokens[0, 3 + first :] == end).all()
   assert got.calls == 4  # the second block was never begun
   assert run(block=4, end=(end,), stop=False).calls == 8
@@ -272,6 +274,45 @@ NOISE = 0.5 * np.sqrt(2 / np.pi / 20_000) * np.sqrt(joint.table()).sum()
 @pytest.mark.parametrize("select", ["random", "max", "margin", "entropy"])
 def test_places_chosen_without_the_candidate_sample_the_joint(select):
   assert variation(law(select=select), joint.table()) < 1.5 * NOISE
+
+
+def test_places_by_chance_are_ancestral_steps():
+  """The same law as `ancestral`, by the loop that blocks and caches have."""
+  how = dict(select="random", plan="chance")
+  few = law(steps=2, **how)
+  want, _ = test_ancestral.law(ancestral.sample, ancestral.Ancestral(steps=2))
+  noise = NOISE + test_ancestral.NOISE
+  assert variation(few, want) < 1.5 * noise
+  assert variation(few, joint.table()) > 0.1 + 1.5 * noise
+  many = law(steps=64, **how)
+  # Two of four places fall into one of 64 steps 6 / 64 of the time.
+  assert variation(many, joint.table()) < 1.5 * NOISE + 0.1 * 0.39
+
+
+def test_tempered_confidences_are_of_what_is_drawn():
+  """LLaDA 2: top-k, then top-p, at a temperature, in numpy."""
+  rules = Sampling(temperature=0.7, top_k=4, top_p=0.8)
+  logits = np.random.default_rng(0).normal(0, 2, (1, 6, 9)).astype(np.float32)
+  base = Options(mask_id=8, length=6, block=6)
+  p = np.exp(logits[0, :, :8].astype(np.float64) / 0.7)
+  kept = np.zeros_like(p)
+  for row, out in zip(p, kept, strict=True):
+    best = np.argsort(-row)[:4]
+    share = row[best] / row[best].sum()
+    n = 1 + int(np.searchsorted(np.cumsum(share), 0.8))
+    out[best[:n]] = share[:n] / share[:n].sum()
+  plain = np.exp(logits[0, :, :8].astype(np.float64))
+  plain /= plain.sum(-1, keepdims=True)
+  f = jax.jit(candidates, static_argnums=2)
+  place = np.arange(6)
+  for seed in range(20):
+    keys = jax.random.split(jax.random.key(seed), 1)
+    for tempered, truth in ((True, kept), (False, plain)):
+      options = dataclasses.replace(base, tempered=tempered)
+      found, sure, _ = f(jnp.asarray(logits), keys, options, rules)
+      assert (kept[place, np.asarray(found[0])] > 0).all()
+      want = truth[place, np.asarray(found[0])]
+      np.testing.assert_allclose(sure[0], want, rtol=2e-5)
 
 
 @pytest.mark.parametrize(
