@@ -4,12 +4,15 @@ On a Markov chain, sampled at temperature 1, a row's likelihood is known, and so
 are the pairs it should be made of: policies that only write what is likely are
 told apart from those that sample. They are asked of the chain's own
 conditionals (`diffusion_truth.Chain`), where all errors are the sampler's, and
-of trained models. On `Sums`, decoded greedily, answers are right or wrong.
+of trained models. On `Sums`, decoded greedily, answers are right or wrong; what
+they cost is counted and measured there, too: FLOPs and seconds of a batch,
+whose rows wait for the slowest of them.
 """
 
 import dataclasses
 import functools
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +32,7 @@ from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Denoiser, Whole
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.nn.sampling import GREEDY, Sampling, row_keys
+from research.planning import flops
 from research.typing import Int, Params
 
 SELECTS = {
@@ -52,7 +56,7 @@ class Policies:
     sums: what is answered.
     tiny: the model of either.
     steps: of training.
-    seeds: of models.
+    seeds: of models, and of what is drawn.
     rows: that are sampled, of each policy.
     speeds: tokens a step, of policies with a quota.
     thresholds, factors, lows: of the policies without.
@@ -73,32 +77,31 @@ class Policies:
 
   @property
   def arms(self) -> list[str]:
-    """The chain itself, and models of each seed."""
-    made = [f"{t}, seed {s}" for s in range(self.seeds) for t in judged.TASKS]
-    return [judged.EXACT, *made]
+    """The chain itself and models, of each seed."""
+    return [f"{t}, seed {s}" for s in range(self.seeds) for t in judged.TASKS]
 
   def row(self, arm: str, before: Rows) -> Row:
     """Returns a point for each policy and speed."""
     del before
-    if arm == judged.EXACT:
+    task, seed = arm.split(", seed ")
+    if task == judged.EXACT:
       chain = diffusion_truth.Chain(mask_id=self.chain.vocab)
       params = diffusion_truth.tables(self.chain, self.chain.length)
-      return {"points": self._chain(chain, params)}
-    task, seed = arm.split(", seed ")
+      return {"points": self._chain(chain, params, int(seed))}
     if task == judged.SUMS:
       learned = tasks.learn_sums(self.sums, self.tiny, self.steps, int(seed))
       return {"points": self._sums(*learned)}
     model, params = tasks.learn_chain(
       self.chain, self.tiny, self.steps, int(seed)
     )
-    return {"points": self._chain(Whole(model=model), params)}
+    return {"points": self._chain(Whole(model=model), params, int(seed))}
 
-  def _chain(self, denoiser: Any, params: Params) -> list[Row]:
+  def _chain(self, denoiser: Any, params: Params, seed: int) -> list[Row]:
     length, mask = self.chain.length, self.chain.vocab
     noisy = np.full((self.rows, length), mask, np.int32)
     out = []
     for name, knob, how in self._ways(mask, length, length):
-      got, calls = fill(denoiser, params, noisy, mask, how)
+      got, calls = fill(denoiser, params, noisy, mask, how, seed=seed)
       nats = diffusion_truth.surprise(self.chain, got).mean() / length
       off = diffusion_truth.off(self.chain, got)
       found = {"nats": float(nats), "off": float(off)}
@@ -109,13 +112,19 @@ class Policies:
     rows, asked = self.sums.rows("heldout", self.rows), self.sums.asked()
     mask, length = self.sums.mask_id, rows.shape[1]
     noisy = np.where(asked, mask, rows)
-    places, out = int(asked.sum()), []
+    places, out, denoiser = int(asked.sum()), [], Whole(model=model)
+    cost = _flops(denoiser, params, length) / 1e9
     for name, knob, how in self._ways(mask, length, places):
       if not isinstance(how, Options) or how.select in ("max", "margin"):
         continue  # the same ones, or for samples alone
-      got, calls = fill(Whole(model=model), params, noisy, mask, how, GREEDY)
+      given = denoiser, params, noisy, mask, how, GREEDY
+      fill(*given)  # compiles
+      begun = time.perf_counter()
+      got, calls, most = filled(*given)
+      seconds = time.perf_counter() - begun
       right = (got == rows)[:, asked]
       found = {"token": float(right.mean()), "row": float(right.all(1).mean())}
+      found |= {"GFLOP": most * cost, "ms": 1e3 * seconds / self.rows}
       out.append(_point(name, knob, calls, places) | found)
     return out
 
@@ -170,7 +179,20 @@ def _point(name: str, knob: Any, calls: float, places: int) -> Row:
   }
 
 
-def fill(
+def _flops(denoiser: Denoiser, params: Params, length: int) -> float:
+  """Returns FLOPs of a call on one row of which all is asked for."""
+  row = jnp.zeros((1, length), jnp.int32)
+  return flops.of(
+    lambda p: denoiser.first(p, row, row == 0, jnp.int32(0), length)[0], params
+  )
+
+
+def fill(*given: Any, **more: Any) -> tuple[Int[np.ndarray, "B T"], float]:
+  """Returns the rows of `filled`, and the calls of a row on average."""
+  return filled(*given, **more)[:2]
+
+
+def filled(
   denoiser: Denoiser,
   params: Params,
   noisy: Int[np.ndarray, "B T"],
@@ -178,8 +200,8 @@ def fill(
   how: Options | Ancestral | None,
   sampling: Sampling = ANY,
   seed: int = 0,
-) -> tuple[Int[np.ndarray, "B T"], float]:
-  """Returns rows whose masks are filled, and the calls of a row on average.
+) -> tuple[Int[np.ndarray, "B T"], float, int]:
+  """Returns rows whose masks are filled, calls of a row, and of the batch.
 
   Args:
     denoiser, params: the model.
@@ -193,12 +215,12 @@ def fill(
   if isinstance(how, Options):
     begun = sampler.begin(noisy, masked, np.ones_like(masked), key)
     found = sampler.sample(denoiser, params, begun, how, sampling)
-    return found.tokens, float(found.counts.mean())
+    return found.tokens, float(found.counts.mean()), found.calls
   keys = row_keys(key, jnp.arange(len(noisy)))
   tokens, calls = _by_chance(
     denoiser, params, noisy, masked, mask_id, keys, how
   )
-  return np.asarray(tokens), float(calls)
+  return np.asarray(tokens), float(calls), int(calls)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 6))

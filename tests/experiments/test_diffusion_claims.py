@@ -1,5 +1,6 @@
 """Studies of masked diffusion: run files, the command, and what arms return."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from experiments import (
   diffusion_claims,
   diffusion_policies,
   diffusion_study,
+  diffusion_tasks,
   diffusion_truth,
 )
 from experiments import diffusion_policy_verdicts as judged
@@ -192,7 +194,8 @@ def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
   few = {"low confidence": "candidate", "random": "random"}
   monkeypatch.setattr(diffusion_policies, "SELECTS", few)
   points = {
-    (p["policy"], p["knob"]): p for p in STUDY.row(judged.EXACT, {})["points"]
+    (p["policy"], p["knob"]): p
+    for p in STUDY.row(f"{judged.EXACT}, seed 0", {})["points"]
   }
   entropy = diffusion_truth.entropy(CHAIN, 8)
   slow, fast = points["random", 1], points["random", 8]
@@ -207,3 +210,29 @@ def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
   assert fast["off"] > 0.3 and fast["nats"] > entropy + error
   biased = points["low confidence", 1]
   assert biased["nats"] < entropy - error and biased["off"] > 0.1
+
+
+def test_what_answers_cost_is_what_ran(monkeypatch):
+  """FLOPs of a batch's calls; a row has as many as its own."""
+  few = {"low confidence": "candidate"}
+  monkeypatch.setattr(diffusion_policies, "SELECTS", few)
+  sums = diffusion_tasks.Sums(length=4, given=4)
+  study = dataclasses.replace(
+    STUDY, sums=sums, tiny=SMALL, steps=2, rows=8, thresholds=(0.5,)
+  )
+  slow, fast, threshold = (
+    p for p in study.row("sums, seed 0", {})["points"]
+    if p["policy"] in ("low confidence", "threshold")
+  )  # fmt: skip
+  assert (slow["calls"], fast["calls"]) == (3, 1)
+  assert slow["GFLOP"] == pytest.approx(3 * fast["GFLOP"])
+  assert threshold["GFLOP"] >= threshold["calls"] * fast["GFLOP"] * (1 - 1e-9)
+  # A layer's matrices and the head, of eight tokens, and attention to all.
+  model, params = SMALL.load(sums.mask_id + 1, 0)
+  matrices = (
+    sum(x.size for x in jax.tree.leaves(params) if x.ndim > 1 and x.size > 16)
+    - params["embed"].size
+  )
+  want = 2 * 8 * matrices + 4 * 8 * 8 * SMALL.width
+  assert fast["GFLOP"] == pytest.approx(want / 1e9, rel=0.01)
+  assert all(p["ms"] > 0 for p in (slow, fast, threshold))

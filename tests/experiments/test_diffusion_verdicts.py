@@ -12,7 +12,6 @@ from experiments import (
   diffusion_following,
   diffusion_ladder,
   diffusion_policies,
-  diffusion_policy_verdicts,
   diffusion_reversal,
   diffusion_rewards,
   diffusion_study,
@@ -159,6 +158,7 @@ def policy_rows():
       point["tokens a call"] = 16 / point["calls"]
       if task == "sums":
         point["row"] = 0.3 if name == "random" else 1.0
+        point["GFLOP"] = point["ms"] = point["calls"]
       else:
         biased = name == "low confidence"
         point["nats"] = ENTROPY * (0.5 if biased else 1.0)
@@ -166,12 +166,7 @@ def policy_rows():
       out.append(point)
     return out
 
-  exact = {diffusion_policy_verdicts.EXACT: {"points": points("chain")}}
-  return exact | {
-    f"{task}, seed {s}": {"points": points(task)}
-    for task in ("chain", "sums")
-    for s in range(3)
-  }
+  return {arm: {"points": points(arm.split(",")[0])} for arm in POLICIES.arms}
 
 
 def altered(rows, task, policy, name, value):
@@ -197,6 +192,8 @@ def test_policies_all_hold(tmp_path):
     ("sums", "random", "row", 1.0, 0),
     ("sums", "threshold", "row", 0.9, 1),
     ("sums", "factor", "tokens a call", 1.5, 2),
+    ("sums", "threshold", "GFLOP", 20.0, 1),
+    ("sums", "factor", "ms", 20.0, 2),
     ("the chain", "low confidence", "nats", ENTROPY, 3),
     ("the chain", "margin", "off", 0.2, 4),
     ("the chain", "ReMDM", "off", 0.2, 5),
@@ -207,6 +204,22 @@ def test_policies_all_hold(tmp_path):
 def test_policies_do_not(task, policy, name, value, number):
   rows = altered(policy_rows(), task, policy, name, value)
   assert not holds(POLICIES, rows)[number]
+
+
+@pytest.mark.parametrize("name", ["off", "ms"])
+def test_policies_differ_by_more_than_seeds_do(name):
+  """As good on average, by one seed alone: nothing is shown."""
+  rows = policy_rows()
+  policy = "ReMDM" if name == "off" else "factor"
+  arm = ("chain" if name == "off" else "sums") + ", seed 0"
+  for point in rows[arm]["points"]:
+    if point["policy"] == policy:
+      point[name] -= 40.0
+  other = arm.replace("0", "1")
+  for point in rows[other]["points"]:
+    if point["policy"] == policy:
+      point[name] += 20.0 if name == "ms" else 0.02
+  assert not holds(POLICIES, rows)[6 if name == "off" else 2]
 
 
 # --- caches ---
