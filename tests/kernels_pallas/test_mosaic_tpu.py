@@ -1,6 +1,5 @@
 """The TPU kernels, interpreted on the CPU, against the reference."""
 
-import collections
 import functools
 
 import chex
@@ -9,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.flash_attention import dropout
 from kernels_pallas.flash_attention.api import choose, flash_attention
-from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
 from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
-from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
+from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tiling import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
 from tests.support_pairwise import pairwise
@@ -200,131 +197,6 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
     assert ours.dtype == jnp.bfloat16
     error = float(jnp.abs(ours.astype(jnp.float32) - exact).max())
     assert error <= 2 * float(jnp.abs(theirs - exact).max()) + 1e-5
-
-
-# Tiles whose parts differ, so that a count says which kernel it is of.
-COUNTED = {
-  "split": Tiles(
-    Tile(4, 8, 4, 8), Tile(8, 4, 8, 4), Tile(16, 8, 8, 8), "split"
-  ),
-  "fused": Tiles(Tile(8, 16, 4, 16), Tile(4, 8, 4, 8), Tile(), "fused"),
-}
-BY_INDEX = {
-  "causal": lambda: Mask.causal(),
-  "sliding": lambda: Mask.causal((5, None)),
-  "blocks": lambda: Mask.block_causal(5, (6, 2)),
-  "diffusion": lambda: Mask.block_diffusion(15, 4),
-}
-PACKED = jnp.asarray(np.repeat([0, 1, 2, 0, 1], [11, 13, 6, 4, 26]), jnp.int32)
-
-
-def counted(config, mask, rows=1, n=30):
-  """A function of the mask: how often each part of a tile is worked on.
-
-  Counted inside the kernels, which ask for dropout of what they visit: (row,
-  queries and keys of a part, where it starts).
-  """
-  seen = collections.Counter()
-
-  def count(b, i, j):
-    at = (b, i.shape[1], j.shape[0], i[0, 0], j[0, 0])
-    seen.update([tuple(map(int, at))])
-
-  def keep(seed, rate, b, h, i, j):
-    jax.debug.callback(count, b, i, j)
-    return dropout.keep(seed, rate, b, h, i, j)
-
-  spec = Spec(scale=0.5, dropout_rate=0.1, keep=keep, blocks=config)
-  x = Operands(*(draw(rows, n, 1, 4, seed=s) for s in range(3)), mask,
-               seed=jnp.uint32(0))  # fmt: skip
-
-  @quick
-  def gradient(mask):
-    def total(q, k, v):
-      y = x._replace(q=q, k=k, v=v, mask=mask)
-      return mosaic_tpu_attention(spec, True, y)[0].sum()
-
-    return jax.grad(total, (0, 1, 2))(x.q, x.k, x.v)
-
-  def run(mask):
-    seen.clear()
-    jax.block_until_ready(gradient(mask))
-    jax.effects_barrier()
-    return seen
-
-  return run
-
-
-def in_tiles(x, tile, reduce=np.any):
-  """`reduce` over each tile of [rows, T, S], false beyond its ends."""
-  rows, t, s = x.shape
-  x = np.pad(x, ((0, 0), (0, -t % tile.q), (0, -s % tile.kv)))
-  x = x.reshape(rows, -(-t // tile.q), tile.q, -(-s // tile.kv), tile.kv)
-  return reduce(x, (2, 4))
-
-
-def once_each(config, visited):
-  """What `counted` finds where each kernel visits the tiles `visited(tile)`."""
-  expected = collections.Counter()
-  fused = config.backward == "fused"
-  for tile in (config.forward, config.dkv, *(() if fused else (config.dq,))):
-    for b, i, j in np.argwhere(visited(tile)).tolist():
-      for part_i in range(i * tile.q, (i + 1) * tile.q, tile.q_part):
-        for part_j in range(j * tile.kv, (j + 1) * tile.kv, tile.kv_part):
-          at = (b, tile.q_part, tile.kv_part, part_i, part_j)
-          expected[at] += 1
-  return expected
-
-
-@pytest.mark.parametrize("backward", COUNTED)
-@pytest.mark.parametrize("name", BY_INDEX)
-def test_no_tile_is_visited_without_a_visible_pair(name, backward):
-  """Exactly the tiles with one, once in each kernel, whatever their size."""
-  config, mask = COUNTED[backward], BY_INDEX[name]()
-  seen = np.asarray(mask.visible(30, 30))
-  expected = once_each(config, lambda tile: in_tiles(seen, tile))
-  assert counted(config, mask)(mask) == expected
-  assert any(not in_tiles(seen, t).all() for t in (config.forward, config.dkv))
-
-
-def test_tiles_that_segments_allow_are_visited():
-  """Exactly those with a visible pair where documents stand one by one.
-
-  Segments in any order are bounded: a tile is visited where the indices allow
-  a pair, and the least and greatest segments of its queries and of its keys,
-  padding apart, enclose a common one.
-  """
-  config = COUNTED["fused"]
-  packed = Mask.causal(segments=PACKED.reshape(2, 30))
-  run = counted(config, packed, rows=2)
-  seen = np.asarray(packed.visible(30, 30))
-  assert run(packed) == once_each(config, lambda tile: in_tiles(seen, tile))
-
-  mixed = Mask.causal(segments=ids(2, 30, high=4))
-  allowed = np.tril(np.ones((2, 30, 30), bool))
-
-  def meet(tile):
-    """Whether some integer is between some two of each side's segments."""
-    found = in_tiles(allowed, tile)
-    for b, i, j in np.argwhere(found):
-      sides = (
-        x[x >= 0]
-        for x in (
-          np.asarray(mixed.q_segments[b, i * tile.q : (i + 1) * tile.q]),
-          np.asarray(mixed.kv_segments[b, j * tile.kv : (j + 1) * tile.kv]),
-        )
-      )
-      ours, theirs = (set(range(x.min(), x.max() + 1)) if len(x) else set()
-                      for x in sides)  # fmt: skip
-      found[b, i, j] = bool(ours & theirs)
-    return found
-
-  expected = once_each(config, meet)
-  assert run(mixed) == expected
-  # More than need be, never fewer.
-  seen = np.asarray(mixed.visible(30, 30))
-  needed = once_each(config, lambda tile: in_tiles(seen, tile))
-  assert needed < expected
 
 
 @pytest.mark.parametrize("backward", ["split", "fused"])
