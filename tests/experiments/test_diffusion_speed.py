@@ -1,0 +1,65 @@
+"""What `generate` calls tokens a second: those before a row's first end."""
+
+import types
+
+import numpy as np
+import pytest
+
+from experiments import filling
+from experiments.filling import Wanted
+from research.diffusion import sampler
+from research.diffusion.candidates import Options
+from research.diffusion.sampler import Sampled
+from research.diffusion.spec import Spec
+from research.interop.load import Loaded
+from research.nn.sampling import GREEDY
+from tests import support
+
+END, WIDTH, BLOCK = 9, 2, 4
+
+
+class Words:
+  def decode(self, ids, **_):
+    return " ".join(map(str, ids))
+
+
+class Clock:
+  """Two blocks of two rows, the first after a second, the other after three."""
+
+  seconds = 0.0
+  blocks = ((1.0, [BLOCK, BLOCK]), (3.0, [2 * BLOCK, 2 * BLOCK]))
+
+  def __init__(self, *_):
+    pass
+
+
+@pytest.mark.parametrize(
+  ("made", "counts", "rate"),
+  [
+    # Six and eight tokens, of which two and four after the first block.
+    ([[1] * 6 + [END] * 2, [1] * 8], [6, 8], 6 / 2),
+    # An end in the first block: all after it is padding, and no speed.
+    ([[1, END] + [END] * 6, [1] * 8], [1, 8], 4 / 2),
+    ([[END] + [1] * 7, [END] * 8], [0, 0], 0.0),
+  ],
+)
+def test_tokens_after_an_end_are_no_speed(monkeypatch, made, counts, rate):
+  tokens = np.concatenate([np.full((2, WIDTH), 3), made], axis=1)
+  filled = np.zeros(tokens.shape, np.int32)
+  lengths = np.array(counts, np.int32)
+  found = Sampled(tokens, filled, 8, np.array([8, 8]), lengths)
+  options = Options(mask_id=10, length=2 * BLOCK, block=BLOCK, end=(END,))
+  state = types.SimpleNamespace(tokens=tokens)
+  monkeypatch.setattr(filling, "Screen", Clock)
+  monkeypatch.setattr(sampler, "sample", lambda *_: found)
+  monkeypatch.setattr(filling, "denoiser_of", lambda *_: None)
+  monkeypatch.setattr(
+    filling, "begun", lambda *_: (state, options, [WIDTH, WIDTH])
+  )
+  monkeypatch.setattr(filling, "batches", lambda *_: [[0, 1]])
+  loaded = Loaded(support.model(), {}, Words(), {})
+  how, wanted = Spec(mask_id=10, end=(END,)), Wanted(length=2 * BLOCK)
+  rows, shared = filling.fill(loaded, how, [[3, 3]] * 2, GREEDY, wanted)
+  assert [row["tokens"] for row in rows] == counts
+  assert [row["tokens_per_call"] for row in rows] == [n / 8 for n in counts]
+  assert shared["tokens_per_s"] == pytest.approx(rate)
