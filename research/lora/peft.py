@@ -26,6 +26,7 @@ from research.lora import (
   wrap,
 )
 from research.lora.method import Place
+from research.lora.methods.tokens import Tokens
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
@@ -88,6 +89,7 @@ def open_adapter(
   methods = peft_config.read_methods(
     fields, kind, modules, wrap.matrices(params)
   )
+  methods |= peft_config.token_methods(fields, methods, model.tied, naming)
   base = peft_whole.base_weights(params, model, naming)
   everything = [w.module for w in base.values()]
   validate.warn(fields.values, fields.where, list(modules.values()), everything)
@@ -97,10 +99,14 @@ def open_adapter(
     peft_config.whole_modules(fields),
     peft_config.bias_mode(fields),
   )
-  for adapted in (set(), {naming.embedding, naming.head}):
-    optional = peft_whole.embeddings(base, model.tied, whole, adapted, naming)
+  sides = {naming.embedding, naming.head}
+  for adapted, rows in ((set(), set()), (sides, set()), (set(), sides)):
+    optional = peft_whole.embeddings(
+      base, model.tied, whole, adapted, naming, rows
+    )
     whole |= {key: w for key, w in optional.items() if key in tensors}
   params, model = _with_whole(file, tensors, whole, params, model)
+  peft_config.check_tokens(fields, methods, model.vocab_size)
   if model.tied and "embed" in methods:
     tensors = _without_copies(file, tensors, naming)
   tensors = _shared_once(file, tensors, methods, modules)
@@ -158,12 +164,14 @@ def _read(file, tensors, module, method, w):
 def _without_copies(path, tensors, naming):
   """Returns the tensors less a tied head's adapter, which says it again."""
   out = dict(tensors)
-  for copy, key in peft_names.tied_keys(naming):
+  turned = peft_names.tied_keys(naming)
+  for copy, key in (*turned, *peft_names.tied_rows(naming)):
     if copy in tensors and key in tensors:
-      if not np.array_equal(tensors[copy].read(), tensors[key].read().T):
+      theirs, own = tensors[copy].read(), tensors[key].read()
+      how = " transposed" if (copy, key) in turned else ""
+      if not np.array_equal(theirs, own.T if how else own):
         raise UserError(
-          f"{path}: {copy} is not {key} transposed, although "
-          "ensure_weight_tying ties them"
+          f"{path}: {copy} is not {key}{how}, although they are tied"
         )
       del out[copy]
   return out
@@ -187,7 +195,7 @@ def _shared_once(path, tensors, methods, modules):
 
 def _untied(fields, kind, params, model, naming):
   """Returns the base, untied where PEFT changes one of its two sides."""
-  if not model.tied or fields.flag("ensure_weight_tying"):
+  if not model.tied or kind is Tokens or fields.flag("ensure_weight_tying"):
     return params, model
   sides = {"embed": naming.embedding, "head": naming.head}
   modules = peft_names.modules(params, model, naming) | sides

@@ -15,15 +15,17 @@ from research.interop import safetensors
 from research.interop.fields import Fields
 from research.lora import match, peft_whole
 from research.lora.method import Method
-from research.lora.methods import all_methods, of_peft_type
+from research.lora.methods import all_methods, of_peft_type, tokens
+from research.lora.methods.tokens import Tokens
+from research.lora.peft_naming import Naming
 from research.typing import UserError
 
 CONFIG = "adapter_config.json"
+_TOKENS = "trainable_token_indices"
 
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 _OFF: dict[str, tuple[Any, ...]] = {
-  "trainable_token_indices": (None, [], {}),
   "target_parameters": (None, []),
   "layer_replication": (None, []),
   "lora_bias": (None, False),
@@ -31,8 +33,14 @@ _OFF: dict[str, tuple[Any, ...]] = {
 }
 """Features that are not supported: field -> values that mean "off"."""
 
+_LORA_ONLY: dict[str, tuple[Any, ...]] = {
+  _TOKENS: (None, [], {}),
+}
+"""Those that PEFT has for LoRA alone."""
+
 _UNDERSTOOD = {
   *_OFF,
+  *_LORA_ONLY,
   "peft_type",
   "target_modules",
   "exclude_modules",
@@ -129,7 +137,7 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
   fields = Fields(safetensors.read_json(path), str(path))
   kind = _kind(fields)
   fields = dataclasses.replace(fields, defaults=kind.PEFT_DEFAULTS)
-  fields.neutral(_OFF)
+  fields.neutral(_OFF if kind.PEFT == "LORA" else _OFF | _LORA_ONLY)
   init = fields.get("init_lora_weights")
   if init not in _INITS:
     raise fields.wrong(
@@ -183,6 +191,8 @@ def read_methods(
     sizes: (in, out) of each matrix by address, where methods are to be used.
   """
   chooses, whole = targets(fields), whole_modules(fields)
+  if kind is Tokens and chooses.target is None:
+    raise fields.wrong("target_modules", "the embedding's name")
   if chooses.layers and isinstance(chooses.target, str):
     raise fields.wrong("layers_to_transform", "null beside a pattern")
   names = kind.PEFT_PATTERNS
@@ -207,6 +217,57 @@ def read_methods(
   return out
 
 
+def token_methods(
+  fields: Fields, taken: Mapping[str, Method], tied: bool, naming: Naming
+) -> dict[str, Tokens]:
+  """Returns which tokens get rows of their own, by address.
+
+  Args:
+    fields: the configuration.
+    taken: what is adapted already.
+    tied: whether the base's head is its embedding; both then have the rows.
+    naming: of the base.
+  """
+  name, sides = _TOKENS, {"embed": naming.embedding, "head": naming.head}
+  found = fields.get(name)
+  if isinstance(found, list) and found:
+    found = {naming.embedding: found}
+  inner, out = (
+    dataclasses.replace(fields, values={name: found}).object(name),
+    {},
+  )
+  for key in inner.values if inner else ():
+    matched = [a for a, module in sides.items() if module.endswith(key)]
+    if len(matched) != 1:
+      raise fields.wrong(name, "token ids by the embedding's or head's name")
+    out[matched[0]] = tokens.read_ids(inner, key)
+  if tied and "head" in out and out.pop("head") != out.get("embed"):
+    raise fields.wrong(name, "the same of the embedding, to which it is tied")
+  whole = whole_modules(fields)
+  for address in out:
+    module = sides[address]
+    if address in taken or peft_whole.saved_whole(module, whole):
+      raise fields.wrong(
+        name, f"none of {module}, which target_modules or modules_to_save name"
+      )
+  return {
+    address: Tokens(ids=ids, beside=True).at(sides[address], {})
+    for address, ids in out.items()
+  }
+
+
+def check_tokens(
+  fields: Fields, methods: Mapping[str, Method], count: int
+) -> None:
+  """Raises UserError for rows of tokens that a vocabulary has not."""
+  for address, method in methods.items():
+    if isinstance(method, Tokens) and max(method.ids) >= count:
+      raise UserError(
+        f"{fields.where}: rows of token {max(method.ids)} for {address}, "
+        f"expected ids below {count}; the file holds no longer embedding"
+      )
+
+
 def make_config(
   methods: Mapping[str, Method],
   modules: Sequence[str],
@@ -214,6 +275,7 @@ def make_config(
   whole: Sequence[str] = (),
   bias: str = "none",
   tied: bool = False,
+  rows: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
   """Returns adapter_config.json.
 
@@ -224,6 +286,7 @@ def make_config(
     whole: modules_to_save.
     bias: which of `BIASES` are brought along.
     tied: ensure_weight_tying.
+    rows: which tokens have rows of their own, by module.
 
   Raises:
     UserError: the methods differ in more than rank and alpha.
@@ -244,6 +307,12 @@ def make_config(
   rest = dict(ensure_weight_tying=True) if tied else {}
   if kind.PEFT == "LORA":
     rest["bias"] = bias
+    rest |= {_TOKENS: {m: list(ids) for m, ids in rows.items()}} if rows else {}
+  elif rows:
+    raise UserError(
+      f"PEFT has no rows of single tokens beside {kind.PEFT}; save them as an "
+      "adapter of their own, or merge both into the model"
+    )
   elif bias != "none":
     raise UserError(
       f"biases were trained, which PEFT's {kind.PEFT} has no way to say; "

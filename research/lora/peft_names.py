@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from research.interop import hf
 from research.lora import peft_whole, wrap
 from research.lora.method import Method, Place
+from research.lora.methods import tokens
 from research.lora.methods.lora import KEYS
 from research.lora.peft_naming import EMBEDDINGS, USUAL, Naming
 from research.nn.transformer import Transformer
@@ -71,6 +72,17 @@ def modules(
       continue  # only ours has it: what tells a model the time
     out[path] = naming.theirs(name).removesuffix(".weight")
   return out
+
+
+def tied_rows(naming: Naming = USUAL) -> list[tuple[str, str]]:
+  """Returns pairs of keys: the head's rows of some tokens, the embedding's."""
+  return [
+    tuple(
+      f"{peft_whole.PREFIX}{module}.{within}{tokens.KEY}"
+      for module in (naming.head, naming.embedding)
+    )
+    for within in ("", tokens.WITHIN)
+  ]
 
 
 def tied_keys(naming: Naming = USUAL) -> list[tuple[str, str]]:

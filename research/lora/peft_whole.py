@@ -16,6 +16,7 @@ import numpy as np
 from research import tree, weights
 from research.interop import hf, names
 from research.lora import match, wrap
+from research.lora.methods.tokens import WITHIN
 from research.lora.peft_naming import USUAL, Naming
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
@@ -119,6 +120,7 @@ def embeddings(
   taken: Collection[str],
   adapted: Collection[str],
   naming: Naming = USUAL,
+  rows: Collection[str] = (),
 ) -> dict[str, Weight]:
   """Returns the embeddings that a file may hold besides, by key.
 
@@ -131,10 +133,12 @@ def embeddings(
     taken: keys that mean something else already.
     adapted: modules that have an adapter.
     naming: of the base.
+    rows: modules that have rows of some tokens beside another method.
   """
   out = {}
   for module in (naming.embedding, naming.head):
-    middle = ".base_layer." if module in adapted else "."
+    middle = ".base_layer." if module in {*adapted, *rows} else "."
+    middle = f".{WITHIN}base_layer." if module in rows else middle
     key = f"{PREFIX}{module}{middle}weight"
     first = module == naming.embedding
     address = "embed" if first or tied else "head"

@@ -24,6 +24,7 @@ from research.lora import (
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
 from research.lora.methods.lora import LoRA
+from research.lora.methods.tokens import Tokens
 from research.lora.peft import WEIGHTS
 from research.lora.peft_naming import USUAL, Naming
 from research.nn.transformer import Transformer
@@ -71,7 +72,8 @@ def save_adapter(
       "Merge it into the model instead."
     )
   peft_naming.check([modules[path] for path in found], directory)
-  tensors, methods, shared = {}, {}, {}
+  tensors, methods, rows, shared = {}, {}, {}, {}
+  beside = not all(isinstance(w.method, Tokens) for w in found.values())
   sizes = wrap.matrices(params)
   for path, w in found.items():
     module = modules[path]
@@ -82,19 +84,29 @@ def save_adapter(
         "into the model, or convert it to plain LoRA first"
       )
     method = method.among(module, [modules[p] for p in found])
+    if isinstance(method, Tokens):
+      method = dataclasses.replace(method, beside=beside)
     arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
     for key, x in peft_names.named(module, method, arrays, sizes[path]).items():
       tensors[key] = _joined(tensors[key], x) if key in tensors else x
     for name, least in method.shared_shapes().items():
       shared[peft_names.key(module, name, method)] = least
-    methods[module] = _stated(method, use_rslora)
+    if isinstance(method, Tokens) and beside:
+      rows[module] = method.ids
+    else:
+      methods[module] = _stated(method, use_rslora)
   tensors |= {key: _padded(tensors[key], n) for key, n in shared.items()}
-  if model.tied and "embed" in found:
+  in_rows = "embed" in found and isinstance(found["embed"].method, Tokens)
+  if model.tied and in_rows and (resized or not beside):  # as PEFT repeats them
+    tied = peft_names.tied_rows(naming)
+    tensors |= {copy: tensors[key] for copy, key in tied if key in tensors}
+  sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
+  if model.tied and "embed" in found and not in_rows:
     tensors |= {
       copy: tensors[key].T for copy, key in peft_names.tied_keys(naming)
     }
   kept, replaced, saved, bias = _whole(
-    params, model, set(methods), set(whole), resized, naming
+    params, model, set(methods), set(whole), resized, naming, sides
   )
   config = peft_config.make_config(
     methods,
@@ -103,7 +115,10 @@ def save_adapter(
     saved,
     bias,
     # One matrix on both sides, which PEFT has to be told.
-    model.tied and ("embed" in found or ("embed" in whole and not resized)),
+    model.tied
+    and not in_rows
+    and ("embed" in found or ("embed" in whole and not resized)),
+    rows,
   )
   try:
     directory.mkdir(parents=True, exist_ok=True)
@@ -115,7 +130,7 @@ def save_adapter(
     raise UserError(f"{directory}: cannot be written ({e.strerror})") from e
 
 
-def _whole(params, model, adapted, changed, resized, naming):
+def _whole(params, model, adapted, changed, resized, naming, rows):
   """Returns what is no adapter.
 
   Tensors, the addresses that they are of, modules_to_save, and the bias mode.
@@ -130,7 +145,7 @@ def _whole(params, model, adapted, changed, resized, naming):
   saved = sorted({base[a].module for a in changed - biases})
   keys = peft_whole.required(base, adapted, saved, bias)
   if resized:
-    keys |= peft_whole.embeddings(base, model.tied, keys, adapted, naming)
+    keys |= peft_whole.embeddings(base, model.tied, keys, adapted, naming, rows)
   elif model.tied and "embed" in changed:
     copy = dataclasses.replace(base["embed"], module=naming.head)
     keys[f"{peft_whole.PREFIX}{naming.head}.weight"] = copy

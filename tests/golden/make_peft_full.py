@@ -8,7 +8,8 @@ Each folder is an adapter as PEFT saves it, with golden.npz beside it:
   logits  fp32 [2, T, V]  of the adapter as PEFT loads it again, in fp64
 
 What an adapter may bring: trained biases, modules_to_save, embeddings of a
-tied model (with and without ensure_weight_tying), a longer vocabulary.
+tied model (with and without ensure_weight_tying), a longer vocabulary, rows
+of some tokens.
 """
 
 import argparse
@@ -87,6 +88,25 @@ CASES = {
   ),
   "peftfull_resized": Case("llama", dict(target_modules=QV), 71),
   "peftfull_resized_tied": Case("smollm2", dict(target_modules=QV), 71),
+  "peftfull_tokens": Case(
+    "llama", dict(target_modules=QV, trainable_token_indices=[9, 3, 66])
+  ),
+  "peftfull_tokens_both": Case(
+    "llama",
+    dict(
+      target_modules=QV,
+      trainable_token_indices={"embed_tokens": [3, 66], "lm_head": [7, 66, 4]},
+    ),
+  ),
+  "peftfull_tokens_tied": Case(
+    "smollm2", dict(target_modules=QV, trainable_token_indices=[9, 3, 66])
+  ),
+  "peftfull_tokens_grown": Case(
+    "smollm2",
+    dict(target_modules=QV, trainable_token_indices=[67, 68, 69, 70]),
+    71,
+  ),
+  "peftfull_tokens_alone": Case("smollm2", dict(token_indices=[9, 3, 66])),
   "peftfull_layers": Case(
     "llama",
     dict(
@@ -116,6 +136,7 @@ def draw(wrapped, name: str) -> None:
     trained = (
       "lora_" in key
       or "modules_to_save" in key
+      or "trainable_tokens_delta" in key
       or (value.requires_grad and key.endswith("bias"))
     )
     grown = value.shape[:1] == (71,) and "lora_" not in key
@@ -152,9 +173,12 @@ def make(name: str, to: pathlib.Path = make_models.MODELS) -> dict:
   """Writes one adapter's folder; returns its golden arrays."""
   case, folder = CASES[name], to / name
   model = base_model(case)
-  config = peft.LoraConfig(
-    r=4, lora_alpha=12, task_type="CAUSAL_LM", **case.options
-  )
+  if "token_indices" in case.options:
+    config = peft.TrainableTokensConfig(task_type="CAUSAL_LM", **case.options)
+  else:
+    config = peft.LoraConfig(
+      r=4, lora_alpha=12, task_type="CAUSAL_LM", **case.options
+    )
   wrapped = peft.get_peft_model(model, config)
   draw(wrapped, name)
   with tempfile.TemporaryDirectory() as base:

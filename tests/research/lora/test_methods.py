@@ -44,6 +44,7 @@ from research.lora.methods.residual import CorDA, LoRAGA, OLoRA, PiSSA, Residual
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
 from research.lora.methods.shira import SHiRA
 from research.lora.methods.tinylora import TinyLoRA
+from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA
 from research.quant.formats import ggml
 from research.typing import UserError
@@ -93,6 +94,8 @@ METHODS = [
   BOFT(block=2, factors=2),
   HRA(rank=4),
   TinyLoRA(rank=3, size=7),
+  Tokens(ids=(9, 3, 0)),
+  Tokens(ids=(9, 3, 0), side="out"),
   BDLoRA(rank=4, side="a"),
   BDLoRA(rank=4, blocks=2, side="b"),
 ]

@@ -5,12 +5,15 @@ import json
 import shutil
 
 import chex
+import jax
 import numpy as np
 import pytest
 
+from research import tree
 from research.interop import load, safetensors
 from research.interop.parts import from_params
-from research.lora import peft, peft_config, peft_write, wrap
+from research.lora import adapt, peft, peft_config, peft_write, wrap
+from research.lora.methods.tokens import Tokens
 from research.typing import UserError
 from tests.support_peft import MODELS, loaded, logits, relative
 
@@ -30,7 +33,8 @@ def test_logits_are_pefts(name):
   with np.load(MODELS / name / "golden.npz") as golden:
     tokens, want = golden["tokens"], golden["logits"]
   assert relative(logits(it.model, it.params, tokens), want) < 1e-5
-  if "resized" not in name:  # the adapter does something
+  if it.model.vocab_size == base(name).model.vocab_size:
+    # The adapter does something.
     b = base(name)
     assert relative(logits(b.model, b.params, tokens), want) > 1e-4
   assert relative(logits(it.model, wrap.merge(it.params), tokens), want) < 1e-5
@@ -70,6 +74,7 @@ def test_read_and_written_again(name, tmp_path):
   ours = safetensors.open_file(tmp_path / peft.WEIGHTS)
   # PEFT repeats a targeted embedding's base, which is the base model's.
   copies = {k for k in theirs if k.endswith("base_layer.weight")}
+  copies = set() if "grown" in name else copies
   assert set(ours) == set(theirs) - copies
   for key, tensor in ours.items():
     np.testing.assert_array_equal(tensor.read(), theirs[key].read())
@@ -83,6 +88,65 @@ def test_the_cases_cover_what_they_claim():
   assert loaded("peftfull_tied_lora_both").model.tied
   assert loaded("peftfull_resized_tied").model.tied
   assert loaded("peftfull_resized").model.vocab_size == 71
+  assert loaded("peftfull_tokens_grown").model.vocab_size == 71
+  for name, sides in (
+    ("tokens", {"embed": (9, 3, 66)}),
+    ("tokens_both", {"embed": (3, 66), "head": (7, 66, 4)}),
+    ("tokens_tied", {"embed": (9, 3, 66)}),
+    ("tokens_grown", {"embed": (67, 68, 69, 70)}),
+    ("tokens_alone", {"embed": (9, 3, 66)}),
+  ):
+    it = loaded(f"peftfull_{name}")
+    assert it.model.tied == (name not in ("tokens", "tokens_both"))
+    top = {k: w for k, w in it.params.items() if k in ("embed", "head")}
+    found = wrap.adapters(top, lambda w: w.method)
+    assert {k: m.ids for k, m in found.items()} == sides
+
+
+def test_rows_of_tokens_that_a_tied_head_has_otherwise(tmp_path):
+  path = folder(tmp_path, "peftfull_tokens_grown")
+  key = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
+  rewrite(path, lambda t: t.update({key: t[key] + 1}))
+  assert "although they are tied" in message(path, "peftfull_tokens_grown")
+
+
+@pytest.mark.parametrize(
+  "ids, text",
+  [
+    ({"lm_head": [9, 3, 66]}, "to which it is tied"),
+    ({"lm_head": [9], "embed_tokens": [9, 3, 66]}, "to which it is tied"),
+  ],
+)
+def test_rows_of_tokens_of_one_side_of_two_that_are_tied(tmp_path, ids, text):
+  path = folder(tmp_path, "peftfull_tokens_tied")
+  file = path / peft_config.CONFIG
+  fields = dict(trainable_token_indices=ids)
+  file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+  assert text in message(path, "peftfull_tokens_tied")
+
+
+def test_rows_of_tokens_are_trained_beside_lora_and_survive(tmp_path):
+  """As a recipe would: one transform after the other, then a file."""
+  b = base("peftfull_tokens_tied")
+  key = jax.random.key(0)
+  params = adapt.Adapt()(b.params, key)
+  params = adapt.Adapt(method=Tokens(ids=(5, 60)), targets=("embed",))(
+    params, key
+  )
+  tokens = np.array([[5, 7, 60, 3]])
+  want = logits(b.model, b.params, tokens)
+  np.testing.assert_array_equal(logits(b.model, params, tokens), want)
+  params = tree.map_paths(
+    lambda p, x: x + 0.1 if "/trained/" in p else x, params
+  )
+  peft_write.save_adapter(tmp_path, params, b.model, "x")
+  config = json.loads((tmp_path / peft_config.CONFIG).read_text())
+  assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 60]}
+  again = peft.load_adapter(tmp_path, b.params, b.model)
+  chex.assert_trees_all_equal(again, params)
+  merged = wrap.merge(again)
+  moved = np.abs(np.asarray(merged["embed"]) - b.params["embed"]).max(1)
+  assert np.flatnonzero(moved).tolist() == [5, 60]
 
 
 def folder(tmp_path, name):
