@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli
+from experiments import cli, lora_abilities
 from research import tree
 from research.lora import adapt, wrap
 from research.lora.method import Method
@@ -67,8 +67,12 @@ SMOLLM2 = presets.Sizes(
 OPTIONS: Mapping[str, dict[str, Any]] = {
   "C3A": dict(block=64),
   "ALoRA": dict(invocation=(0,)),
+  "Tokens": dict(ids=(0,)),
 }
 """What these need; for all others, defaults."""
+
+TARGETS = {"Tokens": "embed"}
+"""What these are for; all others are counted on the linear layers."""
 
 ABSTRACT = ("Residual", "Rotation")
 MEASURED = {"CorDA": "PiSSA", "LoRAGA": "PiSSA", "EVA": "LoRA"}
@@ -101,7 +105,8 @@ def rows(
   total, out = tree.count(shapes), []
   for name, kind in kinds.items():
     file = pathlib.Path(inspect.getfile(kind))
-    count = trained(name, kind(**OPTIONS.get(name, {})), shapes)
+    method = kind(**OPTIONS.get(name, {}))
+    count = trained(name, method, shapes)
     row = {
       "method": name,
       "file": file.name,
@@ -109,6 +114,7 @@ def rows(
       "trained": count,
       "share %": round(100 * count / total, 2),
       "PEFT": _peft(kind),
+      **lora_abilities.columns(method),
     }
     row |= dict.fromkeys((*SWEPT.values(), *SPEEDS))
     for measured in (scores or {}, speeds or {}):
@@ -121,7 +127,8 @@ def trained(name: str, method: Method, shapes: Any) -> int:
   """Returns how many parameters a method trains on all linear layers."""
   if name in MEASURED:
     method = all_methods()[MEASURED[name]](rank=method.rank)
-  transform = adapt.Adapt(method=method)
+  targets = TARGETS.get(name, adapt.ALL_LINEAR)
+  transform = adapt.Adapt(method=method, targets=targets)
   adapted = jax.eval_shape(transform, shapes, jax.random.key(0))
   chosen, _ = tree.partition(adapted, wrap.TRAINABLE)
   return tree.count(chosen)
