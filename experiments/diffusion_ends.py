@@ -15,7 +15,15 @@ import numpy as np
 
 from experiments.claims import Verdict
 from experiments.diffusion_policies import ANY, fill
-from experiments.diffusion_study import Row, Rows, Tiny, batch_of, over_seeds
+from experiments.diffusion_study import (
+  Row,
+  Rows,
+  Tiny,
+  batch_of,
+  difference,
+  over_seeds,
+  surely,
+)
 from experiments.diffusion_tasks import Walks, learn
 from experiments.lora_verdicts import Mean, mean
 from research.diffusion.candidates import Options
@@ -153,7 +161,27 @@ class Ends:
         ", ".join(f"{way}: {x:.1%}" for way, x in valid.items()),
         min(valid.values()) > max(0.5, valid["low confidence"] - 0.02),
       ),
+      self._greedily(rows, want),
     ]
+
+  def _greedily(self, rows: Rows, want: float) -> Verdict:
+    """Returns what holds at T = 0, where the likeliest length is no mean."""
+    low, *cures = (f"{way}, greedy" for way in GREEDILY)
+    right = {
+      way: over_seeds(rows, self.arms, way, "valid") for way in (low, *cures)
+    }
+    length = self.of(rows, low, "length")
+    return Verdict(
+      "at T = 0 low confidence ends too early, too (80%), and ends last or"
+      " blocks make more answers valid",
+      f"of {want:.2f} tokens; "
+      + ", ".join(
+        f"{way}: {self.of(rows, way, 'length')} tokens, {mean(x)} valid"
+        for way, x in right.items()
+      ),
+      length.value + length.half < 0.8 * want
+      and any(surely(mean(difference(right[c], right[low]))) for c in cures),
+    )
 
   def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:
     """Leaves ends.png: mean lengths by way."""

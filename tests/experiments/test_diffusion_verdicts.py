@@ -285,6 +285,12 @@ def end_rows(**lengths):
   names = dict(zip(found, ("low confidence", "ends last", "blocks of 4",
                            "random places"), strict=True))  # fmt: skip
   row = {names[k]: {"length": x, "valid": 0.9} for k, x in found.items()}
+  for way, length, valid in (
+    ("low confidence", 2.0, 0.1),
+    ("ends last", 8.0, 0.4),
+    ("blocks of 4", 8.0, 0.1),
+  ):
+    row[f"{way}, greedy"] = {"length": length, "valid": valid}
   return {arm: copy.deepcopy(row) | {"want": 10.0} for arm in ENDS.arms}
 
 
@@ -299,13 +305,20 @@ def end_rows(**lengths):
   ],
 )
 def test_ends(lengths, number):
-  assert holds(ENDS, end_rows()) == [True] * 5
-  want = [True] * 5
+  assert holds(ENDS, end_rows()) == [True] * 6
+  want = [True] * 6
   want[number] = False
   assert holds(ENDS, end_rows(**lengths)) == want
   path = ("ends last", "valid")
   rows = changed(end_rows(), ENDS.arms, path, [0.5] * 3)
-  assert holds(ENDS, rows) == [True, True, True, True, False]
+  assert holds(ENDS, rows) == [True, True, True, True, False, True]
+  for path, values in (
+    (("low confidence, greedy", "length"), [9.0] * 3),
+    (("ends last, greedy", "valid"), [0.1] * 3),
+    (("ends last, greedy", "valid"), [0.9, 0.1, 0.1]),  # by one seed alone
+  ):
+    rows = changed(end_rows(), ENDS.arms, path, values)
+    assert holds(ENDS, rows) == [True] * 5 + [False]
 
 
 # --- rewards ---
