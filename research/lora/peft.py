@@ -21,6 +21,7 @@ from research.lora import (
   peft_config,
   peft_names,
   peft_naming,
+  peft_tokens,
   peft_whole,
   validate,
   wrap,
@@ -89,7 +90,7 @@ def open_adapter(
   methods = peft_config.read_methods(
     fields, kind, modules, wrap.matrices(params)
   )
-  methods |= peft_config.token_methods(fields, methods, model.tied, naming)
+  methods |= peft_tokens.methods(fields, methods, model.tied, naming)
   base = peft_whole.base_weights(params, model, naming)
   everything = [w.module for w in base.values()]
   validate.warn(fields.values, fields.where, list(modules.values()), everything)
@@ -106,7 +107,7 @@ def open_adapter(
     )
     whole |= {key: w for key, w in optional.items() if key in tensors}
   params, model = _with_whole(file, tensors, whole, params, model)
-  peft_config.check_tokens(fields, methods, model.vocab_size)
+  peft_tokens.check(fields, methods, model.vocab_size)
   if model.tied and "embed" in methods:
     tensors = _without_copies(file, tensors, naming)
   tensors = _shared_once(file, tensors, methods, modules)

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import pathlib
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +16,13 @@ from research.interop import safetensors
 from research.interop.fields import Fields
 from research.lora import match, peft_whole
 from research.lora.method import Method
-from research.lora.methods import all_methods, of_peft_type, tokens
+from research.lora.methods import all_methods, of_peft_type
 from research.lora.methods.tokens import Tokens
-from research.lora.peft_naming import Naming
 from research.typing import UserError
 
 CONFIG = "adapter_config.json"
-_TOKENS = "trainable_token_indices"
+TOKENS = "trainable_token_indices"
+"""The field of `research.lora.peft_tokens`."""
 
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -29,18 +30,18 @@ _OFF: dict[str, tuple[Any, ...]] = {
   "target_parameters": (None, []),
   "layer_replication": (None, []),
   "lora_bias": (None, False),
-  "fan_in_fan_out": (None, False),
 }
 """Features that are not supported: field -> values that mean "off"."""
 
 _LORA_ONLY: dict[str, tuple[Any, ...]] = {
-  _TOKENS: (None, [], {}),
+  TOKENS: (None, [], {}),
 }
 """Those that PEFT has for LoRA alone."""
 
 _UNDERSTOOD = {
   *_OFF,
   *_LORA_ONLY,
+  "fan_in_fan_out",
   "peft_type",
   "target_modules",
   "exclude_modules",
@@ -138,6 +139,13 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
   kind = _kind(fields)
   fields = dataclasses.replace(fields, defaults=kind.PEFT_DEFAULTS)
   fields.neutral(_OFF if kind.PEFT == "LORA" else _OFF | _LORA_ONLY)
+  if fields.flag("fan_in_fan_out"):
+    warnings.warn(
+      f"{path}: fan_in_fan_out is true, which is of weights [in, out] in the "
+      "base's file; taken for false, as PEFT does of linear layers",
+      RuntimeWarning,
+      stacklevel=3,
+    )
   init = fields.get("init_lora_weights")
   if init not in _INITS:
     raise fields.wrong(
@@ -217,57 +225,6 @@ def read_methods(
   return out
 
 
-def token_methods(
-  fields: Fields, taken: Mapping[str, Method], tied: bool, naming: Naming
-) -> dict[str, Tokens]:
-  """Returns which tokens get rows of their own, by address.
-
-  Args:
-    fields: the configuration.
-    taken: what is adapted already.
-    tied: whether the base's head is its embedding; both then have the rows.
-    naming: of the base.
-  """
-  name, sides = _TOKENS, {"embed": naming.embedding, "head": naming.head}
-  found = fields.get(name)
-  if isinstance(found, list) and found:
-    found = {naming.embedding: found}
-  inner, out = (
-    dataclasses.replace(fields, values={name: found}).object(name),
-    {},
-  )
-  for key in inner.values if inner else ():
-    matched = [a for a, module in sides.items() if module.endswith(key)]
-    if len(matched) != 1:
-      raise fields.wrong(name, "token ids by the embedding's or head's name")
-    out[matched[0]] = tokens.read_ids(inner, key)
-  if tied and "head" in out and out.pop("head") != out.get("embed"):
-    raise fields.wrong(name, "the same of the embedding, to which it is tied")
-  whole = whole_modules(fields)
-  for address in out:
-    module = sides[address]
-    if address in taken or peft_whole.saved_whole(module, whole):
-      raise fields.wrong(
-        name, f"none of {module}, which target_modules or modules_to_save name"
-      )
-  return {
-    address: Tokens(ids=ids, beside=True).at(sides[address], {})
-    for address, ids in out.items()
-  }
-
-
-def check_tokens(
-  fields: Fields, methods: Mapping[str, Method], count: int
-) -> None:
-  """Raises UserError for rows of tokens that a vocabulary has not."""
-  for address, method in methods.items():
-    if isinstance(method, Tokens) and max(method.ids) >= count:
-      raise UserError(
-        f"{fields.where}: rows of token {max(method.ids)} for {address}, "
-        f"expected ids below {count}; the file holds no longer embedding"
-      )
-
-
 def make_config(
   methods: Mapping[str, Method],
   modules: Sequence[str],
@@ -307,7 +264,7 @@ def make_config(
   rest = dict(ensure_weight_tying=True) if tied else {}
   if kind.PEFT == "LORA":
     rest["bias"] = bias
-    rest |= {_TOKENS: {m: list(ids) for m, ids in rows.items()}} if rows else {}
+    rest |= {TOKENS: {m: list(ids) for m, ids in rows.items()}} if rows else {}
   elif rows:
     raise UserError(
       f"PEFT has no rows of single tokens beside {kind.PEFT}; save them as an "

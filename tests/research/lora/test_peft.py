@@ -153,7 +153,7 @@ def message(folder):
     (dict(target_parameters=["x"]), "target_parameters"),
     (dict(bias="most"), "bias is 'most', expected one of none, all, lora_onl"),
     (dict(lora_bias=True), "lora_bias is True"),
-    (dict(fan_in_fan_out=True), "fan_in_fan_out is True"),
+    (dict(fan_in_fan_out=3), "fan_in_fan_out is 3, expected true or false"),
     (dict(layer_replication=[[0, 2]]), "layer_replication"),
     (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights"),
     (dict(use_something_new=True), "use_something_new is True"),
@@ -168,6 +168,16 @@ def test_a_configuration_that_cannot_be_honoured(folder, change, text):
   path = folder / peft_config.CONFIG
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
   assert text in message(folder)
+
+
+def test_a_layout_that_no_linear_layer_has_is_none(folder):
+  """PEFT warns and takes it for false, so the adapter is the same."""
+  path = folder / peft_config.CONFIG
+  fields = json.loads(path.read_text()) | dict(fan_in_fan_out=True)
+  path.write_text(json.dumps(fields))
+  with pytest.warns(RuntimeWarning, match="taken for false"):
+    again = peft.load_adapter(folder, base().params, base().model)
+  chex.assert_trees_all_equal(again, loaded("peft_lora").params)
 
 
 def rewrite(folder, change):
