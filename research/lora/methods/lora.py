@@ -7,11 +7,13 @@ Hu et al. 2021 (arXiv:2106.09685), equation 3; rsLoRA: Kalajdzievski 2023
 import dataclasses
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 
 from research import weights
 from research.lora.low_rank import low_rank
 from research.lora.method import Method, normal, turned, uniform, wide, zeros
+from research.typing import UserError
 
 KEYS = {
   False: ("lora_A.weight", "lora_B.weight"),
@@ -25,16 +27,18 @@ class LoRA(Method):
   """Two thin factors.
 
   A new adapter computes exactly what its base does: b = 0 (for an embedding
-  a = 0, as in PEFT).
+  a = 0, as in PEFT); but see `init`.
 
   Attributes:
     rslora: scale `alpha / sqrt(r)` instead of `alpha / r`.
     init: of a: uniform within `in**-0.5` (PEFT's default), or normal with
-      standard deviation `1 / r`.
+      standard deviation `1 / r`. With 'orthogonal' neither factor is 0, and
+      `aᵀb` is but for rounding, so that both learn at once; with 'random'
+      (PEFT's False, for tests) `aᵀb` is not.
   """
 
   rslora: bool = False
-  init: Literal["peft", "gaussian"] = "peft"
+  init: Literal["peft", "gaussian", "orthogonal", "random"] = "peft"
 
   PEFT: ClassVar = "LORA"
   PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
@@ -52,16 +56,23 @@ class LoRA(Method):
 
   def start(self, key, place, w, seen=None):
     r = self.rank
+    size_in, size_out = place.size_in, place.size_out
+    a, b = zeros(r, size_in), zeros(r, size_out)
+    other = jax.random.fold_in(key, 1)
     if place.embedding:
-      b = normal(key, (r, place.size_out))
-      return {"a": zeros(r, place.size_in), "b": b}, {}
-    shape = (r, place.size_in)
-    if self.init == "gaussian":
-      a = normal(key, shape, 1 / r)
+      b = normal(key, (r, size_out))
+      if self.init == "random":
+        a = normal(other, (r, size_in))
+    elif self.init == "gaussian":
+      a = normal(key, (r, size_in), 1 / r)
+    elif self.init == "orthogonal":
+      a, b = _orthogonal(key, r, size_in, size_out)
     else:
       # Kaiming uniform with a = sqrt(5), which is what PEFT calls for.
-      a = uniform(key, shape, place.size_in**-0.5)
-    return {"a": a, "b": zeros(r, place.size_out)}, {}
+      a = uniform(key, (r, size_in), size_in**-0.5)
+      if self.init == "random":
+        b = uniform(other, (r, size_out), r**-0.5)
+    return {"a": a, "b": b}, {}
 
   def delta(self, p, w):
     return self.scale * (wide(p["a"]).T @ wide(p["b"]))
@@ -113,3 +124,19 @@ class LoRA(Method):
       dropout=fields.rate("lora_dropout"),
       rslora=fields.flag("use_rslora"),
     )
+
+
+def _orthogonal(key, rank, size_in, size_out):
+  """Returns factors that use orthogonal halves of the rank.
+
+  datta0.github.io/posts/rethink-lora-init; PEFT's `orthogonal_init`.
+  """
+  if rank % 2:
+    raise UserError(
+      f"LoRA: rank is {rank}, expected an even one for init 'orthogonal'"
+    )
+  turn, one, two = jax.random.split(key, 3)
+  q, _ = jnp.linalg.qr(normal(turn, (rank, rank)))
+  a = q[0::2].T @ normal(one, (rank // 2, size_in), 0.1)
+  b = q[1::2].T @ normal(two, (rank // 2, size_out), 0.1)
+  return a, b

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from research.lora.method import Place
+from research.lora.methods.lora import LoRA
 from research.lora.methods.mora import MoRA
 from research.lora.methods.residual import LoRAGA
+from research.typing import UserError
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 
@@ -97,3 +99,34 @@ def test_lora_ga_starts_as_peft_starts_it():
     jax.random.key(0), place, jnp.asarray(w.T), jnp.asarray(gradient.T)
   )[0]
   assert np.abs(np.abs(other["b"]) - np.abs(b.T)).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  "init, embedding, a, b",
+  [
+    ("peft", False, 1 / (3 * 512), 0),
+    ("gaussian", False, 1 / 8**2, 0),
+    ("random", False, 1 / (3 * 512), 1 / (3 * 8)),
+    # Half of the directions of the rank, each a hundredth.
+    ("orthogonal", False, 1 / 200, 1 / 200),
+    ("peft", True, 0, 1),
+    ("random", True, 1, 1),
+  ],
+)
+def test_loras_starts_are_pefts(init, embedding, a, b):
+  """Variances of lora.md section 2.2, within 5 standard errors at least."""
+  place = Place(512, 768, embedding=embedding)
+  p, _ = LoRA(rank=8, init=init).start(jax.random.key(0), place, None)
+  for name, want in (("a", a), ("b", b)):
+    x = np.asarray(p[name], np.float64)
+    assert abs(x.mean()) <= 5 * (want / x.size) ** 0.5
+    # Kaiming's numbers, uniform, vary less than normal ones.
+    np.testing.assert_allclose(x.var(), want, rtol=5 * (2 / x.size * 2) ** 0.5)
+  update = np.abs(np.asarray(p["a"]).T @ np.asarray(p["b"])).max()
+  assert (update > 0.01) == (init == "random")
+  assert update < 1e-6 or init == "random"
+
+
+def test_an_orthogonal_start_halves_the_rank():
+  with pytest.raises(UserError, match="rank is 3, expected an even one"):
+    LoRA(rank=3, init="orthogonal").start(jax.random.key(0), Place(5, 4), None)
