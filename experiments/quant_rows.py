@@ -6,6 +6,7 @@ that the table is measured on.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,6 +178,7 @@ def budget(
   calibration: Calibration,
   tokens: Sequence[int] = (32, 128, 512, 4096),
   format: Format = Affine(bits=3, block=64),
+  draws: int = 1,
 ) -> tuple[Row, ...]:
   """Returns rounding to nearest, and GPTQ on ever more text.
 
@@ -187,17 +189,24 @@ def budget(
     calibration: what is read, but for how much.
     tokens: how many are read; fewer than a window's are a shorter one.
     format: that is rounded to.
+    draws: of each number of tokens, by `calibration.seed` and those after it.
   """
   options = GPTQ(drift=0.0)
   out = [row(format, group="uncalibrated")]
-  for n in tokens:
+  for n, draw in itertools.product(tokens, range(draws)):
     length = min(n, calibration.length)
-    some = dataclasses.replace(calibration, windows=n // length, length=length)
+    some = dataclasses.replace(
+      calibration,
+      windows=n // length,
+      length=length,
+      seed=calibration.seed + draw,
+    )
     for method, group in (
       (Undamped(options=options), "calibration"),
       (Compensated(options=options), "calibration, damped"),
     ):
       name = f"GPTQ, {n} tokens" + group.removeprefix("calibration")
+      name += f", draw {draw}" if draw else ""
       out.append(by_method(format, name, some, method, group))
   return tuple(out)
 

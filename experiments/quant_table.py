@@ -25,7 +25,7 @@ from experiments import claims, cli
 FLAGS = cli.new_flags()
 
 _GIVEN = claims.define(
-  FLAGS, "runs/quant/claims_equal_bits.gin", "MODEL='runs/tiny-lm'", "GPTQ"
+  FLAGS, "runs/quant/claims_equal_bits.gin", "MODEL='runs/tiny-lm-900'", "GPTQ"
 )
 
 

@@ -56,7 +56,7 @@ def rows(
   Args:
     calibration: what GPTQ reads.
     bits: of groups of `block`, most first; then 2 bits have groups of 32, so
-      2.6 in all.
+      2.56 in all.
     block: inputs that share a scale.
   """
   method = Compensated(options=GPTQ(drift=0.5))

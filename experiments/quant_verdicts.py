@@ -21,6 +21,7 @@ from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
+from research.typing import Float
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -155,7 +156,9 @@ def crossover(rows: Rows) -> list[Verdict]:
   """Returns from which block size on NF4 beats even grids of 4 bits.
 
   By errors of normal numbers, by errors of the model's matrices, and
-  by divergence; each is a ratio, NF4 over asymmetric integers.
+  by divergence; each is a ratio, NF4 over asymmetric integers, with its
+  standard error: over draws of numbers, over matrices, or of the two rows as
+  if they were independent. A side of 1 counts from two errors on.
   """
   rows = good(rows)
   sizes = sorted(
@@ -164,61 +167,90 @@ def crossover(rows: Rows) -> list[Verdict]:
     if re.fullmatch(r"nf4-b\d+", name)
   )
   pairs = {n: (f"nf4-b{n}", f"int4-asym-g{n}") for n in sizes}
-  pairs = {n: p for n, p in pairs.items() if all(x in rows for x in p)}
+  pairs = {
+    n: (rows[a], rows[b])
+    for n, (a, b) in pairs.items()
+    if a in rows and b in rows
+  }
   if not pairs:
     return []
-  normal = {
-    n: normal_error(Codebook(block=n, nested=0)) / normal_error(Affine(block=n))
-    for n in pairs
+  ratios = {
+    "normal numbers": {n: normal_ratio(n) for n in pairs},
+    "matrices": {n: _matrix_ratio(*p) for n, p in pairs.items()},
+    "divergence": {n: _kl_ratio(*p) for n, p in pairs.items()},
   }
-  ratios = {"normal numbers": normal}
-  for said, name in (("matrices", "weight_error"), ("divergence", "kl")):
-    ratios[said] = {
-      n: rows[a][name] / rows[b][name] for n, (a, b) in pairs.items()
-    }
   out = []
   for what, ratio in ratios.items():
-    by = ", ".join(f"{n}: {x:.3f}" for n, x in ratio.items())
-    first, last = ratio[min(ratio)], ratio[max(ratio)]
+    by = ", ".join(f"{n}: {x:.3f} ± {se:.3f}" for n, (x, se) in ratio.items())
+    (first, early), (last, late) = ratio[min(ratio)], ratio[max(ratio)]
     out.append(
       Verdict(
         f"integers lose less than NF4 at small blocks, more at large: {what}",
-        f"NF4 over int4 asymmetric by block, {by}",
-        first > 1 > last,
+        f"NF4 over int4 asymmetric by block, ± SE, {by}",
+        first - 2 * early > 1 > last + 2 * late,
       )
     )
   return out
 
 
-def normal_error(format: Format) -> float:
-  """Returns the root mean square error of 2^18 normal numbers."""
+def normal_ratio(block: int) -> tuple[float, float]:
+  """Returns NF4's error of normal numbers over integers', and its SE."""
+  formats = Codebook(block=block, nested=0), Affine(block=block)
+  return _mean_ratio(*(normal_errors(format) for format in formats))
+
+
+def normal_errors(format: Format) -> Float[np.ndarray, " D"]:
+  """Returns root mean square errors of 8 draws of 2^15 normal numbers."""
   w = np.random.default_rng(0).standard_normal((1024, 256)).astype(np.float32)
   found = Quantize(format=format).pack(jnp.asarray(w)).dense()
-  return float(np.sqrt(np.mean((np.asarray(found, np.float64) - w) ** 2)))
+  squares = (np.asarray(found, np.float64) - w) ** 2
+  return np.sqrt(squares.reshape(1024, 8, 32).mean((0, 2)))
+
+
+def _matrix_ratio(a: Any, b: Any) -> tuple[float, float]:
+  """Returns the ratio of errors of weights, with its error over matrices."""
+  same = sorted(a["matrices"].keys() & b["matrices"].keys())
+  errors = [[x["matrices"][m]["weight"] for m in same] for x in (a, b)]
+  return _mean_ratio(*map(np.array, errors))
+
+
+def _mean_ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+  ratios = a / b
+  return float(ratios.mean()), float(ratios.std(ddof=1) / len(ratios) ** 0.5)
+
+
+def _kl_ratio(a: Any, b: Any) -> tuple[float, float]:
+  ratio = a["kl"] / b["kl"]
+  shares = math.hypot(a["kl_se"] / a["kl"], b["kl_se"] / b["kl"])
+  return ratio, ratio * shares
 
 
 def too_few_tokens(rows: Rows) -> list[Verdict]:
-  """Returns whether calibration on too little text is worse than none."""
+  """Returns whether calibration on too little text is worse than none.
+
+  Each draw of a calibration is a row; all of them must be surely on one side
+  of rounding to nearest.
+  """
   rows = good(rows)
-  few = {
-    row["calibrated_on"]: row
-    for row in rows.values()
-    if row.get("calibrated_on") and row["group"] == "calibration"
-  }
+  draws: dict[int, list[Mapping[str, Any]]] = {}
+  for row in rows.values():
+    if row.get("calibrated_on") and row["group"] == "calibration":
+      draws.setdefault(row["calibrated_on"], []).append(row)
   blind = [r for r in rows.values() if r["group"] == "uncalibrated"]
-  if len(few) < 2 or not blind:
+  if len(draws) < 2 or not blind:
     return []
-  least, most = few[min(few)], few[max(few)]
+  least, most = draws[min(draws)], draws[max(draws)]
+  said = f"({len(least)} draws)" if len(least) > 1 else "(one draw)"
   return [
     Verdict(
-      f"GPTQ on {min(few):,} tokens is worse than rounding to nearest",
-      f"{_kl(least)} against {_kl(blind[0])}",
-      surely_above(least, blind[0]),
+      f"GPTQ on {min(draws):,} tokens is worse than rounding to nearest",
+      f"{', '.join(map(_kl, least))} against {_kl(blind[0])} {said}",
+      all(surely_above(row, blind[0]) for row in least),
     ),
     Verdict(
-      f"and on {max(few):,} better",
-      f"{_kl(most)}",
-      surely_above(blind[0], most),
+      f"and on {max(draws):,} better",
+      f"{', '.join(map(_kl, most))} {said}",
+      all(surely_above(blind[0], row) for row in most),
     ),
   ]
 

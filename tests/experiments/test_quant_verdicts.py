@@ -102,8 +102,12 @@ def test_too_few_tokens():
     _row("damped", kl=0.4, group="calibration, damped", calibrated_on=512),
   )
   assert _holds(quant_verdicts.too_few_tokens(rows)) == [True, True]
-  rows["512"] = _row("512", kl=0.5, group="calibration", calibrated_on=512)
-  assert _holds(quant_verdicts.too_few_tokens(rows)) == [False, True]
+  assert "one draw" in quant_verdicts.too_few_tokens(rows)[0].found
+  # One draw in two is not worse.
+  again = _row("512, draw 1", kl=0.5, group="calibration", calibrated_on=512)
+  rows["512, draw 1"] = again
+  found = quant_verdicts.too_few_tokens(rows)
+  assert _holds(found) == [False, True] and "2 draws" in found[0].found
 
 
 def test_recovery_is_over_seeds():
@@ -139,20 +143,40 @@ def test_outliers_name_the_matrix():
   assert found[1].found.startswith("layers/0/mlp/down: 900")
 
 
-def test_the_crossover_is_where_the_ratio_passes_one():
-  rows = _rows(
+def _blocks(kls, error=0.01):
+  """Returns rows of NF4 and integers whose ratios at 32 and 128 are known."""
+  return _rows(
     *(
-      _row(f"{kind}{n}", kl=kl, weight_error=kl)
-      for n, kls in ((32, (0.9, 0.8)), (128, (1.0, 1.1)))
-      for kind, kl in zip(("nf4-b", "int4-asym-g"), kls, strict=True)
+      _row(
+        f"{kind}{n}",
+        kl=kl,
+        kl_se=error,
+        matrices={f"m{i}": {"weight": kl * (1 + 0.01 * i)} for i in range(3)},
+      )
+      for n, pair in zip((32, 128), kls, strict=True)
+      for kind, kl in zip(("nf4-b", "int4-asym-g"), pair, strict=True)
     )
   )
-  found = quant_verdicts.crossover(rows)
+
+
+def test_the_crossover_is_where_the_ratio_surely_passes_one():
+  found = quant_verdicts.crossover(_blocks(((0.9, 0.8), (1.0, 1.1))))
   assert _holds(found) == [True, True, True]
-  # The errors of normal numbers are those of a published table, to a percent.
+  # 0.9 / 0.8 = 1.125, its error 1.125 sqrt((1/90)^2 + (1/80)^2) = 0.0188.
+  assert "32: 1.125 ± 0.019" in found[2].found
+  # Errors of 0.05 make it 0.094: less than two of them above 1.
+  found = quant_verdicts.crossover(_blocks(((0.9, 0.8), (1.0, 1.1)), 0.05))
+  assert _holds(found) == [True, True, False]
+  found = quant_verdicts.crossover(_blocks(((0.8, 0.8), (1.0, 1.1))))
+  assert _holds(found) == [True, False, False]
+
+
+def test_errors_of_normal_numbers_are_published_ones():
+  # To a percent.
   for size, want in ((32, 0.0808), (128, 0.1003)):
-    error = quant_verdicts.normal_error(Affine(block=size))
-    assert error == pytest.approx(want, rel=0.01)
+    errors = quant_verdicts.normal_errors(Affine(block=size))
+    assert len(errors) == 8
+    assert np.sqrt((errors**2).mean()) == pytest.approx(want, rel=0.01)
 
 
 SIZES = presets.Sizes(
@@ -187,6 +211,12 @@ def test_training_comes_closer_to_the_model_before():
 def test_rows_say_what_they_read():
   rows = quant_rows.budget(Calibration(length=64), tokens=(32, 256))
   assert [r.calibrated_on for r in rows] == [None, 32, 32, 256, 256]
+  drawn = quant_rows.budget(Calibration(length=64, seed=5), (32,), draws=2)
+  assert [r.name for r in drawn[1::2]] == [
+    "GPTQ, 32 tokens",
+    "GPTQ, 32 tokens, draw 1",
+  ]
+  assert [r.transforms[0].calibration.seed for r in drawn[1::2]] == [5, 6]
   trained = quant_rows.trained(DATA, seeds=2)
   assert [r.transforms[0].data.seed for r in trained[1:3]] == [0, 1]
   assert len({r.name for r in trained}) == 9
