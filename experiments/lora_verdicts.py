@@ -172,7 +172,6 @@ def methods(rows: Rows) -> list[Verdict]:
     n for n, r in rows.items() if r["group"] in ("LoRA", "start", "optimizer")
   ]
   equal = [n for n, r in rows.items() if r["group"] not in ("full", "few")]
-  size = mean(at_best(rows["LoRA"])).value
   loss = {n: mean(at_best(r)).value for n, r in rows.items()}
   own = {n: optimum(rows[n]) / optimum(rows["LoRA"]) for n in equal}
   far = [n for n in equal if not 0.2 < own[n] < 5]
@@ -183,12 +182,12 @@ def methods(rows: Rows) -> list[Verdict]:
     Verdict(
       "variants of LoRA tie at equal parameters (within 2%)",
       _spread(loss, kin),
-      all(abs(loss[n] - size) <= CLOSE * size for n in kin),
+      _near(loss, kin) == len(kin),
     ),
     Verdict(
       "and so do all methods",
       _spread(loss, equal),
-      all(abs(loss[n] - size) <= CLOSE * size for n in equal),
+      _near(loss, equal) == len(equal),
     ),
     Verdict(
       "no method is surely better than plain LoRA",
@@ -216,11 +215,17 @@ def methods(rows: Rows) -> list[Verdict]:
   ]
 
 
+def _near(loss: Mapping[str, float], names: Sequence[str]) -> int:
+  """Returns how many are within 2% of LoRA."""
+  size = loss["LoRA"]
+  return sum(abs(loss[n] - size) <= CLOSE * size for n in names)
+
+
 def _spread(loss: Mapping[str, float], names: Sequence[str]) -> str:
   low, high = (f(names, key=loss.get) for f in (min, max))
   return (
-    f"{len(names)} from {low} {loss[low]:.3f} to {high} {loss[high]:.3f},"
-    f" LoRA {loss['LoRA']:.3f}"
+    f"{_near(loss, names)} of {len(names)}; from {low} {loss[low]:.3f} to"
+    f" {high} {loss[high]:.3f}, LoRA {loss['LoRA']:.3f}"
   )
 
 

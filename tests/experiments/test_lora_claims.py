@@ -242,6 +242,9 @@ def test_verdicts_on_methods_can_be_false():
   assert all(v.holds for v in verdicts.methods(rows)[:4])
   worse = verdicts.methods(rows | {"DoRA": _row(2.1)})
   assert not worse[0].holds and not worse[1].holds
+  # Of LoRA and DoRA one, LoRA itself; C3A is within 2%, too.
+  assert worse[0].found.startswith("1 of 2; ")
+  assert worse[1].found.startswith("2 of 3; ")
   better = verdicts.methods(rows | {"DoRA": _row(1.85)})
   assert not better[2].holds
 
