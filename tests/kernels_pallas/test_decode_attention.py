@@ -1,5 +1,6 @@
 """Decoding attention against NumPy, and against JAX's own references."""
 
+import dataclasses
 import functools
 
 import chex
@@ -203,6 +204,25 @@ def test_any_lengths(lengths):
     q, pages, *map(jnp.asarray, (table, lens, starts))
   ):
     chex.assert_trees_all_close(found, expected, **CLOSE)
+
+
+def test_large_logits_only_move_the_log_sum_exp():
+  """A constant on all logits, whose exponential is inf or 0."""
+  q, pages, where = draw(TOKENS, 2, 8), pool(1, 8, 8), (tables(), LENS, STARTS)
+  level = (3000 * 8**0.5) ** 0.5
+
+  def at(one, other):
+    kv = pages.kv.at[..., 0].set(other * level)
+    return q.at[..., 0].set(one * level), dataclasses.replace(pages, kv=kv)
+
+  o, lse = paged_truth(*at(0, 0), *where)
+  for sign in (1, -1):
+    x = at(1, sign)
+    for found in every_backend(*x, *map(jnp.asarray, where)):
+      # Float32 of 3000 in base 2 is good to 2.4e-4: so are probabilities.
+      chex.assert_trees_all_close(
+        found, (o, lse + 3000 * sign), rtol=2e-3, atol=2e-3
+      )
 
 
 def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
