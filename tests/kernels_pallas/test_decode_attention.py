@@ -208,7 +208,7 @@ def test_any_lengths(lengths):
 
 def test_large_logits_only_move_the_log_sum_exp():
   """A constant on all logits, whose exponential is inf or 0."""
-  q, pages, where = draw(TOKENS, 2, 8), pool(1, 8, 8), (tables(), LENS, STARTS)
+  q, pages, where = draw(TOKENS, 4, 8), pool(2, 8, 8), (tables(), LENS, STARTS)
   level = (3000 * 8**0.5) ** 0.5
 
   def at(one, other):

@@ -97,6 +97,23 @@ def test_the_kernel_appends_what_a_scatter_does(dtype):
     assert changed == (26 if where[0][0] and where[1][-1] else 0)
 
 
+def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
+  """With groups that rows share, rows without tokens, items left over."""
+  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+  held = Pages(draw(3, 1, 16, 16, seed=2), None, 8)
+  k, v = draw(12, 1, 8), draw(12, 1, 8, seed=1)
+  # 7 tokens in two groups and pages, none, 4 in one group; the last is nobody's.
+  table = jnp.array([[2, 0], [-1, -1], [1, -1]], jnp.int32)
+  where = table, jnp.array([20, 0, 6], jnp.int32), jnp.array([0, 7, 7, 11])
+  how = {"backend": "mosaic_tpu", "interpret": tpu_interpreter}
+  found = append_to_pages(held, k, v, *where, **how)
+  expected = append_to_pages(held, k, v, *where, backend="xla")
+  assert not interpret_pallas_call.races.races_found
+  chex.assert_trees_all_equal(found, expected)
+  assert np.asarray(found.kv != held.kv).any((1, 3)).sum() == 11
+
+
 def fails(message, *, q=None, pages=None, table=None, lens=None, starts=None,
           **options):  # fmt: skip
   q = draw(TOKENS, 4, 8) if q is None else q

@@ -196,7 +196,7 @@ def test_large_logits_only_move_the_log_sum_exp():
   q, k, v = qkv()
 
   def at(one, other):
-    """With 500 as many times as one * other on all logits."""
+    """With 500 * one * other more in all logits."""
     level = (500 * 8**0.5) ** 0.5
     (o, lse), (dq, dk, dv) = step(
       q.at[..., 0].set(one * level), k.at[..., 0].set(other * level), v
