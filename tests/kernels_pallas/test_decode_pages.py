@@ -103,7 +103,7 @@ def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
 
   held = Pages(draw(3, 1, 16, 16, seed=2), None, 8)
   k, v = draw(12, 1, 8), draw(12, 1, 8, seed=1)
-  # 7 tokens in two groups and pages, none, 4 in one group; the last is nobody's.
+  # 7 tokens in two groups and pages, none, 4 in one group; 1 is nobody's.
   table = jnp.array([[2, 0], [-1, -1], [1, -1]], jnp.int32)
   where = table, jnp.array([20, 0, 6], jnp.int32), jnp.array([0, 7, 7, 11])
   how = {"backend": "mosaic_tpu", "interpret": tpu_interpreter}
