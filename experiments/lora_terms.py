@@ -20,7 +20,6 @@ import optax
 
 from research import weights
 from research.lora import allocate
-from research.lora.adapted import AdaptedTensor
 from research.lora.methods.kasa import KaSA
 from research.typing import Array, UserError
 
@@ -66,7 +65,7 @@ def kasa(params: Any) -> Array:
   found = [
     leaf
     for leaf in jax.tree.leaves(params, is_leaf=weights.is_weight)
-    if isinstance(leaf, AdaptedTensor) and isinstance(leaf.method, KaSA)
+    if isinstance(getattr(leaf, "method", None), KaSA)
   ]
   if not found:
     raise UserError("lora_terms: no KaSA adapter among the parameters")
