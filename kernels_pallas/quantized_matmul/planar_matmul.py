@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas import lowering
 from kernels_pallas.quantized_matmul import mosaic_gpu, mosaic_tpu, planar
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
 from kernels_pallas.quantized_matmul.mosaic_tpu import Config
@@ -15,7 +16,6 @@ from kernels_pallas.quantized_matmul.planar import Planar
 BACKENDS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def planar_matmul(
   x: Float[Array, "B I"],
   w: Planar,
@@ -28,6 +28,9 @@ def planar_matmul(
 
   Differentiable in x; the backward pass keeps only W, packed, and decodes it
   again. Its gradient is that of rows as they were before `activations`.
+
+  A kernel is a program of one device: where a mesh is set, 'auto' takes them
+  within a `shard_map` over it, and XLA, which cuts its own product, outside.
 
   Args:
     x: float32 or bfloat16; for Hopper bfloat16 or float16.
@@ -45,7 +48,16 @@ def planar_matmul(
   mosaic_tpu.check_activations(activations, w)
   if backend == "mosaic_gpu" and activations is not None:
     raise ValueError("activations: found some, mosaic_gpu rounds none")
+  if jax.sharding.get_abstract_mesh().manual_axes:
+    # Rows that devices share meet a part of W on each. With the type of what
+    # differs, their gradients are added up behind the kernel, not in it.
+    never = jnp.zeros_like(w.codes, bool, shape=())
+    x = jnp.where(never, jnp.zeros((), x.dtype), x)
+  return _product(x, w, backend, activations, config, interpret)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _product(x, w, backend, activations, config, interpret):
   def on_tpu(x, w):
     return mosaic_tpu.product(x, w, activations, config or Config(), interpret)
 
@@ -63,7 +75,7 @@ def planar_matmul(
 def _choose(backend, on_tpu, on_gpu, plain, x, w):
   if backend in ("mosaic_tpu", "mosaic_gpu"):
     return (on_tpu if backend == "mosaic_tpu" else on_gpu)(x, w)
-  if backend == "xla" or not len(x):
+  if backend == "xla" or not len(x) or lowering.is_cut():
     return plain(x, w)
   # The platform is that of the program, which may be compiled for another one
   # than this process runs on.
@@ -90,8 +102,7 @@ def _sums(dtype: Any) -> Any:
 
 
 def _forward(x, w, backend, activations, config, interpret):
-  y = planar_matmul(x, w, backend, activations, config, interpret)
-  return y, w
+  return _product(x, w, backend, activations, config, interpret), w
 
 
 def _backward(backend, activations, config, interpret, w, dy):
@@ -111,4 +122,4 @@ def _backward(backend, activations, config, interpret, w, dy):
   return _choose(backend, on_tpu, on_gpu, plain, dy, w), None
 
 
-planar_matmul.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
