@@ -24,6 +24,18 @@ def _outer(
   return jnp.einsum("...r,...i->ri", z, x, preferred_element_type=jnp.float32)
 
 
+def _flat_outers(*pairs):
+  """Returns the outer products of thin and wide rows, in types of their own."""
+  # The barrier keeps the small operand the transposed one; without it XLA
+  # rewrites the product to transpose the activations (15 times slower).
+  thin = jax.lax.optimization_barrier([_flat(z).T for z, _, _ in pairs])
+  f32 = jnp.float32
+  return [
+    jnp.dot(zt, _flat(x), preferred_element_type=f32).astype(dtype)
+    for zt, (_, x, dtype) in zip(thin, pairs, strict=True)
+  ]
+
+
 @jax.custom_vjp
 def low_rank(
   x: Float[Array, "*B I"], a: Float[Array, "R I"], b: Float[Array, "R O"]
@@ -47,13 +59,35 @@ def _low_rank_bwd(saved, dy):
   if sharding.is_cut():
     # Rows of a batch and tokens of a row may both be cut; flat they cannot.
     return dx, _outer(dz, x).astype(a.dtype), _outer(z, dy).astype(b.dtype)
-  # The barrier keeps the small operand the transposed one; without it XLA
-  # rewrites the product to transpose the activations (15 times slower).
-  zt, dzt = jax.lax.optimization_barrier((_flat(z).T, _flat(dz).T))
-  f32 = jnp.float32
-  da = jnp.dot(dzt, _flat(x), preferred_element_type=f32).astype(a.dtype)
-  db = jnp.dot(zt, _flat(dy), preferred_element_type=f32).astype(b.dtype)
-  return dx, da, db
+  return dx, *_flat_outers((dz, x, a.dtype), (z, dy, b.dtype))
 
 
 low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
+
+
+@jax.custom_vjp
+def low_rank_after(
+  x: Float[Array, "*B I"], a: Float[Array, "R I"], b: Float[Array, "R O"]
+) -> Float[Array, "*B O"]:
+  """Returns `low_rank` where `a` is fixed, and has no gradient.
+
+  All that the backward pass keeps of `x` is `x aᵀ`.
+  """
+  return low_rank(x, a, b)
+
+
+def _low_rank_after_fwd(x, a, b):
+  y, (_, z, _, _) = _low_rank_fwd(x, a, b)
+  return y, (z, a, b)
+
+
+def _low_rank_after_bwd(saved, dy):
+  z, a, b = saved
+  dz = jnp.einsum("...o,ro->...r", dy, b.astype(dy.dtype))
+  dx = jnp.einsum("...r,ri->...i", dz, a.astype(dy.dtype))
+  if sharding.is_cut():
+    return dx, jnp.zeros_like(a), _outer(z, dy).astype(b.dtype)
+  return dx, jnp.zeros_like(a), *_flat_outers((z, dy, b.dtype))
+
+
+low_rank_after.defvjp(_low_rank_after_fwd, _low_rank_after_bwd)

@@ -3,8 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
+import jax.numpy as jnp
+
 from research.lora import spectrum
-from research.lora.method import wide, zeros
+from research.lora.low_rank import low_rank_after
+from research.lora.method import turned, wide, zeros
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
@@ -14,7 +17,8 @@ class LoRAFA(LoRA):
   """Zhang et al. 2023 (arXiv:2308.03303): a stays as it was drawn.
 
   For the authors' preconditioned update of b see `research.lora.riemannian`.
-  The backward pass keeps the input like that of plain LoRA.
+  Where b comes last, which is everywhere but in a tied head, all that the
+  backward pass keeps of an input is its product with a.
   """
 
   def start(self, key, place, w, seen=None):
@@ -26,6 +30,12 @@ class LoRAFA(LoRA):
     return {"b": trained["b"]}, {"a": trained["a"]}
 
   PEFT: ClassVar = None
+
+  def branch(self, eq, x, p, w):
+    if turned(eq):
+      return super().branch(eq, x, p, w)
+    b = p["b"] * jnp.asarray(self.scale, p["b"].dtype)
+    return low_rank_after(x, p["a"], b)
 
   def exported(self, p):
     return self.plain(), p
