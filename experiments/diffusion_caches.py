@@ -21,7 +21,7 @@ from experiments import diffusion_tasks as tasks
 from experiments import diffusion_truth
 from experiments.claims import Verdict
 from experiments.diffusion_policies import ANY
-from experiments.diffusion_study import Row, Rows, Tiny
+from experiments.diffusion_study import Row, Rows, Tiny, difference
 from experiments.lora_verdicts import Mean, mean
 from research.data.synthetic import Markov
 from research.diffusion import sampler
@@ -176,37 +176,44 @@ class Caches:
     self, rows: Rows, task: str, cache: str, block: int, name: str
   ) -> Mean:
     """Returns a number's mean over seeds."""
-    return mean([
+    return mean(self._each(rows, task, cache, block, name))
+
+  def _each(self, rows, task, cache, block, name) -> list[float]:
+    return [
       next(
         p[name] for p in rows[f"{task}, seed {s}"]["points"]
         if p["cache"] == cache and p["block"] == block
       )
       for s in range(self.seeds)
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+  def _lost(self, rows, task, name, sign) -> dict[str, Mean]:
+    """Returns what each cache costs, seed by seed, at its worst block size."""
+
+    def at(cache, block):
+      given = (self._each(rows, task, c, block, name) for c in (cache, NONE))
+      return mean(sign * difference(*given))
+
+    return {
+      cache: max((at(cache, k) for k in self.blocks), key=lambda x: x.value)
+      for cache in self.caches
+    }
 
   def table(self, rows: Rows) -> list[dict[str, Any]]:
     """Returns a line for each cache and size of blocks."""
     out = []
     for block in self.blocks:
       for cache in (NONE, *self.caches):
-        chain = {
-          n: self.of(rows, CHAIN, cache, block, n).value
-          for n in ("read", "same", "nats", "off")
-        }
-        sums = {
-          n: self.of(rows, SUMS, cache, block, n).value
-          for n in ("same", "right")
-        }
-        out.append({
-          "block": block,
-          "cache": cache,
-          "tokens read": chain["read"],
-          "chain: same %": 100 * chain["same"],
-          "chain: nats": chain["nats"],
-          "chain: off": chain["off"],
-          "sums: same %": 100 * sums["same"],
-          "sums: right %": 100 * sums["right"],
-        })  # fmt: skip
+        line = {"block": block, "cache": cache}
+        for task, name, scale in (
+          *((CHAIN, "read", 1), (CHAIN, "same", 100), (CHAIN, "nats", 1)),
+          *((CHAIN, "off", 1), (SUMS, "same", 100), (SUMS, "right", 100)),
+        ):
+          found = self.of(rows, task, cache, block, name)
+          unit = " %" if scale == 100 else ""
+          line[f"{task}: {name}{unit}"] = scale * found.value
+          line[f"{task}: {name} +-"] = scale * found.half
+        out.append(line)
     return out
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
@@ -216,22 +223,11 @@ class Caches:
     def drift(task, cache, block):
       return 1 - self.of(rows, task, cache, block, "same").value
 
-    def lost(task, name, sign):
-      return {
-        cache: max(
-          sign * (
-            self.of(rows, task, cache, k, name).value
-            - self.of(rows, task, NONE, k, name).value
-          )
-          for k in self.blocks
-        )
-        for cache in self.caches
-      }  # fmt: skip
-
     def said(task, block):
       return ", ".join(f"{c}: {drift(task, c, block):.2%}" for c in self.caches)
 
-    right, off = lost(SUMS, "right", -1), lost(CHAIN, "off", 1)
+    right = self._lost(rows, SUMS, "right", -1)
+    off = self._lost(rows, CHAIN, "off", 1)
     names, blocks = self.caches, [*self.around, PREFIX]
     return [
       Verdict(
@@ -241,13 +237,17 @@ class Caches:
       ),
       Verdict(
         "what is right stays right: sums lose under 1% of their tokens",
-        ", ".join(f"{c}: {x:+.2%}" for c, x in right.items()),
-        max(right.values()) < 0.01,
+        ", ".join(
+          f"{c}: {x.value:+.2%} ± {x.half:.2%}" for c, x in right.items()
+        ),
+        max(x.value + x.half for x in right.values()) < 0.01,
       ),
       Verdict(
         "samples stay as good: pairs of the chain at most 0.01 further off",
-        ", ".join(f"{c}: {x:+.4f}" for c, x in off.items()),
-        max(off.values()) < 0.01,
+        ", ".join(
+          f"{c}: {x.value:+.4f} ± {x.half:.4f}" for c, x in off.items()
+        ),
+        max(x.value + x.half for x in off.values()) < 0.01,
       ),
       Verdict(
         "drift grows with the steps between renewals (chain)",
