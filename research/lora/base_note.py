@@ -104,14 +104,16 @@ def sample(base: Params) -> dict[str, str]:
   """Returns a few numbers of every norm and matrix, by address.
 
   As hexadecimals; embeddings and biases are left out, as adapters may bring
-  them, and so is what is not here. Those of packed matrices follow a `~`.
+  them, and so is what is not here. Those of packed or 8-bit
+  matrices follow a `~`.
   """
   out = {}
   for addresses, x, alone in _rows(base):
     if not _is_here(x):
       continue
     picked = np.asarray(_picked(x, alone)).reshape(len(addresses), -1)
-    mark = "~" if weights.is_weight(x) else ""
+    coarse = weights.is_weight(x) or x.dtype.itemsize < 2
+    mark = "~" if coarse else ""
     out |= {
       address: mark + values.tobytes().hex()
       for address, values in zip(addresses, picked, strict=True)

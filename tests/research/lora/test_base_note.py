@@ -22,12 +22,14 @@ def packed(format):
   return Quantize(format=format)(base().params)
 
 
-def changed(f, paths=""):
+def changed(f, paths="", keep=True):
   """Returns the base with `f` of its layers' matrices, norms as they are."""
 
   def new(path, x):
     inside = path.startswith("run") and x.ndim == 3 and paths in path
-    return f(np.array(x)).astype(x.dtype) if inside else x
+    if not inside:
+      return x
+    return f(np.array(x)).astype(x.dtype) if keep else f(np.array(x))
 
   return tree.map_paths(new, base().params)
 
@@ -90,6 +92,9 @@ FORMATS = {
   "numpy": lambda: jax.device_get(base().params),
   "bfloat16": lambda: half(base().params, jnp.bfloat16),
   "float16": lambda: half(half(base().params, jnp.float16), jnp.float32),
+  "float8": lambda: changed(
+    lambda x: np.asarray(jnp.asarray(x, jnp.float8_e4m3fn)), keep=False
+  ),
   "int4": lambda: packed(Affine(block=4)),
   "int2": lambda: packed(Affine(bits=2, block=4)),
 }
