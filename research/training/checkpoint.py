@@ -365,8 +365,17 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
     target: a tree with its structure, shapes, types and shardings.
 
   Raises:
-    UserError: what it holds differs from `target`.
+    UserError: what it holds differs from `target`, or is damaged.
   """
   with _quiet():
     _compare(path, checks.kinds(ocp.metadata(path).metadata), target)
-    return ocp.load(path, jax.tree.map(_abstract, target))
+    try:
+      return ocp.load(path, jax.tree.map(_abstract, target))
+    except MemoryError:
+      raise
+    except Exception as error:  # TensorStore's are of no narrower kind
+      text = str(error).strip().splitlines() or [type(error).__name__]
+      raise UserError(
+        f"{path}: its arrays cannot be read: {text[0][:160]}\n"
+        "The checkpoint is damaged: copy it again, or make it anew."
+      ) from error

@@ -198,6 +198,14 @@ def _quantized(name: str) -> Callable[[], pathlib.Path]:
   return lambda: MODELS.with_name("quantized") / name
 
 
+def _array_file() -> str:
+  """Returns the file of a checkpoint that has most of its arrays."""
+  folder = _quantized("ours")()
+  files = folder.glob("arrays/frozen/state/ocdbt.process_0/d/*")
+  most = max(files, key=lambda file: file.stat().st_size)
+  return str(most.relative_to(folder))
+
+
 def _tensors(r, data):
   if r.random() < 0.5:
     return mutations.of_header(r, data)
@@ -209,6 +217,12 @@ _GGUF_MUTATION = _bytes_of(
   "gguf", "gguf_q8_0/model.gguf", "gguf_f16/model.gguf"
 )
 _FILE = "model.safetensors"
+_STATE = "arrays/frozen/state"
+_QUANTIZED = (
+  *("gptq", "awq", "bnb", "int8", "compressed"),
+  *("fp8", "nvfp4", "mxfp4"),
+)
+"""Directories of `make_quantized` that other tools have."""
 
 TARGETS: dict[str, Target] = {
   "safetensors": Target(20, _golden("llama"), _FILE, _tensors, _read_tensors),
@@ -265,14 +279,33 @@ TARGETS: dict[str, Target] = {
   ),
   **{
     name: Target(1, _quantized(name), _FILE, _tensors, _load)
-    for name in ("gptq", "awq", "bnb", "compressed")
+    for name in _QUANTIZED
   },
   **{
     f"{name}_config": Target(
       1, _quantized(name), "config.json", mutations.of_json, _load
     )
-    for name in ("gptq", "int8", "compressed")
+    for name in _QUANTIZED
   },
+  "packed_note": Target(
+    1, _quantized("ours"), load.NOTE, mutations.of_json, _load
+  ),
+  "packed_arrays": Target(
+    1, _quantized("ours"), _array_file(), mutations.of_bytes, _load
+  ),
+  "packed_manifest": Target(
+    1,
+    _quantized("ours"),
+    f"{_STATE}/manifest.ocdbt",
+    mutations.of_bytes,
+    _load,
+  ),
+  "packed_metadata": Target(
+    1, _quantized("ours"), f"{_STATE}/_METADATA", mutations.of_json, _load
+  ),
+  "packed_sums": Target(
+    1, _quantized("ours"), "arrays/base.json", mutations.of_json, _load
+  ),
   "jsonl": Target(
     6, lambda: _made("jsonl"), "data.jsonl", mutations.of_lines, _jsonl
   ),
