@@ -7,7 +7,7 @@
 Whole optimizer steps in fp32 on every linear layer, 4 x 256 tokens, AdamW, as
 in the row `train_fp32`; sizes of a method are the same on both sides, PEFT's
 defaults but for LoRA's family (r = 8). AdaLoRA without its budget and
-regularisation, which take no time. Methods that differ from LoRA or PiSSA in
+regularisation, on both sides. Methods that differ from LoRA or PiSSA in
 their start alone (OLoRA, CorDA, LoRA-GA, EVA) have their speed. Each side runs
 in a process of its own and prints one JSON line.
 """
