@@ -14,6 +14,7 @@ from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.masks import Mask
 from tests.support_pairwise import pairwise
+from tests.support_rounding import assert_no_rougher, in_low_precision
 
 B, T, S = 2, 6, 9
 BLOCKS = {
@@ -285,32 +286,21 @@ def test_large_logits_do_not_overflow():
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rounding_is_that_of_the_dtype(dtype, name):
-  """Errors are at most twice those of the reference in that precision."""
   x = qkv(dtype)
-  exact = tuple(y.astype(jnp.float64) for y in x)
 
-  def run(x, backend, config=None):
+  def results(*x, backend="reference", config=None):
     def f(*x):
       o = flash_attention(*x, causal=True, backend=backend, config=config)
       return jnp.sum(jnp.sin(o.astype(jnp.float64))), o
 
-    return jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*x)
+    (_, o), gradients = jax.value_and_grad(f, (0, 1, 2), has_aux=True)(*x)
+    return o, *gradients
 
-  def errors(result):
-    flat = jax.tree.leaves((result[0][1], result[1]))
-    return [float(jnp.abs(a.astype(jnp.float64) - b).max()) for a, b in
-            zip(flat, truth, strict=True)]  # fmt: skip
-
-  result = run(exact, "reference")
-  truth = jax.tree.leaves((result[0][1], result[1]))
-  ours = run(x, "auto", BLOCKS[name])
-  assert ours[0][1].dtype == dtype and ours[1][1].dtype == dtype
-  # The reference computes in float32 inside, so it only rounds its inputs'
-  # gradients; one rounding of P and dS on the way is our share.
-  floor = 4 * float(jnp.finfo(dtype).eps)
-  plain = errors(run(x, "reference"))
-  for have, limit in zip(errors(ours), plain, strict=True):
-    assert have <= 2 * limit + floor
+  ours = functools.partial(results, backend="auto", config=BLOCKS[name])
+  found = jax.jit(ours)(*x)
+  assert {y.dtype for y in found} == {jnp.dtype(dtype)}
+  exact = jax.jit(results)(*(y.astype(jnp.float64) for y in x))
+  assert_no_rougher(found, in_low_precision(results, *x), exact, dtype)
 
 
 def test_dropout_keeps_its_share_independently():
