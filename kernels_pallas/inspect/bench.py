@@ -2,7 +2,7 @@
 
 Each row is one kernel for one chip beside a reference, as
 `python -m kernels_pallas.inspect` measures it, best blocks against best blocks
-and the same blocks against the same. Two cores need about 15 minutes.
+and the same blocks against the same. Two idle cores need about 10 minutes.
 """
 
 import argparse

@@ -23,6 +23,9 @@ TARGETS = {"a100": "mma", "h100": "wgmma", "b200": "wgmma"}
 """Chips, and the instruction of `GpuTiles.cores` that is tried on each."""
 
 DTYPES = ("bfloat16", "float16")
+FEATURES = ("window", "segments", "positions", "sinks", "softcap", "dropout")
+"""What a call may have besides its mask; 'everything' is all of them."""
+
 TIMEOUT = 600
 
 
@@ -39,6 +42,8 @@ class Job:
     mask: 'full' or 'causal'.
     operand: As of `GpuTiles`.
     length: Tokens.
+    features: Of `FEATURES`; of ours alone.
+    value_dim: Of v; None is `head_dim`.
   """
 
   maker: str = "ours"
@@ -49,6 +54,13 @@ class Job:
   mask: str = "full"
   operand: str = "registers"
   length: int = 1024
+  features: tuple[str, ...] = ()
+  value_dim: int | None = None
+
+  @property
+  def dims(self) -> tuple[int, int]:
+    """Of q and k, and of v."""
+    return self.head_dim, self.value_dim or self.head_dim
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     head_dim=args.head_dim,
     dtype=args.dtype,
     mask=args.mask,
+    features=args.features,
+    value_dim=args.value_dim,
   )
   jobs = [job]
   if args.compare:
@@ -204,30 +218,63 @@ def _compile(job: Job) -> None:
 
   device = devices(job.target)[0]
   sharding = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
+  (H, Hv), T = job.dims, job.length
 
-  def array(heads):
-    shape = (1, job.length, heads, job.head_dim)
-    return jax.ShapeDtypeStruct(shape, job.dtype, sharding=sharding)
+  def array(*shape, dtype=job.dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  function = (_ours if job.maker == "ours" else _theirs)(job)
+  function, data = call(job)
+  data = {name: array(*x.shape, dtype=x.dtype) for name, x in data.items()}
 
-  def backward(q, k, v):
-    return jax.vjp(function, q, k, v)[1](q)
+  def backward(q, k, v, do, data):
+    return jax.vjp(lambda *x: function(*x, **data), q, k, v)[1](do)
 
-  run = function if job.direction == "forward" else backward
+  def forward(q, k, v, do, data):
+    return function(q, k, v, **data)
+
+  run = forward if job.direction == "forward" else backward
+  x = array(1, T, 4, H), array(1, T, 2, H), array(1, T, 2, Hv)
   with jax.default_device(device):
-    jax.jit(run).lower(array(4), array(2), array(2)).compile()
+    jax.jit(run).lower(*x, array(1, T, 4, Hv), data).compile()
+
+
+def call(job: Job) -> tuple:
+  """The function of q, k, v that a job compiles, and its other arguments."""
+  import jax
+
+  if job.maker != "ours":
+    return _theirs(job), {}
+  rows = jax.ShapeDtypeStruct((1, job.length), "int32")
+  data = {
+    "segments": rows,
+    "positions": rows,
+    "sinks": jax.ShapeDtypeStruct((4,), "float32"),
+  }
+  return _ours(job), {k: x for k, x in data.items() if k in job.features}
 
 
 def _ours(job: Job):
   from kernels_pallas.flash_attention.api import flash_attention
   from kernels_pallas.flash_attention.mosaic_gpu_tiling import for_head_dim
+  from kernels_pallas.masks import Mask
 
-  tiles = for_head_dim(job.head_dim, job.head_dim, TARGETS[job.target])
-  tiles = dataclasses.replace(tiles, operand=job.operand)
-  return lambda q, k, v: flash_attention(
-    q, k, v, causal=job.mask == "causal", backend="mosaic_gpu", config=tiles
-  )
+  tiles = for_head_dim(*job.dims, TARGETS[job.target])
+  options = {
+    "backend": "mosaic_gpu",
+    "config": dataclasses.replace(tiles, operand=job.operand),
+  }
+  if "softcap" in job.features:
+    options["softcap"] = 30.0
+  if "dropout" in job.features:
+    options |= {"dropout_rate": 0.1, "dropout_seed": 0}
+  window = (job.length // 2 if "window" in job.features else None, None)
+  build = Mask.causal if job.mask == "causal" else Mask.full
+
+  def run(q, k, v, segments=None, positions=None, sinks=None):
+    mask = build(window, segments, positions, positions)
+    return flash_attention(q, k, v, mask=mask, sinks=sinks, **options)
+
+  return run
 
 
 def _theirs(job: Job):
@@ -290,10 +337,26 @@ def _parser() -> argparse.ArgumentParser:
   add("--head_dim", type=int, default=128)
   add("--dtype", choices=DTYPES, default="bfloat16")
   add("--mask", choices=["full", "causal"], default="full")
+  choices = ", ".join(FEATURES)
+  add("--features", type=_features, default=(),
+      help=f"joined by commas, of {choices}; or everything")  # fmt: skip
+  add("--value_dim", type=int, help="of v, where it is another")
   add("--compare", choices=["attention_mgpu"], help="read jax's kernel, too")
   add("--keep", type=pathlib.Path, help="folder for the compiler's dumps")
   add("--job", help=argparse.SUPPRESS)
   return parser
+
+
+def _features(text: str) -> tuple[str, ...]:
+  if text == "everything":
+    return FEATURES
+  names = tuple(name for name in text.split(",") if name)
+  if unknown := sorted(set(names) - set(FEATURES)):
+    raise argparse.ArgumentTypeError(
+      f"found {', '.join(unknown)}, expected of {', '.join(FEATURES)}, or "
+      "everything"
+    )
+  return names
 
 
 if __name__ == "__main__":

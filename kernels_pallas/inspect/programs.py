@@ -13,25 +13,44 @@ if TYPE_CHECKING:
   from kernels_pallas.inspect.build import Job
 
 
+EXACT, LANES, WIDTH = "exact", "lanes", "width"
+"""What pads the head dim of a matmul: nothing, where it is the rows that pass a
+matrix unit; the 128 lanes of a register, where it is contracted or was turned;
+the columns of the unit, where it is the result's last axis."""
+
+LANE_COUNT = 128
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
   """What one step of a kernel's grid does.
 
   Attributes:
     name: What the kernel's name contains.
-    matmuls: Matmuls of `elements` results, `depth` deep.
-    elements: Elements that the report counts by (of attention: scores).
-    depth: Length of a contraction.
+    matmuls: Of each matmul what pads its head dim: EXACT, LANES or WIDTH.
+      Read from schedules at D = 64 on v5p and v6e, where they differ.
+    elements: Elements that the report counts by (of attention: scores), each
+      `depth` multiply-adds of every matmul.
+    depth: The head dim.
     bytes: Read from and written to HBM, in a long row of steps.
     trips: How often each loop inside the step runs, in program order.
   """
 
   name: str
-  matmuls: int
+  matmuls: tuple[str, ...]
   elements: int
   depth: int
   bytes: int
   trips: tuple[int, ...] = ()
+
+  def units(self, mxu: int) -> float:
+    """The work of the matmuls and of their padding, that of a matmul being 1.
+
+    Args:
+      mxu: Rows and columns of a matrix unit.
+    """
+    sizes = {EXACT: 1, LANES: LANE_COUNT, WIDTH: mxu}
+    return sum(max(1.0, sizes[what] / self.depth) for what in self.matmuls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +125,30 @@ def flash_attention_steps(job: "Job") -> tuple[Step, ...]:
   over_keys = 2 * q * H * size + 2 * 4 * q  # q, do, and two rows
   if job.direction == "forward":
     return (
-      Step("flash_attention_forward", 2, bytes=2 * kv * H * size, **tile),
+      Step(
+        "flash_attention_forward",
+        (LANES, EXACT),
+        bytes=2 * kv * H * size,
+        **tile,
+      ),
     )
   if job.backward == "fused":
     return (
-      Step("flash_attention_fused", 5, bytes=over_keys + 4 * q * H, **tile),
+      Step(
+        "flash_attention_fused",
+        (*4 * (LANES,), EXACT),
+        bytes=over_keys + 4 * q * H,
+        **tile,
+      ),
     )
   return (
-    Step("flash_attention_dkv", 4, bytes=over_keys, **tile),
-    Step("flash_attention_dq", 3, bytes=2 * kv * H * size, **tile),
+    Step("flash_attention_dkv", 4 * (LANES,), bytes=over_keys, **tile),
+    Step(
+      "flash_attention_dq",
+      (LANES, LANES, EXACT),
+      bytes=2 * kv * H * size,
+      **tile,
+    ),
   )
 
 
@@ -167,13 +201,26 @@ def splash_steps(job: "Job") -> tuple[Step, ...]:
   H, size = job.head_dim, _size(job.dtype)
   tile = {"elements": q * kv, "depth": H}
   if job.direction == "forward":
-    return (Step("splash_mha_fwd", 2, bytes=2 * kv * H * size, **tile),)
+    return (
+      Step("splash_mha_fwd", (LANES, WIDTH), bytes=2 * kv * H * size, **tile),
+    )
   over_keys = 2 * q * H * size + 2 * 4 * q
   if fused:
-    return (Step("splash_mha_dkv", 5, bytes=over_keys + q * H * size, **tile),)
+    return (
+      Step(
+        "splash_mha_dkv",
+        (LANES, LANES, *3 * (WIDTH,)),
+        bytes=over_keys + q * H * size,
+        **tile,
+      ),
+    )
   return (
-    Step("splash_mha_dkv", 4, bytes=over_keys, **tile),
-    Step("splash_mha_dq", 3, bytes=2 * kv * H * size, **tile),
+    Step(
+      "splash_mha_dkv", (LANES, LANES, WIDTH, WIDTH), bytes=over_keys, **tile
+    ),
+    Step(
+      "splash_mha_dq", (LANES, LANES, WIDTH), bytes=2 * kv * H * size, **tile
+    ),
   )
 
 

@@ -93,24 +93,17 @@ def _read(job: Job, folder: pathlib.Path) -> Measurement:
     if not _adds_up(work, step, job.chip):
       raise ValueError(
         f"{step.name}: found the work of {work:.2f} matmuls a grid step, "
-        f"expected {step.matmuls}; its bundles say nothing"
+        f"expected {step.units(job.chip.mxu):g}, padding included; its bundles "
+        "say nothing"
       )
     found.append(this)
     bundles += 1000 * this.bundles / step.elements
     memory = chips.memory_cycles(job.chip, step.bytes)
     cycles += 1000 * max(this.bundles, memory) / step.elements
-    executed += step.matmuls
+    executed += len(step.matmuls)
   return Measurement(job, tuple(found), bundles, cycles, executed)
 
 
 def _adds_up(work: float, step: Step, chip: chips.Chip) -> bool:
-  """Whether `work` is that of the step's matmuls, within 1%.
-
-  A matmul counts 2, 4, ... times where its depth fills 1/2, 1/4, ... of a
-  matrix unit: the rest of the unit multiplies zeros.
-  """
-  most = max(1, chip.mxu // step.depth)
-  counts, sums = [2**n for n in range(most.bit_length())], {0}
-  for _ in range(step.matmuls):
-    sums = {s + count for s in sums for count in counts}
-  return any(abs(work / s - 1) <= TOLERANCE for s in sums)
+  """Whether `work` is that of the step's matmuls and padding, within 1%."""
+  return abs(work / step.units(chip.mxu) - 1) <= TOLERANCE

@@ -10,7 +10,6 @@ from kernels_pallas.inspect import (
   build,
   chips,
   picture,
-  programs,
   report,
   schedule,
 )
@@ -81,13 +80,30 @@ def test_bounds_are_those_of_the_matrix_units():
   assert chips.tflops(V5P, 128, 2, 2, 4.55) == pytest.approx(410, rel=0.05)
 
 
-def test_work_must_be_that_of_the_matmuls():
-  step = programs.Step("kernel", 2, elements=1, depth=128, bytes=0)
-  assert report._adds_up(2.01, step, V5P)
-  assert not report._adds_up(2.1, step, V5P)
-  # Half a matrix unit is filled: a matmul may count twice.
-  assert report._adds_up(3.0, step, V6E)
-  assert not report._adds_up(3.5, step, V6E)
+# Work that libtpu's schedules held, in matmuls a grid step.
+WORK = {
+  ("flash_attention", "v6e", "forward", 128): 2,
+  ("flash_attention", "v6e", "backward", 128): 5,
+  ("flash_attention", "v6e", "forward", 64): 3,
+  ("flash_attention", "v5p", "forward", 64): 3,
+  ("flash_attention", "v6e", "forward", 256): 2,
+  ("flash_attention", "v6e", "backward", 64): 9,
+  ("flash_attention", "v5p", "backward", 64): 9,
+  ("splash", "v5p", "forward", 64): 4,
+  ("splash", "v6e", "forward", 128): 3,
+  ("splash", "v6e", "forward", 64): 6,
+  ("splash", "v6e", "backward", 128): 8,
+}
+
+
+@pytest.mark.parametrize("key", WORK, ids=str)
+def test_work_must_be_that_of_the_matmuls(key):
+  job = build.Job(*key[:3], 2048, key[3], "bfloat16", (512, 512, 256, 1))
+  (step,), work = job.program.steps(job), float(WORK[key])
+  # Twice the work of one matmul, or none of it, is no longer this kernel.
+  assert report._adds_up(work, step, job.chip)
+  for other in (-1, -0.5, 0.5, 1, 2):
+    assert not report._adds_up(work + other, step, job.chip)
 
 
 @pytest.mark.parametrize(("errors", "reason"), [

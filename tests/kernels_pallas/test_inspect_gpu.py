@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 
@@ -125,6 +126,73 @@ def test_compiles_for_ampere(head_dim, mask, direction):
     assert kernel.spills <= known
     # An Ada has 101,376 bytes.
     assert kernel.shared is not None and kernel.shared <= 101_376
+
+
+SOME = ("window", "softcap", "dropout")
+# Bytes that a kernel may spill, as the README says; the others none.
+SPILLS = {
+  ("h100", gpu.FEATURES, 64): {"forward": 4, "dq": 312},
+  ("h100", gpu.FEATURES, 128): {"forward": 56, "dkdv": 236},
+  ("h100", gpu.FEATURES, 256): {"forward": 88, "dk": 56, "dq": 36},
+  ("h100", SOME, 128): {"forward": 32, "dkdv": 216},
+  ("h100", SOME, 256): {"forward": 52, "dk": 56, "dq": 144},
+}
+
+
+@pytest.mark.chips
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+@pytest.mark.parametrize("target", ["h100", "a100"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+  ("features", "head_dim", "value_dim"),
+  [(gpu.FEATURES, H, None) for H in (64, 128, 256)]
+  + [(SOME, H, None) for H in (128, 256)]
+  + [((name,), 128, None) for name in gpu.FEATURES]
+  + [((), 80, None), ((), 192, None), ((), 192, 128)],
+)
+def test_features_compile_and_spill_what_the_readme_says(
+  target, direction, features, head_dim, value_dim
+):
+  job = Job(
+    target=target,
+    direction=direction,
+    mask="causal",
+    head_dim=head_dim,
+    value_dim=value_dim,
+    features=features,
+  )
+  known = SPILLS.get((target, features, head_dim), {})
+  for kernel in gpu.measure(job):
+    name = kernel.name.split("_")[2]
+    assert kernel.spills <= known.get(name, 0), name
+    assert kernel.shared is not None and kernel.shared <= 232_448
+
+
+def test_features_are_named(capsys):
+  job = gpu._parser().parse_args(["--features=everything"])
+  assert job.features == gpu.FEATURES
+  job = gpu._parser().parse_args(["--features=sinks,window"])
+  assert job.features == ("sinks", "window")
+  with pytest.raises(SystemExit):
+    command.main(["--target=h100", "--features=alibi"])
+  assert "found alibi, expected of window" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("features", [(name,) for name in gpu.FEATURES])
+def test_every_feature_is_in_what_is_compiled(features):
+  """Each changes the program, so that none of them is compiled in name only."""
+  import jax
+
+  def program(features):
+    job = Job(head_dim=64, mask="causal", length=256, features=features)
+    run, data = gpu.call(job)
+    x = jax.ShapeDtypeStruct((1, 256, 4, 64), "bfloat16")
+    keys = x.update(shape=(1, 256, 2, 64))
+    jaxpr = jax.make_jaxpr(lambda *a, d: run(*a, **d))(x, keys, keys, d=data)
+    return re.sub("0x[0-9a-f]+", "", str(jaxpr))
+
+  assert program(features) != program(())
 
 
 @pytest.mark.chips
