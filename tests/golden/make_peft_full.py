@@ -144,8 +144,11 @@ def draw(wrapped, name: str) -> None:
       continue
     generator = np.random.default_rng([zlib.crc32(f"{name}/{key}".encode())])
     std = 0.05 if "lora_A" in key or "lora_embedding_B" in key else 0.02
+    fresh = "lora_" in key
+    if "trainable_tokens" in key:  # a new token's begin as torch has drawn
+      std, fresh = 0.3, True
     drawn = std * generator.standard_normal(tuple(value.shape))
-    base = 0 if "lora_" in key else value.detach().double().numpy()
+    base = 0 if fresh else value.detach().double().numpy()
     if grown:
       base[families.VOCAB :] = 0  # torch has drawn these
     new = torch.from_numpy((base + drawn).astype(np.float32))
