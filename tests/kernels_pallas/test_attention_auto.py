@@ -8,6 +8,7 @@ import collections
 import functools
 import logging
 import re
+import types
 
 import chex
 import jax
@@ -17,9 +18,10 @@ import pytest
 
 from kernels_pallas import lowering
 from kernels_pallas.by_platform import by_platform
+from kernels_pallas.flash_attention import backends
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
-from kernels_pallas.flash_attention.spec import Blocks
+from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
@@ -141,6 +143,24 @@ def test_sizes_are_those_of_the_backend_taken():
     calls(functools.partial(loss, config=small), "tpu", *shapes())
   few = GpuTiles()
   assert calls(functools.partial(loss, config=few), "tpu", *shapes())
+
+
+def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
+  q, k, v = shapes()
+
+  def cores():
+    x = Operands(q, k, v, Mask.causal())
+    _, sizes = backends.automatic(x, None, None)
+    return dict(sizes.kernels)["cuda"].cores
+
+  assert cores() == "wgmma" and "none is here" in lowering.kind_of("cuda")
+  a100 = types.SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [a100])
+  assert cores() == "mma"
+  a100.device_kind = "NVIDIA B200"
+  with pytest.raises(KeyError, match="cuda"):
+    cores()
 
 
 TRANSFORMS = {
