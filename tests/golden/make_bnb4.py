@@ -1,7 +1,6 @@
 """Writes bnb4.json: what bitsandbytes makes of small matrices in 4 bits.
 
-  pip install --no-deps --target DIR bitsandbytes==0.50.2
-  PYTHONPATH=DIR .venv-peers/bin/python tests/golden/make_bnb4.py
+  .venv-peers/bin/python tests/golden/make_bnb4.py
 
 Element t (C order) of torch's [out, in] matrix is
 sin(0.7 t + 0.3) (0.5 + (37 t mod 101) / 101), rounded to the dtype. Tensors are
@@ -59,6 +58,11 @@ def case(outputs, inputs, kind, double, block, dtype):
   }
 
 
+def make():
+  """Returns what the file holds."""
+  return [case(*c) for c in CASES]
+
+
 if __name__ == "__main__":
   path = pathlib.Path(__file__).with_name("bnb4.json")
-  path.write_text(json.dumps([case(*c) for c in CASES], indent=0) + "\n")
+  path.write_text(json.dumps(make(), indent=0) + "\n")

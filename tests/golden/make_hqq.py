@@ -1,7 +1,6 @@
 """Writes hqq.json: what HQQ's own package makes of a small matrix.
 
-  pip install --no-deps --target DIR hqq==0.2.8.post1 termcolor
-  PYTHONPATH=DIR .venv-peers/bin/python tests/golden/make_hqq.py
+  .venv-peers/bin/python tests/golden/make_hqq.py
 
 Element t (C order) of torch's [out, in] = [16, 128] is
 sin(0.7 t + 0.3) (0.5 + (37 t mod 101) / 101), rounded to float32. Groups of 64
@@ -41,6 +40,11 @@ def case(bits):
   }
 
 
+def make():
+  """Returns what the file holds."""
+  return [case(bits) for bits in (4, 3, 2)]
+
+
 if __name__ == "__main__":
   path = pathlib.Path(__file__).with_name("hqq.json")
-  path.write_text(json.dumps([case(bits) for bits in (4, 3, 2)], indent=1))
+  path.write_text(json.dumps(make(), indent=1))

@@ -1,7 +1,6 @@
 """Writes llm_int8.json: what bitsandbytes computes with outliers, on a CPU.
 
-  pip install --no-deps --target DIR bitsandbytes==0.50.2
-  PYTHONPATH=DIR .venv-peers/bin/python tests/golden/make_llm_int8.py
+  .venv-peers/bin/python tests/golden/make_llm_int8.py
 
 Element t (C order) of torch's [out, in] = [12, 32] weight, and of activations
 [5, 32], is sin(0.7 t + 0.3) (0.5 + (37 t mod 101) / 101) rounded to float16;
@@ -52,6 +51,11 @@ def case(threshold):
   return {"threshold": threshold, "columns": columns} | found
 
 
+def make():
+  """Returns what the file holds."""
+  return [case(6.0), case(0.0)]
+
+
 if __name__ == "__main__":
   path = pathlib.Path(__file__).with_name("llm_int8.json")
-  path.write_text(json.dumps([case(6.0), case(0.0)], indent=1))
+  path.write_text(json.dumps(make(), indent=1))

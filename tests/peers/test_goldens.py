@@ -1,9 +1,13 @@
 """The committed goldens are what their scripts make of the peers installed."""
 
 import json
+import pathlib
 
 import families
+import make_bnb4
 import make_gguf
+import make_hqq
+import make_llm_int8
 import make_models
 import make_peft
 import make_peft_full
@@ -96,6 +100,15 @@ def test_transformers_reads_the_same_weights_from_gguf(name):
     if key.startswith("w/"):
       got = state[key[2:]].numpy()
       np.testing.assert_allclose(got, value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("module", [make_bnb4, make_hqq, make_llm_int8])
+def test_packed_matrices(module):
+  """Codes, scales and tables, byte by byte."""
+  script = pathlib.Path(module.__file__)
+  name = script.stem.removeprefix("make_") + ".json"
+  want = json.loads(script.with_name(name).read_text())
+  assert json.loads(json.dumps(module.make())) == want
 
 
 def test_gguf_encodings():
