@@ -8,7 +8,8 @@ changes is their order in memory, and that a C++ kernel multiplies them
 
 import dataclasses
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -208,7 +209,8 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   A Transform. Packed matrices of a format that `fits`, and bfloat16 ones, are
   rewritten, also those under an adapter; experts and float32 stay as they are.
   Layers are unrolled: a scan over stacked panels would copy each before its
-  use.
+  use. Packed ones that do not fit are named in a warning: they are decoded as
+  they are used, which is slower.
   Queries, keys and values of a layer become one matrix, and so do gate and up,
   where they are of one kind and order and without adapters.
 
@@ -217,13 +219,17 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
     key: unused.
   """
   del key
+  left: dict[str, None] = {}
 
   def one(path: str, leaf: Any) -> Any:
     ndim = 3 if path.startswith("run") else 2
     if leaf.ndim != ndim:
       return leaf
     if isinstance(leaf, QTensor):
-      return from_qtensor(leaf) if fits(leaf) else leaf
+      if fits(leaf):
+        return from_qtensor(leaf)
+      left[_reason(leaf)] = None
+      return leaf
     if leaf.dtype == jnp.bfloat16 and _MATRIX.search(path):
       return from_array(leaf, -1 if _EMBED.search(path) else -2)
     return leaf
@@ -231,7 +237,27 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   def is_packed(x: Any) -> bool:
     return isinstance(x, QTensor)
 
-  return tree.unroll(_beside(tree.map_paths(one, params, is_leaf=is_packed)))
+  found = tree.map_paths(one, params, is_leaf=is_packed)
+  _tell(left)
+  return tree.unroll(_beside(found))
+
+
+def _reason(w: QTensor) -> str:
+  """Returns the name of what does not fit."""
+  return f"{w.format.name}{' with outliers' if w.outliers is not None else ''}"
+
+
+def _tell(names: Iterable[str]) -> None:
+  """Warns of packed matrices that no panel holds; Python says it once."""
+  names = ", ".join(sorted(names))
+  if names:
+    warnings.warn(
+      f"panels: no kernel for CPUs multiplies {names}; such matrices are "
+      "decoded for every product, several times slower than those of 4 bits "
+      "or of integers",
+      RuntimeWarning,
+      stacklevel=3,
+    )
 
 
 def _beside(part: Any) -> Any:

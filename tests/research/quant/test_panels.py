@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from research.nn import generate
 from research.quant import panels, qtensor
 from research.quant.formats import ggml
 from research.quant.formats.affine import Affine
+from research.quant.formats.fp8 import FP8
+from research.quant.formats.microscaling import Microscaling
 from research.quant.quantize import Quantize
 from tests import support
 from tests.research.quant.test_ggml import (
@@ -244,3 +247,47 @@ def test_text_from_panels_is_the_packed_models():
   want = generate.generate(model, params, prompts, 6)
   got = generate.generate(model, panels.to_panels(params), prompts, 6)
   assert got == want
+
+
+LEFT = {
+  "fp8-e4m3-channel": FP8(),
+  "mxfp8": Microscaling(element="e4m3"),
+  "mxfp6-e3m2": Microscaling(element="e3m2"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_does_not_fit_is_said_once_by_name(name):
+  model = support.model(tied=True, **SIZES)
+  params = Quantize(format=LEFT[name])(support.params(model))
+  with pytest.warns(RuntimeWarning) as told:
+    got = panels.to_panels(params)
+  told = [w for w in told if str(w.message).startswith("panels:")]
+  assert len(told) == 1 and f"multiplies {name};" in str(told[0].message)
+  assert isinstance(got["run0"]["layer0"]["mlp"]["up"], qtensor.QTensor)
+
+
+def test_nothing_is_said_of_what_fits():
+  model = support.model(tied=True, **SIZES)
+  params = Quantize(format=Affine(bits=4, block=16))(support.params(model))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "quantized_matmul")
+    panels.to_panels(params)
+    panels.to_panels(support.params(model))
+
+
+def test_outliers_are_said():
+  model = support.model(tied=True, **SIZES)
+  params = Quantize(format=Affine(bits=4, block=16))(support.params(model))
+  up = params["run0"]["layer0"]["mlp"]["up"]
+  *lead, _, outputs = up.shape
+  outliers = {
+    "rows": jnp.zeros((*lead, 1), jnp.int32),
+    "values": jnp.zeros((*lead, 1, outputs)),
+  }
+  params["run0"]["layer0"]["mlp"]["up"] = dataclasses.replace(
+    up, outliers=outliers
+  )
+  with pytest.warns(RuntimeWarning, match="int4-asym-g16 with outliers;"):
+    panels.to_panels(params)
