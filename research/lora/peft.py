@@ -19,6 +19,7 @@ from research.interop import hf, safetensors
 from research.lora import (
   base_note,
   peft_config,
+  peft_experts,
   peft_names,
   peft_naming,
   peft_tokens,
@@ -93,7 +94,10 @@ def open_adapter(
   methods |= peft_tokens.methods(fields, methods, model.tied, naming)
   base = peft_whole.base_weights(params, model, naming)
   everything = [w.module for w in base.values()]
-  validate.warn(fields.values, fields.where, list(modules.values()), everything)
+  stacks = peft_experts.stacks(fields, params, kind.from_fields(fields))
+  parameters = [stack.name for stack in stacks]
+  names = list(modules.values())
+  validate.warn(fields.values, fields.where, names, everything, parameters)
   whole = peft_whole.required(
     base,
     {modules[address] for address in methods},
@@ -111,14 +115,20 @@ def open_adapter(
   if model.tied and "embed" in methods:
     tensors = _without_copies(file, tensors, naming)
   tensors = _shared_once(file, tensors, methods, modules)
-  _check(file, tensors, methods, modules, params, whole)
+  experts = peft_experts.read(file, tensors, stacks)
+  taken = {key for stack in stacks for key in stack.shapes}
+  rest = {key: x for key, x in tensors.items() if key not in taken}
+  _check(file, rest, methods, modules, params, whole)
+  methods |= {p: s.method for s in stacks for p in s.addresses}
 
   live = []
 
   def make(paths, method, w):
     del method  # of all; a file may hold less for some
     each = [
-      _read(file, tensors, modules[p], methods[p], _one(w, k))
+      (experts[p], {})
+      if p in experts
+      else _read(file, tensors, modules[p], methods[p], _one(w, k))
       for k, p in enumerate(paths)
     ]
     rows = zip(paths, each, strict=True)

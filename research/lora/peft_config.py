@@ -27,7 +27,6 @@ TOKENS = "trainable_token_indices"
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 _OFF: dict[str, tuple[Any, ...]] = {
-  "target_parameters": (None, []),
   "layer_replication": (None, []),
   "lora_bias": (None, False),
 }
@@ -35,6 +34,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
 
 _LORA_ONLY: dict[str, tuple[Any, ...]] = {
   TOKENS: (None, [], {}),
+  "target_parameters": (None, []),
 }
 """Those that PEFT has for LoRA alone."""
 
@@ -220,7 +220,7 @@ def read_methods(
     a = match.by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
     own = usual.at(module, named).among(module, list(chosen.values()))
     out[path] = dataclasses.replace(own, rank=r, alpha=a)
-  if not out and not whole:
+  if not out and not whole and not fields.get("target_parameters"):
     raise fields.wrong("target_modules", "names of modules of the base model")
   return out
 

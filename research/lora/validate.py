@@ -41,6 +41,7 @@ def findings(
   config: Mapping[str, Any],
   modules: Sequence[str],
   everything: Sequence[str] = (),
+  parameters: Sequence[str] = (),
 ) -> list[Finding]:
   """Returns what is wrong with the rules of a configuration.
 
@@ -48,6 +49,7 @@ def findings(
     config: adapter_config.json, of any method.
     modules: names of the base's modules that can be adapted.
     everything: names of all of its modules, norms included.
+    parameters: names of those that target_parameters adapts.
   """
   # As in a file, where there are no tuples.
   held = {k: list(x) if isinstance(x, tuple) else x for k, x in config.items()}
@@ -59,6 +61,7 @@ def findings(
     return out
   chosen = [m for m in modules if targets.match(m)]
   adapted = [m for m in chosen if not peft_whole.not_adapted(m, whole)]
+  adapted += parameters
   out += _unused(targets, whole, modules, [*modules, *everything])
   for name in whole:
     hidden = [m for m in chosen if peft_whole.not_adapted(m, (name,))]
@@ -75,14 +78,15 @@ def warn(
   where: Any,
   modules: Sequence[str],
   everything: Sequence[str] = (),
+  parameters: Sequence[str] = (),
 ) -> None:
   """Warns of each rule that matches nothing, as PEFT does on loading.
 
   Args:
-    config, modules, everything: as for `findings`.
+    config, modules, everything, parameters: as for `findings`.
     where: the file, for the text.
   """
-  for found in findings(config, modules, everything):
+  for found in findings(config, modules, everything, parameters):
     if found.kind == "nothing":
       text = f"{where}: {found.field}: {found.rule!r} {found.text}"
       warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -107,6 +107,22 @@ CASES = {
     71,
   ),
   "peftfull_tokens_alone": Case("smollm2", dict(token_indices=[9, 3, 66])),
+  # Not of weights that are whole, but read alone: see test_peft_experts.
+  "peftexperts_both": Case(
+    "mixtral",
+    dict(
+      target_modules=["q_proj"],
+      target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+      rank_pattern={r"^model\.layers\.0\.mlp\.experts\.down_proj": 3},
+      alpha_pattern={r"layers\.2\.mlp\.experts\.gate_up_proj": 5},
+    ),
+  ),
+  "peftexperts_down": Case(
+    "mixtral",
+    dict(
+      target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj"]
+    ),
+  ),
   "peftfull_layers": Case(
     "llama",
     dict(
