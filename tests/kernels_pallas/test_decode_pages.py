@@ -106,12 +106,19 @@ def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
   # 7 tokens in two groups and pages, none, 4 in one group; 1 is nobody's.
   table = jnp.array([[2, 0], [-1, -1], [1, -1]], jnp.int32)
   where = table, jnp.array([20, 0, 6], jnp.int32), jnp.array([0, 7, 7, 11])
-  how = {"backend": "mosaic_tpu", "interpret": tpu_interpreter}
-  found = append_to_pages(held, k, v, *where, **how)
+  append = jax.jit(
+    lambda *where: append_to_pages(
+      held, k, v, *where, backend="mosaic_tpu", interpret=tpu_interpreter
+    )
+  )
+  found = append(*where)
   expected = append_to_pages(held, k, v, *where, backend="xla")
-  assert not interpret_pallas_call.races.races_found
   chex.assert_trees_all_equal(found, expected)
   assert np.asarray(found.kv != held.kv).any((1, 3)).sum() == 11
+  # With no token at all, a group is written all the same.
+  table, lens, starts = where
+  chex.assert_trees_all_equal(append(table, 0 * lens, 0 * starts), held)
+  assert not interpret_pallas_call.races.races_found
 
 
 def fails(message, *, q=None, pages=None, table=None, lens=None, starts=None,
