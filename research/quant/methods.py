@@ -55,6 +55,16 @@ class Method(Protocol):
     """
 
 
+@runtime_checkable
+class Parted(Method, Protocol):
+  """A method that keeps some rows in full precision, see `outlier_rows`."""
+
+  def apart(
+    self, ws: Sequence[Float[Array, "I O"]], seen: Seen | None, format: Format
+  ) -> tuple[list[Any], list[Any], Seen | None]:
+    """Returns (matrices and inputs without those rows, their outliers)."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nearest:
   """Each weight by itself: round to nearest.
@@ -278,13 +288,16 @@ def rounded(
 def _rounded(ws, seen, starts, format, method, compare, of):
   def one(ws, seen, starts):
     ws = [w.astype(jnp.float32) for w in ws]
-    parts, order, damping = method.parts(ws, seen, format, starts)
+    rest, outliers, left = ws, [None] * len(ws), seen
+    if isinstance(method, Parted):
+      rest, outliers, left = method.apart(ws, seen, format)
+    parts, order, damping = method.parts(rest, left, format, starts)
     packed, dense, measures = [], [], []
     for k, (w, part) in enumerate(zip(ws, parts, strict=True)):
       q = QTensor(
         part,
         order,
-        None,
+        outliers[k],
         format=format,
         inputs=w.shape[0],
         outputs=w.shape[1],
