@@ -1,9 +1,10 @@
 """Which tiles the attention kernels visit, counted inside them.
 
-Where indices decide, and where documents stand one by one: exactly those that
-hold a visible pair, once in each kernel. Segments in any order are bounded:
-a tile is visited where indices allow a pair and the least and the greatest
-segments of its queries and of its keys, padding apart, enclose a common one.
+Where indices decide, and where documents are numbered in order, rising or
+falling: exactly those that hold a visible pair, once in each kernel. Other
+segments are bounded: a tile is visited where indices allow a pair and the least
+and the greatest segments of its queries and of its keys, padding apart, enclose
+a common one.
 """
 
 import collections
@@ -165,7 +166,7 @@ def test_a_tpu_visits_no_tile_without_a_visible_pair(mask, backward):
 def test_a_tpu_visits_what_segments_allow():
   config = TPU["fused"]
   run = counted(config, [draw(2, N, 1, 4, seed=s) for s in range(3)])
-  # Ids may fall as well: keys before a query then have the greater ones.
+  # Where numbers fall, keys before a query have the greater ones.
   packed = np.stack([documents(11, 13, 6), 1 - documents(17, 13)])
   mask = Mask.causal(segments=jnp.asarray(packed, jnp.int32))
   assert run(mask) == once_each(config, with_a_pair(mask, N))
