@@ -18,6 +18,14 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.decode_attention import pages as paging
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
+from kernels_pallas.decode_attention.choice import BACKENDS, automatic
+from kernels_pallas.decode_attention.choice import choose as choose
+from kernels_pallas.decode_attention.mosaic_gpu import (
+  KEYS,
+  mosaic_gpu_decode,
+  refused,
+  splits_for,
+)
 from kernels_pallas.decode_attention.mosaic_tpu import (
   check_for_tpu,
   mosaic_tpu_decode,
@@ -31,11 +39,7 @@ from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.decode_attention.xla import xla_decode
 from kernels_pallas.lowering import accumulator, device
 
-BACKENDS = ("auto", "reference", "xla", "mosaic_tpu")
-
-CACHE = 16
-"""Of which a TPU's cache holds a multiple of tokens: rows of a register of
-bfloat16."""
+KERNELS = ("mosaic_tpu", "mosaic_gpu")
 
 TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 """Kinds of device whose two cores share the parallel steps of a kernel."""
@@ -75,7 +79,7 @@ def decode_attention(
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
     return_lse: Also return the natural log-sum-exp, sinks included.
-    backend: One of `BACKENDS`; for 'auto' see `choose`.
+    backend: One of `BACKENDS`; for 'auto' see `choice`.
     blocks: How the work is cut.
     interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
     precision: Of the matmuls, as in `jax.lax.dot`.
@@ -147,7 +151,7 @@ def paged_attention(
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
     return_lse: Also return the natural log-sum-exp, sinks included.
-    backend: One of `BACKENDS`; for 'auto' see `choose`.
+    backend: One of `BACKENDS`; for 'auto' see `choice`.
     blocks: How the work is cut.
     interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
     precision: Of the matmuls, as in `jax.lax.dot`.
@@ -173,26 +177,6 @@ def paged_attention(
   )
 
 
-def choose(dtype: Any, size: int | None = None) -> tuple[str, str]:
-  """What backend 'auto' stands for, and why.
-
-  The platform is that of the mesh that is set, which may be a topology to
-  compile for, else that of the default device.
-
-  Args:
-    dtype: Of the queries.
-    size: Tokens that a row's cache holds; None for pages, which have to fit.
-  """
-  platform, _ = device()
-  if platform != "tpu":
-    return "xla", f"there is no kernel for platform {platform} yet"
-  if dtype not in (jnp.bfloat16, jnp.float32):
-    return "xla", f"TPU kernels do not compute in {dtype}"
-  if size is not None and size % CACHE:
-    return "xla", f"TPU kernels take caches of multiples of {CACHE} tokens"
-  return "mosaic_tpu", "the program is for a TPU"
-
-
 def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
   """Checks what the two contracts share, and runs a backend."""
   T, N, H = q.shape
@@ -204,29 +188,40 @@ def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
     )
   if sinks is not None and sinks.shape != (N,):
     raise ValueError(f"sinks: found {sinks.shape}, expected {(N,)}")
-  if backend == "auto":
-    backend, _ = choose(q.dtype, held.size if rows.table is None else None)
   if backend not in BACKENDS:
     raise ValueError(
       f"backend: found {backend!r}, available here: {', '.join(BACKENDS)}"
     )
-  if interpret is not None and backend != "mosaic_tpu":
+  if interpret is not None and backend not in KERNELS:
     raise ValueError(
       f"interpret: found {interpret!r}, {backend} has no use for it"
     )
-  if backend == "reference":
-    o, lse = _reference(spec, q, held, rows)
+  if backend == "auto":
+    attend = functools.partial(_attend, spec, blocks, None)
+    o, lse = automatic(attend, q, held, rows, spec.precision)
   else:
-    p, tiling = works.prepare(spec, _blocks(blocks), q, held, rows)
-    decode = xla_decode
-    if backend == "mosaic_tpu":
-      check_for_tpu(p, interpret)
-      decode = functools.partial(mosaic_tpu_decode, interpret=interpret)
-    o, lse = works.untile(p, tiling, rows, T, *decode(p))
+    o, lse = _attend(spec, blocks, interpret, backend, device(), q, held, rows)
   if sinks is not None:
     o, lse = add_sinks(o, lse, sinks)
   o = o.astype(q.dtype)
   return (o, lse) if return_lse else o
+
+
+def _attend(spec, blocks, interpret, backend, place, q, held, rows):
+  """What a backend finds, without sinks, in the accumulator dtype."""
+  if backend == "reference":
+    return _reference(spec, q, held, rows)
+  if backend == "mosaic_gpu":
+    _check_for_gpu(spec, q, held)
+  blocks = _blocks(blocks, backend, place, q, held, rows)
+  p, tiling = works.prepare(spec, blocks, q, held, rows)
+  decode = xla_decode
+  if backend == "mosaic_gpu":
+    decode = functools.partial(mosaic_gpu_decode, interpret=interpret)
+  if backend == "mosaic_tpu":
+    check_for_tpu(p, interpret)
+    decode = functools.partial(mosaic_tpu_decode, interpret=interpret)
+  return works.untile(p, tiling, rows, q.shape[0], *decode(p))
 
 
 def _reference(spec, q, held, rows):
@@ -259,12 +254,22 @@ def _spec(H, scale, softcap, window, precision) -> Spec:
   return Spec(scale, softcap, window, precision)
 
 
-def _blocks(blocks: Blocks | None) -> Blocks:
+def _check_for_gpu(spec, q, held) -> None:
+  reason = refused("", q.dtype, held, spec.precision)
+  if reason is not None:
+    raise ValueError(f"mosaic_gpu: {reason}; backend='xla' takes it")
+
+
+def _blocks(blocks: Blocks | None, backend, place, q, held, rows) -> Blocks:
   """The sizes asked for, or those that fit the device."""
-  platform, kind = device()
-  cores = 2 if platform == "tpu" and kind in TWO_CORES else 1
-  if blocks is None:
-    blocks = Blocks()
+  (platform, kind), blocks = place, blocks or Blocks()
+  splits = 2 if platform == "tpu" and kind in TWO_CORES else 1
+  if backend == "mosaic_gpu":
+    # The kernel cuts a run of keys as it likes: fine blocks make equal runs.
+    blocks = dataclasses.replace(blocks, keys=min(blocks.keys, KEYS))
+    width = 1 if rows.table is None else rows.table.shape[1]
+    pieces = min(q.shape[0], rows.kv_lens.shape[0]) * works.heads_of(held)[0]
+    splits = splits_for(pieces, held.size * width)
   if blocks.splits is None:
-    blocks = dataclasses.replace(blocks, splits=cores)
+    blocks = dataclasses.replace(blocks, splits=splits)
   return blocks
