@@ -108,7 +108,7 @@ CASES = {
   ),
   "peftfull_tokens_alone": Case("smollm2", dict(token_indices=[9, 3, 66])),
   # Not of weights that are whole, but read alone: see test_peft_experts.
-  "peftexperts_both": Case(
+  "experts_lora_both": Case(
     "mixtral",
     dict(
       target_modules=["q_proj"],
@@ -117,7 +117,7 @@ CASES = {
       alpha_pattern={r"layers\.2\.mlp\.experts\.gate_up_proj": 5},
     ),
   ),
-  "peftexperts_down": Case(
+  "experts_lora_down": Case(
     "mixtral",
     dict(
       target_modules=[], target_parameters=["layers.1.mlp.experts.down_proj"]

@@ -13,7 +13,7 @@ from research.lora import peft, peft_config, peft_experts, peft_write, wrap
 from research.typing import UserError
 from tests.support_peft import MODELS, loaded, logits, relative
 
-CASES = sorted(p.name for p in MODELS.glob("peftexperts_*"))
+CASES = sorted(p.name for p in MODELS.glob("experts_lora_*"))
 
 
 def thin(w):
@@ -38,7 +38,7 @@ def test_logits_are_pefts(name):
 
 
 def test_each_stack_has_its_rank_and_alpha():
-  found = wrap.adapters(loaded("peftexperts_both").params, thin)
+  found = wrap.adapters(loaded("experts_lora_both").params, thin)
   got = {
     path: (w.method.rank, w.method.alpha)
     for path, w in found.items()
@@ -52,7 +52,7 @@ def test_each_stack_has_its_rank_and_alpha():
   want["layers/0/mlp/experts/down"] = (3, 12.0)
   want |= {f"layers/2/mlp/experts/{p}": (4, 5.0) for p in ("gate", "up")}
   assert got == want
-  found = wrap.adapters(loaded("peftexperts_down").params, thin)
+  found = wrap.adapters(loaded("experts_lora_down").params, thin)
   assert set(found) == {"layers/1/mlp/experts/down"}
 
 
@@ -79,7 +79,7 @@ def test_factors_are_those_of_the_specification():
 
 
 def changed(tmp_path, fields=None, tensors=None):
-  path = shutil.copytree(MODELS / "peftexperts_down", tmp_path / "a")
+  path = shutil.copytree(MODELS / "experts_lora_down", tmp_path / "a")
   file = path / peft_config.CONFIG
   file.write_text(json.dumps(json.loads(file.read_text()) | (fields or {})))
   if tensors:
@@ -119,6 +119,6 @@ def test_what_does_not_fit(tmp_path, fields, tensors, said):
 
 
 def test_none_is_written(tmp_path):
-  it = loaded("peftexperts_down")
+  it = loaded("experts_lora_down")
   with pytest.raises(UserError, match="no name for an adapter on stacked exp"):
     peft_write.save_adapter(tmp_path, it.params, it.model, "x")
