@@ -19,7 +19,7 @@ import numpy as np
 from kernels_pallas.quantized_matmul import api, cpu
 from kernels_pallas.quantized_matmul import panels as layout
 from research import tree, weights
-from research.quant import products
+from research.quant import kernel_codes, planes, products
 from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -143,24 +143,8 @@ def fits(w: QTensor) -> bool:
   """
   if w.outliers is not None:
     return False
-  plain = jax.eval_shape(lambda w: w.plain().scale, w)
-  group = w.inputs // plain.shape[-2]
-  return _bits(w) is not None and group % (32 // _bits(w)) == 0
-
-
-def _bits(w: QTensor) -> int | None:
-  """Returns how wide a code is in panels, None if none is wide enough."""
-  found = {}
-
-  def look(w):
-    plain = w.plain()
-    found.update(bits=plain.bits, codebook=plain.codebook)
-    return plain.codes
-
-  jax.eval_shape(look, w)
-  if found["bits"] <= 4:
-    return 4
-  return 8 if found["codebook"] is None else None
+  bits, group = kernel_codes.bits(w), kernel_codes.group(w)
+  return bits is not None and group % (32 // bits) == 0
 
 
 @jax.jit
@@ -170,31 +154,9 @@ def from_qtensor(w: QTensor) -> PanelTensor:
   Numbers are those before they are rounded to a dtype of 16 bits; a zero that
   differs by group becomes an offset, rounded once in float32.
   """
-  plain = w.plain()
-  one = isinstance(plain.zero, float)
-  codes, offset, book = plain.codes, plain.offset, layout.AFFINE
-  if not one:
-    offset = plain.shift()
-  if plain.bits <= 4:
-    if plain.codebook is not None:
-      book = tuple(plain.codebook)
-    book = tuple(code - plain.zero for code in book) if one else book
-    book += (0.0,) * (16 - len(book))
-  elif codes.dtype == jnp.uint8:
-    # Codes of 8 bits are signed there; what was taken off is in the offset.
-    least = int(plain.zero) if one else 128
-    if plain.bits == 8 and least != 128:
-      raise ValueError(f"a zero of {least} does not fit codes of 8 bits")
-    codes = (codes.astype(jnp.int16) - least).astype(jnp.int8)
-    if not one:
-      offset = offset + least * plain.scale.astype(jnp.float32)
-  packed = layout.pack(
-    codes, plain.scale, offset, group=plain.group, codebook=book
-  )
-  source = None
-  if w.order is not None:
-    source = jnp.argsort(w.order, axis=-1).astype(jnp.int32)
-  return PanelTensor(packed, source, w.axis)
+  codes, scale, offset, rest = kernel_codes.normal(w)
+  packed = layout.pack(codes, scale, offset, **rest)
+  return PanelTensor(packed, kernel_codes.source_of(w), w.axis)
 
 
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
@@ -292,12 +254,19 @@ def _alike(sources: Sequence[Any]) -> bool:
 def decoding(params: Params) -> Params:
   """Returns `params` in panels where this process decodes faster so.
 
-  That is on CPU, on one device, with a C++ compiler; elsewhere `params`.
+  That is on CPU, on one device, with a C++ compiler. On a TPU or a Hopper GPU,
+  alone as well, packed matrices become planes (`research.quant.planes`).
+  Elsewhere it is `params`.
   """
-  if jax.default_backend() != "cpu" or jax.process_count() > 1:
-    return params
   leaves = jax.tree.leaves(params)
-  if any(len(x.devices()) > 1 for x in leaves if isinstance(x, jax.Array)):
+  many = jax.process_count() > 1 or any(
+    len(x.devices()) > 1 for x in leaves if isinstance(x, jax.Array)
+  )
+  if many:
+    return params
+  if planes.has_kernel():
+    return planes.to_planes(params)
+  if jax.default_backend() != "cpu":
     return params
   if all(x.dtype == jnp.float32 for x in leaves) or not cpu.available():
     return params

@@ -1,0 +1,174 @@
+"""Weights that TPUs and Hopper GPUs decode in their kernels: planes as a leaf.
+
+`kernels_pallas.quantized_matmul.planar` puts codes in the order in which a
+register decodes them, so that the product reads packed bits alone. As panels do
+for CPUs, `to_planes` rewrites a tree once, before text is generated, each
+layer's matrices in arrays of their own.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.quantized_matmul import api, mosaic_gpu, planar
+from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
+from research import tree, weights
+from research.quant import kernel_codes, products
+from research.quant.qtensor import QTensor
+from research.typing import Array, Float, Int, Params, PRNGKey
+
+GROUPS = (16, 32, 64)
+"""Groups below a block of inputs that a register has whole."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlanarTensor:
+  """A matrix in planes; frozen: no gradient reaches its parts.
+
+  Attributes:
+    planes: `[..., I, O]` as stored.
+    source: int32 `[..., I]` or None: the matrix' row that each stored row is.
+    axis: -2 if that is the logical order, -1 if its transpose is.
+  """
+
+  planes: Planar
+  source: Any = None
+  axis: int = dataclasses.field(default=-2, metadata=dict(static=True))
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    *lead, inputs, outputs = self.planes.shape
+    last = (inputs, outputs) if self.axis == -2 else (outputs, inputs)
+    return (*lead, *last)
+
+  @property
+  def ndim(self) -> int:
+    return len(self.planes.shape)
+
+  @property
+  def dtype(self) -> Any:
+    return np.dtype(jnp.float32)
+
+  def stored(self) -> Float[Array, "... I O"]:
+    """Returns the decoded matrix `[I, O]`."""
+    w = planar.dense(self.planes)
+    if self.source is None:
+      return w
+    order = jnp.argsort(self.source, axis=-1)
+    return jnp.take_along_axis(w, order[..., None], axis=-2)
+
+  def dense(self) -> Float[Array, "..."]:
+    """Returns the matrix."""
+    stored = self.stored()
+    return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, w)`, by the kernel where `I` is summed over."""
+    left, w, out = eq.replace("->", ",").split(",")
+    if self.axis == -1:
+      w = w[:-2] + w[-1] + w[-2]
+    if len(w) == 2 and left[-1] == w[0] and out == left[:-1] + w[1]:
+      if self.source is not None:
+        x = jnp.take(x, self.source, axis=-1, unique_indices=True)
+      return api.quantized_matmul(x, self.planes)
+    stored = f"{left},{w}->{out}"
+    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns rows of an embedding; only those are decoded."""
+    if self.axis == -2:
+      return jnp.take(self.dense(), ids, axis=0)
+    some = jax.tree.map(
+      lambda x: jnp.take(x, ids.reshape(-1), axis=-1), self.planes
+    )
+    some = dataclasses.replace(some, outputs=ids.size)
+    found = dataclasses.replace(self, planes=some).dense()
+    return found.reshape(*ids.shape, found.shape[-1])
+
+  def ragged_dot(
+    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
+  ) -> Float[Array, "T O"]:
+    """Returns each row of `x` times its expert's matrix."""
+    return products.ragged_dot(x, self, sizes, self.axis)
+
+  def axes(self, names: tuple[str | None, ...]) -> "PlanarTensor":
+    """Planes keep the names of inputs and outputs."""
+    *lead, first, second = names
+    stored = (first, second) if self.axis == -2 else (second, first)
+    planes = jax.tree.map(
+      lambda part: weights.axes(part, (*lead, *stored)), self.planes
+    )
+    source = weights.axes(self.source, (*lead, None))
+    return dataclasses.replace(self, planes=planes, source=source)
+
+  def bind(
+    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
+  ) -> "PlanarTensor":
+    """Returns itself: nothing here depends on the batch."""
+    return self
+
+
+def has_kernel() -> bool:
+  """Whether programs of this process are for a device with these kernels."""
+  return jax.default_backend() == "tpu" or mosaic_gpu.is_for()
+
+
+def fits(w: QTensor, gpu: bool = False) -> bool:
+  """Whether the kernels multiply what `w` holds.
+
+  Args:
+    w: a packed matrix.
+    gpu: for Hopper, whose kernels look nothing up: even grids alone.
+  """
+  if w.outliers is not None or kernel_codes.bits(w) is None:
+    return False
+  group = kernel_codes.group(w)
+  whole = group in GROUPS or group % BLOCK == 0 or group == w.inputs
+  if not whole or not gpu:
+    return whole
+  found = {}
+  jax.eval_shape(lambda w: found.update(book=w.plain().codebook), w)
+  return found["book"] is None
+
+
+@functools.partial(jax.jit, static_argnames="gpu")
+def from_qtensor(w: QTensor, gpu: bool = False) -> PlanarTensor:
+  """Returns a packed matrix that `fits`, 8 bits in words where for a GPU."""
+  codes, scale, offset, rest = kernel_codes.normal(w)
+  planes = planar.pack(codes, scale, offset, **rest)
+  if gpu:
+    planes = planar.in_words(planes)
+  return PlanarTensor(planes, kernel_codes.source_of(w), w.axis)
+
+
+def to_planes(
+  params: Params, key: PRNGKey | None = None, gpu: bool | None = None
+) -> Params:
+  """Returns `params` with packed matrices in planes, layer by layer.
+
+  A Transform. What does not fit, experts, and what is not packed stay as they
+  are; layers are unrolled, since a scan would copy each matrix before its use.
+
+  Args:
+    params: of a Transformer.
+    key: unused.
+    gpu: whether for a Hopper GPU; None for what this process runs on.
+  """
+  del key
+  gpu = mosaic_gpu.is_for() if gpu is None else gpu
+
+  def one(path: str, leaf: Any) -> Any:
+    ndim = 3 if path.startswith("run") else 2
+    if not is_packed(leaf) or leaf.ndim != ndim or not fits(leaf, gpu):
+      return leaf
+    return from_qtensor(leaf, gpu)
+
+  def is_packed(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+  return tree.unroll(tree.map_paths(one, params, is_leaf=is_packed))
