@@ -54,7 +54,7 @@ def merged(
 
   def again(path: str, w: Any) -> Any:
     base = _base(w)
-    if base is w or not isinstance(base, QTensor):
+    if base is w or not hasattr(base, "parts"):
       return wrap.merge({path: w})[path]
     return _packed_as(base, wrap.merge({path: w})[path], path)
 
