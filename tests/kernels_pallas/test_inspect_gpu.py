@@ -134,8 +134,13 @@ SPILLS = {
   ("h100", gpu.FEATURES, 64): {"forward": 4, "dq": 312},
   ("h100", gpu.FEATURES, 128): {"forward": 56, "dkdv": 236},
   ("h100", gpu.FEATURES, 256): {"forward": 88, "dk": 56, "dq": 36},
+  ("h100", ("softcap",), 128): {"dkdv": 32},
+  ("h100", ("dropout",), 128): {"forward": 32},
   ("h100", SOME, 128): {"forward": 32, "dkdv": 216},
   ("h100", SOME, 256): {"forward": 52, "dk": 56, "dq": 144},
+  ("a100", SOME, 256): {"forward": 136, "dk": 28},
+  ("a100", gpu.FEATURES, 128): {"dq": 8},
+  ("a100", gpu.FEATURES, 256): {"forward": 284, "dq": 36},
 }
 
 
