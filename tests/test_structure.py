@@ -324,7 +324,9 @@ def test_every_import_is_declared():
   """What our code imports is the standard library, ours, or in setup.cfg."""
   names = {"absl": "absl-py", "gin": "gin-config", "orbax": "orbax-checkpoint"}
   # Optional ones are imported inside functions, behind a clear error.
-  optional = {"huggingface_hub", "mpl_toolkits", "google", "tokamax"}
+  optional = {
+    "huggingface_hub", "mpl_toolkits", "google", "tokamax", "flash_attn_jax"
+  }  # fmt: skip
   known = _distributions(_requirements()) | {"jaxlib"}
   missing = {}
   for path, text in _sources():
