@@ -70,7 +70,7 @@ def test_the_estimate_is_of_the_bound(loaded):
     for s in range(32)
   ]
   error = np.std(drawn, ddof=1) / np.sqrt(len(drawn))
-  assert 0 < error and abs(np.mean(drawn) + want) < 4 * error
+  assert error > 0 and abs(np.mean(drawn) + want) < 4 * error
 
 
 def test_a_single_token_takes_one_exact_sample(loaded):
