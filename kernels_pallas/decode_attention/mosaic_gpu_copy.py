@@ -64,35 +64,36 @@ def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
 def fetch(
   interpreted: bool,
   x: Source,
-  refs: tuple[Any, Any],
-  target: Any,
+  table: Any,
+  copies: list[tuple[Any, Any, Any]],
   where: tuple[Any, ...],
 ) -> None:
-  """Starts the copy of a tile; `commit` ends a group of them.
+  """Starts copies of a tile's rows; `commit` ends a group of them.
 
   Args:
     interpreted: Whether to assign.
     x: Where tokens lie.
-    refs: The array of rows and the table, which may be anything without one.
-    target: [tile, n] in shared memory.
-    where: (row, head, first token, first column, begin, end): tokens outside
-      [begin, end) are zeros.
+    table: Reference, which may be anything where none is needed.
+    copies: Of each the array of rows, the first of its columns to copy, and
+      [tile, n] in shared memory.
+    where: (row, head, first token, begin, end): tokens outside [begin, end)
+      are zeros.
   """
   if interpreted:
-    _assign(x, refs, target, where)
+    for lines, column, target in copies:
+      _assign(x, table, lines, column, target, where)
     return
   scalar = plgpu.Layout.WG_SPLAT(())
+  one = plgpu.RefType(), scalar, plgpu.RefType(TRANSFORMS)
 
   @plgpu.inline_mgpu(
-    arg_types=(
-      plgpu.RefType(), plgpu.RefType(), plgpu.RefType(TRANSFORMS),
-      *[scalar] * len(where),
-    )
-  )  # fmt: skip
-  def copy(_, lines, table, into, *scalars):
-    _copy(x, lines, table, into, [s.registers.item() for s in scalars])
+    arg_types=(plgpu.RefType(), [one] * len(copies), [scalar] * len(where))
+  )
+  def copy(_, table, copies, where):
+    _copy(x, table, copies, [s.registers.item() for s in where])
 
-  copy(*refs, target, *map(jnp.int32, where))
+  each = [(a, jnp.int32(n), b) for a, n, b in copies]
+  copy(table, each, [jnp.int32(n) for n in where])
 
 
 def commit(interpreted: bool) -> None:
@@ -156,17 +157,16 @@ def part(interpreted: bool, parts: int) -> Any:
   return run()
 
 
-def _copy(x: Source, lines, table, into, scalars):
-  """The instructions of a thread."""
-  row, head, first, column, begin, end = scalars
-  i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-  width = ir.MemRefType(lines.type).shape[1] * 2
-  high, wide, _, _ = ir.MemRefType(into.type).shape[-4:]
-  tile, across = high * LINES, wide * LINES
-  space = llvm.PointerType.get(address_space=1)
-  source = llvm.addrspacecast(space, mgpu.utils.memref_ptr(lines))
-  target = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(into))
+def _copy(x: Source, table, copies, where):
+  """The instructions of a thread: rows, then of each the chunks of copies."""
+  row, head, first, begin, end = where
+  shapes = [ir.MemRefType(into.type).shape[-4:] for _, _, into in copies]
+  tile, across = (
+    shapes[0][0] * LINES,
+    [wide * LINES for _, wide, _, _ in shapes],
+  )
   thread = arith.remui(mgpu.utils.thread_idx(), _i32(THREADS))
+  last = arith.maxsi(arith.subi(end, _i32(1)), _i32(0))
 
   def page(token):
     place = _add(_mul(row, x.width), arith.divui(token, _i32(x.size)))
@@ -176,52 +176,81 @@ def _copy(x: Source, lines, table, into, scalars):
   once = None
   if x.width is not None and x.size % tile == 0:
     # A tile begins at a multiple of itself: no page ends within it.
-    once = page(_least(first, arith.subi(end, _i32(1))))
-  for n in range(tile * across // THREADS):
-    index = _add(thread, _i32(n * THREADS))
-    r, c = arith.divui(index, _i32(across)), arith.remui(index, _i32(across))
-    token = _add(first, r)
-    inside = arith.andi(
-      arith.cmpi(arith.CmpIPredicate.sge, token, begin),
-      arith.cmpi(arith.CmpIPredicate.slt, token, end),
-    )
-    token = arith.select(inside, token, begin)
+    once = page(arith.minsi(first, last))
+
+  def line(token):
     if x.width is None:
-      line = _add(_mul(row, x.size), token)
-    else:
-      place = page(token) if once is None else once
-      line = _mul(_add(place, head), x.size)
-      line = _add(line, arith.remui(token, _i32(x.size)))
-    offset = arith.muli(arith.extui(i64, line), arith.constant(i64, width))
-    more = _add(_mul(column, 2), _mul(c, CHUNK))
-    offset = arith.addi(offset, arith.extui(i64, more))
-    inner, outer = arith.remui(r, _i32(LINES)), arith.divui(r, _i32(LINES))
-    block = _add(_mul(outer, wide), arith.divui(c, _i32(LINES)))
-    place = arith.xori(arith.remui(c, _i32(LINES)), inner)
-    at = _add(_mul(block, LINES), inner)
-    at = _add(_mul(at, SWIZZLE), _mul(place, CHUNK))
-    read = arith.select(inside, _i32(CHUNK), _i32(0))
-    base = arith.addi(llvm.ptrtoint(i64, source), offset)
-    llvm.inline_asm(
-      ir.Type.parse("!llvm.void"),
-      [_add(target, at), base, read],
-      "cp.async.cg.shared.global [$0], [$1], 16, $2;",
-      "r,l,r,~{memory}",
-      has_side_effects=True,
-    )
+      return _add(_mul(row, x.size), token)
+    place = page(token) if once is None else once
+    at = arith.remui(token, _i32(x.size))
+    return _add(_mul(_add(place, head), x.size), at)
+
+  starts = [
+    _start(*one, thread, n) for one, n in zip(copies, across, strict=True)
+  ]
+  for n in range(tile * max(across) // THREADS):
+    found = None
+    for one, wide in zip(starts, across, strict=True):
+      if n >= tile * wide // THREADS:
+        continue
+      if found is None or wide != across[0]:
+        r = arith.divui(_add(thread, _i32(n * THREADS)), _i32(wide))
+        token = _add(first, r)
+        inside = arith.andi(
+          arith.cmpi(arith.CmpIPredicate.sge, token, begin),
+          arith.cmpi(arith.CmpIPredicate.slt, token, end),
+        )
+        # A row that is not read has the address of one that is.
+        found = line(arith.select(inside, token, last))
+        read = arith.select(inside, _i32(CHUNK), _i32(0))
+      _issue(one, found, r, read)
 
 
-def _assign(x: Source, refs, target, where):
+def _start(lines, column, into, thread, across):
+  """Of a thread's copies: addresses, bytes of a line, its chunk, tiles."""
+  i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+  space = llvm.PointerType.get(address_space=1)
+  source = llvm.addrspacecast(space, mgpu.utils.memref_ptr(lines))
+  # THREADS is a multiple of a row's chunks: a thread copies one column.
+  chunk = arith.remui(thread, _i32(across))
+  offset = _add(_mul(column.registers.item(), 2), _mul(chunk, CHUNK))
+  source = arith.addi(
+    llvm.ptrtoint(i64, source), arith.extui(i64, offset)
+  )  # fmt: skip
+  target = llvm.ptrtoint(i32, mgpu.utils.memref_ptr(into))
+  width = ir.MemRefType(lines.type).shape[1] * 2
+  return source, target, width, chunk, across // LINES
+
+
+def _issue(one, line, r, read):
+  """One instruction: 16 bytes of a line to row r of a tile."""
+  source, target, width, chunk, wide = one
+  i64 = ir.IntegerType.get_signless(64)
+  offset = arith.muli(arith.extui(i64, line), arith.constant(i64, width))
+  inner, outer = arith.remui(r, _i32(LINES)), arith.divui(r, _i32(LINES))
+  block = _add(_mul(outer, wide), arith.divui(chunk, _i32(LINES)))
+  place = arith.xori(arith.remui(chunk, _i32(LINES)), inner)
+  at = _add(_mul(block, LINES), inner)
+  at = _add(_mul(at, SWIZZLE), _mul(place, CHUNK))
+  llvm.inline_asm(
+    ir.Type.parse("!llvm.void"),
+    [_add(target, at), arith.addi(source, offset), read],
+    "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+    "r,l,r,~{memory}",
+    has_side_effects=True,
+  )
+
+
+def _assign(x: Source, table, lines, column, target, where):
   """The copy as the interpreter runs it."""
-  row, head, first, column, begin, end = where
-  lines, table = refs
+  row, head, first, begin, end = where
   tile, n = target.shape
   # Runs of rows that lie together; those that are not read are any others.
   found, step = [], tile if x.width is None else math.gcd(tile, x.size)
   for at in range(0, tile, step):
     line = row * x.size + first + at
     if x.width is not None:
-      token = jnp.clip(first + at, begin, jnp.maximum(end - 1, begin))
+      token = jnp.minimum(first + at, jnp.maximum(end - 1, 0))
       place = table[row * x.width + lax.div(token, jnp.int32(x.size))]
       line = (place * x.stride + head) * x.size
       line += lax.rem(first + at, jnp.int32(x.size))
@@ -243,7 +272,3 @@ def _add(a, b):
 
 def _mul(a, b: int):
   return arith.muli(a, _i32(b))
-
-
-def _least(a, b):
-  return arith.minsi(a, b)

@@ -125,13 +125,15 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
 
   def fetch(n):
     slot = lax.rem(n, jnp.int32(p.stages))
-    for name, (scale, shift) in zip("kv", p.columns, strict=True):
-      where = row, head, first + n * p.keys, head * scale + shift, begin, end
-      lines = refs[name], refs["table"]
-      copy.fetch(interpreted, p.source, lines, smem[name].at[slot], where)
+    copies = [
+      (refs[name], head * scale + shift, smem[name].at[slot])
+      for name, (scale, shift) in zip("kv", p.columns, strict=True)
+    ]
+    where = row, head, first + n * p.keys, begin, end
+    copy.fetch(interpreted, p.source, refs["table"], copies, where)
     copy.commit(interpreted)
 
-  _fetch_queries(p, interpreted, refs["q"], smem["q"], (entry, head, block))
+  _fetch_queries(p, interpreted, refs, smem["q"], (entry, head, block))
   for n in range(p.stages - 1):
     fetch(jnp.int32(n))
   low, high = (
@@ -169,15 +171,15 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
   )  # fmt: skip
 
 
-def _fetch_queries(p, interpreted, ref, target, where):
+def _fetch_queries(p, interpreted, refs, target, where):
   """The block's queries."""
   entry, head, block = where
   _, items, K, blocks, _, _ = p.dims
   item = lax.rem(entry, jnp.int32(items))
   start = ((item * K + head) * blocks + block) * p.rows
-  where = 0, 0, start, 0, start, start + p.rows
-  own = copy.Source(p.rows, None, 1)
-  copy.fetch(interpreted, own, (ref, ref), target, where)
+  where = 0, 0, start, start, start + p.rows
+  own, copies = copy.Source(p.rows, None, 1), [(refs["q"], 0, target)]
+  copy.fetch(interpreted, own, refs["table"], copies, where)
 
 
 def _scores(p, interpreted, part, q, k):

@@ -236,7 +236,7 @@ def _work(spec, cut, tiling, rows):
   splits, unit, block, room = cut
   starts, lens = rows.starts, rows.kv_lens
   item = jnp.arange(tiling.items, dtype=jnp.int32)
-  row = jnp.searchsorted(tiling.ends, item, side="right")
+  row = ragged.ended(tiling.ends, item)
   live = row < lens.shape[0]
   row = jnp.minimum(row, lens.shape[0] - 1).astype(jnp.int32)
   before = tiling.ends[row] - _tiles(rows, tiling.queries)[row]

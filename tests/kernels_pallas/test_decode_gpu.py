@@ -13,8 +13,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.decode_attention.api import (
+  choose,
   decode_attention,
+  paged_attention,
 )
+from kernels_pallas.decode_attention.mosaic_gpu import splits_for
+from kernels_pallas.decode_attention.pages import Pages, empty_pages
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_decode import draw
 
@@ -56,16 +60,15 @@ def naive(q, k, v, lengths, window, softcap, sinks):
   return jnp.einsum("bns,bsnh->bnh", p.astype(q.dtype), v)
 
 
-LENGTHS = np.array([150, 0, 1, 77], np.int32)
+LENGTHS = np.array([150, 0, 77], np.int32)
 CASES = {
-  "plain": {},
-  "heads_alone": {"N": 2},
-  "groups_of_three_window": {"N": 6, "window": 70, "splits": 4},
-  "groups_of_eight_sinks": {"N": 16, "sinks": True, "splits": 4},
+  "heads_alone": {"N": 2, "K": 2},
+  "groups_of_three_window": {"N": 6, "K": 2, "window": 70},
+  "groups_of_eight_sinks": {"N": 8, "sinks": True, "splits": 4},
   "softcap_wide_values": {"softcap": 2.0, "Hv": 128, "splits": 2},
-  "wide": {"H": 256, "Hv": 256, "K": 1, "window": 33},
-  "two_parts": {"N": 24, "K": 1, "splits": 3, "dtype": jnp.float16},
-  "one_part": {"N": 80, "K": 1, "window": 100, "softcap": 3.0},
+  "wide": {"H": 256, "Hv": 256, "window": 33},
+  "two_parts": {"N": 24, "dtype": jnp.float16},
+  "one_part": {"N": 80, "window": 100, "softcap": 3.0},
 }
 
 
@@ -73,7 +76,7 @@ CASES = {
 def test_a_token_a_row_from_a_cache(gpu, name):
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-  case = {"N": 4, "K": 2, "H": 64, "Hv": 64, "window": None, "softcap": None,
+  case = {"N": 4, "K": 1, "H": 64, "Hv": 64, "window": None, "softcap": None,
           "sinks": False, "splits": 1, "dtype": jnp.bfloat16}  # fmt: skip
   case |= CASES[name]
   N, K, H, Hv, dtype = (case[x] for x in ("N", "K", "H", "Hv", "dtype"))
@@ -100,3 +103,114 @@ def test_a_token_a_row_from_a_cache(gpu, name):
   rough = naive(q, k, v, x[3], case["window"], case["softcap"], sinks)
   assert found[0].dtype == dtype and np.all(np.asarray(found[0][1]) == 0)
   close(found, exact, rough)
+
+
+# (page, H, Hv, tokens of an item): pages of a part of a tile, of some tiles,
+# and of neither; a token a row, and prompts.
+PAGED = {
+  "small": (16, 64, 64, 1, None),
+  "neither": (96, 64, 128, 1, 60),
+  "several_tiles": (128, 64, 64, 8, 100),
+}
+
+
+@pytest.mark.parametrize("name", PAGED)
+def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+  size, H, Hv, queries, window = PAGED[name]
+  lens = np.array([150, 0, 12, 200], np.int32)
+  starts = np.array([0, 1, 2, 14, 17], np.int32)
+  new, width, count = np.diff(starts), -(-200 // size), 4 * -(-200 // size)
+  order = np.random.default_rng(0).permutation(count)
+  alive, table = np.zeros((count, size), bool), np.full((4, width), -9)
+  for row, n in enumerate(lens):
+    low = max(0, n - new[row] - window + 1) if window else 0
+    for token in range(low, n):
+      page = table[row, token // size] = order[row * width + token // size]
+      alive[page, token % size] = True
+  q = draw(18, 4, H).astype(jnp.bfloat16)  # the last is nobody's
+  kv = draw(count, 2, size, H + Hv, seed=1).astype(jnp.bfloat16)
+  where = [jnp.asarray(x, jnp.int32) for x in (table, lens, starts)]
+
+  def run(q, kv, **options):
+    return paged_attention(
+      q, Pages(kv, None, H), *where, window=window, return_lse=True, **options
+    )
+
+  exact, rough = (
+    run(*(x.astype(t) for x in (q, kv)), backend="reference")
+    for t in (jnp.float32, jnp.bfloat16)
+  )
+  found = run(
+    q, jnp.where(alive[:, None, :, None], kv, jnp.nan), interpret=gpu,
+    backend="mosaic_gpu", blocks=Blocks(queries=queries, splits=2),
+  )  # fmt: skip
+  assert not interpret_pallas_call.get_races().races_found
+  empty = np.flatnonzero(np.all(np.isneginf(found[1]), axis=1))
+  assert empty.tolist() == [1, 17] and not np.any(found[0][empty])
+  # The reference's sums are float32's: its output alone is rounded.
+  chex.assert_trees_all_close(found[1], exact[1], rtol=1e-5, atol=1e-5)
+  error = jnp.abs(found[0].astype(jnp.float32) - exact[0]).max()
+  assert error <= 3 * jnp.abs(rough[0].astype(jnp.float32) - exact[0]).max()
+
+
+def test_what_the_kernel_does_not_compute_is_refused():
+  q, k = draw(1, 2, 64), draw(1, 16, 1, 64)
+  lengths, half = jnp.array([3]), jnp.bfloat16
+
+  def fails(message, q, k, **options):
+    with pytest.raises(ValueError, match=message):
+      decode_attention(q, k, k, lengths, backend="mosaic_gpu", **options)
+
+  fails("found float32.*backend='xla'", q, k)
+  fails("keys of the queries'", q.astype(half), k)
+  low = q.astype(half), k.astype(half)
+  fails("precision", *low, precision=jax.lax.Precision.HIGHEST)
+  fails("multiples of 64 up to 256", low[0][..., :40], low[1][..., :40])
+  pages = empty_pages(2, 1, 16, 64, jnp.int8)
+  with pytest.raises(ValueError, match="quantized pages, found int8"):
+    paged_attention(
+      low[0], pages, jnp.array([[1]]), lengths, backend="mosaic_gpu"
+    )
+
+
+def test_auto_is_the_kernel_where_there_is_one():
+  def chosen(kind, dtype=jnp.bfloat16, H=64):
+    device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(
+      (1,), ("data",), abstract_device=device
+    )  # fmt: skip
+    x = [jax.ShapeDtypeStruct(s, dtype) for s in ((2, 2, H), (2, 24, 1, H))]
+    with jax.sharding.use_abstract_mesh(mesh):
+      assert choose(dtype)[0] == ("xla" if "B200" in kind else "mosaic_gpu")
+      traced = jax.make_jaxpr(decode_attention)(
+        *x, x[1], jax.ShapeDtypeStruct((2,), jnp.int32)
+      )
+    return "decode_attention_mma" in str(traced)
+
+  for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA H100 80GB HBM3"):
+    assert chosen(kind)
+  assert not chosen("NVIDIA B200") and not chosen("NVIDIA L4", H=80)
+
+
+def test_a_program_lowered_for_cuda_has_the_kernel():
+  """No mesh is set and no GPU is here; the CPU's program has plain lax."""
+  x = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((2, 2, 64),
+       (2, 24, 1, 64))]  # fmt: skip
+  traced = jax.jit(decode_attention).trace(
+    *x, x[1], jax.ShapeDtypeStruct((2,), jnp.int32)
+  )
+  found = {
+    name: "mosaic_gpu" in traced.lower(lowering_platforms=(name,)).as_text()
+    for name in ("cpu", "cuda")
+  }
+  assert found == {"cpu": False, "cuda": True}
+
+
+@pytest.mark.parametrize(
+  ("pieces", "keys", "expected"),
+  [(1, 200, 1), (1, 4096, 16), (64, 32768, 5), (512, 32768, 1)],
+)
+def test_splits_fill_the_chip_with_whole_tiles(pieces, keys, expected):
+  assert splits_for(pieces, keys) == expected

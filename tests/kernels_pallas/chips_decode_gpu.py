@@ -1,0 +1,213 @@
+"""Compiles decoding for GPUs that are not here, and runs the PTX in NumPy.
+
+    .venv-chips/bin/python -m tests.kernels_pallas.chips_decode_gpu
+
+prints what ptxas says of each case. `--job=JSON` is one compilation, in a
+process of its own, because Mosaic GPU reads from the environment where to dump.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.decode_attention import mosaic_gpu, pages, ragged
+from kernels_pallas.decode_attention import work as works
+from kernels_pallas.decode_attention.reference import reference_decode
+from kernels_pallas.decode_attention.spec import Blocks, Spec
+from kernels_pallas.inspect import gpu, ptx
+from tests.kernels_pallas import ptx_emulator as emulator
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A call.
+
+  Attributes:
+    target: Of `gpu.TARGETS`.
+    lens: Tokens of each row.
+    new: How many of them are new, or () for a token a row.
+    heads: N, K, H and Hv.
+    page: Tokens of a page, or None for a cache.
+    queries: Tokens of an item.
+    splits: Runs of a row's keys.
+    window, softcap: As of `decode_attention`.
+    dtype: Of everything.
+  """
+
+  target: str = "a100"
+  lens: tuple[int, ...] = (200, 0, 1, 131)
+  new: tuple[int, ...] = ()
+  heads: tuple[int, int, int, int] = (8, 2, 128, 128)
+  page: int | None = None
+  queries: int = 1
+  splits: int = 1
+  window: int | None = None
+  softcap: float | None = None
+  dtype: str = "bfloat16"
+
+
+def arrays(case: Case, alive: bool = True):
+  """(q, held, table, lens, starts); with `alive`, NaN where nobody looks."""
+  rng = np.random.default_rng(0)
+  N, K, H, Hv = case.heads
+  lens = np.array(case.lens, np.int32)
+  new = np.array(case.new or np.ones_like(lens), np.int32)
+  starts = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
+
+  def draw(*shape):
+    return jnp.asarray(rng.standard_normal(shape), case.dtype)
+
+  q, S, key = draw(starts[-1], N, H), max(case.lens), np.arange(max(case.lens))
+  first = np.maximum(0, lens - new + 1 - (case.window or S))[:, None]
+  seen = (key < lens[:, None]) & (key >= first)
+  if case.page is None:
+    seen = jnp.asarray(seen[:, None, :, None] | (not alive))
+    k, v = draw(len(lens), K, S, H), draw(len(lens), K, S, Hv)
+    held = works.Cache(*(jnp.where(seen, x, jnp.nan) for x in (k, v)))
+    return q, held, None, lens, starts
+  width = -(-S // case.page)
+  order = rng.permutation(len(lens) * width).astype(np.int32)
+  table = order.reshape(len(lens), width)
+  own = np.zeros((table.size, case.page), bool)
+  for row, token in np.argwhere(seen):
+    own[table[row, token // case.page], token % case.page] = True
+  kv = draw(table.size, K, case.page, H + Hv)
+  own = jnp.asarray(own[:, None, :, None] | (not alive))
+  kv = jnp.where(own, kv, jnp.nan)
+  return q, pages.Pages(kv, None, H), jnp.asarray(table), lens, starts
+
+
+def prepare(case: Case, q, held, table, lens, starts):
+  """The problem of a call, and what puts its results in their places."""
+  rows = ragged.Rows(table, *(jnp.asarray(x) for x in (lens, starts)))
+  spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
+  blocks = Blocks(case.queries, mosaic_gpu.KEYS, case.splits)
+  p, tiling = works.prepare(spec, blocks, q, held, rows)
+  return p, lambda o, lse: works.untile(p, tiling, rows, q.shape[0], o, lse)
+
+
+def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
+  """The output and log-sum-exp of a case by the kernel's PTX."""
+  p, untile = prepare(case, *arrays(case))
+  x = mosaic_gpu.plan(p)
+  E, _, K, blocks, _, Hv = x.dims
+  o = np.full((E, K, blocks * x.rows, Hv), np.nan, np.float32)
+  lse = np.full(o.shape[:3], np.nan, np.float32)
+  held = {n: np.asarray(y).view(np.uint8).reshape(-1)
+          for n, y in x.arrays.items()}  # fmt: skip
+  held |= {"o": o.reshape(-1).view(np.uint8),
+           "lse": lse.reshape(-1).view(np.uint8)}  # fmt: skip
+  # In the order in which the kernel first uses those of one instruction.
+  first = {
+    "cp.async.cg.shared.global": ["q", "k", "v"],
+    "ld.global.b32": ["work", "table"],
+    "ld.b32": ["bounds"],
+    "st.b32": ["lse"],
+    "st.v2.b32": ["o"],
+  }
+  memory = emulator.Memory(lambda opcode: held[first[opcode].pop(0)])
+  program, rng = emulator.instructions(text), np.random.default_rng(seed)
+  for index in np.ndindex(E, blocks, K):
+    block = emulator.Block(program, memory, index, x.shared + 2048, late)
+    block.run(rng)
+  rows = p.q.shape[2]
+  return untile(*(jnp.asarray(y[:, :, :rows]) for y in (o, lse)))
+
+
+def exact(case: Case):
+  """The same by the definition, in float32."""
+  q, held, table, lens, starts = arrays(case, alive=False)
+  rows = ragged.Rows(table, jnp.asarray(lens), jnp.asarray(starts))
+  if table is None:
+    k, v = (y.swapaxes(1, 2).astype(jnp.float32) for y in (held.k, held.v))
+  else:
+    k, v = pages.dense(held, table, jnp.float32)
+  spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
+  q = q.astype(jnp.float32)
+  return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+
+
+def measure(case: Case) -> tuple[ptx.Kernel, str]:
+  """What ptxas says of a case's kernel, and its PTX.
+
+  Raises:
+    ValueError: The compiler refuses, in its words.
+  """
+  job = json.dumps(dataclasses.asdict(case))
+  name = "tests.kernels_pallas.chips_decode_gpu"
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(scratch)
+    (found,) = gpu.compiled([name, "--job", job], folder)
+    (dump,) = folder.glob("*.ptx")
+    return found, dump.read_text()
+
+
+def compile_here(case: Case) -> None:
+  """Compiles a case in this process."""
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  device = gpu.devices(case.target)[0]
+  whole = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
+  q, held, table, *where = arrays(case)
+  leaves = vars(held) if isinstance(held, works.Cache) else {"kv": held.kv}
+
+  def shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+
+  def run(q, leaves, table, *where):
+    again = (
+      works.Cache(**leaves)
+      if table is None
+      else pages.Pages(leaves["kv"], None, case.heads[2])
+    )
+    p, untile = prepare(case, q, again, table, *where)
+    return untile(*mosaic_gpu.mosaic_gpu_decode(p))
+
+  shapes = jax.tree.map(shape, (q, leaves, table, *where))
+  with jax.default_device(device):
+    jax.jit(run).lower(*shapes).compile()
+
+
+TABLE = tuple(
+  Case(target, heads=(8, 2, H, H), page=page)
+  for target in ("a100", "h100")
+  for H in (64, 128, 256)
+  for page in (None, 16, 128)
+)
+
+
+def main() -> int:
+  """Prints the table, or compiles a job."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--job")
+  job = parser.parse_args().job
+  if job:
+    fields = {n: tuple(x) if isinstance(x, list) else x
+              for n, x in json.loads(job).items()}  # fmt: skip
+    compile_here(Case(**fields))
+    return 0
+  if problem := gpu.missing():
+    print(problem, file=sys.stderr)
+    return 1
+  for case in TABLE:
+    found, _ = measure(case)
+    loop = ", ".join(f"{n} {kind}" for kind, n in sorted(found.loop.items()))
+    print(
+      f"{case.target}, D = {case.heads[2]}, "
+      f"{f'pages of {case.page}' if case.page else 'cache'}: "
+      f"{found.registers} registers, {found.spills} bytes spilled, "
+      f"{found.shared} bytes shared; a tile: {loop}",
+      flush=True,
+    )
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
