@@ -47,8 +47,9 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_enum(
     "plan",
     "even",
-    ["even", "dream", "linear", "cosine"],
-    "For diffusion, with --policy=quota: how many places each call fills.",
+    ["even", "dream", "linear", "cosine", "chance"],
+    "For diffusion, with --policy=quota: how many places each call fills; "
+    "chance draws it (with --select=random: ancestral sampling).",
     flag_values=values,
   )
   flags.DEFINE_string(
