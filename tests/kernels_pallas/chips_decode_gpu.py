@@ -94,7 +94,7 @@ def prepare(case: Case, q, held, table, lens, starts):
 
 
 def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
-  """The output and log-sum-exp of a case by the kernel's PTX."""
+  """By the kernel's PTX (output, log-sum-exp), and the bytes that it copied."""
   p, untile = prepare(case, *arrays(case))
   x = mosaic_gpu.plan(p)
   E, _, K, blocks, _, Hv = x.dims
@@ -118,7 +118,18 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
     block = emulator.Block(program, memory, index, x.shared + 2048, late)
     block.run(rng)
   rows = p.q.shape[2]
-  return untile(*(jnp.asarray(y[:, :, :rows]) for y in (o, lse)))
+  found = untile(*(jnp.asarray(y[:, :, :rows]) for y in (o, lse)))
+  return found, memory.copied
+
+
+def least(case: Case) -> int:
+  """Bytes of the queries of all items, and of each key and value they see."""
+  p, _ = prepare(case, *arrays(case))
+  x, (K, H, Hv) = mosaic_gpu.plan(p), p.heads
+  E, _, _, blocks, _, _ = x.dims
+  _, begin, end = np.asarray(x.arrays["work"]).reshape(E, 3).T
+  keys = int((end - begin).sum()) * K * blocks
+  return 2 * (keys * (H + Hv) + E * K * blocks * x.rows * H)
 
 
 def exact(case: Case):

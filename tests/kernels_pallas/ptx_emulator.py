@@ -51,10 +51,11 @@ class Memory:
 
   The compiler orders parameters as it likes. `bind` is asked for the buffer of
   a parameter that is used for the first time, by the instruction's name.
+  `copied` counts the bytes that copies read.
   """
 
   def __init__(self, bind):
-    self.bind, self.bound = bind, {}
+    self.bind, self.bound, self.copied = bind, {}, 0
 
   def view(self, address, opcode, size):
     """Bytes [n, size] at addresses of global memory."""
@@ -342,6 +343,7 @@ class Block:
       data, index = self.memory.view(source[read], opcode, 16)
       assert not (source[read] % 16).any()
       self.shared[to[read]] = data[index]
+      self.memory.copied += index.size
 
   def run(self, rng):
     """Runs all warps, each on its own between barriers."""

@@ -1,0 +1,90 @@
+"""Decoding through the compiler for GPUs that are not here, and its PTX in NumPy.
+
+A mistake in an address, a swizzle, a fragment, a wait or a barrier is seen:
+the tests of what is left out say so.
+"""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from kernels_pallas.inspect import gpu
+from tests.kernels_pallas import chips_decode_gpu as chips
+from tests.kernels_pallas.chips_decode_gpu import Case
+
+pytestmark = [
+  pytest.mark.chips,
+  pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing())),
+]
+
+measure = functools.cache(chips.measure)
+
+
+@pytest.mark.parametrize("case", chips.TABLE, ids=str)
+def test_compiles_without_a_spill(case):
+  found, _ = measure(case)
+  _, _, H, Hv = case.heads
+  keys = 64 if H + Hv <= 256 else 32
+  mine = 16
+  # Of a warp: scores of its keys, and the products with their values.
+  matmuls = mine // 8 * (H // 16) + mine // 16 * (Hv // 8)
+  assert found.loop["mma"] == matmuls
+  assert found.loop["copy"] == keys * (H + Hv) * 2 / (16 * 128)
+  # Operands by `ldmatrix`, four at a time; one barrier, for the tile.
+  assert found.loop["matrix"] == H // 16 + matmuls // 2
+  assert found.loop["barrier"] == 1
+  assert found.spills == 0 and not found.warnings
+  # An Ada has 101,376 bytes.
+  assert found.shared <= 101_376
+
+
+ROWS = {"lens": (150, 0, 12, 200), "new": (1, 1, 12, 3), "queries": 8}
+CASES = {
+  "cache": Case(),
+  "each_its_own": Case("h100", heads=(2, 2, 128, 64)),
+  "groups_of_three": Case(heads=(6, 2, 64, 64), splits=4, window=70),
+  "groups_of_eight": Case(
+    "h100", heads=(16, 2, 64, 64), page=16, splits=4, window=70
+  ),
+  "wide": Case(
+    heads=(6, 2, 256, 256), lens=(150, 0, 130), page=128, softcap=3.0
+  ),
+  "two_parts": Case(
+    "h100", heads=(24, 1, 64, 64), lens=(150, 0, 30), dtype="float16"
+  ),
+  "one_part": Case(
+    heads=(40, 1, 64, 64), lens=(150, 0, 30), dtype="float16", splits=2
+  ),
+  "neither": Case(
+    heads=(4, 2, 64, 128), page=96, window=60, splits=2, **ROWS
+  ),
+  "prompts": Case("h100", heads=(16, 2, 128, 128), page=16, splits=2, **ROWS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at_once"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_instructions_compute_attention(name, late):
+  """With NaN where nobody looks, which is not even read."""
+  case = CASES[name]
+  (o, lse), copied = chips.emulated(case, measure(case)[1], late=late)
+  exact, exact_lse = chips.exact(case)
+  assert copied == chips.least(case)
+  np.testing.assert_allclose(lse, exact_lse, rtol=2e-6, atol=2e-6)
+  # Probabilities are rounded to 8 bits, or 11, of values up to 4.
+  bound = 4 * 2.0 ** (-11 if case.dtype == "float16" else -8)
+  assert np.abs(o - exact).max() <= bound and np.abs(exact).max() > 0.3
+
+
+@pytest.mark.parametrize(
+  "instruction", [r"bar\.sync %r\d+, 128", r"cp\.async\.wait_group.*"]
+)
+def test_a_wait_that_is_left_out_is_seen(instruction):
+  case = CASES["cache"]
+  text, count = re.subn(instruction + ";", "", measure(case)[1])
+  assert count
+  (o, _), _ = chips.emulated(case, text)
+  exact, _ = chips.exact(case)
+  assert not np.abs(o - exact).max() < 0.1
