@@ -16,8 +16,12 @@ from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
 from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, cores
 
-KEYS, WIDEST = 64, 256
-"""Keys of a tile, and the widest head."""
+KEYS, WIDE = 64, 256
+"""Keys of a tile, but where a key and its value have more numbers than that:
+half of them."""
+
+HEAD_DIMS = (64, 128, 256)
+"""Whose chunks divide a block's threads."""
 
 SHARED_BYTES = 82_432
 """Shared memory of a block of which an A100 takes two."""
@@ -53,11 +57,8 @@ def refused(
     if found != dtype:
       return f"GPU kernels take keys of the queries' {dtype}, found {found}"
   dims = heads_of(held)[1:]
-  if any(n % copy.COLUMNS or n > WIDEST for n in dims):
-    return (
-      f"GPU kernels take head dims of multiples of {copy.COLUMNS} up to "
-      f"{WIDEST}, found {dims}"
-    )
+  if not set(dims) <= set(HEAD_DIMS):
+    return f"GPU kernels take head dims of {HEAD_DIMS}, found {dims}"
   return None
 
 
@@ -101,7 +102,7 @@ def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
   (K, H, Hv), E = p.heads, items * p.splits
   parts = 4 if M <= kernel.WARP else 2 if M <= 2 * kernel.WARP else 1
   keys = KEYS
-  if H + Hv > WIDEST:  # of one stage on an Ada
+  if H + Hv > WIDE:  # else two tiles do not fit an Ada
     keys, parts = KEYS // 2, min(parts, 2)
   rows = kernel.ROWS // parts
   blocks = -(-M // rows)
