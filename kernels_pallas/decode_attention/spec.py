@@ -15,10 +15,11 @@ class Blocks:
     queries: Tokens of one row that share a reading of its keys; None is 1
       where there is a token a row, else as many as fill 128 rows of a matmul
       with their heads.
-    keys: Keys that are fetched at a time, at most (at least a page).
+    keys: Keys that are fetched at a time, at most (at least a page; on GPUs
+      64 at most).
     splits: Parts that each row's keys are cut into, to be read in parallel
       and combined (Dao et al. 2023, "Flash-Decoding"). None is 2 on TPUs of
-      two cores, which share each row, else 1.
+      two cores, which share each row, as many as fill a GPU, else 1.
   """
 
   queries: int | None = None
