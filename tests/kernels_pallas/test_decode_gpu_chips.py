@@ -1,4 +1,4 @@
-"""Decoding through the compiler for GPUs that are not here, and its PTX in NumPy.
+"""Decoding through the compiler for GPUs that are not here; its PTX in NumPy.
 
 A mistake in an address, a swizzle, a fragment, a wait or a barrier is seen:
 the tests of what is left out say so.
