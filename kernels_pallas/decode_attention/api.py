@@ -268,8 +268,9 @@ def _blocks(blocks: Blocks | None, backend, place, q, held, rows) -> Blocks:
     # The kernel cuts a run of keys as it likes: fine blocks make equal runs.
     blocks = dataclasses.replace(blocks, keys=min(blocks.keys, KEYS))
     width = 1 if rows.table is None else rows.table.shape[1]
-    pieces = min(q.shape[0], rows.kv_lens.shape[0]) * works.heads_of(held)[0]
-    splits = splits_for(pieces, held.size * width)
+    K, tokens = works.heads_of(held)[0], q.shape[0]
+    each = works.queries_of(blocks, tokens, q.shape[1] // K, rows)
+    splits = splits_for(K * -(-tokens // each), held.size * width)
   if blocks.splits is None:
     blocks = dataclasses.replace(blocks, splits=splits)
   return blocks

@@ -4,21 +4,23 @@
 is called with. Nothing is copied: caches and pages are arrays of rows to it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.decode_attention import mosaic_gpu_codes as codes
 from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
 from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, cores
 
-KEYS, WIDE = 64, 256
-"""Keys of a tile, but where a key and its value have more numbers than that:
-half of them."""
+KEYS, WIDE = 64, 512
+"""Keys of a tile, but where a key and its value have more bytes than that: half
+of them."""
 
 HEAD_DIMS = (64, 128, 256)
 """Whose chunks divide a block's threads."""
@@ -52,9 +54,7 @@ def refused(
   if held is None:
     return None
   for found in (x.dtype for x in _arrays(held)):
-    if found in LARGEST:
-      return f"the GPU kernel does not read quantized pages, found {found}"
-    if found != dtype:
+    if found != dtype and found not in LARGEST:
       return f"GPU kernels take keys of the queries' {dtype}, found {found}"
   dims = heads_of(held)[1:]
   if not set(dims) <= set(HEAD_DIMS):
@@ -86,9 +86,26 @@ def mosaic_gpu_decode(
     p: The problem.
     interpret: None or False to compile, or a `plgpu.InterpretGPUParams`.
   """
+  x = plan(p, bool(interpret))
+  return finished(p, x, *kernel.run(x, interpret or False))
+
+
+def finished(
+  p: Problem, x: kernel.Plan, o: jax.Array, lse: jax.Array
+) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
+  """What the kernel found, without padding, its dims in their order.
+
+  Args:
+    p: The problem.
+    x: Its plan.
+    o: Outputs.
+    lse: Log-sum-exps.
+  """
   rows = p.q.shape[2]
-  o, lse = kernel.run(plan(p, bool(interpret)), interpret or False)
-  return o[:, :, :rows], lse[:, :, :rows]
+  o, lse = o[:, :, :rows], lse[:, :, :rows]
+  if x.code is not None and not x.interpreted:
+    o = codes.from_values(o) * codes.factor(x.code)
+  return o, lse
 
 
 def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
@@ -101,23 +118,31 @@ def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
   items, _, M, _ = p.q.shape
   (K, H, Hv), E = p.heads, items * p.splits
   parts = 4 if M <= kernel.WARP else 2 if M <= 2 * kernel.WARP else 1
-  keys = KEYS
-  if H + Hv > WIDE:  # else two tiles do not fit an Ada
+  code = p.held.kv.dtype if _is_quantized(p.held) else None
+  size = p.q.dtype.itemsize if code is None else 1
+  keys, token = KEYS, size * (H + Hv) + 8 * (code is not None)
+  if size * (H + Hv) > WIDE:  # else two tiles do not fit an Ada
     keys, parts = KEYS // 2, min(parts, 2)
   rows = kernel.ROWS // parts
   blocks = -(-M // rows)
   q = jnp.pad(p.q, [(0, 0), (0, 0), (0, blocks * rows - M), (0, 0)])
+  spec, scales = p.spec, {}
+  if code is not None:
+    scales["scales"] = p.held.scale.reshape(-1)
+    if not interpreted:
+      q = codes.for_keys(q)
+      spec = dataclasses.replace(spec, scale=spec.scale * codes.factor(code))
   begin, end, bounds = _ranges(p, (parts, blocks, keys))
   lines, source, columns = _memory(p)
   if interpreted:
     lines = [jnp.pad(x, [(0, keys), (0, 0)]) for x in lines]
   table = jnp.zeros(1, jnp.int32) if p.table is None else p.table.reshape(-1)
   return kernel.Plan(
-    spec=p.spec,
+    spec=spec,
     dims=(E, items, K, blocks, H, Hv),
     parts=parts,
     keys=keys,
-    stages=_stages(keys, parts, H, Hv),
+    stages=_stages(keys * token, parts, H),
     source=source,
     columns=columns,
     arrays={
@@ -127,7 +152,9 @@ def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
       "table": table,
       "work": jnp.stack([p.work.row, begin, end], 1).reshape(-1),
       "bounds": bounds,
+      **scales,
     },
+    interpreted=interpreted,
   )
 
 
@@ -167,8 +194,12 @@ def _ranges(p: Problem, cut):
   return begin, end, bounds.astype(jnp.int32)
 
 
-def _stages(keys: int, parts: int, H: int, Hv: int) -> int:
-  """Of a ring of tiles: 2 to 4, so that two blocks fit an A100."""
+def _stages(size: int, parts: int, H: int) -> int:
+  """Of a ring of tiles of so many bytes: 2 to 4; two blocks fit an A100."""
   held = 2 * (kernel.ROWS // parts) * H
   held += (kernel.CHUNK + 2) * 4 * kernel.ROWS * (parts > 1)
-  return max(2, min(4, (SHARED_BYTES - held) // (2 * keys * (H + Hv))))
+  return max(2, min(4, (SHARED_BYTES - held) // size))
+
+
+def _is_quantized(held: Cache | Pages) -> bool:
+  return isinstance(held, Pages) and held.scale is not None

@@ -22,16 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
+from kernels_pallas.decode_attention import mosaic_gpu_products as products
+from kernels_pallas.decode_attention.mosaic_gpu_products import ROWS, WARP
 from kernels_pallas.flash_attention import mosaic_gpu_mma as mma
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
-
-ROWS, WARP = 64, 16
-"""Rows of a warpgroup and of a warp."""
 
 CHUNK = 32
 """Columns of the output that parts exchange at a time."""
@@ -52,8 +50,10 @@ class Plan:
     stages: Tiles that shared memory holds.
     source: Where keys lie.
     columns: From a key head to the first column of its keys and values.
-    arrays: q `[items, K, rows, H]`, k and v `[lines, columns]`, table, work
-      `[entries * 3]`, bounds `[entries, blocks, 2, 64]`.
+    arrays: q `[items * K * rows, H]`, k and v `[lines, columns]`, table, work
+      `[entries * 3]`, bounds `[entries, blocks, 2, 64]`; of quantized pages
+      scales, as of `copy.fetch_scales`.
+    interpreted: Whether stand-ins read it.
   """
 
   spec: Any
@@ -64,6 +64,7 @@ class Plan:
   source: copy.Source
   columns: tuple[tuple[int, int], tuple[int, int]]
   arrays: dict[str, Any]
+  interpreted: bool = False
 
   @property
   def rows(self) -> int:
@@ -71,11 +72,17 @@ class Plan:
     return ROWS // self.parts
 
   @property
+  def code(self) -> Any:
+    """The dtype of quantized pages, or None."""
+    return self.arrays["k"].dtype if "scales" in self.arrays else None
+
+  @property
   def shared(self) -> int:
     """Bytes of shared memory, but for alignment."""
-    H, Hv = self.dims[-2:]
+    (H, Hv), size = self.dims[-2:], self.arrays["k"].dtype.itemsize
     exchange = 4 * ROWS * (CHUNK + 2) if self.parts > 1 else 0
-    return 2 * (self.rows * H + self.stages * self.keys * (H + Hv)) + exchange
+    token = size * (H + Hv) + 8 * (self.code is not None)
+    return 2 * self.rows * H + self.stages * self.keys * token + exchange
 
   @property
   def mine(self) -> int:
@@ -91,11 +98,17 @@ def run(p: Plan, interpret: Any) -> tuple[jax.Array, jax.Array]:
     interpret: As of `plgpu.kernel`.
   """
   (E, _, K, blocks, H, Hv), q = p.dims, p.arrays["q"]
-  buffers = {
-    "q": copy.buffer((p.rows, H), q.dtype),
-    "k": copy.buffer((p.stages, p.keys, H), q.dtype),
-    "v": copy.buffer((p.stages, p.keys, Hv), q.dtype),
-  }
+  buffers = {"q": copy.buffer((p.rows, H), q.dtype)}
+  for name, n in (("k", H), ("v", Hv)):
+    if p.code is None:
+      buffers[name] = copy.buffer((p.stages, p.keys, n), q.dtype)
+    elif p.interpreted:
+      buffers[name] = plgpu.SMEM((p.stages, p.keys, n), p.code)
+    else:
+      pairs = p.stages, p.keys, n // 2
+      buffers[name] = copy.buffer(pairs, jnp.int16)
+  if p.code is not None:
+    buffers["scales"] = plgpu.SMEM((p.stages, 2 * p.keys), jnp.float32)
   if p.parts > 1:
     buffers["stats"] = plgpu.SMEM((2, ROWS), jnp.float32)
     buffers["o"] = plgpu.SMEM((ROWS, CHUNK), jnp.float32)
@@ -131,6 +144,11 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
     ]
     where = row, head, first + n * p.keys, begin, end
     copy.fetch(interpreted, p.source, refs["table"], copies, where)
+    if p.code is not None:
+      copy.fetch_scales(
+        interpreted, p.source, refs["table"], refs["scales"],
+        smem["scales"].at[slot], where,
+      )  # fmt: skip
     copy.commit(interpreted)
 
   _fetch_queries(p, interpreted, refs, smem["q"], (entry, head, block))
@@ -151,7 +169,10 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
     fetch(n + p.stages - 1)
     slot = lax.rem(n, jnp.int32(p.stages))
     k, v = (smem[name].at[slot] for name in "kv")
-    s = _scores(p, interpreted, part, smem["q"], k)
+    s = products.scores(p, interpreted, part, smem["q"], k)
+    if p.code is not None:
+      scales = smem["scales"].at[slot]
+      s = s * products.scales(p, interpreted, part, scales, 0)
     key = plgpu.broadcasted_iota(
       jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA
     )
@@ -159,7 +180,9 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
     seen = key < tile.spread(high - since, s.shape, 0)
     seen &= key >= tile.spread(low - since, s.shape, 0)
     acc, m, l, e = _softmax(p.spec, s, seen, carry)
-    return _values(p, interpreted, part, acc, e, v), m, l
+    if p.code is not None:
+      e = e * products.scales(p, interpreted, part, scales, p.keys)
+    return products.values(p, interpreted, part, acc, e, v), m, l
 
   start = tile.zeros(ROWS, p.dims[-1]), tile.vector(-jnp.inf), tile.vector(0.0)
   acc, m, l = lax.fori_loop(0, steps, step, start)
@@ -182,26 +205,6 @@ def _fetch_queries(p, interpreted, refs, target, where):
   copy.fetch(interpreted, own, refs["table"], copies, where)
 
 
-def _scores(p, interpreted, part, q, k):
-  """Products of queries and keys, [64, mine]."""
-  found = tile.zeros(ROWS, p.mine)
-  if interpreted:
-    q, k = q[...], k[...]
-    return found + jnp.concatenate([
-      jnp.dot(x, y.T, preferred_element_type=jnp.float32)
-      for x, y in _pairs(p, q, k, p.rows)
-    ])  # fmt: skip
-  own = k.at[pl.ds(pl.multiple_of(part * p.mine, WARP), p.mine)]
-  for at in range(0, k.shape[1], copy.COLUMNS):
-    # By parts, since operands are registers, too.
-    columns = slice(None), pl.ds(at, copy.COLUMNS)
-    left = _for_each_part(p, q.at[columns])
-    right = own.at[columns].transpose((1, 0))
-    right = plgpu.load(right, layout=plgpu.Layout.MMA_RHS(k.dtype))
-    found = plgpu.mma(found, left, right)
-  return found
-
-
 def _softmax(spec, s, seen, carry):
   """A step of the online softmax: (acc, m, l, e), acc without the new tile."""
   acc, m, l = carry
@@ -218,48 +221,6 @@ def _softmax(spec, s, seen, carry):
   e = jnp.exp2(t - tile.spread(shift, t.shape, 0))
   acc = acc * tile.spread(alpha, acc.shape, 0)
   return acc, m_new, l * alpha + e.sum(axis=1), e
-
-
-def _for_each_part(p, q):
-  """Queries [rows, n] as the left operand of 64 rows: warps repeat them."""
-  lean = plgpu.Layout.MMA_LHS(q.dtype, m_warps=4 // p.parts)
-  full = plgpu.Layout.MMA_LHS(q.dtype)
-  kind = plgpu.ShapeDtypeStruct((ROWS, q.shape[1]), q.dtype, layout=full)
-
-  @plgpu.inline_mgpu(arg_types=(lean,), return_type=kind)
-  def renamed(_, x):
-    shape = full.to_mgpu().registers_shape(kind.shape)
-    return mgpu.FragmentedArray(
-      _registers=x.registers.reshape(shape),
-      _layout=full.to_mgpu(),
-      _is_signed=None,
-    )
-
-  return renamed(plgpu.load(q, layout=lean))
-
-
-def _values(p, interpreted, part, acc, e, v):
-  """acc and the probabilities' products with values."""
-  if interpreted:
-    e, v = e.astype(v.dtype), v[...]
-    return acc + jnp.concatenate([
-      jnp.dot(x, y, preferred_element_type=jnp.float32)
-      for x, y in _pairs(p, e, v, ROWS)
-    ])  # fmt: skip
-  own = v.at[pl.ds(pl.multiple_of(part * p.mine, WARP), p.mine)]
-  return mma.accumulate(False, _REGISTERS, acc, e, own)
-
-
-def _pairs(p, left, right, rows):
-  """What each warp multiplies: its rows, of as many, and its part's keys."""
-  for warp in range(ROWS // WARP):
-    at = WARP * (warp if rows == ROWS else warp // p.parts)
-    key = warp % p.parts * p.mine
-    yield left[at : at + WARP], right[key : key + p.mine]
-
-
-_REGISTERS = tile.View(None, {}, None, None, None)
-"""Probabilities become an operand where they are."""
 
 
 def _finish(p, smem, state, o_ref, lse_ref, interpreted):

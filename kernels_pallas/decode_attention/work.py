@@ -215,10 +215,22 @@ def untile(
   return jnp.where(live[..., None], o, 0), jnp.where(live, lse, -jnp.inf)
 
 
+def queries_of(blocks: Blocks, T: int, group: int, rows: ragged.Rows) -> int:
+  """Tokens of an item.
+
+  Args:
+    blocks: What was asked for.
+    T: Tokens.
+    group: G.
+    rows: Whose they are.
+  """
+  many = max(FULL // group, 1) if rows.kv_lens.shape[0] < T else 1
+  return min(T, blocks.queries or many)
+
+
 def _tiling(blocks, T, group, rows) -> Tiling:
   R = rows.kv_lens.shape[0]
-  queries = blocks.queries or (1 if T <= R else max(FULL // group, 1))
-  queries = min(queries, T)
+  queries = queries_of(blocks, T, group, rows)
   ends = jnp.cumsum(_tiles(rows, queries)).astype(jnp.int32)
   # Each row rounds up once, and every item has a token.
   items = min(T, (T + R * (queries - 1)) // queries)

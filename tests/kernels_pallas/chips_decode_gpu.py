@@ -38,7 +38,8 @@ class Case:
     queries: Tokens of an item.
     splits: Runs of a row's keys.
     window, softcap: As of `decode_attention`.
-    dtype: Of everything.
+    dtype: Of everything,
+    code: but for codes of quantized pages.
   """
 
   target: str = "a100"
@@ -51,6 +52,7 @@ class Case:
   window: int | None = None
   softcap: float | None = None
   dtype: str = "bfloat16"
+  code: str | None = None
 
 
 def arrays(case: Case, alive: bool = True):
@@ -78,10 +80,20 @@ def arrays(case: Case, alive: bool = True):
   own = np.zeros((table.size, case.page), bool)
   for row, token in np.argwhere(seen):
     own[table[row, token // case.page], token % case.page] = True
-  kv = draw(table.size, K, case.page, H + Hv)
+  kv, scale = draw(table.size, K, case.page, H + Hv), None
   own = jnp.asarray(own[:, None, :, None] | (not alive))
-  kv = jnp.where(own, kv, jnp.nan)
-  return q, pages.Pages(kv, None, H), jnp.asarray(table), lens, starts
+  if case.code is None:
+    kv = jnp.where(own, kv, jnp.nan)
+  else:
+    parts = [
+      pages.quantize(x, case.code) for x in (kv[..., :H], kv[..., H:])
+    ]  # fmt: skip
+    kv, scale = (
+      jnp.concatenate([x[0] for x in parts], -1),
+      jnp.stack([x[1] for x in parts], 1),
+    )
+    scale = jnp.where(own[:, None, :, :, 0], scale, jnp.nan)
+  return q, pages.Pages(kv, scale, H), jnp.asarray(table), lens, starts
 
 
 def prepare(case: Case, q, held, table, lens, starts):
@@ -107,6 +119,7 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
   # In the order in which the kernel first uses those of one instruction.
   first = {
     "cp.async.cg.shared.global": ["q", "k", "v"],
+    "cp.async.ca.shared.global": ["scales"],
     "ld.global.b32": ["work", "table"],
     "ld.b32": ["bounds"],
     "st.b32": ["lse"],
@@ -117,9 +130,8 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
   for index in np.ndindex(E, blocks, K):
     block = emulator.Block(program, memory, index, x.shared + 2048, late)
     block.run(rng)
-  rows = p.q.shape[2]
-  found = untile(*(jnp.asarray(y[:, :, :rows]) for y in (o, lse)))
-  return found, memory.copied
+  found = mosaic_gpu.finished(p, x, *(jnp.asarray(y) for y in (o, lse)))
+  return untile(*found), memory.copied
 
 
 def least(case: Case) -> int:
@@ -129,7 +141,8 @@ def least(case: Case) -> int:
   E, _, _, blocks, _, _ = x.dims
   _, begin, end = np.asarray(x.arrays["work"]).reshape(E, 3).T
   keys = int((end - begin).sum()) * K * blocks
-  return 2 * (keys * (H + Hv) + E * K * blocks * x.rows * H)
+  token = H + Hv + 8 if case.code else 2 * (H + Hv)
+  return keys * token + 2 * E * K * blocks * x.rows * H
 
 
 def exact(case: Case):
@@ -167,7 +180,9 @@ def compile_here(case: Case) -> None:
   device = gpu.devices(case.target)[0]
   whole = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
   q, held, table, *where = arrays(case)
-  leaves = vars(held) if isinstance(held, works.Cache) else {"kv": held.kv}
+  leaves = vars(held)
+  if table is not None:
+    leaves = {"kv": held.kv, "scale": held.scale}
 
   def shape(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
@@ -176,7 +191,7 @@ def compile_here(case: Case) -> None:
     again = (
       works.Cache(**leaves)
       if table is None
-      else pages.Pages(leaves["kv"], None, case.heads[2])
+      else pages.Pages(**leaves, head_dim=case.heads[2])
     )
     p, untile = prepare(case, q, again, table, *where)
     return untile(*mosaic_gpu.mosaic_gpu_decode(p))
@@ -191,6 +206,11 @@ TABLE = tuple(
   for target in ("a100", "h100")
   for H in (64, 128, 256)
   for page in (None, 16, 128)
+) + tuple(
+  Case(target, heads=(8, 2, H, H), page=128, code=code)
+  for target in ("a100", "h100")
+  for H in (64, 128, 256)
+  for code in ("int8", "float8_e4m3fn")
 )
 
 
@@ -212,7 +232,8 @@ def main() -> int:
     loop = ", ".join(f"{n} {kind}" for kind, n in sorted(found.loop.items()))
     print(
       f"{case.target}, D = {case.heads[2]}, "
-      f"{f'pages of {case.page}' if case.page else 'cache'}: "
+      f"{f'pages of {case.page}' if case.page else 'cache'}"
+      f"{f' in {case.code}' if case.code else ''}: "
       f"{found.registers} registers, {found.spills} bytes spilled, "
       f"{found.shared} bytes shared; a tile: {loop}",
       flush=True,

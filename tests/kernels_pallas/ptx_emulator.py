@@ -173,6 +173,15 @@ class Warp:
 
   def _mov(self, opcode, parts, x):
     size = int(parts[-1][1:]) // 8
+    if x[0].startswith("{"):
+      value = self.get(x[1], np.uint32)
+      for n, name in enumerate(self.many(x[0])):
+        self.put(name, (value >> 16 * n & 0xFFFF).astype(np.uint16))
+      return
+    if x[1].startswith("{"):
+      low, high = (self.get(y, np.uint16) for y in self.many(x[1]))
+      self.put(x[0], low | high.astype(np.uint32) << 16)
+      return
     if x[0].startswith("%p"):
       self.put(x[0], np.full(LANES, int(x[1]) != 0))
       return
@@ -186,6 +195,16 @@ class Warp:
     to, of = (np.dtype(f"{p[0].replace('s', 'i').replace('b', 'u')}"
                        f"{int(p[1:]) // 8}") for p in parts[-2:])  # fmt: skip
     self.put(x[0], self.get(x[1], of).astype(to))
+
+  def _prmt(self, opcode, parts, x):
+    a, b = (self.get(y, np.uint32).astype(np.uint64) for y in x[1:3])
+    both, found = a | b << np.uint64(32), np.zeros(LANES, np.uint64)
+    for n in range(4):
+      which = int(x[3], 0) >> 4 * n & 0xF
+      assert which < 8, "a selector that repeats signs"  # noqa: PLR2004
+      byte = both >> np.uint64(8 * which) & np.uint64(0xFF)
+      found |= byte << np.uint64(8 * n)
+    self.put(x[0], found.astype(np.uint32))
 
   def _mul_wide(self, opcode, parts, x):
     dtype = np.int32 if parts[-1] == "s32" else np.uint32
@@ -270,7 +289,7 @@ class Warp:
           self.block.land(*copy)
       return
     target, source = self.address(x[0]), self.address(x[1])
-    copy = opcode, target, source, self.get(x[3], np.uint32)
+    copy = opcode, target, source, self.get(x[3], np.uint32), int(x[2])
     if self.block.late:
       self.open.append(copy)
     else:
@@ -333,15 +352,15 @@ class Block:
     )
     return self.shared, index
 
-  def land(self, opcode, target, source, size):
+  def land(self, opcode, target, source, size, most):
     """The bytes of a copy, zeros where none are read."""
-    _, to = self.shared_view(target, 16)
-    assert not (target % 16).any() and set(size.tolist()) <= {0, 16}
+    _, to = self.shared_view(target, most)
+    assert not (target % most).any() and set(size.tolist()) <= {0, most}
     self.shared[to[size == 0]] = 0
     read = size > 0
     if read.any():
-      data, index = self.memory.view(source[read], opcode, 16)
-      assert not (source[read] % 16).any()
+      data, index = self.memory.view(source[read], opcode, most)
+      assert not (source[read] % most).any()
       self.shared[to[read]] = data[index]
       self.memory.copied += index.size
 

@@ -18,7 +18,7 @@ from kernels_pallas.decode_attention.api import (
   paged_attention,
 )
 from kernels_pallas.decode_attention.mosaic_gpu import splits_for
-from kernels_pallas.decode_attention.pages import Pages, empty_pages
+from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_decode import draw
 
@@ -111,7 +111,10 @@ PAGED = {
   "small": (16, 64, 64, 1, None),
   "neither": (96, 64, 128, 1, 60),
   "several_tiles": (128, 64, 64, 8, 100),
+  "int8": (32, 64, 64, 1, 60),
+  "float8": (96, 64, 64, 1, None),
 }
+CODES = {"int8": jnp.int8, "float8": jnp.float8_e4m3fn}
 
 
 @pytest.mark.parametrize("name", PAGED)
@@ -132,19 +135,29 @@ def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   q = draw(18, 4, H).astype(jnp.bfloat16)  # the last is nobody's
   kv = draw(count, 2, size, H + Hv, seed=1).astype(jnp.bfloat16)
   where = [jnp.asarray(x, jnp.int32) for x in (table, lens, starts)]
+  alive, scale = alive[:, None, :, None], None
+  if name in CODES:
+    parts = [quantize(x, CODES[name]) for x in (kv[..., :H], kv[..., H:])]
+    kv = jnp.concatenate([x[0] for x in parts], -1)
+    scale = jnp.stack([x[1] for x in parts], 1)
 
-  def run(q, kv, **options):
+  def run(q, kv, scale=scale, **options):
     return paged_attention(
-      q, Pages(kv, None, H), *where, window=window, return_lse=True, **options
+      q, Pages(kv, scale, H), *where, window=window, return_lse=True, **options
     )
 
   exact, rough = (
-    run(*(x.astype(t) for x in (q, kv)), backend="reference")
+    run(q.astype(t), kv if scale is not None else kv.astype(t),
+        backend="reference")
     for t in (jnp.float32, jnp.bfloat16)
-  )
+  )  # fmt: skip
+  if scale is None:
+    dead = jnp.where(alive, kv, jnp.nan), None
+  else:
+    dead = kv, jnp.where(alive[:, None, :, :, 0], scale, jnp.nan)
   found = run(
-    q, jnp.where(alive[:, None, :, None], kv, jnp.nan), interpret=gpu,
-    backend="mosaic_gpu", blocks=Blocks(queries=queries, splits=2),
+    q, *dead, interpret=gpu, backend="mosaic_gpu",
+    blocks=Blocks(queries=queries, splits=2),
   )  # fmt: skip
   assert not interpret_pallas_call.get_races().races_found
   empty = np.flatnonzero(np.all(np.isneginf(found[1]), axis=1))
@@ -168,11 +181,6 @@ def test_what_the_kernel_does_not_compute_is_refused():
   low = q.astype(half), k.astype(half)
   fails("precision", *low, precision=jax.lax.Precision.HIGHEST)
   fails("head dims of .64, 128, 256.", low[0][..., :40], low[1][..., :40])
-  pages = empty_pages(2, 1, 16, 64, jnp.int8)
-  with pytest.raises(ValueError, match="quantized pages, found int8"):
-    paged_attention(
-      low[0], pages, jnp.array([[1]]), lengths, backend="mosaic_gpu"
-    )
 
 
 def test_auto_is_the_kernel_where_there_is_one():

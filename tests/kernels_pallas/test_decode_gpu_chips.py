@@ -26,14 +26,15 @@ measure = functools.cache(chips.measure)
 def test_compiles_without_a_spill(case):
   found, _ = measure(case)
   _, _, H, Hv = case.heads
-  keys = 64 if H + Hv <= 256 else 32
-  mine = 16
+  size = 1 if case.code else 2
+  keys, mine = 64 if size * (H + Hv) <= 512 else 32, 16
   # Of a warp: scores of its keys, and the products with their values.
   matmuls = mine // 8 * (H // 16) + mine // 16 * (Hv // 8)
   assert found.loop["mma"] == matmuls
-  assert found.loop["copy"] == keys * (H + Hv) * 2 / (16 * 128)
+  copies = keys * (H + Hv) * size / (16 * 128)
+  assert found.loop["copy"] == copies + (case.code is not None)
   # Operands by `ldmatrix`, four at a time; one barrier, for the tile.
-  assert found.loop["matrix"] == H // 16 + matmuls // 2
+  assert found.loop["matrix"] == H // 16 + matmuls // 4 * size
   assert found.loop["barrier"] == 1
   assert found.spills == 0 and not found.warnings
   # An Ada has 101,376 bytes.
@@ -59,6 +60,17 @@ CASES = {
   ),
   "neither": Case(
     heads=(4, 2, 64, 128), page=96, window=60, splits=2, **ROWS
+  ),
+  "int8": Case(heads=(8, 2, 64, 128), page=16, window=70, code="int8"),
+  "int8_wide": Case(
+    "h100", heads=(8, 2, 256, 64), page=128, code="int8", dtype="float16"
+  ),
+  "float8": Case(
+    "h100", page=96, splits=2, softcap=5.0, code="float8_e4m3fn"
+  ),
+  "float8_prompts": Case(
+    heads=(16, 2, 128, 256), page=128, code="float8_e4m3fn", dtype="float16",
+    **ROWS,
   ),
   "prompts": Case("h100", heads=(16, 2, 128, 128), page=16, splits=2, **ROWS),
 }  # fmt: skip

@@ -1,0 +1,160 @@
+"""Codes of quantized pages as operands of the GPU kernel, in its registers.
+
+A code is a byte, and shared memory is read by `ldmatrix` as pairs of codes: of
+keys a thread then holds four neighbouring dims of a token, of values two
+neighbouring dims of two tokens. `mma` wants two and two dims that are 8 apart,
+and pairs of tokens. Which dim is called which makes no difference to a product
+as long as both sides agree: so queries are reordered before the kernel
+(`for_keys`) and outputs after it (`from_values`), and no byte changes threads.
+
+int8 c becomes 2^23 + 128 + c in float32 by placing a byte, from which the
+constant is subtracted; float8_e4m3fn becomes float16 over 256 by moving bits,
+subnormal numbers included, and scales make up for it (`factor`). Both are
+exact in bfloat16 and float16.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+K, N = 16, 8
+"""Sizes of the right operand of one `mma`."""
+
+HIGH = 0x4B000000
+"""Bits of 2^23 in float32."""
+
+
+def factor(dtype: Any) -> float:
+  """What numbers that `right` makes of codes have to be multiplied by."""
+  return 1.0 if jnp.dtype(dtype) == jnp.int8 else 256.0
+
+
+def for_keys(q: jax.Array) -> jax.Array:
+  """Queries [..., H] in the order in which keys' dims are multiplied."""
+  x = q.reshape(*q.shape[:-1], -1, 4, 2, 2).swapaxes(-3, -2)
+  return x.reshape(q.shape)
+
+
+def from_values(o: jax.Array) -> jax.Array:
+  """Outputs [..., Hv] as values have them."""
+  x = o.reshape(*o.shape[:-1], -1, 2, N).swapaxes(-2, -1)
+  return x.reshape(o.shape)
+
+
+def right(pairs: jax.Array, code: Any, dtype: Any, axis: int) -> jax.Array:
+  """The right operand out of pairs of codes.
+
+  Args:
+    pairs: int16, in the layout of a right operand.
+    code: The dtype of codes.
+    dtype: Of the operand.
+    axis: Along which codes are paired: 0 for keys [H / 2, n], 1 for values
+      [n, Hv / 2].
+  """
+  shape = tuple(n * (1 + (i == axis)) for i, n in enumerate(pairs.shape))
+  source = plgpu.Layout.MMA_RHS(pairs.dtype)
+  layout = plgpu.Layout.MMA_RHS(dtype)
+  kind = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+
+  @plgpu.inline_mgpu(arg_types=(source,), return_type=kind)
+  def convert(_, x):
+    element = mgpu.utils.dtype_to_ir_type(dtype)
+    zero = arith.constant(element, ir.FloatAttr.get(element, 0.0))
+    found = mgpu.FragmentedArray.splat(zero, shape, layout.to_mgpu())
+    decode = _int8 if jnp.dtype(code) == jnp.int8 else _float8
+    for k in range(0, x.shape[0], K):
+      for n in range(0, x.shape[1], N):
+        words = [
+          mgpu.utils.bitcast(r, _type(32))
+          for r in x[k : k + K, n : n + N].registers.flatten()
+        ]
+        for i in range(2):
+          if axis == 0:
+            # Each register is an operand: bytes 0, 1 and 2, 3.
+            picked = [(words[i], (0, 1)), (words[i], (2, 3))]
+            at = 2 * k + i * K, n
+          else:
+            # Each byte of a pair is an operand: of two tokens, twice.
+            picked = [(word, (i, i + 2)) for word in words]
+            at = k, 2 * n + i * N
+          small = found[at[0] : at[0] + K, at[1] : at[1] + N]
+          registers = [decode(w, where, element) for w, where in picked]
+          found[at[0] : at[0] + K, at[1] : at[1] + N] = mgpu.FragmentedArray(
+            _registers=np.array(registers, dtype=object).reshape(
+              small.registers.shape
+            ),
+            _layout=small.layout,
+            _is_signed=None,
+          )
+    return found
+
+  return convert(pairs)
+
+
+def _int8(word, where, element):
+  """Two bytes of a word as a pair of an operand."""
+  word = arith.xori(word, _i32(0x80808080))
+  bias = arith.constant(ir.F32Type.get(), 2.0**23 + 128)
+  values = [
+    arith.subf(
+      mgpu.utils.bitcast(_prmt(word, HIGH, 0x7440 | n), ir.F32Type.get()), bias
+    )
+    for n in where
+  ]
+  return _packed(*values, element)
+
+
+def _float8(word, where, element):
+  """Two bytes of a word as a pair of an operand, over 256."""
+  low, high = where
+  # Either byte is the upper one of its half: sign, 4 bits, 3 bits, 8 zeros.
+  x = _prmt(word, 0, high << 12 | 0x0404 | low << 4)
+  sign = arith.andi(x, _i32(0x80008000))
+  rest = arith.shrui(arith.andi(x, _i32(0x7F007F00)), _i32(1))
+  half = ir.F16Type.get()
+  pair = mgpu.utils.bitcast(
+    arith.ori(sign, rest), ir.VectorType.get((2,), half)
+  )
+  if element == half:
+    return pair
+  values = [
+    arith.extf(
+      ir.F32Type.get(),
+      llvm.extractelement(pair, _i32(n)),
+    )
+    for n in range(2)
+  ]
+  return _packed(*values, element)
+
+
+def _packed(low, high, element):
+  name = "bf16x2" if element == ir.BF16Type.get() else "f16x2"
+  word = llvm.inline_asm(
+    _type(32), [high, low], f"cvt.rn.{name}.f32 $0, $1, $2;", "=r,f,f"
+  )
+  return mgpu.utils.bitcast(word, ir.VectorType.get((2,), element))
+
+
+def _prmt(word, other, selector):
+  """Bytes of a word (0 to 3) and of a constant (4 to 7)."""
+  return llvm.inline_asm(
+    _type(32),
+    [word, _i32(other)],
+    f"prmt.b32 $0, $1, $2, {selector:#x};",
+    "=r,r,r",
+  )
+
+
+def _type(bits):
+  return ir.IntegerType.get_signless(bits)
+
+
+def _i32(value: int):
+  value -= (value >= 2**31) << 32
+  return arith.constant(_type(32), value)
