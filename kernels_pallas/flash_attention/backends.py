@@ -33,7 +33,7 @@ KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
 
 GPUS = ("gpu", "cuda")
 WIDEST = 256
-"""Head dim from which on GPU tiles outgrow registers and shared memory."""
+"""Head dim above which GPU tiles outgrow registers and shared memory."""
 
 
 def named(name: str, interpret: Any = None) -> Backend:
