@@ -26,7 +26,7 @@ Remask = Literal["none", "cap", "rescale", "confidence"]
 
 NOTHING = -1
 """In place of a token whose logits are not finite: compiled code cannot raise,
-callers that compile the samplers look for it."""
+who compiles the samplers has to look for it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
