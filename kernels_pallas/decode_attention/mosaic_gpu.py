@@ -121,7 +121,9 @@ def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
   code = p.held.kv.dtype if _is_quantized(p.held) else None
   size = p.q.dtype.itemsize if code is None else 1
   keys, token = KEYS, size * (H + Hv) + 8 * (code is not None)
-  if size * (H + Hv) > WIDE:  # else two tiles do not fit an Ada
+  # Else two tiles do not fit an Ada; or, with outputs of 64 rows so wide, the
+  # scores of 64 keys do not fit the registers.
+  if size * (H + Hv) > WIDE or (parts == 1 and Hv == HEAD_DIMS[-1]):
     keys, parts = KEYS // 2, min(parts, 2)
   rows = kernel.ROWS // parts
   blocks = -(-M // rows)

@@ -161,6 +161,7 @@ def _cp_async(kind, size, target, source, read):
 
 
 def i32(value: int):
+  """A constant."""
   return arith.constant(ir.IntegerType.get_signless(32), value)
 
 
