@@ -31,6 +31,9 @@ BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu", "mosaic_gpu")
 KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
 """By platform, as lowering calls it."""
 
+SIZES = (Blocks, Tiles, GpuTiles)
+"""Types of a call's `config`, one of which each backend takes."""
+
 GPUS = ("gpu", "cuda")
 WIDEST = 256
 """Head dim above which GPU tiles outgrow registers and shared memory."""
@@ -193,10 +196,18 @@ def automatic(
     x: Arrays of the call.
     config: Tile sizes, if the caller gave any. Another backend's are not used.
     precision: Of the matmuls.
+
+  Raises:
+    ValueError: A config that is no backend's.
   """
+  if not isinstance(config, (*SIZES, type(None))):
+    raise ValueError(
+      f"config: found {config!r}, expected None or one of "
+      f"{', '.join(size.__name__ for size in SIZES)} for auto"
+    )
 
   def sizes(run, kind):
-    return config if type(config) is run else fitted(x, run, kind)
+    return config if isinstance(config, run) else fitted(x, run, kind)
 
   known = lowering.target()
   if known is not None:

@@ -9,6 +9,7 @@ import functools
 import logging
 import re
 import types
+from contextlib import nullcontext
 
 import chex
 import jax
@@ -143,6 +144,18 @@ def test_sizes_are_those_of_the_backend_taken():
     calls(functools.partial(loss, config=small), "tpu", *shapes())
   few = GpuTiles()
   assert calls(functools.partial(loss, config=few), "tpu", *shapes())
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+@pytest.mark.parametrize("config", ["nonsense", 128, Tile(), Blocks])
+def test_a_config_that_is_no_backends_is_refused(config, mesh):
+  """Also where no types are checked, which users' calls are not."""
+  device = jax.sharding.AbstractDevice("TPU v5", None, platform="tpu")
+  known = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  context = jax.sharding.use_abstract_mesh(known) if mesh else nullcontext()
+  x = Operands(*shapes(), Mask.causal())
+  with context, pytest.raises(ValueError, match="config: found .* GpuTiles"):
+    backends.automatic(x, config, None)
 
 
 def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
