@@ -30,12 +30,14 @@ def methods(
   sides = {"embed": naming.embedding, "head": naming.head}
   name = peft_config.TOKENS
   found = fields.get(name)
-  if isinstance(found, list) and found:
+  if found in (None, [], {}):
+    return {}
+  if isinstance(found, list):
     found = {naming.embedding: found}
   inner = dataclasses.replace(fields, values={name: found}).object(name)
   out: dict[str, tuple[int, ...]] = {}
   for key in inner.values if inner else ():
-    matched = [a for a, module in sides.items() if module.endswith(key)]
+    matched = [a for a, m in sides.items() if f".{m}".endswith(f".{key}")]
     if len(matched) != 1:
       raise fields.wrong(name, "token ids by the embedding's or head's name")
     out[matched[0]] = tokens.read_ids(inner, key)

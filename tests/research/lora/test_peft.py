@@ -145,6 +145,8 @@ def message(folder):
       "rows of token 67 for embed, expected",
     ),
     (dict(trainable_token_indices={"norm": [1]}), "embedding's or head's name"),
+    (dict(trainable_token_indices={"s": [1]}), "embedding's or head's name"),
+    (dict(trainable_token_indices={"": [1]}), "embedding's or head's name"),
     (dict(trainable_token_indices="abc"), "expected an object or null"),
     (
       dict(trainable_token_indices=[1], modules_to_save=["embed_tokens"]),
@@ -177,6 +179,15 @@ def test_a_layout_that_no_linear_layer_has_is_none(folder):
   path.write_text(json.dumps(fields))
   with pytest.warns(RuntimeWarning, match="taken for false"):
     again = peft.load_adapter(folder, base().params, base().model)
+  chex.assert_trees_all_equal(again, loaded("peft_lora").params)
+
+
+@pytest.mark.parametrize("off", [None, [], {}])
+def test_rows_of_no_tokens_are_none(folder, off):
+  path = folder / peft_config.CONFIG
+  fields = json.loads(path.read_text()) | dict(trainable_token_indices=off)
+  path.write_text(json.dumps(fields))
+  again = peft.load_adapter(folder, base().params, base().model)
   chex.assert_trees_all_equal(again, loaded("peft_lora").params)
 
 
