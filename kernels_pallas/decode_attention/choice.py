@@ -27,7 +27,9 @@ bfloat16."""
 PLATFORMS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
 
 
-def choose(dtype: Any, size: int | None = None) -> tuple[str, str]:
+def choose(
+  dtype: Any, size: int | None = None, held: Cache | Pages | None = None
+) -> tuple[str, str]:
   """What backend 'auto' stands for by what is known of a call, and why.
 
   The platform is that of the mesh that is set, which may be a topology to
@@ -36,8 +38,10 @@ def choose(dtype: Any, size: int | None = None) -> tuple[str, str]:
   Args:
     dtype: Of the queries.
     size: Tokens that a row's cache holds; None for pages, which have to fit.
+    held: Keys and values, or their shapes; None for any, of the head dims and
+      dtypes that the device's kernel takes.
   """
-  return _choice(lowering.device(), dtype, size)
+  return _choice(lowering.device(), dtype, size, held)
 
 
 def automatic(

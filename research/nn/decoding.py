@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.decode_attention import sharded
 from kernels_pallas.decode_attention.api import choose, decode_attention
+from kernels_pallas.decode_attention.work import Cache
 from kernels_pallas.masks import Mask
 from research import sharding
 from research.typing import Array, Float, Int
@@ -24,20 +25,24 @@ def has_kernel(
 
   Args:
     q: queries.
-    k: keys of the whole cache.
+    k: keys of the whole cache; values are taken to be of their dtype and dim.
     mask: what may see what, by positions.
   """
   left, right = mask.window
   # A ring is as long as its window: it holds no key that is out of sight.
   sees_all = left is None or left + 1 >= k.shape[1]
   plain = mask.kind == "causal" and right is None and mask.q_segments is None
-  if not (plain and sees_all) or choose(q.dtype, k.shape[1])[0] == "xla":
+  if not (plain and sees_all):
+    return False
+  B, S, K, H = k.shape
+  line = jax.ShapeDtypeStruct((B, K, S, H), k.dtype)
+  if choose(q.dtype, S, Cache(line, line))[0] == "xla":
     return False
   sizes, cut = jax.sharding.get_abstract_mesh().shape, _cut(q.shape)
   parts = 1
   for axis in cut.heads:
     parts *= sizes[axis]
-  return k.shape[2] % parts == 0
+  return K % parts == 0
 
 
 def attend_one(

@@ -32,15 +32,18 @@ SLOTS = 16
 
 
 @contextlib.contextmanager
-def programs_for_a_tpu(tensor=1):
-  """Programs choose their kernels as if they were compiled for TPUs."""
-  device = jax.sharding.AbstractDevice("TPU v5 lite", None, platform="tpu")
+def programs_for(kind, platform, tensor=1):
+  """Programs choose their kernels as if they were compiled for such chips."""
+  device = jax.sharding.AbstractDevice(kind, None, platform=platform)
   axes, auto = ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2
   mesh = jax.sharding.AbstractMesh(
     (1, tensor), axes, auto, abstract_device=device
   )
   with jax.sharding.use_abstract_mesh(mesh):
     yield
+
+
+programs_for_a_tpu = functools.partial(programs_for, "TPU v5 lite", "tpu")
 
 
 def draw(*shape, seed=0):
@@ -96,6 +99,34 @@ def test_which_steps_have_a_kernel(mask, slots, dtype, expected):
   assert not decoding.has_kernel(q, k, mask)
   with programs_for_a_tpu():
     assert decoding.has_kernel(q, k, mask) == expected
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "held", "expected"),
+  [
+    (64, "bfloat16", True),
+    (256, "bfloat16", True),
+    (80, "bfloat16", False),
+    (8, "bfloat16", False),
+    (64, "float32", False),
+  ],
+)
+def test_a_gpus_step_has_a_kernel_where_decoding_takes_it(
+  head_dim, held, expected
+):
+  """Else the step is attention with one query, not decoding by plain lax."""
+  q = jnp.zeros((2, 1, 4, head_dim), "bfloat16")
+  k = jnp.zeros((2, 24, 2, head_dim), held)
+  positions = jnp.array([[3], [23]])
+
+  def step(q, k):
+    # A new function each time: what is traced depends on the mesh.
+    return decoding.attend_one(q, k, k, positions)
+
+  with programs_for("NVIDIA H100 80GB HBM3", "gpu"):
+    assert decoding.has_kernel(q, k, Mask.causal()) == expected
+    taken = "decode_attention_mma" in str(jax.make_jaxpr(step)(q, k))
+  assert taken == expected
 
 
 def test_heads_are_cut_where_key_heads_can_be():
