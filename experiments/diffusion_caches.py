@@ -195,7 +195,9 @@ class Caches:
       return mean(sign * difference(*given))
 
     return {
-      cache: max((at(cache, k) for k in self.blocks), key=lambda x: x.value)
+      cache: max(
+        (at(cache, k) for k in self.blocks), key=lambda x: x.value + x.half
+      )
       for cache in self.caches
     }
 

@@ -33,7 +33,7 @@ from research.diffusion.denoiser import Denoiser, Whole
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.nn.sampling import GREEDY, Sampling, row_keys
 from research.planning import flops
-from research.typing import Int, Params
+from research.typing import Int, Params, UserError
 
 SELECTS = {
   "low confidence": "candidate",
@@ -220,7 +220,10 @@ def filled(
   tokens, calls = _by_chance(
     denoiser, params, noisy, masked, mask_id, keys, how
   )
-  return np.asarray(tokens), float(calls), int(calls)
+  tokens = np.asarray(tokens)
+  if (tokens == ancestral.NOTHING).any():
+    raise UserError(f"{how or 'first hitting'}: the model's logits are NaN")
+  return tokens, float(calls), int(calls)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 6))

@@ -75,6 +75,11 @@ class Options:
         f"sampler: steps is {self.steps}, expected a multiple of the {blocks} "
         "blocks"
       )
+    if self.plan == "chance" and self.select != "random":
+      raise UserError(
+        f"sampler: plan is chance and select {self.select}, expected random: "
+        "ancestral sampling fills any place as likely as another"
+      )
     if self.mask_id in self.end:
       raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
     if self.place_temperature is None:

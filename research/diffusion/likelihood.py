@@ -114,8 +114,8 @@ def bound(
 ) -> Bound:
   """Returns an estimate of the bound on -log p(target | the rest).
 
-  Where all sets of masks are no more than `samples`, it is `exact`; so a single
-  target token takes one pass.
+  Where all sets of masks are no more than `samples`, it is `exact`, unless
+  LLaDA's biased numbers are asked for; so a single target token takes one pass.
 
   Args:
     scores: the model. It should give the mask itself no probability.
@@ -134,7 +134,8 @@ def bound(
   length = int(target.sum())
   if length == 0:
     return Bound(0.0, 0.0, 0)
-  if schedule is None and (length == 1 or 2**length - 1 <= samples):
+  few = rounding == "floor" and 2**length - 1 <= samples
+  if schedule is None and (length == 1 or few):
     return exact(scores, tokens, target, mask_id, batch)
   if samples < 1 or samples % batch:
     raise UserError(
@@ -211,7 +212,15 @@ def block_scores(
     start: where the block starts, a multiple of its size.
     mask_id: of the mask, which gets no probability.
     batch: rows at once, at most.
+
+  Raises:
+    UserError: no block starts there; later, more rows than `batch`.
   """
+  if not 0 <= start < tokens.shape[0] or start % denoiser.block:
+    raise UserError(
+      f"block_scores: start is {start}, expected a multiple of the block, "
+      f"{denoiser.block}, below {tokens.shape[0]}"
+    )
   rows = jnp.broadcast_to(tokens, (batch, tokens.shape[0]))
   memory = _remembered(denoiser, params, rows, jnp.int32(start))
   return functools.partial(
@@ -229,6 +238,11 @@ def _remembered(denoiser, params, rows, start):
 def _block(denoiser, mask_id, params, rows, start, memory, noisy):
   """Returns logits of a block, finite ones of the mask, too."""
   size = noisy.shape[0]
+  if size > rows.shape[0]:
+    raise UserError(
+      f"block_scores: found {size} rows, expected at most {rows.shape[0]}, the "
+      "batch"
+    )
   noisy = jnp.pad(noisy, ((0, rows.shape[0] - size), (0, 0)))
   rows = jax.lax.dynamic_update_slice_in_dim(rows, noisy, start, axis=1)
   valid = jnp.ones(rows.shape, bool)

@@ -371,9 +371,11 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
     _compare(path, checks.kinds(ocp.metadata(path).metadata), target)
     try:
       return ocp.load(path, jax.tree.map(_abstract, target))
-    except MemoryError:
+    except (MemoryError, PermissionError):
       raise
     except Exception as error:  # TensorStore's are of no narrower kind
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise
       text = str(error).strip().splitlines() or [type(error).__name__]
       raise UserError(
         f"{path}: its arrays cannot be read: {text[0][:160]}\n"

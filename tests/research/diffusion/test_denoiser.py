@@ -256,6 +256,16 @@ def test_likelihoods_by_the_cache_are_those_without():
     close(cached(noisy)[..., :MASK], logits[:, start : start + K, :MASK])
 
 
+def test_likelihoods_by_the_cache_start_where_a_block_does():
+  model, params = network()
+  d, tokens = BlockCausal(model=model, block=K), jnp.zeros(T, jnp.int32)
+  with pytest.raises(UserError, match="start is 3, expected a multiple"):
+    likelihood.block_scores(d, params, tokens, 3, MASK)
+  scores = likelihood.block_scores(d, params, tokens, 0, MASK, 2)
+  with pytest.raises(UserError, match="found 3 rows, expected at most 2"):
+    scores(jnp.full((3, K), MASK, jnp.int32))
+
+
 def test_blocks_are_those_of_the_model():
   model, params = network()
   tokens, valid = rows()

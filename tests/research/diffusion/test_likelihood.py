@@ -159,6 +159,12 @@ def test_llada_s_rounding_on_the_joint():
   means = np.array([v.mean() for v in by_count(X)])
   weight = distribution(4, 8, "half_even") / 4
   assert (weight * means).sum() == pytest.approx(5.835992, rel=1e-5)
+  # Asked for, it is drawn, although all 15 sets of masks would be fewer.
+  got = likelihood.bound(
+    *(joint.scores(), jnp.asarray(X), jnp.ones(4, bool), 3),
+    *(jax.random.key(0), 400, 8, "half_even"),
+  )
+  assert got.error > 0 and abs(got.mean - 5.835992) < 4 * got.error
 
 
 def test_guidance():

@@ -289,6 +289,11 @@ def test_places_by_chance_are_ancestral_steps():
   assert variation(many, joint.table()) < 1.5 * NOISE + 0.1 * 0.39
 
 
+def test_chance_needs_places_at_random():
+  with pytest.raises(UserError, match="select candidate, expected random"):
+    Options(mask_id=8, length=6, block=6, plan="chance")
+
+
 def test_tempered_confidences_are_of_what_is_drawn():
   """LLaDA 2: top-k, then top-p, at a temperature, in numpy."""
   rules = Sampling(temperature=0.7, top_k=4, top_p=0.8)
