@@ -34,7 +34,10 @@ def by_platform(
   """Returns what the implementation for the program's platform makes of `args`.
 
   Args:
-    default: Pure; what platforms run that `kernels` does not name.
+    default: Pure; what platforms run that `kernels` does not name. Its jaxpr is
+      held, which may not have primitives of JAX's new kind: with
+      `jnp.searchsorted` JAX says "is_high=True but no to_lojax lowering rule".
+      In `kernels` they do no harm.
     kernels: By platform, one of `PLATFORMS`. Each returns the shapes and dtypes
       that `default` does.
     *args: Pytrees of arrays; all that the implementations depend on.
