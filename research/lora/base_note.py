@@ -62,18 +62,21 @@ def check(file: Any, name: Any, said: Mapping[str, str], params: Params):
       as they go.
     params: any tree of weights.
   """
-  where = None
+  where, wanted = None, said.get(FINGERPRINT)
   if SAMPLE in said:
-    where = _other(_read(file, said[SAMPLE]), sample(wrap.disable(params)))
+    theirs, ours = _read(file, said[SAMPLE]), sample(wrap.disable(params))
+    where = _other(theirs, ours)
+    if where is None and wanted:
+      where = _more(theirs, ours)
     if where is None:
       return  # rounded to float16 in between, its hash is another
-  wanted = said.get(FINGERPRINT)
-  found = fingerprint(params) if wanted or where else None
+  found = fingerprint(params) if wanted else None
   if where or (wanted and found and wanted != found):
+    own = f", fingerprint {wanted[:12]}" if wanted else ""
+    has = f"{found[:12]}: other numbers" if found else "other numbers"
     raise UserError(
-      f"{file}: this adapter is for another base: {str(name)[:80]!r}, "
-      f"fingerprint {str(wanted)[:12]}.\n"
-      f"The model it is put on has {str(found)[:12]}: other numbers in "
+      f"{file}: this adapter is for another base: {str(name)[:80]!r}{own}.\n"
+      f"The model it is put on has {has} in "
       f"{where or 'its norms, or other sizes'}. Load it over its own base."
     )
 
@@ -226,3 +229,17 @@ def _other(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
   if cosines and np.mean(cosines) < LEAST_COSINE:
     return "most matrices"
   return None
+
+
+def _more(theirs: Collection[str], ours: Collection[str]) -> str | None:
+  """Returns the first layer that only the model has; None for the same ones.
+
+  Only for files with a fingerprint: without one, norms are replaced, perhaps
+  with all else of a layer, of which nothing is noted then.
+  """
+  noted, found = (
+    {a.split("/")[1] for a in x if a.startswith("layers/")}
+    for x in (theirs, ours)
+  )
+  more = sorted(map(int, found - noted))
+  return f"layers/{more[0]}, which its base has not" if more else None

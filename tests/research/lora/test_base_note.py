@@ -119,6 +119,30 @@ def test_a_packed_base_that_is_another(saved):
     read(saved, other)
 
 
+def test_a_base_with_one_layer_more(saved):
+  """Its other numbers are the same, and so are those of the adapter."""
+  plain = base().params
+  _, own = safetensors.open_with_metadata(saved / peft.WEIGHTS)
+  base_note.check("f", "x", own, plain)
+  longer = tree.unroll(plain)
+  longer["run3"] = longer["run2"]
+  assert len(list(tree.layers(longer))) == 4
+  with pytest.raises(UserError, match="in layers/3, which its base has not"):
+    base_note.check("f", "x", own, longer)
+
+
+def test_a_layer_of_which_an_adapter_replaces_everything_is_no_other_base():
+  plain = base().params
+  last = {
+    a
+    for a in json.loads(base_note.notes(plain)[base_note.SAMPLE])
+    if a.startswith("layers/2/")
+  }
+  said = base_note.notes(plain, last)
+  assert last and not any("layers/2/" in note for note in said.values())
+  base_note.check("f", "x", said, plain)
+
+
 def test_a_fingerprint_is_of_the_base_however_it_is_held():
   it, plain = loaded("peft_lora"), base().params
   want = base_note.fingerprint(plain)
@@ -146,6 +170,13 @@ def test_files_with_fewer_notes_are_read(saved):
   norms = tree.map_paths(lambda p, x: x + ("norm" in p), base().params)
   with pytest.raises(UserError, match="its norms, or other sizes"):
     read(saved, norms)
+  # Norms that the adapter replaces leave no fingerprint to speak of.
+  said = base_note.notes(base().params, {"final_norm/scale"})
+  with pytest.raises(UserError) as e:
+    base_note.check("f", "x", said, changed(drawn))
+  assert "for another base: 'x'.\n" in str(e.value)
+  assert "it is put on has other numbers in layers/0/" in str(e.value)
+  assert "None" not in str(e.value)
   renoted(saved, lambda notes: {"format": "pt"})
   read(saved, norms)
 
