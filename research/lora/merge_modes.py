@@ -88,10 +88,26 @@ def _base(w: Any) -> Any:
 
 
 def _packed_as(base: QTensor, dense: Array, where: str) -> QTensor:
-  """Returns a matrix in the format of another one, rounded to nearest."""
+  """Returns a matrix in the format of another one, rounded to nearest.
+
+  Rows are in the base's order; those that it keeps apart in full precision are
+  apart again, and 0 where the rest is packed, as `outlier_rows` has them.
+  """
   stored = dense if base.axis == -2 else jnp.swapaxes(dense, -1, -2)
+  order, outliers = base.order, base.outliers
+  if outliers is not None:
+    rows = jnp.asarray(outliers["rows"])
+    values = jnp.take_along_axis(stored, rows[..., None], axis=-2)
+    outliers = {"rows": rows, "values": values.astype(outliers["values"].dtype)}
+    apart = (rows[..., None] == jnp.arange(base.inputs)).any(-2)
+    stored = jnp.where(apart[..., None], 0, stored)
+  if order is not None:
+    places = jnp.argsort(jnp.asarray(order), axis=-1)
+    stored = jnp.take_along_axis(stored, places[..., None], axis=-2)
   packed = Quantize(format=base.format).pack(stored, where)
-  return dataclasses.replace(packed, axis=base.axis)
+  return dataclasses.replace(
+    packed, axis=base.axis, order=order, outliers=outliers
+  )
 
 
 def _rebased(params: Params, original: Params | None) -> dict[str, Any]:

@@ -124,6 +124,40 @@ def test_embeddings_and_adapters_over_adapters():
   )
 
 
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_order_and_outliers_are_the_bases(axis):
+  """Whatever its order is, a matrix that it holds exactly comes back so.
+
+  Blocks of the stored order have multiples of a step of their own, rows apart
+  numbers a thousand times as large: in another order, or among the others,
+  neither is exact.
+  """
+  rng = np.random.default_rng(3)
+  format = Affine(block=8, symmetric=True, rule="amax/qmax")
+  order = np.stack([rng.permutation(32) for _ in range(2)]).astype(np.int32)
+  rows = np.array([[3, 17], [0, 31]], np.int32)
+  codes = rng.integers(-7, 8, (2, 4, 8, 16))
+  codes[:, :, 0] = 7  # in every block, so that its step is that of its scale
+  steps = 2.0 ** np.arange(4)[:, None, None]
+  exact = np.float32(codes * steps / 64).reshape(2, 32, 16)
+  want = np.take_along_axis(exact, order[..., None], 1)
+  values = np.float32(1000 + rng.standard_normal((2, 2, 16)))
+  start = Quantize(format=format).pack(jnp.zeros((2, 32, 16)))
+  base = dataclasses.replace(
+    start,
+    axis=axis,
+    order=jnp.asarray(order),
+    outliers={"rows": jnp.asarray(rows), "values": jnp.zeros((2, 2, 16))},
+  )
+  np.put_along_axis(want, rows[..., None], values, 1)
+  logical = want if axis == -2 else want.swapaxes(1, 2)
+  got = merge_modes._packed_as(base, jnp.asarray(logical), "w")
+  np.testing.assert_array_equal(got.dense(), logical)
+  assert got.nbytes == base.nbytes
+  np.testing.assert_array_equal(got.order, order)
+  np.testing.assert_array_equal(got.outliers["values"], values)
+
+
 def test_mistakes():
   params = adapted(Affine(block=32), 0.3)
   with pytest.raises(UserError, match="mode is 'half', expected one of"):
