@@ -101,6 +101,9 @@ def apart(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
 
   Args:
     rows: as for `table`.
+
+  Raises:
+    UserError: as there, or two that are compared have no seed in common.
   """
   losses = {
     name: {seed: math.log(float(r[AFTER])) for seed, r in units.items()}
@@ -118,6 +121,12 @@ def apart(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
   out = []
   for one, other in compared:
     both = set(losses[one]) & set(losses[other])
+    if not both:
+      raise UserError(
+        f"sweep: {one} has seeds {', '.join(sorted(losses[one]))}, {other}"
+        f" {', '.join(sorted(losses[other]))}, expected one in common; run"
+        " those that are missing."
+      )
     gap = lora_verdicts.mean(
       [losses[one][s] - losses[other][s] for s in sorted(both)]
     )
@@ -150,6 +159,7 @@ def _name(row: Mapping[str, str]) -> str:
 
 
 def _best(by_rate):
+  """Returns (rate, whether at an edge, units by seed) of the least loss."""
 
   def mean(rate):
     return np.mean([float(r[CHOOSES]) for r in by_rate[rate].values()])

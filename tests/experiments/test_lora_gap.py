@@ -107,6 +107,10 @@ def test_ranks_are_told_apart_where_seeds_agree(tmp_path):
     ([], "no unit is done"),
     ([unit(3.0, 0, RANK=8)], "no unit trains all 1010 parameters"),
     ([unit(3.0, 7, RANK=8), *FULL], "LoRA r=8 has seeds 7, full training"),
+    (
+      [unit(3.0, 0, RANK=8), unit(3.0, 2, RANK=64), *FULL],
+      "LoRA r=8 has seeds 0, LoRA r=64 2, expected one in common",
+    ),
     ([{"status": "done", "SEED": 0}], "no column LEARNING_RATE, perplexity"),
   ],
 )
