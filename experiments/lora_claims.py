@@ -111,7 +111,7 @@ def _still(study: Any, arm: Any, on: Any) -> int:
   from experiments import population
   from research import tree
 
-  seen, _ = tree.partition(population._begun(study, arm, on, 0), arm.trainable)
+  seen, _ = tree.partition(population.begun(study, arm, on, 0), arm.trainable)
   fixed, _ = tree.partition(seen, "/fixed/")
   return tree.count(fixed)
 

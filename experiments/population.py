@@ -120,7 +120,7 @@ def _member(arm, study, objective, params, pool, key, rate):
   """Returns a run's last state and its losses [steps]; traced."""
   shape = arm.shape or study.shape
   tx = arm.optimizer(lambda count: rate * shape(count))
-  begun = state.create(params, arm.trainable, tx, held=arm.held)
+  first = state.create(params, arm.trainable, tx, held=arm.held)
   update = step.make_train_step(objective, tx)
   order = jax.random.randint(
     jax.random.fold_in(key, 1), (study.steps, study.batch), 0, pool.shape[0]
@@ -132,7 +132,7 @@ def _member(arm, study, objective, params, pool, key, rate):
       now, metrics = rewrite(now, metrics)
     return now, metrics["loss"]
 
-  return jax.lax.scan(one, begun, order)
+  return jax.lax.scan(one, first, order)
 
 
 def sweep(study: Study, arm: Arm, on: Ground) -> Row:
@@ -143,7 +143,7 @@ def sweep(study: Study, arm: Arm, on: Ground) -> Row:
   largest, as a share of all) and `rank90` (how many have 90% of the energy);
   `curve` is [rates, seeds, steps].
   """
-  trees = [_begun(study, arm, on, seed) for seed in range(study.seeds)]
+  trees = [begun(study, arm, on, seed) for seed in range(study.seeds)]
   run = _population(study, arm, on, trees)
   ks, parts = [], []
   grid = range(arm.first, arm.first + CHUNK)
@@ -180,7 +180,7 @@ def one_run(
   study: Study, arm: Arm, on: Ground, k: int, seed: int = 0
 ) -> tuple[Params, Params]:
   """Returns the parameters before and after one run at the rate 10^(k/2)."""
-  begin = _begun(study, arm, on, seed)
+  begin = begun(study, arm, on, seed)
   key = jax.random.fold_in(jax.random.key(17), seed)
 
   @jax.jit
@@ -190,8 +190,8 @@ def one_run(
   return begin, run(begin, on.pool, jnp.float32(10 ** (k / 2)))
 
 
-def _begun(study: Study, arm: Arm, on: Ground, seed: int) -> Params:
-  """Returns the parameters that one seed starts from."""
+def begun(study: Study, arm: Arm, on: Ground, seed: int) -> Params:
+  """Returns the parameters that one seed of an arm starts from, adapted."""
   base = on.bases[seed % len(on.bases)]
   transform = arm.transform
   if transform is None:

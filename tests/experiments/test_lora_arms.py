@@ -34,7 +34,7 @@ def _arms(made):
 
   def begun(name):
     arm = next(a for a in tiny.arms if a.name == name)
-    return arm, population._begun(tiny, arm, on, 0)
+    return arm, population.begun(tiny, arm, on, 0)
 
   return begun
 
