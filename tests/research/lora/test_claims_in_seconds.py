@@ -2,7 +2,7 @@
 
 Where arms are compared their rates are swept: the best of three, half a decade
 apart. Other rows of 9.2 are tested beside what they are about: `test_look`
-(EVA, LoRA-GA), `test_methods` (PiSSA), `test_relora`, `test_loftq`,
+(EVA, LoRA-GA), `test_starts` (PiSSA), `test_relora`, `test_loftq`,
 `test_allocate` (AdaLoRA), `test_pair_optimizers` (symmetries), `test_galore`.
 """
 

@@ -17,9 +17,9 @@ import pytest
 
 from research import tree, weights
 from research.interop import gguf_types, ours
-from research.lora import adapt, draws, wrap
+from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.methods import all_methods, eva
+from research.lora.methods import all_methods
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.alora import ALoRA
 from research.lora.methods.bdlora import BDLoRA
@@ -378,55 +378,3 @@ def test_axes_name_every_array(method):
 def test_spelled_in_a_checkpoint(method):
   note = json.loads(json.dumps(ours._describe(fresh(method, base()))))
   assert ours._abstract(note, "weights").method == method
-
-
-RESIDUAL = [m for m in METHODS if isinstance(m, Residual)]
-
-
-@pytest.mark.parametrize("method", RESIDUAL, ids=label)
-def test_a_start_of_its_own_is_exported_as_lora_of_twice_the_rank(method):
-  t = moved(method)
-  plain, arrays = method.exported(t.arrays)
-  assert type(plain) is LoRA and plain.rank == 8
-  chex.assert_trees_all_close(plain.scale, method.scale, rtol=1e-12)
-  other = AdaptedTensor(t.w, arrays, method=plain)
-  close(other.delta(), t.delta())
-
-
-@pytest.mark.parametrize("part", ["largest", "smallest"])
-def test_pissa_takes_singular_triples_out_of_the_weight(part):
-  w = np.asarray(base()[0], np.float64)
-  t = one(fresh(PiSSA(rank=4, part=part), base()))
-  start = t.method.scale * np.asarray(t.fixed["a0"], np.float64).T
-  left = np.linalg.svd(w - start @ np.asarray(t.fixed["b0"], np.float64))[1]
-  want = np.linalg.svd(w)[1]
-  want = want[4:] if part == "largest" else want[:-4]
-  np.testing.assert_allclose(left[: len(want)], want, atol=1e-5)
-  assert left[len(want) :].max() < 1e-5
-
-
-def test_olora_takes_the_first_columns_of_qr():
-  t = one(fresh(OLoRA(rank=4), base()))
-  w = np.asarray(base()[0], np.float64).T
-  b = np.asarray(t.fixed["b0"], np.float64)
-  np.testing.assert_allclose(b @ b.T, np.eye(4), atol=1e-6)
-  # The first four columns of [out, in] are wholly theirs.
-  np.testing.assert_allclose((b.T @ t.fixed["a0"])[:, :4], w[:, :4], atol=1e-6)
-
-
-def test_eva_gives_ranks_to_the_directions_that_explain_most():
-  explained = {"p": [0.6, 0.3, 0.05], "q": [0.4, 0.02], "r": [0.01, 0.0]}
-  explained = {k: np.array(v) for k, v in explained.items()}
-  assert eva.ranks(explained, 1) == {"p": 2, "q": 1, "r": 0}
-
-
-@pytest.mark.parametrize(
-  "seed, total, first",
-  [
-    (777, 30, [5, 28, 25, 8, 19, 7]),
-    (0, 100_000, [36044, 73702, 76369, 2549, 52523, 32634]),
-  ],
-)
-def test_places_are_torchs(seed, total, first):
-  """Vectors of `torch.randperm` with a seeded generator, torch 2.x on CPU."""
-  assert draws.drawn_places(seed, total, len(first)).tolist() == first
