@@ -29,6 +29,7 @@ from research.quant import calibrate, drift, finite, methods
 from research.quant.calibrate import Calibration, OfModel
 from research.quant.format import Format
 from research.quant.methods import Compensated, Method, Nearest
+from research.quant.outlier_rows import Apart
 from research.quant.reports import Report, Row
 from research.statistics import Covariance
 from research.typing import Params, PRNGKey, UserError
@@ -205,7 +206,7 @@ def stages(paths: Sequence[str]) -> list[list[list[str]]]:
 
 
 def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
-  """Raises UserError for a matrix that its rule's format cannot hold.
+  """Raises UserError for a matrix that its rule does not fit.
 
   That is before anything is calibrated, which takes the longest.
   """
@@ -213,9 +214,45 @@ def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
     for path, w in matrices(layer).items():
       address = f"layers/{i}/{path}"
       if address in chosen:
-        _fitted(address, w, chosen[address])
-        if not weights.is_weight(w):
-          finite.check(w, address)
+        _fitted(address, w.shape, chosen[address])
+        _check_sound(address, w)
+  for name, w in tree.top(params).items():
+    if name in chosen:
+      rule = chosen[name]
+      if not _is_blind(rule.method):
+        raise UserError(
+          f"Quantization: {name} is packed without calibration, expected the "
+          f"method Nearest, found {rule.method.name}"
+        )
+      _fitted(name, w.shape if _axis(name) == -2 else w.shape[::-1], rule)
+      _check_sound(name, w)
+
+
+def _check_sound(name: str, w: Any) -> None:
+  """Raises UserError for a matrix that is adapted, or not finite."""
+  _check_bare(name, w)
+  if not weights.is_weight(w):
+    finite.check(w, name)
+
+
+def _is_blind(method: Method) -> bool:
+  """Whether a method, or what it makes of other rows, looks at no inputs."""
+  while isinstance(method, Apart):
+    method = method.method
+  return isinstance(method, Nearest) and not method.weighted
+
+
+def _axis(name: str) -> int:
+  """Returns the axis of outputs: an embedding's blocks run along its width."""
+  return -1 if name == "embed" else -2
+
+
+def _check_bare(name: str, w: Any) -> None:
+  """Raises UserError for a matrix that is adapted."""
+  if hasattr(weights.inner(w), "w"):
+    raise UserError(
+      f"Quantization: {name} is adapted; quantize first, then adapt"
+    )
 
 
 def _examples(params: Params) -> set[str]:
@@ -243,16 +280,9 @@ class _Work:
     rule = self.chosen.get(name)
     if rule is None:
       return w
-    if not isinstance(rule.method, Nearest) or rule.method.weighted:
-      raise UserError(
-        f"Quantization: {name} is packed without calibration, expected the "
-        f"method Nearest, found {rule.method.name}"
-      )
-    w = _array(name, w)
-    # An embedding's blocks run along its width.
-    stored = w.T if name == "embed" else w
+    w, axis = _array(name, w), _axis(name)
+    stored = w if axis == -2 else w.T
     packed, _ = self._one([name], [stored], None, rule)
-    axis = -1 if name == "embed" else -2
     return dataclasses.replace(packed[0], axis=axis)
 
   def walked(self, params: Params, tokens: Any, follow: str) -> list[Params]:
@@ -311,7 +341,7 @@ class _Work:
 
   def _one(self, names, ws, seen, rule):
     """Returns (packed, decoded) of matrices of one rule and input."""
-    fitted = [_fitted(n, w, rule) for n, w in zip(names, ws, strict=True)]
+    fitted = [_fitted(n, w.shape, rule) for n, w in zip(names, ws, strict=True)]
     of = str(ws[0].dtype)
     packed, dense = [None] * len(ws), [None] * len(ws)
     for format in dict.fromkeys(fitted):
@@ -352,19 +382,15 @@ def _array(name: str, w: Any) -> jax.Array:
   Raises:
     UserError: it is adapted, or not finite.
   """
-  w = weights.inner(w)
-  if hasattr(w, "w"):
-    raise UserError(
-      f"Quantization: {name} is adapted; quantize first, then adapt"
-    )
-  w = jnp.asarray(weights.dense(w))
+  _check_bare(name, w)
+  w = jnp.asarray(weights.dense(weights.inner(w)))
   finite.check(w, name)
   return w
 
 
-def _fitted(name: str, w: Any, rule: Rule) -> Format:
-  """Returns the rule's format for a matrix."""
+def _fitted(name: str, shape: Sequence[int], rule: Rule) -> Format:
+  """Returns the rule's format for a matrix, as stored."""
   try:
-    return rule.format.fitted(*w.shape[-2:])
+    return rule.format.fitted(*shape[-2:])
   except UserError as e:
     raise UserError(f"{name}: {e}") from e
