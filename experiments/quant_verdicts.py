@@ -215,7 +215,10 @@ def _matrix_ratio(a: Any, b: Any) -> tuple[float, float]:
 
 
 def _mean_ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+  """Returns the mean of `a / b` and its error: infinite for one of them."""
   ratios = a / b
+  if len(ratios) < 2:
+    return float(ratios.mean()), math.inf
   return float(ratios.mean()), float(ratios.std(ddof=1) / len(ratios) ** 0.5)
 
 
@@ -240,19 +243,22 @@ def too_few_tokens(rows: Rows) -> list[Verdict]:
   if len(draws) < 2 or not blind:
     return []
   least, most = draws[min(draws)], draws[max(draws)]
-  said = f"({len(least)} draws)" if len(least) > 1 else "(one draw)"
   return [
     Verdict(
       f"GPTQ on {min(draws):,} tokens is worse than rounding to nearest",
-      f"{', '.join(map(_kl, least))} against {_kl(blind[0])} {said}",
+      f"{', '.join(map(_kl, least))} against {_kl(blind[0])} {_draws(least)}",
       all(surely_above(row, blind[0]) for row in least),
     ),
     Verdict(
       f"and on {max(draws):,} better",
-      f"{', '.join(map(_kl, most))} {said}",
+      f"{', '.join(map(_kl, most))} {_draws(most)}",
       all(surely_above(blind[0], row) for row in most),
     ),
   ]
+
+
+def _draws(rows: Sequence[Any]) -> str:
+  return f"({len(rows)} draws)" if len(rows) > 1 else "(one draw)"
 
 
 def outliers(rows: Rows) -> list[Verdict]:

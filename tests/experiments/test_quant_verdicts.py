@@ -107,7 +107,9 @@ def test_too_few_tokens():
   again = _row("512, draw 1", kl=0.5, group="calibration", calibrated_on=512)
   rows["512, draw 1"] = again
   found = quant_verdicts.too_few_tokens(rows)
-  assert _holds(found) == [False, True] and "2 draws" in found[0].found
+  assert _holds(found) == [False, True]
+  # Of each row its own draws are counted.
+  assert "2 draws" in found[0].found and "one draw" in found[1].found
 
 
 def test_recovery_is_over_seeds():
@@ -169,6 +171,15 @@ def test_the_crossover_is_where_the_ratio_surely_passes_one():
   assert _holds(found) == [True, True, False]
   found = quant_verdicts.crossover(_blocks(((0.8, 0.8), (1.0, 1.1))))
   assert _holds(found) == [True, False, False]
+
+
+def test_of_one_matrix_no_error_is_known():
+  rows = _blocks(((0.9, 0.8), (1.0, 1.1)))
+  for row in rows.values():
+    row["matrices"] = {"m0": row["matrices"]["m0"]}
+  found = quant_verdicts.crossover(rows)
+  assert _holds(found) == [True, False, True]
+  assert "32: 1.125 ± inf" in found[1].found
 
 
 def test_errors_of_normal_numbers_are_published_ones():
