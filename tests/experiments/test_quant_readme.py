@@ -14,7 +14,9 @@ def test_the_matrix_of_tools_names_tests():
   assert len(NAMED) > 10
 
 
-@pytest.mark.parametrize("folder, module, test", NAMED, ids=".".join)
+@pytest.mark.parametrize(
+  "folder, module, test", NAMED, ids=[".".join(x) for x in NAMED]
+)
 def test_a_test_that_is_named_exists(folder, module, test):
   found = list((ROOT / "tests").glob(f"**/{folder}/{module}.py"))
   assert len(found) == 1
