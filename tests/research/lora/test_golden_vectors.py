@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from research import weights
+from research.lora import peft_experts
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Place
 from research.lora.methods.adalora import AdaLoRA
@@ -120,14 +121,27 @@ def test_doras_magnitudes_start_as_norms_of_outputs():
   np.testing.assert_allclose(trained["m"], NORMS, rtol=1e-6)
 
 
+class Tensor:
+  """A tensor of a file."""
+
+  def __init__(self, x):
+    self.x, self.shape, self.dtype = x, x.shape, x.dtype
+
+  def read(self):
+    return self.x
+
+
 def test_experts_factors():
   """Section 2.4: experts come first among A's rows, last among B's columns."""
-  experts, r, size_in, size_out = 2, 2, 3, 2
-  a = jnp.arange(12.0).reshape(4, 3).reshape(experts, r, size_in)
-  b = jnp.arange(8.0).reshape(2, 4).reshape(size_out, r, experts)
+  size = experts, size_in, size_out = 2, 3, 2
+  method = LoRA(rank=2, alpha=2.0)
+  stack = peft_experts.Stack("m", "m", ("w",), method, size)
+  a = np.arange(12, dtype=np.float32).reshape(4, 3)
+  b = np.arange(8, dtype=np.float32).reshape(2, 4)
+  tensors = {"m.lora_A.weight": Tensor(a), "m.lora_B.weight": Tensor(b)}
+  arrays = peft_experts.read("f", tensors, [stack])["w"]
   w = jnp.zeros((experts, size_in, size_out))
-  b = jnp.transpose(b, (2, 1, 0))
-  t = AdaptedTensor(w, {"a": a, "b": b}, method=LoRA(rank=r, alpha=2.0))
+  t = AdaptedTensor(w, jax.tree.map(jnp.asarray, arrays), method=method)
   want = np.array(
     [[[6, 8, 10], [18, 28, 38]], [[33, 37, 41], [93, 105, 117]]], np.float32
   )
