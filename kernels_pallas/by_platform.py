@@ -18,6 +18,8 @@ import jax
 from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from kernels_pallas import lowering
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 """As lowering calls them; others have the default."""
 
@@ -67,10 +69,7 @@ def _implementation(platform, jaxpr, kernels, note):
 @_call.def_impl
 def _run(*xs, **params):
   """Without `jit` a program is for where its arrays are."""
-  places = [x for x in xs if isinstance(x, jax.Array)]
-  name = jax.default_backend()
-  if places:
-    name = next(iter(places[0].devices())).platform
+  name, _ = lowering.place_of(xs)
   return _implementation("cuda" if name == "gpu" else name, **params)(*xs)
 
 

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -36,6 +37,22 @@ def device() -> tuple[str, str]:
   the default device's.
   """
   return target() or (jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def place_of(arrays: Iterable[Any]) -> tuple[str, str]:
+  """Platform and kind of the device that a call without `jit` runs on.
+
+  That of an array which is committed to its device, if one is, else of the
+  first; without arrays (of NumPy's, say) the default device's.
+
+  Args:
+    arrays: All that the call is given.
+  """
+  placed = [x for x in arrays if isinstance(x, jax.Array)]
+  placed.sort(key=lambda x: not x.committed)
+  found = placed[0].devices() if placed else jax.devices()
+  one = next(iter(found))
+  return one.platform, one.device_kind
 
 
 def kind_of(platform: str) -> str:

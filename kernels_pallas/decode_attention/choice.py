@@ -1,8 +1,8 @@
 """Which backend of decoding 'auto' takes.
 
 Under a mesh, which knows its devices and may be a topology to compile for,
-that is decided at once, and so it is without `jit`; else when the call is
-lowered, by the platform that it is lowered for.
+that is decided at once, and so it is without `jit`, by where the arrays are;
+else when the call is lowered, by the platform that it is lowered for.
 """
 
 from collections.abc import Callable
@@ -64,9 +64,9 @@ def automatic(
 
   known = lowering.target()
   arrays = jax.tree.leaves((q, vars(held), vars(rows)))
-  if not any(isinstance(x, jax.core.Tracer) for x in arrays):
-    # Nothing is lowered later: the call runs now.
-    known = lowering.device()
+  if known is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
+    # Nothing is lowered later: the call runs now, where its arrays are.
+    known = lowering.place_of(arrays)
   if known is not None:
     backend, why = choice(known)
     lowering.say("decoding", known[0], backend, why)

@@ -5,6 +5,9 @@ rows are plain ones there. Ranges, masks, softmax, the ring of tiles, parts and
 splits are the kernel's.
 """
 
+import types
+from unittest import mock
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import lowering
 from kernels_pallas.decode_attention.api import (
   choose,
   decode_attention,
@@ -214,6 +218,33 @@ def test_a_program_lowered_for_cuda_has_the_kernel():
     for name in ("cpu", "cuda")
   }
   assert found == {"cpu": False, "cuda": True}
+
+
+def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
+  """On a host with a GPU, too, which is then not looked at."""
+  q, k = (draw(*s).astype(jnp.bfloat16) for s in ((2, 2, 64), (2, 24, 1, 64)))
+  lengths = jnp.array([3, 24])
+  want = decode_attention(q, k, k, lengths, backend="xla")
+  h100 = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "devices", lambda: [h100])
+  assert lowering.device() == lowering.place_of([]) == ("gpu", "NVIDIA H100")
+  found = decode_attention(q, k, k, lengths)
+  chex.assert_trees_all_equal(found, want)
+
+
+def test_an_array_that_is_committed_says_where():
+  """As JAX has it, which moves the others there."""
+
+  def placed(platform, committed):
+    device = mock.Mock(platform=platform, device_kind="some")
+    x = mock.Mock(spec=type(jnp.zeros(0)), committed=committed)
+    x.devices.return_value = {device}
+    return x
+
+  free, held = placed("gpu", False), placed("cpu", True)
+  assert lowering.place_of([free, np.zeros(1)]) == ("gpu", "some")
+  assert lowering.place_of([free, held]) == ("cpu", "some")
 
 
 @pytest.mark.parametrize(
