@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.interop import load, safetensors
-from research.lora import peft, peft_config, peft_experts, peft_write, wrap
+from research.lora import peft, peft_config, peft_write, wrap
 from research.typing import UserError
 from tests.support_peft import MODELS, loaded, logits, relative
 
@@ -54,28 +54,6 @@ def test_each_stack_has_its_rank_and_alpha():
   assert got == want
   found = wrap.adapters(loaded("experts_lora_down").params, thin)
   assert set(found) == {"layers/1/mlp/experts/down"}
-
-
-def test_factors_are_those_of_the_specification():
-  """lora.md section 2.4: experts first in A's rows, last in B's columns."""
-
-  class Tensor:
-    dtype = np.dtype("float32")
-
-    def __init__(self, x):
-      self.x, self.shape = x, x.shape
-
-    def read(self):
-      return self.x
-
-  method = peft_experts.LoRA(rank=2, alpha=2.0)
-  stack = peft_experts.Stack("m", "m", ("w",), method, (2, 3, 2))
-  a, b = np.arange(12.0).reshape(4, 3), np.arange(8.0).reshape(2, 4)
-  tensors = {"m.lora_A.weight": Tensor(a), "m.lora_B.weight": Tensor(b)}
-  p = peft_experts.read("f", tensors, [stack])["w"]
-  got = np.einsum("ero,eri->eoi", p["b"], p["a"])
-  want = [[[6, 8, 10], [18, 28, 38]], [[33, 37, 41], [93, 105, 117]]]
-  np.testing.assert_array_equal(got, want)
 
 
 def changed(tmp_path, fields=None, tensors=None):
