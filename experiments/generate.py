@@ -211,7 +211,8 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   from research.quant import panels
 
   def ready(params):
-    return generate.prepare(panels.decoding(params), loaded.model)
+    fast = panels.decoding(params, loaded.model.dtype)
+    return generate.prepare(fast, loaded.model)
 
   if not places:
     return ready(loaded.params)

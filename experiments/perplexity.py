@@ -108,7 +108,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   def measure(**how):
     params = loaded.params
     if (how.get("chunk") or FEW) * _BATCH.value < FEW:
-      params = generate.prepare(panels.decoding(params), loaded.model)
+      params = panels.decoding(params, loaded.model.dtype)
+      params = generate.prepare(params, loaded.model)
     elif isinstance(how.get("kv"), kv_quantizer.KVByLayer):
       params = tree.unroll(params)
     return perplexity(

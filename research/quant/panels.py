@@ -8,8 +8,7 @@ changes is their order in memory, and that a C++ kernel multiplies them
 
 import dataclasses
 import re
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -141,10 +140,8 @@ def fits(w: QTensor) -> bool:
   Codes of at most 4 bits, or integers of up to 8; groups of whole words; no
   rows in other precision.
   """
-  if w.outliers is not None:
-    return False
-  bits, group = kernel_codes.bits(w), kernel_codes.group(w)
-  return bits is not None and group % (32 // bits) == 0
+  kind = kernel_codes.kind(w)
+  return kind is not None and kind.group % (32 // kind.bits) == 0
 
 
 @jax.jit
@@ -181,7 +178,7 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
     key: unused.
   """
   del key
-  left: dict[str, None] = {}
+  left: set[str] = set()
 
   def one(path: str, leaf: Any) -> Any:
     ndim = 3 if path.startswith("run") else 2
@@ -190,7 +187,7 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
     if isinstance(leaf, QTensor):
       if fits(leaf):
         return from_qtensor(leaf)
-      left[_reason(leaf)] = None
+      left.add(kernel_codes.name(leaf))
       return leaf
     if leaf.dtype == jnp.bfloat16 and _MATRIX.search(path):
       return from_array(leaf, -1 if _EMBED.search(path) else -2)
@@ -200,26 +197,9 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
     return isinstance(x, QTensor)
 
   found = tree.map_paths(one, params, is_leaf=is_packed)
-  _tell(left)
+  cost = "several times slower than those of 4 bits or of integers"
+  kernel_codes.tell("panels", "CPUs", left, cost)
   return tree.unroll(_beside(found))
-
-
-def _reason(w: QTensor) -> str:
-  """Returns the name of what does not fit."""
-  return f"{w.format.name}{' with outliers' if w.outliers is not None else ''}"
-
-
-def _tell(names: Iterable[str]) -> None:
-  """Warns of packed matrices that no panel holds; Python says it once."""
-  names = ", ".join(sorted(names))
-  if names:
-    warnings.warn(
-      f"panels: no kernel for CPUs multiplies {names}; such matrices are "
-      "decoded for every product, several times slower than those of 4 bits "
-      "or of integers",
-      RuntimeWarning,
-      stacklevel=3,
-    )
 
 
 def _beside(part: Any) -> Any:
@@ -251,12 +231,16 @@ def _alike(sources: Sequence[Any]) -> bool:
   return all(bool(jnp.array_equal(x, sources[0])) for x in sources)
 
 
-def decoding(params: Params) -> Params:
+def decoding(params: Params, dtype: str = "float32") -> Params:
   """Returns `params` in panels where this process decodes faster so.
 
   That is on CPU, on one device, with a C++ compiler. On a TPU or a Hopper GPU,
-  alone as well, packed matrices become planes (`research.quant.planes`).
-  Elsewhere it is `params`.
+  alone as well, packed matrices become planes (`research.quant.planes`), where
+  their kernels take what the model computes in. Elsewhere it is `params`.
+
+  Args:
+    params: of a Transformer.
+    dtype: that the model computes in. Panels are for any.
   """
   leaves = jax.tree.leaves(params)
   many = jax.process_count() > 1 or any(
@@ -265,7 +249,7 @@ def decoding(params: Params) -> Params:
   if many:
     return params
   if planes.has_kernel():
-    return planes.to_planes(params)
+    return planes.to_planes(params, dtype=dtype)
   if jax.default_backend() != "cpu":
     return params
   if all(x.dtype == jnp.float32 for x in leaves) or not cpu.available():

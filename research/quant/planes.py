@@ -14,7 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import api, mosaic_gpu, planar
+from kernels_pallas.quantized_matmul import (
+  api,
+  mosaic_gpu,
+  mosaic_tpu,
+  planar,
+)
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
 from research import tree, weights
 from research.quant import kernel_codes, products
@@ -118,22 +123,24 @@ def has_kernel() -> bool:
   return jax.default_backend() == "tpu" or mosaic_gpu.is_for()
 
 
-def fits(w: QTensor, gpu: bool = False) -> bool:
+def fits(w: QTensor, gpu: bool = False, dtype: str = "bfloat16") -> bool:
   """Whether the kernels multiply what `w` holds.
 
   Args:
     w: a packed matrix.
     gpu: for Hopper, whose kernels look nothing up: even grids alone.
+    dtype: of the rows that it multiplies. bfloat16 is what every kernel takes,
+      float32 TPUs' alone, float16 GPUs' alone.
   """
-  if w.outliers is not None or kernel_codes.bits(w) is None:
+  kind = kernel_codes.kind(w)
+  if kind is None:
     return False
-  group = kernel_codes.group(w)
-  whole = group in GROUPS or group % BLOCK == 0 or group == w.inputs
-  if not whole or not gpu:
-    return whole
-  found = {}
-  jax.eval_shape(lambda w: found.update(book=w.plain().codebook), w)
-  return found["book"] is None
+  group = kind.group
+  if not (group in GROUPS or group % BLOCK == 0 or group == w.inputs):
+    return False
+  made = jax.eval_shape(functools.partial(from_qtensor, gpu=gpu), w).planes
+  kernels = mosaic_gpu if gpu else mosaic_tpu
+  return kernels.unsupported(jnp.dtype(dtype), made) is None
 
 
 @functools.partial(jax.jit, static_argnames="gpu")
@@ -147,28 +154,51 @@ def from_qtensor(w: QTensor, gpu: bool = False) -> PlanarTensor:
 
 
 def to_planes(
-  params: Params, key: PRNGKey | None = None, gpu: bool | None = None
+  params: Params,
+  key: PRNGKey | None = None,
+  gpu: bool | None = None,
+  dtype: str = "float32",
 ) -> Params:
   """Returns `params` with packed matrices in planes, layer by layer.
 
   A Transform. What does not fit, experts, and what is not packed stay as they
-  are; layers are unrolled, since a scan would copy each matrix before its use.
+  are; the first are named in a warning. Layers are unrolled, since a scan would
+  copy each matrix before its use, unless nothing fits: then it is `params`.
 
   Args:
     params: of a Transformer.
     key: unused.
     gpu: whether for a Hopper GPU; None for what this process runs on.
+    dtype: that the model computes in.
   """
   del key
   gpu = mosaic_gpu.is_for() if gpu is None else gpu
+  left: set[str] = set()
+  made: list[str] = []
 
   def one(path: str, leaf: Any) -> Any:
     ndim = 3 if path.startswith("run") else 2
-    if not is_packed(leaf) or leaf.ndim != ndim or not fits(leaf, gpu):
+    if not is_packed(leaf) or leaf.ndim != ndim:
       return leaf
+    if not fits(leaf, gpu, dtype):
+      left.add(_reason(leaf, gpu, dtype))
+      return leaf
+    made.append(path)
     return from_qtensor(leaf, gpu)
 
   def is_packed(x: Any) -> bool:
     return isinstance(x, QTensor)
 
-  return tree.unroll(tree.map_paths(one, params, is_leaf=is_packed))
+  found = tree.map_paths(one, params, is_leaf=is_packed)
+  device, taken = "TPUs", "those of 4 bits or of integers"
+  if gpu:
+    device, taken = "Hopper GPUs", "integers"
+  cost = f"slower than {taken} in bfloat16"
+  kernel_codes.tell("planes", device, left, cost)
+  return tree.unroll(found) if made else params
+
+
+def _reason(w: QTensor, gpu: bool, dtype: str) -> str:
+  """Returns the name of what does not fit, and the dtype if that is why."""
+  why = f" in {dtype}" if fits(w, gpu) else ""
+  return f"{kernel_codes.name(w)}{why}"

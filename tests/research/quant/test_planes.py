@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.quantized_matmul import planar_matmul
+from kernels_pallas.quantized_matmul import mosaic_gpu
 from research import sharding, tree, weights
 from research.lora.adapted import AdaptedTensor
 from research.nn import generate
@@ -61,8 +62,12 @@ def close(got, want, eps=2e-6):
 @every
 def test_planes_hold_the_same_numbers(name, gpu):
   w = leaf(name, layers=(2,))
-  assert planes.fits(w)
+  assert planes.fits(w) and planes.fits(w, dtype="float32")
   assert planes.fits(w, gpu=True) == (name in EVEN)
+  # Each chip has two types of rows, and they share one.
+  assert planes.fits(w, True, "float16") == (name in EVEN)
+  assert not planes.fits(w, gpu=True, dtype="float32")
+  assert not planes.fits(w, dtype="float16")
   if gpu and name not in EVEN:
     return
   got = planes.from_qtensor(w, gpu)
@@ -129,7 +134,9 @@ def logits(model, params, tokens):
 def test_a_packed_model_is_the_same_in_planes(gpu):
   model, params = packed()
   params = adapting(rank=2, targets=("q",))(params, jax.random.key(0))
-  got = planes.to_planes(params, gpu=gpu)
+  # The types kernels take; here the sums are XLA's, in the model's float32.
+  dtype = "bfloat16" if gpu else "float32"
+  got = planes.to_planes(params, gpu=gpu, dtype=dtype)
   assert tree.run_length(got["run0"]) == 1
   attention = got["run0"]["layer0"]["attention"]
   assert isinstance(attention["q"], AdaptedTensor)
@@ -153,19 +160,72 @@ def test_decoding_chooses(monkeypatch):
   assert panels.decoding(many) is many
 
 
-def test_products_go_to_the_kernels(monkeypatch):
-  """Each of a layer's seven, and with few rows alone."""
+def test_decoding_leaves_what_no_kernel_takes(monkeypatch):
+  """On Hopper, whose kernels take no float32, generate's default."""
   model, params = packed()
+  monkeypatch.setattr(planes, "has_kernel", lambda: True)
+  plain = support.params(model)
+  assert panels.decoding(plain) is plain
+  monkeypatch.setattr(mosaic_gpu, "is_for", lambda: True)
+  with pytest.warns(RuntimeWarning, match="Hopper.* int4-asym-g32 in float32;"):
+    assert panels.decoding(params, "float32") is params
+  for dtype in ("bfloat16", "float16"):
+    up = panels.decoding(params, dtype)["run0"]["layer0"]["mlp"]["up"]
+    assert isinstance(up, planes.PlanarTensor)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_does_not_fit_is_said_by_name(gpu):
+  model = support.model(tied=True, **SIZES)
+  format = NVFP4() if gpu else FP8()
+  params = Quantize(format=format)(support.params(model))
+  with pytest.warns(RuntimeWarning, match=f"planes: .*{format.name};"):
+    assert planes.to_planes(params, gpu=gpu, dtype="bfloat16") is params
+  # What does fit is not said, and becomes planes beside the rest.
+  layer = params["run0"]["layer0"]
+  layer["mlp"] = packed()[1]["run0"]["layer0"]["mlp"]
+  with pytest.warns(RuntimeWarning) as told:
+    got = planes.to_planes(params, gpu=gpu, dtype="bfloat16")
+  assert len(told) == 1 and "int4" not in str(told[0].message)
+  layer = got["run1"]["layer0"]
+  assert isinstance(layer["mlp"]["up"], planes.PlanarTensor)
+  assert isinstance(layer["attention"]["q"], qtensor.QTensor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shifted(Affine):
+  """A symmetric grid whose zero is any number."""
+
+  middle: float = 100.0
+
+
+@pytest.mark.parametrize("bits, middle", [(8, 100.0), (8, 127.5), (6, 31.5)])
+def test_any_zero_of_8_bits_has_a_place(bits, middle):
+  rng = np.random.default_rng(0)
+  w = jnp.asarray(rng.normal(size=(192, 40)), jnp.float32)
+  format = Shifted(bits=bits, symmetric=True, block=32, middle=middle)
+  w = qtensor.pack(w, format)
+  assert w.plain().zero == middle
+  assert planes.fits(w, gpu=True) and planes.fits(w) and panels.fits(w)
+  close(planes.from_qtensor(w).dense(), w.dense())
+  close(panels.from_qtensor(w).dense(), w.dense())
+
+
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_products_go_to_the_kernels(tokens):
+  """Each of a layer's seven in a program for a TPU: of few rows, of many."""
+  model, params = packed()
+
+  def kernels(params, platform):
+    def read(params):
+      ids = jnp.zeros((1, tokens), jnp.int32)
+      return model.apply({"params": params}, ids)[0]
+
+    traced = jax.jit(read).trace(params)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return re.findall(r'kernel_name = "(quantized_matmul\w*)"', text)
+
   got = planes.to_planes(params, gpu=False)
-  seen = []
-  plain = planar_matmul._plain
-
-  def counted(x, w, activations):
-    seen.append(w.shape)
-    return plain(x, w, activations)
-
-  monkeypatch.setattr(planar_matmul, "_plain", counted)
-  jax.eval_shape(
-    lambda p: model.apply({"params": p}, support.tokens(vocab=64))[0], got
-  )
-  assert len(seen) == 7 * SIZES["depth"]
+  which = "quantized_matmul_few" if tokens == 1 else "quantized_matmul_many"
+  assert kernels(got, "tpu") == 7 * SIZES["depth"] * [which]
+  assert not kernels(got, "cpu") and not kernels(params, "tpu")
