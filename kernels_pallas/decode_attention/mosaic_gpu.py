@@ -53,6 +53,10 @@ def refused(
     return f"GPU kernels have one precision, found {precision}"
   if held is None:
     return None
+  if _is_quantized(held) and dtype != jnp.bfloat16:
+    # Probabilities times values' scales are operands: float16 has too few
+    # exponents for the scales of small values.
+    return f"GPU kernels read codes for bfloat16 queries, found {dtype}"
   for found in (x.dtype for x in _arrays(held)):
     if found != dtype and found not in LARGEST:
       return f"GPU kernels take keys of the queries' {dtype}, found {found}"

@@ -10,7 +10,13 @@ as long as both sides agree: so queries are reordered before the kernel
 int8 c becomes 2^23 + 128 + c in float32 by placing a byte, from which the
 constant is subtracted; float8_e4m3fn becomes float16 over 256 by moving bits,
 subnormal numbers included, and scales make up for it (`factor`). Both are
-exact in bfloat16 and float16.
+exact in bfloat16, which operands are: float16 would not hold probabilities
+times the scales of small values.
+
+The two NaN of float8_e4m3fn become 480 and -480. Of a vector that holds NaN
+`pages.quantize` makes the scale NaN, too, which arrives; of one that holds an
+infinite number the scale is infinite and that code NaN, and is read as infinite
+here, as NaN by other backends.
 """
 
 from typing import Any
@@ -47,24 +53,23 @@ def from_values(o: jax.Array) -> jax.Array:
   return x.reshape(o.shape)
 
 
-def right(pairs: jax.Array, code: Any, dtype: Any, axis: int) -> jax.Array:
-  """The right operand out of pairs of codes.
+def right(pairs: jax.Array, code: Any, axis: int) -> jax.Array:
+  """The right operand, in bfloat16, out of pairs of codes.
 
   Args:
     pairs: int16, in the layout of a right operand.
     code: The dtype of codes.
-    dtype: Of the operand.
     axis: Along which codes are paired: 0 for keys [H / 2, n], 1 for values
       [n, Hv / 2].
   """
   shape = tuple(n * (1 + (i == axis)) for i, n in enumerate(pairs.shape))
   source = plgpu.Layout.MMA_RHS(pairs.dtype)
-  layout = plgpu.Layout.MMA_RHS(dtype)
-  kind = plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+  layout = plgpu.Layout.MMA_RHS(jnp.bfloat16)
+  kind = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=layout)
 
   @plgpu.inline_mgpu(arg_types=(source,), return_type=kind)
   def convert(_, x):
-    element = mgpu.utils.dtype_to_ir_type(dtype)
+    element = ir.BF16Type.get()
     zero = arith.constant(element, ir.FloatAttr.get(element, 0.0))
     found = mgpu.FragmentedArray.splat(zero, shape, layout.to_mgpu())
     decode = _int8 if jnp.dtype(code) == jnp.int8 else _float8
@@ -84,7 +89,7 @@ def right(pairs: jax.Array, code: Any, dtype: Any, axis: int) -> jax.Array:
             picked = [(word, (i, i + 2)) for word in words]
             at = k, 2 * n + i * N
           small = found[at[0] : at[0] + K, at[1] : at[1] + N]
-          registers = [decode(w, where, element) for w, where in picked]
+          registers = [decode(w, where) for w, where in picked]
           found[at[0] : at[0] + K, at[1] : at[1] + N] = mgpu.FragmentedArray(
             _registers=np.array(registers, dtype=object).reshape(
               small.registers.shape
@@ -97,7 +102,7 @@ def right(pairs: jax.Array, code: Any, dtype: Any, axis: int) -> jax.Array:
   return convert(pairs)
 
 
-def _int8(word, where, element):
+def _int8(word, where):
   """Two bytes of a word as a pair of an operand."""
   word = arith.xori(word, _i32(0x80808080))
   bias = arith.constant(ir.F32Type.get(), 2.0**23 + 128)
@@ -107,22 +112,19 @@ def _int8(word, where, element):
     )
     for n in where
   ]
-  return _packed(*values, element)
+  return _packed(*values)
 
 
-def _float8(word, where, element):
+def _float8(word, where):
   """Two bytes of a word as a pair of an operand, over 256."""
   low, high = where
   # Either byte is the upper one of its half: sign, 4 bits, 3 bits, 8 zeros.
   x = _prmt(word, 0, high << 12 | 0x0404 | low << 4)
   sign = arith.andi(x, _i32(0x80008000))
   rest = arith.shrui(arith.andi(x, _i32(0x7F007F00)), _i32(1))
-  half = ir.F16Type.get()
   pair = mgpu.utils.bitcast(
-    arith.ori(sign, rest), ir.VectorType.get((2,), half)
+    arith.ori(sign, rest), ir.VectorType.get((2,), ir.F16Type.get())
   )
-  if element == half:
-    return pair
   values = [
     arith.extf(
       ir.F32Type.get(),
@@ -130,15 +132,15 @@ def _float8(word, where, element):
     )
     for n in range(2)
   ]
-  return _packed(*values, element)
+  return _packed(*values)
 
 
-def _packed(low, high, element):
-  name = "bf16x2" if element == ir.BF16Type.get() else "f16x2"
+def _packed(low, high):
   word = llvm.inline_asm(
-    _type(32), [high, low], f"cvt.rn.{name}.f32 $0, $1, $2;", "=r,f,f"
+    _type(32), [high, low], "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f"
   )
-  return mgpu.utils.bitcast(word, ir.VectorType.get((2,), element))
+  kind = ir.VectorType.get((2,), ir.BF16Type.get())
+  return mgpu.utils.bitcast(word, kind)
 
 
 def _prmt(word, other, selector):

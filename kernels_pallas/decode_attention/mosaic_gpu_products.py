@@ -31,16 +31,16 @@ def scores(p, interpreted, part, q, k):
     # By parts, since operands are registers, too.
     left = _for_each_part(p, q.at[:, pl.ds(at * many, width * many)])
     right = own.at[:, pl.ds(at, width)].transpose((1, 0))
-    found = plgpu.mma(found, left, _right(p, right, q.dtype, 0))
+    found = plgpu.mma(found, left, _right(p, right, 0))
   return found
 
 
-def _right(p, ref, dtype, axis):
+def _right(p, ref, axis):
   """A right operand from shared memory, which may hold pairs of codes."""
   right = plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))
   if p.code is None:
     return right
-  return codes.right(right, p.code, dtype, axis)
+  return codes.right(right, p.code, axis)
 
 
 def scales(p, interpreted, part, ref, first):
@@ -92,7 +92,7 @@ def values(p, interpreted, part, acc, e, v):
   dtype = p.arrays["q"].dtype
   for n, left in enumerate(_lefts(e, dtype)):
     right = own.at[pl.ds(n * codes.K, codes.K)]
-    acc = plgpu.mma(acc, left, _right(p, right, dtype, 1))
+    acc = plgpu.mma(acc, left, _right(p, right, 1))
   return acc
 
 

@@ -187,6 +187,49 @@ def test_what_the_kernel_does_not_compute_is_refused():
   fails("head dims of .64, 128, 256.", low[0][..., :40], low[1][..., :40])
 
 
+def coded(code, size):
+  """A row of 40 tokens in pages of 16, in codes, with values of that size."""
+  k, v = draw(3, 2, 16, 64, seed=1), size * draw(3, 2, 16, 64, seed=2)
+  parts = [quantize(x, code) for x in (k, v)]
+  kv, scale = (f([x[n] for x in parts], -1 if n == 0 else 1)
+               for n, f in enumerate((jnp.concatenate, jnp.stack)))  # fmt: skip
+  return Pages(kv, scale, 64), jnp.array([[2, 0, 1]]), jnp.array([40])
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("size", [1.0, 1e-5])
+def test_small_values_are_as_exact_as_large_ones(gpu, code, size):
+  """Scales of values enter operands of 16 bits."""
+  q, x = draw(1, 4, 64).astype(jnp.bfloat16), coded(CODES[code], size)
+  found = paged_attention(q, *x, backend="mosaic_gpu", interpret=gpu)
+  exact = paged_attention(q.astype(jnp.float32), *x, backend="reference")
+  error = jnp.abs(found.astype(jnp.float32) - exact).max()
+  # Probabilities and outputs are rounded to 8 bits.
+  assert error <= 2.0**-8 * size and jnp.abs(exact).max() > 0.2 * size
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_codes_for_float16_are_read_by_plain_lax(code):
+  """Which multiplies in float32: the scales of small values are subnormal."""
+  q, x = draw(1, 4, 64).astype(jnp.float16), coded(CODES[code], 1e-3)
+  with pytest.raises(ValueError, match="codes for bfloat16.*backend='xla'"):
+    paged_attention(q, *x, backend="mosaic_gpu")
+
+  def run(q, x):
+    return paged_attention(q, *x)
+
+  device = jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  wide = q.astype(jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(mesh):
+    programs = [str(jax.make_jaxpr(run)(y, x)) for y in (q, wide)]
+  assert ["decode_attention_mma" in y for y in programs] == [False, True]
+  found = paged_attention(q, *x, backend="xla")
+  exact = paged_attention(q.astype(jnp.float32), *x, backend="reference")
+  # Half a step of float16's smallest numbers, and of its others.
+  np.testing.assert_allclose(found, exact, rtol=2.0**-10, atol=2.0**-24)
+
+
 def test_auto_is_the_kernel_where_there_is_one():
   def chosen(kind, dtype=jnp.bfloat16, H=64):
     device = jax.sharding.AbstractDevice(kind, None, platform="gpu")

@@ -65,13 +65,13 @@ CASES = {
   ),
   "int8": Case(heads=(8, 2, 64, 128), page=16, window=70, code="int8"),
   "int8_wide": Case(
-    "h100", heads=(8, 2, 256, 64), page=128, code="int8", dtype="float16"
+    "h100", heads=(8, 2, 256, 64), page=128, code="int8"
   ),
   "float8": Case(
     "h100", page=96, splits=2, softcap=5.0, code="float8_e4m3fn"
   ),
   "float8_prompts": Case(
-    heads=(16, 2, 128, 256), page=128, code="float8_e4m3fn", dtype="float16",
+    heads=(16, 2, 128, 256), page=128, code="float8_e4m3fn",
     **ROWS,
   ),
   "prompts": Case("h100", heads=(16, 2, 128, 128), page=16, splits=2, **ROWS),

@@ -15,6 +15,7 @@ from kernels_pallas.decode_attention.pages import (
   Pages,
   append_to_pages,
   empty_pages,
+  quantize,
 )
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_decode import (
@@ -201,3 +202,10 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
     assert choose(jnp.float16)[0] == "xla"
     assert choose(jnp.bfloat16, 48)[0] == "mosaic_tpu"
     assert "multiples of 16" in choose(jnp.bfloat16, 40)[1]
+
+
+@pytest.mark.parametrize("code", [jnp.int8, jnp.float8_e4m3fn])
+def test_nan_makes_its_own_scale_nan(code):
+  """By which it is seen where its code is not, as int8's or on a GPU."""
+  x = jnp.ones((3, 8)).at[1, 2].set(jnp.nan)
+  assert np.isnan(quantize(x, code)[1]).tolist() == [False, True, False]
