@@ -161,8 +161,9 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   loaded, ids = load(dtype)
   size = table.PROMPT
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
-  params = generate.prepare(panels.decoding(loaded.params), loaded.model)
   model = loaded.model
+  params = panels.decoding(loaded.params, model.dtype)
+  params = generate.prepare(params, model)
   del loaded
 
   def once():
@@ -184,8 +185,9 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
   loaded, ids = load(dtype)
   size = table.PREFILL
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
-  params = generate.prepare(panels.decoding(loaded.params), loaded.model)
   model = loaded.model
+  params = panels.decoding(loaded.params, model.dtype)
+  params = generate.prepare(params, model)
   del loaded
   return table.timed(
     lambda: generate.generate(model, params, prompts, 1),
