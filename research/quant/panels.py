@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import api, cpu
+from kernels_pallas.quantized_matmul import cpu
 from kernels_pallas.quantized_matmul import panels as layout
 from research import tree, weights
-from research.quant import kernel_codes, planes, products
+from research.quant import kernel_codes, planes
+from research.quant.laid import Laid
 from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -35,7 +36,7 @@ _EMBED = re.compile(r"(^|/)embed(/w)?$")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PanelTensor:
+class PanelTensor(Laid):
   """A matrix in panels; frozen: no gradient reaches its parts.
 
   Attributes:
@@ -58,10 +59,6 @@ class PanelTensor:
     return (*lead, *last)
 
   @property
-  def ndim(self) -> int:
-    return len(self.panels.shape)
-
-  @property
   def dtype(self) -> Any:
     wide = self.panels.bits == 16
     return np.dtype(jnp.bfloat16 if wide else jnp.float32)
@@ -76,30 +73,12 @@ class PanelTensor:
     """Returns `O` of the stored matrix."""
     return self.panels.outputs
 
-  def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix `[I, O]`."""
-    w = layout.dense(self.panels).astype(self.dtype)
-    if self.source is None:
-      return w
-    order = jnp.argsort(self.source, axis=-1)
-    return jnp.take_along_axis(w, order[..., None], axis=-2)
+  @property
+  def held(self) -> Any:
+    return self.panels
 
-  def dense(self) -> Float[Array, "..."]:
-    """Returns the matrix, bitwise what it was made from."""
-    stored = self.stored()
-    return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
-
-  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)`, by the kernel where `I` is summed over."""
-    left, w, out = eq.replace("->", ",").split(",")
-    if self.axis == -1:
-      w = w[:-2] + w[-1] + w[-2]
-    if len(w) == 2 and left[-1] == w[0] and out == left[:-1] + w[1]:
-      if self.source is not None:
-        x = jnp.take(x, self.source, axis=-1, unique_indices=True)
-      return api.quantized_matmul(x, self.panels)
-    stored = f"{left},{w}->{out}"
-    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
+  def decoded(self) -> Float[Array, "... I O"]:
+    return layout.dense(self.panels).astype(self.dtype)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of an embedding; only those are decoded."""
@@ -109,12 +88,6 @@ class PanelTensor:
     if self.source is None:
       return found
     return jnp.take(found, jnp.argsort(self.source), axis=-1)
-
-  def ragged_dot(
-    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
-  ) -> Float[Array, "T O"]:
-    """Returns each row of `x` times its expert's matrix."""
-    return products.ragged_dot(x, self, sizes, self.axis)
 
   def axes(self, names: tuple[str | None, ...]) -> "PanelTensor":
     """Panels keep the outputs' name, words and groups the inputs'."""
@@ -126,12 +99,6 @@ class PanelTensor:
     )
     source = weights.axes(self.source, (*lead, None))
     return dataclasses.replace(self, panels=parts, source=source)
-
-  def bind(
-    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
-  ) -> "PanelTensor":
-    """Returns itself: nothing here depends on the batch."""
-    return self
 
 
 def fits(w: QTensor) -> bool:

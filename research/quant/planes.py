@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.quantized_matmul import (
-  api,
   mosaic_gpu,
   mosaic_tpu,
   planar,
 )
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
 from research import tree, weights
-from research.quant import kernel_codes, products
+from research.quant import kernel_codes
+from research.quant.laid import Laid
 from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -32,7 +32,7 @@ GROUPS = (16, 32, 64)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PlanarTensor:
+class PlanarTensor(Laid):
   """A matrix in planes; frozen: no gradient reaches its parts.
 
   Attributes:
@@ -52,37 +52,15 @@ class PlanarTensor:
     return (*lead, *last)
 
   @property
-  def ndim(self) -> int:
-    return len(self.planes.shape)
-
-  @property
   def dtype(self) -> Any:
     return np.dtype(jnp.float32)
 
-  def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix `[I, O]`."""
-    w = planar.dense(self.planes)
-    if self.source is None:
-      return w
-    order = jnp.argsort(self.source, axis=-1)
-    return jnp.take_along_axis(w, order[..., None], axis=-2)
+  @property
+  def held(self) -> Any:
+    return self.planes
 
-  def dense(self) -> Float[Array, "..."]:
-    """Returns the matrix."""
-    stored = self.stored()
-    return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
-
-  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)`, by the kernel where `I` is summed over."""
-    left, w, out = eq.replace("->", ",").split(",")
-    if self.axis == -1:
-      w = w[:-2] + w[-1] + w[-2]
-    if len(w) == 2 and left[-1] == w[0] and out == left[:-1] + w[1]:
-      if self.source is not None:
-        x = jnp.take(x, self.source, axis=-1, unique_indices=True)
-      return api.quantized_matmul(x, self.planes)
-    stored = f"{left},{w}->{out}"
-    return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
+  def decoded(self) -> Float[Array, "... I O"]:
+    return planar.dense(self.planes)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns rows of an embedding; only those are decoded."""
@@ -95,12 +73,6 @@ class PlanarTensor:
     found = dataclasses.replace(self, planes=some).dense()
     return found.reshape(*ids.shape, found.shape[-1])
 
-  def ragged_dot(
-    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
-  ) -> Float[Array, "T O"]:
-    """Returns each row of `x` times its expert's matrix."""
-    return products.ragged_dot(x, self, sizes, self.axis)
-
   def axes(self, names: tuple[str | None, ...]) -> "PlanarTensor":
     """Planes keep the names of inputs and outputs."""
     *lead, first, second = names
@@ -110,12 +82,6 @@ class PlanarTensor:
     )
     source = weights.axes(self.source, (*lead, None))
     return dataclasses.replace(self, planes=planes, source=source)
-
-  def bind(
-    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
-  ) -> "PlanarTensor":
-    """Returns itself: nothing here depends on the batch."""
-    return self
 
 
 def has_kernel() -> bool:
