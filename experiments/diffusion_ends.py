@@ -16,16 +16,14 @@ import numpy as np
 from experiments.claims import Verdict
 from experiments.diffusion_policies import ANY, fill
 from experiments.diffusion_study import (
+  OfSeeds,
   Row,
   Rows,
   Tiny,
   batch_of,
-  difference,
-  over_seeds,
   surely,
 )
 from experiments.diffusion_tasks import Walks, learn
-from experiments.lora_verdicts import Mean, mean
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
 from research.nn.sampling import GREEDY
@@ -44,7 +42,7 @@ GREEDILY = ("low confidence", "ends last", "blocks of 4")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ends:
+class Ends(OfSeeds):
   """Walks, filled in several ways.
 
   Attributes:
@@ -59,17 +57,11 @@ class Ends:
   tiny: Tiny = Tiny()
   steps: int = 2000
   rows: int = 256
-  seeds: int = 3
-
-  @property
-  def arms(self) -> list[str]:
-    """A model of each seed."""
-    return [f"seed {s}" for s in range(self.seeds)]
 
   def row(self, arm: str, before: Rows) -> Row:
     """Returns lengths, and what is valid, by way."""
     del before
-    task, seed = self.walks, int(arm.removeprefix("seed "))
+    task, seed = self.walks, self.seed(arm)
     learned = np.arange(task.length + 2) > 1
     pool = batch_of(task.rows("train", 8192), learned)
     model, params = learn(
@@ -105,10 +97,6 @@ class Ends:
 
   # --- what the rows say ---
 
-  def of(self, rows: Rows, way: str, name: str) -> Mean:
-    """Returns a number's mean over seeds."""
-    return mean(over_seeds(rows, self.arms, way, name))
-
   def table(self, rows: Rows) -> list[dict[str, Any]]:
     """Returns a line for each way."""
     ways = [way for way in rows[self.arms[0]] if way not in ("want", "seconds")]
@@ -117,7 +105,7 @@ class Ends:
         "way": way,
         "mean length": self.of(rows, way, "length").value,
         "+-": self.of(rows, way, "length").half,
-        "exactly": mean(over_seeds(rows, self.arms, "want")).value,
+        "exactly": self.of(rows, "want").value,
         "valid %": 100 * self.of(rows, way, "valid").value,
       }
       for way in ways
@@ -125,7 +113,7 @@ class Ends:
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of ends."""
-    want = mean(over_seeds(rows, self.arms, "want")).value
+    want = self.of(rows, "want").value
     low, last, blocks, chance = (
       self.of(rows, way, "length")
       for way in ("low confidence", "ends last", "blocks of 4", "random places")
@@ -167,20 +155,20 @@ class Ends:
   def _greedily(self, rows: Rows, want: float) -> Verdict:
     """Returns what holds at T = 0, where the likeliest length is no mean."""
     low, *cures = (f"{way}, greedy" for way in GREEDILY)
-    right = {
-      way: over_seeds(rows, self.arms, way, "valid") for way in (low, *cures)
-    }
     length = self.of(rows, low, "length")
     return Verdict(
       "at T = 0 low confidence ends too early, too (80%), and ends last or"
       " blocks make more answers valid",
       f"of {want:.2f} tokens; "
       + ", ".join(
-        f"{way}: {self.of(rows, way, 'length')} tokens, {mean(x)} valid"
-        for way, x in right.items()
+        f"{way}: {self.of(rows, way, 'length')} tokens,"
+        f" {self.of(rows, way, 'valid')} valid"
+        for way in (low, *cures)
       ),
       length.value + length.half < 0.8 * want
-      and any(surely(mean(difference(right[c], right[low]))) for c in cures),
+      and any(
+        surely(self.less(rows, (low, "valid"), (c, "valid"))) for c in cures
+      ),
     )
 
   def draw(self, rows: Rows, folder: pathlib.Path, title: str) -> None:

@@ -8,7 +8,6 @@ not seen, before and after, and beside a model that had no base.
 """
 
 import dataclasses
-import functools
 import pathlib
 from typing import Any
 
@@ -18,15 +17,13 @@ from experiments import diffusion_bounds
 from experiments.claims import Verdict
 from experiments.diffusion_policies import fill
 from experiments.diffusion_study import (
+  OfSeeds,
   Row,
   Rows,
   Tiny,
   batch_of,
-  difference,
-  over_seeds,
   surely,
 )
-from experiments.lora_verdicts import Mean, mean
 from research.data.sources import Split
 from research.data.synthetic import rng_of
 from research.diffusion import convert
@@ -87,7 +84,7 @@ class Orders:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Following:
+class Following(OfSeeds):
   """A base, its conversion, and fine-tuning.
 
   Attributes:
@@ -104,17 +101,11 @@ class Following:
   base_steps: int = 2000
   steps: int = 1000
   rows: int = 256
-  seeds: int = 3
-
-  @property
-  def arms(self) -> list[str]:
-    """One for each seed."""
-    return [f"seed {s}" for s in range(self.seeds)]
 
   def row(self, arm: str, before: Rows) -> Row:
     """Returns loss and share of right answers, by model."""
     del before
-    task, seed = self.orders, int(arm.removeprefix("seed "))
+    task, seed = self.orders, self.seed(arm)
     model, begun = self.tiny.load(task.vocab, seed)
     pool = batch_of(task.rows("train", 8192, told=False))
     text = NextToken(model=model, rows=2048)
@@ -166,10 +157,6 @@ class Following:
 
   # --- what the rows say ---
 
-  def of(self, rows: Rows, kind: str, name: str) -> Mean:
-    """Returns a number's mean over seeds."""
-    return mean(over_seeds(rows, self.arms, kind, name))
-
   def table(self, rows: Rows) -> list[dict[str, Any]]:
     """Returns a line for each model."""
     return [
@@ -187,8 +174,7 @@ class Following:
     """Returns what holds of D3."""
 
     def apart(a, b, name):
-      of = functools.partial(over_seeds, rows, self.arms)
-      return mean(difference(of(a, name), of(b, name)))
+      return self.less(rows, (b, name), (a, name))
 
     return [
       Verdict(

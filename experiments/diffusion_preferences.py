@@ -18,16 +18,14 @@ import numpy as np
 from experiments.claims import Verdict
 from experiments.diffusion_rewards import Rewards
 from experiments.diffusion_study import (
+  OfSeeds,
   Row,
   Rows,
   Tiny,
   batch_of,
-  difference,
-  over_seeds,
   surely,
 )
 from experiments.diffusion_tasks import Targets, learn
-from experiments.lora_verdicts import Mean, mean
 from research.data.synthetic import rng_of
 from research.diffusion.estimators import Elbo
 from research.diffusion.preference import VRPO
@@ -39,7 +37,7 @@ BEFORE = "base"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preferences:
+class Preferences(OfSeeds):
   """A base, and what pairs make of it.
 
   Attributes:
@@ -66,12 +64,6 @@ class Preferences:
   pairs: int = 4096
   rows: int = 1024
   draws: int = 16
-  seeds: int = 3
-
-  @property
-  def arms(self) -> list[str]:
-    """One for each seed."""
-    return [f"seed {s}" for s in range(self.seeds)]
 
   @property
   def kinds(self) -> dict[str, dict[str, Any]]:
@@ -86,7 +78,7 @@ class Preferences:
   def row(self, arm: str, before: Rows) -> Row:
     """Returns rewards before and after, and how noisy margins are."""
     del before
-    task, seed = self.targets, int(arm.removeprefix("seed "))
+    task, seed = self.targets, self.seed(arm)
     pool = batch_of(task.rows(8192), np.arange(task.length + 1) > 0)
     model, base = learn(
       pool, task.mask_id + 1, self.tiny, self.base_steps, seed, "learned"
@@ -151,15 +143,6 @@ class Preferences:
 
   # --- what the rows say ---
 
-  def of(self, rows: Rows, name: str, kind: str) -> Mean:
-    """Returns a number's mean over seeds."""
-    return mean(over_seeds(rows, self.arms, name, kind))
-
-  def less(self, rows: Rows, name: str, a: str, b: str) -> Mean:
-    """Returns how much less a number is by `a` than by `b`."""
-    each = (over_seeds(rows, self.arms, name, kind) for kind in (b, a))
-    return mean(difference(*each))
-
   def table(self, rows: Rows) -> list[dict[str, Any]]:
     """Returns a line for each way to learn."""
     out: list[dict[str, Any]] = []
@@ -174,9 +157,10 @@ class Preferences:
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of VRPO."""
     gain, over = (
-      self.less(rows, "reward", kind, BEST) for kind in (BEFORE, NAIVE)
+      self.less(rows, ("reward", kind), ("reward", BEST))
+      for kind in (BEFORE, NAIVE)
     )
-    quieter = self.less(rows, "noise", BEST, APART)
+    quieter = self.less(rows, ("noise", BEST), ("noise", APART))
     said = {k: str(self.of(rows, "noise", k)) for k in (BEST, APART, NAIVE)}
     return [
       Verdict(

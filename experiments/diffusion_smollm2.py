@@ -22,7 +22,14 @@ import numpy as np
 from experiments import diffusion_bounds
 from experiments.claims import Verdict
 from experiments.diffusion_policies import fill
-from experiments.diffusion_study import Row, Rows, Tiny, difference, over_seeds
+from experiments.diffusion_study import (
+  OfSeeds,
+  Row,
+  Rows,
+  Tiny,
+  difference,
+  over_seeds,
+)
 from experiments.lora_verdicts import CLOSE, mean
 from research.data import examples, packing, pydoc
 from research.data.examples import Example
@@ -94,7 +101,7 @@ class Backwards:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Instructed:
+class Instructed(OfSeeds):
   """The three stages of one model.
 
   Attributes:
@@ -122,21 +129,15 @@ class Instructed:
   graded: int = 64
   heldout: int = 32
   passes: int = 3
-  seeds: int = 3
 
   def __post_init__(self):
     if self.passes < 2:
       raise UserError(f"Instructed: passes is {self.passes}, expected >= 2")
 
-  @property
-  def arms(self) -> list[str]:
-    """One a seed: a stage begins where the one before it ends."""
-    return [f"seed {s}" for s in range(self.seeds)]
-
   def row(self, arm: str, before: Rows) -> Row:
     """Returns what each stage is worth, and plain text by two kinds."""
     del before
-    seed = int(arm.removeprefix("seed "))
+    seed = self.seed(arm)
     loaded = load.load_model(self.name)
     words = loaded.tokenizer
     plain, unseen = self._plain(words), self._unseen(words)
@@ -274,26 +275,23 @@ class Instructed:
     """Returns a line for each stage, and for plain text by each kind."""
     lines = []
     for stage in STAGES:
-      loss = mean(over_seeds(rows, self.arms, stage, "loss"))
+      loss = self.of(rows, stage, "loss")
       lines.append(
         {
           "stage": stage,
           "loss": loss.value,
           "+-": loss.half,
-          "words right %": 100 * self._mean(rows, stage, "token"),
-          "lists right %": 100 * self._mean(rows, stage, "right"),
+          "words right %": 100 * self.of(rows, stage, "token").value,
+          "lists right %": 100 * self.of(rows, stage, "right").value,
         }
       )
     for kind in (AR, DIFFUSION):
       for i, when in enumerate(("before", "after")):
-        loss = mean(over_seeds(rows, self.arms, "text", kind, i))
+        loss = self.of(rows, "text", kind, i)
         said = {"stage": f"plain text by {kind}, {when}"}
         nothing = {"words right %": math.nan, "lists right %": math.nan}
         lines.append(said | {"loss": loss.value, "+-": loss.half} | nothing)
     return lines
-
-  def _mean(self, rows: Rows, *path: Any) -> float:
-    return mean(over_seeds(rows, self.arms, *path)).value
 
   def verdicts(self, rows: Rows) -> list[Verdict]:
     """Returns what holds of D1 and D3, on a real model."""
@@ -343,7 +341,7 @@ class Instructed:
       ("loss of held-out answers, nats a token", "share of right words"),
       strict=True,
     ):
-      found = [mean(over_seeds(rows, self.arms, s, name)) for s in STAGES]
+      found = [self.of(rows, s, name) for s in STAGES]
       axes.barh(
         STAGES,
         [f.value for f in found],

@@ -20,6 +20,7 @@ import numpy as np
 
 from experiments.claims import Verdict
 from experiments.fresh import Fresh
+from experiments.lora_verdicts import Mean, mean
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.training import optim, plots, state, step
@@ -202,6 +203,35 @@ def over_seeds(rows: Rows, arms: Sequence[str], *path: Any) -> list[float]:
       found = found[name]
     out.append(float(found))
   return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfSeeds:
+  """A study whose arms are seeds, each a row of all that is compared.
+
+  Attributes:
+    seeds: how many.
+  """
+
+  seeds: int = 3
+
+  @property
+  def arms(self) -> list[str]:
+    """One for each seed."""
+    return [f"seed {s}" for s in range(self.seeds)]
+
+  def seed(self, arm: str) -> int:
+    """Returns the seed of an arm."""
+    return int(arm.removeprefix("seed "))
+
+  def of(self, rows: Rows, *path: Any) -> Mean:
+    """Returns a number's mean over seeds, found along `path`."""
+    return mean(over_seeds(rows, self.arms, *path))
+
+  def less(self, rows: Rows, a: Sequence[Any], b: Sequence[Any]) -> Mean:
+    """Returns how much less the number along `a` is than that along `b`."""
+    each = (over_seeds(rows, self.arms, *path) for path in (b, a))
+    return mean(difference(*each))
 
 
 def swept(kinds: Iterable[str], seeds: int) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas import lowering
@@ -17,7 +16,7 @@ from kernels_pallas.flash_attention.blocked import (
   blocked_attention,
   blocked_gradients,
 )
-from kernels_pallas.flash_attention.cotangents import finished, queries
+from kernels_pallas.flash_attention.cotangents import finished, kept, queries
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
   ROWS,
   GpuTiles,
@@ -245,10 +244,7 @@ def _attention(
 
 
 def _forward(spec, x):
-  o, lse = _attention.__wrapped__(spec, x)
-  o = checkpoint_name(o, "attn_out")
-  lse = checkpoint_name(lse, "attn_lse")
-  return (o, lse), (x, o, lse)
+  return kept(x, *_attention.__wrapped__(spec, x))
 
 
 def _backward(spec, saved, cotangents):

@@ -11,13 +11,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import looped, tiles, unrolled
 from kernels_pallas.flash_attention.cotangents import (
   Queries,
   finished,
+  kept,
   queries,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
@@ -50,10 +50,7 @@ def blocked_attention(
 
 
 def _forward(spec, x):
-  o, lse = blocked_attention.__wrapped__(spec, x)
-  o = checkpoint_name(o, "attn_out")
-  lse = checkpoint_name(lse, "attn_lse")
-  return (o, lse), (x, o, lse)
+  return kept(x, *blocked_attention.__wrapped__(spec, x))
 
 
 def _backward(spec, saved, cotangents):

@@ -9,6 +9,7 @@ ring attention alike.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import tiles
@@ -26,6 +27,18 @@ class Queries(NamedTuple):
   do: Array
   lse: Array
   shift: Array
+
+
+def kept(
+  x: Operands, o: Float[Array, "B T N Hv"], lse: Float[Array, "B N T"]
+) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
+  """Returns a forward rule's results, and what it keeps for `queries`.
+
+  The names are what `jax.checkpoint` may keep instead of attending again.
+  """
+  o = checkpoint_name(o, "attn_out")
+  lse = checkpoint_name(lse, "attn_lse")
+  return (o, lse), (x, o, lse)
 
 
 def queries(

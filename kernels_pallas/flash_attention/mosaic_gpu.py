@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import (
@@ -24,6 +23,7 @@ from kernels_pallas.flash_attention import mosaic_gpu_problem as problem
 from kernels_pallas.flash_attention.cotangents import (
   Queries,
   finished,
+  kept,
   queries,
 )
 from kernels_pallas.flash_attention.mosaic_gpu_forward import forward
@@ -97,10 +97,7 @@ def mosaic_gpu_attention(
 
 
 def _forward(spec, interpret, x):
-  o, lse = mosaic_gpu_attention.__wrapped__(spec, interpret, x)
-  o = checkpoint_name(o, "attn_out")
-  lse = checkpoint_name(lse, "attn_lse")
-  return (o, lse), (x, o, lse)
+  return kept(x, *mosaic_gpu_attention.__wrapped__(spec, interpret, x))
 
 
 def _backward(spec, interpret, saved, cotangents):

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import mosaic_tpu_backward as back
@@ -20,6 +19,7 @@ from kernels_pallas.flash_attention import mosaic_tpu_problem as problem
 from kernels_pallas.flash_attention.cotangents import (
   Queries,
   finished,
+  kept,
   queries,
 )
 from kernels_pallas.flash_attention.mosaic_tpu_forward import forward
@@ -60,10 +60,7 @@ def mosaic_tpu_attention(
 
 
 def _forward(spec, interpret, x):
-  o, lse = mosaic_tpu_attention.__wrapped__(spec, interpret, x)
-  o = checkpoint_name(o, "attn_out")
-  lse = checkpoint_name(lse, "attn_lse")
-  return (o, lse), (x, o, lse)
+  return kept(x, *mosaic_tpu_attention.__wrapped__(spec, interpret, x))
 
 
 def _backward(spec, interpret, saved, cotangents):

@@ -27,6 +27,12 @@ class Laid:
     raise NotImplementedError
 
   @property
+  def shape(self) -> tuple[int, ...]:
+    *lead, inputs, outputs = self.held.shape
+    last = (inputs, outputs) if self.axis == -2 else (outputs, inputs)
+    return (*lead, *last)
+
+  @property
   def ndim(self) -> int:
     return len(self.held.shape)
 

@@ -53,12 +53,6 @@ class PanelTensor(Laid):
   axis: int = dataclasses.field(default=-2, metadata=dict(static=True))
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    *lead, inputs, outputs = self.panels.shape
-    last = (inputs, outputs) if self.axis == -2 else (outputs, inputs)
-    return (*lead, *last)
-
-  @property
   def dtype(self) -> Any:
     wide = self.panels.bits == 16
     return np.dtype(jnp.bfloat16 if wide else jnp.float32)

@@ -46,12 +46,6 @@ class PlanarTensor(Laid):
   axis: int = dataclasses.field(default=-2, metadata=dict(static=True))
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    *lead, inputs, outputs = self.planes.shape
-    last = (inputs, outputs) if self.axis == -2 else (outputs, inputs)
-    return (*lead, *last)
-
-  @property
   def dtype(self) -> Any:
     return np.dtype(jnp.float32)
 
