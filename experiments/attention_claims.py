@@ -19,7 +19,7 @@ from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.tiling import Tile
 from kernels_pallas.inspect import traffic
 from kernels_pallas.masks import Mask
-from research.planning import chips
+from research.planning import chips, forecast
 
 HEAD_DIM = 128
 GPUS = (("A100", 312e12, 1.56e12), ("H100", 989e12, 3.35e12))
@@ -74,10 +74,10 @@ def _bytes(attend: Any, length: int, device: Any) -> int | None:
         raise
       return None
   found = run.memory_analysis()
-  # A CPU's peak leaves out temporaries, a TPU's temporaries some of the peak.
-  whole = found.argument_size_in_bytes + found.output_size_in_bytes
-  whole += found.temp_size_in_bytes
-  return max(whole, getattr(found, "peak_memory_in_bytes", 0))
+  # A TPU's peak counts temporaries that the compiler keeps on the chip, too:
+  # which ones those are changes with the length. A CPU's leaves out all.
+  peak = getattr(found, "peak_memory_in_bytes", 0)
+  return max(forecast.held(found), peak)
 
 
 def exactness(length: int) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
 from research.diffusion.objective import Noise, masked_loss
-from research.diffusion.rows import Rewrite
+from research.diffusion.rows import BatchRewrite
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
@@ -54,7 +54,7 @@ class BlockDiffusion:
   shift: bool = False
   never_mask: bool = True
   rows: int = 256
-  rewrites: tuple[Rewrite, ...] = ()
+  rewrites: tuple[BatchRewrite, ...] = ()
 
   def __post_init__(self):
     if self.block < 1:

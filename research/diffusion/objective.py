@@ -17,7 +17,7 @@ from research import weights
 from research.diffusion import process
 from research.diffusion.denoiser import own_rows
 from research.diffusion.process import Spread
-from research.diffusion.rows import Rewrite
+from research.diffusion.rows import BatchRewrite
 from research.diffusion.schedule import Linear, Schedule
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
@@ -72,7 +72,7 @@ class MaskedDiffusion:
   levels: int | None = None
   never_mask: bool = True
   rows: int = 256
-  rewrites: tuple[Rewrite, ...] = ()
+  rewrites: tuple[BatchRewrite, ...] = ()
 
   def __post_init__(self):
     if self.complement and not isinstance(self.schedule, Linear):

@@ -18,7 +18,7 @@ _PURPOSE = 1009
 
 
 @runtime_checkable
-class Rewrite(Protocol):
+class BatchRewrite(Protocol):
   """A batch instead of another; `key` is None in evaluation."""
 
   def __call__(self, batch: Batch, key: PRNGKey | None) -> Batch: ...

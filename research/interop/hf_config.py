@@ -264,18 +264,18 @@ def _clock(fields: Fields | None) -> Clock | None:
   """Returns how a model of ours is told the time, or None."""
   if fields is None:
     return None
-  told = fields.get("told")
-  if told not in ("time", "sigma"):
-    raise fields.wrong("told", "'time' or 'sigma'")
   sizes = {
     name: fields.integer(name) for name in ("features", "hidden", "width")
   }
-  return Clock(
-    told=told,
-    scale=fields.number("scale"),
-    closed=fields.flag("closed"),
-    **sizes,
-  )
+  try:
+    return Clock(
+      told=str(fields.get("told")),
+      scale=fields.number("scale"),
+      closed=fields.flag("closed"),
+      **sizes,
+    )
+  except UserError as e:
+    raise UserError(f"{fields.where}: {e}") from e
 
 
 def _rotated(fields: Fields, kind: str, head_dim: int) -> float:

@@ -12,7 +12,6 @@ by which layers start as nothing, is a bias of -1 at the start (`closed`).
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ class Clock:
   """How a model is told the time; MDLM's sizes by default.
 
   Attributes:
-    told: the time itself, or MDLM's noise `sigma = -log(1 - (1 - 1e-3) t)`.
+    told: 'time', or 'sigma': MDLM's noise `-log(1 - (1 - 1e-3) t)`.
     scale: multiplies it; MD4 has 1,000 for the time.
     features: sinusoids, half of them cosines, of frequencies from 1 down to
       nearly 1e-4.
@@ -42,7 +41,7 @@ class Clock:
     closed: whether layers start as nothing, as in DiT.
   """
 
-  told: Literal["time", "sigma"] = "sigma"
+  told: str = "sigma"
   scale: float = 1.0
   features: int = 256
   hidden: int = 128

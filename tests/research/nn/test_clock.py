@@ -206,7 +206,8 @@ def test_nothing_else_is_a_model_s_time():
   tokens = support.tokens(B, T, V)
   with pytest.raises(UserError, match="has no clock"):
     ask(plain, weights, tokens, time=jnp.ones(B))
-  for wrong in (dict(features=3), dict(hidden=0), dict(scale=0.0)):
+  sizes = dict(features=3), dict(hidden=0), dict(scale=0.0)
+  for wrong in (*sizes, dict(told="noise")):
     with pytest.raises(UserError, match="Clock"):
       Clock(**wrong)
 
