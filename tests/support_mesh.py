@@ -12,6 +12,7 @@ from research import sharding, tree
 from research.interop import gguf_types
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
+from research.lora.methods.mora import MoRA
 from research.nn.presets import Sparse
 from research.nn.routing import Routing
 from research.quant.formats import ggml
@@ -81,14 +82,15 @@ def start(kind: str) -> state.TrainState:
   """Returns the state at step 0, on one device.
 
   Args:
-    kind: plain, lora, packed, qlora, or experts, experts-qlora.
+    kind: plain, lora, mora, packed, qlora, or experts, experts-qlora.
   """
   params = support.params(model(kind))
   if kind.endswith(("packed", "qlora")):
     params = packed(params)
-  if kind.endswith("lora"):
+  if kind.endswith(("lora", "mora")):
+    method = MoRA(rank=4) if kind == "mora" else LoRA(rank=4)
     targets = EXPERTS if kind.startswith("experts") else adapt.ALL_LINEAR
-    params = adapt.Adapt(targets=targets, method=LoRA(rank=4))(
+    params = adapt.Adapt(targets=targets, method=method)(
       params, jax.random.key(0)
     )
     # Away from the start, where a factor's gradient is zero.

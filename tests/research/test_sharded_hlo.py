@@ -105,6 +105,23 @@ def test_tensor_only_adds_up_activations():
   assert {s for c in large(found) for s in c.shapes if len(s) > 2} <= stream
 
 
+def test_mora_gathers_what_it_folds_of_its_own_rows_along_tensor_alone():
+  gathers, lora = (
+    [c for c in collectives(kind, "mixed") if c.kind == "all-gather"]
+    for kind in ("mora", "lora")
+  )
+  along = {c.axes for c in gathers if len(c.shapes[0]) == 3}
+  assert along == {frozenset({"tensor"})}
+  folded = [s for c in gathers for s in c.shapes if len(s) == 3]
+  # One of four parts of the rows; groups of 20 or 22 fill the width up.
+  assert {s[:2] for s in folded} == {(BATCH // 4, LENGTH)}
+  assert max(s[2] for s in folded) <= WIDTH + 22
+  # Inputs of two matrices that tensor cuts along them, gradients of five.
+  assert len(folded) == 7
+  weights = {s for c in lora for s in c.shapes if 4 not in s}
+  assert {s for c in gathers for s in c.shapes if len(s) == 2} == weights
+
+
 def test_packed_weights_are_gathered_packed():
   found = collectives("packed", "mixed")
   gathers = [c for c in found if c.kind == "all-gather" and c.loops]

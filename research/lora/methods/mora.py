@@ -45,6 +45,8 @@ class MoRA(Method):
   def _product(self, x, m, size_out):
     side = m.shape[0]
     # Cut along what is folded here, XLA gives wrong gradients of x (jax 0.12).
+    # Groups straddle cuts anyway: left to itself it gathers, or permutes more
+    # often. Only activations are gathered, of a device's own rows.
     x = sharding.whole(x)
     # Filled up with its own first entries.
     more = -x.shape[-1] % side
