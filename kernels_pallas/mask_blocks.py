@@ -1,10 +1,11 @@
 """Masks compiled for kernels: intervals a query, and which tiles hold a pair.
 
 Every rule of a `Mask` says that a query sees the keys whose coordinate lies in
-one or two intervals [lo, hi). A kernel therefore needs to know no kind of
-mask: it compares coordinates with bounds. A key's coordinate is its index, or
-its position where positions are given; in a block diffusion mask the clean
-half starts at `shift`, past all positions of the noisy half.
+one or two intervals [lo, hi), a function's in up to eight. A kernel therefore
+needs to know no kind of mask: it compares coordinates with bounds. A key's
+coordinate is its index, or its position where positions are given; in a block
+diffusion mask the clean half starts at `shift`, past all positions of the noisy
+half.
 
 From the intervals follows each tile's class: `EMPTY` is never visited, `FULL`
 needs no mask arithmetic. What indices decide is exact and known before the
@@ -20,12 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import mask_functions
 from kernels_pallas.masks import Mask
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 END = 2**30
 """Past every coordinate: the end of an interval that nothing bounds."""
+
+TOO_MANY = (
+  f"a query's keys lie in more than {mask_functions.MOST} intervals, which "
+  "kernels do not compare with"
+)
 
 _DATA_SHIFT = 2**29
 
@@ -35,16 +42,19 @@ class Rows:
   """What a mask says of each query and key, for T queries and S keys.
 
   Attributes:
-    bounds: int32 [B or 1, R, T]: lo and hi of one interval or two. NumPy
-      where indices decide, else a JAX array.
+    bounds: int32 [B or 1, R, T]: lo and hi of each interval. NumPy where
+      indices decide, else a JAX array.
     keys: int32 [B or 1, S], the keys' coordinates, or None: their indices.
     segments: (int32 [B or 1, T], int32 [B or 1, S]), which never agree where
       either is padding, or None.
+    unlisted: The mask, where bounds only enclose what it lets a query see:
+      a function's that takes too many intervals. Else None.
   """
 
   bounds: Any
   keys: Any
   segments: Any
+  unlisted: Mask | None = None
 
 
 def rows(mask: Mask, T: int, S: int) -> Rows:
@@ -60,7 +70,12 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
   """
   data = (mask.q_positions, mask.kv_positions, mask.prefix)
   xp = np if all(x is None for x in data) else jnp
-  bounds = _bounds(mask, T, S, xp)
+  unlisted = None
+  if mask.kind == "function":
+    bounds, listed = _function_bounds(mask, T, S, xp)
+    unlisted = None if listed else mask
+  else:
+    bounds = _bounds(mask, T, S, xp)
   # Without positions the keys are indices, and end at S.
   if mask.kv_positions is None:
     bounds = [(lo, xp.minimum(hi, S)) for lo, hi in bounds]
@@ -78,6 +93,7 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
     bounds=xp.stack(flat, axis=1).astype(np.int32),
     keys=_coordinates(mask, S),
     segments=segments,
+    unlisted=unlisted,
   )
 
 
@@ -90,7 +106,13 @@ def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
   Returns:
     `lo` and `hi` of each interval and `segment`, [B or 1, T]; `key` and
     `segment`, [B or 1, S]. A bound that is 0 throughout is left out.
+
+  Raises:
+    ValueError: Of a function's mask a query sees more intervals than kernels
+      compare with.
   """
+  if found.unlisted is not None:
+    raise ValueError(f"mask function: {TOO_MANY}; xla_blockwise can")
   rows, columns = {}, {}
   for n in range(0, found.bounds.shape[1], 2):
     lo, hi = found.bounds[:, n], found.bounds[:, n + 1]
@@ -119,9 +141,11 @@ def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
   """
   static = isinstance(found.bounds, np.ndarray) and found.keys is None
   if static:
-    tiles = _exact(found.bounds[0], T, S, bq, bk)[None]
+    tiles = _exact(found, T, S, bq, bk)[None]
   else:
     tiles = _hull(found, T, S, bq, bk)
+    if found.unlisted is not None:
+      tiles = jnp.minimum(tiles, PARTIAL)
   if found.segments is None:
     return tiles
   return jnp.minimum(tiles, _by_segments(found.segments, bq, bk))
@@ -134,7 +158,7 @@ def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
   """
   if not (isinstance(found.bounds, np.ndarray) and found.keys is None):
     return -(-T // bq) if axis == 1 else -(-S // bk)
-  tiles = _exact(found.bounds[0], T, S, bq, bk)
+  tiles = _exact(found, T, S, bq, bk)
   return max(1, int((tiles != EMPTY).sum(axis - 1).max()))
 
 
@@ -174,12 +198,37 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
       hi = xp.maximum(q + 1, mask.prefix[:, None])
     case "block_causal":
       hi = (q // mask.block + 1) * mask.block
+  return [_within(mask, q, lo, hi, xp)]
+
+
+def _function_bounds(
+  mask: Mask, T: int, S: int, xp
+) -> tuple[list[tuple[Any, Any]], bool]:
+  """Intervals as of `_bounds`, and whether they list what is seen."""
+  level = S - T if mask.offset is None else mask.offset
+  keys = S if mask.kv_positions is None else mask.extent
+  if mask.q_positions is None:
+    q = xp.arange(T)[None] + level
+    found = mask_functions.runs(mask.function, level, T, keys)
+    pairs = [(lo[None], hi[None]) for lo, hi in found.pairs()]
+  else:
+    q = mask.q_positions
+    found = mask_functions.runs(mask.function, 0, mask.extent, keys)
+    at = xp.clip(q, 0, mask.extent - 1)
+    known = q < mask.extent
+    pairs = [
+      (xp.asarray(lo)[at], xp.where(known, xp.asarray(hi)[at], 0))
+      for lo, hi in found.pairs()
+    ]
+  return [_within(mask, q, lo, hi, xp) for lo, hi in pairs], found.listed
+
+
+def _within(mask: Mask, q, lo, hi, xp) -> tuple[Any, Any]:
+  """The interval inside the mask's window, empty where q is padding."""
   left, right = mask.window
   lo = lo if left is None else xp.maximum(lo, q - left)
   hi = hi if right is None else xp.minimum(hi, q + right + 1)
-  if mask.q_positions is not None:
-    hi = xp.where(q < 0, 0, hi)
-  return [(lo, hi)]
+  return lo, hi if mask.q_positions is None else xp.where(q < 0, 0, hi)
 
 
 def _diffusion_bounds(mask: Mask, i, xp) -> list[tuple[Any, Any]]:
@@ -213,18 +262,32 @@ def _coordinates(mask: Mask, S: int) -> Any:
   return k.astype(jnp.int32)
 
 
-def _exact(bounds: np.ndarray, T: int, S: int, bq: int, bk: int) -> np.ndarray:
+def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
   """Classes [tiles of T, tiles of S] by counting the pairs of every tile."""
+  if found.unlisted is None:
+    count = _listed_pairs(found.bounds[0], T, S, bq, bk)
+  else:
+    mask = found.unlisted
+    level = S - T if mask.offset is None else mask.offset
+    count = mask_functions.tiles(
+      mask.function, level, mask.window, (T, S), (bq, bk)
+    )
+  sizes = np.minimum(np.arange(0, T, bq) + bq, T) - np.arange(0, T, bq)
+  full = count == sizes[:, None] * bk
+  return np.where(count == 0, EMPTY, np.where(full, FULL, PARTIAL))
+
+
+def _listed_pairs(
+  bounds: np.ndarray, T: int, S: int, bq: int, bk: int
+) -> np.ndarray:
+  """Visible pairs of every tile, of which the intervals are a list."""
   starts = np.arange(0, S, bk)
   stops = np.minimum(starts + bk, S)
   count = np.zeros((T, len(starts)), np.int64)
   for lo, hi in zip(bounds[0::2], bounds[1::2], strict=True):
     overlap = np.minimum(hi[:, None], stops) - np.maximum(lo[:, None], starts)
     count += np.maximum(overlap, 0)
-  count = np.add.reduceat(count, np.arange(0, T, bq), axis=0)
-  sizes = np.minimum(np.arange(0, T, bq) + bq, T) - np.arange(0, T, bq)
-  full = count == sizes[:, None] * bk
-  return np.where(count == 0, EMPTY, np.where(full, FULL, PARTIAL))
+  return np.add.reduceat(count, np.arange(0, T, bq), axis=0)
 
 
 def _hull(found: Rows, T: int, S: int, bq: int, bk: int) -> jax.Array:

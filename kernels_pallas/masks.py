@@ -5,7 +5,8 @@ visible to query i iff all of these hold:
 
 * the kind's rule on positions: `full` always; `causal` k <= q; `prefix`
   k <= q or k < prefix; `block_causal` k // block <= q // block;
-  `block_diffusion` see `Mask.block_diffusion`;
+  `block_diffusion` see `Mask.block_diffusion`; `function` what a function of
+  both positions says;
 * the window on positions, inclusive on both sides: q - left <= k <= q + right
   (None is unbounded; a sliding window of W tokens is left = W - 1);
 * the segments are equal and not negative, if there are segments;
@@ -20,11 +21,14 @@ the program runs (`key_range`, `is_full_tile`); what data decides is decided by
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from kernels_pallas import mask_functions, mask_rules
 
 Window = tuple[int | None, int | None]
 """Keys visible to the left and right of the query; None is unbounded."""
@@ -35,10 +39,8 @@ Tile = tuple[Any, int]
 Segments = Int[Array, "#b t"] | tuple[Int[Array, "#b t"], Int[Array, "#b s"]]
 """One array for queries and keys, or one for each."""
 
-KINDS = ("full", "causal", "prefix", "block_causal", "block_diffusion")
-
 _DATA = ("q_positions", "kv_positions", "q_segments", "kv_segments", "prefix")
-_META = ("kind", "window", "block", "length", "offset")
+_META = ("kind", "window", "block", "length", "offset", "function", "extent")
 
 
 @functools.partial(
@@ -52,11 +54,14 @@ class Mask:
   batch axis may be 1.
 
   Attributes:
-    kind: One of `KINDS`.
+    kind: One of `mask_rules.KINDS`.
     window: (left, right), inclusive, in positions.
     block: Block length in tokens of the two block kinds.
     length: Half length L of a block diffusion mask.
     offset: Index of the key that is level with query 0; None is S - T.
+    function: (q, k) -> bool, of positions that broadcast.
+    extent: Positions from here on see nothing and are not seen, where a
+      function is asked about positions that were given.
     q_positions: Int [B, T].
     kv_positions: Int [B, S].
     q_segments: Int [B, T].
@@ -69,6 +74,8 @@ class Mask:
   block: int = 0
   length: int = 0
   offset: int | None = None
+  function: Callable[[Any, Any], Any] | None = None
+  extent: int = 0
   q_positions: Any = None
   kv_positions: Any = None
   q_segments: Any = None
@@ -162,6 +169,44 @@ class Mask:
       mask, block=_positive("block", block), length=_positive("length", length)
     )
 
+  @classmethod
+  def where(
+    cls,
+    function: Callable[[Any, Any], Any],
+    window: Window | None = None,
+    segments: Segments | None = None,
+    q_positions: Int[Array, "#b t"] | None = None,
+    kv_positions: Int[Array, "#b s"] | None = None,
+    offset: int | None = None,
+    extent: int = 0,
+  ) -> "Mask":
+    """Keys of which a function of both positions says so.
+
+    It is asked about all pairs before the program runs (`mask_functions`). A
+    program is compiled for each function, so define it once, not in each call.
+
+    Args:
+      function: (q, k) -> bool in NumPy's and JAX's common operators and
+        functions, of positions that broadcast: `lambda q, k: q % 9 == k % 9`.
+        It may close over JAX arrays whose values are known by then.
+      window: As of the others.
+      segments: As of the others.
+      q_positions: As of the others.
+      kv_positions: As of the others.
+      offset: As of the others.
+      extent: Needed where positions are given: all are below it.
+    """
+    given = q_positions is not None or kv_positions is not None
+    if given and extent < 1:
+      raise ValueError(
+        "mask function: found positions, expected an extent with them, above "
+        "the greatest: the function is asked about all before the program runs"
+      )
+    mask = _build(
+      cls, "function", window, segments, q_positions, kv_positions, offset
+    )
+    return dataclasses.replace(mask, function=function, extent=extent)
+
   def check(self, B: int, T: int, S: int) -> None:
     """Raises ValueError unless the mask fits `[B, T]` queries, `[B, S]` keys.
 
@@ -233,7 +278,7 @@ class Mask:
       seen &= k >= q - left
     if right is not None:
       seen &= k <= q + right
-    seen &= _rule(self, i, j, q, k)
+    seen &= mask_rules.holds(self, i, j, q, k)
     return jnp.broadcast_to(seen, (seen.shape[0], q_tile[1], k_tile[1]))
 
   def live_queries(self) -> Bool[Array, "#b t"] | None:
@@ -277,7 +322,12 @@ class Mask:
       elif self.kind == "block_causal":
         hi = (last // self.block + 1) * self.block
       elif self.kind == "block_diffusion":
-        return _diffusion_range(self.length, self.block, q_start, q_stop)
+        return mask_rules.diffusion_range(
+          self.length, self.block, q_start, q_stop
+        )
+      elif self.kind == "function":
+        seen = mask_functions.runs(self.function, level, T, S)
+        lo, hi = seen.hull(q_start, q_stop)
       left, right = self.window
       lo = lo if left is None else max(lo, first - left)
       hi = hi if right is None else min(hi, last + right + 1)
@@ -289,7 +339,8 @@ class Mask:
   ) -> bool:
     """Whether every query of the tile surely sees every key of it."""
     data = (self.q_positions, self.kv_positions, self.q_segments)
-    if any(x is not None for x in data) or self.kind == "block_diffusion":
+    unknown = ("block_diffusion", "function")
+    if any(x is not None for x in data) or self.kind in unknown:
       return False
     level = S - T if self.offset is None else self.offset
     first, last = q_start + level, q_stop - 1 + level
@@ -339,40 +390,6 @@ def _positive(name: str, value: int) -> int:
   return value
 
 
-def _rule(mask: Mask, i: Array, j: Array, q: Array, k: Array) -> Array:
-  """The kind's rule on indices i, j and positions q, k, broadcast."""
-  match mask.kind:
-    case "full":
-      return jnp.ones((1, 1, 1), bool)
-    case "causal":
-      return k <= q
-    case "prefix":
-      return (k <= q) | (k < mask.prefix[:, None, None])
-    case "block_causal":
-      return k // mask.block <= q // mask.block
-    case "block_diffusion":
-      ours, theirs = q // mask.block, k // mask.block
-      noisy_q, noisy_k = i < mask.length, j < mask.length
-      own = noisy_q & noisy_k & (ours == theirs)
-      before = noisy_q & ~noisy_k & (ours > theirs)
-      clean = ~noisy_q & ~noisy_k & (ours >= theirs)
-      return own | before | clean
-  raise ValueError(f"mask kind: found {mask.kind!r}, expected one of {KINDS}")
-
-
 def _live(positions: Array | None, segments: Array | None) -> Array | None:
   marks = [x >= 0 for x in (positions, segments) if x is not None]
   return functools.reduce(jnp.logical_and, marks) if marks else None
-
-
-def _diffusion_range(
-  L: int, block: int, start: int, stop: int
-) -> tuple[int, int]:
-  """The hull of what a tile of a block diffusion mask's queries sees."""
-  lo, hi = (start // block * block, 0) if start < L else (L, L)
-  if start < L:
-    last = (min(stop, L) - 1) // block
-    hi = L + last * block if last else min(block, L)
-  if stop > L:
-    hi = max(hi, L + min(L, -(-(stop - L) // block) * block))
-  return lo, hi

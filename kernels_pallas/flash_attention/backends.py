@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas import lowering
+from kernels_pallas import lowering, mask_blocks
 from kernels_pallas.by_platform import by_platform
 from kernels_pallas.flash_attention import blocking, mosaic_gpu, mosaic_tpu
 from kernels_pallas.flash_attention.blocked import (
@@ -125,6 +125,8 @@ def choice(
   platform, kind = device
   if isinstance(config, Blocks):
     return "xla_blockwise", "config is a Blocks"
+  if platform in (*GPUS, "tpu") and (reason := _refused_by_both(x)):
+    return "xla_blockwise", reason
   if platform in GPUS:
     reason = _refused_by_gpu(x, kind, precision)
     return _either("mosaic_gpu", reason, f"the program is for {kind}")
@@ -136,6 +138,13 @@ def choice(
 
 def _either(kernel, refusal, why):
   return (kernel, why) if refusal is None else ("xla_blockwise", refusal)
+
+
+def _refused_by_both(x) -> str | None:
+  if x.mask is None or x.mask.kind != "function":
+    return None
+  found = mask_blocks.rows(x.mask, x.q.shape[1], x.k.shape[1])
+  return None if found.unlisted is None else mask_blocks.TOO_MANY
 
 
 def _refused_by_gpu(x, kind, precision) -> str | None:

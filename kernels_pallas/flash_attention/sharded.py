@@ -181,11 +181,16 @@ def positioned(mask: Mask, T: int, S: int) -> Mask:
   if mask.kind == "full" and mask.window == (None, None):
     return mask
   ours, theirs = mask.q_positions, mask.kv_positions
+  extent = mask.extent
+  if mask.kind == "function":
+    extent = max(extent, T + _level(mask, T, S), S)
   if ours is None:
     ours = jnp.arange(T, dtype=jnp.int32)[None] + _level(mask, T, S)
   if theirs is None:
     theirs = jnp.arange(S, dtype=jnp.int32)[None]
-  return dataclasses.replace(mask, q_positions=ours, kv_positions=theirs)
+  return dataclasses.replace(
+    mask, q_positions=ours, kv_positions=theirs, extent=extent
+  )
 
 
 def _crossing(cut: Cut):

@@ -100,6 +100,9 @@ def test_one_export_serves_all_platforms():
   chex.assert_trees_all_close(whole.call(*args), causal(*args), rtol=1e-2)
 
 
+EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
+
+
 @pytest.mark.parametrize(
   "platform, why, args, more",
   [
@@ -110,6 +113,8 @@ def test_one_export_serves_all_platforms():
     ("cuda", "bias", shapes(), {"bias": jnp.zeros((T, T))}),
     ("cuda", "precision", shapes(), {"precision": "highest"}),
     ("cuda", "at most 256, found 320", shapes(H=320), {}),
+    ("tpu", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
+    ("cuda", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
   ],
 )
 def test_what_a_kernel_refuses_is_lowered_as_blocks(

@@ -49,6 +49,7 @@ FACTORS = {
     "empty_rows": lambda: Mask.causal(offset=-2),
     "prefix": lambda: Mask.prefix_lm(jnp.array([5, 0])),
     "positions": lambda: Mask.full((3, 1), None, ids(B, T) * 4, ids(1, S) * 3),
+    "function": lambda: Mask.where(lambda q, k: (q - k) % 3 < 2),
   },
   "bias": {
     "none": lambda N: None,

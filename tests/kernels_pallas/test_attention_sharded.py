@@ -54,6 +54,10 @@ def lengths():
   return jnp.asarray(positions)
 
 
+def dilated(q, k):
+  return (q >= k) & ((q - k) % 3 != 1)
+
+
 MASKS = {
   "causal": lambda: Mask.causal(),
   "window": lambda: Mask.causal((4, None), segments=documents()),
@@ -63,6 +67,7 @@ MASKS = {
   "blocks": lambda: Mask.block_causal(4),
   "diffusion": lambda: Mask.block_diffusion(8, 4, segments=documents()),
   "full": lambda: Mask.full(),
+  "function": lambda: Mask.where(dilated, segments=documents()),
 }
 
 

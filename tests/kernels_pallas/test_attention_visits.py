@@ -152,6 +152,7 @@ def with_a_pair(mask, n):
     (Mask.causal(), "fused"),
     (Mask.causal((5, None)), "fused"),
     (Mask.block_causal(5, (6, 2)), "split"),
+    (Mask.where(lambda q, k: (q - k) % 20 < 2), "split"),
     (Mask.block_diffusion(N // 2, 4), "split"),
     (Mask.block_diffusion(N // 2, 4), "fused"),
   ],

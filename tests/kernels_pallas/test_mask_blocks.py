@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import mask_blocks
+from kernels_pallas import mask_blocks, mask_functions
 from kernels_pallas.masks import Mask
 
 B, T, S = 2, 24, 40
@@ -24,6 +24,16 @@ def segments():
   return tuple(jnp.asarray(np.sort(ids(n, 4), axis=1)) for n in (T, S))
 
 
+def picture(q, k):
+  """A patch of 8 x 5 sees its neighbours two rows and one column away."""
+  return (abs(q // 5 - k // 5) < 3) & (abs(q % 5 - k % 5) < 2)
+
+
+def documents_of_7(q, k):
+  ids = jnp.asarray(np.arange(64) // 7)
+  return ids[q] == ids[k]
+
+
 BY_INDEX = {
   "full": lambda: Mask.full(),
   "causal": lambda: Mask.causal(),
@@ -33,6 +43,9 @@ BY_INDEX = {
   "band": lambda: Mask.full((3, 4)),
   "block_causal": lambda: Mask.block_causal(4),
   "block_causal_window": lambda: Mask.block_causal(5, (6, 2)),
+  "picture": lambda: Mask.where(picture, (8, None)),
+  "closure": lambda: Mask.where(documents_of_7),
+  "never": lambda: Mask.where(lambda q, k: k < 0 * q),
 }
 BY_DATA = {
   "prefix": lambda: Mask.prefix_lm(jnp.array([7, 0])),
@@ -41,6 +54,15 @@ BY_DATA = {
   "positions": lambda: Mask.full((4, 3), None, ids(T, 30), ids(S, 30, 1)),
   "q_positions": lambda: Mask.block_causal(3, q_positions=ids(T, 50)),
   "kv_positions": lambda: Mask.causal(kv_positions=ids(S, 30)),
+  "picture_positions": lambda: Mask.where(
+    picture, (8, 9), segments(), ids(T, 44), ids(S, 44, 1), extent=40
+  ),
+  "picture_kv_positions": lambda: Mask.where(
+    picture, kv_positions=ids(S, 30), extent=30
+  ),
+  "picture_q_positions": lambda: Mask.where(
+    picture, q_positions=ids(T, 30, 1), extent=30
+  ),
 }
 DIFFUSION = {
   "diffusion": (lambda: Mask.block_diffusion(12, 3), True),
@@ -189,3 +211,44 @@ def test_a_window_over_block_diffusion_is_refused():
   mask = dataclasses.replace(Mask.block_diffusion(4, 2), window=(1, None))
   with pytest.raises(ValueError, match="expected none"):
     mask_blocks.rows(mask, 8, 8)
+
+
+@pytest.mark.parametrize("window", [(None, None), (9, 3)])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
+  """Every other key: 20 intervals. By index its tiles are exact even so."""
+  at = (jnp.arange(T)[None], jnp.arange(S)[None]) if given else (None, None)
+  mask = Mask.where(
+    lambda q, k: (q - k) % 2 == 0, window, None, *at, offset=0, extent=S
+  )
+  seen = np.asarray(mask.visible(T, S))[0]
+  found = mask_blocks.rows(mask, T, S)
+  lo, hi = np.asarray(found.bounds)[0]
+  k = np.arange(S)
+  assert not (seen & ~((k >= lo[:, None]) & (k < hi[:, None]))).any()
+  pairs = seen.reshape(T // 4, 4, S // 4, 4).sum((1, 3))
+  kinds = np.asarray(mask_blocks.classes(found, T, S, 4, 4))[0]
+  assert (kinds[pairs > 0] == PARTIAL).all()
+  if not given:
+    assert (kinds[pairs == 0] == EMPTY).all()
+  with pytest.raises(ValueError, match="more than 8 intervals"):
+    mask_blocks.arrays(found)
+
+
+def test_a_function_is_asked_by_parts(monkeypatch):
+  """In parts of 3 queries, the last of 2, the same intervals and counts."""
+
+  def own(q, k):  # asked anew, since runs are kept by function
+    return picture(q, k)
+
+  whole = mask_functions.runs(picture, 3, 23, S)
+  pairs = mask_functions.tiles(picture, 3, (None, None), (23, S), (5, 7))
+  monkeypatch.setattr(mask_functions, "_PAIRS", 3 * S)
+  parts = mask_functions.runs(own, 3, 23, S)
+  np.testing.assert_array_equal(whole.lo, parts.lo)
+  np.testing.assert_array_equal(whole.hi, parts.hi)
+  q, k = 3 + np.arange(23)[:, None], np.arange(S)[None]
+  seen = np.pad(picture(q, k), ((0, 2), (0, 2))).reshape(5, 5, 6, 7)
+  again = mask_functions.tiles(own, 3, (None, None), (23, S), (5, 7))
+  np.testing.assert_array_equal(pairs, seen.sum((1, 3)))
+  np.testing.assert_array_equal(again, pairs)

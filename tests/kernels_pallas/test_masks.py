@@ -26,6 +26,10 @@ def positions():
   return ints(2, B, T, high=9), ints(3, B, S, high=9)
 
 
+def near_or_third(q, k):
+  return (abs(q - k) < 3) | (k % 3 == 0)
+
+
 MASKS = {
   "full": Mask.full(),
   "full_window": Mask.full((2, 1)),
@@ -39,6 +43,11 @@ MASKS = {
   "prefix_window": Mask.prefix_lm(jnp.array([4, 2]), (5, None)),
   "block_causal": Mask.block_causal(3),
   "block_causal_window": Mask.block_causal(3, (4, 1), segments()),
+  "function": Mask.where(near_or_third),
+  "function_window": Mask.where(near_or_third, (4, 1), segments(), offset=-2),
+  "function_positions": Mask.where(
+    near_or_third, None, None, *positions(), extent=7
+  ),
 }
 DIFFUSION = {
   "diffusion": Mask.block_diffusion(6, 2),
@@ -81,6 +90,10 @@ def definition(m, b, i, j, T, S):
     return k <= q or k < int(m.prefix[b])
   if m.kind == "block_causal":
     return k // m.block <= q // m.block
+  if m.kind == "function":
+    known = m.q_positions is None or q < m.extent
+    known &= m.kv_positions is None or k < m.extent
+    return known and (abs(q - k) < 3 or k % 3 == 0)
   if m.kind == "block_diffusion":
     ours, theirs = q // m.block, k // m.block
     if i < m.length:
@@ -192,6 +205,10 @@ def test_masks_are_pytrees_with_static_rules():
   assert hash(tree) != hash(jax.tree.structure(MASKS["causal_segments"]))
 
 
+def closes_over(x):
+  return Mask.where(lambda q, k: x[q] == x[k]).key_range(0, 2, 4, 4)
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [
@@ -203,6 +220,14 @@ def test_masks_are_pytrees_with_static_rules():
     (lambda: Mask.full(q_positions=ints(0, 1, 5)).check(1, 4, 5), "(1, 4)"),
     (lambda: Mask(q_segments=ints(0, 1, 5)).check(1, 5, 5), "together"),
     (lambda: Mask(kind="diagonal").visible(2, 2), "diagonal"),
+    (lambda: Mask.where(lambda q, k: q - k).visible(2, 2), "found int32"),
+    (lambda: Mask.where(lambda q, k: True).visible(2, 2), "found bool of"),
+    (
+      lambda: Mask.where(lambda q, k: q.ravel() > 0).visible(2, 3),
+      "expected bool that broadcasts to (1, 2, 3)",
+    ),
+    (lambda: Mask.where(max, q_positions=ints(0, 1, 5)), "an extent with them"),
+    (lambda: jax.jit(closes_over)(jnp.arange(4)), "it closes over an array"),
   ],
 )
 def test_bad_masks_say_what_is_wrong(make, message):

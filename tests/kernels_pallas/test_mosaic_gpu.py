@@ -34,14 +34,16 @@ from tests.support_rounding import assert_no_rougher, in_low_precision
 B, T, S = 2, 100, 150
 SMALL = GpuTile(2, 64)
 ONE, NARROW = GpuTile(1, 64, (1, 1)), GpuTile(1, 32, (1, 1))
+# Fewer blocks of threads than lines, so that each takes several.
 TILES = {
-  "two_groups": GpuTiles(SMALL, SMALL, SMALL, operand="shared"),
+  "two_groups": GpuTiles(SMALL, SMALL, SMALL, operand="shared", programs=3),
   "one_group": GpuTiles(
     GpuTile(1, 64, (3, 1)),
     GpuTile(1, 64, (1, 2), "one"),
     GpuTile(1, 64, (1, 2), "one"),
     (("dk",), ("dv",)),
     "shared",
+    programs=2,
   ),
   "ampere": GpuTiles(ONE, ONE, ONE, operand="shared", cores="mma"),
   "ampere_narrow": GpuTiles(
@@ -108,6 +110,10 @@ CASES = {
   ),
   "blocks_empty_rows": (
     {"mask": lambda: Mask.block_causal(24, offset=-30)},
+    {"B": 1},
+  ),
+  "function": (
+    {"mask": lambda: Mask.where(lambda q, k: (q - k) % 60 < 25)},
     {"B": 1},
   ),
   "diffusion_bfloat16": (

@@ -59,6 +59,9 @@ FACTORS = {
     "positions": lambda: Mask.full(
       (3, 1), None, ids(B, T, high=9), ids(1, S, high=9)
     ),
+    "function": lambda: Mask.where(
+      lambda q, k: (k < 2) | ((q - k) % 5 < 2), (14, None)
+    ),
   },
   "bias": {
     "none": lambda N, T, S: None,
