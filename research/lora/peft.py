@@ -72,21 +72,13 @@ def open_adapter(
   """
   directory = pathlib.Path(directory)
   fields, kind = peft_config.read_config(directory)
-  file = directory / WEIGHTS
-  if not file.is_file():
-    pickled = (directory / "adapter_model.bin").exists()
-    hint = (
-      "; adapter_model.bin is a pickle, which can run code" if pickled else ""
-    )
-    raise UserError(
-      f"{directory}: no {WEIGHTS}{hint}.\n"
-      "Save it with PEFT's save_pretrained(..., safe_serialization=True)."
-    )
+  file = _weights_of(directory)
   tensors, notes = safetensors.open_with_metadata(file)
   base_name = fields.get("base_model_name_or_path")
   base_note.check(file, base_name, notes, params)
   naming = peft_naming.of_keys(tensors)
   params, model = _untied(fields, kind, params, model, naming)
+  # --- what the configuration says ---
   modules = peft_names.modules(params, model, naming)
   methods = peft_config.read_methods(
     fields, kind, modules, wrap.matrices(params)
@@ -98,18 +90,9 @@ def open_adapter(
   parameters = [stack.name for stack in stacks]
   names = list(modules.values())
   validate.warn(fields.values, fields.where, names, everything, parameters)
-  whole = peft_whole.required(
-    base,
-    {modules[address] for address in methods},
-    peft_config.whole_modules(fields),
-    peft_config.bias_mode(fields),
-  )
-  sides = {naming.embedding, naming.head}
-  for adapted, rows in ((set(), set()), (sides, set()), (set(), sides)):
-    optional = peft_whole.embeddings(
-      base, model.tied, whole, adapted, naming, rows
-    )
-    whole |= {key: w for key, w in optional.items() if key in tensors}
+  # --- what the file holds ---
+  adapted = {modules[address] for address in methods}
+  whole = _whole(fields, base, adapted, tensors, model.tied, naming)
   params, model = _with_whole(file, tensors, whole, params, model)
   peft_tokens.check(fields, methods, model.vocab_size)
   if model.tied and "embed" in methods:
@@ -120,7 +103,44 @@ def open_adapter(
   rest = {key: x for key, x in tensors.items() if key not in taken}
   _check(file, rest, methods, modules, params, whole)
   methods |= {p: s.method for s in stacks for p in s.addresses}
+  return _wrapped(file, tensors, params, methods, modules, experts), model
 
+
+def _weights_of(directory: pathlib.Path) -> pathlib.Path:
+  """Returns the file of an adapter's tensors."""
+  file = directory / WEIGHTS
+  if not file.is_file():
+    pickled = (directory / "adapter_model.bin").exists()
+    hint = (
+      "; adapter_model.bin is a pickle, which can run code" if pickled else ""
+    )
+    raise UserError(
+      f"{directory}: no {WEIGHTS}{hint}.\n"
+      "Save it with PEFT's save_pretrained(..., safe_serialization=True)."
+    )
+  return file
+
+
+def _whole(fields, base, adapted, tensors, tied, naming):
+  """Returns the weights that the file brings whole, by their keys.
+
+  Those that it must, and embeddings where it has them.
+  """
+  whole = peft_whole.required(
+    base,
+    adapted,
+    peft_config.whole_modules(fields),
+    peft_config.bias_mode(fields),
+  )
+  sides = {naming.embedding, naming.head}
+  for modules, rows in ((set(), set()), (sides, set()), (set(), sides)):
+    optional = peft_whole.embeddings(base, tied, whole, modules, naming, rows)
+    whole |= {key: w for key, w in optional.items() if key in tensors}
+  return whole
+
+
+def _wrapped(file, tensors, params, methods, modules, experts):
+  """Returns the parameters with what was read around their weights."""
   live = []
 
   def make(paths, method, w):
@@ -142,7 +162,7 @@ def open_adapter(
       f"{file}: B (or A) is zero in every module, so the adapter changes "
       "nothing: it was saved before any training step"
     )
-  return adapted, model
+  return adapted
 
 
 def _stacked(*arrays):

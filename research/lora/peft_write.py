@@ -7,7 +7,7 @@ written (lora.md sections 6.3 to 6.5).
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from research.lora.peft import WEIGHTS
 from research.lora.peft_naming import USUAL, Naming
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
+
+Found = Mapping[str, AdaptedTensor]
+"""Adapters without their bases, by address."""
 
 
 def save_adapter(
@@ -62,6 +65,33 @@ def save_adapter(
   directory = pathlib.Path(directory)
   modules = peft_names.modules(params, model, naming)
   found = wrap.adapters(params, _thin)
+  _check(found, modules, directory)
+  sizes = wrap.matrices(params)
+  said = _said(directory, found, modules, sizes, use_rslora)
+  tensors, methods, rows = said
+  if model.tied:
+    tensors |= _head(tensors, found, resized, naming)
+  sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
+  kept, replaced, saved, bias = _whole(
+    params, model, set(methods), set(whole), resized, naming, sides
+  )
+  embedding = "embed" in found or ("embed" in whole and not resized)
+  config = peft_config.make_config(
+    methods,
+    list(modules.values()),
+    base_name,
+    saved,
+    bias,
+    # One matrix on both sides, which PEFT has to be told.
+    model.tied and not _in_rows(found) and embedding,
+    rows,
+  )
+  notes = {"format": "pt"} | base_note.notes(params, replaced)
+  _write(directory, tensors | kept, notes, config)
+
+
+def _check(found: Found, modules: Mapping[str, str], directory) -> None:
+  """Raises UserError where there is nothing to save, or no name for it."""
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
   nameless = sorted(set(found) - set(modules))
@@ -72,9 +102,15 @@ def save_adapter(
       "Merge it into the model instead."
     )
   peft_naming.check([modules[path] for path in found], directory)
+
+
+def _said(directory, found: Found, modules, sizes, use_rslora):
+  """Returns what PEFT's files say of adapters.
+
+  Tensors by their names, and by module the methods and the tokens with rows.
+  """
   tensors, methods, rows, shared = {}, {}, {}, {}
-  beside = not all(isinstance(w.method, Tokens) for w in found.values())
-  sizes = wrap.matrices(params)
+  beside = _beside(found)
   for path, w in found.items():
     module = modules[path]
     method, arrays = w.method.exported(w.arrays)
@@ -96,34 +132,36 @@ def save_adapter(
     else:
       methods[module] = _stated(method, use_rslora)
   tensors |= {key: _padded(tensors[key], n) for key, n in shared.items()}
-  in_rows = "embed" in found and isinstance(found["embed"].method, Tokens)
-  if model.tied and in_rows and (resized or not beside):  # as PEFT repeats them
-    tied = peft_names.tied_rows(naming)
-    tensors |= {copy: tensors[key] for copy, key in tied if key in tensors}
-  sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
-  if model.tied and "embed" in found and not in_rows:
-    tensors |= {
-      copy: tensors[key].T for copy, key in peft_names.tied_keys(naming)
-    }
-  kept, replaced, saved, bias = _whole(
-    params, model, set(methods), set(whole), resized, naming, sides
-  )
-  config = peft_config.make_config(
-    methods,
-    list(modules.values()),
-    base_name,
-    saved,
-    bias,
-    # One matrix on both sides, which PEFT has to be told.
-    model.tied
-    and not in_rows
-    and ("embed" in found or ("embed" in whole and not resized)),
-    rows,
-  )
+  return tensors, methods, rows
+
+
+def _beside(found: Found) -> bool:
+  """Returns whether tokens' rows are beside another method."""
+  return not all(isinstance(w.method, Tokens) for w in found.values())
+
+
+def _in_rows(found: Found) -> bool:
+  """Returns whether it is single rows of the embedding that are adapted."""
+  return "embed" in found and isinstance(found["embed"].method, Tokens)
+
+
+def _head(tensors, found: Found, resized, naming) -> dict[str, np.ndarray]:
+  """Returns a tied head's tensors, the embedding's as PEFT repeats them."""
+  if "embed" not in found:
+    return {}
+  if not _in_rows(found):
+    turned = peft_names.tied_keys(naming)
+    return {copy: tensors[key].T for copy, key in turned}
+  if not resized and _beside(found):
+    return {}
+  same = peft_names.tied_rows(naming)
+  return {copy: tensors[key] for copy, key in same if key in tensors}
+
+
+def _write(directory: pathlib.Path, tensors, notes, config) -> None:
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    notes = {"format": "pt"} | base_note.notes(params, replaced)
-    safetensors.write_file(directory / WEIGHTS, tensors | kept, notes)
+    safetensors.write_file(directory / WEIGHTS, tensors, notes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (directory / peft_config.CONFIG).write_text(text)
   except OSError as e:
