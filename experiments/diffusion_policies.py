@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,13 @@ from research.data.synthetic import Markov
 from research.diffusion import ancestral, sampler
 from research.diffusion.ancestral import Ancestral
 from research.diffusion.candidates import Options
+from research.diffusion.credit import Credited
 from research.diffusion.denoiser import Denoiser, Whole
+from research.diffusion.guided import Guided
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.nn.sampling import GREEDY, Sampling, row_keys
 from research.planning import flops
-from research.typing import Int, Params, UserError
+from research.typing import Bool, Int, Params, UserError
 
 SELECTS = {
   "low confidence": "candidate",
@@ -45,6 +47,19 @@ SELECTS = {
 """Names of the ways to choose a quota of places -> `Options.select`."""
 
 ANY = Sampling(temperature=1.0)
+
+
+class Way(NamedTuple):
+  """One policy at one speed.
+
+  Fields: name and knob, of the table; how, of `filled`; around, which makes
+  the denoiser that is asked of the model's.
+  """
+
+  name: str
+  knob: Any
+  how: Options | Ancestral | None
+  around: Callable[[Denoiser], Denoiser] = lambda denoiser: denoiser
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +76,8 @@ class Policies:
     speeds: tokens a step, of policies with a quota.
     thresholds, factors, lows: of the policies without.
     longer: steps of ReMDM, in row lengths.
+    edit: what editing asks of another token, beside each threshold.
+    guidance: weight, of sums, which have a prompt.
   """
 
   chain: Markov
@@ -74,6 +91,8 @@ class Policies:
   factors: Sequence[float] = (0.5, 1.0, 2.0)
   lows: Sequence[float] = (0.4, 0.62)
   longer: Sequence[int] = (1, 2, 4)
+  edit: float = 0.9
+  guidance: float = 1.0
 
   @property
   def arms(self) -> list[str]:
@@ -100,12 +119,13 @@ class Policies:
     length, mask = self.chain.length, self.chain.vocab
     noisy = np.full((self.rows, length), mask, np.int32)
     out = []
-    for name, knob, how in self._ways(mask, length, length):
-      got, calls = fill(denoiser, params, noisy, mask, how, seed=seed)
+    for way in self._ways(mask, length, length):
+      asked = way.around(denoiser)
+      got, calls = fill(asked, params, noisy, mask, way.how, seed=seed)
       nats = diffusion_truth.surprise(self.chain, got).mean() / length
       off = diffusion_truth.off(self.chain, got)
       found = {"nats": float(nats), "off": float(off)}
-      out.append(_point(name, knob, calls, length) | found)
+      out.append(_point(way, calls, length) | found)
     return out
 
   def _sums(self, model: Any, params: Params) -> list[Row]:
@@ -113,11 +133,15 @@ class Policies:
     mask, length = self.sums.mask_id, rows.shape[1]
     noisy = np.where(asked, mask, rows)
     places, out, denoiser = int(asked.sum()), [], Whole(model=model)
-    cost = _flops(denoiser, params, length) / 1e9
-    for name, knob, how in self._ways(mask, length, places):
-      if not isinstance(how, Options) or how.select in ("max", "margin"):
+    ways = *self._ways(mask, length, places), *self._guided(mask, asked, length)
+    for way in ways:
+      if not isinstance(way.how, Options) or way.how.select in (
+        "max",
+        "margin",
+      ):
         continue  # the same ones, or for samples alone
-      given = denoiser, params, noisy, mask, how, GREEDY
+      given = way.around(denoiser), params, noisy, mask, way.how, GREEDY
+      cost = _flops(given[0], params, length) / 1e9
       fill(*given)  # compiles
       begun = time.perf_counter()
       got, calls, most = filled(*given)
@@ -125,35 +149,61 @@ class Policies:
       right = (got == rows)[:, asked]
       found = {"token": float(right.mean()), "row": float(right.all(1).mean())}
       found |= {"GFLOP": most * cost, "ms": 1e3 * seconds / self.rows}
-      out.append(_point(name, knob, calls, places) | found)
+      out.append(_point(way, calls, places) | found)
     return out
 
-  def _ways(self, mask: int, length: int, places: int):
-    """Yields name, knob, and how, for each policy at each speed."""
+  def _ways(self, mask: int, length: int, places: int) -> Iterator[Way]:
+    """Yields each policy at each speed."""
     whole = functools.partial(
       Options, mask_id=mask, length=length, block=length
     )
-    for name, select in SELECTS.items():
+
+    def planned(name, **options):
       for speed in self.speeds:
         steps = -(-places // speed)
-        yield name, speed, whole(policy=Quota(), select=select, steps=steps)
+        yield Way(name, speed, whole(policy=Quota(), steps=steps, **options))
+
+    for name, select in SELECTS.items():
+      yield from planned(name, select=select)
+    # By the schedules of Dream and dllm: few places first, or last.
+    yield from planned("Dream, entropy", select="entropy", plan="dream")
+    yield from planned("cosine", plan="cosine")
+    credited = functools.partial(Credited, mask_id=mask)
     for tau in self.thresholds:
-      yield "threshold", tau, whole(policy=Threshold(threshold=tau))
-    for factor in self.factors:
-      yield "factor", factor, whole(policy=Factor(factor=factor))
-    for low in self.lows:
-      yield "hierarchy", low, whole(policy=Hierarchy(low=low))
-    for speed in self.speeds:
-      yield "ancestral", speed, Ancestral(steps=-(-length // speed))
-    yield "first hitting", 1, None
-    for times in self.longer:
-      yield (
-        "ReMDM",
-        times,
-        Ancestral(
-          steps=times * length, remask="cap", eta=1 / length, start=0.9
-        ),
+      over = Threshold(threshold=tau)
+      yield Way("threshold", tau, whole(policy=over))
+      yield Way("editing", tau, whole(policy=over, edit=self.edit))
+      yield Way(
+        "credit", tau, whole(policy=over), lambda inner: credited(inner=inner)
       )
+    for factor in self.factors:
+      yield Way("factor", factor, whole(policy=Factor(factor=factor)))
+    for low in self.lows:
+      yield Way("hierarchy", low, whole(policy=Hierarchy(low=low)))
+    for speed in self.speeds:
+      yield Way("ancestral", speed, Ancestral(steps=-(-length // speed)))
+    yield Way("first hitting", 1, None)
+    again = functools.partial(
+      Ancestral, remask="cap", eta=1 / length, start=0.9
+    )
+    for times in self.longer:
+      yield Way("ReMDM", times, again(steps=times * length))
+
+  def _guided(
+    self, mask: int, asked: Bool[np.ndarray, "T"], length: int
+  ) -> Iterator[Way]:
+    """Yields guidance by what stands before the first place asked for."""
+    guided = functools.partial(
+      Guided, prompt=int(asked.argmax()), mask_id=mask, weight=self.guidance
+    )
+    for speed in self.speeds:
+      how = Options(
+        mask_id=mask,
+        length=length,
+        block=length,
+        steps=-(-int(asked.sum()) // speed),
+      )
+      yield Way("guidance", speed, how, lambda inner: guided(inner=inner))
 
   def table(self, rows: Rows) -> list[dict[str, Any]]:
     """Returns a line for each policy and speed, of all arms."""
@@ -170,10 +220,10 @@ class Policies:
     judged.draw(rows, self.seeds, entropy, folder / "policies.png", title)
 
 
-def _point(name: str, knob: Any, calls: float, places: int) -> Row:
+def _point(way: Way, calls: float, places: int) -> Row:
   return {
-    "policy": name,
-    "knob": knob,
+    "policy": way.name,
+    "knob": way.knob,
     "calls": calls,
     "tokens a call": places / calls,
   }

@@ -54,9 +54,11 @@ def table(rows: Rows, seeds: int) -> list[dict[str, Any]]:
   """Returns a line for each policy and speed."""
   exact, chain, sums = (points(rows, t, seeds) for t in (EXACT, CHAIN, SUMS))
   out = []
-  for point in exact:
+  for point in dict.fromkeys((*exact, *sums)):
     line: dict[str, Any] = {"policy": point[0], "knob": point[1]}
     for name, where in (("itself", exact), ("model", chain)):
+      if point not in where:
+        continue
       line[f"{name}: calls"] = of(where[point], "calls").value
       line[f"{name}: nats"] = of(where[point], "nats").value
       line[f"{name}: off"], line[f"{name}: +-"] = of(where[point], "off")
@@ -209,7 +211,9 @@ def draw(
     found = points(rows, task, seeds)
     for policy in dict.fromkeys(p[0] for p in found):
       mine = _fast(found, policy)
-      number = list(dict.fromkeys(p[0] for p in points(rows, EXACT, 1)))
+      number = list(
+        dict.fromkeys(p[0] for t in (EXACT, SUMS) for p in points(rows, t, 1))
+      )
       axes.plot(
         [of(found[p], "calls").value for p in mine],
         [shown(of(found[p], name)) for p in mine],
@@ -221,6 +225,13 @@ def draw(
     axes.set_xscale("log", base=2)
     axes.set(xlabel="calls of a row", ylabel=label, title=task)
     axes.grid(alpha=0.3)
-  panels[0].legend(frameon=False, fontsize=7)
+  named = {
+    label: line
+    for axes in panels
+    for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+  }
+  drawn.legend(
+    named.values(), named, loc="outside right", frameon=False, fontsize=7
+  )
   drawn.suptitle(f"{title}; the chain's entropy is {entropy:.3f} nats a token")
   plots.save(drawn, path)

@@ -220,10 +220,13 @@ def test_what_answers_cost_is_what_ran(monkeypatch):
   study = dataclasses.replace(
     STUDY, sums=sums, tiny=SMALL, steps=2, rows=8, thresholds=(0.5,)
   )
+  points = study.row("sums, seed 0", {})["points"]
   slow, fast, threshold = (
-    p for p in study.row("sums, seed 0", {})["points"]
-    if p["policy"] in ("low confidence", "threshold")
-  )  # fmt: skip
+    p for p in points if p["policy"] in ("low confidence", "threshold")
+  )
+  assert {"editing", "credit", "cosine", "Dream, entropy"} < {
+    p["policy"] for p in points
+  }
   assert (slow["calls"], fast["calls"]) == (3, 1)
   assert slow["GFLOP"] == pytest.approx(3 * fast["GFLOP"])
   assert threshold["GFLOP"] >= threshold["calls"] * fast["GFLOP"] * (1 - 1e-9)
@@ -235,4 +238,8 @@ def test_what_answers_cost_is_what_ran(monkeypatch):
   )
   want = 2 * 8 * matrices + 4 * 8 * 8 * SMALL.width
   assert fast["GFLOP"] == pytest.approx(want / 1e9, rel=0.01)
+  # Guidance reads a row twice.
+  guided = [p for p in points if p["policy"] == "guidance"]
+  assert [p["calls"] for p in guided] == [3, 1]
+  assert guided[1]["GFLOP"] == pytest.approx(2 * fast["GFLOP"], rel=1e-3)
   assert all(p["ms"] > 0 for p in (slow, fast, threshold))

@@ -151,7 +151,7 @@ def policy_rows():
 
   def points(task):
     out = []
-    for name, knob, _ in POLICIES._ways(8, 16, 16):
+    for name, knob, *_ in POLICIES._ways(8, 16, 16):
       calls = 16 * knob if name == "ReMDM" else 16 / knob
       calls = 4.0 if name in ("threshold", "factor", "hierarchy") else calls
       point = {"policy": name, "knob": knob, "calls": float(calls)}
