@@ -33,6 +33,7 @@ from research.diffusion.credit import Credited
 from research.diffusion.denoiser import Denoiser, Whole
 from research.diffusion.guided import Guided
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
+from research.diffusion.remask import Remask
 from research.nn.sampling import GREEDY, Sampling, row_keys
 from research.planning import flops
 from research.typing import Bool, Int, Params, UserError
@@ -183,11 +184,10 @@ class Policies:
     for speed in self.speeds:
       yield Way("ancestral", speed, Ancestral(steps=-(-length // speed)))
     yield Way("first hitting", 1, None)
-    again = functools.partial(
-      Ancestral, remask="cap", eta=1 / length, start=0.9
-    )
+    again = Remask(eta=1 / length, start=0.9)
     for times in self.longer:
-      yield Way("ReMDM", times, again(steps=times * length))
+      how = Ancestral(steps=times * length, remask=again)
+      yield Way("ReMDM", times, how)
 
   def _guided(
     self, mask: int, asked: Bool[np.ndarray, "T"], length: int

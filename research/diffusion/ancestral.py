@@ -2,12 +2,13 @@
 
 The reverse of masking, from time t to s < t: a masked place is filled with
 probability `(alpha_s - alpha_t) / (1 - alpha_t)`, from the model (Sahoo et al.
-2024, arXiv:2406.07524; Shi et al. 2024, arXiv:2406.04329). Wang et al. 2025
-(ReMDM, arXiv:2503.00307) let filled places be masked again with probability
-`sigma`, and fill more in turn, so that the marginals stay those of the process:
-more steps than places then correct mistakes. The first-hitting sampler (Zheng
-et al. 2024, arXiv:2409.02908) draws when the next place is filled instead, one
-place a call, which is exact for models that do not look at the time.
+2024, arXiv:2406.07524; Shi et al. 2024, arXiv:2406.04329). Filled places may be
+masked again (`remask`): more steps than places then correct mistakes. The
+first-hitting sampler (Zheng et al. 2024, arXiv:2409.02908) draws when the next
+place is filled instead, one place a call, which is exact for models that do not
+look at the time.
+
+The block loop takes the same steps on its own grid (`Options.plan="chance"`).
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ import jax.numpy as jnp
 
 from research.diffusion import process
 from research.diffusion.likelihood import Scores
+from research.diffusion.remask import Remask, chances
 from research.diffusion.schedule import Linear, Schedule
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Grid = Literal["uniform", "cosine", "dream"]
-Remask = Literal["none", "cap", "rescale", "confidence"]
 
 NOTHING = -1
 """In place of a token whose logits are not finite: compiled code cannot raise,
@@ -31,33 +32,24 @@ who compiles the samplers has to look for it."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ancestral:
-  """A grid of times, and what is masked again.
+  """A grid of times, and what is masked again on it.
 
   Attributes:
     steps: of the grid.
     schedule: of the process.
     grid: even in t, or `cos(pi/2 (1 - t))`, whose steps are small near t = 0,
       or even from 1 to 0.001 (Dream's `origin`, arXiv:2508.15487).
-    remask: `"cap"`: sigma is `eta`, `"rescale"`: `eta` of its largest value,
-      either way of each filled place alike; `"confidence"`: that much a place
-      on average, more where the model was less sure of what it filled in.
-    eta: see `remask`.
-    start, stop: times between which filled places may be masked again.
+    remask: how likely filled places are masked again, or None.
   """
 
   steps: int
   schedule: Schedule = Linear()
   grid: Grid = "uniform"
-  remask: Remask = "none"
-  eta: float = 0.0
-  start: float = 1.0
-  stop: float = 0.0
+  remask: Remask | None = None
 
   def __post_init__(self):
     if self.steps < 1:
       raise UserError(f"Ancestral: steps is {self.steps}, expected at least 1")
-    if not 0 <= self.eta <= 1:
-      raise UserError(f"Ancestral: eta is {self.eta}, expected 0 to 1")
 
   def times(self) -> Float[Array, " N"]:
     """Returns the grid, from 1 down to 0, `steps + 1` numbers."""
@@ -67,27 +59,6 @@ class Ancestral:
     elif self.grid == "dream":
       t = jnp.linspace(1, 1e-3, self.steps + 1)
     return t.at[-1].set(0.0).at[0].set(1.0)
-
-
-def largest_sigma(
-  schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]
-) -> Float[Array, ""]:
-  """Returns the most that may be masked again, `(1 - alpha_s) / alpha_t`."""
-  alpha = schedule.alpha(t)
-  most = schedule.masked(s) / jnp.maximum(alpha, 1e-12)
-  return jnp.where(alpha > 0, jnp.minimum(1.0, most), 1.0)
-
-
-def chances(
-  schedule: Schedule,
-  t: Float[Array, ""],
-  s: Float[Array, ""],
-  sigma: Float[Array, "*B"],
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
-  """Returns (filled, masked): what becomes of a masked place from t to s."""
-  fill = schedule.alpha(s) - (1 - sigma) * schedule.alpha(t)
-  fill = jnp.clip(fill / schedule.masked(t), 0, 1)
-  return fill, 1 - fill
 
 
 def sample(
@@ -126,14 +97,17 @@ def sample(
     logp = _logp(logits, mask_id)
     found = _draw(now[:, 0], logp)
     chance = jnp.take_along_axis(logp, found[..., None], -1)[..., 0]
-    sigma = _sigma(how, t, s, sure, free & ~masked)
-    fill, _ = chances(how.schedule, t, s, sigma)
+    again = jnp.zeros_like(masked)
+    uniform = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))
+    if how.remask is None:
+      fill, _ = chances(how.schedule, t, s, jnp.float32(0))
+    else:
+      fill = how.remask.fills(how.schedule, t, s)
+      sigma = how.remask.sigma(how.schedule, t, s, sure, free & ~masked)
+      again = (uniform(now[:, 2]) < sigma) & (i < how.steps - 1)
     # At the end all that is left is filled.
     fill = jnp.where(i == how.steps - 1, 1.0, fill)
-    uniform = jax.vmap(lambda k: jax.random.uniform(k, masked.shape[1:]))
     filled = masked & (uniform(now[:, 1]) < fill)
-    again = free & ~masked & (uniform(now[:, 2]) < sigma)
-    again &= i < how.steps - 1
     tokens = jnp.where(filled, found, tokens)
     sure = jnp.where(filled, jnp.exp(chance), sure)
     return tokens, (masked & ~filled) | again, sure
@@ -141,25 +115,6 @@ def sample(
   state = tokens, masked, jnp.ones(tokens.shape)
   tokens, _, _ = jax.lax.fori_loop(0, how.steps, body, state)
   return _checked(tokens), jnp.int32(how.steps)
-
-
-def _sigma(how, t, s, sure, filled):
-  """Returns how likely each place is masked again, `[B, T]`."""
-  most = largest_sigma(how.schedule, t, s)
-  on = (t <= how.start) & (t > how.stop)
-  if how.remask == "none":
-    size = jnp.zeros(())
-  elif how.remask == "cap":
-    size = jnp.minimum(how.eta, most)
-  else:
-    size = how.eta * most
-  size = jnp.broadcast_to(jnp.where(on, size, 0.0), sure.shape)
-  if how.remask != "confidence":
-    return size
-  share = jax.nn.softmax(jnp.where(filled, -sure, -jnp.inf), axis=-1)
-  share = jnp.where(filled.any(-1, keepdims=True), share, 0.0)
-  count = filled.sum(-1, keepdims=True)
-  return jnp.where(on, jnp.minimum(size * share * count, most), 0.0)
 
 
 def first_hitting(

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import ancestral
+from research.diffusion import ancestral, remask
 from research.diffusion.ancestral import Ancestral
+from research.diffusion.remask import Remask
 from research.diffusion.schedule import Cosine, Linear
 from research.nn.sampling import row_keys
 from research.typing import UserError
@@ -61,8 +62,8 @@ def test_one_step_is_the_product_of_marginals():
     dict(),
     dict(grid="cosine"),
     dict(schedule=Cosine()),
-    dict(remask="rescale", eta=0.2),
-    dict(remask="cap", eta=0.05, start=0.8, stop=0.2),
+    dict(remask=Remask(kind="rescale", eta=0.2)),
+    dict(remask=Remask(eta=0.05, start=0.8, stop=0.2)),
   ],
   ids=str,
 )
@@ -85,11 +86,11 @@ def test_many_steps_approach_the_joint(how):
   ],
 )
 def test_chances_of_the_paper(t, s, sigma, fill, masked):
-  got = ancestral.chances(
+  got = remask.chances(
     Linear(), jnp.float32(t), jnp.float32(s), jnp.float32(sigma)
   )
   np.testing.assert_allclose(got, (fill, masked), atol=1e-4)
-  most = ancestral.largest_sigma(Linear(), jnp.float32(t), jnp.float32(s))
+  most = remask.largest_sigma(Linear(), jnp.float32(t), jnp.float32(s))
   assert float(most) == pytest.approx(min(1, s / (1 - t)), rel=1e-5)
 
 
@@ -97,9 +98,9 @@ def test_chances_of_the_paper(t, s, sigma, fill, masked):
 def test_marginals_are_the_process_s(sigma):
   """A place is masked at s with probability 1 - alpha(s), whatever it was."""
   t, s = jnp.float32(0.7), jnp.float32(0.55)
-  most = ancestral.largest_sigma(Linear(), t, s)
+  most = remask.largest_sigma(Linear(), t, s)
   sigma = sigma * most
-  _, masked = ancestral.chances(Linear(), t, s, sigma)
+  _, masked = remask.chances(Linear(), t, s, sigma)
   got = 0.7 * masked + 0.3 * sigma
   assert float(got) == pytest.approx(0.55, rel=1e-5)
 
@@ -107,11 +108,11 @@ def test_marginals_are_the_process_s(sigma):
 def test_nothing_masked_again_is_the_plain_sampler():
   key, rows = jax.random.key(4), (64, 4)
   plain, _ = run(ancestral.sample, Ancestral(steps=8), key, rows)
-  for remask in ("cap", "rescale", "confidence"):
-    how = Ancestral(steps=8, remask=remask, eta=0.0)
+  for kind in ("cap", "rescale", "confidence"):
+    how = Ancestral(steps=8, remask=Remask(kind=kind, eta=0.0))
     got, _ = run(ancestral.sample, how, key, rows)
     np.testing.assert_array_equal(got, plain)
-  how = Ancestral(steps=8, remask="confidence", eta=0.5)
+  how = Ancestral(steps=8, remask=Remask(kind="confidence", eta=0.5))
   got, _ = run(ancestral.sample, how, key, rows)
   assert (got != plain).any() and (got != joint.MASK).all()
 
@@ -121,15 +122,13 @@ def test_the_less_sure_are_masked_again_more():
   t, s = jnp.float32(0.6), jnp.float32(0.5)
   sure = jnp.array([[0.9, 0.1, 0.5, 1.0]])
   filled = jnp.array([[True, True, True, False]])
-  how = Ancestral(steps=4, remask="confidence", eta=0.3)
-  got = np.asarray(ancestral._sigma(how, t, s, sure, filled))[0]
+  how = Remask(kind="confidence", eta=0.3)
+  got = np.asarray(how.sigma(Linear(), t, s, sure, filled))[0]
   weight = np.exp(-np.array([0.9, 0.1, 0.5]))
   # sigma_max is 1 here: (1 - alpha_s) / alpha_t = 0.5 / 0.4.
   np.testing.assert_allclose(got[:3], 0.9 * weight / weight.sum(), rtol=1e-5)
   assert got[3] == 0
-  even = ancestral._sigma(
-    Ancestral(steps=4, remask="rescale", eta=0.3), t, s, sure, filled
-  )
+  even = Remask(kind="rescale", eta=0.3).sigma(Linear(), t, s, sure, filled)
   assert got[:3].sum() == pytest.approx(float(even[0, :3].sum()), rel=1e-5)
 
 
@@ -153,7 +152,7 @@ def test_mistakes():
   with pytest.raises(UserError, match="steps is 0"):
     Ancestral(steps=0)
   with pytest.raises(UserError, match="eta is 2"):
-    Ancestral(steps=1, eta=2.0)
+    Remask(eta=2.0)
 
 
 def test_grids_of_times():
