@@ -39,6 +39,7 @@ class State:
     count: int32 `[B]`, steps in which a row took part.
     done: bool `[B]`, rows that have ended.
     filled: int32 `[B, T]`, the step that filled a place, -1 for none.
+    sure: float32 `[B, T]`, how probable a place's token was when it was filled.
     calls: int32, how often the model was asked.
   """
 
@@ -50,6 +51,7 @@ class State:
   count: Any
   done: Any
   filled: Any
+  sure: Any
   calls: Any
 
 
@@ -128,6 +130,7 @@ def begin(
     count=zero,
     done=zero > 0,
     filled=jnp.full(tokens.shape, -1, jnp.int32),
+    sure=jnp.ones(tokens.shape, jnp.float32),
     calls=jnp.int32(0),
   )
 
@@ -172,10 +175,11 @@ def sample(
       )
     if look is not None:
       look(state)
-  return _result(state, options)
+  return result(state, options)
 
 
-def _result(state: State, options: Options) -> Sampled:
+def result(state: State, options: Options) -> Sampled:
+  """Returns what is told of rows whose last `options.length` are filled."""
   tokens = np.asarray(state.tokens)
   made = tokens[:, -options.length :]
   ended = np.isin(made, options.end)
@@ -221,12 +225,17 @@ def fill_block(
   masked = jax.lax.dynamic_slice_in_dim(state.masked, at, size, axis=1)
   planned = jnp.where(state.done, 0, masked.sum(-1))
 
-  # Each step fills a place of every row that has some.
+  # Each step fills a place of every row that has some; a plan may take more.
   most = max(size, options.block_steps)
+  if options.remask is not None:
+    most = options.block_steps
 
   def more(loop):
     state, i, edits, _, _ = loop
-    left = _block(state.masked, at, size) & ~state.done[:, None]
+    open_ = cut(state.masked, at, size)
+    if options.remask is not None:
+      open_ |= ~cut(state.fixed, at, size)  # masked again, perhaps
+    left = open_ & ~state.done[:, None]
     go = left.any() & (i < most)
     if options.edit is None:
       return go
@@ -250,7 +259,7 @@ def fill_block(
   loop = state, jnp.int32(1), edits, carry, _finite(logits)
   state, _, _, _, finite = jax.lax.while_loop(more, step, loop)
   if options.stop and options.end:
-    state = _ended(state, at, options)
+    state = ended(state, at, options)
   return state, finite
 
 
@@ -259,12 +268,31 @@ def _finite(logits: Float[Array, "B K V"]) -> Bool[Array, ""]:
   return jnp.isfinite(logits.max(-1)).all()
 
 
-def _block(x: Array, at: Array, size: int) -> Array:
+def cut(x: Array, at: Array, size: int) -> Array:
+  """Returns what a block has of each row."""
   return jax.lax.dynamic_slice_in_dim(x, at, size, axis=1)
 
 
 def _put(x: Array, new: Array, at: Array) -> Array:
   return jax.lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), at, 1)
+
+
+Proposed = tuple[Int[Array, "B K"], Float[Array, "B K"], Float[Array, "B K"]]
+"""Each place's candidate, its confidence, and its probability."""
+
+
+def proposals(
+  state: State,
+  logits: Float[Array, "B K V"],
+  options: Options,
+  sampling: Sampling,
+) -> Proposed:
+  """Returns what `candidates` proposes for a block, by the rows' own keys."""
+  return candidates(logits, _keys(state), options, sampling)
+
+
+def _keys(state: State) -> PRNGKey:
+  return jax.vmap(jax.random.fold_in)(state.keys, state.count)
 
 
 def fill(
@@ -275,6 +303,7 @@ def fill(
   sampling: Sampling,
   planned: Int[Array, "B"],
   i: Int[Array, ""] | int,
+  proposed: Proposed | None = None,
 ) -> tuple[State, Bool[Array, ""]]:
   """Returns rows after one step of a block, and whether edits may follow.
 
@@ -285,38 +314,48 @@ def fill(
     options, sampling: as for `sample`.
     planned: how many masks the block had at first.
     i: steps of this block so far.
+    proposed: `proposals` of the logits, of who needs them besides.
   """
   size = options.block
-  tokens, masked = (_block(x, at, size) for x in (state.tokens, state.masked))
+  tokens, masked = (cut(x, at, size) for x in (state.tokens, state.masked))
+  ours = ~cut(state.fixed, at, size)
+  free = ours & ~masked & ~state.done[:, None]
   active = masked.any(-1) & ~state.done
-  keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
-  found, sure, chance = candidates(logits, keys, options, sampling)
+  if proposed is None:
+    proposed = proposals(state, logits, options, sampling)
+  found, sure, chance = proposed
   eligible = masked & active[:, None]
-  quota = options.quota(planned, masked.sum(-1), i, keys)
+  quota = options.quota(planned, masked.sum(-1), i, _keys(state))
   kept = options.policy.commit(sure, eligible, quota) & eligible
   new = jnp.where(kept, found, tokens)
   edited = jnp.zeros((), bool)
   taking_part = active
   if options.edit is not None:
-    free = ~_block(state.fixed, at, size) & ~masked & ~state.done[:, None]
     other = free & (found != tokens) & (chance > options.edit)
     # What was filled now is looked at once more, too.
     new, edited = jnp.where(other, found, new), (other | kept).any()
     taking_part = ~state.done
   calls = state.calls + 1
-  filled = jnp.where(kept, state.calls, _block(state.filled, at, size))
+  filled = jnp.where(kept, state.calls, cut(state.filled, at, size))
+  before = cut(state.sure, at, size)
+  again = options.again(before, free, i, _keys(state))
+  if options.remask is not None:
+    new = jnp.where(again, options.mask_id, new)
+    filled = jnp.where(again, -1, filled)
+    taking_part = ~state.done & ours.any(-1)
   state = dataclasses.replace(
     state,
     tokens=_put(state.tokens, new, at),
-    masked=_put(state.masked, masked & ~kept, at),
+    masked=_put(state.masked, (masked & ~kept) | again, at),
     filled=_put(state.filled, filled, at),
+    sure=_put(state.sure, jnp.where(kept, chance, before), at),
     count=state.count + taking_part,
     calls=calls,
   )
   return state, edited
 
 
-def _ended(state: State, at: Array, options: Options) -> State:
+def ended(state: State, at: Array, options: Options) -> State:
   """Returns rows that have ended, filled up with their end."""
   place = jnp.arange(state.tokens.shape[1])
   made = ~state.fixed & (place < at + options.block) & ~state.masked
