@@ -246,69 +246,6 @@ def _recipe(kind: str | None) -> Any:
   return gguf_recipe.Recipe(kind, _FALLBACK.value, importances)
 
 
-def _source(name: str) -> Any:
-  """Returns what is to be converted; a run by its own configuration."""
-  from research.interop import load, sources
-
-  path = pathlib.Path(name)
-  written = [path / "adapter" / load.ADAPTER_CONFIG, path / "model"]
-  if (path / "config.gin").is_file() and not any(p.exists() for p in written):
-    return _trained(path)
-  return sources.open_source(name)
-
-
-def _trained(path: pathlib.Path) -> Any:
-  """Returns the best checkpoint of a run, or else its last one."""
-  from experiments import config
-  from research.interop import sources
-  from research.training import checkpoint, state
-  from research.typing import UserError
-
-  experiment, _ = config.read(str(path / "config.gin"))
-  folder = path / "checkpoints"
-  if not folder.is_dir():
-    raise UserError(f"{path}: no checkpoints/ in it; has the run begun?")
-  built = experiment.build()
-  start = state.create(
-    built.params,
-    experiment.trainable,
-    experiment.optimizer,
-    held=experiment.held,
-  )
-  with checkpoint.Checkpoints(
-    folder, best=experiment.plan.best, better=experiment.plan.better
-  ) as kept:
-    step = kept.best[0] if kept.best else kept.latest
-    params = kept.restore(start, step=step).params
-  origin = dict(format="run", path=str(path), step=step)
-  name = str(getattr(experiment.model, "name", "")) or None
-  return sources.trained(built.loaded, params, origin, name)
-
-
-def _filling(source: Any) -> Any:
-  """Returns the source, as a diffusion model if the flags say so."""
-  from research.diffusion import convert
-  from research.typing import UserError
-
-  token = _MASK_TOKEN.value
-  if token is None:
-    if _BLOCK.value is not None:
-      raise UserError("--block: is for --mask_token, which is missing")
-    return source
-  index = None
-  if token != "new":
-    words = source.tokenizer
-    index = words.backend.token_to_id(token) if words else None
-    if index is None and token.isdecimal() and len(token) < 9:
-      index = int(token)
-    if index is None:
-      raise UserError(
-        f"--mask_token={token}: no token of the model's, expected its text, "
-        "an id, or new"
-      )
-  return convert.source(source, index, _BLOCK.value)
-
-
 def _rounding() -> Any:
   from research.interop import changes
   from research.lora import merging
@@ -327,7 +264,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   import dataclasses
   import json
 
-  from research.interop import changes, convert, hf
+  from experiments import convert_sources
+  from research.interop import convert, hf
   from research.training import memory
   from research.typing import UserError
 
@@ -337,27 +275,16 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     raise UserError(
       f"--dtype={_DTYPE.value}: expected one of {', '.join(hf.DTYPES)}"
     )
-  to, start, reason = pathlib.Path(_TO.value), time.perf_counter(), ""
+  to, start = pathlib.Path(_TO.value), time.perf_counter()
   convert.free(to)
-  recipe, more = _recipe(kind) if name == "gguf" else None, {}
-  source = _filling(_source(_FROM.value))
-  least = None if _LOSSY.value else changes.LEAST_KEPT
-  if name == "hf":
-    log = convert.to_hf(source, to, _DTYPE.value, size, _rounding(), least)
-  elif name == "gguf":
-    log, reason, written = convert.to_gguf(source, to, recipe, least)
+  recipe = _recipe(kind) if name == "gguf" else None
+  source = convert_sources.source(_FROM.value)
+  source = convert_sources.filling(source, _MASK_TOKEN.value, _BLOCK.value)
+  if name == "gguf":
+    log, reason, written = convert.to_gguf(source, to, recipe, _least())
     more = _said(written)
-  elif name == "gguf-adapter":
-    log = convert.to_gguf_adapter(source, to, kind or "F32")
-  elif name == "peft":
-    log = convert.to_peft(source, to, _BASE.value, _RSLORA.value)
-  elif name in QUANTIZED:
-    writer = _writer(name, kind, source)
-    log = convert.to_quantized(
-      source, to, writer, _REQUANTIZE.value, _DTYPE.value, size, least
-    )
   else:
-    log = convert.to_orbax(source, to)
+    log, reason, more = _written(name, kind, source, to, size), "", {}
   cli.say(log.table())
   if reason:
     cli.say(f"the tokenizer is not in the file: {reason}")
@@ -377,6 +304,41 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "seconds": time.perf_counter() - start,
     "peak_memory_bytes": memory.peak_memory_bytes(),
   }
+
+
+def _least() -> float | None:
+  """Returns the share of an update that rounding must leave."""
+  from research.interop import changes
+
+  return None if _LOSSY.value else changes.LEAST_KEPT
+
+
+def _written(
+  name: str, kind: str | None, source: Any, to: pathlib.Path, size: int
+) -> Any:
+  """Writes any format but gguf; returns the log of what changed.
+
+  Args:
+    name: the format.
+    kind: what it is to be of.
+    source: what to write.
+    to: where.
+    size: bytes a file.
+  """
+  from research.interop import convert
+
+  if name == "hf":
+    return convert.to_hf(source, to, _DTYPE.value, size, _rounding(), _least())
+  if name == "gguf-adapter":
+    return convert.to_gguf_adapter(source, to, kind or "F32")
+  if name == "peft":
+    return convert.to_peft(source, to, _BASE.value, _RSLORA.value)
+  if name == "orbax":
+    return convert.to_orbax(source, to)
+  writer = _writer(name, kind, source)
+  return convert.to_quantized(
+    source, to, writer, _REQUANTIZE.value, _DTYPE.value, size, _least()
+  )
 
 
 def _said(written: Any) -> dict[str, Any]:

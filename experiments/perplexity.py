@@ -87,13 +87,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(model=_MODEL.value, text=_TEXT.value)
   text = cli.read_text(_TEXT.value, "text")
   runtime.setup()
-  import jax
-
-  from research import tree
   from research.interop.load import load_model
-  from research.nn import generate
-  from research.nn.perplexity import perplexity
-  from research.quant import kv_memory, kv_quantizer, panels
+  from research.quant import kv_quantizer
   from research.typing import UserError
 
   kv = kv_quantizer.parse(_KV.value)
@@ -104,41 +99,11 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   ids = loaded.tokenizer.encode(text)
-
-  def measure(**how):
-    params = loaded.params
-    if (how.get("chunk") or FEW) * _BATCH.value < FEW:
-      params = panels.decoding(params, loaded.model.dtype)
-      params = generate.prepare(params, loaded.model)
-    elif isinstance(how.get("kv"), kv_quantizer.KVByLayer):
-      params = tree.unroll(params)
-    return perplexity(
-      loaded.model,
-      params,
-      ids,
-      window=_WINDOW.value,
-      max_windows=_MAX_WINDOWS.value or None,
-      batch=_BATCH.value,
-      **how,
-    )
-
-  found, more = measure(chunk=chunk, kv=kv), {}
+  found, more = _measured(loaded, ids, chunk, kv), {}
   if kv is not None:
-    took = kv_memory.memory(
-      loaded.model,
-      jax.eval_shape(tree.unroll, loaded.params),
-      1,
-      _WINDOW.value,
-      kv=kv,
-    )
-    more = {
-      "kv": _KV.value,
-      "chunk": chunk,
-      "perplexity_without": measure().perplexity,
-      "kv_bytes_per_token": took.bytes_per_token,
-      "kv_bits_per_number": took.bits_per_number,
-      "kv_cache_bytes": took.cache_bytes,
-    }
+    without = _measured(loaded, ids).perplexity
+    more = {"kv": _KV.value, "chunk": chunk, "perplexity_without": without}
+    more |= _cache_bytes(loaded, kv)
   return {
     "perplexity": found.perplexity,
     "tokens": found.tokens,
@@ -152,6 +117,49 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "dtype": _DTYPE.value,
     "model": _MODEL.value,
     **more,
+  }
+
+
+def _measured(
+  loaded: Any, ids: Sequence[int], chunk: int | None = None, kv: Any = None
+) -> Any:
+  """Returns the perplexity, by weights laid out for so few rows, or many."""
+  from research import tree
+  from research.nn import generate
+  from research.nn.perplexity import perplexity
+  from research.quant import kv_quantizer, panels
+
+  params = loaded.params
+  if (chunk or FEW) * _BATCH.value < FEW:
+    params = panels.decoding(params, loaded.model.dtype)
+    params = generate.prepare(params, loaded.model)
+  elif isinstance(kv, kv_quantizer.KVByLayer):
+    params = tree.unroll(params)
+  return perplexity(
+    loaded.model,
+    params,
+    ids,
+    window=_WINDOW.value,
+    max_windows=_MAX_WINDOWS.value or None,
+    batch=_BATCH.value,
+    chunk=chunk,
+    kv=kv,
+  )
+
+
+def _cache_bytes(loaded: Any, kv: Any) -> dict[str, Any]:
+  """Returns what a window's keys and values take in the cache."""
+  import jax
+
+  from research import tree
+  from research.quant import kv_memory
+
+  shapes = jax.eval_shape(tree.unroll, loaded.params)
+  took = kv_memory.memory(loaded.model, shapes, 1, _WINDOW.value, kv=kv)
+  return {
+    "kv_bytes_per_token": took.bytes_per_token,
+    "kv_bits_per_number": took.bits_per_number,
+    "kv_cache_bytes": took.cache_bytes,
   }
 
 

@@ -88,16 +88,8 @@ def _train(
   )
 
   # --- what became of it ---
-  # Both now: nobody waits for the first step, and the program is compiled once.
-  measure = evaluating.compiled(built.objective, where.batch)
-  before, after = (
-    _look(experiment, built, measure, trained, heldout, when)
-    for when, trained in (
-      ("before", _untrained(experiment, built, outcome.state)),
-      ("after", outcome.state),
-    )
-  )
-  looks = {"before": (0, before), "after": (experiment.plan.steps, after)}
+  looks = _looks(experiment, built, outcome.state, heldout)
+  (_, before), (_, after) = looks.values()
   title = f"{workdir.name}: {trainable:,} trainable of {total:,}"
   readable = outputs.keep(
     experiment, built, outcome.state, workdir, looks, title
@@ -121,6 +113,27 @@ def _train(
   loaded = built.loaded if readable else None
   outputs.say(outputs.commands(workdir, loaded, result["devices"]))
   return result
+
+
+def _looks(
+  experiment: Experiment,
+  built: Built,
+  trained: state.TrainState,
+  heldout: Any,
+) -> dict[str, tuple[int, Any]]:
+  """Returns (step, metrics of the held-out text) before and after training.
+
+  Both now: nobody waits for the first step, and the program is compiled once.
+  """
+  measure = evaluating.compiled(built.objective, built.site.batch)
+  before, after = (
+    _look(experiment, built, measure, each, heldout, when)
+    for when, each in (
+      ("before", _untrained(experiment, built, trained)),
+      ("after", trained),
+    )
+  )
+  return {"before": (0, before), "after": (experiment.plan.steps, after)}
 
 
 def _told(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""What `experiments.convert` converts: what loads, and checkpoints of runs."""
+
+import pathlib
+from typing import Any
+
+from experiments import config
+from research.diffusion import convert
+from research.interop import load, sources
+from research.training import checkpoint, state
+from research.typing import UserError
+
+
+def source(name: str) -> Any:
+  """Returns what is to be converted; a run by its own configuration.
+
+  Args:
+    name: what --model= takes, or a run whose whole model was trained.
+  """
+  path = pathlib.Path(name)
+  written = [path / "adapter" / load.ADAPTER_CONFIG, path / "model"]
+  if (path / "config.gin").is_file() and not any(p.exists() for p in written):
+    return _trained(path)
+  return sources.open_source(name)
+
+
+def _trained(path: pathlib.Path) -> Any:
+  """Returns the best checkpoint of a run, or else its last one."""
+  experiment, _ = config.read(str(path / "config.gin"))
+  folder = path / "checkpoints"
+  if not folder.is_dir():
+    raise UserError(f"{path}: no checkpoints/ in it; has the run begun?")
+  built = experiment.build()
+  start = state.create(
+    built.params,
+    experiment.trainable,
+    experiment.optimizer,
+    held=experiment.held,
+  )
+  with checkpoint.Checkpoints(
+    folder, best=experiment.plan.best, better=experiment.plan.better
+  ) as kept:
+    step = kept.best[0] if kept.best else kept.latest
+    params = kept.restore(start, step=step).params
+  origin = dict(format="run", path=str(path), step=step)
+  name = str(getattr(experiment.model, "name", "")) or None
+  return sources.trained(built.loaded, params, origin, name)
+
+
+def filling(source: Any, token: str | None, block: int | None) -> Any:
+  """Returns the source, as a diffusion model where there is a mask token.
+
+  Args:
+    source: a model that predicts the next token.
+    token: --mask_token: a token's text, its id, or `new`; None for none.
+    block: --block: tokens that see each other; None for all.
+  """
+  if token is None:
+    if block is not None:
+      raise UserError("--block: is for --mask_token, which is missing")
+    return source
+  index = None
+  if token != "new":
+    words = source.tokenizer
+    index = words.backend.token_to_id(token) if words else None
+    if index is None and token.isdecimal() and len(token) < 9:
+      index = int(token)
+    if index is None:
+      raise UserError(
+        f"--mask_token={token}: no token of the model's, expected its text, "
+        "an id, or new"
+      )
+  return convert.source(source, index, block)
