@@ -285,15 +285,55 @@ def _check_sampler() -> None:
       )
 
 
+def _streamed(
+  loaded: Any, params: Any, prompts: Sequence[Any], rules: Any, kv: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+  """Returns what is told of each row, and of all; prints one row as it comes.
+
+  Tokens a second are those after the first ones.
+  """
+  import jax
+
+  from research.nn import stream
+
+  start, first, steps = time.perf_counter(), None, []
+  for pieces in stream.stream(
+    loaded.model,
+    params,
+    loaded.tokenizer,
+    prompts,
+    _MAX_NEW_TOKENS.value,
+    rules,
+    jax.random.key(_SEED.value),
+    stop=_STOP.value,
+    kv=kv,
+  ):
+    first = first or time.perf_counter()
+    steps.append(pieces)
+    if len(prompts) == 1:
+      print(pieces[0].text, end="", flush=True)
+  end = time.perf_counter()
+  told = [
+    _row(pieces, prompt)
+    for pieces, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
+  ]
+  after, more = end - first, sum(row["tokens"] for row in told) - len(prompts)
+  return told, {
+    "tokens": more + len(prompts),
+    "tokens_per_s": more / after if more > 0 and after else None,
+    "seconds": end - start,
+    "model": _MODEL.value,
+    "kv": _KV.value or None,
+  }
+
+
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
   cli.required(model=_MODEL.value, prompt="".join(_PROMPT.value))
   runtime.setup()
-  import jax
-
   from research import tree
-  from research.nn import sampling, stream
+  from research.nn import sampling
   from research.quant import kv_quantizer
 
   _check_sampler()
@@ -309,37 +349,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   params = _prepared(loaded, [name for _, name in rows], places)
   if isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
-  start, first, steps = time.perf_counter(), None, []
-  for pieces in stream.stream(
-    loaded.model,
-    params,
-    loaded.tokenizer,
-    prompts,
-    _MAX_NEW_TOKENS.value,
-    rules,
-    jax.random.key(_SEED.value),
-    stop=_STOP.value,
-    kv=kv,
-  ):
-    first = first or time.perf_counter()
-    steps.append(pieces)
-    if len(rows) == 1:
-      print(pieces[0].text, end="", flush=True)
-  end = time.perf_counter()
-  told = [
-    _row(pieces, prompt)
-    for pieces, prompt in zip(zip(*steps, strict=True), prompts, strict=True)
-  ]
-  tokens, after = sum(row["tokens"] for row in told), end - first
-  shared = {
-    "tokens": tokens,
-    "tokens_per_s": (
-      (tokens - len(rows)) / after if tokens > len(rows) and after else None
-    ),
-    "seconds": end - start,
-    "model": _MODEL.value,
-    "kv": _KV.value or None,
-  }
+  told, shared = _streamed(loaded, params, prompts, rules, kv)
   if len(rows) == 1:
     print()
     adapter = _ADAPTER.value[0] if _ADAPTER.value else None
