@@ -8,9 +8,10 @@ brought up to date by one product.
 
 Grids of groups are fitted when their first row is reached, to the weights as
 they are by then (`fresh`). Other implementations read them before the block's
-own updates (`stale`), which costs a tenth of the output's error; `static` ones
-belong to the original weights and let rows go in any order without moving
-groups.
+own updates (`stale`): a tenth more error on the specification's small problem
+(groups of 16), none on real layers (0.999 ± 0.005 of fresh grids' in SmolLM2,
+`claims_grids_smollm2.gin`). `static` ones belong to the original weights and
+let rows go in any order without moving groups.
 """
 
 import dataclasses
