@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from research.diffusion.policies import Policy, Quota, shares_of
+from research.diffusion.remask import Remask
+from research.diffusion.schedule import Linear
 from research.nn import sampling as samplers
 from research.nn.sampling import Sampling
-from research.typing import Array, Float, Int, PRNGKey, UserError
+from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Select = Literal["candidate", "max", "margin", "entropy", "random"]
 Plan = Literal["even", "dream", "linear", "cosine", "chance"]
@@ -45,6 +47,8 @@ class Options:
     edit: places already filled change where another token is this likely
       (LLaDA 2.1), or None.
     edit_steps: at most so many steps of a full block.
+    remask: how likely places filled by chance are masked again (ReMDM), or
+      None. More `steps` than places then mend what was filled wrongly.
   """
 
   mask_id: int
@@ -62,6 +66,7 @@ class Options:
   stop: bool = True
   edit: float | None = None
   edit_steps: int = 16
+  remask: Remask | None = None
 
   def __post_init__(self):
     if self.length < 1 or self.block < 1 or self.length % self.block:
@@ -79,6 +84,11 @@ class Options:
       raise UserError(
         f"sampler: plan is chance and select {self.select}, expected random: "
         "ancestral sampling fills any place as likely as another"
+      )
+    if self.remask is not None and self.plan != "chance":
+      raise UserError(
+        f"sampler: remask is {self.remask} and plan {self.plan}, expected "
+        "chance: what is masked again has to be filled by chance in turn"
       )
     if self.mask_id in self.end:
       raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
@@ -122,6 +132,9 @@ class Options:
       return planned // steps + (i < planned % steps)
     shares = jnp.asarray(shares_of(self.plan, steps), jnp.float32)
     share = shares[jnp.minimum(i, steps - 1)]
+    if self.remask is not None:
+      fill = self.remask.fills(Linear(), *self._times(i))
+      share = jnp.where(i < steps - 1, fill, 1.0)
     if self.plan == "chance":
       # So many of K coins as places are left.
       lot = jax.vmap(lambda k: jax.random.uniform(k, (self.block,)))(
@@ -132,6 +145,35 @@ class Options:
     some = left * share
     some = jnp.floor(some) if self.plan == "dream" else jnp.round(some)
     return jnp.where(i < steps - 1, some.astype(jnp.int32), left)
+
+
+  def again(
+    self,
+    sure: Float[Array, "B K"],
+    filled: Bool[Array, "B K"],
+    i: Int[Array, ""] | int,
+    keys: PRNGKey,
+  ) -> Bool[Array, "B K"]:
+    """Returns which filled places are masked again, by `remask`.
+
+    Args:
+      sure: how probable a place's token was when it was filled in.
+      filled: which places of the block may be masked again.
+      i: steps of this block so far.
+      keys: of the rows, for this step.
+    """
+    if self.remask is None:
+      return jnp.zeros_like(filled)
+    sigma = self.remask.sigma(Linear(), *self._times(i), sure, filled)
+    lot = jax.vmap(lambda k: jax.random.uniform(k, (self.block,)))(
+      jax.vmap(lambda k: jax.random.fold_in(k, 3))(keys)
+    )
+    return filled & (lot < sigma) & (i < self.block_steps - 1)
+
+  def _times(self, i) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Returns the process's times before and after step `i` of a block."""
+    t = 1 - jnp.float32(i) / self.block_steps
+    return t, jnp.maximum(t - 1 / self.block_steps, 0.0)
 
 
 def candidates(

@@ -79,7 +79,8 @@ class Remask:
   ) -> Float[Array, ""]:
     """Returns how likely a masked place is filled in turn.
 
-    By confidence filled places differ, and masked ones have no sigma.
+    By confidence masked places have no sigma, as in the authors' code: more
+    are then masked than the process has it.
     """
     size = self.size(schedule, t, s)
     size = jnp.zeros_like(size) if self.kind == "confidence" else size

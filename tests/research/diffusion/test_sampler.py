@@ -10,6 +10,7 @@ import pytest
 from research.diffusion import ancestral, policies, sampler
 from research.diffusion.candidates import Options, candidates
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
+from research.diffusion.remask import Remask
 from research.nn.sampling import Sampling
 from research.typing import UserError
 from tests.research.diffusion import joint, test_ancestral
@@ -250,17 +251,24 @@ class Exact:
 
 def law(n=20_000, **options):
   """Returns how often each of 81 sequences was drawn."""
+  return frequencies(drawn(n, **options))
+
+
+def drawn(n=20_000, **options):
   options = Options(
     mask_id=joint.MASK, length=4, block=4, **{"steps": 4} | options
   )
   tokens = np.full((n, 4), joint.MASK)
   ones = np.ones_like(tokens, bool)
   state = sampler.begin(tokens, ones, ones, jax.random.key(5))
-  got = sampler.sample(
+  return sampler.sample(
     Exact(), {}, state, options, sampling=Sampling(temperature=1.0)
   )
+
+
+def frequencies(got):
   names = (got.tokens * 3 ** np.arange(4)[::-1]).sum(-1)
-  return np.bincount(names, minlength=81) / n
+  return np.bincount(names, minlength=81) / len(names)
 
 
 def variation(p, q):
@@ -287,6 +295,45 @@ def test_places_by_chance_are_ancestral_steps():
   many = law(steps=64, **how)
   # Two of four places fall into one of 64 steps 6 / 64 of the time.
   assert variation(many, joint.table()) < 1.5 * NOISE + 0.1 * 0.39
+
+
+@pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
+def test_masking_again_is_remdm(kind):
+  """The law of `ancestral`, and of the times at which places are filled."""
+  again = Remask(kind=kind, eta=0.4)
+  found = drawn(steps=3, select="random", plan="chance", remask=again)
+  want, _ = test_ancestral.law(
+    ancestral.sample, ancestral.Ancestral(steps=3, remask=again)
+  )
+  noise = NOISE + test_ancestral.NOISE
+  assert variation(frequencies(found), want) < 1.5 * noise
+  # A third is filled at first, and 0.4 of it masked again as half of the rest is
+  # filled, or more, so that a third is masked; 4 errors of 80,000 places.
+  share = np.bincount(found.filled.ravel(), minlength=3) / found.filled.size
+  last = 1 / 3 + 2 / 15 if kind == "confidence" else 1 / 3
+  np.testing.assert_allclose(share, (0.2, 0.8 - last, last), atol=0.007)
+
+
+def test_what_is_given_is_not_masked_again():
+  """Every step is taken, by rows that have no mask for now as well."""
+  rows = np.full((3, 6), MASK)
+  rows[:, :2], rows[:, 4] = 1, 2
+  masked = rows == MASK
+  state = sampler.begin(rows, masked, np.ones_like(masked), jax.random.key(0))
+  options = Options(
+    mask_id=MASK, length=6, block=6, steps=9, select="random", plan="chance",
+    remask=Remask(kind="rescale", eta=1.0),
+  )  # fmt: skip
+  found = sampler.sample(Wave(), {}, state, options, Sampling(temperature=1.0))
+  np.testing.assert_array_equal(found.tokens[~masked], rows[~masked])
+  assert (found.tokens != MASK).all()
+  assert found.calls == 9 and (found.counts == 9).all()
+  np.testing.assert_array_equal(found.filled >= 0, masked)
+
+
+def test_masking_again_needs_places_by_chance():
+  with pytest.raises(UserError, match="plan even, expected chance"):
+    Options(mask_id=MASK, length=6, block=6, remask=Remask(eta=0.1))
 
 
 def test_chance_needs_places_at_random():
