@@ -1,118 +1,31 @@
 """What `generate --sampler=diffusion` does with a model and its prompts."""
 
-import dataclasses
-import math
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
+from experiments.filling_wanted import (
+  BLOCK,
+  Wanted,
+  cache_of,
+  growth_of,
+  policy_of,
+)
 from experiments.screen import Screen, pieces_of
-from research.diffusion import sampler, view
+from research.diffusion import canvas, sampler, view
 from research.diffusion.candidates import Options
 from research.diffusion.credit import Credited
 from research.diffusion.delayed import Delayed
 from research.diffusion.denoiser import BlockCausal, Cached, Denoiser, Whole
 from research.diffusion.guided import Guided
-from research.diffusion.policies import (
-  Factor,
-  Hierarchy,
-  Policy,
-  Quota,
-  Threshold,
-)
+from research.diffusion.policies import Policy
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares
 from research.interop.load import Loaded
 from research.nn.sampling import Sampling
 from research.typing import UserError
-
-BLOCK = 32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wanted:
-  """What the flags say, under their names; see `experiments.generate`."""
-
-  length: int = 128
-  block: int | None = None
-  steps: int | None = None
-  policy: str = "quota"
-  select: str = "candidate"
-  plan: str = "even"
-  cache: str = "none"
-  guidance: float = 0.0
-  seed: int = 0
-  gif: str | None = None
-  html: str | None = None
-
-  def check(self, prompts: int) -> None:
-    """Raises UserError for what is wrong whatever the model is.
-
-    Args:
-      prompts: how many there are.
-    """
-    if self.length < 1:
-      raise UserError(
-        f"--max_new_tokens: found {self.length}, expected at least 1"
-      )
-    policy_of(self.policy)
-    cache_of(self.cache)
-    if self.steps is not None and self.policy != "quota":
-      raise UserError(
-        f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
-        "it takes; expected --policy=quota, or no --steps"
-      )
-    if self.plan != "even" and self.policy != "quota":
-      raise UserError(
-        f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
-        "--policy=quota"
-      )
-    for name, file in (("gif", self.gif), ("html", self.html)):
-      if file is not None and prompts > 1:
-        raise UserError(f"--{name}: shows one prompt, found {prompts}")
-
-
-def policy_of(text: str) -> Policy:
-  """Returns what a name and a number stand for, see `experiments.generate`."""
-  name, colon, number = text.partition(":")
-  value = _number(number) if colon else None
-  if text == "quota":
-    return Quota()
-  if text == "hierarchy":
-    return Hierarchy()
-  if name in ("threshold", "credit") and value is not None and 0 < value <= 1:
-    return Threshold(threshold=value)
-  if name == "factor" and value is not None and value > 0:
-    return Factor(factor=value)
-  raise UserError(
-    f"--policy={text}: expected quota, hierarchy, threshold:P or credit:P with "
-    "P in (0, 1], or factor:F with F above 0"
-  )
-
-
-def _number(text: str) -> float | None:
-  try:
-    value = float(text)
-  except ValueError:
-    return None
-  return value if math.isfinite(value) else None
-
-
-def cache_of(text: str) -> tuple[str, int | None]:
-  """Returns a cache's kind and its number, see `experiments.generate`."""
-  name, colon, number = text.partition(":")
-  if not colon and name in ("none", "prefix", "dual", "delayed"):
-    return name, None
-  least = {"vicinity": 0, "delayed": 1}.get(name)
-  whole = number.isdecimal() and len(number) < 7
-  if least is not None and whole and int(number) >= least:
-    return name, int(number)
-  raise UserError(
-    f"--cache={text}: expected none, prefix, dual, vicinity:N, delayed or"
-    " delayed:N"
-  )
 
 
 def spec_of(loaded: Loaded, name: str) -> Spec:
@@ -221,6 +134,15 @@ def begun(
   options = _options(prompts, how, policy, wanted)
   key, numbers = jax.random.key(wanted.seed), jax.numpy.array(examples)
   held = any(how.mask_id in prompt for prompt in prompts)
+  growth = growth_of(wanted)
+  if growth is not None:
+    if how.block is not None:
+      raise UserError(
+        f"--canvas={wanted.canvas}: the model's blocks see nothing after them "
+        "and go on one by one until it ends; leave the flag out"
+      )
+    state = canvas.start(prompts, options, growth, key, numbers)
+    return state, options, [max(map(len, prompts))] * len(prompts)
   if how.block is None or held:
     # Says so, if a prompt holds the mask.
     state = sampler.start(prompts, options, key, numbers)
@@ -323,15 +245,26 @@ def _fill(loaded, how, prompts, examples, rules, wanted):
   asked = denoiser_of(loaded, how, wanted, ends[0])
   screen = Screen(loaded.tokenizer, ends, how.mask_id)
   begin = time.perf_counter()
-  got = sampler.sample(asked, loaded.params, state, options, rules, screen)
+  growth, given = growth_of(wanted), (asked, loaded.params, state, options)
+  lengths = [wanted.length] * len(prompts)
+  if growth is None:
+    got = sampler.sample(*given, rules, screen)
+  else:
+    got = canvas.sample(*given, growth, rules, screen)
+    lengths = got.canvas.tolist()
   seconds = time.perf_counter() - begin - screen.seconds
   if len(prompts) == 1:
     print(flush=True)
     _draw(got, loaded, how, wanted)
   rows = [
-    _row(loaded, options, got, i, end, len(prompt), wanted.length)
-    for i, (end, prompt) in enumerate(zip(ends, prompts, strict=True))
+    _row(loaded, options, got, i, end, len(prompt), length)
+    for i, (end, prompt, length) in enumerate(
+      zip(ends, prompts, lengths, strict=True)
+    )
   ]
+  if growth is not None:
+    for row, length in zip(rows, lengths, strict=True):
+      row["canvas"] = length
   (first, ready), (last, _) = screen.blocks[0], screen.blocks[-1]
   late = [max(row["tokens"] - n, 0) for row, n in zip(rows, ready, strict=True)]
   return rows, (sum(late), last - first, seconds)
@@ -355,8 +288,12 @@ def _row(loaded, options, got, i, end, prompt, length) -> dict[str, Any]:
 
 def _draw(got, loaded, how, wanted) -> None:
   """Writes the files that show how a row was filled."""
-  pieces = pieces_of(loaded.tokenizer, got.tokens[0], how.mask_id)
+  tokens, filled = got.tokens[0], got.filled[0]
+  if isinstance(got, canvas.Grown):
+    own = len(tokens) - wanted.length + got.canvas[0]
+    tokens, filled = tokens[:own], filled[:own]
+  pieces = pieces_of(loaded.tokenizer, tokens, how.mask_id)
   if wanted.html is not None:
-    view.write_page(wanted.html, pieces, got.filled[0])
+    view.write_page(wanted.html, pieces, filled)
   if wanted.gif is not None:
-    view.write_gif(wanted.gif, view.shown(pieces), got.filled[0])
+    view.write_gif(wanted.gif, view.shown(pieces), filled)

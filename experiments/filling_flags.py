@@ -3,14 +3,22 @@
 from absl import flags
 
 NAMES = (
-  *("block", "steps", "policy", "select", "plan", "cache", "guidance"),
-  *("gif", "html"),
+  *("canvas", "block", "steps", "policy", "select", "plan", "cache"),
+  *("guidance", "gif", "html"),
 )
-"""What `filling.Wanted` calls them, too."""
+"""What `filling_wanted.Wanted` calls them, too."""
 
 
 def define(values: flags.FlagValues) -> None:
   """Defines them."""
+  flags.DEFINE_string(
+    "canvas",
+    "fixed",
+    "For diffusion: places for the answer, fixed (--max_new_tokens), or auto: "
+    "64 at first (auto:N: N), and more, up to --max_new_tokens, while the "
+    "model does not expect to end there (DAEDAL; with --policy=threshold:0.9).",
+    flag_values=values,
+  )
   flags.DEFINE_integer(
     "block",
     None,

@@ -18,7 +18,8 @@ Diffusion models fill in masks instead, block after block; a terminal shows it.
     --prompt="What is gravity?" --block=32 --policy=threshold:0.9 --cache=dual
 
 The JSON then has calls (of the model), tokens_per_call, and tokens_per_s of
-what comes before the first end of text.
+what comes before the first end of text. --canvas=auto finds out how long the
+answer has to be, and tells it as canvas.
 """
 
 # ruff: noqa: E402

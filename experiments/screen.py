@@ -32,17 +32,20 @@ class Screen:
   def __call__(self, state: sampler.State) -> None:
     jax.block_until_ready(state)
     begin = time.perf_counter()
-    masked = np.asarray(state.masked)
+    filled = np.asarray(state.filled)
     ready = [
-      int((~row[end:]).sum())
-      for row, end in zip(masked, self._ends, strict=True)
+      int((row[end:] >= 0).sum())
+      for row, end in zip(filled, self._ends, strict=True)
     ]
     self.blocks.append((begin - self.seconds, ready))
     if len(self._ends) > 1:
       return
-    filled = np.asarray(state.filled)[0, self._prompt :]
-    tokens = np.asarray(state.tokens)[0, self._prompt :]
-    open_ = masked[0, self._prompt :]
+    # Of a canvas that grows, what it is now.
+    own = np.flatnonzero(np.asarray(state.valid)[0])
+    own = own[own >= self._prompt]
+    filled, tokens, open_ = (
+      np.asarray(x)[0, own] for x in (filled, state.tokens, state.masked)
+    )
     if self._tty:
       self._draw(tokens, filled, open_)
     else:

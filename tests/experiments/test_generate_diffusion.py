@@ -3,11 +3,14 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import cli, convert, filling, generate, screen
-from research.diffusion import view
+from research.diffusion import canvas, view
+from research.diffusion.candidates import Options
+from research.diffusion.growth import Growth
 from research.diffusion.policies import Hierarchy, Threshold
 from research.diffusion.spec import Spec
 from research.interop import load
@@ -165,6 +168,46 @@ def test_ways_to_fill(command, flags):
   assert got["calls"] <= 3 or "--steps=3" not in flags
 
 
+def test_a_canvas_that_grows(command, tmp_path):
+  page = tmp_path / "a.html"
+  flags = "--max_new_tokens=16", "--block=4", "--policy=threshold:0.5"
+  got = told(command("all", *flags, "--canvas=auto:4", f"--html={page}"))
+  # This model does not expect to end, so the canvas is as long as it may be.
+  assert got["canvas"] == 16
+  want = told(command("all", *flags))
+  for field in ("text", "tokens", "finish_reason"):
+    assert got[field] == want[field]
+  assert got["calls"] > want["calls"] and "canvas" not in want
+  pieces = page.read_text("utf-8").split("filled = [")[1].split("]")[0]
+  assert pieces.count(",") + 1 == got["prompt_tokens"] + 16
+  # With no room to grow it is the fixed canvas, call by call.
+  same = told(command("all", "--policy=threshold:0.5", "--canvas=auto"))
+  want = told(command("all", "--policy=threshold:0.5"))
+  for field in ("text", "tokens", "calls", "finish_reason"):
+    assert same[field] == want[field]
+  rows = told(
+    command("all", *flags, "--canvas=auto:4", "--prompt=the cat", "--prompt=a")
+  )["rows"]
+  assert rows[0]["text"] == got["text"] and rows[0]["calls"] == got["calls"]
+
+
+def test_only_a_row_s_own_canvas_is_drawn(capsys):
+  """Six places of eight, of which the tokenizer would show all."""
+  loaded = load.load_model(TINY)
+  options = Options(mask_id=0, length=8, block=4, end=(2,))
+  growth = Growth(start=6)
+  state = canvas.start([[5, 6]], options, growth, jax.random.key(0))
+  drawn = []
+  shown = screen.Screen(loaded.tokenizer, [2], 0)
+  shown._tty = True
+  shown._draw = lambda tokens, filled, open_: drawn.append(
+    (tokens.tolist(), filled.tolist(), open_.tolist())
+  )
+  shown(state)
+  assert drawn == [([0] * 6, [-1] * 6, [True] * 6)]
+  assert shown.blocks[0][1] == [0]
+
+
 def test_what_is_drawn(command, tmp_path):
   page, picture = tmp_path / "a.html", tmp_path / "a.gif"
   flags = f"--html={page}", f"--gif={picture}", "--guidance=1"
@@ -207,6 +250,14 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--cache=delayed:0",), "--cache=delayed:0: expected none"),
     ("all", ("--plan=dream", "--policy=factor:1"), "expected --policy=quota"),
     ("all", ("--policy=credit:0",), "P in (0, 1]"),
+    ("all", ("--canvas=long",), "--canvas=long: expected fixed, auto, or"),
+    ("all", ("--canvas=auto:0",), "N from 1 to --max_new_tokens=8"),
+    ("all", ("--canvas=auto:9",), "N from 1 to --max_new_tokens=8"),
+    ("all", ("--canvas=auto", "--steps=8"), "--steps=8: not with --canvas"),
+    ("all", ("--canvas=auto", "--cache=dual"), "--cache=dual: not with"),
+    ("all", ("--canvas=auto", "--plan=dream"), "--plan=dream: not with"),
+    ("all", ("--canvas=auto", "--policy=credit:0.9"), "expected threshold:P"),
+    ("four", ("--canvas=auto",), "--canvas=auto: the model's blocks see"),
     ("all", ("--policy=factor:1", "--steps=8"), "expected --policy=quota"),
     ("all", ("--kv=int8",), "--kv: is not for --sampler=diffusion"),
     (TINY, ("--sampler=autoregressive", "--block=4"), "--block: is not for"),

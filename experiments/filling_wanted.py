@@ -1,0 +1,135 @@
+"""What the flags of `generate --sampler=diffusion` say, and what they mean."""
+
+import dataclasses
+import math
+
+from research.diffusion.growth import Growth
+from research.diffusion.policies import (
+  Factor,
+  Hierarchy,
+  Policy,
+  Quota,
+  Threshold,
+)
+from research.typing import UserError
+
+BLOCK = 32
+"""Tokens of a block where neither the model nor a flag says how many."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+  """What the flags say, under their names; see `experiments.generate`."""
+
+  length: int = 128
+  canvas: str = "fixed"
+  block: int | None = None
+  steps: int | None = None
+  policy: str = "quota"
+  select: str = "candidate"
+  plan: str = "even"
+  cache: str = "none"
+  guidance: float = 0.0
+  seed: int = 0
+  gif: str | None = None
+  html: str | None = None
+
+  def check(self, prompts: int) -> None:
+    """Raises UserError for what is wrong whatever the model is.
+
+    Args:
+      prompts: how many there are.
+    """
+    if self.length < 1:
+      raise UserError(
+        f"--max_new_tokens: found {self.length}, expected at least 1"
+      )
+    policy_of(self.policy)
+    cache_of(self.cache)
+    if self.steps is not None and self.policy != "quota":
+      raise UserError(
+        f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
+        "it takes; expected --policy=quota, or no --steps"
+      )
+    if self.plan != "even" and self.policy != "quota":
+      raise UserError(
+        f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
+        "--policy=quota"
+      )
+    if growth_of(self) is not None:
+      self._check_growth()
+    for name, file in (("gif", self.gif), ("html", self.html)):
+      if file is not None and prompts > 1:
+        raise UserError(f"--{name}: shows one prompt, found {prompts}")
+
+  def _check_growth(self) -> None:
+    """Raises UserError for what a canvas that grows cannot have."""
+    alone = dict(steps=None, plan="even", cache="none")
+    for name, value in alone.items():
+      if getattr(self, name) != value:
+        raise UserError(
+          f"--{name}={getattr(self, name)}: not with --canvas={self.canvas}, "
+          "whose places are not known before and move; leave one of them out"
+        )
+    if self.policy.startswith("credit"):
+      raise UserError(
+        f"--policy={self.policy}: counts earlier calls place by place, and "
+        f"with --canvas={self.canvas} places move; expected threshold:P, say"
+      )
+
+
+def growth_of(wanted: Wanted) -> Growth | None:
+  """Returns how the canvas grows, see `experiments.generate`, or None."""
+  name, colon, number = wanted.canvas.partition(":")
+  if wanted.canvas == "fixed":
+    return None
+  if name == "auto" and not colon:
+    return Growth(start=min(Growth.start, wanted.length))
+  whole = number.isdecimal() and len(number) < 7
+  if name == "auto" and whole and 1 <= int(number) <= wanted.length:
+    return Growth(start=int(number))
+  raise UserError(
+    f"--canvas={wanted.canvas}: expected fixed, auto, or auto:N with N from 1 "
+    f"to --max_new_tokens={wanted.length}"
+  )
+
+
+def policy_of(text: str) -> Policy:
+  """Returns what a name and a number stand for, see `experiments.generate`."""
+  name, colon, number = text.partition(":")
+  value = _number(number) if colon else None
+  if text == "quota":
+    return Quota()
+  if text == "hierarchy":
+    return Hierarchy()
+  if name in ("threshold", "credit") and value is not None and 0 < value <= 1:
+    return Threshold(threshold=value)
+  if name == "factor" and value is not None and value > 0:
+    return Factor(factor=value)
+  raise UserError(
+    f"--policy={text}: expected quota, hierarchy, threshold:P or credit:P with "
+    "P in (0, 1], or factor:F with F above 0"
+  )
+
+
+def _number(text: str) -> float | None:
+  try:
+    value = float(text)
+  except ValueError:
+    return None
+  return value if math.isfinite(value) else None
+
+
+def cache_of(text: str) -> tuple[str, int | None]:
+  """Returns a cache's kind and its number, see `experiments.generate`."""
+  name, colon, number = text.partition(":")
+  if not colon and name in ("none", "prefix", "dual", "delayed"):
+    return name, None
+  least = {"vicinity": 0, "delayed": 1}.get(name)
+  whole = number.isdecimal() and len(number) < 7
+  if least is not None and whole and int(number) >= least:
+    return name, int(number)
+  raise UserError(
+    f"--cache={text}: expected none, prefix, dual, vicinity:N, delayed or"
+    " delayed:N"
+  )
