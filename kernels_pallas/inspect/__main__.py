@@ -71,7 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m kernels_pallas.inspect", description=main.__doc__
+    prog="python -m kernels_pallas.inspect",
+    description=__doc__,
+    epilog="GPUs have flags of their own: see --target=h100 --help (a100, "
+    "h100 or b200). Needs libtpu, for GPUs JAX's CUDA plugin: `make "
+    "test-chips` makes .venv-chips, which has both.",
   )
   add = parser.add_argument
   kernels = [name for name in build.PROGRAMS if name not in REFERENCES]
