@@ -260,21 +260,6 @@ def make_config(
   kind = kinds.pop()
   suffixes = sorted({module.rsplit(".", 1)[-1] for module in methods})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
-  # Older versions of PEFT stop at a field that they do not know.
-  rest = dict(ensure_weight_tying=True) if tied else {}
-  if kind.PEFT == "LORA":
-    rest["bias"] = bias
-    rest |= {TOKENS: {m: list(ids) for m, ids in rows.items()}} if rows else {}
-  elif rows:
-    raise UserError(
-      f"PEFT has no rows of single tokens beside {kind.PEFT}; save them as an "
-      "adapter of their own, or merge both into the model"
-    )
-  elif bias != "none":
-    raise UserError(
-      f"biases were trained, which PEFT's {kind.PEFT} has no way to say; "
-      "merge the adapter into the model instead"
-    )
   own = kind.peft_fields(methods)
   own = {k: _number(x) for k, x in own.items()}
   differing = dict(
@@ -286,7 +271,7 @@ def make_config(
   }
   return (
     own
-    | rest
+    | _beside(kind, bias, tied, rows)
     | {name: x for name, x in patterns.items() if x}
     | dict(
       peft_type=kind.PEFT,
@@ -297,6 +282,33 @@ def make_config(
       target_modules=suffixes if covered == set(methods) else sorted(methods),
     )
   )
+
+
+def _beside(
+  kind: Method,
+  bias: str,
+  tied: bool,
+  rows: Mapping[str, Sequence[int]] | None,
+) -> dict[str, Any]:
+  """Returns fields of what comes beside a method's own arrays."""
+  # Older versions of PEFT stop at a field that they do not know.
+  out = dict(ensure_weight_tying=True) if tied else {}
+  if kind.PEFT == "LORA":
+    out["bias"] = bias
+    return out | (
+      {TOKENS: {m: list(ids) for m, ids in rows.items()}} if rows else {}
+    )
+  if rows:
+    raise UserError(
+      f"PEFT has no rows of single tokens beside {kind.PEFT}; save them as an "
+      "adapter of their own, or merge both into the model"
+    )
+  if bias != "none":
+    raise UserError(
+      f"biases were trained, which PEFT's {kind.PEFT} has no way to say; "
+      "merge the adapter into the model instead"
+    )
+  return out
 
 
 def _alike(method: Method, rank: int, alpha: float) -> Method:
