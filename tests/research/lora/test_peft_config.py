@@ -3,8 +3,8 @@
 import pytest
 
 from research.lora import peft_config
-from research.lora.methods.lora import LoRA
 from research.lora.methods.ia3 import IA3
+from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
 MODULE = "model.layers.0.mlp.up_proj"
