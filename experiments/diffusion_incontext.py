@@ -11,44 +11,35 @@ every value in the gap.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import diffusion_kinds as kinds
 from experiments.claims import Verdict
+from experiments.diffusion_kinds import AR, CONVERTED, DIFFUSION, KINDS
 from experiments.diffusion_study import (
   Row,
   Rows,
   Tiny,
-  batch_of,
   difference,
+  draw_means,
   over_seeds,
+  surely,
+  swept_before,
 )
 from experiments.lora_verdicts import Mean, mean
 from research.data.shots import Shots
 from research.data.sources import Split
-from research.diffusion.denoiser import Whole
-from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.schedule import Linear
 from research.nn.transformer import Transformer
-from research.training import plots, positions
-from research.training.objective import Batch, NextToken, Objective
-from research.typing import Array, Bool, Float, Int, Params, UserError
+from research.training import plots
+from research.typing import Params
 
-AR, DIFFUSION, CONVERTED = "next token", "diffusion", "converted"
-KINDS = (AR, DIFFUSION, CONVERTED)
-
-LAST, MIDDLE, STRANGE, SCORED = (
-  "last, shots before it",
-  "middle, shots after it",
-  "last, key not in the row",
-  "middle, every value scored",
-)
+LAST, MIDDLE = "last, shots before it", "middle, shots after it"
+STRANGE, SCORED = "last, key not in the row", "middle, every value scored"
 EVIDENCE = {LAST: "before", MIDDLE: "after", STRANGE: "none", SCORED: "after"}
 """Ways to ask -> where the shots with the key stand."""
 
@@ -94,18 +85,12 @@ class InContext:
     """Returns accuracies while it learns and at the end, or the best rate."""
     if arm.startswith("rates of "):
       return self._swept(arm.removeprefix("rates of "))
-    kind, seed = arm.split(", seed ")
-    swept = f"rates of {DIFFUSION if kind == DIFFUSION else AR}"
-    if swept not in before:
-      raise UserError(f"{arm}: needs the arm '{swept}'; run it first")
-    rate = before[swept]["rate"]
-    model, params = self._load(int(seed))
+    kind, seed, rate = swept_before(arm, before, {CONVERTED: AR})
+    model, params = self._load(seed)
     steps = self.steps * (self.more if kind == DIFFUSION else 1)
     if kind == CONVERTED:
-      params = self.tiny.trained(
-        *self._begun(AR, model, params), steps, int(seed), rate
-      )
-    tried = self._train(kind, model, params, steps, int(seed), rate)
+      *_, (_, params) = self._train(AR, model, params, steps, seed, rate)
+    tried = self._train(kind, model, params, steps, seed, rate)
     curves, params = self._curves(kind, model, tried, "heldout")
     ways = [LAST, STRANGE, MIDDLE] + [SCORED] * (kind == AR)
     right = {
@@ -131,19 +116,12 @@ class InContext:
     embed = params["embed"]
     return model, {**params, "embed": embed / jnp.std(embed)}
 
-  def _begun(
-    self, kind: str, model: Transformer, params: Params
-  ) -> tuple[Objective, Params, Batch]:
-    """Returns what `Tiny.train` needs first."""
-    mask_id = self.source.mask_id
-    rows = self.source.rows("train", self.pool)
-    pool = batch_of(rows, begin=mask_id if kind == AR else None)
-    return _objective(kind, model, mask_id), params, pool
-
   def _train(
     self, kind: str, model: Transformer, params: Params, *how: Any
   ) -> Iterator[tuple[int, Params]]:
-    return self.tiny.train(*self._begun(kind, model, params), *how)
+    rows = self.source.rows("train", self.pool)
+    pool = kinds.pool(kind, rows, self.source.mask_id)
+    return self.tiny.train(kinds.objective(kind, model), params, pool, *how)
 
   def _curves(
     self,
@@ -181,10 +159,10 @@ class InContext:
       values = source.keys + jnp.arange(source.values)
       # What comes too late for the question says nothing; the value counts.
       counts = jnp.asarray(asked.known).at[place].set(True)
-      found = _scores(model, params, rows, values, place, counts)
+      found = kinds.scores(model, params, rows, values, place, counts)
       got = values[jnp.argmax(found, axis=0)]
     else:
-      got = _answers(model, kind, params, rows, place)
+      got = kinds.answers(model, kind, params, rows, place)
     return float((np.asarray(got) == asked.rows[:, asked.place]).mean())
 
   def guess(self, way: str, shots: int) -> float:
@@ -198,15 +176,16 @@ class InContext:
     """Returns an accuracy's mean over seeds, by default after most shots."""
     return mean(self._seeds(rows, kind, "right", way, at))
 
+  def _arms(self, kind: str) -> list[str]:
+    return [f"{kind}, seed {s}" for s in range(self.seeds)]
+
   def _seeds(self, rows: Rows, kind: str, *path: Any) -> list[float]:
-    arms = [f"{kind}, seed {s}" for s in range(self.seeds)]
-    return over_seeds(rows, arms, *path)
+    return over_seeds(rows, self._arms(kind), *path)
 
   def read(self, rows: Rows, kind: str, way: str) -> list[int | None]:
     """Returns tokens read when 90% are right, by seed; None for never."""
     out: list[int | None] = []
-    for seed in range(self.seeds):
-      row = rows[f"{kind}, seed {seed}"]
+    for row in (rows[arm] for arm in self._arms(kind)):
       both = zip(row["read"], row[way], strict=True)
       out.append(next((n for n, x in both if x >= LEARNED), None))
     return out
@@ -252,7 +231,7 @@ class InContext:
           f"{name}, diffusion learns in context: far over chance (surely over"
           " 50%)",
           f"{last[kind]} after {self.shots[-1]} shots, chance {chance:.3f}",
-          _least(last[kind]) > FAR,
+          surely(last[kind], FAR),
         ),
         Verdict(
           f"{name}, as well as next-token prediction (surely less than 0.05"
@@ -264,7 +243,7 @@ class InContext:
           f"{name}, with shots after the gap alone (surely over 50%), and as"
           " well as with shots before it",
           f"{middle[kind]}, so behind by {turned}",
-          _least(middle[kind]) > FAR and turned.value + turned.half < CLOSE,
+          surely(middle[kind], FAR) and turned.value + turned.half < CLOSE,
         ),
       ]
     return [
@@ -294,13 +273,13 @@ class InContext:
     lines = [(kind, way) for kind in KINDS for way in (LAST, MIDDLE)]
     for i, (kind, way) in enumerate([*lines, (AR, SCORED)]):
       found = [self.of(rows, kind, way, j) for j in range(len(self.shots))]
-      label, style = f"{kind}: {way}", plots.style(i)
-      _curve(left, self.shots, found, label, style)
-      if way == SCORED:
-        continue
-      read = [n / 1e6 for n in rows[f"{kind}, seed 0"]["read"]]
-      points = [mean(self._seeds(rows, kind, way, j)) for j in range(len(read))]
-      _curve(right, read, points, label, style)
+      how = f"{kind}: {way}", plots.style(i)
+      draw_means(left, self.shots, found, *how)
+      if way != SCORED:
+        read = [n / 1e6 for n in rows[f"{kind}, seed 0"]["read"]]
+        each = range(len(read))
+        points = [mean(self._seeds(rows, kind, way, j)) for j in each]
+        draw_means(right, read, points, *how)
     for axes in (left, right):
       axes.axhline(1 / self.source.values, color="0.6", linewidth=0.8)
       axes.set(ylim=(0, 1.02))
@@ -308,83 +287,11 @@ class InContext:
     left.set(xlabel="shots", ylabel="right answers", xscale="log")
     left.set_xticks(self.shots, [str(n) for n in self.shots])
     left.minorticks_off()
-    drawn.legend(
-      *left.get_legend_handles_labels(),
-      loc="outside lower center",
-      ncols=4,
-      frameon=False,
-      fontsize=8,
-    )
+    below = dict(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    drawn.legend(*left.get_legend_handles_labels(), **below)
     right.set(xlabel=f"million tokens read; {self.shots[-1]} shots")
     drawn.suptitle(title)
     plots.save(drawn, folder / "incontext.png")
-
-
-def _objective(kind: str, model: Transformer, mask_id: int) -> Objective:
-  if kind == AR:
-    return NextToken(model=model, rows=2048)
-  return MaskedDiffusion(
-    model=model,
-    mask_id=mask_id,
-    schedule=Linear(),
-    spread="even",
-    shift=kind == CONVERTED,
-    rows=2048,
-  )
-
-
-def _least(found: Mean) -> float:
-  return found.value - found.half
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _answers(
-  model: Transformer,
-  kind: str,
-  params: Params,
-  rows: Int[Array, "B T"],
-  place: Int[Array, ""],
-) -> Int[Array, " B"]:
-  """Returns the likeliest tokens at a place, of what is before it or of all."""
-  mask_id = model.vocab_size - 1
-  if kind == AR:
-    begun = batch_of(rows, begin=mask_id)["tokens"]
-    hidden, _ = model.apply({"params": params}, begun)
-    logits = model.apply({"params": params}, hidden, method="logits")
-  else:
-    valid = jnp.ones(rows.shape, bool)
-    denoiser = Whole(model=model, shift=kind == CONVERTED)
-    logits = denoiser.scores(params, rows, valid)
-  return jnp.argmax(logits[:, place, :mask_id], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(
-  model: Transformer,
-  params: Params,
-  rows: Int[Array, "B T"],
-  values: Int[Array, " V"],
-  place: Int[Array, ""],
-  counts: Bool[Array, " T"],
-) -> Float[Array, "V B"]:
-  """Returns log p of the tokens that count, with each value at a place."""
-
-  def one(value):
-    batch = batch_of(rows.at[:, place].set(value), begin=model.vocab_size - 1)
-    hidden, _ = model.apply({"params": params}, batch["tokens"])
-    found = positions.log_probs(model, params, hidden, batch["targets"], 2048)
-    return jnp.where(counts, found, 0.0).sum(-1)
-
-  return jax.lax.map(one, values)
-
-
-def _curve(
-  axes: Any, x: Any, found: Sequence[Mean], label: str, style: Any
-) -> None:
-  y, half = np.array(found).T
-  half = np.where(np.isfinite(half), half, 0.0)
-  axes.plot(x, y, marker="o", markersize=3, label=label, **style)
-  axes.fill_between(x, y - half, y + half, alpha=0.15, color=style["color"])
 
 
 def _thousands(counts: Sequence[int | None]) -> str:

@@ -15,20 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import diffusion_kinds as kinds
 from experiments.claims import Verdict
-from experiments.diffusion_study import Row, Rows, Tiny, batch_of, over_seeds
+from experiments.diffusion_kinds import AR, DIFFUSION
+from experiments.diffusion_study import Row, Rows, Tiny, over_seeds
 from experiments.lora_verdicts import Mean, mean
 from research.data.synthetic import rng_of
 from research.diffusion import sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
-from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.schedule import Linear
-from research.training import plots, positions
-from research.training.objective import NextToken
-from research.typing import Bool, Float, Int, Params, UserError
-
-AR, DIFFUSION = "next token", "diffusion"
+from research.training import plots
+from research.typing import Bool, Int, Params, UserError
 
 ASKED = {
   "fact": "name IS ?",
@@ -108,8 +105,8 @@ class Reversal:
   @property
   def arms(self) -> list[str]:
     """One for each kind and seed."""
-    kinds, seeds = (AR, DIFFUSION), range(self.seeds)
-    return [f"{kind}, seed {s}" for s in seeds for kind in kinds]
+    both, seeds = (AR, DIFFUSION), range(self.seeds)
+    return [f"{kind}, seed {s}" for s in seeds for kind in both]
 
   def row(self, arm: str, before: Rows) -> Row:
     """Returns the share of right answers, by probe."""
@@ -117,18 +114,8 @@ class Reversal:
     kind, seed = arm.split(", seed ")
     pairs = self.pairs
     model, begun = self.tiny.load(pairs.mask_id + 1, int(seed))
-    if kind == AR:
-      objective: Any = NextToken(model=model, rows=2048)
-      pool = batch_of(pairs.rows(), begin=pairs.mask_id)
-    else:
-      objective = MaskedDiffusion(
-        model=model,
-        mask_id=pairs.mask_id,
-        schedule=Linear(),
-        spread="even",
-        rows=2048,
-      )
-      pool = batch_of(pairs.rows())
+    objective = kinds.objective(kind, model)
+    pool = kinds.pool(kind, pairs.rows(), pairs.mask_id)
     params = self.tiny.trained(objective, begun, pool, self.steps, int(seed))
     size, half = pairs.size, pairs.count // 2
     end = np.arange(2 * size + 1) > size
@@ -264,17 +251,10 @@ def _scored(model, params: Params, pairs: Pairs) -> Bool[Any, " N"]:
   """Returns for which facts the right name is the likeliest of all names."""
   names, facts = np.moveaxis(pairs.entities(), 1, 0)
   middle = np.full((pairs.count, 1), pairs.words, np.int32)
-
-  @jax.jit
-  def total(params, rows) -> Float[Any, " N"]:
-    batch = batch_of(rows, begin=pairs.mask_id)
-    hidden, _ = model.apply({"params": params}, batch["tokens"])
-    found = positions.log_probs(model, params, hidden, batch["targets"], 2048)
-    return found.sum(-1)
-
   out = []
   for fact in facts:
     told = np.broadcast_to(fact, names.shape)
     rows = np.concatenate([names, middle, told], axis=1)
-    out.append(int(np.argmax(total(params, jnp.asarray(rows)))))
+    found = kinds.log_probs(model, params, jnp.asarray(rows))
+    out.append(int(np.argmax(found.sum(-1))))
   return np.asarray(out) == np.arange(pairs.count)

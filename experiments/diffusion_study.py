@@ -241,16 +241,24 @@ def swept(kinds: Iterable[str], seeds: int) -> list[str]:
   return rates + [f"{kind}, seed {s}" for kind in kinds for s in range(seeds)]
 
 
-def swept_before(arm: str, rows: Rows) -> tuple[str, int, float]:
+def swept_before(
+  arm: str, rows: Rows, alike: Mapping[str, str] | None = None
+) -> tuple[str, int, float]:
   """Returns an arm's kind, seed and the best rate that was found for it.
 
+  Args:
+    arm: of a kind and a seed.
+    rows: of the arms before it.
+    alike: kinds that keep the rate of another one.
+
   Raises:
-    UserError: its rates have not been swept.
+    UserError: the rates have not been swept.
   """
   kind, seed = arm.split(", seed ")
-  if f"rates of {kind}" not in rows:
-    raise UserError(f"{arm}: needs the arm 'rates of {kind}'; run it first")
-  return kind, int(seed), rows[f"rates of {kind}"]["rate"]
+  swept = f"rates of {(alike or {}).get(kind, kind)}"
+  if swept not in rows:
+    raise UserError(f"{arm}: needs the arm '{swept}'; run it first")
+  return kind, int(seed), rows[swept]["rate"]
 
 
 def best_rate(kind: str, found: Mapping[float, float]) -> float:
@@ -274,6 +282,16 @@ def draw_curve(
   axes.plot(read, found.mean(0), marker="o", markersize=3, label=label, **style)
   low, high = found.min(0), found.max(0)
   axes.fill_between(read, low, high, alpha=0.15, color=style["color"])
+
+
+def draw_means(
+  axes: Any, x: Any, found: Sequence[Mean], label: str, style: Any
+) -> None:
+  """Draws means, and their 95% intervals."""
+  y, half = np.array(found).T
+  half = np.where(np.isfinite(half), half, 0.0)
+  axes.plot(x, y, marker="o", markersize=3, label=label, **style)
+  axes.fill_between(x, y - half, y + half, alpha=0.15, color=style["color"])
 
 
 def marks(steps: int, every: int, points: int) -> set[int]:
@@ -304,6 +322,6 @@ def difference(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
   return np.asarray(a, float) - np.asarray(b, float)
 
 
-def surely(found: Any) -> bool:
-  """Whether a difference's 95% interval lies above zero."""
-  return found.value > found.half
+def surely(found: Mean, over: float = 0.0) -> bool:
+  """Whether a mean's 95% interval lies above a number."""
+  return found.value - found.half > over

@@ -9,15 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import diffusion_incontext as incontext
-from experiments.diffusion_incontext import (
-  AR,
-  CONVERTED,
-  DIFFUSION,
-  LAST,
-  MIDDLE,
-  SCORED,
-  STRANGE,
-)
+from experiments import diffusion_kinds as kinds
+from experiments.diffusion_incontext import LAST, MIDDLE, SCORED, STRANGE
+from experiments.diffusion_kinds import AR, CONVERTED, DIFFUSION
 from experiments.diffusion_study import Tiny
 from research.data.shots import Shots
 from research.typing import UserError
@@ -39,13 +33,13 @@ def _rows():
 
 
 def test_arms_know_what_was_read(rows, tmp_path):
-  read = {kind: rows[f"{kind}, seed 0"]["read"] for kind in incontext.KINDS}
+  read = {kind: rows[f"{kind}, seed 0"]["read"] for kind in kinds.KINDS}
   size = 2 * 12  # rows and tokens of a batch
   assert read[AR] == [2 * size, 4 * size]
   assert read[DIFFUSION] == [2 * size, 4 * size, 6 * size, 8 * size]
   # A converted model has read what it was converted from, too.
   assert read[CONVERTED] == [6 * size, 8 * size]
-  for kind in incontext.KINDS:
+  for kind in kinds.KINDS:
     found = rows[f"{kind}, seed 0"]
     assert (SCORED in found["right"]) == (kind == AR)
     # The last point of a curve is the same question as the last number.
@@ -68,10 +62,10 @@ def test_who_sees_what_comes_after():
   rows = TASK.rows("train", 64)
   other = rows.copy()
   other[:, 8:] = (other[:, 8:] + 1) % 9
-  for kind in incontext.KINDS:
+  for kind in kinds.KINDS:
     place = jnp.int32(7)
     got = [
-      np.asarray(incontext._answers(model, kind, params, jnp.asarray(x), place))
+      np.asarray(kinds.answers(model, kind, params, jnp.asarray(x), place))
       for x in (rows, other)
     ]
     assert (got[0] == got[1]).all() == (kind == AR)
@@ -79,7 +73,7 @@ def test_who_sees_what_comes_after():
   # Nor does next-token prediction see what it is asked for.
   other[:, 7:] = TASK.mask_id
   hidden, shown = (
-    incontext._answers(model, AR, params, jnp.asarray(x), jnp.int32(7))
+    kinds.answers(model, AR, params, jnp.asarray(x), jnp.int32(7))
     for x in (other, rows)
   )
   np.testing.assert_array_equal(hidden, shown)
@@ -89,7 +83,7 @@ def test_scores_are_sums_of_log_probabilities():
   model, params = SMALL._load(1)
   rows = TASK.rows("train", 3)
   values, counts = np.array([5, 8]), np.arange(12) < 9
-  got = incontext._scores(
+  got = kinds.scores(
     model, params, jnp.asarray(rows), jnp.asarray(values), jnp.int32(7),
     jnp.asarray(counts),
   )  # fmt: skip
