@@ -232,11 +232,11 @@ def _ours(tiny: bool, H: int, Hv: int, operand: str | None) -> dict[str, Any]:
   import jax
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
-  from kernels_pallas.flash_attention.mosaic_gpu import cores
+  from kernels_pallas.flash_attention.mosaic_gpu import cores, programs
   from kernels_pallas.flash_attention.mosaic_gpu_tiling import for_head_dim
 
   kind = jax.devices()[0].device_kind
-  tiles = for_head_dim(H, Hv, cores(kind) or "wgmma")
+  tiles = for_head_dim(H, Hv, cores(kind) or "wgmma", programs(kind))
   if not tiny:
     tiles = dataclasses.replace(tiles, operand=operand or tiles.operand)
     return {"backend": "mosaic_gpu", "config": tiles}

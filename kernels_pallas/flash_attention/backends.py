@@ -85,7 +85,8 @@ def fitted(x: Operands, config: type, kind: str) -> Blocks | Tiles | GpuTiles:
   if config is Tiles:
     return for_device(kind, max(H, Hv), x.q.dtype.name, x.bias is not None)
   if config is GpuTiles:
-    return for_head_dim(H, Hv, mosaic_gpu.cores(kind) or "wgmma")
+    cores = mosaic_gpu.cores(kind) or "wgmma"
+    return for_head_dim(H, Hv, cores, mosaic_gpu.programs(kind))
   return blocking.fitted(x)
 
 

@@ -8,6 +8,7 @@ log-sum-exp have the names that `blocked` gives them.
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from kernels_pallas.flash_attention.cotangents import (
 )
 from kernels_pallas.flash_attention.mosaic_gpu_forward import forward
 from kernels_pallas.flash_attention.mosaic_gpu_tile import LOG2E
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import PROGRAMS, GpuTiles
 from kernels_pallas.flash_attention.mosaic_tpu_problem import pad
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.lowering import HOPPER
@@ -46,6 +47,20 @@ def cores(kind: str) -> str | None:
   if any(name in kind for name in HOPPER):
     return "wgmma"
   return "mma" if any(name in kind for name in AMPERE) else None
+
+
+def programs(kind: str) -> int:
+  """Multiprocessors of a device kind, of which each runs a persistent kernel.
+
+  As the device at hand counts them where it is of the kind; else of a Hopper,
+  by its name. Too many would leave a second round to a few of them.
+  """
+  for device in jax.devices():
+    if device.device_kind == kind and getattr(device, "core_count", None):
+      return device.core_count
+  if "PCIe" in kind:
+    return 114
+  return 78 if re.search(r"H20\b", kind) else PROGRAMS
 
 
 def unsupported(

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention import mosaic_gpu_schedule as schedule
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
@@ -36,15 +37,16 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
   """
   (B, N, _, T, _, H, Hv), t = p.dims, p.tile
   q = p.arrays["q"]
-  buffers = {
-    "q": stream.buffer((t.groups, ROWS, H), q.dtype),
-    "do": stream.buffer((t.groups, ROWS, Hv), q.dtype),
-    "k": stream.buffer((t.stages[0], t.streamed, H), q.dtype),
-    "v": stream.buffer((t.stages[1], t.streamed, Hv), q.dtype),
+  shapes = {
+    "q": (t.groups, ROWS, H),
+    "do": (t.groups, ROWS, Hv),
+    "k": (t.stages[0], t.streamed, H),
+    "v": (t.stages[1], t.streamed, Hv),
   }
+  buffers = _buffers(p, shapes, {"dq": (t.groups, ROWS, H)})
   kernel = functools.partial(_dq_kernel, p)
   out = [varying(q, (B, T, N, H), p.spec.output or q.dtype)]
-  return _call(p, kernel, buffers, out, (1, 1), N, 3, interpret, "dq")[0]
+  return _call(p, kernel, buffers, out, (1, 1), 3, interpret, "dq")[0]
 
 
 def dkv(
@@ -60,79 +62,88 @@ def dkv(
   """
   (B, _, K, _, S, H, Hv), t = p.dims, p.tile
   q = p.arrays["q"]
-  buffers = {
-    "k": stream.buffer((t.groups, ROWS, H), q.dtype),
-    "v": stream.buffer((t.groups, ROWS, Hv), q.dtype),
-    "q": stream.buffer((t.stages[0], t.streamed, H), q.dtype),
-    "do": stream.buffer((t.stages[1], t.streamed, Hv), q.dtype),
-    "stats": plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32),
+  shapes = {
+    "k": (t.groups, ROWS, H),
+    "v": (t.groups, ROWS, Hv),
+    "q": (t.stages[0], t.streamed, H),
+    "do": (t.stages[1], t.streamed, Hv),
   }
   sizes = {"dk": H, "dv": Hv}
+  buffers = _buffers(p, shapes, {n: (t.groups, ROWS, sizes[n]) for n in names})
+  stats = (t.stages[0], 2, t.streamed)
+  buffers["stats"] = plgpu.SMEM(stats, jnp.float32)
   dtype = p.spec.output or q.dtype
   out = [varying(q, (B, S, K, sizes[name]), dtype) for name in names]
   kernel = functools.partial(_dkv_kernel, p, names)
   matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
   found = _call(
-    p, kernel, buffers, out, (2, 1), K, matmuls, interpret, "".join(names)
+    p, kernel, buffers, out, (2, 1), matmuls, interpret, "".join(names)
   )
   return dict(zip(names, found, strict=True))
 
 
-def _call(p, kernel, buffers, out, arrivals, heads, matmuls, interpret, name):
-  t = p.tile
+def _buffers(p, shapes, results) -> dict[str, Any]:
+  """Shared memory; results take the place of what stays where they must."""
+  dtype = p.arrays["q"].dtype
   if p.spec.blocks.operand == "shared":
-    dtype = p.arrays["q"].dtype
-    buffers["p"] = stream.buffer((t.groups, ROWS, t.streamed), dtype)
-  return plgpu.kernel(
+    shapes |= {"p": (p.tile.groups, ROWS, p.tile.streamed)}
+  if stream.room(shapes | results, dtype):
+    shapes |= results
+  return {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
+
+
+def _call(p, kernel, buffers, out, arrivals, matmuls, interpret, name):
+  call = plgpu.kernel(
     kernel,
     out_type=out,
     scratch_types=[
       buffers,
       stream.barriers(p, arrivals),
-      plgpu.Barrier(num_arrivals=2, num_barriers=t.groups),
+      plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
     ],
-    grid=(heads, p.lines, p.dims[0]),
-    grid_names=("head", "line", "batch"),
-    num_threads=t.groups + 1,
+    grid=(schedule.programs(p),),
+    grid_names=(schedule.PROGRAM,),
+    num_threads=p.tile.groups + 1,
     thread_name=stream.GROUP,
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name=f"flash_attention_{name}",
     interpret=interpret,
     **stream.estimate(p, matmuls),
-  )(p.arrays)
+  )
+  return call({**p.arrays, "schedule": schedule.deal(p)})
 
 
 def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
-  b, h = lax.axis_index("batch"), lax.axis_index("head")
-  row = p.lines - 1 - lax.axis_index("line")
-  line = stream.line(p, refs["table"], b, row)
-
-  def copy():
+  def copy(line, b, h):
     stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
 
-  def compute(group):
-    start = row * p.tile.rows + group * ROWS
-    queries = pl.ds(start, ROWS)
-    mine = _hold(refs, smem, ready, ("q", "do"), (b, queries, h), group)
-    x = tile.View(p, refs, mine.get("p"), b, h)
+  def compute(line, at):
+    mine = _held(smem, ("q", "do"), at.group)
+    x = tile.View(p, refs, mine.get("p"), at.b, at.h)
     rows = [
       plgpu.load(
-        refs["stats"].at[b, h, n, queries],
+        refs["stats"].at[at.b, at.h, n, at.rows],
         layout=plgpu.Layout.WGMMA.reduce(1),
         optimized=False,
       )
       for n in (LSE, SHIFT)
     ]
     stats = rows.__getitem__
-    bounds = tile.of_queries(x, start, ROWS)
+    bounds = tile.of_queries(x, at.start, ROWS)
+    plgpu.barrier_wait(ready.at[at.group])
     step = functools.partial(
-      _dq_step, x, group, smem, pipe, stats, bounds, start
+      _dq_step, x, at.group, smem, pipe, stats, bounds, at.start
     )
-    acc = stream.consume(line, step, tile.zeros(ROWS, p.dims[5]))
-    tile.store(mine["q"], acc * p.spec.scale, dq_ref.at[b, queries, h])
-    plgpu.wait_smem_to_gmem(0)
+    return stream.consume(line, step, tile.zeros(ROWS, p.dims[5]))
 
-  stream.roles(p, compute, copy)
+  def store(acc, at):
+    buffer = smem.get("dq", smem["q"]).at[at.group]
+    tile.store(buffer, acc * p.spec.scale, dq_ref.at[at.b, at.rows, at.h])
+
+  schedule.run(
+    p, refs, "dq" in smem, copy, _fetch(refs, smem, ready, ("q", "do")),
+    compute, store,
+  )  # fmt: skip
 
 
 def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
@@ -163,11 +174,8 @@ def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
 def _dkv_kernel(p, names, refs, *rest):
   outputs = dict(zip(names, rest, strict=False))
   smem, pipe, ready = rest[len(names) :]
-  b, h = lax.axis_index("batch"), lax.axis_index("head")
-  row = lax.axis_index("line")
-  line = stream.line(p, refs["table"], b, row, p.group)
 
-  def copy():
+  def copy(line, b, h):
     def operand(name, stats):
       def run(head, i, slot, barrier):
         queries = pl.ds(i * p.tile.streamed, p.tile.streamed)
@@ -184,23 +192,29 @@ def _dkv_kernel(p, names, refs, *rest):
 
     stream.produce(line, *pipe, (operand("q", True), operand("do", False)))
 
-  def compute(group):
-    start = row * p.tile.rows + group * ROWS
-    keys = pl.ds(start, ROWS)
-    mine = _hold(refs, smem, ready, ("k", "v"), (b, keys, h), group)
-    x = tile.View(p, refs, mine.get("p"), b, h)
-    columns = tile.of_keys(x, start, ROWS)
-    step = functools.partial(_dkv_step, x, group, smem, pipe, columns, start)
+  def compute(line, at):
+    mine = _held(smem, ("k", "v"), at.group)
+    x = tile.View(p, refs, mine.get("p"), at.b, at.h)
+    columns = tile.of_keys(x, at.start, ROWS)
+    plgpu.barrier_wait(ready.at[at.group])
+    step = functools.partial(
+      _dkv_step, x, at.group, smem, pipe, columns, at.start
+    )
     sizes = {"dk": p.dims[5], "dv": p.dims[6]}
-    acc = stream.consume(
+    return stream.consume(
       line, step, {name: tile.zeros(ROWS, sizes[name]) for name in names}
     )
+
+  def store(acc, at):
     for name in names:
       value = acc[name] * p.spec.scale if name == "dk" else acc[name]
-      tile.store(mine[name[1]], value, outputs[name].at[b, keys, h])
-    plgpu.wait_smem_to_gmem(0)
+      buffer = smem.get(name, smem[name[1]]).at[at.group]
+      tile.store(buffer, value, outputs[name].at[at.b, at.rows, at.h])
 
-  stream.roles(p, compute, copy)
+  schedule.run(
+    p, refs, names[0] in smem, copy, _fetch(refs, smem, ready, ("k", "v")),
+    compute, store,
+  )  # fmt: skip
 
 
 def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
@@ -283,12 +297,15 @@ def _again(smem, names, group) -> dict[str, Any]:
   return _held(smem, names, lax.optimization_barrier(group))
 
 
-def _hold(refs, smem, ready, names, where, group) -> dict[str, Any]:
-  """Copies what stays into shared memory and waits for it."""
-  mine = _held(smem, names, group)
-  for name in names:
-    plgpu.copy_gmem_to_smem(
-      refs[name].at[where], mine[name], ready.at[group]
-    )  # fmt: skip
-  plgpu.barrier_wait(ready.at[group])
-  return mine
+def _fetch(refs, smem, ready, names):
+  """What starts the copies of what stays into shared memory."""
+
+  def run(at):
+    for name in names:
+      plgpu.copy_gmem_to_smem(
+        refs[name].at[at.b, at.rows, at.h],
+        smem[name].at[at.group],
+        ready.at[at.group],
+      )
+
+  return run

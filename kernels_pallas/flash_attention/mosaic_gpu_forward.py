@@ -1,9 +1,10 @@
 """The forward GPU kernel: FlashAttention-3's warp-specialised online softmax.
 
-A block is one head and 64 queries for each computing warpgroup. Two of them
-take turns: while one runs its softmax the other has the tensor cores ("ping
-pong", Shah et al. 2024, section 3.1). Blocks with the most tiles, the last
-ones under a causal mask, start first.
+A line of work is one head and 64 queries for each computing warpgroup. Two of
+them take turns: while one runs its softmax the other has the tensor cores
+("ping pong", Shah et al. 2024, section 3.1). The kernel is persistent: a block
+of threads takes line after line (`mosaic_gpu_schedule`), and the next line's
+queries, keys and values are on their way while this one is finished and stored.
 """
 
 import functools
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention import mosaic_gpu_schedule as schedule
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
@@ -38,8 +40,8 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
       varying(q, (B, N, T), jnp.float32),
     ],
     scratch_types=[_buffers(p), *_barriers(p)],
-    grid=(N, p.lines, B),
-    grid_names=("head", "line", "batch"),
+    grid=(schedule.programs(p),),
+    grid_names=(schedule.PROGRAM,),
     num_threads=p.tile.groups + 1,
     thread_name=stream.GROUP,
     compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -47,23 +49,24 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     interpret=interpret,
     **stream.estimate(p, 2),
   )
-  return tuple(call(p.arrays))
+  return tuple(call({**p.arrays, "schedule": schedule.deal(p)}))
 
 
 def _buffers(p: Problem) -> dict[str, Any]:
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
-  found = {
-    "q": stream.buffer((t.groups, ROWS, H), dtype),
-    "k": stream.buffer((t.stages[0], t.streamed, H), dtype),
-    "v": stream.buffer((t.stages[1], t.streamed, Hv), dtype),
-    "lse": plgpu.SMEM((t.groups, ROWS), jnp.float32),
+  shapes = {
+    "q": (t.groups, ROWS, H),
+    "k": (t.stages[0], t.streamed, H),
+    "v": (t.stages[1], t.streamed, Hv),
   }
-  # The output takes the place of the queries where it has their width.
-  if Hv != H:
-    found["o"] = stream.buffer((t.groups, ROWS, Hv), dtype)
   if p.spec.blocks.operand == "shared":
-    found["p"] = stream.buffer((t.groups, ROWS, t.streamed), dtype)
-  return found
+    shapes["p"] = (t.groups, ROWS, t.streamed)
+  # The output takes the place of the queries where there is no room for both.
+  both = shapes | {"o": (t.groups, ROWS, Hv)}
+  if Hv != H or stream.room(both, dtype):
+    shapes = both
+  found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
+  return found | {"lse": plgpu.SMEM((t.groups, ROWS), jnp.float32)}
 
 
 def _barriers(p: Problem) -> list[Any]:
@@ -77,28 +80,33 @@ def _barriers(p: Problem) -> list[Any]:
 
 
 def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
-  b, h = lax.axis_index("batch"), lax.axis_index("head")
-  row = p.lines - 1 - lax.axis_index("line")
-  line = stream.line(p, refs["table"], b, row)
-
-  def compute(group):
-    _compute(p, refs, (o_ref, lse_ref), smem, (pipe, q_ready, turns), line,
-             (b, h, row, group))  # fmt: skip
-
-  def copy():
+  def copy(line, b, h):
     stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
 
-  stream.roles(p, compute, copy)
+  def fetch(at):
+    plgpu.copy_gmem_to_smem(
+      refs["q"].at[at.b, at.rows, at.h],
+      smem["q"].at[at.group],
+      q_ready.at[at.group],
+    )
+
+  schedule.run(
+    p,
+    refs,
+    apart="o" in smem,
+    copy=copy,
+    fetch=fetch,
+    compute=functools.partial(_compute, p, refs, smem, (pipe, q_ready, turns)),
+    store=functools.partial(_store, (o_ref, lse_ref), smem),
+  )
 
 
-def _compute(p, refs, outputs, smem, barriers, line, place):
-  (b, h, row, group), (pipe, q_ready, turns) = place, barriers
-  start = row * p.tile.rows + group * ROWS
+def _compute(p, refs, smem, barriers, line, place):
+  """(acc, m, l) of a line."""
+  (b, h, start, group), (pipe, q_ready, turns) = place, barriers
   q = smem["q"].at[group]
   operand = smem["p"].at[group] if "p" in smem else None
   x = tile.View(p, refs, operand, b, h)
-  queries = refs["q"].at[b, pl.ds(start, ROWS), h]
-  plgpu.copy_gmem_to_smem(queries, q, q_ready.at[group])
   bounds = tile.of_queries(x, start, ROWS)
   plgpu.barrier_wait(q_ready.at[group])
 
@@ -107,14 +115,15 @@ def _compute(p, refs, outputs, smem, barriers, line, place):
       plgpu.barrier_arrive(turns)
       plgpu.barrier_wait(turns)
 
-  pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(pipe[0][0].at[0]))
+  k_full, first = pipe[0][0], stream.slots(line, 0)[0]
+  pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(k_full.at[first]))
   pl.when(group == 1)(turn)
   step = functools.partial(_step, x, q, smem, pipe, turn, line, bounds, start)
-  acc, m, l = stream.consume(
+  found = stream.consume(
     line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
-  )  # fmt: skip
+  )
   pl.when(group == 0)(turn)
-  _store(p, acc, m, l, outputs, smem, (b, h, start, group))
+  return found
 
 
 def _step(x, q, smem, pipe, turn, line, bounds, start, n, where, slots, carry,
@@ -140,21 +149,20 @@ def _step(x, q, smem, pipe, turn, line, bounds, start, n, where, slots, carry,
     # Waits for the next keys while the matmul runs.
     @pl.when(n + 1 < line.steps)
     def _wait():
-      plgpu.barrier_wait(k_full.at[stream.slots(p, n + 1)[0]])
+      plgpu.barrier_wait(k_full.at[stream.slots(line, n + 1)[0]])
 
   acc = tile.accumulate(x, acc, e, smem["v"].at[v_slot], free)
   plgpu.barrier_arrive(v_free.at[v_slot])
   return acc, m_new, l
 
 
-def _store(p, acc, m, l, outputs, smem, place):
+def _store(outputs, smem, found, at):
   """Results to memory."""
-  (b, h, start, group), (o_ref, lse_ref) = place, outputs
-  o_smem, lse_smem = smem.get("o", smem["q"]).at[group], smem["lse"].at[group]
-  o, lse = tile.normalised(acc, m, l)
+  o_ref, lse_ref = outputs
+  o_smem = smem.get("o", smem["q"]).at[at.group]
+  lse_smem = smem["lse"].at[at.group]
+  o, lse = tile.normalised(*found)
   lse_smem[...] = lse
-  queries = pl.ds(start, ROWS)
-  tile.store(o_smem, o, o_ref.at[b, queries, h])
+  tile.store(o_smem, o, o_ref.at[at.b, at.rows, at.h])
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[b, h, queries])
-  plgpu.wait_smem_to_gmem(0)
+  plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[at.b, at.h, at.rows])

@@ -37,6 +37,7 @@ class Problem:
     kinds: Classes of tile that occur, without EMPTY.
     wide: Most tiles that a line visits.
     visited: Tiles that all lines of a head visit, at most.
+    work: How many tiles each line visits, [B or 1, lines].
     arrays: q, k, v, table, and where needed rows, columns, sinks, seed.
   """
 
@@ -49,12 +50,23 @@ class Problem:
   kinds: tuple[int, ...]
   wide: int
   visited: int
+  work: Any
   arrays: dict[str, Any]
 
   @property
   def group(self) -> int:
     """Query heads a key head."""
     return self.dims[1] // self.dims[2]
+
+  @property
+  def heads(self) -> int:
+    """Heads that have lines of their own: those of the side that stays."""
+    return self.dims[1 if self.streamed == KEYS else 2]
+
+  @property
+  def walks(self) -> int:
+    """How often a line is walked: once for each query head of a key head."""
+    return 1 if self.streamed == KEYS else self.group
 
   @property
   def lines(self) -> int:
@@ -120,6 +132,7 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
     kinds=kinds,
     wide=wide,
     visited=tiles.shape[1] * wide if visited is None else visited,
+    work=(tiles != mask_blocks.EMPTY).sum(-1),
     arrays={k: v for k, v in arrays.items() if v is not None},
   )
 

@@ -8,6 +8,7 @@ that says it is free, on which all of them arrive (FlashAttention-3, section
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,10 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import mask_blocks
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import REGISTERS
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+  REGISTERS,
+  SHARED_BYTES,
+)
 
 GROUP = "group"
 """Name of the axis of warpgroups."""
+
+OTHER_BYTES = 4096
+"""Of shared memory: statistics, barriers, and what aligns buffers."""
 
 Step = Callable[..., Any]
 """(n, where, slots, carry, masked) to the next carry: n counts over the line,
@@ -34,7 +41,8 @@ class Line(NamedTuple):
 
   Fields: p, the problem; table, reference; start of the line in it; full and
   partial, how many tiles there are of each class; heads, how often the line is
-  walked, once for each query head.
+  walked, once for each query head; before, steps of the lines that the block
+  took before this one.
   """
 
   p: Problem
@@ -43,6 +51,7 @@ class Line(NamedTuple):
   full: jax.Array
   partial: jax.Array
   heads: int
+  before: Any = 0
 
   @property
   def steps(self) -> jax.Array:
@@ -73,12 +82,14 @@ class Line(NamedTuple):
     return head, self.table[self.start + 2 + first + w]
 
 
-def line(p: Problem, table: Any, b: Any, row: Any, heads: int = 1) -> Line:
+def line(
+  p: Problem, table: Any, b: Any, row: Any, heads: int = 1, before: Any = 0
+) -> Line:
   """The line of a batch row and a block of rows."""
   wide = p.wide + 2
   rows = table.shape[0] // (p.lines * wide)
   start = (row if rows == 1 else b * p.lines + row) * wide
-  return Line(p, table, start, table[start], table[start + 1], heads)
+  return Line(p, table, start, table[start], table[start + 1], heads, before)
 
 
 def barriers(p: Problem, arrivals: tuple[int, ...]) -> list[Any]:
@@ -95,9 +106,14 @@ def barriers(p: Problem, arrivals: tuple[int, ...]) -> list[Any]:
   return [full, free]
 
 
-def slots(p: Problem, n: jax.Array) -> tuple[jax.Array, ...]:
-  """The buffers of both operands at step n."""
-  return tuple(lax.rem(n, jnp.int32(stages)) for stages in p.tile.stages)
+def slots(a: Line, n: Any) -> tuple[jax.Array, ...]:
+  """The buffers of both operands at step n of a line."""
+  # Unsigned, whose remainder by a power of two is one instruction.
+  n = jnp.int32(a.before + n).astype(jnp.uint32)
+  return tuple(
+    lax.rem(n, jnp.uint32(stages)).astype(jnp.int32)
+    for stages in a.p.tile.stages
+  )
 
 
 def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -108,6 +124,12 @@ def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
     plgpu.SwizzleTransform(2 * columns),
   )
   return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def room(shapes: dict[str, tuple[int, ...]], dtype: Any) -> bool:
+  """Whether buffers of these shapes fit beside what else is shared."""
+  size = sum(map(math.prod, shapes.values())) * dtype.itemsize
+  return size + OTHER_BYTES <= SHARED_BYTES
 
 
 def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:
@@ -122,9 +144,9 @@ def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:
 
   def turn(kind, first, n, carry):
     head, tile = a.tile(kind, n)
-    for i, slot in enumerate(slots(a.p, first + n)):
+    for i, slot in enumerate(slots(a, first + n)):
 
-      @pl.when(first + n >= a.p.tile.stages[i])
+      @pl.when(a.before + first + n >= a.p.tile.stages[i])
       def _wait(i=i, slot=slot):
         plgpu.barrier_wait(free[i].at[slot])
 
@@ -163,7 +185,7 @@ def consume(a: Line, step: Step, carry: Any) -> Any:
   def turn(kind, first, n, carry):
     where = functools.partial(a.tile, kind, n)
     masked = kind == mask_blocks.PARTIAL
-    return step(first + n, where, slots(a.p, first + n), carry, masked)
+    return step(first + n, where, slots(a, first + n), carry, masked)
 
   for kind, first, count in _loops(a):
     carry = lax.fori_loop(0, count, functools.partial(turn, kind, first), carry)

@@ -29,6 +29,9 @@ PRODUCTS = ("both", "one")
 # compute; a multiprocessor has 65,536, in units of 8 a thread.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 
+PROGRAMS = 132
+"""Multiprocessors of an H100 SXM, H200 or GH200."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GpuTile:
@@ -81,6 +84,9 @@ class GpuTiles:
       can run.
     cores: The instruction of the tensor cores: 'wgmma' of Hopper, or 'mma' of
       every GPU since Ampere, whose kernels have one group.
+    programs: Blocks of threads of a kernel that takes tile after tile: as many
+      as there are multiprocessors, each of which has room for one. Those of
+      'mma' take one tile.
   """
 
   forward: GpuTile = GpuTile()
@@ -89,8 +95,13 @@ class GpuTiles:
   gradients: tuple[tuple[str, ...], ...] = (("dk", "dv"),)
   operand: str = "registers"
   cores: str = "wgmma"
+  programs: int = PROGRAMS
 
   def __post_init__(self):
+    if self.programs < 1:
+      raise ValueError(
+        f"tiles.programs: found {self.programs}, expected at least 1"
+      )
     tiles = self.forward, self.dkv, self.dq
     groups = max(t.groups for t in tiles)
     if self.cores == "wgmma" and any(t.streamed % ROWS for t in tiles):
@@ -115,7 +126,9 @@ class GpuTiles:
       )
 
 
-def for_head_dim(H: int, Hv: int, cores: str = "wgmma") -> GpuTiles:
+def for_head_dim(
+  H: int, Hv: int, cores: str = "wgmma", programs: int = PROGRAMS
+) -> GpuTiles:
   """Tiles that fit registers and shared memory.
 
   As `python -m kernels_pallas.inspect.gpu` finds them for 16-bit operands.
@@ -123,20 +136,23 @@ def for_head_dim(H: int, Hv: int, cores: str = "wgmma") -> GpuTiles:
   Args:
     H: Head dim of queries and keys.
     Hv: Head dim of values.
-    cores: As of `GpuTiles`.
+    cores, programs: As of `GpuTiles`.
   """
   wide = max(H, Hv)
   if cores == "mma":
     return _of_mma(wide)
   if wide <= 64:
-    return GpuTiles(dkv=GpuTile(2, 64), dq=GpuTile(2, 128))
+    return GpuTiles(
+      dkv=GpuTile(2, 64), dq=GpuTile(2, 128), programs=programs
+    )  # fmt: skip
   if wide <= 128:
-    return GpuTiles()
+    return GpuTiles(programs=programs)
   return GpuTiles(
     forward=GpuTile(2, 64),
     dkv=GpuTile(1, 64, products="one"),
     dq=GpuTile(1, 64, products="one"),
     gradients=(("dk",), ("dv",)),
+    programs=programs,
   )
 
 
