@@ -25,27 +25,51 @@ constexpr int64_t kMany = 4;
 // end before the CPU's own prefetching has begun.
 constexpr int64_t kAhead = 64;
 
-// 4-bit codes that are consecutive integers, or 8 bits, in groups of 16 (and
-// not so many that their sums overflow).
-inline bool takes(const Problem& p) {
-  if (p.rows >= kMany || !p.scale.data) return false;
-  if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
-  if (p.bits == 8) return true;
+// Whether `times` each entry of the table is a signed byte, and which.
+inline bool bytes(const Problem& p, float times, int8_t* out) {
+  for (int i = 0; i < kLanes; ++i) {
+    const float entry = times * p.table[i];
+    if (!(entry >= -128 && entry <= 127)) return false;
+    out[i] = int8_t(entry);
+    if (float(out[i]) != entry) return false;
+  }
+  return true;
+}
+
+// Whether codes of 4 bits count up: no table is needed then.
+inline bool counts(const Problem& p) {
   for (int i = 0; i < kLanes; ++i) {
     if (p.table[i] != p.table[0] + float(i)) return false;
   }
   return p.table[0] == float(int8_t(p.table[0]));
 }
 
+// What entries are multiplied with to be bytes: those of IQ4 are, of FP4 halves.
+inline float times(const Problem& p) {
+  int8_t found[kLanes];
+  return p.bits == 8 || counts(p) || bytes(p, 1, found) ? 1 : 2;
+}
+
+// 8 bits, or 4 whose entries are bytes or halves of bytes, in groups of 16 (and
+// not so many that their sums overflow).
+inline bool takes(const Problem& p) {
+  if (p.rows >= kMany || !p.scale.data) return false;
+  if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
+  int8_t found[kLanes];
+  return p.bits == 8 || counts(p) || bytes(p, 1, found) || bytes(p, 2, found);
+}
+
 // Codes are multiplied as unsigned ones; this is what they are less.
 inline int32_t zero(const Problem& p) {
-  return p.bits == 8 ? -128 : int32_t(p.table[0]);
+  return p.bits == 4 && counts(p) ? int32_t(p.table[0]) : -128;
 }
 
 // Writes digits, starts (zero times the digits' sums), units and sums of all
 // groups; `digits` has padded / 4 words of each digit a row, digits last.
 TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
                            float* units, float* sums) {
+  const float inverse_of_times = 1 / times(p);
+  const int32_t none = zero(p);
   // A 4-bit word gives its even codes first, then its odd ones.
   __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7,  //
                                 8, 10, 12, 14, 9, 11, 13, 15);
@@ -90,21 +114,32 @@ TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
     double total = 0;
     for (int k = kDigits; k-- > 0;) {
       const int32_t s = _mm512_reduce_add_epi32(sum[k]);
-      starts[g * kDigits + k] = zero(p) * s;
+      starts[g * kDigits + k] = none * s;
       total = total * 256 + s;
     }
-    units[g] = unit;
+    units[g] = unit * inverse_of_times;
     sums[g] = float(total * unit);
   }
 }
 
 // ROWS rows of x times one panel. Panels lie behind each other in memory, and
 // so do their scales: three streams, read in order.
-template <int BITS, int ROWS>
+enum class Codes { kCount, kTable, kBytes };
+
+template <Codes CODES, int ROWS>
 TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
-  constexpr int kWords = 8 / BITS;  // digit words of a word of codes
-  const int64_t words = p.group * BITS / 32, ahead = 1 + kAhead / words;
+  constexpr int kBits = CODES == Codes::kBytes ? 8 : 4;
+  constexpr int kWords = 8 / kBits;  // digit words of a word of codes
+  const int64_t words = p.group * kBits / 32, ahead = 1 + kAhead / words;
   const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
+  __m512i table = low;
+  if constexpr (CODES == Codes::kTable) {
+    int8_t entries[kLanes];
+    bytes(p, times(p), entries);
+    const void* raw = entries;
+    table = _mm512_xor_si512(sign, _mm512_broadcast_i32x4(_mm_loadu_si128(
+                                       static_cast<const __m128i*>(raw))));
+  }
   const __m512 base = _mm512_set1_ps(256);
   const int64_t stride = p.padded / 4 * kDigits;
   const uint32_t* x = p.digits + row * stride;
@@ -125,12 +160,18 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
     for (int64_t w = 0; w < words; ++w, codes += kLanes) {
       const __m512i word = _mm512_loadu_si512(codes);
       __builtin_prefetch(codes + kAhead * kLanes);
-      __m512i bytes[kWords];
-      if constexpr (BITS == 8) {
-        bytes[0] = _mm512_xor_si512(word, sign);
+      __m512i codes_of[kWords];
+      if constexpr (CODES == Codes::kBytes) {
+        codes_of[0] = _mm512_xor_si512(word, sign);
       } else {
-        bytes[0] = _mm512_and_si512(word, low);
-        bytes[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
+        codes_of[0] = _mm512_and_si512(word, low);
+        codes_of[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
+      }
+      if constexpr (CODES == Codes::kTable) {
+        UNROLL
+        for (int h = 0; h < kWords; ++h) {
+          codes_of[h] = _mm512_shuffle_epi8(table, codes_of[h]);
+        }
       }
       UNROLL
       for (int h = 0; h < kWords; ++h, x += kDigits) {
@@ -139,7 +180,7 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
           UNROLL
           for (int k = 0; k < kDigits; ++k) {
             const __m512i digit = _mm512_set1_epi32(int(x[r * stride + k]));
-            part[r][k] = _mm512_dpbusd_epi32(part[r][k], bytes[h], digit);
+            part[r][k] = _mm512_dpbusd_epi32(part[r][k], codes_of[h], digit);
           }
         }
       }
@@ -173,17 +214,19 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
   }
 }
 
-template <int BITS>
+template <Codes CODES>
 TARGET void range(const Problem& p, int64_t begin, int64_t end) {
   for (int64_t panel = begin; panel < end; ++panel) {
     int64_t row = 0;
-    for (; row + 2 <= p.rows; row += 2) tile<BITS, 2>(p, row, panel);
-    for (; row < p.rows; ++row) tile<BITS, 1>(p, row, panel);
+    for (; row + 2 <= p.rows; row += 2) tile<CODES, 2>(p, row, panel);
+    for (; row < p.rows; ++row) tile<CODES, 1>(p, row, panel);
   }
 }
 
 TARGET inline void run(const Problem& p, int64_t begin, int64_t end) {
-  p.bits == 4 ? range<4>(p, begin, end) : range<8>(p, begin, end);
+  if (p.bits == 8) return range<Codes::kBytes>(p, begin, end);
+  if (counts(p)) return range<Codes::kCount>(p, begin, end);
+  range<Codes::kTable>(p, begin, end);
 }
 #undef TARGET
 }  // namespace vnni

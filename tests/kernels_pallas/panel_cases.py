@@ -13,10 +13,21 @@ NF4 = (
   0.562617, 0.72295684, 1.0,
 )  # fmt: skip
 
+IQ4 = (
+  *(-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0),
+  *(1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0),
+)
+FP4 = (
+  *(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+  *(-0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+)
+
 Q4_0 = tuple(float(code - 8) for code in range(16))
 
 KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
   "nf4": (NF4, "uint8", 128, 40, 64, "float32", None),
+  "bytes": (IQ4, "uint8", 100, 33, 32, "float16", None),
+  "halves": (FP4, "uint8", 128, 40, 16, "bfloat16", "float32"),
   "affine": (panels.AFFINE, "uint8", 96, 33, 32, "float16", "float16"),
   "signed": (Q4_0, "uint8", 100, 16, 32, "bfloat16", None),
   "small groups": (panels.AFFINE, "uint8", 36, 5, 8, "float16", "float32"),

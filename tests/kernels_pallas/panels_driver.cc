@@ -123,8 +123,13 @@ bool one() {
   p.outputs = 1 + below(200);
   p.panels = (p.outputs + kLanes - 1) / kLanes;
   p.rows = below(20);
-  const bool integers = below(2);
-  for (int i = 0; i < kLanes; ++i) p.table[i] = integers ? i - 8 : normal();
+  // Codes that count up, bytes, halves of bytes, and anything.
+  const int entries = below(4);
+  for (int i = 0; i < kLanes; ++i) {
+    const float byte = below(256) - 128.0f;
+    const float kinds[] = {i - 8.0f, byte, byte / 2, normal()};
+    p.table[i] = kinds[entries];
+  }
   std::vector<uint32_t> words(p.panels * p.words * kLanes);
   for (auto& word : words) {
     word = uint32_t(random_bits());

@@ -152,7 +152,7 @@ class Microscaling(Format):
     *lead, x, size, outputs = codes.shape
     return Plain(
       codes=codes.reshape(*lead, x * size, outputs),
-      scale=scale,
+      scale=scale.astype(jnp.bfloat16),  # exact, of a power of two
       group=size,
       codebook=codebook,
       bits=4 if self.bits == 4 else 8,
