@@ -252,6 +252,10 @@ def cache_rows(**more):
     ({"prefix": 0.0}, [False, True, True, False, True]),
     ({"dual": 0.2}, [True, False, False, True, True]),
     ({"prefix": 0.05}, [True, True, True, True, False]),
+    (
+      {"dual": 0.0, "vicinity": 0.0, "prefix": 0.0},  # nothing to bring back
+      [False, True, True, False, False],
+    ),
   ],
 )
 def test_caches(more, wanted):
