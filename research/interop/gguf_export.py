@@ -177,6 +177,10 @@ def tensors(
   arch = given["general.architecture"]
   turned = gguf_config.ARCHITECTURES[arch].interleaved
   fold = folded(model, arch)
+  # What makes the queries: their norm, where they have one.
+  queries = ("attention/q_norm/scale",)
+  if a.qk_norm is None:
+    queries = ("attention/q", "attention/q_bias")
   rows = {row.path: row for row in (*TOP, *ROWS, *EXPERT_ROWS)}
   for address, alike in _together(parts).items():
     row, part = rows.get(address.path), alike[0]
@@ -194,14 +198,9 @@ def tensors(
       importance = recipe.importance(name, shape[-1])
     order = None
     if row.heads is not None and turned:
-      heads = getattr(a, row.heads)
-      order = interleaved(shape[0], heads)
+      order = interleaved(shape[0], getattr(a, row.heads))
     offset = model.norm.offset if row.path.endswith("norm/scale") else 0.0
-    scale = 1.0
-    if address.path == ("attention/q_norm/scale" if a.qk_norm else None) or (
-      a.qk_norm is None and address.path in ("attention/q", "attention/q_bias")
-    ):
-      scale = fold
+    scale = fold if row.path in queries else 1.0
     how = (which, flip, order, offset, scale, importance, log)
     make = _maker(name, part, *how)
     if address.expert is not None:
