@@ -12,6 +12,7 @@ from experiments.filling_wanted import (
   cache_of,
   growth_of,
   policy_of,
+  remask_of,
 )
 from experiments.screen import Screen, pieces_of
 from research.diffusion import canvas, sampler, view
@@ -187,6 +188,7 @@ def _options(
     plan=wanted.plan,
     policy=policy,
     select=wanted.select,
+    remask=remask_of(wanted.remask),
     end=tuple(i for i in how.end if i != how.mask_id),
   )
 

@@ -3,8 +3,8 @@
 from absl import flags
 
 NAMES = (
-  *("canvas", "block", "steps", "policy", "select", "plan", "cache"),
-  *("guidance", "gif", "html"),
+  *("canvas", "block", "steps", "policy", "select", "plan", "remask"),
+  *("cache", "guidance", "gif", "html"),
 )
 """What `filling_wanted.Wanted` calls them, too."""
 
@@ -58,6 +58,15 @@ def define(values: flags.FlagValues) -> None:
     ["even", "dream", "linear", "cosine", "chance"],
     "For diffusion, with --policy=quota: how many places each call fills; "
     "chance draws it (with --select=random: ancestral sampling).",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "remask",
+    "none",
+    "For diffusion, with --plan=chance: filled places are masked again with "
+    "probability E (cap:E), E times the most there can be (rescale:E), or more "
+    "where the model was less sure (confidence:E). ReMDM; give it more --steps "
+    "than tokens.",
     flag_values=values,
   )
   flags.DEFINE_string(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 from research.diffusion.growth import Growth
 from research.diffusion.policies import (
@@ -11,6 +12,7 @@ from research.diffusion.policies import (
   Quota,
   Threshold,
 )
+from research.diffusion.remask import Kind, Remask
 from research.typing import UserError
 
 BLOCK = 32
@@ -28,6 +30,7 @@ class Wanted:
   policy: str = "quota"
   select: str = "candidate"
   plan: str = "even"
+  remask: str = "none"
   cache: str = "none"
   guidance: float = 0.0
   seed: int = 0
@@ -55,6 +58,16 @@ class Wanted:
       raise UserError(
         f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
         "--policy=quota"
+      )
+    if self.plan == "chance" and self.select != "random":
+      raise UserError(
+        f"--select={self.select}: --plan=chance fills any place as likely as "
+        "another; expected --select=random"
+      )
+    if remask_of(self.remask) is not None and self.plan != "chance":
+      raise UserError(
+        f"--remask={self.remask}: --plan={self.plan} says how many places are "
+        "filled; expected --plan=chance"
       )
     if growth_of(self) is not None:
       self._check_growth()
@@ -109,6 +122,20 @@ def policy_of(text: str) -> Policy:
   raise UserError(
     f"--policy={text}: expected quota, hierarchy, threshold:P or credit:P with "
     "P in (0, 1], or factor:F with F above 0"
+  )
+
+
+def remask_of(text: str) -> Remask | None:
+  """Returns what is masked again, see `experiments.generate`, or None."""
+  kind, colon, number = text.partition(":")
+  if text == "none":
+    return None
+  value = _number(number) if colon else None
+  if kind in get_args(Kind) and value is not None and 0 <= value <= 1:
+    return Remask(kind=kind, eta=value)
+  raise UserError(
+    f"--remask={text}: expected none, or cap:E, rescale:E or confidence:E with "
+    "E from 0 to 1"
   )
 
 

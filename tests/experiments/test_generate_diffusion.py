@@ -159,12 +159,14 @@ def test_which_prompts_are_filled_together():
   [
     ["--policy=credit:0.9", "--guidance=1", "--cache=dual"],
     ["--plan=dream", "--steps=3", "--select=entropy"],
+    ["--plan=chance", "--select=random", "--steps=12", "--remask=rescale:0.5"],
   ],
   ids=" ".join,
 )
 def test_ways_to_fill(command, flags):
   got = told(command("all", "--block=8", *flags))
-  assert 1 <= got["calls"] <= LENGTH and got["tokens"] <= LENGTH
+  most = 12 if "--steps=12" in flags else LENGTH
+  assert 1 <= got["calls"] <= most and got["tokens"] <= LENGTH
   assert got["calls"] <= 3 or "--steps=3" not in flags
 
 
@@ -250,6 +252,11 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--cache=delayed:0",), "--cache=delayed:0: expected none"),
     ("all", ("--plan=dream", "--policy=factor:1"), "expected --policy=quota"),
     ("all", ("--policy=credit:0",), "P in (0, 1]"),
+    ("all", ("--plan=chance",), "--select=candidate: --plan=chance fills"),
+    ("all", ("--remask=cap:0.1",), "expected --plan=chance"),
+    ("all", ("--plan=chance", "--select=random", "--remask=cap"), "cap:E"),
+    ("all", ("--remask=rescale:2",), "E from 0 to 1"),
+    ("all", ("--canvas=auto", "--plan=chance", "--select=random"), "not with"),
     ("all", ("--canvas=long",), "--canvas=long: expected fixed, auto, or"),
     ("all", ("--canvas=auto:0",), "N from 1 to --max_new_tokens=8"),
     ("all", ("--canvas=auto:9",), "N from 1 to --max_new_tokens=8"),
