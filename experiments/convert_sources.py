@@ -3,10 +3,9 @@
 import pathlib
 from typing import Any
 
-from experiments import config
+from experiments import config, runs
 from research.diffusion import convert
 from research.interop import load, sources
-from research.training import checkpoint, state
 from research.typing import UserError
 
 
@@ -26,24 +25,11 @@ def source(name: str) -> Any:
 def _trained(path: pathlib.Path) -> Any:
   """Returns the best checkpoint of a run, or else its last one."""
   experiment, _ = config.read(str(path / "config.gin"))
-  folder = path / "checkpoints"
-  if not folder.is_dir():
-    raise UserError(f"{path}: no checkpoints/ in it; has the run begun?")
   built = experiment.build()
-  start = state.create(
-    built.params,
-    experiment.trainable,
-    experiment.optimizer,
-    held=experiment.held,
-  )
-  with checkpoint.Checkpoints(
-    folder, best=experiment.plan.best, better=experiment.plan.better
-  ) as kept:
-    step = kept.best[0] if kept.best else kept.latest
-    params = kept.restore(start, step=step).params
+  step, trained = runs.restored(experiment, built, path)
   origin = dict(format="run", path=str(path), step=step)
   name = str(getattr(experiment.model, "name", "")) or None
-  return sources.trained(built.loaded, params, origin, name)
+  return sources.trained(built.loaded, trained.params, origin, name)
 
 
 def filling(source: Any, token: str | None, block: int | None) -> Any:

@@ -55,13 +55,7 @@ def _train(
   outputs.say(f"loading {experiment.model}")
   built = experiment.build(where)
   where, tokenizer = built.site, built.loaded.tokenizer
-  start = state.create(
-    built.params,
-    experiment.trainable,
-    experiment.optimizer,
-    held=experiment.held,
-    shardings=where.placement,
-  )
+  start = _start(experiment, built)
   trainable, total = tree.count(start.trainable), tree.count(start.params)
   _say_parameters(experiment, built, trainable, total, workdir)
 
@@ -167,24 +161,10 @@ def evaluate(
 def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   built = experiment.build(where)
   where = built.site
-  trained = state.create(
-    built.params,
-    experiment.trainable,
-    experiment.optimizer,
-    held=experiment.held,
-    shardings=where.placement,
-  )
-  at = 0
-  if workdir is not None:
-    folder = workdir / "checkpoints"
-    if not folder.is_dir():
-      raise UserError(f"{workdir}: no checkpoints/ in it; is it a run's?")
-    with checkpoint.Checkpoints(
-      folder, best=experiment.plan.best, better=experiment.plan.better
-    ) as kept:
-      best = kept.best[0] if kept.best else kept.latest
-      at = best if number is None else number
-      trained = kept.restore(trained, step=at)
+  if workdir is None:
+    at, trained = 0, _start(experiment, built)
+  else:
+    at, trained = restored(experiment, built, workdir, number)
   evaluations = experiment.evaluations(built.loaded.tokenizer)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
@@ -201,6 +181,42 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
     experiment, built.loaded.tokenizer, heldout or None
   )
   return {"step": at, **found, "bits_per_byte": bits}
+
+
+def _start(experiment: Experiment, built: Built) -> state.TrainState:
+  """Returns the state before the first step."""
+  return state.create(
+    built.params,
+    experiment.trainable,
+    experiment.optimizer,
+    held=experiment.held,
+    shardings=built.site.placement,
+  )
+
+
+def restored(
+  experiment: Experiment,
+  built: Built,
+  workdir: Folder,
+  number: int | None = None,
+) -> tuple[int, state.TrainState]:
+  """Returns (step, state) of a checkpoint of a run.
+
+  Args:
+    experiment: of the run.
+    built: what it builds.
+    workdir: where its checkpoints are.
+    number: step of the checkpoint; None for the best, or else the last.
+  """
+  folder = workdir / "checkpoints"
+  if not folder.is_dir():
+    raise UserError(f"{workdir}: no checkpoints/ in it; has the run begun?")
+  with checkpoint.Checkpoints(
+    folder, best=experiment.plan.best, better=experiment.plan.better
+  ) as kept:
+    best = kept.best[0] if kept.best else kept.latest
+    at = best if number is None else number
+    return at, kept.restore(_start(experiment, built), step=at)
 
 
 def _say_parameters(
