@@ -58,6 +58,8 @@ AXES: tuple[tuple[str, Names], ...] = (
   (r"/router$", ("width", None)),
   # What the time changes is small.
   (r"_modulation/weight$|(^|/)clock/(enter|leave)$", (None, None)),
+  # What projectors are kept as: small, and in groups across both axes.
+  (r"/(gap|first|cosines|made|codes|step|zero)$", (None,)),
   # A vector a layer costs nothing; gathering it would.
   (r"(^|/)scale$|_bias$", (None,)),
 )

@@ -68,7 +68,8 @@ def create(
     trainable: regular expression, searched for in each array's path.
     tx: the optimizer.
     dtype: of the trainable arrays. They are masters in float32 over a base of
-      any type; activations decide in which type they are multiplied.
+      any type; activations decide in which type they are multiplied. Weights
+      that are trained as codes (`int8_weights`) keep their types.
     average: whether to keep a moving average of the trainable arrays.
     held: regular expression of the paths, among those that are not trainable,
       that rewrites change; they are copied, in their own type.
@@ -81,13 +82,16 @@ def create(
   """
   selected, frozen = tree.partition(params, trainable)
   _check("trainable", selected, params, trainable)
+  if average and any(map(_stored, jax.tree.leaves(selected, is_leaf=_stored))):
+    raise UserError("average: weights in codes have no average, expected False")
   kept = None
   if held is not None:
     kept, frozen = tree.partition(frozen, held)
     _check("held", kept, params, held)
 
   def copy(x: Array) -> Array:
-    return jnp.array(x, dtype=dtype, copy=True)
+    coded = not jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.array(x, dtype=None if coded else dtype, copy=True)
 
   def make(selected: Params, kept: Params | None) -> TrainState:
     masters = jax.tree.map(copy, selected)
@@ -128,6 +132,11 @@ def place(params: Params, shardings: Placement) -> Params:
   return jax.tree.map(one, params, shardings(params))
 
 
+def _stored(x: Any) -> bool:
+  """Whether a leaf is a weight that is trained as it is stored."""
+  return hasattr(x, "stored")
+
+
 def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
   found = tree.flatten_paths(selected)
   if not found:
@@ -136,8 +145,10 @@ def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
       f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
       f"Expected a regular expression for paths such as {paths[-1]!r}."
     )
-  for path, leaf in found:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+  # Codes that an optimizer can store anew are trained, others are not.
+  leaves, _ = jax.tree_util.tree_flatten_with_path(selected, _stored)
+  for path, leaf in ((tree.path_name(p), x) for p, x in leaves):
+    if not _stored(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"

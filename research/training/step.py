@@ -4,7 +4,7 @@ Read `make_train_step`; the loop compiles what it returns. The gradient is that
 of (sum of losses) / (sum of weights) over the whole batch, however many
 microbatches it is cut into and however unevenly they are masked. Optimizers
 that project gradients (`Compressing`) have those of microbatches added up as
-projected.
+projected; `Layerwise` ones never make whole gradients, nor whole updates.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import optax
 
 from research import sharding, tree
 from research.training.compressing import Compressing
+from research.training.layerwise import Layerwise
 from research.training.objective import Batch, Objective
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
@@ -37,7 +38,7 @@ def make_train_step(
   Metrics are float32: `loss` and the objective's own (means over the batch's
   weight; whatever is no scalar is for a rewrite of the state to use up),
   `weight`, `grad_norm` before clipping (of projected gradients where those
-  are added up), `learning_rate` if the optimizer has
+  are added up, or whole ones never made), `learning_rate` if the optimizer has
   one, and `nonfinite`, 1 where loss or gradient is not finite. `step` derives
   its randomness as `fold_in(key, state.step)`.
 
@@ -55,9 +56,9 @@ def make_train_step(
     )
     weight_or_one = jnp.where(weight > 0, weight, 1)
     grads = jax.tree.map(lambda g: g / weight_or_one, grads)
-    apply = tx.apply if _adds_small(tx, accumulate) else tx.update
-    updates, opt_state = apply(grads, opt_state, state.trainable)
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable, opt_state = _moved(
+      tx, accumulate, grads, opt_state, state.trainable
+    )
     ema = state.ema
     if ema is not None:
       ema = optax.incremental_update(trainable, ema, 1 - average)
@@ -88,56 +89,72 @@ def _adds_small(tx: optax.GradientTransformation, accumulate: int) -> bool:
   return accumulate > 1 and isinstance(tx, Compressing)
 
 
+def _moved(tx, accumulate, grads, opt_state, trainable):
+  """Returns the parameters and the optimizer's state after an update."""
+  if isinstance(tx, Layerwise):
+    return tx.move(grads, opt_state, trainable)
+  apply = tx.apply if _adds_small(tx, accumulate) else tx.update
+  updates, opt_state = apply(grads, opt_state, trainable)
+  return optax.apply_updates(trainable, updates), opt_state
+
+
 def _gradients(objective, state, batch, key, accumulate, tx):
   """Returns sums over the batch, and the optimizer's state.
 
   The sums are of gradients, compressed or not, loss, weight, and metrics.
   """
 
-  def loss(trainable, batch, key):
-    params = dataclasses.replace(state, trainable=trainable).params
+  def loss(trainable, batch, key, watch=lambda params: params):
+    params = watch(dataclasses.replace(state, trainable=trainable).params)
     loss_sum, weight, sums = objective(params, batch, key)
     return loss_sum, (weight, sums)
 
-  def one(batch, key):
+  layerwise, small = isinstance(tx, Layerwise), _adds_small(tx, accumulate)
+
+  def one(opt_state, index, batch, key):
+    """Returns the state, and what is added up, of a microbatch."""
+    if layerwise:
+      (loss_sum, (weight, sums)), grads, opt_state = tx.gradients(
+        lambda x, watch: loss(x, batch, key, watch),
+        state.trainable,
+        opt_state,
+        index == 0,
+      )
+      return opt_state, (grads, loss_sum, weight, sums)
     (loss_sum, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
       state.trainable, batch, key
     )
-    return grads, loss_sum, weight, sums
-
-  if accumulate == 1:
-    return one(batch, key), state.opt_state
-  small = _adds_small(tx, accumulate)
-
-  def settle(opt_state, index, found):
-    grads, *rest = found
     if small:
       opt_state = jax.lax.cond(
         index == 0, tx.prepare, lambda _, same: same, grads, opt_state
       )
       grads = tx.compress(grads, opt_state)
-    return opt_state, (grads, *rest)
+    return opt_state, (grads, loss_sum, weight, sums)
+
+  if accumulate == 1:
+    return one(state.opt_state, 0, batch, key)[::-1]
 
   def add(carry, numbered):
     (opt_state, total), (index, part) = carry, numbered
-    found = one(part, jax.random.fold_in(key, index))
-    opt_state, found = settle(opt_state, index, found)
+    opt_state, found = one(
+      opt_state, index, part, jax.random.fold_in(key, index)
+    )
     total = jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, found)
     return (opt_state, total), None
 
   parts = _microbatches(batch, accumulate)
   first = jax.tree.map(lambda x: x[0], parts)
-  settled = state.opt_state if small else None
-  shapes = jax.eval_shape(
-    lambda *args: settle(settled, 0, one(*args))[1], first, key
-  )
+  # What does not change is no part of the loop's state.
+  changes = small or layerwise
+  settled = state.opt_state if changes else None
+  shapes = jax.eval_shape(lambda *x: one(settled, 0, *x)[1], first, key)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
     shapes,
   )
   numbers = jnp.arange(accumulate)
   (settled, total), _ = jax.lax.scan(add, (settled, zeros), (numbers, parts))
-  return total, settled if small else state.opt_state
+  return total, settled if changes else state.opt_state
 
 
 def _microbatches(batch: Batch, count: int) -> Any:

@@ -24,6 +24,7 @@ WARMUP = 1
 NAMES = sorted(p.stem for p in config.CONFIGS.glob("optim/*.gin"))
 GIVEN = {
   "adamw_stages": ["LATER_RATE=5e-3", "LATER_STEP=3"],
+  "qgalore_cosine": ["GROUP=8"],
   "relora": ["RESTART=2", "REWARM=1"],
 }
 
@@ -97,5 +98,5 @@ def without_frozen(at):
 
 def text_of(name):
   found = (config.CONFIGS / "optim" / f"{name}.gin").read_text()
-  included = "galore_cosine" if "galore_cosine" in found else None
-  return found + (text_of(included) if included else "")
+  included = [x for x in NAMES if f"include 'optim/{x}.gin'" in found]
+  return found + "".join(map(text_of, included))

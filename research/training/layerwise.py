@@ -1,0 +1,472 @@
+"""GaLore layer by layer: gradients of one layer at a time, and updates too.
+
+The gradient of a scanned stack has the size of its weights, and so has its
+update. A `Seen` weight multiplies as the one inside it does; the cotangent of
+its `small`, by definition, is the projected gradient R, so that the backward
+pass of a scan makes G of a layer, turns it to R, and forgets it. Where a
+projector is due it is made there, from that G, and leaves as the cotangent of
+`stub`. Weights then move layer by layer, in the memory that they are in:
+
+  backward scan    G_i -> P_i if due -> R_i = P_i^T G_i
+  stack            moments of R -> N
+  loop over i      w_i <- w_i - rate (scale P_i N_i + decay w_i)
+
+What is added up over microbatches is R, and what is clipped is its norm; so,
+unlike an optimizer that steps in the middle of the backward pass (as GaLore's
+authors do), this one accumulates and clips (lora.md 4.9). A model uses each
+matrix once in a call, and reads it by `research.weights`.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research import tree, weights
+from research.training import muon, optim
+from research.training.projectors import Every, Storage, Whole
+from research.training.subspace import Projection
+from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
+
+Loss = Callable[[Any, Callable[[Any], Any]], tuple[Array, Any]]
+"""(trainable, what to do to the whole tree of weights) -> (loss, more)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How G becomes a projector and R.
+
+  Attributes:
+    projection: which axis, and which basis.
+    storage: the form that projectors are kept in.
+  """
+
+  projection: Projection
+  storage: Storage
+
+  def fresh(self, g: Array, key: PRNGKey) -> Any:
+    """Returns the projector of a gradient, in the floats of its storage."""
+    last = jnp.zeros(self.projection.shape(g.shape), g.dtype)
+    return self.storage.encode(self.projection.fresh(g, last, key))
+
+  def down(self, g: Array, found: Any) -> Array:
+    """Returns R, given the floats of a projector's storage."""
+    return self.projection.down(g, self._decode(found, g.shape))
+
+  def up(self, n: Array, held: Any, shape: tuple[int, ...]) -> Array:
+    """Returns what R stands for, given what is kept of a projector."""
+    p = self._decode(self.storage.unpack(held), shape)
+    return self.projection.up(n, p, shape)
+
+  def first(self, found: Any, shape: tuple[int, ...]) -> Array:
+    """Returns the first vector of each projector, `[..., K]`."""
+    p = self._decode(found, shape)
+    return p[..., :, 0] if self.projection.projects_in(shape) else p[..., 0, :]
+
+  def _decode(self, found, shape):
+    return self.storage.decode(found, self.projection.shape(shape))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen(weights.Around):
+  """A weight `[..., in, out]` whose gradient is seen through a projector.
+
+  Attributes:
+    w: the weight, of any kind; it has no gradient.
+    small: zeros like R, whose cotangent is R.
+    stub: floats whose cotangent says what is to be kept of the projector.
+    held: what is kept of it.
+    due: whether a new one is to be made, `[layers]`.
+    key: of its randomness, `[layers]`.
+    rule: static.
+  """
+
+  w: Any
+  small: Any
+  stub: Any
+  held: Any
+  due: Any
+  key: Any
+  rule: Rule = dataclasses.field(metadata=dict(static=True))
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns the array, whose cotangent becomes R."""
+    w = jax.lax.stop_gradient(weights.dense(self.w))
+    more = (self.held, self.due, self.key)
+    return _seen(self.rule, w, self.small, self.stub, more)
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, w)`."""
+    return self._again(lambda w: weights.einsum(eq, x, w))
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns rows of `w`."""
+    return self._again(lambda w: weights.take(w, ids))
+
+  def ragged_dot(
+    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
+  ) -> Float[Array, "T O"]:
+    """Returns the experts' matmul."""
+    return self._again(lambda w: weights.ragged_dot(x, w, sizes))
+
+  def _again(self, use: Callable[[Array], Array]) -> Array:
+    """Returns `use(dense)`; what is kept of it is the weight itself.
+
+    A scan would keep the output of `_seen`, a copy of each layer's weight.
+    """
+    return jax.checkpoint(lambda w: use(w.dense()))(self)
+
+  def axes(self, names: tuple[str | None, ...]) -> "Seen":
+    """The weight's names; what belongs to a projector is whole."""
+
+    def whole(name):
+      return jax.tree.map(lambda x: (None,) * x.ndim, getattr(self, name))
+
+    parts = ("small", "stub", "held", "due", "key")
+    return dataclasses.replace(
+      self, w=weights.axes(self.w, names), **{f: whole(f) for f in parts}
+    )
+
+  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> "Seen":
+    """Returns itself: nothing here depends on the batch."""
+    return self
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _seen(rule, w, small, stub, more):
+  """Returns `w`; its cotangent goes to `small` and `stub`, projected."""
+  return w
+
+
+def _seen_fwd(rule, w, small, stub, more):
+  return w, more
+
+
+def _seen_bwd(rule, more, g):
+  held, due, key = more
+  g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+  found = jax.lax.cond(
+    due, lambda: rule.fresh(g, key), lambda: rule.storage.unpack(held)
+  )
+  return None, rule.down(g, found), found, None
+
+
+_seen.defvjp(_seen_fwd, _seen_bwd)
+
+
+class LayerwiseState(NamedTuple):
+  """Updates done, projectors, when they are due, and the inner states."""
+
+  count: Array
+  projector: Any
+  pace: Any
+  inner: Any
+  rest: Any
+
+
+def movable(w: Any) -> bool:
+  """Whether a leaf is no array, and can be stored anew: 8-bit weights."""
+  return hasattr(w, "stored")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+  rule: Rule
+  pace: Every
+  inner: optax.GradientTransformation
+  rest: optax.GradientTransformation
+  scale: float
+  matrices: str
+
+  def projected(self, params: Any) -> dict[str, Any]:
+    """Returns the matrices that are projected, by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=movable)
+    found = [(tree.path_name(path), w) for path, w in leaves]
+    out = {
+      path: w
+      for path, w in found
+      if w.ndim >= 2 and re.search(self.matrices, path)
+    }
+    if not out:
+      raise UserError(
+        f"matrices: {self.matrices!r} matches no matrix among {len(found)}"
+        " trainable arrays.\nExpected a regular expression for paths such as"
+        f" {found[-1][0]!r}."
+      )
+    return out
+
+  def small(self, w: Any) -> Array:
+    """Returns zeros like R of a matrix."""
+    shape = self.rule.projection.shape(w.shape)
+    small = list(w.shape)
+    axis = self.rule.projection.rank_axis(w.shape)
+    small[axis] = shape[-1] if axis == -2 else shape[-2]
+    return jnp.zeros(small, jnp.promote_types(w.dtype, jnp.float32))
+
+  def stub(self, w: Any) -> Any:
+    """Returns zeros of what a projector's storage has."""
+    shape = self.rule.projection.shape(w.shape)
+    dtype = jnp.promote_types(w.dtype, jnp.float32)
+    found = jax.eval_shape(
+      self.rule.storage.encode, jax.ShapeDtypeStruct(shape, dtype)
+    )
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+
+
+class Layerwise(optax.GradientTransformation):
+  """An optimizer that makes its gradients itself; of `galore`, below.
+
+  `research.training.step` calls `gradients` for each microbatch and `move`
+  once. `update` cannot be called: there are no gradients to give it.
+  """
+
+  parts: _Parts
+
+  def __new__(cls, parts: _Parts) -> "Layerwise":
+    def update(updates, state, params=None):
+      raise UserError(
+        "layerwise: found gradients of whole stacks, expected none.\nUse"
+        " research.training.step.make_train_step, or galore.galore."
+      )
+
+    made = super().__new__(cls, functools.partial(_init, parts), update)
+    made.parts = parts
+    return made
+
+  def gradients(
+    self, loss: Loss, trainable: Any, state: LayerwiseState, first: Any
+  ) -> tuple[tuple[Array, Any], Any, LayerwiseState]:
+    """Returns (loss, more), gradients with R for matrices, and the state.
+
+    Args:
+      loss: what is differentiated.
+      trainable: arrays, or weights that are `movable`.
+      state: the optimizer's.
+      first: whether projectors may be made; of microbatches, at the first.
+    """
+    return _gradients(self.parts, loss, trainable, state, first)
+
+  def move(
+    self, small: Any, state: LayerwiseState, params: Any
+  ) -> tuple[Any, LayerwiseState]:
+    """Returns the parameters after an update, and the state.
+
+    Args:
+      small: sums, or means, of what `gradients` returned.
+      state: the optimizer's.
+      params: trainable ones; donate them.
+    """
+    return _move(self.parts, small, state, params)
+
+
+def _lead(path: str, w: Any) -> tuple[int, ...]:
+  """Returns `(layers,)` of a stacked matrix, else `()`."""
+  return w.shape[:1] if re.match(r"run\d+/", path) else ()
+
+
+def _at(held: Any, path: str) -> Any:
+  for name in path.split("/"):
+    held = held[name] if isinstance(held, Mapping) else getattr(held, name)
+  return held
+
+
+def _placed(params: Any, found: Mapping[str, Any]) -> Any:
+  """Returns a tree like `params` with `found` by path, None elsewhere."""
+  return tree.map_paths(lambda path, _: found.get(path), params, movable)
+
+
+def _init(parts: _Parts, params: Any) -> LayerwiseState:
+  found, rule = parts.projected(params), parts.rule
+  held = {p: rule.storage.pack(parts.stub(w)) for p, w in found.items()}
+  paces = {}
+  for path, w in found.items():
+    lead, every = _lead(path, w), rule.projection.every
+    vectors = jax.eval_shape(lambda w=w: rule.first(parts.stub(w), w.shape))
+    size = math.prod(vectors.shape[len(lead) :])
+    paces[path] = parts.pace.init(lead, every, size)
+  small = tree.map_paths(
+    lambda p, x: parts.small(x) if p in found else x, params, movable
+  )
+  return LayerwiseState(
+    jnp.zeros((), jnp.int32),
+    _placed(params, held),
+    _placed(params, paces),
+    parts.inner.init(small),
+    parts.rest.init(small),
+  )
+
+
+def _gradients(parts, loss, trainable, state, first):
+  found, rule = parts.projected(trainable), parts.rule
+  key = jax.random.fold_in(jax.random.key(rule.projection.seed), state.count)
+  due = {
+    path: first & parts.pace.due(_at(state.pace, path), state.count)
+    for path in found
+  }
+
+  def attach(slots, params):
+    def one(path, w):
+      if path not in slots:
+        return w
+      own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+      lead = _lead(path, w)
+      keys = jax.random.split(own, lead) if lead else own
+      held = _at(state.projector, path)
+      small, stub = slots[path]
+      return Seen(w, small, stub, held, due[path], keys, rule)
+
+    return tree.map_paths(one, params, movable)
+
+  def value(free, slots):
+    whole = tree.map_paths(
+      lambda path, w: found[path] if path in found else free[path],
+      trainable,
+      movable,
+    )
+    return loss(whole, functools.partial(attach, slots))
+
+  arrays, _ = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=movable)
+  free = {tree.path_name(p): x for p, x in arrays}
+  free = {path: x for path, x in free.items() if path not in found}
+  slots = {path: (parts.small(w), parts.stub(w)) for path, w in found.items()}
+  valued = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+  out, (others, seen) = valued(free, slots)
+  small = tree.map_paths(
+    lambda path, _: seen[path][0] if path in seen else others[path],
+    trainable,
+    movable,
+  )
+  fresh = {path: made for path, (_, made) in seen.items()}
+  return out, small, _renewed(parts, state, found, fresh, due, trainable)
+
+
+def _renewed(parts, state, found, fresh, due, like):
+  """Returns the state with the projectors that the backward pass made."""
+  storage, paces = parts.rule.storage, {}
+  for path, w in found.items():
+    vectors = parts.rule.first(fresh[path], w.shape)
+    lead = _lead(path, w)
+    # Experts of a layer share a pace: their vectors count as one.
+    vectors = vectors.reshape(*lead, -1)
+    pace = _at(state.pace, path)
+    paces[path] = parts.pace.after(pace, due[path], vectors)
+  held = {path: storage.pack(made) for path, made in fresh.items()}
+  return state._replace(
+    projector=_placed(like, held), pace=_placed(like, paces)
+  )
+
+
+def _move(parts, small, state, params):
+  moves, inner = parts.inner.update(small, state.inner)
+  found = parts.projected(params)
+  key = jax.random.key(parts.rule.projection.seed + 1)
+  key = jax.random.fold_in(key, state.count)
+
+  def moved(params, moves, held, key):
+    """Returns some parameters after their update, and `rest`'s state."""
+
+    def wide(path, n):
+      w = _at(params, path)
+      if path not in found:
+        return n.astype(w.dtype)
+      up = parts.rule.up(n, _at(held, path), w.shape)
+      return (parts.scale * up).astype(w.dtype)
+
+    dense = jax.tree.map(
+      lambda w: w.dense() if movable(w) else w, params, is_leaf=movable
+    )
+    updates = tree.map_paths(wide, moves)
+    updates, rest = parts.rest.update(updates, state.rest, dense)
+    new = optax.apply_updates(dense, updates)
+
+    def kept(path, w):
+      x = _at(new, path)
+      own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+      return w.stored(x, own) if movable(w) else x
+
+    return tree.map_paths(kept, params, movable), rest
+
+  names = [n for n in tree.runs(params) if jax.tree.leaves(params[n])]
+  outside = [
+    {k: v for k, v in x.items() if k not in names}
+    for x in (params, moves, state.projector)
+  ]
+  out, rest = moved(*outside, key)
+  for name in names:
+
+    def body(k, run, name=name):
+      def row(x):
+        return jax.lax.dynamic_index_in_dim(x, k, keepdims=False)
+
+      rows = [
+        {name: jax.tree.map(row, x)}
+        for x in (run, moves[name], state.projector[name])
+      ]
+      new, _ = moved(*rows, jax.random.fold_in(key, k))
+
+      def put(x, y):
+        return jax.lax.dynamic_update_index_in_dim(x, y, k, 0)
+
+      return jax.tree.map(put, run, new[name])
+
+    run = params[name]
+    out[name] = jax.lax.fori_loop(0, tree.run_length(run), body, run)
+  count = optax.safe_increment(state.count)
+  return out, state._replace(count=count, inner=inner, rest=rest)
+
+
+def galore(
+  learning_rate: optim.Number | optim.Schedule,
+  projection: Projection,
+  *,
+  moments: optax.GradientTransformation | None = None,
+  scale: optim.Number = 0.25,
+  matrices: str = muon.MATRICES,
+  weight_decay: optim.Number = 0.0,
+  decayed: str = ".*",
+  clip: optim.Number | None = None,
+  storage: Storage = Whole(),
+  pace: Every = Every(),
+) -> Layerwise:
+  """Returns `research.training.galore.galore`, layer by layer.
+
+  With `storage=Int4()`, `pace=Lazy()`, moments in 8 bits and weights from
+  `int8_weights.Pack` this is Q-GaLore (arXiv:2407.08296).
+
+  Args:
+    learning_rate: a number, or a schedule of the updates done.
+    projection: how, and at first how often, matrices are projected.
+    moments: of projected gradients; None for Adam with eps 1e-6.
+    scale: of what goes back to a matrix.
+    matrices: regular expression of the paths of what is projected.
+    weight_decay: share of a parameter taken off at rate 1.
+    decayed: regular expression of the paths that decay.
+    clip: bound of the projected gradients' global norm, or None.
+    storage: the form that projectors are kept in.
+    pace: when projectors are made anew.
+  """
+  inner = optax.scale_by_adam(eps=1e-6) if moments is None else moments
+  if clip is not None:
+    inner = optax.chain(optax.clip_by_global_norm(clip), inner)
+  rest = optax.chain(
+    optax.add_decayed_weights(weight_decay, optim.decay_mask(decayed)),
+    optim.scale_by_rate(learning_rate),
+  )
+  return Layerwise(
+    _Parts(
+      rule=Rule(projection, storage),
+      pace=pace,
+      inner=inner,
+      rest=rest,
+      scale=scale,
+      matrices=matrices,
+    )
+  )
