@@ -233,6 +233,7 @@ def make_config(
   bias: str = "none",
   tied: bool = False,
   rows: Mapping[str, Sequence[int]] | None = None,
+  experts: tuple[Mapping[str, Method], Sequence[str]] = ({}, ()),
 ) -> dict[str, Any]:
   """Returns adapter_config.json.
 
@@ -244,14 +245,18 @@ def make_config(
     bias: which of `BIASES` are brought along.
     tied: ensure_weight_tying.
     rows: which tokens have rows of their own, by module.
+    experts: methods of stacked experts' parameters, by name, and what stands
+      for these names in target_parameters.
 
   Raises:
     UserError: the methods differ in more than rank and alpha.
   """
-  ranks = {m: method.rank for m, method in methods.items()}
-  alphas = {m: float(f"{x.alpha:.12g}") for m, x in methods.items()}
+  parameters, names = experts
+  all_of_them = {**methods, **parameters}
+  ranks = {m: method.rank for m, method in all_of_them.items()}
+  alphas = {m: float(f"{x.alpha:.12g}") for m, x in all_of_them.items()}
   rank, alpha = _usual(ranks.values()), _usual(alphas.values())
-  kinds = {_alike(x, rank, alpha) for x in methods.values()}
+  kinds = {_alike(x, rank, alpha) for x in all_of_them.values()}
   if len(kinds) > 1:
     first, second, *_ = sorted(map(str, kinds))
     raise UserError(
@@ -260,7 +265,7 @@ def make_config(
   kind = kinds.pop()
   suffixes = sorted({module.rsplit(".", 1)[-1] for module in methods})
   covered = {m for m in modules if m.rsplit(".", 1)[-1] in suffixes}
-  own = kind.peft_fields(methods)
+  own = kind.peft_fields(all_of_them)
   own = {k: _number(x) for k, x in own.items()}
   differing = dict(
     rank={_exact(m): r for m, r in ranks.items() if r != rank},
@@ -272,6 +277,7 @@ def make_config(
   return (
     own
     | _beside(kind, bias, tied, rows)
+    | (dict(target_parameters=list(names)) if names else {})
     | {name: x for name, x in patterns.items() if x}
     | dict(
       peft_type=kind.PEFT,

@@ -1,9 +1,10 @@
-"""LoRA on stacked experts: target_parameters of a configuration, read alone.
+"""LoRA on stacked experts: target_parameters of a configuration.
 
 PEFT adapts a parameter `[E, out, in]` of transformers 5's as one module
 (lora.md section 2.4): the rows of `A [r E, in]` are experts' one after the
 other, the columns of `B [out, r E]` ranks' one after the other. Gates stand
-above the matrices beside them in `gate_up_proj`, with one A for both. Where
+above the matrices beside them in `gate_up_proj`, with one A for both: ours, if
+they have one each, are written one below the other, at twice the rank. Where
 both of a layer's parameters are adapted, the first is in the second's
 base_layer.
 """
@@ -17,6 +18,7 @@ import numpy as np
 from research.interop import hf
 from research.interop.fields import Fields
 from research.lora import match, peft_whole, wrap
+from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
 from research.typing import Params, UserError
 
@@ -145,3 +147,94 @@ def read(
     for address, part in zip(stack.addresses, parts, strict=True):
       out[address] = {"a": a, "b": part}
   return out
+
+
+def written(
+  directory: Any, found: Mapping[str, AdaptedTensor], params: Params
+) -> tuple[dict[str, np.ndarray], dict[str, LoRA], list[str]]:
+  """Returns what a file says of adapters on stacked experts.
+
+  Tensors by their names, a method for each parameter of PEFT's, and what to
+  call all of these in `target_parameters`.
+
+  Args:
+    directory: of the file, for messages.
+    found: those adapters, by address.
+    params: with all adapters; which parameters there are.
+
+  Raises:
+    UserError: an adapter there is not LoRA.
+  """
+  sizes, tensors, methods = wrap.experts(params), {}, {}
+  every = []
+  for layer in sorted({int(path.split("/")[1]) for path in sizes}):
+    at, module = f"layers/{layer}/mlp/experts", f"model.layers.{layer}.mlp"
+    own = []
+    for name, ours in PARAMETERS.items():
+      paths = [f"{at}/{part}" for part in ours]
+      every += [f"{module}.experts.{name}"] * all(p in sizes for p in paths)
+      if any(path in found for path in paths):
+        parts = [_part(directory, path, found, sizes) for path in paths]
+        own.append((f"{module}.experts.{name}", *_joined(parts)))
+    for i, (name, method, a, b) in enumerate(own):
+      methods[name] = method
+      prefix = f"{peft_whole.PREFIX}{module}.experts"
+      prefix += ".base_layer" if i + 1 < len(own) else ""
+      tensors[f"{prefix}.lora_A.weight"] = a.reshape(-1, a.shape[-1])
+      tensors[f"{prefix}.lora_B.weight"] = b.transpose(2, 1, 0).reshape(
+        b.shape[-1], -1
+      )
+  return tensors, methods, _short(methods, every)
+
+
+_Part = tuple[LoRA, np.ndarray, np.ndarray]
+
+
+def _part(directory, path, found, sizes) -> _Part | tuple[int, int, int]:
+  """Returns (method, a, b) of one matrix, or its sizes if it has none."""
+  if path not in found:
+    return sizes[path]
+  method, arrays = found[path].method.exported(found[path].arrays)
+  if type(method) is not LoRA:
+    raise UserError(
+      f"{directory}: {path} has an adapter of {type(method).__name__}; on "
+      "stacked experts PEFT has plain LoRA alone.\nConvert it first:"
+      " experiments.adapters --op=lora, or merge it into the model."
+    )
+  a, b = (np.asarray(arrays[name], np.float32) for name in "ab")
+  return dataclasses.replace(method, dropout=0.0), a, b
+
+
+def _joined(parts) -> _Part:
+  """Returns one update of matrices that lie beside each other."""
+  have = [p for p in parts if isinstance(p[0], LoRA)]
+  method, a, _ = have[0]
+  same = [m == method and np.array_equal(x, a) for m, x, _ in have]
+  if all(same):
+    columns = [
+      p[2] if isinstance(p[0], LoRA) else np.zeros((*a.shape[:2], p[2]), "f4")
+      for p in parts
+    ]
+    return method, a, np.concatenate(columns, -1)
+  # Each has rows of its own, at the scale of the first.
+  rank = sum(m.rank for m, _, _ in have)
+  size = method.rank**0.5 if method.rslora else method.rank
+  more = rank**0.5 if method.rslora else rank
+  joint = dataclasses.replace(
+    method, rank=rank, alpha=method.alpha / size * more
+  )
+  out = np.zeros((len(a), rank, sum(b.shape[-1] for _, _, b in have)), "f4")
+  row = column = 0
+  for m, _, b in have:
+    rows, columns = b.shape[1:]
+    block = b * np.float32(m.scale / method.scale)
+    out[:, row : row + rows, column : column + columns] = block
+    row, column = row + rows, column + columns
+  return joint, np.concatenate([x for _, x, _ in have], 1), out
+
+
+def _short(methods: Mapping[str, LoRA], every: Sequence[str]) -> list[str]:
+  """Returns ends of names that mean these parameters and no others."""
+  ends = sorted({".".join(name.split(".")[-2:]) for name in methods})
+  meant = {n for n in every if any(n.endswith(f".{end}") for end in ends)}
+  return ends if meant == set(methods) else sorted(methods)

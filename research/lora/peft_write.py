@@ -16,6 +16,7 @@ from research.interop import parts, safetensors
 from research.lora import (
   base_note,
   peft_config,
+  peft_experts,
   peft_names,
   peft_naming,
   peft_whole,
@@ -65,10 +66,18 @@ def save_adapter(
   directory = pathlib.Path(directory)
   modules = peft_names.modules(params, model, naming)
   found = wrap.adapters(params, _thin)
-  _check(found, modules, directory)
+  stacked = {} if naming != USUAL else wrap.experts(params)
+  stacked = {path: found.pop(path) for path in stacked if path in found}
+  _check(found | stacked, {*modules, *stacked}, directory)
+  peft_naming.check([modules[path] for path in found], directory)
   sizes = wrap.matrices(params)
   said = _said(directory, found, modules, sizes, use_rslora)
   tensors, methods, rows = said
+  more, parameters, names = peft_experts.written(directory, stacked, params)
+  tensors |= more
+  parameters = {k: _stated(m, use_rslora) for k, m in parameters.items()}
+  if parameters:  # PEFT has no dropout beside them
+    methods = {m: _undropped(method) for m, method in methods.items()}
   if model.tied:
     tensors |= _head(tensors, found, resized, naming)
   sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
@@ -85,23 +94,27 @@ def save_adapter(
     # One matrix on both sides, which PEFT has to be told.
     model.tied and not _in_rows(found) and embedding,
     rows,
+    (parameters, names),
   )
   notes = {"format": "pt"} | base_note.notes(params, replaced)
   _write(directory, tensors | kept, notes, config)
 
 
-def _check(found: Found, modules: Mapping[str, str], directory) -> None:
+def _undropped(method: Method) -> Method:
+  return dataclasses.replace(method, dropout=0.0)
+
+
+def _check(found: Found, named: Collection[str], directory) -> None:
   """Raises UserError where there is nothing to save, or no name for it."""
   if not found:
     raise UserError(f"{directory}: these parameters hold no adapter to save")
-  nameless = sorted(set(found) - set(modules))
+  nameless = sorted(set(found) - set(named))
   if nameless:
     raise UserError(
-      f"{directory}: PEFT's files have no name for an adapter on stacked "
-      f"experts, or on what only our files have ({nameless[0]}).\n"
+      f"{directory}: PEFT's files have no name for an adapter on what only "
+      f"our files have, or on such experts ({nameless[0]}).\n"
       "Merge it into the model instead."
     )
-  peft_naming.check([modules[path] for path in found], directory)
 
 
 def _said(directory, found: Found, modules, sizes, use_rslora):

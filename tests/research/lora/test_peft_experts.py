@@ -5,11 +5,15 @@ import json
 import shutil
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import tree
 from research.interop import load, safetensors
-from research.lora import peft, peft_config, peft_write, wrap
+from research.lora import adapt, peft, peft_config, peft_write, wrap
+from research.lora.methods import lora, mora
 from research.typing import UserError
 from tests.support_peft import MODELS, loaded, logits, relative
 
@@ -96,7 +100,95 @@ def test_what_does_not_fit(tmp_path, fields, tensors, said):
   assert said in str(e.value) and str(path) in str(e.value)
 
 
-def test_none_is_written(tmp_path):
+def saved(tmp_path, params, model):
+  """Returns the directory of an adapter over a base that it can be read by."""
+  peft_write.save_adapter(tmp_path / "b", params, model, "x")
+  return tmp_path / "b"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_read_is_written_again(tmp_path, name):
+  it = loaded(name)
+  path = saved(tmp_path, it.params, it.model)
+  got, want = (
+    {k: x.read() for k, x in safetensors.open_file(p / peft.WEIGHTS).items()}
+    for p in (path, MODELS / name)
+  )
+  assert set(got) == set(want)
+  for key, x in want.items():
+    np.testing.assert_array_equal(got[key], x)
+  config = json.loads((path / peft_config.CONFIG).read_text())
+  theirs = json.loads((MODELS / name / peft_config.CONFIG).read_text())
+  ends = [t.split("experts.")[-1] for t in theirs["target_parameters"]]
+  mine = [t.split("experts.")[-1] for t in config["target_parameters"]]
+  assert sorted(mine) == sorted(ends)
+  again = peft.load_adapter(path, base().params, base().model)
+  same = jax.tree.map(np.array_equal, again, it.params)
+  assert all(jax.tree.leaves(same))
+
+
+def of_experts(targets, seed=0, **fields):
+  """Returns a base with adapters of random factors on some of its layers."""
+  it, rng = base(), np.random.default_rng(seed)
+  params = adapt.Adapt(method=lora.LoRA(**fields), targets=targets)(
+    it.params, jax.random.key(0)
+  )
+  return it.model, tree.map_paths(
+    lambda path, x: (
+      jnp.float32(rng.normal(size=x.shape)) if "/trained/" in path else x
+    ),
+    params,
+  )
+
+
+EXPERTS = ("experts/gate", "experts/up", "experts/down")
+
+
+@pytest.mark.parametrize(
+  "targets, ranks",
+  [
+    # A gate and its neighbour with an A each are one of twice the rank.
+    (("attention/q", *EXPERTS), {"gate_up_proj": 6, "down_proj": 3}),
+    (("experts/up",), {"gate_up_proj": 3}),
+    (("experts/down",), {"down_proj": 3}),
+  ],
+)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_our_own_are_read_as_the_same_update(tmp_path, targets, ranks, rslora):
+  model, params = of_experts(
+    targets, rank=3, alpha=5.0, rslora=rslora, dropout=0.1
+  )
+  path = saved(tmp_path, params, model)
+  again = peft.load_adapter(path, base().params, model)
+  for (address, x), (other, y) in zip(
+    wrap.leaves(wrap.merge(params)), wrap.leaves(wrap.merge(again)), strict=True
+  ):
+    assert address == other
+    np.testing.assert_allclose(x, y, atol=1e-4, rtol=1e-4)
+  changed = wrap.leaves(
+    jax.tree.map(np.array_equal, wrap.merge(params), base().params)
+  )
+  assert not all(same for path, same in changed if "experts" in path)
+  found = safetensors.open_file(path / peft.WEIGHTS)
+  experts = base().model.stack.blocks[0].mlp.routing.experts
+  for name, rank in ranks.items():
+    layer = "base_layer." * (name == "gate_up_proj" and "down_proj" in ranks)
+    key = f"base_model.model.model.layers.1.mlp.experts.{layer}lora_A.weight"
+    assert found[key].shape[0] == rank * experts
+
+
+def test_some_layers_are_named_in_full(tmp_path):
   it = loaded("experts_lora_down")
-  with pytest.raises(UserError, match="no name for an adapter on stacked exp"):
-    peft_write.save_adapter(tmp_path, it.params, it.model, "x")
+  path = saved(tmp_path, it.params, it.model)
+  config = json.loads((path / peft_config.CONFIG).read_text())
+  want = ["model.layers.1.mlp.experts.down_proj"]
+  assert config["target_parameters"] == want
+
+
+def test_other_methods_are_not_written(tmp_path):
+  it = base()
+  params = adapt.Adapt(method=mora.MoRA(), targets=["experts/up"])(
+    it.params, jax.random.key(0)
+  )
+  with pytest.raises(UserError, match="an adapter of MoRA; on stacked experts"):
+    peft_write.save_adapter(tmp_path, params, it.model, "x")
