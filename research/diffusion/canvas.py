@@ -289,4 +289,5 @@ def _inserted(
     fixed=moved(state.fixed, False),
     valid=moved(state.valid, True),
     filled=moved(state.filled, -1),
+    sure=moved(state.sure, 1.0),
   )

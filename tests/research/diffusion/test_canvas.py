@@ -215,9 +215,10 @@ def test_does_not_grow_where_it_does():
   assert got.calls == 2 and got.tokens_per_call == 0
 
 
-@pytest.mark.parametrize("longest", [8, 20])
-@pytest.mark.parametrize("policy", [Threshold(threshold=0.4), Quota()])
-def test_thresholds_that_forbid_growth_are_the_fixed_canvas(policy, longest):
+@pytest.mark.parametrize(
+  ("longest", "policy"), [(8, Quota()), (20, Threshold(threshold=0.4))]
+)
+def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
   """Draws included; with no room to grow, calls too."""
   fixed = dataclasses.replace(OPTIONS, length=8, policy=policy)
   state = sampler.start(PROMPTS, fixed, jax.random.key(5))
