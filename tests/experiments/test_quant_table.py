@@ -59,6 +59,16 @@ def test_every_table_parses_and_its_text_rebuilds_it(run):
   ]
 
 
+@pytest.mark.parametrize("run", [r for r in RUNS if "equal_bits" in r])
+def test_awq_reads_fewer_windows_than_gptq(run):
+  """Scopes apply from the left: `b/` alone says nothing of `a/b/`."""
+  read = config.read(run, root=quant_study.Table).experiment
+  for kind, windows in (("AWQ", 4), ("GPTQ", 24), ("imatrix", 24)):
+    rows = [row for row in read.flat if row.name.startswith(f"{kind} ")]
+    assert rows
+    assert {row.calibrated_on for row in rows} == {512 * windows}
+
+
 def test_more_bits_lose_less(rows):
   _, found = rows
   three, four, eight = (
