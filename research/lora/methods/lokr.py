@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.lora.method import Formed, Method, turned, uniform, wide, zeros
+from research.typing import UserError
 
 FEW = 16
 """Rows, as in decoding, that are multiplied by one factor after the other.
@@ -42,11 +43,14 @@ class LoKr(Formed):
   Attributes:
     factor: of both sizes, see `factors`.
     both: whether w1 may be of low rank, too.
+    window: places of a kernel, `kh kw`, whose matrix is `[in kh kw, out]`:
+      the first factor has none of them, as in PEFT.
   """
 
   alpha: float = 8.0
   factor: int = -1
   both: bool = False
+  window: int = 1
 
   PEFT: ClassVar = "LOKR"
   PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
@@ -55,8 +59,13 @@ class LoKr(Formed):
   )
 
   def _sizes(self, size_in, size_out):
-    """Returns (in, out) of w1 and of w2."""
-    m, n = factors(size_in, self.factor)
+    """Returns (in, out) of w1 and of w2, whose places do not count."""
+    if size_in % self.window:
+      raise UserError(
+        f"LoKr.window: {self.window} places do not divide {size_in} inputs of"
+        " a kernel's matrix; expected kh kw"
+      )
+    m, n = factors(size_in // self.window, self.factor)
     l, k = factors(size_out, self.factor)
     return (m, l), (n, k)
 
@@ -67,6 +76,8 @@ class LoKr(Formed):
       w1=not (self.both and r < max(first) / 2), w2=not r < max(second) / 2
     )
     # The first factor (or its output side) is zero, the rest Kaiming uniform.
+    n, k = second
+    second = n * self.window, k
     for i, (name, (n, k)) in enumerate((("w1", first), ("w2", second))):
       one, two = jax.random.split(jax.random.fold_in(key, i))
       if whole[name]:
