@@ -189,6 +189,9 @@ def _options(
     policy=policy,
     select=wanted.select,
     remask=remask_of(wanted.remask),
+    never_end=wanted.ends == "never",
+    end_last=wanted.ends == "last",
+    edit=wanted.edit,
     end=tuple(i for i in how.end if i != how.mask_id),
   )
 

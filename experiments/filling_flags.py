@@ -4,7 +4,7 @@ from absl import flags
 
 NAMES = (
   *("canvas", "block", "steps", "policy", "select", "plan", "remask"),
-  *("cache", "guidance", "gif", "html"),
+  *("cache", "guidance", "ends", "edit", "gif", "html"),
 )
 """What `filling_wanted.Wanted` calls them, too."""
 
@@ -39,8 +39,9 @@ def define(values: flags.FlagValues) -> None:
     "policy",
     "quota",
     "For diffusion, what a call fills: quota (as many as the steps ask for), "
-    "threshold:P (all at least so likely), factor:F (Fast-dLLM's), credit:P (a "
-    "threshold, earlier calls counted in) or hierarchy (dInfer's).",
+    "threshold:P (all at least so likely), quota+threshold:P (whichever is "
+    "more, LLaDA 2's), factor:F (Fast-dLLM's), credit:P (a threshold, earlier "
+    "calls counted in) or hierarchy (dInfer's).",
     flag_values=values,
   )
   flags.DEFINE_enum(
@@ -82,6 +83,23 @@ def define(values: flags.FlagValues) -> None:
     0.0,
     "For diffusion: how much more than the model the prompt counts.",
     lower_bound=0.0,
+    flag_values=values,
+  )
+  flags.DEFINE_enum(
+    "ends",
+    "any",
+    ["any", "last", "never"],
+    "For diffusion: when ends of text are filled in: as any token, after all "
+    "others of a block, or never. The cures for answers that end too early.",
+    flag_values=values,
+  )
+  flags.DEFINE_float(
+    "edit",
+    None,
+    "For diffusion: filled places change where another token is more likely "
+    "than this (LLaDA 2.1), as long as some do.",
+    lower_bound=0.0,
+    upper_bound=1.0,
     flag_values=values,
   )
   flags.DEFINE_string(

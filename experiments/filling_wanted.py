@@ -33,6 +33,8 @@ class Wanted:
   remask: str = "none"
   cache: str = "none"
   guidance: float = 0.0
+  ends: str = "any"
+  edit: float | None = None
   seed: int = 0
   gif: str | None = None
   html: str | None = None
@@ -49,12 +51,13 @@ class Wanted:
       )
     policy_of(self.policy)
     cache_of(self.cache)
-    if self.steps is not None and self.policy != "quota":
+    planned = self.policy.startswith("quota")
+    if self.steps is not None and not planned:
       raise UserError(
         f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
         "it takes; expected --policy=quota, or no --steps"
       )
-    if self.plan != "even" and self.policy != "quota":
+    if self.plan != "even" and not planned:
       raise UserError(
         f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
         "--policy=quota"
@@ -77,7 +80,7 @@ class Wanted:
 
   def _check_growth(self) -> None:
     """Raises UserError for what a canvas that grows cannot have."""
-    alone = dict(steps=None, plan="even", cache="none")
+    alone = dict(steps=None, plan="even", cache="none", edit=None)
     for name, value in alone.items():
       if getattr(self, name) != value:
         raise UserError(
@@ -115,13 +118,15 @@ def policy_of(text: str) -> Policy:
     return Quota()
   if text == "hierarchy":
     return Hierarchy()
+  if name == "quota+threshold" and value is not None and 0 < value <= 1:
+    return Threshold(threshold=value, quota_first=True)
   if name in ("threshold", "credit") and value is not None and 0 < value <= 1:
     return Threshold(threshold=value)
   if name == "factor" and value is not None and value > 0:
     return Factor(factor=value)
   raise UserError(
-    f"--policy={text}: expected quota, hierarchy, threshold:P or credit:P with "
-    "P in (0, 1], or factor:F with F above 0"
+    f"--policy={text}: expected quota, hierarchy, threshold:P, "
+    "quota+threshold:P or credit:P with P in (0, 1], or factor:F with F above 0"
   )
 
 

@@ -159,6 +159,7 @@ def test_which_prompts_are_filled_together():
   [
     ["--policy=credit:0.9", "--guidance=1", "--cache=dual"],
     ["--plan=dream", "--steps=3", "--select=entropy"],
+    ["--policy=quota+threshold:0.9", "--steps=2", "--edit=1"],
     ["--plan=chance", "--select=random", "--steps=12", "--remask=rescale:0.5"],
   ],
   ids=" ".join,
@@ -167,7 +168,35 @@ def test_ways_to_fill(command, flags):
   got = told(command("all", "--block=8", *flags))
   most = 12 if "--steps=12" in flags else LENGTH
   assert 1 <= got["calls"] <= most and got["tokens"] <= LENGTH
-  assert got["calls"] <= 3 or "--steps=3" not in flags
+  steps = [int(f.split("=")[1]) for f in flags if f.startswith("--steps")]
+  # Edits look once more at what the last step filled.
+  assert got["calls"] <= min(steps, default=LENGTH) + ("--edit=1" in flags)
+
+
+def test_ends(command):
+  """Never: none. Last: whatever is none is filled before it."""
+  flags = "--max_new_tokens=16", "--block=4", "--policy=threshold:0.5"
+  base = told(command("all", *flags))
+  assert (base["finish_reason"], base["tokens"] < 16) == ("stop", True)
+  never = told(command("all", *flags, "--ends=never"))
+  assert (never["finish_reason"], never["tokens"]) == ("length", 16)
+  last = told(command("all", *flags, "--ends=last"))
+  assert last["tokens"] >= base["tokens"]
+  wanted = filling.Wanted(length=4, ends="last", edit=0.9)
+  how, policy = Spec(mask_id=9, end=(3,)), filling.policy_of("quota")
+  _, options, _ = filling.begun([[1, 2]], [0], how, policy, wanted)
+  assert options.end_last and not options.never_end and options.edit == 0.9
+
+
+def test_edits_change_what_is_filled(command):
+  """Where nothing else is likely enough, nothing; else the model's text."""
+  flags = "--block=8", "--policy=threshold:0.01"
+  want = told(command("all", *flags))
+  same = told(command("all", *flags, "--edit=1"))
+  assert same["text"] == want["text"]
+  # All is filled at once; edits read it once more, and change it.
+  assert want["calls"] == 1 < same["calls"]
+  assert told(command("all", *flags, "--edit=0"))["text"] != want["text"]
 
 
 def test_a_canvas_that_grows(command, tmp_path):
@@ -262,6 +291,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--canvas=auto:9",), "N from 1 to --max_new_tokens=8"),
     ("all", ("--canvas=auto", "--steps=8"), "--steps=8: not with --canvas"),
     ("all", ("--canvas=auto", "--cache=dual"), "--cache=dual: not with"),
+    ("all", ("--canvas=auto", "--edit=0.9"), "--edit=0.9: not with"),
     ("all", ("--canvas=auto", "--plan=dream"), "--plan=dream: not with"),
     ("all", ("--canvas=auto", "--policy=credit:0.9"), "expected threshold:P"),
     ("four", ("--canvas=auto",), "--canvas=auto: the model's blocks see"),
