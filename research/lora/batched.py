@@ -6,6 +6,7 @@ row uses which, so a batch of any mixture is one program.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 
 NONE = -1
 """Id of a row that uses no adapter."""
+
+UNROLLED = 32
+"""The largest rank whose sum over one token a row is unrolled."""
 
 
 @jax.tree_util.register_dataclass
@@ -152,9 +156,28 @@ def gathered(
 ) -> Float[Array, "B T O"]:
   """`added`, each row with a copy of its own factors."""
   own = jnp.maximum(ids, 0)
+  if x.shape[1] == 1 and first.shape[1] <= UNROLLED:
+    return _one_token(x, first, second, ids, own)
   z = jnp.einsum("bti,bri->btr", x, first[own])
   z = jnp.where(ids[:, None, None] == NONE, 0, z)
   return jnp.einsum("btr,bro->bto", z, second[own])
+
+
+def _one_token(x, first, second, ids, own):
+  """`gathered` of a token a row: no factor is copied on the way back up.
+
+  A sum of `R` scaled rows is one loop that reads the factors where they are.
+  As a product of batches they are copied first: on one core, rank 8, 32 rows
+  that take all of SmolLM2's 210 matrices, 36 ms instead of 160 in float32 and
+  29 instead of 169 in bfloat16.
+  """
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  z = jnp.einsum("bti,bri->br", x, first[own], preferred_element_type=wide)
+  z = jnp.where(ids[:, None] == NONE, 0, z)
+  terms = [
+    second[own, r].astype(wide) * z[:, r, None] for r in range(z.shape[1])
+  ]
+  return functools.reduce(jnp.add, terms)[:, None].astype(x.dtype)
 
 
 def beside(

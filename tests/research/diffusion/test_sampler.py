@@ -307,8 +307,8 @@ def test_masking_again_is_remdm(kind):
   )
   noise = NOISE + test_ancestral.NOISE
   assert variation(frequencies(found), want) < 1.5 * noise
-  # A third is filled at first, and 0.4 of it masked again as half of the rest is
-  # filled, or more, so that a third is masked; 4 errors of 80,000 places.
+  # A third is filled at first, and 0.4 of it masked again as half of the rest
+  # is filled, or more, so that a third is masked; 4 errors of 80,000 places.
   share = np.bincount(found.filled.ravel(), minlength=3) / found.filled.size
   last = 1 / 3 + 2 / 15 if kind == "confidence" else 1 / 3
   np.testing.assert_allclose(share, (0.2, 0.8 - last, last), atol=0.007)
