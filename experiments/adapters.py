@@ -15,11 +15,14 @@
   lora: any method as plain LoRA, by --rank or --energy.
   intruders: weakens leading singular vectors that the base does not know.
 
-and of one adapter, writing nothing but --picture and --report:
+and of one adapter, writing nothing but --picture, --report, and for merge --to:
 
   diagnose: size, ranks, angles and intruders of each update.
   fidelity: what merging into --dtype would lose, of weights and of logits.
   validate: rules of adapter_config.json that match nothing or overlap.
+  merge: what merging over a packed base does to logits on --text, by mode:
+    decoded, requantized in the base's format, or into --original, the model
+    that it was rounded from. --mode and --to write one, as our checkpoint.
 
 --from takes PEFT's directories, runs' working directories, and llama.cpp's
 .gguf adapters together with --base. The last line on stdout is JSON.
@@ -109,11 +112,20 @@ _ROUNDING = flags.DEFINE_enum(
 _TEXT = flags.DEFINE_string(
   "text",
   None,
-  "For fidelity: a text on whose tokens logits are compared.",
+  "For fidelity and merge: a text on whose tokens logits are compared.",
   flag_values=FLAGS,
 )
 _TOKENS = flags.DEFINE_integer(
-  "tokens", 256, "For fidelity: how many of them.", flag_values=FLAGS
+  "tokens", 256, "For these: how many of them.", flag_values=FLAGS
+)
+_ORIGINAL = flags.DEFINE_string(
+  "original",
+  None,
+  "For merge: the model that the base was rounded from.",
+  flag_values=FLAGS,
+)
+_MODE = flags.DEFINE_string(
+  "mode", "decoded", "For merge with --to: which one.", flag_values=FLAGS
 )
 _PICTURE = flags.DEFINE_string(
   "picture", None, "For diagnose: a PNG to draw.", flag_values=FLAGS
@@ -244,11 +256,8 @@ def _diagnosed() -> dict[str, Any]:
 
 
 def _fidelity() -> dict[str, Any]:
-  import jax.numpy as jnp
-
   from research.interop import changes
   from research.lora import merging
-  from research.typing import UserError
 
   source = _one()
   params = source.params()
@@ -264,14 +273,50 @@ def _fidelity() -> dict[str, Any]:
   )
   if _TEXT.value is None:
     return out
+  compared = merging.outputs(source.model, params, merged, _tokens(source))
+  return out | dict(outputs=dataclasses.asdict(compared))
+
+
+def _tokens(source: Any) -> Any:
+  """Returns a row of the text's tokens."""
+  import jax.numpy as jnp
+
+  from research.typing import UserError
+
   text = cli.read_text(_TEXT.value, "text")
   if source.tokenizer is None:
     raise UserError(f"--from={_FROM.value[0]}: its base has no tokenizer")
   tokens = source.tokenizer.encode(text)[: _TOKENS.value]
-  compared = merging.outputs(
-    source.model, params, merged, jnp.asarray([tokens], jnp.int32)
-  )
-  return out | dict(outputs=dataclasses.asdict(compared))
+  return jnp.asarray([tokens], jnp.int32)
+
+
+def _merged() -> dict[str, Any]:
+  """Tells what each way to merge does; writes one if there is a --to."""
+  from research.interop import convert, sources
+  from research.lora import merge_modes, wrap
+  from research.typing import UserError
+
+  name, *more = _FROM.value
+  source, original = sources.open_source(name), None
+  params = source.params()
+  if more or not wrap.adapters(params, lambda w: w.trained):
+    raise UserError("--op=merge: expected one model with adapters in --from")
+  if _ORIGINAL.value is not None:
+    original = sources.open_source(_ORIGINAL.value).params()
+  out: dict[str, Any] = {}
+  if _TEXT.value is not None:
+    found = merge_modes.report(source.model, params, original, _tokens(source))
+    rows = {mode: dataclasses.asdict(x) for mode, x in found.items()}
+    _told(rows)
+    out["outputs"] = rows
+  if _TO.value is None:
+    cli.required(text=_TEXT.value)
+    return out
+  to, mode = pathlib.Path(_TO.value), _MODE.value
+  convert.free(to)
+  made = merge_modes.merged(params, mode, original)
+  convert.to_orbax(dataclasses.replace(source, params=lambda: made), to)
+  return out | dict(mode=mode, to=_TO.value)
 
 
 def _validated() -> dict[str, Any]:
@@ -323,6 +368,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   writes = {how: _combined for how in (arithmetic.CAT, *arithmetic.WAYS)}
   writes |= dict(lora=_lora, intruders=_intruders)
   reads = dict(diagnose=_diagnosed, fidelity=_fidelity, validate=_validated)
+  reads |= dict(merge=_merged)
   if _OP.value not in writes | reads:
     raise UserError(
       f"--op={_OP.value}: expected one of {', '.join([*writes, *reads])}"

@@ -64,19 +64,20 @@ def merged(
 def report(
   model: Transformer,
   params: Params,
-  original: Params,
+  original: Params | None,
   tokens: Int[Array, "B T"],
 ) -> dict[str, merging.Outputs]:
   """Returns, for each mode, how its logits differ from the adapted model's.
 
   Args:
     model: of all trees.
-    params, original: as in `merged`.
+    params, original: as in `merged`; that mode is left out without one.
     tokens: rows that are read.
   """
   return {
     mode: merging.outputs(model, params, merged(params, mode, original), tokens)
     for mode in MODES
+    if mode != "original" or original is not None
   }
 
 

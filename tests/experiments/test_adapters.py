@@ -1,15 +1,20 @@
 """The command: every operation, from files to files."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import adapters, cli, convert
-from research.interop import load
-from research.lora import plain
+from research import tree
+from research.interop import convert as exporting
+from research.interop import load, parts, sources
+from research.lora import adapt, merge_modes, plain
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -134,6 +139,42 @@ def test_fidelity(command):
   assert results[0]["lost"] < results[1]["lost"]
 
 
+def test_merging_over_a_packed_base(command, tmp_path):
+  """What was trained is kept by decoding the base, and by that alone."""
+  packed = sources.open_source(MODELS / "gguf_q4_0" / "model.gguf")
+  params = adapt.Adapt()(packed.params(), jax.random.key(0))
+  moved = tree.map_paths(
+    lambda path, x: (
+      x + 0.02 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+      if "/trained/" in path
+      else x
+    ),
+    params,
+  )
+  made, to = tmp_path / "adapted", tmp_path / "merged"
+  exporting.to_orbax(
+    dataclasses.replace(
+      packed, params=lambda: moved, parts=parts.from_params(moved)
+    ),
+    made,
+  )
+  status, result, errors = command(
+    adapters.main,
+    *("--op=merge", f"--from={made}", f"--text={ROOT / 'LICENSE'}"),
+    *(f"--original={MODELS / 'gguf_f32' / 'model.gguf'}", "--tokens=32"),
+    *("--mode=requantized", f"--to={to}"),
+  )
+  assert (status, errors) == (0, "")
+  kl = {mode: found["kl"] for mode, found in result["outputs"].items()}
+  assert set(kl) == {"decoded", "requantized", "original"}
+  assert abs(kl["decoded"]) < 1e-6
+  assert kl["requantized"] > 1e-4 and kl["original"] > 1e-4
+  written = sources.open_source(to).params()
+  want = merge_modes.merged(moved, "requantized")
+  same = jax.tree.map(np.array_equal, written, want)
+  assert all(jax.tree.leaves(same))
+
+
 def test_rules(command, tmp_path):
   folder = tmp_path / "a"
   shutil.copytree(A, folder)
@@ -192,6 +233,8 @@ def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):
     (["--op=cat", f"--from={A}"], "--to: is missing"),
     (["--op=cat", f"--from={MODELS / 'llama'}", "--to=x"], "found a model"),
     (["--op=cat", "--from=x.gguf", "--to=x"], "--base: is missing"),
+    (["--op=merge", f"--from={MODELS / 'llama'}"], "one model with adapters"),
+    (["--op=merge", f"--from={A}"], "--text"),
     (["--op=lora", f"--from={A}", "--to=x"], "either --rank or --energy"),
     (["--op=lora", f"--from={A}", f"--from={B}", "--rank=2", "--to=x"], "one"),
     (
