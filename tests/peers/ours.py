@@ -9,7 +9,7 @@ whose output is a plain .npy, so that the reader can map it.
   logits    tokens [B, T] (positions)   -> [B, T, V]
   greedy    prompt [P], steps           -> tokens [steps], through the cache
   encode    text                        -> ids
-  adapt     tokens, rank, std           -> logits of a new adapter, which is
+  adapt     tokens, rank, std (targets) -> logits of a new adapter, which is
                                            left at --adapter in PEFT's format
   start     tokens, method              -> logits of a moved adapter of that
                                            method, left at --adapter
@@ -84,12 +84,15 @@ def encode(it, args, rows) -> dict:
 
 
 def adapt_and_save(it, args, rows) -> dict:
-  """Every linear layer adapted, with b drawn too; saved where PEFT reads."""
+  """Linear layers, or targets, with b drawn too; saved where PEFT reads."""
   from research.lora import peft_write
 
   key = jax.random.key(0)
-  rank = int(rows["rank"])
-  params = adapt.Adapt(method=LoRA(rank=rank, alpha=2.0 * rank))(it.params, key)
+  rank, targets = int(rows["rank"]), adapt.ALL_LINEAR
+  if "targets" in rows:
+    targets = tuple(rows["targets"].tolist())
+  method = LoRA(rank=rank, alpha=2.0 * rank)
+  params = adapt.Adapt(method=method, targets=targets)(it.params, key)
   std = float(rows["std"])
 
   def drawn(path, leaf):

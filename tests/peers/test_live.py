@@ -91,6 +91,32 @@ def test_peft_loads_our_adapter(heptad, tmp_path):
     np.testing.assert_array_equal(value.detach().numpy(), stored[key])
 
 
+EXPERTS = ["experts/gate", "experts/up", "experts/down"]
+
+
+@pytest.mark.parametrize("targets", [["q", *EXPERTS], EXPERTS[1:2]])
+def test_peft_loads_our_adapter_on_experts(targets, heptad, tmp_path):
+  """A gate's factors and its neighbour's become one of twice the rank."""
+  tokens, base = make_peft.tokens(), peer("mixtral")
+  ours = heptad.bridge(
+    "adapt",
+    MODELS / "mixtral",
+    tmp_path / "adapter",
+    tokens=tokens,
+    rank=3,
+    std=0.1,
+    targets=targets,
+  )
+  with torch.no_grad():
+    plain = make_peft.loss_and_logits(base, tokens)[1].numpy()
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    want = make_peft.loss_and_logits(model, tokens)[1].numpy()
+    merged = make_peft.loss_and_logits(model.merge_and_unload(), tokens)[1]
+  assert support.relative_error(plain, want) > 1e-3
+  assert support.relative_error(ours["logits"], want) < 1e-5
+  assert support.relative_error(ours["merged_logits"], merged.numpy()) < 1e-5
+
+
 @pytest.mark.parametrize("name", make_peft.ADAPTERS)
 def test_loss_and_gradients(name, heptad, tmp_path):
   with np.load(MODELS / name / "golden.npz") as file:
