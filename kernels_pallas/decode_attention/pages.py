@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.decode_attention import ragged
+from kernels_pallas.decode_attention import mosaic_gpu_append, ragged
 from kernels_pallas.decode_attention.mosaic_tpu_append import (
   group_size,
   mosaic_tpu_append,
@@ -170,9 +170,10 @@ def append_to_pages(
     cu_q_lens: Where each row's tokens start, and where the last one's end; by
       default a token a row.
     backend: 'xla', 'mosaic_tpu' (which writes within the pages, wherever
-      tables lead), or 'auto': that kernel for TPUs where a page is a whole
-      number of registers.
-    interpret: Of mosaic_tpu, as of `pl.pallas_call`; runs it anywhere.
+      tables lead), 'mosaic_gpu' (Ampere and later), or 'auto': the kernel for
+      TPUs where a page is a whole number of registers, else 'xla'.
+    interpret: Of a kernel, as of `pl.pallas_call`, or for mosaic_gpu a
+      `plgpu.InterpretGPUParams`; runs it anywhere.
 
   Raises:
     ValueError: Shapes that do not fit, or (where values are known) tokens that
@@ -187,51 +188,75 @@ def append_to_pages(
       f"{(T, K, H)} and {(T, K, Hv)}"
     )
   rows = ragged.rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
-  dtype, scale = pages.kv.dtype, pages.scale
-  put = _scatter(rows, T, pages)
+  dtype, scale, scales = pages.kv.dtype, pages.scale, None
+  where, taken = places(rows, T, pages), _backend(backend, pages)
   if scale is not None:
     (k, k_scale), (v, v_scale) = quantize(k, dtype), quantize(v, dtype)
-    scale = put(put(scale, k_scale, 0), v_scale, 1)
+    scales = jnp.stack([k_scale, v_scale])
   new = jnp.concatenate([k.astype(dtype), v.astype(dtype)], axis=-1)
-  if _is_for_tpu(backend, pages):
+  if taken == "mosaic_gpu":
+    kv, scale = mosaic_gpu_append.mosaic_gpu_append(
+      pages.kv, scale, new, scales, where, interpret
+    )
+    return Pages(kv, scale, H)
+  if scale is not None:
+    for n in (0, 1):
+      scale = _put(scale, scales[n], where, n)
+  if taken == "mosaic_tpu":
     kv = mosaic_tpu_append(pages.kv, new, rows, interpret)
   else:
-    kv = put(pages.kv, new)
+    kv = _put(pages.kv, new, where)
   return Pages(kv, scale, H)
 
 
-def _is_for_tpu(backend: str, pages: Pages) -> bool:
-  group = group_size(pages.kv.dtype)
-  fits = pages.size % group == 0
+def _backend(backend: str, pages: Pages) -> str:
+  """What `backend` stands for here; raises where it cannot write `pages`."""
+  dtype, group = pages.kv.dtype, group_size(pages.kv.dtype)
+  found = (
+    f"{pages.size} tokens a page, expected a multiple of {group} in {dtype}"
+  )
+  refusals = {
+    "xla": None,
+    "mosaic_tpu": f"found {found}" if pages.size % group else None,
+    "mosaic_gpu": mosaic_gpu_append.refused(dtype, pages.kv.shape[-1]),
+  }
   if backend == "auto":
-    return fits and device()[0] == "tpu"
-  if backend not in ("xla", "mosaic_tpu"):
+    # On GPUs a scatter is in place as well, and fewer kernels in all.
+    kernel = "mosaic_tpu" if device()[0] == "tpu" else "xla"
+    return kernel if refusals[kernel] is None else "xla"
+  if backend not in refusals:
     raise ValueError(
-      f"backend: found {backend!r}, available: auto, xla, mosaic_tpu"
+      f"backend: found {backend!r}, available: auto, {', '.join(refusals)}"
     )
-  if backend == "mosaic_tpu" and not fits:
-    raise ValueError(
-      f"mosaic_tpu: found {pages.size} tokens a page, expected a multiple of "
-      f"{group} in {pages.kv.dtype}"
-    )
-  return backend == "mosaic_tpu"
+  if refusals[backend] is not None:
+    raise ValueError(f"{backend}: {refusals[backend]}")
+  return backend
 
 
-def _scatter(rows: ragged.Rows, tokens: int, pages: Pages):
-  """A function that writes what tokens have into an array of pages."""
+def places(
+  rows: ragged.Rows, tokens: int, pages: Pages
+) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
+  """Page and slot of each token; page `pages.count`, which there is not, for
+  tokens that have none.
+
+  Args:
+    rows: Whose they are.
+    tokens: T.
+    pages: That they are for.
+  """
   row, position, live = ragged.places(rows, tokens)
   inside = live & (position >= 0)
   inside &= position < rows.table.shape[1] * pages.size
   position = jnp.where(inside, position, 0)
   page = rows.table[row, position // pages.size]
   inside &= page >= 0
-  page = jnp.where(inside, page, pages.count)  # outside: dropped
-  slot = position % pages.size
+  return jnp.where(inside, page, pages.count), position % pages.size
 
-  def put(old, new, *axes):
-    return old.at[page, *axes, :, slot].set(new, mode="drop")
 
-  return put
+def _put(old, new, places, *axes):
+  """What tokens have, written into an array of pages; nowhere is dropped."""
+  page, slot = places
+  return old.at[page, *axes, :, slot].set(new, mode="drop")
 
 
 def dense(
