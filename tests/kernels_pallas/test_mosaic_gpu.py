@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.flash_attention import mosaic_gpu_stream
 from kernels_pallas.flash_attention.api import (
   choose,
   flash_attention,
@@ -181,6 +182,25 @@ def test_agrees_with_the_reference_without_a_race(interpreter, name):
   assert_no_rougher(found, rough, exact, x[0].dtype)
 
 
+def test_results_may_take_the_place_of_what_stays(interpreter, monkeypatch):
+  """As at D = 256, where shared memory has no room for both."""
+  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+  def results():
+    call = compiled(
+      causal=True,
+      backend="mosaic_gpu",
+      config=TILES["one_group"],
+      interpret=interpreter,
+    )
+    return call(*qkv(B=1, S=64))
+
+  apart = results()
+  monkeypatch.setattr(mosaic_gpu_stream, "SHARED_BYTES", 0)
+  chex.assert_trees_all_equal(results(), apart)
+  assert not interpret_pallas_call.get_races().races_found
+
+
 def test_padding_may_hold_anything(interpreter):
   """NaN in padding, or where no tile is visited, reaches nothing."""
   i, j = jnp.arange(T)[None], jnp.arange(S)[None]
@@ -310,6 +330,8 @@ def test_bad_kernels_are_refused():
     GpuTiles(dq=NARROW)
   with pytest.raises(ValueError, match="'dk' and 'dv' once"):
     GpuTiles(gradients=(("dk",),))
+  with pytest.raises(ValueError, match="programs: found 0"):
+    GpuTiles(programs=0)
 
 
 @pytest.mark.parametrize(("H", "Hv"), [(64, 64), (128, 128), (192, 128),
