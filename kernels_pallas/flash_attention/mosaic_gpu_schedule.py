@@ -52,7 +52,7 @@ class Place(NamedTuple):
   group: Any
 
   @property
-  def rows(self) -> pl.Slice:
+  def rows(self) -> Any:
     """Its rows."""
     return pl.ds(self.start, ROWS)
 
