@@ -14,6 +14,7 @@ from experiments.diffusion_study import Tiny, batch_of
 from research.data.sources import Split
 from research.data.synthetic import Markov, rng_of
 from research.diffusion.objective import MaskedDiffusion, Noise
+from research.diffusion.rows import BatchRewrite
 from research.diffusion.schedule import Linear
 from research.nn.transformer import Transformer
 from research.typing import Bool, Int, Params, UserError
@@ -223,6 +224,7 @@ def learn(
   steps: int,
   seed: int,
   noise: Noise = "all",
+  rewrites: tuple[BatchRewrite, ...] = (),
 ) -> tuple[Transformer, Params]:
   """Returns a model of rows, by plain masked diffusion; the last id masks.
 
@@ -232,7 +234,7 @@ def learn(
     tiny: the model.
     steps: of training.
     seed: of weights, order and masks.
-    noise: see `MaskedDiffusion`.
+    noise, rewrites: see `MaskedDiffusion`.
   """
   model, params = tiny.load(vocab, seed)
   objective = MaskedDiffusion(
@@ -242,6 +244,7 @@ def learn(
     noise=noise,
     spread="even",
     rows=2048,
+    rewrites=rewrites,
   )
   return model, tiny.trained(objective, params, pool, steps, seed)
 
