@@ -146,7 +146,6 @@ class Options:
     some = jnp.floor(some) if self.plan == "dream" else jnp.round(some)
     return jnp.where(i < steps - 1, some.astype(jnp.int32), left)
 
-
   def again(
     self,
     sure: Float[Array, "B K"],
