@@ -173,9 +173,9 @@ class Lengths(OfSeeds):
         surely(saved),
       ),
       Verdict(
-        f"and are as often valid ({CLOSE:.0%})",
-        f"{lost} less often",
-        lost.value < CLOSE,
+        f"and are as often valid (surely less than {CLOSE:.0%} fewer)",
+        f"{lost} fewer",
+        lost.value + lost.half < CLOSE,
       ),
     ]
 
