@@ -32,7 +32,7 @@ from research.diffusion import grpo, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
 from research.diffusion.estimators import Coupled, FullMask
-from research.nn.sampling import GREEDY, Sampling, row_keys
+from research.nn.sampling import GREEDY, Sampling
 from research.training import optim, plots, state, step
 from research.typing import Array, Float, Int, Params, PRNGKey
 
@@ -146,18 +146,7 @@ class Rewards:
     options = Options(
       mask_id=task.mask_id, length=length, block=length, select="random"
     )
-    zero = jnp.zeros(len(tokens), jnp.int32)
-    begun = sampler.State(  # what `sampler.begin` makes of NumPy's arrays
-      tokens=tokens,
-      masked=masked,
-      fixed=~masked,
-      valid=jnp.ones(tokens.shape, bool),
-      keys=row_keys(second, jnp.arange(len(tokens))),
-      count=zero,
-      done=zero > 0,
-      filled=jnp.full(tokens.shape, -1, jnp.int32),
-      calls=jnp.int32(0),
-    )
+    begun = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
     end, _ = sampler.fill_block(
       Whole(model=model),
       params,

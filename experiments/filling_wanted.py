@@ -62,6 +62,11 @@ class Wanted:
         f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
         "--policy=quota"
       )
+    if self.plan == "chance" and self.policy != "quota":
+      raise UserError(
+        f"--policy={self.policy}: --plan=chance draws how many places are "
+        "filled; expected --policy=quota"
+      )
     if self.plan == "chance" and self.select != "random":
       raise UserError(
         f"--select={self.select}: --plan=chance fills any place as likely as "

@@ -85,6 +85,11 @@ class Options:
         f"sampler: plan is chance and select {self.select}, expected random: "
         "ancestral sampling fills any place as likely as another"
       )
+    if self.plan == "chance" and not isinstance(self.policy, Quota):
+      raise UserError(
+        f"sampler: plan is chance and policy {type(self.policy).__name__}, "
+        "expected Quota: how many places are filled is drawn, not judged"
+      )
     if self.remask is not None and self.plan != "chance":
       raise UserError(
         f"sampler: remask is {self.remask} and plan {self.plan}, expected "

@@ -110,9 +110,9 @@ def start(
 
 
 def begin(
-  tokens: np.ndarray,
-  masked: np.ndarray,
-  valid: np.ndarray,
+  tokens: Int[Array, "B T"] | np.ndarray,
+  masked: Bool[Array, "B T"] | np.ndarray,
+  valid: Bool[Array, "B T"] | np.ndarray,
   key: PRNGKey,
   examples: Int[Array, "B"] | None = None,
 ) -> State:

@@ -283,6 +283,11 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--policy=credit:0",), "P in (0, 1]"),
     ("all", ("--plan=chance",), "--select=candidate: --plan=chance fills"),
     ("all", ("--remask=cap:0.1",), "expected --plan=chance"),
+    (
+      "all",
+      ("--plan=chance", "--select=random", "--policy=quota+threshold:0.9"),
+      "--plan=chance draws",
+    ),
     ("all", ("--plan=chance", "--select=random", "--remask=cap"), "cap:E"),
     ("all", ("--remask=rescale:2",), "E from 0 to 1"),
     ("all", ("--canvas=auto", "--plan=chance", "--select=random"), "not with"),

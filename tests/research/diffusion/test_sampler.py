@@ -336,6 +336,14 @@ def test_masking_again_needs_places_by_chance():
     Options(mask_id=MASK, length=6, block=6, remask=Remask(eta=0.1))
 
 
+def test_chance_needs_a_quota():
+  with pytest.raises(UserError, match="policy Threshold, expected Quota"):
+    Options(
+      mask_id=MASK, length=6, block=6, plan="chance", select="random",
+      policy=Threshold(),
+    )  # fmt: skip
+
+
 def test_chance_needs_places_at_random():
   with pytest.raises(UserError, match="select candidate, expected random"):
     Options(mask_id=8, length=6, block=6, plan="chance")
