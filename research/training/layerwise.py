@@ -11,8 +11,10 @@ by layer, in the memory that they are in:
 
 What is added up over microbatches is R, and what is clipped is its norm; so,
 unlike an optimizer that steps in the middle of the backward pass (as GaLore's
-authors do), this one accumulates and clips (lora.md 4.9). A model uses each
-matrix once in a call, and reads it by `research.weights`.
+authors do), this one accumulates and clips (lora.md 4.9). A model reads each
+matrix once in a call, by `research.weights`: projectors of two reads have no
+sum, and one of none is lost. Reads are counted, and where they are others the
+loss is NaN.
 """
 
 import dataclasses
@@ -77,6 +79,13 @@ class _Parts:
         " trainable arrays.\nExpected a regular expression for paths such as"
         f" {found[-1][0]!r}."
       )
+    for path, w in found:
+      if movable(w) and path not in out:
+        raise UserError(
+          f"matrices: {self.matrices!r} does not match {path}, a trainable"
+          f" {type(w).__name__}.\nExpected all weights that are trained in"
+          " codes: others have no gradient."
+        )
     return out
 
   def small(self, w: Any) -> Array:
@@ -119,8 +128,11 @@ class Layerwise(optax.GradientTransformation):
 
   def gradients(
     self, loss: Loss, trainable: Any, state: LayerwiseState, first: Any
-  ) -> tuple[tuple[Array, Any], Any, LayerwiseState]:
-    """Returns (loss, more), gradients with R for matrices, and the state.
+  ) -> tuple[tuple[Array, Any], Any, LayerwiseState, Array]:
+    """Returns (loss, more), gradients with R for matrices, the state, misread.
+
+    `misread` is the number of matrices, each layer's for itself, that `loss`
+    did not read exactly once; the loss is NaN if there are any.
 
     Args:
       loss: what is differentiated.
@@ -196,8 +208,7 @@ def _gradients(parts, loss, trainable, state, first):
       lead = _lead(path, w)
       keys = jax.random.split(own, lead) if lead else own
       held = _at(state.projector, path)
-      small, stub = slots[path]
-      return Seen(w, small, stub, held, due[path], keys, rule)
+      return Seen(w, *slots[path], held, due[path], keys, rule)
 
     return tree.map_paths(one, params, movable)
 
@@ -212,16 +223,22 @@ def _gradients(parts, loss, trainable, state, first):
   arrays, _ = jax.tree_util.tree_flatten_with_path(trainable, is_leaf=movable)
   free = {tree.path_name(p): x for p, x in arrays}
   free = {path: x for path, x in free.items() if path not in found}
-  slots = {path: (parts.small(w), parts.stub(w)) for path, w in found.items()}
+  slots = {
+    path: (parts.small(w), parts.stub(w), jnp.zeros(_lead(path, w)))
+    for path, w in found.items()
+  }
   valued = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-  out, (others, seen) = valued(free, slots)
+  (total, more), (others, seen) = valued(free, slots)
+  misread = sum((reads != 1).sum() for *_, reads in seen.values())
+  total = jnp.where(misread > 0, jnp.nan, total)
   small = tree.map_paths(
     lambda path, _: seen[path][0] if path in seen else others[path],
     trainable,
     movable,
   )
-  fresh = {path: made for path, (_, made) in seen.items()}
-  return out, small, _renewed(parts, state, found, fresh, due, trainable)
+  fresh = {path: made for path, (_, made, _) in seen.items()}
+  state = _renewed(parts, state, found, fresh, due, trainable)
+  return (total, more), small, state, misread
 
 
 def _renewed(parts, state, found, fresh, due, like):

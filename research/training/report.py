@@ -95,6 +95,13 @@ class Report:
       named.items(), key=lambda x: x[0] != "train/loss"
     ):
       if not math.isfinite(value):
+        if values.get("misread"):
+          raise UserError(
+            f"{self.workdir}: {name} is {value} at step {step}: of the"
+            f" projected matrices {values['misread']:.0f} were not read exactly"
+            " once.\nExpected one read of each in a loss, layer by layer; name"
+            " fewer `matrices`, or\nuse galore.galore."
+          )
         raise UserError(
           f"{self.workdir}: {name} is {value} at step {step}.\n"
           "Expected a finite number; lower the learning rate or clip, in a new"

@@ -3,7 +3,8 @@
 A `Seen` weight multiplies as the one inside it does; the cotangent of its
 `small` is, by definition, the projected gradient R of its matrix, and that of
 its `stub` what is to be kept of the projector. So the backward pass of a scan
-makes the gradient of a layer, turns it to R, and forgets it.
+makes the gradient of a layer, turns it to R, and forgets it. Cotangents of what
+is read twice add up, of which a projector has no sum: `reads` counts.
 """
 
 import dataclasses
@@ -64,6 +65,7 @@ class Seen(weights.Around):
     w: the weight, of any kind; it has no gradient.
     small: zeros like R, whose cotangent is R.
     stub: floats whose cotangent says what is to be kept of the projector.
+    reads: zeros, whose cotangent is how often the weight is read, `[layers]`.
     held: what is kept of it.
     due: whether a new one is to be made, `[layers]`.
     key: of its randomness, `[layers]`.
@@ -73,6 +75,7 @@ class Seen(weights.Around):
   w: Any
   small: Any
   stub: Any
+  reads: Any
   held: Any
   due: Any
   key: Any
@@ -82,7 +85,7 @@ class Seen(weights.Around):
     """Returns the array, whose cotangent becomes R."""
     w = jax.lax.stop_gradient(weights.dense(self.w))
     more = (self.held, self.due, self.key)
-    return _seen(self.rule, w, self.small, self.stub, more)
+    return _seen(self.rule, w, self.small, self.stub, self.reads, more)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)`."""
@@ -111,7 +114,7 @@ class Seen(weights.Around):
     def whole(name):
       return jax.tree.map(lambda x: (None,) * x.ndim, getattr(self, name))
 
-    parts = ("small", "stub", "held", "due", "key")
+    parts = ("small", "stub", "reads", "held", "due", "key")
     return dataclasses.replace(
       self, w=weights.axes(self.w, names), **{f: whole(f) for f in parts}
     )
@@ -122,12 +125,12 @@ class Seen(weights.Around):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _seen(rule, w, small, stub, more):
+def _seen(rule, w, small, stub, reads, more):
   """Returns `w`; its cotangent goes to `small` and `stub`, projected."""
   return w
 
 
-def _seen_fwd(rule, w, small, stub, more):
+def _seen_fwd(rule, w, small, stub, reads, more):
   return w, more
 
 
@@ -137,7 +140,8 @@ def _seen_bwd(rule, more, g):
   found = jax.lax.cond(
     due, lambda: rule.fresh(g, key), lambda: rule.storage.unpack(held)
   )
-  return None, rule.down(g, found), found, None
+  once = jnp.ones(due.shape, jnp.float32)
+  return None, rule.down(g, found), found, once, None
 
 
 _seen.defvjp(_seen_fwd, _seen_bwd)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from research import tree
+from research.training.layerwise import Layerwise, movable
 from research.typing import Array, Params, UserError
 
 Placement = Callable[[Any], Any]
@@ -69,7 +70,8 @@ def create(
     tx: the optimizer.
     dtype: of the trainable arrays. They are masters in float32 over a base of
       any type; activations decide in which type they are multiplied. Weights
-      that are trained as codes (`int8_weights`) keep their types.
+      that a `Layerwise` optimizer trains as codes (`int8_weights`) keep their
+      types.
     average: whether to keep a moving average of the trainable arrays.
     held: regular expression of the paths, among those that are not trainable,
       that rewrites change; they are copied, in their own type.
@@ -81,13 +83,14 @@ def create(
       point.
   """
   selected, frozen = tree.partition(params, trainable)
-  _check("trainable", selected, params, trainable)
-  if average and any(map(_stored, jax.tree.leaves(selected, is_leaf=_stored))):
+  codes = isinstance(tx, Layerwise)
+  _check("trainable", selected, params, trainable, codes)
+  if average and any(map(movable, jax.tree.leaves(selected, is_leaf=movable))):
     raise UserError("average: weights in codes have no average, expected False")
   kept = None
   if held is not None:
     kept, frozen = tree.partition(frozen, held)
-    _check("held", kept, params, held)
+    _check("held", kept, params, held, codes=False)
 
   def copy(x: Array) -> Array:
     coded = not jnp.issubdtype(x.dtype, jnp.floating)
@@ -132,12 +135,18 @@ def place(params: Params, shardings: Placement) -> Params:
   return jax.tree.map(one, params, shardings(params))
 
 
-def _stored(x: Any) -> bool:
-  """Whether a leaf is a weight that is trained as it is stored."""
-  return hasattr(x, "stored")
+def _check(
+  field: str, selected: Params, params: Params, pattern: str, codes: bool
+) -> None:
+  """Raises UserError where nothing is selected, or what cannot be learned.
 
-
-def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
+  Args:
+    field: that `pattern` is of.
+    selected: what it selects.
+    params: of what.
+    pattern: regular expression.
+    codes: whether weights can be stored anew as codes.
+  """
   found = tree.flatten_paths(selected)
   if not found:
     paths = [path for path, _ in tree.flatten_paths(params)]
@@ -145,12 +154,15 @@ def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
       f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
       f"Expected a regular expression for paths such as {paths[-1]!r}."
     )
-  # Codes that an optimizer can store anew are trained, others are not.
-  leaves, _ = jax.tree_util.tree_flatten_with_path(selected, _stored)
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+    selected, movable if codes else None
+  )
   for path, leaf in ((tree.path_name(p), x) for p, x in leaves):
-    if not _stored(leaf) and not jnp.issubdtype(leaf.dtype, jnp.floating):
+    anew = codes and movable(leaf)
+    if not anew and not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
-        " adapters, e.g. '/trained/'."
+        " adapters, e.g. '/trained/'\n(layerwise.galore alone trains codes,"
+        " those of int8_weights)."
       )

@@ -39,8 +39,9 @@ def make_train_step(
   weight; whatever is no scalar is for a rewrite of the state to use up),
   `weight`, `grad_norm` before clipping (of projected gradients where those
   are added up, or whole ones never made), `learning_rate` if the optimizer has
-  one, and `nonfinite`, 1 where loss or gradient is not finite. `step` derives
-  its randomness as `fold_in(key, state.step)`.
+  one, `nonfinite`, 1 where loss or gradient is not finite, and of a `Layerwise`
+  optimizer `misread`, see there. `step` derives its randomness as
+  `fold_in(key, state.step)`.
 
   Args:
     objective: the loss.
@@ -114,12 +115,14 @@ def _gradients(objective, state, batch, key, accumulate, tx):
   def one(opt_state, index, batch, key):
     """Returns the state, and what is added up, of a microbatch."""
     if layerwise:
-      (loss_sum, (weight, sums)), grads, opt_state = tx.gradients(
+      (loss_sum, (weight, sums)), grads, opt_state, misread = tx.gradients(
         lambda x, watch: loss(x, batch, key, watch),
         state.trainable,
         opt_state,
         index == 0,
       )
+      # A mean of equal numbers, as metrics are means.
+      sums = {**sums, "misread": misread * weight}
       return opt_state, (grads, loss_sum, weight, sums)
     (loss_sum, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
       state.trainable, batch, key

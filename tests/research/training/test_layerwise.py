@@ -7,11 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from research import sharding, tree
+from research import sharding, tree, weights
 from research.training import (
   galore,
   int8_weights,
   layerwise,
+  loop,
   objective,
   projectors,
   state,
@@ -139,6 +140,82 @@ def test_meshes_agree():
     cut = jax.jit(update)(placed, held, key)[0].trainable
   want = jax.jit(update)(start, data, key)[0].trainable
   chex.assert_trees_all_close(jax.device_get(cut), want, atol=1e-4)
+
+
+class Views:
+  """Squares of a stack's product with each of some views, and of `more`."""
+
+  def __init__(self, views, more=lambda params: 0.0):
+    self.views, self.more = views, more
+
+  def __call__(self, params, batch, key):
+    del key
+
+    def view(total, x):
+      def layer(x, w):
+        return weights.einsum("...d,df->...f", x, w), None
+
+      y, _ = jax.lax.scan(layer, x, params["run0"]["layer0"]["up"])
+      return total + (y**2).sum(), None
+
+    x = batch["x"] + jnp.arange(self.views)[:, None, None]
+    total, _ = jax.lax.scan(view, self.more(params), x)
+    return total, jnp.float32(len(batch["x"])), {}
+
+
+def squares(params):
+  return (weights.dense(params["embed"]) ** 2).sum()
+
+
+@pytest.mark.parametrize(
+  "loss, misread",
+  [
+    (Views(1, squares), 0),
+    # Two layers are read by each view, one embedding twice or not at all.
+    (Views(2, squares), 2),
+    (Views(1, lambda params: squares(params) + squares(params)), 1),
+    (Views(1), 1),
+    (Views(0), 3),
+  ],
+)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_what_is_not_read_once_is_refused(loss, misread, parts):
+  tx = layerwise.galore(0.1, subspace.Projection(rank=2), matrices="up|embed")
+  params = {"run0": {"layer0": {"up": jnp.ones((2, 4, 4))}}}
+  params["embed"] = jnp.ones((8, 4))
+  update = jax.jit(step.make_train_step(loss, tx, parts))
+  held = state.create(params, ".", tx)
+  _, metrics = update(held, {"x": jnp.ones((6, 4))}, jax.random.key(0))
+  assert float(metrics["misread"]) == misread
+  assert bool(jnp.isnan(metrics["loss"])) == (misread > 0)
+  assert float(metrics["nonfinite"]) == (misread > 0)
+
+
+def test_the_trainer_says_what_was_read_twice(tmp_path):
+  tx = layerwise.galore(0.1, subspace.Projection(rank=2), matrices="up")
+  params = {"run0": {"layer0": {"up": jnp.ones((2, 4, 4))}}}
+  data = [{"x": np.ones((6, 4), "f4"), "weights": np.ones((6, 1), "f4")}] * 4
+  with pytest.raises(UserError) as e:
+    plan, start = loop.Plan(steps=2), state.create(params, ".", tx)
+    loop.fit(Views(2), tx, start, data, plan, workdir=tmp_path)
+  said = "train/loss is nan at step 1: of the projected matrices 2 were not"
+  assert said in str(e.value)
+
+
+def test_codes_are_trained_layer_by_layer_alone():
+  params = {"run0": {"layer0": {"up": jnp.ones((1, 2, 2))}}}
+  params["embed"] = jnp.ones((2, 2))
+  packed = int8_weights.Pack(matrices="up|embed", group=4)(params)
+  # Of another optimizer codes would be numbers; held ones nobody stores anew.
+  for field, more in (("trainable", {}), ("held", dict(held="run0"))):
+    with pytest.raises(UserError, match=f"{field}: .* [a-z]+/codes of type u"):
+      tx = optax.sgd(0.1)
+      if more:
+        tx = layerwise.galore(0.1, subspace.Projection(rank=1), matrices="em")
+      state.create(packed, "embed", tx, **more)
+  tx = layerwise.galore(0.1, subspace.Projection(rank=1), matrices="up")
+  with pytest.raises(UserError, match="'up' does not match embed, a trainable"):
+    state.create(packed, ".", tx)
 
 
 def test_bad_use():
