@@ -38,6 +38,11 @@ class Remask:
   def __post_init__(self):
     if not 0 <= self.eta <= 1:
       raise UserError(f"Remask: eta is {self.eta}, expected 0 to 1")
+    if not 0 <= self.stop <= self.start <= 1:
+      raise UserError(
+        f"Remask: start is {self.start} and stop {self.stop}, expected"
+        " 0 <= stop <= start <= 1: time runs from 1, all masked, to 0"
+      )
 
   def size(
     self, schedule: Schedule, t: Float[Array, ""], s: Float[Array, ""]

@@ -1,8 +1,10 @@
 """Weights in eight bits that are trained: no copy of them in full is kept.
 
 A move is added to the decoded matrix, and the sum is encoded with codes drawn
-such that their mean is the sum: small moves, which rounding to nearest would
-lose one by one, count in the mean. Zhang et al. 2024 (Q-GaLore,
+such that their mean is the sum, but at the ends of a group: beyond 0 and 255
+there are none, and what is clipped there moves the mean inwards, by less than a
+step. Small moves, which rounding to nearest would lose one by one, count in the
+mean. Zhang et al. 2024 (Q-GaLore,
 arXiv:2407.08296), section 3.4, as its authors' code has it.
 """
 

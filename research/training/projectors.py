@@ -51,6 +51,13 @@ class Int4:
 
   group: int = 256
 
+  def __post_init__(self):
+    if self.group < 2 or self.group % 2:
+      raise UserError(
+        f"Int4.group: found {self.group}, expected an even number of at least"
+        " 2; two codes share a byte."
+      )
+
   def encode(self, p: Float[Array, "..."]) -> Mapping[str, Any]:
     """Returns codes, steps and zero codes, all in floats.
 
@@ -99,8 +106,13 @@ Storage = Whole | Int4
 def steps(
   x: Float[Array, "*B N"], top: int
 ) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
-  """Returns the step of each row's codes 0 to `top`, and the code of 0."""
-  high, low = x.max(-1, keepdims=True), x.min(-1, keepdims=True)
+  """Returns the step of each row's codes 0 to `top`, and the code of 0.
+
+  The range has 0 in it, whose code would else be clipped and all numbers with
+  it: in the authors' code 5 and 6 become 1. Rows of both signs are theirs.
+  """
+  high = jnp.maximum(x.max(-1, keepdims=True), 0)
+  low = jnp.minimum(x.min(-1, keepdims=True), 0)
   step = jnp.maximum(high - low, 1e-5) / top
   return step, jnp.clip(-jnp.round(low / step), 0, top)
 
@@ -145,7 +157,10 @@ class Lazy(Every):
   Once the mean of the last `last` cosines between a matrix's first vector and
   the one before is `threshold` or more, its gap is multiplied, at each new
   projector. Singular vectors have no sign, so that a cosine counts by its
-  size; in the authors' code a turned one counts against.
+  size; in the authors' code a turned one counts against. Vectors are as they
+  are kept: of `Int4` in four bits, where the authors compare those of the
+  decomposition, so that cosines here are a little smaller and gaps may grow
+  later.
 
   Attributes:
     threshold: of the mean cosine.

@@ -153,6 +153,9 @@ def test_mistakes():
     Ancestral(steps=0)
   with pytest.raises(UserError, match="eta is 2"):
     Remask(eta=2.0)
+  for times in (dict(start=0.2, stop=0.8), dict(start=2.0), dict(stop=-0.1)):
+    with pytest.raises(UserError, match="expected 0 <= stop <= start <= 1"):
+      Remask(eta=0.1, **times)
 
 
 def test_grids_of_times():

@@ -69,6 +69,16 @@ def test_eight_bits_are_the_authors():
   np.testing.assert_allclose(found.dense(), np.transpose(want["left"]), 1e-5)
 
 
+@pytest.mark.parametrize("top", [15, 255])
+@pytest.mark.parametrize("ends", [(5, 6), (-6, -5), (0, 1), (-1, 2), (3, 3)])
+def test_numbers_of_one_sign_are_numbers(ends, top):
+  x = jnp.linspace(*ends, 8)[None]
+  step, zero = projectors.steps(x, top)
+  codes = jnp.clip(jnp.round(x / step) + zero, 0, top)
+  np.testing.assert_allclose(step * (codes - zero), x, atol=float(step[0, 0]))
+  assert float(step[0, 0]) <= max(map(abs, (*ends, 3))) / top + 1e-6
+
+
 def test_codes_by_chance_are_right_in_the_mean():
   rng = np.random.default_rng(0)
   w = jnp.float32(rng.normal(size=(8, 16)))
@@ -207,3 +217,6 @@ def test_bad_use():
     int8_weights.encode(jnp.ones((8, 16)))
   with pytest.raises(UserError, match="256 does not divide a projector"):
     projectors.Int4().encode(jnp.ones((8, 4)))
+  for group in (0, -2, 7):
+    with pytest.raises(UserError, match=f"Int4.group: found {group}, expected"):
+      projectors.Int4(group=group)
