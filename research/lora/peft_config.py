@@ -276,7 +276,7 @@ def make_config(
   }
   return (
     own
-    | _beside(kind, bias, tied, rows)
+    | _more_fields(kind, bias, tied, rows)
     | (dict(target_parameters=list(names)) if names else {})
     | {name: x for name, x in patterns.items() if x}
     | dict(
@@ -290,7 +290,7 @@ def make_config(
   )
 
 
-def _beside(
+def _more_fields(
   kind: Method,
   bias: str,
   tied: bool,

@@ -7,6 +7,7 @@ written (lora.md sections 6.3 to 6.5).
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -47,6 +48,9 @@ def save_adapter(
 ) -> None:
   """Writes the adapters in `params` as PEFT would have.
 
+  Dropout of all adapters is written as 0 where some are on stacked experts,
+  and warned of: PEFT has none there.
+
   Args:
     directory: made if need be.
     params: with AdaptedTensor leaves; one adapter a weight.
@@ -68,18 +72,22 @@ def save_adapter(
   found = wrap.adapters(params, _thin)
   stacked = {} if naming != USUAL else wrap.experts(params)
   stacked = {path: found.pop(path) for path in stacked if path in found}
-  _check(found | stacked, {*modules, *stacked}, directory)
+  every = found | stacked
+  _check(every, {*modules, *stacked}, directory)
   peft_naming.check([modules[path] for path in found], directory)
   sizes = wrap.matrices(params)
-  said = _said(directory, found, modules, sizes, use_rslora)
-  tensors, methods, rows = said
+  beside = not all(isinstance(w.method, Tokens) for w in every.values())
+  tensors, methods, rows = _exported(
+    directory, found, modules, sizes, use_rslora, beside
+  )
   more, parameters, names = peft_experts.written(directory, stacked, params)
   tensors |= more
   parameters = {k: _stated(m, use_rslora) for k, m in parameters.items()}
-  if parameters:  # PEFT has no dropout beside them
+  if parameters:
+    _warn_of_dropout(directory, every)
     methods = {m: _undropped(method) for m, method in methods.items()}
   if model.tied:
-    tensors |= _head(tensors, found, resized, naming)
+    tensors |= _head(tensors, found, resized, naming, beside)
   sides = {naming.embedding, naming.head} if model.tied and rows else set(rows)
   kept, replaced, saved, bias = _whole(
     params, model, set(methods), set(whole), resized, naming, sides
@@ -100,6 +108,20 @@ def save_adapter(
   _write(directory, tensors | kept, notes, config)
 
 
+def _warn_of_dropout(directory, every: Found) -> None:
+  """Warns if dropout is lost, which PEFT refuses beside stacked experts."""
+  lost = {p: w.method.dropout for p, w in every.items() if w.method.dropout}
+  if lost:
+    path = next(iter(lost))
+    warnings.warn(
+      f"{directory}: dropout of {lost[path]} on {path} is written as 0, as of"
+      f" all {len(lost)} adapters that have any: PEFT has none beside adapters"
+      " on stacked experts.\nWhat is computed stays; to train on, set it again.",
+      RuntimeWarning,
+      stacklevel=3,
+    )
+
+
 def _undropped(method: Method) -> Method:
   return dataclasses.replace(method, dropout=0.0)
 
@@ -117,13 +139,13 @@ def _check(found: Found, named: Collection[str], directory) -> None:
     )
 
 
-def _said(directory, found: Found, modules, sizes, use_rslora):
+def _exported(directory, found: Found, modules, sizes, use_rslora, beside):
   """Returns what PEFT's files say of adapters.
 
-  Tensors by their names, and by module the methods and the tokens with rows.
+  Tensors by their names, and by module the methods and the tokens with rows:
+  these are a field's if they are `beside` another method, else a method.
   """
   tensors, methods, rows, shared = {}, {}, {}, {}
-  beside = _beside(found)
   for path, w in found.items():
     module = modules[path]
     method, arrays = w.method.exported(w.arrays)
@@ -148,24 +170,21 @@ def _said(directory, found: Found, modules, sizes, use_rslora):
   return tensors, methods, rows
 
 
-def _beside(found: Found) -> bool:
-  """Returns whether tokens' rows are beside another method."""
-  return not all(isinstance(w.method, Tokens) for w in found.values())
-
-
 def _in_rows(found: Found) -> bool:
   """Returns whether it is single rows of the embedding that are adapted."""
   return "embed" in found and isinstance(found["embed"].method, Tokens)
 
 
-def _head(tensors, found: Found, resized, naming) -> dict[str, np.ndarray]:
+def _head(
+  tensors, found: Found, resized, naming, beside
+) -> dict[str, np.ndarray]:
   """Returns a tied head's tensors, the embedding's as PEFT repeats them."""
   if "embed" not in found:
     return {}
   if not _in_rows(found):
     turned = peft_names.tied_keys(naming)
     return {copy: tensors[key].T for copy, key in turned}
-  if not resized and _beside(found):
+  if not resized and beside:
     return {}
   same = peft_names.tied_rows(naming)
   return {copy: tensors[key] for copy, key in same if key in tensors}

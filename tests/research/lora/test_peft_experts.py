@@ -13,7 +13,7 @@ import pytest
 from research import tree
 from research.interop import load, safetensors
 from research.lora import adapt, peft, peft_config, peft_write, wrap
-from research.lora.methods import lora, mora
+from research.lora.methods import lora, mora, tokens
 from research.typing import UserError
 from tests.support_peft import MODELS, loaded, logits, relative
 
@@ -155,9 +155,7 @@ EXPERTS = ("experts/gate", "experts/up", "experts/down")
 )
 @pytest.mark.parametrize("rslora", [False, True])
 def test_our_own_are_read_as_the_same_update(tmp_path, targets, ranks, rslora):
-  model, params = of_experts(
-    targets, rank=3, alpha=5.0, rslora=rslora, dropout=0.1
-  )
+  model, params = of_experts(targets, rank=3, alpha=5.0, rslora=rslora)
   path = saved(tmp_path, params, model)
   again = peft.load_adapter(path, base().params, model)
   for (address, x), (other, y) in zip(
@@ -175,6 +173,45 @@ def test_our_own_are_read_as_the_same_update(tmp_path, targets, ranks, rslora):
     layer = "base_layer." * (name == "gate_up_proj" and "down_proj" in ranks)
     key = f"base_model.model.model.layers.1.mlp.experts.{layer}lora_A.weight"
     assert found[key].shape[0] == rank * experts
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_tokens_beside_experts_alone(tmp_path, tied):
+  model, params = of_experts(EXPERTS, rank=3)
+  plain = base().params
+  if tied:
+    model = dataclasses.replace(model, tied=True)
+    for held in (params, plain):
+      del held["head"]
+  params = adapt.Adapt(method=tokens.Tokens(ids=(5, 9)), targets=("embed",))(
+    params, jax.random.key(0)
+  )
+  params = tree.map_paths(
+    lambda p, x: x + 0.1 if p.startswith("embed/trained") else x, params
+  )
+  path = saved(tmp_path, params, model)
+  config = json.loads((path / peft_config.CONFIG).read_text())
+  assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 9]}
+  assert config["target_modules"] == []
+  again = peft.load_adapter(path, plain, model)
+  assert {*wrap.adapters(again, thin)} == {*wrap.adapters(params, thin)}
+  ids = np.array([[5, 7, 9, 3]])
+  want = logits(model, params, ids)
+  assert relative(logits(model, again, ids), want) < 1e-5
+  assert relative(logits(model, wrap.merge(again), ids), want) < 1e-5
+  assert relative(logits(model, plain, ids), want) > 1e-3
+
+
+def test_dropout_beside_experts_is_warned_of(tmp_path):
+  model, params = of_experts((*EXPERTS, "attention/q"), dropout=0.1)
+  with pytest.warns(RuntimeWarning, match="dropout of 0.1 on layers/0/.* 12 a"):
+    path = saved(tmp_path, params, model)
+  config = json.loads((path / peft_config.CONFIG).read_text())
+  assert config["lora_dropout"] == 0
+  model, params = of_experts(EXPERTS)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", RuntimeWarning)
+    saved(tmp_path, params, model)
 
 
 def test_some_layers_are_named_in_full(tmp_path):
