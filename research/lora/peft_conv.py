@@ -9,10 +9,12 @@ whole. `use_effective_conv2d` is another method (Tucker's), and is refused.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Shaped
 
 from research.lora.method import Method, Place
+from research.lora.methods.lokr import LoKr
 from research.typing import UserError
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]
@@ -33,10 +35,11 @@ def to_peft(
     window: of the kernel, (kh, kw).
 
   Raises:
-    UserError: PEFT has no such method on convolutions.
+    UserError: PEFT has no such method on convolutions, or the window is not
+      the method's or the matrix's.
   """
   method, arrays = method.exported(arrays)
-  _check(method)
+  _check(method, place, window)
   channels = place.size_in // (window[0] * window[1])
   out = {}
   for name, x in method.to_peft(arrays, place).items():
@@ -54,7 +57,11 @@ def to_peft(
 
 
 def from_peft(
-  method: Method, tensors: Tensors, place: Place, w: Any
+  method: Method,
+  tensors: Tensors,
+  place: Place,
+  window: tuple[int, int],
+  w: Any,
 ) -> tuple[Any, Any]:
   """Returns (trained, fixed) of a kernel's matrix; inverts `to_peft`.
 
@@ -62,20 +69,30 @@ def from_peft(
     method: what the configuration says.
     tensors: of one convolution, by their names behind its own.
     place: the matrix.
+    window: of the kernel, (kh, kw).
     w: the matrix itself.
 
   Raises:
-    UserError: the method is another one on convolutions, or a shape is not
-      of this kernel.
+    UserError: the method is another one on convolutions, or the tensors or
+      their shapes are not those that `to_peft` has for this kernel.
   """
-  _check(method)
+  _check(method, place, window)
   for name in EFFECTIVE:
     if name in tensors:
       raise UserError(
         f"{name}: found the factors of use_effective_conv2d, which is not"
         " supported.\nExpected an adapter trained with it off."
       )
-  flat = {}
+  flat, shapes = {}, _shapes(method, place, window)
+  for name in sorted({*tensors, *shapes}):
+    found = np.shape(tensors[name]) if name in tensors else None
+    if found != shapes.get(name):
+      raise UserError(
+        f"{name}: found {_shape_text(found)}, expected {_shape_text(shapes.get(name))} of"
+        f" {type(method).__name__} of rank {method.rank} on a kernel of"
+        f" {window[0]} x {window[1]}, which is a matrix of {place.size_in} x"
+        f" {place.size_out}"
+      )
   for name, x in tensors.items():
     x = np.asarray(x)
     if name == MAGNITUDE:
@@ -83,16 +100,28 @@ def from_peft(
     elif x.ndim > 2:
       x = x.reshape(len(x), -1)
     flat[name] = x
-  for name, size in (("lora_A.weight", place.size_in),):
-    if name in flat and flat[name].shape[1] != size:
-      raise UserError(
-        f"{name}: has shape {list(tensors[name].shape)}, expected"
-        f" {size} numbers for each of its rows, as the kernel has"
-      )
   return method.from_peft(flat, place, w)
 
 
-def _check(method: Method) -> None:
+def _shape_text(shape: tuple[int, ...] | None) -> str:
+  return "no such tensor" if shape is None else f"shape {list(shape)}"
+
+
+def _shapes(
+  method: Method, place: Place, window: tuple[int, int]
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of the tensors that `to_peft` makes, by name."""
+  w = jax.ShapeDtypeStruct((place.size_in, place.size_out), np.float32)
+  start = jax.eval_shape(lambda w: method.start(jax.random.key(0), place, w), w)
+  arrays = {
+    name: np.zeros(x.shape, x.dtype)
+    for held in start
+    for name, x in held.items()
+  }
+  return {k: x.shape for k, x in to_peft(method, arrays, place, window).items()}
+
+
+def _check(method: Method, place: Place, window: tuple[int, int]) -> None:
   # By name: methods are found by what they are called in files.
   known = ("LORA", "LOHA", "LOKR")
   plain = ("LoRA", "DoRA", "LoHa", "LoKr")
@@ -100,4 +129,15 @@ def _check(method: Method) -> None:
     raise UserError(
       f"{type(method).__name__}: PEFT has no such method on convolutions;"
       f" expected one of {', '.join(plain)}, or merge it"
+    )
+  places = window[0] * window[1]
+  if place.size_in % places:
+    raise UserError(
+      f"window: {window[0]} x {window[1]} places do not divide the"
+      f" {place.size_in} inputs of a kernel's matrix"
+    )
+  if isinstance(method, LoKr) and method.window != places:
+    raise UserError(
+      f"LoKr.window: found {method.window}, expected {places} of a kernel of"
+      f" {window[0]} x {window[1]}"
     )

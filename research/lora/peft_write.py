@@ -116,7 +116,7 @@ def _warn_of_dropout(directory, every: Found) -> None:
     warnings.warn(
       f"{directory}: dropout of {lost[path]} on {path} is written as 0, as of"
       f" all {len(lost)} adapters that have any: PEFT has none beside adapters"
-      " on stacked experts.\nWhat is computed stays; to train on, set it again.",
+      " on stacked experts.\nWhat is computed stays; set it again to train on.",
       RuntimeWarning,
       stacklevel=3,
     )

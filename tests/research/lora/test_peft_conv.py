@@ -67,7 +67,7 @@ def close(got, want):
 def test_pefts_tensors_compute_what_they_do_there(layer, name):
   method, theirs = METHODS[name], tensors(layer, name)
   base = conv.of_kernel(kernel())
-  arrays = peft_conv.from_peft(method, theirs, PLACE, base.matrix)
+  arrays = peft_conv.from_peft(method, theirs, PLACE, WINDOW, base.matrix)
   arrays = jax.tree.map(jnp.asarray, arrays)
   w = conv.ConvTensor(
     AdaptedTensor(base.matrix, *arrays, method=method), WINDOW
@@ -147,14 +147,40 @@ def test_what_is_exported_as_lora_is_here_too():
   assert got["lora_A.weight"].shape == (4, 4, 2, 3)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_tensor_has_the_shape_of_this_kernel(name):
+  theirs = tensors("any", name)
+
+  def read(found, window=WINDOW):
+    base = conv.of_kernel(kernel())
+    peft_conv.from_peft(METHODS[name], found, PLACE, window, base.matrix)
+
+  for key, x in theirs.items():
+    # As many numbers in another order, fewer, and none.
+    turned = x.transpose(1, 0, *range(2, x.ndim))
+    for other in (turned, x[..., None], x[:-1], x[:, :-1]):
+      if other.shape != x.shape:
+        with pytest.raises(UserError, match=rf"{key}: found shape \["):
+          read(theirs | {key: other})
+    with pytest.raises(UserError, match=f"{key}: found no such tensor"):
+      read({k: v for k, v in theirs.items() if k != key})
+  with pytest.raises(UserError, match=r"more: .*, expected no such tensor"):
+    read(theirs | {"more": np.ones((1, 1))})
+  windowed = {k for k, x in theirs.items() if x.shape[2:] == WINDOW}
+  if windowed:
+    with pytest.raises(UserError, match=r"2, 3\], expected shape .*3, 2\]"):
+      read(theirs, WINDOW[::-1])
+
+
 def test_bad_use():
   with pytest.raises(UserError, match="HiRA: PEFT has no such method on conv"):
     peft_conv.to_peft(hira.HiRA(), {}, PLACE, WINDOW)
   theirs = {"hada_t1": np.ones((3, 3, 2, 3))}
   with pytest.raises(UserError, match="hada_t1: found the factors of use_eff"):
-    peft_conv.from_peft(loha.LoHa(), theirs, PLACE, None)
-  theirs = {"lora_A.weight": np.ones((3, 4, 2, 2))}
-  with pytest.raises(UserError, match=r"\[3, 4, 2, 2\], expected 24 numbers"):
-    peft_conv.from_peft(lora.LoRA(rank=3), theirs, PLACE, None)
+    peft_conv.from_peft(loha.LoHa(), theirs, PLACE, WINDOW, None)
+  with pytest.raises(UserError, match="LoKr.window: found 1, expected 6 of a"):
+    peft_conv.to_peft(lokr.LoKr(), {}, PLACE, WINDOW)
+  with pytest.raises(UserError, match="5 x 1 places do not divide the 24 inp"):
+    peft_conv.to_peft(lora.LoRA(), {}, PLACE, (5, 1))
   with pytest.raises(UserError, match="5 places do not divide 24 inputs"):
     lokr.LoKr(window=5).start(jax.random.key(0), PLACE, None)
