@@ -212,12 +212,13 @@ def append_to_pages(
 def _backend(backend: str, pages: Pages) -> str:
   """What `backend` stands for here; raises where it cannot write `pages`."""
   dtype, group = pages.kv.dtype, group_size(pages.kv.dtype)
-  found = (
-    f"{pages.size} tokens a page, expected a multiple of {group} in {dtype}"
+  uneven = (
+    f"found {pages.size} tokens a page, expected a multiple of {group} in "
+    f"{dtype}"
   )
   refusals = {
     "xla": None,
-    "mosaic_tpu": f"found {found}" if pages.size % group else None,
+    "mosaic_tpu": uneven if pages.size % group else None,
     "mosaic_gpu": mosaic_gpu_append.refused(dtype, pages.kv.shape[-1]),
   }
   if backend == "auto":
@@ -253,9 +254,9 @@ def places(
   return jnp.where(inside, page, pages.count), position % pages.size
 
 
-def _put(old, new, places, *axes):
+def _put(old, new, where, *axes):
   """What tokens have, written into an array of pages; nowhere is dropped."""
-  page, slot = places
+  page, slot = where
   return old.at[page, *axes, :, slot].set(new, mode="drop")
 
 

@@ -156,7 +156,11 @@ def expected(case: Case) -> Pages:
 
 TABLE = tuple(
   Case(target, dtype, dims)
-  for target, dims in (("a100", (64, 64)), ("h100", (256, 128)))
+  for target, dims in (
+    ("a100", (64, 64)),
+    ("h100", (256, 128)),
+    ("h100", (128, 128)),
+  )
   for dtype in ("bfloat16", "int8", "float8_e4m3fn")
 )
 

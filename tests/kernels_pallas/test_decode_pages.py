@@ -126,14 +126,18 @@ def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
-def test_the_gpu_kernel_appends_what_a_scatter_does(dtype):
-  """Codes and scales alike; tokens without a page, and nobody's, are not."""
+@pytest.mark.parametrize("H", [64, 128])
+def test_the_gpu_kernel_appends_what_a_scatter_does(dtype, H):
+  """Codes and scales alike; tokens without a page, and nobody's, are not.
+
+  A thread moves a number at a time, and of wider heads two.
+  """
   from jax._src.pallas.mosaic_gpu.interpret import (
     gpu_callbacks,
     interpret_pallas_call,
   )
 
-  count, size, K, H = 4, 3, 2, 64
+  count, size, K = 4, 3, 2
   held = empty_pages(count, K, size, H, dtype)
   kv = draw(count, K, size, 2 * H, seed=2)
   scale = None if held.scale is None else draw(*held.scale.shape)
