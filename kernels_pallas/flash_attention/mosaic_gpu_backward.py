@@ -35,18 +35,10 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
     p: The problem, keys streamed, with arrays do and stats.
     interpret: As of `plgpu.kernel`.
   """
-  (B, N, _, T, _, H, Hv), t = p.dims, p.tile
-  q = p.arrays["q"]
-  shapes = {
-    "q": (t.groups, ROWS, H),
-    "do": (t.groups, ROWS, Hv),
-    "k": (t.stages[0], t.streamed, H),
-    "v": (t.stages[1], t.streamed, Hv),
-  }
-  buffers = _buffers(p, shapes, {"dq": (t.groups, ROWS, H)})
+  (B, N, _, T, _, H, _), q = p.dims, p.arrays["q"]
   kernel = functools.partial(_dq_kernel, p)
   out = [varying(q, (B, T, N, H), p.spec.output or q.dtype)]
-  return _call(p, kernel, buffers, out, (1, 1), 3, interpret, "dq")[0]
+  return _call(p, kernel, _dq_scratch(p), out, 3, interpret, "dq")[0]
 
 
 def dkv(
@@ -60,8 +52,32 @@ def dkv(
     names: Of 'dk' and 'dv'.
     interpret: As of `plgpu.kernel`.
   """
-  (B, _, K, _, S, H, Hv), t = p.dims, p.tile
-  q = p.arrays["q"]
+  (B, _, K, _, S, H, Hv), q = p.dims, p.arrays["q"]
+  sizes = {"dk": H, "dv": Hv}
+  dtype = p.spec.output or q.dtype
+  out = [varying(q, (B, S, K, sizes[name]), dtype) for name in names]
+  kernel = functools.partial(_dkv_kernel, p, names)
+  matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
+  scratch = _dkv_scratch(p, names)
+  found = _call(p, kernel, scratch, out, matmuls, interpret, "".join(names))
+  return dict(zip(names, found, strict=True))
+
+
+def _dq_scratch(p) -> list[Any]:
+  """Types of shared memory: buffers, and barriers."""
+  (H, Hv), t = p.dims[-2:], p.tile
+  shapes = {
+    "q": (t.groups, ROWS, H),
+    "do": (t.groups, ROWS, Hv),
+    "k": (t.stages[0], t.streamed, H),
+    "v": (t.stages[1], t.streamed, Hv),
+  }
+  return _scratch(p, shapes, {"dq": (t.groups, ROWS, H)}, {}, (1, 1))
+
+
+def _dkv_scratch(p, names) -> list[Any]:
+  """Types of shared memory: buffers, and barriers."""
+  (H, Hv), t = p.dims[-2:], p.tile
   shapes = {
     "k": (t.groups, ROWS, H),
     "v": (t.groups, ROWS, Hv),
@@ -69,38 +85,34 @@ def dkv(
     "do": (t.stages[1], t.streamed, Hv),
   }
   sizes = {"dk": H, "dv": Hv}
-  buffers = _buffers(p, shapes, {n: (t.groups, ROWS, sizes[n]) for n in names})
-  stats = (t.stages[0], 2, t.streamed)
-  buffers["stats"] = plgpu.SMEM(stats, jnp.float32)
-  dtype = p.spec.output or q.dtype
-  out = [varying(q, (B, S, K, sizes[name]), dtype) for name in names]
-  kernel = functools.partial(_dkv_kernel, p, names)
-  matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
-  found = _call(
-    p, kernel, buffers, out, (2, 1), matmuls, interpret, "".join(names)
-  )
-  return dict(zip(names, found, strict=True))
+  results = {name: (t.groups, ROWS, sizes[name]) for name in names}
+  stats = plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)
+  return _scratch(p, shapes, results, {"stats": stats}, (2, 1))
 
 
-def _buffers(p, shapes, results) -> dict[str, Any]:
-  """Shared memory; results take the place of what stays where they must."""
-  dtype = p.arrays["q"].dtype
+def _scratch(p, shapes, results, more, arrivals) -> list[Any]:
+  """Results take the place of what stays where they must."""
   if p.spec.blocks.operand == "shared":
     shapes |= {"p": (p.tile.groups, ROWS, p.tile.streamed)}
-  if stream.room(shapes | results, dtype):
-    shapes |= results
-  return {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
+
+  def buffers(shapes):
+    dtype = p.arrays["q"].dtype
+    return {name: stream.buffer(x, dtype) for name, x in shapes.items()} | more
+
+  barriers = [
+    stream.barriers(p, arrivals),
+    plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
+  ]
+  both = [buffers(shapes | results), *barriers]
+  return both if stream.room(both) else [buffers(shapes), *barriers]
 
 
-def _call(p, kernel, buffers, out, arrivals, matmuls, interpret, name):
+def _call(p, kernel, scratch, out, matmuls, interpret, name):
+  stream.check(p, scratch)
   call = plgpu.kernel(
     kernel,
     out_type=out,
-    scratch_types=[
-      buffers,
-      stream.barriers(p, arrivals),
-      plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
-    ],
+    scratch_types=scratch,
     grid=(schedule.programs(p),),
     grid_names=(schedule.PROGRAM,),
     num_threads=p.tile.groups + 1,

@@ -23,6 +23,9 @@ from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
 
+REDUCTION_BYTES = 2048
+"""Of shared memory, which Mosaic GPU sets aside in a kernel with sums."""
+
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
   """The output [B, T, N, Hv] and log-sum-exp [B, N, T], padding included.
@@ -32,14 +35,15 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     interpret: As of `plgpu.kernel`.
   """
   B, N, _, T, _, _, Hv = p.dims
-  q = p.arrays["q"]
+  q, scratch = p.arrays["q"], _scratch(p)
+  stream.check(p, scratch, REDUCTION_BYTES)
   call = plgpu.kernel(
     functools.partial(_kernel, p),
     out_type=[
       varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
       varying(q, (B, N, T), jnp.float32),
     ],
-    scratch_types=[_buffers(p), *_barriers(p)],
+    scratch_types=scratch,
     grid=(schedule.programs(p),),
     grid_names=(schedule.PROGRAM,),
     num_threads=p.tile.groups + 1,
@@ -52,7 +56,8 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
   return tuple(call({**p.arrays, "schedule": schedule.deal(p)}))
 
 
-def _buffers(p: Problem) -> dict[str, Any]:
+def _scratch(p: Problem) -> list[Any]:
+  """Types of shared memory: buffers, and barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
   shapes = {
     "q": (t.groups, ROWS, H),
@@ -61,12 +66,14 @@ def _buffers(p: Problem) -> dict[str, Any]:
   }
   if p.spec.blocks.operand == "shared":
     shapes["p"] = (t.groups, ROWS, t.streamed)
-  # The output takes the place of the queries where there is no room for both.
-  both = shapes | {"o": (t.groups, ROWS, Hv)}
-  if Hv != H or stream.room(both, dtype):
-    shapes = both
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
-  return found | {"lse": plgpu.SMEM((t.groups, ROWS), jnp.float32)}
+  found["lse"] = plgpu.SMEM((t.groups, ROWS), jnp.float32)
+  # The output takes the place of the queries where there is no room for both.
+  both = found | {"o": stream.buffer((t.groups, ROWS, Hv), dtype)}
+  barriers = _barriers(p)
+  if Hv != H or stream.room([both, *barriers], REDUCTION_BYTES):
+    found = both
+  return [found, *barriers]
 
 
 def _barriers(p: Problem) -> list[Any]:

@@ -28,8 +28,11 @@ from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
 GROUP = "group"
 """Name of the axis of warpgroups."""
 
-OTHER_BYTES = 4096
-"""Of shared memory: statistics, barriers, and what aligns buffers."""
+ALIGNED = 1024
+"""Bytes: Mosaic GPU starts each buffer of shared memory at a multiple."""
+
+BARRIER_BYTES = 8
+"""Of each barrier, which follow the buffers."""
 
 Step = Callable[..., Any]
 """(n, where, slots, carry, masked) to the next carry: n counts over the line,
@@ -126,10 +129,43 @@ def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def room(shapes: dict[str, tuple[int, ...]], dtype: Any) -> bool:
-  """Whether buffers of these shapes fit beside what else is shared."""
-  size = sum(map(math.prod, shapes.values())) * dtype.itemsize
-  return size + OTHER_BYTES <= SHARED_BYTES
+def taken(types: Any) -> int:
+  """Bytes of shared memory that a tree of its types takes, barriers too."""
+  size = 0
+  for one in jax.tree.leaves(types):
+    if isinstance(one, plgpu.Barrier):
+      size += math.prod(one.get_ref_aval().shape) * BARRIER_BYTES
+    else:
+      found = math.prod(one.shape) * jnp.dtype(one.dtype).itemsize
+      size += math.ceil(found / ALIGNED) * ALIGNED
+  return size
+
+
+def room(types: Any, more: int = 0) -> bool:
+  """Whether shared memory holds all of it.
+
+  Args:
+    types: As of `taken`.
+    more: Bytes that the compiler adds.
+  """
+  return taken(types) + more <= SHARED_BYTES
+
+
+def check(p: Problem, types: Any, more: int = 0) -> None:
+  """Raises ValueError where a tile does not fit.
+
+  Args:
+    p: The problem.
+    types: As of `taken`.
+    more: Bytes that the compiler adds.
+  """
+  size, (H, Hv) = taken(types) + more, p.dims[-2:]
+  if size > SHARED_BYTES:
+    raise ValueError(
+      f"config: found {p.tile}, which at head dims {H} and {Hv} takes "
+      f"{size:,} bytes of shared memory, expected at most {SHARED_BYTES:,}; "
+      "pass fewer groups, a smaller streamed or fewer stages"
+    )
 
 
 def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:

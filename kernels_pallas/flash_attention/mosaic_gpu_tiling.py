@@ -8,6 +8,7 @@ multiprocessor.
 """
 
 import dataclasses
+import math
 
 ROWS = 64
 """Rows of a warpgroup: the M of `wgmma`."""
@@ -139,6 +140,10 @@ def for_head_dim(
     cores, programs: As of `GpuTiles`.
   """
   wide = max(H, Hv)
+  # Of 192 and 256 the output has no queries' place to take, and two buffers of
+  # values leave it no room of its own.
+  padded = {math.ceil(dim / COLUMNS) * COLUMNS for dim in (H, Hv)}
+  stages = (2, 1) if padded == {192, 256} else (2, 2)
   if cores == "mma":
     return _of_mma(wide)
   if wide <= 64:
@@ -148,7 +153,7 @@ def for_head_dim(
   if wide <= 128:
     return GpuTiles(programs=programs)
   return GpuTiles(
-    forward=GpuTile(2, 64),
+    forward=GpuTile(2, 64, stages),
     dkv=GpuTile(1, 64, products="one"),
     dq=GpuTile(1, 64, products="one"),
     gradients=(("dk",), ("dv",)),

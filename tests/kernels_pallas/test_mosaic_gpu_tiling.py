@@ -1,0 +1,122 @@
+"""Tiles of the GPU kernels: which are refused, and what memory they share."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from kernels_pallas.flash_attention import (
+  mosaic_gpu_backward,
+  mosaic_gpu_forward,
+  mosaic_gpu_problem,
+  mosaic_gpu_stream,
+)
+from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+  SHARED_BYTES,
+  GpuTile,
+  GpuTiles,
+  for_head_dim,
+)
+from kernels_pallas.flash_attention.spec import Operands, Spec
+from kernels_pallas.masks import Mask
+
+
+@pytest.mark.parametrize(
+  ("bad", "match"),
+  [
+    ({"groups": 4}, "1 to 3 groups"),
+    ({"streamed": 48}, "multiple of 32"),
+    ({"stages": (0, 1)}, "at least 1 stage"),
+    ({"products": "none"}, "products"),
+  ],
+)
+def test_bad_tiles_are_refused(bad, match):
+  with pytest.raises(ValueError, match=match):
+    GpuTile(**bad)
+
+
+def test_bad_kernels_are_refused():
+  with pytest.raises(ValueError, match="operand"):
+    GpuTiles(operand="memory")
+  with pytest.raises(ValueError, match="cores.*1 group"):
+    GpuTiles(cores="mma")
+  with pytest.raises(ValueError, match="multiple of 64 for 'wgmma'"):
+    GpuTiles(dq=GpuTile(1, 32, (1, 1)))
+  with pytest.raises(ValueError, match="'dk' and 'dv' once"):
+    GpuTiles(gradients=(("dk",),))
+  with pytest.raises(ValueError, match="programs: found 0"):
+    GpuTiles(programs=0)
+
+
+def shared(H, Hv):
+  """Of each kernel: bytes of shared memory, and which buffers there are."""
+  tiles = for_head_dim(H, Hv)
+  spec = Spec(scale=1.0, blocks=tiles)
+  q, v = (jnp.zeros((1, 256, 1, D), jnp.bfloat16) for D in (H, Hv))
+  x = Operands(q, q, v, Mask.full())
+
+  def prepared(tile, streamed=mosaic_gpu_problem.KEYS):
+    return mosaic_gpu_problem.prepare(spec, x, tile, streamed)
+
+  p = prepared(tiles.forward)
+  found = {"forward": mosaic_gpu_forward._scratch(p)}
+  more = {"forward": mosaic_gpu_forward.REDUCTION_BYTES}
+  found["dq"] = mosaic_gpu_backward._dq_scratch(prepared(tiles.dq))
+  p = prepared(tiles.dkv, mosaic_gpu_problem.QUERIES)
+  for names in tiles.gradients:
+    found["".join(names)] = mosaic_gpu_backward._dkv_scratch(p, names)
+  return {
+    name: (mosaic_gpu_stream.taken(one) + more.get(name, 0), set(one[0]))
+    for name, one in found.items()
+  }
+
+
+# What `python -m kernels_pallas.inspect` says of a compiled kernel, and 8 bytes
+# for each barrier, which that leaves out.
+COMPILED = {
+  (64, 64): {"forward": 101_376 + 88, "dkdv": 99_328 + 80, "dq": 114_688 + 80},
+  (128, 128): {
+    "forward": 199_680 + 88,
+    "dkdv": 197_632 + 80,
+    "dq": 163_840 + 80,
+  },
+  (256, 192): {
+    "forward": 207_872 + 72,
+    "dk": 205_824 + 72,
+    "dv": 197_632 + 72,
+    "dq": 204_800 + 72,
+  },
+  (256, 256): {
+    "forward": 199_680 + 88,
+    "dk": 230_400 + 72,
+    "dv": 230_400 + 72,
+    "dq": 229_376 + 72,
+  },
+}
+
+
+@pytest.mark.parametrize(("H", "Hv"), COMPILED)
+def test_shared_memory_is_counted_as_the_compiler_does(H, Hv):
+  found = {name: size for name, (size, _) in shared(H, Hv).items()}
+  assert found == COMPILED[H, Hv]
+
+
+@pytest.mark.parametrize("H", [64, 128, 192, 256])
+@pytest.mark.parametrize("Hv", [64, 128, 192, 256])
+def test_tiles_fit_shared_memory(H, Hv):
+  """And so do results beside what stays, but the widest output."""
+  for name, (size, buffers) in shared(H, Hv).items():
+    assert size <= SHARED_BYTES
+    results = {"forward": {"o"}, "dq": {"dq"}}.get(name, {name, name[:2]})
+    assert (buffers & results) or (H, Hv, name) == (256, 256, "forward")
+
+
+def test_tiles_that_do_not_fit_are_refused_by_name():
+  q, k, v = (jnp.zeros((1, 64, 1, 256), jnp.bfloat16),) * 3
+  tiles = for_head_dim(256, 256)
+  call = functools.partial(flash_attention, q, k, v, backend="mosaic_gpu")
+  much = dataclasses.replace(tiles.forward, stages=(3, 2))
+  with pytest.raises(ValueError, match="GpuTile.*232,552 bytes"):
+    call(config=dataclasses.replace(tiles, forward=much))
