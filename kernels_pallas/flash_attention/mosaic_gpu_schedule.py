@@ -4,10 +4,11 @@ There is one block a multiprocessor, and each has a list of (head, batch row,
 line of the table). While it finishes and stores one, what the next one needs is
 on its way. As many key heads as the second-level cache holds are
 worked on at a time (a tile reads too many bytes a FLOP for the memory beyond
-it); among those the longest lines come first. The list of a mask that indices
-decide is dealt out before the program runs, each line to the block that has the
-least to do (Graham's rule, at most 4/3 of the best); one that data decides is
-dealt in turns, forth and back.
+it): a section, in which the longest lines come first. The list of a mask that
+indices decide is dealt out before the program runs, each line to the block that
+has the least to do (Graham 1969: at most 4/3 of the best where all heads are
+one section, whose lines are sorted; else 2 - 1/m, for m blocks). One that data
+decides is dealt in turns, forth and back.
 """
 
 import heapq
@@ -30,7 +31,8 @@ PROGRAM = "program"
 """Name of the axis of blocks of threads."""
 
 CACHE = 32 << 20
-"""Bytes of keys and values that are worked on at a time, of Hopper's 50 MB."""
+"""Bytes of the streamed side that are worked on at a time, of Hopper's 50 MB:
+keys and values, or queries and cotangents."""
 
 BETWEEN = 0.5
 """What the change of lines takes beside a tile: a guess, to break ties."""
@@ -143,7 +145,9 @@ def run(
         def _fetch():
           fetch(place(i + 1, again))
 
-      # What the line before left is long gone: this only makes sure.
+      # What the line before left is long gone, but the wait is needed: with it
+      # comes a barrier of the warpgroup, behind which all four warps have read
+      # what stays (q, do, k, v) before one lane's copy overwrites it.
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       if apart:
         fetch_next()
@@ -181,15 +185,15 @@ def deal(p: Problem) -> jax.Array:
 
 def _order(p: Problem) -> tuple[Any, Any]:
   """The lines of all heads in the order of work, and what each costs."""
-  (B, _, K, T, S, H, Hv), N = p.dims, p.heads
+  (B, _, K, T, S, H, Hv), heads = p.dims, p.heads
   tokens = S if p.streamed == KEYS else T * p.walks
   size = tokens * (H + Hv) * p.arrays["q"].dtype.itemsize
   at_once = max(1, CACHE // size)
   xp = np if isinstance(p.work, np.ndarray) else jnp
   # Axes: line, batch, head. Equal lines of all heads are neighbours.
-  line, b, h = np.ogrid[: p.lines, :B, :N]
+  line, b, h = np.ogrid[: p.lines, :B, :heads]
   item = ((h * B + b) * p.lines + line).astype(np.int32)
-  section = np.broadcast_to((b * K + h * K // N) // at_once, item.shape)
+  section = np.broadcast_to((b * K + h * K // heads) // at_once, item.shape)
   costs = p.walks * p.work.T[:, :, None]
   costs = xp.broadcast_to(costs, item.shape).reshape(-1)
   order = xp.lexsort((-costs, section.reshape(-1)))
