@@ -88,7 +88,8 @@ def from_peft(
     found = np.shape(tensors[name]) if name in tensors else None
     if found != shapes.get(name):
       raise UserError(
-        f"{name}: found {_shape_text(found)}, expected {_shape_text(shapes.get(name))} of"
+        f"{name}: found {_shape_text(found)}, expected"
+        f" {_shape_text(shapes.get(name))} of"
         f" {type(method).__name__} of rank {method.rank} on a kernel of"
         f" {window[0]} x {window[1]}, which is a matrix of {place.size_in} x"
         f" {place.size_out}"
