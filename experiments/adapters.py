@@ -23,6 +23,8 @@ and of one adapter, writing nothing but --picture, --report, and for merge --to:
   merge: what merging over a packed base does to logits on --text, by mode:
     decoded, requantized in the base's format, or into --original, the model
     that it was rounded from. --mode and --to write one, as our checkpoint.
+    --from is a run, whose config.gin packs the base again, or our checkpoint:
+    an adapter's directory does not say how its base was packed.
 
 --from takes PEFT's directories, runs' working directories, and llama.cpp's
 .gguf adapters together with --base. The last line on stdout is JSON.
@@ -124,8 +126,12 @@ _ORIGINAL = flags.DEFINE_string(
   "For merge: the model that the base was rounded from.",
   flag_values=FLAGS,
 )
-_MODE = flags.DEFINE_string(
-  "mode", "decoded", "For merge with --to: which one.", flag_values=FLAGS
+_MODE = flags.DEFINE_enum(
+  "mode",
+  "decoded",
+  ["decoded", "requantized", "original"],
+  "For merge with --to: which one.",
+  flag_values=FLAGS,
 )
 _PICTURE = flags.DEFINE_string(
   "picture", None, "For diagnose: a PNG to draw.", flag_values=FLAGS
@@ -296,13 +302,16 @@ def _merged() -> dict[str, Any]:
   from research.lora import merge_modes, wrap
   from research.typing import UserError
 
-  name, *more = _FROM.value
-  source, original = sources.open_source(name), None
-  params = source.params()
-  if more or not wrap.adapters(params, lambda w: w.trained):
-    raise UserError("--op=merge: expected one model with adapters in --from")
+  _check_merge()
+  original = None
   if _ORIGINAL.value is not None:
-    original = sources.open_source(_ORIGINAL.value).params()
+    original = sources.open_source(_ORIGINAL.value)
+  source = _packed(_FROM.value[0])
+  params = source.params()
+  if not wrap.adapters(params, lambda w: w.trained):
+    raise UserError("--op=merge: expected one model with adapters in --from")
+  if original is not None:
+    original = original.params()
   out: dict[str, Any] = {}
   if _TEXT.value is not None:
     found = merge_modes.report(source.model, params, original, _tokens(source))
@@ -310,13 +319,49 @@ def _merged() -> dict[str, Any]:
     _told(rows)
     out["outputs"] = rows
   if _TO.value is None:
-    cli.required(text=_TEXT.value)
     return out
-  to, mode = pathlib.Path(_TO.value), _MODE.value
-  convert.free(to)
+  mode = _MODE.value
   made = merge_modes.merged(params, mode, original)
-  convert.to_orbax(dataclasses.replace(source, params=lambda: made), to)
+  # No adapter any more, which would have a base.
+  whole = dataclasses.replace(source, params=lambda: made, base_name=None)
+  convert.to_orbax(whole, pathlib.Path(_TO.value))
   return out | dict(mode=mode, to=_TO.value)
+
+
+def _check_merge() -> None:
+  """Raises UserError for flags that would fail only once models are read."""
+  from research.interop import convert
+  from research.typing import UserError
+
+  if len(_FROM.value) != 1:
+    raise UserError("--op=merge: expected one model with adapters in --from")
+  if _TO.value is None:
+    cli.required(text=_TEXT.value)
+  else:
+    convert.free(pathlib.Path(_TO.value))
+    if _MODE.value == "original":
+      cli.required(original=_ORIGINAL.value)
+  if _TEXT.value is not None:
+    cli.read_text(_TEXT.value, "text")
+
+
+def _packed(name: str) -> Any:
+  """Returns a source whose base is as it was when adapters were trained."""
+  from experiments import convert_sources
+  from research.interop import sources
+  from research.typing import UserError
+
+  path = pathlib.Path(name)
+  if (path / "config.gin").is_file():
+    return convert_sources.trained(path)
+  source = sources.open_source(name)
+  if source.base is not None:
+    raise UserError(
+      f"--from={name}: an adapter's directory names its base, not how that"
+      " was packed when it was trained.\nExpected the run's working directory,"
+      " whose config.gin says it, or our checkpoint of both."
+    )
+  return source
 
 
 def _validated() -> dict[str, Any]:

@@ -18,12 +18,19 @@ def source(name: str) -> Any:
   path = pathlib.Path(name)
   written = [path / "adapter" / load.ADAPTER_CONFIG, path / "model"]
   if (path / "config.gin").is_file() and not any(p.exists() for p in written):
-    return _trained(path)
+    return trained(path)
   return sources.open_source(name)
 
 
-def _trained(path: pathlib.Path) -> Any:
-  """Returns the best checkpoint of a run, or else its last one."""
+def trained(path: pathlib.Path) -> Any:
+  """Returns the best checkpoint of a run, or else its last one.
+
+  What it stands on is made again as the run made it: of what its `adapter/` is
+  for, that says the name alone, and not how it was packed.
+
+  Args:
+    path: the run's working directory.
+  """
   experiment, _ = config.read(str(path / "config.gin"))
   built = experiment.build()
   step, trained = runs.restored(experiment, built, path)

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adapters, cli, convert
-from research import tree
+from experiments import adapters, cli, config, convert, runs
+from research import tree, weights
 from research.interop import convert as exporting
 from research.interop import load, parts, sources
 from research.lora import adapt, merge_modes, plain
+from research.quant.quantize import Quantize
+from research.training.workdir import claim_workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"
@@ -173,6 +175,48 @@ def test_merging_over_a_packed_base(command, tmp_path):
   want = merge_modes.merged(moved, "requantized")
   same = jax.tree.map(np.array_equal, written, want)
   assert all(jax.tree.leaves(same))
+  assert sources.open_source(to).base_name is None
+
+
+def test_modes_are_those_there_are(command):
+  assert adapters.FLAGS["mode"].parser.enum_values == [*merge_modes.MODES]
+  status, _, errors = command(adapters.main, "--op=merge", "--mode=none")
+  assert status == 2 and "--mode=none" in errors
+
+
+def test_a_run_merges_over_the_base_that_it_packed(command, tmp_path):
+  """In NF4; the file that the adapter's directory names is in Q4_0."""
+  file = MODELS / "gguf_q4_0" / "model.gguf"
+  read = config.read(
+    "runs/lora/qlora_smollm2.gin",
+    [
+      *("BATCH=2", "LENGTH=64", "EVAL_BATCHES=1", "EVAL_EVERY=2", "RANK=2"),
+      *("WARMUP=1", "STEPS=2", "LEARNING_RATE=0.05"),
+      "experiment.Experiment.prompt=None",
+      f"experiment.Pretrained.name='{file}'",
+    ],
+  )
+  run, to = claim_workdir(tmp_path / "run", read.text), tmp_path / "merged"
+  runs.train(read.experiment, run)
+  status, result, errors = command(
+    adapters.main,
+    *("--op=merge", f"--from={run}", f"--text={ROOT / 'LICENSE'}"),
+    *("--tokens=32", f"--to={to}"),
+  )
+  assert status == 0, errors
+  kl = {mode: found["kl"] for mode, found in result["outputs"].items()}
+  assert abs(kl["decoded"]) < 1e-6 < 1e-5 < kl["requantized"]
+  got = parts.from_params(sources.open_source(to).params())
+  start = load.load_model(file).params
+  packed = parts.from_params(Quantize()(start))
+  start = parts.from_params(start)
+  read = {str(address): address for address in got}
+  for path, f in factors(run).items():
+    x = got[read[path]].read() - np.asarray(f.delta())
+    np.testing.assert_allclose(
+      x, weights.dense(packed[read[path]].read()), atol=1e-5
+    )
+    assert np.abs(x - start[read[path]].read()).max() > 1e-3
 
 
 def test_rules(command, tmp_path):
@@ -233,8 +277,16 @@ def test_a_lossy_merge_is_refused_unless_asked_for(command, tmp_path):
     (["--op=cat", f"--from={A}"], "--to: is missing"),
     (["--op=cat", f"--from={MODELS / 'llama'}", "--to=x"], "found a model"),
     (["--op=cat", "--from=x.gguf", "--to=x"], "--base: is missing"),
-    (["--op=merge", f"--from={MODELS / 'llama'}"], "one model with adapters"),
+    (
+      ["--op=merge", f"--from={MODELS / 'llama'}", "--to=x"],
+      "one model with adapters",
+    ),
     (["--op=merge", f"--from={A}"], "--text"),
+    (["--op=merge", f"--from={A}", f"--from={B}"], "one model with adapters"),
+    (["--op=merge", f"--from={A}", "--to=x"], "not how that was packed"),
+    (["--op=merge", "--from=x", f"--to={A}"], "is already there"),
+    (["--op=merge", "--from=x", "--to=y", "--mode=original"], "--original"),
+    (["--op=merge", "--from=x", "--text=none.txt"], "none.txt"),
     (["--op=lora", f"--from={A}", "--to=x"], "either --rank or --energy"),
     (["--op=lora", f"--from={A}", f"--from={B}", "--rank=2", "--to=x"], "one"),
     (
