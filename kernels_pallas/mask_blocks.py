@@ -198,7 +198,12 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
       hi = xp.maximum(q + 1, mask.prefix[:, None])
     case "block_causal":
       hi = (q // mask.block + 1) * mask.block
-  return [_within(mask, q, lo, hi, xp)]
+  left, right = mask.window
+  lo = lo if left is None else xp.maximum(lo, q - left)
+  hi = hi if right is None else xp.minimum(hi, q + right + 1)
+  if mask.q_positions is not None:
+    hi = xp.where(q < 0, 0, hi)
+  return [(lo, hi)]
 
 
 def _function_bounds(
@@ -207,28 +212,18 @@ def _function_bounds(
   """Intervals as of `_bounds`, and whether they list what is seen."""
   level = S - T if mask.offset is None else mask.offset
   keys = S if mask.kv_positions is None else mask.extent
+  ask = functools.partial(mask_functions.runs, mask.function, mask.window)
   if mask.q_positions is None:
-    q = xp.arange(T)[None] + level
-    found = mask_functions.runs(mask.function, level, T, keys)
+    found = ask(level, T, keys)
     pairs = [(lo[None], hi[None]) for lo, hi in found.pairs()]
-  else:
-    q = mask.q_positions
-    found = mask_functions.runs(mask.function, 0, mask.extent, keys)
-    at = xp.clip(q, 0, mask.extent - 1)
-    known = q < mask.extent
-    pairs = [
-      (xp.asarray(lo)[at], xp.where(known, xp.asarray(hi)[at], 0))
-      for lo, hi in found.pairs()
-    ]
-  return [_within(mask, q, lo, hi, xp) for lo, hi in pairs], found.listed
-
-
-def _within(mask: Mask, q, lo, hi, xp) -> tuple[Any, Any]:
-  """The interval inside the mask's window, empty where q is padding."""
-  left, right = mask.window
-  lo = lo if left is None else xp.maximum(lo, q - left)
-  hi = hi if right is None else xp.minimum(hi, q + right + 1)
-  return lo, hi if mask.q_positions is None else xp.where(q < 0, 0, hi)
+    return pairs, found.listed
+  found, q = ask(0, mask.extent, keys), mask.q_positions
+  at, known = xp.clip(q, 0, mask.extent - 1), (q >= 0) & (q < mask.extent)
+  pairs = [
+    (xp.asarray(lo)[at], xp.where(known, xp.asarray(hi)[at], 0))
+    for lo, hi in found.pairs()
+  ]
+  return pairs, found.listed
 
 
 def _diffusion_bounds(mask: Mask, i, xp) -> list[tuple[Any, Any]]:
@@ -270,7 +265,7 @@ def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
     mask = found.unlisted
     level = S - T if mask.offset is None else mask.offset
     count = mask_functions.tiles(
-      mask.function, level, mask.window, (T, S), (bq, bk)
+      mask.function, mask.window, level, (T, S), (bq, bk)
     )
   sizes = np.minimum(np.arange(0, T, bq) + bq, T) - np.arange(0, T, bq)
   full = count == sizes[:, None] * bk

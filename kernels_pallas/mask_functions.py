@@ -21,6 +21,8 @@ MOST = 8
 
 _PAIRS = 2**24  # asked about at a time
 
+Window = tuple[int | None, int | None]
+
 
 class Runs(NamedTuple):
   """What queries see, a row of NumPy arrays for each interval.
@@ -47,13 +49,20 @@ class Runs(NamedTuple):
     return (int(lo[some].min()), int(hi.max())) if some.any() else (0, 0)
 
 
-@functools.lru_cache(maxsize=64)
-def runs(function: Callable[..., Any], first: int, n: int, keys: int) -> Runs:
+@functools.lru_cache(maxsize=16)
+def runs(
+  function: Callable[..., Any],
+  window: Window,
+  first: int,
+  n: int,
+  keys: int,
+) -> Runs:
   """The intervals of keys [0, keys) that queries first to first + n - 1 see.
 
   Args:
-    function: Of a mask.
-    first: Position of the first query.
+    function: Of a mask; it is kept, with what it closes over.
+    window: Of the mask, (left, right).
+    first: Position of the first query; key 0 is at 0.
     n: Queries.
     keys: Keys.
 
@@ -62,7 +71,7 @@ def runs(function: Callable[..., Any], first: int, n: int, keys: int) -> Runs:
       pairs' shape, or needs values that only the running program knows.
   """
   found, listed = [], True
-  for seen in _rows(function, first, n, keys):
+  for seen in _rows(function, window, first, n, keys):
     edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     starts, stops = (np.nonzero(edges == sign) for sign in (1, -1))
     count = np.bincount(starts[0], minlength=len(seen))
@@ -82,10 +91,11 @@ def runs(function: Callable[..., Any], first: int, n: int, keys: int) -> Runs:
   return Runs(*bounds, listed)
 
 
+@functools.lru_cache(maxsize=16)
 def tiles(
   function: Callable[..., Any],
+  window: Window,
   first: int,
-  window: tuple[int | None, int | None],
   sizes: tuple[int, int],
   tile: tuple[int, int],
 ) -> np.ndarray:
@@ -94,22 +104,17 @@ def tiles(
   For masks that `runs` cannot list: asks about all pairs again.
 
   Args:
-    function: Of a mask.
-    first: Position of query 0; key 0 is at 0.
-    window: Of the mask, (left, right).
+    function: As of `runs`.
+    window: As of `runs`.
+    first: As of `runs`.
     sizes: (T, S).
     tile: (queries, keys).
   """
   (T, S), (bq, bk) = sizes, tile
-  left, right = window
   counts, at = np.zeros((T, -(-S // bk)), np.int64), 0
-  for seen in _rows(function, first, T, S):
-    ahead = np.arange(S) - (first + at + np.arange(len(seen)))[:, None]
-    seen = seen & (True if left is None else ahead >= -left)
-    seen = seen & (True if right is None else ahead <= right)
+  for seen in _rows(function, window, first, T, S):
     wide = np.pad(seen, ((0, 0), (0, -S % bk)))
-    rows = slice(at, at + len(seen))
-    counts[rows] = wide.reshape(len(seen), -1, bk).sum(-1)
+    counts[at : at + len(seen)] = wide.reshape(len(seen), -1, bk).sum(-1)
     at += len(seen)
   return np.add.reduceat(counts, np.arange(0, T, bq), axis=0)
 
@@ -120,7 +125,15 @@ def ask(function: Callable[..., Any], q: Any, k: Any) -> Any:
   Raises:
     ValueError: It is not boolean, or not of the pairs' shape.
   """
-  seen = function(q, k)
+  try:
+    seen = function(q, k)
+  except jax.errors.TracerArrayConversionError as error:
+    raise ValueError(
+      "mask function: it looks something up in a NumPy array, expected a JAX"
+      " one, as in jnp.asarray(table)[q]"
+    ) from error
+  if isinstance(seen, bool):
+    seen = np.asarray(seen)
   wanted = np.broadcast_shapes(q.shape, k.shape)
   shape, dtype = np.shape(seen), getattr(seen, "dtype", type(seen).__name__)
   fits = len(shape) <= len(wanted) and all(
@@ -135,8 +148,11 @@ def ask(function: Callable[..., Any], q: Any, k: Any) -> Any:
   return seen
 
 
-def _rows(function, first: int, n: int, keys: int) -> Iterator[np.ndarray]:
+def _rows(
+  function, window: Window, first: int, n: int, keys: int
+) -> Iterator[np.ndarray]:
   """Booleans [some rows, keys], from the first query to the last."""
+  left, right = window
   k = np.arange(keys, dtype=np.int32)[None]
   step = max(1, _PAIRS // max(keys, 1))
   for start in range(0, n, step):
@@ -153,7 +169,9 @@ def _rows(function, first: int, n: int, keys: int) -> Iterator[np.ndarray]:
         "mask function: it closes over an array that only the running program "
         "knows; expected q, k and constants (documents go into segments)"
       ) from error
-    yield np.broadcast_to(seen, (len(q), keys))
+    seen = np.broadcast_to(seen, (len(q), keys))
+    seen = seen & (True if left is None else k >= q - left)
+    yield seen & (True if right is None else k <= q + right)
 
 
 def _place(bound, count, edges, pick: int | None) -> None:

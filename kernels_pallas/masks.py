@@ -188,20 +188,16 @@ class Mask:
     Args:
       function: (q, k) -> bool in NumPy's and JAX's common operators and
         functions, of positions that broadcast: `lambda q, k: q % 9 == k % 9`.
-        It may close over JAX arrays whose values are known by then.
+        It may close over JAX arrays whose values are known by then (over
+        NumPy's it cannot: it is asked with JAX's indices, too).
       window: As of the others.
       segments: As of the others.
       q_positions: As of the others.
       kv_positions: As of the others.
       offset: As of the others.
-      extent: Needed where positions are given: all are below it.
+      extent: Needed where positions are given, also later (by a cache, by a
+        mesh that cuts positions): all are below it.
     """
-    given = q_positions is not None or kv_positions is not None
-    if given and extent < 1:
-      raise ValueError(
-        "mask function: found positions, expected an extent with them, above "
-        "the greatest: the function is asked about all before the program runs"
-      )
     mask = _build(
       cls, "function", window, segments, q_positions, kv_positions, offset
     )
@@ -230,6 +226,12 @@ class Mask:
         )
     if (self.q_segments is None) != (self.kv_segments is None):
       raise ValueError("mask: segments of queries and keys come together")
+    given = self.q_positions is not None or self.kv_positions is not None
+    if self.kind == "function" and given and self.extent < 1:
+      raise ValueError(
+        "mask function: found positions, expected an extent with them, above "
+        "the greatest: the function is asked about all before the program runs"
+      )
     if self.kind == "block_diffusion" and not T == S == 2 * self.length:
       raise ValueError(
         f"mask: block diffusion of length {self.length} needs "
@@ -326,7 +328,7 @@ class Mask:
           self.length, self.block, q_start, q_stop
         )
       elif self.kind == "function":
-        seen = mask_functions.runs(self.function, level, T, S)
+        seen = mask_functions.runs(self.function, self.window, level, T, S)
         lo, hi = seen.hull(q_start, q_stop)
       left, right = self.window
       lo = lo if left is None else max(lo, first - left)

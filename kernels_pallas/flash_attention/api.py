@@ -179,7 +179,7 @@ def prepare(
     run, config = backends.automatic(x, config, precision)
   else:
     if backend == "auto":
-      backend, _ = choose(q, config, x.bias, precision)
+      backend, _ = backends.choice(x, device(), config, precision)
     run = backends.named(backend, interpret)
     if config is None:
       config = backends.fitted(x, run.config, device()[1])

@@ -96,7 +96,7 @@ def choose(
   bias: Float[Array, "..."] | None = None,
   precision: Any = None,
 ) -> tuple[str, str]:
-  """What backend 'auto' stands for here, and why.
+  """What backend 'auto' stands for here, whatever the mask, and why.
 
   The platform is that of the mesh that is set, which may be a topology to
   compile for, else that of the default device; a call without a mesh goes by

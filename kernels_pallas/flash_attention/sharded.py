@@ -180,17 +180,28 @@ def positioned(mask: Mask, T: int, S: int) -> Mask:
   """
   if mask.kind == "full" and mask.window == (None, None):
     return mask
+  level = _level(mask, T, S)
   ours, theirs = mask.q_positions, mask.kv_positions
   extent = mask.extent
   if mask.kind == "function":
-    extent = max(extent, T + _level(mask, T, S), S)
+    ours, theirs = (_below(x, extent) for x in (ours, theirs))
+    extent = max(
+      extent, T + level if ours is None else 0, S if theirs is None else 0
+    )
   if ours is None:
-    ours = jnp.arange(T, dtype=jnp.int32)[None] + _level(mask, T, S)
+    ours = jnp.arange(T, dtype=jnp.int32)[None] + level
   if theirs is None:
     theirs = jnp.arange(S, dtype=jnp.int32)[None]
   return dataclasses.replace(
     mask, q_positions=ours, kv_positions=theirs, extent=extent
   )
+
+
+def _below(positions: Any, extent: int) -> Any:
+  """Positions, those from `extent` on as padding, which nothing sees."""
+  if positions is None:
+    return None
+  return jnp.where(positions < extent, positions, -1)
 
 
 def _crossing(cut: Cut):

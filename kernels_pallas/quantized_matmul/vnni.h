@@ -25,10 +25,10 @@ constexpr int64_t kMany = 4;
 // end before the CPU's own prefetching has begun.
 constexpr int64_t kAhead = 64;
 
-// Whether `times` each entry of the table is a signed byte, and which.
-inline bool bytes(const Problem& p, float times, int8_t* out) {
+// Whether `factor` times each entry of the table is a signed byte, and which.
+inline bool as_bytes(const Problem& p, float factor, int8_t* out) {
   for (int i = 0; i < kLanes; ++i) {
-    const float entry = times * p.table[i];
+    const float entry = factor * p.table[i];
     if (!(entry >= -128 && entry <= 127)) return false;
     out[i] = int8_t(entry);
     if (float(out[i]) != entry) return false;
@@ -45,9 +45,9 @@ inline bool counts(const Problem& p) {
 }
 
 // What entries are multiplied with to be bytes: those of IQ4 are, of FP4 halves.
-inline float times(const Problem& p) {
+inline float factor(const Problem& p) {
   int8_t found[kLanes];
-  return p.bits == 8 || counts(p) || bytes(p, 1, found) ? 1 : 2;
+  return p.bits == 8 || counts(p) || as_bytes(p, 1, found) ? 1 : 2;
 }
 
 // 8 bits, or 4 whose entries are bytes or halves of bytes, in groups of 16 (and
@@ -56,7 +56,8 @@ inline bool takes(const Problem& p) {
   if (p.rows >= kMany || !p.scale.data) return false;
   if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
   int8_t found[kLanes];
-  return p.bits == 8 || counts(p) || bytes(p, 1, found) || bytes(p, 2, found);
+  return p.bits == 8 || counts(p) || as_bytes(p, 1, found) ||
+         as_bytes(p, 2, found);
 }
 
 // Codes are multiplied as unsigned ones; this is what they are less.
@@ -68,7 +69,7 @@ inline int32_t zero(const Problem& p) {
 // groups; `digits` has padded / 4 words of each digit a row, digits last.
 TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
                            float* units, float* sums) {
-  const float inverse_of_times = 1 / times(p);
+  const float shrink = 1 / factor(p);
   const int32_t none = zero(p);
   // A 4-bit word gives its even codes first, then its odd ones.
   __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7,  //
@@ -117,7 +118,7 @@ TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
       starts[g * kDigits + k] = none * s;
       total = total * 256 + s;
     }
-    units[g] = unit * inverse_of_times;
+    units[g] = unit * shrink;
     sums[g] = float(total * unit);
   }
 }
@@ -127,19 +128,11 @@ TARGET inline void prepare(const Problem& p, uint32_t* digits, int32_t* starts,
 enum class Codes { kCount, kTable, kBytes };
 
 template <Codes CODES, int ROWS>
-TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
+TARGET void tile(const Problem& p, __m512i table, int64_t row, int64_t panel) {
   constexpr int kBits = CODES == Codes::kBytes ? 8 : 4;
   constexpr int kWords = 8 / kBits;  // digit words of a word of codes
   const int64_t words = p.group * kBits / 32, ahead = 1 + kAhead / words;
   const __m512i low = _mm512_set1_epi8(15), sign = _mm512_set1_epi8(-128);
-  __m512i table = low;
-  if constexpr (CODES == Codes::kTable) {
-    int8_t entries[kLanes];
-    bytes(p, times(p), entries);
-    const void* raw = entries;
-    table = _mm512_xor_si512(sign, _mm512_broadcast_i32x4(_mm_loadu_si128(
-                                       static_cast<const __m128i*>(raw))));
-  }
   const __m512 base = _mm512_set1_ps(256);
   const int64_t stride = p.padded / 4 * kDigits;
   const uint32_t* x = p.digits + row * stride;
@@ -160,17 +153,17 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
     for (int64_t w = 0; w < words; ++w, codes += kLanes) {
       const __m512i word = _mm512_loadu_si512(codes);
       __builtin_prefetch(codes + kAhead * kLanes);
-      __m512i codes_of[kWords];
+      __m512i plain[kWords];
       if constexpr (CODES == Codes::kBytes) {
-        codes_of[0] = _mm512_xor_si512(word, sign);
+        plain[0] = _mm512_xor_si512(word, sign);
       } else {
-        codes_of[0] = _mm512_and_si512(word, low);
-        codes_of[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
+        plain[0] = _mm512_and_si512(word, low);
+        plain[1] = _mm512_and_si512(_mm512_srli_epi32(word, 4), low);
       }
       if constexpr (CODES == Codes::kTable) {
         UNROLL
         for (int h = 0; h < kWords; ++h) {
-          codes_of[h] = _mm512_shuffle_epi8(table, codes_of[h]);
+          plain[h] = _mm512_shuffle_epi8(table, plain[h]);
         }
       }
       UNROLL
@@ -180,7 +173,7 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
           UNROLL
           for (int k = 0; k < kDigits; ++k) {
             const __m512i digit = _mm512_set1_epi32(int(x[r * stride + k]));
-            part[r][k] = _mm512_dpbusd_epi32(part[r][k], codes_of[h], digit);
+            part[r][k] = _mm512_dpbusd_epi32(part[r][k], plain[h], digit);
           }
         }
       }
@@ -216,10 +209,17 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
 
 template <Codes CODES>
 TARGET void range(const Problem& p, int64_t begin, int64_t end) {
+  // What each code is, plus 128, so that it is an unsigned byte.
+  int8_t entries[kLanes] = {};
+  if (CODES == Codes::kTable) as_bytes(p, factor(p), entries);
+  const void* raw = entries;
+  const __m512i table = _mm512_xor_si512(
+      _mm512_set1_epi8(-128),
+      _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(raw))));
   for (int64_t panel = begin; panel < end; ++panel) {
     int64_t row = 0;
-    for (; row + 2 <= p.rows; row += 2) tile<CODES, 2>(p, row, panel);
-    for (; row < p.rows; ++row) tile<CODES, 1>(p, row, panel);
+    for (; row + 2 <= p.rows; row += 2) tile<CODES, 2>(p, table, row, panel);
+    for (; row < p.rows; ++row) tile<CODES, 1>(p, table, row, panel);
   }
 }
 

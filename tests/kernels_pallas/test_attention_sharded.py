@@ -8,8 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import mask_blocks
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  Cut,
+  positioned,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.masks import Mask
 from tests import support_hlo
@@ -157,3 +162,27 @@ def test_rows_and_heads_need_no_word_from_others():
   *_, found = both(Mask.causal(segments=documents()), cut, arrays())
   kinds = {c.kind for c in found if "shard_map" in c.line}
   assert kinds <= {"all-reduce"}
+
+
+GIVEN = {
+  "queries": (jnp.arange(16)[None], None, 4),
+  "keys": (None, jnp.arange(16)[None] % 8, 8),
+  "both": (jnp.arange(16)[None] % 8, jnp.arange(16)[None] % 8, 8),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_function_cut_means_what_it_did(name):
+  """Positions that were given keep their extent; indices are all asked."""
+  q, k, extent = GIVEN[name]
+  mask = Mask.where(dilated, None, None, q, k, offset=0, extent=extent)
+  cut = positioned(mask, 16, 16)
+  cut.check(1, 16, 16)
+  seen = np.asarray(mask.visible(16, 16))
+  np.testing.assert_array_equal(cut.visible(16, 16), seen)
+  lo, hi = (np.asarray(mask_blocks.rows(cut, 16, 16).bounds)[:, n::2, :, None]
+            for n in (0, 1))  # fmt: skip
+  at = np.asarray(cut.kv_positions)[:, None, None]
+  listed = ((at >= lo) & (at < hi) & (at >= 0)).any(1)
+  np.testing.assert_array_equal(listed, seen)
+  assert (cut.extent == extent) == (name == "both")

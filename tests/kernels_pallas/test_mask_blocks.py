@@ -213,7 +213,7 @@ def test_a_window_over_block_diffusion_is_refused():
     mask_blocks.rows(mask, 8, 8)
 
 
-@pytest.mark.parametrize("window", [(None, None), (9, 3)])
+@pytest.mark.parametrize("window", [(None, None), (30, 9)])
 @pytest.mark.parametrize("given", [False, True])
 def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
   """Every other key: 20 intervals. By index its tiles are exact even so."""
@@ -241,14 +241,48 @@ def test_a_function_is_asked_by_parts(monkeypatch):
   def own(q, k):  # asked anew, since runs are kept by function
     return picture(q, k)
 
-  whole = mask_functions.runs(picture, 3, 23, S)
-  pairs = mask_functions.tiles(picture, 3, (None, None), (23, S), (5, 7))
+  window = (9, 3)
+  whole = mask_functions.runs(picture, window, 3, 23, S)
+  pairs = mask_functions.tiles(picture, window, 3, (23, S), (5, 7))
   monkeypatch.setattr(mask_functions, "_PAIRS", 3 * S)
-  parts = mask_functions.runs(own, 3, 23, S)
+  parts = mask_functions.runs(own, window, 3, 23, S)
   np.testing.assert_array_equal(whole.lo, parts.lo)
   np.testing.assert_array_equal(whole.hi, parts.hi)
   q, k = 3 + np.arange(23)[:, None], np.arange(S)[None]
-  seen = np.pad(picture(q, k), ((0, 2), (0, 2))).reshape(5, 5, 6, 7)
-  again = mask_functions.tiles(own, 3, (None, None), (23, S), (5, 7))
+  seen = picture(q, k) & (k >= q - 9) & (k <= q + 3)
+  seen = np.pad(seen, ((0, 2), (0, 2))).reshape(5, 5, 6, 7)
+  again = mask_functions.tiles(own, window, 3, (23, S), (5, 7))
   np.testing.assert_array_equal(pairs, seen.sum((1, 3)))
   np.testing.assert_array_equal(again, pairs)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_intervals_are_counted_inside_the_window(given):
+  """Dilation over a row of any length: 3 intervals of a window of 15."""
+  n = 256
+  at = (jnp.arange(n)[None],) * 2 if given else (None, None)
+  mask = Mask.where(lambda q, k: (q - k) % 5 < 2, (14, 0), None, *at, extent=n)
+  found = mask_blocks.rows(mask, n, n)
+  assert found.unlisted is None and found.bounds.shape[1] == 2 * 3
+
+
+def test_a_function_is_asked_once():
+  calls = []
+
+  def counted(q, k):
+    calls.append(q.shape)
+    return (q - k) % 2 == 0
+
+  mask = Mask.where(counted)
+  for _ in range(3):
+    found = mask_blocks.rows(mask, 32, 32)
+    mask_blocks.classes(found, 32, 32, 8, 8)
+  assert len(calls) == 2  # for intervals, which are too many, and for tiles
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_function_may_say_the_same_of_all(value):
+  mask = Mask.where(lambda q, k: value)
+  kind = FULL if value else EMPTY
+  found = mask_blocks.classes(mask_blocks.rows(mask, 8, 8), 8, 8, 4, 4)
+  np.testing.assert_array_equal(found[0], np.full((2, 2), kind))

@@ -205,6 +205,12 @@ def test_masks_are_pytrees_with_static_rules():
   assert hash(tree) != hash(jax.tree.structure(MASKS["causal_segments"]))
 
 
+def in_numpy(start):
+  table = np.arange(8) // 3
+  mask = Mask.where(lambda q, k: table[q] == table[k])
+  return mask.visible(8, 8, (start, 4))
+
+
 def closes_over(x):
   return Mask.where(lambda q, k: x[q] == x[k]).key_range(0, 2, 4, 4)
 
@@ -221,12 +227,16 @@ def closes_over(x):
     (lambda: Mask(q_segments=ints(0, 1, 5)).check(1, 5, 5), "together"),
     (lambda: Mask(kind="diagonal").visible(2, 2), "diagonal"),
     (lambda: Mask.where(lambda q, k: q - k).visible(2, 2), "found int32"),
-    (lambda: Mask.where(lambda q, k: True).visible(2, 2), "found bool of"),
+    (lambda: Mask.where(lambda q, k: 1).visible(2, 2), "found int of shape"),
+    (lambda: jax.jit(in_numpy)(jnp.int32(0)), "in a NumPy array"),
     (
       lambda: Mask.where(lambda q, k: q.ravel() > 0).visible(2, 3),
       "expected bool that broadcasts to (1, 2, 3)",
     ),
-    (lambda: Mask.where(max, q_positions=ints(0, 1, 5)), "an extent with them"),
+    (
+      lambda: Mask.where(max, q_positions=ints(0, 1, 5)).check(1, 5, 5),
+      "an extent with them",
+    ),
     (lambda: jax.jit(closes_over)(jnp.arange(4)), "it closes over an array"),
   ],
 )

@@ -36,7 +36,7 @@ def test_products_of_any_shape_are_clean(sanitizers, products, tmp_path):
     tmp_path, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"
   )
   done = subprocess.run(
-    [str(made), str(products)], capture_output=True, text=True, timeout=120
+    [str(made), str(products)], capture_output=True, text=True, timeout=300
   )
   if "unexpected memory mapping" in done.stderr:
     pytest.skip("the thread sanitizer does not run on this kernel")
