@@ -1,5 +1,8 @@
 """Our own checkpoint of a model: nothing is rounded, decoded or merged.
 
+But for weights that are codes while they are trained (`int8_weights`): a reader
+has no use for them as such, and gets the numbers that they stand for.
+
 A directory with `heptad.json` (which leaf is what, and where it came from),
 `config.json` (Hugging Face's, which describes the model), the arrays in
 Orbax's format, and what came with the source: tokenizer files, or the
@@ -71,6 +74,7 @@ def save(
     config: config.json of `model`.
     source: a JSON object: where it came from.
   """
+  params = _numbers(params)
   note = dict(
     version=VERSION,
     source=dict(source),
@@ -80,6 +84,17 @@ def save(
   base.record_base(directory / ARRAYS, params, None)
   # Last: where there is a note, the checkpoint is whole.
   safetensors.write_json(directory / NOTE, note)
+
+
+def _numbers(params: Params) -> Any:
+  """Returns `params` with what is trained as codes as the numbers it is."""
+
+  def coded(w: Any) -> bool:
+    return hasattr(w, "stored")
+
+  return jax.tree.map(
+    lambda w: w.dense() if coded(w) else w, params, is_leaf=coded
+  )
 
 
 def _describe(x: Any) -> Any:

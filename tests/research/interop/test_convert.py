@@ -25,6 +25,7 @@ from research.interop import (
 )
 from research.lora import adapt, peft, peft_write, wrap
 from research.lora.methods.lora import LoRA
+from research.training import int8_weights
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -381,3 +382,29 @@ def test_a_checkpoint_without_its_arrays(tmp_path):
 def test_sources_are_values():
   source = sources.open_source(MODELS / "llama")
   assert dataclasses.replace(source) == source
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_that_are_codes_in_training_alone_are_numbers(
+  adapted, tmp_path
+):
+  """A Q-GaLore run's model, as NumPy decodes it."""
+  source = sources.open_source(MODELS / "llama")
+  params = int8_weights.Pack(group=16)(source.params())
+  q = params["run0"]["layer0"]["attention"]["q"]
+  x = np.asarray(q.step) * (np.float32(q.codes) - np.asarray(q.zero))
+  want = x.reshape(len(x), *q.shape[:-3:-1]).swapaxes(1, 2)
+  if adapted:
+    params = adapt.Adapt()(params, jax.random.key(0))
+  source = dataclasses.replace(
+    source, params=lambda: params, parts=parts.from_params(params)
+  )
+  convert.to_orbax(source, tmp_path / "ours")
+  found = sources.open_source(tmp_path / "ours").params()
+  got = found["run0"]["layer0"]["attention"]["q"]
+  np.testing.assert_array_equal(got.w if adapted else got, want)
+  if not adapted:
+    for name, write in (("hf", convert.to_hf), ("a.gguf", convert.to_gguf)):
+      write(source, tmp_path / name)
+      read = load.load_model(tmp_path / name).params
+      chex.assert_trees_all_equal(read["run0"], found["run0"])
