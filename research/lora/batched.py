@@ -6,7 +6,6 @@ row uses which, so a batch of any mixture is one program.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,9 @@ NONE = -1
 
 UNROLLED = 32
 """The largest rank whose sum over one token a row is unrolled."""
+
+FEW = 1024
+"""Rows times their rank, up to which that is the fastest."""
 
 
 @jax.tree_util.register_dataclass
@@ -124,13 +126,16 @@ def added(
 ) -> Float[Array, "B T O"]:
   """Returns each row times its adapter's factors, by the fastest way here.
 
-  On two cores, in microseconds for I = 576 and O = 1536, fp32:
+  On one core, in microseconds for I = 576 and O = 1536, fp32 (the last on two
+  of another machine):
 
     B    T   n   R   gathered  beside  grouped
-    32   1   4   8         98      46       75
-    32   1  32   8        150     324      509
-    64   1   8  16        680     275      213
-    256  1  32  64      16392    8175     4904
+    32   1   4   8         57      77      105
+    32   1  32   8         66     648      659
+    64   1   8   8        114     208      189
+    64   1   8  16        318     523      347
+    256  1  32  16       5365    5923     2547
+    256  1  32  64      73671   23447     9831
     32  64   4   8       4850    6683    12464
 
   Args:
@@ -141,7 +146,8 @@ def added(
   n, rank = first.shape[:2]
   rows, time = x.shape[:2]
   first, second = first.astype(x.dtype), second.astype(x.dtype)
-  if time > 1 or rows < 2 * n:
+  few = rank <= UNROLLED and rows * rank <= FEW
+  if time > 1 or rows < 2 * n or few:
     return gathered(x, first, second, ids)
   if n * rank <= 128:
     return beside(x, first, second, ids)
@@ -177,7 +183,8 @@ def _one_token(x, first, second, ids, own):
   terms = [
     second[own, r].astype(wide) * z[:, r, None] for r in range(z.shape[1])
   ]
-  return functools.reduce(jnp.add, terms)[:, None].astype(x.dtype)
+  zero = jnp.zeros((len(x), second.shape[-1]), wide)
+  return sum(terms, start=zero)[:, None].astype(x.dtype)
 
 
 def beside(

@@ -53,12 +53,32 @@ def test_every_way_is_row_by_row(way, time, ids):
   assert not np.asarray(got)[alone].any()
 
 
+@pytest.mark.parametrize("rank", [0, 4, batched.UNROLLED + 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_a_row_of_any_rank(rank, dtype):
+  """Up to the unrolled ones sums are in float32, and rounded once."""
+  x, first, second = (
+    t.astype(dtype)
+    for t in (draw(6, 1, 12), draw(3, rank, 12), draw(3, rank, 20))
+  )
+  ids = [2, NONE, 0, 2, 1, NONE]
+  got = np.asarray(batched.gathered(x, first, second, jnp.array(ids)))
+  want = truth(x, first, second, ids)
+  eps = float(jnp.finfo(dtype).eps)
+  size = truth(*(np.abs(t) for t in (x, first, second)), ids)
+  inner = EPS if rank <= batched.UNROLLED else eps
+  bound = eps * np.abs(want) + (12 + rank) * inner * size
+  assert (np.abs(got.astype(np.float64) - want) <= bound).all()
+
+
 @pytest.mark.parametrize(
   "rows, time, n, rank, way",
   [
     (32, 1, 32, 8, "gathered"),
     (8, 64, 2, 8, "gathered"),
-    (32, 1, 4, 8, "beside"),
+    (32, 1, 4, 8, "gathered"),
+    (32, 1, 2, 64, "beside"),
+    (256, 1, 16, 16, "grouped"),
     (64, 1, 8, 64, "grouped"),
   ],
 )
