@@ -90,7 +90,7 @@ def _numbers(params: Params) -> Any:
   """Returns `params` with what is trained as codes as the numbers it is."""
 
   def coded(w: Any) -> bool:
-    return hasattr(w, "stored")
+    return hasattr(w, "renewed")
 
   return jax.tree.map(
     lambda w: w.dense() if coded(w) else w, params, is_leaf=coded

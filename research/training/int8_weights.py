@@ -94,7 +94,7 @@ class Int8Tensor:
     """Returns itself: nothing here depends on the batch."""
     return self
 
-  def stored(self, x: Float[Array, "..."], key: PRNGKey) -> "Int8Tensor":
+  def renewed(self, x: Float[Array, "..."], key: PRNGKey) -> "Int8Tensor":
     """Returns `x` in this form, up or down by chance."""
     return encode(x, self.codes.shape[-1], key)
 

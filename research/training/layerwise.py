@@ -52,7 +52,7 @@ class LayerwiseState(NamedTuple):
 
 def movable(w: Any) -> bool:
   """Whether a leaf is no array, and can be stored anew: 8-bit weights."""
-  return hasattr(w, "stored")
+  return hasattr(w, "renewed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,7 +283,7 @@ def _move(parts, small, state, params):
     def kept(path, w):
       x = _at(new, path)
       own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-      return w.stored(x, own) if movable(w) else x
+      return w.renewed(x, own) if movable(w) else x
 
     return tree.map_paths(kept, params, movable), rest
 

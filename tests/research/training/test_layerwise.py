@@ -8,6 +8,8 @@ import optax
 import pytest
 
 from research import sharding, tree, weights
+from research.quant import quantize
+from research.quant.formats.affine import Affine
 from research.training import (
   galore,
   int8_weights,
@@ -206,16 +208,21 @@ def test_codes_are_trained_layer_by_layer_alone():
   params = {"run0": {"layer0": {"up": jnp.ones((1, 2, 2))}}}
   params["embed"] = jnp.ones((2, 2))
   packed = int8_weights.Pack(matrices="up|embed", group=4)(params)
+  up, embed = (
+    layerwise.galore(0.1, subspace.Projection(rank=1), matrices=name)
+    for name in ("up", "embed")
+  )
   # Of another optimizer codes would be numbers; held ones nobody stores anew.
-  for field, more in (("trainable", {}), ("held", dict(held="run0"))):
-    with pytest.raises(UserError, match=f"{field}: .* [a-z]+/codes of type u"):
-      tx = optax.sgd(0.1)
-      if more:
-        tx = layerwise.galore(0.1, subspace.Projection(rank=1), matrices="em")
-      state.create(packed, "embed", tx, **more)
-  tx = layerwise.galore(0.1, subspace.Projection(rank=1), matrices="up")
+  with pytest.raises(UserError, match="trainable: .*/up/codes of type uint8"):
+    state.create(packed, "run0", optax.sgd(0.1))
+  with pytest.raises(UserError, match="held: .*/up/codes of type uint8"):
+    state.create(packed, "embed", embed, held="run0")
   with pytest.raises(UserError, match="'up' does not match embed, a trainable"):
-    state.create(packed, ".", tx)
+    state.create(packed, ".", up)
+  # Those of a format that is not trained have no moves, either.
+  frozen = quantize.Quantize(format=Affine(block=2))(params)
+  with pytest.raises(UserError, match="trainable: .*/up/.*codes of type uint8"):
+    state.create(frozen, "run0", up)
 
 
 def test_bad_use():

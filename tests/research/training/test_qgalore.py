@@ -189,7 +189,7 @@ def test_small_moves_count_in_the_mean():
 
   @jax.jit
   def moved(packed, key):
-    return packed.stored(packed.dense() + move, key)
+    return packed.renewed(packed.dense() + move, key)
 
   packed, lost = near, near
   for k in range(100):
