@@ -298,70 +298,19 @@ def _tokens(source: Any) -> Any:
 
 def _merged() -> dict[str, Any]:
   """Tells what each way to merge does; writes one if there is a --to."""
-  from research.interop import convert, sources
-  from research.lora import merge_modes, wrap
-  from research.typing import UserError
+  from experiments import adapter_merges
 
-  _check_merge()
-  original = None
-  if _ORIGINAL.value is not None:
-    original = sources.open_source(_ORIGINAL.value)
-  source = _packed(_FROM.value[0])
-  params = source.params()
-  if not wrap.adapters(params, lambda w: w.trained):
-    raise UserError("--op=merge: expected one model with adapters in --from")
-  if original is not None:
-    original = original.params()
-  out: dict[str, Any] = {}
-  if _TEXT.value is not None:
-    found = merge_modes.report(source.model, params, original, _tokens(source))
-    rows = {mode: dataclasses.asdict(x) for mode, x in found.items()}
-    _told(rows)
-    out["outputs"] = rows
-  if _TO.value is None:
-    return out
-  mode = _MODE.value
-  made = merge_modes.merged(params, mode, original)
-  # No adapter any more, which would have a base.
-  whole = dataclasses.replace(source, params=lambda: made, base_name=None)
-  convert.to_orbax(whole, pathlib.Path(_TO.value))
-  return out | dict(mode=mode, to=_TO.value)
-
-
-def _check_merge() -> None:
-  """Raises UserError for flags that would fail only once models are read."""
-  from research.interop import convert
-  from research.typing import UserError
-
-  if len(_FROM.value) != 1:
-    raise UserError("--op=merge: expected one model with adapters in --from")
-  if _TO.value is None:
-    cli.required(text=_TEXT.value)
-  else:
-    convert.free(pathlib.Path(_TO.value))
-    if _MODE.value == "original":
-      cli.required(original=_ORIGINAL.value)
-  if _TEXT.value is not None:
-    cli.read_text(_TEXT.value, "text")
-
-
-def _packed(name: str) -> Any:
-  """Returns a source whose base is as it was when adapters were trained."""
-  from experiments import convert_sources
-  from research.interop import sources
-  from research.typing import UserError
-
-  path = pathlib.Path(name)
-  if (path / "config.gin").is_file():
-    return convert_sources.trained(path)
-  source = sources.open_source(name)
-  if source.base is not None:
-    raise UserError(
-      f"--from={name}: an adapter's directory names its base, not how that"
-      " was packed when it was trained.\nExpected the run's working directory,"
-      " whose config.gin says it, or our checkpoint of both."
-    )
-  return source
+  text, to, original = _TEXT.value, _TO.value, _ORIGINAL.value
+  adapter_merges.check(_FROM.value, to, _MODE.value, original, text)
+  rows, out = adapter_merges.merge(
+    _FROM.value[0],
+    to=to,
+    mode=_MODE.value,
+    original=original,
+    tokens=None if text is None else _tokens,
+  )
+  _told(rows)
+  return out
 
 
 def _validated() -> dict[str, Any]:
