@@ -12,6 +12,7 @@ import pytest
 from research import tree, weights
 from research.interop import gguf_types
 from research.lora import adapt, peft, peft_write, wrap
+from research.lora.methods.hira import HiRA
 from research.lora.methods.lora import LoRA
 from research.nn import presets
 from research.nn import routing as routings
@@ -332,7 +333,7 @@ def test_all_linear_leaves_router_and_experts_alone():
   assert {"layers/1/mlp/shared/up", "layers/0/mlp/up"} <= set(chosen)
 
 
-def test_pefts_files_hold_adapters_beside_experts_and_none_on_them(tmp_path):
+def test_pefts_files_hold_adapters_beside_experts_and_loras_on_them(tmp_path):
   model = support.model(
     "qwen3_moe", sparse=dataclasses.replace(SPARSE, shared=0)
   )
@@ -343,9 +344,16 @@ def test_pefts_files_hold_adapters_beside_experts_and_none_on_them(tmp_path):
   peft_write.save_adapter(tmp_path / "a", adapted, model, "base")
   again = peft.load_adapter(tmp_path / "a", plain, model)
   chex.assert_trees_all_equal(again, adapted)
-  on_experts = adapt.Adapt(targets=("experts/up",))(plain, jax.random.key(0))
-  with pytest.raises(UserError, match="no name for an adapter on stacked"):
-    peft_write.save_adapter(tmp_path / "b", on_experts, model, "base")
+  # Of LoRA alone: `test_peft_experts` has what is written of it.
+  adapt_up = functools.partial(adapt.Adapt, targets=("experts/up",))
+  on_experts = adapt_up(method=LoRA(rank=2))(plain, jax.random.key(0))
+  factors, frozen = tree.partition(on_experts, wrap.TRAINABLE)
+  on_experts = tree.combine(drawn(factors), frozen)
+  peft_write.save_adapter(tmp_path / "b", on_experts, model, "base")
+  peft.load_adapter(tmp_path / "b", plain, model)
+  other = adapt_up(method=HiRA(rank=2))(plain, jax.random.key(0))
+  with pytest.raises(UserError, match="stacked experts PEFT has plain LoRA"):
+    peft_write.save_adapter(tmp_path / "c", other, model, "base")
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
