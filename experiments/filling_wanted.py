@@ -106,9 +106,9 @@ def growth_of(wanted: Wanted) -> Growth | None:
     return None
   if name == "auto" and not colon:
     return Growth(start=min(Growth.start, wanted.length))
-  whole = number.isdecimal() and len(number) < 7
-  if name == "auto" and whole and 1 <= int(number) <= wanted.length:
-    return Growth(start=int(number))
+  size = _whole(number)
+  if name == "auto" and size is not None and 1 <= size <= wanted.length:
+    return Growth(start=size)
   raise UserError(
     f"--canvas={wanted.canvas}: expected fixed, auto, or auto:N with N from 1 "
     f"to --max_new_tokens={wanted.length}"
@@ -157,15 +157,19 @@ def _number(text: str) -> float | None:
   return value if math.isfinite(value) else None
 
 
+def _whole(text: str) -> int | None:
+  return int(text) if text.isdecimal() and len(text) < 7 else None
+
+
 def cache_of(text: str) -> tuple[str, int | None]:
   """Returns a cache's kind and its number, see `experiments.generate`."""
   name, colon, number = text.partition(":")
   if not colon and name in ("none", "prefix", "dual", "delayed"):
     return name, None
   least = {"vicinity": 0, "delayed": 1}.get(name)
-  whole = number.isdecimal() and len(number) < 7
-  if least is not None and whole and int(number) >= least:
-    return name, int(number)
+  count = _whole(number)
+  if least is not None and count is not None and count >= least:
+    return name, count
   raise UserError(
     f"--cache={text}: expected none, prefix, dual, vicinity:N, delayed or"
     " delayed:N"

@@ -188,7 +188,7 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
   i = xp.arange(T)[None]
   if mask.kind == "block_diffusion":
     return _diffusion_bounds(mask, i, xp)
-  level = S - T if mask.offset is None else mask.offset
+  level = mask.level(T, S)
   q = i + level if mask.q_positions is None else mask.q_positions
   lo, hi = xp.zeros_like(q), xp.full_like(q, END)
   match mask.kind:
@@ -210,7 +210,7 @@ def _function_bounds(
   mask: Mask, T: int, S: int, xp
 ) -> tuple[list[tuple[Any, Any]], bool]:
   """Intervals as of `_bounds`, and whether they list what is seen."""
-  level = S - T if mask.offset is None else mask.offset
+  level = mask.level(T, S)
   keys = S if mask.kv_positions is None else mask.extent
   ask = functools.partial(mask_functions.runs, mask.function, mask.window)
   if mask.q_positions is None:
@@ -263,7 +263,7 @@ def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
     count = _listed_pairs(found.bounds[0], T, S, bq, bk)
   else:
     mask = found.unlisted
-    level = S - T if mask.offset is None else mask.offset
+    level = mask.level(T, S)
     count = mask_functions.tiles(
       mask.function, mask.window, level, (T, S), (bq, bk)
     )

@@ -22,6 +22,7 @@ MOST = 8
 _PAIRS = 2**24  # asked about at a time
 
 Window = tuple[int | None, int | None]
+"""Keys visible to the left and right of the query; None is unbounded."""
 
 
 class Runs(NamedTuple):

@@ -29,9 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from kernels_pallas import mask_functions, mask_rules
-
-Window = tuple[int | None, int | None]
-"""Keys visible to the left and right of the query; None is unbounded."""
+from kernels_pallas.mask_functions import Window
 
 Tile = tuple[Any, int]
 """The start (perhaps traced) and the static size of a range of indices."""
@@ -238,6 +236,10 @@ class Mask:
         f"{2 * self.length} queries and keys, found {T} and {S}"
       )
 
+  def level(self, T: int, S: int) -> int:
+    """Index of the key that is level with query 0, of T queries and S keys."""
+    return S - T if self.offset is None else self.offset
+
   def visible(
     self,
     T: int,
@@ -260,7 +262,7 @@ class Mask:
     k_tile = (0, S) if k_tile is None else k_tile
     i = (q_tile[0] + jnp.arange(q_tile[1]))[None, :, None]
     j = (k_tile[0] + jnp.arange(k_tile[1]))[None, None, :]
-    level = S - T if self.offset is None else self.offset
+    level = self.level(T, S)
     q, k = i + level, j
     if self.kind == "block_diffusion":
       q, k = i % self.length, j % self.length
@@ -317,7 +319,7 @@ class Mask:
     """Bounds [lo, hi) on the keys that queries [q_start, q_stop) can see."""
     lo, hi = 0, S
     if self.q_positions is None and self.kv_positions is None:
-      level = S - T if self.offset is None else self.offset
+      level = self.level(T, S)
       first, last = q_start + level, q_stop - 1 + level
       if self.kind == "causal":
         hi = last + 1
@@ -344,7 +346,7 @@ class Mask:
     unknown = ("block_diffusion", "function")
     if any(x is not None for x in data) or self.kind in unknown:
       return False
-    level = S - T if self.offset is None else self.offset
+    level = self.level(T, S)
     first, last = q_start + level, q_stop - 1 + level
     left, right = self.window
     inside = k_stop <= S

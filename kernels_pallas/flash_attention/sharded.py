@@ -222,7 +222,7 @@ def _level(mask: Mask, T: int, S: int) -> int:
   """Index of the key that is level with query 0."""
   if mask.q_positions is not None:
     return 0
-  return S - T if mask.offset is None else mask.offset
+  return mask.level(T, S)
 
 
 def _specs(mask: Mask, cut: Cut) -> Mask:

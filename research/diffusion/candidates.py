@@ -142,10 +142,9 @@ class Options:
       share = jnp.where(i < steps - 1, fill, 1.0)
     if self.plan == "chance":
       # So many of K coins as places are left.
-      lot = jax.vmap(lambda k: jax.random.uniform(k, (self.block,)))(
-        jax.vmap(lambda k: jax.random.fold_in(k, 2))(keys)
+      hit = (self._lots(keys, 2) < share) & (
+        jnp.arange(self.block) < left[:, None]
       )
-      hit = (lot < share) & (jnp.arange(self.block) < left[:, None])
       return hit.sum(-1, dtype=jnp.int32)
     some = left * share
     some = jnp.floor(some) if self.plan == "dream" else jnp.round(some)
@@ -169,10 +168,15 @@ class Options:
     if self.remask is None:
       return jnp.zeros_like(filled)
     sigma = self.remask.sigma(Linear(), *self._times(i), sure, filled)
-    lot = jax.vmap(lambda k: jax.random.uniform(k, (self.block,)))(
-      jax.vmap(lambda k: jax.random.fold_in(k, 3))(keys)
-    )
-    return filled & (lot < sigma) & (i < self.block_steps - 1)
+    return filled & (self._lots(keys, 3) < sigma) & (i < self.block_steps - 1)
+
+  def _lots(self, keys: PRNGKey, use: int) -> Float[Array, "B K"]:
+    """Returns a uniform number for each place, others for each use."""
+
+    def draw(key):
+      return jax.random.uniform(jax.random.fold_in(key, use), (self.block,))
+
+    return jax.vmap(draw)(keys)
 
   def _times(self, i) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the process's times before and after step `i` of a block."""

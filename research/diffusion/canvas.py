@@ -28,7 +28,7 @@ from research.diffusion.denoiser import Denoiser
 from research.diffusion.growth import Growth, readiness
 from research.diffusion.sampler import Sampled, State
 from research.nn.sampling import GREEDY, Sampling
-from research.typing import Array, Bool, Int, Params, PRNGKey, UserError
+from research.typing import Array, Bool, Int, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +89,14 @@ def sample(
   growth.check(options)
   width = state.tokens.shape[1] - options.length
   state, looked, finite = _measured(denoiser, params, state, options, growth)
-  _checked(finite, "while the canvas's length was looked for")
+  sampler.checked(finite, "while the canvas's length was looked for")
   for at in range(width, state.tokens.shape[1], options.block):
     if not bool(state.masked.any()):
       break
     state, finite = grow_block(
       denoiser, params, state, jnp.int32(at), options, growth, sampling
     )
-    _checked(finite, f"of the block at {at}")
+    sampler.checked(finite, f"of the block at {at}")
     if look is not None:
       look(state)
   got = sampler.result(state, options)
@@ -108,14 +108,6 @@ def sample(
     got.lengths,
     np.asarray(_size(state, options)),
   )
-
-
-def _checked(finite: Bool[Array, ""], where: str) -> None:
-  if not bool(finite):
-    raise UserError(
-      f"sampler: logits {where} are not finite numbers; are these the model's "
-      "weights?"
-    )
 
 
 def _size(state: State, options: Options) -> Int[Array, "B"]:

@@ -168,14 +168,19 @@ def sample(
     state, finite = fill_block(
       denoiser, params, state, jnp.int32(at), options, sampling, memory
     )
-    if not bool(finite):
-      raise UserError(
-        f"sampler: logits of the block at {at} are not finite numbers; are "
-        "these the model's weights?"
-      )
+    checked(finite, f"of the block at {at}")
     if look is not None:
       look(state)
   return result(state, options)
+
+
+def checked(finite: Bool[Array, ""], where: str) -> None:
+  """Raises UserError unless the logits from `where` are finite."""
+  if not bool(finite):
+    raise UserError(
+      f"sampler: logits {where} are not finite numbers; are these the model's "
+      "weights?"
+    )
 
 
 def result(state: State, options: Options) -> Sampled:
