@@ -16,10 +16,6 @@ from kernels_pallas.quantized_matmul.xla import xla_input_gradient, xla_matmul
 
 BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu", "mosaic_gpu")
 
-MANY = 512
-"""Rows from which decoding the matrix once, for XLA's own matmul, is faster
-than decoding it for every eight of them."""
-
 
 def quantized_matmul(
   x: Float[Array, "*B I"],
@@ -37,9 +33,9 @@ def quantized_matmul(
     x: Activations, float32 or bfloat16 (reference: any; mosaic_gpu: bfloat16
       or float16).
     w: From `panels.pack` or `planar.pack`, without leading axes.
-    backend: 'auto' takes, for CPU programs of few rows and panels, the C++
-      kernel where it compiles, for programs for a TPU or a Hopper GPU and
-      planes their kernels, else XLA; the others insist on their kernels.
+    backend: 'auto' takes, for CPU programs and panels, the C++ kernel where it
+      compiles, for programs for a TPU or a Hopper GPU and planes their kernels,
+      else XLA; the others insist on their kernels.
     activations: None; or int8, to which rows are rounded before a product with
       8-bit planes (`mosaic_tpu.product`).
 
@@ -83,8 +79,7 @@ def quantized_matmul(
 def _product(x, w, backend):
   if backend == "cpu":
     return cpu.cpu_matmul(x, w)
-  few = 0 < len(x) < MANY and cpu.supports(x.dtype)
-  if backend == "xla" or not few:
+  if backend == "xla" or not len(x) or not cpu.supports(x.dtype):
     return xla_matmul(x, w)
 
   # The platform is that of the program, which may be compiled for another one

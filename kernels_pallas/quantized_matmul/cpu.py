@@ -32,6 +32,7 @@ PARTS = (
   "problem.h",
   "lanes.h",
   "tile.inc",
+  "many.inc",
   "vnni.h",
   "bfloat16.h",
   "multiply.h",
@@ -162,8 +163,9 @@ def cpu_matmul(
 ) -> Float[Array, "B O"]:
   """Returns `x W` in the dtype of x, sums in float32.
 
-  The order of sums depends on nothing but `W`'s shape: a row's result is the
-  same whatever the number of threads and the other rows.
+  The order of sums depends on `W`'s shape alone, and on whether there are few
+  rows, some or many: a row's result is the same whatever the number of threads
+  and what the other rows hold.
 
   Args:
     x: float32 or bfloat16.

@@ -1,7 +1,9 @@
-// A vector of 16 lanes on each instruction set, and `tile.inc` over it.
+// A vector of 16 lanes on each instruction set, and the products over it.
 
 #ifndef PANELS_LANES_H_
 #define PANELS_LANES_H_
+
+#include <vector>
 
 #include "problem.h"
 
@@ -14,6 +16,8 @@ namespace panels {
 namespace portable {
 #define TARGET
 struct V {
+  static constexpr int kRows = 4, kPanels = 1;  // of sums in registers
+  static constexpr int kMany = 32;  // rows: see `many.inc`
   using F = float __attribute__((vector_size(64)));
   using U = uint32_t __attribute__((vector_size(64)));
   struct Table { float value[kLanes]; };
@@ -25,6 +29,11 @@ struct V {
   }
   static inline U load(const uint32_t* p) {
     U out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+  }
+  static inline F load(const float* p) {
+    F out;
     std::memcpy(&out, p, sizeof out);
     return out;
   }
@@ -57,6 +66,7 @@ struct V {
   }
 };
 #include "tile.inc"
+#include "many.inc"
 #undef TARGET
 }  // namespace portable
 
@@ -65,6 +75,7 @@ namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define LANE TARGET static inline __attribute__((always_inline))
 struct V {
+  static constexpr int kRows = 6, kPanels = 1, kMany = 12;
   struct F { __m256 a, b; };
   struct U { __m256i a, b; };
   struct Table { __m256 low, high; };
@@ -76,6 +87,9 @@ struct V {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
   LANE U load(const uint32_t* p) { return {words(p), words(p + 8)}; }
+  LANE F load(const float* p) {
+    return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+  }
   LANE F load(const Numbers& n, int64_t i) {
     if (n.type == Type::kF32) {
       const float* p = static_cast<const float*>(n.data) + i;
@@ -122,18 +136,21 @@ struct V {
   }
 };
 #include "tile.inc"
+#include "many.inc"
 #undef TARGET
 }  // namespace avx2
 
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx2,fma,f16c")))
 struct V {
+  static constexpr int kRows = 12, kPanels = 2, kMany = 128;
   using F = __m512;
   using U = __m512i;
   using Table = __m512;
   LANE F zero() { return _mm512_setzero_ps(); }
   LANE Table table(const float* t) { return _mm512_loadu_ps(t); }
   LANE U load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  LANE F load(const float* p) { return _mm512_loadu_ps(p); }
   LANE F load(const Numbers& n, int64_t i) {
     if (n.type == Type::kF32) {
       return _mm512_loadu_ps(static_cast<const float*>(n.data) + i);
@@ -156,6 +173,7 @@ struct V {
   LANE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
 };
 #include "tile.inc"
+#include "many.inc"
 #undef TARGET
 #undef LANE
 }  // namespace avx512

@@ -25,11 +25,12 @@
 // Every output is summed in one order, input by input and group by group, by
 // one thread, so results do not depend on the number of threads. (The last bits
 // depend on the instruction set, and on whether a batch is small enough for
-// fixed point.)
+// fixed point, or large enough for decoding weights ahead.)
 //
 // `problem.h` says what is multiplied, `lanes.h` what a vector is on each
-// instruction set, `tile.inc` the product by any of them, `vnni.h` that in
-// fixed point, `bfloat16.h` that of pairs, `multiply.h` how threads share it; here is XLA's side.
+// instruction set, `tile.inc` the product by any of them, `many.inc` that of
+// many rows, `vnni.h` that in fixed point, `bfloat16.h` that of pairs,
+// `multiply.h` how threads share it; here is XLA's side.
 // GCC 9 or Clang 10.
 
 #include "multiply.h"

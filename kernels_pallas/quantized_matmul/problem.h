@@ -7,7 +7,7 @@
 #include <cstring>
 
 // Sums live in registers only where loops over them are unrolled.
-#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace panels {
 

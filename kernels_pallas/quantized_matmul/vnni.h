@@ -19,7 +19,7 @@ constexpr int kDigits = 3;
 constexpr float kLargest = 8355000;  // below 127 * (1 + 256 + 65536)
 
 // Rows from which float32 is as fast: it decodes codes once for several rows.
-constexpr int64_t kMany = 4;
+constexpr int64_t kTooMany = 4;
 
 // Cache lines of codes to ask for ahead of reading them. Panels of a page's size
 // end before the CPU's own prefetching has begun.
@@ -53,7 +53,7 @@ inline float factor(const Problem& p) {
 // 8 bits, or 4 whose entries are bytes or halves of bytes, in groups of 16 (and
 // not so many that their sums overflow).
 inline bool takes(const Problem& p) {
-  if (p.rows >= kMany || !p.scale.data) return false;
+  if (p.rows >= kTooMany || !p.scale.data) return false;
   if (p.bits == 16 || p.group % 16 || p.group > (1 << 15)) return false;
   int8_t found[kLanes];
   return p.bits == 8 || counts(p) || as_bytes(p, 1, found) ||
