@@ -76,6 +76,15 @@ inline bool takes_pairs(Kernel kernel) {
 #endif
 }
 
+// Whether offsets are added to weights, so that nobody asks for sums of x.
+inline bool decodes_ahead(Kernel kernel, const Problem& p) {
+#if defined(__x86_64__)
+  if (kernel == avx512::run) return p.rows >= avx512::V::kMany;
+  if (kernel == avx2::run) return p.rows >= avx2::V::kMany;
+#endif
+  return kernel == portable::run && p.rows >= portable::V::kMany;
+}
+
 // Computes y; `x` is [rows, inputs]. `schedule(task)` runs a task some time on
 // another thread, of which there are `threads`.
 template <class Schedule>
@@ -111,7 +120,7 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
                   job->sums.data());
   }
 #endif
-  if (p.offset.data && !p.sums) {
+  if (p.offset.data && !p.sums && !decodes_ahead(kernel, p)) {
     job->sums.assign(p.rows * p.groups, 0);
     for (int64_t g = 0; g < p.rows * p.groups; ++g) {
       float part[4] = {};  // groups are whole words, of 4 inputs at least
@@ -127,10 +136,13 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
   const int64_t most = 1 + bytes / kWorthWaking;
   const int64_t workers = threads < most ? threads : most;
   // A handful of chunks each, so that a slow one is waited for shortly, in
-  // whole fours of panels, which a tile takes at once.
+  // whole fours of panels, which a tile takes at once; more and of twos where
+  // many rows make each of them long.
+  const int64_t each = p.rows < 64 ? 4 : 16, whole = p.rows < 64 ? 4 : 2;
   int64_t chunk = p.panels;
-  if (workers > 1) chunk = (p.panels / (4 * workers) + 3) & ~int64_t{3};
-  if (chunk < 4) chunk = 4;
+  if (workers > 1) chunk = p.panels / (each * workers) + whole - 1;
+  chunk -= chunk % whole;
+  if (chunk < whole) chunk = whole;
   job->problem = p;
   job->kernel = kernel;
   job->chunk = chunk;
