@@ -1,20 +1,17 @@
 """Grouped-query attention over the `flash_attention` kernels."""
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
-from research import sharding, weights
-from research.nn import decoding
+from research import weights
 from research.nn import rope as ropes
-from research.nn.cache import LayerCache
+from research.nn.attending import Call, attend
+from research.nn.attending import at as at
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
 
@@ -71,25 +68,20 @@ class Attention(nn.Module):
     q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
     if self.window is not None:
       mask = dataclasses.replace(mask, window=(self.window - 1, None))
-    keys, values = k, v
-    # Other caches keep positions in other slots than the kernel counts on.
-    one = isinstance(cache, LayerCache) and not fresh and x.shape[1] == 1
-    if cache is not None:
-      cache, keys, values, held = cache.extend(
-        k,
-        v,
+    if cache is None:
+      y = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
+    else:
+      call = Call(
         positions,
         length,
-        fresh=fresh,
+        mask,
+        fresh,
         window=self.window,
         bias=self._key_bias,
+        scale=self.scale,
+        softcap=self.softcap,
       )
-      mask = mask if held is None else at(mask, positions, held)
-    options = {"scale": self.scale, "softcap": self.softcap}
-    if one and decoding.has_kernel(q, keys, mask):
-      y = decoding.attend_one(q, keys, values, positions, **options)
-    else:
-      y = attend(q, keys, values, mask=mask, **options)
+      cache, y = cache.attend(q, k, v, call)
     y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
@@ -137,60 +129,3 @@ class Attention(nn.Module):
     if not turned:
       return bias
     return ropes.rotate(bias, *self.rope.tables(positions, self.head_dim))
-
-
-def attend(
-  q: Float[Array, "B T N H"],
-  k: Float[Array, "B S K H"],
-  v: Float[Array, "B S K H"],
-  *,
-  mask: Mask,
-  **options: Any,
-) -> Float[Array, "B T N H"]:
-  """Returns `flash_attention`, on each device's part under a mesh.
-
-  Rows and heads are never gathered. Tokens cross the devices as their axis of
-  the mesh says: along `sequence` keys and values are gathered for this layer,
-  along `ring` they pass by all devices, along `ulysses` they are exchanged for
-  other heads'. Where a cache gives more keys than queries, every device has all
-  of them.
-
-  Args:
-    q, k, v: queries, keys and values.
-    mask: what may see what.
-    **options: see `flash_attention`.
-
-  Raises:
-    UserError: `ulysses` does not divide the heads of a device.
-  """
-  if not sharding.is_cut():
-    return api.flash_attention(q, k, v, mask=mask, **options)
-  cut = _cut(q.shape, k.shape)
-  return sharded.sharded_attention(q, k, v, mask=mask, cut=cut, **options)
-
-
-def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
-  names = ("batch", "length", "heads", None)
-  batch, tokens, heads, _ = sharding.cuts(queries, *names)
-  sizes = jax.sharding.get_abstract_mesh().shape
-  apart = math.prod(sizes[a] for a in heads)
-  exchanged = queries[1] == keys[1] and "ulysses" in tokens
-  if exchanged and queries[2] // apart % sizes["ulysses"]:
-    raise UserError(
-      f"Layout.ulysses: found {sizes['ulysses']} for {queries[2]} heads over"
-      f" {apart} devices, expected to divide them.\nLayout.ring and"
-      " Layout.sequence ask nothing of heads."
-    )
-  ways = {"length": "sequence", "ring": "ring", "ulysses": "ulysses"}
-  return sharded.Cut(
-    batch,
-    heads=heads,
-    **{
-      way: tuple(a for a in tokens if a == axis) for way, axis in ways.items()
-    },
-  )
-
-
-def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:
-  """Returns `mask` over tokens at the given positions, -1 for none."""
-  return dataclasses.replace(mask, q_positions=queries, kv_positions=keys)

@@ -7,17 +7,63 @@ passed in and returned.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from research.nn import decoding
+from research.nn.attending import Call, at, attend
 from research.typing import Array, Float, Int
+
+
+class Slots:
+  """What a layer's caches share whose tokens lie in slots of their row.
+
+  They say what new tokens look at (`extend`, as `LayerCache` has it); a layer
+  asks them to `attend`, and so it may ask a cache of any other kind.
+
+  Attributes:
+    in_order: whether position `p` is in slot `p` modulo the slots, which the
+      kernel for single tokens counts on.
+  """
+
+  in_order: ClassVar[bool] = False
+
+  def attend(
+    self,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    call: Call,
+  ) -> tuple[Any, Float[Array, "B T N H"]]:
+    """Returns the cache with new tokens in it, and what they see.
+
+    Args:
+      q, k, v: of the new tokens.
+      call: what else there is to know.
+    """
+    cache, keys, values, held = self.extend(
+      k,
+      v,
+      call.positions,
+      call.length,
+      fresh=call.fresh,
+      window=call.window,
+      bias=call.bias,
+    )
+    mask = call.mask if held is None else at(call.mask, call.positions, held)
+    one = self.in_order and not call.fresh and q.shape[1] == 1
+    if one and decoding.has_kernel(q, keys, mask):
+      y = decoding.attend_one(q, keys, values, call.positions, **call.options)
+    else:
+      y = attend(q, keys, values, mask=mask, **call.options)
+    return cache, y
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
+class LayerCache(Slots):
   """Keys and values of one layer, or of a run of them behind a leading axis.
 
   Heads come before slots: a head's keys lie together, as attention reads them.
@@ -26,6 +72,7 @@ class LayerCache:
     k, v: `[..., B, K, S, H]`.
   """
 
+  in_order: ClassVar[bool] = True
   k: Any
   v: Any
 
@@ -90,7 +137,7 @@ class Cache:
   Attributes:
     length: `[B]`, tokens read by each row.
     layers: run name -> layer name -> `LayerCache` stacked over the run, or
-      another class with its `slots` and `extend`.
+      another class with its `slots` and `attend`.
     fresh: whether nothing has been written; a prefill then attends to its own
       keys only, with tiles that are known to be empty skipped.
   """

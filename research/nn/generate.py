@@ -8,7 +8,7 @@ is sized in buckets, so few shapes are ever compiled.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from research import tree, weights
 from research.nn import sampling as samplers
 from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
-from research.typing import Array, Bool, Int, Params, PRNGKey, UserError
+from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 CHUNK = 16
 """Tokens of one program, and between two looks at what was generated."""
@@ -83,11 +83,40 @@ def bucket(n: int) -> int:
   return -(-n // step) * step
 
 
-def _ended(token, step, limit, stop):
+def ended(
+  token: Int[Array, "B"],
+  step: Any,
+  limit: Int[Array, "B"],
+  stop: Int[Array, "E"],
+) -> Bool[Array, "B"]:
+  """Returns which rows end with a token.
+
+  Args:
+    token: of each row.
+    step: how many tokens rows have with it, of all or of each.
+    limit: how many each may have.
+    stop: tokens that end a row.
+  """
   return jnp.any(token[:, None] == stop, axis=-1) | (step >= limit)
 
 
-def _choose(model, params, hidden, sampling, keys, step, seen):
+def choose(
+  model: Transformer,
+  params: Params,
+  hidden: Float[Array, "B D"],
+  sampling: Sampling,
+  keys: PRNGKey,
+  step: Any,
+  seen: Bool[Array, "B V"] | None,
+) -> tuple[Int[Array, "B"], Bool[Array, "B V"] | None]:
+  """Returns the next tokens, and `seen` with them.
+
+  Args:
+    model: the Transformer.
+    params: its parameters.
+    hidden: of the last tokens.
+    sampling, keys, step, seen: as for `sampling.choose`.
+  """
   logits = model.apply({"params": params}, hidden, method="logits")
   token = samplers.choose(logits, sampling, keys, step, seen)
   if seen is not None:
@@ -137,8 +166,8 @@ def prefill(
     seen = jnp.zeros((rows, model.vocab_size), bool)
     seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
   keys = samplers.row_keys(key, examples)
-  token, seen = _choose(model, params, last, sampling, keys, 0, seen)
-  done = _ended(token, 1, limit, stop)
+  token, seen = choose(model, params, last, sampling, keys, 0, seen)
+  done = ended(token, 1, limit, stop)
   state = State(cache, token, jnp.int32(1), done, keys, seen)
   return state, token[:, None], done
 
@@ -178,7 +207,7 @@ def decode(
     hidden, cache = model.apply(
       {"params": params}, state.token[:, None], cache=state.cache
     )
-    token, seen = _choose(
+    token, seen = choose(
       model,
       params,
       hidden[:, 0],
@@ -189,7 +218,7 @@ def decode(
     )
     shown = jnp.where(state.done, NONE, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
-    done = state.done | _ended(token, state.step + 1, limit, stop)
+    done = state.done | ended(token, state.step + 1, limit, stop)
     return (
       i + 1,
       State(cache, token, state.step + 1, done, state.keys, seen),
@@ -232,18 +261,16 @@ def chunks(
     UserError: a prompt is empty, too long, or no prompt for this model.
   """
   samplers.check(sampling)
-  limits = _limits(model, prompts, max_new_tokens)
+  room = limits(model, prompts, max_new_tokens)
   longest = max(map(len, prompts))
   tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   inside = np.arange(tokens.shape[1]) < np.array([[len(p)] for p in prompts])
   params = weights.with_tokens(params, jnp.where(inside, tokens, NONE))
-  stops = sorted(set(stop_tokens))
-  stops += [NONE] * (-len(stops) % _STOPS or (0 if stops else _STOPS))
-  limit, stop = np.array(limits, np.int32), np.array(stops, np.int32)
+  limit, stop = np.array(room, np.int32), stops(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
-  steps = max(limits)
+  steps = max(room)
   state, shown, done = prefill(
     model,
     params,
@@ -264,26 +291,42 @@ def chunks(
       ahead = decode(model, params, state, sampling, limit, stop, size)
       made += size
     ended = np.all(np.asarray(done))
-    yield _trimmed(np.asarray(shown))
+    yield trimmed(np.asarray(shown))
     if ended or ahead is None:
       return
     state, shown, done = ahead
 
 
-def _trimmed(tokens: np.ndarray) -> np.ndarray:
+def trimmed(tokens: np.ndarray) -> np.ndarray:
   """Returns the columns in which some row still has a token."""
   return tokens[:, np.any(tokens != NONE, axis=0)]
 
 
-def _limits(model, prompts, max_new_tokens) -> list[int]:
-  """Returns how many tokens each prompt may be continued by."""
+def stops(tokens: Sequence[int]) -> np.ndarray:
+  """Returns tokens that end a row, padded: their number is no shape."""
+  found = sorted(set(tokens))
+  found += [NONE] * (-len(found) % _STOPS or (0 if found else _STOPS))
+  return np.array(found, np.int32)
+
+
+def limits(
+  model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[int]:
+  """Returns how many tokens each prompt may be continued by.
+
+  Args:
+    model, prompts, max_new_tokens: as for `chunks`.
+
+  Raises:
+    UserError: a prompt is empty, too long, or no prompt for this model.
+  """
   if max_new_tokens < 1:
     raise UserError(
       f"max_new_tokens: found {max_new_tokens}, expected at least 1"
     )
   if not prompts:
     raise UserError("prompts: found none, expected at least one")
-  limits = []
+  found = []
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise UserError(
@@ -302,8 +345,8 @@ def _limits(model, prompts, max_new_tokens) -> list[int]:
         f"prompt {i}: found {len(prompt)} tokens, expected fewer than the "
         f"model's context of {model.max_positions}: shorten it"
       )
-    limits.append(min(max_new_tokens, room))
-  return limits
+    found.append(min(max_new_tokens, room))
+  return found
 
 
 def generate(
@@ -318,23 +361,33 @@ def generate(
   kv: Any = None,
 ) -> Generated:
   """Returns continuations of token prompts; arguments as for `chunks`."""
-  parts = list(
-    chunks(
-      model,
-      params,
-      prompts,
-      max_new_tokens,
-      sampling,
-      key,
-      stop_tokens,
-      examples,
-      kv=kv,
-    )
+  parts = chunks(
+    model,
+    params,
+    prompts,
+    max_new_tokens,
+    sampling,
+    key,
+    stop_tokens,
+    examples,
+    kv=kv,
   )
-  stops, out, reasons = set(stop_tokens), [], []
-  for row in np.concatenate(parts, axis=1).tolist():
+  return gathered(parts, stop_tokens)
+
+
+def gathered(
+  parts: Iterable[np.ndarray], stop_tokens: Sequence[int]
+) -> Generated:
+  """Returns all that was generated.
+
+  Args:
+    parts: from `chunks`.
+    stop_tokens: that end a row.
+  """
+  ends, out, reasons = set(stop_tokens), [], []
+  for row in np.concatenate(list(parts), axis=1).tolist():
     row = [token for token in row if token != NONE]
-    stopped = row[-1] in stops
+    stopped = row[-1] in ends
     out.append(row[:-1] if stopped else row)
     reasons.append("stop" if stopped else "length")
   return Generated(out, reasons)

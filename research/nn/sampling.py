@@ -145,7 +145,7 @@ def choose(
   logits: Float[Array, "B V"],
   sampling: Sampling,
   keys: PRNGKey,
-  step: Int[Array, ""] | int,
+  step: Int[Array, ""] | Int[Array, "B"] | int,
   seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
   """Returns the next token of each row.
@@ -154,13 +154,14 @@ def choose(
     logits: of the last position.
     sampling: how to choose.
     keys: one for each row, from `row_keys`.
-    step: how many tokens the rows have generated.
+    step: how many tokens the rows have generated, all or each.
     seen: tokens that each row holds, where a repetition penalty needs them.
   """
   logits = adjusted(logits, sampling, seen)
   if sampling.temperature is None:
     return _largest(logits)
-  keys = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys)
+  own = 0 if jnp.ndim(step) else None
+  keys = jax.vmap(jax.random.fold_in, (0, own))(keys, step)
   return jax.vmap(jax.random.categorical)(keys, logits)
 
 

@@ -1,7 +1,8 @@
 """Text from a model as it comes, piece by piece, for one prompt or many."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from research.nn import generate
@@ -69,6 +70,7 @@ def stream(
   stop: Sequence[str] = (),
   size: int = generate.CHUNK,
   kv: Any = None,
+  source: Callable[..., Iterator[Any]] | None = None,
 ) -> Iterator[list[Piece]]:
   """Yields a piece for each prompt, until all have ended.
 
@@ -83,9 +85,12 @@ def stream(
     stop: strings that end a row where they first appear in its new text.
     size: tokens between two pieces.
     kv: how the cache is packed, as for `init_cache`.
+    source: where tokens come from in place of `generate.chunks` with this
+      `kv`; called as that is.
   """
   rows = [_Row(tokenizer, stop) for _ in prompts]
-  for chunk in generate.chunks(
+  source = source or functools.partial(generate.chunks, kv=kv)
+  for chunk in source(
     model,
     params,
     prompts,
@@ -94,7 +99,6 @@ def stream(
     key,
     tokenizer.stop,
     size=size,
-    kv=kv,
   ):
     yield [r.feed(t) for r, t in zip(rows, chunk.tolist(), strict=True)]
     if all(row.ended for row in rows):

@@ -12,7 +12,7 @@ import pytest
 
 from research import sharding, tree
 from research.nn import generate
-from research.nn.cache import LayerCache, write
+from research.nn.cache import LayerCache, Slots, write
 from research.nn.transformer import init_cache
 from research.quant.kv_memory import memory, nbytes
 from research.quant.kv_quantizer import KVQuantizer, parse
@@ -25,7 +25,7 @@ TIME = 26
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AtOnce:
+class AtOnce(Slots):
   """All keys and values as they came, packed and unpacked when looked at."""
 
   k: Any

@@ -1,0 +1,203 @@
+"""Generation over pages: rows that end make room for prompts that wait.
+
+Continuous batching (Yu et al. 2022, "Orca") over paged keys and values (Kwon et
+al. 2023, arXiv:2309.06180). Two programs do the work, whatever the lengths: one
+reads a piece of a prompt, one decodes a chunk of tokens for all rows. Between
+chunks rows that have ended give their pages back, and the next prompts take
+them, in order. What a prompt has in common with a row that is there is not read
+again.
+
+A row gets pages for all the tokens that it may come to have when it is let in,
+so none is ever turned out. Its tokens are those of `generate`.
+"""
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.nn import cache_paged, generate, paging
+from research.nn import generate_paged_rows as programs
+from research.nn import sampling as samplers
+from research.nn.generate import CHUNK, NONE, Generated
+from research.nn.page_allocator import PageAllocator
+from research.nn.paging import Paging
+from research.nn.sampling import GREEDY, Sampling
+from research.nn.transformer import Transformer
+from research.typing import Params, PRNGKey
+
+PIECE = 64
+"""Tokens of a prompt that are read at a time."""
+
+
+class _Batch:
+  """Rows and pages on the device, and which prompt each row continues."""
+
+  def __init__(self, model, params, prompts, limits, rules, pages, dtype):
+    self.model, self.params, self.pages = model, params, pages
+    self.prompts, self.limits = prompts, limits
+    self.tokens = paging.extents(prompts, limits)
+    self.sampling, self.stop, self.keys = rules
+    self.held: dict[int, int] = {}
+    self.pool = cache_paged.empty_pool(
+      model, params, pages.count, pages.size, dtype
+    )
+    asked = self.sampling.repetition_penalty is not None
+    self.rows = programs.nobody(
+      len(pages.table), self.keys[0], model.vocab_size if asked else None
+    )
+
+  def admits(self, i: int) -> int | None:
+    """Returns a row that prompt `i` can have now, or None."""
+    rows = (r for r in range(len(self.pages.table)) if r not in self.held)
+    row = next(rows, None)
+    # A row alone has room, or never will: `admit` then says so.
+    room = not self.held or self.pages.has_room(self.prompts[i], self.tokens[i])
+    return row if room else None
+
+  def admit(self, row: int, i: int) -> Any:
+    """Returns the first token after prompt `i`, which the row reads."""
+    prompt = self.prompts[i]
+    start = self.pages.admit(row, prompt, self.tokens[i])
+    if start.copy is not None:
+      self.pool = programs.copy(self.pool, *map(np.int32, start.copy))
+    table = self.pages.table[[row]]
+    for at in range(start.read, len(prompt), PIECE):
+      piece = prompt[at : at + PIECE]
+      tokens = np.zeros((1, PIECE), np.int32)
+      tokens[0, : len(piece)] = piece
+      hidden, self.pool = programs.read(
+        self.model,
+        self.params,
+        self.pool,
+        table,
+        np.int32([at]),
+        tokens,
+        np.int32([len(piece)]),
+      )
+    seen = None
+    if self.rows.seen is not None:
+      seen = np.zeros((1, self.model.vocab_size), bool)
+      seen[0, list(prompt)] = True
+    none, limit = np.int32([0]), np.int32([self.limits[i]])
+    length, keys = np.int32([len(prompt)]), self.keys[i : i + 1]
+    new = programs.Rows(length, none, none, limit, np.array([True]), keys, seen)
+    self.held[row] = i
+    self.rows, token = programs.enter(
+      self.model,
+      self.params,
+      self.rows,
+      np.int32(row),
+      new,
+      hidden,
+      self.sampling,
+      self.stop,
+    )
+    return token
+
+  def decode(self, size: int, reach: int | None) -> dict[int, list[int]]:
+    """Returns new tokens of prompts; rows that end give their pages back.
+
+    Args:
+      size: how many, at most.
+      reach: how far all layers look back, or None.
+    """
+    # A copy: the table changes before the device has read it.
+    self.pool, self.rows, out = programs.decode(
+      self.model,
+      self.params,
+      self.pool,
+      self.rows,
+      self.pages.table.copy(),
+      self.sampling,
+      self.stop,
+      size,
+    )
+    out, done = np.asarray(out), np.asarray(self.rows.done)
+    lengths, found = np.asarray(self.rows.length), {}
+    for row, i in list(self.held.items()):
+      found[i] = [token for token in out[row].tolist() if token != NONE]
+      if done[row]:
+        self.pages.release(row)
+        del self.held[row]
+      elif reach is not None:
+        self.pages.trim(row, int(lengths[row]) - reach + 1)
+    return found
+
+
+def chunks(
+  model: Transformer,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+  key: PRNGKey | None = None,
+  stop_tokens: Sequence[int] = (),
+  examples: Sequence[int] | None = None,
+  size: int = CHUNK,
+  layout: Paging = Paging(),
+  pages: PageAllocator | None = None,
+) -> Iterator[np.ndarray]:
+  """Yields new tokens `[B, n]` as they come, each row's first, then `NONE`.
+
+  Args:
+    model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
+      examples, size: as for `generate.chunks`.
+    layout: of the pages.
+    pages: from `paging.allocator`, for those who want to know what was used.
+
+  Raises:
+    UserError: a prompt is empty, too long, or no prompt for this model; there
+      are not enough pages for one of them.
+  """
+  samplers.check(sampling)
+  limits = generate.limits(model, prompts, max_new_tokens)
+  pages = pages or paging.allocator(model, prompts, max_new_tokens, layout)
+  key = jax.random.key(0) if key is None else key
+  rows = range(len(prompts)) if examples is None else examples
+  keys = samplers.row_keys(key, jnp.array(rows, jnp.int32))
+  rules = sampling, generate.stops(stop_tokens), keys
+  batch = _Batch(model, params, prompts, limits, rules, pages, layout.dtype)
+  windows = [kind.attention.window for kind in model.layer_kinds()]
+  reach = None if None in windows else max(windows)
+  waiting = collections.deque(range(len(prompts)))
+  while waiting or batch.held:
+    first = {}
+    while waiting and (row := batch.admits(waiting[0])) is not None:
+      i = waiting.popleft()
+      first[i] = batch.admit(row, i)
+    found = batch.decode(size, reach)
+    found |= {i: [int(token), *found[i]] for i, token in first.items()}
+    out = np.full((len(prompts), 1 + size), NONE, np.int32)
+    for i, tokens in found.items():
+      out[i, : len(tokens)] = tokens
+    yield generate.trimmed(out)
+
+
+def complete(
+  model: Transformer,
+  params: Params,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  sampling: Sampling = GREEDY,
+  key: PRNGKey | None = None,
+  stop_tokens: Sequence[int] = (),
+  examples: Sequence[int] | None = None,
+  layout: Paging = Paging(),
+) -> Generated:
+  """Returns continuations of token prompts; arguments as for `chunks`."""
+  parts = chunks(
+    model,
+    params,
+    prompts,
+    max_new_tokens,
+    sampling,
+    key,
+    stop_tokens,
+    examples,
+    layout=layout,
+  )
+  return generate.gathered(parts, stop_tokens)

@@ -1,0 +1,204 @@
+"""Generation over pages: the tokens of generation without, row by row."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.nn import cache_paged, generate, generate_paged, paging
+from research.nn import generate_paged_rows as programs
+from research.nn.page_allocator import NONE, PageAllocator
+from research.nn.paging import Paging
+from research.nn.sampling import GREEDY, Sampling
+from research.typing import UserError
+from tests import support
+
+NEW = 19  # a chunk and a part
+START = [7, 1, 30, 2, 2, 41, 9, 5, 60]
+PROMPTS = [[5, 6, 7], START, [9] * 23, [*START[:6], 3, 3], [*START, 8, 8], [4]]
+
+
+@functools.cache
+def case(family="gemma2"):
+  model = support.model(family, tied=False)
+  return model, support.params(model)
+
+
+@functools.cache
+def reference(rules=GREEDY, stop=(), family="gemma2"):
+  return generate.generate(
+    *case(family), PROMPTS, NEW, rules, jax.random.key(4), stop
+  )
+
+
+def complete(rules=GREEDY, stop=(), family="gemma2", **layout):
+  return generate_paged.complete(
+    *case(family),
+    PROMPTS,
+    NEW,
+    rules,
+    jax.random.key(4),
+    stop,
+    layout=Paging(**layout),
+  )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6])
+def test_tokens_are_those_of_a_batch_without_pages(rows):
+  """Whoever shares the batch, whoever waits, whose pages they were."""
+  assert complete(size=4, rows=rows) == reference()
+  # Not a loop on one token, which much that is wrong would repeat too.
+  assert min(len(set(tokens)) for tokens in reference().tokens) > 3
+
+
+def test_rows_that_stop_make_room():
+  """At different times; others that wait then take their pages."""
+  tokens = reference().tokens
+  stop = tokens[0][4], tokens[2][9], tokens[4][0]
+  want = reference(stop=stop)
+  assert "stop" in want.reasons and len(set(map(len, want.tokens))) > 2
+  assert complete(stop=stop, size=4, rows=2) == want
+
+
+def test_samples_are_the_same():
+  rules = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2)
+  want = generate.generate(*case(), PROMPTS, NEW, rules, jax.random.key(4))
+  assert complete(rules, size=4, rows=2) == want
+
+
+def test_few_pages_are_enough_and_all_come_back():
+  model, params = case()
+  layout = Paging(size=4, rows=3, count=14)
+  pages = paging.allocator(model, PROMPTS, NEW, layout)
+  parts = generate_paged.chunks(
+    model, params, PROMPTS, NEW, layout=layout, pages=pages
+  )
+  assert generate.gathered(parts, ()) == reference()
+  assert pages.most <= 14 and pages.used == 0
+  # The longest alone takes 11; all at once would take 44.
+  needs = [-(-(len(p) + NEW - 1) // 4) for p in PROMPTS]
+  assert (max(needs), sum(needs)) == (11, 44)
+
+
+def test_what_free_pages_hold_does_not_matter(monkeypatch):
+  model, params = case()
+  zeros = cache_paged.empty_pool
+
+  def poisoned(*arguments):
+    return jax.tree.map(lambda x: x * jnp.nan, zeros(*arguments))
+
+  monkeypatch.setattr(cache_paged, "empty_pool", poisoned)
+  assert complete(size=4, rows=2) == reference()
+
+
+def _read_alone(prompt, read, pages):
+  """Returns what follows a prompt of which pages hold some tokens."""
+  model, params = case()
+  held, table = pages
+  for at in range(read, len(prompt), 64):
+    piece = np.zeros((1, 64), np.int32)
+    tokens = prompt[at : at + 64]
+    piece[0, : len(tokens)] = tokens
+    hidden, held = programs.read(
+      model, params, held, table, np.int32([at]), piece, np.int32([len(tokens)])
+    )
+  return hidden, held
+
+
+@pytest.mark.parametrize("alike", [8, 10])
+def test_what_is_shared_is_bit_by_bit_what_would_be_read(alike):
+  """Whole pages, and a page of which two tokens are copied."""
+  model, params = case()
+  second = [*range(20, 20 + alike), 1, 2, 3]
+  first = [*second[:alike], 50, 51]
+  found = []
+  for share in (True, False):
+    pages = PageAllocator(12, 4, 2, 4)
+    held = cache_paged.empty_pool(model, params, 12, 4)
+    assert pages.admit(0, first, len(first)).read == 0
+    _, held = _read_alone(first, 0, (held, pages.table[:1].copy()))
+    start = pages.admit(1, second if share else [0, *second[1:]], len(second))
+    assert start.read == (alike if share else 0)
+    assert (start.copy is not None) == (share and alike == 10)
+    if start.copy is not None:
+      held = programs.copy(held, *map(np.int32, start.copy))
+    table = pages.table[1:].copy()
+    hidden, held = _read_alone(second, start.read, (held, table))
+    mine = jax.tree.map(lambda x, t=table: x[:, t[0, t[0] != NONE]], held)
+    found.append((hidden, jax.tree.map(_written(len(second)), mine)))
+  chex.assert_trees_all_equal(*found)
+
+
+def _written(n):
+  """Returns a function from pages of a row to its tokens."""
+
+  def tokens(kv):
+    runs, pages, heads, size, width = kv.shape
+    return kv.swapaxes(2, 3).reshape(runs, -1, heads, width)[:, :n]
+
+  return tokens
+
+
+def test_shared_beginnings_are_read_once(monkeypatch):
+  model, params = case()
+  prompts = [[*START, i] for i in range(4)]
+  want = generate.generate(model, params, prompts, NEW).tokens
+  used = []
+  for share in (True, False):
+    pages = paging.allocator(model, prompts, NEW, Paging(size=4))
+    if not share:
+      monkeypatch.setattr(pages, "_known", lambda prompt: ([], None, 0))
+    parts = generate_paged.chunks(model, params, prompts, NEW, pages=pages)
+    assert generate.gathered(parts, ()).tokens == want
+    used.append(pages.most)
+  # Each has 28 tokens in 7 pages; of 9 that are alike two pages are whole.
+  assert used == [4 * 7 - 3 * 2, 4 * 7]
+
+
+def test_pages_in_8_bits_stay_close():
+  model, params = case()
+  exact = reference().tokens
+  got = complete(size=4, rows=2, dtype="int8").tokens
+  assert [t[0] for t in got] == [t[0] for t in exact]
+  assert [len(t) for t in got] == [NEW] * len(PROMPTS)
+
+
+def test_two_programs_serve_all():
+  # Another model value, so that no other test has compiled it.
+  model, params = case()
+  model = model.clone(max_positions=99)
+
+  def sizes():
+    return [
+      f._cache_size() for f in (programs.read, programs.enter, programs.decode)
+    ]
+
+  before = sizes()
+  generate_paged.complete(model, params, PROMPTS, NEW, layout=Paging(4, rows=2))
+  assert [b - a for a, b in zip(before, sizes(), strict=True)] == [1, 1, 1]
+
+
+def test_layers_that_look_back_on_a_window_give_pages_back():
+  model, params = case("mistral")
+  assert {k.attention.window for k in model.layer_kinds()} == {6}
+  pages = paging.allocator(model, PROMPTS[2:3], 40, Paging(size=4))
+  used, parts = [], []
+  for part in generate_paged.chunks(
+    model, params, PROMPTS[2:3], 40, layout=Paging(size=4), pages=pages
+  ):
+    parts.append(part)
+    used.append(pages.used)
+  want = generate.generate(model, params, PROMPTS[2:3], 40)
+  assert generate.gathered(parts, ()) == want
+  # 62 tokens; before 39 and then 55 the window reaches 34 and 50.
+  assert used == [16 - 34 // 4, 16 - 50 // 4, 0]
+
+
+def test_bad_prompts_and_too_few_pages():
+  with pytest.raises(UserError, match="prompt 0: found no tokens"):
+    generate_paged.complete(*case(), [[]], 1)
+  with pytest.raises(UserError, match="found 10 for a row of 41.*expected 11"):
+    complete(size=4, count=10)
