@@ -12,6 +12,9 @@ printed when it is done, and the JSON has a list of rows. Of several adapters
 the first goes with the first prompt and so on, or all with one prompt; a NAME
 given before, or __base__ for none, may stand again without its directory.
 
+--pages=16,rows=2 keeps keys and values in pages of 16 tokens, of two prompts at
+a time: those that wait take the pages of those that end. The JSON says pages.
+
 Diffusion models fill in masks instead, block after block; a terminal shows it.
 
   python -m experiments.generate --sampler=diffusion --model=DIR --chat \\
@@ -128,10 +131,18 @@ _KV = flags.DEFINE_string(
   flag_values=FLAGS,
 )
 
+_PAGES = flags.DEFINE_string(
+  "pages",
+  "",
+  "Keys and values in pages of so many tokens, which rows share, e.g. 16, or "
+  "16,count=200,rows=4,dtype=int8: 200 pages in all, 4 prompts at a time.",
+  flag_values=FLAGS,
+)
+
 filling_flags.define(FLAGS)
 
 _OF_DIFFUSION = filling_flags.NAMES
-_NOT_OF_DIFFUSION = ("adapter", "kv", "stop", "repetition_penalty")
+_NOT_OF_DIFFUSION = ("adapter", "kv", "pages", "stop", "repetition_penalty")
 
 
 def _sampling() -> Any:
@@ -165,43 +176,6 @@ def _load() -> Any:
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   return loaded
-
-
-def _named() -> tuple[list[str], dict[str, str]]:
-  """Returns the adapters' names in the order of their flags, and the places."""
-  from research.lora.pool import BASE
-  from research.typing import UserError
-
-  names, places = [], {}
-  for text in _ADAPTER.value:
-    name, equals, folder = text.partition("=")
-    again = name in places or name == BASE
-    if not (name and equals and folder) and not (again and not equals):
-      raise UserError(
-        f"--adapter={text}: expected NAME=DIR, e.g. mine=runs/a/adapter"
-      )
-    if equals and again:
-      raise UserError(f"--adapter={text}: {name} is taken, choose another name")
-    names.append(name)
-    places |= {name: folder} if equals else {}
-  return names, places
-
-
-def _rows(names: Sequence[str]) -> list[tuple[str, str | None]]:
-  """Returns (prompt, adapter's name or None) of each row of the batch."""
-  from research.typing import UserError
-
-  prompts, names = list(_PROMPT.value), list(names) or [None]
-  if len(names) == 1:
-    names *= len(prompts)
-  if len(prompts) == 1:
-    prompts *= len(names)
-  if len(names) != len(prompts):
-    raise UserError(
-      f"--adapter: found {len(names)} for {len(prompts)} prompts, expected "
-      "one for all or one for each; a name may be given again"
-    )
-  return list(zip(prompts, names, strict=True))
 
 
 def _prepared(loaded: Any, names: Any, places: Any) -> Any:
@@ -287,7 +261,7 @@ def _check_sampler() -> None:
 
 
 def _streamed(
-  loaded: Any, params: Any, prompts: Sequence[Any], rules: Any, kv: Any
+  loaded: Any, params: Any, prompts: Any, rules: Any, kv: Any, layout: Any
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Returns what is told of each row, and of all; prints one row as it comes.
 
@@ -295,19 +269,23 @@ def _streamed(
   """
   import jax
 
+  from experiments import generate_pages
   from research.nn import stream
 
   start, first, steps = time.perf_counter(), None, []
+  most = _MAX_NEW_TOKENS.value
+  paged = generate_pages.opened(layout, loaded.model, prompts, most)
   for pieces in stream.stream(
     loaded.model,
     params,
     loaded.tokenizer,
     prompts,
-    _MAX_NEW_TOKENS.value,
+    most,
     rules,
     jax.random.key(_SEED.value),
     stop=_STOP.value,
     kv=kv,
+    source=paged.source,
   ):
     first = first or time.perf_counter()
     steps.append(pieces)
@@ -325,6 +303,7 @@ def _streamed(
     "seconds": end - start,
     "model": _MODEL.value,
     "kv": _KV.value or None,
+    **paged.told(params),
   }
 
 
@@ -333,6 +312,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(model=_MODEL.value, prompt="".join(_PROMPT.value))
   runtime.setup()
+  from experiments import generate_adapters, generate_pages
   from research import tree
   from research.nn import sampling
   from research.quant import kv_quantizer
@@ -343,14 +323,15 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if _SAMPLER.value == "diffusion":
     return _fill(rules)
   kv = kv_quantizer.parse(_KV.value)
-  names, places = _named()
-  rows = _rows(names)
+  names, places = generate_adapters.named(_ADAPTER.value)
+  layout = generate_pages.asked(_PAGES.value, _KV.value, names)
+  rows = generate_adapters.rows(_PROMPT.value, names)
   loaded = _load()
   prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows]
   params = _prepared(loaded, [name for _, name in rows], places)
   if isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
-  told, shared = _streamed(loaded, params, prompts, rules, kv)
+  told, shared = _streamed(loaded, params, prompts, rules, kv, layout)
   if len(rows) == 1:
     print()
     adapter = _ADAPTER.value[0] if _ADAPTER.value else None
