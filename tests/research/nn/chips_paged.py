@@ -1,0 +1,80 @@
+"""Compiles a model's step over pages for a chip that is not here.
+
+`python -m tests.research.nn.chips_paged h100 bfloat16` is one compilation, in
+a process of its own, because Mosaic GPU reads from the environment where to
+dump. It fails unless the pages stay where they are.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels_pallas.inspect import gpu
+from research import tree
+from research.nn import generate
+from research.nn import generate_paged_rows as programs
+from research.nn.cache_paged import CODES, empty_pool
+from research.nn.sampling import GREEDY, row_keys
+from tests import support
+
+ROWS, COUNT, SIZE, WIDTH, DEPTH = 8, 64, 128, 8, 2
+PIECE = 64
+
+
+def lowered(device, dtype):
+  """Returns decoding and reading of a model of two layers, lowered for a chip.
+
+  Args:
+    device: of a topology.
+    dtype: of the pages, of `CODES` or the model's.
+  """
+  model = support.model(
+    "llama", vocab=256, width=512, hidden=512, heads=8, kv_heads=2,
+    head_dim=128, depth=DEPTH,
+  ).clone(dtype="bfloat16")  # fmt: skip
+  mesh = Mesh([device], ("x",))
+  there = NamedSharding(mesh, PartitionSpec())
+
+  def shapes(make):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
+      jax.eval_shape(make),
+    )
+
+  tokens = jnp.zeros((1, 1), jnp.int32)
+  params = shapes(
+    lambda: tree.unroll(model.init(jax.random.key(0), tokens)["params"])
+  )
+  kept = dtype if dtype in CODES else None
+  pool = shapes(lambda: empty_pool(model, params, COUNT, SIZE, kept))
+
+  def whole(*shape, dtype="int32"):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=there)
+
+  keys = shapes(lambda: row_keys(jax.random.key(0), jnp.zeros(ROWS, "int32")))
+  rows = programs.Rows(*[whole(ROWS)] * 4, whole(ROWS, dtype="bool"), keys)
+  stop = whole(len(generate.stops(())))
+  with jax.set_mesh(mesh), jax.default_device(device):
+    yield programs.decode.lower(
+      model, params, pool, rows, whole(ROWS, WIDTH), GREEDY, stop, size=4
+    )
+    yield programs.read.lower(
+      model, params, pool, whole(1, WIDTH), whole(1), whole(1, PIECE), whole(1)
+    )
+
+
+def main() -> None:
+  """Compiles both programs."""
+  target, dtype = sys.argv[1:]
+  pages = DEPTH * COUNT * 2 * SIZE * 256 * (1 if dtype in CODES else 2)
+  for program in lowered(gpu.devices(target)[0], dtype):
+    found = program.compile().memory_analysis()
+    given, more = found.alias_size_in_bytes, found.temp_size_in_bytes
+    if given < pages or more > pages // DEPTH:
+      raise ValueError(f"{given} of {pages} bytes are in place, {more} beside")
+
+
+if __name__ == "__main__":
+  main()
