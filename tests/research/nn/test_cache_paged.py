@@ -25,8 +25,8 @@ from tests.research.nn.test_decoding import programs_for_a_tpu
 
 SIZE, COUNT, WIDTH, ROWS = 4, 24, 6, 3
 # Tokens of each row in each call: prompts, more of them, then one by one; a row
-# that has ended has none.
-CALLS = [(9, 4, 1), (3, 0, 5), *[(1, 1, 1)] * 3, *[(1, 0, 1)] * 4]
+# may have none, and some later.
+CALLS = [(9, 4, 1), (3, 0, 5), (1, 1, 1), (1, 0, 1), (1, 1, 1), (1, 0, 1)]
 
 
 @functools.partial(
@@ -237,15 +237,20 @@ def test_heads_over_devices_are_one_devices(layout):
 
 
 def test_the_model_says_the_same_by_the_kernels():
-  """Appending and attending are a TPU's, interpreted; 8 tokens a page."""
+  """Appending and attending are a TPU's, interpreted; 8 tokens a page.
+
+  The last row is nobody's, and has no pages.
+  """
   model = support.model("gemma2", depth=2)
   params = support.params(model)
-  where = jnp.array([[3, 0], [1, 5], [4, 2]])
+  where = jnp.array([[3, 0], [1, 5], [4, 2], [-1, -1]])
   cache = view(
-    empty_pool(model, params, 6, 8), where, jnp.zeros(ROWS, jnp.int32)
+    empty_pool(model, params, 6, 8), where, jnp.zeros(ROWS + 1, jnp.int32)
   )
-  first, second, *_ = calls()
-  inputs = [first, second, (support.tokens(ROWS, 1), jnp.array([1, 0, 1]))]
+  inputs = [
+    (support.tokens(ROWS + 1, max(counts)), jnp.array([*counts, 0]))
+    for counts in [*CALLS[:2], (1, 0, 1)]
+  ]
 
   def run(params, cache, inputs):
     out = []

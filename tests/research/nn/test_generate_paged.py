@@ -64,9 +64,18 @@ def test_rows_that_stop_make_room():
 
 
 def test_samples_are_the_same():
+  """Of rows that have generated more tokens or fewer than their neighbours."""
   rules = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2)
-  want = generate.generate(*case(), PROMPTS, NEW, rules, jax.random.key(4))
-  assert complete(rules, size=4, rows=2) == want
+  run = functools.partial(
+    generate.generate, *case(), PROMPTS, NEW, rules, jax.random.key(4)
+  )
+  tokens = run().tokens
+  want = run(stop := (tokens[0][2], tokens[3][7]))
+  assert len(set(map(len, want.tokens))) > 3
+  parts = generate_paged.chunks(
+    *run.args, stop, size=3, layout=Paging(size=4, rows=2)
+  )
+  assert generate.gathered(parts, stop) == want
 
 
 def test_few_pages_are_enough_and_all_come_back():
