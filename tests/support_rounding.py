@@ -37,13 +37,15 @@ def assert_no_rougher(found, rough, exact, dtype):
     exact: The same in float32 or wider.
     dtype: Of the operands.
   """
-  wide = lambda x: np.asarray(x, np.float64)  # noqa: E731
+  wide, dtype = lambda x: np.asarray(x, np.float64), jnp.dtype(dtype)
   flat, tree = jax.tree.flatten_with_path(found)
   others = tree.flatten_up_to(rough), tree.flatten_up_to(exact)
   for (path, have), plain, truth in zip(flat, *others, strict=True):
     have, plain, truth = wide(have), wide(plain), wide(truth)
-    rounded = jnp.asarray(truth, dtype)
-    near = rounded + 0.3 - 0.3
+    # By numpy, of one type throughout: JAX would compile it for each shape.
+    rounded, offset = truth.astype(dtype), np.asarray(0.3, dtype)
+    near = rounded + offset - offset
+    assert near.dtype == dtype
     limit = 2 * np.abs(plain - truth).max()
     limit += 2 * np.abs(wide(near) - wide(rounded)).max()
     error = np.abs(have - truth).max()

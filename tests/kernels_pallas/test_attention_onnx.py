@@ -43,10 +43,13 @@ CHEAP = ("reference", "xla_blockwise")
 
 
 def array(spec):
-  """An array of the file, in the type that the case has it in."""
+  """An array of the file, in the type that the case has it in.
+
+  By numpy, as all of a problem: JAX would compile each step for each shape.
+  """
   found = ARRAYS[spec["array"]]
   dtype = np.int32 if spec["dtype"] == "int64" else jnp.dtype(spec["dtype"])
-  return jnp.asarray(found, dtype)
+  return found.astype(dtype)
 
 
 def heads_last(x, heads):
@@ -61,14 +64,14 @@ def score_mod(attributes, T, S):
   mod = attributes.get("score_mod", {"name": None})
   name = mod["name"]
   if name == "score_mod_bias":
-    return {}, jnp.full((1,), mod["constants"][0][0])
+    return {}, np.full((1,), mod["constants"][0][0])
   if name == "score_mod_causal_mask":
     return {"causal": True}, None
   if name == "score_mod_soft_cap":
     return {"softcap": mod["constants"][0][0]}, None
   if name == "score_mod_relative_positional":
-    i, j = jnp.ogrid[:T, :S]
-    return {}, (i - j).astype(jnp.float32)
+    i, j = np.ogrid[:T, :S]
+    return {}, (i - j).astype(np.float32)
   assert name is None
   return {}, None
 
@@ -78,10 +81,10 @@ def bias_of(mask, S):
   if mask is None:
     return None
   if mask.dtype == bool:
-    mask = jnp.where(mask, 0.0, -jnp.inf)
+    mask = np.where(mask, np.float32(0), np.float32(-np.inf))
   missing = S - mask.shape[-1]
   widths = [(0, 0)] * (mask.ndim - 1) + [(0, missing)]
-  return jnp.pad(mask, widths, constant_values=-jnp.inf)
+  return np.pad(mask, widths, constant_values=-np.inf)
 
 
 def problem(case):
@@ -96,8 +99,8 @@ def problem(case):
   past = 0
   if "past_key" in x:
     past = x["past_key"].shape[2]
-    k = jnp.concatenate([x["past_key"].swapaxes(1, 2), k], 1)
-    v = jnp.concatenate([x["past_value"].swapaxes(1, 2), v], 1)
+    k = np.concatenate([x["past_key"].swapaxes(1, 2), k], 1)
+    v = np.concatenate([x["past_value"].swapaxes(1, 2), v], 1)
   (T, S), lens = (q.shape[1], k.shape[1]), x.get("nonpad_kv_seqlen")
   options, bias = score_mod(has, T, S)
   window = [has.get(f"{side}_window_size", -1) for side in ("left", "right")]
@@ -114,7 +117,7 @@ def problem(case):
     arrays["kv_lens"] = lens
   bias = bias_of(x["attn_mask"], S) if "attn_mask" in x else bias
   if bias is not None:
-    arrays["bias"] = bias.astype(jnp.float32)
+    arrays["bias"] = bias.astype(np.float32)
   return arrays, options
 
 
