@@ -73,12 +73,19 @@ def cache_directory() -> str:
 
 
 def setup() -> None:
-  """Turns on the compilation cache."""
+  """Turns on the compilation cache, as the environment says where it does.
+
+  The test suite keeps every program: its workers call commands, and what a
+  command set here would hold for all that a worker tests afterwards.
+  """
   import jax
 
   jax.config.update("jax_compilation_cache_dir", cache_directory())
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  defaults = {"min_compile_time_secs": 0.3, "min_entry_size_bytes": -1}
+  for name, default in defaults.items():
+    option = f"jax_persistent_cache_{name}"
+    if option.upper() not in os.environ:
+      jax.config.update(option, default)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
