@@ -270,6 +270,7 @@ def test_in_earnest(tmp_path):
   done = subprocess.run(
     [
       *(sys.executable, "-m", "experiments.sweep", "--nohuge_pages"),
+      "--notypecheck",  # that goes on to three processes' imports
       f"--sweep={file}",
       f"--workdir={tmp_path / 'out'}",
     ],
