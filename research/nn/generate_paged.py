@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import weights
 from research.nn import cache_paged, generate, paging
 from research.nn import generate_paged_rows as programs
 from research.nn import sampling as samplers
@@ -27,7 +28,7 @@ from research.nn.page_allocator import PageAllocator
 from research.nn.paging import Paging
 from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
-from research.typing import Params, PRNGKey
+from research.typing import Params, PRNGKey, UserError
 
 PIECE = 64
 """Tokens of a prompt that are read at a time."""
@@ -151,9 +152,10 @@ def chunks(
 
   Raises:
     UserError: a prompt is empty, too long, or no prompt for this model; there
-      are not enough pages for one of them.
+      are not enough pages for one of them; adapters ask for whole rows.
   """
   samplers.check(sampling)
+  _check_adapters(params)
   limits = generate.limits(model, prompts, max_new_tokens)
   pages = pages or paging.allocator(model, prompts, max_new_tokens, layout)
   key = jax.random.key(0) if key is None else key
@@ -175,6 +177,17 @@ def chunks(
     for i, tokens in found.items():
       out[i, : len(tokens)] = tokens
     yield generate.trimmed(out)
+
+
+def _check_adapters(params):
+  """Raises UserError if a weight wants to know its rows' tokens."""
+  token = jnp.zeros((1, 1), jnp.int32)
+  told = jax.eval_shape(lambda: weights.with_tokens(params, token))
+  if jax.tree.structure(told) != jax.tree.structure(params):
+    raise UserError(
+      "pages: found an adapter that acts behind some tokens alone, expected "
+      "one that need not know whole rows.\nGenerate without pages."
+    )
 
 
 def complete(

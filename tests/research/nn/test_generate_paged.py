@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import tree
+from research.lora import adapt
+from research.lora.methods.alora import ALoRA
+from research.lora.methods.lora import LoRA
 from research.nn import cache_paged, generate, generate_paged, paging
 from research.nn import generate_paged_rows as programs
 from research.nn.page_allocator import NONE, PageAllocator
@@ -204,6 +208,24 @@ def test_layers_that_look_back_on_a_window_give_pages_back():
   assert generate.gathered(parts, ()) == want
   # 62 tokens; before 39 and then 55 the window reaches 34 and 50.
   assert used == [16 - 34 // 4, 16 - 50 // 4, 0]
+
+
+def test_adapters_go_along_unless_they_ask_for_whole_rows():
+  model = support.model(depth=1, tied=False)
+  params = support.params(model)
+  start = adapt.Adapt(method=LoRA(rank=2))(params, jax.random.key(0))
+  adapted = tree.map_paths(
+    lambda p, x: x + 0.1 if p.endswith("trained/b") else x, start
+  )
+  want = generate.generate(model, adapted, PROMPTS[:2], 5)
+  layout = Paging(size=4, rows=1)
+  got = generate_paged.complete(model, adapted, PROMPTS[:2], 5, layout=layout)
+  assert got == want != generate.generate(model, params, PROMPTS[:2], 5)
+  gated = adapt.Adapt(method=ALoRA(rank=2, invocation=(5, 6)))(
+    params, jax.random.key(0)
+  )
+  with pytest.raises(UserError, match="behind some tokens alone"):
+    generate_paged.complete(model, gated, PROMPTS[:2], 5)
 
 
 def test_bad_prompts_and_too_few_pages():
