@@ -3,25 +3,19 @@
 import time
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.filling_wanted import (
-  BLOCK,
-  Wanted,
-  cache_of,
-  growth_of,
-  policy_of,
-  remask_of,
-)
+from experiments import filling_gaps
+from experiments.filling_rows import Begun, batches, begun
+from experiments.filling_wanted import Wanted, cache_of, credit_of, growth_of
 from experiments.screen import Screen, pieces_of
 from research.diffusion import canvas, sampler, view
 from research.diffusion.candidates import Options
 from research.diffusion.credit import Credited
 from research.diffusion.delayed import Delayed
 from research.diffusion.denoiser import BlockCausal, Cached, Denoiser, Whole
-from research.diffusion.guided import Guided
-from research.diffusion.policies import Policy
+from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares
 from research.interop.load import Loaded
@@ -45,34 +39,35 @@ def spec_of(loaded: Loaded, name: str) -> Spec:
 
 
 def denoiser_of(
-  loaded: Loaded, how: Spec, wanted: Wanted, prompt: int
+  loaded: Loaded, how: Spec, wanted: Wanted, options: Options
 ) -> Denoiser:
-  """Returns what the sampler asks.
+  """Returns what the sampler asks; with guidance it needs `with_prompt`.
 
   Args:
     loaded: the model.
     how: what its checkpoint says.
     wanted: the flags.
-    prompt: tokens at the start of rows that are prompts, or padding.
+    options: of the sampler.
   """
-  asked = _reading(loaded, how, wanted)
+  asked = _reading(loaded, how, wanted, options)
   if wanted.guidance:
-    asked = Guided(
-      inner=asked, prompt=prompt, mask_id=how.mask_id, weight=wanted.guidance
-    )
-  if wanted.policy.startswith("credit"):
-    asked = Credited(inner=asked, mask_id=how.mask_id)
+    asked = Guided(inner=asked, mask_id=how.mask_id, weight=wanted.guidance)
+  credit = credit_of(wanted.policy)
+  if credit is not None:
+    asked = Credited(inner=asked, mask_id=how.mask_id, **credit)
   return asked
 
 
-def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
+def _reading(
+  loaded: Loaded, how: Spec, wanted: Wanted, options: Options
+) -> Denoiser:
   """Returns how rows are read, with or without a cache."""
   common = dict(
     model=loaded.model,
     shift=how.shift,
     told=shares(loaded.model, how.mask_id),
   )
-  kind, number = cache_of(wanted.cache)
+  kind, numbers = cache_of(wanted.cache)
   if kind == "none":
     return Whole(**common, block=how.block)
   if how.block is not None:
@@ -83,117 +78,12 @@ def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
       "expected prefix, which is exact, or none"
     )
   if kind == "delayed":
-    return Delayed(**common, mask_id=how.mask_id, refresh=number)
-  # What is read again around a block: nothing, N tokens, or all behind it.
-  before = after = number or 0
-  if kind == "prefix":
-    block = wanted.block or min(BLOCK, wanted.length)
-    after = max(wanted.length - block, 0)
-  return Cached(**common, before=before, after=after)
-
-
-def batches(
-  prompts: list[list[int]], how: Spec, wanted: Wanted
-) -> list[list[int]]:
-  """Returns which prompts are filled together, by their numbers.
-
-  Rows of models without blocks are padded on the left. Blocks begin where rows
-  do, so there the first block that is filled has to be the same one; with
-  guidance, which masks prompts, their lengths have to be.
-  """
-  if how.block is None:
-    return [list(range(len(prompts)))]
-  size = 1 if wanted.guidance else wanted.block or how.block
-  found: dict[int, list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    found.setdefault(len(prompt) // size, []).append(i)
-  return list(found.values())
-
-
-def begun(
-  prompts: list[list[int]],
-  examples: list[int],
-  how: Spec,
-  policy: Policy,
-  wanted: Wanted,
-) -> tuple[sampler.State, Options, list[int]]:
-  """Returns rows to be filled, how, and where each prompt ends.
-
-  Blocks of a model that has some start at the row's start, so the end of the
-  prompt may stand in the first one.
-
-  Args:
-    prompts: ids, of one of the `batches`.
-    examples: their numbers, which their randomness comes from.
-    how: what the checkpoint says.
-    policy: of what is kept.
-    wanted: the flags.
-
-  Raises:
-    UserError: a prompt holds the mask, or blocks and steps do not divide.
-  """
-  options = _options(prompts, how, policy, wanted)
-  key, numbers = jax.random.key(wanted.seed), jax.numpy.array(examples)
-  held = any(how.mask_id in prompt for prompt in prompts)
-  growth = growth_of(wanted)
-  if growth is not None:
-    if how.block is not None:
-      raise UserError(
-        f"--canvas={wanted.canvas}: the model's blocks see nothing after them "
-        "and go on one by one until it ends; leave the flag out"
-      )
-    state = canvas.start(prompts, options, growth, key, numbers)
-    return state, options, [max(map(len, prompts))] * len(prompts)
-  if how.block is None or held:
-    # Says so, if a prompt holds the mask.
-    state = sampler.start(prompts, options, key, numbers)
-    return state, options, [max(map(len, prompts))] * len(prompts)
-  first = len(prompts[0]) // options.block * options.block
-  tokens = np.full((len(prompts), first + options.length), how.mask_id)
-  ends = list(map(len, prompts))
-  for row, prompt in zip(tokens, prompts, strict=True):
-    row[: len(prompt)] = prompt
-  masked = np.arange(tokens.shape[1]) >= np.array(ends)[:, None]
-  valid = np.ones_like(masked)
-  return sampler.begin(tokens, masked, valid, key, numbers), options, ends
-
-
-def _options(
-  prompts: list[list[int]], how: Spec, policy: Policy, wanted: Wanted
-) -> Options:
-  block = wanted.block or how.block or min(BLOCK, wanted.length)
-  length = wanted.length
-  if how.block is not None and block != how.block:
-    raise UserError(
-      f"--block={block}: the model's blocks have {how.block} tokens; leave "
-      "the flag out"
-    )
-  if how.block is not None:
-    inside = max(len(prompt) % block for prompt in prompts)
-    length = -(-(inside + length) // block) * block
-  elif length % block:
-    raise UserError(
-      f"--block={block}: does not divide --max_new_tokens={length}"
-    )
-  if wanted.steps is not None and wanted.steps % (length // block):
-    raise UserError(
-      f"--steps={wanted.steps}: expected a multiple of the {length // block} "
-      f"blocks of {block} tokens"
-    )
-  return Options(
-    mask_id=how.mask_id,
-    length=length,
-    block=block,
-    steps=wanted.steps,
-    plan=wanted.plan,
-    policy=policy,
-    select=wanted.select,
-    remask=remask_of(wanted.remask),
-    never_end=wanted.ends == "never",
-    end_last=wanted.ends == "last",
-    edit=wanted.edit,
-    end=tuple(i for i in how.end if i != how.mask_id),
-  )
+    return Delayed(**common, mask_id=how.mask_id, **numbers)
+  # What is read again around a block: nothing, some tokens, or all behind it; a
+  # canvas that grows is one block.
+  if kind == "prefix" and growth_of(wanted) is None:
+    numbers = dict(after=options.length - options.block)
+  return Cached(**common, **numbers)
 
 
 def fill(
@@ -202,24 +92,31 @@ def fill(
   prompts: list[list[int]],
   rules: Sampling,
   wanted: Wanted,
+  told: list[int] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Fills rows after prompts; returns what is told of each, and of all.
 
   Args:
     loaded: the model.
     how: what its checkpoint says.
-    prompts: ids; rows of a batch do not depend on each other.
+    prompts: ids; rows of a batch do not depend on each other. With
+      `wanted.infill` whole texts, masks in their gaps.
     rules: how candidates are drawn.
     wanted: the flags.
+    told: how many tokens of each text with gaps are a prompt before it.
 
   Raises:
     UserError: it cannot be, or a file cannot be written.
   """
   rows: list[dict[str, Any]] = [{} for _ in prompts]
+  told = told or [0] * len(prompts)
   tokens, after, seconds = 0, 0.0, 0.0
   for chosen in batches(prompts, how, wanted):
     some = [prompts[i] for i in chosen]
-    found, spent = _fill(loaded, how, some, chosen, rules, wanted)
+    it = begun(some, chosen, how, wanted)
+    texts = [it.begins[n] + told[i] for n, i in enumerate(chosen)]
+    shown = texts if wanted.infill else it.heads
+    found, spent = _fill(loaded, how, some, it, shown, rules, wanted)
     for i, row in zip(chosen, found, strict=True):
       rows[i] = row
     tokens, after = tokens + spent[0], after + spent[1]
@@ -232,25 +129,19 @@ def fill(
   return rows, shared
 
 
-def _fill(loaded, how, prompts, examples, rules, wanted):
+def _fill(loaded, how, prompts, it, shown, rules, wanted):
   """Returns rows of one batch; tokens, their seconds, and all seconds.
 
   Tokens are those before an end and after the block that compiles.
   """
-  policy = policy_of(wanted.policy)
-  state, options, ends = begun(prompts, examples, how, policy, wanted)
-  total, most = state.tokens.shape[1], loaded.model.max_positions
-  if most is not None and total > most:
-    longest = max(map(len, prompts))
-    raise UserError(
-      f"--prompt: {longest} tokens and {total - longest} new ones are "
-      f"{total}, more than the model's context of {most}; shorten it, or lower "
-      "--max_new_tokens"
-    )
-  asked = denoiser_of(loaded, how, wanted, ends[0])
-  screen = Screen(loaded.tokenizer, ends, how.mask_id)
+  _check_context(loaded, prompts, it, wanted)
+  params = loaded.params
+  if wanted.guidance:
+    params = with_prompt(params, jnp.asarray(it.prompt))
+  asked = denoiser_of(loaded, how, wanted, it.options)
+  screen = Screen(loaded.tokenizer, shown, how.mask_id)
   begin = time.perf_counter()
-  growth, given = growth_of(wanted), (asked, loaded.params, state, options)
+  growth, given = growth_of(wanted), (asked, params, it.state, it.options)
   lengths = [wanted.length] * len(prompts)
   if growth is None:
     got = sampler.sample(*given, rules, screen)
@@ -260,13 +151,18 @@ def _fill(loaded, how, prompts, examples, rules, wanted):
   seconds = time.perf_counter() - begin - screen.seconds
   if len(prompts) == 1:
     print(flush=True)
-    _draw(got, loaded, how, wanted)
-  rows = [
-    _row(loaded, options, got, i, end, len(prompt), length)
-    for i, (end, prompt, length) in enumerate(
-      zip(ends, prompts, lengths, strict=True)
-    )
-  ]
+    last = it.heads[0] + lengths[0] if growth is not None else it.stops[0]
+    _draw(got, loaded, how, wanted, it.begins[0], last)
+  if wanted.infill:
+    rows = [
+      _filled(loaded, how, it, got, i, ids, shown[i])
+      for i, ids in enumerate(prompts)
+    ]
+  else:
+    rows = [
+      _row(loaded, it, got, i, len(prompt), lengths[i])
+      for i, prompt in enumerate(prompts)
+    ]
   if growth is not None:
     for row, length in zip(rows, lengths, strict=True):
       row["canvas"] = length
@@ -275,28 +171,72 @@ def _fill(loaded, how, prompts, examples, rules, wanted):
   return rows, (sum(late), last - first, seconds)
 
 
-def _row(loaded, options, got, i, end, prompt, length) -> dict[str, Any]:
-  """Returns what is told of one row, whose prompt ends at `end`."""
-  made = got.tokens[i, end:][:length]
-  ends = np.flatnonzero(np.isin(made, options.end))
+def _check_context(
+  loaded: Loaded, prompts: list[list[int]], it: Begun, wanted: Wanted
+) -> None:
+  """Raises UserError if a row has more tokens than the model's context."""
+  sizes = [
+    stop - begin for begin, stop in zip(it.begins, it.stops, strict=True)
+  ]
+  total, most = max(sizes), loaded.model.max_positions
+  if most is None or total <= most:
+    return
+  if wanted.infill:
+    raise UserError(
+      f"--infill: a text of {total} tokens, gaps and its prompt included, is "
+      f"more than the model's context of {most}; shorten it"
+    )
+  longest = len(prompts[sizes.index(total)])
+  raise UserError(
+    f"--prompt: {longest} tokens and {total - longest} new ones are "
+    f"{total}, more than the model's context of {most}; shorten it, or lower "
+    "--max_new_tokens"
+  )
+
+
+def _row(loaded, it, got, i, prompt, length) -> dict[str, Any]:
+  """Returns what is told of one row."""
+  made = got.tokens[i, it.heads[i] :][:length]
+  ends = np.flatnonzero(np.isin(made, it.options.end))
   count = int(ends[0]) if ends.size else len(made)
-  calls = int(got.counts[i])
   return {
     "text": loaded.tokenizer.decode(made[:count].tolist()),
     "tokens": count,
     "finish_reason": "stop" if ends.size else "length",
     "prompt_tokens": prompt,
-    "calls": calls,
-    "tokens_per_call": count / max(calls, 1),
+    **_calls(got, i, count),
   }
 
 
-def _draw(got, loaded, how, wanted) -> None:
-  """Writes the files that show how a row was filled."""
-  tokens, filled = got.tokens[0], got.filled[0]
-  if isinstance(got, canvas.Grown):
-    own = len(tokens) - wanted.length + got.canvas[0]
-    tokens, filled = tokens[:own], filled[:own]
+def _filled(loaded, how, it, got, i, ids, shown) -> dict[str, Any]:
+  """Returns what is told of one text with gaps."""
+  tokens = got.tokens[i, it.begins[i] : it.stops[i]]
+  kept, gaps = np.ones(len(ids), bool), []
+  for start, stop in filling_gaps.gaps(ids, how.mask_id):
+    ended = np.isin(tokens[start:stop], it.options.end)
+    kept[start:stop] = ~np.logical_or.accumulate(ended)
+    gaps.append(tokens[start:stop][kept[start:stop]].tolist())
+  count = sum(map(len, gaps))
+  kept[: shown - it.begins[i]] = False
+  decode = loaded.tokenizer.decode
+  return {
+    "text": decode(tokens[kept].tolist()),
+    "gaps": [decode(gap) for gap in gaps],
+    "tokens": count,
+    "finish_reason": "filled",
+    "prompt_tokens": len(ids) - ids.count(how.mask_id),
+    **_calls(got, i, count),
+  }
+
+
+def _calls(got, i, count) -> dict[str, Any]:
+  calls = int(got.counts[i])
+  return {"calls": calls, "tokens_per_call": count / max(calls, 1)}
+
+
+def _draw(got, loaded, how, wanted, begin, end) -> None:
+  """Writes the files that show how a row was filled, without its padding."""
+  tokens, filled = got.tokens[0, begin:end], got.filled[0, begin:end]
   pieces = pieces_of(loaded.tokenizer, tokens, how.mask_id)
   if wanted.html is not None:
     view.write_page(wanted.html, pieces, filled)

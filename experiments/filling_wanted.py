@@ -1,9 +1,11 @@
 """What the flags of `generate --sampler=diffusion` say, and what they mean."""
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import get_args
 
+from experiments import filling_gaps
+from experiments.filling_said import said
 from research.diffusion.growth import Growth
 from research.diffusion.policies import (
   Factor,
@@ -31,10 +33,15 @@ class Wanted:
   select: str = "candidate"
   plan: str = "even"
   remask: str = "none"
+  place_temperature: float | None = None
+  tempered: bool = False
   cache: str = "none"
   guidance: float = 0.0
   ends: str = "any"
+  stop_early: bool = True
   edit: float | None = None
+  edit_steps: int = 16
+  infill: Sequence[str] = ()
   seed: int = 0
   gif: str | None = None
   html: str | None = None
@@ -43,7 +50,7 @@ class Wanted:
     """Raises UserError for what is wrong whatever the model is.
 
     Args:
-      prompts: how many there are.
+      prompts: how many there are, or texts with gaps.
     """
     if self.length < 1:
       raise UserError(
@@ -51,6 +58,8 @@ class Wanted:
       )
     policy_of(self.policy)
     cache_of(self.cache)
+    for text in self.infill:
+      filling_gaps.parsed(text)
     planned = self.policy.startswith("quota")
     if self.steps is not None and not planned:
       raise UserError(
@@ -77,6 +86,21 @@ class Wanted:
         f"--remask={self.remask}: --plan={self.plan} says how many places are "
         "filled; expected --plan=chance"
       )
+    if self.place_temperature is not None and not self.place_temperature > 0:
+      raise UserError(
+        f"--place_temperature={self.place_temperature}: expected more than 0, "
+        "or leave it out for the surest places"
+      )
+    if self.place_temperature is not None and self.policy != "quota":
+      raise UserError(
+        f"--place_temperature={self.place_temperature}: --policy={self.policy} "
+        "judges how sure places are, not only which is surer; expected "
+        "--policy=quota"
+      )
+    if self.edit is None and self.edit_steps != Wanted.edit_steps:
+      raise UserError(
+        f"--edit_steps={self.edit_steps}: has no effect without --edit"
+      )
     if growth_of(self) is not None:
       self._check_growth()
     for name, file in (("gif", self.gif), ("html", self.html)):
@@ -85,7 +109,17 @@ class Wanted:
 
   def _check_growth(self) -> None:
     """Raises UserError for what a canvas that grows cannot have."""
-    alone = dict(steps=None, plan="even", cache="none", edit=None)
+    if self.infill:
+      raise UserError(
+        f"--infill: says how long gaps are, and --canvas={self.canvas} finds "
+        "out; leave one of them out"
+      )
+    if self.cache not in ("none", "prefix"):
+      raise UserError(
+        f"--cache={self.cache}: not with --canvas={self.canvas}, whose places "
+        "move; expected prefix, which keeps the prompt, or none"
+      )
+    alone = dict(steps=None, plan="even", edit=None)
     for name, value in alone.items():
       if getattr(self, name) != value:
         raise UserError(
@@ -99,78 +133,95 @@ class Wanted:
       )
 
 
+_GROWTH = dict(
+  by=int, window=int, begin=float, ready=float, low=float, ends=int
+)
+_CREDIT = dict(alpha=float, beta=float, gamma=float)
+_REMASK = dict(start=float, stop=float)
+
+
 def growth_of(wanted: Wanted) -> Growth | None:
   """Returns how the canvas grows, see `experiments.generate`, or None."""
-  name, colon, number = wanted.canvas.partition(":")
   if wanted.canvas == "fixed":
     return None
-  if name == "auto" and not colon:
-    return Growth(start=min(Growth.start, wanted.length))
-  size = _whole(number)
-  if name == "auto" and size is not None and 1 <= size <= wanted.length:
-    return Growth(start=size)
+  it = said("canvas", wanted.canvas)
+  start = min(Growth.start, wanted.length) if it.text is None else it.whole
+  if it.name == "auto" and start is not None and 1 <= start <= wanted.length:
+    return it.made(Growth, _GROWTH, start=start)
   raise UserError(
-    f"--canvas={wanted.canvas}: expected fixed, auto, or auto:N with N from 1 "
-    f"to --max_new_tokens={wanted.length}"
+    f"{it.where}: expected fixed, auto, or auto:N with N from 1 to "
+    f"--max_new_tokens={wanted.length}, then perhaps ,by=8 or another of "
+    f"{', '.join(_GROWTH)}"
   )
 
 
 def policy_of(text: str) -> Policy:
   """Returns what a name and a number stand for, see `experiments.generate`."""
-  name, colon, number = text.partition(":")
-  value = _number(number) if colon else None
+  it = said("policy", text)
+  value = it.number
+  share = value is not None and 0 < value <= 1
   if text == "quota":
     return Quota()
-  if text == "hierarchy":
-    return Hierarchy()
-  if name == "quota+threshold" and value is not None and 0 < value <= 1:
-    return Threshold(threshold=value, quota_first=True)
-  if name in ("threshold", "credit") and value is not None and 0 < value <= 1:
+  if it.name == "hierarchy" and (it.text is None or share):
+    given = {} if value is None else dict(threshold=value)
+    found = it.made(Hierarchy, dict(low=float), **given)
+    if 0 < found.low <= 1:
+      return found
+  if it.name in ("threshold", "quota+threshold") and share:
+    both = it.name != "threshold"
+    return it.made(Threshold, {}, threshold=value, quota_first=both)
+  if it.name == "credit" and share and credit_of(text) is not None:
     return Threshold(threshold=value)
-  if name == "factor" and value is not None and value > 0:
-    return Factor(factor=value)
+  if it.name == "factor" and value is not None and value > 0:
+    return it.made(Factor, {}, factor=value)
   raise UserError(
-    f"--policy={text}: expected quota, hierarchy, threshold:P, "
-    "quota+threshold:P or credit:P with P in (0, 1], or factor:F with F above 0"
+    f"{it.where}: expected quota, hierarchy[:P][,low=P], threshold:P, "
+    "quota+threshold:P or credit:P[,alpha=A][,beta=B][,gamma=G] with P in "
+    "(0, 1], or factor:F with F above 0"
+  )
+
+
+def credit_of(text: str) -> dict[str, float] | None:
+  """Returns the numbers of `credit`, None of another policy."""
+  it = said("policy", text)
+  if it.name != "credit":
+    return None
+  found = it.numbers(_CREDIT)
+  if min(found.values(), default=0.0) >= 0 and found.get("beta", 0.0) < 1:
+    return found
+  raise UserError(
+    f"{it.where}: expected alpha and gamma of at least 0, and beta from 0 to "
+    "below 1"
   )
 
 
 def remask_of(text: str) -> Remask | None:
   """Returns what is masked again, see `experiments.generate`, or None."""
-  kind, colon, number = text.partition(":")
   if text == "none":
     return None
-  value = _number(number) if colon else None
-  if kind in get_args(Kind) and value is not None and 0 <= value <= 1:
-    return Remask(kind=kind, eta=value)
+  it = said("remask", text)
+  value = it.number
+  if it.name in get_args(Kind) and value is not None and 0 <= value <= 1:
+    return it.made(Remask, _REMASK, kind=it.name, eta=value)
   raise UserError(
-    f"--remask={text}: expected none, or cap:E, rescale:E or confidence:E with "
-    "E from 0 to 1"
+    f"{it.where}: expected none, or cap:E, rescale:E or confidence:E with E "
+    "from 0 to 1, then perhaps ,start=T,stop=T with times from 0 to 1"
   )
 
 
-def _number(text: str) -> float | None:
-  try:
-    value = float(text)
-  except ValueError:
-    return None
-  return value if math.isfinite(value) else None
-
-
-def _whole(text: str) -> int | None:
-  return int(text) if text.isdecimal() and len(text) < 7 else None
-
-
-def cache_of(text: str) -> tuple[str, int | None]:
-  """Returns a cache's kind and its number, see `experiments.generate`."""
-  name, colon, number = text.partition(":")
-  if not colon and name in ("none", "prefix", "dual", "delayed"):
-    return name, None
-  least = {"vicinity": 0, "delayed": 1}.get(name)
-  count = _whole(number)
-  if least is not None and count is not None and count >= least:
-    return name, count
+def cache_of(text: str) -> tuple[str, dict[str, int]]:
+  """Returns a cache's kind and its numbers, see `experiments.generate`."""
+  if text in ("none", "prefix", "dual"):
+    return text, {}
+  it = said("cache", text)
+  count = it.whole
+  if it.name == "vicinity" and count is not None:
+    more = it.numbers(dict(after=int))
+    return it.name, dict(before=count, after=count) | more
+  if it.name == "delayed" and (it.text is None or (count or 0) >= 1):
+    more = it.numbers(dict(halvings=int))
+    return it.name, ({} if count is None else dict(refresh=count)) | more
   raise UserError(
-    f"--cache={text}: expected none, prefix, dual, vicinity:N, delayed or"
-    " delayed:N"
+    f"{it.where}: expected none, prefix, dual, vicinity:N[,after=M], delayed "
+    "or delayed:N, then perhaps ,halvings=H"
   )

@@ -22,7 +22,11 @@ Diffusion models fill in masks instead, block after block; a terminal shows it.
 
 The JSON then has calls (of the model), tokens_per_call, and tokens_per_s of
 what comes before the first end of text. --canvas=auto finds out how long the
-answer has to be, and tells it as canvas.
+answer has to be, and tells it as canvas. Gaps within a text are filled, too,
+[[N]] for N tokens; the JSON then has them as gaps:
+
+  python -m experiments.generate --sampler=diffusion --model=DIR \\
+    --infill="def area(r): [[8]] return pi * r**2"
 """
 
 # ruff: noqa: E402
@@ -224,23 +228,31 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
 
 def _fill(rules: Any) -> dict[str, Any]:
   """Returns what filling in masks gives."""
-  from experiments import filling
+  from experiments import filling, filling_gaps
 
   given = {name: FLAGS[name].value for name in filling_flags.NAMES}
   wanted = filling.Wanted(
     length=_MAX_NEW_TOKENS.value, seed=_SEED.value, **given
   )
-  wanted.check(len(_PROMPT.value))
+  wanted.check(len(wanted.infill or _PROMPT.value))
   loaded = _load()
   how = filling.spec_of(loaded, _MODEL.value)
-  prompts = [_tokens(loaded.tokenizer, text) for text in _PROMPT.value]
-  rows, shared = filling.fill(loaded, how, prompts, rules, wanted)
+
+  def spelled(text):
+    return _tokens(loaded.tokenizer, text)
+
+  prompts = list(_PROMPT.value)
+  ids, told = [spelled(text) for text in prompts], None
+  if wanted.infill:
+    prompts, ids, told = filling_gaps.rows(
+      wanted.infill, prompts, loaded.tokenizer, spelled, how.mask_id
+    )
+  rows, shared = filling.fill(loaded, how, ids, rules, wanted, told)
   shared["model"] = _MODEL.value
   if len(rows) == 1:
     return rows[0] | shared
   rows = [
-    {"prompt": prompt} | row
-    for prompt, row in zip(_PROMPT.value, rows, strict=True)
+    {"prompt": prompt} | row for prompt, row in zip(prompts, rows, strict=True)
   ]
   for row in rows:
     print(f"{row['prompt']}{row['text']}\n", flush=True)
@@ -258,6 +270,13 @@ def _check_sampler() -> None:
         f"--{name}: is not for --sampler={_SAMPLER.value}; leave one of them "
         "out"
       )
+  if FLAGS["infill"].value and FLAGS["max_new_tokens"].present:
+    raise UserError(
+      "--max_new_tokens: with --infill gaps say how many tokens they have; "
+      "leave it out"
+    )
+  if _CHAT.value and not _PROMPT.value:
+    raise UserError("--chat: answers a --prompt, which is missing")
 
 
 def _streamed(
@@ -310,7 +329,8 @@ def _streamed(
 def main(argv: Sequence[str]) -> dict[str, Any]:
   """Generates; returns the result, which the command prints as JSON."""
   del argv
-  cli.required(model=_MODEL.value, prompt="".join(_PROMPT.value))
+  texts = [*_PROMPT.value, *FLAGS["infill"].value]
+  cli.required(model=_MODEL.value, prompt="".join(texts))
   runtime.setup()
   from experiments import generate_adapters, generate_pages
   from research import tree

@@ -9,9 +9,10 @@ a block becomes several.
 Shapes are static: rows are as long as the longest canvas allowed, and what is
 not of a row's own is padding, which nothing sees. So a length is data, prompts
 share a program, and a row grows by what it holds itself, whatever its batch.
-Every call reads whole rows and forms the logits of whole canvases: what is
-inserted moves all behind it, so that there is nothing to keep from call to
-call.
+Every call reads whole canvases and forms their logits: what is inserted moves
+all behind it, so that nothing of them can be kept from call to call. What
+stands before them does not move: `Cached` keeps its keys and values from a
+block's first call on, the prefix cache of canvases that are fixed.
 """
 
 import dataclasses
@@ -50,6 +51,7 @@ def start(
   growth: Growth,
   key: PRNGKey,
   examples: Int[Array, "B"] | None = None,
+  width: int | None = None,
 ) -> State:
   """Returns rows of prompts and canvases as they begin, see `sampler.start`.
 
@@ -57,7 +59,7 @@ def start(
     UserError: there is no prompt, one holds the mask, or `Growth.check`.
   """
   growth.check(options)
-  state = sampler.start(prompts, options, key, examples)
+  state = sampler.start(prompts, options, key, examples, width)
   size = jnp.full(len(prompts), growth.start, jnp.int32)
   return _blank(state, size, options)
 
@@ -74,7 +76,8 @@ def sample(
   """Returns filled rows, each as long as it had to be.
 
   Args:
-    denoiser: the model; asked for whole rows at every call.
+    denoiser: the model; asked for whole canvases at every call. One with a
+      cache is told that all of a canvas is a block: `Cached()` reads it again.
     params: its parameters.
     state: from `start`.
     options: how; `length` is that of the longest canvas, for which there is
@@ -131,11 +134,29 @@ def _blank(state: State, size: Int[Array, "B"], options: Options) -> State:
   )
 
 
-def _read(denoiser, params, state, options, growth):
-  """Returns canvases' logits, their readiness, and whether all is finite."""
+def _asked(denoiser, params, state, options, i=0, carry=()):
+  """Returns canvases' logits and a carry: a block's first call, or a later."""
   most = options.length
   width = jnp.int32(state.tokens.shape[1] - most)
-  logits, _ = denoiser.first(params, state.tokens, state.valid, width, most)
+  given = params, state.tokens, state.valid, width, most
+  if not jax.tree.leaves(carry):
+    return denoiser.first(*given)
+  return jax.lax.cond(
+    i == 0,
+    lambda: denoiser.first(*given),
+    lambda: denoiser.again(*given, carry),
+  )
+
+
+def _nothing(denoiser, params, state, options):
+  """Returns a carry in which nothing is kept yet."""
+  _, carry = jax.eval_shape(lambda: _asked(denoiser, params, state, options))
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
+
+
+def _judged(logits, state, options, growth):
+  """Returns canvases' readiness, and whether their logits are finite."""
+  most = options.length
   own = state.valid[:, -most:]
   ready = readiness(
     logits,
@@ -147,7 +168,7 @@ def _read(denoiser, params, state, options, growth):
   )
   # Nobody asks what the room to grow would hold.
   largest = jnp.where(own, logits.max(-1), 0.0)
-  return logits, ready, jnp.isfinite(largest).all()
+  return ready, jnp.isfinite(largest).all()
 
 
 @functools.partial(
@@ -175,7 +196,8 @@ def _measured(
   def step(loop):
     size, open_, looked, calls, finite = loop
     now = _blank(state, size, options)
-    _, ready, fine = _read(denoiser, params, now, options, growth)
+    logits, _ = _asked(denoiser, params, now, options)
+    ready, fine = _judged(logits, now, options, growth)
     short = open_ & (ready < growth.begin)
     size = jnp.where(short, jnp.minimum(size + growth.by, most), size)
     looked = looked + open_
@@ -231,17 +253,18 @@ def grow_block(
   planned = jnp.full(state.tokens.shape[0], size)
 
   def more(loop):
-    state, i, _ = loop
+    state, i, *_ = loop
     # Each call fills a place of each row that has some.
     return sampler.cut(state.masked, at, size).any() & (i < options.length)
 
   def step(loop):
-    state, i, finite = loop
-    logits, ready, fine = _read(denoiser, params, state, options, growth)
+    state, i, finite, carry = loop
+    logits, carry = _asked(denoiser, params, state, options, i, carry)
+    ready, fine = _judged(logits, state, options, growth)
     own = sampler.cut(logits, at - width, size)
     proposed = sampler.proposals(state, own, options, sampling)
     filled, _ = sampler.fill(
-      state, own, at, options, sampling, planned, 0, proposed
+      state, own, at, options, sampling, planned, 0, proposed=proposed
     )
     doubt = sampler.cut(filled.masked, at, size)
     doubt &= (proposed[-1] < growth.low) & (ready < growth.ready)[:, None]
@@ -249,10 +272,11 @@ def grow_block(
     extra = jnp.where(doubt.any(-1), jnp.minimum(growth.by - 1, room), 0)
     least = jnp.argmin(jnp.where(doubt, proposed[-1], jnp.inf), axis=-1)
     state = _inserted(filled, at + least, extra, options.mask_id)
-    return state, i + 1, finite & fine
+    return state, i + 1, finite & fine, carry
 
-  loop = state, jnp.int32(0), jnp.ones((), bool)
-  state, _, finite = jax.lax.while_loop(more, step, loop)
+  carry = _nothing(denoiser, params, state, options)
+  loop = state, jnp.int32(0), jnp.ones((), bool), carry
+  state, _, finite, _ = jax.lax.while_loop(more, step, loop)
   if options.stop:
     state = sampler.ended(state, at, options)
   return state, finite

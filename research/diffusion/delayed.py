@@ -125,9 +125,9 @@ class Delayed:
 
   def _sizes(self, length: int) -> list[int]:
     """Returns how many places a call may read, descending."""
+    halvings = min(self.halvings, length.bit_length())
     return sorted(
-      {max(-(-length // 2**i), 1) for i in range(self.halvings + 1)},
-      reverse=True,
+      {-(-length // 2**i) for i in range(halvings + 1)}, reverse=True
     )
 
   def _read(

@@ -8,6 +8,7 @@ finished blocks to the next: see `BlockCausal`.
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -75,14 +76,17 @@ def own_rows(
   return _shifted(own, _before(hidden, start), _cut(place, start, size))
 
 
-def _cut(x: Array, start: Any, size: int) -> Array:
-  return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+def _cut(x: Array, start: Array, size: int) -> Array:
+  """Returns part of each row, from the same place on or from each row's own."""
+  if start.ndim == 0:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+  of_row = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
+  return jax.vmap(of_row)(x, start)
 
 
 def _before(hidden: Array, start: Array) -> Array:
   """Returns the state before a block, `[B, 1, D]`."""
-  at = jnp.maximum(start - 1, 0)
-  return jax.lax.dynamic_slice_in_dim(hidden, at, 1, axis=1)
+  return _cut(hidden, jnp.maximum(start - 1, 0), 1)
 
 
 def _shifted(own: Array, edge: Array, place: Array) -> Array:
@@ -200,8 +204,8 @@ class Cached:
   Attributes:
     model: the Transformer; all tokens see all.
     shift: see `own_rows`.
-    before, after: how many tokens around the block are read again; where
-      the row ends, more on the other side.
+    before, after: how many tokens around the block are read again; where a
+      row's text ends, more on the other side.
     told: times, for a model that is told them.
   """
 
@@ -232,16 +236,33 @@ class Cached:
     cache, edge = carry
     length = tokens.shape[1]
     span = min(self.before + size + self.after, length)
-    low = jnp.clip(start - self.before, 0, length - span)
+    low = self._low(valid, start, size, span)
     some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
     hidden, cache = reread(self, params, tokens, valid, some, place, cache)
     own = _cut(hidden, start - low, size)
     if self.shift:
       near = _before(hidden, start - low)
-      near = jnp.where(start > low, near, edge)
+      near = jnp.where(jnp.reshape(start > low, (-1, 1, 1)), near, edge)
       own = _shifted(own, near, _cut(place, start - low, size))
     logits = self.model.apply({"params": params}, own, method="logits")
     return logits, (cache, edge)
+
+  def _low(self, valid, start, size, span):
+    """Returns where what is read again begins, of each row if they differ.
+
+    It is what it would be if the row had no padding, so that the padding of a
+    batch or of a shape changes nothing.
+    """
+    if not self.before and not self.after:
+      return start
+    length = valid.shape[1]
+    first = jnp.argmax(valid, axis=-1)
+    last = length - jnp.argmax(valid[:, ::-1], axis=-1)
+    # A block may reach beyond its row's text.
+    high = jnp.maximum(jnp.maximum(last, start + size) - span, first)
+    return jnp.minimum(
+      jnp.clip(start - self.before, first, high), length - span
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,8 +270,8 @@ class BlockCausal:
   """A block-causal model by its cache of finished blocks: exact.
 
   Keys and values of finished blocks come from a pass over their final tokens,
-  as a whole row without a cache has them. Rows may not be padded on the left:
-  blocks start at index 0.
+  as a whole row without a cache has them. Blocks start at index 0, so rows are
+  padded on the left by whole blocks only.
 
   Attributes:
     model: the Transformer.
@@ -275,11 +296,12 @@ class BlockCausal:
     self._check(size)
     if memory is not None:
       cache, _ = memory
-      hidden, cache = self._read(params, tokens, start - size, size, cache)
+      hidden, cache = self._read(
+        params, tokens, valid, start - size, size, cache
+      )
       return cache, hidden[:, -1:]
     rows, length = tokens.shape
-    place = jnp.arange(length)
-    known = jnp.where((place < start) & valid, place, -1)
+    known = jnp.where(jnp.arange(length) < start, positions(valid), -1)
     cache = init_cache(self.model, params, rows, length)
     segments = jnp.where(known >= 0, 0, -1)
     hidden, cache = self.model.apply(
@@ -299,19 +321,18 @@ class BlockCausal:
 
   def again(self, params, tokens, valid, start, size, carry):
     cache, edge = carry
-    hidden, cache = self._read(params, tokens, start, size, cache)
+    hidden, cache = self._read(params, tokens, valid, start, size, cache)
     if self.shift:
       place = _cut(positions(valid), start, size)
       hidden = _shifted(hidden, edge, place)
     logits = self.model.apply({"params": params}, hidden, method="logits")
     return logits, (cache, edge)
 
-  def _read(self, params, tokens, start, size, cache):
+  def _read(self, params, tokens, valid, start, size, cache):
     """Returns a block's states, and the cache with its keys and values."""
-    some = _cut(tokens, start, size)
-    place = start + jnp.arange(size, dtype=jnp.int32)
-    place = jnp.broadcast_to(place, some.shape)
-    held = jnp.broadcast_to(start, (tokens.shape[0],)).astype(jnp.int32)
+    some, place = (_cut(x, start, size) for x in (tokens, positions(valid)))
+    before = valid & (jnp.arange(valid.shape[1]) < start)
+    held = before.sum(-1, dtype=jnp.int32)
     cache = caches.Cache(held, cache.layers, fresh=False)
     time = self.told and self.told.rows(some, place >= 0)
     return self.model.apply(

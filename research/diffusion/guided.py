@@ -6,7 +6,15 @@ import jax.numpy as jnp
 
 from research.diffusion import likelihood, process
 from research.diffusion.denoiser import Denoiser
-from research.typing import UserError
+from research.typing import Array, Bool, Params, UserError
+
+
+def with_prompt(params: Params, prompt: Bool[Array, "B T"]) -> Params:
+  """Returns parameters for `Guided`, with what each row's prompt is.
+
+  Data, not part of the denoiser: prompts of all lengths share a program.
+  """
+  return {"params": params, "prompt": prompt}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,13 +26,14 @@ class Guided:
 
   Attributes:
     inner: the denoiser, e.g. `denoiser.Whole`.
-    prompt: how many tokens at the start of the rows are masked for `u`.
+    prompt: how many tokens at the start of the rows are masked for `u`; None
+      where that differs from row to row: `params` are then `with_prompt`'s.
     mask_id: of the mask.
     weight: w; 0 gives the conditional logits.
   """
 
   inner: Denoiser
-  prompt: int
+  prompt: int | None = None
   mask_id: int
   weight: float = 1.0
 
@@ -44,10 +53,13 @@ class Guided:
 
   def _both(self, ask, params, tokens, valid, start, size, carry=None):
     mine, other = ((), ()) if carry is None else ((x,) for x in carry)
+    if self.prompt is None:
+      params, asked = params["params"], params["prompt"]
+    else:
+      asked = jnp.arange(tokens.shape[1]) < self.prompt
     told, left = ask(params, tokens, valid, start, size, *mine)
     if self.weight == 0:
       return told, (left, ())  # nothing to read twice for, or to round
-    asked = jnp.arange(tokens.shape[1]) < self.prompt
     blind = process.noisy(tokens, valid & asked, self.mask_id)
     free, right = ask(params, blind, valid, start, size, *other)
     return likelihood.toward(told, free, self.weight), (left, right)

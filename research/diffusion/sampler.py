@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.diffusion import layout
 from research.diffusion.candidates import Options, candidates
 from research.diffusion.denoiser import Denoiser
 from research.nn import sampling as samplers
@@ -34,7 +35,7 @@ class State:
     tokens: int32 `[B, T]`.
     masked: bool `[B, T]`, what is still to be filled.
     fixed: bool `[B, T]`, prompts, and whatever else was given.
-    valid: bool `[B, T]`, False for padding on the left.
+    valid: bool `[B, T]`, False for padding, at either end of a row.
     keys: `[B]`.
     count: int32 `[B]`, steps in which a row took part.
     done: bool `[B]`, rows that have ended.
@@ -84,29 +85,37 @@ def start(
   options: Options,
   key: PRNGKey,
   examples: Int[Array, "B"] | None = None,
+  width: int | None = None,
 ) -> State:
   """Returns rows of prompts, padded on the left, and masks.
+
+  Args:
+    prompts, options, key: as they are for the whole batch.
+    examples: each row's number, which its own key is derived from.
+    width: places for prompts, at least the longest one's; by default those. See
+      `layout.width`.
 
   Raises:
     UserError: there is no prompt, or one holds the mask.
   """
+  check_prompts(prompts, options.mask_id)
+  width = max([width or 0, *map(len, prompts)])
+  masks = [options.mask_id] * options.length
+  rows = [[*prompt, *masks] for prompt in prompts]
+  laid = layout.lay(rows, options.mask_id, options.length, width)
+  return begin(laid.tokens, laid.masked, laid.valid, key, examples)
+
+
+def check_prompts(prompts: list[list[int]], mask_id: int) -> None:
+  """Raises UserError if there is no prompt, or one holds the mask."""
   if not prompts:
     raise UserError("sampler: no prompts")
   for i, prompt in enumerate(prompts):
-    if options.mask_id in prompt:
+    if mask_id in prompt:
       raise UserError(
-        f"sampler: prompt {i} holds the mask, id {options.mask_id}; rows "
-        "with gaps are for sampler.begin"
+        f"sampler: prompt {i} holds the mask, id {mask_id}; rows with gaps are "
+        "for sampler.begin"
       )
-  width = max(map(len, prompts))
-  tokens = np.full((len(prompts), width + options.length), options.mask_id)
-  valid = np.ones(tokens.shape, bool)
-  for row, ok, prompt in zip(tokens, valid, prompts, strict=True):
-    row[width - len(prompt) : width] = prompt
-    row[: width - len(prompt)] = 0
-    ok[: width - len(prompt)] = False
-  masked = np.arange(tokens.shape[1]) >= np.full((len(prompts), 1), width)
-  return begin(tokens, masked, valid, key, examples)
 
 
 def begin(
@@ -148,8 +157,8 @@ def sample(
   Args:
     denoiser: the model.
     params: its parameters.
-    state: from `start` or `begin`; its last `options.length` places are
-      filled, block after block.
+    state: from `start` or `begin`; of its last `options.length` places what is
+      masked is filled, block after block.
     options: how.
     sampling: how candidates are drawn; greedy by default.
     look: called after each block, to show it.
@@ -158,7 +167,11 @@ def sample(
     UserError: logits are not finite.
   """
   total, memory = state.tokens.shape[1], None
+  ours = np.asarray(~state.fixed).any(0)
   for at in range(total - options.length, total, options.block):
+    if not ours[at : at + options.block].any():
+      memory = None  # who goes on behind it reads all of it
+      continue
     if bool(state.done.all()):
       break
     if hasattr(denoiser, "remember"):
@@ -186,15 +199,15 @@ def checked(finite: Bool[Array, ""], where: str) -> None:
 def result(state: State, options: Options) -> Sampled:
   """Returns what is told of rows whose last `options.length` are filled."""
   tokens = np.asarray(state.tokens)
-  made = tokens[:, -options.length :]
-  ended = np.isin(made, options.end)
-  first = np.where(ended.any(-1), ended.argmax(-1), options.length)
+  ours = ~np.asarray(state.fixed)[:, -options.length :]
+  ended = ours & np.isin(tokens[:, -options.length :], options.end)
+  before = ours & ~np.logical_or.accumulate(ended, axis=-1)
   return Sampled(
     tokens,
     np.asarray(state.filled),
     int(state.calls),
     np.asarray(state.count),
-    first.astype(np.int32),
+    before.sum(-1, dtype=np.int32),
   )
 
 
@@ -244,14 +257,15 @@ def fill_block(
     go = left.any() & (i < most)
     if options.edit is None:
       return go
-    return go | (edits & (i < most + options.edit_steps))
+    return go | (edits.any() & (i < most + options.edit_steps))
 
   def step(loop):
-    state, i, _, carry, finite = loop
+    state, i, edits, carry, finite = loop
     logits, carry = denoiser.again(
       params, state.tokens, state.valid, at, size, carry
     )
-    state, edits = fill(state, logits, at, options, sampling, planned, i)
+    how = options, sampling, planned, i, edits
+    state, edits = fill(state, logits, at, *how)
     return state, i + 1, edits, carry, finite & _finite(logits)
 
   given = params, state.tokens, state.valid, at, size
@@ -308,9 +322,10 @@ def fill(
   sampling: Sampling,
   planned: Int[Array, "B"],
   i: Int[Array, ""] | int,
+  edits: Bool[Array, "B"] | None = None,
   proposed: Proposed | None = None,
-) -> tuple[State, Bool[Array, ""]]:
-  """Returns rows after one step of a block, and whether edits may follow.
+) -> tuple[State, Bool[Array, "B"]]:
+  """Returns rows after one step of a block, and which of them changed.
 
   Args:
     state: rows.
@@ -319,6 +334,8 @@ def fill(
     options, sampling: as for `sample`.
     planned: how many masks the block had at first.
     i: steps of this block so far.
+    edits: rows that the step before changed; others are not edited. None for
+      a block's first step.
     proposed: `proposals` of the logits, of who needs them besides.
   """
   size = options.block
@@ -333,13 +350,15 @@ def fill(
   quota = options.quota(planned, masked.sum(-1), i, _keys(state))
   kept = options.policy.commit(sure, eligible, quota) & eligible
   new = jnp.where(kept, found, tokens)
-  edited = jnp.zeros((), bool)
-  taking_part = active
+  edited, taking_part = jnp.zeros_like(active), active
   if options.edit is not None:
+    taking_part = ~state.done & ours.any(-1)
+    if edits is not None:
+      taking_part &= active | edits
     other = free & (found != tokens) & (chance > options.edit)
+    other &= taking_part[:, None]
     # What was filled now is looked at once more, too.
-    new, edited = jnp.where(other, found, new), (other | kept).any()
-    taking_part = ~state.done
+    new, edited = jnp.where(other, found, new), (other | kept).any(-1)
   calls = state.calls + 1
   filled = jnp.where(kept, state.calls, cut(state.filled, at, size))
   before = cut(state.sure, at, size)

@@ -1,21 +1,19 @@
 """What `generate` calls tokens a second: those before a row's first end."""
 
-import types
-
 import numpy as np
 import pytest
 
 from experiments import filling
 from experiments.filling import Wanted
-from research.diffusion import sampler
-from research.diffusion.candidates import Options
+from research.diffusion import layout, sampler
 from research.diffusion.sampler import Sampled
 from research.diffusion.spec import Spec
 from research.interop.load import Loaded
 from research.nn.sampling import GREEDY
 from tests import support
 
-END, WIDTH, BLOCK = 9, 2, 4
+END, BLOCK = 9, 4
+WIDTH = layout.width(2, 2 * BLOCK)
 
 
 class Words:
@@ -48,15 +46,9 @@ def test_tokens_after_an_end_are_no_speed(monkeypatch, made, counts, rate):
   filled = np.zeros(tokens.shape, np.int32)
   lengths = np.array(counts, np.int32)
   found = Sampled(tokens, filled, 8, np.array([8, 8]), lengths)
-  options = Options(mask_id=10, length=2 * BLOCK, block=BLOCK, end=(END,))
-  state = types.SimpleNamespace(tokens=tokens)
   monkeypatch.setattr(filling, "Screen", Clock)
   monkeypatch.setattr(sampler, "sample", lambda *_: found)
   monkeypatch.setattr(filling, "denoiser_of", lambda *_: None)
-  monkeypatch.setattr(
-    filling, "begun", lambda *_: (state, options, [WIDTH, WIDTH])
-  )
-  monkeypatch.setattr(filling, "batches", lambda *_: [[0, 1]])
   loaded = Loaded(support.model(), {}, Words(), {})
   how, wanted = Spec(mask_id=10, end=(END,)), Wanted(length=2 * BLOCK)
   rows, shared = filling.fill(loaded, how, [[3, 3]] * 2, GREEDY, wanted)

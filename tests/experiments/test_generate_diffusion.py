@@ -1,60 +1,29 @@
 """Filling in masks from the command line: what it writes, shows and refuses."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import cli, convert, filling, generate, screen
-from research.diffusion import canvas, view
+from experiments import filling, screen
+from research.diffusion import canvas, sampler, view
 from research.diffusion.candidates import Options
 from research.diffusion.growth import Growth
-from research.diffusion.policies import Hierarchy, Threshold
 from research.diffusion.spec import Spec
 from research.interop import load
-
-MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
-TINY = MODELS / "gguf_f32" / "model.gguf"
-LENGTH = 8
+from tests.experiments import filled
+from tests.experiments.filled import LENGTH, TINY, told
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-  """Converted models: all tokens see each other, or blocks of 1 and of 4."""
-  root = tmp_path_factory.mktemp("models")
-  kinds = {"all": (), "one": ("--block=1",), "four": ("--block=4",)}
-  for name, more in kinds.items():
-    kind = "orbax" if name == "four" else "hf"
-    flags = f"--from={TINY}", f"--to={root / name}", f"--format={kind}"
-    arguments = ["command", *flags, "--mask_token=new", *more]
-    assert cli.call(convert.main, arguments) == 0
-  return {name: root / name for name in kinds}
+  return filled.converted(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
 def command(capsys, places):
-  """Runs generate in this process: (status, stdout lines, stderr)."""
-
-  def call(name, *arguments):
-    model = places.get(name, name)
-    given = [f"--model={model}", f"--max_new_tokens={LENGTH}"]
-    if not any(a.startswith("--sampler") for a in arguments):
-      given.append("--sampler=diffusion")
-    if not any(a.startswith("--prompt") for a in arguments):
-      given.append("--prompt=the cat")
-    status = cli.call(generate.main, ["command", *given, *arguments])
-    out = capsys.readouterr()
-    return status, out.out.splitlines(), out.err
-
-  return call
-
-
-def told(done):
-  status, lines, errors = done
-  assert (status, errors) == (0, "")
-  return json.loads(lines[-1])
+  return filled.command(capsys, places)
 
 
 def test_what_is_converted_says_so(places):
@@ -134,26 +103,6 @@ def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(
   }
 
 
-def test_which_prompts_are_filled_together():
-  prompts = [[1] * n for n in (3, 9, 4, 7, 8)]
-  wanted = filling.Wanted(length=4)
-  assert filling.batches(prompts, Spec(mask_id=9), wanted) == [[0, 1, 2, 3, 4]]
-  blocks = Spec(mask_id=9, block=4)
-  assert filling.batches(prompts, blocks, wanted) == [[0], [1, 4], [2, 3]]
-  policy = filling.policy_of("quota")
-  state, options, ends = filling.begun(
-    [prompts[2], prompts[3]], [2, 3], blocks, policy, wanted
-  )
-  # The second needs two blocks, with three of its prompt's tokens in one.
-  assert state.tokens.shape == (2, 4 + 8) and options.length == 8
-  assert ends == [4, 7]
-  np.testing.assert_array_equal(state.masked.sum(-1), [8, 5])
-  assert filling.policy_of("hierarchy") == Hierarchy()
-  assert filling.policy_of("credit:0.9") == Threshold(threshold=0.9)
-  guided = filling.Wanted(length=4, guidance=1.0)
-  assert len(filling.batches(prompts, blocks, guided)) == 5
-
-
 @pytest.mark.parametrize(
   "flags",
   [
@@ -180,12 +129,31 @@ def test_ends(command):
   assert (base["finish_reason"], base["tokens"] < 16) == ("stop", True)
   never = told(command("all", *flags, "--ends=never"))
   assert (never["finish_reason"], never["tokens"]) == ("length", 16)
-  last = told(command("all", *flags, "--ends=last"))
-  assert last["tokens"] >= base["tokens"]
-  wanted = filling.Wanted(length=4, ends="last", edit=0.9)
-  how, policy = Spec(mask_id=9, end=(3,)), filling.policy_of("quota")
-  _, options, _ = filling.begun([[1, 2]], [0], how, policy, wanted)
-  assert options.end_last and not options.never_end and options.edit == 0.9
+
+
+def test_ends_last_are_kept_but_come_last(command, monkeypatch):
+  """In each block; as any other token some of them come before others."""
+  kept = []
+
+  def watched(*given, sample=sampler.sample):
+    kept.append(sample(*given))
+    return kept[-1]
+
+  monkeypatch.setattr(sampler, "sample", watched)
+  block, length = 8, 32
+  flags = f"--block={block}", "--nostop_early"
+  flags = *flags, f"--max_new_tokens={length}", "--temperature=2", "--seed=1"
+  how = {"any": 0, "last": 0, "never": 0}
+  end = load.load_model(TINY).tokenizer.stop
+  for ends in how:
+    told(command("all", *flags, f"--ends={ends}"))
+    tokens, calls = kept[-1].tokens[0, -length:], kept[-1].filled[0, -length:]
+    for at in range(0, length, block):
+      made, when = tokens[at : at + block], calls[at : at + block]
+      it = np.isin(made, end)
+      how[ends] += it.sum()
+      if ends == "last" and it.any():
+        assert when[~it].max(initial=-1) < when[it].min()
 
 
 def test_edits_change_what_is_filled(command):
@@ -295,7 +263,11 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
     ("all", ("--canvas=auto:0",), "N from 1 to --max_new_tokens=8"),
     ("all", ("--canvas=auto:9",), "N from 1 to --max_new_tokens=8"),
     ("all", ("--canvas=auto", "--steps=8"), "--steps=8: not with --canvas"),
-    ("all", ("--canvas=auto", "--cache=dual"), "--cache=dual: not with"),
+    (
+      "all",
+      ("--canvas=auto", "--cache=dual"),
+      "whose places move; expected pre",
+    ),
     ("all", ("--canvas=auto", "--edit=0.9"), "--edit=0.9: not with"),
     ("all", ("--canvas=auto", "--plan=dream"), "--plan=dream: not with"),
     ("all", ("--canvas=auto", "--policy=credit:0.9"), "expected threshold:P"),
@@ -319,7 +291,7 @@ def test_a_mask_in_the_prompt_is_refused(block):
   how = Spec(mask_id=9, block=block)
   wanted = filling.Wanted(length=4)
   with pytest.raises(Exception, match="holds the mask, id 9"):
-    filling.begun([[1, 9, 2]], [0], how, filling.policy_of("quota"), wanted)
+    filling.begun([[1, 9, 2]], [0], how, wanted)
 
 
 def test_frames():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 
 from research.diffusion import canvas, sampler
 from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Whole, positions
+from research.diffusion.denoiser import Cached, Whole, positions
 from research.diffusion.growth import Growth
 from research.diffusion.guided import Guided
 from research.diffusion.policies import Quota, Threshold
@@ -45,10 +46,13 @@ class Sharp:
   def first(self, params, tokens, valid, start, size):
     whole = Whole(model=network()[0])
     logits, _ = whole.first(params, tokens, valid, start, size)
+    return self.tilted(logits, valid, start, size), ()
+
+  def tilted(self, logits, valid, start, size):
     place = jax.lax.dynamic_slice_in_dim(positions(valid), start, size, axis=1)
     tilt = self.slope * (place - self.middle)[..., None]
     ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array([END, ALSO]))
-    return self.scale * logits + jnp.where(ends, tilt, 0.0), ()
+    return self.scale * logits + jnp.where(ends, tilt, 0.0)
 
   def again(self, params, tokens, valid, start, size, carry):
     return self.first(params, tokens, valid, start, size)
@@ -234,6 +238,57 @@ def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
   np.testing.assert_array_equal(
     got.filled[:, :11], np.where(want.filled < 0, -1, want.filled + looks)
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tilted:
+  """What `Sharp` is, of any way to read rows."""
+
+  inner: Any
+  like: Sharp = Sharp()
+
+  def first(self, params, tokens, valid, start, size):
+    logits, carry = self.inner.first(params, tokens, valid, start, size)
+    return self.like.tilted(logits, valid, start, size), carry
+
+  def again(self, params, tokens, valid, start, size, carry):
+    logits, carry = self.inner.again(params, tokens, valid, start, size, carry)
+    return self.like.tilted(logits, valid, start, size), carry
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_cache_that_reads_all_again_is_none(shift):
+  """Where canvases do grow, before and within blocks."""
+  model = network()[0]
+  growth = dataclasses.replace(GROWTH, low=0.4)
+  prompts = [[7, 1, 9], [2], [2, 11, 4, 5, 6]]
+  cached = Cached(model=model, shift=shift, before=9)
+  want = run(
+    growth, prompts=prompts, asked=Tilted(Whole(model=model, shift=shift))
+  )
+  got = run(growth, prompts=prompts, asked=Tilted(cached))
+  for name in ("tokens", "filled", "counts", "canvas"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+  assert len(set(got.canvas.tolist())) > 1
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("longest", [8, 20])
+def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
+  """Where thresholds forbid growth: draws included."""
+  model, params = network()
+  fixed = dataclasses.replace(OPTIONS, length=8)
+  prompts = [[7, 1, 9, 2, 2, 4, 6, 1], [2, 11, 4]]
+  state = sampler.start(prompts, fixed, jax.random.key(5))
+  asked = Cached(model=model, shift=shift, after=4)
+  want = sampler.sample(asked, params, state, fixed, HOT)
+  options = dataclasses.replace(fixed, length=longest)
+  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  got = run(
+    never, options, prompts, Cached(model=model, shift=shift), HOT, key=5
+  )
+  np.testing.assert_array_equal(got.tokens[:, :16], want.tokens)
+  np.testing.assert_array_equal(got.counts, want.counts + int(longest > 8))
 
 
 def test_rows_do_not_depend_on_their_batch():
