@@ -9,6 +9,7 @@ process of its own: `python -m kernels_pallas.inspect.gpu --job=JSON`.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -26,6 +27,8 @@ DTYPES = ("bfloat16", "float16")
 FEATURES = ("window", "segments", "positions", "sinks", "softcap", "dropout")
 """What a call may have besides its mask; 'everything' is all of them."""
 
+MASKS = ("full", "causal", "eight")
+
 TIMEOUT = 600
 
 
@@ -39,7 +42,7 @@ class Job:
     direction: 'forward' or 'backward'.
     head_dim: Of q, k and v.
     dtype: One of `DTYPES`.
-    mask: 'full' or 'causal'.
+    mask: Of `MASKS`; 'eight' are intervals, as many as a query may have.
     operand: As of `GpuTiles`.
     length: Tokens.
     features: Of `FEATURES`; of ours alone.
@@ -83,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     value_dim=args.value_dim,
   )
   jobs = [job]
+  if args.compare and args.mask == "eight":
+    print(f"--compare: {args.compare} has no such mask", file=sys.stderr)
+    return 2
   if args.compare:
     jobs.append(dataclasses.replace(job, maker=args.compare, dtype="float16"))
   found = {}
@@ -268,7 +274,15 @@ def _ours(job: Job):
   if "dropout" in job.features:
     options |= {"dropout_rate": 0.1, "dropout_seed": 0}
   window = (job.length // 2 if "window" in job.features else None, None)
-  build = Mask.causal if job.mask == "causal" else Mask.full
+  # Every other sixteenth of the keys.
+  size = job.length // 16
+  build = {
+    "full": Mask.full,
+    "causal": Mask.causal,
+    "eight": functools.partial(
+      Mask.where, lambda q, k: k % (2 * size) < size, extent=job.length
+    ),
+  }[job.mask]
 
   def run(q, k, v, segments=None, positions=None, sinks=None):
     mask = build(window, segments, positions, positions)
@@ -336,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--direction", choices=["forward", "backward"], default="forward")
   add("--head_dim", type=int, default=128)
   add("--dtype", choices=DTYPES, default="bfloat16")
-  add("--mask", choices=["full", "causal"], default="full")
+  add("--mask", choices=MASKS, default="full")
   choices = ", ".join(FEATURES)
   add("--features", type=_features, default=(),
       help=f"joined by commas, of {choices}; or everything")  # fmt: skip

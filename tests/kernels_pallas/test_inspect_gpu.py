@@ -143,6 +143,7 @@ SPILLS = {
   ("a100", SOME, 256): {"forward": 136, "dk": 28},
   ("a100", gpu.FEATURES, 128): {"dq": 8},
   ("a100", gpu.FEATURES, 256): {"forward": 284, "dq": 36},
+  ("a100", (), 256): {"dk": 32, "dq": 32},  # with values of 192
 }
 
 
@@ -156,7 +157,8 @@ SPILLS = {
   [(gpu.FEATURES, H, None) for H in (64, 128, 256)]
   + [(SOME, H, None) for H in (128, 256)]
   + [((name,), 128, None) for name in gpu.FEATURES]
-  + [((), 80, None), ((), 192, None), ((), 192, 128)],
+  + [((), 80, None), ((), 192, None), ((), 192, 128)]
+  + [((), 192, 256), ((), 256, 192)],
 )
 def test_features_compile_and_spill_what_the_readme_says(
   target, direction, features, head_dim, value_dim
@@ -175,6 +177,22 @@ def test_features_compile_and_spill_what_the_readme_says(
     # Fewer would be as wrong: the README's table would be of another kernel.
     assert kernel.spills == known.get(name, 0), name
     assert kernel.shared is not None and kernel.shared <= SHARED[target]
+
+
+@pytest.mark.chips
+@pytest.mark.slow
+@pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
+@pytest.mark.parametrize("target", ["h100", "a100"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_eight_intervals_spill_what_the_readme_says(
+  target, direction, head_dim
+):
+  job = Job(target=target, direction=direction, mask="eight", head_dim=head_dim)
+  for kernel in gpu.measure(job):
+    name = kernel.name.split("_")[2]
+    few = (target, name, head_dim) == ("h100", "dq", 64)
+    assert kernel.spills == 16 * few, name
 
 
 def test_features_are_named(capsys):
