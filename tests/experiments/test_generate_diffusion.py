@@ -3,12 +3,14 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import filling, screen
 from research.diffusion import canvas, sampler, view
 from research.diffusion.candidates import Options
+from research.diffusion.denoiser import Whole
 from research.diffusion.growth import Growth
 from research.diffusion.spec import Spec
 from research.interop import load
@@ -131,8 +133,43 @@ def test_ends(command):
   assert (never["finish_reason"], never["tokens"]) == ("length", 16)
 
 
-def test_ends_last_are_kept_but_come_last(command, monkeypatch):
-  """In each block; as any other token some of them come before others."""
+def early(loaded, ends, ids, got, block, length):
+  """Returns how many ends there are, and how many came before their turn.
+
+  That is while another open place of the block proposed something else, asked
+  again of the row as it stood, without padding, one call after another.
+  """
+  how = loaded.diffusion
+  asked = Whole(model=loaded.model, shift=how.shift)
+  made, when = got.tokens[0, -length:], got.filled[0, -length:]
+  valid = jnp.ones((1, len(ids) + length), bool)
+
+  @jax.jit
+  def found(row):
+    scores = asked.scores(loaded.params, row[None], valid)[0, len(ids) :]
+    return scores.at[:, how.mask_id].set(-jnp.inf).argmax(-1)
+
+  wrong = 0
+  for call in when[np.isin(made, ends)]:
+    row = np.where(when < call, made, how.mask_id)
+    likely = np.asarray(found(jnp.array([*ids, *row])))
+    place = np.arange(length) // block
+    open_ = (when >= call) & (place == place[when == call][0])
+    wrong += not np.isin(likely[open_], ends).all()
+  return int(np.isin(made, ends).sum()), wrong
+
+
+def test_ends_last_are_kept_but_come_last(
+  command, places, tmp_path, monkeypatch
+):
+  """Every other token is said to end a text, so that there are many ends."""
+  for file in places["all"].iterdir():
+    (tmp_path / file.name).write_bytes(file.read_bytes())
+  loaded = load.load_model(tmp_path)
+  ends = list(range(0, loaded.diffusion.mask_id, 2))
+  config = json.loads((tmp_path / "config.json").read_text())
+  config["diffusion"]["eos_token_id"] = ends
+  (tmp_path / "config.json").write_text(json.dumps(config))
   kept = []
 
   def watched(*given, sample=sampler.sample):
@@ -141,19 +178,16 @@ def test_ends_last_are_kept_but_come_last(command, monkeypatch):
 
   monkeypatch.setattr(sampler, "sample", watched)
   block, length = 8, 32
-  flags = f"--block={block}", "--nostop_early"
-  flags = *flags, f"--max_new_tokens={length}", "--temperature=2", "--seed=1"
-  how = {"any": 0, "last": 0, "never": 0}
-  end = load.load_model(TINY).tokenizer.stop
-  for ends in how:
-    told(command("all", *flags, f"--ends={ends}"))
-    tokens, calls = kept[-1].tokens[0, -length:], kept[-1].filled[0, -length:]
-    for at in range(0, length, block):
-      made, when = tokens[at : at + block], calls[at : at + block]
-      it = np.isin(made, end)
-      how[ends] += it.sum()
-      if ends == "last" and it.any():
-        assert when[~it].max(initial=-1) < when[it].min()
+  ids = loaded.tokenizer.encode("the cat", add_special=True)
+  flags = f"--block={block}", "--nostop_early", f"--max_new_tokens={length}"
+  found = {}
+  for when in ("any", "last", "never"):
+    done = command(str(tmp_path), *flags, f"--ends={when}")
+    assert done[0] == 0
+    found[when] = early(loaded, ends, ids, kept[-1], block, length)
+  assert found["any"][1] > 0
+  assert found["last"][0] > 0 and found["last"][1] == 0
+  assert found["never"] == (0, 0)
 
 
 def test_edits_change_what_is_filled(command):
