@@ -275,7 +275,7 @@ def _ours(job: Job):
     options |= {"dropout_rate": 0.1, "dropout_seed": 0}
   window = (job.length // 2 if "window" in job.features else None, None)
   # Every other sixteenth of the keys.
-  size = job.length // 16
+  size = -(-job.length // 16)
   build = {
     "full": Mask.full,
     "causal": Mask.causal,

@@ -61,18 +61,23 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
   }
 }
 
-// All rows times PANELS panels; their codes stay in cache from row to row.
+// Rows [first, last) times PANELS panels, whose codes stay in cache.
 template <int PANELS>
-TARGET void rows(const Problem& p, int64_t panel) {
-  int64_t row = 0;
-  for (; row + 4 <= p.rows; row += 4) tile<4, PANELS>(p, row, panel);
-  for (; row < p.rows; ++row) tile<1, PANELS>(p, row, panel);
+TARGET void rows(const Problem& p, int64_t first, int64_t last, int64_t panel) {
+  int64_t row = first;
+  for (; row + 4 <= last; row += 4) tile<4, PANELS>(p, row, panel);
+  for (; row < last; ++row) tile<1, PANELS>(p, row, panel);
 }
 
 TARGET inline void run(const Problem& p, int64_t begin, int64_t end) {
-  int64_t panel = begin;
-  for (; panel + 4 <= end; panel += 4) rows<4>(p, panel);
-  for (; panel < end; ++panel) rows<1>(p, panel);
+  // Of more rows the second level of cache would not hold x for all panels.
+  constexpr int64_t kTogether = 128;
+  for (int64_t row = 0; row < p.rows; row += kTogether) {
+    const int64_t last = row + kTogether < p.rows ? row + kTogether : p.rows;
+    int64_t panel = begin;
+    for (; panel + 4 <= end; panel += 4) rows<4>(p, row, last, panel);
+    for (; panel < end; ++panel) rows<1>(p, row, last, panel);
+  }
 }
 #undef TARGET
 }  // namespace bfloat16

@@ -76,13 +76,13 @@ inline bool takes_pairs(Kernel kernel) {
 #endif
 }
 
-// Whether offsets are added to weights, so that nobody asks for sums of x.
+// Whether a kernel takes this problem as one of many rows, see `many.inc`.
 inline bool decodes_ahead(Kernel kernel, const Problem& p) {
 #if defined(__x86_64__)
-  if (kernel == avx512::run) return p.rows >= avx512::V::kMany;
-  if (kernel == avx2::run) return p.rows >= avx2::V::kMany;
+  if (kernel == avx512::run) return avx512::is_many(p);
+  if (kernel == avx2::run) return avx2::is_many(p);
 #endif
-  return kernel == portable::run && p.rows >= portable::V::kMany;
+  return kernel == portable::run && portable::is_many(p);
 }
 
 // Computes y; `x` is [rows, inputs]. `schedule(task)` runs a task some time on
@@ -136,9 +136,10 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
   const int64_t most = 1 + bytes / kWorthWaking;
   const int64_t workers = threads < most ? threads : most;
   // A handful of chunks each, so that a slow one is waited for shortly, in
-  // whole fours of panels, which a tile takes at once; more and of twos where
-  // many rows make each of them long.
-  const int64_t each = p.rows < 64 ? 4 : 16, whole = p.rows < 64 ? 4 : 2;
+  // whole fours of panels, which a tile takes at once; more, and of twos, where
+  // weights are decoded ahead for many rows, which makes each of them long.
+  const bool ahead = decodes_ahead(kernel, p);
+  const int64_t each = ahead ? 16 : 4, whole = ahead ? 2 : 4;
   int64_t chunk = p.panels;
   if (workers > 1) chunk = p.panels / (each * workers) + whole - 1;
   chunk -= chunk % whole;

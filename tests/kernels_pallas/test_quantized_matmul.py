@@ -52,6 +52,14 @@ def test_products(kind, backend, rows):
   assert np.all(np.abs(got - np.float64(x) @ matrix) <= bound(x, matrix))
 
 
+@pytest.mark.parametrize("kind", ["affine", "int8", "bfloat16"])
+def test_hundreds_of_rows(kind):
+  w, matrix = case(kind)
+  x = inputs_of(kind, 517)
+  got = np.float64(jax.jit(api.quantized_matmul)(x, w))
+  assert np.all(np.abs(got - np.float64(x) @ matrix) <= bound(x, matrix))
+
+
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_instruction_set(kind, isa):
@@ -81,7 +89,7 @@ def test_bfloat16_activations_are_rounded_once(kind, backend):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
-@pytest.mark.parametrize("rows", [1, 5, 18])
+@pytest.mark.parametrize("rows", [1, 5, 18, 131])
 def test_pairs_of_bfloat16_on_every_instruction_set(rows, isa):
   rng = np.random.default_rng(rows)
   w = jnp.asarray(rng.standard_normal((46, 87)), jnp.bfloat16)
