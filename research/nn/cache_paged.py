@@ -2,8 +2,9 @@
 
 A `LayerCache` gives every row the room that the longest one needs. A pool has
 pages (`kernels_pallas.decode_attention.pages`), a table says which of them are
-a row's, in which order, and a row has as many as its tokens fill. Table and
-lengths are data: one compiled step serves rows of any lengths in any pages.
+a row's, in which order, and a row has as many as its tokens may come to fill.
+Table and lengths are data: one compiled step serves rows of any lengths in any
+pages.
 
 A page's number stands for that page of every layer, so a row has one line of
 one table. Who owns which page is decided outside of the program
@@ -16,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.decode_attention import pages as paging
+from kernels_pallas.decode_attention import pages as kernel_pages
 from kernels_pallas.decode_attention import sharded
 from kernels_pallas.decode_attention.api import paged_attention
 from kernels_pallas.decode_attention.pages import Pages
@@ -70,7 +71,8 @@ class PagedLayer:
       call: what else there is to know.
 
     Raises:
-      UserError: a mask under which tokens do not look back alone.
+      UserError: a mask under which tokens do not look back alone, or stand
+        at positions of their own.
     """
     window = _window(call.mask)
     alive = call.positions >= 0
@@ -93,6 +95,12 @@ class PagedLayer:
 
 
 def _window(mask: Mask) -> int | None:
+  if mask.q_positions is not None or mask.kv_positions is not None:
+    raise UserError(
+      "pages: found a mask with positions, expected none: new tokens come "
+      "behind those that their row has.\nGive lengths in place of positions, "
+      "or use a cache without pages."
+    )
   left, right = mask.window
   if mask.kind != "causal" or right or mask.q_segments is not None:
     raise UserError(
@@ -119,7 +127,7 @@ def _order(
 def _append_and_attend(pages, q, k, v, *rows, **options):
   """Returns the pages with new tokens, and what those see."""
   if not sharding.is_cut():
-    pages = paging.append_to_pages(pages, k, v, *rows)
+    pages = kernel_pages.append_to_pages(pages, k, v, *rows)
     return pages, paged_attention(q, pages, *rows, **options)
   # All rows share the pool, so each device has all of them, of its heads.
   cut = sharded.Cut(heads=sharding.cuts(k.shape, None, "kv_heads", None)[1])
@@ -151,7 +159,7 @@ def empty_pool(
   runs = model.stack.runs(params)
 
   def made(a, repeats):
-    one = paging.empty_pages(count, a.kv_heads, size, a.head_dim, kept)
+    one = kernel_pages.empty_pages(count, a.kv_heads, size, a.head_dim, kept)
     kv, scale = (
       None if x is None else jnp.broadcast_to(x, (repeats, *x.shape))
       for x in (one.kv, one.scale)

@@ -85,9 +85,17 @@ def stream(
     stop: strings that end a row where they first appear in its new text.
     size: tokens between two pieces.
     kv: how the cache is packed, as for `init_cache`.
-    source: where tokens come from in place of `generate.chunks` with this
-      `kv`; called as that is.
+    source: where tokens come from in place of `generate.chunks`; called as
+      that is, without `kv`.
+
+  Raises:
+    UserError: both `kv` and a source are given.
   """
+  if source is not None and kv is not None:
+    raise UserError(
+      f"kv: found {kv!r} beside a source, expected one of them: a source packs "
+      "its own cache"
+    )
   rows = [_Row(tokenizer, stop) for _ in prompts]
   source = source or functools.partial(generate.chunks, kv=kv)
   for chunk in source(

@@ -286,6 +286,26 @@ def test_tokens_that_look_ahead_have_no_pages(mask):
     )
 
 
+def test_tokens_come_behind_those_that_are_there():
+  """Positions of one's own are refused; they would turn keys alone."""
+  model = support.model(depth=1)
+  params = support.params(model)
+  given = jnp.broadcast_to(jnp.arange(5, 9), (ROWS, 4))
+  for positions, mask in (
+    (given, None),
+    (None, Mask.causal(q_positions=given)),
+    (None, Mask.causal(kv_positions=given)),
+  ):
+    with pytest.raises(UserError, match="pages: found .* positions"):
+      model.apply(
+        {"params": params},
+        support.tokens(ROWS, 4),
+        positions=positions,
+        mask=mask,
+        cache=paged(model, params),
+      )
+
+
 def test_what_the_cache_of_a_model_holds():
   model = support.model("gemma2", depth=2)
   params = support.params(model)

@@ -247,6 +247,11 @@ def test_stop_tokens_are_no_text():
   assert _texts(PROMPTS[:1], tokenizer)[0] == expected
 
 
+def test_a_source_packs_its_own_cache():
+  with pytest.raises(UserError, match="kv: found 'int8' beside a source"):
+    _texts([[1]], kv="int8", source=generate.chunks)
+
+
 def test_complete_is_the_joined_stream():
   prompts = ["a b", "longer one"]
   found = stream.complete(MODEL, params(), byte_tokenizer(), prompts, NEW)
