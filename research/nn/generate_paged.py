@@ -1,8 +1,9 @@
 """Generation over pages: rows that end make room for prompts that wait.
 
 Continuous batching (Yu et al. 2022, "Orca") over paged keys and values (Kwon et
-al. 2023, arXiv:2309.06180). Two programs do the work, whatever the lengths: one
-reads a piece of a prompt, one decodes a chunk of tokens for all rows. Between
+al. 2023, arXiv:2309.06180). Four programs do the work, whatever the lengths:
+they read a piece of a prompt, enter its first token among the rows, decode a
+chunk of tokens for all rows, and copy a page in which two prompts part. Between
 chunks rows that have ended give their pages back, and the next prompts take
 them, in order. What a prompt has in common with a row that is there is not read
 again.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.nn import cache_paged, generate, paging
+from research.nn import cache_paged, generate, paging, rope
 from research.nn import generate_paged_rows as programs
 from research.nn import sampling as samplers
 from research.nn.generate import CHUNK, NONE, Generated
@@ -51,7 +52,7 @@ class _Batch:
       len(pages.table), self.keys[0], model.vocab_size if asked else None
     )
 
-  def admits(self, i: int) -> int | None:
+  def free_row_for(self, i: int) -> int | None:
     """Returns a row that prompt `i` can have now, or None."""
     rows = (r for r in range(len(self.pages.table)) if r not in self.held)
     row = next(rows, None)
@@ -147,17 +148,23 @@ def chunks(
   Args:
     model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
       examples, size: as for `generate.chunks`.
-    layout: of the pages.
-    pages: from `paging.allocator`, for those who want to know what was used.
+    layout: of the pages; how many there are, and rows, is as `pages` has it
+      where that is given.
+    pages: from `paging.allocator` for this layout, held by nobody, for those
+      who want to know what was used.
 
   Raises:
     UserError: a prompt is empty, too long, or no prompt for this model; there
-      are not enough pages for one of them; adapters ask for whole rows.
+      are not enough pages for one of them, or somebody holds some; adapters or
+      rotations ask for whole rows.
   """
   samplers.check(sampling)
+  _check_rotations(model)
   _check_adapters(params)
   limits = generate.limits(model, prompts, max_new_tokens)
-  pages = pages or paging.allocator(model, prompts, max_new_tokens, layout)
+  if pages is None:
+    pages = paging.allocator(model, prompts, max_new_tokens, layout)
+  _check_pages(pages, layout)
   key = jax.random.key(0) if key is None else key
   rows = range(len(prompts)) if examples is None else examples
   keys = samplers.row_keys(key, jnp.array(rows, jnp.int32))
@@ -168,7 +175,7 @@ def chunks(
   waiting = collections.deque(range(len(prompts)))
   while waiting or batch.held:
     first = {}
-    while waiting and (row := batch.admits(waiting[0])) is not None:
+    while waiting and (row := batch.free_row_for(waiting[0])) is not None:
       i = waiting.popleft()
       first[i] = batch.admit(row, i)
     found = batch.decode(size, reach)
@@ -179,8 +186,41 @@ def chunks(
     yield generate.trimmed(out)
 
 
+def _check_pages(pages, layout):
+  """Raises UserError unless all pages are free, and as the layout says."""
+  if pages.size != layout.size:
+    raise UserError(
+      f"pages: found pages of {pages.size} tokens beside a layout of "
+      f"{layout.size}, expected the layout that they were made for"
+    )
+  if pages.used:
+    raise UserError(
+      f"pages: found {pages.used} of {pages.count} held, expected all of them "
+      "free: what they hold is another call's, which has not ended.\nMake new "
+      "ones for each call (paging.allocator)."
+    )
+
+
+def _check_rotations(model):
+  """Raises UserError if a token's rotation depends on those behind it."""
+  ropes = (kind.attention.rope for kind in model.layer_kinds())
+  if any(r and isinstance(r.scaling, rope.Dynamic) for r in ropes):
+    raise UserError(
+      "pages: found rotations that depend on how long a prompt is "
+      "(rope.Dynamic), expected ones that do not: prompts are read in pieces, "
+      "and share them.\nGenerate without pages."
+    )
+
+
 def _check_adapters(params):
-  """Raises UserError if a weight wants to know its rows' tokens."""
+  """Raises UserError if a weight is of rows, or wants to know their tokens."""
+  loose = jax.eval_shape(lambda: weights.bind(params))
+  if jax.tree.structure(loose) != jax.tree.structure(params):
+    raise UserError(
+      "pages: found weights that are bound to the rows of a batch "
+      "(weights.bind), expected one adapter for all rows: which row is whose "
+      "changes as they end.\nGenerate without pages."
+    )
   token = jnp.zeros((1, 1), jnp.int32)
   told = jax.eval_shape(lambda: weights.with_tokens(params, token))
   if jax.tree.structure(told) != jax.tree.structure(params):

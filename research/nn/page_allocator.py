@@ -39,7 +39,7 @@ class PageAllocator:
   Attributes:
     count, size: pages there are, and tokens of each.
     table: int32 `[rows, W]`, each row's pages.
-    most: how many pages were held at most.
+    most_used: how many pages were held at most.
   """
 
   def __init__(self, count: int, size: int, rows: int, width: int):
@@ -57,7 +57,7 @@ class PageAllocator:
     for name, value in given.items():
       if value < 1:
         raise UserError(f"pages {name}: found {value}, expected at least 1")
-    self.count, self.size, self.most = count, size, 0
+    self.count, self.size, self.most_used = count, size, 0
     self.table = np.full((rows, width), NONE, np.int32)
     self._free = list(range(count))[::-1]
     self._holders = [0] * count
@@ -94,7 +94,10 @@ class PageAllocator:
       prompt: its first tokens.
       tokens: how many it may come to have.
     """
-    return self.pages(tokens) - len(self._known(prompt)[0])
+    return self._unshared(tokens, self._known(prompt)[0])
+
+  def _unshared(self, tokens: int, shared: Sequence[int]) -> int:
+    return self.pages(tokens) - len(shared)
 
   def has_room(self, prompt: Sequence[int], tokens: int) -> bool:
     """Returns whether a row can be let in now; arguments as for `wanted`."""
@@ -118,7 +121,7 @@ class PageAllocator:
       raise UserError(f"pages: row {row} has some, expected them released")
     self.check(tokens)
     shared, part, length = self._known(prompt)
-    wanted = self.pages(tokens) - len(shared)
+    wanted = self._unshared(tokens, shared)
     if wanted > self.free:
       raise UserError(
         f"pages: found {self.free} of {self.count} free, expected {wanted} for "
@@ -130,7 +133,7 @@ class PageAllocator:
     for page in pages:
       self._holders[page] += 1
     self.table[row, : len(pages)] = pages
-    self.most = max(self.most, self.used)
+    self.most_used = max(self.most_used, self.used)
     self._remember(pages, len(shared), prompt)
     read = len(shared) * self.size + length
     return Admission(read, None if part is None else (part, own[0]))

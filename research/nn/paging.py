@@ -19,7 +19,8 @@ class Paging:
   Attributes:
     size: tokens a page; TPUs take multiples of 8 in float32, 16 in bfloat16,
       128 in 8 bits.
-    count: pages; by default as many as all rows can come to need.
+    count: pages; by default, and at most, as many as all rows can come to
+      need.
     rows: how many are decoded at a time; by default all.
     dtype: `"int8"`, `"fp8"` or, by default, the model's.
   """
@@ -91,9 +92,9 @@ def allocator(
   tokens = extents(prompts, generate.limits(model, prompts, max_new_tokens))
   rows = min(paging.rows or len(prompts), len(prompts))
   needs = sorted(-(-n // paging.size) for n in tokens)
-  made = PageAllocator(
-    paging.count or sum(needs[-rows:]), paging.size, rows, needs[-1]
-  )
+  total = sum(needs[-rows:])
+  count = min(paging.count or total, total)
+  made = PageAllocator(count, paging.size, rows, needs[-1])
   for n in tokens:
     made.check(n)
   return made
@@ -119,9 +120,11 @@ def memory(
   pages: PageAllocator,
   dtype: str | None = None,
 ) -> dict[str, int]:
-  """Returns bytes of the pages that were held at most, and of what they spare.
+  """Returns bytes of the pages, and of what they spare.
 
-  That is `slab_bytes`, the cache of `generate` for the same prompts at once.
+  They are `pool_bytes`, of which at most `most_bytes` were held at a time. What
+  they spare is `slab_bytes`, the cache of `generate` for the same prompts at
+  once.
 
   Args:
     model, params, prompts, max_new_tokens: as for `chunks`.
@@ -145,7 +148,8 @@ def memory(
   return {
     "page_tokens": pages.size,
     "pages": pages.count,
-    "most_pages": pages.most,
-    "most_bytes": pages.most * page,
+    "most_pages": pages.most_used,
+    "most_bytes": pages.most_used * page,
+    "pool_bytes": pages.count * page,
     "slab_bytes": slab,
   }

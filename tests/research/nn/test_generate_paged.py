@@ -1,5 +1,6 @@
 """Generation over pages: the tokens of generation without, row by row."""
 
+import dataclasses
 import functools
 
 import chex
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import tree
-from research.lora import adapt
+from research import tree, weights
+from research.lora import adapt, pool
 from research.lora.methods.alora import ALoRA
 from research.lora.methods.lora import LoRA
-from research.nn import cache_paged, generate, generate_paged, paging
+from research.nn import cache_paged, generate, generate_paged, paging, rope
 from research.nn import generate_paged_rows as programs
 from research.nn.page_allocator import NONE, PageAllocator
 from research.nn.paging import Paging
@@ -90,7 +91,7 @@ def test_few_pages_are_enough_and_all_come_back():
     model, params, PROMPTS, NEW, layout=layout, pages=pages
   )
   assert generate.gathered(parts, ()) == reference()
-  assert pages.most <= 14 and pages.used == 0
+  assert pages.most_used <= 14 and pages.used == 0
   # The longest alone takes 11; all at once would take 44.
   needs = [-(-(len(p) + NEW - 1) // 4) for p in PROMPTS]
   assert (max(needs), sum(needs)) == (11, 44)
@@ -164,34 +165,49 @@ def test_shared_beginnings_are_read_once(monkeypatch):
     pages = paging.allocator(model, prompts, NEW, Paging(size=4))
     if not share:
       monkeypatch.setattr(pages, "_known", lambda prompt: ([], None, 0))
-    parts = generate_paged.chunks(model, params, prompts, NEW, pages=pages)
+    parts = generate_paged.chunks(
+      model, params, prompts, NEW, layout=Paging(size=4), pages=pages
+    )
     assert generate.gathered(parts, ()).tokens == want
-    used.append(pages.most)
+    used.append(pages.most_used)
   # Each has 28 tokens in 7 pages; of 9 that are alike two pages are whole.
   assert used == [4 * 7 - 3 * 2, 4 * 7]
 
 
-def test_pages_in_8_bits_stay_close():
-  model, params = case()
-  exact = reference().tokens
+def test_pages_in_8_bits_stay_close(monkeypatch):
+  exact, made = reference().tokens, []
+  zeros = cache_paged.empty_pool
+
+  def watched(*arguments):
+    made.append(zeros(*arguments))
+    return made[-1]
+
+  monkeypatch.setattr(cache_paged, "empty_pool", watched)
   got = complete(size=4, rows=2, dtype="int8").tokens
+  (held,) = made
+  assert {x.dtype.name for x in jax.tree.leaves(held)} == {"int8", "float32"}
   assert [t[0] for t in got] == [t[0] for t in exact]
   assert [len(t) for t in got] == [NEW] * len(PROMPTS)
 
 
-def test_two_programs_serve_all():
-  # Another model value, so that no other test has compiled it.
+def test_four_programs_serve_all():
+  # Another model value and number of pages: no other test has compiled them.
   model, params = case()
   model = model.clone(max_positions=99)
+  all_ = programs.read, programs.enter, programs.decode, programs.copy
 
   def sizes():
-    return [
-      f._cache_size() for f in (programs.read, programs.enter, programs.decode)
-    ]
+    return [f._cache_size() for f in all_]
 
   before = sizes()
-  generate_paged.complete(model, params, PROMPTS, NEW, layout=Paging(4, rows=2))
-  assert [b - a for a, b in zip(before, sizes(), strict=True)] == [1, 1, 1]
+  layout = Paging(4, rows=3, count=25)
+  for prompts in (PROMPTS, PROMPTS[::-1]):
+    pages = paging.allocator(model, PROMPTS, NEW, layout)
+    for _ in generate_paged.chunks(
+      model, params, prompts, NEW, layout=layout, pages=pages
+    ):
+      pass
+  assert [b - a for a, b in zip(before, sizes(), strict=True)] == [1] * 4
 
 
 def test_layers_that_look_back_on_a_window_give_pages_back():
@@ -226,6 +242,59 @@ def test_adapters_go_along_unless_they_ask_for_whole_rows():
   )
   with pytest.raises(UserError, match="behind some tokens alone"):
     generate_paged.complete(model, gated, PROMPTS[:2], 5)
+
+
+def test_adapters_bound_by_row_are_refused():
+  """Rows of pages are other prompts' as time goes by."""
+  model = support.model(depth=1, tied=False)
+  held = pool.create(support.params(model), model, slots=2, rank=2)
+  for layout in (lambda params: params, tree.unroll):
+    bound = weights.bind(layout(held.params), ids=jnp.array([0, 1]))
+    with pytest.raises(UserError, match="one adapter for all rows"):
+      generate_paged.complete(model, bound, PROMPTS[:2], 5)
+
+
+def test_rotations_that_ask_for_whole_prompts_are_refused():
+  """`rope.Dynamic` turns a piece otherwise than the prompt that it is of."""
+  model = support.model(depth=2, tied=False)
+  plain, params = model.stack.blocks[0], support.params(model)
+  turned = dataclasses.replace(
+    plain.attention.rope, scaling=rope.Dynamic(factor=4.0, original=16)
+  )
+  block = plain.clone(attention=plain.attention.clone(rope=turned))
+  for blocks in ((block,), (plain, block)):
+    stack = dataclasses.replace(model.stack, blocks=blocks)
+    with pytest.raises(UserError, match="pages: found .*rope.Dynamic"):
+      generate_paged.complete(model.clone(stack=stack), params, PROMPTS, 5)
+
+
+def test_pages_that_somebody_holds_are_refused():
+  """What another call has read into them is not in this one's pool."""
+  model, params = case()
+  layout = Paging(size=4, rows=2)
+  pages = paging.allocator(model, PROMPTS, NEW, layout)
+
+  def call():
+    return generate_paged.chunks(
+      model, params, PROMPTS, NEW, size=2, layout=layout, pages=pages
+    )
+
+  left = call()
+  next(left)
+  assert pages.used
+  with pytest.raises(UserError, match=f"found {pages.used} of .* held"):
+    next(call())
+
+
+def test_pages_of_another_size_are_refused():
+  model, params = case()
+  pages = paging.allocator(model, PROMPTS, NEW, Paging(size=4))
+  with pytest.raises(UserError, match="found pages of 4 .* layout of 8"):
+    next(
+      generate_paged.chunks(
+        model, params, PROMPTS, NEW, layout=Paging(size=8), pages=pages
+      )
+    )
 
 
 def test_bad_prompts_and_too_few_pages():

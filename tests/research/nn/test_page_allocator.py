@@ -114,7 +114,7 @@ def test_a_prefix_is_held_until_the_last_of_its_rows_ends():
   assert start.copy[1] == pages.table[2, 1] != pages.table[1, 1]
   for row in (1, 2):
     pages.release(row)
-  assert (pages.used, pages.most) == (0, 4)
+  assert (pages.used, pages.most_used) == (0, 4)
   assert pages.admit(0, first, 12).read == 0  # nobody has it any more
 
 

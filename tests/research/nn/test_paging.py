@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from research.nn import generate_paged, paging
+from research.nn import cache_paged, generate_paged, paging
+from research.nn.page_allocator import PageAllocator
 from research.nn.paging import Paging, parse
 from research.nn.transformer import init_cache
 from research.typing import UserError
@@ -56,6 +57,7 @@ def test_memory_is_that_of_the_arrays():
   ):
     pass
   found = paging.memory(model, params, prompts, new, pages)
+  assert pages.most_used == 29
   # 3 layers, 2 heads, keys and values of 8 numbers of 4 bytes.
   token = 3 * 2 * 2 * 8 * 4
   needs = [159, 29, 18, 12]
@@ -66,3 +68,35 @@ def test_memory_is_that_of_the_arrays():
   assert found["slab_bytes"] == 4 * 160 * token
   assert found["pages"] == 29
   assert np.isclose(found["most_bytes"] / found["slab_bytes"], 0.3625)
+  # What there is counts, held or not.
+  more = PageAllocator(40, 8, 4, 20)
+  more.admit(0, prompts[1], 29)
+  found = paging.memory(model, params, prompts, new, more)
+  assert found["most_bytes"] == 4 * 8 * token
+  assert found["pool_bytes"] == 40 * 8 * token
+
+
+@pytest.mark.parametrize("dtype", cache_paged.CODES)
+def test_memory_in_8_bits_is_that_of_codes_and_scales(dtype):
+  model = support.model("llama")
+  params = support.params(model)
+  pages = PageAllocator(7, 8, 2, 7)
+  found = paging.memory(model, params, [[1] * 9], 4, pages, dtype)
+  # 3 layers, 2 heads, keys and values of 8 codes and a scale each.
+  assert found["pool_bytes"] == 7 * 8 * 3 * 2 * 2 * (8 + 4)
+  held = cache_paged.empty_pool(model, params, 7, 8, dtype)
+  assert found["pool_bytes"] == sum(x.nbytes for x in jax.tree.leaves(held))
+
+
+def test_no_page_is_made_that_no_row_can_have():
+  """Two of three rows at a time: at most the two that need most."""
+  model = support.model("llama")
+  prompts = [[1] * 20, [2] * 9, [3] * 30]
+
+  def count(**layout):
+    made = paging.allocator(model, prompts, 5, Paging(size=8, **layout))
+    return made.count
+
+  assert count(rows=2) == count(rows=2, count=10**9) == 3 + 5
+  assert count(count=10**9) == 3 + 2 + 5
+  assert count(rows=2, count=6) == 6
