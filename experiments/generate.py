@@ -293,7 +293,7 @@ def _streamed(
 
   start, first, steps = time.perf_counter(), None, []
   most = _MAX_NEW_TOKENS.value
-  paged = generate_pages.opened(layout, loaded.model, prompts, most)
+  paged = generate_pages.open_call(layout, loaded.model, prompts, most)
   for pieces in stream.stream(
     loaded.model,
     params,
@@ -322,7 +322,7 @@ def _streamed(
     "seconds": end - start,
     "model": _MODEL.value,
     "kv": _KV.value or None,
-    **paged.told(params),
+    **paged.report(params),
   }
 
 
@@ -344,12 +344,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return _fill(rules)
   kv = kv_quantizer.parse(_KV.value)
   names, places = generate_adapters.named(_ADAPTER.value)
-  layout = generate_pages.asked(_PAGES.value, _KV.value, names)
+  layout = generate_pages.parse_flags(_PAGES.value, _KV.value, names)
   rows = generate_adapters.rows(_PROMPT.value, names)
   loaded = _load()
   prompts = [_tokens(loaded.tokenizer, text) for text, _ in rows]
   params = _prepared(loaded, [name for _, name in rows], places)
-  if isinstance(kv, kv_quantizer.KVByLayer):
+  # A step would copy the pages of layers that are stacked.
+  if layout is not None or isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
   told, shared = _streamed(loaded, params, prompts, rules, kv, layout)
   if len(rows) == 1:

@@ -11,7 +11,7 @@ from research.nn.paging import Paging
 from research.typing import Params, UserError
 
 
-def asked(text: str, kv: str, adapters: Sequence[str]) -> Paging | None:
+def parse_flags(text: str, kv: str, adapters: Sequence[str]) -> Paging | None:
   """Returns how pages are laid out, or None without any.
 
   Args:
@@ -63,7 +63,7 @@ class Paged:
       generate_paged.chunks, layout=self.layout, pages=self.pages
     )
 
-  def told(self, params: Params) -> dict[str, Any]:
+  def report(self, params: Params) -> dict[str, Any]:
     """Returns what the result says of pages, afterwards."""
     if self.layout is None:
       return {}
@@ -71,7 +71,7 @@ class Paged:
     return {"pages": paging.memory(self.model, params, *call)}
 
 
-def opened(
+def open_call(
   layout: Paging | None,
   model: Any,
   prompts: Sequence[Sequence[int]],
@@ -80,7 +80,7 @@ def opened(
   """Returns a call with its pages, all of them free.
 
   Args:
-    layout: from `asked`.
+    layout: from `parse_flags`.
     model: the Transformer.
     prompts, max_new_tokens: as for `generate.chunks`.
 

@@ -3,13 +3,18 @@
 import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import cli, generate
+from research import tree
+from research.nn import cache_paged, generate_paged
 
 MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
 TINY = MODELS / "gguf_f32" / "model.gguf"
 PROMPTS = [f"--prompt={x}" for x in ("the cat", "a", "the cat ran", "def f")]
+RULES = "--temperature=1.2", "--seed=3"
 
 
 @pytest.fixture
@@ -33,14 +38,47 @@ def told(done):
 
 @pytest.mark.parametrize("pages", ["4", "4,rows=2", "16,rows=1"])
 def test_the_text_is_that_without_pages(command, pages):
-  rules = "--temperature=1.2", "--seed=3"
-  want = told(command(*PROMPTS, *rules))
-  got = told(command(*PROMPTS, *rules, f"--pages={pages}"))
+  want = told(command(*PROMPTS, *RULES))
+  got = told(command(*PROMPTS, *RULES, f"--pages={pages}"))
   for a, b in zip(got["rows"], want["rows"], strict=True):
     assert a == b
   assert "pages" not in want
   assert 0 < got["pages"]["most_pages"] <= got["pages"]["pages"]
-  assert got["pages"]["most_bytes"] < got["pages"]["slab_bytes"]
+  assert 0 < got["pages"]["most_bytes"] <= got["pages"]["pool_bytes"]
+  assert got["pages"]["pool_bytes"] < got["pages"]["slab_bytes"]
+
+
+def test_pages_in_8_bits_are_smaller(command, monkeypatch):
+  """By what the scales leave of it: 4 bytes beside a head's 8 numbers."""
+  made, zeros = [], cache_paged.empty_pool
+
+  def watched(*arguments):
+    made.append(zeros(*arguments))
+    return made[-1]
+
+  exact = told(command(*PROMPTS, *RULES, "--pages=4,rows=2"))["pages"]
+  monkeypatch.setattr(cache_paged, "empty_pool", watched)
+  eight = "--pages=4,rows=2,dtype=int8"
+  got = told(command(*PROMPTS, *RULES, eight))["pages"]
+  assert got["most_pages"] == exact["most_pages"]
+  assert got["most_bytes"] < 0.7 * exact["most_bytes"]
+  sizes = [x.nbytes for x in jax.tree.leaves(made[0])]
+  assert got["pool_bytes"] == sum(sizes)
+
+
+def test_layers_are_apart_in_every_type(command, monkeypatch):
+  """A stacked run's pages would be copied in each step."""
+  found = []
+
+  def watched(model, params, *arguments, **options):
+    del model, arguments, options
+    runs = [run for name, run in params.items() if name.startswith("run")]
+    found.append([tree.run_length(run) for run in runs])
+    yield np.array([[5]])
+
+  monkeypatch.setattr(generate_paged, "chunks", watched)
+  told(command(PROMPTS[0], "--pages=8", "--dtype=bfloat16"))
+  assert len(found[0]) > 1 and set(found[0]) == {1}
 
 
 def test_one_prompt_streams(command):
