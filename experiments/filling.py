@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import filling_gaps
+from experiments.filling_gaps import Text
 from experiments.filling_rows import Begun, batches, begun
 from experiments.filling_wanted import Wanted, cache_of, credit_of, growth_of
 from experiments.screen import Screen, pieces_of
@@ -79,10 +79,10 @@ def _reading(
     )
   if kind == "delayed":
     return Delayed(**common, mask_id=how.mask_id, **numbers)
-  # What is read again around a block: nothing, some tokens, or all behind it; a
-  # canvas that grows is one block.
+  # What is read again: a block, some tokens around it, too, or all but the
+  # prompt; a canvas that grows is one block.
   if kind == "prefix" and growth_of(wanted) is None:
-    numbers = dict(after=options.length - options.block)
+    numbers = dict(last=options.length)
   return Cached(**common, **numbers)
 
 
@@ -92,7 +92,7 @@ def fill(
   prompts: list[list[int]],
   rules: Sampling,
   wanted: Wanted,
-  told: list[int] | None = None,
+  texts: list[Text] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
   """Fills rows after prompts; returns what is told of each, and of all.
 
@@ -103,20 +103,23 @@ def fill(
       `wanted.infill` whole texts, masks in their gaps.
     rules: how candidates are drawn.
     wanted: the flags.
-    told: how many tokens of each text with gaps are a prompt before it.
+    texts: where the gaps of each are; their ids are the prompts.
 
   Raises:
     UserError: it cannot be, or a file cannot be written.
   """
   rows: list[dict[str, Any]] = [{} for _ in prompts]
-  told = told or [0] * len(prompts)
   tokens, after, seconds = 0, 0.0, 0.0
+  todo = []
   for chosen in batches(prompts, how, wanted):
     some = [prompts[i] for i in chosen]
     it = begun(some, chosen, how, wanted)
-    texts = [it.begins[n] + told[i] for n, i in enumerate(chosen)]
-    shown = texts if wanted.infill else it.heads
-    found, spent = _fill(loaded, how, some, it, shown, rules, wanted)
+    _check_context(loaded, some, it, wanted)
+    todo.append((chosen, some, it))
+  # Nothing is filled before all of them are found to be right.
+  for chosen, some, it in todo:
+    gaps = None if texts is None else [texts[i] for i in chosen]
+    found, spent = _fill(loaded, how, some, it, gaps, rules, wanted)
     for i, row in zip(chosen, found, strict=True):
       rows[i] = row
     tokens, after = tokens + spent[0], after + spent[1]
@@ -129,17 +132,16 @@ def fill(
   return rows, shared
 
 
-def _fill(loaded, how, prompts, it, shown, rules, wanted):
+def _fill(loaded, how, prompts, it, texts, rules, wanted):
   """Returns rows of one batch; tokens, their seconds, and all seconds.
 
   Tokens are those before an end and after the block that compiles.
   """
-  _check_context(loaded, prompts, it, wanted)
   params = loaded.params
   if wanted.guidance:
     params = with_prompt(params, jnp.asarray(it.prompt))
   asked = denoiser_of(loaded, how, wanted, it.options)
-  screen = Screen(loaded.tokenizer, shown, how.mask_id)
+  screen = _screen(loaded, how, it, texts)
   begin = time.perf_counter()
   growth, given = growth_of(wanted), (asked, params, it.state, it.options)
   lengths = [wanted.length] * len(prompts)
@@ -153,12 +155,11 @@ def _fill(loaded, how, prompts, it, shown, rules, wanted):
     print(flush=True)
     last = it.heads[0] + lengths[0] if growth is not None else it.stops[0]
     _draw(got, loaded, how, wanted, it.begins[0], last)
-  if wanted.infill:
-    rows = [
-      _filled(loaded, how, it, got, i, ids, shown[i])
-      for i, ids in enumerate(prompts)
-    ]
+  (first, ready), (last, _) = screen.blocks[0], screen.blocks[-1]
+  if texts is not None:
+    rows, early = _texts(loaded, it, got, texts, ready)
   else:
+    early = ready
     rows = [
       _row(loaded, it, got, i, len(prompt), lengths[i])
       for i, prompt in enumerate(prompts)
@@ -166,9 +167,23 @@ def _fill(loaded, how, prompts, it, shown, rules, wanted):
   if growth is not None:
     for row, length in zip(rows, lengths, strict=True):
       row["canvas"] = length
-  (first, ready), (last, _) = screen.blocks[0], screen.blocks[-1]
-  late = [max(row["tokens"] - n, 0) for row, n in zip(rows, ready, strict=True)]
+  late = [max(row["tokens"] - n, 0) for row, n in zip(rows, early, strict=True)]
   return rows, (sum(late), last - first, seconds)
+
+
+def _screen(loaded, how, it, texts) -> Screen:
+  """Returns what shows answers, or texts but what is behind ends in gaps."""
+  if texts is None:
+    return Screen(loaded.tokenizer, it.heads, how.mask_id)
+  first = [b + text.prompt for b, text in zip(it.begins, texts, strict=True)]
+
+  def kept(tokens):
+    out = np.ones(len(tokens), bool)
+    own = slice(it.begins[0], it.stops[0])
+    out[own] = texts[0].kept(tokens[own], it.options.end)
+    return out
+
+  return Screen(loaded.tokenizer, first, how.mask_id, kept)
 
 
 def _check_context(
@@ -208,24 +223,36 @@ def _row(loaded, it, got, i, prompt, length) -> dict[str, Any]:
   }
 
 
-def _filled(loaded, how, it, got, i, ids, shown) -> dict[str, Any]:
+def _texts(loaded, it, got, texts, ready):
+  """Returns rows, and how many tokens of each the first block has filled.
+
+  Args:
+    loaded, it, got, texts: of a batch.
+    ready: how many places that block has filled: the first ones of each row.
+  """
+  rows, early = [], []
+  for i, text in enumerate(texts):
+    tokens = got.tokens[i, it.begins[i] : it.stops[i]]
+    kept = text.kept(tokens, it.options.end)
+    places = np.concatenate([np.arange(*gap) for gap in text.gaps])
+    early.append(int(kept[places[: ready[i]]].sum()))
+    rows.append(_filled(loaded, text, tokens, kept))
+    rows[-1] |= _calls(got, i, rows[-1]["tokens"])
+  return rows, early
+
+
+def _filled(loaded, text, tokens, kept) -> dict[str, Any]:
   """Returns what is told of one text with gaps."""
-  tokens = got.tokens[i, it.begins[i] : it.stops[i]]
-  kept, gaps = np.ones(len(ids), bool), []
-  for start, stop in filling_gaps.gaps(ids, how.mask_id):
-    ended = np.isin(tokens[start:stop], it.options.end)
-    kept[start:stop] = ~np.logical_or.accumulate(ended)
-    gaps.append(tokens[start:stop][kept[start:stop]].tolist())
-  count = sum(map(len, gaps))
-  kept[: shown - it.begins[i]] = False
   decode = loaded.tokenizer.decode
+  gaps = [tokens[slice(*gap)][kept[slice(*gap)]] for gap in text.gaps]
+  given = len(text.ids) - sum(stop - start for start, stop in text.gaps)
+  own = tokens[text.prompt :][kept[text.prompt :]]
   return {
-    "text": decode(tokens[kept].tolist()),
-    "gaps": [decode(gap) for gap in gaps],
-    "tokens": count,
+    "text": decode(own.tolist()),
+    "gaps": [decode(gap.tolist()) for gap in gaps],
+    "tokens": sum(map(len, gaps)),
     "finish_reason": "filled",
-    "prompt_tokens": len(ids) - ids.count(how.mask_id),
-    **_calls(got, i, count),
+    "prompt_tokens": given,
   }
 
 

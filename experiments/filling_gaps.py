@@ -1,16 +1,52 @@
 """Texts with gaps, which `generate --infill` takes: `def f(x): [[8]] return y`.
 
-`[[N]]` is a gap of N tokens. Whatever else begins with two brackets has a
-backslash before them: `\\[[1, 2]]`.
+`[[N]]` is a gap of N tokens; of more brackets in a row the last two are meant,
+`x = [[[8]]]`. A backslash before them says that they are all text:
+`\\[[1, 2]]`. Two backslashes there are one, and so on.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from research.typing import UserError
+import numpy as np
 
-_MARK = re.compile(r"\\\[\[|\[\[(.*?)(\]\]|$)", re.DOTALL)
+from research.diffusion import layout
+from research.typing import Bool, Int, UserError
+
+_BRACKETS = re.compile(r"(\\*)(\[*)\[\[")
+_REST = re.compile(r"(.*?)(\]\]|$)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A text with gaps, as tokens.
+
+  Attributes:
+    ids: a prompt's, then the text's, masks in its gaps.
+    prompt: how many are the prompt's.
+    gaps: where each begins and ends; two may meet.
+  """
+
+  ids: list[int]
+  prompt: int
+  gaps: list[tuple[int, int]]
+
+  def kept(
+    self, tokens: Int[np.ndarray, "T"], end: Sequence[int]
+  ) -> Bool[np.ndarray, "T"]:
+    """Returns what is text of filled tokens: in a gap, what is before an end.
+
+    Args:
+      tokens: of all `ids`.
+      end: those that end a gap.
+    """
+    out = np.ones(len(self.ids), bool)
+    for start, stop in self.gaps:
+      ended = np.isin(tokens[start:stop], end)
+      out[start:stop] = ~np.logical_or.accumulate(ended)
+    return out
 
 
 def parsed(text: str) -> list[str | int]:
@@ -21,13 +57,16 @@ def parsed(text: str) -> list[str | int]:
   """
   parts: list[str | int] = [""]
   at = 0
-  for found in _MARK.finditer(text):
-    parts[-1] += text[at : found.start()]
+  while found := _BRACKETS.search(text, at):
+    slashes, more = found.groups()
+    parts[-1] += text[at : found.start()] + "\\" * (len(slashes) // 2) + more
     at = found.end()
-    if found[0].startswith("\\"):
+    if len(slashes) % 2:
       parts[-1] += "[["
       continue
-    parts += [_size(*found.groups()), ""]
+    rest = _REST.match(text, at)
+    at = rest.end()
+    parts += [_size(*rest.groups()), ""]
   parts[-1] += text[at:]
   if len(parts) == 1:
     raise UserError(
@@ -58,8 +97,8 @@ def rows(
   tokenizer: Any,
   spelled: Callable[[str], list[int]],
   mask_id: int,
-) -> tuple[list[str], list[list[int]], list[int]]:
-  """Returns each row's prompt, its ids, and how many of them are the prompt.
+) -> tuple[list[str], list[Text]]:
+  """Returns each row's prompt, and its text behind it.
 
   Args:
     infills: texts with gaps.
@@ -79,19 +118,18 @@ def rows(
     )
   before = [spelled(prompt) for prompt in prompts] or [None]
   before = before if len(before) == many else before * many
-  ids = [
+  texts = [
     tokens(tokenizer, text, mask_id, prompt)
     for text, prompt in zip(infills, before, strict=True)
   ]
   names = list(prompts) or [""]
-  names = names if len(names) == many else names * many
-  return names, ids, [len(prompt or ()) for prompt in before]
+  return names if len(names) == many else names * many, texts
 
 
 def tokens(
   tokenizer: Any, text: str, mask_id: int, prompt: Sequence[int] | None
-) -> list[int]:
-  """Returns ids, masks in the gaps; each part is split into tokens by itself.
+) -> Text:
+  """Returns a text; each of its parts is split into tokens by itself.
 
   Args:
     tokenizer: the model's.
@@ -100,37 +138,52 @@ def tokens(
     prompt: what the text follows; None where it is a document.
 
   Raises:
-    UserError: as of `parsed`, or the text holds the mask's own token.
+    UserError: as of `parsed`, or text or prompt hold the mask's own token.
   """
   try:
     text.encode("utf-8")
   except UnicodeEncodeError as error:
     raise UserError("--infill: is no UTF-8; convert it first") from error
-  parts = parsed(text)
-  ids = list(prompt or ())
-  for i, part in enumerate(parts):
+  if prompt is not None:
+    layout.check_prompts([list(prompt)], mask_id)
+  opening, closing = ([], []) if prompt is not None else _around(tokenizer)
+  ids, gaps = [*(prompt or ()), *opening], []
+  for i, part in enumerate(parsed(text)):
     if isinstance(part, int):
+      gaps.append((len(ids), len(ids) + part))
       ids += [mask_id] * part
       continue
-    first = i == 0 and prompt is None
-    found = tokenizer.encode(part, add_special=first) if part or first else []
+    found = _part(tokenizer, part, i == 0 and prompt is None)
     if mask_id in found:
       raise UserError(
         f"--infill={_short(text)}: holds the mask's own token, id {mask_id}; "
         "write [[N]] in place of N of them"
       )
+    if i == 0 and opening and found[: len(opening)] == opening:
+      found = found[len(opening) :]  # written out in the text itself
     ids += found
-  return ids
+  return Text([*ids, *closing], len(prompt or ()), gaps)
 
 
-def gaps(ids: Sequence[int], mask_id: int) -> list[tuple[int, int]]:
-  """Returns where each run of masks begins and ends."""
-  out: list[tuple[int, int]] = []
-  for i, token in enumerate(ids):
-    if token != mask_id:
-      continue
-    if out and out[-1][1] == i:
-      out[-1] = out[-1][0], i + 1
-    else:
-      out.append((i, i + 1))
-  return out
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+  """Returns what a model expects before a document, and behind it."""
+  inside = tokenizer.encode("a")
+  whole = tokenizer.encode("a", add_special=True)
+  for i in range(len(whole) - len(inside) + 1):
+    if whole[i : i + len(inside)] == inside:
+      return whole[:i], whole[i + len(inside) :]
+  return [], []
+
+
+def _part(tokenizer: Any, text: str, first: bool) -> list[int]:
+  """Returns a text's ids; only a document's first begin as one.
+
+  Some tokenizers put a space before whatever they are given.
+  """
+  alone = tokenizer.encode(text) if text else []
+  if first or not text:
+    return alone
+  line = tokenizer.encode("\n")
+  behind = tokenizer.encode("\n" + text)
+  cut = len(line)
+  return behind[cut:] if behind[:cut] == line else alone

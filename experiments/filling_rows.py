@@ -8,6 +8,7 @@ import numpy as np
 from experiments.filling_wanted import (
   BLOCK,
   Wanted,
+  cache_of,
   growth_of,
   policy_of,
   remask_of,
@@ -16,6 +17,12 @@ from research.diffusion import canvas, layout, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.spec import Spec
 from research.typing import Bool, UserError
+
+KEEP = "prefix"
+"""The cache that keeps what is before the first gap, and nothing else."""
+
+LEAST = 16
+"""Places behind it, at least, that such a cache reads at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +97,7 @@ def begun(
     UserError: a prompt holds the mask, or blocks and steps do not divide.
   """
   if not wanted.infill:
-    sampler.check_prompts(prompts, how.mask_id)
+    layout.check_prompts(prompts, how.mask_id)
   block = _block(how, wanted)
   rows = [_row(prompt, how, wanted, block) for prompt in prompts]
   options = _options(rows, block, how, wanted)
@@ -99,6 +106,11 @@ def begun(
   width = layout.width(longest, options.length, unit)
   laid = layout.lay(ids, how.mask_id, options.length, width, unit)
   key, numbers = jax.random.key(wanted.seed), jax.numpy.array(examples)
+  if wanted.guidance and not laid.prompt.any(-1).all():
+    raise UserError(
+      f"--guidance={wanted.guidance}: a text has nothing before its first gap, "
+      "by which it would be guided; leave the flag out"
+    )
   growth = growth_of(wanted)
   if growth is not None:
     state = canvas.start(prompts, options, growth, key, numbers, width)
@@ -148,16 +160,13 @@ def _row(prompt: list[int], how: Spec, wanted: Wanted, block: int) -> _Row:
 def _options(
   rows: list[_Row], block: int, how: Spec, wanted: Wanted
 ) -> Options:
-  """Returns how rows are filled; of few lengths, whatever they are."""
+  """Returns how rows are filled."""
   count = max(row.blocks for row in rows)
-  if wanted.infill:
-    longest = max(len(row.ids) - row.start for row in rows)
-    length = layout.up(layout.rung(layout.up(longest, block)), block)
-  elif how.block is not None:
-    # Wherever in its block a prompt ends.
-    length = layout.up(block - 1 + wanted.length, block)
-  else:
-    length = wanted.length
+  longest = max(len(row.ids) - row.start for row in rows)
+  length = layout.up(longest, block)
+  if wanted.infill and how.block is None and cache_of(wanted.cache)[0] == KEEP:
+    # All these places are read at once, so there are few numbers of them.
+    length = layout.up(layout.rung(length, LEAST), block)
   steps = wanted.steps
   if steps is not None:
     if steps % count:

@@ -1,11 +1,12 @@
 """What the flags of `generate --sampler=diffusion` say, and what they mean."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import get_args
 
 from experiments import filling_gaps
-from experiments.filling_said import said
+from experiments.flag_text import parse
 from research.diffusion.growth import Growth
 from research.diffusion.policies import (
   Factor,
@@ -101,6 +102,15 @@ class Wanted:
       raise UserError(
         f"--edit_steps={self.edit_steps}: has no effect without --edit"
       )
+    for name in ("guidance", "edit"):
+      # Which a flag's bounds let pass.
+      if not math.isfinite(getattr(self, name) or 0.0):
+        raise UserError(f"--{name}={getattr(self, name)}: expected a number")
+    if self.infill and not self.stop_early:
+      raise UserError(
+        "--nostop_early: --infill fills all gaps, whatever ends in them; leave "
+        "it out"
+      )
     if growth_of(self) is not None:
       self._check_growth()
     for name, file in (("gif", self.gif), ("html", self.html)):
@@ -144,10 +154,10 @@ def growth_of(wanted: Wanted) -> Growth | None:
   """Returns how the canvas grows, see `experiments.generate`, or None."""
   if wanted.canvas == "fixed":
     return None
-  it = said("canvas", wanted.canvas)
+  it = parse("canvas", wanted.canvas)
   start = min(Growth.start, wanted.length) if it.text is None else it.whole
   if it.name == "auto" and start is not None and 1 <= start <= wanted.length:
-    return it.made(Growth, _GROWTH, start=start)
+    return it.build(Growth, _GROWTH, start=start)
   raise UserError(
     f"{it.where}: expected fixed, auto, or auto:N with N from 1 to "
     f"--max_new_tokens={wanted.length}, then perhaps ,by=8 or another of "
@@ -157,23 +167,23 @@ def growth_of(wanted: Wanted) -> Growth | None:
 
 def policy_of(text: str) -> Policy:
   """Returns what a name and a number stand for, see `experiments.generate`."""
-  it = said("policy", text)
+  it = parse("policy", text)
   value = it.number
   share = value is not None and 0 < value <= 1
   if text == "quota":
     return Quota()
   if it.name == "hierarchy" and (it.text is None or share):
     given = {} if value is None else dict(threshold=value)
-    found = it.made(Hierarchy, dict(low=float), **given)
+    found = it.build(Hierarchy, dict(low=float), **given)
     if 0 < found.low <= 1:
       return found
   if it.name in ("threshold", "quota+threshold") and share:
     both = it.name != "threshold"
-    return it.made(Threshold, {}, threshold=value, quota_first=both)
+    return it.build(Threshold, {}, threshold=value, quota_first=both)
   if it.name == "credit" and share and credit_of(text) is not None:
     return Threshold(threshold=value)
   if it.name == "factor" and value is not None and value > 0:
-    return it.made(Factor, {}, factor=value)
+    return it.build(Factor, {}, factor=value)
   raise UserError(
     f"{it.where}: expected quota, hierarchy[:P][,low=P], threshold:P, "
     "quota+threshold:P or credit:P[,alpha=A][,beta=B][,gamma=G] with P in "
@@ -183,7 +193,7 @@ def policy_of(text: str) -> Policy:
 
 def credit_of(text: str) -> dict[str, float] | None:
   """Returns the numbers of `credit`, None of another policy."""
-  it = said("policy", text)
+  it = parse("policy", text)
   if it.name != "credit":
     return None
   found = it.numbers(_CREDIT)
@@ -199,10 +209,10 @@ def remask_of(text: str) -> Remask | None:
   """Returns what is masked again, see `experiments.generate`, or None."""
   if text == "none":
     return None
-  it = said("remask", text)
+  it = parse("remask", text)
   value = it.number
   if it.name in get_args(Kind) and value is not None and 0 <= value <= 1:
-    return it.made(Remask, _REMASK, kind=it.name, eta=value)
+    return it.build(Remask, _REMASK, kind=it.name, eta=value)
   raise UserError(
     f"{it.where}: expected none, or cap:E, rescale:E or confidence:E with E "
     "from 0 to 1, then perhaps ,start=T,stop=T with times from 0 to 1"
@@ -213,7 +223,7 @@ def cache_of(text: str) -> tuple[str, dict[str, int]]:
   """Returns a cache's kind and its numbers, see `experiments.generate`."""
   if text in ("none", "prefix", "dual"):
     return text, {}
-  it = said("cache", text)
+  it = parse("cache", text)
   count = it.whole
   if it.name == "vicinity" and count is not None:
     more = it.numbers(dict(after=int))

@@ -242,12 +242,14 @@ def _fill(rules: Any) -> dict[str, Any]:
     return _tokens(loaded.tokenizer, text)
 
   prompts = list(_PROMPT.value)
-  ids, told = [spelled(text) for text in prompts], None
   if wanted.infill:
-    prompts, ids, told = filling_gaps.rows(
+    prompts, texts = filling_gaps.rows(
       wanted.infill, prompts, loaded.tokenizer, spelled, how.mask_id
     )
-  rows, shared = filling.fill(loaded, how, ids, rules, wanted, told)
+    ids = [text.ids for text in texts]
+  else:
+    ids, texts = [spelled(text) for text in prompts], None
+  rows, shared = filling.fill(loaded, how, ids, rules, wanted, texts)
   shared["model"] = _MODEL.value
   if len(rows) == 1:
     return rows[0] | shared

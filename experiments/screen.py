@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,11 +19,30 @@ class Screen:
   """Shows a row as its blocks are filled; on a terminal call by call.
 
   Several rows are only timed.
+
+  Attributes:
+    seconds: spent here.
+    blocks: after each, when it was, and how many places of each row are filled.
   """
 
-  def __init__(self, tokenizer: Any, ends: list[int], mask_id: int):
-    self._tokenizer, self._ends, self._mask = tokenizer, ends, mask_id
-    self._prompt = ends[0]
+  def __init__(
+    self,
+    tokenizer: Any,
+    first_shown: list[int],
+    mask_id: int,
+    kept: Callable[[np.ndarray], np.ndarray] | None = None,
+  ):
+    """Sets where rows begin to be shown.
+
+    Args:
+      tokenizer: the model's.
+      first_shown: each row's first place that is shown.
+      mask_id: of the mask.
+      kept: what of the row's tokens is text; by default all. A terminal, which
+        shows what calls do, shows the others, too.
+    """
+    self._tokenizer, self._mask = tokenizer, mask_id
+    self._first_shown, self._kept = first_shown, kept
     self._tty = sys.stdout.isatty()
     self._columns = shutil.get_terminal_size().columns
     self._above, self._last, self._written = 0, -1, 0
@@ -34,15 +54,17 @@ class Screen:
     begin = time.perf_counter()
     filled = np.asarray(state.filled)
     ready = [
-      int((row[end:] >= 0).sum())
-      for row, end in zip(filled, self._ends, strict=True)
+      int((row[first:] >= 0).sum())
+      for row, first in zip(filled, self._first_shown, strict=True)
     ]
     self.blocks.append((begin - self.seconds, ready))
-    if len(self._ends) > 1:
+    if len(self._first_shown) > 1:
       return
     # Of a canvas that grows, what it is now.
     own = np.flatnonzero(np.asarray(state.valid)[0])
-    own = own[own >= self._prompt]
+    own = own[own >= self._first_shown[0]]
+    if self._kept is not None and not self._tty:
+      own = own[self._kept(np.asarray(state.tokens)[0])[own]]
     filled, tokens, open_ = (
       np.asarray(x)[0, own] for x in (filled, state.tokens, state.masked)
     )

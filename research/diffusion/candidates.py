@@ -117,6 +117,12 @@ class Options:
       return self.block
     return self.steps // (self.length // self.block)
 
+  @property
+  def of_block(self) -> "Options":
+    """Returns these for a block alone: rows of all lengths share a program."""
+    steps = None if self.steps is None else self.block_steps
+    return dataclasses.replace(self, length=self.block, steps=steps)
+
   def quota(
     self,
     planned: Int[Array, "B"],

@@ -197,15 +197,17 @@ class Cached:
   2025, dInfer: with some of each, its vicinity refresh). Exact at a block's
   first step.
 
-  With an `after` of all tokens behind the first block it is a prefix cache
-  that keeps the prompt alone: shapes are static, so what later blocks do not
-  need behind them is read again before them, finished blocks included.
+  With `last`, all that is to be filled, it is a prefix cache that keeps the
+  prompt alone: shapes are static, so what later blocks do not need behind them
+  is read again before them, finished blocks included.
 
   Attributes:
     model: the Transformer; all tokens see all.
     shift: see `own_rows`.
     before, after: how many tokens around the block are read again; where a
       row's text ends, more on the other side.
+    last: so many places at the end of the rows are read again instead, the same
+      ones of all rows, wherever their texts end; the block is one of them.
     told: times, for a model that is told them.
   """
 
@@ -213,6 +215,7 @@ class Cached:
   shift: bool = False
   before: int = 0
   after: int = 0
+  last: int | None = None
   told: Shares | None = None
 
   def first(self, params, tokens, valid, start, size):
@@ -235,7 +238,7 @@ class Cached:
   def again(self, params, tokens, valid, start, size, carry):
     cache, edge = carry
     length = tokens.shape[1]
-    span = min(self.before + size + self.after, length)
+    span = min(self.last or self.before + size + self.after, length)
     low = self._low(valid, start, size, span)
     some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
     hidden, cache = reread(self, params, tokens, valid, some, place, cache)
@@ -253,9 +256,11 @@ class Cached:
     It is what it would be if the row had no padding, so that the padding of a
     batch or of a shape changes nothing.
     """
+    length = valid.shape[1]
+    if self.last is not None:
+      return jnp.int32(length - span)
     if not self.before and not self.after:
       return start
-    length = valid.shape[1]
     first = jnp.argmax(valid, axis=-1)
     last = length - jnp.argmax(valid[:, ::-1], axis=-1)
     # A block may reach beyond its row's text.

@@ -27,7 +27,7 @@ class Guided:
   Attributes:
     inner: the denoiser, e.g. `denoiser.Whole`.
     prompt: how many tokens at the start of the rows are masked for `u`; None
-      where that differs from row to row: `params` are then `with_prompt`'s.
+      where that differs from row to row: `params` have to be `with_prompt`'s.
     mask_id: of the mask.
     weight: w; 0 gives the conditional logits.
   """
@@ -54,6 +54,11 @@ class Guided:
   def _both(self, ask, params, tokens, valid, start, size, carry=None):
     mine, other = ((), ()) if carry is None else ((x,) for x in carry)
     if self.prompt is None:
+      if not {"params", "prompt"} <= set(params):
+        raise UserError(
+          "Guided: does not know the rows' prompts; expected parameters of "
+          "guided.with_prompt, or prompt, the tokens of one that all rows have"
+        )
       params, asked = params["params"], params["prompt"]
     else:
       asked = jnp.arange(tokens.shape[1]) < self.prompt

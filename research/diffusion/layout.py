@@ -10,17 +10,34 @@ import dataclasses
 
 import numpy as np
 
-from research.typing import Bool, Int
+from research.typing import Bool, Int, UserError
 
 LEAST = 64
 """Places of the shortest rows; shorter ones cost little anyway."""
 
 
-def rung(n: int) -> int:
-  """Returns the least of 64, 96, 128, 192, 256, 384, .. that is no less."""
-  top = max(LEAST, 1 << max(n - 1, 0).bit_length())
+def check_prompts(prompts: list[list[int]], mask_id: int) -> None:
+  """Raises UserError if there is no prompt, or one holds the mask."""
+  if not prompts:
+    raise UserError("sampler: no prompts")
+  for i, prompt in enumerate(prompts):
+    if mask_id in prompt:
+      raise UserError(
+        f"sampler: prompt {i} holds the mask, id {mask_id}; rows with gaps are "
+        "for sampler.begin"
+      )
+
+
+def rung(n: int, least: int = LEAST) -> int:
+  """Returns the least of 64, 96, 128, 192, 256, 384, .. that is no less.
+
+  Args:
+    n: places that are needed.
+    least: the first of them, a power of two.
+  """
+  top = max(least, 1 << max(n - 1, 0).bit_length())
   middle = top * 3 // 4
-  return middle if max(n, LEAST) <= middle else top
+  return middle if max(n, least) <= middle else top
 
 
 def up(n: int, block: int) -> int:

@@ -98,24 +98,12 @@ def start(
   Raises:
     UserError: there is no prompt, or one holds the mask.
   """
-  check_prompts(prompts, options.mask_id)
+  layout.check_prompts(prompts, options.mask_id)
   width = max([width or 0, *map(len, prompts)])
   masks = [options.mask_id] * options.length
   rows = [[*prompt, *masks] for prompt in prompts]
   laid = layout.lay(rows, options.mask_id, options.length, width)
   return begin(laid.tokens, laid.masked, laid.valid, key, examples)
-
-
-def check_prompts(prompts: list[list[int]], mask_id: int) -> None:
-  """Raises UserError if there is no prompt, or one holds the mask."""
-  if not prompts:
-    raise UserError("sampler: no prompts")
-  for i, prompt in enumerate(prompts):
-    if mask_id in prompt:
-      raise UserError(
-        f"sampler: prompt {i} holds the mask, id {mask_id}; rows with gaps are "
-        "for sampler.begin"
-      )
 
 
 def begin(
@@ -166,7 +154,7 @@ def sample(
   Raises:
     UserError: logits are not finite.
   """
-  total, memory = state.tokens.shape[1], None
+  total, memory, one = state.tokens.shape[1], None, options.of_block
   ours = np.asarray(~state.fixed).any(0)
   for at in range(total - options.length, total, options.block):
     if not ours[at : at + options.block].any():
@@ -179,7 +167,7 @@ def sample(
         denoiser, params, state, jnp.int32(at), options.block, memory
       )
     state, finite = fill_block(
-      denoiser, params, state, jnp.int32(at), options, sampling, memory
+      denoiser, params, state, jnp.int32(at), one, sampling, memory
     )
     checked(finite, f"of the block at {at}")
     if look is not None:
@@ -366,7 +354,8 @@ def fill(
   if options.remask is not None:
     new = jnp.where(again, options.mask_id, new)
     filled = jnp.where(again, -1, filled)
-    taking_part = ~state.done & ours.any(-1)
+    # All planned steps; longer, who is still edited.
+    taking_part |= ~state.done & ours.any(-1) & (i < options.block_steps)
   state = dataclasses.replace(
     state,
     tokens=_put(state.tokens, new, at),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments import filling
+from experiments.filling_gaps import Text
 from research.diffusion import canvas, layout, sampler
 from research.diffusion.spec import Spec
 from research.interop import load
@@ -60,9 +61,8 @@ def test_blocks_begin_with_the_row():
 
 def test_steps_are_those_of_the_blocks_that_a_row_has():
   how, wanted = Spec(mask_id=9, block=4), filling.Wanted(length=8, steps=6)
-  # Two blocks; the third that there is room for is not used.
   it = filling.begun([[1] * 4], [0], how, wanted)
-  assert it.options.length == 12 and it.options.block_steps == 3
+  assert it.options.length == 8 and it.options.block_steps == 3
   it = filling.begun([[1] * 5], [0], how, wanted)
   assert it.options.block_steps == 2
   wrong = filling.Wanted(length=8, steps=4)
@@ -70,6 +70,37 @@ def test_steps_are_those_of_the_blocks_that_a_row_has():
     UserError, match="--steps=4: expected a multiple of the 3"
   ):
     filling.begun([[1] * 5], [0], how, wrong)
+
+
+def test_guidance_is_by_something():
+  wanted = filling.Wanted(infill=["x"], guidance=1.0)
+  with pytest.raises(UserError, match="nothing before its first gap"):
+    filling.begun([[9, 1], [1, 9]], [0, 1], Spec(mask_id=9), wanted)
+
+
+def places_of(ids, how, **wanted):
+  """Returns how many places a row takes."""
+  it = filling.begun([ids], [0], how, filling.Wanted(**wanted))
+  return it.state.tokens.shape[1]
+
+
+@pytest.mark.parametrize("block", [8, 32])
+def test_rows_have_no_more_places_than_their_rung(block):
+  """The next for a text, and what its last block has behind it."""
+  m = 9
+  for n in (1, 33, 64, 65, 67, 100, 128, 129, 200):
+    for gap in {0, n // 2, n - 1}:
+      ids = [1] * gap + [m] + [1] * (n - gap - 1)
+      got = places_of(ids, Spec(mask_id=m), block=block, infill=["x"])
+      assert n <= got <= layout.rung(n + block - 1)
+      # Of a model's own blocks the first begins where the row does.
+      own = Spec(mask_id=m, block=block)
+      assert places_of(ids, own, infill=["x"]) <= layout.rung(n + block - 1)
+    assert places_of([1] * n, Spec(mask_id=m), length=block) == layout.rung(
+      n + block
+    )
+    got = places_of([1] * n, Spec(mask_id=m, block=block), length=block)
+    assert got <= layout.rung(layout.up(n + block, block))
 
 
 # What padding does not change ------------------------------------------------
@@ -85,6 +116,9 @@ WAYS = [
   ("all", ["--canvas=auto:4", "--policy=threshold:0.3", HOT]),
   ("all", ["--canvas=auto:4", "--guidance=1", "--cache=prefix"]),
   ("all", ["--plan=chance", "--select=random", "--remask=cap:0.2", HOT]),
+  ("all", ["--policy=hierarchy:0.3,low=0.1", "--ends=last", HOT]),
+  ("all", ["--policy=quota+threshold:0.2", "--tempered", "--ends=never", HOT]),
+  ("all", ["--place_temperature=0.5", "--plan=dream", "--steps=4", HOT]),
   ("four", [HOT]),
   ("four", ["--guidance=1", "--cache=prefix", "--edit=0.3"]),
   ("one", ["--cache=prefix"]),
@@ -108,11 +142,16 @@ def test_what_is_written_is_what_each_prompt_gives_without_padding(
   given = [f"--prompt={text}" for text in PROMPTS]
   rows = kept(told(command(name, *flags, *given)))["rows"]
   unpadded(monkeypatch)
+  # As long as the longest of them, which has no padding then.
+  assert kept(told(command(name, *flags, *given)))["rows"] == rows
   alone = kept(told(command(name, *flags, given[0])))
   assert {"prompt": PROMPTS[0]} | alone == rows[0] | {"model": alone["model"]}
 
 
 # Programs --------------------------------------------------------------------
+
+OWN = dict(edit_steps=5)
+"""Without edits it changes nothing, but names programs of these tests alone."""
 
 
 def programs():
@@ -130,9 +169,9 @@ def programs():
   ],
 )
 def test_a_rung_has_one_program(places, capsys, name, more):
-  """Prompts of 1 to 70 tokens, of two rungs; a length that no test else has."""
+  """Prompts of 1 to 70 tokens, of two rungs; options that no test else has."""
   loaded = load.load_model(places[name])
-  how, wanted = loaded.diffusion, filling.Wanted(length=20, **more)
+  how, wanted = loaded.diffusion, filling.Wanted(length=20, **OWN, **more)
   start, made = programs(), []
   for lengths in ((1, 7, 40), (70, 50)):
     for n in lengths:
@@ -150,10 +189,11 @@ def test_a_rung_has_one_program(places, capsys, name, more):
 def test_gaps_of_many_sizes_have_one_program(places):
   loaded = load.load_model(places["all"])
   how = loaded.diffusion
-  wanted = filling.Wanted(block=4, infill=["said already"])
+  wanted = filling.Wanted(block=4, infill=["said already"], **OWN)
   before = programs()
   for given, gap, behind in ((2, 3, 1), (9, 1, 14), (1, 20, 0)):
     text = [5] * given + [how.mask_id] * gap + [6] * behind
-    [row], _ = filling.fill(loaded, how, [text], GREEDY, wanted, [0])
+    gaps = [Text(text, 0, [(given, given + gap)])]
+    [row], _ = filling.fill(loaded, how, [text], GREEDY, wanted, gaps)
     assert row["tokens"] <= gap and row["prompt_tokens"] == given + behind
   assert programs()[0] - before[0] == 1

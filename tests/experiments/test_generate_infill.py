@@ -1,16 +1,20 @@
 """Texts with gaps on the command line."""
 
 import dataclasses
+import itertools
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import filling_gaps
+from experiments import filling, filling_gaps, screen
 from research.diffusion import sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
 from research.interop import load
+from research.nn.sampling import GREEDY
+from research.typing import UserError
 from tests.experiments import filled
 from tests.experiments.filled import TINY, told
 
@@ -37,17 +41,67 @@ def command(capsys, places):
     (r"m = \[[1, 2]]; m[[2]]", ["m = [[1, 2]]; m", 2, ""]),
     ("x[y[0]] [[2]]]", ["x[y[0]] ", 2, "]"]),
     (r"a\b [[2]]", ["a\\b ", 2, ""]),
+    # Of more brackets the innermost are the marker.
+    ("x = [[[8]]]", ["x = [", 8, "]"]),
+    ("[[[[8]]]]", ["[[", 8, "]]"]),
+    (r"\[[[1, 2]]] [[3]]", ["[[[1, 2]]] ", 3, ""]),
+    # Backslashes before brackets are pairs, and perhaps the one that escapes.
+    (r"c:\\[[8]]", ["c:\\", 8, ""]),
+    (r"c:\\\[[8]] [[1]]", ["c:\\[[8]] ", 1, ""]),
+    (r"\\\\[[[2]]]", [r"\\[", 2, "]"]),
   ],
 )
 def test_markers(text, parts):
   assert filling_gaps.parsed(text) == parts
 
 
-def test_where_gaps_are():
-  m = 9
-  assert filling_gaps.gaps([m, m, 1, m], m) == [(0, 2), (3, 4)]
-  assert filling_gaps.gaps([1, 2], m) == []
+class Words:
+  """A tokenizer as SentencePiece's: a space goes before all that it is given.
 
+  Characters are their own ids, and a document has 1 before it and 2 behind.
+  """
+
+  def encode(self, text, add_special=False):
+    ids = [9 if c == "#" else ord(c) for c in f" {text}"] if text else []
+    return [1, *ids, 2] if add_special else ids
+
+
+def test_where_gaps_are():
+  """Two that meet are two, and what is around a document is at its ends."""
+  given = filling_gaps.tokens(Words(), "a[[3]][[4]]b[[1]]", 9, None)
+  a, b = ord("a"), ord("b")
+  assert given.ids == [1, ord(" "), a, *[9] * 7, b, 9, 2]
+  assert given.gaps == [(3, 6), (6, 10), (11, 12)] and given.prompt == 0
+  # An end ends its own gap alone.
+  tokens = np.array([1, 32, a, 5, 7, 5, 7, 5, 5, 5, b, 5, 2])
+  want = [1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1]
+  np.testing.assert_array_equal(given.kept(tokens, (7,)), want)
+
+
+def test_parts_do_not_begin_as_documents_do():
+  given = filling_gaps.tokens(Words(), "b[[2]] c", 9, [1, ord("a")])
+  assert given.ids == [1, *map(ord, "ab"), 9, 9, *map(ord, " c")]
+  assert given.gaps == [(3, 5)] and given.prompt == 2
+  assert filling_gaps.tokens(Words(), "[[1]]", 9, None).ids == [1, 9, 2]
+
+
+def test_texts_of_the_tiny_model_are_what_they_are_without_gaps(places):
+  encode = load.load_model(places["all"]).tokenizer.encode
+  for first, more in (("the cat", " sat\n on"), ("", "the"), ("a", "\n\nb")):
+    given = filling_gaps.tokens(
+      load.load_model(places["all"]).tokenizer, f"{first}[[1]]{more}", 999, None
+    )
+    want = [*encode(first, add_special=True), 999, *encode(more)]
+    assert given.ids == want
+
+
+WAYS = [
+  ["--cache=dual"],
+  ["--cache=prefix"],
+  ["--cache=vicinity:4", "--policy=threshold:0.2"],
+  ["--cache=delayed:3", "--ends=last"],
+  ["--guidance=1", "--edit=0.3"],
+]
 
 # What is filled --------------------------------------------------------------
 
@@ -107,9 +161,12 @@ def test_a_prompt_may_stand_before_gaps(command):
   assert got["text"].startswith(" sat")
 
 
-def test_several_texts_do_not_matter_to_each_other(command):
-  texts = "the cat [[3]] on the mat [[2]].", "[[4]] dog", "a [[1]]"
-  flags = "--block=4", "--temperature=1", "--cache=dual"
+@pytest.mark.parametrize("more", WAYS, ids=" ".join)
+def test_several_texts_do_not_matter_to_each_other(command, more):
+  """Though one of them makes the row as long again."""
+  long = "[[4]] dog" + " the" * 80
+  texts = "the cat [[3]] on the mat [[2]].", "a " + long, "a [[1]]"
+  flags = "--block=4", "--temperature=1", *more
   rows = told(command("all", *flags, *[f"--infill={t}" for t in texts]))["rows"]
   assert [row["prompt"] for row in rows] == ["", "", ""]
   one = told(command("all", *flags, f"--infill={texts[0]}"))
@@ -118,21 +175,63 @@ def test_several_texts_do_not_matter_to_each_other(command):
   assert [len(row["gaps"]) for row in rows] == [2, 1, 1]
 
 
-@pytest.mark.parametrize(
-  "flags",
-  [
-    ["--guidance=1"],
-    ["--policy=threshold:0.2", "--cache=vicinity:4"],
-    ["--cache=delayed:3"],
-    ["--plan=dream", "--block=16", "--steps=2"],
-    ["--ends=last", "--edit=0.5"],
-  ],
-  ids=" ".join,
-)
-def test_ways_to_fill(command, flags):
+def test_steps_are_split_among_blocks(command):
+  flags = "--plan=dream", "--block=16", "--steps=2"
   got = told(command("all", "--infill=the cat[[3]] sat[[2]]", *flags))
   assert got["text"].startswith("the cat") and " sat" in got["text"]
-  assert got["calls"] >= 1 and got["tokens"] <= 5
+  assert got["calls"] == 2
+
+
+def test_nothing_is_filled_before_all_is_right(command, monkeypatch):
+  """The first has one block, which the steps suit, the second three."""
+  monkeypatch.setattr(sampler, "sample", None)
+  flags = "--block=4", "--steps=4", "--infill=a[[2]]", "--infill=a[[9]]"
+  status, _, errors = command("all", *flags)
+  assert status == 1 and "--steps=4: expected a multiple of the 3" in errors
+
+
+def test_tokens_a_second_are_those_that_are_told(places, monkeypatch):
+  """Not what is behind an end of a gap, nor what the first block filled."""
+  loaded = load.load_model(places["all"])
+  how = loaded.diffusion
+  m, end, times = how.mask_id, how.end[0], itertools.count()
+  clock = types.SimpleNamespace(perf_counter=lambda: next(times))
+  monkeypatch.setattr(screen, "time", clock)
+
+  def changed(*given, sample=sampler.sample):
+    got = sample(*given)
+    tokens = got.tokens.copy()
+    places = np.flatnonzero(got.filled[0] >= 0)
+    tokens[0, places] = [5, end, 5, 5, 5, 5, end, 5]
+    return dataclasses.replace(got, tokens=tokens)
+
+  monkeypatch.setattr(sampler, "sample", changed)
+  text = filling_gaps.Text([5, *[m] * 4, 6, 6, *[m] * 4], 0, [(1, 5), (7, 11)])
+  wanted = filling.Wanted(block=4, infill=["said already"])
+  [row], shared = filling.fill(loaded, how, [text.ids], GREEDY, wanted, [text])
+  # One of the first gap, which the first block fills, and two of the second,
+  # in the two seconds that two more blocks take.
+  assert row["tokens"] == 3 and shared["tokens_per_s"] == 2 / 2
+
+
+def test_what_is_streamed_of_a_gap_ends_where_it_does(places, capsys):
+  loaded = load.load_model(places["all"])
+  m, end = loaded.diffusion.mask_id, loaded.diffusion.end[0]
+  text = filling_gaps.Text([5, 6, *[m] * 4, 8, 9], 0, [(2, 6)])
+  given = np.array([text.ids])
+  state = sampler.begin(
+    given, given == m, np.ones_like(given, bool), jax.random.key(0)
+  )
+  tokens = np.array([[5, 6, end, 10, 11, 12, 8, 9]])
+  state = dataclasses.replace(
+    state, tokens=tokens, masked=tokens < 0, filled=tokens * 0
+  )
+  for kept, want in (
+    (lambda row: text.kept(row, (end,)), [5, 6, 8, 9]),
+    (None, tokens[0].tolist()),
+  ):
+    screen.Screen(loaded.tokenizer, [0], m, kept)(state)
+    assert capsys.readouterr().out == loaded.tokenizer.decode(want)
 
 
 def test_an_end_within_a_gap_shortens_it(command, monkeypatch):
@@ -159,7 +258,8 @@ def test_what_is_drawn_and_shown(command, tmp_path):
   status, lines, _ = command(
     "all", "--infill=the cat[[3]] sat", f"--html={page}"
   )
-  assert status == 0 and "".join(lines[:-1]).startswith("the cat")
+  streamed = "\n".join(lines[:-1])
+  assert status == 0 and streamed == told((0, lines, ""))["text"]
   numbers = page.read_text("utf-8").split("filled = [")[1].split("]")[0]
   numbers = [int(n) for n in numbers.split(",")]
   assert sum(n >= 0 for n in numbers) == 3
@@ -183,6 +283,10 @@ def test_what_is_drawn_and_shown(command, tmp_path):
     ("all", ["--infill=a [[]] b"], "found [[]], expected [[N]]"),
     ("all", ["--infill=a [[8] b"], "found [[8] b, expected [[N]]"),
     ("all", ["--infill=a [[-3]] b"], "found [[-3]], expected [[N]]"),
+    ("all", ["--infill=a[[1]]", "--nostop_early"], "--nostop_early: --infill"),
+    ("all", ["--infill=[[1]]", "--guidance=nan"], "--guidance=nan: expected"),
+    ("all", ["--infill=[[1]]", "--guidance=inf"], "--guidance=inf: expected"),
+    ("all", ["--infill=[[1]]", "--edit=nan"], "--edit=nan: expected a number"),
     ("all", ["--infill=[[1, 2]]"], "brackets that are text are written \\[["),
     ("all", ["--infill=a [[10000000]]"], "expected [[N]]"),
     ("all", ["--infill=a [[900000]]"], "the model's context of"),
@@ -208,9 +312,7 @@ def test_errors(command, name, arguments, words):
 
 
 def test_the_mask_s_own_token_in_a_text():
-  class Words:
-    def encode(self, text, add_special=False):
-      return [9 if word == "MASK" else 1 for word in text.split()]
-
-  with pytest.raises(ValueError, match="holds the mask's own token, id 9"):
-    filling_gaps.tokens(Words(), "a MASK [[2]]", 9, None)
+  with pytest.raises(UserError, match="holds the mask's own token, id 9"):
+    filling_gaps.tokens(Words(), "a # [[2]]", 9, None)
+  with pytest.raises(UserError, match="prompt 0 holds the mask, id 9"):
+    filling_gaps.tokens(Words(), "a [[2]]", 9, [1, 9])

@@ -116,6 +116,36 @@ def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
     close(again, first)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_last_places_of_all_rows_are_read_again(shift):
+  """What is before them is what it was; all of them, what no cache gives."""
+  model, params = network()
+  tokens, _ = rows()
+  valid = jnp.arange(T) < jnp.array([[T], [T - 3]])  # texts end anywhere
+  changed = tokens.at[:, 8].set(5)
+
+  def again(last, at, now):
+    d = Cached(model=model, shift=shift, last=last)
+
+    @jax.jit
+    def run():
+      _, carry = d.first(params, tokens, valid, jnp.int32(at), K)
+      return d.again(params, now, valid, jnp.int32(at), K, carry)[0]
+
+    return run()
+
+  def want(at, now):
+    d = Whole(model=model, shift=shift)
+    return d.first(params, now, valid, jnp.int32(at), K)[0]
+
+  for at in (8, 12):
+    close(again(8, at, tokens), want(at, tokens))
+    close(again(T, at, changed), want(at, changed))
+  # A token before them has no keys but those it had, in any row.
+  here = again(8, 12, tokens.at[:, 7].set(5))
+  close(here, want(12, tokens))
+
+
 def test_caches_drift_once_tokens_change_unless_all_is_read_again():
   model, params = network()
   tokens, valid = rows()
@@ -193,6 +223,13 @@ def test_a_block_causal_model_reads_the_start_of_rows_once():
   assert got.calls == 12
   # The row's start is one program, all blocks after it another.
   assert sampler._remembered._cache_size() - programs == 2
+
+
+def test_guidance_needs_to_know_prompts():
+  model, params = network()
+  d = Guided(inner=Whole(model=model), mask_id=MASK)
+  with pytest.raises(UserError, match="expected parameters of guided.with_pr"):
+    d.first(params, *rows(), jnp.int32(8), K)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.5])

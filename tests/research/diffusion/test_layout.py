@@ -1,5 +1,6 @@
 """Padded rows: few shapes, and nothing but the shape of what they were."""
 
+import dataclasses
 import functools
 
 import jax
@@ -76,11 +77,13 @@ def run(d, laid, options, sampling, numbers, params=None):
   return sampler.sample(d, params, state, options, sampling)
 
 
-def alone(d, row, options, sampling, number):
+def alone(d, row, options, sampling, number, prompt=None):
   """Returns what is sampled of one row without any padding."""
-  tokens = np.array([row])
+  tokens, params = np.array([row]), network()[1]
   laid = tokens, tokens == MASK, np.ones_like(tokens, bool)
-  return run(d, laid, options, sampling, [number])
+  if prompt is not None:
+    params = with_prompt(params, jnp.arange(len(row))[None] < prompt)
+  return run(d, laid, options, sampling, [number], params)
 
 
 def together(d, rows, options, sampling, block=1):
@@ -123,7 +126,7 @@ def readers():
     "near": Cached(model=model, before=2, after=1, shift=True),
     # More than there is before the first prompt, and behind any block.
     "far": Cached(model=model, before=6, after=2),
-    "prefix": Cached(model=model, after=LENGTH - K, shift=True),
+    "prefix": Cached(model=model, last=LENGTH, shift=True),
     "delayed": Delayed(model=model, mask_id=MASK, halvings=2),
     "renewed": Delayed(model=model, mask_id=MASK, refresh=2, shift=True),
     "credit": Credited(inner=Whole(model=model), mask_id=MASK),
@@ -132,7 +135,6 @@ def readers():
 
 @pytest.mark.parametrize("name", readers())
 def test_rows_are_what_they_are_alone(name):
-  """The shorter one, which is padded most."""
   d = readers()[name]
   policy = Threshold(threshold=0.3)
   options = Options(
@@ -140,8 +142,9 @@ def test_rows_are_what_they_are_alone(name):
   )
   rows = [[*prompt, *[MASK] * LENGTH] for prompt in PROMPTS]
   got, begins = together(d, rows, options, HOT)
-  want = alone(d, rows[0], options, HOT, 0)
-  same(got, begins[0], 0, want, len(rows[0]))
+  for i, row in enumerate(rows):
+    want = alone(d, row, options, HOT, i)
+    same(got, begins[i], i, want, len(row))
 
 
 @pytest.mark.parametrize("inner", ["whole", "near"])
@@ -150,8 +153,9 @@ def test_guided_rows_too(inner):
   options = Options(mask_id=MASK, length=LENGTH, block=K)
   rows = [[*prompt, *[MASK] * LENGTH] for prompt in PROMPTS]
   got, begins = together(d(), rows, options, GREEDY)
-  want = alone(d(prompt=len(PROMPTS[0])), rows[0], options, GREEDY, 0)
-  same(got, begins[0], 0, want, len(rows[0]))
+  for i, row in enumerate(rows):
+    want = alone(d(), row, options, GREEDY, i, len(PROMPTS[i]))
+    same(got, begins[i], i, want, len(row))
 
 
 @pytest.mark.parametrize(
@@ -182,8 +186,9 @@ def test_rows_of_blocks_too(kind, shift, edit):
   for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
     length = len(row) - len(prompt) // K * K
     own = Options(length=length, **common)
-    one = guide(prompt=len(prompt)) if guided else d
-    same(got, begins[i], i, alone(one, row, own, GREEDY, i), len(row))
+    one = (guide(), row, own, GREEDY, i, len(prompt))
+    want = alone(*one) if guided else alone(d, *one[1:5])
+    same(got, begins[i], i, want, len(row))
 
 
 GAPS = [
@@ -192,16 +197,21 @@ GAPS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["shift", "near"])
+@pytest.mark.parametrize("name", ["shift", "near", "prefix"])
 def test_gaps_too(name):
-  d = readers()[name]
+  def reader(options):
+    d = readers()[name]
+    if name == "prefix":
+      d = dataclasses.replace(d, last=options.length)
+    return d
+
   rows = [[*GAPS[0], 9, 9], GAPS[1]]  # whole blocks of two behind the first gap
   common = dict(mask_id=MASK, block=2, stop=False)
   options = Options(length=32, **common)
-  got, begins = together(d, rows, options, HOT)
+  got, begins = together(reader(options), rows, options, HOT)
   for i, row in enumerate(rows):
     own = Options(length=len(row) - layout.head(row, MASK), **common)
-    want = alone(d, row, own, HOT, i)
+    want = alone(reader(own), row, own, HOT, i)
     same(got, begins[i], i, want, len(row))
     given = np.array(row) != MASK
     np.testing.assert_array_equal(want.tokens[0][given], np.array(row)[given])

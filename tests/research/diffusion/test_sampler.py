@@ -169,12 +169,18 @@ def test_every_policy_fills_everything(policy):
 # The loop --------------------------------------------------------------------
 
 
+AGAIN = Remask(kind="cap", eta=0.3)
+
+
 def test_rows_do_not_depend_on_their_batch():
   hot = Sampling(temperature=1.5)
   prompts = [(2, 5, 1), (0,), (6, 6, 6, 6), (3, 2)]
   for options in (
     dict(block=4, policy=Threshold(threshold=0.5)),
     dict(block=8, steps=4, select="random"),
+    dict(block=4, policy=Threshold(threshold=0.5), edit=0.3),
+    # Some rows change for longer than their planned steps, some do not.
+    dict(block=4, edit=0.2, select="random", plan="chance", remask=AGAIN),
   ):
     whole = run(prompts, sampling=hot, **options)
     # The others' lengths decide about padding, so keep the longest one.

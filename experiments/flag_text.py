@@ -13,7 +13,7 @@ Kinds = Mapping[str, type]
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class FlagText:
   """`name[:number][,field=value..]`, of a flag.
 
   Attributes:
@@ -56,7 +56,7 @@ class Said:
         raise UserError(f"{self.where}: {name} is {text!r}, expected {a}")
     return out
 
-  def made(self, what: Any, kinds: Kinds, **given: Any) -> Any:
+  def build(self, what: Any, kinds: Kinds, **given: Any) -> Any:
     """Returns `what` of these numbers; its complaints name the flag."""
     numbers = self.numbers(kinds)
     try:
@@ -65,7 +65,7 @@ class Said:
       raise UserError(f"{self.where}: {error}") from error
 
 
-def said(flag: str, text: str) -> Said:
+def parse(flag: str, text: str) -> FlagText:
   """Returns what a flag's text says."""
   first, *more = text.split(",")
   name, colon, number = first.partition(":")
@@ -75,7 +75,7 @@ def said(flag: str, text: str) -> Said:
     if not equals or field in fields:
       name = ""
     fields[field] = value
-  return Said(f"--{flag}={text}", name, number if colon else None, fields)
+  return FlagText(f"--{flag}={text}", name, number if colon else None, fields)
 
 
 def _number(text: str) -> float | None:
