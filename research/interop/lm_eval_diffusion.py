@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.diffusion import likelihood, sampler, told
+from research.diffusion import layout, likelihood, sampler, told
 from research.diffusion.candidates import Options as Filling
 from research.diffusion.denoiser import Whole
-from research.diffusion.guided import Guided
+from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.policies import Policy, Quota
 from research.diffusion.spec import Spec
 from research.interop import lm_eval_requests as texts
@@ -248,11 +248,10 @@ def generate_until(
   Args:
     loaded: the model.
     requests: (context, options), see `lm_eval_requests.options_of`.
-    batch: contexts continued at a time; one where the model has blocks.
+    batch: contexts continued at a time.
     how: see `Asking`.
   """
   spec, out = _spec(loaded), [""] * len(requests)
-  batch = 1 if spec.block is not None else batch
   for options, members in texts.grouped(requests).items():
     for start in range(0, len(members), batch):
       part = members[start : start + batch]
@@ -274,53 +273,39 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
   end = (*spec.end, *(tokenizer.stop or ()))
   end = tuple(sorted({i for i in end if i != spec.mask_id}))
   block = spec.block or how.block or min(32, options.count)
-  # Blocks of a model that has some begin where the row does.
-  inside = len(prompts[0]) % block if spec.block is not None else 0
-  length = -(-(inside + options.count) // block) * block
+  laid, length = _laid(prompts, options.count, block, spec)
   filling = Filling(
     mask_id=spec.mask_id, length=length, block=block, policy=how.policy, end=end
   )
-  width = max(map(len, prompts))
-  if spec.block is None:
-    width = _bucket(width, block)
-  state = _begun(prompts, width, inside, filling, numbers, how.seed)
-  denoiser = _whole(loaded, spec)
+  key, examples = jax.random.key(how.seed), jnp.asarray(numbers)
+  state = sampler.begin(laid.tokens, laid.masked, laid.valid, key, examples)
+  denoiser, params = _whole(loaded, spec), loaded.params
   if how.guidance:
-    denoiser = Guided(
-      inner=denoiser,
-      prompt=width,
-      mask_id=spec.mask_id,
-      weight=how.guidance,
-    )
-  rows = sampler.sample(denoiser, loaded.params, state, filling, options.rule)
+    params = with_prompt(params, jnp.asarray(laid.prompt))
+    denoiser = Guided(inner=denoiser, mask_id=spec.mask_id, weight=how.guidance)
+  rows = sampler.sample(denoiser, params, state, filling, options.rule)
   out = []
-  for made in rows.tokens[:, inside - length :]:
-    made = made[: options.count]
+  for made, head in zip(rows.tokens, laid.heads, strict=True):
+    made = made[head:][: options.count]
     ends = np.flatnonzero(np.isin(made, end))
     made = made[: ends[0]] if ends.size else made
     out.append(tokenizer.decode(made.tolist()))
   return out
 
 
-def _begun(prompts, width, inside, filling, numbers, seed) -> sampler.State:
-  """Returns rows of prompts, padded on the left to `width`."""
-  first = width - inside
-  tokens = np.full((len(prompts), first + filling.length), filling.mask_id)
-  masked = np.broadcast_to(np.arange(tokens.shape[1]) >= width, tokens.shape)
-  valid = np.ones(tokens.shape, bool)
-  for row, ok, prompt in zip(tokens, valid, prompts, strict=True):
-    if filling.mask_id in prompt:
-      raise UserError(f"a context holds the mask, id {filling.mask_id}")
-    row[:width] = 0
-    row[width - len(prompt) : width] = prompt
-    ok[: width - len(prompt)] = False
-  key = jax.random.key(seed)
-  return sampler.begin(tokens, masked, valid, key, jnp.asarray(numbers))
-
-
-def _bucket(width: int, block: int) -> int:
-  """Returns a width at least as large, one of few."""
-  return -(-generate.bucket(width) // block) * block
+def _laid(prompts, count, block, spec) -> tuple[layout.Laid, int]:
+  """Returns prompts and masks on a rung, and how many places are filled."""
+  layout.check_prompts(prompts, spec.mask_id)
+  unit, rows, sizes = spec.block or 1, [], []
+  for prompt in prompts:
+    # Blocks of a model that has some begin where the row does.
+    inside = len(prompt) % unit
+    sizes.append(layout.up(inside + count, block))
+    rows.append([*prompt, *[spec.mask_id] * (sizes[-1] - inside)])
+  longest = max(len(prompt) // unit * unit for prompt in prompts)
+  length = max(sizes)
+  width = layout.width(longest, length, unit)
+  return layout.lay(rows, spec.mask_id, length, width, unit), length
 
 
 def _spec(loaded: Loaded) -> Spec:

@@ -169,7 +169,10 @@ def test_generate_until(loaded, block):
   requests = [(text, options) for text in ("what", "is th", "a")]
   how = Asking(block=4)
   whole = lm_eval_diffusion.generate_until(it, requests, batch=2, how=how)
+  programs = sampler.fill_block._cache_size()
   alone = lm_eval_diffusion.generate_until(it, requests, batch=1, how=how)
+  # Contexts of all lengths of a rung share one.
+  assert sampler.fill_block._cache_size() - programs <= 1
   assert whole == alone and all(len(text) <= 16 for text in whole)
   longest = max(whole, key=len)
   i, stop = whole.index(longest), longest[2:4]
