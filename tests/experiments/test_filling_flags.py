@@ -53,6 +53,7 @@ FLAGS = [
   (Guided, "weight", "--guidance=1.5", 1.5),
   (Cached, "before", "--cache=vicinity:5", 5),
   (Cached, "after", "--cache=vicinity:5,after=2", 2),
+  (Cached, "last", "--cache=prefix", 8),  # all of --max_new_tokens
   (Delayed, "refresh", "--cache=delayed:5", 5),
   (Delayed, "halvings", "--cache=delayed,halvings=1", 1),
   (Growth, "start", "--canvas=auto:6", 6),
