@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import filling
+from experiments import filling, screen
 from experiments.filling import Wanted
 from research.diffusion import layout, sampler
 from research.diffusion.sampler import Sampled
@@ -21,7 +21,7 @@ class Words:
     return " ".join(map(str, ids))
 
 
-class Clock:
+class Clock(screen.Screen):
   """Two blocks of two rows, the first after a second, the other after three."""
 
   seconds = 0.0
