@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from research.nn import generate_paged, paging
+from research.nn.generate import Source
 from research.nn.page_allocator import PageAllocator
 from research.nn.paging import Paging
 from research.typing import Params, UserError
@@ -55,7 +56,7 @@ class Paged:
   pages: PageAllocator | None = None
 
   @property
-  def source(self) -> Callable[..., Any] | None:
+  def source(self) -> Source | None:
     """Where tokens come from, as for `stream.stream`."""
     if self.layout is None:
       return None

@@ -91,6 +91,7 @@ template <class Schedule>
 void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
               const Schedule& schedule) {
   if (!p.rows || !p.panels) return;
+  const bool ahead = decodes_ahead(kernel, p);
   auto job = std::make_shared<Job>();
   if (takes_pairs(kernel)) {
     p.pairs = static_cast<const uint16_t*>(x.data);
@@ -120,7 +121,7 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
                   job->sums.data());
   }
 #endif
-  if (p.offset.data && !p.sums && !decodes_ahead(kernel, p)) {
+  if (p.offset.data && !p.sums && !ahead) {
     job->sums.assign(p.rows * p.groups, 0);
     for (int64_t g = 0; g < p.rows * p.groups; ++g) {
       float part[4] = {};  // groups are whole words, of 4 inputs at least
@@ -138,7 +139,6 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
   // A handful of chunks each, so that a slow one is waited for shortly, in
   // whole fours of panels, which a tile takes at once; more, and of twos, where
   // weights are decoded ahead for many rows, which makes each of them long.
-  const bool ahead = decodes_ahead(kernel, p);
   const int64_t each = ahead ? 16 : 4, whole = ahead ? 2 : 4;
   int64_t chunk = p.panels;
   if (workers > 1) chunk = p.panels / (each * workers) + whole - 1;

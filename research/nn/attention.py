@@ -11,7 +11,6 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.nn import rope as ropes
 from research.nn.attending import Call, attend
-from research.nn.attending import at as at
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
 

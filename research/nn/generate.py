@@ -8,7 +8,7 @@ is sized in buckets, so few shapes are ever compiled.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,15 +17,16 @@ import numpy as np
 
 from research import tree, weights
 from research.nn import sampling as samplers
+from research.nn.generated import NONE, Generated, gathered, trimmed
 from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
+Source = Callable[..., Iterator[np.ndarray]]
+"""What `chunks` is: tokens of rows as they come."""
+
 CHUNK = 16
 """Tokens of one program, and between two looks at what was generated."""
-
-NONE = -1
-"""In place of tokens after a row's end."""
 
 _STOPS = 8
 """Stop tokens are padded to a multiple, so that their number is no shape."""
@@ -51,19 +52,6 @@ class State:
   done: Any
   keys: Any
   seen: Any = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-  """What `generate` returns.
-
-  Attributes:
-    tokens: the new tokens of each prompt, without the stop token.
-    reasons: for each, `"stop"` or `"length"`.
-  """
-
-  tokens: list[list[int]]
-  reasons: list[str]
 
 
 def prepare(params: Params, model: Transformer) -> Params:
@@ -297,9 +285,24 @@ def chunks(
     state, shown, done = ahead
 
 
-def trimmed(tokens: np.ndarray) -> np.ndarray:
-  """Returns the columns in which some row still has a token."""
-  return tokens[:, np.any(tokens != NONE, axis=0)]
+def source_of(kv: Any, source: Source | None) -> Source:
+  """Returns where tokens come from: `chunks`, or what stands in its place.
+
+  Args:
+    kv: how the cache of `chunks` is packed.
+    source: called as `chunks` is, without `kv`; or None.
+
+  Raises:
+    UserError: both are given.
+  """
+  if source is None:
+    return functools.partial(chunks, kv=kv)
+  if kv is not None:
+    raise UserError(
+      f"kv: found {kv!r} beside a source, expected one of them: a source packs "
+      "its own cache"
+    )
+  return source
 
 
 def stops(tokens: Sequence[int]) -> np.ndarray:
@@ -359,9 +362,16 @@ def generate(
   stop_tokens: Sequence[int] = (),
   examples: Sequence[int] | None = None,
   kv: Any = None,
+  source: Source | None = None,
 ) -> Generated:
-  """Returns continuations of token prompts; arguments as for `chunks`."""
-  parts = chunks(
+  """Returns continuations of token prompts.
+
+  Args:
+    model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
+      examples, kv: as for `chunks`.
+    source: see `source_of`.
+  """
+  parts = source_of(kv, source)(
     model,
     params,
     prompts,
@@ -370,24 +380,5 @@ def generate(
     key,
     stop_tokens,
     examples,
-    kv=kv,
   )
   return gathered(parts, stop_tokens)
-
-
-def gathered(
-  parts: Iterable[np.ndarray], stop_tokens: Sequence[int]
-) -> Generated:
-  """Returns all that was generated.
-
-  Args:
-    parts: from `chunks`.
-    stop_tokens: that end a row.
-  """
-  ends, out, reasons = set(stop_tokens), [], []
-  for row in np.concatenate(list(parts), axis=1).tolist():
-    row = [token for token in row if token != NONE]
-    stopped = row[-1] in ends
-    out.append(row[:-1] if stopped else row)
-    reasons.append("stop" if stopped else "length")
-  return Generated(out, reasons)

@@ -24,7 +24,8 @@ from research import weights
 from research.nn import cache_paged, generate, paging, rope
 from research.nn import generate_paged_rows as programs
 from research.nn import sampling as samplers
-from research.nn.generate import CHUNK, NONE, Generated
+from research.nn.generate import CHUNK
+from research.nn.generated import NONE, trimmed
 from research.nn.page_allocator import PageAllocator
 from research.nn.paging import Paging
 from research.nn.sampling import GREEDY, Sampling
@@ -183,7 +184,7 @@ def chunks(
     out = np.full((len(prompts), 1 + size), NONE, np.int32)
     for i, tokens in found.items():
       out[i, : len(tokens)] = tokens
-    yield generate.trimmed(out)
+    yield trimmed(out)
 
 
 def _check_pages(pages, layout):
@@ -228,29 +229,3 @@ def _check_adapters(params):
       "pages: found an adapter that acts behind some tokens alone, expected "
       "one that need not know whole rows.\nGenerate without pages."
     )
-
-
-def complete(
-  model: Transformer,
-  params: Params,
-  prompts: Sequence[Sequence[int]],
-  max_new_tokens: int,
-  sampling: Sampling = GREEDY,
-  key: PRNGKey | None = None,
-  stop_tokens: Sequence[int] = (),
-  examples: Sequence[int] | None = None,
-  layout: Paging = Paging(),
-) -> Generated:
-  """Returns continuations of token prompts; arguments as for `chunks`."""
-  parts = chunks(
-    model,
-    params,
-    prompts,
-    max_new_tokens,
-    sampling,
-    key,
-    stop_tokens,
-    examples,
-    layout=layout,
-  )
-  return generate.gathered(parts, stop_tokens)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.nn import cache_paged, generate
-from research.nn.generate import NONE
+from research.nn.generated import NONE
 from research.nn.sampling import Sampling
 from research.nn.transformer import Transformer
 from research.typing import Array, Float, Int, Params, PRNGKey

@@ -1,8 +1,7 @@
 """Text from a model as it comes, piece by piece, for one prompt or many."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from research.nn import generate
@@ -70,7 +69,7 @@ def stream(
   stop: Sequence[str] = (),
   size: int = generate.CHUNK,
   kv: Any = None,
-  source: Callable[..., Iterator[Any]] | None = None,
+  source: generate.Source | None = None,
 ) -> Iterator[list[Piece]]:
   """Yields a piece for each prompt, until all have ended.
 
@@ -85,19 +84,13 @@ def stream(
     stop: strings that end a row where they first appear in its new text.
     size: tokens between two pieces.
     kv: how the cache is packed, as for `init_cache`.
-    source: where tokens come from in place of `generate.chunks`; called as
-      that is, without `kv`.
+    source: see `generate.source_of`.
 
   Raises:
     UserError: both `kv` and a source are given.
   """
-  if source is not None and kv is not None:
-    raise UserError(
-      f"kv: found {kv!r} beside a source, expected one of them: a source packs "
-      "its own cache"
-    )
+  source = generate.source_of(kv, source)
   rows = [_Row(tokenizer, stop) for _ in prompts]
-  source = source or functools.partial(generate.chunks, kv=kv)
   for chunk in source(
     model,
     params,

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
-from research.nn import attention, meshes, order
+from research.nn import attending, meshes, order
 from research.nn import cache as caches
 from research.nn import clock as clocks
 from research.nn.block import Block
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
     if mask is None:
       mask = Mask.causal()
       if positions is not None:
-        mask = attention.at(mask, positions, positions)
+        mask = attending.at(mask, positions, positions)
     if positions is None:
       step = jnp.broadcast_to(jnp.arange(length), (batch, length))
       start = 0 if cache is None else cache.length[:, None]

@@ -1,12 +1,9 @@
 """What tests of `generate --sampler=diffusion` share: models, a command."""
 
-import json
-import pathlib
+from experiments import cli, convert
+from tests.experiments import generated
+from tests.experiments.generated import TINY
 
-from experiments import cli, convert, generate
-
-MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
-TINY = MODELS / "gguf_f32" / "model.gguf"
 LENGTH = 8
 
 
@@ -22,7 +19,8 @@ def converted(root):
 
 
 def command(capsys, places):
-  """Runs generate in this process: (status, stdout lines, stderr)."""
+  """Runs generate to fill masks: (status, stdout lines, stderr)."""
+  run = generated.command(capsys)
 
   def call(name, *arguments):
     def given(flag):
@@ -33,15 +31,6 @@ def command(capsys, places):
     if not given("infill"):
       more += [f"--max_new_tokens={LENGTH}"]
       more += [] if given("prompt") else ["--prompt=the cat"]
-    status = cli.call(generate.main, ["command", *more, *arguments])
-    out = capsys.readouterr()
-    return status, out.out.splitlines(), out.err
+    return run(*more, *arguments)
 
   return call
-
-
-def told(done):
-  """Returns what a command that did its work says of it."""
-  status, lines, errors = done
-  assert (status, errors) == (0, "")
-  return json.loads(lines[-1])

@@ -11,7 +11,7 @@ from research.interop import load
 from research.nn.sampling import GREEDY
 from research.typing import UserError
 from tests.experiments import filled
-from tests.experiments.filled import told
+from tests.experiments.generated import told
 
 PROGRAMS = (
   sampler.fill_block,

@@ -1,35 +1,24 @@
 """Several prompts, each with its adapter, from the command line."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, generate
 from research import tree
 from research.interop import load
 from research.lora import adapt, gguf_adapter, peft, peft_write
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
-
-MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
-TINY = MODELS / "gguf_f32" / "model.gguf"
+from tests.experiments import generated
+from tests.experiments.generated import TINY
 
 
 @pytest.fixture
 def command(capsys):
-  """Runs generate in this process: (status, stdout lines, stderr)."""
-
-  def call(*arguments):
-    arguments = [f"--model={TINY}", "--max_new_tokens=12", *arguments]
-    status = cli.call(generate.main, ["command", *map(str, arguments)])
-    out = capsys.readouterr()
-    return status, out.out.splitlines(), out.err
-
-  return call
+  return generated.of_tiny(capsys)
 
 
 @pytest.fixture(scope="module")

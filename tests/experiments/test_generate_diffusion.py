@@ -15,7 +15,8 @@ from research.diffusion.growth import Growth
 from research.diffusion.spec import Spec
 from research.interop import load
 from tests.experiments import filled
-from tests.experiments.filled import LENGTH, TINY, told
+from tests.experiments.filled import LENGTH
+from tests.experiments.generated import TINY, told
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from research.interop import load
 from research.nn.sampling import GREEDY
 from research.typing import UserError
 from tests.experiments import filled
-from tests.experiments.filled import TINY, told
+from tests.experiments.generated import TINY, told
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,22 @@
 """Several prompts over one pool of pages, from the command line."""
 
-import json
-import pathlib
-
 import jax
 import numpy as np
 import pytest
 
-from experiments import cli, generate
 from research import tree
 from research.nn import cache_paged, generate_paged
 from research.quant import panels
+from tests.experiments import generated
+from tests.experiments.generated import told
 
-MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
-TINY = MODELS / "gguf_f32" / "model.gguf"
 PROMPTS = [f"--prompt={x}" for x in ("the cat", "a", "the cat ran", "def f")]
 RULES = "--temperature=1.2", "--seed=3"
 
 
 @pytest.fixture
 def command(capsys):
-  """Runs generate in this process: (status, stdout lines, stderr)."""
-
-  def call(*arguments):
-    arguments = [f"--model={TINY}", "--max_new_tokens=12", *arguments]
-    status = cli.call(generate.main, ["command", *map(str, arguments)])
-    out = capsys.readouterr()
-    return status, out.out.splitlines(), out.err
-
-  return call
-
-
-def told(done):
-  status, lines, errors = done
-  assert (status, errors) == (0, "")
-  return json.loads(lines[-1])
+  return generated.of_tiny(capsys)
 
 
 @pytest.mark.parametrize("pages", ["4", "4,rows=2", "16,rows=1"])

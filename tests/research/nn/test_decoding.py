@@ -14,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.nn import attention, decoding, presets
+from research.nn import attending, decoding, presets
 from research.nn import cache as caches
 from research.nn import transformer as transformers
 
@@ -62,9 +62,9 @@ def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   size = (4, SLOTS, K, 8)
   q, k, v = draw(4, 1, N, 8), draw(*size), draw(*size, seed=1)
   held = caches.slot_positions(positions[:, 0] + 1, SLOTS)
-  mask = attention.at(Mask.causal((SLOTS - 1, None)), positions, held)
+  mask = attending.at(Mask.causal((SLOTS - 1, None)), positions, held)
   options = {"scale": 0.5, "softcap": softcap}
-  want = attention.attend(q, k, v, mask=mask, **options)
+  want = attending.attend(q, k, v, mask=mask, **options)
   got = decoding.attend_one(q, k, v, positions, **options, **backend)
   chex.assert_trees_all_close(got, want, rtol=1e-6, atol=1e-6)
   assert not np.any(got[3])

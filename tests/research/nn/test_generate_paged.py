@@ -15,6 +15,7 @@ from research.lora.methods.alora import ALoRA
 from research.lora.methods.lora import LoRA
 from research.nn import cache_paged, generate, generate_paged, paging, rope
 from research.nn import generate_paged_rows as programs
+from research.nn.generated import gathered
 from research.nn.page_allocator import NONE, PageAllocator
 from research.nn.paging import Paging
 from research.nn.sampling import GREEDY, Sampling
@@ -40,15 +41,13 @@ def reference(rules=GREEDY, stop=(), family="gemma2"):
 
 
 def complete(rules=GREEDY, stop=(), family="gemma2", **layout):
-  return generate_paged.complete(
-    *case(family),
-    PROMPTS,
-    NEW,
-    rules,
-    jax.random.key(4),
-    stop,
-    layout=Paging(**layout),
-  )
+  given = *case(family), PROMPTS, NEW, rules, jax.random.key(4), stop
+  return over_pages(*given, layout=Paging(**layout))
+
+
+def over_pages(*given, layout=Paging()):
+  source = functools.partial(generate_paged.chunks, layout=layout)
+  return generate.generate(*given, source=source)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 6])
@@ -80,7 +79,7 @@ def test_samples_are_the_same():
   parts = generate_paged.chunks(
     *run.args, stop, size=3, layout=Paging(size=4, rows=2)
   )
-  assert generate.gathered(parts, stop) == want
+  assert gathered(parts, stop) == want
 
 
 def test_few_pages_are_enough_and_all_come_back():
@@ -90,7 +89,7 @@ def test_few_pages_are_enough_and_all_come_back():
   parts = generate_paged.chunks(
     model, params, PROMPTS, NEW, layout=layout, pages=pages
   )
-  assert generate.gathered(parts, ()) == reference()
+  assert gathered(parts, ()) == reference()
   assert pages.most_used <= 14 and pages.used == 0
   # The longest alone takes 11; all at once would take 44.
   needs = [-(-(len(p) + NEW - 1) // 4) for p in PROMPTS]
@@ -168,7 +167,7 @@ def test_shared_beginnings_are_read_once(monkeypatch):
     parts = generate_paged.chunks(
       model, params, prompts, NEW, layout=Paging(size=4), pages=pages
     )
-    assert generate.gathered(parts, ()).tokens == want
+    assert gathered(parts, ()).tokens == want
     used.append(pages.most_used)
   # Each has 28 tokens in 7 pages; of 9 that are alike two pages are whole.
   assert used == [4 * 7 - 3 * 2, 4 * 7]
@@ -221,7 +220,7 @@ def test_layers_that_look_back_on_a_window_give_pages_back():
     parts.append(part)
     used.append(pages.used)
   want = generate.generate(model, params, PROMPTS[2:3], 40)
-  assert generate.gathered(parts, ()) == want
+  assert gathered(parts, ()) == want
   # 62 tokens; before 39 and then 55 the window reaches 34 and 50.
   assert used == [16 - 34 // 4, 16 - 50 // 4, 0]
 
@@ -235,13 +234,13 @@ def test_adapters_go_along_unless_they_ask_for_whole_rows():
   )
   want = generate.generate(model, adapted, PROMPTS[:2], 5)
   layout = Paging(size=4, rows=1)
-  got = generate_paged.complete(model, adapted, PROMPTS[:2], 5, layout=layout)
+  got = over_pages(model, adapted, PROMPTS[:2], 5, layout=layout)
   assert got == want != generate.generate(model, params, PROMPTS[:2], 5)
   gated = adapt.Adapt(method=ALoRA(rank=2, invocation=(5, 6)))(
     params, jax.random.key(0)
   )
   with pytest.raises(UserError, match="behind some tokens alone"):
-    generate_paged.complete(model, gated, PROMPTS[:2], 5)
+    over_pages(model, gated, PROMPTS[:2], 5)
 
 
 def test_adapters_bound_by_row_are_refused():
@@ -251,7 +250,7 @@ def test_adapters_bound_by_row_are_refused():
   for layout in (lambda params: params, tree.unroll):
     bound = weights.bind(layout(held.params), ids=jnp.array([0, 1]))
     with pytest.raises(UserError, match="one adapter for all rows"):
-      generate_paged.complete(model, bound, PROMPTS[:2], 5)
+      over_pages(model, bound, PROMPTS[:2], 5)
 
 
 def test_rotations_that_ask_for_whole_prompts_are_refused():
@@ -265,7 +264,7 @@ def test_rotations_that_ask_for_whole_prompts_are_refused():
   for blocks in ((block,), (plain, block)):
     stack = dataclasses.replace(model.stack, blocks=blocks)
     with pytest.raises(UserError, match="pages: found .*rope.Dynamic"):
-      generate_paged.complete(model.clone(stack=stack), params, PROMPTS, 5)
+      over_pages(model.clone(stack=stack), params, PROMPTS, 5)
 
 
 def test_pages_that_somebody_holds_are_refused():
@@ -299,6 +298,6 @@ def test_pages_of_another_size_are_refused():
 
 def test_bad_prompts_and_too_few_pages():
   with pytest.raises(UserError, match="prompt 0: found no tokens"):
-    generate_paged.complete(*case(), [[]], 1)
+    over_pages(*case(), [[]], 1)
   with pytest.raises(UserError, match="found 10 for a row of 41.*expected 11"):
     complete(size=4, count=10)

@@ -8,7 +8,7 @@ import pytest
 
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.nn import attention, order
+from research.nn import attending, order
 from research.nn.transformer import init_cache
 from research.typing import UserError
 from tests import support, support_mesh
@@ -83,4 +83,4 @@ def test_layouts_that_attention_cannot_cross_are_refused():
   q = jnp.zeros((4, 16, 3, 8))
   refused = pytest.raises(UserError, match="found 8 for 3 heads over 1 devices")
   with jax.set_mesh(sharding.Layout(data=1, ulysses=8).mesh()), refused:
-    attention.attend(q, q, q, mask=Mask.causal())
+    attending.attend(q, q, q, mask=Mask.causal())
