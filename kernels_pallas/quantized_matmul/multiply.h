@@ -3,12 +3,11 @@
 #ifndef PANELS_MULTIPLY_H_
 #define PANELS_MULTIPLY_H_
 
-#include <atomic>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "../cpu_tasks.h"
 #include "bfloat16.h"
 #include "lanes.h"
 #include "vnni.h"
@@ -43,8 +42,7 @@ inline Kernel kernel(const std::string& name, const Problem& p) {
   return any || name == "portable" ? portable::run : nullptr;
 }
 
-// What the threads of one product share. Helpers may start after it is done:
-// they hold the job, find no chunk left, and touch nothing else.
+// What the chunks of one product need.
 struct Job {
   Problem problem;
   Kernel kernel;
@@ -52,16 +50,10 @@ struct Job {
   std::vector<float> x, sums, units;
   std::vector<uint32_t> digits;
   std::vector<int32_t> starts;
-  std::atomic<int64_t> next{0}, done{0};
 
-  void work() {
-    while (true) {
-      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= chunks) return;
-      const int64_t end = (i + 1) * chunk;
-      kernel(problem, i * chunk, end < problem.panels ? end : problem.panels);
-      done.fetch_add(1, std::memory_order_release);
-    }
+  void multiply(int64_t i) const {
+    const int64_t end = (i + 1) * chunk;
+    kernel(problem, i * chunk, end < problem.panels ? end : problem.panels);
   }
 };
 
@@ -148,12 +140,8 @@ void multiply(Problem p, Kernel kernel, const Numbers& x, int64_t threads,
   job->kernel = kernel;
   job->chunk = chunk;
   job->chunks = (p.panels + chunk - 1) / chunk;
-  for (int64_t i = 1; i < workers; ++i) schedule([job] { job->work(); });
-  // Works too, so that it never waits for a helper that has not started.
-  job->work();
-  while (job->done.load(std::memory_order_acquire) < job->chunks) {
-    std::this_thread::yield();
-  }
+  tasks::share(job->chunks, workers, [job](int64_t i) { job->multiply(i); },
+               schedule);
 }
 
 }  // namespace panels

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from kernels_pallas.quantized_matmul import cpu
+from kernels_pallas import cpu_library
+from kernels_pallas.quantized_matmul.cpu import LIBRARY
 
 DRIVER = pathlib.Path(__file__).with_name("panels_driver.cc")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wno-psabi")
@@ -14,11 +15,11 @@ FLAGS = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wno-psabi")
 def built(folder, *flags):
   """Returns the driver's path, or skips where it cannot be made."""
   try:
-    cxx = cpu.compiler()
-  except cpu.Unavailable as error:
+    cxx = cpu_library.compiler()
+  except cpu_library.Unavailable as error:
     pytest.skip(str(error))
   made = folder / "driver"
-  command = [cxx, *FLAGS, *flags, f"-I{cpu.SOURCE.parent}"]
+  command = [cxx, *FLAGS, *flags, f"-I{LIBRARY.source.parent}"]
   done = subprocess.run(
     [*command, str(DRIVER), "-o", str(made)], capture_output=True, text=True
   )

@@ -1,48 +1,56 @@
-"""The compiled library: made once, whole, named after what it is made of."""
+"""Compiled libraries: made once, whole, named after what they are made of."""
+
+import dataclasses
 
 import pytest
 
-from kernels_pallas.quantized_matmul import cpu
+from kernels_pallas import cpu_library
+from kernels_pallas.quantized_matmul import cpu as products
+
+LIBRARIES = [products.LIBRARY]
 
 
 @pytest.fixture(autouse=True)
 def compiled():
   """Skips where there is no compiler."""
   try:
-    cpu.compiler()
-  except cpu.Unavailable as error:
+    cpu_library.compiler()
+  except cpu_library.Unavailable as error:
     pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_a_damaged_library_is_not_loaded(damage, tmp_path):
-  made = cpu.build(cpu.cache_folder())
+  made = products.LIBRARY.build(cpu_library.cache_folder())
   good = made.read_bytes()
   bad = dict(
     cut=good[: len(good) // 2],
     flipped=good[:99] + bytes([good[99] ^ 1]) + good[100:],
     empty=b"",
   )[damage]
-  assert cpu.is_whole(made)
+  assert cpu_library.is_whole(made)
   copy = tmp_path / made.name
   copy.write_bytes(bad)
-  assert not cpu.is_whole(copy)
+  assert not cpu_library.is_whole(copy)
 
 
-def test_every_source_names_the_library(tmp_path, monkeypatch):
-  folder = cpu.SOURCE.parent
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda x: x.name)
+def test_every_source_names_the_library(library, tmp_path, monkeypatch):
+  folder, copy = library.source.parent, tmp_path / "kernels" / "one"
   kinds = ("*.cc", "*.h", "*.inc")
   found = {path.name for kind in kinds for path in folder.glob(kind)}
-  assert found == {cpu.SOURCE.name, *cpu.PARTS}
+  found |= {f"../{path.name}" for path in folder.parent.glob("cpu_*.h")}
+  assert found == {library.source.name, *library.parts}
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
+  copy.mkdir(parents=True)
   for name in found:
-    (tmp_path / name).write_bytes((folder / name).read_bytes())
-  monkeypatch.setattr(cpu, "SOURCE", tmp_path / cpu.SOURCE.name)
-  made = {cpu.build(tmp_path / "libraries")}
+    (copy / name).write_bytes((folder / name).read_bytes())
+  library = dataclasses.replace(library, source=copy / library.source.name)
+  made = {library.build(tmp_path / "libraries")}
   for name in found:
-    with open(tmp_path / name, "a") as source:
+    with open(copy / name, "a") as source:
       source.write("// changed\n")
-    made.add(cpu.build(tmp_path / "libraries"))
+    made.add(library.build(tmp_path / "libraries"))
   assert len(made) == 1 + len(found)
 
 
@@ -62,12 +70,12 @@ def _compiler(folder):
 def test_a_library_is_made_once_and_again_if_damaged(tmp_path, monkeypatch):
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
   folder = tmp_path / "libraries"
-  made = cpu.build(folder)
-  assert cpu.is_whole(made)
-  assert cpu.build(folder) == made
+  made = products.LIBRARY.build(folder)
+  assert cpu_library.is_whole(made)
+  assert products.LIBRARY.build(folder) == made
   assert (tmp_path / "calls").read_text() == "called\n"
   made.write_bytes(b"half")
-  assert cpu.build(folder) == made
-  assert cpu.is_whole(made)
+  assert products.LIBRARY.build(folder) == made
+  assert cpu_library.is_whole(made)
   assert (tmp_path / "calls").read_text() == "called\n" * 2
   assert [path.name for path in folder.iterdir()] == [made.name]

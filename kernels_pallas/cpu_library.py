@@ -1,0 +1,168 @@
+"""C++ kernels for CPUs: compiled at first use, and called by XLA.
+
+A library lies in the user's cache directory under a name that says what it was
+made from: source, compiler, flags and XLA's headers. Where there is no C++
+compiler, or it fails, that is said once and plain XLA computes instead.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+
+import jax
+
+FLAGS = (
+  "-std=c++17",
+  "-O2",
+  "-ffp-contract=fast",
+  "-shared",
+  "-fPIC",
+  "-pthread",
+  "-Wno-psabi",
+)
+COMPILERS = ("c++", "g++", "clang++")
+_SECONDS = 120
+
+
+class Unavailable(RuntimeError):
+  """A library cannot be compiled or loaded here; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+  """A library of kernels, from one source and what it includes beside it.
+
+  Attributes:
+    name: Of the file, before its digest.
+    source: Its C++.
+    parts: What it includes, relative to its folder.
+    targets: (name by which compiled programs call it, symbol) of each handler.
+    without: What the warning says where it cannot be had.
+  """
+
+  name: str
+  source: pathlib.Path
+  parts: tuple[str, ...]
+  targets: tuple[tuple[str, str], ...]
+  without: str
+
+  def build(self, folder: pathlib.Path) -> pathlib.Path:
+    """Returns the compiled library in `folder`, made unless it is there.
+
+    Raises:
+      Unavailable: it cannot be made.
+    """
+    cxx = compiler()
+    try:
+      include = pathlib.Path(jax.ffi.include_dir())
+      made = folder / f"{self.name}-{self._digest(cxx, include)}.so"
+      if is_whole(made):
+        return made
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(dir=folder) as place:
+        new = pathlib.Path(place) / made.name
+        subprocess.run(
+          [cxx, *FLAGS, "-isystem", str(include), str(self.source)]
+          + ["-o", str(new)],
+          capture_output=True,
+          timeout=_SECONDS,
+          check=True,
+        )
+        data = new.read_bytes()
+        new.write_bytes(data + hashlib.sha256(data).digest())
+        # Whole or not at all, whoever else compiles it at the same time.
+        os.replace(new, made)
+    except subprocess.CalledProcessError as error:
+      lines = error.stderr.decode("utf-8", "replace").splitlines()
+      said = next((line for line in lines if "error" in line), "no message")
+      raise Unavailable(f"{cxx} failed: {said[:200]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+      raise Unavailable(f"{cxx}: {error}") from error
+    return made
+
+  def _digest(self, cxx: str, include: pathlib.Path) -> str:
+    """Of everything that the compiled library depends on."""
+    version = subprocess.run(
+      [cxx, "--version"], capture_output=True, timeout=_SECONDS, check=True
+    ).stdout
+    files = [self.source.parent / name for name in self.parts]
+    files += [self.source, *sorted((include / "xla/ffi/api").glob("*.h"))]
+    parts = [path.read_bytes() for path in files]
+    parts += [version, " ".join(FLAGS).encode(), platform.machine().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+  def load(self, folder: pathlib.Path) -> None:
+    """Compiles the library if needed, and tells XLA of it.
+
+    Raises:
+      Unavailable: it cannot be compiled or loaded.
+    """
+    made = self.build(folder)
+    if made.stat().st_uid not in (os.getuid(), 0):
+      raise Unavailable(f"{made}: belongs to another user")
+    try:
+      loaded = ctypes.CDLL(str(made))
+      handlers = [
+        (target, getattr(loaded, symbol)) for target, symbol in self.targets
+      ]
+    except (OSError, AttributeError) as error:
+      raise Unavailable(f"{made}: {error}") from error
+    for target, handler in handlers:
+      jax.ffi.register_ffi_target(
+        target, jax.ffi.pycapsule(handler), platform="cpu"
+      )
+
+  @functools.cache  # noqa: B019: there are as many as files that make one
+  def available(self) -> bool:
+    """Whether it is there; compiles it at first, warns once if not."""
+    try:
+      self.load(cache_folder())
+    except Unavailable as error:
+      warnings.warn(
+        f"{self.without.format(error=error)} Install g++ or clang++, or set "
+        "CXX.",
+        RuntimeWarning,
+        stacklevel=2,
+      )
+      return False
+    return True
+
+
+def compiler() -> str:
+  """Returns the path of a C++ compiler: `$CXX`, or the first that is found.
+
+  Raises:
+    Unavailable: there is none.
+  """
+  named = os.environ.get("CXX")
+  for name in (named,) if named else COMPILERS:
+    if found := shutil.which(name):
+      return found
+  raise Unavailable(
+    f"no C++ compiler (looked for {named or ', '.join(COMPILERS)})"
+  )
+
+
+def is_whole(made: pathlib.Path) -> bool:
+  """Whether a library ends with its own digest: half of one kills a process.
+
+  What stands after its end, a loader does not look at.
+  """
+  if not made.is_file():
+    return False
+  data = made.read_bytes()
+  return hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns where the user's compiled libraries lie."""
+  home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(home) / "heptad" / "libraries"
