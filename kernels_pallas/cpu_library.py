@@ -120,20 +120,21 @@ class Library:
         target, jax.ffi.pycapsule(handler), platform="cpu"
       )
 
-  @functools.cache  # noqa: B019: there are as many as files that make one
-  def available(self) -> bool:
-    """Whether it is there; compiles it at first, warns once if not."""
-    try:
-      self.load(cache_folder())
-    except Unavailable as error:
-      warnings.warn(
-        f"{self.without.format(error=error)} Install g++ or clang++, or set "
-        "CXX.",
-        RuntimeWarning,
-        stacklevel=2,
-      )
-      return False
-    return True
+
+@functools.cache
+def available(library: Library) -> bool:
+  """Whether a library is there; compiles it at first, warns once if not."""
+  try:
+    library.load(cache_folder())
+  except Unavailable as error:
+    warnings.warn(
+      f"{library.without.format(error=error)} Install g++ or clang++, or set "
+      "CXX.",
+      RuntimeWarning,
+      stacklevel=2,
+    )
+    return False
+  return True
 
 
 def compiler() -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from kernels_pallas import cpu_library
 from kernels_pallas.cpu_library import Library, Unavailable
 from kernels_pallas.quantized_matmul.panels import Panels
 
@@ -39,7 +40,7 @@ ISAS = ("auto", "vnni", "bfloat16", "avx512", "avx2", "portable")
 
 def available() -> bool:
   """Whether the library is there; compiles it at first, warns once if not."""
-  return LIBRARY.available()
+  return cpu_library.available(LIBRARY)
 
 
 def cpu_matmul(

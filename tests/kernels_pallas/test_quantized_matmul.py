@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from kernels_pallas import cpu_library
-from kernels_pallas.cpu_library import Library
 from kernels_pallas.quantized_matmul import api, cpu, panels
 from tests.kernels_pallas.panel_cases import KINDS, case
 
@@ -263,7 +262,7 @@ def test_without_a_compiler_xla_computes(
   monkeypatch.delenv("CXX", raising=False)
   for name, value in variables.items():
     monkeypatch.setenv(name, value)
-  Library.available.cache_clear()
+  cpu_library.available.cache_clear()
   try:
     with pytest.warns(RuntimeWarning, match=message):
       got = jax.jit(lambda x, w: api.quantized_matmul(x, w))(x, w)
@@ -273,7 +272,7 @@ def test_without_a_compiler_xla_computes(
     with pytest.raises(ValueError, match="needs a C"):
       api.quantized_matmul(x, w, backend="cpu")
   finally:
-    Library.available.cache_clear()
+    cpu_library.available.cache_clear()
   for y in (got, again):
     off = np.abs(np.float64(y) - np.float64(x) @ matrix)
     assert np.all(off <= bound(x, matrix))
