@@ -7,7 +7,8 @@ the layer's new parameters, and goes on with what those put out:
   params = walk(model, params, tokens, visit)
 
 `Inputs.seen` measures through `research.taps`, one matrix or a few at a time;
-what does not lead to these is never computed.
+what does not lead to these is never computed, and what led to those seen before
+is not computed again (`research.quant.replay`).
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from research import taps, tree, weights
 from research.data.sources import Documents, PydocTopics
 from research.nn.block import Block
 from research.nn.transformer import Transformer
-from research.quant import drift
+from research.quant import drift, replay
 from research.statistics import Statistic
 from research.typing import Array, Float, Int, Params, UserError
 
@@ -121,15 +122,22 @@ class Windows:
 class Inputs:
   """What a layer is given, in batches.
 
+  It remembers what `attention/o` and `mlp/down` were given when they are seen,
+  `N T` rows of each in the layer's dtype, until the layer is done.
+
   Attributes:
     block: the layer's module.
     x: `[N, T, D]`.
     batch: rows that are computed at a time.
+    memory: path -> what a matrix was given that has been seen.
   """
 
   block: Block
   x: Float[Array, "N T D"]
   batch: int
+  memory: dict[str, replay.Held] = dataclasses.field(
+    default_factory=dict, compare=False, repr=False
+  )
 
   def batches(self) -> list[Float[Array, "B T D"]]:
     """Returns the rows, some at a time."""
@@ -139,8 +147,12 @@ class Inputs:
 
   def outputs(self, params: Params) -> Float[Array, "N T D"]:
     """Returns what the layer makes of all rows."""
+    held = replay.valid(self.memory, params)
     return jnp.concatenate(
-      [outputs(self.block, params, x) for x in self.batches()]
+      [
+        outputs(self.block, replay.replayed(params, held, k), x)
+        for k, x in enumerate(self.batches())
+      ]
     )
 
   def seen(
@@ -153,10 +165,17 @@ class Inputs:
       paths: of weights, such as `attention/q`.
       statistic: see `research.statistics`.
     """
+    held = replay.valid(self.memory, params)
+    keep = tuple(p for p in replay.keepable(params, paths) if p not in held)
     total: Any = None
-    for x in self.batches():
-      found = seen(self.block, params, x, tuple(paths), statistic)
+    rows: list[dict[str, Array]] = []
+    for k, x in enumerate(self.batches()):
+      given = replay.replayed(params, held, k)
+      found, kept = seen(self.block, given, x, tuple(paths), statistic, keep)
       total = found if total is None else _joined(total, found, statistic)
+      rows.append(kept)
+    for path in keep:
+      self.memory[path] = replay.Held(params, [kept[path] for kept in rows])
     return total
 
 
@@ -224,15 +243,21 @@ def outputs(
   ]
 
 
-@functools.partial(jax.jit, static_argnames=("block", "paths", "statistic"))
+@functools.partial(
+  jax.jit, static_argnames=("block", "paths", "statistic", "keep")
+)
 def seen(
   block: Block,
   params: Params,
   x: Float[Array, "B T D"],
   paths: tuple[str, ...],
   statistic: Statistic,
-) -> Seen:
-  """Returns a statistic of what some weights of a layer multiply; `Inputs`."""
+  keep: tuple[str, ...] = (),
+) -> tuple[Seen, dict[str, Float[Array, "B T I"]]]:
+  """Returns a statistic of what some weights of a layer multiply; `Inputs`.
+
+  And, of those of them that are to be kept, this itself.
+  """
   run = {"run0": {"layer0": jax.tree.map(lambda w: w[None], params)}}
 
   def loss(run):
@@ -240,11 +265,14 @@ def seen(
     return outputs(block, layer, x).astype(jnp.float32).sum()
 
   addresses = {f"layers/0/{path}": path for path in paths}
-  found = taps.collect(loss, run, statistic, addresses=addresses)
+  both = replay.WithRows(statistic, *x.shape[:2]) if keep else statistic
+  found = taps.collect(loss, run, both, addresses=addresses)
   found = taps.by_address(run, found)
   if missing := addresses.keys() - found.keys():
     raise UserError(f"calibration: {sorted(missing)[0]} is no matrix")
-  return {path: found[address] for address, path in addresses.items()}
+  out = {path: dict(found[address]) for address, path in addresses.items()}
+  rows = {path: arrays.pop(replay.ROWS, None) for path, arrays in out.items()}
+  return out, {path: rows[path].astype(x.dtype) for path in keep}
 
 
 @functools.partial(jax.jit, static_argnames=("statistic",))
