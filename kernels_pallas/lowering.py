@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -97,3 +97,42 @@ def is_cut() -> bool:
   Inside a `shard_map` over all of its axes it has not.
   """
   return math.prod(free_axes().values()) > 1
+
+
+def alike(
+  arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]]
+) -> tuple[tuple[Any, ...], list[jax.ShapeDtypeStruct]]:
+  """What a foreign function is called with under a `shard_map`.
+
+  JAX asks that its operands differ between devices along the same axes of the
+  mesh, and does not say of results that they do.
+
+  Args:
+    arrays: Of the call; the first is float32.
+    shapes: Of its results, in float32.
+
+  Returns:
+    The arrays, differing along all axes that any of them does, and what the
+    results are.
+  """
+  axes = frozenset().union(*map(_differs_along, arrays))
+  if not axes:
+    return tuple(arrays), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+
+  def spread(x):
+    more = tuple(sorted(axes - _differs_along(x)))
+    return jax.lax.pcast(x, more, to="varying") if more else x
+
+  arrays = tuple(map(spread, arrays))
+  results = jax.eval_shape(
+    lambda x: [jnp.full_like(x, 0, shape=shape) for shape in shapes], arrays[0]
+  )
+  return arrays, results
+
+
+def _differs_along(x: Any) -> frozenset[str]:
+  """Axes of the mesh along which devices hold different values."""
+  found = jax.typeof(x)
+  if hasattr(found, "mat"):  # since JAX 0.12
+    return frozenset(found.mat.varying)
+  return frozenset(getattr(found, "vma", ()))

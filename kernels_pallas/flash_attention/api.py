@@ -1,5 +1,6 @@
 """`flash_attention`: one contract, the same semantics on every backend."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,10 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_attention import backends
-from kernels_pallas.flash_attention.backends import BACKENDS, choose
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
-from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import Tiles
+from kernels_pallas.flash_attention.backends import BACKENDS, Sizes, choose
+from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.lowering import device
 from kernels_pallas.masks import Mask, Segments, Window
 
@@ -41,7 +40,7 @@ def flash_attention(
   kv_lens: Int[Array, " B"] | None = None,
   return_lse: bool = False,
   backend: str = "auto",
-  config: Blocks | Tiles | GpuTiles | None = None,
+  config: Sizes | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> (
@@ -82,9 +81,9 @@ def flash_attention(
     return_lse: Also return the log-sum-exp, which is differentiable.
     backend: One of `BACKENDS`; 'auto' goes by the platform that the program is
       lowered for (`backends.automatic`).
-    config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu, else
-      `Blocks`. With 'auto', `Blocks` stand for xla_blockwise, and other sizes
-      are used where their backend is taken.
+    config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu,
+      `CpuTiles` for cpu, else `Blocks`. With 'auto', `Blocks` stand for
+      xla_blockwise, and other sizes are used where their backend is taken.
     interpret: Of Pallas backends, as of `pl.pallas_call`; runs them anywhere.
       A `plgpu.InterpretGPUParams` for mosaic_gpu.
     precision: Of the matmuls, as in `jax.lax.dot`.
@@ -151,7 +150,7 @@ def prepare(
   bias_before_softcap: bool = False,
   dropout_rate: float = 0.0,
   backend: str = "auto",
-  config: Blocks | Tiles | GpuTiles | None = None,
+  config: Sizes | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> tuple[Backend, Spec]:
@@ -175,11 +174,18 @@ def prepare(
     raise ValueError("dropout_seed: missing, needed by dropout_rate > 0")
   if softcap is not None and not softcap > 0:
     raise ValueError(f"softcap: found {softcap}, expected a positive number")
+  spec = Spec(
+    scale=H**-0.5 if scale is None else float(scale),
+    softcap=softcap,
+    bias_before_softcap=bias_before_softcap,
+    dropout_rate=float(dropout_rate),
+    precision=precision,
+  )
   if backend == "auto" and interpret is None:
-    run, config = backends.automatic(x, config, precision)
+    run, config = backends.automatic(x, config, spec)
   else:
     if backend == "auto":
-      backend, _ = backends.choice(x, device(), config, precision)
+      backend, _ = backends.choice(x, device(), config, spec)
     run = backends.named(backend, interpret)
     if config is None:
       config = backends.fitted(x, run.config, device()[1])
@@ -187,14 +193,7 @@ def prepare(
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"
     )
-  return run, Spec(
-    scale=H**-0.5 if scale is None else float(scale),
-    softcap=softcap,
-    bias_before_softcap=bias_before_softcap,
-    dropout_rate=float(dropout_rate),
-    precision=precision,
-    blocks=config,
-  )
+  return run, dataclasses.replace(spec, blocks=config)
 
 
 def _mask(dims, segments, causal, window, alignment, q_offset, kv_lens) -> Mask:

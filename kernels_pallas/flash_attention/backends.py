@@ -11,12 +11,18 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import lowering, mask_blocks
 from kernels_pallas.by_platform import by_platform
-from kernels_pallas.flash_attention import blocking, mosaic_gpu, mosaic_tpu
+from kernels_pallas.flash_attention import (
+  blocking,
+  cpu,
+  mosaic_gpu,
+  mosaic_tpu,
+)
 from kernels_pallas.flash_attention.blocked import (
   blocked_attention,
   blocked_gradients,
 )
 from kernels_pallas.flash_attention.cotangents import finished, kept, queries
+from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
   ROWS,
   GpuTiles,
@@ -26,11 +32,19 @@ from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
 
-BACKENDS = ("auto", "reference", "xla_blockwise", "mosaic_tpu", "mosaic_gpu")
-KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
+BACKENDS = (
+  "auto",
+  "reference",
+  "xla_blockwise",
+  "cpu",
+  "mosaic_tpu",
+  "mosaic_gpu",
+)
+KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu", "cpu": "cpu"}
 """By platform, as lowering calls it."""
 
-SIZES = (Blocks, Tiles, GpuTiles)
+Sizes = Blocks | CpuTiles | Tiles | GpuTiles
+SIZES = (Blocks, CpuTiles, Tiles, GpuTiles)
 """Types of a call's `config`, one of which each backend takes."""
 
 GPUS = ("gpu", "cuda")
@@ -70,10 +84,12 @@ def named(name: str, interpret: Any = None) -> Backend:
     )
   if name == "reference":
     return Backend(reference_attention, None, Blocks)
+  if name == "cpu":
+    return Backend(cpu.cpu_attention, cpu.cpu_gradients, CpuTiles)
   return Backend(blocked_attention, blocked_gradients, Blocks)
 
 
-def fitted(x: Operands, config: type, kind: str) -> Blocks | Tiles | GpuTiles:
+def fitted(x: Operands, config: type, kind: str) -> Sizes:
   """Tile sizes of a call whose config says nothing.
 
   Args:
@@ -82,6 +98,8 @@ def fitted(x: Operands, config: type, kind: str) -> Blocks | Tiles | GpuTiles:
     kind: Of the device, as JAX calls it.
   """
   H, Hv = x.q.shape[-1], x.v.shape[-1]
+  if config is CpuTiles:
+    return CpuTiles()
   if config is Tiles:
     return for_device(kind, max(H, Hv), x.q.dtype.name, x.bias is not None)
   if config is GpuTiles:
@@ -92,7 +110,7 @@ def fitted(x: Operands, config: type, kind: str) -> Blocks | Tiles | GpuTiles:
 
 def choose(
   q: Float[Array, "B T N H"],
-  config: Blocks | Tiles | GpuTiles | None = None,
+  config: Sizes | None = None,
   bias: Float[Array, "..."] | None = None,
   precision: Any = None,
 ) -> tuple[str, str]:
@@ -109,11 +127,12 @@ def choose(
     precision: Of the matmuls.
   """
   x = Operands(q, q, q, None, bias)
-  return choice(x, lowering.device(), config, precision)
+  spec = Spec(scale=1.0, precision=precision)
+  return choice(x, lowering.device(), config, spec)
 
 
 def choice(
-  x: Operands, device: tuple[str, str], config: Any, precision: Any
+  x: Operands, device: tuple[str, str], config: Any, spec: Spec
 ) -> tuple[str, str]:
   """What backend 'auto' stands for on a device, and why.
 
@@ -121,19 +140,21 @@ def choice(
     x: Arrays of the call.
     device: Platform and kind.
     config: Tile sizes, if the caller gave any.
-    precision: Of the matmuls.
+    spec: Static part; its blocks are not looked at.
   """
   platform, kind = device
   if isinstance(config, Blocks):
     return "xla_blockwise", "config is a Blocks"
-  if platform in (*GPUS, "tpu") and (reason := _refused_by_both(x)):
+  if platform in (*GPUS, *KERNELS) and (reason := _refused_by_all(x)):
     return "xla_blockwise", reason
   if platform in GPUS:
-    reason = _refused_by_gpu(x, kind, precision)
+    reason = _refused_by_gpu(x, kind, spec.precision)
     return _either("mosaic_gpu", reason, f"the program is for {kind}")
   if platform == "tpu":
     reason = _refused_by_tpu(x)
     return _either("mosaic_tpu", reason, "the program is for a TPU")
+  if platform == "cpu":
+    return _either("cpu", _refused_by_cpu(x, spec), "the program is for a CPU")
   return "xla_blockwise", f"there is no kernel for platform {platform} yet"
 
 
@@ -141,7 +162,7 @@ def _either(kernel, refusal, why):
   return (kernel, why) if refusal is None else ("xla_blockwise", refusal)
 
 
-def _refused_by_both(x) -> str | None:
+def _refused_by_all(x) -> str | None:
   if x.mask is None or x.mask.kind != "function":
     return None
   found = mask_blocks.rows(x.mask, x.q.shape[1], x.k.shape[1])
@@ -172,6 +193,16 @@ def _refused_by_tpu(x) -> str | None:
   return None
 
 
+def _refused_by_cpu(x, spec) -> str | None:
+  if x.q.shape[1] < cpu.FEWEST:
+    return f"a CPU kernel would pad T to {cpu.FEWEST} queries"
+  if reason := cpu.unsupported(spec, x):
+    return reason
+  if lowering.is_cut():
+    return "XLA would gather what a mesh cuts; a shard_map would not"
+  return None if cpu.available() else "no C++ kernel can be compiled here"
+
+
 @dataclasses.dataclass(frozen=True)
 class Platforms:
   """Tile sizes where the platform is not known before lowering.
@@ -183,7 +214,7 @@ class Platforms:
   """
 
   default: Blocks
-  kernels: tuple[tuple[str, Tiles | GpuTiles], ...]
+  kernels: tuple[tuple[str, CpuTiles | Tiles | GpuTiles], ...]
   reasons: tuple[tuple[str, str], ...]
 
   def say(self, platform: str) -> None:
@@ -194,8 +225,8 @@ class Platforms:
 
 
 def automatic(
-  x: Operands, config: Any, precision: Any
-) -> tuple[Backend, Blocks | Tiles | GpuTiles | Platforms]:
+  x: Operands, config: Any, spec: Spec
+) -> tuple[Backend, Sizes | Platforms]:
   """What 'auto' runs, and its tile sizes.
 
   Under a mesh, which knows its devices, that is a backend. Without one it is
@@ -204,7 +235,7 @@ def automatic(
   Args:
     x: Arrays of the call.
     config: Tile sizes, if the caller gave any. Another backend's are not used.
-    precision: Of the matmuls.
+    spec: Static part; its blocks are not looked at.
 
   Raises:
     ValueError: A config that is no backend's.
@@ -220,14 +251,14 @@ def automatic(
 
   known = lowering.target()
   if known is not None:
-    name, why = choice(x, known, config, precision)
+    name, why = choice(x, known, config, spec)
     lowering.say("attention", known[0], name, why)
     run = named(name)
     return run, sizes(run.config, known[1])
   kernels, reasons = [], []
   for platform, kernel in KERNELS.items():
     kind = lowering.kind_of(platform)
-    name, why = choice(x, (platform, kind), config, precision)
+    name, why = choice(x, (platform, kind), config, spec)
     reasons.append((platform, why))
     if name == kernel:
       kernels.append((platform, sizes(named(name).config, kind)))
@@ -249,8 +280,12 @@ def _attention(
   def on_gpu(spec, x):
     return mosaic_gpu.mosaic_gpu_attention(spec, False, x)
 
+  def on_cpu(spec, x):
+    return cpu.cpu_attention.__wrapped__(spec, x)
+
+  kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": on_cpu}
   # Not its custom_vjp: it may be differentiated forwards, of a gradient.
-  return _run(spec, blocked_attention.__wrapped__, on_tpu, on_gpu, x)
+  return _run(spec, blocked_attention.__wrapped__, kernels, x)
 
 
 def _forward(spec, x):
@@ -270,20 +305,22 @@ def _backward(spec, saved, cotangents):
   def on_gpu(spec, x, rows):
     return mosaic_gpu.narrow_gradients(spec, False, x, rows)
 
-  runs = map(whole, (blocked_gradients, on_tpu, on_gpu))
-  return (_run(spec, *runs, x, rows),)
+  kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": cpu.cpu_gradients}
+  kernels = {name: whole(run) for name, run in kernels.items()}
+  return (_run(spec, whole(blocked_gradients), kernels, x, rows),)
 
 
 def _gradients(spec: Spec, x: Operands, rows: Any) -> Operands:
   """Of a part of the keys, in the accumulator dtype."""
-  on_tpu, on_gpu = (named(name).gradients for name in KERNELS.values())
-  return _run(spec, blocked_gradients, on_tpu, on_gpu, x, rows)
+  kernels = {
+    platform: named(name).gradients for platform, name in KERNELS.items()
+  }
+  return _run(spec, blocked_gradients, kernels, x, rows)
 
 
-def _run(spec: Spec, plain: Callable, on_tpu: Callable, on_gpu: Callable, *xs):
+def _run(spec: Spec, plain: Callable, kernels: dict[str, Callable], *xs):
   """The call of the platform's function, with the platform's tiles."""
   sizes: Platforms = spec.blocks
-  kernels = {"tpu": on_tpu, "cuda": on_gpu}
 
   def bound(run, blocks):
     return functools.partial(run, dataclasses.replace(spec, blocks=blocks))

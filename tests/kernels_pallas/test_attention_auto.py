@@ -1,7 +1,7 @@
 """'auto': the platform that a program is lowered for decides, at no cost.
 
-The truth is `xla_blockwise` itself, called by name: on a CPU 'auto' has to be
-the same program, under every transformation.
+The truth is `xla_blockwise` itself, called by name: what 'auto' is on a CPU has
+to agree with it under every transformation.
 """
 
 import collections
@@ -22,7 +22,7 @@ from kernels_pallas.by_platform import by_platform
 from kernels_pallas.flash_attention import backends
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
-from kernels_pallas.flash_attention.spec import Blocks, Operands
+from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
@@ -136,7 +136,8 @@ def test_reasons_are_told_once_and_only_on_request(caplog):
     for platform in ("cpu", "tpu", "tpu"):
       calls(jax.grad(loss), platform, *shapes())
   assert [record.getMessage() for record in caplog.records] == [
-    "attention: auto is xla_blockwise on cpu: it has no kernel yet",
+    "attention: auto is xla_blockwise on cpu: dtype: found bfloat16, expected "
+    "float32",
     "attention: auto is mosaic_tpu on tpu: the program is for a TPU",
   ]
 
@@ -160,7 +161,7 @@ def test_a_config_that_is_no_backends_is_refused(config, mesh):
   context = jax.sharding.use_abstract_mesh(known) if mesh else nullcontext()
   x = Operands(*shapes(), Mask.causal())
   with context, pytest.raises(ValueError, match="config: found .* GpuTiles"):
-    backends.automatic(x, config, None)
+    backends.automatic(x, config, Spec(scale=1.0))
 
 
 def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
@@ -168,7 +169,7 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
 
   def cores():
     x = Operands(q, k, v, Mask.causal())
-    _, sizes = backends.automatic(x, None, None)
+    _, sizes = backends.automatic(x, None, Spec(scale=1.0))
     return dict(sizes.kernels)["cuda"].cores
 
   assert cores() == "wgmma" and "none is here" in lowering.kind_of("cuda")

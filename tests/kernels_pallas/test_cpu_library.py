@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from kernels_pallas import cpu_library
+from kernels_pallas.flash_attention import cpu as attention
 from kernels_pallas.quantized_matmul import cpu as products
 
-LIBRARIES = [products.LIBRARY]
+LIBRARIES = [products.LIBRARY, attention.LIBRARY]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,216 @@
+"""Flash attention by `cpu_attention.cc`, the cpu backend: float32, on CPUs.
+
+Compiled at first use and called by XLA, once forward and once backward; a
+tile's scores never leave the first levels of cache. The saved output and
+log-sum-exp have the names that `blocked` gives them.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kernels_pallas import cpu_library, lowering, mask_blocks
+from kernels_pallas.cpu_library import Library
+from kernels_pallas.flash_attention.cotangents import (
+  Queries,
+  finished,
+  kept,
+  queries,
+)
+from kernels_pallas.flash_attention.spec import Operands, Spec
+
+TARGET, GRADIENTS = "heptad_attention", "heptad_attention_gradients"
+"""The names by which compiled programs call the library."""
+
+LIBRARY = Library(
+  name="attention",
+  source=pathlib.Path(__file__).with_name("cpu_attention.cc"),
+  parts=(
+    "cpu_problem.h",
+    "cpu_mask.h",
+    "cpu_lanes.h",
+    "cpu_tile.inc",
+    "cpu_forward.inc",
+    "cpu_backward.inc",
+    "../cpu_tasks.h",
+  ),
+  targets=(
+    (TARGET, "HeptadAttention"),
+    (GRADIENTS, "HeptadAttentionGradients"),
+  ),
+  without="attention: {error}; XLA attends, by tiles that go through memory.",
+)
+
+ISAS = ("auto", "avx512", "avx2", "portable")
+FULL = (None, *jax.lax.Precision, "default", "high", "highest")
+"""Precisions that float32's own satisfies."""
+
+FEWEST = 32
+"""Queries from which on a vector of them is full."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuTiles:
+  """How a call becomes tasks, and by which instructions they run.
+
+  Tiles are those of the source. The backward pass cuts the keys in chunks, of
+  which each has an array of its own for the gradients of all queries.
+
+  Attributes:
+    chunk: Keys of a chunk, at least.
+    tasks: Of the backward pass, as far as there are keys for them.
+    isa: Of `ISAS`; "auto" is the best that the running CPU has.
+  """
+
+  chunk: int = 384
+  tasks: int = 16
+  isa: str = "auto"
+
+  def __post_init__(self):
+    if self.chunk < 1 or self.tasks < 1 or self.isa not in ISAS:
+      raise ValueError(
+        f"config: found {self}, expected chunk and tasks of at least 1, and "
+        f"an isa of {', '.join(ISAS)}"
+      )
+
+  def chunks(self, rows: int, keys: int) -> int:
+    """How many chunks `rows` key heads of `keys` keys are cut in."""
+    most = min(-(-self.tasks // rows), max(keys // self.chunk, 1))
+    # So that none is empty, at the size that as many would have.
+    return -(-keys // -(-keys // most))
+
+
+def unsupported(spec: Spec, x: Operands) -> str | None:
+  """Why the kernel cannot run a call, with the argument's name, or None."""
+  arrays = [y for y in (x.q, x.k, x.v, x.sinks) if y is not None]
+  if wrong := [y.dtype.name for y in arrays if y.dtype != jnp.float32]:
+    return f"dtype: found {wrong[0]}, expected float32"
+  if x.bias is not None:
+    return "bias: found one, expected None"
+  if spec.softcap is not None or spec.dropout_rate:
+    return "softcap, dropout_rate: found one, expected neither"
+  if spec.precision not in FULL:
+    return f"precision: found {spec.precision!r}, expected one of {FULL}"
+  return None
+
+
+def available() -> bool:
+  """Whether the library is there; compiles it at first, warns once if not."""
+  return cpu_library.available(LIBRARY)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def cpu_attention(
+  spec: Spec, x: Operands
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
+  """Softmax attention (kernels.md 2.1) on a CPU, with its own gradient.
+
+  Differentiable once in q, k, v and sinks, through both results.
+
+  Args:
+    spec: Static part; `spec.blocks` is a `CpuTiles`.
+    x: Arrays.
+
+  Returns:
+    The output and the natural log-sum-exp of the logits, sinks included; 0 and
+    -inf where a query sees no key and there is no sink.
+
+  Raises:
+    ValueError: What the kernel does not compute.
+  """
+  _check(spec, x)
+  B, T, N, _ = x.q.shape
+  none = np.zeros((0,), np.float32)
+  o, lse = _call(
+    TARGET,
+    spec,
+    ((B, T, N, x.v.shape[-1]), (B, N, T)),
+    x.q,
+    x.k,
+    x.v,
+    *_seen(x),
+    none if x.sinks is None else x.sinks,
+  )
+  return o.astype(spec.output or x.q.dtype), lse
+
+
+def cpu_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
+  """Gradients of q, k and v in float32.
+
+  Args:
+    spec: Static part; `spec.blocks` is a `CpuTiles`.
+    x: Arrays; sinks are not looked at.
+    rows: What the queries saw, these keys and perhaps others.
+  """
+  _check(spec, x)
+  (B, S, K, _), tiles = x.k.shape, spec.blocks
+  chunks = tiles.chunks(B * K, S)
+  parts, dk, dv = _call(
+    GRADIENTS,
+    spec,
+    ((chunks, *x.q.shape), x.k.shape, x.v.shape),
+    x.q,
+    x.k,
+    x.v,
+    *_seen(x),
+    rows.do.astype(jnp.float32),
+    rows.lse,
+    rows.shift,
+  )
+  dq = parts[0] if chunks == 1 else parts.sum(0)
+  return Operands(q=dq, k=dk, v=dv, mask=None)
+
+
+def _forward(spec, x):
+  return kept(x, *cpu_attention.__wrapped__(spec, x))
+
+
+def _backward(spec, saved, cotangents):
+  x, o, lse = saved
+  rows = queries(x, o, lse, *cotangents)
+  return (finished(x, cpu_gradients(spec, x, rows), rows),)
+
+
+cpu_attention.defvjp(_forward, _backward)
+
+
+def _check(spec: Spec, x: Operands) -> None:
+  if reason := unsupported(spec, x):
+    raise ValueError(
+      f"{reason}; the cpu backend has none of it, xla_blockwise has"
+    )
+  if not available():
+    raise ValueError("backend: cpu needs a C++ compiler, xla_blockwise none")
+
+
+def _seen(x: Operands) -> tuple[Any, ...]:
+  """What decides who sees whom, as the library wants it: int32 arrays.
+
+  Bounds [B or 1, intervals, 2, T], keys' coordinates [B or 1, S] and both
+  segments, [B or 1, T] and [B or 1, S]; what is not there is empty.
+  """
+  T, S = x.q.shape[1], x.k.shape[1]
+  found = mask_blocks.rows(x.mask, T, S)
+  if found.unlisted is not None:
+    raise ValueError(
+      f"mask function: {mask_blocks.TOO_MANY}; xla_blockwise can"
+    )
+  bounds = found.bounds.reshape(-1, found.bounds.shape[1] // 2, 2, T)
+  none = np.zeros((0,), np.int32)
+  ours, theirs = found.segments or (none, none)
+  keys = none if found.keys is None else found.keys
+  return bounds, keys, ours, theirs
+
+
+def _call(target: str, spec: Spec, shapes: Any, *arrays: Any) -> Any:
+  """The library's results, float32 arrays of these shapes."""
+  arrays, results = lowering.alike(arrays, shapes)
+  return jax.ffi.ffi_call(target, results, vmap_method="sequential")(
+    *arrays, scale=np.float32(spec.scale), isa=spec.blocks.isa
+  )

@@ -1,0 +1,61 @@
+// What attends to what, and the tasks that it falls into.
+
+#ifndef ATTENTION_PROBLEM_H_
+#define ATTENTION_PROBLEM_H_
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace attention {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int64_t kMostIntervals = 8;
+
+// Arrays lie as JAX has them, the last axis without gaps.
+struct Problem {
+  int64_t B, T, S;                // rows of the batch, queries, keys
+  int64_t N, K;                   // query heads, key heads
+  int64_t H, V;                   // numbers of a query or key, of a value
+  float scale;                    // on q.k
+  const float *q, *k, *v;         // [B, T, N, H], [B, S, K, H], [B, S, K, V]
+  // Query t sees the keys whose coordinate lies in one of its intervals.
+  int64_t intervals;
+  const int32_t* bounds;          // [1 or B, intervals, 2, T]: lo, hi
+  const int32_t* coordinates;     // [1 or B, S], or null: keys' indices
+  const int32_t* q_segments;      // [1 or B, T], or null
+  const int32_t* k_segments;      // [1 or B, S]; must agree with the query's
+  bool bounds_of_rows, coordinates_of_rows;     // whether they begin with B
+  bool q_segments_of_rows, k_segments_of_rows;
+  // Forward.
+  const float* sinks;             // [N], or null
+  float* o;                       // [B, T, N, V]
+  float* lse;                     // [B, N, T]
+  // Backward.
+  const float* d_o;               // [B, T, N, V]
+  const float* found_lse;         // [B, N, T], +inf where nothing was seen
+  const float* shift;             // [B, N, T]
+  int64_t chunks;                 // of keys
+  float* dq;                      // [chunks, B, T, N, H]
+  float *dk, *dv;                 // as k and v
+
+  int64_t group() const { return N / K; }
+  int64_t chunk() const { return (S + chunks - 1) / chunks; }
+};
+
+// Computes one task of those that a problem has.
+using Kernel = void (*)(const Problem&, int64_t task);
+
+inline int64_t up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+
+}  // namespace attention
+
+#endif  // ATTENTION_PROBLEM_H_

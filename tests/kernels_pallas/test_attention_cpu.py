@@ -1,0 +1,287 @@
+"""The C++ kernel of attention on every instruction set, forward and backward.
+
+The truth is the reference in float64. A sum of n products in float32 is off by
+n/2 of its units at most, and by about the root of n; what cancels is bounded by
+the sum of magnitudes.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import cpu_library
+from kernels_pallas.flash_attention import backends, cpu
+from kernels_pallas.flash_attention.api import choose, flash_attention
+from kernels_pallas.flash_attention.cpu import CpuTiles
+from kernels_pallas.masks import Mask
+from tests.support_pairwise import pairwise
+
+B, N, T, S = 2, 4, 150, 170
+UNIT = 2.0**-24
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+  """Skips where there is no compiler."""
+  try:
+    cpu_library.compiler()
+  except cpu_library.Unavailable as error:
+    pytest.skip(str(error))
+  assert cpu.available()
+
+
+def draw(*shape, seed=0):
+  return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def positions(length, behind):
+  """Of two rows, the second shorter and behind others."""
+  one, two = np.arange(length), np.arange(length) + 7
+  two[-behind:] = -1
+  return jnp.asarray(np.stack([one, two]), jnp.int32)
+
+
+def documents(length):
+  """Of two rows; the last tokens of the first are padding."""
+  one = np.repeat([4, 0, 9, -1], [40, 33, 50, length - 123])
+  return jnp.asarray(np.stack([one, np.arange(length) // 60]), jnp.int32)
+
+
+MASKS = {
+  "full": lambda: Mask.full(),
+  "causal": lambda: Mask.causal(),
+  "window": lambda: Mask.causal((20, 0)),
+  "both sides": lambda: Mask.full((9, 5), offset=0),
+  "prefix": lambda: Mask.prefix_lm(jnp.asarray([40, 0])),
+  "blocks": lambda: Mask.block_causal(16),
+  "documents": lambda: Mask.causal(segments=(documents(T), documents(S))),
+  "one of documents": lambda: Mask.causal(
+    segments=(documents(T)[:1], documents(S)[:1])
+  ),
+  "positions": lambda: Mask.causal(
+    q_positions=positions(T, 20), kv_positions=positions(S, 31)
+  ),
+  "of no key": lambda: Mask.causal(offset=-60),
+  "function": lambda: Mask.where(stripes),
+}
+
+
+def stripes(q, k):
+  return (q - k) % 50 < 20
+
+
+SIZES = {"H": (8, 24, 37), "Hv": (8, 40), "K": (4, 2, 1), "sinks": (0, 1)}
+CASES = pairwise({**SIZES, "mask": tuple(MASKS), "isa": cpu.ISAS[1:]})
+
+
+def supported(isa):
+  """Skips where this CPU has no such instructions."""
+  flags = ""
+  try:
+    with open("/proc/cpuinfo") as file:
+      flags = file.read()
+  except OSError:
+    pass
+  wanted = {"avx512": "avx512vl", "avx2": "avx2"}.get(isa, "")
+  if wanted not in flags:
+    pytest.skip(f"this CPU has no {isa}")
+
+
+def operands(H, Hv, K, sinks):
+  x = {"q": draw(B, T, N, H), "k": draw(B, S, K, H, seed=1)}
+  x["v"] = draw(B, S, K, Hv, seed=2)
+  if sinks:
+    x["sinks"] = draw(N)
+  return x, (draw(B, T, N, Hv, seed=3), draw(B, N, T, seed=4))
+
+
+def results(x, cotangents, mask, dtype, **options):
+  """Output, log-sum-exp where finite, and the gradients, as float64."""
+  x, (do, dl) = jax.tree.map(lambda y: jnp.asarray(y, dtype), (x, cotangents))
+
+  def run(x):
+    return flash_attention(**x, mask=mask, return_lse=True, **options)
+
+  @jax.jit
+  def all_of(x, do, dl):
+    (o, lse), back = jax.vjp(run, x)
+    seen = jnp.isfinite(lse)
+    (dx,) = back((do, jnp.where(seen, dl, 0)))
+    return o, jnp.where(seen, lse, 0), seen, dx
+
+  return jax.tree.map(lambda y: np.asarray(y, float), all_of(x, do, dl))
+
+
+@functools.cache
+def expected(H, Hv, K, sinks, mask):
+  with jax.enable_x64(True):
+    return results(
+      *operands(H, Hv, K, sinks), MASKS[mask](), float, backend="reference"
+    )
+
+
+@pytest.mark.parametrize(
+  "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
+)
+def test_it_is_the_reference(case):
+  isa, mask = case.pop("isa"), case.pop("mask")
+  supported(isa)
+  config = CpuTiles(chunk=64, isa=isa)
+  got = results(
+    *operands(**case), MASKS[mask](), np.float32, backend="cpu", config=config
+  )
+  want = expected(**case, mask=mask)
+  # Sums of S, of T and of T times the heads that share a key, of magnitudes
+  # of about the root of H times a cotangent's.
+  bound = UNIT * np.sqrt(T * N * S)
+  for name, ours, theirs in zip(("o", "lse", "seen"), got, want, strict=False):
+    chex.assert_trees_all_close(
+      ours, theirs, rtol=bound, atol=bound, custom_message=name
+    )
+  chex.assert_trees_all_close(got[3], want[3], rtol=bound, atol=3 * bound)
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS[1:])
+def test_what_padding_holds_does_not_matter(isa):
+  supported(isa)
+  mask = MASKS["positions"]()
+  x, cotangents = operands(24, 24, 2, 0)
+  config = CpuTiles(chunk=64, isa=isa)
+  options = dict(dtype=np.float32, backend="cpu", config=config)
+  clean = results(x, cotangents, mask, **options)
+  for name, places in (("q", mask.q_positions), ("k", mask.kv_positions)):
+    for one in (name, "v")[: 1 + (name == "k")]:
+      x[one] = np.where(places[:, :, None, None] < 0, np.nan, x[one])
+  do = np.where(mask.q_positions[:, :, None, None] < 0, np.nan, cotangents[0])
+  dirty = results(x, (do, cotangents[1]), mask, **options)
+  chex.assert_trees_all_equal(clean, dirty)
+  dq = clean[3]["q"][1, -20:]
+  dk = clean[3]["k"][1, -31:]
+  assert not dq.any() and not dk.any() and not clean[0][1, -20:].any()
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS[1:])
+def test_nan_that_is_seen_is_told(isa):
+  supported(isa)
+  x, _ = operands(8, 8, 4, 0)
+  x["k"][0, 100] = np.nan
+  o = flash_attention(
+    **jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), x),
+    mask=Mask.causal(offset=0),
+    backend="cpu",
+    config=CpuTiles(isa=isa),
+  )
+  assert np.isnan(o[0, 100:]).all() and np.isfinite(o[0, :100]).all()
+  assert np.isfinite(o[1]).all()
+
+
+def test_large_logits_do_not_overflow():
+  x, _ = operands(8, 8, 4, 0)
+  x["q"] = 1e4 * x["q"]
+  f = functools.partial(flash_attention, mask=Mask.causal())
+  ours = f(
+    **jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), x), backend="cpu"
+  )
+  # The largest logit takes it all, whatever is behind it.
+  with jax.enable_x64(True):
+    theirs = f(**jax.tree.map(jnp.asarray, x), backend="reference")
+  share = np.abs(np.asarray(ours) - np.asarray(theirs)) > 1e-2
+  assert np.isfinite(ours).all() and share.mean() < 0.01
+
+
+def test_every_chunk_has_keys():
+  for rows in (1, 3, 16, 40):
+    for keys in (1, 5, 384, 769, 1000, 4096):
+      for chunk in (1, 64, 384):
+        chunks = CpuTiles(chunk=chunk).chunks(rows, keys)
+        each = -(-keys // chunks)
+        assert (chunks - 1) * each < keys and chunks <= 16
+        assert chunks == 1 or each >= min(chunk, keys)
+
+
+def test_chunks_agree():
+  x, cotangents = operands(24, 24, 2, 0)
+  found = [
+    results(
+      x,
+      cotangents,
+      Mask.causal(),
+      np.float32,
+      backend="cpu",
+      config=CpuTiles(chunk=chunk, tasks=99),
+    )
+    for chunk in (1000, 60, 7)
+  ]
+  bound = UNIT * np.sqrt(T * N * S)
+  for other in found[1:]:
+    chex.assert_trees_all_close(found[0], other, rtol=bound, atol=bound)
+
+
+REFUSED = {
+  "bias": (dict(bias=jnp.zeros((T, S))), "bias: found one"),
+  "softcap": (dict(softcap=5.0), "softcap, dropout_rate"),
+  "dropout": (dict(dropout_rate=0.5, dropout_seed=0), "softcap, dropout_rate"),
+  "precision": (dict(precision="BF16_BF16_F32"), "precision"),
+  "mask": (
+    dict(mask=Mask.where(lambda q, k: (q - k) % 2 == 0)),
+    "more than 8 intervals",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_it_has_not_it_refuses_and_auto_leaves_to_others(name):
+  options, message = REFUSED[name]
+  x = jax.tree.map(
+    lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
+  )
+  with pytest.raises(ValueError, match=message):
+    flash_attention(**x, backend="cpu", **options)
+  ours, theirs = (
+    flash_attention(**x, backend=backend, **options)
+    for backend in ("auto", "xla_blockwise")
+  )
+  chex.assert_trees_all_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_auto_takes_it_where_it_can():
+  def taken(*shape, dtype=jnp.float32):
+    with jax.enable_x64(dtype == jnp.float64):
+      return choose(jnp.zeros(shape, dtype))[0]
+
+  assert taken(1, 32, 2, 8) == "cpu"
+  assert taken(1, 31, 2, 8) == "xla_blockwise"
+  assert taken(1, 32, 2, 8, dtype=jnp.bfloat16) == "xla_blockwise"
+  assert taken(1, 32, 2, 8, dtype=jnp.float64) == "xla_blockwise"
+
+
+def test_without_a_compiler_xla_attends(monkeypatch, tmp_path):
+  x = jax.tree.map(
+    lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
+  )
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setenv("CXX", "no-such-compiler")
+  cpu_library.available.cache_clear()
+  try:
+    with pytest.warns(RuntimeWarning, match="looked for no-such-compiler"):
+      ours = flash_attention(**x, causal=True)
+    with pytest.raises(ValueError, match="needs a C"):
+      flash_attention(**x, causal=True, backend="cpu")
+  finally:
+    cpu_library.available.cache_clear()
+  theirs = flash_attention(**x, causal=True, backend="xla_blockwise")
+  chex.assert_trees_all_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("wrong", [dict(chunk=0), dict(tasks=0), dict(isa="x")])
+def test_a_config_that_means_nothing_is_refused(wrong):
+  with pytest.raises(ValueError, match="config: found CpuTiles"):
+    CpuTiles(**wrong)
+
+
+def test_every_backend_has_its_kernel_by_platform():
+  assert set(backends.KERNELS.values()) < set(backends.BACKENDS)

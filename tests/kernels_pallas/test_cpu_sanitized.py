@@ -1,0 +1,56 @@
+"""The C++ kernels under the sanitizers, and from one thread to five."""
+
+import pathlib
+import subprocess
+
+import pytest
+
+from kernels_pallas import cpu_library
+from kernels_pallas.flash_attention import cpu as attention
+from kernels_pallas.quantized_matmul import cpu as products
+
+FLAGS = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wno-psabi")
+DRIVERS = {
+  "panels": (products.LIBRARY, "products"),
+  "attention": (attention.LIBRARY, "problems"),
+}
+
+
+def built(name, folder, *flags):
+  """Returns the path of a driver, or skips where it cannot be made."""
+  try:
+    cxx = cpu_library.compiler()
+  except cpu_library.Unavailable as error:
+    pytest.skip(str(error))
+  made = folder / "driver"
+  source = pathlib.Path(__file__).with_name(f"{name}_driver.cc")
+  command = [cxx, *FLAGS, *flags, f"-I{DRIVERS[name][0].source.parent}"]
+  done = subprocess.run(
+    [*command, str(source), "-o", str(made)], capture_output=True, text=True
+  )
+  if done.returncode and ("-lasan" in done.stderr or "-ltsan" in done.stderr):
+    pytest.skip(f"{cxx} has no {flags[0]}")
+  assert not done.returncode, done.stderr
+  return made
+
+
+@pytest.mark.parametrize(
+  ("name", "sanitizers", "count"),
+  [
+    ("panels", "address,undefined", 300),
+    ("panels", "thread", 60),
+    ("attention", "address,undefined", 60),
+    ("attention", "thread", 12),
+  ],
+)
+def test_problems_of_any_shape_are_clean(name, sanitizers, count, tmp_path):
+  made = built(
+    name, tmp_path, f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"
+  )
+  done = subprocess.run(
+    [str(made), str(count)], capture_output=True, text=True, timeout=300
+  )
+  if "unexpected memory mapping" in done.stderr:
+    pytest.skip("the thread sanitizer does not run on this kernel")
+  assert not done.returncode, done.stdout + done.stderr
+  assert done.stdout == f"{count} {DRIVERS[name][1]}\n"
