@@ -8,6 +8,7 @@ log-sum-exp have the names that `blocked` gives them.
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -125,18 +126,15 @@ def cpu_attention(
     ValueError: What the kernel does not compute.
   """
   _check(spec, x)
-  B, T, N, _ = x.q.shape
   none = np.zeros((0,), np.float32)
-  o, lse = _call(
-    TARGET,
-    spec,
-    ((B, T, N, x.v.shape[-1]), (B, N, T)),
-    x.q,
-    x.k,
-    x.v,
-    *_seen(x),
-    none if x.sinks is None else x.sinks,
-  )
+  sinks = none if x.sinks is None else x.sinks[None]
+
+  def attend(q, k, v, *more):
+    (B, T, N, _), Hv = q.shape, v.shape[-1]
+    shapes = (B, T, N, Hv), (B, N, T)
+    return _call(TARGET, spec, shapes, q, k, v, *more)
+
+  o, lse = _over_rows(attend)(x.q, x.k, x.v, *_seen(x), sinks)
   return o.astype(spec.output or x.q.dtype), lse
 
 
@@ -149,21 +147,17 @@ def cpu_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
     rows: What the queries saw, these keys and perhaps others.
   """
   _check(spec, x)
-  (B, S, K, _), tiles = x.k.shape, spec.blocks
-  chunks = tiles.chunks(B * K, S)
-  parts, dk, dv = _call(
-    GRADIENTS,
-    spec,
-    ((chunks, *x.q.shape), x.k.shape, x.v.shape),
-    x.q,
-    x.k,
-    x.v,
-    *_seen(x),
-    rows.do.astype(jnp.float32),
-    rows.lse,
-    rows.shift,
+
+  def differentiate(q, k, v, *more):
+    chunks = spec.blocks.chunks(k.shape[0] * k.shape[2], k.shape[1])
+    shapes = (chunks, *q.shape), k.shape, v.shape
+    parts, dk, dv = _call(GRADIENTS, spec, shapes, q, k, v, *more)
+    return (parts[0] if chunks == 1 else parts.sum(0)), dk, dv
+
+  do = rows.do.astype(jnp.float32)
+  dq, dk, dv = _over_rows(differentiate)(
+    x.q, x.k, x.v, *_seen(x), do, rows.lse, rows.shift
   )
-  dq = parts[0] if chunks == 1 else parts.sum(0)
   return Operands(q=dq, k=dk, v=dv, mask=None)
 
 
@@ -208,9 +202,36 @@ def _seen(x: Operands) -> tuple[Any, ...]:
   return bounds, keys, ours, theirs
 
 
+def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
+  """`run`, of which a `vmap` is a call with more rows, not one call a row.
+
+  Args:
+    run: Of arrays whose first axis is that of the rows, or 1, or which are
+      empty; all of the first one's rows. So are its results'.
+  """
+  call = jax.custom_batching.custom_vmap(run)
+
+  @call.def_vmap
+  def rule(size, batched, *arrays):
+    B = arrays[0].shape[1 if batched[0] else 0]
+
+    def fold(x, batched):
+      if not x.size or not (batched or x.shape[0] == B):
+        return x[0] if batched else x
+      x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
+      x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
+      return x.reshape(size * B, *x.shape[2:])
+
+    found = _over_rows(run)(*map(fold, arrays, batched))
+    unfolded = [x.reshape(size, B, *x.shape[1:]) for x in found]
+    return tuple(unfolded), (True,) * len(unfolded)
+
+  return call
+
+
 def _call(target: str, spec: Spec, shapes: Any, *arrays: Any) -> Any:
   """The library's results, float32 arrays of these shapes."""
   arrays, results = lowering.alike(arrays, shapes)
-  return jax.ffi.ffi_call(target, results, vmap_method="sequential")(
+  return jax.ffi.ffi_call(target, tuple(results))(
     *arrays, scale=np.float32(spec.scale), isa=spec.blocks.isa
   )

@@ -71,9 +71,9 @@ bool is(const Buffer& x, std::initializer_list<int64_t> shape) {
 }
 
 // Of an array whose first axis may be 1, and which may be empty: where it lies.
-inline bool rows(const Integers& x, int64_t B,
-                 std::initializer_list<int64_t> rest, const int32_t** at,
-                 bool* of_rows) {
+template <class Buffer, class Number>
+bool rows(const Buffer& x, int64_t B, std::initializer_list<int64_t> rest,
+          const Number** at, bool* of_rows) {
   if (!x.element_count()) return true;
   const auto found = x.dimensions();
   if (!found.size() || (found[0] != 1 && found[0] != B)) return false;
@@ -142,9 +142,8 @@ inline ffi::Error forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
                             k_segments, scale)) {
     return bad(what);
   }
-  if (sinks.element_count()) {
-    if (!is(sinks, {p.N})) return bad("sinks: not [N]");
-    p.sinks = sinks.typed_data();
+  if (!rows(sinks, p.B, {p.N}, &p.sinks, &p.sinks_of_rows)) {
+    return bad("sinks: not [B or 1, N]");
   }
   if (!is(*o, {p.B, p.T, p.N, p.V})) return bad("o: not [B, T, N, V]");
   if (!is(*lse, {p.B, p.N, p.T})) return bad("lse: not [B, N, T]");

@@ -31,7 +31,8 @@ struct Problem {
   bool bounds_of_rows, coordinates_of_rows;     // whether they begin with B
   bool q_segments_of_rows, k_segments_of_rows;
   // Forward.
-  const float* sinks;             // [N], or null
+  const float* sinks;             // [1 or B, N], or null
+  bool sinks_of_rows;
   float* o;                       // [B, T, N, V]
   float* lse;                     // [B, N, T]
   // Backward.

@@ -110,10 +110,11 @@ bool right(const Problem& p, const Results& r, int64_t b, int64_t n) {
       }
       w[s] *= p.scale, most = std::max(most, w[s]);
     }
-    if (p.sinks) most = std::max(most, double(p.sinks[n]));
+    const int64_t sink = p.sinks_of_rows ? b * p.N + n : n;
+    if (p.sinks) most = std::max(most, double(p.sinks[sink]));
     const bool some = most > -INFINITY;
     for (double& x : w) sum += x = some ? std::exp(x - most) : 0;
-    if (p.sinks && some) sum += std::exp(p.sinks[n] - most);
+    if (p.sinks && some) sum += std::exp(p.sinks[sink] - most);
     const double lse = some ? most + std::log(sum) : -INFINITY;
     const float got = r.lse[(b * p.N + n) * p.T + t];
     if (!(got == lse) && !close("lse", got, lse, 10)) return false;
@@ -197,10 +198,10 @@ bool one() {
   const int64_t most = 1 + below(3);
   p.chunks = (p.S + (p.S + most - 1) / most - 1) / ((p.S + most - 1) / most);
   const auto q = normals(p.B * p.T * p.N * p.H), k = normals(p.B * p.S * p.K * p.H),
-             v = normals(p.B * p.S * p.K * p.V), sinks = normals(p.N),
+             v = normals(p.B * p.S * p.K * p.V), sinks = normals(p.B * p.N),
              d_o = normals(p.B * p.T * p.N * p.V);
   p.q = q.data(), p.k = k.data(), p.v = v.data(), p.d_o = d_o.data();
-  if (below(2)) p.sinks = sinks.data();
+  if (below(2)) p.sinks = sinks.data(), p.sinks_of_rows = below(2);
   p.bounds_of_rows = below(2), p.coordinates_of_rows = below(2);
   p.q_segments_of_rows = below(2), p.k_segments_of_rows = below(2);
   std::vector<int32_t> bounds((p.bounds_of_rows ? p.B : 1) * p.intervals * 2 *

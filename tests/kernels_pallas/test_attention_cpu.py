@@ -285,3 +285,47 @@ def test_a_config_that_means_nothing_is_refused(wrong):
 
 def test_every_backend_has_its_kernel_by_platform():
   assert set(backends.KERNELS.values()) < set(backends.BACKENDS)
+
+
+@pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])
+def test_a_vmap_is_one_call_of_more_rows(batched):
+  """Whatever is mapped: results are those of one at a time, bit for bit."""
+  size = 3
+  x, (do, _) = operands(24, 24, 2, 1)
+  x = {n: jnp.asarray(y, jnp.float32) for n, y in x.items()}
+  segments = documents(T), documents(S)
+  mapped = {
+    "all": ("q", "k", "v", "sinks", "segments"),
+    "q": ("q",),
+    "keys": ("k", "v"),
+    "mask": ("segments",),
+    "sinks": ("sinks",),
+  }[batched]
+  moves = jnp.arange(size, dtype=jnp.float32)
+
+  def one(move):
+    def shifted(name, y):
+      return y + move.astype(y.dtype) if name in mapped else y
+
+    y = {name: shifted(name, z) for name, z in x.items()}
+    mask = Mask.causal(
+      segments=tuple(shifted("segments", z) for z in segments)
+    )
+
+    def run(y):
+      return flash_attention(**y, mask=mask, backend="cpu")
+
+    o, back = jax.vjp(run, y)
+    return o, back(jnp.asarray(do, jnp.float32))[0]
+
+  together = jax.jit(jax.vmap(one))
+  text = str(jax.make_jaxpr(together)(moves))
+  assert text.count("ffi_call[") == 2 and "scan" not in text
+  alone = jax.jit(one)
+  rows = [alone(move) for move in moves]
+  chex.assert_trees_all_close(
+    together(moves),
+    jax.tree.map(lambda *y: jnp.stack(y), *rows),
+    rtol=1e-6,
+    atol=1e-6,
+  )

@@ -1,4 +1,4 @@
-"""Attention on this CPU: xla_blockwise, naive XLA attention, torch's own.
+"""Attention on this CPU: ours, naive XLA attention, torch's own.
 
   make bench ARGS='attention_forward_causal_fp32 --repeats=3'
   .venv/bin/python tests/peers/bench_attention.py ours ROW [LENGTH ...]
@@ -36,11 +36,11 @@ ROWS = tuple(
 
 
 def ours(train: bool, causal: bool, dtype: str, length: int):
-  """A call of `flash_attention`, compiled."""
+  """A call of `flash_attention`, as `auto` has it, compiled."""
   from kernels_pallas.flash_attention.api import flash_attention
 
   def attend(q, k, v):
-    return flash_attention(q, k, v, causal=causal, backend="xla_blockwise")
+    return flash_attention(q, k, v, causal=causal)
 
   return _compiled(attend, train, dtype, length)
 
