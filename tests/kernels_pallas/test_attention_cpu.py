@@ -308,9 +308,7 @@ def test_a_vmap_is_one_call_of_more_rows(batched):
       return y + move.astype(y.dtype) if name in mapped else y
 
     y = {name: shifted(name, z) for name, z in x.items()}
-    mask = Mask.causal(
-      segments=tuple(shifted("segments", z) for z in segments)
-    )
+    mask = Mask.causal(segments=tuple(shifted("segments", z) for z in segments))
 
     def run(y):
       return flash_attention(**y, mask=mask, backend="cpu")
