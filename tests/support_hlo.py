@@ -136,9 +136,10 @@ def _axes(line, mesh):
   return None
 
 
-def _together(sizes, names):
+def _together(sizes, names, ids=None):
   """Returns the groups of devices that differ only along `names`."""
-  ids = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+  ids = np.arange(math.prod(sizes.values())) if ids is None else ids
+  ids = ids.reshape(*sizes.values())
   inside = [i for i, a in enumerate(sizes) if a in names]
   moved = np.moveaxis(ids, inside, range(-len(inside), 0))
   size = math.prod(sizes[a] for a in names)
@@ -147,11 +148,19 @@ def _together(sizes, names):
 
 def _groups(line):
   """Returns the groups of devices, from any of XLA's notations."""
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line)
+  named = re.search(
+    r"replica_groups=mesh\[([^\]]*)\]"
+    r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))? \{([^}]*)\}",
+    line,
+  )
   if named:
     sizes = re.findall(r"'(\w+)'=(\d+)", named[1])
     sizes = {name: int(size) for name, size in sizes}
-    return _together(sizes, re.findall(r"'(\w+)'", named[2]))
+    ids = None
+    if named[2]:
+      dims, order = ([int(i) for i in named[n].split(",")] for n in (2, 3))
+      ids = np.arange(math.prod(dims)).reshape(dims).transpose(order)
+    return _together(sizes, re.findall(r"'(\w+)'", named[4]), ids)
   iota = re.search(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line
   )
