@@ -1,12 +1,12 @@
 """Generation over pages: rows that end make room for prompts that wait.
 
 Continuous batching (Yu et al. 2022, "Orca") over paged keys and values (Kwon et
-al. 2023, arXiv:2309.06180). Four programs do the work, whatever the lengths:
-they read a piece of a prompt, enter its first token among the rows, decode a
-chunk of tokens for all rows, and copy a page in which two prompts part. Between
-chunks rows that have ended give their pages back, and the next prompts take
-them, in order. What a prompt has in common with a row that is there is not read
-again.
+al. 2023, arXiv:2309.06180). Five programs do the work, whatever the lengths:
+they read a piece of a prompt, of either size, enter its first token among the
+rows, decode a chunk of tokens for all rows, and copy a page in which two
+prompts part. Between chunks rows that have ended give their pages back, and the
+next prompts take them, in order. What a prompt has in common with a row that is
+there is not read again.
 
 A row gets pages for all the tokens that it may come to have when it is let in,
 so none is ever turned out. Its tokens are those of `generate`.
@@ -32,8 +32,22 @@ from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
 from research.typing import Params, PRNGKey, UserError
 
-PIECE = 64
-"""Tokens of a prompt that are read at a time."""
+PIECES = (16, 64)
+"""Tokens of a prompt that are read at a time: the least that hold the rest."""
+
+
+def _pieces(
+  prompt: Sequence[int], start: int
+) -> Iterator[tuple[int, np.ndarray, int]]:
+  """Yields where a piece begins, its tokens `[1, size]` and how many are live."""
+  while start < len(prompt):
+    rest = len(prompt) - start
+    size = next((n for n in PIECES if n >= rest), PIECES[-1])
+    piece = prompt[start : start + size]
+    tokens = np.zeros((1, size), np.int32)
+    tokens[0, : len(piece)] = piece
+    yield start, tokens, len(piece)
+    start += size
 
 
 class _Batch:
@@ -68,10 +82,7 @@ class _Batch:
     if start.copy is not None:
       self.pool = programs.copy(self.pool, *map(np.int32, start.copy))
     table = self.pages.table[[row]]
-    for at in range(start.read, len(prompt), PIECE):
-      piece = prompt[at : at + PIECE]
-      tokens = np.zeros((1, PIECE), np.int32)
-      tokens[0, : len(piece)] = piece
+    for at, tokens, length in _pieces(prompt, start.read):
       hidden, self.pool = programs.read(
         self.model,
         self.params,
@@ -79,7 +90,7 @@ class _Batch:
         table,
         np.int32([at]),
         tokens,
-        np.int32([len(piece)]),
+        np.int32([length]),
       )
     seen = None
     if self.rows.seen is not None:
