@@ -39,7 +39,7 @@ PIECES = (16, 64)
 def _pieces(
   prompt: Sequence[int], start: int
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-  """Yields where a piece begins, its tokens `[1, size]` and how many are live."""
+  """Yields where a piece begins, its tokens `[1, size]`, how many are live."""
   while start < len(prompt):
     rest = len(prompt) - start
     size = next((n for n in PIECES if n >= rest), PIECES[-1])

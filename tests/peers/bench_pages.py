@@ -2,10 +2,10 @@
 
   python -m tests.peers.bench_pages [ROW ...] [--rounds 3]
 
-Rows, each a process of its own that prints a JSON line: `short`, four prompts of
-4 tokens, and `ragged`, four of 6, 20, 60 and 400. SmolLM2 in float32, greedy, 80
-new tokens each after the first, pages of 16. Both sides are measured in turn;
-ratios are medians of the rounds'. No torch, no network.
+Rows, each a process of its own that prints a JSON line: `short`, four prompts
+of 4 tokens, and `ragged`, four of 6, 20, 60 and 400. SmolLM2 in float32,
+greedy, 80 new tokens each after the first, pages of 16. Both sides are measured
+in turn; ratios are medians of the rounds'. No torch, no network.
 """
 
 import argparse
