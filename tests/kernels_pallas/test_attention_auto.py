@@ -65,7 +65,7 @@ def same(make, *args, rtol=1e-6):
     jax.jit(make(functools.partial(loss, backend=name)))(*args)
     for name in ("auto", "xla_blockwise")
   )
-  # One program of the same operations, which XLA may fuse another way.
+  # The same operations, which XLA may fuse another way, or the C++ kernel's.
   chex.assert_trees_all_close(ours, theirs, rtol=rtol, atol=rtol)
 
 

@@ -289,7 +289,7 @@ def test_every_backend_has_its_kernel_by_platform():
 
 @pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])
 def test_a_vmap_is_one_call_of_more_rows(batched):
-  """Whatever is mapped: results are those of one at a time, bit for bit."""
+  """Whatever is mapped: results are those of one at a time."""
   size = 3
   x, (do, _) = operands(24, 24, 2, 1)
   x = {n: jnp.asarray(y, jnp.float32) for n, y in x.items()}
