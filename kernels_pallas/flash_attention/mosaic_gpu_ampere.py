@@ -64,16 +64,14 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
   kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
 
   def fetch(name, n):
-    where = b, line.nth(n) * p.tile.streamed, kv
+    batch, head = lax.optimization_barrier((b, kv))
+    where = batch, line.nth(n) * p.tile.streamed, head
     mma.fetch(interpreted, refs[name], smem[name], where)
 
   mma.fetch(interpreted, refs["q"], smem["q"], (b, start, h))
   pl.when(line.steps > 0)(lambda: fetch("k", 0))
   x = tile.View(p, refs, smem.get("p"), b, h)
-  bounds = tile.of_queries(x, start, ROWS)
-  step = functools.partial(
-    _step, x, interpreted, smem, fetch, line, bounds, start
-  )
+  step = functools.partial(_step, x, interpreted, smem, fetch, line, start)
   acc, m, l = stream.consume(
     line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
   )
@@ -83,10 +81,10 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
   mma.store(lse, lse_ref.at[b, h, queries])
 
 
-def _step(x, interpreted, smem, fetch, line, bounds, start, n, where, _, carry,
+def _step(x, interpreted, smem, fetch, line, start, n, where, _, carry,
           masked):  # fmt: skip
   """Scores of one tile, their softmax, and the product with its values."""
-  p = x.p
+  p, x = x.p, mma.late(x)
   q, k, v = mma.again(smem, "qkv")
   fetch("v", n)
   mma.wait(interpreted, 1)
@@ -94,14 +92,16 @@ def _step(x, interpreted, smem, fetch, line, bounds, start, n, where, _, carry,
   # The last step fetches its own keys again: copies have no condition, and as
   # many must be under way in every step.
   fetch("k", jnp.minimum(n + 1, line.steps - 1))
-  seen, drop = None, lambda y: y
+  seen, first = None, 0
   if masked or p.spec.dropout_rate:
     first = where()[1] * p.tile.streamed
-    drop = tile.dropper(x, start, first)
   if masked:
+    bounds = tile.of_queries(x, lax.optimization_barrier(start), ROWS)
     columns = tile.of_keys(x, first, p.tile.streamed)
     seen = tile.visible(x, bounds, columns, first)
   acc, m, l, e = tile.softmax(p, s, seen, carry)
-  e = drop(e)
+  if p.spec.dropout_rate:
+    start, first = lax.optimization_barrier((start, first))
+    e = tile.dropped(p, e, tile.keeper(mma.late(x), start, first)())
   mma.wait(interpreted, 1)
   return mma.accumulate(interpreted, x, acc, e, v), m, l

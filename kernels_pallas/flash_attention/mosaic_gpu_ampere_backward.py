@@ -93,7 +93,10 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
   kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
 
   def fetch(name, n):
-    where = b, line.nth(_last(line, n)) * p.tile.streamed, kv
+    batch, head = b, kv
+    if mma.scarce(p):
+      batch, head = lax.optimization_barrier((b, kv))
+    where = batch, line.nth(_last(line, n)) * p.tile.streamed, head
     mma.fetch(interpreted, refs[name], smem[name], where)
 
   for name in ("q", "do"):
@@ -123,11 +126,13 @@ def _dq_step(x, interpreted, smem, fetch, line, start, n, _, slots, acc,
   mma.wait(interpreted, 1)
   dp = mma.product(interpreted, do, v)
   fetch("v", n + 1)
-  mma.wait(interpreted, 1)
-  s = mma.product(interpreted, q, k)
   late, first, seen = lax.optimization_barrier(start), 0, None
   if masked or p.spec.dropout_rate:
     first = line.nth(n) * p.tile.streamed
+  if kept := tile.keeper(x, late, first):
+    dp = tile.dropped(p, dp, kept())
+  mma.wait(interpreted, 1)
+  s = mma.product(interpreted, q, k)
   if masked:
 
     def seen():
@@ -136,9 +141,8 @@ def _dq_step(x, interpreted, smem, fetch, line, start, n, _, slots, acc,
       return tile.visible(x, bounds, columns, first)
 
   stats = functools.partial(_stats, x, queries=pl.ds(late, ROWS))
-  e, slope = tile.probabilities(x, s, stats(LSE), seen)
-  dp = tile.dropper(x, start, first)(dp)
-  ds = tile.slopes(x, e, slope, dp, stats(SHIFT))
+  _, weight = tile.probabilities(x, s, stats(LSE), seen)
+  ds = tile.slopes(x, weight, dp, stats(SHIFT))
   acc = mma.accumulate(interpreted, x, acc, ds, k)
   fetch("k", n + 1)
   return acc
@@ -167,10 +171,7 @@ def _dkv_kernel(names, p, interpreted, refs, *rest):
     fetch("q", 0)
 
   x = tile.View(p, refs, smem.get("p"), b, h)
-  columns = tile.of_keys(x, start, ROWS)
-  step = functools.partial(
-    _dkv_step, x, interpreted, smem, fetch, line, columns, start
-  )
+  step = functools.partial(_dkv_step, x, interpreted, smem, fetch, line, start)
   sizes = {"dk": p.dims[5], "dv": p.dims[6]}
   acc = stream.consume(
     line, step, {name: tile.zeros(ROWS, sizes[name]) for name in names}
@@ -181,10 +182,12 @@ def _dkv_kernel(names, p, interpreted, refs, *rest):
     mma.store(value, outputs[name].at[b, keys, h])
 
 
-def _dkv_step(x, interpreted, smem, fetch, line, columns, start, n, where, _,
-              acc, masked):  # fmt: skip
+def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
+              masked):  # fmt: skip
   """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
   p = x.p
+  if mma.scarce(p):
+    x = mma.late(x)
   k, q, do = mma.again(smem, ("k", "q", "do"))
   head, i = where()
   first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
@@ -193,24 +196,28 @@ def _dkv_step(x, interpreted, smem, fetch, line, columns, start, n, where, _,
 
     def seen():
       bounds = tile.of_queries(x, first, p.tile.streamed)
+      columns = tile.of_keys(x, lax.optimization_barrier(start), ROWS)
       return tile.visible(x, bounds, columns, start)
 
-  drop = tile.dropper(x, first, start)
+  kept = tile.keeper(x, first, start)
   mma.wait(interpreted, 1)
   if "dk" in acc:
     dp = mma.product(interpreted, mma.again(smem, "v")[0], do)
   if "dv" not in acc:
     fetch("do", n + 1)
+    if kept:
+      # Before there are scores: registers are what there is least of.
+      dp, kept = tile.dropped(p, dp, kept()), None
   mma.wait(interpreted, 0 if "dv" in acc else 1)
   s = mma.product(interpreted, k, q)
   stats = functools.partial(_stats, x, queries=pl.ds(first, p.tile.streamed))
-  e, slope = tile.probabilities(x, s, stats(LSE), seen)
+  e, weight = tile.probabilities(x, s, stats(LSE), seen, kept)
   found = {}
   if "dv" in acc:
-    found["dv"] = mma.accumulate(interpreted, x, acc["dv"], drop(e), do)
+    found["dv"] = mma.accumulate(interpreted, x, acc["dv"], e, do)
     fetch("do", n + 1)
   if "dk" in acc:
-    ds = tile.slopes(x, e, slope, drop(dp), stats(SHIFT))
+    ds = tile.slopes(x, weight, dp, stats(SHIFT), signed=kept is not None)
     found["dk"] = mma.accumulate(interpreted, x, acc["dk"], ds, q)
   fetch("q", n + 1)
   return found

@@ -27,6 +27,9 @@ LSE, SHIFT = 0, 1
 """Rows of `arrays['stats']`, float32 [B, N, 2, T]: the base-2 log-sum-exp, +inf
 where there is none, and delta minus the cotangent of the log-sum-exp."""
 
+EARLY = 4
+"""Rows of a mask, two registers each, that a warpgroup keeps over a loop."""
+
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
   """dq [B, T, N, H] in the type of the output.
@@ -141,7 +144,9 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
       for n in (LSE, SHIFT)
     ]
     stats = rows.__getitem__
-    bounds = tile.of_queries(x, at.start, ROWS)
+    bounds = None
+    if len(p.rows) <= EARLY:
+      bounds = tile.of_queries(x, at.start, ROWS)
     plgpu.barrier_wait(ready.at[at.group])
     step = functools.partial(
       _dq_step, x, at.group, smem, pipe, stats, bounds, at.start
@@ -170,13 +175,15 @@ def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
   if masked:
 
     def seen():
+      late = lax.optimization_barrier(start)
+      rows = bounds or tile.of_queries(x, late, ROWS)
       columns = tile.of_keys(x, first, p.tile.streamed)
-      return tile.visible(x, bounds, columns, first)
+      return tile.visible(x, rows, columns, first)
 
-  drop = tile.dropper(x, start, first)
+  kept = tile.keeper(x, start, first)
   plgpu.barrier_wait(k_full.at[k_slot])
   plgpu.barrier_wait(v_full.at[v_slot])
-  _, ds = _scores(x, (mine["q"], k), (mine["do"], v), stats, seen, drop)
+  ds = _scores(x, (mine["q"], k), (mine["do"], v), stats, seen, kept)
   plgpu.barrier_arrive(v_free.at[v_slot])
   acc = tile.accumulate(x, acc, ds, k)
   plgpu.barrier_arrive(k_free.at[k_slot])
@@ -245,19 +252,22 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
       bounds = tile.of_queries(x, first, p.tile.streamed)
       return tile.visible(x, bounds, columns, start)
 
-  drop = tile.dropper(x, first, start)
+  kept = tile.keeper(x, first, start)
 
   def stats(n):
     row = smem["stats"].at[q_slot, n]
     return plgpu.load(row, layout=plgpu.Layout.WGMMA.reduce(0))
 
+  found = {}
+
+  def values(e):
+    if "dv" in acc:
+      found["dv"] = tile.accumulate(x, acc["dv"], e, do)
+
   plgpu.barrier_wait(q_full.at[q_slot])
   plgpu.barrier_wait(do_full.at[do_slot])
   right = (mine["v"], do) if "dk" in acc else None
-  e, ds = _scores(x, (mine["k"], q), right, stats, seen, drop)
-  found = {}
-  if "dv" in acc:
-    found["dv"] = tile.accumulate(x, acc["dv"], drop(e), do)
+  ds = _scores(x, (mine["k"], q), right, stats, seen, kept, values)
   plgpu.barrier_arrive(do_free.at[do_slot])
   if "dk" in acc:
     found["dk"] = tile.accumulate(x, acc["dk"], ds, q)
@@ -265,35 +275,40 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
   return found
 
 
-def _scores(x, left, right, stats, seen, drop):
-  """P and dS of a tile, or P and None; transposed where queries are streamed.
+def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
+  """dS of a tile, or None; transposed where queries are streamed.
 
-  `stats(n)` reads a row of the statistics and `seen()` gives the mask, if there
-  is one: late, since registers are what there is least of.
+  `stats(n)` reads a row of the statistics, `seen()` gives the mask, if there is
+  one, and `kept()` what dropout keeps: late, since registers are what there is
+  least of. `values(e)` takes the probabilities as soon as they may go.
   """
   p = x.p
 
   def probabilities(s):
-    return tile.probabilities(x, s, stats(LSE), seen)
+    return tile.probabilities(x, s, stats(LSE), seen, kept)
 
-  if right is None:
-    return probabilities(tile.product(*left))[0], None
+  def gradient(weight, dp):
+    signed = kept is not None
+    return tile.slopes(x, weight, dp, stats(SHIFT), signed)
 
-  def gradient(e, slope, dp):
-    return e, tile.slopes(x, e, slope, drop(dp), stats(SHIFT))
-
-  if p.tile.products == "one":
-    e, slope = probabilities(tile.product(*left))
-    return gradient(e, slope, tile.product(*right))
+  if right is None or p.tile.products == "one":
+    e, weight = probabilities(tile.product(*left))
+    values(e)
+    if right is None:
+      return None
+    return gradient(weight, tile.product(*right))
 
   def run(s_out, dp_out):
     plgpu.wgmma(s_out, left[0], left[1].transpose((1, 0)))
     plgpu.wgmma(dp_out, right[0], right[1].transpose((1, 0)))
-    e, slope = probabilities(plgpu.wgmma_accumulator_load(s_out, wait_n=1))
-    return gradient(e, slope, dp_out[...])
+    s = plgpu.wgmma_accumulator_load(s_out, wait_n=1)
+    e, weight = probabilities(s)
+    return e, gradient(weight, dp_out[...])
 
   acc = plgpu.ACC(tile.shape(p), jnp.float32)
-  return pl.run_scoped(run, acc, acc)
+  e, ds = pl.run_scoped(run, acc, acc)
+  values(e)
+  return ds
 
 
 def _held(smem, names, group) -> dict[str, Any]:

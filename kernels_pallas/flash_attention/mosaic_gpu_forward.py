@@ -111,7 +111,6 @@ def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
 def _compute(p, refs, smem, barriers, line, place):
   """(acc, m, l) of a line."""
   (b, h, start, group), (pipe, q_ready, turns) = place, barriers
-  q = smem["q"].at[group]
   operand = smem["p"].at[group] if "p" in smem else None
   x = tile.View(p, refs, operand, b, h)
   bounds = tile.of_queries(x, start, ROWS)
@@ -125,7 +124,9 @@ def _compute(p, refs, smem, barriers, line, place):
   k_full, first = pipe[0][0], stream.slots(line, 0)[0]
   pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(k_full.at[first]))
   pl.when(group == 1)(turn)
-  step = functools.partial(_step, x, q, smem, pipe, turn, line, bounds, start)
+  step = functools.partial(
+    _step, x, group, smem, pipe, turn, line, bounds, start
+  )
   found = stream.consume(
     line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
   )
@@ -133,21 +134,25 @@ def _compute(p, refs, smem, barriers, line, place):
   return found
 
 
-def _step(x, q, smem, pipe, turn, line, bounds, start, n, where, slots, carry,
-          masked):  # fmt: skip
+def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
+          carry, masked):  # fmt: skip
   """Scores of one tile, their softmax, and the product with its values."""
   p, ((k_full, v_full), (k_free, v_free)) = x.p, pipe
   k_slot, v_slot = slots
-  s = tile.product(q, smem["k"].at[k_slot], turn)
+  if p.spec.dropout_rate:
+    # Whose hash needs the registers that addresses of wide queries would take.
+    group = lax.optimization_barrier(group)
+  s = tile.product(smem["q"].at[group], smem["k"].at[k_slot], turn)
   plgpu.barrier_arrive(k_free.at[k_slot])
-  seen, drop = None, lambda y: y
+  seen, k = None, 0
   if masked or p.spec.dropout_rate:
     k = where()[1] * p.tile.streamed
-    drop = tile.dropper(x, start, k)
   if masked:
     seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
   acc, m_new, l, e = tile.softmax(p, s, seen, carry)
-  e = drop(e).astype(smem["v"].dtype)
+  if kept := tile.keeper(x, start, k):
+    e = tile.dropped(p, e, kept())
+  e = e.astype(smem["v"].dtype)
   acc, l, m_new, e = lax.optimization_barrier((acc, l, m_new, e))
   turn()
   plgpu.barrier_wait(v_full.at[v_slot])

@@ -71,6 +71,19 @@ def again(smem: dict[str, Any], names: str | tuple[str, ...]) -> list[Any]:
   return [_late(smem[name]) for name in names]
 
 
+def scarce(p: Problem) -> bool:
+  """Whether there are no registers for addresses that a loop does not change:
+  with a mask, beside the sums of a wide head."""
+  return bool(p.rows) and max(p.dims[5:]) > tile.WIDE
+
+
+def late(x: tile.View) -> tile.View:
+  """The view with a row and head that are not known before a loop, nor what is
+  computed of them: addresses, and hashes."""
+  b, h = lax.optimization_barrier((x.b, x.h))
+  return x._replace(b=b, h=h)
+
+
 def product(interpreted: bool, a: Any, b: Any) -> jax.Array:
   """a b^T of two references, [64, rows of b], in float32.
 

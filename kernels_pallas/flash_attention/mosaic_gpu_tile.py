@@ -5,7 +5,6 @@ Rows are queries in the kernels that stream keys, and keys in the one that
 streams queries; `along` is the axis of the queries.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,6 +20,9 @@ from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
+
+WIDE = 128
+"""Head dim above which accumulators take half of the registers there are."""
 
 
 class View(NamedTuple):
@@ -175,37 +177,55 @@ def probabilities(
   s: jax.Array,
   lse: jax.Array,
   seen: Callable[[], jax.Array] | None,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Those of a tile once more (kernels.md 2.2), and the slope of the soft cap.
+  kept: Callable[[], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Those of a tile once more (kernels.md 2.2), and what they weigh in dS.
+
+  The weight is all that has to wait for the gradient of the probabilities, one
+  register an element: the probability times the slope of the soft cap, neither
+  of which is negative, with the sign of what dropout keeps.
 
   Args:
     x: The view.
     s: Products of queries and keys.
     lse: Base-2 log-sum-exps of the queries, +inf where there is none.
     seen: Gives which are visible, or None: all.
+    kept: Gives which dropout keeps, or None: all, or they were asked before.
+
+  Returns:
+    Probabilities after dropout, and weights, not positive where dropped.
   """
   t, factor, slope = logits(x.p, s, None if seen is None else seen())
-  return jnp.exp2(t * factor - spread(lse, t.shape, x.along)), slope
+  e = jnp.exp2(t * factor - spread(lse, t.shape, x.along))
+  weight = e if slope is None else e * slope
+  if kept is None:
+    return e, weight
+  keep = kept()
+  return dropped(x.p, e, keep), jnp.where(keep, weight, -weight)
 
 
 def slopes(
   x: View,
-  e: jax.Array,
-  slope: jax.Array | None,
+  weight: jax.Array,
   dp: jax.Array,
   shift: jax.Array,
+  signed: bool = False,
 ) -> jax.Array:
   """dS of a tile: the gradient of its logits, but for the scale.
 
   Args:
     x: The view.
-    e: Probabilities.
-    slope: Of the soft cap, or None.
-    dp: Gradient of the probabilities, after dropout.
+    weight: As `probabilities` gave it.
+    dp: Gradient of the probabilities; after dropout, if weights are signed.
     shift: delta of the queries minus the cotangent of their log-sum-exp.
+    signed: Whether the sign of a weight says what was dropped.
   """
-  ds = e * (dp - spread(shift, dp.shape, x.along))
-  return ds if slope is None else ds * slope
+  shift = spread(shift, dp.shape, x.along)
+  if not signed:
+    return weight * (dp - shift)
+  # Of what was dropped it is |weight| (0 - shift), and the weight has a minus.
+  dp = dp * (1 / (1 - x.p.spec.dropout_rate))
+  return weight * jnp.where(weight > 0, dp - shift, shift)
 
 
 def nothing(x: View) -> tuple[jax.Array, jax.Array]:
@@ -288,29 +308,51 @@ def visible(x: View, rows, columns, start: Any) -> jax.Array:
   return seen
 
 
-def dropper(x: View, q: Any, k: Any) -> Callable[[jax.Array], jax.Array]:
-  """What zeroes the dropped probabilities of a tile and scales the others.
+def keeper(x: View, q: Any, k: Any) -> Callable[[], jax.Array] | None:
+  """What gives which probabilities of a tile dropout keeps, or None: all.
+
+  It is called where they are used: across a barrier in memory they are
+  registers.
 
   Args:
     x: The view.
     q: First query.
     k: First key.
   """
-  spec, size = x.p.spec, shape(x.p)
-  if not spec.dropout_rate:
-    return lambda y: y
-  iota = functools.partial(
-    plgpu.broadcasted_iota, jnp.int32, size, layout=plgpu.Layout.WGMMA
+  p = x.p
+  if not p.spec.dropout_rate:
+    return None
+
+  def kept():
+    i, j = (
+      _indices(p, axis, first)
+      for axis, first in ((x.along, q), (1 - x.along, k))
+    )
+    return p.spec.keep(x.refs["seed"][0], p.spec.dropout_rate, x.b, x.h, i, j)
+
+  return kept
+
+
+def dropped(p: Problem, e: jax.Array, keep: jax.Array) -> jax.Array:
+  """Probabilities after dropout: those kept, scaled, and zeros."""
+  return jnp.where(keep, e * (1 / (1 - p.spec.dropout_rate)), 0.0)
+
+
+def _indices(p: Problem, axis: int, first: Any) -> jax.Array:
+  """first, first + 1, ... along an axis of a tile.
+
+  A thread has two neighbours of every eight columns, and all others are
+  constants away: added up in another order, each would be a register over the
+  loop. Only narrow heads with `mma` spill less in the plain order.
+  """
+  size, layout = shape(p), plgpu.Layout.WGMMA
+  if p.spec.blocks.cores == "mma" and max(p.dims[5:]) <= WIDE:
+    return plgpu.broadcasted_iota(jnp.int32, size, axis, layout=layout) + first
+  n = plgpu.broadcasted_iota(
+    jnp.int32, (size[axis],), 0, layout=layout.reduce(1 - axis)
   )
-  kept = spec.keep(
-    x.refs["seed"][0],
-    spec.dropout_rate,
-    x.b,
-    x.h,
-    iota(x.along) + q,
-    iota(1 - x.along) + k,
-  )
-  return lambda y: jnp.where(kept, y * (1 / (1 - spec.dropout_rate)), 0.0)
+  low = n & 7 if axis else n
+  return spread((low + first) + (n - low), size, axis)
 
 
 def _vectors(x, array, names, start, size, across) -> dict[str, jax.Array]:

@@ -44,6 +44,9 @@ TILES = {
     "shared",
     programs=2,
   ),
+  "one_product": GpuTiles(
+    SMALL, GpuTile(2, 64, products="one"), SMALL, operand="shared", programs=1
+  ),
   "ampere": GpuTiles(ONE, ONE, ONE, operand="shared", cores="mma"),
   "ampere_narrow": GpuTiles(
     ONE, NARROW, NARROW, (("dk",), ("dv",)), "shared", "mma"
@@ -141,6 +144,11 @@ CASES = {
     {"causal": True, "dropout_rate": 0.3, "dropout_seed": 5},
     {"Hv": 80, "B": 1},
   ),
+  # A weight has the soft cap's slope, and the sign of what dropout keeps.
+  "dropout_softcap": (
+    {"causal": True, "dropout_rate": 0.3, "dropout_seed": 5, "softcap": 2.0},
+    {"B": 1},
+  ),
 }
 
 
@@ -151,6 +159,10 @@ AMPERE = {
     ("window_segments_sinks", "ampere"),
     ("positions_softcap", "ampere_narrow"),
     ("dropout_other_width", "ampere_narrow"),
+    ("dropout_softcap", "ampere"),
+    ("dropout_softcap", "ampere_narrow"),
+    ("dropout_softcap", "one_group"),
+    ("dropout_softcap", "one_product"),
   )
 }
 CASES |= AMPERE
