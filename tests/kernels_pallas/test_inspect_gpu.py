@@ -124,27 +124,13 @@ def test_compiles_for_ampere(head_dim, mask, direction):
     assert kernel.total["copy"] and not kernel.total.get("wgmma")
     shuffles = kernel.loop.get("shuffle", 0)
     assert kernel.loop["matrix"] and shuffles <= 8 * (name == "forward")
-    # The README says which register.
-    known = 4 if (head_dim, mask, name) == (256, "causal", "dq") else 0
-    assert kernel.spills == known
+    assert kernel.spills == 0
     assert kernel.shared is not None and kernel.shared <= SHARED["a100"]
 
 
 SOME = ("window", "softcap", "dropout")
 # Bytes that a kernel spills, as the README says; the others none.
-SPILLS = {
-  ("h100", gpu.FEATURES, 64): {"dq": 452},
-  ("h100", gpu.FEATURES, 128): {"forward": 176, "dkdv": 232},
-  ("h100", gpu.FEATURES, 256): {"forward": 152, "dk": 48, "dq": 60},
-  ("h100", ("softcap",), 128): {"dkdv": 8},
-  ("h100", ("dropout",), 128): {"forward": 12},
-  ("h100", SOME, 128): {"forward": 12, "dkdv": 192},
-  ("h100", SOME, 256): {"forward": 80, "dk": 36, "dq": 128},
-  ("a100", SOME, 256): {"forward": 136, "dk": 28},
-  ("a100", gpu.FEATURES, 128): {"dq": 8},
-  ("a100", gpu.FEATURES, 256): {"forward": 284, "dq": 36},
-  ("a100", (), 256): {"dk": 32, "dq": 32},  # with values of 192
-}
+SPILLS = {("h100", ("dropout",), 64): {"dq": 8}}
 
 
 @pytest.mark.chips
@@ -157,6 +143,7 @@ SPILLS = {
   [(gpu.FEATURES, H, None) for H in (64, 128, 256)]
   + [(SOME, H, None) for H in (128, 256)]
   + [((name,), 128, None) for name in gpu.FEATURES]
+  + [(("dropout",), 64, None)]
   + [((), 80, None), ((), 192, None), ((), 192, 128)]
   + [((), 192, 256), ((), 256, 192)],
 )
@@ -185,14 +172,10 @@ def test_features_compile_and_spill_what_the_readme_says(
 @pytest.mark.parametrize("target", ["h100", "a100"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_eight_intervals_spill_what_the_readme_says(
-  target, direction, head_dim
-):
+def test_eight_intervals_spill_nothing(target, direction, head_dim):
   job = Job(target=target, direction=direction, mask="eight", head_dim=head_dim)
   for kernel in gpu.measure(job):
-    name = kernel.name.split("_")[2]
-    few = (target, name, head_dim) == ("h100", "dq", 64)
-    assert kernel.spills == 16 * few, name
+    assert kernel.spills == 0, kernel.name
 
 
 def test_features_are_named(capsys):
