@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_attention import backends
-from kernels_pallas.flash_attention.backends import BACKENDS, Sizes, choose
+from kernels_pallas.flash_attention.backends import BACKENDS
+from kernels_pallas.flash_attention.choice import Sizes, choice, choose
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.lowering import device
 from kernels_pallas.masks import Mask, Segments, Window
@@ -185,7 +186,7 @@ def prepare(
     run, config = backends.automatic(x, config, spec)
   else:
     if backend == "auto":
-      backend, _ = backends.choice(x, device(), config, spec)
+      backend, _ = choice(x, device(), config, spec)
     run = backends.named(backend, interpret)
     if config is None:
       config = backends.fitted(x, run.config, device()[1])

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas import lowering, mask_blocks
+from kernels_pallas import lowering
 from kernels_pallas.by_platform import by_platform
 from kernels_pallas.flash_attention import (
   blocking,
@@ -21,16 +20,21 @@ from kernels_pallas.flash_attention.blocked import (
   blocked_attention,
   blocked_gradients,
 )
+from kernels_pallas.flash_attention.choice import (
+  KERNELS,
+  NO_COMPILER,
+  Sizes,
+  choice,
+)
 from kernels_pallas.flash_attention.cotangents import finished, kept, queries
 from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
-  ROWS,
   GpuTiles,
   for_head_dim,
 )
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tiling import LANES, Tiles, for_device
+from kernels_pallas.flash_attention.tiling import Tiles, for_device
 
 BACKENDS = (
   "auto",
@@ -40,16 +44,8 @@ BACKENDS = (
   "mosaic_tpu",
   "mosaic_gpu",
 )
-KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu", "cpu": "cpu"}
-"""By platform, as lowering calls it."""
-
-Sizes = Blocks | CpuTiles | Tiles | GpuTiles
 SIZES = (Blocks, CpuTiles, Tiles, GpuTiles)
 """Types of a call's `config`, one of which each backend takes."""
-
-GPUS = ("gpu", "cuda")
-WIDEST = 256
-"""Head dim above which GPU tiles outgrow registers and shared memory."""
 
 
 def named(name: str, interpret: Any = None) -> Backend:
@@ -108,101 +104,6 @@ def fitted(x: Operands, config: type, kind: str) -> Sizes:
   return blocking.fitted(x)
 
 
-def choose(
-  q: Float[Array, "B T N H"],
-  config: Sizes | None = None,
-  bias: Float[Array, "..."] | None = None,
-  precision: Any = None,
-) -> tuple[str, str]:
-  """What backend 'auto' stands for here, whatever the mask, and why.
-
-  The platform is that of the mesh that is set, which may be a topology to
-  compile for, else that of the default device; a call without a mesh goes by
-  what it is lowered for (`automatic`).
-
-  Args:
-    q: Queries; keys and values are taken to be of their dtype and dim.
-    config: Tile sizes, if the caller gave any.
-    bias: Added to the logits, if any.
-    precision: Of the matmuls.
-  """
-  x = Operands(q, q, q, None, bias)
-  spec = Spec(scale=1.0, precision=precision)
-  return choice(x, lowering.device(), config, spec)
-
-
-def choice(
-  x: Operands, device: tuple[str, str], config: Any, spec: Spec
-) -> tuple[str, str]:
-  """What backend 'auto' stands for on a device, and why.
-
-  Args:
-    x: Arrays of the call.
-    device: Platform and kind.
-    config: Tile sizes, if the caller gave any.
-    spec: Static part; its blocks are not looked at.
-  """
-  platform, kind = device
-  if isinstance(config, Blocks):
-    return "xla_blockwise", "config is a Blocks"
-  if platform in (*GPUS, *KERNELS) and (reason := _refused_by_all(x)):
-    return "xla_blockwise", reason
-  if platform in GPUS:
-    reason = _refused_by_gpu(x, kind, spec.precision)
-    return _either("mosaic_gpu", reason, f"the program is for {kind}")
-  if platform == "tpu":
-    reason = _refused_by_tpu(x)
-    return _either("mosaic_tpu", reason, "the program is for a TPU")
-  if platform == "cpu":
-    return _either("cpu", _refused_by_cpu(x, spec), "the program is for a CPU")
-  return "xla_blockwise", f"there is no kernel for platform {platform} yet"
-
-
-def _either(kernel, refusal, why):
-  return (kernel, why) if refusal is None else ("xla_blockwise", refusal)
-
-
-def _refused_by_all(x) -> str | None:
-  if x.mask is None or x.mask.kind != "function":
-    return None
-  found = mask_blocks.rows(x.mask, x.q.shape[1], x.k.shape[1])
-  return None if found.unlisted is None else mask_blocks.TOO_MANY
-
-
-def _refused_by_gpu(x, kind, precision) -> str | None:
-  if mosaic_gpu.cores(kind) is None:
-    return f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
-  reason = mosaic_gpu.unsupported(x.q, x.k, x.v, x.bias, precision)
-  if reason is not None:
-    return reason
-  wide = max(x.q.shape[-1], x.v.shape[-1])
-  if wide > WIDEST:
-    return f"GPU kernels hold head dims of at most {WIDEST}, found {wide}"
-  if x.q.shape[1] < ROWS:
-    return f"a GPU kernel would pad T to {ROWS} queries"
-  return None
-
-
-def _refused_by_tpu(x) -> str | None:
-  for y in (x.q, x.k, x.v):
-    if y.dtype not in (jnp.bfloat16, jnp.float32):
-      return f"TPU kernels do not compute in {y.dtype}"
-  if x.q.shape[1] < LANES:
-    why = f"a TPU kernel would pad T to {LANES} queries"
-    return f"{why}; decode_attention's would not"
-  return None
-
-
-def _refused_by_cpu(x, spec) -> str | None:
-  if x.q.shape[1] < cpu.FEWEST:
-    return f"a CPU kernel would pad T to {cpu.FEWEST} queries"
-  if reason := cpu.unsupported(spec, x):
-    return reason
-  if lowering.is_cut():
-    return "XLA would gather what a mesh cuts; a shard_map would not"
-  return None if cpu.available() else "no C++ kernel can be compiled here"
-
-
 @dataclasses.dataclass(frozen=True)
 class Platforms:
   """Tile sizes where the platform is not known before lowering.
@@ -221,6 +122,8 @@ class Platforms:
     """Logs what is taken on `platform`, once for each reason."""
     why = dict(self.reasons).get(platform, "it has no kernel yet")
     taken = KERNELS[platform] if platform in dict(self.kernels) else None
+    if taken == "cpu" and not cpu.available():
+      taken, why = None, NO_COMPILER
     lowering.say("attention", platform, taken or "xla_blockwise", why)
 
 
@@ -250,13 +153,17 @@ def automatic(
     return config if isinstance(config, run) else fitted(x, run, kind)
 
   known = lowering.target()
-  if known is not None:
+  if known is not None and known[0] != "cpu":
     name, why = choice(x, known, config, spec)
     lowering.say("attention", known[0], name, why)
     run = named(name)
     return run, sizes(run.config, known[1])
+  # A CPU's kernel may turn out to have no compiler when it is lowered, and has
+  # no tangents of its own: its calls are a mesh's as well as anybody's.
   kernels, reasons = [], []
   for platform, kernel in KERNELS.items():
+    if known is not None and platform != known[0]:
+      continue
     kind = lowering.kind_of(platform)
     name, why = choice(x, (platform, kind), config, spec)
     reasons.append((platform, why))
@@ -280,12 +187,11 @@ def _attention(
   def on_gpu(spec, x):
     return mosaic_gpu.mosaic_gpu_attention(spec, False, x)
 
-  def on_cpu(spec, x):
-    return cpu.cpu_attention.__wrapped__(spec, x)
-
-  kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": on_cpu}
   # Not its custom_vjp: it may be differentiated forwards, of a gradient.
-  return _run(spec, blocked_attention.__wrapped__, kernels, x)
+  plain = blocked_attention.__wrapped__
+  on_cpu = _compiled(spec, cpu.cpu_attention.__wrapped__, plain)
+  kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": on_cpu}
+  return _run(spec, plain, kernels, x)
 
 
 def _forward(spec, x):
@@ -305,7 +211,8 @@ def _backward(spec, saved, cotangents):
   def on_gpu(spec, x, rows):
     return mosaic_gpu.narrow_gradients(spec, False, x, rows)
 
-  kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": cpu.cpu_gradients}
+  on_cpu = _compiled(spec, cpu.cpu_gradients, blocked_gradients)
+  kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": on_cpu}
   kernels = {name: whole(run) for name, run in kernels.items()}
   return (_run(spec, whole(blocked_gradients), kernels, x, rows),)
 
@@ -315,7 +222,18 @@ def _gradients(spec: Spec, x: Operands, rows: Any) -> Operands:
   kernels = {
     platform: named(name).gradients for platform, name in KERNELS.items()
   }
+  kernels["cpu"] = _compiled(spec, cpu.cpu_gradients, blocked_gradients)
   return _run(spec, blocked_gradients, kernels, x, rows)
+
+
+def _compiled(spec: Spec, kernel: Callable, plain: Callable) -> Callable:
+  """The C++ kernel, or `plain` where no compiler turns out to be here."""
+  blocks = dataclasses.replace(spec, blocks=spec.blocks.default)
+
+  def run(spec, *xs):
+    return kernel(spec, *xs) if cpu.available() else plain(blocks, *xs)
+
+  return run
 
 
 def _run(spec: Spec, plain: Callable, kernels: dict[str, Callable], *xs):

@@ -65,12 +65,13 @@ class CpuTiles:
 
   Attributes:
     chunk: Keys of a chunk, at least.
-    tasks: Of the backward pass, as far as there are keys for them.
+    tasks: Of the backward pass, as far as there are keys for them: at most so
+      many arrays of the size of q.
     isa: Of `ISAS`; "auto" is the best that the running CPU has.
   """
 
   chunk: int = 384
-  tasks: int = 16
+  tasks: int = 4
   isa: str = "auto"
 
   def __post_init__(self):
@@ -216,8 +217,11 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
     B = arrays[0].shape[1 if batched[0] else 0]
 
     def fold(x, batched):
-      if not x.size or not (batched or x.shape[0] == B):
-        return x[0] if batched else x
+      shape = x.shape[1:] if batched else x.shape
+      if shape == (0,):
+        return jnp.zeros(shape, x.dtype)
+      if not batched and x.shape[0] != B:
+        return x
       x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
       x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
       return x.reshape(size * B, *x.shape[2:])

@@ -1,12 +1,12 @@
 // Exact attention on CPU, forward and backward, in float32.
 //
-// XLA multiplies tiles of queries and keys by calls of its matmul, between which
-// scores go through memory; here a tile's scores stay in the first levels of
-// cache. Flash attention as of Dao 2023 (arXiv:2307.08691): the forward pass
+// XLA multiplies tiles of queries and keys by calls of its matmul, between
+// which scores go through memory; here a tile's scores stay in the first levels
+// of cache. Flash attention as of Dao 2023 (arXiv:2307.08691): the forward pass
 // keeps the log-sum-exp, from which the backward pass has its probabilities.
 //
-// A task's sums have an order of their own, and tasks depend on shapes alone, so
-// results do not depend on the number of threads (their last bits do on the
+// A task's sums have an order of their own, and tasks depend on shapes alone,
+// so results do not depend on the number of threads (their last bits do on the
 // instruction set).
 //
 // `cpu_problem.h` says what is computed, `cpu_mask.h` which tiles are visited,
@@ -34,7 +34,8 @@ inline Kernels kernels(const std::string& name) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if ((any || name == "avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
     return {avx512::forward, avx512::backward, avx512::forward_tasks,
             avx512::backward_tasks};
   }

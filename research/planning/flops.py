@@ -47,8 +47,8 @@ def _inside(e: Any) -> Iterator[Any]:
   """Yields the functions that an equation calls."""
   if e.primitive.name.startswith("custom_"):
     # Its rules for derivatives stand beside the function itself.
-    names = [k for k in ("call_jaxpr", "fun_jaxpr", "jaxpr") if k in e.params]
-    yield _open(e.params[names[0]])
+    names = ("call_jaxpr", "fun_jaxpr", "jaxpr", "call")
+    yield _open(next(e.params[k] for k in names if k in e.params))
     return
   for value in e.params.values():
     for x in value if isinstance(value, tuple | list) else (value,):

@@ -126,7 +126,11 @@ def _shapes(batch: Batch) -> dict[str, str]:
 
 
 def _cost(compiled: Any) -> dict[str, float]:
-  """Returns what XLA says of a program; bodies of loops count once."""
+  """Returns what XLA says of a program.
+
+  Bodies of loops count once, and kernels that are not XLA's, such as attention
+  in C++, not at all.
+  """
   flops = (compiled.cost_analysis() or {}).get("flops")
   usage = compiled.memory_analysis()
   cost = {} if flops is None else {"compile/flops": float(flops)}

@@ -1,6 +1,6 @@
-// Random attention by every kernel of cpu_attention.cc, each buffer a heap block
-// of its exact size, each helper a thread that starts late: what the sanitizers
-// watch.
+// Random attention by every kernel of cpu_attention.cc, each buffer a heap
+// block of its exact size, each helper a thread that starts late: what the
+// sanitizers watch.
 //
 // Fails unless results are those of double precision, bitwise the same with 1,
 // 2 and 5 threads, and tiles are classified as counting pairs does. Prints how
@@ -92,71 +92,105 @@ bool close(const char* what, double got, double want, double size) {
   return false;
 }
 
-// The results of one query head of one row, in double precision.
-bool right(const Problem& p, const Results& r, int64_t b, int64_t n) {
-  const int64_t k = n / p.group();
-  std::vector<double> dk(p.S * p.H), dv(p.S * p.V);
-  for (int64_t t = 0; t < p.T; ++t) {
-    const int64_t q = (b * p.T + t) * p.N + n;
-    std::vector<double> w(p.S), o(p.V), dq(p.H);
-    double most = -INFINITY, sum = 0, shift = 0;
-    const auto key = [&](int64_t s) { return (b * p.S + s) * p.K + k; };
+// One query head of one row, in double precision, a query at a time.
+struct Head {
+  const Problem& p;
+  int64_t b, n, k;
+  std::vector<double> dk, dv;
+
+  Head(const Problem& p, int64_t b, int64_t n)
+      : p(p), b(b), n(n), k(n / p.group()), dk(p.S * p.H), dv(p.S * p.V) {}
+
+  int64_t query(int64_t t) const { return (b * p.T + t) * p.N + n; }
+  int64_t key(int64_t s) const { return (b * p.S + s) * p.K + k; }
+
+  // The probabilities of all keys, and the log-sum-exp.
+  std::vector<double> probabilities(int64_t t, double* lse) const {
+    std::vector<double> w(p.S, -INFINITY);
+    double most = -INFINITY, sum = 0;
     for (int64_t s = 0; s < p.S; ++s) {
-      w[s] = -INFINITY;
       if (!sees(p, b, t, s)) continue;
       w[s] = 0;
       for (int64_t h = 0; h < p.H; ++h) {
-        w[s] += double(p.q[q * p.H + h]) * p.k[key(s) * p.H + h];
+        w[s] += double(p.q[query(t) * p.H + h]) * p.k[key(s) * p.H + h];
       }
       w[s] *= p.scale, most = std::max(most, w[s]);
     }
-    const int64_t sink = p.sinks_of_rows ? b * p.N + n : n;
-    if (p.sinks) most = std::max(most, double(p.sinks[sink]));
+    double sink = -INFINITY;
+    if (p.sinks) sink = p.sinks[p.sinks_of_rows ? b * p.N + n : n];
+    most = std::max(most, sink);
     const bool some = most > -INFINITY;
     for (double& x : w) sum += x = some ? std::exp(x - most) : 0;
-    if (p.sinks && some) sum += std::exp(p.sinks[sink] - most);
-    const double lse = some ? most + std::log(sum) : -INFINITY;
+    if (some) sum += std::exp(sink - most);
+    for (double& x : w) x = some ? x / sum : 0;
+    *lse = some ? most + std::log(sum) : -INFINITY;
+    return w;
+  }
+
+  // Whether a query's results are right; adds to the keys' gradients.
+  bool right(const Results& r, int64_t t) {
+    double lse, shift = 0;
+    const std::vector<double> w = probabilities(t, &lse);
     const float got = r.lse[(b * p.N + n) * p.T + t];
-    if (!(got == lse) && !close("lse", got, lse, 10)) return false;
-    for (int64_t s = 0; s < p.S; ++s) {
-      w[s] = some ? w[s] / sum : 0;
-      for (int64_t h = 0; h < p.V; ++h) o[h] += w[s] * p.v[key(s) * p.V + h];
+    if (!(got == lse) && !close("lse", got, lse, 10 + std::fabs(lse))) {
+      return false;
     }
+    const float* d_o = p.d_o + query(t) * p.V;
     for (int64_t h = 0; h < p.V; ++h) {
-      if (!close("o", r.o[q * p.V + h], o[h], 4)) return false;
-      shift += o[h] * p.d_o[q * p.V + h];
+      double o = 0;
+      for (int64_t s = 0; s < p.S; ++s) o += w[s] * p.v[key(s) * p.V + h];
+      if (!close("o", r.o[query(t) * p.V + h], o, 4 * size())) return false;
+      shift += o * d_o[h];
     }
+    std::vector<double> dq(p.H);
     for (int64_t s = 0; s < p.S; ++s) {
       double dp = 0;
       for (int64_t h = 0; h < p.V; ++h) {
-        dp += double(p.d_o[q * p.V + h]) * p.v[key(s) * p.V + h];
-        dv[s * p.V + h] += w[s] * p.d_o[q * p.V + h];
+        dp += double(d_o[h]) * p.v[key(s) * p.V + h];
+        dv[s * p.V + h] += w[s] * d_o[h];
       }
       const double ds = w[s] * (dp - shift) * p.scale;
       for (int64_t h = 0; h < p.H; ++h) {
         dq[h] += ds * p.k[key(s) * p.H + h];
-        dk[s * p.H + h] += ds * p.q[q * p.H + h];
+        dk[s * p.H + h] += ds * p.q[query(t) * p.H + h];
       }
     }
     for (int64_t h = 0; h < p.H; ++h) {
       double sum = 0;
       for (int64_t c = 0; c < p.chunks; ++c) {
-        sum += r.dq[(c * p.B * p.T * p.N + q) * p.H + h];
+        sum += r.dq[(c * p.B * p.T * p.N + query(t)) * p.H + h];
       }
-      if (!close("dq", sum, dq[h], 40)) return false;
+      if (!close("dq", sum, dq[h], 40 * size() * size())) return false;
     }
+    return true;
   }
-  if (p.group() > 1) return true;  // the sum over heads is JAX's test's
-  for (int64_t s = 0; s < p.S; ++s) {
-    const int64_t at = (b * p.S + s) * p.K + k;
-    for (int64_t h = 0; h < p.H; ++h) {
-      if (!close("dk", r.dk[at * p.H + h], dk[s * p.H + h], 80)) return false;
+
+  // Whether the keys' are, which sum over all heads: for one head alone.
+  bool keys_right(const Results& r) const {
+    if (p.group() > 1) return true;  // the sum over heads is JAX's test's
+    for (int64_t s = 0; s < p.S; ++s) {
+      const float *k = &r.dk[key(s) * p.H], *v = &r.dv[key(s) * p.V];
+      const double size = 80 * this->size() * this->size();
+      for (int64_t h = 0; h < p.H; ++h) {
+        if (!close("dk", k[h], dk[s * p.H + h], size)) return false;
+      }
+      for (int64_t h = 0; h < p.V; ++h) {
+        if (!close("dv", v[h], dv[s * p.V + h], size)) return false;
+      }
     }
-    for (int64_t h = 0; h < p.V; ++h) {
-      if (!close("dv", r.dv[at * p.V + h], dv[s * p.V + h], 80)) return false;
-    }
+    return true;
   }
-  return true;
+
+  // Large logits are off by more, and so is what follows from them.
+  double size() const { return p.scale > 1 ? 20 : 1; }
+};
+
+bool right(const Problem& p, const Results& r, int64_t b, int64_t n) {
+  Head head(p, b, n);
+  for (int64_t t = 0; t < p.T; ++t) {
+    if (!head.right(r, t)) return false;
+  }
+  return head.keys_right(r);
 }
 
 // Tiles: none that has a pair is empty, none that lacks one full; where indices
@@ -188,50 +222,80 @@ bool classified(const Problem& p, int64_t b, int64_t bq, int64_t bk) {
   return true;
 }
 
-bool one() {
+// A random problem, and the arrays it points to.
+struct Drawn {
   Problem p{};
-  p.B = 1 + below(2), p.T = 1 + below(90), p.S = 1 + below(300);
-  p.K = 1 + below(2), p.N = p.K * (1 + below(3));
-  p.H = 1 + below(40), p.V = 1 + below(40);
-  p.scale = 1 / std::sqrt(float(p.H));
-  p.intervals = 1 + below(2);
-  const int64_t most = 1 + below(3);
-  p.chunks = (p.S + (p.S + most - 1) / most - 1) / ((p.S + most - 1) / most);
-  const auto q = normals(p.B * p.T * p.N * p.H), k = normals(p.B * p.S * p.K * p.H),
-             v = normals(p.B * p.S * p.K * p.V), sinks = normals(p.B * p.N),
-             d_o = normals(p.B * p.T * p.N * p.V);
-  p.q = q.data(), p.k = k.data(), p.v = v.data(), p.d_o = d_o.data();
-  if (below(2)) p.sinks = sinks.data(), p.sinks_of_rows = below(2);
-  p.bounds_of_rows = below(2), p.coordinates_of_rows = below(2);
-  p.q_segments_of_rows = below(2), p.k_segments_of_rows = below(2);
-  std::vector<int32_t> bounds((p.bounds_of_rows ? p.B : 1) * p.intervals * 2 *
-                              p.T);
-  // Windows that move with the queries, which is what masks are; some see none.
-  const bool indices = below(2);
-  const int64_t width = 1 + below(p.S);
-  for (int64_t i = 0; i < int64_t(bounds.size()); i += 2 * p.T) {
-    const int64_t n = i / p.T / 2 % p.intervals, from = n * p.S / 2;
-    const int64_t to = (n + 1) * p.S / p.intervals;
-    for (int64_t t = 0; t < p.T; ++t) {
-      const int64_t lo = from + t * (to - from) / p.T / 2;
-      bounds[i + t] = int32_t(least(lo, to));
-      bounds[i + p.T + t] = below(20) ? int32_t(least(lo + width, to)) : 0;
+  std::vector<float> q, k, v, d_o, sinks;
+  std::vector<int32_t> bounds, coordinates, ours, theirs;
+
+  Drawn() {
+    p.B = 1 + below(2), p.T = 1 + below(90), p.S = 1 + below(300);
+    p.K = 1 + below(2), p.N = p.K * (1 + below(3));
+    p.H = 1 + below(40), p.V = 1 + below(40);
+    // Now and then such that whole rows of logits are below -88.
+    p.scale = (below(6) ? 1 : 60) / std::sqrt(float(p.H));
+    const int64_t most = 1 + below(3), each = (p.S + most - 1) / most;
+    p.chunks = (p.S + each - 1) / each;
+    q = normals(p.B * p.T * p.N * p.H), k = normals(p.B * p.S * p.K * p.H);
+    v = normals(p.B * p.S * p.K * p.V), d_o = normals(p.B * p.T * p.N * p.V);
+    if (p.scale > 1) {
+      for (float& x : q) x = std::fabs(x);
+      for (float& x : k) x = -std::fabs(x);
     }
+    p.q = q.data(), p.k = k.data(), p.v = v.data(), p.d_o = d_o.data();
+    p.sinks_of_rows = below(2);
+    sinks = normals((p.sinks_of_rows ? p.B : 1) * p.N);
+    if (below(2)) p.sinks = sinks.data();
+    if (!below(3)) sinks[below(int64_t(sinks.size()))] = -INFINITY;
+    draw_bounds();
+    draw_keys();
   }
-  std::vector<int32_t> coordinates((p.coordinates_of_rows ? p.B : 1) * p.S);
-  for (auto& c : coordinates) c = below(9) ? int32_t(below(p.S)) : -1;
-  std::vector<int32_t> ours((p.q_segments_of_rows ? p.B : 1) * p.T);
-  std::vector<int32_t> theirs((p.k_segments_of_rows ? p.B : 1) * p.S);
-  const int64_t segments = 1 + below(3);
-  for (int64_t i = 0; i < int64_t(ours.size()); ++i) {
-    ours[i] = int32_t(i % p.T * segments / p.T) - (below(9) ? 0 : 1);
+
+  int64_t rows(bool of_rows) const { return of_rows ? p.B : 1; }
+
+  // Windows that move with the queries, which is what masks are; some see none.
+  // Or everything: few tiles would be full otherwise.
+  void draw_bounds() {
+    const bool full = !below(3);
+    p.intervals = full ? 1 : 1 + below(2), p.bounds_of_rows = below(2);
+    bounds.resize(rows(p.bounds_of_rows) * p.intervals * 2 * p.T);
+    const int64_t width = 1 + below(p.S);
+    for (int64_t i = 0; i < int64_t(bounds.size()); i += 2 * p.T) {
+      const int64_t n = i / p.T / 2 % p.intervals, from = n * p.S / 2;
+      const int64_t to = (n + 1) * p.S / p.intervals;
+      for (int64_t t = 0; t < p.T; ++t) {
+        const int64_t lo = from + t * (to - from) / p.T / 2;
+        bounds[i + t] = full ? 0 : int32_t(least(lo, to));
+        const int64_t hi = below(20) ? least(lo + width, to) : 0;
+        bounds[i + p.T + t] = int32_t(full ? p.S : hi);
+      }
+    }
+    p.bounds = bounds.data();
   }
-  for (int64_t i = 0; i < int64_t(theirs.size()); ++i) {
-    theirs[i] = below(9) ? int32_t(i % p.S * segments / p.S) : -2;
+
+  // Coordinates or indices, segments or none.
+  void draw_keys() {
+    p.coordinates_of_rows = below(2);
+    coordinates.resize(rows(p.coordinates_of_rows) * p.S);
+    for (auto& c : coordinates) c = below(9) ? int32_t(below(p.S)) : -1;
+    if (below(2)) p.coordinates = coordinates.data();
+    p.q_segments_of_rows = below(2), p.k_segments_of_rows = below(2);
+    ours.resize(rows(p.q_segments_of_rows) * p.T);
+    theirs.resize(rows(p.k_segments_of_rows) * p.S);
+    const int64_t segments = 1 + below(3);
+    for (int64_t i = 0; i < int64_t(ours.size()); ++i) {
+      ours[i] = int32_t(i % p.T * segments / p.T) - (below(9) ? 0 : 1);
+    }
+    for (int64_t i = 0; i < int64_t(theirs.size()); ++i) {
+      theirs[i] = below(9) ? int32_t(i % p.S * segments / p.S) : -2;
+    }
+    if (below(2)) p.q_segments = ours.data(), p.k_segments = theirs.data();
   }
-  p.bounds = bounds.data();
-  if (!indices) p.coordinates = coordinates.data();
-  if (below(2)) p.q_segments = ours.data(), p.k_segments = theirs.data();
+};
+
+bool one() {
+  const Drawn drawn;
+  const Problem& p = drawn.p;
   for (int64_t b = 0; b < p.B; ++b) {
     if (!classified(p, b, 1 + below(40), 1 + below(60))) return false;
   }

@@ -1,0 +1,125 @@
+"""What backend 'auto' stands for on a device, and why.
+
+What a kernel refuses stands here, in words; `backends` says what a call runs.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels_pallas import lowering, mask_blocks
+from kernels_pallas.flash_attention import cpu, mosaic_gpu
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS, GpuTiles
+from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
+from kernels_pallas.flash_attention.tiling import LANES, Tiles
+
+KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu", "cpu": "cpu"}
+"""By platform, as lowering calls it."""
+
+Sizes = Blocks | cpu.CpuTiles | Tiles | GpuTiles
+
+GPUS = ("gpu", "cuda")
+NO_COMPILER = "no C++ kernel can be compiled here"
+WIDEST = 256
+"""Head dim above which GPU tiles outgrow registers and shared memory."""
+
+
+def choose(
+  q: Float[Array, "B T N H"],
+  config: Sizes | None = None,
+  bias: Float[Array, "..."] | None = None,
+  precision: Any = None,
+) -> tuple[str, str]:
+  """What backend 'auto' stands for here, whatever the mask, and why.
+
+  Of a call without soft cap, dropout and sinks, which a kernel may not take.
+
+  The platform is that of the mesh that is set, which may be a topology to
+  compile for, else that of the default device; a call without a mesh goes by
+  what it is lowered for (`automatic`).
+
+  Args:
+    q: Queries; keys and values are taken to be of their dtype and dim.
+    config: Tile sizes, if the caller gave any.
+    bias: Added to the logits, if any.
+    precision: Of the matmuls.
+  """
+  x = Operands(q, q, q, None, bias)
+  spec = Spec(scale=1.0, precision=precision)
+  name, why = choice(x, lowering.device(), config, spec)
+  if name == "cpu" and not cpu.available():
+    return "xla_blockwise", NO_COMPILER
+  return name, why
+
+
+def choice(
+  x: Operands, device: tuple[str, str], config: Any, spec: Spec
+) -> tuple[str, str]:
+  """What backend 'auto' stands for on a device, and why.
+
+  Args:
+    x: Arrays of the call.
+    device: Platform and kind.
+    config: Tile sizes, if the caller gave any.
+    spec: Static part; its blocks are not looked at.
+  """
+  platform, kind = device
+  if isinstance(config, Blocks):
+    return "xla_blockwise", "config is a Blocks"
+  if platform in (*GPUS, *KERNELS) and (reason := _refused_by_all(x)):
+    return "xla_blockwise", reason
+  if platform in GPUS:
+    reason = _refused_by_gpu(x, kind, spec.precision)
+    return _either("mosaic_gpu", reason, f"the program is for {kind}")
+  if platform == "tpu":
+    reason = _refused_by_tpu(x)
+    return _either("mosaic_tpu", reason, "the program is for a TPU")
+  if platform == "cpu":
+    return _either("cpu", _refused_by_cpu(x, spec), "the program is for a CPU")
+  return "xla_blockwise", f"there is no kernel for platform {platform} yet"
+
+
+def _either(kernel, refusal, why):
+  return (kernel, why) if refusal is None else ("xla_blockwise", refusal)
+
+
+def _refused_by_all(x) -> str | None:
+  if x.mask is None or x.mask.kind != "function":
+    return None
+  found = mask_blocks.rows(x.mask, x.q.shape[1], x.k.shape[1])
+  return None if found.unlisted is None else mask_blocks.TOO_MANY
+
+
+def _refused_by_gpu(x, kind, precision) -> str | None:
+  if mosaic_gpu.cores(kind) is None:
+    return f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
+  reason = mosaic_gpu.unsupported(x.q, x.k, x.v, x.bias, precision)
+  if reason is not None:
+    return reason
+  wide = max(x.q.shape[-1], x.v.shape[-1])
+  if wide > WIDEST:
+    return f"GPU kernels hold head dims of at most {WIDEST}, found {wide}"
+  if x.q.shape[1] < ROWS:
+    return f"a GPU kernel would pad T to {ROWS} queries"
+  return None
+
+
+def _refused_by_tpu(x) -> str | None:
+  for y in (x.q, x.k, x.v):
+    if y.dtype not in (jnp.bfloat16, jnp.float32):
+      return f"TPU kernels do not compute in {y.dtype}"
+  if x.q.shape[1] < LANES:
+    why = f"a TPU kernel would pad T to {LANES} queries"
+    return f"{why}; decode_attention's would not"
+  return None
+
+
+def _refused_by_cpu(x, spec) -> str | None:
+  if x.q.shape[1] < cpu.FEWEST:
+    return f"a CPU kernel would pad T to {cpu.FEWEST} queries"
+  if reason := cpu.unsupported(spec, x):
+    return reason
+  if lowering.is_cut():
+    return "XLA would gather what a mesh cuts; a shard_map would not"
+  return None
