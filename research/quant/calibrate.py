@@ -27,7 +27,7 @@ from research.data.sources import Documents, PydocTopics
 from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.quant import drift, replay
-from research.statistics import Statistic
+from research.statistics import Gradient, Statistic
 from research.typing import Array, Float, Int, Params, UserError
 
 Seen = dict[str, dict[str, Array]]
@@ -136,7 +136,7 @@ class Inputs:
   x: Float[Array, "N T D"]
   batch: int
   memory: dict[str, replay.Held] = dataclasses.field(
-    default_factory=dict, compare=False, repr=False
+    default_factory=dict, init=False, compare=False, repr=False
   )
 
   def batches(self) -> list[Float[Array, "B T D"]]:
@@ -165,7 +165,9 @@ class Inputs:
       paths: of weights, such as `attention/q`.
       statistic: see `research.statistics`.
     """
+    # What is replayed leads back to nothing: gradients need all of it.
     held = replay.valid(self.memory, params)
+    held = {} if isinstance(statistic, Gradient) else held
     keep = tuple(p for p in replay.keepable(params, paths) if p not in held)
     total: Any = None
     rows: list[dict[str, Array]] = []

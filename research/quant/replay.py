@@ -98,8 +98,9 @@ class WithRows:
     return self.of_rows.shapes(size_in, size_out) | {ROWS: shape}
 
   def of(self, rows: Rows) -> Arrays:
-    if rows.sizes is None:
+    if rows.sizes is None:  # a router's are flat
       kept = rows.x.astype(jnp.float32)
+      kept = kept.reshape(self.batch, self.length, -1)
     else:  # experts' are sorted, and nobody asks for them
       shape = (len(rows.sizes), self.batch, self.length, rows.x.shape[-1])
       kept = jnp.zeros(shape)

@@ -14,7 +14,7 @@ from research.nn.routing import Routing
 from research.quant import calibrate, drift, replay
 from research.quant.activations import InputTensor, Round
 from research.quant.calibrate import Inputs
-from research.statistics import Covariance, Magnitudes
+from research.statistics import Covariance, Gradient, Magnitudes
 from research.typing import UserError
 from tests import support
 
@@ -37,7 +37,7 @@ def problem(family="llama", **changes):
 
 def fresh(inputs):
   """Returns inputs that remember nothing."""
-  return dataclasses.replace(inputs, memory={})
+  return dataclasses.replace(inputs)
 
 
 def swapped(layer, other, paths):
@@ -204,3 +204,33 @@ def test_experts_are_not_replayed():
   w = replay.Replayed(jnp.ones((2, 3, 4)), jnp.ones((1, 5, 3)))
   with pytest.raises(UserError, match="expected a matrix"):
     weights.ragged_dot(jnp.ones((5, 3)), w, jnp.asarray([2, 3]))
+
+
+def test_gradients_are_those_of_the_whole_layer():
+  old, _, inputs = problem()
+  inputs = fresh(inputs)
+  for path in ("attention/o", "mlp/down"):
+    inputs.seen(old, [path], Covariance())
+  for path in ("attention/o", "attention/q", "mlp/up"):
+    ours = inputs.seen(old, [path], Gradient())[path]["g"]
+    theirs = fresh(inputs).seen(old, [path], Gradient())[path]["g"]
+    assert np.any(theirs)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_router_is_seen_beside_what_is_kept():
+  old, _, inputs = problem("mixtral", sparse=SPARSE)
+  paths = ["attention/o", "mlp/router"]
+  ours = fresh(inputs).seen(old, paths, Covariance())
+  for path in paths:
+    (theirs,) = fresh(inputs).seen(old, [path], Covariance()).values()
+    np.testing.assert_allclose(
+      ours[path]["xx"], theirs["xx"], rtol=10 * EPS, atol=10 * EPS
+    )
+
+
+def test_other_inputs_remember_nothing():
+  old, _, inputs = problem()
+  inputs = fresh(inputs)
+  inputs.seen(old, ["attention/o"], Covariance())
+  assert inputs.memory and not dataclasses.replace(inputs, batch=2).memory
