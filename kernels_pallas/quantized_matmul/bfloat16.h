@@ -61,10 +61,18 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
   }
 }
 
+constexpr int64_t kFew = 16;
+
 // Rows [first, last) times PANELS panels, whose codes stay in cache.
 template <int PANELS>
 TARGET void rows(const Problem& p, int64_t first, int64_t last, int64_t panel) {
   int64_t row = first;
+  // A few rows meet the weights once, while these come from memory.
+  for (; p.rows < kFew && row + 8 <= last; row += 8) {
+    for (int64_t q = 0; q < PANELS; q += 2) {
+      tile<8, PANELS < 2 ? 1 : 2>(p, row, panel + q);
+    }
+  }
   for (; row + 4 <= last; row += 4) tile<4, PANELS>(p, row, panel);
   for (; row < last; ++row) tile<1, PANELS>(p, row, panel);
 }
