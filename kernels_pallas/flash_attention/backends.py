@@ -111,7 +111,7 @@ class Platforms:
   Attributes:
     default: Of xla_blockwise, for every platform that has no other.
     kernels: (platform, tiles) where 'auto' takes the platform's kernel.
-    reasons: (platform, why) of all of `KERNELS`.
+    reasons: (platform, why) of all of `KERNELS`, or of the mesh's alone.
   """
 
   default: Blocks
@@ -132,8 +132,8 @@ def automatic(
 ) -> tuple[Backend, Sizes | Platforms]:
   """What 'auto' runs, and its tile sizes.
 
-  Under a mesh, which knows its devices, that is a backend. Without one it is
-  decided when the call is lowered, by the platform that it is lowered for.
+  Under a mesh of accelerators, which it knows, that is a backend. Otherwise it
+  is decided when the call is lowered, by the platform that it is lowered for.
 
   Args:
     x: Arrays of the call.
@@ -158,8 +158,8 @@ def automatic(
     lowering.say("attention", known[0], name, why)
     run = named(name)
     return run, sizes(run.config, known[1])
-  # A CPU's kernel may turn out to have no compiler when it is lowered, and has
-  # no tangents of its own: its calls are a mesh's as well as anybody's.
+  # Under a mesh of CPUs, too: whether there is a compiler is asked when a call
+  # is lowered, and tangents, which the C++ kernel has not, are xla_blockwise's.
   kernels, reasons = [], []
   for platform, kernel in KERNELS.items():
     if known is not None and platform != known[0]:

@@ -53,7 +53,7 @@ FULL = (None, *jax.lax.Precision, "default", "high", "highest")
 """Precisions that float32's own satisfies."""
 
 FEWEST = 32
-"""Queries from which on a vector of them is full."""
+"""Queries that a tile of AVX-512 has: fewer would leave lanes empty."""
 
 
 @dataclasses.dataclass(frozen=True)
