@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.flash_attention import cpu
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.tiling import Tile
 from kernels_pallas.inspect import traffic
@@ -89,7 +90,7 @@ def exactness(length: int) -> list[dict[str, Any]]:
   Returns:
     For each backend and type: `error` of the output and of the gradients of q,
     k and v, and `naive`, that of the definition in the same type. The TPU
-    kernels are interpreted.
+    kernels are interpreted, the cpu backend has float32 alone.
   """
   rng = np.random.default_rng(0)
   draw = rng.standard_normal((4, 1, length, 1, 64))
@@ -102,10 +103,10 @@ def exactness(length: int) -> list[dict[str, Any]]:
     naive = _error(
       _results(jax.nn.dot_product_attention, x, is_causal=True), truth
     )
-    for backend, options in (
-      ("xla_blockwise", {}),
-      ("mosaic_tpu", {"interpret": True}),
-    ):
+    backends = {"xla_blockwise": {}, "mosaic_tpu": {"interpret": True}}
+    if dtype == "float32" and cpu.available():
+      backends["cpu"] = {}
+    for backend, options in backends.items():
       found = _results(flash_attention, x, backend=backend, **options)
       rows.append(
         {"backend": backend, "dtype": dtype, "error": _error(found, truth)}

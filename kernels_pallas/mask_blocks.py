@@ -56,6 +56,11 @@ class Rows:
   segments: Any
   unlisted: Mask | None = None
 
+  def check_listed(self) -> None:
+    """Raises ValueError if bounds are not all that kernels need to know."""
+    if self.unlisted is not None:
+      raise ValueError(f"mask function: {TOO_MANY}; xla_blockwise can")
+
 
 def rows(mask: Mask, T: int, S: int) -> Rows:
   """The mask as intervals and segments.
@@ -111,8 +116,7 @@ def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
     ValueError: Of a function's mask a query sees more intervals than kernels
       compare with.
   """
-  if found.unlisted is not None:
-    raise ValueError(f"mask function: {TOO_MANY}; xla_blockwise can")
+  found.check_listed()
   rows, columns = {}, {}
   for n in range(0, found.bounds.shape[1], 2):
     lo, hi = found.bounds[:, n], found.bounds[:, n + 1]

@@ -228,10 +228,10 @@ def _gradients(spec: Spec, x: Operands, rows: Any) -> Operands:
 
 def _compiled(spec: Spec, kernel: Callable, plain: Callable) -> Callable:
   """The C++ kernel, or `plain` where no compiler turns out to be here."""
-  blocks = dataclasses.replace(spec, blocks=spec.blocks.default)
+  by_blocks = dataclasses.replace(spec, blocks=spec.blocks.default)
 
   def run(spec, *xs):
-    return kernel(spec, *xs) if cpu.available() else plain(blocks, *xs)
+    return kernel(spec, *xs) if cpu.available() else plain(by_blocks, *xs)
 
   return run
 

@@ -117,7 +117,7 @@ def _refused_by_tpu(x) -> str | None:
 
 def _refused_by_cpu(x, spec) -> str | None:
   if x.q.shape[1] < cpu.FEWEST:
-    return f"a CPU kernel would pad T to {cpu.FEWEST} queries"
+    return f"a CPU kernel is for {cpu.FEWEST} queries or more"
   if reason := cpu.unsupported(spec, x):
     return reason
   if lowering.is_cut():

@@ -192,10 +192,7 @@ def _seen(x: Operands) -> tuple[Any, ...]:
   """
   T, S = x.q.shape[1], x.k.shape[1]
   found = mask_blocks.rows(x.mask, T, S)
-  if found.unlisted is not None:
-    raise ValueError(
-      f"mask function: {mask_blocks.TOO_MANY}; xla_blockwise can"
-    )
+  found.check_listed()
   bounds = found.bounds.reshape(-1, found.bounds.shape[1] // 2, 2, T)
   none = np.zeros((0,), np.int32)
   ours, theirs = found.segments or (none, none)
@@ -220,8 +217,11 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
       shape = x.shape[1:] if batched else x.shape
       if shape == (0,):
         return jnp.zeros(shape, x.dtype)
-      if not batched and x.shape[0] != B:
-        return x
+      # Masks may be one row's for all, q and what belongs to it may not.
+      if not batched and (x.shape[0] != B or x.dtype == jnp.int32):
+        return (
+          x if x.shape[0] == 1 else jnp.tile(x, (size, *[1] * (x.ndim - 1)))
+        )
       x = x if batched else jnp.broadcast_to(x, (size, *x.shape))
       x = jnp.broadcast_to(x, (size, B, *x.shape[2:]))
       return x.reshape(size * B, *x.shape[2:])

@@ -66,8 +66,10 @@ constexpr int64_t kFew = 16;
 // Rows [first, last) times PANELS panels, whose codes stay in cache.
 template <int PANELS>
 TARGET void rows(const Problem& p, int64_t first, int64_t last, int64_t panel) {
+  static_assert(PANELS == 1 || PANELS % 2 == 0, "pairs of panels");
   int64_t row = first;
-  // A few rows meet the weights once, while these come from memory.
+  // Eight rows meet the weights once, while these come from memory; more of
+  // them find the weights in cache.
   for (; p.rows < kFew && row + 8 <= last; row += 8) {
     for (int64_t q = 0; q < PANELS; q += 2) {
       tile<8, PANELS < 2 ? 1 : 2>(p, row, panel + q);

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import attention_claims, attention_cost, attention_pictures
 from kernels_pallas import mask_blocks
+from kernels_pallas.flash_attention import cpu
 
 
 @pytest.fixture(scope="module", name="result")
@@ -40,6 +41,7 @@ def test_the_claims_hold(result):
   assert {r["backend"] for r in result["exactness"]} == {
     "xla_blockwise",
     "mosaic_tpu",
+    *(["cpu"] if cpu.available() else []),
   }
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import cpu_library
+from kernels_pallas import by_platform, cpu_library
 from kernels_pallas.flash_attention import backends, choice, cpu
 from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.cpu import CpuTiles
@@ -287,6 +287,7 @@ def test_a_config_that_means_nothing_is_refused(wrong):
 
 def test_every_backend_has_its_kernel_by_platform():
   assert set(choice.KERNELS.values()) < set(backends.BACKENDS)
+  assert set(choice.KERNELS) == set(by_platform.PLATFORMS)
 
 
 @pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])

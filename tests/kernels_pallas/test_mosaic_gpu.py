@@ -152,7 +152,7 @@ CASES = {
 }
 
 
-AMPERE = {
+BY_TILES = {
   f"{name}_{tiles}": (CASES[name][0], CASES[name][1] | {"tiles": tiles})
   for name, tiles in (
     ("blocks_empty_rows", "ampere"),
@@ -165,7 +165,7 @@ AMPERE = {
     ("dropout_softcap", "one_product"),
   )
 }
-CASES |= AMPERE
+CASES |= BY_TILES
 
 
 @pytest.fixture(name="watched")

@@ -90,7 +90,7 @@ def test_bfloat16_activations_are_rounded_once(kind, backend):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
-@pytest.mark.parametrize("rows", [1, 5, 18, 131])
+@pytest.mark.parametrize("rows", [1, 5, 8, 13, 18, 131])
 def test_pairs_of_bfloat16_on_every_instruction_set(rows, isa):
   rng = np.random.default_rng(rows)
   w = jnp.asarray(rng.standard_normal((46, 87)), jnp.bfloat16)

@@ -16,11 +16,11 @@ from research import tree
 from research.nn import generate
 from research.nn import generate_paged_rows as programs
 from research.nn.cache_paged import CODES, empty_pool
+from research.nn.generate_paged import PIECES
 from research.nn.sampling import GREEDY, row_keys
 from tests import support
 
 ROWS, COUNT, SIZE, WIDTH, DEPTH = 8, 64, 128, 8, 2
-PIECE = 64
 
 
 def lowered(device, dtype):
@@ -60,13 +60,14 @@ def lowered(device, dtype):
     yield programs.decode.lower(
       model, params, pool, rows, whole(ROWS, WIDTH), GREEDY, stop, size=4
     )
-    yield programs.read.lower(
-      model, params, pool, whole(1, WIDTH), whole(1), whole(1, PIECE), whole(1)
-    )
+    for size in PIECES:
+      yield programs.read.lower(
+        model, params, pool, whole(1, WIDTH), whole(1), whole(1, size), whole(1)
+      )
 
 
 def main() -> None:
-  """Compiles both programs."""
+  """Compiles all programs."""
   target, dtype = sys.argv[1:]
   pages = DEPTH * COUNT * 2 * SIZE * 256 * (1 if dtype in CODES else 2)
   for program in lowered(gpu.devices(target)[0], dtype):
