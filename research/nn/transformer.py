@@ -257,7 +257,9 @@ class Transformer(nn.Module):
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
     }:
       if rope is not None:
-        rotations[rope, dim] = rope.tables(positions, dim)
+        # XLA would put sines and cosines into what every layer does with them.
+        tables = rope.tables(positions, dim)
+        rotations[rope, dim] = jax.lax.optimization_barrier(tables)
     caches_out, loads_out = {}, {}
     for i, (params, blocks) in enumerate(self._runs()):
 
