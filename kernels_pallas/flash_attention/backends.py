@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,9 @@ from kernels_pallas.flash_attention.blocked import (
 )
 from kernels_pallas.flash_attention.choice import (
   KERNELS,
-  NO_COMPILER,
   Sizes,
   choice,
+  ready,
 )
 from kernels_pallas.flash_attention.cotangents import finished, kept, queries
 from kernels_pallas.flash_attention.cpu import CpuTiles
@@ -44,7 +45,7 @@ BACKENDS = (
   "mosaic_tpu",
   "mosaic_gpu",
 )
-SIZES = (Blocks, CpuTiles, Tiles, GpuTiles)
+SIZES = typing.get_args(Sizes)
 """Types of a call's `config`, one of which each backend takes."""
 
 
@@ -121,10 +122,9 @@ class Platforms:
   def say(self, platform: str) -> None:
     """Logs what is taken on `platform`, once for each reason."""
     why = dict(self.reasons).get(platform, "it has no kernel yet")
-    taken = KERNELS[platform] if platform in dict(self.kernels) else None
-    if taken == "cpu" and not cpu.available():
-      taken, why = None, NO_COMPILER
-    lowering.say("attention", platform, taken or "xla_blockwise", why)
+    has = platform in dict(self.kernels)
+    name = KERNELS[platform] if has else "xla_blockwise"
+    lowering.say("attention", platform, *ready(name, why))
 
 
 def automatic(

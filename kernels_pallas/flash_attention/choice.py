@@ -20,7 +20,6 @@ KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu", "cpu": "cpu"}
 Sizes = Blocks | cpu.CpuTiles | Tiles | GpuTiles
 
 GPUS = ("gpu", "cuda")
-NO_COMPILER = "no C++ kernel can be compiled here"
 WIDEST = 256
 """Head dim above which GPU tiles outgrow registers and shared memory."""
 
@@ -47,9 +46,13 @@ def choose(
   """
   x = Operands(q, q, q, None, bias)
   spec = Spec(scale=1.0, precision=precision)
-  name, why = choice(x, lowering.device(), config, spec)
+  return ready(*choice(x, lowering.device(), config, spec))
+
+
+def ready(name: str, why: str) -> tuple[str, str]:
+  """A choice as it turns out where the program is made: with a compiler?"""
   if name == "cpu" and not cpu.available():
-    return "xla_blockwise", NO_COMPILER
+    return "xla_blockwise", "no C++ kernel can be compiled here"
   return name, why
 
 

@@ -60,7 +60,6 @@ namespace ffi = xla::ffi;
 
 using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
-using Shape = ffi::Span<const int64_t>;
 
 // An error's text, or null.
 using Complaint = const char*;
@@ -188,35 +187,31 @@ inline ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
   return ffi::Error::Success();
 }
 
+// What both passes begin with: q, k, v, who sees whom, and floats.
+inline auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Floats>()
+      .Arg<Integers>()
+      .Arg<Integers>()
+      .Arg<Integers>()
+      .Arg<Integers>()
+      .Arg<Floats>();
+}
+
 }  // namespace attention
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HeptadAttention, attention::forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<attention::Floats>()
-                                  .Arg<attention::Floats>()
-                                  .Arg<attention::Floats>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Floats>()
+                              attention::binding()
                                   .Ret<attention::Floats>()
                                   .Ret<attention::Floats>()
                                   .Attr<float>("scale")
                                   .Attr<std::string_view>("isa"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(HeptadAttentionGradients, attention::backward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<attention::Floats>()
-                                  .Arg<attention::Floats>()
-                                  .Arg<attention::Floats>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Integers>()
-                                  .Arg<attention::Floats>()
+                              attention::binding()
                                   .Arg<attention::Floats>()
                                   .Arg<attention::Floats>()
                                   .Ret<attention::Floats>()

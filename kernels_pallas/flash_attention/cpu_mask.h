@@ -100,13 +100,10 @@ struct Queries {
 
   // Exact for one interval of indices; else it may call partial what is not.
   Class of(const Keys& keys, bool segments) const {
-    bool some = false, all = false;
+    bool some = false, all = !keys.padded && all_see(keys.first, keys.last);
     for (int64_t n = 0; n < count; ++n) {
-      const Interval& i = intervals[n];
-      some |= keys.last >= i.first && keys.first < i.end;
-      all |= keys.first >= i.last_lo && keys.last < i.least_hi;
+      some |= keys.last >= intervals[n].first && keys.first < intervals[n].end;
     }
-    all &= !keys.padded;
     if (segments) {
       some &= least_segment <= keys.most_segment &&
               keys.least_segment <= most_segment;
@@ -117,12 +114,12 @@ struct Queries {
     return !some ? Class::kEmpty : all ? Class::kFull : Class::kPartial;
   }
 
-  // Whether surely every query sees a key that is in no other segment.
-  bool all_see(int32_t coordinate) const {
+  // Whether surely every query sees all keys of its segment whose coordinates
+  // are from the first to the last.
+  bool all_see(int32_t first, int32_t last) const {
     bool all = false;
     for (int64_t n = 0; n < count; ++n) {
-      const Interval& i = intervals[n];
-      all |= coordinate >= i.last_lo && coordinate < i.least_hi;
+      all |= first >= intervals[n].last_lo && last < intervals[n].least_hi;
     }
     return all;
   }

@@ -3,6 +3,17 @@
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels_pallas import cpu_library
+
+
+@pytest.fixture(name="cxx", scope="session")
+def _cxx():
+  """The path of a C++ compiler; skips where there is none."""
+  try:
+    return cpu_library.compiler()
+  except cpu_library.Unavailable as error:
+    pytest.skip(str(error))
+
 
 @pytest.fixture(name="tpu_interpreter")
 def _tpu_interpreter():

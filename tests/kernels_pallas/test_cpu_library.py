@@ -11,13 +11,7 @@ from kernels_pallas.quantized_matmul import cpu as products
 LIBRARIES = [products.LIBRARY, attention.LIBRARY]
 
 
-@pytest.fixture(autouse=True)
-def compiled():
-  """Skips where there is no compiler."""
-  try:
-    cpu_library.compiler()
-  except cpu_library.Unavailable as error:
-    pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("cxx")
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
