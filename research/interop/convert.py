@@ -317,7 +317,8 @@ def to_gguf_adapter(
   return gguf_adapter.save(
     to,
     params,
-    source.model,
+    # PEFT unties what it adapts; the file that is adapted stays tied.
+    source.model if base is None else base.model,
     hint=source.hint,
     name=_name(source),
     kind=kind,

@@ -19,6 +19,7 @@ from research.interop import (
   changes,
   gguf_config,
   gguf_experts,
+  gguf_tokenizer,
   gguf_types,
   hf_config_write,
 )
@@ -351,13 +352,14 @@ def write_model(
     given: metadata of the GGUF file it came from, kept as it is.
     hint: model_type to try first.
     name: `general.name` where `given` has none.
-    tokenizer: its `tokenizer.*` keys, where `given` has none.
+    tokenizer: its `tokenizer.*` keys, where `given` has none; without any the
+      file says that it has no tokenizer.
   """
   found, extra = metadata(model, hint, name)
   if given is not None:
     found = dict(given)
   if not any(key.startswith("tokenizer.") for key in found):
-    found |= dict(tokenizer or {})
+    found |= dict(tokenizer or gguf_tokenizer.NONE)
   made, otherwise = tensors(model, parts, found, extra, recipe, log)
   sizes: dict[str, int] = {}
   for t in made.values():

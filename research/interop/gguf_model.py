@@ -330,7 +330,9 @@ def load_gguf(
 
 def _tokenizer(path: str, metadata: Mapping[str, Any], vocab: int) -> Any:
   """Returns the embedded tokenizer, or None where there is none."""
-  if "tokenizer.ggml.model" not in metadata:
+  from research.interop import gguf_tokenizer
+
+  if not gguf_tokenizer.is_inside(metadata):
     return None
   from research.nn.tokenizer import Tokenizer
 

@@ -128,10 +128,11 @@ def save(
   if kind not in TYPES:
     raise UserError(f"gguf-adapter:{kind}: expected one of {', '.join(TYPES)}")
   found, arch = plain.factors(params), architecture(model, hint)
-  if model.tied and "embed" in found:
+  if model.tied and (both := {wrap.EMBEDDING, "head"} & set(found)):
+    # It would take the embedding's factors for the head's too, and abort.
     raise UserError(
-      "embed: llama.cpp does not apply an adapter to an embedding that is the "
-      "head as well.\nMerge it instead: --format=gguf"
+      f"{min(both)}: llama.cpp does not apply an adapter to an embedding that "
+      "is the head as well.\nMerge it instead: --format=gguf"
     )
   matrices = _matrices(params, model, arch)
   alpha, log, tensors = alpha_of(found), changes.Log(), {}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import gguf, gguf_types, load
+from research.interop import convert, gguf, gguf_types, load, sources
 from research.lora import gguf_adapter, plain, wrap
 from research.lora.methods.hira import HiRA
 from research.typing import UserError
@@ -145,6 +145,16 @@ def test_what_the_format_cannot_say(tmp_path):
       gguf_adapter.save(path, params, model, **options)
     assert words in str(error.value)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["tied_lora", "tied_lora_head"])
+def test_a_tied_base_stays_tied_though_peft_unties_it(name, tmp_path):
+  source = sources.open_source(MODELS / f"peftfull_{name}")
+  assert source.base.model.tied
+  assert not source.model.tied
+  with pytest.raises(UserError, match="that is the head"):
+    convert.to_gguf_adapter(source, tmp_path / "a.gguf")
+  assert not list(tmp_path.iterdir())
 
 
 def _without(*names):
