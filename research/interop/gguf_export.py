@@ -19,6 +19,7 @@ from research.interop import (
   changes,
   gguf_config,
   gguf_experts,
+  gguf_rows,
   gguf_tokenizer,
   gguf_types,
   hf_config_write,
@@ -168,7 +169,8 @@ def tensors(
     log: told what changed as the tensors are made.
 
   Raises:
-    UserError: the metadata means another model, or a type does not fit.
+    UserError: the metadata means another model, a type does not fit, or
+      llama.cpp has no such tensor.
   """
   out: dict[str, Tensor | Pending] = dict(extra)
   stubs, otherwise = dict(extra), {}
@@ -178,6 +180,8 @@ def tensors(
   arch = given["general.architecture"]
   turned = gguf_config.ARCHITECTURES[arch].interleaved
   fold = folded(model, arch)
+  for name in extra:
+    gguf_rows.check_known(name, arch)
   # What makes the queries: their norm, where they have one.
   queries = ("attention/q_norm/scale",)
   if a.qk_norm is None:
@@ -187,6 +191,7 @@ def tensors(
     row, part = rows.get(address.path), alike[0]
     if row is None:
       raise UserError(f"GGUF: no name for {address} of this model")
+    gguf_rows.check_known(row.name, arch)
     layer = "" if address.layer is None else f"blk.{address.layer}."
     name = layer + row.name
     flip = len(part.shape) == 2 and row.path != "embed"

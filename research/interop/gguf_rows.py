@@ -4,6 +4,7 @@ import dataclasses
 
 from research.interop import gguf_experts
 from research.nn import presets
+from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,30 @@ ROWS = (
 )
 EXPERT_ROWS = tuple(Row(p, *row) for p, row in gguf_experts.NAMES.items())
 """In place of those of `mlp/`."""
+
+_LLAMAS = (
+  "rope_freqs.weight",
+  *(r.name for r in ROWS if r.when in ("out_bias", "mlp_bias")),
+)
+_UNKNOWN = {
+  **dict.fromkeys(("qwen2", "qwen3", "qwen3moe", "gemma3"), _LLAMAS),
+  **dict.fromkeys(("gemma", "gemma2"), (*_LLAMAS, "output.weight")),
+}
+"""Architecture -> tensors that llama.cpp does not know there."""
+
+
+def check_known(name: str, architecture: str) -> None:
+  """Raises UserError where llama.cpp would not open a file with a tensor.
+
+  Args:
+    name: GGUF's, without the layer.
+    architecture: of the file.
+  """
+  if name in _UNKNOWN.get(architecture, ()):
+    raise UserError(
+      f"GGUF: {name}: llama.cpp has none in architecture {architecture!r}, and "
+      "does not open a file with one.\nKeep the model as --format=hf"
+    )
 
 
 def of_model(family: presets.Family, sizes: presets.Sizes) -> list[Row]:

@@ -201,28 +201,6 @@ def test_a_tokenizer_goes_both_ways(tmp_path):
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
 
 
-@pytest.mark.parametrize("kind", ["none", "no_vocab"])
-def test_no_tokenizer_is_said_and_understood(kind, tmp_path):
-  """Without the key llama.cpp opens no file; by its value it asks no more."""
-  file = tmp_path / "model.gguf"
-  source = sources.open_source(MODELS / "llama")
-  assert convert.to_gguf(source, file)[1] == ""
-  written = gguf.open_gguf(file)
-  assert written.metadata["tokenizer.ggml.model"] == "none"
-  # Of that size llama.cpp makes its vocabulary of tokens without texts.
-  assert written.metadata["llama.vocab_size"] == source.model.vocab_size
-  theirs = tmp_path / "theirs.gguf"
-  metadata = written.metadata | {"tokenizer.ggml.model": kind}
-  gguf.write_gguf(theirs, metadata, written.tensors)
-  convert.to_orbax(sources.open_source(theirs), tmp_path / "ours")
-  for path in (theirs, tmp_path / "ours"):
-    assert load.load_model(path).tokenizer is None
-  convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
-  assert raw(tmp_path / "hf") == raw(MODELS / "llama")
-  convert.to_gguf(sources.open_source(tmp_path / "ours"), tmp_path / "again")
-  same_metadata(gguf.open_gguf(tmp_path / "again").metadata, metadata)
-
-
 def test_files_are_cut_and_indexed(tmp_path):
   convert.to_hf(
     sources.open_source(MODELS / "llama"), tmp_path / "hf", None, 20_000

@@ -1,0 +1,78 @@
+"""What llama.cpp asks of a file besides its numbers."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from research.interop import convert, gguf, load, safetensors, sources
+from research.typing import UserError
+
+MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+
+
+@pytest.mark.parametrize("kind", ["none", "no_vocab"])
+def test_no_tokenizer_is_said_and_understood(kind, tmp_path):
+  """Without the key llama.cpp opens no file; by its value it asks no more."""
+  file = tmp_path / "model.gguf"
+  source = sources.open_source(MODELS / "llama")
+  assert convert.to_gguf(source, file)[1] == ""
+  written = gguf.open_gguf(file)
+  assert written.metadata["tokenizer.ggml.model"] == "none"
+  # Of that size llama.cpp makes its vocabulary of tokens without texts.
+  assert written.metadata["llama.vocab_size"] == source.model.vocab_size
+  theirs = tmp_path / "theirs.gguf"
+  metadata = written.metadata | {"tokenizer.ggml.model": kind}
+  gguf.write_gguf(theirs, metadata, written.tensors)
+  convert.to_orbax(sources.open_source(theirs), tmp_path / "ours")
+  for path in (theirs, tmp_path / "ours"):
+    assert load.load_model(path).tokenizer is None
+  convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
+  want = safetensors.open_directory(MODELS / "llama")
+  got = safetensors.open_directory(tmp_path / "hf")
+  assert got.keys() == want.keys()
+  for name, x in want.items():
+    np.testing.assert_array_equal(got[name].read(), x.read())
+  convert.to_gguf(sources.open_source(tmp_path / "ours"), tmp_path / "again")
+  assert gguf.open_gguf(tmp_path / "again").metadata == metadata
+
+
+BIAS = {
+  f"model.layers.{i}.self_attn.{x}_proj.bias": np.ones(n, np.float32)
+  for i in range(3)
+  for x, n in dict(q=40, k=8, v=8, o=30).items()
+}
+UNKNOWN = {  # of models with what llama.cpp knows in other architectures only
+  "gemma2": (
+    dict(tie_word_embeddings=False),
+    {"lm_head.weight": np.ones((67, 30), np.float32)},
+    "output.weight: llama.cpp has none in architecture 'gemma2'",
+  ),
+  "qwen3": (dict(attention_bias=True), BIAS, "attn_output.bias: llama.cpp has"),
+  "qwen2": (
+    dict(
+      rope_theta=500.0,
+      rope_scaling=json.loads((MODELS / "llama3/config.json").read_text())[
+        "rope_scaling"
+      ],
+    ),
+    {},
+    "rope_freqs.weight: llama.cpp has none in architecture 'qwen2'",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_no_file_is_written_that_llama_cpp_would_not_open(name, tmp_path):
+  more, weights, message = UNKNOWN[name]
+  folder = tmp_path / "model"
+  folder.mkdir()
+  config = json.loads((MODELS / name / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(config | more))
+  stored = safetensors.open_directory(MODELS / name)
+  known = {k: t.read() for k, t in stored.items()}
+  safetensors.write_file(folder / "model.safetensors", known | weights)
+  with pytest.raises(UserError, match=message):
+    convert.to_gguf(sources.open_source(folder), tmp_path / "x.gguf")
+  assert [p.name for p in tmp_path.iterdir()] == ["model"]
