@@ -1,0 +1,86 @@
+"""llama.cpp itself, through llama-cpp-python's bindings: paths in, arrays out.
+
+Attention's keys and values stay in fp32 here, and nothing is flash attention,
+so that of a file of fp32 numbers every product is fp32's.
+"""
+
+import ctypes
+import os
+
+import numpy as np
+import pytest
+
+llama_cpp = pytest.importorskip(
+  "llama_cpp", reason="llama.cpp is not installed: run `make llama-cpp`"
+)
+from llama_cpp import llama_cpp as c  # noqa: E402
+
+VERSION = llama_cpp.__version__
+
+
+def opened(path: str | os.PathLike, length: int = 128, **more):
+  """Returns the model of a file, ready for texts of up to `length` tokens.
+
+  Args:
+    path: of a GGUF file.
+    length: tokens, the windows' caches included.
+    **more: of `llama_cpp.Llama`, such as `lora_path`.
+  """
+  return llama_cpp.Llama(
+    str(path),
+    n_ctx=length,
+    n_batch=length,
+    n_ubatch=length,
+    n_threads=1,
+    n_threads_batch=1,
+    logits_all=True,
+    type_k=c.GGML_TYPE_F32,
+    type_v=c.GGML_TYPE_F32,
+    swa_full=True,
+    verbose=False,
+    **more,
+  )
+
+
+def logits(model, rows: np.ndarray) -> np.ndarray:
+  """Returns [B, T, V] logits of rows of tokens [B, T], each read alone."""
+  out = []
+  for row in rows:
+    model.reset()
+    model.eval(row.tolist())
+    out.append(np.array(model.scores[: len(row)]))
+  return np.stack(out)
+
+
+def greedy(model, prompt: np.ndarray, steps: int) -> np.ndarray:
+  """Returns [steps] greedy tokens of a prompt [P], through its cache."""
+  model.reset()
+  model.eval(prompt.tolist())
+  out = []
+  for _ in range(steps):
+    out.append(int(model.scores[model.n_tokens - 1].argmax()))
+    model.eval(out[-1:])
+  return np.array(out, np.int32)
+
+
+def quantize(
+  source: str | os.PathLike,
+  to: str | os.PathLike,
+  file_type: int,
+  pure: bool = False,
+) -> None:
+  """Writes a file quantized by `llama_model_quantize`, on one thread.
+
+  Args:
+    source: a GGUF file.
+    to: a new one.
+    file_type: what `general.file_type` will be.
+    pure: whether all matrices take the same type, the output's included.
+  """
+  params = c.llama_model_quantize_default_params()
+  params.nthread, params.ftype, params.pure = 1, file_type, pure
+  wrong = c.llama_model_quantize(
+    os.fsencode(source), os.fsencode(to), ctypes.byref(params)
+  )
+  if wrong:
+    raise ValueError(f"llama_model_quantize: {wrong}")
