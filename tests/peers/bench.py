@@ -7,13 +7,13 @@
 
 Rows against torch come first; those of `bench_methods` (PEFT's methods),
 `bench_attention` (attention alone), `bench_diffusion` (masked diffusion),
-`bench_decode4bit` (few bits' panels), `bench_quantize` (packing, GPTQ),
-`bench_loop` (checkpoints, input, the host) and `bench_import` (loading models,
-memory) follow. Each measurement is a process of its own; ours and torch's
-alternate, so that a machine which changes speed changes it for both. The ratio
-is the median of the pairs' ratios. `--huge_pages=ours` starts training steps as
-each side does by itself: ours ask glibc for huge pages; `both` gives them to
-torch, too.
+`bench_decode4bit` (few bits' panels), `bench_llama_cpp` (GGUF files),
+`bench_quantize` (packing, GPTQ), `bench_loop` (checkpoints, input, the host)
+and `bench_import` (loading models, memory) follow. Each measurement is a
+process of its own; ours and torch's alternate, so that a machine which changes
+speed changes it for both. The ratio is the median of the pairs' ratios.
+`--huge_pages=ours` starts training steps as each side does by itself: ours ask
+glibc for huge pages; `both` gives them to torch, too.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tests.peers import (
   bench_decode4bit,
   bench_diffusion,
   bench_import,
+  bench_llama_cpp,
   bench_loop,
   bench_methods,
   bench_quantize,
@@ -48,6 +49,7 @@ SECTIONS = {
   "attention": bench_attention,
   "diffusion": bench_diffusion,
   "decoding": bench_decode4bit,
+  "llama_cpp": bench_llama_cpp,
   "packing": bench_quantize,
 }
 """Tables of their own, each against others' code, by name in the JSON line."""
@@ -111,17 +113,6 @@ def show(rows: list[dict]) -> str:
   return "\n".join(lines)
 
 
-def llama_cpp(peers: str) -> str:
-  """Returns a line on llama.cpp's decoding, where it is installed."""
-  probe = [peers, "-c", "import llama_cpp"]
-  if subprocess.run(probe, stderr=subprocess.DEVNULL).returncode:
-    return "llama.cpp: llama-cpp-python is not installed beside the peers"
-  done = subprocess.run(
-    [peers, "tests/peers/bench_llama_cpp.py"], stdout=subprocess.PIPE, text=True
-  )
-  return f"llama.cpp: {done.stdout.strip()}"
-
-
 def section(name: str, names: list[str], args: argparse.Namespace) -> list:
   """Prints a table of `SECTIONS` if rows of it are wanted; returns its rows."""
   module = SECTIONS[name]
@@ -155,8 +146,6 @@ def main() -> None:
         f"{platform.machine()}, huge pages: {args.huge_pages}")  # fmt: skip
   if rows:
     print(show(rows))
-  if rows or set(names) & set(bench_decode4bit.ROWS):
-    print(llama_cpp(args.peers))
   found = {"rows": rows}
   found |= {name: section(name, names, args) for name in SECTIONS}
   found["loop"] = [bench_loop.once(r) for r in names if r in bench_loop.ROWS]

@@ -26,13 +26,17 @@ def load(dtype: str):
 
   Args:
     dtype: of `table.DTYPES`; or "packed", the file's blocks, computed in fp32;
-      or one of `formats`, the same numbers rounded to it.
+      or one of `formats`, the same numbers rounded to it; or a GGUF file of
+      the model, whose blocks are kept.
   """
   from research.interop.load import load_model
 
-  packed = dtype == "packed"
+  file = dtype.endswith(".gguf")
+  of = "bfloat16" if dtype.endswith("BF16.gguf") else "float32"
   loaded = load_model(
-    "smollm2-135m", dtype=table.DTYPES.get(dtype, "float32"), packed=packed
+    dtype if file else "smollm2-135m",
+    dtype=table.DTYPES.get(dtype, of),
+    packed=file or dtype == "packed",
   )
   if dtype in formats():
     rounded = in_panels(loaded.params, dtype)
@@ -238,7 +242,9 @@ def measure(row: str, runs: int, steps: int, threads: int) -> dict:
   from research.training.memory import peak_memory_bytes
 
   del threads  # XLA uses the cores that the process may use
-  kind, *rest = row.split("_")
+  kind, *rest = row.split(
+    "_", 2 if row.startswith(("decode", "prefill")) else -1
+  )
   work = {"train": train, "perplexity": perplexity}.get(kind)
   if kind in ("decode", "prefill"):
     work = {"decode": decode, "prefill": prefill}[kind]
