@@ -26,7 +26,6 @@ from research.typing import (
   Float,
   Int,
   Params,
-  PRNGKey,
   Shaped,
   UserError,
 )
@@ -118,13 +117,6 @@ class Tap(weights.Around):
       },
       counts=None if self.counts is None else weights.axes(self.counts, ()),
     )
-
-  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> "Tap":
-    """Returns itself with what depends on the batch in the weight."""
-    w = self.w
-    if weights.is_weight(w):
-      w = w.bind(key=key, ids=ids)
-    return dataclasses.replace(self, w=w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -15,6 +15,7 @@ and has `shape` and `dtype`, the logical ones. JAX's pytree registration is the
 only registration; no module, trainer, sampler or checkpoint asks for a type.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,7 +33,10 @@ Weight = Any
 
 
 class Around:
-  """A weight around another one, `w`, whose shape and type are its own."""
+  """A weight around another one, `w`, whose shape and type are its own.
+
+  A dataclass, like every weight.
+  """
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -48,6 +52,11 @@ class Around:
   def ndim(self) -> int:
     """Returns the number of logical axes."""
     return len(self.shape)
+
+  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> Any:
+    """Returns itself with what depends on the batch in `w`."""
+    w = self.w.bind(key=key, ids=ids) if is_weight(self.w) else self.w
+    return dataclasses.replace(self, w=w)
 
 
 def is_weight(x: Any) -> bool:

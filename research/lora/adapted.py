@@ -100,14 +100,11 @@ class AdaptedTensor(weights.Around):
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "AdaptedTensor":
     """Returns itself with a dropout key for each matrix it stacks."""
-    w = self.w
-    if weights.is_weight(w):
-      w = w.bind(key=key, ids=ids)
-    if key is None or not self.method.dropout:
-      return dataclasses.replace(self, w=w, key=None)
-    lead = self.shape[:-2]
-    keys = jax.random.split(key, lead) if lead else key
-    return dataclasses.replace(self, w=w, key=keys)
+    keys = None
+    if key is not None and self.method.dropout:
+      lead = self.shape[:-2]
+      keys = jax.random.split(key, lead) if lead else key
+    return dataclasses.replace(super().bind(key=key, ids=ids), key=keys)
 
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None

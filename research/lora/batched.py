@@ -92,13 +92,11 @@ class BatchedTensor(weights.Around):
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "BatchedTensor":
     """Returns itself with each row's adapter, for every matrix it stacks."""
-    w = self.w
-    if weights.is_weight(w):
-      w = w.bind(key=key, ids=ids)
+    bound = super().bind(key=key, ids=ids)
     if ids is not None:
       ids = jnp.asarray(ids, jnp.int32)
       ids = jnp.broadcast_to(ids, (*self.a.shape[:-3], *ids.shape))
-    return dataclasses.replace(self, w=w, ids=ids)
+    return dataclasses.replace(bound, ids=ids)
 
   def map_base(self, f: Callable[[Any], Any]) -> "BatchedTensor":
     """Returns itself around `f(w)`."""

@@ -109,15 +109,6 @@ class InputTensor(weights.Around):
     """Returns itself with `f` of the weight that multiplies."""
     return dataclasses.replace(self, w=weights.within(self.w, f))
 
-  def bind(
-    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
-  ) -> "InputTensor":
-    """Returns itself with what depends on the batch in the weight."""
-    w = self.w
-    if weights.is_weight(w):
-      w = w.bind(key=key, ids=ids)
-    return dataclasses.replace(self, w=w)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round(Op):

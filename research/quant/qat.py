@@ -111,15 +111,6 @@ class FakeQuantTensor(weights.Around):
       start=weights.axes(self.start, names),
     )
 
-  def bind(
-    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
-  ) -> "FakeQuantTensor":
-    """Returns itself with what depends on the batch in the masters."""
-    w = self.w
-    if weights.is_weight(w):
-      w = w.bind(key=key, ids=ids)
-    return dataclasses.replace(self, w=w)
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def rounded(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.statistics import Arrays, Rows, Statistic
-from research.typing import Array, Float, Int, Params, PRNGKey, UserError
+from research.typing import Array, Float, Int, Params, UserError
 
 ROWS = "rows"
 
@@ -65,15 +65,6 @@ class Replayed(weights.Around):
     """The matrix' names, and those of activations."""
     inputs = weights.axes(self.x, ("batch", "length", names[-2]))
     return Replayed(weights.axes(self.w, names), inputs)
-
-  def bind(
-    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
-  ) -> "Replayed":
-    """Returns itself with what depends on the batch in the matrix."""
-    w = self.w
-    if weights.is_weight(w):
-      w = w.bind(key=key, ids=ids)
-    return dataclasses.replace(self, w=w)
 
   def within(self, f: Any) -> "Replayed":
     """Returns itself with `f` of the weight that multiplies."""

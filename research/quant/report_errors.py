@@ -24,7 +24,6 @@ from research.typing import (
   Float,
   Int,
   Params,
-  PRNGKey,
   Shaped,
   UserError,
 )
@@ -119,12 +118,6 @@ class Probe(weights.Around):
       weights.axes(self.other, names),
       weights.axes(self.stat, (*names[:-2], None, None, None)),
     )
-
-  def bind(
-    self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
-  ) -> "Probe":
-    """Returns itself: nothing here depends on the batch."""
-    return self
 
 
 @jax.custom_vjp

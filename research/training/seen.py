@@ -119,10 +119,6 @@ class Seen(weights.Around):
       self, w=weights.axes(self.w, names), **{f: whole(f) for f in parts}
     )
 
-  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> "Seen":
-    """Returns itself: nothing here depends on the batch."""
-    return self
-
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _seen(rule, w, small, stub, reads, more):
