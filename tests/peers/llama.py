@@ -6,6 +6,7 @@ so that of a file of fp32 numbers every product is fp32's.
 
 import ctypes
 import os
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -68,17 +69,30 @@ def quantize(
   to: str | os.PathLike,
   file_type: int,
   pure: bool = False,
+  importances: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-  """Writes a file quantized by `llama_model_quantize`, on one thread.
+  """Writes a file by `llama_model_quantize`, on one thread.
 
   Args:
-    source: a GGUF file.
+    source: a GGUF file of any type.
     to: a new one.
     file_type: what `general.file_type` will be.
     pure: whether all matrices take the same type, the output's included.
+    importances: name of a tensor -> weight of each column's errors.
+
+  Raises:
+    ValueError: llama.cpp refuses; why, it says on stderr.
   """
   params = c.llama_model_quantize_default_params()
   params.nthread, params.ftype, params.pure = 1, file_type, pure
+  params.allow_requantize = True
+  if importances is not None:
+    # One more, whose name is null, is the end.
+    given = (c.llama_model_imatrix_data * (len(importances) + 1))()
+    for i, (name, x) in enumerate(importances.items()):
+      given[i].name, given[i].size = name.encode(), x.size
+      given[i].data = x.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params.imatrix = given
   wrong = c.llama_model_quantize(
     os.fsencode(source), os.fsencode(to), ctypes.byref(params)
   )
