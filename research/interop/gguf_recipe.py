@@ -8,6 +8,7 @@ import numpy as np
 from research.interop import gguf_experts, gguf_types
 from research.interop.names import Address
 from research.interop.parts import Part
+from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.quant import mixtures
 from research.typing import UserError
@@ -34,11 +35,6 @@ FILE_TYPES = {
 
 A mixture of `research.quant.mixtures`, or else a type for every matrix.
 """
-
-_EVEN = ("Q6_K",)
-"""Mixtures that take one type for all."""
-
-_ALIKE = (*_EVEN, *(k for k in FILE_TYPES if k not in mixtures.MIXTURES))
 
 _PLAIN = {
   "float32": "F32",
@@ -73,9 +69,13 @@ class Recipe:
     """Returns what mixtures ask of a model."""
     kinds = model.layer_kinds()
     a = kinds[0].attention
-    weighed = self.importances is not None
+    mlp = kinds[0].mlp
     return mixtures.Shape(
-      len(kinds), a.heads // a.kv_heads, model.tied, weighed
+      depth=len(kinds),
+      group=a.heads // a.kv_heads,
+      tied=model.tied,
+      weighed=self.importances is not None,
+      experts=mlp.routing.experts if isinstance(mlp, Moe) else 0,
     )
 
   def types(
@@ -101,12 +101,8 @@ class Recipe:
     if len(part.shape) == 1 or address.path == gguf_experts.ROUTER:
       return "F32", "F32"
     if self.kind in mixtures.MIXTURES:
-      if address.expert is not None and self.kind not in _EVEN:
-        raise UserError(
-          f"GGUF: {name}: {self.kind} is a mixture of types, which is known "
-          f"for dense models only; expected one of {', '.join(_ALIKE)}"
-        )
-      kind = mixtures.wanted(self.kind, address.path, address.layer, shape)
+      path = address.path.replace("mlp/experts/", "mlp/")
+      kind = mixtures.wanted(self.kind, path, address.layer, shape)
     else:
       kind = self.kind or _PLAIN.get(part.kind, part.kind)
     gguf_types.require(kind, f"GGUF: {name}")

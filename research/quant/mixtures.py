@@ -1,8 +1,8 @@
 """Mixtures of ggml's types, as `llama-quantize` makes them: more where it pays.
 
 A mixture has a type for most matrices, and others for values, for the ends of
-feed-forward blocks and for the output, of all layers or of some. Dense models
-of any family but Falcon.
+feed-forward blocks and for the output, of all layers or of some. Any family
+but Falcon; experts' matrices are those of feed-forward blocks, all alike.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from research.typing import UserError
 
 OUTPUT, EMBED = "head", "embed"
 VALUE, MIX, DOWN = "attention/v", "attention/o", "mlp/down"
+KEY = "attention/k"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,13 @@ FALLBACKS = {
 """Type -> what llama.cpp takes for rows that its block does not divide."""
 
 
+_MIX_OF_EIGHT = (
+  *("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M"),
+  *("IQ4_NL", "IQ4_XS"),
+)
+"""Mixtures that keep the output of attention better where experts are eight."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
   """What mixtures ask of a model.
@@ -64,12 +72,14 @@ class Shape:
     group: query heads a key head.
     tied: whether the embedding is the output.
     weighed: whether importances are given.
+    experts: of a layer, or 0.
   """
 
   depth: int
   group: int
   tied: bool
   weighed: bool = False
+  experts: int = 0
 
 
 def more_bits(layer: int, depth: int) -> bool:
@@ -84,7 +94,8 @@ def wanted(name: str, path: str, layer: int | None, shape: Shape) -> str:
 
   Args:
     name: of the mixture, one of `MIXTURES`.
-    path: of the matrix, inside its layer: `attention/v`, `mlp/down`, `embed`.
+    path: of the matrix, inside its layer: `attention/v`, `mlp/down` (that of
+      an expert, too), `embed`.
     layer: its number, or None outside of layers.
     shape: of the model.
   """
@@ -94,6 +105,9 @@ def wanted(name: str, path: str, layer: int | None, shape: Shape) -> str:
   if path == EMBED:
     return "Q4_K" if base.startswith("TQ") else base
   layer = layer or 0
+  if shape.experts == 8 and path in (VALUE, KEY):
+    # Mixtral's: next to nothing of a model whose experts are large.
+    return "Q8_0"
   if path == VALUE:
     found = _value(name, layer, shape) or base
     # 70B models: eight heads share what is then a small matrix.
@@ -102,6 +116,8 @@ def wanted(name: str, path: str, layer: int | None, shape: Shape) -> str:
     return found
   if path == DOWN:
     return _down(name, layer, shape) or base
+  if path == MIX and shape.experts == 8:
+    return "Q5_K" if name in _MIX_OF_EIGHT else base
   if path == MIX:
     mix = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
     return mix.get(name, base)

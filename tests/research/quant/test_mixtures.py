@@ -52,12 +52,21 @@ def test_more_bits_go_to_both_ends_and_every_third_layer_between():
   assert more == [*range(4), 6, 9, 12, 15, 18, 21, 24, 27, *range(28, 32)]
 
 
+MIXTRAL = mixtures.Shape(32, 4, False, experts=8)
+
+
 @pytest.mark.parametrize(
   ("name", "path", "layer", "shape", "kind"),
   [
     ("Q4_K_M", "embed", None, mixtures.Shape(4, 1, True), "Q6_K"),
     ("Q4_K_M", "embed", None, mixtures.Shape(4, 1, False), "Q4_K"),
     ("TQ2_0", "embed", None, mixtures.Shape(4, 1, False), "Q4_K"),
+    # Live for all mixtures: peers/test_llama_cpp_types.
+    ("Q4_K_M", "attention/k", 9, MIXTRAL, "Q8_0"),
+    ("Q6_K", "attention/v", 9, MIXTRAL, "Q8_0"),
+    ("Q2_K", "attention/o", 9, MIXTRAL, "Q5_K"),
+    ("Q3_K_L", "attention/o", 9, MIXTRAL, "Q3_K"),
+    ("Q4_K_M", "mlp/down", 31, MIXTRAL, "Q6_K"),
     ("TQ2_0", "mlp/up", 0, mixtures.Shape(4, 1, False), "TQ2_0"),
     ("Q2_K", "attention/v", 3, mixtures.Shape(32, 1, False), "Q3_K"),
     ("Q2_K", "attention/v", 3, mixtures.Shape(32, 4, False), "Q4_K"),
