@@ -5,11 +5,10 @@ files have to be the same, tensor by tensor and byte by byte. llama.cpp is not
 compiled with contracted products, so nothing rounds in another way.
 """
 
-import dataclasses
 import hashlib
 import json
 import pathlib
-import zlib
+import shutil
 
 import families
 import gguf
@@ -18,71 +17,18 @@ import make_models
 import numpy as np
 import pytest
 import support
+from llama_models import (
+  CASES,
+  KINDS,
+  READ_ALONE,
+  SHAPES,
+  WEIGHED,
+  Files,
+  importances,
+  weights,
+)
 
-# Every matrix of one type, which llama.cpp calls pure.
-PURE = (
-  *("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"),
-  *("Q3_K", "Q4_K", "Q5_K"),
-)
-MIXED = (
-  *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
-  *("Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"),
-)
-KINDS = (*PURE, *MIXED)
-# llama.cpp takes Q2_K_S with importances alone, and others ignore them.
-WEIGHED = (
-  *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K_S"),
-  *(kind for kind in MIXED if not kind.startswith("TQ")),
-)
-DEEP = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_M", "IQ4_XS")
-# llama.cpp reads it, but its quantizer has no number for it.
-READ_ALONE = "NVFP4"
 ROWS = np.random.default_rng(5).integers(3, families.VOCAB, (2, 24))
-
-
-def family(width, heads, kv_heads, head, hidden, layers, tied=False):
-  return families.Family(
-    families._llama(
-      width=width,
-      heads=heads,
-      kv_heads=kv_heads,
-      head_dim=head,
-      intermediate_size=hidden,
-      num_hidden_layers=layers,
-      tie_word_embeddings=tied,
-    )
-  )
-
-
-SHAPES = {
-  "wide": family(256, 8, 2, 32, 256, 16),  # four queries a key
-  "odd": family(320, 4, 2, 80, 200, 8, tied=True),  # blocks do not fit
-  "deep": family(256, 4, 1, 8, 32, 80),  # what llama.cpp takes for 70B
-}
-
-
-def weights(shape: families.Family) -> dict[str, np.ndarray]:
-  """Returns matrices with long tails, that keep a signal's size."""
-  out = {}
-  for name, x in make_models.weights(shape).items():
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
-    if x.ndim == 2:
-      x = generator.laplace(scale=(2 * x.shape[1]) ** -0.5, size=x.shape)
-    out[name] = x.astype(np.float32)
-  return out
-
-
-def importances(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Returns some of every matrix but both ends'."""
-  out = {}
-  for tensor in gguf.GGUFReader(path).tensors:
-    if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
-      generator = np.random.default_rng(zlib.crc32(tensor.name.encode()))
-      columns = int(tensor.shape[0])
-      out[tensor.name] = 10 * generator.random(columns, np.float32) ** 4
-  return out
-
-
 STORE = """
 import json, pathlib, sys
 import numpy as np
@@ -98,57 +44,33 @@ for job in json.loads(sys.argv[1]):
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Files:
-  """Where one model lies, in fp32 and as what both programs made of it."""
-
-  folder: pathlib.Path
-
-  @property
-  def plain(self) -> pathlib.Path:
-    return self.folder / "F32.gguf"
-
-  def ours(self, kind: str, weighed: bool = False) -> pathlib.Path:
-    return self.folder / f"{kind}{'.i' * weighed}.gguf"
-
-  def theirs(self, kind: str, weighed: bool = False) -> pathlib.Path:
-    """Returns the file that llama.cpp makes of the fp32 one's."""
-    to = self.folder / f"{kind}{'.i' * weighed}.theirs.gguf"
-    if not to.exists():
-      ours = gguf.GGUFReader(self.ours(kind, weighed))
-      number = ours.get_field("general.file_type")
-      given = importances(self.plain) if weighed else None
-      llama.quantize(
-        self.plain, to, number.contents(), kind in PURE, importances=given
-      )
-    return to
+def _job(source, kind, to, importances=""):
+  return dict(
+    source=str(source), kind=kind, to=str(to), importances=str(importances)
+  )
 
 
 @pytest.fixture(scope="module")
-def stored(shared_heptad, tmp_path_factory) -> dict[str, Files]:
-  """Returns every model, of which we have written all files."""
+def stored(shared_heptad, tmp_path_factory):
+  """Returns every model, of which we have written all files; 2 GB."""
   root, first, jobs = tmp_path_factory.mktemp("stored"), [], []
   found = {name: Files(root / name) for name in SHAPES}
-
-  def job(source, kind, to, importances=""):
-    return dict(
-      source=str(source), kind=kind, to=str(to), importances=str(importances)
-    )
-
   for name, files in found.items():
     hf = files.folder / "hf"
     make_models.save(hf, SHAPES[name], weights(SHAPES[name]))
-    first.append(job(hf, "F32", files.plain))
-    kinds = DEEP if name == "deep" else (*KINDS, READ_ALONE)
-    jobs += [job(files.plain, kind, files.ours(kind)) for kind in kinds]
+    first.append(_job(hf, "F32", files.plain))
+    more = (READ_ALONE,) if name in ("wide", "odd") else ()
+    for kind in (*CASES[name], *more):
+      jobs.append(_job(files.plain, kind, files.ours(kind)))
   shared_heptad.script(STORE, json.dumps(first))
   wide = found["wide"]
   given = wide.folder / "importances.npz"
   np.savez(given, **importances(wide.plain))
   for kind in WEIGHED:
-    jobs.append(job(wide.plain, kind, wide.ours(kind, True), given))
+    jobs.append(_job(wide.plain, kind, wide.ours(kind, True), given))
   shared_heptad.script(STORE, json.dumps(jobs))
-  return found
+  yield found
+  shutil.rmtree(root)
 
 
 def assert_same_files(ours: pathlib.Path, theirs: pathlib.Path) -> None:
@@ -170,14 +92,9 @@ def assert_same_files(ours: pathlib.Path, theirs: pathlib.Path) -> None:
       assert a.fields[key].contents() == value.contents(), key
 
 
-CASES = [
-  (name, kind)
-  for name in SHAPES
-  for kind in (DEEP if name == "deep" else KINDS)
-]
-
-
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+  ("name", "kind"), [(name, kind) for name in CASES for kind in CASES[name]]
+)
 def test_files_are_theirs_byte_for_byte(name, kind, stored):
   files = stored[name]
   assert_same_files(files.ours(kind), files.theirs(kind))
@@ -196,21 +113,13 @@ def test_with_importances_too(kind, stored):
     )
 
 
-# Decoded, and computed with ---------------------------------------------------
+# Decoded, and computed with --------------------------------------------------
 
-BOTH = [(name, kind) for name, kind in CASES if name != "deep"]
-BOTH += [("wide", READ_ALONE), ("odd", READ_ALONE)]
+BOTH = [(n, k) for n in ("wide", "odd") for k in (*CASES[n], READ_ALONE)]
 # What rounding an input leaves of it: halves of 11 and 8 bits; else integers
 # of 8 bits for 32 or 256 numbers, the largest about three times their size.
 ROUNDING = {"F16": 2**-11 / 3**0.5, "BF16": 2**-8 / 3**0.5}
 INTEGERS = 3 / 127 / 12**0.5
-
-
-def opened(files: Files, kind: str) -> pathlib.Path:
-  """Returns what is read here: their file, if there is one."""
-  return files.ours(kind) if kind == READ_ALONE else files.theirs(kind)
-
-
 READ = """
 import hashlib, json, sys
 import numpy as np
@@ -230,12 +139,17 @@ np.savez(sys.argv[3], **out)
 """
 
 
+def read_here(files: Files, kind: str) -> pathlib.Path:
+  """Returns their file, if there is one."""
+  return files.ours(kind) if kind == READ_ALONE else files.theirs(kind)
+
+
 @pytest.fixture(scope="module")
 def read(stored, shared_heptad, tmp_path_factory) -> dict:
-  """Returns our logits of their files, and digests of the decoded tensors."""
+  """Returns our logits of the files, and digests of the decoded tensors."""
   folder = tmp_path_factory.mktemp("read")
   np.savez(folder / "rows.npz", rows=ROWS.astype(np.int32))
-  paths = [str(opened(stored[name], kind)) for name, kind in BOTH]
+  paths = [str(read_here(stored[name], kind)) for name, kind in BOTH]
   shared_heptad.script(
     READ, json.dumps(paths), folder / "rows.npz", folder / "out.npz"
   )
@@ -245,13 +159,14 @@ def read(stored, shared_heptad, tmp_path_factory) -> dict:
 @pytest.mark.parametrize(("name", "kind"), BOTH)
 def test_each_reads_the_others_file(name, kind, stored, read, tmp_path):
   files, decoded = stored[name], tmp_path / "decoded.gguf"
-  source = opened(files, kind)
+  source = read_here(files, kind)
   llama.quantize(source, decoded, 0)
   for tensor in gguf.GGUFReader(decoded).tensors:
     x = np.asarray(tensor.data, np.float32)
     digest = hashlib.sha1(x.tobytes()).hexdigest()
     assert str(read[f"{source}:{tensor.name}"]) == digest, tensor.name
   exact = llama.logits(llama.opened(decoded), ROWS)
+  decoded.unlink()
   assert support.relative_error(read[str(source)], exact) < 1e-5
   # Of the file itself it rounds the inputs of matrices, four times in series
   # in a layer; these errors are independent and stay as they are.
