@@ -60,7 +60,9 @@ OTHERS = {
   "gemma2": other("gemma2"),
   "gemma2_27b": other("gemma2", num_hidden_layers=46, **BIG),
   "gemma3": other("gemma3"),
-  "gemma3_period": other("gemma3", sliding_window_pattern=3),
+  "gemma3_period": other(
+    "gemma3", sliding_window_pattern=3, rope_local_base_freq=700.0
+  ),
   "gemma3_local": other("gemma3", sliding_window_pattern=9),
   "gemma3_yarn": other("gemma3", rope_scaling=YARN),
   "gemma3_untied": other("gemma3", tie_word_embeddings=False),
