@@ -342,7 +342,12 @@ def _written(
 
 
 def _said(written: Any) -> dict[str, Any]:
-  """Prints what is stored otherwise than wanted; returns what JSON has."""
+  """Prints what is otherwise than wanted; returns what JSON has."""
+  if written.window is not None:
+    cli.say(
+      f"a window of {written.window} tokens is in the file, but llama.cpp has "
+      "none in architecture 'llama': there each token sees all before it"
+    )
   kinds: dict[str, list[str]] = {}
   for name, (want, have) in written.otherwise.items():
     kinds.setdefault(f"{want} -> {have}", []).append(name)

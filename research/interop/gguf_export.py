@@ -329,10 +329,13 @@ class Written:
     bits_per_weight: of all tensors, scales included.
     otherwise: name of a tensor -> (type that was wanted, type it has), where
       blocks do not divide its rows.
+    window: of attention, in tokens, that the file has and llama.cpp does not
+      look at, or None.
   """
 
   bits_per_weight: float
   otherwise: Mapping[str, tuple[str, str]]
+  window: int | None = None
 
 
 def write_model(
@@ -373,4 +376,7 @@ def write_model(
   found["general.file_type"] = FILE_TYPES.get(most, FILE_TYPES["F32"])
   write_gguf(path, found, made)
   count = sum(math.prod(t.shape) for t in made.values())
-  return Written(8 * sum(sizes.values()) / count, otherwise)
+  window = None
+  if found["general.architecture"] == "llama":
+    window = found.get("llama.attention.sliding_window")
+  return Written(8 * sum(sizes.values()) / count, otherwise, window)

@@ -76,3 +76,12 @@ def test_no_file_is_written_that_llama_cpp_would_not_open(name, tmp_path):
   with pytest.raises(UserError, match=message):
     convert.to_gguf(sources.open_source(folder), tmp_path / "x.gguf")
   assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+  ("name", "window"), [("mistral", 7), ("llama", None), ("gemma2", None)]
+)
+def test_a_window_that_llama_cpp_does_not_see_is_told(name, window, tmp_path):
+  source = sources.open_source(MODELS / name)
+  written = convert.to_gguf(source, tmp_path / "model.gguf")[2]
+  assert written.window == window
