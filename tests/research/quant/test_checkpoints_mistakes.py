@@ -161,7 +161,7 @@ def test_mistakes_in_the_config_of_gptq(changes, message):
   [
     (dict(bits=8), "bits is 8, expected 4"),
     (dict(version="marlin"), "version is 'marlin', expected 'gemm' or"),
-    (dict(zero_point=False), "zero_point is False, expected true"),
+    (dict(zero_point=0), "zero_point is 0, expected true or false"),
     (dict(group_size=-2), "group_size is -2"),
   ],
 )
@@ -170,6 +170,9 @@ def test_mistakes_in_the_config_of_awq(changes, message):
   assert awq.parse(said, "c") == awq.Scheme(group=0)
   with pytest.raises(UserError, match=message):
     awq.parse(said | changes, "c")
+  # gptqmodel says so of symmetric grids, whose zeros it stores all the same.
+  symmetric = said | {"zero_point": False}
+  assert awq.parse(symmetric, "c") == awq.Scheme(group=0)
   old = {"w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}
   assert awq.parse(old, "c") == awq.Scheme(group=64)
 
