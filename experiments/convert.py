@@ -228,7 +228,9 @@ def _writer(name: str, kind: str | None, source: Any) -> Any:
     before = source.origin.get("came_from", source.origin)
     said = before.get("quantization") or {}
     version = gptq.VERSIONS.get(said.get("checkpoint_format"), 1)
-    return writers.Gptq(kind and int(kind), group, version)
+    # transformers opens no packed head, so only what came with one has one.
+    head = said.get("lm_head") is True
+    return writers.Gptq(kind and int(kind), group, version, head=head)
   if name == "awq":
     return writers.Awq(group)
   if name == "bnb":

@@ -154,6 +154,8 @@ class Gptq:
     bits: that are wanted, or None for those of most matrices.
     group: that is wanted, 0 for all inputs; None for that of most matrices.
     version: that is wanted; the other one where zeros are 0.
+    head: as in `Writer`. transformers opens no packed head: it says that the
+      weight is missing, and draws one.
   """
 
   bits: int | None = None
@@ -161,7 +163,7 @@ class Gptq:
   version: int = 1
   files: tuple[str, ...] = ("quantize_config.json",)
   varied: bool = False
-  head: bool = True
+  head: bool = False
 
   def look(self, w: QTensor, where: str) -> _Grid:
     x = integers(w, where)

@@ -234,17 +234,31 @@ def test_a_packed_head_stays_packed_where_it_can(tmp_path):
   model = support.model(**SQUARE, vocab=64)
   params |= {"head": qtensor.pack(head, Affine(block=32))}
   params["embed"] = params["embed"][:64]
-  before = source(model, params)
-  convert.to_quantized(before, tmp_path / "a", writers.Gptq(), True)
-  said = safetensors.read_json(tmp_path / "a" / "config.json")
-  assert said[hf_quant.CONFIG]["lm_head"]
-  got = load.load_model(tmp_path / "a").params["head"]
-  np.testing.assert_array_equal(got.dense(), params["head"].dense())
-  convert.to_quantized(
-    sources.open_source(tmp_path / "a"), tmp_path / "b", writers.Awq()
-  )
-  wide = load.load_model(tmp_path / "b").params["head"]
-  np.testing.assert_array_equal(wide, got.dense())
+  before, want = source(model, params), params["head"].dense()
+
+  def head(name):
+    said = safetensors.read_json(tmp_path / name / "config.json")
+    return (
+      load.load_model(tmp_path / name).params["head"],
+      said[hf_quant.CONFIG].get("lm_head", False),
+    )
+
+  writer = writers.Gptq(head=True)
+  convert.to_quantized(before, tmp_path / "a", writer, True)
+  # Of one that came so, the command keeps it so.
+  flags = [f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}"]
+  assert not cli.call(command.main, ["convert", *flags, "--format=gptq"])
+  for name in "ab":
+    got, said = head(name)
+    assert said and weights.is_weight(got)
+    np.testing.assert_array_equal(got.dense(), want)
+  # transformers opens neither with a packed head.
+  for name, writer in dict(c=writers.Gptq(), d=writers.Awq()).items():
+    again = sources.open_source(tmp_path / "a")
+    convert.to_quantized(again, tmp_path / name, writer)
+    got, said = head(name)
+    assert not said and not weights.is_weight(got)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_between_tools_without_loss(made, tmp_path):
