@@ -108,7 +108,7 @@ llama-cpp: venv-peers  ## Compiles llama.cpp for the peers (5 to 15 minutes)
 gptqmodel: venv-peers  ## Adds gptqmodel for the peers (a minute)
 	@[ -d .venv-peers/gptqmodel/gptqmodel ] \
 	  || .venv-peers/bin/python -m pip install --no-deps \
-	    --target .venv-peers/gptqmodel $(GPTQMODEL)
+	    --upgrade --target .venv-peers/gptqmodel $(GPTQMODEL)
 
 clean:  ## Removes environments, caches and build outputs (not runs/)
 	rm -rf .venv .venv-peers .venv-oldest .venv-chips .cache .pytest_cache \
