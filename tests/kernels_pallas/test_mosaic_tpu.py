@@ -14,7 +14,7 @@ from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tiling import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
 from tests.support_hlo import collectives
-from tests.support_pairwise import pairwise
+from tests.support_pairwise import thinned
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
 # Interpreted kernels are large programs over tiny arrays.
@@ -77,7 +77,9 @@ FACTORS = {
   "lse": {"no": 0.0, "yes": 1.0},
   "tiles": {name: TILES[name] for name in ("split", "fused")},
 }  # fmt: skip
-ROWS = pairwise(FACTORS)
+# A mask acts on logits that bias and soft cap have made, wherever it is, so
+# most rows that only join these are slow; all else meets in every run.
+ROWS = thinned(FACTORS, {("mask", "bias"), ("mask", "softcap")})
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(r.values()))
@@ -111,7 +113,7 @@ def test_agrees_with_the_reference(row):
     )
 
   expected, found = both(x, choice["mask"]())
-  assert max(float(jnp.abs(g).max()) for g in expected[1].values()) > 1e-3
+  assert max(np.abs(g).max() for g in expected[1].values()) > 1e-3
   # Float32 sums of some hundred terms near 1, in another order.
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
@@ -160,18 +162,24 @@ def test_tiles_do_not_matter_and_dropout_does_not_see_them():
 
 def test_padding_may_hold_anything():
   """NaN in padding reaches neither outputs nor gradients."""
-  queries = jnp.where(jnp.arange(T) < 9, 0, -1)[None].repeat(B, 0)
-  keys = jnp.where(jnp.arange(S) < jnp.array([[5], [16]]), 0, -1)
-  step = quick(functools.partial(run, mask=Mask.full(
-    segments=(queries, keys))))  # fmt: skip
+  queries = np.where(np.arange(T) < 9, 0, -1)[None].repeat(B, 0)
+  keys = np.where(np.arange(S) < np.array([[5], [16]]), 0, -1)
+  step = quick(
+    functools.partial(
+      run,
+      mask=Mask.full(
+        segments=tuple(jnp.asarray(x, jnp.int32) for x in (queries, keys))
+      ),
+    )
+  )
   q, k, v = qkv()
   clean = step(q, k, v)
   dead_q, dead_k = (queries < 0)[:, :, None, None], (keys < 0)[:, :, None, None]
-  dirty = step(*(jnp.where(d, jnp.nan, x) for d, x in (
+  dirty = step(*(np.where(d, np.float32(np.nan), x) for d, x in (
     (dead_q, q), (dead_k, k), (dead_k, v))))  # fmt: skip
   chex.assert_trees_all_equal(clean, dirty)
   chex.assert_tree_all_finite((clean[0][0], clean[1]))
-  assert not np.any(clean[0][0][:, 9:])
+  assert not np.any(np.asarray(clean[0][0])[:, 9:])
 
 
 def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
@@ -189,7 +197,7 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
   plain = functools.partial(results, backend="reference")
   found = quick(functools.partial(results, **ours))(*x)
   assert {y.dtype for y in found} == {jnp.dtype(jnp.bfloat16)}
-  exact = quick(plain)(*(y.astype(jnp.float32) for y in x))
+  exact = quick(plain)(*(np.asarray(y, np.float32) for y in x))
   assert_no_rougher(found, in_low_precision(plain, *x), exact, jnp.bfloat16)
 
 
@@ -201,14 +209,14 @@ def test_large_logits_only_move_the_log_sum_exp():
   def at(one, other):
     """With 500 * one * other more in all logits."""
     level = (500 * 8**0.5) ** 0.5
-    (o, lse), (dq, dk, dv) = step(
-      q.at[..., 0].set(one * level), k.at[..., 0].set(other * level), v
-    )
+    x, y = np.array(q), np.array(k)
+    x[..., 0], y[..., 0] = one * level, other * level
+    (o, lse), (dq, dk, dv) = jax.tree.map(np.asarray, step(x, y, v))
     # The column of the constant has gradients of its size times rounding.
     return o, lse - 500 * one * other, dq[..., 1:], dk[..., 1:], dv
 
   expected = at(0, 0)
-  assert float(jnp.abs(expected[2]).max()) > 1
+  assert np.abs(expected[2]).max() > 1
   # Float32 of 500 in base 2 is good to 3e-5: so are probabilities.
   for sign in (1, -1):
     chex.assert_trees_all_close(at(1, sign), expected, rtol=2e-3, atol=2e-3)
@@ -224,7 +232,13 @@ def test_kernels_do_not_race_or_read_what_nobody_wrote(
   config = tiles(128, 128, 128, 128, backward)
   q, k, v = (draw(1, 256, n, 8, seed=n) for n in (2, 1, 1))
   mask = Mask.causal((150, None), offset=-40)
-  found = run(q, k, v, mask, config, tpu_interpreter)
+  found = jax.block_until_ready(
+    quick(
+      functools.partial(
+        run, mask=mask, config=config, interpret=tpu_interpreter
+      )
+    )(q, k, v)
+  )
   expected = quick(
     functools.partial(run, mask=mask, config=config)
   )(q, k, v)  # fmt: skip
@@ -249,11 +263,14 @@ def test_no_feature_races_or_reads_what_nobody_wrote(tpu_interpreter):
 
     return jax.value_and_grad(loss, has_aux=True)(x)
 
-  found = step(x, backend="mosaic_tpu", config=tiles(8, 8, 8, 8, "split"),
-               interpret=tpu_interpreter)  # fmt: skip
+  ours = functools.partial(
+    step, backend="mosaic_tpu", config=tiles(8, 8, 8, 8, "split"),
+    interpret=tpu_interpreter,
+  )  # fmt: skip
+  found = jax.block_until_ready(quick(ours)(x))
   assert not interpret_pallas_call.races.races_found
   expected = quick(functools.partial(step, backend="reference"))(x)
-  assert min(float(jnp.abs(g).max()) for g in expected[1].values()) > 1e-2
+  assert min(np.abs(g).max() for g in expected[1].values()) > 1e-2
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
