@@ -21,7 +21,8 @@ from tests.experiments.generated import TINY, told
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-  return filled.converted(tmp_path_factory.mktemp("models"))
+  root = tmp_path_factory.mktemp("models")
+  return filled.converted(root) | {"unplaced": filled.unplaced(root)}
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_delayed_cache_fills_everything(command):
 
 def test_a_prompt_may_end_within_a_block(command):
   want = told(command("four"))
-  assert told(command("four", "--cache=prefix"))["text"] == want["text"]
+  assert told(command("unplaced", "--cache=prefix"))["text"] == want["text"]
   assert want["prompt_tokens"] % 4 and want["tokens"] <= LENGTH
 
 
@@ -82,7 +83,7 @@ PROMPTS = "the dog", "the cat sat on the mat", "a"
   ("name", "flags"),
   [
     ("all", ["--block=4", "--temperature=1"]),
-    ("four", ["--cache=prefix", "--temperature=1"]),
+    ("unplaced", ["--cache=prefix", "--temperature=1"]),
   ],
 )
 def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(
@@ -215,8 +216,9 @@ def test_a_canvas_that_grows(command, tmp_path):
   pieces = page.read_text("utf-8").split("filled = [")[1].split("]")[0]
   assert pieces.count(",") + 1 == got["prompt_tokens"] + 16
   # With no room to grow it is the fixed canvas, call by call.
-  same = told(command("all", "--policy=threshold:0.5", "--canvas=auto"))
-  want = told(command("all", "--policy=threshold:0.5"))
+  fixed = "--block=4", "--policy=threshold:0.5"
+  same = told(command("all", *fixed, "--canvas=auto"))
+  want = told(command("all", *fixed))
   for field in ("text", "tokens", "calls", "finish_reason"):
     assert same[field] == want[field]
   rows = told(
