@@ -152,8 +152,11 @@ CASES = {
 }
 
 
-BY_TILES = {
-  f"{name}_{tiles}": (CASES[name][0], CASES[name][1] | {"tiles": tiles})
+RUNS = {
+  name: (name, shape.get("tiles", "two_groups"))
+  for name, (_, shape) in CASES.items()
+} | {
+  f"{name}_{tiles}": (name, tiles)
   for name, tiles in (
     ("blocks_empty_rows", "ampere"),
     ("window_segments_sinks", "ampere"),
@@ -165,7 +168,21 @@ BY_TILES = {
     ("dropout_softcap", "one_product"),
   )
 }
-CASES |= BY_TILES
+
+
+@functools.cache
+def expected(name):
+  """Operands and options of a case, exact results, and those of 16 bits."""
+  options, shape = CASES[name]
+  options = {k: v() if callable(v) else v for k, v in options.items()}
+  x = (
+    *qkv(**{k: y for k, y in shape.items() if k != "tiles"}),
+    options.pop("sinks", None),
+  )
+  plain = step(backend="reference", **options)
+  exact = jax.jit(plain)(*(np.asarray(y, np.float32) for y in x[:3]), x[3])
+  assert np.abs(exact[1]["q"]).max() > 1e-2
+  return x, options, exact, in_low_precision(plain, *x)
 
 
 @pytest.fixture(name="watched")
@@ -182,25 +199,20 @@ def _watched(monkeypatch):
 
 
 @pytest.mark.usefixtures("watched")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", RUNS)
 def test_agrees_with_the_reference_without_a_race(interpreter, name):
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-  options, shape = CASES[name]
-  options = {k: v() if callable(v) else v for k, v in options.items()}
-  x = qkv(**{name: y for name, y in shape.items() if name != "tiles"})
-  sinks = options.pop("sinks", None)
+  case, config = RUNS[name]
+  x, options, exact, rough = expected(case)
   found = compiled(
     backend="mosaic_gpu",
-    config=TILES[shape.get("tiles", "two_groups")],
+    config=TILES[config],
     interpret=interpreter,
     **options,
-  )(*x, sinks)
+  )(*x)
+  jax.block_until_ready(found)
   assert not interpret_pallas_call.get_races().races_found
-  plain = step(backend="reference", **options)
-  exact = jax.jit(plain)(*(y.astype(jnp.float32) for y in x), sinks)
-  assert float(jnp.abs(exact[1]["q"]).max()) > 1e-2
-  rough = in_low_precision(plain, *x, sinks)
   # The log-sum-exp is float32's: products of 16 bits are exact.
   chex.assert_trees_all_close(found[0][1], exact[0][1], rtol=2e-5, atol=2e-5)
   found, rough, exact = (((o,), g) for (o, _), g in (found, rough, exact))
@@ -219,7 +231,7 @@ def test_results_may_take_the_place_of_what_stays(interpreter, monkeypatch):
       config=TILES["one_block"],
       interpret=interpreter,
     )
-    return call(*qkv(B=1, S=T))
+    return jax.block_until_ready(call(*qkv(B=1, S=T)))
 
   apart = results()
   monkeypatch.setattr(mosaic_gpu_stream, "room", lambda *_: False)
@@ -229,15 +241,18 @@ def test_results_may_take_the_place_of_what_stays(interpreter, monkeypatch):
 
 def test_padding_may_hold_anything(interpreter):
   """NaN in padding, or where no tile is visited, reaches nothing."""
-  i, j = jnp.arange(T)[None], jnp.arange(S)[None]
+  i, j = np.arange(T)[None], np.arange(S)[None]
   # Queries from 70 on see keys up to 29, but for what is padding: by its
   # segment (queries from 95, keys from 20 to 24), or position (10 to 14).
-  queries = jnp.where(i >= 95, -1, 0)
-  keys = jnp.where((j >= 20) & (j < 25), -1, 0)
-  places = jnp.where((j >= 10) & (j < 15), -1, j)
+  queries = np.where(i >= 95, -1, 0).astype(np.int32)
+  keys = np.where((j >= 20) & (j < 25), -1, 0).astype(np.int32)
+  places = np.where((j >= 10) & (j < 15), -1, j).astype(np.int32)
   mask = Mask.causal(
-    None, (queries, keys), kv_positions=places, offset=-70
-  )  # fmt: skip
+    None,
+    (jnp.asarray(queries), jnp.asarray(keys)),
+    kv_positions=jnp.asarray(places),
+    offset=-70,
+  )
   # The first tile of queries sees nothing, and nobody the last of keys.
   dead_q = ((queries < 0) | (i < 64))[:, :, None, None]
   dead_k = ((keys < 0) | (places < 0) | (j >= 128))[:, :, None, None]
@@ -248,14 +263,14 @@ def test_padding_may_hold_anything(interpreter):
     interpret=interpreter,
   )
   x = qkv(B=1)
-  found = call(*(jnp.where(d, jnp.nan, y) for d, y in zip(
+  found = call(*(np.where(d, np.float16(np.nan), y) for d, y in zip(
     (dead_q, dead_k, dead_k), x, strict=True)))  # fmt: skip
   chex.assert_trees_all_equal(found, call(*x))
-  (o, _), gradients = found
+  (o, _), gradients = jax.tree.map(np.asarray, found)
   chex.assert_tree_all_finite((o, gradients))
   assert np.any(o[:, 70:95]) and not np.any(o[:, :70]) and not np.any(o[:, 95:])
   for name, dead in (("q", dead_q), ("k", dead_k), ("v", dead_k)):
-    assert not np.any(jnp.where(dead, gradients[name], 0))
+    assert not np.any(np.where(dead, gradients[name], 0))
 
 
 def test_large_logits_only_move_the_log_sum_exp(interpreter):
@@ -270,8 +285,9 @@ def test_large_logits_only_move_the_log_sum_exp(interpreter):
   )
 
   def results(call, one=0, other=0):
-    x = q.at[..., 0].set(one), k.at[..., 0].set(other), v
-    (o, lse), gradients = call(*x)
+    x, y = np.array(q), np.array(k)
+    x[..., 0], y[..., 0] = one, other
+    (o, lse), gradients = jax.tree.map(np.asarray, call(x, y, v))
     # The column of the constant has gradients of its size times rounding.
     rest = {n: y[..., n != "v" :] for n, y in gradients.items()}
     return lse - one * other / 8, (o, rest)
@@ -310,11 +326,11 @@ def test_partial_results_are_not_rounded(interpreter):
     )
     return y, *vjp(jnp.cos(o).astype(y.dtype))
 
-  exact = jax.jit(plain)(*(y.astype(jnp.float32) for y in x[:3]))
+  exact = jax.jit(plain)(*(np.asarray(y, np.float32) for y in x[:3]))
   rough = in_low_precision(plain, *x[:3])
-  for have in (o, *found[:3]):
-    assert have.dtype == jnp.float32
-    assert jnp.any(have != have.astype(jnp.float16).astype(jnp.float32))
+  for have in map(np.asarray, (o, *found[:3])):
+    assert have.dtype == np.float32
+    assert np.any(have != have.astype(np.float16).astype(np.float32))
   assert_no_rougher((o, *found[:3]), rough, exact, jnp.float16)
 
 

@@ -1,4 +1,4 @@
-"""Taps against what a weight that writes down its inputs sees, eagerly."""
+"""Taps against what a weight that writes down its inputs sees."""
 
 import functools
 
@@ -23,18 +23,18 @@ STATISTICS = (
 
 
 class Spy:
-  """A weight that writes its inputs down; not for compiled programs."""
+  """A weight that writes its inputs down, of layers that no loop runs."""
 
   def __init__(self, w):
     self.w, self.seen = w, []
     self.shape, self.dtype, self.ndim = w.shape, w.dtype, w.ndim
 
   def einsum(self, eq, x):
-    self.seen.append(np.asarray(x, np.float64))
+    self.seen.append(x)
     return weights.einsum(eq, x, self.w)
 
   def ragged_dot(self, x, sizes):
-    self.seen.append((np.asarray(x, np.float64), np.asarray(sizes)))
+    self.seen.append((x, sizes))
     return weights.ragged_dot(x, self.w, sizes)
 
   def dense(self):
@@ -61,13 +61,25 @@ def params(kind):
 @functools.cache
 def inputs(kind):
   """Returns {address: inputs} of every matrix, layer by layer in Python."""
+  seen = jax.jit(
+    functools.partial(seen_by_spies, kind),
+    compiler_options=support_mesh.QUICKLY,
+  )(params(kind), batch(kind))
+
+  def wide(x):
+    x = np.asarray(x)
+    return x if np.issubdtype(x.dtype, np.integer) else np.float64(x)
+
+  return jax.tree.map(wide, seen)
+
+
+def seen_by_spies(kind, params, given):
   model = support_mesh.model(kind)
-  given = batch(kind)
   layers = [
     jax.tree.map(lambda w: Spy(w) if w.ndim > 1 else w, layer)
-    for layer in tree.layers(params(kind))
+    for layer in tree.layers(params)
   ]
-  x = params(kind)["embed"][given["tokens"]]
+  x = params["embed"][given["tokens"]]
   mask = Mask.causal(segments=given["segments"])
   at = given["positions"]
   for block, layer in zip(model.layer_kinds(), layers, strict=True):
