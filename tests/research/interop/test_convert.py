@@ -49,6 +49,25 @@ def logits(model, params, tokens):
   return model.apply({"params": params}, hidden, method="logits")
 
 
+@functools.cache
+def opened(name):
+  """What is read of a golden model for many tests, none of which changes it."""
+  return sources.open_source(MODELS / name)
+
+
+@functools.cache
+def loaded(name):
+  return load.load_model(MODELS / name)
+
+
+@pytest.fixture(scope="module", name="llama")
+def _llama(tmp_path_factory):
+  """Our checkpoint of a model."""
+  folder = tmp_path_factory.mktemp("llama") / "ours"
+  convert.to_orbax(opened("llama"), folder)
+  return folder
+
+
 def golden_tokens(name):
   with np.load(MODELS / name / "golden.npz") as golden:
     return golden["tokens"][:1, :12]
@@ -63,7 +82,7 @@ def raw(folder) -> dict:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
-  convert.to_orbax(sources.open_source(MODELS / name), tmp_path / "ours")
+  convert.to_orbax(opened(name), tmp_path / "ours")
   log = convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
   assert raw(tmp_path / "hf") == raw(MODELS / name)
   assert log.summary()["changed"] == 0
@@ -73,7 +92,7 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
   )
   assert new == old
   # Both are what --model= takes, too.
-  want = load.load_model(MODELS / name)
+  want = loaded(name)
   for form in ("ours", "hf"):
     got = load.load_model(tmp_path / form)
     assert got.model == want.model
@@ -83,12 +102,10 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
 def test_hf_to_gguf_to_hf(name, tmp_path):
   file = tmp_path / "model.gguf"
-  convert.to_gguf(
-    sources.open_source(MODELS / name), file, gguf_recipe.Recipe("F32")
-  )
+  convert.to_gguf(opened(name), file, gguf_recipe.Recipe("F32"))
   log = convert.to_hf(sources.open_source(file), tmp_path / "hf")
   assert log.summary()["changed"] == 0
-  got, want = load.load_model(tmp_path / "hf"), load.load_model(MODELS / name)
+  got, want = load.load_model(tmp_path / "hf"), loaded(name)
   tokens = golden_tokens(name)
   a = logits(got.model, got.params, tokens)
   b = logits(want.model, want.params, tokens)
@@ -100,7 +117,7 @@ def test_hf_to_gguf_to_hf(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(NOT_GGUF & set(FAMILIES)))
 def test_what_gguf_cannot_say_is_an_error(name, tmp_path):
   with pytest.raises(UserError, match="GGUF"):
-    convert.to_gguf(sources.open_source(MODELS / name), tmp_path / "x.gguf")
+    convert.to_gguf(opened(name), tmp_path / "x.gguf")
   assert list(tmp_path.iterdir()) == []
 
 
@@ -177,7 +194,7 @@ def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
 def test_rows_that_a_type_cannot_hold_are_named(tmp_path):
   with pytest.raises(UserError, match="rows of 36 weights.*multiple of 32"):
     convert.to_gguf(
-      sources.open_source(MODELS / "smollm2"),
+      opened("smollm2"),
       tmp_path / "x.gguf",
       gguf_recipe.Recipe("Q8_0"),
     )
@@ -202,9 +219,7 @@ def test_a_tokenizer_goes_both_ways(tmp_path):
 
 
 def test_files_are_cut_and_indexed(tmp_path):
-  convert.to_hf(
-    sources.open_source(MODELS / "llama"), tmp_path / "hf", None, 20_000
-  )
+  convert.to_hf(opened("llama"), tmp_path / "hf", None, 20_000)
   index = json.loads((tmp_path / "hf" / safetensors.INDEX).read_text())
   files = sorted((tmp_path / "hf").glob("*.safetensors"))
   assert len(files) > 2
@@ -219,9 +234,7 @@ def test_files_are_cut_and_indexed(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounding_is_reported(dtype, tmp_path):
-  log = convert.to_hf(
-    sources.open_source(MODELS / "llama"), tmp_path / "hf", dtype
-  )
+  log = convert.to_hf(opened("llama"), tmp_path / "hf", dtype)
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
   assert config["torch_dtype"] == dtype
   old, new = (
@@ -253,10 +266,10 @@ def test_numbers_beyond_the_range_are_an_error(tmp_path):
 
 @pytest.mark.parametrize("name", ["peft_patterns", "peftfull_untied_lora"])
 def test_merged_exports_and_their_fidelity(name, tmp_path):
-  source = sources.open_source(MODELS / name)
+  source = opened(name)
   exact = convert.to_hf(source, tmp_path / "fp32")
   rounded = convert.to_hf(source, tmp_path / "bf16", "bfloat16")
-  it = load.load_model(MODELS / name)
+  it = loaded(name)
   merged = load.load_model(tmp_path / "fp32")
   chex.assert_trees_all_close(
     parts_of(merged.params), parts_of(wrap.merge(it.params)), atol=1e-6
@@ -287,7 +300,7 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_peft_to_ours_to_peft(name, tmp_path):
-  source = sources.open_source(MODELS / name)
+  source = opened(name)
   convert.to_orbax(source, tmp_path / "ours")
   again = sources.open_source(tmp_path / "ours")
   assert again.model == source.model
@@ -326,7 +339,7 @@ def test_an_adapter_over_packed_weights(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-  source = sources.open_source(MODELS / "llama")
+  source = opened("llama")
   (tmp_path / "x").write_text("mine")
   for write in (convert.to_hf, convert.to_orbax, convert.to_gguf):
     with pytest.raises(UserError, match="already there"):
@@ -337,7 +350,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 
 def test_a_model_without_adapters_is_none(tmp_path):
-  source = sources.open_source(MODELS / "llama")
+  source = opened("llama")
   with pytest.raises(UserError, match="--base"):
     convert.to_peft(source, tmp_path / "x")
   with pytest.raises(UserError, match="no adapter to save"):
@@ -362,8 +375,8 @@ def test_a_model_without_adapters_is_none(tmp_path):
     ),
   ],
 )
-def test_a_damaged_checkpoint(change, text, tmp_path):
-  convert.to_orbax(sources.open_source(MODELS / "llama"), tmp_path / "ours")
+def test_a_damaged_checkpoint(change, text, llama, tmp_path):
+  shutil.copytree(llama, tmp_path / "ours")
   file = tmp_path / "ours" / load.NOTE
   note = json.loads(file.read_text())
   change(note)
@@ -372,15 +385,15 @@ def test_a_damaged_checkpoint(change, text, tmp_path):
     load.load_model(tmp_path / "ours")
 
 
-def test_a_checkpoint_without_its_arrays(tmp_path):
-  convert.to_orbax(sources.open_source(MODELS / "llama"), tmp_path / "ours")
+def test_a_checkpoint_without_its_arrays(llama, tmp_path):
+  shutil.copytree(llama, tmp_path / "ours")
   shutil.rmtree(tmp_path / "ours" / ours.ARRAYS)
   with pytest.raises(UserError, match="arrays"):
     load.load_model(tmp_path / "ours")
 
 
 def test_sources_are_values():
-  source = sources.open_source(MODELS / "llama")
+  source = opened("llama")
   assert dataclasses.replace(source) == source
 
 
@@ -389,13 +402,13 @@ def test_weights_that_are_codes_in_training_alone_are_numbers(
   adapted, tmp_path
 ):
   """A Q-GaLore run's model, as NumPy decodes it."""
-  source = sources.open_source(MODELS / "llama")
-  params = int8_weights.Pack(group=16)(source.params())
+  source = opened("llama")
+  params = jax.jit(int8_weights.Pack(group=16))(source.params())
   q = params["run0"]["layer0"]["attention"]["q"]
   x = np.asarray(q.step) * (np.float32(q.codes) - np.asarray(q.zero))
   want = x.reshape(len(x), *q.shape[:-3:-1]).swapaxes(1, 2)
   if adapted:
-    params = adapt.Adapt()(params, jax.random.key(0))
+    params = jax.jit(lambda *x: adapt.Adapt()(*x))(params, jax.random.key(0))
   source = dataclasses.replace(
     source, params=lambda: params, parts=parts.from_params(params)
   )
