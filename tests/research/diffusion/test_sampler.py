@@ -183,10 +183,11 @@ def test_rows_do_not_depend_on_their_batch():
     dict(block=4, edit=0.2, select="random", plan="chance", remask=AGAIN),
   ):
     whole = run(prompts, sampling=hot, **options)
-    # The others' lengths decide about padding, so keep the longest one.
+    # The others' lengths decide about padding, so keep the longest one; and
+    # as many of them, so that it is the same program.
     some = run(
-      [prompts[2], prompts[1]],
-      examples=jnp.array([2, 1]),
+      [prompts[2], prompts[1]] * 2,
+      examples=jnp.array([2, 1, 0, 3]),
       sampling=hot,
       **options,
     )
