@@ -96,11 +96,12 @@ def test_texts_of_the_tiny_model_are_what_they_are_without_gaps(places):
 
 
 WAYS = [
-  ["--cache=dual"],
+  ["--cache=dual", "--guidance=1", "--edit=0.3"],
   ["--cache=prefix"],
   ["--cache=vicinity:4", "--policy=threshold:0.2"],
   ["--cache=delayed:3", "--ends=last"],
-  ["--guidance=1", "--edit=0.3"],
+  pytest.param(["--cache=dual"], marks=pytest.mark.slow),
+  pytest.param(["--guidance=1", "--edit=0.3"], marks=pytest.mark.slow),
 ]
 
 # What is filled --------------------------------------------------------------
