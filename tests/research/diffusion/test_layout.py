@@ -127,7 +127,7 @@ def readers():
     "dual": Cached(model=model),
     "near": Cached(model=model, before=2, after=1, shift=True),
     # More than there is before the first prompt, and behind any block.
-    "far": Cached(model=model, before=6, after=2),
+    "far": Cached(model=model, before=16, after=4),
     "prefix": Cached(model=model, last=LENGTH, shift=True),
     "delayed": Delayed(model=model, mask_id=MASK, halvings=2),
     "renewed": Delayed(model=model, mask_id=MASK, refresh=2, shift=True),
