@@ -14,7 +14,7 @@ from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tiling import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
 from tests.support_hlo import collectives
-from tests.support_pairwise import thinned
+from tests.support_pairwise import pairwise
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
 # Interpreted kernels are large programs over tiny arrays.
@@ -77,9 +77,7 @@ FACTORS = {
   "lse": {"no": 0.0, "yes": 1.0},
   "tiles": {name: TILES[name] for name in ("split", "fused")},
 }  # fmt: skip
-# A mask acts on logits that bias and soft cap have made, wherever it is, so
-# most rows that only join these are slow; all else meets in every run.
-ROWS = thinned(FACTORS, {("mask", "bias"), ("mask", "softcap")})
+ROWS = pairwise(FACTORS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(r.values()))
