@@ -40,6 +40,9 @@ ARCHITECTURES = {
   "gemma2": Architecture("gemma2", scaled_by_width=(46,)),
   "gemma3": Architecture("gemma3", local_theta=1e4, scaled_by_width=(62,)),
 }
+NO_TOKENIZER: Mapping[str, Any] = {"tokenizer.ggml.model": "none"}
+"""The keys of no tokenizer; a file without any is none that llama.cpp opens."""
+
 _SILENT = (
   "vocab_size",
   "tensor_data_layout",
@@ -179,6 +182,12 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
     keys.fail("attention.head_count_kv", sizes.kv_heads, f"to divide {heads}")
   keys.finish()
   return family, sizes, kind.interleaved
+
+
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+  """Whether a file has a tokenizer, of whatever kind."""
+  kind = metadata.get("tokenizer.ggml.model", "none")
+  return not isinstance(kind, str) or kind not in ("none", "no_vocab")
 
 
 def pattern_of(architecture: str) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from research.interop import (
   gguf_config,
   gguf_experts,
   gguf_rows,
-  gguf_tokenizer,
   gguf_types,
   hf_config_write,
 )
@@ -367,7 +366,7 @@ def write_model(
   if given is not None:
     found = dict(given)
   if not any(key.startswith("tokenizer.") for key in found):
-    found |= dict(tokenizer or gguf_tokenizer.NONE)
+    found |= dict(tokenizer or gguf_config.NO_TOKENIZER)
   made, otherwise = tensors(model, parts, found, extra, recipe, log)
   sizes: dict[str, int] = {}
   for t in made.values():

@@ -17,7 +17,7 @@ import numpy as np
 from research import tree
 from research.interop import gguf_experts, gguf_rows, unread
 from research.interop.gguf import GGUF, Tensor, open_gguf
-from research.interop.gguf_config import config
+from research.interop.gguf_config import config, has_tokenizer
 from research.interop.gguf_rows import Row
 from research.interop.gguf_types import TYPES, decode, require
 from research.interop.load import Loaded
@@ -330,9 +330,7 @@ def load_gguf(
 
 def _tokenizer(path: str, metadata: Mapping[str, Any], vocab: int) -> Any:
   """Returns the embedded tokenizer, or None where there is none."""
-  from research.interop import gguf_tokenizer
-
-  if not gguf_tokenizer.is_inside(metadata):
+  if not has_tokenizer(metadata):
     return None
   from research.nn.tokenizer import Tokenizer
 

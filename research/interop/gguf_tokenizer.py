@@ -49,16 +49,6 @@ _LONGEST = 512
 _SPACE = "\u2581"
 
 
-NONE: Mapping[str, Any] = {"tokenizer.ggml.model": "none"}
-"""The keys of no tokenizer; a file without any is none that llama.cpp opens."""
-
-
-def is_inside(metadata: Mapping[str, Any]) -> bool:
-  """Whether a file has a tokenizer, of whatever kind."""
-  kind = metadata.get("tokenizer.ggml.model", "none")
-  return not isinstance(kind, str) or kind not in ("none", "no_vocab")
-
-
 class _Fields:
   """The `tokenizer.ggml.*` keys."""
 

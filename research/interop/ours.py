@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from research import weights
 from research.interop import (
   gguf,
-  gguf_tokenizer,
+  gguf_config,
   hf,
   hf_config,
   parts,
@@ -286,7 +286,7 @@ def tokenizer(directory: pathlib.Path) -> Tokenizer | None:
   if not file.is_file():
     return None
   found = gguf.open_gguf(file).metadata
-  if not gguf_tokenizer.is_inside(found):
+  if not gguf_config.has_tokenizer(found):
     return None
   return Tokenizer.from_gguf(found)
 

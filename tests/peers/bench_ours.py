@@ -242,15 +242,14 @@ def measure(row: str, runs: int, steps: int, threads: int) -> dict:
   from research.training.memory import peak_memory_bytes
 
   del threads  # XLA uses the cores that the process may use
-  kind, *rest = row.split(
-    "_", 2 if row.startswith(("decode", "prefill")) else -1
-  )
-  work = {"train": train, "perplexity": perplexity}.get(kind)
+  kind, _, rest = row.partition("_")
   if kind in ("decode", "prefill"):
     work = {"decode": decode, "prefill": prefill}[kind]
-    out = work(int(rest[0][1:]), rest[1], runs, steps)
+    batch, _, dtype = rest.partition("_")
+    out = work(int(batch[1:]), dtype, runs, steps)
   else:
-    out = work(rest[0], runs, steps)
+    work = {"train": train, "perplexity": perplexity}[kind]
+    out = work(rest, runs, steps)
   return dict(
     row=row, **out, peak_rss_bytes=peak_memory_bytes(), jax=jax.__version__
   )

