@@ -108,7 +108,7 @@ def alike(
   mesh, and does not say of results that they do.
 
   Args:
-    arrays: Of the call; the first is float32.
+    arrays: Of the call.
     shapes: Of its results, in float32.
 
   Returns:
@@ -125,7 +125,8 @@ def alike(
 
   arrays = tuple(map(spread, arrays))
   results = jax.eval_shape(
-    lambda x: [jnp.full_like(x, 0, shape=shape) for shape in shapes], arrays[0]
+    lambda x: [jnp.full_like(x, 0, jnp.float32, shape) for shape in shapes],
+    arrays[0],
   )
   return arrays, results
 

@@ -20,6 +20,7 @@ from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
 from kernels_pallas.decode_attention.choice import BACKENDS, automatic
 from kernels_pallas.decode_attention.choice import choose as choose
+from kernels_pallas.decode_attention.cpu import cpu_decode
 from kernels_pallas.decode_attention.mosaic_gpu import (
   KEYS,
   mosaic_gpu_decode,
@@ -211,6 +212,8 @@ def _attend(spec, blocks, interpret, backend, place, q, held, rows):
   """What a backend finds, without sinks, in the accumulator dtype."""
   if backend == "reference":
     return _reference(spec, q, held, rows)
+  if backend == "cpu":
+    return cpu_decode(spec, q, held, rows.kv_lens)
   if backend == "mosaic_gpu":
     _check_for_gpu(spec, q, held)
   blocks = _blocks(blocks, backend, place, q, held, rows)

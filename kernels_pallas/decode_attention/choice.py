@@ -13,18 +13,20 @@ import jax.numpy as jnp
 
 from kernels_pallas import lowering
 from kernels_pallas.by_platform import by_platform
+from kernels_pallas.decode_attention import cpu
 from kernels_pallas.decode_attention.mosaic_gpu import refused
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.ragged import Rows
 from kernels_pallas.decode_attention.work import Cache
 
-BACKENDS = ("auto", "reference", "xla", "mosaic_tpu", "mosaic_gpu")
+BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu", "mosaic_gpu")
 
 CACHE = 16
 """Of which a TPU's cache holds a multiple of tokens: rows of a register of
 bfloat16."""
 
-PLATFORMS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu"}
+PLATFORMS = ("tpu", "cuda", "cpu")
+"""That have a kernel, as lowering calls them."""
 
 
 def choose(
@@ -41,7 +43,7 @@ def choose(
     held: Keys and values, or their shapes; None for any, of the head dims and
       dtypes that the device's kernel takes.
   """
-  return _choice(lowering.device(), dtype, size, held)
+  return _ready(*_choice(lowering.device(), dtype, size, held))
 
 
 def automatic(
@@ -68,7 +70,7 @@ def automatic(
     # Nothing is lowered later: the call runs now, where its arrays are.
     known = lowering.place_of(arrays)
   if known is not None:
-    backend, why = choice(known)
+    backend, why = _ready(*choice(known))
     lowering.say("decoding", known[0], backend, why)
     return attend(backend, known, q, held, rows)
   places = {name: (name, lowering.kind_of(name)) for name in PLATFORMS}
@@ -77,13 +79,13 @@ def automatic(
   def runs(backend, place):
     def run(q, held, rows):
       whole = held if isinstance(held, Pages) else Cache(*held)
-      return attend(backend, place, q, whole, Rows(*rows))
+      return attend(_ready(backend)[0], place, q, whole, Rows(*rows))
 
     return run
 
   def note(platform):
-    backend, why = found.get(platform, ("xla", "it has no kernel yet"))
-    lowering.say("decoding", platform, backend, why)
+    chosen = found.get(platform, ("xla", "it has no kernel yet"))
+    lowering.say("decoding", platform, *_ready(*chosen))
 
   return by_platform(
     runs("xla", ("cpu", "")),
@@ -99,6 +101,13 @@ def automatic(
   )
 
 
+def _ready(name: str, why: str = "") -> tuple[str, str]:
+  """A choice as it turns out where the program is made: with a compiler?"""
+  if name == "cpu" and not cpu.available():
+    return "xla", "no C++ kernel can be compiled here"
+  return name, why
+
+
 def _choice(place, dtype, size, held=None, precision=None) -> tuple[str, str]:
   platform, kind = place
   if platform in ("cuda", "gpu"):
@@ -106,6 +115,11 @@ def _choice(place, dtype, size, held=None, precision=None) -> tuple[str, str]:
     if reason is not None:
       return "xla", reason
     return "mosaic_gpu", f"the program is for {kind}"
+  if platform == "cpu":
+    reason = cpu.refused(dtype, held, precision)
+    if size is None:
+      reason = "the CPU kernel reads caches, no pages"
+    return ("xla", reason) if reason else ("cpu", "the program is for a CPU")
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"
   if dtype not in (jnp.bfloat16, jnp.float32):

@@ -40,6 +40,7 @@ LIBRARY = Library(
     "cpu_forward.inc",
     "cpu_backward.inc",
     "../cpu_tasks.h",
+    "../cpu_vector.inc",
   ),
   targets=(
     (TARGET, "HeptadAttention"),

@@ -18,6 +18,7 @@ namespace attention {
 namespace portable {
 #define TARGET
 constexpr int64_t kLanes = 4, kRows = 4;
+#include "../cpu_vector.inc"
 #include "cpu_tile.inc"
 #include "cpu_forward.inc"
 #include "cpu_backward.inc"
@@ -28,6 +29,7 @@ constexpr int64_t kLanes = 4, kRows = 4;
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma")))
 constexpr int64_t kLanes = 8, kRows = 4;
+#include "../cpu_vector.inc"
 #include "cpu_tile.inc"
 #include "cpu_forward.inc"
 #include "cpu_backward.inc"
@@ -37,6 +39,7 @@ constexpr int64_t kLanes = 8, kRows = 4;
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
 constexpr int64_t kLanes = 16, kRows = 8;
+#include "../cpu_vector.inc"
 #include "cpu_tile.inc"
 #include "cpu_forward.inc"
 #include "cpu_backward.inc"

@@ -19,6 +19,7 @@ from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.cpu import CpuTiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
+from tests.support_cpu import supported
 from tests.support_pairwise import pairwise
 
 B, N, T, S = 2, 4, 150, 170
@@ -73,19 +74,6 @@ def stripes(q, k):
 
 SIZES = {"H": (8, 24, 37), "Hv": (8, 40), "K": (4, 2, 1), "sinks": (0, 1)}
 CASES = pairwise({**SIZES, "mask": tuple(MASKS), "isa": cpu.ISAS[1:]})
-
-
-def supported(isa):
-  """Skips where this CPU has no such instructions."""
-  flags = ""
-  try:
-    with open("/proc/cpuinfo") as file:
-      flags = file.read()
-  except OSError:
-    pass
-  wanted = {"avx512": "avx512vl", "avx2": "avx2"}.get(isa, "")
-  if wanted not in flags:
-    pytest.skip(f"this CPU has no {isa}")
 
 
 def operands(H, Hv, K, sinks):

@@ -1,14 +1,16 @@
 """Compiled libraries: made once, whole, named after what they are made of."""
 
 import dataclasses
+import re
 
 import pytest
 
 from kernels_pallas import cpu_library
+from kernels_pallas.decode_attention import cpu as decoding
 from kernels_pallas.flash_attention import cpu as attention
 from kernels_pallas.quantized_matmul import cpu as products
 
-LIBRARIES = [products.LIBRARY, attention.LIBRARY]
+LIBRARIES = [products.LIBRARY, attention.LIBRARY, decoding.LIBRARY]
 
 
 pytestmark = pytest.mark.usefixtures("cxx")
@@ -34,7 +36,8 @@ def test_every_source_names_the_library(library, tmp_path, monkeypatch):
   folder, copy = library.source.parent, tmp_path / "kernels" / "one"
   kinds = ("*.cc", "*.h", "*.inc")
   found = {path.name for kind in kinds for path in folder.glob(kind)}
-  found |= {f"../{path.name}" for path in folder.parent.glob("cpu_*.h")}
+  text = "".join((folder / name).read_text() for name in found)
+  found |= set(re.findall(r'#include "(\.\./[^"]+)"', text))
   assert found == {library.source.name, *library.parts}
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
   copy.mkdir(parents=True)

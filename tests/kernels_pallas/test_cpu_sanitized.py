@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from kernels_pallas.decode_attention import cpu as decoding
 from kernels_pallas.flash_attention import cpu as attention
 from kernels_pallas.quantized_matmul import cpu as products
 
@@ -12,6 +13,7 @@ FLAGS = ("-std=c++17", "-O1", "-g1", "-pthread", "-Wno-psabi")
 DRIVERS = {
   "panels": (products.LIBRARY, "products"),
   "attention": (attention.LIBRARY, "problems"),
+  "decoding": (decoding.LIBRARY, "steps"),
 }
 
 
@@ -36,6 +38,8 @@ def built(name, folder, cxx, *flags):
     ("panels", "thread", 60),
     ("attention", "address,undefined", 60),
     ("attention", "thread", 12),
+    ("decoding", "address,undefined", 60),
+    ("decoding", "thread", 30),
   ],
 )
 def test_problems_of_any_shape_are_clean(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.decode_attention import sharded
+from kernels_pallas.decode_attention import cpu, sharded
 from kernels_pallas.decode_attention.api import (
   decode_attention,
   paged_attention,
@@ -16,7 +16,7 @@ from kernels_pallas.decode_attention.sharded import Cut
 from kernels_pallas.decode_attention.spec import Blocks
 from tests import support_hlo
 
-R, K, N, H, SIZE, WIDTH = 4, 4, 8, 8, 4, 3
+R, K, N, H, SIZE, WIDTH = 4, 4, 8, 16, 4, 3
 POOL = 6  # pages of each half of the rows
 CUT = Cut(("rows",), ("heads",))
 BACKENDS = {
@@ -48,12 +48,15 @@ def on(mesh, function, *args):
   return found, support_hlo.collectives(compiled.as_text(), mesh)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "cpu"])
 def test_a_cache_by_rows_and_heads(mesh, backend):
   x = draw(R, N, H), draw(R, 12, K, H), draw(R, 12, K, H, seed=1), LENS
   options = {"sinks": draw(N), "window": 7, "return_lse": True}
+  ours = BACKENDS.get(backend, {"backend": backend})
+  if backend == "cpu" and not cpu.available():
+    pytest.skip("no C++ kernel can be compiled here")
   found, moved = on(mesh, lambda *x: sharded.sharded_decode_attention(
-    *x, cut=CUT, blocks=Blocks(1, 4, 2), **options, **BACKENDS[backend]
+    *x, cut=CUT, blocks=Blocks(1, 4, 2), **options, **ours
   ), *x)  # fmt: skip
   alone = decode_attention(*x, backend="reference", **options)
   chex.assert_trees_all_close(found, alone, rtol=1e-5, atol=1e-5)

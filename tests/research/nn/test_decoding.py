@@ -12,6 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxpr_as_fun
 
+from kernels_pallas.decode_attention import cpu
 from kernels_pallas.masks import Mask
 from research import sharding
 from research.nn import attending, decoding, presets
@@ -52,15 +53,23 @@ def draw(*shape, seed=0):
 
 
 @pytest.mark.parametrize(
-  "backend", [{"backend": "xla"}, {"backend": "mosaic_tpu", "interpret": True}]
+  "backend",
+  [
+    {"backend": "xla"},
+    {"backend": "cpu"},
+    {"backend": "mosaic_tpu", "interpret": True},
+  ],
+  ids=lambda x: x["backend"],
 )
 @pytest.mark.parametrize(("softcap", "heads"), [(None, (6, 3)), (2.0, (4, 2))])
 def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   """Rows that are short, full, in a ring that went round, and padding."""
+  if backend["backend"] == "cpu" and not cpu.available():
+    pytest.skip("no C++ kernel can be compiled here")
   positions = jnp.array([[2], [SLOTS - 1], [37], [-1]])
   N, K = heads
-  size = (4, SLOTS, K, 8)
-  q, k, v = draw(4, 1, N, 8), draw(*size), draw(*size, seed=1)
+  size = (4, SLOTS, K, 16)
+  q, k, v = draw(4, 1, N, 16), draw(*size), draw(*size, seed=1)
   held = caches.slot_positions(positions[:, 0] + 1, SLOTS)
   mask = attending.at(Mask.causal((SLOTS - 1, None)), positions, held)
   options = {"scale": 0.5, "softcap": softcap}
@@ -99,6 +108,25 @@ def test_which_steps_have_a_kernel(mask, slots, dtype, expected):
   assert not decoding.has_kernel(q, k, mask)
   with programs_for_a_tpu():
     assert decoding.has_kernel(q, k, mask) == expected
+
+
+@pytest.mark.parametrize(
+  ("mask", "slots", "dtype", "head_dim", "expected"),
+  [
+    (Mask.causal(), 20, "float32", 16, True),
+    (Mask.causal((19, None)), 20, "bfloat16", 80, True),
+    (Mask.causal((18, None)), 20, "float32", 16, False),
+    (Mask.full(), 20, "float32", 16, False),
+    (Mask.causal(), 20, "float16", 16, False),
+    (Mask.causal(), 20, "float32", 8, False),  # not whole vectors
+  ],
+)
+def test_which_steps_have_a_kernel_on_a_cpu(
+  mask, slots, dtype, head_dim, expected
+):
+  q = jnp.zeros((2, 1, 4, head_dim), dtype)
+  k = jnp.zeros((2, slots, 2, head_dim), dtype)
+  assert decoding.has_kernel(q, k, mask) == (expected and cpu.available())
 
 
 @pytest.mark.parametrize(
