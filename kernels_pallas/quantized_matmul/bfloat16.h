@@ -19,10 +19,32 @@ inline bool takes(const Problem& p) {
   return p.bits == 16 && p.x_type == Type::kBF16 && p.inputs == p.padded;
 }
 
+// `panels::put` for a vector, which GCC leaves to one lane at a time.
+TARGET inline void put(const Problem& p, int64_t row, int64_t panel, __m512 y) {
+  const int64_t first = panel * kLanes, rest = p.outputs - first;
+  const __mmask16 some = rest < kLanes ? (1 << rest) - 1 : 0xffff;
+  const int64_t at = row * p.outputs + first;
+  if (p.y_type == Type::kF32) {
+    _mm512_mask_storeu_ps(static_cast<float*>(p.y) + at, some, y);
+    return;
+  }
+  const __mmask16 nan = _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_castps_si512(y);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  __m512i up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  up = _mm512_srli_epi32(_mm512_add_epi32(up, odd), 16);
+  up = _mm512_mask_or_epi32(up, nan, high, _mm512_set1_epi32(64));
+  _mm512_mask_cvtepi32_storeu_epi16(static_cast<uint16_t*>(p.y) + at, some, up);
+}
+
 // ROWS rows of x times PANELS panels, from `row` and `panel` on.
 template <int ROWS, int PANELS>
 TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
   const int64_t stride = p.words * kLanes;  // of a panel's codes
+  // The CPU's own prefetching stops at the end of a page, which a panel is
+  // about: several ask for the panels behind them, one for what follows.
+  const int64_t ahead = PANELS > 1 ? PANELS * stride : 1024;
   const uint16_t* x = p.pairs + row * p.inputs;
   const uint32_t* codes = p.codes + panel * stride;
   __m512 total[PANELS][ROWS];
@@ -36,8 +58,7 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
     UNROLL
     for (int q = 0; q < PANELS; ++q) {
       word[q] = (__m512bh)_mm512_loadu_si512(codes + q * stride);
-      // A panel is about a page: the CPU's own prefetching stops at its end.
-      __builtin_prefetch(codes + (q + PANELS) * stride);
+      __builtin_prefetch(codes + q * stride + ahead);
     }
     UNROLL
     for (int r = 0; r < ROWS; ++r) {
@@ -53,11 +74,7 @@ TARGET void tile(const Problem& p, int64_t row, int64_t panel) {
   UNROLL
   for (int q = 0; q < PANELS; ++q) {
     UNROLL
-    for (int r = 0; r < ROWS; ++r) {
-      float values[kLanes];
-      _mm512_storeu_ps(values, total[q][r]);
-      put(p, row + r, panel + q, values);
-    }
+    for (int r = 0; r < ROWS; ++r) put(p, row + r, panel + q, total[q][r]);
   }
 }
 
@@ -66,14 +83,11 @@ constexpr int64_t kFew = 16;
 // Rows [first, last) times PANELS panels, whose codes stay in cache.
 template <int PANELS>
 TARGET void rows(const Problem& p, int64_t first, int64_t last, int64_t panel) {
-  static_assert(PANELS == 1 || PANELS % 2 == 0, "pairs of panels");
   int64_t row = first;
-  // Eight rows meet the weights once, while these come from memory; more of
-  // them find the weights in cache.
+  // Eight rows meet the weights once and in the order of memory, which these
+  // come from; more of them find the weights in cache.
   for (; p.rows < kFew && row + 8 <= last; row += 8) {
-    for (int64_t q = 0; q < PANELS; q += 2) {
-      tile<8, PANELS < 2 ? 1 : 2>(p, row, panel + q);
-    }
+    for (int64_t q = 0; q < PANELS; ++q) tile<8, 1>(p, row, panel + q);
   }
   for (; row + 4 <= last; row += 4) tile<4, PANELS>(p, row, panel);
   for (; row < last; ++row) tile<1, PANELS>(p, row, panel);
