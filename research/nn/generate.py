@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import cpu_memory
 from research import tree, weights
 from research.nn import sampling as samplers
 from research.nn.generated import NONE, Generated, gathered, trimmed
@@ -58,11 +59,14 @@ def prepare(params: Params, model: Transformer) -> Params:
   """Returns `params` in the layout that decodes fastest; build it once.
 
   XLA's CPU backend reads fp32 weights faster as an array for each layer than
-  as slices of a stacked one; with bf16, which it converts, the scan wins.
+  as slices of a stacked one; with bf16, which it converts, the scan wins. On a
+  CPU large ones become copies in huge pages (`cpu_memory`): drop the others.
   """
-  if jax.default_backend() == "cpu" and model.dtype == "float32":
-    return tree.unroll(params)
-  return params
+  if jax.default_backend() != "cpu":
+    return params
+  if model.dtype == "float32":
+    params = tree.unroll(params)
+  return cpu_memory.in_huge_pages(params)
 
 
 def bucket(n: int) -> int:
