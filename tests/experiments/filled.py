@@ -18,19 +18,6 @@ def converted(root):
   return {name: root / name for name in kinds}
 
 
-def unplaced(root):
-  """Converts the model of blocks of 4 to `hf`, and returns where it is.
-
-  Orbax's arrays are committed to a device, and rows only once a block of them
-  is filled: a first block has a program of its own. A test that needs no model
-  of Orbax's compiles half as much with this one.
-  """
-  to = root / "unplaced"
-  flags = f"--from={TINY}", f"--to={to}", "--format=hf", "--block=4"
-  assert cli.call(convert.main, ["command", *flags, "--mask_token=new"]) == 0
-  return to
-
-
 def command(capsys, places):
   """Runs generate to fill masks: (status, stdout lines, stderr)."""
   run = generated.command(capsys)

@@ -22,7 +22,7 @@ from tests.experiments.generated import TINY, told
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
   root = tmp_path_factory.mktemp("models")
-  return filled.converted(root) | {"unplaced": filled.unplaced(root)}
+  return filled.converted(root)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_delayed_cache_fills_everything(command):
 
 def test_a_prompt_may_end_within_a_block(command):
   want = told(command("four"))
-  assert told(command("unplaced", "--cache=prefix"))["text"] == want["text"]
+  assert told(command("four", "--cache=prefix"))["text"] == want["text"]
   assert want["prompt_tokens"] % 4 and want["tokens"] <= LENGTH
 
 
@@ -83,7 +83,7 @@ PROMPTS = "the dog", "the cat sat on the mat", "a"
   ("name", "flags"),
   [
     ("all", ["--block=4", "--temperature=1"]),
-    ("unplaced", ["--cache=prefix", "--temperature=1"]),
+    ("four", ["--cache=prefix", "--temperature=1"]),
   ],
 )
 def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(

@@ -439,3 +439,18 @@ def test_no_block_and_no_prompt_compiles_again():
   assert sampler.fill_block._cache_size() == programs
   run(prompts=[(2, 5)], block=4, sampling=hot)  # a shorter row is another shape
   assert sampler.fill_block._cache_size() == programs + 1
+
+
+def test_weights_of_a_device_do_not_compile_again():
+  """Rows are where the weights are from the first block on."""
+  device = jax.devices()[1]
+  params = jax.device_put({"w": np.ones(3)}, device)
+  options = Options(mask_id=MASK, length=8, block=2)
+  state = sampler.start([[2, 5, 1, 3]], options, jax.random.key(0))
+  programs = sampler.fill_block._cache_size()
+  found = sampler.sample(Wave(), params, state, options)
+  assert sampler.fill_block._cache_size() == programs + 1
+  assert not np.any(found.tokens == MASK)
+  placed = sampler.placed(state, params)
+  assert all(x.devices() == {device} for x in jax.tree.leaves(placed))
+  assert sampler.placed(state, {"w": np.ones(3)}) is state
