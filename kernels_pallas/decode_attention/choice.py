@@ -62,6 +62,8 @@ def automatic(
   size = held.size if rows.table is None else None
 
   def choice(place):
+    if place[0] == "cpu" and lowering.is_cut():
+      return "xla", "XLA would gather what a mesh cuts; a shard_map would not"
     return _choice(place, q.dtype, size, held, precision)
 
   known = lowering.target()
