@@ -315,3 +315,21 @@ def part_bytes(x: Any, sharding: Any) -> int:
   """Returns the bytes of an array, or its shape, on each device."""
   shape = sharding.shard_shape(tuple(x.shape))
   return int(np.prod(shape)) * np.dtype(x.dtype).itemsize
+
+
+def beside(tree: Any, params: Params) -> Any:
+  """Returns a tree on the device of the weights, where these are tied to one.
+
+  What a program of such weights returns is tied to it, too: carried on from
+  call to call, values that are tied to none would have a program of their own,
+  compiled for the first call alone.
+
+  Args:
+    tree: arrays.
+    params: weights; left out of account where they lie on several devices.
+  """
+  leaves = jax.tree.leaves(params)
+  tied = [x.sharding for x in leaves if getattr(x, "committed", False)]
+  if not tied or len(tied[0].device_set) > 1:
+    return tree
+  return jax.device_put(tree, tied[0])

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import tree
 from research.diffusion import sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Denoiser
@@ -90,7 +91,7 @@ def sample(
     UserError: logits are not finite, or `Growth.check`.
   """
   growth.check(options)
-  state = sampler.placed(state, params)
+  state = tree.beside(state, params)
   width = state.tokens.shape[1] - options.length
   state, looked, finite = _measured(denoiser, params, state, options, growth)
   sampler.checked(finite, "while the canvas's length was looked for")

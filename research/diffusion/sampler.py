@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import tree
 from research.diffusion import layout
 from research.diffusion.candidates import Options, candidates
 from research.diffusion.denoiser import Denoiser
@@ -154,7 +155,7 @@ def sample(
   Raises:
     UserError: logits are not finite.
   """
-  state = placed(state, params)
+  state = tree.beside(state, params)
   total, memory, one = state.tokens.shape[1], None, options.of_block
   ours = np.asarray(~state.fixed).any(0)
   for at in range(total - options.length, total, options.block):
@@ -174,19 +175,6 @@ def sample(
     if look is not None:
       look(state)
   return result(state, options)
-
-
-def placed(state: State, params: Params) -> State:
-  """Returns rows on the device of the weights, where these are tied to one.
-
-  So are the rows that a block's program returns: rows that are tied to none
-  would have a program of their own, compiled for the first block alone.
-  """
-  leaves = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
-  tied = [x.sharding for x in leaves if x.committed]
-  if not tied or len(tied[0].device_set) > 1:
-    return state
-  return jax.device_put(state, tied[0])
 
 
 def checked(finite: Bool[Array, ""], where: str) -> None:

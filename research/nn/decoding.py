@@ -2,7 +2,7 @@
 
 What generation repeats. A row reads the keys that it has and no more, on
 devices that `decode_attention` has a kernel for; elsewhere the step is
-attention with one query (on a CPU the faster of the two).
+attention with one query.
 """
 
 from typing import Any

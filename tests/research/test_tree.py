@@ -85,3 +85,20 @@ def test_describe_names_every_array_once():
   assert len(table) == 3
   assert table[1].split() == ["a/w", "3x4", "float32", "yes", "48"]
   assert table[2].split() == ["b", "scalar", "float32", "4"]
+
+
+def test_values_go_where_the_weights_are_tied():
+  device, values = (
+    jax.devices()[1],
+    {"x": jnp.arange(3), "key": jax.random.key(0)},
+  )
+  tied = {"w": np.ones(3), "v": jax.device_put(jnp.ones(3), device)}
+  found = tree.beside(values, tied)
+  for x in jax.tree.leaves(found):
+    assert x.committed and x.devices() == {device}
+  chex.assert_trees_all_equal(found["x"], np.arange(3))
+  assert tree.beside(values, {"w": np.ones(3), "v": jnp.ones(3)}) is values
+  mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+  spec = jax.sharding.PartitionSpec("data")
+  cut = jax.device_put(jnp.ones(2), jax.sharding.NamedSharding(mesh, spec))
+  assert tree.beside(values, {"w": cut}) is values

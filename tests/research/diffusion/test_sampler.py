@@ -451,6 +451,3 @@ def test_weights_of_a_device_do_not_compile_again():
   found = sampler.sample(Wave(), params, state, options)
   assert sampler.fill_block._cache_size() == programs + 1
   assert not np.any(found.tokens == MASK)
-  placed = sampler.placed(state, params)
-  assert all(x.devices() == {device} for x in jax.tree.leaves(placed))
-  assert sampler.placed(state, {"w": np.ones(3)}) is state
