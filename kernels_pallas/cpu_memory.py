@@ -21,8 +21,12 @@ _PAGE = 2 << 20
 _LINE = 64
 """At whose multiples XLA wants arrays."""
 
+_HALF_BYTES = re.compile("u?int[24]|float4")
+"""Types that XLA packs: it would read other bytes than it is given."""
+
 _ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MEMORY = pathlib.Path("/proc/meminfo")
+_GROUP = pathlib.Path("/sys/fs/cgroup")
 
 
 def in_huge_pages(tree: Any) -> Any:
@@ -30,9 +34,10 @@ def in_huge_pages(tree: Any) -> Any:
 
   They are copies, of the same values on the same device; what keeps one of
   them keeps the memory of all. The tree itself is returned where it is small,
-  where the system has no huge pages (none but Linux has them here), or not
-  enough memory for a second copy. Arrays on other platforms, or on several
-  devices, stay where they are.
+  where the system has no huge pages (none but Linux has them here), or where
+  no more than two copies would fit into free memory. Arrays on other
+  platforms, on several devices, of less than a byte a number, or weakly typed
+  stay where they are.
 
   Args:
     tree: A pytree of arrays.
@@ -43,7 +48,10 @@ def in_huge_pages(tree: Any) -> Any:
   size = int(ends[-1]) if chosen else 0
   if size < SMALLEST or not _can_have(size):
     return tree
-  region = _region(size)
+  try:
+    region = _region(size)
+  except OSError:  # A limit that nothing above knows of.
+    return tree
   starts = [0, *ends[:-1].tolist()]
   moved = {
     key: _copied(x, region[start : start + x.nbytes])
@@ -55,20 +63,35 @@ def in_huge_pages(tree: Any) -> Any:
 def _on_one_cpu(x: Any) -> bool:
   if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
     return False
-  if jax.numpy.issubdtype(x.dtype, jax.dtypes.extended):
+  if x.is_deleted() or jax.numpy.issubdtype(x.dtype, jax.dtypes.extended):
+    return False
+  if x.weak_type or _HALF_BYTES.match(x.dtype.name):
     return False
   return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"
 
 
 def _can_have(size: int) -> bool:
-  """Whether the system has huge pages, and so much memory to spare."""
+  """Whether the system has huge pages, and twice so much memory to spare."""
   try:
     if "[never]" in _ENABLED.read_text() or not hasattr(mmap, "MADV_HUGEPAGE"):
       return False
     found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMORY.read_text())
   except OSError:
     return False
-  return found is not None and size + _PAGE < int(found[1]) << 10
+  if found is None:
+    return False
+  return 2 * size + _PAGE < min(int(found[1]) << 10, _left_to_group())
+
+
+def _left_to_group() -> float:
+  """Bytes that a container may still take, infinity if nobody says."""
+  try:
+    most, now = (
+      (_GROUP / f"memory.{name}").read_text() for name in ("max", "current")
+    )
+    return float(most) - float(now)
+  except (OSError, ValueError):  # There is no group, or no limit: "max".
+    return float("inf")
 
 
 def _region(size: int) -> np.ndarray:
@@ -84,5 +107,7 @@ def _copied(x: jax.Array, place: np.ndarray) -> jax.Array:
   """An array of the values of `x`, which XLA reads where they are put."""
   here = place.view(x.dtype).reshape(x.shape)
   here[...] = np.asarray(x)
-  device = x.sharding if x.committed else None
-  return jax.device_put(here, device, may_alias=True)
+  if x.committed:
+    return jax.device_put(here, x.sharding, may_alias=True)
+  with jax.default_device(next(iter(x.devices()))):
+    return jax.device_put(here, may_alias=True)

@@ -71,8 +71,9 @@ def automatic(
   if known is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
     # Nothing is lowered later: the call runs now, where its arrays are.
     known = lowering.place_of(arrays)
-  if known is not None:
-    backend, why = _ready(*choice(known))
+  # The CPU's kernel has the gradients, and the FLOPs, of what stands for it.
+  if known is not None and known[0] != "cpu":
+    backend, why = choice(known)
     lowering.say("decoding", known[0], backend, why)
     return attend(backend, known, q, held, rows)
   places = {name: (name, lowering.kind_of(name)) for name in PLATFORMS}

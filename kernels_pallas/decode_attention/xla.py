@@ -2,7 +2,7 @@
 
 A loop over blocks of keys, of all entries at once: the block of every entry is
 gathered, met by its queries and forgotten, so that memory does not grow with
-the lengths of rows. It ends with the longest entry.
+the lengths of rows. Nothing is done after the longest entry.
 """
 
 import jax
@@ -28,9 +28,15 @@ def xla_decode(
   q = jnp.tile(p.q.astype(dtype), (p.splits, 1, 1, 1))
   work = p.work
 
-  def step(n, state):
-    return _attend(p, q, jnp.minimum(work.start + n, work.stop), state)
+  def step(state, n):
+    def attend(state):
+      return _attend(p, q, jnp.minimum(work.start + n, work.stop), state)
 
+    return jax.lax.cond(n < longest, attend, lambda state: state, state), None
+
+  # As many steps as memory has room for, of which those of nobody do nothing:
+  # so they can be counted, and differentiated.
+  most = -(-p.capacity // (p.block * p.splits))
   longest = jnp.max(work.stop - work.start)
 
   def filled(value, *more):
@@ -38,7 +44,7 @@ def xla_decode(
     return jnp.full_like(q, value, shape=(entries, K, M, *more))
 
   state = filled(-jnp.inf), filled(0), filled(0, Hv)
-  m, l, acc = jax.lax.fori_loop(0, longest, step, state)
+  (m, l, acc), _ = jax.lax.scan(step, state, jnp.arange(most))
   empty = l == 0
   l = jnp.where(empty, 1, l)
   return acc / l[..., None], jnp.where(empty, -jnp.inf, m + jnp.log(l))

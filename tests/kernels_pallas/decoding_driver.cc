@@ -3,8 +3,8 @@
 // sanitizers watch.
 //
 // Fails unless results are those of double precision, bitwise the same with 1,
-// 2 and 5 threads and where rows have more room. Prints how many steps it
-// checked.
+// 2 and 5 threads and where rows have more room, and unless a step of much work
+// asks for the threads that it may have. Prints how many steps it checked.
 
 #define DECODING_WITHOUT_FFI
 #include "cpu_decode.cc"
@@ -70,6 +70,8 @@ struct Results {
   bool operator==(const Results& r) const { return o == r.o && lse == r.lse; }
 };
 
+int64_t helpers = 0;  // that any step had
+
 Results results(Problem p, Kernel kernel, int threads) {
   Results r;
   r.o.resize(p.B * p.N * p.V), r.lse.resize(p.B * p.N);
@@ -83,6 +85,15 @@ Results results(Problem p, Kernel kernel, int threads) {
     });
   });
   for (auto& thread : started) thread.join();
+  const Job job(p);
+  const int64_t most = 1 + job.keys * p.group() * (p.H + p.V) / kWorthWaking;
+  const int64_t others =
+      std::min<int64_t>({threads, most, int64_t(job.tasks.size())}) - 1;
+  if (int64_t(started.size()) != others) {
+    std::printf("%d helpers, expected %d\n", int(started.size()), int(others));
+    std::exit(1);
+  }
+  helpers += others;
   return r;
 }
 
@@ -134,11 +145,14 @@ bool one() {
   if (!below(3)) p.window = 1 + below(p.S + 9);
   std::vector<int32_t> lengths;
   for (int64_t b = 0; b < p.B; ++b) {
-    lengths.push_back(below(6) ? 1 + below(p.S) : below(2) * (p.S + below(9)));
+    // Now and then none, fewer, or more than there is room for.
+    lengths.push_back(below(6) ? 1 + below(p.S) : below(p.S + 18) - 9);
+    if (!below(6)) lengths[b] = p.S + below(9);
   }
   p.lengths = lengths.data();
-  // Now and then large logits.
-  const Stored q(p.B * p.N * p.H, p.halves, below(6) ? 1 : 40);
+  // Now and then large logits, which only a soft cap bounds.
+  const float large = p.softcap ? 3000 : 40;
+  const Stored q(p.B * p.N * p.H, p.halves, below(6) ? 1 : large);
   const Stored k(p.B * p.K * p.S * p.H, p.halves);
   const Stored v(p.B * p.K * p.S * p.V, p.halves);
   p.q = q.data(), p.k = k.data(), p.v = v.data();
@@ -153,7 +167,9 @@ bool one() {
     const Stored k_wide = k.roomier(p.S * p.H, more * p.H);
     const Stored v_wide = v.roomier(p.S * p.V, more * p.V);
     std::vector<int32_t> within = lengths;
-    for (auto& n : within) n = std::min<int32_t>(n, int32_t(p.S));
+    for (auto& n : within) {
+      n = std::min<int32_t>(n, int32_t(p.S));
+    }
     wide.S += more, wide.k = k_wide.data(), wide.v = v_wide.data();
     wide.lengths = within.data();
     same &= results(wide, chosen, 1) == r;
@@ -176,6 +192,7 @@ int main(int, char** arguments) {
   for (int i = 0; i < count; ++i) {
     if (!one()) return 1;
   }
+  if (!helpers) return 1;
   std::printf("%d steps\n", count);
   return 0;
 }

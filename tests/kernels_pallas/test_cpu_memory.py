@@ -25,6 +25,7 @@ def tree():
     "codes": jnp.asarray([-8, 7, 3], jnp.int4),
     "empty": jnp.zeros((0, 3)),
     "one": jnp.float32(3),
+    "weak": jnp.asarray(3.0),
     "key": jax.random.key(3),
     "name": "x",
     "numbers": np.arange(3),
@@ -40,9 +41,10 @@ def test_the_values_are_the_same_and_lie_together():
   found = cpu_memory.in_huge_pages(before)
   assert jax.tree.structure(found) == jax.tree.structure(before)
   for x, y in zip(*map(jax.tree.leaves, (found, before)), strict=True):
-    if not isinstance(y, jax.Array) or y is before["key"]:
+    if any(y is before[n] for n in ("key", "weak", "codes", "name", "numbers")):
       assert x is y
       continue
+    assert x is not y
     assert (x.dtype, x.shape, x.committed) == (y.dtype, y.shape, False)
     np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
   a, (b, c, again) = found["a"], found["b"]
@@ -70,6 +72,47 @@ def test_committed_arrays_stay_committed():
   assert found is not x and found.committed and found.devices() == {device}
 
 
+def test_others_stay_on_the_device_where_they_are():
+  device = jax.devices()[1]
+  with jax.default_device(device):
+    x = jnp.ones((40, 50))
+  found = cpu_memory.in_huge_pages(x)
+  assert found is not x and not found.committed and found.devices() == {device}
+
+
+def test_arrays_may_be_given_away():
+  """What a program may write to is not what lies beside it."""
+  x, y = cpu_memory.in_huge_pages([jnp.ones((40, 50)), jnp.ones((40, 50))])
+  changed = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
+  np.testing.assert_array_equal(np.asarray(changed), np.full((40, 50), 2.0))
+  np.testing.assert_array_equal(np.asarray(y), np.ones((40, 50)))
+
+
+def test_a_limit_that_nobody_knew_of_leaves_them(monkeypatch):
+  def none(*_):
+    raise OSError(12, "Cannot allocate memory")
+
+  monkeypatch.setattr(cpu_memory.mmap, "mmap", none)
+  x = [jnp.ones((40, 50))]
+  assert cpu_memory.in_huge_pages(x) is x
+
+
+@pytest.mark.parametrize(
+  ("most", "now", "moves"),
+  [
+    ("max", "9", True),
+    ("9000000", "1000000", True),
+    ("4000000", "3000000", False),
+  ],
+)
+def test_a_container_may_have_less(most, now, moves, monkeypatch, tmp_path):
+  (tmp_path / "memory.max").write_text(f"{most}\n")
+  (tmp_path / "memory.current").write_text(f"{now}\n")
+  monkeypatch.setattr(cpu_memory, "_GROUP", tmp_path)
+  x = [jnp.ones((40, 50))]
+  assert (cpu_memory.in_huge_pages(x) is not x) == moves
+
+
 def test_arrays_on_several_devices_stay():
   mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
   spec = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -84,7 +127,7 @@ def test_arrays_on_several_devices_stay():
   [
     ("_ENABLED", "always madvise [never]\n"),
     ("_ENABLED", None),
-    ("_MEMORY", "MemTotal: 9 kB\nMemAvailable:       2000 kB\n"),
+    ("_MEMORY", "MemTotal: 9 kB\nMemAvailable:       2060 kB\n"),
     ("_MEMORY", "MemTotal: 9 kB\n"),
   ],
 )

@@ -1,5 +1,6 @@
 """The C++ kernel of decoding against NumPy, and what a row may not notice."""
 
+import contextlib
 import functools
 
 import chex
@@ -17,8 +18,10 @@ from kernels_pallas.decode_attention.api import (
 )
 from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.decode_attention.work import Cache
+from kernels_pallas.flash_attention.api import flash_attention
+from research.planning import flops
 from tests.support_cpu import supported
-from tests.support_decode import LENS, draw, pool, tables, truth
+from tests.support_decode import CLOSE, LENS, draw, pool, tables, truth
 from tests.support_pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("cxx")
@@ -115,6 +118,107 @@ def test_large_logits_only_move_the_log_sum_exp():
     chex.assert_trees_all_close(
       run(*x), (o, lse + 3000 * sign), rtol=2e-3, atol=2e-3
     )
+
+
+def test_a_soft_cap_of_any_logits():
+  """Far above it all are the cap; far below it nothing happens."""
+  q, k, v = operands((4, 2), (64, 16))
+  o, lse = run(q * 1e6, k, v, softcap=5.0)
+  alive = LENGTHS > 0
+  assert np.isfinite(o).all()
+  want = decode_attention(
+    q * 1e6, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(LENGTHS),
+    softcap=5.0, backend="reference", return_lse=True,
+  )  # fmt: skip
+  chex.assert_trees_all_close(
+    (o[alive], lse[alive]), tuple(x[alive] for x in want), **CLOSE
+  )
+  chex.assert_trees_all_close(run(q, k, v, softcap=1e5), run(q, k, v), **CLOSE)
+
+
+def test_logits_that_are_all_minus_infinity_see_nothing():
+  """In a row of one task, and in one of several."""
+  q, k, v = operands((4, 2), (16, 16))
+  dead = jnp.full_like(k, -jnp.inf)
+  o, lse = map(np.asarray, run(jnp.abs(q), dead, v))
+  assert not o.any() and np.isneginf(lse).all()
+  # One key of the second task alone.
+  some = dead.at[3, :, 700].set(k[3, :, 700])
+  o, _ = run(jnp.abs(q), some, v)
+  want = jnp.repeat(v[3, :, 700], 2, axis=0)
+  chex.assert_trees_all_close(o[3], want, **CLOSE)
+
+
+def test_lengths_that_cannot_be_are_the_nearest_that_can():
+  """Which are not known while the program is traced."""
+  x = operands((4, 2), (16, 16))
+  found = run(*x, lengths=np.array([-3, 1, 37, 1300], np.int32))
+  chex.assert_trees_all_equal(found, run(*x))
+  k, v = (jnp.nan_to_num(y) for y in x[1:])
+  found = run(x[0], k, v, lengths=np.full(4, S + 50, np.int32))
+  want = run(x[0], k, v, lengths=np.full(4, S, np.int32))
+  chex.assert_trees_all_equal(found, want)
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+def test_auto_has_the_gradients_and_flops_of_attention(mesh):
+  """Those of a cache of 1,311 slots, in blocks of 512, and of one query."""
+  q, k, v = operands((4, 2), (16, 16))
+  k, v = (jnp.nan_to_num(x.swapaxes(1, 2)) for x in (k, v))
+  lengths = jnp.asarray(LENGTHS)
+
+  def step(q, k, v):
+    return decode_attention(q, k, v, lengths, sinks=jnp.ones(4))
+
+  def attention(q, k, v):
+    return flash_attention(
+      q[:, None], k, v, kv_lens=lengths, sinks=jnp.ones(4), causal=True,
+      backend="reference",
+    )[:, 0]  # fmt: skip
+
+  def gradients(run):
+    return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x))), (0, 1, 2)))
+
+  one = jax.make_mesh((1,), ("data",))
+  with jax.set_mesh(one) if mesh else contextlib.nullcontext():
+    chex.assert_trees_all_close(
+      gradients(step)(q, k, v), gradients(attention)(q, k, v), **CLOSE
+    )
+    program = jax.jit(step).lower(q, k, v)
+    found = flops.of(step, q, k, v)
+  assert cpu.TARGET in program.as_text()
+  assert found == 2 * 2 * B * 4 * 16 * 3 * 512
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (dict(k=(2, 2, 9, 32)), "k, v: other shapes"),
+    (dict(k=(2, 3, 9, 16)), "k, v: other shapes"),
+    (dict(v=(2, 2, 8, 16)), "k, v: other shapes"),
+    (dict(v=(1, 2, 9, 16)), "k, v: other shapes"),
+    (dict(q=(2, 3, 16)), "k, v: other shapes"),
+    (dict(q=(2, 4)), "not \\[B, N, H\\]"),
+    (dict(lengths=(3,)), "lengths: not"),
+    (dict(o=(2, 4, 32)), "o, lse: not"),
+    (dict(lse=(2, 5)), "o, lse: not"),
+  ],
+)
+def test_the_library_refuses_shapes_that_do_not_fit(change, message):
+  """Whoever calls it: before it reads or writes anything."""
+  assert cpu.available()
+  shapes = dict(q=(2, 4, 16), k=(2, 2, 9, 16), v=(2, 2, 9, 16), lengths=(2,),
+                o=(2, 4, 16), lse=(2, 4)) | change  # fmt: skip
+  call = jax.ffi.ffi_call(
+    cpu.TARGET,
+    [jax.ShapeDtypeStruct(shapes[x], jnp.float32) for x in ("o", "lse")],
+  )
+  x = [jnp.ones(shapes[name]) for name in ("q", "k", "v")]
+  with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+    call(
+      *x, jnp.ones(shapes["lengths"], jnp.int32), scale=np.float32(1),
+      softcap=np.float32(0), window=np.int64(0), isa="auto",
+    )  # fmt: skip
 
 
 def test_bfloat16_is_rounded_once():

@@ -86,6 +86,24 @@ def test_bfloat16_activations_are_rounded_once(kind, backend):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
+@pytest.mark.parametrize("rows", [1, 8, 20])
+def test_bfloat16_halves_go_to_even(rows, isa):
+  """Sums that are exact in float32 and lie between two bfloat16."""
+  rng = np.random.default_rng(rows)
+  w = np.stack([1 + rng.integers(0, 127, 37) / 128, np.full(37, 2.0**-8)])
+  w = jnp.asarray(w * rng.choice([-1, 1], 37), jnp.bfloat16)
+  x = jnp.ones((rows, 2), jnp.bfloat16)
+  try:
+    got = np.asarray(cpu.cpu_matmul(x, panels.pack(w), isa))
+  except jax.errors.JaxRuntimeError as error:
+    assert "none of that name for this W" in str(error)
+    return
+  want = np.asarray(w, np.float32).sum(0).astype(jnp.bfloat16)
+  np.testing.assert_array_equal(got, np.tile(want, (rows, 1)))
+  assert not np.array_equal(want, np.asarray(w)[0])
+
+
+@pytest.mark.parametrize("isa", cpu.ISAS)
 @pytest.mark.parametrize("rows", [1, 5, 8, 13, 18, 131])
 def test_pairs_of_bfloat16_on_every_instruction_set(rows, isa):
   rng = np.random.default_rng(rows)

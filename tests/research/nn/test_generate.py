@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from kernels_pallas import cpu_memory
 from research import tree
 from research.nn import generate, presets, stream
 from research.nn.sampling import GREEDY, Sampling
@@ -268,3 +269,20 @@ def test_prepare_changes_the_layout_only():
     list(tree.layers(found)), list(tree.layers(params()))
   )
   assert Sampling() == GREEDY
+
+
+def test_prepare_puts_weights_of_some_size_together(monkeypatch):
+  half = MODEL.clone(dtype="bfloat16")
+  with monkeypatch.context() as patch:
+    patch.setattr(cpu_memory, "_can_have", lambda size: False)
+    patch.setattr(cpu_memory, "SMALLEST", 0)
+    assert generate.prepare(params(), half) is params()
+  monkeypatch.setattr(cpu_memory, "SMALLEST", 0)
+  if not cpu_memory._can_have(0):
+    pytest.skip("this system has no huge pages")
+  found = generate.prepare(params(), half)
+  chex.assert_trees_all_equal(found, params())
+  leaves = jax.tree.leaves(found)
+  places = sorted(x.unsafe_buffer_pointer() for x in leaves)
+  size = sum(-(-x.nbytes // 64) * 64 for x in leaves)
+  assert places[0] % 2**21 == 0 and places[-1] < places[0] + size
