@@ -1,0 +1,85 @@
+"""Times decoding from weights where XLA put them, and from huge pages.
+
+  .venv/bin/python -m tests.peers.bench_huge_pages [--repeats=5]
+    [--sides=packed,bf16,fp32] [--batches=1,8]
+
+Prompt 32 and 64 greedy tokens of SmolLM2-135M, prefill within, in one process,
+in turn; a ratio is the median of the repeats'. Sides as in `bench_decode4bit`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from unittest import mock
+
+from kernels_pallas import cpu_memory
+
+PROMPT, NEW = 32, 64
+
+
+def load(side: str):
+  """Returns (model, prompts' ids, weights as they were, in huge pages)."""
+  sys.path.insert(0, "tests/peers")
+  import bench_ours
+
+  from research.nn import generate
+  from research.quant import panels
+
+  loaded, ids = bench_ours.load(side)
+  fast = panels.decoding(loaded.params, loaded.model.dtype)
+  with mock.patch.object(cpu_memory, "in_huge_pages", lambda params: params):
+    plain = generate.prepare(fast, loaded.model)
+  huge = cpu_memory.in_huge_pages(plain)
+  if huge is plain:
+    raise SystemExit("this system has no huge pages, or no memory for them")
+  return loaded.model, ids, plain, huge
+
+
+def measure(loaded, batch: int, repeats: int) -> dict:
+  """Returns tokens/s of both, and the ratio."""
+  from research.nn import generate
+
+  model, ids, *both = loaded
+  prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(batch)]
+
+  def once(params) -> float:
+    begin = time.perf_counter()
+    generate.generate(model, params, prompts, NEW)
+    return batch * NEW / (time.perf_counter() - begin)
+
+  for params in both:
+    once(params)
+  found = [[once(params) for params in both] for _ in range(repeats)]
+  ratios = [huge / plain for plain, huge in found]
+  plain, huge = (statistics.median(x) for x in zip(*found, strict=True))
+  return dict(plain=plain, huge=huge, ratio=statistics.median(ratios),
+              ratios=ratios)  # fmt: skip
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--sides", default="packed,bf16,fp32")
+  parser.add_argument("--batches", default="1,8")
+  args = parser.parse_args()
+  rows = []
+  print("| weights | batch | tokens/s | in huge pages | ratio (min..max) |")
+  print("| --- | --- | --- | --- | --- |")
+  for side in args.sides.split(","):
+    loaded = load(side)
+    for batch in map(int, args.batches.split(",")):
+      row = measure(loaded, batch, args.repeats)
+      rows.append(dict(side=side, batch=batch) | row)
+      low, high = min(row["ratios"]), max(row["ratios"])
+      print(
+        f"| {side} | {batch} | {row['plain']:.0f} | {row['huge']:.0f} "
+        f"| {row['ratio']:.2f} ({low:.2f}..{high:.2f}) |",
+        flush=True,
+      )
+  print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+  main()
