@@ -1,6 +1,6 @@
 """Weights in huge pages, for programs on CPUs that read all of them each step.
 
-Decoding reads memory once through. In pages of 4 KiB a core spends half of
+Decoding reads memory once through. In pages of 4 KiB a core spends a third of
 that time on looking pages up (on a virtual machine, twice over), and the CPU's
 own prefetching stops at each one's end. `malloc` gives no others to arrays of
 some megabytes, whatever `GLIBC_TUNABLES` says: they hold few whole huge pages.
