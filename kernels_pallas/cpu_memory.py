@@ -21,7 +21,7 @@ _PAGE = 2 << 20
 _LINE = 64
 """At whose multiples XLA wants arrays."""
 
-_HALF_BYTES = re.compile("u?int[24]|float4")
+_PACKED = re.compile("u?int[24]|float4")
 """Types that XLA packs: it would read other bytes than it is given."""
 
 _ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -65,7 +65,7 @@ def _on_one_cpu(x: Any) -> bool:
     return False
   if x.is_deleted() or jax.numpy.issubdtype(x.dtype, jax.dtypes.extended):
     return False
-  if x.weak_type or _HALF_BYTES.match(x.dtype.name):
+  if x.weak_type or _PACKED.match(x.dtype.name):
     return False
   return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"
 
