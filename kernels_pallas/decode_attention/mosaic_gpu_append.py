@@ -17,6 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
+from kernels_pallas import gpu_memory
+
 THREADS = 128
 CHUNK = 16
 """The most bytes that a thread moves at a time."""
@@ -84,7 +86,7 @@ def _kernel(pages, each, arrays, into):
     new, held = arrays["new"].at[t, h], into["held"].at[page, h, slot]
     layout = plgpu.Layout.WG_STRIDED(held.shape, each)
     row = plgpu.load(new, layout=layout, optimized=False)
-    plgpu.store(held, row, optimized=False)
+    gpu_memory.store(held, row)
     if "scale" in into:
       for n in (0, 1):
         into["scale"][page, n, h, slot] = arrays["new_scale"][n, t, h]

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import gpu_memory
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import COLUMNS, ROWS
@@ -127,7 +128,7 @@ def accumulate(
 
 def store(value: jax.Array, out: Any) -> None:
   """Sums to memory, from registers."""
-  plgpu.store(out, value.astype(out.dtype), optimized=False)
+  gpu_memory.store(out, value.astype(out.dtype))
 
 
 def _late(buffer: Any) -> Any:

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import gpu_memory
 from kernels_pallas.flash_attention.mosaic_gpu_problem import KEYS, Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 
@@ -143,7 +144,7 @@ def store(buffer: Any, value: jax.Array, out: Any) -> None:
     out: Reference, of the buffer's type or float32, for which it is too small.
   """
   if out.dtype != buffer.dtype:
-    plgpu.store(out, value.astype(out.dtype), optimized=False)
+    gpu_memory.store(out, value.astype(out.dtype))
     return
   buffer[...] = value.astype(out.dtype)
   plgpu.commit_smem()

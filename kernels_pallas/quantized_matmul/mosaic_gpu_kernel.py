@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import gpu_memory
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import CHUNK, Tile
@@ -221,7 +222,7 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
     for at in range(0, t.rows, size):
       part = total[:, at : at + size].astype(buffer.dtype)
       part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-      plgpu.store(buffer.transpose((1, 0)), part, optimized=False)
+      gpu_memory.store(buffer.transpose((1, 0)), part)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(buffer, places.at[pl.ds(at, size), here])
       plgpu.wait_smem_to_gmem(0)
