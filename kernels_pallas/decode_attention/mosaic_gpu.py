@@ -17,6 +17,7 @@ from kernels_pallas.decode_attention import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
 from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, cores
+from kernels_pallas.lowering import NO_GPU_KERNELS
 
 KEYS, WIDE = 64, 512
 """Keys of a tile, but where a key and its value have more bytes than that: half
@@ -45,6 +46,8 @@ def refused(
     held: Keys and values, or None for any.
     precision: Of the matmuls.
   """
+  if NO_GPU_KERNELS is not None:
+    return NO_GPU_KERNELS
   if kind and cores(kind) is None:
     return f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
   if dtype not in DTYPES:

@@ -32,7 +32,7 @@ from kernels_pallas.flash_attention.mosaic_gpu_tile import LOG2E
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import PROGRAMS, GpuTiles
 from kernels_pallas.flash_attention.mosaic_tpu_problem import pad
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.lowering import HOPPER
+from kernels_pallas.lowering import HOPPER, NO_GPU_KERNELS
 
 AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
           "L4", "Ada")  # fmt: skip
@@ -67,6 +67,8 @@ def unsupported(
   q: Any, k: Any, v: Any, bias: Any = None, precision: Any = None
 ) -> str | None:
   """Why the kernels cannot run a call, with the argument's name, or None."""
+  if NO_GPU_KERNELS is not None:
+    return NO_GPU_KERNELS
   if any(y.dtype != q.dtype or y.dtype not in DTYPES for y in (q, k, v)):
     return (
       f"dtype: found q {q.dtype}, k {k.dtype}, v {v.dtype}, expected one of "

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.lowering import HOPPER, device
+from kernels_pallas.lowering import HOPPER, NO_GPU_KERNELS, device
 from kernels_pallas.quantized_matmul.mosaic_gpu_kernel import Problem, multiply
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   DTYPES,
@@ -21,6 +21,8 @@ from kernels_pallas.quantized_matmul.planar import Planar
 
 def unsupported(dtype: Any, w: Planar) -> str | None:
   """Why the kernels cannot multiply such rows with `w`, or None."""
+  if NO_GPU_KERNELS is not None:
+    return NO_GPU_KERNELS
   if dtype not in DTYPES:
     return f"x: found {dtype}, expected bfloat16 or float16"
   if w.codes.dtype != jnp.uint32:

@@ -10,8 +10,12 @@ import types
 import jax
 import pytest
 
-from kernels_pallas import bench_gpu, bench_gpu_packed
+from kernels_pallas import bench_gpu, bench_gpu_packed, lowering
 from kernels_pallas.quantized_matmul import mosaic_gpu
+
+pytestmark = pytest.mark.skipif(
+  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 

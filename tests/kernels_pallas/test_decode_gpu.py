@@ -27,6 +27,10 @@ from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_decode import draw, quick
 
+pytestmark = pytest.mark.skipif(
+  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
+)
+
 # Sums in 16 bits are rounded at every step, as they would be uncompiled.
 strict = functools.partial(
   jax.jit, compiler_options={"xla_allow_excess_precision": False}

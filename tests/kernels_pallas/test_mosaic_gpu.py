@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import lowering
 from kernels_pallas.flash_attention import (
   mosaic_gpu_schedule,
   mosaic_gpu_stream,
@@ -28,6 +29,10 @@ from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTile, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
 from tests.support_rounding import assert_no_rougher, in_low_precision
+
+pytestmark = pytest.mark.skipif(
+  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
+)
 
 # Neither length is a multiple of any tile.
 B, T, S = 2, 100, 150
