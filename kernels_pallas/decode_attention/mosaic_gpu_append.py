@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Shaped
 
-from kernels_pallas import gpu_memory
+from kernels_pallas import gpu_memory, lowering
 
 THREADS = 128
 CHUNK = 16
@@ -31,6 +31,8 @@ def refused(dtype: Any, width: int) -> str | None:
     dtype: Of the pages.
     width: H + Hv.
   """
+  if lowering.NO_GPU_KERNELS is not None:
+    return lowering.NO_GPU_KERNELS
   if jnp.dtype(dtype).itemsize > 2:  # noqa: PLR2004
     return f"GPU kernels write pages of 8 or 16 bits, found {dtype}"
   if width % THREADS:

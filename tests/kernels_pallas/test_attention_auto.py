@@ -26,6 +26,7 @@ from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
+from tests.support_gpu import needs_kernels
 
 T, H = 128, 8
 KERNELS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu_v2"}
@@ -69,6 +70,7 @@ def same(make, *args, rtol=1e-6):
   chex.assert_trees_all_close(ours, theirs, rtol=rtol, atol=rtol)
 
 
+@needs_kernels
 @pytest.mark.parametrize("platform", KERNELS)
 def test_a_cpu_lowers_the_kernels_of_other_platforms(platform):
   for f in (causal, jax.grad(causal, (0, 1, 2))):
@@ -103,6 +105,7 @@ def test_one_export_serves_all_platforms():
 EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
 
 
+@needs_kernels
 @pytest.mark.parametrize(
   "platform, why, args, more",
   [
@@ -164,6 +167,7 @@ def test_a_config_that_is_no_backends_is_refused(config, mesh):
     backends.automatic(x, config, Spec(scale=1.0))
 
 
+@needs_kernels
 def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
   q, k, v = shapes()
 
@@ -242,6 +246,7 @@ def test_without_jit_it_is_the_same():
   chex.assert_trees_all_close(value, theirs, rtol=1e-6, atol=1e-6)
 
 
+@needs_kernels
 @pytest.mark.parametrize("checked", [True, False])
 def test_inside_a_shard_map_without_devices(checked):
   """An abstract mesh knows no platform; types vary over it all the same."""

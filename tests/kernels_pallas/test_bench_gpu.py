@@ -10,12 +10,11 @@ import types
 import jax
 import pytest
 
-from kernels_pallas import bench_gpu, bench_gpu_packed, lowering
+from kernels_pallas import bench_gpu, bench_gpu_packed
 from kernels_pallas.quantized_matmul import mosaic_gpu
+from tests.support_gpu import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
-)
+pytestmark = needs_kernels
 
 ROOT = pathlib.Path(__file__).parents[2]
 

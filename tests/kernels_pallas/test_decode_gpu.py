@@ -26,10 +26,9 @@ from kernels_pallas.decode_attention.mosaic_gpu import splits_for
 from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
 from tests.support_decode import draw, quick
+from tests.support_gpu import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
-)
+pytestmark = needs_kernels
 
 # Sums in 16 bits are rounded at every step, as they would be uncompiled.
 strict = functools.partial(

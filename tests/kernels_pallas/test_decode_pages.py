@@ -36,6 +36,7 @@ from tests.support_decode import (
   quick,
   tables,
 )
+from tests.support_gpu import needs_kernels
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
@@ -125,6 +126,7 @@ def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
   assert not interpret_pallas_call.races.races_found
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("H", [64, 128])
 def test_the_gpu_kernel_appends_what_a_scatter_does(dtype, H):

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import lowering
 from kernels_pallas.flash_attention import (
   mosaic_gpu_schedule,
   mosaic_gpu_stream,
@@ -28,11 +27,10 @@ from kernels_pallas.flash_attention.cotangents import queries
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTile, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
+from tests.support_gpu import needs_kernels
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
-pytestmark = pytest.mark.skipif(
-  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
-)
+pytestmark = needs_kernels
 
 # Neither length is a multiple of any tile.
 B, T, S = 2, 100, 150

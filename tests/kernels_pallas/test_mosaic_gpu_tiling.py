@@ -21,6 +21,7 @@ from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.masks import Mask
+from tests.support_gpu import needs_kernels
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ def test_tiles_fit_shared_memory(H, Hv):
     assert (buffers & results) or (H, Hv, name) == (256, 256, "forward")
 
 
+@needs_kernels
 def test_tiles_that_do_not_fit_are_refused_by_name():
   q, k, v = (jnp.zeros((1, 64, 1, 256), jnp.bfloat16),) * 3
   tiles = for_head_dim(256, 256)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import lowering
 from kernels_pallas.quantized_matmul import mosaic_gpu, planar
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul.api import quantized_matmul
@@ -25,10 +24,9 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   fitted,
 )
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
+from tests.support_gpu import needs_kernels
 
-pytestmark = pytest.mark.skipif(
-  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
-)
+pytestmark = needs_kernels
 
 TILE = Tile(rows=8, groups=2, stages=2, operand="shared")
 I, O = 256, 128

@@ -1,0 +1,10 @@
+"""What tests of kernels for GPUs ask of JAX."""
+
+import pytest
+
+from kernels_pallas import lowering
+
+needs_kernels = pytest.mark.skipif(
+  lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
+)
+"""Skips on a JAX that compiles none."""
