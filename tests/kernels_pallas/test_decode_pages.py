@@ -167,6 +167,7 @@ def test_the_gpu_kernel_appends_what_a_scatter_does(dtype, H):
   gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+@needs_kernels
 def test_what_no_gpu_kernel_writes_is_refused():
   k = draw(1, 2, 64)
   where = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)

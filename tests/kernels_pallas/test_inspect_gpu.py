@@ -9,6 +9,7 @@ import pytest
 from kernels_pallas.inspect import __main__ as command
 from kernels_pallas.inspect import gpu, ptx
 from kernels_pallas.inspect.gpu import Job
+from tests.support_gpu import needs_kernels
 
 PTXAS = """\
 ptxas warning : Registers are spilled to local memory in function 'k', 8 bytes
@@ -188,6 +189,7 @@ def test_features_are_named(capsys):
   assert "found alibi, expected of window" in capsys.readouterr().err
 
 
+@needs_kernels
 @pytest.mark.parametrize("features", [(name,) for name in gpu.FEATURES])
 def test_every_feature_is_in_what_is_compiled(features):
   """Each changes the program, so that none of them is compiled in name only."""
