@@ -119,9 +119,9 @@ def _choice(place, dtype, size, held=None, precision=None) -> tuple[str, str]:
       return "xla", reason
     return "mosaic_gpu", f"the program is for {kind}"
   if platform == "cpu":
-    reason = cpu.refused(dtype, held, precision)
     if size is None:
-      reason = "the CPU kernel reads caches, no pages"
+      return "xla", cpu.NO_PAGES
+    reason = cpu.refused(dtype, held, precision)
     return ("xla", reason) if reason else ("cpu", "the program is for a CPU")
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"

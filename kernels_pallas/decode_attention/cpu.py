@@ -16,6 +16,8 @@ from kernels_pallas.cpu_library import Library
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.spec import Spec
 from kernels_pallas.decode_attention.work import Cache
+from kernels_pallas.flash_attention.cpu import FULL
+from kernels_pallas.flash_attention.cpu import ISAS as ISAS
 
 TARGET = "heptad_decoding"
 """The name by which compiled programs call the library."""
@@ -34,9 +36,7 @@ LIBRARY = Library(
   without="decoding: {error}; XLA attends, by a dozen kernels a layer.",
 )
 
-ISAS = ("auto", "avx512", "avx2", "portable")
-FULL = (None, *jax.lax.Precision, "default", "high", "highest")
-"""Precisions that float32's own satisfies."""
+NO_PAGES = "the CPU kernel reads caches, no pages"
 
 LANES = 16
 """Head dims are a multiple: numbers of a vector of AVX-512."""
@@ -62,7 +62,7 @@ def refused(dtype: Any, held: Any, precision: Any) -> str | None:
   if held is None:
     return None
   if not isinstance(held, Cache):
-    return "the CPU kernel reads caches, no pages"
+    return NO_PAGES
   if found := [x.dtype for x in (held.k, held.v) if x.dtype != dtype]:
     return f"the CPU kernel takes one dtype, found {dtype} and {found[0]}"
   if found := [n for x in (held.k, held.v) if (n := x.shape[-1]) % LANES]:
