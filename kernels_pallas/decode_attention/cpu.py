@@ -29,6 +29,7 @@ LIBRARY = Library(
     "cpu_problem.h",
     "cpu_lanes.h",
     "cpu_decode.inc",
+    "../cpu_isa.h",
     "../cpu_tasks.h",
     "../cpu_vector.inc",
   ),

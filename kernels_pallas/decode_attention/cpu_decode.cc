@@ -23,20 +23,14 @@ namespace decoding {
 // Returns the kernel called `name`, "auto" being the fastest that this CPU
 // runs; null where it runs none of that name.
 inline Kernel kernel(const std::string& name) {
-  const bool any = name == "auto";
+  switch (isa::chosen(name)) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if ((any || name == "avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return avx512::run;
-  }
-  if ((any || name == "avx2") && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma")) {
-    return avx2::run;
-  }
+    case isa::Isa::kAvx512: return avx512::run;
+    case isa::Isa::kAvx2: return avx2::run;
 #endif
-  return any || name == "portable" ? portable::run : nullptr;
+    case isa::Isa::kPortable: return portable::run;
+    default: return nullptr;
+  }
 }
 
 // Waking a thread takes as long as about so many multiplications.

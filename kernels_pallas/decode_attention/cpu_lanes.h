@@ -5,15 +5,12 @@
 
 #include <algorithm>
 
+#include "../cpu_isa.h"
 #include "cpu_problem.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-// Sums live in registers only where loops over them are unrolled.
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
 
 namespace decoding {
 
@@ -28,7 +25,7 @@ INLINE float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 #if defined(__x86_64__)
 namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2
 constexpr int64_t kLanes = 8;
 #include "../cpu_vector.inc"
 TARGET INLINE float sum(F x) {
@@ -42,7 +39,7 @@ TARGET INLINE float sum(F x) {
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
+#define TARGET AVX512
 constexpr int64_t kLanes = 16;
 #include "../cpu_vector.inc"
 TARGET INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }

@@ -39,6 +39,7 @@ LIBRARY = Library(
     "cpu_tile.inc",
     "cpu_forward.inc",
     "cpu_backward.inc",
+    "../cpu_isa.h",
     "../cpu_tasks.h",
     "../cpu_vector.inc",
   ),

@@ -30,24 +30,20 @@ struct Kernels {
 // Returns the kernels called `name`, "auto" being the fastest that this CPU
 // runs; nulls where it runs none of that name.
 inline Kernels kernels(const std::string& name) {
-  const bool any = name == "auto";
+  switch (isa::chosen(name)) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if ((any || name == "avx512") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return {avx512::forward, avx512::backward, avx512::forward_tasks,
-            avx512::backward_tasks};
-  }
-  if ((any || name == "avx2") && __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma")) {
-    return {avx2::forward, avx2::backward, avx2::forward_tasks,
-            avx2::backward_tasks};
-  }
+    case isa::Isa::kAvx512:
+      return {avx512::forward, avx512::backward, avx512::forward_tasks,
+              avx512::backward_tasks};
+    case isa::Isa::kAvx2:
+      return {avx2::forward, avx2::backward, avx2::forward_tasks,
+              avx2::backward_tasks};
 #endif
-  if (!any && name != "portable") return {};
-  return {portable::forward, portable::backward, portable::forward_tasks,
-          portable::backward_tasks};
+    case isa::Isa::kPortable:
+      return {portable::forward, portable::backward, portable::forward_tasks,
+              portable::backward_tasks};
+    default: return {};
+  }
 }
 
 }  // namespace attention

@@ -3,15 +3,12 @@
 #ifndef ATTENTION_LANES_H_
 #define ATTENTION_LANES_H_
 
+#include "../cpu_isa.h"
 #include "cpu_mask.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
-
-// Sums live in registers only where loops over them are unrolled.
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
 
 namespace attention {
 
@@ -27,7 +24,7 @@ constexpr int64_t kLanes = 4, kRows = 4;
 
 #if defined(__x86_64__)
 namespace avx2 {
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2
 constexpr int64_t kLanes = 8, kRows = 4;
 #include "../cpu_vector.inc"
 #include "cpu_tile.inc"
@@ -37,7 +34,7 @@ constexpr int64_t kLanes = 8, kRows = 4;
 }  // namespace avx2
 
 namespace avx512 {
-#define TARGET __attribute__((target("avx512f,avx512dq,avx512vl,avx2,fma")))
+#define TARGET AVX512
 constexpr int64_t kLanes = 16, kRows = 8;
 #include "../cpu_vector.inc"
 #include "cpu_tile.inc"
