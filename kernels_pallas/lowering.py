@@ -12,12 +12,23 @@ import jax.numpy as jnp
 HOPPER = ("H100", "H200", "H800", "GH200", "H20")
 """Device kinds that have `wgmma`."""
 
+BLACKWELL = ("B100", "B200", "B300")
+"""Device kinds that have `tcgen05`."""
+
 NO_GPU_KERNELS = (
   None
   if jax.__version_info__ >= (0, 11, 2)
   else f"GPU kernels need JAX 0.11.2 or newer, found {jax.__version__}"
 )
 """Why this JAX compiles none: it does not load parts of an array; or None."""
+
+NO_TCGEN05 = (
+  None
+  if jax.__version_info__ >= (0, 12)
+  else f"kernels for Blackwell need JAX 0.12 or newer, found {jax.__version__}"
+)
+"""Why this JAX compiles none for Blackwell, whose part of Pallas was young; or
+None."""
 
 LOG = logging.getLogger("kernels_pallas")
 """At level INFO it says, once each, what 'auto' took and why."""

@@ -8,3 +8,8 @@ needs_kernels = pytest.mark.skipif(
   lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)
 )
 """Skips on a JAX that compiles none."""
+
+needs_tcgen05 = pytest.mark.skipif(
+  lowering.NO_TCGEN05 is not None, reason=str(lowering.NO_TCGEN05)
+)
+"""Skips on a JAX that compiles none for Blackwell."""

@@ -48,7 +48,7 @@ def refused(
   """
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
-  if kind and cores(kind) is None:
+  if kind and cores(kind) not in ("wgmma", "mma"):
     return f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
   if dtype not in DTYPES:
     return f"GPU kernels compute in bfloat16 and float16, found {dtype}"

@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import lowering, mask_blocks
 from kernels_pallas.flash_attention import cpu, mosaic_gpu
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+  LANES as TENSOR_LANES,
+)
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles
@@ -95,16 +98,18 @@ def _refused_by_all(x) -> str | None:
 
 
 def _refused_by_gpu(x, kind, precision) -> str | None:
-  if mosaic_gpu.cores(kind) is None:
-    return f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
+  cores = mosaic_gpu.cores(kind)
+  if cores is None:
+    return mosaic_gpu.no_kernel(kind)
   reason = mosaic_gpu.unsupported(x.q, x.k, x.v, x.bias, precision)
   if reason is not None:
     return reason
   wide = max(x.q.shape[-1], x.v.shape[-1])
   if wide > WIDEST:
     return f"GPU kernels hold head dims of at most {WIDEST}, found {wide}"
-  if x.q.shape[1] < ROWS:
-    return f"a GPU kernel would pad T to {ROWS} queries"
+  rows = TENSOR_LANES if cores == "tcgen05" else ROWS
+  if x.q.shape[1] < rows:
+    return f"a GPU kernel would pad T to {rows} queries"
   return None
 
 

@@ -1,7 +1,8 @@
 """Flash attention as Mosaic kernels for GPUs, the mosaic_gpu backend.
 
 `mosaic_gpu_forward` and `mosaic_gpu_backward` hold the kernels for Hopper,
-`mosaic_gpu_ampere` and `mosaic_gpu_ampere_backward` those for Ampere and Ada;
+`mosaic_gpu_ampere` and `mosaic_gpu_ampere_backward` those for Ampere and Ada,
+`mosaic_gpu_blackwell` and `mosaic_gpu_blackwell_backward` those for Blackwell;
 `mosaic_gpu_problem` is what they are called with. The saved output and
 log-sum-exp have the names that `blocked` gives them.
 """
@@ -19,6 +20,9 @@ from kernels_pallas.flash_attention import (
   mosaic_gpu_ampere,
   mosaic_gpu_ampere_backward,
   mosaic_gpu_backward,
+  mosaic_gpu_blackwell,
+  mosaic_gpu_blackwell_backward,
+  mosaic_gpu_forward,
 )
 from kernels_pallas.flash_attention import mosaic_gpu_problem as problem
 from kernels_pallas.flash_attention.cotangents import (
@@ -27,12 +31,16 @@ from kernels_pallas.flash_attention.cotangents import (
   kept,
   queries,
 )
-from kernels_pallas.flash_attention.mosaic_gpu_forward import forward
 from kernels_pallas.flash_attention.mosaic_gpu_tile import LOG2E
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import PROGRAMS, GpuTiles
 from kernels_pallas.flash_attention.mosaic_tpu_problem import pad
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.lowering import HOPPER, NO_GPU_KERNELS
+from kernels_pallas.lowering import (
+  BLACKWELL,
+  HOPPER,
+  NO_GPU_KERNELS,
+  NO_TCGEN05,
+)
 
 AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
           "L4", "Ada")  # fmt: skip
@@ -41,23 +49,48 @@ AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
+FORWARD = {
+  "wgmma": mosaic_gpu_forward,
+  "mma": mosaic_gpu_ampere,
+  "tcgen05": mosaic_gpu_blackwell,
+}
+BACKWARD = {
+  "wgmma": mosaic_gpu_backward,
+  "mma": mosaic_gpu_ampere_backward,
+  "tcgen05": mosaic_gpu_blackwell_backward,
+}
+"""Modules by `GpuTiles.cores`."""
+
 
 def cores(kind: str) -> str | None:
   """`GpuTiles.cores` of a device kind, or None where there is no kernel."""
   if any(name in kind for name in HOPPER):
     return "wgmma"
+  if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is None:
+    return "tcgen05"
   return "mma" if any(name in kind for name in AMPERE) else None
+
+
+def no_kernel(kind: str) -> str:
+  """Why there is none for a device kind."""
+  if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is not None:
+    return NO_TCGEN05
+  known = "Ampere, Ada, Hopper and the B100, B200 and B300"
+  return f"there is no kernel for {kind}, but for {known}"
 
 
 def programs(kind: str) -> int:
   """Multiprocessors of a device kind, of which each runs a persistent kernel.
 
-  As the device at hand counts them where it is of the kind; else of a Hopper,
-  by its name. Too many would leave a second round to a few of them.
+  As the device at hand counts them where it is of the kind; else by its name,
+  that of a Hopper or a Blackwell. Too many would leave a second round to a few
+  of them.
   """
   for device in jax.devices():
     if device.device_kind == kind and getattr(device, "core_count", None):
       return device.core_count
+  if any(name in kind for name in BLACKWELL):
+    return 148
   if "PCIe" in kind:
     return 114
   return 78 if re.search(r"H20\b", kind) else PROGRAMS
@@ -107,8 +140,7 @@ def mosaic_gpu_attention(
   """
   tiles = _tiles(spec, interpret, x)
   p = problem.prepare(spec, x, tiles.forward, problem.KEYS)
-  kernel = mosaic_gpu_ampere.forward if tiles.cores == "mma" else forward
-  o, lse = kernel(p, interpret)
+  o, lse = FORWARD[tiles.cores].forward(p, interpret)
   T, Hv = x.q.shape[1], x.v.shape[-1]
   return o[:, :T, :, :Hv], lse[:, :, :T]
 
@@ -149,8 +181,7 @@ def narrow_gradients(
   """
   (_, T, _, H), S, Hv = x.q.shape, x.k.shape[1], x.v.shape[-1]
   tiles = _tiles(spec, interpret, x)
-  mma = tiles.cores == "mma"
-  back = mosaic_gpu_ampere_backward if mma else mosaic_gpu_backward
+  back = BACKWARD[tiles.cores]
 
   def prepare(tile, streamed):
     return _with_cotangents(problem.prepare(spec, x, tile, streamed), *rows)
@@ -187,7 +218,11 @@ def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
   reason = unsupported(x.q, x.k, x.v, x.bias, spec.precision)
   if reason is not None:
     raise ValueError(f"mosaic_gpu: {reason}; backend='xla_blockwise' takes it")
-  if interpret and tiles.operand != "shared":
+  reason = NO_TCGEN05 if tiles.cores == "tcgen05" else None
+  if reason is not None:
+    raise ValueError(f"mosaic_gpu: {reason}; backend='xla_blockwise' does not")
+  registers = tiles.cores != "tcgen05" and tiles.operand != "shared"
+  if interpret and registers:
     raise ValueError(
       "interpret: the GPU interpreter has no matmul with operands in "
       "registers; pass config=GpuTiles(operand='shared')"

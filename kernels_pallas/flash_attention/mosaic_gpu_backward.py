@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.flash_attention import mosaic_gpu_schedule as schedule
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
+from kernels_pallas.flash_attention import mosaic_gpu_wgmma as wgmma
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
@@ -41,7 +42,9 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
   (B, N, _, T, _, H, _), q = p.dims, p.arrays["q"]
   kernel = functools.partial(_dq_kernel, p)
   out = [varying(q, (B, T, N, H), p.spec.output or q.dtype)]
-  return _call(p, kernel, _dq_scratch(p), out, 3, interpret, "dq")[0]
+  scratch = _dq_scratch(p)
+  stream.check(p, scratch)
+  return schedule.call(p, kernel, scratch, out, 3, interpret, "dq")[0]
 
 
 def dkv(
@@ -62,7 +65,9 @@ def dkv(
   kernel = functools.partial(_dkv_kernel, p, names)
   matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
   scratch = _dkv_scratch(p, names)
-  found = _call(p, kernel, scratch, out, matmuls, interpret, "".join(names))
+  stream.check(p, scratch)
+  name = "".join(names)
+  found = schedule.call(p, kernel, scratch, out, matmuls, interpret, name)
   return dict(zip(names, found, strict=True))
 
 
@@ -110,24 +115,6 @@ def _scratch(p, shapes, results, more, arrivals) -> list[Any]:
   return both if stream.room(both) else [buffers(shapes), *barriers]
 
 
-def _call(p, kernel, scratch, out, matmuls, interpret, name):
-  stream.check(p, scratch)
-  call = plgpu.kernel(
-    kernel,
-    out_type=out,
-    scratch_types=scratch,
-    grid=(schedule.programs(p),),
-    grid_names=(schedule.PROGRAM,),
-    num_threads=p.tile.groups + 1,
-    thread_name=stream.GROUP,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-    kernel_name=f"flash_attention_{name}",
-    interpret=interpret,
-    **stream.estimate(p, matmuls),
-  )
-  return call({**p.arrays, "schedule": schedule.deal(p)})
-
-
 def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
   def copy(line, b, h):
     stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
@@ -155,10 +142,10 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
 
   def store(acc, at):
     buffer = smem.get("dq", smem["q"]).at[at.group]
-    tile.store(buffer, acc * p.spec.scale, dq_ref.at[at.b, at.rows, at.h])
+    wgmma.store(buffer, acc * p.spec.scale, dq_ref.at[at.b, at.rows, at.h])
 
   schedule.run(
-    p, refs, "dq" in smem, copy, _fetch(refs, smem, ready, ("q", "do")),
+    p, refs, "dq" in smem, copy, stream.fetch(refs, smem, ready, ("q", "do")),
     compute, store,
   )  # fmt: skip
 
@@ -185,7 +172,7 @@ def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
   plgpu.barrier_wait(v_full.at[v_slot])
   ds = _scores(x, (mine["q"], k), (mine["do"], v), stats, seen, kept)
   plgpu.barrier_arrive(v_free.at[v_slot])
-  acc = tile.accumulate(x, acc, ds, k)
+  acc = wgmma.accumulate(x, acc, ds, k)
   plgpu.barrier_arrive(k_free.at[k_slot])
   return acc
 
@@ -195,21 +182,7 @@ def _dkv_kernel(p, names, refs, *rest):
   smem, pipe, ready = rest[len(names) :]
 
   def copy(line, b, h):
-    def operand(name, stats):
-      def run(head, i, slot, barrier):
-        queries = pl.ds(i * p.tile.streamed, p.tile.streamed)
-        n = h * p.group + head
-        plgpu.copy_gmem_to_smem(
-          refs[name].at[b, queries, n], smem[name].at[slot], barrier
-        )
-        if stats:
-          plgpu.copy_gmem_to_smem(
-            refs["stats"].at[b, n, :, queries], smem["stats"].at[slot], barrier
-          )
-
-      return run
-
-    stream.produce(line, *pipe, (operand("q", True), operand("do", False)))
+    stream.produce(line, *pipe, stream.of_queries(p, refs, smem, b, h))
 
   def compute(line, at):
     mine = _held(smem, ("k", "v"), at.group)
@@ -228,11 +201,11 @@ def _dkv_kernel(p, names, refs, *rest):
     for name in names:
       value = acc[name] * p.spec.scale if name == "dk" else acc[name]
       buffer = smem.get(name, smem[name[1]]).at[at.group]
-      tile.store(buffer, value, outputs[name].at[at.b, at.rows, at.h])
+      wgmma.store(buffer, value, outputs[name].at[at.b, at.rows, at.h])
 
   schedule.run(
-    p, refs, names[0] in smem, copy, _fetch(refs, smem, ready, ("k", "v")),
-    compute, store,
+    p, refs, names[0] in smem, copy,
+    stream.fetch(refs, smem, ready, ("k", "v")), compute, store,
   )  # fmt: skip
 
 
@@ -262,7 +235,7 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
 
   def values(e):
     if "dv" in acc:
-      found["dv"] = tile.accumulate(x, acc["dv"], e, do)
+      found["dv"] = wgmma.accumulate(x, acc["dv"], e, do)
 
   plgpu.barrier_wait(q_full.at[q_slot])
   plgpu.barrier_wait(do_full.at[do_slot])
@@ -270,7 +243,7 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
   ds = _scores(x, (mine["k"], q), right, stats, seen, kept, values)
   plgpu.barrier_arrive(do_free.at[do_slot])
   if "dk" in acc:
-    found["dk"] = tile.accumulate(x, acc["dk"], ds, q)
+    found["dk"] = wgmma.accumulate(x, acc["dk"], ds, q)
   plgpu.barrier_arrive(q_free.at[q_slot])
   return found
 
@@ -292,11 +265,11 @@ def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
     return tile.slopes(x, weight, dp, stats(SHIFT), signed)
 
   if right is None or p.tile.products == "one":
-    e, weight = probabilities(tile.product(*left))
+    e, weight = probabilities(wgmma.product(*left))
     values(e)
     if right is None:
       return None
-    return gradient(weight, tile.product(*right))
+    return gradient(weight, wgmma.product(*right))
 
   def run(s_out, dp_out):
     plgpu.wgmma(s_out, left[0], left[1].transpose((1, 0)))
@@ -322,17 +295,3 @@ def _again(smem, names, group) -> dict[str, Any]:
   The compiler would keep all 16 of a wide head, and spill accumulators.
   """
   return _held(smem, names, lax.optimization_barrier(group))
-
-
-def _fetch(refs, smem, ready, names):
-  """What starts the copies of what stays into shared memory."""
-
-  def run(at):
-    for name in names:
-      plgpu.copy_gmem_to_smem(
-        refs[name].at[at.b, at.rows, at.h],
-        smem[name].at[at.group],
-        ready.at[at.group],
-      )
-
-  return run

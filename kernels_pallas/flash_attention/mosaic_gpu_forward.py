@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.flash_attention import mosaic_gpu_schedule as schedule
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
+from kernels_pallas.flash_attention import mosaic_gpu_wgmma as wgmma
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
@@ -37,23 +38,12 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
   B, N, _, T, _, _, Hv = p.dims
   q, scratch = p.arrays["q"], _scratch(p)
   stream.check(p, scratch, REDUCTION_BYTES)
-  call = plgpu.kernel(
-    functools.partial(_kernel, p),
-    out_type=[
-      varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
-      varying(q, (B, N, T), jnp.float32),
-    ],
-    scratch_types=scratch,
-    grid=(schedule.programs(p),),
-    grid_names=(schedule.PROGRAM,),
-    num_threads=p.tile.groups + 1,
-    thread_name=stream.GROUP,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-    kernel_name="flash_attention_forward",
-    interpret=interpret,
-    **stream.estimate(p, 2),
-  )
-  return tuple(call({**p.arrays, "schedule": schedule.deal(p)}))
+  out = [
+    varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
+    varying(q, (B, N, T), jnp.float32),
+  ]
+  kernel = functools.partial(_kernel, p)
+  return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, "forward"))
 
 
 def _scratch(p: Problem) -> list[Any]:
@@ -90,19 +80,12 @@ def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
   def copy(line, b, h):
     stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
 
-  def fetch(at):
-    plgpu.copy_gmem_to_smem(
-      refs["q"].at[at.b, at.rows, at.h],
-      smem["q"].at[at.group],
-      q_ready.at[at.group],
-    )
-
   schedule.run(
     p,
     refs,
     apart="o" in smem,
     copy=copy,
-    fetch=fetch,
+    fetch=stream.fetch(refs, smem, q_ready, ("q",)),
     compute=functools.partial(_compute, p, refs, smem, (pipe, q_ready, turns)),
     store=functools.partial(_store, (o_ref, lse_ref), smem),
   )
@@ -110,7 +93,7 @@ def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
 
 def _compute(p, refs, smem, barriers, line, place):
   """(acc, m, l) of a line."""
-  (b, h, start, group), (pipe, q_ready, turns) = place, barriers
+  (b, h, start, group, _), (pipe, q_ready, turns) = place, barriers
   operand = smem["p"].at[group] if "p" in smem else None
   x = tile.View(p, refs, operand, b, h)
   bounds = tile.of_queries(x, start, ROWS)
@@ -142,7 +125,7 @@ def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
   if p.spec.dropout_rate:
     # Whose hash needs the registers that addresses of wide queries would take.
     group = lax.optimization_barrier(group)
-  s = tile.product(smem["q"].at[group], smem["k"].at[k_slot], turn)
+  s = wgmma.product(smem["q"].at[group], smem["k"].at[k_slot], turn)
   plgpu.barrier_arrive(k_free.at[k_slot])
   seen, k = None, 0
   if masked or p.spec.dropout_rate:
@@ -163,7 +146,7 @@ def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
     def _wait():
       plgpu.barrier_wait(k_full.at[stream.slots(line, n + 1)[0]])
 
-  acc = tile.accumulate(x, acc, e, smem["v"].at[v_slot], free)
+  acc = wgmma.accumulate(x, acc, e, smem["v"].at[v_slot], free)
   plgpu.barrier_arrive(v_free.at[v_slot])
   return acc, m_new, l
 
@@ -175,6 +158,6 @@ def _store(outputs, smem, found, at):
   lse_smem = smem["lse"].at[at.group]
   o, lse = tile.normalised(*found)
   lse_smem[...] = lse
-  tile.store(o_smem, o, o_ref.at[at.b, at.rows, at.h])
+  wgmma.store(o_smem, o, o_ref.at[at.b, at.rows, at.h])
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[at.b, at.h, at.rows])

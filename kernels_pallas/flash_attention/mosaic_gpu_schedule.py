@@ -25,7 +25,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention.mosaic_gpu_problem import KEYS, Problem
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 
 PROGRAM = "program"
 """Name of the axis of blocks of threads."""
@@ -45,18 +44,20 @@ class Place(NamedTuple):
   """Where a warpgroup works.
 
   Fields: b, the batch row; h, the head, of keys where queries are streamed;
-  start, its first row; group, which warpgroup of the block it is.
+  start, its first row; group, which warpgroup of the block it is; size, how
+  many rows it has.
   """
 
   b: jax.Array
   h: jax.Array
   start: jax.Array
   group: Any
+  size: int
 
   @property
   def rows(self) -> Any:
     """Its rows."""
-    return pl.ds(self.start, ROWS)
+    return pl.ds(self.start, self.size)
 
 
 class Share(NamedTuple):
@@ -86,6 +87,42 @@ class Share(NamedTuple):
 def programs(p: Problem) -> int:
   """How many blocks of threads a kernel has."""
   return min(p.spec.blocks.programs, p.dims[0] * p.heads * p.lines)
+
+
+def call(
+  p: Problem,
+  kernel: Callable[..., None],
+  scratch: list[Any],
+  out: list[Any],
+  matmuls: int,
+  interpret: Any,
+  name: str,
+) -> Any:
+  """The results of a persistent kernel.
+
+  Args:
+    p: The problem, whose arrays and schedule are the kernel's first argument.
+    kernel: Its body.
+    scratch: Types of its memory and barriers.
+    out: Types of its results.
+    matmuls: A tile, as of `Problem.cost`.
+    interpret: As of `plgpu.kernel`.
+    name: What follows 'flash_attention_'.
+  """
+  run = plgpu.kernel(
+    kernel,
+    out_type=out,
+    scratch_types=scratch,
+    grid=(programs(p),),
+    grid_names=(PROGRAM,),
+    num_threads=p.tile.groups + 1,
+    thread_name=stream.GROUP,
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel_name=f"flash_attention_{name}",
+    interpret=interpret,
+    **stream.estimate(p, matmuls),
+  )
+  return run({**p.arrays, "schedule": deal(p)})
 
 
 def run(
@@ -129,15 +166,17 @@ def run(
 
     lax.fori_loop(0, mine().count, turn, jnp.int32(0))
 
+  size = p.tile.height
+
   def compute_all(group):
     def place(i, group):
       b, h, row = mine().at(i)
-      return Place(b, h, row * p.tile.rows + group * ROWS, group)
+      return Place(b, h, row * p.tile.rows + group * size, group, size)
 
     def turn(carry):
       i, before = carry
       a, b, h, start = line(i, before)
-      found = compute(a, Place(b, h, start + group * ROWS, group))
+      found = compute(a, Place(b, h, start + group * size, group, size))
       i, again = lax.optimization_barrier((i, group))
 
       def fetch_next():

@@ -209,6 +209,52 @@ def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
   return operand("k"), operand("v")
 
 
+def of_queries(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
+  """Copies of q and do for key head h of a batch row, for `produce`.
+
+  The statistics of the queries come with q.
+  """
+
+  def operand(name, *more):
+    def run(head, i, slot, barrier):
+      queries = pl.ds(i * p.tile.streamed, p.tile.streamed)
+      n = h * p.group + head
+      plgpu.copy_gmem_to_smem(
+        refs[name].at[b, queries, n], smem[name].at[slot], barrier
+      )
+      for rows in more:
+        plgpu.copy_gmem_to_smem(
+          refs[rows].at[b, n, :, queries], smem[rows].at[slot], barrier
+        )
+
+    return run
+
+  return operand("q", "stats"), operand("do")
+
+
+def fetch(
+  refs: Any, smem: Any, ready: Any, names: tuple[str, ...]
+) -> Callable[[Any], None]:
+  """What starts the copies of what stays, a `Place`'s rows, for `schedule.run`.
+
+  Args:
+    refs: Arrays by name.
+    smem: Buffers by name, one a warpgroup.
+    ready: A barrier a warpgroup, on which all copies arrive.
+    names: Which arrays.
+  """
+
+  def run(at):
+    for name in names:
+      plgpu.copy_gmem_to_smem(
+        refs[name].at[at.b, at.rows, at.h],
+        smem[name].at[at.group],
+        ready.at[at.group],
+      )
+
+  return run
+
+
 def consume(a: Line, step: Step, carry: Any) -> Any:
   """Folds `step` over the tiles of a line.
 

@@ -1,10 +1,12 @@
-"""What the GPU kernels do with a tile: matmuls, logits, masks, dropout.
+"""What the GPU kernels do with a tile: logits, masks, dropout.
 
-Everything works on values of one warpgroup, 64 rows in the layout of `wgmma`.
-Rows are queries in the kernels that stream keys, and keys in the one that
-streams queries; `along` is the axis of the queries.
+Everything works on values of one warpgroup, 64 rows in the layout of `wgmma` or
+128 in one of tensor memory (`layout`). Rows are queries in the kernels that
+stream keys, and keys in the one that streams queries; `along` is the axis of
+the queries.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +17,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import gpu_memory
 from kernels_pallas.flash_attention.mosaic_gpu_problem import KEYS, Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
 
@@ -57,7 +58,21 @@ class Logits(NamedTuple):
 
 def shape(p: Problem) -> tuple[int, int]:
   """Rows and columns of a warpgroup's scores."""
-  return ROWS, p.tile.streamed
+  return p.tile.height, p.tile.streamed
+
+
+def layout(p: Problem) -> Any:
+  """How a warpgroup's registers hold its scores.
+
+  With 'tcgen05' a thread has a row, which needs no shuffle to sum it up, but a
+  register for each column of what lies along the row: where there is such a
+  thing, or a hash of dropout, four threads share rows as with 'wgmma'.
+  """
+  if p.spec.blocks.cores != "tcgen05":
+    return plgpu.Layout.WGMMA
+  if p.streamed == KEYS and not (p.columns or p.spec.dropout_rate):
+    return plgpu.Layout.TCGEN05_TMEM_NATIVE
+  return plgpu.Layout.TCGEN05
 
 
 def zeros(*size: int) -> jax.Array:
@@ -67,88 +82,24 @@ def zeros(*size: int) -> jax.Array:
   )  # fmt: skip
 
 
-def vector(value: Any) -> jax.Array:
-  """64 times `value`, one for each row."""
+def vector(
+  value: Any, rows: int = ROWS, kind: Any = plgpu.Layout.WGMMA
+) -> jax.Array:
+  """`value` for each row.
+
+  Args:
+    value: A number.
+    rows: How many there are.
+    kind: As `layout` gives it.
+  """
   return plgpu.layout_cast(
-    jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
-  )
+    jnp.full((rows,), value, jnp.float32), kind.reduce(1)
+  )  # fmt: skip
 
 
 def spread(x: jax.Array, like: tuple[int, ...], axis: int) -> jax.Array:
   """Repeats a vector that lies along `axis`."""
   return lax.broadcast_in_dim(x, like, [axis])
-
-
-def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):
-  """a b^T of two references, [64, rows of b].
-
-  Args:
-    a: [64, H] in shared memory.
-    b: [n, H] in shared memory.
-    free: Called while the matmul runs.
-  """
-
-  def run(out):
-    plgpu.wgmma(out, a, b.transpose((1, 0)))
-    free()
-    return out[...]
-
-  size = (a.shape[0], b.shape[0])
-  return pl.run_scoped(run, plgpu.ACC(size, jnp.float32))
-
-
-def accumulate(
-  x: View,
-  acc: jax.Array,
-  left: jax.Array,
-  right: Any,
-  free: Callable[[], None] = lambda: None,
-) -> jax.Array:
-  """acc + left right, left rounded to the type of `right`.
-
-  Args:
-    x: The view.
-    acc: [64, n].
-    left: [64, m], values.
-    right: [m, n] in shared memory.
-    free: Called while the matmul runs.
-  """
-  left = left.astype(right.dtype)
-  if x.operand is None:
-
-    def into(out):
-      plgpu.wgmma(out, left, right)
-      free()
-
-    return pl.run_state(into)(plgpu.ACC.init(acc))
-
-  x.operand[...] = left
-  plgpu.commit_smem()
-
-  def alone(out):
-    plgpu.wgmma(out, x.operand, right)
-    free()
-    return out[...]
-
-  return acc + pl.run_scoped(alone, plgpu.ACC(acc.shape, jnp.float32))
-
-
-def store(buffer: Any, value: jax.Array, out: Any) -> None:
-  """Sums to memory: rounded by way of a buffer, or from registers as they are.
-
-  The caller waits, by `plgpu.wait_smem_to_gmem`.
-
-  Args:
-    buffer: Shared memory that is no longer needed, in 16 bits.
-    value: [64, n].
-    out: Reference, of the buffer's type or float32, for which it is too small.
-  """
-  if out.dtype != buffer.dtype:
-    gpu_memory.store(out, value.astype(out.dtype))
-    return
-  buffer[...] = value.astype(out.dtype)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(buffer, out)
 
 
 def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
@@ -231,14 +182,24 @@ def slopes(
 
 def nothing(x: View) -> tuple[jax.Array, jax.Array]:
   """Maximum and sum of exponentials before the first key: those of sinks."""
+  along = functools.partial(vector, rows=x.p.tile.height, kind=layout(x.p))
   if "sinks" in x.refs:
-    return vector(x.refs["sinks"][x.h] * LOG2E), vector(1.0)
-  return vector(-jnp.inf), vector(0.0)
+    return along(x.refs["sinks"][x.h] * LOG2E), along(1.0)
+  return along(-jnp.inf), along(0.0)
+
+
+def scaled(acc: jax.Array, alpha: jax.Array) -> jax.Array:
+  """Rows times a factor each."""
+  return acc * spread(alpha, acc.shape, 0)
 
 
 def softmax(
-  p: Problem, s: jax.Array, seen: jax.Array | None, carry: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  p: Problem,
+  s: jax.Array,
+  seen: jax.Array | None,
+  carry: tuple[Any, ...],
+  scale: Callable[[Any, jax.Array], Any] = scaled,
+) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
   """A step of the online softmax: (acc, m, l, e), acc without the new tile.
 
   Args:
@@ -246,6 +207,7 @@ def softmax(
     s: Products of queries and keys.
     seen: Which are visible, or None: all.
     carry: acc, m (in base 2) and l so far.
+    scale: Multiplies the rows of acc, wherever that is.
   """
   acc, m, l = carry
   t, factor, _ = logits(p, s, seen)
@@ -254,19 +216,26 @@ def softmax(
   shift = m_new if seen is None else jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
   e = jnp.exp2(t * factor - spread(shift, t.shape, 0))
-  acc = acc * spread(alpha, acc.shape, 0)
+  acc = scale(acc, alpha)
   return acc, m_new, l * alpha + e.sum(axis=1), e
 
 
 def normalised(
-  acc: jax.Array, m: jax.Array, l: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """o = acc / l and lse = m + log l, natural; 0 and -inf where l = 0."""
+  acc: Any,
+  m: jax.Array,
+  l: jax.Array,
+  scale: Callable[[Any, jax.Array], Any] = scaled,
+) -> tuple[Any, jax.Array]:
+  """o = acc / l and lse = m + log l, natural; 0 and -inf where l = 0.
+
+  Args:
+    acc, m, l: As `softmax` left them.
+    scale: Multiplies the rows of acc, wherever that is.
+  """
   empty = l == 0
-  scale = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, l))
+  factor = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, l))
   lse = m * LN2 + jnp.log(jnp.where(empty, 1.0, l))
-  o = acc * spread(scale, acc.shape, 0)
-  return o, jnp.where(empty, -jnp.inf, lse)
+  return scale(acc, factor), jnp.where(empty, -jnp.inf, lse)
 
 
 def of_queries(x: View, start: Any, size: int) -> dict[str, jax.Array]:
@@ -293,8 +262,8 @@ def visible(x: View, rows, columns, start: Any) -> jax.Array:
     key, start = spread(columns["key"], size, 1 - along), 0
   else:
     key = plgpu.broadcasted_iota(
-      jnp.int32, size, 1 - along, layout=plgpu.Layout.WGMMA
-    )
+      jnp.int32, size, 1 - along, layout=layout(p)
+    )  # fmt: skip
   seen = None
   for n in range(sum(name.startswith("hi") for name in p.rows)):
     inside = key < spread(rows[f"hi{n}"] - start, size, along)
@@ -346,11 +315,11 @@ def _indices(p: Problem, axis: int, first: Any) -> jax.Array:
   constants away: added up in another order, each would be a register over the
   loop. Only narrow heads with `mma` spill less in the plain order.
   """
-  size, layout = shape(p), plgpu.Layout.WGMMA
+  size, kind = shape(p), layout(p)
   if p.spec.blocks.cores == "mma" and max(p.dims[5:]) <= WIDE:
-    return plgpu.broadcasted_iota(jnp.int32, size, axis, layout=layout) + first
+    return plgpu.broadcasted_iota(jnp.int32, size, axis, layout=kind) + first
   n = plgpu.broadcasted_iota(
-    jnp.int32, (size[axis],), 0, layout=layout.reduce(1 - axis)
+    jnp.int32, (size[axis],), 0, layout=kind.reduce(1 - axis)
   )
   low = n & 7 if axis else n
   return spread((low + first) + (n - low), size, axis)
@@ -364,7 +333,7 @@ def _vectors(x, array, names, start, size, across) -> dict[str, jax.Array]:
   return {
     name: plgpu.load(
       ref.at[b, n, pl.ds(start, size)],
-      layout=plgpu.Layout.WGMMA.reduce(across),
+      layout=layout(x.p).reduce(across),
       optimized=False,
     )
     for n, name in enumerate(names)

@@ -20,7 +20,7 @@ import tempfile
 
 from kernels_pallas.inspect import ptx
 
-TARGETS = {"a100": "mma", "h100": "wgmma", "b200": "wgmma"}
+TARGETS = {"a100": "mma", "h100": "wgmma", "b200": "tcgen05"}
 """Chips, and the instruction of `GpuTiles.cores` that is tried on each."""
 
 DTYPES = ("bfloat16", "float16")

@@ -13,9 +13,12 @@ import re
 _LABEL = re.compile(r"^(\$L\w+):")
 _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+);")
 _OPCODE = re.compile(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]*)")
-_MATMUL = re.compile(r"wgmma\.mma_async|mma\.sync")
+_MATMUL = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
 _SHAPE = re.compile(r"(w?g?)mma\.(?:mma_async|sync)\S*\.m(\d+)n(\d+)k(\d+)")
+_DESCRIBED = re.compile(r"tcgen05\.mma\S*kind::f16 .*(%r\d+), %p\d+;")
+_NUMBER = re.compile(r"mov\.b32\s+(%r\d+), (\d+);")
 _KINDS = {
+  "tcgen05.mma": "tcgen05",
   "wgmma.mma_async": "wgmma",
   "mma.sync": "mma",
   "cp.async.bulk.tensor": "copy",
@@ -25,11 +28,16 @@ _WARPS = {"wg": 1, "": 4}
 """Instructions of a warpgroup that do what one of these says: a `mma` is that
 of a warp."""
 
+_DEPTH = 16
+"""Terms that a `tcgen05.mma` of 16 bits sums."""
+
 MIX = {
+  "tcgen05": r"tcgen05\.mma",
   "wgmma": r"wgmma\.mma_async",
   "mma": r"mma\.sync",
   "copy": r"cp\.async\.(bulk|c[ag])",
   "matrix": r"ldmatrix\.",
+  "tensor": r"tcgen05\.(ld|st)\.",
   "exp2": r"ex2\.",
   "fma": r"fma\.",
   "multiply": r"mul\.(rn\.)?b?f",
@@ -39,7 +47,7 @@ MIX = {
   "shuffle": r"shfl\.",
   "integer": r"(add|sub|mad|mul|shl|shr|and|or|xor|bfe|lop3)\S*\.[bsu]\d",
   "select": r"(setp|selp)\.",
-  "barrier": r"(mbarrier|bar|barrier|fence)\.",
+  "barrier": r"(mbarrier|bar|barrier|fence|tcgen05)\.",
   "memory": r"(ld|st)\.",
 }
 """Kinds of instruction by the start of their opcode, first match counts."""
@@ -104,7 +112,7 @@ def _read(path: pathlib.Path) -> Kernel:
     warnings=tuple(re.findall(r"ptxas warning\s*: (.*)", said)),
     total=mix(lines),
     loop=mix(loop),
-    flops=_flops(loop),
+    flops=_flops(loop, lines),
   )
 
 
@@ -138,9 +146,19 @@ def _steady(lines: list[str]) -> list[str]:
   return min(bodies, key=len, default=[])
 
 
-def _flops(lines: list[str]) -> int:
+def _flops(loop: list[str], lines: list[str]) -> int:
+  """Of the matmuls of a loop in a kernel."""
+  numbers = dict(
+    found.groups() for found in map(_NUMBER.search, lines) if found
+  )
   total = 0
-  for line in lines:
+  for line in loop:
+    if described := _DESCRIBED.search(line):
+      # The instruction descriptor (PTX ISA 9.7.16.4): N / 8 in bits 17 to 22,
+      # M / 16 in bits 24 to 28.
+      word = int(numbers[described[1]])
+      m, n = (word >> 24 & 31) * 16, (word >> 17 & 63) * 8
+      total += 2 * m * n * _DEPTH
     if shape := _SHAPE.search(line):
       m, n, k = (int(x) for x in shape.groups()[1:])
       total += 2 * m * n * k * _WARPS[shape[1]]

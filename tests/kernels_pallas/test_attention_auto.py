@@ -20,7 +20,7 @@ import pytest
 from kernels_pallas import lowering
 from kernels_pallas.by_platform import by_platform
 from kernels_pallas.flash_attention import backends
-from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.flash_attention.api import choose, flash_attention
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
@@ -181,9 +181,42 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [a100])
   assert cores() == "mma"
-  a100.device_kind = "NVIDIA B200"
+  if lowering.NO_TCGEN05 is None:
+    a100.device_kind = "NVIDIA B200"
+    assert cores() == "tcgen05"
+  a100.device_kind = "NVIDIA GeForce RTX 5090"
   with pytest.raises(KeyError, match="cuda"):
     cores()
+
+
+@needs_kernels
+def test_a_gpu_that_has_a_kernel_gets_it():
+  q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+
+  def chosen(kind, q=q, **more):
+    device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(
+      (1,), ("data",), abstract_device=device
+    )  # fmt: skip
+    found = []
+    with jax.sharding.use_abstract_mesh(mesh):
+      jax.eval_shape(lambda q: found.append(choose(q, **more)) or q, q)
+    return found[0]
+
+  assert chosen("NVIDIA H100 80GB HBM3")[0] == "mosaic_gpu"
+  for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
+    name, why = chosen(kind)
+    assert name == "mosaic_gpu" and kind in why
+  if lowering.NO_TCGEN05 is None:
+    assert chosen("NVIDIA B200")[0] == chosen("NVIDIA GB300")[0] == "mosaic_gpu"
+  few = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
+  for name, why in (
+    (chosen("NVIDIA GeForce RTX 5090"), "Hopper"),
+    (chosen("NVIDIA H100", q.update(dtype=jnp.float32)), "dtype"),
+    (chosen("NVIDIA H100", few), "pad T to 64"),
+    (chosen("NVIDIA H100", bias=jnp.zeros((1, 1, 1, 1))), "bias"),
+  ):
+    assert name[0] == "xla_blockwise" and why in name[1]
 
 
 TRANSFORMS = {

@@ -23,6 +23,7 @@ from kernels_pallas.flash_attention.mosaic_tpu import mosaic_tpu_attention
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
+from tests.support_gpu import needs_tcgen05
 
 # Interpreted kernels are large programs over tiny arrays.
 quick = functools.partial(
@@ -52,6 +53,12 @@ GPU = {
     operand="shared",
     cores="mma",
   ),
+  "tcgen05": GpuTiles(
+    GpuTile(2, 64, height=128),
+    GpuTile(1, 64, height=128),
+    GpuTile(1, 128, height=128),
+    cores="tcgen05",
+  ),
 }
 
 
@@ -68,7 +75,7 @@ def documents(*lengths):
 def tiles_of(config):
   """The tile of each kernel, in queries and keys, and its parts."""
   if isinstance(config, GpuTiles):
-    stay = [(t.rows, 64, t.streamed) for t in vars(config).values()
+    stay = [(t.rows, t.height, t.streamed) for t in vars(config).values()
             if isinstance(t, GpuTile)]  # fmt: skip
     forward, dkv, dq = stay
     return [
@@ -197,12 +204,16 @@ def test_a_tpu_visits_what_segments_allow():
   assert once_each(config, with_a_pair(mask, N)) < expected
 
 
-@pytest.mark.parametrize("cores", GPU)
+@pytest.mark.parametrize(
+  "cores",
+  [pytest.param(x, marks=needs_tcgen05 if x == "tcgen05" else ()) for x in GPU],
+)
 def test_a_gpu_visits_no_tile_without_a_visible_pair(cores):
   n, config = 200, GPU[cores]
   mask = {
     "wgmma": Mask.block_diffusion(n // 2, 16),
     "mma": Mask.causal(segments=jnp.asarray(documents(90, 80, 30)[None])),
+    "tcgen05": Mask.causal((70, None)),
   }[cores]
   x = [draw(1, n, 1, 64, seed=s, dtype=jnp.float16) for s in range(3)]
   assert counted(config, x)(mask) == once_each(config, with_a_pair(mask, n))

@@ -19,7 +19,6 @@ from kernels_pallas.flash_attention import (
   mosaic_gpu_stream,
 )
 from kernels_pallas.flash_attention.api import (
-  choose,
   flash_attention,
   prepare,
 )
@@ -27,7 +26,7 @@ from kernels_pallas.flash_attention.cotangents import queries
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTile, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
-from tests.support_gpu import needs_kernels
+from tests.support_gpu import needs_kernels, needs_tcgen05
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
 pytestmark = needs_kernels
@@ -54,6 +53,17 @@ TILES = {
   "ampere_narrow": GpuTiles(
     ONE, NARROW, NARROW, (("dk",), ("dv",)), "shared", "mma"
   ),
+}
+TALL, PAIR = (GpuTile(n, 64, height=128) for n in (1, 2))
+FEW = GpuTile(1, 64, (2, 1), height=128)
+LONG = GpuTile(2, 128, (1, 1), height=128)
+blackwell = functools.partial(GpuTiles, cores="tcgen05", programs=1)
+TILES |= {
+  "blackwell": blackwell(PAIR, TALL, PAIR),
+  "blackwell_apart": blackwell(FEW, FEW, FEW, (("dk",), ("dv",))),
+  # Tensor memory has no room for operands of dkv; at 128, of forward and dq.
+  "blackwell_pairs": blackwell(PAIR, PAIR, PAIR),
+  "blackwell_long": blackwell(LONG, TALL, PAIR),
 }
 TILES["one_block"] = dataclasses.replace(TILES["one_group"], programs=1)
 
@@ -147,6 +157,10 @@ CASES = {
     {"causal": True, "dropout_rate": 0.3, "dropout_seed": 5},
     {"Hv": 80, "B": 1},
   ),
+  "wide_bfloat16": (
+    {"mask": lambda: Mask.block_diffusion(70, 20)},
+    {"H": 128, "Hv": 128, "B": 1, "T": 140, "S": 140, "dtype": jnp.bfloat16},
+  ),
   # A weight has the soft cap's slope, and the sign of what dropout keeps.
   "dropout_softcap": (
     {"causal": True, "dropout_rate": 0.3, "dropout_seed": 5, "softcap": 2.0},
@@ -169,7 +183,17 @@ RUNS = {
     ("dropout_softcap", "ampere_narrow"),
     ("dropout_softcap", "one_group"),
     ("dropout_softcap", "one_product"),
+    *((name, "blackwell") for name in CASES if name != "diffusion_bfloat16"),
+    ("ragged", "blackwell_pairs"),
+    ("window_segments_sinks", "blackwell_pairs"),
+    ("wide_bfloat16", "blackwell_long"),
+    ("dropout_other_width", "blackwell_apart"),
+    ("positions_softcap", "blackwell_apart"),
   )
+}
+RUNS = {
+  name: pytest.param(*run, marks=needs_tcgen05 if "blackwell" in run[1] else ())
+  for name, run in RUNS.items()
 }
 
 
@@ -202,11 +226,12 @@ def _watched(monkeypatch):
 
 
 @pytest.mark.usefixtures("watched")
-@pytest.mark.parametrize("name", RUNS)
-def test_agrees_with_the_reference_without_a_race(interpreter, name):
+@pytest.mark.parametrize(
+  ("case", "config"), RUNS.values(), ids=list(RUNS)
+)  # fmt: skip
+def test_agrees_with_the_reference_without_a_race(interpreter, case, config):
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
-  case, config = RUNS[name]
   x, options, exact, rough = expected(case)
   found = compiled(
     backend="mosaic_gpu",
@@ -222,8 +247,16 @@ def test_agrees_with_the_reference_without_a_race(interpreter, name):
   assert_no_rougher(found, rough, exact, x[0].dtype)
 
 
+CONFIGS = pytest.mark.parametrize(
+  "config", ["one_block", pytest.param("blackwell", marks=needs_tcgen05)]
+)
+
+
+@CONFIGS
 @pytest.mark.usefixtures("watched")
-def test_results_may_take_the_place_of_what_stays(interpreter, monkeypatch):
+def test_results_may_take_the_place_of_what_stays(
+  interpreter, monkeypatch, config
+):
   """As where shared memory has no room for both."""
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
@@ -231,10 +264,10 @@ def test_results_may_take_the_place_of_what_stays(interpreter, monkeypatch):
     call = compiled(
       causal=True,
       backend="mosaic_gpu",
-      config=TILES["one_block"],
+      config=TILES[config],
       interpret=interpreter,
     )
-    return jax.block_until_ready(call(*qkv(B=1, S=T)))
+    return jax.block_until_ready(call(*qkv(B=1, S=T + 50)))
 
   apart = results()
   monkeypatch.setattr(mosaic_gpu_stream, "room", lambda *_: False)
@@ -242,7 +275,8 @@ def test_results_may_take_the_place_of_what_stays(interpreter, monkeypatch):
   assert not interpret_pallas_call.get_races().races_found
 
 
-def test_padding_may_hold_anything(interpreter):
+@CONFIGS
+def test_padding_may_hold_anything(interpreter, config):
   """NaN in padding, or where no tile is visited, reaches nothing."""
   i, j = np.arange(T)[None], np.arange(S)[None]
   # Queries from 70 on see keys up to 29, but for what is padding: by its
@@ -262,7 +296,7 @@ def test_padding_may_hold_anything(interpreter):
   call = compiled(
     mask=mask,
     backend="mosaic_gpu",
-    config=TILES["two_groups"],
+    config=TILES[config],
     interpret=interpreter,
   )
   x = qkv(B=1)
@@ -308,10 +342,11 @@ def test_large_logits_only_move_the_log_sum_exp(interpreter):
     assert_no_rougher(found[1], rough, exact, jnp.float16)
 
 
-def test_partial_results_are_not_rounded(interpreter):
+@CONFIGS
+def test_partial_results_are_not_rounded(interpreter, config):
   """What a ring adds up: outputs and gradients in float32."""
   x = Operands(*qkv(T=64, S=64, B=1), mask=Mask.causal())
-  options = {"backend": "mosaic_gpu", "config": TILES["two_groups"]}
+  options = {"backend": "mosaic_gpu", "config": TILES[config]}
   backend, spec = prepare(x, interpret=interpreter, **options)
   wide = dataclasses.replace(spec, output=jnp.float32)
 
@@ -350,30 +385,3 @@ def test_what_the_kernels_do_not_compute_is_refused():
     call(q, k, v, interpret=plgpu.InterpretGPUParams())
   with pytest.raises(ValueError, match="expected GpuTiles"):
     call(q, k, v, config=Blocks())
-
-
-def test_auto_is_the_kernel_where_there_is_one():
-  q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
-
-  def chosen(kind, q=q, **more):
-    device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
-    mesh = jax.sharding.AbstractMesh(
-      (1,), ("data",), abstract_device=device
-    )  # fmt: skip
-    found = []
-    with jax.sharding.use_abstract_mesh(mesh):
-      jax.eval_shape(lambda q: found.append(choose(q, **more)) or q, q)
-    return found[0]
-
-  assert chosen("NVIDIA H100 80GB HBM3")[0] == "mosaic_gpu"
-  for kind in ("NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090"):
-    name, why = chosen(kind)
-    assert name == "mosaic_gpu" and kind in why
-  few = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.bfloat16)
-  for name, why in (
-    (chosen("NVIDIA B200"), "Hopper"),
-    (chosen("NVIDIA H100", q.update(dtype=jnp.float32)), "dtype"),
-    (chosen("NVIDIA H100", few), "pad T"),
-    (chosen("NVIDIA H100", bias=jnp.zeros((1, 1, 1, 1))), "bias"),
-  ):
-    assert name[0] == "xla_blockwise" and why in name[1]
