@@ -32,16 +32,8 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
     p: The problem, keys streamed, with arrays do and stats.
     interpret: As of `plgpu.kernel`.
   """
-  (B, N, _, T, _, H, Hv), t, q = p.dims, p.tile, p.arrays["q"]
-  shapes = {
-    "q": (t.groups, LANES, H),
-    "do": (t.groups, LANES, Hv),
-    "k": (t.stages[0], t.streamed, H),
-    "v": (t.stages[1], t.streamed, Hv),
-  }
-  sums = {"s": t.streamed, "dp": t.streamed, "dq": H}
-  scratch = _scratch(p, shapes, {"dq": H}, {}, (sums, ("ds",)), [(1, 1)])
-  kernel = functools.partial(_dq_kernel, p)
+  (B, N, _, T, _, H, _), q = p.dims, p.arrays["q"]
+  kernel, scratch = functools.partial(_dq_kernel, p), _dq_scratch(p)
   out = [varying(q, (B, T, N, H), p.spec.output or q.dtype)]
   return schedule.call(p, kernel, scratch, out, 3, interpret, "dq_tcgen05")[0]
 
@@ -56,26 +48,45 @@ def dkv(
     names: Of 'dk' and 'dv'.
     interpret: As of `plgpu.kernel`.
   """
-  (B, _, K, _, S, H, Hv), t, q = p.dims, p.tile, p.arrays["q"]
-  sizes = {name: {"dk": H, "dv": Hv}[name] for name in names}
+  (B, _, K, _, S, H, Hv), q = p.dims, p.arrays["q"]
+  sizes, dtype = {"dk": H, "dv": Hv}, p.spec.output or q.dtype
+  kernel = functools.partial(_dkv_kernel, p, names)
+  scratch = _dkv_scratch(p, names)
+  out = [varying(q, (B, S, K, sizes[name]), dtype) for name in names]
+  matmuls = 1 + ("dk" in names) + len(names)
+  name = "".join(names) + "_tcgen05"
+  found = schedule.call(p, kernel, scratch, out, matmuls, interpret, name)
+  return dict(zip(names, found, strict=True))
+
+
+def _dq_scratch(p) -> list[Any]:
+  """As `_scratch`."""
+  (H, Hv), t = p.dims[-2:], p.tile
+  shapes = {
+    "q": (t.groups, LANES, H),
+    "do": (t.groups, LANES, Hv),
+    "k": (t.stages[0], t.streamed, H),
+    "v": (t.stages[1], t.streamed, Hv),
+  }
+  sums = {"s": t.streamed, "dp": t.streamed, "dq": H}
+  return _scratch(p, shapes, {"dq": H}, {}, (sums, ("ds",)), [(1, 1)])
+
+
+def _dkv_scratch(p, names) -> list[Any]:
+  """As `_scratch`."""
+  (H, Hv), t = p.dims[-2:], p.tile
   shapes = {
     "k": (t.groups, LANES, H),
     "v": (t.groups, LANES, Hv),
     "q": (t.stages[0], t.streamed, H),
     "do": (t.stages[1], t.streamed, Hv),
   }
+  sizes = {name: {"dk": H, "dv": Hv}[name] for name in names}
   products = ("s", "dp") if "dk" in names else ("s",)
   lefts = tuple({"dk": "ds", "dv": "p"}[name] for name in names)
   memory = dict.fromkeys(products, t.streamed) | sizes, lefts
   more = {"stats": plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)}
-  scratch = _scratch(p, shapes, sizes, more, memory, [(2, 1), (2, 1)])
-  dtype = p.spec.output or q.dtype
-  out = [varying(q, (B, S, K, size), dtype) for size in sizes.values()]
-  kernel = functools.partial(_dkv_kernel, p, names)
-  matmuls = len(products) + len(names)
-  name = "".join(names) + "_tcgen05"
-  found = schedule.call(p, kernel, scratch, out, matmuls, interpret, name)
-  return dict(zip(names, found, strict=True))
+  return _scratch(p, shapes, sizes, more, memory, [(2, 1), (2, 1)])
 
 
 def _scratch(p, shapes, results, more, memory, arrivals) -> list[Any]:
