@@ -74,24 +74,14 @@ def dkv(
 def _dq_scratch(p) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = {
-    "q": (t.groups, ROWS, H),
-    "do": (t.groups, ROWS, Hv),
-    "k": (t.stages[0], t.streamed, H),
-    "v": (t.stages[1], t.streamed, Hv),
-  }
+  shapes = stream.shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
   return _scratch(p, shapes, {"dq": (t.groups, ROWS, H)}, {}, (1, 1))
 
 
 def _dkv_scratch(p, names) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = {
-    "k": (t.groups, ROWS, H),
-    "v": (t.groups, ROWS, Hv),
-    "q": (t.stages[0], t.streamed, H),
-    "do": (t.stages[1], t.streamed, Hv),
-  }
+  shapes = stream.shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
   sizes = {"dk": H, "dv": Hv}
   results = {name: (t.groups, ROWS, sizes[name]) for name in names}
   stats = plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)

@@ -47,11 +47,7 @@ def _scratch(p: Problem) -> list[Any]:
   """Types of shared memory, of tensor memory, and of barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
   tmem, shared = tcgen05.memory(p, {"s": t.streamed, "o": Hv}, ("p",))
-  shapes = {
-    "q": (t.groups, LANES, H),
-    "k": (t.stages[0], t.streamed, H),
-    "v": (t.stages[1], t.streamed, Hv),
-  }
+  shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
   found |= {"lse": plgpu.SMEM((t.groups, LANES), jnp.float32), **shared}
   # The output takes the place of the queries where there is no room for both.

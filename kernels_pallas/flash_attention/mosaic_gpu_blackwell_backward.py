@@ -62,12 +62,7 @@ def dkv(
 def _dq_scratch(p) -> list[Any]:
   """As `_scratch`."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = {
-    "q": (t.groups, LANES, H),
-    "do": (t.groups, LANES, Hv),
-    "k": (t.stages[0], t.streamed, H),
-    "v": (t.stages[1], t.streamed, Hv),
-  }
+  shapes = stream.shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
   sums = {"s": t.streamed, "dp": t.streamed, "dq": H}
   return _scratch(p, shapes, {"dq": H}, {}, (sums, ("ds",)), [(1, 1)])
 
@@ -75,12 +70,7 @@ def _dq_scratch(p) -> list[Any]:
 def _dkv_scratch(p, names) -> list[Any]:
   """As `_scratch`."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = {
-    "k": (t.groups, LANES, H),
-    "v": (t.groups, LANES, Hv),
-    "q": (t.stages[0], t.streamed, H),
-    "do": (t.stages[1], t.streamed, Hv),
-  }
+  shapes = stream.shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
   sizes = {name: {"dk": H, "dv": Hv}[name] for name in names}
   products = ("s", "dp") if "dk" in names else ("s",)
   lefts = tuple({"dk": "ds", "dv": "p"}[name] for name in names)

@@ -49,11 +49,7 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
 def _scratch(p: Problem) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
-  shapes = {
-    "q": (t.groups, ROWS, H),
-    "k": (t.stages[0], t.streamed, H),
-    "v": (t.stages[1], t.streamed, Hv),
-  }
+  shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
   if p.spec.blocks.operand == "shared":
     shapes["p"] = (t.groups, ROWS, t.streamed)
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}

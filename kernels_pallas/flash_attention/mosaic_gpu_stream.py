@@ -129,6 +129,23 @@ def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def shapes(
+  p: Problem, stays: dict[str, int], passes: dict[str, int]
+) -> dict[str, tuple[int, ...]]:
+  """Of the buffers of what stays, one a warpgroup, and of what passes by.
+
+  Args:
+    p: The problem.
+    stays: Columns by name.
+    passes: Columns of the two operands.
+  """
+  t = p.tile
+  found = {name: (t.groups, t.height, n) for name, n in stays.items()}
+  for stages, (name, n) in zip(t.stages, passes.items(), strict=True):
+    found[name] = stages, t.streamed, n
+  return found
+
+
 def taken(types: Any) -> int:
   """Bytes of shared memory that a tree of its types takes, barriers too."""
   size = 0
