@@ -82,7 +82,7 @@ bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
 	  .venv-chips/bin/python -m kernels_pallas.inspect.bench $(ARGS)
 
 # Installs nothing: runs in whatever Python has JAX for the GPU.
-bench-gpu:  ## Checks and times the kernels on the Hopper GPU at hand
+bench-gpu:  ## Checks and times the kernels on the GPU at hand
 	@$${PYTHON:-python3} -m kernels_pallas.bench_gpu $(ARGS)
 
 bench: venv venv-peers  ## Measures speed and memory against torch

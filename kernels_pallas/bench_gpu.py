@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
   print(f"{device.device_kind}, jax {jax.__version__}", flush=True)
   if not args.dry_run and device.platform not in ("gpu", "cuda"):
     result["error"] = (
-      f"found a {device.platform}, expected an Ampere, Ada or Hopper GPU"
+      f"found a {device.platform}, expected an Ampere, Ada, Hopper or "
+      "Blackwell GPU"
     )
     print(json.dumps(result))
     return 1

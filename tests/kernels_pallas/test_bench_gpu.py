@@ -106,7 +106,7 @@ def test_flash_attention_has_a_column_where_it_is_installed(monkeypatch):
 def test_without_a_gpu_it_says_so(capsys):
   assert bench_gpu.main([]) == 1
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert "expected an Ampere, Ada or Hopper GPU" in last["error"]
+  assert "expected an Ampere, Ada, Hopper or Blackwell GPU" in last["error"]
 
 
 def test_flops_are_those_of_visible_pairs():
