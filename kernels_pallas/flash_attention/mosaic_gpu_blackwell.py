@@ -1,10 +1,11 @@
 """The forward kernel for Blackwell: `tcgen05` and tensor memory.
 
-A line of work is one head and 128 queries for each of two warpgroups, which
-compute softmaxes at the same time: what one waits for, the tensor cores do
-while the other one has its registers full (FlashAttention-4's pairs of tiles).
-Output sums stay in tensor memory, where each step multiplies them by what the
-maximum has grown. Lines, copies and masks are those of Hopper's kernel.
+A line of work is one head and 128 queries for each warpgroup: two, or one for
+heads above 128. Two compute softmaxes at the same time, and what one waits for,
+the tensor cores do while the other one has its registers full
+(FlashAttention-4's pairs of tiles). Output sums stay in tensor memory, where
+each step multiplies them by what the maximum has grown. Lines, copies and masks
+are those of Hopper's kernel.
 """
 
 import functools
@@ -77,6 +78,7 @@ def _kernel(p, refs, o_ref, lse_ref, smem, tmem, pipe, q_ready, done):
       _compute, p, refs, smem, tmem, (pipe, q_ready, done)
     ),
     store=functools.partial(_store, p, (o_ref, lse_ref), smem, tmem),
+    drain=functools.partial(stream.drain, p, pipe[1]),
   )
 
 
@@ -103,6 +105,7 @@ def _scores(smem, tmem, pipe, done, line, group, n):
   (k_full, _), (k_free, _) = pipe
   slot = stream.slots(line, n)[0]
   plgpu.barrier_wait(k_full.at[slot])
+  tcgen05.meet()
   keys = smem["k"].at[slot].transpose((1, 0))
   tcgen05.multiply(tmem["s"].at[group], smem["q"].at[group], keys)
   tcgen05.report(k_free.at[slot], done[0].at[group])
@@ -144,8 +147,9 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
       plgpu.commit_tmem()
 
   left = (smem if shared else tmem)["p"].at[group]
-  tcgen05.put(left, e, shared)
+  # Before all threads meet, as `tcgen05.meet` has them.
   plgpu.barrier_wait(v_full.at[slot])
+  tcgen05.put(left, e, shared)
   tcgen05.multiply(o, left, smem["v"].at[slot], n > 0)
   tcgen05.report(v_free.at[slot], o_done.at[group])
   return m, l

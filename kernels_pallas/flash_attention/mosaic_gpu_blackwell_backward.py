@@ -7,7 +7,7 @@ shared memory.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ from kernels_pallas.flash_attention.mosaic_gpu_backward import LSE, SHIFT
 from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import LANES
 from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
+
+
+class Done(NamedTuple):
+  """Barriers, one a warpgroup, that say matmuls are done: scores (S and dP) of
+  the next step, sums (dq, or dk and dv) of this one."""
+
+  scores: Any
+  sums: Any
 
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
@@ -64,7 +72,7 @@ def _dq_scratch(p) -> list[Any]:
   (H, Hv), t = p.dims[-2:], p.tile
   shapes = stream.shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
   sums = {"s": t.streamed, "dp": t.streamed, "dq": H}
-  return _scratch(p, shapes, {"dq": H}, {}, (sums, ("ds",)), [(1, 1)])
+  return _scratch(p, shapes, {"dq": H}, {}, (sums, ("ds",)), {"copies": (1, 1)})
 
 
 def _dkv_scratch(p, names) -> list[Any]:
@@ -76,13 +84,16 @@ def _dkv_scratch(p, names) -> list[Any]:
   lefts = tuple({"dk": "ds", "dv": "p"}[name] for name in names)
   memory = dict.fromkeys(products, t.streamed) | sizes, lefts
   more = {"stats": plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)}
-  return _scratch(p, shapes, sizes, more, memory, [(2, 1), (2, 1)])
+  # The statistics come with the queries, and threads read them.
+  pipe = {"copies": (2, 1), "reports": (2, 1)}
+  return _scratch(p, shapes, sizes, more, memory, pipe)
 
 
-def _scratch(p, shapes, results, more, memory, arrivals) -> list[Any]:
+def _scratch(p, shapes, results, more, memory, pipe) -> list[Any]:
   """Types of shared memory, of tensor memory, and of barriers.
 
-  Results take the place of what stays where they must.
+  Results take the place of what stays where they must. `memory` and `pipe` are
+  what `tcgen05.memory` and `tcgen05.barriers` are called with.
   """
   tmem, shared = tcgen05.memory(p, *memory)
   sizes = {name: (p.tile.groups, LANES, n) for name, n in results.items()}
@@ -93,9 +104,9 @@ def _scratch(p, shapes, results, more, memory, arrivals) -> list[Any]:
     return found | more | shared
 
   rest = [
-    tcgen05.barriers(p, *arrivals),
+    tcgen05.barriers(p, **pipe),
     plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
-    [tcgen05.done(p), tcgen05.done(p)],
+    Done(tcgen05.done(p), tcgen05.done(p)),
   ]
   both = buffers(shapes | sizes)
   smem = both if stream.room([both, *rest]) else buffers(shapes)
@@ -124,7 +135,7 @@ def _dq_kernel(p, refs, dq_ref, smem, tmem, pipe, ready, done):
       _dq_step, x, at, smem, tmem, pipe, done, scores, line, stats, bounds
     )
     stream.consume(line, step, None)
-    _finish(p, line, done[1].at[at.group], tmem["dq"].at[at.group])
+    _finish(p, line, done.sums.at[at.group], tmem["dq"].at[at.group])
 
   def store(_, at):
     tcgen05.drain(
@@ -136,7 +147,7 @@ def _dq_kernel(p, refs, dq_ref, smem, tmem, pipe, ready, done):
 
   schedule.run(
     p, refs, "dq" in smem, copy, stream.fetch(refs, smem, ready, ("q", "do")),
-    compute, store,
+    compute, store, functools.partial(stream.drain, p, pipe[1]),
   )  # fmt: skip
 
 
@@ -146,6 +157,7 @@ def _dq_scores(smem, tmem, pipe, done, line, at, n):
   k_slot, v_slot = stream.slots(line, n)
   plgpu.barrier_wait(k_full.at[k_slot])
   plgpu.barrier_wait(v_full.at[v_slot])
+  tcgen05.meet()
   for acc, left, right in (
     ("s", "q", smem["k"].at[k_slot]),
     ("dp", "do", smem["v"].at[v_slot]),
@@ -153,7 +165,7 @@ def _dq_scores(smem, tmem, pipe, done, line, at, n):
     tcgen05.multiply(
       tmem[acc].at[group], smem[left].at[group], right.transpose((1, 0))
     )
-  tcgen05.report(v_free.at[v_slot], done[0].at[group])
+  tcgen05.report(v_free.at[v_slot], done.scores.at[group])
 
 
 def _dq_step(x, at, smem, tmem, pipe, done, scores, line, stats, bounds, n,
@@ -170,16 +182,16 @@ def _dq_step(x, at, smem, tmem, pipe, done, scores, line, stats, bounds, n,
       return tile.visible(x, bounds, columns, first)
 
   kept = tile.keeper(x, at.start, first)
-  plgpu.barrier_wait(done[0].at[group])
+  plgpu.barrier_wait(done.scores.at[group])
   (s,) = tcgen05.load(tile.layout(p), tmem["s"].at[group])
   _, weight = tile.probabilities(x, s, stats[LSE], seen, kept)
   weight = lax.optimization_barrier(weight)
   (dp,) = tcgen05.load(tile.layout(p), tmem["dp"].at[group])
   pl.when(n + 1 < line.steps)(lambda: scores(n + 1))
   ds = tile.slopes(x, weight, dp, stats[SHIFT], kept is not None)
-  pl.when(n > 0)(lambda: plgpu.barrier_wait(done[1].at[group]))
+  pl.when(n > 0)(lambda: plgpu.barrier_wait(done.sums.at[group]))
   _add(smem, tmem, group, n, "dq", ("ds", ds), smem["k"].at[k_slot])
-  tcgen05.report(pipe[1][0].at[k_slot], done[1].at[group])
+  tcgen05.report(pipe[1][0].at[k_slot], done.sums.at[group])
 
 
 def _dkv_kernel(p, names, refs, *rest):
@@ -202,7 +214,7 @@ def _dkv_kernel(p, names, refs, *rest):
     )
     stream.consume(line, step, None)
     sums = (tmem[name].at[at.group] for name in names)
-    _finish(p, line, done[1].at[at.group], *sums)
+    _finish(p, line, done.sums.at[at.group], *sums)
 
   def store(_, at):
     for name in names:
@@ -217,6 +229,7 @@ def _dkv_kernel(p, names, refs, *rest):
   schedule.run(
     p, refs, names[0] in smem, copy,
     stream.fetch(refs, smem, ready, ("k", "v")), compute, store,
+    functools.partial(stream.drain, p, pipe[1]),
   )  # fmt: skip
 
 
@@ -225,11 +238,13 @@ def _dkv_scores(names, smem, tmem, pipe, done, line, at, n):
   ((q_full, do_full), (_, do_free)), group = pipe, at.group
   q_slot, do_slot = stream.slots(line, n)
   plgpu.barrier_wait(q_full.at[q_slot])
-  queries = smem["q"].at[q_slot].transpose((1, 0))
-  tcgen05.multiply(tmem["s"].at[group], smem["k"].at[group], queries)
-  ended = [done[0].at[group]]
   if "dk" in names:
     plgpu.barrier_wait(do_full.at[do_slot])
+  tcgen05.meet()
+  queries = smem["q"].at[q_slot].transpose((1, 0))
+  tcgen05.multiply(tmem["s"].at[group], smem["k"].at[group], queries)
+  ended = [done.scores.at[group]]
+  if "dk" in names:
     do = smem["do"].at[do_slot].transpose((1, 0))
     tcgen05.multiply(tmem["dp"].at[group], smem["v"].at[group], do)
     ended += [] if "dv" in names else [do_free.at[do_slot]]
@@ -257,10 +272,10 @@ def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
     kind = tile.layout(p).reduce(0)
     return plgpu.load(smem["stats"].at[q_slot, row], layout=kind)
 
-  plgpu.barrier_wait(done[0].at[group])
+  plgpu.barrier_wait(done.scores.at[group])
   (s,) = tcgen05.load(tile.layout(p), tmem["s"].at[group])
   e, weight = tile.probabilities(x, s, stats(LSE), seen, kept)
-  pl.when(n > 0)(lambda: plgpu.barrier_wait(done[1].at[group]))
+  pl.when(n > 0)(lambda: plgpu.barrier_wait(done.sums.at[group]))
   if "dk" not in names:
     plgpu.barrier_wait(do_full.at[do_slot])
   if "dv" in names:
@@ -276,7 +291,7 @@ def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
   plgpu.commit_smem()
   plgpu.barrier_arrive(q_free.at[q_slot])
   ended = [do_free.at[do_slot]] if "dv" in names else []
-  tcgen05.report(q_free.at[q_slot], *ended, done[1].at[group])
+  tcgen05.report(q_free.at[q_slot], *ended, done.sums.at[group])
 
 
 def _add(smem, tmem, group, n, acc, left, right) -> None:

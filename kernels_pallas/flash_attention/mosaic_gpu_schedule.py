@@ -133,6 +133,7 @@ def run(
   fetch: Callable[[Place], None],
   compute: Callable[[stream.Line, Place], Any],
   store: Callable[[Any, Place], None],
+  drain: Callable[[Any], None] = lambda steps: None,
 ) -> None:
   """The body of a persistent kernel: all lines of this block of threads.
 
@@ -145,6 +146,7 @@ def run(
     fetch: Starts the copies of what stays while a line is worked on.
     compute: Results of a line, in registers.
     store: Starts the copies of results to memory.
+    drain: Called when all tiles are copied, with their number.
   """
 
   def mine():
@@ -164,7 +166,7 @@ def run(
       copy(a, b, h)
       return before + a.steps
 
-    lax.fori_loop(0, mine().count, turn, jnp.int32(0))
+    drain(lax.fori_loop(0, mine().count, turn, jnp.int32(0)))
 
   size = p.tile.height
 

@@ -210,6 +210,22 @@ def produce(a: Line, full: Any, free: Any, copies: tuple[Any, ...]) -> None:
     lax.fori_loop(0, count, functools.partial(turn, kind, first), None)
 
 
+def drain(p: Problem, free: Any, steps: Any) -> None:
+  """Waits until all buffers are free, so that nothing arrives after the end.
+
+  Args:
+    p: The problem.
+    free: As of `produce`.
+    steps: How many tiles were copied.
+  """
+  for barrier, stages in zip(free, p.tile.stages, strict=True):
+    for slot in range(stages):
+
+      @pl.when(steps > slot)
+      def _wait(barrier=barrier, slot=slot):
+        plgpu.barrier_wait(barrier.at[slot])
+
+
 def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
   """Copies of k and v for query head h of a batch row, for `produce`."""
   kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))

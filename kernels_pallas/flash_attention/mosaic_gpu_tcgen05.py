@@ -30,24 +30,24 @@ TENSOR_COLUMNS = 512
 
 
 def barriers(
-  p: Problem, arrivals: tuple[int, ...], readers: tuple[int, ...] = (1, 1)
+  p: Problem, copies: tuple[int, ...], reports: tuple[int, ...] = (1, 1)
 ) -> list[Any]:
   """As `stream.barriers`: a buffer is free when matmuls that read it end.
 
   Args:
     p: The problem.
-    arrivals: Copies into each operand's buffer.
-    readers: Of each operand's buffer in a warpgroup: matmuls, and 1 for
-      threads that read what was copied with it, of which those do not tell.
+    copies: Into each operand's buffer.
+    reports: Of a warpgroup that it has read each: one of its matmuls, and one
+      of its threads where they read what was copied with the operand.
   """
-  full, _ = stream.barriers(p, arrivals)
+  full, _ = stream.barriers(p, copies)
   free = [
     plgpu.Barrier(
       num_arrivals=p.tile.groups * each,
       num_barriers=stages,
       orders_tensor_core=True,
     )
-    for stages, each in zip(p.tile.stages, readers, strict=True)
+    for stages, each in zip(p.tile.stages, reports, strict=True)
   ]
   return [full, free]
 
@@ -102,6 +102,15 @@ def multiply(acc: Any, a: Any, b: Any, add: Any = False) -> None:
     add: Whether to add to what is there.
   """
   plgpu.tcgen05_mma(acc, a, b, accumulate=add)
+
+
+def meet() -> None:
+  """Waits for all threads of the warpgroup, after they waited for a copy.
+
+  One of them issues the matmul that frees the buffer. Another one that was
+  still asking whether it is full might miss that it was, once it is full again.
+  """
+  plgpu.wait_load_tmem()
 
 
 def report(*barriers: Any) -> None:
