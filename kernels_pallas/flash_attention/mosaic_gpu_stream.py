@@ -218,12 +218,14 @@ def drain(p: Problem, free: Any, steps: Any) -> None:
     free: As of `produce`.
     steps: How many tiles were copied.
   """
-  for barrier, stages in zip(free, p.tile.stages, strict=True):
-    for slot in range(stages):
 
-      @pl.when(steps > slot)
-      def _wait(barrier=barrier, slot=slot):
-        plgpu.barrier_wait(barrier.at[slot])
+  def wait(barrier, slot, carry):
+    plgpu.barrier_wait(barrier.at[slot])
+    return carry
+
+  for barrier, stages in zip(free, p.tile.stages, strict=True):
+    slots = jnp.minimum(steps, stages)
+    lax.fori_loop(0, slots, functools.partial(wait, barrier), None)
 
 
 def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
