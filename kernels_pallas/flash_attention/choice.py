@@ -10,10 +10,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas import lowering, mask_blocks
 from kernels_pallas.flash_attention import cpu, mosaic_gpu
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
-  LANES as TENSOR_LANES,
-)
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS, GpuTiles
+from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles, height
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles
 
@@ -107,7 +104,7 @@ def _refused_by_gpu(x, kind, precision) -> str | None:
   wide = max(x.q.shape[-1], x.v.shape[-1])
   if wide > WIDEST:
     return f"GPU kernels hold head dims of at most {WIDEST}, found {wide}"
-  rows = TENSOR_LANES if cores == "tcgen05" else ROWS
+  rows = height(cores)
   if x.q.shape[1] < rows:
     return f"a GPU kernel would pad T to {rows} queries"
   return None

@@ -221,8 +221,7 @@ def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
   reason = NO_TCGEN05 if tiles.cores == "tcgen05" else None
   if reason is not None:
     raise ValueError(f"mosaic_gpu: {reason}; backend='xla_blockwise' does not")
-  registers = tiles.cores != "tcgen05" and tiles.operand != "shared"
-  if interpret and registers:
+  if interpret and tiles.cores != "tcgen05" and tiles.operand != "shared":
     raise ValueError(
       "interpret: the GPU interpreter has no matmul with operands in "
       "registers; pass config=GpuTiles(operand='shared')"

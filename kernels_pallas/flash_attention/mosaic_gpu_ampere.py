@@ -18,9 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.flash_attention import mosaic_gpu_mma as mma
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
-from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
+from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem, results
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
-from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
@@ -30,7 +29,7 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     p: The problem, keys streamed, with one group.
     interpret: As of `plgpu.kernel`.
   """
-  (B, N, _, T, _, H, Hv), t, q = p.dims, p.tile, p.arrays["q"]
+  (B, N, _, _, _, H, Hv), t, q = p.dims, p.tile, p.arrays["q"]
   buffers = {
     "q": stream.buffer((1, ROWS, H), q.dtype),
     "k": stream.buffer((1, t.streamed, H), q.dtype),
@@ -40,10 +39,7 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     buffers["p"] = stream.buffer((ROWS, t.streamed), q.dtype)
   call = plgpu.kernel(
     functools.partial(_kernel, p, bool(interpret)),
-    out_type=[
-      varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
-      varying(q, (B, N, T), jnp.float32),
-    ],
+    out_type=results(p),
     scratch_types=[buffers],
     grid=(N, p.lines, B),
     grid_names=("head", "line", "batch"),

@@ -42,9 +42,7 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
   (B, N, _, T, _, H, _), q = p.dims, p.arrays["q"]
   kernel = functools.partial(_dq_kernel, p)
   out = [varying(q, (B, T, N, H), p.spec.output or q.dtype)]
-  scratch = _dq_scratch(p)
-  stream.check(p, scratch)
-  return schedule.call(p, kernel, scratch, out, 3, interpret, "dq")[0]
+  return schedule.call(p, kernel, _dq_scratch(p), out, 3, interpret, "dq")[0]
 
 
 def dkv(
@@ -65,7 +63,6 @@ def dkv(
   kernel = functools.partial(_dkv_kernel, p, names)
   matmuls = 2 * len(names) if len(names) > 1 else {"dk": 3, "dv": 2}[names[0]]
   scratch = _dkv_scratch(p, names)
-  stream.check(p, scratch)
   name = "".join(names)
   found = schedule.call(p, kernel, scratch, out, matmuls, interpret, name)
   return dict(zip(names, found, strict=True))
@@ -102,7 +99,9 @@ def _scratch(p, shapes, results, more, arrivals) -> list[Any]:
     plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
   ]
   both = [buffers(shapes | results), *barriers]
-  return both if stream.room(both) else [buffers(shapes), *barriers]
+  found = both if stream.room(both) else [buffers(shapes), *barriers]
+  stream.check(p, found)
+  return found
 
 
 def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
@@ -202,20 +201,10 @@ def _dkv_kernel(p, names, refs, *rest):
 def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
               masked):  # fmt: skip
   """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
-  p, ((q_full, do_full), (q_free, do_free)) = x.p, pipe
+  (q_full, do_full), (q_free, do_free) = pipe
   mine, (q_slot, do_slot) = _again(smem, ("k", "v"), group), slots
   q, do = smem["q"].at[q_slot], smem["do"].at[do_slot]
-  first, seen = 0, None
-  if masked or p.spec.dropout_rate:
-    head, i = where()
-    first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
-  if masked:
-
-    def seen():
-      bounds = tile.of_queries(x, first, p.tile.streamed)
-      return tile.visible(x, bounds, columns, start)
-
-  kept = tile.keeper(x, first, start)
+  x, seen, kept = tile.of_passing_queries(x, where, masked, columns, start)
 
   def stats(n):
     row = smem["stats"].at[q_slot, n]

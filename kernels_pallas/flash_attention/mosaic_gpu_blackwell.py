@@ -22,9 +22,8 @@ from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tcgen05 as tcgen05
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention.mosaic_gpu_forward import REDUCTION_BYTES
-from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
+from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem, results
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import LANES
-from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
@@ -34,13 +33,8 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     p: The problem, keys streamed.
     interpret: As of `plgpu.kernel`.
   """
-  B, N, _, T, _, _, Hv = p.dims
-  q, scratch = p.arrays["q"], _scratch(p)
-  out = [
-    varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
-    varying(q, (B, N, T), jnp.float32),
-  ]
-  kernel, name = functools.partial(_kernel, p), "forward_tcgen05"
+  kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
+  name = "forward_tcgen05"
   return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, name))
 
 
@@ -118,7 +112,7 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
   (s_done, o_done), slot = done, slots[1]
   o = tmem["o"].at[group]
   plgpu.barrier_wait(s_done.at[group])
-  (s,) = tcgen05.load(tile.layout(p), tmem["s"].at[group])
+  s = tcgen05.load(tile.layout(p), tmem["s"].at[group])
   pl.when(n + 1 < line.steps)(lambda: scores(n + 1))
   seen, k = None, 0
   if masked or p.spec.dropout_rate:

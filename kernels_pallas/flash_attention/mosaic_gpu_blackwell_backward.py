@@ -183,10 +183,10 @@ def _dq_step(x, at, smem, tmem, pipe, done, scores, line, stats, bounds, n,
 
   kept = tile.keeper(x, at.start, first)
   plgpu.barrier_wait(done.scores.at[group])
-  (s,) = tcgen05.load(tile.layout(p), tmem["s"].at[group])
+  s = tcgen05.load(tile.layout(p), tmem["s"].at[group])
   _, weight = tile.probabilities(x, s, stats[LSE], seen, kept)
   weight = lax.optimization_barrier(weight)
-  (dp,) = tcgen05.load(tile.layout(p), tmem["dp"].at[group])
+  dp = tcgen05.load(tile.layout(p), tmem["dp"].at[group])
   pl.when(n + 1 < line.steps)(lambda: scores(n + 1))
   ds = tile.slopes(x, weight, dp, stats[SHIFT], kept is not None)
   pl.when(n > 0)(lambda: plgpu.barrier_wait(done.sums.at[group]))
@@ -256,24 +256,14 @@ def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
   """dk += dS^T Q and dv += P^T dO of one tile, of those named."""
   p, group = x.p, at.group
   ((_, do_full), (q_free, do_free)), (q_slot, do_slot) = pipe, slots
-  first, seen = 0, None
-  if masked or p.spec.dropout_rate:
-    head, i = where()
-    first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
-  if masked:
-
-    def seen():
-      bounds = tile.of_queries(x, first, p.tile.streamed)
-      return tile.visible(x, bounds, columns, at.start)
-
-  kept = tile.keeper(x, first, at.start)
+  x, seen, kept = tile.of_passing_queries(x, where, masked, columns, at.start)
 
   def stats(row):
     kind = tile.layout(p).reduce(0)
     return plgpu.load(smem["stats"].at[q_slot, row], layout=kind)
 
   plgpu.barrier_wait(done.scores.at[group])
-  (s,) = tcgen05.load(tile.layout(p), tmem["s"].at[group])
+  s = tcgen05.load(tile.layout(p), tmem["s"].at[group])
   e, weight = tile.probabilities(x, s, stats(LSE), seen, kept)
   pl.when(n > 0)(lambda: plgpu.barrier_wait(done.sums.at[group]))
   if "dk" not in names:
@@ -282,7 +272,7 @@ def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
     _add(smem, tmem, group, n, "dv", ("p", e), smem["do"].at[do_slot])
   if "dk" in names:
     weight = lax.optimization_barrier(weight)
-    (dp,) = tcgen05.load(tile.layout(p), tmem["dp"].at[group])
+    dp = tcgen05.load(tile.layout(p), tmem["dp"].at[group])
   pl.when(n + 1 < line.steps)(lambda: scores(n + 1))
   if "dk" in names:
     ds = tile.slopes(x, weight, dp, stats(SHIFT), kept is not None)

@@ -20,9 +20,8 @@ from kernels_pallas.flash_attention import mosaic_gpu_schedule as schedule
 from kernels_pallas.flash_attention import mosaic_gpu_stream as stream
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 from kernels_pallas.flash_attention import mosaic_gpu_wgmma as wgmma
-from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem
+from kernels_pallas.flash_attention.mosaic_gpu_problem import Problem, results
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import ROWS
-from kernels_pallas.flash_attention.mosaic_tpu_problem import varying
 
 REDUCTION_BYTES = 2048
 """Of shared memory, which Mosaic GPU sets aside in a kernel with sums."""
@@ -35,15 +34,9 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     p: The problem, keys streamed.
     interpret: As of `plgpu.kernel`.
   """
-  B, N, _, T, _, _, Hv = p.dims
-  q, scratch = p.arrays["q"], _scratch(p)
-  stream.check(p, scratch, REDUCTION_BYTES)
-  out = [
-    varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
-    varying(q, (B, N, T), jnp.float32),
-  ]
-  kernel = functools.partial(_kernel, p)
-  return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, "forward"))
+  kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
+  name = "forward"
+  return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, name))
 
 
 def _scratch(p: Problem) -> list[Any]:
@@ -59,6 +52,7 @@ def _scratch(p: Problem) -> list[Any]:
   barriers = _barriers(p)
   if Hv != H or stream.room([both, *barriers], REDUCTION_BYTES):
     found = both
+  stream.check(p, [found, *barriers], REDUCTION_BYTES)
   return [found, *barriers]
 
 

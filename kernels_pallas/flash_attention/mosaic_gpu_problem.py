@@ -16,7 +16,11 @@ from jax.experimental import pallas as pl
 
 from kernels_pallas import mask_blocks
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import COLUMNS, GpuTile
-from kernels_pallas.flash_attention.mosaic_tpu_problem import alive, pad
+from kernels_pallas.flash_attention.mosaic_tpu_problem import (
+  alive,
+  pad,
+  varying,
+)
 from kernels_pallas.flash_attention.spec import Operands, Spec
 
 QUERIES, KEYS = 1, 2
@@ -135,6 +139,15 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
     work=(tiles != mask_blocks.EMPTY).sum(-1),
     arrays={k: v for k, v in arrays.items() if v is not None},
   )
+
+
+def results(p: Problem) -> list[jax.ShapeDtypeStruct]:
+  """What a forward kernel gives: o [B, T, N, Hv], lse [B, N, T]."""
+  (B, N, _, T, _, _, Hv), q = p.dims, p.arrays["q"]
+  return [
+    varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
+    varying(q, (B, N, T), jnp.float32),
+  ]
 
 
 def padded(x: jax.Array, tokens: int) -> jax.Array:

@@ -119,14 +119,14 @@ def report(*barriers: Any) -> None:
     plgpu.tcgen05_commit_arrive(barrier)
 
 
-def load(kind: Any, *refs: Any) -> list[jax.Array]:
-  """Values of tensor memory, which may then be overwritten.
+def load(kind: Any, ref: Any) -> jax.Array:
+  """A value of tensor memory, which may then be overwritten.
 
   Args:
-    kind: Layout that they get.
-    refs: [128, n] each.
+    kind: Layout that it gets.
+    ref: [128, n].
   """
-  found = [plgpu.async_load_tmem(ref, layout=kind) for ref in refs]
+  found = plgpu.async_load_tmem(ref, layout=kind)
   plgpu.wait_load_tmem()
   return found
 
@@ -156,7 +156,7 @@ def scale(p: Problem, acc: Any, alpha: jax.Array) -> None:
     alpha: [128].
   """
   for part in parts(acc, 32):
-    (value,) = load(tile.layout(p), part)
+    value = load(tile.layout(p), part)
     plgpu.async_store_tmem(part, tile.scaled(value, alpha))
 
 
@@ -189,7 +189,7 @@ def drain(
   """
   wide = out.dtype != buffer.dtype
   for n, part in enumerate(parts(acc)):
-    (value,) = load(LAYOUT, part)
+    value = load(LAYOUT, part)
     value = finish(value).astype(out.dtype)
     columns = slice(None), pl.ds(n * part.shape[1], part.shape[1])
     gpu_memory.store((out if wide else buffer).at[columns], value)

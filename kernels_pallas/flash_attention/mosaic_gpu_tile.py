@@ -303,6 +303,39 @@ def keeper(x: View, q: Any, k: Any) -> Callable[[], jax.Array] | None:
   return kept
 
 
+def of_passing_queries(
+  x: View,
+  where: Callable[[], tuple[Any, Any]],
+  masked: bool,
+  columns: dict[str, jax.Array],
+  start: Any,
+) -> tuple[View, Callable[[], jax.Array] | None, Any]:
+  """What a tile of queries that passes by sees of the keys that stay.
+
+  Args:
+    x: The view, of a key head.
+    where: Gives (query head of the group, tile).
+    masked: Whether not all is visible.
+    columns: What `of_keys` gave.
+    start: First key.
+
+  Returns:
+    The view of the query head, where that matters; what gives which pairs are
+    visible, or None: all; and what gives which dropout keeps, likewise.
+  """
+  p, first, seen = x.p, 0, None
+  if masked or p.spec.dropout_rate:
+    head, i = where()
+    first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
+  if masked:
+
+    def seen():
+      bounds = of_queries(x, first, p.tile.streamed)
+      return visible(x, bounds, columns, start)
+
+  return x, seen, keeper(x, first, start)
+
+
 def dropped(p: Problem, e: jax.Array, keep: jax.Array) -> jax.Array:
   """Probabilities after dropout: those kept, scaled, and zeros."""
   return jnp.where(keep, e * (1 / (1 - p.spec.dropout_rate)), 0.0)

@@ -38,6 +38,11 @@ PROGRAMS = 132
 """Multiprocessors of an H100 SXM, H200 or GH200."""
 
 
+def height(cores: str) -> int:
+  """Rows of a warpgroup, by `GpuTiles.cores`."""
+  return LANES if cores == "tcgen05" else ROWS
+
+
 @dataclasses.dataclass(frozen=True)
 class GpuTile:
   """Sizes of one kernel.
@@ -117,10 +122,10 @@ class GpuTiles:
         f"tiles: found {tiles}, expected streamed a multiple of {ROWS} for "
         f"{self.cores!r}"
       )
-    height = LANES if self.cores == "tcgen05" else ROWS
-    if any(t.height != height for t in tiles):
+    rows = height(self.cores)
+    if any(t.height != rows for t in tiles):
       raise ValueError(
-        f"tiles: found {tiles}, expected height {height} for {self.cores!r}"
+        f"tiles: found {tiles}, expected height {rows} for {self.cores!r}"
       )
     if self.cores not in CORES or (self.cores == "mma" and groups != 1):
       raise ValueError(

@@ -247,12 +247,14 @@ def test_agrees_with_the_reference_without_a_race(interpreter, case, config):
   assert_no_rougher(found, rough, exact, x[0].dtype)
 
 
-CONFIGS = pytest.mark.parametrize(
-  "config", ["one_block", pytest.param("blackwell", marks=needs_tcgen05)]
-)
+def hopper_and_blackwell(hopper):
+  """Parametrises a test by the name of its tiles."""
+  return pytest.mark.parametrize(
+    "config", [hopper, pytest.param("blackwell", marks=needs_tcgen05)]
+  )
 
 
-@CONFIGS
+@hopper_and_blackwell("one_block")
 @pytest.mark.usefixtures("watched")
 def test_results_may_take_the_place_of_what_stays(
   interpreter, monkeypatch, config
@@ -275,7 +277,7 @@ def test_results_may_take_the_place_of_what_stays(
   assert not interpret_pallas_call.get_races().races_found
 
 
-@CONFIGS
+@hopper_and_blackwell("two_groups")
 def test_padding_may_hold_anything(interpreter, config):
   """NaN in padding, or where no tile is visited, reaches nothing."""
   i, j = np.arange(T)[None], np.arange(S)[None]
@@ -342,7 +344,7 @@ def test_large_logits_only_move_the_log_sum_exp(interpreter):
     assert_no_rougher(found[1], rough, exact, jnp.float16)
 
 
-@CONFIGS
+@hopper_and_blackwell("two_groups")
 def test_partial_results_are_not_rounded(interpreter, config):
   """What a ring adds up: outputs and gradients in float32."""
   x = Operands(*qkv(T=64, S=64, B=1), mask=Mask.causal())
