@@ -1,7 +1,7 @@
 """Decoding attention as a Mosaic kernel for GPUs, the mosaic_gpu backend.
 
-`mosaic_gpu_kernel` is the kernel, for Ampere, Ada and Hopper; here is what it
-is called with. Nothing is copied: caches and pages are arrays of rows to it.
+`mosaic_gpu_kernel` is the kernel, for Ampere and what followed it; here is what
+it is called with. Nothing is copied: caches and pages are arrays of rows to it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
-from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, cores
+from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, has_mma
 from kernels_pallas.lowering import NO_GPU_KERNELS
 
 KEYS, WIDE = 64, 512
@@ -48,8 +48,9 @@ def refused(
   """
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
-  if kind and cores(kind) not in ("wgmma", "mma"):
-    return f"there is no kernel for {kind}, but for Ampere, Ada and Hopper"
+  if kind and not has_mma(kind):
+    known = "Ampere, Ada, Hopper and the B100, B200 and B300"
+    return f"there is no kernel for {kind}, but for {known}"
   if dtype not in DTYPES:
     return f"GPU kernels compute in bfloat16 and float16, found {dtype}"
   if precision not in (None, jax.lax.Precision.DEFAULT):

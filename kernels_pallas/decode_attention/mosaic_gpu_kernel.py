@@ -1,7 +1,7 @@
-"""The decoding kernel for Ampere, Ada and Hopper: `mma` and `cp.async`.
+"""The decoding kernel for GPUs from Ampere on: `mma` and `cp.async`.
 
 Decoding is bound by the bytes of keys and values, of which a tensor core makes
-16 rows of queries for nothing; so one instruction serves all three. A block is
+16 rows of queries for nothing; so one instruction serves them all. A block is
 one warpgroup: the queries of a key head, and one run of its keys. Its four
 warps share no work: where there are at most 16 rows of queries, each of them
 meets a quarter of every tile of keys, with a maximum, a sum and an output of

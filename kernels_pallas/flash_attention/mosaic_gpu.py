@@ -71,6 +71,11 @@ def cores(kind: str) -> str | None:
   return "mma" if any(name in kind for name in AMPERE) else None
 
 
+def has_mma(kind: str) -> bool:
+  """Whether a device kind is known to have `mma` of 16 bits and `cp.async`."""
+  return any(name in kind for name in (*AMPERE, *HOPPER, *BLACKWELL))
+
+
 def no_kernel(kind: str) -> str:
   """Why there is none for a device kind."""
   if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is not None:

@@ -124,6 +124,7 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
     "ld.b32": ["bounds"],
     "st.b32": ["lse"],
     "st.v2.b32": ["o"],
+    "st.b64": ["o"],
   }
   memory = emulator.Memory(lambda opcode: held[first[opcode].pop(0)])
   program, rng = emulator.instructions(text), np.random.default_rng(seed)
@@ -205,12 +206,12 @@ def compile_here(case: Case) -> None:
 
 TABLE = tuple(
   Case(target, heads=(8, 2, H, H), page=page)
-  for target in ("a100", "h100")
+  for target in gpu.TARGETS
   for H in (64, 128, 256)
   for page in (None, 16, 128)
 ) + tuple(
   Case(target, heads=(8, 2, H, H), page=128, code=code)
-  for target in ("a100", "h100")
+  for target in gpu.TARGETS
   for H in (64, 128, 256)
   for code in ("int8", "float8_e4m3fn")
 )

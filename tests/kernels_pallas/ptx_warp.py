@@ -91,13 +91,17 @@ class Warp:
     if special is not None:
       special(opcode, parts, x)
       return
+    # Blackwell's pairs are two float32 in 64 bits.
+    pair = parts[-1] == "f32x2"
+    parts[-1] = parts[-1].removesuffix("x2")
     kind = next(p for p in reversed(parts) if re.fullmatch(r"[subf]\d+", p))
     dtype = np.dtype(f"{kind[0].replace('s', 'i').replace('b', 'u')}"
                      f"{int(kind[1:]) // 8}")  # fmt: skip
-    values = [self.get(y, dtype) for y in x[1:]]
+    held = np.uint64 if pair else dtype
+    values = [self.get(y, held).view(dtype) for y in x[1:]]
     with np.errstate(all="ignore"):
       found = _ARITHMETIC[parts[0]](*values)
-    self.put(x[0], found.astype(dtype))
+    self.put(x[0], found.astype(dtype).view(held))
 
   def _fence(self, *_):
     pass
@@ -116,14 +120,15 @@ class Warp:
 
   def _mov(self, opcode, parts, x):
     size = int(parts[-1][1:]) // 8
+    half = f"u{size // 2}"
     if x[0].startswith("{"):
-      value = self.get(x[1], np.uint32)
+      value = self.get(x[1], f"u{size}").view(half).reshape(LANES, 2)
       for n, name in enumerate(self.many(x[0])):
-        self.put(name, (value >> 16 * n & 0xFFFF).astype(np.uint16))
+        self.put(name, np.ascontiguousarray(value[:, n]))
       return
     if x[1].startswith("{"):
-      low, high = (self.get(y, np.uint16) for y in self.many(x[1]))
-      self.put(x[0], low | high.astype(np.uint32) << 16)
+      halves = np.stack([self.get(y, half) for y in self.many(x[1])], axis=1)
+      self.put(x[0], halves.view(f"u{size}")[:, 0].copy())
       return
     if x[0].startswith("%p"):
       self.put(x[0], np.full(LANES, int(x[1]) != 0))

@@ -75,6 +75,10 @@ CASES = {
     **ROWS,
   ),
   "prompts": Case("h100", heads=(16, 2, 128, 128), page=16, splits=2, **ROWS),
+  "blackwell": Case(
+    "b200", heads=(16, 2, 128, 64), page=16, splits=2, window=70, softcap=5.0,
+  ),
+  "blackwell_float8": Case("b200", page=128, code="float8_e4m3fn"),
 }  # fmt: skip
 
 
