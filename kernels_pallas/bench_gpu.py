@@ -4,8 +4,8 @@
 
 needs this package and JAX; it installs nothing. Every kernel is checked against
 the reference, then timed beside cuDNN, jax's own Mosaic GPU attention and,
-where `flash_attn_jax` is installed, FlashAttention; on a Hopper those of packed
-weights as well, beside XLA's product. A part that fails says so and the others
+where `flash_attn_jax` is installed, FlashAttention; those of packed weights
+beside XLA's product. A part that fails says so and the others
 go on; the last line is the result as JSON, printed whatever happens.
 `--dry-run` walks every row on the CPU with tiny shapes, the kernels in the
 interpreter.

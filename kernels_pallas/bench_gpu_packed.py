@@ -44,7 +44,8 @@ class Row:
 def rows(tiny: bool) -> list[Row]:
   """The products."""
   if tiny:
-    return [Row(4, 32, True, "forward", 8, 128)]
+    # One for each of the kernels.
+    return [Row(4, 32, True, "forward", rows, 128) for rows in (8, 16)]
   return [
     Row(bits, group, offset, direction, count)
     for bits, group, offset in ((4, 128, False), (4, 32, True), (8, 128, False))
@@ -56,7 +57,7 @@ def rows(tiny: bool) -> list[Row]:
 def measure(
   tiny: bool, repeats: int, guarded: Callable[..., Any]
 ) -> list[dict[str, Any]]:
-  """Errors and milliseconds of every product; none but on a Hopper.
+  """Errors and milliseconds of every product; none without a kernel.
 
   Args:
     tiny: Interpreted on a CPU.
@@ -66,7 +67,7 @@ def measure(
   from kernels_pallas.quantized_matmul import mosaic_gpu
 
   if not tiny and not mosaic_gpu.is_for():
-    reason = "the kernels of packed weights are for Hopper GPUs"
+    reason = "there is no kernel of packed weights for this GPU"
     print(f"packed weights: skipped, {reason}", flush=True)
     return [{"skipped": reason}]
   found = []
@@ -132,7 +133,10 @@ def _product(row: Row, tiny: bool):
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   from kernels_pallas.quantized_matmul import mosaic_gpu
-  from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
+  from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
+    LEAST_ROWS,
+    Tile,
+  )
 
   run = mosaic_gpu.product
   if row.direction == "gradient":
@@ -141,6 +145,8 @@ def _product(row: Row, tiny: bool):
     return run
   interpret = plgpu.InterpretGPUParams()
   tile = Tile(8, 2, 2, operand="shared")
+  if row.rows == LEAST_ROWS["mma"]:
+    tile = Tile(16, 2, 2, cores="mma")
   return functools.partial(run, tile=tile, interpret=interpret)
 
 

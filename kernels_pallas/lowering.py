@@ -9,6 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
+          "L4", "Ada")  # fmt: skip
+"""Device kinds that have `mma` of 16 bits and `cp.async`, and not `wgmma`."""
+
 HOPPER = ("H100", "H200", "H800", "GH200", "H20")
 """Device kinds that have `wgmma`."""
 
@@ -32,6 +36,11 @@ None."""
 
 LOG = logging.getLogger("kernels_pallas")
 """At level INFO it says, once each, what 'auto' took and why."""
+
+
+def has_mma(kind: str) -> bool:
+  """Whether a device kind is known to have `mma` of 16 bits and `cp.async`."""
+  return any(name in kind for name in (*AMPERE, *HOPPER, *BLACKWELL))
 
 
 def accumulator(dtype: Any) -> Any:

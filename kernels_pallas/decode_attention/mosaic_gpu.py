@@ -16,8 +16,8 @@ from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
-from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, has_mma
-from kernels_pallas.lowering import NO_GPU_KERNELS
+from kernels_pallas.flash_attention.mosaic_gpu import DTYPES
+from kernels_pallas.lowering import NO_GPU_KERNELS, has_mma
 
 KEYS, WIDE = 64, 512
 """Keys of a tile, but where a key and its value have more bytes than that: half

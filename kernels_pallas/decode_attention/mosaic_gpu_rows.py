@@ -115,6 +115,38 @@ def copy_scales(x: Source, table, scales, into, where):
   _cp_async("ca", 4, _add(target, _mul(at, 4)), source, read)
 
 
+def copy_rectangle(source, into, where):
+  """The instructions of a thread: a part of a matrix to contiguous memory.
+
+  Args:
+    source: [lines, columns].
+    into: [height, width] in shared memory, without a swizzle.
+    where: (first line, first column, bytes of a chunk that are read).
+  """
+  line, column, read = where
+  i64 = ir.IntegerType.get_signless(64)
+  kind = ir.MemRefType(source.type)
+  size = mgpu.utils.bitwidth(kind.element_type) // 8
+  height, width = ir.MemRefType(into.type).shape
+  across = width * size // CHUNK
+  total, pitch = height * across, arith.constant(i64, kind.shape[1] * size)
+  base = llvm.ptrtoint(i64, _global(source))
+  target = llvm.ptrtoint(
+    ir.IntegerType.get_signless(32), mgpu.utils.memref_ptr(into)
+  )
+  for n in range(-(-total // THREADS)):
+    at = _add(_thread(), i32(n * THREADS))
+    if total % THREADS:
+      # Of small parts some threads copy what others do, too.
+      at = arith.remui(at, i32(total))
+    y = _add(line, arith.divui(at, i32(across)))
+    x = _add(_mul(column, size), _mul(arith.remui(at, i32(across)), CHUNK))
+    offset = arith.muli(arith.extui(i64, y), pitch)
+    offset = arith.addi(offset, arith.extui(i64, x))
+    place = _add(target, _mul(at, CHUNK))
+    _cp_async("cg", CHUNK, place, arith.addi(base, offset), read)
+
+
 def _global(lines):
   space = llvm.PointerType.get(address_space=1)
   return llvm.addrspacecast(space, mgpu.utils.memref_ptr(lines))

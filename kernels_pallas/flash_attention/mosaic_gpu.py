@@ -36,16 +36,12 @@ from kernels_pallas.flash_attention.mosaic_gpu_tiling import PROGRAMS, GpuTiles
 from kernels_pallas.flash_attention.mosaic_tpu_problem import pad
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.lowering import (
+  AMPERE,
   BLACKWELL,
   HOPPER,
   NO_GPU_KERNELS,
   NO_TCGEN05,
 )
-
-AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
-          "L4", "Ada")  # fmt: skip
-"""Device kinds that have `mma` of 16 bits and `cp.async`, and not `wgmma`."""
-
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -69,11 +65,6 @@ def cores(kind: str) -> str | None:
   if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is None:
     return "tcgen05"
   return "mma" if any(name in kind for name in AMPERE) else None
-
-
-def has_mma(kind: str) -> bool:
-  """Whether a device kind is known to have `mma` of 16 bits and `cp.async`."""
-  return any(name in kind for name in (*AMPERE, *HOPPER, *BLACKWELL))
 
 
 def no_kernel(kind: str) -> str:

@@ -34,7 +34,7 @@ def quantized_matmul(
       or float16).
     w: From `panels.pack` or `planar.pack`, without leading axes.
     backend: 'auto' takes, for CPU programs and panels, the C++ kernel where it
-      compiles, for programs for a TPU or a Hopper GPU and planes their kernels,
+      compiles, for programs for a TPU or a GPU and planes their kernels,
       else XLA; the others insist on their kernels.
     activations: None; or int8, to which rows are rounded before a product with
       8-bit planes (`mosaic_tpu.product`).

@@ -1,4 +1,4 @@
-"""Products with `Planar` weights on a Hopper GPU, the mosaic_gpu backend.
+"""Products with `Planar` weights on a GPU, the mosaic_gpu backend.
 
 W4A16, and W8A16 out of 8-bit codes in words (`planar.in_words`); activations
 are bfloat16 or float16, sums float32.
@@ -9,14 +9,24 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.lowering import HOPPER, NO_GPU_KERNELS, device
-from kernels_pallas.quantized_matmul.mosaic_gpu_kernel import Problem, multiply
+from kernels_pallas.lowering import (
+  BLACKWELL,
+  HOPPER,
+  NO_GPU_KERNELS,
+  device,
+  has_mma,
+)
+from kernels_pallas.quantized_matmul import mosaic_gpu_kernel, mosaic_gpu_mma
+from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   DTYPES,
   Tile,
   fitted,
 )
 from kernels_pallas.quantized_matmul.planar import Planar
+
+NO_STAND_IN = ("wgmma", "registers")
+"""Cores and operand that the GPU interpreter does not have."""
 
 
 def unsupported(dtype: Any, w: Planar) -> str | None:
@@ -35,11 +45,33 @@ def unsupported(dtype: Any, w: Planar) -> str | None:
   return None
 
 
-def is_for() -> bool:
-  """Whether the program is for a device that the kernels run on."""
+FEW = 256
+"""Rows up to which a Blackwell decodes and multiplies at once: see README."""
+
+KERNELS = {"wgmma": mosaic_gpu_kernel, "mma": mosaic_gpu_mma}
+"""Modules by `Tile.cores`."""
+
+
+def cores() -> str | None:
+  """`Tile.cores` for the program's device, or None without a kernel."""
   platform, kind = device()
-  gpu = platform in ("gpu", "cuda")
-  return gpu and any(name in kind for name in HOPPER)
+  if platform not in ("gpu", "cuda"):
+    return None
+  if any(name in kind for name in HOPPER):
+    return "wgmma"
+  return "mma" if has_mma(kind) else None
+
+
+def is_for(rows: int = 1) -> bool:
+  """Whether the program is for a device that the kernels are best on.
+
+  Args:
+    rows: Of activations. Blackwell's `mma` is a fraction of its tensor cores,
+      by which many rows are multiplied sooner, decoding included.
+  """
+  found = cores()
+  blackwell = any(name in device()[1] for name in BLACKWELL)
+  return found is not None and (rows <= FEW or not blackwell)
 
 
 def product(
@@ -48,7 +80,7 @@ def product(
   tile: Tile | None = None,
   interpret: Any = False,
 ) -> Float[Array, "B O"]:
-  """Returns `x W` in the dtype of x, summed in float32, on a Hopper GPU.
+  """Returns `x W` in the dtype of x, summed in float32, on a GPU.
 
   Args:
     x: bfloat16 or float16; weights are rounded to its type.
@@ -85,11 +117,28 @@ def input_gradient(
 def _run(x, w, inputs, tile, interpret):
   if reason := unsupported(x.dtype, w):
     raise ValueError(f"mosaic_gpu: {reason}")
-  if interpret and (tile is None or tile.operand != "shared"):
+  if interpret and (tile is None or (tile.cores, tile.operand) == NO_STAND_IN):
     raise ValueError(
-      "interpret: the GPU interpreter has no left operands in registers; pass "
-      "Tile(operand='shared')"
+      "interpret: the GPU interpreter's wgmma takes nothing from registers; "
+      "pass Tile(operand='shared') or Tile(cores='mma')"
     )
+  p, t, arrays, out = plan(x, w, inputs, tile or cores() or "wgmma")
+  y = KERNELS[t.cores].multiply(p, t, arrays, out, interpret)
+  y = y[0] if t.splits == 1 else y.sum(axis=0).astype(x.dtype)
+  return y[: len(x)]
+
+
+def plan(
+  x: Float[Array, "B n"], w: Planar, inputs: int, tile: Tile | str
+) -> tuple[Problem, Tile, dict[str, Any], Any]:
+  """What a kernel is called with: problem, tile, arrays, type of its result.
+
+  Args:
+    x: Activations.
+    w: Their matrix.
+    inputs: As of `Problem`.
+    tile: Sizes, or one of `Tile.cores` that they are fitted to.
+  """
   M, padded = len(x), w.padded
   p = Problem(
     inputs=inputs,
@@ -98,15 +147,13 @@ def _run(x, w, inputs, tile, interpret):
     group=min(w.group, padded[0]),
     first=_first(w),
   )
-  t = tile or fitted(M, p.width // p.kept, p.steps, p.depth, p.sums)
-  rows = -(-M // t.rows) * t.rows
+  if isinstance(tile, str):
+    tile = fitted(tile, M, p.width // p.kept, p.steps, p.depth, p.sums)
+  rows = -(-M // tile.rows) * tile.rows
   x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
   arrays = {"x": x, "codes": w.codes, "scale": w.scale, "offset": w.offset}
   arrays = {name: x for name, x in arrays.items() if x is not None}
-  out = x.dtype if t.splits == 1 else jnp.float32
-  y = multiply(p, t, arrays, out, interpret)
-  y = y[0] if t.splits == 1 else y.sum(axis=0).astype(x.dtype)
-  return y[:M]
+  return p, tile, arrays, x.dtype if tile.splits == 1 else jnp.float32
 
 
 def _first(w: Planar) -> float | None:

@@ -1,10 +1,11 @@
-"""Decoding packed weights in the registers of a Hopper GPU; see `planar`.
+"""Decoding packed weights in the registers of a GPU; see `planar`.
 
 A word holds two neighbouring inputs of each of its planes, one in each half,
-for one output. That is what a thread needs of a left operand of `wgmma`, rows
-in eighths of a warp and neighbours of a row in one register: a thread loads
-words and has the codes of 64 x 64 weights, forward with outputs as rows, and
-for the input gradient with inputs as rows. No code travels between threads.
+for one output. That is what a thread needs of a left operand of `wgmma`, or of
+four of `mma`, rows in eighths of a warp and neighbours in a row in a register:
+a thread loads words and has the codes of 64 x 64 weights, forward with outputs
+as rows, and for the input gradient with inputs as rows. No code travels between
+threads.
 """
 
 import functools

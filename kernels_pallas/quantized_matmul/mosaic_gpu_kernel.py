@@ -1,11 +1,9 @@
 """The kernel of packed weights for a Hopper GPU: W4A16 and W8A16.
 
-The product is computed transposed, `y^T = W^T x^T` or `dx^T = W dy^T`, so that
-weights are the left operand, which `wgmma` takes from registers: there they
-are decoded and scaled, in float32, and rounded to the type of the rows.
+Weights are the left operand, out of registers: see `mosaic_gpu_operand`. One
+warpgroup copies, one or two decode and multiply.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -16,79 +14,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gpu_memory
-from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
+from kernels_pallas.quantized_matmul import mosaic_gpu_operand as operands
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
+from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import CHUNK, Tile
 from kernels_pallas.quantized_matmul.mosaic_tpu_problem import varying
-from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
+from kernels_pallas.quantized_matmul.planar import WORDS
 
 GROUP = "group"
 REGISTERS = {1: None, 2: (240, 24)}
 """Registers a thread of (a computing, the copying) warpgroup."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-  """Static facts of a product with a matrix.
-
-  Attributes:
-    inputs: Axis of inputs in an operand: 1 forward, 0 for the gradient.
-    padded: Inputs and outputs of the matrix's arrays.
-    bits: Of a code.
-    group: Inputs of a scale.
-    first: What code 0 stands for.
-  """
-
-  inputs: int
-  padded: tuple[int, int]
-  bits: int
-  group: int
-  first: float
-
-  @property
-  def planes(self) -> int:
-    """Planes of a word."""
-    return 16 // self.bits
-
-  @property
-  def block(self) -> int:
-    """Inputs of a block of words."""
-    return PLANE * self.planes
-
-  @property
-  def halves(self) -> int:
-    """Operands that a block of words holds."""
-    return self.planes // 2
-
-  @property
-  def sums(self) -> int:
-    """Accumulators of a warpgroup."""
-    return 1 if self.inputs == 1 else self.halves
-
-  @property
-  def kept(self) -> int:
-    """Outputs, or inputs, of a warpgroup."""
-    return TILE if self.inputs == 1 else self.block
-
-  @property
-  def depth(self) -> int:
-    """Inputs, or outputs, of a step."""
-    return self.block if self.inputs == 1 else TILE
-
-  @property
-  def steps(self) -> int:
-    """Of all splits together."""
-    return self.padded[1 - self.inputs] // self.depth
-
-  @property
-  def width(self) -> int:
-    """Of the result."""
-    return self.padded[self.inputs]
-
-  @property
-  def scales(self) -> int:
-    """Of an output, in a block of words."""
-    return max(1, self.block // self.group)
 
 
 def multiply(
@@ -230,35 +165,8 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
 
 def _step(p, interpreted, smem, sums, group, slot) -> None:
   """Adds the products of one buffer."""
-  loaded = decode.load(smem["codes"].at[slot, group], p.inputs)
-  dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
-  narrow = decode.narrow(p.bits, p.first, dtype, of_scales)
-  words = None
-  if not narrow:
-    words = decode.expand(loaded, p.inputs, interpreted)
-  across = plgpu.Layout.WGMMA.reduce(p.inputs)
-
-  def of_outputs(name, half):
-    if name not in smem:
-      return []
-    each = decode.groups(p.group)
-    first = half * each if p.scales > 1 else 0
-    parts = [
-      plgpu.load(
-        smem[name].at[slot, group, first + n], layout=across, optimized=False
-      )
-      for n in range(each)
-    ]
-    return [x.astype(dtype if narrow else jnp.float32) for x in parts]
-
   for half in range(p.halves):
-    static = p.inputs, half, p.bits, p.group, p.first
-    scales = of_outputs("scale", half), of_outputs("offset", half)
-    if narrow:
-      w = decode.short(loaded, *static, *scales, dtype, interpreted)
-    else:
-      w = decode.weights(words, *static, *scales)
-    w = w.astype(dtype)
+    w = operands.weights(p, interpreted, smem, (slot, group), half)
     x, total = smem["x"].at[slot], sums[0]
     if p.inputs == 1:
       x = x.at[:, pl.ds(half * TILE, TILE)]

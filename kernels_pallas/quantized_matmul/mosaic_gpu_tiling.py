@@ -1,23 +1,27 @@
-"""How products with packed weights are cut for a Hopper GPU.
+"""How products with packed weights are cut for a GPU.
 
-A block of threads has `groups` warpgroups that compute and one that copies.
-Each of them holds 64 outputs (or, for the input gradient, the inputs of a block
-of words) of a tile of rows, and walks over what is summed.
+A block holds `groups` pieces of a tile of rows, each of 64 outputs (or, for the
+input gradient, of the inputs of a block of words), and walks over what is
+summed. On Hopper a warpgroup computes each piece, and one more copies; a block
+of `mma` is one warpgroup.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 
+CORES = ("wgmma", "mma")
 OPERANDS = ("registers", "shared")
-SHARED_BYTES = 232_448
-"""Shared memory that a block of Hopper may ask for."""
+SHARED_BYTES = {"wgmma": 232_448, "mma": 101_376}
+"""Shared memory that a block may ask for: of Hopper, and of Ada."""
 
-MOST = 256
-"""Rows of the largest tile: the N of `wgmma`."""
+MOST = {"wgmma": 256, "mma": 96}
+"""Rows of the largest tile: the N of `wgmma`; sums that registers hold, beside
+decoded weights of two pieces (128 rows spill)."""
 
-EIGHT = 8
-"""Rows of the smallest."""
+LEAST_ROWS = {"wgmma": 8, "mma": 16}
+"""Of the smallest, and what others are multiples of: a block of `mma` copies 16
+bytes a thread."""
 
 CHUNK = 64
 """Rows that leave at a time."""
@@ -25,14 +29,16 @@ CHUNK = 64
 LEAST = 4
 """Steps that a split has at least."""
 
-STAGES = 6
-"""Buffers that are enough to hide how long memory takes."""
+STAGES = {"wgmma": 6, "mma": 4}
+"""Buffers that are enough to hide how long memory takes; of `mma`, of which a
+multiprocessor has several blocks."""
 
 RESERVED = 2048
 """Bytes of shared memory for barriers and what the compiler adds."""
 
-PROCESSORS = 132
-"""Multiprocessors of an H100, which blocks should fill."""
+PROCESSORS = {"wgmma": 132, "mma": 264}
+"""Blocks that there should be: multiprocessors of an H100; and twice as many of
+those that share one."""
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -48,7 +54,8 @@ class Tile:
     splits: Parts of what is summed, each summed by a block of its own; their
       sums, in float32, are added up afterwards.
     operand: Where weights are multiplied from: 'registers', or 'shared' memory,
-      which the GPU interpreter can run.
+      by `wgmma`, which the GPU interpreter can run.
+    cores: Of `CORES`: `wgmma` of Hopper, or `mma`, which others have, too.
   """
 
   rows: int = 128
@@ -56,39 +63,58 @@ class Tile:
   stages: int = 4
   splits: int = 1
   operand: str = "registers"
+  cores: str = "wgmma"
 
   def __post_init__(self):
-    whole = self.rows % EIGHT == 0 and 0 < self.rows <= MOST
-    whole &= self.rows <= CHUNK or self.rows % CHUNK == 0
-    if not whole or min(self.groups, self.stages, self.splits) < 1:
+    for name, known in (("operand", OPERANDS), ("cores", CORES)):
+      if getattr(self, name) not in known:
+        raise ValueError(
+          f"tile.{name}: found {getattr(self, name)!r}, expected one of {known}"
+        )
+    least, most = LEAST_ROWS[self.cores], MOST[self.cores]
+    whole = self.rows % least == 0 and 0 < self.rows <= most
+    whole &= self.cores == "mma" or self.rows <= CHUNK or not self.rows % CHUNK
+    few = self.stages < (2 if self.cores == "mma" else 1)
+    if not whole or few or min(self.groups, self.splits) < 1:
       raise ValueError(
-        f"tile: found {self}, expected rows in multiples of {EIGHT} up to "
-        f"{CHUNK}, and of {CHUNK} up to {MOST}; at least 1 of the others"
+        f"tile: found {self}, expected rows in multiples of {least} up to "
+        f"{CHUNK}, and of {CHUNK} up to {most}; at least 1 of the others, and "
+        "2 stages for mma"
       )
-    if self.operand not in OPERANDS:
-      raise ValueError(
-        f"tile.operand: found {self.operand!r}, expected one of {OPERANDS}"
-      )
+    if self.cores == "mma" and self.operand != "registers":
+      raise ValueError("tile.operand: found 'shared', mma takes registers")
 
 
-def fitted(rows: int, pieces: int, steps: int, depth: int, sums: int) -> Tile:
+def fitted(
+  cores: str, rows: int, pieces: int, steps: int, depth: int, sums: int
+) -> Tile:
   """A tile for a product that is not told one.
 
   Args:
+    cores: Of `CORES`.
     rows: Of activations.
     pieces: Along what is not summed, one for each warpgroup.
     steps: That they walk over.
     depth: Of a step.
-    sums: Accumulators of a warpgroup.
+    sums: Accumulators of a piece.
   """
-  size = -(-rows // EIGHT) * EIGHT
-  if size > CHUNK:
-    size = min(MOST // sums, -(-size // CHUNK) * CHUNK)
-  groups = 2 if pieces % 2 == 0 else 1
+  least, wgmma = LEAST_ROWS[cores], cores == "wgmma"
+  size = -(-rows // least) * least
+  if wgmma and size > CHUNK:
+    size = min(MOST[cores] // sums, -(-size // CHUNK) * CHUNK)
+  elif not wgmma:
+    # Whatever the rows, a warpgroup holds two sums.
+    size = -(-size // -(-size // MOST[cores]) // least) * least
+  # With many rows, so that two pieces' words share what is read of them.
+  many = 2 if wgmma else 2 // sums
+  groups = many if pieces % many == 0 else 1
   blocks = pieces // groups * -(-rows // size)
   # Few blocks leave multiprocessors idle, and memory with too few requests.
-  splits = max(1, min(PROCESSORS // blocks, steps // LEAST))
+  splits = max(1, min(PROCESSORS[cores] // blocks, steps // LEAST))
   # Words and at most 8 float32 scales and offsets of 64 outputs, a group.
   stage = 2 * size * depth + groups * 64 * 4 * (16 + 2 * 8)
-  left = SHARED_BYTES - groups * min(size, CHUNK) * 64 * 4 - RESERVED
-  return Tile(size, groups, min(STAGES, left // stage), splits)
+  left = SHARED_BYTES[cores] - RESERVED
+  if wgmma:
+    left -= groups * min(size, CHUNK) * 64 * 4
+  stages = max(2, min(STAGES[cores], left // stage))
+  return Tile(size, groups, stages, splits, cores=cores)

@@ -1,4 +1,4 @@
-"""Products with `Planar` weights: kernels for TPU and Hopper GPU, else XLA."""
+"""Products with `Planar` weights: kernels for TPU and GPU, else XLA."""
 
 import functools
 from typing import Any
@@ -33,11 +33,11 @@ def planar_matmul(
   within a `shard_map` over it, and XLA, which cuts its own product, outside.
 
   Args:
-    x: float32 or bfloat16; for Hopper bfloat16 or float16.
+    x: float32 or bfloat16; for GPUs bfloat16 or float16.
     w: Without leading axes.
     backend: 'mosaic_tpu', 'mosaic_gpu'; 'xla', which decodes the matrix as a
-      whole; 'auto' is the kernels in programs for a TPU or a Hopper GPU, else
-      XLA.
+      whole; 'auto' is the kernels in programs for a TPU or a GPU, Ampere or
+      later, else XLA; and, of many rows on a Blackwell, XLA.
     activations: None, or int8 with 8-bit codes; see `mosaic_tpu.product`.
     config: Tiles of the kernels: `Config` of TPUs, `Tile` of GPUs.
     interpret: False to compile the kernels, or as of `pl.pallas_call`.
@@ -82,7 +82,8 @@ def _choose(backend, on_tpu, on_gpu, plain, x, w):
   kernels = {}
   if mosaic_tpu.unsupported(x.dtype, w) is None:
     kernels["tpu"] = on_tpu
-  if mosaic_gpu.is_for() and mosaic_gpu.unsupported(x.dtype, w) is None:
+  gpu = mosaic_gpu.is_for(len(x))
+  if gpu and mosaic_gpu.unsupported(x.dtype, w) is None:
     kernels["cuda"] = on_gpu
   return jax.lax.platform_dependent(x, w, **kernels, default=plain)
 

@@ -195,7 +195,7 @@ def _alike(sources: Sequence[Any]) -> bool:
 def decoding(params: Params, dtype: str = "float32") -> Params:
   """Returns `params` in panels where this process decodes faster so.
 
-  That is on CPU, on one device, with a C++ compiler. On a TPU or a Hopper GPU,
+  That is on CPU, on one device, with a C++ compiler. On a TPU or a GPU,
   alone as well, packed matrices become planes (`research.quant.planes`), where
   their kernels take what the model computes in. Elsewhere it is `params`.
 

@@ -1,4 +1,4 @@
-"""Weights that TPUs and Hopper GPUs decode in their kernels: planes as a leaf.
+"""Weights that TPUs and GPUs decode in their kernels: planes as a leaf.
 
 `kernels_pallas.quantized_matmul.planar` puts codes in the order in which a
 register decodes them, so that the product reads packed bits alone. As panels do
@@ -88,7 +88,7 @@ def fits(w: QTensor, gpu: bool = False, dtype: str = "bfloat16") -> bool:
 
   Args:
     w: a packed matrix.
-    gpu: for Hopper, whose kernels look nothing up: even grids alone.
+    gpu: for GPUs, whose kernels look nothing up: even grids alone.
     dtype: of the rows that it multiplies. bfloat16 is what every kernel takes,
       float32 TPUs' alone, float16 GPUs' alone.
   """
@@ -128,7 +128,7 @@ def to_planes(
   Args:
     params: of a Transformer.
     key: unused.
-    gpu: whether for a Hopper GPU; None for what this process runs on.
+    gpu: whether for a GPU; None for what this process runs on.
     dtype: that the model computes in.
   """
   del key
@@ -152,7 +152,7 @@ def to_planes(
   found = tree.map_paths(one, params, is_leaf=is_packed)
   device, taken = "TPUs", "those of 4 bits or of integers"
   if gpu:
-    device, taken = "Hopper GPUs", "integers"
+    device, taken = "GPUs", "integers"
   cost = f"slower than {taken} in bfloat16"
   kernel_codes.tell("planes", device, left, cost)
   return tree.unroll(found) if made else params

@@ -1,8 +1,9 @@
-"""Compiles products with packed weights for an H100 that is not here.
+"""Compiles products with packed weights for GPUs that are not here.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized_gpu
 
-prints what ptxas says of each. `--job=JSON` is one compilation, in a process of
+prints what ptxas says of each; what is compiled for `mma` is run in NumPy, too.
+`--job=JSON` is one compilation, in a process of
 its own, because Mosaic GPU reads from the environment where to dump.
 """
 
@@ -10,9 +11,23 @@ import argparse
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.inspect import gpu, ptx
+from kernels_pallas.quantized_matmul import mosaic_gpu, planar
+from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
+  SHARED_BYTES,
+  Tile,
+)
+from tests.kernels_pallas import ptx_emulator as emulator
+
+SHARED = SHARED_BYTES["mma"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +43,8 @@ class Case:
     dtype: Of activations.
     size: Inputs and outputs.
     operand: As of `Tile`; of a tile of 64 rows if 'shared'.
+    target: Of `gpu.TARGETS`.
+    scales: Type of scales and offsets.
   """
 
   bits: int = 4
@@ -38,56 +55,118 @@ class Case:
   dtype: str = "bfloat16"
   size: int = 4096
   operand: str = "registers"
+  target: str = "h100"
+  scales: str = "bfloat16"
 
 
-TABLE = (
-  Case(),
-  Case(group=32, offset=True),
-  Case(bits=8),
-  Case(rows=8),
-  Case(rows=8, group=32, offset=True),
-  Case(bits=8, rows=8),
-  Case(direction="gradient"),
-  Case(direction="gradient", group=32, offset=True),
-  Case(direction="gradient", bits=8),
+TABLE = tuple(
+  dataclasses.replace(case, target=target)
+  for target in ("h100", "a100", "b200")
+  for case in (
+    Case(),
+    Case(group=32, offset=True),
+    Case(bits=8),
+    Case(rows=8),
+    Case(rows=8, group=32, offset=True),
+    Case(bits=8, rows=8),
+    Case(direction="gradient"),
+    Case(direction="gradient", group=32, offset=True),
+    Case(direction="gradient", bits=8),
+  )
 )
 
 
-def measure(case: Case) -> ptx.Kernel:
-  """The kernel of a case.
+def measure(case: Case) -> tuple[ptx.Kernel, str]:
+  """The kernel of a case, and its PTX.
 
   Raises:
     ValueError: The compiler refuses, in its words.
   """
   job = json.dumps(dataclasses.asdict(case))
   name = "tests.kernels_pallas.chips_quantized_gpu"
-  (found,) = gpu.compiled([name, "--job", job])
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(scratch)
+    (found,) = gpu.compiled([name, "--job", job], folder)
+    (dump,) = folder.glob("*.ptx")
+    return found, dump.read_text()
+
+
+def operands(case: Case):
+  """(x, w): random rows and a random matrix."""
+  rng, n = np.random.default_rng(0), case.size
+  low, high, kind = (0, 16, np.uint8) if case.bits == 4 else (-128, 128, "int8")
+  codes = rng.integers(low, high, (n, n)).astype(kind)
+  shape = (-(-n // case.group), n)
+  scale = rng.uniform(0.5, 1, shape) / 2 ** (case.bits - 1)
+  offset = rng.normal(size=shape) if case.offset else None
+  w = planar.pack(
+    codes,
+    jnp.asarray(scale, case.scales),
+    None if offset is None else jnp.asarray(offset, case.scales),
+    group=case.group,
+  )
+  x = jnp.asarray(rng.standard_normal((case.rows, n)), case.dtype)
+  return x, planar.in_words(w)
+
+
+def emulated(case: Case, text: str, *, late: bool = True) -> np.ndarray:
+  """The result by the kernel's PTX, in float32."""
+  x, w = operands(case)
+  p, t, arrays, out = mosaic_gpu.plan(x, w, _inputs(case), "mma")
+  y = np.full((t.splits, len(arrays["x"]), p.width), np.nan, out)
+  # In the order in which the kernel first uses them.
+  held = [np.asarray(x).reshape(-1).view(np.uint8) for x in arrays.values()]
+  loads, stores = iter(held), iter([y.reshape(-1).view(np.uint8)])
+  memory = emulator.Memory(
+    lambda opcode: next(loads if opcode.startswith("cp") else stores)
+  )
+  program, rng = emulator.instructions(text), np.random.default_rng(0)
+  # The kernel's axes, the last one first.
+  grid = t.splits, p.width // (t.groups * p.kept), y.shape[1] // t.rows
+  for index in np.ndindex(grid):
+    block = emulator.Block(program, memory, index, SHARED, late)
+    block.run(rng)
+  return y.astype(np.float32).sum(0)[: case.rows]
+
+
+def planned(case: Case):
+  """Problem, tile and names of the arrays of a kernel of `mma`."""
+  found = []
+
+  def run(x, w):
+    p, t, arrays, _ = mosaic_gpu.plan(x, w, _inputs(case), "mma")
+    found.extend((p, t, list(arrays)))
+
+  jax.eval_shape(run, *_shapes(case))
   return found
+
+
+def _inputs(case):
+  return 1 if case.direction == "forward" else 0
+
+
+def _shapes(case):
+  def pack():
+    n = case.size
+    scale = jnp.zeros((-(-n // case.group), n), case.scales)
+    codes = jnp.zeros((n, n), jnp.uint8 if case.bits == 4 else jnp.int8)
+    offset = scale if case.offset else None
+    w = planar.pack(codes, scale, offset, group=case.group)
+    return jnp.zeros((case.rows, n), case.dtype), planar.in_words(w)
+
+  return jax.eval_shape(pack)
 
 
 def compile_here(case: Case) -> None:
   """Compiles a case in this process."""
-  import jax
-  import jax.numpy as jnp
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-  from kernels_pallas.quantized_matmul import mosaic_gpu, planar
-  from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
-
-  device = gpu.devices("h100")[0]
-  whole = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
-
-  def pack():
-    n = case.size
-    scale = jnp.zeros((-(-n // case.group), n), jnp.bfloat16)
-    codes = jnp.zeros((n, n), jnp.uint8 if case.bits == 4 else jnp.int8)
-    offset = scale if case.offset else None
-    w = planar.pack(codes, scale, offset, group=case.group)
-    return planar.in_words(w), jnp.zeros((case.rows, n), case.dtype)
-
-  w, x = jax.tree.map(
+  device = gpu.devices(case.target)[0]
+  mesh = Mesh([device], ("x",))
+  whole = NamedSharding(mesh, PartitionSpec())
+  x, w = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-    jax.eval_shape(pack),
+    _shapes(case),
   )
   way = mosaic_gpu.input_gradient
   if case.direction == "forward":
@@ -95,7 +174,7 @@ def compile_here(case: Case) -> None:
   tile = None
   if case.operand != "registers":
     tile = Tile(64, operand=case.operand)
-  with jax.default_device(device):
+  with jax.default_device(device), jax.set_mesh(mesh):
     jax.jit(functools.partial(way, tile=tile)).lower(x, w).compile()
 
 
@@ -111,10 +190,11 @@ def main() -> int:
     print(problem, file=sys.stderr)
     return 1
   for case in TABLE:
-    found = measure(case)
+    found, _ = measure(case)
     loop = ", ".join(f"{n} {kind}" for kind, n in sorted(found.loop.items()))
     print(
-      f"W{case.bits}A16 {case.direction}, {case.rows} rows, group {case.group}"
+      f"{case.target}: W{case.bits}A16 {case.direction}, {case.rows} rows, "
+      f"group {case.group}"
       f"{', offsets' if case.offset else ''}: {found.registers} registers, "
       f"{found.spills} bytes spilled, {found.shared} bytes shared; an "
       f"iteration of {found.flops / 1e6:.2f} MFLOP: {loop}",

@@ -1,6 +1,6 @@
 """One warp of a PTX kernel: its registers, and what each instruction does.
 
-It knows the instructions that the decoding kernel has, and raises at others.
+It knows the instructions that kernels of `mma` have, and raises at others.
 """
 
 import re
@@ -91,6 +91,9 @@ class Warp:
     if special is not None:
       special(opcode, parts, x)
       return
+    if parts[-1] in ("bf16x2", "f16x2"):
+      self.pairs(parts, x)
+      return
     # Blackwell's pairs are two float32 in 64 bits.
     pair = parts[-1] == "f32x2"
     parts[-1] = parts[-1].removesuffix("x2")
@@ -102,6 +105,19 @@ class Warp:
     with np.errstate(all="ignore"):
       found = _ARITHMETIC[parts[0]](*values)
     self.put(x[0], found.astype(dtype).view(held))
+
+  def pairs(self, parts, x):
+    """Arithmetic of two 16-bit numbers in a register."""
+    kind = parts[-1].removesuffix("x2")
+    each = zip(
+      *(_wide(self.get(y, np.uint32), kind) for y in x[1:]), strict=True
+    )
+    with np.errstate(all="ignore"):
+      low, high = (
+        _narrow(_ARITHMETIC[parts[0]](*values).astype(np.float32), kind)
+        for values in each
+      )
+    self.put(x[0], high.astype(np.uint32) << 16 | low)
 
   def _fence(self, *_):
     pass
@@ -119,6 +135,10 @@ class Warp:
     self.put(x[0], self.get(x[1], np.uint64))
 
   def _mov(self, opcode, parts, x):
+    if parts[-1] == "pred" or x[0].startswith("%p"):
+      held = self.registers.get(x[1])
+      self.put(x[0], np.full(LANES, int(x[1]) != 0) if held is None else held)
+      return
     size = int(parts[-1][1:]) // 8
     half = f"u{size // 2}"
     if x[0].startswith("{"):
@@ -130,15 +150,15 @@ class Warp:
       halves = np.stack([self.get(y, half) for y in self.many(x[1])], axis=1)
       self.put(x[0], halves.view(f"u{size}")[:, 0].copy())
       return
-    if x[0].startswith("%p"):
-      self.put(x[0], np.full(LANES, int(x[1]) != 0))
-      return
     self.put(x[0], self.get(x[1], f"u{size}"))
 
   def _cvt(self, opcode, parts, x):
     if parts[1] == "rn":
       high, low = (_narrow(self.get(y, np.float32), parts[2]) for y in x[1:])
       self.put(x[0], high.astype(np.uint32) << 16 | low)
+      return
+    if parts[1:] in (["f32", "bf16"], ["f32", "f16"]):
+      self.put(x[0], _wide(self.get(x[1], np.uint16), parts[2])[0])
       return
     to, of = (np.dtype(f"{p[0].replace('s', 'i').replace('b', 'u')}"
                        f"{int(p[1:]) // 8}") for p in parts[-2:])  # fmt: skip
@@ -147,10 +167,11 @@ class Warp:
   def _prmt(self, opcode, parts, x):
     a, b = (self.get(y, np.uint32).astype(np.uint64) for y in x[1:3])
     both, found = a | b << np.uint64(32), np.zeros(LANES, np.uint64)
+    selector = self.get(x[3], np.uint32).astype(np.uint64)
     for n in range(4):
-      which = int(x[3], 0) >> 4 * n & 0xF
-      assert which < 8, "a selector that repeats signs"  # noqa: PLR2004
-      byte = both >> np.uint64(8 * which) & np.uint64(0xFF)
+      which = selector >> np.uint64(4 * n) & np.uint64(0xF)
+      assert (which < 8).all(), "a selector that repeats signs"  # noqa: PLR2004
+      byte = both >> np.uint64(8) * which & np.uint64(0xFF)
       found |= byte << np.uint64(8 * n)
     self.put(x[0], found.astype(np.uint32))
 
@@ -282,6 +303,7 @@ class Warp:
 
 def _wide(bits, kind):
   """Two float32 of a register of two 16-bit numbers, the low one first."""
+  bits = bits.astype(np.uint32)
   halves = (bits & 0xFFFF).astype(np.uint16), (bits >> 16).astype(np.uint16)
   if kind == "bf16":
     return [(h.astype(np.uint32) << 16).view(np.float32) for h in halves]

@@ -1,9 +1,18 @@
-"""The products with packed weights through the compiler for an H100."""
+"""The products with packed weights through the compiler for GPUs.
 
+The PTX of those of `mma` is run in NumPy: what is decoded, which register it is
+in, what is copied where, and what is waited for.
+"""
+
+import functools
+import re
+
+import numpy as np
 import pytest
 
 from kernels_pallas.inspect import gpu
-from tests.kernels_pallas import chips_quantized_gpu
+from kernels_pallas.quantized_matmul import planar
+from tests.kernels_pallas import chips_quantized_gpu as chips
 from tests.kernels_pallas.chips_quantized_gpu import Case
 
 pytestmark = [
@@ -12,7 +21,7 @@ pytestmark = [
 ]
 
 CASES = (
-  *chips_quantized_gpu.TABLE,
+  *(case for case in chips.TABLE if case.target == "h100"),
   Case(dtype="float16"),
   Case(bits=8, group=16, offset=True, rows=100),
   Case(direction="gradient", group=16, offset=True, rows=60),
@@ -20,10 +29,12 @@ CASES = (
   Case(operand="shared", rows=64),
 )
 
+measure = functools.cache(chips.measure)
+
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_for_hopper_without_a_spill(case):
-  found = chips_quantized_gpu.measure(case)
+  found, _ = measure(case)
   # 16 inputs each: of a block of words forward, of 64 outputs back.
   operands = 4 if case.bits == 8 else 8
   assert found.loop["wgmma"] == operands
@@ -32,3 +43,80 @@ def test_compiles_for_hopper_without_a_spill(case):
   assert found.shared <= 232_448  # noqa: PLR2004
   # Nothing travels between threads until results leave.
   assert not found.loop.get("shuffle")
+
+
+OTHERS = (
+  *(case for case in chips.TABLE if case.target != "h100"),
+  Case(dtype="float16", target="a100"),
+  Case(bits=8, group=16, offset=True, rows=100, target="b200"),
+  Case(direction="gradient", group=16, offset=True, rows=60, target="a100"),
+)
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_compiles_for_others_without_a_spill(case):
+  found, _ = measure(case)
+  p, t, names = chips.planned(case)
+  pieces = t.groups * p.halves  # of 64 x 64 weights
+  assert found.loop["mma"] == pieces * 4 * t.rows // 8
+  # A warp's four matrices of 8 x 8 at a time: forward each half of a block has
+  # its own; the gradient's serve both, and scales of neighbours come by two.
+  forward = case.direction == "forward"
+  read = (p.halves if forward else 1) * 4 * t.rows // 16
+  scales = 0 if forward else 2 * t.groups * p.scales * (len(names) - 2)
+  assert found.loop["matrix"] == read + scales
+  copies = t.rows * p.depth * 2 // 2048 + t.groups * len(names)
+  assert found.loop["copy"] == copies
+  assert found.loop["barrier"] == 1 and not found.loop.get("shuffle")
+  assert found.spills == 0 and not found.warnings
+  assert found.shared <= chips.SHARED
+
+
+SMALL = {
+  "symmetric": Case(rows=20, size=256, target="a100"),
+  "blackwell": Case(rows=20, size=256, target="b200", group=64),
+  "offsets": Case(rows=33, size=256, target="a100", group=32, offset=True),
+  "half": Case(rows=20, size=256, target="a100", dtype="float16",
+               scales="float16"),
+  "wide": Case(rows=20, size=256, target="a100", group=32, offset=True,
+               scales="float32"),
+  "wide_blackwell": Case(rows=20, size=256, target="b200", scales="float32"),
+  "bytes": Case(bits=8, group=16, rows=20, size=256, target="a100"),
+  "gradient": Case(direction="gradient", rows=100, size=256, target="a100"),
+  "gradient_offsets": Case(direction="gradient", group=16, offset=True, rows=8,
+                           size=256, target="b200"),
+  "gradient_bytes": Case(direction="gradient", bits=8, rows=20, size=256,
+                         dtype="float16", target="b200"),
+}  # fmt: skip
+
+
+def error(case, text, **how):
+  """Of the emulated result, in parts of what rounding may be."""
+  x, w = chips.operands(case)
+  found = chips.emulated(case, text, **how)
+  matrix = np.asarray(planar.dense(w), np.float64)
+  matrix = matrix if case.direction == "forward" else matrix.T
+  x = np.asarray(x, np.float64)
+  exact, size = x @ matrix, np.abs(x) @ np.abs(matrix)
+  # Weights and results are rounded, to 8 bits or 11; sums are of float32.
+  unit = 2.0 ** (-12 if case.dtype == "float16" else -9)
+  bound = unit * (size + np.abs(exact)) + 2.0**-20 * size
+  return np.max(np.abs(found - exact) / bound)
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["late", "at_once"])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_instructions_compute_the_product(name, late):
+  found, text = measure(SMALL[name])
+  assert found.spills == 0
+  assert error(SMALL[name], text, late=late) <= 1
+
+
+@pytest.mark.parametrize(
+  "instruction", [r"bar\.sync %r\d+, 128", r"cp\.async\.wait_group.*"]
+)
+def test_a_wait_that_is_left_out_is_seen(instruction):
+  case = SMALL["symmetric"]
+  text, count = re.subn(instruction + ";", "", measure(case)[1])
+  assert count
+  assert not error(case, text) <= 1

@@ -1,8 +1,9 @@
-"""The Hopper kernels of packed weights, interpreted on the CPU.
+"""The GPU kernels of packed weights, interpreted on the CPU.
 
-The interpreter runs the variant whose weights pass through shared memory;
-barriers, copies, loops and arithmetic are those of the other one, too. Which
-register holds which weight is checked here by the layouts' own definition.
+Of Hopper's the interpreter runs the variant whose weights pass through shared
+memory; barriers, copies, loops and arithmetic are those of the other one, too.
+Which register holds which weight is checked here by the layouts' definition. Of
+the kernel of `mma` copies are assignments and products plain ones here.
 """
 
 import dataclasses
@@ -28,7 +29,11 @@ from tests.support_gpu import needs_kernels
 
 pytestmark = needs_kernels
 
-TILE = Tile(rows=8, groups=2, stages=2, operand="shared")
+TILES = {
+  "wgmma": Tile(rows=8, groups=2, stages=2, operand="shared"),
+  "mma": Tile(rows=16, groups=2, stages=3, cores="mma"),
+}
+TILE = TILES["wgmma"]
 I, O = 256, 128
 SYMMETRIC = tuple(float(n) for n in range(-8, 8))
 LOOKED_UP = tuple(float(n) / 15 for n in range(16))
@@ -81,13 +86,14 @@ CASES = {  # name: (bits, group, offset, scales), gradient, tile
 }
 
 
+@pytest.mark.parametrize("cores", TILES)
 @pytest.mark.parametrize("name", CASES)
-def test_products_are_those_of_the_decoded_matrix(interpreter, name):
+def test_products_are_those_of_the_decoded_matrix(interpreter, name, cores):
   from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
   what, gradient, changes = CASES[name]
-  w, tile = packed(*what), dataclasses.replace(TILE, **changes)
-  x = draw(11, O if gradient else I)
+  w, tile = packed(*what), dataclasses.replace(TILES[cores], **changes)
+  x = draw(11 if cores == "wgmma" else 23, O if gradient else I)
   run = mosaic_gpu.input_gradient if gradient else mosaic_gpu.product
   found = run(x, w, tile, interpreter)
   assert not interpret_pallas_call.get_races().races_found
@@ -95,10 +101,12 @@ def test_products_are_those_of_the_decoded_matrix(interpreter, name):
   close(found, x, matrix.T if gradient else matrix)
 
 
-def test_many_rows_leave_in_parts_and_matrices_are_padded(interpreter):
+@pytest.mark.parametrize(
+  "tile", [Tile(128, 1, 2, operand="shared"), Tile(96, 1, 2, cores="mma")]
+)
+def test_many_rows_leave_in_parts_and_matrices_are_padded(interpreter, tile):
   """The last tile of rows is not whole, nor are inputs and outputs."""
   w = packed(4, 64, inputs=200, outputs=70)
-  tile = Tile(128, 1, 2, operand="shared")
   found, vjp = jax.vjp(
     lambda x: planar_matmul(x, w, "mosaic_gpu", None, tile, interpreter),
     draw(130, 200),
@@ -186,28 +194,47 @@ def test_registers_hold_the_words_of_their_weights(inputs):
 @pytest.mark.parametrize("rows", [1, 8, 60, 100, 4096])
 @pytest.mark.parametrize("pieces", [3, 8, 64])
 def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
-  tile = fitted(rows, pieces, 32, depth, sums)
+  tile = fitted("wgmma", rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
   assert tile.stages >= 2 and tile.rows * sums <= 256
   # Rows in 16 bits; words, 8 scales and 8 offsets of 32 bits; a part of sums.
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   result = tile.groups * min(64, tile.rows) * 64 * 4
-  assert tile.stages * stage + result + 2048 <= SHARED_BYTES
+  assert tile.stages * stage + result + 2048 <= SHARED_BYTES["wgmma"]
+  tile = fitted("mma", rows, pieces, 32, depth, sums)
+  assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
+  # As many registers as sums of 96 rows of two pieces.
+  assert tile.stages >= 2 and tile.rows * tile.groups * sums <= 192
+  stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
+  assert tile.stages * stage + 2048 <= SHARED_BYTES["mma"]
+  tiles = -(-rows // tile.rows)
+  assert tiles == -(-rows // 96) and tiles * tile.rows - rows < 16 * tiles
 
 
-def test_programs_for_hopper_call_the_kernels():
-  device = jax.sharding.AbstractDevice("NVIDIA H100", None, platform="gpu")
+@pytest.mark.parametrize(
+  ("device", "few", "many"),
+  [
+    ("NVIDIA H100", True, True),
+    ("NVIDIA A100-SXM4-80GB", True, True),
+    ("NVIDIA L4", True, True),
+    ("NVIDIA B200", True, False),
+    ("Tesla V100-SXM2-16GB", False, False),
+  ],
+)
+def test_programs_for_gpus_call_the_kernels(device, few, many):
+  device = jax.sharding.AbstractDevice(device, None, platform="gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
 
-  def kernels(w, dtype):
-    x = jnp.zeros((9, I), dtype)
+  def kernels(w, dtype, rows=9):
+    x = jnp.zeros((rows, I), dtype)
     run = jax.grad(lambda x: quantized_matmul(x, w).astype(jnp.float32).sum())
     with jax.sharding.use_abstract_mesh(mesh):
       lowered = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",))
     return "mosaic_gpu" in lowered.as_text()
 
   w = packed(4, 64)
-  assert kernels(w, jnp.bfloat16)
+  assert kernels(w, jnp.bfloat16) == few
+  assert kernels(w, jnp.bfloat16, 257) == many
   assert not kernels(w, jnp.float32)
   looked_up = dataclasses.replace(w, codebook=LOOKED_UP)
   assert not kernels(looked_up, jnp.bfloat16)
@@ -241,6 +268,10 @@ def test_what_the_kernels_do_not_compute_is_refused():
     ({"rows": 320}, "up to 256"),
     ({"stages": 0}, "at least 1"),
     ({"operand": "memory"}, "operand"),
+    ({"cores": "tcgen05"}, "cores"),
+    ({"cores": "mma", "rows": 8}, "multiples of 16"),
+    ({"cores": "mma", "rows": 16, "stages": 1}, "2 stages"),
+    ({"cores": "mma", "rows": 16, "operand": "shared"}, "takes registers"),
   ],
 )
 def test_bad_tiles_are_refused(bad, match):

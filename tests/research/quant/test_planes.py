@@ -161,13 +161,13 @@ def test_decoding_chooses(monkeypatch):
 
 
 def test_decoding_leaves_what_no_kernel_takes(monkeypatch):
-  """On Hopper, whose kernels take no float32, generate's default."""
+  """On GPUs, whose kernels take no float32, generate's default."""
   model, params = packed()
   monkeypatch.setattr(planes, "has_kernel", lambda: True)
   plain = support.params(model)
   assert panels.decoding(plain) is plain
   monkeypatch.setattr(mosaic_gpu, "is_for", lambda: True)
-  with pytest.warns(RuntimeWarning, match="Hopper.* int4-asym-g32 in float32;"):
+  with pytest.warns(RuntimeWarning, match="GPUs.* int4-asym-g32 in float32;"):
     assert panels.decoding(params, "float32") is params
   for dtype in ("bfloat16", "float16"):
     up = panels.decoding(params, dtype)["run0"]["layer0"]["mlp"]["up"]

@@ -1,0 +1,215 @@
+"""Packed weights on Ampere, Ada and Blackwell GPUs: `mma` and `cp.async`.
+
+The product of `mosaic_gpu_kernel`, transposed as there: what `mma` takes from
+registers as a left operand is what `wgmma` does, so weights are decoded by the
+same code. A block is one warpgroup, whose four warps each hold 16 of 64 outputs
+(or inputs, for the gradient) for all rows of a tile, once or twice: rows are
+read from shared memory once for both. Shared memory is a ring of tiles, of
+which the last but one arrives while the first is multiplied. Several blocks of
+a multiprocessor hide the rest.
+
+Blackwell's own products (`tcgen05`) take operands from memory alone, and rows
+enough to need them would be better multiplied with decoded weights.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import gpu_memory
+from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
+from kernels_pallas.decode_attention import mosaic_gpu_rows as rows
+from kernels_pallas.quantized_matmul import mosaic_gpu_operand as operand
+from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
+from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
+from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.mosaic_tpu_problem import varying
+from kernels_pallas.quantized_matmul.planar import WORDS
+
+DEPTH = 16
+"""Terms that one `mma` sums."""
+
+LINES = 16
+"""Rows whose operand is in registers at a time."""
+
+
+def multiply(
+  p: Problem, t: Tile, arrays: dict[str, Any], out: Any, interpret: Any
+) -> jax.Array:
+  """As of `mosaic_gpu_kernel`, by warps."""
+  count = len(arrays["x"])
+  call = plgpu.kernel(
+    functools.partial(_kernel, p, t, bool(interpret)),
+    out_type=varying(arrays["x"], (t.splits, count, p.width), out),
+    scratch_types=[_buffers(p, t, arrays)],
+    grid=(count // t.rows, p.width // (t.groups * p.kept), t.splits),
+    grid_names=("row", "column", "split"),
+    compiler_params=plgpu.CompilerParams(approx_math=True),
+    kernel_name="quantized_matmul_mma" + ("" if p.inputs == 1 else "_gradient"),
+    interpret=interpret,
+  )
+  return call(arrays)
+
+
+def _buffers(p: Problem, t: Tile, arrays) -> dict[str, Any]:
+  found = {
+    "x": copy.buffer((t.stages, t.rows, p.depth), arrays["x"].dtype),
+    "codes": plgpu.SMEM((t.stages, t.groups, WORDS, TILE), jnp.uint32),
+  }
+  for name in ("scale", "offset"):
+    if name in arrays:
+      shape = (t.stages, t.groups, p.scales, TILE)
+      found[name] = plgpu.SMEM(shape, arrays[name].dtype)
+  return found
+
+
+def _kernel(p, t, interpreted, refs, y_ref, smem):
+  row, column, split = map(lax.axis_index, ("row", "column", "split"))
+  start = lax.div(split * p.steps, jnp.int32(t.splits))
+  count = lax.div((split + 1) * p.steps, jnp.int32(t.splits)) - start
+  place = row, column, start, count
+
+  def fetch(n):
+    # Nothing computed of a place is known before the loop: the compiler would
+    # keep an address for every instruction, and spill.
+    here = lax.optimization_barrier(place)
+    _fetch(p, t, interpreted, refs, smem, here, n)
+
+  for n in range(t.stages - 1):
+    fetch(jnp.int32(n))
+
+  def turn(n, sums):
+    copy.wait(interpreted, t.stages - 2)
+    fetch(n + t.stages - 1)
+    return _step(p, t, interpreted, smem, sums, lax.rem(n, jnp.int32(t.stages)))
+
+  zeros = plgpu.layout_cast(
+    jnp.zeros((TILE, LINES), jnp.float32), plgpu.Layout.WGMMA
+  )
+  many = t.groups * p.sums * (t.rows // LINES)
+  sums = lax.fori_loop(0, count, turn, [zeros] * many)
+  for at in range(t.groups * p.sums):
+    outputs = pl.ds((column * t.groups * p.sums + at) * TILE, TILE)
+    for n in range(t.rows // LINES):
+      total = sums[at * (t.rows // LINES) + n].astype(y_ref.dtype)
+      total = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
+      lines = pl.ds(row * t.rows + n * LINES, LINES)
+      place = y_ref.at[split, lines, outputs]
+      gpu_memory.store(place.transpose((1, 0)), total)
+
+
+def _fetch(p, t, interpreted, refs, smem, place, n):
+  """Starts the copies of a step; of none, zeros, past the last one."""
+  row, column, start, count = place
+  slot, live = lax.rem(n, jnp.int32(t.stages)), n < count
+  step = start + jnp.minimum(n, count - 1)
+  first = row * t.rows
+  end = jnp.where(live, first + t.rows, 0)
+  copy.fetch(
+    interpreted, rows.Source(1, None, 1), refs["codes"],
+    [(refs["x"], step * p.depth, smem["x"].at[slot])],
+    (0, 0, first, first, end),
+  )  # fmt: skip
+  for g in range(t.groups):
+    kept = column * t.groups + g
+    block, outputs = (step, kept) if p.inputs == 1 else (kept, step)
+    group = lax.div(block * p.block, jnp.int32(p.group))
+    lines = {"codes": block * WORDS, "scale": group, "offset": group}
+    for name, line in lines.items():
+      if name in refs:
+        target = smem[name].at[slot, g]
+        _copy(interpreted, refs[name], target, line, outputs * TILE, live)
+  copy.commit(interpreted)
+
+
+def _copy(interpreted, source, target, line, column, live):
+  """Starts the copy of a rectangle, 16 bytes a thread at a time."""
+  if interpreted:
+    height, width = target.shape
+    target[...] = source[pl.ds(line, height), pl.ds(column, width)]
+    return
+  scalar = plgpu.Layout.WG_SPLAT(())
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), [scalar] * 3))
+  def run(_, source, target, where):
+    rows.copy_rectangle(source, target, [s.registers.item() for s in where])
+
+  read = jnp.where(live, rows.CHUNK, 0)
+  run(source, target, [line, column, read])
+
+
+def _step(p, t, interpreted, smem, sums, slot):
+  """The sums with the products of one buffer."""
+  sums, x, halves = list(sums), smem["x"].at[slot], range(p.halves)
+  # Forward each half of a block has its own columns of x and the same sums;
+  # back it is the other way round, and what is read of x serves both.
+  for part in [[half] for half in halves] if p.inputs == 1 else [halves]:
+    columns = pl.ds(part[0] * TILE, TILE)
+    lefts = []
+    for g, half in itertools.product(range(t.groups), part):
+      w = operand.weights(p, interpreted, smem, (slot, g), half)
+      lefts.append(_lefts(interpreted, w))
+    for n in range(t.rows // LINES):
+      lines = pl.ds(n * LINES, LINES)
+      rights = _rights(interpreted, x.at[lines, columns])
+      for piece, left in enumerate(lefts):
+        at = piece * (t.rows // LINES) + n
+        sums[at] = _dot(interpreted, sums[at], left, rights)
+  return sums
+
+
+def _dot(interpreted, total, lefts, rights):
+  if interpreted:
+    (a,), (b,) = lefts, rights
+    return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
+  for a, b in zip(lefts, rights, strict=True):
+    total = plgpu.mma(total, a, b)
+  return total
+
+
+def _lefts(interpreted, w):
+  """Left operands [64, 16] of weights [64, 64], in their registers."""
+  if interpreted:
+    return [w]
+  kind = plgpu.Layout.MMA_LHS(w.dtype)
+  shapes = plgpu.Layout.WGMMA, kind, (TILE, DEPTH)
+  return _cut(w, *shapes, lambda x, at: x[:, at : at + DEPTH])
+
+
+def _rights(interpreted, ref):
+  """Right operands [16, rows] of rows [rows, 64] in shared memory."""
+  if interpreted:
+    return [ref[...].T]
+  kind = plgpu.Layout.MMA_RHS(ref.dtype)
+  x = plgpu.load(ref.transpose((1, 0)), layout=kind)
+  shapes = kind, kind, (DEPTH, x.shape[1])
+  return _cut(x, *shapes, lambda x, at: x[at : at + DEPTH])
+
+
+def _cut(x, given, kind, shape, part):
+  """Parts of an operand along what is summed, under another layout's name: in
+  one piece Mosaic takes the old name for it."""
+  one = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=kind)
+  places = range(0, TILE, DEPTH)
+
+  @plgpu.inline_mgpu(arg_types=(given,), return_type=[one] * len(places))
+  def run(_, values):
+    layout = kind.to_mgpu()
+    size = layout.registers_shape(shape)
+    return [
+      mgpu.FragmentedArray(
+        _registers=part(values, at).registers.reshape(size),
+        _layout=layout,
+        _is_signed=None,
+      )
+      for at in places
+    ]
+
+  return run(x)

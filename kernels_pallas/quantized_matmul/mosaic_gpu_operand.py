@@ -1,0 +1,121 @@
+"""A product with packed weights on a GPU, and its left operand.
+
+The product is computed transposed, `y^T = W^T x^T` or `dx^T = W dy^T`, so that
+weights are the left operand, which tensor cores take from registers: there they
+are decoded and scaled and rounded to the type of the rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
+from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
+from kernels_pallas.quantized_matmul.planar import PLANE
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Static facts of a product with a matrix.
+
+  Attributes:
+    inputs: Axis of inputs in an operand: 1 forward, 0 for the gradient.
+    padded: Inputs and outputs of the matrix's arrays.
+    bits: Of a code.
+    group: Inputs of a scale.
+    first: What code 0 stands for.
+  """
+
+  inputs: int
+  padded: tuple[int, int]
+  bits: int
+  group: int
+  first: float
+
+  @property
+  def planes(self) -> int:
+    """Planes of a word."""
+    return 16 // self.bits
+
+  @property
+  def block(self) -> int:
+    """Inputs of a block of words."""
+    return PLANE * self.planes
+
+  @property
+  def halves(self) -> int:
+    """Operands that a block of words holds."""
+    return self.planes // 2
+
+  @property
+  def sums(self) -> int:
+    """Accumulators of a warpgroup."""
+    return 1 if self.inputs == 1 else self.halves
+
+  @property
+  def kept(self) -> int:
+    """Outputs, or inputs, of a warpgroup."""
+    return TILE if self.inputs == 1 else self.block
+
+  @property
+  def depth(self) -> int:
+    """Inputs, or outputs, of a step."""
+    return self.block if self.inputs == 1 else TILE
+
+  @property
+  def steps(self) -> int:
+    """Of all splits together."""
+    return self.padded[1 - self.inputs] // self.depth
+
+  @property
+  def width(self) -> int:
+    """Of the result."""
+    return self.padded[self.inputs]
+
+  @property
+  def scales(self) -> int:
+    """Of an output, in a block of words."""
+    return max(1, self.block // self.group)
+
+
+def weights(
+  p: Problem, interpreted: bool, smem: dict[str, Any], place: Any, half: int
+) -> jax.Array:
+  """Weights [64, 64] in the type of the rows, in the layout of `wgmma`.
+
+  Args:
+    p: The problem.
+    interpreted: Whether no registers can be named.
+    smem: codes, scale and perhaps offset, `[stages, groups, ..., 64]`; x.
+    place: Of which stage and group.
+    half: Which 64 inputs of a block of words.
+  """
+  loaded = decode.load(smem["codes"].at[place], p.inputs)
+  dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
+  narrow = decode.narrow(p.bits, p.first, dtype, of_scales)
+  across = plgpu.Layout.WGMMA.reduce(p.inputs)
+
+  def of_outputs(name):
+    if name not in smem:
+      return []
+    each = decode.groups(p.group)
+    first = half * each if p.scales > 1 else 0
+    parts = [
+      plgpu.load(
+        smem[name].at[*place, first + n], layout=across, optimized=False
+      )
+      for n in range(each)
+    ]
+    return [x.astype(dtype if narrow else jnp.float32) for x in parts]
+
+  static = p.inputs, half, p.bits, p.group, p.first
+  scales = of_outputs("scale"), of_outputs("offset")
+  if narrow:
+    w = decode.short(loaded, *static, *scales, dtype, interpreted)
+  else:
+    words = decode.expand(loaded, p.inputs, interpreted)
+    w = decode.weights(words, *static, *scales)
+  return w.astype(dtype)
