@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas import gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_codes as codes
-from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of

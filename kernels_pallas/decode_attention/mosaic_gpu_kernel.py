@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
+from kernels_pallas import gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_products as products
 from kernels_pallas.decode_attention.mosaic_gpu_products import ROWS, WARP
 from kernels_pallas.flash_attention import mosaic_gpu_mma as mma

@@ -8,8 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import gpu_copy as copy
 from kernels_pallas.decode_attention import mosaic_gpu_codes as codes
-from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
 from kernels_pallas.flash_attention import mosaic_gpu_tile as tile
 
 ROWS, WARP = 64, 16

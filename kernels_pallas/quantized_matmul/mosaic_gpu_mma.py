@@ -8,8 +8,9 @@ read from shared memory once for both. Shared memory is a ring of tiles, of
 which the last but one arrives while the first is multiplied. Several blocks of
 a multiprocessor hide the rest.
 
-Blackwell's own products (`tcgen05`) take operands from memory alone, and rows
-enough to need them would be better multiplied with decoded weights.
+Blackwell's own products (`tcgen05`) take weights from tensor memory, which is
+another way for decoded ones to go; few rows do not need it, and of many `auto`
+lets XLA decode the matrix first.
 """
 
 import functools
@@ -23,9 +24,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import gpu_copy as copy
+from kernels_pallas import gpu_copy_rows as rows
 from kernels_pallas import gpu_memory
-from kernels_pallas.decode_attention import mosaic_gpu_copy as copy
-from kernels_pallas.decode_attention import mosaic_gpu_rows as rows
 from kernels_pallas.quantized_matmul import mosaic_gpu_operand as operand
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
@@ -101,8 +102,8 @@ def _kernel(p, t, interpreted, refs, y_ref, smem):
       total = sums[at * (t.rows // LINES) + n].astype(y_ref.dtype)
       total = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
       lines = pl.ds(row * t.rows + n * LINES, LINES)
-      place = y_ref.at[split, lines, outputs]
-      gpu_memory.store(place.transpose((1, 0)), total)
+      target = y_ref.at[split, lines, outputs]
+      gpu_memory.store(target.transpose((1, 0)), total)
 
 
 def _fetch(p, t, interpreted, refs, smem, place, n):
@@ -125,24 +126,9 @@ def _fetch(p, t, interpreted, refs, smem, place, n):
     for name, line in lines.items():
       if name in refs:
         target = smem[name].at[slot, g]
-        _copy(interpreted, refs[name], target, line, outputs * TILE, live)
+        where = line, outputs * TILE, live
+        copy.rectangle(interpreted, refs[name], target, where)
   copy.commit(interpreted)
-
-
-def _copy(interpreted, source, target, line, column, live):
-  """Starts the copy of a rectangle, 16 bytes a thread at a time."""
-  if interpreted:
-    height, width = target.shape
-    target[...] = source[pl.ds(line, height), pl.ds(column, width)]
-    return
-  scalar = plgpu.Layout.WG_SPLAT(())
-
-  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), [scalar] * 3))
-  def run(_, source, target, where):
-    rows.copy_rectangle(source, target, [s.registers.item() for s in where])
-
-  read = jnp.where(live, rows.CHUNK, 0)
-  run(source, target, [line, column, read])
 
 
 def _step(p, t, interpreted, smem, sums, slot):

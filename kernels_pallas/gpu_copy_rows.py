@@ -1,4 +1,4 @@
-"""The instructions of a copy of `mosaic_gpu_copy`: addresses and `cp.async`."""
+"""The instructions of a copy of `gpu_copy`: addresses and `cp.async`."""
 
 import dataclasses
 

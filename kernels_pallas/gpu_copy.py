@@ -1,4 +1,4 @@
-"""How keys and values reach the GPU kernel: rows by `cp.async`, 16 bytes each.
+"""Copies into a GPU's shared memory by `cp.async`, 16 bytes a thread at a time.
 
 A copy says for each row where it lies, so that a tile is any run of tokens,
 of a cache or of pages, and whether it is read at all: rows outside the range
@@ -7,7 +7,7 @@ What lies there, NaN included, then reaches nothing. Pallas' own copies are
 `cp.async` before Hopper and need a barrier in memory from Hopper on; these are
 the same instruction on all of them.
 
-`mosaic_gpu_rows` has the instructions. The GPU interpreter has neither: with
+`gpu_copy_rows` has the instructions. The GPU interpreter has neither: with
 `interpreted` a copy is an assignment.
 """
 
@@ -21,8 +21,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith, nvvm
 
-from kernels_pallas.decode_attention import mosaic_gpu_rows as rows
-from kernels_pallas.decode_attention.mosaic_gpu_rows import LINES, Source
+from kernels_pallas import gpu_copy_rows as rows
+from kernels_pallas.gpu_copy_rows import LINES, Source
 
 COLUMNS = 64
 """The most 16-bit numbers of a row of a swizzled tile."""
@@ -110,6 +110,32 @@ def fetch_scales(
     )
 
   copy(table, scales, target, [jnp.int32(n) for n in where])
+
+
+def rectangle(
+  interpreted: bool, source: Any, target: Any, where: tuple[Any, ...]
+) -> None:
+  """Starts the copy of a part of a matrix.
+
+  Args:
+    interpreted: Whether to assign.
+    source: [lines, columns].
+    target: [height, width] in shared memory, rows of multiples of 16 bytes.
+    where: (first line, first column, whether any of it is read, else zeros are
+      written).
+  """
+  line, column, live = where
+  if interpreted:
+    height, width = target.shape
+    target[...] = source[pl.ds(line, height), pl.ds(column, width)]
+    return
+  scalar = plgpu.Layout.WG_SPLAT(())
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), [scalar] * 3))
+  def copy(_, source, target, where):
+    rows.copy_rectangle(source, target, [s.registers.item() for s in where])
+
+  copy(source, target, [line, column, jnp.where(live, rows.CHUNK, 0)])
 
 
 def commit(interpreted: bool) -> None:
