@@ -37,11 +37,9 @@ def unsupported(dtype: Any, w: Planar) -> str | None:
     return f"x: found {dtype}, expected bfloat16 or float16"
   if w.codes.dtype != jnp.uint32:
     return "codes: found int8, expected words: see planar.in_words"
-  if w.codebook and _first(w) is None:
-    return (
-      f"codebook: found {w.codebook[:3]}..., expected consecutive integers; "
-      "the GPU kernels look nothing up"
-    )
+  most = float(jnp.finfo(dtype).max)
+  if w.codebook and max(map(abs, w.codebook)) > most:
+    return f"codebook: found {w.codebook}, expected what {dtype} has"
   return None
 
 
@@ -146,6 +144,7 @@ def plan(
     bits=w.bits,
     group=min(w.group, padded[0]),
     first=_first(w),
+    codebook=w.codebook,
   )
   if isinstance(tile, str):
     tile = fitted(tile, M, p.width // p.kept, p.steps, p.depth, p.sums)

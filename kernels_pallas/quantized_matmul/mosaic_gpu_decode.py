@@ -114,50 +114,39 @@ def source(at: tuple[int, ...], inputs: int) -> tuple[int, ...]:
   return (eighth % (WORDS // 4), 0, 0, 0, half, 0, 0)
 
 
-def weights(
-  words: jax.Array,
-  inputs: int,
-  half: int,
-  bits: int,
-  group: int,
-  first: float,
-  scale: list[jax.Array],
-  offset: list[jax.Array],
+def wide(
+  words: jax.Array, inputs: int, half: int, bits: int, first: float
 ) -> jax.Array:
-  """Weights [64, 64] in float32, of planes 2 half and 2 half + 1.
+  """What codes stand for, float32 [64, 64], of planes 2 half and 2 half + 1.
 
   Args:
     words: From `expand`.
     inputs: The axis of inputs.
     half: Which 64 inputs of a block.
     bits: Of a code.
-    group: Inputs of a scale.
     first: What code 0 stands for; the others follow by ones.
-    scale: Of each output, float32 [64], for each group of these inputs.
-    offset: Likewise, or empty.
   """
   at = _iota(words.shape, inputs)
   shift = (at & 1) * 16 + (at >> 5) * bits + 2 * half * bits
   codes = lax.shift_right_logical(words, shift.astype(jnp.uint32))
   codes = codes & jnp.uint32(2**bits - 1) | jnp.uint32(_LARGE)
-  found = lax.bitcast_convert_type(codes, jnp.float32) - (_POWER - first)
-  found = found * _of_group(words.shape, inputs, group, scale)
-  if not offset:
-    return found
-  return found + _of_group(words.shape, inputs, group, offset)
+  return lax.bitcast_convert_type(codes, jnp.float32) - (_POWER - first)
 
 
-def narrow(bits: int, first: float, dtype: Any, scale: Any) -> bool:
-  """Whether `short` computes the same weights as `weights`, rounded.
+def narrow(bits: int, first: float | None, dtype: Any, scale: Any) -> bool:
+  """Whether weights are scaled in 16 bits, which rounds once and no more.
 
-  That is where codes are exact in 16 bits, and scales are of these.
+  That is where codes are exact in 16 bits, or are looked up, and scales are of
+  these.
 
   Args:
     bits: Of a code.
-    first: What code 0 stands for.
+    first: What code 0 stands for; None with a codebook.
     dtype: Of the activations.
     scale: Type of the scales.
   """
+  if first is None:
+    return scale == dtype
   _, base, fraction = _MAGIC[jnp.dtype(dtype)]
   exact = bits <= fraction and abs(base - first) <= 2 * base
   return exact and scale == dtype
@@ -168,33 +157,51 @@ def short(
   inputs: int,
   half: int,
   bits: int,
-  group: int,
   first: float,
-  scale: list[jax.Array],
-  offset: list[jax.Array],
   dtype: Any,
   interpreted: bool,
 ) -> jax.Array:
-  """Weights [64, 64] in 16 bits, of planes 2 half and 2 half + 1.
+  """What codes stand for, [64, 64] in 16 bits, of planes 2 half and 2 half + 1.
 
   Two codes at a time: a code under the exponent of a power of two is a number
-  from which that power is taken off exactly; scaling rounds once.
+  from which that power is taken off exactly.
 
   Args:
     words: From `load`.
-    inputs, half, bits, group, first: As of `weights`.
-    scale, offset: As of `weights`, but in `dtype`.
+    inputs, half, bits, first: As of `wide`.
     dtype: bfloat16 or float16.
     interpreted: Whether no registers can be named.
   """
   base = _MAGIC[jnp.dtype(dtype)][1]
   found = _levels(words, inputs, half, bits, dtype, interpreted)
-  found = found - jnp.asarray(base - first, dtype)
-  scale = _of_group(found.shape, inputs, group, scale)
+  return found - jnp.asarray(base - first, dtype)
+
+
+def scaled(
+  levels: jax.Array,
+  inputs: int,
+  group: int,
+  scale: list[jax.Array],
+  offset: list[jax.Array],
+  interpreted: bool,
+) -> jax.Array:
+  """Weights [64, 64] in the type of `levels`, rounded once.
+
+  Args:
+    levels: What codes stand for.
+    inputs: The axis of inputs.
+    group: Inputs of a scale.
+    scale: Of each output, [64], for each group of these inputs.
+    offset: Likewise, or empty.
+    interpreted: Whether no registers can be named.
+  """
+  scale = _of_group(levels.shape, inputs, group, scale)
   if not offset:
-    return found * scale
-  offset = _of_group(found.shape, inputs, group, offset)
-  return _fused(found, scale, offset, interpreted)
+    return levels * scale
+  offset = _of_group(levels.shape, inputs, group, offset)
+  if levels.dtype == jnp.float32:
+    return levels * scale + offset
+  return _fused(levels, scale, offset, interpreted)
 
 
 def _levels(words, inputs, half, bits, dtype, interpreted):

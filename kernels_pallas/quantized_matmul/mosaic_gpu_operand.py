@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
+from kernels_pallas.quantized_matmul import mosaic_gpu_lookup as lookup
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.planar import PLANE
 
@@ -26,14 +27,16 @@ class Problem:
     padded: Inputs and outputs of the matrix's arrays.
     bits: Of a code.
     group: Inputs of a scale.
-    first: What code 0 stands for.
+    first: What code 0 stands for, if the others follow by ones.
+    codebook: Else what each of 16 does.
   """
 
   inputs: int
   padded: tuple[int, int]
   bits: int
   group: int
-  first: float
+  first: float | None
+  codebook: tuple[float, ...] = ()
 
   @property
   def planes(self) -> int:
@@ -96,6 +99,11 @@ def weights(
   loaded = decode.load(smem["codes"].at[place], p.inputs)
   dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
   narrow = decode.narrow(p.bits, p.first, dtype, of_scales)
+  levels = None
+  if p.first is None:
+    levels = lookup.entries(
+      loaded, p.inputs, half, p.codebook, dtype, interpreted
+    )
   across = plgpu.Layout.WGMMA.reduce(p.inputs)
 
   def of_outputs(name):
@@ -111,11 +119,15 @@ def weights(
     ]
     return [x.astype(dtype if narrow else jnp.float32) for x in parts]
 
-  static = p.inputs, half, p.bits, p.group, p.first
-  scales = of_outputs("scale"), of_outputs("offset")
-  if narrow:
-    w = decode.short(loaded, *static, *scales, dtype, interpreted)
-  else:
+  if levels is None and narrow:
+    levels = decode.short(
+      loaded, p.inputs, half, p.bits, p.first, dtype, interpreted
+    )
+  elif levels is None:
     words = decode.expand(loaded, p.inputs, interpreted)
-    w = decode.weights(words, *static, *scales)
+    levels = decode.wide(words, p.inputs, half, p.bits, p.first)
+  w = decode.scaled(
+    levels if narrow else levels.astype(jnp.float32), p.inputs, p.group,
+    of_outputs("scale"), of_outputs("offset"), interpreted,
+  )  # fmt: skip
   return w.astype(dtype)

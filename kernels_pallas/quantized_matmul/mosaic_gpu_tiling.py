@@ -15,9 +15,9 @@ OPERANDS = ("registers", "shared")
 SHARED_BYTES = {"wgmma": 232_448, "mma": 101_376}
 """Shared memory that a block may ask for: of Hopper, and of Ada."""
 
-MOST = {"wgmma": 256, "mma": 96}
+MOST = {"wgmma": 256, "mma": 80}
 """Rows of the largest tile: the N of `wgmma`; sums that registers hold, beside
-decoded weights of two pieces (128 rows spill)."""
+decoded weights of two pieces (codebooks spill with 96)."""
 
 LEAST_ROWS = {"wgmma": 8, "mma": 16}
 """Of the smallest, and what others are multiples of: a block of `mma` copies 16

@@ -88,7 +88,7 @@ def fits(w: QTensor, gpu: bool = False, dtype: str = "bfloat16") -> bool:
 
   Args:
     w: a packed matrix.
-    gpu: for GPUs, whose kernels look nothing up: even grids alone.
+    gpu: for GPUs, whose kernels take 8 bits in words.
     dtype: of the rows that it multiplies. bfloat16 is what every kernel takes,
       float32 TPUs' alone, float16 GPUs' alone.
   """
@@ -150,11 +150,8 @@ def to_planes(
     return isinstance(x, QTensor)
 
   found = tree.map_paths(one, params, is_leaf=is_packed)
-  device, taken = "TPUs", "those of 4 bits or of integers"
-  if gpu:
-    device, taken = "GPUs", "integers"
-  cost = f"slower than {taken} in bfloat16"
-  kernel_codes.tell("planes", device, left, cost)
+  cost = "slower than those of 4 bits or of integers in bfloat16"
+  kernel_codes.tell("planes", "GPUs" if gpu else "TPUs", left, cost)
   return tree.unroll(found) if made else params
 
 

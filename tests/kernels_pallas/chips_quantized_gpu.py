@@ -27,6 +27,14 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
 )
 from tests.kernels_pallas import ptx_emulator as emulator
 
+CODEBOOKS = {
+  "even": planar.AFFINE,
+  # Quantiles of a normal distribution (arXiv:2305.14314, appendix E).
+  "nf4": (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,
+          -0.091050036, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
+          0.44070983, 0.562617, 0.72295684, 1.0),
+}  # fmt: skip
+
 SHARED = SHARED_BYTES["mma"]
 
 
@@ -45,6 +53,7 @@ class Case:
     operand: As of `Tile`; of a tile of 64 rows if 'shared'.
     target: Of `gpu.TARGETS`.
     scales: Type of scales and offsets.
+    codebook: Of `CODEBOOKS`.
   """
 
   bits: int = 4
@@ -57,6 +66,7 @@ class Case:
   operand: str = "registers"
   target: str = "h100"
   scales: str = "bfloat16"
+  codebook: str = "even"
 
 
 TABLE = tuple(
@@ -72,6 +82,9 @@ TABLE = tuple(
     Case(direction="gradient"),
     Case(direction="gradient", group=32, offset=True),
     Case(direction="gradient", bits=8),
+    Case(group=64, codebook="nf4"),
+    Case(rows=8, group=64, codebook="nf4"),
+    Case(direction="gradient", group=64, codebook="nf4"),
   )
 )
 
@@ -104,6 +117,7 @@ def operands(case: Case):
     jnp.asarray(scale, case.scales),
     None if offset is None else jnp.asarray(offset, case.scales),
     group=case.group,
+    codebook=CODEBOOKS[case.codebook],
   )
   x = jnp.asarray(rng.standard_normal((case.rows, n)), case.dtype)
   return x, planar.in_words(w)
@@ -151,7 +165,10 @@ def _shapes(case):
     scale = jnp.zeros((-(-n // case.group), n), case.scales)
     codes = jnp.zeros((n, n), jnp.uint8 if case.bits == 4 else jnp.int8)
     offset = scale if case.offset else None
-    w = planar.pack(codes, scale, offset, group=case.group)
+    codebook = CODEBOOKS[case.codebook]
+    w = planar.pack(
+      codes, scale, offset, group=case.group, codebook=codebook
+    )  # fmt: skip
     return jnp.zeros((case.rows, n), case.dtype), planar.in_words(w)
 
   return jax.eval_shape(pack)
@@ -194,7 +211,7 @@ def main() -> int:
     loop = ", ".join(f"{n} {kind}" for kind, n in sorted(found.loop.items()))
     print(
       f"{case.target}: W{case.bits}A16 {case.direction}, {case.rows} rows, "
-      f"group {case.group}"
+      f"group {case.group}, {case.codebook}"
       f"{', offsets' if case.offset else ''}: {found.registers} registers, "
       f"{found.spills} bytes spilled, {found.shared} bytes shared; an "
       f"iteration of {found.flops / 1e6:.2f} MFLOP: {loop}",

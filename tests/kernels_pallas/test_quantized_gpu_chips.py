@@ -4,9 +4,11 @@ The PTX of those of `mma` is run in NumPy: what is decoded, which register it is
 in, what is copied where, and what is waited for.
 """
 
+import dataclasses
 import functools
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,6 +84,11 @@ SMALL = {
                scales="float32"),
   "wide_blackwell": Case(rows=20, size=256, target="b200", scales="float32"),
   "bytes": Case(bits=8, group=16, rows=20, size=256, target="a100"),
+  "nf4": Case(rows=20, size=256, target="a100", group=64, codebook="nf4"),
+  "nf4_wide": Case(rows=20, size=256, target="b200", group=64, codebook="nf4",
+                   scales="float32"),
+  "nf4_gradient": Case(direction="gradient", rows=20, size=256, target="a100",
+                       group=64, codebook="nf4", dtype="float16"),
   "gradient": Case(direction="gradient", rows=100, size=256, target="a100"),
   "gradient_offsets": Case(direction="gradient", group=16, offset=True, rows=8,
                            size=256, target="b200"),
@@ -94,6 +101,9 @@ def error(case, text, **how):
   """Of the emulated result, in parts of what rounding may be."""
   x, w = chips.operands(case)
   found = chips.emulated(case, text, **how)
+  # Entries are rounded to the type of the rows.
+  entries = np.asarray(jnp.asarray(w.codebook, case.dtype), np.float64)
+  w = dataclasses.replace(w, codebook=tuple(map(float, entries)))
   matrix = np.asarray(planar.dense(w), np.float64)
   matrix = matrix if case.direction == "forward" else matrix.T
   x = np.asarray(x, np.float64)

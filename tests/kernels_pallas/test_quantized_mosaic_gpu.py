@@ -36,7 +36,8 @@ TILES = {
 TILE = TILES["wgmma"]
 I, O = 256, 128
 SYMMETRIC = tuple(float(n) for n in range(-8, 8))
-LOOKED_UP = tuple(float(n) / 15 for n in range(16))
+LOOKED_UP = (-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16,
+             0.25, 0.34, 0.44, 0.56, 0.72, 1.25)  # fmt: skip
 
 
 @pytest.fixture(name="interpreter")
@@ -50,7 +51,10 @@ def _interpreter():
 
 
 @functools.cache
-def packed(bits, group, offset=False, dtype="float16", inputs=I, outputs=O):
+def packed(
+  bits, group, offset=False, dtype="float16", inputs=I, outputs=O,
+  codebook=SYMMETRIC,
+):  # fmt: skip
   """A matrix whose codes are symmetric, of weights near 1."""
   rng = np.random.default_rng([bits, group])
   low, high, kind = (0, 16, "uint8") if bits == 4 else (-128, 128, "int8")
@@ -58,7 +62,7 @@ def packed(bits, group, offset=False, dtype="float16", inputs=I, outputs=O):
   shape = (-(-inputs // group), outputs)
   scale = jnp.asarray(rng.uniform(0.5, 1, shape) / 2 ** (bits - 1), dtype)
   shift = jnp.asarray(rng.normal(size=shape), dtype) if offset else None
-  w = planar.pack(codes, scale, shift, group=group, codebook=SYMMETRIC)
+  w = planar.pack(codes, scale, shift, group=group, codebook=codebook)
   return planar.in_words(w)
 
 
@@ -101,8 +105,22 @@ def test_products_are_those_of_the_decoded_matrix(interpreter, name, cores):
   close(found, x, matrix.T if gradient else matrix)
 
 
+@pytest.mark.parametrize("scales", ["float16", "float32"])
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("cores", TILES)
+def test_codebooks_are_looked_up(interpreter, cores, gradient, scales):
+  """Their entries are rounded to the type of the rows."""
+  w = packed(4, 32, True, scales, codebook=LOOKED_UP)
+  x = draw(16, O if gradient else I)
+  run = mosaic_gpu.input_gradient if gradient else mosaic_gpu.product
+  found = run(x, w, TILES[cores], interpreter)
+  rounded = tuple(map(float, np.asarray(LOOKED_UP, np.float16)))
+  matrix = planar.dense(dataclasses.replace(w, codebook=rounded))
+  close(found, x, matrix.T if gradient else matrix)
+
+
 @pytest.mark.parametrize(
-  "tile", [Tile(128, 1, 2, operand="shared"), Tile(96, 1, 2, cores="mma")]
+  "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
 def test_many_rows_leave_in_parts_and_matrices_are_padded(interpreter, tile):
   """The last tile of rows is not whole, nor are inputs and outputs."""
@@ -203,12 +221,12 @@ def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
   assert tile.stages * stage + result + 2048 <= SHARED_BYTES["wgmma"]
   tile = fitted("mma", rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
-  # As many registers as sums of 96 rows of two pieces.
-  assert tile.stages >= 2 and tile.rows * tile.groups * sums <= 192
+  # As many registers as sums of 80 rows of two pieces.
+  assert tile.stages >= 2 and tile.rows * tile.groups * sums <= 160
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   assert tile.stages * stage + 2048 <= SHARED_BYTES["mma"]
   tiles = -(-rows // tile.rows)
-  assert tiles == -(-rows // 96) and tiles * tile.rows - rows < 16 * tiles
+  assert tiles == -(-rows // 80) and tiles * tile.rows - rows < 16 * tiles
 
 
 @pytest.mark.parametrize(
@@ -237,7 +255,7 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
   assert kernels(w, jnp.bfloat16, 257) == many
   assert not kernels(w, jnp.float32)
   looked_up = dataclasses.replace(w, codebook=LOOKED_UP)
-  assert not kernels(looked_up, jnp.bfloat16)
+  assert kernels(looked_up, jnp.bfloat16) == few
 
 
 def test_what_the_kernels_do_not_compute_is_refused():
@@ -245,8 +263,8 @@ def test_what_the_kernels_do_not_compute_is_refused():
   call = functools.partial(quantized_matmul, backend="mosaic_gpu")
   with pytest.raises(ValueError, match="x: found float32, expected bfloat16"):
     call(x.astype(jnp.float32), w)
-  with pytest.raises(ValueError, match="codebook.*look nothing up"):
-    call(x, dataclasses.replace(w, codebook=LOOKED_UP))
+  with pytest.raises(ValueError, match="codebook.*what float16 has"):
+    call(x, dataclasses.replace(w, codebook=(*LOOKED_UP[:-1], 1e5)))
   raw = planar.pack(np.zeros((I, O), np.int8), jnp.ones((1, O), jnp.float32))
   with pytest.raises(ValueError, match="codes: found int8.*in_words"):
     call(x, raw)
