@@ -10,6 +10,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+CODEBOOKS = {
+  "even": tuple(float(code - 8) for code in range(16)),
+  # That of arXiv:2305.14314, appendix E, in bfloat16.
+  "nf4": (-1.0, -0.6953125, -0.5234375, -0.39453125, -0.28515625, -0.1845703125,
+          -0.0908203125, 0.0, 0.07958984375, 0.1611328125, 0.24609375,
+          0.337890625, 0.44140625, 0.5625, 0.72265625, 1.0),
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -22,6 +30,8 @@ class Row:
     direction: 'forward' or 'gradient'.
     rows: Of activations.
     size: Inputs and outputs.
+    codebook: 'even', or 'nf4', which is looked up.
+    codes: Whether rows are rounded to 8 bits, too.
   """
 
   bits: int
@@ -30,13 +40,17 @@ class Row:
   direction: str
   rows: int
   size: int = 4096
+  codebook: str = "even"
+  codes: bool = False
 
   @property
   def name(self) -> str:
     """What identifies it."""
     offset = "+offset" if self.offset else ""
+    kind = "NF4" if self.codebook == "nf4" else f"W{self.bits}"
     return (
-      f"W{self.bits}A16 group {self.group}{offset} {self.direction} "
+      f"{kind}A{8 if self.codes else 16} group {self.group}{offset} "
+      f"{self.direction} "
       f"{self.rows}x{self.size}"
     )
 
@@ -44,13 +58,27 @@ class Row:
 def rows(tiny: bool) -> list[Row]:
   """The products."""
   if tiny:
-    # One for each of the kernels.
-    return [Row(4, 32, True, "forward", rows, 128) for rows in (8, 16)]
-  return [
-    Row(bits, group, offset, direction, count)
-    for bits, group, offset in ((4, 128, False), (4, 32, True), (8, 128, False))
+    # Each of the kernels, and of the kinds of codes.
+    return [
+      Row(4, 32, True, "forward", 8, 128),
+      Row(4, 64, False, "forward", 16, 128, "nf4"),
+      Row(8, 128, False, "forward", 32, 128, codes=True),
+    ]
+  counts = 1, 16, 128, 1024, 8192
+  kinds = (4, 128, False), (4, 32, True), (8, 128, False)
+  found = [
+    Row(*kind, direction, count)
+    for kind in kinds
     for direction in ("forward", "gradient")
-    for count in (1, 16, 128, 1024, 8192)
+    for count in counts
+  ]
+  found += [
+    Row(4, 64, False, direction, count, codebook="nf4")
+    for direction in ("forward", "gradient")
+    for count in counts
+  ]
+  return found + [
+    Row(8, 4096, False, "forward", count, codes=True) for count in counts
   ]
 
 
@@ -95,7 +123,7 @@ def _measure(row: Row, tiny: bool, repeats: int) -> dict[str, Any]:
     want, size = wide @ dense, jnp.abs(wide) @ jnp.abs(dense)
   got = run(x, w).astype(jnp.float32)
   # Weights and the result are rounded to 8 bits; sums are of float32.
-  bound = 2.0**-9 * (size + jnp.abs(want)) + 2.0**-20 * size
+  bound = 2.0**-8 * (size + jnp.abs(want)) + 2.0**-20 * size
   worst = float(jnp.max(jnp.abs(got - want) / bound))
   plain, matrix = jax.jit(lambda x, w: x @ w), dense.astype(x.dtype)
   return {
@@ -123,8 +151,12 @@ def _operands(row: Row):
     scale.astype(jnp.bfloat16),
     offset if row.offset else None,
     group=row.group,
-    codebook=tuple(float(code - 8) for code in range(16)),
+    codebook=CODEBOOKS[row.codebook],
   )
+  if row.codes:
+    # Of which the codes are known.
+    x = jax.random.randint(keys[3], (row.rows, n), -127, 128).at[:, 0].set(127)
+    return planar.in_words(w), x.astype(jnp.bfloat16)
   x = jax.random.normal(keys[3], (row.rows, n), jnp.bfloat16)
   return planar.in_words(w), x
 
@@ -133,20 +165,19 @@ def _product(row: Row, tiny: bool):
   from jax.experimental.pallas import mosaic_gpu as plgpu
 
   from kernels_pallas.quantized_matmul import mosaic_gpu
-  from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
-    LEAST_ROWS,
-    Tile,
-  )
+  from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
 
   run = mosaic_gpu.product
   if row.direction == "gradient":
     run = mosaic_gpu.input_gradient
+  if row.codes:
+    run = functools.partial(run, activations="int8")
   if not tiny:
     return run
   interpret = plgpu.InterpretGPUParams()
   tile = Tile(8, 2, 2, operand="shared")
-  if row.rows == LEAST_ROWS["mma"]:
-    tile = Tile(16, 2, 2, cores="mma")
+  if row.rows > tile.rows:
+    tile = Tile(row.rows, 2, 2, cores="mma")
   return functools.partial(run, tile=tile, interpret=interpret)
 
 

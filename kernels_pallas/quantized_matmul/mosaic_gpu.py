@@ -7,7 +7,7 @@ are bfloat16 or float16, sums float32.
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from kernels_pallas.lowering import (
   BLACKWELL,
@@ -16,21 +16,29 @@ from kernels_pallas.lowering import (
   device,
   has_mma,
 )
+from kernels_pallas.quantized_matmul import mosaic_gpu_integers as integers
 from kernels_pallas.quantized_matmul import mosaic_gpu_kernel, mosaic_gpu_mma
 from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   DTYPES,
+  LEAST_CODES,
   Tile,
   fitted,
 )
+from kernels_pallas.quantized_matmul.mosaic_tpu import quantize_rows
 from kernels_pallas.quantized_matmul.planar import Planar
 
 NO_STAND_IN = ("wgmma", "registers")
 """Cores and operand that the GPU interpreter does not have."""
 
 
-def unsupported(dtype: Any, w: Planar) -> str | None:
+def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
   """Why the kernels cannot multiply such rows with `w`, or None."""
+  if activations is not None and w.group < w.padded[0]:
+    return (
+      f"activations: found groups of {w.group} of {w.inputs} inputs, expected "
+      "a scale for each output"
+    )
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
   if dtype not in DTYPES:
@@ -77,6 +85,7 @@ def product(
   w: Planar,
   tile: Tile | None = None,
   interpret: Any = False,
+  activations: Any = None,
 ) -> Float[Array, "B O"]:
   """Returns `x W` in the dtype of x, summed in float32, on a GPU.
 
@@ -85,10 +94,15 @@ def product(
     w: Without leading axes.
     tile: Sizes; by default fitted.
     interpret: False to compile, or a `plgpu.InterpretGPUParams`.
+    activations: None; or int8, to which each row is then rounded, by its
+      largest number, for sums of 8-bit codes in int32 (as `mosaic_tpu.product`)
+      by `mma`. A scale then serves all inputs.
 
   Raises:
     ValueError: What the kernels do not compute.
   """
+  if activations is not None:
+    return _of_codes(x, w, tile, interpret)
   return _run(x, w, 1, tile, interpret)[:, : w.outputs]
 
 
@@ -126,13 +140,32 @@ def _run(x, w, inputs, tile, interpret):
   return y[: len(x)]
 
 
+def _of_codes(x, w, tile, interpret):
+  """A product of rows that are rounded to 8 bits."""
+  if reason := unsupported(x.dtype, w, jnp.int8):
+    raise ValueError(f"mosaic_gpu: {reason}")
+  if tile is not None and (tile.cores, tile.rows % LEAST_CODES) != ("mma", 0):
+    raise ValueError(
+      f"tile: found {tile}, expected mma, and rows in multiples of "
+      f"{LEAST_CODES} for codes"
+    )
+  codes, unit = quantize_rows(x)
+  p, t, arrays, _ = plan(codes, w, 1, tile or "mma")
+  y = mosaic_gpu_mma.multiply(p, t, arrays, jnp.int32, interpret)
+  y = y.sum(axis=0)[: len(x)].astype(jnp.float32) * w.scale
+  if w.offset is not None:
+    sums = codes.astype(jnp.int32).sum(axis=1, keepdims=True)
+    y = y + sums.astype(jnp.float32) * w.offset
+  return (y * unit).astype(x.dtype)[:, : w.outputs]
+
+
 def plan(
-  x: Float[Array, "B n"], w: Planar, inputs: int, tile: Tile | str
+  x: Num[Array, "B n"], w: Planar, inputs: int, tile: Tile | str
 ) -> tuple[Problem, Tile, dict[str, Any], Any]:
   """What a kernel is called with: problem, tile, arrays, type of its result.
 
   Args:
-    x: Activations.
+    x: Activations, or int8 codes of them.
     w: Their matrix.
     inputs: As of `Problem`.
     tile: Sizes, or one of `Tile.cores` that they are fitted to.
@@ -145,11 +178,15 @@ def plan(
     group=min(w.group, padded[0]),
     first=_first(w),
     codebook=w.codebook,
+    integers=x.dtype == jnp.int8,
   )
   if isinstance(tile, str):
-    tile = fitted(tile, M, p.width // p.kept, p.steps, p.depth, p.sums)
+    sizes = p.width // p.kept, p.steps, p.depth, p.sums
+    tile = fitted(tile, M, *sizes, codes=p.integers)
   rows = -(-M // tile.rows) * tile.rows
   x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
+  if p.integers:
+    return p, tile, {"x": integers.ordered(x), "codes": w.codes}, jnp.int32
   arrays = {"x": x, "codes": w.codes, "scale": w.scale, "offset": w.offset}
   arrays = {name: x for name, x in arrays.items() if x is not None}
   return p, tile, arrays, x.dtype if tile.splits == 1 else jnp.float32

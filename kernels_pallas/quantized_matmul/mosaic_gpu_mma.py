@@ -27,6 +27,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import gpu_copy as copy
 from kernels_pallas import gpu_copy_rows as rows
 from kernels_pallas import gpu_memory
+from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
+from kernels_pallas.quantized_matmul import mosaic_gpu_integers as integers
 from kernels_pallas.quantized_matmul import mosaic_gpu_operand as operand
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
@@ -49,7 +51,7 @@ def multiply(
   call = plgpu.kernel(
     functools.partial(_kernel, p, t, bool(interpret)),
     out_type=varying(arrays["x"], (t.splits, count, p.width), out),
-    scratch_types=[_buffers(p, t, arrays)],
+    scratch_types=[_buffers(p, t, arrays, bool(interpret))],
     grid=(count // t.rows, p.width // (t.groups * p.kept), t.splits),
     grid_names=("row", "column", "split"),
     compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -59,9 +61,16 @@ def multiply(
   return call(arrays)
 
 
-def _buffers(p: Problem, t: Tile, arrays) -> dict[str, Any]:
+def _buffers(p: Problem, t: Tile, arrays, interpreted) -> dict[str, Any]:
+  shape, dtype = (t.stages, t.rows, p.depth), arrays["x"].dtype
+  if p.integers and interpreted:
+    x = plgpu.SMEM(shape, dtype)
+  elif p.integers:
+    x = copy.buffer((*shape[:2], p.depth // 2), jnp.int16)
+  else:
+    x = copy.buffer(shape, dtype)
   found = {
-    "x": copy.buffer((t.stages, t.rows, p.depth), arrays["x"].dtype),
+    "x": x,
     "codes": plgpu.SMEM((t.stages, t.groups, WORDS, TILE), jnp.uint32),
   }
   for name in ("scale", "offset"):
@@ -92,7 +101,8 @@ def _kernel(p, t, interpreted, refs, y_ref, smem):
     return _step(p, t, interpreted, smem, sums, lax.rem(n, jnp.int32(t.stages)))
 
   zeros = plgpu.layout_cast(
-    jnp.zeros((TILE, LINES), jnp.float32), plgpu.Layout.WGMMA
+    jnp.zeros((TILE, LINES), jnp.int32 if p.integers else jnp.float32),
+    plgpu.Layout.WGMMA,
   )
   many = t.groups * p.sums * (t.rows // LINES)
   sums = lax.fori_loop(0, count, turn, [zeros] * many)
@@ -140,11 +150,18 @@ def _step(p, t, interpreted, smem, sums, slot):
     columns = pl.ds(part[0] * TILE, TILE)
     lefts = []
     for g, half in itertools.product(range(t.groups), part):
+      if p.integers:
+        words = decode.load(smem["codes"].at[slot, g], 1)
+        lefts.append([integers.left(words, interpreted)])
+        continue
       w = operand.weights(p, interpreted, smem, (slot, g), half)
       lefts.append(_lefts(interpreted, w))
     for n in range(t.rows // LINES):
       lines = pl.ds(n * LINES, LINES)
-      rights = _rights(interpreted, x.at[lines, columns])
+      if p.integers:
+        rights = [integers.right(x.at[lines], interpreted)]
+      else:
+        rights = _rights(interpreted, x.at[lines, columns])
       for piece, left in enumerate(lefts):
         at = piece * (t.rows // LINES) + n
         sums[at] = _dot(interpreted, sums[at], left, rights)
@@ -154,7 +171,7 @@ def _step(p, t, interpreted, smem, sums, slot):
 def _dot(interpreted, total, lefts, rights):
   if interpreted:
     (a,), (b,) = lefts, rights
-    return total + jnp.dot(a, b, preferred_element_type=jnp.float32)
+    return total + jnp.dot(a, b, preferred_element_type=total.dtype)
   for a, b in zip(lefts, rights, strict=True):
     total = plgpu.mma(total, a, b)
   return total

@@ -29,6 +29,7 @@ class Problem:
     group: Inputs of a scale.
     first: What code 0 stands for, if the others follow by ones.
     codebook: Else what each of 16 does.
+    integers: Whether rows are 8-bit codes, too, and sums int32.
   """
 
   inputs: int
@@ -37,6 +38,7 @@ class Problem:
   group: int
   first: float | None
   codebook: tuple[float, ...] = ()
+  integers: bool = False
 
   @property
   def planes(self) -> int:

@@ -26,6 +26,9 @@ bytes a thread."""
 CHUNK = 64
 """Rows that leave at a time."""
 
+LEAST_CODES = 32
+"""Likewise of rows of codes, of half the bytes."""
+
 LEAST = 4
 """Steps that a split has at least."""
 
@@ -86,7 +89,13 @@ class Tile:
 
 
 def fitted(
-  cores: str, rows: int, pieces: int, steps: int, depth: int, sums: int
+  cores: str,
+  rows: int,
+  pieces: int,
+  steps: int,
+  depth: int,
+  sums: int,
+  codes: bool = False,
 ) -> Tile:
   """A tile for a product that is not told one.
 
@@ -97,14 +106,17 @@ def fitted(
     steps: That they walk over.
     depth: Of a step.
     sums: Accumulators of a piece.
+    codes: Whether rows are 8-bit codes.
   """
-  least, wgmma = LEAST_ROWS[cores], cores == "wgmma"
+  wgmma = cores == "wgmma"
+  least = LEAST_CODES if codes else LEAST_ROWS[cores]
   size = -(-rows // least) * least
   if wgmma and size > CHUNK:
     size = min(MOST[cores] // sums, -(-size // CHUNK) * CHUNK)
   elif not wgmma:
     # Whatever the rows, a warpgroup holds two sums.
-    size = -(-size // -(-size // MOST[cores]) // least) * least
+    most = MOST[cores] // least * least
+    size = -(-size // -(-size // most) // least) * least
   # With many rows, so that two pieces' words share what is read of them.
   many = 2 if wgmma else 2 // sums
   groups = many if pieces % many == 0 else 1

@@ -46,8 +46,6 @@ def planar_matmul(
     ValueError: Types that do not fit each other.
   """
   mosaic_tpu.check_activations(activations, w)
-  if backend == "mosaic_gpu" and activations is not None:
-    raise ValueError("activations: found some, mosaic_gpu rounds none")
   if jax.sharding.get_abstract_mesh().manual_axes:
     # Rows that devices share meet a part of W on each. With the type of what
     # differs, their gradients are added up behind the kernel, not in it.
@@ -62,17 +60,15 @@ def _product(x, w, backend, activations, config, interpret):
     return mosaic_tpu.product(x, w, activations, config or Config(), interpret)
 
   def on_gpu(x, w):
-    return mosaic_gpu.product(x, w, config, interpret)
+    return mosaic_gpu.product(x, w, config, interpret, activations)
 
   def plain(x, w):
     return _plain(x, w, activations)
 
-  if activations is not None:
-    on_gpu = plain
-  return _choose(backend, on_tpu, on_gpu, plain, x, w)
+  return _choose(backend, on_tpu, on_gpu, plain, x, w, activations)
 
 
-def _choose(backend, on_tpu, on_gpu, plain, x, w):
+def _choose(backend, on_tpu, on_gpu, plain, x, w, activations=None):
   if backend in ("mosaic_tpu", "mosaic_gpu"):
     return (on_tpu if backend == "mosaic_tpu" else on_gpu)(x, w)
   if backend == "xla" or not len(x) or lowering.is_cut():
@@ -83,7 +79,7 @@ def _choose(backend, on_tpu, on_gpu, plain, x, w):
   if mosaic_tpu.unsupported(x.dtype, w) is None:
     kernels["tpu"] = on_tpu
   gpu = mosaic_gpu.is_for(len(x))
-  if gpu and mosaic_gpu.unsupported(x.dtype, w) is None:
+  if gpu and mosaic_gpu.unsupported(x.dtype, w, activations) is None:
     kernels["cuda"] = on_gpu
   return jax.lax.platform_dependent(x, w, **kernels, default=plain)
 

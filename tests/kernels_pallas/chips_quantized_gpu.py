@@ -25,6 +25,7 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   SHARED_BYTES,
   Tile,
 )
+from kernels_pallas.quantized_matmul.mosaic_tpu import quantize_rows
 from tests.kernels_pallas import ptx_emulator as emulator
 
 CODEBOOKS = {
@@ -54,6 +55,7 @@ class Case:
     target: Of `gpu.TARGETS`.
     scales: Type of scales and offsets.
     codebook: Of `CODEBOOKS`.
+    codes: Whether rows are rounded to 8 bits, too.
   """
 
   bits: int = 4
@@ -67,6 +69,7 @@ class Case:
   target: str = "h100"
   scales: str = "bfloat16"
   codebook: str = "even"
+  codes: bool = False
 
 
 TABLE = tuple(
@@ -85,6 +88,8 @@ TABLE = tuple(
     Case(group=64, codebook="nf4"),
     Case(rows=8, group=64, codebook="nf4"),
     Case(direction="gradient", group=64, codebook="nf4"),
+    Case(bits=8, group=4096, codes=True),
+    Case(bits=8, group=4096, codes=True, rows=8),
   )
 )
 
@@ -126,8 +131,11 @@ def operands(case: Case):
 def emulated(case: Case, text: str, *, late: bool = True) -> np.ndarray:
   """The result by the kernel's PTX, in float32."""
   x, w = operands(case)
+  if case.codes:
+    x, unit = quantize_rows(x)
   p, t, arrays, out = mosaic_gpu.plan(x, w, _inputs(case), "mma")
-  y = np.full((t.splits, len(arrays["x"]), p.width), np.nan, out)
+  nothing = 2**31 - 1 if case.codes else np.nan
+  y = np.full((t.splits, len(arrays["x"]), p.width), nothing, out)
   # In the order in which the kernel first uses them.
   held = [np.asarray(x).reshape(-1).view(np.uint8) for x in arrays.values()]
   loads, stores = iter(held), iter([y.reshape(-1).view(np.uint8)])
@@ -140,6 +148,8 @@ def emulated(case: Case, text: str, *, late: bool = True) -> np.ndarray:
   for index in np.ndindex(grid):
     block = emulator.Block(program, memory, index, SHARED, late)
     block.run(rng)
+  if case.codes:
+    return y.sum(0)[: case.rows] * np.asarray(w.scale) * np.asarray(unit)
   return y.astype(np.float32).sum(0)[: case.rows]
 
 
@@ -148,6 +158,7 @@ def planned(case: Case):
   found = []
 
   def run(x, w):
+    x = x.astype(jnp.int8) if case.codes else x
     p, t, arrays, _ = mosaic_gpu.plan(x, w, _inputs(case), "mma")
     found.extend((p, t, list(arrays)))
 
@@ -187,7 +198,8 @@ def compile_here(case: Case) -> None:
   )
   way = mosaic_gpu.input_gradient
   if case.direction == "forward":
-    way = mosaic_gpu.product
+    codes = jnp.int8 if case.codes else None
+    way = functools.partial(mosaic_gpu.product, activations=codes)
   tile = None
   if case.operand != "registers":
     tile = Tile(64, operand=case.operand)
@@ -210,7 +222,8 @@ def main() -> int:
     found, _ = measure(case)
     loop = ", ".join(f"{n} {kind}" for kind, n in sorted(found.loop.items()))
     print(
-      f"{case.target}: W{case.bits}A16 {case.direction}, {case.rows} rows, "
+      f"{case.target}: W{case.bits}A{8 if case.codes else 16} "
+      f"{case.direction}, {case.rows} rows, "
       f"group {case.group}, {case.codebook}"
       f"{', offsets' if case.offset else ''}: {found.registers} registers, "
       f"{found.spills} bytes spilled, {found.shared} bytes shared; an "

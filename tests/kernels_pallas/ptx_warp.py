@@ -282,6 +282,9 @@ class Warp:
       self.put(name, high.astype(np.uint32) << 16 | low)
 
   def _mma_sync(self, opcode, parts, x):
+    if "m16n8k32" in parts:
+      self.mma_of_bytes(parts, x)
+      return
     assert "m16n8k16" in parts and parts[-2] == parts[-3]
     a, b = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
     acc = np.zeros((16, 8), np.float32)
@@ -297,6 +300,24 @@ class Warp:
       acc[_ROW + n // 2 * 8, 2 * _PAIR + n % 2] = self.get(name, np.float32)
     with np.errstate(all="ignore"):
       acc = acc + a @ b
+    for n, name in enumerate(self.many(x[0])):
+      self.put(name, acc[_ROW + n // 2 * 8, 2 * _PAIR + n % 2])
+
+  def mma_of_bytes(self, parts, x):
+    """Sums of products of signed bytes, four neighbours in a register."""
+    assert parts[-4:] == ["s32", "s8", "s8", "s32"]
+    a, b = np.zeros((16, 32), np.int32), np.zeros((32, 8), np.int32)
+    acc, column = np.zeros((16, 8), np.int32), 4 * _PAIR[:, None] + np.arange(4)
+    row = _ROW[:, None]
+    for n, name in enumerate(self.many(x[1])):
+      four = self.get(name, np.uint32).view(np.int8).reshape(LANES, 4)
+      a[row + n % 2 * 8, column + n // 2 * 16] = four
+    for n, name in enumerate(self.many(x[2])):
+      four = self.get(name, np.uint32).view(np.int8).reshape(LANES, 4)
+      b[column + n * 16, row] = four
+    for n, name in enumerate(self.many(x[3])):
+      acc[_ROW + n // 2 * 8, 2 * _PAIR + n % 2] = self.get(name, np.int32)
+    acc = acc + a @ b
     for n, name in enumerate(self.many(x[0])):
       self.put(name, acc[_ROW + n // 2 * 8, 2 * _PAIR + n % 2])
 

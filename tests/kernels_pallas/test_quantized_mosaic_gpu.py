@@ -105,6 +105,32 @@ def test_products_are_those_of_the_decoded_matrix(interpreter, name, cores):
   close(found, x, matrix.T if gradient else matrix)
 
 
+@pytest.mark.parametrize("offset", [False, True])
+def test_rows_of_codes_are_summed_as_integers(interpreter, offset):
+  w, tile = packed(8, 256, offset, "float32"), Tile(32, 2, 2, cores="mma")
+  # Of which the codes are known: the largest is 127.
+  rng = np.random.default_rng(0)
+  codes = rng.integers(-127, 128, (37, I))
+  codes[:, 5] = 127
+  unit = 2.0 ** rng.integers(-3, 3, (37, 1))
+  x = jnp.asarray(codes * unit, jnp.bfloat16)
+  found, vjp = jax.vjp(
+    lambda x: planar_matmul(x, w, "mosaic_gpu", jnp.int8, tile, interpreter), x
+  )
+  matrix = np.asarray(planar.dense(w), np.float64)
+  want = unit * (codes @ matrix)
+  # The result is rounded; sums are exact, and scaled in float32.
+  size = unit * (np.abs(codes) @ np.abs(matrix))
+  bound = 2.0**-8 * np.abs(want) + 2.0**-21 * size
+  assert np.all(np.abs(np.asarray(found, np.float64) - want) <= bound)
+  # The gradient is that of rows as they were.
+  dy = draw(37, O, dtype=jnp.bfloat16)
+  exact = np.asarray(dy, np.float64) @ matrix.T
+  size = np.abs(np.asarray(dy, np.float64)) @ np.abs(matrix.T)
+  error = np.abs(np.asarray(vjp(dy)[0], np.float64) - exact)
+  assert np.all(error <= 2.0**-8 * (size + np.abs(exact)))
+
+
 @pytest.mark.parametrize("scales", ["float16", "float32"])
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("cores", TILES)
@@ -268,8 +294,10 @@ def test_what_the_kernels_do_not_compute_is_refused():
   raw = planar.pack(np.zeros((I, O), np.int8), jnp.ones((1, O), jnp.float32))
   with pytest.raises(ValueError, match="codes: found int8.*in_words"):
     call(x, raw)
-  with pytest.raises(ValueError, match="activations.*rounds none"):
-    call(x, planar.in_words(raw), activations=jnp.int8)
+  with pytest.raises(ValueError, match="groups of 64.*a scale for each output"):
+    call(x, packed(8, 64), activations=jnp.int8)
+  with pytest.raises(ValueError, match="mma, and rows in multiples of 32"):
+    mosaic_gpu.product(x, packed(8, 256), TILE, activations=jnp.int8)
   with pytest.raises(ValueError, match="8 bits in words, expected int8"):
     quantized_matmul(
       x.astype(jnp.bfloat16), planar.in_words(raw), backend="mosaic_tpu"
