@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gpu_memory
+from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul import mosaic_gpu_operand as operands
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
@@ -165,8 +166,9 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
 
 def _step(p, interpreted, smem, sums, group, slot) -> None:
   """Adds the products of one buffer."""
+  loaded = decode.load(smem["codes"].at[slot, group], p.inputs)
   for half in range(p.halves):
-    w = operands.weights(p, interpreted, smem, (slot, group), half)
+    w = operands.weights(p, interpreted, loaded, smem, (slot, group), half)
     x, total = smem["x"].at[slot], sums[0]
     if p.inputs == 1:
       x = x.at[:, pl.ds(half * TILE, TILE)]

@@ -14,7 +14,6 @@ lets XLA decode the matrix first.
 """
 
 import functools
-import itertools
 from typing import Any
 
 import jax
@@ -149,13 +148,14 @@ def _step(p, t, interpreted, smem, sums, slot):
   for part in [[half] for half in halves] if p.inputs == 1 else [halves]:
     columns = pl.ds(part[0] * TILE, TILE)
     lefts = []
-    for g, half in itertools.product(range(t.groups), part):
+    for g in range(t.groups):
+      words = decode.load(smem["codes"].at[slot, g], p.inputs)
       if p.integers:
-        words = decode.load(smem["codes"].at[slot, g], 1)
         lefts.append([integers.left(words, interpreted)])
         continue
-      w = operand.weights(p, interpreted, smem, (slot, g), half)
-      lefts.append(_lefts(interpreted, w))
+      for half in part:
+        w = operand.weights(p, interpreted, words, smem, (slot, g), half)
+        lefts.append(_lefts(interpreted, w))
     for n in range(t.rows // LINES):
       lines = pl.ds(n * LINES, LINES)
       if p.integers:

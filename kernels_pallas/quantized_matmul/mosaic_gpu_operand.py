@@ -87,18 +87,23 @@ class Problem:
 
 
 def weights(
-  p: Problem, interpreted: bool, smem: dict[str, Any], place: Any, half: int
+  p: Problem,
+  interpreted: bool,
+  loaded: jax.Array,
+  smem: dict[str, Any],
+  place: Any,
+  half: int,
 ) -> jax.Array:
   """Weights [64, 64] in the type of the rows, in the layout of `wgmma`.
 
   Args:
     p: The problem.
     interpreted: Whether no registers can be named.
-    smem: codes, scale and perhaps offset, `[stages, groups, ..., 64]`; x.
+    loaded: Words of a stage and group, from `decode.load`.
+    smem: scale and perhaps offset, `[stages, groups, scales, 64]`; x.
     place: Of which stage and group.
     half: Which 64 inputs of a block of words.
   """
-  loaded = decode.load(smem["codes"].at[place], p.inputs)
   dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
   narrow = decode.narrow(p.bits, p.first, dtype, of_scales)
   levels = None

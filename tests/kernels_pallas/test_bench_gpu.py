@@ -75,7 +75,9 @@ def test_a_part_that_fails_does_not_lose_the_others(monkeypatch, capsys):
 def test_packed_weights_are_no_failure_of_other_gpus(monkeypatch, capsys):
   monkeypatch.setattr(mosaic_gpu, "device", lambda: ("gpu", "Tesla V100"))
   (found,) = bench_gpu_packed.measure(False, 1, bench_gpu.guarded)
-  assert "no kernel" in found["skipped"] and "skipped" in capsys.readouterr().out
+  assert (
+    "no kernel" in found["skipped"] and "skipped" in capsys.readouterr().out
+  )
   gpu = types.SimpleNamespace(device_kind="Tesla V100", platform="gpu")
   monkeypatch.setattr(jax, "devices", lambda: [gpu])
   monkeypatch.setattr(bench_gpu, "table", lambda *_: [])
