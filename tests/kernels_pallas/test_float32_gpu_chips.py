@@ -1,0 +1,30 @@
+"""Why GPU kernels refuse float32: no tensor core multiplies it.
+
+Hopper's takes the upper 19 bits of each operand (TF32, 10 of fraction), which
+is not what a call in float32 asks for; on the others the compiler refuses.
+"""
+
+import pytest
+
+from kernels_pallas.inspect import gpu
+from tests.kernels_pallas import chips_float32_gpu as chips
+
+pytestmark = [
+  pytest.mark.chips,
+  pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing())),
+]
+
+REFUSALS = {
+  "a100": r"operand #1 must be vector of A type .*got 'vector<128x32xf32>'",
+  "b200": "Unsupported input element type: tf32",
+}
+
+
+@pytest.mark.parametrize("target", REFUSALS)
+def test_the_compiler_refuses_float32(target):
+  with pytest.raises(ValueError, match=REFUSALS[target]):
+    chips.operands(target)
+
+
+def test_hopper_rounds_float32():
+  assert chips.operands("h100") == "tf32"
