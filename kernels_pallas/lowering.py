@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "RTX 30", "RTX 40",
-          "L4", "Ada")  # fmt: skip
-"""Device kinds that have `mma` of 16 bits and `cp.async`, and not `wgmma`."""
+AMPERE = ("A100", "A800", "A30", "A10", "A40", "RTX A", "GeForce RTX 30",
+          "GeForce RTX 40", "L4", "Ada")  # fmt: skip
+"""Device kinds that have `mma` of 16 bits and `cp.async`, and not `wgmma`.
+
+"RTX 3000" and "RTX 4000" alone are Quadros of the generation before.
+"""
 
 HOPPER = ("H100", "H200", "H800", "GH200", "H20")
 """Device kinds that have `wgmma`."""
@@ -156,6 +159,19 @@ def alike(
     arrays[0],
   )
   return arrays, results
+
+
+def spread(y: jax.Array, like: Iterable[Any]) -> jax.Array:
+  """`y`, differing between devices along all axes that any of `like` does.
+
+  Within a GPU kernel's call JAX asks for no such types, and gives none.
+
+  Args:
+    y: A result under a `shard_map`, or not under one.
+    like: What it was computed of.
+  """
+  axes = frozenset().union(*map(_differs_along, like)) - _differs_along(y)
+  return jax.lax.pcast(y, tuple(sorted(axes)), to="varying") if axes else y
 
 
 def _differs_along(x: Any) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """Products with `Planar` weights on a GPU, the mosaic_gpu backend.
 
 W4A16, and W8A16 out of 8-bit codes in words (`planar.in_words`); activations
-are bfloat16 or float16, sums float32.
+are bfloat16 or float16, sums float32. W8A8 out of the same words, of
+activations that are rounded to 8 bits here, sums int32.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from kernels_pallas.lowering import (
   NO_GPU_KERNELS,
   device,
   has_mma,
+  spread,
 )
 from kernels_pallas.quantized_matmul import mosaic_gpu_integers as integers
 from kernels_pallas.quantized_matmul import mosaic_gpu_kernel, mosaic_gpu_mma
@@ -25,7 +27,10 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   Tile,
   fitted,
 )
-from kernels_pallas.quantized_matmul.mosaic_tpu import quantize_rows
+from kernels_pallas.quantized_matmul.mosaic_tpu import (
+  check_activations,
+  quantize_rows,
+)
 from kernels_pallas.quantized_matmul.planar import Planar
 
 NO_STAND_IN = ("wgmma", "registers")
@@ -134,14 +139,18 @@ def _run(x, w, inputs, tile, interpret):
       "interpret: the GPU interpreter's wgmma takes nothing from registers; "
       "pass Tile(operand='shared') or Tile(cores='mma')"
     )
+  if not len(x):
+    return jnp.zeros((0, w.padded[inputs]), x.dtype)
   p, t, arrays, out = plan(x, w, inputs, tile or cores() or "wgmma")
   y = KERNELS[t.cores].multiply(p, t, arrays, out, interpret)
+  y = spread(y, arrays.values())
   y = y[0] if t.splits == 1 else y.sum(axis=0).astype(x.dtype)
   return y[: len(x)]
 
 
 def _of_codes(x, w, tile, interpret):
   """A product of rows that are rounded to 8 bits."""
+  check_activations(jnp.int8, w)
   if reason := unsupported(x.dtype, w, jnp.int8):
     raise ValueError(f"mosaic_gpu: {reason}")
   if tile is not None and (tile.cores, tile.rows % LEAST_CODES) != ("mma", 0):
@@ -149,9 +158,12 @@ def _of_codes(x, w, tile, interpret):
       f"tile: found {tile}, expected mma, and rows in multiples of "
       f"{LEAST_CODES} for codes"
     )
+  if not len(x):
+    return jnp.zeros((0, w.outputs), x.dtype)
   codes, unit = quantize_rows(x)
   p, t, arrays, _ = plan(codes, w, 1, tile or "mma")
   y = mosaic_gpu_mma.multiply(p, t, arrays, jnp.int32, interpret)
+  y = spread(y, arrays.values())
   y = y.sum(axis=0)[: len(x)].astype(jnp.float32) * w.scale
   if w.offset is not None:
     sums = codes.astype(jnp.int32).sum(axis=1, keepdims=True)
@@ -169,6 +181,9 @@ def plan(
     w: Their matrix.
     inputs: As of `Problem`.
     tile: Sizes, or one of `Tile.cores` that they are fitted to.
+
+  Raises:
+    ValueError: A tile that does not fit the matrix.
   """
   M, padded = len(x), w.padded
   p = Problem(
@@ -183,6 +198,12 @@ def plan(
   if isinstance(tile, str):
     sizes = p.width // p.kept, p.steps, p.depth, p.sums
     tile = fitted(tile, M, *sizes, codes=p.integers)
+  pieces = p.width // p.kept
+  if pieces % tile.groups or tile.splits > p.steps:
+    raise ValueError(
+      f"tile: found {tile.groups} groups and {tile.splits} splits, expected a "
+      f"divisor of {pieces} pieces of {p.kept}, and at most {p.steps} splits"
+    )
   rows = -(-M // tile.rows) * tile.rows
   x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
   if p.integers:

@@ -148,7 +148,9 @@ def narrow(bits: int, first: float | None, dtype: Any, scale: Any) -> bool:
   if first is None:
     return scale == dtype
   _, base, fraction = _MAGIC[jnp.dtype(dtype)]
-  exact = bits <= fraction and abs(base - first) <= 2 * base
+  # Integers up to 2 base are exact.
+  found = first, first + 2**bits - 1, base - first
+  exact = bits <= fraction and max(map(abs, found)) <= 2 * base
   return exact and scale == dtype
 
 

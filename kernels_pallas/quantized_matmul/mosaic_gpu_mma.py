@@ -4,9 +4,9 @@ The product of `mosaic_gpu_kernel`, transposed as there: what `mma` takes from
 registers as a left operand is what `wgmma` does, so weights are decoded by the
 same code. A block is one warpgroup, whose four warps each hold 16 of 64 outputs
 (or inputs, for the gradient) for all rows of a tile, once or twice: rows are
-read from shared memory once for both. Shared memory is a ring of tiles, of
-which the last but one arrives while the first is multiplied. Several blocks of
-a multiprocessor hide the rest.
+read from shared memory once for both. Shared memory is a ring of tiles: while
+one is multiplied the others are under way. Several blocks of a multiprocessor
+hide the rest.
 
 Blackwell's own products (`tcgen05`) take weights from tensor memory, which is
 another way for decoded ones to go; few rows do not need it, and of many `auto`
@@ -105,6 +105,7 @@ def _kernel(p, t, interpreted, refs, y_ref, smem):
   )
   many = t.groups * p.sums * (t.rows // LINES)
   sums = lax.fori_loop(0, count, turn, [zeros] * many)
+  copy.wait(interpreted, 0)
   for at in range(t.groups * p.sums):
     outputs = pl.ds((column * t.groups * p.sums + at) * TILE, TILE)
     for n in range(t.rows // LINES):

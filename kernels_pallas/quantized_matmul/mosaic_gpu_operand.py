@@ -57,12 +57,12 @@ class Problem:
 
   @property
   def sums(self) -> int:
-    """Accumulators of a warpgroup."""
+    """Accumulators of a piece."""
     return 1 if self.inputs == 1 else self.halves
 
   @property
   def kept(self) -> int:
-    """Outputs, or inputs, of a warpgroup."""
+    """Outputs, or inputs, of a piece."""
     return TILE if self.inputs == 1 else self.block
 
   @property

@@ -23,11 +23,11 @@ LEAST_ROWS = {"wgmma": 8, "mma": 16}
 """Of the smallest, and what others are multiples of: a block of `mma` copies 16
 bytes a thread."""
 
-CHUNK = 64
-"""Rows that leave at a time."""
-
 LEAST_CODES = 32
-"""Likewise of rows of codes, of half the bytes."""
+"""Likewise for `mma` of rows of 8-bit codes, of half the bytes."""
+
+CHUNK = 64
+"""Rows that leave at a time, from Hopper's kernel."""
 
 LEAST = 4
 """Steps that a split has at least."""
@@ -51,8 +51,8 @@ class Tile:
   """Sizes of a kernel.
 
   Attributes:
-    rows: Of activations, a multiple of 8, at most 256.
-    groups: Warpgroups that compute.
+    rows: Of activations, a multiple of `LEAST_ROWS`, at most `MOST`.
+    groups: Pieces of a block, by as many warpgroups, of `mma` by one.
     stages: Buffers for what is streamed.
     splits: Parts of what is summed, each summed by a block of its own; their
       sums, in float32, are added up afterwards.
@@ -79,10 +79,12 @@ class Tile:
     whole &= self.cores == "mma" or self.rows <= CHUNK or not self.rows % CHUNK
     few = self.stages < (2 if self.cores == "mma" else 1)
     if not whole or few or min(self.groups, self.splits) < 1:
+      sizes = f"{least} up to {most}"
+      if self.cores == "wgmma":
+        sizes = f"{least} up to {CHUNK}, and of {CHUNK} up to {most}"
       raise ValueError(
-        f"tile: found {self}, expected rows in multiples of {least} up to "
-        f"{CHUNK}, and of {CHUNK} up to {most}; at least 1 of the others, and "
-        "2 stages for mma"
+        f"tile: found {self}, expected rows in multiples of {sizes}; at least "
+        "1 of the others, and 2 stages for mma"
       )
     if self.cores == "mma" and self.operand != "registers":
       raise ValueError("tile.operand: found 'shared', mma takes registers")
@@ -114,10 +116,10 @@ def fitted(
   if wgmma and size > CHUNK:
     size = min(MOST[cores] // sums, -(-size // CHUNK) * CHUNK)
   elif not wgmma:
-    # Whatever the rows, a warpgroup holds two sums.
+    # As even as can be.
     most = MOST[cores] // least * least
     size = -(-size // -(-size // most) // least) * least
-  # With many rows, so that two pieces' words share what is read of them.
+  # A warpgroup of `mma` holds two sums, which share what is read of rows.
   many = 2 if wgmma else 2 // sums
   groups = many if pieces % many == 0 else 1
   blocks = pieces // groups * -(-rows // size)

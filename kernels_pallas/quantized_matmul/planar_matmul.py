@@ -36,8 +36,8 @@ def planar_matmul(
     x: float32 or bfloat16; for GPUs bfloat16 or float16.
     w: Without leading axes.
     backend: 'mosaic_tpu', 'mosaic_gpu'; 'xla', which decodes the matrix as a
-      whole; 'auto' is the kernels in programs for a TPU or a GPU, Ampere or
-      later, else XLA; and, of many rows on a Blackwell, XLA.
+      whole; 'auto' is the kernels in programs for a TPU or a GPU (Ampere, Ada,
+      Hopper, B100 to B300), else XLA; and, of many rows on the latter, XLA.
     activations: None, or int8 with 8-bit codes; see `mosaic_tpu.product`.
     config: Tiles of the kernels: `Config` of TPUs, `Tile` of GPUs.
     interpret: False to compile the kernels, or as of `pl.pallas_call`.

@@ -2,8 +2,7 @@
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_quantized_gpu
 
-prints what ptxas says of each; what is compiled for `mma` is run in NumPy, too.
-`--job=JSON` is one compilation, in a process of
+prints what ptxas says of each. `--job=JSON` is one compilation, in a process of
 its own, because Mosaic GPU reads from the environment where to dump.
 """
 

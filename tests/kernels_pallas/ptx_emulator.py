@@ -3,7 +3,7 @@
 What a kernel for a GPU computes can so be known where there is none: not by
 what its source says, nor by Mosaic's lowering of it, but by the instructions
 that the assembler gets: addresses, swizzles, fragments and waits included. It
-knows the instructions that the decoding kernel has, and raises at others.
+knows the instructions that kernels of `mma` have, and raises at others.
 
 A warp runs alone until it meets a barrier, in an order that is drawn: what
 another one ought to have waited for is then not there yet. A copy by `cp.async`

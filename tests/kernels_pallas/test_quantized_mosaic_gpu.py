@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.quantized_matmul import mosaic_gpu, planar
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
@@ -251,6 +252,8 @@ def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
   assert tile.stages >= 2 and tile.rows * tile.groups * sums <= 160
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   assert tile.stages * stage + 2048 <= SHARED_BYTES["mma"]
+  codes = fitted("mma", rows, pieces, 32, depth, sums, codes=True)
+  assert pieces % codes.groups == 0 and codes.rows % 32 == 0 < codes.rows <= 64
   tiles = -(-rows // tile.rows)
   assert tiles == -(-rows // 80) and tiles * tile.rows - rows < 16 * tiles
 
@@ -261,7 +264,13 @@ def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
     ("NVIDIA H100", True, True),
     ("NVIDIA A100-SXM4-80GB", True, True),
     ("NVIDIA L4", True, True),
+    ("NVIDIA L40S", True, True),
+    ("NVIDIA GeForce RTX 4090", True, True),
+    ("NVIDIA GH200 480GB", True, True),
     ("NVIDIA B200", True, False),
+    ("NVIDIA GB200", True, False),
+    ("NVIDIA GeForce RTX 5090", False, False),
+    ("Quadro RTX 4000", False, False),
     ("Tesla V100-SXM2-16GB", False, False),
   ],
 )
@@ -269,9 +278,14 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
   device = jax.sharding.AbstractDevice(device, None, platform="gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
 
-  def kernels(w, dtype, rows=9):
+  def kernels(w, dtype, rows=9, codes=None):
     x = jnp.zeros((rows, I), dtype)
-    run = jax.grad(lambda x: quantized_matmul(x, w).astype(jnp.float32).sum())
+
+    def run(x):
+      y = quantized_matmul(x, w, activations=codes)
+      return y.astype(jnp.float32).sum() if codes is None else y
+
+    run = jax.grad(run) if codes is None else run
     with jax.sharding.use_abstract_mesh(mesh):
       lowered = jax.jit(run).trace(x).lower(lowering_platforms=("cuda",))
     return "mosaic_gpu" in lowered.as_text()
@@ -282,6 +296,41 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
   assert not kernels(w, jnp.float32)
   looked_up = dataclasses.replace(w, codebook=LOOKED_UP)
   assert kernels(looked_up, jnp.bfloat16) == few
+  assert kernels(packed(8, 256), jnp.bfloat16, codes=jnp.int8) == few
+  assert not kernels(packed(8, 64), jnp.bfloat16, codes=jnp.int8)
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100", "NVIDIA H100", "NVIDIA B200"])
+@pytest.mark.parametrize(("bits", "codes"), [(4, None), (8, None), (8, "int8")])
+def test_a_part_on_each_device_has_the_kernels(kind, bits, codes):
+  """Under a `shard_map`, where results differ between devices."""
+  device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
+  mesh = jax.sharding.AbstractMesh(
+    (2, 2), ("i", "o"), (jax.sharding.AxisType.Auto,) * 2,
+    abstract_device=device,
+  )  # fmt: skip
+  w = packed(bits, 128, outputs=256)
+
+  def run(x, w):
+    w = dataclasses.replace(w, inputs=w.padded[0], outputs=w.padded[1])
+    y, pull = jax.vjp(
+      lambda x: jax.lax.psum(quantized_matmul(x, w, activations=codes), "i"), x
+    )
+    return y, pull(y)[0]
+
+  parts = P(None, "i"), P("i", "o")
+  f = jax.shard_map(run, in_specs=parts, out_specs=(P(None, "o"), parts[0]))
+  x = jax.ShapeDtypeStruct((9, I), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(mesh):
+    lowered = jax.jit(f).trace(x, w).lower(lowering_platforms=("cuda",))
+  assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_no_rows_are_no_rows():
+  w, x = packed(8, 256), jnp.zeros((0, I), jnp.float16)
+  for codes in (None, jnp.int8):
+    assert mosaic_gpu.product(x, w, activations=codes).shape == (0, O)
+  assert mosaic_gpu.input_gradient(x[:, :O], w).shape == (0, I)
 
 
 def test_what_the_kernels_do_not_compute_is_refused():
@@ -296,6 +345,12 @@ def test_what_the_kernels_do_not_compute_is_refused():
     call(x, raw)
   with pytest.raises(ValueError, match="groups of 64.*a scale for each output"):
     call(x, packed(8, 64), activations=jnp.int8)
+  with pytest.raises(ValueError, match="int8 with 4-bit codes"):
+    mosaic_gpu.product(x, w, activations=jnp.int8)
+  with pytest.raises(ValueError, match="3 groups and 1 splits, expected a"):
+    mosaic_gpu.product(x, w, Tile(8, 3))
+  with pytest.raises(ValueError, match="at most 2 splits"):
+    mosaic_gpu.product(x, w, Tile(8, 2, splits=3))
   with pytest.raises(ValueError, match="mma, and rows in multiples of 32"):
     mosaic_gpu.product(x, packed(8, 256), TILE, activations=jnp.int8)
   with pytest.raises(ValueError, match="8 bits in words, expected int8"):
