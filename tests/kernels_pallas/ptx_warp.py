@@ -176,11 +176,13 @@ class Warp:
     self.put(x[0], found.astype(np.uint32))
 
   def _bfe(self, opcode, parts, x):
-    assert parts[-1] in ("u32", "u64"), "a field that repeats its sign"
-    a = self.get(x[1], f"u{int(parts[-1][1:]) // 8}")
-    at, count = (self.get(y, np.uint32).astype(a.dtype) for y in x[2:])
-    assert (at + count < a.dtype.itemsize * 8).all(), "a field to the end"
-    self.put(x[0], a >> at & ((a.dtype.type(1) << count) - a.dtype.type(1)))
+    bits = int(parts[-1][1:])
+    at, count = (self.get(y, np.uint32).astype(np.int64) for y in x[2:])
+    assert ((count > 0) & (at + count <= bits)).all(), "a field past the end"
+    # Up to the end, and down again: with its sign where it is signed.
+    kind = f"{parts[-1][0].replace('s', 'i')}{bits // 8}"
+    up = self.get(x[1], kind) << (bits - at - count).astype(kind)
+    self.put(x[0], up >> (bits - count).astype(kind))
 
   def _mul_wide(self, opcode, parts, x):
     dtype = np.int32 if parts[-1] == "s32" else np.uint32

@@ -66,7 +66,8 @@ def test_compiles_for_others_without_a_spill(case):
   # A warp's four matrices of 8 x 8 at a time: forward each half of a block has
   # its own; the gradient's serve both, and scales of neighbours come by two.
   forward = case.direction == "forward"
-  read = (p.halves if forward else 1) * 2 * size * t.rows // 16
+  # A row of 64 codes has 64 bytes, of which they are two matrices at a time.
+  read = (p.halves if forward else 1) * 4 * t.rows // 16
   scales = 0 if forward else 2 * t.groups * p.scales * (len(names) - 2)
   assert found.loop["matrix"] == read + scales
   copies = t.rows * p.depth * size // 2048 + t.groups * len(names)
