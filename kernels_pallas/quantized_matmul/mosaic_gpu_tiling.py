@@ -104,7 +104,7 @@ def fitted(
   Args:
     cores: Of `CORES`.
     rows: Of activations.
-    pieces: Along what is not summed, one for each warpgroup.
+    pieces: Along what is not summed, of which a block has `groups`.
     steps: That they walk over.
     depth: Of a step.
     sums: Accumulators of a piece.
