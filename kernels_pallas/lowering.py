@@ -149,11 +149,7 @@ def alike(
   if not axes:
     return tuple(arrays), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
 
-  def spread(x):
-    more = tuple(sorted(axes - _differs_along(x)))
-    return jax.lax.pcast(x, more, to="varying") if more else x
-
-  arrays = tuple(map(spread, arrays))
+  arrays = tuple(spread(x, arrays) for x in arrays)
   results = jax.eval_shape(
     lambda x: [jnp.full_like(x, 0, jnp.float32, shape) for shape in shapes],
     arrays[0],

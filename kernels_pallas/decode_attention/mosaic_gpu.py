@@ -16,7 +16,7 @@ from kernels_pallas.decode_attention import mosaic_gpu_codes as codes
 from kernels_pallas.decode_attention import mosaic_gpu_kernel as kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
-from kernels_pallas.flash_attention.mosaic_gpu import DTYPES
+from kernels_pallas.flash_attention.mosaic_gpu import DTYPES, no_kernel
 from kernels_pallas.lowering import NO_GPU_KERNELS, has_mma
 
 KEYS, WIDE = 64, 512
@@ -49,8 +49,7 @@ def refused(
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
   if kind and not has_mma(kind):
-    known = "Ampere, Ada, Hopper and the B100, B200 and B300"
-    return f"there is no kernel for {kind}, but for {known}"
+    return no_kernel(kind)
   if dtype not in DTYPES:
     return f"GPU kernels compute in bfloat16 and float16, found {dtype}"
   if precision not in (None, jax.lax.Precision.DEFAULT):

@@ -9,6 +9,7 @@ threads.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,10 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
 
+from kernels_pallas.gpu_copy_rows import i32
 from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
 
 TILE = 64
@@ -206,16 +210,57 @@ def scaled(
   return _fused(levels, scale, offset, interpreted)
 
 
+def interpreted_codes(
+  words: jax.Array, inputs: int, half: int, bits: int
+) -> jax.Array:
+  """Codes, uint32 [64, 64], where no registers can be named.
+
+  Args:
+    words: From `load`.
+    inputs, half, bits: As of `wide`.
+  """
+  each = expand(words, inputs, True)
+  at = lax.broadcasted_iota(jnp.uint32, each.shape, inputs)
+  shift = (at & 1) * 16 + (at >> 5) * bits + 2 * half * bits
+  return (each >> shift) & (2**bits - 1)
+
+
+def neighbours(half: int, bits: int) -> Callable[[Any], Any]:
+  """What gives a thread's codes of two words, one in each half of 32 bits.
+
+  For the input gradient, whose neighbours are outputs, each with a word of its
+  own: which half of it, and which plane, are the thread's.
+
+  Args:
+    half: Which 64 inputs of a block.
+    bits: Of a code.
+  """
+  thread = mgpu.utils.thread_idx()
+  odd = arith.andi(arith.shrui(thread, i32(2)), i32(1))
+  upper = arith.andi(arith.shrui(thread, i32(6)), i32(1))
+  halves = arith.addi(i32(0x5410), arith.muli(odd, i32(0x2222)))
+  shift = arith.addi(arith.muli(upper, i32(bits)), i32(2 * half * bits))
+
+  def codes(register):
+    word = ir.IntegerType.get_signless(32)
+    two = [
+      mgpu.utils.bitcast(
+        mgpu.utils.vector_slice(register, slice(n, n + 1)), word
+      )
+      for n in range(2)
+    ]
+    both = arith.shrui(mgpu.utils.prmt(*two, halves), shift)
+    return arith.andi(both, i32((2**bits - 1) * 0x10001))
+
+  return codes
+
+
 def _levels(words, inputs, half, bits, dtype, interpreted):
   """Codes and `base`, [64, 64] in 16 bits."""
   magic, base, _ = _MAGIC[jnp.dtype(dtype)]
   if interpreted:
-    each = expand(words, inputs, True)
-    at = lax.broadcasted_iota(jnp.uint32, each.shape, inputs)
-    shift = (at & 1) * 16 + (at >> 5) * bits + 2 * half * bits
-    return ((each >> shift) & (2**bits - 1)).astype(dtype) + jnp.asarray(
-      base, dtype
-    )
+    codes = interpreted_codes(words, inputs, half, bits)
+    return codes.astype(dtype) + jnp.asarray(base, dtype)
 
   @plgpu.inline_mgpu(
     arg_types=(words_layout(inputs),),
@@ -224,35 +269,20 @@ def _levels(words, inputs, half, bits, dtype, interpreted):
     ),
   )
   def decoded(_, x):
-    from jax.extend.mlir import ir
-    from jax.extend.mlir.dialects import arith
-
-    i32 = ir.IntegerType.get_signless(32)
-    constant = lambda n: arith.constant(i32, ir.IntegerAttr.get(i32, n))  # noqa: E731
     pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
     layout = plgpu.Layout.WGMMA.to_mgpu()
     found = np.empty(layout.registers_shape((TILE, TILE)), dtype=object)
-    thread = mgpu.utils.thread_idx()
-    odd = arith.andi(arith.shrui(thread, constant(2)), constant(1))
-    upper = arith.andi(arith.shrui(thread, constant(6)), constant(1))
-    halves = arith.addi(constant(0x5410), arith.muli(odd, constant(0x2222)))
+    codes = neighbours(half, bits)
     for at in np.ndindex(found.shape):
       register = x.registers[source(at, inputs)]
       if inputs == 1:
-        both = mgpu.utils.bitcast(register, i32)
-        shift = constant(bits * (2 * half + at[1] // 4))
+        word = mgpu.utils.bitcast(register, ir.IntegerType.get_signless(32))
+        shift = i32(bits * (2 * half + at[1] // 4))
+        mask = i32((2**bits - 1) * 0x10001)
+        both = arith.andi(arith.shrui(word, shift), mask)
       else:
-        two = [
-          mgpu.utils.bitcast(mgpu.utils.vector_slice(register, slice(n, n + 1)),
-                             i32)
-          for n in range(2)
-        ]  # fmt: skip
-        both = mgpu.utils.prmt(*two, halves)
-        shift = arith.muli(upper, constant(bits))
-        shift = arith.addi(shift, constant(2 * half * bits))
-      mask = (2**bits - 1) * 0x10001
-      both = arith.andi(arith.shrui(both, shift), constant(mask))
-      both = arith.ori(both, constant(magic * 0x10001))
+        both = codes(register)
+      both = arith.ori(both, i32(magic * 0x10001))
       found[at] = mgpu.utils.bitcast(both, pair)
     return mgpu.FragmentedArray(
       _registers=found, _layout=layout, _is_signed=None
@@ -275,15 +305,13 @@ def _fused(a, b, c, interpreted):
     return_type=plgpu.ShapeDtypeStruct(a.shape, a.dtype, layout=layout),
   )
   def run(_, *operands):
-    from jax.extend.mlir import ir
-
-    i32 = ir.IntegerType.get_signless(32)
+    word = ir.IntegerType.get_signless(32)
     first = operands[0]
     found = np.empty(first.registers.shape, dtype=object)
     for at in np.ndindex(found.shape):
-      words = [mgpu.utils.bitcast(x.registers[at], i32) for x in operands]
+      words = [mgpu.utils.bitcast(x.registers[at], word) for x in operands]
       done = mgpu.utils.inline_ptx(
-        f"fma.rn.{name} $0, $1, $2, $3;", *words, result_types=i32
+        f"fma.rn.{name} $0, $1, $2, $3;", *words, result_types=word
       )
       found[at] = mgpu.utils.bitcast(done, first.registers[at].type)
     return mgpu.FragmentedArray(

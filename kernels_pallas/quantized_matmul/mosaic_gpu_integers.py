@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Int8
 
+from kernels_pallas.gpu_copy_rows import i32
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
@@ -45,7 +46,7 @@ def left(words: jax.Array, interpreted: bool) -> jax.Array:
   def renamed(_, x):
     word = ir.IntegerType.get_signless(32)
     four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-    signs = arith.constant(word, ir.IntegerAttr.get(word, SIGNS - 2**32))
+    signs = i32(SIGNS - 2**32)
     # Of a quarter of the words, and of rows in eighths of a warp.
     found = []
     for n, m in np.ndindex(WORDS // 4, 2):

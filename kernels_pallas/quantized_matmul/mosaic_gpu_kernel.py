@@ -20,7 +20,6 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import CHUNK, Tile
 from kernels_pallas.quantized_matmul.mosaic_tpu_problem import varying
-from kernels_pallas.quantized_matmul.planar import WORDS
 
 GROUP = "group"
 REGISTERS = {1: None, 2: (240, 24)}
@@ -66,13 +65,9 @@ def _buffers(p: Problem, t: Tile, arrays, out) -> dict[str, Any]:
   swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   found = {
     "x": plgpu.SMEM((t.stages, t.rows, p.depth), dtype, transforms=swizzled),
-    "codes": plgpu.SMEM((t.stages, t.groups, WORDS, TILE), jnp.uint32),
     "y": plgpu.SMEM((t.groups, min(CHUNK, t.rows), TILE), out),
+    **operands.buffers(p, t, arrays),
   }
-  for name in ("scale", "offset"):
-    if name in arrays:
-      shape = (t.stages, t.groups, p.scales, TILE)
-      found[name] = plgpu.SMEM(shape, arrays[name].dtype)
   if t.operand == "shared":
     shape = (t.groups, TILE, TILE)
     found["operand"] = plgpu.SMEM(shape, dtype, transforms=swizzled)
@@ -120,17 +115,12 @@ def _fetch(p, t, refs, smem, barrier, slot, place) -> None:
   copy = plgpu.copy_gmem_to_smem
   copy(refs["x"].at[rows, depth], smem["x"].at[slot], barrier)
   for g in range(t.groups):
-    kept = column * t.groups + g
-    block, outputs = (n, kept) if p.inputs == 1 else (kept, n)
-    outputs = pl.ds(outputs * TILE, TILE)
-    words = pl.ds(block * WORDS, WORDS)
-    copy(refs["codes"].at[words, outputs], smem["codes"].at[slot, g], barrier)
-    first = lax.div(block * p.block, jnp.int32(p.group))
-    scales = pl.ds(first, p.scales)
-    for name in ("scale", "offset"):
+    lines, outputs = operands.corners(p, column * t.groups + g, n)
+    for name, line in lines.items():
       if name in refs:
-        part = refs[name].at[scales, outputs]
-        copy(part, smem[name].at[slot, g], barrier)
+        target = smem[name].at[slot, g]
+        height = pl.ds(line, target.shape[0])
+        copy(refs[name].at[height, pl.ds(outputs, TILE)], target, barrier)
 
 
 def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:

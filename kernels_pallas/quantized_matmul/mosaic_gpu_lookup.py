@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
+from kernels_pallas.gpu_copy_rows import i32
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 
@@ -57,7 +57,7 @@ def entries(
     for where, selector, picks in codes(x, half, found.shape):
       low, high = (_pick(table, selector) for table in tables)
       for at, pick in zip(where, picks, strict=True):
-        both = mgpu.utils.prmt(low, high, _i32(pick))
+        both = mgpu.utils.prmt(low, high, i32(pick))
         found[at] = mgpu.utils.bitcast(both, pair)
     return mgpu.FragmentedArray(
       _registers=found, _layout=layout, _is_signed=None
@@ -68,10 +68,8 @@ def entries(
 
 def _chosen(words, inputs, half, codebook, dtype):
   """The same as the interpreter finds it."""
-  each = decode.expand(words, inputs, True)
-  at = lax.broadcasted_iota(jnp.uint32, each.shape, inputs)
-  shift = (at & 1) * 16 + (at >> 5) * BITS + 2 * half * BITS
-  codes, found = (each >> shift) & (2**BITS - 1), jnp.zeros(each.shape, dtype)
+  codes = decode.interpreted_codes(words, inputs, half, BITS)
+  found = jnp.zeros(codes.shape, dtype)
   for code, entry in enumerate(codebook):
     found = jnp.where(codes == code, jnp.asarray(entry, dtype), found)
   return found
@@ -84,34 +82,23 @@ def _codes_forward(x, half, shape):
     if at[1] >= shape[1] // 2:
       continue
     word = _bits(x.registers[decode.source(at, 1)])
-    selector = mgpu.utils.prmt(word, word, _i32(0x4420 + 0x11 * half))
+    selector = mgpu.utils.prmt(word, word, i32(0x4420 + 0x11 * half))
     other = (at[0], at[1] + shape[1] // 2, *at[2:])
     yield (at, other), selector, (0x6240, 0x7351)
 
 
 def _codes_back(x, half, shape):
-  """Neighbours are outputs, each with a word of its own; which half of it and
-  which plane are the thread's: codes of one register, then of another."""
-  thread = mgpu.utils.thread_idx()
-  odd = arith.andi(arith.shrui(thread, _i32(2)), _i32(1))
-  upper = arith.andi(arith.shrui(thread, _i32(6)), _i32(1))
-  halves = arith.addi(_i32(0x5410), arith.muli(odd, _i32(0x2222)))
-  shift = arith.muli(upper, _i32(BITS))
-  shift = arith.addi(shift, _i32(2 * half * BITS))
+  """Codes of one register, as of `decode.neighbours`, then of another."""
+  found = decode.neighbours(half, BITS)
 
   def codes(at):
-    two = [
-      _bits(mgpu.utils.vector_slice(x.registers[at], slice(n, n + 1)))
-      for n in range(2)
-    ]
-    both = arith.shrui(mgpu.utils.prmt(*two, halves), shift)
-    both = arith.andi(both, _i32(0xF000F))
-    return arith.ori(both, arith.shrui(both, _i32(16 - BITS)))
+    both = found(x.registers[at])
+    return arith.ori(both, arith.shrui(both, i32(16 - BITS)))
 
   places = list(np.ndindex(shape))
   for first, second in zip(places[::2], places[1::2], strict=True):
     # Bytes 0 of both; what is above does not count.
-    selector = mgpu.utils.prmt(codes(first), codes(second), _i32(0x5140))
+    selector = mgpu.utils.prmt(codes(first), codes(second), i32(0x5140))
     yield (first, second), selector, (0x5140, 0x7362)
 
 
@@ -119,20 +106,15 @@ def _tables(codebook, dtype):
   """Low and high bytes of the entries, four registers each."""
   held = np.asarray(codebook, dtype).view(np.uint8).reshape(4, 4, 2)
   words = np.ascontiguousarray(held.transpose(2, 0, 1)).view(np.int32)
-  return [[_i32(int(word)) for word in table[:, 0]] for table in words]
+  return [[i32(int(word)) for word in table[:, 0]] for table in words]
 
 
 def _pick(table, selector):
   """A byte of each of four entries, for codes in the low 16 bits."""
-  within = arith.andi(selector, _i32(0x7777))
+  within = arith.andi(selector, i32(0x7777))
   lower, upper = (mgpu.utils.prmt(*table[n : n + 2], within) for n in (0, 2))
-  which = arith.andi(arith.shrui(selector, _i32(1)), _i32(0x4444))
-  return mgpu.utils.prmt(lower, upper, arith.ori(which, _i32(0x3210)))
-
-
-def _i32(value):
-  word = ir.IntegerType.get_signless(32)
-  return arith.constant(word, ir.IntegerAttr.get(word, value))
+  which = arith.andi(arith.shrui(selector, i32(1)), i32(0x4444))
+  return mgpu.utils.prmt(lower, upper, arith.ori(which, i32(0x3210)))
 
 
 def _bits(register):

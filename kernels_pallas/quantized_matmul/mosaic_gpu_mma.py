@@ -33,7 +33,6 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
 from kernels_pallas.quantized_matmul.mosaic_gpu_operand import Problem
 from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
 from kernels_pallas.quantized_matmul.mosaic_tpu_problem import varying
-from kernels_pallas.quantized_matmul.planar import WORDS
 
 DEPTH = 16
 """Terms that one `mma` sums."""
@@ -68,15 +67,7 @@ def _buffers(p: Problem, t: Tile, arrays, interpreted) -> dict[str, Any]:
     x = copy.buffer((*shape[:2], p.depth // 2), jnp.int16)
   else:
     x = copy.buffer(shape, dtype)
-  found = {
-    "x": x,
-    "codes": plgpu.SMEM((t.stages, t.groups, WORDS, TILE), jnp.uint32),
-  }
-  for name in ("scale", "offset"):
-    if name in arrays:
-      shape = (t.stages, t.groups, p.scales, TILE)
-      found[name] = plgpu.SMEM(shape, arrays[name].dtype)
-  return found
+  return {"x": x, **operand.buffers(p, t, arrays)}
 
 
 def _kernel(p, t, interpreted, refs, y_ref, smem):
@@ -129,14 +120,10 @@ def _fetch(p, t, interpreted, refs, smem, place, n):
     (0, 0, first, first, end),
   )  # fmt: skip
   for g in range(t.groups):
-    kept = column * t.groups + g
-    block, outputs = (step, kept) if p.inputs == 1 else (kept, step)
-    group = lax.div(block * p.block, jnp.int32(p.group))
-    lines = {"codes": block * WORDS, "scale": group, "offset": group}
+    lines, outputs = operand.corners(p, column * t.groups + g, step)
     for name, line in lines.items():
       if name in refs:
-        target = smem[name].at[slot, g]
-        where = line, outputs * TILE, live
+        target, where = smem[name].at[slot, g], (line, outputs, live)
         copy.rectangle(interpreted, refs[name], target, where)
   copy.commit(interpreted)
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul import mosaic_gpu_lookup as lookup
 from kernels_pallas.quantized_matmul.mosaic_gpu_decode import TILE
-from kernels_pallas.quantized_matmul.planar import PLANE
+from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,33 @@ class Problem:
   def scales(self) -> int:
     """Of an output, in a block of words."""
     return max(1, self.block // self.group)
+
+
+def buffers(p: Problem, t: Tile, arrays: dict[str, Any]) -> dict[str, Any]:
+  """Shared memory `[stages, groups, ...]` for words, scales and offsets."""
+  held = t.stages, t.groups
+  found = {"codes": plgpu.SMEM((*held, WORDS, TILE), jnp.uint32)}
+  for name in ("scale", "offset"):
+    if name in arrays:
+      found[name] = plgpu.SMEM((*held, p.scales, TILE), arrays[name].dtype)
+  return found
+
+
+def corners(p: Problem, kept: Any, step: Any) -> tuple[dict[str, Any], Any]:
+  """Where words, scales and offsets of a piece begin.
+
+  Args:
+    p: The problem.
+    kept: Which piece.
+    step: Which part of what is summed.
+
+  Returns:
+    The first line of each, and the first column of all.
+  """
+  block, outputs = (step, kept) if p.inputs == 1 else (kept, step)
+  group = lax.div(block * p.block, jnp.int32(p.group))
+  lines = {"codes": block * WORDS, "scale": group, "offset": group}
+  return lines, outputs * TILE
 
 
 def weights(
