@@ -58,6 +58,11 @@ struct V {
     std::memcpy(&out, &bits, sizeof out);
     return out;
   }
+  static inline F whole(const U& word) {
+    F out;
+    std::memcpy(&out, &word, sizeof out);
+    return out;
+  }
   static inline U next(const U& word, int bits) { return word >> bits; }
   static inline F fma(const F& a, float b, const F& c) { return a * b + c; }
   static inline F fma(const F& a, const F& b, const F& c) { return a * b + c; }
@@ -120,6 +125,9 @@ struct V {
     return {_mm256_castsi256_ps(_mm256_slli_epi32(w.a, 16)),
             _mm256_castsi256_ps(_mm256_slli_epi32(w.b, 16))};
   }
+  LANE F whole(U w) {
+    return {_mm256_castsi256_ps(w.a), _mm256_castsi256_ps(w.b)};
+  }
   LANE U next(U w, int bits) {
     return {_mm256_srli_epi32(w.a, bits), _mm256_srli_epi32(w.b, bits)};
   }
@@ -165,6 +173,7 @@ struct V {
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(w, 24), 24));
   }
   LANE F half(U w) { return _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)); }
+  LANE F whole(U w) { return _mm512_castsi512_ps(w); }
   LANE U next(U w, int bits) { return _mm512_srli_epi32(w, bits); }
   LANE F fma(F a, float b, F c) {
     return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c);

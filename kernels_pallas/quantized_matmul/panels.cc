@@ -1,18 +1,19 @@
-// y = x W on CPU for weights of 4, 8 or 16 bits in panels of 16 outputs.
+// y = x W on CPU for weights of 4, 8, 16 or 32 bits in panels of 16 outputs.
 //
 // Decoding a token reads every weight once, so its speed is bytes per second.
 // XLA decodes packed weights to memory before it multiplies; here they are
 // decoded in registers. A panel holds 16 outputs, one for each lane of a
-// vector, and a 32-bit word of a lane holds 8, 4 or 2 consecutive inputs of
+// vector, and a 32-bit word of a lane holds 8, 4, 2 or 1 consecutive inputs of
 // that output, the first in the lowest bits:
 //
 //   words  uint32 [panels, inputs * bits / 32, 16]
 //   scale, offset  [panels, groups, 16], of which each serves `group` inputs
 //
 // A weight is scale * code + offset. 4-bit codes look their value up in a
-// table of 16 floats, 8-bit codes are signed, 16 bits are a bfloat16. Inside a
-// group only the codes are multiplied: scale enters once a group, and offset
-// times the sum of the group's x, which is computed once.
+// table of 16 floats, 8-bit codes are signed, 16 bits are a bfloat16 and 32 a
+// float32, neither of which has a scale. Inside a group only the codes are
+// multiplied: scale enters once a group, and offset times the sum of the
+// group's x, which is computed once.
 //
 // Where the CPU has VNNI and codes are integers, x becomes fixed point first:
 // of a group's largest |x|, 23 bits, as three signed bytes. Products of bytes
@@ -66,7 +67,9 @@ inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x,
                                            .append(what));
   };
   const auto xs = x.dimensions(), ws = codes.dimensions(), ys = y->dimensions();
-  if (bits != 4 && bits != 8 && bits != 16) return bad("bits: not 4, 8 or 16");
+  if (bits != 4 && bits != 8 && bits != 16 && bits != 32) {
+    return bad("bits: not 4, 8, 16 or 32");
+  }
   if (xs.size() != 2 || ys.size() != 2) return bad("x and y: not matrices");
   if (ws.size() != 3 || ws[2] != kLanes) return bad("codes: not [P, W, 16]");
   Problem p{};

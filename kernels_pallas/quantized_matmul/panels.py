@@ -1,10 +1,10 @@
 """Weights in panels of 16 outputs: packed once, read front to back.
 
 A vector register holds 16 outputs, one a lane, so a product needs no sum over
-lanes; a 32-bit word of a lane holds 8, 4 or 2 consecutive inputs. Decoding a
+lanes; a 32-bit word of a lane holds 8, 4, 2 or 1 consecutive inputs. Decoding a
 token then reads memory in order, once, and decodes in registers
 (`panels.cc`). Any 16-entry codebook (NF4, AF4, FP4, IQ4), affine 4 bits, 8
-bits and bfloat16 share the layout:
+bits, bfloat16 and float32 share the layout:
 
   weight[i, o] = scale[i // group, o] * code[i, o] + offset[i // group, o]
 
@@ -29,6 +29,9 @@ AFFINE = tuple(float(code) for code in range(16))
 
 _SCALES = ("float32", "float16", "bfloat16")
 
+_BITS = {"uint8": 4, "int8": 8, "bfloat16": 16, "float32": 32}
+"""Bits of a code in memory, by the type that it is given and returned in."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Panels:
     scale: `[..., P, I' / group, 16]`, or None.
     offset: the same shape, or None.
     inputs, outputs: `I`, `O`.
-    bits: of a code, 4, 8 or 16.
+    bits: of a code, 4, 8, 16 or 32.
     group: inputs that share a scale; all of them where there is none.
     codebook: values of 4-bit codes, else empty.
   """
@@ -78,8 +81,8 @@ def pack(
   """Returns the matrix in panels; `unpack` inverts it, bit by bit.
 
   Args:
-    codes: uint8 below 16 (4 bits), int8 (8 bits), or bfloat16 (16 bits, which
-      have no scale).
+    codes: uint8 below 16 (4 bits), int8 (8 bits), or weights in bfloat16 or
+      float32 (16 or 32 bits), which have no scale.
     scale: of groups of inputs, in float32, float16 or bfloat16.
     offset: added to a group's weights; may have another type than the scale.
     group: inputs a scale serves, a multiple of 8 (4 bits) or 4 (8 bits); by
@@ -89,11 +92,11 @@ def pack(
   Raises:
     ValueError: types or shapes that do not fit each other.
   """
-  bits = {"uint8": 4, "int8": 8, "bfloat16": 16}.get(str(codes.dtype))
+  bits = _BITS.get(str(codes.dtype))
   if bits is None or codes.ndim < 2 or 0 in codes.shape:
     raise ValueError(
       f"codes: found {codes.dtype} {codes.shape}, expected uint8 (4 bits), "
-      "int8 (8 bits) or bfloat16, [..., inputs, outputs]"
+      "int8 (8 bits), bfloat16 or float32, [..., inputs, outputs]"
     )
   if bits == 4 and isinstance(codes, np.ndarray) and codes.max() > 15:
     raise ValueError(f"codes: found {codes.max()}, expected 4 bits, 0 to 15")
@@ -107,8 +110,7 @@ def pack(
   groups = -(-inputs // group)
   raw = jnp.asarray(codes)
   if bits > 4:
-    unsigned = jnp.uint8 if bits == 8 else jnp.uint16
-    raw = jax.lax.bitcast_convert_type(raw, unsigned)
+    raw = jax.lax.bitcast_convert_type(raw, f"uint{bits}")
   raw = _in_panels(raw.astype(jnp.uint32), groups * group)
   raw = raw.reshape(*raw.shape[:-2], -1, per_word, LANES)
   shifts = bits * jnp.arange(per_word, dtype=jnp.uint32)[:, None]
@@ -129,9 +131,10 @@ def _check_scales(codes, scale, offset, group, per_word) -> int:
   *lead, inputs, outputs = codes.shape
   if scale is None and offset is not None:
     raise ValueError("offset: given without a scale")
-  if codes.dtype == jnp.bfloat16 and scale is not None:
-    raise ValueError("scale: found one, but bfloat16 weights have none")
-  if codes.dtype != jnp.bfloat16 and scale is None:
+  floats = jnp.issubdtype(codes.dtype, jnp.floating)
+  if floats and scale is not None:
+    raise ValueError(f"scale: found one, but {codes.dtype} weights have none")
+  if not floats and scale is None:
     raise ValueError(f"scale: missing, needed by {codes.dtype} codes")
   if group is None:
     group = inputs // max(scale.shape[-2], 1)
@@ -172,16 +175,16 @@ def _whole(x: Array, inputs: int, outputs: int) -> Array:
 
 
 def _codes(w: Panels) -> Array:
-  """Returns codes `[..., P, I', 16]`, uint8, int8 or bfloat16."""
+  """Returns codes `[..., P, I', 16]`, uint8, int8, bfloat16 or float32."""
   per_word = 32 // w.bits
   shifts = w.bits * jnp.arange(per_word, dtype=jnp.uint32)[:, None]
   codes = w.words[..., None, :] >> shifts
   codes = codes.reshape(*w.words.shape[:-2], -1, w.words.shape[-1])
   if w.bits == 4:
     return (codes & 15).astype(jnp.uint8)
-  unsigned = codes.astype(jnp.uint8 if w.bits == 8 else jnp.uint16)
-  signed = jnp.int8 if w.bits == 8 else jnp.bfloat16
-  return jax.lax.bitcast_convert_type(unsigned, signed)
+  codes = codes.astype(f"uint{w.bits}")
+  kinds = {bits: name for name, bits in _BITS.items()}
+  return jax.lax.bitcast_convert_type(codes, kinds[w.bits])
 
 
 def unpack(

@@ -26,7 +26,7 @@ struct Problem {
   int64_t inputs;                   // of x, at most `padded`
   int64_t panels, words;            // words: of one lane of a panel
   int64_t padded, group, groups;    // padded = group * groups = inputs of W
-  int bits;                         // 4, 8 or 16
+  int bits;                         // 4, 8, 16 or 32
   const uint32_t* codes;
   Numbers scale, offset;            // without scale a weight is its code
   float table[kLanes];              // values of 4-bit codes

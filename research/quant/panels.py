@@ -1,8 +1,8 @@
 """Weights that CPU decoding reads fastest: `kernels_pallas`' panels as a leaf.
 
-`decoding` rewrites a tree once, before text is generated: packed matrices, and
-those in bfloat16, become panels, each layer's in arrays of its own. What
-changes is their order in memory, and that a C++ kernel multiplies them
+`decoding` rewrites a tree once, before text is generated: matrices, packed or
+not, become panels, each layer's in arrays of its own. What changes is their
+order in memory, and that a C++ kernel multiplies them
 (`kernels_pallas.quantized_matmul`).
 """
 
@@ -118,16 +118,24 @@ def from_qtensor(w: QTensor) -> PanelTensor:
 
 
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
-  """Returns a bfloat16 matrix in panels; for `axis` see `PanelTensor`."""
+  """Returns a bfloat16 or float32 matrix in panels.
+
+  Args:
+    w: the matrix.
+    axis: see `PanelTensor`.
+  """
   stored = w if axis == -2 else jnp.swapaxes(w, -1, -2)
   return PanelTensor(jax.jit(layout.pack)(stored), axis=axis)
 
 
-def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
+def to_panels(
+  params: Params, key: PRNGKey | None = None, dtype: str = "float32"
+) -> Params:
   """Returns `params` with their matrices in panels, layer by layer.
 
-  A Transform. Packed matrices of a format that `fits`, and bfloat16 ones, are
-  rewritten, also those under an adapter; experts and float32 stay as they are.
+  A Transform. Packed matrices of a format that `fits`, and those in bfloat16
+  or float32, are rewritten, also those under an adapter; experts stay as they
+  are.
   Layers are unrolled: a scan over stacked panels would copy each before its
   use. Packed ones that do not fit are named in a warning: they are decoded as
   they are used, which is slower.
@@ -137,6 +145,8 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
   Args:
     params: of a Transformer.
     key: unused.
+    dtype: that the model computes in; float32 matrices are rounded to it, as
+      `weights.einsum` rounds them.
   """
   del key
   left: set[str] = set()
@@ -150,9 +160,13 @@ def to_panels(params: Params, key: PRNGKey | None = None) -> Params:
         return from_qtensor(leaf)
       left.add(kernel_codes.name(leaf))
       return leaf
-    if leaf.dtype == jnp.bfloat16 and _MATRIX.search(path):
-      return from_array(leaf, -1 if _EMBED.search(path) else -2)
-    return leaf
+    if leaf.dtype not in (jnp.bfloat16, jnp.float32):
+      return leaf
+    if not _MATRIX.search(path):
+      return leaf
+    if leaf.dtype == jnp.float32:
+      leaf = leaf.astype(dtype)
+    return from_array(leaf, -1 if _EMBED.search(path) else -2)
 
   def is_packed(x: Any) -> bool:
     return isinstance(x, QTensor)
@@ -201,7 +215,7 @@ def decoding(params: Params, dtype: str = "float32") -> Params:
 
   Args:
     params: of a Transformer.
-    dtype: that the model computes in. Panels are for any.
+    dtype: that the model computes in, float32 or bfloat16.
   """
   leaves = jax.tree.leaves(params)
   many = jax.process_count() > 1 or any(
@@ -211,8 +225,6 @@ def decoding(params: Params, dtype: str = "float32") -> Params:
     return params
   if planes.has_kernel():
     return planes.to_planes(params, dtype=dtype)
-  if jax.default_backend() != "cpu":
+  if jax.default_backend() != "cpu" or not cpu.available():
     return params
-  if all(x.dtype == jnp.float32 for x in leaves) or not cpu.available():
-    return params
-  return to_panels(params)
+  return to_panels(params, dtype=dtype)

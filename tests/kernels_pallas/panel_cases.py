@@ -34,6 +34,7 @@ KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset
   "int8": (panels.AFFINE, "int8", 64, 70, 32, "float16", None),
   "int8, affine": (panels.AFFINE, "int8", 30, 17, 12, "float32", "float16"),
   "bfloat16": (panels.AFFINE, "bfloat16", 45, 31, 45, None, None),
+  "float32": (panels.AFFINE, "float32", 45, 31, 45, None, None),
 }
 
 
@@ -46,7 +47,7 @@ def parts(kind, lead=()):
   elif dtype == "int8":
     codes = rng.integers(-128, 128, (*lead, inputs, outputs), np.int8)
   else:
-    codes = rng.standard_normal((*lead, inputs, outputs)).astype(jnp.bfloat16)
+    codes = rng.standard_normal((*lead, inputs, outputs)).astype(dtype)
   shape = (*lead, -(-inputs // group), outputs)
 
   def part(name):

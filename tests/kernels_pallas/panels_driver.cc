@@ -47,9 +47,10 @@ double weight(const Problem& p, int64_t i, int64_t o) {
   const int64_t codes = 32 / p.bits, panel = o / kLanes, lane = o % kLanes;
   const int64_t at = (panel * p.words + i / codes) * kLanes + lane;
   const uint32_t code = p.codes[at] >> (p.bits * (i % codes));
-  double value = p.bits == 4   ? p.table[code & 15]
-                 : p.bits == 8 ? int8_t(code & 255)
-                               : from_bfloat16(uint16_t(code));
+  double value = p.bits == 4    ? p.table[code & 15]
+                 : p.bits == 8  ? int8_t(code & 255)
+                 : p.bits == 16 ? from_bfloat16(uint16_t(code))
+                                : from_bits(code);
   const int64_t which = (panel * p.groups + i / p.group) * kLanes + lane;
   if (p.scale.data) value *= number(p.scale, which);
   if (p.offset.data) value += number(p.offset, which);
@@ -131,10 +132,11 @@ bool check(Problem p, const Numbers& x) {
 
 bool one() {
   Problem p{};
-  p.bits = 4 << below(3);
+  p.bits = 4 << below(4);
+  const bool floats = p.bits > 8;
   const int64_t codes = 32 / p.bits;
-  p.group = p.bits == 16 || below(2) ? codes * (1 + below(9)) : 32;
-  p.groups = p.bits == 16 ? 1 : 1 + below(6);
+  p.group = floats || below(2) ? codes * (1 + below(9)) : 32;
+  p.groups = floats ? 1 : 1 + below(6);
   p.padded = p.group * p.groups;
   p.words = p.padded / codes;
   p.inputs = p.padded - below(codes);
@@ -152,15 +154,16 @@ bool one() {
   std::vector<uint32_t> words(p.panels * p.words * kLanes);
   for (auto& word : words) {
     word = uint32_t(random_bits());
-    // No bfloat16 that is huge or no number.
+    // No float that is huge or no number.
     if (p.bits == 16) word = (word & 0x807f807f) | 0x3f003f00;
+    if (p.bits == 32) word = (word & 0x807fffff) | 0x3f000000;
   }
   p.codes = words.data();
   const Type types[] = {Type::kF32, Type::kF16, Type::kBF16};
   const int64_t scales = p.panels * p.groups * kLanes;
   const Stored scale(scales, types[below(3)]), offset(scales, types[below(3)]);
-  if (p.bits != 16) p.scale = scale.view();
-  if (p.bits != 16 && below(2)) p.offset = offset.view();
+  if (!floats) p.scale = scale.view();
+  if (!floats && below(2)) p.offset = offset.view();
   const Stored x(p.rows * p.inputs, below(2) ? Type::kF32 : Type::kBF16);
   return below(2) ? check<float>(p, x.view()) : check<uint16_t>(p, x.view());
 }

@@ -46,8 +46,9 @@ def test_blocks_keep_every_bit(kind, axis):
   assert got.panels.bits == (4 if kind.startswith("Q4") else 8)
 
 
-def test_bfloat16_keeps_every_bit():
-  w = jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), jnp.bfloat16)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_floats_keep_every_bit(dtype):
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(24, 64)), dtype)
   for axis in (-2, -1):
     got = panels.from_array(w, axis)
     assert (got.shape, got.dtype) == (w.shape, w.dtype)
@@ -205,10 +206,13 @@ def test_a_packed_model_is_the_same_in_panels(kind):
   )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_bfloat16_model_is_the_same_in_panels(family):
+@pytest.mark.parametrize(
+  ("family", "dtype"),
+  [("llama", "bfloat16"), ("qwen2", "bfloat16"), ("qwen2", "float32")],
+)
+def test_a_model_of_floats_is_the_same_in_panels(family, dtype):
   model = support.model(family, tied=False, **SIZES)
-  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), support.params(model))
+  params = jax.tree.map(lambda x: x.astype(dtype), support.params(model))
   got = panels.to_panels(params)
   names = [
     path
@@ -233,11 +237,19 @@ def test_a_bfloat16_model_is_the_same_in_panels(family):
 def test_decoding_chooses(monkeypatch):
   model = support.model(tied=True, **SIZES)
   plain, packed = support.params(model), packed_params(model)
-  assert panels.decoding(plain) is plain
-  monkeypatch.setattr(cpu, "available", lambda: True)
-  assert isinstance(panels.decoding(packed)["embed"], panels.PanelTensor)
-  monkeypatch.setattr(cpu, "available", lambda: False)
-  assert panels.decoding(packed) is packed
+  for available in (True, False):
+    monkeypatch.setattr(cpu, "available", lambda: available)  # noqa: B023
+    for params in (plain, packed):
+      got = panels.decoding(params)
+      assert isinstance(got["embed"], panels.PanelTensor) == available
+      assert (got is params) != available
+
+
+def test_float32_weights_of_a_bfloat16_model_are_rounded():
+  plain = support.params(support.model(tied=True, **SIZES))
+  up = panels.to_panels(plain, dtype="bfloat16")["run0"]["layer0"]["mlp"]
+  want = plain["run0"]["layer0"]["mlp"]["down"][:1].astype(jnp.bfloat16)
+  np.testing.assert_array_equal(up["down"].dense(), want)
 
 
 def test_text_from_panels_is_the_packed_models():
