@@ -238,25 +238,28 @@ def fill_block(
   if options.remask is not None:
     most = options.block_steps
 
-  def more(loop):
-    state, i, edits, _, _ = loop
+  def unfinished(state, i):
+    """Returns which rows have a place to be filled, now or once more."""
     open_ = cut(state.masked, at, size)
     if options.remask is not None:
       open_ |= ~cut(state.fixed, at, size)  # masked again, perhaps
-    left = open_ & ~state.done[:, None]
-    go = left.any() & (i < most)
-    if options.edit is None:
-      return go
-    return go | (edits.any() & (i < most + options.edit_steps))
+    return open_.any(-1) & ~state.done & (i < most)
+
+  def more(loop):
+    state, i, edits, *_ = loop
+    go = unfinished(state, i)
+    return (go if options.edit is None else go | edits).any()
 
   def step(loop):
-    state, i, edits, carry, finite = loop
+    state, i, edits, spare, carry, finite = loop
     logits, carry = denoiser.again(
       params, state.tokens, state.valid, at, size, carry
     )
+    spare -= ~unfinished(state, i)
     how = options, sampling, planned, i, edits
     state, edits = fill(state, logits, at, *how)
-    return state, i + 1, edits, carry, finite & _finite(logits)
+    edits &= unfinished(state, i + 1) | (spare > 0)
+    return state, i + 1, edits, spare, carry, finite & _finite(logits)
 
   given = params, state.tokens, state.valid, at, size
   if memory is None:
@@ -265,8 +268,11 @@ def fill_block(
     logits, carry = denoiser.again(*given, memory)
   state, edits = fill(state, logits, at, options, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
-  loop = state, jnp.int32(1), edits, carry, _finite(logits)
-  state, _, _, _, finite = jax.lax.while_loop(more, step, loop)
+  # Edits of a full row are limited, however early it was full.
+  spare = jnp.full_like(planned, options.edit_steps)
+  edits &= unfinished(state, 1) | (spare > 0)
+  loop = state, jnp.int32(1), edits, spare, carry, _finite(logits)
+  state, *_, finite = jax.lax.while_loop(more, step, loop)
   if options.stop and options.end:
     state = ended(state, at, options)
   return state, finite
