@@ -70,14 +70,9 @@ def twice(d, params, tokens, later, valid, at):
   return logits, d.again(params, later, valid, at, K, carry)[0]
 
 
-@functools.partial(jax.jit, static_argnames="block")
-def passed(params, tokens, valid, block):
-  return passes.logits(network()[0], params, tokens, valid, block)
-
-
 def by_hand(tokens, valid, block, shift):
-  """Returns all logits, from one pass with a mask as an array."""
-  logits = np.asarray(passed(network()[1], tokens, valid, block))
+  """Returns all logits, from one pass in numpy."""
+  logits = passes.logits(*network(), tokens, valid, block)
   if shift:
     before = np.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
     # A row's first token has padding before it, if anything.
