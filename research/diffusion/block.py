@@ -39,7 +39,7 @@ class BlockDiffusion:
     shift: whether a token is predicted by the state before it, as in models
       that began autoregressive. A block's first token is predicted by the last
       clean state before it, which the clean half holds; a document's first
-      token by nothing.
+      token has its own state alone, and is not trained.
     never_mask: whether the mask has no probability, whatever the head says.
     rows: rows of logits held at a time.
     rewrites: of each batch, in order, before anything is masked.
@@ -190,4 +190,6 @@ class BlockDiffusion:
       return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
     first = (positions % self.block == 0)[..., None]
-    return jnp.where(first, before(clean), before(noisy))
+    shifted = jnp.where(first, before(clean), before(noisy))
+    # What is before a document is padding, or another one.
+    return jnp.where((positions == 0)[..., None], noisy, shifted)
