@@ -303,5 +303,5 @@ def _filled(
   now = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
   for i, denoiser in enumerate(ways):
     at = jnp.int32(i * options.block)
-    now, _ = sampler.fill_block(denoiser, params, now, at, options, sampling)
+    now, *_ = sampler.fill_block(denoiser, params, now, at, options, sampling)
   return np.asarray(now.tokens)

@@ -147,7 +147,7 @@ class Rewards:
       mask_id=task.mask_id, length=length, block=length, select="random"
     )
     begun = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
-    end, _ = sampler.fill_block(
+    end, *_ = sampler.fill_block(
       Whole(model=model),
       params,
       begun,

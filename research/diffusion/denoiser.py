@@ -45,6 +45,14 @@ class Denoiser(Protocol):
   ) -> tuple[Float[Array, "B K V"], Any]: ...
 
 
+def passes(asked: Denoiser) -> int:
+  """Returns the forward passes of the model that a call of a denoiser takes.
+
+  Its attribute `passes`; 1 without.
+  """
+  return getattr(asked, "passes", 1)
+
+
 def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
   """Returns positions that start at the first valid token; -1 for padding."""
   place = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
@@ -295,8 +303,9 @@ class BlockCausal:
 
     Args:
       params, tokens, valid, start, size: as for `first`.
-      memory: what was returned for the block before, whose final tokens are
-        all that is read now; None to read everything.
+      memory: what was returned for the block before, or what its last call
+        has left; its final tokens are all that is read now. None to read
+        everything.
     """
     self._check(size)
     if memory is not None:

@@ -21,7 +21,7 @@ import numpy as np
 from research import tree
 from research.diffusion import layout
 from research.diffusion.candidates import Options, candidates
-from research.diffusion.denoiser import Denoiser
+from research.diffusion.denoiser import Denoiser, passes
 from research.nn import sampling as samplers
 from research.nn.sampling import GREEDY, Sampling
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
@@ -42,7 +42,7 @@ class State:
     done: bool `[B]`, rows that have ended.
     filled: int32 `[B, T]`, the step that filled a place, -1 for none.
     sure: float32 `[B, T]`, how probable a place's token was when it was filled.
-    calls: int32, how often the model was asked.
+    calls: int32, steps of the batch so far, each a call of the denoiser.
   """
 
   tokens: Any
@@ -63,8 +63,9 @@ class Sampled:
 
   Attributes:
     tokens: int32 `[B, T]`, prompts included.
-    filled: int32 `[B, T]`, the model call that filled a place, -1 elsewhere.
-    calls: model calls of the batch (NFE).
+    filled: int32 `[B, T]`, the step that filled a place, -1 elsewhere.
+    calls: forward passes of the model on the batch, for logits (NFE): one a
+      step, with guidance two; not those that only fill a cache.
     counts: int32 `[B]`, those in which each row took part.
     lengths: int32 `[B]`, generated tokens before the first end.
   """
@@ -77,7 +78,7 @@ class Sampled:
 
   @property
   def tokens_per_call(self) -> float:
-    """Returns tokens before an end for each call of a row."""
+    """Returns tokens before an end for each forward pass of a row."""
     return float(self.lengths.sum() / max(self.counts.sum(), 1))
 
 
@@ -147,7 +148,7 @@ def sample(
     denoiser: the model.
     params: its parameters.
     state: from `start` or `begin`; of its last `options.length` places what is
-      masked is filled, block after block.
+      masked is filled, block after block. It stays as it is.
     options: how.
     sampling: how candidates are drawn; greedy by default.
     look: called after each block, to show it.
@@ -168,13 +169,13 @@ def sample(
       memory = _remembered(
         denoiser, params, state, jnp.int32(at), options.block, memory
       )
-    state, finite = fill_block(
+    state, finite, memory = fill_block(
       denoiser, params, state, jnp.int32(at), one, sampling, memory
     )
     checked(finite, f"of the block at {at}")
     if look is not None:
       look(state)
-  return result(state, options)
+  return result(state, options, passes(denoiser))
 
 
 def checked(finite: Bool[Array, ""], where: str) -> None:
@@ -186,8 +187,14 @@ def checked(finite: Bool[Array, ""], where: str) -> None:
     )
 
 
-def result(state: State, options: Options) -> Sampled:
-  """Returns what is told of rows whose last `options.length` are filled."""
+def result(state: State, options: Options, each: int = 1) -> Sampled:
+  """Returns what is told of rows whose last `options.length` are filled.
+
+  Args:
+    state: rows.
+    options: as for `sample`.
+    each: forward passes of a step.
+  """
   tokens = np.asarray(state.tokens)
   ours = ~np.asarray(state.fixed)[:, -options.length :]
   ended = ours & np.isin(tokens[:, -options.length :], options.end)
@@ -195,8 +202,8 @@ def result(state: State, options: Options) -> Sampled:
   return Sampled(
     tokens,
     np.asarray(state.filled),
-    int(state.calls),
-    np.asarray(state.count),
+    int(state.calls) * each,
+    np.asarray(state.count) * each,
     before.sum(-1, dtype=np.int32),
   )
 
@@ -205,12 +212,15 @@ def result(state: State, options: Options) -> Sampled:
   jax.jit, static_argnames=("denoiser", "size"), donate_argnames=("memory",)
 )
 def _remembered(denoiser, params, state, at, size, memory):
-  """Returns what a denoiser remembers of all before a block."""
+  """Returns what a denoiser remembers of all before a block.
+
+  `memory` is donated: it is what `fill_block` returned for the block before.
+  """
   return denoiser.remember(params, state.tokens, state.valid, at, size, memory)
 
 
 @functools.partial(
-  jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("state",)
+  jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("memory",)
 )
 def fill_block(
   denoiser: Denoiser,
@@ -220,14 +230,19 @@ def fill_block(
   options: Options,
   sampling: Sampling = GREEDY,
   memory: Any = None,
-) -> tuple[State, Bool[Array, ""]]:
-  """Returns rows with the block at `at` filled, and whether logits were finite.
+) -> tuple[State, Bool[Array, ""], Any]:
+  """Returns rows with the block at `at` filled.
 
   Args:
     denoiser, params, options, sampling: as for `sample`.
     state: rows.
     at: where the block starts.
     memory: what a denoiser's `remember` returned; None to look at whole rows.
+      It is donated, so that a cache is not there twice.
+
+  Returns:
+    Rows, whether logits were finite, and what the block's last call has left
+    of `memory`, from which `remember` goes on; None without.
   """
   size = options.block
   masked = jax.lax.dynamic_slice_in_dim(state.masked, at, size, axis=1)
@@ -272,10 +287,10 @@ def fill_block(
   spare = jnp.full_like(planned, options.edit_steps)
   edits &= unfinished(state, 1) | (spare > 0)
   loop = state, jnp.int32(1), edits, spare, carry, _finite(logits)
-  state, *_, finite = jax.lax.while_loop(more, step, loop)
+  state, *_, carry, finite = jax.lax.while_loop(more, step, loop)
   if options.stop and options.end:
     state = ended(state, at, options)
-  return state, finite
+  return state, finite, None if memory is None else carry
 
 
 def _finite(logits: Float[Array, "B K V"]) -> Bool[Array, ""]:

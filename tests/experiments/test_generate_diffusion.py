@@ -262,7 +262,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
   assert (status, errors) == (0, "")
   text, got = "\n".join(lines[:-1]), json.loads(lines[-1])
   for now in range(got["calls"]):
-    assert f"call {now + 1}\x1b" in text
+    assert f"step {now + 1}\x1b" in text
   assert view.HIDDEN in text and "\x1b[2A" in text
   # The last frame has nothing hidden, and is the text.
   last = text.split("\x1b[0J")[-2]

@@ -215,6 +215,22 @@ def test_edits_end():
   assert not wrong.any() or got.calls == full + 16
 
 
+def test_the_caller_s_rows_are_the_caller_s():
+  """Sampled again, or kept from block to block, they are what they were."""
+  options = Options(mask_id=MASK, length=8, block=4)
+  state = sampler.start([[2, 5, 1]], options, jax.random.key(0))
+  before, kept = jax.device_get(state.tokens), []
+  first = sampler.sample(Wave(), {}, state, options, look=kept.append)
+  again = sampler.sample(Wave(), {}, state, options)
+  np.testing.assert_array_equal(again.tokens, first.tokens)
+  np.testing.assert_array_equal(state.tokens, before)
+  assert [int(x.calls) for x in kept] == [4, 8]
+  np.testing.assert_array_equal(kept[0].tokens[0, :7], first.tokens[0, :7])
+  # Rows may share arrays with the parameters.
+  params = {"fixed": state.fixed}
+  sampler.sample(Wave(), params, state, options)
+
+
 # Laws of samplers, exactly ---------------------------------------------------
 
 
