@@ -22,7 +22,7 @@ from experiments import diffusion_truth
 from experiments.claims import Verdict
 from experiments.diffusion_policies import ANY
 from experiments.diffusion_study import Row, Rows, Tiny, difference
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.data.synthetic import Markov
 from research.diffusion import sampler
 from research.diffusion.candidates import Options

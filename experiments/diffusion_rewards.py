@@ -27,7 +27,7 @@ from experiments.diffusion_study import (
   surely,
 )
 from experiments.diffusion_tasks import Targets, learn
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.diffusion import grpo, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
