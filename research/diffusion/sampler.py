@@ -190,10 +190,7 @@ def checked(finite: Bool[Array, ""], where: str) -> None:
 def result(state: State, options: Options, each: int = 1) -> Sampled:
   """Returns what is told of rows whose last `options.length` are filled.
 
-  Args:
-    state: rows.
-    options: as for `sample`.
-    each: forward passes of a step.
+  `each` is how many forward passes a step took.
   """
   tokens = np.asarray(state.tokens)
   ours = ~np.asarray(state.fixed)[:, -options.length :]
@@ -212,10 +209,7 @@ def result(state: State, options: Options, each: int = 1) -> Sampled:
   jax.jit, static_argnames=("denoiser", "size"), donate_argnames=("memory",)
 )
 def _remembered(denoiser, params, state, at, size, memory):
-  """Returns what a denoiser remembers of all before a block.
-
-  `memory` is donated: it is what `fill_block` returned for the block before.
-  """
+  """Returns what a denoiser remembers of all before a block."""
   return denoiser.remember(params, state.tokens, state.valid, at, size, memory)
 
 
@@ -245,13 +239,11 @@ def fill_block(
     of `memory`, from which `remember` goes on; None without.
   """
   size = options.block
-  masked = jax.lax.dynamic_slice_in_dim(state.masked, at, size, axis=1)
-  planned = jnp.where(state.done, 0, masked.sum(-1))
-
+  planned = jnp.where(state.done, 0, cut(state.masked, at, size).sum(-1))
   # Each step fills a place of every row that has some; a plan may take more.
-  most = max(size, options.block_steps)
-  if options.remask is not None:
-    most = options.block_steps
+  most = options.block_steps
+  if options.remask is None:
+    most = max(size, most)
 
   def unfinished(state, i):
     """Returns which rows have a place to be filled, now or once more."""
@@ -267,20 +259,16 @@ def fill_block(
 
   def step(loop):
     state, i, edits, spare, carry, finite = loop
-    logits, carry = denoiser.again(
-      params, state.tokens, state.valid, at, size, carry
-    )
+    given = params, state.tokens, state.valid, at, size
+    logits, carry = denoiser.again(*given, carry)
     spare -= ~unfinished(state, i)
-    how = options, sampling, planned, i, edits
-    state, edits = fill(state, logits, at, *how)
+    state, edits = fill(state, logits, at, options, sampling, planned, i, edits)
     edits &= unfinished(state, i + 1) | (spare > 0)
     return state, i + 1, edits, spare, carry, finite & _finite(logits)
 
-  given = params, state.tokens, state.valid, at, size
-  if memory is None:
-    logits, carry = denoiser.first(*given)
-  else:
-    logits, carry = denoiser.again(*given, memory)
+  ask = denoiser.first if memory is None else denoiser.again
+  left = () if memory is None else (memory,)
+  logits, carry = ask(params, state.tokens, state.valid, at, size, *left)
   state, edits = fill(state, logits, at, options, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
   # Edits of a full row are limited, however early it was full.
