@@ -135,7 +135,7 @@ class Policies:
     noisy = np.where(asked, mask, rows)
     places, out, denoiser = int(asked.sum()), [], Whole(model=model)
     ways = *self._ways(mask, length, places), *self._guided(mask, asked, length)
-    prompt = (np.arange(length) < asked.argmax())[None]
+    prompt = (jnp.arange(length) < asked.argmax())[None]
     for way in ways:
       if not isinstance(way.how, Options) or way.how.select in (
         "max",

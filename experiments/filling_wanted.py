@@ -83,12 +83,6 @@ class Wanted:
   def _check_places(self) -> None:
     """Raises UserError for ways to choose places that exclude each other."""
     policy = policy_of(self.policy)
-    if policy.needs_probabilities and self.select in ("entropy", "random"):
-      raise UserError(
-        f"--select={self.select}: --policy={self.policy} compares how sure "
-        "places are with a probability; expected --select=candidate, max or "
-        "margin, or --policy=quota"
-      )
     if self.steps is not None and not policy.uses_quota:
       raise UserError(
         f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
@@ -113,6 +107,12 @@ class Wanted:
       raise UserError(
         f"--remask={self.remask}: --plan={self.plan} says how many places are "
         "filled; expected --plan=chance"
+      )
+    if policy.needs_probabilities and self.select in ("entropy", "random"):
+      raise UserError(
+        f"--select={self.select}: --policy={self.policy} compares how sure "
+        "places are with a probability; expected --select=candidate, max or "
+        "margin, or --policy=quota"
       )
     if self.place_temperature is not None and not self.place_temperature > 0:
       raise UserError(

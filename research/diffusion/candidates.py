@@ -85,8 +85,8 @@ class Options:
       )
     if self.mask_id in self.end:
       raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
-    self._check_policy()
     self._check_chance()
+    self._check_policy()
 
   def _check_policy(self) -> None:
     """Raises UserError for what the policy would not heed, or misread."""

@@ -371,8 +371,8 @@ def test_no_length_compiles_again():
     (dict(ready=float("nan")), {}, "ready is nan, expected 0 to 1"),
     (dict(start=21), {}, "start is 21, more than the longest canvas"),
     ({}, dict(end=()), "end is empty"),
-    ({}, dict(steps=5), "steps is 5 and plan even"),
-    ({}, dict(plan="cosine"), "plan cosine"),
+    ({}, dict(policy=Quota(), steps=5), "steps is 5 and plan even"),
+    ({}, dict(policy=Quota(), plan="cosine"), "plan cosine"),
     ({}, dict(edit=0.9), "edit is 0.9, expected None"),
   ],
 )
