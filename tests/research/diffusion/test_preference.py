@@ -1,6 +1,7 @@
 """Estimates, VRPO and GRPO: exact variances, and where they meet DPO."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -9,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import denoiser, grpo
+from research.diffusion import denoiser, estimators, grpo
 from research.diffusion.estimators import Coupled, Elbo, FullMask
 from research.diffusion.grpo import GRPO
 from research.diffusion.preference import VRPO
+from research.diffusion.schedule import Cosine
 from research.typing import UserError
 from tests import support
 from tests.research.diffusion import joint
@@ -190,6 +192,25 @@ def test_shared_masks_cost_less_noise():
     return np.var(found)
 
   assert spread(True) < 0.01 * spread(False)
+
+
+def test_objectives_ask_as_they_are_told(monkeypatch):
+  """Of the model's blocks, at the schedule's times."""
+  model, params = network()
+  real, seen = inspect.signature(estimators.estimate), []
+
+  def estimate(*given):
+    seen.append(real.bind(*given).arguments)
+    return jnp.zeros(given[2].shape)
+
+  monkeypatch.setattr(estimators, "estimate", estimate)
+  how = dict(model=model, mask_id=MASK, shift=True, block=5, rows=7)
+  how["schedule"] = Cosine()
+  VRPO(**how)(dict(params) | {"reference": params}, pairs(), jax.random.key(0))
+  GRPO(**how).estimate(params, *rows(), jnp.arange(4))
+  assert len(seen) == 3
+  for given in seen:
+    assert {name: given[name] for name in how} == how
 
 
 # GRPO ------------------------------------------------------------------------
