@@ -46,10 +46,7 @@ class Denoiser(Protocol):
 
 
 def passes(asked: Denoiser) -> int:
-  """Returns the forward passes of the model that a call of a denoiser takes.
-
-  Its attribute `passes`; 1 without.
-  """
+  """Returns the model's forward passes in a call: a denoiser's own, or 1."""
   return getattr(asked, "passes", 1)
 
 
@@ -303,9 +300,8 @@ class BlockCausal:
 
     Args:
       params, tokens, valid, start, size: as for `first`.
-      memory: what was returned for the block before, or what its last call
-        has left; its final tokens are all that is read now. None to read
-        everything.
+      memory: what the last call of the block before has left, whose final
+        tokens are all that is read now; None to read everything.
     """
     self._check(size)
     if memory is not None:

@@ -26,8 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.diffusion import block as blocks
 from research.diffusion import denoiser, process
-from research.diffusion.block import BlockDiffusion
 from research.diffusion.schedule import Linear, Schedule
 from research.diffusion.told import given
 from research.nn.transformer import Transformer
@@ -215,25 +215,33 @@ def estimate(
     block: tokens of a block of a block-causal model; blocks start at a row's
       first token. None: all see all.
     schedule: of the process, for a model that is conditioned on the time.
+
+  Raises:
+    UserError: a block has no tokens.
   """
+  if block is not None and block < 1:
+    raise UserError(
+      f"estimate: block is {block}, expected at least 1, or None: all see all"
+    )
   place = denoiser.positions(valid)
 
   def states(masked, counts, share):
     """Returns the states that predict each token."""
     time = jnp.broadcast_to(schedule.time(share)[:, None], tokens.shape)
     time = given(model, time)
+    noisy = process.noisy(tokens, masked, mask_id)
     if block is not None:
       # What a view hides of the prompt is hidden of later blocks, too.
       shown = process.noisy(tokens, masked & (counts == 0), mask_id)
       segments = jnp.where(valid, 0, -1)
-      batch = {"tokens": shown, "positions": place, "segments": segments}
-      how = BlockDiffusion(
-        model=model, mask_id=mask_id, block=block, shift=shift
+      both = blocks.copies(noisy, shown, place, segments, block)
+      hidden, _ = model.apply(
+        {"params": params}, *both, time=blocks.times(time)
       )
-      return how.states(params, batch, masked, time)
+      return blocks.predicting(hidden, place, block, shift)
     hidden, _ = model.apply(
       {"params": params},
-      process.noisy(tokens, masked, mask_id),
+      noisy,
       place,
       denoiser.visible(None, valid),
       time=time,

@@ -14,6 +14,7 @@ from research.diffusion.estimators import Coupled, Elbo, FullMask
 from research.diffusion.schedule import Cosine
 from research.nn.clock import Clock
 from research.nn.sampling import row_keys
+from research.typing import UserError
 from tests import support
 from tests.research.diffusion import passes
 from tests.research.diffusion.test_preference import MASK, T, V, network, rows
@@ -206,3 +207,12 @@ def test_times_of_views_have_the_process_s_law():
   assert (some >= 0.2).all() and (some <= 0.8).all()
   hidden = np.asarray(both.masked[1]).mean(-1) - some
   assert abs(hidden.mean()) < 4 * 0.5 / (n * length) ** 0.5
+
+
+def test_a_block_has_tokens():
+  model, params = network()
+  tokens, valid, answer = rows()
+  keys = row_keys(jax.random.key(1), jnp.arange(4))
+  views = FullMask().plan(keys, answer, valid)
+  with pytest.raises(UserError, match="block is 0, expected at least 1"):
+    estimators.estimate(model, params, tokens, valid, views, MASK, block=0)
