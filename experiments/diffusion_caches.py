@@ -22,7 +22,7 @@ from experiments import diffusion_truth
 from experiments.claims import Verdict
 from experiments.diffusion_policies import ANY
 from experiments.diffusion_study import Row, Rows, Tiny, difference
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.data.synthetic import Markov
 from research.diffusion import sampler
 from research.diffusion.candidates import Options
@@ -303,5 +303,5 @@ def _filled(
   now = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
   for i, denoiser in enumerate(ways):
     at = jnp.int32(i * options.block)
-    now, _ = sampler.fill_block(denoiser, params, now, at, options, sampling)
+    now, *_ = sampler.fill_block(denoiser, params, now, at, options, sampling)
   return np.asarray(now.tokens)

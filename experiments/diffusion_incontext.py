@@ -31,7 +31,7 @@ from experiments.diffusion_study import (
   surely,
   swept_before,
 )
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.data.shots import Shots
 from research.data.sources import Split
 from research.nn.transformer import Transformer

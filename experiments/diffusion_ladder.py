@@ -32,7 +32,7 @@ from experiments.diffusion_study import (
   swept,
   swept_before,
 )
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.data.synthetic import Markov
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import MaskedDiffusion

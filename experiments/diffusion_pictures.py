@@ -19,7 +19,7 @@ class Unmasking:
 
   Attributes:
     pieces: each place's text.
-    filled: the call that filled it; -1 for what was given.
+    filled: the step that filled it; -1 for what was given.
   """
 
   pieces: Sequence[str]

@@ -30,8 +30,8 @@ from research.diffusion import ancestral, sampler
 from research.diffusion.ancestral import Ancestral
 from research.diffusion.candidates import Options
 from research.diffusion.credit import Credited
-from research.diffusion.denoiser import Denoiser, Whole
-from research.diffusion.guided import Guided
+from research.diffusion.denoiser import Denoiser, Whole, passes
+from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.diffusion.remask import Remask
 from research.nn.sampling import GREEDY, Sampling, row_keys
@@ -135,14 +135,18 @@ class Policies:
     noisy = np.where(asked, mask, rows)
     places, out, denoiser = int(asked.sum()), [], Whole(model=model)
     ways = *self._ways(mask, length, places), *self._guided(mask, asked, length)
+    prompt = (jnp.arange(length) < asked.argmax())[None]
     for way in ways:
       if not isinstance(way.how, Options) or way.how.select in (
         "max",
         "margin",
       ):
         continue  # the same ones, or for samples alone
-      given = way.around(denoiser), params, noisy, mask, way.how, GREEDY
-      cost = _flops(given[0], params, length) / 1e9
+      around, own = way.around(denoiser), params
+      if isinstance(around, Guided):
+        own = with_prompt(params, prompt)
+      given = around, own, noisy, mask, way.how, GREEDY
+      cost = _flops(around, own, length) / 1e9 / passes(around)
       fill(*given)  # compiles
       begun = time.perf_counter()
       got, calls, most = filled(*given)
@@ -193,9 +197,7 @@ class Policies:
     self, mask: int, asked: Bool[np.ndarray, "T"], length: int
   ) -> Iterator[Way]:
     """Yields guidance by what stands before the first place asked for."""
-    guided = functools.partial(
-      Guided, prompt=int(asked.argmax()), mask_id=mask, weight=self.guidance
-    )
+    guided = functools.partial(Guided, mask_id=mask, weight=self.guidance)
     for speed in self.speeds:
       how = Options(
         mask_id=mask,
@@ -238,7 +240,7 @@ def _flops(denoiser: Denoiser, params: Params, length: int) -> float:
 
 
 def fill(*given: Any, **more: Any) -> tuple[Int[np.ndarray, "B T"], float]:
-  """Returns the rows of `filled`, and the calls of a row on average."""
+  """Returns the rows of `filled`, and the passes for a row on average."""
   return filled(*given, **more)[:2]
 
 
@@ -251,7 +253,7 @@ def filled(
   sampling: Sampling = ANY,
   seed: int = 0,
 ) -> tuple[Int[np.ndarray, "B T"], float, int]:
-  """Returns rows whose masks are filled, calls of a row, and of the batch.
+  """Returns rows whose masks are filled, passes for a row, and for the batch.
 
   Args:
     denoiser, params: the model.

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.claims import Verdict
 from experiments.diffusion_study import Row, Rows, surely
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.training import plots
 
 EXACT, CHAIN, SUMS = "the chain itself", "chain", "sums"

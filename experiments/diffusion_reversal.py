@@ -19,7 +19,7 @@ from experiments import diffusion_kinds as kinds
 from experiments.claims import Verdict
 from experiments.diffusion_kinds import AR, DIFFUSION
 from experiments.diffusion_study import Row, Rows, Tiny, over_seeds
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.data.synthetic import rng_of
 from research.diffusion import sampler
 from research.diffusion.candidates import Options

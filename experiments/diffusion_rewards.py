@@ -27,7 +27,7 @@ from experiments.diffusion_study import (
   surely,
 )
 from experiments.diffusion_tasks import Targets, learn
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.diffusion import grpo, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
@@ -147,7 +147,7 @@ class Rewards:
       mask_id=task.mask_id, length=length, block=length, select="random"
     )
     begun = sampler.begin(tokens, masked, jnp.ones(tokens.shape, bool), second)
-    end, _ = sampler.fill_block(
+    end, *_ = sampler.fill_block(
       Whole(model=model),
       params,
       begun,

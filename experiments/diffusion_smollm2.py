@@ -30,7 +30,8 @@ from experiments.diffusion_study import (
   difference,
   over_seeds,
 )
-from experiments.lora_verdicts import CLOSE, mean
+from experiments.lora_verdicts import CLOSE
+from experiments.stats import mean
 from research.data import examples, packing, pydoc
 from research.data.examples import Example
 from research.data.sources import PydocTopics, Split

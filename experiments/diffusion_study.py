@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.claims import Verdict
 from experiments.fresh import Fresh
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.training import optim, plots, state, step

@@ -35,7 +35,8 @@ from experiments.diffusion_study import (
   swept,
   swept_before,
 )
-from experiments.lora_verdicts import CLOSE, Mean, mean
+from experiments.lora_verdicts import CLOSE
+from experiments.stats import Mean, mean
 from research.data.bpe import Bpe
 from research.data.stdlib import Stdlib
 from research.diffusion.objective import MaskedDiffusion

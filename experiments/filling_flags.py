@@ -81,8 +81,8 @@ def _define_policy(values: flags.FlagValues) -> None:
     "candidate",
     ["candidate", "max", "margin", "entropy", "random"],
     "For diffusion: what makes a place sure, its candidate's probability, the "
-    "largest one, the margin between the two largest, a low entropy, or "
-    "chance.",
+    "largest one, the margin between the two largest, or, with --policy=quota, "
+    "a low entropy or chance.",
     flag_values=values,
   )
   flags.DEFINE_enum(

@@ -57,17 +57,38 @@ class Wanted:
       raise UserError(
         f"--max_new_tokens: found {self.length}, expected at least 1"
       )
-    policy_of(self.policy)
     cache_of(self.cache)
     for text in self.infill:
       filling_gaps.parsed(text)
-    planned = self.policy.startswith("quota")
-    if self.steps is not None and not planned:
+    self._check_places()
+    if self.edit is None and self.edit_steps != Wanted.edit_steps:
+      raise UserError(
+        f"--edit_steps={self.edit_steps}: has no effect without --edit"
+      )
+    for name in ("guidance", "edit"):
+      # Which a flag's bounds let pass.
+      if not math.isfinite(getattr(self, name) or 0.0):
+        raise UserError(f"--{name}={getattr(self, name)}: expected a number")
+    if self.infill and not self.stop_early:
+      raise UserError(
+        "--nostop_early: --infill fills all gaps, whatever ends in them; leave "
+        "it out"
+      )
+    if growth_of(self) is not None:
+      self._check_growth()
+    for name, file in (("gif", self.gif), ("html", self.html)):
+      if file is not None and prompts > 1:
+        raise UserError(f"--{name}: shows one prompt, found {prompts}")
+
+  def _check_places(self) -> None:
+    """Raises UserError for ways to choose places that exclude each other."""
+    policy = policy_of(self.policy)
+    if self.steps is not None and not policy.uses_quota:
       raise UserError(
         f"--steps={self.steps}: --policy={self.policy} needs as many calls as "
         "it takes; expected --policy=quota, or no --steps"
       )
-    if self.plan != "even" and not planned:
+    if self.plan != "even" and not policy.uses_quota:
       raise UserError(
         f"--plan={self.plan}: --policy={self.policy} has no plan; expected "
         "--policy=quota"
@@ -87,6 +108,12 @@ class Wanted:
         f"--remask={self.remask}: --plan={self.plan} says how many places are "
         "filled; expected --plan=chance"
       )
+    if policy.needs_probabilities and self.select in ("entropy", "random"):
+      raise UserError(
+        f"--select={self.select}: --policy={self.policy} compares how sure "
+        "places are with a probability; expected --select=candidate, max or "
+        "margin, or --policy=quota"
+      )
     if self.place_temperature is not None and not self.place_temperature > 0:
       raise UserError(
         f"--place_temperature={self.place_temperature}: expected more than 0, "
@@ -98,24 +125,11 @@ class Wanted:
         "judges how sure places are, not only which is surer; expected "
         "--policy=quota"
       )
-    if self.edit is None and self.edit_steps != Wanted.edit_steps:
+    if self.place_temperature is not None and self.select == "random":
       raise UserError(
-        f"--edit_steps={self.edit_steps}: has no effect without --edit"
+        f"--place_temperature={self.place_temperature}: has no effect with "
+        "--select=random; leave one of them out"
       )
-    for name in ("guidance", "edit"):
-      # Which a flag's bounds let pass.
-      if not math.isfinite(getattr(self, name) or 0.0):
-        raise UserError(f"--{name}={getattr(self, name)}: expected a number")
-    if self.infill and not self.stop_early:
-      raise UserError(
-        "--nostop_early: --infill fills all gaps, whatever ends in them; leave "
-        "it out"
-      )
-    if growth_of(self) is not None:
-      self._check_growth()
-    for name, file in (("gif", self.gif), ("html", self.html)):
-      if file is not None and prompts > 1:
-        raise UserError(f"--{name}: shows one prompt, found {prompts}")
 
   def _check_growth(self) -> None:
     """Raises UserError for what a canvas that grows cannot have."""

@@ -20,10 +20,11 @@ Diffusion models fill in masks instead, block after block; a terminal shows it.
   python -m experiments.generate --sampler=diffusion --model=DIR --chat \\
     --prompt="What is gravity?" --block=32 --policy=threshold:0.9 --cache=dual
 
-The JSON then has calls (of the model), tokens_per_call, and tokens_per_s of
-what comes before the first end of text. --canvas=auto finds out how long the
-answer has to be, and tells it as canvas. Gaps within a text are filled, too,
-[[N]] for N tokens; the JSON then has them as gaps:
+The JSON then has calls (forward passes of the model: two a step with
+--guidance), tokens_per_call, and tokens_per_s of what comes before the first
+end of text. --canvas=auto finds out how long the answer has to be, and tells it
+as canvas. Gaps within a text are filled, too, [[N]] for N tokens; the JSON then
+has them as gaps:
 
   python -m experiments.generate --sampler=diffusion --model=DIR \\
     --infill="def area(r): [[8]] return pi * r**2"

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import cli, lora_verdicts, tables
+from experiments import cli, stats, tables
 from research.typing import UserError
 
 FLAGS = cli.new_flags()
@@ -127,9 +127,7 @@ def apart(rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
         f" {', '.join(sorted(losses[other]))}, expected one in common; run"
         " those that are missing."
       )
-    gap = lora_verdicts.mean(
-      [losses[one][s] - losses[other][s] for s in sorted(both)]
-    )
+    gap = stats.mean([losses[one][s] - losses[other][s] for s in sorted(both)])
     found = {"arm": one, "from": other, "nats": gap.value, "±": gap.half}
     out.append(found | {"told apart": abs(gap.value) > gap.half})
   return out
@@ -184,14 +182,14 @@ def _line(name, rate, edge, units, whole) -> dict[str, Any]:
   gain = nats(whole, BEFORE) - reached
   # An adapted model's own total has the adapter in it.
   first, base = units[seeds[0]], next(iter(whole.values()))[TOTAL]
-  gap = lora_verdicts.mean(loss - reached)
+  gap = stats.mean(loss - reached)
   closed = 1 - float(np.sum(loss - reached) / np.sum(gain))
   return {
     "arm": name,
     "trained %": 100 * int(first[COUNT]) / int(base),
     "rate": f"{rate:g}" + "*" * edge,
     "seeds": len(seeds),
-    "perplexity": str(lora_verdicts.mean(np.exp(loss))),
+    "perplexity": str(stats.mean(np.exp(loss))),
     "above full": gap.value if name != WHOLE else None,
     "±": gap.half if name != WHOLE else None,
     "closed %": 100 * closed,

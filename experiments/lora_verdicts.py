@@ -4,41 +4,18 @@ Losses are held out, each arm at its own best rate; differences are paired by
 seed. An interval is Student's, 95%, over seeds.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from experiments.claims import Verdict
+from experiments.stats import Mean, mean
 from experiments.study import Row
 
 Rows = Mapping[str, Row]
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""Student's 97.5% quantile, by number of seeds."""
-
 CLOSE = 0.02
 """Share of a loss within which two tie: the 1 to 2% of arXiv:2602.04998."""
-
-
-class Mean(NamedTuple):
-  """A mean over seeds, and half the width of its interval."""
-
-  value: float
-  half: float
-
-  def __str__(self) -> str:
-    return f"{self.value:.3f} ± {self.half:.3f}"
-
-
-def mean(values: Any) -> Mean:
-  """Returns the mean and its 95% interval; infinite for one seed."""
-  x = np.asarray(values, float)
-  if len(x) not in T95:
-    return Mean(float(x.mean()), math.inf)
-  return Mean(
-    float(x.mean()), float(T95[len(x)] * x.std(ddof=1) / len(x) ** 0.5)
-  )
 
 
 def at_best(row: Row, name: str = "heldout") -> list[float]:

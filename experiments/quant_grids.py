@@ -13,9 +13,9 @@ import numpy as np
 
 from experiments import quant_study
 from experiments.claims import Verdict
-from experiments.lora_verdicts import Mean, mean
 from experiments.quant_study import Row
 from experiments.quant_verdicts import good
+from experiments.stats import Mean, mean
 from research.quant.calibrate import Calibration
 from research.quant.format import Format
 from research.quant.formats.affine import Affine

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import claims, cli, lora_verdicts, quant_study, runs
+from experiments import claims, cli, quant_study, runs, stats
 from experiments.experiment import Experiment, Pretrained
 from experiments.quant_study import Row
 from research.quant.calibrate import Calibration
@@ -167,7 +167,7 @@ def table(points: Sequence[Point]) -> list[dict[str, Any]]:
   for width, name in dict.fromkeys((p["width"], p["row"]) for p in points):
     some = [p for p in points if (p["width"], p["row"]) == (width, name)]
     whole = float(np.mean(np.log([p["base_perplexity"] for p in some])))
-    loss = lora_verdicts.mean([p["loss"] for p in some])
+    loss = stats.mean([p["loss"] for p in some])
     lines.append(
       {
         "width": width,
@@ -234,7 +234,7 @@ def fewer_bits(points: Sequence[Point]) -> list[claims.Verdict]:
     found = gain(points, fewer, more)
     if not found:
       continue
-    mean = lora_verdicts.mean(list(found.values()))
+    mean = stats.mean(list(found.values()))
     out.append(
       claims.Verdict(
         f"at equal bytes a larger model in {fewer} beats a smaller one in"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import stats
 from experiments.claims import Verdict
 from experiments.quant_rows import by_method, row
 from experiments.quant_study import Row
@@ -98,13 +99,12 @@ def kept(right: Sequence[bool], base: Sequence[bool]) -> Kept:
     base: the same of the base, which answered at least one.
   """
   a, b = np.asarray(right, float), np.asarray(base, float)
-  n, p, z = len(a), float(a.mean()), 1.96
-  middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-  reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + (z / n / 2) ** 2)
+  n, p = len(a), float(a.mean())
+  low, high = stats.wilson(p, n)
   share = p / float(b.mean())
   apart = (a - share * b) / b.mean()
-  half = z * float(apart.std(ddof=1)) / math.sqrt(n)
-  return Kept(p, reach + abs(middle - p), share, half)
+  half = stats.NORMAL * float(apart.std(ddof=1)) / math.sqrt(n)
+  return Kept(p, max(p - low, high - p), share, half)
 
 
 def answers(found: Rows, task: str = "last word") -> list[Verdict]:

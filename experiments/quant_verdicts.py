@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import quant_study
 from experiments.claims import Verdict
-from experiments.lora_verdicts import Mean, mean
+from experiments.stats import Mean, mean
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook

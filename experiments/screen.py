@@ -16,7 +16,7 @@ FRAME = 0.03
 
 
 class Screen:
-  """Shows a row as its blocks are filled; on a terminal call by call.
+  """Shows a row as its blocks are filled; on a terminal step by step.
 
   Several rows are only timed.
 
@@ -39,7 +39,7 @@ class Screen:
       first_shown: each row's first place that is shown.
       mask_id: of the mask.
       kept: what of the row's tokens is text; by default all. A terminal, which
-        shows what calls do, shows the others, too.
+        shows what steps do, shows the others, too.
     """
     self._tokenizer, self._mask = tokenizer, mask_id
     self._first_shown, self._kept = first_shown, kept
@@ -87,7 +87,7 @@ class Screen:
         continue
       text, self._above = view.redrawn(
         view.frame(pieces, filled, now),
-        f"call {now + 1}",
+        f"step {now + 1}",
         self._above,
         self._columns,
       )

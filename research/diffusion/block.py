@@ -39,7 +39,7 @@ class BlockDiffusion:
     shift: whether a token is predicted by the state before it, as in models
       that began autoregressive. A block's first token is predicted by the last
       clean state before it, which the clean half holds; a document's first
-      token by nothing.
+      token has its own state alone, and is not trained.
     never_mask: whether the mask has no probability, whatever the head says.
     rows: rows of logits held at a time.
     rewrites: of each batch, in order, before anything is masked.
@@ -166,28 +166,64 @@ class BlockDiffusion:
         are at time 0.
     """
     tokens, positions = batch["tokens"], batch["positions"]
-    length = tokens.shape[1]
-
-    def twice(x, y):
-      return jnp.concatenate([x, y], axis=1)
-
     noisy = process.noisy(tokens, masked, self.mask_id)
-    both = twice(positions, positions)
-    segments = twice(batch["segments"], batch["segments"])
-    mask = Mask.block_diffusion(length, self.block, segments, both)
-    hidden, _ = self.model.apply(
-      {"params": params},
-      twice(noisy, tokens),
-      both,
-      mask,
-      time=None if time is None else twice(time, jnp.zeros_like(time)),
-    )
-    noisy, clean = hidden[:, :length], hidden[:, length:]
-    if not self.shift:
-      return noisy
+    both = copies(noisy, tokens, positions, batch["segments"], self.block)
+    hidden, _ = self.model.apply({"params": params}, *both, time=times(time))
+    return predicting(hidden, positions, self.block, self.shift)
 
-    def before(x):
-      return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
-    first = (positions % self.block == 0)[..., None]
-    return jnp.where(first, before(clean), before(noisy))
+def copies(
+  noisy: Int[Array, "B T"],
+  clean: Int[Array, "B T"],
+  positions: Int[Array, "B T"],
+  segments: Int[Array, "B T"],
+  block: int,
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Mask]:
+  """Returns tokens, positions and mask of one pass over `[noisy, clean]`.
+
+  Args:
+    noisy, clean: the two copies; S is 2 T.
+    positions, segments: of either.
+    block: tokens of a block.
+  """
+  tokens, positions, segments = (
+    jnp.concatenate(x, axis=1)
+    for x in ((noisy, clean), (positions,) * 2, (segments,) * 2)
+  )
+  length = noisy.shape[1]
+  mask = Mask.block_diffusion(length, block, segments, positions)
+  return tokens, positions, mask
+
+
+def times(noisy: Float[Array, "B T"] | None) -> Float[Array, "B S"] | None:
+  """Returns the times of both copies: clean ones are at 0; None of None."""
+  if noisy is None:
+    return None
+  return jnp.concatenate([noisy, jnp.zeros_like(noisy)], axis=1)
+
+
+def predicting(
+  hidden: Float[Array, "B S D"],
+  positions: Int[Array, "B T"],
+  block: int,
+  shift: bool,
+) -> Float[Array, "B T D"]:
+  """Returns the states that predict each place's own token, see `shift`.
+
+  Args:
+    hidden: of `copies`.
+    positions: of either.
+    block: tokens of a block.
+    shift: of `BlockDiffusion`.
+  """
+  noisy, clean = jnp.split(hidden, 2, axis=1)
+  if not shift:
+    return noisy
+
+  def before(x):
+    return jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+
+  first = (positions % block == 0)[..., None]
+  shifted = jnp.where(first, before(clean), before(noisy))
+  # What is before a document is padding, or another one.
+  return jnp.where((positions == 0)[..., None], noisy, shifted)

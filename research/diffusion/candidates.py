@@ -25,16 +25,19 @@ class Options:
     mask_id: of the mask, which is never a candidate.
     length: how many tokens are generated, a multiple of `block`.
     block: tokens of a block; `length` for pure diffusion.
-    steps: of all blocks together, for policies that plan them; None for a
+    steps: of all blocks together, for policies with a quota; None for a
       token a step.
-    plan: how many places the steps of a block fill, see `policies.shares_of`.
-      `"chance"`, with `select="random"`, is ancestral sampling: each place
-      left is filled by chance, as likely as the linear schedule has it.
+    plan: how many places the steps of a block fill, for policies with a quota,
+      see `policies.shares_of`. `"chance"`, with `select="random"`, is
+      ancestral sampling: each place left is filled by chance, as likely as the
+      linear schedule has it.
     policy: which candidates are kept.
     select: what confidence is: the candidate's probability (LLaDA's
       `low_confidence`; biased for temperatures above 0), or what does not
       depend on the candidate: the largest probability, the margin between the
-      two largest, minus the entropy, or chance.
+      two largest, minus the entropy, or chance. A policy that compares it with
+      a probability needs one of the first three; a margin is at most the
+      probability, so it is as safe.
     place_temperature: of choosing places: confidences divided by it are the
       logits of draws without replacement (Dream's `alg_temp`), for policies
       that only rank them; None for the surest.
@@ -46,7 +49,7 @@ class Options:
     stop: rows whose finished part holds an end are done; the rest is it.
     edit: places already filled change where another token is this likely
       (LLaDA 2.1), or None.
-    edit_steps: at most so many steps of a full block.
+    edit_steps: at most so many more calls for a row once its block is full.
     remask: how likely places filled by chance are masked again (ReMDM), or
       None. More `steps` than places then mend what was filled wrongly.
   """
@@ -80,6 +83,48 @@ class Options:
         f"sampler: steps is {self.steps}, expected a multiple of the {blocks} "
         "blocks"
       )
+    if self.mask_id in self.end:
+      raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
+    self._check_chance()
+    self._check_policy()
+
+  def _check_policy(self) -> None:
+    """Raises UserError for what the policy would not heed, or misread."""
+    policy, name = self.policy, type(self.policy).__name__
+    if policy.needs_probabilities and self.select in ("entropy", "random"):
+      raise UserError(
+        f"sampler: select is {self.select} and policy {name}, expected "
+        "candidate, max or margin: the policy compares confidences with a "
+        "probability; or the policy Quota, which only ranks them"
+      )
+    for field, plain in (("steps", None), ("plan", "even")):
+      value = getattr(self, field)
+      if value != plain and not policy.uses_quota:
+        raise UserError(
+          f"sampler: {field} is {value} and policy {name}, expected Quota, or "
+          f"{field} {plain}: the policy takes as many steps as it needs"
+        )
+    if self.place_temperature is None:
+      return
+    if not self.place_temperature > 0:
+      raise UserError(
+        f"sampler: place_temperature is {self.place_temperature}, expected "
+        "more than 0, or None"
+      )
+    if policy.needs_probabilities:
+      raise UserError(
+        f"sampler: place_temperature is {self.place_temperature} and policy "
+        f"{name}, expected Quota: confidences divided by it are no "
+        "probabilities any more"
+      )
+    if self.select == "random":
+      raise UserError(
+        f"sampler: place_temperature is {self.place_temperature} and select "
+        "random, expected another select, or None: places are drawn anyway"
+      )
+
+  def _check_chance(self) -> None:
+    """Raises UserError for what places that are filled by chance exclude."""
     if self.plan == "chance" and self.select != "random":
       raise UserError(
         f"sampler: plan is chance and select {self.select}, expected random: "
@@ -94,20 +139,6 @@ class Options:
       raise UserError(
         f"sampler: remask is {self.remask} and plan {self.plan}, expected "
         "chance: what is masked again has to be filled by chance in turn"
-      )
-    if self.mask_id in self.end:
-      raise UserError(f"sampler: end holds the mask's id, {self.mask_id}")
-    if self.place_temperature is None:
-      return
-    if not self.place_temperature > 0:
-      raise UserError(
-        f"sampler: place_temperature is {self.place_temperature}, expected "
-        "more than 0, or None"
-      )
-    if not isinstance(self.policy, Quota):
-      raise UserError(
-        "sampler: place_temperature changes what confidences are worth, so "
-        f"policy has to be Quota, found {type(self.policy).__name__}"
       )
 
   @property

@@ -26,7 +26,7 @@ import numpy as np
 from research import tree
 from research.diffusion import sampler
 from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Denoiser
+from research.diffusion.denoiser import Denoiser, passes
 from research.diffusion.growth import Growth, readiness
 from research.diffusion.sampler import Sampled, State
 from research.nn.sampling import GREEDY, Sampling
@@ -80,7 +80,7 @@ def sample(
     denoiser: the model; asked for whole canvases at every call. One with a
       cache is told that all of a canvas is a block: `Cached()` reads it again.
     params: its parameters.
-    state: from `start`.
+    state: from `start`. It stays as it is.
     options: how; `length` is that of the longest canvas, for which there is
       room in the state. `Quota` fills a place a call.
     growth: when canvases grow.
@@ -104,12 +104,13 @@ def sample(
     sampler.checked(finite, f"of the block at {at}")
     if look is not None:
       look(state)
-  got = sampler.result(state, options)
+  each = passes(denoiser)
+  got = sampler.result(state, options, each)
   return Grown(
     got.tokens,
     got.filled,
     got.calls,
-    got.counts + np.asarray(looked),
+    got.counts + np.asarray(looked) * each,
     got.lengths,
     np.asarray(_size(state, options)),
   )
@@ -173,11 +174,7 @@ def _judged(logits, state, options, growth):
   return ready, jnp.isfinite(largest).all()
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=("denoiser", "options", "growth"),
-  donate_argnames=("state",),
-)
+@functools.partial(jax.jit, static_argnames=("denoiser", "options", "growth"))
 def _measured(
   denoiser: Denoiser,
   params: Params,
@@ -225,11 +222,7 @@ def _with_ends(
   )
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=("denoiser", "options", "growth"),
-  donate_argnames=("state",),
-)
+@functools.partial(jax.jit, static_argnames=("denoiser", "options", "growth"))
 def grow_block(
   denoiser: Denoiser,
   params: Params,

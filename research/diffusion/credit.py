@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from research.diffusion.denoiser import Denoiser
+from research.diffusion.denoiser import Denoiser, passes
 from research.typing import UserError
 
 
@@ -41,6 +41,11 @@ class Credited:
         f"Credited: alpha is {self.alpha}, beta {self.beta} and gamma "
         f"{self.gamma}, expected at least 0, and beta below 1"
       )
+
+  @property
+  def passes(self) -> int:
+    """Returns the forward passes of a call."""
+    return passes(self.inner)
 
   def first(self, params, tokens, valid, start, size):
     logits, inner = self.inner.first(params, tokens, valid, start, size)

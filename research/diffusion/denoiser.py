@@ -45,6 +45,11 @@ class Denoiser(Protocol):
   ) -> tuple[Float[Array, "B K V"], Any]: ...
 
 
+def passes(asked: Denoiser) -> int:
+  """Returns the model's forward passes in a call: a denoiser's own, or 1."""
+  return getattr(asked, "passes", 1)
+
+
 def positions(valid: Bool[Array, "B T"]) -> Int[Array, "B T"]:
   """Returns positions that start at the first valid token; -1 for padding."""
   place = jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1
@@ -295,8 +300,8 @@ class BlockCausal:
 
     Args:
       params, tokens, valid, start, size: as for `first`.
-      memory: what was returned for the block before, whose final tokens are
-        all that is read now; None to read everything.
+      memory: what the last call of the block before has left, whose final
+        tokens are all that is read now; None to read everything.
     """
     self._check(size)
     if memory is not None:

@@ -7,6 +7,11 @@ masks, or the noise drowns the difference. All estimators have one interface:
   plan(keys, answer) -> Views: masked rows, and what each masked token counts
   tokens [B, T] of estimates = sum over views of counts * log p(token | view)
 
+The mask has no probability, as in the sampler and in the bound. Where tokens
+see blocks (`block`), log p is block diffusion's: each block as its view masks
+it, after clean ones (LLaDA 2's block bound). Masks of a whole answer are masks
+of its blocks: at one time each token is masked by itself.
+
 `full_mask`: the answer all masked, the prompt masked a little (diffu-GRPO,
 Zhao et al. 2025, arXiv:2504.12216); biased. `coupled`: that, a random mask, and
 its complement, so that every token is seen once in context (Gong et al. 2025,
@@ -21,7 +26,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.diffusion import block as blocks
 from research.diffusion import denoiser, process
+from research.diffusion.schedule import Linear, Schedule
+from research.diffusion.told import given
 from research.nn.transformer import Transformer
 from research.training import positions
 from research.typing import (
@@ -43,10 +51,13 @@ class Views:
   Attributes:
     masked: bool `[N, B, T]`, for each of N views.
     counts: float32 `[N, B, T]`, zero where nothing is asked.
+    share: float32 `[N, B]`, how likely the process masks a token at each
+      view's time, for models that are conditioned on it.
   """
 
   masked: Any
   counts: Any
+  share: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,9 +84,14 @@ class FullMask:
       answer: which tokens are asked for.
       real: which are no padding.
     """
-    rate = jnp.full((answer.shape[0], 1), self.prompt)
+    rows = answer.shape[0]
+    rate = jnp.full((rows, 1), self.prompt)
     hidden = process.mask_each(keys, real & ~answer, rate)
-    return Views((answer | hidden)[None], answer.astype(jnp.float32)[None])
+    return Views(
+      (answer | hidden)[None],
+      answer.astype(jnp.float32)[None],
+      jnp.ones((1, rows)),
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,12 +130,17 @@ class Coupled:
         jnp.where(rest, 0.5 / (1 - ratio), 0.0),
       ]
     )
-    return Views(jnp.stack([answer, some, rest]), counts)
+    ratio = ratio[:, 0]
+    share = jnp.stack([jnp.ones_like(ratio), ratio, 1 - ratio])
+    return Views(jnp.stack([answer, some, rest]), counts, share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Elbo:
   """`times` numbers of masks, `masks` sets of each; together unbiased.
+
+  The time of n masks of L is when the n-th token is masked: its share is drawn
+  from Beta(n, L - n + 1), whichever tokens they are (see `likelihood`).
 
   Attributes:
     times: n_t; each number is drawn by itself, uniform on 1..L.
@@ -147,7 +168,7 @@ class Elbo:
     u = jax.vmap(count)(jax.vmap(lambda k: jax.random.fold_in(k, 0))(keys))
     each = 1 + jnp.floor(u * length[:, None]).astype(jnp.int32)
     each = jnp.minimum(each, jnp.maximum(length, 1)[:, None])
-    masked, counts = [], []
+    masked, counts, share = [], [], []
     for i in range(self.times):
       for j in range(self.masks):
         number = 1 + i * self.masks + j
@@ -156,7 +177,13 @@ class Elbo:
         scale = length / each[:, i] / (self.times * self.masks)
         masked.append(mask)
         counts.append(jnp.where(mask, scale[:, None], 0.0))
-    return Views(jnp.stack(masked), jnp.stack(counts).astype(jnp.float32))
+        moments = process.moments(now, answer)
+        share.append(jnp.where(mask, moments, 0.0).max(-1))
+    return Views(
+      jnp.stack(masked),
+      jnp.stack(counts).astype(jnp.float32),
+      jnp.stack(share),
+    )
 
 
 Estimator = FullMask | Coupled | Elbo
@@ -171,31 +198,64 @@ def estimate(
   mask_id: int,
   shift: bool = False,
   rows: int = 256,
+  block: int | None = None,
+  schedule: Schedule = Linear(),
 ) -> Float[Array, "B T"]:
   """Returns the estimates of each token; sum them for the answer's.
 
   Args:
-    model: the network; all see all.
+    model: the network.
     params: its parameters.
     tokens: the truth.
     valid: which are no padding.
     views: from `plan`; the same ones for policy and reference.
-    mask_id: of the mask.
+    mask_id: of the mask, which has no probability.
     shift: see `denoiser.own_rows`.
     rows: rows of logits held at a time.
+    block: tokens of a block of a block-causal model; blocks start at a row's
+      first token. None: all see all.
+    schedule: of the process, for a model that is conditioned on the time.
+
+  Raises:
+    UserError: a block has no tokens.
   """
-  mask = denoiser.visible(None, valid)
+  if block is not None and block < 1:
+    raise UserError(
+      f"estimate: block is {block}, expected at least 1, or None: all see all"
+    )
   place = denoiser.positions(valid)
 
-  def one(total, view):
-    masked, counts = view
+  def states(masked, counts, share):
+    """Returns the states that predict each token."""
+    time = jnp.broadcast_to(schedule.time(share)[:, None], tokens.shape)
+    time = given(model, time)
     noisy = process.noisy(tokens, masked, mask_id)
-    hidden, _ = model.apply({"params": params}, noisy, place, mask)
-    hidden = denoiser.own_rows(
-      hidden, jnp.int32(0), tokens.shape[1], shift, place
+    if block is not None:
+      # What a view hides of the prompt is hidden of later blocks, too.
+      shown = process.noisy(tokens, masked & (counts == 0), mask_id)
+      segments = jnp.where(valid, 0, -1)
+      both = blocks.copies(noisy, shown, place, segments, block)
+      hidden, _ = model.apply(
+        {"params": params}, *both, time=blocks.times(time)
+      )
+      return blocks.predicting(hidden, place, block, shift)
+    hidden, _ = model.apply(
+      {"params": params},
+      noisy,
+      place,
+      denoiser.visible(None, valid),
+      time=time,
     )
-    found = positions.log_probs(model, params, hidden, tokens, rows)
+    start, length = jnp.int32(0), tokens.shape[1]
+    return denoiser.own_rows(hidden, start, length, shift, place)
+
+  def one(total, view):
+    _, counts, _ = view
+    found = positions.log_probs(
+      model, params, states(*view), tokens, rows, never=mask_id
+    )
     return total + jnp.where(counts > 0, counts * found, 0.0), None
 
   zero = jnp.zeros(tokens.shape, jnp.float32)
-  return jax.lax.scan(one, zero, (views.masked, views.counts))[0]
+  every = views.masked, views.counts, views.share
+  return jax.lax.scan(one, zero, every)[0]

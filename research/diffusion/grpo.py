@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from research import weights
 from research.diffusion import estimators
 from research.diffusion.estimators import Estimator, FullMask
+from research.diffusion.schedule import Linear, Schedule
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
@@ -44,6 +45,7 @@ class GRPO:
     clip: ratios count within 1 - clip and 1 + clip.
     beta: of the divergence, estimated as `r - 1 - log r`.
     shift: see `denoiser.own_rows`.
+    block, schedule: see `estimators.estimate`.
     rows: rows of logits held at a time.
   """
 
@@ -53,6 +55,8 @@ class GRPO:
   clip: float = 0.5
   beta: float = 0.04
   shift: bool = False
+  block: int | None = None
+  schedule: Schedule = Linear()
   rows: int = 256
 
   def __post_init__(self):
@@ -82,6 +86,8 @@ class GRPO:
       self.mask_id,
       self.shift,
       self.rows,
+      self.block,
+      self.schedule,
     )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:

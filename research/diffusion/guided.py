@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from research.diffusion import likelihood, process
-from research.diffusion.denoiser import Denoiser
+from research.diffusion.denoiser import Denoiser, passes
 from research.typing import Array, Bool, Params, UserError
 
 
@@ -22,18 +20,16 @@ class Guided:
   """Logits of `likelihood.toward`, free of the prompt and told it.
 
   Each step reads rows twice, and each of the two has a cache of its own if
-  `inner` has one.
+  `inner` has one. Parameters are those of `with_prompt`, which say what is
+  masked for `u`.
 
   Attributes:
     inner: the denoiser, e.g. `denoiser.Whole`.
-    prompt: how many tokens at the start of the rows are masked for `u`; None
-      where that differs from row to row: `params` have to be `with_prompt`'s.
     mask_id: of the mask.
     weight: w; 0 gives the conditional logits.
   """
 
   inner: Denoiser
-  prompt: int | None = None
   mask_id: int
   weight: float = 1.0
 
@@ -42,6 +38,11 @@ class Guided:
       raise UserError(
         f"Guided: weight is {self.weight}, expected a number of at least 0"
       )
+
+  @property
+  def passes(self) -> int:
+    """Returns the forward passes of a call."""
+    return (1 if self.weight == 0 else 2) * passes(self.inner)
 
   def first(self, params, tokens, valid, start, size):
     return self._both(self.inner.first, params, tokens, valid, start, size)
@@ -53,15 +54,12 @@ class Guided:
 
   def _both(self, ask, params, tokens, valid, start, size, carry=None):
     mine, other = ((), ()) if carry is None else ((x,) for x in carry)
-    if self.prompt is None:
-      if not {"params", "prompt"} <= set(params):
-        raise UserError(
-          "Guided: does not know the rows' prompts; expected parameters of "
-          "guided.with_prompt, or prompt, the tokens of one that all rows have"
-        )
-      params, asked = params["params"], params["prompt"]
-    else:
-      asked = jnp.arange(tokens.shape[1]) < self.prompt
+    if not {"params", "prompt"} <= set(params):
+      raise UserError(
+        "Guided: does not know the rows' prompts; expected parameters of "
+        "guided.with_prompt"
+      )
+    params, asked = params["params"], params["prompt"]
     told, left = ask(params, tokens, valid, start, size, *mine)
     if self.weight == 0:
       return told, (left, ())  # nothing to read twice for, or to round

@@ -11,7 +11,7 @@ the lower place.
 """
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +39,12 @@ class Policy(Protocol):
     """
 
   @property
-  def scheduled(self) -> bool:
-    """Whether steps are planned ahead; else the loop runs until all is full."""
+  def needs_probabilities(self) -> bool:
+    """Whether confidences are compared with a probability, not only ranked."""
+
+  @property
+  def uses_quota(self) -> bool:
+    """Whether the plan of steps has a say; else steps are as many as needed."""
 
 
 def ranks(
@@ -54,7 +58,8 @@ def ranks(
 class Quota:
   """The surest `quota` places (LLaDA, arXiv:2502.09992)."""
 
-  scheduled: bool = dataclasses.field(default=True, init=False)
+  needs_probabilities: ClassVar[bool] = False
+  uses_quota: ClassVar[bool] = True
 
   def commit(self, confidence, eligible, quota):
     return eligible & (ranks(confidence, eligible) < quota[:, None])
@@ -73,7 +78,11 @@ class Threshold:
 
   threshold: float = 0.9
   quota_first: bool = False
-  scheduled: bool = dataclasses.field(default=False, init=False)
+  needs_probabilities: ClassVar[bool] = True
+
+  @property
+  def uses_quota(self) -> bool:
+    return self.quota_first
 
   def commit(self, confidence, eligible, quota):
     rank = ranks(confidence, eligible)
@@ -95,7 +104,8 @@ class Factor:
   """
 
   factor: float = 1.0
-  scheduled: bool = dataclasses.field(default=False, init=False)
+  needs_probabilities: ClassVar[bool] = True
+  uses_quota: ClassVar[bool] = False
 
   def commit(self, confidence, eligible, quota):
     rank = ranks(confidence, eligible)
@@ -117,7 +127,8 @@ class Hierarchy:
 
   low: float = 0.62
   threshold: float = 0.92
-  scheduled: bool = dataclasses.field(default=False, init=False)
+  needs_probabilities: ClassVar[bool] = True
+  uses_quota: ClassVar[bool] = False
 
   def commit(self, confidence, eligible, quota):
     sure = jnp.where(eligible, confidence, -jnp.inf)
@@ -134,38 +145,6 @@ class Hierarchy:
     kept &= eligible
     first = ranks(confidence, eligible) == 0
     return kept | (eligible & first & ~kept.any(-1, keepdims=True))
-
-
-def quotas(count: int, steps: int) -> np.ndarray:
-  """Returns how many of `count` places each of `steps` steps fills.
-
-  As even as can be, the larger ones first (LLaDA): 10 in 4 are 3, 3, 2, 2.
-  """
-  if count < 0 or steps < 1:
-    raise UserError(f"quotas: {count} places in {steps} steps")
-  base, rest = divmod(count, steps)
-  return np.array([base + (i < rest) for i in range(steps)], np.int32)
-
-
-def scheduled_quotas(count: int, steps: int, shape: str) -> np.ndarray:
-  """Returns quotas that follow a noise schedule, empty steps left out.
-
-  Each step fills what is left times the share that the schedule clears,
-  rounded half to even: linear 10 in 4 are 2, 3, 2, 3; cosine 16 in 4 are
-  1, 4, 5, 6.
-
-  Args:
-    count: places.
-    steps: at most so many.
-    shape: `"linear"` or `"cosine"`.
-  """
-  left, out = count, []
-  shares = shares_of(shape, steps)
-  for i, share in enumerate(shares):
-    take = min(left, round(left * share)) if i < steps - 1 else left
-    out.append(take)
-    left -= take
-  return np.array([n for n in out if n], np.int32)
 
 
 def shares_of(plan: str, steps: int) -> np.ndarray:

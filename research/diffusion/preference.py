@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from research import weights
 from research.diffusion import estimators, process
 from research.diffusion.estimators import Elbo, Estimator
+from research.diffusion.schedule import Linear, Schedule
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
@@ -36,6 +37,7 @@ class VRPO:
       what happens otherwise.
     by_length: whether an answer's estimate is divided by its length.
     shift: see `denoiser.own_rows`.
+    block, schedule: see `estimators.estimate`.
     policy, reference: as for `training.preference.DPO`.
     rows: rows of logits held at a time.
   """
@@ -47,6 +49,8 @@ class VRPO:
   shared: bool = True
   by_length: bool = False
   shift: bool = False
+  block: int | None = None
+  schedule: Schedule = Linear()
   policy: Select = whole
   reference: Select = Part("reference")
   rows: int = 256
@@ -80,6 +84,8 @@ class VRPO:
         self.mask_id,
         self.shift,
         self.rows,
+        self.block,
+        self.schedule,
       ).sum(-1)
       if self.by_length:
         found = found / jnp.maximum(answer.sum(-1), 1)

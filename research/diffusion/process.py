@@ -63,13 +63,23 @@ def mask_each(
   return maskable & (draw(keys) < rate)
 
 
+def moments(keys: PRNGKey, maskable: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+  """Returns when each token is masked, by the share of masks at that time.
+
+  Uniform on [0, 1); 2 for those that never are.
+  """
+  draw = jax.vmap(lambda k: jax.random.uniform(k, maskable.shape[1:]))
+  return jnp.where(maskable, draw(keys), 2.0)
+
+
 def mask_count(
   keys: PRNGKey, maskable: Bool[Array, "B T"], count: Int[Array, "B"]
 ) -> Bool[Array, "B T"]:
-  """Returns masks of exactly `count` tokens, any set as likely as any other."""
-  draw = jax.vmap(lambda k: jax.random.uniform(k, maskable.shape[1:]))
-  noise = jnp.where(maskable, draw(keys), 2.0)
-  return maskable & (ranks(noise) < count[:, None])
+  """Returns masks of exactly `count` tokens, any set as likely as any other.
+
+  The first ones of `moments`.
+  """
+  return maskable & (ranks(moments(keys, maskable)) < count[:, None])
 
 
 def noisy(

@@ -21,7 +21,7 @@ import numpy as np
 from research import tree
 from research.diffusion import layout
 from research.diffusion.candidates import Options, candidates
-from research.diffusion.denoiser import Denoiser
+from research.diffusion.denoiser import Denoiser, passes
 from research.nn import sampling as samplers
 from research.nn.sampling import GREEDY, Sampling
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
@@ -42,7 +42,7 @@ class State:
     done: bool `[B]`, rows that have ended.
     filled: int32 `[B, T]`, the step that filled a place, -1 for none.
     sure: float32 `[B, T]`, how probable a place's token was when it was filled.
-    calls: int32, how often the model was asked.
+    calls: int32, steps of the batch so far, each a call of the denoiser.
   """
 
   tokens: Any
@@ -63,8 +63,9 @@ class Sampled:
 
   Attributes:
     tokens: int32 `[B, T]`, prompts included.
-    filled: int32 `[B, T]`, the model call that filled a place, -1 elsewhere.
-    calls: model calls of the batch (NFE).
+    filled: int32 `[B, T]`, the step that filled a place, -1 elsewhere.
+    calls: forward passes of the model on the batch, for logits (NFE): one a
+      step, with guidance two; not those that only fill a cache.
     counts: int32 `[B]`, those in which each row took part.
     lengths: int32 `[B]`, generated tokens before the first end.
   """
@@ -77,7 +78,7 @@ class Sampled:
 
   @property
   def tokens_per_call(self) -> float:
-    """Returns tokens before an end for each call of a row."""
+    """Returns tokens before an end for each forward pass of a row."""
     return float(self.lengths.sum() / max(self.counts.sum(), 1))
 
 
@@ -147,7 +148,7 @@ def sample(
     denoiser: the model.
     params: its parameters.
     state: from `start` or `begin`; of its last `options.length` places what is
-      masked is filled, block after block.
+      masked is filled, block after block. It stays as it is.
     options: how.
     sampling: how candidates are drawn; greedy by default.
     look: called after each block, to show it.
@@ -168,13 +169,13 @@ def sample(
       memory = _remembered(
         denoiser, params, state, jnp.int32(at), options.block, memory
       )
-    state, finite = fill_block(
+    state, finite, memory = fill_block(
       denoiser, params, state, jnp.int32(at), one, sampling, memory
     )
     checked(finite, f"of the block at {at}")
     if look is not None:
       look(state)
-  return result(state, options)
+  return result(state, options, passes(denoiser))
 
 
 def checked(finite: Bool[Array, ""], where: str) -> None:
@@ -186,8 +187,11 @@ def checked(finite: Bool[Array, ""], where: str) -> None:
     )
 
 
-def result(state: State, options: Options) -> Sampled:
-  """Returns what is told of rows whose last `options.length` are filled."""
+def result(state: State, options: Options, each: int = 1) -> Sampled:
+  """Returns what is told of rows whose last `options.length` are filled.
+
+  `each` is how many forward passes a step took.
+  """
   tokens = np.asarray(state.tokens)
   ours = ~np.asarray(state.fixed)[:, -options.length :]
   ended = ours & np.isin(tokens[:, -options.length :], options.end)
@@ -195,8 +199,8 @@ def result(state: State, options: Options) -> Sampled:
   return Sampled(
     tokens,
     np.asarray(state.filled),
-    int(state.calls),
-    np.asarray(state.count),
+    int(state.calls) * each,
+    np.asarray(state.count) * each,
     before.sum(-1, dtype=np.int32),
   )
 
@@ -210,7 +214,7 @@ def _remembered(denoiser, params, state, at, size, memory):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("state",)
+  jax.jit, static_argnames=("denoiser", "options"), donate_argnames=("memory",)
 )
 def fill_block(
   denoiser: Denoiser,
@@ -220,56 +224,61 @@ def fill_block(
   options: Options,
   sampling: Sampling = GREEDY,
   memory: Any = None,
-) -> tuple[State, Bool[Array, ""]]:
-  """Returns rows with the block at `at` filled, and whether logits were finite.
+) -> tuple[State, Bool[Array, ""], Any]:
+  """Returns rows with the block at `at` filled.
 
   Args:
     denoiser, params, options, sampling: as for `sample`.
     state: rows.
     at: where the block starts.
     memory: what a denoiser's `remember` returned; None to look at whole rows.
+      It is donated, so that a cache is not there twice.
+
+  Returns:
+    Rows, whether logits were finite, and what the block's last call has left
+    of `memory`, from which `remember` goes on; None without.
   """
   size = options.block
-  masked = jax.lax.dynamic_slice_in_dim(state.masked, at, size, axis=1)
-  planned = jnp.where(state.done, 0, masked.sum(-1))
-
+  planned = jnp.where(state.done, 0, cut(state.masked, at, size).sum(-1))
   # Each step fills a place of every row that has some; a plan may take more.
-  most = max(size, options.block_steps)
-  if options.remask is not None:
-    most = options.block_steps
+  most = options.block_steps
+  if options.remask is None:
+    most = max(size, most)
 
-  def more(loop):
-    state, i, edits, _, _ = loop
+  def unfinished(state, i):
+    """Returns which rows have a place to be filled, now or once more."""
     open_ = cut(state.masked, at, size)
     if options.remask is not None:
       open_ |= ~cut(state.fixed, at, size)  # masked again, perhaps
-    left = open_ & ~state.done[:, None]
-    go = left.any() & (i < most)
-    if options.edit is None:
-      return go
-    return go | (edits.any() & (i < most + options.edit_steps))
+    return open_.any(-1) & ~state.done & (i < most)
+
+  def more(loop):
+    state, i, edits, *_ = loop
+    go = unfinished(state, i)
+    return (go if options.edit is None else go | edits).any()
 
   def step(loop):
-    state, i, edits, carry, finite = loop
-    logits, carry = denoiser.again(
-      params, state.tokens, state.valid, at, size, carry
-    )
-    how = options, sampling, planned, i, edits
-    state, edits = fill(state, logits, at, *how)
-    return state, i + 1, edits, carry, finite & _finite(logits)
+    state, i, edits, spare, carry, finite = loop
+    given = params, state.tokens, state.valid, at, size
+    logits, carry = denoiser.again(*given, carry)
+    spare -= ~unfinished(state, i)
+    state, edits = fill(state, logits, at, options, sampling, planned, i, edits)
+    edits &= unfinished(state, i + 1) | (spare > 0)
+    return state, i + 1, edits, spare, carry, finite & _finite(logits)
 
-  given = params, state.tokens, state.valid, at, size
-  if memory is None:
-    logits, carry = denoiser.first(*given)
-  else:
-    logits, carry = denoiser.again(*given, memory)
+  ask = denoiser.first if memory is None else denoiser.again
+  left = () if memory is None else (memory,)
+  logits, carry = ask(params, state.tokens, state.valid, at, size, *left)
   state, edits = fill(state, logits, at, options, sampling, planned, 0)
   carry = jax.tree.map(jnp.asarray, carry)
-  loop = state, jnp.int32(1), edits, carry, _finite(logits)
-  state, _, _, _, finite = jax.lax.while_loop(more, step, loop)
+  # Edits of a full row are limited, however early it was full.
+  spare = jnp.full_like(planned, options.edit_steps)
+  edits &= unfinished(state, 1) | (spare > 0)
+  loop = state, jnp.int32(1), edits, spare, carry, _finite(logits)
+  state, *_, carry, finite = jax.lax.while_loop(more, step, loop)
   if options.stop and options.end:
     state = ended(state, at, options)
-  return state, finite
+  return state, finite, None if memory is None else carry
 
 
 def _finite(logits: Float[Array, "B K V"]) -> Bool[Array, ""]:

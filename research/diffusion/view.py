@@ -1,7 +1,7 @@
 """Unmasking to look at: in a terminal, as a page, as a moving picture.
 
-All of it is made from two rows, what each place became and the model call that
-filled it, which the sampler keeps anyway; so looking costs no step.
+All of it is made from two rows, what each place became and the step that filled
+it, which the sampler keeps anyway; so looking costs no step.
 """
 
 import html
@@ -26,19 +26,19 @@ def shown(pieces: Sequence[str]) -> list[str]:
 
 
 def calls(filled: Sequence[int] | np.ndarray) -> list[int]:
-  """Returns the model calls that filled something, in order."""
+  """Returns the steps that filled something, in order."""
   return sorted({int(n) for n in filled if n >= 0})
 
 
 def frame(
   pieces: Sequence[str], filled: Sequence[int] | np.ndarray, now: int
 ) -> str:
-  """Returns the text as it stood after a model call, masks as blocks.
+  """Returns the text as it stood after a step, masks as blocks.
 
   Args:
     pieces: each place's text.
-    filled: the call that filled it; -1 for what was given.
-    now: the call.
+    filled: the step that filled it; -1 for what was given.
+    now: the step.
   """
   return "".join(
     p if n <= now else HIDDEN for p, n in zip(pieces, filled, strict=True)
@@ -84,7 +84,7 @@ pre {{ white-space: pre-wrap; }}
 .new {{ background: #cfc; }}
 input {{ width: 100%; }}
 </style>
-<p><label>call <output id="now"></output> of {last}
+<p><label>step <output id="now"></output> of {last}
 <input id="at" type="range" min="-1" max="{most}" value="{most}"></label>
 <pre id="text">{text}</pre>
 <script>
@@ -108,7 +108,7 @@ draw();
 
 
 def page(pieces: Sequence[str], filled: Sequence[int] | np.ndarray) -> str:
-  """Returns a page of HTML with a slider over the model calls.
+  """Returns a page of HTML with a slider over the steps.
 
   It needs nothing else; what the model wrote stays text, whatever it says.
   """
@@ -149,12 +149,12 @@ def write_gif(
   columns: int = 64,
   seconds: float = 8.0,
 ) -> None:
-  """Writes a moving picture, a frame for each call that filled something.
+  """Writes a moving picture, a frame for each step that filled something.
 
   Args:
     file: a .gif to write.
     pieces: each place's text.
-    filled: the call that filled it; -1 for what was given.
+    filled: the step that filled it; -1 for what was given.
     columns: characters in a line.
     seconds: that it takes, at most half of one a frame.
 

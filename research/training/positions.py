@@ -66,11 +66,24 @@ def log_probs(
   hidden: Float[Array, "B T D"],
   targets: Int[Array, "B T"],
   rows: int = 256,
+  never: int | None = None,
 ) -> Float[Array, "B T"]:
-  """Returns log p(target) of each position."""
+  """Returns log p(target) of each position.
+
+  Args:
+    model: whose head is used.
+    params: its parameters.
+    hidden: the states that predict `targets`.
+    targets: the truth.
+    rows: positions times batch that a device holds at a time.
+    never: a token without probability, or None.
+  """
 
   def one(head, hidden, targets):
-    loss, _ = losses.token_losses(logits_of(model, head, hidden), targets)
+    logits = logits_of(model, head, hidden)
+    if never is not None:
+      logits = logits.at[..., never].set(-1e9)
+    loss, _ = losses.token_losses(logits, targets)
     return -loss
 
   return map_positions(one, head_of(params), hidden, targets, rows=rows)

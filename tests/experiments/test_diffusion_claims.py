@@ -238,8 +238,8 @@ def test_what_answers_cost_is_what_ran(monkeypatch):
   )
   want = 2 * 8 * matrices + 4 * 8 * 8 * SMALL.width
   assert fast["GFLOP"] == pytest.approx(want / 1e9, rel=0.01)
-  # Guidance reads a row twice.
+  # Guidance reads a row twice, at each of 3 steps and of 1.
   guided = [p for p in points if p["policy"] == "guidance"]
-  assert [p["calls"] for p in guided] == [3, 1]
+  assert [p["calls"] for p in guided] == [6, 2]
   assert guided[1]["GFLOP"] == pytest.approx(2 * fast["GFLOP"], rel=1e-3)
   assert all(p["ms"] > 0 for p in (slow, fast, threshold))

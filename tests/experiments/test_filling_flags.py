@@ -158,6 +158,24 @@ def test_flags_are_what_is_wanted():
     ("--place_temperature=0", "expected more than 0"),
     ("--place_temperature=nan", "expected more than 0"),
     ("--place_temperature=1 --policy=factor:1", "expected --policy=quota"),
+    (
+      "--policy=threshold:0.9 --select=random",
+      "--select=random: --policy=threshold:0.9 compares how sure",
+    ),
+    (
+      "--policy=quota+threshold:0.9 --select=entropy --steps=4",
+      "--select=entropy: --policy=quota+threshold:0.9 compares how sure",
+    ),
+    (
+      "--policy=factor:1 --select=entropy",
+      "expected --select=candidate, max or margin, or --policy=quota",
+    ),
+    ("--policy=credit:0.9 --select=random", "--policy=credit:0.9 compares"),
+    ("--policy=hierarchy --select=entropy", "--policy=hierarchy compares"),
+    (
+      "--place_temperature=1 --select=random",
+      "--place_temperature=1.0: has no effect with --select=random",
+    ),
     ("--edit_steps=3", "has no effect without --edit"),
     ("--infill=[[2]] --canvas=auto", "leave one of them out"),
   ],

@@ -119,11 +119,12 @@ def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(
 )
 def test_ways_to_fill(command, flags):
   got = told(command("all", "--block=8", *flags))
-  most = 12 if "--steps=12" in flags else LENGTH
-  assert 1 <= got["calls"] <= most and got["tokens"] <= LENGTH
   steps = [int(f.split("=")[1]) for f in flags if f.startswith("--steps")]
   # Edits look once more at what the last step filled.
-  assert got["calls"] <= min(steps, default=LENGTH) + ("--edit=1" in flags)
+  most = min(steps, default=LENGTH) + ("--edit=1" in flags)
+  each = 2 if "--guidance=1" in flags else 1
+  assert got["calls"] in range(each, each * most + 1, each)
+  assert got["tokens"] <= LENGTH
 
 
 def test_ends(command):
@@ -250,9 +251,10 @@ def test_what_is_drawn(command, tmp_path):
   got = told(command("all", *flags))
   assert "<script>" in page.read_text("utf-8")
   head = picture.read_bytes()
-  # A frame for each call, the masks before, and the end for a second.
+  # A frame for each step of two calls, the masks before, and the end for a
+  # second.
   assert head[:6] == b"GIF89a"
-  assert head.count(b"\x21\xf9\x04") >= got["calls"] + 1
+  assert head.count(b"\x21\xf9\x04") >= got["calls"] / 2 + 1
 
 
 def test_a_terminal_shows_each_call(command, monkeypatch):
@@ -262,7 +264,7 @@ def test_a_terminal_shows_each_call(command, monkeypatch):
   assert (status, errors) == (0, "")
   text, got = "\n".join(lines[:-1]), json.loads(lines[-1])
   for now in range(got["calls"]):
-    assert f"call {now + 1}\x1b" in text
+    assert f"step {now + 1}\x1b" in text
   assert view.HIDDEN in text and "\x1b[2A" in text
   # The last frame has nothing hidden, and is the text.
   last = text.split("\x1b[0J")[-2]

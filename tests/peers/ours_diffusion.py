@@ -22,7 +22,7 @@ import numpy as np
 from research.diffusion import ancestral, policies, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import BlockCausal, Whole
-from research.diffusion.guided import Guided
+from research.diffusion.guided import Guided, with_prompt
 from research.nn import sampling as samplers
 from research.nn.sampling import Sampling
 
@@ -49,17 +49,13 @@ def sample(it, args, rows) -> dict:
   for case in json.loads(str(rows["cases"])):
     how = options(case, it.diffusion.mask_id)
     asked = Whole(model=it.model, shift=it.diffusion.shift)
+    state, params = sampler.start(prompts.tolist(), how, key), it.params
     if case.get("cfg"):
-      asked = Guided(
-        inner=asked,
-        prompt=prompts.shape[1],
-        mask_id=how.mask_id,
-        weight=case["cfg"],
-      )
+      asked = Guided(inner=asked, mask_id=how.mask_id, weight=case["cfg"])
+      params = with_prompt(params, state.fixed)
     hot = case.get("temperature", 0.0)
     rule = Sampling(temperature=hot) if hot else samplers.GREEDY
-    state = sampler.start(prompts.tolist(), how, key)
-    got = sampler.sample(asked, it.params, state, how, rule)
+    got = sampler.sample(asked, params, state, how, rule)
     found = dict(tokens=got.tokens, filled=got.filled, calls=got.calls)
     if hot or case.get("select") == "random":
       found |= noise(key, len(prompts), how, it.model.vocab_size)

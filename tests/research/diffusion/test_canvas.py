@@ -13,7 +13,7 @@ from research.diffusion import canvas, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Cached, Whole, positions
 from research.diffusion.growth import Growth
-from research.diffusion.guided import Guided
+from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.policies import Quota, Threshold
 from research.nn.sampling import GREEDY, Sampling
 from research.typing import UserError
@@ -22,6 +22,7 @@ from tests.research.diffusion.test_denoiser import MASK, network
 
 END, ALSO = 3, 5
 PROMPTS = [[7, 1, 9], [2, 11, 4]]
+WIDTH = 3
 OPTIONS = Options(
   mask_id=MASK, length=20, block=4, end=(END, ALSO),
   policy=Threshold(threshold=0.5),
@@ -66,7 +67,9 @@ class Sharp:
 
 def given(asked):
   """Returns the parameters that a denoiser is asked with."""
-  asked = getattr(asked, "inner", asked) if type(asked) is Guided else asked
+  if type(asked) is Guided:
+    prompt = jnp.arange(WIDTH + OPTIONS.length) < WIDTH
+    return with_prompt(given(asked.inner), prompt[None])
   asked = getattr(asked, "like", asked)
   if not isinstance(asked, Sharp):
     return network()[1]
@@ -91,15 +94,13 @@ def run(
 @functools.cache
 def reader(length):
   """Returns `row -> logits [length, V]` of rows of just this length."""
-  model, params = network()
-  valid = jnp.ones((1, length), bool)
-  read = jax.jit(lambda row: passes.logits(model, params, row, valid, None))
-  return lambda row: np.asarray(read(jnp.asarray([row], jnp.int32)))[0]
+  valid = np.ones((1, length), bool)
+  return lambda row: passes.logits(*network(), [row], valid, None)[0]
 
 
 def logits_of(asked, row):
   if isinstance(asked, Guided):
-    hidden = [MASK] * asked.prompt + row[asked.prompt :]
+    hidden = [MASK] * WIDTH + row[WIDTH:]
     told, blind = logits_of(asked.inner, row), logits_of(asked.inner, hidden)
     return blind + (1 + asked.weight) * (told - blind)
   z = asked.scale * reader(len(row))(row).astype(np.float64)
@@ -176,7 +177,7 @@ CASES = [
   (dict(low=0.4, by=4), dict(stop=False), Sharp(scale=2.0)),
   (dict(low=0.4, begin=0.3), dict(select="margin"), Sharp(middle=11.0)),
   (dict(low=0.9, begin=0.0, ready=1.0), {}, Sharp(scale=2.0)),
-  (dict(ends=0), {}, Guided(inner=Sharp(middle=8.0), prompt=3, mask_id=MASK)),
+  (dict(ends=0), {}, Guided(inner=Sharp(middle=8.0), mask_id=MASK)),
 ]
 CASES = [
   (dataclasses.replace(GROWTH, **g), dataclasses.replace(OPTIONS, **o), asked)
@@ -187,17 +188,17 @@ CASES = [
 @pytest.mark.parametrize(("growth", "options", "asked"), CASES)
 def test_is_the_paper_s_loop(growth, options, asked):
   got = run(growth, options, asked=asked)
-  looks, blocks = [], []
+  looks, blocks, each = [], [], 2 if isinstance(asked, Guided) else 1
   for i, prompt in enumerate(PROMPTS):
     row, looked, calls, _ = by_hand(asked, prompt, growth, options)
     np.testing.assert_array_equal(got.tokens[i, : len(row)], row)
     assert got.canvas[i] == len(row) - len(prompt)
     assert (got.tokens[i, len(row) :] == END).all()
-    assert got.counts[i] == looked + sum(calls)
+    assert got.counts[i] == each * (looked + sum(calls))
     looks, blocks = [*looks, looked], [*blocks, calls]
   # A batch's calls are those of whoever still needs them.
   steps = [max((c[b : b + 1] or [0])[0] for c in blocks) for b in range(5)]
-  assert got.calls == max(looks) + sum(steps)
+  assert got.calls == each * (max(looks) + sum(steps))
 
 
 def test_the_cases_grow_in_both_ways_and_end_before_they_have_to():
@@ -210,6 +211,19 @@ def test_the_cases_grow_in_both_ways_and_end_before_they_have_to():
   assert len({inserted for *_, inserted in found}) > 3
   lengths = {len(row) - 3 for row, *_ in found}
   assert len(lengths) > 4 and OPTIONS.length in lengths
+
+
+def test_the_caller_s_rows_are_the_caller_s():
+  state = canvas.start(PROMPTS, OPTIONS, GROWTH, jax.random.key(0))
+  kept, given_ = [], (Sharp(), given(Sharp()))
+  found = [
+    canvas.sample(*given_, state, OPTIONS, GROWTH, GREEDY, look)
+    for look in (kept.append, None)
+  ]
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+  for rows in kept:
+    assert rows.tokens.shape == state.tokens.shape
+    assert not rows.tokens.is_deleted()
 
 
 # Laws ------------------------------------------------------------------------
@@ -357,8 +371,8 @@ def test_no_length_compiles_again():
     (dict(ready=float("nan")), {}, "ready is nan, expected 0 to 1"),
     (dict(start=21), {}, "start is 21, more than the longest canvas"),
     ({}, dict(end=()), "end is empty"),
-    ({}, dict(steps=5), "steps is 5 and plan even"),
-    ({}, dict(plan="cosine"), "plan cosine"),
+    ({}, dict(policy=Quota(), steps=5), "steps is 5 and plan even"),
+    ({}, dict(policy=Quota(), plan="cosine"), "plan cosine"),
     ({}, dict(edit=0.9), "edit is 0.9, expected None"),
   ],
 )

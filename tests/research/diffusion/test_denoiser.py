@@ -11,8 +11,9 @@ import pytest
 
 from research.diffusion import likelihood, sampler
 from research.diffusion.candidates import Options
+from research.diffusion.credit import Credited
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
-from research.diffusion.guided import Guided
+from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.policies import Threshold
 from research.nn.sampling import Sampling
 from research.typing import UserError
@@ -49,7 +50,13 @@ def close(got, want):
 def compiled(f):
   """Compiles it for each denoiser once; rows and places are data."""
   run = jax.jit(f, static_argnames="d")
-  return lambda d, *rows: run(d, network()[1], *rows)
+
+  def call(d, *rows):
+    params = network()[1]
+    params = with_prompts(params) if isinstance(d, Guided) else params
+    return run(d, params, *rows)
+
+  return call
 
 
 @compiled
@@ -70,14 +77,9 @@ def twice(d, params, tokens, later, valid, at):
   return logits, d.again(params, later, valid, at, K, carry)[0]
 
 
-@functools.partial(jax.jit, static_argnames="block")
-def passed(params, tokens, valid, block):
-  return passes.logits(network()[0], params, tokens, valid, block)
-
-
 def by_hand(tokens, valid, block, shift):
-  """Returns all logits, from one pass with a mask as an array."""
-  logits = np.asarray(passed(network()[1], tokens, valid, block))
+  """Returns all logits, from one pass in numpy."""
+  logits = passes.logits(*network(), tokens, valid, block)
   if shift:
     before = np.concatenate([logits[:, :1], logits[:, :-1]], axis=1)
     # A row's first token has padding before it, if anything.
@@ -247,11 +249,77 @@ def test_a_block_causal_model_reads_the_start_of_rows_once():
   assert sampler._remembered._cache_size() - programs == 2
 
 
+def test_a_cache_of_finished_blocks_is_there_once():
+  """What goes into a block's program is what comes out of it."""
+  model, params = network()
+  d = BlockCausal(model=model, block=K)
+  options = Options(mask_id=MASK, length=8, block=K)
+  state = sampler.start([[3, 1, 4, 1]] * 64, options, jax.random.key(0))
+  at = jnp.int32(K)
+  memory = sampler._remembered(d, params, state, at, K, None)
+  size = sum(x.nbytes for x in jax.tree.leaves(memory[0].layers))
+  program = sampler.fill_block.lower(
+    d, params, state, at, options.of_block, memory=memory
+  ).compile()
+  assert program.memory_analysis().alias_size_in_bytes >= size
+  state, _, kept = sampler.fill_block(
+    d, params, state, at, options.of_block, memory=memory
+  )
+  assert memory[0].layers["run0"]["layer0"].k.is_deleted()
+  chex.assert_trees_all_equal_shapes(kept[0].layers, memory[0].layers)
+
+
 def test_guidance_needs_to_know_prompts():
   model, params = network()
   d = Guided(inner=Whole(model=model), mask_id=MASK)
   with pytest.raises(UserError, match="expected parameters of guided.with_pr"):
     d.first(params, *rows(), jnp.int32(8), K)
+
+
+def guided(inner, weight):
+  return Guided(inner=inner, mask_id=MASK, weight=weight)
+
+
+def with_prompts(params):
+  """Returns parameters for `guided`: the first half of each row is asked by."""
+  prompt = jnp.broadcast_to(jnp.arange(T) < T // 2, (2, T))
+  return with_prompt(params, prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+  """A model that adds one to `log` at each of its forward passes."""
+
+  log = []
+
+  def first(self, params, tokens, valid, start, size):
+    jax.debug.callback(lambda _: self.log.append(1), tokens)
+    place = jnp.arange(T)[:, None]
+    logits = jnp.sin(place + 2.0 * jnp.arange(V) + tokens.sum() * 0.1)
+    logits = jnp.broadcast_to(logits, (*tokens.shape, V))
+    return jax.lax.dynamic_slice_in_dim(logits, start, size, axis=1), ()
+
+  def again(self, params, tokens, valid, start, size, carry):
+    return self.first(params, tokens, valid, start, size)
+
+
+@pytest.mark.parametrize(("weight", "each"), [(0.0, 1), (1.5, 2)])
+def test_calls_are_forward_passes(weight, each):
+  """With guidance there are two a step."""
+  options = Options(mask_id=MASK, length=T // 2, block=K)
+  tokens, valid = rows()
+  masked = np.arange(T) >= np.array([[T // 2], [T - 2]])
+  tokens = np.where(masked, MASK, np.asarray(tokens) % MASK)
+  for around in (lambda d: d, lambda d: Credited(inner=d, mask_id=MASK)):
+    state = sampler.begin(tokens, masked, np.asarray(valid), jax.random.key(0))
+    d = around(guided(Counted(), weight))
+    Counted.log.clear()
+    got = sampler.sample(d, with_prompts({}), state, options)
+    jax.effects_barrier()
+    assert got.calls == len(Counted.log) == 8 * each
+    np.testing.assert_array_equal(got.counts, [8 * each, 2 * each])
+    assert got.tokens_per_call == 10 / (10 * each)
+    assert got.filled.max() == 7  # a step is a step
 
 
 @pytest.mark.parametrize(
@@ -264,7 +332,7 @@ def test_guidance_has_a_cache_a_side(weight):
   later = changed(tokens, {9: 5})
   found = []
   for inner in (Whole(model=model), Cached(model=model, before=T, after=T)):
-    d = Guided(inner=inner, prompt=8, mask_id=MASK, weight=weight)
+    d = guided(inner, weight)
     found.append(twice(d, tokens, later, valid, jnp.int32(8))[1])
   close(found[1], found[0])
 
@@ -273,7 +341,7 @@ def test_no_guidance_is_no_guidance():
   """Bit by bit, and one pass: property 15 of diffusion.md 14.3."""
   tokens, valid = rows((3, 0))
   inner = Cached(model=network()[0])
-  d = Guided(inner=inner, prompt=8, mask_id=MASK, weight=0.0)
+  d = guided(inner, 0.0)
   at = tokens, tokens, valid, jnp.int32(8)
   found = [twice(how, *at) for how in (d, inner)]
   chex.assert_trees_all_equal(*found)

@@ -48,49 +48,104 @@ def logp(tokens):
   return jax.nn.log_softmax(logits.at[..., MASK].set(-1e9))
 
 
-def exact(tokens):
-  """Returns the bound of one row, by all 2^T - 1 sets of masks."""
-  sets = np.array(
-    [[(n >> i) & 1 for i in range(T)] for n in range(1, 2**T)], bool
-  )
-  noisy = jnp.where(jnp.asarray(sets), MASK, tokens)
-  found = jnp.take_along_axis(
-    jax.jit(logp)(noisy), jnp.broadcast_to(tokens, noisy.shape)[..., None], -1
-  )[..., 0]
-  loss = -np.asarray(found, np.float64)
-  size = sets.sum(-1)
-  choices = np.array([math.comb(T, n) for n in size])
-  return ((loss * sets).sum(-1) / (size * choices)).sum()
+@functools.cache
+def losses_of_sets():
+  """Returns a row, and its masked tokens' loss for each of 2^T sets of masks.
 
-
-@pytest.mark.parametrize(
-  "change",
-  [
-    dict(),
-    dict(spread="even"),
-    dict(schedule=Cosine(high=1e-3), spread="even"),
-    dict(schedule=Power(power=2.0, high=1e-3), spread="even"),
-    dict(complement=True),
-    dict(levels=50),
-  ],
-  ids=str,
-)
-def test_in_expectation_it_is_the_bound_of_any_schedule(change):
-  model, params = network()
-  n = 2048
+  The n-th set has the places of n's bits.
+  """
   row = rows(1)["tokens"][0]
-  batch = rows(n) | {"tokens": jnp.broadcast_to(row, (n, T))}
+  sets = np.array([[n >> i & 1 for i in range(T)] for n in range(2**T)], bool)
+  noisy = jnp.where(jnp.asarray(sets), MASK, row)
+  found = jnp.take_along_axis(
+    jax.jit(logp)(noisy), jnp.broadcast_to(row, noisy.shape)[..., None], -1
+  )[..., 0]
+  return row, (sets * -np.asarray(found, np.float64)).sum(-1)
+
+
+def by_size():
+  """Returns the loss of n masks, n = 1..T, over all sets of so many."""
+  _, loss = losses_of_sets()
+  size = np.array([n.bit_count() for n in range(2**T)])
+  return np.array([loss[size == n].mean() for n in range(1, T + 1)])
+
+
+def exact():
+  """Returns the bound of the row, by all 2^T - 1 sets of masks."""
+  return T * (by_size() / np.arange(1, T + 1)).mean()
+
+
+def expected(schedule, levels):
+  """Returns what the objective is on average, by quadrature over times.
+
+  Of n masks of T at a time that masks p: the binomial law, times the weight.
+  """
+  n = np.arange(1, T + 1)
+  choices = np.array([math.comb(T, k) for k in n])
+
+  def at(t, weight):
+    p = np.asarray(schedule.masked(jnp.asarray(t)), np.float64)[:, None]
+    law = choices * p**n * (1 - p) ** (T - n)
+    return weight * (law @ by_size())
+
+  if levels is not None:
+    t = np.arange(1, levels + 1) / levels
+    alpha = 1 - np.stack([t - 1 / levels, t])  # of the linear schedule
+    return at(t, levels * (alpha[0] - alpha[1]) / t).mean()
+  nodes, sizes = np.polynomial.legendre.leggauss(64)
+  t = (nodes + 1) / 2
+  return at(t, np.asarray(schedule.weight(jnp.asarray(t)))) @ sizes / 2
+
+
+CHANGES = [
+  dict(),
+  dict(spread="even"),
+  dict(schedule=Cosine(high=1e-3), spread="even"),
+  dict(schedule=Power(power=2.0, high=1e-3), spread="even"),
+  dict(complement=True, schedule=Linear()),
+  dict(levels=50, schedule=Linear()),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_in_expectation_it_is_the_bound_of_any_schedule(change):
+  """Draws without the network, whose losses of all sets are known.
+
+  A row has many documents of the same tokens, each at a time of its own.
+  """
+  model, params = network()
   objective = MaskedDiffusion(model=model, mask_id=MASK, **change)
-  f = jax.jit(objective)
-  each = []
-  for i in range(4):
-    loss, weight, _ = f(params, batch, jax.random.key(i))
-    assert float(weight) == n * T
-    each.append(float(loss) / n)
-  # The variance of one sample is below 30 (times 1/t, at most 1000, are rare);
-  # 1e-3 of noise at t = 0 takes 1 / T of 1e-3 T of the bound.
-  atol = 4 * np.sqrt(30 / (4 * n))
-  assert abs(np.mean(each) - exact(row)) < atol
+  row, known = losses_of_sets()
+
+  @functools.partial(jax.jit, static_argnums=(1, 2))
+  def draw(key, n, documents):
+    segments = jnp.arange(T * documents) // T
+    segments = jnp.broadcast_to(segments, (n, T * documents))
+    masked, counts = objective.draw(key, segments >= 0, segments)
+    named = (masked.reshape(-1, T) << jnp.arange(T)).sum(-1)
+    return named, counts.reshape(-1, T)[:, 0]
+
+  def values(key, n, documents=1):
+    """Returns each document's loss; of a complement, both of its masks'."""
+    named, counts = map(np.asarray, draw(key, n, documents))
+    return (known[named] * counts).reshape(-1, n * documents).sum(0)
+
+  # The same as the objective's own, with its network.
+  n, key = 16, jax.random.key(9)
+  batch = rows(n) | {"tokens": jnp.broadcast_to(row, (n, T))}
+  loss, weight, _ = jax.jit(objective)(params, batch, key)
+  assert float(weight) == n * T
+  np.testing.assert_allclose(loss, values(key, n).sum(), rtol=2e-5)
+  found = [values(jax.random.key(i), 512, 512) for i in range(8)]
+  found = np.concatenate(found)
+  error = found.std() / found.size**0.5
+  want = expected(objective.schedule, objective.levels)
+  assert error < 0.02 and abs(found.mean() - want) < 4.5 * error
+  # Noise of e at t = 0 takes away times below e: of one mask T e of its share,
+  # of more nearly nothing (diffusion.md 3.1); steps add at most one's width.
+  bound = exact()
+  share = T * 1e-3 if objective.levels is None else 1 / 50
+  assert abs(want - bound) < share * bound
 
 
 def test_only_masked_places_count_and_the_gradient_is_the_dense_one():

@@ -9,7 +9,7 @@ import pytest
 
 from research.diffusion import policies
 from research.diffusion.candidates import Options, candidates
-from research.diffusion.policies import Quota, Threshold
+from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.nn.sampling import GREEDY
 from research.typing import UserError
 from tests.research.diffusion.test_sampler import run
@@ -33,6 +33,9 @@ def planned(plan, count, steps):
   ("plan", "count", "steps", "want"),
   [
     ("even", 10, 4, [3, 3, 2, 2]),
+    ("even", 5, 3, [2, 2, 1]),
+    ("even", 7, 16, [1] * 7 + [0] * 9),
+    ("even", 128, 32, [4] * 32),
     ("linear", 10, 4, [2, 3, 2, 3]),
     ("linear", 4, 3, [1, 2, 1]),
     ("cosine", 16, 4, [1, 4, 5, 6]),
@@ -67,7 +70,8 @@ def test_a_new_policy_is_one_function():
 
   @dataclasses.dataclass(frozen=True)
   class Half:
-    scheduled: bool = False
+    needs_probabilities = False
+    uses_quota = False
 
     def commit(self, confidence, eligible, quota):
       some = -(-eligible.sum(-1) // 2)
@@ -109,8 +113,21 @@ def test_places_are_drawn_without_replacement():
     (dict(place_temperature=0.0), "place_temperature is 0"),
     (
       dict(place_temperature=1.0, policy=Threshold()),
-      "policy has to be Quota, found Threshold",
+      "place_temperature is 1.0 and policy Threshold, expected Quota",
     ),
+    (
+      dict(place_temperature=1.0, select="random"),
+      "place_temperature is 1.0 and select random, expected",
+    ),
+    (
+      dict(policy=Factor(), plan="cosine"),
+      "plan is cosine and policy Factor, expected Quota",
+    ),
+    (
+      dict(policy=Hierarchy(), steps=4),
+      "steps is 4 and policy Hierarchy, expected Quota",
+    ),
+    (dict(policy=Threshold(), steps=4), "steps is 4 and policy Threshold"),
   ],
 )
 def test_mistakes(change, message):
@@ -119,3 +136,22 @@ def test_mistakes(change, message):
   assert Options(mask_id=9, length=8, block=8, policy=Quota())
   with pytest.raises(UserError, match="shape is 'square'"):
     policies.shares_of("square", 3)
+
+
+@pytest.mark.parametrize(
+  "policy",
+  [Threshold(), Threshold(quota_first=True), Factor(), Hierarchy()],
+  ids=str,
+)
+def test_policies_that_need_probabilities(policy):
+  """By chance they are a lottery, by entropy one place a call."""
+  name = type(policy).__name__
+  for select in ("random", "entropy"):
+    with pytest.raises(
+      UserError,
+      match=f"select is {select} and policy {name}, expected candidate, max or",
+    ):
+      Options(mask_id=9, length=8, block=8, policy=policy, select=select)
+    assert Options(mask_id=9, length=8, block=8, select=select)
+  for select in ("candidate", "max", "margin"):
+    assert Options(mask_id=9, length=8, block=8, policy=policy, select=select)

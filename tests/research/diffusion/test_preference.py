@@ -1,6 +1,7 @@
 """Estimates, VRPO and GRPO: exact variances, and where they meet DPO."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -13,7 +14,7 @@ from research.diffusion import denoiser, estimators, grpo
 from research.diffusion.estimators import Coupled, Elbo, FullMask
 from research.diffusion.grpo import GRPO
 from research.diffusion.preference import VRPO
-from research.nn.sampling import row_keys
+from research.diffusion.schedule import Cosine
 from research.typing import UserError
 from tests import support
 from tests.research.diffusion import joint
@@ -117,9 +118,6 @@ def test_variance_of_masks_that_are_not_shared():
   assert independent == pytest.approx(61.465454, abs=1e-5)
 
 
-# Estimators ------------------------------------------------------------------
-
-
 def rows(n=4):
   tokens = np.random.default_rng(0).integers(0, MASK, (n, T))
   valid = np.arange(T) >= np.arange(n)[:, None] % 2
@@ -130,44 +128,6 @@ def rows(n=4):
     jnp.asarray(valid),
     jnp.asarray(answer),
   )
-
-
-@pytest.mark.parametrize(
-  "how", [FullMask(prompt=0.3), Coupled(), Elbo(times=3, masks=2)], ids=str
-)
-def test_every_token_counts_once_in_expectation(how):
-  n = 4000
-  keys = row_keys(jax.random.key(0), jnp.arange(n))
-  answer = jnp.broadcast_to((jnp.arange(T) >= 4) & (jnp.arange(T) < 7), (n, T))
-  views = jax.jit(how.plan)(keys, answer, jnp.ones((n, T), bool))
-  total = np.asarray(views.counts.sum(0))
-  assert not (np.asarray(views.counts) > 0)[~np.asarray(views.masked)].any()
-  assert (total[:, :4] == 0).all() and (total[:, 7:] == 0).all()
-  # The authors halve a sum whose second part is a token's mask or complement.
-  want = 1.5 if isinstance(how, Coupled) else 1.0
-  # A count is at most L, and L once in L times.
-  np.testing.assert_allclose(total[:, 4:7].mean(0), want, atol=4 * 2 / n**0.5)
-  if isinstance(how, Coupled):
-    assert (total[:, 4:7] > 0.5).all()
-  if isinstance(how, FullMask):
-    share = np.asarray(views.masked)[0, :, :4].mean()
-    assert abs(share - 0.3) < 4 * 0.46 / (4 * n) ** 0.5
-
-
-def test_estimates_are_log_probabilities_of_the_views():
-  model, params = network()
-  tokens, valid, answer = rows()
-  keys = row_keys(jax.random.key(1), jnp.arange(4))
-  views = Elbo(times=2).plan(keys, answer & valid, valid)
-  f = jax.jit(estimators.estimate, static_argnums=(0, 5))
-  got = f(model, params, tokens, valid, views, MASK)
-  want, scores = 0.0, jax.jit(denoiser.Whole(model=model).scores)
-  for masked, counts in zip(views.masked, views.counts, strict=True):
-    noisy = jnp.where(masked, MASK, tokens)
-    logp = jax.nn.log_softmax(scores(params, noisy, valid))
-    own = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
-    want = want + jnp.where(counts > 0, counts * own, 0)
-  chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
 # VRPO ------------------------------------------------------------------------
@@ -200,7 +160,8 @@ def test_where_the_bound_is_exact_it_is_dpo():
     logits = denoiser.Whole(model=model).scores(
       params, noisy, jnp.ones((6, T), bool)
     )
-    found = jax.nn.log_softmax(logits)[:, 4]
+    # The mask has no probability.
+    found = jax.nn.log_softmax(logits[:, 4, :MASK])
     return jnp.take_along_axis(found, tokens[:, 4:5], -1).reshape(3, 2)
 
   def dpo(params):
@@ -231,6 +192,25 @@ def test_shared_masks_cost_less_noise():
     return np.var(found)
 
   assert spread(True) < 0.01 * spread(False)
+
+
+def test_objectives_ask_as_they_are_told(monkeypatch):
+  """Of the model's blocks, at the schedule's times."""
+  model, params = network()
+  real, seen = inspect.signature(estimators.estimate), []
+
+  def estimate(*given):
+    seen.append(real.bind(*given).arguments)
+    return jnp.zeros(given[2].shape)
+
+  monkeypatch.setattr(estimators, "estimate", estimate)
+  how = dict(model=model, mask_id=MASK, shift=True, block=5, rows=7)
+  how["schedule"] = Cosine()
+  VRPO(**how)(dict(params) | {"reference": params}, pairs(), jax.random.key(0))
+  GRPO(**how).estimate(params, *rows(), jnp.arange(4))
+  assert len(seen) == 3
+  for given in seen:
+    assert {name: given[name] for name in how} == how
 
 
 # GRPO ------------------------------------------------------------------------

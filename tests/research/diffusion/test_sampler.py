@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import ancestral, policies, sampler
+from research.diffusion import ancestral, sampler
 from research.diffusion.candidates import Options, candidates
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.diffusion.remask import Remask
@@ -101,33 +101,6 @@ def test_confidences_of_what_is_kept():
 # Policies --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-  ("count", "steps", "want"),
-  [
-    (10, 4, [3, 3, 2, 2]),
-    (5, 3, [2, 2, 1]),
-    (7, 16, [1] * 7 + [0] * 9),
-    (128, 32, [4] * 32),
-  ],
-)
-def test_quotas(count, steps, want):
-  np.testing.assert_array_equal(policies.quotas(count, steps), want)
-
-
-@pytest.mark.parametrize(
-  ("count", "steps", "shape", "want"),
-  [
-    (10, 4, "linear", [2, 3, 2, 3]),
-    (4, 3, "linear", [1, 2, 1]),
-    (16, 4, "cosine", [1, 4, 5, 6]),
-    (32, 8, "cosine", [1, 2, 3, 4, 5, 5, 6, 6]),
-  ],
-)
-def test_scheduled_quotas(count, steps, shape, want):
-  got = policies.scheduled_quotas(count, steps, shape)
-  np.testing.assert_array_equal(got, want)
-
-
 def kept(policy, confidence, eligible=None, quota=1):
   sure = jnp.asarray([confidence], jnp.float32)
   ok = jnp.ones_like(sure, bool) if eligible is None else jnp.array([eligible])
@@ -162,7 +135,7 @@ def test_policies_by_hand():
   "policy", [Quota(), Threshold(), Factor(), Hierarchy()], ids=str
 )
 def test_every_policy_fills_everything(policy):
-  got = run(block=4, policy=policy, steps=8)
+  got = run(block=4, policy=policy)
   assert (got.tokens != MASK).all() and (got.filled[0, 3:] >= 0).all()
 
 
@@ -231,14 +204,31 @@ def test_edits_end():
   got = run(block=8, edit=0.5, policy=Threshold(threshold=0.3))
   plain = run(block=8, policy=Threshold(threshold=0.3))
   assert (got.tokens != MASK).all()
-  assert plain.calls <= got.calls <= 8 + 16
+  full = got.filled.max() + 1
+  assert plain.calls <= full <= 8 and got.calls <= full + 16
   # Where it stopped by itself, no other token is likely any more.
   options = Options(mask_id=MASK, length=8, block=8)
   logits, _ = Wave().first({}, jnp.asarray(got.tokens), None, jnp.int32(3), 8)
   keys = jax.random.split(jax.random.key(0), 1)
   found, _, p = candidates(logits, keys, options, Sampling())
   wrong = (np.asarray(found) != got.tokens[:, 3:]) & (np.asarray(p) > 0.5)
-  assert not wrong.any() or got.calls == 8 + 16
+  assert not wrong.any() or got.calls == full + 16
+
+
+def test_the_caller_s_rows_are_the_caller_s():
+  """Sampled again, or kept from block to block, they are what they were."""
+  options = Options(mask_id=MASK, length=8, block=4)
+  state = sampler.start([[2, 5, 1]], options, jax.random.key(0))
+  before, kept = jax.device_get(state.tokens), []
+  first = sampler.sample(Wave(), {}, state, options, look=kept.append)
+  again = sampler.sample(Wave(), {}, state, options)
+  np.testing.assert_array_equal(again.tokens, first.tokens)
+  np.testing.assert_array_equal(state.tokens, before)
+  assert [int(x.calls) for x in kept] == [4, 8]
+  np.testing.assert_array_equal(kept[0].tokens[0, :7], first.tokens[0, :7])
+  # Rows may share arrays with the parameters.
+  params = {"fixed": state.fixed}
+  sampler.sample(Wave(), params, state, options)
 
 
 # Laws of samplers, exactly ---------------------------------------------------

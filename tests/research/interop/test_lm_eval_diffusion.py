@@ -11,7 +11,7 @@ import pytest
 from research.diffusion import likelihood, sampler
 from research.diffusion.candidates import Options as Filling
 from research.diffusion.denoiser import Whole
-from research.diffusion.guided import Guided
+from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.spec import Spec
 from research.interop import lm_eval, lm_eval_diffusion
 from research.interop.lm_eval_diffusion import Asking
@@ -189,14 +189,10 @@ def test_guidance_is_also_of_texts(loaded):
   [got] = lm_eval_diffusion.generate_until(loaded, [("what", options)], how=how)
   prompt = loaded.tokenizer.encode("what", add_special=True)
   filling = Filling(mask_id=MASK, length=4, block=4, end=(1,))
-  asked = Guided(
-    inner=Whole(model=loaded.model),
-    prompt=len(prompt),
-    mask_id=MASK,
-    weight=3.0,
-  )
+  asked = Guided(inner=Whole(model=loaded.model), mask_id=MASK, weight=3.0)
   state = sampler.start([prompt], filling, jax.random.key(0))
-  rows = sampler.sample(asked, loaded.params, state, filling)
+  params = with_prompt(loaded.params, state.fixed)
+  rows = sampler.sample(asked, params, state, filling)
   assert got == loaded.tokenizer.decode(
     rows.tokens[0, -4:][: rows.lengths[0]].tolist()
   )

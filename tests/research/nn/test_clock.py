@@ -14,7 +14,7 @@ from research import sharding, tree
 from research.nn.clock import Clock
 from research.nn.transformer import init_cache
 from research.typing import UserError
-from tests import support
+from tests import support, support_numpy
 
 SMALL = Clock(features=8, hidden=12, width=6)
 B, T, V = 3, 5, 17
@@ -51,63 +51,14 @@ def test_sinusoids_are_those_of_the_formula(told):
   np.testing.assert_allclose(got, want, atol=2e-4)
 
 
-def silu(x):
-  return x / (1 + np.exp(-x))
-
-
-def by_hand(model, params, x, time):
-  """Returns the final states, float64: one layer, attention of full rows."""
-  p = jax.tree.map(lambda w: np.asarray(w, np.float64), params)
-  layer = jax.tree.map(lambda w: w[0], p["run0"]["layer0"])
-  half = model.clock.features // 2
-  s = -np.log(1 - (1 - 1e-3) * time)
-  angle = s[:, None] * 10_000 ** (-np.arange(half) / half)
-  c = np.concatenate([np.cos(angle), np.sin(angle)], -1)
-  c = silu(c @ p["clock"]["enter"] + p["clock"]["enter_bias"])
-  c = silu(c @ p["clock"]["leave"] + p["clock"]["leave_bias"])
-
-  def maps(w, n):
-    return np.split((c @ w["weight"] + w["weight_bias"])[:, None], n, -1)
-
-  def norm(x, w):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * w["scale"]
-
-  a = model.layer_kinds()[0].attention
-  shift, scale, gate = maps(layer["attention_modulation"], 3)
-  h = norm(x, layer["attention_norm"]) * (1 + scale) + shift
-  q, k, v = (
-    (h @ layer["attention"][n]).reshape(*h.shape[:2], -1, a.head_dim)
-    for n in "qkv"
-  )
-  q, k = rotated(q), rotated(k)
-  k, v = (np.repeat(z, a.heads // a.kv_heads, 2) for z in (k, v))
-  z = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(a.head_dim)
-  z = np.exp(z - z.max(-1, keepdims=True))
-  z /= z.sum(-1, keepdims=True)
-  o = np.einsum("bhts,bshd->bthd", z, v).reshape(*x.shape[:2], -1)
-  x = x + (1 + gate) * (o @ layer["attention"]["o"])
-  shift, scale, gate = maps(layer["mlp_modulation"], 3)
-  h = norm(x, layer["mlp_norm"]) * (1 + scale) + shift
-  w = layer["mlp"]
-  x = x + (1 + gate) * ((silu(h @ w["gate"]) * (h @ w["up"])) @ w["down"])
-  shift, scale = maps(p["final_modulation"], 2)
-  return norm(x, p["final_norm"]) * (1 + scale) + shift
-
-
-def rotated(x):
-  half = x.shape[-1] // 2
-  angle = np.arange(x.shape[1])[:, None] * 10_000 ** (-np.arange(half) / half)
-  cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-  a, b = x[..., :half], x[..., half:]
-  return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
 def test_a_layer_is_the_one_of_the_formula():
   model, params = network(depth=1)
   x = np.random.default_rng(0).standard_normal((B, T, 16))
   time = np.array([0.1, 0.5, 0.9])
   got = ask(model, params, jnp.asarray(x, jnp.float32), time=jnp.asarray(time))
-  want = by_hand(model, params, x, time)
+  place = np.broadcast_to(np.arange(T), (B, T))
+  seen = np.ones((B, T, T), bool)
+  want = support_numpy.states(model, params, x, place, seen, time)
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
