@@ -238,6 +238,20 @@ def test_bad_input_is_named():
     empty_pages(0, 2, 4, 8)
 
 
+def test_lengths_may_be_known_where_the_table_is_not():
+  """Then rows have room for as many pages as the table names."""
+  q, pages = draw(TOKENS, 4, 8), pool(2, 8, 8)
+  lens, starts = jnp.asarray(LENS), jnp.asarray(STARTS)
+
+  def run(table):
+    return paged_attention(q, pages, table, lens, starts, backend="reference")
+
+  table = jnp.asarray(tables())
+  chex.assert_trees_all_close(quick(run)(table), run(table), rtol=1e-6)
+  with pytest.raises(ValueError, match="row 2 has 20 tokens, expected 0 to 16"):
+    quick(run)(table[:, :4])
+
+
 def test_pages_beyond_the_table_are_not_read_where_nobody_can_check():
   """Traced lengths and tables: bounded, finite, and other rows unharmed."""
   q, pages, table = draw(TOKENS, 4, 8), pool(2, 8, 8), tables()
