@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.decode_attention.api import decode_attention
 from kernels_pallas.flash_attention.api import flash_attention
+from kernels_pallas.flash_attention.mosaic_gpu import cores
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTile, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence
+from tests.support_chip import PLACES, place
 from tests.support_decode import quick
 from tests.support_gpu import needs_kernels, needs_tcgen05
 from tests.support_rounding import assert_no_rougher, in_low_precision
@@ -173,22 +174,27 @@ GPUS = {
 }
 
 
+@pytest.fixture(name="gpu", params=PLACES)
+def _gpu(request):
+  yield from place(request.param)
+
+
 @needs_kernels
 @pytest.mark.parametrize(
   "config",
   ["hopper", "ampere", pytest.param("blackwell", marks=needs_tcgen05)],
 )
-def test_a_sink_of_minus_infinity_is_no_sink_on_gpus(config):
+def test_a_sink_of_minus_infinity_is_no_sink_on_gpus(gpu, config):
+  gpu.needs(cores(gpu.kind or ""), GPUS[config].cores)
   long = 128
   x, mask = qkv(long, 64, jnp.float16), window(long)
-  found = quick(
-    functools.partial(
-      step,
-      backend="mosaic_gpu",
-      config=GPUS[config],
-      interpret=plgpu.InterpretGPUParams(),
-    )
-  )(sunk(x), mask)
+  ours = functools.partial(
+    step,
+    backend="mosaic_gpu",
+    config=GPUS[config],
+    interpret=gpu.interpret,
+  )
+  found = gpu.run(ours, sunk(x), mask)
   exact = quick(one_sink)({n: np.float32(y) for n, y in x.items()}, mask)
   rough = in_low_precision(one_sink, x, mask)
   assert_close(found.pop("lse"), exact.pop("lse"))

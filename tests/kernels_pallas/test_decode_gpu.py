@@ -1,8 +1,8 @@
-"""The decoding kernel for GPUs, interpreted on the CPU with race detection.
+"""The decoding kernel for GPUs, interpreted with race detection, or on a GPU.
 
 The interpreter has no `mma` and no `cp.async`: products of warps and copies of
 rows are plain ones there. Ranges, masks, softmax, the ring of tiles, parts and
-splits are the kernel's.
+splits are the kernel's. On a GPU (marker `gpu`) all of it is.
 """
 
 import functools
@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import lowering
 from kernels_pallas.decode_attention.api import (
@@ -25,6 +24,7 @@ from kernels_pallas.decode_attention.api import (
 from kernels_pallas.decode_attention.mosaic_gpu import splits_for
 from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
+from tests.support_chip import PLACES, place
 from tests.support_decode import draw, quick
 from tests.support_gpu import needs_kernels
 
@@ -36,14 +36,9 @@ strict = functools.partial(
 )
 
 
-@pytest.fixture(name="gpu")
-def _gpu():
-  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-
-  yield plgpu.InterpretGPUParams(
-    detect_races=True, uninitialized_memory="nan"
-  )  # fmt: skip
-  gpu_callbacks.reset_gpu_interpret_mode_state()
+@pytest.fixture(name="gpu", params=PLACES)
+def _gpu(request):
+  yield from place(request.param)
 
 
 def close(found, exact, rough):
@@ -55,15 +50,6 @@ def close(found, exact, rough):
 
 def furthest(found, exact):
   return float(np.abs(np.float32(found) - np.asarray(exact)).max())
-
-
-def watched(f, *args):
-  """`f(*args)` of an interpreted kernel, after which no race was found."""
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
-  found = jax.block_until_ready(quick(f)(*args))
-  assert not interpret_pallas_call.get_races().races_found
-  return found
 
 
 @functools.partial(strict, static_argnames=("window", "softcap"))
@@ -119,8 +105,8 @@ def test_a_token_a_row_from_a_cache(gpu, name):
   nan = np.asarray(np.nan, dtype)
   x = q, *(np.where(dead, nan, y) for y in (k, v)), LENGTHS
   run = functools.partial(decode_attention, return_lse=True, **options)
-  ours = {"backend": "mosaic_gpu", "interpret": gpu}
-  found = watched(
+  ours = {"backend": "mosaic_gpu", "interpret": gpu.interpret}
+  found = gpu.run(
     functools.partial(run, blocks=Blocks(splits=case["splits"]), **ours), *x
   )
   wide = (y.astype(np.float32) for y in (q, k, v))
@@ -186,8 +172,8 @@ def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
     dead = np.where(alive, kv, np.asarray(np.nan, kv.dtype)), None
   else:
     dead = kv, np.where(alive[:, None, :, :, 0], scale, np.nan)
-  ours = {"backend": "mosaic_gpu", "interpret": gpu}
-  found = watched(
+  ours = {"backend": "mosaic_gpu", "interpret": gpu.interpret}
+  found = gpu.run(
     functools.partial(run, blocks=Blocks(queries=queries, splits=2), **ours),
     q, *dead,
   )  # fmt: skip
@@ -227,10 +213,8 @@ def coded(code, size):
 def test_small_values_are_as_exact_as_large_ones(gpu, code, size):
   """Scales of values enter operands of 16 bits."""
   q, x = rounded(jnp.bfloat16, 1, 4, 64), coded(CODES[code], size)
-  found = watched(
-    functools.partial(paged_attention, backend="mosaic_gpu", interpret=gpu),
-    q, *x,
-  )  # fmt: skip
+  ours = {"backend": "mosaic_gpu", "interpret": gpu.interpret}
+  found = gpu.run(functools.partial(paged_attention, **ours), q, *x)
   plain = functools.partial(paged_attention, backend="reference")
   exact = quick(plain)(q.astype(np.float32), *x)
   # Probabilities and outputs are rounded to 8 bits.
