@@ -7,7 +7,7 @@ from tests.kernels_pallas import chips_bench
 
 pytestmark = pytest.mark.chips
 
-SMOKE = "^(decode/(cache|pages)$|append/bf|attention/causal/|sequence/parts)"
+SMOKE = "^(decode/(cache|pages)$|append/|attention/causal/|sequence/parts)"
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,8 @@ def test_every_job_compiles(chip, only):
   found = chips_bench.compiled(chip, only)
   assert len(found) > 6
   assert not [line for line in found if not line["ok"]]
+  appended = [line for line in found if "held" in line]
+  assert len(appended) == 3
+  for line in appended:
+    # Of tokens that are new, not of pages.
+    assert line["in_place"] >= line["held"] > 4 * line["temporary"]
