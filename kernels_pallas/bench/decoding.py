@@ -248,7 +248,7 @@ def _truth(x: Problem, q, held, sinks):
     held = dataclasses.replace(held, kv=held.kv.astype(jnp.float32))
   run = functools.partial(_attend, x, backend="reference")
   with jax.default_matmul_precision("highest"):
-    return jax.jit(run)(q.astype(jnp.float32), held, sinks)
+    return jobs.compiled(run)(q.astype(jnp.float32), held, sinks)
 
 
 def _limits(x: Problem, operands, truth):

@@ -263,6 +263,16 @@ def reason(problem: BaseException) -> str:
   return f"{type(problem).__name__}: {lines[0][:300]}"
 
 
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+  """`f` of a definition, which is called once: nothing is tried to be fast.
+
+  On a GPU XLA would time every matmul's kernels, for seconds.
+  """
+  quick = {"xla_gpu_autotune_level": 0}
+  here = jax.default_backend() == "gpu"
+  return jax.jit(f, compiler_options=quick if here else None)
+
+
 def largest(x: Any) -> Any:
   """The largest finite number of `x`, without its sign."""
   return jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0.0)

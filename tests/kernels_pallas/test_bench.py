@@ -107,6 +107,20 @@ def test_every_kernel_has_a_smoke_test_checks_and_times(platform):
   assert by_stage[jobs.CHECK] == by_stage[jobs.TIME] == kernels | {"sequence"}
 
 
+@pytest.mark.parametrize("platform", CHIPS)
+def test_nothing_is_interpreted_on_a_chip(platform):
+  """The programs of the smoke tests, lowered for it, call kernels."""
+  module, target = CHIPS[platform]
+  call = {"gpu": "mosaic_gpu", "tpu": "tpu_custom_call"}[platform]
+  found = {job.name: job for job in module.jobs(target)}
+  for name in ("decode/cache", "decode/pages", "attention/causal/forward",
+               "sequence/parts/forward"):  # fmt: skip
+    run, shapes = found[name].program()
+    traced = jax.jit(run).trace(*shapes)
+    name = {"gpu": "cuda"}.get(platform, platform)
+    assert call in traced.lower(lowering_platforms=(name,)).as_text()
+
+
 def test_every_block_of_a_persistent_kernel_takes_several_lines():
   """Of the checks of attention, so that buffers are used more than once."""
   target = CHIPS["gpu"][1]
