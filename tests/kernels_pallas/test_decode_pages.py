@@ -1,6 +1,5 @@
 """Pages are written where they are read; calls that do not fit are refused."""
 
-
 import chex
 import jax
 import jax.numpy as jnp
