@@ -25,11 +25,11 @@ def jobs(target: Any) -> list[Any]:
   """
   from kernels_pallas.bench import attention, decoding, packed, sequence, times
 
-  makers = (
+  modules = (
     attention.checks, decoding.checks, packed.checks, sequence.checks,
     times.times, packed.times,
   )  # fmt: skip
-  return [job for make in makers for job in make(target)]
+  return [job for make in modules for job in make(target)]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Where tests of GPU kernels run them: interpreted here, or on the GPU at hand.
 
-A fixture with `params=PLACES` runs its tests twice: the second time, marked
+A fixture with `params=MODES` runs its tests twice: the second time, marked
 `gpu`, nothing is interpreted. What results are compared with is computed on the
 CPU in either case, in float32 that is not TF32.
 """
@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 INTERPRETED, ON_CHIP = "interpreted", "on_chip"
-PLACES = [INTERPRETED, pytest.param(ON_CHIP, marks=pytest.mark.gpu)]
+MODES = [INTERPRETED, pytest.param(ON_CHIP, marks=pytest.mark.gpu)]
 
 # Interpreted kernels are large programs over tiny arrays.
 quick = functools.partial(
@@ -28,7 +28,7 @@ quick = functools.partial(
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class KernelRunner:
   """How kernels are called.
 
   Attributes:
@@ -61,31 +61,31 @@ class Place:
     assert not interpret_pallas_call.get_races().races_found
     return found
 
-  def needs(self, cores: str | None, wanted: str) -> None:
+  def needs(self, cores: str | None, needed: str) -> None:
     """Skips what the chip at hand has no instructions for.
 
     Args:
       cores: What it has, or None.
-      wanted: What the kernel's tiles ask for.
+      needed: What the kernel's tiles ask for.
     """
-    if self.interpret is None and cores != wanted:
-      pytest.skip(f"{self.kind} has {cores}, not {wanted}")
+    if self.interpret is None and cores != needed:
+      pytest.skip(f"{self.kind} has {cores}, not {needed}")
 
 
-def place(name: str) -> Iterator[Place]:
+def runner(name: str) -> Iterator[KernelRunner]:
   """What such a fixture yields.
 
   Args:
-    name: Of `PLACES`.
+    name: Of `MODES`.
   """
   if name == ON_CHIP:
     with jax.default_device(jax.devices("cpu")[0]):
-      yield Place(None)
+      yield KernelRunner(None)
     return
 
   from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-  yield Place(
+  yield KernelRunner(
     plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
   )
   gpu_callbacks.reset_gpu_interpret_mode_state()

@@ -1,9 +1,9 @@
 """Checks of attention: every mask and feature, forward and backward.
 
-The truth is the definition in float32. 16 bits may be off by twice what plain
-attention with 16-bit operands is off by, and by two roundings of the largest
-number (kernels.md 14.1); log-sum-exps and float32 by what exponentials and
-logarithms of the hardware, good to some 2^-21, leave of logits near 20.
+Expected is the definition in float32. 16 bits may be off by twice what plain
+attention with 16-bit operands is off by, and by two roundings of the number
+(kernels.md 14.1); log-sum-exps and float32 by what exponentials and logarithms
+of the hardware, good to some 2^-21, leave of logits near 20.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def checks(target: Target) -> list[Job]:
       job = jobs.check(
         target,
         f"attention/{name}/{direction}",
-        check_of(target, x, direction),
+        make_check(target, x, direction),
         times * x.flops,
         smoke=name == "causal",
       )
@@ -211,7 +211,7 @@ def _positions(T, S):
   return Mask.causal(q_positions=order, kv_positions=order)
 
 
-def check_of(target: Target, x: Problem, direction: str) -> Check:
+def make_check(target: Target, x: Problem, direction: str) -> Check:
   """A check of our kernels.
 
   Args:
@@ -220,12 +220,12 @@ def check_of(target: Target, x: Problem, direction: str) -> Check:
     direction: 'forward' or 'backward'.
   """
   attend = functools.partial(flash_attention, **_ours(target, x))
-  return against_the_definition(
+  return check_against_reference(
     x, direction, functools.partial(results, x, direction, attend)
   )
 
 
-def against_the_definition(
+def check_against_reference(
   x: Problem, direction: str, run: Callable[..., Any]
 ) -> Check:
   """A check of `run`, which returns some of what `results` does.
@@ -238,8 +238,8 @@ def against_the_definition(
   return Check(
     run=run,
     operands=functools.partial(operands, x),
-    truth=functools.partial(_truth, x, direction),
-    limits=functools.partial(_limits, x, direction),
+    expected=functools.partial(_expected, x, direction),
+    tolerances=functools.partial(_tolerances, x, direction),
   )
 
 
@@ -314,34 +314,36 @@ def cotangents(x: Problem) -> tuple[jax.Array, jax.Array]:
   )
 
 
-def _truth(x: Problem, direction: str, operands, mask):
+def _expected(x: Problem, direction: str, operands, mask):
   """By the definition, in float32."""
   attend = functools.partial(flash_attention, backend="reference")
   run = functools.partial(results, x, direction, attend)
   wide = jax.tree.map(lambda y: y.astype(jnp.float32), operands)
   with jax.default_matmul_precision("highest"):
-    return jobs.compiled(run)(wide, mask)
+    return jobs.untuned_jit(run)(wide, mask)
 
 
-def _limits(x: Problem, direction: str, operands, truth):
-  """See above; of the operands and the truth."""
+def _tolerances(x: Problem, direction: str, operands, expected):
+  """As the module says."""
   if x.dtype == "float32":
     # Sums of as many products as there are keys, times what cotangents weigh.
-    return {n: _float32(y) * (1 if n == "lse" else 4) for n, y in truth.items()}
+    return {
+      n: _float32(y) * (1 if n == "lse" else 4) for n, y in expected.items()
+    }
   attend = functools.partial(flash_attention, backend="xla_blockwise")
   run = functools.partial(results, x, direction, attend)
-  plain = jobs.compiled(run)(*operands)
-  unit, found = jobs.unit(x.dtype), {}
-  for name, exact in truth.items():
-    error = jobs.largest(plain[name].astype(jnp.float32) - exact)
+  plain = jobs.untuned_jit(run)(*operands)
+  unit, found = jobs.roundoff(x.dtype), {}
+  for name, exact in expected.items():
+    error = jobs.max_abs(plain[name].astype(jnp.float32) - exact)
     found[name] = 2 * error + 2 * unit * jnp.abs(exact)
   if "lse" in found:
-    found["lse"] = _float32(truth["lse"])
+    found["lse"] = _float32(expected["lse"])
   return found
 
 
 def _float32(exact: Any) -> Any:
-  return FLOAT32 * (1 + jnp.abs(exact) + jobs.largest(exact))
+  return FLOAT32 * (1 + jnp.abs(exact) + jobs.max_abs(exact))
 
 
 def _ours(target: Target, x: Problem) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Checks of decoding: caches, pages, codes, prompts, and appending to pages.
 
-The truth is the definition in float32, of the keys and values that the memory
+Expected is the definition in float32, of the keys and values that the memory
 holds. A kernel rounds probabilities to the type of the queries, and the output:
 so it may be off by that times the output of absolute values, and times its own.
 What no token sees holds NaN.
@@ -42,7 +42,7 @@ class Problem:
     N, K, H, Hv: Heads of queries and of keys, head dims.
     page: Tokens of a page, or 0 for a cache.
     dtype: Of queries.
-    held: Of keys and values; None is that of queries.
+    kv_dtype: Of keys and values; None is that of queries.
     window, softcap, sinks: As of `decode_attention`.
     blocks: How the work is cut.
   """
@@ -55,7 +55,7 @@ class Problem:
   Hv: int = 128
   page: int = 0
   dtype: str = "bfloat16"
-  held: str | None = None
+  kv_dtype: str | None = None
   window: int | None = None
   softcap: float | None = None
   sinks: bool = False
@@ -89,11 +89,11 @@ def checks(target: Target) -> list[Job]:
       target, name, _check(target, x), x.flops, name in SMOKE
     )  # fmt: skip
     found.append(job)
-  for held in ("bfloat16", "int8", "float8_e4m3fn"):
-    x = Problem(page=_page(target), held=held, new=(1, 0, 1, 300))
+  for kv_dtype in ("bfloat16", "int8", "float8_e4m3fn"):
+    x = Problem(page=_page(target), kv_dtype=kv_dtype, new=(1, 0, 1, 300))
     x = _shrunk(x) if target.tiny else x
-    name, found_ = f"append/{held}", _append(x)
-    found.append(jobs.check(target, name, found_, x.flops, held == "bfloat16"))
+    name, smoke = f"append/{kv_dtype}", kv_dtype == "bfloat16"
+    found.append(jobs.check(target, name, _append(x), x.flops, smoke))
   return found
 
 
@@ -133,12 +133,12 @@ def problems(target: Target) -> dict[str, Problem]:
     "_D64": Problem(page=page, H=64, Hv=64),
     "_D256": Problem(page=page, H=256, Hv=256),
   }
-  for held in ("int8", "float8_e4m3fn"):
+  for kv_dtype in ("int8", "float8_e4m3fn"):
     pages |= {
-      f"_{held}": Problem(page=page, held=held),
-      f"_{held}_D64": Problem(page=page, held=held, H=64, Hv=64),
-      f"_{held}_prompts": Problem(
-        new=(1, 0, 1, 300), page=page, held=held, window=100
+      f"_{kv_dtype}": Problem(page=page, kv_dtype=kv_dtype),
+      f"_{kv_dtype}_D64": Problem(page=page, kv_dtype=kv_dtype, H=64, Hv=64),
+      f"_{kv_dtype}_prompts": Problem(
+        new=(1, 0, 1, 300), page=page, kv_dtype=kv_dtype, window=100
       ),
     }
   other = {"_float32": Problem(dtype="float32")} if tpu else {
@@ -165,7 +165,7 @@ def _shrunk(x: Problem) -> Problem:
 
 def _operands(x: Problem) -> tuple[jax.Array, Any, jax.Array]:
   """Queries, keys and values in their memory, and sinks."""
-  rows, held = len(x.lengths), x.held or x.dtype
+  rows, kv_dtype = len(x.lengths), x.kv_dtype or x.dtype
   q = jobs.normal(0, max(int(x.starts[-1]), rows), x.N, x.H, dtype=x.dtype)
   k = jobs.normal(1, rows, x.size, x.K, x.H, dtype=x.dtype)
   v = jobs.normal(2, rows, x.size, x.K, x.Hv, dtype=x.dtype)
@@ -173,11 +173,11 @@ def _operands(x: Problem) -> tuple[jax.Array, Any, jax.Array]:
   dead = ~_seen(x)[:, :, None, None]
   if not x.page:
     return q, (jnp.where(dead, jnp.nan, k), jnp.where(dead, jnp.nan, v)), sinks
-  codes = jnp.dtype(held) in LARGEST
+  codes = jnp.dtype(kv_dtype) in LARGEST
   k_scale = v_scale = None
   if codes:
     (k, k_scale), (v, v_scale) = (
-      quantize(y, jnp.dtype(held)) for y in (k, v)
+      quantize(y, jnp.dtype(kv_dtype)) for y in (k, v)
     )  # fmt: skip
     scale = jnp.stack([k_scale, v_scale], 1)  # [rows, 2, size, K]
     scale = jnp.where(dead[:, None, :, :, 0], jnp.nan, scale)
@@ -212,7 +212,7 @@ def _dealt(x: Problem, y: jax.Array) -> jax.Array:
   return jnp.zeros_like(flat).at[_table(x).reshape(-1)].set(flat)
 
 
-def _attend(x: Problem, q, held, sinks, **how) -> dict[str, jax.Array]:
+def _attend(x: Problem, q, cache, sinks, **how) -> dict[str, jax.Array]:
   """Output and log-sum-exp."""
   options = {
     "window": x.window, "softcap": x.softcap, "return_lse": True,
@@ -220,10 +220,10 @@ def _attend(x: Problem, q, held, sinks, **how) -> dict[str, jax.Array]:
   }  # fmt: skip
   lens = jnp.asarray(x.lengths, jnp.int32)
   if not x.page:
-    found = decode_attention(q, *held, lens, **options)
+    found = decode_attention(q, *cache, lens, **options)
   else:
     starts = jnp.asarray(x.starts)
-    found = paged_attention(q, held, _table(x), lens, starts, **options)
+    found = paged_attention(q, cache, _table(x), lens, starts, **options)
   return dict(zip(("o", "lse"), found, strict=True))
 
 
@@ -236,34 +236,34 @@ def _check(target: Target, x: Problem) -> Check:
   return Check(
     run=functools.partial(_attend, x, **how),
     operands=functools.partial(_operands, x),
-    truth=functools.partial(_truth, x),
-    limits=functools.partial(_limits, x),
+    expected=functools.partial(_expected, x),
+    tolerances=functools.partial(_tolerances, x),
   )
 
 
-def _truth(x: Problem, q, held, sinks):
+def _expected(x: Problem, q, cache, sinks):
   if not x.page:
-    held = tuple(y.astype(jnp.float32) for y in held)
-  elif held.scale is None:
-    held = dataclasses.replace(held, kv=held.kv.astype(jnp.float32))
+    cache = tuple(y.astype(jnp.float32) for y in cache)
+  elif cache.scale is None:
+    cache = dataclasses.replace(cache, kv=cache.kv.astype(jnp.float32))
   run = functools.partial(_attend, x, backend="reference")
   with jax.default_matmul_precision("highest"):
-    return jobs.compiled(run)(q.astype(jnp.float32), held, sinks)
+    return jobs.untuned_jit(run)(q.astype(jnp.float32), cache, sinks)
 
 
-def _limits(x: Problem, operands, truth):
-  q, held, sinks = operands
+def _tolerances(x: Problem, operands, expected):
+  q, cache, sinks = operands
   if not x.page:
-    held = held[0], jnp.abs(held[1])
+    cache = cache[0], jnp.abs(cache[1])
   else:
-    values = jnp.arange(held.kv.shape[-1]) >= x.H
-    wide = held.kv.astype(jnp.float32)
-    kv = jnp.where(values, jnp.abs(wide), wide).astype(held.kv.dtype)
-    held = dataclasses.replace(held, kv=kv)
-  size, unit = _truth(x, q, held, sinks)["o"], jobs.unit(x.dtype)
-  lse = jnp.abs(jnp.where(jnp.isneginf(truth["lse"]), 0, truth["lse"]))
+    values = jnp.arange(cache.kv.shape[-1]) >= x.H
+    wide = cache.kv.astype(jnp.float32)
+    kv = jnp.where(values, jnp.abs(wide), wide).astype(cache.kv.dtype)
+    cache = dataclasses.replace(cache, kv=kv)
+  size, unit = _expected(x, q, cache, sinks)["o"], jobs.roundoff(x.dtype)
+  lse = jnp.abs(jnp.where(jnp.isneginf(expected["lse"]), 0, expected["lse"]))
   return {
-    "o": (unit + FLOAT32) * size + unit * jnp.abs(truth["o"]),
+    "o": (unit + FLOAT32) * size + unit * jnp.abs(expected["o"]),
     "lse": FLOAT32 * (1 + lse),
   }
 
@@ -273,37 +273,37 @@ def _append(x: Problem) -> Check:
   return Check(
     run=functools.partial(_appended, x),
     operands=functools.partial(_new, x),
-    truth=functools.partial(_written, x),
-    limits=lambda _, truth: dict.fromkeys(truth, 0.0),
+    expected=functools.partial(_written, x),
+    tolerances=lambda _, expected: dict.fromkeys(expected, 0.0),
     donates=True,
   )
 
 
 def _new(x: Problem):
   """Pages without NaN, and new keys and values."""
-  _, held, _ = _operands(dataclasses.replace(x, window=None))
-  held = jax.tree.map(
-    lambda y: y if y.dtype in LARGEST else jnp.nan_to_num(y), held
+  _, cache, _ = _operands(dataclasses.replace(x, window=None))
+  cache = jax.tree.map(
+    lambda y: y if y.dtype in LARGEST else jnp.nan_to_num(y), cache
   )
   tokens = int(x.starts[-1])
   shapes = (tokens, x.K, x.H), (tokens, x.K, x.Hv)
-  return held, *(jobs.normal(4, *s, dtype=x.dtype) for s in shapes)
+  return cache, *(jobs.normal(4, *s, dtype=x.dtype) for s in shapes)
 
 
-def _appended(x: Problem, held, k, v):
+def _appended(x: Problem, cache, k, v):
   found = append_to_pages(
-    held, k, v, _table(x), jnp.asarray(x.lengths), jnp.asarray(x.starts)
+    cache, k, v, _table(x), jnp.asarray(x.lengths), jnp.asarray(x.starts)
   )
   scale = {} if found.scale is None else {"scale": found.scale}
   return {"kv": found.kv, **scale}
 
 
-def _written(x: Problem, held, k, v):
+def _written(x: Problem, cache, k, v):
   table, new = np.asarray(_table(x)), np.diff(x.starts)
-  kv, parts = np.array(held.kv), [k, v]
-  scale = None if held.scale is None else np.array(held.scale)
+  kv, parts = np.array(cache.kv), [k, v]
+  scale = None if cache.scale is None else np.array(cache.scale)
   if scale is not None:
-    (k, k_scale), (v, v_scale) = (quantize(y, held.kv.dtype) for y in parts)
+    (k, k_scale), (v, v_scale) = (quantize(y, cache.kv.dtype) for y in parts)
     scales = np.stack([np.asarray(k_scale), np.asarray(v_scale)], 1)
   rows = np.concatenate([np.asarray(y) for y in (k, v)], -1)
   for row, count in enumerate(new):

@@ -1,8 +1,8 @@
 """What a bench runs: jobs, of which each checks or times one call.
 
-A check compares a kernel with what it should compute, element by element,
-against a limit that the job gives, on memory full of NaN, and calls it again:
-the results of kernels without atomics repeat to the bit, and where they do not,
+A check compares a kernel with what it should compute, element by element and
+within a tolerance of its own, on memory full of NaN, and calls it again: the
+results of kernels without atomics repeat to the bit, and where they do not,
 something is read before it is written. A time is the median of rounds of calls
 that are queued one after the other.
 """
@@ -86,22 +86,22 @@ class Check:
   Attributes:
     run: Ours, of the operands; returns named arrays.
     operands: Makes the operands, a tuple.
-    truth: What `run` should return, of the operands; it may have more names.
-    limits: The most that each named array may be off by, element by element or
-      in all, of the operands and the truth.
+    expected: What `run` should return, of the operands; it may have more names.
+    tolerances: The most that each named array may be off by, element by element
+      or throughout, of the operands and what is expected.
     donates: Whether `run` may write into its first operand.
     around: Makes a context that `run` is called in, such as a mesh.
   """
 
   run: Callable[..., Mapping[str, Any]]
   operands: Callable[[], tuple[Any, ...]]
-  truth: Callable[..., Mapping[str, Any]]
-  limits: Callable[[tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]]
+  expected: Callable[..., Mapping[str, Any]]
+  tolerances: Callable[[tuple[Any, ...], Mapping[str, Any]], Mapping[str, Any]]
   donates: bool = False
   around: Callable[[], Any] = contextlib.nullcontext
 
 
-def ordered(jobs: list[Job]) -> list[Job]:
+def in_order(jobs: list[Job]) -> list[Job]:
   """By stage, and the cheapest first within each."""
   return sorted(jobs, key=lambda job: (job.stage, job.cost))
 
@@ -139,20 +139,23 @@ def _compare(target: Target, x: Check) -> dict[str, Any]:
 
   found = call()
   again = [call() for _ in range(0 if target.tiny else REPEATS - 1)]
-  truth = x.truth(*operands)
-  limits = x.limits(operands, truth)
-  worst = {n: _worst(y, truth[n], limits[n]) for n, y in found.items()}
+  expected = x.expected(*operands)
+  tolerances = x.tolerances(operands, expected)
+  ratios = {n: _ratio(y, expected[n], tolerances[n]) for n, y in found.items()}
   steady = all(_equal(found, other) for other in again)
-  line = {"ok": steady and all(w <= 1 for w in worst.values()), "worst": worst}
+  line = {
+    "ok": steady and all(ratio <= 1 for ratio in ratios.values()),
+    "error_ratio": ratios,
+  }
   return line if steady else line | {"repeats": False}
 
 
-def _worst(found: Any, truth: Any, limit: Any) -> float:
-  """The largest error, of its limit: NaN is infinite, and inf has no error."""
-  found, truth = found.astype(jnp.float32), truth.astype(jnp.float32)
-  error = jnp.where(found == truth, 0, jnp.abs(found - truth))
+def _ratio(found: Any, expected: Any, tolerance: Any) -> float:
+  """The largest error over its tolerance: of NaN it is inf, of equal infs 0."""
+  found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
+  error = jnp.where(found == expected, 0, jnp.abs(found - expected))
   # Where nothing may be off, anything is too much.
-  share = jnp.where(error == 0, 0, error / limit)
+  share = jnp.where(error == 0, 0, error / tolerance)
   share = jnp.where(jnp.isnan(share), jnp.inf, share)
   return round(float(jnp.max(share, initial=0)), 4)
 
@@ -191,7 +194,7 @@ def seconds(run: Callable[..., Any], *operands: Any, tiny: bool) -> float:
   return found[ROUNDS // 2]
 
 
-def in_turn(run: Callable[[Any], Any], state: Any, calls: int) -> float:
+def chained_seconds(run: Callable[[Any], Any], state: Any, calls: int) -> float:
   """Seconds of a call among several, each of what the one before returned.
 
   Args:
@@ -215,26 +218,26 @@ def _round(run, operands, calls: int) -> float:
   return (time.perf_counter() - start) / calls
 
 
-def compared(
+def time_all(
   target: Target,
-  makers: Mapping[str, Callable[[], Callable[..., Any]]],
+  implementations: Mapping[str, Callable[[], Callable[..., Any]]],
   operands: Callable[[], tuple[Any, ...]],
   flops: float = 0.0,
   size: float = 0.0,
 ) -> dict[str, Any]:
-  """Times of several makers' functions of the same operands.
+  """Times of several implementations' functions of the same operands.
 
   Args:
     target: What they run on.
-    makers: By name, what makes the function, 'ours' among them; one that
-      raises says why, and the others go on.
+    implementations: By name, what makes the function, 'ours' among them; one
+      that raises says why, and the others go on.
     operands: Makes the operands.
     flops: Of a call.
     size: Bytes that it has to move.
   """
   given, line = operands(), {}
   chip = None if target.tiny else chips.of_kind(target.kind)
-  for name, make in makers.items():
+  for name, make in implementations.items():
     try:
       took = seconds(jax.jit(make()), *given, tiny=target.tiny)
     except Exception as problem:  # noqa: BLE001
@@ -263,7 +266,7 @@ def reason(problem: BaseException) -> str:
   return f"{type(problem).__name__}: {lines[0][:300]}"
 
 
-def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+def untuned_jit(f: Callable[..., Any]) -> Callable[..., Any]:
   """`f` of a definition, which is called once: nothing is tried to be fast.
 
   On a GPU XLA would time every matmul's kernels, for seconds.
@@ -273,7 +276,7 @@ def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
   return jax.jit(f, compiler_options=quick if here else None)
 
 
-def largest(x: Any) -> Any:
+def max_abs(x: Any) -> Any:
   """The largest finite number of `x`, without its sign."""
   return jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0.0)
 
@@ -283,6 +286,6 @@ def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def unit(dtype: Any) -> float:
+def roundoff(dtype: Any) -> float:
   """The most that rounding to a type changes a number by, relatively."""
   return float(jnp.finfo(dtype).eps) / 2

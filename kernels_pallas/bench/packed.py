@@ -1,6 +1,6 @@
 """Checks and times of products with packed weights.
 
-The truth is the product with the decoded matrix in float32. Weights and the
+Expected is the product with the decoded matrix in float32. Weights and the
 result are rounded to the type of the activations; sums are held in float32.
 Times are beside XLA's product with the same matrix in bfloat16.
 """
@@ -165,12 +165,12 @@ def _time(target: Target, x: Problem) -> Job:
     x_rows, w = _operands(target, x)
     matrix = planar.dense(w).astype(x_rows.dtype)
     matrix = matrix if x.direction == "forward" else matrix.T
-    makers = {
+    implementations = {
       "ours": lambda: lambda x, w, _: run(x, w),
       "xla_bfloat16": lambda: lambda x, _, matrix: x @ matrix,
     }
-    return jobs.compared(
-      target, makers, lambda: (x_rows, w, matrix), x.flops, x.size
+    return jobs.time_all(
+      target, implementations, lambda: (x_rows, w, matrix), x.flops, x.size
     )
 
   return Job(
@@ -189,8 +189,8 @@ def _check(target: Target, x: Problem) -> Check:
   return Check(
     run=lambda rows, w: {"y": _product(target, x, rows, w)},
     operands=functools.partial(_operands, target, x),
-    truth=lambda rows, w: {"y": _exact(x, rows, w)[0]},
-    limits=functools.partial(_limits, x),
+    expected=lambda rows, w: {"y": _exact(x, rows, w)[0]},
+    tolerances=functools.partial(_tolerances, x),
   )
 
 
@@ -229,13 +229,13 @@ def _exact(x: Problem, rows, w: Planar) -> tuple[jax.Array, jax.Array]:
     return wide @ matrix, jnp.abs(wide) @ jnp.abs(matrix)
 
 
-def _limits(x: Problem, operands, truth):
+def _tolerances(x: Problem, operands, expected):
   _, size = _exact(x, *operands)
-  unit = jobs.unit(x.dtype)
+  unit = jobs.roundoff(x.dtype)
   if x.dtype == "float32":
     # The matrix units of a TPU take it in pieces of bfloat16.
-    unit = jobs.unit(jnp.bfloat16)
-  return {"y": unit * (size + jnp.abs(truth["y"])) + SUMS * size}
+    unit = jobs.roundoff(jnp.bfloat16)
+  return {"y": unit * (size + jnp.abs(expected["y"])) + SUMS * size}
 
 
 def _product(target: Target, x: Problem, rows, w: Planar) -> Any:

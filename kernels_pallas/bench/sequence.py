@@ -26,7 +26,7 @@ from kernels_pallas.sequence_parallel.order import halves
 
 PARTS = 4
 AXIS = "along"
-WAYS = {
+CUTS = {
   "ring": Cut(ring=(AXIS,)),
   "gathered": Cut(length=(AXIS,)),
   "exchanged": Cut(ulysses=(AXIS,)),
@@ -35,19 +35,19 @@ WAYS = {
 
 def checks(target: Target) -> list[Job]:
   """Parts in order, and all ways across devices."""
-  x = Problem(at_positions, T=1024, S=1024, N=8, K=8, extras=("sinks",))
+  x = Problem(causal_by_position, T=1024, S=1024, N=8, K=8, extras=("sinks",))
   if target.tiny:
     x = dataclasses.replace(x, T=128, S=128, N=2, K=2, H=64, Hv=64)
   found = []
   for direction, times in (("forward", 1.0), ("backward", 3.5)):
-    runs = {"parts": functools.partial(by_parts, target, x, direction)}
-    for way, cut in WAYS.items():
+    runs = {"parts": functools.partial(ring_by_parts, target, x, direction)}
+    for way, cut in CUTS.items():
       attend = functools.partial(_across, target, x, cut)
       runs[f"devices/{way}"] = functools.partial(
         attention.results, x, direction, attend
       )
     for name, run in runs.items():
-      check = attention.against_the_definition(x, direction, run)
+      check = attention.check_against_reference(x, direction, run)
       if name != "parts":
         around = functools.partial(_all_devices, target)
         check = dataclasses.replace(check, around=around)
@@ -56,7 +56,7 @@ def checks(target: Target) -> list[Job]:
   return found
 
 
-def at_positions(T, S):
+def causal_by_position(T, S):
   """Causal, by positions: a shard does not know where it begins."""
   return Mask.causal(
     (3 * T // 4, None),
@@ -65,7 +65,7 @@ def at_positions(T, S):
   )
 
 
-def by_parts(
+def ring_by_parts(
   target: Target,
   x: Problem,
   direction: str,

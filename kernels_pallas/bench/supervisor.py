@@ -20,7 +20,7 @@ from typing import Any
 from kernels_pallas.bench import worker
 
 PATIENCE = 150.0
-"""Seconds in which a job has to end: it compiles, and compares with others."""
+"""Seconds in which a job has to end: it compiles and compares."""
 
 START = 120.0
 """Seconds in which a worker has to say that it is there."""
@@ -50,10 +50,12 @@ def main(
   """
   args = _parser(module, about).parse_args(arguments)
   if args.worker:
-    worker.prepare(args.dry_run)
-    done = set(read(args.to)) if args.to else set()
+    worker.set_up(args.dry_run)
+    done = set(read_results(args.to)) if args.to else set()
     budget = args.budget
-    return worker.work(platform, make, args.dry_run, args.only, done, budget)
+    return worker.run_jobs(
+      platform, make, args.dry_run, args.only, done, budget
+    )
   with tempfile.TemporaryDirectory() as scratch:
     to = args.to or pathlib.Path(scratch, "lines.jsonl")
     command = [sys.executable, "-m", module, "--worker", f"--to={to}"]
@@ -80,7 +82,7 @@ def _parser(module: str, about: str) -> argparse.ArgumentParser:
   return parser
 
 
-def read(file: pathlib.Path) -> Lines:
+def read_results(file: pathlib.Path) -> Lines:
   """The lines of a file that are results, by name; none without a file.
 
   A last line that was cut off is none.
@@ -116,20 +118,20 @@ def supervise(
   Returns:
     As of `main`.
   """
-  start, wanted = time.monotonic(), []
+  start, planned = time.monotonic(), []
   deadline = None if budget is None else start + budget
   while True:
     rest = [] if deadline is None else [
       f"--budget={max(0.0, deadline - time.monotonic()):.0f}"]  # fmt: skip
-    before = len(read(to))
-    end = _watch([*command, *rest], to, deadline, patience, wanted)
+    before = len(read_results(to))
+    end = _watch([*command, *rest], to, deadline, patience, planned)
     late = deadline is not None and time.monotonic() >= deadline
-    if end in (0, 1) or late or len(read(to)) == before:
+    if end in (0, 1) or late or len(read_results(to)) == before:
       break
-  return _sum_up(to, wanted, end, time.monotonic() - start)
+  return _summarize(to, planned, end, time.monotonic() - start)
 
 
-def _watch(command, to, deadline, patience, wanted) -> int:
+def _watch(command, to, deadline, patience, planned) -> int:
   """One worker, from its start to its end; returns its exit code."""
   process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   lines: queue.Queue[str | None] = queue.Queue()
@@ -157,7 +159,7 @@ def _watch(command, to, deadline, patience, wanted) -> int:
           _add(to, _failed(running, f"its process ended with {code}"))
         return code
       line = _parsed(text)
-      wanted.extend(n for n in line.get("jobs", ()) if n not in wanted)
+      planned.extend(n for n in line.get("jobs", ()) if n not in planned)
       running = line.get("start")
       limit = time.monotonic() + patience
       if "jobs" not in line and "start" not in line:
@@ -186,14 +188,20 @@ def _add(to: pathlib.Path, line: dict[str, Any]) -> None:
     file.write(text + "\n")
 
 
-def _sum_up(to, wanted, end, seconds: float) -> int:
-  found = read(to)
+def _reason(line: dict[str, Any]) -> Any:
+  """Why a job failed: in words, or how far off it is."""
+  ours = line.get("ours", {}).get("reason")
+  return line.get("reason", ours or line.get("error_ratio"))
+
+
+def _summarize(to, planned, end, seconds: float) -> int:
+  found = read_results(to)
   bad = {n: x for n, x in found.items() if not x.get("ok")}
-  left = [name for name in wanted if name not in found]
+  left = [name for name in planned if name not in found]
   summary = {
     "ok": not bad and not left and end == 0,
     "passed": len(found) - len(bad),
-    "failed": {n: x.get("reason", x.get("worst")) for n, x in bad.items()},
+    "failed": {n: _reason(x) for n, x in bad.items()},
     "left": left,
     "seconds": round(seconds, 1),
   }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.bench import attention, jobs, others, sequence
+from kernels_pallas.bench import attention, baselines, jobs, sequence
 from kernels_pallas.bench.jobs import Job, Target
 from kernels_pallas.decode_attention.api import (
   decode_attention,
@@ -33,7 +33,7 @@ TOKENS = 16384
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class AttentionCall:
   """A call of attention: T = S = length.
 
   Attributes:
@@ -68,11 +68,11 @@ class Row:
     return f"H{self.head_dim}/T{self.length}/{mask}/{self.direction}"
 
 
-def rows(tiny: bool) -> list[Row]:
+def attention_calls(tiny: bool) -> list[AttentionCall]:
   """Of attention."""
   lengths, dims = ((128,), (64,)) if tiny else (LENGTHS, HEAD_DIMS)
   return [
-    Row(
+    AttentionCall(
       length=n,
       batch=1 if tiny else TOKENS // n,
       heads=1 if tiny else 2048 // H,
@@ -91,39 +91,39 @@ def rows(tiny: bool) -> list[Row]:
 
 def times(target: Target) -> list[Job]:
   """Of attention, whole and in parts, of decoding and of appending."""
-  found = [_attention(target, row) for row in rows(target.tiny)]
+  found = [_attention(target, row) for row in attention_calls(target.tiny)]
   found.append(_parts(target))
-  found += [_decoding(target, x) for x in reads(target)]
-  return found + [_appending(target, x) for x in reads(target) if x.page]
+  found += [_decoding(target, x) for x in decode_steps(target)]
+  return found + [_appending(target, x) for x in decode_steps(target) if x.page]
 
 
-def _job(target, name, makers, operands, flops=0.0, size=0.0) -> Job:
+def _job(target, name, implementations, operands, flops=0.0, size=0.0) -> Job:
   def measure():
-    return jobs.compared(target, makers, operands, flops, size)
+    return jobs.time_all(target, implementations, operands, flops, size)
 
   def program():
-    return makers["ours"](), jax.eval_shape(operands)
+    return implementations["ours"](), jax.eval_shape(operands)
 
   return Job(f"time/{name}", jobs.TIME, flops or size, measure, program)
 
 
-def _attention(target: Target, row: Row) -> Job:
+def _attention(target: Target, row: AttentionCall) -> Job:
   tiles = attention.tiles(target, row.head_dim, row.head_dim)
   ours = functools.partial(
     flash_attention, causal=row.causal, backend=target.backend, config=tiles,
     interpret=target.interpret(),
   )  # fmt: skip
-  makers = {"ours": lambda: ours} | others.attention(target, row)
+  implementations = {"ours": lambda: ours} | baselines.attention(target, row)
   shape = row.batch, row.length, row.heads, row.head_dim
 
   def operands():
     return tuple(jobs.normal(n, *shape, dtype=jnp.bfloat16) for n in range(4))
 
-  directed = {n: _directed(row, make) for n, make in makers.items()}
+  directed = {n: _directed(row, make) for n, make in implementations.items()}
   return _job(target, f"attention/{row.name}", directed, operands, row.flops)
 
 
-def _directed(row: Row, make: Callable[[], Any]) -> Callable[[], Any]:
+def _directed(row: AttentionCall, make: Callable[[], Any]) -> Callable[[], Any]:
   """Of (q, k, v, do): the output, or it and all gradients."""
 
   def made():
@@ -144,29 +144,31 @@ def _parts(target: Target) -> Job:
   """A ring's steps on one device beside one call."""
   length = 128 if target.tiny else 4096
   x = attention.Problem(
-    sequence.at_positions, T=length, S=length, N=2 if target.tiny else 16,
+    sequence.causal_by_position, T=length, S=length, N=2 if target.tiny else 16,
     K=2 if target.tiny else 16, H=64 if target.tiny else 128,
     Hv=64 if target.tiny else 128, extras=("sinks",), tiles="own",
   )  # fmt: skip
-  makers = {
+  implementations = {
     "ours": lambda: functools.partial(
-      sequence.by_parts, target, x, "backward"
+      sequence.ring_by_parts, target, x, "backward"
     ),
-    "in_one_call": lambda: attention.check_of(target, x, "backward").run,
+    "in_one_call": lambda: attention.make_check(target, x, "backward").run,
   }  # fmt: skip
   operands = functools.partial(attention.operands, x)
-  return _job(target, "sequence/parts", makers, operands, 3.5 * x.flops / 2)
+  return _job(
+    target, "sequence/parts", implementations, operands, 3.5 * x.flops / 2
+  )
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class DecodeStep:
   """A step of decoding: every row has as many tokens.
 
   Attributes:
     rows, tokens: Rows and tokens of each.
     N, K, H: Heads of queries and of keys, head dim.
     page: Tokens of a page, or 0 for a cache.
-    held: Type of keys and values.
+    kv_dtype: Type of keys and values.
   """
 
   rows: int = 32
@@ -175,13 +177,13 @@ class Read:
   K: int = 8
   H: int = 128
   page: int = 0
-  held: str = "bfloat16"
+  kv_dtype: str = "bfloat16"
 
   @property
   def size(self) -> float:
     """Bytes of keys and values, and of scales."""
-    token = 2 * self.H * jnp.dtype(self.held).itemsize
-    token += 8 if jnp.dtype(self.held) in LARGEST else 0
+    token = 2 * self.H * jnp.dtype(self.kv_dtype).itemsize
+    token += 8 if jnp.dtype(self.kv_dtype) in LARGEST else 0
     return float(self.rows * self.tokens * self.K * token)
 
   @property
@@ -189,37 +191,37 @@ class Read:
     """What identifies it."""
     kind = f"pages{self.page}" if self.page else "cache"
     shape = f"{self.rows}x{self.tokens}/N{self.N}/K{self.K}/H{self.H}"
-    return f"{kind}/{self.held}/{shape}"
+    return f"{kind}/{self.kv_dtype}/{shape}"
 
 
-def reads(target: Target) -> list[Read]:
+def decode_steps(target: Target) -> list[DecodeStep]:
   """Of decoding: batches that fill a chip, and one long row."""
   if target.tiny:
-    small = Read(2, 64, 2, 1, 64)
+    small = DecodeStep(2, 64, 2, 1, 64)
     return [small, dataclasses.replace(small, page=32)]
   page = 128 if target.platform == "tpu" else 64
   return [
-    Read(),
-    Read(H=64, N=16),
-    Read(rows=1, tokens=131_072),
-    Read(page=page),
-    Read(page=16),
-    Read(page=page, held="int8"),
-    Read(page=page, held="float8_e4m3fn"),
+    DecodeStep(),
+    DecodeStep(H=64, N=16),
+    DecodeStep(rows=1, tokens=131_072),
+    DecodeStep(page=page),
+    DecodeStep(page=16),
+    DecodeStep(page=page, kv_dtype="int8"),
+    DecodeStep(page=page, kv_dtype="float8_e4m3fn"),
   ]
 
 
-def _held(x: Read):
+def _cache(x: DecodeStep):
   """Keys and values, and who has which pages."""
   if not x.page:
     shape = x.rows, x.K, x.tokens, x.H
-    k, v = (jobs.normal(n, *shape, dtype=x.held) for n in (1, 2))
+    k, v = (jobs.normal(n, *shape, dtype=x.kv_dtype) for n in (1, 2))
     return (k, v), None
   width = x.tokens // x.page
   shape = x.rows * width, x.K, x.page, 2 * x.H
-  codes, scale = jnp.dtype(x.held) in LARGEST, None
+  codes, scale = jnp.dtype(x.kv_dtype) in LARGEST, None
   kv = jobs.normal(1, *shape, dtype=jnp.bfloat16)
-  kv = (kv * 20).astype(x.held) if codes else kv.astype(x.held)
+  kv = (kv * 20).astype(x.kv_dtype) if codes else kv.astype(x.kv_dtype)
   if codes:
     scale = jnp.full((shape[0], 2, x.K, x.page), 0.05, jnp.float32)
   order = np.random.default_rng(0).permutation(shape[0])
@@ -227,50 +229,50 @@ def _held(x: Read):
   return Pages(kv, scale, x.H), table
 
 
-def _decoding(target: Target, x: Read) -> Job:
+def _decoding(target: Target, x: DecodeStep) -> Job:
   lens = jnp.full(x.rows, x.tokens, jnp.int32)
-  theirs = others.decoding(target, x)
+  theirs = baselines.decoding(target, x)
 
   def operands():
     q = jobs.normal(0, x.rows, x.N, x.H, dtype=jnp.bfloat16)
-    return q, *_held(x), others.apart(x) if theirs else None
+    return q, *_cache(x), baselines.split_pages(x) if theirs else None
 
   def attend(backend, interpret=None):
-    def run(q, held, table, apart):
+    def run(q, cache, table, apart):
       del apart
       how = {"backend": backend, "interpret": interpret}
       if table is None:
-        k, v = (y.swapaxes(1, 2) for y in held)
+        k, v = (y.swapaxes(1, 2) for y in cache)
         return decode_attention(q, k, v, lens, **how)
-      return paged_attention(q, held, table, lens, **how)
+      return paged_attention(q, cache, table, lens, **how)
 
     return run
 
-  makers = {
+  implementations = {
     "ours": lambda: attend(target.backend, target.interpret()),
     "xla": lambda: attend("xla"),
   }
   return _job(
-    target, f"decode/{x.name}", makers | theirs, operands, size=x.size
+    target, f"decode/{x.name}", implementations | theirs, operands, size=x.size
   )
 
 
-def _appending(target: Target, x: Read) -> Job:
+def _appending(target: Target, x: DecodeStep) -> Job:
   """A token for each row, into pages that are not copied."""
   lens = jnp.full(x.rows, x.tokens, jnp.int32)
 
   def operands():
     new = (jobs.normal(n, x.rows, x.K, x.H, dtype=jnp.bfloat16) for n in (3, 4))
-    return *_held(x), *new
+    return *_cache(x), *new
 
-  def append(held, table, k, v):
-    return append_to_pages(held, k, v, table, lens)
+  def append(cache, table, k, v):
+    return append_to_pages(cache, k, v, table, lens)
 
   def measure():
-    held, *rest = operands()
+    cache, *rest = operands()
     run = jax.jit(append, donate_argnums=0)
     calls = 1 if target.tiny else 100
-    took = jobs.in_turn(lambda held: run(held, *rest), held, calls)
+    took = jobs.chained_seconds(lambda cache: run(cache, *rest), cache, calls)
     return {"ok": True, "ours": {"ms": round(took * 1e3, 5)}}
 
   return Job(

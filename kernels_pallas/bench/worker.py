@@ -18,7 +18,7 @@ BROKEN = 3
 """Exit code where the chip does not compute any more."""
 
 
-def prepare(tiny: bool) -> None:
+def set_up(tiny: bool) -> None:
   """Before JAX is imported: what the process and its packages need.
 
   Args:
@@ -44,7 +44,7 @@ class _Unchecked(types.ModuleType):
     return type(name, (), {"__class_getitem__": classmethod(lambda c, _: c)})
 
 
-def work(
+def run_jobs(
   platform: str,
   make: Callable[[Any], list[Any]],
   tiny: bool,
@@ -72,24 +72,24 @@ def work(
 
   device = jax.devices()[0]
   here = {"cuda": "gpu"}.get(device.platform, device.platform)
-  _say({"device": device.device_kind, "devices": jax.device_count(),
+  _emit({"device": device.device_kind, "devices": jax.device_count(),
         "jax": jax.__version__, "python": sys.version.split()[0]})  # fmt: skip
   if not tiny and here != platform:
-    _say({"error": f"found a {here}, expected a {platform.upper()}"})
+    _emit({"error": f"found a {here}, expected a {platform.upper()}"})
     return 1
   target = jobs.Target(platform, device.device_kind, tiny)
   found = [
-    job for job in jobs.ordered(make(target)) if re.search(only, job.name)
+    job for job in jobs.in_order(make(target)) if re.search(only, job.name)
   ]
   found = [job for job in found if job.name not in done]
-  _say({"jobs": [job.name for job in found]})
+  _emit({"jobs": [job.name for job in found]})
   for job in found:
     if seconds is not None and time.monotonic() - start > seconds:
       return 0
-    _say({"start": job.name})
+    _emit({"start": job.name})
     line = _run(job)
-    _say({"name": job.name, **line})
-    if "reason" in line and not _alive():
+    _emit({"name": job.name, **line})
+    if '"reason"' in json.dumps(line) and not _alive():
       return BROKEN
   return 0
 
@@ -115,5 +115,5 @@ def _alive() -> bool:
     return False
 
 
-def _say(line: dict[str, Any]) -> None:
+def _emit(line: dict[str, Any]) -> None:
   print(json.dumps(line), flush=True)

@@ -59,7 +59,7 @@ def compile_all(chip: str, only: str) -> None:
     [device], (sequence.AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
   )
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  for job in jobs.ordered(bench_gpu.jobs(target)):
+  for job in jobs.in_order(bench_gpu.jobs(target)):
     if not re.search(only, job.name):
       continue
     line = {"name": job.name, "ok": True}

@@ -20,7 +20,7 @@ from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence
-from tests.support_chip import PLACES, place
+from tests.support_chip import MODES, runner
 from tests.support_decode import quick
 from tests.support_gpu import needs_kernels, needs_tcgen05
 from tests.support_rounding import assert_no_rougher, in_low_precision
@@ -174,9 +174,9 @@ GPUS = {
 }
 
 
-@pytest.fixture(name="gpu", params=PLACES)
+@pytest.fixture(name="gpu", params=MODES)
 def _gpu(request):
-  yield from place(request.param)
+  yield from runner(request.param)
 
 
 @needs_kernels

@@ -19,8 +19,8 @@ import pytest
 from kernels_pallas import bench_gpu, bench_tpu
 from kernels_pallas.bench import (
   attention,
+  baselines,
   jobs,
-  others,
   supervisor,
   times,
   worker,
@@ -76,7 +76,7 @@ def test_dry_run_walks_jobs_with_nothing_but_jax(tmp_path, platform, only):
   target = Target(platform, "cpu", tiny=True)
   wanted = [
     job.name
-    for job in jobs.ordered(CHIPS[platform][0].jobs(target))
+    for job in jobs.in_order(CHIPS[platform][0].jobs(target))
     if re.search(only, job.name)
   ]
   assert [line["name"] for line in lines] == wanted and len(wanted) > 3
@@ -88,7 +88,7 @@ def test_dry_run_walks_jobs_with_nothing_but_jax(tmp_path, platform, only):
 @pytest.mark.parametrize("platform", CHIPS)
 def test_every_kernel_has_a_smoke_test_checks_and_times(platform):
   module, target = CHIPS[platform]
-  found = jobs.ordered(module.jobs(target))
+  found = jobs.in_order(module.jobs(target))
   names = [job.name for job in found]
   assert len(set(names)) == len(names)
   stages = [job.stage for job in found]
@@ -168,7 +168,7 @@ def test_no_job_loses_the_others(tmp_path, capsys):
   assert "4 s; killed" in last["failed"]["hangs"]
   assert "ended with -11" in last["failed"]["dies"]
   assert (last["passed"], last["left"], last["ok"]) == (2, [], False)
-  assert supervisor.read(to)["last"]["ok"]
+  assert supervisor.read_results(to)["last"]["ok"]
   # With the same file nothing runs again.
   assert supervisor.supervise(command, to) == 1
   assert "start" not in capsys.readouterr().out
@@ -191,7 +191,7 @@ def test_a_budget_ends_it_and_the_next_call_goes_on(tmp_path, capsys):
 
 
 def test_without_a_chip_it_says_so(capsys):
-  assert worker.work("gpu", lambda target: [], False, "", set(), None) == 1
+  assert worker.run_jobs("gpu", lambda target: [], False, "", set(), None) == 1
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert last == {"error": "found a cpu, expected a GPU"}
 
@@ -207,13 +207,13 @@ def test_a_job_that_raises_does_not_end_the_worker(capsys):
       for cost, name, measure in ((1.0, "bad", bad), (2.0, "good", line))
     ]
 
-  assert worker.work("gpu", make, True, "", set(), None) == 0
+  assert worker.run_jobs("gpu", make, True, "", set(), None) == 0
   lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
   found = {x["name"]: x for x in lines if "name" in x}
   assert found["bad"]["reason"] == "RuntimeError: no such chip"
   assert found["good"]["ok"] and not found["bad"]["ok"]
   # A second worker has no time for any.
-  assert worker.work("gpu", make, True, "", {"bad"}, -1.0) == 0
+  assert worker.run_jobs("gpu", make, True, "", {"bad"}, -1.0) == 0
   assert "start" not in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -223,8 +223,8 @@ def compared(run, limit=0.1, tiny=True):
   check = jobs.Check(
     run=run,
     operands=lambda: (jnp.ones(3),),
-    truth=lambda x: {"y": truth},
-    limits=lambda operands, truth: {"y": limit},
+    expected=lambda x: {"y": truth},
+    tolerances=lambda operands, truth: {"y": limit},
   )
   return jobs.check(Target("gpu", "", tiny), "a", check, 1.0).measure()
 
@@ -242,7 +242,7 @@ def compared(run, limit=0.1, tiny=True):
 )
 def test_a_check_sees_what_is_off(found, worst):
   line = compared(lambda x: {"y": jnp.array(found) * x})
-  assert line["worst"]["y"] == pytest.approx(worst, rel=1e-3)
+  assert line["error_ratio"]["y"] == pytest.approx(worst, rel=1e-3)
   assert line["ok"] == (worst <= 1)
   assert compared(lambda x: {"y": jnp.array(found) * x}, limit=0.0)["ok"] == (
     worst == 0
@@ -260,7 +260,9 @@ def test_a_check_sees_results_that_do_not_repeat(monkeypatch):
     return {"y": jnp.array([1.0, -jnp.inf, 3.0]) + 1e-3 * value}
 
   line = compared(run, tiny=False)
-  assert line["worst"]["y"] <= 1 and not line["repeats"] and not line["ok"]
+  assert (
+    line["error_ratio"]["y"] <= 1 and not line["repeats"] and not line["ok"]
+  )
 
 
 def test_a_maker_that_fails_does_not_lose_the_others():
@@ -268,7 +270,7 @@ def test_a_maker_that_fails_does_not_lose_the_others():
     raise RuntimeError("not installed\nat all")
 
   makers = {"ours": lambda: jnp.sin, "theirs": broken}
-  run = lambda makers: jobs.compared(  # noqa: E731
+  run = lambda makers: jobs.time_all(  # noqa: E731
     CHIPS["gpu"][1], makers, lambda: (jnp.ones(8),), flops=8e12, size=8e9
   )
   line = run(makers)
@@ -284,18 +286,21 @@ def test_a_maker_that_fails_does_not_lose_the_others():
 
 
 def test_flash_attention_has_a_column_where_it_is_installed(monkeypatch):
-  row, target = times.Row(8, 1, 2, 4, True, "forward"), CHIPS["gpu"][1]
+  row, target = (
+    times.AttentionCall(8, 1, 2, 4, True, "forward"),
+    CHIPS["gpu"][1],
+  )
   package = types.ModuleType("flash_attn_jax")
   package.flash_mha = lambda q, k, v, is_causal: q + k + v
   package.__spec__ = importlib.machinery.ModuleSpec("flash_attn_jax", None)
-  assert "flash_attn" not in others.attention(target, row)
+  assert "flash_attn" not in baselines.attention(target, row)
   monkeypatch.setitem(sys.modules, "flash_attn_jax", package)
-  attend = others.attention(target, row)["flash_attn"]()
+  attend = baselines.attention(target, row)["flash_attn"]()
   assert attend(1, 2, 3) == 6
 
 
 def test_flops_are_those_of_visible_pairs():
-  full = times.Row(4, 1, 2, 8, False, "forward")
-  causal = times.Row(4, 1, 2, 8, True, "backward")
+  full = times.AttentionCall(4, 1, 2, 8, False, "forward")
+  causal = times.AttentionCall(4, 1, 2, 8, True, "backward")
   assert full.flops == 4 * 2 * 8 * 16
   assert causal.flops == 3.5 * 4 * 2 * 8 * 10

@@ -24,7 +24,7 @@ from kernels_pallas.decode_attention.api import (
 from kernels_pallas.decode_attention.mosaic_gpu import splits_for
 from kernels_pallas.decode_attention.pages import Pages, quantize
 from kernels_pallas.decode_attention.spec import Blocks
-from tests.support_chip import PLACES, place
+from tests.support_chip import MODES, runner
 from tests.support_decode import draw, quick
 from tests.support_gpu import needs_kernels
 from tests.support_rounding import assert_no_rougher, in_low_precision
@@ -32,9 +32,9 @@ from tests.support_rounding import assert_no_rougher, in_low_precision
 pytestmark = needs_kernels
 
 
-@pytest.fixture(name="gpu", params=PLACES)
+@pytest.fixture(name="gpu", params=MODES)
 def _gpu(request):
-  yield from place(request.param)
+  yield from runner(request.param)
 
 
 def furthest(found, exact):

@@ -28,7 +28,7 @@ from kernels_pallas.flash_attention.mosaic_gpu import cores
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTile, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
-from tests.support_chip import PLACES, place
+from tests.support_chip import MODES, runner
 from tests.support_gpu import needs_kernels, needs_tcgen05
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
@@ -71,9 +71,9 @@ TILES |= {
 TILES["one_block"] = dataclasses.replace(TILES["one_group"], programs=1)
 
 
-@pytest.fixture(name="gpu", params=PLACES)
+@pytest.fixture(name="gpu", params=MODES)
 def _gpu(request):
-  yield from place(request.param)
+  yield from runner(request.param)
 
 
 def ours(gpu, config):

@@ -22,7 +22,7 @@ KINDS = {"gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5 lite"}
 
 def checks(platform, kind):
   """The jobs of a chip that compare, by name."""
-  found = jobs.ordered(bench_gpu.jobs(Target(platform, kind)))
+  found = jobs.in_order(bench_gpu.jobs(Target(platform, kind)))
   return {job.name: job for job in found if job.stage != jobs.TIME}
 
 

@@ -43,9 +43,9 @@ LOOKED_UP = (-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16,
              0.25, 0.34, 0.44, 0.56, 0.72, 1.25)  # fmt: skip
 
 
-@pytest.fixture(name="gpu", params=support_chip.PLACES)
+@pytest.fixture(name="gpu", params=support_chip.MODES)
 def _gpu(request):
-  yield from support_chip.place(request.param)
+  yield from support_chip.runner(request.param)
 
 
 def sized(gpu, tile):

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from kernels_pallas.bench.jobs import Target
 
-Makers = dict[str, Callable[[], Callable[..., Any]]]
+Implementations = dict[str, Callable[[], Callable[..., Any]]]
 
 
-def attention(target: Target, row: Any) -> Makers:
+def attention(target: Target, row: Any) -> Implementations:
   """By name; each makes a function of q, k, v [B, T, N, H].
 
   Args:
@@ -129,20 +129,20 @@ def _jax_flash(row: Any):
   return attend
 
 
-def decoding(target: Target, x: Any) -> Makers:
-  """By name; each makes a function of q, ours, the table, and `apart`.
+def decoding(target: Target, x: Any) -> Implementations:
+  """By name; each makes a function of q, ours, the table, and `split_pages`.
 
   Args:
     target: What they run on.
-    x: A `times.Read`.
+    x: A `times.DecodeStep`.
   """
-  if target.tiny or not x.page or x.held != "bfloat16":
+  if target.tiny or not x.page or x.kv_dtype != "bfloat16":
     return {}
   return {"jax_paged": lambda: _jax_paged(target, x)}
 
 
-def apart(x: Any) -> tuple[jax.Array, jax.Array]:
-  """Keys and values as others have them, `[K, pages, size, H]` each."""
+def split_pages(x: Any) -> tuple[jax.Array, jax.Array]:
+  """Keys and values as baselines have them, `[K, pages, size, H]` each."""
   shape = x.K, x.rows * x.tokens // x.page, x.page, x.H
   k, v = (
     jax.random.normal(jax.random.key(n), shape, jnp.bfloat16) for n in (1, 2)
