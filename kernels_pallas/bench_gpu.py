@@ -18,7 +18,7 @@ from kernels_pallas.bench import supervisor
 
 
 def jobs(target: Any) -> list[Any]:
-  """All checks and times of a GPU.
+  """All checks and times of a chip.
 
   Args:
     target: A `bench.jobs.Target`.

@@ -25,6 +25,9 @@ SMOKE, CHECK, TIME = 0, 1, 2
 REPEATS = 3
 """Calls of a check whose results must be the same."""
 
+HOPELESS = 1e9
+"""The largest ratio, since JSON has no infinity."""
+
 ROUNDS = 7
 ROUND_SECONDS = 0.05
 POISON_BYTES = 1 << 29
@@ -151,13 +154,13 @@ def _compare(target: Target, x: Check) -> dict[str, Any]:
 
 
 def _ratio(found: Any, expected: Any, tolerance: Any) -> float:
-  """The largest error over its tolerance: of NaN it is inf, of equal infs 0."""
+  """The largest error over its tolerance; `HOPELESS` of NaN, of equal infs 0."""
   found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
   error = jnp.where(found == expected, 0, jnp.abs(found - expected))
   # Where nothing may be off, anything is too much.
   share = jnp.where(error == 0, 0, error / tolerance)
-  share = jnp.where(jnp.isnan(share), jnp.inf, share)
-  return round(float(jnp.max(share, initial=0)), 4)
+  share = jnp.where(jnp.isnan(share), HOPELESS, share)
+  return round(min(HOPELESS, float(jnp.max(share, initial=0))), 4)
 
 
 def _equal(found: Any, other: Any) -> bool:
