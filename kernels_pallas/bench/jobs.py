@@ -154,7 +154,7 @@ def _compare(target: Target, x: Check) -> dict[str, Any]:
 
 
 def _ratio(found: Any, expected: Any, tolerance: Any) -> float:
-  """The largest error over its tolerance; `HOPELESS` of NaN, of equal infs 0."""
+  """The largest error over its tolerance: `HOPELESS` of NaN; equal infs: 0."""
   found, expected = found.astype(jnp.float32), expected.astype(jnp.float32)
   error = jnp.where(found == expected, 0, jnp.abs(found - expected))
   # Where nothing may be off, anything is too much.
