@@ -57,13 +57,15 @@ def pytest_report_header() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
   """`-m gpu` and `-m tpu` run on the chip, unless JAX_PLATFORMS says where."""
+  asked = re.sub(r"\bnot \w+", "", config.option.markexpr).split()
   for platform, name in (("gpu", "cuda"), ("tpu", "tpu")):
-    asked = re.sub(r"\bnot \w+", "", config.option.markexpr).split()
-    if platform in asked and not _CHOSEN["JAX_PLATFORMS"] and _is_here(name):
+    if platform not in asked:
+      continue
+    if not _CHOSEN["JAX_PLATFORMS"] and _is_here(name):
       jax.config.update("jax_platforms", f"{name},cpu")
-      if not _CHOSEN["XLA_FLAGS"]:
-        # What is quick to compile for a CPU is slow, if anything, on a chip.
-        del os.environ["XLA_FLAGS"]
+    if not _CHOSEN["XLA_FLAGS"]:
+      # What is quick to compile for a CPU is slow, if anything, on a chip.
+      os.environ.pop("XLA_FLAGS", None)
 
 
 def _is_here(platform: str) -> bool:
