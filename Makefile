@@ -4,8 +4,8 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
-  test-chips bench bench-chips bench-gpu venv venv-peers llama-cpp gptqmodel \
-  clean
+  test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers llama-cpp \
+  gptqmodel clean
 
 # In order of preference: those that every dependency has wheels for.
 PYTHONS := 3.13 3.12 3.14
@@ -81,9 +81,12 @@ bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
 	  -- '$(MODEL)' && JAX_PLATFORMS=cpu \
 	  .venv-chips/bin/python -m kernels_pallas.inspect.bench $(ARGS)
 
-# Installs nothing: runs in whatever Python has JAX for the GPU.
+# These install nothing: they run in whatever Python has JAX for the chip.
 bench-gpu:  ## Checks and times the kernels on the GPU at hand
 	@$${PYTHON:-python3} -m kernels_pallas.bench_gpu $(ARGS)
+
+bench-tpu:  ## Checks and times the kernels on the TPU at hand
+	@$${PYTHON:-python3} -m kernels_pallas.bench_tpu $(ARGS)
 
 bench: venv venv-peers  ## Measures speed and memory against torch
 	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas.chips import CHIPS
 from kernels_pallas.flash_attention import cpu
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.tiling import Tile
@@ -23,9 +24,6 @@ from kernels_pallas.masks import Mask
 from research.planning import chips, forecast
 
 HEAD_DIM = 128
-GPUS = (("A100", 312e12, 1.56e12), ("H100", 989e12, 3.35e12))
-"""Name, bf16 FLOP/s and bytes/s, from NVIDIA's data sheets."""
-
 MEMORY = {
   "naive": jax.nn.dot_product_attention,
   "flash": flash_attention,
@@ -169,10 +167,9 @@ def moved(
 
 def ridges() -> list[dict[str, Any]]:
   """Returns the FLOPs a byte from which a chip computes rather than waits."""
-  known = [(c.name, c.flops, c.bandwidth) for c in chips.CHIPS.values()]
   return [
-    {"chip": name, "ridge": flops / bandwidth}
-    for name, flops, bandwidth in (*known, *GPUS)
+    {"chip": chip.name, "ridge": chip.flops / chip.bandwidth}
+    for chip in CHIPS.values()
   ]
 
 

@@ -8,9 +8,11 @@ import gc
 import importlib.util
 import os
 import pathlib
+import re
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Defaults, so that a GPU or TPU run says JAX_PLATFORMS=... and nothing else.
+# Defaults, which what the command's environment says goes before.
+_CHOSEN = {name: name in os.environ for name in ("JAX_PLATFORMS", "XLA_FLAGS")}
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compilation is most of the suite's time: keep every program on disk.
 os.environ.setdefault(
@@ -29,10 +31,13 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
-# Every annotated function and dataclass of ours checks its shapes and types.
-jaxtyping.install_import_hook(
-  ["research", "kernels_pallas", "experiments"], "beartype.beartype"
-)
+
+_TYPED = importlib.util.find_spec("beartype") is not None
+if _TYPED:
+  # Every annotated function and dataclass of ours checks shapes and types.
+  jaxtyping.install_import_hook(
+    ["research", "kernels_pallas", "experiments"], "beartype.beartype"
+  )
 # Examples depend on the test alone, and a first call may compile for seconds.
 hypothesis.settings.register_profile(
   "heptad", derandomize=True, deadline=None, database=None
@@ -44,6 +49,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
   parser.addoption(
     "--slow", action="store_true", help="run tests marked slow as well"
   )
+
+
+def pytest_report_header() -> str | None:
+  return None if _TYPED else "no beartype: calls are not checked for types"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """`-m gpu` and `-m tpu` run on the chip, unless JAX_PLATFORMS says where."""
+  asked = re.sub(r"\bnot \w+", "", config.option.markexpr).split()
+  for platform, name in (("gpu", "cuda"), ("tpu", "tpu")):
+    if platform not in asked:
+      continue
+    if not _CHOSEN["JAX_PLATFORMS"] and _is_here(name):
+      jax.config.update("jax_platforms", f"{name},cpu")
+    if not _CHOSEN["XLA_FLAGS"]:
+      # What is quick to compile for a CPU is slow, if anything, on a chip.
+      os.environ.pop("XLA_FLAGS", None)
+
+
+def _is_here(platform: str) -> bool:
+  """Whether there is such a chip; asking libtpu without one takes minutes."""
+  files = {"cuda": ("nvidia[0-9]*",), "tpu": ("accel*", "vfio/[0-9]*")}
+  return any(any(pathlib.Path("/dev").glob(x)) for x in files[platform])
 
 
 def _has(package: str) -> bool:

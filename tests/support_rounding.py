@@ -5,26 +5,35 @@ every step in the same 16 bits is off by, and by twice the rounding of numbers
 near the result: the rule is free of scales, and its limit is measured.
 """
 
+import contextlib
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.decode_attention import api as decode_api
+from kernels_pallas.decode_attention import reference as decode_reference
 from kernels_pallas.flash_attention import reference
+
+DEFINITIONS = (reference, decode_reference, decode_api)
+"""Modules in which the definitions choose what sums are held in."""
 
 
 def in_low_precision(f, *args):
   """`f(*args)` with the sums of the reference in the dtype of its operands.
 
   Args:
-    f: Calls `flash_attention` with backend='reference'; not jitted before,
-      lest its trace be found again.
+    f: Calls `flash_attention`, or decoding, with backend='reference'; not
+      jitted before, lest its trace be found again.
     *args: Its arguments.
   """
   # XLA would keep a chain of steps in float32, and round once.
   strict = {"xla_allow_excess_precision": False}
-  with mock.patch.object(reference, "accumulator", lambda dtype: dtype):
+  with contextlib.ExitStack() as patches:
+    for module in DEFINITIONS:
+      patch = mock.patch.object(module, "accumulator", lambda dtype: dtype)
+      patches.enter_context(patch)
     return jax.jit(lambda *x: f(*x), compiler_options=strict)(*args)
 
 

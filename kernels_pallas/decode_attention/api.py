@@ -76,7 +76,7 @@ def decode_attention(
     v: Values.
     lengths: Tokens in the cache, the new one included; 0 for padding.
     window: Keys that a query sees at most, itself included.
-    sinks: A logit a head that joins the denominator only.
+    sinks: A logit a head that joins the denominator only; -inf is none.
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
     return_lse: Also return the natural log-sum-exp, sinks included.
@@ -148,7 +148,7 @@ def paged_attention(
     cu_q_lens: Where each row's queries start, and where the last one's end;
       by default each row has one.
     window: Keys that a query sees at most, itself included.
-    sinks: A logit a head that joins the denominator only.
+    sinks: A logit a head that joins the denominator only; -inf is none.
     scale: Default H ** -0.5.
     softcap: c of c tanh(logit / c).
     return_lse: Also return the natural log-sum-exp, sinks included.

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.decode_attention import mosaic_gpu_append, ragged
+from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention.mosaic_tpu_append import (
   group_size,
   mosaic_tpu_append,
@@ -169,11 +169,10 @@ def append_to_pages(
     kv_lens: Tokens of each row, the new ones included.
     cu_q_lens: Where each row's tokens start, and where the last one's end; by
       default a token a row.
-    backend: 'xla', 'mosaic_tpu' (which writes within the pages, wherever
-      tables lead), 'mosaic_gpu' (Ampere and later), or 'auto': the kernel for
-      TPUs where a page is a whole number of registers, else 'xla'.
-    interpret: Of a kernel, as of `pl.pallas_call`, or for mosaic_gpu a
-      `plgpu.InterpretGPUParams`; runs it anywhere.
+    backend: 'xla', whose scatter is in place on CPUs and GPUs; 'mosaic_tpu'
+      (which writes within the pages, wherever tables lead); or 'auto': the
+      kernel for TPUs where a page is a whole number of registers, else 'xla'.
+    interpret: Of the kernel, as of `pl.pallas_call`; runs it anywhere.
 
   Raises:
     ValueError: Shapes that do not fit, or (where values are known) tokens that
@@ -194,11 +193,6 @@ def append_to_pages(
     (k, k_scale), (v, v_scale) = quantize(k, dtype), quantize(v, dtype)
     scales = jnp.stack([k_scale, v_scale])
   new = jnp.concatenate([k.astype(dtype), v.astype(dtype)], axis=-1)
-  if taken == "mosaic_gpu":
-    kv, scale = mosaic_gpu_append.mosaic_gpu_append(
-      pages.kv, scale, new, scales, where, interpret
-    )
-    return Pages(kv, scale, H)
   if scale is not None:
     for n in (0, 1):
       scale = _put(scale, scales[n], where, n)
@@ -219,10 +213,8 @@ def _backend(backend: str, pages: Pages) -> str:
   refusals = {
     "xla": None,
     "mosaic_tpu": uneven if pages.size % group else None,
-    "mosaic_gpu": mosaic_gpu_append.refused(dtype, pages.kv.shape[-1]),
   }
   if backend == "auto":
-    # On GPUs a scatter is in place as well, and fewer kernels in all.
     kernel = "mosaic_tpu" if device()[0] == "tpu" else "xla"
     return kernel if refusals[kernel] is None else "xla"
   if backend not in refusals:

@@ -77,7 +77,9 @@ def rows(
       "row, and the end"
     )
   starts = np.arange(R + 1) if starts is None else starts
-  _check(tokens, *(_known(x) for x in (table, kv_lens, starts)), memory, window)
+  room = memory[1] * (1 if table is None else table.shape[1])
+  known = (_known(x) for x in (table, kv_lens, starts))
+  _check(tokens, *known, (*memory, room), window)
   arrays = (
     None if x is None else jnp.asarray(x, jnp.int32)
     for x in (table, kv_lens, starts)
@@ -116,8 +118,7 @@ def ended(ends: Int[Array, " R"], at: Int[Array, " T"]) -> Int[Array, " T"]:
 
 def _check(tokens, table, lens, starts, memory, window) -> None:
   """Raises ValueError for values that do not fit; None is not known."""
-  pages, size = memory
-  width = 1 if table is None else table.shape[1]
+  pages, size, room = memory
   if starts is not None:
     new = np.diff(starts)
     for row in np.flatnonzero(new < 0)[:1]:
@@ -132,10 +133,10 @@ def _check(tokens, table, lens, starts, memory, window) -> None:
       )
   if lens is None:
     return
-  for row in np.flatnonzero((lens < 0) | (lens > width * size))[:1]:
+  for row in np.flatnonzero((lens < 0) | (lens > room))[:1]:
     raise ValueError(
-      f"kv_lens: row {row} has {lens[row]} tokens, expected 0 to "
-      f"{width * size}, which is what its memory holds"
+      f"kv_lens: row {row} has {lens[row]} tokens, expected 0 to {room}, which "
+      "is what its memory holds"
     )
   if starts is None:
     return
@@ -149,7 +150,7 @@ def _check(tokens, table, lens, starts, memory, window) -> None:
   first = np.zeros_like(lens)
   if window is not None:
     first = np.maximum(lens - new - window + 1, 0) // size
-  column = np.arange(width)
+  column = np.arange(table.shape[1])
   read = (column >= first[:, None]) & (column * size < lens[:, None])
   read &= (new > 0)[:, None]
   for row, place in np.argwhere(read & ((table < 0) | (table >= pages)))[:1]:

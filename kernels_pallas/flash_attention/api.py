@@ -65,7 +65,7 @@ def flash_attention(
       not negative.
     mask: Who sees whom. Otherwise built from segment_ids, causal, window,
       causal_alignment, q_offset and kv_lens, and excludes them.
-    sinks: A logit a head that joins the denominator only.
+    sinks: A logit a head that joins the denominator only; -inf is none.
     causal: Key j is visible to query i iff j <= i + offset.
     window: (left, right), inclusive: i + offset - left <= j <= i + offset +
       right.

@@ -41,6 +41,7 @@ from kernels_pallas.lowering import (
   HOPPER,
   NO_GPU_KERNELS,
   NO_TCGEN05,
+  spread,
 )
 
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -138,7 +139,16 @@ def mosaic_gpu_attention(
   p = problem.prepare(spec, x, tiles.forward, problem.KEYS)
   o, lse = FORWARD[tiles.cores].forward(p, interpret)
   T, Hv = x.q.shape[1], x.v.shape[-1]
-  return o[:, :T, :, :Hv], lse[:, :, :T]
+  return _typed(x, (o[:, :T, :, :Hv], lse[:, :, :T]))
+
+
+def _typed(x: Operands, results: Any) -> Any:
+  """Results that differ between devices wherever an operand does.
+
+  A kernel's own say nothing of it: gradients would be refused, or cotangents of
+  all devices added up.
+  """
+  return jax.tree.map(lambda y: spread(y, (x.q, x.k, x.v)), results)
 
 
 def _forward(spec, interpret, x):
@@ -186,11 +196,14 @@ def narrow_gradients(
   p, found = prepare(tiles.dkv, problem.QUERIES), {}
   for names in tiles.gradients:
     found |= back.dkv(p, names, interpret)
-  return Operands(
-    q=dq[:, :T, :, :H],
-    k=found["dk"][:, :S, :, :H],
-    v=found["dv"][:, :S, :, :Hv],
-    mask=None,
+  return _typed(
+    x,
+    Operands(
+      q=dq[:, :T, :, :H],
+      k=found["dk"][:, :S, :, :H],
+      v=found["dv"][:, :S, :, :Hv],
+      mask=None,
+    ),
   )
 
 

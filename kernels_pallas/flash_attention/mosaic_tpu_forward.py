@@ -97,15 +97,18 @@ def _kernel(p, place, table, seed, refs, o, lse, m, l, acc):
 def _start(p, refs, h, m, l, acc):
   """No key seen, or only the sink, whose value is 0."""
   acc[...] = jnp.zeros(acc.shape, acc.dtype)
+  # Finite, so that differences from it are never NaN.
+  lowest = jnp.full(m.shape, jnp.finfo(m.dtype).min, m.dtype)
   if "sinks" not in refs:
-    # Finite, so that differences from it are never NaN.
-    m[...] = jnp.full(m.shape, jnp.finfo(m.dtype).min, m.dtype)
+    m[...] = lowest
     l[...] = jnp.zeros(l.shape, l.dtype)
     return
-  sink = refs["sinks"][h].astype(m.dtype) * tile.unit(p)
-  m[...] = jnp.full(m.shape, sink, m.dtype)
+  sink = jnp.full(m.shape, refs["sinks"][h].astype(m.dtype) * tile.unit(p))
+  m[...] = jnp.maximum(sink, lowest)
+  # 1, but for a sink of -inf, which is none.
+  share = jnp.broadcast_to(tile.exponential(p, sink - m[...]), l.shape)
   first = jax.lax.broadcasted_iota(jnp.int32, l.shape, 0) == 0
-  l[...] = jnp.where(first, 1, 0).astype(l.dtype)
+  l[...] = jnp.where(first, share, 0)
 
 
 def _attend(x: tile.View, m, l, acc):

@@ -176,10 +176,9 @@ def finish(
   if sinks is not None:
     m = sinks.astype(state.m.dtype)[None, :, :, None, None]
     m = jnp.broadcast_to(m, state.m.shape)
-    # A sink is a key whose value is 0.
-    one, nothing = jnp.ones_like(m), jnp.zeros_like(state.acc)
-    shift = jax.lax.stop_gradient(m)
-    state = merge(state, State(shift, one * jnp.exp(m - shift), nothing))
+    # A sink is a key whose value is 0; of -inf, it is none.
+    most, nothing = jax.lax.stop_gradient(m), jnp.zeros_like(state.acc)
+    state = merge(state, State(most, jnp.exp(m - _finite(most)), nothing))
   empty = state.l == 0
   l = jnp.where(empty, 1, state.l)
   lse = jnp.where(empty, -jnp.inf, _finite(state.m) + jnp.log(l))

@@ -2,28 +2,41 @@
 
 import dataclasses
 
+from kernels_pallas import chips
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A generation.
+  """A generation, as its compiler and its schedules know it.
 
   Attributes:
+    spec: Its data sheet.
     topology: Name of its smallest topology.
-    kind: Device kind as libtpu calls it.
-    peak: bf16 FLOP/s of a chip.
     cores: Cores a chip.
     clock: Hz of a core. Implied by the peak; v6e's is assumed, and fits.
     mxu: Rows and columns of a matrix unit.
-    bandwidth: HBM bytes/s of a chip.
   """
 
+  spec: chips.Chip
   topology: str
-  kind: str
-  peak: float
   cores: int
   clock: float
   mxu: int
-  bandwidth: float
+
+  @property
+  def kind(self) -> str:
+    """Device kind as libtpu calls it."""
+    return self.spec.kind
+
+  @property
+  def peak(self) -> float:
+    """bf16 FLOP/s of a chip."""
+    return self.spec.flops
+
+  @property
+  def bandwidth(self) -> float:
+    """HBM bytes/s of a chip."""
+    return self.spec.bandwidth
 
   @property
   def flops_per_cycle(self) -> float:
@@ -32,11 +45,14 @@ class Chip:
 
 
 CHIPS = {
-  "v4": Chip("v4:2x2x1", "TPU v4", 275e12, 2, 1.05e9, 128, 1.23e12),
-  "v5e": Chip("v5e:1x1", "TPU v5 lite", 197e12, 1, 1.5e9, 128, 0.82e12),
-  "v5p": Chip("v5p:2x2x1", "TPU v5", 459e12, 2, 1.75e9, 128, 2.77e12),
-  "v6e": Chip("v6e:1x1", "TPU v6 lite", 918e12, 1, 1.75e9, 256, 1.64e12),
-  "tpu7x": Chip("tpu7x:2x2x1", "TPU7x", 2310e12, 2, 2.2e9, 256, 7.4e12),
+  name: Chip(chips.TPUS[name], *facts)
+  for name, facts in {
+    "v4": ("v4:2x2x1", 2, 1.05e9, 128),
+    "v5e": ("v5e:1x1", 1, 1.5e9, 128),
+    "v5p": ("v5p:2x2x1", 2, 1.75e9, 128),
+    "v6e": ("v6e:1x1", 1, 1.75e9, 256),
+    "tpu7x": ("tpu7x:2x2x1", 2, 2.2e9, 256),
+  }.items()
 }
 
 

@@ -16,53 +16,11 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from kernels_pallas.chips import TPUS, Chip
 from research.typing import UserError
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-  """What one device can do; None where nobody knows.
-
-  Attributes:
-    name: as people call it.
-    memory: bytes of its main memory.
-    flops: bf16 products and sums a second.
-    bandwidth: bytes a second of its main memory.
-    link: bytes a second to its neighbours along one axis of the torus, both
-      directions together.
-  """
-
-  name: str
-  memory: float
-  flops: float | None = None
-  bandwidth: float | None = None
-  link: float | None = None
-
-
-GIB = 2.0**30
-
-CHIPS = {
-  "TPU v4": Chip(
-    name="v4", memory=32 * GIB, flops=275e12, bandwidth=1.228e12, link=9e10
-  ),
-  "TPU v5 lite": Chip(
-    name="v5e", memory=16 * GIB, flops=197e12, bandwidth=0.819e12, link=9e10
-  ),
-  "TPU v5": Chip(
-    name="v5p", memory=95 * GIB, flops=459e12, bandwidth=2.765e12, link=18e10
-  ),
-  "TPU v6 lite": Chip(
-    name="v6e", memory=32 * GIB, flops=918e12, bandwidth=1.64e12, link=18e10
-  ),
-  "TPU7x": Chip(
-    name="tpu7x", memory=192 * GIB, flops=2307e12, bandwidth=7.38e12, link=18e10
-  ),
-}
-"""JAX's name of a kind of device -> its whole chip.
-
-Cloud TPU's documentation, pages of each version; links as in "How to scale
-your model" (Austin et al. 2025), section on TPUs.
-"""
+CHIPS = {chip.kind: chip for chip in TPUS.values()}
+"""JAX's name of a kind of device -> its whole chip."""
 
 _LIBTPU = {
   # Otherwise libtpu asks a metadata server that only Google's machines have.
@@ -155,7 +113,7 @@ def _tpu(name: str) -> Topology:
   if chip is None:
     raise UserError(
       f"topology {name!r}: {devices[0].device_kind!r} is not in"
-      f" research.planning.chips.CHIPS ({', '.join(CHIPS)})."
+      f" kernels_pallas.chips.TPUS ({', '.join(CHIPS)})."
     )
   # Some chips appear as two devices, one a core.
   shared = max(collections.Counter(str(d.coords) for d in devices).values())

@@ -1,13 +1,10 @@
 """Pages are written where they are read; calls that do not fit are refused."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.decode_attention.api import (
   choose,
@@ -36,7 +33,6 @@ from tests.support_decode import (
   quick,
   tables,
 )
-from tests.support_gpu import needs_kernels
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
@@ -126,60 +122,6 @@ def test_the_kernel_that_appends_does_not_race(tpu_interpreter):
   assert not interpret_pallas_call.races.races_found
 
 
-@needs_kernels
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn])
-@pytest.mark.parametrize("H", [64, 128])
-def test_the_gpu_kernel_appends_what_a_scatter_does(dtype, H):
-  """Codes and scales alike; tokens without a page, and nobody's, are not.
-
-  A thread moves a number at a time, and of wider heads two.
-  """
-  from jax._src.pallas.mosaic_gpu.interpret import (
-    gpu_callbacks,
-    interpret_pallas_call,
-  )
-
-  count, size, K = 4, 3, 2
-  held = empty_pages(count, K, size, H, dtype)
-  kv = draw(count, K, size, 2 * H, seed=2)
-  scale = None if held.scale is None else draw(*held.scale.shape)
-  held = Pages(kv.astype(dtype), scale, H)
-  k, v = draw(9, K, H), draw(9, K, H, seed=1)
-  # 4 tokens over two pages, none, 2 of 3 without a page; 2 are nobody's.
-  table = jnp.array([[3, 0], [1, -1], [2, count]], jnp.int32)
-  where = table, jnp.array([5, 0, 5]), jnp.array([0, 4, 4, 7])
-  params = plgpu.InterpretGPUParams(detect_races=True)
-
-  @jax.jit
-  def both(held, k, v, *where):
-    return [
-      append_to_pages(held, k, v, *where, backend=name, interpret=interpret)
-      for name, interpret in (("xla", None), ("mosaic_gpu", params))
-    ]
-
-  expected, found = both(held, k, v, *where)
-  chex.assert_trees_all_equal(found, expected)
-  changed = np.asarray(found.kv != held.kv).any((1, 3)).sum()
-  assert changed == 5
-  if scale is not None:
-    assert np.asarray(found.scale != held.scale).sum() == 2 * K * 5
-  assert not interpret_pallas_call.get_races().races_found
-  gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-@needs_kernels
-def test_what_no_gpu_kernel_writes_is_refused():
-  k = draw(1, 2, 64)
-  where = jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-  append = functools.partial(append_to_pages, backend="mosaic_gpu")
-  with pytest.raises(ValueError, match="8 or 16 bits, found float32"):
-    append(empty_pages(2, 2, 8, 64, jnp.float32), k, k, *where)
-  with pytest.raises(ValueError, match="72 numbers a token.*multiple of 128"):
-    append(
-      empty_pages(2, 2, 8, 64, v_head_dim=8), k, k[..., :8], *where
-    )  # fmt: skip
-
-
 def fails(message, *, q=None, pages=None, table=None, lens=None, starts=None,
           **options):  # fmt: skip
   q = draw(TOKENS, 4, 8) if q is None else q
@@ -236,6 +178,20 @@ def test_bad_input_is_named():
                     jnp.asarray(tables()[:1]), jnp.array([3]))  # fmt: skip
   with pytest.raises(ValueError, match="at least 1"):
     empty_pages(0, 2, 4, 8)
+
+
+def test_lengths_may_be_known_where_the_table_is_not():
+  """Then rows have room for as many pages as the table names."""
+  q, pages = draw(TOKENS, 4, 8), pool(2, 8, 8)
+  lens, starts = jnp.asarray(LENS), jnp.asarray(STARTS)
+
+  def run(table):
+    return paged_attention(q, pages, table, lens, starts, backend="reference")
+
+  table = jnp.asarray(tables())
+  chex.assert_trees_all_close(quick(run)(table), run(table), rtol=1e-6)
+  with pytest.raises(ValueError, match="row 2 has 20 tokens, expected 0 to 16"):
+    quick(run)(table[:, :4])
 
 
 def test_pages_beyond_the_table_are_not_read_where_nobody_can_check():

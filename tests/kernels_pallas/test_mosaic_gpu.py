@@ -1,7 +1,8 @@
-"""The GPU kernels, interpreted on the CPU with race detection.
+"""The GPU kernels, interpreted on the CPU with race detection, or on a GPU.
 
 The interpreter runs the variant whose left operands come from shared memory;
-barriers, copies, masks and loops are those of the other one, too.
+barriers, copies, masks and loops are those of the other one, too, which is what
+runs on a GPU (marker `gpu`).
 """
 
 import dataclasses
@@ -23,9 +24,11 @@ from kernels_pallas.flash_attention.api import (
   prepare,
 )
 from kernels_pallas.flash_attention.cotangents import queries
+from kernels_pallas.flash_attention.mosaic_gpu import cores
 from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTile, GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
+from tests.support_chip import MODES, runner
 from tests.support_gpu import needs_kernels, needs_tcgen05
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
@@ -68,14 +71,18 @@ TILES |= {
 TILES["one_block"] = dataclasses.replace(TILES["one_group"], programs=1)
 
 
-@pytest.fixture(name="interpreter")
-def _interpreter():
-  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+@pytest.fixture(name="gpu", params=MODES)
+def _gpu(request):
+  yield from runner(request.param)
 
-  yield plgpu.InterpretGPUParams(
-    detect_races=True, uninitialized_memory="nan"
-  )  # fmt: skip
-  gpu_callbacks.reset_gpu_interpret_mode_state()
+
+def ours(gpu, config):
+  """Options of a call of the kernels with such tiles."""
+  tiles = TILES[config]
+  if gpu.interpret is None:
+    gpu.needs(cores(gpu.kind), tiles.cores)
+    tiles = dataclasses.replace(tiles, operand="registers")
+  return {"backend": "mosaic_gpu", "config": tiles, "interpret": gpu.interpret}
 
 
 def draw(*shape, seed=0, dtype=jnp.float16):
@@ -112,10 +119,6 @@ def step(lse_too=1.0, **options):
     return out, gradients
 
   return both
-
-
-def compiled(*args, **options):
-  return jax.jit(step(*args, **options))
 
 
 # Blocks of threads are what interpreting costs: one row where rows are alike.
@@ -229,18 +232,10 @@ def _watched(monkeypatch):
 @pytest.mark.parametrize(
   ("case", "config"), RUNS.values(), ids=list(RUNS)
 )  # fmt: skip
-def test_agrees_with_the_reference_without_a_race(interpreter, case, config):
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
+def test_agrees_with_the_reference_without_a_race(gpu, case, config):
+  how = ours(gpu, config)
   x, options, exact, rough = expected(case)
-  found = compiled(
-    backend="mosaic_gpu",
-    config=TILES[config],
-    interpret=interpreter,
-    **options,
-  )(*x)
-  jax.block_until_ready(found)
-  assert not interpret_pallas_call.get_races().races_found
+  found = gpu.run(step(**options, **how), *x, jit=jax.jit)
   # The log-sum-exp is float32's: products of 16 bits are exact.
   chex.assert_trees_all_close(found[0][1], exact[0][1], rtol=2e-5, atol=2e-5)
   found, rough, exact = (((o,), g) for (o, _), g in (found, rough, exact))
@@ -256,29 +251,21 @@ def hopper_and_blackwell(hopper):
 
 @hopper_and_blackwell("one_block")
 @pytest.mark.usefixtures("watched")
-def test_results_may_take_the_place_of_what_stays(
-  interpreter, monkeypatch, config
-):
+def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
   """As where shared memory has no room for both."""
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+  how = ours(gpu, config)
 
   def results():
-    call = compiled(
-      causal=True,
-      backend="mosaic_gpu",
-      config=TILES[config],
-      interpret=interpreter,
-    )
-    return jax.block_until_ready(call(*qkv(B=1, S=T + 50)))
+    run, x = step(causal=True, **how), qkv(B=1, S=T + 50)
+    return gpu.run(run, *x, jit=jax.jit)
 
   apart = results()
   monkeypatch.setattr(mosaic_gpu_stream, "room", lambda *_: False)
   chex.assert_trees_all_equal(results(), apart)
-  assert not interpret_pallas_call.get_races().races_found
 
 
 @hopper_and_blackwell("two_groups")
-def test_padding_may_hold_anything(interpreter, config):
+def test_padding_may_hold_anything(gpu, config):
   """NaN in padding, or where no tile is visited, reaches nothing."""
   i, j = np.arange(T)[None], np.arange(S)[None]
   # Queries from 70 on see keys up to 29, but for what is padding: by its
@@ -295,12 +282,8 @@ def test_padding_may_hold_anything(interpreter, config):
   # The first tile of queries sees nothing, and nobody the last of keys.
   dead_q = ((queries < 0) | (i < 64))[:, :, None, None]
   dead_k = ((keys < 0) | (places < 0) | (j >= 128))[:, :, None, None]
-  call = compiled(
-    mask=mask,
-    backend="mosaic_gpu",
-    config=TILES[config],
-    interpret=interpreter,
-  )
+  how = ours(gpu, config)
+  call = functools.partial(gpu.run, step(mask=mask, **how), jit=jax.jit)
   x = qkv(B=1)
   found = call(*(np.where(d, np.float16(np.nan), y) for d, y in zip(
     (dead_q, dead_k, dead_k), x, strict=True)))  # fmt: skip
@@ -312,16 +295,14 @@ def test_padding_may_hold_anything(interpreter, config):
     assert not np.any(np.where(dead, gradients[name], 0))
 
 
-def test_large_logits_only_move_the_log_sum_exp(interpreter):
+def test_large_logits_only_move_the_log_sum_exp(gpu):
   """A constant on all logits, whose exponential is inf or 0."""
   q, k, v = qkv(T=64, S=64, B=1)
-  call = compiled(
-    0.0,
-    causal=True,
-    backend="mosaic_gpu",
-    config=TILES["ampere"],
-    interpret=interpreter,
-  )
+  own = {"wgmma": "two_groups", "tcgen05": "blackwell"}
+  how = ours(gpu, own.get(cores(gpu.kind or ""), "ampere"))
+  call = functools.partial(
+    gpu.run, step(0.0, causal=True, **how), jit=jax.jit
+  )  # fmt: skip
 
   def results(call, one=0, other=0):
     x, y = np.array(q), np.array(k)
@@ -345,20 +326,18 @@ def test_large_logits_only_move_the_log_sum_exp(interpreter):
 
 
 @hopper_and_blackwell("two_groups")
-def test_partial_results_are_not_rounded(interpreter, config):
+def test_partial_results_are_not_rounded(gpu, config):
   """What a ring adds up: outputs and gradients in float32."""
   x = Operands(*qkv(T=64, S=64, B=1), mask=Mask.causal())
-  options = {"backend": "mosaic_gpu", "config": TILES[config]}
-  backend, spec = prepare(x, interpret=interpreter, **options)
+  backend, spec = prepare(x, **ours(gpu, config))
   wide = dataclasses.replace(spec, output=jnp.float32)
 
-  @jax.jit
   def both(x):
     o, lse = backend.attend(wide, x)
     rows = queries(x, o, lse, jnp.cos(o), jnp.zeros_like(lse))
     return o, backend.gradients(spec, x, rows)
 
-  o, found = both(x)
+  o, found = gpu.run(both, x, jit=jax.jit)
 
   def plain(*x):
     y, vjp = jax.vjp(

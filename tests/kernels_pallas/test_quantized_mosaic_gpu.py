@@ -1,4 +1,4 @@
-"""The GPU kernels of packed weights, interpreted on the CPU.
+"""The GPU kernels of packed weights, interpreted on the CPU, or on a GPU.
 
 Of Hopper's the interpreter runs the variant whose weights pass through shared
 memory; barriers, copies, loops and arithmetic are those of the other one, too.
@@ -17,6 +17,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.flash_attention.mosaic_gpu import cores
 from kernels_pallas.quantized_matmul import mosaic_gpu, planar
 from kernels_pallas.quantized_matmul import mosaic_gpu_decode as decode
 from kernels_pallas.quantized_matmul.api import quantized_matmul
@@ -26,6 +27,7 @@ from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
   fitted,
 )
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
+from tests import support_chip
 from tests.support_gpu import needs_kernels
 
 pytestmark = needs_kernels
@@ -41,14 +43,18 @@ LOOKED_UP = (-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16,
              0.25, 0.34, 0.44, 0.56, 0.72, 1.25)  # fmt: skip
 
 
-@pytest.fixture(name="interpreter")
-def _interpreter():
-  from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+@pytest.fixture(name="gpu", params=support_chip.MODES)
+def _gpu(request):
+  yield from support_chip.runner(request.param)
 
-  yield plgpu.InterpretGPUParams(
-    detect_races=True, uninitialized_memory="nan"
-  )  # fmt: skip
-  gpu_callbacks.reset_gpu_interpret_mode_state()
+
+def sized(gpu, tile):
+  """The tile, with operands as they are on a GPU."""
+  if gpu.interpret is not None:
+    return tile
+  if tile.cores == "wgmma":
+    gpu.needs(cores(gpu.kind), "wgmma")
+  return dataclasses.replace(tile, operand="registers")
 
 
 @functools.cache
@@ -91,23 +97,21 @@ CASES = {  # name: (bits, group, offset, scales), gradient, tile
 }
 
 
-@pytest.mark.parametrize("cores", TILES)
+@pytest.mark.parametrize("kernel", TILES)
 @pytest.mark.parametrize("name", CASES)
-def test_products_are_those_of_the_decoded_matrix(interpreter, name, cores):
-  from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
+def test_products_are_those_of_the_decoded_matrix(gpu, name, kernel):
   what, gradient, changes = CASES[name]
-  w, tile = packed(*what), dataclasses.replace(TILES[cores], **changes)
-  x = draw(11 if cores == "wgmma" else 23, O if gradient else I)
+  tile = sized(gpu, dataclasses.replace(TILES[kernel], **changes))
+  w, x = packed(*what), draw(11 if kernel == "wgmma" else 23, O if gradient
+                             else I)  # fmt: skip
   run = mosaic_gpu.input_gradient if gradient else mosaic_gpu.product
-  found = run(x, w, tile, interpreter)
-  assert not interpret_pallas_call.get_races().races_found
+  found = gpu.run(lambda x, w: run(x, w, tile, gpu.interpret), x, w)
   matrix = planar.dense(w)
   close(found, x, matrix.T if gradient else matrix)
 
 
 @pytest.mark.parametrize("offset", [False, True])
-def test_rows_of_codes_are_summed_as_integers(interpreter, offset):
+def test_rows_of_codes_are_summed_as_integers(gpu, offset):
   w, tile = packed(8, 256, offset, "float32"), Tile(32, 2, 2, cores="mma")
   # Of which the codes are known: the largest is 127.
   rng = np.random.default_rng(0)
@@ -115,9 +119,15 @@ def test_rows_of_codes_are_summed_as_integers(interpreter, offset):
   codes[:, 5] = 127
   unit = 2.0 ** rng.integers(-3, 3, (37, 1))
   x = jnp.asarray(codes * unit, jnp.bfloat16)
-  found, vjp = jax.vjp(
-    lambda x: planar_matmul(x, w, "mosaic_gpu", jnp.int8, tile, interpreter), x
-  )
+  dy = draw(37, O, dtype=jnp.bfloat16)
+
+  def both(x, w, dy):
+    y, pull = jax.vjp(
+      lambda x: planar_matmul(x, w, "mosaic_gpu", jnp.int8, tile,
+                              gpu.interpret), x)  # fmt: skip
+    return y, pull(dy)[0]
+
+  found, slope = gpu.run(both, x, w, dy)
   matrix = np.asarray(planar.dense(w), np.float64)
   want = unit * (codes @ matrix)
   # The result is rounded; sums are exact, and scaled in float32.
@@ -125,22 +135,21 @@ def test_rows_of_codes_are_summed_as_integers(interpreter, offset):
   bound = 2.0**-8 * np.abs(want) + 2.0**-21 * size
   assert np.all(np.abs(np.asarray(found, np.float64) - want) <= bound)
   # The gradient is that of rows as they were.
-  dy = draw(37, O, dtype=jnp.bfloat16)
   exact = np.asarray(dy, np.float64) @ matrix.T
   size = np.abs(np.asarray(dy, np.float64)) @ np.abs(matrix.T)
-  error = np.abs(np.asarray(vjp(dy)[0], np.float64) - exact)
+  error = np.abs(np.asarray(slope, np.float64) - exact)
   assert np.all(error <= 2.0**-8 * (size + np.abs(exact)))
 
 
 @pytest.mark.parametrize("scales", ["float16", "float32"])
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("cores", TILES)
-def test_codebooks_are_looked_up(interpreter, cores, gradient, scales):
+@pytest.mark.parametrize("kernel", TILES)
+def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
   """Their entries are rounded to the type of the rows."""
   w = packed(4, 32, True, scales, codebook=LOOKED_UP)
-  x = draw(16, O if gradient else I)
+  x, tile = draw(16, O if gradient else I), sized(gpu, TILES[kernel])
   run = mosaic_gpu.input_gradient if gradient else mosaic_gpu.product
-  found = run(x, w, TILES[cores], interpreter)
+  found = gpu.run(lambda x, w: run(x, w, tile, gpu.interpret), x, w)
   rounded = tuple(map(float, np.asarray(LOOKED_UP, np.float16)))
   matrix = planar.dense(dataclasses.replace(w, codebook=rounded))
   close(found, x, matrix.T if gradient else matrix)
@@ -149,19 +158,24 @@ def test_codebooks_are_looked_up(interpreter, cores, gradient, scales):
 @pytest.mark.parametrize(
   "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
-def test_many_rows_leave_in_parts_and_matrices_are_padded(interpreter, tile):
+def test_many_rows_leave_in_parts_and_matrices_are_padded(gpu, tile):
   """The last tile of rows is not whole, nor are inputs and outputs."""
   w = packed(4, 64, inputs=200, outputs=70)
-  found, vjp = jax.vjp(
-    lambda x: planar_matmul(x, w, "mosaic_gpu", None, tile, interpreter),
-    draw(130, 200),
-  )
-  close(found, draw(130, 200), planar.dense(w))
-  close(vjp(draw(130, 70))[0], draw(130, 70), planar.dense(w).T)
+  tile, x, dy = sized(gpu, tile), draw(130, 200), draw(130, 70)
+
+  def both(x, w, dy):
+    y, pull = jax.vjp(
+      lambda x: planar_matmul(x, w, "mosaic_gpu", None, tile, gpu.interpret), x
+    )
+    return y, pull(dy)[0]
+
+  found, slope = gpu.run(both, x, w, dy)
+  close(found, x, planar.dense(w))
+  close(slope, dy, planar.dense(w).T)
 
 
 @pytest.mark.parametrize("offset", [False, True])
-def test_arithmetic_in_16_bits_is_that_in_32_rounded(interpreter, offset):
+def test_arithmetic_in_16_bits_is_that_in_32_rounded(gpu, offset):
   """Bit by bit: the codes are exact, and one rounding is left."""
   w, x = packed(4, 32, offset), draw(8, I)
   wide = dataclasses.replace(
@@ -171,7 +185,9 @@ def test_arithmetic_in_16_bits_is_that_in_32_rounded(interpreter, offset):
   )
   chosen = [decode.narrow(4, -8.0, x.dtype, y.scale.dtype) for y in (w, wide)]
   assert chosen == [True, False]
-  found = [mosaic_gpu.product(x, y, TILE, interpreter) for y in (w, wide)]
+  tile = sized(gpu, TILE)
+  run = lambda x, w: mosaic_gpu.product(x, w, tile, gpu.interpret)  # noqa: E731
+  found = [gpu.run(run, x, y) for y in (w, wide)]
   chex.assert_trees_all_equal(*found)
 
 

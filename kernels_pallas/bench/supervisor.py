@@ -1,0 +1,211 @@
+"""The commands of a bench: starts workers, watches them, and sums up.
+
+Every line that a worker prints goes to the output, and to a file, as soon as it
+is there. A job that says nothing for too long is killed, one that takes its
+process along has failed, and the jobs after it run in another process.
+"""
+
+import argparse
+import json
+import pathlib
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kernels_pallas.bench import worker
+
+PATIENCE = 150.0
+"""Seconds in which a job has to end: it compiles and compares."""
+
+START = 120.0
+"""Seconds in which a worker has to say that it is there."""
+
+Lines = dict[str, dict[str, Any]]
+
+
+def main(
+  module: str,
+  platform: str,
+  make: Callable[[Any], list[Any]],
+  arguments: list[str] | None,
+  about: str,
+) -> int:
+  """Runs a bench's command; returns the exit code.
+
+  Args:
+    module: The command's, which a worker is started by.
+    platform: 'gpu' or 'tpu'.
+    make: From a `jobs.Target` to all jobs.
+    arguments: Of the command line.
+    about: What the command says of itself.
+
+  Returns:
+    0 where all jobs were done and right, 1 where one was not, 2 where there was
+    no time for all.
+  """
+  args = _parser(module, about).parse_args(arguments)
+  if args.worker:
+    worker.set_up(args.dry_run)
+    done = set(read_results(args.to)) if args.to else set()
+    budget = args.budget
+    return worker.run_jobs(
+      platform, make, args.dry_run, args.only, done, budget
+    )
+  with tempfile.TemporaryDirectory() as scratch:
+    to = args.to or pathlib.Path(scratch, "lines.jsonl")
+    command = [sys.executable, "-m", module, "--worker", f"--to={to}"]
+    command += [f"--only={args.only}"] + ["--dry-run"] * args.dry_run
+    return supervise(command, to, args.budget, args.patience)
+
+
+def _parser(module: str, about: str) -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog=f"python -m {module}", description=about
+  )
+  add = parser.add_argument
+  add("--dry-run", action="store_true",
+      help="tiny shapes, interpreted, on the CPU")  # fmt: skip
+  add("--only", default="", metavar="REGEX", help="jobs with such a name")
+  add("--budget", type=float, metavar="SECONDS",
+      help="in which all has to end; what is left is named")  # fmt: skip
+  add("--to", type=pathlib.Path, metavar="FILE",
+      help="lines are added to it; jobs that it has are not run "
+      "again")  # fmt: skip
+  add("--patience", type=float, default=PATIENCE, metavar="SECONDS",
+      help="after which a job is killed")  # fmt: skip
+  add("--worker", action="store_true", help=argparse.SUPPRESS)
+  return parser
+
+
+def read_results(file: pathlib.Path) -> Lines:
+  """The lines of a file that are results, by name; none without a file.
+
+  A last line that was cut off is none.
+
+  Args:
+    file: Where they are.
+  """
+  found = {}
+  for text in file.read_text().splitlines() if file.exists() else ():
+    try:
+      line = json.loads(text)
+    except json.JSONDecodeError:
+      continue
+    if "name" in line:
+      found[line["name"]] = line
+  return found
+
+
+def supervise(
+  command: list[str],
+  to: pathlib.Path,
+  budget: float | None = None,
+  patience: float = PATIENCE,
+) -> int:
+  """Runs workers until no job is left, or no time; prints a summary.
+
+  Args:
+    command: Starts a worker, which leaves out what `to` has.
+    to: Where lines are added.
+    budget: Seconds for all; None for as long as it takes.
+    patience: Seconds for a job.
+
+  Returns:
+    As of `main`.
+  """
+  start, planned = time.monotonic(), []
+  deadline = None if budget is None else start + budget
+  while True:
+    rest = [] if deadline is None else [
+      f"--budget={max(0.0, deadline - time.monotonic()):.0f}"]  # fmt: skip
+    before = len(read_results(to))
+    end = _watch([*command, *rest], to, deadline, patience, planned)
+    late = deadline is not None and time.monotonic() >= deadline
+    if end in (0, 1) or late or len(read_results(to)) == before:
+      break
+  return _summarize(to, planned, end, time.monotonic() - start)
+
+
+def _watch(command, to, deadline, patience, planned) -> int:
+  """One worker, from its start to its end; returns its exit code."""
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  lines: queue.Queue[str | None] = queue.Queue()
+
+  def listen():
+    for text in process.stdout:
+      lines.put(text)
+    lines.put(None)
+
+  threading.Thread(target=listen, daemon=True).start()
+  running, limit = None, time.monotonic() + max(START, patience)
+  try:
+    while True:
+      now = time.monotonic()
+      until = limit if deadline is None else min(limit, deadline)
+      try:
+        text = lines.get(timeout=max(0.0, until - now))
+      except queue.Empty:
+        if running is not None and time.monotonic() >= limit:
+          _add(to, _failed(running, f"no end in {patience:g} s; killed"))
+        return -1
+      if text is None:
+        code = process.wait()
+        if running is not None:
+          _add(to, _failed(running, f"its process ended with {code}"))
+        return code
+      line = _parsed(text)
+      planned.extend(n for n in line.get("jobs", ()) if n not in planned)
+      running = line.get("start")
+      limit = time.monotonic() + patience
+      if "jobs" not in line and "start" not in line:
+        _add(to, line)
+  finally:
+    process.kill()
+    process.wait()
+
+
+def _parsed(text: str) -> dict[str, Any]:
+  try:
+    return json.loads(text)
+  except json.JSONDecodeError:
+    return {"said": text.rstrip()[:500]}
+
+
+def _failed(name: str, reason: str) -> dict[str, Any]:
+  return {"name": name, "ok": False, "reason": reason}
+
+
+def _add(to: pathlib.Path, line: dict[str, Any]) -> None:
+  """To the output, and to the file, where it survives this process."""
+  text = json.dumps(line)
+  print(text, flush=True)
+  with to.open("a") as file:
+    file.write(text + "\n")
+
+
+def _reason(line: dict[str, Any]) -> Any:
+  """Why a job failed: in words, or how far off it is."""
+  ours = line.get("ours", {}).get("reason")
+  return line.get("reason", ours or line.get("error_ratio"))
+
+
+def _summarize(to, planned, end, seconds: float) -> int:
+  found = read_results(to)
+  bad = {n: x for n, x in found.items() if not x.get("ok")}
+  left = [name for name in planned if name not in found]
+  summary = {
+    "ok": not bad and not left and end == 0,
+    "passed": len(found) - len(bad),
+    "failed": {n: _reason(x) for n, x in bad.items()},
+    "left": left,
+    "seconds": round(seconds, 1),
+  }
+  print(json.dumps(summary), flush=True)
+  if bad or (end != 0 and not left):
+    return 1
+  return 2 if left else 0

@@ -1,0 +1,59 @@
+"""What chips can do: the one table of peaks, for TPUs and GPUs.
+
+TPUs: Cloud TPU's documentation, the page of each version; links as in "How to
+scale your model" (Austin et al. 2025), section on TPUs. GPUs: NVIDIA's data
+sheets, without sparsity.
+"""
+
+import dataclasses
+
+GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """What one chip can do; None where nobody knows.
+
+  Attributes:
+    name: As people call it.
+    memory: Bytes of its main memory.
+    kind: Device kind, as JAX calls it.
+    flops: bf16 products and sums a second.
+    bandwidth: Bytes a second of its main memory.
+    link: Bytes a second to its neighbours along one axis of the torus, both
+      directions together.
+  """
+
+  name: str
+  memory: float
+  kind: str | None = None
+  flops: float | None = None
+  bandwidth: float | None = None
+  link: float | None = None
+
+
+def _table(*rows) -> dict[str, Chip]:
+  names = ("name", "kind", "memory", "flops", "bandwidth", "link")
+  return {row[0]: Chip(**dict(zip(names, row, strict=False))) for row in rows}
+
+
+TPUS = _table(
+  ("v4", "TPU v4", 32 * GIB, 275e12, 1.228e12, 9e10),
+  ("v5e", "TPU v5 lite", 16 * GIB, 197e12, 0.819e12, 9e10),
+  ("v5p", "TPU v5", 95 * GIB, 459e12, 2.765e12, 18e10),
+  ("v6e", "TPU v6 lite", 32 * GIB, 918e12, 1.64e12, 18e10),
+  ("tpu7x", "TPU7x", 192 * GIB, 2307e12, 7.38e12, 18e10),
+)
+GPUS = _table(
+  ("a100", "NVIDIA A100-SXM4-80GB", 80 * GIB, 312e12, 2.039e12),
+  ("h100", "NVIDIA H100 80GB HBM3", 80 * GIB, 989e12, 3.35e12),
+  ("h200", "NVIDIA H200", 141e9, 989e12, 4.8e12),
+  ("b200", "NVIDIA B200", 180e9, 2250e12, 8e12),
+)
+CHIPS = TPUS | GPUS
+"""By name."""
+
+
+def of_kind(kind: str) -> Chip | None:
+  """The chip that JAX calls `kind`, or None where the table has none."""
+  return next((c for c in CHIPS.values() if c.kind == kind), None)

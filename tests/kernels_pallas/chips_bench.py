@@ -1,0 +1,119 @@
+"""Compiles what a bench runs, for a chip that is not here.
+
+    .venv-chips/bin/python -m tests.kernels_pallas.chips_bench h100 [REGEX]
+
+prints a line of JSON for each job with such a name, as the bench does: 'ok', or
+what the compiler says against it. Whether results are right only a chip can
+say; that nothing stops at the compiler, which costs minutes of one, is said
+here. `--here` compiles in this process, whose environment is set.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+
+import jax
+
+from kernels_pallas import bench_gpu
+from kernels_pallas.bench import jobs, sequence
+from kernels_pallas.inspect import build, gpu
+from kernels_pallas.inspect.chips import CHIPS
+
+
+def compiled(chip: str, only: str) -> list[dict]:
+  """The lines of a chip's jobs, by a process of their own.
+
+  Args:
+    chip: Of `inspect.chips.CHIPS` or `inspect.gpu.TARGETS`.
+    only: Regular expression for names.
+  """
+  done = subprocess.run(
+    [sys.executable, "-m", __spec__.name, chip, only],
+    capture_output=True,
+    text=True,
+    timeout=3000,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def compile_all(chip: str, only: str) -> None:
+  """Compiles in this process, and prints.
+
+  Args:
+    chip: Of `inspect.chips.CHIPS` or `inspect.gpu.TARGETS`.
+    only: Regular expression for names.
+  """
+  if chip in CHIPS:
+    from jax.experimental import topologies
+
+    platform, topology = "tpu", CHIPS[chip].topology
+    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+  else:
+    platform, device = "gpu", gpu.devices(chip)[0]
+  target = jobs.Target(platform, device.device_kind)
+  mesh = jax.sharding.Mesh(
+    [device], (sequence.AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  for job in jobs.in_order(bench_gpu.jobs(target)):
+    if not re.search(only, job.name):
+      continue
+    line = {"name": job.name, "ok": True}
+    try:
+      run, operands = job.program()
+      shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+        operands,
+      )
+      # A TPU's kernels go by the mesh, a GPU's by the default device.
+      around = contextlib.nullcontext()
+      if platform == "tpu" or "devices" in job.name:
+        around = jax.set_mesh(mesh)
+      with jax.default_device(device), around:
+        # Appending writes into its first operand.
+        donated = (0,) if job.name.startswith("append/") else ()
+        done = jax.jit(run, donate_argnums=donated).lower(*shapes).compile()
+      if donated:
+        line |= _in_place(done, shapes[0])
+    except Exception as problem:  # noqa: BLE001
+      line = {"name": job.name, "ok": False, "reason": jobs.reason(problem)}
+    print(json.dumps(line), flush=True)
+
+
+def _in_place(done, held) -> dict[str, int]:
+  """Bytes of what is written into, and of what is copied on the way."""
+  memory = done.memory_analysis()
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
+  return {
+    "held": size,
+    "in_place": memory.alias_size_in_bytes,
+    "temporary": memory.temp_size_in_bytes,
+  }
+
+
+def main(arguments: list[str]) -> int:
+  """Compiles in a process whose environment is the compiler's."""
+  chip, only = [*arguments, ""][:2]
+  if "--here" in arguments:
+    compile_all(chip, only)
+    return 0
+  import pathlib
+  import tempfile
+
+  with tempfile.TemporaryDirectory() as scratch:
+    folder = pathlib.Path(scratch)
+    environment = build.dumping(folder) if chip in CHIPS else (
+      gpu._environment(folder))  # fmt: skip
+    return subprocess.run(
+      [sys.executable, "-m", __spec__.name, chip, only, "--here"],
+      env=environment,
+      check=False,
+    ).returncode
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
