@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.quant import calibrate, drift, finite, methods
 from research.quant.calibrate import Calibration, OfModel
-from research.quant.format import Format
+from research.quant.format import Format, fit
 from research.quant.methods import Compensated, Method, Nearest
 from research.quant.outlier_rows import Apart
 from research.quant.reports import Report, Row
@@ -214,7 +214,7 @@ def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
     for path, w in matrices(layer).items():
       address = f"layers/{i}/{path}"
       if address in chosen:
-        _fitted(address, w.shape, chosen[address])
+        fit(address, chosen[address].format, w.shape)
         _check_sound(address, w)
   for name, w in tree.top(params).items():
     if name in chosen:
@@ -224,7 +224,7 @@ def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
           f"Quantization: {name} is packed without calibration, expected the "
           f"method Nearest, found {rule.method.name}"
         )
-      _fitted(name, w.shape if _axis(name) == -2 else w.shape[::-1], rule)
+      fit(name, rule.format, w.shape if _axis(name) == -2 else w.shape[::-1])
       _check_sound(name, w)
 
 
@@ -341,7 +341,9 @@ class _Work:
 
   def _one(self, names, ws, seen, rule):
     """Returns (packed, decoded) of matrices of one rule and input."""
-    fitted = [_fitted(n, w.shape, rule) for n, w in zip(names, ws, strict=True)]
+    fitted = [
+      fit(n, rule.format, w.shape) for n, w in zip(names, ws, strict=True)
+    ]
     of = str(ws[0].dtype)
     packed, dense = [None] * len(ws), [None] * len(ws)
     for format in dict.fromkeys(fitted):
@@ -386,11 +388,3 @@ def _array(name: str, w: Any) -> jax.Array:
   w = jnp.asarray(weights.dense(weights.inner(w)))
   finite.check(w, name)
   return w
-
-
-def _fitted(name: str, shape: Sequence[int], rule: Rule) -> Format:
-  """Returns the rule's format for a matrix, as stored."""
-  try:
-    return rule.format.fitted(*shape[-2:])
-  except UserError as e:
-    raise UserError(f"{name}: {e}") from e
