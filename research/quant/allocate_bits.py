@@ -148,7 +148,7 @@ class Allocation(OfModel):
   def units(self, params: Params) -> dict[str, list[str]]:
     """Returns the addresses of each unit's matrices."""
     out: dict[str, list[str]] = {}
-    for address in rules.addresses(params):
+    for address, _ in rules.named(params):
       text = re.search(self.unit, address)
       if text:
         out.setdefault(text.group(), []).append(address)

@@ -39,6 +39,7 @@ class Plain:
     zero: `[..., G, O]`, or one number for all.
     codebook: values of the codes, or None where they stand for themselves.
     bits: of a code.
+    ends: the least and the largest code, or None for all that the bits have.
   """
 
   codes: Array | np.ndarray
@@ -48,6 +49,7 @@ class Plain:
   zero: Array | np.ndarray | float = 0.0
   codebook: tuple[float, ...] | None = None
   bits: int = 4
+  ends: tuple[int, int] | None = None
 
   def dense(self) -> Float[Array, "... I O"]:
     """Returns the matrix, float32, by the formula above."""
@@ -133,6 +135,11 @@ class Format:
     makes the parts of codes and grids.
     """
     return False
+
+  @property
+  def recodable(self) -> bool:
+    """Whether codes can be chosen on grids that there are, by `recoded`."""
+    return type(self).recoded is not Format.recoded
 
   def layout(self) -> dict[str, str]:
     """Returns each part's trailing axes, a letter each.
