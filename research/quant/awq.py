@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from flax import traverse_util
 
-from research import tree
-from research.quant import awq_search, calibrate, folding
+from research import tree, weights
+from research.quant import awq_search, calibrate, finite, folding
 from research.quant.calibrate import Calibration, OfModel
 from research.quant.format import Format, fit
 from research.quant.formats.affine import Affine
@@ -59,11 +59,16 @@ class AWQ(OfModel):
       raise UserError(f"AWQ.steps: found {self.steps}, expected at least 1.")
 
   def check(self, params: Params) -> None:
-    """Raises UserError where the format cannot hold a matrix, or be cut."""
+    """Raises UserError where the format cannot hold a matrix, or be cut.
+
+    Also where a matrix is not finite: encoders would say so inside a program.
+    """
     for i, layer in enumerate(tree.layers(params)):
       flat = traverse_util.flatten_dict(layer, sep="/")
       for path in awq_search.rounded_paths(flat):
         where, shape = f"AWQ: layers/{i}/{path}", flat[path].shape
+        if not weights.is_weight(flat[path]):
+          finite.check(flat[path], where)
         format = fit(where, self.format, shape)
         cut = self.clip and path in awq_search.CLIPPED
         if cut and not format.separable:

@@ -127,6 +127,15 @@ def test_a_rank_beyond_the_matrix():
     LoftQ(adapt=start)(support.params(model()))
 
 
+def test_what_is_not_finite_is_named():
+  params = support.params(model())
+  q = params["run0"]["layer0"]["attention"]["q"]
+  params["run0"]["layer0"]["attention"]["q"] = q.at[1, 0, 0].set(jnp.nan)
+  start = adapt.Adapt(method=LoRA(rank=4), targets=("q",))
+  with pytest.raises(UserError, match="attention/q"):
+    LoftQ(quantize=Quantize(format=ggml.GGML()), adapt=start)(params)
+
+
 # QA-LoRA ---------------------------------------------------------------------
 
 

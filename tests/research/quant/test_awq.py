@@ -219,6 +219,15 @@ def test_what_does_not_fit_is_said_before_a_text_is_read(options, message):
     awq.AWQ(model=model, tokenizer=None, **options)(params)
 
 
+def test_what_is_not_finite_is_named():
+  model, params, _ = _case("llama")
+  up = params["run0"]["layer0"]["mlp"]["up"]
+  layer = params["run0"]["layer0"]
+  bad = layer | {"mlp": layer["mlp"] | {"up": up.at[1, 0, 0].set(jnp.inf)}}
+  with pytest.raises(UserError, match="AWQ: layers/1/mlp/up"):
+    awq.AWQ(format=FORMAT, model=model)({**params, "run0": {"layer0": bad}})
+
+
 def test_mistakes_are_said():
   with pytest.raises(UserError, match="no model"):
     awq.AWQ()({})
