@@ -299,13 +299,18 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     **log.summary(),
     **more,
     "bytes": _size(to),
-    "tokenizer": source.tokenizer is not None and not reason,
+    "tokenizer": _has_tokenizer(name, source) and not reason,
     "from": _FROM.value,
     "to": _TO.value,
     "format": _FORMAT.value,
     "seconds": time.perf_counter() - start,
     "peak_memory_bytes": memory.peak_memory_bytes(),
   }
+
+
+def _has_tokenizer(name: str, source: Any) -> bool:
+  """Whether the source's tokenizer is written; an adapter's is its base's."""
+  return source.tokenizer is not None and name not in ("peft", "gguf-adapter")
 
 
 def _least() -> float | None:

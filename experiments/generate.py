@@ -42,7 +42,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, filling_flags, runtime
+from experiments import cli, filling_flags, packed_weights, runtime
 
 FLAGS = cli.new_flags()
 
@@ -122,13 +122,7 @@ _DTYPE = flags.DEFINE_string(
   "float32 or bfloat16, of weights and computation.",
   flag_values=FLAGS,
 )
-_PACKED = flags.DEFINE_bool(
-  "packed",
-  None,
-  "Keep quantized weights as they are, or decode them (--nopacked). By default "
-  "those of Hugging Face directories are kept, other ones decoded.",
-  flag_values=FLAGS,
-)
+packed_weights.define(FLAGS)
 _KV = flags.DEFINE_string(
   "kv",
   "",
@@ -174,10 +168,10 @@ def _sampling() -> Any:
 
 def _load() -> Any:
   """Returns the model."""
-  from research.interop.load import load_model
   from research.typing import UserError
 
-  loaded = load_model(_MODEL.value, _DTYPE.value, _PACKED.value)
+  packed = FLAGS["packed"].value
+  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed)
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   return loaded
@@ -252,6 +246,7 @@ def _fill(rules: Any) -> dict[str, Any]:
     ids, texts = [spelled(text) for text in prompts], None
   rows, shared = filling.fill(loaded, how, ids, rules, wanted, texts)
   shared["model"] = _MODEL.value
+  shared |= packed_weights.report(loaded.params)
   if len(rows) == 1:
     return rows[0] | shared
   rows = [
@@ -325,6 +320,7 @@ def _streamed(
     "seconds": end - start,
     "model": _MODEL.value,
     "kv": _KV.value or None,
+    **packed_weights.report(loaded.params),
     **paged.report(params),
   }
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments import cli, packed_weights, runtime
 
 FLAGS = cli.new_flags()
 
@@ -60,13 +60,7 @@ _DTYPE = flags.DEFINE_string(
   "float32 or bfloat16, of weights and computation.",
   flag_values=FLAGS,
 )
-_PACKED = flags.DEFINE_bool(
-  "packed",
-  None,
-  "Keep quantized weights as they are, or decode them (--nopacked). By default "
-  "those of Hugging Face directories are kept, other ones decoded.",
-  flag_values=FLAGS,
-)
+packed_weights.define(FLAGS)
 _KV = flags.DEFINE_string(
   "kv",
   "",
@@ -87,7 +81,6 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(model=_MODEL.value, text=_TEXT.value)
   text = cli.read_text(_TEXT.value, "text")
   runtime.setup()
-  from research.interop.load import load_model
   from research.quant import kv_quantizer
   from research.typing import UserError
 
@@ -95,7 +88,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   chunk = _CHUNK.value
   if kv is not None and chunk is None:
     chunk = 1
-  loaded = load_model(_MODEL.value, _DTYPE.value, _PACKED.value)
+  packed = FLAGS["packed"].value
+  loaded = packed_weights.load(_MODEL.value, _DTYPE.value, packed)
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   ids = loaded.tokenizer.encode(text)
@@ -116,6 +110,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     "window": _WINDOW.value,
     "dtype": _DTYPE.value,
     "model": _MODEL.value,
+    **packed_weights.report(loaded.params),
     **more,
   }
 

@@ -1,7 +1,7 @@
 """Quantizes a model by rules, with calibration where they ask for it.
 
   python -m experiments.quantize --config=runs/quant/gptq_smollm2.gin --to=DIR
-  python -m experiments.perplexity --model=DIR --packed --text=README.md
+  python -m experiments.perplexity --model=DIR --text=README.md
 
 DIR is then a model of ours: what `--model=` takes elsewhere. Beside the arrays
 stand quantize.gin, which made it, and quantize.json: the calibration's windows

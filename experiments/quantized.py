@@ -10,7 +10,6 @@ import numpy as np
 from experiments import cli, quant_study, tables
 from research.data.sources import PydocTopics
 from research.interop import load
-from research.interop.load import Loaded
 from research.nn import perplexity
 from research.quant import compare, report_errors
 from research.typing import UserError
@@ -42,7 +41,7 @@ def beside(
   Raises:
     UserError: there is no such model, no tokenizer, or too little text.
   """
-  ours, theirs = opened(model), opened(base)
+  ours, theirs = (load.load_model(x, packed="any") for x in (model, base))
   tokenizer = ours.tokenizer or theirs.tokenizer
   if tokenizer is None:
     raise UserError(f"{model}: found no tokenizer in it, nor in {base}")
@@ -66,15 +65,6 @@ def beside(
     peak = max(matrices, key=lambda a: matrices[a]["inputs"])
     out |= {"largest_inputs": matrices[peak]["inputs"], "largest_at": peak}
   return out | {"model": model, "base": base}
-
-
-def opened(name: str) -> Loaded:
-  """Returns a model with quantized weights as they are stored."""
-  try:
-    return load.load_model(name, packed=True)
-  except UserError:
-    # What has no packed weights says so; what is no model says it again.
-    return load.load_model(name)
 
 
 def on_disk(name: str) -> int:

@@ -1,16 +1,15 @@
 """GGUF metadata as a family and sizes; every key is used or refused."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from research.interop import gguf_experts
+from research.interop import gguf_experts, gguf_rope
 from research.interop.gguf import GGUF
 from research.nn import presets
-from research.nn.rope import Linear, Llama3, Scaling, Yarn, inverse_frequencies
+from research.nn.rope import Linear, Scaling, Yarn
 from research.typing import UserError
 
 
@@ -56,8 +55,6 @@ _BIASES = {
   "out_bias": "blk.0.attn_output.bias",
   "mlp_bias": "blk.0.ffn_up.bias",
 }
-_BANDS, _LLAMA3_LENGTH = dict(low=1.0, high=4.0), 8192
-"""Of every Llama 3.1 to 3.3; a file holds only what follows from them."""
 
 
 class _Keys:
@@ -214,7 +211,8 @@ def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
   original = keys.integer("rope.scaling.original_context_length")
   factors = file.tensors.get("rope_freqs.weight")
   if factors is not None:
-    return _llama3(keys.path, factors.decode().reshape(-1), theta, dim)
+    found = factors.decode().reshape(-1)
+    return gguf_rope.llama3(keys.path, found, theta, dim, original)
   if kind == "none" or factor in (None, 1.0):
     return None
   if kind == "linear":
@@ -229,32 +227,3 @@ def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
     fast=keys.real("rope.scaling.yarn_beta_fast", 32.0),
     slow=keys.real("rope.scaling.yarn_beta_slow", 1.0),
   )
-
-
-def _llama3(path: str, factors: np.ndarray, theta: float, dim: int) -> Llama3:
-  """Returns the scaling whose divisors of the frequencies are `factors`.
-
-  A divisor between 1 and the largest is one of the ramp, and tells the
-  original length; where the ramp meets no frequency it is Llama 3's own.
-  """
-  plain = inverse_frequencies(theta, dim)
-  if factors.shape != plain.shape or not (factors >= 1).all():
-    raise UserError(
-      f"{path}: 'rope_freqs.weight': found shape {factors.shape} from "
-      f"{factors.min()} on, expected {plain.shape} from 1 on"
-    )
-  factor, original = float(factors.max()), _LLAMA3_LENGTH
-  between = (factors > 1.0001) & (factors < 0.9999 * factor)
-  if between.any():
-    ramp = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
-    turns = ramp * (_BANDS["high"] - _BANDS["low"]) + _BANDS["low"]
-    lengths = turns * 2 * math.pi / plain[between]
-    original = round(float(np.median(lengths)))
-  scaling = Llama3(factor=factor, original=original, **_BANDS)
-  meant = plain / scaling.frequencies(theta, dim, None)[0]
-  if not np.allclose(factors, meant, rtol=1e-4):
-    raise UserError(
-      f"{path}: 'rope_freqs.weight' is not Llama 3's scaling with bands "
-      "1 and 4, the only one supported"
-    )
-  return scaling

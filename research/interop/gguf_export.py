@@ -19,6 +19,7 @@ from research.interop import (
   changes,
   gguf_config,
   gguf_experts,
+  gguf_rope,
   gguf_rows,
   gguf_types,
   hf_config_write,
@@ -29,8 +30,7 @@ from research.interop.gguf_recipe import FILE_TYPES, Recipe
 from research.interop.gguf_rows import EXPERT_ROWS, ROWS, TOP
 from research.interop.names import Address
 from research.interop.parts import Part, Parts, ordered
-from research.nn import presets, rope
-from research.nn.attention import Attention
+from research.nn import presets
 from research.nn.transformer import Transformer
 from research.quant.formats import ggml
 from research.typing import UserError
@@ -93,7 +93,7 @@ def metadata(
   ):
     if value is not None:
       out[key] = float(value)
-  keys, extra = _scaling(a)
+  keys, extra = gguf_rope.spelled(a)
   found = {"general.architecture": arch, "general.name": name}
   found |= {"general.quantization_version": 2}
   found |= {f"{arch}.{key}": value for key, value in (out | keys).items()}
@@ -114,35 +114,6 @@ def _windows(model: Transformer, arch: str) -> dict[str, Any]:
     if every != len(gguf_config.pattern_of(arch)):
       out["attention.sliding_window_pattern"] = every
   return out
-
-
-def _scaling(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
-  """Returns the keys and tensors that say how a rotation is extended."""
-  match a.rope.scaling:
-    case None:
-      return {}, {}
-    case rope.Linear(factor=factor):
-      kind = {"rope.scaling.type": "linear"}
-      return kind | {"rope.scaling.factor": float(factor)}, {}
-    case rope.Yarn() as yarn:
-      return {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": float(yarn.factor),
-        "rope.scaling.original_context_length": yarn.original,
-        "rope.scaling.yarn_beta_fast": float(yarn.fast),
-        "rope.scaling.yarn_beta_slow": float(yarn.slow),
-      }, {}
-    case rope.Llama3() as llama3:
-      plain = rope.inverse_frequencies(a.rope.theta, a.head_dim)
-      scaled = llama3.frequencies(a.rope.theta, a.head_dim, None)[0]
-      factors = np.asarray(plain / scaled, np.float32)
-      raw = gguf_types.encode("F32", factors)
-      return {}, {"rope_freqs.weight": Tensor("F32", factors.shape, raw)}
-  kind = type(a.rope.scaling).__name__
-  raise UserError(
-    f"GGUF: no way to say a rotation scaled by {kind}; expected linear, yarn "
-    "or llama3. Keep the model as --format=hf"
-  )
 
 
 def tensors(
@@ -304,10 +275,11 @@ def _check(model: Transformer, file: GGUF, fold: float) -> None:
   def plain(m: Transformer):
     # Both scales are compared as one number, the weights' share included.
     return [
-      k.clone(attention=k.attention.clone(scale=None)) for k in m.layer_kinds()
+      k.clone(attention=gguf_rope.bare(k.attention.clone(scale=None)))
+      for k in m.layer_kinds()
     ]
 
-  same = plain(again) == plain(model)
+  same = plain(again) == plain(model) and gguf_rope.alike(again, model)
   for field in ("vocab_size", "width", "norm", "tied", "softcap"):
     same = same and getattr(again, field) == getattr(model, field)
   same = same and math.isclose(again.embed_scale, model.embed_scale)

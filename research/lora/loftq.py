@@ -24,6 +24,7 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.method import wide
 from research.lora.methods.lora import LoRA
 from research.lora.wrap import wrap
+from research.quant import finite
 from research.quant.format import Format
 from research.quant.formats.codebook import Codebook
 from research.quant.qtensor import QTensor, pack
@@ -69,6 +70,8 @@ class LoftQ:
           f"LoftQ: rank is {rank}, expected at most {size}, a side of "
           f"{paths[0]}"
         )
+      if not weights.is_weight(w):
+        finite.check(w, paths[0])
       q, a, b = _fitted(
         w,
         rank=rank,

@@ -19,7 +19,7 @@ from research.lora import match, wrap
 from research.lora.methods.tokens import WITHIN
 from research.lora.peft_naming import USUAL, Naming
 from research.nn.transformer import Transformer
-from research.typing import Params, UserError
+from research.typing import Params
 
 PREFIX = "base_model.model."
 
@@ -153,10 +153,7 @@ def replace(params: Params, values: Mapping[str, np.ndarray]) -> Any:
   Args:
     params: any tree of weights; what stays is shared.
     values: in our orientation, by address. Each takes its predecessor's type,
-      or float32 where that was packed.
-
-  Raises:
-    UserError: some layers of a packed run would have to differ in type.
+      or float32 where that was packed, as then do other layers of its run.
   """
 
   def new(leaf, value):
@@ -179,12 +176,8 @@ def replace(params: Params, values: Mapping[str, np.ndarray]) -> Any:
         return leaf
       if len(given) == len(rows):
         return new(leaf, np.stack([given[k] for k in range(len(rows))]))
-      if weights.is_weight(leaf):
-        raise UserError(
-          f"{paths[next(iter(given))]}: an adapter brings this weight whole, "
-          "among packed ones of its run; load the base without packed"
-        )
-      stacked = np.array(leaf)
+      packed = weights.is_weight(leaf)
+      stacked = np.array(weights.dense(leaf), np.float32 if packed else None)
       for k, value in given.items():
         stacked[k] = value.astype(stacked.dtype)
       return jnp.asarray(stacked)

@@ -1,11 +1,9 @@
 """Bits where they count: formats chosen layer by layer under a budget.
 
 Each unit (a layer, a kind of matrix) is kept in each format by itself, the
-rest of the model as it was, and the divergence from the model is measured. Then
-all begin in the cheapest format, and whoever loses most divergence a bit is
-kept in more, as long as the budget lasts. Dominated formats, and those that a
-mixture of two others beats, are never steps; so the result is the best there is
-for what it takes, if divergences of units add up.
+rest of the model as it was, and the divergence from the model is measured. Of
+all ways to choose a format for each unit within the budget, one is taken whose
+divergences sum to least: the best there is, if divergences of units add up.
 """
 
 import dataclasses
@@ -13,6 +11,8 @@ import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from research import tree, weights
 from research.nn.transformer import Transformer
@@ -22,7 +22,7 @@ from research.quant.format import Format
 from research.quant.methods import Method, Nearest
 from research.quant.reports import Report
 from research.quant.rules import Quantization, Rule
-from research.typing import Params, PRNGKey, UserError
+from research.typing import Float, Params, PRNGKey, UserError
 
 Choice = tuple[float, float]
 """(bits, cost) of one unit in one format."""
@@ -31,11 +31,76 @@ Choice = tuple[float, float]
 def allocate(
   choices: Mapping[Hashable, Sequence[Choice]], budget: float
 ) -> dict[Hashable, int]:
-  """Returns which choice each unit gets.
+  """Returns which choice each unit gets: none within the budget costs less.
+
+  Of equal costs it is one of fewest bits. Units are taken in turn; of what was
+  chosen for those so far, every way is kept that may still be the best: none
+  has both fewer bits and less cost, and its cost with the least possible of
+  the units to come (the bound of Sinha and Zoltners 1979, "The multiple-choice
+  knapsack problem") is not above that of `greedy`.
 
   Args:
     choices: of each unit, (bits, cost), both summed over units.
     budget: of the bits of all.
+
+  Raises:
+    UserError: the cheapest choices take more than the budget.
+  """
+  known = greedy(choices, budget)
+  most = sum(choices[unit][k][1] for unit, k in known.items())
+  most += 1e-9 * abs(most)  # sums in another order
+  left = list(choices.values())
+  bits, cost = np.zeros(1), np.zeros(1)
+  steps = []
+  for given in choices.values():
+    del left[0]
+    each = np.asarray(given, np.float64)
+    more = (bits[:, None] + each[:, 0]).ravel()
+    total = (cost[:, None] + each[:, 1]).ravel()
+    order = np.lexsort((total, more))
+    order = order[(total + _least(left, budget - more) <= most)[order]]
+    before = np.minimum.accumulate(np.append(np.inf, total[order]))[:-1]
+    order = order[total[order] < before]
+    bits, cost = more[order], total[order]
+    steps.append(np.divmod(order, len(each)))
+  found, at = {}, len(bits) - 1
+  for unit, (parent, choice) in zip(
+    reversed(choices), reversed(steps), strict=True
+  ):
+    found[unit] = int(choice[at])
+    at = parent[at]
+  return {unit: found[unit] for unit in choices}
+
+
+def _least(
+  left: Sequence[Sequence[Choice]], budgets: Float[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"]:
+  """Returns what units cost at least within budgets; inf where none will do.
+
+  That is if shares of choices could be had: the steps of all hulls, those that
+  gain most a bit first, the last one in part.
+  """
+  hulls = [np.asarray([given[k] for k in hull(given)]) for given in left]
+  first = np.sum([h[0] for h in hulls], axis=0) if hulls else np.zeros(2)
+  moves = np.concatenate(
+    [np.diff(h, axis=0) for h in hulls] or [np.zeros((0, 2))]
+  )
+  moves = moves[np.argsort(moves[:, 1] / moves[:, 0], kind="stable")]
+  ends = np.cumsum(np.concatenate([first[None], moves]), axis=0)
+  cost = np.interp(budgets, ends[:, 0], ends[:, 1])
+  return np.where(budgets < first[0], np.inf, cost)
+
+
+def greedy(
+  choices: Mapping[Hashable, Sequence[Choice]], budget: float
+) -> dict[Hashable, int]:
+  """Returns choices by single steps, those first that gain most a bit.
+
+  The best there are for what they take until a step is too large for what is
+  left; `allocate` bounds its search by them.
+
+  Args:
+    choices, budget: see `allocate`.
 
   Raises:
     UserError: the cheapest choices take more than the budget.
@@ -148,7 +213,7 @@ class Allocation(OfModel):
   def units(self, params: Params) -> dict[str, list[str]]:
     """Returns the addresses of each unit's matrices."""
     out: dict[str, list[str]] = {}
-    for address in rules.addresses(params):
+    for address, _ in rules.named(params):
       text = re.search(self.unit, address)
       if text:
         out.setdefault(text.group(), []).append(address)

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import numpy as np
 from flax import traverse_util
 
-from research.quant import awq_search, calibrate, folding
+from research import tree, weights
+from research.quant import awq_search, calibrate, finite, folding
 from research.quant.calibrate import Calibration, OfModel
-from research.quant.format import Format
+from research.quant.format import Format, fit
 from research.quant.formats.affine import Affine
 from research.statistics import Covariance, Magnitudes
 from research.typing import Array, Int, Params, PRNGKey, UserError
@@ -57,17 +58,38 @@ class AWQ(OfModel):
     if self.steps < 1:
       raise UserError(f"AWQ.steps: found {self.steps}, expected at least 1.")
 
+  def check(self, params: Params) -> None:
+    """Raises UserError where the format cannot hold a matrix, or be cut.
+
+    Also where a matrix is not finite: encoders would say so inside a program.
+    """
+    for i, layer in enumerate(tree.layers(params)):
+      flat = traverse_util.flatten_dict(layer, sep="/")
+      for path in awq_search.rounded_paths(flat):
+        where, shape = f"AWQ: layers/{i}/{path}", flat[path].shape
+        if not weights.is_weight(flat[path]):
+          finite.check(flat[path], where)
+        format = fit(where, self.format, shape)
+        cut = self.clip and path in awq_search.CLIPPED
+        if cut and not format.separable:
+          raise UserError(
+            f"{where}: outputs share scales in {format.name}, so that no "
+            "range can be cut for itself; expected AWQ.clip = False, or "
+            "another format or block"
+          )
+
   def __call__(
     self, params: Params, key: PRNGKey | None = None
   ) -> dict[str, Any]:
     """Returns `params` scaled and cut, ready to be packed.
 
     Raises:
-      UserError: no model yet.
+      UserError: no model yet, or a format that does not fit, see `check`.
     """
     del key
     if self.model is None:
       raise UserError("AWQ: has no model; `of` gives it one.")
+    self.check(params)
     windows = self.calibration.read(self.tokenizer)
     return self.scaled(params, windows.tokens)[0]
 
@@ -84,6 +106,7 @@ class AWQ(OfModel):
       reports have, for each place, the losses without scales and of each
       alpha, and the alpha that was chosen (-1 for none).
     """
+    self.check(params)
     reports = []
     search = awq_search.Search(
       format=self.format,

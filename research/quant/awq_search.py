@@ -68,7 +68,8 @@ class Search:
     total, count = 0.0, 0
     for w in ws:
       size = jnp.abs(w.astype(jnp.float32))
-      groups = _groups(self.format, size)
+      format = self.format.fitted(*w.shape[-2:])
+      groups = _groups(size, format.group(*w.shape[-2:]))
       share = groups / jnp.maximum(groups.max(-2, keepdims=True), 1e-30)
       share = jnp.moveaxis(share.reshape(w.shape), -2, 0)
       share = share.reshape(w.shape[-2], -1)
@@ -76,10 +77,25 @@ class Search:
     return total / count
 
 
-def _groups(format: Format, w: Float[Array, "... I O"]) -> Array:
-  """Returns `w` in the groups of its format, `[..., G, J, O]`."""
-  block = format.fitted(*w.shape[-2:]).block
-  return w.reshape(*w.shape[:-2], -1, block, w.shape[-1])
+def _groups(w: Float[Array, "... I O"], size: int) -> Array:
+  """Returns `w` in groups of `size` inputs, `[..., G, J, O]`."""
+  return w.reshape(*w.shape[:-2], -1, size, w.shape[-1])
+
+
+def _apart(format: Format, inputs: int, outputs: int) -> int:
+  """Returns how many inputs of an output are encoded apart from the others.
+
+  Groups of k-quants are not: blocks are, which have their scales' scale.
+  """
+  format = format.fitted(inputs, outputs)
+  return max(format.block, format.group(inputs, outputs))
+
+
+def rounded_paths(flat: Flat) -> list[str]:
+  """Returns the matrices of a layer that are rounded in the search."""
+  paths = [p for norm in folding.READERS for p in folding.readers(flat, norm)]
+  paths += [p for p in ("attention/o", "mlp/down") if p in flat]
+  return [p for p in paths if p != "mlp/router"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -254,13 +270,15 @@ def cut(
 
   The i whose rounded group, for itself, changes each output least: the mean
   over tokens of `(Σ x_i Δw_i)²` is `Δwᵀ E[x xᵀ] Δw`, over a group's inputs.
+  A group is what its format encodes for itself: a block of k-quants, all of an
+  output where that has one scale.
 
   Args:
     search: the settings.
     w: the matrix.
     xx: mean of `x xᵀ` over its inputs.
   """
-  groups = _groups(search.format, w.astype(jnp.float32))
+  groups = _groups(w.astype(jnp.float32), _apart(search.format, *w.shape))
   count, size, _ = groups.shape
   c = xx.reshape(count, size, count, size)
   c = jnp.moveaxis(jnp.diagonal(c, axis1=0, axis2=2), -1, 0)

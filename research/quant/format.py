@@ -8,7 +8,7 @@ panels, reports) works from what is said here.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ class Plain:
     zero: `[..., G, O]`, or one number for all.
     codebook: values of the codes, or None where they stand for themselves.
     bits: of a code.
+    ends: the least and the largest code, or None for all that the bits have.
   """
 
   codes: Array | np.ndarray
@@ -48,6 +49,7 @@ class Plain:
   zero: Array | np.ndarray | float = 0.0
   codebook: tuple[float, ...] | None = None
   bits: int = 4
+  ends: tuple[int, int] | None = None
 
   def dense(self) -> Float[Array, "... I O"]:
     """Returns the matrix, float32, by the formula above."""
@@ -105,6 +107,14 @@ class Format:
     return True
 
   @property
+  def separable(self) -> bool:
+    """Whether an output's scales follow from that output's weights alone.
+
+    Scales of scales, which many outputs share, are not counted.
+    """
+    return True
+
+  @property
   def sliceable(self) -> bool:
     """Whether some outputs decode from those outputs of `by_output`."""
     return True
@@ -126,6 +136,11 @@ class Format:
     """
     return False
 
+  @property
+  def recodable(self) -> bool:
+    """Whether codes can be chosen on grids that there are, by `recoded`."""
+    return type(self).recoded is not Format.recoded
+
   def layout(self) -> dict[str, str]:
     """Returns each part's trailing axes, a letter each.
 
@@ -146,6 +161,16 @@ class Format:
         f"{self.block}; choose another block or format for this matrix"
       )
     return self
+
+  def group(self, inputs: int, outputs: int) -> int:
+    """Returns how many inputs share a scale, in a matrix `[I, O]` that fits."""
+    found = []
+
+    def read(parts):
+      found.append(self.plain(parts).group)
+
+    jax.eval_shape(read, self.shapes(inputs, outputs))
+    return found[0]
 
   def shapes(self, inputs: int, outputs: int) -> dict[str, Any]:
     """Returns the parts of a matrix `[I, O]` as shapes and types."""
@@ -180,6 +205,26 @@ class Format:
     """
     raise NotImplementedError
 
+  def encoded(
+    self,
+    w: Float[Array, "I O"] | np.ndarray,
+    importance: Float[Array, " I"] | None = None,
+  ) -> dict[str, Any]:
+    """Returns what `encode` does, also inside of a program.
+
+    An encoder of NumPy is then called by the program, with numbers in float32.
+    """
+    given = (w,) if importance is None else (w, importance)
+    if self.traced or not any(isinstance(x, jax.core.Tracer) for x in given):
+      return self.encode(*given)
+
+    def host(*given):
+      return self.encode(*(np.asarray(x, np.float32) for x in given))
+
+    return jax.pure_callback(
+      host, self.shapes(*w.shape), *given, vmap_method="sequential"
+    )
+
   def plain(self, parts: Parts) -> Plain:
     """Returns the normal form of what `encode` returned, or of a stack."""
     raise NotImplementedError
@@ -202,3 +247,11 @@ class Format:
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
     """Returns the matrix, float32."""
     return self.plain(parts).dense()
+
+
+def fit(where: str, format: Format, shape: Sequence[int]) -> Format:
+  """Returns `format.fitted` for a matrix `[..., I, O]`; errors say where."""
+  try:
+    return format.fitted(*shape[-2:])
+  except UserError as e:
+    raise UserError(f"{where}: {e}" if where else str(e)) from e

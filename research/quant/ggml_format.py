@@ -173,19 +173,16 @@ class Ggml(Format):
   def recoded(
     self, parts: Parts, codes: Shaped[Array, "I O"]
   ) -> dict[str, Any]:
-    """Returns parts with other codes on the same grids.
-
-    Raises:
-      UserError: the type's codes are not apart from its scales.
-    """
+    """Returns parts with other codes on the same grids."""
     blocks = codes.reshape(-1, self.block, codes.shape[-1])
     return dict(parts) | self.packed(blocks)
 
   def packed(self, codes: Any) -> dict[str, Any]:
-    """Returns the parts that codes of blocks `[X, block, O]` are."""
-    raise UserError(
-      f"{self.name}: codes cannot be chosen for it, expected another type"
-    )
+    """Returns the parts that codes of blocks `[X, block, O]` are.
+
+    Arrays are NumPy's or JAX's, as the codes.
+    """
+    raise NotImplementedError
 
   def values(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the matrix `[..., I, O]` as `decode` does, but in NumPy."""
@@ -243,7 +240,7 @@ def _mean_square(w: np.ndarray) -> np.ndarray:
   return total / np.float32(len(w))
 
 
-def groups(x: np.ndarray, size: int) -> np.ndarray:
+def groups(x: Any, size: int) -> Any:
   """Returns `[X, block / size, size, O]`, the groups of each block."""
   return x.reshape(x.shape[0], -1, size, x.shape[-1])
 

@@ -37,6 +37,15 @@ class Method(Protocol):
   def weighted(self) -> bool:
     """Whether formats that search are told of the inputs' mean square."""
 
+  def check(self, format: Format, inputs: int, calibrated: bool) -> None:
+    """Raises UserError for what it cannot choose codes of.
+
+    Args:
+      format: that fits a matrix.
+      inputs: of the matrix.
+      calibrated: whether inputs are measured.
+    """
+
   def parts(
     self,
     ws: Sequence[Float[Array, "I O"]],
@@ -82,20 +91,22 @@ class Nearest:
   def name(self) -> str:
     return "nearest" if self.clip is None else "nearest, clipped"
 
+  def check(self, format, inputs, calibrated):
+    del inputs
+    if self.weighted and not calibrated:
+      raise UserError("Nearest.weighted: needs calibration, found none")
+    if self.clip is not None:
+      _check_local(format, "Nearest.clip")
+
   def parts(self, ws, seen, format, starts):
     if starts is not None and self.clip is None:
       return list(starts), None, None
-    importance = None
-    if self.weighted:
-      if seen is None:
-        raise UserError("Nearest.weighted: needs calibration, found none")
-      importance = importance_of(seen)
+    importance = importance_of(seen) if self.weighted else None
     return [self._parts(w, importance, format) for w in ws], None, None
 
   def _parts(self, w, importance, format):
     if self.clip is None:
-      return format.encode(w, importance)
-    _check_local(format, "Nearest.clip")
+      return format.encoded(w, importance)
     groups = w.reshape(-1, format.block, w.shape[-1])
     if importance is not None:
       importance = importance.reshape(-1, format.block)
@@ -108,7 +119,8 @@ class Compensated:
   """GPTQ, see `research.quant.gptq`.
 
   Formats whose grids are not of a group alone (double quantization, scales of
-  scales) keep those that they have for the whole matrix: static grids.
+  scales, zeros that were searched for) keep those that they have for the whole
+  matrix: static grids, whatever `options.grids` says.
 
   Attributes:
     options: how.
@@ -124,11 +136,19 @@ class Compensated:
   def weighted(self) -> bool:
     return True
 
-  def parts(self, ws, seen, format, starts):
-    if seen is None:
+  def check(self, format, inputs, calibrated):
+    del inputs
+    if not calibrated:
       raise UserError("GPTQ: needs calibration, found none")
     if self.options.clip is not None:
       _check_local(format, "GPTQ.clip")
+    if not (format.local or format.recodable):
+      raise UserError(
+        f"GPTQ: codes of {format.name} cannot be chosen on its grids, "
+        "expected another format, or the method Nearest"
+      )
+
+  def parts(self, ws, seen, format, starts):
     side = jnp.concatenate(ws, axis=-1)
     n = seen["n"][0]
     h = seen["xx"] / jnp.maximum(n, 1)
@@ -137,7 +157,9 @@ class Compensated:
       drift = drift / jnp.maximum(n, 1)
     ends = [sum(w.shape[-1] for w in ws[:k]) for k in range(1, len(ws))]
     options = self.options
-    given = gptq.prepare(side, h, format.block, options, drift, n)
+    # Blocks that run across outputs are no groups of inputs.
+    group = 1 if len(side) % format.block else format.block
+    given = gptq.prepare(side, h, group, options, drift, n)
     split = functools.partial(_split, ends=ends)
     if format.local:
       found = gptq.quantize(given, format, options)
@@ -147,7 +169,7 @@ class Compensated:
       parts = [format.parts(c, *g) for c, g in zip(codes, grids, strict=True)]
       return parts, found.order, given.damping
     if starts is None:
-      starts = [format.encode(w, importance_of(seen)) for w in split(given.w)]
+      starts = [format.encoded(w, importance_of(seen)) for w in split(given.w)]
     plain = [format.plain(start) for start in starts]
     grids = Known.of(plain[0])
     known = [Known.grid_of(x) for x in plain]
@@ -184,8 +206,8 @@ class Known:
     """Returns the grids' kind."""
     signed = jnp.issubdtype(plain.codes.dtype, jnp.signedinteger)
     low = -(2 ** (plain.bits - 1)) if signed else 0
-    high = low + 2**plain.bits - 1
-    return cls(plain.group, low, high, plain.codebook)
+    ends = plain.ends or (low, low + 2**plain.bits - 1)
+    return cls(plain.group, *ends, plain.codebook)
 
   @staticmethod
   def grid_of(plain: Plain) -> tuple[Any, Any]:
@@ -270,9 +292,13 @@ def rounded(
     method: how codes are chosen.
     compare: whether rounding to nearest is measured as well.
     of: dtype that decoded numbers are rounded to.
+
+  Raises:
+    UserError: the method cannot, see `Method.check`.
   """
+  method.check(format, ws[0].shape[-2], seen is not None)
   starts = None
-  if not format.traced:
+  if not (format.traced or isinstance(method, Parted)):
     importance = None
     if method.weighted and seen is not None:
       importance = importance_of(seen)
@@ -305,7 +331,7 @@ def _rounded(ws, seen, starts, format, method, compare, of):
       )
       near = None
       if compare and seen is not None:
-        start = format.encode(w) if starts is None else starts[k]
+        start = format.encoded(w) if starts is None else starts[k]
         near = format.decode(start)
       packed.append(q)
       dense.append(q.dense())

@@ -56,6 +56,14 @@ class Apart:
   def weighted(self) -> bool:
     return self.method.weighted
 
+  def check(self, format, inputs, calibrated):
+    if self.rows >= inputs:
+      raise UserError(
+        f"Apart: rows is {self.rows}, expected fewer than the matrix' "
+        f"{inputs} inputs"
+      )
+    self.method.check(format, inputs, calibrated)
+
   def parts(self, ws, seen, format, starts):
     """Returns what the method makes of matrices whose rows are 0."""
     return self.method.parts(ws, seen, format, starts)
@@ -66,21 +74,7 @@ class Apart:
     seen: Seen | None,
     format: Format,
   ) -> tuple[list[Float[Array, "I O"]], list[dict[str, Any]], Seen | None]:
-    """Returns matrices with rows of 0, their outliers, and inputs without them.
-
-    Raises:
-      UserError: there are not so many rows, or the format's encoder is NumPy's.
-    """
-    if not format.traced:
-      raise UserError(
-        f"Apart: {format.name} is encoded outside of JAX, expected another "
-        "format"
-      )
-    if self.rows >= len(ws[0]):
-      raise UserError(
-        f"Apart: rows is {self.rows}, expected fewer than the matrix' "
-        f"{len(ws[0])} inputs"
-      )
+    """Returns matrices with rows of 0, their outliers, inputs without them."""
     cost = sum(costs(w, seen, format) for w in ws)
     rows = jnp.sort(jax.lax.top_k(cost, self.rows)[1]).astype(jnp.int32)
     rest = [w.at[rows].set(0) for w in ws]
@@ -95,6 +89,6 @@ def costs(
   w: Float[Array, "I O"], seen: Seen | None, format: Format
 ) -> Float[Array, " I"]:
   """Returns what rounding each row costs; without inputs, of equal ones."""
-  error = format.decode(format.encode(w)) - w
+  error = format.decode(format.encoded(w)) - w
   each = (error**2).sum(-1)
   return each if seen is None else each * methods.importance_of(seen)

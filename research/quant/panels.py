@@ -7,15 +7,16 @@ order in memory, and that a C++ kernel multiplies them
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import cpu
+from kernels_pallas.quantized_matmul import cpu, mosaic_gpu
 from kernels_pallas.quantized_matmul import panels as layout
 from research import tree, weights
 from research.quant import kernel_codes, planes
@@ -206,6 +207,53 @@ def _alike(sources: Sequence[Any]) -> bool:
   return all(bool(jnp.array_equal(x, sources[0])) for x in sources)
 
 
+def _kernel(params: Params, dtype: str) -> Callable[[QTensor], bool] | None:
+  """Returns what says which matrices `decoding` lays out for a kernel.
+
+  None if it lays out none.
+  """
+  leaves = jax.tree.leaves(params)
+  many = jax.process_count() > 1 or any(
+    len(x.devices()) > 1 for x in leaves if isinstance(x, jax.Array)
+  )
+  if many:
+    return None
+  if planes.has_kernel():
+    return functools.partial(planes.fits, gpu=mosaic_gpu.is_for(), dtype=dtype)
+  if jax.default_backend() != "cpu" or not cpu.available():
+    return None
+  return fits
+
+
+def decoded_elsewhere(params: Params, dtype: str = "float32") -> Params:
+  """Returns `params`, packed where `decoding` has a kernel for it alone.
+
+  Other packed matrices, experts among them, would be decoded for every product:
+  they are decoded now.
+
+  Args:
+    params: of a Transformer.
+    dtype: that the model computes in; of decoded matrices.
+  """
+
+  def is_packed(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+  if not any(map(is_packed, jax.tree.leaves(params, is_leaf=is_packed))):
+    return params
+  takes = _kernel(params, dtype)
+
+  def one(path: str, leaf: Any) -> Any:
+    if not is_packed(leaf):
+      return leaf
+    ndim = 3 if path.startswith("run") else 2
+    if takes is not None and leaf.ndim == ndim and takes(leaf):
+      return leaf
+    return leaf.dense().astype(dtype)
+
+  return tree.map_paths(one, params, is_leaf=is_packed)
+
+
 def decoding(params: Params, dtype: str = "float32") -> Params:
   """Returns `params` in panels where this process decodes faster so.
 
@@ -217,14 +265,10 @@ def decoding(params: Params, dtype: str = "float32") -> Params:
     params: of a Transformer.
     dtype: that the model computes in, float32 or bfloat16.
   """
-  leaves = jax.tree.leaves(params)
-  many = jax.process_count() > 1 or any(
-    len(x.devices()) > 1 for x in leaves if isinstance(x, jax.Array)
-  )
-  if many:
+  if _kernel(params, dtype) is None:
     return params
-  if planes.has_kernel():
-    return planes.to_planes(params, dtype=dtype)
-  if jax.default_backend() != "cpu" or not cpu.available():
+  if not planes.has_kernel():
+    return to_panels(params, dtype=dtype)
+  if all(x.dtype == jnp.float32 for x in jax.tree.leaves(params)):
     return params
-  return to_panels(params, dtype=dtype)
+  return planes.to_planes(params, dtype=dtype)

@@ -75,7 +75,7 @@ class FakeQuantTensor(weights.Around):
     w = weights.dense(self.w)
     finite.check(w, where)
     if self.gain is None:
-      return _pack(self.format, w)
+      return qtensor.pack(w, self.format)
     f = functools.partial(_on_grid, self.format)
     for _ in self.shape[:-2]:
       f = jax.vmap(f)
@@ -117,7 +117,7 @@ def rounded(
   format: Format, w: Float[Array, "... I O"]
 ) -> Float[Array, "... I O"]:
   """Returns what is left of `w` in a format; the gradient is that of `w`."""
-  return _pack(format, w).dense()
+  return qtensor.pack(w, format).dense()
 
 
 def _straight(format, saved, dy):
@@ -126,29 +126,6 @@ def _straight(format, saved, dy):
 
 
 rounded.defvjp(lambda format, w: (rounded(format, w), None), _straight)
-
-
-def _pack(format: Format, w: Float[Array, "... I O"]) -> qtensor.QTensor:
-  """Returns `w` packed; traced, also where the format's encoder is NumPy's."""
-  format = format.fitted(*w.shape[-2:])
-  if format.traced or not isinstance(w, jax.core.Tracer):
-    return qtensor.pack(w, format)
-
-  def host(w):
-    return qtensor.pack(np.asarray(w, np.float32), format).parts
-
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
-    host(np.zeros(w.shape, np.float32)),
-  )
-  parts = jax.pure_callback(host, like, w, vmap_method="sequential")
-  return qtensor.QTensor(
-    parts,
-    format=format,
-    inputs=w.shape[-2],
-    outputs=w.shape[-1],
-    of=str(w.dtype),
-  )
 
 
 def _on_grid(format, w, gain, start):

@@ -17,7 +17,7 @@ import numpy as np
 
 from research import weights
 from research.quant import finite, products
-from research.quant.format import Format, Plain
+from research.quant.format import Format, Plain, fit
 from research.typing import Array, Float, Int, PRNGKey
 
 
@@ -217,7 +217,8 @@ def pack(
   """Returns a matrix, or each of a stack of them, packed.
 
   Args:
-    w: finite. An array of NumPy is packed by NumPy where the format can.
+    w: finite. An array of NumPy is packed by NumPy where the format can; a
+      traced one by any format, see `Format.encoded`.
     format: how.
     importance: of each input; see `Format.encode`.
     where: its address, for messages.
@@ -228,20 +229,21 @@ def pack(
   """
   finite.check(w, where or "pack")
   *lead, inputs, outputs = w.shape
-  format = format.fitted(inputs, outputs)
+  format = fit(where, format, w.shape)
   made = functools.partial(
     QTensor, format=format, inputs=inputs, outputs=outputs, of=str(w.dtype)
   )
   if not lead:
-    return made(format.encode(w, importance))
+    return made(format.encoded(w, importance))
   matrices = w.reshape(-1, inputs, outputs)
   given = [matrices]
   if importance is not None:
     given.append(importance.reshape(-1, inputs))
-  if isinstance(w, np.ndarray) or not format.traced:
+  inside = any(isinstance(x, jax.core.Tracer) for x in given)
+  if isinstance(w, np.ndarray) or not (format.traced or inside):
     each = [format.encode(*xs) for xs in zip(*given, strict=True)]
     parts = jax.tree.map(lambda *x: np.stack(x), *each)
   else:
     # One at a time: what a matrix takes while it is packed is not kept.
-    parts = jax.lax.map(lambda xs: format.encode(*xs), tuple(given))
+    parts = jax.lax.map(lambda xs: format.encoded(*xs), tuple(given))
   return made(jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), parts))

@@ -69,6 +69,12 @@ def sizes(params: Params) -> Sizes:
   return Sizes(packed_weights, bits, packed, total, 8 * total / count)
 
 
+def format_names(params: Params) -> list[str]:
+  """Returns the names of the formats that a tree's packed matrices are in."""
+  found = jax.tree.leaves(params, is_leaf=_is_packed)
+  return sorted({w.format.name for w in found if _is_packed(w)})
+
+
 def _is_packed(x: Any) -> bool:
   return isinstance(x, QTensor)
 

@@ -18,7 +18,7 @@ before it put out (true sequential; Frantar et al. 2022, arXiv:2210.17323).
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.quant import calibrate, drift, finite, methods
 from research.quant.calibrate import Calibration, OfModel
-from research.quant.format import Format
+from research.quant.format import Format, fit
 from research.quant.methods import Compensated, Method, Nearest
 from research.quant.outlier_rows import Apart
 from research.quant.reports import Report, Row
@@ -107,10 +107,7 @@ class Quantization(OfModel):
         is not finite; a method needs inputs that are not measured.
     """
     chosen = self.chosen(params)
-    _check_fit(params, chosen)
-    follow, windows = "new", None
-    if self.calibration is not None:
-      windows = self._windows()
+    _check_fit(params, chosen, self.calibration is not None)
     pairs = any(
       isinstance(r.method, Compensated) and r.method.options.drift
       for r in chosen.values()
@@ -119,8 +116,8 @@ class Quantization(OfModel):
       raise UserError(
         "GPTQ.drift: there is none with sequential = 'none', expected 0"
       )
-    if self.sequential == "none":
-      follow = "old"
+    follow = "old" if self.sequential == "none" else "new"
+    windows = None if self.calibration is None else self._windows()
     work = _Work(self, chosen, pairs, say)
     if windows is None:
       layers = [
@@ -150,7 +147,7 @@ class Quantization(OfModel):
       UserError: a rule decides nothing.
     """
     found, used = {}, set()
-    for address in addresses(params):
+    for address, _ in named(params):
       for k, rule in enumerate(self.rules):
         if re.search(rule.match, address):
           used.add(k)
@@ -167,13 +164,13 @@ class Quantization(OfModel):
     return found
 
 
-def addresses(params: Params) -> list[str]:
-  """Returns the addresses of all matrices but routers, first to last."""
-  out = []
+def named(params: Params) -> Iterator[tuple[str, Any]]:
+  """Yields (address, matrix) of all but routers, first to last."""
   for i, layer in enumerate(tree.layers(params)):
-    out += [f"layers/{i}/{path}" for path in matrices(layer)]
+    for path, w in matrices(layer).items():
+      yield f"layers/{i}/{path}", w
   top = tree.top(params)
-  return out + [name for name in ("embed", "head") if name in top]
+  yield from ((name, top[name]) for name in ("embed", "head") if name in top)
 
 
 def matrices(layer: Params) -> dict[str, Any]:
@@ -205,27 +202,37 @@ def stages(paths: Sequence[str]) -> list[list[list[str]]]:
   return out + [[[path]] for path in left]
 
 
-def _check_fit(params: Params, chosen: dict[str, Rule]) -> None:
+def _check_fit(
+  params: Params, chosen: dict[str, Rule], calibrated: bool
+) -> None:
   """Raises UserError for a matrix that its rule does not fit.
 
   That is before anything is calibrated, which takes the longest.
   """
-  for i, layer in enumerate(tree.layers(params)):
-    for path, w in matrices(layer).items():
-      address = f"layers/{i}/{path}"
-      if address in chosen:
-        _fitted(address, w.shape, chosen[address])
-        _check_sound(address, w)
-  for name, w in tree.top(params).items():
-    if name in chosen:
-      rule = chosen[name]
-      if not _is_blind(rule.method):
-        raise UserError(
-          f"Quantization: {name} is packed without calibration, expected the "
-          f"method Nearest, found {rule.method.name}"
-        )
-      _fitted(name, w.shape if _axis(name) == -2 else w.shape[::-1], rule)
-      _check_sound(name, w)
+  outside = tree.top(params)
+  for address, w in named(params):
+    rule = chosen.get(address)
+    if rule is None:
+      continue
+    if address in outside and not _is_blind(rule.method):
+      raise UserError(
+        f"Quantization: {address} is packed without calibration, expected the "
+        f"method Nearest, found {rule.method.name}"
+      )
+    shape = w.shape if _axis(address) == -2 else w.shape[::-1]
+    _check_rule(address, shape, rule, calibrated and address not in outside)
+    _check_sound(address, w)
+
+
+def _check_rule(
+  address: str, shape: Sequence[int], rule: Rule, calibrated: bool
+) -> None:
+  """Raises UserError where a rule's format or method is not for a matrix."""
+  format = fit(address, rule.format, shape)
+  try:
+    rule.method.check(format, shape[-2], calibrated)
+  except UserError as e:
+    raise UserError(f"{address}: {e}") from e
 
 
 def _check_sound(name: str, w: Any) -> None:
@@ -256,7 +263,7 @@ def _check_bare(name: str, w: Any) -> None:
 
 
 def _examples(params: Params) -> set[str]:
-  return {re.sub(r"/\d+/", "/0/", a) for a in addresses(params)}
+  return {re.sub(r"/\d+/", "/0/", a) for a, _ in named(params)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,7 +348,9 @@ class _Work:
 
   def _one(self, names, ws, seen, rule):
     """Returns (packed, decoded) of matrices of one rule and input."""
-    fitted = [_fitted(n, w.shape, rule) for n, w in zip(names, ws, strict=True)]
+    fitted = [
+      fit(n, rule.format, w.shape) for n, w in zip(names, ws, strict=True)
+    ]
     of = str(ws[0].dtype)
     packed, dense = [None] * len(ws), [None] * len(ws)
     for format in dict.fromkeys(fitted):
@@ -386,11 +395,3 @@ def _array(name: str, w: Any) -> jax.Array:
   w = jnp.asarray(weights.dense(weights.inner(w)))
   finite.check(w, name)
   return w
-
-
-def _fitted(name: str, shape: Sequence[int], rule: Rule) -> Format:
-  """Returns the rule's format for a matrix, as stored."""
-  try:
-    return rule.format.fitted(*shape[-2:])
-  except UserError as e:
-    raise UserError(f"{name}: {e}") from e

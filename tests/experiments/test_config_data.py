@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import config
@@ -43,9 +44,20 @@ def chat(tmp_path_factory):
   return str(path)
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+  """Returns files of token ids: as many documents as rows, and three."""
+  folder, rng = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
+  np.save(folder / "a.npy", rng.integers(0, 49152, (20, 200), np.uint16))
+  ids = rng.integers(0, 49152, 1500, np.int32)
+  np.savez(folder / "b.npz", tokens=ids, offsets=[0, 400, 900, 1500])
+  return str(folder / "a.npy"), str(folder / "b.npz")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_data_makes_batches(name, tokenizer, chat):
+def test_data_makes_batches(name, tokenizer, chat, tokens):
   given = {
+    "arrays": [f"TRAIN={tokens[0]!r}", f"HELDOUT={tokens[1]!r}"],
     "chat_jsonl": [f"FILES=({chat!r},)", "KEY='teacher'"],
     "stdlib": ["DOCUMENTS=5"],
   }

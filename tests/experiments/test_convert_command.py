@@ -6,11 +6,16 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import cli, convert
+from research import tree
 from research.interop import load, safetensors
+from research.lora import adapt, peft_write
+from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -55,6 +60,60 @@ def test_around_all_formats(command, tmp_path):
   for name, tensor in safetensors.open_directory(tmp_path / "c").items():
     again = safetensors.open_directory(tmp_path / "f")[name]
     np.testing.assert_array_equal(again.read(), tensor.read())
+
+
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ["--format=hf"],
+    ["--format=hf", "--mask_token=new"],
+    ["--format=gptq", "--requantize", "--group_size=32"],
+    ["--format=bnb", "--requantize"],
+    ["--format=orbax"],
+  ],
+  ids=lambda flags: " ".join(flags),
+)
+def test_the_class_is_named(command, tmp_path, flags):
+  """Of a file that had no config.json; tools find their class by it."""
+  file = MODELS / "gguf_mixed" / "model.gguf"
+  done = command(f"--from={file}", f"--to={tmp_path / 'a'}", *flags)
+  assert done[0] == 0, done
+  config = safetensors.read_json(tmp_path / "a" / "config.json")
+  assert config["architectures"] == ["LlamaForCausalLM"]
+  # A checkpoint of before, and by hand: neither has it.
+  del config["architectures"]
+  safetensors.write_json(tmp_path / "a" / "config.json", config)
+  if "--mask_token=new" in flags or "--requantize" in flags:
+    return
+  done = command(f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}", *flags)
+  assert done[0] == 0, done
+  config = safetensors.read_json(tmp_path / "b" / "config.json")
+  assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_an_adapters_tokenizer_is_its_bases(command, tmp_path):
+  file, made = MODELS / "gguf_mixed" / "model.gguf", tmp_path / "adapter"
+  base = load.load_model(file)
+  adapted = adapt.Adapt(method=LoRA(rank=2))(base.params, jax.random.key(0))
+  adapted = tree.map_paths(
+    lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
+  )
+  peft_write.save_adapter(made, adapted, base.model, str(file))
+  merged = command(f"--from={made}", f"--to={tmp_path / 'm'}", "--format=hf")
+  assert merged[0] == 0 and merged[1]["tokenizer"], merged
+  assert (tmp_path / "m" / "tokenizer.json").is_file()
+  config = safetensors.read_json(tmp_path / "m" / "config.json")
+  assert config["architectures"] == ["LlamaForCausalLM"]
+  for form in ("peft", "gguf-adapter"):
+    to = tmp_path / form
+    status, result, errors = command(
+      f"--from={made}", f"--to={to}", f"--format={form}"
+    )
+    assert (status, errors) == (0, "")
+    found = (
+      [p for p in to.iterdir() if "token" in p.name] if to.is_dir() else []
+    )
+    assert not found and not result["tokenizer"]
 
 
 def test_the_report(command, tmp_path):

@@ -234,6 +234,46 @@ def test_baselines_read_the_same_texts(finished, capsys):
   )
   assert result["ngram"] == lengths.ngram(text, known, 4)
   assert result["xz_after_training"] < result["xz"]
+  assert result["documents"] == len(experiment.heldout.source)
+  assert result["exact"] == 0 <= result["known"] < result["documents"]
+
+
+def test_baselines_say_what_of_the_test_is_known(tmp_path, capsys):
+  words = [f"w{i}" for i in range(60)]
+  files = {
+    "a": words[:40],
+    "b": words[10:30],
+    "c": words[::-1],
+    "d": words[40:],
+  }
+  for name, text in files.items():
+    (tmp_path / name).write_text(" ".join(text))
+  lines = [
+    "from __gin__ import dynamic_registration",
+    "include 'runs/pretrain_tiny.gin'",
+    "from research.data import pipeline",
+    "from research.data import sources",
+    "train/pipeline.Pipeline.source = @t/sources.TextFiles()",
+    "heldout/pipeline.Pipeline.source = @h/sources.TextFiles()",
+    f"t/sources.TextFiles.paths = ({str(tmp_path / 'a')!r},)",
+    "h/sources.TextFiles.paths = (",
+    *(f"  {str(tmp_path / name)!r}," for name in "abcd"),
+    ")",
+  ]
+  (tmp_path / "x.gin").write_text("\n".join(lines))
+  command = ["baselines", f"--config={tmp_path / 'x.gin'}", "--order=2"]
+  assert cli.call(baselines.main, command) == 0
+  result = json.loads(capsys.readouterr().out.splitlines()[-1])
+  # The same, a part of it, its words turned around, and others.
+  assert (result["documents"], result["exact"], result["known"]) == (4, 1, 2)
+  size = {name: len(" ".join(text)) for name, text in files.items()}
+  share = (size["a"] + size["b"]) / sum(size.values())
+  assert result["known_share"] == pytest.approx(share)
+
+
+def test_baselines_refuse_what_they_cannot_read(finished, capsys):
+  workdir, _ = finished
+  command = ["baselines", f"--config={workdir / 'config.gin'}", "--order=4"]
   assert cli.call(baselines.main, [*command, "--order=9"]) == 1
   config_of_chat = "--config=runs/foundation/chat_sft.gin"
   assert cli.call(baselines.main, ["baselines", config_of_chat]) == 1

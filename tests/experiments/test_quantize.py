@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -148,6 +149,30 @@ def test_what_cannot_be_is_said(command, flags, says, tmp_path, monkeypatch):
   assert status == 1 and says in errors
   assert len(errors.splitlines()) <= 3
   assert not (tmp_path / "x").exists()
+
+
+def test_scales_of_activations_that_a_text_told_are_kept(tmp_path, command):
+  to = tmp_path / "static"
+  name = "runs/quant/smoothquant_static_smollm2.gin"
+  done = command(quantize, f"--config={name}", f"--to={to}", *SMALL[:3])
+  assert done[0] == 0, done
+  loaded = load.load_model(to, packed=True)
+  layer = loaded.params["run0"]["layer0"]
+  q, down = layer["attention"]["q"], layer["mlp"]["down"]
+  assert q.op.per == "tensor" and q.scale.shape == (2,)
+  assert down.op.per == "token" and down.scale is None
+  one = jax.tree.map(lambda x: x[1], q)
+  # Beyond what the text had, and a token at a time, scales stay the text's.
+  x = jnp.linspace(-1, 1, one.shape[0])[None] * 3 * 127 * one.scale
+  want = np.asarray(one.op(x, one.scale)) @ np.asarray(one.w.dense())
+  assert np.abs(one.op(x, one.scale)).max() <= 128 * one.scale * (1 + 1e-6)
+  got = weights.einsum("td,df->tf", x, one)
+  # Products of 8 bits and their sums are exact, scales are rounded.
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+  status, result, errors, _ = command(
+    generate, f"--model={to}", "--prompt=Some", "--max_new_tokens=4"
+  )
+  assert (status, errors) == (0, "") and result["tokens"] > 0
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -196,6 +196,12 @@ class Affine(Format):
       parts["zero"] = packing.pack_pairs(zero) if self._paired else zero
     return parts
 
+  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+    """Returns parts with other codes on the same grids."""
+    size = self.block or len(codes)
+    groups = codes.reshape(-1, size, codes.shape[-1])
+    return dict(parts) | {"codes": packing.pack(groups, self.bits)}
+
   @property
   def _paired(self) -> bool:
     """Whether a byte holds two zeros."""

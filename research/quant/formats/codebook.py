@@ -189,6 +189,10 @@ class FlatCodebook(Codebook):
   def sliceable(self) -> bool:
     return False
 
+  @property
+  def separable(self) -> bool:
+    return False
+
   def by_output(self, parts: Parts) -> tuple[Format, Parts]:
     return self, parts  # its blocks are those of several outputs
 

@@ -68,6 +68,10 @@ class FP8(Format):
       share = f"{self.tile_inputs}x{self.tile_outputs}"
     return f"fp8-{self.element}-{share}"
 
+  @property
+  def separable(self) -> bool:
+    return self.share == "channel"
+
   def layout(self) -> dict[str, str]:
     tile = "..", ".o"
     scale = {"tensor": "", "channel": "o", "tile": tile[self.tile_outputs == 1]}

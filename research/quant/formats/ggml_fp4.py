@@ -98,8 +98,10 @@ class GgmlMXFP4(Ggml):
     most = np.abs(x).max(-2)
     power = np.floor(np.log2(np.where(most > 0, most, F(1)))) + F(125)
     scale = np.where(most > 0, np.maximum(power, F(0)), F(0)).astype(np.uint8)
-    codes = _codes(x, _EXPONENTS[scale])
-    return {"scale": scale, "codes": bits.fold(codes, 4, 16)}
+    return {"scale": scale} | self.packed(_codes(x, _EXPONENTS[scale]))
+
+  def packed(self, codes):
+    return {"codes": bits.fold(codes, 4, 16)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,4 +131,7 @@ class GgmlNVFP4(Ggml):
     xs = groups(x, 16)
     scale = _to_unsigned(np.abs(xs).max(-2) / F(6))
     codes = flat(_codes(xs, _UNSIGNED[scale]))
-    return {"scale": scale, "codes": bits.fold(codes, 4, 8)}
+    return {"scale": scale} | self.packed(codes)
+
+  def packed(self, codes):
+    return {"codes": bits.fold(codes, 4, 8)}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.quant.format import Format, Parts, Plain
-from research.typing import Array, Float
+from research.typing import Array, Float, Shaped
 
 STEP = 7.874015718698502e-3
 """1 / 127 in float32, which bitsandbytes multiplies by."""
@@ -50,12 +50,19 @@ class Int8(Format):
     codes = jnp.round(w * jnp.where(some, 127 / jnp.where(some, top, 1.0), 0))
     return {"codes": codes.astype(jnp.int8), "top": top}
 
+  def recoded(
+    self, parts: Parts, codes: Shaped[Array, "I O"]
+  ) -> dict[str, Any]:
+    """Returns parts with other codes times the same magnitudes."""
+    return dict(parts) | {"codes": codes}
+
   def plain(self, parts: Parts) -> Plain:
     return Plain(
       codes=parts["codes"],
       scale=(parts["top"] * jnp.float32(STEP))[..., None, :],
       group=parts["codes"].shape[-2],
       bits=8,
+      ends=(-127, 127),
     )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:

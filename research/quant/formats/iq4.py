@@ -105,7 +105,10 @@ class IQ4NL(Ggml):
     scale, codes = _search(x, w, self.tries)
     if self.tries:
       codes = _nearest(_inverse(scale)[:, None] * x)
-    return {"scale": half(scale)[0], "codes": bits.fold(codes, 4, 16)}
+    return {"scale": half(scale)[0]} | self.packed(codes)
+
+  def packed(self, codes):
+    return {"codes": bits.fold(codes, 4, 16)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +145,12 @@ class IQ4XS(SuperBlock):
     inverse = _inverse(d[:, None] * steps)
     codes = _nearest(inverse[..., None, :] * xs)
     steps = (steps + F(32)).astype(np.uint8)
-    return {
+    scales = {
       "scale": half(d)[0],
       "high": bits.fold(steps >> 4, 2, 1),
       "low": bits.fold(steps & 15, 4, 1),
-      "codes": bits.fold(codes.reshape(x.shape), 4, 16),
     }
+    return scales | self.packed(codes.reshape(x.shape))
+
+  def packed(self, codes):
+    return {"codes": bits.fold(codes, 4, 16)}

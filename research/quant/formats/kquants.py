@@ -113,8 +113,11 @@ class Q2K(SuperBlock):
     a, b, d, least = _scales(xs, ws, scale, drop, 15)
     (d, d32), (least, least32) = half(d), half(least)
     codes = _recoded(xs, d32[:, None] * a, least32[:, None] * b, 3, 0, kept)
-    packed = bits.fold(codes, 2, 32)
-    return {"scales": a | b << 4, "codes": packed, "scale": d, "drop": least}
+    scales = {"scales": a | b << 4, "scale": d, "drop": least}
+    return scales | self.packed(codes)
+
+  def packed(self, codes):
+    return {"codes": bits.fold(codes, 2, 32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,11 +161,13 @@ class Q3K(SuperBlock):
     d, d32 = half(d)
     found = d32[:, None] * (a.astype(np.float32) - F(32))
     codes = _recoded(xs, found, None, 3, -4, kept)
+    scales = {"scales": bits.fold_sixes(a), "scale": d}
+    return scales | self.packed(codes)
+
+  def packed(self, codes):
     return {
       "high": bits.fold(codes >> 2, 1, 32),
       "codes": bits.fold(codes & 3, 2, 32),
-      "scales": bits.fold_sixes(a),
-      "scale": d,
     }
 
 
@@ -301,7 +306,9 @@ class Q8K(SuperBlock):
     most = searches.extreme(x)
     inverse = F(-127) / np.where(most == 0, F(1), most)
     codes = np.minimum(np.rint(inverse[..., None, :] * x), F(127))
-    codes = codes.astype(np.int8)
-    sums = groups(codes, 16).sum(-2, dtype=np.int16)
     scale = np.where(most == 0, F(0), F(1) / inverse)
-    return {"scale": scale, "codes": codes, "sums": sums}
+    return {"scale": scale} | self.packed(codes.astype(np.int8))
+
+  def packed(self, codes):
+    sums = groups(codes, 16).sum(-2, dtype=np.int16)
+    return {"codes": codes, "sums": sums}

@@ -19,7 +19,8 @@ BLOCK = 256
 
 
 def _plain(codes: Any, scale: Any) -> Plain:
-  return Plain(codes=joined(codes), scale=scale, group=BLOCK, zero=1.0, bits=2)
+  codes = joined(codes)
+  return Plain(codes, scale, group=BLOCK, zero=1.0, bits=2, ends=(0, 2))
 
 
 def _rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,7 +47,10 @@ class TQ2(SuperBlock):
 
   def blocks(self, x, weight, mean):
     codes, scale = _rounded(x)
-    return {"codes": bits.fold(codes, 2, 32), "scale": scale}
+    return {"scale": scale} | self.packed(codes)
+
+  def packed(self, codes):
+    return {"codes": bits.fold(codes, 2, 32)}
 
 
 _RUNS = ((160, 32, 5), (80, 16, 5), (16, 4, 4))
@@ -81,15 +85,18 @@ class TQ1(SuperBlock):
 
   def blocks(self, x, weight, mean):
     codes, scale = _rounded(x)
+    return {"scale": scale} | self.packed(codes)
+
+  def packed(self, codes):
+    xp = np if isinstance(codes, np.ndarray) else jnp
     out, at = [], 0
     for size, run, count in _RUNS:
       digits = codes[:, at : at + size].reshape(len(codes), count, run, -1)
       at += size
-      value = np.zeros_like(digits[:, 0], np.uint16)
-      for k in range(5):
-        value = value * 3
-        if k < count:
-          value += digits[:, k]
-      out.append(((value * 256 + 242) // 243).astype(np.uint8))
-    packed = np.concatenate(out[:2], axis=1)
-    return {"codes": packed, "last": out[2], "scale": scale}
+      powers = np.array([3 ** (4 - k) for k in range(count)], np.uint16)
+      digits = digits.astype(np.uint16) * powers[:, None, None]
+      value = digits.sum(1, dtype=np.uint16)
+      # Up, so that decoding, which cuts off, finds the same digits.
+      value = (value * np.uint16(256) + np.uint16(242)) // np.uint16(243)
+      out.append(value.astype(np.uint8))
+    return {"codes": xp.concatenate(out[:2], axis=1), "last": out[2]}

@@ -105,6 +105,12 @@ def test_hf_to_gguf_to_hf(name, tmp_path):
   convert.to_gguf(opened(name), file, gguf_recipe.Recipe("F32"))
   log = convert.to_hf(sources.open_source(file), tmp_path / "hf")
   assert log.summary()["changed"] == 0
+  # vLLM and llama.cpp's converter look for the class by its name.
+  new, old = (
+    json.loads((f / "config.json").read_text())["architectures"]
+    for f in (tmp_path / "hf", MODELS / name)
+  )
+  assert new == old
   got, want = load.load_model(tmp_path / "hf"), loaded(name)
   tokens = golden_tokens(name)
   a = logits(got.model, got.params, tokens)

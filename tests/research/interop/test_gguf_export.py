@@ -6,8 +6,18 @@ import pathlib
 import numpy as np
 import pytest
 
-from research.interop import convert, gguf, load, safetensors, sources
+from research.interop import (
+  convert,
+  gguf,
+  gguf_config,
+  load,
+  parts,
+  safetensors,
+  sources,
+)
+from research.nn import rope
 from research.typing import UserError
+from tests import support
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 
@@ -76,6 +86,65 @@ def test_no_file_is_written_that_llama_cpp_would_not_open(name, tmp_path):
   with pytest.raises(UserError, match=message):
     convert.to_gguf(sources.open_source(folder), tmp_path / "x.gguf")
   assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def source_of(model):
+  params = support.params(model)
+  return sources.Source(
+    model=model,
+    parts=parts.from_params(params),
+    params=lambda: params,
+    origin={},
+  )
+
+
+SCALED = {  # head size, theta, factor, original
+  "Llama 3.1": (128, 5e5, 8.0, 8192),
+  "Llama 3.2": (64, 5e5, 32.0, 8192),
+  "no frequency on the ramp": (10, 1e4, 8.0, 32),
+  "a factor that no float32 has": (16, 1e4, 3.3, 100),
+  "none divided by all of the factor": (8, 10.0, 8.0, 64),
+  "one on the ramp, the last": (4, 100.0, 8.0, 128),
+  "none divided": (8, 10.0, 8.0, 4096),
+  "all divided": (8, 1e4, 8.0, 4),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_llama3s_rotations_come_back(name, tmp_path):
+  """The factors of all frequencies; what made them, where they tell it."""
+  dim, theta, factor, original = SCALED[name]
+  scaling = rope.Llama3(factor=factor, low=1.0, high=4.0, original=original)
+  model = support.model(
+    head_dim=dim, theta=theta, scaling=scaling, depth=1, width=8, hidden=8
+  )
+  source = source_of(model)
+  path = tmp_path / "x.gguf"
+  convert.to_gguf(source, path)
+  found = load.load_model(path).model.stack.blocks[0].attention.rope.scaling
+  got, want = (x.frequencies(theta, dim, None)[0] for x in (found, scaling))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  if name != "none divided":
+    assert found == scaling
+  # Files of other tools have the factors alone.
+  file = gguf.open_gguf(path)
+  plain = rope.inverse_frequencies(theta, dim)
+  np.testing.assert_allclose(
+    file.tensors["rope_freqs.weight"].decode(), plain / want, rtol=1e-6
+  )
+  metadata = {k: v for k, v in file.metadata.items() if "scaling" not in k}
+  sizes = gguf_config.config("x", gguf.GGUF(metadata, file.tensors))[1]
+  got = sizes.scaling.frequencies(theta, dim, None)[0]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_other_bands_of_llama3s_rotation_are_refused(tmp_path):
+  scaling = rope.Llama3(factor=8.0, low=2.0, high=4.0, original=32)
+  model = support.model(scaling=scaling, depth=1)
+  source = source_of(model)
+  message = "bands low=2 and high=4, expected 1 and 4"
+  with pytest.raises(UserError, match=message):
+    convert.to_gguf(source, tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(

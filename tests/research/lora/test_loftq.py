@@ -92,6 +92,23 @@ def test_in_a_model(first):
   assert type(off) is type(q.w)
 
 
+def test_a_base_in_blocks_of_ggml():
+  """Whose encoder is NumPy's, inside of LoftQ's program."""
+  params = support.params(model())
+  how = Quantize(format=ggml.GGML(kind="Q4_0"))
+  start = adapt.Adapt(method=LoRA(rank=4, alpha=8.0), targets=("q", "up"))
+  one, two = (
+    LoftQ(quantize=how, adapt=start, steps=steps)(params) for steps in (1, 2)
+  )
+  w = params["run0"]["layer0"]["attention"]["q"]
+  q, again = (p["run0"]["layer0"]["attention"]["q"] for p in (one, two))
+  chex.assert_trees_all_equal(q.w.parts, how.pack(w).parts)
+  errors = [
+    float(jnp.linalg.norm(w - x.dense())) for x in (how.pack(w), q, again)
+  ]
+  assert errors[2] < errors[1] < errors[0]
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
@@ -108,6 +125,15 @@ def test_a_rank_beyond_the_matrix():
   start = adapt.Adapt(method=LoRA(rank=65))
   with pytest.raises(UserError, match="rank is 65, expected at most"):
     LoftQ(adapt=start)(support.params(model()))
+
+
+def test_what_is_not_finite_is_named():
+  params = support.params(model())
+  q = params["run0"]["layer0"]["attention"]["q"]
+  params["run0"]["layer0"]["attention"]["q"] = q.at[1, 0, 0].set(jnp.nan)
+  start = adapt.Adapt(method=LoRA(rank=4), targets=("q",))
+  with pytest.raises(UserError, match="attention/q"):
+    LoftQ(quantize=Quantize(format=ggml.GGML()), adapt=start)(params)
 
 
 # QA-LoRA ---------------------------------------------------------------------

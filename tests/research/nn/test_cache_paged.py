@@ -17,10 +17,9 @@ from research import sharding
 from research.nn.cache import LayerCache, Slots, write
 from research.nn.cache_paged import CODES, copied, empty_pool, pool_of, view
 from research.nn.transformer import init_cache
-from research.quant import kv_pages
 from research.quant.kv_quantizer import KVQuantizer
 from research.typing import UserError
-from tests import support, support_hlo, support_mesh
+from tests import support, support_hlo, support_mesh, support_pages
 from tests.research.nn.test_decoding import programs_for_a_tpu
 
 SIZE, COUNT, WIDTH, ROWS = 4, 24, 6, 3
@@ -203,7 +202,7 @@ def test_pages_in_8_bits_hold_the_quantized_caches_bytes(dtype):
   slab = init_cache(model, params, ROWS, 12, kv=kv)
   _, slab = step(model, params, tokens, counts, slab)
   layer = jax.tree.map(lambda x: x[0], slab.layers["run0"]["layer0"])
-  want, where = kv_pages.pages(layer, SIZE)
+  want, where = support_pages.pages(layer, SIZE)
   held = empty_pool(model, params, want.count, SIZE, dtype)
   _, cache = step(model, params, tokens, counts, view(held, where, nobody))
   got = jax.tree.map(lambda x: x[0], pool_of(cache)["run0"]["layer0"])

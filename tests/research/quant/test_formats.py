@@ -145,6 +145,16 @@ def test_packing_again_changes_nothing(row):
   assert moved.mean() <= (0.02 if row.startswith("int") else 0)
 
 
+@pytest.mark.parametrize("row", ggml.TYPES)
+def test_packing_inside_a_program_is_packing(row):
+  """Encoders of NumPy, too: AWQ and LoftQ round in the middle of a trace."""
+  importance = jnp.linspace(0.5, 2, 2 * INPUTS).reshape(2, INPUTS)
+  pack = jax.jit(qtensor.pack, static_argnums=1)
+  got = pack(jnp.asarray(matrices()), ROWS[row], importance)
+  want = qtensor.pack(matrices(), ROWS[row], importance)
+  chex.assert_trees_all_equal(jax.device_get(got), want)
+
+
 @every
 def test_zeros_stay_zeros(row):
   w = stack(np.zeros((2, INPUTS, OUTPUTS), np.float32), row)

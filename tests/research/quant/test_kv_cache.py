@@ -11,9 +11,8 @@ import pytest
 
 from kernels_pallas.decode_attention import pages as paging
 from kernels_pallas.decode_attention.api import paged_attention
-from research.quant import kv_pages
 from research.quant.kv_quantizer import KVQuantizer
-from research.typing import UserError
+from tests import support_pages
 from tests.research.quant import kivi
 
 ROWS, HEADS, DIM, TIME = 2, 2, 8, 45
@@ -163,7 +162,7 @@ def test_single_tokens_as_pages(bits):
     layer, K[:, :13], V[:, :13], positions, lengths, fresh=True
   )
   lengths = jnp.asarray(lengths)
-  got, table = kv_pages.pages(layer, 8)
+  got, table = support_pages.pages(layer, 8)
   dtype = jnp.int8 if bits == "int8" else jnp.float8_e4m3fn
   want = paging.empty_pages(4, HEADS, 8, DIM, dtype)
   new = [np.concatenate([x[0, :13], x[1, :9]]) for x in (K, V)]
@@ -184,12 +183,3 @@ def test_single_tokens_as_pages(bits):
   want = np.einsum("bkgs,bskh->bkgh", chances, values).reshape(q.shape)
   found = paged_attention(jnp.asarray(q), got, table, lengths)
   np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
-
-
-def test_what_is_no_page():
-  layer = KIVI.empty((ROWS, HEADS), 16, DIM, jnp.float32)
-  with pytest.raises(UserError, match="no page holds.*int8 or fp8"):
-    kv_pages.pages(layer, 8)
-  kv = KVQuantizer("per_token", "per_token", "int8", "int8", residual=0)
-  with pytest.raises(UserError, match="16 slots.*multiple of 5"):
-    kv_pages.pages(kv.empty((ROWS, HEADS), 16, DIM, jnp.float32), 5)

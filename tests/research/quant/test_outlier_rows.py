@@ -10,7 +10,6 @@ import pytest
 from research import tree
 from research.quant import methods, outlier_rows, rules
 from research.quant.formats.affine import Affine
-from research.quant.formats.ggml import GGML
 from research.quant.gptq import GPTQ
 from research.quant.methods import Compensated, Nearest
 from research.quant.outlier_rows import Apart
@@ -135,7 +134,6 @@ def test_of_experts_each_has_its_own():
   [
     (lambda: Apart(rows=0), "rows is 0, expected 1 or more"),
     (lambda: rounded(Apart(rows=64)), "expected fewer than the matrix' 64"),
-    (lambda: rounded(Apart(), format=GGML()), "encoded outside of JAX"),
     (
       lambda: Apart(method=Compensated(options=GPTQ(drift=1.0))),
       "GPTQ.drift moves rows",

@@ -18,10 +18,9 @@ from research.quant.clip import Clip
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML
-from research.quant.formats.kquants import Q4K, Q5K, Q6K
 from research.quant.formats.nvfp4 import NVFP4
 from research.quant.gptq import GPTQ
-from research.quant.methods import Compensated, Known, Nearest
+from research.quant.methods import Compensated, Nearest
 from research.quant.rules import Quantization, Rule
 from research.typing import UserError
 from tests import support, support_mesh
@@ -351,26 +350,6 @@ def test_matrices_side_by_side_are_as_one_by_one():
   for w, q in zip(ws, together, strict=True):
     (alone,), _, _ = methods.rounded((w,), seen, **how)
     np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-  "format",
-  [
-    *(GGML(kind=k) for k in ("Q4_0", "Q4_1", "Q5_1", "Q8_0")),
-    *(Q4K(), Q5K(), Q6K(), Codebook(block=32)),
-  ],
-  ids=lambda format: format.name,
-)
-def test_codes_can_be_put_back(format):
-  w = np.random.default_rng(2).standard_normal((256, 6)).astype(np.float32)
-  parts = jax.tree.map(jnp.asarray, format.encode(w))
-  plain = format.plain(parts)
-  again = format.recoded(parts, plain.codes)
-  jax.tree.map(np.testing.assert_array_equal, dict(parts), dict(again))
-  grids, known = Known.of(plain), Known.grid_of(plain)
-  groups = jnp.asarray(format.decode(parts)).reshape(-1, plain.group, 6)
-  codes = grids.codes(groups, *known)
-  np.testing.assert_allclose(grids.values(codes, *known), groups, atol=1e-6)
 
 
 def test_ggml_is_rounded_by_the_c_references_rules():
