@@ -98,6 +98,11 @@ def say(text: str) -> None:
   print(text, flush=True)
 
 
+def note(text: str) -> None:
+  """Prints a warning for people on stderr, which no JSON is read from."""
+  print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 def required(**values: Any) -> None:
   """Raises UserError for the first flag without a value."""
   for name, value in values.items():

@@ -1,16 +1,25 @@
-"""Which texts a run learns from, and is measured on, by their hashes.
+"""Which texts a run learns from, and is measured on, and what is around them.
 
 A corpus that belongs to the machine, such as the standard library, may change
-under a run that is resumed, or between two machines; a hash tells.
+under a run that is resumed, or between two machines; a hash tells. What stands
+around a document is the tokenizer's to say, unless a configuration does; what
+it was is kept with the run, so that its evaluations and what goes on from it
+read texts in the same way.
 """
 
+import dataclasses
 import json
 import platform
 from typing import Any
 
+from experiments import outputs
 from experiments.experiment import Experiment
 from research.data import predicted
+from research.data.pipeline import Mixture, Pipeline
+from research.nn import special_tokens
+from research.nn.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.training import folders
+from research.training import workdir as workdirs
 from research.training.folders import Folder
 from research.training.objective import NextToken
 from research.typing import UserError
@@ -53,6 +62,60 @@ def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
   with folders.writing(note):
     folders.write_text(note, json.dumps(record, indent=2) + "\n")
   return now
+
+
+def special_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
+  """Returns what the training documents of an experiment begin and end with."""
+  part = experiment.data
+  while isinstance(part, Mixture):
+    part = part.parts[0]
+  if isinstance(part, Pipeline):
+    return part.special_tokens(tokenizer)
+  return special_tokens.of(tokenizer)
+
+
+def as_trained(
+  experiment: Experiment, tokenizer: Any, workdir: Folder, keep: bool = False
+) -> Any:
+  """Returns the tokenizer, putting around texts what it did as the run began.
+
+  Args:
+    experiment: of the run.
+    tokenizer: of its model; None stays None.
+    workdir: which has a record of that. Runs that began before there were such
+      have none: what they did not configure stood around nothing.
+    keep: whether a run that begins, or goes on without one, gets a record.
+  """
+  if tokenizer is None:
+    return None
+  note, begun = workdir / special_tokens.FILE, workdirs.begun(workdir)
+  if begun and note.exists():
+    return dataclasses.replace(tokenizer, documents=special_tokens.read(note))
+  if begun and tokenizer.special != NO_SPECIAL_TOKENS:
+    without = dataclasses.replace(tokenizer, documents=NO_SPECIAL_TOKENS)
+    found = special_of(experiment, without)
+    if found == NO_SPECIAL_TOKENS:
+      outputs.say(
+        f"{workdir}: this run began without the tokens that its tokenizer puts "
+        "around documents, and goes on so"
+      )
+  else:
+    found = special_of(experiment, tokenizer)
+  if keep:
+    outputs.write(note, json.dumps(found.record()) + "\n")
+  return dataclasses.replace(tokenizer, documents=found)
+
+
+def said(tokenizer: Any) -> dict[str, Any] | None:
+  """Returns what stands around documents, as a result has it."""
+  if tokenizer is None:
+    return None
+  found = special_tokens.of(tokenizer)
+  names = tokenizer.backend.id_to_token
+  return found.record() | {
+    "begin": [names(i) for i in found.begin],
+    "end": [names(i) for i in found.end],
+  }
 
 
 def bits_per_byte(

@@ -54,12 +54,18 @@ def _train(
   # --- model ---
   outputs.say(f"loading {experiment.model}")
   built = experiment.build(where)
-  where, tokenizer = built.site, built.loaded.tokenizer
+  where = built.site
   start = _start(experiment, built)
   trainable, total = tree.count(start.trainable), tree.count(start.params)
   _say_parameters(experiment, built, trainable, total, workdir)
 
   # --- data ---
+  tokenizer = runtime.in_turn(
+    lambda: corpora.as_trained(
+      experiment, built.loaded.tokenizer, workdir, keep=True
+    )
+  )
+  built = built.reading(tokenizer)
   texts = runtime.in_turn(lambda: corpora.claim(experiment, workdir))
   training = experiment.data.training(tokenizer, *where.share)
   evaluations = experiment.evaluations(tokenizer)
@@ -100,6 +106,7 @@ def _train(
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
     "texts": texts,
+    "special_tokens": corpora.said(tokenizer),
     **outcome.evaluation,
     "workdir": str(workdir),
   }
@@ -164,6 +171,8 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   if workdir is None:
     at, trained = 0, _start(experiment, built)
   else:
+    words = built.loaded.tokenizer
+    built = built.reading(corpora.as_trained(experiment, words, workdir))
     at, trained = restored(experiment, built, workdir, number)
   evaluations = experiment.evaluations(built.loaded.tokenizer)
   if not evaluations:
@@ -180,7 +189,8 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   bits = corpora.bits_per_byte(
     experiment, built.loaded.tokenizer, heldout or None
   )
-  return {"step": at, **found, "bits_per_byte": bits}
+  around = corpora.said(built.loaded.tokenizer)
+  return {"step": at, **found, "bits_per_byte": bits, "special_tokens": around}
 
 
 def _start(experiment: Experiment, built: Built) -> state.TrainState:
@@ -295,7 +305,7 @@ def _look(
     made = generate.generate(
       built.loaded.model,
       trained.params,
-      [tokenizer.encode(experiment.prompt)],
+      [tokenizer.prompt(experiment.prompt)],
       max_new_tokens=experiment.continuation,
     )
     text = tokenizer.decode(made.tokens[0])

@@ -38,7 +38,7 @@ def claim_workdir(
   mark = workdir / "config.gin"
   with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if mark.exists() and _begun(workdir):
+    if mark.exists() and begun(workdir):
       old = mark.read_bytes().decode("utf-8", errors="replace")
       _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
@@ -48,8 +48,8 @@ def claim_workdir(
   return workdir
 
 
-def _begun(workdir: Folder) -> bool:
-  """Whether a step was taken, or saved, or found damaged."""
+def begun(workdir: Folder) -> bool:
+  """Whether a run took a step here, or saved one, or found it damaged."""
   if any(p.name[0].isdigit() for p in (workdir / "checkpoints").glob("*")):
     return True
   metrics = workdir / "metrics.jsonl"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from research.data import examples, jsonl, records, sources
+from research.nn.special_tokens import SpecialTokens
 from research.nn.tokenizer import Tokenizer
 from research.typing import UserError
 
@@ -120,7 +121,8 @@ def test_texts_are_documents(write):
   source = records.Texts(source.paths, field="meta.t")
   assert isinstance(source, sources.Documents)
   assert [source[i] for i in range(len(source))] == ["ab", "c"]
-  made = examples.read(source, LETTERS, end=0)
+  around = SpecialTokens(end=(0,))
+  made = examples.read(source, LETTERS, around)
   assert [e.tokens.tolist() for e in made] == [[97, 98, 0], [99, 0]]
   with pytest.raises(UserError, match="this model has no tokenizer"):
     examples.read(source, None)
