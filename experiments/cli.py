@@ -12,6 +12,7 @@ import pathlib
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -126,6 +127,7 @@ def local(**paths: str | None) -> None:
 
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
+  warnings.showwarning = _show_warning
   try:
     status = call(main, sys.argv)
     sys.stdout.flush()
@@ -139,6 +141,20 @@ def run(main: Main) -> NoReturn:
 
     runtime.leave(status)
   sys.exit(status)
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+  """Prints the library's own warnings as a line; once for all processes."""
+  if category is not RuntimeWarning:
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, end="", file=file or sys.stderr, flush=True)
+    return
+  if "jax" in sys.modules:
+    import jax
+
+    if jax.distributed.is_initialized() and jax.process_index():
+      return
+  print(f"warning: {message}", file=file or sys.stderr, flush=True)
 
 
 def call(main: Main, argv: Sequence[str]) -> int:

@@ -185,6 +185,18 @@ class PackedRows:
       place = stop
     return row
 
+  def with_targets(self) -> "PackedRows":
+    """Returns the rows in which a token counts as a target."""
+    plan = [row for row in self.plan if any(map(self._teaches, row))]
+    return dataclasses.replace(self, plan=plan)
+
+  def _teaches(self, piece: Piece) -> bool:
+    stop = min(
+      piece.start + piece.size, len(self.documents[piece.document]) - 1
+    )
+    count = stop - piece.start
+    return count > 0 and bool(np.any(self._weights(piece, count)))
+
   def _begins(self, document: np.ndarray) -> bool:
     return begins_with(document, self.begin)
 

@@ -8,6 +8,7 @@ arithmetic, so the same holds for it.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -91,15 +92,43 @@ class Pipeline:
     )
 
   def rows(self, tokenizer: Any) -> PackedRows:
-    """Returns the packed rows in the source's order."""
+    """Returns the packed rows in the source's order; those with targets.
+
+    A warning tells what is cut of examples that count in part, conversations
+    say: a text may be read from anywhere, an answer follows its question.
+    """
     special = self.special_tokens(tokenizer)
     found = examples.read(self.source, tokenizer, special)
-    return packing.pack(
+    packed = packing.pack(
       [e.tokens for e in found],
       self.length,
       self.plan,
       [e.learned for e in found],
       special.row_begin,
+    )
+    rows = packed.with_targets()
+    self._warn(found, len(packed), len(rows))
+    return rows
+
+  def _warn(
+    self, found: Sequence[examples.Example], packed: int, kept: int
+  ) -> None:
+    sizes = [len(e.tokens) for e in found if not e.learned.all()]
+    longer = sum(size > self.length for size in sizes)
+    if not longer:
+      return
+    without = ""
+    if kept < packed:
+      without = (
+        f"; {packed - kept:,} of {packed:,} rows have then nothing to learn "
+        "and are left out"
+      )
+    warnings.warn(
+      f"Pipeline.length: {longer:,} of {len(found):,} examples are longer than "
+      f"{self.length} places, the longest has {max(sizes)}. They are cut, and "
+      f"what is behind a cut is learned without what was before it{without}.",
+      RuntimeWarning,
+      stacklevel=3,
     )
 
   def stream(self, tokenizer: Any) -> grain.MapDataset:
