@@ -33,14 +33,36 @@ def train(
 ) -> dict[str, Any]:
   """Trains `experiment` in `workdir`; returns its result.
 
-  Of several processes, each calls this; the first one writes.
+  Of several processes, each calls this; the first one writes. A run that is
+  finished is left as it is.
 
   Raises:
-    Preempted: SIGTERM came; the run is saved.
+    Preempted: it was asked to end (`training.preemption`), and is saved.
     UserError: what the user can mend.
   """
+  old = runtime.in_turn(lambda: finished(experiment, workdir))
+  if old is not None:
+    outputs.say(
+      f"{workdir}: finished, after {old['steps']} steps; this is its result. "
+      "More of them (--set=STEPS=...)\ngo on from there; without result.json, "
+      "what the run leaves behind is written anew."
+    )
+    return old
   with site.entered(experiment.mesh) as where:
     return _train(experiment, where, workdir, writers)
+
+
+def finished(experiment: Experiment, workdir: Folder) -> dict[str, Any] | None:
+  """Returns the result of a run that has nothing left to do, else None."""
+  try:
+    old = json.loads((workdir / "result.json").read_text("utf-8"))
+  except (FileNotFoundError, ValueError):
+    return None
+  steps = old.get("steps") if isinstance(old, dict) else None
+  if type(steps) is not int or steps < experiment.plan.steps:
+    return None
+  # It was written last; but a workdir may have lost what it is about.
+  return old if (workdir / "checkpoints" / str(steps)).is_dir() else None
 
 
 def _train(
@@ -107,7 +129,7 @@ def _train(
     "steps": experiment.plan.steps,
     "texts": texts,
     "special_tokens": corpora.said(tokenizer),
-    **outcome.evaluation,
+    **(outcome.evaluation or _evaluated(experiment, workdir)),
     "workdir": str(workdir),
   }
   outputs.write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
@@ -135,6 +157,16 @@ def _looks(
     )
   )
   return {"before": (0, before), "after": (experiment.plan.steps, after)}
+
+
+def _evaluated(experiment: Experiment, workdir: Folder) -> dict[str, float]:
+  """Returns the last step's evaluation, of the process that took it."""
+  found: dict[str, float] = {}
+  for record in metrics.read_jsonl(workdir / "metrics.jsonl"):
+    if record["step"] == experiment.plan.steps:
+      named = {k: v for k, v in record.items() if k.startswith("validation/")}
+      found |= named
+  return found
 
 
 def _told(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:

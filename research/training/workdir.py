@@ -34,17 +34,29 @@ def claim_workdir(
   Raises:
     UserError: it holds another experiment, or cannot be written.
   """
-  workdir = folders.folder(workdir)
+  workdir = check_workdir(workdir, config, may_differ)
   mark = workdir / "config.gin"
   with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if mark.exists() and begun(workdir):
-      old = mark.read_bytes().decode("utf-8", errors="replace")
-      _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
     if jax.process_index() == 0:
       folders.write_text(mark, config)
     versions.record(workdir)
+  return workdir
+
+
+def check_workdir(
+  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
+) -> Folder:
+  """Returns the workdir if it is this experiment's to take; writes nothing.
+
+  Args and errors are those of `claim_workdir`.
+  """
+  workdir = folders.folder(workdir)
+  mark = workdir / "config.gin"
+  if mark.exists() and begun(workdir):
+    old = mark.read_bytes().decode("utf-8", errors="replace")
+    _same_experiment(mark, old, config, may_differ)
   return workdir
 
 
