@@ -161,7 +161,8 @@ def call(main: Main, argv: Sequence[str]) -> int:
   """Runs a command on `argv`; returns its exit status.
 
   0: done, 1: an error, 2: a wrong command line, 42: asked to stop, and saved,
-  so that the same command goes on (`training.preemption`), 130: interrupted.
+  so that the same command goes on (`training.preemption`), 130: interrupted,
+  with nothing saved.
   """
   values = _flags(main)
   for name in values:

@@ -122,7 +122,10 @@ def test_evaluation_by_two_processes(whole):
 
 @pytest.fixture(scope="module")
 def preempted(whole, folder):
-  """A run of which one process is asked to stop."""
+  """A run of which one process is asked to stop, by Ctrl-C.
+
+  Which sends itself the SIGTERM that JAX's service tells the other one of.
+  """
 
   def during(running):
     # It has a handler when it has a working directory.
@@ -130,7 +133,7 @@ def preempted(whole, folder):
     while not (folder / "asked" / "config.gin").exists():
       assert time.monotonic() < until and running[1].poll() is None
       time.sleep(0.02)
-    running[1].send_signal(signal.SIGTERM)
+    running[1].send_signal(signal.SIGINT)
 
   arguments = _arguments("train", folder / "asked", *MESH)
   return launch(["-m", "experiments.train", *arguments[1:]], during=during)
@@ -148,7 +151,7 @@ def resumed(whole, preempted, folder):
   )
 
 
-def test_sigterm_in_one_process_ends_both_with_42(preempted, folder):
+def test_ctrl_c_in_one_process_ends_both_with_42(preempted, folder):
   assert [p.status for p in preempted] == [42, 42], preempted
   for p in preempted:
     assert "asked to stop; step " in p.err
@@ -157,7 +160,7 @@ def test_sigterm_in_one_process_ends_both_with_42(preempted, folder):
   assert not (folder / "asked" / "result.json").exists()
 
 
-def test_after_sigterm_the_run_is_bitwise_the_undisturbed_one(
+def test_after_that_the_run_is_bitwise_the_undisturbed_one(
   whole, resumed, folder
 ):
   _assert_bitwise(folder / "asked", whole[0])
