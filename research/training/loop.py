@@ -23,6 +23,7 @@ from research.training import (
   folders,
   memory,
   preemption,
+  ranges,
   unevaluated,
 )
 from research.training import metrics as reports
@@ -78,6 +79,7 @@ class Plan:
         raise UserError(
           f"Plan.{name}: found {getattr(self, name)}, expected at least {low}."
         )
+    ranges.share("Plan", average=self.average)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
