@@ -18,17 +18,20 @@ from research.data import predicted
 from research.data.pipeline import Mixture, Pipeline
 from research.nn import special_tokens
 from research.nn.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
+from research.nn.transformer import Transformer
 from research.training import folders
 from research.training import workdir as workdirs
 from research.training.folders import Folder
 from research.training.objective import NextToken
 from research.typing import UserError
 
+PARTS = ("data", "validation", "heldout")
+"""Of an experiment: what it reads."""
+
 
 def hashes(experiment: Experiment) -> dict[str, str]:
   """Returns part -> hash, for parts whose source has one (`sha256`)."""
-  parts = ("data", "validation", "heldout")
-  sources = {p: getattr(getattr(experiment, p), "source", None) for p in parts}
+  sources = {p: getattr(getattr(experiment, p), "source", None) for p in PARTS}
   found = {p: getattr(s, "sha256", None) for p, s in sources.items()}
   return {p: value for p, value in found.items() if value is not None}
 
@@ -64,11 +67,16 @@ def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
   return now
 
 
+def _first(data: Any) -> Any:
+  """Returns the first part of a mixture, whose rows are as long as all."""
+  while isinstance(data, Mixture):
+    data = data.parts[0]
+  return data
+
+
 def special_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
   """Returns what the training documents of an experiment begin and end with."""
-  part = experiment.data
-  while isinstance(part, Mixture):
-    part = part.parts[0]
+  part = _first(experiment.data)
   if isinstance(part, Pipeline):
     return part.special_tokens(tokenizer)
   return special_tokens.of(tokenizer)
@@ -116,6 +124,32 @@ def said(tokenizer: Any) -> dict[str, Any] | None:
     "begin": [names(i) for i in found.begin],
     "end": [names(i) for i in found.end],
   }
+
+
+def check_context(
+  experiment: Experiment, model: Transformer, tokenizer: Any
+) -> None:
+  """Warns of rows with texts that are longer than the model's context.
+
+  Only rows that are longer are read for it: documents that share one may be
+  short.
+  """
+  context, found = model.max_positions, {}
+  for name in PARTS:
+    data = getattr(experiment, name)
+    if context is None or getattr(_first(data), "length", 0) <= context:
+      continue
+    rows = data.rows(tokenizer)
+    top = max(int(rows[i]["positions"].max()) + 1 for i in range(len(rows)))
+    if top > context:
+      found[name] = top
+  if found:
+    names = " and ".join(found)
+    folders.warn(
+      f"the rows of {names} hold texts of up to {max(found.values()):,} tokens,"
+      f" and the model's context is {context:,}: generate and perplexity refuse"
+      f" what lies beyond.\nSet LENGTH={context}, or less."
+    )
 
 
 def bits_per_byte(

@@ -89,6 +89,7 @@ def _train(
   )
   built = built.reading(tokenizer)
   texts = runtime.in_turn(lambda: corpora.claim(experiment, workdir))
+  corpora.check_context(experiment, built.loaded.model, tokenizer)
   training = experiment.data.training(tokenizer, *where.share)
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
@@ -206,7 +207,9 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
     words = built.loaded.tokenizer
     built = built.reading(corpora.as_trained(experiment, words, workdir))
     at, trained = restored(experiment, built, workdir, number)
-  evaluations = experiment.evaluations(built.loaded.tokenizer)
+  words = built.loaded.tokenizer
+  corpora.check_context(experiment, built.loaded.model, words)
+  evaluations = experiment.evaluations(words)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = evaluating.compiled(built.objective, where.batch)

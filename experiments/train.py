@@ -5,9 +5,10 @@
 Trains what the configuration describes and leaves in the working directory:
 config.gin (rebuilds the run), metrics.jsonl, checkpoints/, loss.png, adapter/
 (PEFT's format, where the run trained one) and result.json, whose content is
-the last line on stdout. The same command again resumes; so it does after SIGTERM or
-Ctrl-C, upon which the run saves and ends with status 42 (a second Ctrl-C ends
-it at once). Of a finished run it prints the result, and changes nothing.
+the last line on stdout. The same command again resumes; so it does after
+SIGTERM or Ctrl-C, upon which the run saves and ends with status 42 (a second
+Ctrl-C ends it at once). Of a finished run it prints the result, and changes
+nothing.
 
 A mesh is a matter of five numbers (configs/base.gin); on virtual devices:
 

@@ -1,10 +1,12 @@
 """Special tokens through a run: said, kept, and read by what comes after."""
 
+import dataclasses
 import json
 
 import pytest
 
 from experiments import cli, config, corpora, perplexity, runs
+from research.data.pipeline import Mixture
 from research.interop import load
 from research.nn.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.training.workdir import claim_workdir
@@ -66,6 +68,44 @@ def test_what_a_run_began_with_stays(finished, tmp_path, capsys):
   (begun / "special_tokens.json").write_text(record)
   assert found() == BOS
   assert corpora.as_trained(experiment, None, begun) is None
+
+
+def test_texts_beyond_the_context_are_warned_of(finished, capsys):
+  """Whatever the length of a row, if documents share it."""
+  experiment, workdir, _ = finished
+  loaded = load.load_model(workdir)
+  short = loaded.model.clone(max_positions=60)
+
+  def warned(model, **changes):
+    data = dataclasses.replace(experiment.data, **changes)
+    changed = dataclasses.replace(experiment, data=data, heldout=None)
+    corpora.check_context(changed, model, loaded.tokenizer)
+    return capsys.readouterr().err
+
+  assert warned(loaded.model) == ""
+  said = warned(short)
+  assert "of data and validation hold texts of up to 64 tokens" in said
+  assert "context is 60" in said and "Set LENGTH=60, or less." in said
+  experiment = dataclasses.replace(experiment, validation=None)
+  assert warned(short, source=Short()) == ""
+  assert "texts of up to 64" in warned(short, source=Short(90))
+  mixed = Mixture(parts=(experiment.data,), weights=(1,))
+  changed = dataclasses.replace(experiment, data=mixed, heldout=None)
+  corpora.check_context(changed, short, loaded.tokenizer)
+  assert "rows of data hold texts of up to 64" in capsys.readouterr().err
+
+
+@dataclasses.dataclass(frozen=True)
+class Short:
+  """Documents of few tokens."""
+
+  size: int = 9
+
+  def __len__(self):
+    return 5
+
+  def __getitem__(self, index):
+    return "abcdefghijklm"[index : index + 2] * self.size
 
 
 @pytest.mark.parametrize("bos", [None, "never", "auto", "always"])

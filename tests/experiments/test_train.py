@@ -143,6 +143,11 @@ def test_a_result_that_was_not_written_is_whole(finished, tmp_path):
   assert again["perplexity_after"] == first["perplexity_after"]
 
 
+def test_a_rate_below_zero_is_refused_before_a_model_is_loaded():
+  with pytest.raises(UserError, match="schedule.peak: found -1, expected a"):
+    config.read("runs/quickstart.gin", ["LEARNING_RATE=-1"])
+
+
 def test_another_experiment_is_refused(finished):
   workdir, _ = finished
   with pytest.raises(UserError, match="holds another experiment"):
