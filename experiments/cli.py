@@ -99,9 +99,9 @@ def say(text: str) -> None:
   print(text, flush=True)
 
 
-def note(text: str) -> None:
+def warn(text: str) -> None:
   """Prints a warning for people on stderr, which no JSON is read from."""
-  print(f"note: {text}", file=sys.stderr, flush=True)
+  print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def required(**values: Any) -> None:

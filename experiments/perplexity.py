@@ -152,7 +152,7 @@ def _begin(tokenizer: Any) -> tuple[int, ...]:
     return said or (tokenizer.bos,)
   if said and not FLAGS["bos"].present:
     names = "".join(map(tokenizer.backend.id_to_token, said))
-    cli.note(
+    cli.warn(
       f"this model expects {names} first and reads without it here; --bos=auto "
       "puts it before each window, --bos=never says that none is meant"
     )

@@ -119,7 +119,7 @@ def test_perplexity_says_what_it_leaves_out(finished, tmp_path, capsys, bos):
   out = capsys.readouterr()
   result = json.loads(out.out.splitlines()[-1])
   assert result["bos"] == (bos or "never")
-  notes = [n for n in out.err.splitlines() if n.startswith("note: ")]
+  notes = [n for n in out.err.splitlines() if n.startswith("warning: ")]
   assert len(notes) == (bos is None)
   assert all("expects <|endoftext|> first" in n for n in notes)
   loaded = load.load_model(workdir)
