@@ -114,7 +114,7 @@ def as_trained(
   return dataclasses.replace(tokenizer, documents=found)
 
 
-def said(tokenizer: Any) -> dict[str, Any] | None:
+def described(tokenizer: Any) -> dict[str, Any] | None:
   """Returns what stands around documents, as a result has it."""
   if tokenizer is None:
     return None

@@ -129,7 +129,7 @@ def _train(
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
     "texts": texts,
-    "special_tokens": corpora.said(tokenizer),
+    "special_tokens": corpora.described(tokenizer),
     **(outcome.evaluation or _evaluated(experiment, workdir)),
     "workdir": str(workdir),
   }
@@ -224,7 +224,7 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   bits = corpora.bits_per_byte(
     experiment, built.loaded.tokenizer, heldout or None
   )
-  around = corpora.said(built.loaded.tokenizer)
+  around = corpora.described(built.loaded.tokenizer)
   return {"step": at, **found, "bits_per_byte": bits, "special_tokens": around}
 
 

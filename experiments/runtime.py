@@ -148,9 +148,11 @@ def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
     jax.config.update("jax_num_cpu_devices", where.devices)
   jax.config.update("jax_enable_preemption_service", preemptible)
   mine = _connect(where)
-  catching = preemption.catching if preemptible else contextlib.nullcontext
+  handling = contextlib.nullcontext()
+  if preemptible:
+    handling = preemption.handling_signals()
   try:
-    with catching():
+    with handling:
       yield
   except preemption.Preempted:
     if mine:

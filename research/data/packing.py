@@ -50,8 +50,8 @@ class Piece(NamedTuple):
 
 
 Plan = Callable[[Sequence[int], int, Sequence[int]], list[list[Piece]]]
-"""(lengths of the documents, row length T, places that each document's later
-pieces take besides their own tokens) -> the pieces of each row."""
+"""(lengths of the documents, row length T, places that a later piece of each
+document takes besides its own tokens) -> the pieces of each row."""
 
 
 def tokenize(
@@ -83,12 +83,12 @@ def tokenize(
 
 
 def concatenate(
-  lengths: Sequence[int], row: int, again: Sequence[int] | None = None
+  lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
   """Returns a plan that pads the last row only, and cuts at row ends."""
   rows: list[list[Piece]] = [[]]
   space = row
-  for document, (length, head) in enumerate(_with_heads(lengths, again)):
+  for document, (length, head) in enumerate(_with_heads(lengths, overhead)):
     start = 0
     while start < length:
       if space == 0:
@@ -102,22 +102,22 @@ def concatenate(
 
 
 def alone(
-  lengths: Sequence[int], row: int, again: Sequence[int] | None = None
+  lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
   """Returns a plan in which documents share no row; longer ones are cut."""
   return [
     [Piece(document, start, min(row - head * (start > 0), length - start))]
-    for document, (length, head) in enumerate(_with_heads(lengths, again))
+    for document, (length, head) in enumerate(_with_heads(lengths, overhead))
     for start in (*range(min(length, 1)), *range(row, length, row - head))
   ]
 
 
 def best_fit(
-  lengths: Sequence[int], row: int, again: Sequence[int] | None = None
+  lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
   """Returns a plan that cuts no document which fits into a row."""
-  heads = [head for _, head in _with_heads(lengths, again)]
-  pieces = [piece for (piece,) in alone(lengths, row, again)]
+  heads = [head for _, head in _with_heads(lengths, overhead)]
+  pieces = [piece for (piece,) in alone(lengths, row, overhead)]
   rows: list[list[Piece]] = []
   spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
 
@@ -137,9 +137,9 @@ def best_fit(
 
 
 def _with_heads(
-  lengths: Sequence[int], again: Sequence[int] | None
+  lengths: Sequence[int], overhead: Sequence[int] | None
 ) -> list[tuple[int, int]]:
-  heads = [0] * len(lengths) if again is None else again
+  heads = [0] * len(lengths) if overhead is None else overhead
   return list(zip(lengths, heads, strict=True))
 
 
@@ -187,10 +187,10 @@ class PackedRows:
 
   def with_targets(self) -> "PackedRows":
     """Returns the rows in which a token counts as a target."""
-    plan = [row for row in self.plan if any(map(self._teaches, row))]
+    plan = [row for row in self.plan if any(map(self._has_target, row))]
     return dataclasses.replace(self, plan=plan)
 
-  def _teaches(self, piece: Piece) -> bool:
+  def _has_target(self, piece: Piece) -> bool:
     stop = min(
       piece.start + piece.size, len(self.documents[piece.document]) - 1
     )
@@ -247,7 +247,7 @@ def pack(
       f"length: found {length}, expected at least {least} places in a row."
     )
   sizes = [len(d) for d in documents]
-  again = [len(begin) * begins_with(d, begin) for d in documents]
+  overhead = [len(begin) * begins_with(d, begin) for d in documents]
   return PackedRows(
-    documents, plan(sizes, length, again), length, learned, begin
+    documents, plan(sizes, length, overhead), length, learned, begin
   )

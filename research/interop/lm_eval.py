@@ -132,7 +132,7 @@ def score(
     special: with what every row of the model begins; it is not left out.
   """
   size, head = context_of(model), special.row_begin
-  rows = [(special.last([*a, *b], size + 1), len(b)) for a, b in requests]
+  rows = [(special.truncate([*a, *b], size + 1), len(b)) for a, b in requests]
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
   out: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
   for start in range(0, len(order), batch):
@@ -188,7 +188,7 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
   tokenizer = loaded.tokenizer
   room = max(1, context_of(loaded.model) - options.count)
   prompts = [
-    tokenizer.special.last(tokenizer.prompt(text), room)
+    tokenizer.special.truncate(tokenizer.prompt(text), room)
     or [lm_eval_requests.prefix(tokenizer)]
     for text in contexts
   ]

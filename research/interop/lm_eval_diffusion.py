@@ -142,7 +142,7 @@ def score(
         f"at most {size - least}: the model's context, {size}, less what it "
         "follows"
       )
-    ids = special.last(ids, size)
+    ids = special.truncate(ids, size)
     row = _Row(loaded, spec, how, ids, len(ids) - len(continuation))
     out.append(row.asked(jax.random.fold_in(key, i)))
   return out
@@ -269,7 +269,7 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
   tokenizer = loaded.tokenizer
   room = max(1, texts.context_of(loaded.model) - options.count)
   prompts = [
-    tokenizer.special.last(tokenizer.prompt(text), room)
+    tokenizer.special.truncate(tokenizer.prompt(text), room)
     or [texts.prefix(tokenizer)]
     for text in contexts
   ]

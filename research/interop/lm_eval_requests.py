@@ -127,7 +127,7 @@ def windows(tokenizer: Any, size: int, text: str) -> list[Request]:
     part = ids[start : start + room]
     seen = [*before, *ids[:start]]
     if start:
-      seen = special.last(seen, size + 1 - len(part))
+      seen = special.truncate(seen, size + 1 - len(part))
     out.append((seen, part))
     start, room = start + room, size - len(special.row_begin)
   return out

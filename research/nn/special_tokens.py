@@ -50,7 +50,7 @@ class SpecialTokens:
     """Returns the tokens of a text that is to be continued."""
     return list(ids) if begins_with(ids, self.begin) else [*self.begin, *ids]
 
-  def last(self, ids: Sequence[int], room: int) -> list[int]:
+  def truncate(self, ids: Sequence[int], room: int) -> list[int]:
     """Returns the last `room` tokens, of which the first stay `begin`."""
     if len(ids) <= room or not begins_with(ids, self.row_begin):
       return list(ids[-room:])

@@ -145,11 +145,13 @@ class Tokenizer:
 
 def _added(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """Returns what the backend's own post-processor puts around a text."""
-  inside = backend.encode("a", add_special_tokens=False).ids
-  whole = backend.encode("a", add_special_tokens=True).ids
-  for i in range(len(whole) - len(inside) + 1):
-    if whole[i : i + len(inside)] == inside:
-      return tuple(whole[:i]), tuple(whole[i + len(inside) :])
+  for text in ("a", "0", "A"):
+    inside = backend.encode(text, add_special_tokens=False).ids
+    whole = backend.encode(text, add_special_tokens=True).ids
+    # Nothing is inside where the vocabulary lacks the letter.
+    for i in range(len(whole) - len(inside) + 1 if inside else 0):
+      if whole[i : i + len(inside)] == inside:
+        return tuple(whole[:i]), tuple(whole[i + len(inside) :])
   return (), ()
 
 

@@ -151,7 +151,7 @@ def fit(
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(began), {}
-  points, batches = preemption.Points(), iter(training)
+  points, batches = preemption.StopPoints(), iter(training)
   with contextlib.ExitStack() as stack:
     # --- restore ---
     folder = workdir / "checkpoints"

@@ -3,8 +3,8 @@
 Schedulers send SIGTERM some seconds before they kill. A run that hears it saves
 at the next of the points where it asks, and ends; the same command goes on.
 
-* A process alone (`catching`) hears both signals itself. While it has nothing
-  to save (it loads, compiles, writes its last files), it ends at once.
+* A process alone (`handling_signals`) hears both signals itself. While it has
+  nothing to save (it loads, compiles, writes its last files), it ends at once.
 * Of several processes JAX's coordination service tells all of whichever heard a
   SIGTERM, and they agree on a point to end at, which is why all ask at the same
   points. Ctrl-C becomes a SIGTERM.
@@ -53,7 +53,7 @@ class Interrupted(BaseException):
   """
 
 
-class Asked:
+class StopRequest:
   """A signal handler that remembers.
 
   Attributes:
@@ -79,7 +79,7 @@ class Asked:
       raise Interrupted
 
   def watch(self, pipe: int) -> None:
-    """Handles what cannot wait for the main thread; see `catching`.
+    """Handles what cannot wait for the main thread; see `handling_signals`.
 
     Args:
       pipe: gets the number of each signal, and a 0 in the end.
@@ -111,7 +111,7 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def catching() -> Iterator[None]:
+def handling_signals() -> Iterator[None]:
   """Makes SIGTERM and Ctrl-C ask the run inside to save and end.
 
   Python's handlers run between two lines of Python in the main thread, which
@@ -125,7 +125,7 @@ def catching() -> Iterator[None]:
     yield
     return
   alone = jax.process_count() == 1
-  asked = Asked(alone)
+  asked = StopRequest(alone)
   # Of several processes, JAX's own handler of SIGTERM stays.
   numbers = [signal.SIGINT, *([signal.SIGTERM] if alone else [])]
   out, into = os.pipe()
@@ -148,13 +148,13 @@ def catching() -> Iterator[None]:
     os.close(into)
 
 
-class Points:
+class StopPoints:
   """Where a run asks whether to end: the same for all of its processes."""
 
   def __init__(self):
-    """Looks for the handler that `catching` has installed, if it has."""
+    """Finds the handler that `handling_signals` installed, if it did."""
     found = signal.getsignal(signal.SIGINT)
-    self._asked = found if isinstance(found, Asked) else None
+    self._asked = found if isinstance(found, StopRequest) else None
     self._number = 0
 
   def reached(self) -> bool:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 from tokenizers import processors
 
 from research.interop import hf_export
@@ -53,6 +54,17 @@ def test_a_post_processor_says_it(tmp_path, single, begin, end):
   # What a text spells out itself is not there twice.
   spelled = backend.decode(want, skip_special_tokens=False)
   assert found.encode(spelled, add_special=True) == want
+
+
+def test_a_vocabulary_may_lack_a_letter():
+  names = {"<s>": 0, "</s>": 1, "0": 2}
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(names, merges=[]))
+  backend.add_special_tokens(["<s>", "</s>"])
+  backend.post_processor = processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+  )
+  assert backend.encode("a").ids == [0, 1]
+  assert Tokenizer(backend=backend).special == SpecialTokens((0,), (1,), True)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +130,11 @@ def test_windows_tile_the_text():
 
 def test_what_fits_is_the_end_behind_the_beginning():
   around = SpecialTokens((1, 2), (), True)
-  assert around.last([1, 2, 5, 6, 7], 4) == [1, 2, 6, 7]
-  assert around.last([1, 2, 5, 6], 4) == [1, 2, 5, 6]
-  assert around.last([5, 6, 7], 2) == [6, 7]  # begins with nothing
-  assert around.last([1, 2, 5, 6], 2) == [5, 6]  # no room behind
-  assert SpecialTokens((1, 2)).last([1, 2, 5, 6, 7], 4) == [2, 5, 6, 7]
+  assert around.truncate([1, 2, 5, 6, 7], 4) == [1, 2, 6, 7]
+  assert around.truncate([1, 2, 5, 6], 4) == [1, 2, 5, 6]
+  assert around.truncate([5, 6, 7], 2) == [6, 7]  # begins with nothing
+  assert around.truncate([1, 2, 5, 6], 2) == [5, 6]  # no room behind
+  assert SpecialTokens((1, 2)).truncate([1, 2, 5, 6, 7], 4) == [2, 5, 6, 7]
 
 
 def test_a_record_comes_back(tmp_path):

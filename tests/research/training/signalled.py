@@ -67,8 +67,8 @@ def swallowing(points):
 
 def child(scenario, ready):
   try:
-    with preemption.catching():
-      points = preemption.Points()
+    with preemption.handling_signals():
+      points = preemption.StopPoints()
       os.write(ready, b"x")
       scenario(points)
   except preemption.Preempted as error:

@@ -179,12 +179,12 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path, monkeypatch):
   ]
   for number, (left, words) in enumerate(lives):
     asking = Asking(left)
-    monkeypatch.setattr(preemption, "Points", lambda a=asking: a)
+    monkeypatch.setattr(preemption, "StopPoints", lambda a=asking: a)
     with pytest.raises(preemption.Preempted, match=words) as caught:
       run(tmp_path / "left", **more)
     assert words + ".\n" in str(caught.value), number
     assert caught.value.exit_status == 42
-  monkeypatch.setattr(preemption, "Points", lambda: Asking(99))
+  monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(99))
   out, whole = run(tmp_path / "left", **more), run(tmp_path / "whole", **more)
   assert (out.start, whole.start) == (6, 0)
   chex.assert_trees_all_equal(out.state, whole.state)
@@ -207,17 +207,17 @@ def numbers(workdir):
 
 def test_a_damaged_unevaluated_step_is_not_used(tmp_path, monkeypatch, capsys):
   more = dict(plan=loop.Plan(steps=4, accumulate=2, save_every=2))
-  monkeypatch.setattr(preemption, "Points", lambda: Asking(6))
+  monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(6))
   with pytest.raises(preemption.Preempted, match="step 4 is saved, but for"):
     run(tmp_path, **more)
   (tmp_path / "unevaluated" / "4" / "data" / "place.json").write_text("{}")
-  monkeypatch.setattr(preemption, "Points", lambda: Asking(99))
+  monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(99))
   assert run(tmp_path, **more).start == 2
   assert "not used: " in capsys.readouterr().err
 
 
 def test_nobody_asks_where_jax_is_not_distributed():
-  assert not preemption.Points().reached()
+  assert not preemption.StopPoints().reached()
 
 
 @dataclasses.dataclass(frozen=True)

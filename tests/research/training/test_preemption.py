@@ -51,10 +51,10 @@ def test_a_second_ctrl_c_ends_it_at_once(ended):
 
 def test_nothing_is_left_behind():
   before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-  with preemption.catching():
+  with preemption.handling_signals():
     inside = signal.getsignal(signal.SIGINT)
-    assert isinstance(inside, preemption.Asked)
-    with pytest.raises(preemption.Preempted), preemption.catching():
+    assert isinstance(inside, preemption.StopRequest)
+    with pytest.raises(preemption.Preempted), preemption.handling_signals():
       signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is inside
   found = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
