@@ -177,7 +177,8 @@ class PackedRows:
       first = place + len(head)
       stop = first + piece.size
       learn = slice(first, first + len(targets))
-      row["tokens"][place:stop] = [*head, *tokens[: piece.size]]
+      row["tokens"][place:first] = head
+      row["tokens"][first:stop] = tokens[: piece.size]
       row["targets"][learn] = targets
       row["weights"][learn] = self._weights(piece, len(targets))
       row["positions"][place:stop] = np.arange(stop - place)
