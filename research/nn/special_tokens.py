@@ -10,7 +10,6 @@ arXiv:2309.17453).
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,8 +102,11 @@ def of(tokenizer: Any) -> SpecialTokens:
   return getattr(tokenizer, "special", NO_SPECIAL_TOKENS)
 
 
-def read(path: pathlib.Path) -> SpecialTokens:
-  """Returns what `SpecialTokens.record` wrote.
+def read(path: Any) -> SpecialTokens:
+  """Returns what `SpecialTokens.record` said.
+
+  Args:
+    path: a `pathlib.Path`, or one of a bucket.
 
   Raises:
     UserError: the file holds something else.
