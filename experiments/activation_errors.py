@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if text is None:
     source = PydocTopics("heldout")
     text = "\n".join(source[i] for i in range(len(source)))
-  ids = loaded.tokenizer.encode(text)[: _TOKENS.value]
+  ids = loaded.tokenizer.prompt(text)[: _TOKENS.value]
   if len(ids) < 2:
     raise UserError(f"--text: found {len(ids)} tokens, expected at least 2")
   found = input_errors.inputs(

@@ -292,7 +292,7 @@ def _tokens(source: Any) -> Any:
   text = cli.read_text(_TEXT.value, "text")
   if source.tokenizer is None:
     raise UserError(f"--from={_FROM.value[0]}: its base has no tokenizer")
-  tokens = source.tokenizer.encode(text)[: _TOKENS.value]
+  tokens = source.tokenizer.prompt(text)[: _TOKENS.value]
   return jnp.asarray([tokens], jnp.int32)
 
 

@@ -12,6 +12,7 @@ import pathlib
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -98,6 +99,11 @@ def say(text: str) -> None:
   print(text, flush=True)
 
 
+def warn(text: str) -> None:
+  """Prints a warning for people on stderr, which no JSON is read from."""
+  print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def required(**values: Any) -> None:
   """Raises UserError for the first flag without a value."""
   for name, value in values.items():
@@ -121,6 +127,7 @@ def local(**paths: str | None) -> None:
 
 def run(main: Main) -> NoReturn:
   """Runs a command and ends the process with its status."""
+  warnings.showwarning = _show_warning
   try:
     status = call(main, sys.argv)
     sys.stdout.flush()
@@ -136,11 +143,26 @@ def run(main: Main) -> NoReturn:
   sys.exit(status)
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+  """Prints the library's own warnings as a line; once for all processes."""
+  if category is not RuntimeWarning:
+    text = warnings.formatwarning(message, category, filename, lineno, line)
+    print(text, end="", file=file or sys.stderr, flush=True)
+    return
+  if "jax" in sys.modules:
+    import jax
+
+    if jax.distributed.is_initialized() and jax.process_index():
+      return
+  print(f"warning: {message}", file=file or sys.stderr, flush=True)
+
+
 def call(main: Main, argv: Sequence[str]) -> int:
   """Runs a command on `argv`; returns its exit status.
 
   0: done, 1: an error, 2: a wrong command line, 42: asked to stop, and saved,
-  so that the same command goes on (`training.preemption`), 130: interrupted.
+  so that the same command goes on (`training.preemption`), 130: interrupted,
+  with nothing saved.
   """
   values = _flags(main)
   for name in values:

@@ -43,6 +43,7 @@ from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.schedule import Linear
 from research.diffusion.variants import AnyOrder
 from research.interop import load
+from research.nn import special_tokens
 from research.nn.sampling import GREEDY
 from research.training import plots
 from research.training.objective import Batch, NextToken
@@ -88,9 +89,8 @@ class Backwards:
         f"Backwards: {len(known)} words are one token of this model, expected"
         " at least 20"
       )
-    before, middle = (
-      tokenizer.encode(text) for text in ("Words:", ". Backwards:")
-    )
+    before = special_tokens.of(tokenizer).prompt(tokenizer.encode("Words:"))
+    middle = tokenizer.encode(". Backwards:")
     rng, out = rng_of(self.seed, split), []
     while len(out) < count:
       chosen = rng.choice(known, self.words, replace=False).tolist()

@@ -274,7 +274,7 @@ def turned(
     blocks: sizes.
     count: see `text`.
   """
-  rows = batch_of(np.array([loaded.tokenizer.encode(text)[:count]]))
+  rows = batch_of(np.array([loaded.tokenizer.prompt(text)[:count]]))
   model, params, spec = convert.converted(loaded.model, loaded.params)
   objectives = {"next token": NextToken(model=model)} | {
     f"blocks of {block}": BlockDiffusion(

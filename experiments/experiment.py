@@ -178,3 +178,8 @@ class Built:
   params: Any
   objective: Any
   site: Site = ALONE
+
+  def reading(self, tokenizer: Any) -> "Built":
+    """Returns the same with another tokenizer."""
+    loaded = dataclasses.replace(self.loaded, tokenizer=tokenizer)
+    return dataclasses.replace(self, loaded=loaded)

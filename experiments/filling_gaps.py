@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from research.diffusion import layout
+from research.nn import special_tokens
+from research.nn.special_tokens import NO_SPECIAL_TOKENS
 from research.typing import Bool, Int, UserError
 
 _BRACKETS = re.compile(r"(\\*)(\[*)\[\[")
@@ -146,7 +148,10 @@ def tokens(
     raise UserError("--infill: is no UTF-8; convert it first") from error
   if prompt is not None:
     layout.check_prompts([list(prompt)], mask_id)
-  opening, closing = ([], []) if prompt is not None else _around(tokenizer)
+  around = NO_SPECIAL_TOKENS
+  if prompt is None:
+    around = special_tokens.of(tokenizer)
+  opening, closing = list(around.begin), list(around.end)
   ids, gaps = [*(prompt or ()), *opening], []
   for i, part in enumerate(parsed(text)):
     if isinstance(part, int):
@@ -163,16 +168,6 @@ def tokens(
       found = found[len(opening) :]  # written out in the text itself
     ids += found
   return Text([*ids, *closing], len(prompt or ()), gaps)
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-  """Returns what a model expects before a document, and behind it."""
-  inside = tokenizer.encode("a")
-  whole = tokenizer.encode("a", add_special=True)
-  for i in range(len(whole) - len(inside) + 1):
-    if whole[i : i + len(inside)] == inside:
-      return whole[:i], whole[i + len(inside) :]
-  return [], []
 
 
 def _part(tokenizer: Any, text: str, first: bool) -> list[int]:

@@ -207,7 +207,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
   except UnicodeEncodeError as error:
     raise UserError("--prompt: is no UTF-8; convert it first") from error
   if not _CHAT.value:
-    return tokenizer.encode(text, add_special=True)
+    return tokenizer.prompt(text)
   return tokenizer.encode(tokenizer.chat([{"role": "user", "content": text}]))
 
 

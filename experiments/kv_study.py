@@ -15,6 +15,7 @@ import numpy as np
 from experiments.claims import Verdict
 from experiments.experiment import Source
 from research.data.sources import Documents
+from research.nn import special_tokens
 from research.nn.perplexity import perplexity
 from research.quant import kv_error, kv_memory
 from research.quant.kv_quantizer import parse
@@ -99,6 +100,7 @@ def perplexities(table: Table, loaded: Any, ids: Sequence[int]) -> Rows:
       table.batch,
       table.chunk,
       kv,
+      special_tokens.of(loaded.tokenizer).row_begin,
     )
     took = kv_memory.memory(loaded.model, loaded.params, 1, table.window, kv)
     rows.append(
@@ -125,7 +127,8 @@ def errors(table: Table, loaded: Any, ids: Sequence[int]) -> Rows:
   """
   if not table.attention:
     return []
-  tokens = jnp.asarray(np.array([ids[: table.tokens]], np.int32))
+  first = special_tokens.of(loaded.tokenizer).row_begin
+  tokens = jnp.asarray(np.array([[*first, *ids][: table.tokens]], np.int32))
   kvs = [parse(name) for name in table.attention]
   found = kv_error.attention_errors(loaded.model, loaded.params, tokens, kvs)
   return [

@@ -13,11 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from research.training.preemption import Preempted
+from research.training.preemption import AT_ONCE, BOUNCE, Preempted
 
 PREEMPTED = Preempted.exit_status
 """What a run exits with that was asked to stop, and has saved."""
+
+CUT = (-signal.SIGINT, AT_ONCE)
+"""What one exits with that Ctrl-C ended, the terminal's own, as it began."""
 
 RETRIES = 20
 """How often a preempted run is started again."""
@@ -62,8 +66,8 @@ def local(
 ) -> dict[str, int]:
   """Runs everything here, `parallel` at a time, in order.
 
-  One that is preempted is started again. A SIGTERM to this process goes on to
-  all that are running, and nothing is started after it.
+  One that is preempted is started again. A SIGTERM to this process, or Ctrl-C,
+  goes on to all that are running, and nothing is started after it.
 
   Args:
     work: what to run.
@@ -94,8 +98,8 @@ def local(
           if status is None:
             continue
           del running[unit.name]
-          if status == -signal.SIGTERM:  # before it could have saved anything
-            status = PREEMPTED
+          if status == -signal.SIGTERM or (stopped() and status in CUT):
+            status = PREEMPTED  # before it had anything to save
           if status == PREEMPTED and tries < RETRIES and not stopped():
             waiting.appendleft((unit, tries + 1))
             continue
@@ -119,13 +123,26 @@ def _start(unit: Work) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-  """Catches SIGTERM; yields whether there was one."""
-  asked = []
-  before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+  """Catches SIGTERM and Ctrl-C; yields whether there was one.
+
+  Raises:
+    KeyboardInterrupt: a second Ctrl-C.
+  """
+  asked: list[float] = []
+
+  def handle(number: int, frame: Any) -> None:
+    now = time.monotonic()
+    if asked and number == signal.SIGINT and now - asked[0] > BOUNCE:
+      raise KeyboardInterrupt
+    asked.append(now)
+
+  numbers = signal.SIGTERM, signal.SIGINT
+  before = [signal.signal(number, handle) for number in numbers]
   try:
     yield lambda: bool(asked)
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+      signal.signal(number, handler)
 
 
 def _end(processes: Sequence[subprocess.Popen], patience: float = 30.0) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments import cli, runtime, site
+from experiments import runtime, site
 from experiments.experiment import Built, Experiment
 from research import tree
 from research.diffusion import spec
@@ -25,9 +25,12 @@ DEFAULT_WINDOW = 1024
 
 
 def say(text: str) -> None:
-  """Says it on stderr, once however many processes there are."""
+  """Says it on stderr, once however many processes there are.
+
+  What is on stdout is a run's result, and nothing else.
+  """
   if runtime.first():
-    cli.say(text)
+    print(text, file=sys.stderr, flush=True)
 
 
 def write(path: Folder, text: str) -> None:

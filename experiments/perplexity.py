@@ -7,6 +7,10 @@ The text is tokenised once, without special tokens, and cut into windows of
 first are predicted, and a last partial window counts from two tokens on. The
 last line on stdout is JSON: perplexity, tokens (predicted), tokens_per_s.
 
+Models that always saw a first token (Gemma's <bos>) predict badly without it:
+--bos=auto puts it before each window where the tokenizer says so, and predicts
+the same tokens.
+
   python -m experiments.perplexity --model=smollm2-135m --text=README.md \\
     --kv=k4v4 --chunk=1 --batch=4
 
@@ -30,6 +34,8 @@ from experiments import cli, packed_weights, runtime
 
 FLAGS = cli.new_flags()
 
+BOS = ("never", "auto", "always")
+
 FEW = 32
 """Rows of products from which on weights are read as they were loaded."""
 
@@ -44,6 +50,14 @@ _TEXT = flags.DEFINE_string(
 )
 _WINDOW = flags.DEFINE_integer(
   "window", 1024, "Tokens read together.", flag_values=FLAGS
+)
+_BOS = flags.DEFINE_enum(
+  "bos",
+  "never",
+  BOS,
+  "Whether the model's first token stands before each window: auto where its "
+  "tokenizer, or the run that trained it, says so.",
+  flag_values=FLAGS,
 )
 _MAX_WINDOWS = flags.DEFINE_integer(
   "max_windows",
@@ -93,9 +107,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if loaded.tokenizer is None:
     raise UserError(f"--model={_MODEL.value}: found no tokenizer in it")
   ids = loaded.tokenizer.encode(text)
-  found, more = _measured(loaded, ids, chunk, kv), {}
+  begin = _begin(loaded.tokenizer)
+  found, more = _measured(loaded, ids, begin, chunk, kv), {}
   if kv is not None:
-    without = _measured(loaded, ids).perplexity
+    without = _measured(loaded, ids, begin).perplexity
     more = {"kv": _KV.value, "chunk": chunk, "perplexity_without": without}
     more |= _cache_bytes(loaded, kv)
   return {
@@ -108,6 +123,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       if k in ("nll", "windows", "seconds")
     },
     "window": _WINDOW.value,
+    "bos": _BOS.value,
     "dtype": _DTYPE.value,
     "model": _MODEL.value,
     **packed_weights.report(loaded.params),
@@ -115,8 +131,35 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def _begin(tokenizer: Any) -> tuple[int, ...]:
+  """Returns the special tokens before each window."""
+  from research.typing import UserError
+
+  said = tokenizer.special.row_begin
+  if _BOS.value == "auto":
+    return said
+  if _BOS.value == "always":
+    if not said and tokenizer.bos is None:
+      raise UserError(
+        f"--bos=always: the tokenizer of {_MODEL.value} names no bos; expected "
+        "--bos=auto or never"
+      )
+    return said or (tokenizer.bos,)
+  if said and not FLAGS["bos"].present:
+    names = "".join(map(tokenizer.backend.id_to_token, said))
+    cli.warn(
+      f"this model expects {names} first and reads without it here; --bos=auto "
+      "puts it before each window, --bos=never says that none is meant"
+    )
+  return ()
+
+
 def _measured(
-  loaded: Any, ids: Sequence[int], chunk: int | None = None, kv: Any = None
+  loaded: Any,
+  ids: Sequence[int],
+  begin: Sequence[int],
+  chunk: int | None = None,
+  kv: Any = None,
 ) -> Any:
   """Returns the perplexity, by weights laid out for so few rows, or many."""
   from research import tree
@@ -139,6 +182,7 @@ def _measured(
     batch=_BATCH.value,
     chunk=chunk,
     kv=kv,
+    begin=begin,
   )
 
 

@@ -44,7 +44,8 @@ def text(loaded: Loaded, tokens: int, windows: int = 1) -> Int[Array, "N T"]:
   """Returns windows of topics of the Python reference."""
   source = PydocTopics("heldout")
   ids = loaded.tokenizer.encode("\n\n".join(source))
-  return jnp.asarray(ids[: windows * tokens], jnp.int32).reshape(windows, -1)
+  rows = loaded.tokenizer.special.windows(ids, tokens)[:windows]
+  return jnp.asarray(rows, jnp.int32)
 
 
 def seen(
@@ -320,7 +321,7 @@ def continued(
   loaded: Loaded, models: Mapping[str, Params], prompt: str, tokens: int
 ) -> dict[str, str]:
   """Returns the likeliest continuation of a prompt by each of some weights."""
-  ids = loaded.tokenizer.encode(prompt)
+  ids = loaded.tokenizer.prompt(prompt)
   out = {}
   for name, params in models.items():
     ready = generate.prepare(params, loaded.model)

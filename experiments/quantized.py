@@ -10,7 +10,7 @@ import numpy as np
 from experiments import cli, quant_study, tables
 from research.data.sources import PydocTopics
 from research.interop import load
-from research.nn import perplexity
+from research.nn import perplexity, special_tokens
 from research.quant import compare, report_errors
 from research.typing import UserError
 
@@ -33,7 +33,8 @@ def beside(
     model, base: what `--model=` takes; quantized weights stay packed.
     text: that both read, in windows from its start on; None for the topics of
       the Python reference that this project holds out.
-    window: tokens read together.
+    window: tokens read together, besides those that every row of the model
+      begins with.
     max_windows: how many windows at most; None for all.
     batch: windows computed at a time.
     layers: whether errors are measured matrix by matrix, which is shown.
@@ -48,7 +49,8 @@ def beside(
   if text is None:
     text = "\n\n".join(PydocTopics("heldout"))
   cut = perplexity.windows(tokenizer.encode(text), window, max_windows)
-  whole = [w for w in cut if len(w) == window]
+  first = special_tokens.of(tokenizer).row_begin
+  whole = [[*first, *w] for w in cut if len(w) == window]
   tokens = np.asarray(whole, np.int32)
   reference = compare.base(theirs.model, theirs.params, tokens, batch)
   found = compare.compare(reference, ours.model, ours.params)

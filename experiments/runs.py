@@ -33,14 +33,36 @@ def train(
 ) -> dict[str, Any]:
   """Trains `experiment` in `workdir`; returns its result.
 
-  Of several processes, each calls this; the first one writes.
+  Of several processes, each calls this; the first one writes. A run that is
+  finished is left as it is.
 
   Raises:
-    Preempted: SIGTERM came; the run is saved.
+    Preempted: it was asked to end (`training.preemption`), and is saved.
     UserError: what the user can mend.
   """
+  old = runtime.in_turn(lambda: finished(experiment, workdir))
+  if old is not None:
+    outputs.say(
+      f"{workdir}: finished, after {old['steps']} steps; this is its result. "
+      "More of them (--set=STEPS=...)\ngo on from there; without result.json, "
+      "what the run leaves behind is written anew."
+    )
+    return old
   with site.entered(experiment.mesh) as where:
     return _train(experiment, where, workdir, writers)
+
+
+def finished(experiment: Experiment, workdir: Folder) -> dict[str, Any] | None:
+  """Returns the result of a run that has nothing left to do, else None."""
+  try:
+    old = json.loads((workdir / "result.json").read_text("utf-8"))
+  except (FileNotFoundError, ValueError):
+    return None
+  steps = old.get("steps") if isinstance(old, dict) else None
+  if type(steps) is not int or steps < experiment.plan.steps:
+    return None
+  # It was written last; but a workdir may have lost what it is about.
+  return old if (workdir / "checkpoints" / str(steps)).is_dir() else None
 
 
 def _train(
@@ -54,13 +76,20 @@ def _train(
   # --- model ---
   outputs.say(f"loading {experiment.model}")
   built = experiment.build(where)
-  where, tokenizer = built.site, built.loaded.tokenizer
+  where = built.site
   start = _start(experiment, built)
   trainable, total = tree.count(start.trainable), tree.count(start.params)
   _say_parameters(experiment, built, trainable, total, workdir)
 
   # --- data ---
+  tokenizer = runtime.in_turn(
+    lambda: corpora.as_trained(
+      experiment, built.loaded.tokenizer, workdir, keep=True
+    )
+  )
+  built = built.reading(tokenizer)
   texts = runtime.in_turn(lambda: corpora.claim(experiment, workdir))
+  corpora.check_context(experiment, built.loaded.model, tokenizer)
   training = experiment.data.training(tokenizer, *where.share)
   evaluations = experiment.evaluations(tokenizer)
   heldout = evaluations.pop("heldout", None)
@@ -100,7 +129,8 @@ def _train(
     "processes": jax.process_count(),
     "steps": experiment.plan.steps,
     "texts": texts,
-    **outcome.evaluation,
+    "special_tokens": corpora.described(tokenizer),
+    **(outcome.evaluation or _evaluated(experiment, workdir)),
     "workdir": str(workdir),
   }
   outputs.write(workdir / "result.json", json.dumps(result, indent=2) + "\n")
@@ -128,6 +158,16 @@ def _looks(
     )
   )
   return {"before": (0, before), "after": (experiment.plan.steps, after)}
+
+
+def _evaluated(experiment: Experiment, workdir: Folder) -> dict[str, float]:
+  """Returns the last step's evaluation, of the process that took it."""
+  found: dict[str, float] = {}
+  for record in metrics.read_jsonl(workdir / "metrics.jsonl"):
+    if record["step"] == experiment.plan.steps:
+      named = {k: v for k, v in record.items() if k.startswith("validation/")}
+      found |= named
+  return found
 
 
 def _told(workdir: Folder, outcome: loop.Outcome) -> dict[str, Any]:
@@ -164,8 +204,12 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   if workdir is None:
     at, trained = 0, _start(experiment, built)
   else:
+    words = built.loaded.tokenizer
+    built = built.reading(corpora.as_trained(experiment, words, workdir))
     at, trained = restored(experiment, built, workdir, number)
-  evaluations = experiment.evaluations(built.loaded.tokenizer)
+  words = built.loaded.tokenizer
+  corpora.check_context(experiment, built.loaded.model, words)
+  evaluations = experiment.evaluations(words)
   if not evaluations:
     raise UserError("this experiment has neither validation nor heldout data")
   measure = evaluating.compiled(built.objective, where.batch)
@@ -180,7 +224,8 @@ def _evaluate(experiment, where, workdir, number) -> dict[str, Any]:
   bits = corpora.bits_per_byte(
     experiment, built.loaded.tokenizer, heldout or None
   )
-  return {"step": at, **found, "bits_per_byte": bits}
+  around = corpora.described(built.loaded.tokenizer)
+  return {"step": at, **found, "bits_per_byte": bits, "special_tokens": around}
 
 
 def _start(experiment: Experiment, built: Built) -> state.TrainState:
@@ -295,7 +340,7 @@ def _look(
     made = generate.generate(
       built.loaded.model,
       trained.params,
-      [tokenizer.encode(experiment.prompt)],
+      [tokenizer.prompt(experiment.prompt)],
       max_new_tokens=experiment.continuation,
     )
     text = tokenizer.decode(made.tokens[0])

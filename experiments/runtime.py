@@ -10,7 +10,6 @@ import dataclasses
 import os
 import pathlib
 import re
-import socket
 import sys
 import threading
 import time
@@ -135,25 +134,27 @@ class Cluster:
 def cluster(where: Cluster, preemptible: bool = True) -> Iterator[None]:
   """Connects the run's processes; they leave together.
 
-  A single process talks to itself, since that is what makes SIGTERM save.
-
   Args:
     where: which process this is.
-    preemptible: whether SIGTERM asks the loop to save (`training.preemption`)
-      rather than end the process.
+    preemptible: whether SIGTERM and Ctrl-C ask the loop to save
+      (`training.preemption`) rather than end the process.
   """
   import jax
 
-  from research.training.preemption import Preempted
+  from research.training import preemption
 
   if where.devices is not None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", where.devices)
   jax.config.update("jax_enable_preemption_service", preemptible)
   mine = _connect(where)
+  handling = contextlib.nullcontext()
+  if preemptible:
+    handling = preemption.handling_signals()
   try:
-    yield
-  except Preempted:
+    with handling:
+      yield
+  except preemption.Preempted:
     if mine:
       jax.distributed.shutdown()
     raise
@@ -210,33 +211,23 @@ def _connect(where: Cluster) -> bool:
     with contextlib.suppress(ValueError):  # no cluster that JAX knows
       jax.distributed.initialize(shutdown_timeout_seconds=WRITING)
       return True
-    # Collectives among its own devices need no network.
-    jax.config.update("jax_cpu_collectives_implementation", None)
-    address = f"127.0.0.1:{_free_port()}"
-    jax.distributed.initialize(
-      address,
-      1,
-      0,
-      cluster_detection_method="deactivate",
-      coordinator_bind_address=address,
-    )
-    return True
+    return False
   except (RuntimeError, OSError) as error:
     from research.typing import UserError
 
     why = (str(error).strip().splitlines() or [repr(error)])[0]
     if "before any JAX" in why:  # a notebook: computing already, alone
       return False
-    if (processes or 1) > 1:
+    if coordinator is None:
       raise UserError(
-        f"{coordinator}: process {process} of {processes} could not connect:"
-        f" {why}\nExpected process 0 to listen there."
+        f"the cluster that JAX finds here cannot be joined: {why}\n"
+        "Expected its first process to listen; --coordinator=127.0.0.1:8476"
+        " --processes=1\n--process=0 goes without."
       ) from error
-    print(
-      f"note: no local network ({why}); SIGTERM ends this run without saving",
-      file=sys.stderr,
-    )
-    return False
+    raise UserError(
+      f"{coordinator}: process {process} of {processes} could not connect:"
+      f" {why}\nExpected process 0 to listen there."
+    ) from error
 
 
 def _number(name: str) -> int | None:
@@ -247,12 +238,6 @@ def _number(name: str) -> int | None:
 
     raise UserError(f"{name}={text}: expected a number")
   return None if text is None else int(text)
-
-
-def _free_port() -> int:
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
 
 
 def first() -> bool:

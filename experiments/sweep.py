@@ -7,8 +7,8 @@ unit's configuration is built before anything runs. The working directory gets
 units/ (a run each, with its configuration and its log), results.csv,
 results.png and result.json, whose content is the last line on stdout. The same
 command again runs what is missing. A unit that fails does not stop the others;
-the command then exits with 1. Asked to stop by SIGTERM, it lets the units that
-run save, and exits with 42.
+the command then exits with 1. Asked to stop by SIGTERM or Ctrl-C, it lets the
+units that run save, and exits with 42.
 """
 
 # ruff: noqa: E402

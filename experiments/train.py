@@ -6,7 +6,9 @@ Trains what the configuration describes and leaves in the working directory:
 config.gin (rebuilds the run), metrics.jsonl, checkpoints/, loss.png, adapter/
 (PEFT's format, where the run trained one) and result.json, whose content is
 the last line on stdout. The same command again resumes; so it does after
-SIGTERM, upon which the run saves and ends with status 42.
+SIGTERM or Ctrl-C, upon which the run saves and ends with status 42 (a second
+Ctrl-C ends it at once). Of a finished run it prints the result, and changes
+nothing.
 
 A mesh is a matter of five numbers (configs/base.gin); on virtual devices:
 
@@ -75,15 +77,21 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   runtime.setup()
   from experiments import config, runs
   from research.training import metrics
-  from research.training.workdir import claim_workdir
+  from research.training import workdir as workdirs
 
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
   writers += [metrics.WandbWriter] * _WANDB.value
   experiment, text = config.read(_CONFIG.value, _SET.value)
   with runtime.cluster(cli.cluster(FLAGS)):
-    workdir = runtime.in_turn(
-      lambda: claim_workdir(_WORKDIR.value, text, MAY_DIFFER)
-    )
+    claim = (_WORKDIR.value, text, MAY_DIFFER)
+
+    def claimed():
+      folder = workdirs.check_workdir(*claim)
+      if runs.finished(experiment, folder) is None:
+        workdirs.claim_workdir(*claim)
+      return folder
+
+    workdir = runtime.in_turn(claimed)
     result = runs.train(experiment, workdir, writers)
     return result if runtime.first() else None
 

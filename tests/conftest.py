@@ -22,7 +22,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Most programs run once: LLVM's passes would take twice what they save. What
-# XLA itself optimizes is as everywhere. With an XLA_FLAGS of one's own, all is.
+# XLA itself optimizes is as everywhere. With an XLA_FLAGS of one's own, all is,
+# as test_default_flags.py sets it.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis  # noqa: E402

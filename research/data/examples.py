@@ -12,6 +12,8 @@ import numpy as np
 
 from research.data import packing
 from research.data.sources import Documents
+from research.nn import special_tokens
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 
 
@@ -42,16 +44,15 @@ def join(parts: Sequence[tuple[Sequence[int], bool]]) -> Example:
 def read(
   source: Source,
   tokenizer: Any,
-  end: int | None = None,
-  begin: int | None = None,
+  special: SpecialTokens | None = None,
 ) -> Sequence[Example]:
   """Returns the examples of a source.
 
   Args:
     source: documents, or something that makes its own tokens.
     tokenizer: with `encode(text)`; None where no text has to be read.
-    end: a token appended to each document of text, if any.
-    begin: a token put before each document of text, if any.
+    special: what each document of text begins and ends with; None for what
+      the tokenizer says.
 
   Raises:
     UserError: text without a tokenizer, or nothing that could be predicted.
@@ -69,5 +70,7 @@ def read(
       f"{str(source)[:200]}: is text, and this model has no tokenizer.\n"
       "Use a source of tokens (arrays, synthetic) or a model with a tokenizer."
     )
-  documents = packing.tokenize(source, tokenizer.encode, end, begin)
+  if special is None:
+    special = special_tokens.of(tokenizer)
+  documents = packing.tokenize(source, tokenizer.encode, special)
   return [Example(t, np.ones(len(t), bool)) for t in documents]

@@ -9,7 +9,8 @@ Invariants, whatever the plan: each piece is its own segment and its positions
 start at 0, so that it cannot see its neighbours; each token of a document but
 its first is the target of exactly one place, even across a cut; the weight
 there is 1 if the token is to be learned, and 0 at all other places (document
-ends, padding).
+ends, padding). A piece that continues a document may begin with the document's
+first special tokens again, whose weight is 0.
 """
 
 import bisect
@@ -20,6 +21,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from research.data.sources import Documents
+from research.nn.special_tokens import (
+  NO_SPECIAL_TOKENS,
+  SpecialTokens,
+  begins_with,
+)
 from research.typing import UserError
 
 Row = dict[str, np.ndarray]
@@ -43,30 +49,28 @@ class Piece(NamedTuple):
   size: int
 
 
-Plan = Callable[[Sequence[int], int], list[list[Piece]]]
-"""(lengths of the documents, row length T) -> the pieces of each row."""
+Plan = Callable[[Sequence[int], int, Sequence[int]], list[list[Piece]]]
+"""(lengths of the documents, row length T, places that a later piece of each
+document takes besides its own tokens) -> the pieces of each row."""
 
 
 def tokenize(
   documents: Documents,
   encode: Callable[[str], Sequence[int]],
-  end: int | None = None,
-  begin: int | None = None,
+  special: SpecialTokens = NO_SPECIAL_TOKENS,
 ) -> list[np.ndarray]:
   """Returns the tokens of each document, int32 [length].
 
   Args:
     documents: the texts.
     encode: text to token ids, without special tokens.
-    end: a token appended to each document, if any.
-    begin: a token put before each document, if any.
+    special: what each document begins and ends with.
 
   Raises:
     UserError: no document has two tokens, so that nothing can be predicted.
   """
-  head, tail = ([] if i is None else [i] for i in (begin, end))
   tokens = [
-    np.asarray([*head, *encode(documents[i]), *tail], np.int32)
+    np.asarray(special.document(encode(documents[i])), np.int32)
     for i in range(len(documents))
   ]
   tokens = [t for t in tokens if len(t) > 1]
@@ -78,46 +82,65 @@ def tokenize(
   return tokens
 
 
-def concatenate(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+def concatenate(
+  lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
+) -> list[list[Piece]]:
   """Returns a plan that pads the last row only, and cuts at row ends."""
   rows: list[list[Piece]] = [[]]
   space = row
-  for document, length in enumerate(lengths):
+  for document, (length, head) in enumerate(_with_heads(lengths, overhead)):
     start = 0
     while start < length:
       if space == 0:
         rows.append([])
         space = row
+      space -= head if start else 0
       size = min(space, length - start)
       rows[-1].append(Piece(document, start, size))
       start, space = start + size, space - size
   return rows
 
 
-def alone(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+def alone(
+  lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
+) -> list[list[Piece]]:
   """Returns a plan in which documents share no row; longer ones are cut."""
   return [
-    [Piece(document, start, min(row, length - start))]
-    for document, length in enumerate(lengths)
-    for start in range(0, length, row)
+    [Piece(document, start, min(row - head * (start > 0), length - start))]
+    for document, (length, head) in enumerate(_with_heads(lengths, overhead))
+    for start in (*range(min(length, 1)), *range(row, length, row - head))
   ]
 
 
-def best_fit(lengths: Sequence[int], row: int) -> list[list[Piece]]:
+def best_fit(
+  lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
+) -> list[list[Piece]]:
   """Returns a plan that cuts no document which fits into a row."""
-  pieces = [piece for (piece,) in alone(lengths, row)]
+  heads = [head for _, head in _with_heads(lengths, overhead)]
+  pieces = [piece for (piece,) in alone(lengths, row, overhead)]
   rows: list[list[Piece]] = []
   spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
-  for piece in sorted(pieces, key=lambda p: (-p.size, p)):
-    found = bisect.bisect_left(spaces, (piece.size, -1))
+
+  def places(piece: Piece) -> int:
+    return piece.size + heads[piece.document] * (piece.start > 0)
+
+  for piece in sorted(pieces, key=lambda p: (-places(p), p)):
+    found = bisect.bisect_left(spaces, (places(piece), -1))
     if found == len(spaces):
       rows.append([])
       space, number = row, len(rows) - 1
     else:
       space, number = spaces.pop(found)
     rows[number].append(piece)
-    bisect.insort(spaces, (space - piece.size, number))
+    bisect.insort(spaces, (space - places(piece), number))
   return rows
+
+
+def _with_heads(
+  lengths: Sequence[int], overhead: Sequence[int] | None
+) -> list[tuple[int, int]]:
+  heads = [0] * len(lengths) if overhead is None else overhead
+  return list(zip(lengths, heads, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,12 +153,14 @@ class PackedRows:
     length: places in a row, T.
     learned: which tokens of each document count as targets, bool [length];
       None for all.
+    begin: tokens that documents begin with, and then all their pieces.
   """
 
   documents: Sequence[np.ndarray]
   plan: Sequence[Sequence[Piece]]
   length: int
   learned: Sequence[np.ndarray] | None = None
+  begin: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return len(self.plan)
@@ -144,17 +169,37 @@ class PackedRows:
     row = blank_row(self.length)
     place = 0
     for segment, piece in enumerate(self.plan[index]):
-      tokens = self.documents[piece.document][piece.start :]
+      document = self.documents[piece.document]
+      # Of a row that ends within it, what was there.
+      head = self.begin[: piece.start] if self._begins(document) else ()
+      tokens = document[piece.start :]
       targets = tokens[1 : piece.size + 1]  # one fewer at the document's end
-      here = slice(place, place + piece.size)
-      learn = slice(place, place + len(targets))
-      row["tokens"][here] = tokens[: piece.size]
+      first = place + len(head)
+      stop = first + piece.size
+      learn = slice(first, first + len(targets))
+      row["tokens"][place:first] = head
+      row["tokens"][first:stop] = tokens[: piece.size]
       row["targets"][learn] = targets
       row["weights"][learn] = self._weights(piece, len(targets))
-      row["positions"][here] = np.arange(piece.size)
-      row["segments"][here] = segment
-      place += piece.size
+      row["positions"][place:stop] = np.arange(stop - place)
+      row["segments"][place:stop] = segment
+      place = stop
     return row
+
+  def with_targets(self) -> "PackedRows":
+    """Returns the rows in which a token counts as a target."""
+    plan = [row for row in self.plan if any(map(self._has_target, row))]
+    return dataclasses.replace(self, plan=plan)
+
+  def _has_target(self, piece: Piece) -> bool:
+    stop = min(
+      piece.start + piece.size, len(self.documents[piece.document]) - 1
+    )
+    count = stop - piece.start
+    return count > 0 and bool(np.any(self._weights(piece, count)))
+
+  def _begins(self, document: np.ndarray) -> bool:
+    return begins_with(document, self.begin)
 
   def _weights(self, piece: Piece, count: int):
     if self.learned is None:
@@ -185,12 +230,25 @@ def pack(
   length: int,
   plan: Plan = concatenate,
   learned: Sequence[np.ndarray] | None = None,
+  begin: tuple[int, ...] = (),
 ) -> PackedRows:
-  """Returns the documents packed into rows of `length` places."""
-  if length < 2:
+  """Returns the documents packed into rows of `length` places.
+
+  Args:
+    documents: tokens of each document, int32 [length].
+    length: places in a row, T.
+    plan: how documents share rows.
+    learned: see `PackedRows`.
+    begin: tokens with which a piece begins that continues a document which
+      begins with them.
+  """
+  least = 2 + len(begin)
+  if length < least:
     raise UserError(
-      f"length: found {length}, expected at least 2 places in a row."
+      f"length: found {length}, expected at least {least} places in a row."
     )
+  sizes = [len(d) for d in documents]
+  overhead = [len(begin) * begins_with(d, begin) for d in documents]
   return PackedRows(
-    documents, plan([len(d) for d in documents], length), length, learned
+    documents, plan(sizes, length, overhead), length, learned, begin
   )

@@ -8,14 +8,17 @@ arithmetic, so the same holds for it.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from research.data import examples, packing
 from research.data.packing import PackedRows, Row, Rows
+from research.nn import special_tokens
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 
 ENDLESS = 2**50
@@ -56,9 +59,12 @@ class Pipeline:
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle and of the transforms' generators.
     plan: how documents share rows; `packing.concatenate` or `best_fit`.
-    begin: a token put before each document of text, if any, so that its first
-      token is predicted too.
-    end: a token appended to each document of text, if any.
+    begin: a token put before each document of text, so that its first token is
+      predicted too; None for none, "auto" for what the tokenizer says.
+    end: a token appended to each document of text, likewise.
+    every_row: whether a row that continues a document begins with what the
+      document begins with, which is not predicted there; "auto": as the
+      tokenizer says where `begin` is its own, and else not.
     transforms: random rewrites of a row, in order; training only.
   """
 
@@ -67,21 +73,62 @@ class Pipeline:
   batch_size: int = 4
   seed: int = 0
   plan: packing.Plan = packing.concatenate
-  begin: int | None = None
-  end: int | None = None
+  begin: int | Literal["auto"] | None = "auto"
+  end: int | Literal["auto"] | None = "auto"
+  every_row: bool | Literal["auto"] = "auto"
   transforms: tuple[RowTransform, ...] = ()
 
   def __post_init__(self):
     check_sizes(self, length=2, batch_size=1)
 
+  def special_tokens(self, tokenizer: Any) -> SpecialTokens:
+    """Returns what documents and rows begin and end with."""
+    own = special_tokens.of(tokenizer)
+    auto = self.begin == "auto" and own.every_row
+    return SpecialTokens(
+      own.begin if self.begin == "auto" else _ids(self.begin),
+      own.end if self.end == "auto" else _ids(self.end),
+      auto if self.every_row == "auto" else self.every_row,
+    )
+
   def rows(self, tokenizer: Any) -> PackedRows:
-    """Returns the packed rows in the source's order."""
-    found = examples.read(self.source, tokenizer, self.end, self.begin)
-    return packing.pack(
+    """Returns the packed rows in the source's order; those with targets.
+
+    A warning tells what is cut of examples that count in part, conversations
+    say: a text may be read from anywhere, an answer follows its question.
+    """
+    special = self.special_tokens(tokenizer)
+    found = examples.read(self.source, tokenizer, special)
+    packed = packing.pack(
       [e.tokens for e in found],
       self.length,
       self.plan,
       [e.learned for e in found],
+      special.row_begin,
+    )
+    rows = packed.with_targets()
+    self._warn(found, len(packed), len(rows))
+    return rows
+
+  def _warn(
+    self, found: Sequence[examples.Example], packed: int, kept: int
+  ) -> None:
+    sizes = [len(e.tokens) for e in found if not e.learned.all()]
+    longer = sum(size > self.length for size in sizes)
+    if not longer:
+      return
+    without = ""
+    if kept < packed:
+      without = (
+        f"; {packed - kept:,} of {packed:,} rows have then nothing to learn "
+        "and are left out"
+      )
+    warnings.warn(
+      f"Pipeline.length: {longer:,} of {len(found):,} examples are longer than "
+      f"{self.length} places, the longest has {max(sizes)}. They are cut, and "
+      f"what is behind a cut is learned without what was before it{without}.",
+      RuntimeWarning,
+      stacklevel=3,
     )
 
   def stream(self, tokenizer: Any) -> grain.MapDataset:
@@ -156,6 +203,10 @@ class Mixture:
   def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
     """Returns all rows once, in order; the weights do not matter here."""
     return in_order(self.rows(tokenizer), self.batch_size, limit)
+
+
+def _ids(token: int | None) -> tuple[int, ...]:
+  return () if token is None else (token,)
 
 
 def check_sizes(data: Any, **least: int) -> None:

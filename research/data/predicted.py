@@ -26,19 +26,20 @@ class Predicted(NamedTuple):
 def predicted(data: Any, tokenizer: Any) -> Predicted | None:
   """Returns what is predicted of `data`'s documents; None if not of text.
 
-  Every token is predicted but a document's first one; with `begin` that is a
-  mark, so all bytes are, and without it those of the first token are left out.
+  Every token is predicted but a document's first one; where that is a special
+  token all bytes are, and else those of the first token are left out.
   """
   if not isinstance(data, Pipeline) or isinstance(data.source, Tokens):
     return None
-  marks = (data.begin is not None) + (data.end is not None)
+  special = data.special_tokens(tokenizer)
   tokens = size = 0
   for text in (data.source[i] for i in range(len(data.source))):
     ids = tokenizer.encode(text)
-    if len(ids) + marks < 2:
+    whole = len(special.document(ids))
+    if whole < 2:
       continue  # nothing to predict: packing leaves it out too
-    tokens += len(ids) + marks - 1
-    if data.begin is None:
+    tokens += whole - 1
+    if not special.begin:
       text = tokenizer.decode(ids[1:], skip_special=False)
     size += len(text.encode("utf-8"))
   return Predicted(tokens, size)

@@ -172,7 +172,7 @@ def completed(tokenizer: Any, prompt: str, answer: str) -> Example:
   end = [] if tokenizer.eos is None else [tokenizer.eos]
   return examples.join(
     [
-      (tokenizer.encode(prompt, add_special=True), False),
+      (tokenizer.prompt(prompt), False),
       ([*tokenizer.encode(answer), *end], True),
     ]
   )

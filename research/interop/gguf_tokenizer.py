@@ -104,8 +104,8 @@ def tokenizer_from_gguf(
 
   Returns:
     The tokenizer, which adds no special tokens by itself, and a dict with
-    `bos`, `eos`, `eot`, `unk`, `pad` (ids or None), `add_bos` (bool) and
-    `chat_template` (text or None).
+    `bos`, `eos`, `eot`, `unk`, `pad` (ids or None), `add_bos`, `add_eos` (bool)
+    and `chat_template` (text or None).
 
   Raises:
     UserError: a key is missing, malformed, or names what is not supported.
@@ -129,6 +129,7 @@ def tokenizer_from_gguf(
   }
   first = kind == "llama" or pre in _WHOLE_WORDS
   special["add_bos"] = fields.get("add_bos_token", bool, first)
+  special["add_eos"] = fields.get("add_eos_token", bool, False)
   special["chat_template"] = template if isinstance(template, str) else None
   return out, special
 

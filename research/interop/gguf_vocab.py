@@ -78,12 +78,6 @@ def _tokens(tokenizer, fields, vocab):
 
 
 def _special(tokenizer: Tokenizer, model, fields) -> dict[str, Any]:
-  def begins() -> bool:
-    if tokenizer.add_bos:
-      return True
-    ids = tokenizer.backend.encode("a", add_special_tokens=True).ids
-    return tokenizer.bos is not None and ids[:1] == [tokenizer.bos]
-
   names = dict(bos=tokenizer.bos, eos=tokenizer.eos, padding=tokenizer.pad)
   unknown = model.get("unk_token")
   if unknown is not None:
@@ -96,7 +90,11 @@ def _special(tokenizer: Tokenizer, model, fields) -> dict[str, Any]:
     for name, i in names.items()
     if i is not None
   }
-  out["tokenizer.ggml.add_bos_token"] = begins()
+  around = tokenizer.own_special
+  begins = tokenizer.bos is not None and tokenizer.bos in around.begin[:1]
+  out["tokenizer.ggml.add_bos_token"] = begins
+  if tokenizer.eos is not None and tokenizer.eos in around.end[:1]:
+    out["tokenizer.ggml.add_eos_token"] = True
   if tokenizer.chat_template is not None:
     out["tokenizer.chat_template"] = tokenizer.chat_template
   return out

@@ -2,7 +2,7 @@
 
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -204,8 +204,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     if i is not None
   }
   whole = safetensors.read_json("tokenizer.json", backend.to_str().encode())
-  if tokenizer.add_bos and tokenizer.bos is not None:
-    whole["post_processor"] = _begins_with(tokens["bos_token"], tokenizer.bos)
+  around = tokenizer.own_special
+  if (tokenizer.add_bos or tokenizer.add_eos) and (around.begin or around.end):
+    whole["post_processor"] = _around(backend, around.begin, around.end)
   config = dict(tokenizer_class="PreTrainedTokenizerFast", **tokens)
   config |= dict(clean_up_tokenization_spaces=False)
   if tokenizer.chat_template is not None:
@@ -222,17 +223,26 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
   }
 
 
-def _begins_with(token: str, index: int) -> dict[str, Any]:
-  """Returns the post-processor that puts one token before a text."""
-  special = dict(SpecialToken=dict(id=token, type_id=0))
-  first = dict(Sequence=dict(id="A", type_id=0))
-  second = dict(Sequence=dict(id="B", type_id=1))
-  again = dict(SpecialToken=dict(id=token, type_id=1))
+def _around(
+  backend: Any, begin: Sequence[int], end: Sequence[int]
+) -> dict[str, Any]:
+  """Returns the post-processor that puts tokens around a text."""
+  names = {i: backend.id_to_token(i) for i in (*begin, *end)}
+
+  def special(ids: Sequence[int], part: int) -> list[dict[str, Any]]:
+    return [dict(SpecialToken=dict(id=names[i], type_id=part)) for i in ids]
+
+  def text(part: int) -> list[dict[str, Any]]:
+    inside = dict(Sequence=dict(id="AB"[part], type_id=part))
+    return [*special(begin, part), inside, *special(end, part)]
+
   return dict(
     type="TemplateProcessing",
-    single=[special, first],
-    pair=[special, first, again, second],
-    special_tokens={token: dict(id=token, ids=[index], tokens=[token])},
+    single=text(0),
+    pair=[*text(0), *text(1)],
+    special_tokens={
+      name: dict(id=name, ids=[i], tokens=[name]) for i, name in names.items()
+    },
   )
 
 

@@ -23,7 +23,12 @@ from research import weights
 from research.interop import lm_eval_diffusion, lm_eval_requests
 from research.interop.lm_eval_requests import Ids, context_of
 from research.interop.load import Loaded
-from research.nn import generate
+from research.nn import generate, special_tokens
+from research.nn.special_tokens import (
+  NO_SPECIAL_TOKENS,
+  SpecialTokens,
+  begins_with,
+)
 from research.nn.transformer import Transformer
 from research.training import losses, positions
 from research.typing import Array, Bool, Float, Int, Params, UserError
@@ -43,6 +48,7 @@ def loglikelihood(
     loaded.params,
     [lm_eval_requests.encoded(loaded.tokenizer, *pair) for pair in pairs],
     batch,
+    special_tokens.of(loaded.tokenizer),
   )
 
 
@@ -63,7 +69,8 @@ def rolling(
     )
     requests += parts
     owners += [i] * len(parts)
-  found = score(loaded.model, loaded.params, requests, batch)
+  special = special_tokens.of(loaded.tokenizer)
+  found = score(loaded.model, loaded.params, requests, batch, special)
   out = [0.0] * len(texts)
   for owner, (value, _) in zip(owners, found, strict=True):
     out[owner] += value
@@ -112,6 +119,7 @@ def score(
   params: Params,
   requests: Sequence[tuple[Ids, Ids]],
   batch: int = 8,
+  special: SpecialTokens = NO_SPECIAL_TOKENS,
 ) -> list[tuple[float, bool]]:
   """Returns (log-likelihood, greedy?) of token continuations.
 
@@ -121,9 +129,10 @@ def score(
     requests: (context, continuation), both not empty; where they are longer
       than the model's context, their beginning is left out.
     batch: requests scored at a time.
+    special: with what every row of the model begins; it is not left out.
   """
-  size = context_of(model)
-  rows = [([*a, *b][-size - 1 :], len(b)) for a, b in requests]
+  size, head = context_of(model), special.row_begin
+  rows = [(special.truncate([*a, *b], size + 1), len(b)) for a, b in requests]
   order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
   out: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
   for start in range(0, len(order), batch):
@@ -140,7 +149,8 @@ def score(
         ids[1:],
         0,
       )
-      asked[row, max(n - count, 0) : n] = True
+      given = len(head) if begins_with(ids, head) else 0
+      asked[row, max(n - count, given - 1, 0) : n] = True
     sums, greedy = _scored(
       model, params, *map(jax.numpy.asarray, (tokens, targets, segments, asked))
     )
@@ -178,7 +188,7 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
   tokenizer = loaded.tokenizer
   room = max(1, context_of(loaded.model) - options.count)
   prompts = [
-    tokenizer.encode(text, add_special=True)[-room:]
+    tokenizer.special.truncate(tokenizer.prompt(text), room)
     or [lm_eval_requests.prefix(tokenizer)]
     for text in contexts
   ]

@@ -28,7 +28,7 @@ from research.diffusion.policies import Policy, Quota
 from research.diffusion.spec import Spec
 from research.interop import lm_eval_requests as texts
 from research.interop.load import Loaded
-from research.nn import generate
+from research.nn import generate, special_tokens
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Pair = tuple[str, str]
@@ -128,18 +128,21 @@ def score(
       leaves no place for what it follows.
   """
   spec, key = _spec(loaded), jax.random.key(how.seed)
+  special = special_tokens.of(loaded.tokenizer)
+  least = max(1, len(special.row_begin))
   size = texts.context_of(loaded.model)
   out = []
   for i, (context, continuation) in enumerate(requests):
     ids = [*context, *continuation]
     if spec.mask_id in ids:
       raise UserError(f"request {i}: holds the mask, id {spec.mask_id}")
-    if len(continuation) >= size:
+    if len(continuation) > size - least:
       raise UserError(
         f"request {i}: a continuation of {len(continuation)} tokens, expected "
-        f"less than the model's context, {size}"
+        f"at most {size - least}: the model's context, {size}, less what it "
+        "follows"
       )
-    ids = ids[-size:]
+    ids = special.truncate(ids, size)
     row = _Row(loaded, spec, how, ids, len(ids) - len(continuation))
     out.append(row.asked(jax.random.fold_in(key, i)))
   return out
@@ -266,7 +269,7 @@ def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
   tokenizer = loaded.tokenizer
   room = max(1, texts.context_of(loaded.model) - options.count)
   prompts = [
-    tokenizer.encode(text, add_special=True)[-room:]
+    tokenizer.special.truncate(tokenizer.prompt(text), room)
     or [texts.prefix(tokenizer)]
     for text in contexts
   ]

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.nn import special_tokens
 from research.nn.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer
 from research.typing import UserError
@@ -32,8 +33,8 @@ def encoded(tokenizer: Any, context: str, continuation: str) -> Request:
       return ids[:1], ids[1:]
     return [first], ids
   bare = context.rstrip()
-  whole = tokenizer.encode(context + continuation, add_special=True)
-  before = tokenizer.encode(bare, add_special=True)
+  whole = tokenizer.prompt(context + continuation)
+  before = tokenizer.prompt(bare)
   if not before:
     before, whole = [prefix(tokenizer)], [prefix(tokenizer), *whole]
   return before, whole[len(before) :]
@@ -116,14 +117,19 @@ def windows(tokenizer: Any, size: int, text: str) -> list[Request]:
 
   A window's first token follows the last one of the window before, the text's
   first one the tokenizer's first (or last) token. The last window is filled up
-  with context, as the harness does.
+  with context, as the harness does. Unlike there, every window of a model whose
+  rows begin with special tokens begins with them.
   """
-  ids = tokenizer.encode(text)
-  before, out = [prefix(tokenizer)], []
-  for start in range(0, len(ids), size):
-    part = ids[start : start + size]
-    spare = size - len(part) if start else 0
-    out.append(((before + ids[:start])[-1 - spare :], part))
+  ids, special = tokenizer.encode(text), special_tokens.of(tokenizer)
+  before = list(special.begin) or [prefix(tokenizer)]
+  room, out, start = size + 1 - len(before), [], 0
+  while start < len(ids):
+    part = ids[start : start + room]
+    seen = [*before, *ids[:start]]
+    if start:
+      seen = special.truncate(seen, size + 1 - len(part))
+    out.append((seen, part))
+    start, room = start + room, size - len(special.row_begin)
   return out
 
 

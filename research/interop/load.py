@@ -15,6 +15,7 @@ import jax
 
 from research.diffusion import spec
 from research.interop import hf, hf_quant, safetensors, unread
+from research.nn import special_tokens
 from research.nn.transformer import Transformer
 from research.quant.checkpoints import compressed_inputs
 from research.training import memory
@@ -87,7 +88,8 @@ def load_model(
     )
   path = locate(name)
   if path.is_dir():
-    return _directory(path, dtype, packed, shardings)
+    found = _directory(path, dtype, packed, shardings)
+    return _as_trained(found, pathlib.Path(name))
   from research.interop.gguf_model import load_gguf
 
   return load_gguf(path, dtype, bool(packed), shardings)
@@ -126,6 +128,17 @@ def _of_run(path: pathlib.Path) -> pathlib.Path:
   if (path / "config.gin").is_file() and (whole / "config.json").is_file():
     return whole
   return path
+
+
+def _as_trained(loaded: Loaded, path: pathlib.Path) -> Loaded:
+  """Returns a run's model, its tokenizer putting around texts what it did."""
+  note = path / special_tokens.FILE
+  if loaded.tokenizer is None or not note.is_file():
+    return loaded
+  words = dataclasses.replace(
+    loaded.tokenizer, documents=special_tokens.read(note)
+  )
+  return dataclasses.replace(loaded, tokenizer=words)
 
 
 def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:

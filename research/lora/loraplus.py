@@ -11,7 +11,7 @@ from collections.abc import Callable
 import optax
 
 from research.lora.pairs import UP
-from research.training import optim, rates
+from research.training import optim, ranges, rates
 from research.typing import Array
 
 EMBEDDING = r"(^|/)embed/"
@@ -40,6 +40,7 @@ def loraplus(
     weight_decay: share of a parameter taken off at rate 1.
     clip: bound of the gradient's global norm, or None.
   """
+  ranges.non_negative("loraplus", ratio=ratio)
   return rates.adamw(
     learning_rate,
     rates.table([(rf"(^|/){UP}$", ratio)]),
@@ -82,6 +83,8 @@ def peft_groups(
     weight_decay: share of a parameter taken off at rate 1.
     clip: bound of the gradient's global norm, or None.
   """
+  ranges.positive("peft_groups", peak=peak)
+  ranges.non_negative("peft_groups", ratio=ratio, embedding=embedding)
   share = embedding / (learning_rate if peak is None else peak)
   return rates.adamw(
     learning_rate,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from research.lora import pairs
-from research.training import optim
+from research.training import optim, ranges
 from research.typing import Array, Float
 
 
@@ -45,6 +45,8 @@ def nearest(
     damping: added to the diagonals of `a aᵀ` and `b bᵀ`.
     matching: regular expression of the pairs' paths; all else passes through.
   """
+
+  ranges.non_negative("optimizer", damping=damping)
 
   def change(a, b, ga, gb, scale):
     p, q = pairs.gram(b, damping), pairs.gram(a, damping)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.lora.method import Place
 from research.lora.wrap import EMBEDDING, leaves
-from research.training import optim
+from research.training import optim, ranges
 from research.training.state import TrainState
 from research.typing import Array, Float, PRNGKey, UserError
 
@@ -61,6 +61,10 @@ def schedule(
   Raises:
     UserError: `every` does not divide `steps`, or a climb is longer than it.
   """
+  ranges.non_negative(
+    "relora.schedule", peak=peak, warmup=warmup, rewarm=rewarm, final=final
+  )
+  ranges.positive("relora.schedule", steps=steps, every=every)
   if steps % every or max(warmup, rewarm) > every:
     raise UserError(
       f"relora.schedule: found {steps} steps, restarts every {every}, climbs of"
@@ -98,6 +102,9 @@ class Smallest:
 
   share: float
 
+  def __post_init__(self):
+    ranges.share("Smallest", share=self.share)
+
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
     """Returns the elements above the quantile of the magnitudes."""
     del key
@@ -116,6 +123,9 @@ class AtRandom:
   """
 
   share: float
+
+  def __post_init__(self):
+    ranges.share("AtRandom", share=self.share)
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
     """Returns each element, with the chance `1 - share`, or 0."""

@@ -19,7 +19,7 @@ import optax
 
 from research import tree
 from research.lora import pairs
-from research.training import optim
+from research.training import optim, ranges
 
 
 def scaled(
@@ -34,6 +34,7 @@ def scaled(
     matching: regular expression of the pairs' paths; all else passes through.
       PEFT leaves out those on embeddings: `"^(?!embed/)"`.
   """
+  ranges.non_negative("optimizer", damping=damping)
 
   def change(a, b, ga, gb, scale):
     del scale
@@ -54,6 +55,7 @@ def frozen_down(
     damping: `d`, added to the diagonal.
     matching: regular expression of the pairs' paths; all else passes through.
   """
+  ranges.non_negative("optimizer", damping=damping)
 
   def change(a, b, ga, gb, scale):
     del b
@@ -124,9 +126,7 @@ def lora_fa(
       lambda path, _: "still" if path in still else "moving", params
     )
 
-  moving = optax.chain(
-    optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(weight_decay)
-  )
+  moving = optax.chain(optim.moments(b1, b2, eps), optim.decaying(weight_decay))
   ways = {"still": optax.set_to_zero(), "moving": moving}
   return optax.chain(
     frozen_down(damping, matching),

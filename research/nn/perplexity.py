@@ -5,6 +5,10 @@ do not overlap, from position 0. Each window is read alone; its first token is
 given, the others are predicted. A last partial window counts from two tokens
 on. The perplexity is `exp` of the mean over all predicted tokens.
 
+Special tokens may stand before each window (`begin`), for models that never saw
+a row without. They are read besides the window's tokens, and the same tokens
+are predicted.
+
 With `chunk`, a window is read through a cache, so many tokens at a time, as
 generation reads it: keys and values of a chunk are in the cache (packed, if it
 packs them) for later chunks, and as they are within their own. One at a time
@@ -103,10 +107,12 @@ def _sums(
   params: Params,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
+  given: Int[Array, ""],
 ) -> Float[Array, "B"]:
   """Returns each window's summed log-likelihood; padding counts nothing."""
   found = log_probs(model, params, tokens, lengths)
-  predicted = jnp.arange(1, tokens.shape[1]) < lengths[:, None]
+  place = jnp.arange(1, tokens.shape[1])
+  predicted = (place >= given) & (place < lengths[:, None])
   return jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
 
 
@@ -116,6 +122,7 @@ def _cached_sums(
   params: Params,
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"],
+  given: Int[Array, ""],
   chunk: int,
   kv: Any,
 ) -> Float[Array, "B"]:
@@ -131,7 +138,8 @@ def _cached_sums(
     tokens, targets, start = part
     hidden, cache = model.apply({"params": params}, tokens, cache=cache)
     found = _log_probs(model, params, hidden, targets)
-    predicted = start + jnp.arange(1, chunk + 1) < lengths[:, None]
+    place = start + jnp.arange(1, chunk + 1)
+    predicted = (place >= given) & (place < lengths[:, None])
     return cache, jnp.sum(jnp.where(predicted, found, 0.0), axis=-1)
 
   inputs, targets = (
@@ -178,6 +186,7 @@ def perplexity(
   batch: int = 1,
   chunk: int | None = None,
   kv: Any = None,
+  begin: Sequence[int] = (),
 ) -> Perplexity:
   """Returns the perplexity of a text.
 
@@ -185,43 +194,49 @@ def perplexity(
     model: the Transformer.
     params: its parameters.
     ids: the whole text's tokens.
-    window: tokens a window; at most the model's context.
+    window: tokens a window; with `begin`, at most the model's context.
     max_windows: how many windows at most; None for all.
     batch: windows read at a time.
     chunk: tokens read at a time, through a cache; None reads windows whole.
     kv: how the cache is packed, as for `init_cache`; needs `chunk`.
+    begin: special tokens before each window.
   """
+  width = window + len(begin)
   if batch < 1:
     raise UserError(f"batch: found {batch}, expected at least 1")
-  if chunk is not None and not 1 <= chunk <= window:
-    raise UserError(f"chunk: found {chunk}, expected 1 to the window: {window}")
+  if chunk is not None and not 1 <= chunk <= width:
+    raise UserError(f"chunk: found {chunk}, expected 1 to the window: {width}")
   if kv is not None and chunk is None:
     raise UserError("kv: found no chunk, expected one to read through a cache")
-  if model.max_positions is not None and window > model.max_positions:
+  if model.max_positions is not None and width > model.max_positions:
+    more = f" and {len(begin)} special before them" if begin else ""
     raise UserError(
-      f"window: found {window} tokens, expected at most the model's context "
-      f"of {model.max_positions}"
+      f"window: found {window} tokens{more}, expected at most the model's "
+      f"context of {model.max_positions}"
     )
   parts = windows(ids, window, max_windows)
   batch = min(batch, len(parts))
   rows = -(-len(parts) // batch) * batch
-  tokens = np.zeros((rows, window), np.int32)
+  tokens = np.zeros((rows, width), np.int32)
   lengths = np.zeros((rows,), np.int32)
-  for i, part in enumerate(parts):
+  given = np.int32(len(begin) + 1)
+  for i, part in enumerate([*begin, *part] for part in parts):
     tokens[i, : len(part)], lengths[i] = part, len(part)
   sums, how = _sums, {}
   if chunk is not None:
     sums, how = _cached_sums, {"chunk": chunk, "kv": kv}
-  lowered = sums.lower(model, params, tokens[:batch], lengths[:batch], **how)
+  lowered = sums.lower(
+    model, params, tokens[:batch], lengths[:batch], given, **how
+  )
   compiled = lowered.compile()
   start = time.perf_counter()
   sums = [
-    compiled(params, tokens[i : i + batch], lengths[i : i + batch])
+    compiled(params, tokens[i : i + batch], lengths[i : i + batch], given)
     for i in range(0, rows, batch)
   ]
   total = float(np.sum(np.asarray(jax.device_get(sums), np.float64)))
   seconds = time.perf_counter() - start
-  count = int(np.sum(np.maximum(lengths - 1, 0)))
+  count = int(np.sum(np.maximum(lengths - given, 0)))
   nll = -total / count
   # A nonsense model is worse than any float: infinity then, not an error.
   value = math.exp(nll) if nll < 700 else math.inf

@@ -118,7 +118,7 @@ def complete(
   stop: Sequence[str] = (),
 ) -> list[Piece]:
   """Returns each prompt's whole continuation; arguments as for `stream`."""
-  ids = [tokenizer.encode(text, add_special=True) for text in prompts]
+  ids = [tokenizer.prompt(text) for text in prompts]
   if not ids:
     raise UserError("prompts: found none, expected at least one")
   steps = list(

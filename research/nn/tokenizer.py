@@ -1,6 +1,7 @@
 """A tokenizer as a value: text to ids and back, whole or as a stream."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from research.nn import chat
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 
 MAX_JSON = 1 << 28
@@ -26,6 +28,9 @@ class Tokenizer:
     stop: ids that end a generation.
     add_bos: whether a document begins with `bos` although the backend's own
       post-processor does not add it (GGUF files say so).
+    add_eos: whether it ends with `eos`, likewise.
+    documents: what a run's documents began and ended with, where it has said
+      so; None for what the tokenizer itself says.
     chat_template: Jinja, or None.
   """
 
@@ -35,6 +40,8 @@ class Tokenizer:
   pad: int | None = None
   stop: tuple[int, ...] = ()
   add_bos: bool = False
+  add_eos: bool = False
+  documents: SpecialTokens | None = None
   chat_template: str | None = None
 
   @classmethod
@@ -57,6 +64,21 @@ class Tokenizer:
     """How many ids there are, added tokens included."""
     return self.backend.get_vocab_size(with_added_tokens=True)
 
+  @property
+  def special(self) -> SpecialTokens:
+    """What stands around a document."""
+    return self.own_special if self.documents is None else self.documents
+
+  @functools.cached_property
+  def own_special(self) -> SpecialTokens:
+    """What the tokenizer itself says; where it is `bos`, in every row."""
+    begin, end = _added(self.backend)
+    if self.add_bos and self.bos is not None and not begin:
+      begin = (self.bos,)
+    if self.add_eos and self.eos is not None and not end:
+      end = (self.eos,)
+    return SpecialTokens(begin, end, every_row=bool(begin))
+
   def encode(self, text: str, add_special: bool = False) -> list[int]:
     """Returns the ids of `text`.
 
@@ -65,10 +87,15 @@ class Tokenizer:
       add_special: whether what the model expects around a document (often a
         `bos` before it) is added.
     """
-    ids = self.backend.encode(text, add_special_tokens=add_special).ids
-    if add_special and self.add_bos and self.bos is not None:
-      return ids if ids[:1] == [self.bos] else [self.bos, *ids]
-    return ids
+    ids = self.backend.encode(text, add_special_tokens=False).ids
+    return self.special.document(ids) if add_special else ids
+
+  def prompt(self, text: str) -> list[int]:
+    """Returns the ids of a text that the model is to continue.
+
+    What belongs before a document stands before it, and nothing behind it.
+    """
+    return self.special.prompt(self.encode(text))
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
     """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -114,6 +141,18 @@ class Tokenizer:
       for name, i in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad))
     }
     return self.chat_template, names
+
+
+def _added(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns what the backend's own post-processor puts around a text."""
+  for text in ("a", "0", "A"):
+    inside = backend.encode(text, add_special_tokens=False).ids
+    whole = backend.encode(text, add_special_tokens=True).ids
+    # Nothing is inside where the vocabulary lacks the letter.
+    for i in range(len(whole) - len(inside) + 1 if inside else 0):
+      if whole[i : i + len(inside)] == inside:
+        return tuple(whole[:i]), tuple(whole[i + len(inside) :])
+  return (), ()
 
 
 class StreamDecoder:
@@ -220,6 +259,7 @@ def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     pad=special.get("pad"),
     stop=tuple(dict.fromkeys(int(i) for i in ends if i is not None)),
     add_bos=bool(special.get("add_bos")),
+    add_eos=bool(special.get("add_eos")),
     chat_template=special.get("chat_template"),
   )
 
@@ -255,6 +295,8 @@ def _from_directory(directory: pathlib.Path) -> Tokenizer:
     eos=eos,
     pad=find("pad"),
     stop=_stop(directory, eos),
+    add_bos=config.get("add_bos_token") is True,
+    add_eos=config.get("add_eos_token") is True,
     chat_template=chat.find(directory, config),
   )
 

@@ -24,6 +24,7 @@ import numpy as np
 from kernels_pallas.masks import Mask
 from research import taps, tree, weights
 from research.data.sources import Documents, PydocTopics
+from research.nn import special_tokens
 from research.nn.block import Block
 from research.nn.transformer import Transformer
 from research.quant import drift, replay
@@ -51,7 +52,8 @@ class Calibration:
   Attributes:
     source: documents, read one after the other.
     windows: how many are drawn.
-    length: tokens of each.
+    length: tokens of each; documents and windows begin as the tokenizer says
+      (`research.nn.special_tokens`).
     batch: windows that are computed at a time.
     seed: of the draw.
   """
@@ -81,10 +83,11 @@ class Calibration:
     """
     if tokenizer is None:
       raise UserError("Calibration: the model has no tokenizer, expected one")
-    found: list[int] = []
+    special, found = special_tokens.of(tokenizer), list[int]()
     for i in range(len(self.source)):
-      found += tokenizer.encode(self.source[i])
-    have = len(found) // self.length
+      found += special.document(tokenizer.encode(self.source[i]))
+    whole = special.windows(found, self.length)
+    have = len(whole)
     if have < self.windows:
       raise UserError(
         f"Calibration: the text has {len(found):,} tokens, {have} windows of "
@@ -93,8 +96,7 @@ class Calibration:
       )
     rng = np.random.default_rng(self.seed)
     drawn = np.sort(rng.choice(have, self.windows, replace=False))
-    text = np.asarray(found[: have * self.length], np.int32)
-    return Windows(text.reshape(have, self.length)[drawn], drawn)
+    return Windows(np.asarray([whole[i] for i in drawn], np.int32), drawn)
 
 
 @dataclasses.dataclass(frozen=True)

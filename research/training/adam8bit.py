@@ -137,7 +137,7 @@ def scale_by_adam8bit(
     return tree.map_paths(kind, params)
 
   ways = {
-    "whole": optax.scale_by_adam(b1, b2, eps),
+    "whole": optim.moments(b1, b2, eps),
     "packed": _packed(b1, b2, eps),
   }
   return optax.partition(ways, kinds)
@@ -210,8 +210,8 @@ def adamw8bit(
     least: elements of an array from which on its moments are packed.
   """
   return optax.chain(
-    optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+    optim.clipped(clip),
     scale_by_adam8bit(b1, b2, eps, whole, least),
-    optax.add_decayed_weights(weight_decay, optim.decay_mask(decayed)),
+    optim.decaying(weight_decay, optim.decay_mask(decayed)),
     optim.scale_by_rate(learning_rate),
   )

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from research import tree
-from research.training import muon, optim, projected
+from research.training import muon, optim, projected, ranges
 from research.training.subspace import Projection
 from research.typing import Array, Float
 
@@ -106,6 +106,8 @@ def scale_by_low_rank(
     b2: decay of the mean square.
     eps: added to the root of the mean square before its bias is corrected.
   """
+  ranges.decay("optimizer", b1=b1, b2=b2)
+  ranges.non_negative("optimizer", eps=eps)
 
   def init(params):
     projectors = projected.zeros(projection, matrices, params)
@@ -180,6 +182,7 @@ def apollo(
     weight_decay: share of a parameter taken off at rate 1.
     clip: bound of the gradient's global norm, or None.
   """
+  ranges.non_negative("optimizer", scale=scale)
 
   def direction(g, small, normed, projector, last):
     del projector
@@ -224,6 +227,7 @@ def fira(
     weight_decay: share of a parameter taken off at rate 1.
     clip: bound of the gradient's global norm, or None.
   """
+  ranges.non_negative("optimizer", scale=scale)
 
   def direction(g, small, normed, projector, last):
     def up(x):
@@ -245,8 +249,8 @@ def fira(
 
 def _finished(learning_rate, moments, weight_decay, clip):
   return optax.chain(
-    optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+    optim.clipped(clip),
     moments,
-    optax.add_decayed_weights(weight_decay),
+    optim.decaying(weight_decay),
     optim.scale_by_rate(learning_rate),
   )

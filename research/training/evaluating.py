@@ -1,6 +1,6 @@
 """Means of an objective's metrics over held-out batches."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -11,6 +11,11 @@ from research.training.objective import Batch, Objective
 from research.training.state import TrainState
 from research.training.step import EvalStep, make_eval_step
 from research.typing import UserError
+
+
+class Stopped(Exception):
+  """An evaluation was left before its end, since the run is to end."""
+
 
 Evaluations = Mapping[str, Sequence[Batch]]
 """Name, e.g. `validation`, -> batches of one shape."""
@@ -34,6 +39,7 @@ def evaluate_all(
   state: TrainState,
   evaluations: Evaluations,
   sharding: NamedSharding | None = None,
+  leaving: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
   """Returns `name/metric` for each evaluation: means over the weight.
 
@@ -42,12 +48,28 @@ def evaluate_all(
     state: what to evaluate.
     evaluations: name -> whole batches, in every process.
     sharding: of batches, or None off a mesh.
+    leaving: whether to stop, asked before each batch; the same answer in every
+      process.
+
+  Raises:
+    Stopped: that answer was yes.
   """
   return {
     f"{name}/{metric}": value
     for name, batches in evaluations.items()
-    for metric, value in evaluate(step, state, batches, sharding).items()
+    for metric, value in evaluate(
+      step, state, _until(leaving, batches), sharding
+    ).items()
   }
+
+
+def _until(
+  leaving: Callable[[], bool], batches: Iterable[Batch]
+) -> Iterator[Batch]:
+  for batch in batches:
+    if leaving():
+      raise Stopped
+    yield batch
 
 
 def evaluate(

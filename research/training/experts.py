@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from research import tree
 from research.nn import routing
+from research.training import ranges
 from research.training.state import TrainState
 from research.typing import Array, UserError
 
@@ -38,6 +39,9 @@ class Balance:
   loss: float | int = 0.01
   z: float | int = 0.001
   counts: bool = False
+
+  def __post_init__(self):
+    ranges.non_negative("Balance", loss=self.loss, z=self.z)
 
   def __call__(
     self, loads: Mapping[str, Any], weight: Array, training: bool
@@ -94,6 +98,7 @@ def rebalance(
     UserError: a biased router that is not among the trainable parameters,
       where a change would not be kept.
   """
+  ranges.non_negative("rebalance", rate=rate)
 
   def after(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
     counts = {

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from research import tree
-from research.training import muon, optim, projected
+from research.training import muon, optim, projected, ranges
 from research.training.compressing import Compressing, followed_by
 from research.training.subspace import Projection
 from research.typing import Array, UserError
@@ -176,11 +176,12 @@ def galore(
     decayed: regular expression of the paths that decay.
     clip: bound of the projected gradients' global norm, or None.
   """
+  ranges.non_negative("optimizer", scale=scale)
   inner = optax.scale_by_adam(eps=1e-6) if moments is None else moments
   if clip is not None:
-    inner = optax.chain(optax.clip_by_global_norm(clip), inner)
+    inner = optax.chain(optim.clipped(clip), inner)
   rest = optax.chain(
-    optax.add_decayed_weights(weight_decay, optim.decay_mask(decayed)),
+    optim.decaying(weight_decay, optim.decay_mask(decayed)),
     optim.scale_by_rate(learning_rate),
   )
   first = in_subspace(

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from research import tree
-from research.training import muon, optim
+from research.training import muon, optim, ranges
 from research.training.projectors import Every, Storage, Whole
 from research.training.seen import Rule, Seen
 from research.training.subspace import Projection
@@ -346,11 +346,12 @@ def galore(
     storage: the form that projectors are kept in.
     pace: when projectors are made anew.
   """
+  ranges.non_negative("optimizer", scale=scale)
   inner = optax.scale_by_adam(eps=1e-6) if moments is None else moments
   if clip is not None:
-    inner = optax.chain(optax.clip_by_global_norm(clip), inner)
+    inner = optax.chain(optim.clipped(clip), inner)
   rest = optax.chain(
-    optax.add_decayed_weights(weight_decay, optim.decay_mask(decayed)),
+    optim.decaying(weight_decay, optim.decay_mask(decayed)),
     optim.scale_by_rate(learning_rate),
   )
   return Layerwise(

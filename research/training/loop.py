@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
@@ -17,7 +17,15 @@ import optax
 from jax.sharding import NamedSharding
 
 from research import sharding as shardings
-from research.training import evaluating, feed, folders, memory, preemption
+from research.training import (
+  evaluating,
+  feed,
+  folders,
+  memory,
+  preemption,
+  ranges,
+  unevaluated,
+)
 from research.training import metrics as reports
 from research.training.base import record_base
 from research.training.checkpoint import Checkpoints
@@ -71,6 +79,7 @@ class Plan:
         raise UserError(
           f"Plan.{name}: found {getattr(self, name)}, expected at least {low}."
         )
+    ranges.share("Plan", average=self.average)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,12 +146,12 @@ def fit(
   Raises:
     UserError: a loss or gradient that is not finite (with step and metric),
       another base or structure than the workdir's, a batch of another shape.
-    Preempted: SIGTERM came; the state has been saved.
+    Preempted: it was asked to end (`preemption`); the state has been saved.
   """
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   clock, evaluation = Goodput(began), {}
-  batches = iter(training)
+  points, batches = preemption.StopPoints(), iter(training)
   with contextlib.ExitStack() as stack:
     # --- restore ---
     folder = workdir / "checkpoints"
@@ -158,18 +167,59 @@ def fit(
     )
     with clock.doing("restore"):
       record_base(folder, state.frozen, source)
-      state, resumed = checkpoints.restore_latest(state, _resumable(batches))
+      data = _resumable(batches)
+      state, resumed = checkpoints.restore_latest(state, data)
+      state, left = unevaluated.restore(workdir, state, data, resumed)
     start = int(state.step)
     report = stack.enter_context(
       Report(
-        workdir, writers, resumed, plan.steps, clock, lambda: checkpoints.latest
+        workdir,
+        writers,
+        resumed if left is None else left,
+        plan.steps,
+        clock,
+        lambda: checkpoints.latest,
       )
     )
     report.write(start, clock.summary())
+    evaluate_step = evaluating.compiled(objective, sharding)
+
+    def evaluated(state: TrainState) -> dict[str, float] | None:
+      """Returns a step's evaluation, or None where it was left."""
+      try:
+        with clock.doing("evaluate"):
+          found = evaluating.evaluate_all(
+            evaluate_step, state, evaluations, sharding, points.reached
+          )
+      except evaluating.Stopped:
+        return None
+      report.write(int(state.step), found)
+      return found
+
+    def save(state: TrainState, found: dict[str, float] | None) -> None:
+      with clock.doing("save"):
+        report.flush()
+        checkpoints.save(state, _resumable(batches), found)
+      report.write(int(state.step), clock.summary())
+      points.unsaved(False)
+
+    def leave(saved: str) -> NoReturn:
+      raise preemption.Preempted(
+        f"{workdir}: asked to stop; {saved}.\n"
+        "The same command goes on from there."
+      )
+
+    # --- what a run was asked to leave ---
+    if left is not None:
+      if _looks(plan, start, evaluations):
+        evaluation = evaluated(state)
+        if evaluation is None:
+          leave(f"step {start} is saved, but for its evaluation")
+      save(state, evaluation or None)
+      unevaluated.remove(workdir)
 
     # --- compile ---
     key = _key(plan.seed, sharding)
-    evaluate_step = evaluating.compiled(objective, sharding)
     if start < plan.steps:
       with clock.doing("compile"):
         # The first batch of another iterator: this one must not move.
@@ -178,6 +228,8 @@ def fit(
         step = make_train_step(objective, tx, plan.accumulate, plan.average)
         update, cost = compile_step(step, state, first, key, rewrites)
       report.write(start, cost)
+      if points.reached():
+        leave(f"step {start} is saved" if start else "no step was taken")
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
@@ -185,38 +237,34 @@ def fit(
     report.restart()
     for number in range(start + 1, plan.steps + 1):
       last = number == plan.steps
-      looking = bool(evaluations) and _due(plan.eval_every, number, last)
+      looking = _looks(plan, number, evaluations)
       with clock.doing("data"):
         batch = next(placed)
       with clock.doing("step"), _traced(plan, number - start, last, report):
+        points.unsaved(True)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
         report.late.push(number, {**values, "tokens": _tokens(batch)})
-        leaving = preemption.reached(number) and not last
+        leaving = points.reached()
         saving = looking or _due(plan.save_every, number, last or leaving)
         if saving:
           report.late.flush()  # nothing that is not finite gets past here
 
       # --- evaluate and save ---
       found = None
-      if looking:
-        with clock.doing("evaluate"):
-          state = dataclasses.replace(moving, frozen=frozen)
-          found = evaluation = evaluating.evaluate_all(
-            evaluate_step, state, evaluations, sharding
-          )
-        report.write(number, found)
-      if saving:
+      if looking and not leaving:
+        found = evaluated(dataclasses.replace(moving, frozen=frozen))
+        evaluation, leaving = found or {}, found is None
+      if looking and leaving:
         with clock.doing("save"):
           report.flush()
-          checkpoints.save(moving, _resumable(batches), found)
-        report.write(number, clock.summary())
+          unevaluated.save(workdir, moving, _resumable(batches))
+        leave(f"step {number} is saved, but for its evaluation")
+      if saving:
+        save(moving, found)
         report.restart()
-      if leaving:
-        raise preemption.Preempted(
-          f"{workdir}: asked to stop; step {number} is saved.\n"
-          "The same command goes on from there."
-        )
+        if leaving or points.reached():
+          leave(f"step {number} is saved")
 
     # --- finish ---
     trained = clock.seconds["step"] + clock.seconds["data"]
@@ -224,12 +272,19 @@ def fit(
       state=dataclasses.replace(moving, frozen=frozen),
       start=start,
       best=checkpoints.best,
-      evaluation=evaluation,
+      evaluation=evaluation or {},
       tokens_per_s=report.tokens / trained if start < plan.steps else None,
       seconds=dict(clock.seconds),
       goodput=clock.summary(),
       peak_memory_bytes=memory.peak_memory_bytes(),
     )
+
+
+def _looks(plan: Plan, number: int, evaluations: Evaluations | None) -> bool:
+  """Whether a step is evaluated."""
+  return bool(evaluations) and _due(
+    plan.eval_every, number, number == plan.steps
+  )
 
 
 def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:

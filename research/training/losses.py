@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.nn import meshes
+from research.training import ranges
 from research.typing import Array, Float, Int, Shaped
 
 Logits = Callable[[Any, Float[Array, "B T D"]], Float[Array, "B T V"]]
@@ -46,6 +47,11 @@ class TokenLoss:
   smoothing: float | int = 0.0
   rows: int = 256
   sparse: bool = False
+
+  def __post_init__(self):
+    ranges.non_negative("TokenLoss", z_loss=self.z_loss)
+    ranges.share("TokenLoss", smoothing=self.smoothing)
+    ranges.positive("TokenLoss", rows=self.rows)
 
 
 def linear_head(eq: str, softcap: float | None = None) -> Logits:

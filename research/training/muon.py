@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from research import tree
-from research.training import optim
+from research.training import optim, ranges
 from research.typing import Array, Float
 
 MATRICES = r"^run\d+/.*/(q|k|v|o|gate|up|down)$"
@@ -66,6 +66,8 @@ def scale_by_muon(
   momentum: optim.Number = 0.95, steps: int = 5
 ) -> optax.GradientTransformation:
   """Returns the transformation `g -> u` of the module's docstring."""
+  ranges.decay("muon", momentum=momentum)
+  ranges.positive("muon", steps=steps)
 
   def mix(old, new):
     return momentum * old + (1 - momentum) * new
@@ -120,8 +122,9 @@ def muon(
 
     return tree.map_paths(kind, params)
 
-  rest = optax.chain(optax.scale_by_adam(b1, b2, eps), optax.scale(adam))
-  parts = [] if clip is None else [optax.clip_by_global_norm(clip)]
+  ranges.non_negative("muon", adam=adam)
+  rest = optax.chain(optim.moments(b1, b2, eps), optax.scale(adam))
+  parts = [] if clip is None else [optim.clipped(clip)]
   ways = {"matrix": scale_by_muon(momentum, steps), "other": rest}
   parts.append(optax.partition(ways, kinds))
   return optax.chain(*parts, optim.scale_by_rate(learning_rate))

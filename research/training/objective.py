@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from kernels_pallas.masks import Mask
 from research import weights
 from research.nn.transformer import Transformer
-from research.training import losses
+from research.training import losses, ranges
 from research.training.experts import Balance
 from research.typing import Array, Params, PRNGKey
 
@@ -49,6 +49,11 @@ class NextToken:
   label_smoothing: float | int = 0.0
   rows: int = 256
   experts: Balance | None = None
+
+  def __post_init__(self):
+    ranges.non_negative("NextToken", z_loss=self.z_loss)
+    ranges.share("NextToken", label_smoothing=self.label_smoothing)
+    ranges.positive("NextToken", rows=self.rows)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
     """Returns the sums of loss, of weights, and of right predictions."""

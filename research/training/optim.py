@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from research import tree
+from research.training import ranges
 from research.typing import Array, UserError
 
 Number = float | int
@@ -30,6 +31,7 @@ def cosine(
   peak: Number, steps: int, warmup: int = 0, final: Number = 0.1
 ) -> Schedule:
   """Returns a schedule: warm-up, then half a cosine to `final * peak`."""
+  ranges.non_negative("schedule", final=final)
   decay = optax.cosine_decay_schedule(peak, _rest(steps, warmup), final)
   return _warmed(peak, warmup, decay)
 
@@ -38,6 +40,7 @@ def linear(
   peak: Number, steps: int, warmup: int = 0, final: Number = 0.0
 ) -> Schedule:
   """Returns a schedule: warm-up, then a line to `final * peak`."""
+  ranges.non_negative("schedule", final=final)
   decay = optax.linear_schedule(peak, final * peak, _rest(steps, warmup))
   return _warmed(peak, warmup, decay)
 
@@ -56,6 +59,7 @@ def wsd(
     decay: steps of the line down, at the end.
     final: the last rate, as a share of `peak`.
   """
+  ranges.non_negative("schedule", warmup=warmup, decay=decay, final=final)
   _rest(steps, warmup + decay)
   down = optax.linear_schedule(peak, final * peak, max(decay, 1))
   flat = optax.constant_schedule(peak)
@@ -64,6 +68,7 @@ def wsd(
 
 
 def _warmed(peak: Number, warmup: int, then: Schedule) -> Schedule:
+  ranges.non_negative("schedule", peak=peak, warmup=warmup)
   if not warmup:
     return then
 
@@ -93,6 +98,7 @@ class RateState(NamedTuple):
 
 def scale_by_rate(rate: Number | Schedule) -> optax.GradientTransformation:
   """Returns a transformation by `-rate(count)` that remembers the rate."""
+  ranges.non_negative("optimizer", learning_rate=rate)
 
   def at(count):
     value = rate(count) if callable(rate) else rate
@@ -137,14 +143,30 @@ def adamw(
       `"/trained/"`, or `"^(?!.*(norm|bias))"` for all but norms and biases.
     clip: bound of the gradient's global norm, or None.
   """
-  parts = []
-  if clip is not None:
-    parts.append(optax.clip_by_global_norm(clip))
-  parts.append(optax.scale_by_adam(b1, b2, eps))
+  parts = [] if clip is None else [clipped(clip)]
+  parts.append(moments(b1, b2, eps))
   if weight_decay:
-    mask = decay_mask(decayed)
-    parts.append(optax.add_decayed_weights(weight_decay, mask))
+    parts.append(decaying(weight_decay, decay_mask(decayed)))
   return optax.chain(*parts, scale_by_rate(learning_rate))
+
+
+def moments(b1: Number, b2: Number, eps: Number) -> Any:
+  """Returns `optax.scale_by_adam`, its numbers checked."""
+  ranges.decay("optimizer", b1=b1, b2=b2)
+  ranges.non_negative("optimizer", eps=eps)
+  return optax.scale_by_adam(b1, b2, eps)
+
+
+def clipped(norm: Number | None) -> optax.GradientTransformation:
+  """Returns `optax.clip_by_global_norm`, or nothing's identity."""
+  ranges.positive("optimizer", clip=norm)
+  return optax.identity() if norm is None else optax.clip_by_global_norm(norm)
+
+
+def decaying(weight_decay: Number, mask: Any = None) -> Any:
+  """Returns `optax.add_decayed_weights`, its number checked."""
+  ranges.non_negative("optimizer", weight_decay=weight_decay)
+  return optax.add_decayed_weights(weight_decay, mask)
 
 
 def decay_mask(pattern: str) -> Callable:

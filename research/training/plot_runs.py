@@ -72,7 +72,8 @@ def series(
   records: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[int], list[float]]:
   """Returns the steps that have a metric, and its values."""
-  found = [(r["step"], r[name]) for r in records if r.get(name) is not None]
+  found = [(r["step"], plots.measured(r, name)) for r in records]
+  found = [(step, value) for step, value in found if value is not None]
   return [step for step, _ in found], [value for _, value in found]
 
 

@@ -67,6 +67,13 @@ def loss_curve(
   save(drawn, picture)
 
 
+def measured(record: Mapping[str, Any], name: str) -> Any:
+  """Returns a metric, or None: a mean over nothing is 0, and no measurement."""
+  part, _, what = name.rpartition("/")
+  empty = record.get(f"{part}/weight") == 0
+  return None if what == "loss" and empty else record.get(name)
+
+
 def figure(width: float | int, height: float | int) -> Any:
   """Returns an empty matplotlib figure of so many inches."""
   # Drawn without pyplot: no global state, no display. Imported when needed: a
@@ -113,8 +120,9 @@ def _curves(
   """Returns steps and losses of each part of the run that has a loss."""
   curves: dict[str, tuple[list[int], list[float]]] = {}
   for record in records:
-    for name, value in record.items():
+    for name in record:
       part, _, what = name.rpartition("/")
+      value = measured(record, name)
       if what == "loss" and value is not None:
         steps, losses = curves.setdefault(part, ([], []))
         steps.append(record["step"])

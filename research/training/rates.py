@@ -83,9 +83,9 @@ def adamw(
     return tree.map_paths(decayed, params)
 
   return optax.chain(
-    optax.identity() if clip is None else optax.clip_by_global_norm(clip),
-    optax.scale_by_adam(b1, b2, eps),
-    optax.add_decayed_weights(weight_decay, mask),
+    optim.clipped(clip),
+    optim.moments(b1, b2, eps),
+    optim.decaying(weight_decay, mask),
     scale_by_path(factor),
     optim.scale_by_rate(learning_rate),
   )

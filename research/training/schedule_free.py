@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from research.training import optim
+from research.training import optim, ranges
 from research.training.state import TrainState
 from research.typing import Array, UserError
 
@@ -43,6 +43,7 @@ def adamw(
     decayed: regular expression of the paths that decay.
     clip: bound of the gradient's global norm, or None.
   """
+  ranges.decay("optimizer", b1=b1)
   inner = optim.adamw(
     learning_rate,
     b1=0.0,

@@ -2,7 +2,7 @@
 
 import optax
 
-from research.training import optim
+from research.training import optim, ranges
 from research.training.optim import Number, Schedule
 from research.typing import UserError
 
@@ -33,6 +33,9 @@ def stages(
   Raises:
     UserError: a stage has no room.
   """
+  ranges.non_negative(
+    "stages", peak=peak, later=later, warmup=warmup, decay=decay, final=final
+  )
   if not warmup <= at < steps - decay:
     raise UserError(
       f"stages: the second begins at {at}, expected from {warmup}, where"

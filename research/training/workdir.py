@@ -34,13 +34,10 @@ def claim_workdir(
   Raises:
     UserError: it holds another experiment, or cannot be written.
   """
-  workdir = folders.folder(workdir)
+  workdir = check_workdir(workdir, config, may_differ)
   mark = workdir / "config.gin"
   with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    if mark.exists() and _begun(workdir):
-      old = mark.read_bytes().decode("utf-8", errors="replace")
-      _same_experiment(mark, old, config, may_differ)
     # In one move: a full disk must not cost the mark that is there.
     if jax.process_index() == 0:
       folders.write_text(mark, config)
@@ -48,8 +45,23 @@ def claim_workdir(
   return workdir
 
 
-def _begun(workdir: Folder) -> bool:
-  """Whether a step was taken, or saved, or found damaged."""
+def check_workdir(
+  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
+) -> Folder:
+  """Returns the workdir if it is this experiment's to take; writes nothing.
+
+  Args and errors are those of `claim_workdir`.
+  """
+  workdir = folders.folder(workdir)
+  mark = workdir / "config.gin"
+  if mark.exists() and begun(workdir):
+    old = mark.read_bytes().decode("utf-8", errors="replace")
+    _same_experiment(mark, old, config, may_differ)
+  return workdir
+
+
+def begun(workdir: Folder) -> bool:
+  """Whether a run took a step here, or saved one, or found it damaged."""
   if any(p.name[0].isdigit() for p in (workdir / "checkpoints").glob("*")):
     return True
   metrics = workdir / "metrics.jsonl"

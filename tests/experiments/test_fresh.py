@@ -17,6 +17,7 @@ from research.data import baselines as lengths
 from research.data import bpe, stdlib
 from research.interop import load
 from research.nn import perplexity, presets
+from research.nn.special_tokens import SpecialTokens
 from research.training.workdir import claim_workdir
 from research.typing import UserError
 
@@ -115,6 +116,10 @@ def test_bits_per_byte_are_the_heldout_texts(finished):
   kept = json.loads((workdir / "result.json").read_text())
   assert kept["bits_per_byte"] == result["bits_per_byte"]
   assert kept["texts"] == corpora.hashes(experiment)
+  # As configured: documents alone, since rows may begin anywhere in one.
+  end = ["<|endoftext|>"]
+  assert kept["special_tokens"] == dict(begin=end, end=end, every_row=False)
+  assert tokenizer.special == SpecialTokens((0,), (0,), False)
 
 
 def test_bits_per_byte_need_all_of_the_text_and_the_plain_loss(finished):

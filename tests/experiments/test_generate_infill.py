@@ -14,6 +14,7 @@ from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Whole
 from research.interop import load
 from research.nn.sampling import GREEDY
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 from tests.experiments import filled
 from tests.experiments.generated import TINY, told
@@ -61,9 +62,10 @@ class Words:
   Characters are their own ids, and a document has 1 before it and 2 behind.
   """
 
-  def encode(self, text, add_special=False):
-    ids = [9 if c == "#" else ord(c) for c in f" {text}"] if text else []
-    return [1, *ids, 2] if add_special else ids
+  special = SpecialTokens(begin=(1,), end=(2,))
+
+  def encode(self, text):
+    return [9 if c == "#" else ord(c) for c in f" {text}"] if text else []
 
 
 def test_where_gaps_are():

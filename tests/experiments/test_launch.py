@@ -122,32 +122,58 @@ def when_exists(path, act):
   threading.Thread(target=wait, daemon=True).start()
 
 
-def test_a_sigterm_is_passed_on_and_nothing_started_after_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_asks_to_stop_is_passed_on(tmp_path, number):
+  """And nothing is started after it."""
   work = [script(tmp_path, name, SAVES) for name in "ab"]
-  before = signal.getsignal(signal.SIGTERM)
-  when_exists(work[0].workdir, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  before = signal.getsignal(number)
+  when_exists(work[0].workdir, lambda: os.kill(os.getpid(), number))
   assert run(work) == [("a", 42)]
   assert work[0].log.read_text() == "saved\n"
   assert not work[1].log.exists()
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(number) == before
 
 
-def test_an_interrupt_ends_what_is_running(tmp_path):
-  work = script(tmp_path, "a", SAVES)
-  when_exists(work.workdir, lambda: os.kill(os.getpid(), signal.SIGINT))
+STAYS = """
+import signal
+asked = []
+def stop(*_):
+  asked.append(1)
+  if len(asked) == 2:
+    print("left")
+    sys.exit(42)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(20)
+"""
+
+
+def test_a_second_interrupt_waits_for_nobody(tmp_path, monkeypatch):
+  monkeypatch.setattr(launch, "BOUNCE", 0.1)
+  work = script(tmp_path, "a", STAYS)
+
+  def interrupt():
+    for pause in (0, 0.5):
+      threading.Event().wait(pause)
+      os.kill(os.getpid(), signal.SIGINT)
+
+  when_exists(work.workdir, interrupt)
   with pytest.raises(KeyboardInterrupt):
     run([work])
-  assert work.log.read_text() == "saved\n"
+  assert work.log.read_text() == "left\n"
 
 
-def test_a_run_is_the_command_that_a_user_would_type(tmp_path):
-  path = tmp_path / "a"
-  files = {"config": path, "workdir": path, "log": path}
-  work = launch.Work(name="a", **files, options=("--notypecheck",))
-  assert work.command[1:] == [
-    "-m",
-    "experiments.train",
-    f"--config={path}",
-    f"--workdir={path}",
-    "--notypecheck",
-  ]
+ENDED = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(0.5)
+sys.exit(130)
+"""
+
+
+def test_one_that_the_terminal_ends_as_it_begins_is_run_again(tmp_path):
+  """Ctrl-C reaches all of the terminal's processes."""
+  work = script(tmp_path, "a", ENDED)
+  when_exists(work.workdir, lambda: os.kill(os.getpid(), signal.SIGINT))
+  assert run([work]) == [("a", 42)]

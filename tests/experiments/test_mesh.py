@@ -103,8 +103,8 @@ def test_flags_that_make_no_cluster(given, message):
     runtime.Cluster(**given)
 
 
-def test_without_a_network_a_single_process_goes_on(monkeypatch, capsys):
-  """Nothing is connected, and it says what that means."""
+def test_a_single_process_needs_no_network(monkeypatch):
+  """Nothing is connected; one of several says what it could not reach."""
   calls = []
 
   def refuse(*arguments, **options):
@@ -112,13 +112,9 @@ def test_without_a_network_a_single_process_goes_on(monkeypatch, capsys):
     raise ValueError("no cluster") if not arguments else RuntimeError("refused")
 
   monkeypatch.setattr(jax.distributed, "initialize", refuse)
-  before = jax.config.jax_cpu_collectives_implementation
   with runtime.cluster(runtime.Cluster()):
-    pass
-  jax.config.update("jax_cpu_collectives_implementation", before)
-  assert [len(a) for a in calls] == [0, 3]
-  assert calls[1][0].startswith("127.0.0.1:")
-  assert "no local network (refused)" in capsys.readouterr().err
+    assert not jax.distributed.is_initialized()
+  assert [len(a) for a in calls] == [0]
   with (
     pytest.raises(UserError, match="process 1 of 2 could not connect"),
     runtime.cluster(runtime.Cluster(coordinator="x:1", processes=2, process=1)),

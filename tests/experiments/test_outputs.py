@@ -63,3 +63,8 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
 
   got, want = scores(again.model, again.params), scores(model, params)
   np.testing.assert_array_equal(got, want)
+
+
+def test_what_a_run_says_is_not_its_result(capsys):
+  outputs.say("loading a model")
+  assert capsys.readouterr() == ("", "loading a model\n")

@@ -4,6 +4,7 @@ One small shape throughout, so that the compile cache serves every run.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import chex
 import numpy as np
 import pytest
 
-from experiments import config, runs
+from experiments import cli, config, runs, train
 from research import tree
 from research.interop import load
 from research.lora import wrap
@@ -96,6 +97,54 @@ def test_resuming_is_bitwise_the_undisturbed_run(finished, tmp_path):
   _run(tmp_path / "halves", "STEPS=4", short)
   resumed = _run(tmp_path / "halves", "STEPS=4")
   assert resumed["perplexity_after"] == first["perplexity_after"]
+
+
+def _contents(folder):
+  files = (path for path in folder.rglob("*") if path.is_file())
+  return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(finished, capsys):
+  """On another mesh, or for fewer steps, as well; the model is not loaded."""
+  workdir, first = finished
+  before = _contents(workdir)
+  for more in ([], ["--set=FSDP=2"], ["--set=STEPS=3"]):
+    arguments = [f"--set={x}" for x in (*SMALL, "STEPS=4")] + more
+    status = cli.call(
+      train.main,
+      [
+        "train",
+        "--config=runs/quickstart.gin",
+        f"--workdir={workdir}",
+        *arguments,
+      ],
+    )
+    out = capsys.readouterr()
+    assert status == 0, out.err
+    kept = json.loads((workdir / "result.json").read_text())
+    assert json.loads(out.out) == cli.plain(kept)  # and no other line
+    assert "finished, after 4 steps" in out.err
+    assert "loading" not in out.err
+  assert _contents(workdir) == before
+  assert first["tokens_per_s"] and "validation/loss" in first
+
+
+def test_a_result_that_was_not_written_is_whole(finished, tmp_path):
+  """As if the process died after its last checkpoint."""
+  workdir, first = finished
+  shutil.copytree(workdir, tmp_path / "copy")
+  (tmp_path / "copy" / "result.json").unlink()
+  again = _run(tmp_path / "copy", "STEPS=4")
+  assert again["tokens_per_s"] is None
+  assert {k: v for k, v in again.items() if k.startswith("validation/")} == {
+    k: v for k, v in first.items() if k.startswith("validation/")
+  }
+  assert again["perplexity_after"] == first["perplexity_after"]
+
+
+def test_a_rate_below_zero_is_refused_before_a_model_is_loaded():
+  with pytest.raises(UserError, match="schedule.peak: found -1, expected a"):
+    config.read("runs/quickstart.gin", ["LEARNING_RATE=-1"])
 
 
 def test_another_experiment_is_refused(finished):

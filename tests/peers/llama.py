@@ -9,12 +9,13 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
-import pytest
+from missing import missing
 
-llama_cpp = pytest.importorskip(
-  "llama_cpp", reason="llama.cpp is not installed: run `make llama-cpp`"
-)
-from llama_cpp import llama_cpp as c  # noqa: E402
+try:
+  import llama_cpp
+  from llama_cpp import llama_cpp as c
+except ImportError:
+  missing("llama.cpp", "llama-cpp")
 
 VERSION = llama_cpp.__version__
 

@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import support
 import test_compressed
+from missing import missing
 
 HERE = pathlib.Path(__file__).parent
 # A folder of its own: wherever PEFT finds gptqmodel, it imports it for every
@@ -23,10 +24,8 @@ HERE = pathlib.Path(__file__).parent
 PACKAGES = HERE.parents[1] / ".venv-peers" / "gptqmodel"
 SIDE = HERE / "gptqmodel_side.py"
 
-pytestmark = pytest.mark.skipif(
-  not (PACKAGES / "gptqmodel").is_dir(),
-  reason="gptqmodel is not installed: run `make gptqmodel`",
-)
+if not (PACKAGES / "gptqmodel").is_dir():
+  missing("gptqmodel", "gptqmodel")
 
 # Its search for AWQ's clipping wants outputs in whole 64s.
 SIZES = dict(hidden_size=128, head_dim=32, intermediate_size=192)

@@ -31,7 +31,7 @@ def test_everything_that_a_run_leaves(objects, capsys):
   )
   workdir = claim_workdir(WORKDIR, read.text)
   result = runs.train(read.experiment, workdir)
-  said = capsys.readouterr().out
+  said = capsys.readouterr().err
   assert result["workdir"] == WORKDIR and f"--workdir={WORKDIR}" in said
   kept = json.loads((workdir / "result.json").read_text())
   assert kept["perplexity_after"] == result["perplexity_after"]

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.data import packing
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 
 PLANS = [packing.concatenate, packing.best_fit, packing.alone]
@@ -46,6 +47,47 @@ def test_every_token_but_the_first_is_a_target_once(plan, lengths, row):
     np.testing.assert_array_equal(p["positions"], np.arange(len(p["tokens"])))
     on = p["weights"] > 0
     np.testing.assert_array_equal(p["targets"][on], p["tokens"][on] + 1)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@given(
+  lengths=st.lists(st.integers(3, 40), min_size=1, max_size=12),
+  row=st.integers(4, 17),
+  own=st.lists(st.booleans(), min_size=12, max_size=12),
+)
+@settings(max_examples=60, deadline=None)
+def test_pieces_of_what_begins_with_bos_do_too(plan, lengths, row, own):
+  """The same targets, once each, behind two tokens that count nothing again."""
+  begin = (900, 901)
+  starts = np.cumsum([0, *lengths])
+  documents = [
+    np.array([*begin, *range(s + 2, e)] if first else range(s, e), np.int32)
+    for s, e, first in zip(starts[:-1], starts[1:], own, strict=False)
+  ]
+  rows = packing.pack(documents, row, plan, begin=begin)
+  pieces = _unpack(rows)
+  targets = [p["targets"][p["weights"] > 0] for p in pieces]
+  want = [d[1:] for d in documents]
+  np.testing.assert_array_equal(
+    np.sort(np.concatenate(targets)), np.sort(np.concatenate(want))
+  )
+  seen = [t for p in pieces for t in p["tokens"] if t < 900]
+  assert sorted(seen) == sorted(i for d in documents for i in d if i < 900)
+  of = {i: first for d, first in zip(documents, own, strict=False) for i in d}
+  for p in pieces:
+    assert len(p["tokens"]) <= row
+    np.testing.assert_array_equal(p["positions"], np.arange(len(p["tokens"])))
+    last = p["tokens"][-1]
+    cut = last in begin  # by the end of a row
+    assert cut or (tuple(p["tokens"][:2]) == begin) == of[last]
+    assert list(p["tokens"]).count(901) <= 1
+    for token, target in zip(p["tokens"], p["targets"], strict=True):
+      assert target in (0, 901, token + 1) or token == 901
+
+
+def test_a_row_has_room_behind_what_it_begins_with():
+  with pytest.raises(UserError, match="length: found 2, expected at least 3"):
+    packing.pack([np.arange(3)], 2, begin=(0,))
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -93,10 +135,11 @@ def test_best_fit_cuts_no_document_that_fits():
 
 
 def test_tokenize_appends_the_end_and_drops_what_teaches_nothing():
-  tokens = packing.tokenize(["ab", "", "c"], lambda s: [ord(c) for c in s], 0)
+  encode, end = (lambda s: [ord(c) for c in s]), SpecialTokens(end=(0,))
+  tokens = packing.tokenize(["ab", "", "c"], encode, end)
   assert [t.tolist() for t in tokens] == [[97, 98, 0], [99, 0]]
   with pytest.raises(UserError, match="none with two tokens"):
-    packing.tokenize(["a", ""], lambda s: [ord(c) for c in s])
+    packing.tokenize(["a", ""], encode)
 
 
 def test_a_row_of_one_place_is_an_error():

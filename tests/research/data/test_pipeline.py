@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research.data import packing, pipeline
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 
 
@@ -41,6 +42,44 @@ def jitter(row, rng):
 DATA = pipeline.Pipeline(
   source=Numbers(), length=6, batch_size=4, seed=3, transforms=(jitter,)
 )
+
+
+@pytest.mark.parametrize(
+  "own, changes, want",
+  [
+    (SpecialTokens((1,), (2,), True), {}, ((1,), (2,), True)),
+    (SpecialTokens((1,), (2,), False), {}, ((1,), (2,), False)),
+    (SpecialTokens((1,), (2,), True), dict(begin=None), ((), (2,), False)),
+    (SpecialTokens((1,), (2,), True), dict(end=None), ((1,), (), True)),
+    (SpecialTokens((1,), (), True), dict(begin=7, end=8), ((7,), (8,), False)),
+    (SpecialTokens((1,), (), True), dict(every_row=False), ((1,), (), False)),
+    (SpecialTokens(), dict(begin=7, every_row=True), ((7,), (), True)),
+    (SpecialTokens(), {}, ((), (), False)),
+  ],
+)
+def test_documents_and_rows_begin_as_the_tokenizer_says(own, changes, want):
+  """Unless the pipeline says otherwise: by all rows of all plans."""
+
+  class Around(Letters):
+    special = own
+
+  begin, end, every_row = want
+  for plan in (packing.concatenate, packing.best_fit, packing.alone):
+    data = dataclasses.replace(DATA, plan=plan, **changes)
+    rows = data.rows(Around())
+    assert data.special_tokens(Around()) == SpecialTokens(*want)
+    for row in (rows[i] for i in range(len(rows))):
+      fresh = row["tokens"][row["positions"] == 0]
+      if every_row:
+        assert (fresh == begin).all()
+    found = [rows[i] for i in range(len(rows))]
+    learned = [r["targets"][r["weights"] > 0] for r in found]
+    learned = np.concatenate(learned).tolist()
+    assert learned.count(ord("C")) == 6 - (not begin)
+    assert [learned.count(t) for t in end] == [23 for _ in end]
+    if not every_row:
+      tokens = np.concatenate([r["tokens"] for r in found]).tolist()
+      assert [tokens.count(t) for t in begin] == [23 for _ in begin]
 
 
 def take(data, n):

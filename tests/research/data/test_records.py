@@ -1,11 +1,20 @@
 """JSON Lines: what is read, what is refused and how, splits by any field."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 
-from research.data import examples, jsonl, records, sources
+from research.data import (
+  examples,
+  jsonl,
+  packing,
+  pipeline,
+  records,
+  sources,
+)
+from research.nn.special_tokens import SpecialTokens
 from research.nn.tokenizer import Tokenizer
 from research.typing import UserError
 
@@ -120,12 +129,51 @@ def test_texts_are_documents(write):
   source = records.Texts(source.paths, field="meta.t")
   assert isinstance(source, sources.Documents)
   assert [source[i] for i in range(len(source))] == ["ab", "c"]
-  made = examples.read(source, LETTERS, end=0)
+  around = SpecialTokens(end=(0,))
+  made = examples.read(source, LETTERS, around)
   assert [e.tokens.tolist() for e in made] == [[97, 98, 0], [99, 0]]
   with pytest.raises(UserError, match="this model has no tokenizer"):
     examples.read(source, None)
   with pytest.raises(UserError, match="field 'meta': found dict"):
     len(records.Texts(source.paths, field="meta"))
+
+
+@pytest.mark.parametrize("plan", [packing.best_fit, packing.alone])
+def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
+  """Counted by hand: 4 places a row, answers behind prompts of 2, 9 and 4."""
+  lines = [("ab", "c"), ("abcdefgh", "ijk"), ("pqr", "s")]
+  path = write(*({"prompt": p, "completion": c} for p, c in lines))
+  data = pipeline.Pipeline(
+    source=records.Completions((path,)), length=4, plan=plan, batch_size=1
+  )
+  with pytest.warns(RuntimeWarning) as said:
+    rows = data.rows(LETTERS)
+  [message] = [str(w.message) for w in said]
+  # ^ab c$ is 5, ^abcdefgh ijk$ 13 and ^pqr s$ 6: none fits.
+  assert "3 of 3 examples are longer than 4 places" in message
+  assert "the longest has 13" in message
+  found = [rows[i] for i in range(len(rows))]
+  assert all(row["weights"].any() for row in found)
+  learned = [
+    chr(t) for r in found for t in r["targets"][r["weights"] > 0].tolist()
+  ]
+  assert sorted(learned) == sorted("c$ijk$s$")
+  given = data.source.examples(LETTERS)
+  tokens, flags = [e.tokens for e in given], [e.learned for e in given]
+  whole = packing.pack(tokens, 4, plan, flags, (ord("^"),))
+  empty = [i for i in range(len(whole)) if not whole[i]["weights"].any()]
+  assert len(rows) == len(whole) - len(empty) < len(whole)
+  assert f"{len(empty)} of {len(whole)} rows have then nothing" in message
+
+
+def test_what_fits_is_not_warned_of(write):
+  path = write({"prompt": "ab", "completion": "c"})
+  source = records.Completions((path,))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    assert len(pipeline.Pipeline(source=source, length=5).rows(LETTERS)) == 1
+    texts = records.Texts((path,), field="prompt")
+    pipeline.Pipeline(source=texts, length=3).rows(LETTERS)  # cut, as texts are
 
 
 def test_splits_partition_and_keep_a_key_together(write):

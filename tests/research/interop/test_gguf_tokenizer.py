@@ -50,7 +50,9 @@ def test_smollm2_round_trips_on_every_topic(real):
 def test_smollm2_special_tokens(real):
   tokenizer, special = real
   assert "<|im_start|>" in special.pop("chat_template")
-  assert special == dict(bos=1, eos=2, eot=None, unk=0, pad=2, add_bos=False)
+  assert special == dict(
+    bos=1, eos=2, eot=None, unk=0, pad=2, add_bos=False, add_eos=False
+  )
   ids = tokenizer.encode("<|im_start|>hi<|im_end|>").ids
   assert (ids[0], ids[-1]) == (1, 2)
   assert tokenizer.decode(ids) == "hi"
@@ -161,6 +163,7 @@ BAD = {
   "token_type": (np.zeros(3, np.int32), "one a token"),
   "eos_token_id": (1 << 20, "a token below"),
   "add_bos_token": (3, "type bool"),
+  "add_eos_token": (3, "type bool"),
 }
 
 

@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from research.interop import gguf_tokenizer, gguf_vocab, load
+from research.nn.special_tokens import SpecialTokens
 from research.nn.tokenizer import Tokenizer
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
@@ -44,6 +45,23 @@ def test_every_rule_for_words_is_found_again(pre):
     tokenizer.eos,
     tokenizer.pad,
   )
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_what_stands_around_a_text_is_kept(bos, eos):
+  metadata = metadata_of_golden() | {
+    "tokenizer.ggml.add_bos_token": bos,
+    "tokenizer.ggml.add_eos_token": eos,
+  }
+  tokenizer = Tokenizer.from_gguf(metadata)
+  keys, _ = gguf_vocab.from_tokenizer(tokenizer, 280)
+  begin, end = (1,) * bos, (2,) * eos
+  for one in (tokenizer, Tokenizer.from_gguf(keys)):
+    assert one.special == SpecialTokens(begin, end, every_row=bos)
+    ids = one.encode("ab")
+    assert one.encode("ab", add_special=True) == [*begin, *ids, *end]
+    assert one.prompt("ab") == [*begin, *ids]
 
 
 def sentencepiece(prefix: bool):

@@ -3,6 +3,7 @@
 The harness itself is an extra; where it is installed, a task of its own runs.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -17,6 +18,7 @@ from scipy import special
 from research.interop import lm_eval
 from research.interop.load import Loaded
 from research.nn import generate
+from research.nn.special_tokens import SpecialTokens
 from research.nn.tokenizer import Tokenizer
 from research.typing import UserError
 from tests import support
@@ -108,9 +110,16 @@ def test_long_contexts_lose_their_beginning(loaded, log_p):
   assert value == pytest.approx(want, rel=1e-5)
 
 
+def with_every_row(loaded, every_row):
+  around = SpecialTokens(begin=(0,), every_row=every_row)
+  words = dataclasses.replace(loaded.tokenizer, documents=around)
+  return dataclasses.replace(loaded, tokenizer=words)
+
+
 @pytest.mark.parametrize("length", [1, CONTEXT, CONTEXT + 1, 3 * CONTEXT - 4])
 def test_rolling(loaded, log_p, length):
   """The windows are those of the harness's get_rolling_token_windows."""
+  loaded = with_every_row(loaded, False)
   rng = np.random.default_rng(length)
   text = "".join(rng.choice(list("abc xyz"), length))
   ids = loaded.tokenizer.encode(text)
@@ -127,6 +136,50 @@ def test_rolling(loaded, log_p, length):
     done = end
   [got, again] = lm_eval.rolling(loaded, [text, text], batch=2)
   assert got == pytest.approx(want, rel=1e-5) and got == again
+
+
+@pytest.mark.parametrize("length", [CONTEXT, CONTEXT + 1, 3 * CONTEXT - 4])
+def test_rolling_where_every_row_begins_with_bos(loaded, log_p, length):
+  """Token by token: each follows bos and what of its text fits behind it."""
+  rng = np.random.default_rng(length)
+  text = "".join(rng.choice(list("abc xyz"), length))
+  ids = loaded.tokenizer.encode(text)
+  starts = [0, *range(CONTEXT, length, CONTEXT - 1)]
+  want = 0.0
+  for start, stop in zip(starts, [*starts[1:], length], strict=True):
+    # The last window is filled up with what is before it, as the harness does.
+    first = max(0, stop - CONTEXT) if start else 0
+    found = log_p([0, *ids[first : stop - 1]])
+    for i in range(start, stop):
+      want += found[i - first, ids[i]]
+  [got] = lm_eval.rolling(loaded, [text])
+  assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_long_contexts_keep_bos(loaded, log_p):
+  """Of a continuation longer than the context, too, bos is not asked for."""
+  around = loaded.tokenizer.special
+  ids = np.random.default_rng(0).integers(2, 60, 40).tolist()
+  for cut in (35, 3):
+    [(value, _)] = lm_eval.score(
+      loaded.model, loaded.params, [([0, *ids[:cut]], ids[cut:])], 8, around
+    )
+    count = min(40 - cut, CONTEXT)
+    want, _ = by_definition(
+      log_p, [0, *ids[40 - CONTEXT : 40 - count]], ids[40 - count :]
+    )
+    assert value == pytest.approx(want, rel=1e-5)
+  options = {"until": [], "max_gen_toks": 4, "do_sample": False}
+  text = loaded.tokenizer.decode(ids)
+  [got] = lm_eval.generate_until(loaded, [(text, options)])
+  made = generate.generate(
+    loaded.model,
+    loaded.params,
+    [[0, *loaded.tokenizer.encode(text)[-(CONTEXT - 5) :]]],
+    4,
+    stop_tokens=(1,),
+  )
+  assert got == loaded.tokenizer.decode(made.tokens[0])
 
 
 def test_generate_until(loaded):

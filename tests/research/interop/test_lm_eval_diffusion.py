@@ -16,6 +16,7 @@ from research.diffusion.spec import Spec
 from research.interop import lm_eval, lm_eval_diffusion
 from research.interop.lm_eval_diffusion import Asking
 from research.interop.load import Loaded
+from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 from tests import support
 from tests.research.interop.test_lm_eval import tokenizer
@@ -133,11 +134,16 @@ def test_values_do_not_depend_on_their_company(loaded):
   assert ask(loaded, pairs, how=other) != all_of_them
 
 
-def test_rolling_windows_are_read_with_what_they_follow(loaded):
+@pytest.mark.parametrize("every_row", [False, True])
+def test_rolling_windows_are_read_with_what_they_follow(loaded, every_row):
+  around = SpecialTokens(begin=(0,), every_row=every_row)
+  words = dataclasses.replace(loaded.tokenizer, documents=around)
+  loaded = dataclasses.replace(loaded, tokenizer=words)
   text = "abc xyz" * 6
   ids = loaded.tokenizer.encode(text)
   size = CONTEXT - 1
-  parts = [([0], ids[:size]), (ids[-size - 1 : size], ids[size:])]
+  before = [0, *ids[-size:size]] if every_row else ids[-size - 1 : size]
+  parts = [([0], ids[:size]), (before, ids[size:])]
   want = sum(v for v, _ in lm_eval_diffusion.score(loaded, parts))
   assert len(parts[1][0]) + len(parts[1][1]) == CONTEXT
   [got] = lm_eval_diffusion.rolling(loaded, [text])

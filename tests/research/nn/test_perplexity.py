@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from research.nn import perplexity as p
 from research.nn import presets
@@ -35,15 +36,15 @@ def params():
   ]
 
 
+@jax.jit
+def _full(tokens):
+  hidden, _ = MODEL.apply({"params": params()}, tokens)
+  return MODEL.apply({"params": params()}, hidden, method="logits")
+
+
 @functools.cache
 def _losses(window, max_windows):
   """Each predicted token's loss, window by window, in float64."""
-
-  @jax.jit
-  def logits(tokens):
-    hidden, _ = MODEL.apply({"params": params()}, tokens)
-    return MODEL.apply({"params": params()}, hidden, method="logits")
-
   out = []
   for start in range(0, len(IDS), window)[:max_windows]:
     part = IDS[start : start + window]
@@ -51,7 +52,7 @@ def _losses(window, max_windows):
       continue
     padded = np.zeros((1, window), np.int32)
     padded[0, : len(part)] = part
-    found = np.asarray(logits(padded), np.float64)[0]
+    found = np.asarray(_full(padded), np.float64)[0]
     chances = np.exp(found) / np.exp(found).sum(-1, keepdims=True)
     out += [-np.log(chances[i - 1, t]) for i, t in enumerate(part) if i]
   return np.array(out)
@@ -74,6 +75,26 @@ def test_against_full_logits(window, max_windows, batch, windows, tokens):
   assert len(losses) == tokens
   np.testing.assert_allclose(found.nll, losses.mean(), rtol=1e-5)
   np.testing.assert_allclose(found.perplexity, np.exp(losses.mean()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("begin", [(30,), (30, 5)])
+def test_special_tokens_stand_before_each_window(begin, chunk):
+  """The same tokens are predicted, from one window and bos alone."""
+  found = p.perplexity(
+    MODEL, params(), IDS, 100, None, 2, chunk=chunk, begin=begin
+  )
+  assert (found.windows, found.tokens) == (5, 432)
+  want = []
+  for start in range(0, len(IDS), 100):
+    row = [*begin, *IDS[start : start + 100]]
+    padded = np.zeros((1, 128), np.int32)
+    padded[0, : len(row)] = row
+    logits = np.asarray(_full(jnp.asarray(padded)), np.float64)[0]
+    chances = special.log_softmax(logits, -1)
+    first = len(begin) + 1
+    want += [-chances[i - 1, row[i]] for i in range(first, len(row))]
+  np.testing.assert_allclose(found.nll, np.mean(want), rtol=1e-5)
 
 
 def test_a_whole_text_of_one_window():
@@ -105,6 +126,7 @@ def test_what_is_packed_is_read_by_later_chunks():
   [
     (dict(window=1), "window: found 1"),
     (dict(window=129), "context of 128"),
+    (dict(window=128, begin=(1,)), "128 tokens and 1 special before them"),
     (dict(ids=IDS[:99]), "found 99 tokens.*window of 100"),
     (dict(ids=[]), "found 0 tokens"),
     (dict(max_windows=0), "max_windows: found 0"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research import statistics, tree, weights
+from research.nn.special_tokens import SpecialTokens
 from research.quant import calibrate, drift
 from research.quant.calibrate import Calibration
 from research.typing import UserError
@@ -57,6 +58,23 @@ def test_windows_are_of_the_text_and_drawn_by_the_seed():
   again, other = windows(), windows(seed=1)
   assert found.record() == again.record()
   assert found.record()["sha256"] != other.record()["sha256"]
+
+
+def test_windows_begin_as_the_tokenizer_says():
+  class Around(Letters):
+    special = SpecialTokens(begin=(66,), end=(65,), every_row=True)
+
+  text = Texts((LETTERS, LETTERS[::-1]))
+  found = Calibration(source=text, windows=3, length=10).read(Around())
+  assert (found.tokens[:, 0] == 66).all()
+  stream = []
+  for i in range(2):
+    stream += [66, *Letters().encode(text[i]), 65]
+  assert len(stream) == 56
+  # Documents begin at 0 and 28; what begins within one has a token less of it.
+  parts = [(0, 10), (10, 19), (19, 28), (28, 38), (38, 47), (47, 56)]
+  rows = [[*([66] * (i not in (0, 28))), *stream[i:j]] for i, j in parts]
+  np.testing.assert_array_equal(found.tokens, np.array(rows)[found.indices])
 
 
 @pytest.mark.parametrize(

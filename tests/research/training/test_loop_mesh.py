@@ -40,7 +40,7 @@ class _Wide(conftest._Iterator):
     self.next_index = place["next_index"]
 
 
-def run(workdir, layout=None, steps=6, objective=None, **more):
+def run(workdir, layout=None, steps=6, objective=None, plan=None, **more):
   """Runs on one device, or on the mesh of `layout`."""
 
   def fit(start, cut=None):
@@ -49,11 +49,10 @@ def run(workdir, layout=None, steps=6, objective=None, **more):
       TX,
       start,
       Wide(),
-      loop.Plan(steps=steps, accumulate=2, save_every=2),
+      plan or loop.Plan(steps=steps, accumulate=2, save_every=2),
       workdir=workdir,
-      evaluations={"validation": [next(iter(Wide()))]},
       sharding=cut,
-      **more,
+      **{"evaluations": {"validation": [next(iter(Wide()))]}, **more},
     )
 
   if layout is None:
@@ -151,25 +150,74 @@ def test_rows_that_the_mesh_does_not_divide():
     feed.place({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
 
 
-def test_asked_to_stop_it_saves_and_says_so(alone, tmp_path, monkeypatch):
-  """Then it goes on as if nothing had happened, bit by bit."""
-  monkeypatch.setattr(preemption, "reached", lambda step: step == 3)
-  with pytest.raises(preemption.Preempted, match="step 3 is saved") as caught:
-    run(tmp_path)
-  assert caught.value.exit_status == 42
-  assert (tmp_path / "checkpoints" / "3").is_dir()
-  assert losses(tmp_path) == losses(alone[0])[:3]
-  # At its last step there is nothing left to stop.
-  monkeypatch.setattr(preemption, "reached", lambda step: step == 6)
-  out = run(tmp_path)
-  assert out.start == 3
-  chex.assert_trees_all_equal(out.state, alone[1].state)
-  assert losses(tmp_path) == losses(alone[0])
-  assert out.evaluation == alone[1].evaluation
+class Asking:
+  """Is asked to leave at its n-th point."""
+
+  def __init__(self, left):
+    self.left = left
+
+  def reached(self):
+    self.left -= 1
+    return self.left <= 0
+
+  def unsaved(self, whether):
+    pass
+
+
+def test_asked_to_stop_it_saves_and_says_so(tmp_path, monkeypatch):
+  """Wherever it is asked; then it goes on as if nothing had happened."""
+  plan = loop.Plan(steps=6, accumulate=2, save_every=2, eval_every=3)
+  batches = [next(iter(Wide())), next(iter(Wide()))]
+  more = dict(plan=plan, evaluations={"validation": batches})
+  lives = [
+    (1, "no step was taken"),  # after it has compiled
+    (2, "step 1 is saved"),  # after a step
+    (3, "step 2 is saved"),  # after a checkpoint that was due
+    (4, "step 3 is saved, but for its evaluation"),  # within that
+    (1, "step 3 is saved, but for its evaluation"),  # and again
+    (7, "step 6 is saved, but for its evaluation"),  # which was due
+  ]
+  for number, (left, words) in enumerate(lives):
+    asking = Asking(left)
+    monkeypatch.setattr(preemption, "StopPoints", lambda a=asking: a)
+    with pytest.raises(preemption.Preempted, match=words) as caught:
+      run(tmp_path / "left", **more)
+    assert words + ".\n" in str(caught.value), number
+    assert caught.value.exit_status == 42
+  monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(99))
+  out, whole = run(tmp_path / "left", **more), run(tmp_path / "whole", **more)
+  assert (out.start, whole.start) == (6, 0)
+  chex.assert_trees_all_equal(out.state, whole.state)
+  assert (out.best, out.evaluation) == (whole.best, whole.evaluation)
+  left, want = (numbers(tmp_path / name) for name in ("left", "whole"))
+  assert left == want
+  assert not (tmp_path / "left" / "unevaluated").exists()
+
+
+def numbers(workdir):
+  """Returns what was measured of which steps, and which of them are kept."""
+  rows = [
+    (r["step"], name, value)
+    for r in read_jsonl(workdir / "metrics.jsonl")
+    for name, value in r.items()
+    if name.startswith("validation/") or name == "train/loss"
+  ]
+  return rows, sorted(p.name for p in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_damaged_unevaluated_step_is_not_used(tmp_path, monkeypatch, capsys):
+  more = dict(plan=loop.Plan(steps=4, accumulate=2, save_every=2))
+  monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(6))
+  with pytest.raises(preemption.Preempted, match="step 4 is saved, but for"):
+    run(tmp_path, **more)
+  (tmp_path / "unevaluated" / "4" / "data" / "place.json").write_text("{}")
+  monkeypatch.setattr(preemption, "StopPoints", lambda: Asking(99))
+  assert run(tmp_path, **more).start == 2
+  assert "not used: " in capsys.readouterr().err
 
 
 def test_nobody_asks_where_jax_is_not_distributed():
-  assert not preemption.reached(1)
+  assert not preemption.StopPoints().reached()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Optimizers against numpy written from the papers, schedules by hand."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,22 @@ import numpy as np
 import optax
 import pytest
 
-from research.training import optim
+from research.lora import loraplus, lorapro, relora, riemannian
+from research.training import (
+  adam8bit,
+  apollo,
+  experts,
+  galore,
+  layerwise,
+  loop,
+  muon,
+  objective,
+  optim,
+  rates,
+  schedule_free,
+  stages,
+  subspace,
+)
 from research.typing import UserError
 
 
@@ -30,6 +47,82 @@ def test_schedules(schedule, want):
 def test_no_room_for_the_schedule(make):
   with pytest.raises(UserError, match="10 steps of warm-up and decay in a run"):
     make(1.0, 10, 10)
+
+
+RANKED = subspace.Projection(rank=2)
+RANGES = [
+  *[(optim.constant, dict(peak=x)) for x in (-1, -1e-9, math.inf, math.nan)],
+  (optim.constant, dict(peak=1, warmup=-1)),
+  *[
+    (make, dict(peak=1, steps=9) | wrong)
+    for make in (optim.cosine, optim.linear, optim.wsd)
+    for wrong in (dict(peak=-1), dict(warmup=-1), dict(final=-0.1))
+  ],
+  (optim.wsd, dict(peak=1, steps=9, decay=-1)),
+  (stages.stages, dict(peak=1, later=-1, at=2, steps=9)),
+  (stages.stages, dict(peak=1, later=1, at=2, steps=9, final=-1)),
+  (relora.schedule, dict(peak=-1, steps=4, every=2, warmup=1, rewarm=1)),
+  (relora.schedule, dict(peak=1, steps=4, every=0, warmup=0, rewarm=0)),
+  (relora.AtRandom, dict(share=1.1)),
+  (relora.Smallest, dict(share=-0.1)),
+  *[
+    (make, dict(learning_rate=1e-3, **fixed) | wrong)
+    for make, fixed in (
+      (optim.adamw, {}),
+      (lambda **x: rates.adamw(factor=rates.table([]), **x), {}),
+      (adam8bit.adamw8bit, {}),
+      (apollo.apollo, dict(projection=RANKED)),
+      (apollo.fira, dict(projection=RANKED)),
+      (schedule_free.adamw, {}),
+      (loraplus.loraplus, {}),
+      (lorapro.lorapro, {}),
+      (riemannian.riemannian, {}),
+    )
+    for wrong in (
+      dict(learning_rate=-1.0),
+      dict(learning_rate=math.nan),
+      dict(b1=1.0),
+      dict(b2=-0.1),
+      dict(eps=-1e-8),
+      dict(weight_decay=-0.1),
+      dict(clip=0.0),
+      dict(clip=-1),
+    )
+  ],
+  (riemannian.lora_fa, dict(learning_rate=-1)),
+  (riemannian.lora_fa, dict(learning_rate=1, damping=-1)),
+  (riemannian.riemannian, dict(learning_rate=1, damping=-1)),
+  (lorapro.lorapro, dict(learning_rate=1, damping=-1)),
+  (loraplus.loraplus, dict(learning_rate=1, ratio=-1)),
+  (loraplus.peft_groups, dict(learning_rate=1, embedding=-1)),
+  *[
+    (muon.muon, dict(learning_rate=1) | wrong)
+    for wrong in (
+      *(dict(learning_rate=-1), dict(momentum=1), dict(steps=0)),
+      *(dict(adam=-1), dict(b1=1), dict(clip=0)),
+    )
+  ],
+  *[
+    (make, dict(learning_rate=1, projection=RANKED) | wrong)
+    for make in (galore.galore, layerwise.galore)
+    for wrong in (
+      *(dict(learning_rate=-1), dict(scale=-1), dict(weight_decay=-1)),
+      dict(clip=0),
+    )
+  ],
+  (apollo.apollo, dict(learning_rate=1, projection=RANKED, scale=-1)),
+  (objective.NextToken, dict(z_loss=-1)),
+  (objective.NextToken, dict(label_smoothing=1.5)),
+  (experts.Balance, dict(loss=-1)),
+  (experts.rebalance, dict(rate=-0.1)),
+  (loop.Plan, dict(steps=1, average=1.5)),
+]
+
+
+@pytest.mark.parametrize(("make", "wrong"), RANGES)
+def test_numbers_that_make_no_sense_are_refused_at_once(make, wrong):
+  with pytest.raises(UserError, match=r"\.\w+: found \S+, expected a finite"):
+    make(**wrong)
 
 
 def adamw_by_hand(params, grads, rates, decay, clip, b1, b2, eps):

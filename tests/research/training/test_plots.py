@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from research.training import plots
+from research.training import plot_runs, plots
 from research.typing import UserError
 
 
@@ -30,6 +30,24 @@ def test_loss_curve(tmp_path):
     plots.loss_curve(
       tmp_path / "metrics.jsonl", tmp_path / "no" / "x.png", title=""
     )
+
+
+def test_an_empty_step_is_not_drawn(tmp_path, monkeypatch):
+  """A step without a target has the loss 0, which is nobody's loss."""
+  rows = [
+    {"step": 1, "train/loss": 4.0, "train/weight": 9.0},
+    {"step": 2, "train/loss": 0.0, "train/weight": 0.0},
+    {"step": 3, "train/loss": 3.0, "train/weight": 2.0, "a/loss": 0.0},
+  ]
+  write(tmp_path / "metrics.jsonl", rows)
+  drawn = []
+  monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
+  plots.loss_curve(tmp_path / "metrics.jsonl", "x.png", title="")
+  train, _, other = drawn[0].axes[0].lines
+  assert train.get_xydata().tolist() == [[1, 4], [3, 3]]
+  assert other.get_xydata().tolist() == [[3, 0]]
+  assert plot_runs.series(rows, "train/loss") == ([1, 3], [4.0, 3.0])
+  assert plot_runs.series(rows, "train/weight")[0] == [1, 2, 3]
 
 
 def test_nothing_to_draw(tmp_path):

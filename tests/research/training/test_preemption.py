@@ -1,0 +1,61 @@
+"""Signals: what a process does with them, whatever it is doing."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from research.training import preemption
+
+
+@pytest.fixture(scope="module")
+def ended():
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.research.training.signalled"],
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["term", "int"])
+def test_with_nothing_to_save_it_ends_at_once(ended, name):
+  """Not as an error of what it was doing; compiling, too, in seconds."""
+  for doing in ("idle", "compiling"):
+    status, seconds, said = ended[f"{doing} {name}"]
+    assert status == preemption.Preempted.exit_status == 42
+    assert seconds < preemption.PATIENCE + 5
+    assert "asked to stop; nothing had to be saved" in said
+  assert ended["swallowing int"][0] == ended["finishing term"][0] == 42
+
+
+@pytest.mark.parametrize("name", ["term", "int", "both"])
+def test_with_steps_to_save_it_saves_them(ended, name):
+  status, _, said = ended[f"training {name}"]
+  assert status == 7  # saved
+  assert ("Ctrl-C again ends it at once" in said) == (name == "int")
+
+
+def test_a_second_ctrl_c_ends_it_at_once(ended):
+  status, seconds, said = ended["computing int int"]
+  assert (status, said.strip().splitlines()[-1]) == (130, "interrupted")
+  assert seconds < 5
+  assert ended["computing term term int int"][0] == 130
+  # One that a parent passes on is the same one: killed in the end.
+  assert ended["computing int, bounced"][0] == -signal.SIGKILL
+
+
+def test_nothing_is_left_behind():
+  before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  with preemption.handling_signals():
+    inside = signal.getsignal(signal.SIGINT)
+    assert isinstance(inside, preemption.StopRequest)
+    with pytest.raises(preemption.Preempted), preemption.handling_signals():
+      signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is inside
+  found = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  assert found == before
