@@ -83,6 +83,13 @@ class Method:
   PEFT_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
   """What PEFT takes for fields that a file leaves out."""
 
+  @property
+  def output_gain(self) -> str | None:
+    """The array `[out]` that outputs are multiplied by, a bias included.
+
+    None where a bias stays as it is: what changes the matrix alone."""
+    return None
+
   def __post_init__(self) -> None:
     name = type(self).__name__
     if self.rank < 1:
