@@ -84,6 +84,11 @@ class Method:
   """What PEFT takes for fields that a file leaves out."""
 
   @property
+  def starts_as_base(self) -> bool:
+    """Whether a new adapter computes what its base does, but for rounding."""
+    return True
+
+  @property
   def output_gain(self) -> str | None:
     """The array `[out]` that outputs are multiplied by, a bias included.
 

@@ -74,7 +74,7 @@ def create(
       types.
     average: whether to keep a moving average of the trainable arrays.
     held: regular expression of the paths, among those that are not trainable,
-      that rewrites change; they are copied, in their own type.
+      that rewrites change, of any type; they are copied.
     shardings: of the state, by its shapes; None off a mesh. Optimizer state is
       made where it stays; the frozen arrays stay as they are, see `place`.
 
@@ -84,13 +84,14 @@ def create(
   """
   selected, frozen = tree.partition(params, trainable)
   codes = isinstance(tx, Layerwise)
-  _check("trainable", selected, params, trainable, codes)
+  _check("trainable", selected, params, trainable)
+  _check_learned(selected, trainable, codes)
   if average and any(map(movable, jax.tree.leaves(selected, is_leaf=movable))):
     raise UserError("average: weights in codes have no average, expected False")
   kept = None
   if held is not None:
     kept, frozen = tree.partition(frozen, held)
-    _check("held", kept, params, held, codes=False)
+    _check("held", kept, params, held)
 
   def copy(x: Array) -> Array:
     coded = not jnp.issubdtype(x.dtype, jnp.floating)
@@ -135,25 +136,32 @@ def place(params: Params, shardings: Placement) -> Params:
   return jax.tree.map(one, params, shardings(params))
 
 
-def _check(
-  field: str, selected: Params, params: Params, pattern: str, codes: bool
-) -> None:
-  """Raises UserError where nothing is selected, or what cannot be learned.
+def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
+  """Raises UserError where nothing is selected.
 
   Args:
     field: that `pattern` is of.
     selected: what it selects.
     params: of what.
     pattern: regular expression.
+  """
+  if jax.tree.leaves(selected):
+    return
+  paths = [path for path, _ in tree.flatten_paths(params)]
+  raise UserError(
+    f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
+    f"Expected a regular expression for paths such as {paths[-1]!r}."
+  )
+
+
+def _check_learned(selected: Params, pattern: str, codes: bool) -> None:
+  """Raises UserError where something is selected that cannot be learned.
+
+  Args:
+    selected: what is to be learned.
+    pattern: regular expression that selects it.
     codes: whether weights can be stored anew as codes.
   """
-  found = tree.flatten_paths(selected)
-  if not found:
-    paths = [path for path, _ in tree.flatten_paths(params)]
-    raise UserError(
-      f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
-      f"Expected a regular expression for paths such as {paths[-1]!r}."
-    )
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     selected, movable if codes else None
   )
@@ -161,7 +169,7 @@ def _check(
     anew = codes and movable(leaf)
     if not anew and not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise UserError(
-        f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
+        f"trainable: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
         " adapters, e.g. '/trained/'\n(layerwise.galore alone trains codes,"
         " those of int8_weights)."
