@@ -1,6 +1,7 @@
 """The training state: one pytree, with the trainable part set apart by path."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import optax
 from research import tree
 from research.training.layerwise import Layerwise, movable
 from research.typing import Array, Params, UserError
+
+_FIXED = re.compile(r"(^|/)fixed/")
+"""Paths of what adapters do not learn."""
 
 Placement = Callable[[Any], Any]
 """A tree of arrays, or of shapes -> a sharding for each of them."""
@@ -74,7 +78,7 @@ def create(
       types.
     average: whether to keep a moving average of the trainable arrays.
     held: regular expression of the paths, among those that are not trainable,
-      that rewrites change, of any type; they are copied.
+      that rewrites change; they are copied, in their own type.
     shardings: of the state, by its shapes; None off a mesh. Optimizer state is
       made where it stays; the frozen arrays stay as they are, see `place`.
 
@@ -84,14 +88,13 @@ def create(
   """
   selected, frozen = tree.partition(params, trainable)
   codes = isinstance(tx, Layerwise)
-  _check("trainable", selected, params, trainable)
-  _check_learned(selected, trainable, codes)
+  _check("trainable", selected, params, trainable, codes)
   if average and any(map(movable, jax.tree.leaves(selected, is_leaf=movable))):
     raise UserError("average: weights in codes have no average, expected False")
   kept = None
   if held is not None:
     kept, frozen = tree.partition(frozen, held)
-    _check("held", kept, params, held)
+    _check("held", kept, params, held, codes=False)
 
   def copy(x: Array) -> Array:
     coded = not jnp.issubdtype(x.dtype, jnp.floating)
@@ -136,40 +139,35 @@ def place(params: Params, shardings: Placement) -> Params:
   return jax.tree.map(one, params, shardings(params))
 
 
-def _check(field: str, selected: Params, params: Params, pattern: str) -> None:
-  """Raises UserError where nothing is selected.
+def _check(
+  field: str, selected: Params, params: Params, pattern: str, codes: bool
+) -> None:
+  """Raises UserError where nothing is selected, or what cannot be learned.
 
   Args:
     field: that `pattern` is of.
     selected: what it selects.
     params: of what.
     pattern: regular expression.
-  """
-  if jax.tree.leaves(selected):
-    return
-  paths = [path for path, _ in tree.flatten_paths(params)]
-  raise UserError(
-    f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
-    f"Expected a regular expression for paths such as {paths[-1]!r}."
-  )
-
-
-def _check_learned(selected: Params, pattern: str, codes: bool) -> None:
-  """Raises UserError where something is selected that cannot be learned.
-
-  Args:
-    selected: what is to be learned.
-    pattern: regular expression that selects it.
     codes: whether weights can be stored anew as codes.
   """
+  found = tree.flatten_paths(selected)
+  if not found:
+    paths = [path for path, _ in tree.flatten_paths(params)]
+    raise UserError(
+      f"{field}: {pattern!r} matches none of {len(paths)} parameters.\n"
+      f"Expected a regular expression for paths such as {paths[-1]!r}."
+    )
   leaves, _ = jax.tree_util.tree_flatten_with_path(
     selected, movable if codes else None
   )
   for path, leaf in ((tree.path_name(p), x) for p, x in leaves):
     anew = codes and movable(leaf)
-    if not anew and not jnp.issubdtype(leaf.dtype, jnp.floating):
+    # Places of a sparse adapter, say, are no codes of a weight.
+    kept = field == "held" and _FIXED.search(path)
+    if not (anew or kept or jnp.issubdtype(leaf.dtype, jnp.floating)):
       raise UserError(
-        f"trainable: {pattern!r} matches {path} of type {leaf.dtype}.\n"
+        f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
         " adapters, e.g. '/trained/'\n(layerwise.galore alone trains codes,"
         " those of int8_weights)."

@@ -55,13 +55,13 @@ def test_held_resumes_bitwise(line, tmp_path):
   chex.assert_trees_all_equal(parts.held, whole.held)
 
 
-def test_held_may_be_whole_numbers(line):
-  """Places of a sparse adapter, say; what is learned may not."""
+def test_adapters_may_hold_whole_numbers(line):
+  """Places of a sparse one, say; what is learned may not."""
   _, params, _ = line
-  tx, more = optim.adamw(1e-2), {"places": jnp.arange(3)}
-  made = state.create(params | more, "w", tx, held="places")
-  chex.assert_trees_all_equal(made.held["places"], more["places"])
-  with pytest.raises(UserError, match="trainable: 'places' matches places of"):
+  tx, more = optim.adamw(1e-2), {"fixed": {"places": jnp.arange(3)}}
+  made = state.create(params | more, "w", tx, held="fixed/")
+  chex.assert_trees_all_equal(made.held["fixed"], more["fixed"])
+  with pytest.raises(UserError, match="'places' matches fixed/places of type"):
     state.create(params | more, "places", tx)
 
 
