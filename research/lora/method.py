@@ -89,6 +89,13 @@ class Method:
     return True
 
   @property
+  def pair_scale(self) -> float | None:
+    """`s` where the matrix moves by `s aᵀ b` of the arrays a and b.
+
+    None where it moves by anything else, whatever its arrays are called."""
+    return None
+
+  @property
   def output_gain(self) -> str | None:
     """The array `[out]` that outputs are multiplied by, a bias included.
 

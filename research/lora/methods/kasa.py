@@ -33,6 +33,10 @@ class KaSA(LoRA):
   PEFT_FLAG: ClassVar = "kasa_config"
 
   @property
+  def pair_scale(self):
+    return None  # of each term, d times that
+
+  @property
   def starts_as_base(self):
     return False  # which loses its smallest singular values
 

@@ -50,6 +50,10 @@ class LoRA(Method):
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
   @property
+  def pair_scale(self):
+    return self.scale
+
+  @property
   def starts_as_base(self):
     return self.init != "random"
 
