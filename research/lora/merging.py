@@ -94,9 +94,9 @@ def merge(
 
 
 def _rounded(name, total, base, dtype, rounding):
-  got = rounding(name, total, dtype)
+  got, alone = (rounding(name, x, dtype) for x in (total, base))
   found = changes.Comparison()
-  found.add(total, got.astype(np.float32), base)
+  found.add(total, *(x.astype(np.float32) for x in (got, base, alone)))
   return got, found.change(name, "float32", str(dtype))
 
 
