@@ -13,7 +13,7 @@ import jax
 
 from experiments import cli, shapes
 from experiments.experiment import Experiment
-from research import sharding, tree
+from research import sharding, tree, weights
 from research.planning import flops, forecast, text
 from research.planning.chips import Topology
 from research.training import step
@@ -77,8 +77,8 @@ def _given(
     "devices": taken.mesh.size,
     "topology_devices": len(topology.devices),
     "mesh": {k: v for k, v in taken.mesh.shape.items() if v > 1},
-    "total_parameters": tree.count(taken.state.params),
-    "trainable_parameters": tree.count(taken.state.trainable),
+    "total_parameters": weights.count(taken.state.params),
+    "trainable_parameters": weights.count(taken.state.trainable),
     "tokens": taken.tokens,
     "predicted_argument_bytes": sharding.bytes_per_device(arguments, where),
     "model_flops": model_flops(taken, experiment),

@@ -11,12 +11,14 @@ Such a class answers by its own methods:
   axes(names)           its parts' logical axis names, for sharding
   bind(key, ids)        itself with what depends on the batch
   bias_of(b)            the bias behind it, where it scales whole outputs
+  count()               its parameters, where its shape does not say how many
 
 and has `shape` and `dtype`, the logical ones. JAX's pytree registration is the
 only registration; no module, trainer, sampler or checkpoint asks for a type.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -203,6 +205,29 @@ def inner(w: Weight) -> Weight:
   found = []
   within(w, lambda x: found.append(x) or x)
   return found[0]
+
+
+def count(params: Any) -> int:
+  """Returns how many parameters a tree stands for, packed or not.
+
+  Of a packed weight those are its logical elements, whatever it is stored in;
+  of an adapted one its base's and its adapter's.
+
+  Args:
+    params: any part of a tree of weights, or their shapes; parts that another
+      tree has are None.
+  """
+  return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
+
+
+def _count(w: Any) -> int:
+  if hasattr(w, "count"):
+    return w.count()
+  if isinstance(w, Around):
+    beside = dataclasses.replace(w, w=None)
+    return count(w.w) + sum(map(_count, jax.tree.leaves(beside)))
+  # Without its arrays, which another tree has, it has no shape.
+  return math.prod(w.shape) if jax.tree.leaves(w) else 0
 
 
 def bind(
