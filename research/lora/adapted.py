@@ -162,7 +162,7 @@ class AdaptedTensor(weights.Around):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaptedBias:
+class AdaptedBias(weights.Around):
   """A bias beside the adapted weight that scales it: what merging sees.
 
   In the tree of a model it is two leaves, `q` and `q_bias`.
@@ -174,16 +174,6 @@ class AdaptedBias:
 
   w: Any
   matrix: AdaptedTensor
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Returns the bias's shape."""
-    return self.w.shape
-
-  @property
-  def dtype(self) -> Any:
-    """Returns the bias's type."""
-    return self.w.dtype
 
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the bias as it is merged, in the type of `w`."""

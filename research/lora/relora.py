@@ -227,7 +227,7 @@ class Restart:
       UserError: a base that is packed or not held; no adapter, or one that
         cannot begin again.
     """
-    new, adapted = {}, _adapted(state)
+    new, adapted, scaled = {}, _adapted(state), biases(state.params)
     for path, weight in adapted:
       base = weight.w.astype(jnp.float32)
       total = weights.dense(dataclasses.replace(weight, w=base))
@@ -235,9 +235,11 @@ class Restart:
       total = self.rounding(total, weight.w.dtype, rounded)
       new[f"{path}/w"] = total
       new |= _started(path, weight.method, total, drawn)
-    for path, bias in biases(state.params).items():
-      total = bias.matrix.bias_of(bias.w.astype(jnp.float32))
-      new[path] = self.rounding(total, bias.dtype, _key(key, path))
+      name = weights.bias_path(path)
+      if name in scaled:
+        bias = scaled[name]
+        total = bias.matrix.bias_of(bias.w.astype(jnp.float32))
+        new[name] = self.rounding(total, bias.dtype, _key(key, name))
     _check(new, state)
     adapters = [f"{path}/trained/" for path, _ in adapted]
 
