@@ -269,13 +269,10 @@ def _fidelity() -> dict[str, Any]:
   params = source.params()
   kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic(_SEED.value))
   merged, losses = merging.merge(params, kinds[_ROUNDING.value], _DTYPE.value)
-  worst = min(losses, key=lambda path: losses[path].kept)
   out = _told(
     {path: dataclasses.asdict(c) for path, c in losses.items()},
-    kept=changes.kept(losses.values()),
-    least_kept=losses[worst].kept,
-    worst=worst,
-    lost=max(c.fidelity for c in losses.values()),
+    least_kept=min(c.kept for c in losses.values()),
+    **changes.merges(losses.values()),
   )
   if _TEXT.value is None:
     return out

@@ -13,10 +13,13 @@ import jax
 
 from experiments import cli, shapes
 from experiments.experiment import Experiment
-from research import sharding, tree
+from research import sharding, tree, weights
+from research.lora import memory
 from research.planning import flops, forecast, text
 from research.planning.chips import Topology
 from research.training import step
+from research.training.layerwise import Layerwise
+from research.training.objective import NextToken
 
 
 def plan(
@@ -39,6 +42,10 @@ def plan(
   found = _given(experiment, taken, topology)
   cli.say(_table(experiment, taken))
   cli.say(_head(found))
+  by_arithmetic = arithmetic(experiment, taken)
+  if by_arithmetic is not None:
+    found["predicted_bytes"] = by_arithmetic.total
+    cli.say(f"by arithmetic: {by_arithmetic}")
   try:
     compiled = shapes.lower(experiment, taken).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -50,6 +57,27 @@ def plan(
   found |= text.plain(cost, found["model_flops"], taken.tokens)
   cli.say(text.describe(cost, found))
   return found
+
+
+def arithmetic(
+  experiment: Experiment, taken: shapes.Shapes
+) -> memory.Memory | None:
+  """Returns what a step holds in memory by arithmetic, kind by kind.
+
+  None where it does not know: on several devices, of other losses than that of
+  the next token, or where layers move while the backward pass runs.
+  """
+  tx = experiment.optimizer
+  simple = isinstance(taken.objective, NextToken)
+  if taken.mesh.size > 1 or not simple or isinstance(tx, Layerwise):
+    return None
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (x.shape[0] // experiment.plan.accumulate, *x.shape[1:]), x.dtype
+    ),
+    taken.batch,
+  )
+  return memory.step_memory(taken.objective, taken.state, batch, taken.key)
 
 
 def model_flops(taken: shapes.Shapes, experiment: Experiment) -> float:
@@ -77,8 +105,8 @@ def _given(
     "devices": taken.mesh.size,
     "topology_devices": len(topology.devices),
     "mesh": {k: v for k, v in taken.mesh.shape.items() if v > 1},
-    "total_parameters": tree.count(taken.state.params),
-    "trainable_parameters": tree.count(taken.state.trainable),
+    "total_parameters": weights.count(taken.state.params),
+    "trainable_parameters": weights.count(taken.state.trainable),
     "tokens": taken.tokens,
     "predicted_argument_bytes": sharding.bytes_per_device(arguments, where),
     "model_flops": model_flops(taken, experiment),

@@ -37,7 +37,9 @@ it writes what it wrote before; otherwise it has to be trained.
   python -m experiments.convert --from=smollm2-135m --to=DIR --format=hf \\
     --mask_token=new
 
-The last line on stdout is JSON: tensors, changed, types, errors, merges.
+The last line on stdout is JSON: tensors, changed, types, errors, merges. Of
+adapters' updates merge_kept is the share that is left, merge_loss the rest of
+1, and merge_noise the size of what rounding adds, on average nothing.
 """
 
 # ruff: noqa: E402

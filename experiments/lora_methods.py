@@ -7,6 +7,9 @@ the table of `claims_methods`, by default `research/lora/README.md`. What was
 not measured is "-". Trained parameters are those on SmolLM2-135M's linear
 layers at the method's own defaults; nothing is computed but shapes. Prints the
 table of methods of that README and ends with a JSON line.
+
+With --memory it is that README's other table: what ways to fine-tune
+Llama-2-7B hold in memory.
 """
 
 # ruff: noqa: E402
@@ -26,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import cli, lora_abilities
+from experiments import cli, lora_abilities, lora_memory
 from research import tree
 from research.lora import adapt, wrap
 from research.lora.method import Method
@@ -42,6 +45,10 @@ _BENCH = flags.DEFINE_string(
 
 _SCORES = flags.DEFINE_string(
   "scores", None, "A text with the swept scores.", flag_values=FLAGS
+)
+
+_MEMORY = flags.DEFINE_bool(
+  "memory", False, "Print what setups hold in memory.", flag_values=FLAGS
 )
 
 README = pathlib.Path(__file__).parents[1] / "research" / "lora" / "README.md"
@@ -80,15 +87,23 @@ MEASURED = {"CorDA": "PiSSA", "LoRAGA": "PiSSA", "EVA": "LoRA"}
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-  """Prints the table."""
+  """Prints the table, or that of memory."""
   del argv
+  if _MEMORY.value:
+    head, *cells = lora_memory.table()
+    _say_table([head, *cells])
+    return {"setups": len(cells)}
   speeds = _speeds(_BENCH.value) if _BENCH.value else {}
   found = rows(speeds, _scores(_SCORES.value or README))
   names = list(found[0])
-  lines = [names, ["---"] * len(names)]
-  lines += [[_cell(row[name]) for name in names] for row in found]
-  cli.say("\n".join(f"| {' | '.join(line)} |" for line in lines))
+  _say_table([names, *([_cell(row[name]) for name in names] for row in found)])
   return {"methods": len(found)}
+
+
+def _say_table(rows: Sequence[Sequence[str]]) -> None:
+  head, *cells = rows
+  lines = [head, ["---"] * len(head), *cells]
+  cli.say("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def rows(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from experiments import corpora, outputs, runtime, site
 from experiments.experiment import Built, Experiment
-from research import sharding, tree
+from research import sharding, tree, weights
 from research.nn import generate
 from research.training import (
   checkpoint,
@@ -78,7 +78,7 @@ def _train(
   built = experiment.build(where)
   where = built.site
   start = _start(experiment, built)
-  trainable, total = tree.count(start.trainable), tree.count(start.params)
+  trainable, total = map(weights.count, (start.trainable, start.params))
   _say_parameters(experiment, built, trainable, total, workdir)
 
   # --- data ---

@@ -255,7 +255,10 @@ def unroll(params: Params) -> dict[str, Any]:
 
 
 def count(tree: Any) -> int:
-  """Returns the number of elements in all arrays of `tree`."""
+  """Returns the number of elements in all arrays of `tree`, as stored.
+
+  How many parameters they are is `weights.count`.
+  """
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 

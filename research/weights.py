@@ -10,12 +10,15 @@ Such a class answers by its own methods:
   dense()               the logical array
   axes(names)           its parts' logical axis names, for sharding
   bind(key, ids)        itself with what depends on the batch
+  bias_of(b)            the bias behind it, where it scales whole outputs
+  count()               its parameters, where its shape does not say how many
 
 and has `shape` and `dtype`, the logical ones. JAX's pytree registration is the
 only registration; no module, trainer, sampler or checkpoint asks for a type.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -57,6 +60,10 @@ class Around:
     """Returns itself with what depends on the batch in `w`."""
     w = self.w.bind(key=key, ids=ids) if is_weight(self.w) else self.w
     return dataclasses.replace(self, w=w)
+
+  def bias_of(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+    """Returns the bias behind `w`."""
+    return bias_of(self.w, b)
 
 
 def is_weight(x: Any) -> bool:
@@ -143,6 +150,31 @@ def dense(w: Weight) -> Shaped[Array, "..."]:
   return w.dense() if is_weight(w) else jnp.asarray(w)
 
 
+def bias_of(w: Weight, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+  """Returns what is added to products with `w` whose bias is `b`.
+
+  That is `b`, unless `w` scales its outputs as wholes, as (IA)^3 does.
+
+  Args:
+    w: any weight `[..., in, out]`.
+    b: `[..., out]`, with the same leading axes.
+  """
+  return w.bias_of(b) if isinstance(w, Around) else b
+
+
+def bias_path(path: str) -> str | None:
+  """Returns the path of the bias of the matrix at `path`; it may have none.
+
+  A router's is none of its outputs: it counts in the choice of experts alone.
+  """
+  *above, name = path.split("/")
+  if name == "router":
+    return None
+  if name == "matrix":  # of a convolution's kernel
+    return "/".join([*above[:-1], "bias"])
+  return f"{path}_bias"
+
+
 def axes(w: Weight, names: Sequence[str | None]) -> Any:
   """Returns logical axis names for each array in `w`, in `w`'s structure.
 
@@ -173,6 +205,29 @@ def inner(w: Weight) -> Weight:
   found = []
   within(w, lambda x: found.append(x) or x)
   return found[0]
+
+
+def count(params: Any) -> int:
+  """Returns how many parameters a tree stands for, packed or not.
+
+  Of a packed weight those are its logical elements, whatever it is stored in;
+  of an adapted one its base's and its adapter's.
+
+  Args:
+    params: any part of a tree of weights, or their shapes; parts that another
+      tree has are None.
+  """
+  return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
+
+
+def _count(w: Any) -> int:
+  if hasattr(w, "count"):
+    return w.count()
+  if isinstance(w, Around):
+    beside = dataclasses.replace(w, w=None)
+    return count(w.w) + sum(map(_count, jax.tree.leaves(beside)))
+  # Without its arrays, which another tree has, it has no shape.
+  return math.prod(w.shape) if jax.tree.leaves(w) else 0
 
 
 def bind(
@@ -257,7 +312,7 @@ def project(
   """
   init = nn.initializers.lecun_normal()
   w = weight(module, name, init, (x.shape[-1], size))
-  return _biased(module, einsum("...d,df->...f", x, w), name, bias)
+  return _biased(module, einsum("...d,df->...f", x, w), name, bias, w)
 
 
 def project_all(
@@ -278,10 +333,11 @@ def project_all(
   name = beside(sizes)
   if not module.has_variable("params", name):
     return [project(module, x, n, size, bias) for n, size in sizes.items()]
+  # Matrices side by side are packed, and no adapter is around them.
   y = einsum("...d,df->...f", x, module.get_variable("params", name))
   ends = np.cumsum(list(sizes.values()))[:-1]
   return [
-    _biased(module, part, n, bias)
+    _biased(module, part, n, bias, None)
     for n, part in zip(sizes, jnp.split(y, ends, axis=-1), strict=True)
   ]
 
@@ -291,9 +347,9 @@ def beside(names: Iterable[str]) -> str:
   return "_".join(names)
 
 
-def _biased(module, y, name, bias):
+def _biased(module, y, name, bias, w):
   if not bias:
     return y
   zeros = nn.initializers.zeros
-  size = y.shape[-1:]
-  return y + weight(module, f"{name}_bias", zeros, size).astype(y.dtype)
+  b = weight(module, f"{name}_bias", zeros, y.shape[-1:])
+  return y + bias_of(w, b).astype(y.dtype)

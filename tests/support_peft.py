@@ -12,9 +12,18 @@ from research.interop import load
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 
 
+BASES = {"method": "llama", "biased": "llama_biases"}
+"""How folders of `make_peft_methods` begin -> the base of their adapters."""
+
+
+def base_of(name):
+  """Returns the name of the base of such a folder."""
+  return BASES[name.split("_")[0]]
+
+
 @functools.cache
-def base():
-  return load.load_model(MODELS / "llama")
+def base(name="llama"):
+  return load.load_model(MODELS / name)
 
 
 @functools.cache

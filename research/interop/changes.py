@@ -22,9 +22,11 @@ class Change:
     before, after: how it was and is stored.
     max_abs_error: the largest difference of a number, as both are meant.
     relative_error: norm of all differences over the norm of the tensor.
-    fidelity: where an adapter was merged, the norm of what its update lost
-      over the norm of the update; 0 is all of it kept, 1 as much lost as
-      there was. None where nothing was merged.
+    fidelity: where an adapter was merged, how far the change that it made of
+      what was written is from its update, in norm, over the norm of the update;
+      0 is all of it kept, 1 as much lost as there was, and more is more noise
+      than update. The change is from the base written alone: what that loses
+      is no loss of the adapter's. None where nothing was merged.
     kept: of a merged update, what is left along it: 1 where rounding errors
       have nothing to do with it, 0 where every number stayed what it was.
     update: the norm of the update.
@@ -48,18 +50,23 @@ class Comparison:
   """Adds up how two tensors differ, piece by piece."""
 
   def __init__(self) -> None:
-    self._worst = self._size = self._lost = self._update = 0.0
-    self._along = 0.0
+    self._worst = self._size = self._lost = 0.0
+    self._update = self._missed = self._along = 0.0
     self._merged = False
 
   def add(
-    self, want: np.ndarray, got: np.ndarray, base: np.ndarray | None = None
+    self,
+    want: np.ndarray,
+    got: np.ndarray,
+    base: np.ndarray | None = None,
+    alone: np.ndarray | None = None,
   ) -> None:
     """Counts one piece in, in float64.
 
     Args:
       want, got: as they were and are.
       base: what `want` was before an adapter was merged into it.
+      alone: what `got` were of that; None for the same.
     """
     want, got = want.astype(np.float64), got.astype(np.float64)
     finite = np.isfinite(want)
@@ -75,15 +82,17 @@ class Comparison:
     if base is not None:
       self._merged = True
       update = want - base
+      change = got - (base if alone is None else alone)
       self._update += float((update**2).sum())
-      self._along += float(((got - base) * update).sum())
+      self._missed += float(((change - update) ** 2).sum())
+      self._along += float((change * update).sum())
 
   def change(self, name: str, before: str, after: str) -> Change:
     """Returns what was found."""
     merge: dict[str, float] = {}
     if self._merged:
       u = self._update
-      merge["fidelity"] = (self._lost / u) ** 0.5 if u else 0.0
+      merge["fidelity"] = (self._missed / u) ** 0.5 if u else 0.0
       merge["kept"] = self._along / u if u else 1.0
       merge["update"] = u**0.5
     relative = float(self._lost > 0)
@@ -98,11 +107,37 @@ LEAST_KEPT = 0.9
 
 def kept(changes: Iterable[Change]) -> float | None:
   """Returns the share of all merged updates that is left along them."""
-  merges = [c for c in changes if c.update is not None]
-  total = sum(c.update**2 for c in merges)
-  if not merges:
+  found = [c for c in changes if c.update is not None]
+  total = sum(c.update**2 for c in found)
+  if not found:
     return None
-  return sum(c.kept * c.update**2 for c in merges) / total if total else 1.0
+  return sum(c.kept * c.update**2 for c in found) / total if total else 1.0
+
+
+def merges(changes: Iterable[Change]) -> dict[str, Any]:
+  """Returns what all merged updates have become, None where nothing is merged.
+
+  kept   their share that is left along them
+  lost   the rest of 1: 0 where all is left, or more than all by chance
+  noise  norm of what else has changed, over the norm of the updates: rounding
+         moves some numbers by a step and others not at all, which on average is
+         the update
+  worst  the tensor whose change is furthest from its update
+  """
+  found = [c for c in changes if c.update is not None]
+  share = kept(found)
+  if share is None:
+    return dict.fromkeys(("kept", "lost", "noise", "worst"))
+  total = sum(c.update**2 for c in found) or 1.0
+  missed = {c.name: (c.fidelity * c.update) ** 2 for c in found}
+  along = sum(((1 - c.kept) * c.update) ** 2 for c in found)
+  noise = max(0.0, sum(missed.values()) - along)
+  return dict(
+    kept=share,
+    lost=max(0.0, 1 - share),
+    noise=(noise / total) ** 0.5,
+    worst=max(missed, key=missed.__getitem__),
+  )
 
 
 def check_kept(changes: Iterable[Change], least: float) -> None:
@@ -111,8 +146,7 @@ def check_kept(changes: Iterable[Change], least: float) -> None:
   found = kept(changes)
   if found is None or found >= least:
     return
-  merges = [c for c in changes if c.kept is not None]
-  worst = min(merges, key=lambda c: c.kept)
+  worst = min((c for c in changes if c.kept is not None), key=lambda c: c.kept)
   raise UserError(
     f"merging: {found:.0%} of the adapter's update would be left after "
     f"rounding to {worst.after}, expected at least {least:.0%} (least: "
@@ -133,13 +167,26 @@ class Log:
     self.changes.append(Change(name, before, after))
 
   def compared(
-    self, name: str, before: str, after: str, read: "Read", got: np.ndarray
+    self,
+    name: str,
+    before: str,
+    after: str,
+    read: "Read",
+    got: np.ndarray,
+    alone: np.ndarray | None = None,
   ) -> None:
-    """Notes a tensor that was read and is now, decoded, `got`."""
+    """Notes a tensor that was read and is now, decoded, `got`.
+
+    Args:
+      name, before, after: see `Change`.
+      read: as it was.
+      got: as it is.
+      alone: what its base is without an adapter; None for the same as before.
+    """
     found = Comparison()
     for rows in pieces(got):
-      base = None if read.base is None else read.base[rows]
-      found.add(read.array[rows], got[rows], base)
+      base, own = (None if x is None else x[rows] for x in (read.base, alone))
+      found.add(read.array[rows], got[rows], base, own)
     self.changes.append(found.change(name, before, after))
 
   def summary(self) -> dict[str, Any]:
@@ -149,9 +196,9 @@ class Log:
       key = c.before if c.before == c.after else f"{c.before} -> {c.after}"
       kinds[key] = kinds.get(key, 0) + 1
     moved = [c for c in self.changes if c.max_abs_error]
-    merges = [c for c in self.changes if c.fidelity is not None]
+    merged = [c for c in self.changes if c.fidelity is not None]
+    found = merges(self.changes)
     worst = max(moved, key=lambda c: c.relative_error, default=None)
-    lossy = max(merges, key=lambda c: c.fidelity or 0.0, default=None)
     return {
       "tensors": len(self.changes),
       "changed": len(moved),
@@ -159,10 +206,11 @@ class Log:
       "max_abs_error": max((c.max_abs_error for c in moved), default=0.0),
       "max_relative_error": worst.relative_error if worst else 0.0,
       "worst": worst.name if worst else None,
-      "merged": len(merges),
-      "merge_loss": lossy.fidelity if lossy else None,
-      "merge_worst": lossy.name if lossy else None,
-      "merge_kept": kept(self.changes),
+      "merged": len(merged),
+      "merge_kept": found["kept"],
+      "merge_loss": found["lost"],
+      "merge_noise": found["noise"],
+      "merge_worst": found["worst"],
     }
 
   def table(self, shown: int = 12) -> str:
@@ -205,7 +253,7 @@ def read(weight: Any) -> Read:
   """Returns what a weight of any kind stands for; adapters merge in fp32."""
   if isinstance(weight, np.ndarray):
     return Read(weight)  # a view of a file: JAX would copy it, twice
-  if weights.is_weight(weight):
+  if hasattr(weight, "dense"):
     weight = jax.tree.map(jnp.asarray, weight)
   found = merged.in_float32(weight)
   if found is not None:

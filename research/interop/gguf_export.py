@@ -237,18 +237,28 @@ def _maker(
     exact = exact and scale == 1.0 and not offset
     out, seen = np.empty(nbytes(which, stored.shape), np.uint8), 0
     compared = changes.Comparison()
-    for rows in changes.pieces(stored):
-      rows = rows if order is None else order[rows]
-      x = changes.cast(name, stored[rows], np.dtype(np.float32))
+
+    def encode(x):
+      x = changes.cast(name, x, np.dtype(np.float32))
       if offset or scale != 1.0:
         x = (x + np.float32(offset)) * np.float32(scale)
-      raw = _encoded(name, which, x, importance)
+      return _encoded(name, which, x, importance)
+
+    def decode(raw, shape):
+      x = gguf_types.decode(which, raw, shape)
+      return x / np.float32(scale) - np.float32(offset)
+
+    for rows in changes.pieces(stored):
+      rows = rows if order is None else order[rows]
+      x = stored[rows]
+      raw = encode(x)
       out[seen : seen + raw.size] = raw
       seen += raw.size
-      if not exact:
-        got = gguf_types.decode(which, raw, x.shape)
-        got = got / np.float32(scale) - np.float32(offset)
-        compared.add(stored[rows], got, None if base is None else base[rows])
+      if base is not None:
+        alone = decode(encode(base[rows]), x.shape)
+        compared.add(x, decode(raw, x.shape), base[rows], alone)
+      elif not exact:
+        compared.add(x, decode(raw, x.shape))
     if exact:
       log.same(name, part.kind, which)
     else:

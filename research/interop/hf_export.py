@@ -85,7 +85,10 @@ def _maker(name: str, part: Part, kind: str, transposed: bool, log, rounding):
     found = changes.read(part.read())
     to = changes.cast if found.base is None else rounding
     x = to(name, found.array, _dtype(kind))
-    if x is found.array and found.base is None:
+    if found.base is not None:
+      alone = to(name, found.base, _dtype(kind))
+      log.compared(name, part.kind, kind, found, x, alone)
+    elif x is found.array:
       log.same(name, part.kind, kind)
     else:
       log.compared(name, part.kind, kind, found, x)

@@ -184,9 +184,7 @@ class _Maker:
   def _made(self, module: _Module) -> tuple[Any, Mapping[str, np.ndarray]]:
     w = module.part.read()
     if module.found is None:
-      array = changes.read(w).array
-      array = changes.cast(module.name, array, np.dtype(np.float32))
-      w = qtensor.pack(jnp.asarray(array), self.format, where=module.name)
+      w = self._packed(module, changes.read(w).array)
     return w, self.writer.tensors(w, self.scheme, module.name)
 
   def _tensors(self, module: _Module) -> Mapping[str, np.ndarray]:
@@ -202,5 +200,11 @@ class _Maker:
       self.log.same(name, before, before)
       return
     read = changes.read(module.part.read())
-    got = np.asarray(weights.dense(w))
-    self.log.compared(name, before, parts.kind_of(w), read, got)
+    got, alone = np.asarray(weights.dense(w)), None
+    if read.base is not None:
+      alone = np.asarray(weights.dense(self._packed(module, read.base)))
+    self.log.compared(name, before, parts.kind_of(w), read, got, alone)
+
+  def _packed(self, module: _Module, array: np.ndarray) -> Any:
+    array = changes.cast(module.name, array, np.dtype(np.float32))
+    return qtensor.pack(jnp.asarray(array), self.format, where=module.name)

@@ -14,6 +14,7 @@ import numpy as np
 
 from research import tree, weights
 from research.interop.names import Address
+from research.lora import wrap
 from research.typing import Params
 
 
@@ -65,7 +66,7 @@ def _row(leaf: Any, k: tuple[int, ...]) -> Any:
 
 def from_params(params: Params) -> dict[Address, Part]:
   """Returns the parameters of a tree; it stays in memory and is shared."""
-  out = {}
+  out, scaled = {}, wrap.biases(params)
   for path, leaf in _leaves(tree.top(params)):
     out[Address(None, path)] = Part(
       tuple(leaf.shape), kind_of(leaf), lambda leaf=leaf: leaf
@@ -73,6 +74,7 @@ def from_params(params: Params) -> dict[Address, Part]:
   for prefix, rows in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
     for path, leaf in _leaves(params[run][layer]):
+      leaf = scaled.get(f"{prefix}/{path}", leaf)
       # Matrices of experts have their layer and their number in front.
       lead = len(leaf.shape) - 2 if len(leaf.shape) > 3 else 1
       for k in np.ndindex(*leaf.shape[:lead]):

@@ -65,6 +65,12 @@ class AdaptedTensor(weights.Around):
     y = weights.ragged_dot(x, self.w, sizes)
     return y + self.method.ragged(one._dropped(x), self.arrays, self.w, sizes)
 
+  def bias_of(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+    """Returns the bias behind the adapted weight; fp32 where it is scaled."""
+    b = weights.bias_of(self.w, b)
+    gain = self.method.output_gain
+    return b if gain is None else wide(b) * wide(self.arrays[gain])
+
   def delta(self) -> Float[Array, "..."]:
     """Returns what merging adds, in fp32."""
     f = self.method.delta
@@ -152,3 +158,23 @@ class AdaptedTensor(weights.Around):
     keep = 1.0 - self.method.dropout
     mask = jax.random.bernoulli(self.key, keep, x.shape)
     return jnp.where(mask, x / keep, 0).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedBias(weights.Around):
+  """A bias beside the adapted weight that scales it: what merging sees.
+
+  In the tree of a model it is two leaves, `q` and `q_bias`.
+
+  Attributes:
+    w: the bias of the base, `[..., out]`.
+    matrix: the adapted weight, `[..., in, out]`.
+  """
+
+  w: Any
+  matrix: AdaptedTensor
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns the bias as it is merged, in the type of `w`."""
+    return self.matrix.bias_of(jnp.asarray(self.w)).astype(self.dtype)

@@ -1,7 +1,8 @@
 """LoRA+: the factor that starts at zero learns faster.
 
 Hayou et al. 2024 (arXiv:2402.12354): `b` learns at `ratio` times the rate of
-`a`, about 16; with it the rate of `a` is best about half of plain LoRA's.
+`a`, about 16; with it the rate of `a` is best about half of plain LoRA's. Of an
+embedding's adapter, whose `a` is zero at the start, it is the other way round.
 `peft_groups` are the finer rules of PEFT's `create_loraplus_optimizer`.
 """
 
@@ -10,9 +11,12 @@ from collections.abc import Callable
 
 import optax
 
-from research.lora.pairs import UP
+from research import tree
+from research.lora import pairs
+from research.lora.methods.lora import LoRA
+from research.lora.pairs import DOWN, UP
 from research.training import optim, ranges, rates
-from research.typing import Array
+from research.typing import Array, UserError
 
 EMBEDDING = r"(^|/)embed/"
 """Paths of adapters on the embedding."""
@@ -30,10 +34,12 @@ def loraplus(
 ) -> optax.GradientTransformation:
   """Returns AdamW with the rate of every `b` multiplied.
 
+  Raises UserError, when it begins, if there is none.
+
   Args:
     learning_rate: of `a` and all else: a number, or a schedule of the updates
       done.
-    ratio: rate of `b` over that of `a`.
+    ratio: rate of `b` over that of `a`; of an embedding, of `a` over `b`'s.
     b1: decay of the mean.
     b2: decay of the mean square.
     eps: added to the root of the mean square.
@@ -41,15 +47,25 @@ def loraplus(
     clip: bound of the gradient's global norm, or None.
   """
   ranges.non_negative("loraplus", ratio=ratio)
-  return rates.adamw(
+  fast = re.compile(rf"{EMBEDDING}(.*/)?{DOWN}$|^(?!embed/)(.*/)?{UP}$")
+  rest = rates.adamw(
     learning_rate,
-    rates.table([(rf"(^|/){UP}$", ratio)]),
+    rates.table([(fast.pattern, ratio)]),
     b1=b1,
     b2=b2,
     eps=eps,
     weight_decay=weight_decay,
     clip=clip,
   )
+
+  def check(params):
+    if not any(fast.search(path) for path, _ in tree.flatten_paths(params)):
+      raise UserError(
+        f"LoRA+: no trainable array ends in /{UP}, so that none would learn "
+        "faster.\nExpected adapters of LoRA to be trainable: '/trained/'."
+      )
+
+  return _checked(check, rest)
 
 
 def peft_groups(
@@ -66,6 +82,9 @@ def peft_groups(
   clip: optim.Number | None = None,
 ) -> optax.GradientTransformation:
   """Returns AdamW with the parameter groups of PEFT 0.21.
+
+  Raises UserError, when it begins, for adapters that are no LoRA: PEFT's groups
+  go by the names and axes that it has for them.
 
   Vectors (norms, biases, DoRA's magnitudes) learn at `ratio` like `b`; adapters
   on the embedding at `embedding`; and of the first group those do not decay
@@ -86,7 +105,7 @@ def peft_groups(
   ranges.positive("peft_groups", peak=peak)
   ranges.non_negative("peft_groups", ratio=ratio, embedding=embedding)
   share = embedding / (learning_rate if peak is None else peak)
-  return rates.adamw(
+  rest = rates.adamw(
     learning_rate,
     _peft_factor(ratio, share),
     b1=b1,
@@ -98,6 +117,26 @@ def peft_groups(
     ),
     clip=clip,
   )
+
+  def check(params):
+    for path, method in pairs.methods(params).items():
+      if not isinstance(method, LoRA):
+        raise UserError(
+          f"LoRA+: {path}: {type(method).__name__}, expected plain LoRA or "
+          "what extends it; loraplus.loraplus takes any."
+        )
+
+  return _checked(check, rest)
+
+
+def _checked(check, inner) -> optax.GradientTransformation:
+  """Returns `inner`, which looks at the parameters before it begins."""
+
+  def init(params):
+    check(params)
+    return inner.init(params)
+
+  return optax.GradientTransformation(init, inner.update)
 
 
 def _peft_factor(ratio, share) -> Callable[[str, Array], float]:

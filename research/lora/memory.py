@@ -25,11 +25,11 @@ class Memory:
   """Bytes, each kind apart.
 
   Attributes:
-    frozen: weights that are not learned, as they are stored.
+    frozen: weights that no gradient changes, as they are stored.
     learned: weights that are.
     gradients: of the learned ones.
     master: a second, exact copy of the learned ones, where they are rounded.
-    optimizer: its state.
+    optimizer: its state, and a moving average.
     activations: what the forward pass keeps for the backward pass.
     working: what one layer, or a chunk of logits, takes while it is computed.
   """
@@ -194,15 +194,18 @@ def step_memory(objective: Any, state: Any, batch: Any, key: Any) -> Memory:
   def loss(learned, *rest):
     return _loss(objective, learned, *rest)
 
-  arguments = (state.trainable, state.frozen, batch, key)
+  frozen = state.frozen
+  if state.held is not None:
+    frozen = tree.combine(state.held, frozen)
+  arguments = (state.trainable, frozen, batch, key)
   activations = kept(loss, *arguments)
   working = max(_layer(objective, *arguments), _logits(objective, batch))
   learned = tree.nbytes(state.trainable)
   return Memory(
-    frozen=tree.nbytes(state.frozen) + tree.nbytes(dict(batch)),
+    frozen=tree.nbytes(frozen) + tree.nbytes(dict(batch)),
     learned=learned,
     gradients=learned,
-    optimizer=tree.nbytes(state.opt_state),
+    optimizer=tree.nbytes((state.opt_state, state.ema)),
     activations=activations,
     working=working,
   )

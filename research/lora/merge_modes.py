@@ -58,7 +58,8 @@ def merged(
       return wrap.merge({path: w})[path]
     return _packed_as(base, wrap.merge({path: w})[path], path)
 
-  return tree.map_paths(again, params, is_leaf=weights.is_weight)
+  scaled = wrap.merge_biases(params)
+  return tree.map_paths(again, scaled, is_leaf=weights.is_weight)
 
 
 def report(

@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.lora.adapted import AdaptedTensor
+from research.lora.adapted import AdaptedBias, AdaptedTensor
 
 
 def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:
   """Returns (merged, base), both float32; None for a weight without adapters.
 
   Args:
-    weight: any; adapters on adapters all count.
+    weight: any, or a bias of `wrap.biases`; adapters on adapters all count.
   """
+  if isinstance(weight, AdaptedBias):
+    base = jnp.asarray(weight.w).astype(jnp.float32)
+    return np.asarray(weight.matrix.bias_of(base)), np.asarray(base)
   if not isinstance(weight, AdaptedTensor):
     return None
   below = in_float32(weight.w)

@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 
 from research import tree, weights
 from research.interop import changes
-from research.lora import merged
+from research.lora import merged, wrap
 from research.nn.transformer import Transformer
 from research.typing import Array, Float, Int, Params
 
@@ -67,10 +67,10 @@ def merge(
     UserError: less is kept.
   """
   losses: dict[str, changes.Change] = {}
-  indices = tree.layer_indices(params)
+  indices, scaled = tree.layer_indices(params), wrap.biases(params)
 
   def leaf(path, weight):
-    found = merged.in_float32(weight)
+    found = merged.in_float32(scaled.get(path, weight))
     if found is None:
       return weight
     total, base = found
@@ -94,9 +94,9 @@ def merge(
 
 
 def _rounded(name, total, base, dtype, rounding):
-  got = rounding(name, total, dtype)
+  got, alone = (rounding(name, x, dtype) for x in (total, base))
   found = changes.Comparison()
-  found.add(total, got.astype(np.float32), base)
+  found.add(total, *(x.astype(np.float32) for x in (got, base, alone)))
   return got, found.change(name, "float32", str(dtype))
 
 

@@ -83,6 +83,25 @@ class Method:
   PEFT_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
   """What PEFT takes for fields that a file leaves out."""
 
+  @property
+  def starts_as_base(self) -> bool:
+    """Whether a new adapter computes what its base does, but for rounding."""
+    return True
+
+  @property
+  def pair_scale(self) -> float | None:
+    """`s` where the matrix moves by `s aᵀ b` of the arrays a and b.
+
+    None where it moves by anything else, whatever its arrays are called."""
+    return None
+
+  @property
+  def output_gain(self) -> str | None:
+    """The array `[out]` that outputs are multiplied by, a bias included.
+
+    None where a bias stays as it is: what changes the matrix alone."""
+    return None
+
   def __post_init__(self) -> None:
     name = type(self).__name__
     if self.rank < 1:

@@ -3,8 +3,9 @@
 `a [..., r, in]` and `b [..., r, out]` are siblings: their paths differ in the
 last name alone, but that `a` may be among the fixed arrays of its adapter
 (`q/fixed/a` beside `q/trained/b`). What knows a pair can use both in one
-update, however deep it lies and whatever it belongs to; stacks of layers and of
-experts are axes in front.
+update, however deep it lies; stacks of layers and of experts are axes in front.
+Their method has to say that they are one (`Method.pair_scale`): KaSA, AdaLoRA
+and others have an `a` and a `b` that stand in another product.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ class Pair:
   Attributes:
     down: path of `a`.
     up: path of `b`.
-    scale: `s` of the nearest weight around it that has one, else 1.
+    scale: `s` of the adapter that it belongs to; 1 outside of any.
   """
 
   down: str
@@ -46,17 +47,24 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
     matching: regular expression, searched for in the path of `a`.
 
   Raises:
-    UserError: there is none.
+    UserError: there is none, or one that adds another product.
   """
-  scales = _scales(params)
-  found = []
-  for path, scale in scales.items():
+  owners, found = _owners(params), []
+  for path, owner in owners.items():
     up = re.sub(rf"((^|/)fixed/|(?<![^/])){DOWN}$", _beside, path)
-    if up != path and up in scales and re.search(matching, path):
-      found.append(Pair(path, up, scale))
+    if up == path or up not in owners or not re.search(matching, path):
+      continue
+    scale = 1.0 if owner is None else owner.pair_scale
+    if scale is None:
+      raise UserError(
+        f"pairs: {path}: {type(owner).__name__} adds something else than the "
+        "product of a and b, which this optimizer moves.\nExpected plain LoRA, "
+        "or what starts as such; leave others out with `matching`."
+      )
+    found.append(Pair(path, up, float(scale)))
   if not found:
     raise UserError(
-      f"pairs: {matching!r} matches none of {len(scales)} trainable arrays that"
+      f"pairs: {matching!r} matches none of {len(owners)} trainable arrays that"
       f" end in /{DOWN} beside one that ends in /{UP}.\n"
       "Expected both factors of an adapter to be trainable: '/trained/'."
     )
@@ -67,8 +75,8 @@ def _beside(a: re.Match[str]) -> str:
   return f"{a[2]}trained/{UP}" if a[1] else UP
 
 
-def _scales(part: Any, prefix: str = "", scale: float = 1.0) -> dict[str, Any]:
-  """Returns the scale around each array of a tree, by path."""
+def _owners(part: Any, prefix: str = "", owner: Any = None) -> dict[str, Any]:
+  """Returns the method of the adapter around each array of a tree, by path."""
   out = {}
   found, _ = jax.tree_util.tree_flatten_with_path(
     part, is_leaf=lambda x: x is not part and weights.is_weight(x)
@@ -76,12 +84,17 @@ def _scales(part: Any, prefix: str = "", scale: float = 1.0) -> dict[str, Any]:
   for keys, leaf in found:
     path = prefix + tree.path_name(keys)
     if weights.is_weight(leaf):
-      own = getattr(getattr(leaf, "method", leaf), "scale", None)
-      inner = float(own) if isinstance(own, float | int) else scale
-      out |= _scales(leaf, f"{path}/", inner)
+      out |= _owners(leaf, f"{path}/", getattr(leaf, "method", owner))
     else:
-      out[path] = scale
+      out[path] = owner
   return out
+
+
+def methods(params: Any) -> dict[str, Any]:
+  """Returns the method of each adapter of a tree that is trained, by path."""
+  found = _owners(params).items()
+  parts = ((re.fullmatch(r"(.+)/trained/[^/]+", p), m) for p, m in found)
+  return {path[1]: method for path, method in parts if path and method}
 
 
 Change = Callable[

@@ -6,20 +6,24 @@ both are reset; the learning rate climbs again from 0. After k restarts the
 base has changed by a matrix of rank up to k r.
 
 The base is `held` in the training state: a rewrite changes it, no gradient
-does, and every checkpoint has it. A run needs, for weights `w` under adapters:
+does, and every checkpoint has it. So are the arrays of a method that it does
+not learn: they may be of the base, or drawn. A run needs, for weights `w` under
+adapters:
 
-  Experiment.trainable = '/trained/'     Experiment.held = '/w$'
+  Experiment.trainable = '/trained/'     Experiment.held = '/w$|/fixed/'
   Experiment.rewrites = (@relora.Restart(),)
 
-Any method will do that adds nothing when it starts, from its trained arrays
-alone: LoRA with any init, DoRA, HiRA.
+Any method will do that adds nothing when it starts, and starts from the base
+alone: neither KaSA nor LoRA's init 'random', nor what measures inputs or
+gradients first (EVA, CorDA, LoRA-GA). A bias that (IA)^3 scales is merged, too:
+it has to be held or trained.
 """
 
 import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +31,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.lora.method import Place
-from research.lora.wrap import EMBEDDING, leaves
+from research.lora.wrap import EMBEDDING, biases, leaves
 from research.training import optim, ranges
 from research.training.state import TrainState
 from research.typing import Array, Float, PRNGKey, UserError
@@ -169,7 +173,8 @@ class Restart:
   """Merges and resets the adapters of a training state, every so often.
 
   A rewrite of `(state, metrics)`, to follow each step. Every weight with
-  trainable adapters needs its base `w` in `held`.
+  trainable adapters needs its base `w` in `held`, and what its adapters keep
+  fixed. An average of adapters begins again with them.
 
   Attributes:
     every: updates between restarts.
@@ -210,35 +215,43 @@ class Restart:
     if self.until is not None:
       due &= state.step < self.until
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-    parts = state.trainable, state.held, state.opt_state
-    trainable, held, opt_state = jax.lax.cond(
-      due, lambda: self.restarted(state, key), lambda: parts
-    )
-    moved = dataclasses.replace(
-      state, trainable=trainable, held=held, opt_state=opt_state
-    )
-    return moved, metrics
 
-  def restarted(self, state: TrainState, key: PRNGKey) -> tuple[Any, Any, Any]:
-    """Returns what is trainable, held, and the optimizer's state.
+    def moving(state):
+      return state.trainable, state.held, state.opt_state, state.ema
+
+    parts = jax.lax.cond(
+      due, lambda: moving(self.restarted(state, key)), lambda: moving(state)
+    )
+    names = ("trainable", "held", "opt_state", "ema")
+    parts = dict(zip(names, parts, strict=True))
+    return dataclasses.replace(state, **parts), metrics
+
+  def restarted(self, state: TrainState, key: PRNGKey) -> TrainState:
+    """Returns the state with adapters merged, and new ones.
 
     Args:
       state: where adapters have learned something.
       key: of all that is random.
 
     Raises:
-      UserError: a base that is packed or not held; no adapter.
+      UserError: a base that is packed or not held; no adapter, or one that
+        cannot begin again.
     """
-    merged, fresh = {}, {}
-    for path, weight in _adapted(state):
+    new, adapted, scaled = {}, _adapted(state), biases(state.params)
+    for path, weight in adapted:
       base = weight.w.astype(jnp.float32)
       total = weights.dense(dataclasses.replace(weight, w=base))
       rounded, drawn = jax.random.split(_key(key, path))
       total = self.rounding(total, weight.w.dtype, rounded)
-      merged[f"{path}/w"] = total
-      for name, x in _started(path, weight.method, total, drawn).items():
-        fresh[f"{path}/trained/{name}"] = x
-    adapters = [path.removesuffix("w") + "trained/" for path in merged]
+      new[f"{path}/w"] = total
+      new |= _started(path, weight.method, total, drawn)
+      name = weights.bias_path(path)
+      if name in scaled:
+        bias = scaled[name]
+        total = bias.matrix.bias_of(bias.w.astype(jnp.float32))
+        new[name] = self.rounding(total, bias.dtype, _key(key, name))
+    _check(new, state)
+    adapters = [f"{path}/trained/" for path, _ in adapted]
 
     def forgotten(path, x):
       mine = any(f"/{a}" in f"/{path}" for a in adapters)
@@ -248,12 +261,15 @@ class Restart:
         return jnp.zeros_like(x)
       return x
 
-    return (
-      tree.map_paths(
-        lambda path, x: fresh.get(path, x).astype(x.dtype), state.trainable
-      ),
-      tree.map_paths(lambda path, x: merged.get(path, x), state.held),
-      tree.map_paths(forgotten, state.opt_state),
+    def begun(path, x):
+      return new.get(path, x).astype(x.dtype)
+
+    return dataclasses.replace(
+      state,
+      trainable=tree.map_paths(begun, state.trainable),
+      held=tree.map_paths(begun, state.held),
+      ema=tree.map_paths(begun, state.ema),
+      opt_state=tree.map_paths(forgotten, state.opt_state),
     )
 
 
@@ -262,34 +278,44 @@ def _key(key: PRNGKey, path: str) -> PRNGKey:
 
 
 def _started(path, method, w, key: PRNGKey) -> dict[str, Array]:
-  """Returns an adapter's trained arrays as they begin, stacked as `w` is."""
+  """Returns all arrays of a new adapter by path, stacked as `w` is."""
   *lead, size_in, size_out = w.shape
   place = Place(size_in, size_out, embedding=path == EMBEDDING)
   count = math.prod(lead)
+  if not method.starts_as_base:
+    raise UserError(
+      f"relora: {path}: a new adapter of {type(method).__name__} is not its "
+      "base, which would change at each restart.\nExpected a method that adds "
+      "nothing when it starts, as LoRA's init 'peft'."
+    )
 
   def one(x):
-    return method.start(x[0], place, x[1])[0]
+    trained, fixed = method.start(x[0], place, x[1])
+    return {"trained": trained, "fixed": fixed}
 
   each = jax.random.split(key, count), w.reshape(count, size_in, size_out)
-  return jax.tree.map(
-    lambda x: x.reshape(*lead, *x.shape[1:]), jax.lax.map(one, each)
-  )
+  try:
+    found = jax.lax.map(one, each)
+  except UserError as e:
+    raise UserError(f"relora: {path}: cannot begin again.\n{e}") from e
+  return {
+    f"{path}/{name}": x.reshape(*lead, *x.shape[1:])
+    for name, x in tree.flatten_paths(found)
+  }
 
 
 def _adapted(state: TrainState) -> list[tuple[str, Any]]:
   """Returns (path, weight) of each weight with trainable adapters."""
   trainable = [path for path, _ in tree.flatten_paths(state.trainable)]
-  held = {path for path, _ in tree.flatten_paths(state.held)}
   found = []
   for path, leaf in leaves(state.params):
     if not any(p.startswith(f"{path}/trained/") for p in trainable):
       continue
-    if f"{path}/w" not in held:
+    if not isinstance(leaf.w, jax.Array):
       raise UserError(
-        f"relora: {path} is adapted, and its base"
-        f" ({type(leaf.w).__name__}) is not held.\n"
-        "Expected Experiment.held to match every adapted base, an array that is"
-        " not packed: '/w$'."
+        f"relora: the base of {path} is no array but a "
+        f"{type(leaf.w).__name__}, which nothing can be merged into.\n"
+        "Expected a base that is neither packed nor adapted."
       )
     found.append((path, leaf))
   if not found:
@@ -298,3 +324,17 @@ def _adapted(state: TrainState) -> list[tuple[str, Any]]:
       "Expected `trainable` to match them: '/trained/'."
     )
   return found
+
+
+def _check(new: Mapping[str, Array], state: TrainState) -> None:
+  """Raises UserError unless the state can hold all that is new."""
+  moving = tree.flatten_paths((state.trainable, state.held))
+  known = {path.partition("/")[2] for path, _ in moving}
+  for path in new:
+    if path not in known:
+      raise UserError(
+        f"relora: {path} is neither trained nor held, and would stay what it "
+        "was of the old base.\nExpected Experiment.held to match every adapted "
+        "base, what its adapters keep fixed, and biases that they scale: "
+        "'/w$|/fixed/', and '_bias$' where there are any."
+      )

@@ -15,7 +15,7 @@ import numpy as np
 from research import tree
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
-from research.lora.wrap import leaves
+from research.lora.wrap import biases, leaves
 from research.typing import Array, Float, Int, Params, UserError
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -38,8 +38,13 @@ def of(params: Params, rank: int) -> dict[str, Any]:
   Raises:
     UserError: an adapter's rank is larger, or its update no matrix of that
       rank (as DoRA's and (IA)^3's, which rescale the whole base), or it is an
-      expert's, or holds NaN.
+      expert's, or scales a bias, or holds NaN.
   """
+  for path, bias in biases(params).items():
+    raise UserError(
+      f"{path}: {type(bias.matrix.method).__name__} scales this bias, which "
+      "rows of a batch share.\nUse the adapter alone, or merge it."
+    )
   found = {}
   for path, leaf in _adapted(tree.top(params)):
     found[path] = _factored(path, leaf, rank)

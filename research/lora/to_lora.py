@@ -65,7 +65,8 @@ def to_lora(
 ) -> tuple[dict[str, Any], dict[str, Fit]]:
   """Returns the tree with plain LoRA in place of its adapters, and the errors.
 
-  Scales are in b, so alpha is the rank.
+  Scales are in b, so alpha is the rank. A bias that an adapter scales is the
+  base's no more: the tree has it as it is merged.
 
   Args:
     params: with adapters of any method, on any base.
@@ -85,7 +86,8 @@ def to_lora(
     fits[address] = Fit(rank, (rest / total) ** 0.5 if total else 0.0)
   if not found:
     raise UserError("these parameters hold no adapter")
-  return plain.wrapped(wrap.disable(params), found), fits
+  base = wrap.disable(wrap.merge_biases(params))
+  return plain.wrapped(base, found), fits
 
 
 def _decomposed(address, t):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from research import tree, weights
-from research.lora.adapted import AdaptedTensor
+from research.lora.adapted import AdaptedBias, AdaptedTensor
 from research.lora.method import Arrays, Method
 from research.typing import Params, UserError
 
@@ -167,11 +167,19 @@ def _wrap_run(run, rows, ks, methods, make):
   return tree.map_paths(adapted, run, is_leaf=weights.is_weight)
 
 
-def _strip(params: Params, f: Callable[[AdaptedTensor], Any]) -> Any:
-  return jax.tree.map(
-    lambda w: f(w) if isinstance(w, AdaptedTensor) else w,
-    params,
-    is_leaf=weights.is_weight,
+def biases(params: Params) -> dict[str, AdaptedBias]:
+  """Returns the biases that adapters scale, by their paths in a tree."""
+  found, out = dict(leaves(params)), {}
+  for path, w in found.items():
+    bias = weights.bias_path(path)
+    if bias in found and _scales(w):
+      out[bias] = AdaptedBias(found[bias], w)
+  return out
+
+
+def _scales(w: Any) -> bool:
+  return isinstance(w, AdaptedTensor) and (
+    w.method.output_gain is not None or _scales(w.w)
   )
 
 
@@ -181,13 +189,28 @@ def merge(params: Params) -> Any:
   The sum is formed in fp32 and rounded to the weight's dtype; in bf16 most of
   a small update is lost (lora.md 2.5), so merge fp32 weights where it counts.
   """
-  return _strip(params, _merged)
+  return _replaced(params, AdaptedTensor | AdaptedBias)
+
+
+def merge_biases(params: Params) -> Any:
+  """Returns the tree with biases as `merge` has them, and its adapters."""
+  return _replaced(params, AdaptedBias)
+
+
+def _replaced(params: Params, kind: Any) -> Any:
+  scaled = biases(params)
+
+  def one(path, leaf):
+    leaf = scaled.get(path, leaf)
+    return _merged(leaf) if isinstance(leaf, kind) else leaf
+
+  return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
 @jax.jit
-def _merged(w: AdaptedTensor) -> Any:
+def _merged(w: AdaptedTensor | AdaptedBias) -> Any:
   # One program for a weight; eagerly each operation would be compiled.
-  return weights.dense(w)
+  return w.dense()
 
 
 def disable(params: Params) -> Any:
@@ -196,4 +219,4 @@ def disable(params: Params) -> Any:
   def base(w):
     return base(w.w) if isinstance(w, AdaptedTensor) else w
 
-  return _strip(params, base)
+  return jax.tree.map(base, params, is_leaf=weights.is_weight)

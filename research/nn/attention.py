@@ -122,7 +122,8 @@ class Attention(nn.Module):
         "kv less_bias: found a model whose keys have no bias that stays as it "
         "was added.\nLeave less_bias out."
       )
-    bias = self.get_variable("params", "k_bias").astype(jnp.float32)
+    k, bias = (self.get_variable("params", name) for name in ("k", "k_bias"))
+    bias = weights.bias_of(k, bias).astype(jnp.float32)
     shape = (*positions.shape, self.kv_heads, self.head_dim)
     bias = jnp.broadcast_to(bias.reshape(shape[2:]), shape)
     if not turned:

@@ -136,6 +136,7 @@ class Modulation(nn.Module):
     w = weights.weight(self, "weight", zeros, (told.shape[-1], count * width))
     b = weights.weight(self, "weight_bias", bias, (count * width,))
     y = weights.einsum("...c,cd->...d", told, w).astype(jnp.float32)
+    b = weights.bias_of(w, b)
     return jnp.split(y + b.astype(jnp.float32), count, axis=-1)
 
 

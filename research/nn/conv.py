@@ -156,7 +156,8 @@ class Conv(nn.Module):
     if not self.bias:
       return y
     zeros = nn.initializers.zeros
-    return y + weights.weight(self, "bias", zeros, y.shape[-1:]).astype(y.dtype)
+    b = weights.weight(self, "bias", zeros, y.shape[-1:])
+    return y + weights.bias_of(getattr(w, "matrix", w), b).astype(y.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,10 @@ class Untied:
     """Returns `table`."""
     return weights.dense(self.table)
 
+  def count(self) -> int:
+    """Returns how many parameters both have."""
+    return weights.count((self.table, self.head))
+
   def axes(self, names: tuple[str | None, ...]) -> "Untied":
     """Both have the embedding's names."""
     return Untied(*(weights.axes(w, names) for w in (self.table, self.head)))

@@ -1,6 +1,7 @@
 """The training state: one pytree, with the trainable part set apart by path."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import optax
 from research import tree
 from research.training.layerwise import Layerwise, movable
 from research.typing import Array, Params, UserError
+
+_FIXED = re.compile(r"(^|/)fixed/")
+"""Paths of what adapters do not learn."""
 
 Placement = Callable[[Any], Any]
 """A tree of arrays, or of shapes -> a sharding for each of them."""
@@ -159,7 +163,9 @@ def _check(
   )
   for path, leaf in ((tree.path_name(p), x) for p, x in leaves):
     anew = codes and movable(leaf)
-    if not anew and not jnp.issubdtype(leaf.dtype, jnp.floating):
+    # Places of a sparse adapter, say, are no codes of a weight.
+    kept = field == "held" and _FIXED.search(path)
+    if not (anew or kept or jnp.issubdtype(leaf.dtype, jnp.floating)):
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"

@@ -130,7 +130,10 @@ def test_the_report(command, tmp_path):
   rows = json.loads(report.read_text())
   assert len(rows) == result["tensors"]
   assert result["merged"] == sum(r["fidelity"] is not None for r in rows) == 21
-  assert result["merge_loss"] == max(r["fidelity"] or 0 for r in rows) > 0
+  assert result["merge_loss"] == max(0, 1 - result["merge_kept"])
+  assert 0 < result["merge_noise"] <= max(r["fidelity"] or 0 for r in rows) < 1
+  missed = {r["name"]: (r["fidelity"] or 0) * (r["update"] or 0) for r in rows}
+  assert result["merge_worst"] == max(missed, key=missed.get)
   assert result["max_abs_error"] == max(r["max_abs_error"] for r in rows) > 0
   assert (tmp_path / "merged" / safetensors.INDEX).is_file()
 

@@ -156,6 +156,9 @@ def test_another_experiment_is_refused(finished):
 def test_packed_base_trains_with_no_further_code(tmp_path):
   result = _run(tmp_path / "packed", "STEPS=4", "PACKED=True")
   assert result["perplexity_after"] < result["perplexity_before"]
+  # However many numbers it is packed in.
+  assert result["trainable_parameters"] == 2_442_240
+  assert result["total_parameters"] == 134_515_008 + 2_442_240
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Writes an adapter of each of PEFT's methods, and what PEFT says of them.
 
-  .venv-peers/bin/python tests/golden/make_peft_methods.py [--to DIR] [NAME ...]
+  .venv-peers/bin/python tests/golden/make_peft_methods.py [--to DIR]
+      [--base BASE] [NAME ...]
 
-Each folder is an adapter over the tiny llama as PEFT saves it, with golden.npz
-beside it: the arrays of make_peft.py but base_logits, and gradients of what is
-trained. They are computed in fp64 from the folder as PEFT loads it again.
+Each folder is an adapter over a base of `BASES` as PEFT saves it, with
+golden.npz beside it: the arrays of make_peft.py but base_logits, and gradients
+of what is trained. They are computed in fp64 from the folder as PEFT loads it
+again. One base has a bias on every matrix of a layer: what a method does to an
+output, it does or does not do to that.
 
 What is trained is drawn: around 0, or around its start where that is another
 constant (magnitudes, gains, bounds). BOFT's product of several factors needs a
@@ -15,6 +18,7 @@ matrix stands in.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 import zlib
@@ -87,12 +91,20 @@ ADAPTERS = {
     r=4, lora_alpha=12, alora_invocation_tokens=[34, 12]
   ),
 }
-PREFIX = "method_"
+BASES = {make_peft.BASE: "method_", "llama_biases": "biased_"}
+"""Base -> how the folders of its adapters begin."""
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 TARGETS_OF = {
   "randlora": ["q_proj", "v_proj", "up_proj", "down_proj"],
   "boft_factors": ["q_proj", "v_proj"],
 }
+OF_BASE = {
+  # Widths are 36 and 44: 18 and 22 blocks, which two factors divide.
+  ("llama_biases", "boft_factors"): dict(boft_n_butterfly_factor=2),
+}
+"""What a base needs otherwise than `ADAPTERS` has it."""
+
 AROUND_START = (
   *("magnitude", "ia3_l", "boft_s", "delora_lambda", "vera_lambda_d"),
   "randlora_gamma",
@@ -127,9 +139,9 @@ class Circulant:
     return x @ c3a_layer.get_circulant_fast(w).T
 
 
-def config(name: str):
+def config(name: str, base: str):
   """Returns PEFT's configuration of a case."""
-  out = ADAPTERS[name]
+  out = dataclasses.replace(ADAPTERS[name], **OF_BASE.get((base, name), {}))
   out.task_type = "CAUSAL_LM"
   out.target_modules = set(TARGETS_OF.get(name, TARGETS))
   return out
@@ -168,17 +180,17 @@ def stored_name(key: str, stored) -> str:
   return plain if plain in stored else plain.removesuffix(".weight")
 
 
-def golden(folder: pathlib.Path) -> dict[str, np.ndarray]:
+def golden(folder: pathlib.Path, base: str) -> dict[str, np.ndarray]:
   """Returns the arrays of golden.npz, in fp64 of the adapter in `folder`."""
-  family = families.FAMILIES[make_peft.BASE]
+  family = families.FAMILIES[base]
   stored = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
   rows = make_peft.tokens(12)
   with make_models.float64():
-    base = make_models.build(
+    double = make_models.build(
       family.config, make_models.weights(family), torch.float64
     )
   model = peft.PeftModel.from_pretrained(
-    base, folder, is_trainable=True, autocast_adapter_dtype=False
+    double, folder, is_trainable=True, autocast_adapter_dtype=False
   ).double()
   # Some methods make zeros of the default type.
   torch.set_default_dtype(torch.float64)
@@ -203,19 +215,19 @@ def golden(folder: pathlib.Path) -> dict[str, np.ndarray]:
   return out | dict(tokens=rows)
 
 
-def make(name: str, to: pathlib.Path = make_models.MODELS) -> dict:
+def make(name: str, base: str, to: pathlib.Path = make_models.MODELS) -> dict:
   """Writes one adapter's folder; returns its golden arrays."""
-  family = families.FAMILIES[make_peft.BASE]
-  folder = to / f"{PREFIX}{name}"
+  family = families.FAMILIES[base]
+  folder = to / f"{BASES[base]}{name}"
   torch.manual_seed(0)  # of what is not trained
-  base = make_models.build(family.config, make_models.weights(family))
-  wrapped = peft.get_peft_model(base, config(name))
+  single = make_models.build(family.config, make_models.weights(family))
+  wrapped = peft.get_peft_model(single, config(name, base))
   draw(wrapped, name)
   if name == "adalora_cut":
     cut(wrapped)
   wrapped.save_pretrained(folder)
-  make_peft.settle(folder, f"../{make_peft.BASE}")
-  arrays = golden(folder)
+  make_peft.settle(folder, f"../{base}")
+  arrays = golden(folder, base)
   np.savez_compressed(folder / "golden.npz", **arrays)
   return arrays
 
@@ -224,19 +236,22 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("names", nargs="*", default=None)
   parser.add_argument("--to", type=pathlib.Path, default=make_models.MODELS)
+  parser.add_argument("--base", choices=BASES, action="append")
   args = parser.parse_args()
   torch.set_num_threads(1)
   boft_layer.get_fbd_cuda = lambda: True
   boft_layer.FastBlockDiag = Blocks
   c3a_layer.BlockCircularConvolution = Circulant
-  for name in args.names or ADAPTERS:
-    arrays = make(name, args.to)
-    fidelity = np.abs(arrays["logits"] - arrays["merged_logits"]).max()
-    print(
-      f"{name}: loss {arrays['loss']:.6f}, logits "
-      f"{np.ptp(arrays['logits']):.2f} wide, merged differs by {fidelity:.1e}",
-      flush=True,
-    )
+  for base in args.base or BASES:
+    for name in args.names or ADAPTERS:
+      arrays = make(name, base, args.to)
+      fidelity = np.abs(arrays["logits"] - arrays["merged_logits"]).max()
+      print(
+        f"{base}, {name}: loss {arrays['loss']:.6f}, logits "
+        f"{np.ptp(arrays['logits']):.2f} wide, merged differs by "
+        f"{fidelity:.1e}",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":

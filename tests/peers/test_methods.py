@@ -23,15 +23,15 @@ def computed(model, tokens) -> np.ndarray:
     return make_peft.loss_and_logits(model, tokens)[1].numpy()
 
 
-def base():
-  family = families.FAMILIES[make_peft.BASE]
+def base(name=make_peft.BASE):
+  family = families.FAMILIES[name]
   return make_models.build(family.config, make_models.weights(family))
 
 
-def check(folder, want, tokens) -> None:
+def check(folder, want, tokens, under=make_peft.BASE) -> None:
   """PEFT finds in the folder just what it looks for, and computes the same."""
   config = peft.PeftConfig.from_pretrained(folder)
-  model = peft.get_peft_model(base(), config)
+  model = peft.get_peft_model(base(under), config)
   stored = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
   tensors = {k: torch.from_numpy(v) for k, v in stored.items()}
   found = set_peft_model_state_dict(model, tensors)
@@ -46,7 +46,7 @@ def check(folder, want, tokens) -> None:
     if "layers" not in k or not any(name in k for name in shared)
   ]
   assert not missing
-  loaded = peft.PeftModel.from_pretrained(base(), folder)
+  loaded = peft.PeftModel.from_pretrained(base(under), folder)
   assert support.relative_error(computed(loaded, tokens), want) < 2e-5
   if config.to_dict().get("alora_invocation_tokens"):
     return  # has no merged form
@@ -54,19 +54,20 @@ def check(folder, want, tokens) -> None:
   assert support.relative_error(computed(merged, tokens), want) < 2e-5
 
 
-def test_peft_loads_what_we_wrote(heptad, tmp_path):
+@pytest.mark.parametrize("under", make_peft_methods.BASES)
+def test_peft_loads_what_we_wrote(under, heptad, tmp_path):
   tokens = make_peft.tokens(12)
-  names = [make_peft_methods.PREFIX + name for name in ADAPTERS]
+  names = [make_peft_methods.BASES[under] + name for name in ADAPTERS]
   heptad.bridge(
     "rewrite",
-    make_models.MODELS / make_peft.BASE,
+    make_models.MODELS / under,
     tmp_path / "written",
     names=np.array(names),
     folder=np.array(str(make_models.MODELS)),
   )
   for name in names:
     with np.load(make_models.MODELS / name / "golden.npz") as file:
-      check(tmp_path / "written" / name, file["logits"], tokens)
+      check(tmp_path / "written" / name, file["logits"], tokens, under)
 
 
 @pytest.mark.parametrize("method", ["PiSSA", "OLoRA", "MiCA", "LoRAFA"])

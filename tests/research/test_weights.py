@@ -6,7 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research import weights
+from research import tree, weights
+from research.nn import conv
+from research.quant.formats.codebook import Codebook
+from research.quant.quantize import Quantize
+from research.quant.untied import Untied
+from research.training import int8_weights
 from tests.support_lora import lora
 
 RNG = np.random.default_rng(0)
@@ -198,3 +203,32 @@ def test_a_single_row_is_doubled_in_programs_for_the_cpu_alone():
     for platform in ("cpu", "tpu")
   }
   assert found == {"cpu": True, "tpu": False}
+
+
+def _packed(*lead):
+  w = jax.random.normal(jax.random.key(0), (*lead, 64, 8))
+  return Quantize(format=Codebook()).pack(w)
+
+
+COUNTED = {
+  "array": (jnp.zeros((3, 4)), 12),
+  "packed": (_packed(2), 2 * 64 * 8),
+  "packed, adapted": (
+    lora(_packed(), jnp.zeros((2, 64)), jnp.zeros((2, 8))),
+    64 * 8 + 2 * (64 + 8),
+  ),
+  "adapted twice": (lora(_lora(), _draw(1, 6), _draw(1, 5)), 30 + 22 + 11),
+  "in codes": (int8_weights.encode(_draw(2, 64, 8)), 2 * 64 * 8),
+  "two in one": (Untied(_draw(7, 4), _draw(7, 4)), 2 * 28),
+  "a kernel": (conv.of_kernel(_draw(2, 2, 3, 5)), 60),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parameters_are_those_that_are_meant(name):
+  """Not the numbers that they are stored in; of shapes alone, and of parts."""
+  w, want = COUNTED[name]
+  assert weights.count({"x": w, "y": jnp.zeros(2)}) == want + 2
+  assert weights.count(jax.eval_shape(lambda: w)) == want
+  learned, rest = tree.partition({"x": w}, "/trained/")
+  assert weights.count(learned) + weights.count(rest) == want

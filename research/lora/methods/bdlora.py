@@ -58,6 +58,10 @@ class BDLoRA(LoRA):
   def settled(self):
     return dataclasses.replace(self, by_input=(), by_output=(), strict=False)
 
+  @property
+  def pair_scale(self):
+    return None if self.side else self.scale  # of blocks, each its own
+
   def start(self, key, place, w, seen=None):
     n = self.blocks if self.side else 1
     cut = place.size_in if self.side == "a" else place.size_out

@@ -29,6 +29,10 @@ class C3A(Method):
   PEFT: ClassVar = "C3A"
   PEFT_DEFAULTS: ClassVar = dict(block_size=256)
 
+  @property
+  def starts_as_base(self):
+    return self.init == "zero"
+
   def start(self, key, place, w, seen=None):
     b = self.block
     for name, n in (("in", place.size_in), ("out", place.size_out)):

@@ -24,24 +24,53 @@ class DoRA(LoRA):
   PEFT_FLAG: ClassVar = "use_dora"
 
   def start(self, key, place, w, seen=None):
-    trained, _ = super().start(key, place, w)
-    fixed = {"square": _square(w)}
-    m = self._norm(trained | fixed, w)
-    return trained | {"m": m}, fixed
+    trained, fixed = super().start(key, place, w)
+    return trained | {"m": self._norm(trained, w)}, fixed
 
-  def _norm(self, p, w):
+  def _norm(self, p, w, each=lambda f: f):
     """Returns the norm of each output of `w + s aᵀb`, fp32.
 
-    Expanded, so that no matrix is formed: what the base adds is known, and
-    mixed terms need `a w [r, out]` only.
+    Of the base as it is: it may be trained, merged into, or adapted itself.
+
+    Args:
+      p: arrays.
+      w: the base.
+      each: what maps a function of both over axes in front.
+    """
+    # Constant; and whatever the base drops of its inputs is no part of it.
+    p, w = jax.lax.stop_gradient((p, weights.bind({"w": w})["w"]))
+    expanded, safe = each(self._expanded)(p, w)
+    # One choice for all: each by each, both would be computed.
+    square = jax.lax.cond(
+      safe.all(), lambda: expanded, lambda: each(self._direct)(p, w)
+    )
+    return jnp.sqrt(square)
+
+  def _expanded(self, p, w):
+    """Returns squared norms, and where they are good.
+
+    Expanded, so that no matrix is formed: mixed terms need `a w [r, out]`
+    only. Terms may cancel, which loses the more, the less is left of them
+    (all of it, or more: fp32 has then a square below 0). Where a quarter is
+    left two bits are lost.
     """
     a, b = wide(p["a"]), wide(p["b"])
+    base = jnp.sum(jnp.square(wide(w)), 0)
     mixed = jnp.sum(weights.einsum("...i,io->...o", a, w) * b, 0)
     own = jnp.einsum("ro,rq,qo->o", b, a @ a.T, b)
-    return jnp.sqrt(p["square"] + 2 * self.scale * mixed + self.scale**2 * own)
+    terms = base + self.scale**2 * own
+    square = terms + 2 * self.scale * mixed
+    return square, square >= 0.25 * terms
 
-  def _gain(self, p, w):
-    return p["m"] / jax.lax.stop_gradient(self._norm(p, w))
+  def _direct(self, p, w):
+    """Returns squared norms, a sum of squares of the matrix."""
+    return jnp.sum(jnp.square(wide(w) + super().delta(p, w)), 0)
+
+  def _gain(self, p, w, each=lambda f: f):
+    norm = self._norm(p, w, each)
+    # An output of zeros is 0 whatever its gain; with 1 it can learn.
+    some = norm > 0
+    return jnp.where(some, wide(p["m"]) / jnp.where(some, norm, 1), 1)
 
   def delta(self, p, w):
     g = self._gain(p, w)
@@ -69,13 +98,14 @@ class DoRA(LoRA):
     return (g - 1) * weights.take(w, ids) + g * super().rows(ids, p, w)
 
   def ragged(self, x, p, w, sizes):
-    g = jax.vmap(self._gain)(p, w)  # [E, out]
+    g = self._gain(p, w, jax.vmap)  # [E, out]
     of_row = jnp.repeat(g, sizes, axis=0, total_repeat_length=x.shape[0])
     base = weights.ragged_dot(x, w, sizes)
     return (of_row - 1) * base + of_row * super().ragged(x, p, w, sizes)
 
   def axes(self, names):
     vector = (names[1],)
+    # `square` was the base's, once: older checkpoints have it.
     return super().axes(names) | {"m": vector, "square": vector}
 
   def idle(self, p):
@@ -85,14 +115,8 @@ class DoRA(LoRA):
     return super().to_peft(p, place) | {"lora_magnitude_vector": p["m"]}
 
   def from_peft(self, tensors, place, w):
-    trained, _ = super().from_peft(tensors, place, w)
-    m = tensors["lora_magnitude_vector"]
-    return trained | {"m": m}, {"square": _square(w)}
+    trained, fixed = super().from_peft(tensors, place, w)
+    return trained | {"m": tensors["lora_magnitude_vector"]}, fixed
 
   def peft_fields(self, methods):
     return super().peft_fields(methods) | dict(use_dora=True)
-
-
-def _square(w):
-  """Returns the squared norm of each output of `w`, fp32."""
-  return jnp.sum(jnp.square(wide(w)), 0)

@@ -18,8 +18,7 @@ from research.lora.method import Method, turned, wide
 class IA3(Method):
   """`w` times `l`, which starts as 1; rank and alpha mean nothing.
 
-  A bias of the matrix is not scaled, although PEFT's is: models with biases
-  on these matrices compute something else there.
+  What is scaled by output is the whole of it, a bias included.
 
   Attributes:
     feedforward: ends of names of the matrices that are scaled by input.
@@ -37,6 +36,10 @@ class IA3(Method):
     ends = tuple(f"/{end}" for end in self.feedforward)
     by_input = f"/{name.replace('.', '/')}".endswith(ends)
     return dataclasses.replace(self, by_input=by_input)
+
+  @property
+  def output_gain(self):
+    return None if self.by_input else "l"
 
   def start(self, key, place, w, seen=None):
     size = place.size_in if self.by_input else place.size_out

@@ -32,6 +32,14 @@ class KaSA(LoRA):
 
   PEFT_FLAG: ClassVar = "kasa_config"
 
+  @property
+  def pair_scale(self):
+    return None  # of each term, d times that
+
+  @property
+  def starts_as_base(self):
+    return False  # which loses its smallest singular values
+
   def start(self, key, place, w, seen=None):
     if place.embedding:
       raise UserError("KaSA: no start for embeddings")

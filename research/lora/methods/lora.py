@@ -49,6 +49,14 @@ class LoRA(Method):
     """`s`; never trained."""
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
+  @property
+  def pair_scale(self):
+    return self.scale
+
+  @property
+  def starts_as_base(self):
+    return self.init != "random"
+
   def plain(self) -> "LoRA":
     """Returns what computes the same once a start has been made."""
     own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA)}

@@ -30,6 +30,10 @@ class QALoRA(LoRA):
   PEFT_FLAG: ClassVar = "use_qalora"
   PEFT_DEFAULTS: ClassVar = LoRA.PEFT_DEFAULTS | dict(qalora_group_size=16)
 
+  @property
+  def pair_scale(self):
+    return None  # a group of inputs moves at once
+
   def start(self, key, place, w, seen=None):
     if place.embedding or place.size_in % self.group:
       what = "an embedding" if place.embedding else f"{place.size_in} inputs"

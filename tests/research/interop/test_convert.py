@@ -8,11 +8,13 @@ import shutil
 
 import chex
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 from research import tree
 from research.interop import (
+  changes,
   convert,
   gguf,
   gguf_recipe,
@@ -25,6 +27,7 @@ from research.interop import (
 )
 from research.lora import adapt, peft, peft_write, wrap
 from research.lora.methods.lora import LoRA
+from research.quant.checkpoints import writers
 from research.training import int8_weights
 from research.typing import UserError
 
@@ -283,20 +286,64 @@ def test_merged_exports_and_their_fidelity(name, tmp_path):
   counts = [log.summary()["merged"] for log in (exact, rounded)]
   adapted = [p for p in source.parts.values() if hasattr(p.read(), "trained")]
   assert counts == [len(adapted)] * 2 != [0, 0]
-  assert exact.summary()["merge_loss"] == 0
+  found = exact.summary()
+  assert (found["merge_loss"], found["merge_noise"]) == (0, 0)
   # An independent count of what bf16 loses, for one module.
   change = next(c for c in rounded.changes if c.fidelity)
   new = safetensors.open_directory(tmp_path / "bf16")[change.name].read()
   old = safetensors.open_directory(tmp_path / "fp32")[change.name].read()
   base = safetensors.open_directory(MODELS / "llama")[change.name].read()
-  lost = np.linalg.norm(new.astype(np.float64) - old)
-  update = np.linalg.norm(old.astype(np.float64) - base)
+  new, old = new.astype(np.float64), old.astype(np.float64)
+  # From the base in bf16: what that loses alone is no loss of the adapter's.
+  alone = base.astype(ml_dtypes.bfloat16).astype(np.float64)
+  lost = np.linalg.norm((new - alone) - (old - base))
+  update = np.linalg.norm(old - base)
   assert change.fidelity == pytest.approx(lost / update, rel=1e-4)
+
+
+def as_gguf(source, to):
+  return convert.to_gguf(source, to, gguf_recipe.Recipe("Q8_0"))[0]
+
+
+def as_int8(source, to):
+  writer = writers.Compressed("int8", 4)
+  return convert.to_quantized(source, to, writer, requantize=True)
+
+
+@pytest.mark.parametrize("write", [as_gguf, as_int8])
+def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
+  """What the base alone loses there is no loss of the adapter's."""
+  file = MODELS / "gguf_f32" / "model.gguf"
+  it = load.load_model(file)
+  params = adapt.Adapt(method=LoRA(rank=2))(it.params, jax.random.key(0))
+  params = tree.map_paths(
+    lambda p, x: x + 0.001 if "/trained/" in p else x, params
+  )
+  peft_write.save_adapter(tmp_path / "a", params, it.model, str(file))
+  source, base = (sources.open_source(x) for x in (tmp_path / "a", file))
+  files = [tmp_path / f"{name}.gguf" for name in ("merged", "alone")]
+  log, _ = (write(x, to) for x, to in zip((source, base), files, strict=True))
+  got, alone = (parts_of(load.load_model(x).params) for x in files)
+  updates, made = [], []
+  for address, part in source.parts.items():
+    found = changes.read(part.read())
+    if found.base is not None:
+      updates.append((found.array - found.base).ravel())
+      made.append((got[str(address)] - alone[str(address)]).ravel())
+  update, change = np.concatenate(updates), np.concatenate(made)
+  found = log.summary()
+  kept = change @ update / (update @ update)
+  assert found["merge_kept"] == pytest.approx(kept, rel=1e-5)
+  assert found["merge_loss"] == max(0, 1 - found["merge_kept"])
+  # The rest of each tensor's change: what is left beside its own share.
+  rest = [c - u * (c @ u) / (u @ u) for c, u in zip(made, updates, strict=True)]
+  noise = np.linalg.norm(np.concatenate(rest)) / np.linalg.norm(update)
+  assert found["merge_noise"] == pytest.approx(noise, rel=1e-4)
 
 
 def parts_of(params):
   return {
-    str(address): np.asarray(part.read())
+    str(address): changes.read(part.read()).array
     for address, part in parts.from_params(params).items()
   }
 

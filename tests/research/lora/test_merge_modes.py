@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.lora import merge_modes
+from research.lora import adapt, merge_modes
+from research.lora.methods.dora import DoRA
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML
@@ -95,6 +96,21 @@ def test_a_small_update_is_rounded_away():
   assert found["decoded"].kl < found["requantized"].kl + 1e-9
   # Rounding itself is what is far off: the update is small beside it.
   assert found["original"].kl > 100 * abs(found["requantized"].kl)
+
+
+def test_doras_lengths_are_its_magnitudes_over_any_base():
+  """A norm of the packed base would be of another matrix."""
+  packed = Quantize(format=Affine(block=32))(original())
+  how = adapt.Adapt(method=DoRA(rank=2), targets=("up",))
+  params = how(packed, jax.random.key(0))
+  for mode in ("decoded", "original"):
+    got = merge_modes.merged(params, mode, original())
+    up = params["run0"]["layer0"]["mlp"]["up"]
+    lengths = jnp.linalg.norm(got["run0"]["layer0"]["mlp"]["up"], axis=-2)
+    np.testing.assert_allclose(lengths, up.trained["m"], rtol=1e-5)
+  # Which are other lengths than the original's.
+  first = jnp.linalg.norm(original()["run0"]["layer0"]["mlp"]["up"], axis=-2)
+  assert np.abs(first / lengths - 1).max() > 1e-3
 
 
 def test_embeddings_and_adapters_over_adapters():

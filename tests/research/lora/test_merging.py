@@ -78,6 +78,20 @@ def test_small_updates_are_lost_in_bf16(relative, still, lost):
   assert abs(losses["layers/0/x"].fidelity - lost) < 0.03
 
 
+def test_what_the_base_loses_alone_is_not_the_updates():
+  """A base a quarter of a step off, and an update of whole steps."""
+  step = 2.0**-7
+  w = jnp.full((1, 8, 8), 1 + step / 4)
+  steps = jnp.asarray(np.random.default_rng(0).integers(1, 9, (1, 8, 8)) * step)
+  params = {"run0": {"layer0": {"x": lora(w, jnp.eye(8)[None], steps)}}}
+  _, losses = merging.merge(params, dtype="bfloat16")
+  found = losses["layers/0/x"]
+  assert (found.kept, found.fidelity) == (1, 0)
+  assert found.max_abs_error == step / 4
+  want = dict(kept=1.0, lost=0.0, noise=0.0, worst="layers/0/x")
+  assert changes.merges(losses.values()) == want
+
+
 @pytest.mark.parametrize("relative", [1e-2, 1e-3, 3e-4])
 def test_stochastic_rounding_keeps_them(relative):
   params = matrix(relative)

@@ -46,6 +46,7 @@ from research.lora.methods.shira import SHiRA
 from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA
+from research.nn import presets
 from research.quant.formats import ggml
 from research.typing import UserError
 from tests import support
@@ -330,8 +331,15 @@ def logits(params, tokens):
   return model().apply({"params": params}, tokens)[0]
 
 
+@functools.cache
 def model():
-  return support.model(width=32, head_dim=8, depth=2)
+  """Returns a model with every bias that there is."""
+  biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+  family = dataclasses.replace(presets.FAMILIES["llama"], **biases)
+  sizes = dict(width=32, head_dim=8, depth=2)
+  return presets.transformer(
+    family, dataclasses.replace(support.SIZES, **sizes)
+  )
 
 
 @functools.cache

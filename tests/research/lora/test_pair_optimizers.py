@@ -1,5 +1,6 @@
 """LoRA+, LoRA-FA, Riemannian and LoRA-Pro, against PEFT and their theorems."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -11,10 +12,17 @@ import numpy as np
 import optax
 import pytest
 
-from research import tree
+from research import tree, weights
 from research.lora import loraplus, lorapro, pairs, riemannian
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods.adalora import AdaLoRA
+from research.lora.methods.dora import DoRA
+from research.lora.methods.halves import LoRAFA
+from research.lora.methods.ia3 import IA3
+from research.lora.methods.kasa import KaSA
 from research.training import optim, rates, state
 from research.typing import UserError
+from tests.research.lora import test_methods as laws
 from tests.support_lora import lora
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "optimizers.json"
@@ -254,6 +262,86 @@ def test_pairs_know_their_scale_and_their_siblings():
     "q/trained/a": ("q/trained/b", 0.5),
     "q/w/trained/a": ("q/w/trained/b", 3.0),
   }
+
+
+NAMED = [m for m in laws.METHODS if {"a", "b"} <= set(laws.moved(m).arrays)]
+NAMED = [m for m in NAMED if "b" in laws.moved(m).trained]
+
+
+def slopes(t):
+  """Returns gradients of a, of b, and of the matrix that they stand in."""
+  x = laws.draw(5, laws.IN)
+  both = {name: t.arrays[name] for name in "ab"}
+
+  def loss(both):
+    trained = t.trained | {k: v for k, v in both.items() if k in t.trained}
+    w = dataclasses.replace(t, trained=trained)
+    return jnp.sin(weights.einsum("td,df->tf", x, w)).sum()
+
+  def of_matrix(both):
+    full = x.T @ jnp.cos(x @ t.dense())
+    if isinstance(t.method, DoRA):  # a matrix that is scaled afterwards
+      full = full * t.method._gain(t.arrays, t.w)
+    return jax.grad(loss)(both), full
+
+  both, full = jax.device_get(jax.jit(of_matrix)(both))
+  return both["a"], both["b"], full
+
+
+@pytest.mark.parametrize("method", NAMED, ids=laws.label)
+def test_pairs_move_the_matrix_by_their_product(method):
+  """`ga = s b Gᵀ` and `gb = s a G`, G of the matrix; if not, it is refused."""
+  t = laws.one(laws.moved(method))
+  ga, gb, full = slopes(t)
+  a, b = (np.asarray(t.arrays[name]) for name in "ab")
+  if method.pair_scale is None:
+    with pytest.raises(
+      UserError, match=f"q/trained/a: {type(method).__name__}"
+    ):
+      pairs.pairs({"q": t})
+    # And rightly so.
+    if a.shape[-1:] == full.shape[:1]:
+      s = getattr(method, "scale", 1.0)
+      right = s * a @ full
+      assert right.shape != gb.shape or np.abs(gb - right).max() > 1e-3
+    return
+  (pair,) = pairs.pairs({"q": t})
+  assert pair.scale == method.pair_scale
+  laws.close(gb, pair.scale * a @ full)
+  if not isinstance(method, LoRAFA):  # whose a has no gradient
+    laws.close(ga, pair.scale * b @ full.T, laws.OUT)
+
+
+def test_pairs_that_are_not_matched_are_not_refused():
+  params = {"k": laws.one(laws.moved(KaSA(rank=4)))}
+  params["q"] = laws.one(laws.moved(laws.LoRA(rank=4)))
+  assert [p.down for p in pairs.pairs(params, "^q/")] == ["q/trained/a"]
+  for make in (lorapro.lorapro, riemannian.riemannian, riemannian.lora_fa):
+    with pytest.raises(UserError, match="k/trained/a: KaSA adds something"):
+      make(0.1).init(params)
+    make(0.1, matching="^q/").init(params)
+
+
+def test_loraplus_hurries_what_starts_at_zero():
+  """Of an embedding that is `a`."""
+  params = {"embed": lora(None, jnp.ones((2, 5)), jnp.ones((2, 4)))}
+  tx = loraplus.loraplus(0.01, ratio=16, clip=None)
+  updates, _ = tx.update(params, tx.init(params), params)
+  found = {k: float(x[0, 0]) for k, x in updates["embed"].trained.items()}
+  np.testing.assert_allclose([found["a"], found["b"]], [-0.16, -0.01], 5e-5)
+
+
+def test_loraplus_has_to_find_something():
+  params = {"q": AdaptedTensor(None, {"l": jnp.ones(3)}, method=IA3())}
+  for make in (loraplus.loraplus, loraplus.peft_groups):
+    with pytest.raises(UserError, match="LoRA\\+: "):
+      make(0.01).init(params)
+  # PEFT's groups go by names and axes that other methods have not here.
+  other = {"q": laws.one(laws.moved(AdaLoRA(rank=4)))}
+  with pytest.raises(
+    UserError, match="q: AdaLoRA, expected plain LoRA or what"
+  ):
+    loraplus.peft_groups(0.01).init(other)
 
 
 def test_no_pairs_is_told():

@@ -16,9 +16,18 @@ from research.lora.methods import all_methods
 from research.lora.methods.lora import LoRA
 from research.lora.methods.qalora import QALoRA
 from tests.research.lora import test_methods as methods
-from tests.support_peft import MODELS, base, golden, loaded, logits, relative
+from tests.support_peft import (
+  BASES,
+  MODELS,
+  base,
+  base_of,
+  golden,
+  loaded,
+  logits,
+  relative,
+)
 
-ADAPTERS = sorted(p.name for p in MODELS.glob("method_*"))
+ADAPTERS = sorted(p.name for start in BASES for p in MODELS.glob(f"{start}_*"))
 
 
 # PEFT repeats them for every module, and reads them without.
@@ -47,12 +56,22 @@ def test_every_method_of_pefts_is_here_or_named():
 
 
 def test_every_method_that_is_here_is_compared():
-  kinds = {peft_config.read_config(MODELS / name)[1] for name in ADAPTERS}
   theirs = {kind for kind in all_methods().values() if kind.PEFT}
-  # Plain LoRA and rows of tokens have tests of their own (`test_peft` and
-  # `test_peft_whole`), QA-LoRA no form on a CPU.
-  left = {kind.__name__ for kind in theirs - kinds}
-  assert left == {"LoRA", "QALoRA", "Tokens"}
+  for start in BASES:
+    found = [name for name in ADAPTERS if name.startswith(start)]
+    kinds = {peft_config.read_config(MODELS / name)[1] for name in found}
+    # Plain LoRA and rows of tokens have tests of their own (`test_peft` and
+    # `test_peft_whole`), QA-LoRA no form on a CPU.
+    left = {kind.__name__ for kind in theirs - kinds}
+    assert left == {"LoRA", "QALoRA", "Tokens"}
+
+
+def error(name):
+  """Returns how far from PEFT's a result may be, relative to its range."""
+  # PEFT decomposes these methods' bases in fp32, and their goldens with that;
+  # so do we. Each turns singular vectors by rounding (2^-24, times the root of
+  # 44 columns) over their gap, here 1/94 of the largest value or more.
+  return 1e-4 if "kasa" in name or "tinylora" in name else 1e-5
 
 
 # A program is run once: what compiling it takes is the time of a test.
@@ -81,19 +100,19 @@ def computed(model, params, tokens):
   return value, y, slopes
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    # The base with biases asks for all that the other one does, and more.
+    pytest.param(n, marks=[] if n.startswith("biased") else pytest.mark.slow)
+    for n in ADAPTERS
+  ],
+)
 def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
-  it, g = loaded(name), golden(name)
+  it, g, bound = loaded(name), golden(name), error(name)
   value, y, slopes = computed(it.model, it.params, g["tokens"])
-  # PEFT takes the smallest triples out of the base in fp32.
-  # PEFT decomposes KaSA's base in fp32, and its golden with that.
-  bound = 1e-4 if "kasa" in name else 1e-5
   assert relative(y, g["logits"]) < bound
   np.testing.assert_allclose(value, g["loss"], rtol=2e-6)
-  if name != "method_alora":
-    merged = quick(wrap.merge)(it.params)
-    got = logits(it.model, merged, g["tokens"])
-    assert relative(got, g["merged_logits"]) < bound
   # Saved as if they were an adapter, the gradients carry the file's names.
   _, frozen = tree.partition(it.params, wrap.TRAINABLE)
   both = tree.combine(slopes, frozen)
@@ -107,10 +126,18 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
     np.testing.assert_allclose(got[key].read(), want, atol=atol, err_msg=key)
 
 
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if "alora" not in n])
+def test_merged_logits_are_pefts(name):
+  it, g = loaded(name), golden(name)
+  merged = quick(wrap.merge)(it.params)
+  got = logits(it.model, merged, g["tokens"])
+  assert relative(got, g["merged_logits"]) < error(name)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_read_and_written_again(name, tmp_path):
-  it = loaded(name)
-  peft_write.save_adapter(tmp_path, it.params, it.model, "../llama")
+  it, under = loaded(name), base_of(name)
+  peft_write.save_adapter(tmp_path, it.params, it.model, f"../{under}")
   original = json.loads((MODELS / name / "adapter_config.json").read_text())
   written = json.loads((tmp_path / "adapter_config.json").read_text())
   changed = {k for k in written if original[k] != written[k]}
@@ -129,14 +156,15 @@ def test_read_and_written_again(name, tmp_path):
       np.testing.assert_array_equal(ours[key].read(), x)
       continue
     np.testing.assert_array_equal(ours[key].read(), x.read(), err_msg=key)
-  again = peft.load_adapter(tmp_path, base().params, base().model)
+  again = peft.load_adapter(tmp_path, base(under).params, it.model)
   chex.assert_trees_all_equal(again, it.params)
-  same_bytes(tmp_path, again)
+  same_bytes(tmp_path, again, under)
 
 
-def same_bytes(folder, again):
+def same_bytes(folder, again, under="llama"):
   """Asserts that what was read from a folder is written as it was there."""
-  peft_write.save_adapter(folder / "b", again, base().model, "../llama")
+  model = base(under).model
+  peft_write.save_adapter(folder / "b", again, model, f"../{under}")
   names = {p.name for p in folder.iterdir() if p.is_file()}
   assert names == {"adapter_config.json", peft.WEIGHTS}
   for name in names:

@@ -11,9 +11,15 @@ import optax
 import pytest
 
 from research import tree, weights
-from research.lora import relora
+from research.lora import relora, wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods.c3a import C3A
+from research.lora.methods.ia3 import IA3
+from research.lora.methods.kasa import KaSA
+from research.lora.methods.lora import LoRA
 from research.training import loop, optim, state
 from research.typing import UserError
+from tests.research.lora import test_methods as methods
 from tests.support_lora import lora
 
 RANK, IN, OUT = 2, 12, 10
@@ -156,6 +162,82 @@ def test_a_restart_keeps_the_product_and_begins_again(dtype):
     chex.assert_trees_all_equal(same.held, at.held)
 
 
+REFUSED = [
+  m for m in methods.METHODS if type(m) in methods.SEEN or isinstance(m, KaSA)
+]
+RESTARTED = [m for m in methods.METHODS if m not in REFUSED]
+HELD = "/w$|/fixed/"
+
+
+@pytest.fixture(scope="module")
+def restarted():
+  """Returns adapters of every method over other bases, before and after."""
+  before = {}
+  for i, method in enumerate(RESTARTED):
+    t = methods.moved(method)
+    w = t.w + jnp.asarray(methods.waves(np.asarray(t.w)), jnp.float32)
+    before[f"m{i}"] = dataclasses.replace(t, w=w)
+  at = state.create(before, "/trained/", optax.sgd(0.1), held=HELD)
+
+  @jax.jit
+  def run(at):
+    after = relora.Restart(every=3).restarted(at, methods.KEY)
+    return [
+      {name: (t.w, weights.dense(t)) for name, t in x.params.items()}
+      for x in (at, after)
+    ]
+
+  return jax.device_get(run(at))
+
+
+@pytest.mark.parametrize(
+  "i", range(len(RESTARTED)), ids=map(methods.label, RESTARTED)
+)
+def test_a_restart_is_merged_and_changes_nothing(restarted, i):
+  """Of every method: nothing that it keeps may be of another base."""
+  (before, want), (after, got) = (x[f"m{i}"] for x in restarted)
+  assert np.abs(want - before).max() > 1e-3
+  methods.close(after, want)
+  methods.close(got, want)
+
+
+@pytest.mark.parametrize(
+  "method",
+  [*REFUSED, LoRA(rank=4, init="random"), C3A(block=4, init="xavier")],
+  ids=methods.label,
+)
+def test_what_cannot_begin_again_is_refused(method):
+  t = methods.fresh(method, methods.base())
+  at = state.create({"x": t}, "/trained/", optax.sgd(0.1), held=HELD)
+  with pytest.raises(UserError, match="relora: x: "):
+    relora.Restart(every=3).restarted(at, methods.KEY)
+
+
+def test_an_average_begins_again():
+  """It is of adapters over the old base, and all of them are merged."""
+  tx = optax.sgd(0.1)
+  at = state.create(params(), "/trained/", tx, held="/w$", average=True)
+  moved = jax.tree.map(lambda x: x + 0.25, at.trainable)
+  at = dataclasses.replace(at, trainable=moved, ema=moved, step=jnp.int32(4))
+  after, _ = jax.jit(relora.Restart(every=4))(at, {})
+  chex.assert_trees_all_equal(after.ema, after.trainable)
+
+
+def test_biases_that_are_scaled_are_merged():
+  w = methods.draw(2, IN, OUT)
+  b, l = methods.draw(2, OUT, seed=4), methods.draw(2, OUT, seed=5)
+  tree_ = {"q": AdaptedTensor(w, {"l": l}, method=IA3()), "q_bias": b}
+  at = state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$|_bias$")
+  at = dataclasses.replace(at, step=jnp.int32(3))
+  after, _ = jax.jit(relora.Restart(every=3))(at, {})
+  want, got = (wrap.merge(x.params) for x in (at, after))
+  chex.assert_trees_all_close(got, want, rtol=1e-6)
+  chex.assert_trees_all_close(after.params["q_bias"], b * l, rtol=1e-6)
+  unheld = state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$")
+  with pytest.raises(UserError, match="q_bias is neither trained nor held"):
+    relora.Restart(every=3).restarted(unheld, methods.KEY)
+
+
 def test_until_and_after():
   tx = optax.sgd(0.1)
   start = state.create(params(), "/trained/", tx, held="/w$")
@@ -257,8 +339,11 @@ def test_bad_use():
     relora.Restart(every=3, after=3)
   restart, tx = relora.Restart(every=3), optax.sgd(0.1)
   unheld = state.create(params(), "/trained/", tx)
-  with pytest.raises(UserError, match="run0/layer0/q is adapted, and its base"):
+  with pytest.raises(UserError, match="layer0/q/w is neither trained nor held"):
     restart(unheld, {})
+  still = state.create(params(), "/trained/b", tx, held="/w$")
+  with pytest.raises(UserError, match="q/trained/a is neither trained nor"):
+    restart(still, {})
   plain = state.create(params(), "bias", tx, held="/w$")
   with pytest.raises(UserError, match="no weight has trainable adapters"):
     restart(plain, {})

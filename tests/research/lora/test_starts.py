@@ -4,6 +4,10 @@ Singular triples, columns of QR, explained variance and torch's random places,
 each against numpy or a vector; the laws of all methods are `test_methods`.
 """
 
+import functools
+import json
+import pathlib
+
 import chex
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.methods import eva
 from research.lora.methods.lora import LoRA
 from research.lora.methods.residual import OLoRA, PiSSA, Residual
+from research.typing import UserError
 from tests.research.lora import test_methods as laws
 
 RESIDUAL = [m for m in laws.METHODS if isinstance(m, Residual)]
@@ -65,3 +70,36 @@ def test_eva_gives_ranks_to_the_directions_that_explain_most():
 def test_places_are_torchs(seed, total, first):
   """Vectors of `torch.randperm` with a seeded generator, torch 2.x on CPU."""
   assert draws.drawn_places(seed, total, len(first)).tolist() == first
+
+
+@functools.cache
+def permutations():
+  """Returns what torch says of them (`make_randperm`)."""
+  folder = pathlib.Path(__file__).parents[2] / "golden"
+  return json.loads((folder / "randperm.json").read_text())
+
+
+def test_torchs_other_algorithm(monkeypatch):
+  """Which torch has for long permutations alone; in pieces, and cut short."""
+  golden = permutations()
+  assert golden["bound"] == draws._LONG
+  monkeypatch.setattr(draws, "_PIECE", 300)
+  for seed, want in golden["inside_out"].items():
+    for count in (len(want), 40, 1):
+      got = draws._inside_out(int(seed), len(want), count)
+      assert got.tolist() == want[:count]
+
+
+@pytest.mark.parametrize(
+  "total", [draws._LONG - 1, pytest.param(draws._LONG, marks=pytest.mark.slow)]
+)
+def test_places_of_a_large_matrix_are_torchs(total):
+  """A down_proj of Llama 3 70B, say, has 234,881,024 entries."""
+  for seed, want in permutations()["randperm"][str(total)].items():
+    got = draws.drawn_places(int(seed), total, len(want))
+    assert got.tolist() == want
+
+
+def test_places_have_to_be_counted():
+  with pytest.raises(UserError, match="2,147,483,648 entries, some of which"):
+    draws.drawn_places(0, 2**31, 5)

@@ -55,6 +55,16 @@ def test_held_resumes_bitwise(line, tmp_path):
   chex.assert_trees_all_equal(parts.held, whole.held)
 
 
+def test_adapters_may_hold_whole_numbers(line):
+  """Places of a sparse one, say; what is learned may not."""
+  _, params, _ = line
+  tx, more = optim.adamw(1e-2), {"fixed": {"places": jnp.arange(3)}}
+  made = state.create(params | more, "w", tx, held="fixed/")
+  chex.assert_trees_all_equal(made.held["fixed"], more["fixed"])
+  with pytest.raises(UserError, match="'places' matches fixed/places of type"):
+    state.create(params | more, "places", tx)
+
+
 def test_held_must_match_and_frozen_stays_refused(line):
   objective, params, numbers = line
   tx = optim.adamw(1e-2)
