@@ -101,6 +101,11 @@ def _shifted(own: Array, edge: Array, place: Array) -> Array:
   return jnp.where((place == 0)[..., None], own, before)
 
 
+def ends(valid: Bool[Array, "B T"]) -> Int[Array, "B"]:
+  """Returns where each row's last token ends."""
+  return valid.shape[1] - jnp.argmax(valid[:, ::-1], axis=-1)
+
+
 def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
   """Returns who sees whom in whole rows: all, or blocks before and its own.
 
@@ -188,34 +193,15 @@ def reread(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cached:
-  """Later steps of a block read the block and its neighbours alone.
+class FirstStepCache:
+  """A cache that a block's first step fills, and its later steps read.
 
-  Keys and values of the rest are those of the block's first step: an
-  approximation, since filling a place changes what all others see (Wu et al.
-  2025, arXiv:2505.22618: with `before = after = 0` its dual cache; Ma et al.
-  2025, dInfer: with some of each, its vicinity refresh). Exact at a block's
-  first step.
-
-  With `last`, all that is to be filled, it is a prefix cache that keeps the
-  prompt alone: shapes are static, so what later blocks do not need behind them
-  is read again before them, finished blocks included.
-
-  Attributes:
-    model: the Transformer; all tokens see all.
-    shift: see `own_rows`.
-    before, after: how many tokens around the block are read again; where a
-      row's text ends, more on the other side.
-    last: so many places at the end of the rows are read again instead, the same
-      ones of all rows, wherever their texts end; the block is one of them.
-    told: times, for a model that is told them.
+  They read the same places again and again, so what they find of these is never
+  kept: the cache stays that of the first step.
   """
 
   model: Transformer
   shift: bool = False
-  before: int = 0
-  after: int = 0
-  last: int | None = None
   told: Shares | None = None
 
   def first(self, params, tokens, valid, start, size):
@@ -235,20 +221,46 @@ class Cached:
     edge = _before(hidden, start)
     return logits, (cache, edge)
 
-  def again(self, params, tokens, valid, start, size, carry):
+  def states(self, params, tokens, valid, start, size, carry, low, span):
+    """Returns a block's states, once `span` places from `low` on are read."""
     cache, edge = carry
-    length = tokens.shape[1]
-    span = min(self.last or self.before + size + self.after, length)
-    low = self._low(valid, start, size, span)
     some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
-    hidden, cache = reread(self, params, tokens, valid, some, place, cache)
+    hidden, _ = reread(self, params, tokens, valid, some, place, cache)
     own = _cut(hidden, start - low, size)
-    if self.shift:
-      near = _before(hidden, start - low)
-      near = jnp.where(jnp.reshape(start > low, (-1, 1, 1)), near, edge)
-      own = _shifted(own, near, _cut(place, start - low, size))
+    if not self.shift:
+      return own
+    near = _before(hidden, start - low)
+    near = jnp.where(jnp.reshape(start > low, (-1, 1, 1)), near, edge)
+    return _shifted(own, near, _cut(place, start - low, size))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cached(FirstStepCache):
+  """Later steps of a block read the block and its neighbours alone.
+
+  Keys and values of the rest are those of the block's first step: an
+  approximation, since filling a place changes what all others see (Wu et al.
+  2025, arXiv:2505.22618: with `before = after = 0` its dual cache; Ma et al.
+  2025, dInfer: with some of each, its vicinity refresh). Exact at a block's
+  first step.
+
+  Attributes:
+    model: the Transformer; all tokens see all.
+    shift: see `own_rows`.
+    before, after: how many tokens around the block are read again; where a
+      row's text ends, more on the other side.
+    told: times, for a model that is told them.
+  """
+
+  before: int = 0
+  after: int = 0
+
+  def again(self, params, tokens, valid, start, size, carry):
+    span = min(self.before + size + self.after, tokens.shape[1])
+    low = self._low(valid, start, size, span)
+    own = self.states(params, tokens, valid, start, size, carry, low, span)
     logits = self.model.apply({"params": params}, own, method="logits")
-    return logits, (cache, edge)
+    return logits, carry
 
   def _low(self, valid, start, size, span):
     """Returns where what is read again begins, of each row if they differ.
@@ -256,17 +268,15 @@ class Cached:
     It is what it would be if the row had no padding, so that the padding of a
     batch or of a shape changes nothing.
     """
-    length = valid.shape[1]
-    if self.last is not None:
-      return jnp.int32(length - span)
     if not self.before and not self.after:
       return start
+    length = valid.shape[1]
     first = jnp.argmax(valid, axis=-1)
-    last = length - jnp.argmax(valid[:, ::-1], axis=-1)
     # A block may reach beyond its row's text.
-    high = jnp.maximum(jnp.maximum(last, start + size) - span, first)
+    high = jnp.maximum(ends(valid), start + size) - span
     return jnp.minimum(
-      jnp.clip(start - self.before, first, high), length - span
+      jnp.clip(start - self.before, first, jnp.maximum(high, first)),
+      length - span,
     )
 
 
@@ -326,12 +336,13 @@ class BlockCausal:
 
   def again(self, params, tokens, valid, start, size, carry):
     cache, edge = carry
-    hidden, cache = self._read(params, tokens, valid, start, size, cache)
+    # The next step reads the block again, so that its keys need not be kept.
+    hidden, _ = self._read(params, tokens, valid, start, size, cache)
     if self.shift:
       place = _cut(positions(valid), start, size)
       hidden = _shifted(hidden, edge, place)
     logits = self.model.apply({"params": params}, hidden, method="logits")
-    return logits, (cache, edge)
+    return logits, carry
 
   def _read(self, params, tokens, valid, start, size, cache):
     """Returns a block's states, and the cache with its keys and values."""

@@ -14,6 +14,7 @@ from research.diffusion.candidates import Options
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
 from research.diffusion.guided import Guided
 from research.diffusion.policies import Threshold
+from research.diffusion.prefix_cache import PrefixCache
 from research.nn.sampling import Sampling
 from research.typing import UserError
 from tests import support
@@ -157,26 +158,38 @@ def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_the_last_places_of_all_rows_are_read_again(shift):
-  """What is before them is what it was; all of them, what no cache gives."""
+def test_a_prefix_cache_reads_the_block_and_all_behind_it(shift):
+  """Of rows whose texts end anywhere; a row's first block is behind nothing."""
   model = network()[0]
   tokens, _ = rows()
-  valid = jnp.arange(T) < jnp.array([[T], [T - 3]])  # texts end anywhere
-  later = changed(tokens, {8: 5})
+  valid = jnp.arange(T) < jnp.array([[T], [T - 3]])
+  d, whole = (
+    PrefixCache(model=model, shift=shift),
+    Whole(model=model, shift=shift),
+  )
 
-  def again(last, at, now):
-    d = Cached(model=model, shift=shift, last=last)
+  def again(at, now):
     return twice(d, tokens, now, valid, jnp.int32(at))[1]
 
   def want(at, now):
-    return first(Whole(model=model, shift=shift), now, valid, jnp.int32(at))
+    return first(whole, now, valid, jnp.int32(at))
 
-  for at in (8, 12):
-    close(again(8, at, tokens), want(at, tokens))
-    close(again(T, at, later), want(at, later))
-  # A token before them has no keys but those it had, in any row.
-  here = again(8, 12, changed(tokens, {7: 5}))
-  close(here, want(12, tokens))
+  for at in (4, 8, 12):
+    close(again(at, tokens), want(at, tokens))
+  later = changed(tokens, {2: 5, 9: 6, 12: 7})
+  close(again(0, later), want(0, later))
+  # Tokens before the block have no keys but those they had, in any row.
+  before = changed(tokens, {3: 6, 7: 5})
+  close(again(8, before), want(8, tokens))
+  # What is behind it is read anew.
+  behind = changed(tokens, {12: 5})
+  assert np.abs(again(8, behind) - want(8, tokens)).max() > 1e-3
+
+
+def test_a_prefix_cache_reads_few_numbers_of_places():
+  assert PrefixCache.spans(32, 256) == [32, 64, 96, 128, 192, 256]
+  assert PrefixCache.spans(32, 200) == [32, 64, 96, 128, 192, 200]
+  assert PrefixCache.spans(16, 16) == PrefixCache.spans(20, 16) == [16]
 
 
 def test_caches_drift_once_tokens_change_unless_all_is_read_again():
