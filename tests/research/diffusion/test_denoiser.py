@@ -11,6 +11,7 @@ import pytest
 
 from research.diffusion import likelihood, sampler
 from research.diffusion.candidates import Options
+from research.diffusion.credit import Credited
 from research.diffusion.denoiser import BlockCausal, Cached, Whole
 from research.diffusion.guided import Guided
 from research.diffusion.policies import Threshold
@@ -242,20 +243,46 @@ def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):
   close(kept, by_hand(later, valid, K, shift)[:, 12:])
 
 
-def test_a_block_causal_model_reads_the_start_of_rows_once():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watched(BlockCausal):
+  """A model whose rows may not be read anew."""
+
+  def first(self, *args):
+    raise AssertionError("a whole row was read")
+
+
+GUIDED = functools.partial(Guided, prompt=4, mask_id=MASK)
+WRAPPERS = {
+  "none": lambda inner: inner,
+  "guided": lambda inner: GUIDED(inner=inner, weight=1.5),
+  "not guided": lambda inner: GUIDED(inner=inner, weight=0.0),
+  "credited": lambda inner: Credited(inner=inner, mask_id=MASK),
+  "both": lambda inner: Credited(
+    inner=GUIDED(inner=inner, weight=1.5), mask_id=MASK
+  ),
+}
+RARE = "not guided", "both"
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in RARE else ())
+    for name in WRAPPERS
+  ],
+)
+def test_a_block_causal_model_reads_the_start_of_rows_once(name):
+  """Whatever is around it; and what it samples is what whole rows give."""
   model, params = network()
-
-  @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Watched(BlockCausal):
-    def first(self, *args):
-      raise AssertionError("a whole row was read")
-
+  wrapped = WRAPPERS[name]
   options = Options(mask_id=MASK, length=12, block=K)
-  state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
-  d = Watched(model=model, block=K)
   programs = sampler._remembered._cache_size()
-  got = sampler.sample(d, params, state, options)
-  assert got.calls == 12
+  found = []
+  for inner in (Watched(model=model, block=K), Whole(model=model, block=K)):
+    state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
+    found.append(sampler.sample(wrapped(inner), params, state, options))
+  assert found[0].calls == found[1].calls == 12
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
   # The row's start is one program, all blocks after it another.
   assert sampler._remembered._cache_size() - programs == 2
 
