@@ -355,6 +355,20 @@ class BlockCausal:
       {"params": params}, some, place, Mask.full(), cache, time=time
     )
 
+  @staticmethod
+  def repeated(memory, rows: int):
+    """Returns what is remembered of one row as that of equal rows."""
+    cache, edge = memory
+
+    def layers(x):
+      return jnp.repeat(x, rows, axis=1)
+
+    return caches.Cache(
+      jnp.repeat(cache.length, rows),
+      jax.tree.map(layers, cache.layers),
+      cache.fresh,
+    ), jnp.repeat(edge, rows, axis=0)
+
   def _check(self, size: int) -> None:
     if size != self.block:
       raise UserError(
