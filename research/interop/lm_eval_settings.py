@@ -70,6 +70,11 @@ def reading(
 
 
 def spec_of(loaded: Loaded) -> Spec:
+  """Returns how a model's masks are filled.
+
+  Raises:
+    UserError: it has none.
+  """
   if loaded.diffusion is None:
     raise UserError(
       f"{loaded.source.get('path', 'the model')}: predicts the next token and "
