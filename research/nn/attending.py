@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.typing import Array, Float, Int, UserError
+from research.typing import Array, Float, Int, Shaped, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Call:
 
   Attributes:
     positions: `[B, T]` of the new tokens, negative for padding.
+    queries: `[B, N]`, those of the tokens that look, among the new ones.
     length: `[B]`, tokens of each row, the new ones included.
     mask: what may see what, the layer's window included.
     fresh: whether the cache was empty.
@@ -28,6 +30,7 @@ class Call:
   """
 
   positions: Any
+  queries: Any
   length: Any
   mask: Mask
   fresh: bool
@@ -91,6 +94,37 @@ def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
     **{
       way: tuple(a for a in tokens if a == axis) for way, axis in ways.items()
     },
+  )
+
+
+def take(
+  x: Shaped[Array, "B T ..."], keep: Int[Array, "B N"] | None
+) -> Shaped[Array, "B N ..."]:
+  """Returns some tokens of each row, by their index; None for all."""
+  if keep is None:
+    return x
+  index = keep.reshape(*keep.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1)
+
+
+def of_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
+  """Returns `mask` of some queries alone.
+
+  Args:
+    mask: of `length` queries and as many keys, by index or by position; not of
+      block diffusion, whose rule is of indices alone.
+    keep: the queries.
+    length: of a row.
+  """
+  mask = sharded.positioned(mask, length, length)
+
+  def cut(x):
+    if x is None:
+      return None
+    return take(jnp.broadcast_to(x, (keep.shape[0], length)), keep)
+
+  return dataclasses.replace(
+    mask, q_positions=cut(mask.q_positions), q_segments=cut(mask.q_segments)
   )
 
 

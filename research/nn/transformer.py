@@ -105,7 +105,8 @@ class Transformer(nn.Module):
     cache: caches.Cache | None = None,
     lengths: Int[Array, "B"] | None = None,
     time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], caches.Cache | None]:
+    keep: Int[Array, "B N"] | None = None,
+  ) -> tuple[Float[Array, "B N D"], caches.Cache | None]:
     """Returns final hidden states, after the last norm, and the cache.
 
     Args:
@@ -117,12 +118,15 @@ class Transformer(nn.Module):
       cache: from `init_cache` or an earlier call.
       lengths: tokens in each right-padded row of `inputs`; by default `T`.
       time: in [0, 1], of rows or of tokens; only for a model with a clock.
+      keep: the tokens whose states are returned, by their index in `inputs`;
+        None for all. A last layer that is a run of its own (`tree.unroll`)
+        computes those alone, and keys and values of all.
 
     Raises:
       UserError: a model with a clock got no time, or one without got one.
     """
     hidden, cache, _ = self._forward(
-      inputs, positions, mask, cache, lengths, time
+      inputs, positions, mask, cache, lengths, time, keep
     )
     return hidden, cache
 
@@ -145,7 +149,7 @@ class Transformer(nn.Module):
     """
     return self._forward(inputs, positions, mask, cache, lengths, time)
 
-  def _forward(self, inputs, positions, mask, cache, lengths, time):
+  def _forward(self, inputs, positions, mask, cache, lengths, time, keep=None):
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
@@ -168,9 +172,13 @@ class Transformer(nn.Module):
     axes = () if still else order.balanced(mask, (batch, length))
     x, positions, mask = order.spread(axes, x, positions, mask)
     x, layers, loads = self._layers(
-      x, positions, mask, cache, held, fresh, told
+      x, positions, mask, cache, held, fresh, told, keep
     )
     x = order.restored(axes, x)
+    if keep is not None and not x.shape[1] == keep.shape[1] < length:
+      x = attending.take(x, keep)
+    if told is not None and told.shape[1] > 1:
+      told = attending.take(told, keep)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if told is not None:
       change = clocks.Modulation(gated=False, name="final_modulation")
@@ -251,7 +259,7 @@ class Transformer(nn.Module):
 
     return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
 
-  def _layers(self, x, positions, mask, cache, length, fresh, told):
+  def _layers(self, x, positions, mask, cache, length, fresh, told, keep=None):
     rotations = {}
     for rope, dim in {
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
@@ -260,16 +268,22 @@ class Transformer(nn.Module):
         # XLA would put sines and cosines into what every layer does with them.
         tables = rope.tables(positions, dim)
         rotations[rope, dim] = jax.lax.optimization_barrier(tables)
-    caches_out, loads_out = {}, {}
-    for i, (params, blocks) in enumerate(self._runs()):
+    caches_out, loads_out, runs = {}, {}, self._runs()
+    for i, (params, blocks) in enumerate(runs):
+      old = None if cache is None else cache.layers[f"run{i}"]
+      alone = i == len(runs) - 1 and tree.run_length(params) == 1
+      few = keep if alone and _may_keep(keep, mask, old, x.shape) else None
 
-      def period(x, params_and_cache, blocks=blocks):
+      def period(x, params_and_cache, blocks=blocks, few=few):
         params, old = params_and_cache
         params = meshes.gather_parts(params)
         new, loads = {}, {}
         for j, block in enumerate(blocks):
           key = f"layer{j}"
           a = block.attention
+          own = few if j == len(blocks) - 1 else None
+          if own is not None:
+            params = params | {key: block.of_tokens(params[key], own)}
           x, new[key], loads[key] = block.apply(
             {"params": params[key]},
             x,
@@ -280,10 +294,10 @@ class Transformer(nn.Module):
             length,
             fresh,
             told,
+            own,
           )
         return x, (None if old is None else new, loads)
 
-      old = None if cache is None else cache.layers[f"run{i}"]
       body = _rematerialised(period, self.remat)
       if tree.run_length(params) == 1:
         one = jax.tree.map(lambda a: a[0], (params, old))
@@ -293,6 +307,22 @@ class Transformer(nn.Module):
         x, new = jax.lax.scan(body, x, (params, old))
       caches_out[f"run{i}"], loads_out[f"run{i}"] = new
     return x, caches_out, loads_out
+
+
+def _may_keep(keep, mask, layers, shape) -> bool:
+  """Whether a last layer can compute some tokens alone.
+
+  Not where they are all, or tokens of a row are on several devices, or who sees
+  whom is a rule of all queries, or a cache takes no other queries than keys.
+  """
+  if keep is None or keep.shape[1] >= shape[1]:
+    return False
+  if mask.kind == "block_diffusion":
+    return False
+  if sharding.is_cut() and sharding.cuts(shape[:2], "batch", "length")[1]:
+    return False
+  kinds = jax.tree.leaves(layers, is_leaf=lambda x: hasattr(x, "some_queries"))
+  return all(layer.some_queries for layer in kinds)
 
 
 def init_cache(
