@@ -76,6 +76,21 @@ def own_rows(
   return _shifted(own, _before(hidden, start), _cut(place, start, size))
 
 
+def state_index(
+  start: Int[Array, ""] | Int[Array, "B"],
+  size: int,
+  shift: bool,
+  place: Int[Array, "B T"],
+) -> Int[Array, "B K"]:
+  """Returns where the states stand that `own_rows` returns."""
+  index = jnp.reshape(start, (-1, 1)) + jnp.arange(size)
+  index = jnp.broadcast_to(index, (place.shape[0], size))
+  if not shift:
+    return index
+  own = jnp.take_along_axis(place, index, axis=1)
+  return jnp.where(own == 0, index, jnp.maximum(index - 1, 0))
+
+
 def _cut(x: Array, start: Array, size: int) -> Array:
   """Returns part of each row, from the same place on or from each row's own."""
   if start.ndim == 0:
@@ -144,20 +159,20 @@ class Whole:
     )
     return self.model.apply({"params": params}, rows, method="logits")
 
-  def _hidden(self, params, tokens, valid):
+  def _hidden(self, params, tokens, valid, keep=None):
     mask, time = visible(self.block, valid), None
     if self.told is not None and self.block is None:
       time = self.told.rows(tokens, valid)
     elif self.told is not None:
       time = self.told.blocks(tokens, valid, self.block)
     return self.model.apply(
-      {"params": params}, tokens, positions(valid), mask, time=time
+      {"params": params}, tokens, positions(valid), mask, time=time, keep=keep
     )[0]
 
   def first(self, params, tokens, valid, start, size):
-    hidden = self._hidden(params, tokens, valid)
-    rows = own_rows(hidden, start, size, self.shift, positions(valid))
-    return self.model.apply({"params": params}, rows, method="logits"), ()
+    keep = state_index(start, size, self.shift, positions(valid))
+    own = self._hidden(params, tokens, valid, keep)
+    return self.model.apply({"params": params}, own, method="logits"), ()
 
   def again(self, params, tokens, valid, start, size, carry):
     return self.first(params, tokens, valid, start, size)
@@ -171,7 +186,8 @@ def reread(
   some: Int[Array, "B N"],
   place: Int[Array, "B N"],
   cache: caches.Cache,
-) -> tuple[Float[Array, "B N D"], caches.Cache]:
+  keep: Int[Array, "B K"] | None = None,
+) -> tuple[Float[Array, "B K D"], caches.Cache]:
   """Returns states of places that are read again, and the cache with them.
 
   Args:
@@ -183,12 +199,13 @@ def reread(
     some: the tokens that are read.
     place: their positions; -1 for padding.
     cache: keys and values of all places.
+    keep: which of the N places have states; None for all.
   """
   held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
   cache = dataclasses.replace(cache, length=held.astype(jnp.int32), fresh=False)
   time = how.told and how.told.rows(tokens, valid)
   return how.model.apply(
-    {"params": params}, some, place, Mask.full(), cache, time=time
+    {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
   )
 
 
@@ -207,31 +224,29 @@ class FirstStepCache:
   def first(self, params, tokens, valid, start, size):
     rows, length = tokens.shape
     cache = init_cache(self.model, params, rows, length)
-    hidden, cache = self.model.apply(
+    own, cache = self.model.apply(
       {"params": params},
       tokens,
       positions(valid),
       visible(None, valid),
       cache,
       time=self.told and self.told.rows(tokens, valid),
+      keep=state_index(start, size, self.shift, positions(valid)),
     )
-    own = own_rows(hidden, start, size, self.shift, positions(valid))
     logits = self.model.apply({"params": params}, own, method="logits")
-    # The state before the block predicts its first token.
-    edge = _before(hidden, start)
-    return logits, (cache, edge)
+    # The state before the block predicts its first token later, too.
+    return logits, (cache, own[:, :1])
 
   def states(self, params, tokens, valid, start, size, carry, low, span):
     """Returns a block's states, once `span` places from `low` on are read."""
     cache, edge = carry
     some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
-    hidden, _ = reread(self, params, tokens, valid, some, place, cache)
-    own = _cut(hidden, start - low, size)
+    keep = state_index(start - low, size, self.shift, place)
+    own, _ = reread(self, params, tokens, valid, some, place, cache, keep)
     if not self.shift:
       return own
-    near = _before(hidden, start - low)
-    near = jnp.where(jnp.reshape(start > low, (-1, 1, 1)), near, edge)
-    return _shifted(own, near, _cut(place, start - low, size))
+    unread = jnp.reshape(start == low, (-1, 1, 1)) & (place[:, :1, None] != 0)
+    return own.at[:, :1].set(jnp.where(unread, edge, own[:, :1]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -309,25 +324,28 @@ class BlockCausal:
         all that is read now; None to read everything.
     """
     self._check(size)
+    # The state before the block alone, which may predict its first token.
+    rows, length = tokens.shape
+    last = jnp.full((rows, 1), size - 1)
     if memory is not None:
       cache, _ = memory
-      hidden, cache = self._read(
-        params, tokens, valid, start - size, size, cache
+      edge, cache = self._read(
+        params, tokens, valid, start - size, size, cache, last
       )
-      return cache, hidden[:, -1:]
-    rows, length = tokens.shape
+      return cache, edge
     known = jnp.where(jnp.arange(length) < start, positions(valid), -1)
     cache = init_cache(self.model, params, rows, length)
     segments = jnp.where(known >= 0, 0, -1)
-    hidden, cache = self.model.apply(
+    edge, cache = self.model.apply(
       {"params": params},
       tokens,
       known,
       Mask.block_causal(self.block, segments=segments),
       cache,
       time=self.told and jnp.zeros(rows),
+      keep=jnp.full((rows, 1), jnp.maximum(start - 1, 0)),
     )
-    return cache, _before(hidden, start)
+    return cache, edge
 
   def first(self, params, tokens, valid, start, size):
     """Reads all that lies before the block anew, whatever is cached."""
@@ -344,7 +362,7 @@ class BlockCausal:
     logits = self.model.apply({"params": params}, hidden, method="logits")
     return logits, carry
 
-  def _read(self, params, tokens, valid, start, size, cache):
+  def _read(self, params, tokens, valid, start, size, cache, keep=None):
     """Returns a block's states, and the cache with its keys and values."""
     some, place = (_cut(x, start, size) for x in (tokens, positions(valid)))
     before = valid & (jnp.arange(valid.shape[1]) < start)
@@ -352,7 +370,7 @@ class BlockCausal:
     cache = caches.Cache(held, cache.layers, fresh=False)
     time = self.told and self.told.rows(some, place >= 0)
     return self.model.apply(
-      {"params": params}, some, place, Mask.full(), cache, time=time
+      {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
     )
 
   @staticmethod
