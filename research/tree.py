@@ -254,6 +254,32 @@ def unroll(params: Params) -> dict[str, Any]:
   return out
 
 
+def last_apart(params: Params) -> dict[str, Any]:
+  """Returns `params` whose last layer is a run of its own.
+
+  The model is the same; it can then treat that layer in another way than those
+  that it scans (`Transformer`'s `keep`).
+  """
+  names = runs(params)
+  if not names or run_length(params[names[-1]]) * len(params[names[-1]]) == 1:
+    return dict(params)
+  *most, last = names
+  out = {k: v for k, v in params.items() if k != last}
+  run, start = params[last], len(most)
+  n, p = run_length(run), len(run)
+
+  def part(rows, layers):
+    return {
+      f"layer{j}": jax.tree.map(lambda x: x[rows], run[f"layer{k}"])
+      for j, k in enumerate(layers)
+    }
+
+  parts = [part(slice(0, n - 1), range(p))] if n > 1 else []
+  parts += [part(slice(n - 1, n), range(p - 1))] if p > 1 else []
+  parts.append(part(slice(n - 1, n), [p - 1]))
+  return out | {f"run{start + i}": x for i, x in enumerate(parts)}
+
+
 def count(tree: Any) -> int:
   """Returns the number of elements in all arrays of `tree`."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))

@@ -223,6 +223,18 @@ def with_tokens(
   return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
 
 
+def token_wise(params: Any) -> bool:
+  """Whether what weights make of a token depends on that token alone.
+
+  Arrays do so; other weights have to say it, by `token_wise`.
+
+  Args:
+    params: any tree of weights.
+  """
+  leaves = jax.tree.leaves(params, is_leaf=is_weight)
+  return all(getattr(w, "token_wise", not is_weight(w)) for w in leaves)
+
+
 def of_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:
   """Returns `params` whose leaves know some of the tokens they knew.
 

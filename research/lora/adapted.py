@@ -126,6 +126,11 @@ class AdaptedTensor(weights.Around):
     gate = jnp.take_along_axis(self.gate, keep, axis=-1)
     return dataclasses.replace(self, w=w, gate=gate)
 
+  @property
+  def token_wise(self) -> bool:
+    """Whether a token's product is its own: no dropout, no call before it."""
+    return self.key is None and self.gate is None and weights.token_wise(self.w)
+
   def map_base(self, f: Callable[[Any], Any]) -> "AdaptedTensor":
     """Returns itself around `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -126,6 +126,30 @@ def of_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
   return dataclasses.replace(
     mask, q_positions=cut(mask.q_positions), q_segments=cut(mask.q_segments)
   )
+
+
+def may_keep(
+  keep: Int[Array, "B N"] | None, mask: Mask, layers: Any, shape: Sequence[int]
+) -> bool:
+  """Whether a last layer can compute some tokens alone.
+
+  Not where they are all, or tokens of a row are on several devices, or who sees
+  whom is a rule of all queries, or a cache takes no other queries than keys.
+
+  Args:
+    keep: the tokens, by their index; None for all.
+    mask: what may see what.
+    layers: caches of layers, or None.
+    shape: of what goes into the layer, `[B, T, D]`.
+  """
+  if keep is None or keep.shape[1] >= shape[1]:
+    return False
+  if mask.kind == "block_diffusion":
+    return False
+  if sharding.is_cut() and sharding.cuts(shape[:2], "batch", "length")[1]:
+    return False
+  kinds = jax.tree.leaves(layers, is_leaf=lambda x: hasattr(x, "some_queries"))
+  return all(layer.some_queries for layer in kinds)
 
 
 def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:

@@ -65,17 +65,53 @@ class Block(nn.Module):
       told: of the time, of rows or tokens.
       keep: which tokens have an output; all have keys and values. None for all.
     """
+    x, cache = self.attend(
+      x, positions, mask, rotation, cache, length, fresh, told, keep
+    )
+    if keep is not None:
+      positions, told = take(positions, keep), _of_tokens(told, keep)
+    x, load = self.feed(x, positions, told)
+    return x, cache, load
+
+  @nn.compact
+  def attend(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"],
+    mask: Mask,
+    rotation: tuple[Array, Array] | None = None,
+    cache: Any = None,
+    length: Int[Array, "B"] | None = None,
+    fresh: bool = True,
+    told: Float[Array, "B #T C"] | None = None,
+    keep: Int[Array, "B N"] | None = None,
+  ) -> tuple[Float[Array, "B N D"], Any]:
+    """Returns what goes into the feed-forward, and the cache; as in a call."""
     normed, gate = self._read("attention", x, told)
     y, cache = self.attention(
       normed, positions, mask, rotation, cache, length, fresh, keep
     )
     if keep is not None:
-      x, positions = take(x, keep), take(positions, keep)
-      told, gate = (_of_tokens(z, keep) for z in (told, gate))
+      x, gate = take(x, keep), _of_tokens(gate, keep)
     y = self._norm(self.post_norm, "post_attention_norm", y)
     x = x + clock.gated(y, gate)
     x = sharding.constrain(x, "batch", "length", None)
-    x = checkpoint_name(x, "middle")
+    return checkpoint_name(x, "middle"), cache
+
+  @nn.compact
+  def feed(
+    self,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None = None,
+    told: Float[Array, "B #T C"] | None = None,
+  ) -> tuple[Float[Array, "B T D"], Load | None]:
+    """Returns the layer's output of what `attend` returned, and the load.
+
+    Args:
+      x: see `attend`.
+      positions: for a layer with experts.
+      told: as in a call.
+    """
     normed, gate = self._read("mlp", x, told)
     if isinstance(self.mlp, Moe):
       y, load = self.mlp(normed, positions >= 0)
@@ -83,7 +119,7 @@ class Block(nn.Module):
       y, load = self.mlp(normed), None
     y = self._norm(self.post_norm, "post_mlp_norm", y)
     x = x + clock.gated(y, gate)
-    return sharding.constrain(x, "batch", "length", None), cache, load
+    return sharding.constrain(x, "batch", "length", None), load
 
   @staticmethod
   def of_tokens(params: Params, keep: Int[Array, "B N"]) -> Params:

@@ -149,7 +149,17 @@ class Transformer(nn.Module):
     """
     return self._forward(inputs, positions, mask, cache, lengths, time)
 
-  def _forward(self, inputs, positions, mask, cache, lengths, time, keep=None):
+  def _forward(
+    self,
+    inputs,
+    positions,
+    mask,
+    cache,
+    lengths,
+    time,
+    keep=None,
+    whole=True,
+  ):
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
@@ -172,8 +182,10 @@ class Transformer(nn.Module):
     axes = () if still else order.balanced(mask, (batch, length))
     x, positions, mask = order.spread(axes, x, positions, mask)
     x, layers, loads = self._layers(
-      x, positions, mask, cache, held, fresh, told, keep
+      x, positions, mask, cache, held, fresh, told, keep, whole
     )
+    if not whole:
+      return x, None, loads
     x = order.restored(axes, x)
     if keep is not None and not x.shape[1] == keep.shape[1] < length:
       x = attending.take(x, keep)
@@ -189,6 +201,25 @@ class Transformer(nn.Module):
       return x, None, loads
     cache = caches.Cache(length=held, layers=layers, fresh=False)
     return x, cache, loads
+
+  @nn.compact
+  def before_feed_forward(
+    self,
+    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None = None,
+    mask: Mask | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Returns what goes into the last layer's feed-forward, see `tail`.
+
+    Args:
+      inputs, positions, mask: as in a call.
+
+    Raises:
+      UserError: that layer is scanned with others.
+    """
+    return self._forward(
+      inputs, positions, mask, None, None, None, whole=False
+    )[0]
 
   @nn.compact
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -259,7 +290,9 @@ class Transformer(nn.Module):
 
     return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
 
-  def _layers(self, x, positions, mask, cache, length, fresh, told, keep=None):
+  def _layers(
+    self, x, positions, mask, cache, length, fresh, told, keep, whole
+  ):
     rotations = {}
     for rope, dim in {
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
@@ -271,22 +304,27 @@ class Transformer(nn.Module):
     caches_out, loads_out, runs = {}, {}, self._runs()
     for i, (params, blocks) in enumerate(runs):
       old = None if cache is None else cache.layers[f"run{i}"]
-      alone = i == len(runs) - 1 and tree.run_length(params) == 1
-      few = keep if alone and _may_keep(keep, mask, old, x.shape) else None
+      last = i == len(runs) - 1
+      alone = last and tree.run_length(params) == 1
+      few = (
+        keep if alone and attending.may_keep(keep, mask, old, x.shape) else None
+      )
+      if last and not (whole or alone):
+        raise UserError(
+          "the last layer is scanned with others, expected one that is a run"
+          " of its own: tree.last_apart"
+        )
+      # Layers of a period that are computed as all others are.
+      most = len(blocks) - (few is not None or (last and not whole))
 
-      def period(x, params_and_cache, blocks=blocks, few=few):
+      def period(x, params_and_cache, blocks=blocks, few=few, most=most):
         params, old = params_and_cache
         params = meshes.gather_parts(params)
         new, loads = {}, {}
         for j, block in enumerate(blocks):
           key = f"layer{j}"
-          a = block.attention
-          own = few if j == len(blocks) - 1 else None
-          if own is not None:
-            params = params | {key: block.of_tokens(params[key], own)}
-          x, new[key], loads[key] = block.apply(
-            {"params": params[key]},
-            x,
+          a, own = block.attention, params[key]
+          given = (
             positions,
             mask,
             rotations.get((a.rope, a.head_dim)),
@@ -294,8 +332,19 @@ class Transformer(nn.Module):
             length,
             fresh,
             told,
-            own,
           )
+          if j < most:
+            x, new[key], loads[key] = block.apply({"params": own}, x, *given)
+          elif whole:
+            own = block.of_tokens(own, few)
+            x, new[key], loads[key] = block.apply(
+              {"params": own}, x, *given, few
+            )
+          else:
+            x, new[key] = block.apply(
+              {"params": own}, x, *given, method="attend"
+            )
+            loads[key] = None
         return x, (None if old is None else new, loads)
 
       body = _rematerialised(period, self.remat)
@@ -307,22 +356,6 @@ class Transformer(nn.Module):
         x, new = jax.lax.scan(body, x, (params, old))
       caches_out[f"run{i}"], loads_out[f"run{i}"] = new
     return x, caches_out, loads_out
-
-
-def _may_keep(keep, mask, layers, shape) -> bool:
-  """Whether a last layer can compute some tokens alone.
-
-  Not where they are all, or tokens of a row are on several devices, or who sees
-  whom is a rule of all queries, or a cache takes no other queries than keys.
-  """
-  if keep is None or keep.shape[1] >= shape[1]:
-    return False
-  if mask.kind == "block_diffusion":
-    return False
-  if sharding.is_cut() and sharding.cuts(shape[:2], "batch", "length")[1]:
-    return False
-  kinds = jax.tree.leaves(layers, is_leaf=lambda x: hasattr(x, "some_queries"))
-  return all(layer.some_queries for layer in kinds)
 
 
 def init_cache(

@@ -64,7 +64,7 @@ def test_blocks_of_one_token_are_the_real_model():
 
   @jax.jit
   def both(params, rows):
-    hidden = ours.states(params, rows, ours.maskable(rows))
+    hidden, _ = ours.states(params, rows, ours.maskable(rows))
     plain, _ = model.apply(
       {"params": params}, rows["tokens"], rows["positions"]
     )
