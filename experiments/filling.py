@@ -19,6 +19,7 @@ from research.diffusion.prefix_cache import PrefixCache
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares
 from research.interop.load import Loaded
+from research.nn import generate
 from research.nn.sampling import Sampling
 from research.typing import UserError
 
@@ -131,7 +132,7 @@ def _fill(loaded, how, prompts, it, texts, rules, wanted):
 
   Tokens are those before an end and after the block that compiles.
   """
-  params = loaded.params
+  params = generate.prepare(loaded.params, loaded.model)
   if wanted.guidance:
     params = with_prompt(params, jnp.asarray(it.prompt))
   asked = denoiser_of(loaded, how, wanted)

@@ -254,18 +254,25 @@ def unroll(params: Params) -> dict[str, Any]:
   return out
 
 
-def last_apart(params: Params) -> dict[str, Any]:
+def last_apart(params: Params, key: Any = None) -> dict[str, Any]:
   """Returns `params` whose last layer is a run of its own.
 
-  The model is the same; it can then treat that layer in another way than those
-  that it scans (`Transformer`'s `keep`).
+  The model is the same; that layer can then compute less than those that are
+  scanned: some tokens (`Transformer`'s `keep`), or no feed-forward (`nn.tail`).
+
+  Args:
+    params: a parameter tree.
+    key: not used: this is a transform of experiments, too.
   """
-  names = runs(params)
-  if not names or run_length(params[names[-1]]) * len(params[names[-1]]) == 1:
-    return dict(params)
-  *most, last = names
+  del key
+  *most, last = runs(params)
   out = {k: v for k, v in params.items() if k != last}
-  run, start = params[last], len(most)
+  parts = _at_once(_split, params[last])(params[last])
+  return out | {f"run{len(most) + i}": part for i, part in enumerate(parts)}
+
+
+def _split(run: Params) -> list[Params]:
+  """Returns runs of a run's layers, the last of them of one layer."""
   n, p = run_length(run), len(run)
 
   def part(rows, layers):
@@ -274,10 +281,9 @@ def last_apart(params: Params) -> dict[str, Any]:
       for j, k in enumerate(layers)
     }
 
-  parts = [part(slice(0, n - 1), range(p))] if n > 1 else []
-  parts += [part(slice(n - 1, n), range(p - 1))] if p > 1 else []
-  parts.append(part(slice(n - 1, n), [p - 1]))
-  return out | {f"run{start + i}": x for i, x in enumerate(parts)}
+  before = [part(slice(0, n - 1), range(p))] if n > 1 else []
+  within = [part(slice(n - 1, n), range(p - 1))] if p > 1 else []
+  return [*before, *within, part(slice(n - 1, n), [p - 1])]
 
 
 def count(tree: Any) -> int:

@@ -120,8 +120,11 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
   from research.diffusion import sampler
   from research.diffusion.candidates import Options
   from research.diffusion.denoiser import Cached, Whole
+  from research.nn import generate
 
   it = loaded()
+  # As experiments.generate does.
+  params = generate.prepare(it.params, it.model)
   prompts = tokens(batch, PROMPT).tolist()
   asked = (Cached if dual else Whole)(model=it.model)
   options = Options(
@@ -131,7 +134,7 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
 
   def once():
     state = sampler.start(prompts, options, jax.random.key(0))
-    got = sampler.sample(asked, it.params, state, options)
+    got = sampler.sample(asked, params, state, options)
     last["tokens"] = got.tokens[:, PROMPT:]
 
   begin = time.perf_counter()
@@ -173,12 +176,14 @@ def ours_train(runs: int) -> dict:
   import jax
   import numpy as np
 
+  from research import tree
   from research.diffusion.objective import MaskedDiffusion
   from research.training import compiling, optim, state, step
 
   it = loaded()
   tx = optim.adamw(1e-4, weight_decay=0.01, clip=None)
-  begun = state.create(it.params, ".", tx)
+  # Experiment.transforms = (@tree.last_apart,)
+  begun = state.create(tree.last_apart(it.params), ".", tx)
   rows = tokens(BATCH, LENGTH).astype(np.int32)
   place = np.arange(LENGTH, dtype=np.int32)
   batch = dict(
