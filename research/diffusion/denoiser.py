@@ -73,7 +73,8 @@ def own_rows(
   own = _cut(hidden, start, size)
   if not shift:
     return own
-  return _shifted(own, _before(hidden, start), _cut(place, start, size))
+  edge = _cut(hidden, jnp.maximum(start - 1, 0), 1)
+  return _shifted(own, edge, _cut(place, start, size))
 
 
 def state_index(
@@ -97,11 +98,6 @@ def _cut(x: Array, start: Array, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
   of_row = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
   return jax.vmap(of_row)(x, start)
-
-
-def _before(hidden: Array, start: Array) -> Array:
-  """Returns the state before a block, `[B, 1, D]`."""
-  return _cut(hidden, jnp.maximum(start - 1, 0), 1)
 
 
 def _shifted(own: Array, edge: Array, place: Array) -> Array:
@@ -213,8 +209,8 @@ def reread(
 class FirstStepCache:
   """A cache that a block's first step fills, and its later steps read.
 
-  They read the same places again and again, so what they find of these is never
-  kept: the cache stays that of the first step.
+  Keys and values of the places that these read are their own, others the first
+  step's.
   """
 
   model: Transformer
@@ -238,15 +234,22 @@ class FirstStepCache:
     return logits, (cache, own[:, :1])
 
   def states(self, params, tokens, valid, start, size, carry, low, span):
-    """Returns a block's states, once `span` places from `low` on are read."""
+    """Returns a block's states and the carry, once some places are read.
+
+    Args:
+      params, tokens, valid, start, size, carry: as for `again`.
+      low: where the places begin, of each row if rows differ.
+      span: how many they are.
+    """
     cache, edge = carry
     some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
     keep = state_index(start - low, size, self.shift, place)
-    own, _ = reread(self, params, tokens, valid, some, place, cache, keep)
+    own, cache = reread(self, params, tokens, valid, some, place, cache, keep)
     if not self.shift:
-      return own
+      return own, (cache, edge)
     unread = jnp.reshape(start == low, (-1, 1, 1)) & (place[:, :1, None] != 0)
-    return own.at[:, :1].set(jnp.where(unread, edge, own[:, :1]))
+    own = own.at[:, :1].set(jnp.where(unread, edge, own[:, :1]))
+    return own, (cache, edge)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,7 +276,9 @@ class Cached(FirstStepCache):
   def again(self, params, tokens, valid, start, size, carry):
     span = min(self.before + size + self.after, tokens.shape[1])
     low = self._low(valid, start, size, span)
-    own = self.states(params, tokens, valid, start, size, carry, low, span)
+    own, carry = self.states(
+      params, tokens, valid, start, size, carry, low, span
+    )
     logits = self.model.apply({"params": params}, own, method="logits")
     return logits, carry
 
@@ -354,13 +359,12 @@ class BlockCausal:
 
   def again(self, params, tokens, valid, start, size, carry):
     cache, edge = carry
-    # The next step reads the block again, so that its keys need not be kept.
-    hidden, _ = self._read(params, tokens, valid, start, size, cache)
+    hidden, cache = self._read(params, tokens, valid, start, size, cache)
     if self.shift:
       place = _cut(positions(valid), start, size)
       hidden = _shifted(hidden, edge, place)
     logits = self.model.apply({"params": params}, hidden, method="logits")
-    return logits, carry
+    return logits, (cache, edge)
 
   def _read(self, params, tokens, valid, start, size, cache, keep=None):
     """Returns a block's states, and the cache with its keys and values."""

@@ -38,7 +38,7 @@ class PrefixCache(FirstStepCache):
       given = params, *longer, start, size, carry
       return lambda: self.states(*given, low=start, span=span)
 
-    own = jax.lax.switch(chosen, [reading(n) for n in spans])
+    own, carry = jax.lax.switch(chosen, [reading(n) for n in spans])
     logits = self.model.apply({"params": params}, own, method="logits")
     return logits, carry
 
