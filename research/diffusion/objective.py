@@ -102,8 +102,7 @@ class MaskedDiffusion:
     if self.complement:
       batch = {k: jnp.concatenate([v, v]) for k, v in batch.items()}
       tokens = batch["tokens"]
-    hidden, head = tail.states(
-      self.model,
+    hidden, head = self._states(
       params,
       process.noisy(tokens, masked, self.mask_id),
       batch["positions"],
@@ -119,6 +118,10 @@ class MaskedDiffusion:
       share = jnp.concatenate([share, share]) if self.complement else share
     weight = maskable.sum() if self.norm == "token" else maskable.any(-1).sum()
     return self._sums(head, hidden, tokens, masked, counts * share, weight)
+
+  def _states(self, params, *inputs, time):
+    """Returns states and what makes logits of them, see `tail.states`."""
+    return tail.states(self.model, params, *inputs, time=time)
 
   def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
     """Returns which tokens may be masked."""

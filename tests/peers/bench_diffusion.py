@@ -14,9 +14,9 @@ A LLaDA of 12M parameters, whose head has the share of the 8B's; fp32.
 
   .venv/bin/python tests/peers/bench_diffusion.py ours diffusion_products_b1
 
-is tokens a second if a call without a cache were its matrix products and nothing
-else, each as XLA computes it: what they allow. The last layer's are of the
-block alone but for keys and values.
+is tokens a second if a call without a cache were its matrix products and
+nothing else, each as XLA computes it: what they allow. The last layer's are of
+the block alone but for keys and values.
 
 Both sides fill the same weights' rows greedily; `same` is the share of equal
 tokens, 1 but for near ties, and less with the cache, an approximation. `host`
