@@ -19,7 +19,6 @@ from research.diffusion.prefix_cache import PrefixCache
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares
 from research.interop.load import Loaded
-from research.nn import generate
 from research.nn.sampling import Sampling
 from research.typing import UserError
 
@@ -132,7 +131,7 @@ def _fill(loaded, how, prompts, it, texts, rules, wanted):
 
   Tokens are those before an end and after the block that compiles.
   """
-  params = generate.prepare(loaded.params, loaded.model)
+  params = loaded.params
   if wanted.guidance:
     params = with_prompt(params, jnp.asarray(it.prompt))
   asked = denoiser_of(loaded, how, wanted)
