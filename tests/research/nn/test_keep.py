@@ -14,6 +14,8 @@ from research.lora import adapt
 from research.lora.methods.alora import ALoRA
 from research.nn import clock as clocks
 from research.nn import presets
+from research.nn.attending import may_keep
+from research.nn.cache_paged import PagedLayer
 from research.nn.routing import Routing
 from research.nn.transformer import init_cache
 from tests import support
@@ -40,7 +42,7 @@ def positions():
 @functools.cache
 def network(family="llama", **changes):
   """Returns a model and its layers, each in a run of its own."""
-  model = support.model(family, **changes)
+  model = support.model(family, **(dict(depth=2) | changes))
   return model, tree.unroll(support.params(model))
 
 
@@ -76,11 +78,12 @@ def test_states_are_those_of_all(kind):
   same(*some_and_all(*network(), keep=keep, **how))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+  "family", ["gemma2", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"]
+)
 def test_states_of_other_families_are(family):
   """Windows, post-norms and caps; biases; norms of queries."""
-  changes = dict(depth=4) if family == "gemma2" else {}
-  same(*some_and_all(*network(family, **changes)))
+  same(*some_and_all(*network(family)))
 
 
 def test_experts_are_those_of_the_tokens_asked_for():
@@ -88,7 +91,9 @@ def test_experts_are_those_of_the_tokens_asked_for():
   same(*some_and_all(*network(sparse=sparse)))
 
 
-@pytest.mark.parametrize("by", ["row", "token"])
+@pytest.mark.parametrize(
+  "by", [pytest.param("row", marks=pytest.mark.slow), "token"]
+)
 def test_times_are_those_of_the_tokens_asked_for(by):
   model, params = network(clock=clocks.Clock(width=8, features=8, hidden=8))
   time = jnp.array([0.2, 0.9])
@@ -112,12 +117,14 @@ def test_adapters_that_act_behind_a_call_know_where_they_are():
 
 
 def test_stacked_layers_give_the_same():
-  model = support.model()
+  model = support.model(depth=2)
   same(*some_and_all(model, support.params(model)))
   assert some_and_all(*network(), keep=jnp.tile(KEEP, 5))[0].shape[1] == 15
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+  "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
+)
 def test_a_cache_has_the_keys_of_all(family):
   """A prefill, a piece behind it, and a token behind that."""
   model, params = network(family)
@@ -146,6 +153,15 @@ def test_a_cache_has_the_keys_of_all(family):
   for got, right in zip(some, every, strict=True):
     same(got, right)
   chex.assert_trees_all_close(cache, want, atol=1e-6)
+
+
+def test_where_some_tokens_cannot_be_computed_alone():
+  shape, pages = (2, T, 8), PagedLayer(None, None)
+  assert may_keep(KEEP, Mask.causal(), None, shape)
+  assert not may_keep(None, Mask.causal(), None, shape)
+  assert not may_keep(KEEP, Mask.causal(), None, (2, N, 8))
+  assert not may_keep(KEEP, Mask.block_diffusion(T // 2, 3), None, shape)
+  assert not may_keep(KEEP, Mask.causal(), {"layer0": pages}, shape)
 
 
 def test_the_last_layer_costs_less():

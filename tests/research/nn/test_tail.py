@@ -32,8 +32,15 @@ def batch(model):
   )
 
 
-@pytest.mark.parametrize("kind", [MaskedDiffusion, BlockDiffusion])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+  ("family", "kind"),
+  [
+    ("llama", BlockDiffusion),
+    ("gemma2", MaskedDiffusion),
+    pytest.param("llama", MaskedDiffusion, marks=pytest.mark.slow),
+    pytest.param("gemma2", BlockDiffusion, marks=pytest.mark.slow),
+  ],
+)
 def test_losses_and_gradients_are_the_same(kind, family):
   """Of stacked layers and of a last one apart, whose feed-forward waits."""
   model = support.model(family, depth=2)
