@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.decode_attention.pages import empty_pages
 from kernels_pallas.masks import Mask
 from research import tree, weights
 from research.lora import adapt
@@ -156,7 +157,8 @@ def test_a_cache_has_the_keys_of_all(family):
 
 
 def test_where_some_tokens_cannot_be_computed_alone():
-  shape, pages = (2, T, 8), PagedLayer(None, None)
+  shape = 2, T, 8
+  pages = PagedLayer(empty_pages(1, 2, 4, 8, "float32"), jnp.zeros((2, 1)))
   assert may_keep(KEEP, Mask.causal(), None, shape)
   assert not may_keep(None, Mask.causal(), None, shape)
   assert not may_keep(KEEP, Mask.causal(), None, (2, N, 8))
