@@ -13,6 +13,7 @@ from kernels_pallas.masks import Mask
 from research.diffusion import process
 from research.diffusion.block import BlockDiffusion
 from research.diffusion.objective import masked_loss
+from research.nn import tail
 from research.training.objective import Batch, Objective
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey
 
@@ -76,11 +77,11 @@ def bound(
     masked, counts = masks(
       jax.random.fold_in(jax.random.key(3), n), tokens, n, block
     )
-    hidden = states(objective, params, batch, masked)
+    hidden, head = states(objective, params, batch, masked)
     return (
       masked_loss(
         objective.model,
-        params,
+        head,
         hidden,
         tokens,
         counts,
@@ -107,12 +108,10 @@ def masks(
 
 def states(
   objective: Any, params: Params, batch: Batch, masked: Bool[Array, "B T"]
-) -> Float[Array, "B T D"]:
-  """Returns the states that predict each place's own token."""
+) -> tuple[Float[Array, "B T D"], Params]:
+  """Returns the states that predict each place's own token, as `tail` does."""
   if isinstance(objective, BlockDiffusion):
     return objective.states(params, batch, masked)
   noisy = process.noisy(batch["tokens"], masked, objective.mask_id)
   mask = Mask.full(segments=batch["segments"])
-  return objective.model.apply(
-    {"params": params}, noisy, batch["positions"], mask
-  )[0]
+  return tail.states(objective.model, params, noisy, batch["positions"], mask)

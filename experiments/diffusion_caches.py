@@ -28,6 +28,7 @@ from research.diffusion import sampler
 from research.diffusion.candidates import Options
 from research.diffusion.delayed import Delayed
 from research.diffusion.denoiser import Cached, Denoiser, Whole
+from research.diffusion.prefix_cache import PrefixCache
 from research.nn.sampling import GREEDY, Sampling
 from research.training import plots
 from research.typing import Int, Params, UserError
@@ -103,11 +104,8 @@ class Caches:
       for name in (NONE, *self.caches):
         # Samples of a chain, answers to sums.
         how = GREEDY if task == SUMS else ANY
-        ways = [
-          self._way(name, model, mask, at, noisy.shape[1], block)
-          for at in range(0, noisy.shape[1], block)
-        ]
-        got = _filled(ways, params, noisy, options, how)
+        way = self._way(name, model, mask)
+        got = _filled(way, params, noisy, options, how)
         plain = got if plain is None else plain
         point = {
           "cache": name,
@@ -134,20 +132,12 @@ class Caches:
     """Delayed caches -> calls after which all is read again."""
     return {f"{DELAYED} {n}": n for n in self.renewals}
 
-  def _way(
-    self,
-    name: str,
-    model: Any,
-    mask: int,
-    at: int,
-    length: int,
-    block: int,
-  ) -> Denoiser:
-    """Returns what the block at `at` is asked of."""
+  def _way(self, name: str, model: Any, mask: int) -> Denoiser:
+    """Returns how rows are read."""
     if name == NONE:
       return Whole(model=model)
     if name == PREFIX:
-      return Cached(model=model, after=length - at - block)
+      return PrefixCache(model=model)
     if name in self._delayed:
       often = self._delayed[name]
       return Delayed(model=model, mask_id=mask, refresh=often)
@@ -159,7 +149,9 @@ class Caches:
     if name == NONE:
       return float(length)
     if name == PREFIX:
-      return float(np.mean(range(block, length + 1, block)))
+      spans = PrefixCache.spans(block, length)
+      left = range(block, length + 1, block)
+      return float(np.mean([min(n for n in spans if n >= k) for k in left]))
     if name in self._delayed:
       # A mask less each call, and what was just filled; all, every so often.
       often = self._delayed[name]
@@ -292,16 +284,16 @@ class Caches:
 
 
 def _filled(
-  ways: Sequence[Denoiser],
+  way: Denoiser,
   params: Params,
   noisy: Int[np.ndarray, "B T"],
   options: Options,
   sampling: Sampling,
 ) -> Int[np.ndarray, "B T"]:
-  """Returns rows whose masks are filled, each block by its own denoiser."""
+  """Returns rows whose masks are filled, block after block."""
   masked = noisy == options.mask_id
   now = sampler.begin(noisy, masked, np.ones_like(masked), jax.random.key(0))
-  for i, denoiser in enumerate(ways):
-    at = jnp.int32(i * options.block)
-    now, *_ = sampler.fill_block(denoiser, params, now, at, options, sampling)
+  for start in range(0, noisy.shape[1], options.block):
+    at = jnp.int32(start)
+    now, *_ = sampler.fill_block(way, params, now, at, options, sampling)
   return np.asarray(now.tokens)

@@ -11,11 +11,12 @@ from experiments.filling_rows import Begun, batches, begun
 from experiments.filling_wanted import Wanted, cache_of, credit_of, growth_of
 from experiments.screen import Screen, pieces_of
 from research.diffusion import canvas, sampler, view
-from research.diffusion.candidates import Options
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.credit import Credited
 from research.diffusion.delayed import Delayed
-from research.diffusion.denoiser import BlockCausal, Cached, Denoiser, Whole
+from research.diffusion.denoiser import Cached, Denoiser, Whole
 from research.diffusion.guided import Guided, with_prompt
+from research.diffusion.prefix_cache import PrefixCache
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares
 from research.interop.load import Loaded
@@ -38,18 +39,15 @@ def spec_of(loaded: Loaded, name: str) -> Spec:
   return loaded.diffusion
 
 
-def denoiser_of(
-  loaded: Loaded, how: Spec, wanted: Wanted, options: Options
-) -> Denoiser:
+def denoiser_of(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
   """Returns what the sampler asks; with guidance it needs `with_prompt`.
 
   Args:
     loaded: the model.
     how: what its checkpoint says.
     wanted: the flags.
-    options: of the sampler.
   """
-  asked = _reading(loaded, how, wanted, options)
+  asked = _reading(loaded, how, wanted)
   if wanted.guidance:
     asked = Guided(inner=asked, mask_id=how.mask_id, weight=wanted.guidance)
   credit = credit_of(wanted.policy)
@@ -58,9 +56,7 @@ def denoiser_of(
   return asked
 
 
-def _reading(
-  loaded: Loaded, how: Spec, wanted: Wanted, options: Options
-) -> Denoiser:
+def _reading(loaded: Loaded, how: Spec, wanted: Wanted) -> Denoiser:
   """Returns how rows are read, with or without a cache."""
   common = dict(
     model=loaded.model,
@@ -79,10 +75,9 @@ def _reading(
     )
   if kind == "delayed":
     return Delayed(**common, mask_id=how.mask_id, **numbers)
-  # What is read again: a block, some tokens around it, too, or all but the
-  # prompt; a canvas that grows is one block.
+  # A canvas that grows is one block, and nothing is behind it.
   if kind == "prefix" and growth_of(wanted) is None:
-    numbers = dict(last=options.length)
+    return PrefixCache(**common)
   return Cached(**common, **numbers)
 
 
@@ -140,7 +135,7 @@ def _fill(loaded, how, prompts, it, texts, rules, wanted):
   params = loaded.params
   if wanted.guidance:
     params = with_prompt(params, jnp.asarray(it.prompt))
-  asked = denoiser_of(loaded, how, wanted, it.options)
+  asked = denoiser_of(loaded, how, wanted)
   screen = _screen(loaded, how, it, texts)
   begin = time.perf_counter()
   growth, given = growth_of(wanted), (asked, params, it.state, it.options)

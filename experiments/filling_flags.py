@@ -157,11 +157,12 @@ def _define_reading(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "cache",
     "none",
-    "For diffusion: keys and values kept within a block, none, prefix, dual, "
-    "vicinity:N (all but the block and N tokens around it; vicinity:N,after=M "
-    "has M behind it), or delayed (all but masks and what was just filled; "
-    "delayed:N reads all every N calls; delayed,halvings=3 says how often the "
-    "number of tokens that a call reads may halve).",
+    "For diffusion: keys and values kept within a block, none, prefix (of all "
+    "before it), dual (of all around it), vicinity:N (of all but N tokens "
+    "around it; vicinity:N,after=M has M behind it), or delayed (of all but "
+    "masks and what was just filled; delayed:N reads all every N calls; "
+    "delayed,halvings=3 says how often the number of tokens that a call reads "
+    "may halve).",
     flag_values=values,
   )
   flags.DEFINE_float(

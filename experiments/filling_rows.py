@@ -8,7 +8,6 @@ import numpy as np
 from experiments.filling_wanted import (
   BLOCK,
   Wanted,
-  cache_of,
   growth_of,
   policy_of,
   remask_of,
@@ -17,12 +16,6 @@ from research.diffusion import canvas, layout, sampler
 from research.diffusion.candidates import Options
 from research.diffusion.spec import Spec
 from research.typing import Bool, UserError
-
-KEEP = "prefix"
-"""The cache that keeps what is before the first gap, and nothing else."""
-
-LEAST = 16
-"""Places behind it, at least, that such a cache reads at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +157,6 @@ def _options(
   count = max(row.blocks for row in rows)
   longest = max(len(row.ids) - row.start for row in rows)
   length = layout.up(longest, block)
-  if wanted.infill and how.block is None and cache_of(wanted.cache)[0] == KEEP:
-    # All these places are read at once, so there are few numbers of them.
-    length = layout.up(layout.rung(length, LEAST), block)
   steps = wanted.steps
   if steps is not None:
     if steps % count:

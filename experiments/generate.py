@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
   runtime.prepare()
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -224,6 +225,7 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
 def _fill(rules: Any) -> dict[str, Any]:
   """Returns what filling in masks gives."""
   from experiments import filling, filling_gaps
+  from research.nn import generate
 
   given = {name: FLAGS[name].value for name in filling_flags.NAMES}
   wanted = filling.Wanted(
@@ -232,6 +234,8 @@ def _fill(rules: Any) -> dict[str, Any]:
   wanted.check(len(wanted.infill or _PROMPT.value))
   loaded = _load()
   how = filling.spec_of(loaded, _MODEL.value)
+  params = generate.prepare(loaded.params, loaded.model)
+  loaded = dataclasses.replace(loaded, params=params)
 
   def spelled(text):
     return _tokens(loaded.tokenizer, text)

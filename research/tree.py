@@ -254,6 +254,38 @@ def unroll(params: Params) -> dict[str, Any]:
   return out
 
 
+def last_apart(params: Params, key: Any = None) -> dict[str, Any]:
+  """Returns `params` whose last layer is a run of its own.
+
+  The model is the same; that layer can then compute less than those that are
+  scanned: some tokens (`Transformer`'s `keep`), or no feed-forward (`nn.tail`).
+
+  Args:
+    params: a parameter tree.
+    key: not used: this is a transform of experiments, too.
+  """
+  del key
+  *most, last = runs(params)
+  out = {k: v for k, v in params.items() if k != last}
+  parts = _at_once(_split, params[last])(params[last])
+  return out | {f"run{len(most) + i}": part for i, part in enumerate(parts)}
+
+
+def _split(run: Params) -> list[Params]:
+  """Returns runs of a run's layers, the last of them of one layer."""
+  n, p = run_length(run), len(run)
+
+  def part(rows, layers):
+    return {
+      f"layer{j}": jax.tree.map(lambda x: x[rows], run[f"layer{k}"])
+      for j, k in enumerate(layers)
+    }
+
+  before = [part(slice(0, n - 1), range(p))] if n > 1 else []
+  within = [part(slice(n - 1, n), range(p - 1))] if p > 1 else []
+  return [*before, *within, part(slice(n - 1, n), [p - 1])]
+
+
 def count(tree: Any) -> int:
   """Returns the number of elements in all arrays of `tree`, as stored.
 

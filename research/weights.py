@@ -278,6 +278,32 @@ def with_tokens(
   return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
 
 
+def token_wise(params: Any) -> bool:
+  """Whether what weights make of a token depends on that token alone.
+
+  Arrays do so; other weights have to say it, by `token_wise`.
+
+  Args:
+    params: any tree of weights.
+  """
+  leaves = jax.tree.leaves(params, is_leaf=is_weight)
+  return all(getattr(w, "token_wise", not is_weight(w)) for w in leaves)
+
+
+def of_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:
+  """Returns `params` whose leaves know some of the tokens they knew.
+
+  Args:
+    params: what `with_tokens` returned, or what it has not changed.
+    keep: the tokens of each row that come next, by their index.
+  """
+
+  def one(w):
+    return w.of_tokens(keep) if hasattr(w, "of_tokens") else w
+
+  return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
+
+
 def weight(
   module: nn.Module,
   name: str,

@@ -57,6 +57,15 @@ def attention(kind, w, h, place, seen):
   return np.einsum("bhts,bshd->bthd", z, v).reshape(*h.shape[:2], -1) @ w["o"]
 
 
+def layers(params):
+  """Yields each layer's arrays; a run has layers `[N, ...]` of one kind."""
+  names = [name for name in params if name.startswith("run")]
+  for name in sorted(names, key=lambda name: int(name[3:])):
+    run = params[name]["layer0"]
+    for i in range(len(run["attention_norm"]["scale"])):
+      yield jax.tree.map(lambda leaf, i=i: leaf[i], run)
+
+
 def states(model, params, x, place, seen, time=None):
   """Returns the final states `[B, T, D]`.
 
@@ -73,9 +82,7 @@ def states(model, params, x, place, seen, time=None):
   x, place = np.asarray(x), np.asarray(place)
   x = p["embed"][x] if x.ndim == 2 else x.astype(np.float64)
   c = None if time is None else conditioning(model, p, time)
-  layers = p["run0"]["layer0"]
-  for i, kind in enumerate(model.layer_kinds()):
-    w = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
+  for kind, w in zip(model.layer_kinds(), layers(p), strict=True):
     shift, scale, gate = modulation(c, w.get("attention_modulation"), 3)
     h = norm(x, w["attention_norm"]["scale"]) * (1 + scale) + shift
     found = attention(kind.attention, w["attention"], h, place, seen)

@@ -18,6 +18,7 @@ from research import weights
 from research.diffusion import process
 from research.diffusion.objective import Noise, masked_loss
 from research.diffusion.rows import BatchRewrite
+from research.nn import tail
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
@@ -76,10 +77,10 @@ class BlockDiffusion:
     time = None
     if self.model.clock is not None:
       time = self.times(drawn, batch["positions"])
-    hidden = self.states(params, batch, masked, time)
+    hidden, head = self.states(params, batch, masked, time)
     loss = masked_loss(
       self.model,
-      params,
+      head,
       hidden,
       tokens,
       jnp.where(masked, counts, 0.0),
@@ -155,8 +156,8 @@ class BlockDiffusion:
     batch: Batch,
     masked: Bool[Array, "B T"],
     time: Float[Array, "B T"] | None = None,
-  ) -> Float[Array, "B T D"]:
-    """Returns the states that predict each place's own token.
+  ) -> tuple[Float[Array, "B T D"], Params]:
+    """Returns the states that predict each place's own token, as `tail` does.
 
     Args:
       params: of the model.
@@ -168,8 +169,8 @@ class BlockDiffusion:
     tokens, positions = batch["tokens"], batch["positions"]
     noisy = process.noisy(tokens, masked, self.mask_id)
     both = copies(noisy, tokens, positions, batch["segments"], self.block)
-    hidden, _ = self.model.apply({"params": params}, *both, time=times(time))
-    return predicting(hidden, positions, self.block, self.shift)
+    hidden, head = tail.states(self.model, params, *both, time=times(time))
+    return predicting(hidden, positions, self.block, self.shift), head
 
 
 def copies(

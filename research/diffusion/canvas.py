@@ -12,7 +12,7 @@ share a program, and a row grows by what it holds itself, whatever its batch.
 Every call reads whole canvases and forms their logits: what is inserted moves
 all behind it, so that nothing of them can be kept from call to call. What
 stands before them does not move: `Cached` keeps its keys and values from a
-block's first call on, the prefix cache of canvases that are fixed.
+block's first call on.
 """
 
 import dataclasses

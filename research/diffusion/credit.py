@@ -7,6 +7,7 @@ and goes with any policy.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +48,20 @@ class Credited:
     """Returns the forward passes of a call."""
     return passes(self.inner)
 
+  @property
+  def remember(self):
+    """`inner`'s, and no credit; there is none if `inner` has none."""
+    return functools.partial(self._remembered, self.inner.remember)
+
+  def _remembered(
+    self, remember, params, tokens, valid, start, size, memory=None
+  ):
+    inner = None if memory is None else memory[0]
+    return remember(params, tokens, valid, start, size, inner), None
+
   def first(self, params, tokens, valid, start, size):
     logits, inner = self.inner.first(params, tokens, valid, start, size)
-    return self._credited(logits, jnp.zeros(logits.shape, jnp.float32), inner)
+    return self._credited(logits, None, inner)
 
   def again(self, params, tokens, valid, start, size, carry):
     inner, credit = carry
@@ -58,6 +70,8 @@ class Credited:
 
   def _credited(self, logits, credit, inner):
     logits = logits.astype(jnp.float32)
+    if credit is None:  # at a block's first step
+      credit = jnp.zeros_like(logits)
     p = jax.nn.softmax(logits.at[..., self.mask_id].set(-jnp.inf))
     choice = jax.nn.one_hot(p.argmax(-1), p.shape[-1])
     earned = p.max(-1, keepdims=True) ** self.gamma

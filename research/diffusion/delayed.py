@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.diffusion.denoiser import own_rows, positions, reread
+from research.diffusion.denoiser import positions, reread, state_index
 from research.diffusion.told import Shares
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, UserError
@@ -26,7 +26,8 @@ class Kept:
   Attributes:
     cache: keys and values of all places.
     seen: int32 `[B, T]`, the token that each place was when it was read.
-    hidden: `[B, T, D]`, each place's state then.
+    hidden: `[B, K, D]`, the states that predict the block's tokens, each of
+      when its place was read.
     calls: int32, since all was read.
   """
 
@@ -78,11 +79,12 @@ class Delayed:
     kept = Kept(
       cache=init_cache(self.model, params, rows, length),
       seen=jnp.full_like(tokens, -1),
-      hidden=jnp.zeros((rows, length, self.model.width), self.model.dtype),
+      hidden=jnp.zeros((rows, size, self.model.width), self.model.dtype),
       calls=jnp.int32(0),
     )
-    kept = self._read(length, params, tokens, valid, valid, kept)
-    return self._logits(params, kept, valid, start, size), kept
+    wanted = self._wanted(valid, start, size)
+    kept = self._read(length, params, tokens, valid, valid, wanted, kept)
+    return self._logits(params, kept), kept
 
   def again(self, params, tokens, valid, start, size, carry):
     need = self.needed(tokens, valid, carry.seen)
@@ -100,9 +102,16 @@ class Delayed:
       return lambda *given: self._read(n, *given)
 
     kept = jax.lax.switch(
-      chosen, [of(n) for n in sizes], params, tokens, valid, need, kept
+      chosen,
+      [of(n) for n in sizes],
+      params,
+      tokens,
+      valid,
+      need,
+      self._wanted(valid, start, size),
+      kept,
     )
-    return self._logits(params, kept, valid, start, size), kept
+    return self._logits(params, kept), kept
 
   def needed(
     self,
@@ -137,30 +146,32 @@ class Delayed:
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     need: Bool[Array, "B T"],
+    wanted: Int[Array, "B K"],
     kept: Kept,
   ) -> Kept:
     """Returns what is known once the places in need, at most `n`, are read."""
-    length = tokens.shape[1]
-    at = jnp.argsort(~need, axis=-1, stable=True)[:, :n]
+    order = jnp.argsort(~need, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)
 
-    def some(x):
+    def some(x, at):
       return jnp.take_along_axis(x, at, axis=-1)
 
-    chosen = some(need)
-    place = jnp.where(chosen, some(positions(valid)), -1)
+    at = order[:, :n]
+    place = jnp.where(some(need, at), some(positions(valid), at), -1)
+    keep = jnp.minimum(some(rank, wanted), n - 1)
     hidden, cache = reread(
-      self, params, tokens, valid, some(tokens), place, kept.cache
+      self, params, tokens, valid, some(tokens, at), place, kept.cache, keep
     )
-    row = jnp.arange(tokens.shape[0])[:, None]
-    to = jnp.where(chosen, at, length)  # beyond: dropped
+    new = some(need, wanted)[..., None]
     return Kept(
       cache=cache,
       seen=jnp.where(need, tokens, kept.seen),
-      hidden=kept.hidden.at[row, to].set(hidden, mode="drop"),
+      hidden=jnp.where(new, hidden, kept.hidden),
       calls=kept.calls,
     )
 
-  def _logits(self, params, kept, valid, start, size) -> Float[Array, "B K V"]:
-    place = positions(valid)
-    own = own_rows(kept.hidden, start, size, self.shift, place)
-    return self.model.apply({"params": params}, own, method="logits")
+  def _wanted(self, valid, start, size) -> Int[Array, "B K"]:
+    return state_index(start, size, self.shift, positions(valid))
+
+  def _logits(self, params, kept) -> Float[Array, "B K V"]:
+    return self.model.apply({"params": params}, kept.hidden, method="logits")

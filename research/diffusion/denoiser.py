@@ -4,7 +4,7 @@ A denoiser is a static value; what it remembers from step to step (a cache) is
 its carry. `first` looks at the whole row, at a block's first step; `again` is
 any later step of the same block, and may use what `first` has left. One that
 can do without `first` has a method `remember`, which carries what is known of
-finished blocks to the next: see `BlockCausal`.
+finished blocks to the next: see `block_causal.BlockCausal`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from kernels_pallas.masks import Mask
 from research.diffusion.told import Shares
 from research.nn import cache as caches
 from research.nn.transformer import Transformer, init_cache
-from research.typing import Array, Bool, Float, Int, Params, UserError
+from research.typing import Array, Bool, Float, Int, Params
 
 
 @runtime_checkable
@@ -75,13 +75,29 @@ def own_rows(
       is padding or another document.
     place: positions, from 0 in each document.
   """
-  own = _cut(hidden, start, size)
+  own = cut(hidden, start, size)
   if not shift:
     return own
-  return _shifted(own, _before(hidden, start), _cut(place, start, size))
+  edge = cut(hidden, jnp.maximum(start - 1, 0), 1)
+  return shifted(own, edge, cut(place, start, size))
 
 
-def _cut(x: Array, start: Array, size: int) -> Array:
+def state_index(
+  start: Int[Array, ""] | Int[Array, "B"],
+  size: int,
+  shift: bool,
+  place: Int[Array, "B T"],
+) -> Int[Array, "B K"]:
+  """Returns where the states stand that `own_rows` returns."""
+  index = jnp.reshape(start, (-1, 1)) + jnp.arange(size)
+  index = jnp.broadcast_to(index, (place.shape[0], size))
+  if not shift:
+    return index
+  own = jnp.take_along_axis(place, index, axis=1)
+  return jnp.where(own == 0, index, jnp.maximum(index - 1, 0))
+
+
+def cut(x: Array, start: Array, size: int) -> Array:
   """Returns part of each row, from the same place on or from each row's own."""
   if start.ndim == 0:
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
@@ -89,12 +105,7 @@ def _cut(x: Array, start: Array, size: int) -> Array:
   return jax.vmap(of_row)(x, start)
 
 
-def _before(hidden: Array, start: Array) -> Array:
-  """Returns the state before a block, `[B, 1, D]`."""
-  return _cut(hidden, jnp.maximum(start - 1, 0), 1)
-
-
-def _shifted(own: Array, edge: Array, place: Array) -> Array:
+def shifted(own: Array, edge: Array, place: Array) -> Array:
   """Returns a block's states, each from the place before it.
 
   Args:
@@ -104,6 +115,11 @@ def _shifted(own: Array, edge: Array, place: Array) -> Array:
   """
   before = jnp.concatenate([edge, own[:, :-1]], axis=1)
   return jnp.where((place == 0)[..., None], own, before)
+
+
+def ends(valid: Bool[Array, "B T"]) -> Int[Array, "B"]:
+  """Returns where each row's last token ends."""
+  return valid.shape[1] - jnp.argmax(valid[:, ::-1], axis=-1)
 
 
 def visible(block: int | None, valid: Bool[Array, "B T"]) -> Mask:
@@ -144,20 +160,20 @@ class Whole:
     )
     return self.model.apply({"params": params}, rows, method="logits")
 
-  def _hidden(self, params, tokens, valid):
+  def _hidden(self, params, tokens, valid, keep=None):
     mask, time = visible(self.block, valid), None
     if self.told is not None and self.block is None:
       time = self.told.rows(tokens, valid)
     elif self.told is not None:
       time = self.told.blocks(tokens, valid, self.block)
     return self.model.apply(
-      {"params": params}, tokens, positions(valid), mask, time=time
+      {"params": params}, tokens, positions(valid), mask, time=time, keep=keep
     )[0]
 
   def first(self, params, tokens, valid, start, size):
-    hidden = self._hidden(params, tokens, valid)
-    rows = own_rows(hidden, start, size, self.shift, positions(valid))
-    return self.model.apply({"params": params}, rows, method="logits"), ()
+    keep = state_index(start, size, self.shift, positions(valid))
+    own = self._hidden(params, tokens, valid, keep)
+    return self.model.apply({"params": params}, own, method="logits"), ()
 
   def again(self, params, tokens, valid, start, size, carry):
     return self.first(params, tokens, valid, start, size)
@@ -171,7 +187,8 @@ def reread(
   some: Int[Array, "B N"],
   place: Int[Array, "B N"],
   cache: caches.Cache,
-) -> tuple[Float[Array, "B N D"], caches.Cache]:
+  keep: Int[Array, "B K"] | None = None,
+) -> tuple[Float[Array, "B K D"], caches.Cache]:
   """Returns states of places that are read again, and the cache with them.
 
   Args:
@@ -183,17 +200,65 @@ def reread(
     some: the tokens that are read.
     place: their positions; -1 for padding.
     cache: keys and values of all places.
+    keep: which of the N places have states; None for all.
   """
   held = valid.sum(-1) - jnp.sum(place >= 0, axis=-1)
   cache = dataclasses.replace(cache, length=held.astype(jnp.int32), fresh=False)
   time = how.told and how.told.rows(tokens, valid)
   return how.model.apply(
-    {"params": params}, some, place, Mask.full(), cache, time=time
+    {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
   )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cached:
+class FirstStepCache:
+  """A cache that a block's first step fills, and its later steps read.
+
+  Keys and values of the places that these read are their own, others the first
+  step's.
+  """
+
+  model: Transformer
+  shift: bool = False
+  told: Shares | None = None
+
+  def first(self, params, tokens, valid, start, size):
+    rows, length = tokens.shape
+    cache = init_cache(self.model, params, rows, length)
+    own, cache = self.model.apply(
+      {"params": params},
+      tokens,
+      positions(valid),
+      visible(None, valid),
+      cache,
+      time=self.told and self.told.rows(tokens, valid),
+      keep=state_index(start, size, self.shift, positions(valid)),
+    )
+    logits = self.model.apply({"params": params}, own, method="logits")
+    # The state before the block predicts its first token later, too.
+    return logits, (cache, own[:, :1])
+
+  def states(self, params, tokens, valid, start, size, carry, low, span):
+    """Returns a block's states and the carry, once some places are read.
+
+    Args:
+      params, tokens, valid, start, size, carry: as for `again`.
+      low: where the places begin, of each row if rows differ.
+      span: how many they are.
+    """
+    cache, edge = carry
+    some, place = (cut(x, low, span) for x in (tokens, positions(valid)))
+    keep = state_index(start - low, size, self.shift, place)
+    own, cache = reread(self, params, tokens, valid, some, place, cache, keep)
+    if not self.shift:
+      return own, (cache, edge)
+    unread = jnp.reshape(start == low, (-1, 1, 1)) & (place[:, :1, None] != 0)
+    own = own.at[:, :1].set(jnp.where(unread, edge, own[:, :1]))
+    return own, (cache, edge)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cached(FirstStepCache):
   """Later steps of a block read the block and its neighbours alone.
 
   Keys and values of the rest are those of the block's first step: an
@@ -202,58 +267,25 @@ class Cached:
   2025, dInfer: with some of each, its vicinity refresh). Exact at a block's
   first step.
 
-  With `last`, all that is to be filled, it is a prefix cache that keeps the
-  prompt alone: shapes are static, so what later blocks do not need behind them
-  is read again before them, finished blocks included.
-
   Attributes:
     model: the Transformer; all tokens see all.
     shift: see `own_rows`.
     before, after: how many tokens around the block are read again; where a
       row's text ends, more on the other side.
-    last: so many places at the end of the rows are read again instead, the same
-      ones of all rows, wherever their texts end; the block is one of them.
     told: times, for a model that is told them.
   """
 
-  model: Transformer
-  shift: bool = False
   before: int = 0
   after: int = 0
-  last: int | None = None
-  told: Shares | None = None
-
-  def first(self, params, tokens, valid, start, size):
-    rows, length = tokens.shape
-    cache = init_cache(self.model, params, rows, length)
-    hidden, cache = self.model.apply(
-      {"params": params},
-      tokens,
-      positions(valid),
-      visible(None, valid),
-      cache,
-      time=self.told and self.told.rows(tokens, valid),
-    )
-    own = own_rows(hidden, start, size, self.shift, positions(valid))
-    logits = self.model.apply({"params": params}, own, method="logits")
-    # The state before the block predicts its first token.
-    edge = _before(hidden, start)
-    return logits, (cache, edge)
 
   def again(self, params, tokens, valid, start, size, carry):
-    cache, edge = carry
-    length = tokens.shape[1]
-    span = min(self.last or self.before + size + self.after, length)
+    span = min(self.before + size + self.after, tokens.shape[1])
     low = self._low(valid, start, size, span)
-    some, place = (_cut(x, low, span) for x in (tokens, positions(valid)))
-    hidden, cache = reread(self, params, tokens, valid, some, place, cache)
-    own = _cut(hidden, start - low, size)
-    if self.shift:
-      near = _before(hidden, start - low)
-      near = jnp.where(jnp.reshape(start > low, (-1, 1, 1)), near, edge)
-      own = _shifted(own, near, _cut(place, start - low, size))
+    own, carry = self.states(
+      params, tokens, valid, start, size, carry, low, span
+    )
     logits = self.model.apply({"params": params}, own, method="logits")
-    return logits, (cache, edge)
+    return logits, carry
 
   def _low(self, valid, start, size, span):
     """Returns where what is read again begins, of each row if they differ.
@@ -261,96 +293,13 @@ class Cached:
     It is what it would be if the row had no padding, so that the padding of a
     batch or of a shape changes nothing.
     """
-    length = valid.shape[1]
-    if self.last is not None:
-      return jnp.int32(length - span)
     if not self.before and not self.after:
       return start
+    length = valid.shape[1]
     first = jnp.argmax(valid, axis=-1)
-    last = length - jnp.argmax(valid[:, ::-1], axis=-1)
     # A block may reach beyond its row's text.
-    high = jnp.maximum(jnp.maximum(last, start + size) - span, first)
+    high = jnp.maximum(ends(valid), start + size) - span
     return jnp.minimum(
-      jnp.clip(start - self.before, first, high), length - span
+      jnp.clip(start - self.before, first, jnp.maximum(high, first)),
+      length - span,
     )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockCausal:
-  """A block-causal model by its cache of finished blocks: exact.
-
-  Keys and values of finished blocks come from a pass over their final tokens,
-  as a whole row without a cache has them. Blocks start at index 0, so rows are
-  padded on the left by whole blocks only.
-
-  Attributes:
-    model: the Transformer.
-    block: tokens of a block.
-    shift: see `own_rows`.
-    told: times, for a model that is told them; those of finished blocks are 0.
-  """
-
-  model: Transformer
-  block: int
-  shift: bool = False
-  told: Shares | None = None
-
-  def remember(self, params, tokens, valid, start, size, memory=None):
-    """Returns what `again` needs of all that lies before a block.
-
-    Args:
-      params, tokens, valid, start, size: as for `first`.
-      memory: what the last call of the block before has left, whose final
-        tokens are all that is read now; None to read everything.
-    """
-    self._check(size)
-    if memory is not None:
-      cache, _ = memory
-      hidden, cache = self._read(
-        params, tokens, valid, start - size, size, cache
-      )
-      return cache, hidden[:, -1:]
-    rows, length = tokens.shape
-    known = jnp.where(jnp.arange(length) < start, positions(valid), -1)
-    cache = init_cache(self.model, params, rows, length)
-    segments = jnp.where(known >= 0, 0, -1)
-    hidden, cache = self.model.apply(
-      {"params": params},
-      tokens,
-      known,
-      Mask.block_causal(self.block, segments=segments),
-      cache,
-      time=self.told and jnp.zeros(rows),
-    )
-    return cache, _before(hidden, start)
-
-  def first(self, params, tokens, valid, start, size):
-    """Reads all that lies before the block anew, whatever is cached."""
-    memory = self.remember(params, tokens, valid, start, size)
-    return self.again(params, tokens, valid, start, size, memory)
-
-  def again(self, params, tokens, valid, start, size, carry):
-    cache, edge = carry
-    hidden, cache = self._read(params, tokens, valid, start, size, cache)
-    if self.shift:
-      place = _cut(positions(valid), start, size)
-      hidden = _shifted(hidden, edge, place)
-    logits = self.model.apply({"params": params}, hidden, method="logits")
-    return logits, (cache, edge)
-
-  def _read(self, params, tokens, valid, start, size, cache):
-    """Returns a block's states, and the cache with its keys and values."""
-    some, place = (_cut(x, start, size) for x in (tokens, positions(valid)))
-    before = valid & (jnp.arange(valid.shape[1]) < start)
-    held = before.sum(-1, dtype=jnp.int32)
-    cache = caches.Cache(held, cache.layers, fresh=False)
-    time = self.told and self.told.rows(some, place >= 0)
-    return self.model.apply(
-      {"params": params}, some, place, Mask.full(), cache, time=time
-    )
-
-  def _check(self, size: int) -> None:
-    if size != self.block:
-      raise UserError(
-        f"sampler: blocks of {size} tokens, but the model's have {self.block}"
-      )

@@ -1,6 +1,7 @@
 """Guidance by the prompt, for the sampler: a denoiser around a denoiser."""
 
 import dataclasses
+import functools
 
 from research.diffusion import likelihood, process
 from research.diffusion.denoiser import Denoiser, passes
@@ -52,17 +53,36 @@ class Guided:
       self.inner.again, params, tokens, valid, start, size, carry
     )
 
+  @property
+  def remember(self):
+    """`inner`'s, of either row; there is none if `inner` has none."""
+    return functools.partial(self._remembered, self.inner.remember)
+
+  def _remembered(
+    self, remember, params, tokens, valid, start, size, memory=None
+  ):
+    mine, other = (None, None) if memory is None else memory
+    params, blind = self._blind(params, tokens, valid)
+    kept = remember(params, tokens, valid, start, size, mine)
+    if self.weight == 0:
+      return kept, ()
+    return kept, remember(params, blind, valid, start, size, other)
+
   def _both(self, ask, params, tokens, valid, start, size, carry=None):
     mine, other = ((), ()) if carry is None else ((x,) for x in carry)
+    params, blind = self._blind(params, tokens, valid)
+    told, left = ask(params, tokens, valid, start, size, *mine)
+    if self.weight == 0:
+      return told, (left, ())  # nothing to read twice for, or to round
+    free, right = ask(params, blind, valid, start, size, *other)
+    return likelihood.toward(told, free, self.weight), (left, right)
+
+  def _blind(self, params, tokens, valid):
+    """Returns the model's own parameters, and rows whose prompt is masked."""
     if not {"params", "prompt"} <= set(params):
       raise UserError(
         "Guided: does not know the rows' prompts; expected parameters of "
         "guided.with_prompt"
       )
     params, asked = params["params"], params["prompt"]
-    told, left = ask(params, tokens, valid, start, size, *mine)
-    if self.weight == 0:
-      return told, (left, ())  # nothing to read twice for, or to round
-    blind = process.noisy(tokens, valid & asked, self.mask_id)
-    free, right = ask(params, blind, valid, start, size, *other)
-    return likelihood.toward(told, free, self.weight), (left, right)
+    return params, process.noisy(tokens, valid & asked, self.mask_id)

@@ -24,6 +24,7 @@ from research.diffusion.denoiser import own_rows
 from research.diffusion.objective import Noise
 from research.diffusion.process import Spread
 from research.diffusion.variants import chunked_sum
+from research.nn import tail
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objective import Batch, Sums
@@ -165,7 +166,13 @@ class GenMD4:
       return jnp.where(masked, each, 0).sum(-1)
 
     total = chunked_sum(
-      self.model, tree, hidden, loss, (tokens, masked), self.mask_id, self.rows
+      self.model,
+      tail.head_of(tree),
+      hidden,
+      loss,
+      (tokens, masked),
+      self.mask_id,
+      self.rows,
     )
     return total.reshape(2, -1) / t[:, 0]
 

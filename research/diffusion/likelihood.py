@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.diffusion import process
-from research.diffusion.denoiser import BlockCausal
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.schedule import Schedule
 from research.nn.sampling import row_keys
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
@@ -191,6 +191,28 @@ def exact(
   return _checked(Bound(float(each[: len(share)] @ share), 0.0, len(share)))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def remembered(
+  denoiser: BlockCausal,
+  params: Params,
+  tokens: Int[Array, "T"],
+  start: Int[Array, ""],
+  memory: Any = None,
+) -> Any:
+  """Returns what a block-causal model keeps of a row before a block.
+
+  Args:
+    denoiser: the model.
+    params: its parameters.
+    tokens: a row.
+    start: where the block starts.
+    memory: what was returned for the block before; None to read everything.
+  """
+  valid = jnp.ones((1, tokens.shape[0]), bool)
+  given = params, tokens[None], valid, start, denoiser.block
+  return denoiser.remember(*given, memory)
+
+
 def block_scores(
   denoiser: BlockCausal,
   params: Params,
@@ -198,6 +220,8 @@ def block_scores(
   start: int,
   mask_id: int,
   batch: int = 16,
+  stop: int | None = None,
+  memory: Any = None,
 ) -> Scores:
   """Returns the model of one block's rows; what is before it is read once.
 
@@ -212,30 +236,30 @@ def block_scores(
     start: where the block starts, a multiple of its size.
     mask_id: of the mask, which gets no probability.
     batch: rows at once, at most.
+    stop: where the row's text ends, in the block; by default behind it.
+    memory: of `remembered`, if that is known.
 
   Raises:
     UserError: no block starts there; later, more rows than `batch`.
   """
-  if not 0 <= start < tokens.shape[0] or start % denoiser.block:
+  length, size = tokens.shape[0], denoiser.block
+  if start % size or not 0 <= start <= length - size:
     raise UserError(
       f"block_scores: start is {start}, expected a multiple of the block, "
-      f"{denoiser.block}, below {tokens.shape[0]}"
+      f"{size}, from 0 to {length - size}"
     )
-  rows = jnp.broadcast_to(tokens, (batch, tokens.shape[0]))
-  memory = _remembered(denoiser, params, rows, jnp.int32(start))
+  if memory is None:
+    memory = remembered(denoiser, params, tokens, jnp.int32(start))
+  memory = denoiser.repeated(memory, batch)
+  valid = jnp.arange(length) < (length if stop is None else stop)
+  rows, valid = (jnp.broadcast_to(x, (batch, length)) for x in (tokens, valid))
   return functools.partial(
-    _block, denoiser, mask_id, params, rows, jnp.int32(start), memory
+    _block, denoiser, mask_id, params, rows, valid, jnp.int32(start), memory
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _remembered(denoiser, params, rows, start):
-  valid = jnp.ones(rows.shape, bool)
-  return denoiser.remember(params, rows, valid, start, denoiser.block)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _block(denoiser, mask_id, params, rows, start, memory, noisy):
+def _block(denoiser, mask_id, params, rows, valid, start, memory, noisy):
   """Returns logits of a block, finite ones of the mask, too."""
   size = noisy.shape[0]
   if size > rows.shape[0]:
@@ -245,7 +269,6 @@ def _block(denoiser, mask_id, params, rows, start, memory, noisy):
     )
   noisy = jnp.pad(noisy, ((0, rows.shape[0] - size), (0, 0)))
   rows = jax.lax.dynamic_update_slice_in_dim(rows, noisy, start, axis=1)
-  valid = jnp.ones(rows.shape, bool)
   logits, _ = denoiser.again(params, rows, valid, start, denoiser.block, memory)
   return logits[:size].astype(jnp.float32).at[..., mask_id].set(-1e30)
 
@@ -285,7 +308,13 @@ def toward(
   return free + (w + 1) * (told - free)
 
 
-def guided(scores: Scores, prompt: Bool[Array, "T"], mask_id: int, w: float):
+def guided(
+  scores: Scores,
+  prompt: Bool[Array, "T"],
+  mask_id: int,
+  w: float,
+  free: Scores | None = None,
+) -> Scores:
   """Returns scores with classifier-free guidance by the prompt.
 
   Logits are `u + (w + 1)(c - u)`, `u` those of the row whose prompt is masked
@@ -296,12 +325,16 @@ def guided(scores: Scores, prompt: Bool[Array, "T"], mask_id: int, w: float):
     prompt: what is masked in the unconditional row.
     mask_id: of the mask.
     w: strength.
+    free: the model of rows whose prompt is masked, if that is another one; by
+      default both rows are one call's.
   """
   if w == 0:
     return scores
 
   def both(tokens: Int[Array, "B T"], *time: Any) -> Float[Array, "B T V"]:
     blind = process.noisy(tokens, prompt, mask_id)
+    if free is not None:
+      return toward(scores(tokens, *time), free(blind, *time), w)
     time = (jnp.concatenate([t, t]) for t in time)
     c, u = jnp.split(scores(jnp.concatenate([tokens, blind]), *time), 2)
     return toward(c, u, w)

@@ -19,6 +19,7 @@ from research.diffusion.denoiser import own_rows
 from research.diffusion.process import Spread
 from research.diffusion.rows import BatchRewrite
 from research.diffusion.schedule import Linear, Schedule
+from research.nn import tail
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training import losses
@@ -101,8 +102,8 @@ class MaskedDiffusion:
     if self.complement:
       batch = {k: jnp.concatenate([v, v]) for k, v in batch.items()}
       tokens = batch["tokens"]
-    hidden, _ = self.model.apply(
-      {"params": params},
+    hidden, head = self._states(
+      params,
       process.noisy(tokens, masked, self.mask_id),
       batch["positions"],
       Mask.full(segments=batch["segments"]),
@@ -116,7 +117,11 @@ class MaskedDiffusion:
       share = 1 / jnp.maximum(maskable.sum(-1, keepdims=True), 1)
       share = jnp.concatenate([share, share]) if self.complement else share
     weight = maskable.sum() if self.norm == "token" else maskable.any(-1).sum()
-    return self._sums(params, hidden, tokens, masked, counts * share, weight)
+    return self._sums(head, hidden, tokens, masked, counts * share, weight)
+
+  def _states(self, params, *inputs, time):
+    """Returns states and what makes logits of them, see `tail.states`."""
+    return tail.states(self.model, params, *inputs, time=time)
 
   def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
     """Returns which tokens may be masked."""
@@ -184,10 +189,10 @@ class MaskedDiffusion:
     fall = before - self.schedule.alpha(t)
     return self.levels * fall / self.schedule.masked(t)
 
-  def _sums(self, params, hidden, tokens, masked, counts, weight) -> Sums:
+  def _sums(self, head, hidden, tokens, masked, counts, weight) -> Sums:
     loss = masked_loss(
       self.model,
-      params,
+      head,
       hidden,
       tokens,
       jnp.where(masked, counts, 0.0),
@@ -199,7 +204,7 @@ class MaskedDiffusion:
 
 def masked_loss(
   model: Transformer,
-  params: Params,
+  head: Params,
   hidden: Float[Array, "B T D"],
   tokens: Int[Array, "B T"],
   counts: Float[Array, "B T"],
@@ -209,9 +214,9 @@ def masked_loss(
   """Returns the sum of cross-entropies times `counts`; of zeros, no logits.
 
   Args:
-    model: whose head is used.
-    params: its parameters.
-    hidden: the states that predict `tokens`.
+    model: whose logits count.
+    head: the parameters that `tail.logits` needs of the states.
+    hidden: the states that predict `tokens`, see `tail.states`.
     tokens: the truth.
     counts: what each is worth.
     never: a token without probability, the mask; or None.
@@ -219,13 +224,12 @@ def masked_loss(
   """
 
   def logits(head, hidden):
-    out = model.apply({"params": head}, hidden, method="logits")
+    out = tail.logits(model, head, hidden)
     return out if never is None else out.at[..., never].set(-1e9)
 
-  head = "embed" if model.tied else "head"
   return losses.chunked_cross_entropy(
     logits,
-    {head: params[head]},
+    head,
     hidden,
     tokens,
     counts,

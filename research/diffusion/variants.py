@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from research.diffusion import process
 from research.diffusion.objective import MaskedDiffusion
+from research.nn import tail
 from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training import losses
@@ -85,7 +86,12 @@ class ScoreEntropy(MaskedDiffusion):
 
   scaled: bool = True
 
-  def _sums(self, params, hidden, tokens, masked, counts, weight) -> Sums:
+  def _states(self, params, *inputs, time):
+    """Returns final states: all have logits, which are formed twice."""
+    hidden, _ = self.model.apply({"params": params}, *inputs, time=time)
+    return hidden, tail.head_of(params)
+
+  def _sums(self, head, hidden, tokens, masked, counts, weight) -> Sums:
     def loss(logits, tokens, counts):
       z = logits
       if self.scaled:
@@ -97,7 +103,7 @@ class ScoreEntropy(MaskedDiffusion):
     counts = jnp.where(masked, counts, 0.0)
     never = self.mask_id if self.never_mask else None
     total = chunked_sum(
-      self.model, params, hidden, loss, (tokens, counts), never, self.rows
+      self.model, head, hidden, loss, (tokens, counts), never, self.rows
     )
     metrics = {"masked": masked.sum() * 1.0}
     return total, weight.astype(jnp.float32), metrics
@@ -105,7 +111,7 @@ class ScoreEntropy(MaskedDiffusion):
 
 def chunked_sum(
   model: Transformer,
-  params: Params,
+  head: Params,
   hidden: Float[Array, "B T D"],
   loss: Callable[..., Any],
   arrays: tuple[Any, ...],
@@ -118,14 +124,13 @@ def chunked_sum(
 
   Args:
     model: whose head is used.
-    params: its parameters.
+    head: the parameters of it.
     hidden: the states.
     loss: (logits, *arrays) -> sums over a chunk; it gets zeros for padding.
     arrays: `[B, T]` each.
     never: a token without probability, the mask; or None.
     rows: rows of logits held at a time.
   """
-  head = "embed" if model.tied else "head"
 
   @jax.checkpoint
   def one(head, hidden, *arrays):
@@ -135,11 +140,10 @@ def chunked_sum(
     return loss(out, *arrays)
 
   chunks = losses.split_rows(rows, hidden, *arrays)
-  held = {head: params[head]}
-  zero = jax.eval_shape(lambda *x: one(held, *x), *[x[0] for x in chunks])
+  zero = jax.eval_shape(lambda *x: one(head, *x), *[x[0] for x in chunks])
   zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
 
   def add(total, chunk):
-    return jax.tree.map(jnp.add, total, one(held, *chunk)), None
+    return jax.tree.map(jnp.add, total, one(head, *chunk)), None
 
   return jax.lax.scan(add, zero, chunks)[0]

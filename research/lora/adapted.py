@@ -123,6 +123,20 @@ class AdaptedTensor(weights.Around):
     gate = jnp.broadcast_to(gate, (*self.shape[:-2], *gate.shape))
     return dataclasses.replace(self, w=w, gate=gate)
 
+  def of_tokens(self, keep: Int[Array, "B N"]) -> "AdaptedTensor":
+    """Returns itself in front of some of the tokens it knew."""
+    w = weights.of_tokens(self.w, keep)
+    if self.gate is None:
+      return dataclasses.replace(self, w=w)
+    keep = keep.reshape(*(1,) * (self.gate.ndim - keep.ndim), *keep.shape)
+    gate = jnp.take_along_axis(self.gate, keep, axis=-1)
+    return dataclasses.replace(self, w=w, gate=gate)
+
+  @property
+  def token_wise(self) -> bool:
+    """Whether a token's product is its own: no dropout, no call before it."""
+    return self.key is None and self.gate is None and weights.token_wise(self.w)
+
   def map_base(self, f: Callable[[Any], Any]) -> "AdaptedTensor":
     """Returns itself around `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.flash_attention import api, sharded
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.typing import Array, Float, Int, UserError
+from research.typing import Array, Float, Int, Shaped, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Call:
 
   Attributes:
     positions: `[B, T]` of the new tokens, negative for padding.
+    queries: `[B, N]`, those of the tokens that look, among the new ones.
     length: `[B]`, tokens of each row, the new ones included.
     mask: what may see what, the layer's window included.
     fresh: whether the cache was empty.
@@ -28,6 +30,7 @@ class Call:
   """
 
   positions: Any
+  queries: Any
   length: Any
   mask: Mask
   fresh: bool
@@ -92,6 +95,61 @@ def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
       way: tuple(a for a in tokens if a == axis) for way, axis in ways.items()
     },
   )
+
+
+def take(
+  x: Shaped[Array, "B T ..."], keep: Int[Array, "B N"] | None
+) -> Shaped[Array, "B N ..."]:
+  """Returns some tokens of each row, by their index; None for all."""
+  if keep is None:
+    return x
+  index = keep.reshape(*keep.shape, *(1,) * (x.ndim - 2))
+  return jnp.take_along_axis(x, index, axis=1)
+
+
+def of_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
+  """Returns `mask` of some queries alone.
+
+  Args:
+    mask: of `length` queries and as many keys, by index or by position; not of
+      block diffusion, whose rule is of indices alone.
+    keep: the queries.
+    length: of a row.
+  """
+  mask = sharded.positioned(mask, length, length)
+
+  def cut(x):
+    if x is None:
+      return None
+    return take(jnp.broadcast_to(x, (keep.shape[0], length)), keep)
+
+  return dataclasses.replace(
+    mask, q_positions=cut(mask.q_positions), q_segments=cut(mask.q_segments)
+  )
+
+
+def may_keep(
+  keep: Int[Array, "B N"] | None, mask: Mask, layers: Any, shape: Sequence[int]
+) -> bool:
+  """Whether a last layer can compute some tokens alone.
+
+  Not where they are all, or tokens of a row are on several devices, or who sees
+  whom is a rule of all queries, or a cache takes no other queries than keys.
+
+  Args:
+    keep: the tokens, by their index; None for all.
+    mask: what may see what.
+    layers: caches of layers, or None.
+    shape: of what goes into the layer, `[B, T, D]`.
+  """
+  if keep is None or keep.shape[1] >= shape[1]:
+    return False
+  if mask.kind == "block_diffusion":
+    return False
+  if sharding.is_cut() and sharding.cuts(shape[:2], "batch", "length")[1]:
+    return False
+  kinds = jax.tree.leaves(layers, is_leaf=lambda x: hasattr(x, "some_queries"))
+  return all(layer.some_queries for layer in kinds)
 
 
 def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:

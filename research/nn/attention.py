@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels_pallas.masks import Mask
 from research import weights
 from research.nn import rope as ropes
-from research.nn.attending import Call, attend
+from research.nn.attending import Call, attend, of_queries, take
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
 
@@ -50,7 +50,8 @@ class Attention(nn.Module):
     cache: Any = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
-  ) -> tuple[Float[Array, "B T D"], Any]:
+    keep: Int[Array, "B N"] | None = None,
+  ) -> tuple[Float[Array, "B N D"], Any]:
     """Returns the attended values, and the cache with `x`'s keys in it.
 
     Args:
@@ -62,16 +63,20 @@ class Attention(nn.Module):
         it does), or None.
       length: tokens in the cache after this call, for each row.
       fresh: whether the cache was empty before this call.
+      keep: which tokens look at the others; None for all.
     """
-    q, k, v = self._rotated(x, rotation)
+    q, k, v = self._rotated(x, rotation, keep)
     q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
     if self.window is not None:
       mask = dataclasses.replace(mask, window=(self.window - 1, None))
+    if keep is not None:
+      mask = of_queries(mask, keep, x.shape[1])
     if cache is None:
       y = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
     else:
       call = Call(
         positions,
+        take(positions, keep),
         length,
         mask,
         fresh,
@@ -81,7 +86,7 @@ class Attention(nn.Module):
         softcap=self.softcap,
       )
       cache, y = cache.attend(q, k, v, call)
-    y = y.reshape(*x.shape[:2], self.heads * self.head_dim)
+    y = y.reshape(*y.shape[:2], self.heads * self.head_dim)
     y = weights.project(self, y, "o", x.shape[-1], self.out_bias)
     return y, cache
 
@@ -98,20 +103,28 @@ class Attention(nn.Module):
     """
     return self._rotated(x, rotation)
 
-  def _rotated(self, x, rotation):
-    q, k, v = self._heads(x)
+  def _rotated(self, x, rotation, keep=None):
+    q, k, v = self._heads(x, keep)
     if self.qk_norm is not None:
       q = self.qk_norm.clone(name="q_norm", parent=self)(q)
       k = self.qk_norm.clone(name="k_norm", parent=self)(k)
     if rotation is not None:
-      q, k = ropes.rotate(q, *rotation), ropes.rotate(k, *rotation)
+      q = ropes.rotate(q, *(take(x, keep) for x in rotation))
+      k = ropes.rotate(k, *rotation)
     return q, k, v
 
-  def _heads(self, x):
+  def _heads(self, x, keep):
     heads = {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
     sizes = {name: n * self.head_dim for name, n in heads.items()}
-    parts = weights.project_all(self, x, sizes, self.qkv_bias)
-    return [y.reshape(*x.shape[:2], -1, self.head_dim) for y in parts]
+    together = self.has_variable("params", weights.beside(sizes))
+    if keep is None or together:
+      parts = weights.project_all(self, x, sizes, self.qkv_bias)
+      parts[0] = take(parts[0], keep)
+    else:
+      few = {"q": sizes.pop("q")}
+      parts = weights.project_all(self, take(x, keep), few, self.qkv_bias)
+      parts += weights.project_all(self, x, sizes, self.qkv_bias)
+    return [y.reshape(*y.shape[:2], -1, self.head_dim) for y in parts]
 
   def _key_bias(self, positions):
     """Returns the bias that keys at `positions` have, `[B, S, K, H]`."""

@@ -26,21 +26,24 @@ class Slots:
   Attributes:
     in_order: whether position `p` is in slot `p` modulo the slots, which the
       kernel for single tokens counts on.
+    some_queries: whether some of the new tokens may look and others not.
   """
 
   in_order: ClassVar[bool] = False
+  some_queries: ClassVar[bool] = True
 
   def attend(
     self,
-    q: Float[Array, "B T N H"],
+    q: Float[Array, "B Q N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     call: Call,
-  ) -> tuple[Any, Float[Array, "B T N H"]]:
-    """Returns the cache with new tokens in it, and what they see.
+  ) -> tuple[Any, Float[Array, "B Q N H"]]:
+    """Returns the cache with new tokens in it, and what queries see.
 
     Args:
-      q, k, v: of the new tokens.
+      q: of the new tokens, or of some of them.
+      k, v: of the new tokens.
       call: what else there is to know.
     """
     cache, keys, values, held = self.extend(
@@ -52,8 +55,8 @@ class Slots:
       window=call.window,
       bias=call.bias,
     )
-    mask = call.mask if held is None else at(call.mask, call.positions, held)
-    one = self.in_order and not call.fresh and q.shape[1] == 1
+    mask = call.mask if held is None else at(call.mask, call.queries, held)
+    one = self.in_order and not call.fresh and k.shape[1] == 1
     if one and decoding.has_kernel(q, keys, mask):
       y = decoding.attend_one(q, keys, values, call.positions, **call.options)
     else:

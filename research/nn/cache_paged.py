@@ -12,7 +12,7 @@ one table. Who owns which page is decided outside of the program
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,12 @@ class PagedLayer:
 
   Attributes:
     pages: of one layer, or of a run of them behind a leading axis.
+    some_queries: whether some of the new tokens may look and others not.
     table: `[..., B, W]`, pages of each row; behind the last that a row needs,
       or before the first that its window reaches, whatever.
   """
 
+  some_queries: ClassVar[bool] = False
   pages: Pages
   table: Any
 

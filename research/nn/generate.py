@@ -147,10 +147,14 @@ def prefill(
   """
   rows, time = tokens.shape
   cache = init_cache(model, params, rows, capacity, kv=kv)
-  hidden, cache = model.apply(
-    {"params": params}, tokens, cache=cache, lengths=lengths
+  last, cache = model.apply(
+    {"params": params},
+    tokens,
+    cache=cache,
+    lengths=lengths,
+    keep=lengths[:, None] - 1,
   )
-  last = hidden[jnp.arange(rows), lengths - 1]
+  last = last[:, 0]
   seen = None
   if sampling.repetition_penalty is not None:
     inside = jnp.arange(time) < lengths[:, None]

@@ -105,7 +105,8 @@ class Transformer(nn.Module):
     cache: caches.Cache | None = None,
     lengths: Int[Array, "B"] | None = None,
     time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
-  ) -> tuple[Float[Array, "B T D"], caches.Cache | None]:
+    keep: Int[Array, "B N"] | None = None,
+  ) -> tuple[Float[Array, "B N D"], caches.Cache | None]:
     """Returns final hidden states, after the last norm, and the cache.
 
     Args:
@@ -117,12 +118,15 @@ class Transformer(nn.Module):
       cache: from `init_cache` or an earlier call.
       lengths: tokens in each right-padded row of `inputs`; by default `T`.
       time: in [0, 1], of rows or of tokens; only for a model with a clock.
+      keep: the tokens whose states are returned, by their index in `inputs`;
+        None for all. A last layer that is a run of its own (`tree.unroll`)
+        computes those alone, and keys and values of all.
 
     Raises:
       UserError: a model with a clock got no time, or one without got one.
     """
     hidden, cache, _ = self._forward(
-      inputs, positions, mask, cache, lengths, time
+      inputs, positions, mask, cache, lengths, time, keep
     )
     return hidden, cache
 
@@ -145,7 +149,17 @@ class Transformer(nn.Module):
     """
     return self._forward(inputs, positions, mask, cache, lengths, time)
 
-  def _forward(self, inputs, positions, mask, cache, lengths, time):
+  def _forward(
+    self,
+    inputs,
+    positions,
+    mask,
+    cache,
+    lengths,
+    time,
+    keep=None,
+    whole=True,
+  ):
     x = sharding.constrain(self._embed(inputs), "batch", "length", None)
     batch, length = x.shape[:2]
     fresh = cache is None or cache.fresh
@@ -168,9 +182,15 @@ class Transformer(nn.Module):
     axes = () if still else order.balanced(mask, (batch, length))
     x, positions, mask = order.spread(axes, x, positions, mask)
     x, layers, loads = self._layers(
-      x, positions, mask, cache, held, fresh, told
+      x, positions, mask, cache, held, fresh, told, keep, whole
     )
+    if not whole:
+      return x, None, loads
     x = order.restored(axes, x)
+    if keep is not None and not x.shape[1] == keep.shape[1] < length:
+      x = attending.take(x, keep)
+    if told is not None and told.shape[1] > 1:
+      told = attending.take(told, keep)
     x = self.norm.clone(name="final_norm", parent=self)(x)
     if told is not None:
       change = clocks.Modulation(gated=False, name="final_modulation")
@@ -181,6 +201,25 @@ class Transformer(nn.Module):
       return x, None, loads
     cache = caches.Cache(length=held, layers=layers, fresh=False)
     return x, cache, loads
+
+  @nn.compact
+  def before_feed_forward(
+    self,
+    inputs: Int[Array, "B T"] | Float[Array, "B T D"],
+    positions: Int[Array, "B T"] | None = None,
+    mask: Mask | None = None,
+  ) -> Float[Array, "B T D"]:
+    """Returns what goes into the last layer's feed-forward, see `tail`.
+
+    Args:
+      inputs, positions, mask: as in a call.
+
+    Raises:
+      UserError: that layer is scanned with others.
+    """
+    return self._forward(
+      inputs, positions, mask, None, None, None, whole=False
+    )[0]
 
   @nn.compact
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -251,7 +290,9 @@ class Transformer(nn.Module):
 
     return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
 
-  def _layers(self, x, positions, mask, cache, length, fresh, told):
+  def _layers(
+    self, x, positions, mask, cache, length, fresh, told, keep, whole
+  ):
     rotations = {}
     for rope, dim in {
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
@@ -260,19 +301,30 @@ class Transformer(nn.Module):
         # XLA would put sines and cosines into what every layer does with them.
         tables = rope.tables(positions, dim)
         rotations[rope, dim] = jax.lax.optimization_barrier(tables)
-    caches_out, loads_out = {}, {}
-    for i, (params, blocks) in enumerate(self._runs()):
+    caches_out, loads_out, runs = {}, {}, self._runs()
+    for i, (params, blocks) in enumerate(runs):
+      old = None if cache is None else cache.layers[f"run{i}"]
+      last = i == len(runs) - 1
+      alone = last and tree.run_length(params) == 1
+      few = (
+        keep if alone and attending.may_keep(keep, mask, old, x.shape) else None
+      )
+      if last and not (whole or alone):
+        raise UserError(
+          "the last layer is scanned with others, expected one that is a run"
+          " of its own: tree.last_apart"
+        )
+      # Layers of a period that are computed as all others are.
+      most = len(blocks) - (few is not None or (last and not whole))
 
-      def period(x, params_and_cache, blocks=blocks):
+      def period(x, params_and_cache, blocks=blocks, few=few, most=most):
         params, old = params_and_cache
         params = meshes.gather_parts(params)
         new, loads = {}, {}
         for j, block in enumerate(blocks):
           key = f"layer{j}"
-          a = block.attention
-          x, new[key], loads[key] = block.apply(
-            {"params": params[key]},
-            x,
+          a, own = block.attention, params[key]
+          given = (
             positions,
             mask,
             rotations.get((a.rope, a.head_dim)),
@@ -281,9 +333,20 @@ class Transformer(nn.Module):
             fresh,
             told,
           )
+          if j < most:
+            x, new[key], loads[key] = block.apply({"params": own}, x, *given)
+          elif whole:
+            own = block.of_tokens(own, few)
+            x, new[key], loads[key] = block.apply(
+              {"params": own}, x, *given, few
+            )
+          else:
+            x, new[key] = block.apply(
+              {"params": own}, x, *given, method="attend"
+            )
+            loads[key] = None
         return x, (None if old is None else new, loads)
 
-      old = None if cache is None else cache.layers[f"run{i}"]
       body = _rematerialised(period, self.remat)
       if tree.run_length(params) == 1:
         one = jax.tree.map(lambda a: a[0], (params, old))

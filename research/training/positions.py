@@ -13,12 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from research.nn import meshes
+from research.nn.tail import head_of
 from research.nn.transformer import Transformer
 from research.training import losses
 from research.typing import Array, Float, Int, Params, Shaped
-
-HEAD = ("embed", "head")
-"""Top-level parameters that make logits of hidden states."""
 
 
 def map_positions(
@@ -45,11 +43,6 @@ def map_positions(
     return jax.tree.map(lambda x: losses.join_rows(x, length), found)
 
   return meshes.map_tokens(chunked, parts, *arrays)
-
-
-def head_of(params: Params) -> dict[str, Any]:
-  """Returns the parameters that `method="logits"` needs."""
-  return {k: params[k] for k in HEAD if k in params}
 
 
 def logits_of(

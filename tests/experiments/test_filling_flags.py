@@ -53,7 +53,6 @@ FLAGS = [
   (Guided, "weight", "--guidance=1.5", 1.5),
   (Cached, "before", "--cache=vicinity:5", 5),
   (Cached, "after", "--cache=vicinity:5,after=2", 2),
-  (Cached, "last", "--cache=prefix", 8),  # all of --max_new_tokens
   (Delayed, "refresh", "--cache=delayed:5", 5),
   (Delayed, "halvings", "--cache=delayed,halvings=1", 1),
   (Growth, "start", "--canvas=auto:6", 6),
@@ -91,7 +90,7 @@ def built(*arguments):
   options = filling.begun([[1, 2]], [0], SPEC, it).options
   loaded = Loaded(model, {}, None, {})
   found = {Options: options, Growth: filling_wanted.growth_of(it)}
-  asked = filling.denoiser_of(loaded, SPEC, it, options)
+  asked = filling.denoiser_of(loaded, SPEC, it)
   while asked is not None:
     found[type(asked)] = asked
     asked = getattr(asked, "inner", None)

@@ -143,7 +143,7 @@ WAYS = [
 
 
 def unpadded(monkeypatch):
-  monkeypatch.setattr(layout, "rung", lambda n: n)
+  monkeypatch.setattr(layout, "rung", lambda n, least=1: n)
 
 
 def kept(result):

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import config, outputs
 from research.diffusion.block import BlockDiffusion
-from research.diffusion.denoiser import BlockCausal
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares

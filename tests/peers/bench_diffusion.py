@@ -12,6 +12,12 @@ A LLaDA of 12M parameters, whose head has the share of the 8B's; fp32.
                            none
   diffusion_train          whole steps of LLaDA's pre-training, AdamW, 8 x 256
 
+  .venv/bin/python tests/peers/bench_diffusion.py ours diffusion_products_b1
+
+is tokens a second if a call without a cache were its matrix products and
+nothing else, each as XLA computes it: what they allow. The last layer's are of
+the block alone but for keys and values.
+
 Both sides fill the same weights' rows greedily; `same` is the share of equal
 tokens, 1 but for near ties, and less with the cache, an approximation. `host`
 is the share of the time that our sampler is not in a compiled program.
@@ -120,8 +126,11 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
   from research.diffusion import sampler
   from research.diffusion.candidates import Options
   from research.diffusion.denoiser import Cached, Whole
+  from research.nn import generate
 
   it = loaded()
+  # As experiments.generate does.
+  params = generate.prepare(it.params, it.model)
   prompts = tokens(batch, PROMPT).tolist()
   asked = (Cached if dual else Whole)(model=it.model)
   options = Options(
@@ -131,7 +140,7 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
 
   def once():
     state = sampler.start(prompts, options, jax.random.key(0))
-    got = sampler.sample(asked, it.params, state, options)
+    got = sampler.sample(asked, params, state, options)
     last["tokens"] = got.tokens[:, PROMPT:]
 
   begin = time.perf_counter()
@@ -146,6 +155,47 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
     compile_s=round(compile_s, 2),
     host=round(host_share(once, sampler), 4),
   )
+
+
+def ours_products(batch: int, runs: int) -> dict:
+  """Times the products of a call without a cache, one after another."""
+  import jax
+  import jax.numpy as jnp
+
+  from research.nn import generate
+
+  it = loaded()
+  params = generate.prepare(it.params, it.model)
+  depth, heads = CONFIG["n_layers"], CONFIG["n_heads"]
+
+  def seen(q, k, v):
+    """Returns attention's two products."""
+    q, k, v = (
+      x.reshape(batch, -1, heads, x.shape[-1] // heads).swapaxes(1, 2)
+      for x in (q, k, v)
+    )
+    y = (q @ k.swapaxes(2, 3)) @ v
+    return y.swapaxes(1, 2).reshape(-1, CONFIG["d_model"])
+
+  def call(params, x):
+    for i in range(depth):
+      layer = jax.tree.map(lambda w: w[0], params[f"run{i}"]["layer0"])
+      own = x[: batch * BLOCK] if i == depth - 1 else x
+      attention, mlp = layer["attention"], layer["mlp"]
+      qkv = own @ attention["q"], x @ attention["k"], x @ attention["v"]
+      y = seen(*jax.lax.optimization_barrier(qkv)) @ attention["o"]
+      gate, up = jax.lax.optimization_barrier((y @ mlp["gate"], y @ mlp["up"]))
+      x = (gate + up) @ mlp["down"]
+    return x @ params["head"]
+
+  x = jnp.full((batch * (PROMPT + NEW), CONFIG["d_model"]), 1e-3)
+  run = jax.jit(call)
+
+  def once():
+    for _ in range(STEPS):
+      jax.block_until_ready(run(params, x))
+
+  return timed(once, batch * NEW, runs)
 
 
 def host_share(once, sampler) -> float:
@@ -173,12 +223,14 @@ def ours_train(runs: int) -> dict:
   import jax
   import numpy as np
 
+  from research import tree
   from research.diffusion.objective import MaskedDiffusion
   from research.training import compiling, optim, state, step
 
   it = loaded()
   tx = optim.adamw(1e-4, weight_decay=0.01, clip=None)
-  begun = state.create(it.params, ".", tx)
+  # Experiment.transforms = (@tree.last_apart,)
+  begun = state.create(tree.last_apart(it.params), ".", tx)
   rows = tokens(BATCH, LENGTH).astype(np.int32)
   place = np.arange(LENGTH, dtype=np.int32)
   batch = dict(
@@ -212,11 +264,13 @@ def ours_train(runs: int) -> dict:
 def ours(row: str, runs: int) -> dict:
   from research.training.memory import peak_memory_bytes
 
-  if row == "diffusion_train":
+  _, kind, *size = row.split("_")
+  if kind == "train":
     out = ours_train(runs)
+  elif kind == "products":
+    out = ours_products(int(size[0][1:]), runs)
   else:
-    _, kind, size = row.split("_")
-    out = ours_sample(int(size[1:]), kind == "dual", runs)
+    out = ours_sample(int(size[0][1:]), kind == "dual", runs)
   return out | dict(peak_rss_bytes=peak_memory_bytes())
 
 

@@ -2,12 +2,17 @@
 
 Written from their descriptions: LLaDA's `generate` (Nie et al. 2025,
 arXiv:2502.09992, algorithms 4 and 5, and what its code does where they are
-silent), Fast-dLLM's thresholds (Wu et al. 2025, arXiv:2505.22618) and Dream's
-sampler (Ye et al. 2025, arXiv:2508.15487). Each asks a function for logits of
-whole rows at every step. What is random comes from the caller, who has it from
-the other side, so that both sides can be asked for the same tokens.
+silent), Fast-dLLM's thresholds and caches (Wu et al. 2025, arXiv:2505.22618)
+and Dream's sampler (Ye et al. 2025, arXiv:2508.15487). Each asks a function for
+logits of whole rows at every step. What is random comes from the caller, who
+has it from the other side, so that both sides can be asked for the same tokens.
 
   model(tokens [B, T]) -> logits [B, T, V], each place's own
+
+Caches need two more things of it:
+
+  model.read(tokens [B, N], first place, past) -> logits [B, N, V] of the place
+    after each where `model.shift`, keys and values of each layer, past included
 """
 
 import dataclasses
@@ -30,6 +35,7 @@ class Wanted:
     cfg: strength of guidance by the prompt.
     remasking: `low_confidence` or `random`.
     policy: `quota`, `threshold` or `factor`, with `value`.
+    cache: `none`, `prefix` or `dual`, Fast-dLLM's; without guidance.
     end: ids that end a text.
     never_end: `logits_eos_inf`.
     end_last: what `confidence_eos_eot_inf` is for: ends are filled last. Its
@@ -46,6 +52,7 @@ class Wanted:
   remasking: str = "low_confidence"
   policy: str = "quota"
   value: float = 0.0
+  cache: str = "none"
   end: tuple[int, ...] = ()
   never_end: bool = False
   end_last: bool = False
@@ -79,9 +86,12 @@ def llada(
     blocks = wanted.length // wanted.block
     steps = (wanted.steps or wanted.length) // blocks
     plan = quotas(wanted.block, steps)
-    step = 0
+    step, kept = 0, None
     while (x[:, inside] == mask_id).any():
-      logits = guided(model, x, given, mask_id, wanted.cfg)
+      if wanted.cache == "none":
+        logits = guided(model, x, given, mask_id, wanted.cfg)
+      else:
+        logits, kept = cached(model, x, inside, wanted.cache, kept)
       logits[..., mask_id] = LOWEST
       if wanted.never_end:
         logits[..., list(wanted.end)] = LOWEST
@@ -97,6 +107,35 @@ def guided(model, x, given, mask_id, scale) -> torch.Tensor:
   blind = torch.where(given, mask_id, x)
   c, u = model(torch.cat([x, blind])).chunk(2)
   return u + (scale + 1) * (c - u)
+
+
+def cached(model, x, inside, cache, kept) -> tuple[torch.Tensor, Any]:
+  """Returns logits of which those `inside` count, and what the cache keeps.
+
+  Args:
+    model, x: see `llada`.
+    inside: the block.
+    cache: `prefix`: later calls read the block and all behind it; `dual`: the
+      block.
+    kept: what an earlier call of the block returned, or None.
+  """
+  start, stop = inside.start, inside.stop
+  if cache == "prefix":
+    stop = x.shape[1]
+  if kept is None:
+    logits, past = model.read(x, 0, None)
+    rest = [
+      [torch.cat([y[:, :, :start], y[:, :, stop:]], dim=2) for y in layer]
+      for layer in past
+    ]
+    kept = rest, logits[:, start - 1]
+  else:
+    own, _ = model.read(x[:, start:stop], start, kept[0])
+    logits = own.new_zeros(*x.shape, own.shape[-1])
+    logits[:, start:stop], logits[:, start - 1] = own, kept[1]
+  if model.shift:
+    logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
+  return logits, kept
 
 
 def _commit(x, logits, inside, mask_id, wanted, call, plan, step) -> None:

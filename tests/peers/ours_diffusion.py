@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.diffusion import ancestral, policies, sampler
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.candidates import Options
-from research.diffusion.denoiser import BlockCausal, Whole
+from research.diffusion.denoiser import Cached, Whole
 from research.diffusion.guided import Guided, with_prompt
+from research.diffusion.prefix_cache import PrefixCache
 from research.nn import sampling as samplers
 from research.nn.sampling import Sampling
 
@@ -32,6 +34,7 @@ POLICIES = {
   "factor": lambda value: policies.Factor(factor=value),
   "refine": lambda value: policies.Threshold(threshold=value, quota_first=True),
 }
+CACHES = {"none": Whole, "prefix": PrefixCache, "dual": Cached}
 
 
 def options(case: dict, mask_id: int) -> Options:
@@ -48,7 +51,8 @@ def sample(it, args, rows) -> dict:
   key, out = jax.random.key(0), {}
   for case in json.loads(str(rows["cases"])):
     how = options(case, it.diffusion.mask_id)
-    asked = Whole(model=it.model, shift=it.diffusion.shift)
+    reads = CACHES[case.get("cache", "none")]
+    asked = reads(model=it.model, shift=it.diffusion.shift)
     state, params = sampler.start(prompts.tolist(), how, key), it.params
     if case.get("cfg"):
       asked = Guided(inner=asked, mask_id=how.mask_id, weight=case["cfg"])

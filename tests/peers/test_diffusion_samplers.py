@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import BlockRefinementScheduler
 from make_models import build, float64
+from transformers import DynamicCache
 
 MASK = {"llada": 46, "dream": 39}
 ENDS = {"llada": (41, 7), "dream": (38, 31)}
@@ -28,6 +29,11 @@ CASES = {
   "end_last": dict(length=12, block=6, steps=6, end_last=True),
   "threshold": dict(length=12, block=6, policy="threshold", value=0.3),
   "factor": dict(length=12, block=6, policy="factor", value=2.0),
+  "prefix": dict(length=12, block=4, cache="prefix"),
+  "dual": dict(length=12, block=4, cache="dual"),
+  "prefix_threshold": dict(
+    length=12, block=4, policy="threshold", value=0.3, cache="prefix"
+  ),
 }
 
 DREAM = {
@@ -40,24 +46,42 @@ DREAM = {
 DREAM_STEPS = (1, 5, 12, 20)
 
 
-@functools.cache
-def peer(name: str):
-  """Returns transformers' model in fp64, all tokens seeing each other."""
-  config, _ = make_diffusion.CASES[name]
-  tensors = make_diffusion.draw(config, list(make_diffusion.CASES).index(name))
-  with float64():
-    model = build(config, tensors, torch.float64)
+class Peer:
+  """transformers' model in fp64, all tokens seeing each other."""
 
-  def scores(tokens):
-    rows, length = tokens.shape
-    seen = torch.zeros(rows, 1, length, length, dtype=torch.float64)
-    with float64(), torch.no_grad():
-      logits = model(tokens, attention_mask=seen, use_cache=False).logits
-    if name == "dream":
+  def __init__(self, name: str):
+    config, _ = make_diffusion.CASES[name]
+    number = list(make_diffusion.CASES).index(name)
+    with float64():
+      tensors = make_diffusion.draw(config, number)
+      self.model = build(config, tensors, torch.float64)
+    self.shift = name == "dream"
+
+  def __call__(self, tokens):
+    logits, _ = self.read(tokens, 0, None)
+    if self.shift:
       logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
     return logits
 
-  return scores
+  def read(self, tokens, first, past):
+    cache = DynamicCache()
+    for i, layer in enumerate(past or ()):
+      cache.update(*layer, i)
+    rows, length = tokens.shape
+    keys = cache.get_seq_length() + length
+    with float64(), torch.no_grad():
+      out = self.model(
+        tokens,
+        attention_mask=torch.zeros(rows, 1, length, keys, dtype=torch.float64),
+        position_ids=torch.arange(first, first + length)[None],
+        past_key_values=cache,
+        use_cache=True,
+      )
+    layers = out.past_key_values.layers
+    return out.logits, [(layer.keys, layer.values) for layer in layers]
+
+
+peer = functools.cache(Peer)
 
 
 def prompts(name: str) -> np.ndarray:
@@ -166,6 +190,7 @@ def test_cases_differ(sampled):
     assert made[one] != made[other], (one, other)
   calls = {case: int(got[f"{case}/calls"]) for case in CASES}
   assert min(calls["threshold"], calls["factor"]) < 12
+  assert len({made[case] for case in ("blocks", "prefix", "dual")}) == 3
 
 
 REFINED = {

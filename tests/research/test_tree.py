@@ -66,6 +66,29 @@ def test_layers_that_differ_in_structure_or_shape_part_runs():
   chex.assert_trees_all_equal(tree.top(unrolled), tree.top(params))
 
 
+@pytest.mark.parametrize(
+  ("kinds", "runs"),
+  [
+    ("aaaa", [(3, 1), (1, 1)]),
+    ("ababab", [(2, 2), (1, 1), (1, 1)]),
+    ("aaab", [(3, 1), (1, 1)]),
+    ("a", [(1, 1)]),
+  ],
+)
+def test_the_last_layer_apart(kinds, runs):
+  layers = [_layer(i) for i in range(len(kinds))]
+  params = tree.stack({"embed": np.zeros((3, 2))}, layers, kinds=kinds)
+  apart = tree.last_apart(params)
+  found = [apart[name] for name in tree.runs(apart)]
+  assert [(tree.run_length(run), len(run)) for run in found] == runs
+  chex.assert_trees_all_equal(list(tree.layers(apart)), layers)
+  chex.assert_trees_all_equal(tree.top(apart), tree.top(params))
+  assert (
+    tree.layer_indices(apart)[f"run{len(runs) - 1}/layer0"][-1]
+    == len(kinds) - 1
+  )
+
+
 def test_kinds_must_fit():
   with pytest.raises(UserError, match="2 layers were given for 3 kinds"):
     tree.stack({}, [_layer(0), _layer(1)], kinds="abc")

@@ -10,6 +10,7 @@ import pytest
 
 from research.diffusion import denoiser
 from research.diffusion.block import BlockDiffusion
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.schedule import Linear
 from research.training.objective import NextToken
@@ -76,7 +77,7 @@ def test_one_block_is_plain_diffusion():
   masked, counts = ours.draw(
     jax.random.key(3), ours.maskable(batch), batch["positions"]
   )
-  hidden = ours.states(params, batch, masked)
+  hidden, _ = ours.states(params, batch, masked)
   noisy = jnp.where(masked, MASK, batch["tokens"])
   whole = denoiser.Whole(model=model)
   logits = whole.scores(params, noisy, jnp.ones((3, T), bool))
@@ -97,9 +98,9 @@ def test_one_pass_is_a_pass_a_block_with_its_clean_past(shift):
   masked, _ = ours.draw(
     jax.random.key(1), ours.maskable(batch), batch["positions"]
   )
-  hidden = ours.states(params, batch, masked)
+  hidden, _ = ours.states(params, batch, masked)
   got = model.apply({"params": params}, hidden, method="logits")
-  d = denoiser.BlockCausal(model=model, block=k, shift=shift)
+  d = BlockCausal(model=model, block=k, shift=shift)
   f = jax.jit(
     lambda tokens, at: d.first(
       params, tokens, jnp.ones(tokens.shape, bool), at, k

@@ -10,8 +10,8 @@ import pytest
 
 from research.diffusion import convert, sampler
 from research.diffusion.block import BlockDiffusion
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.candidates import Options
-from research.diffusion.denoiser import BlockCausal
 from research.diffusion.spec import Spec, from_config
 from research.interop import load
 from research.nn import generate
@@ -64,7 +64,7 @@ def test_blocks_of_one_token_are_the_real_model():
 
   @jax.jit
   def both(params, rows):
-    hidden = ours.states(params, rows, ours.maskable(rows))
+    hidden, _ = ours.states(params, rows, ours.maskable(rows))
     plain, _ = model.apply(
       {"params": params}, rows["tokens"], rows["positions"]
     )

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research import tree
 from research.diffusion import likelihood, sampler
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.candidates import Options
 from research.diffusion.credit import Credited
-from research.diffusion.denoiser import BlockCausal, Cached, Whole
+from research.diffusion.denoiser import Cached, Whole
 from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.policies import Threshold
+from research.diffusion.prefix_cache import PrefixCache
 from research.nn.sampling import Sampling
 from research.typing import UserError
 from tests import support
@@ -26,10 +29,11 @@ MASK = V - 1
 
 @functools.cache
 def network(family="llama"):
+  """Returns a model whose last layer is a run of its own, see `keep`."""
   model = support.model(
     family, depth=2, width=32, hidden=32, head_dim=8, vocab=V
   )
-  return model, support.params(model)
+  return model, tree.unroll(support.params(model))
 
 
 def rows(pads=(0, 0)):
@@ -159,26 +163,38 @@ def test_caches_are_exact_while_nothing_has_changed(before, after, shift):
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_the_last_places_of_all_rows_are_read_again(shift):
-  """What is before them is what it was; all of them, what no cache gives."""
+def test_a_prefix_cache_reads_the_block_and_all_behind_it(shift):
+  """Of rows whose texts end anywhere; a row's first block is behind nothing."""
   model = network()[0]
   tokens, _ = rows()
-  valid = jnp.arange(T) < jnp.array([[T], [T - 3]])  # texts end anywhere
-  later = changed(tokens, {8: 5})
+  valid = jnp.arange(T) < jnp.array([[T], [T - 3]])
+  d, whole = (
+    PrefixCache(model=model, shift=shift),
+    Whole(model=model, shift=shift),
+  )
 
-  def again(last, at, now):
-    d = Cached(model=model, shift=shift, last=last)
+  def again(at, now):
     return twice(d, tokens, now, valid, jnp.int32(at))[1]
 
   def want(at, now):
-    return first(Whole(model=model, shift=shift), now, valid, jnp.int32(at))
+    return first(whole, now, valid, jnp.int32(at))
 
-  for at in (8, 12):
-    close(again(8, at, tokens), want(at, tokens))
-    close(again(T, at, later), want(at, later))
-  # A token before them has no keys but those it had, in any row.
-  here = again(8, 12, changed(tokens, {7: 5}))
-  close(here, want(12, tokens))
+  for at in (4, 8, 12):
+    close(again(at, tokens), want(at, tokens))
+  later = changed(tokens, {2: 5, 9: 6, 12: 7})
+  close(again(0, later), want(0, later))
+  # Tokens before the block have no keys but those they had, in any row.
+  before = changed(tokens, {3: 6, 7: 5})
+  close(again(8, before), want(8, tokens))
+  # What is behind it is read anew.
+  behind = changed(tokens, {12: 5})
+  assert np.abs(again(8, behind) - want(8, tokens)).max() > 1e-3
+
+
+def test_a_prefix_cache_reads_few_numbers_of_places():
+  assert PrefixCache.spans(32, 256) == [32, 64, 96, 128, 192, 256]
+  assert PrefixCache.spans(32, 200) == [32, 64, 96, 128, 192, 200]
+  assert PrefixCache.spans(16, 16) == PrefixCache.spans(20, 16) == [16]
 
 
 def test_caches_drift_once_tokens_change_unless_all_is_read_again():
@@ -231,20 +247,49 @@ def test_what_is_remembered_from_block_to_block_is_what_is_read_anew(shift):
   close(kept, by_hand(later, valid, K, shift)[:, 12:])
 
 
-def test_a_block_causal_model_reads_the_start_of_rows_once():
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watched(BlockCausal):
+  """A model whose rows may not be read anew."""
+
+  def first(self, *args):
+    raise AssertionError("a whole row was read")
+
+
+GUIDED = functools.partial(Guided, mask_id=MASK)
+WRAPPERS = {
+  "none": lambda inner: inner,
+  "guided": lambda inner: GUIDED(inner=inner, weight=1.5),
+  "not guided": lambda inner: GUIDED(inner=inner, weight=0.0),
+  "credited": lambda inner: Credited(inner=inner, mask_id=MASK),
+  "both": lambda inner: Credited(
+    inner=GUIDED(inner=inner, weight=1.5), mask_id=MASK
+  ),
+}
+RARE = "not guided", "both"
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow if name in RARE else ())
+    for name in WRAPPERS
+  ],
+)
+def test_a_block_causal_model_reads_the_start_of_rows_once(name):
+  """Whatever is around it; and what it samples is what whole rows give."""
   model, params = network()
-
-  @dataclasses.dataclass(frozen=True, kw_only=True)
-  class Watched(BlockCausal):
-    def first(self, *args):
-      raise AssertionError("a whole row was read")
-
+  wrapped = WRAPPERS[name]
+  if name not in ("none", "credited"):
+    params = with_prompt(params, jnp.arange(16)[None] < 4)
   options = Options(mask_id=MASK, length=12, block=K)
-  state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
-  d = Watched(model=model, block=K)
   programs = sampler._remembered._cache_size()
-  got = sampler.sample(d, params, state, options)
-  assert got.calls == 12
+  found = []
+  for inner in (Watched(model=model, block=K), Whole(model=model, block=K)):
+    state = sampler.start([[3, 1, 4, 1]], options, jax.random.key(1))
+    found.append(sampler.sample(wrapped(inner), params, state, options))
+  each = 2 if name in ("guided", "both") else 1
+  assert found[0].calls == found[1].calls == 12 * each
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
   # The row's start is one program, all blocks after it another.
   assert sampler._remembered._cache_size() - programs == 2
 

@@ -1,6 +1,5 @@
 """Padded rows: few shapes, and nothing but the shape of what they were."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,12 +8,14 @@ import numpy as np
 import pytest
 
 from research.diffusion import layout, sampler
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.candidates import Options
 from research.diffusion.credit import Credited
 from research.diffusion.delayed import Delayed
-from research.diffusion.denoiser import BlockCausal, Cached, Whole
+from research.diffusion.denoiser import Cached, Whole
 from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.policies import Threshold
+from research.diffusion.prefix_cache import PrefixCache
 from research.nn.sampling import GREEDY, Sampling
 from tests.research.diffusion.test_denoiser import MASK, network
 
@@ -128,7 +129,7 @@ def readers():
     "near": Cached(model=model, before=2, after=1, shift=True),
     # More than there is before the first prompt, and behind any block.
     "far": Cached(model=model, before=16, after=4),
-    "prefix": Cached(model=model, last=LENGTH, shift=True),
+    "prefix": PrefixCache(model=model, shift=True),
     "delayed": Delayed(model=model, mask_id=MASK, halvings=2),
     "renewed": Delayed(model=model, mask_id=MASK, refresh=2, shift=True),
     "credit": Credited(inner=Whole(model=model), mask_id=MASK),
@@ -155,8 +156,6 @@ def test_rows_are_what_they_are_alone(name):
   got, begins = together(d, ROWS, Options(length=LENGTH, **common), HOT)
   for i, row in enumerate(ROWS):
     length = row.count(MASK)
-    if name == "prefix":
-      d = dataclasses.replace(d, last=length)
     want = alone(d, row, Options(length=length, **common), HOT, i)
     same(got, begins[i], i, want, len(row))
 
@@ -214,19 +213,14 @@ GAPS = [
 
 @pytest.mark.parametrize("name", ["shift", "near", "prefix"])
 def test_gaps_too(name):
-  def reader(options):
-    d = readers()[name]
-    if name == "prefix":
-      d = dataclasses.replace(d, last=options.length)
-    return d
-
+  d = readers()[name]
   rows = [[*GAPS[0], 9, 9], GAPS[1]]  # whole blocks of two behind the first gap
   common = dict(mask_id=MASK, block=2, stop=False)
   options = Options(length=32, **common)
-  got, begins = together(reader(options), rows, options, HOT)
+  got, begins = together(d, rows, options, HOT)
   for i, row in enumerate(rows):
     own = Options(length=len(row) - layout.head(row, MASK), **common)
-    want = alone(reader(own), row, own, HOT, i)
+    want = alone(d, row, own, HOT, i)
     same(got, begins[i], i, want, len(row))
     given = np.array(row) != MASK
     np.testing.assert_array_equal(want.tokens[0][given], np.array(row)[given])

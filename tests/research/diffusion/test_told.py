@@ -13,8 +13,9 @@ from kernels_pallas.masks import Mask
 from research.diffusion import ancestral, likelihood, sampler
 from research.diffusion.ancestral import Ancestral
 from research.diffusion.block import BlockDiffusion
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.candidates import Options
-from research.diffusion.denoiser import BlockCausal, Cached, Whole
+from research.diffusion.denoiser import Cached, Whole
 from research.diffusion.learned import GenMD4, Rates
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.policies import Threshold

@@ -1,6 +1,7 @@
 """The harness's questions to models that fill in masks."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -9,11 +10,15 @@ import numpy as np
 import pytest
 
 from research.diffusion import likelihood, sampler
+from research.diffusion.block_causal import BlockCausal
 from research.diffusion.candidates import Options as Filling
-from research.diffusion.denoiser import Whole
+from research.diffusion.delayed import Delayed
+from research.diffusion.denoiser import Cached, Whole
 from research.diffusion.guided import Guided, with_prompt
+from research.diffusion.policies import Threshold
+from research.diffusion.prefix_cache import PrefixCache
 from research.diffusion.spec import Spec
-from research.interop import lm_eval, lm_eval_diffusion
+from research.interop import lm_eval, lm_eval_diffusion, lm_eval_texts
 from research.interop.lm_eval_diffusion import Asking
 from research.interop.load import Loaded
 from research.nn.special_tokens import SpecialTokens
@@ -35,8 +40,12 @@ def loaded(plain):
   return dataclasses.replace(plain, diffusion=Spec(mask_id=MASK, end=(1,)))
 
 
-def exact(loaded, ids, first, guidance=0.0) -> float:
-  """Returns the bound on -log p(ids[first:] | ids[:first]), over all masks."""
+def exact(loaded, ids, first, guidance=0.0, prompt=None) -> float:
+  """Returns the bound on -log p(ids[first:] | ids[:first]), over all masks.
+
+  Guided by as many tokens as `prompt`; by default those before `first`.
+  """
+  prompt = first if prompt is None else prompt
   denoiser = Whole(model=loaded.model, block=loaded.diffusion.block)
   tokens = jnp.asarray([*ids, *[0] * (16 - len(ids))])
   place = jnp.arange(16)
@@ -44,7 +53,7 @@ def exact(loaded, ids, first, guidance=0.0) -> float:
   scores = lm_eval_diffusion.scores_of(
     denoiser, loaded.params, place < len(ids), MASK
   )
-  scores = likelihood.guided(scores, place < first, MASK, guidance)
+  scores = likelihood.guided(scores, place < prompt, MASK, guidance)
   total, length = 0.0, len(ids) - first
   for n in range(1, length + 1):
     sets = list(itertools.combinations(range(first, len(ids)), n))
@@ -109,19 +118,42 @@ def test_blocks_of_one_token_are_the_model_that_it_was(plain):
   np.testing.assert_allclose([v for v, _ in got], want, rtol=1e-5)
 
 
-def test_blocks_follow_clean_ones(loaded):
-  """Two blocks of 2 behind a context: the sum of two bounds."""
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
+  """Two blocks of 2 behind a context: the sum of two bounds.
+
+  Clean blocks are read once, by the model's own cache, never as whole rows.
+  """
   blocks = dataclasses.replace(
     loaded, diffusion=Spec(mask_id=MASK, end=(1,), block=2)
   )
   ids = [0, 9, 10, 11, 12, 13]
-  want = exact(blocks, ids[:4], 2) + exact(blocks, ids, 4)
-  how = Asking(samples=256)
-  [(value, _)] = lm_eval_diffusion.score(blocks, [(ids[:2], ids[2:])], how)
-  assert -value == pytest.approx(want, rel=1e-5)  # two tokens: all sets
-  # One that begins within a block is asked of the rest of it first.
-  row = lm_eval_diffusion._Row(blocks, blocks.diffusion, how, ids, 3)
-  assert row.spans() == [(3, 4), (4, 6)]
+  how = Asking(samples=256, guidance=guidance)
+
+  def bound(size, first, prompt):
+    return exact(blocks, ids[:size], first, guidance, prompt)
+
+  want = bound(4, 2, 2) + bound(6, 4, 2)
+  # One that begins within a block is asked of the rest of it first, and ends
+  # within one.
+  within = bound(4, 3, 3) + bound(5, 4, 3)
+  monkeypatch.setattr(Whole, "scores", None)
+  read = []
+  remember = BlockCausal.remember
+
+  def watched(self, params, tokens, valid, start, size, memory=None):
+    read.append((tokens.shape[0], memory is not None))
+    return remember(self, params, tokens, valid, start, size, memory)
+
+  monkeypatch.setattr(BlockCausal, "remember", watched)
+  jax.clear_caches()
+  asked = [(ids[:2], ids[2:]), (ids[:3], ids[3:5])]
+  found = lm_eval_diffusion.score(blocks, asked, how)
+  # Of two tokens all sets are tried.
+  assert -found[0][0] == pytest.approx(want, rel=1e-5)
+  assert -found[1][0] == pytest.approx(within, rel=1e-5)
+  # Traced: one row's prefix, and one block more.
+  assert read == [(1, False), (1, True)]
 
 
 def test_values_do_not_depend_on_their_company(loaded):
@@ -173,7 +205,7 @@ def test_generate_until(loaded, block):
   )
   options = {"until": [], "max_gen_toks": 8, "do_sample": False}
   requests = [(text, options) for text in ("what", "is th", "a")]
-  how = Asking(block=4)
+  how = Asking(options=dict(block=4))
   whole = lm_eval_diffusion.generate_until(it, requests, batch=2, how=how)
   programs = sampler.fill_block._cache_size()
   alone = lm_eval_diffusion.generate_until(it, requests, batch=1, how=how)
@@ -188,10 +220,92 @@ def test_generate_until(loaded, block):
   assert cut == longest[: longest.index(stop)]
 
 
+EOT = 7
+SETTINGS = {
+  # LLaDA-8B-Instruct's published settings, of smaller canvases: GSM8K and MATH
+  # without blocks, HumanEval, MMLU, GSM8K in blocks (ML-GSAI/LLaDA, EVAL.md);
+  # LLaDA 1.5's; Fast-dLLM's (eval_gsm8k.sh).
+  "ends last": dict(
+    length=8, block=8, steps=8, end=(1, EOT), end_last=True, stop=False
+  ),
+  "no end": dict(
+    length=8, block=8, steps=4, end=(1,), never_end=True, stop=False
+  ),
+  "short": dict(length=3, block=3, steps=3, stop=False),
+  "blocks": dict(length=8, block=2, steps=8, select="random", stop=False),
+  "dual": dict(length=8, block=4, policy=Threshold(threshold=0.3)),
+}
+CACHES = {"dual": Cached, "short": functools.partial(Delayed, mask_id=MASK)}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
+  given, seen = SETTINGS[name], []
+  sample = sampler.sample
+
+  def watched(denoiser, params, state, options, *rest):
+    seen.append((denoiser, options))
+    seen.append(sample(denoiser, params, state, options, *rest))
+    return seen[-1]
+
+  monkeypatch.setattr(sampler, "sample", watched)
+  how = Asking(options=given, cache=CACHES.get(name))
+  asked = [("what", {"until": [], "max_gen_toks": 16})]
+  [text] = lm_eval_diffusion.generate_until(loaded, asked, how=how)
+  (denoiser, options), rows = seen
+  defaults = Filling(mask_id=MASK)
+  for field in dataclasses.fields(Filling):
+    want = given.get(field.name, getattr(defaults, field.name))
+    if field.name == "end":
+      want = given.get("end", (1,))
+    assert getattr(options, field.name) == want, field.name
+  kinds = {"dual": Cached, "short": Delayed}
+  assert type(denoiser) is kinds.get(name, Whole)
+  # Without an early stop nothing is cut where a text ends.
+  made = rows.tokens[0, -given["length"] :]
+  if options.stop:
+    made = made[: rows.lengths[0]]
+  assert text == loaded.tokenizer.decode(made.tolist())
+  if name == "no end":
+    assert not np.isin(made, 1).any() and rows.calls == 4
+
+
+def test_a_model_of_blocks_has_its_steps_a_block(loaded, monkeypatch):
+  """Its prompt ends within one, so that there is a block more; all cached."""
+  seen = []
+  monkeypatch.setattr(
+    sampler, "sample", lambda d, p, s, o, rule: seen.append((d, o)) or 1
+  )
+  it = dataclasses.replace(
+    loaded, diffusion=dataclasses.replace(loaded.diffusion, block=4)
+  )
+  prompt = loaded.tokenizer.encode("what", add_special=True)
+  assert len(prompt) % 4
+  asked = [("what", {"until": [], "max_gen_toks": 8})]
+  with pytest.raises(AttributeError):  # nothing was sampled
+    how = Asking(options=dict(steps=4))
+    lm_eval_diffusion.generate_until(it, asked, how=how)
+  [(denoiser, options)] = seen
+  assert (options.length, options.block_steps) == (12, 2)
+  assert denoiser == BlockCausal(model=it.model, block=4)
+
+
+def test_stops_are_found_among_special_tokens(loaded):
+  """As LLaDA's harness does: they are cut at, then left out."""
+  tokenizer = loaded.tokenizer
+  ids = [9, 10, 1, 11, 12, 1, 13]
+  text = tokenizer.decode(ids, skip_special=False)
+  assert "</s>" in text
+  got = lm_eval_texts.text_of(tokenizer, ids, ("</s>",))
+  assert got == tokenizer.decode(ids[:2])
+  got = lm_eval_texts.text_of(tokenizer, ids, (tokenizer.decode([12]),))
+  assert got == tokenizer.decode([9, 10, 11])
+
+
 def test_guidance_is_also_of_texts(loaded):
   """By hand: the sampler, guided by a prompt of as many tokens."""
   options = {"until": [], "max_gen_toks": 4}
-  how = Asking(block=4, guidance=3.0)
+  how = Asking(options=dict(block=4), guidance=3.0)
   [got] = lm_eval_diffusion.generate_until(loaded, [("what", options)], how=how)
   prompt = loaded.tokenizer.encode("what", add_special=True)
   filling = Filling(mask_id=MASK, length=4, block=4, end=(1,))
@@ -203,9 +317,30 @@ def test_guidance_is_also_of_texts(loaded):
     rows.tokens[0, -4:][: rows.lengths[0]].tolist()
   )
   [plain] = lm_eval_diffusion.generate_until(
-    loaded, [("what", options)], how=Asking(block=4)
+    loaded, [("what", options)], how=Asking(options=dict(block=4))
   )
   assert plain != got
+
+
+def test_wrong_settings(loaded):
+  with pytest.raises(UserError, match="'step', expected .*steps, stop or"):
+    Asking(options=dict(step=4))
+  with pytest.raises(UserError, match="mask_id"):
+    Asking(options=dict(mask_id=4))
+  blocks = dataclasses.replace(loaded, diffusion=Spec(mask_id=MASK, block=4))
+  asked = [("a", {"max_gen_toks": 8})]
+
+  def ask(it, **how):
+    lm_eval_diffusion.generate_until(it, asked, how=Asking(**how))
+
+  with pytest.raises(UserError, match="block is 8, expected the model's, 4"):
+    ask(blocks, options=dict(block=8))
+  with pytest.raises(UserError, match="own cache, which is exact"):
+    ask(blocks, cache=PrefixCache)
+  with pytest.raises(UserError, match="steps is 3, expected a multiple of the"):
+    ask(loaded, options=dict(block=4, steps=3))
+  with pytest.raises(UserError, match="length is 24, expected less than the"):
+    ask(loaded, options=dict(length=CONTEXT, block=8))
 
 
 def test_wrong_questions(plain, loaded):
