@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help quickstart tiny-lm test soak lint test-peers test-oldest \
+.PHONY: help quickstart tiny-lm test test-all soak lint test-peers test-oldest \
   test-chips bench bench-chips bench-gpu bench-tpu venv venv-peers llama-cpp \
   gptqmodel clean
 
@@ -43,6 +43,10 @@ tiny-lm: venv  ## Trains a small language model of our own (20 minutes)
 test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
 	@$(MAKE) --no-print-directory lint
 	@$(PY) $(PYTEST) $(ARGS)
+
+test-all: venv  ## Runs every case, those marked slow as well (hours)
+	@$(MAKE) --no-print-directory lint
+	@$(PY) $(PYTEST) --slow $(ARGS)
 
 # Numbers of cases, from --first on: make soak ARGS='--first=10000'
 soak: venv  ## Reads 10,000 damaged files; kills a run 200 times

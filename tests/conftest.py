@@ -4,8 +4,10 @@ All of it has to happen before JAX starts a backend and before our packages
 are imported, which is why it stands at module level here and nowhere else.
 """
 
+import collections
 import gc
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
@@ -93,7 +95,41 @@ def _reason_to_skip(item: pytest.Item) -> str | None:
   return None
 
 
+def _covering(items: list[pytest.Item], strength: int) -> set[pytest.Item]:
+  """Returns few cases in which any `strength` arguments have all their values.
+
+  Args:
+    items: all cases of one test.
+    strength: 1 for each value once at least, 2 for each pair of values.
+  """
+
+  def covered(item: pytest.Item) -> set[tuple]:
+    indices = sorted(item.callspec.indices.items())
+    return set(itertools.combinations(indices, min(strength, len(indices))))
+
+  left = set().union(*map(covered, items))
+  kept = set()
+  while left:
+    best = max(items, key=lambda item: len(covered(item) & left))
+    left -= covered(best)
+    kept.add(best)
+  return kept
+
+
+def _leave_out_products(items: list[pytest.Item]) -> None:
+  """Marks as slow what a test's marker `cover` can do without."""
+  tests = collections.defaultdict(list)
+  for item in items:
+    if item.get_closest_marker("cover") and not item.get_closest_marker("slow"):
+      tests[item.nodeid.partition("[")[0]].append(item)
+  for cases in tests.values():
+    marker = cases[0].get_closest_marker("cover")
+    for case in set(cases) - _covering(cases, *marker.args):
+      case.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  _leave_out_products(items)
   for item in items:
     if reason := _reason_to_skip(item):
       item.add_marker(pytest.mark.skip(reason=reason))
