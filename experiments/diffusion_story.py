@@ -22,7 +22,7 @@ from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Cached, Denoiser, Whole
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.policies import Policy, Threshold
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn.sampling import Sampling
 from research.nn.transformer import Transformer
 from research.training.objective import NextToken

@@ -15,7 +15,7 @@ from experiments.site import Site
 from research.data.packing import Row
 from research.data.pipeline import Data
 from research.interop import load, unread
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.interop.unread import Shardings
 from research.nn.transformer import Remat
 from research.sharding import Layout

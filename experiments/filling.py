@@ -19,7 +19,7 @@ from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.prefix_cache import PrefixCache
 from research.diffusion.spec import Spec
 from research.diffusion.told import shares
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn.sampling import Sampling
 from research.typing import UserError
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn import presets
 from research.nn.transformer import Remat
 from research.typing import UserError

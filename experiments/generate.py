@@ -181,7 +181,7 @@ def _load() -> Any:
 def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   """Returns parameters for decoding, each row's adapter in them."""
   from research import weights
-  from research.lora import gguf_adapter, pool
+  from research.lora import gguf_adapter, pool, pool_reader
   from research.nn import generate
   from research.quant import panels
 
@@ -194,7 +194,7 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   if len(set(names)) == 1:
     place = places[names[0]]
     return ready(gguf_adapter.load_any(place, loaded.params, loaded.model))
-  held = pool.fitted(loaded.params, loaded.model, places)
+  held = pool.fitted(loaded.params, loaded.model, places, pool_reader.read)
   held, ids = pool.use(held, names)
   return weights.bind(ready(held.params), ids=ids)
 

@@ -14,7 +14,7 @@ from experiments.experiment import Built, Experiment
 from research import tree
 from research.diffusion import spec
 from research.interop import convert, hf_export, load, sources
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.lora import peft_naming, peft_write, wrap
 from research.training import folders, plots, state
 from research.training.folders import Folder

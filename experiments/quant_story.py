@@ -18,7 +18,7 @@ from experiments.quant_study import Row
 from research import tree, weights
 from research.data.sources import PydocTopics
 from research.interop import convert, load, sources
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn import generate
 from research.quant import (
   calibrate,

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from experiments.experiment import Looking, Source, Transform
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.quant.reports import Report
 from research.typing import Params
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from experiments.experiment import Experiment, Source
 from research import sharding
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.training import compiling, feed, state, step
 from research.training.objective import Batch
 

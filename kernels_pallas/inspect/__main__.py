@@ -7,8 +7,16 @@ import pathlib
 import sys
 
 from kernels_pallas.flash_attention import tiling
-from kernels_pallas.inspect import build, chips, gpu, picture, report, search
-from kernels_pallas.inspect.build import Job
+from kernels_pallas.inspect import (
+  build,
+  chips,
+  gpu,
+  picture,
+  programs,
+  report,
+  search,
+)
+from kernels_pallas.inspect.programs import Job
 from kernels_pallas.inspect.report import Measurement
 
 REFERENCES = {
@@ -78,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     "test-chips` makes .venv-chips, which has both.",
   )
   add = parser.add_argument
-  kernels = [name for name in build.PROGRAMS if name not in REFERENCES]
+  kernels = [name for name in programs.PROGRAMS if name not in REFERENCES]
   add("--kernel", choices=kernels, default=kernels[0])
   add("--target", choices=list(chips.CHIPS), required=True)
   add("--direction", choices=["forward", "backward"], default="forward")

@@ -14,7 +14,7 @@ import time
 
 from kernels_pallas.inspect import __main__ as command
 from kernels_pallas.inspect import build, chips
-from kernels_pallas.inspect.build import Job
+from kernels_pallas.inspect.programs import Job
 from kernels_pallas.inspect.report import Measurement
 
 HEADER = (

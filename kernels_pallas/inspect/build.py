@@ -13,9 +13,7 @@ import re
 import subprocess
 import sys
 
-from kernels_pallas.inspect import programs
-from kernels_pallas.inspect.chips import CHIPS, Chip
-from kernels_pallas.inspect.programs import Program
+from kernels_pallas.inspect.programs import Job
 
 TIMEOUT = 600
 
@@ -30,63 +28,12 @@ _RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit)\b")
 FEATURES = ("full", "causal", "everything")
 """Of attention: a full mask, a causal one, or all that the kernels can do."""
 
-PROGRAMS = {
-  "flash_attention": Program(
-    programs.flash_attention,
-    programs.flash_attention_steps,
-    programs.ATTENTION,
-  ),
-  "splash": Program(programs.splash, programs.splash_steps, programs.ATTENTION),
-  "tokamax": Program(
-    programs.tokamax, programs.splash_steps, programs.ATTENTION
-  ),
-}
-"""What can be compiled and read, by name: another kernel is an entry more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """What to compile: T = S tokens and one head, where it is attention.
-
-  Attributes:
-    maker: A key of `PROGRAMS`.
-    target: A key of `CHIPS`.
-    direction: 'forward' or 'backward'.
-    length: Tokens.
-    head_dim: Of q, k and v.
-    dtype: 'bfloat16' or 'float32'.
-    blocks: (q, kv, q part, kv part) of ours, or () for those that our kernels
-      take by themselves; (q, kv, kv part, fused: 0 or 1) of splash.
-    backward: Organisation of our backward pass.
-    features: One of `FEATURES`.
-  """
-
-  maker: str
-  target: str
-  direction: str
-  length: int
-  head_dim: int
-  dtype: str
-  blocks: tuple[int, ...]
-  backward: str = "fused"
-  features: str = "full"
-
-  @property
-  def chip(self) -> Chip:
-    """The generation."""
-    return CHIPS[self.target]
-
-  @property
-  def program(self) -> Program:
-    """What is compiled."""
-    return PROGRAMS[self.maker]
-
 
 def missing(maker: str = "flash_attention") -> str | None:
   """Why `maker` cannot be compiled here, or None.
 
   Args:
-    maker: A key of `PROGRAMS`.
+    maker: A key of `programs.PROGRAMS`.
   """
   if importlib.util.find_spec("libtpu") is None:
     return (

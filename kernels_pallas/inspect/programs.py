@@ -1,17 +1,15 @@
 """Kernels that can be inspected: how each is called, what a step of it does.
 
-A kernel is one `Program` in `build.PROGRAMS`. Its steps say what matrix work a
+A kernel is one `Program` in `PROGRAMS`. Its steps say what matrix work a
 step of the grid holds, so that a schedule can be checked, and how many bytes
 it fetches, so that a prediction knows when memory is the limit.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-  from kernels_pallas.inspect.build import Job
-
+from kernels_pallas.inspect.chips import CHIPS, Chip
 
 EXACT, LANES, WIDTH = "exact", "lanes", "width"
 """What pads the head dim of a matmul: nothing, where it is the rows that pass a
@@ -19,6 +17,44 @@ matrix unit; the 128 lanes of a register, where it is contracted or was turned;
 the columns of the unit, where it is the result's last axis."""
 
 LANE_COUNT = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What to compile: T = S tokens and one head, where it is attention.
+
+  Attributes:
+    maker: A key of `PROGRAMS`.
+    target: A key of `CHIPS`.
+    direction: 'forward' or 'backward'.
+    length: Tokens.
+    head_dim: Of q, k and v.
+    dtype: 'bfloat16' or 'float32'.
+    blocks: (q, kv, q part, kv part) of ours, or () for those that our kernels
+      take by themselves; (q, kv, kv part, fused: 0 or 1) of splash.
+    backward: Organisation of our backward pass.
+    features: One of `FEATURES`.
+  """
+
+  maker: str
+  target: str
+  direction: str
+  length: int
+  head_dim: int
+  dtype: str
+  blocks: tuple[int, ...]
+  backward: str = "fused"
+  features: str = "full"
+
+  @property
+  def chip(self) -> Chip:
+    """The generation."""
+    return CHIPS[self.target]
+
+  @property
+  def program(self) -> "Program":
+    """What is compiled."""
+    return PROGRAMS[self.maker]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +101,8 @@ class Program:
     credited: Matmuls an element that count as work, by direction.
   """
 
-  call: Callable[["Job"], tuple[Callable[..., Any], Any]]
-  steps: Callable[["Job"], tuple[Step, ...]]
+  call: Callable[[Job], tuple[Callable[..., Any], Any]]
+  steps: Callable[[Job], tuple[Step, ...]]
   credited: dict[str, int]
 
 
@@ -75,7 +111,7 @@ class Program:
 ATTENTION = {"forward": 2, "backward": 5}
 
 
-def flash_attention(job: "Job") -> tuple[Callable[..., Any], Any]:
+def flash_attention(job: Job) -> tuple[Callable[..., Any], Any]:
   """Ours: one head, or whatever the job's features add."""
   import jax
   import jax.numpy as jnp
@@ -117,7 +153,7 @@ def flash_attention(job: "Job") -> tuple[Callable[..., Any], Any]:
   return _directed(job, run), (x, data)
 
 
-def flash_attention_steps(job: "Job") -> tuple[Step, ...]:
+def flash_attention_steps(job: Job) -> tuple[Step, ...]:
   """Of our kernels at the job's blocks."""
   q, kv, *_ = job.blocks
   H, size = job.head_dim, _size(job.dtype)
@@ -152,7 +188,7 @@ def flash_attention_steps(job: "Job") -> tuple[Step, ...]:
   )
 
 
-def splash(job: "Job") -> tuple[Callable[..., Any], Any]:
+def splash(job: Job) -> tuple[Callable[..., Any], Any]:
   """jax's splash attention, forward and backward, full mask."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
@@ -175,7 +211,7 @@ def splash(job: "Job") -> tuple[Callable[..., Any], Any]:
   return _heads_first(job, run)
 
 
-def tokamax(job: "Job") -> tuple[Callable[..., Any], Any]:
+def tokamax(job: Job) -> tuple[Callable[..., Any], Any]:
   """tokamax's splash attention, whose backward pass is always fused."""
   from tokamax._src.ops.experimental.tpu.splash_attention import (
     splash_attention_kernel as kernel,
@@ -195,7 +231,7 @@ def tokamax(job: "Job") -> tuple[Callable[..., Any], Any]:
   return _heads_first(job, run)
 
 
-def splash_steps(job: "Job") -> tuple[Step, ...]:
+def splash_steps(job: Job) -> tuple[Step, ...]:
   """Of splash attention, jax's and tokamax's, at the job's blocks."""
   q, kv, _, fused = job.blocks
   H, size = job.head_dim, _size(job.dtype)
@@ -224,7 +260,7 @@ def splash_steps(job: "Job") -> tuple[Step, ...]:
   )
 
 
-def _heads_first(job: "Job", run) -> tuple[Callable[..., Any], Any]:
+def _heads_first(job: Job, run) -> tuple[Callable[..., Any], Any]:
   """`run` of q, k, v [N, T, H], as what a job compiles."""
   import jax
   import jax.numpy as jnp
@@ -234,7 +270,7 @@ def _heads_first(job: "Job", run) -> tuple[Callable[..., Any], Any]:
   return function, (dict.fromkeys("qkv", x), {})
 
 
-def _directed(job: "Job", run):
+def _directed(job: Job, run):
   """`run` of (what is differentiated, what is not), or its gradient."""
   import jax
 
@@ -246,3 +282,15 @@ def _directed(job: "Job", run):
 
 def _size(dtype: str) -> int:
   return {"bfloat16": 2, "float32": 4}[dtype]
+
+
+PROGRAMS = {
+  "flash_attention": Program(
+    flash_attention,
+    flash_attention_steps,
+    ATTENTION,
+  ),
+  "splash": Program(splash, splash_steps, ATTENTION),
+  "tokamax": Program(tokamax, splash_steps, ATTENTION),
+}
+"""What can be compiled and read, by name: another kernel is an entry more."""

@@ -5,8 +5,7 @@ import pathlib
 import tempfile
 
 from kernels_pallas.inspect import build, chips, schedule
-from kernels_pallas.inspect.build import Job
-from kernels_pallas.inspect.programs import Step
+from kernels_pallas.inspect.programs import Job, Step
 
 TOLERANCE = 0.01
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from kernels_pallas.flash_attention import tiling
 from kernels_pallas.inspect import report
-from kernels_pallas.inspect.build import Job
+from kernels_pallas.inspect.programs import Job
 from kernels_pallas.inspect.report import Measurement
 
 QUICK = 1024

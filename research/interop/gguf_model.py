@@ -20,7 +20,7 @@ from research.interop.gguf import GGUF, Tensor, open_gguf
 from research.interop.gguf_config import config, has_tokenizer
 from research.interop.gguf_rows import Row
 from research.interop.gguf_types import TYPES, decode, require
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.interop.names import Address
 from research.interop.parts import Part
 from research.nn import presets

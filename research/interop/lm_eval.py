@@ -22,7 +22,7 @@ from kernels_pallas.masks import Mask
 from research import weights
 from research.interop import lm_eval_diffusion, lm_eval_requests
 from research.interop.lm_eval_requests import Ids, context_of
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn import generate, special_tokens
 from research.nn.special_tokens import (
   NO_SPECIAL_TOKENS,

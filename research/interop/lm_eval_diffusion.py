@@ -28,7 +28,7 @@ from research.diffusion.spec import Spec
 from research.interop import lm_eval_requests as texts
 from research.interop.lm_eval_settings import DEFAULT, Asking, reading, spec_of
 from research.interop.lm_eval_texts import generate_until
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn import generate, special_tokens
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 

@@ -8,7 +8,7 @@ from research.diffusion import likelihood, told
 from research.diffusion.candidates import Options
 from research.diffusion.denoiser import Denoiser
 from research.diffusion.spec import Spec
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.typing import UserError
 
 

@@ -15,7 +15,7 @@ from research.diffusion.guided import Guided, with_prompt
 from research.diffusion.spec import Spec
 from research.interop import lm_eval_requests as texts
 from research.interop.lm_eval_settings import DEFAULT, Asking, reading, spec_of
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.typing import UserError
 
 

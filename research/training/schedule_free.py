@@ -16,7 +16,6 @@ import optax
 from optax import contrib
 
 from research.training import optim, ranges
-from research.training.state import TrainState
 from research.typing import Array, UserError
 
 Metrics = dict[str, Array]
@@ -78,8 +77,8 @@ def averages(opt_state: Any, params: Any) -> Any:
 
 def finish(
   steps: int,
-) -> Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]:
-  """Returns a rewrite that ends a run at its average.
+) -> Callable[[Any, Metrics], tuple[Any, Metrics]]:
+  """Returns a rewrite of a `TrainState` that ends a run at its average.
 
   z moves there too, so that a longer run could go on from it.
 
@@ -87,7 +86,7 @@ def finish(
     steps: of the whole run.
   """
 
-  def after(state: TrainState, metrics: Metrics) -> tuple[TrainState, Metrics]:
+  def after(state: Any, metrics: Metrics) -> tuple[Any, Metrics]:
     inner = _found(state.opt_state)
     x = averages(state.opt_state, state.trainable)
     last = state.step == steps

@@ -9,6 +9,7 @@ from experiments import diffusion_smollm2
 from experiments.diffusion_smollm2 import Backwards, Instructed
 from experiments.diffusion_study import Tiny
 from research.interop import gguf, load
+from research.interop.loaded import Loaded
 from research.nn.tokenizer import Tokenizer
 from research.typing import UserError
 from tests import support
@@ -41,7 +42,7 @@ def test_every_stage_is_judged(words, monkeypatch):
     depth=1, width=8, hidden=8, heads=2, kv_heads=2, head_dim=4, vocab=49_152,
     tied=True,
   )  # fmt: skip
-  made = load.Loaded(model, support.params(model), words, {})
+  made = Loaded(model, support.params(model), words, {})
   monkeypatch.setattr(diffusion_smollm2.load, "load_model", lambda _: made)
   study = Instructed(
     train=Tiny(batch=2, every=1, warmup=1, rate=1e-2),

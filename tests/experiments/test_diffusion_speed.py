@@ -8,7 +8,7 @@ from experiments.filling import Wanted
 from research.diffusion import layout, sampler
 from research.diffusion.sampler import Sampled
 from research.diffusion.spec import Spec
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn.sampling import GREEDY
 from tests import support
 

@@ -17,7 +17,7 @@ from research.diffusion.guided import Guided
 from research.diffusion.policies import Factor, Hierarchy, Quota, Threshold
 from research.diffusion.remask import Remask
 from research.diffusion.spec import Spec
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.typing import UserError
 from tests import support
 

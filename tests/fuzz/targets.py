@@ -20,6 +20,7 @@ from research import tree, weights
 from research.data import jsonl
 from research.interop import gguf_imatrix, hf, hf_config, load, safetensors
 from research.interop.gguf_model import load_gguf
+from research.interop.loaded import NOTE, Loaded
 from research.lora import peft
 from research.nn import chat, presets
 from research.nn.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ def _read_tensors(path: pathlib.Path) -> None:
   assert header + total == file.stat().st_size, "bytes that no tensor has"
 
 
-def _complete(it: load.Loaded) -> None:
+def _complete(it: Loaded) -> None:
   """Raises unless every parameter of the model is there, and no other."""
   want = sum(int(np.prod(slot.shape)) for slot in hf.slots(it.model))
   leaves = jax.tree.leaves(it.params, is_leaf=weights.is_weight)
@@ -86,7 +87,7 @@ def _imatrix(path: pathlib.Path) -> None:
 
 
 @functools.cache
-def _base() -> load.Loaded:
+def _base() -> Loaded:
   return load.load_model(MODELS / "llama")
 
 
@@ -275,7 +276,7 @@ TARGETS: dict[str, Target] = {
     _tokenizer,
   ),
   "checkpoint": Target(
-    1, lambda: _made("ours"), load.NOTE, mutations.of_json, _load
+    1, lambda: _made("ours"), NOTE, mutations.of_json, _load
   ),
   **{
     name: Target(1, _quantized(name), _FILE, _tensors, _load)
@@ -287,9 +288,7 @@ TARGETS: dict[str, Target] = {
     )
     for name in _QUANTIZED
   },
-  "packed_note": Target(
-    1, _quantized("ours"), load.NOTE, mutations.of_json, _load
-  ),
+  "packed_note": Target(1, _quantized("ours"), NOTE, mutations.of_json, _load),
   "packed_arrays": Target(
     1, _quantized("ours"), _array_file(), mutations.of_bytes, _load
   ),

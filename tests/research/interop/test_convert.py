@@ -25,6 +25,7 @@ from research.interop import (
   safetensors,
   sources,
 )
+from research.interop.loaded import NOTE
 from research.lora import adapt, peft, peft_write, wrap
 from research.lora.methods.lora import LoRA
 from research.quant.checkpoints import writers
@@ -430,7 +431,7 @@ def test_a_model_without_adapters_is_none(tmp_path):
 )
 def test_a_damaged_checkpoint(change, text, llama, tmp_path):
   shutil.copytree(llama, tmp_path / "ours")
-  file = tmp_path / "ours" / load.NOTE
+  file = tmp_path / "ours" / NOTE
   note = json.loads(file.read_text())
   change(note)
   file.write_text(json.dumps(note))

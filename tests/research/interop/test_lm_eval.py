@@ -16,7 +16,7 @@ import tokenizers
 from scipy import special
 
 from research.interop import lm_eval
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn import generate
 from research.nn.special_tokens import SpecialTokens
 from research.nn.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ from research.diffusion.prefix_cache import PrefixCache
 from research.diffusion.spec import Spec
 from research.interop import lm_eval, lm_eval_diffusion, lm_eval_texts
 from research.interop.lm_eval_diffusion import Asking
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.nn.special_tokens import SpecialTokens
 from research.typing import UserError
 from tests import support

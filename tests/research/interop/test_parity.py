@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from research.interop import load
+from research.interop.loaded import Loaded
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 FAMILIES = sorted(
@@ -27,7 +28,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def loaded(name: str) -> load.Loaded:
+def loaded(name: str) -> Loaded:
   return load.load_model(MODELS / name)
 
 

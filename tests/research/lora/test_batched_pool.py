@@ -12,7 +12,15 @@ import pytest
 
 from research import tree, weights
 from research.interop import load
-from research.lora import adapt, peft_write, pool, row_factors, slots, wrap
+from research.lora import (
+  adapt,
+  peft_write,
+  pool,
+  pool_reader,
+  row_factors,
+  slots,
+  wrap,
+)
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.c3a import C3A
 from research.lora.methods.dora import DoRA
@@ -68,7 +76,8 @@ def places(tmp_path_factory):
 
 def empty(**options):
   loaded = base()
-  return pool.create(loaded.params, loaded.model, **{"rank": 4} | options)
+  chosen = dict(rank=4, read=pool_reader.read) | options
+  return pool.create(loaded.params, loaded.model, **chosen)
 
 
 def tokens(params):
@@ -207,7 +216,7 @@ def test_a_pool_made_to_fit(places, tmp_path):
     "d": saved(tmp_path / "d", adapted(3, MiSS(rank=4), ("v",))),
     "e": saved(tmp_path / "e", adapted(4, LoRA(rank=6), ("q",))),
   }
-  held = pool.fitted(base().params, base().model, places)
+  held = pool.fitted(base().params, base().model, places, pool_reader.read)
   assert (len(held.slots), held.rank, held.names) == (5, 6, (*"abcde",))
   held, ids = pool.use(held, ["d", "e"])
   ids_in, model = support.tokens(2, 5, vocab=60), base().model
@@ -289,7 +298,9 @@ def test_an_adapter_with_nan_reaches_no_other_row():
 )
 def test_adapters_that_bring_weights_whole(name, base):
   loaded = load.load_model(TINY.parent / base)
-  held = pool.create(loaded.params, loaded.model, rank=16)
+  held = pool.create(
+    loaded.params, loaded.model, rank=16, read=pool_reader.read
+  )
   with pytest.raises(UserError) as error:
     pool.add(held, "x", TINY.parent / f"peftfull_{name}")
   assert "whole" in str(error.value) or "another model" in str(error.value)
@@ -301,6 +312,11 @@ def test_twice_adapted_is_an_error():
   )
   with pytest.raises(UserError, match="adapted twice"):
     row_factors.of(again, 4)
+
+
+def test_a_pool_of_trees_reads_no_directory(places):
+  with pytest.raises(UserError, match="created without `read`"):
+    pool.add(empty(read=None), "x", places["a"])
 
 
 def test_configuration_is_left_alone(places):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.quant import allocate_bits
 from research.quant.allocate_bits import Allocation
 from research.quant.calibrate import Calibration

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.quant import methods
 from research.quant.calibrate import Calibration
 from research.quant.clip import Clip

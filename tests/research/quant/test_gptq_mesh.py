@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research import sharding, tree, weights
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.quant import methods, qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook

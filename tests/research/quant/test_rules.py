@@ -10,7 +10,7 @@ import pytest
 
 from research import tree, weights
 from research.data.sources import PydocTopics
-from research.interop.load import Loaded
+from research.interop.loaded import Loaded
 from research.lora.adapt import Adapt
 from research.quant import calibrate, methods, rules
 from research.quant.calibrate import Calibration

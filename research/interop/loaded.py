@@ -1,0 +1,31 @@
+"""What `load.load_model` returns, and the file that marks our checkpoints."""
+
+import dataclasses
+from typing import Any
+
+from research.diffusion import spec
+from research.nn.transformer import Transformer
+from research.typing import Params
+
+NOTE = "heptad.json"
+"""In a checkpoint that `research.interop.ours` wrote."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """A model and what came with it.
+
+  Attributes:
+    model: how to compute.
+    params: the weights.
+    tokenizer: a `research.nn.tokenizer.Tokenizer`, or None.
+    source: where it came from: `format`, `path`, and whatever else is known.
+    diffusion: how its masks are to be filled; None for models that predict the
+      next token.
+  """
+
+  model: Transformer
+  params: Params
+  tokenizer: Any
+  source: dict[str, Any]
+  diffusion: spec.Spec | None = None
