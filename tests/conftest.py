@@ -104,8 +104,13 @@ def _covering(items: list[pytest.Item], strength: int) -> set[pytest.Item]:
   """
 
   def covered(item: pytest.Item) -> set[tuple]:
-    indices = sorted(item.callspec.indices.items())
-    return set(itertools.combinations(indices, min(strength, len(indices))))
+    values = []
+    for marker in item.iter_markers("parametrize"):
+      names = marker.args[0]
+      names = names.split(",") if isinstance(names, str) else names
+      values.append(tuple(id(item.callspec.params[n.strip()]) for n in names))
+    axes = list(enumerate(values))
+    return set(itertools.combinations(axes, min(strength, len(axes))))
 
   left = set().union(*map(covered, items))
   kept = set()
@@ -116,20 +121,25 @@ def _covering(items: list[pytest.Item], strength: int) -> set[pytest.Item]:
   return kept
 
 
-def _leave_out_products(items: list[pytest.Item]) -> None:
-  """Marks as slow what a test's marker `cover` can do without."""
+def _leave_out_cases(items: list[pytest.Item]) -> None:
+  """Marks as slow what a test's `cover` or `sample` can do without."""
   tests = collections.defaultdict(list)
   for item in items:
-    if item.get_closest_marker("cover") and not item.get_closest_marker("slow"):
+    if not item.get_closest_marker("slow"):
       tests[item.nodeid.partition("[")[0]].append(item)
   for cases in tests.values():
-    marker = cases[0].get_closest_marker("cover")
-    for case in set(cases) - _covering(cases, *marker.args):
+    kept = set(cases)
+    if cover := cases[0].get_closest_marker("cover"):
+      kept = _covering(cases, *cover.args)
+    if sample := cases[0].get_closest_marker("sample"):
+      n, first = (*sample.args, 0)[:2]
+      kept &= set(cases[first::n])
+    for case in set(cases) - kept:
       case.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  _leave_out_products(items)
+  _leave_out_cases(items)
   for item in items:
     if reason := _reason_to_skip(item):
       item.add_marker(pytest.mark.skip(reason=reason))

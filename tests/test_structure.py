@@ -6,6 +6,7 @@ Each rule returns its violations as text, so that a failure names every place;
 
 import ast
 import configparser
+import functools
 import pathlib
 import re
 import sys
@@ -26,6 +27,12 @@ RUN_HEADER = ("Claim:", "Run:", "Cost:", "Expect:")
 Source = tuple[str, str]  # path relative to the root, text
 
 
+@functools.cache
+def _tree(text: str) -> ast.Module:
+  return ast.parse(text)
+
+
+@functools.cache
 def _sources() -> list[Source]:
   return [
     (str(path.relative_to(ROOT)), path.read_text("utf-8"))
@@ -37,7 +44,7 @@ def _sources() -> list[Source]:
 def _imports(path: str, text: str) -> set[str]:
   """Returns the dotted names that a file imports, relative ones resolved."""
   names = set()
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(_tree(text)):
     if isinstance(node, ast.Import):
       names |= {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
@@ -98,7 +105,7 @@ def leaf_types_stay_home(path: str, text: str) -> list[str]:
   """Only a leaf's own system and weights.py may ask for a leaf's class."""
   homes = {"AdaptedTensor": "research/lora/", "QTensor": "research/quant/"}
   found = []
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(_tree(text)):
     if not (
       isinstance(node, ast.Call)
       and isinstance(node.func, ast.Name)
@@ -128,7 +135,7 @@ def training_knows_no_method(path: str, text: str) -> list[str]:
   systems = "research.lora", "research.quant", "research.diffusion"
   found = sorted(_imports_any(path, text, *systems))
   methods = re.compile(r"lora|dora|pissa|qlora|qtensor|gptq|awq|nf4", re.I)
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(_tree(text)):
     name = getattr(node, "id", None) or getattr(node, "attr", None)
     if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.arg):
       name = getattr(node, "name", None) or getattr(node, "arg", None)
@@ -144,7 +151,7 @@ def files_are_short(path: str, text: str) -> list[str]:
 
 def public_names_are_documented(path: str, text: str) -> list[str]:
   """Modules, public functions and classes say what they are for."""
-  tree = ast.parse(text)
+  tree = _tree(text)
   found = []
   if text.strip() and not ast.get_docstring(tree):
     found.append("module")
@@ -166,7 +173,7 @@ def modules_hold_no_arrays(path: str, text: str) -> list[str]:
   """
   array = re.compile(r"\b(Array|ndarray|Float\d*|Int\d*|UInt8|Bool|Params)\b")
   found = []
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(_tree(text)):
     if isinstance(node, ast.ClassDef) and any(
       ast.unparse(base) in ("nn.Module", "linen.Module") for base in node.bases
     ):
@@ -190,7 +197,7 @@ def modules_hold_no_arrays(path: str, text: str) -> list[str]:
 
 def dataclasses_are_frozen(path: str, text: str) -> list[str]:
   found = []
-  for node in ast.walk(ast.parse(text)):
+  for node in ast.walk(_tree(text)):
     for decorator in getattr(node, "decorator_list", []):
       name = ast.unparse(decorator)
       if re.match(r"(dataclasses\.)?dataclass\b", name) and (
@@ -202,7 +209,7 @@ def dataclasses_are_frozen(path: str, text: str) -> list[str]:
 
 def no_mutable_globals(path: str, text: str) -> list[str]:
   """No `global`, and no empty container at module level to be filled later."""
-  tree = ast.parse(text)
+  tree = _tree(text)
   found = [
     f"line {node.lineno}: {ast.unparse(node)}"
     for node in ast.walk(tree)

@@ -183,6 +183,7 @@ def test_modes_are_those_there_are(command):
   assert status == 2 and "--mode=none" in errors
 
 
+@pytest.mark.slow
 def test_a_run_merges_over_the_base_that_it_packed(command, tmp_path):
   """In NF4; the file that the adapter's directory names is in Q4_0."""
   file = MODELS / "gguf_q4_0" / "model.gguf"

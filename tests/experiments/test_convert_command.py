@@ -207,6 +207,7 @@ print(json.dumps([before, after, int(anonymous.split()[1])]))
 
 @pytest.mark.parametrize("form", ["hf", "Q8_0"])
 @pytest.mark.skipif(sys.platform != "linux", reason="counts Linux's pages")
+@pytest.mark.sample(2, 1)
 def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
   """200 MB of weights; pages of the mapped source are not ours to count."""
   layers, width = 12, 640

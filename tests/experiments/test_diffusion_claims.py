@@ -190,6 +190,7 @@ STUDY = diffusion_policies.Policies(
 )
 
 
+@pytest.mark.slow
 def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
   few = {"low confidence": "candidate", "random": "random"}
   monkeypatch.setattr(diffusion_policies, "SELECTS", few)
@@ -212,6 +213,7 @@ def test_of_the_chain_itself_samples_are_as_good_as_the_sampler(monkeypatch):
   assert biased["nats"] < entropy - error and biased["off"] > 0.1
 
 
+@pytest.mark.slow
 def test_what_answers_cost_is_what_ran(monkeypatch):
   """FLOPs of a batch's calls; a row has as many as its own."""
   few = {"low confidence": "candidate"}

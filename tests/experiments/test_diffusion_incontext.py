@@ -32,6 +32,7 @@ def _rows():
   return rows
 
 
+@pytest.mark.slow
 def test_arms_know_what_was_read(rows, tmp_path):
   read = {kind: rows[f"{kind}, seed 0"]["read"] for kind in kinds.KINDS}
   size = 2 * 12  # rows and tokens of a batch

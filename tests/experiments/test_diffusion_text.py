@@ -48,6 +48,7 @@ def trained():
   return before | {arm: SMALL.row(arm, before) for arm in SMALL.arms[2:]}
 
 
+@pytest.mark.slow
 def test_both_are_measured_on_the_same_bytes():
   rows = trained()
   ar, diffusion = (rows[f"{kind}, seed 1"] for kind in (AR, DIFFUSION))

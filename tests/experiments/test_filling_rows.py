@@ -108,6 +108,8 @@ def test_rows_have_no_more_places_than_their_rung(block):
 
 PROMPTS = "the cat sat on the mat", "the dog", "a"
 HOT = "--temperature=1"
+DREAM = "--plan=dream", "--place_temperature=0.5", "--steps=4"
+NEVER = "--ends=never", "--tempered"
 FULL = [
   ("all", ["--block=4", "--policy=threshold:0.2", HOT]),
   ("all", ["--block=2", "--cache=prefix", "--policy=factor:2"]),
@@ -118,26 +120,24 @@ FULL = [
   ("all", ["--policy=hierarchy:0.3,low=0.1", "--ends=last", HOT]),
   ("all", ["--policy=quota+threshold:0.2", "--tempered", "--ends=never", HOT]),
   ("all", ["--place_temperature=0.5", "--plan=dream", "--steps=4", HOT]),
+  ("all", ["--block=2", "--cache=prefix", "--policy=factor:2", *NEVER, HOT]),
+  ("all", ["--policy=credit:0.3", "--guidance=1", "--edit=0.3"]),
+  ("all", ["--plan=chance", "--select=random", "--remask=cap:0.2", HOT]),
+  ("four", ["--guidance=1", "--cache=prefix", "--edit=0.3"]),
   ("four", [HOT]),
   ("one", ["--cache=prefix"]),
+  ("one", ["--cache=prefix", "--policy=quota+threshold:0.2"]),
 ]
-DREAM = "--plan=dream", "--place_temperature=0.5", "--steps=4"
-NEVER = "--ends=never", "--tempered"
-# Each of their flags, in fewer commands.
+# Each kind of cache, canvas and end, in few commands.
 WAYS = [
   ("all", ["--block=4", "--cache=vicinity:3", "--policy=threshold:0.2", HOT]),
-  ("all", ["--block=2", "--cache=prefix", "--policy=factor:2", *NEVER, HOT]),
   ("all", ["--block=4", "--cache=delayed:2", *DREAM, HOT]),
-  ("all", ["--policy=credit:0.3", "--guidance=1", "--edit=0.3"]),
   (
     "all",
     ["--canvas=auto:4", "--guidance=1", "--cache=prefix"]
     + ["--policy=threshold:0.3", HOT],
   ),
-  ("all", ["--plan=chance", "--select=random", "--remask=cap:0.2", HOT]),
   ("four", ["--policy=hierarchy:0.3,low=0.1", "--ends=last", HOT]),
-  ("four", ["--guidance=1", "--cache=prefix", "--edit=0.3"]),
-  ("one", ["--cache=prefix", "--policy=quota+threshold:0.2"]),
   *[pytest.param(*way, marks=pytest.mark.slow) for way in FULL],
 ]
 
@@ -187,6 +187,7 @@ def programs():
     pytest.param("four", dict(guidance=1.0), marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.sample(3, 1)
 def test_a_rung_has_one_program(places, capsys, name, more):
   """Prompts of 1 to 70 tokens, of two rungs; options that no test else has."""
   loaded = load.load_model(places[name])

@@ -58,6 +58,7 @@ def test_calls_are_counted(command):
 
 
 @pytest.mark.parametrize("cache", ["vicinity:64", "delayed:1"])
+@pytest.mark.sample(2)
 def test_what_reads_everything_is_no_cache(command, cache):
   flags = "--block=4", "--policy=threshold:0.2"
   want = told(command("all", *flags))
@@ -82,7 +83,9 @@ PROMPTS = "the dog", "the cat sat on the mat", "a"
 @pytest.mark.parametrize(
   ("name", "flags"),
   [
-    ("all", ["--block=4", "--temperature=1"]),
+    pytest.param(
+      "all", ["--block=4", "--temperature=1"], marks=pytest.mark.slow
+    ),
     ("four", ["--cache=prefix", "--temperature=1"]),
   ],
 )
@@ -117,6 +120,7 @@ def test_several_prompts_are_one_batch_and_do_not_matter_to_each_other(
   ],
   ids=" ".join,
 )
+@pytest.mark.sample(2, 1)
 def test_ways_to_fill(command, flags):
   got = told(command("all", "--block=8", *flags))
   steps = [int(f.split("=")[1]) for f in flags if f.startswith("--steps")]

@@ -99,9 +99,9 @@ def test_texts_of_the_tiny_model_are_what_they_are_without_gaps(places):
 
 WAYS = [
   ["--cache=dual", "--guidance=1", "--edit=0.3"],
-  ["--cache=prefix"],
   ["--cache=vicinity:4", "--policy=threshold:0.2"],
-  ["--cache=delayed:3", "--ends=last"],
+  pytest.param(["--cache=prefix"], marks=pytest.mark.slow),
+  pytest.param(["--cache=delayed:3", "--ends=last"], marks=pytest.mark.slow),
   pytest.param(["--cache=dual"], marks=pytest.mark.slow),
   pytest.param(["--guidance=1", "--edit=0.3"], marks=pytest.mark.slow),
 ]
@@ -129,6 +129,7 @@ def by_hand(place, ids, block):
 
 
 @pytest.mark.parametrize("name", ["all", "four"])
+@pytest.mark.sample(2)
 def test_gaps_are_filled_and_the_rest_is_kept(command, places, name):
   loaded = load.load_model(places[name])
   encode, mask = loaded.tokenizer.encode, loaded.diffusion.mask_id
@@ -165,6 +166,7 @@ def test_a_prompt_may_stand_before_gaps(command):
 
 
 @pytest.mark.parametrize("more", WAYS, ids=" ".join)
+@pytest.mark.sample(2, 1)
 def test_several_texts_do_not_matter_to_each_other(command, more):
   """Though one of them makes the row as long again."""
   long = "[[4]] dog" + " the" * 80

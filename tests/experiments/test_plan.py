@@ -31,6 +31,7 @@ def planned(request):
   return whole, ahead.plan(whole, chips.topology("cpu:8"))
 
 
+@pytest.mark.sample(3, 1)
 def test_arguments_are_what_the_table_says(planned):
   whole, found = planned
   predicted = found["predicted_argument_bytes"]

@@ -90,6 +90,7 @@ def test_operative_config_rebuilds_a_bitwise_equal_run(finished, tmp_path):
   chex.assert_trees_all_equal(*weights)
 
 
+@pytest.mark.slow  # of a small model: test_resume.py
 def test_resuming_is_bitwise_the_undisturbed_run(finished, tmp_path):
   _, first = finished
   # Optimizer and schedule must be those of the longer run: stop it early.

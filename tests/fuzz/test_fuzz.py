@@ -63,8 +63,10 @@ def test_kept_cases(path, tmp_path):
 def test_the_harness_notices(fault, words, monkeypatch):
   """A reader that fails in each of these ways is reported."""
   monkeypatch.setenv(worker.FAULT, fault)
-  results = soak.run([n for n in range(60) if worker.case(n)[0] == "config"])
-  assert results
+  # A worker that dies is started again: two cases are enough.
+  some = [n for n in range(60) if worker.case(n)[0] == "config"][:2]
+  results = soak.run(some)
+  assert len(results) == 2
   assert all(r["outcome"] == "FAILED" for r in results)
   assert all(words in r["error"] for r in results)
 

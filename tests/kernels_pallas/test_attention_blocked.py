@@ -14,7 +14,7 @@ from kernels_pallas.flash_attention import dropout
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.masks import Mask
-from tests.support_pairwise import pairwise
+from tests.support_pairwise import cases, pairwise
 from tests.support_rounding import assert_no_rougher, in_low_precision
 
 B, T, S = 2, 6, 9
@@ -86,7 +86,7 @@ def loss(x, backend, config, options):
   return jnp.sum(jnp.sin(3 * o)) + jnp.sum(jnp.cos(lse)), (o, lse)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(r.values()))
+@pytest.mark.parametrize("row", cases(FACTORS))
 def test_blocks_agree_with_the_reference(row):
   x, options = problem(row)
   step = jax.value_and_grad(loss, has_aux=True)
@@ -309,6 +309,7 @@ def rough_and_exact(dtype):
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.cover(1)
 def test_rounding_is_that_of_the_dtype(dtype, name):
   ours = functools.partial(results, backend="auto", config=BLOCKS[name])
   found = jax.jit(ours)(*qkv(dtype))

@@ -114,6 +114,7 @@ def _whole(mesh):
 
 
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.sample(2)
 def test_every_mask_over_rows_queries_and_heads(name):
   alone, shared, _ = both(MASKS[name](), ALL, arrays())
   chex.assert_trees_all_close(alone, shared, **CLOSE)

@@ -155,8 +155,8 @@ def with_a_pair(mask, n):
 @pytest.mark.parametrize(
   ("mask", "backward"),
   [
-    (Mask.causal(), "split"),
-    (Mask.causal(), "fused"),
+    pytest.param(Mask.causal(), "split", marks=pytest.mark.slow),
+    pytest.param(Mask.causal(), "fused", marks=pytest.mark.slow),
     (Mask.causal((5, None)), "fused"),
     (Mask.block_causal(5, (6, 2)), "split"),
     (Mask.where(lambda q, k: (q - k) % 20 < 2), "split"),
@@ -165,6 +165,7 @@ def with_a_pair(mask, n):
   ],
   ids=lambda x: x if isinstance(x, str) else x.kind,
 )
+@pytest.mark.sample(2)
 def test_a_tpu_visits_no_tile_without_a_visible_pair(mask, backward):
   config = TPU[backward]
   run = counted(config, [draw(1, N, 1, 4, seed=s) for s in range(3)])
@@ -208,6 +209,7 @@ def test_a_tpu_visits_what_segments_allow():
   "cores",
   [pytest.param(x, marks=needs_tcgen05 if x == "tcgen05" else ()) for x in GPU],
 )
+@pytest.mark.sample(2)
 def test_a_gpu_visits_no_tile_without_a_visible_pair(cores):
   n, config = 200, GPU[cores]
   mask = {

@@ -40,7 +40,7 @@ from tests.support_decode import (
   tables,
   truth,
 )
-from tests.support_pairwise import pairwise
+from tests.support_pairwise import cases
 
 FACTORS = {
   "backend": ["xla", "mosaic_tpu"],
@@ -54,7 +54,7 @@ FACTORS = {
   "blocks": {"default": None, "split": Blocks(2, 8, 3),
              "token": Blocks(1, 4, 2), "row": Blocks(16, 12, 1)},
 }  # fmt: skip
-ROWS = pairwise(FACTORS)
+ROWS = cases(FACTORS)
 
 
 def options_of(choice, N):
@@ -70,7 +70,7 @@ def chosen(row):
   }
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda r: "-".join(r.values()))
+@pytest.mark.parametrize("row", ROWS)
 def test_mixed_rows_agree_with_numpy(row):
   choice = chosen(row)
   N, K, H, Hv = choice["heads"]
@@ -163,6 +163,7 @@ def test_agrees_with_the_ragged_reference_of_jax():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("blocks", [None, Blocks(1, 10, 3)])
+@pytest.mark.cover(1)
 def test_one_token_a_row_from_a_cache(backend, blocks):
   """Against JAX's reference for decoding, and our attention in float32.
 

@@ -58,6 +58,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(2)
 def test_a_token_a_row_from_a_cache(gpu, name):
   case = {"N": 4, "K": 1, "H": 64, "Hv": 64, "window": None, "softcap": None,
           "sinks": False, "splits": 1, "dtype": jnp.bfloat16}  # fmt: skip
@@ -109,6 +110,7 @@ def codes(code, k, v):
 
 
 @pytest.mark.parametrize("name", PAGED)
+@pytest.mark.sample(2)
 def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   size, H, Hv, queries, window = PAGED[name]
   # A prompt of several items; where each is a block of threads, of two.
@@ -186,6 +188,7 @@ def coded(code, size):
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("size", [1.0, 1e-5])
+@pytest.mark.cover(1)
 def test_small_values_are_as_exact_as_large_ones(gpu, code, size):
   """Scales of values enter operands of 16 bits."""
   q, x = rounded(jnp.bfloat16, 1, 4, 64), coded(CODES[code], size)

@@ -65,6 +65,7 @@ def test_a_cache_by_rows_and_heads(mesh, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.sample(2)
 def test_pages_in_pools_by_rows_and_heads(mesh, backend, dtype):
   pages = empty_pages(2 * POOL, K, SIZE, H, dtype)
   q, k, v = draw(R, N, H), draw(R, K, H), draw(R, K, H, seed=1)

@@ -41,6 +41,7 @@ def by_hand(x, w, sizes, seen):
 
 @pytest.mark.parametrize("f", [grouped_matmul.blocked, grouped_matmul.matmul])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.cover(1)
 def test_values_and_gradients(case, f):
   x, w, sizes, seen = arrays(*CASES[case])
 

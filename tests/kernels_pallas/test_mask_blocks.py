@@ -148,6 +148,7 @@ def test_intervals_and_segments_are_the_mask(case):
 
 
 @pytest.mark.parametrize("block", [(4, 4), (5, 7), (8, 16), (100, 100)])
+@pytest.mark.sample(2)
 def test_tiles_are_classified_by_their_pairs(case, block):
   """Exactly where indices decide, else never too little, some never in vain."""
   mask, exact, queries, keys = case
@@ -173,6 +174,7 @@ def test_tiles_are_classified_by_their_pairs(case, block):
 
 
 @pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.sample(2, 1)
 def test_tables_list_what_is_not_empty(case, axis):
   mask, _, queries, keys = case
   found = lines_of(mask, queries, keys, axis)

@@ -194,8 +194,24 @@ RUNS = {
     ("positions_softcap", "blackwell_apart"),
   )
 }
+# Each case on some generation, each layout of tiles with some case.
+OFTEN = (
+  *("prefix", "window_segments_sinks", "ragged", "dropout_other_width"),
+  *("diffusion_bfloat16", "dropout_softcap_one_group"),
+  *("blocks_empty_rows_ampere", "dropout_softcap_ampere_narrow"),
+  *("function_blackwell", "wide_bfloat16_blackwell_long"),
+  *("ragged_blackwell_pairs", "positions_softcap_blackwell_apart"),
+  *("window_segments_sinks_blackwell", "dropout_softcap_one_product"),
+)
+
+
+def marks(name, tiles):
+  needed = [needs_tcgen05] if "blackwell" in tiles else []
+  return needed if name in OFTEN else [*needed, pytest.mark.slow]
+
+
 RUNS = {
-  name: pytest.param(*run, marks=needs_tcgen05 if "blackwell" in run[1] else ())
+  name: pytest.param(*run, marks=marks(name, run[1]))
   for name, run in RUNS.items()
 }
 
@@ -251,6 +267,7 @@ def hopper_and_blackwell(hopper):
 
 @hopper_and_blackwell("one_block")
 @pytest.mark.usefixtures("watched")
+@pytest.mark.sample(2)
 def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
   """As where shared memory has no room for both."""
   how = ours(gpu, config)
@@ -265,6 +282,7 @@ def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
 
 
 @hopper_and_blackwell("two_groups")
+@pytest.mark.sample(2)
 def test_padding_may_hold_anything(gpu, config):
   """NaN in padding, or where no tile is visited, reaches nothing."""
   i, j = np.arange(T)[None], np.arange(S)[None]
@@ -326,6 +344,7 @@ def test_large_logits_only_move_the_log_sum_exp(gpu):
 
 
 @hopper_and_blackwell("two_groups")
+@pytest.mark.sample(2)
 def test_partial_results_are_not_rounded(gpu, config):
   """What a ring adds up: outputs and gradients in float32."""
   x = Operands(*qkv(T=64, S=64, B=1), mask=Mask.causal())

@@ -41,6 +41,7 @@ def bound(x, w, eps=2.0**-24):
 @pytest.mark.parametrize("rows", [1, 3, 13])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cover(1)
 def test_products(kind, backend, rows):
   w, matrix = case(kind)
   x = inputs_of(kind, rows)
@@ -59,6 +60,7 @@ def test_hundreds_of_rows(kind):
 
 @pytest.mark.parametrize("isa", cpu.ISAS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cover(1)
 def test_every_instruction_set(kind, isa):
   w, matrix = case(kind)
   for rows in (1, 2, 8, 21, 130):

@@ -87,6 +87,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.cover(1)
 def test_levels_are_the_entries_exactly(name, dtype):
   codebook = tuple(map(float, ENTRIES[name]))
   codes = np.random.default_rng(0).integers(0, 16, (256, 256), np.uint8)
@@ -106,6 +107,7 @@ def test_levels_are_the_entries_exactly(name, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "most"), [(1, 999), (13, 999), (21, 0)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cover(1)
 def test_products(kind, rows, most, dtype):
   w, _, matrix = case(kind)
   x = draw(rows, w.inputs, dtype=dtype)
@@ -134,6 +136,7 @@ def test_many_rows_in_tiles_as_on_a_chip():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cover(1)
 def test_the_input_gradient(kind, dtype):
   w, _, matrix = case(kind)
   dy = draw(19, w.outputs, dtype=dtype)

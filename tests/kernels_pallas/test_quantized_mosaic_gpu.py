@@ -99,6 +99,7 @@ CASES = {  # name: (bits, group, offset, scales), gradient, tile
 
 @pytest.mark.parametrize("kernel", TILES)
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.cover(1)
 def test_products_are_those_of_the_decoded_matrix(gpu, name, kernel):
   what, gradient, changes = CASES[name]
   tile = sized(gpu, dataclasses.replace(TILES[kernel], **changes))
@@ -144,6 +145,7 @@ def test_rows_of_codes_are_summed_as_integers(gpu, offset):
 @pytest.mark.parametrize("scales", ["float16", "float32"])
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("kernel", TILES)
+@pytest.mark.cover(1)
 def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
   """Their entries are rounded to the type of the rows."""
   w = packed(4, 32, True, scales, codebook=LOOKED_UP)
@@ -290,6 +292,7 @@ def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
     ("Tesla V100-SXM2-16GB", False, False),
   ],
 )
+@pytest.mark.sample(2)
 def test_programs_for_gpus_call_the_kernels(device, few, many):
   device = jax.sharding.AbstractDevice(device, None, platform="gpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
@@ -318,6 +321,7 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100", "NVIDIA H100", "NVIDIA B200"])
 @pytest.mark.parametrize(("bits", "codes"), [(4, None), (8, None), (8, "int8")])
+@pytest.mark.cover(1)
 def test_a_part_on_each_device_has_the_kernels(kind, bits, codes):
   """Under a `shard_map`, where results differ between devices."""
   device = jax.sharding.AbstractDevice(kind, None, platform="gpu")

@@ -14,6 +14,7 @@ from tests.kernels_pallas.panel_cases import KINDS, NF4, case, parts
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cover(1)
 def test_unpack_gives_back_every_bit(kind, lead):
   arrays, how = parts(kind, lead)
   w = jax.jit(functools.partial(panels.pack, **how))(*arrays)

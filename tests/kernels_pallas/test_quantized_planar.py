@@ -9,6 +9,7 @@ from tests.kernels_pallas.planar_cases import KINDS, case
 
 @pytest.mark.parametrize("lead", [(), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cover(1)
 def test_unpack_gives_back_every_bit(kind, lead):
   w, parts, matrix = case(kind, lead)
   assert w.shape == parts[0].shape

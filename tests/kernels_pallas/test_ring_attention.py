@@ -15,7 +15,7 @@ from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel import order, ring
 from kernels_pallas.sequence_parallel.ring import ring_attention
 from tests import support_sequence as support
-from tests.support_pairwise import pairwise
+from tests.support_pairwise import cases
 from tests.support_sequence import MASKS, T
 
 
@@ -51,9 +51,7 @@ FACTORS = {
 }
 
 
-@pytest.mark.parametrize(
-  "row", pairwise(FACTORS), ids=lambda r: "-".join(r.values())
-)
+@pytest.mark.parametrize("row", cases(FACTORS))
 def test_is_one_devices(row):
   choice = {name: FACTORS[name][value] for name, value in row.items()}
   x = support.operands(choice["heads"])
@@ -66,6 +64,7 @@ def test_is_one_devices(row):
 
 
 @pytest.mark.parametrize("way", ["ring in zig-zag order", "ring"])
+@pytest.mark.sample(2, 1)
 def test_float32_in_loops_of_tiles(way):
   x = support.operands(dtype=jnp.float32)
   mask, blocks = MASKS["segments"](), Blocks(q=4, k=4, unroll=1)

@@ -159,6 +159,7 @@ def test_flash_attention_shows_what_it_says():
     assert "schedule: skipped" in printed
 
 
+@pytest.mark.slow
 def test_lora_ranks_merges_and_comes_back(tmp_path, monkeypatch):
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   notebook = ROOT / "colab" / "lora.ipynb"
@@ -177,6 +178,7 @@ def test_lora_ranks_merges_and_comes_back(tmp_path, monkeypatch):
   assert json.loads(adapter.read_text())["peft_type"] == "LORA"
 
 
+@pytest.mark.slow
 def test_llada_is_bounded_by_the_truth(tmp_path, monkeypatch):
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   notebook = ROOT / "colab" / "llada.ipynb"
@@ -197,6 +199,7 @@ def test_llada_is_bounded_by_the_truth(tmp_path, monkeypatch):
   assert picture.read_bytes()[:6] == b"GIF89a"
 
 
+@pytest.mark.slow
 def test_quantization_shows_what_it_says(tmp_path, monkeypatch):
   monkeypatch.setenv("TMPDIR", str(tmp_path))
   notebook = ROOT / "colab" / "quantization.ipynb"

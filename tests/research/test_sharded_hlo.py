@@ -16,9 +16,9 @@ CASES = [
   ("plain", "ulysses"),
   ("lora", "mixed"),
   ("packed", "mixed"),
-  ("qlora", "mixed"),
+  pytest.param("qlora", "mixed", marks=pytest.mark.slow),
   ("qlora", "sequence"),
-  ("experts", "expert"),
+  pytest.param("experts", "expert", marks=pytest.mark.slow),
   ("experts", "experts"),
 ]
 

@@ -14,13 +14,17 @@ from tests import support, support_mesh
 
 STEPS = 20
 CASES = (
-  *(("plain", m) for m in ("data", "fsdp", "tensor", "mixed", "sequence")),
-  *(("plain", m) for m in ("ring", "ulysses")),
-  *(("lora", m) for m in ("tensor", "mixed")),
-  ("packed", "mixed"),
-  *(("qlora", m) for m in ("mixed", "sequence")),
-  *(("experts", m) for m in ("expert", "experts")),
-  ("experts-qlora", "expert"),
+  *(("plain", m) for m in ("mixed", "ring", "ulysses")),
+  *(("lora", "mixed"), ("packed", "mixed"), ("qlora", "sequence")),
+  ("experts", "experts"),
+  *(
+    pytest.param(kind, layout, marks=pytest.mark.slow)
+    for kind, layout in (
+      *(("plain", m) for m in ("data", "fsdp", "tensor", "sequence")),
+      *(("lora", "tensor"), ("qlora", "mixed"), ("experts", "expert")),
+      ("experts-qlora", "expert"),
+    )
+  ),
 )
 
 

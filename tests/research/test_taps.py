@@ -208,6 +208,7 @@ def test_packed_weights_are_seen_as_well():
 
 
 @pytest.mark.parametrize("statistic", STATISTICS[::2], ids=repr)
+@pytest.mark.sample(2)
 def test_each_expert_sees_its_own_rows(statistic):
   """The spy's rows but for those of padding, which it cannot tell apart."""
   found = collected_once("experts", statistic)
@@ -237,6 +238,7 @@ CASES = (
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 @pytest.mark.parametrize("statistic", STATISTICS[::3], ids=repr)
+@pytest.mark.cover(1)
 def test_on_eight_devices_as_on_one(kind, layout, statistic):
   want = collected_once(kind, statistic)
   got = collected(kind, statistic, layout=layout)

@@ -48,6 +48,7 @@ def order(batches):
 @pytest.mark.parametrize(
   "weights", [(1, 1), (0.7, 0.3), (5, 3, 2), (0.9, 0.05, 0.05), (50, 1)]
 )
+@pytest.mark.sample(3)
 def test_every_prefix_has_the_proportions(weights):
   seen = order(take(mixture(weights).training(None), 130))
   shares = np.array(weights) / sum(weights)

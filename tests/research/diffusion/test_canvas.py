@@ -186,6 +186,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("growth", "options", "asked"), CASES)
+@pytest.mark.sample(2, 1)
 def test_is_the_paper_s_loop(growth, options, asked):
   got = run(growth, options, asked=asked)
   looks, blocks, each = [], [], 2 if isinstance(asked, Guided) else 1
@@ -250,7 +251,11 @@ def test_does_not_grow_where_it_does():
 
 
 @pytest.mark.parametrize(
-  ("longest", "policy"), [(8, Quota()), (20, Threshold(threshold=0.4))]
+  ("longest", "policy"),
+  [
+    pytest.param(8, Quota(), marks=pytest.mark.slow),
+    (20, Threshold(threshold=0.4)),
+  ],
 )
 def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
   """Draws included; with no room to grow, calls too."""
@@ -310,7 +315,7 @@ def test_a_cache_that_reads_all_again_is_none(shift):
   ("longest", "shift"),
   [
     (8, True),
-    (20, False),
+    pytest.param(20, False, marks=pytest.mark.slow),
     pytest.param(8, False, marks=pytest.mark.slow),
     pytest.param(20, True, marks=pytest.mark.slow),
   ],

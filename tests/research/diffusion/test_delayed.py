@@ -118,6 +118,7 @@ def by_hand(prompt, refresh, shift, block):
   ("refresh", "block", "shift"),
   [(None, 8, False), (3, 8, True), (None, 4, True)],
 )
+@pytest.mark.sample(2)
 def test_it_fills_in_what_the_loop_does(refresh, block, shift):
   got = filled(delayed(refresh=refresh, shift=shift), block=block)
   assert got.calls == 8
@@ -159,6 +160,7 @@ STEPS = [(9, 5), (12, 7), (8, 1)]
 
 
 @pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.sample(2, 1)
 def test_logits_are_those_of_whole_rows_while_all_is_read(shift):
   want = logits(Whole(model=network()[0], shift=shift), STEPS)
   scale = float(jnp.abs(jnp.stack(want)).max())

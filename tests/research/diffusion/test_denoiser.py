@@ -438,7 +438,9 @@ def test_blocks_are_those_of_the_model():
     )
 
 
-@pytest.mark.parametrize("temperature", [None, 1.0])
+@pytest.mark.parametrize(
+  "temperature", [None, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_a_block_causal_model_samples_the_same_with_its_cache(temperature):
   model, params = network()
   options = Options(

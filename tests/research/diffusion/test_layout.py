@@ -138,7 +138,7 @@ def readers():
 
 # Whole rows are read by `credit`, guided, and with gaps; `--cache=delayed:2` is
 # filled beside its rows without padding in test_filling_rows.
-SLOW = "whole", "shift", "renewed"
+SLOW = "whole", "shift", "renewed", "near", "credit"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,7 @@ SLOW = "whole", "shift", "renewed"
     for name in readers()
   ],
 )
+@pytest.mark.sample(2)
 def test_rows_are_what_they_are_alone(name):
   """Of four blocks behind a prompt, and of two behind a longer one."""
   d = readers()[name]
@@ -160,7 +161,9 @@ def test_rows_are_what_they_are_alone(name):
     same(got, begins[i], i, want, len(row))
 
 
-@pytest.mark.parametrize("inner", ["whole", "near"])
+@pytest.mark.parametrize(
+  "inner", ["whole", pytest.param("near", marks=pytest.mark.slow)]
+)
 def test_guided_rows_too(inner):
   d = functools.partial(Guided, inner=readers()[inner], mask_id=MASK)
   common = dict(mask_id=MASK, block=K)
@@ -181,6 +184,7 @@ def test_guided_rows_too(inner):
     pytest.param("cached", False, 0.4, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.sample(2, 1)
 def test_rows_of_blocks_too(kind, shift, edit):
   """Prompts end within a block; only one of the rows has a last block more.
 
@@ -211,7 +215,13 @@ GAPS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["shift", "near", "prefix"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "near",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("shift", "prefix")),
+  ],
+)
 def test_gaps_too(name):
   d = readers()[name]
   rows = [[*GAPS[0], 9, 9], GAPS[1]]  # whole blocks of two behind the first gap

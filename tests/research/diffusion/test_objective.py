@@ -99,15 +99,19 @@ def expected(schedule, levels):
 
 CHANGES = [
   dict(),
-  dict(spread="even"),
+  pytest.param(dict(spread="even"), marks=pytest.mark.slow),
   dict(schedule=Cosine(high=1e-3), spread="even"),
-  dict(schedule=Power(power=2.0, high=1e-3), spread="even"),
+  pytest.param(
+    dict(schedule=Power(power=2.0, high=1e-3), spread="even"),
+    marks=pytest.mark.slow,
+  ),
   dict(complement=True, schedule=Linear()),
   dict(levels=50, schedule=Linear()),
 ]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.sample(2, 1)
 def test_in_expectation_it_is_the_bound_of_any_schedule(change):
   """Draws without the network, whose losses of all sets are known.
 

@@ -91,6 +91,7 @@ def apart(batch):
 
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("kind", [Masked, Ordered, Scored, Learned])
+@pytest.mark.cover(1)
 def test_a_packed_row_is_its_documents(kind, shift):
   model, params = network()
   objective = kind(model=model, mask_id=MASK, shift=shift)

@@ -277,10 +277,12 @@ NOISE = 0.5 * np.sqrt(2 / np.pi / 20_000) * np.sqrt(joint.table()).sum()
 
 
 @pytest.mark.parametrize("select", ["random", "max", "margin", "entropy"])
+@pytest.mark.sample(2)
 def test_places_chosen_without_the_candidate_sample_the_joint(select):
   assert variation(law(select=select), joint.table()) < 1.5 * NOISE
 
 
+@pytest.mark.slow
 def test_places_by_chance_are_ancestral_steps():
   """The same law as `ancestral`, by the loop that blocks and caches have."""
   how = dict(select="random", plan="chance")
@@ -295,6 +297,7 @@ def test_places_by_chance_are_ancestral_steps():
 
 
 @pytest.mark.parametrize("kind", ["cap", "rescale", "confidence"])
+@pytest.mark.sample(2)
 def test_masking_again_is_remdm(kind):
   """The law of `ancestral`, and of the times at which places are filled."""
   again = Remask(kind=kind, eta=0.4)

@@ -96,7 +96,9 @@ def cross_entropy(noisy, batch, mask, time):
   return -jnp.take_along_axis(found, tokens[..., None], -1)[..., 0]
 
 
-@pytest.mark.parametrize("complement", [False, True])
+@pytest.mark.parametrize(
+  "complement", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_each_document_is_told_its_time(complement):
   model, params = network()
   objective = MaskedDiffusion(

@@ -85,6 +85,7 @@ def raw(folder) -> dict:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.sample(2)
 def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
   convert.to_orbax(opened(name), tmp_path / "ours")
   log = convert.to_hf(sources.open_source(tmp_path / "ours"), tmp_path / "hf")
@@ -104,6 +105,7 @@ def test_hf_to_ours_to_hf_is_bitwise(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - NOT_GGUF))
+@pytest.mark.sample(2, 1)
 def test_hf_to_gguf_to_hf(name, tmp_path):
   file = tmp_path / "model.gguf"
   convert.to_gguf(opened(name), file, gguf_recipe.Recipe("F32"))
@@ -148,6 +150,7 @@ def same_metadata(got, want):
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.sample(2)
 def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
   file = MODELS / name / "model.gguf"
   convert.to_orbax(sources.open_source(file), tmp_path / "ours")
@@ -164,6 +167,7 @@ def test_gguf_to_ours_to_gguf_is_byte_identical(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gguf_mixed", "gguf_q8_0", "gguf_bf16"])
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.cover(1)
 def test_our_checkpoint_of_packed_weights_is_a_model(name, packed, tmp_path):
   file = MODELS / name / "model.gguf"
   convert.to_orbax(sources.open_source(file), tmp_path / "ours")
@@ -353,6 +357,7 @@ ADAPTERS = sorted(p.name for p in MODELS.glob("peft*_*"))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.sample(2)
 def test_peft_to_ours_to_peft(name, tmp_path):
   source = opened(name)
   convert.to_orbax(source, tmp_path / "ours")
@@ -452,6 +457,7 @@ def test_sources_are_values():
 
 
 @pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.sample(2, 1)
 def test_weights_that_are_codes_in_training_alone_are_numbers(
   adapted, tmp_path
 ):

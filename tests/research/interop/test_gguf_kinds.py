@@ -134,6 +134,7 @@ def test_a_mixture_is_refused_where_rows_are_no_whole_blocks(source, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Q4_K_M", "IQ4_XS"])
+@pytest.mark.sample(2, 1)
 def test_fallbacks_are_listed_and_all_else_is_the_mixture(
   name, source, tmp_path
 ):

@@ -58,6 +58,7 @@ def close(got, want, tolerance=1e-5):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.cover(1)
 def test_logits_are_transformers(name, packed):
   it = load_gguf(MODELS / name / "model.gguf", packed=packed)
   with np.load(MODELS / name / "golden.npz") as golden:

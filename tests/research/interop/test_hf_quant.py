@@ -46,6 +46,7 @@ every = pytest.mark.parametrize("name", WRITERS)
 
 
 @every
+@pytest.mark.sample(2)
 def test_read_packed_and_written_back(name, made, tmp_path):
   folder = made(name, True)
   it = load.load_model(folder)
@@ -91,6 +92,7 @@ def derived(folder, module, bits, awq=False):
 
 
 @pytest.mark.parametrize(("name", "bits"), [("gptq", 4), ("awq", 4)])
+@pytest.mark.sample(2)
 def test_numbers_are_those_of_the_words(name, bits, made):
   params = load.load_model(made(name)).params
   for i, layer in enumerate(tree.layers(params)):

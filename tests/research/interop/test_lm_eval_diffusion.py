@@ -239,6 +239,7 @@ CACHES = {"dual": Cached, "short": functools.partial(Delayed, mask_id=MASK)}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.sample(2)
 def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
   given, seen = SETTINGS[name], []
   sample = sampler.sample

@@ -80,6 +80,7 @@ def same(got, wanted, shardings):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.sample(2)
 def test_hugging_face_directories(name):
   # Opened once: tracing a model's initialisation takes longest.
   model, tensors, _ = hf.open_model(MODELS / name)
@@ -91,6 +92,7 @@ def test_hugging_face_directories(name):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.sample(2)
 def test_gguf_files(name, packed):
   for shardings in (everywhere, *map(by, LAYOUTS)):
     check(MODELS / name / "model.gguf", packed, shardings)

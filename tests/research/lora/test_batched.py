@@ -185,9 +185,13 @@ def decoding(params):
   return panels.to_panels(params)
 
 
-LAYOUTS = [("array", scanned), ("packed", scanned), ("packed", decoding)]
-every = pytest.mark.parametrize(
-  "kind, layout", LAYOUTS, ids=[f"{k}-{f.__name__}" for k, f in LAYOUTS]
+ways = pytest.mark.parametrize(
+  "kind, layout",
+  [
+    pytest.param("array", scanned, marks=pytest.mark.slow),
+    pytest.param("packed", scanned, marks=pytest.mark.slow),
+    ("packed", decoding),
+  ],
 )
 
 
@@ -197,7 +201,7 @@ def logits(model, params, tokens):
   return model.apply({"params": params}, hidden, method="logits")
 
 
-@every
+@ways
 def test_a_mixed_batch_is_its_rows(kind, layout):
   tokens = support.tokens(len(NAMES), 9)
   params, held = mixed(kind, layout)
@@ -213,7 +217,7 @@ def test_a_mixed_batch_is_its_rows(kind, layout):
       assert jnp.abs(want - below[row]).max() > 0.01 * scale
 
 
-@pytest.mark.parametrize("kind, layout", [LAYOUTS[0], LAYOUTS[2]])
+@ways
 def test_generated_text_is_each_rows_own(kind, layout):
   params, held = mixed(kind, layout)
   got = generate.generate(MODEL, params, PROMPTS, 12).tokens

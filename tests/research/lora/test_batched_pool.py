@@ -173,6 +173,7 @@ def test_host_memory_keeps_the_last_used_and_reads_again(tmp_path, places):
   ],
   ids=lambda m: type(m).__name__,
 )
+@pytest.mark.sample(3)
 def test_methods_that_add_are_plain_lora(method):
   params = adapted(1, method)
   found = row_factors.of(params, 4)

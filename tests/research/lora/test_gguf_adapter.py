@@ -91,6 +91,7 @@ def test_llama_cpp_adds_what_we_add(options, tmp_path):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
 @pytest.mark.parametrize("name", ["gguf_f32", "qwen3"])
+@pytest.mark.cover(1)
 def test_there_and_back(name, options, tmp_path):
   it = base(name)
   if it.model.tied and "targets" in options:

@@ -108,6 +108,7 @@ def logits(params):
 
 
 @pytest.mark.parametrize("kind", LOOKS)
+@pytest.mark.sample(2)
 def test_what_has_looked_starts_as_its_base(kind):
   chex.assert_trees_all_equal(logits(adapted(kind)), logits(params()))
 
@@ -228,6 +229,7 @@ def test_ranks_go_where_they_explain_more():
   assert max(scales) - min(scales) < 1e-12
 
 
+@pytest.mark.slow
 def test_padded_ranks_train_as_split_ones():
   """Zero rows have no gradient, so Adam leaves them where they are."""
   tx = optax.adam(1e-2)

@@ -74,6 +74,7 @@ def test_each_way_is_its_sum(format):
 
 
 @every
+@pytest.mark.sample(2)
 def test_logits_are_kept_by_one_way_alone(format):
   tokens = support.tokens(vocab=64)
   found = merge_modes.report(MODEL, adapted(format, 0.3), original(), tokens)

@@ -121,8 +121,9 @@ def label(method):
   return "-".join([type(method).__name__, *changed])
 
 
-def crossed(axis, values):
-  """Every row with one of `values` in turn; with --slow with all of them."""
+def crossed(axis, values, methods=METHODS):
+  """Each of `methods` with one of `values`; with --slow, all of both."""
+  often = {i: k for k, i in enumerate(map(METHODS.index, methods))}
   return pytest.mark.parametrize(
     ("method", axis),
     [
@@ -130,13 +131,18 @@ def crossed(axis, values):
         method,
         value,
         id=f"{label(method)}-{value}",
-        marks=[] if (i - j) % len(values) == 0 else pytest.mark.slow,
+        marks=[]
+        if i in often and (often[i] - j) % len(values) == 0
+        else pytest.mark.slow,
       )
       for i, method in enumerate(METHODS)
       for j, value in enumerate(values)
     ],
   )
 
+
+ONE_OF_EACH = tuple({type(m): m for m in reversed(METHODS)}.values())
+"""The first row of each class."""
 
 every = pytest.mark.parametrize("method", METHODS, ids=label)
 on_either = crossed("packed", [False, True])
@@ -261,6 +267,7 @@ def test_forward_is_multiplication_with_the_merged_matrix(method, packed):
 
 
 @every
+@pytest.mark.sample(2)
 def test_experts_have_adapters_of_their_own(method):
   t, x = moved(method), draw(5, IN)
   sizes = jnp.array([2, 0, 3])
@@ -312,6 +319,7 @@ def held_constant(method, trained):
 
 
 @every
+@pytest.mark.sample(2, 1)
 def test_dropout_falls_on_the_adapter_alone(method):
   if not method.DROPS:
     with pytest.raises(UserError, match="dropout"):
@@ -349,7 +357,7 @@ def plain():
   return params, np.asarray(logits(params, support.tokens()))
 
 
-@crossed("targets", ["q|down", "v|up", "o|gate", "all"])
+@crossed("targets", ["q|down", "v|up", "o|gate", "all"], ONE_OF_EACH)
 def test_in_a_model_scanned_or_not(method, targets):
   params, before = plain()
 

@@ -106,6 +106,7 @@ def test_fresh_ones_have_pefts_shapes(name):
   ids=lambda m: type(m).__name__,
 )
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.cover(1)
 def test_merging_is_the_forward_pass(method, packed):
   module = conv.Conv(6, WINDOW, (1, 2), "SAME")
   x = jnp.asarray(golden()["x"].transpose(0, 2, 3, 1))

@@ -29,6 +29,7 @@ def base():
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(2)
 def test_logits_are_pefts(name):
   with warnings.catch_warnings():
     warnings.simplefilter("error", RuntimeWarning)  # every pattern has matched
@@ -154,6 +155,7 @@ EXPERTS = ("experts/gate", "experts/up", "experts/down")
   ],
 )
 @pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.cover(1)
 def test_our_own_are_read_as_the_same_update(tmp_path, targets, ranks, rslora):
   model, params = of_experts(targets, rank=3, alpha=5.0, rslora=rslora)
   path = saved(tmp_path, params, model)
@@ -176,6 +178,7 @@ def test_our_own_are_read_as_the_same_update(tmp_path, targets, ranks, rslora):
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.sample(2)
 def test_rows_of_tokens_beside_experts_alone(tmp_path, tied):
   model, params = of_experts(EXPERTS, rank=3)
   plain = base().params

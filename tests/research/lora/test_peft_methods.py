@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import chex
 import jax
@@ -27,6 +28,7 @@ from tests.support_peft import (
   relative,
 )
 
+SLOW = pytest.mark.slow
 ADAPTERS = sorted(p.name for start in BASES for p in MODELS.glob(f"{start}_*"))
 
 
@@ -103,8 +105,9 @@ def computed(model, params, tokens):
 @pytest.mark.parametrize(
   "name",
   [
-    # The base with biases asks for all that the other one does, and more.
-    pytest.param(n, marks=[] if n.startswith("biased") else pytest.mark.slow)
+    # The base with biases asks for all that the other one does, and more;
+    # a second underscore names a variant of a method.
+    pytest.param(n, marks=() if re.fullmatch("biased_[^_]+", n) else SLOW)
     for n in ADAPTERS
   ],
 )
@@ -127,6 +130,7 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in ADAPTERS if "alora" not in n])
+@pytest.mark.sample(2)
 def test_merged_logits_are_pefts(name):
   it, g = loaded(name), golden(name)
   merged = quick(wrap.merge)(it.params)

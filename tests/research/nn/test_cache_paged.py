@@ -84,7 +84,9 @@ def paged(model, params, seed=0, dtype=None):
   return view(pool(model, params, dtype), jnp.asarray(table(seed)), nobody)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+  "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
+)
 def test_ragged_rows_say_what_they_say_without_pages(family):
   """Groups of two heads share keys; Gemma's layers look back 6 or on all."""
   model = support.model(family, depth=2)
@@ -179,6 +181,7 @@ class RoundedWhole:
 
 
 @pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.sample(2)
 def test_pages_in_8_bits_are_a_cache_that_rounds_every_token(dtype):
   model = support.model("gemma2", depth=2)
   params = support.params(model)
@@ -213,7 +216,9 @@ def test_pages_in_8_bits_hold_the_quantized_caches_bytes(dtype):
   assert np.any(np.asarray(got.kv).view(np.uint8))
 
 
-@pytest.mark.parametrize("layout", ["tensor", "mixed"])
+@pytest.mark.parametrize(
+  "layout", [pytest.param("tensor", marks=pytest.mark.slow), "mixed"]
+)
 def test_heads_over_devices_are_one_devices(layout):
   model = support.model("gemma2", depth=2, heads=16, kv_heads=8, vocab=64)
   params = support.params(model)

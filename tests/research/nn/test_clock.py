@@ -62,7 +62,9 @@ def test_a_layer_is_the_one_of_the_formula():
   np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  "dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_it_starts_as_the_model_that_is_not_told(dtype):
   told = network()[0].clone(dtype=dtype)
   plain = network(None)[0].clone(dtype=dtype)

@@ -63,6 +63,7 @@ def draw(*shape, seed=0):
   ids=lambda x: x["backend"],
 )
 @pytest.mark.parametrize(("softcap", "heads"), [(None, (6, 3)), (2.0, (4, 2))])
+@pytest.mark.cover(1)
 def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   """Rows that are short, full, in a ring that went round, and padding."""
   if backend["backend"] == "cpu" and not cpu.available():
@@ -192,6 +193,7 @@ def _step(model, params, token, cache):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.sample(2)
 def test_programs_for_a_tpu_decode_by_the_kernel(family):
   """Each layer that a program has, once in a scan; a prefill has none."""
   model, params, tokens = case(family)
@@ -213,6 +215,7 @@ def test_programs_for_a_tpu_decode_by_the_kernel(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.sample(2, 1)
 def test_the_model_says_the_same_by_the_kernel(family):
   """After a prefill of 14, through a ring of 16 that goes round."""
   model, params, tokens = case(family)

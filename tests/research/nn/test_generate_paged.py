@@ -50,7 +50,14 @@ def over_pages(*given, layout=Paging()):
   return generate.generate(*given, source=source)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 6])
+@pytest.mark.parametrize(
+  "rows",
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    2,
+    pytest.param(6, marks=pytest.mark.slow),
+  ],
+)
 def test_tokens_are_those_of_a_batch_without_pages(rows):
   """Whoever shares the batch, whoever waits, whose pages they were."""
   assert complete(size=4, rows=rows) == reference()

@@ -41,6 +41,7 @@ def batch(model):
     pytest.param("gemma2", BlockDiffusion, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.sample(2)
 def test_losses_and_gradients_are_the_same(kind, family):
   """Of stacked layers and of a last one apart, whose feed-forward waits."""
   model = support.model(family, depth=2)

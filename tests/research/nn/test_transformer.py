@@ -41,6 +41,7 @@ def case(request):
   return model, params, tokens, loss
 
 
+@pytest.mark.sample(2)
 def test_scanned_equals_unrolled(case):
   _, params, tokens, loss = case
   unrolled = tree.unroll(params)
@@ -59,7 +60,9 @@ def test_layers_and_stack_are_inverse(case):
   assert len(list(tree.layers(params))) == model.stack.depth
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize(
+  "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
+)
 def test_remat_changes_nothing(family):
   model = support.model(family)
   params, tokens = support.params(model), support.tokens()
@@ -86,6 +89,7 @@ def test_causal(case):
   assert not np.allclose(before[:, 10:], after[:, 10:])
 
 
+@pytest.mark.sample(2)
 def test_compiles_once_a_shape(case):
   model, params, tokens, _ = case
   chex.clear_trace_counter()

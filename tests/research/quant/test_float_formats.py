@@ -102,6 +102,7 @@ def test_integers_are_scaled_by_their_rules():
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.sample(2)
 def test_a_matrix_decodes_alike_by_every_way(name):
   format = FORMATS[name]
   w = gaussian(3, 96, 40)

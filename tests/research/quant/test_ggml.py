@@ -253,6 +253,7 @@ def loss(model, trainable, frozen, tokens):
 
 
 @pytest.mark.parametrize("remat", ["none", "names"])
+@pytest.mark.sample(2, 1)
 def test_lora_trains_over_a_packed_base_that_stays_what_it_is(remat):
   model = support.model(**SIZES).clone(remat=remat)
   base = packed_params(model)

@@ -91,6 +91,7 @@ def grid(bits=4, block=64, symmetric=False):
     (77349.3, 7.727, grid(bits=3, block=16), ACTIVATIONS | STATIC),
   ],
 )
+@pytest.mark.sample(2)
 def test_known_numbers(loss, mse, format, options):
   w, x = problem()
   value, found, _ = solve(w, hessian_of(x), format, GPTQ(**options))

@@ -50,6 +50,7 @@ def problem():
 
 
 @pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
+@pytest.mark.sample(2)
 def test_codes_can_be_put_back(format):
   format = format.fitted(INPUTS, OUTPUTS)
   parts = jax.tree.map(jnp.asarray, format.encode(np.asarray(problem()[0])))
@@ -69,6 +70,7 @@ def test_codes_can_be_put_back(format):
 @pytest.mark.parametrize(
   "format", [f for f in GRIDS if f.name in FEW], ids=lambda f: f.name
 )
+@pytest.mark.sample(2, 1)
 def test_outputs_gain_and_codes_are_the_types_own(format):
   w, seen = problem()
   format = format.fitted(INPUTS, OUTPUTS)

@@ -86,6 +86,7 @@ def _fed(kv, pieces, lengths, slots=48, window=None):
 
 
 @pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.sample(2)
 def test_what_is_looked_at(name):
   """Rows of different lengths; own tokens whole, older ones as was left."""
   pieces = (7, *[1] * 10, 11, 1, 11, *[1] * 4)

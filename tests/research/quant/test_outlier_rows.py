@@ -55,6 +55,7 @@ def output_error(w, q):
   "inner",
   [Nearest(), Compensated(), Compensated(options=GPTQ(order="activations"))],
 )
+@pytest.mark.sample(2)
 def test_the_rows_that_cost_most_are_kept_exactly(inner):
   packed, measures = rounded(Apart(method=inner, rows=3))
   plain, _ = rounded(inner)

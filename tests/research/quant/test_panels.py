@@ -184,7 +184,9 @@ def test_parts_are_named_after_the_axes_they_cut():
   assert other.panels.offset is None
 
 
-@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("Q4_1", marks=pytest.mark.slow), "Q5_0"]
+)
 def test_a_packed_model_is_the_same_in_panels(kind):
   model = support.model(tied=True, **SIZES)
   params = adapted(packed_params(model, kind))

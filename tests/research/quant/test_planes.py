@@ -59,6 +59,7 @@ def close(got, want, eps=2e-6):
 
 @pytest.mark.parametrize("gpu", [False, True])
 @every
+@pytest.mark.cover(1)
 def test_planes_hold_the_same_numbers(name, gpu):
   w = leaf(name, layers=(2,))
   assert planes.fits(w) and planes.fits(w, dtype="float32")
@@ -76,6 +77,7 @@ def test_planes_hold_the_same_numbers(name, gpu):
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("axis", [-2, -1])
 @pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.cover(1)
 def test_einsum_and_its_gradient_are_those_of_the_blocks(axis, gpu, ordered):
   w = leaf("int4", axis, ordered=ordered)
   got = planes.from_qtensor(w, gpu)
@@ -127,6 +129,7 @@ def logits(model, params, tokens):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.sample(2, 1)
 def test_a_packed_model_is_the_same_in_planes(gpu):
   model, params = packed()
   params = adapting(rank=2, targets=("q",))(params, jax.random.key(0))

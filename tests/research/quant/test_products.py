@@ -80,6 +80,7 @@ EQUATIONS = {  # left and right of `w`, the shape of x, and where outputs are
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("eq", EQUATIONS)
+@pytest.mark.cover(1)
 def test_einsum_in_any_order_of_letters(eq, dtype):
   shape, along = EQUATIONS[eq]
   left, out = eq.split(",")[0], eq.split("->")[1]
@@ -92,6 +93,7 @@ def test_einsum_in_any_order_of_letters(eq, dtype):
 
 @pytest.mark.parametrize("axis", [-2, -1])
 @every
+@pytest.mark.cover(1)
 def test_every_kind_of_part_is_cut(name, axis):
   w = dataclasses.replace(leaf(name), axis=axis)
   one = jax.tree.map(lambda x: x[1], w)
@@ -106,6 +108,7 @@ def test_every_kind_of_part_is_cut(name, axis):
 
 @pytest.mark.parametrize("axis", [-2, -1])
 @every
+@pytest.mark.cover(1)
 def test_experts(name, axis):
   w = dataclasses.replace(leaf(name), axis=axis)
   assert products.piece_count(w, products.PIECE) > 6
@@ -154,6 +157,7 @@ def packed_shape(format, lead):
 
 @pytest.mark.parametrize("format", [Affine(), Codebook()], ids=lambda f: f.name)
 @pytest.mark.parametrize("case", MATRICES)
+@pytest.mark.cover(1)
 def test_no_program_holds_a_whole_large_matrix(case, format, monkeypatch):
   product, lead, side = MATRICES[case]
   w = packed_shape(format, lead)

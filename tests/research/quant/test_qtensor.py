@@ -75,6 +75,7 @@ def packed(found, how):
 
 @golden
 @pytest.mark.parametrize("how", ["numpy", "jax"])
+@pytest.mark.cover(1)
 def test_codes_are_bitsandbytes(found, how):
   got, want = bnb.to_state_dict(packed(found, how)), tensors(found)
   assert set(got) == set(want)

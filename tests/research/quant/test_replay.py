@@ -83,11 +83,15 @@ def close(got, want):
 @pytest.mark.parametrize(
   "family, dtype, stages, kept",
   [
-    ("llama", "float32", STAGES, ["attention/o", "mlp/down"]),
+    pytest.param(
+      *("llama", "float32", STAGES, ["attention/o", "mlp/down"]),
+      marks=pytest.mark.slow,
+    ),
     ("gemma2", "bfloat16", STAGES, ["attention/o", "mlp/down"]),
     ("mixtral", "float32", EXPERTS, ["attention/o"]),
   ],
 )
+@pytest.mark.sample(2, 1)
 def test_stages_see_what_they_would_if_all_were_computed(
   family, dtype, stages, kept
 ):

@@ -69,6 +69,7 @@ def _turned(family, changes):
     ("qwen3_moe", dict(depth=1, sparse=SPARSE)),
   ],
 )
+@pytest.mark.sample(2)
 def test_logits_stay(family, changes):
   model, params, rotated, tokens = _rotated(family, **changes)
   run = _logits(model)

@@ -189,6 +189,7 @@ def test_drift_is_made_up_for():
   ],
   ids=lambda x: getattr(x, "name", ""),
 )
+@pytest.mark.sample(2)
 def test_any_grid_is_compensated(format, options):
   model, params = known()
   rule = Rule(

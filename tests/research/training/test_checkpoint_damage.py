@@ -116,6 +116,7 @@ def restored(folder):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [remove, truncate, flip])
+@pytest.mark.cover(1)
 def test_any_damaged_file_is_seen(saved, tmp_path, capsys, damage, name):
   folder = tmp_path / "checkpoints"
   shutil.copytree(saved, folder)
@@ -140,6 +141,7 @@ def test_any_damaged_file_is_seen(saved, tmp_path, capsys, damage, name):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [remove, truncate, flip])
+@pytest.mark.cover(1)
 def test_without_the_list_nothing_wrong_is_used(saved, tmp_path, damage, name):
   """As after a crash just before the list is written: sums must do."""
   folder = tmp_path / "checkpoints"

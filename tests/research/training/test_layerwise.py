@@ -51,7 +51,10 @@ def follow(model, tx, parts=1, steps=4, start=None):
   return held, found
 
 
-@pytest.mark.parametrize("family, parts", [("llama", 1), ("mixtral", 2)])
+@pytest.mark.parametrize(
+  "family, parts",
+  [pytest.param("llama", 1, marks=pytest.mark.slow), ("mixtral", 2)],
+)
 def test_it_is_galore(family, parts):
   """Two projectors of exact singular vectors, decay, and a bound if cut up."""
   model = support.model(family)
@@ -106,6 +109,7 @@ def test_no_gradient_of_the_stack_is_made():
   assert plain > 1.2 and mine < plain - 0.8, (plain, mine)
 
 
+@pytest.mark.slow
 def test_weights_in_eight_bits_learn():
   """Q-GaLore in a model: its loss falls about as that of whole weights."""
   model = support.model("llama")
@@ -181,6 +185,7 @@ def squares(params):
   ],
 )
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.cover(1)
 def test_what_is_not_read_once_is_refused(loss, misread, parts):
   tx = layerwise.galore(0.1, subspace.Projection(rank=2), matrices="up|embed")
   params = {"run0": {"layer0": {"up": jnp.ones((2, 4, 4))}}}

@@ -42,6 +42,7 @@ def case():
 @pytest.mark.parametrize(
   "softcap,smoothing,z_loss", [(None, 0.0, 0.0), (2.0, 0.1, 1e-2)]
 )
+@pytest.mark.cover(1)
 def test_equals_full_logits(case, rows, tied, softcap, smoothing, z_loss):
   eq = "btd,vd->btv" if tied else "btd,dv->btv"
   head = case["head"].T if tied else case["head"]

@@ -67,6 +67,7 @@ def textbook(model, params, documents):
 
 
 @pytest.mark.parametrize("trainable", [ADAPTERS, r"^embed$"])
+@pytest.mark.sample(2)
 def test_update_is_the_gradient_of_the_mean(
   model, objective, adapted, documents, sgd, trainable
 ):
@@ -92,6 +93,7 @@ def test_update_is_the_gradient_of_the_mean(
 
 
 @pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.sample(2)
 def test_accumulation_equals_the_large_batch(
   objective, start, documents, sgd, parts
 ):
