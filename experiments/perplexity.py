@@ -36,9 +36,6 @@ FLAGS = cli.new_flags()
 
 BOS = ("never", "auto", "always")
 
-FEW = 32
-"""Rows of products from which on weights are read as they were loaded."""
-
 _MODEL = flags.DEFINE_string(
   "model",
   None,
@@ -161,15 +158,15 @@ def _measured(
   chunk: int | None = None,
   kv: Any = None,
 ) -> Any:
-  """Returns the perplexity, by weights laid out for so few rows, or many."""
+  """Returns the perplexity, by weights laid out for so many rows at a time."""
   from research import tree
   from research.nn import generate
   from research.nn.perplexity import perplexity
   from research.quant import kv_quantizer, panels
 
-  params = loaded.params
-  if (chunk or FEW) * _BATCH.value < FEW:
-    params = panels.decoding(params, loaded.model.dtype)
+  rows = (chunk or _WINDOW.value) * _BATCH.value
+  params = panels.reading(loaded.params, rows, loaded.model.dtype)
+  if params is not loaded.params:
     params = generate.prepare(params, loaded.model)
   elif isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)

@@ -58,6 +58,12 @@ FEWEST = 32
 """Queries that a tile of AVX-512 has: fewer would leave lanes empty."""
 
 
+DTYPES = "float32", "bfloat16", "float16"
+"""Of q, k, v and sinks. The library computes in float32: 16 bits are widened on
+their way in, which takes less than XLA's products of 16 bits lose (1.3 times in
+the forward pass, up to 1.5 in both)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class CpuTiles:
   """How a call becomes tasks, and by which instructions they run.
@@ -93,8 +99,8 @@ class CpuTiles:
 def unsupported(spec: Spec, x: Operands) -> str | None:
   """Why the kernel cannot run a call, with the argument's name, or None."""
   arrays = [y for y in (x.q, x.k, x.v, x.sinks) if y is not None]
-  if wrong := [y.dtype.name for y in arrays if y.dtype != jnp.float32]:
-    return f"dtype: found {wrong[0]}, expected float32"
+  if wrong := [y.dtype.name for y in arrays if y.dtype.name not in DTYPES]:
+    return f"dtype: found {wrong[0]}, expected {', '.join(DTYPES)}"
   if x.bias is not None:
     return "bias: found one, expected None"
   if spec.softcap is not None or spec.dropout_rate:
@@ -130,14 +136,15 @@ def cpu_attention(
   """
   _check(spec, x)
   none = np.zeros((0,), np.float32)
-  sinks = none if x.sinks is None else x.sinks[None]
+  sinks = none if x.sinks is None else _wide(x.sinks)[None]
 
   def attend(q, k, v, *more):
     (B, T, N, _), Hv = q.shape, v.shape[-1]
     shapes = (B, T, N, Hv), (B, N, T)
     return _call(TARGET, spec, shapes, q, k, v, *more)
 
-  o, lse = _over_rows(attend)(x.q, x.k, x.v, *_seen(x), sinks)
+  given = map(_wide, (x.q, x.k, x.v))
+  o, lse = _over_rows(attend)(*given, *_seen(x), sinks)
   return o.astype(spec.output or x.q.dtype), lse
 
 
@@ -157,9 +164,9 @@ def cpu_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
     parts, dk, dv = _call(GRADIENTS, spec, shapes, q, k, v, *more)
     return (parts[0] if chunks == 1 else parts.sum(0)), dk, dv
 
-  do = rows.do.astype(jnp.float32)
+  given = map(_wide, (x.q, x.k, x.v))
   dq, dk, dv = _over_rows(differentiate)(
-    x.q, x.k, x.v, *_seen(x), do, rows.lse, rows.shift
+    *given, *_seen(x), _wide(rows.do), rows.lse, rows.shift
   )
   return Operands(q=dq, k=dk, v=dv, mask=None)
 
@@ -175,6 +182,10 @@ def _backward(spec, saved, cotangents):
 
 
 cpu_attention.defvjp(_forward, _backward)
+
+
+def _wide(x: Array) -> Array:
+  return x.astype(jnp.float32)
 
 
 def _check(spec: Spec, x: Operands) -> None:

@@ -32,6 +32,9 @@ _MATRIX = re.compile(
 _BESIDE = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 """Matrices of the same input, which one product multiplies."""
 
+FEW = 32
+"""Rows of products from which on XLA reads weights as they were loaded."""
+
 _EMBED = re.compile(r"(^|/)embed(/w)?$")
 
 
@@ -252,6 +255,24 @@ def decoded_elsewhere(params: Params, dtype: str = "float32") -> Params:
     return leaf.dense().astype(dtype)
 
   return tree.map_paths(one, params, is_leaf=is_packed)
+
+
+def reading(params: Params, rows: int, dtype: str = "float32") -> Params:
+  """Returns `params` as `decoding` does where so many rows are read faster so.
+
+  Few rows wait for the bytes of weights, which panels and planes are for. Many
+  of 16 bits are multiplied 1.2 times as fast from panels as by XLA; others are
+  left as they are.
+
+  Args:
+    params: of a Transformer.
+    rows: tokens that are read at a time.
+    dtype: that the model computes in, float32 or bfloat16.
+  """
+  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
+  packed = any(isinstance(x, QTensor) for x in leaves)
+  wide = dtype == "bfloat16" and not packed and jax.default_backend() == "cpu"
+  return decoding(params, dtype) if rows < FEW or wide else params
 
 
 def decoding(params: Params, dtype: str = "float32") -> Params:

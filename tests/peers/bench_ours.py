@@ -202,28 +202,20 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
 
 
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
-  """Times forward and loss of one window."""
-  import jax
-  import numpy as np
-
-  from research.training import objective
+  """Times one window as `experiments.perplexity` reads it."""
+  from research.nn import generate
+  from research.nn.perplexity import perplexity as measure
+  from research.quant import panels
 
   loaded, ids = load(dtype)
-  row = np.asarray(ids[: table.WINDOW], np.int32)[None]
-  batch = dict(
-    tokens=row,
-    targets=np.roll(row, -1, axis=1),
-    weights=np.ones(row.shape, np.float32),
-    positions=np.arange(table.WINDOW, dtype=np.int32)[None],
-    segments=np.zeros_like(row),
-  )
-  batch["weights"][:, -1] = 0
-  loss = jax.jit(objective.NextToken(loaded.model))
+  params = panels.reading(loaded.params, table.WINDOW, loaded.model.dtype)
+  if params is not loaded.params:
+    params = generate.prepare(params, loaded.model)
+  row = ids[: table.WINDOW]
   last = {}
 
   def once():
-    total, weight, _ = loss(loaded.params, batch, None)
-    last["nll"] = float(total) / float(weight)
+    last["nll"] = measure(loaded.model, params, row, table.WINDOW).nll
 
   begin = time.perf_counter()
   once()
