@@ -225,7 +225,7 @@ def unread_params(
   for slot in places:
     kind = jnp.dtype(dtype or _stored(rows, slot, tensors))
     fills = [
-      _filler(tensors[name], transposed)
+      filler(tensors[name], transposed)
       for name, transposed in map(rows.theirs, slot.addresses)
     ]
     filled[slot.path] = unread.stacked(fills, slot.lead, slot.one, kind)
@@ -246,7 +246,7 @@ def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
         )
       return tensor.leaf
     kind = jnp.dtype(dtype or str(tensor.dtype))
-    fill = _filler(tensor, transposed)
+    fill = filler(tensor, transposed)
     return unread.stacked([fill], (), slot.one, kind)
 
   kinds = model.layer_kinds()
@@ -293,7 +293,7 @@ def _reader(tensor: hf_quant.Tensor, transposed: bool):
   return read
 
 
-def _filler(tensor: hf_quant.Tensor, transposed: bool) -> unread.Fill:
+def filler(tensor: hf_quant.Tensor, transposed: bool) -> unread.Fill:
   read, shape = _reader(tensor, transposed), tensor.shape
   if hasattr(tensor, "leaf") or not shape:  # decoded as a whole, once
     return unread.in_pieces(read)

@@ -335,6 +335,6 @@ def test_a_files_rows_are_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
   for flip in (False, True):
     shape = x.shape[::-1] if flip else x.shape
     out = np.zeros(shape, np.float16)
-    hf._filler(tensor, flip)(tuple(slice(0, n) for n in shape), out)
+    hf.filler(tensor, flip)(tuple(slice(0, n) for n in shape), out)
     assert out.all()
   assert max(looks) <= 1 << 20 and sum(looks) == 2 * x.nbytes
