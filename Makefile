@@ -38,7 +38,7 @@ quickstart: venv  ## Installs, then fine-tunes a real language model (minutes)
 tiny-lm: venv  ## Trains a small language model of our own (20 minutes)
 	@$(PY) -m experiments.train --config=runs/pretrain_tiny.gin \
 	  --workdir=runs/tiny-lm
-	@$(PY) -m experiments.baselines --config=runs/pretrain_tiny.gin
+	@$(PY) -m experiments.core.baselines --config=runs/pretrain_tiny.gin
 
 test: venv  ## Checks style, then runs the test suite; ARGS= goes to pytest
 	@$(MAKE) --no-print-directory lint
@@ -90,10 +90,10 @@ bench-chips:  ## Reads kernels' schedules for TPUs beside jax's (Linux)
 
 # These install nothing: they run in whatever Python has JAX for the chip.
 bench-gpu:  ## Checks and times the kernels on the GPU at hand
-	@$${PYTHON:-python3} -m kernels_pallas.bench_gpu $(ARGS)
+	@$${PYTHON:-python3} -m kernels_pallas.bench.bench_gpu $(ARGS)
 
 bench-tpu:  ## Checks and times the kernels on the TPU at hand
-	@$${PYTHON:-python3} -m kernels_pallas.bench_tpu $(ARGS)
+	@$${PYTHON:-python3} -m kernels_pallas.bench.bench_tpu $(ARGS)
 
 bench: venv venv-peers  ## Measures speed and memory against torch
 	@$(PY) -m tests.peers.bench --peers=.venv-peers/bin/python $(ARGS)

@@ -32,7 +32,7 @@ and of one adapter, writing nothing but --picture, --report, and for merge --to:
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -44,7 +44,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags()
 
@@ -144,7 +144,7 @@ _REPORT = flags.DEFINE_string(
 def _opened(name: str) -> Any:
   """Returns an adapter as a source that knows its base."""
   from research.interop import sources
-  from research.lora import gguf_adapter
+  from research.interop.peft import gguf_adapter
   from research.typing import UserError
 
   path = pathlib.Path(name)
@@ -175,7 +175,8 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
   import jax
 
   from research.interop import convert, parts
-  from research.lora import arithmetic, plain, wrap
+  from research.lora import plain, wrap
+  from research.lora.merge import arithmetic
   from research.typing import UserError
 
   found = [_opened(name) for name in _FROM.value]
@@ -230,7 +231,8 @@ def _lora() -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _intruders() -> tuple[Any, Any, dict[str, Any]]:
-  from research.lora import diagnose, plain, wrap
+  from research.lora import plain, wrap
+  from research.lora.diagnosis import diagnose
 
   source = _one()
   params = source.params()
@@ -245,7 +247,7 @@ def _intruders() -> tuple[Any, Any, dict[str, Any]]:
 def _diagnosed() -> dict[str, Any]:
   import numpy as np
 
-  from research.lora import diagnose, plot_diagnosis
+  from research.lora.diagnosis import diagnose, plot_diagnosis
 
   energy = 0.9 if _ENERGY.value is None else _ENERGY.value
   found = diagnose.diagnose(_one().params(), _TOP.value, energy)
@@ -262,8 +264,7 @@ def _diagnosed() -> dict[str, Any]:
 
 
 def _fidelity() -> dict[str, Any]:
-  from research.interop import changes
-  from research.lora import merging
+  from research.lora.merge import changes, merging
 
   source = _one()
   params = source.params()
@@ -295,7 +296,7 @@ def _tokens(source: Any) -> Any:
 
 def _merged() -> dict[str, Any]:
   """Tells what each way to merge does; writes one if there is a --to."""
-  from experiments import adapter_merges
+  from experiments.studies.lora import adapter_merges
 
   text, to, original = _TEXT.value, _TO.value, _ORIGINAL.value
   adapter_merges.check(_FROM.value, to, _MODE.value, original, text)
@@ -312,8 +313,14 @@ def _merged() -> dict[str, Any]:
 
 def _validated() -> dict[str, Any]:
   """Reads rules, not weights: rules can be wrong that no adapter has."""
-  from research.interop import load, safetensors, sources
-  from research.lora import peft_names, peft_naming, peft_whole, validate
+  from research.interop import load, sources
+  from research.interop.peft import (
+    peft_names,
+    peft_naming,
+    peft_whole,
+    validate,
+  )
+  from research.io import safetensors
   from research.typing import UserError
 
   if len(_FROM.value) != 1:
@@ -353,7 +360,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(**{"op": _OP.value, "from": _FROM.value or None})
   runtime.setup()
   from research.interop import convert
-  from research.lora import arithmetic
+  from research.lora.merge import arithmetic
   from research.typing import UserError
 
   writes = {how: _combined for how in (arithmetic.CAT, *arithmetic.WAYS)}

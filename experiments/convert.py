@@ -44,7 +44,7 @@ adapters' updates merge_kept is the share that is left, merge_loss the rest of
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -56,7 +56,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags()
 
@@ -223,7 +223,7 @@ def _target() -> tuple[str, str | None]:
 
 def _writer(name: str, kind: str | None, source: Any) -> Any:
   """Returns what writes another tool's format."""
-  from research.quant.checkpoints import gptq, writers
+  from research.interop.quantized import gptq, writers
 
   group = _GROUP_SIZE.value
   if name == "gptq":
@@ -242,7 +242,7 @@ def _writer(name: str, kind: str | None, source: Any) -> Any:
 
 def _recipe(kind: str | None) -> Any:
   """Returns what the matrices of a GGUF file are stored in."""
-  from research.interop import gguf_imatrix, gguf_recipe
+  from research.interop.gguf import gguf_imatrix, gguf_recipe
 
   importances = None
   if _IMATRIX.value is not None:
@@ -251,8 +251,7 @@ def _recipe(kind: str | None) -> Any:
 
 
 def _rounding() -> Any:
-  from research.interop import changes
-  from research.lora import merging
+  from research.lora.merge import changes, merging
 
   kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic())
   return kinds[_ROUNDING.value]
@@ -268,7 +267,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   import dataclasses
   import json
 
-  from experiments import convert_sources
+  from experiments.core import convert_sources
   from research.interop import convert, hf
   from research.training import memory
   from research.typing import UserError
@@ -317,7 +316,7 @@ def _has_tokenizer(name: str, source: Any) -> bool:
 
 def _least() -> float | None:
   """Returns the share of an update that rounding must leave."""
-  from research.interop import changes
+  from research.lora.merge import changes
 
   return None if _LOSSY.value else changes.LEAST_KEPT
 

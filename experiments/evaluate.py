@@ -13,7 +13,7 @@ weight, size, and errors of each matrix.
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -22,7 +22,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags(cluster=True)
 
@@ -86,8 +86,8 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
       "give --workdir=DIR of a run, or --config=FILE; or --model= and --base="
     )
   runtime.setup()
-  from experiments import config, runs
-  from research.training import folders
+  from experiments.core import config, runs
+  from research.io import folders
 
   path, workdir, mark = _CONFIG.value, None, None
   if _WORKDIR.value is not None:
@@ -112,7 +112,7 @@ def _beside() -> dict[str, Any]:
   cli.required(model=_MODEL.value, base=_BASE.value)
   text = None if _TEXT.value is None else cli.read_text(_TEXT.value, "text")
   runtime.setup()
-  from experiments import quantized
+  from experiments.studies.quant import quantized
 
   return quantized.beside(
     _MODEL.value,

@@ -32,7 +32,7 @@ has them as gaps:
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -43,7 +43,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, filling_flags, packed_weights, runtime
+from experiments.core import cli, packed_weights, runtime
+from experiments.generating import filling_flags
 
 FLAGS = cli.new_flags()
 
@@ -147,7 +148,7 @@ _NOT_OF_DIFFUSION = ("adapter", "kv", "pages", "stop", "repetition_penalty")
 
 def _sampling() -> Any:
   """Returns what the flags say about choosing tokens."""
-  from research.nn.sampling import Sampling
+  from research.generation.sampling import Sampling
   from research.typing import UserError
 
   rules = dict(top_k=_TOP_K.value, top_p=_TOP_P.value, min_p=_MIN_P.value)
@@ -181,9 +182,10 @@ def _load() -> Any:
 def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   """Returns parameters for decoding, each row's adapter in them."""
   from research import weights
-  from research.lora import gguf_adapter, pool, pool_reader
-  from research.nn import generate
-  from research.quant import panels
+  from research.generation import generate
+  from research.interop.peft import gguf_adapter, pool_reader
+  from research.lora.serving import pool
+  from research.quant.layouts import panels
 
   def ready(params):
     fast = panels.decoding(params, loaded.model.dtype)
@@ -224,8 +226,8 @@ def _row(pieces: Sequence[Any], prompt: Sequence[int]) -> dict[str, Any]:
 
 def _fill(rules: Any) -> dict[str, Any]:
   """Returns what filling in masks gives."""
-  from experiments import filling, filling_gaps
-  from research.nn import generate
+  from experiments.generating import filling, filling_gaps
+  from research.generation import generate
 
   given = {name: FLAGS[name].value for name in filling_flags.NAMES}
   wanted = filling.Wanted(
@@ -290,8 +292,8 @@ def _streamed(
   """
   import jax
 
-  from experiments import generate_pages
-  from research.nn import stream
+  from experiments.generating import generate_pages
+  from research.generation import stream
 
   start, first, steps = time.perf_counter(), None, []
   most = _MAX_NEW_TOKENS.value
@@ -335,10 +337,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   texts = [*_PROMPT.value, *FLAGS["infill"].value]
   cli.required(model=_MODEL.value, prompt="".join(texts))
   runtime.setup()
-  from experiments import generate_adapters, generate_pages
+  from experiments.generating import generate_adapters, generate_pages
   from research import tree
-  from research.nn import sampling
-  from research.quant import kv_quantizer
+  from research.generation import sampling
+  from research.quant.kv import kv_quantizer
 
   _check_sampler()
   rules = _sampling()

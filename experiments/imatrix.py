@@ -12,7 +12,7 @@ last line on stdout is JSON: matrices, tokens, windows.
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags()
 
@@ -62,10 +62,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   if _TEXT.value is not None:
     given["source"] = [cli.read_text(_TEXT.value, "text")]
   runtime.setup()
-  from research.interop import convert, gguf_imatrix
+  from research.interop import convert
+  from research.interop.gguf import gguf_imatrix, imatrix
   from research.interop.load import load_model
-  from research.quant import imatrix
-  from research.quant.calibrate import Calibration
+  from research.quant.algorithms.calibrate import Calibration
 
   to, start = pathlib.Path(_TO.value), time.perf_counter()
   convert.free(to)

@@ -20,7 +20,7 @@ and measures the model without it as well.
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, packed_weights, runtime
+from experiments.core import cli, packed_weights, runtime
 
 FLAGS = cli.new_flags()
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.required(model=_MODEL.value, text=_TEXT.value)
   text = cli.read_text(_TEXT.value, "text")
   runtime.setup()
-  from research.quant import kv_quantizer
+  from research.quant.kv import kv_quantizer
   from research.typing import UserError
 
   kv = kv_quantizer.parse(_KV.value)
@@ -160,9 +160,10 @@ def _measured(
 ) -> Any:
   """Returns the perplexity, by weights laid out for so many rows at a time."""
   from research import tree
-  from research.nn import generate
-  from research.nn.perplexity import perplexity
-  from research.quant import kv_quantizer, panels
+  from research.generation import generate
+  from research.generation.perplexity import perplexity
+  from research.quant.kv import kv_quantizer
+  from research.quant.layouts import panels
 
   rows = (chunk or _WINDOW.value) * _BATCH.value
   params = panels.reading(loaded.params, rows, loaded.model.dtype)
@@ -188,7 +189,7 @@ def _cache_bytes(loaded: Any, kv: Any) -> dict[str, Any]:
   import jax
 
   from research import tree
-  from research.quant import kv_memory
+  from research.quant.kv import kv_memory
 
   shapes = jax.eval_shape(tree.unroll, loaded.params)
   took = kv_memory.memory(loaded.model, shapes, 1, _WINDOW.value, kv=kv)

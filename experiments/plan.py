@@ -16,7 +16,7 @@ Of a model that fills in masks, sampling's two kinds of calls, with a cache:
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.core import cli
 
 FLAGS = cli.new_flags()
 
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
   # What is here is not asked, and stays free for others.
   jax.config.update("jax_platforms", "cpu")
-  from experiments import ahead, ahead_filling, config
+  from experiments.core import config
+  from experiments.planning import ahead, ahead_filling
   from research.planning import chips
 
   experiment, _ = config.read(_CONFIG.value, _SET.value)

@@ -12,7 +12,7 @@ failed, seconds, bytes.
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -24,14 +24,14 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags()
 
 _CONFIG = flags.DEFINE_string(
   "config",
   None,
-  "Gin file of an experiments.quantizing.Job; also looked for in configs/.",
+  "Gin file of a studies.quant.quantizing.Job; also looked for in configs/.",
   flag_values=FLAGS,
 )
 _TO = flags.DEFINE_string(
@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   cli.local(to=_TO.value)
   start = time.perf_counter()
   runtime.setup()
-  from experiments import config, quantizing
+  from experiments.core import config
+  from experiments.studies.quant import quantizing
   from research.interop import convert, sources
   from research.training import memory
 

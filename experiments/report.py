@@ -10,7 +10,7 @@ the table.
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.core import cli
 
 FLAGS = cli.new_flags()
 
@@ -47,8 +47,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   cli.required(workdir=",".join(_WORKDIR.value))
   cli.local(workdir=",".join(_WORKDIR.value), out=_OUT.value)
-  from experiments import compare, tables
-  from research.training import plot_runs
+  from experiments.core import tables
+  from experiments.sweeps import compare
+  from research.training.reports import plot_runs
 
   runs = compare.load(_WORKDIR.value)
   rows = [run.row() for run in runs]

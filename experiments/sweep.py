@@ -2,7 +2,7 @@
 
   python -m experiments.sweep --sweep=sweeps/quickstart_rank.gin --workdir=DIR
 
-A sweep file says what varies (experiments/sweeps.py has the notation). Every
+A sweep file says what varies (`experiments.sweeps` has the notation). Every
 unit's configuration is built before anything runs. The working directory gets
 units/ (a run each, with its configuration and its log), results.csv,
 results.png and result.json, whose content is the last line on stdout. The same
@@ -13,7 +13,7 @@ units that run save, and exits with 42.
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments.core import cli
 
 FLAGS = cli.new_flags()
 
@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(sweep=_SWEEP.value)
   cli.local(workdir=_WORKDIR.value)
-  from experiments import config, launch, sweep_results, sweep_units, sweeps
+  from experiments import sweeps
+  from experiments.core import config
+  from experiments.sweeps import launch, sweep_results, sweep_units
   from research.training.preemption import Preempted
   from research.typing import UserError
 

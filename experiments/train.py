@@ -17,7 +17,7 @@ A mesh is a matter of five numbers (configs/base.gin); on virtual devices:
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -26,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags(cluster=True)
 
@@ -75,9 +75,9 @@ def main(argv: Sequence[str]) -> dict[str, Any] | None:
   del argv
   cli.required(config=_CONFIG.value, workdir=_WORKDIR.value)
   runtime.setup()
-  from experiments import config, runs
-  from research.training import metrics
-  from research.training import workdir as workdirs
+  from experiments.core import config, runs
+  from research.training.checkpoints import workdir as workdirs
+  from research.training.reports import metrics
 
   writers = [metrics.TensorBoardWriter] * _TENSORBOARD.value
   writers += [metrics.WandbWriter] * _WANDB.value

@@ -31,7 +31,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kernels_pallas import lowering
+from kernels_pallas.common import lowering
 from research import tree as trees
 from research import weights
 from research.typing import Array, Shaped, UserError

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from kernels_pallas import grouped_matmul, lowering
+from kernels_pallas import grouped_matmul
+from kernels_pallas.common import lowering
 from research.typing import Array, Float, Int, Params, PRNGKey, Shaped
 
 Weight = Any

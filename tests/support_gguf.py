@@ -4,7 +4,8 @@ import pathlib
 
 import numpy as np
 
-from research.interop import gguf, gguf_types
+from research.interop import gguf
+from research.interop.gguf import gguf_types
 
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 WIDTH, HIDDEN, QUERIES, KEYS = 256, 64, 32, 16

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kernels_pallas import lowering
+from kernels_pallas.common import lowering
 
 needs_kernels = pytest.mark.skipif(
   lowering.NO_GPU_KERNELS is not None, reason=str(lowering.NO_GPU_KERNELS)

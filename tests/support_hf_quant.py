@@ -7,13 +7,9 @@ import jax
 import numpy as np
 
 from research import weights
-from research.interop import (
-  hf_quant,
-  parts,
-  safetensors,
-  sources,
-)
-from research.quant.checkpoints import writers
+from research.interop import parts, sources
+from research.interop.quantized import hf_quant, writers
+from research.io import safetensors
 from tests import support
 
 SIZES = dict(width=64, hidden=96, head_dim=16, depth=3)

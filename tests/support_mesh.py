@@ -9,16 +9,16 @@ import numpy as np
 import optax
 
 from research import sharding, tree
-from research.interop import gguf_types
+from research.interop.gguf import gguf_types
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
 from research.lora.methods.mora import MoRA
+from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
-from research.nn.routing import Routing
 from research.quant.formats import ggml
 from research.training import state, step
-from research.training.experts import Balance
-from research.training.objective import NextToken
+from research.training.objectives.experts import Balance
+from research.training.objectives.objective import NextToken
 from tests import support
 
 BATCH, LENGTH, DEPTH = 8, 16, 3

@@ -8,7 +8,7 @@ places differ.
 import jax.numpy as jnp
 
 from kernels_pallas.decode_attention.pages import Pages
-from research.quant.kv_cache import QuantizedLayer
+from research.quant.kv.kv_cache import QuantizedLayer
 from research.typing import Array, Int
 
 

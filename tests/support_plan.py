@@ -2,15 +2,17 @@
 
 import dataclasses
 
-from experiments.experiment import Experiment
-from experiments.fresh import Fresh
-from research.data import pipeline, synthetic
+from experiments.core.experiment import Experiment
+from experiments.core.fresh import Fresh
+from research.data import pipeline
+from research.data.sources import synthetic
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
 from research.nn import presets
+from research.optim import optim
 from research.sharding import Layout
-from research.training import loop, optim
-from research.training.objective import NextToken
+from research.training import loop
+from research.training.objectives.objective import NextToken
 from tests import support
 
 SMOLLM2 = presets.Sizes(

@@ -5,7 +5,9 @@ import math
 import os
 import pathlib
 
-from research.interop import hf, hf_config, safetensors
+from research.interop import hf
+from research.interop.hf import hf_config
+from research.io import safetensors
 from research.nn import presets
 
 LLAMA_8B = dict(

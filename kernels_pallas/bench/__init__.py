@@ -2,5 +2,5 @@
 
 `jobs` says what a job is, `worker` runs them and `supervisor` watches it;
 `attention`, `decoding`, `sequence` and `packed` are the jobs.
-`kernels_pallas.bench_gpu` and `bench_tpu` are the commands.
+`kernels_pallas.bench.bench_gpu` and `bench_tpu` are the commands.
 """

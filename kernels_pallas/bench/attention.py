@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.mosaic_gpu import cores, programs
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores, programs
+from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
   GpuTiles,
   for_head_dim,
 )

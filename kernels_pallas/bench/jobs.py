@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import chips
+from kernels_pallas.common import chips
 
 SMOKE, CHECK, TIME = 0, 1, 2
 """Stages: one call of each kernel, all checks, times."""

@@ -15,21 +15,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.common.lowering import accumulator, device
 from kernels_pallas.decode_attention import pages as paging
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
 from kernels_pallas.decode_attention.choice import BACKENDS, automatic
 from kernels_pallas.decode_attention.choice import choose as choose
 from kernels_pallas.decode_attention.cpu import cpu_decode
-from kernels_pallas.decode_attention.mosaic_gpu import (
+from kernels_pallas.decode_attention.gpu.mosaic_gpu import (
   KEYS,
   mosaic_gpu_decode,
   refused,
   splits_for,
-)
-from kernels_pallas.decode_attention.mosaic_tpu import (
-  check_for_tpu,
-  mosaic_tpu_decode,
 )
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.reference import (
@@ -37,8 +34,11 @@ from kernels_pallas.decode_attention.reference import (
   reference_decode,
 )
 from kernels_pallas.decode_attention.spec import Blocks, Spec
+from kernels_pallas.decode_attention.tpu.mosaic_tpu import (
+  check_for_tpu,
+  mosaic_tpu_decode,
+)
 from kernels_pallas.decode_attention.xla import xla_decode
-from kernels_pallas.lowering import accumulator, device
 
 KERNELS = ("mosaic_tpu", "mosaic_gpu")
 

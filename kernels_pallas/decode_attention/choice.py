@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import lowering
-from kernels_pallas.by_platform import by_platform
+from kernels_pallas.common import lowering
+from kernels_pallas.common.by_platform import by_platform
 from kernels_pallas.decode_attention import cpu
-from kernels_pallas.decode_attention.mosaic_gpu import refused
+from kernels_pallas.decode_attention.gpu.mosaic_gpu import refused
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.ragged import Rows
 from kernels_pallas.decode_attention.work import Cache

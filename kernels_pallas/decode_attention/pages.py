@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.common.lowering import device
 from kernels_pallas.decode_attention import ragged
-from kernels_pallas.decode_attention.mosaic_tpu_append import (
+from kernels_pallas.decode_attention.tpu.mosaic_tpu_append import (
   group_size,
   mosaic_tpu_append,
 )
-from kernels_pallas.lowering import device
 
 LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """Quantized dtypes, and their largest number."""

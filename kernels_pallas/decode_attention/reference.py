@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels_pallas.common.lowering import accumulator
 from kernels_pallas.decode_attention.spec import Spec, capped
-from kernels_pallas.lowering import accumulator
 
 
 def reference_decode(

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.common.lowering import device
 from kernels_pallas.flash_attention import backends
 from kernels_pallas.flash_attention.backends import BACKENDS
 from kernels_pallas.flash_attention.choice import Sizes, choice, choose
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
-from kernels_pallas.lowering import device
 from kernels_pallas.masks import Mask, Segments, Window
 
 __all__ = ["BACKENDS", "choose", "flash_attention", "prepare"]

@@ -9,18 +9,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from kernels_pallas import lowering
-from kernels_pallas.by_platform import by_platform
-from kernels_pallas.flash_attention import (
-  blocking,
-  cpu,
-  mosaic_gpu,
-  mosaic_tpu,
-)
-from kernels_pallas.flash_attention.blocked import (
-  blocked_attention,
-  blocked_gradients,
-)
+from kernels_pallas.common import lowering
+from kernels_pallas.common.by_platform import by_platform
+from kernels_pallas.flash_attention import cpu
 from kernels_pallas.flash_attention.choice import (
   KERNELS,
   Sizes,
@@ -29,13 +20,20 @@ from kernels_pallas.flash_attention.choice import (
 )
 from kernels_pallas.flash_attention.cotangents import finished, kept, queries
 from kernels_pallas.flash_attention.cpu import CpuTiles
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import (
+from kernels_pallas.flash_attention.gpu import mosaic_gpu
+from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
   GpuTiles,
   for_head_dim,
 )
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import Tiles, for_device
+from kernels_pallas.flash_attention.tpu import mosaic_tpu
+from kernels_pallas.flash_attention.xla import blocking
+from kernels_pallas.flash_attention.xla.blocked import (
+  blocked_attention,
+  blocked_gradients,
+)
 
 BACKENDS = (
   "auto",

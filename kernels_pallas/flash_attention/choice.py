@@ -8,11 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas import lowering, mask_blocks
-from kernels_pallas.flash_attention import cpu, mosaic_gpu
-from kernels_pallas.flash_attention.mosaic_gpu_tiling import GpuTiles, height
+from kernels_pallas.common import lowering
+from kernels_pallas.flash_attention import cpu
+from kernels_pallas.flash_attention.gpu import mosaic_gpu
+from kernels_pallas.flash_attention.gpu.mosaic_gpu_tiling import (
+  GpuTiles,
+  height,
+)
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tiling import LANES, Tiles
+from kernels_pallas.masks import mask_blocks
 
 KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu", "cpu": "cpu"}
 """By platform, as lowering calls it."""

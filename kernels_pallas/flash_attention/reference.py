@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.common.lowering import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.lowering import accumulator
 
 
 def reference_attention(

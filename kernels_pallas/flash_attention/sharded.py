@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from kernels_pallas.common.lowering import accumulator
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.lowering import accumulator
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel.gather import gathered_attention
 from kernels_pallas.sequence_parallel.order import Names

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from kernels_pallas import chips
+from kernels_pallas.common import chips
 
 
 @dataclasses.dataclass(frozen=True)

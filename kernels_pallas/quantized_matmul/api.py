@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from kernels_pallas.quantized_matmul import cpu
-from kernels_pallas.quantized_matmul.panels import Panels
+from kernels_pallas.quantized_matmul.cpu.panels import Panels
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from kernels_pallas.quantized_matmul.reference import reference_matmul

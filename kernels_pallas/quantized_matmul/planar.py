@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from kernels_pallas.quantized_matmul.panels import AFFINE
+from kernels_pallas.quantized_matmul.cpu.panels import AFFINE
 
 LANES = 128
 """Outputs are padded to whole registers, as a TPU's memory would be anyway."""

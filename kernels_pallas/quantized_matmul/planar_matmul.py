@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas import lowering
-from kernels_pallas.quantized_matmul import mosaic_gpu, mosaic_tpu, planar
-from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import Tile
-from kernels_pallas.quantized_matmul.mosaic_tpu import Config
+from kernels_pallas.common import lowering
+from kernels_pallas.quantized_matmul import planar
+from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
+from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
+from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
 
 BACKENDS = ("auto", "xla", "mosaic_tpu", "mosaic_gpu")
 

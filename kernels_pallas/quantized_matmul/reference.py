@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.quantized_matmul import panels, planar
-from kernels_pallas.quantized_matmul.panels import Panels
+from kernels_pallas.quantized_matmul import planar
+from kernels_pallas.quantized_matmul.cpu import panels
+from kernels_pallas.quantized_matmul.cpu.panels import Panels
 from kernels_pallas.quantized_matmul.planar import Planar
 
 

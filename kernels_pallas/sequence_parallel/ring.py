@@ -19,12 +19,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from kernels_pallas import mask_blocks
+from kernels_pallas.common.lowering import accumulator
 from kernels_pallas.flash_attention import cotangents
 from kernels_pallas.flash_attention.api import prepare
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
-from kernels_pallas.lowering import accumulator
-from kernels_pallas.masks import Mask
+from kernels_pallas.masks import Mask, mask_blocks
 from kernels_pallas.sequence_parallel.combine import combine
 from kernels_pallas.sequence_parallel.order import Names, halves
 

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from research.data.sources import Documents
-from research.nn.tokenizer import Tokenizer
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 END = "<|endoftext|>"

@@ -12,8 +12,8 @@ import numpy as np
 
 from research.data import packing
 from research.data.sources import Documents
-from research.nn import special_tokens
-from research.nn.special_tokens import SpecialTokens
+from research.text import special_tokens
+from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
 

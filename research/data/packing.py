@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from research.data.sources import Documents
-from research.nn.special_tokens import (
+from research.text.special_tokens import (
   NO_SPECIAL_TOKENS,
   SpecialTokens,
   begins_with,

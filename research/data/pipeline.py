@@ -17,8 +17,8 @@ import numpy as np
 
 from research.data import examples, packing
 from research.data.packing import PackedRows, Row, Rows
-from research.nn import special_tokens
-from research.nn.special_tokens import SpecialTokens
+from research.text import special_tokens
+from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
 ENDLESS = 2**50

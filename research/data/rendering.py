@@ -22,7 +22,7 @@ from typing import Any
 
 from research.data import examples
 from research.data.examples import Example
-from research.nn.tokenizer import Tokenizer
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

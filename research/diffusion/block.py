@@ -18,10 +18,10 @@ from research import weights
 from research.diffusion import process
 from research.diffusion.objective import Noise, masked_loss
 from research.diffusion.rows import BatchRewrite
+from research.generation.sampling import row_keys
 from research.nn import tail
-from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
-from research.training.objective import Batch, Sums
+from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 

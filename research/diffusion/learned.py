@@ -20,14 +20,14 @@ import numpy as np
 from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process, told
-from research.diffusion.denoiser import own_rows
 from research.diffusion.objective import Noise
 from research.diffusion.process import Spread
+from research.diffusion.sampling.denoiser import own_rows
 from research.diffusion.variants import chunked_sum
+from research.generation.sampling import row_keys
 from research.nn import tail
-from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
-from research.training.objective import Batch, Sums
+from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Params, PRNGKey, UserError
 
 NAME = "mask_rates"

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.diffusion import process
-from research.diffusion.block_causal import BlockCausal
+from research.diffusion.sampling.block_causal import BlockCausal
 from research.diffusion.schedule import Schedule
-from research.nn.sampling import row_keys
+from research.generation.sampling import row_keys
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Scores = Callable[..., Float[Array, "B T V"]]

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from kernels_pallas.masks import Mask
 from research import weights
 from research.diffusion import process
-from research.diffusion.denoiser import own_rows
 from research.diffusion.process import Spread
 from research.diffusion.rows import BatchRewrite
+from research.diffusion.sampling.denoiser import own_rows
 from research.diffusion.schedule import Linear, Schedule
+from research.generation.sampling import row_keys
 from research.nn import tail
-from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
-from research.training import losses
-from research.training.objective import Batch, Sums
+from research.training.objectives import losses
+from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 Noise = Literal["all", "learned"]

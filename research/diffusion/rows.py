@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from research.training.objective import Batch
+from research.training.objectives.objective import Batch
 from research.typing import PRNGKey, UserError
 
 _PURPOSE = 1009

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from research.diffusion import process
 from research.diffusion.objective import MaskedDiffusion
+from research.generation.sampling import row_keys
 from research.nn import tail
-from research.nn.sampling import row_keys
 from research.nn.transformer import Transformer
-from research.training import losses
-from research.training.objective import Sums
+from research.training.objectives import losses
+from research.training.objectives.objective import Sums
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
 

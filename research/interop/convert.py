@@ -11,20 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research.interop import (
-  changes,
-  gguf,
-  gguf_export,
-  gguf_recipe,
-  gguf_vocab,
-  hf_export,
-  hf_quant_export,
-  ours,
-  safetensors,
-  sources,
-)
+from research.interop import gguf, ours, sources
 from research.interop import parts as part
-from research.quant.checkpoints import writers
+from research.interop.gguf import gguf_export, gguf_recipe
+from research.interop.hf import hf_export
+from research.interop.quantized import hf_quant_export, writers
+from research.io import safetensors
+from research.lora.merge import changes
+from research.text import gguf_vocab
 from research.typing import UserError
 
 
@@ -259,7 +253,8 @@ def to_peft(
   Raises:
     UserError: there are no adapters, or the base is not known.
   """
-  from research.lora import peft, peft_naming, peft_write, wrap
+  from research.interop.peft import peft, peft_naming, peft_write
+  from research.lora import wrap
 
   free(to)
   name = base or source.base_name
@@ -303,7 +298,8 @@ def to_gguf_adapter(
   Raises:
     UserError: there are none, or they bring weights besides.
   """
-  from research.lora import gguf_adapter, wrap
+  from research.interop.peft import gguf_adapter
+  from research.lora import wrap
 
   free(to)
   params, base = source.params(), source.base

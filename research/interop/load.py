@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import jax
 
-from research.diffusion import spec
-from research.interop import hf, hf_quant, safetensors, unread
+from research.interop import hf
+from research.interop.diffusion import spec
 from research.interop.loaded import NOTE, Loaded
-from research.nn import special_tokens
-from research.quant.checkpoints import compressed_inputs
+from research.interop.quantized import compressed_inputs, hf_quant
+from research.io import safetensors, unread
+from research.text import special_tokens
 from research.training import memory
 from research.typing import UserError
 
@@ -67,7 +68,7 @@ def load_model(
   if path.is_dir():
     found = _directory(path, dtype, packed, shardings)
     return _as_trained(found, pathlib.Path(name))
-  from research.interop.gguf_model import load_gguf
+  from research.interop.gguf.gguf_model import load_gguf
 
   return load_gguf(path, dtype, bool(packed), shardings)
 
@@ -192,7 +193,7 @@ def tokenizer(path: pathlib.Path) -> Any:
   """Returns the tokenizer in a directory, or None."""
   if not (path / "tokenizer.json").is_file():
     return None
-  from research.nn.tokenizer import Tokenizer
+  from research.text.tokenizer import Tokenizer
 
   return Tokenizer.from_directory(path)
 
@@ -222,7 +223,7 @@ def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
 
 
 def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
-  from research.lora import peft
+  from research.interop.peft import peft
 
   _, target = base_of(path)
   try:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from research.diffusion import spec
+from research.interop.diffusion import spec
 from research.nn.transformer import Transformer
 from research.typing import Params
 
@@ -18,7 +18,7 @@ class Loaded:
   Attributes:
     model: how to compute.
     params: the weights.
-    tokenizer: a `research.nn.tokenizer.Tokenizer`, or None.
+    tokenizer: a `research.text.tokenizer.Tokenizer`, or None.
     source: where it came from: `format`, `path`, and whatever else is known.
     diffusion: how its masks are to be filled; None for models that predict the
       next token.

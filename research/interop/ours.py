@@ -18,22 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.interop import (
-  gguf,
-  gguf_config,
-  hf,
-  hf_config,
-  parts,
-  safetensors,
-  unread,
-)
-from research.interop.fields import Fields
+from research.interop import gguf, hf, parts
+from research.interop.gguf import gguf_config
+from research.interop.hf import hf_config
 from research.interop.loaded import NOTE
+from research.io import safetensors, unread
+from research.io.fields import Fields
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
 from research.lora.methods import all_methods
 from research.nn import presets
-from research.nn.tokenizer import Tokenizer
 from research.nn.transformer import Transformer
 from research.quant.activations import InputTensor, Op
 from research.quant.format import Format
@@ -41,7 +35,8 @@ from research.quant.formats import all_formats
 from research.quant.ops import OPS
 from research.quant.qtensor import QTensor
 from research.quant.untied import Untied
-from research.training import base
+from research.text.tokenizer import Tokenizer
+from research.training.checkpoints import base
 from research.typing import Params, UserError
 
 METADATA = "metadata.gguf"

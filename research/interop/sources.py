@@ -11,19 +11,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from research.interop import (
-  gguf,
-  hf,
-  hf_config,
-  hf_config_write,
-  load,
-  ours,
-  safetensors,
-)
+from research.interop import gguf, hf, load, ours
 from research.interop import parts as part
+from research.interop.hf import hf_config, hf_config_write
 from research.interop.loaded import NOTE, Loaded
-from research.nn.tokenizer import Tokenizer
+from research.io import safetensors
 from research.nn.transformer import Transformer
+from research.text.tokenizer import Tokenizer
 from research.typing import Params, UserError
 
 
@@ -98,7 +92,7 @@ def _hf(path: pathlib.Path) -> Source:
 
 
 def _gguf(path: pathlib.Path) -> Source:
-  from research.interop import gguf_model
+  from research.interop.gguf import gguf_model
 
   file = gguf.open_gguf(path)
   model, parts, tokenizer = gguf_model.open_model(str(path), file)
@@ -139,7 +133,7 @@ def _ours(path: pathlib.Path) -> Source:
 
 
 def _adapter(path: pathlib.Path) -> Source:
-  from research.lora import peft
+  from research.interop.peft import peft
 
   name, target = load.base_of(path)
   base = open_source(str(target))

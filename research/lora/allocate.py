@@ -18,7 +18,7 @@ from research import tree, weights
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.adalora import AdaLoRA
 from research.nn.transformer import Transformer
-from research.training.objective import Batch, Objective, Sums
+from research.training.objectives.objective import Batch, Objective, Sums
 from research.typing import Array, Params, PRNGKey, UserError
 
 

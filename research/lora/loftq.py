@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.lora import spectrum
 from research.lora.adapt import Adapt
 from research.lora.adapted import AdaptedTensor
+from research.lora.diagnosis import spectrum
 from research.lora.method import wide
 from research.lora.methods.lora import LoRA
 from research.lora.wrap import wrap
-from research.quant import finite
 from research.quant.format import Format
 from research.quant.formats.codebook import Codebook
+from research.quant.numerics import finite
 from research.quant.qtensor import QTensor, pack
 from research.quant.quantize import Quantize
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError

@@ -19,13 +19,13 @@ from jax.sharding import PartitionSpec
 from research import sharding, taps
 from research.data.pipeline import Data
 from research.lora import wrap
-from research.statistics import (
+from research.taps.statistics import (
   Covariance,
   Gradient,
   SampleCovariance,
   Statistic,
 )
-from research.training.objective import NextToken, Objective
+from research.training.objectives.objective import NextToken, Objective
 from research.typing import Params, PRNGKey, UserError
 
 Seen = dict[str, dict[str, Any]]

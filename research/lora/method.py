@@ -287,7 +287,7 @@ class Method:
     """Returns the method that a configuration describes.
 
     Args:
-      fields: `research.interop.fields.Fields`, with `PEFT_DEFAULTS`.
+      fields: `research.io.fields.Fields`, with `PEFT_DEFAULTS`.
     """
     raise NotImplementedError
 

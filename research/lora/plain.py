@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from research import weights
-from research.lora import merged, wrap
+from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
+from research.lora.merge import merged
 from research.lora.methods.lora import LoRA
 from research.typing import Params, UserError
 

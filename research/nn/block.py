@@ -12,8 +12,8 @@ from research.nn.attending import take
 from research.nn.attention import Attention
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
+from research.nn.moe.routing import Load
 from research.nn.norm import RMSNorm
-from research.nn.routing import Load
 from research.typing import Array, Float, Int, Params
 
 ALL_TOKENS = "k", "v", weights.beside("qkv")

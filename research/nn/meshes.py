@@ -32,7 +32,7 @@ def gather_parts(layer: Any) -> Any:
 
   XLA gathers an array where it is multiplied, after the cast to the compute
   type; it would gather a packed matrix there, too, decoded and so many times
-  as large. Experts are left to `research.nn.mixture`.
+  as large. Experts are left to `research.nn.moe.mixture`.
 
   Args:
     layer: parameters of one layer, or of a period of them.

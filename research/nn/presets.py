@@ -12,9 +12,9 @@ from research.nn.block import Block
 from research.nn.clock import Clock, Modulation
 from research.nn.mlp import Activation, Mlp
 from research.nn.moe import Moe
+from research.nn.moe.routing import Routing
 from research.nn.norm import RMSNorm
 from research.nn.rope import Llama3, Rope, Scaling
-from research.nn.routing import Routing
 from research.nn.stack import Stack
 from research.nn.transformer import Transformer
 

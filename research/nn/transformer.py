@@ -375,7 +375,7 @@ def init_cache(
     capacity: positions that layers without a window can hold; windowed ones
       hold at most their window, as a ring.
     dtype: of keys and values; by default the model's.
-    kv: how they are packed (`research.quant.kv_quantizer.KVQuantizer`), or
+    kv: how they are packed (`research.quant.kv.kv_quantizer.KVQuantizer`), or
       None.
   """
   dtype = dtype or model.dtype

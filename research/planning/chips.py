@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from kernels_pallas.chips import TPUS, Chip
+from kernels_pallas.common.chips import TPUS, Chip
 from research.typing import UserError
 
 CHIPS = {chip.kind: chip for chip in TPUS.values()}
@@ -113,7 +113,7 @@ def _tpu(name: str) -> Topology:
   if chip is None:
     raise UserError(
       f"topology {name!r}: {devices[0].device_kind!r} is not in"
-      f" kernels_pallas.chips.TPUS ({', '.join(CHIPS)})."
+      f" kernels_pallas.common.chips.TPUS ({', '.join(CHIPS)})."
     )
   # Some chips appear as two devices, one a core.
   shared = max(collections.Counter(str(d.coords) for d in devices).values())

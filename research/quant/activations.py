@@ -2,7 +2,7 @@
 
 An `InputTensor` stands in for a weight and holds one, and an `op`, which says
 what becomes of activations on their way in: `Round` below, LLM.int8's parts
-(`research.quant.llm_int8`), a rotation (`research.quant.rotate`). They nest:
+(`research.quant.llm_int8`), a rotation (`algorithms.rotate`). They nest:
 rotated, then rounded, times packed codes. No module knows.
 """
 
@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.quant import exact
-from research.quant.integers import integer_product, integers
+from research.quant.numerics import exact
+from research.quant.numerics.integers import integer_product, integers
 from research.typing import (
   Array,
   Float,

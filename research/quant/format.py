@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import codebooks
+from research.quant.numerics import codebooks
 from research.typing import Array, Float, UInt8, UserError
 
 Parts = Mapping[str, Any]
@@ -131,7 +131,7 @@ class Format:
   def local(self) -> bool:
     """Whether a group's grid follows from the group's weights alone.
 
-    Then it has the methods of `research.quant.gptq.Grids`, and `parts`, which
+    Then it has the methods of `algorithms.gptq.Grids`, and `parts`, which
     makes the parts of codes and grids.
     """
     return False

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from research.quant import searches
 from research.quant.format import Format, Parts
+from research.quant.numerics import searches
 from research.typing import Array, Float, Shaped, UserError
 
 _COLUMNS, _PIECE = 512, 1 << 16

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from research import weights
 from research.quant.activations import Op, Round
 from research.quant.formats.affine import Affine
-from research.quant.integers import integer_product, integers
+from research.quant.numerics.integers import integer_product, integers
 from research.typing import Array, Float, UserError
 
 INT8 = Affine(

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import gptq
-from research.quant.clip import Clip
+from research.quant.algorithms import gptq
+from research.quant.algorithms.clip import Clip
+from research.quant.algorithms.gptq import GPTQ
 from research.quant.format import Format, Plain
-from research.quant.gptq import GPTQ
 from research.quant.qtensor import QTensor, pack
 from research.typing import Array, Float, UserError
 
@@ -116,7 +116,7 @@ class Nearest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compensated:
-  """GPTQ, see `research.quant.gptq`.
+  """GPTQ, see `research.quant.algorithms.gptq`.
 
   Formats whose grids are not of a group alone (double quantization, scales of
   scales, zeros that were searched for) keep those that they have for the whole

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from research.quant.activations import Op, Round
+from research.quant.algorithms.rotate import Hadamard
 from research.quant.llm_int8 import Outliers
-from research.quant.rotate import Hadamard
 
 OPS: Mapping[str, type[Op]] = {
   kind.__name__: kind for kind in (Op, Round, Hadamard, Outliers)

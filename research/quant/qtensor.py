@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.quant import finite, products
 from research.quant.format import Format, Plain, fit
+from research.quant.layouts import products
+from research.quant.numerics import finite
 from research.typing import Array, Float, Int, PRNGKey
 
 

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
-from research.quant import finite, qtensor
+from research.quant import qtensor
 from research.quant.format import Format
 from research.quant.formats.codebook import Codebook
+from research.quant.numerics import finite
 from research.typing import Params, PRNGKey, UserError
 
 ALL_LINEAR = "all-linear"

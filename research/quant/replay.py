@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.statistics import Arrays, Rows, Statistic
+from research.taps.statistics import Arrays, Rows, Statistic
 from research.typing import Array, Float, Int, Params, UserError
 
 ROWS = "rows"

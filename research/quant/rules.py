@@ -25,13 +25,15 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.quant import calibrate, drift, finite, methods
-from research.quant.calibrate import Calibration, OfModel
+from research.quant import methods
+from research.quant.algorithms import calibrate, drift
+from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.algorithms.outlier_rows import Apart
 from research.quant.format import Format, fit
 from research.quant.methods import Compensated, Method, Nearest
-from research.quant.outlier_rows import Apart
+from research.quant.numerics import finite
 from research.quant.reports import Report, Row
-from research.statistics import Covariance
+from research.taps.statistics import Covariance
 from research.typing import Params, PRNGKey, UserError
 
 Say = Callable[[str], None]

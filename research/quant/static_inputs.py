@@ -12,9 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.quant import smoothquant
 from research.quant.activations import LINEAR, InputTensor, Round
-from research.quant.calibrate import Calibration, OfModel
+from research.quant.algorithms import smoothquant
+from research.quant.algorithms.calibrate import Calibration, OfModel
 from research.typing import Params, PRNGKey, UserError
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from research import sharding
 from research.training import memory
-from research.training.objective import Batch
+from research.training.objectives.objective import Batch
 from research.training.state import TrainState
 from research.training.step import Metrics
 from research.typing import PRNGKey, UserError

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 
 from research import sharding as shardings
 from research.training import feed
-from research.training.objective import Batch, Objective
+from research.training.objectives.objective import Batch, Objective
 from research.training.state import TrainState
 from research.training.step import EvalStep, make_eval_step
 from research.typing import UserError

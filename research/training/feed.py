@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.sharding import spec_axes
-from research.training.objective import Batch
+from research.training.objectives.objective import Batch
 from research.typing import UserError
 
 

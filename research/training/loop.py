@@ -17,23 +17,18 @@ import optax
 from jax.sharding import NamedSharding
 
 from research import sharding as shardings
-from research.training import (
-  evaluating,
-  feed,
-  folders,
-  memory,
-  preemption,
-  ranges,
-  unevaluated,
-)
-from research.training import metrics as reports
-from research.training.base import record_base
-from research.training.checkpoint import Checkpoints
+from research.io import folders
+from research.optim import ranges
+from research.training import evaluating, feed, memory, preemption
+from research.training.checkpoints import unevaluated
+from research.training.checkpoints.base import record_base
+from research.training.checkpoints.checkpoint import Checkpoints
 from research.training.compiling import Rewrite, compile_step
 from research.training.evaluating import Evaluations
-from research.training.goodput import Goodput
-from research.training.objective import Batch, Objective
-from research.training.report import Report
+from research.training.objectives.objective import Batch, Objective
+from research.training.reports import metrics as reports
+from research.training.reports.goodput import Goodput
+from research.training.reports.report import Report
 from research.training.state import TrainState
 from research.training.step import make_train_step
 from research.typing import PRNGKey, UserError

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from research.nn import meshes
 from research.nn.tail import head_of
 from research.nn.transformer import Transformer
-from research.training import losses
+from research.training.objectives import losses
 from research.typing import Array, Float, Int, Params, Shaped
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from research import tree
-from research.training.layerwise import Layerwise, movable
+from research.optim.low_rank.layerwise import Layerwise, movable
 from research.typing import Array, Params, UserError
 
 _FIXED = re.compile(r"(^|/)fixed/")

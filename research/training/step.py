@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import optax
 
 from research import sharding, tree
-from research.training.compressing import Compressing
-from research.training.layerwise import Layerwise
-from research.training.objective import Batch, Objective
+from research.optim.low_rank.compressing import Compressing
+from research.optim.low_rank.layerwise import Layerwise
+from research.training.objectives.objective import Batch, Objective
 from research.training.state import TrainState
 from research.typing import Array, PRNGKey, UserError
 

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.data import pipeline, synthetic
-from research.training import loop, metrics, optim, state
-from research.training.workdir import claim_workdir
+from research.data import pipeline
+from research.data.sources import synthetic
+from research.optim import optim
+from research.training import loop, state
+from research.training.checkpoints.workdir import claim_workdir
+from research.training.reports import metrics
 
 VOCAB, WIDTH, STEPS = 32, 8, 12
 CONFIG = "# what a kill test runs\n"

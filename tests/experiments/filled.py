@@ -1,6 +1,7 @@
 """What tests of `generate --sampler=diffusion` share: models, a command."""
 
-from experiments import cli, convert
+from experiments import convert
+from experiments.core import cli
 from tests.experiments import generated
 from tests.experiments.generated import TINY
 

@@ -3,7 +3,8 @@
 import json
 import pathlib
 
-from experiments import cli, generate
+from experiments import generate
+from experiments.core import cli
 
 MODELS = pathlib.Path(__file__).parents[1] / "golden" / "models"
 TINY = MODELS / "gguf_f32" / "model.gguf"

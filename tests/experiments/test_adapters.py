@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adapters, cli, config, convert, runs
+from experiments import adapters, convert
+from experiments.core import cli, config, runs
 from research import tree, weights
 from research.interop import convert as exporting
 from research.interop import load, parts, sources
-from research.lora import adapt, merge_modes, plain
+from research.lora import adapt, plain
+from research.lora.merge import merge_modes
 from research.quant.quantize import Quantize
-from research.training.workdir import claim_workdir
+from research.training.checkpoints.workdir import claim_workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODELS = ROOT / "tests" / "golden" / "models"

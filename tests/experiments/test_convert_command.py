@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, convert
+from experiments import convert
+from experiments.core import cli
 from research import tree
-from research.interop import load, safetensors
-from research.lora import adapt, peft_write
+from research.interop import load
+from research.interop.peft import peft_write
+from research.io import safetensors
+from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 
@@ -220,7 +223,8 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
     vocab_size=4096,
     torch_dtype="bfloat16",
   )
-  from research.interop import hf, hf_config
+  from research.interop import hf
+  from research.interop.hf import hf_config
   from research.nn import presets
 
   shutil.copytree(MODELS / "llama", tmp_path / "tiny")
@@ -253,8 +257,8 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
 
 def test_a_run_that_trained_the_whole_model(command, tmp_path, capsys):
   """Its best checkpoint is rebuilt from config.gin and written."""
-  from experiments import config, runs
-  from research.training.workdir import claim_workdir
+  from experiments.core import config, runs
+  from research.training.checkpoints.workdir import claim_workdir
 
   name = MODELS / "gguf_f32" / "model.gguf"
   read = config.read(

@@ -6,9 +6,9 @@ Numbers are those of the table in research/diffusion/README.md.
 import numpy as np
 import pytest
 
-from experiments import ahead, ahead_filling, config
-from kernels_pallas import mask_blocks
-from kernels_pallas.masks import Mask
+from experiments.core import config
+from experiments.planning import ahead, ahead_filling
+from kernels_pallas.masks import Mask, mask_blocks
 from research.planning import chips
 
 TRAINING = {  # run, topology -> GiB of a device

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from experiments import filling, screen
-from experiments.filling import Wanted
-from research.diffusion import layout, sampler
-from research.diffusion.sampler import Sampled
-from research.diffusion.spec import Spec
+from experiments.generating import filling, screen
+from experiments.generating.filling import Wanted
+from research.diffusion.sampling import layout, sampler
+from research.diffusion.sampling.sampler import Sampled
+from research.generation.sampling import GREEDY
+from research.interop.diffusion.spec import Spec
 from research.interop.loaded import Loaded
-from research.nn.sampling import GREEDY
 from tests import support
 
 END, BLOCK = 9, 4

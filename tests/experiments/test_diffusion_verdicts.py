@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experiments import (
+from experiments.studies.diffusion import (
   diffusion_caches,
   diffusion_ends,
   diffusion_following,
@@ -17,8 +17,8 @@ from experiments import (
   diffusion_study,
   diffusion_truth,
 )
-from experiments import diffusion_tasks as tasks
-from research.data.synthetic import Markov
+from experiments.studies.diffusion import diffusion_tasks as tasks
+from research.data.sources.synthetic import Markov
 
 SOURCE = Markov(vocab=8, length=16)
 JITTER = (-1e-4, 0.0, 1e-4)

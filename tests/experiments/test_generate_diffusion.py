@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import filling, screen
-from research.diffusion import canvas, sampler, view
-from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Whole
-from research.diffusion.growth import Growth
-from research.diffusion.spec import Spec
+from experiments.generating import filling, screen
+from research.diffusion.sampling import canvas, sampler, view
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Whole
+from research.diffusion.sampling.growth import Growth
 from research.interop import load
+from research.interop.diffusion.spec import Spec
 from tests.experiments import filled
 from tests.experiments.filled import LENGTH
 from tests.experiments.generated import TINY, told

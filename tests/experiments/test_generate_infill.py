@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import filling, filling_gaps, screen
-from research.diffusion import sampler
-from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Whole
+from experiments.generating import filling, filling_gaps, screen
+from research.diffusion.sampling import sampler
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Whole
+from research.generation.sampling import GREEDY
 from research.interop import load
-from research.nn.sampling import GREEDY
-from research.nn.special_tokens import SpecialTokens
+from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 from tests.experiments import filled
 from tests.experiments.generated import TINY, told

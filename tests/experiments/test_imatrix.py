@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import cli, convert, imatrix
-from research.interop import gguf, gguf_imatrix, gguf_types
+from experiments import convert, imatrix
+from experiments.core import cli
+from research.interop import gguf
+from research.interop.gguf import gguf_imatrix, gguf_types
 from tests import support_gguf
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from experiments import ahead, config
+from experiments.core import config
+from experiments.planning import ahead
 from research.planning import chips
 
 pytestmark = pytest.mark.chips

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from experiments import config, runs
-from research.training import workdir
+from experiments.core import config, runs
+from research.training.checkpoints import workdir
 
 RUNS = sorted(
   str(path.relative_to(config.CONFIGS))

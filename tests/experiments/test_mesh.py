@@ -3,11 +3,11 @@
 import jax
 import pytest
 
-from experiments import cli, config, runtime, site
+from experiments.core import cli, config, runtime, site
 from experiments.train import MAY_DIFFER
 from research.sharding import Layout
+from research.training.checkpoints.workdir import LONGER, claim_workdir
 from research.training.preemption import Preempted
-from research.training.workdir import LONGER, claim_workdir
 from research.typing import UserError
 
 RUN = "include 'runs/quickstart.gin'\n"

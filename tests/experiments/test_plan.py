@@ -7,8 +7,10 @@ import pathlib
 import jax
 import pytest
 
-from experiments import ahead, cli, config, experiment, plan, shapes
-from research.interop import unread
+from experiments import plan
+from experiments.core import cli, config, experiment
+from experiments.planning import ahead, shapes
+from research.io import unread
 from research.planning import chips, flops
 from research.sharding import Layout
 from research.training import step

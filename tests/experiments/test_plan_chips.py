@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import ahead
+from experiments.planning import ahead
 from research.planning import chips
 from research.sharding import Layout
 from tests import support_plan

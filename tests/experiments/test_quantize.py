@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, config, generate, perplexity, quantize, quantizing
+from experiments import generate, perplexity, quantize
+from experiments.core import cli, config
+from experiments.studies.quant import quantizing
 from research import weights
 from research.interop import load
-from research.quant.calibrate import Calibration
+from research.quant.algorithms.calibrate import Calibration
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests" / "golden" / "models" / "gguf_mixed" / "model.gguf"

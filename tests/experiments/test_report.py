@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from experiments import cli, compare, config, report, sweep, sweeps, tables
-from research.training import goodput, plot_runs
+from experiments import report, sweep, sweeps
+from experiments.core import cli, config, tables
+from experiments.sweeps import compare
+from research.training.reports import goodput, plot_runs
 from research.typing import UserError
 
 

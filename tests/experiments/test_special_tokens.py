@@ -5,12 +5,13 @@ import json
 
 import pytest
 
-from experiments import cli, config, corpora, perplexity, runs
+from experiments import perplexity
+from experiments.core import cli, config, corpora, runs
 from research.data.pipeline import Mixture
 from research.interop import load
-from research.nn.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
-from research.training.workdir import claim_workdir
-from tests.experiments import test_fresh
+from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
+from research.training.checkpoints.workdir import claim_workdir
+from tests.experiments.core import test_fresh
 
 AUTO = ["pipeline.Pipeline.begin='auto'", "pipeline.Pipeline.end=None"]
 BOS = SpecialTokens((0,), (), True)
@@ -129,7 +130,7 @@ def test_perplexity_says_what_it_leaves_out(finished, tmp_path, capsys, bos):
 
 
 def perplexity_of(loaded, text, begin):
-  from research.nn.perplexity import perplexity
+  from research.generation.perplexity import perplexity
 
   ids = loaded.tokenizer.encode(text.read_text())
   return perplexity(loaded.model, loaded.params, ids, 60, begin=begin)

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
-from experiments import cli, config, launch, sweep, sweep_units, sweeps
+from experiments import sweep, sweeps
+from experiments.core import cli, config
+from experiments.sweeps import launch, sweep_units
 from research.typing import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -12,12 +12,13 @@ import chex
 import numpy as np
 import pytest
 
-from experiments import cli, config, runs, train
+from experiments import train
+from experiments.core import cli, config, runs
 from research import tree
 from research.interop import load
 from research.lora import wrap
-from research.training import metrics
-from research.training.workdir import claim_workdir
+from research.training.checkpoints.workdir import claim_workdir
+from research.training.reports import metrics
 from research.typing import UserError
 
 SMALL = [

@@ -15,15 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import config as gin_config
+from experiments.core import config as gin_config
 from research import tree, weights
-from research.data import jsonl
-from research.interop import gguf_imatrix, hf, hf_config, load, safetensors
-from research.interop.gguf_model import load_gguf
+from research.data.sources import jsonl
+from research.interop import hf, load
+from research.interop.gguf import gguf_imatrix
+from research.interop.gguf.gguf_model import load_gguf
+from research.interop.hf import hf_config
 from research.interop.loaded import NOTE, Loaded
-from research.lora import peft
-from research.nn import chat, presets
-from research.nn.tokenizer import Tokenizer
+from research.interop.peft import peft
+from research.io import safetensors
+from research.nn import presets
+from research.text import chat
+from research.text.tokenizer import Tokenizer
 from tests import support_gguf
 from tests.fuzz import mutations
 

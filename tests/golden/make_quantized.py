@@ -17,8 +17,8 @@ import numpy as np
 
 from research import tree
 from research.interop import convert, parts, sources
+from research.interop.quantized import writers
 from research.quant import qtensor
-from research.quant.checkpoints import writers
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML

@@ -16,8 +16,7 @@ import sys
 
 import jax
 
-from kernels_pallas import bench_gpu
-from kernels_pallas.bench import jobs, sequence
+from kernels_pallas.bench import bench_gpu, jobs, sequence
 from kernels_pallas.inspect import build, gpu
 from kernels_pallas.inspect.chips import CHIPS
 

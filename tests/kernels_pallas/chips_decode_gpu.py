@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.decode_attention import mosaic_gpu, pages, ragged
+from kernels_pallas.decode_attention import pages, ragged
 from kernels_pallas.decode_attention import work as works
+from kernels_pallas.decode_attention.gpu import mosaic_gpu
 from kernels_pallas.decode_attention.reference import reference_decode
 from kernels_pallas.decode_attention.spec import Blocks, Spec
 from kernels_pallas.inspect import gpu, ptx

@@ -108,7 +108,8 @@ def _compile(case: Case) -> None:
 def _ours(case: Case, array):
   import jax.numpy as jnp
 
-  from kernels_pallas.quantized_matmul import mosaic_tpu, planar
+  from kernels_pallas.quantized_matmul import planar
+  from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
 
   n, tile = case.size, mosaic_tpu.Tile(*case.tile)
   codebook = {

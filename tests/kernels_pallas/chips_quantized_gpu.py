@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.inspect import gpu, ptx
-from kernels_pallas.quantized_matmul import mosaic_gpu, planar
-from kernels_pallas.quantized_matmul.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul import planar
+from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
+from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
   SHARED_BYTES,
   Tile,
 )
-from kernels_pallas.quantized_matmul.mosaic_tpu import quantize_rows
+from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import quantize_rows
 from tests.kernels_pallas import ptx_emulator as emulator
 
 CODEBOOKS = {

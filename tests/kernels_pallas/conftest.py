@@ -3,7 +3,7 @@
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import cpu_library
+from kernels_pallas.common import cpu_library
 
 
 @pytest.fixture(name="cxx", scope="session")

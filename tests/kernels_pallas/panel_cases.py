@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import panels
+from kernels_pallas.quantized_matmul.cpu import panels
 
 NF4 = (
   -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343,

@@ -5,7 +5,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.quantized_matmul import panels, planar
+from kernels_pallas.quantized_matmul import planar
+from kernels_pallas.quantized_matmul.cpu import panels
 from tests.kernels_pallas.panel_cases import NF4, Q4_0
 
 KINDS = {  # codebook, dtype of codes, inputs, outputs, group, scale, offset

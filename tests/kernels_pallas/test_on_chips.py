@@ -10,8 +10,7 @@ Nothing is interpreted there. `test_bench` walks the same jobs interpreted, and
 import jax
 import pytest
 
-from kernels_pallas import bench_gpu
-from kernels_pallas.bench import jobs
+from kernels_pallas.bench import bench_gpu, jobs
 from kernels_pallas.bench.jobs import Target
 from tests.support_gpu import needs_kernels
 

@@ -31,7 +31,7 @@ def launch(
   """Returns how the processes of `python *command` ended.
 
   Args:
-    command: takes the flags of `experiments.cli.cluster`.
+    command: takes the flags of `experiments.core.cli.cluster`.
     processes: how many.
     devices: virtual CPU devices of each.
     timeout: seconds; then all are killed, with whatever they started.

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
-from experiments import config, runs
+from experiments.core import config, runs
 from experiments.train import MAY_DIFFER
-from research.training.metrics import read_jsonl
-from research.training.workdir import claim_workdir
+from research.training.checkpoints.workdir import claim_workdir
+from research.training.reports.metrics import read_jsonl
 from tests.multiprocess.launcher import launch
 
 pytestmark = pytest.mark.multiprocess

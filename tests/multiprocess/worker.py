@@ -5,7 +5,7 @@ python -m tests.multiprocess.worker --do='[["train", "--config=..."], ...]'
 
 # ruff: noqa: E402
 if __name__ == "__main__":
-  from experiments import runtime
+  from experiments.core import runtime
 
   runtime.prepare()
 
@@ -14,7 +14,7 @@ import sys
 
 from absl import flags
 
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 
 FLAGS = cli.new_flags(cluster=True)
 _DO = flags.DEFINE_string("do", None, "Commands.", flag_values=FLAGS)
@@ -24,7 +24,8 @@ def main(argv):
   """Ends with the first status that is not 0."""
   del argv
   runtime.setup()
-  from experiments import evaluate, site, train
+  from experiments import evaluate, train
+  from experiments.core import site
   from research.sharding import Layout
 
   mains = {"train": train.main, "evaluate": evaluate.main}

@@ -44,7 +44,7 @@ def adapters(params, count: int):
 
 def timed(model, params, prompts) -> dict:
   """Returns tokens/s of prefill and of decoding."""
-  from research.nn import generate
+  from research.generation import generate
 
   begin, ends = time.perf_counter(), []
   for _ in generate.chunks(model, params, prompts, NEW):
@@ -61,10 +61,10 @@ def here(row: str, rounds: int) -> dict:
 
   from research import weights
   from research.data.sources import PydocTopics
+  from research.generation import generate
   from research.interop.load import load_model
-  from research.lora import pool
-  from research.nn import generate
-  from research.quant import panels
+  from research.lora.serving import pool
+  from research.quant.layouts import panels
 
   packed = row == "packed"
   dtype = "float32" if packed else row

@@ -123,10 +123,10 @@ def ours_sample(batch: int, dual: bool, runs: int) -> dict:
   """Times our sampler."""
   import jax
 
-  from research.diffusion import sampler
-  from research.diffusion.candidates import Options
-  from research.diffusion.denoiser import Cached, Whole
-  from research.nn import generate
+  from research.diffusion.sampling import sampler
+  from research.diffusion.sampling.candidates import Options
+  from research.diffusion.sampling.denoiser import Cached, Whole
+  from research.generation import generate
 
   it = loaded()
   # As experiments.generate does.
@@ -162,7 +162,7 @@ def ours_products(batch: int, runs: int) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from research.nn import generate
+  from research.generation import generate
 
   it = loaded()
   params = generate.prepare(it.params, it.model)
@@ -225,7 +225,8 @@ def ours_train(runs: int) -> dict:
 
   from research import tree
   from research.diffusion.objective import MaskedDiffusion
-  from research.training import compiling, optim, state, step
+  from research.optim import optim
+  from research.training import compiling, state, step
 
   it = loaded()
   tx = optim.adamw(1e-4, weight_decay=0.01, clip=None)

@@ -18,7 +18,7 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import cpu_memory
+from kernels_pallas.common import cpu_memory
 
 PROMPT, NEW = 32, 64
 
@@ -42,8 +42,8 @@ def load(side: str):
   sys.path.insert(0, "tests/peers")
   import bench_ours
 
-  from research.nn import generate
-  from research.quant import panels
+  from research.generation import generate
+  from research.quant.layouts import panels
 
   loaded, ids = bench_ours.load(side)
   fast = panels.decoding(loaded.params, loaded.model.dtype)
@@ -57,7 +57,7 @@ def load(side: str):
 
 def measure(loaded, batch: int, repeats: int) -> dict:
   """Returns tokens/s of both, and the ratio."""
-  from research.nn import generate
+  from research.generation import generate
 
   model, ids, *both = loaded
   prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(batch)]

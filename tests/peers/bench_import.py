@@ -56,7 +56,8 @@ def part(folder: pathlib.Path) -> int:
   import jax
 
   from research import tree
-  from research.interop import hf, unread
+  from research.interop import hf
+  from research.io import unread
 
   model, tensors, _ = hf.open_model(folder, "bfloat16")
   described = hf.unread_params(model, tensors, "bfloat16")
@@ -66,7 +67,7 @@ def part(folder: pathlib.Path) -> int:
 
 def _own(x):
   """Returns the part of an unread array that the first device would have."""
-  from research.interop import unread
+  from research.io import unread
 
   index = [slice(0, n) for n in x.shape]
   axis = len(index) - 2
@@ -83,7 +84,7 @@ def measure(row: str, source: str, target: str) -> dict:
 
   from research import tree
   from research.interop import convert, load, sources
-  from research.interop.gguf_model import load_gguf  # noqa: F401
+  from research.interop.gguf.gguf_model import load_gguf  # noqa: F401
 
   jnp.zeros(1).block_until_ready()
   before, start = memory("VmRSS"), time.perf_counter()

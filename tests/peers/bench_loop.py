@@ -54,7 +54,7 @@ def checkpoint(folder: pathlib.Path, repeats: int) -> dict:
   from research import tree
   from research.interop import load
   from research.training import state
-  from research.training.checkpoint import Checkpoints
+  from research.training.checkpoints.checkpoint import Checkpoints
 
   params = load.load_model("smollm2-135m").params
   trained = state.create(params, ".", optax.sgd(1e-3))
@@ -136,9 +136,11 @@ def host(folder: pathlib.Path, steps: int = 400) -> dict:
   import optax
 
   from research.data.pipeline import Pipeline
-  from research.data.synthetic import Copy
+  from research.data.sources.synthetic import Copy
   from research.nn import presets
-  from research.training import compiling, loop, metrics, objective, state
+  from research.training import compiling, loop, state
+  from research.training.objectives import objective
+  from research.training.reports import metrics
   from research.training.step import make_train_step
 
   sizes = presets.Sizes(

@@ -79,7 +79,7 @@ def in_panels(params, kind: str):
 
   from research import tree
   from research.quant import qtensor
-  from research.quant.panels import from_qtensor
+  from research.quant.layouts.panels import from_qtensor
 
   format, rng = formats()[kind], np.random.default_rng(0)
 
@@ -113,7 +113,9 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
   from research import tree
   from research.lora import adapt, wrap
   from research.lora.methods.lora import LoRA
-  from research.training import compiling, objective, optim, state, step
+  from research.optim import optim
+  from research.training import compiling, state, step
+  from research.training.objectives import objective
 
   loaded, ids = load(dtype)
   transform = adapt.Adapt(method=method or LoRA(rank=RANK, alpha=ALPHA))
@@ -159,8 +161,8 @@ def train(dtype: str, runs: int, steps: int, method=None) -> dict:
 
 def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times greedy decoding, prefill within."""
-  from research.nn import generate
-  from research.quant import panels
+  from research.generation import generate
+  from research.quant.layouts import panels
 
   loaded, ids = load(dtype)
   size = table.PROMPT
@@ -183,8 +185,8 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
 
 def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
   """Times reading prompts and choosing one token, which needs no step."""
-  from research.nn import generate
-  from research.quant import panels
+  from research.generation import generate
+  from research.quant.layouts import panels
 
   loaded, ids = load(dtype)
   size = table.PREFILL
@@ -203,9 +205,9 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
 
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
   """Times one window as `experiments.perplexity` reads it."""
-  from research.nn import generate
-  from research.nn.perplexity import perplexity as measure
-  from research.quant import panels
+  from research.generation import generate
+  from research.generation.perplexity import perplexity as measure
+  from research.quant.layouts import panels
 
   loaded, ids = load(dtype)
   params = panels.reading(loaded.params, table.WINDOW, loaded.model.dtype)

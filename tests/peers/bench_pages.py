@@ -22,9 +22,9 @@ NEW = 81
 
 def here(row: str, rounds: int) -> dict:
   """Returns what a row measures, in this process."""
+  from research.generation import generate, generate_paged
+  from research.generation.paging import Paging
   from research.interop.load import load_model
-  from research.nn import generate, generate_paged
-  from research.nn.paging import Paging
 
   loaded = load_model("smollm2-135m", "float32", None)
   params = generate.prepare(loaded.params, loaded.model)

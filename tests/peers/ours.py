@@ -85,7 +85,7 @@ def encode(it, args, rows) -> dict:
 
 def adapt_and_save(it, args, rows) -> dict:
   """Linear layers, or targets, with b drawn too; saved where PEFT reads."""
-  from research.lora import peft_write
+  from research.interop.peft import peft_write
 
   key = jax.random.key(0)
   rank, targets = int(rows["rank"]), adapt.ALL_LINEAR
@@ -110,7 +110,8 @@ def adapt_and_save(it, args, rows) -> dict:
 
 def start_and_save(it, args, rows) -> dict:
   """An adapter of rank 4 on every linear layer, moved off its start."""
-  from research.lora import methods, peft_write
+  from research.interop.peft import peft_write
+  from research.lora import methods
 
   method = methods.all_methods()[str(rows["method"])](rank=4)
   params = adapt.Adapt(method=method)(it.params, jax.random.key(0))
@@ -126,7 +127,7 @@ def start_and_save(it, args, rows) -> dict:
 
 
 def rewrite(it, args, rows) -> dict:
-  from research.lora import peft, peft_write
+  from research.interop.peft import peft, peft_write
 
   for name in rows["names"].tolist():
     read = pathlib.Path(str(rows["folder"])) / name
@@ -138,8 +139,8 @@ def rewrite(it, args, rows) -> dict:
 
 def gradients(it, args, rows) -> dict:
   """Mean next-token loss over every predicted token, and its gradients."""
-  from research.lora import peft_write
-  from research.training import objective
+  from research.interop.peft import peft_write
+  from research.training.objectives import objective
 
   tokens = jnp.asarray(rows["tokens"].astype(np.int32))
   count, length = tokens.shape

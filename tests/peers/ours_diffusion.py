@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.diffusion import ancestral, policies, sampler
-from research.diffusion.block_causal import BlockCausal
-from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Cached, Whole
-from research.diffusion.guided import Guided, with_prompt
-from research.diffusion.prefix_cache import PrefixCache
-from research.nn import sampling as samplers
-from research.nn.sampling import Sampling
+from research.diffusion.sampling import ancestral, policies, sampler
+from research.diffusion.sampling.block_causal import BlockCausal
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Cached, Whole
+from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.prefix_cache import PrefixCache
+from research.generation import sampling as samplers
+from research.generation.sampling import Sampling
 
 POLICIES = {
   "quota": lambda value: policies.Quota(),

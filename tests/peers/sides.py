@@ -15,7 +15,7 @@ def environment(side: str, huge_pages: str = "none") -> dict[str, str]:
   Args:
     side: "torch", or anything else for ours.
     huge_pages: of `HUGE_PAGES`. Our commands ask for huge pages by themselves
-      (`experiments.runtime`); scripts of the benches do not.
+      (`experiments.core.runtime`); scripts of the benches do not.
   """
   out = dict(os.environ)
   if ("torch" if side == "torch" else "ours") in HUGE_PAGES[huge_pages]:

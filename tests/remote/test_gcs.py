@@ -5,8 +5,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from research.training import checkpoint, folders, loop, metrics
-from research.training.workdir import claim_workdir
+from research.io import folders
+from research.training import loop
+from research.training.checkpoints import checkpoint
+from research.training.checkpoints.workdir import claim_workdir
+from research.training.reports import metrics
 from research.typing import UserError
 from tests.crash import run
 from tests.remote import fake_gcs

@@ -5,9 +5,9 @@ import pathlib
 
 import pytest
 
-from experiments import config, runs
-from research.training import folders
-from research.training.workdir import claim_workdir
+from experiments.core import config, runs
+from research.io import folders
+from research.training.checkpoints.workdir import claim_workdir
 from tests.remote import fake_gcs
 
 MODEL = pathlib.Path(__file__).parents[1] / "golden/models/gguf_f32/model.gguf"

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 from research import sharding, tree
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
+from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
-from research.nn.routing import Routing
 from research.quant import qtensor
 from research.quant.formats import ggml
 from research.training import state

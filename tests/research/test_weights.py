@@ -8,10 +8,10 @@ import pytest
 
 from research import tree, weights
 from research.nn import conv
+from research.optim.low_rank import int8_weights
 from research.quant.formats.codebook import Codebook
 from research.quant.quantize import Quantize
 from research.quant.untied import Untied
-from research.training import int8_weights
 from tests.support_lora import lora
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from research.lora import spectrum
+from research.lora.diagnosis import spectrum
 from research.lora.low_rank import low_rank_after
 from research.lora.method import turned, wide, zeros
 from research.lora.methods.lora import LoRA
@@ -16,7 +16,7 @@ from research.typing import UserError
 class LoRAFA(LoRA):
   """Zhang et al. 2023 (arXiv:2308.03303): a stays as it was drawn.
 
-  For the authors' preconditioned update of b see `research.lora.riemannian`.
+  For the authors' preconditioned update of b see `optim.riemannian`.
   Where b comes last, which is everywhere but in a tied head, all that the
   backward pass keeps of an input is its product with a.
   """

@@ -9,7 +9,7 @@ from typing import ClassVar
 import jax
 
 from research import weights
-from research.lora import spectrum
+from research.lora.diagnosis import spectrum
 from research.lora.low_rank import low_rank
 from research.lora.method import Method, normal, turned, wide
 from research.lora.methods.lora import LoRA

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from research.lora import spectrum
+from research.lora.diagnosis import spectrum
 from research.lora.method import wide
 from research.lora.methods.lora import LoRA
 from research.typing import UserError

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from research.lora import spectrum
+from research.lora.diagnosis import spectrum
 from research.lora.low_rank import low_rank
 from research.lora.method import Method, normal, turned, wide, zeros
 from research.typing import UserError

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import exact, packing
 from research.quant.format import Format, Parts, Plain
+from research.quant.layouts import packing
+from research.quant.numerics import exact
 from research.typing import Array, Float, Shaped, UInt8, UserError
 
 RULES = {

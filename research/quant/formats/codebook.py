@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import codebooks
+from research.optim.adam8bit import dynamic_map
 from research.quant.format import Format, Parts, Plain
-from research.training.adam8bit import dynamic_map
+from research.quant.numerics import codebooks
 from research.typing import Array, Float, UInt8, UserError
 
 NESTED = 256

@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import exact, minifloats
 from research.quant.format import Format, Parts, Plain
+from research.quant.numerics import exact, minifloats
 from research.typing import Array, Float, UInt8, UserError
 
 

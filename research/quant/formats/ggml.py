@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from research.interop import unread
-from research.quant import ggml_bits as bits
-from research.quant import searches
+from research.io import unread
 from research.quant.format import Parts, Plain
 from research.quant.formats import ggml_fp4, iq4, kquants, ternary
 from research.quant.ggml_format import Field, Ggml, half, joined
+from research.quant.numerics import ggml_bits as bits
+from research.quant.numerics import searches
 from research.quant.qtensor import QTensor
 from research.typing import UserError
 

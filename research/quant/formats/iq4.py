@@ -10,8 +10,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from research.quant import ggml_bits as bits
-from research.quant import searches
 from research.quant.format import Parts, Plain
 from research.quant.ggml_format import (
   Field,
@@ -22,6 +20,8 @@ from research.quant.ggml_format import (
   joined,
   weighted,
 )
+from research.quant.numerics import ggml_bits as bits
+from research.quant.numerics import searches
 
 F = np.float32
 CODEBOOK = (

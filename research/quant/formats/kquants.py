@@ -2,7 +2,7 @@
 
 A block has one or two float16 scales of scales; groups of 16 or 32 weights have
 scales, and maybe offsets, of 4 to 8 bits. Encoders search for the scales
-(`research.quant.searches`), round those, and then compute the codes anew for
+(`numerics.searches`), round those, and then compute the codes anew for
 what the rounded ones mean. With importances (an imatrix) errors are weighted by
 them, as by `llama-quantize`.
 """
@@ -12,8 +12,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from research.quant import ggml_bits as bits
-from research.quant import searches
 from research.quant.format import Parts, Plain
 from research.quant.ggml_format import (
   Field,
@@ -24,6 +22,8 @@ from research.quant.ggml_format import (
   joined,
   weighted,
 )
+from research.quant.numerics import ggml_bits as bits
+from research.quant.numerics import searches
 
 F = np.float32
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import minifloats, packing
 from research.quant.format import Format, Parts, Plain
+from research.quant.layouts import packing
+from research.quant.numerics import minifloats
 from research.typing import Array, Float, UInt8, UserError
 
 INT8 = minifloats.MiniFloat("int8", 1, 6, 1, 0x7F)

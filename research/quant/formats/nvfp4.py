@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import exact, minifloats, packing
 from research.quant.format import Format, Parts, Plain
-from research.quant.minifloats import E2M1, E4M3
+from research.quant.layouts import packing
+from research.quant.numerics import exact, minifloats
+from research.quant.numerics.minifloats import E2M1, E4M3
 from research.typing import Array, Float, UInt8, UserError
 
 _MAX = E4M3.max * E2M1.max

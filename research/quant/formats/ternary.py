@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant import ggml_bits as bits
 from research.quant.format import Parts, Plain
 from research.quant.ggml_format import Field, SuperBlock, half, joined
+from research.quant.numerics import ggml_bits as bits
 
 F = np.float32
 BLOCK = 256

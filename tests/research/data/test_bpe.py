@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from research.data import bpe, stdlib
-from research.interop import gguf_vocab
-from research.nn.tokenizer import Tokenizer
+from research.data import bpe
+from research.data.sources import stdlib
+from research.text import gguf_vocab
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 DOCUMENTS = stdlib.Stdlib("validation", limit=6)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from research.data import duplicates, pydoc, sources, synthetic
+from research.data import duplicates, sources
+from research.data.sources import pydoc, synthetic
 from research.typing import UserError
 
 

@@ -6,8 +6,9 @@ import chex
 import numpy as np
 import pytest
 
-from research.data import pairs, pipeline, synthetic
+from research.data import pipeline
 from research.data.examples import Example
+from research.data.sources import pairs, synthetic
 from research.typing import UserError
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.data import packing
-from research.nn.special_tokens import SpecialTokens
+from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
 PLANS = [packing.concatenate, packing.best_fit, packing.alone]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from research.data import packing, pipeline
-from research.nn.special_tokens import SpecialTokens
+from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
 

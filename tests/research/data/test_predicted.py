@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from research.data import bpe, pipeline, predicted, stdlib, synthetic
+from research.data import bpe, pipeline, predicted
+from research.data.sources import stdlib, synthetic
 
 DOCUMENTS = stdlib.Stdlib("heldout", limit=4, size=3_000)
 DATA = pipeline.Pipeline(source=DOCUMENTS, length=64, begin=0, end=0)

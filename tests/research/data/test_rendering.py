@@ -11,7 +11,7 @@ import pytest
 from research.data import rendering
 from research.data.rendering import Conversation
 from research.interop import load
-from research.nn.tokenizer import Tokenizer
+from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 GOLDEN = json.loads(

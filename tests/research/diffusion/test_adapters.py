@@ -14,10 +14,10 @@ import optax
 import pytest
 
 from research import tree, weights
+from research.diffusion.alignment.estimators import Elbo
+from research.diffusion.alignment.preference import VRPO
 from research.diffusion.block import BlockDiffusion
-from research.diffusion.estimators import Elbo
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.preference import VRPO
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
 from research.quant import qtensor

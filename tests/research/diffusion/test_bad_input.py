@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from research.diffusion import sampler
-from research.diffusion.candidates import Options
-from research.diffusion.policies import Quota, Threshold
-from research.diffusion.spec import from_config
-from research.nn.sampling import GREEDY, Sampling
+from research.diffusion.sampling import sampler
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.policies import Quota, Threshold
+from research.generation.sampling import GREEDY, Sampling
+from research.interop.diffusion.spec import from_config
 from research.typing import UserError
-from tests.research.diffusion.test_sampler import MASK, Wave, run
+from tests.research.diffusion.sampling.test_sampler import MASK, Wave, run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import denoiser
 from research.diffusion.block import BlockDiffusion
-from research.diffusion.block_causal import BlockCausal
 from research.diffusion.objective import MaskedDiffusion
+from research.diffusion.sampling import denoiser
+from research.diffusion.sampling.block_causal import BlockCausal
 from research.diffusion.schedule import Linear
-from research.training.objective import NextToken
+from research.training.objectives.objective import NextToken
 from research.typing import UserError
 from tests import support
 

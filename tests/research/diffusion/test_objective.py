@@ -13,7 +13,7 @@ import pytest
 from kernels_pallas.masks import Mask
 from research.diffusion.objective import MaskedDiffusion
 from research.diffusion.schedule import Cosine, Linear, Power
-from research.training import losses
+from research.training.objectives import losses
 from research.typing import UserError
 from tests import support
 

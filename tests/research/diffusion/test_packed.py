@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.diffusion import estimators
-from research.diffusion.delayed import Delayed
-from research.diffusion.denoiser import Cached, Whole
-from research.diffusion.estimators import FullMask
-from research.diffusion.grpo import GRPO
+from research.diffusion.alignment import estimators
+from research.diffusion.alignment.estimators import FullMask
+from research.diffusion.alignment.grpo import GRPO
+from research.diffusion.alignment.preference import VRPO
 from research.diffusion.learned import GenMD4, Rates
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.preference import VRPO
+from research.diffusion.sampling.delayed import Delayed
+from research.diffusion.sampling.denoiser import Cached, Whole
 from research.diffusion.variants import AnyOrder, ScoreEntropy
 from tests import support
 

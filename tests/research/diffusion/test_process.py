@@ -11,7 +11,7 @@ import pytest
 
 from research.diffusion import process
 from research.diffusion.schedule import Cosine, Linear, Power
-from research.nn.sampling import row_keys
+from research.generation.sampling import row_keys
 from research.typing import UserError
 
 # diffusion.md 3.2 and 3.3: MDLM's log-linear noise, MD4's schedules.

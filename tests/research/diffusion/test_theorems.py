@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas.masks import Mask
 from research.diffusion import likelihood
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.policies import Factor
+from research.diffusion.sampling.policies import Factor
 from research.diffusion.schedule import Linear
 from tests import support
 from tests.research.diffusion import joint

@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 
 from kernels_pallas.masks import Mask
-from research.diffusion import ancestral, likelihood, sampler
-from research.diffusion.ancestral import Ancestral
+from research.diffusion import likelihood
 from research.diffusion.block import BlockDiffusion
-from research.diffusion.block_causal import BlockCausal
-from research.diffusion.candidates import Options
-from research.diffusion.denoiser import Cached, Whole
 from research.diffusion.learned import GenMD4, Rates
 from research.diffusion.objective import MaskedDiffusion
-from research.diffusion.policies import Threshold
+from research.diffusion.sampling import ancestral, sampler
+from research.diffusion.sampling.ancestral import Ancestral
+from research.diffusion.sampling.block_causal import BlockCausal
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Cached, Whole
+from research.diffusion.sampling.policies import Threshold
 from research.diffusion.schedule import Cosine, Linear, Power
 from research.diffusion.told import Shares
 from research.diffusion.variants import AnyOrder
+from research.generation.sampling import Sampling, row_keys
 from research.nn.clock import Clock
-from research.nn.sampling import Sampling, row_keys
 from research.typing import UserError
 from tests import support
 from tests.research.diffusion import joint, passes

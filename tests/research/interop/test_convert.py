@@ -13,23 +13,16 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import (
-  changes,
-  convert,
-  gguf,
-  gguf_recipe,
-  gguf_types,
-  load,
-  ours,
-  parts,
-  safetensors,
-  sources,
-)
+from research.interop import convert, gguf, load, ours, parts, sources
+from research.interop.gguf import gguf_recipe, gguf_types
 from research.interop.loaded import NOTE
-from research.lora import adapt, peft, peft_write, wrap
+from research.interop.peft import peft, peft_write
+from research.interop.quantized import writers
+from research.io import safetensors
+from research.lora import adapt, wrap
+from research.lora.merge import changes
 from research.lora.methods.lora import LoRA
-from research.quant.checkpoints import writers
-from research.training import int8_weights
+from research.optim.low_rank import int8_weights
 from research.typing import UserError
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"

@@ -4,8 +4,9 @@ import pathlib
 
 import pytest
 
-from research.interop import hf, load, names, safetensors
+from research.interop import hf, load, names
 from research.interop.names import Address
+from research.io import safetensors
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 

@@ -15,24 +15,18 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import changes, parts
-from research.lora import (
-  adapt,
-  merge_modes,
-  merging,
-  peft,
-  peft_write,
-  row_factors,
-  to_lora,
-  wrap,
-)
+from research.interop import parts
+from research.interop.peft import peft, peft_write
+from research.lora import adapt, to_lora, wrap
 from research.lora.adapted import AdaptedTensor
+from research.lora.merge import changes, merge_modes, merging
 from research.lora.methods.ia3 import IA3
+from research.lora.optim import row_factors
 from research.nn import clock, conv
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
 from research.typing import UserError
-from tests.research.lora import test_methods as methods
+from tests.research.lora.methods import test_methods as methods
 from tests.support_peft import base
 
 NAMES = ("attention/q", "attention/v", "mlp/down")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import gguf_types
+from research.interop.gguf import gguf_types
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.loftq import LoftQ, fit

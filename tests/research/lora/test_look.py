@@ -19,7 +19,7 @@ from research.lora.adapted import AdaptedTensor
 from research.lora.methods.eva import EVA
 from research.lora.methods.lora import LoRA
 from research.lora.methods.residual import CorDA, LoRAGA
-from research.training.objective import NextToken
+from research.training.objectives.objective import NextToken
 from research.typing import UserError
 from tests import support, support_mesh
 

@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas.inspect import gpu
 from research import tree
-from research.nn import generate
-from research.nn import generate_paged_rows as programs
-from research.nn.cache_paged import CODES, empty_pool
-from research.nn.generate_paged import PIECES
-from research.nn.sampling import GREEDY, row_keys
+from research.generation import generate
+from research.generation import generate_paged_rows as programs
+from research.generation.generate_paged import PIECES
+from research.generation.sampling import GREEDY, row_keys
+from research.nn.cache.cache_paged import CODES, empty_pool
 from tests import support
 
 ROWS, COUNT, SIZE, WIDTH, DEPTH = 8, 64, 128, 8, 2

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxpr_as_fun
 
-from kernels_pallas import lowering
+from kernels_pallas.common import lowering
 from kernels_pallas.decode_attention import cpu
 from kernels_pallas.masks import Mask
 from research import sharding

@@ -16,8 +16,8 @@ from research.lora.methods.alora import ALoRA
 from research.nn import clock as clocks
 from research.nn import presets
 from research.nn.attending import may_keep
-from research.nn.cache_paged import PagedLayer
-from research.nn.routing import Routing
+from research.nn.cache.cache_paged import PagedLayer
+from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
 from tests import support
 

@@ -13,7 +13,7 @@ from research.lora.methods.alora import ALoRA
 from research.lora.methods.lora import LoRA
 from research.nn import clock as clocks
 from research.nn import presets, tail
-from research.nn.routing import Routing
+from research.nn.moe.routing import Routing
 from research.typing import UserError
 from tests import support
 

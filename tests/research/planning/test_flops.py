@@ -6,7 +6,7 @@ import pytest
 
 from research import tree
 from research.planning import flops
-from research.training.objective import NextToken
+from research.training.objectives.objective import NextToken
 from tests import support
 
 B, T = 4, 32

@@ -9,16 +9,12 @@ import pytest
 
 import tests.support as support
 from research import weights
-from research.quant import (
-  activations,
-  input_errors,
-  qtensor,
-  static_inputs,
-)
+from research.quant import activations, qtensor, static_inputs
 from research.quant.activations import InputTensor, Round
-from research.quant.calibrate import Calibration
+from research.quant.algorithms.calibrate import Calibration
 from research.quant.formats.affine import Affine
 from research.quant.formats.int8 import Int8
+from research.quant.reports import input_errors
 from research.typing import UserError
 from tests.support_lora import lora
 

@@ -11,9 +11,11 @@ import pytest
 
 from research import sharding, tree, weights
 from research.interop import ours
-from research.quant import codebooks, panels, qtensor
-from research.quant.checkpoints import bnb
+from research.interop.quantized import bnb
+from research.quant import qtensor
 from research.quant.formats.codebook import Codebook
+from research.quant.layouts import panels
+from research.quant.numerics import codebooks
 from research.quant.quantize import Cast, Quantize
 from research.typing import UserError
 from tests import support, support_lora

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from research import tree, weights
+from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
-from research.nn.routing import Routing
-from research.quant import calibrate, drift, replay
+from research.quant import replay
 from research.quant.activations import InputTensor, Round
-from research.quant.calibrate import Inputs
-from research.statistics import Covariance, Gradient, Magnitudes
+from research.quant.algorithms import calibrate, drift
+from research.quant.algorithms.calibrate import Inputs
+from research.taps.statistics import Covariance, Gradient, Magnitudes
 from research.typing import UserError
 from tests import support
 

@@ -12,14 +12,15 @@ from research import tree, weights
 from research.data.sources import PydocTopics
 from research.interop.loaded import Loaded
 from research.lora.adapt import Adapt
-from research.quant import calibrate, methods, rules
-from research.quant.calibrate import Calibration
-from research.quant.clip import Clip
+from research.quant import methods, rules
+from research.quant.algorithms import calibrate
+from research.quant.algorithms.calibrate import Calibration
+from research.quant.algorithms.clip import Clip
+from research.quant.algorithms.gptq import GPTQ
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
 from research.quant.formats.ggml import GGML
 from research.quant.formats.nvfp4 import NVFP4
-from research.quant.gptq import GPTQ
 from research.quant.methods import Compensated, Nearest
 from research.quant.rules import Quantization, Rule
 from research.typing import UserError

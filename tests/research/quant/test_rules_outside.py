@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from research import weights
-from research.quant import calibrate
+from research.quant.algorithms import calibrate
+from research.quant.algorithms.outlier_rows import Apart
 from research.quant.formats.affine import Affine
 from research.quant.methods import Compensated, Nearest
-from research.quant.outlier_rows import Apart
 from research.quant.rules import Rule
 from research.typing import UserError
 from tests.research.quant.test_rules import FORMAT, LAYERS, known, run

@@ -10,7 +10,7 @@ import pytest
 
 from research import tree
 from research.nn import presets
-from research.training.objective import NextToken
+from research.training.objectives.objective import NextToken
 from tests.support_lora import lora
 
 VOCAB, LENGTH = 67, 16

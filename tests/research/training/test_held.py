@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from research import tree
-from research.training import compiling, loop, optim, state, step
+from research.optim import optim
+from research.training import compiling, loop, state, step
 from research.typing import UserError
 
 

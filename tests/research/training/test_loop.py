@@ -11,9 +11,10 @@ import optax
 import pytest
 
 from research.data import pipeline
-from research.training import evaluating, loop, optim, state
-from research.training.checkpoint import Checkpoints
-from research.training.objective import NextToken
+from research.optim import optim
+from research.training import evaluating, loop, state
+from research.training.checkpoints.checkpoint import Checkpoints
+from research.training.objectives.objective import NextToken
 from research.training.step import make_eval_step
 from research.typing import UserError
 

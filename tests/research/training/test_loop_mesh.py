@@ -12,7 +12,7 @@ import pytest
 from research import sharding
 from research.sharding import Layout
 from research.training import feed, loop, preemption, state
-from research.training.metrics import read_jsonl
+from research.training.reports.metrics import read_jsonl
 from research.typing import UserError
 from tests.research.training import conftest
 

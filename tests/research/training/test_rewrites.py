@@ -5,12 +5,14 @@ import numpy as np
 import optax
 
 from research import tree
-from research.data import pipeline, synthetic
+from research.data import pipeline
+from research.data.sources import synthetic
 from research.nn import presets
-from research.nn.routing import Routing
-from research.training import experts, loop, state
-from research.training.metrics import read_jsonl
-from research.training.objective import NextToken
+from research.nn.moe.routing import Routing
+from research.training import loop, state
+from research.training.objectives import experts
+from research.training.objectives.objective import NextToken
+from research.training.reports.metrics import read_jsonl
 from tests import support
 
 RATE = 0.05

@@ -9,8 +9,9 @@ import pytest
 
 from research import tree
 from research.data import packing, pipeline
-from research.training import optim, state, step
-from research.training.objective import NextToken
+from research.optim import optim
+from research.training import state, step
+from research.training.objectives.objective import NextToken
 from research.typing import UserError
 
 ADAPTERS = r"/trained/"

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from research.quant import ggml_bits, qtensor, searches
+from research.quant import qtensor
 from research.quant.formats import ggml, iq4, kquants
+from research.quant.numerics import ggml_bits, searches
 from research.typing import UserError
 
 TESTS = pathlib.Path(__file__).parents[3]

@@ -1,0 +1,228 @@
+"""From gin files to an `Experiment`, and back to text that rebuilds it.
+
+The only module that imports gin. Files use dynamic registration (their first
+line is `from __gin__ import dynamic_registration`), so the library carries no
+decorator: a file imports the modules it configures and binds their arguments
+by name. Types are checked by the run-time hook, since a gin value is an
+argument like any other.
+"""
+
+import contextlib
+import difflib
+import io
+import logging
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import gin
+from gin import config as gin_config
+
+from experiments.core.experiment import Experiment
+from research import moved
+from research.typing import UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+"""Beside the package, in a checkout and in an installation alike."""
+
+_MACRO = "gin.macro"
+_FOLDERS = {"config": "runs", "sweep": "sweeps"}
+
+
+class Read(NamedTuple):
+  """An experiment, or what else is a root, and the text that rebuilds it."""
+
+  experiment: Any
+  text: str
+
+
+def find(path: str, flag: str = "config") -> pathlib.Path:
+  """Returns the gin file named `path`: as given, or under `configs/`.
+
+  Args:
+    path: what was given.
+    flag: which gave it, for the error: `config` or `sweep`.
+  """
+  for candidate in (pathlib.Path(path), CONFIGS / path):
+    if candidate.is_file():
+      return candidate.resolve()
+  files = sorted(CONFIGS.glob(f"{_FOLDERS[flag]}/**/*.gin"))
+  known = ", ".join(str(p.relative_to(CONFIGS)) for p in files)
+  raise UserError(
+    f"--{flag}={path}: no such file, neither here nor under configs/.\n"
+    f"{_FOLDERS[flag].capitalize()} that exist: {known or 'none'}."
+  )
+
+
+def read(
+  path: str,
+  bindings: Sequence[str] = (),
+  root: type = Experiment,
+  flag: str = "config",
+) -> Read:
+  """Returns the experiment that a gin file describes.
+
+  Args:
+    path: a gin file; relative ones are also looked for under `configs/`.
+    bindings: further lines, which win: `"STEPS = 20"`, `"LoRA.rank=4"`.
+    root: what is built, without arguments.
+    flag: see `find`.
+
+  Raises:
+    UserError: the file is missing, or names what does not exist, or gives a
+      value of the wrong type, or a binding changes nothing.
+  """
+  file = find(path, flag)
+  try:
+    text = file.read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{file}: not a readable UTF-8 file: {error}") from error
+  return parse(text, bindings, name=path, root=root)
+
+
+def parse(
+  text: str,
+  bindings: Sequence[str] = (),
+  name: str = "config",
+  root: type = Experiment,
+) -> Read:
+  """Returns the experiment that gin `text` describes; see `read`."""
+  text = moved.current(text)
+  lines = [_binding(line) for line in bindings]
+  with _empty(), _readable(name):
+    file = io.StringIO(text)
+    file.name = name  # so that gin's errors say where
+    gin.parse_config(file)
+    gin.parse_config("\n".join([*_imports(text), *lines]))
+    gin.finalize()
+    experiment = gin.get_configurable(root)()
+    _all_used(lines)
+    _drop_defaults()
+    return Read(experiment, gin.operative_config_str())
+
+
+def _drop_defaults() -> None:
+  """Leaves only what was bound in gin's record of what was used.
+
+  Gin finds defaults in signatures, which the run-time type checks hide from
+  it: the text would depend on `--typecheck`. A workdir's versions say which
+  code its defaults are those of.
+  """
+  bound = gin_config._CONFIG
+  for (scope, selector), used in gin_config._OPERATIVE_CONFIG.items():
+    parts = scope.split("/") if scope else []
+    scopes = ["/".join(parts[:i]) for i in range(len(parts) + 1)]
+    kept = set().union(*(bound.get((s, selector), {}) for s in scopes))
+    for name in used.keys() - kept:
+      del used[name]
+
+
+def _imports(text: str) -> list[str]:
+  """Returns the import lines of `text` and of all it includes.
+
+  Each gin file has imports of its own; a binding from the command line may
+  name what any of them does.
+  """
+  found = [gin_dynamic := "from __gin__ import dynamic_registration"]
+  for line in text.splitlines():
+    line = line.split("#")[0].strip()
+    included = re.fullmatch(r"include\s+['\"](.+)['\"]", line)
+    if included:
+      found += _imports(find(included.group(1)).read_text("utf-8"))
+    elif re.match(r"(import|from)\s", line) and line != gin_dynamic:
+      found.append(line)
+  return list(dict.fromkeys(found))
+
+
+def _binding(line: str) -> str:
+  if not re.fullmatch(r"\s*[\w./]+\s*=\s*\S.*", line, re.DOTALL):
+    raise UserError(
+      f"--set={line}: expected NAME=VALUE, e.g. --set=STEPS=20 or "
+      "--set=lora.LoRA.rank=16."
+    )
+  return line
+
+
+def _all_used(lines: Sequence[str]) -> None:
+  """Raises if a binding from the command line reached nothing."""
+  used = gin_config._OPERATIVE_CONFIG
+  macros = sorted(scope for scope, name in used if name == _MACRO)
+  for line in lines:
+    name = line.split("=")[0].strip()
+    if "." in name:
+      target, _, parameter = name.rpartition(".")
+      reached = any(
+        selector.endswith(target.split("/")[-1]) and parameter in values
+        for (_, selector), values in used.items()
+      )
+    else:
+      reached = name in macros
+    if not reached:
+      near = difflib.get_close_matches(name, macros, 1)
+      hint = f"did you mean {near[0]}?" if near else f"macros: {macros}"
+      raise UserError(f"--set={line}: nothing in this run uses it; {hint}")
+
+
+@contextlib.contextmanager
+def _empty() -> Iterator[None]:
+  """Leaves gin's global state as empty as it was found."""
+  gin.clear_config()
+  prefixes = list(gin_config._LOCATION_PREFIXES)
+  readers = list(gin_config._FILE_READERS)
+  gin.add_config_file_search_path(str(CONFIGS))
+  # Gin also looks into Python packages, and takes any folder here (`runs/`,
+  # `models/`) for one: it fails there instead of looking under configs/.
+  del gin_config._FILE_READERS[1:]
+  # Gin logs an error for each place where an included file is not.
+  logging.disable(logging.ERROR)
+  try:
+    yield
+  finally:
+    logging.disable(logging.NOTSET)
+    gin_config._LOCATION_PREFIXES[:] = prefixes
+    gin_config._FILE_READERS[:] = readers
+    gin.clear_config()
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+  """Turns gin's and the type checker's errors into the user's."""
+  try:
+    yield
+  except UserError as error:
+    raise UserError(f"{name}: {_without_gin(str(error))}") from error
+  except RecursionError as error:
+    raise UserError(f"{name}: a file that it includes includes it") from error
+  except Exception as error:
+    raise UserError(f"{name}: {_shorten(error)}") from error
+
+
+def _shorten(error: Exception) -> str:
+  """Returns the first cause of gin's or jaxtyping's error, in two lines."""
+  text = str(error)
+  field = re.search(r"typechecking parameter '(\w+)'", text)
+  if field:
+    owner = re.search(r"parameters of ([\w.]+?)(\.__init__)?\.\n", text)
+    value = re.search(r"Actual value: (.*)", text)
+    wanted = re.search(r"Expected type: (.*?)\.?\n", text)
+    parts: list[Any] = [
+      m.group(1) if m else "?" for m in (owner, value, wanted)
+    ]
+    return f"{parts[0]}.{field.group(1)}: found {parts[1]}, expected {parts[2]}"
+  macro = re.match(r"No bindings specified for '(.+)/gin\.macro'", text)
+  if macro:
+    return f"%{macro.group(1)}: has no value; add a line {macro.group(1)} = ..."
+  if now := moved.hint(text):
+    return f"imports a module that has moved: {now}"
+  kept = [line.strip() for line in _without_gin(text).splitlines()]
+  return "\n".join(kept[:3]) or type(error).__name__
+
+
+def _without_gin(text: str) -> str:
+  """Returns a message without gin's notes on which call it came from."""
+  return "\n".join(
+    line
+    for line in text.splitlines()
+    if line.strip() and not line.lstrip().startswith("In call to")
+  )

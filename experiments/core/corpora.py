@@ -1,0 +1,172 @@
+"""Which texts a run learns from, and is measured on, and what is around them.
+
+A corpus that belongs to the machine, such as the standard library, may change
+under a run that is resumed, or between two machines; a hash tells. What stands
+around a document is the tokenizer's to say, unless a configuration does; what
+it was is kept with the run, so that its evaluations and what goes on from it
+read texts in the same way.
+"""
+
+import dataclasses
+import json
+import platform
+from typing import Any
+
+from experiments.core import outputs
+from experiments.core.experiment import Experiment
+from research.data import predicted
+from research.data.pipeline import Mixture, Pipeline
+from research.io import folders
+from research.io.folders import Folder
+from research.nn.transformer import Transformer
+from research.text import special_tokens
+from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
+from research.training.checkpoints import workdir as workdirs
+from research.training.objectives.objective import NextToken
+from research.typing import UserError
+
+PARTS = ("data", "validation", "heldout")
+"""Of an experiment: what it reads."""
+
+
+def hashes(experiment: Experiment) -> dict[str, str]:
+  """Returns part -> hash, for parts whose source has one (`sha256`)."""
+  sources = {p: getattr(getattr(experiment, p), "source", None) for p in PARTS}
+  found = {p: getattr(s, "sha256", None) for p, s in sources.items()}
+  return {p: value for p, value in found.items() if value is not None}
+
+
+def claim(experiment: Experiment, workdir: Folder) -> dict[str, str]:
+  """Returns the run's hashes, and records them where it begins.
+
+  Raises:
+    UserError: the run began on other texts.
+  """
+  note, now = workdir / "corpus.json", hashes(experiment)
+  if not now:
+    return {}
+  if note.exists():
+    try:
+      before = json.loads(note.read_text("utf-8"))
+      known = {part: before[part] for part in now}
+      python = before["python"]
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(
+        f"{note}: is no record of a run's texts ({error}); use another workdir."
+      ) from error
+    if known != now:
+      raise UserError(
+        f"{note}: this run began with other texts (Python {python}; here"
+        f" {platform.python_version()}).\n"
+        "Resume it with that Python, or use another workdir."
+      )
+    return now
+  record = now | {"python": platform.python_version()}
+  with folders.writing(note):
+    folders.write_text(note, json.dumps(record, indent=2) + "\n")
+  return now
+
+
+def _first(data: Any) -> Any:
+  """Returns the first part of a mixture, whose rows are as long as all."""
+  while isinstance(data, Mixture):
+    data = data.parts[0]
+  return data
+
+
+def special_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
+  """Returns what the training documents of an experiment begin and end with."""
+  part = _first(experiment.data)
+  if isinstance(part, Pipeline):
+    return part.special_tokens(tokenizer)
+  return special_tokens.of(tokenizer)
+
+
+def as_trained(
+  experiment: Experiment, tokenizer: Any, workdir: Folder, keep: bool = False
+) -> Any:
+  """Returns the tokenizer, putting around texts what it did as the run began.
+
+  Args:
+    experiment: of the run.
+    tokenizer: of its model; None stays None.
+    workdir: which has a record of that. Runs that began before there were such
+      have none: what they did not configure stood around nothing.
+    keep: whether a run that begins, or goes on without one, gets a record.
+  """
+  if tokenizer is None:
+    return None
+  note, begun = workdir / special_tokens.FILE, workdirs.begun(workdir)
+  if begun and note.exists():
+    return dataclasses.replace(tokenizer, documents=special_tokens.read(note))
+  if begun and tokenizer.special != NO_SPECIAL_TOKENS:
+    without = dataclasses.replace(tokenizer, documents=NO_SPECIAL_TOKENS)
+    found = special_of(experiment, without)
+    if found == NO_SPECIAL_TOKENS:
+      outputs.say(
+        f"{workdir}: this run began without the tokens that its tokenizer puts "
+        "around documents, and goes on so"
+      )
+  else:
+    found = special_of(experiment, tokenizer)
+  if keep:
+    outputs.write(note, json.dumps(found.record()) + "\n")
+  return dataclasses.replace(tokenizer, documents=found)
+
+
+def described(tokenizer: Any) -> dict[str, Any] | None:
+  """Returns what stands around documents, as a result has it."""
+  if tokenizer is None:
+    return None
+  found = special_tokens.of(tokenizer)
+  names = tokenizer.backend.id_to_token
+  return found.record() | {
+    "begin": [names(i) for i in found.begin],
+    "end": [names(i) for i in found.end],
+  }
+
+
+def check_context(
+  experiment: Experiment, model: Transformer, tokenizer: Any
+) -> None:
+  """Warns of rows with texts that are longer than the model's context.
+
+  Only rows that are longer are read for it: documents that share one may be
+  short.
+  """
+  context, found = model.max_positions, {}
+  for name in PARTS:
+    data = getattr(experiment, name)
+    if context is None or getattr(_first(data), "length", 0) <= context:
+      continue
+    rows = data.rows(tokenizer)
+    top = max(int(rows[i]["positions"].max()) + 1 for i in range(len(rows)))
+    if top > context:
+      found[name] = top
+  if found:
+    names = " and ".join(found)
+    folders.warn(
+      f"the rows of {names} hold texts of up to {max(found.values()):,} tokens,"
+      f" and the model's context is {context:,}: generate and perplexity refuse"
+      f" what lies beyond.\nSet LENGTH={context}, or less."
+    )
+
+
+def bits_per_byte(
+  experiment: Experiment, tokenizer: Any, found: dict[str, float] | None
+) -> float | None:
+  """Returns the held-out bits per byte; None where there are no such.
+
+  Args:
+    experiment: whose held-out texts were evaluated.
+    tokenizer: of its model.
+    found: `loss`, a mean, and `weight`, the number of tokens.
+  """
+  loss = experiment.objective
+  plain = isinstance(loss, NextToken) and not (
+    loss.z_loss or loss.label_smoothing
+  )
+  if found is None or tokenizer is None or not plain:
+    return None
+  of = predicted.predicted(experiment.heldout, tokenizer)
+  return predicted.bits_per_byte(found["loss"], found["weight"], of)

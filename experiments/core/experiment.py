@@ -1,0 +1,186 @@
+"""The root of every configuration: an experiment as one frozen value.
+
+Everything that a run depends on hangs from here, given by a gin file
+(`experiments.core.config`) or built by hand in Python; both are equal.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import optax
+
+from experiments.core.site import Site
+from research.data.packing import Row
+from research.data.pipeline import Data
+from research.interop import load
+from research.interop.loaded import Loaded
+from research.io import unread
+from research.io.unread import Shardings
+from research.nn.transformer import Remat
+from research.sharding import Layout
+from research.training import state
+from research.training.compiling import Rewrite
+from research.training.loop import Plan
+from research.training.objectives.objective import Objective
+from research.typing import Params, PRNGKey
+
+ALONE = Site()
+"""One device."""
+
+Transform = Callable[[Params, PRNGKey], Params]
+"""A pure rewrite of a parameter tree: quantize, adapt, merge."""
+
+
+@runtime_checkable
+class Looking(Protocol):
+  """A transform that reads data through the model, which it is given first."""
+
+  def of(self, loaded: Loaded) -> Transform: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Where a model and its first weights come from."""
+
+  def load(self, shardings: Shardings | None = None) -> Loaded: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+  """A model that exists.
+
+  Attributes:
+    name: whatever `--model=` takes, see `research.interop.load`.
+    dtype: of computation and of the base weights.
+    packed: whether quantized weights stay as the file has them; None: those
+      of Hugging Face directories.
+    remat: what the backward pass computes again.
+  """
+
+  name: str
+  dtype: str = "float32"
+  packed: bool | None = None
+  remat: Remat = "names"
+
+  def load(self, shardings: Shardings | None = None) -> Loaded:
+    """Returns the model, its weights and its tokenizer.
+
+    Args:
+      shardings: where the weights go, see `load.load_model`.
+    """
+    loaded = load.load_model(self.name, self.dtype, self.packed, shardings)
+    return dataclasses.replace(
+      loaded, model=loaded.model.clone(remat=self.remat)
+    )
+
+  def shapes(self) -> Loaded:
+    """Returns the same, with shapes in place of weights, which are not read."""
+    return self.load(unread.left)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """A training run.
+
+  Attributes:
+    model: where the model and its first weights come from.
+    transforms: rewrites of the weights, in order, before training.
+    trainable: regular expression of the paths that are learned.
+    held: regular expression of the paths, besides, that only `rewrites`
+      change and checkpoints keep, or None.
+    objective: the loss; the loaded model is put into its field `model`.
+    optimizer: an optax chain over the trainable part.
+    data: what is trained on.
+    plan: how long, and when to look up.
+    validation: what the best checkpoint is chosen by, or None.
+    heldout: what the result is measured on, before and after, or None.
+    eval_batches: at most so many batches of each of those two; None for all.
+    rewrites: of the training state, after each step, in order.
+    after: rewrites of the weights, in order, once they are trained; what is
+      saved then is a checkpoint of ours, which keeps every kind of weight.
+    mesh: over which devices everything goes; one, by default.
+    seed: of the transforms' random numbers.
+    prompt: text that the model continues before and after training, or None.
+    continuation: tokens of that continuation.
+  """
+
+  model: Source
+  optimizer: optax.GradientTransformation
+  objective: Objective
+  data: Data
+  plan: Plan
+  transforms: tuple[Transform, ...] = ()
+  trainable: str = "."
+  held: str | None = None
+  validation: Data | None = None
+  heldout: Data | None = None
+  eval_batches: int | None = None
+  rewrites: tuple[Rewrite, ...] = ()
+  after: tuple[Transform, ...] = ()
+  mesh: Layout = Layout(data=1)
+  seed: int = 0
+  prompt: str | None = None
+  continuation: int = 48
+
+  def build(self, site: Site = ALONE) -> "Built":
+    """Returns what the run works with: loads, transforms, places.
+
+    Args:
+      site: where the weights go; each device's part alone is read for it.
+    """
+    loaded = self.model.load(site.placement)
+    params = loaded.params
+    key = jax.random.key(self.seed)
+    for i, transform in enumerate(self.transforms_of(loaded)):
+      params = transform(params, jax.random.fold_in(key, i))
+    if site.mesh is not None:
+      site = site.of(loaded.model)
+      params = state.place(params, site.shardings)
+    objective = dataclasses.replace(self.objective, model=loaded.model)
+    return Built(loaded=loaded, params=params, objective=objective, site=site)
+
+  def transforms_of(self, loaded: Loaded) -> list[Transform]:
+    """Returns the transforms, given the model where they read through it."""
+    return [
+      t.of(loaded) if isinstance(t, Looking) else t for t in self.transforms
+    ]
+
+  def finished(self, params: Params) -> Params:
+    """Returns trained weights after the transforms of `after`."""
+    key = jax.random.key(self.seed)
+    for i, transform in enumerate(self.after):
+      params = transform(params, jax.random.fold_in(key, i))
+    return params
+
+  def evaluations(self, tokenizer: Any) -> dict[str, list[Row]]:
+    """Returns the batches of `validation` and `heldout`, where there are."""
+    parts = {"validation": self.validation, "heldout": self.heldout}
+    return {
+      name: data.evaluation(tokenizer, self.eval_batches)
+      for name, data in parts.items()
+      if data is not None
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Built:
+  """An experiment's model, brought to life.
+
+  Attributes:
+    loaded: the model as it was imported.
+    params: its weights after the transforms.
+    objective: the loss of that model.
+    site: where those are.
+  """
+
+  loaded: Loaded
+  params: Any
+  objective: Any
+  site: Site = ALONE
+
+  def reading(self, tokenizer: Any) -> "Built":
+    """Returns the same with another tokenizer."""
+    loaded = dataclasses.replace(self.loaded, tokenizer=tokenizer)
+    return dataclasses.replace(self, loaded=loaded)

@@ -1,0 +1,168 @@
+"""What a run leaves behind: a picture, weights, and commands to try next."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+
+from experiments.core import runtime, site
+from experiments.core.experiment import Built, Experiment
+from research import tree
+from research.interop import convert, load, sources
+from research.interop.diffusion import spec
+from research.interop.hf import hf_export
+from research.interop.loaded import Loaded
+from research.interop.peft import peft_naming, peft_write
+from research.io import folders
+from research.io.folders import Folder
+from research.lora import wrap
+from research.training import state
+from research.training.reports import plots
+from research.typing import UserError
+
+DEFAULT_WINDOW = 1024
+"""Tokens that `experiments.perplexity` reads together."""
+
+
+def say(text: str) -> None:
+  """Says it on stderr, once however many processes there are.
+
+  What is on stdout is a run's result, and nothing else.
+  """
+  if runtime.first():
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(path: Folder, text: str) -> None:
+  """Writes a whole file, from the first process alone."""
+  if runtime.first():
+    with folders.writing(path):
+      folders.write_text(path, text)
+
+
+def keep(
+  experiment: Experiment,
+  built: Built,
+  trained: state.TrainState,
+  workdir: Folder,
+  looks: dict[str, tuple[int, dict[str, float] | None]],
+  title: str,
+) -> bool:
+  """Writes the picture of the loss, and what was trained.
+
+  Args:
+    experiment, built, workdir: of the run.
+    trained: the state after the last step.
+    looks: when -> (step, means over held-out data or None).
+    title: of the picture.
+
+  Returns:
+    Whether other commands can read what was written.
+  """
+  points = [
+    (at, found["loss"], f"held out, {when}")
+    for when, (at, found) in looks.items()
+    if found is not None
+  ]
+  with folders.locally(workdir) as place:
+    if runtime.first():
+      plots.loss_curve(
+        workdir / "metrics.jsonl",
+        place / "loss.png",
+        title=title,
+        points=points,
+      )
+    params = experiment.finished(trained.params)
+    return _save_adapter(
+      place / "adapter", experiment, built, params
+    ) or _save_model(place / "model", experiment, built, params)
+
+
+def _save_adapter(folder, experiment, built, params) -> bool:
+  """Writes what was trained in PEFT's format, if that is adapters."""
+  adapters, rest = tree.partition(params, wrap.TRAINABLE)
+  if not tree.count(adapters):
+    return False
+  params = tree.combine(site.whole(adapters), rest)
+  if not runtime.first():
+    return True
+  base = getattr(experiment.model, "name", "unknown")
+  if pathlib.Path(base).exists():
+    base = str(load.locate(base).resolve())  # of a run, the model in it
+  loaded = built.loaded
+  naming = peft_naming.of_source(loaded.source)
+  peft_write.save_adapter(folder, params, loaded.model, base, naming=naming)
+  return True
+
+
+def _save_model(folder, experiment, built, params) -> bool:
+  """Writes the whole model: in Hugging Face's format, if that can say it.
+
+  What `after` made of it is kept as it is, in ours, and what only ours has
+  names for.
+  """
+  params = site.whole(params)
+  if not runtime.first():
+    return True
+  source = sources.trained(
+    built.loaded,
+    params,
+    {"format": "run", "path": str(folder.parent)},
+    getattr(experiment.model, "name", None),
+  )
+  source = _saying(source, experiment.objective)
+  shutil.rmtree(folder, ignore_errors=True)
+  try:
+    own = experiment.after or source.model.clock is not None
+    as_files = convert.to_orbax if own else convert.to_hf
+    as_files(source, folder)
+  except UserError as error:
+    say(f"{folder}: not written: {error}")
+    return False
+  return True
+
+
+def _saying(source: sources.Source, objective: Any) -> sources.Source:
+  """Returns a model from nothing as one that says what its masks are."""
+  mask = getattr(objective, "mask_id", -1)
+  if source.config is not None or mask < 0:
+    return source
+  how = spec.Spec(
+    mask_id=mask,
+    shift=getattr(objective, "shift", False),
+    block=getattr(objective, "block", None),
+    end=source.tokenizer.stop if source.tokenizer else (),
+  )
+  config = hf_export.config_json(source.model, None, None, source.hint)
+  config |= {spec.FIELD: how.spelled()}
+  return dataclasses.replace(source, config=config)
+
+
+def commands(workdir: Folder, usable: Loaded | None, devices: int) -> str:
+  """Returns commands to try next, for the Python that runs this one."""
+  python = os.path.relpath(sys.executable)
+  if python.startswith(".."):
+    python = sys.executable
+  where = str(workdir)
+  if not folders.is_remote(workdir):
+    near = os.path.relpath(workdir)
+    where = where if near.startswith("..") else near
+  # The run's mesh takes as many: a CPU has them only if asked.
+  virtual = devices > 1 and jax.default_backend() == "cpu"
+  many = f" --devices={devices}" if virtual else ""
+  lines = [f"{python} -m experiments.evaluate --workdir={where}{many}"]
+  if usable is not None and usable.tokenizer is not None:
+    context = usable.model.max_positions or DEFAULT_WINDOW
+    window = f" --window={context}" if context < DEFAULT_WINDOW else ""
+    lines = [
+      f"{python} -m experiments.generate --model={where} "
+      '--prompt="A Python decorator is"',
+      f"{python} -m experiments.perplexity --model={where} --text=README.md"
+      f"{window}",
+      *lines,
+    ]
+  return f"picture: {where}/loss.png. To try next:\n  " + "\n  ".join(lines)

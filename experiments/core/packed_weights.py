@@ -1,0 +1,52 @@
+"""Quantized weights of `--model=`: kept as they are, or decoded; the flag."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+
+def define(values: flags.FlagValues) -> None:
+  """Defines `--packed` of a command that reads text, or makes some."""
+  flags.DEFINE_bool(
+    "packed",
+    None,
+    "Keep quantized weights as they are, or decode them (--nopacked). By "
+    "default they are kept where a kernel here multiplies them, which takes "
+    "less time and memory for the same text; those of Hugging Face directories "
+    "in any case.",
+    flag_values=values,
+  )
+
+
+def load(name: str, dtype: str = "float32", packed: bool | None = None) -> Any:
+  """Returns a model, its quantized weights as `--packed` has them.
+
+  Args:
+    name, dtype: see `research.interop.load.load_model`.
+    packed: the flag's value.
+  """
+  from research.interop.load import load_model
+  from research.quant.layouts import panels
+
+  if packed is not None:
+    return load_model(name, dtype, packed)
+  loaded = load_model(name, dtype, "any")
+  if "quantization" in _root(loaded.source):
+    return loaded
+  params = panels.decoded_elsewhere(loaded.params, dtype)
+  return dataclasses.replace(loaded, params=params)
+
+
+def report(params: Any) -> dict[str, list[str]]:
+  """Returns what a command says of it: names of the formats that are kept."""
+  from research.quant.reports import report_errors
+
+  return {"packed": report_errors.format_names(params)}
+
+
+def _root(source: dict[str, Any]) -> dict[str, Any]:
+  """Returns where the model itself came from, adapters aside."""
+  while isinstance(source.get("base"), dict):
+    source = source["base"]
+  return source

@@ -1,0 +1,1 @@
+"""What `generate` is made of: masks that are filled, adapters a row, pages."""

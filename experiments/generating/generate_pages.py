@@ -1,0 +1,94 @@
+"""What `experiments.generate --pages=` asks for, and what it took."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from research.generation import generate_paged, paging
+from research.generation.generate import Source
+from research.generation.page_allocator import PageAllocator
+from research.generation.paging import Paging
+from research.typing import Params, UserError
+
+
+def parse_flags(text: str, kv: str, adapters: Sequence[str]) -> Paging | None:
+  """Returns how pages are laid out, or None without any.
+
+  Args:
+    text: of --pages.
+    kv: of --kv.
+    adapters: names of all that were asked for.
+
+  Raises:
+    UserError: it is nothing that pages can be, or beside it stands what pages
+      do not go with.
+  """
+  if not text:
+    return None
+  if kv:
+    raise UserError(
+      f"--kv={kv}: is not for --pages, which hold the model's dtype, or int8 "
+      "or fp8 of each token: --pages=16,dtype=int8"
+    )
+  if len(set(adapters)) > 1:
+    raise UserError(
+      f"--pages={text}: found {len(set(adapters))} adapters, expected one for "
+      "all rows: which row is whose changes as they end"
+    )
+  return paging.parse(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+  """A call of generation, over pages or not.
+
+  Attributes:
+    model, prompts, max_new_tokens: of it.
+    layout: how pages are laid out, or None.
+    pages: who gives them out, or None.
+  """
+
+  model: Any
+  prompts: Sequence[Sequence[int]]
+  max_new_tokens: int
+  layout: Paging | None
+  pages: PageAllocator | None = None
+
+  @property
+  def source(self) -> Source | None:
+    """Where tokens come from, as for `stream.stream`."""
+    if self.layout is None:
+      return None
+    return functools.partial(
+      generate_paged.chunks, layout=self.layout, pages=self.pages
+    )
+
+  def report(self, params: Params) -> dict[str, Any]:
+    """Returns what the result says of pages, afterwards."""
+    if self.layout is None:
+      return {}
+    call = self.prompts, self.max_new_tokens, self.pages, self.layout.dtype
+    return {"pages": paging.memory(self.model, params, *call)}
+
+
+def open_call(
+  layout: Paging | None,
+  model: Any,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+) -> Paged:
+  """Returns a call with its pages, all of them free.
+
+  Args:
+    layout: from `parse_flags`.
+    model: the Transformer.
+    prompts, max_new_tokens: as for `generate.chunks`.
+
+  Raises:
+    UserError: there are too few pages for a prompt.
+  """
+  call = model, prompts, max_new_tokens
+  if layout is None:
+    return Paged(*call, None)
+  return Paged(*call, layout, paging.allocator(*call, layout))

@@ -1,0 +1,295 @@
+"""The toys of `colab/llada.ipynb`: a chain that is masked, learned, filled in.
+
+The chain is a `synthetic.Markov`, so its entropy is known, and so is what a
+perfect model would say (`diffusion_truth`); states are shown as letters.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.studies import population
+from experiments.studies.diffusion import diffusion_truth
+from experiments.studies.diffusion.diffusion_study import Tiny, batch_of
+from research.data.sources.synthetic import Markov
+from research.diffusion import process
+from research.diffusion.block import BlockDiffusion
+from research.diffusion.objective import MaskedDiffusion
+from research.diffusion.sampling import sampler
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Cached, Denoiser, Whole
+from research.diffusion.sampling.policies import Policy, Threshold
+from research.generation.sampling import Sampling
+from research.interop.diffusion import convert
+from research.interop.loaded import Loaded
+from research.nn.transformer import Transformer
+from research.training.objectives.objective import NextToken
+from research.typing import Bool, Float, Int, Params
+
+ANY = Sampling(temperature=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Toy:
+  """A chain, and a Transformer that knows nothing of it yet.
+
+  Attributes:
+    source: the chain; the mask is one more id.
+    tiny: the model.
+    steps: of training.
+  """
+
+  source: Markov = Markov(vocab=10, length=32, concentration=0.15, count=4096)
+  tiny: Tiny = Tiny(batch=32)
+  steps: int = 2000
+
+  @property
+  def mask_id(self) -> int:
+    """The token that hides others."""
+    return self.source.vocab
+
+  @functools.cached_property
+  def network(self) -> tuple[Transformer, Params]:
+    """The model and its random weights."""
+    return self.tiny.load(self.source.vocab + 1, 0)
+
+  @functools.cached_property
+  def pool(self) -> dict[str, Any]:
+    """All rows to learn from, as a batch."""
+    source = self.source
+    return batch_of(population.documents(source, "train", source.count))
+
+  @functools.cached_property
+  def truth(self) -> tuple[diffusion_truth.Chain, Params]:
+    """The perfect denoiser and its tables."""
+    tables = diffusion_truth.tables(self.source, self.source.length)
+    return diffusion_truth.Chain(mask_id=self.mask_id), tables
+
+  def rows(self, count: int) -> Int[np.ndarray, "N T"]:
+    """Returns held-out rows of the chain."""
+    return np.asarray(population.documents(self.source, "heldout", count))
+
+  def spelled(self, row: Sequence[int] | np.ndarray) -> list[str]:
+    """Returns a letter a token, and a block for the mask."""
+    return ["░" if i == self.mask_id else chr(97 + int(i)) for i in row]
+
+
+def learned(toy: Toy) -> Params:
+  """Returns the chain's model, by plain masked diffusion."""
+  model, params = toy.network
+  objective = MaskedDiffusion(
+    model=model, mask_id=toy.mask_id, spread="even", rows=2048
+  )
+  return toy.tiny.trained(objective, params, toy.pool, toy.steps, seed=0)
+
+
+def by_count(
+  denoiser: Any, params: Params, rows: Int[np.ndarray, "N T"], mask_id: int
+) -> Float[np.ndarray, " T"]:
+  """Returns the mean cross-entropy of a masked token, by how many are masked.
+
+  The mean over 1, 2, .. T is the bound, a token.
+
+  Args:
+    denoiser, params: the model, with scores of whole rows.
+    rows: what is masked, each row in one way a number.
+    mask_id: of the mask.
+  """
+  rows = jnp.asarray(rows)
+  whole = jnp.ones(rows.shape, bool)
+
+  def one(params, n):
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(2), n), len(rows))
+    masked = process.mask_count(keys, whole, jnp.full(len(rows), n))
+    noisy = process.noisy(rows, masked, mask_id)
+    logits = denoiser.scores(params, noisy, whole)
+    logp = jax.nn.log_softmax(logits.at[..., mask_id].set(-1e9))
+    found = jnp.take_along_axis(logp, rows[..., None], axis=-1)[..., 0]
+    return -jnp.where(masked, found, 0).sum() / masked.sum()
+
+  counts = jnp.arange(1, rows.shape[1] + 1)
+  f = jax.jit(lambda p: jax.lax.map(lambda n: one(p, n), counts))
+  return np.asarray(f(params))
+
+
+def one_step(
+  denoiser: Any,
+  params: Params,
+  row: Int[np.ndarray, " T"],
+  mask_id: int,
+  policy: Policy = Threshold(threshold=0.9),
+) -> tuple[Int[np.ndarray, " T"], Float[np.ndarray, "T V"]]:
+  """Returns a row after one greedy step, and the chances of its places."""
+  tokens = jnp.asarray(row)[None]
+
+  @jax.jit
+  def run(params):
+    logits = denoiser.scores(params, tokens, jnp.ones(tokens.shape, bool))
+    chances = jax.nn.softmax(logits.at[..., mask_id].set(-1e9))
+    masked = tokens == mask_id
+    kept = policy.commit(chances.max(-1), masked, jnp.ones(1, jnp.int32))
+    after = jnp.where(kept, chances.argmax(-1), tokens)
+    known = jax.nn.one_hot(tokens, chances.shape[-1])
+    return after[0], jnp.where(masked[..., None], chances, known)[0]
+
+  after, chances = run(params)
+  return np.asarray(after), np.asarray(chances)
+
+
+def filled(
+  denoiser: Denoiser,
+  params: Params,
+  noisy: Int[np.ndarray, "B T"],
+  options: Options,
+  sampling: Sampling = ANY,
+  seed: int = 0,
+) -> sampler.Sampled:
+  """Returns rows whose masks are filled; the last `options.length` places."""
+  masked = np.asarray(noisy) == options.mask_id
+  begun = sampler.begin(
+    noisy, masked, np.ones_like(masked), jax.random.key(seed)
+  )
+  return sampler.sample(denoiser, params, begun, options, sampling)
+
+
+def by_steps(
+  toy: Toy,
+  denoiser: Denoiser,
+  params: Params,
+  steps: Sequence[int],
+  selects: Sequence[str],
+  count: int = 256,
+) -> list[dict[str, Any]]:
+  """Returns how good text is that was made in so many steps, all at chance.
+
+  Args:
+    toy: whose chain is the truth.
+    denoiser, params: the model.
+    steps: how many.
+    selects: how places are chosen, see `Options`.
+    count: rows that are drawn.
+  """
+  length = toy.source.length
+  noisy = np.full((count, length), toy.mask_id)
+  out = []
+  for select in selects:
+    for n in steps:
+      options = Options(
+        mask_id=toy.mask_id, length=length, block=length, steps=n, select=select
+      )
+      rows = filled(denoiser, params, noisy, options).tokens
+      found = diffusion_truth.surprise(toy.source, rows) / length
+      out.append(
+        {
+          "places by": select,
+          "steps": n,
+          "nats a token": float(found.mean()),
+          "pairs off": diffusion_truth.off(toy.source, rows),
+        }
+      )
+  return out
+
+
+def ladder(toy: Toy, blocks: Sequence[int]) -> list[dict[str, Any]]:
+  """Returns the bound of models trained in blocks, a row for each size."""
+  model, params = toy.network
+  heldout = batch_of(jnp.asarray(toy.rows(256)))
+  out = []
+  for block in blocks:
+    objective = BlockDiffusion(
+      model=model, mask_id=toy.mask_id, block=block, rows=2048
+    )
+    after = toy.tiny.trained(objective, params, toy.pool, toy.steps, seed=0)
+    f = jax.jit(objective)
+    found = [
+      float(f(after, heldout, jax.random.key(i))[0]) / heldout["tokens"].size
+      for i in range(8)
+    ]
+    out.append({"block": block, "bound": float(np.mean(found))})
+  return out
+
+
+def caches(
+  toy: Toy, params: Params, around: dict[str, tuple[int, int] | None]
+) -> list[dict[str, Any]]:
+  """Returns what caches save, and what they change: greedy, a row a cache.
+
+  Args:
+    toy: whose held-out rows are continued, from the middle.
+    params: of its model.
+    around: name -> tokens before and after a block that are read again; None
+      for all.
+  """
+  model, _ = toy.network
+  length = toy.source.length // 2
+  noisy = toy.rows(64).copy()
+  noisy[:, length:] = toy.mask_id
+  options = Options(
+    mask_id=toy.mask_id,
+    length=length,
+    block=length // 2,
+    policy=Threshold(threshold=0.9),
+  )
+  out, truth = [], None
+  for name, near in around.items():
+    if near is None:
+      asked, read = Whole(model=model), 2 * length
+    else:
+      asked = Cached(model=model, before=near[0], after=near[1])
+      read = min(sum(near) + options.block, 2 * length)
+    got = filled(asked, params, noisy, options, Sampling())
+    truth = got.tokens if truth is None else truth
+    same = got.tokens[:, length:] == truth[:, length:]
+    out.append(
+      {
+        "cache": name,
+        "tokens read a later call": read,
+        "calls": got.calls,
+        "as without %": 100 * float(same.mean()),
+      }
+    )
+  return out
+
+
+def masks(
+  row: Int[np.ndarray, " T"], times: Sequence[float], mask_id: int
+) -> Bool[np.ndarray, "N T"]:
+  """Returns what is masked of a row at each time, from the same draws."""
+  keys = jnp.broadcast_to(jax.random.key(0), (len(times),))
+  whole = jnp.ones((len(times), len(row)), bool)
+  rate = jnp.asarray(times, jnp.float32)[:, None]
+  return np.asarray(process.mask_each(keys, whole, rate))
+
+
+def turned(
+  loaded: Loaded, text: str, blocks: Sequence[int], count: int
+) -> list[dict[str, Any]]:
+  """Returns losses of a language model as it is, and filling in blocks.
+
+  Args:
+    loaded: predicts the next token; nothing of it is trained here.
+    text: whose first `count` tokens are read.
+    blocks: sizes.
+    count: see `text`.
+  """
+  rows = batch_of(np.array([loaded.tokenizer.prompt(text)[:count]]))
+  model, params, spec = convert.converted(loaded.model, loaded.params)
+  objectives = {"next token": NextToken(model=model)} | {
+    f"blocks of {block}": BlockDiffusion(
+      model=model, mask_id=spec.mask_id, block=block, shift=spec.shift
+    )
+    for block in blocks
+  }
+  out = []
+  for name, objective in objectives.items():
+    f = jax.jit(objective)
+    draws = 1 if name in ("next token", "blocks of 1") else 8
+    found = [f(params, rows, jax.random.key(i))[:2] for i in range(draws)]
+    loss = float(np.mean([total / weight for total, weight in found]))
+    out.append({"predicts": name, "nats a token": loss})
+  return out

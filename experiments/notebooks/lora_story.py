@@ -1,0 +1,160 @@
+"""The toy of `colab/lora.ipynb`: ranks swept, updates looked at, merged.
+
+Each function takes a `study.Study` (`runs/lora/claims_capacity.gin`) and the
+ground that its arms stand on.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments.studies import population
+from experiments.studies.population import Ground
+from experiments.studies.study import Arm, Row, Study
+from research import weights
+from research.lora import wrap
+from research.typing import Float, Params, UserError
+
+
+def ground(study: Study) -> Ground:
+  """Returns the data and a base that knows the first language."""
+  return population.ground(study, population.learned(study))
+
+
+def arm(study: Study, name: str) -> Arm:
+  """Returns an arm by its name.
+
+  Raises:
+    UserError: there is none.
+  """
+  for found in study.arms:
+    if found.name == name:
+      return found
+  names = ", ".join(found.name for found in study.arms)
+  raise UserError(f"arm {name!r}: the study has {names}")
+
+
+def sweep(study: Study, on: Ground, names: Sequence[str]) -> dict[str, Row]:
+  """Returns rows of these arms, each with its learning rate swept."""
+  return {n: population.sweep(study, arm(study, n), on) for n in names}
+
+
+def ranking(rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+  """Returns a line an arm: what it trained, and what came of it.
+
+  The loss is held out, the rate chosen on other documents.
+  """
+  full = rows["full"]["trained"]
+  return [
+    {
+      "arm": name,
+      "trained %": 100 * row["trained"] / full,
+      "rate": 10 ** (row["ks"][row["best"]] / 2),
+      "loss": float(np.mean(row["heldout"][row["best"]])),
+      "loss on the old": float(np.mean(row["known"][row["best"]])),
+      "rank of 90%": float(np.mean(row["rank90"][row["best"]])),
+    }
+    for name, row in rows.items()
+  ]
+
+
+def capacity(rows: Mapping[str, Row]) -> Any:
+  """Returns a figure: losses against rates, and against parameters."""
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+  for name, row in rows.items():
+    rates = [10 ** (k / 2) for k in row["ks"]]
+    left.semilogx(rates, np.mean(row["heldout"], 1), "o-", label=name)
+  lines = ranking(rows)
+  worst = max(line["loss"] for line in lines)
+  best = min(line["loss"] for line in lines)
+  margin = max(worst - best, 1e-3)
+  left.set(
+    xlabel="learning rate",
+    ylabel="held-out loss",
+    ylim=(best - 0.2 * margin, worst + 2 * margin),
+  )
+  left.legend(frameon=False)
+  right.semilogx(
+    [x["trained %"] for x in lines], [x["loss"] for x in lines], "o"
+  )
+  for line in lines:
+    place = (line["trained %"], line["loss"])
+    right.annotate(line["arm"], place, (4, 4), textcoords="offset points")
+  right.set(xlabel="trained, % of full", ylabel="loss at the best rate")
+  return figure
+
+
+def trained(
+  study: Study, on: Ground, rows: Mapping[str, Row]
+) -> dict[str, tuple[Params, Params]]:
+  """Returns (before, after) of one run of each row, at its best rate."""
+  return {
+    name: population.one_run(
+      study, arm(study, name), on, row["ks"][row["best"]]
+    )
+    for name, row in rows.items()
+  }
+
+
+def spectrum(
+  before: Params, after: Params, address: str
+) -> Float[np.ndarray, " S"]:
+  """Returns the singular values of a matrix's change, largest first."""
+  changed, base = (
+    np.asarray(weights.dense(_matrix(params, address)), np.float64)
+    for params in (after, before)
+  )
+  return np.linalg.svd(changed - base, compute_uv=False)
+
+
+def _matrix(params: Params, address: str) -> Any:
+  _, layer, path = address.split("/", 2)
+  for name, run in ((n, params[n]) for n in params if n.startswith("run")):
+    del name
+    for found, leaf in wrap.leaves(run):
+      part, _, inner = found.partition("/")
+      n = leaf.shape[0]
+      if inner == path and part == "layer0" and int(layer) < n:
+        return jax.tree.map(lambda x: x[int(layer)], leaf)
+  raise UserError(f"{address}: no such matrix")
+
+
+def spectra(runs: Mapping[str, tuple[Params, Params]], address: str) -> Any:
+  """Returns a figure of the singular values of one matrix's changes."""
+  figure, axis = plt.subplots(figsize=(7, 4))
+  for name, (before, after) in runs.items():
+    s = spectrum(before, after, address)
+    axis.semilogy(range(1, len(s) + 1), s / s[0], ".-", label=name)
+  axis.set(
+    xlabel="singular value",
+    ylabel="of the change, largest is 1",
+    ylim=(1e-4, 1.5),
+    title=address,
+  )
+  axis.legend(frameon=False)
+  return figure
+
+
+def losses(on: Ground, trees: Mapping[str, Params]) -> dict[str, float]:
+  """Returns the held-out loss of each tree."""
+  grounds = {
+    name: dataclasses.replace(on, bases=[params])
+    for name, params in trees.items()
+  }
+  return {
+    name: population.before(ground)["heldout"]
+    for name, ground in grounds.items()
+  }
+
+
+def difference(one: Params, other: Params) -> float:
+  """Returns the largest difference of two trees' merged matrices."""
+  pair = (jax.tree.leaves(wrap.merge(params)) for params in (one, other))
+  return max(
+    float(np.abs(np.asarray(x) - np.asarray(y)).max())
+    for x, y in zip(*pair, strict=True)
+  )

@@ -1,0 +1,1 @@
+"""What `plan` is made of: shapes and memory before anything is allocated."""

@@ -1,0 +1,1 @@
+"""Studies: arms, tasks and verdicts that run files name."""

@@ -1,0 +1,310 @@
+"""What the rows of a study say of LoRA's claims (lora.md 3, 9.1, 9.3).
+
+Losses are held out, each arm at its own best rate; differences are paired by
+seed. An interval is Student's, 95%, over seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.core.stats import Mean, mean
+from experiments.studies.claims import Verdict
+from experiments.studies.study import Row
+
+Rows = Mapping[str, Row]
+CLOSE = 0.02
+"""Share of a loss within which two tie: the 1 to 2% of arXiv:2602.04998."""
+
+
+def at_best(row: Row, name: str = "heldout") -> list[float]:
+  """Returns a measure of each seed at the best rate."""
+  return row[name][row["best"]]
+
+
+def best_k(row: Row) -> int:
+  """Returns k of the best rate, 10^(k/2)."""
+  return row["ks"][row["best"]]
+
+
+def optimum(row: Row) -> float:
+  """Returns the best rate between the grid's: a parabola's, in log rate."""
+  k, losses = row["best"], np.array(row["validation"], float).mean(1)
+  if not row["inside"] or not np.isfinite(losses[k - 1 : k + 2]).all():
+    return 10 ** (best_k(row) / 2)
+  before, at, after = losses[k - 1 : k + 2]
+  shift = 0.5 * (before - after) / (before - 2 * at + after)
+  return float(10 ** ((best_k(row) + shift) / 2))
+
+
+def below(rows: Rows, first: str, second: str, name: str = "heldout") -> Mean:
+  """Returns by how much `first` is below `second`, paired by seed."""
+  a, b = (np.array(at_best(rows[arm], name)) for arm in (first, second))
+  return mean(b - a)
+
+
+def _surely(difference: Mean) -> bool:
+  return difference.value > difference.half
+
+
+def _said(rows: Rows, names: Sequence[str], name: str = "heldout") -> str:
+  return ", ".join(
+    f"{arm}: {mean(at_best(rows[arm], name)).value:.3f}" for arm in names
+  )
+
+
+def _rates(rows: Rows, names: Sequence[str]) -> str:
+  return ", ".join(f"{arm}: {optimum(rows[arm]):.1e}" for arm in names)
+
+
+def capacity(rows: Rows) -> list[Verdict]:
+  """Returns verdicts on ranks, places and scales (`lora_arms.capacity`)."""
+  ranks = [n for n, row in rows.items() if row["group"] == "rank"]
+  attention, mlp = (n for n, row in rows.items() if row["group"] == "place")
+  scaled = next(n for n, row in rows.items() if row["group"] == "scale")
+  top, full = ranks[-1], rows["full"]
+  steps = list(zip(ranks[1:], ranks, strict=False))
+  rates = [optimum(rows[n]) for n in ranks]
+  forgot = [mean(at_best(rows[n], "known")).value for n in (*ranks, "full")]
+  tie = below(rows, scaled, top)
+  size = mean(at_best(rows[top])).value
+  early = _early(rows, ranks[1:])
+  return [
+    Verdict(
+      "rank is capacity: every larger rank learns more",
+      _said(rows, (*ranks, "full")),
+      all(_surely(below(rows, more, less)) for more, less in steps),
+    ),
+    Verdict(
+      "LoRA of full rank reaches full training (within 2%)",
+      f"{top} above full by {below(rows, 'full', top)}",
+      below(rows, "full", top).value < CLOSE * size,
+    ),
+    _recovery(rows, ranks),
+    Verdict(
+      "with alpha / r the best rate does not depend on the rank",
+      _rates(rows, ranks),
+      max(rates) < 2 * min(rates),
+    ),
+    Verdict(
+      "nor do the first 20 steps (losses within 2%, r > 1)",
+      f"largest difference {early:.1%}",
+      early < CLOSE,
+    ),
+    Verdict(
+      "LoRA's best rate is at least twice that of full training",
+      _rates(rows, ("full", *ranks)),
+      min(rates) >= 2 * optimum(full),
+    ),
+    Verdict(
+      "adapters on the MLP learn more than on attention, with fewer parameters",
+      f"{_said(rows, (attention, mlp))}; parameters"
+      f" {rows[attention]['trained']:,} and {rows[mlp]['trained']:,}",
+      _surely(below(rows, mlp, attention))
+      and rows[mlp]["trained"] < rows[attention]["trained"],
+    ),
+    Verdict(
+      "what learns less forgets less: forgetting grows with the rank",
+      _said(rows, (*ranks, "full"), "known"),
+      all(a < b for a, b in zip(forgot, forgot[1:], strict=False)),
+    ),
+    Verdict(
+      "rsLoRA has the same optimum at a smaller rate, not a better one",
+      f"{scaled} below {top} by {tie}; rates {_rates(rows, (scaled, top))}",
+      abs(tie.value) < 0.5 * CLOSE * size
+      and 2 * optimum(rows[scaled]) <= optimum(rows[top]),
+    ),
+    Verdict(
+      "full training's change has low rank (90% of its energy in half)",
+      f"{mean(at_best(full, 'rank90')).value:.1f} of {full['side']} directions",
+      mean(at_best(full, "rank90")).value < full["side"] / 2,
+    ),
+  ]
+
+
+def recovered(rows: Rows, arm: str) -> float:
+  """Returns an arm's gain over the base as a share of full training's."""
+  before = rows["full"]["before"]["heldout"]
+  gain, whole = (before - mean(at_best(rows[n])).value for n in (arm, "full"))
+  return gain / whole
+
+
+def _early(rows: Rows, names: Sequence[str]) -> float:
+  """The largest spread of the first 20 losses at one rate, as a share."""
+  k = best_k(rows[names[-1]])
+  curves = np.array(
+    [
+      np.mean(rows[n]["curve"][rows[n]["ks"].index(k)], 0)[:20]
+      for n in names
+      if k in rows[n]["ks"]
+    ]
+  )
+  return float(np.max(np.ptp(curves, 0) / curves.mean(0)))
+
+
+def methods(rows: Rows) -> list[Verdict]:
+  """Returns verdicts on equal parameters (`lora_arms.methods`)."""
+  kin = [
+    n for n, r in rows.items() if r["group"] in ("LoRA", "start", "optimizer")
+  ]
+  equal = [n for n, r in rows.items() if r["group"] not in ("full", "few")]
+  loss = {n: mean(at_best(r)).value for n, r in rows.items()}
+  own = {n: optimum(rows[n]) / optimum(rows["LoRA"]) for n in equal}
+  far = [n for n in equal if not 0.2 < own[n] < 5]
+  gains = [loss[n] for n in rows]
+  forgot = [mean(at_best(r, "known")).value for r in rows.values()]
+  agree = _ranked(gains, [-x for x in forgot])
+  return [
+    Verdict(
+      "variants of LoRA tie at equal parameters (within 2%)",
+      _spread(loss, kin),
+      _near(loss, kin) == len(kin),
+    ),
+    Verdict(
+      "and so do all methods",
+      _spread(loss, equal),
+      _near(loss, equal) == len(equal),
+    ),
+    Verdict(
+      "no method is surely better than plain LoRA",
+      "surely better: "
+      + (
+        ", ".join(
+          f"{n} by {below(rows, n, 'LoRA')}"
+          for n in equal
+          if n != "LoRA" and _surely(below(rows, n, "LoRA"))
+        )
+        or "none"
+      ),
+      not any(_surely(below(rows, n, "LoRA")) for n in equal if n != "LoRA"),
+    ),
+    Verdict(
+      "methods need rates of their own (some 5 times LoRA's, or a fifth)",
+      _rates(rows, far),
+      bool(far),
+    ),
+    Verdict(
+      "what learns more forgets more (rank correlation at least 0.5)",
+      f"{agree:.2f} over {len(rows)} arms",
+      agree >= 0.5,
+    ),
+  ]
+
+
+def _near(loss: Mapping[str, float], names: Sequence[str]) -> int:
+  """Returns how many are within 2% of LoRA."""
+  size = loss["LoRA"]
+  return sum(abs(loss[n] - size) <= CLOSE * size for n in names)
+
+
+def _spread(loss: Mapping[str, float], names: Sequence[str]) -> str:
+  low, high = (f(names, key=loss.get) for f in (min, max))
+  return (
+    f"{_near(loss, names)} of {len(names)}; from {low} {loss[low]:.3f} to"
+    f" {high} {loss[high]:.3f}, LoRA {loss['LoRA']:.3f}"
+  )
+
+
+def _ranked(a: Sequence[float], b: Sequence[float]) -> float:
+  """Spearman's correlation, without ties."""
+  a, b = (np.argsort(np.argsort(x)) for x in (a, b))
+  return float(np.corrcoef(a, b)[0, 1])
+
+
+def width(rows: Rows) -> list[Verdict]:
+  """Returns verdicts on a wider base (`lora_arms.width`)."""
+  ranks = [n for n, row in rows.items() if row["group"] == "rank"]
+  ratios = [optimum(rows[n]) / optimum(rows["full"]) for n in ranks]
+  return [
+    Verdict(
+      "LoRA's best rate is at least twice that of full training",
+      f"{_rates(rows, list(rows))}: {min(ratios):.1f} times",
+      min(ratios) >= 2,
+    ),
+    _recovery(rows, ranks),
+  ]
+
+
+def _recovery(rows: Rows, ranks: Sequence[str]) -> Verdict:
+  """The first of the ranks is the 1%."""
+  whole = rows["full"]["trained"]
+  return Verdict(
+    "about 1% of the parameters recover full training (90% of its gain)",
+    ", ".join(
+      f"{n} ({rows[n]['trained'] / whole:.1%}): {recovered(rows, n):.0%}"
+      for n in ranks
+    ),
+    recovered(rows, ranks[0]) >= 0.9,
+  )
+
+
+def pretraining(rows: Rows) -> list[Verdict]:
+  """Returns verdicts on learning from nothing (`lora_arms.pretraining`)."""
+  low = next(n for n in rows if n.startswith("ReLoRA")).removeprefix("ReLoRA ")
+  re, plain = f"ReLoRA {low}", f"LoRA {low}"
+  order = ["full", f"GaLore {low}", re, plain]
+  bare = f"{re}, no reset"
+  share = int(low.removeprefix("r=")) / rows[re]["side"]
+  ranks = {n: mean(at_best(rows[n], "rank")).value for n in (plain, re)}
+  segments = ranks[re] / share
+  return [
+    Verdict(
+      "full < GaLore < ReLoRA < LoRA",
+      _said(rows, order),
+      all(
+        _surely(below(rows, better, worse))
+        for better, worse in zip(order, order[1:], strict=False)
+      ),
+    ),
+    Verdict(
+      "the change's rank is r for LoRA, and r times the cycles for ReLoRA",
+      f"{plain}: {ranks[plain] / share:.2f} r, {re}: {segments:.2f} r",
+      abs(ranks[plain] - share) < 0.01 and abs(segments - 5) < 0.15,
+    ),
+    Verdict(
+      "without reset and re-warming ReLoRA is worse than with",
+      _said(rows, (re, bare, plain)),
+      _surely(below(rows, re, bare)),
+    ),
+    Verdict(
+      "and worse than plain LoRA",
+      f"{bare} above {plain} by {below(rows, plain, bare)}",
+      _surely(below(rows, plain, bare)),
+    ),
+  ]
+
+
+def policy(rows: Rows) -> list[Verdict]:
+  """Returns verdicts on policy gradients (`lora_arms.policy`)."""
+  reward = {n: 1 - mean(at_best(r)).value for n, r in rows.items()}
+  first = next(n for n, r in rows.items() if r["group"] == "rank")
+  return [
+    Verdict(
+      "rank 1 suffices: 95% of full training's reward",
+      ", ".join(f"{n}: {x:.3f}" for n, x in reward.items()),
+      reward[first] >= 0.95 * reward["full"],
+    ),
+    Verdict(
+      "and its best rate is at least twice that of full training",
+      _rates(rows, list(rows)),
+      optimum(rows[first]) >= 2 * optimum(rows["full"]),
+    ),
+  ]
+
+
+def table(rows: Rows) -> list[dict[str, Any]]:
+  """Returns a line an arm, best first."""
+  lines = [
+    {
+      "arm": n,
+      "trained": r["trained"],
+      "best rate": f"{optimum(r):.1e}" + ("" if r["inside"] else "*"),
+      "heldout": str(mean(at_best(r))),
+      "known": str(mean(at_best(r, "known"))) if "known" in r else None,
+      "rank": mean(at_best(r, "rank")).value,
+      "rank90": mean(at_best(r, "rank90")).value,
+    }
+    for n, r in rows.items()
+  ]
+  return sorted(lines, key=lambda line: line["heldout"])

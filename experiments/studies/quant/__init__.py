@@ -1,0 +1,1 @@
+"""Studies of quantized weights and caches."""

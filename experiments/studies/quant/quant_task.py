@@ -1,0 +1,137 @@
+"""What few bits leave of answers: a task's accuracy, and its interval.
+
+Perplexity and divergence are about all tokens; a task asks for some of them and
+counts. Rows answer the same questions, so what is lost is a paired difference.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.core import stats
+from experiments.studies.claims import Verdict
+from experiments.studies.quant.quant_rows import by_method, row
+from experiments.studies.quant.quant_study import Row
+from research.data.sources.last_words import LastWords
+from research.interop import lm_eval
+from research.quant.algorithms.calibrate import Calibration
+from research.quant.algorithms.gptq import GPTQ
+from research.quant.formats.affine import Affine
+from research.quant.formats.codebook import Codebook
+from research.quant.methods import Compensated
+
+BASE = "32 bits"
+"""Name of the row that nothing was done to."""
+
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastWord:
+  """Whether the likeliest tokens are a sentence's last word.
+
+  Attributes:
+    data: the sentences.
+    batch: that are read at a time.
+    name: of the task.
+  """
+
+  data: LastWords
+  batch: int = 8
+  name: str = "last word"
+
+  def right(self, loaded: Any) -> list[bool]:
+    """Returns which last words a model finds, exactly and by itself."""
+    found = lm_eval.loglikelihood(loaded, self.data.items(), self.batch)
+    return [greedy for _, greedy in found]
+
+
+def rows(
+  calibration: Calibration, bits: Sequence[int] = (4, 3), block: int = 64
+) -> tuple[Row, ...]:
+  """Returns the model itself, some formats, and ever fewer bits by GPTQ.
+
+  Args:
+    calibration: what GPTQ reads.
+    bits: of groups of `block`, most first; then 2 bits have groups of 32, so
+      2.56 in all.
+    block: inputs that share a scale.
+  """
+  method = Compensated(options=GPTQ(drift=0.5))
+  formats = [Affine(bits=b, block=block) for b in bits]
+  formats.append(Affine(bits=2, block=32))
+  out = [
+    Row(name=BASE, group="none", errors=False),
+    row(Affine(bits=8, block=block), group="integers"),
+    row(Affine(bits=bits[0], block=block), group="integers"),
+    row(Codebook(kind="nf4"), group="codebooks"),
+  ]
+  out += [by_method(f, f"GPTQ {f.name}", calibration, method) for f in formats]
+  return tuple(dataclasses.replace(r, errors=False) for r in out)
+
+
+class Kept(NamedTuple):
+  """Accuracy, and which share of the base's it is; halves of 95% intervals."""
+
+  accuracy: float
+  half: float
+  share: float
+  share_half: float
+
+  def __str__(self) -> str:
+    return (
+      f"{self.accuracy:.1%} ± {self.half:.1%}, {self.share:.1%} ±"
+      f" {self.share_half:.1%} of the base's"
+    )
+
+
+def kept(right: Sequence[bool], base: Sequence[bool]) -> Kept:
+  """Returns accuracy and its share of the base's.
+
+  The share's interval is that of a ratio of means over the same questions
+  (the delta method); the accuracy's is Wilson's, its larger half.
+
+  Args:
+    right: which questions were answered.
+    base: the same of the base, which answered at least one.
+  """
+  a, b = np.asarray(right, float), np.asarray(base, float)
+  n, p = len(a), float(a.mean())
+  low, high = stats.wilson(p, n)
+  share = p / float(b.mean())
+  apart = (a - share * b) / b.mean()
+  half = stats.NORMAL * float(apart.std(ddof=1)) / math.sqrt(n)
+  return Kept(p, max(p - low, high - p), share, half)
+
+
+def answers(found: Rows, task: str = "last word") -> list[Verdict]:
+  """Returns what each row keeps of a task's accuracy.
+
+  A claim holds if the whole interval of the share is above what is claimed, and
+  does not if it reaches below: few questions prove little.
+
+  Args:
+    found: rows as they are measured.
+    task: its name.
+  """
+  base = found.get(BASE)
+  if base is None or not any(base["right"][task]):
+    return []
+  out = []
+  for name, measured in found.items():
+    if "failed" in measured or name == BASE:
+      continue
+    said = kept(measured["right"][task], base["right"][task])
+    bits = measured["bits_per_weight"]
+    for least in (0.95,) if bits > 3.9 else (0.5,):
+      out.append(
+        Verdict(
+          f"{name}, {bits:.2f} bits, keeps {least:.0%} of the accuracy: {task}",
+          f"{said}; {len(base['right'][task])} questions",
+          said.share - said.share_half >= least,
+        )
+      )
+  return out

@@ -1,0 +1,96 @@
+"""A quantized model beside the one it was made from: `evaluate --base=`."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.core import cli, tables
+from experiments.studies.quant import quant_study
+from research.data.sources import PydocTopics
+from research.generation import perplexity
+from research.interop import load
+from research.quant.reports import compare, report_errors
+from research.text import special_tokens
+from research.typing import UserError
+
+WORST = 12
+"""Matrices that are shown."""
+
+
+def beside(
+  model: str,
+  base: str,
+  text: str | None = None,
+  window: int = 512,
+  max_windows: int | None = 8,
+  batch: int = 1,
+  layers: bool = True,
+) -> dict[str, Any]:
+  """Returns how `model` differs from `base`, and what it takes.
+
+  Args:
+    model, base: what `--model=` takes; quantized weights stay packed.
+    text: that both read, in windows from its start on; None for the topics of
+      the Python reference that this project holds out.
+    window: tokens read together, besides those that every row of the model
+      begins with.
+    max_windows: how many windows at most; None for all.
+    batch: windows computed at a time.
+    layers: whether errors are measured matrix by matrix, which is shown.
+
+  Raises:
+    UserError: there is no such model, no tokenizer, or too little text.
+  """
+  ours, theirs = (load.load_model(x, packed="any") for x in (model, base))
+  tokenizer = ours.tokenizer or theirs.tokenizer
+  if tokenizer is None:
+    raise UserError(f"{model}: found no tokenizer in it, nor in {base}")
+  if text is None:
+    text = "\n\n".join(PydocTopics("heldout"))
+  cut = perplexity.windows(tokenizer.encode(text), window, max_windows)
+  first = special_tokens.of(tokenizer).row_begin
+  whole = [[*first, *w] for w in cut if len(w) == window]
+  tokens = np.asarray(whole, np.int32)
+  reference = compare.base(theirs.model, theirs.params, tokens, batch)
+  found = compare.compare(reference, ours.model, ours.params)
+  sizes = report_errors.sizes(ours.params)
+  out = dataclasses.asdict(found) | dataclasses.asdict(sizes)
+  out |= {"disk_bytes": on_disk(model), "base_disk_bytes": on_disk(base)}
+  out |= {"windows": len(tokens), "window": window}
+  if layers and sizes.packed_weights:
+    matrices = report_errors.errors(
+      ours.model, theirs.params, ours.params, tokens[:1]
+    )
+    cli.say(worst(matrices))
+    out |= quant_study.overall(matrices)
+    peak = max(matrices, key=lambda a: matrices[a]["inputs"])
+    out |= {"largest_inputs": matrices[peak]["inputs"], "largest_at": peak}
+  return out | {"model": model, "base": base}
+
+
+def on_disk(name: str) -> int:
+  """Returns the bytes of a model's file, or of all files in its directory."""
+  path = pathlib.Path(load.locate(name))
+  files = [path] if path.is_file() else path.rglob("*")
+  return sum(f.stat().st_size for f in files if f.is_file())
+
+
+def worst(matrices: Mapping[str, Mapping[str, float]]) -> str:
+  """Returns a table of the matrices whose outputs err most."""
+  order = sorted(matrices, key=lambda a: -matrices[a]["output"])
+  names = {
+    "output": "output error",
+    "output_all": "of all tokens",
+    "weight": "weight error",
+    "inputs": "inputs' max/mean",
+    "weights": "weights' max/mean",
+  }
+  rows = [
+    {"matrix": a} | {said: matrices[a][key] for key, said in names.items()}
+    for a in order[:WORST]
+  ]
+  more = len(order) - len(rows)
+  return tables.text(rows) + (f"\n({more} more err less)" if more else "")

@@ -1,0 +1,169 @@
+"""What came out of a sweep: progress, tables, a picture."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import sweeps
+from experiments.core import cli, tables
+from experiments.sweeps.launch import PREEMPTED, Work
+from experiments.sweeps.sweep_units import Planned
+from research.training.reports import plot_sweep
+from research.typing import UserError
+
+SHOWN = ("tokens_per_s", "seconds")
+"""Of result.json, on the screen, besides the metric; the CSV has all of it."""
+
+
+class Progress:
+  """Says what ends, and keeps results.csv up to date."""
+
+  def __init__(
+    self,
+    sweep: sweeps.Sweep,
+    units: Sequence[Planned],
+    todo: int,
+    workdir: pathlib.Path,
+  ):
+    """Counts up to `todo`."""
+    self._sweep, self._units = sweep, {u.work.name: u for u in units}
+    self._todo, self._done, self._workdir = todo, 0, workdir
+    self._statuses: dict[str, int] = {}
+
+  def ended(self, work: Work, status: int, seconds: float) -> None:
+    """Says how a unit ended."""
+    self._done += 1
+    self._statuses[work.name] = status
+    head = f"[{self._done}/{self._todo}] {work.name}: "
+    result = self._units[work.name].result()
+    if result is not None:
+      value = tables.cell(result.get(self._sweep.metric))
+      text = f"{self._sweep.metric} {value}"
+    elif status == PREEMPTED:
+      text = "preempted"
+    else:
+      text = f"failed with {status}: {last_words(work.log)}"
+    cli.say(f"{head}{text} ({seconds:.0f} s)")
+    table = rows(list(self._units.values()), self._statuses)
+    tables.write_csv(self._workdir / "results.csv", table)
+
+
+def last_words(log: pathlib.Path) -> str:
+  """Returns the error that a log ends with, or its last line."""
+  try:
+    lines = log.read_text("utf-8", "replace").strip().splitlines()
+  except OSError:
+    return "no log"
+  errors = [line for line in lines[-4:] if line.startswith("error: ")]
+  return (errors or lines or ["empty log"])[-1].removeprefix("error: ")
+
+
+def rows(
+  units: Sequence[Planned], statuses: Mapping[str, int]
+) -> list[dict[str, Any]]:
+  """Returns a row a unit: its bindings, its status, all of its result.
+
+  Args:
+    units: of the sweep.
+    statuses: what those exited with that ran just now.
+  """
+  table = []
+  for unit in units:
+    result, name = unit.result(), unit.work.name
+    if result is not None:
+      status = "done"
+    elif statuses.get(name, PREEMPTED) == PREEMPTED:
+      status = "missing"
+    else:
+      status = "failed"
+    head = {"unit": name, **unit.unit, "status": status}
+    more = {k: v for k, v in (result or {}).items() if k not in head}
+    table.append({**head, **more})
+  return table
+
+
+def groups(
+  units: Sequence[Planned], metric: str, seed: str
+) -> list[tuple[sweeps.Unit, list[float]]]:
+  """Returns each unit less its seed, and the metric of those that have it."""
+  found: dict[str, tuple[sweeps.Unit, list[float]]] = {}
+  for unit in units:
+    rest = {k: v for k, v in unit.unit.items() if k != seed}
+    _, values = found.setdefault(sweeps.name(rest), (rest, []))
+    value = (unit.result() or {}).get(metric)
+    if isinstance(value, int | float):
+      values.append(float(value))
+  return list(found.values())
+
+
+def report(
+  sweep: sweeps.Sweep,
+  units: Sequence[Planned],
+  statuses: Mapping[str, int],
+  workdir: pathlib.Path,
+  title: str,
+) -> dict[str, Any]:
+  """Writes and says the results; returns them in short."""
+  table = rows(units, statuses)
+  metric = sweep.metric
+  _has(metric, table)
+  tables.write_csv(workdir / "results.csv", table)
+  varied = list(dict.fromkeys(k for unit in units for k in unit.unit))
+  shown = [*varied, "status", metric, *SHOWN]
+  cli.say("\n" + tables.text([{k: row.get(k) for k in shown} for row in table]))
+  grouped = groups(units, metric, sweep.seed)
+  if len(grouped) < len(units):
+    summary = [{**u, **_spread(v, f"{metric}, mean")} for u, v in grouped]
+    cli.say("\n" + tables.text(summary))
+  measured = [(unit, values) for unit, values in grouped if values]
+  picture = workdir / "results.png"
+  axis = sweep.axis or sweeps.axis([unit for unit, _ in grouped], sweep.seed)
+  drawn = [(unit, values) for unit, values in measured if axis in unit]
+  if drawn and axis is not None:
+    plot_sweep.swept(drawn, picture, axis=axis, metric=metric, title=title)
+  result = {
+    "units": len(units),
+    "done": sum(row["status"] == "done" for row in table),
+    "failed": [r["unit"] for r in table if r["status"] == "failed"],
+    "missing": [r["unit"] for r in table if r["status"] == "missing"],
+    "metric": metric,
+    "best": _best(measured, sweep),
+    "workdir": str(workdir),
+  }
+  path = workdir / "result.json"
+  try:
+    path.write_text(json.dumps(cli.plain(result), indent=2) + "\n", "utf-8")
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written ({error.strerror}).") from error
+  return result
+
+
+def _has(metric: str, table: Sequence[Mapping[str, Any]]) -> None:
+  done = [row for row in table if row["status"] == "done"]
+  if done and all(row.get(metric) is None for row in done):
+    numbers = [k for k, v in done[0].items() if isinstance(v, int | float)]
+    raise UserError(
+      f"Sweep.metric: no result has {metric!r}.\nExpected one of"
+      f" {', '.join(numbers)}."
+    )
+
+
+def _spread(values: Sequence[float], mean: str = "mean") -> dict[str, Any]:
+  return {
+    "runs": len(values),
+    mean: statistics.fmean(values) if values else None,
+    "deviation": statistics.stdev(values) if len(values) > 1 else None,
+  }
+
+
+def _best(
+  measured: Sequence[tuple[sweeps.Unit, Sequence[float]]], sweep: sweeps.Sweep
+) -> dict[str, Any] | None:
+  """Returns the bindings with the best mean, and its spread over seeds."""
+  if not measured:
+    return None
+  choose = min if sweep.better == "lower" else max
+  unit, values = choose(measured, key=lambda x: statistics.fmean(x[1]))
+  return {"bindings": unit, **_spread(values)}

@@ -1,0 +1,1 @@
+"""What kernels share: chips, platforms, the C++ build, memory."""

@@ -1,0 +1,23 @@
+"""Decoding attention for CPUs, in C++."""
+
+from kernels_pallas.decode_attention.cpu.cpu import (
+  ISAS,
+  LANES,
+  LIBRARY,
+  NO_PAGES,
+  TARGET,
+  available,
+  cpu_decode,
+  refused,
+)
+
+__all__ = [
+  "ISAS",
+  "LANES",
+  "LIBRARY",
+  "NO_PAGES",
+  "TARGET",
+  "available",
+  "cpu_decode",
+  "refused",
+]

@@ -1,0 +1,1 @@
+"""Decoding attention for TPUs, in Pallas."""

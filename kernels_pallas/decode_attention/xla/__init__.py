@@ -1,0 +1,9 @@
+"""Decoding attention in JAX alone, for any device."""
+
+from kernels_pallas.decode_attention.xla.xla import (
+  xla_decode,
+)
+
+__all__ = [
+  "xla_decode",
+]

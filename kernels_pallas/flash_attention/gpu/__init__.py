@@ -1,0 +1,1 @@
+"""FlashAttention for GPUs, in Pallas: Ampere, Hopper, Blackwell."""

@@ -1,0 +1,1 @@
+"""FlashAttention for TPUs, in Pallas."""

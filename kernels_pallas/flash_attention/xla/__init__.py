@@ -1,0 +1,1 @@
+"""FlashAttention in JAX alone: blocks in loops, for any device."""

@@ -1,0 +1,85 @@
+"""The product by `panels.cc`, compiled at first use and called by XLA."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kernels_pallas.common import cpu_library
+from kernels_pallas.common.cpu_library import Library, Unavailable
+from kernels_pallas.quantized_matmul.cpu.panels import Panels
+
+TARGET = "heptad_panels"
+"""The name by which compiled programs call the library."""
+
+LIBRARY = Library(
+  name="panels",
+  source=pathlib.Path(__file__).with_name("panels.cc"),
+  parts=(
+    "problem.h",
+    "lanes.h",
+    "tile.inc",
+    "many.inc",
+    "vnni.h",
+    "bfloat16.h",
+    "multiply.h",
+    "../../common/cpu_tasks.h",
+  ),
+  targets=((TARGET, "HeptadPanels"),),
+  without=(
+    "quantized_matmul: {error}; packed weights are multiplied by XLA, several "
+    "times slower."
+  ),
+)
+
+ISAS = ("auto", "vnni", "bfloat16", "avx512", "avx2", "portable")
+
+
+def available() -> bool:
+  """Whether the library is there; compiles it at first, warns once if not."""
+  return cpu_library.available(LIBRARY)
+
+
+def cpu_matmul(
+  x: Float[Array, "B I"], w: Panels, isa: str = "auto"
+) -> Float[Array, "B O"]:
+  """Returns `x W` in the dtype of x, sums in float32.
+
+  The order of sums depends on `W`'s shape alone, and on whether there are few
+  rows, some or many: a row's result is the same whatever the number of threads
+  and what the other rows hold.
+
+  Args:
+    x: float32 or bfloat16.
+    w: without leading axes.
+    isa: of `ISAS`; "auto" is the best that the running CPU has.
+
+  Raises:
+    Unavailable: the library is not; see `available`.
+  """
+  if not available():
+    raise Unavailable("quantized_matmul: no compiled kernel here")
+  nothing = jnp.zeros((0,), jnp.float32)
+  call = jax.ffi.ffi_call(
+    TARGET,
+    jax.ShapeDtypeStruct((x.shape[0], w.outputs), x.dtype),
+    vmap_method="sequential",
+  )
+  return call(
+    x,
+    w.words,
+    nothing if w.scale is None else w.scale,
+    nothing if w.offset is None else w.offset,
+    codebook=np.array(w.codebook or (0.0,), np.float32),
+    bits=np.int64(w.bits),
+    group=np.int64(w.group),
+    isa=isa,
+  )
+
+
+def supports(dtype: Any) -> bool:
+  """Whether the kernel takes activations of this type."""
+  return dtype in (jnp.float32, jnp.bfloat16)

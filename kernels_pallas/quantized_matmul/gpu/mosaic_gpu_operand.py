@@ -1,0 +1,169 @@
+"""A product with packed weights on a GPU, and its left operand.
+
+The product is computed transposed, `y^T = W^T x^T` or `dx^T = W dy^T`, so that
+weights are the left operand, which tensor cores take from registers: there they
+are decoded and scaled and rounded to the type of the rows.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
+from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_lookup as lookup
+from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_decode import TILE
+from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """Static facts of a product with a matrix.
+
+  Attributes:
+    inputs: Axis of inputs in an operand: 1 forward, 0 for the gradient.
+    padded: Inputs and outputs of the matrix's arrays.
+    bits: Of a code.
+    group: Inputs of a scale.
+    first: What code 0 stands for, if the others follow by ones.
+    codebook: Else what each of 16 does.
+    integers: Whether rows are 8-bit codes, too, and sums int32.
+  """
+
+  inputs: int
+  padded: tuple[int, int]
+  bits: int
+  group: int
+  first: float | None
+  codebook: tuple[float, ...] = ()
+  integers: bool = False
+
+  @property
+  def planes(self) -> int:
+    """Planes of a word."""
+    return 16 // self.bits
+
+  @property
+  def block(self) -> int:
+    """Inputs of a block of words."""
+    return PLANE * self.planes
+
+  @property
+  def halves(self) -> int:
+    """Operands that a block of words holds."""
+    return self.planes // 2
+
+  @property
+  def sums(self) -> int:
+    """Accumulators of a piece."""
+    return 1 if self.inputs == 1 else self.halves
+
+  @property
+  def kept(self) -> int:
+    """Outputs, or inputs, of a piece."""
+    return TILE if self.inputs == 1 else self.block
+
+  @property
+  def depth(self) -> int:
+    """Inputs, or outputs, of a step."""
+    return self.block if self.inputs == 1 else TILE
+
+  @property
+  def steps(self) -> int:
+    """Of all splits together."""
+    return self.padded[1 - self.inputs] // self.depth
+
+  @property
+  def width(self) -> int:
+    """Of the result."""
+    return self.padded[self.inputs]
+
+  @property
+  def scales(self) -> int:
+    """Of an output, in a block of words."""
+    return max(1, self.block // self.group)
+
+
+def buffers(p: Problem, t: Tile, arrays: dict[str, Any]) -> dict[str, Any]:
+  """Shared memory `[stages, groups, ...]` for words, scales and offsets."""
+  held = t.stages, t.groups
+  found = {"codes": plgpu.SMEM((*held, WORDS, TILE), jnp.uint32)}
+  for name in ("scale", "offset"):
+    if name in arrays:
+      found[name] = plgpu.SMEM((*held, p.scales, TILE), arrays[name].dtype)
+  return found
+
+
+def corners(p: Problem, kept: Any, step: Any) -> tuple[dict[str, Any], Any]:
+  """Where words, scales and offsets of a piece begin.
+
+  Args:
+    p: The problem.
+    kept: Which piece.
+    step: Which part of what is summed.
+
+  Returns:
+    The first line of each, and the first column of all.
+  """
+  block, outputs = (step, kept) if p.inputs == 1 else (kept, step)
+  group = lax.div(block * p.block, jnp.int32(p.group))
+  lines = {"codes": block * WORDS, "scale": group, "offset": group}
+  return lines, outputs * TILE
+
+
+def weights(
+  p: Problem,
+  interpreted: bool,
+  loaded: jax.Array,
+  smem: dict[str, Any],
+  place: Any,
+  half: int,
+) -> jax.Array:
+  """Weights [64, 64] in the type of the rows, in the layout of `wgmma`.
+
+  Args:
+    p: The problem.
+    interpreted: Whether no registers can be named.
+    loaded: Words of a stage and group, from `decode.load`.
+    smem: scale and perhaps offset, `[stages, groups, scales, 64]`; x.
+    place: Of which stage and group.
+    half: Which 64 inputs of a block of words.
+  """
+  dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
+  narrow = decode.narrow(p.bits, p.first, dtype, of_scales)
+  levels = None
+  if p.first is None:
+    levels = lookup.entries(
+      loaded, p.inputs, half, p.codebook, dtype, interpreted
+    )
+  across = plgpu.Layout.WGMMA.reduce(p.inputs)
+
+  def of_outputs(name):
+    if name not in smem:
+      return []
+    each = decode.groups(p.group)
+    first = half * each if p.scales > 1 else 0
+    parts = [
+      plgpu.load(
+        smem[name].at[*place, first + n], layout=across, optimized=False
+      )
+      for n in range(each)
+    ]
+    return [x.astype(dtype if narrow else jnp.float32) for x in parts]
+
+  if levels is None and narrow:
+    levels = decode.short(
+      loaded, p.inputs, half, p.bits, p.first, dtype, interpreted
+    )
+  elif levels is None:
+    words = decode.expand(loaded, p.inputs, interpreted)
+    levels = decode.wide(words, p.inputs, half, p.bits, p.first)
+  w = decode.scaled(
+    levels if narrow else levels.astype(jnp.float32), p.inputs, p.group,
+    of_outputs("scale"), of_outputs("offset"), interpreted,
+  )  # fmt: skip
+  return w.astype(dtype)

@@ -1,0 +1,130 @@
+"""Products with packed weights as Mosaic kernels for TPU.
+
+`mosaic_tpu_few` is bound by the weights' bytes, `mosaic_tpu_many` by the matrix
+units; the backward pass is the latter, transposed, from the same bytes.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
+from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_problem as problem
+from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_few import few
+from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_many import (
+  FORWARD,
+  GRADIENT,
+  many,
+)
+from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """How products are cut.
+
+  Attributes:
+    few: Tile of products of few rows.
+    many: Tile of products of many rows.
+    gradient: Tile of the input gradient.
+    most: Rows, times the groups of a block, up to which they are few.
+  """
+
+  few: Tile = Tile(256, 2048, 1024)
+  many: Tile = Tile(1024, 1024, 512)
+  gradient: Tile = Tile(1024, 512, 1024)
+  most: int = 128
+
+
+def product(
+  x: Float[Array, "B I"],
+  w: Planar,
+  activations: Any = None,
+  config: Config = Config(),
+  interpret: Any = False,
+) -> Float[Array, "B O"]:
+  """Returns `x W` in the dtype of x, summed in float32, on a TPU.
+
+  Args:
+    x: float32 or bfloat16.
+    w: Without leading axes.
+    activations: None; or int8, to which each row is then rounded, by its
+      largest number, for sums of 8-bit codes in int32 (LLM.int8,
+      arXiv:2208.07339, equation 4, without outliers).
+    config: Tiles.
+    interpret: False to compile, or as of `pl.pallas_call`.
+
+  Raises:
+    ValueError: A dtype that no TPU takes, or int8 with 4-bit codes.
+  """
+  if reason := unsupported(x.dtype, w):
+    raise ValueError(f"mosaic_tpu: {reason}")
+  check_activations(activations, w)
+  if activations is not None:
+    codes, unit = quantize_rows(x)
+    p = problem.prepare(w, config.few)
+    y = few(codes, p, jnp.float32, interpret)
+    y = (y * unit).astype(x.dtype)
+  elif len(x) * max(1, BLOCK // w.group) <= config.most:
+    p = problem.prepare(w, config.few)
+    y = few(x, p, x.dtype, interpret)
+  else:
+    p = problem.prepare(w, config.many)
+    y = many(x, p, FORWARD, x.dtype, interpret)
+  return y[:, : w.outputs]
+
+
+def input_gradient(
+  dy: Float[Array, "B O"],
+  w: Planar,
+  config: Config = Config(),
+  interpret: Any = False,
+) -> Float[Array, "B I"]:
+  """Returns `dy W^T` in the dtype of dy, from the same bytes.
+
+  Args:
+    dy: float32 or bfloat16.
+    w: Without leading axes.
+    config: Tiles.
+    interpret: False to compile, or as of `pl.pallas_call`.
+  """
+  p = problem.prepare(w, config.gradient, outputs=True)
+  return many(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
+
+
+def unsupported(dtype: Any, w: Planar) -> str | None:
+  """Why the kernels cannot multiply such rows with `w`, or None."""
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return (
+      f"found {dtype}, expected bfloat16 or float32, which are what TPUs "
+      "compute in"
+    )
+  if w.bits == 8 and w.words:
+    return "codes: found 8 bits in words, expected int8, as planar.pack leaves"
+  return None
+
+
+def check_activations(activations: Any, w: Planar) -> None:
+  """Raises ValueError unless rows may be rounded to such codes for `w`."""
+  if activations is None:
+    return
+  if (jnp.dtype(activations), w.bits) != (jnp.int8, 8):
+    raise ValueError(
+      f"activations: found {jnp.dtype(activations)} with {w.bits}-bit codes, "
+      "expected None, or int8 with 8-bit codes"
+    )
+
+
+def quantize_rows(
+  x: Float[Array, "B I"],
+) -> tuple[Int8[Array, "B I"], Float[Array, "B 1"]]:
+  """Rows as int8 codes, nearest and ties to even, and what a code stands for.
+
+  A row's largest number has code 127 (or -127).
+  """
+  wide = x.astype(jnp.float32)
+  unit = jnp.max(jnp.abs(wide), axis=1, keepdims=True) / 127
+  codes = jnp.round(wide / jnp.where(unit == 0, 1, unit))
+  return codes.astype(jnp.int8), unit

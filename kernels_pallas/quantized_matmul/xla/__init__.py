@@ -1,0 +1,13 @@
+"""Products with packed weights in JAX alone."""
+
+from kernels_pallas.quantized_matmul.xla.xla import (
+  PIECE,
+  xla_input_gradient,
+  xla_matmul,
+)
+
+__all__ = [
+  "PIECE",
+  "xla_input_gradient",
+  "xla_matmul",
+]

@@ -1,0 +1,19 @@
+"""Where documents come from: a file a source."""
+
+from research.data.sources.sources import (
+  Documents,
+  PydocTopics,
+  Split,
+  TextFiles,
+  read_text,
+  split_of,
+)
+
+__all__ = [
+  "Documents",
+  "PydocTopics",
+  "Split",
+  "TextFiles",
+  "read_text",
+  "split_of",
+]

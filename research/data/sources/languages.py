@@ -1,0 +1,108 @@
+"""Languages whose next token depends on the last two, and mixtures of them.
+
+A base that knows one and learns another, which shares a part of it, is the
+smallest model of fine-tuning: what is learned and what is forgotten are both
+known to be there, and so is the best possible loss.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.data.examples import Example
+from research.data.sources import Split
+from research.data.sources.synthetic import rng_of
+from research.typing import Float, UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogLinear:
+  """Tokens with `p(next | x, y) = softmax(f_1[y] + f_2[x])`, y the last one.
+
+  Each seed of `mix` is a drawing of both tables f [V, V], normal with the
+  deviation `sharpness`; their weighted sum is the language.
+
+  Attributes:
+    vocab: tokens, V.
+    length: tokens in a document.
+    count: documents.
+    mix: seed of the tables -> weight, e.g. `{0: 0.5, 1: 0.7}`.
+    sharpness: the larger, the less random.
+    seed: of the documents.
+    split: which documents.
+  """
+
+  vocab: int = 32
+  length: int = 33
+  count: int = 4096
+  mix: Mapping[int, float | int] = dataclasses.field(
+    default_factory=lambda: {0: 1.0}
+  )
+  sharpness: float | int = 2.0
+  seed: int = 0
+  split: Split = "train"
+
+  def __post_init__(self):
+    for name, low in (("vocab", 2), ("length", 3), ("count", 1)):
+      if getattr(self, name) < low:
+        raise UserError(
+          f"LogLinear.{name}: found {getattr(self, name)}, expected at least"
+          f" {low}."
+        )
+    if not self.mix:
+      raise UserError("LogLinear.mix: is empty, expected {seed: weight}.")
+
+  @property
+  def transitions(self) -> Float[np.ndarray, "V V V"]:
+    """p(next | last but one, last)."""
+    mix = tuple(sorted(self.mix.items()))
+    return _transitions(self.vocab, mix, float(self.sharpness))
+
+  @property
+  def stationary(self) -> Float[np.ndarray, "V V"]:
+    """The distribution of two tokens in a row that the language keeps."""
+    p, found = self.transitions, np.full([self.vocab] * 2, self.vocab**-2.0)
+    # Every p is positive, so this converges geometrically, from anywhere.
+    for _ in range(1000):
+      following = np.einsum("xy,xyz->yz", found, p)
+      if np.abs(following - found).sum() < 1e-13:
+        break
+      found = following
+    return found / found.sum()
+
+  @property
+  def optimal_loss(self) -> float:
+    """The entropy rate, nats a token."""
+    p = self.transitions
+    surprise = -np.sum(p * np.log(p), -1)
+    return float(np.sum(self.stationary * surprise))
+
+  def examples(self, tokenizer: Any) -> Sequence[Example]:
+    """Returns the documents; every token counts."""
+    draws = rng_of(self.seed, self.split).random((self.count, self.length))
+    tokens = np.empty((self.count, self.length), np.int32)
+    pairs = np.cumsum(self.stationary.reshape(-1))
+    first = np.searchsorted(pairs / pairs[-1], draws[:, 0], side="right")
+    first = np.minimum(first, self.vocab**2 - 1)
+    tokens[:, 0], tokens[:, 1] = np.divmod(first, self.vocab)
+    below = np.cumsum(self.transitions, -1)
+    for t in range(2, self.length):
+      rows = below[tokens[:, t - 2], tokens[:, t - 1]]
+      found = np.sum(rows <= draws[:, t, None], -1)
+      tokens[:, t] = np.minimum(found, self.vocab - 1)
+    return [Example(row, np.ones(self.length, bool)) for row in tokens]
+
+
+@functools.lru_cache(maxsize=8)
+def _transitions(vocab, mix, sharpness):
+  scores = np.zeros((vocab, vocab, vocab))
+  for seed, weight in mix:
+    last, before = np.random.default_rng([seed, vocab]).standard_normal(
+      (2, vocab, vocab)
+    )
+    scores += weight * sharpness * (last[None, :, :] + before[:, None, :])
+  scores = np.exp(scores - scores.max(-1, keepdims=True))
+  return scores / scores.sum(-1, keepdims=True)

@@ -1,0 +1,102 @@
+"""Preference pairs as batches: `chosen` and `rejected` on an axis of two.
+
+Keys are those of text rows, with shape [2, T] a pair (so [B, 2, T] a batch):
+index 0 is the chosen answer, index 1 the rejected one. A pair is one example;
+nothing is packed beside it, and weights are 1 on the answers' tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import grain
+import numpy as np
+
+from research.data import pipeline
+from research.data.packing import PackedRows, Piece, Row
+from research.data.sources.records import Pair
+from research.typing import UserError
+
+
+@runtime_checkable
+class PairSource(Protocol):
+  """Where pairs come from, e.g. `records.Preferences`."""
+
+  def pairs(self, tokenizer: Any) -> Sequence[Pair]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedRows:
+  """A random-access sequence of pairs of rows.
+
+  Attributes:
+    rows: chosen and rejected, one after the other.
+  """
+
+  rows: PackedRows
+
+  def __len__(self) -> int:
+    return len(self.rows) // 2
+
+  def __getitem__(self, index: int) -> Row:
+    both = self.rows[2 * index], self.rows[2 * index + 1]
+    return {k: np.stack([row[k] for row in both]) for k in both[0]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pairs:
+  """Preference pairs, in which shape and order; see `pipeline.Pipeline`.
+
+  Attributes:
+    source: where the pairs come from.
+    length: places in a row, T.
+    batch_size: pairs in a batch over all processes, B.
+    seed: of the shuffle.
+    longer: what becomes of pairs that are longer than a row. They are never
+      cut, since half an answer was not what somebody preferred.
+  """
+
+  source: PairSource
+  length: int = 256
+  batch_size: int = 4
+  seed: int = 0
+  longer: Literal["error", "drop"] = "error"
+
+  def __post_init__(self):
+    pipeline.check_sizes(self, length=2, batch_size=1)
+
+  def rows(self, tokenizer: Any) -> PairedRows:
+    """Returns the pairs in the source's order."""
+    pairs = self.source.pairs(tokenizer)
+    sizes = [max(len(e.tokens) for e in pair) for pair in pairs]
+    fitting = [i for i, size in enumerate(sizes) if size <= self.length]
+    if self.longer == "error" and len(fitting) < len(pairs) or not fitting:
+      longest = int(np.argmax(sizes))
+      raise UserError(
+        f"Pairs.length: {len(pairs) - len(fitting)} of {len(pairs)} pairs do"
+        f" not fit into {self.length} places; pair {longest} has"
+        f" {sizes[longest]} tokens.\n"
+        f"Set length={sizes[longest]}, or longer='drop'."
+      )
+    found = [example for i in fitting for example in pairs[i]]
+    plan = [[Piece(i, 0, len(e.tokens))] for i, e in enumerate(found)]
+    return PairedRows(
+      PackedRows(
+        [e.tokens for e in found], plan, self.length, [e.learned for e in found]
+      )
+    )
+
+  def stream(self, tokenizer: Any) -> grain.MapDataset:
+    """Returns the endless shuffled pairs of all processes."""
+    return pipeline.shuffled(self.rows(tokenizer), self.seed)
+
+  def training(
+    self, tokenizer: Any, process: int = 0, processes: int = 1
+  ) -> grain.IterDataset:
+    """Returns endless shuffled batches; `iter()` of it can be checkpointed."""
+    stream = self.stream(tokenizer)
+    return pipeline.share(stream, self.batch_size, process, processes)
+
+  def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
+    """Returns all pairs once, in order, in at most `limit` equal batches."""
+    return pipeline.in_order(self.rows(tokenizer), self.batch_size, limit)

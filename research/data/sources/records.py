@@ -1,0 +1,194 @@
+"""Sources in JSON Lines: texts, conversations, completions, preferences.
+
+Each reads some files, keeps one split by the hash of any field, and says for
+every record that it cannot use where it stands and why.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from research.data import examples, rendering
+from research.data.examples import Example
+from research.data.rendering import Conversation
+from research.data.sources import Split, jsonl
+from research.data.sources.jsonl import Record
+from research.typing import UserError
+
+Pair = tuple[Example, Example]
+"""The chosen and the rejected answer, each behind the same prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """Documents of plain text: `{"text": ...}`.
+
+  Attributes:
+    paths: the files.
+    field: dotted path of the text.
+    split: which records, by hash; None for all.
+    key: field that decides the split; None for the whole record.
+  """
+
+  paths: tuple[str, ...]
+  field: str = "text"
+  split: Split | None = None
+  key: str | None = None
+
+  def __len__(self) -> int:
+    return len(self.texts)
+
+  def __getitem__(self, index: int) -> str:
+    return self.texts[index]
+
+  @property
+  def texts(self) -> list[str]:
+    """The documents, read anew each time."""
+    records = jsonl.read(self.paths, self.split, self.key)
+    return [record.text(self.field) for record in records]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+  """Conversations: `{"messages": [{"role": ..., "content": ...}, ...]}`.
+
+  Attributes:
+    paths: the files.
+    field: dotted path of the messages.
+    split: which records, by hash; None for all.
+    key: field that decides the split; None for the whole record.
+  """
+
+  paths: tuple[str, ...]
+  field: str = "messages"
+  split: Split | None = None
+  key: str | None = None
+
+  def conversations(self) -> list[Conversation]:
+    """Returns the conversations, each checked."""
+    records = jsonl.read(self.paths, self.split, self.key)
+    return [Conversation(_messages(r, self.field), r.where) for r in records]
+
+  def examples(self, tokenizer: Any) -> Sequence[Example]:
+    """Returns the rendered conversations; the assistant's words count."""
+    return [rendering.example(tokenizer, c) for c in self.conversations()]
+
+  @property
+  def texts(self) -> list[str]:
+    """What is said, without the template, for `research.data.duplicates`."""
+    return [rendering.said(c) for c in self.conversations()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+  """Prompts and what shall follow: `{"prompt": ..., "completion": ...}`.
+
+  No template is applied; the tokenizer's beginning of a document stands
+  before the prompt, and its end is learned behind the completion.
+
+  Attributes:
+    paths: the files.
+    prompt: dotted path of the prompt.
+    completion: dotted path of the completion.
+    split: which records, by hash; None for all.
+    key: field that decides the split; None for the whole record.
+  """
+
+  paths: tuple[str, ...]
+  prompt: str = "prompt"
+  completion: str = "completion"
+  split: Split | None = None
+  key: str | None = None
+
+  def examples(self, tokenizer: Any) -> Sequence[Example]:
+    """Returns the prompts with their completions; only the latter count."""
+    return [
+      completed(tokenizer, prompt, answer) for prompt, answer in self._read()
+    ]
+
+  @property
+  def texts(self) -> list[str]:
+    """Prompts with their completions, for `research.data.duplicates`."""
+    return [prompt + answer for prompt, answer in self._read()]
+
+  def _read(self) -> list[tuple[str, str]]:
+    records = jsonl.read(self.paths, self.split, self.key)
+    return [(r.text(self.prompt), _said(r, self.completion)) for r in records]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preferences:
+  """Two answers each: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+
+  Texts, or lists of messages. Where there is no prompt, the messages that
+  `chosen` and `rejected` begin with alike are it.
+
+  Attributes:
+    paths: the files.
+    prompt: dotted path of the prompt.
+    chosen: dotted path of the better answer.
+    rejected: dotted path of the worse one.
+    split: which records, by hash; None for all.
+    key: field that decides the split; None for the whole record.
+  """
+
+  paths: tuple[str, ...]
+  prompt: str = "prompt"
+  chosen: str = "chosen"
+  rejected: str = "rejected"
+  split: Split | None = None
+  key: str | None = None
+
+  def pairs(self, tokenizer: Any) -> Sequence[Pair]:
+    """Returns (chosen, rejected); in both, only the answer counts."""
+    records = jsonl.read(self.paths, self.split, self.key)
+    return [self._pair(tokenizer, record) for record in records]
+
+  def _pair(self, tokenizer: Any, record: Record) -> Pair:
+    if isinstance(record.get(self.chosen), str):
+      prompt = record.text(self.prompt)
+      answers = (_said(record, x) for x in (self.chosen, self.rejected))
+      return tuple(completed(tokenizer, prompt, a) for a in answers)
+    answers = [_messages(record, x) for x in (self.chosen, self.rejected)]
+    if record.get(self.prompt) is not None:
+      prompt = _messages(record, self.prompt)
+      answers = [[*prompt, *answer] for answer in answers]
+      shared = len(prompt)
+    else:
+      alike = (a == b for a, b in zip(*answers, strict=False))
+      shared = next((i for i, same in enumerate(alike) if not same), None)
+      if shared is None:
+        raise record.wrong(
+          self.chosen, answers[0], "another answer than the rejected one"
+        )
+    return tuple(
+      rendering.example(tokenizer, Conversation(a, record.where, shared))
+      for a in answers
+    )
+
+
+def completed(tokenizer: Any, prompt: str, answer: str) -> Example:
+  """Returns the tokens of `answer` behind `prompt`; only the answer counts."""
+  end = [] if tokenizer.eos is None else [tokenizer.eos]
+  return examples.join(
+    [
+      (tokenizer.prompt(prompt), False),
+      ([*tokenizer.encode(answer), *end], True),
+    ]
+  )
+
+
+def _messages(record: Record, path: str) -> list[Any]:
+  found = record.get(path)
+  if not isinstance(found, list) or not found:
+    raise record.wrong(path, found, "a list of messages")
+  return found
+
+
+def _said(record: Record, path: str) -> str:
+  found = record.text(path)
+  if not found:
+    raise UserError(
+      f"{record.where}: field {path!r}: found no text, expected an answer."
+    )
+  return found

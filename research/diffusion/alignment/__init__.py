@@ -1,0 +1,1 @@
+"""Preferences and rewards for masked diffusion."""

@@ -1,0 +1,1 @@
+"""Filling masks: denoisers, caches, policies, and the loop."""

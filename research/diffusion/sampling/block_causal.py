@@ -1,0 +1,114 @@
+"""The denoiser of block-causal models: finished blocks are read once.
+
+See `denoiser` for what a sampler asks of one.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research.diffusion.sampling.denoiser import cut, positions, shifted
+from research.diffusion.told import Shares
+from research.nn import cache as caches
+from research.nn.transformer import Transformer, init_cache
+from research.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockCausal:
+  """A block-causal model by its cache of finished blocks: exact.
+
+  Keys and values of finished blocks come from a pass over their final tokens,
+  as a whole row without a cache has them. Blocks start at index 0, so rows are
+  padded on the left by whole blocks only.
+
+  Attributes:
+    model: the Transformer.
+    block: tokens of a block.
+    shift: see `own_rows`.
+    told: times, for a model that is told them; those of finished blocks are 0.
+  """
+
+  model: Transformer
+  block: int
+  shift: bool = False
+  told: Shares | None = None
+
+  def remember(self, params, tokens, valid, start, size, memory=None):
+    """Returns what `again` needs of all that lies before a block.
+
+    Args:
+      params, tokens, valid, start, size: as for `first`.
+      memory: what the last call of the block before has left, whose final
+        tokens are all that is read now; None to read everything.
+    """
+    self._check(size)
+    # The state before the block alone, which may predict its first token.
+    rows, length = tokens.shape
+    last = jnp.full((rows, 1), size - 1)
+    if memory is not None:
+      cache, _ = memory
+      edge, cache = self._read(
+        params, tokens, valid, start - size, size, cache, last
+      )
+      return cache, edge
+    known = jnp.where(jnp.arange(length) < start, positions(valid), -1)
+    cache = init_cache(self.model, params, rows, length)
+    segments = jnp.where(known >= 0, 0, -1)
+    edge, cache = self.model.apply(
+      {"params": params},
+      tokens,
+      known,
+      Mask.block_causal(self.block, segments=segments),
+      cache,
+      time=self.told and jnp.zeros(rows),
+      keep=jnp.full((rows, 1), jnp.maximum(start - 1, 0)),
+    )
+    return cache, edge
+
+  def first(self, params, tokens, valid, start, size):
+    """Reads all that lies before the block anew, whatever is cached."""
+    memory = self.remember(params, tokens, valid, start, size)
+    return self.again(params, tokens, valid, start, size, memory)
+
+  def again(self, params, tokens, valid, start, size, carry):
+    cache, edge = carry
+    hidden, cache = self._read(params, tokens, valid, start, size, cache)
+    if self.shift:
+      place = cut(positions(valid), start, size)
+      hidden = shifted(hidden, edge, place)
+    logits = self.model.apply({"params": params}, hidden, method="logits")
+    return logits, (cache, edge)
+
+  def _read(self, params, tokens, valid, start, size, cache, keep=None):
+    """Returns a block's states, and the cache with its keys and values."""
+    some, place = (cut(x, start, size) for x in (tokens, positions(valid)))
+    before = valid & (jnp.arange(valid.shape[1]) < start)
+    held = before.sum(-1, dtype=jnp.int32)
+    cache = caches.Cache(held, cache.layers, fresh=False)
+    time = self.told and self.told.rows(some, place >= 0)
+    return self.model.apply(
+      {"params": params}, some, place, Mask.full(), cache, time=time, keep=keep
+    )
+
+  @staticmethod
+  def repeated(memory, rows: int):
+    """Returns what is remembered of one row as that of equal rows."""
+    cache, edge = memory
+
+    def layers(x):
+      return jnp.repeat(x, rows, axis=1)
+
+    return caches.Cache(
+      jnp.repeat(cache.length, rows),
+      jax.tree.map(layers, cache.layers),
+      cache.fresh,
+    ), jnp.repeat(edge, rows, axis=0)
+
+  def _check(self, size: int) -> None:
+    if size != self.block:
+      raise UserError(
+        f"sampler: blocks of {size} tokens, but the model's have {self.block}"
+      )

@@ -1,0 +1,304 @@
+"""Answers of no fixed length: a canvas that grows while it is filled.
+
+DAEDAL (Li et al. 2025, arXiv:2508.00819), for models all of whose tokens see
+each other, and without training. An answer starts short. A model that does not
+expect it to end at the canvas's end gets more masks there, until it does; then
+blocks are filled as ever, and while the end is in doubt the least sure place of
+a block becomes several.
+
+Shapes are static: rows are as long as the longest canvas allowed, and what is
+not of a row's own is padding, which nothing sees. So a length is data, prompts
+share a program, and a row grows by what it holds itself, whatever its batch.
+Every call reads whole canvases and forms their logits: what is inserted moves
+all behind it, so that nothing of them can be kept from call to call. What
+stands before them does not move: `Cached` keeps its keys and values from a
+block's first call on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree
+from research.diffusion.sampling import sampler
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Denoiser, passes
+from research.diffusion.sampling.growth import Growth, readiness
+from research.diffusion.sampling.sampler import Sampled, State
+from research.generation.sampling import GREEDY, Sampling
+from research.typing import Array, Bool, Int, Params, PRNGKey
+
+
+@dataclasses.dataclass(frozen=True)
+class Grown(Sampled):
+  """What `sample` returns; behind a row's canvas its tokens are ends.
+
+  Calls and counts include those that only looked how long a canvas has to be.
+
+  Attributes:
+    canvas: int32 `[B]`, places of each row's canvas in the end.
+  """
+
+  canvas: np.ndarray
+
+
+def start(
+  prompts: list[list[int]],
+  options: Options,
+  growth: Growth,
+  key: PRNGKey,
+  examples: Int[Array, "B"] | None = None,
+  width: int | None = None,
+) -> State:
+  """Returns rows of prompts and canvases as they begin, see `sampler.start`.
+
+  Raises:
+    UserError: there is no prompt, one holds the mask, or `Growth.check`.
+  """
+  growth.check(options)
+  state = sampler.start(prompts, options, key, examples, width)
+  size = jnp.full(len(prompts), growth.start, jnp.int32)
+  return _blank(state, size, options)
+
+
+def sample(
+  denoiser: Denoiser,
+  params: Params,
+  state: State,
+  options: Options,
+  growth: Growth,
+  sampling: Sampling = GREEDY,
+  look: Callable[[State], None] | None = None,
+) -> Grown:
+  """Returns filled rows, each as long as it had to be.
+
+  Args:
+    denoiser: the model; asked for whole canvases at every call. One with a
+      cache is told that all of a canvas is a block: `Cached()` reads it again.
+    params: its parameters.
+    state: from `start`. It stays as it is.
+    options: how; `length` is that of the longest canvas, for which there is
+      room in the state. `Quota` fills a place a call.
+    growth: when canvases grow.
+    sampling: how candidates are drawn; greedy by default.
+    look: called after each block, to show it.
+
+  Raises:
+    UserError: logits are not finite, or `Growth.check`.
+  """
+  growth.check(options)
+  state = tree.beside(state, params)
+  width = state.tokens.shape[1] - options.length
+  state, looked, finite = _measured(denoiser, params, state, options, growth)
+  sampler.checked(finite, "while the canvas's length was looked for")
+  for at in range(width, state.tokens.shape[1], options.block):
+    if not bool(state.masked.any()):
+      break
+    state, finite = grow_block(
+      denoiser, params, state, jnp.int32(at), options, growth, sampling
+    )
+    sampler.checked(finite, f"of the block at {at}")
+    if look is not None:
+      look(state)
+  each = passes(denoiser)
+  got = sampler.result(state, options, each)
+  return Grown(
+    got.tokens,
+    got.filled,
+    got.calls,
+    got.counts + np.asarray(looked) * each,
+    got.lengths,
+    np.asarray(_size(state, options)),
+  )
+
+
+def _size(state: State, options: Options) -> Int[Array, "B"]:
+  """Returns how many places each canvas has."""
+  return state.valid[:, -options.length :].sum(-1, dtype=jnp.int32)
+
+
+def _blank(state: State, size: Int[Array, "B"], options: Options) -> State:
+  """Returns rows with canvases of so many masks, and nothing else in them."""
+  total = state.tokens.shape[1]
+  place = jnp.arange(total) - (total - options.length)
+  own = (place >= 0) & (place < size[:, None])
+  # What will never be of the canvas reads as an end, and counts as one.
+  empty = jnp.where(own, options.mask_id, options.end[0])
+  return dataclasses.replace(
+    state,
+    tokens=jnp.where(place < 0, state.tokens, empty).astype(jnp.int32),
+    masked=own,
+    fixed=~own,
+    valid=jnp.where(place < 0, state.valid, own),
+  )
+
+
+def _asked(denoiser, params, state, options, i=0, carry=()):
+  """Returns canvases' logits and a carry: a block's first call, or a later."""
+  most = options.length
+  width = jnp.int32(state.tokens.shape[1] - most)
+  given = params, state.tokens, state.valid, width, most
+  if not jax.tree.leaves(carry):
+    return denoiser.first(*given)
+  return jax.lax.cond(
+    i == 0,
+    lambda: denoiser.first(*given),
+    lambda: denoiser.again(*given, carry),
+  )
+
+
+def _nothing(denoiser, params, state, options):
+  """Returns a carry in which nothing is kept yet."""
+  _, carry = jax.eval_shape(lambda: _asked(denoiser, params, state, options))
+  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
+
+
+def _judged(logits, state, options, growth):
+  """Returns canvases' readiness, and whether their logits are finite."""
+  most = options.length
+  own = state.valid[:, -most:]
+  ready = readiness(
+    logits,
+    state.tokens[:, -most:],
+    state.masked[:, -most:],
+    own,
+    options,
+    growth.window,
+  )
+  # Nobody asks what the room to grow would hold.
+  largest = jnp.where(own, logits.max(-1), 0.0)
+  return ready, jnp.isfinite(largest).all()
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "options", "growth"))
+def _measured(
+  denoiser: Denoiser,
+  params: Params,
+  state: State,
+  options: Options,
+  growth: Growth,
+) -> tuple[State, Int[Array, "B"], Bool[Array, ""]]:
+  """Returns canvases long enough to begin, and how often each was looked at.
+
+  The paper's initial length adjustment. A canvas that cannot grow is not
+  looked at.
+  """
+  most = options.length
+
+  def more(loop):
+    return loop[1].any()
+
+  def step(loop):
+    size, open_, looked, calls, finite = loop
+    now = _blank(state, size, options)
+    logits, _ = _asked(denoiser, params, now, options)
+    ready, fine = _judged(logits, now, options, growth)
+    short = open_ & (ready < growth.begin)
+    size = jnp.where(short, jnp.minimum(size + growth.by, most), size)
+    looked = looked + open_
+    return size, short & (size < most), looked, calls + 1, finite & fine
+
+  size = _size(state, options)
+  zero = jnp.zeros_like(size)
+  loop = size, size < most, zero, state.calls, jnp.ones((), bool)
+  size, _, looked, calls, finite = jax.lax.while_loop(more, step, loop)
+  state = dataclasses.replace(_blank(state, size, options), calls=calls)
+  return _with_ends(state, size, options, growth.ends), looked, finite
+
+
+def _with_ends(
+  state: State, size: Int[Array, "B"], options: Options, count: int
+) -> State:
+  """Returns canvases that are longer by ends, as many as there is room for."""
+  total = state.tokens.shape[1]
+  place = jnp.arange(total) - (total - options.length)
+  new = (place >= size[:, None]) & (place < size[:, None] + count)
+  return dataclasses.replace(
+    state, valid=state.valid | new, fixed=state.fixed & ~new
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "options", "growth"))
+def grow_block(
+  denoiser: Denoiser,
+  params: Params,
+  state: State,
+  at: Int[Array, ""],
+  options: Options,
+  growth: Growth,
+  sampling: Sampling = GREEDY,
+) -> tuple[State, Bool[Array, ""]]:
+  """Returns rows with the block at `at` filled, and whether logits were finite.
+
+  As `sampler.fill_block`, but that a call may insert masks in a row: the
+  paper's iterative mask insertion.
+
+  Args:
+    denoiser, params, options, growth, sampling: as for `sample`.
+    state: rows.
+    at: where the block starts.
+  """
+  size = options.block
+  width = state.tokens.shape[1] - options.length
+  # A place a call by plan, however many there will be.
+  planned = jnp.full(state.tokens.shape[0], size)
+
+  def more(loop):
+    state, i, *_ = loop
+    # Each call fills a place of each row that has some.
+    return sampler.cut(state.masked, at, size).any() & (i < options.length)
+
+  def step(loop):
+    state, i, finite, carry = loop
+    logits, carry = _asked(denoiser, params, state, options, i, carry)
+    ready, fine = _judged(logits, state, options, growth)
+    own = sampler.cut(logits, at - width, size)
+    proposed = sampler.proposals(state, own, options, sampling)
+    filled, _ = sampler.fill(
+      state, own, at, options, sampling, planned, 0, proposed=proposed
+    )
+    doubt = sampler.cut(filled.masked, at, size)
+    doubt &= (proposed[-1] < growth.low) & (ready < growth.ready)[:, None]
+    room = options.length - _size(filled, options)
+    extra = jnp.where(doubt.any(-1), jnp.minimum(growth.by - 1, room), 0)
+    least = jnp.argmin(jnp.where(doubt, proposed[-1], jnp.inf), axis=-1)
+    state = _inserted(filled, at + least, extra, options.mask_id)
+    return state, i + 1, finite & fine, carry
+
+  carry = _nothing(denoiser, params, state, options)
+  loop = state, jnp.int32(0), jnp.ones((), bool), carry
+  state, _, finite, _ = jax.lax.while_loop(more, step, loop)
+  if options.stop:
+    state = sampler.ended(state, at, options)
+  return state, finite
+
+
+def _inserted(
+  state: State,
+  place: Int[Array, "B"],
+  count: Int[Array, "B"],
+  mask_id: int,
+) -> State:
+  """Returns rows with masks behind a place, and what was there behind them."""
+  index = jnp.arange(state.tokens.shape[1])
+  place, count = place[:, None], count[:, None]
+  new = (index > place) & (index <= place + count)
+  source = jnp.where(index > place, jnp.maximum(index - count, place), index)
+
+  def moved(x, value):
+    x = jnp.take_along_axis(x, source, axis=1)
+    return jnp.where(new, jnp.asarray(value, x.dtype), x)
+
+  return dataclasses.replace(
+    state,
+    tokens=moved(state.tokens, mask_id),
+    masked=moved(state.masked, True),
+    fixed=moved(state.fixed, False),
+    valid=moved(state.valid, True),
+    filled=moved(state.filled, -1),
+    sure=moved(state.sure, 1.0),
+  )

@@ -1,0 +1,177 @@
+"""Keys and values kept from a step after their token was filled in.
+
+Ma et al. 2025 (dKV-Cache, arXiv:2505.15781): what a place says to others
+changes most when it turns from a mask into a token. So a call reads all masks,
+and what was filled by the call before it; everything else is as it was when it
+was last read. Every so many calls all is read again.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research.diffusion.sampling.denoiser import positions, reread, state_index
+from research.diffusion.told import Shares
+from research.nn.transformer import Transformer, init_cache
+from research.typing import Array, Bool, Float, Int, Params, UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What is remembered from call to call.
+
+  Attributes:
+    cache: keys and values of all places.
+    seen: int32 `[B, T]`, the token that each place was when it was read.
+    hidden: `[B, K, D]`, the states that predict the block's tokens, each of
+      when its place was read.
+    calls: int32, since all was read.
+  """
+
+  cache: Any
+  seen: Any
+  hidden: Any
+  calls: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delayed:
+  """Later calls of a block read masks, and what has changed since the last.
+
+  Shapes are static, so a call reads T, T/2, T/4 .. places, the fewest that do
+  for all rows; the rest of them is padding, so that rows do not depend on each
+  other. It is one program with a branch for each. A block's first call reads
+  all: where the whole text is one block, as in the paper, that is the first.
+
+  Attributes:
+    model: the Transformer; all tokens see all.
+    mask_id: of the mask.
+    shift: see `own_rows`; the place before a mask, whose state predicts it, is
+      read with it.
+    refresh: calls of a block after which all is read again; 1 is no cache,
+      None for never.
+    halvings: of the number of places that are read.
+    told: times, for a model that is told them.
+  """
+
+  model: Transformer
+  mask_id: int
+  shift: bool = False
+  refresh: int | None = None
+  halvings: int = 3
+  told: Shares | None = None
+
+  def __post_init__(self):
+    if self.refresh is not None and self.refresh < 1:
+      raise UserError(
+        f"Delayed: refresh is {self.refresh}, expected at least 1, or None"
+      )
+    if self.halvings < 0:
+      raise UserError(
+        f"Delayed: halvings is {self.halvings}, expected at least 0"
+      )
+
+  def first(self, params, tokens, valid, start, size):
+    rows, length = tokens.shape
+    kept = Kept(
+      cache=init_cache(self.model, params, rows, length),
+      seen=jnp.full_like(tokens, -1),
+      hidden=jnp.zeros((rows, size, self.model.width), self.model.dtype),
+      calls=jnp.int32(0),
+    )
+    wanted = self._wanted(valid, start, size)
+    kept = self._read(length, params, tokens, valid, valid, wanted, kept)
+    return self._logits(params, kept), kept
+
+  def again(self, params, tokens, valid, start, size, carry):
+    need = self.needed(tokens, valid, carry.seen)
+    calls = carry.calls + 1
+    if self.refresh is not None:
+      due = calls >= self.refresh
+      need, calls = jnp.where(due, valid, need), jnp.where(due, 0, calls)
+    kept = dataclasses.replace(carry, calls=calls)
+    sizes = self._sizes(tokens.shape[1])
+    most = need.sum(-1).max()
+    # They descend: the last one that is enough.
+    chosen = sum((most <= n).astype(jnp.int32) for n in sizes) - 1
+
+    def of(n):
+      return lambda *given: self._read(n, *given)
+
+    kept = jax.lax.switch(
+      chosen,
+      [of(n) for n in sizes],
+      params,
+      tokens,
+      valid,
+      need,
+      self._wanted(valid, start, size),
+      kept,
+    )
+    return self._logits(params, kept), kept
+
+  def needed(
+    self,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    seen: Int[Array, "B T"],
+  ) -> Bool[Array, "B T"]:
+    """Returns the places that a call reads, if not all.
+
+    Args:
+      tokens: now.
+      valid: False for padding.
+      seen: what each place was when it was last read.
+    """
+    masked = (tokens == self.mask_id) & valid
+    need = masked | (tokens != seen)
+    if self.shift:
+      need |= jnp.pad(masked, ((0, 0), (0, 1)))[:, 1:]
+    return need & valid
+
+  def _sizes(self, length: int) -> list[int]:
+    """Returns how many places a call may read, descending."""
+    halvings = min(self.halvings, length.bit_length())
+    return sorted(
+      {-(-length // 2**i) for i in range(halvings + 1)}, reverse=True
+    )
+
+  def _read(
+    self,
+    n: int,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    need: Bool[Array, "B T"],
+    wanted: Int[Array, "B K"],
+    kept: Kept,
+  ) -> Kept:
+    """Returns what is known once the places in need, at most `n`, are read."""
+    order = jnp.argsort(~need, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+
+    def some(x, at):
+      return jnp.take_along_axis(x, at, axis=-1)
+
+    at = order[:, :n]
+    place = jnp.where(some(need, at), some(positions(valid), at), -1)
+    keep = jnp.minimum(some(rank, wanted), n - 1)
+    hidden, cache = reread(
+      self, params, tokens, valid, some(tokens, at), place, kept.cache, keep
+    )
+    new = some(need, wanted)[..., None]
+    return Kept(
+      cache=cache,
+      seen=jnp.where(need, tokens, kept.seen),
+      hidden=jnp.where(new, hidden, kept.hidden),
+      calls=kept.calls,
+    )
+
+  def _wanted(self, valid, start, size) -> Int[Array, "B K"]:
+    return state_index(start, size, self.shift, positions(valid))
+
+  def _logits(self, params, kept) -> Float[Array, "B K V"]:
+    return self.model.apply({"params": params}, kept.hidden, method="logits")

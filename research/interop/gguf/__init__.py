@@ -1,0 +1,21 @@
+"""GGUF files, read and written."""
+
+from research.interop.gguf.gguf import (
+  GGUF,
+  MAGIC,
+  Pending,
+  Tensor,
+  nbytes,
+  open_gguf,
+  write_gguf,
+)
+
+__all__ = [
+  "GGUF",
+  "MAGIC",
+  "Pending",
+  "Tensor",
+  "nbytes",
+  "open_gguf",
+  "write_gguf",
+]

@@ -1,0 +1,387 @@
+"""Hugging Face directories: config.json and safetensors to a model of ours.
+
+What must be in the file follows from the model: every parameter has one name
+(`names`), and a tensor that is missing, superfluous or of another shape is an
+error. Two kinds of tensor are tolerated: a copy of a tied head, which must
+equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree
+from research.interop import names, parts
+from research.interop.hf import hf_config, hf_experts, hf_llada, hf_llada2
+from research.interop.quantized import hf_quant
+from research.io import safetensors, unread
+from research.nn import presets
+from research.nn.moe import Moe
+from research.nn.transformer import Transformer
+from research.typing import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_FLOATS = ("float64", *DTYPES)
+_SHOWN = 10
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+# Text models inside multimodal files, by both of transformers' spellings; the
+# other parts of such a file are left out.
+_TEXT_PARTS = (
+  (re.compile(r"(model\.)?language_model\.lm_head\."), "lm_head."),
+  (re.compile(r"(model\.)?language_model\.(model\.)?"), "model."),
+)
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One array of the tree and what fills it.
+
+  Attributes:
+    path: in the tree.
+    shape: of the whole array; a run's has its repeats in front.
+    addresses: the parameters behind the leading axes (layers, experts), or
+      the single one.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  addresses: tuple[names.Address, ...]
+
+  @property
+  def lead(self) -> tuple[int, ...]:
+    """The axes over parameters: none, layers, or layers and experts."""
+    first = self.addresses[0]
+    return self.shape[: (first.layer is not None) + (first.expert is not None)]
+
+  @property
+  def one(self) -> tuple[int, ...]:
+    """The shape of one parameter."""
+    return self.shape[len(self.lead) :]
+
+
+def table(model: Transformer) -> names.Table:
+  """Returns the names of `model`'s parameters in Hugging Face files."""
+  kinds = model.layer_kinds()
+  if any(isinstance(kind.mlp, Moe) for kind in kinds):
+    # The families with experts differ in what they do to queries and keys.
+    mixtral = kinds[0].attention.qk_norm is None
+    return names.MIXTRAL if mixtral else names.SPARSE
+  return names.PLAIN if kinds[0].post_norm is None else names.SANDWICH
+
+
+def slots(model: Transformer) -> list[Slot]:
+  """Returns every array of `model`'s parameters, and what belongs in it."""
+  return list(_slots(model))
+
+
+# One load asks several times, and each time the model would be traced.
+@functools.lru_cache(maxsize=32)
+def _slots(model: Transformer) -> tuple[Slot, ...]:
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  )["params"]
+  indices = tree.layer_indices(shapes)
+  out = []
+  for path, leaf in tree.flatten_paths(shapes):
+    head, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[2:]
+    rows = [names.Address(None, path)]
+    if head in indices:
+      # Matrices of experts have their layer and their number in front.
+      experts = range(leaf.shape[1]) if len(leaf.shape) == 4 else [None]
+      rows = [
+        names.Address(i, inner[0], e) for i in indices[head] for e in experts
+      ]
+    out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
+  return tuple(out)
+
+
+def text_part(
+  tensors: Mapping[str, hf_quant.Tensor],
+) -> dict[str, hf_quant.Tensor]:
+  """Returns a multimodal file's language model under its usual names."""
+  out = {}
+  for name, tensor in tensors.items():
+    if _OTHER_PARTS.match(name):
+      continue
+    for pattern, plain in _TEXT_PARTS:
+      if pattern.match(name):
+        name = pattern.sub(plain, name, count=1)
+        break
+    out[name] = tensor
+  return out
+
+
+def difference(
+  where: Any, missing: Sequence[str], extra: Sequence[str]
+) -> UserError:
+  """Returns the error that names what is missing and what is superfluous."""
+
+  def shown(word, items):
+    some = ", ".join(sorted(items)[:_SHOWN])
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return f"{len(items)} {word}: {some}{more}" if items else ""
+
+  lines = [shown("missing", missing), shown("superfluous", extra)]
+  head = f"{where}: the tensors do not match the configuration"
+  return UserError("\n".join([head, *(line for line in lines if line)]))
+
+
+def _check(where, model, tensors, wanted) -> None:
+  missing = [name for name in wanted if name not in tensors]
+  extra = [n for n in tensors if n not in wanted and not names.BUFFERS.match(n)]
+  if model.tied and _HEAD in extra and _EMBEDDING in tensors:
+    extra.remove(_HEAD)
+    _check_tied(tensors[_EMBEDDING], tensors[_HEAD])
+  if missing or extra:
+    raise difference(where, missing, extra)
+  for name, shape in wanted.items():
+    tensor = tensors[name]
+    if tensor.shape != shape:
+      raise UserError(
+        f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
+        f"expected {list(shape)} by config.json"
+      )
+    if str(tensor.dtype) not in _FLOATS:
+      raise UserError(
+        f"{tensor.file}: {name} is stored as {tensor.dtype}, expected one of "
+        f"{', '.join(_FLOATS)}"
+      )
+
+
+def _check_tied(embedding, head, rows: int = 4096) -> None:
+  same = embedding.shape == head.shape and embedding.dtype == head.dtype
+  for i in range(0, embedding.shape[0] if same else 0, rows):
+    part = slice(i, i + rows)
+    same = same and np.array_equal(
+      embedding.read(part).view(np.uint8), head.read(part).view(np.uint8)
+    )
+  if not same:
+    raise UserError(
+      f"{head.file}: {_HEAD} differs from {_EMBEDDING}, but config.json says "
+      "tie_word_embeddings; set it to false to keep both"
+    )
+
+
+def read_params(
+  model: Transformer,
+  tensors: Mapping[str, hf_quant.Tensor],
+  dtype: str | None = "float32",
+  where: Any = "model",
+  shardings: unread.Shardings | None = None,
+  packed: bool = False,
+) -> dict[str, Any]:
+  """Returns `model`'s parameters out of Hugging Face tensors.
+
+  Each array is filled layer by layer, so beside the result only one array is
+  ever held twice; with shardings, each device's part of it is.
+
+  Args:
+    model: what to fill.
+    tensors: by their names; exactly the model's.
+    dtype: of the result; wider values are rounded to nearest even. None for
+      the stored one, or float32 where layers differ or have float64.
+    where: the file or directory, for messages.
+    shardings: where the arrays go, see `unread.place`.
+    packed: whether packed matrices stay as they are, or are decoded.
+
+  Raises:
+    UserError: the tensors are not exactly the model's.
+  """
+  described = unread_params(model, tensors, dtype, where, packed)
+  return unread.place(described, shardings)
+
+
+def unread_params(
+  model: Transformer,
+  tensors: Mapping[str, hf_quant.Tensor],
+  dtype: str | None = "float32",
+  where: Any = "model",
+  packed: bool = False,
+) -> dict[str, Any]:
+  """Returns `model`'s parameter tree as `read_params` does, unread."""
+  rows, places = table(model), slots(model)
+  _check(where, model, tensors, _wanted(rows, places))
+  if packed and any(hasattr(t, "leaf") for t in tensors.values()):
+    return _packed_params(model, rows, places, tensors, dtype)
+  filled = {}
+  for slot in places:
+    kind = jnp.dtype(dtype or _stored(rows, slot, tensors))
+    fills = [
+      filler(tensors[name], transposed)
+      for name, transposed in map(rows.theirs, slot.addresses)
+    ]
+    filled[slot.path] = unread.stacked(fills, slot.lead, slot.one, kind)
+  return unread.nested(filled)
+
+
+def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
+  """Returns the tree whose runs are of layers that are kept alike."""
+
+  def leaf(slot: Slot, address: names.Address) -> Any:
+    name, transposed = rows.theirs(address)
+    tensor = tensors[name]
+    if hasattr(tensor, "leaf"):
+      if not transposed:
+        raise UserError(
+          f"{tensor.file}: {name} is packed, which is supported of linear "
+          "layers; load the model without packed"
+        )
+      return tensor.leaf
+    kind = jnp.dtype(dtype or str(tensor.dtype))
+    fill = filler(tensor, transposed)
+    return unread.stacked([fill], (), slot.one, kind)
+
+  kinds = model.layer_kinds()
+  outside: dict[str, Any] = {}
+  layers: list[dict[str, Any]] = [{} for _ in kinds]
+  for slot in places:
+    of: dict[int | None, list[Any]] = {}
+    for address in slot.addresses:
+      of.setdefault(address.layer, []).append(leaf(slot, address))
+    first = slot.addresses[0]
+    for layer, leaves in of.items():
+      into = outside if layer is None else layers[layer]
+      into[first.path] = (
+        leaves[0]
+        if first.expert is None
+        else hf_quant.joined(leaves, slot.path)
+      )
+  return tree.stack(
+    unread.nested(outside),
+    [unread.nested(x) for x in layers],
+    kinds,
+    hf_quant.stack,
+  )
+
+
+def _wanted(rows: names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
+  """Returns the shape of every tensor that must be there."""
+  wanted = {}
+  for slot in places:
+    for name, transposed in map(rows.theirs, slot.addresses):
+      wanted[name] = slot.one[::-1] if transposed else slot.one
+  return wanted
+
+
+def _reader(tensor: hf_quant.Tensor, transposed: bool):
+  """Returns what reads a part of a parameter, in our orientation."""
+
+  def read(index: Any = ...) -> np.ndarray:
+    if not transposed:
+      return tensor.read(index)
+    # Cut before it is turned, so that only this part of the file is read.
+    return tensor.read(index if index is ... else index[::-1]).T
+
+  return read
+
+
+def filler(tensor: hf_quant.Tensor, transposed: bool) -> unread.Fill:
+  """Returns what reads a tensor of a file in pieces, transposed if asked to."""
+  read, shape = _reader(tensor, transposed), tensor.shape
+  if hasattr(tensor, "leaf") or not shape:  # decoded as a whole, once
+    return unread.in_pieces(read)
+  axis = len(shape) - 1 if transposed else 0
+  row = tensor.dtype.itemsize * math.prod(shape[1:])
+  return unread.in_pieces(read, axis, row)
+
+
+def _stored(rows, slot, tensors) -> str:
+  kinds = {str(tensors[rows.theirs(a)[0]].dtype) for a in slot.addresses}
+  return kinds.pop() if len(kinds) == 1 and kinds <= {*DTYPES} else "float32"
+
+
+def read_parts(
+  model: Transformer,
+  tensors: Mapping[str, hf_quant.Tensor],
+  where: Any = "model",
+) -> dict[names.Address, parts.Part]:
+  """Returns `model`'s parameters one by one, unread, as they are stored.
+
+  Raises:
+    UserError: the tensors are not exactly the model's.
+  """
+  rows, places, out = table(model), slots(model), {}
+  _check(where, model, tensors, _wanted(rows, places))
+  for slot in places:
+    for address in slot.addresses:
+      name, transposed = rows.theirs(address)
+      tensor = tensors[name]
+      kind, reader = str(tensor.dtype), _reader(tensor, transposed)
+      if hasattr(tensor, "leaf") and transposed:
+        kind, reader = parts.kind_of(tensor.leaf), tensor.weight
+      out[address] = parts.Part(slot.one, kind, reader)
+  return out
+
+
+def open_model(
+  directory: str | pathlib.Path, dtype: str = "float32"
+) -> tuple[Transformer, dict[str, hf_quant.Tensor], dict[str, Any]]:
+  """Returns (model, its tensors unread, source) of a directory.
+
+  Args:
+    directory: has config.json and safetensors files.
+    dtype: of the computation.
+
+  Raises:
+    UserError: anything in it is missing, damaged or not supported.
+  """
+  directory = pathlib.Path(directory)
+  file = directory / "config.json"
+  config, said = hf_quant.config_of(safetensors.read_json(file), directory)
+  family, sizes = hf_config.sizes_from_config(config, str(file))
+  model = presets.transformer(family, sizes, dtype)
+  tensors: dict[str, Any] = safetensors.open_directory(directory)
+  if said is not None:
+    tensors, said = hf_quant.opened(said, tensors, directory)
+  if config["model_type"] == "gemma3":
+    tensors = text_part(tensors)
+  if config["model_type"] == hf_llada.KIND:
+    tensors = hf_llada.as_llamas(tensors)
+  if config["model_type"] == hf_llada2.KIND:
+    tensors = hf_llada2.as_usual(tensors, sizes.heads, sizes.kv_heads)
+  tensors = hf_experts.apart(model, table(model), tensors)
+  if said is not None:
+    known = _wanted(table(model), slots(model))
+    tensors = hf_quant.without_zero_biases(tensors, known)
+  source: dict[str, Any] = dict(
+    format="hf",
+    path=str(directory),
+    model_type=hf_config.text_fields(config, str(file)).values["model_type"],
+    config=config,
+  )
+  if said is not None:
+    source["quantization"] = dict(said)
+  return model, tensors, source
+
+
+def model_from_directory(
+  directory: str | pathlib.Path,
+  dtype: str = "float32",
+  shardings: unread.Shardings | None = None,
+  packed: bool = True,
+) -> tuple[Transformer, dict[str, Any], dict[str, Any]]:
+  """Returns (model, params, source) of a Hugging Face directory.
+
+  Args:
+    directory: has config.json and safetensors files.
+    dtype: of the parameters and of the computation.
+    shardings: where the parameters go, see `unread.place`.
+    packed: whether matrices that a tool has quantized stay packed.
+
+  Raises:
+    UserError: anything in it is missing, damaged or not supported.
+  """
+  model, tensors, source = open_model(directory, dtype)
+  params = read_params(model, tensors, dtype, directory, shardings, packed)
+  return model, params, source

@@ -1,0 +1,264 @@
+"""A model as a Hugging Face directory: tensors, config.json, tokenizer."""
+
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from research.interop import hf, names
+from research.interop.diffusion import spec
+from research.interop.hf import hf_config, hf_config_write, hf_llada, hf_llada2
+from research.interop.parts import Part, Parts, ordered
+from research.io import safetensors
+from research.lora.merge import changes
+from research.nn import presets
+from research.nn.transformer import Transformer
+from research.text.tokenizer import Tokenizer
+from research.typing import UserError
+
+TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "tokenizer.model",
+  "vocab.json",
+  "merges.txt",
+  "chat_template.jinja",
+  "chat_template.json",
+)
+GENERATION = "generation_config.json"
+
+
+def tensors(
+  model: Transformer,
+  parts: Parts,
+  dtype: str | None,
+  log: changes.Log,
+  rounding: changes.Rounding = changes.cast,
+) -> dict[str, safetensors.Pending]:
+  """Returns every tensor under its name in Hugging Face's files, unread.
+
+  Args:
+    model: whose parameters `parts` are.
+    parts: packed weights are decoded, adapters merged in float32.
+    dtype: to round to; None for each one's own (float32 if packed).
+    log: told what changed as the tensors are made.
+    rounding: of what adapters were merged into.
+  """
+  rows, out = hf.table(model), {}
+  for address in ordered(parts):
+    name, transposed = _named(rows, address)
+    part = parts[address]
+    kind = dtype or ("float32" if part.packed else part.kind)
+    shape = part.shape[::-1] if transposed else part.shape
+    make = _maker(name, part, kind, transposed, log, rounding)
+    out[name] = safetensors.Pending(shape, _dtype(kind), make)
+  return out
+
+
+def _dtype(kind: str) -> np.dtype:
+  return np.dtype(kind if kind != "bfloat16" else ml_dtypes.bfloat16)
+
+
+def _named(rows: names.Table, address: names.Address) -> tuple[str, bool]:
+  try:
+    return rows.theirs(address)
+  except KeyError as e:
+    raise UserError(
+      f"{address}: Hugging Face's files have no name for such a parameter in "
+      "this family; keep the model as --format=orbax"
+    ) from e
+
+
+def _maker(name: str, part: Part, kind: str, transposed: bool, log, rounding):
+  def make():
+    found = changes.read(part.read())
+    to = changes.cast if found.base is None else rounding
+    x = to(name, found.array, _dtype(kind))
+    if found.base is not None:
+      alone = to(name, found.base, _dtype(kind))
+      log.compared(name, part.kind, kind, found, x, alone)
+    elif x is found.array:
+      log.same(name, part.kind, kind)
+    else:
+      log.compared(name, part.kind, kind, found, x)
+    return x.T if transposed else x
+
+  return make
+
+
+def config_json(
+  model: Transformer,
+  given: Mapping[str, Any] | None,
+  dtype: str | None,
+  hint: str | None = None,
+) -> dict[str, Any]:
+  """Returns config.json: the one given if it describes `model`, or a new one.
+
+  It names the class, which other readers ask for, also where the source had no
+  config.json or one without.
+
+  Args:
+    model: what to describe.
+    given: the source's config.json, or None.
+    dtype: of the tensors, or None if each keeps its own.
+    hint: model_type to try first.
+  """
+  if given is not None and _describes(given, model):
+    config = dict(given)
+  else:
+    config = hf_config_write.describe(model, hint)
+    text = given.get("text_config", given) if given else {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+      if name in text:
+        config[name] = text[name]
+    how = spec.from_config(given) if given else None
+    if how is not None:
+      config[spec.FIELD] = how.spelled()
+  kind = hf_config_write.ARCHITECTURES.get(config["model_type"])
+  if kind is not None and not config.get("architectures"):
+    config = config | {"architectures": [kind]}
+  if dtype is not None:
+    old = "torch_dtype" in config or "dtype" not in config
+    config["torch_dtype" if old else "dtype"] = dtype
+  return config
+
+
+def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+  """Returns a config.json for tensors under the usual names.
+
+  Args:
+    given: of any model; LLaDA's becomes a Llama's, or a Qwen3-MoE's, that says
+      what its mask is.
+
+  Raises:
+    UserError: there is no such config.json: LLaDA 2's.
+  """
+  kind = given.get("model_type") if given is not None else None
+  if kind == hf_llada2.KIND:
+    raise UserError(
+      f"model_type is {kind!r}: no reader of quantized files knows this family "
+      "by tensors of its own; expected --format=hf or orbax"
+    )
+  if kind not in hf_llada.KINDS:
+    return given
+  how = spec.from_config(given)
+  said = {spec.FIELD: how.spelled()} if how is not None else {}
+  return hf_llada.as_known(given, "config.json") | said
+
+
+def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
+  if config.get("model_type") == "gemma3":  # more than its text part
+    return False
+  try:
+    family, sizes = hf_config.sizes_from_config(config)
+  except UserError:
+    return False
+  return presets.transformer(family, sizes, model.dtype) == model.clone(
+    remat="none"
+  )
+
+
+def write_tokenizer(
+  directory: pathlib.Path,
+  source: pathlib.Path | None,
+  tokenizer: Tokenizer | None,
+) -> list[str]:
+  """Writes the tokenizer's files and the generation config; returns names.
+
+  Args:
+    directory: where to.
+    source: a directory whose files are copied as they are, or None.
+    tokenizer: whose files are written where there are none to be copied.
+  """
+  if source is not None:
+    found = [
+      n for n in (*TOKENIZER_FILES, GENERATION) if (source / n).is_file()
+    ]
+    for name in found:
+      shutil.copyfile(source / name, directory / name)
+    if "tokenizer.json" in found or tokenizer is None:
+      return found
+  if tokenizer is None:
+    return []
+  files = tokenizer_files(tokenizer)
+  for name, value in files.items():
+    safetensors.write_json(directory / name, value)
+  return list(files)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+  """Returns the JSON files that a tokenizer of any origin is read from."""
+  backend = tokenizer.backend
+  ids = dict(bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
+  tokens = {
+    f"{name}_token": backend.id_to_token(i)
+    for name, i in ids.items()
+    if i is not None
+  }
+  whole = safetensors.read_json("tokenizer.json", backend.to_str().encode())
+  around = tokenizer.own_special
+  if (tokenizer.add_bos or tokenizer.add_eos) and (around.begin or around.end):
+    whole["post_processor"] = _around(backend, around.begin, around.end)
+  config = dict(tokenizer_class="PreTrainedTokenizerFast", **tokens)
+  config |= dict(clean_up_tokenization_spaces=False)
+  if tokenizer.chat_template is not None:
+    config["chat_template"] = tokenizer.chat_template
+  generation: dict[str, Any] = {
+    f"{name}_token_id": i for name, i in ids.items() if i is not None
+  }
+  if len(tokenizer.stop) > 1:
+    generation["eos_token_id"] = list(tokenizer.stop)
+  return {
+    "tokenizer.json": whole,
+    "tokenizer_config.json": config,
+    GENERATION: generation,
+  }
+
+
+def _around(
+  backend: Any, begin: Sequence[int], end: Sequence[int]
+) -> dict[str, Any]:
+  """Returns the post-processor that puts tokens around a text."""
+  names = {i: backend.id_to_token(i) for i in (*begin, *end)}
+
+  def special(ids: Sequence[int], part: int) -> list[dict[str, Any]]:
+    return [dict(SpecialToken=dict(id=names[i], type_id=part)) for i in ids]
+
+  def text(part: int) -> list[dict[str, Any]]:
+    inside = dict(Sequence=dict(id="AB"[part], type_id=part))
+    return [*special(begin, part), inside, *special(end, part)]
+
+  return dict(
+    type="TemplateProcessing",
+    single=text(0),
+    pair=[*text(0), *text(1)],
+    special_tokens={
+      name: dict(id=name, ids=[i], tokens=[name]) for i, name in names.items()
+    },
+  )
+
+
+def write_model(
+  directory: pathlib.Path,
+  model: Transformer,
+  parts: Parts,
+  config: Mapping[str, Any],
+  dtype: str | None,
+  shard_size: int,
+  log: changes.Log,
+  rounding: changes.Rounding = changes.cast,
+) -> None:
+  """Writes the tensors and config.json into an empty directory."""
+  found = tensors(model, parts, dtype, log, rounding)
+  kind = config["model_type"]
+  if kind in hf_llada.KINDS and not hf_llada.is_mixture(config):
+    found = hf_llada.as_lladas(found)
+  elif kind == hf_llada2.KIND:
+    found = hf_llada2.official(found)
+  safetensors.write_directory(directory, found, shard_size)
+  safetensors.write_json(directory / "config.json", config)

@@ -1,0 +1,1 @@
+"""Adapters in PEFT's and llama.cpp's formats, read and written."""

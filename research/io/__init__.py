@@ -1,0 +1,1 @@
+"""Files without trust in them: safetensors, memory maps, fields, paths."""

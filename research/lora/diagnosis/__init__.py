@@ -1,0 +1,1 @@
+"""What an adapter has learned: spectra, memory, pictures."""

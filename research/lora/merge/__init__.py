@@ -1,0 +1,1 @@
+"""Merging adapters into weights, and with each other."""

@@ -1,0 +1,1 @@
+"""Optimizers that know which factors belong together."""

@@ -1,0 +1,154 @@
+"""LoRA+: the factor that starts at zero learns faster.
+
+Hayou et al. 2024 (arXiv:2402.12354): `b` learns at `ratio` times the rate of
+`a`, about 16; with it the rate of `a` is best about half of plain LoRA's. Of an
+embedding's adapter, whose `a` is zero at the start, it is the other way round.
+`peft_groups` are the finer rules of PEFT's `create_loraplus_optimizer`.
+"""
+
+import re
+from collections.abc import Callable
+
+import optax
+
+from research import tree
+from research.lora.methods.lora import LoRA
+from research.lora.optim import pairs
+from research.lora.optim.pairs import DOWN, UP
+from research.optim import optim, ranges, rates
+from research.typing import Array, UserError
+
+EMBEDDING = r"(^|/)embed/"
+"""Paths of adapters on the embedding."""
+
+
+def loraplus(
+  learning_rate: optim.Number | optim.Schedule,
+  *,
+  ratio: optim.Number = 16.0,
+  b1: optim.Number = 0.9,
+  b2: optim.Number = 0.999,
+  eps: optim.Number = 1e-8,
+  weight_decay: optim.Number = 0.0,
+  clip: optim.Number | None = 1.0,
+) -> optax.GradientTransformation:
+  """Returns AdamW with the rate of every `b` multiplied.
+
+  Raises UserError, when it begins, if there is none.
+
+  Args:
+    learning_rate: of `a` and all else: a number, or a schedule of the updates
+      done.
+    ratio: rate of `b` over that of `a`; of an embedding, of `a` over `b`'s.
+    b1: decay of the mean.
+    b2: decay of the mean square.
+    eps: added to the root of the mean square.
+    weight_decay: share of a parameter taken off at rate 1.
+    clip: bound of the gradient's global norm, or None.
+  """
+  ranges.non_negative("loraplus", ratio=ratio)
+  fast = re.compile(rf"{EMBEDDING}(.*/)?{DOWN}$|^(?!embed/)(.*/)?{UP}$")
+  rest = rates.adamw(
+    learning_rate,
+    rates.table([(fast.pattern, ratio)]),
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    clip=clip,
+  )
+
+  def check(params):
+    if not any(fast.search(path) for path, _ in tree.flatten_paths(params)):
+      raise UserError(
+        f"LoRA+: no trainable array ends in /{UP}, so that none would learn "
+        "faster.\nExpected adapters of LoRA to be trainable: '/trained/'."
+      )
+
+  return _checked(check, rest)
+
+
+def peft_groups(
+  learning_rate: optim.Number | optim.Schedule,
+  *,
+  ratio: optim.Number = 16.0,
+  embedding: optim.Number = 1e-6,
+  peak: optim.Number | None = None,
+  undecayed: str = r"bias$",
+  b1: optim.Number = 0.9,
+  b2: optim.Number = 0.999,
+  eps: optim.Number = 1e-8,
+  weight_decay: optim.Number = 0.0,
+  clip: optim.Number | None = None,
+) -> optax.GradientTransformation:
+  """Returns AdamW with the parameter groups of PEFT 0.21.
+
+  Raises UserError, when it begins, for adapters that are no LoRA: PEFT's groups
+  go by the names and axes that it has for them.
+
+  Vectors (norms, biases, DoRA's magnitudes) learn at `ratio` like `b`; adapters
+  on the embedding at `embedding`; and of the first group those do not decay
+  that `undecayed` finds. All of the embedding's adapters decay.
+
+  Args:
+    learning_rate: of all else: a number, or a schedule of the updates done.
+    ratio: rate of `b` and of vectors over `learning_rate`.
+    embedding: rate of the embedding's adapters where the schedule is at `peak`.
+    peak: of the schedule; None for a `learning_rate` that is a number.
+    undecayed: regular expression, searched for in paths.
+    b1: decay of the mean.
+    b2: decay of the mean square.
+    eps: added to the root of the mean square.
+    weight_decay: share of a parameter taken off at rate 1.
+    clip: bound of the gradient's global norm, or None.
+  """
+  ranges.positive("peft_groups", peak=peak)
+  ranges.non_negative("peft_groups", ratio=ratio, embedding=embedding)
+  share = embedding / (learning_rate if peak is None else peak)
+  rest = rates.adamw(
+    learning_rate,
+    _peft_factor(ratio, share),
+    b1=b1,
+    b2=b2,
+    eps=eps,
+    weight_decay=weight_decay,
+    decayed=lambda path, x: (
+      not _is_fast(path, x) or re.search(undecayed, path) is None
+    ),
+    clip=clip,
+  )
+
+  def check(params):
+    for path, method in pairs.methods(params).items():
+      if not isinstance(method, LoRA):
+        raise UserError(
+          f"LoRA+: {path}: {type(method).__name__}, expected plain LoRA or "
+          "what extends it; loraplus.loraplus takes any."
+        )
+
+  return _checked(check, rest)
+
+
+def _checked(check, inner) -> optax.GradientTransformation:
+  """Returns `inner`, which looks at the parameters before it begins."""
+
+  def init(params):
+    check(params)
+    return inner.init(params)
+
+  return optax.GradientTransformation(init, inner.update)
+
+
+def _peft_factor(ratio, share) -> Callable[[str, Array], float]:
+  def factor(path, x):
+    if re.search(EMBEDDING, path):
+      return share
+    return ratio if _is_fast(path, x) else 1.0
+
+  return factor
+
+
+def _is_fast(path: str, x: Array) -> bool:
+  if re.search(EMBEDDING, path):
+    return False
+  return path.rpartition("/")[2] == UP or rates.ndim(path, x) == 1

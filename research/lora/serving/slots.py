@@ -1,0 +1,122 @@
+"""The tree of a pool: which weights have slots, and how one is filled."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research import tree, weights
+from research.lora import adapt, wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.methods.lora import LoRA
+from research.lora.optim.row_factors import Factors
+from research.lora.serving.batched import BatchedTensor
+from research.typing import Params, UserError
+
+
+def around(
+  params: Params,
+  *,
+  slots: int,
+  rank: int,
+  dtype: str,
+  targets: str | Sequence[str] = adapt.ALL_LINEAR,
+) -> Any:
+  """Returns `params` with empty slots around its weights.
+
+  Args:
+    params: without adapters, packed or not.
+    slots: adapters of each weight.
+    rank: of each.
+    dtype: of the factors.
+    targets: see `adapt.Adapt`.
+
+  Raises:
+    UserError: a target matches nothing, or experts.
+  """
+  method = LoRA(rank=rank, alpha=float(rank))
+  methods = adapt.Adapt(method=method, targets=targets).methods(params)
+  if routed := sorted(set(methods) & set(wrap.experts(params))):
+    raise UserError(f"{routed[0]}: adapters of experts cannot share a batch")
+
+  def make(paths, method, w):
+    *lead, size_in, size_out = w.shape
+    shape = (*lead, slots, rank)
+    a, b = (jnp.zeros((*shape, n), dtype) for n in (size_in, size_out))
+    return {"a": a, "b": b}, {}
+
+  def batched(w):
+    if isinstance(w, AdaptedTensor):
+      return BatchedTensor(w.w, w.trained["a"], w.trained["b"])
+    return w
+
+  wrapped = wrap.wrap(params, methods, make)
+  return jax.tree.map(batched, wrapped, is_leaf=weights.is_weight)
+
+
+def base(params: Params) -> Any:
+  """Returns the tree below the slots; shares its arrays."""
+  return jax.tree.map(
+    lambda w: w.w if isinstance(w, BatchedTensor) else w,
+    params,
+    is_leaf=weights.is_weight,
+  )
+
+
+def sizes(params: Params) -> dict[str, tuple[int, int]]:
+  """Returns (in, out) of every matrix that has slots, by address."""
+  out = {}
+  for name, leaf in wrap.leaves(params):
+    if isinstance(leaf, BatchedTensor):
+      out |= dict.fromkeys(_addresses(params, name), tuple(leaf.shape[-2:]))
+  return out
+
+
+def write(params: Params, found: Factors, slot: int) -> Any:
+  """Returns the tree with an adapter in a slot, and what was there gone.
+
+  Args:
+    params: its slots' memory is used again.
+    found: by address; a matrix that is not named gets zeros.
+    slot: which; no new one is compiled for.
+  """
+  held, new = {}, {}
+  for name, leaf in wrap.leaves(params):
+    if isinstance(leaf, BatchedTensor):
+      pairs = [_padded(found.get(p), leaf) for p in _addresses(params, name)]
+      held[name] = leaf.a, leaf.b
+      new[name] = tuple(
+        np.stack(x).reshape(*leaf.shape[:-2], *x[0].shape)
+        for x in zip(*pairs, strict=True)
+      )
+  held = _set(held, new, np.int32(slot))
+
+  def filled(name, leaf):
+    return leaf.holding(*held[name]) if name in held else leaf
+
+  return tree.map_paths(filled, params, is_leaf=weights.is_weight)
+
+
+def _addresses(params, name) -> list[str]:
+  """Returns the addresses of the matrices that a leaf of the tree stacks."""
+  run, _, rest = name.partition("/")
+  layer, _, inner = rest.partition("/")
+  rows = tree.layer_indices(params).get(f"{run}/{layer}")
+  return [name] if rows is None else [f"layers/{i}/{inner}" for i in rows]
+
+
+def _padded(pair, leaf):
+  """Returns one matrix's factors with zeros up to the rank of a slot."""
+  rank, dtype = leaf.a.shape[-2], leaf.a.dtype
+  sides = [np.zeros((rank, n), dtype) for n in leaf.shape[-2:]]
+  for side, x in zip(sides, pair or (), strict=pair is not None):
+    side[: len(x)] = x
+  return sides
+
+
+@functools.partial(jax.jit, donate_argnames="held")
+def _set(held, new, slot):
+  return jax.tree.map(lambda x, y: x.at[..., slot, :, :].set(y), held, new)

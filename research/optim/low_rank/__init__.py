@@ -1,0 +1,1 @@
+"""Optimizers with low-rank state: GaLore and its kin."""

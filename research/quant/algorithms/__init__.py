@@ -1,0 +1,1 @@
+"""Which codes: GPTQ, AWQ, SmoothQuant, rotations, training."""

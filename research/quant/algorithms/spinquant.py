@@ -1,0 +1,159 @@
+"""SpinQuant: the rotation of the residual stream, learned.
+
+Liu et al. 2024 (arXiv:2405.16406). All rotations leave the model; some leave
+less for the rounding of activations to destroy. R1 starts as a random Hadamard
+matrix and follows the gradient of the loss of the model with rounded
+activations, on the manifold of orthogonal matrices (Li et al. 2020,
+arXiv:2002.01113). For a gradient G,
+
+    A = (G Rᵀ - R Gᵀ) / 2,   R <- (I + t/2 A)^-1 (I - t/2 A) R
+
+is Cayley's transform, solved exactly here: R stays orthogonal, and no step
+increases the loss to first order.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.nn.transformer import Transformer
+from research.quant import activations
+from research.quant.activations import Op, Round
+from research.quant.algorithms import rotate
+from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.numerics import hadamard
+from research.typing import Array, Float, Int, Params, PRNGKey, UserError
+
+
+def cayley_step(
+  r: Float[Array, "D D"], gradient: Float[Array, "D D"], rate: Any
+) -> Float[Array, "D D"]:
+  """Returns the orthogonal matrix one step down.
+
+  Args:
+    r: orthogonal.
+    gradient: of the loss by `r`.
+    rate: length of the step at most; less where A is large.
+  """
+  both = gradient @ r.T
+  a = (both - both.T) / 2
+  most = jnp.max(jnp.sum(jnp.abs(a), axis=0))
+  half = 0.5 * jnp.minimum(rate, 1 / (most + 1e-8)) * a
+  eye = jnp.eye(len(r), dtype=r.dtype)
+  return jnp.linalg.solve(eye + half, (eye - half) @ r)
+
+
+def loss(
+  model: Transformer,
+  params: Params,
+  r: Float[Array, "D D"],
+  tokens: Int[Array, "B T"],
+  op: Op,
+) -> Float[Array, ""]:
+  """Returns the mean loss of the next token, with activations under `op`.
+
+  Args:
+    model: with norms of gain 1, see `rotate.fold_norms`.
+    params: its parameters, arrays.
+    r: orthogonal.
+    tokens: rows from position 0.
+    op: of the inputs of all matrices but a router's and the head.
+  """
+  turned = rotate.rotate_residual(model, params, r)
+  turned = activations.Inputs(op=op)(turned)
+  hidden, _ = model.apply({"params": turned}, tokens)
+  logits = model.apply({"params": turned}, hidden[:, :-1], method="logits")
+  log_p = jax.nn.log_softmax(logits)
+  found = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)
+  return -jnp.mean(found)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpinQuant(OfModel):
+  """The transform: as `rotate.Rotate`, R1 learned.
+
+  Attributes:
+    calibration: what is read; a step sees `batch` of its windows.
+    op: of the activations while R1 is learned.
+    steps, rate: how many, and the first one's length; it falls as a cosine.
+    values, hidden: see `rotate.Rotate`.
+    model, tokenizer: whose weights these are, given by `of`.
+  """
+
+  calibration: Calibration = Calibration(windows=32, length=128, batch=4)
+  op: Op = Round(bits=4)
+  steps: int = 100
+  rate: float = 1.5
+  values: bool = True
+  hidden: bool = True
+  model: Any = None
+  tokenizer: Any = None
+
+  def __post_init__(self):
+    if self.steps < 1 or not self.rate > 0:
+      raise UserError(
+        f"SpinQuant: found steps {self.steps} and rate {self.rate}, expected"
+        " at least 1, and more than 0."
+      )
+
+  def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
+    """Returns `params` rotated; norms are folded, the head is untied.
+
+    Raises:
+      UserError: no model yet, or one that cannot be rotated.
+    """
+    if self.model is None:
+      raise UserError("SpinQuant: has no model; `of` gives it one.")
+    first, second = jax.random.split(key)
+    tokens = self.calibration.read(self.tokenizer).tokens
+    values = None
+    if self.values:
+      size = rotate.head_dim(self.model)
+      values = hadamard.random_matrix(second, size)
+    prepared = rotate.rotated(self.model, params, None, values, self.hidden)
+    r = hadamard.random_matrix(first, self.model.width)
+    r, _ = self.learned(prepared, r, tokens)
+    return rotate.rotated(self.model, params, r, values, self.hidden)
+
+  def learned(
+    self,
+    params: Params,
+    r: Float[Array, "D D"],
+    tokens: Int[Array, "N T"] | np.ndarray,
+  ) -> tuple[Float[Array, "D D"], list[float]]:
+    """Returns (R1, the loss before each step).
+
+    Args:
+      params: but for R1 as they will be.
+      r: where it starts.
+      tokens: rows from position 0.
+    """
+    folded = rotate.fold_norms(self.model, params)
+    model = self.model.clone(remat="layer")
+
+    @jax.jit
+    def step(folded, r, rows, rate):
+      value, gradient = jax.value_and_grad(loss, argnums=2)(
+        model, folded, r, rows, self.op
+      )
+      return cayley_step(r, gradient, rate), value
+
+    losses = []
+    turn = np.pi * np.arange(self.steps) / self.steps
+    rates = self.rate * (1 + np.cos(turn)) / 2
+    for rows, rate in zip(self._rows(tokens), rates, strict=False):
+      r, value = step(folded, r, rows, float(rate))
+      losses.append(value)
+    return r, [float(value) for value in losses]
+
+  def _rows(self, tokens) -> Iterator[Any]:
+    """Yields batches without end."""
+    batch = min(self.calibration.batch, len(tokens))
+    count = len(tokens) // batch
+    for i in range(self.steps):
+      start = i % count * batch
+      yield jnp.asarray(tokens[start : start + batch])

@@ -1,0 +1,238 @@
+"""How a model's keys and values are kept in few bits, as a value.
+
+`init_cache(..., kv=KVQuantizer(bits_k=8, bits_v=4))` is all that changes: the
+cache that it returns is written and read in place of the full one. `parse`
+reads the short form of a command line: `k8v4,residual=0,key=per_token`.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from research.quant.kv.kv_cache import QuantizedLayer, Side
+from research.quant.kv.kv_grid import BITS, Grid
+from research.typing import UserError
+
+AXES = ("per_channel", "per_token", "hadamard+per_token")
+"""What shares a scale: tokens of a channel, or channels of a token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KVQuantizer:
+  """KIVI's choices, and what else is known to help.
+
+  Attributes:
+    key, value: what shares a scale, one of `AXES`; with `hadamard`, after each
+      head was turned by a Hadamard matrix, which spreads large channels.
+    bits_k, bits_v: 2, 4, 8, `"int8"`, `"fp8"`, or 16 for the model's dtype.
+    group: numbers that share a scale.
+    residual: recent tokens in full precision; per channel, that many are packed
+      at a time, at least a group.
+    sink_tokens: first tokens in full precision, in layers without a window.
+    less_bias: whether the bias of the key projection, rotated to where it is
+      added, is kept apart: Qwen 2's is far larger than the rest of its keys.
+    scale_dtype: of scales and least numbers.
+  """
+
+  key: str = "per_channel"
+  value: str = "per_token"
+  bits_k: int | str = 4
+  bits_v: int | str = 4
+  group: int = 32
+  residual: int = 128
+  sink_tokens: int = 0
+  less_bias: bool = False
+  scale_dtype: str = "float16"
+
+  def __post_init__(self):
+    for name in ("key", "value"):
+      _one_of(name, getattr(self, name), AXES)
+    for name in ("bits_k", "bits_v"):
+      _one_of(name, getattr(self, name), BITS)
+    _one_of("scale_dtype", self.scale_dtype, ("float16", "bfloat16", "float32"))
+    for name, least in (("group", 1), ("residual", 0), ("sink_tokens", 0)):
+      found = getattr(self, name)
+      if found < least:
+        raise UserError(f"kv {name}: found {found}, expected at least {least}")
+    if self.residual % self.group and any(g.by_blocks for g in self.grids):
+      raise UserError(
+        f"kv residual: found {self.residual}, expected a multiple of the group "
+        f"of {self.group} tokens, which are packed together per channel"
+      )
+
+  @property
+  def grids(self) -> tuple[Grid, Grid]:
+    """Returns the grids of keys and of values."""
+
+    def grid(axis, bits):
+      return Grid(
+        bits,
+        axis == "per_channel",
+        self.group,
+        axis.startswith("hadamard"),
+        self.scale_dtype,
+      )
+
+    return grid(self.key, self.bits_k), grid(self.value, self.bits_v)
+
+  def of(self, layers: Sequence[int]) -> "KVQuantizer":
+    """Returns what is used in some layers: this."""
+    del layers
+    return self
+
+  def empty(
+    self,
+    lead: tuple[int, ...],
+    slots: int,
+    dim: int,
+    dtype: Any,
+    windowed: bool = False,
+  ) -> QuantizedLayer:
+    """Returns an empty cache of a layer, or of a run of them.
+
+    Args:
+      lead: `[L, B, K]`, or without the layers.
+      slots: positions that it is to hold, rounded up to whole rings.
+      dim: H.
+      dtype: of what is not packed.
+      windowed: whether old positions make room for new ones.
+
+    Raises:
+      UserError: heads of `dim` channels have no whole groups.
+    """
+    grids = self.grids
+    for grid, what in zip(grids, ("kv keys", "kv values"), strict=True):
+      grid.check(dim, what)
+    first = 0 if windowed else min(self.sink_tokens, slots - 1)
+    unit = max(self.residual, 1)
+    if any(g.by_blocks for g in grids):
+      unit = max(unit, self.group)
+    slots = -(-(slots - first) // unit) * unit
+
+    def whole(size):
+      # An array each: what is donated may not be given twice.
+      return jnp.zeros((*lead, size, dim), dtype) if size else None
+
+    def side(grid):
+      ring = unit if grid.by_blocks else self.residual
+      ring = 0 if grid.whole else ring
+      return Side(grid.empty(lead, slots, dim, dtype), whole(ring), grid)
+
+    sinks = (whole(first), whole(first)) if first else None
+    return QuantizedLayer(*map(side, grids), sinks, self.less_bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class KVByLayer:
+  """Other choices in some layers; often the first and the last are delicate.
+
+  Attributes:
+    default: in all other layers.
+    others: (layer, choice), each layer once.
+  """
+
+  default: KVQuantizer
+  others: tuple[tuple[int, KVQuantizer], ...] = ()
+
+  def of(self, layers: Sequence[int]) -> KVQuantizer:
+    """Returns what is used in layers that are scanned together.
+
+    Raises:
+      UserError: they differ.
+    """
+    others = dict(self.others)
+    found = {others.get(i, self.default) for i in layers}
+    if len(found) > 1:
+      raise UserError(
+        f"kv: found layers {layers[0]} to {layers[-1]} with different bits, "
+        "expected the same in a run of layers.\nUnroll the parameters "
+        "(`research.tree.unroll`)."
+      )
+    return found.pop()
+
+
+def parse(text: str) -> KVQuantizer | KVByLayer | None:
+  """Returns what a command line says, e.g. `k8v4,group=64`; "" is none.
+
+  Args:
+    text: `kAvB` with A and B of `BITS`, or one of them for both; then
+      `field=value` for other fields of `KVQuantizer`. Others for some layers
+      follow: `k4v4;0,29=k8v8`.
+
+  Raises:
+    UserError: it is not of that form.
+  """
+  if not text:
+    return None
+  first, *rest = text.split(";")
+  default, others = _parse_one(first, text), {}
+  for part in rest:
+    layers, equals, own = part.partition("=")
+    if not equals or not re.fullmatch(r"\d+(,\d+)*", layers):
+      raise UserError(
+        f"kv={text}: found {part!r}, expected layers and their bits, e.g. "
+        "0,29=k8v8"
+      )
+    for layer in map(int, layers.split(",")):
+      if layer in others:
+        raise UserError(f"kv={text}: found layer {layer} twice, expected once")
+      others[layer] = _parse_one(own, text)
+  return KVByLayer(default, tuple(others.items())) if others else default
+
+
+def _parse_one(part: str, text: str) -> KVQuantizer:
+  """Returns the choice that a part of the text is."""
+  head, *rest = part.split(",")
+  fields = _bits(head, text)
+  known = {f.name: f for f in dataclasses.fields(KVQuantizer)}
+  for name in ("bits_k", "bits_v"):
+    del known[name]
+  for word in rest:
+    name, equals, value = word.partition("=")
+    if not equals or name not in known:
+      near = difflib.get_close_matches(name, known, 1) or sorted(known)
+      raise UserError(
+        f"kv={text}: found {word!r}, expected one of {', '.join(known)} as "
+        f"NAME=VALUE, e.g. {near[0]}={known[near[0]].default}"
+      )
+    fields[name] = _value(known[name], value, text)
+  return KVQuantizer(**fields)
+
+
+def _bits(head: str, text: str) -> dict[str, int | str]:
+  names = {str(b): b for b in BITS}
+  if head in names:
+    return {"bits_k": names[head], "bits_v": names[head]}
+  key, v, value = head[1:].partition("v")
+  if head[:1] != "k" or not v or not {key, value} <= names.keys():
+    raise UserError(
+      f"kv={text}: found {head!r}, expected bits of keys and of values, e.g. "
+      f"k8v4, k4vfp8 or int8; each may be {', '.join(names)}"
+    )
+  return {"bits_k": names[key], "bits_v": names[value]}
+
+
+def _value(field, value: str, text: str) -> Any:
+  kind = type(field.default)
+  if kind is bool and value in ("true", "false"):
+    return value == "true"
+  if kind is int and value.isdecimal():
+    return int(value)
+  if kind is str:
+    return value
+  kinds = {bool: "true or false", int: "a number of tokens"}
+  raise UserError(
+    f"kv={text}: found {field.name}={value}, expected {kinds[kind]}"
+  )
+
+
+def _one_of(name: str, found: Any, known: tuple) -> None:
+  if found not in known:
+    raise UserError(
+      f"kv {name}: found {found!r}, expected one of "
+      f"{', '.join(map(str, known))}"
+    )

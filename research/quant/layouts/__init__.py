@@ -1,0 +1,1 @@
+"""Codes in the order that kernels read."""

@@ -1,0 +1,1 @@
+"""Arithmetic of few bits: integers, small floats, codebooks."""

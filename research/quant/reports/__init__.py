@@ -1,0 +1,13 @@
+"""What quantization lost, in tables."""
+
+from research.quant.reports.reports import (
+  HEAD,
+  Report,
+  Row,
+)
+
+__all__ = [
+  "HEAD",
+  "Report",
+  "Row",
+]

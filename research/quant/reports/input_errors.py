@@ -1,0 +1,145 @@
+"""What rounding its inputs does to a matrix, and what each repair is worth.
+
+Errors are relative, of each token's outputs; the median over tokens is what
+counts: where one token is massive, it carries nearly all of the energy, and the
+error over all tokens together looks small while every other token is lost.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from research import taps, tree, weights
+from research.nn.transformer import Transformer
+from research.quant.activations import Round
+from research.quant.algorithms import smoothquant
+from research.quant.numerics import hadamard
+from research.taps.statistics import Rows
+from research.typing import Array, Float, Int, Params, PRNGKey, UserError
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+COLUMNS = (
+  *("outliers", "outliers rotated", "A8 tensor", "A8 token", "A4 token"),
+  *("A4 rotated", "A8 tensor smooth", "A4 token smooth"),
+)
+"""What `errors` finds, in the order of tables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """The statistic that is the inputs themselves, of rows `[B, T]`."""
+
+  batch: int
+  length: int
+
+  def shapes(self, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of the inputs."""
+    del size_out
+    return {"inputs": (self.batch, self.length, size_in)}
+
+  def of(self, rows: Rows) -> dict[str, Array]:
+    """Returns the inputs, float32."""
+    return {"inputs": rows.x.astype(jnp.float32)}
+
+  def join(self, a: Any, b: Any) -> Any:
+    """Raises: two calls have no sum."""
+    raise UserError("inputs that are kept are those of one call")
+
+
+def inputs(
+  model: Transformer,
+  params: Params,
+  tokens: Int[Array, "B T"],
+  addresses: tuple[str, ...],
+) -> dict[str, tuple[Float[Array, "N I"], Float[Array, "I O"]]]:
+  """Returns each matrix's inputs, one row a token, and the matrix itself.
+
+  Args:
+    model: what `params` are for.
+    params: its parameters.
+    tokens: rows from position 0.
+    addresses: such as `layers/11/mlp/down`.
+
+  Raises:
+    UserError: the model has no such matrix.
+  """
+
+  @jax.jit
+  def found(params):
+    def loss(params):
+      hidden, _ = model.apply({"params": params}, tokens)
+      return hidden.astype(jnp.float32).sum()
+
+    seen = taps.collect(loss, params, Kept(*tokens.shape), addresses=addresses)
+    seen = taps.by_address(params, seen)
+    return {k: seen[k]["inputs"] for k in addresses if k in seen}
+
+  out, layers = found(params), list(tree.layers(params))
+  for address in addresses:
+    if address not in out:
+      raise UserError(
+        f"{address}: no such matrix in the layers, expected e.g."
+        " layers/0/mlp/down."
+      )
+  held = {}
+  for address, x in out.items():
+    _, layer, *path = address.split("/")
+    w = layers[int(layer)]
+    for name in path:
+      w = w[name]
+    held[address] = x.reshape(-1, x.shape[-1]), weights.dense(w)
+  return held
+
+
+def median_error(
+  got: Float[Array, "N O"], want: Float[Array, "N O"]
+) -> Float[Array, ""]:
+  """Returns the median over rows of `|got - want| / |want|`."""
+  size = jnp.linalg.norm(want, axis=-1)
+  return jnp.median(jnp.linalg.norm(got - want, axis=-1) / size)
+
+
+@jax.jit
+def errors(
+  x: Float[Array, "N I"], w: Float[Array, "I O"], key: PRNGKey
+) -> dict[str, Float[Array, ""]]:
+  """Returns the errors of each scheme, and how large outliers are.
+
+  Args:
+    x: inputs, one row a token.
+    w: the matrix.
+    key: of the rotation's signs.
+
+  Returns:
+    `outliers`, `outliers rotated`: largest over mean magnitude of the inputs;
+    by scheme, medians of the outputs' relative errors. SmoothQuant's scales
+    are those of the same inputs, alpha 0.5.
+  """
+  w = w.astype(jnp.float32)
+  s = smoothquant.scales(jnp.abs(x).max(0), jnp.abs(w).max(1), 0.5)
+  signs = jax.random.rademacher(key, (x.shape[-1],), jnp.float32)
+  turned = hadamard.rotate(x * signs)
+  w_turned = hadamard.rotate((w * signs[:, None]).T).T
+  want = jnp.matmul(x, w, precision=HIGHEST)
+
+  def error(op, x, w):
+    return median_error(jnp.matmul(op(x), w, precision=HIGHEST), want)
+
+  def spread(x):
+    return jnp.abs(x).max() / jnp.abs(x).mean()
+
+  tensor, eight = Round(bits=8, per="tensor"), Round(bits=8)
+  four, smooth = Round(bits=4), (x / s, w * s[:, None])
+  return {
+    "outliers": spread(x),
+    "outliers rotated": spread(turned),
+    "A8 tensor": error(tensor, x, w),
+    "A8 token": error(eight, x, w),
+    "A4 token": error(four, x, w),
+    "A4 rotated": error(four, turned, w_turned),
+    "A8 tensor smooth": error(tensor, *smooth),
+    "A4 token smooth": error(four, *smooth),
+  }

@@ -1,0 +1,159 @@
+"""Chat templates: a conversation rendered to a prompt.
+
+A template comes with a model's files, so it is a program by a stranger; it
+runs in `research.text.sandbox`.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from research.text import sandbox
+from research.typing import UserError
+
+MAX_TEMPLATE = 1 << 18
+"""Characters of a template; the longest in use have about 20,000."""
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+  return sandbox.environment().from_string(template)
+
+
+def render(
+  template: str,
+  messages: Sequence[Mapping[str, Any]],
+  add_generation_prompt: bool = True,
+  names: Mapping[str, Any] | None = None,
+) -> str:
+  """Returns the prompt for a conversation.
+
+  Args:
+    template: Jinja, as Hugging Face's tokenizers carry it.
+    messages: `{"role": ..., "content": ...}`, first to last.
+    add_generation_prompt: whether the assistant's turn is opened.
+    names: what else the template may use, e.g. `bos_token`, `tools`.
+
+  Raises:
+    UserError: the template does not parse, fails, calls `raise_exception`, or
+      passes a bound of the sandbox.
+  """
+  names = {"add_generation_prompt": add_generation_prompt, **(names or {})}
+  return _rendered(sandbox.render, template, messages, names)
+
+
+def render_marked(
+  template: str,
+  messages: Sequence[Mapping[str, Any]],
+  names: Mapping[str, Any] | None = None,
+) -> tuple[str, list[tuple[int, int]]] | None:
+  """Returns a conversation, and where in it the assistant speaks.
+
+  Args:
+    template: Jinja, as for `render`.
+    messages: as for `render`.
+    names: as for `render`.
+
+  Returns:
+    The text and the spans that the template marks with `{% generation %}`, or
+    None if it has no such mark.
+  """
+  if not _marks(template):
+    return None
+  names = {"add_generation_prompt": False, **(names or {})}
+  return _rendered(sandbox.render_marked, template, messages, names)
+
+
+@functools.lru_cache(maxsize=16)
+def _marks(template: str) -> bool:
+  with _readable(template):
+    return sandbox.marks(template)
+
+
+def _rendered(render, template, messages, names):
+  context = {
+    "messages": [dict(message) for message in messages],
+    "tools": None,
+    "documents": None,
+  } | dict(names)
+  with _readable(template):
+    return render(_compiled(template), context)
+
+
+@contextlib.contextmanager
+def _readable(template: str) -> Iterator[None]:
+  """Turns whatever a template does wrong into a UserError."""
+  if len(template) > MAX_TEMPLATE:
+    raise UserError(
+      f"chat template: found {len(template):,} characters, expected at most "
+      f"{MAX_TEMPLATE:,}"
+    )
+  try:
+    yield
+  except sandbox.TooMuch as error:
+    raise UserError(
+      f"chat template: makes {error}; it was stopped.\n"
+      "Use a template that you trust, or generate without --chat."
+    ) from error
+  except jinja2.TemplateSyntaxError as error:
+    raise UserError(
+      f"chat template, line {error.lineno}: {error.message}"
+    ) from error
+  except (jinja2.TemplateError, jinja2.exceptions.SecurityError) as error:
+    raise UserError(f"chat template: {error.message}") from error
+  except RecursionError as error:
+    raise UserError("chat template: is nested too deeply") from error
+  except Exception as error:  # its own arithmetic, indexing, calls
+    raise UserError(f"chat template: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def find(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
+  """Returns the chat template among a tokenizer's files, or None.
+
+  Args:
+    directory: which may hold `chat_template.jinja` (or the older `.json`);
+      they win, as in transformers.
+    config: `tokenizer_config.json`, whose `chat_template` is one template or a
+      list of named ones, of which `default` is taken.
+  """
+  beside = directory / "chat_template.jinja"
+  if beside.is_file():
+    with beside.open(encoding="utf-8", errors="replace") as file:
+      return file.read(MAX_TEMPLATE + 1)
+  older = directory / "chat_template.json"
+  found = config.get("chat_template")
+  if older.is_file():
+    found = _fields(older).get("chat_template", found)
+  if found is None or isinstance(found, str):
+    return found
+  try:
+    named = {entry["name"]: entry["template"] for entry in found}
+    template = named.get("default")
+  except (TypeError, KeyError) as error:
+    raise UserError(
+      f"{directory}/tokenizer_config.json: chat_template: expected a text, or "
+      'a list of {"name", "template"}'
+    ) from error
+  if not isinstance(template, str | None):
+    raise UserError(
+      f"{directory}/tokenizer_config.json: chat_template: found a "
+      f"{type(template).__name__}, expected a text"
+    )
+  return template
+
+
+def _fields(path: pathlib.Path) -> Mapping[str, Any]:
+  try:
+    found = json.loads(path.read_text("utf-8"))
+  except ValueError as error:
+    raise UserError(f"{path}: is no JSON: {error}") from error
+  return found if isinstance(found, dict) else {}

@@ -1,0 +1,344 @@
+"""A tokenizer as a value: text to ids and back, whole or as a stream."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from research.text import chat
+from research.text.special_tokens import SpecialTokens
+from research.typing import UserError
+
+MAX_JSON = 1 << 28
+"""Bytes of a tokenizer's file; the largest in use have about 35 MB."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+  """Text to token ids and back.
+
+  Attributes:
+    backend: the `tokenizers` object that does the work.
+    bos, eos, pad: their ids, or None.
+    stop: ids that end a generation.
+    add_bos: whether a document begins with `bos` although the backend's own
+      post-processor does not add it (GGUF files say so).
+    add_eos: whether it ends with `eos`, likewise.
+    documents: what a run's documents began and ended with, where it has said
+      so; None for what the tokenizer itself says.
+    chat_template: Jinja, or None.
+  """
+
+  backend: Any
+  bos: int | None = None
+  eos: int | None = None
+  pad: int | None = None
+  stop: tuple[int, ...] = ()
+  add_bos: bool = False
+  add_eos: bool = False
+  documents: SpecialTokens | None = None
+  chat_template: str | None = None
+
+  @classmethod
+  def from_directory(cls, directory: str | os.PathLike) -> "Tokenizer":
+    """Returns the tokenizer of a Hugging Face directory.
+
+    Raises:
+      UserError: `tokenizer.json` is missing, or a file is not what it should
+        be.
+    """
+    return _from_directory(pathlib.Path(directory))
+
+  @classmethod
+  def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
+    """Returns the tokenizer that a GGUF file carries in its metadata."""
+    return _from_gguf(metadata)
+
+  @property
+  def vocab_size(self) -> int:
+    """How many ids there are, added tokens included."""
+    return self.backend.get_vocab_size(with_added_tokens=True)
+
+  @property
+  def special(self) -> SpecialTokens:
+    """What stands around a document."""
+    return self.own_special if self.documents is None else self.documents
+
+  @functools.cached_property
+  def own_special(self) -> SpecialTokens:
+    """What the tokenizer itself says; where it is `bos`, in every row."""
+    begin, end = _added(self.backend)
+    if self.add_bos and self.bos is not None and not begin:
+      begin = (self.bos,)
+    if self.add_eos and self.eos is not None and not end:
+      end = (self.eos,)
+    return SpecialTokens(begin, end, every_row=bool(begin))
+
+  def encode(self, text: str, add_special: bool = False) -> list[int]:
+    """Returns the ids of `text`.
+
+    Args:
+      text: special tokens written out in it become their ids.
+      add_special: whether what the model expects around a document (often a
+        `bos` before it) is added.
+    """
+    ids = self.backend.encode(text, add_special_tokens=False).ids
+    return self.special.document(ids) if add_special else ids
+
+  def prompt(self, text: str) -> list[int]:
+    """Returns the ids of a text that the model is to continue.
+
+    What belongs before a document stands before it, and nothing behind it.
+    """
+    return self.special.prompt(self.encode(text))
+
+  def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+    return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+  def stream_decoder(self, skip_special: bool = True) -> "StreamDecoder":
+    """Returns a decoder of ids that come one after another."""
+    return StreamDecoder(self, skip_special)
+
+  def chat(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+  ) -> str:
+    """Returns a conversation as the model's prompt; encode it as it is.
+
+    Raises:
+      UserError: there is no chat template, or it fails.
+    """
+    template, names = self._template()
+    return chat.render(template, messages, add_generation_prompt, names)
+
+  def chat_marked(
+    self, messages: Sequence[Mapping[str, Any]]
+  ) -> tuple[str, list[tuple[int, int]]] | None:
+    """Returns a conversation and where the assistant speaks in it.
+
+    None where the chat template does not mark that.
+
+    Raises:
+      UserError: there is no chat template, or it fails.
+    """
+    template, names = self._template()
+    return chat.render_marked(template, messages, names)
+
+  def _template(self) -> tuple[str, dict[str, str]]:
+    if self.chat_template is None:
+      raise UserError(
+        "this model has no chat template: generate without --chat"
+      )
+    names = {
+      f"{name}_token": "" if i is None else self.backend.id_to_token(i)
+      for name, i in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad))
+    }
+    return self.chat_template, names
+
+
+def _added(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Returns what the backend's own post-processor puts around a text."""
+  for text in ("a", "0", "A"):
+    inside = backend.encode(text, add_special_tokens=False).ids
+    whole = backend.encode(text, add_special_tokens=True).ids
+    # Nothing is inside where the vocabulary lacks the letter.
+    for i in range(len(whole) - len(inside) + 1 if inside else 0):
+      if whole[i : i + len(inside)] == inside:
+        return tuple(whole[:i]), tuple(whole[i + len(inside) :])
+  return (), ()
+
+
+class StreamDecoder:
+  """Turns ids that come one after another into text that is never broken.
+
+  The pieces, joined, are `decode` of all ids. A piece is held back while the
+  bytes of its last character may still be incomplete. The ids of the piece
+  before are decoded again in front of the new ones, since some decoders treat
+  the first id of a text differently.
+  """
+
+  _LONGEST = 4  # bytes, so at most tokens, of a character in UTF-8
+
+  def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+    self._decode = lambda ids: tokenizer.decode(ids, skip_special)
+    self._before: list[int] = []
+    self._waiting: list[int] = []
+
+  def feed(self, ids: Iterable[int]) -> str:
+    """Returns the text that `ids` complete, perhaps none."""
+    return "".join(self._feed(i) for i in ids)
+
+  def flush(self) -> str:
+    """Returns what is still held back, at the end of the text."""
+    return self._release(len(self._waiting))
+
+  def _feed(self, i: int) -> str:
+    self._waiting.append(i)
+    if not self._text(self._waiting).endswith("\ufffd"):
+      return self._release(len(self._waiting))
+    # Not UTF-8 at all, or not yet: release what no later byte can change,
+    # which is up to where two parts decode like the whole.
+    if len(self._waiting) > 2 * self._LONGEST:
+      whole = self._text(self._waiting)
+      for cut in range(len(self._waiting) - self._LONGEST, 0, -1):
+        first, rest = self._waiting[:cut], self._waiting[cut:]
+        if self._text(first) + self._decode(rest) == whole:
+          return self._release(cut)
+    return ""
+
+  def _text(self, ids: list[int]) -> str:
+    start = self._decode(self._before)
+    return self._decode(self._before + ids)[len(start) :]
+
+  def _release(self, n: int) -> str:
+    text = self._text(self._waiting[:n])
+    if n:
+      self._before = self._waiting[:n]
+      self._waiting = self._waiting[n:]
+    return text
+
+
+class StopStrings:
+  """Cuts a stream of text before the first of some strings.
+
+  A piece that may be the beginning of a stop string is held back until it is
+  known, so a string is found wherever the pieces are cut.
+  """
+
+  def __init__(self, stops: Sequence[str]):
+    if not all(stops):
+      raise UserError("--stop: found an empty string, expected some text")
+    self._stops = tuple(stops)
+    self._held = ""
+    self.found = False
+
+  def feed(self, piece: str) -> str:
+    """Returns the text that is surely before any stop string."""
+    if self.found:
+      return ""
+    text = self._held + piece
+    starts = [i for s in self._stops if (i := text.find(s)) >= 0]
+    if starts:
+      self.found, self._held = True, ""
+      return text[: min(starts)]
+    keep = max((_overlap(text, s) for s in self._stops), default=0)
+    self._held = text[len(text) - keep :]
+    return text[: len(text) - keep]
+
+  def flush(self) -> str:
+    """Returns what is still held back, at the end of the text."""
+    text, self._held = self._held, ""
+    return text
+
+
+def _overlap(text: str, stop: str) -> int:
+  """Returns how much of the end of `text` is the beginning of `stop`."""
+  for n in range(min(len(text), len(stop) - 1), 0, -1):
+    if text.endswith(stop[:n]):
+      return n
+  return 0
+
+
+def _from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+  from research.text import gguf_tokenizer
+
+  backend, special = gguf_tokenizer.tokenizer_from_gguf(metadata)
+  eos = special.get("eos")
+  ends = [eos, metadata.get("tokenizer.ggml.eot_token_id")]
+  return Tokenizer(
+    backend=backend,
+    bos=special.get("bos"),
+    eos=eos,
+    pad=special.get("pad"),
+    stop=tuple(dict.fromkeys(int(i) for i in ends if i is not None)),
+    add_bos=bool(special.get("add_bos")),
+    add_eos=bool(special.get("add_eos")),
+    chat_template=special.get("chat_template"),
+  )
+
+
+def _from_directory(directory: pathlib.Path) -> Tokenizer:
+  path = directory / "tokenizer.json"
+  if not path.is_file():
+    raise UserError(
+      f"{path}: no such file.\n"
+      "A fast tokenizer is needed; transformers' save_pretrained writes one."
+    )
+  try:
+    backend = tokenizers.Tokenizer.from_str(_text(path))
+  except UserError:
+    raise
+  except Exception as error:  # the library raises bare Exceptions
+    raise UserError(f"{path}: is no tokenizer: {str(error)[:200]}") from error
+  # Batches are padded and cut by us.
+  backend.no_padding()
+  backend.no_truncation()
+  config = _json(directory / "tokenizer_config.json")
+  special = _json(directory / "special_tokens_map.json") | config
+
+  def find(name: str) -> int | None:
+    token = special.get(f"{name}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(token) if isinstance(token, str) else None
+
+  eos = find("eos")
+  return Tokenizer(
+    backend=backend,
+    bos=find("bos"),
+    eos=eos,
+    pad=find("pad"),
+    stop=_stop(directory, eos),
+    add_bos=config.get("add_bos_token") is True,
+    add_eos=config.get("add_eos_token") is True,
+    chat_template=chat.find(directory, config),
+  )
+
+
+def _stop(directory: pathlib.Path, eos: int | None) -> tuple[int, ...]:
+  """Returns the ids that end a text: the tokenizer's and the model's."""
+  found = [] if eos is None else [eos]
+  for name in ("generation_config.json", "config.json"):
+    ids = _json(directory / name).get("eos_token_id")
+    if ids is None:
+      continue
+    ids = ids if isinstance(ids, list) else [ids]
+    if not all(type(i) is int and i >= 0 for i in ids):
+      raise UserError(
+        f"{directory / name}: eos_token_id: found {ids!r}, expected an id or "
+        "a list of ids"
+      )
+    found += ids
+    break
+  return tuple(dict.fromkeys(found))
+
+
+def _text(path: pathlib.Path) -> str:
+  size = path.stat().st_size
+  if size > MAX_JSON:
+    raise UserError(f"{path}: found {size:,} bytes, at most {MAX_JSON:,}")
+  try:
+    return path.read_text("utf-8")
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path}: is no UTF-8 at byte {error.start}") from error
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the object in a JSON file, an empty one where there is no file."""
+  if not path.is_file():
+    return {}
+  text = _text(path)
+  try:
+    found = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    # An integer of thousands of digits is a ValueError, too.
+    raise UserError(f"{path}: is no JSON: {error}") from error
+  if not isinstance(found, dict):
+    raise UserError(f"{path}: found a {type(found).__name__}, not an object")
+  return found

@@ -1,0 +1,85 @@
+"""With what a run was made, recorded in its workdir.
+
+Another version of the code or of a library may round otherwise: a resumed run
+is then not bitwise the undisturbed one. That is said, and no error.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Mapping
+
+import jax
+
+from research.io import folders
+from research.io.folders import Folder
+
+FILE = "versions.json"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "grain")
+LIBRARIES += ("orbax-checkpoint", "tokenizers")
+_PACKAGES = ("research", "kernels_pallas", "experiments")
+
+
+def current() -> dict[str, str]:
+  """Returns name -> version of what decides a run's numbers."""
+  found = {"python": platform.python_version()}
+  for name in LIBRARIES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "none"
+  devices = jax.devices()
+  found["devices"] = f"{len(devices)} x {devices[0].device_kind}"
+  found["code"] = code()
+  return found
+
+
+def code() -> str:
+  """Returns a digest of our packages' sources, whether in git or not."""
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).resolve().parents[3]
+  for package in _PACKAGES:
+    for path in sorted((root / package).rglob("*.py")):
+      digest.update(f"{path.relative_to(root)}\n".encode())
+      digest.update(path.read_bytes())
+  return digest.hexdigest()[:12]
+
+
+def record(workdir: Folder) -> None:
+  """Adds what this process runs with to the workdir's versions.json.
+
+  The file lists each set of versions that the run was made with, in order.
+  Where the last one differs from this process's, a warning says in what.
+  """
+  path, now = workdir / FILE, current()
+  known = _read(path)
+  before = known[-1] if known else now
+  changes = [
+    f"{name} {before.get(name, 'unknown')} -> {version}"
+    for name, version in now.items()
+    if before.get(name) != version
+  ]
+  if changes:
+    folders.warn(
+      f"{path}: other versions than before: {', '.join(changes)}.\n"
+      "The run goes on, but need not be bitwise what it would have been."
+    )
+  if (changes or not known) and jax.process_index() == 0:
+    with folders.writing(path):
+      folders.write_text(path, json.dumps([*known, now], indent=2) + "\n")
+
+
+def _read(path: Folder) -> list[Mapping[str, str]]:
+  """Returns what is recorded; what cannot be read is no reason to stop."""
+  try:
+    found = json.loads(path.read_bytes())
+  except FileNotFoundError:
+    return []
+  except (OSError, ValueError):
+    found = None
+  if isinstance(found, list) and all(isinstance(x, Mapping) for x in found):
+    return found
+  folders.warn(f"{path}: cannot be read; it is written anew")
+  return []

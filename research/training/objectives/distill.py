@@ -1,0 +1,103 @@
+"""Distillation from a teacher (Hinton et al. 2015, arXiv:1503.02531)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.masks import Mask
+from research import weights
+from research.nn.transformer import Transformer
+from research.training import positions
+from research.training.objectives import losses
+from research.training.objectives.objective import Batch, Sums
+from research.training.objectives.preference import Part, Select
+from research.typing import Array, Float, Params, PRNGKey, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+  """The forward divergence from teacher to student, and perhaps the text.
+
+    (1 - h) t^2 KL(teacher^(1/t) || student^(1/t)) + h (-log student(target))
+
+  where p^(1/t) is the softmax of logits / t. The factor t^2 keeps gradients
+  comparable between temperatures, as section 2 advises.
+
+  Attributes:
+    model: the student; an experiment fills it in.
+    teacher: the teacher's network; None if it is the student's (a model
+      before it was quantized, or with its adapters).
+    temperature: t.
+    hard: h, the share of the ordinary loss.
+    student: which parameters are the student's.
+    source: which are the teacher's; no gradient flows into them.
+    rows: rows of logits held at a time, of each model.
+  """
+
+  model: Transformer | None = None
+  teacher: Transformer | None = None
+  temperature: float | int = 1.0
+  hard: float | int = 0.0
+  student: Select = Part("student")
+  source: Select = Part("teacher")
+  rows: int = 256
+
+  def __post_init__(self):
+    if not self.temperature > 0 or not 0 <= self.hard <= 1:
+      raise UserError(
+        f"Distill: found temperature {self.temperature} and hard {self.hard},"
+        " expected a temperature above 0 and a share from 0 to 1."
+      )
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the sums of loss, weights, and the metrics.
+
+    Those are `divergence` (without t^2), `cross_entropy` of the student on the
+    targets, its `accuracy`, and `agreement`: both models' best token is one.
+    """
+    student = weights.bind(self.student(params), key=key)
+    source = jax.lax.stop_gradient(self.source(params))
+    student, source = (
+      weights.with_tokens(p, batch["tokens"], batch["segments"])
+      for p in (student, source)
+    )
+    teacher = self.teacher or self.model
+    if teacher.vocab_size != self.model.vocab_size:
+      raise UserError(
+        f"Distill: found a teacher of {teacher.vocab_size} tokens and a student"
+        f" of {self.model.vocab_size}, expected the same vocabulary."
+      )
+    mask = Mask.causal(segments=batch["segments"])
+    hiddens = [
+      model.apply({"params": p}, batch["tokens"], batch["positions"], mask)[0]
+      for model, p in ((self.model, student), (teacher, source))
+    ]
+    found = positions.map_positions(
+      self._of_chunk,
+      (positions.head_of(student), positions.head_of(source)),
+      *hiddens,
+      batch["targets"],
+      rows=self.rows,
+    )
+    sums = {k: (v * batch["weights"]).sum() for k, v in found.items()}
+    soft = self.temperature**2 * sums["divergence"]
+    loss_sum = (1 - self.hard) * soft + self.hard * sums["cross_entropy"]
+    return loss_sum, batch["weights"].sum(), sums
+
+  def _of_chunk(
+    self, heads: Any, student: Any, teacher: Any, targets: Any
+  ) -> dict[str, Float[Array, "B T"]]:
+    ours = positions.logits_of(self.model, heads[0], student)
+    theirs = positions.logits_of(self.teacher or self.model, heads[1], teacher)
+    cross_entropy, accuracy = losses.token_losses(ours, targets)
+    agreement = ours.argmax(-1) == theirs.argmax(-1)
+    log_p = jax.nn.log_softmax(theirs / self.temperature)
+    log_q = jax.nn.log_softmax(ours / self.temperature)
+    return {
+      "divergence": (jnp.exp(log_p) * (log_p - log_q)).sum(-1),
+      "cross_entropy": cross_entropy,
+      "accuracy": accuracy,
+      "agreement": agreement.astype(jnp.float32),
+    }

@@ -1,0 +1,90 @@
+"""Objectives: a loss is a value, called with parameters, a batch and a key.
+
+What it returns are sums, so that microbatches, processes and unevenly masked
+rows add up exactly; whoever reports divides once, by the summed weight.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from kernels_pallas.masks import Mask
+from research import weights
+from research.nn.transformer import Transformer
+from research.optim import ranges
+from research.training.objectives import losses
+from research.training.objectives.experts import Balance
+from research.typing import Array, Params, PRNGKey
+
+Batch = Mapping[str, Any]
+"""Arrays [B, ...]. For text: `tokens`, `targets`, `positions` and `segments`,
+int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
+
+Sums = tuple[Array, Array, dict[str, Array]]
+"""`(loss_sum, weight, metrics)`, every one a scalar sum over the batch."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+  """A loss. `key` is None where nothing may be random: in evaluation."""
+
+  def __call__(
+    self, params: Params, batch: Batch, key: PRNGKey | None
+  ) -> Sums: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+  """Next-token prediction over packed rows.
+
+  Attributes:
+    model: the network; an experiment fills it in once it is loaded.
+    z_loss: see `losses.TokenLoss`.
+    label_smoothing: see `losses.TokenLoss`.
+    rows: rows of logits held at a time.
+    experts: what to add for a model with experts, or None.
+  """
+
+  model: Transformer | None = None
+  z_loss: float | int = 0.0
+  label_smoothing: float | int = 0.0
+  rows: int = 256
+  experts: Balance | None = None
+
+  def __post_init__(self):
+    ranges.non_negative("NextToken", z_loss=self.z_loss)
+    ranges.share("NextToken", label_smoothing=self.label_smoothing)
+    ranges.positive("NextToken", rows=self.rows)
+
+  def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
+    """Returns the sums of loss, of weights, and of right predictions."""
+    params = weights.bind(params, key=key)
+    tokens, segments = batch["tokens"], batch["segments"]
+    params = weights.with_tokens(params, tokens, segments)
+    # By index, not by position: rows are packed in order, and what follows
+    # from indices alone lets attention skip tiles before anything runs.
+    mask = Mask.causal(segments=segments)
+    hidden, _, loads = self.model.apply(
+      {"params": params},
+      tokens,
+      batch["positions"],
+      mask,
+      method="routed",
+    )
+    head = "embed" if self.model.tied else "head"
+    loss_sum, correct_sum = losses.chunked_cross_entropy(
+      self._logits,
+      {head: params[head]},
+      hidden,
+      batch["targets"],
+      batch["weights"],
+      losses.TokenLoss(self.z_loss, self.label_smoothing, self.rows),
+    )
+    weight, sums = batch["weights"].sum(), {"accuracy": correct_sum}
+    if self.experts is not None:
+      added, found = self.experts(loads, weight, training=key is not None)
+      loss_sum, sums = loss_sum + added, sums | found
+    return loss_sum, weight, sums
+
+  def _logits(self, head, hidden):
+    return self.model.apply({"params": head}, hidden, method="logits")

@@ -1,0 +1,235 @@
+"""What a run says about itself: writers, a progress bar, peak memory.
+
+Metrics of step n are turned into numbers when step n + 1 has been dispatched
+(`OneStepLate`), so that writing never keeps the device waiting.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import tqdm
+
+from research.io import folders
+from research.io.folders import Folder
+from research.typing import UserError
+
+Values = Mapping[str, Any]
+
+
+@runtime_checkable
+class Writer(Protocol):
+  """Somewhere to put the numbers of a step."""
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Writes numbers that belong to `step`; names have the form `part/name`."""
+
+  def close(self) -> None:
+    """Writes out what is pending."""
+
+
+WriterFactory = Callable[[Folder, int | None], Writer]
+"""(workdir, step that a run resumes from or None) -> Writer."""
+
+
+PATIENCE = 30.0
+"""Seconds for which lines may wait to be written to an object store."""
+
+
+class JsonlWriter:
+  """One JSON object a line: `{"step": 3, "train/loss": 2.1, ...}`.
+
+  Numbers that JSON cannot hold (NaN, infinity) become null.
+  """
+
+  def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
+    """Opens `path` for appending.
+
+    Args:
+      path: the file; its folder exists.
+      resume_step: keep the lines up to this step and drop what follows (the
+        steps that will be repeated, a line torn by a crash); None keeps none.
+    """
+    self._path = folders.folder(path)
+    kept = []
+    if resume_step is not None:
+      kept = [r for r in read_jsonl(path) if r["step"] <= resume_step]
+    text = "".join(map(_line, kept))
+    self._file, self._text = None, text
+    with folders.writing(self._path):
+      folders.write_text(self._path, text)
+      if not folders.is_remote(self._path):
+        self._file = self._path.open("a", encoding="utf-8")
+    self._written = time.monotonic()
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Adds a line: written at once, or within `PATIENCE` where it is remote."""
+    line = _line({"step": step, **values})
+    if self._file is None:
+      self._text += line
+      if time.monotonic() > self._written + PATIENCE:
+        self.flush()
+      return
+    with folders.writing(self._path):
+      self._file.write(line)
+      self._file.flush()
+
+  def flush(self) -> None:
+    """Writes out what is pending: a checkpoint is about to rely on it."""
+    if self._file is None:
+      # An object store cannot append.
+      with folders.writing(self._path):
+        folders.write_text(self._path, self._text)
+      self._written = time.monotonic()
+
+  def close(self) -> None:
+    """Writes out what is pending, and closes the file."""
+    self.flush()
+    if self._file is not None:
+      with folders.writing(self._path):
+        self._file.close()
+
+
+def _line(record: Values) -> str:
+  def plain(x):
+    if isinstance(x, int | str):
+      return x
+    return float(x) if math.isfinite(x) else None
+
+  return json.dumps({k: plain(v) for k, v in record.items()}) + "\n"
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """Returns the records of a metrics file; [] if there is none.
+
+  A last line without its end is what a crash leaves behind and is left out.
+  """
+  path = folders.folder(path)
+  if not path.exists():
+    return []
+  records = []
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+    try:
+      record = json.loads(line)
+      record["step"] = int(record["step"])
+    except (ValueError, TypeError, KeyError) as error:
+      raise UserError(
+        f"{path}: line {number + 1} is no record of a step: {line[:60]!r}.\n"
+        'Expected JSON with a "step"; move the file away.'
+      ) from error
+    records.append(record)
+  return records
+
+
+class TensorBoardWriter:
+  """Event files for TensorBoard, by tensorboardX."""
+
+  def __init__(self, folder: str | os.PathLike, resume_step: int | None = None):
+    """Opens `folder`; TensorBoard hides what came after `resume_step`."""
+    try:
+      import tensorboardX
+    except ImportError as error:
+      raise UserError(
+        "TensorBoardWriter: tensorboardX is not installed.\n"
+        "Install it with: pip install 'heptad[tracking]'"
+      ) from error
+    purge = None if resume_step is None else resume_step + 1
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Writes one scalar a name."""
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Closes the event file."""
+    self._writer.close()
+
+
+class WandbWriter:
+  """A run of Weights & Biases."""
+
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    resume_step: int | None = None,
+    *,
+    project: str = "heptad",
+  ):
+    """Starts or resumes the run that is named after `folder`."""
+    try:
+      import wandb
+    except ImportError as error:
+      raise UserError(
+        "WandbWriter: wandb is not installed.\n"
+        "Install it with: pip install 'heptad[tracking]'"
+      ) from error
+    name = pathlib.Path(folder).resolve().name
+    self._run = wandb.init(
+      project=project,
+      id=name,
+      dir=str(folder),
+      resume="never" if resume_step is None else "must",
+    )
+
+  def scalars(self, step: int, values: Values) -> None:
+    """Logs the values of a step."""
+    self._run.log(dict(values), step=step)
+
+  def close(self) -> None:
+    """Finishes the run."""
+    self._run.finish()
+
+
+class OneStepLate:
+  """Hands on each step's metrics when the next one's arrive.
+
+  Reading a metric waits for its step to finish on the device. By then the next
+  step is queued already, so the device never idles.
+  """
+
+  def __init__(self, emit: Callable[[int, dict[str, float]], None]):
+    """Calls `emit(step, numbers)` for each push, in order, one push late."""
+    self._emit = emit
+    self._pending: tuple[int, Values] | None = None
+
+  def push(self, step: int, values: Values) -> None:
+    """Keeps `values`, device arrays or numbers, and emits the ones before."""
+    pending, self._pending = self._pending, (step, values)
+    if pending is not None:
+      self._out(*pending)
+
+  def flush(self) -> None:
+    """Emits what is pending, waiting for its step."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      self._out(*pending)
+
+  def _out(self, step: int, values: Values) -> None:
+    self._emit(step, {k: float(v) for k, v in jax.device_get(values).items()})
+
+
+def progress_bar(steps: int, done: int, shown: bool = True) -> tqdm.tqdm:
+  """Returns a bar on stderr; where that is no terminal, a line now and then.
+
+  Args:
+    steps: in all.
+    done: of them.
+    shown: whether there is anything to see; one process of many shows it.
+  """
+  terminal = sys.stderr.isatty()
+  return tqdm.tqdm(
+    total=steps,
+    initial=done,
+    unit="step",
+    file=sys.stderr,
+    disable=not shown,
+    dynamic_ncols=terminal,
+    mininterval=0.5 if terminal else 15,
+  )

@@ -1,0 +1,282 @@
+"""The commands: results as JSON, errors of one to three lines, exit status."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import evaluate, generate, perplexity, train
+from experiments.core import cli, outputs
+from research import tree
+from research.interop import load
+from research.interop.peft import peft_write
+from research.lora import adapt
+from research.lora.methods.lora import LoRA
+from research.typing import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+MODELS = ROOT / "tests" / "golden" / "models"
+FLAGS = cli.new_flags()  # of the commands defined below
+TINY = str(MODELS / "gguf_f32" / "model.gguf")
+
+
+@pytest.fixture
+def command(capsys):
+  """Calls a command in this process: `(status, stdout lines, stderr)`."""
+
+  def call(main, *arguments):
+    status = cli.call(main, ["command", *map(str, arguments)])
+    out = capsys.readouterr()
+    return status, out.out.splitlines(), out.err
+
+  return call
+
+
+def test_generate_streams_and_ends_with_json(command):
+  arguments = [f"--model={TINY}", "--prompt=the cat", "--max_new_tokens=20"]
+  status, lines, errors = command(generate.main, *arguments)
+  assert (status, errors) == (0, "")
+  result = json.loads(lines[-1])
+  assert result["text"] == "\n".join(lines[:-1])
+  assert result["finish_reason"] in ("stop", "length")
+  assert 1 <= result["tokens"] <= 20
+  again = json.loads(command(generate.main, *arguments)[1][-1])
+  assert again["text"] == result["text"]
+  # A stop string cuts the same text.
+  stop = result["text"][3:5]
+  cut = json.loads(command(generate.main, *arguments, f"--stop={stop}")[1][-1])
+  assert cut["text"] == result["text"].split(stop)[0]
+  assert cut["finish_reason"] == "stop"
+
+
+def test_an_adapter_is_applied(command, tmp_path):
+  """By --adapter over its base, or as a model that names its base."""
+  base = load.load_model(TINY)
+  adapted = adapt.Adapt(method=LoRA(rank=2))(base.params, jax.random.key(0))
+  adapted = tree.map_paths(
+    lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
+  )
+  peft_write.save_adapter(tmp_path, adapted, base.model, TINY)
+  arguments = ["--prompt=the cat", "--max_new_tokens=20"]
+  with_it = f"--model={TINY}", f"--adapter=mine={tmp_path}"
+  named = command(generate.main, *arguments, *with_it)
+  alone = command(generate.main, *arguments, f"--model={tmp_path}")
+  plain = command(generate.main, *arguments, f"--model={TINY}")
+  assert [status for status, _, _ in (named, alone, plain)] == [0, 0, 0]
+  assert named[1][:-1] == alone[1][:-1] != plain[1][:-1]
+
+
+def test_a_seed_is_a_sample(command):
+  arguments = [f"--model={TINY}", "--prompt=a", "--temperature=1.5"]
+  texts = [
+    command(generate.main, *arguments, f"--seed={seed}")[1][:-1]
+    for seed in (1, 1, 2)
+  ]
+  assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    ([], "--model: is missing"),
+    (["--model=nowhere", "--prompt=a"], "nowhere"),
+    ([f"--model={TINY}"], "--prompt: is missing"),
+    (["--temperature=0", "--top_k=3"], "--top_k: has no effect"),
+    (["--temperature=-1"], "temperature: found -1"),
+    (["--top_p=2"], "top_p: found 2"),
+    (["--max_new_tokens=0"], "max_new_tokens: found 0"),
+    (["--stop="], "--stop: found an empty string"),
+    (["--sampler=diffusion"], "--sampler=diffusion"),
+    (["--adapter=somewhere"], "expected NAME=DIR"),
+    (["--adapter=mine=nowhere"], "nowhere"),
+    (["--dtype=float12"], "float12"),
+    (["--prompt=" + "word " * 5000], "context"),
+  ],
+  ids=str,
+)
+def test_generate_errors(command, arguments, words):
+  if arguments and not arguments[0].startswith("--model"):
+    arguments = [f"--model={TINY}", "--prompt=a", *arguments]
+  status, lines, errors = command(generate.main, *arguments)
+  assert (status, lines) == (1, [])
+  assert errors.startswith("error: ") and words in errors
+  assert "Traceback" not in errors
+  assert len(errors.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [["--nonesuch=1"], ["--seed=x"], ["--sampler=magic"], ["stray"]],
+  ids=str,
+)
+def test_wrong_command_lines(command, arguments):
+  status, lines, errors = command(generate.main, *arguments)
+  assert (status, lines) == (2, [])
+  assert len(errors.splitlines()) == 1
+  assert arguments[0].strip("-").split("=")[0] in errors
+
+
+def test_perplexity_is_the_standard(command, tmp_path):
+  text = tmp_path / "text.txt"
+  text.write_text("the cat sat on the mat and the dog ran " * 20)
+  status, lines, errors = command(
+    perplexity.main, f"--model={TINY}", f"--text={text}", "--window=16"
+  )
+  assert (status, errors) == (0, "")
+  result = json.loads(lines[-1])
+  assert {"perplexity", "tokens", "tokens_per_s"} <= set(result)
+  assert result["tokens"] == 8 * 15
+  np.testing.assert_allclose(result["perplexity"], np.exp(result["nll"]))
+
+
+@pytest.mark.parametrize(
+  "content, words",
+  [
+    (None, "No such file"),
+    (b"", "is empty"),
+    (b" \n", "is empty"),
+    (b"abc\xff", "no UTF-8 at byte 3"),
+    (b"the cat", "--window=6"),
+  ],
+)
+def test_bad_texts(command, tmp_path, content, words):
+  text = tmp_path / "text.txt"
+  if content is not None:
+    text.write_bytes(content)
+  status, lines, errors = command(
+    perplexity.main, f"--model={TINY}", f"--text={text}", "--window=64"
+  )
+  assert (status, lines) == (1, [])
+  assert words in errors and len(errors.splitlines()) <= 3
+
+
+def test_a_directory_is_no_text(command, tmp_path):
+  status, _, errors = command(
+    perplexity.main, f"--model={TINY}", f"--text={tmp_path}"
+  )
+  assert status == 1 and "directory" in errors
+
+
+@pytest.mark.parametrize(
+  "module, own",
+  [
+    (generate, "model"),
+    (perplexity, "model"),
+    (train, "config"),
+    (evaluate, "workdir"),
+  ],
+  ids=lambda x: getattr(x, "__name__", x),
+)
+def test_help_names_every_flag(command, module, own):
+  status, lines, _ = command(module.main, "--help")
+  text = "\n".join(lines)
+  assert status == 0
+  assert lines[0].endswith(".") and "python -m experiments." in text
+  for name in (own, *module.FLAGS):
+    assert f"--{name}" in text or f"--[no]{name}" in text
+
+
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
+    ([], "--workdir=DIR of a run, or --config=FILE"),
+    (["--workdir=nowhere"], "--workdir=nowhere: found no config.gin"),
+    (["--config=nowhere.gin"], "--config=nowhere.gin: no such file"),
+  ],
+  ids=str,
+)
+def test_evaluate_errors(command, arguments, words):
+  status, lines, errors = command(evaluate.main, *arguments)
+  assert (status, lines) == (1, [])
+  assert words in errors and len(errors.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+  "error, text",
+  [
+    (UserError("a: b"), "error: a: b\n"),
+    (OSError(28, "No space left on device", "x"), "error: x: No space"),
+    (KeyboardInterrupt(), "error: interrupted"),
+    (ZeroDivisionError("ours"), "Traceback"),
+  ],
+)
+def test_what_is_shown_of_an_error(command, error, text):
+  def main(argv):
+    raise error
+
+  status, lines, errors = command(main)
+  assert status != 0 and lines == []
+  assert errors.startswith(text)
+
+
+def test_traceback_on_demand(command):
+  def main(argv):
+    raise UserError("a: b")
+
+  status, _, errors = command(main, "--traceback")
+  assert status == 1 and "Traceback" in errors and "a: b" in errors
+
+
+def test_results_are_json(command):
+  def main(argv):
+    return {"a": np.float32(1.5), "b": float("nan"), "c": [ROOT, (1, None)]}
+
+  _, lines, _ = command(main)
+  assert json.loads(lines[-1]) == {
+    "a": 1.5,
+    "b": None,
+    "c": [str(ROOT), [1, None]],
+  }
+
+
+FULL = pathlib.Path("/dev/full")
+
+
+@pytest.mark.skipif(
+  not FULL.is_char_device(), reason="needs a device that is full"
+)
+def test_a_full_disk(tmp_path):
+  # By a link: whatever is written to it, the device itself stays.
+  link = tmp_path / "result.json"
+  link.symlink_to(FULL)
+  with pytest.raises(UserError, match="json: cannot be written .No space"):
+    outputs.write(link, "x")
+  assert link.is_symlink()
+  with FULL.open("w") as full:
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.generate", "--help"],
+      cwd=ROOT,
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+      timeout=120,
+    )
+  assert done.returncode == 1
+  assert done.stderr == "error: output: No space left on device\n"
+
+
+def test_a_process_of_its_own():
+  """The status reaches the shell, and help needs no JAX."""
+  environ = os.environ | {"JAX_PLATFORMS": "nonesuch"}
+
+  def run(*arguments):
+    return subprocess.run(
+      [sys.executable, "-m", "experiments.generate", *arguments],
+      cwd=ROOT,
+      env=environ,
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+
+  helped = run("--help")
+  assert helped.returncode == 0 and "--temperature" in helped.stdout
+  wrong = run("--prompt=a")
+  assert wrong.returncode == 1 and wrong.stdout == ""
+  assert wrong.stderr == "error: --model: is missing; --help says what it is\n"

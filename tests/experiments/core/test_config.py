@@ -1,0 +1,136 @@
+"""Configurations: what parses, what it says when it does not, round trips."""
+
+import pytest
+
+from experiments.core import config
+from experiments.core.experiment import Experiment, Pretrained
+from experiments.studies.diffusion import diffusion_study
+from experiments.studies.quant import quantizing
+from research.training.objectives.objective import NextToken
+from research.typing import UserError
+
+RUNS = sorted(
+  str(p.relative_to(config.CONFIGS))
+  for p in config.CONFIGS.glob("runs/**/*.gin")
+  if not p.name.startswith("claims_")  # studies: test_lora_claims
+)
+
+
+def _root(run):
+  """Returns what a run file builds: an experiment, a study, or a job."""
+  lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
+  if "from experiments import diffusion_study" in lines:
+    return diffusion_study.Claims
+  quantizes = "from experiments import quantizing" in lines
+  return quantizing.Job if quantizes else Experiment
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_run_parses_and_its_text_rebuilds_it(run):
+  root = _root(run)
+  first = config.read(run, root=root)
+  assert isinstance(first.experiment, root)
+  again = config.parse(first.text, root=root)
+  assert again.text == first.text
+  # Optax chains are closures; everything else compares as a value.
+  same = {"optimizer": None}
+  fields = vars(first.experiment) | same
+  assert fields == vars(again.experiment) | same
+
+
+def test_what_gin_builds_is_the_plain_value():
+  experiment = config.read("runs/quickstart.gin", ["STEPS=7"]).experiment
+  assert experiment.plan.steps == 7
+  assert type(experiment.objective) is NextToken
+  assert experiment.model == Pretrained(name="smollm2-135m", packed=False)
+
+
+def test_no_two_runs_are_the_same():
+  texts = [config.read(run, root=_root(run)).text for run in RUNS]
+  assert len(set(texts)) == len(texts)
+
+
+def test_a_binding_wins_over_the_file():
+  bindings = ["pipeline.Pipeline.length=64", "lora.LoRA.rank = 3"]
+  experiment = config.read("runs/quickstart.gin", bindings).experiment
+  assert experiment.data.length == 64
+  assert experiment.transforms[0].method.rank == 3
+
+
+@pytest.mark.parametrize(
+  ("binding", "message"),
+  [
+    ("STEPZ=3", "did you mean STEPS"),
+    ("adapt.Adapt.rang=3", "doesn't have a parameter named 'rang'"),
+    ("nowhere.Nothing.x=1", "'nowhere' was not provided by an import"),
+    ("STEPS=2.5", r"steps: found 2\.5, expected <class 'int'>"),
+    ("STEPS='ten'", "steps: found 'ten'"),
+    ("STEPS", "expected NAME=VALUE"),
+    ("STEPS=", "expected NAME=VALUE"),
+    ("STEPS=[1,", "quickstart"),
+    ("lora.LoRA.rank=%NOPE", "%NOPE: has no value"),
+    ("lora.LoRA.rank=-2", "rank is -2, expected at least 1$"),
+    ("DTYPE=32", "dtype: found 32"),
+    ("train/sources.PydocTopics.split='test'", "split: found 'test'"),
+  ],
+)
+def test_what_is_wrong_is_said_in_three_lines(binding, message):
+  with pytest.raises(UserError, match=message) as error:
+    config.read("runs/quickstart.gin", [binding])
+  assert len(str(error.value).splitlines()) <= 3
+
+
+def test_required_values_are_required():
+  with pytest.raises(UserError, match="(?i)required"):
+    config.parse("include 'base.gin'")
+
+
+def test_no_such_file_lists_those_that_exist():
+  with pytest.raises(UserError, match=r"runs/quickstart\.gin"):
+    config.read("runs/quickstrat.gin")
+
+
+def test_not_text(tmp_path):
+  file = tmp_path / "x.gin"
+  file.write_bytes(b"\xff\xfe\x00")
+  with pytest.raises(UserError, match="UTF-8"):
+    config.read(str(file))
+
+
+def test_folders_here_do_not_hide_what_is_included(tmp_path, monkeypatch):
+  """`runs/` and `models/` beside the user are no Python packages to search."""
+  for name in ("runs", "models", "data"):
+    (tmp_path / name).mkdir()
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
+  file = tmp_path / "mine.gin"
+  head = "from __gin__ import dynamic_registration\n"
+  file.write_text(head + "include 'runs/quickstart.gin'\nSTEPS = 9\n")
+  assert config.read("mine.gin").experiment.plan.steps == 9
+
+
+def test_an_error_in_a_file_has_its_line(tmp_path):
+  inner, outer = tmp_path / "inner.gin", tmp_path / "outer.gin"
+  head = "from __gin__ import dynamic_registration\n"
+  inner.write_text(head + "\nnowhere.X.a = 1\n")
+  outer.write_text(head + f"include '{inner}'\n")
+  for file in (inner, outer):
+    with pytest.raises(UserError, match=r'inner\.gin", line 3') as error:
+      config.read(str(file))
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_a_failed_parse_leaves_nothing_behind():
+  with pytest.raises(UserError):
+    config.read("runs/quickstart.gin", ["STEPS='x'"])
+  assert config.read("runs/quickstart.gin").experiment.plan.steps > 1
+
+
+def test_the_text_is_what_was_bound_without_defaults():
+  # Seen with and without type checks, which hide most defaults from gin.
+  bound = config.read("runs/quickstart.gin").text
+  assert "LoRA.rank" in bound
+  assert "LoRA.dropout" not in bound
+  assert "NextToken." not in bound
+  more = config.read("runs/quickstart.gin", ["lora.LoRA.dropout=0.0"]).text
+  assert "LoRA.dropout = 0.0" in more

@@ -1,0 +1,102 @@
+"""Optimizers' configurations: every one builds, moves weights, and rewrites."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.core import config
+from research import weights
+from research.training import compiling, state, step
+from tests.support_lora import lora
+
+HEAD = """
+from __gin__ import dynamic_registration
+include 'base.gin'
+include 'models/smollm2_135m.gin'
+include 'data/pydoc.gin'
+include 'optim/{name}.gin'
+from experiments import experiment
+STEPS = 6
+LEARNING_RATE = 1e-2
+WARMUP = 1
+"""
+NAMES = sorted(p.stem for p in config.CONFIGS.glob("optim/*.gin"))
+GIVEN = {
+  "adamw_stages": ["LATER_RATE=5e-3", "LATER_STEP=3"],
+  "qgalore_cosine": ["GROUP=8"],
+  "relora": ["RESTART=2", "REWARM=1"],
+}
+
+
+class Product:
+  """Squared errors of a stack of two adapted matrices, and an embedding."""
+
+  def __call__(self, params, batch, key):
+    w = params["run0"]["layer0"]["attention"]["q"]
+    x = batch["x"]
+    for layer in range(2):
+      one = jax.tree.map(lambda leaf, n=layer: leaf[n], w)
+      x = jnp.tanh(x @ weights.dense(one))
+    error = ((x @ params["embed"].T - batch["y"]) ** 2).sum()
+    return error, jnp.float32(len(x)), {}
+
+
+def params(adapted):
+  rng = np.random.default_rng(0)
+
+  def draw(*shape):
+    return jnp.float32(rng.normal(size=shape))
+
+  q = draw(2, 8, 8)
+  if adapted:
+    q = lora(q, draw(2, 2, 8) / 3, jnp.zeros((2, 2, 8)), 2.0)
+  return {
+    "embed": draw(5, 8),
+    "run0": {"layer0": {"attention": {"q": q}}},
+  }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_optimizers_lower_a_loss(name):
+  text = HEAD.format(name=name)
+  rank = ["RANK=2"] if "RANK" in text_of(name) else []
+  made = config.parse(text, [*GIVEN.get(name, []), *rank]).experiment
+  alone = ("lora", "riemannian", "relora")
+  adapted = name.startswith(alone)
+  start = state.create(
+    params(adapted),
+    "/trained/" if adapted else ".",
+    made.optimizer,
+    held=made.held,
+  )
+  rng = np.random.default_rng(1)
+  batch = {"x": np.float32(rng.normal(size=(4, 8)))}
+  batch["y"] = np.float32(rng.normal(size=(4, 5)))
+  update, _ = compiling.compile_step(
+    step.make_train_step(Product(), made.optimizer),
+    start,
+    batch,
+    jax.random.key(0),
+    made.rewrites,
+  )
+  moving, frozen, losses = start, start.frozen, []
+  for _ in range(6):
+    moving, metrics = update(
+      without_frozen(moving), frozen, batch, jax.random.key(0)
+    )
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < losses[0]
+  assert np.isfinite(losses).all() and "learning_rate" in metrics
+
+
+def without_frozen(at):
+  return state.TrainState(
+    at.step, at.trainable, None, at.opt_state, at.ema, at.held
+  )
+
+
+def text_of(name):
+  found = (config.CONFIGS / "optim" / f"{name}.gin").read_text()
+  included = [x for x in NAMES if f"include 'optim/{x}.gin'" in found]
+  return found + "".join(map(text_of, included))

@@ -1,0 +1,70 @@
+"""What is left of a model that fills in masks, trained from nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.core import config, outputs
+from research.diffusion.block import BlockDiffusion
+from research.diffusion.objective import MaskedDiffusion
+from research.diffusion.sampling.block_causal import BlockCausal
+from research.diffusion.told import shares
+from research.interop import load
+from research.interop.diffusion.spec import Spec
+from research.nn.clock import Clock
+
+RUN = "runs/llada/genmd4_markov.gin"
+MASK = 10
+
+
+def left(folder, objective, clock):
+  """Returns the model of a run before its first step, and as it is read."""
+  run = config.read(RUN, ["presets.Sizes.width=16"]).experiment
+  sizes = dataclasses.replace(run.model.sizes, clock=clock)
+  run = dataclasses.replace(
+    run,
+    model=dataclasses.replace(run.model, sizes=sizes),
+    objective=objective,
+    transforms=(),
+  )
+  built = run.build()
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
+    built.params,
+  )
+  assert outputs._save_model(folder, run, built, params)
+  return built.loaded.model, params, load.load_model(folder)
+
+
+CLOCK = Clock(features=8, hidden=8, width=8)
+
+
+@pytest.mark.parametrize(("block", "clock"), [(None, None), (4, CLOCK)])
+def test_it_says_what_its_masks_are(tmp_path, block, clock):
+  objective = MaskedDiffusion(mask_id=MASK, shift=True)
+  if block is not None:
+    objective = BlockDiffusion(mask_id=MASK, block=block)
+  model, params, again = left(tmp_path / "model", objective, clock)
+  assert again.diffusion == Spec(mask_id=MASK, shift=block is None, block=block)
+  assert again.model.clock == clock
+  if clock is None:
+    return  # Hugging Face's files, tested elsewhere
+  tokens = jnp.array([[3, MASK, 1, MASK, MASK, 2, MASK, 4]])
+  valid = jnp.ones(tokens.shape, bool)
+  told = shares(model, MASK)
+
+  def scores(model, params):
+    asked = BlockCausal(model=model, block=block, told=told)
+    return asked.first(params, tokens, valid, jnp.int32(4), 4)[0]
+
+  got, want = scores(again.model, again.params), scores(model, params)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_what_a_run_says_is_not_its_result(capsys):
+  outputs.say("loading a model")
+  assert capsys.readouterr() == ("", "loading a model\n")

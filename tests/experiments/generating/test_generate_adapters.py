@@ -1,0 +1,110 @@
+"""Several prompts, each with its adapter, from the command line."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research import tree
+from research.interop import load
+from research.interop.peft import gguf_adapter, peft, peft_write
+from research.lora import adapt
+from research.lora.methods.dora import DoRA
+from research.lora.methods.lora import LoRA
+from tests.experiments import generated
+from tests.experiments.generated import TINY
+
+
+@pytest.fixture
+def command(capsys):
+  return generated.of_tiny(capsys)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+  """Directories of adapters by name; `d` is one of DoRA."""
+  root, base = tmp_path_factory.mktemp("adapters"), load.load_model(TINY)
+  for seed, name in enumerate("abd"):
+    method = DoRA(rank=2) if name == "d" else LoRA(rank=2 + seed)
+    made = adapt.Adapt(method=method)(base.params, jax.random.key(seed))
+    rng = np.random.default_rng(seed)
+
+    def moved(path, x, rng=rng):
+      if not path.endswith("trained/b"):
+        return x
+      return jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
+    made = tree.map_paths(moved, made)
+    peft_write.save_adapter(root / name, made, base.model, str(TINY))
+  return {name: f"--adapter={name}={root / name}" for name in "abd"}
+
+
+def rows(done):
+  status, lines, errors = done
+  assert (status, errors) == (0, "")
+  return json.loads(lines[-1])["rows"]
+
+
+def test_each_prompt_has_its_adapter(command, places):
+  first, second = "--prompt=the cat", "--prompt=a dog ran"
+  flags = places["a"], places["b"], "--adapter=a", "--adapter=__base__"
+  got = rows(command(*flags, first, second, second, first))
+  assert [row["adapter"] for row in got] == ["a", "b", "a", "__base__"]
+  alone = [(places["a"],), (places["b"],), (places["a"],), ()]
+  for row, adapter in zip(got, alone, strict=True):
+    want = json.loads(command(*adapter, f"--prompt={row['prompt']}")[1][-1])
+    for field in ("text", "tokens", "finish_reason", "prompt_tokens"):
+      assert row[field] == want[field]
+  texts = {row["text"] for row in got if row["prompt"] == "the cat"}
+  assert len(texts) == 2
+
+
+def test_one_prompt_goes_to_all_and_one_adapter_to_all(command, places):
+  got = rows(command(places["a"], places["b"], "--prompt=the cat"))
+  assert [row["prompt"] for row in got] == ["the cat"] * 2
+  assert got[0]["text"] != got[1]["text"]
+  # One adapter alone may be of any method.
+  got = rows(command(places["d"], "--prompt=a", "--prompt=the cat"))
+  assert [row["adapter"] for row in got] == ["d", "d"]
+  done = command("--prompt=a", "--prompt=the cat")
+  assert [row["adapter"] for row in rows(done)] == [None, None]
+  assert any(line.startswith("the cat") for line in done[1])
+
+
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (["--adapter=a"], "expected NAME=DIR"),
+    (["a", "--adapter=a=elsewhere"], "a is taken"),
+    (["--adapter=__base__=here"], "__base__ is taken"),
+    (["a", "b", "--prompt=b", "--prompt=c"], "found 2 for 3 prompts"),
+    (["a", "--adapter=x=nowhere"], "nowhere"),
+  ],
+  ids=str,
+)
+def test_errors(command, places, flags, words):
+  flags = [places.get(flag, flag) for flag in flags]
+  status, lines, errors = command("--prompt=a", *flags)
+  assert (status, lines) == (1, [])
+  assert errors.startswith("error: ") and words in errors
+  assert len(errors.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("others", [[], ["a"]], ids=["alone", "in a batch"])
+def test_a_gguf_adapter_does_what_its_directory_does(
+  others, command, places, tmp_path
+):
+  folder = places["b"].partition("=b=")[2]
+  file, base = tmp_path / "b.gguf", load.load_model(TINY)
+  params = peft.load_adapter(folder, base.params, base.model)
+  gguf_adapter.save(file, params, base.model)
+  rest = [places[name] for name in others]
+  texts = []
+  for place in (places["b"], f"--adapter=b={file}"):
+    status, lines, errors = command("--prompt=def area", place, *rest)
+    assert (status, errors) == (0, "")
+    texts.append([r["text"] for r in json.loads(lines[-1]).get("rows", [])])
+    texts[-1].append(json.loads(lines[-1]).get("text"))
+  assert texts[0] == texts[1]

@@ -1,0 +1,89 @@
+"""Every method of adaptation on every packed matrix, as the README has it.
+
+Each method is computed on one of the formats, each format with a sixth of the
+methods; with --slow all cells are.
+"""
+
+import functools
+import pathlib
+import re
+
+import pytest
+
+from experiments.studies.lora import composition
+from experiments.studies.lora.composition import Cell
+
+ROOT = pathlib.Path(__file__).resolve().parents[4]
+CELLS = [
+  (name, packing, (j - i) % 6 == 0)
+  for i, name in enumerate(composition.kinds())
+  for j, packing in enumerate(composition.packings())
+]
+
+
+@functools.cache
+def stated():
+  """Returns the README's cells by method and format."""
+  text = (ROOT / "research" / "quant" / "README.md").read_text("utf-8")
+  heads = ["method", *composition.packings()]
+  lines = text.split(f"| {' | '.join(heads)} |\n")[1].split("\n\n")[0]
+  rows = [
+    [c.strip() for c in x.strip("|").split("|")] for x in lines.split("\n")
+  ]
+  found = {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in rows}
+  return {name: cells for name, cells in found.items() if name != "---"}
+
+
+def test_the_table_has_every_method():
+  assert list(stated()) == list(composition.kinds())
+
+
+@pytest.mark.parametrize(
+  ("name", "packing"),
+  [
+    pytest.param(n, p, marks=[] if chosen else pytest.mark.slow)
+    for n, p, chosen in CELLS
+  ],
+)
+@pytest.mark.sample(2)
+def test_a_cell_is_what_the_table_says(name, packing):
+  got = composition.cell(name, packing)
+  want = re.fullmatch(r"([~*]?)(0\.\d{3})", stated()[name][packing])
+  assert want is not None
+  assert re.fullmatch(r"[~*]?0\.\d{3}", got.text), got
+  # What rounds on one processor is exact on another.
+  assert (got.text[0] == "*") == (want[1] == "*")
+  assert want[1] or got.start == 0
+  assert got.left == pytest.approx(float(want[2]), abs=0.02)
+
+
+@pytest.mark.parametrize(
+  ("cell", "says"),
+  [
+    (Cell(0.0, 0.25, 1e-6), "0.250"),
+    (Cell(1e-7, 0.25, 1e-6), "~0.250"),
+    (Cell(0.5, 0.25, 1e-6, based=False), "*0.250"),
+    (Cell(0.5, 0.25, 1e-6), "starts 0.5 off"),
+    (Cell(0.0, 1.0, 1e-6), "1.000 of the loss left"),
+    (Cell(0.0, float("nan"), 0.1), "nan of the loss left, 0.1 off when cut"),
+  ],
+)
+def test_what_does_not_hold_is_said(cell, says):
+  assert cell.text == says
+
+
+def test_a_wrong_gradient_is_found(monkeypatch):
+  """Of the mesh: with rows of the batch counted twice, say."""
+  cut = composition._cut
+
+  def wrong(t):
+    run = cut(t)
+
+    def twice(trained):
+      value, out, grads, dx = run(trained)
+      return value, out, {k: 2 * g for k, g in grads.items()}, dx
+
+    return twice
+
+  monkeypatch.setattr(composition, "_cut", wrong)
+  assert "off when cut" in composition.cell("LoRA", "Q4_1").text

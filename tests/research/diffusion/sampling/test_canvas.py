@@ -1,0 +1,417 @@
+"""Canvases that grow, against a loop over lists that really get longer."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.diffusion.sampling import canvas, sampler
+from research.diffusion.sampling.candidates import Options
+from research.diffusion.sampling.denoiser import Cached, Whole, positions
+from research.diffusion.sampling.growth import Growth
+from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.policies import Quota, Threshold
+from research.generation.sampling import GREEDY, Sampling
+from research.typing import UserError
+from tests.research.diffusion import passes
+from tests.research.diffusion.sampling.test_denoiser import MASK, network
+
+END, ALSO = 3, 5
+PROMPTS = [[7, 1, 9], [2, 11, 4]]
+WIDTH = 3
+OPTIONS = Options(
+  mask_id=MASK, length=20, block=4, end=(END, ALSO),
+  policy=Threshold(threshold=0.5),
+)  # fmt: skip
+GROWTH = Growth(start=4, by=3, window=4, ends=2)
+
+
+known = functools.partial(dataclasses.field, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharp:
+  """A random network, sure of itself; likes ends from a place on.
+
+  What it is asked with has these numbers, see `given`, so that any two of these
+  share a program.
+
+  Attributes:
+    middle: of the row, where ends begin to be likely.
+    slope: how soon they are.
+    scale: of the logits of the network.
+  """
+
+  middle: float = known(default=6.0)
+  slope: float = known(default=2.0)
+  scale: float = known(default=1.0)
+
+  def first(self, params, tokens, valid, start, size):
+    whole = Whole(model=network()[0])
+    logits, _ = whole.first(params["network"], tokens, valid, start, size)
+    return self.tilted(params, logits, valid, start, size), ()
+
+  def tilted(self, params, logits, valid, start, size):
+    place = jax.lax.dynamic_slice_in_dim(positions(valid), start, size, axis=1)
+    tilt = params["slope"] * (place - params["middle"])[..., None]
+    ends = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array([END, ALSO]))
+    return params["scale"] * logits + jnp.where(ends, tilt, 0.0)
+
+  def again(self, params, tokens, valid, start, size, carry):
+    return self.first(params, tokens, valid, start, size)
+
+
+def given(asked):
+  """Returns the parameters that a denoiser is asked with."""
+  if type(asked) is Guided:
+    prompt = jnp.arange(WIDTH + OPTIONS.length) < WIDTH
+    return with_prompt(given(asked.inner), prompt[None])
+  asked = getattr(asked, "like", asked)
+  if not isinstance(asked, Sharp):
+    return network()[1]
+  numbers = {k: np.float32(v) for k, v in vars(asked).items()}
+  return {"network": network()[1], **numbers}
+
+
+def run(
+  growth=GROWTH, options=OPTIONS, prompts=PROMPTS, asked=None, sampling=GREEDY,
+  key=0, examples=None,
+):  # fmt: skip
+  state = canvas.start(
+    prompts, options, growth, jax.random.key(key), examples
+  )  # fmt: skip
+  asked = Sharp() if asked is None else asked
+  return canvas.sample(asked, given(asked), state, options, growth, sampling)
+
+
+# Against the paper's loop ----------------------------------------------------
+
+
+@functools.cache
+def reader(length):
+  """Returns `row -> logits [length, V]` of rows of just this length."""
+  valid = np.ones((1, length), bool)
+  return lambda row: passes.logits(*network(), [row], valid, None)[0]
+
+
+def logits_of(asked, row):
+  if isinstance(asked, Guided):
+    hidden = [MASK] * WIDTH + row[WIDTH:]
+    told, blind = logits_of(asked.inner, row), logits_of(asked.inner, hidden)
+    return blind + (1 + asked.weight) * (told - blind)
+  z = asked.scale * reader(len(row))(row).astype(np.float64)
+  place = np.arange(len(row))[:, None]
+  z[:, [END, ALSO]] += asked.slope * (place - asked.middle)
+  return z
+
+
+def probabilities(asked, row):
+  z = logits_of(asked, row)
+  z[:, MASK] = -np.inf
+  p = np.exp(z - z.max(-1, keepdims=True))
+  return p / p.sum(-1, keepdims=True)
+
+
+def end_confidence(p, row, begin, window):
+  sure = []
+  for i in reversed(range(begin, len(row))):
+    found, chance = row[i], 1.0
+    if found == MASK:
+      found, chance = int(p[i].argmax()), p[i].max()
+    if found in (END, ALSO) and len(sure) < window:
+      sure.append(chance)
+  return sum(sure) / window
+
+
+def filled_now(p, row, block, options):
+  """Returns the masked places of a block that are kept."""
+  sure = {i: p[i].max() for i in block if row[i] == MASK}
+  if options.select == "margin":
+    sure = {i: x - np.sort(p[i])[-2] for i, x in sure.items()}
+  best = max(sure, key=lambda i: (sure[i], -i))
+  if isinstance(options.policy, Quota):
+    return [best]
+  return [i for i in sure if sure[i] >= options.policy.threshold or i == best]
+
+
+def by_hand(asked, prompt, growth, options):
+  """Returns a row by DAEDAL's algorithm: it, looks, blocks' calls, inserted."""
+  begin, most = len(prompt), options.length
+  row, looks, inserted = list(prompt) + [MASK] * growth.start, 0, 0
+  while len(row) - begin < most:
+    p, looks = probabilities(asked, row), looks + 1
+    if end_confidence(p, row, begin, growth.window) >= growth.begin:
+      break
+    row += [MASK] * min(growth.by, most - (len(row) - begin))
+  row += [END] * min(growth.ends, most - (len(row) - begin))
+  calls, at = [], begin
+  while MASK in row:
+    calls.append(0)
+    while MASK in row[at : at + options.block]:
+      block = range(at, min(at + options.block, len(row)))
+      p = probabilities(asked, row)
+      calls[-1] += 1
+      ready = end_confidence(p, row, begin, growth.window)
+      for i in filled_now(p, row, block, options):
+        row[i] = int(p[i].argmax())
+      doubt = [i for i in block if row[i] == MASK and p[i].max() < growth.low]
+      more = min(growth.by - 1, most - (len(row) - begin))
+      if doubt and ready < growth.ready and more:
+        spot = min(doubt, key=lambda i: p[i].max())
+        row[spot : spot + 1] = [MASK] * (1 + more)
+        inserted += more
+    at += options.block
+    ends = [i for i in range(begin, min(at, len(row))) if row[i] in options.end]
+    if options.stop and ends:
+      row[ends[0] :] = [row[ends[0]]] * (len(row) - ends[0])
+  return row, looks, calls, inserted
+
+
+CASES = [
+  (dict(low=0.3), {}, Sharp()),
+  (dict(low=0.4), dict(policy=Quota()), Sharp(middle=8.0)),
+  (dict(low=0.4, by=4), dict(stop=False), Sharp(scale=2.0)),
+  (dict(low=0.4, begin=0.3), dict(select="margin"), Sharp(middle=11.0)),
+  (dict(low=0.9, begin=0.0, ready=1.0), {}, Sharp(scale=2.0)),
+  (dict(ends=0), {}, Guided(inner=Sharp(middle=8.0), mask_id=MASK)),
+]
+CASES = [
+  (dataclasses.replace(GROWTH, **g), dataclasses.replace(OPTIONS, **o), asked)
+  for g, o, asked in CASES
+]
+
+
+@pytest.mark.parametrize(("growth", "options", "asked"), CASES)
+@pytest.mark.sample(2, 1)
+def test_is_the_paper_s_loop(growth, options, asked):
+  got = run(growth, options, asked=asked)
+  looks, blocks, each = [], [], 2 if isinstance(asked, Guided) else 1
+  for i, prompt in enumerate(PROMPTS):
+    row, looked, calls, _ = by_hand(asked, prompt, growth, options)
+    np.testing.assert_array_equal(got.tokens[i, : len(row)], row)
+    assert got.canvas[i] == len(row) - len(prompt)
+    assert (got.tokens[i, len(row) :] == END).all()
+    assert got.counts[i] == each * (looked + sum(calls))
+    looks, blocks = [*looks, looked], [*blocks, calls]
+  # A batch's calls are those of whoever still needs them.
+  steps = [max((c[b : b + 1] or [0])[0] for c in blocks) for b in range(5)]
+  assert got.calls == each * (max(looks) + sum(steps))
+
+
+def test_the_cases_grow_in_both_ways_and_end_before_they_have_to():
+  found = [
+    by_hand(asked, prompt, growth, options)
+    for growth, options, asked in CASES
+    for prompt in PROMPTS
+  ]
+  assert len({looks for _, looks, *_ in found}) > 2
+  assert len({inserted for *_, inserted in found}) > 3
+  lengths = {len(row) - 3 for row, *_ in found}
+  assert len(lengths) > 4 and OPTIONS.length in lengths
+
+
+def test_the_caller_s_rows_are_the_caller_s():
+  state = canvas.start(PROMPTS, OPTIONS, GROWTH, jax.random.key(0))
+  kept, given_ = [], (Sharp(), given(Sharp()))
+  found = [
+    canvas.sample(*given_, state, OPTIONS, GROWTH, GREEDY, look)
+    for look in (kept.append, None)
+  ]
+  np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+  for rows in kept:
+    assert rows.tokens.shape == state.tokens.shape
+    assert not rows.tokens.is_deleted()
+
+
+# Laws ------------------------------------------------------------------------
+
+NEVER, ALWAYS = Sharp(middle=1e4), Sharp(middle=-1e4)
+HOT = Sampling(temperature=1.5)
+
+
+def test_grows_while_the_model_does_not_expect_an_end():
+  got = run(dataclasses.replace(GROWTH, low=1.0), asked=NEVER)
+  np.testing.assert_array_equal(got.canvas, OPTIONS.length)
+  np.testing.assert_array_equal(got.lengths, OPTIONS.length)
+  assert not np.isin(got.tokens, OPTIONS.end)[:, 3:].any()
+
+
+def test_does_not_grow_where_it_does():
+  growth = dataclasses.replace(GROWTH, low=1.0)
+  got = run(growth, asked=ALWAYS)
+  # One look, one call for a block of ends; and the ends behind the canvas.
+  np.testing.assert_array_equal(got.counts, 2)
+  np.testing.assert_array_equal(got.canvas, growth.start + growth.ends)
+  np.testing.assert_array_equal(got.lengths, 0)
+  assert got.calls == 2 and got.tokens_per_call == 0
+
+
+@pytest.mark.parametrize(
+  ("longest", "policy"),
+  [
+    pytest.param(8, Quota(), marks=pytest.mark.slow),
+    (20, Threshold(threshold=0.4)),
+  ],
+)
+def test_thresholds_that_forbid_growth_are_the_fixed_canvas(longest, policy):
+  """Draws included; with no room to grow, calls too."""
+  fixed = dataclasses.replace(OPTIONS, length=8, policy=policy)
+  state = sampler.start(PROMPTS, fixed, jax.random.key(5))
+  want = sampler.sample(Sharp(), given(Sharp()), state, fixed, HOT)
+  options = dataclasses.replace(fixed, length=longest)
+  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  got = run(never, options, sampling=HOT, key=5)
+  np.testing.assert_array_equal(got.tokens[:, :11], want.tokens)
+  np.testing.assert_array_equal(got.lengths, want.lengths)
+  np.testing.assert_array_equal(got.canvas, 8)
+  looks = int(longest > 8)
+  np.testing.assert_array_equal(got.counts, want.counts + looks)
+  np.testing.assert_array_equal(
+    got.filled[:, :11], np.where(want.filled < 0, -1, want.filled + looks)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tilted:
+  """What `Sharp` is, of any way to read rows."""
+
+  inner: Any
+  like: Sharp = Sharp()
+
+  def first(self, params, tokens, valid, start, size):
+    rows = tokens, valid, start, size
+    logits, carry = self.inner.first(params["network"], *rows)
+    return self.like.tilted(params, logits, *rows[1:]), carry
+
+  def again(self, params, tokens, valid, start, size, carry):
+    rows = tokens, valid, start, size
+    logits, carry = self.inner.again(params["network"], *rows, carry)
+    return self.like.tilted(params, logits, *rows[1:]), carry
+
+
+@pytest.mark.parametrize(
+  "shift", [pytest.param(False, marks=pytest.mark.slow), True]
+)
+def test_a_cache_that_reads_all_again_is_none(shift):
+  """Where canvases do grow, before and within blocks."""
+  model = network()[0]
+  growth = dataclasses.replace(GROWTH, low=0.4)
+  prompts = [[7, 1, 9], [2], [2, 11, 4, 5, 6]]
+  cached = Cached(model=model, shift=shift, before=9)
+  want = run(
+    growth, prompts=prompts, asked=Tilted(Whole(model=model, shift=shift))
+  )
+  got = run(growth, prompts=prompts, asked=Tilted(cached))
+  for name in ("tokens", "filled", "counts", "canvas"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+  assert len(set(got.canvas.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+  ("longest", "shift"),
+  [
+    (8, True),
+    pytest.param(20, False, marks=pytest.mark.slow),
+    pytest.param(8, False, marks=pytest.mark.slow),
+    pytest.param(20, True, marks=pytest.mark.slow),
+  ],
+)
+def test_the_prompt_s_cache_is_that_of_a_fixed_canvas(longest, shift):
+  """Where thresholds forbid growth: draws included."""
+  model, params = network()
+  fixed = dataclasses.replace(OPTIONS, length=8)
+  prompts = [[7, 1, 9, 2, 2, 4, 6, 1], [2, 11, 4]]
+  state = sampler.start(prompts, fixed, jax.random.key(5))
+  asked = Cached(model=model, shift=shift, after=4)
+  want = sampler.sample(asked, params, state, fixed, HOT)
+  options = dataclasses.replace(fixed, length=longest)
+  never = Growth(start=8, begin=0.0, ready=0.0, ends=0)
+  got = run(
+    never, options, prompts, Cached(model=model, shift=shift), HOT, key=5
+  )
+  np.testing.assert_array_equal(got.tokens[:, :16], want.tokens)
+  np.testing.assert_array_equal(got.counts, want.counts + int(longest > 8))
+
+
+def test_rows_do_not_depend_on_their_batch():
+  prompts = [[7, 1, 9], [2], [2, 11, 4], [8, 8]]
+  growth = dataclasses.replace(GROWTH, low=0.4)
+  whole = run(growth, prompts=prompts, sampling=HOT)
+  # As many of them, by the same program.
+  some = run(
+    growth, prompts=[prompts[2], prompts[1]] * 2, sampling=HOT,
+    examples=jnp.array([2, 1, 0, 3]),
+  )  # fmt: skip
+  assert len(set(whole.canvas.tolist())) > 1
+  for a, b in ((0, 2), (1, 1)):
+    np.testing.assert_array_equal(some.tokens[a], whole.tokens[b])
+    for name in ("counts", "canvas", "lengths"):
+      assert getattr(some, name)[a] == getattr(whole, name)[b]
+
+
+def test_no_length_compiles_again():
+  growth, programs = CASES[0][0], (canvas._measured, canvas.grow_block)
+  first = run(growth)
+  held = [program._cache_size() for program in programs]
+  again = run(growth, prompts=PROMPTS[:1] * 2, key=1)
+  assert first.canvas.tolist() != again.canvas.tolist()
+  assert held == [program._cache_size() for program in programs]
+
+
+# Bad input -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("growth", "options", "words"),
+  [
+    (dict(start=0), {}, "start is 0, expected at least 1"),
+    (dict(by=1), {}, "by is 1, expected at least 2"),
+    (dict(window=0), {}, "window is 0, expected at least 1"),
+    (dict(ends=-1), {}, "ends is -1, expected at least 0"),
+    (dict(low=1.5), {}, "low is 1.5, expected 0 to 1"),
+    (dict(ready=float("nan")), {}, "ready is nan, expected 0 to 1"),
+    (dict(start=21), {}, "start is 21, more than the longest canvas"),
+    ({}, dict(end=()), "end is empty"),
+    ({}, dict(policy=Quota(), steps=5), "steps is 5 and plan even"),
+    ({}, dict(policy=Quota(), plan="cosine"), "plan cosine"),
+    ({}, dict(edit=0.9), "edit is 0.9, expected None"),
+  ],
+)
+def test_what_does_not_go_together(growth, options, words):
+  with pytest.raises(UserError, match=words):
+    canvas.start(
+      PROMPTS,
+      dataclasses.replace(OPTIONS, **options),
+      dataclasses.replace(GROWTH, **growth),
+      jax.random.key(0),
+    )
+
+
+def test_a_mask_in_the_prompt():
+  with pytest.raises(UserError, match="prompt 1 holds the mask"):
+    run(prompts=[[1], [MASK]])
+
+
+@pytest.mark.parametrize(
+  ("masks", "words"), [(4, "while the canvas's length"), (1, "block at 3 ")]
+)
+def test_logits_that_are_no_numbers_end_and_are_told(masks, words):
+  @dataclasses.dataclass(frozen=True)
+  class Broken:
+    """All tokens are as likely, so that a call fills a place."""
+
+    def first(self, params, tokens, valid, start, size):
+      now = (tokens == MASK).sum() <= masks * len(PROMPTS)
+      value = jnp.where(now, jnp.nan, 0.0)
+      return jnp.full((len(tokens), size, MASK + 1), value), ()
+
+    def again(self, params, tokens, valid, start, size, carry):
+      return self.first(params, tokens, valid, start, size)
+
+  growth = dataclasses.replace(GROWTH, begin=0.0, low=0.0)
+  with pytest.raises(UserError, match=words):
+    run(growth, asked=Broken())

@@ -1,0 +1,374 @@
+"""The harness's questions to models that fill in masks."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.diffusion import likelihood
+from research.diffusion.sampling import sampler
+from research.diffusion.sampling.block_causal import BlockCausal
+from research.diffusion.sampling.candidates import Options as Filling
+from research.diffusion.sampling.delayed import Delayed
+from research.diffusion.sampling.denoiser import Cached, Whole
+from research.diffusion.sampling.guided import Guided, with_prompt
+from research.diffusion.sampling.policies import Threshold
+from research.diffusion.sampling.prefix_cache import PrefixCache
+from research.interop import lm_eval
+from research.interop.diffusion.spec import Spec
+from research.interop.lm_eval import lm_eval_diffusion, lm_eval_texts
+from research.interop.lm_eval.lm_eval_diffusion import Asking
+from research.interop.loaded import Loaded
+from research.text.special_tokens import SpecialTokens
+from research.typing import UserError
+from tests import support
+from tests.research.interop.lm_eval.test_lm_eval import tokenizer
+
+MASK, CONTEXT = 63, 24
+
+
+@pytest.fixture(scope="module")
+def plain():
+  model = support.model().clone(max_positions=CONTEXT)
+  return Loaded(model, support.params(model), tokenizer(), {"format": "test"})
+
+
+@pytest.fixture(scope="module")
+def loaded(plain):
+  return dataclasses.replace(plain, diffusion=Spec(mask_id=MASK, end=(1,)))
+
+
+def exact(loaded, ids, first, guidance=0.0, prompt=None) -> float:
+  """Returns the bound on -log p(ids[first:] | ids[:first]), over all masks.
+
+  Guided by as many tokens as `prompt`; by default those before `first`.
+  """
+  prompt = first if prompt is None else prompt
+  denoiser = Whole(model=loaded.model, block=loaded.diffusion.block)
+  tokens = jnp.asarray([*ids, *[0] * (16 - len(ids))])
+  place = jnp.arange(16)
+  target = (place >= first) & (place < len(ids))
+  scores = lm_eval_diffusion.scores_of(
+    denoiser, loaded.params, place < len(ids), MASK
+  )
+  scores = likelihood.guided(scores, place < prompt, MASK, guidance)
+  total, length = 0.0, len(ids) - first
+  for n in range(1, length + 1):
+    sets = list(itertools.combinations(range(first, len(ids)), n))
+    masks = np.zeros((4, 16), bool)  # few shapes: few programs
+    for row, chosen in zip(masks, sets, strict=False):
+      row[list(chosen)] = True
+    found = likelihood.values(scores, tokens, target, jnp.asarray(masks), MASK)
+    total += float(found[: len(sets)].mean())
+  return total / length
+
+
+def test_the_estimate_is_of_the_bound(loaded):
+  context, continuation = [0, 9, 10, 11], [12, 13, 14]
+  want = exact(loaded, [*context, *continuation], 4)
+  # Seven sets of masks: no more than samples, they are all tried.
+  [(value, greedy)] = lm_eval_diffusion.score(
+    loaded, [(context, continuation)], Asking(samples=8, spread=8)
+  )
+  assert -value == pytest.approx(want, rel=1e-5) and not greedy
+  drawn = [
+    lm_eval_diffusion.score(
+      loaded, [(context, continuation)], Asking(samples=6, spread=3, seed=s)
+    )[0][0]
+    for s in range(32)
+  ]
+  error = np.std(drawn, ddof=1) / np.sqrt(len(drawn))
+  assert error > 0 and abs(np.mean(drawn) + want) < 4 * error
+
+
+def test_a_single_token_takes_one_exact_sample(loaded):
+  ids = [0, 9, 10, 11]
+  [(value, _)] = lm_eval_diffusion.score(loaded, [(ids[:3], ids[3:])])
+  assert -value == pytest.approx(exact(loaded, ids, 3), rel=1e-5)
+  [(guided, _)] = lm_eval_diffusion.score(
+    loaded, [(ids[:3], ids[3:])], Asking(guidance=1.5)
+  )
+  want = exact(loaded, ids, 3, guidance=1.5)
+  assert -guided == pytest.approx(want, rel=1e-5)
+  assert guided != pytest.approx(value, rel=1e-2)
+
+
+def test_blocks_of_one_token_are_the_model_that_it_was(plain):
+  """A converted model's value is exact: the chain rule, token by token."""
+  blocks = dataclasses.replace(
+    plain, diffusion=Spec(mask_id=MASK, shift=True, block=1)
+  )
+  pairs = [("hello", " you"), ("what is", " th"), ("", "abc")]
+  # The mask has no probability, which a model without one gives it.
+  head = plain.params["embed"].at[MASK].set(0.0)
+  low = plain.params | {"embed": head}
+  text = [lm_eval.lm_eval_requests.encoded(plain.tokenizer, *p) for p in pairs]
+  want = []
+  for context, continuation in text:
+    tokens = jnp.asarray([[*context, *continuation]])
+    hidden, _ = plain.model.apply({"params": low}, tokens)
+    logits = plain.model.apply({"params": low}, hidden, method="logits")
+    logits = logits[0].at[:, MASK].set(-jnp.inf)
+    logp = jax.nn.log_softmax(logits)[len(context) - 1 : -1]
+    want.append(float(logp[jnp.arange(len(continuation)), jnp.asarray(continuation)].sum()))  # fmt: skip # noqa: E501
+  blocks = dataclasses.replace(blocks, params=low)
+  got = lm_eval_diffusion.loglikelihood(blocks, pairs)
+  np.testing.assert_allclose([v for v, _ in got], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_blocks_follow_clean_ones(loaded, monkeypatch, guidance):
+  """Two blocks of 2 behind a context: the sum of two bounds.
+
+  Clean blocks are read once, by the model's own cache, never as whole rows.
+  """
+  blocks = dataclasses.replace(
+    loaded, diffusion=Spec(mask_id=MASK, end=(1,), block=2)
+  )
+  ids = [0, 9, 10, 11, 12, 13]
+  how = Asking(samples=256, guidance=guidance)
+
+  def bound(size, first, prompt):
+    return exact(blocks, ids[:size], first, guidance, prompt)
+
+  want = bound(4, 2, 2) + bound(6, 4, 2)
+  # One that begins within a block is asked of the rest of it first, and ends
+  # within one.
+  within = bound(4, 3, 3) + bound(5, 4, 3)
+  monkeypatch.setattr(Whole, "scores", None)
+  read = []
+  remember = BlockCausal.remember
+
+  def watched(self, params, tokens, valid, start, size, memory=None):
+    read.append((tokens.shape[0], memory is not None))
+    return remember(self, params, tokens, valid, start, size, memory)
+
+  monkeypatch.setattr(BlockCausal, "remember", watched)
+  jax.clear_caches()
+  asked = [(ids[:2], ids[2:]), (ids[:3], ids[3:5])]
+  found = lm_eval_diffusion.score(blocks, asked, how)
+  # Of two tokens all sets are tried.
+  assert -found[0][0] == pytest.approx(want, rel=1e-5)
+  assert -found[1][0] == pytest.approx(within, rel=1e-5)
+  # Traced: one row's prefix, and one block more.
+  assert read == [(1, False), (1, True)]
+
+
+def test_values_do_not_depend_on_their_company(loaded):
+  pairs = [("hello", " you"), ("a", "b then"), ("", "abc")]
+  few = Asking(samples=2, spread=2)  # fewer than there are sets of masks
+  ask = lm_eval_diffusion.loglikelihood
+  all_of_them = ask(loaded, pairs, how=few)
+  assert ask(loaded, pairs[:1], how=few) == all_of_them[:1]
+  other = dataclasses.replace(few, seed=1)
+  assert ask(loaded, pairs, how=other) != all_of_them
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+def test_rolling_windows_are_read_with_what_they_follow(loaded, every_row):
+  around = SpecialTokens(begin=(0,), every_row=every_row)
+  words = dataclasses.replace(loaded.tokenizer, documents=around)
+  loaded = dataclasses.replace(loaded, tokenizer=words)
+  text = "abc xyz" * 6
+  ids = loaded.tokenizer.encode(text)
+  size = CONTEXT - 1
+  before = [0, *ids[-size:size]] if every_row else ids[-size - 1 : size]
+  parts = [([0], ids[:size]), (before, ids[size:])]
+  want = sum(v for v, _ in lm_eval_diffusion.score(loaded, parts))
+  assert len(parts[1][0]) + len(parts[1][1]) == CONTEXT
+  [got] = lm_eval_diffusion.rolling(loaded, [text])
+  assert got == pytest.approx(want)
+
+
+def test_greedy_is_asked_for(loaded):
+  """The surest token first; without being asked, no continuation is it."""
+  ids = [0, 9, 10]
+  scores = lm_eval_diffusion.scores_of(
+    Whole(model=loaded.model), loaded.params, jnp.arange(16) < 4, MASK
+  )
+  row = jnp.asarray([[*ids, MASK, *[0] * 12]])
+  best = int(scores(row)[0, 3].argmax())
+  asked = [(ids, [best]), (ids, [5 if best != 5 else 6])]
+  found = lm_eval_diffusion.score(loaded, asked, Asking(greedy=True))
+  assert [greedy for _, greedy in found] == [True, False]
+  assert found[0][0] > found[1][0]
+  found = lm_eval_diffusion.score(loaded, asked)
+  assert [greedy for _, greedy in found] == [False, False]
+
+
+@pytest.mark.parametrize("block", [None, 4])
+def test_generate_until(loaded, block):
+  it = dataclasses.replace(
+    loaded, diffusion=dataclasses.replace(loaded.diffusion, block=block)
+  )
+  options = {"until": [], "max_gen_toks": 8, "do_sample": False}
+  requests = [(text, options) for text in ("what", "is th", "a")]
+  how = Asking(options=dict(block=4))
+  whole = lm_eval_diffusion.generate_until(it, requests, batch=2, how=how)
+  programs = sampler.fill_block._cache_size()
+  alone = lm_eval_diffusion.generate_until(it, requests, batch=1, how=how)
+  # Contexts of all lengths of a rung share one.
+  assert sampler.fill_block._cache_size() - programs <= 1
+  assert whole == alone and all(len(text) <= 16 for text in whole)
+  longest = max(whole, key=len)
+  i, stop = whole.index(longest), longest[2:4]
+  [cut] = lm_eval_diffusion.generate_until(
+    it, [(requests[i][0], options | {"until": [stop]})], how=how
+  )
+  assert cut == longest[: longest.index(stop)]
+
+
+EOT = 7
+SETTINGS = {
+  # LLaDA-8B-Instruct's published settings, of smaller canvases: GSM8K and MATH
+  # without blocks, HumanEval, MMLU, GSM8K in blocks (ML-GSAI/LLaDA, EVAL.md);
+  # LLaDA 1.5's; Fast-dLLM's (eval_gsm8k.sh).
+  "ends last": dict(
+    length=8, block=8, steps=8, end=(1, EOT), end_last=True, stop=False
+  ),
+  "no end": dict(
+    length=8, block=8, steps=4, end=(1,), never_end=True, stop=False
+  ),
+  "short": dict(length=3, block=3, steps=3, stop=False),
+  "blocks": dict(length=8, block=2, steps=8, select="random", stop=False),
+  "dual": dict(length=8, block=4, policy=Threshold(threshold=0.3)),
+}
+CACHES = {"dual": Cached, "short": functools.partial(Delayed, mask_id=MASK)}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.sample(2)
+def test_settings_are_the_sampler_s(loaded, monkeypatch, name):
+  given, seen = SETTINGS[name], []
+  sample = sampler.sample
+
+  def watched(denoiser, params, state, options, *rest):
+    seen.append((denoiser, options))
+    seen.append(sample(denoiser, params, state, options, *rest))
+    return seen[-1]
+
+  monkeypatch.setattr(sampler, "sample", watched)
+  how = Asking(options=given, cache=CACHES.get(name))
+  asked = [("what", {"until": [], "max_gen_toks": 16})]
+  [text] = lm_eval_diffusion.generate_until(loaded, asked, how=how)
+  (denoiser, options), rows = seen
+  defaults = Filling(mask_id=MASK)
+  for field in dataclasses.fields(Filling):
+    want = given.get(field.name, getattr(defaults, field.name))
+    if field.name == "end":
+      want = given.get("end", (1,))
+    assert getattr(options, field.name) == want, field.name
+  kinds = {"dual": Cached, "short": Delayed}
+  assert type(denoiser) is kinds.get(name, Whole)
+  # Without an early stop nothing is cut where a text ends.
+  made = rows.tokens[0, -given["length"] :]
+  if options.stop:
+    made = made[: rows.lengths[0]]
+  assert text == loaded.tokenizer.decode(made.tolist())
+  if name == "no end":
+    assert not np.isin(made, 1).any() and rows.calls == 4
+
+
+def test_a_model_of_blocks_has_its_steps_a_block(loaded, monkeypatch):
+  """Its prompt ends within one, so that there is a block more; all cached."""
+  seen = []
+  monkeypatch.setattr(
+    sampler, "sample", lambda d, p, s, o, rule: seen.append((d, o)) or 1
+  )
+  it = dataclasses.replace(
+    loaded, diffusion=dataclasses.replace(loaded.diffusion, block=4)
+  )
+  prompt = loaded.tokenizer.encode("what", add_special=True)
+  assert len(prompt) % 4
+  asked = [("what", {"until": [], "max_gen_toks": 8})]
+  with pytest.raises(AttributeError):  # nothing was sampled
+    how = Asking(options=dict(steps=4))
+    lm_eval_diffusion.generate_until(it, asked, how=how)
+  [(denoiser, options)] = seen
+  assert (options.length, options.block_steps) == (12, 2)
+  assert denoiser == BlockCausal(model=it.model, block=4)
+
+
+def test_stops_are_found_among_special_tokens(loaded):
+  """As LLaDA's harness does: they are cut at, then left out."""
+  tokenizer = loaded.tokenizer
+  ids = [9, 10, 1, 11, 12, 1, 13]
+  text = tokenizer.decode(ids, skip_special=False)
+  assert "</s>" in text
+  got = lm_eval_texts.text_of(tokenizer, ids, ("</s>",))
+  assert got == tokenizer.decode(ids[:2])
+  got = lm_eval_texts.text_of(tokenizer, ids, (tokenizer.decode([12]),))
+  assert got == tokenizer.decode([9, 10, 11])
+
+
+def test_guidance_is_also_of_texts(loaded):
+  """By hand: the sampler, guided by a prompt of as many tokens."""
+  options = {"until": [], "max_gen_toks": 4}
+  how = Asking(options=dict(block=4), guidance=3.0)
+  [got] = lm_eval_diffusion.generate_until(loaded, [("what", options)], how=how)
+  prompt = loaded.tokenizer.encode("what", add_special=True)
+  filling = Filling(mask_id=MASK, length=4, block=4, end=(1,))
+  asked = Guided(inner=Whole(model=loaded.model), mask_id=MASK, weight=3.0)
+  state = sampler.start([prompt], filling, jax.random.key(0))
+  params = with_prompt(loaded.params, state.fixed)
+  rows = sampler.sample(asked, params, state, filling)
+  assert got == loaded.tokenizer.decode(
+    rows.tokens[0, -4:][: rows.lengths[0]].tolist()
+  )
+  [plain] = lm_eval_diffusion.generate_until(
+    loaded, [("what", options)], how=Asking(options=dict(block=4))
+  )
+  assert plain != got
+
+
+def test_wrong_settings(loaded):
+  with pytest.raises(UserError, match="'step', expected .*steps, stop or"):
+    Asking(options=dict(step=4))
+  with pytest.raises(UserError, match="mask_id"):
+    Asking(options=dict(mask_id=4))
+  blocks = dataclasses.replace(loaded, diffusion=Spec(mask_id=MASK, block=4))
+  asked = [("a", {"max_gen_toks": 8})]
+
+  def ask(it, **how):
+    lm_eval_diffusion.generate_until(it, asked, how=Asking(**how))
+
+  with pytest.raises(UserError, match="block is 8, expected the model's, 4"):
+    ask(blocks, options=dict(block=8))
+  with pytest.raises(UserError, match="own cache, which is exact"):
+    ask(blocks, cache=PrefixCache)
+  with pytest.raises(UserError, match="steps is 3, expected a multiple of the"):
+    ask(loaded, options=dict(block=4, steps=3))
+  with pytest.raises(UserError, match="length is 24, expected less than the"):
+    ask(loaded, options=dict(length=CONTEXT, block=8))
+
+
+def test_wrong_questions(plain, loaded):
+  with pytest.raises(UserError, match="has no mask"):
+    lm_eval_diffusion.loglikelihood(plain, [("a", "b")])
+  with pytest.raises(UserError, match="fills in masks"):
+    lm_eval.loglikelihood(loaded, [("a", "b")])
+  with pytest.raises(UserError, match="fills in masks"):
+    lm_eval.rolling(loaded, ["a"])
+  with pytest.raises(UserError, match="fills in masks"):
+    lm_eval.generate_until(loaded, [("a", {})])
+  with pytest.raises(UserError, match="request 0: holds the mask"):
+    lm_eval_diffusion.score(loaded, [([0], [MASK])])
+  with pytest.raises(UserError, match="a continuation of 24 tokens"):
+    lm_eval_diffusion.score(loaded, [([0], [5] * CONTEXT)])
+  assert lm_eval_diffusion.score(loaded, [([0], [])]) == [(0.0, False)]
+
+
+def test_the_adapter_asks_either_kind(plain, loaded):
+  pytest.importorskip("lm_eval")
+  request = type("Request", (), {"args": ("hello", " you")})
+  how = Asking(samples=16)
+  asked = lm_eval.adapter(loaded, masked=how).loglikelihood([request])
+  assert asked == lm_eval_diffusion.loglikelihood(
+    loaded, [request.args], how=how
+  )
+  asked = lm_eval.adapter(plain).loglikelihood([request])
+  assert asked == lm_eval.loglikelihood(plain, [request.args])

@@ -1,0 +1,235 @@
+"""Other tools' tensors that are damaged, and matrices that do not fit them."""
+
+import numpy as np
+import pytest
+
+from research.interop.quantized import awq, bnb, gptq, writers
+from research.quant import qtensor
+from research.quant.formats.affine import Affine
+from research.quant.formats.codebook import Codebook
+from research.quant.formats.ggml import GGML
+from research.quant.layouts import bitstream
+from research.typing import UserError
+from tests.research.interop.quantized.test_checkpoints import (
+  GROUP,
+  I,
+  O,
+  random_tensors,
+  read,
+  rng,
+)
+
+# What does not fit -----------------------------------------------------------
+
+
+def packed(**changes):
+  x = rng().standard_normal((I, O)).astype(np.float32)
+  return qtensor.pack(x, Affine(**dict(block=GROUP) | changes))
+
+
+@pytest.mark.parametrize(
+  ("w", "message"),
+  [
+    (
+      lambda: packed(zero="float"),
+      "zero does not fit: found not all are",
+    ),
+    (
+      lambda: packed(scale_dtype="float32"),
+      "scale does not fit: found float",
+    ),
+    (lambda: packed(bits=5), "bits does not fit: found 5, expected one of 2"),
+    (
+      lambda: qtensor.pack(np.ones((I, O), np.float32), Codebook()),
+      "codebook does not fit: found .*nf4",
+    ),
+    (
+      lambda: qtensor.pack(np.ones((I, O), np.float32), GGML(kind="Q4_1")),
+      "offset does not fit: found Q4_1",
+    ),
+    (lambda: qtensor.pack(np.ones((I, 12), "f4"), Affine()), "shape does not"),
+    (
+      lambda: qtensor.pack(np.ones((2, I, O), np.float32), Affine()),
+      "axis does not fit",
+    ),
+  ],
+)
+def test_what_gptq_cannot_hold(w, message):
+  with pytest.raises(UserError, match=message):
+    writers.Gptq().look(w(), "w")
+
+
+def test_what_others_cannot_hold():
+  tensors, _ = random_tensors(4, 2, ordered=False)
+  scattered = read(tensors, 4, 2, symmetric=False)
+  with pytest.raises(UserError, match="order does not fit: found groups of"):
+    writers.Awq().look(scattered, "w")
+  with pytest.raises(UserError, match="bits does not fit: found 8, expected 4"):
+    writers.Awq().look(packed(bits=8), "w")
+  with pytest.raises(UserError, match="format does not fit: found int4"):
+    writers.Bnb().look(packed(), "w")
+  with pytest.raises(UserError, match="order does not fit"):
+    writers.Bnb().look(scattered, "w")
+
+
+def test_most_matrices_decide():
+  writer = writers.Gptq()
+  found = [writer.look(packed(block=b), "w") for b in (32, 32, 64)]
+  scheme = writer.settle(found, [])
+  assert (scheme.bits, scheme.group, scheme.symmetric) == (4, 32, False)
+  assert not writer.differs(found[0], scheme)
+  assert "found 4 and 64, expected 4 and 32" in writer.differs(found[2], scheme)
+  # Groups of 64 are all 64 inputs: either says it.
+  assert writer.settle(found[2:], []).group == 0
+  assert writer.settle([], [576, 1536]).group == 64
+  assert writers.Gptq(group=64).settle(found, []).group == 64
+  assert writers.Gptq(group=16).settle(found, [96]).group == 16
+  # Of rounded matrices some zero may be 0.
+  assert writer.settle(found[:2], [64]).version == 2
+  assert writer.settle([], [40]) == gptq.Scheme(group=0)
+
+
+# Damage ----------------------------------------------------------------------
+
+
+def changed(**changes):
+  tensors, _ = random_tensors(4, 1)
+  tensors |= changes
+  return {k: x for k, x in tensors.items() if x is not None}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(qweight=np.zeros((8, 0), np.int32)), "qweight has shape"),
+    (dict(qweight=np.zeros(8, np.int32)), "qweight has shape"),
+    (dict(qweight=np.zeros((8, 32), np.float32)), "qweight is float32"),
+    (dict(qweight=np.zeros((9, 32), np.int32)), "32 outputs of 72 inputs"),
+    (dict(qweight=np.zeros((8, 31), np.int32)), "31 outputs of 64 inputs"),
+    (dict(qzeros=np.zeros((2, 3), np.int32)), r"qzeros is int32 \[2, 3\]"),
+    (dict(qzeros=None), "qzeros is missing"),
+    (
+      dict(scales=np.zeros((1, 32), np.float16)),
+      r"scales is .* \[1, 32\]",
+    ),
+    (dict(g_idx=np.zeros(64, np.int32)), "g_idx does not give each of 2"),
+    (dict(g_idx=np.full(64, -1, np.int32)), "g_idx does not give each of 2"),
+    (dict(g_idx=np.full(64, 2**31 - 1, np.int32)), "g_idx does not give"),
+    (dict(g_idx=np.zeros(63, np.int32)), r"g_idx is int32 \[63\]"),
+  ],
+)
+def test_damaged_tensors_of_gptq(changes, message):
+  with pytest.raises(UserError, match=message):
+    read(changed(**changes), 4, 1, symmetric=False)
+
+
+def test_other_damage_of_gptq():
+  with pytest.raises(UserError, match="g_idx is missing, which desc_act needs"):
+    read(changed(g_idx=None), 4, 1, act_order=True)
+  with pytest.raises(UserError, match="qzeros differ, expected one middle"):
+    read(changed(), 4, 1)
+  tensors, _ = random_tensors(4, 2, zero=3)
+  with pytest.raises(UserError, match="qzeros has 3, expected 7 .* or 8"):
+    gptq.detected(gptq.Scheme(group=GROUP), {"w": tensors})
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(bits=5), "bits is 5, expected one of 2, 3, 4, 8"),
+    (dict(group_size=0), "group_size is 0"),
+    (dict(group_size="128"), "group_size is '128'"),
+    (dict(sym=1), "sym is 1, expected true or false"),
+    (
+      dict(checkpoint_format="marlin"),
+      "'marlin', expected one of gptq,",
+    ),
+    (dict(checkpoint_format=["gptq"]), "checkpoint_format is"),
+    (dict(dynamic={"-:x": {}}), "dynamic is .*not supported"),
+    (dict(pack_dtype="int16"), "pack_dtype is 'int16'"),
+  ],
+)
+def test_mistakes_in_the_config_of_gptq(changes, message):
+  said = gptq.config(gptq.Scheme(group=32, version=2, act_order=True))
+  scheme = gptq.parse(said, "c")
+  assert scheme == gptq.Scheme(group=32, version=2, act_order=True)
+  with pytest.raises(UserError, match=message):
+    gptq.parse(said | changes, "c")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(bits=8), "bits is 8, expected 4"),
+    (dict(version="marlin"), "version is 'marlin', expected 'gemm' or"),
+    (dict(zero_point=0), "zero_point is 0, expected true or false"),
+    (dict(group_size=-2), "group_size is -2"),
+  ],
+)
+def test_mistakes_in_the_config_of_awq(changes, message):
+  said = awq.config(awq.Scheme(group=0))
+  assert awq.parse(said, "c") == awq.Scheme(group=0)
+  with pytest.raises(UserError, match=message):
+    awq.parse(said | changes, "c")
+  # gptqmodel says so of symmetric grids, whose zeros it stores all the same.
+  symmetric = said | {"zero_point": False}
+  assert awq.parse(symmetric, "c") == awq.Scheme(group=0)
+  old = {"w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}
+  assert awq.parse(old, "c") == awq.Scheme(group=64)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(qweight=np.zeros((64, 0), np.int32)), "qweight is int32"),
+    (dict(qweight=np.zeros((60, 4), np.int32)), "multiple of the group of 32"),
+    (dict(qzeros=np.zeros((2, 4), np.int64)), "qzeros is int64"),
+    (
+      dict(scales=np.zeros((2, 4), np.float16)),
+      r"expected .* \[2, 32\]",
+    ),
+  ],
+)
+def test_damaged_tensors_of_awq(changes, message):
+  tensors = {
+    "qweight": np.zeros((I, O // 8), np.int32),
+    "qzeros": np.zeros((2, O // 8), np.int32),
+    "scales": np.ones((2, O), np.float16),
+  }
+  with pytest.raises(UserError, match=message):
+    awq.from_tensors(tensors | changes, awq.Scheme(group=GROUP))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(weight=np.zeros((4, 8), np.uint8)), "weight is uint8"),
+    (dict(weight=np.zeros(8, np.int8)), "weight is int8"),
+    (dict(SCB=np.ones(3, np.float32)), "SCB is float32"),
+    (dict(weight_format=np.ones((), np.uint8)), "weight_format is 1, expected"),
+  ],
+)
+def test_damaged_tensors_of_int8(changes, message):
+  tensors = dict(weight=np.zeros((4, 8), np.int8), SCB=np.ones(4, np.float32))
+  with pytest.raises(UserError, match=message):
+    bnb.from_tensors(tensors | changes)
+
+
+@pytest.mark.parametrize(
+  ("said", "message"),
+  [
+    (dict(), "load_in_4bit is None, expected it or load_in_8bit"),
+    (dict(load_in_4bit=True, load_in_8bit=True), "load_in_4bit is True"),
+    (dict(load_in_4bit=True, bnb_4bit_quant_type="nf3"), "quant_type is 'nf3'"),
+  ],
+)
+def test_mistakes_in_the_config_of_bitsandbytes(said, message):
+  with pytest.raises(UserError, match=message):
+    bnb.parse(said, "c")
+  assert bnb.parse(bnb.config("int8", False, "float32"), "c") == 8
+  assert bnb.parse(bnb.config("fp4", True, "float32"), "c") == 4
+
+
+def test_codes_too_wide_are_not_packed():
+  with pytest.raises(UserError, match="expected 2 bits"):
+    bitstream.pack(np.full((16, 1), 4, np.uint8), 2)

@@ -1,0 +1,139 @@
+"""GPTQ on every format's grids: better outputs, legal codes, or a refusal."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.interop.loaded import Loaded
+from research.quant import methods
+from research.quant.algorithms.calibrate import Calibration
+from research.quant.algorithms.clip import Clip
+from research.quant.algorithms.gptq import GPTQ
+from research.quant.algorithms.outlier_rows import Apart
+from research.quant.format import Format
+from research.quant.formats import ggml
+from research.quant.formats.affine import Affine
+from research.quant.formats.codebook import Codebook
+from research.quant.formats.fp8 import FP8
+from research.quant.formats.hqq import HQQ
+from research.quant.formats.int8 import Int8
+from research.quant.formats.nvfp4 import NVFP4
+from research.quant.methods import Compensated, Known, Nearest
+from research.quant.rules import Quantization, Rule
+from research.typing import UserError
+from tests import support
+
+INPUTS, OUTPUTS = 256, 6
+# One of each kind of grids; `Affine` and `Microscaling` are local.
+GRIDS = (
+  *ggml.TYPES.values(),
+  *(Codebook(block=32), Codebook(block=512), FP8(), HQQ(), Int8(), NVFP4()),
+)
+FEW = ("Q2_K", "Q3_K", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "hqq4-g64")
+FEW += ("int8-outputs", "nf4-b512-dq", "Q8_K", "IQ4_NL")
+
+
+@functools.cache
+def problem():
+  """Returns a matrix and what is seen of correlated inputs."""
+  rng = np.random.default_rng(2)
+  w = rng.standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
+  x = rng.standard_normal((2 * INPUTS, INPUTS))
+  x = x @ (np.eye(INPUTS) + 0.1 * rng.standard_normal((INPUTS, INPUTS)))
+  xx = jnp.asarray(x.T @ x, jnp.float32)
+  return jnp.asarray(w), {"xx": xx, "n": jnp.full((1,), 2.0 * INPUTS)}
+
+
+@pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
+@pytest.mark.sample(2)
+def test_codes_can_be_put_back(format):
+  format = format.fitted(INPUTS, OUTPUTS)
+  parts = jax.tree.map(jnp.asarray, format.encode(np.asarray(problem()[0])))
+  plain = format.plain(parts)
+  again = format.recoded(parts, plain.codes)
+  chex.assert_trees_all_equal(dict(parts), dict(again))
+  chex.assert_trees_all_equal(
+    dict(parts), jax.jit(format.recoded)(parts, plain.codes)
+  )
+  grids, known = Known.of(plain), Known.grid_of(plain)
+  shape = (-1, plain.group, OUTPUTS)
+  groups = jnp.asarray(format.decode(parts)).reshape(shape)
+  codes = grids.codes(groups, *known)
+  np.testing.assert_allclose(grids.values(codes, *known), groups, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "format", [f for f in GRIDS if f.name in FEW], ids=lambda f: f.name
+)
+@pytest.mark.sample(2, 1)
+def test_outputs_gain_and_codes_are_the_types_own(format):
+  w, seen = problem()
+  format = format.fitted(INPUTS, OUTPUTS)
+  (q,), (dense,), (found,) = methods.rounded(
+    (w,), seen, format, Compensated(), compare=True
+  )
+  assert found.output_error < 0.9 * found.nearest_error
+  np.testing.assert_array_equal(dense, q.dense())
+  codes, ends = np.asarray(q.plain().codes), q.plain().ends
+  if ends is not None:
+    assert codes.min() >= ends[0] and codes.max() <= ends[1]
+    assert codes.min() < codes.max()
+  again = format.recoded(q.parts, q.plain().codes)
+  chex.assert_trees_all_equal(dict(again), dict(q.parts))
+
+
+class Bytes:
+  """A tokenizer that is never asked."""
+
+  def encode(self, text):
+    raise AssertionError("the text is read")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole(Format):
+  """A format whose codes nobody can choose."""
+
+  @property
+  def name(self):
+    return "whole"
+
+
+CLIPPED = Compensated(options=GPTQ(clip=Clip()))
+DRIFTING = Compensated(options=GPTQ(drift=0.5))
+
+
+@pytest.mark.parametrize(
+  ("format", "method", "options", "says"),
+  [
+    (Whole(block=32), Compensated(), {}, "q: GPTQ: codes of whole cannot be"),
+    (HQQ(block=32), CLIPPED, {}, "q: GPTQ.clip: the grids of hqq4-g32 are not"),
+    (NVFP4(), Nearest(clip=Clip()), {}, "q: Nearest.clip: the grids of nvfp4"),
+    (Affine(block=8), Apart(rows=32), {}, "expected fewer than the matrix' 32"),
+    (Affine(block=8), DRIFTING, dict(sequential="none"), "GPTQ.drift"),
+  ],
+)
+def test_what_cannot_be_is_said_before_a_text_is_read(
+  format, method, options, says
+):
+  model = support.model()
+  params = support.params(model)
+  rule = Rule(match="/q$", format=format, method=method)
+  how = Quantization(rules=(rule,), calibration=Calibration(), **options)
+  loaded = Loaded(model, params, Bytes(), {})
+  with pytest.raises(UserError, match=says):
+    how.of(loaded).run(params)
+
+
+def test_rows_apart_of_blocks_of_ggml():
+  w, format = problem()[0], ggml.TYPES["Q4_K"]
+  (q,), _, _ = methods.rounded((w,), None, format, Apart(rows=1))
+  off = np.asarray(format.decode(format.encode(np.asarray(w)))) - w
+  row = int(np.square(off).sum(-1).argmax())
+  np.testing.assert_array_equal(q.outliers["rows"], [row])
+  want = format.encode(np.asarray(w.at[row].set(0)))
+  chex.assert_trees_all_equal(jax.device_get(q.parts), want)
