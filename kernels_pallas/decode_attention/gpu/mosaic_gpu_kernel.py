@@ -1,5 +1,9 @@
 """The decoding kernel for GPUs from Ampere on: `mma` and `cp.async`.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for A100, H100 and B200; its PTX runs in an emulator
+(`tests/kernels_pallas/ptx_emulator.py`).
+
 Decoding is bound by the bytes of keys and values, of which a tensor core makes
 16 rows of queries for nothing; so one instruction serves them all. A block is
 one warpgroup: the queries of a key head, and one run of its keys. Its four

@@ -1,5 +1,8 @@
 """Decoding attention as one Mosaic kernel for TPU, the mosaic_tpu backend.
 
+It has run on no TPU yet: numbers and races are the interpreter's, schedules
+and spills those of libtpu's compiler for v4 to tpu7x.
+
 Decoding is bound by how fast keys and values are read, so the kernel is built
 around their copies. Pages lie in HBM; the blocks of all entries of a split are
 one stream, in which the copy of a block starts before the block before it is

@@ -1,5 +1,8 @@
 """The forward kernel for GPUs before Hopper: `mma` and `cp.async`.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for an A100.
+
 A block is 64 queries of a head. Values arrive while scores are computed, and
 the next keys while probabilities are and meet the values (FlashAttention-2's
 order). `mosaic_gpu_mma` says what the GPU interpreter does instead; masks,

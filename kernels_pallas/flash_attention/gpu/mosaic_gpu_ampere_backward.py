@@ -1,5 +1,8 @@
 """The backward kernels for GPUs before Hopper: `mma` and `cp.async`.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for an A100.
+
 As `mosaic_gpu_backward`: `dq` holds queries and streams keys, `dkv` holds keys
 and streams the queries of all heads of a group, on transposed scores, so that
 P and dS become left operands in the registers where they are. The gradient of

@@ -1,5 +1,8 @@
 """The backward GPU kernels: probabilities recomputed, a tile at a time.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for an H100.
+
 `dq` holds queries and streams keys, `dkv` holds keys and streams the queries of
 all heads of a group, whose gradients it sums in float32 (kernels.md 2.2, 6.2):
 7 matmuls a tile, no atomics, so that results repeat to the bit. `dkv` works on

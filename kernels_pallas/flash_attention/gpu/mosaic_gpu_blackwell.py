@@ -1,5 +1,8 @@
 """The forward kernel for Blackwell: `tcgen05` and tensor memory.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for a B200.
+
 A line of work is one head and 128 queries for each warpgroup: two, or one for
 heads above 128. Two compute softmaxes at the same time, and what one waits for,
 the tensor cores do while the other one has its registers full

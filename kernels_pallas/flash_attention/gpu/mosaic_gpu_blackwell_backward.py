@@ -1,5 +1,8 @@
 """The backward kernels for Blackwell: `tcgen05` and tensor memory.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for a B200.
+
 `dq` and `dkv` share out the work as Hopper's do: 7 matmuls a tile, no atomics,
 so that results repeat to the bit. Sums stay in tensor memory; dS and, of
 transposed scores, P^T go there as left operands where there is room, else to

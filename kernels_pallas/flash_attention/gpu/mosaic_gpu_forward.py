@@ -1,5 +1,8 @@
 """The forward GPU kernel: FlashAttention-3's warp-specialised online softmax.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for an H100.
+
 A line of work is one head and 64 queries for each computing warpgroup. Two of
 them take turns: while one runs its softmax the other has the tensor cores
 ("ping pong", Shah et al. 2024, section 3.1). The kernel is persistent: a block

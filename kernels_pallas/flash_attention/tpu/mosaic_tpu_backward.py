@@ -1,5 +1,8 @@
 """The backward TPU kernels: probabilities recomputed, a tile at a time.
 
+It has run on no TPU yet: numbers and races are the interpreter's, schedules
+and spills those of libtpu's compiler for v4 to tpu7x.
+
 `dkv` sums dk and dv over query tiles and over the query heads of a key head,
 `dq` sums dq over key tiles: 7 matmuls a tile, memory linear in length. `fused`
 does both in 5 matmuls a tile; its parts of dq, one for each tile of keys, are

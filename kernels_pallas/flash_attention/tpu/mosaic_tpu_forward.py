@@ -1,5 +1,8 @@
 """The forward TPU kernel: online softmax over transposed scores.
 
+It has run on no TPU yet: numbers and races are the interpreter's, schedules
+and spills those of libtpu's compiler for v4 to tpu7x.
+
 One grid step is one tile. Its parts are unrolled in program order such that
 the matmul of the next part's scores and that of the previous part's values
 stand on both sides of a part's exponentials: the scheduler then keeps the

@@ -1,5 +1,8 @@
 """The kernel of packed weights for a Hopper GPU: W4A16 and W8A16.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for an H100.
+
 Weights are the left operand, out of registers: see `mosaic_gpu_operand`. One
 warpgroup copies, one or two decode and multiply.
 """

@@ -1,5 +1,9 @@
 """Packed weights on Ampere, Ada and Blackwell GPUs: `mma` and `cp.async`.
 
+It has run on no GPU yet: numbers and races are the interpreter's, registers
+and spills those of ptxas for A100, H100 and B200; its PTX runs in an emulator
+(`tests/kernels_pallas/ptx_emulator.py`).
+
 The product of `mosaic_gpu_kernel`, transposed as there: what `mma` takes from
 registers as a left operand is what `wgmma` does, so weights are decoded by the
 same code. A block is one warpgroup, whose four warps each hold 16 of 64 outputs

@@ -1,5 +1,8 @@
 """Few rows times a packed matrix: bytes of the weights are what it costs.
 
+It has run on no TPU yet: numbers and races are the interpreter's, schedules
+and spills those of libtpu's compiler for v4 to tpu7x.
+
 Weights are not scaled, products are: of each group's codes with the rows. With
 groups below 128, the depth of a matrix unit, a row comes once for each group of
 a block, zeros elsewhere, so that one product holds all groups' apart. Rows are

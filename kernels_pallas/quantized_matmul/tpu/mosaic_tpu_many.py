@@ -1,5 +1,8 @@
 """Many rows times a packed matrix, or its transpose: matrix units are the cost.
 
+It has run on no TPU yet: numbers and races are the interpreter's, schedules
+and spills those of libtpu's compiler for v4 to tpu7x.
+
 A tile of weights is decoded and scaled once, rounded to the activations' type,
 and multiplied with a tile of rows.
 """
