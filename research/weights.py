@@ -1,20 +1,9 @@
 """Weights are values: the only place that knows how a leaf is multiplied.
 
-A parameter leaf is a `jax.Array`, or a small frozen dataclass, registered as a
-pytree, that stands for one: `AdaptedTensor`, `QTensor`, and whatever comes.
-Such a class answers by its own methods:
-
-  einsum(eq, x)         x times this weight
-  take(ids)             rows, for embeddings
-  ragged_dot(x, sizes)  experts' matmul over rows sorted by expert
-  dense()               the logical array
-  axes(names)           its parts' logical axis names, for sharding
-  bind(key, ids)        itself with what depends on the batch
-  bias_of(b)            the bias behind it, where it scales whole outputs
-  count()               its parameters, where its shape does not say how many
-
-and has `shape` and `dtype`, the logical ones. JAX's pytree registration is the
-only registration; no module, trainer, sampler or checkpoint asks for a type.
+A parameter leaf is a `jax.Array`, or a `Weight`: a small frozen dataclass,
+registered as a pytree, that stands for one: `AdaptedTensor`, `QTensor`, and
+whatever comes. JAX's registration is the only one; no module, trainer, sampler
+or checkpoint asks for a type.
 """
 
 import dataclasses
@@ -30,17 +19,86 @@ from flax import linen as nn
 
 from kernels_pallas import grouped_matmul
 from kernels_pallas.common import lowering
+from research import tree
 from research.typing import Array, Float, Int, Params, PRNGKey, Shaped
 
-Weight = Any
-"""A `jax.Array` or an object with the methods named above."""
+AnyWeight = Any
+"""A `jax.Array`, or a `Weight`."""
 
 
-class Around:
-  """A weight around another one, `w`, whose shape and type are its own.
+class Weight:
+  """A leaf that stands for an array, by what it answers.
 
-  A dataclass, like every weight.
+  Subclasses are frozen dataclasses, registered as pytrees, with `shape`,
+  `dtype`, `dense` and `axes`; the rest has defaults, which decode.
   """
+
+  format = None
+  """What says how its parts are read, if it is packed."""
+  is_adapter = False
+  """Whether it changes another weight, `w`, as it is trained to."""
+  is_renewable = False
+  """Whether it is trained as the codes it is stored in: see `Int8Tensor`."""
+  token_wise = False
+  """Whether what it makes of a token depends on that token alone."""
+
+  @property
+  def ndim(self) -> int:
+    """Returns the number of logical axes."""
+    return len(self.shape)
+
+  def dense(self) -> Shaped[Array, "..."]:
+    """Returns the logical array."""
+    raise NotImplementedError
+
+  def axes(self, names: tuple[str | None, ...]) -> Any:
+    """Returns its parts' logical axis names, for sharding; see `axes`."""
+    raise NotImplementedError
+
+  def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `einsum(eq, x, w)` in the dtype of `x`."""
+    return einsum(eq, x, self.dense())
+
+  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns rows, of an embedding."""
+    return take(self.dense(), ids)
+
+  def ragged_dot(
+    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
+  ) -> Float[Array, "T O"]:
+    """Returns each row of `x` times its expert's matrix, rows by expert."""
+    return ragged_dot(x, self.dense(), sizes)
+
+  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> Any:
+    """Returns itself with what depends on the batch: nothing, by default."""
+    return self
+
+  def bias_of(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+    """Returns the bias behind it: another one if it scales whole outputs."""
+    return b
+
+  def within(self, f: Callable[[Any], Any]) -> Any:
+    """Returns itself with `f` of the weight that multiplies; see `within`."""
+    return f(self)
+
+  def with_tokens(
+    self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+  ) -> Any:
+    """Returns itself knowing the tokens that come next; see `with_tokens`."""
+    return self
+
+  def of_tokens(self, keep: Int[Array, "B N"]) -> Any:
+    """Returns itself knowing some of the tokens it knew; see `of_tokens`."""
+    return self
+
+  def count(self) -> int:
+    """Returns how many parameters it stands for; see `count`."""
+    # Without its arrays, which another tree has, it has no shape.
+    return math.prod(self.shape) if jax.tree.leaves(self) else 0
+
+
+class WrappedWeight(Weight):
+  """A weight around another one, `w`, whose shape and type are its own."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -52,11 +110,6 @@ class Around:
     """Returns the logical type."""
     return self.w.dtype
 
-  @property
-  def ndim(self) -> int:
-    """Returns the number of logical axes."""
-    return len(self.shape)
-
   def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> Any:
     """Returns itself with what depends on the batch in `w`."""
     w = self.w.bind(key=key, ids=ids) if is_weight(self.w) else self.w
@@ -66,13 +119,46 @@ class Around:
     """Returns the bias behind `w`."""
     return bias_of(self.w, b)
 
+  def count(self) -> int:
+    """Returns the parameters of `w`, and of what is around it."""
+    beside = dataclasses.replace(self, w=None)
+    return count(self.w) + sum(map(_count, jax.tree.leaves(beside)))
+
 
 def is_weight(x: Any) -> bool:
   """Whether `x` is a leaf that answers by its own methods."""
-  return hasattr(x, "dense") and hasattr(x, "einsum")
+  return isinstance(x, Weight)
 
 
-def einsum(eq: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."]:
+def wrapped(w: AnyWeight) -> AnyWeight | None:
+  """Returns the weight that `w` is around, or None if it is around none."""
+  return w.w if isinstance(w, WrappedWeight) else None
+
+
+def is_packed(w: AnyWeight) -> bool:
+  """Whether `w` is parts that a format reads, and nothing around them."""
+  return is_weight(w) and w.format is not None
+
+
+def is_adapter(w: AnyWeight) -> bool:
+  """Whether `w` is an adapter around another weight."""
+  return is_weight(w) and w.is_adapter
+
+
+def is_renewable(w: AnyWeight) -> bool:
+  """Whether `w` is trained as the codes it is stored in."""
+  return is_weight(w) and w.is_renewable
+
+
+def named(params: Any) -> list[tuple[str, AnyWeight]]:
+  """Returns each leaf of a tree of weights, by its path."""
+  found, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)
+  return [(tree.path_name(path), w) for path, w in found]
+
+
+def einsum(
+  eq: str, x: Float[Array, "..."], w: AnyWeight
+) -> Float[Array, "..."]:
   """Returns `einsum(eq, x, w)` in the dtype of `x`.
 
   Args:
@@ -124,7 +210,7 @@ def _doubled(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
   return jnp.einsum(eq, jnp.concatenate([x, x]), w)[:1]
 
 
-def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+def take(w: AnyWeight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
   """Returns rows `ids` of an embedding `w [V, D]`."""
   if is_weight(w):
     return w.take(ids)
@@ -132,7 +218,7 @@ def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
 
 
 def ragged_dot(
-  x: Float[Array, "T I"], w: Weight, sizes: Int[Array, "E"]
+  x: Float[Array, "T I"], w: AnyWeight, sizes: Int[Array, "E"]
 ) -> Float[Array, "T O"]:
   """Returns each row of `x` times its expert's matrix.
 
@@ -146,12 +232,12 @@ def ragged_dot(
   return grouped_matmul.matmul(x, w.astype(x.dtype), sizes)
 
 
-def dense(w: Weight) -> Shaped[Array, "..."]:
+def dense(w: AnyWeight) -> Shaped[Array, "..."]:
   """Returns the logical array that `w` stands for."""
   return w.dense() if is_weight(w) else jnp.asarray(w)
 
 
-def bias_of(w: Weight, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+def bias_of(w: AnyWeight, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
   """Returns what is added to products with `w` whose bias is `b`.
 
   That is `b`, unless `w` scales its outputs as wholes, as (IA)^3 does.
@@ -160,7 +246,7 @@ def bias_of(w: Weight, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
     w: any weight `[..., in, out]`.
     b: `[..., out]`, with the same leading axes.
   """
-  return w.bias_of(b) if isinstance(w, Around) else b
+  return w.bias_of(b) if is_weight(w) else b
 
 
 def bias_path(path: str) -> str | None:
@@ -176,7 +262,7 @@ def bias_path(path: str) -> str | None:
   return f"{path}_bias"
 
 
-def axes(w: Weight, names: Sequence[str | None]) -> Any:
+def axes(w: AnyWeight, names: Sequence[str | None]) -> Any:
   """Returns logical axis names for each array in `w`, in `w`'s structure.
 
   Args:
@@ -192,16 +278,16 @@ def axes(w: Weight, names: Sequence[str | None]) -> Any:
   return (None,) * (w.ndim - len(names)) + tuple(names)
 
 
-def within(w: Weight, f: Callable[[Weight], Weight]) -> Weight:
+def within(w: AnyWeight, f: Callable[[AnyWeight], AnyWeight]) -> AnyWeight:
   """Returns `w` with `f` of the weight that multiplies, in place of that one.
 
   Those are the same, unless `w` changes the inputs first: rounds or rotates
   them, say. What is measured of inputs, and packed, is what stands inside.
   """
-  return w.within(f) if hasattr(w, "within") else f(w)
+  return w.within(f) if is_weight(w) else f(w)
 
 
-def inner(w: Weight) -> Weight:
+def inner(w: AnyWeight) -> AnyWeight:
   """Returns the weight that multiplies within `w`, see `within`."""
   found = []
   within(w, lambda x: found.append(x) or x)
@@ -222,13 +308,7 @@ def count(params: Any) -> int:
 
 
 def _count(w: Any) -> int:
-  if hasattr(w, "count"):
-    return w.count()
-  if isinstance(w, Around):
-    beside = dataclasses.replace(w, w=None)
-    return count(w.w) + sum(map(_count, jax.tree.leaves(beside)))
-  # Without its arrays, which another tree has, it has no shape.
-  return math.prod(w.shape) if jax.tree.leaves(w) else 0
+  return w.count() if is_weight(w) else math.prod(w.shape)
 
 
 def bind(
@@ -272,9 +352,7 @@ def with_tokens(
   """
 
   def one(w):
-    if not hasattr(w, "with_tokens"):
-      return w
-    return w.with_tokens(tokens, segments)
+    return w.with_tokens(tokens, segments) if is_weight(w) else w
 
   return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
 
@@ -288,7 +366,7 @@ def token_wise(params: Any) -> bool:
     params: any tree of weights.
   """
   leaves = jax.tree.leaves(params, is_leaf=is_weight)
-  return all(getattr(w, "token_wise", not is_weight(w)) for w in leaves)
+  return all(not is_weight(w) or w.token_wise for w in leaves)
 
 
 def of_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:
@@ -300,7 +378,7 @@ def of_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:
   """
 
   def one(w):
-    return w.of_tokens(keep) if hasattr(w, "of_tokens") else w
+    return w.of_tokens(keep) if is_weight(w) else w
 
   return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
 
@@ -310,7 +388,7 @@ def weight(
   name: str,
   init: Callable[..., Any],
   shape: tuple[int, ...] = (),
-) -> Weight:
+) -> AnyWeight:
   """Returns the stored parameter `name`, or makes it with `init(key, shape)`.
 
   Linen's own `param` rejects a stored value of another shape, which every

@@ -20,7 +20,7 @@ LAYERS = {  # package -> our packages that it may import
   "research": {"research", "kernels_pallas"},
   "experiments": {"research", "kernels_pallas", "experiments"},
 }
-MAX_LINES = 400
+MAX_LINES = 500
 MAX_RUN_LINES = 40
 RUN_HEADER = ("Claim:", "Run:", "Cost:", "Expect:")
 

@@ -85,9 +85,7 @@ def save(
 def _numbers(params: Params) -> Any:
   """Returns `params` with what is trained as codes as the numbers it is."""
 
-  def coded(w: Any) -> bool:
-    return hasattr(w, "renewed")
-
+  coded = weights.is_renewable
   return jax.tree.map(
     lambda w: w.dense() if coded(w) else w, params, is_leaf=coded
   )
@@ -145,7 +143,7 @@ def _abstract(found: Any, where: str) -> Any:
       value = _static(value, f, f"{where}: {name}")
     values[name] = value
   made = kind(**values)
-  if hasattr(made, "parts"):
+  if weights.is_packed(made):
     _check_parts(made, where)
   return made
 
@@ -264,7 +262,7 @@ def cast(params: Params, dtype: str, packed: bool) -> Any:
   """
 
   def one(x):
-    if hasattr(x, "w"):
+    if weights.wrapped(x) is not None:
       return dataclasses.replace(x, w=one(x.w))
     if weights.is_weight(x):
       return x if packed else x.dense().astype(dtype)

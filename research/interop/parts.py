@@ -45,18 +45,11 @@ PLAIN = ("float64", "float32", "bfloat16", "float16")
 
 def kind_of(weight: Any) -> str:
   """Returns how a weight is stored; an adapted one like its base."""
-  if hasattr(weight, "w"):
-    return kind_of(weight.w)
-  if weights.is_weight(weight) and hasattr(weight, "format"):
+  if (inner := weights.wrapped(weight)) is not None:
+    return kind_of(inner)
+  if weights.is_packed(weight):
     return weight.format.name
   return str(weight.dtype)
-
-
-def _leaves(part: Any) -> list[tuple[str, Any]]:
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    part, is_leaf=weights.is_weight
-  )
-  return [(tree.path_name(path), leaf) for path, leaf in found]
 
 
 def _row(leaf: Any, k: tuple[int, ...]) -> Any:
@@ -67,13 +60,13 @@ def _row(leaf: Any, k: tuple[int, ...]) -> Any:
 def from_params(params: Params) -> dict[Address, Part]:
   """Returns the parameters of a tree; it stays in memory and is shared."""
   out, scaled = {}, wrap.biases(params)
-  for path, leaf in _leaves(tree.top(params)):
+  for path, leaf in weights.named(tree.top(params)):
     out[Address(None, path)] = Part(
       tuple(leaf.shape), kind_of(leaf), lambda leaf=leaf: leaf
     )
   for prefix, rows in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, leaf in _leaves(params[run][layer]):
+    for path, leaf in weights.named(params[run][layer]):
       leaf = scaled.get(f"{prefix}/{path}", leaf)
       # Matrices of experts have their layer and their number in front.
       lead = len(leaf.shape) - 2 if len(leaf.shape) > 3 else 1

@@ -19,7 +19,7 @@ from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaptedTensor(weights.Around):
+class AdaptedTensor(weights.WrappedWeight):
   """A weight under an adapter.
 
   Attributes:
@@ -39,6 +39,8 @@ class AdaptedTensor(weights.Around):
   method: Method = dataclasses.field(
     default_factory=Method, metadata=dict(static=True)
   )
+
+  is_adapter = True
 
   @property
   def arrays(self) -> Arrays:
@@ -176,7 +178,7 @@ class AdaptedTensor(weights.Around):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AdaptedBias(weights.Around):
+class AdaptedBias(weights.WrappedWeight):
   """A bias beside the adapted weight that scales it: what merging sees.
 
   In the tree of a model it is two leaves, `q` and `q_bias`.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from research import weights
 from research.lora import plain, wrap
 from research.lora.plain import Factors
 from research.typing import Params, UserError
@@ -91,7 +92,7 @@ def to_lora(
 
 
 def _decomposed(address, t):
-  if not hasattr(t.w, "trained"):  # an adapter under this one
+  if not weights.is_adapter(t.w):  # an adapter under this one
     thin = plain.plain(address, t)
     if thin is not None:
       u, s, v = plain.decomposed(thin.a, thin.b)

@@ -31,11 +31,7 @@ experts), and so is every array returned."""
 
 def leaves(part: Any) -> Iterator[tuple[str, Any]]:
   """Yields (path, weight) of every weight in a part of the tree."""
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    part, is_leaf=weights.is_weight
-  )
-  for path, leaf in found:
-    yield tree.path_name(path), leaf
+  yield from weights.named(part)
 
 
 def matrices(params: Params) -> dict[str, tuple[int, int]]:

@@ -60,7 +60,7 @@ class Op:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class InputTensor(weights.Around):
+class InputTensor(weights.WrappedWeight):
   """A weight `[..., I, O]` and what becomes of its inputs.
 
   Attributes:

@@ -24,7 +24,7 @@ from research.typing import Array, Float, Int, PRNGKey
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QTensor:
+class QTensor(weights.Weight):
   """A packed matrix; frozen: no gradient reaches its parts.
 
   Attributes:

@@ -53,7 +53,7 @@ class Quantize:
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
   def _packed(self, path: str, w: Any) -> qtensor.QTensor:
-    if hasattr(w, "w"):
+    if weights.wrapped(w) is not None:
       raise UserError(
         f"Quantize: {path} is adapted; quantize first, then adapt"
       )
@@ -61,12 +61,9 @@ class Quantize:
 
   def chosen(self, params: Params) -> list[str]:
     """Returns the paths of the matrices that are packed, runs as they are."""
-    found, _ = jax.tree_util.tree_flatten_with_path(
-      params, is_leaf=weights.is_weight
-    )
     paths = [
       path
-      for path, w in ((tree.path_name(path), w) for path, w in found)
+      for path, w in weights.named(params)
       if path.startswith("run") and len(w.shape) > 2
     ]
     if self.targets == ALL_LINEAR:

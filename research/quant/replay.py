@@ -32,7 +32,7 @@ _BEHIND = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Replayed(weights.Around):
+class Replayed(weights.WrappedWeight):
   """A matrix whose inputs are known, whatever it is given.
 
   Attributes:
@@ -142,10 +142,7 @@ def replayed(params: Params, memory: Mapping[str, Held], batch: int) -> Params:
 
 
 def _flat(params):
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=weights.is_weight
-  )
-  return [(tree.path_name(path), w) for path, w in found]
+  return weights.named(params)
 
 
 def _leading(params, path):

@@ -177,10 +177,7 @@ def named(params: Params) -> Iterator[tuple[str, Any]]:
 
 def matrices(layer: Params) -> dict[str, Any]:
   """Returns path -> weight of a layer's matrices, but for its router."""
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    layer, is_leaf=weights.is_weight
-  )
-  named = {tree.path_name(path): w for path, w in found}
+  named = dict(weights.named(layer))
   return {
     path: w
     for path, w in named.items()
@@ -258,7 +255,7 @@ def _axis(name: str) -> int:
 
 def _check_bare(name: str, w: Any) -> None:
   """Raises UserError for a matrix that is adapted."""
-  if hasattr(weights.inner(w), "w"):
+  if weights.wrapped(weights.inner(w)) is not None:
     raise UserError(
       f"Quantization: {name} is adapted; quantize first, then adapt"
     )

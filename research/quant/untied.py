@@ -25,7 +25,7 @@ from research.typing import (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Untied:
+class Untied(weights.Weight):
   """An embedding `[V, D]` whose transpose, as a head, is another matrix.
 
   Attributes:
@@ -43,10 +43,6 @@ class Untied:
   @property
   def dtype(self) -> Any:
     return self.table.dtype
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, head)`."""

@@ -38,7 +38,7 @@ _STAT = r"(^|/)stat/\w+$"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Tap(weights.Around):
+class Tap(weights.WrappedWeight):
   """A weight `[..., in, out]` and what is to be seen of its use.
 
   Attributes:
@@ -187,9 +187,6 @@ def collect(
   stats, rest = tree.partition(taps, _STAT)
   value, pull = jax.vjp(lambda s: loss(tree.combine(s, rest)), stats)
   (found,) = pull(jnp.ones_like(value))
-  flat, _ = jax.tree_util.tree_flatten_with_path(
-    found, is_leaf=weights.is_weight
-  )
   out = {}
 
   def note(path, w):
@@ -197,8 +194,8 @@ def collect(
       out[path] = dict(w.stat)
     return w
 
-  for path, w in flat:
-    weights.within(w, functools.partial(note, tree.path_name(path)))
+  for path, w in weights.named(found):
+    weights.within(w, functools.partial(note, path))
   return out
 
 

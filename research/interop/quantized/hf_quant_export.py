@@ -110,7 +110,7 @@ def _modules(
     if part.packed:
       reason = f"{part.kind} under something else, such as an adapter"
     w = part.read() if part.packed else None
-    if weights.is_weight(w) and hasattr(w, "format"):
+    if weights.is_packed(w):
       try:
         found = writer.look(w, name)
       except UserError as e:

@@ -253,8 +253,7 @@ def read(weight: Any) -> Read:
   """Returns what a weight of any kind stands for; adapters merge in fp32."""
   if isinstance(weight, np.ndarray):
     return Read(weight)  # a view of a file: JAX would copy it, twice
-  if hasattr(weight, "dense"):
-    weight = jax.tree.map(jnp.asarray, weight)
+  weight = jax.tree.map(jnp.asarray, weight)
   found = merged.in_float32(weight)
   if found is not None:
     return Read(*found)

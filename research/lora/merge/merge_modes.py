@@ -12,7 +12,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from research import tree, weights
@@ -55,7 +54,7 @@ def merged(
 
   def again(path: str, w: Any) -> Any:
     base = _base(w)
-    if base is w or not hasattr(base, "parts"):
+    if base is w or not weights.is_packed(base):
       return wrap.merge({path: w})[path]
     return _packed_as(base, wrap.merge({path: w})[path], path)
 
@@ -141,7 +140,4 @@ def _over(w: Any, base: Any) -> Any:
 
 
 def _leaves(params: Params) -> Mapping[str, Any]:
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=weights.is_weight
-  )
-  return {tree.path_name(path): w for path, w in found}
+  return dict(weights.named(params))

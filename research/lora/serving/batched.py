@@ -29,7 +29,7 @@ FEW = 1024
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BatchedTensor(weights.Around):
+class BatchedTensor(weights.WrappedWeight):
   """A weight, and `n` adapters that are applied by row.
 
   Attributes:
@@ -43,6 +43,8 @@ class BatchedTensor(weights.Around):
   a: Any
   b: Any
   ids: Any = None
+
+  is_adapter = True
 
   def einsum(self, eq: str, x: Float[Array, "B ..."]) -> Float[Array, "..."]:
     """Returns `einsum(eq, x, w)` and what each row's adapter adds."""

@@ -29,7 +29,7 @@ from research.nn.mlp import ACTIVATIONS, Activation
 from research.nn.moe import routing as routings
 from research.nn.moe.routing import Load, Routing
 from research.typing import Array, Bool, Float, Int
-from research.weights import Weight
+from research.weights import AnyWeight
 
 Names = tuple[str, ...]
 
@@ -86,7 +86,7 @@ def by_expert(
 def mixture(
   routing: Routing,
   activation: Activation,
-  held: Mapping[str, Weight],
+  held: Mapping[str, AnyWeight],
   x: Float[Array, "B T D"],
   real: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Load]:
@@ -168,7 +168,7 @@ def _feed_forward(activation, held, x, sizes):
   return weights.ragged_dot(product, held["down"], sizes)
 
 
-def _split(tokens: Names, held: Mapping[str, Weight]) -> Split:
+def _split(tokens: Names, held: Mapping[str, AnyWeight]) -> Split:
   """Returns how the mesh cuts the experts.
 
   The hidden axis stays whole where a part of a weight, such as its blocks, is

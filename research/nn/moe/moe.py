@@ -10,7 +10,7 @@ from research.nn.mlp import Activation, Mlp
 from research.nn.moe import mixture
 from research.nn.moe.routing import Load, Routing
 from research.typing import Array, Bool, Float
-from research.weights import Weight
+from research.weights import AnyWeight
 
 
 class Experts(nn.Module):
@@ -24,7 +24,7 @@ class Experts(nn.Module):
   hidden: int
 
   @nn.compact
-  def __call__(self, width: int) -> dict[str, Weight]:
+  def __call__(self, width: int) -> dict[str, AnyWeight]:
     """Returns `gate` and `up` `[E, D, F]`, and `down` `[E, F, D]`."""
 
     def read(name, *size):

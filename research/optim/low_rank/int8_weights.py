@@ -21,7 +21,6 @@ from research.optim.low_rank import projectors
 from research.typing import (
   Array,
   Float,
-  Int,
   Params,
   PRNGKey,
   UserError,
@@ -30,7 +29,7 @@ from research.typing import (
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Int8Tensor:
+class Int8Tensor(weights.Weight):
   """A matrix as codes 0 to 255 times a step, in groups.
 
   Attributes:
@@ -45,6 +44,8 @@ class Int8Tensor:
   zero: Any
   sizes: tuple[int, int] = dataclasses.field(metadata=dict(static=True))
 
+  is_renewable = True
+
   @property
   def shape(self) -> tuple[int, ...]:
     """Returns the logical shape."""
@@ -54,11 +55,6 @@ class Int8Tensor:
   def dtype(self) -> Any:
     """Returns the logical type."""
     return self.step.dtype
-
-  @property
-  def ndim(self) -> int:
-    """Returns the number of logical axes."""
-    return len(self.shape)
 
   def dense(self) -> Float[Array, "..."]:
     """Returns the matrix."""
@@ -73,16 +69,6 @@ class Int8Tensor:
       x, self
     )
 
-  def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of the matrix."""
-    return weights.take(self.dense(), ids)
-
-  def ragged_dot(
-    self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
-  ) -> Float[Array, "T O"]:
-    """Returns the experts' matmul."""
-    return weights.ragged_dot(x, self.dense(), sizes)
-
   def axes(self, names: tuple[str | None, ...]) -> "Int8Tensor":
     """Groups follow rows across both axes: no mesh cuts them."""
     lead = (*names[:-2], None, None)
@@ -90,10 +76,6 @@ class Int8Tensor:
       f: weights.axes(getattr(self, f), lead) for f in ("codes", "step", "zero")
     }
     return dataclasses.replace(self, **parts)
-
-  def bind(self, *, key: PRNGKey | None, ids: Any) -> "Int8Tensor":
-    """Returns itself: nothing here depends on the batch."""
-    return self
 
   def renewed(self, x: Float[Array, "..."], key: PRNGKey) -> "Int8Tensor":
     """Returns `x` in this form, up or down by chance."""

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research import tree
+from research import tree, weights
 from research.optim import muon, optim, ranges
 from research.optim.low_rank.projectors import Every, Storage, Whole
 from research.optim.low_rank.seen import Rule, Seen
@@ -52,7 +52,7 @@ class LayerwiseState(NamedTuple):
 
 def movable(w: Any) -> bool:
   """Whether a leaf is no array, and can be stored anew: 8-bit weights."""
-  return hasattr(w, "renewed")
+  return weights.is_renewable(w)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class Rule:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Seen(weights.Around):
+class Seen(weights.WrappedWeight):
   """A weight `[..., in, out]` whose gradient is seen through a projector.
 
   Attributes:

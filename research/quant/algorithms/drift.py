@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.typing import Array, Float, Int, Params, PRNGKey, UserError
+from research.typing import Array, Float, Int, Params, UserError
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(weights.Weight):
   """A weight that is one matrix for the first half of rows, and another then.
 
   Attributes:
@@ -33,10 +33,6 @@ class Pair:
   @property
   def shape(self) -> tuple[int, ...]:
     return self.old.shape
-
-  @property
-  def ndim(self) -> int:
-    return len(self.shape)
 
   @property
   def dtype(self) -> Any:
@@ -69,10 +65,6 @@ class Pair:
     """Both have the same names."""
     return Pair(weights.axes(self.old, names), weights.axes(self.new, names))
 
-  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> "Pair":
-    """Returns itself: nothing here depends on the batch."""
-    return self
-
 
 def paired(old: Params, new: Params) -> Params:
   """Returns a layer whose matrices are pairs; the rest is the new one's."""
@@ -88,10 +80,7 @@ def paired(old: Params, new: Params) -> Params:
 
 
 def _matrices(layer):
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    layer, is_leaf=weights.is_weight
-  )
-  return [(tree.path_name(path), w) for path, w in found if len(w.shape) > 1]
+  return [(path, w) for path, w in weights.named(layer) if len(w.shape) > 1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ front (a run's layers). Matrices become arrays.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
@@ -50,7 +49,7 @@ def array(w: Any, where: str) -> Array:
   Raises:
     UserError: it is adapted or wrapped already.
   """
-  if hasattr(w, "w"):
+  if weights.wrapped(w) is not None:
     raise UserError(
       f"{where}: is adapted, or its inputs are changed, already.\nFold, scale"
       " and rotate first."
@@ -80,10 +79,7 @@ def cast_like(tree_of: Any, params: Params) -> Any:
     tree_of: like `params`, but for weights that became several arrays.
     params: before anything changed.
   """
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=weights.is_weight
-  )
-  dtypes = {tree.path_name(path): w.dtype for path, w in found}
+  dtypes = {path: w.dtype for path, w in weights.named(params)}
 
   def one(path: str, x: Any) -> Any:
     while path not in dtypes:

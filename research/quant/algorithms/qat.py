@@ -36,7 +36,7 @@ TRAINABLE = r"^(?!.*/start$)"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FakeQuantTensor(weights.Around):
+class FakeQuantTensor(weights.WrappedWeight):
   """A matrix that is used as its own rounding.
 
   Attributes:
@@ -236,7 +236,7 @@ def bare(params: Params) -> Any:
   """
 
   def one(w: Any) -> Any:
-    while isinstance(w, FakeQuantTensor) or hasattr(w, "map_base"):
+    while isinstance(w, FakeQuantTensor) or weights.is_adapter(w):
       w = w.w
     return w
 

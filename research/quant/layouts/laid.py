@@ -5,11 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from kernels_pallas.quantized_matmul import api
+from research import weights
 from research.quant.layouts import products
-from research.typing import Array, Float, Int, PRNGKey
+from research.typing import Array, Float, Int
 
 
-class Laid:
+class Laid(weights.Weight):
   """A matrix `[I, O]` in a kernel's layout, its rows perhaps in another order.
 
   Subclasses are dataclasses with `source` (int32 `[..., I]` or None: the row of
@@ -66,7 +67,3 @@ class Laid:
   ) -> Float[Array, "T O"]:
     """Returns each row of `x` times its expert's matrix."""
     return products.ragged_dot(x, self, sizes, self.axis)
-
-  def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> "Laid":
-    """Returns itself: nothing here depends on the batch."""
-    return self

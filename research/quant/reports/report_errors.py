@@ -81,7 +81,7 @@ def _is_packed(x: Any) -> bool:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Probe(weights.Around):
+class Probe(weights.WrappedWeight):
   """A matrix, and another in its place whose outputs are only looked at.
 
   Attributes:
@@ -236,10 +236,7 @@ def _seen(model, both, tokens):
 
 
 def _matrices(params: Params) -> list[tuple[str, Any]]:
-  found, _ = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=weights.is_weight
-  )
-  return [(tree.path_name(path), w) for path, w in found]
+  return weights.named(params)
 
 
 def _same(a: Any, b: Any) -> bool:

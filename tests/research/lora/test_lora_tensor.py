@@ -39,7 +39,7 @@ def summed(w, base=None):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Halves:
+class Halves(weights.Weight):
   """A toy packed weight: twice its value is stored, in int8."""
 
   codes: Any
