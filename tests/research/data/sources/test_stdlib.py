@@ -70,7 +70,7 @@ def test_hash_tells_corpora_apart():
 
 def test_another_process_has_the_same_corpus():
   code = (
-    "from research.data import stdlib\n"
+    "from research.data.sources import stdlib\n"
     "print([stdlib.Stdlib(s).sha256 for s in ('train', 'heldout')])"
   )
   out = subprocess.run(
