@@ -57,7 +57,7 @@ def test_a_run_goes_on_over_other_devices_and_no_other_change(tmp_path):
 def test_other_steps_than_updates_are_another_run(tmp_path):
   text = config.parse(f"""{HEAD}{RUN}
 include 'optim/muon_linear.gin'
-from research.training import muon
+from research.optim import muon
 muon.muon.steps = 5
 """).text
   changed = text.replace("muon.muon.steps = 5", "muon.muon.steps = 4")

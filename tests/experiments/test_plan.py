@@ -132,8 +132,8 @@ include 'base.gin'
 include 'data/markov.gin'
 include 'optim/adamw_cosine.gin'
 include 'mesh/data.gin'
-from experiments import experiment
-from experiments import fresh
+from experiments.core import experiment
+from experiments.core import fresh
 from research.nn import presets
 STEPS = 8
 LEARNING_RATE = 1e-3

@@ -211,7 +211,8 @@ def test_planning_leaves_the_accelerator_to_the_units(tmp_path):
   """A backend that does not exist is not missed."""
   code = (
     "import pathlib\n"
-    "from experiments import sweep_units, sweeps\n"
+    "from experiments.sweeps import sweep_units\n"
+    "from experiments import sweeps\n"
     "made = sweeps.Sweep(config='runs/quickstart.gin', over={'RANK': [1, 2]})\n"
     "print(len(sweep_units.plan(made, pathlib.Path('x'))))\n"
   )

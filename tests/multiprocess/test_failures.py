@@ -12,7 +12,7 @@ pytestmark = pytest.mark.multiprocess
 FAIL = """
 from jax.experimental import multihost_utils
 import jax
-from experiments import cli, runtime
+from experiments.core import cli, runtime
 from research.typing import UserError
 FLAGS = cli.new_flags(cluster=True)
 def main(argv):

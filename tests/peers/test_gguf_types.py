@@ -14,7 +14,7 @@ DECODED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "NVFP4"]
 SCRIPT = """
 import sys
 import numpy as np
-from research.interop import gguf_types
+from research.interop.gguf import gguf_types
 given, to = sys.argv[1:]
 out = {}
 with np.load(given) as found:

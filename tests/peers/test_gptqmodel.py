@@ -45,7 +45,8 @@ OURS = """
 import json, sys
 sys.path[:0] = ["tests/peers"]
 import jax, jax.numpy as jnp, numpy as np, ours
-from experiments import cli, convert
+from experiments.core import cli
+from experiments import convert
 from research.interop import load
 
 folder, cases, theirs = sys.argv[1], *map(json.loads, sys.argv[2:])

@@ -32,7 +32,8 @@ ROWS = np.random.default_rng(5).integers(3, families.VOCAB, (2, 24))
 STORE = """
 import json, pathlib, sys
 import numpy as np
-from research.interop import convert, gguf_recipe, sources
+from research.interop import convert, sources
+from research.interop.gguf import gguf_recipe
 for job in json.loads(sys.argv[1]):
   weights = None
   if job["importances"]:
@@ -125,7 +126,8 @@ import hashlib, json, sys
 import numpy as np
 sys.path.insert(0, "tests/peers")
 import ours
-from research.interop import gguf, gguf_model, gguf_types
+from research.interop import gguf
+from research.interop.gguf import gguf_model, gguf_types
 paths, out = json.loads(sys.argv[1]), {}
 with np.load(sys.argv[2]) as file:
   rows = file["rows"]

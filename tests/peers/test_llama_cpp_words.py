@@ -43,7 +43,8 @@ SPECIAL = ["<unk>", "<s>", "</s>", "<|tool|>"]
 SPACE = "\u2581"
 ENCODE = """
 import json, sys
-from research.interop import gguf, gguf_tokenizer
+from research.interop import gguf
+from research.text import gguf_tokenizer
 texts, out = json.loads(open(sys.argv[1]).read()), {}
 for path in sys.argv[3:]:
   metadata = gguf.open_gguf(path).metadata

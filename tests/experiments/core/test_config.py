@@ -19,9 +19,9 @@ RUNS = sorted(
 def _root(run):
   """Returns what a run file builds: an experiment, a study, or a job."""
   lines = config._imports((config.CONFIGS / run).read_text("utf-8"))
-  if "from experiments import diffusion_study" in lines:
+  if "from experiments.studies.diffusion import diffusion_study" in lines:
     return diffusion_study.Claims
-  quantizes = "from experiments import quantizing" in lines
+  quantizes = "from experiments.studies.quant import quantizing" in lines
   return quantizing.Job if quantizes else Experiment
 
 

@@ -11,7 +11,7 @@ include 'base.gin'
 include 'models/{name}.gin'
 include 'data/markov.gin'
 include 'optim/adamw_wsd.gin'
-from experiments import experiment
+from experiments.core import experiment
 from research.diffusion import objective as masked
 STEPS = 10
 LEARNING_RATE = 1e-3

@@ -16,7 +16,7 @@ include 'base.gin'
 include 'models/smollm2_135m.gin'
 include 'data/pydoc.gin'
 include 'optim/{name}.gin'
-from experiments import experiment
+from experiments.core import experiment
 STEPS = 6
 LEARNING_RATE = 1e-2
 WARMUP = 1

@@ -212,5 +212,5 @@ def test_a_method_is_one_file(rows):
   ]
   assert not others
   assert list((ROOT / "configs" / "runs" / "lora").glob("hira*.gin"))
-  laws = ROOT / "tests" / "research" / "lora" / "test_methods.py"
+  laws = ROOT / "tests" / "research" / "lora" / "methods" / "test_methods.py"
   assert re.search(r"^  HiRA\(", laws.read_text("utf-8"), re.M)

@@ -28,7 +28,7 @@ def test_documents_are_the_files():
   source = stdlib.Stdlib("heldout")
   assert isinstance(source, sources.Documents)
   name = next(n for n in source.names if not n.startswith("topics/"))
-  root = pathlib.Path(json.__file__).parents[2]
+  root = pathlib.Path(json.__file__).parents[1]
   text = (root / name).read_bytes().decode().replace("\r\n", "\n")
   assert source[source.names.index(name)] == text
 
@@ -70,7 +70,7 @@ def test_hash_tells_corpora_apart():
 
 def test_another_process_has_the_same_corpus():
   code = (
-    "from research.data import stdlib\n"
+    "from research.data.sources import stdlib\n"
     "print([stdlib.Stdlib(s).sha256 for s in ('train', 'heldout')])"
   )
   out = subprocess.run(

@@ -30,7 +30,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from research.quant import packing
+from research.quant.layouts import packing
 from research.quant.format import Format, Plain
 
 GRID = tuple(s * 2.0 ** (-k / 2) for s in (-1, 1) for k in range(8))
