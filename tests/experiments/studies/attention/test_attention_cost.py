@@ -33,7 +33,6 @@ def _result(tmp_path_factory):
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_the_claims_hold(result):
   assert result["F1"] and result["F2"] and result["F3"]
   row = result["memory"]["cpu"][-1]
