@@ -143,7 +143,7 @@ def _pairs():
       yield pytest.param(name, backend, marks=() if often else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "backend"), _pairs())
+@pytest.mark.parametrize(("name", "backend"), list(_pairs()))
 def test_golden(name, backend):
   with jax.enable_x64(True):
     found = run(name, backend)
