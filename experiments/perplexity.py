@@ -160,16 +160,13 @@ def _measured(
 ) -> Any:
   """Returns the perplexity, by weights laid out for so many rows at a time."""
   from research import tree
-  from research.generation import generate
   from research.generation.perplexity import perplexity
   from research.quant.kv import kv_quantizer
   from research.quant.layouts import panels
 
   rows = (chunk or _WINDOW.value) * _BATCH.value
-  params = panels.reading(loaded.params, rows, loaded.model.dtype)
-  if params is not loaded.params:
-    params = generate.prepare(params, loaded.model)
-  elif isinstance(kv, kv_quantizer.KVByLayer):
+  params = panels.reading(loaded.params, loaded.model, rows)
+  if params is loaded.params and isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
   return perplexity(
     loaded.model,

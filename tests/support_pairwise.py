@@ -36,12 +36,16 @@ def cases(factors):
   Without, those in which some value stands for the first time: every value is
   tried, and not every pair.
   """
+  rows = pairwise(factors)
+  names = ["-".join(map(str, row.values())) for row in rows]
+  return first_of_each(rows, names, [row.items() for row in rows])
+
+
+def first_of_each(rows, names, values):
+  """Returns rows as parameters; those without a new value run with --slow."""
   seen, out = set(), []
-  for row in pairwise(factors):
-    new = row.items() - seen
-    seen |= row.items()
-    name = "-".join(map(str, row.values()))
-    out.append(
-      pytest.param(row, id=name, marks=() if new else pytest.mark.slow)
-    )
+  for row, name, own in zip(rows, names, values, strict=True):
+    marks = () if own - seen else pytest.mark.slow
+    out.append(pytest.param(row, id=name, marks=marks))
+    seen |= own
   return out

@@ -22,28 +22,28 @@ LAWS = {
     "lora/test_lora_tensor.py::test_zero_b_is_bitwise_the_base"
   ),
   "a packed matrix decodes to its format's own numbers": (
-    "quant/test_ggml.py::test_dense_is_bitwise_ggmls_and_blocks_come_back"
+    "quant/formats/test_ggml.py::test_dense_is_bitwise_ggmls_and_blocks_come_back"
     "[Q4_1--2]"
   ),
   "what is converted is what training rounded": (
-    "quant/test_qat.py::test_what_is_converted_is_what_was_trained_bit_for_bit"
+    "quant/algorithms/test_qat.py::test_what_is_converted_is_what_was_trained_bit_for_bit"
     "[int4-asym-g32]"
   ),
   "what is replayed is what would be computed": (
     "quant/test_replay.py::test_what_something_new_leads_to_is_computed"
   ),
   "a stream is the whole text": (
-    "nn/test_generate.py::test_complete_is_the_joined_stream"
+    "generation/test_generate.py::test_complete_is_the_joined_stream"
   ),
   "a row's sample is its own, whatever the batch": (
-    "nn/test_generate.py::test_samples_do_not_depend_on_their_batch"
+    "generation/test_generate.py::test_samples_do_not_depend_on_their_batch"
   ),
   "shared pages are pages of one's own": (
-    "nn/test_generate_paged.py"
+    "generation/test_generate_paged.py"
     "::test_what_is_shared_is_bit_by_bit_what_would_be_read[8]"
   ),
   "guidance by nothing is no guidance": (
-    "diffusion/test_denoiser.py::test_no_guidance_is_no_guidance"
+    "diffusion/sampling/test_denoiser.py::test_no_guidance_is_no_guidance"
   ),
 }
 """What is claimed -> which test says so, under tests/research."""

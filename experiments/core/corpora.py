@@ -79,7 +79,7 @@ def special_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
   part = _first(experiment.data)
   if isinstance(part, Pipeline):
     return part.special_tokens(tokenizer)
-  return special_tokens.of(tokenizer)
+  return special_tokens.of_tokenizer(tokenizer)
 
 
 def as_trained(
@@ -96,10 +96,10 @@ def as_trained(
   """
   if tokenizer is None:
     return None
-  note, begun = workdir / special_tokens.FILE, workdirs.begun(workdir)
-  if begun and note.exists():
+  note, resumed = workdir / special_tokens.FILE, workdirs.has_progress(workdir)
+  if resumed and note.exists():
     return dataclasses.replace(tokenizer, documents=special_tokens.read(note))
-  if begun and tokenizer.special != NO_SPECIAL_TOKENS:
+  if resumed and tokenizer.special != NO_SPECIAL_TOKENS:
     without = dataclasses.replace(tokenizer, documents=NO_SPECIAL_TOKENS)
     found = special_of(experiment, without)
     if found == NO_SPECIAL_TOKENS:
@@ -118,7 +118,7 @@ def described(tokenizer: Any) -> dict[str, Any] | None:
   """Returns what stands around documents, as a result has it."""
   if tokenizer is None:
     return None
-  found = special_tokens.of(tokenizer)
+  found = special_tokens.of_tokenizer(tokenizer)
   names = tokenizer.backend.id_to_token
   return found.record() | {
     "begin": [names(i) for i in found.begin],

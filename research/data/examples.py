@@ -71,6 +71,6 @@ def read(
       "Use a source of tokens (arrays, synthetic) or a model with a tokenizer."
     )
   if special is None:
-    special = special_tokens.of(tokenizer)
+    special = special_tokens.of_tokenizer(tokenizer)
   documents = packing.tokenize(source, tokenizer.encode, special)
   return [Example(t, np.ones(len(t), bool)) for t in documents]

@@ -83,7 +83,7 @@ class Pipeline:
 
   def special_tokens(self, tokenizer: Any) -> SpecialTokens:
     """Returns what documents and rows begin and end with."""
-    own = special_tokens.of(tokenizer)
+    own = special_tokens.of_tokenizer(tokenizer)
     auto = self.begin == "auto" and own.every_row
     return SpecialTokens(
       own.begin if self.begin == "auto" else _ids(self.begin),

@@ -224,8 +224,7 @@ def masked_loss(
   """
 
   def logits(head, hidden):
-    out = tail.logits(model, head, hidden)
-    return out if never is None else out.at[..., never].set(-1e9)
+    return losses.without(tail.logits(model, head, hidden), never)
 
   return losses.chunked_cross_entropy(
     logits,

@@ -73,9 +73,7 @@ def log_probs(
   """
 
   def one(head, hidden, targets):
-    logits = logits_of(model, head, hidden)
-    if never is not None:
-      logits = logits.at[..., never].set(-1e9)
+    logits = losses.without(logits_of(model, head, hidden), never)
     loss, _ = losses.token_losses(logits, targets)
     return -loss
 

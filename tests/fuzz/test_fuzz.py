@@ -54,8 +54,8 @@ def test_kept_cases(path, tmp_path):
 @pytest.mark.parametrize(
   "fault, words",
   [
-    ("raise KeyError('x')", "KeyError"),
-    ("bytes(2 << 30)", "MemoryError"),
+    pytest.param("raise KeyError('x')", "KeyError", marks=pytest.mark.slow),
+    pytest.param("bytes(2 << 30)", "MemoryError", marks=pytest.mark.slow),
     ("import os; os.abort()", "the process died"),
     ("assert False, 'a partial load'", "a partial load"),
   ],

@@ -205,14 +205,11 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
 
 def perplexity(dtype: str, runs: int, steps: int) -> dict:
   """Times one window as `experiments.perplexity` reads it."""
-  from research.generation import generate
   from research.generation.perplexity import perplexity as measure
   from research.quant.layouts import panels
 
   loaded, ids = load(dtype)
-  params = panels.reading(loaded.params, table.WINDOW, loaded.model.dtype)
-  if params is not loaded.params:
-    params = generate.prepare(params, loaded.model)
+  params = panels.reading(loaded.params, loaded.model, table.WINDOW)
   row = ids[: table.WINDOW]
   last = {}
 

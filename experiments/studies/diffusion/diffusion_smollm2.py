@@ -89,7 +89,9 @@ class Backwards:
         f"Backwards: {len(known)} words are one token of this model, expected"
         " at least 20"
       )
-    before = special_tokens.of(tokenizer).prompt(tokenizer.encode("Words:"))
+    before = special_tokens.of_tokenizer(tokenizer).prompt(
+      tokenizer.encode("Words:")
+    )
     middle = tokenizer.encode(". Backwards:")
     rng, out = rng_of(self.seed, split), []
     while len(out) < count:

@@ -50,7 +50,7 @@ def loglikelihood(
     loaded.params,
     [lm_eval_requests.encoded(loaded.tokenizer, *pair) for pair in pairs],
     batch,
-    special_tokens.of(loaded.tokenizer),
+    special_tokens.of_tokenizer(loaded.tokenizer),
   )
 
 
@@ -71,7 +71,7 @@ def rolling(
     )
     requests += parts
     owners += [i] * len(parts)
-  special = special_tokens.of(loaded.tokenizer)
+  special = special_tokens.of_tokenizer(loaded.tokenizer)
   found = score(loaded.model, loaded.params, requests, batch, special)
   out = [0.0] * len(texts)
   for owner, (value, _) in zip(owners, found, strict=True):

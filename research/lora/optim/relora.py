@@ -261,14 +261,14 @@ class Restart:
         return jnp.zeros_like(x)
       return x
 
-    def begun(path, x):
+    def renewed(path, x):
       return new.get(path, x).astype(x.dtype)
 
     return dataclasses.replace(
       state,
-      trainable=tree.map_paths(begun, state.trainable),
-      held=tree.map_paths(begun, state.held),
-      ema=tree.map_paths(begun, state.ema),
+      trainable=tree.map_paths(renewed, state.trainable),
+      held=tree.map_paths(renewed, state.held),
+      ema=tree.map_paths(renewed, state.ema),
       opt_state=tree.map_paths(forgotten, state.opt_state),
     )
 

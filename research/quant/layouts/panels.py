@@ -20,6 +20,8 @@ from kernels_pallas.quantized_matmul import cpu
 from kernels_pallas.quantized_matmul.cpu import panels as layout
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
 from research import tree, weights
+from research.generation import generate
+from research.nn.transformer import Transformer
 from research.quant.layouts import kernel_codes, planes
 from research.quant.layouts.laid import Laid
 from research.quant.qtensor import QTensor
@@ -173,10 +175,7 @@ def to_panels(
       leaf = leaf.astype(dtype)
     return from_array(leaf, -1 if _EMBED.search(path) else -2)
 
-  def is_packed(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-  found = tree.map_paths(one, params, is_leaf=is_packed)
+  found = tree.map_paths(one, params, is_leaf=_is_packed)
   cost = "several times slower than those of 4 bits or of integers"
   kernel_codes.tell("panels", "CPUs", left, cost)
   return tree.unroll(_beside(found))
@@ -240,40 +239,45 @@ def decoded_elsewhere(params: Params, dtype: str = "float32") -> Params:
     dtype: that the model computes in; of decoded matrices.
   """
 
-  def is_packed(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-  if not any(map(is_packed, jax.tree.leaves(params, is_leaf=is_packed))):
+  if not _any_packed(params):
     return params
   takes = _kernel(params, dtype)
 
   def one(path: str, leaf: Any) -> Any:
-    if not is_packed(leaf):
+    if not _is_packed(leaf):
       return leaf
     ndim = 3 if path.startswith("run") else 2
     if takes is not None and leaf.ndim == ndim and takes(leaf):
       return leaf
     return leaf.dense().astype(dtype)
 
-  return tree.map_paths(one, params, is_leaf=is_packed)
+  return tree.map_paths(one, params, is_leaf=_is_packed)
 
 
-def reading(params: Params, rows: int, dtype: str = "float32") -> Params:
-  """Returns `params` as `decoding` does where so many rows are read faster so.
+def _is_packed(x: Any) -> bool:
+  return isinstance(x, QTensor)
+
+
+def _any_packed(params: Params) -> bool:
+  return any(map(_is_packed, jax.tree.leaves(params, is_leaf=_is_packed)))
+
+
+def reading(params: Params, model: Transformer, rows: int) -> Params:
+  """Returns `params` laid out to be decoded by, where that reads rows faster.
 
   Few rows wait for the bytes of weights, which panels and planes are for. Many
   of 16 bits are multiplied 1.2 times as fast from panels as by XLA; others are
   left as they are.
 
   Args:
-    params: of a Transformer.
+    params: of the model.
+    model: it computes in float32 or bfloat16.
     rows: tokens that are read at a time.
-    dtype: that the model computes in, float32 or bfloat16.
   """
-  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))
-  packed = any(isinstance(x, QTensor) for x in leaves)
-  wide = dtype == "bfloat16" and not packed and jax.default_backend() == "cpu"
-  return decoding(params, dtype) if rows < FEW or wide else params
+  cpu_bf16 = model.dtype == "bfloat16" and jax.default_backend() == "cpu"
+  if rows >= FEW and (not cpu_bf16 or _any_packed(params)):
+    return params
+  return generate.prepare(decoding(params, model.dtype), model)
 
 
 def decoding(params: Params, dtype: str = "float32") -> Params:

@@ -56,13 +56,13 @@ def check_workdir(
   """
   workdir = folders.folder(workdir)
   mark = workdir / "config.gin"
-  if mark.exists() and begun(workdir):
+  if mark.exists() and has_progress(workdir):
     old = mark.read_bytes().decode("utf-8", errors="replace")
     _same_experiment(mark, old, config, may_differ)
   return workdir
 
 
-def begun(workdir: Folder) -> bool:
+def has_progress(workdir: Folder) -> bool:
   """Whether a run took a step here, or saved one, or found it damaged."""
   if any(p.name[0].isdigit() for p in (workdir / "checkpoints").glob("*")):
     return True

@@ -95,6 +95,16 @@ def token_losses(
   return out, (target >= top).astype(jnp.float32)
 
 
+def without(
+  logits: Float[Array, "*B V"], token: int | None
+) -> Float[Array, "*B V"]:
+  """Returns logits that give a token no probability; all as they are for None.
+
+  That token's is finite, so that gradients of the others are.
+  """
+  return logits if token is None else logits.at[..., token].set(-1e9)
+
+
 def chunked_cross_entropy(
   logits: Logits,
   head: Any,

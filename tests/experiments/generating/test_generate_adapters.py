@@ -61,6 +61,7 @@ def test_each_prompt_has_its_adapter(command, places):
   assert len(texts) == 2
 
 
+@pytest.mark.slow
 def test_one_prompt_goes_to_all_and_one_adapter_to_all(command, places):
   got = rows(command(places["a"], places["b"], "--prompt=the cat"))
   assert [row["prompt"] for row in got] == ["the cat"] * 2

@@ -33,7 +33,7 @@ def test_a_damaged_library_is_not_loaded(damage, tmp_path):
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda x: x.name)
 def test_every_source_names_the_library(library, tmp_path, monkeypatch):
-  folder, copy = library.source.parent, tmp_path / "kernels" / "one"
+  folder, copy = library.source.parent, tmp_path / "kernels" / "one" / "cpu"
   kinds = ("*.cc", "*.h", "*.inc")
   found = {path.name for kind in kinds for path in folder.glob(kind)}
   text = "".join((folder / name).read_text() for name in found)
@@ -42,6 +42,7 @@ def test_every_source_names_the_library(library, tmp_path, monkeypatch):
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
   copy.mkdir(parents=True)
   for name in found:
+    (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_bytes((folder / name).read_bytes())
   library = dataclasses.replace(library, source=copy / library.source.name)
   made = {library.build(tmp_path / "libraries")}

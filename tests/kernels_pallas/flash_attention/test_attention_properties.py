@@ -16,6 +16,7 @@ from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tiling import Tile, Tiles
 from kernels_pallas.masks import Mask
+from tests.support_pairwise import first_of_each
 
 B, T, S, H = 2, 5, 8, 4
 BACKENDS = {
@@ -110,20 +111,15 @@ def problem(row):
   return x, mask, options
 
 
-def few(rows):
-  """Returns those by which each feature has been there and not; all, slow."""
-  seen = set()
-  for row in rows:
-    values = {(name, name in row) for name in FACTORS}
-    yield pytest.param(
-      row,
-      id="-".join(sorted(row)),
-      marks=() if values - seen else pytest.mark.slow,
-    )
-    seen |= values
+# Until each feature has been there, and not.
+CASES = first_of_each(
+  ROWS,
+  ["-".join(sorted(row)) for row in ROWS],
+  [{(name, name in row) for name in FACTORS} for row in ROWS],
+)
 
 
-@pytest.mark.parametrize("row", list(few(ROWS)))
+@pytest.mark.parametrize("row", CASES)
 def test_gradients_are_differences(row):
   """Of custom gradients along random directions, by a stencil of 5 points."""
   x, mask, options = problem(row)

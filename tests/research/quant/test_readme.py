@@ -15,10 +15,14 @@ def test_every_format_has_a_place_in_the_table():
 
 def test_files_and_run_files_that_are_named_exist():
   quant = ROOT / "research" / "quant"
-  for name in set(re.findall(r"`(\w+\.py)`", TEXT)):
-    assert (quant / name).exists() or (quant / "formats" / name).exists(), name
+  bare = {f.name for f in quant.rglob("*.py")}
+  named = set(re.findall(r"`((?:\w+/)*\w+\.py)`", TEXT))
+  assert named
+  assert not [
+    n for n in named - bare if not any((r / n).exists() for r in (quant, ROOT))
+  ]
   runs = set(re.findall(r"runs/quant/[\w.]+\.gin", TEXT))
   assert runs and not [r for r in runs if not (ROOT / "configs" / r).exists()]
-  commands = set(re.findall(r"python -m (experiments\.\w+)", TEXT))
+  commands = set(re.findall(r"python -m (experiments(?:\.\w+)+)", TEXT))
   for name in commands:
     assert (ROOT / (name.replace(".", "/") + ".py")).exists(), name

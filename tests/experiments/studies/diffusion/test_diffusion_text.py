@@ -73,6 +73,7 @@ def test_both_are_measured_on_the_same_bytes():
     assert rows[f"{kind}, seed 0"]["rate"] == SMALL.rates[best]
 
 
+@pytest.mark.slow
 def test_table_and_picture(tmp_path):
   rows = trained()
   lines = SMALL.table(rows)

@@ -306,3 +306,28 @@ def test_outliers_are_said():
   )
   with pytest.warns(RuntimeWarning, match="int4-asym-g16 with outliers;"):
     panels.to_panels(params)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "packed", "rows", "laid"),
+  [
+    ("bfloat16", False, 1024, True),
+    ("float32", False, 1024, False),
+    ("bfloat16", True, 1024, False),
+    ("float32", False, 1, True),
+    ("float32", True, 1, True),
+  ],
+)
+def test_many_rows_are_read_from_panels_where_that_is_faster(
+  dtype, packed, rows, laid
+):
+  model = support.model(**SIZES).clone(dtype=dtype)
+  params = jax.tree.map(lambda x: x.astype(dtype), support.params(model))
+  if packed:
+    params = packed_params(model)
+  found = panels.reading(params, model, rows)
+  leaves = jax.tree.leaves(
+    found, is_leaf=lambda x: isinstance(x, panels.PanelTensor)
+  )
+  assert any(isinstance(x, panels.PanelTensor) for x in leaves) == laid
+  assert (found is params) != laid

@@ -50,7 +50,7 @@ def test_an_unreadable_record_stops_nothing(tmp_path, capsys, text):
 
 def test_the_code_is_known_by_its_content(tmp_path, monkeypatch):
   """Any changed, added or renamed source is another version."""
-  package = tmp_path / "research" / "training"
+  package = tmp_path / "research" / "training" / "checkpoints"
   package.mkdir(parents=True)
   (package / "versions.py").write_text("a = 1\n")
   monkeypatch.setattr(versions, "__file__", str(package / "versions.py"))
