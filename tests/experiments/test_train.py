@@ -167,7 +167,12 @@ def test_packed_base_trains_with_no_further_code(tmp_path):
   ("arguments", "status", "message"),
   [
     (["--config=runs/none.gin", "--workdir=x"], 1, "no such file"),
-    (["--config=runs/quickstart.gin"], 1, "--workdir"),
+    pytest.param(
+      ["--config=runs/quickstart.gin"],
+      1,
+      "--workdir",
+      marks=pytest.mark.slow,
+    ),
     (["--confg=runs/quickstart.gin"], 2, "confg"),
     (["--config=runs/quickstart.gin", "--workdir=x", "--set=A"], 1, "NAME=V"),
   ],

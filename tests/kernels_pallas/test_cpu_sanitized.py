@@ -34,13 +34,15 @@ def built(name, folder, cxx, *flags):
 @pytest.mark.parametrize(
   ("name", "sanitizers", "count"),
   [
-    ("panels", "address,undefined", 100),
-    ("panels", "thread", 60),
-    ("attention", "address,undefined", 60),
+    ("panels", "address,undefined", 30),
+    ("panels", "thread", 20),
+    ("attention", "address,undefined", 20),
     pytest.param("attention", "thread", 12, marks=pytest.mark.slow),
-    ("decoding", "address,undefined", 60),
+    ("decoding", "address,undefined", 20),
     pytest.param("decoding", "thread", 30, marks=pytest.mark.slow),
     pytest.param("panels", "address,undefined", 300, marks=pytest.mark.slow),
+    pytest.param("attention", "address,undefined", 60, marks=pytest.mark.slow),
+    pytest.param("decoding", "address,undefined", 60, marks=pytest.mark.slow),
   ],
 )
 def test_problems_of_any_shape_are_clean(

@@ -142,14 +142,9 @@ def preempted(whole, folder):
 
 @pytest.fixture(scope="module")
 def resumed(whole, preempted, folder):
-  """It goes on, and so does a copy: with 8 devices, 1, and two processes."""
-  parts, asked = folder / "parts", folder / "asked"
-  shutil.copytree(asked, parts)
-  _alone(parts, "FSDP=4", "TENSOR=2", STOP.format(5))
-  _alone(parts, STOP.format(6))
-  return _together(
-    _arguments("train", parts, *MESH), _arguments("train", asked, *MESH)
-  )
+  """A copy stays behind as it was when it stopped; the run goes on."""
+  shutil.copytree(folder / "asked", folder / "parts")
+  return _together(_arguments("train", folder / "asked", *MESH))
 
 
 def test_ctrl_c_in_one_process_ends_both_with_42(preempted, folder):
@@ -166,11 +161,16 @@ def test_after_that_the_run_is_bitwise_the_undisturbed_one(
   whole, resumed, folder
 ):
   _assert_bitwise(folder / "asked", whole[0])
-  assert resumed[1]["validation/loss"] == whole[1]["validation/loss"]
+  assert resumed[0]["validation/loss"] == whole[1]["validation/loss"]
 
 
+@pytest.mark.slow
 def test_other_devices_and_processes_go_on_with_the_same_data(
   whole, resumed, folder
 ):
   """Four devices in two processes -> 8 in one -> 1 -> two processes again."""
-  _assert_close(folder / "parts", whole[0])
+  parts = folder / "parts"
+  _alone(parts, "FSDP=4", "TENSOR=2", STOP.format(5))
+  _alone(parts, STOP.format(6))
+  _together(_arguments("train", parts, *MESH))
+  _assert_close(parts, whole[0])

@@ -34,6 +34,7 @@ def large(found):
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.sample(2)
 def test_no_stack_of_weights_travels(kind, layout):
   stacks = {
     x.shape[0]

@@ -131,7 +131,6 @@ FULL = [
 # Each kind of cache, canvas and end, in few commands.
 WAYS = [
   ("all", ["--block=4", "--cache=vicinity:3", "--policy=threshold:0.2", HOT]),
-  ("all", ["--block=4", "--cache=delayed:2", *DREAM, HOT]),
   (
     "all",
     ["--canvas=auto:4", "--guidance=1", "--cache=prefix"]
@@ -139,6 +138,11 @@ WAYS = [
   ),
   ("four", ["--policy=hierarchy:0.3,low=0.1", "--ends=last", HOT]),
   *[pytest.param(*way, marks=pytest.mark.slow) for way in FULL],
+  pytest.param(
+    "all",
+    ["--block=4", "--cache=delayed:2", *DREAM, HOT],
+    marks=pytest.mark.slow,
+  ),
 ]
 
 

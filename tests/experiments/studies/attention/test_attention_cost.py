@@ -33,6 +33,7 @@ def _result(tmp_path_factory):
   return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_claims_hold(result):
   assert result["F1"] and result["F2"] and result["F3"]
   row = result["memory"]["cpu"][-1]
@@ -46,6 +47,7 @@ def test_the_claims_hold(result):
   }
 
 
+@pytest.mark.slow
 def test_verdicts_can_be_false(result):
   memory = [dict(row) for row in result["memory"]["cpu"]]
   memory[-1]["flash"] *= 2

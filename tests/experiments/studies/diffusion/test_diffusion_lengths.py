@@ -31,6 +31,7 @@ def test_answers_to_a_question_are_as_long_as_told():
   )
 
 
+@pytest.mark.slow
 def test_an_arm(tmp_path):
   small = Lengths(
     walks=Walks(nodes=4, length=8), steps=2, seeds=1,

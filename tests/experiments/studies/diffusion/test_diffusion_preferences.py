@@ -54,6 +54,7 @@ def test_margins_of_the_reference_itself_have_noise_where_masks_are_apart():
   assert 1.5 < found[NAIVE] / found[APART] < 2.7
 
 
+@pytest.mark.slow
 def test_an_arm_has_a_number_of_each_kind(monkeypatch):
   one = {BEST: STUDY.kinds[BEST]}
   kind = preferences.Preferences

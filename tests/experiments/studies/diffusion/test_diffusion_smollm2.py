@@ -40,6 +40,7 @@ def test_lists_are_said_backwards_and_none_is_in_both_splits(words):
   assert not lists[0] & lists[1]
 
 
+@pytest.mark.slow
 def test_every_stage_is_judged(words, monkeypatch):
   model = support.model(
     depth=1, width=8, hidden=8, heads=2, kv_heads=2, head_dim=4, vocab=49_152,

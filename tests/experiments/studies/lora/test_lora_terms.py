@@ -57,6 +57,7 @@ def test_orthonormal_factors_have_a_slope():
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope))
 
 
+@pytest.mark.slow
 def test_beside_the_data_is_inside_the_loss():
   """AdaLoRA's step: the term in the optimizer, or in the objective."""
   model = support.model(width=32, depth=1, head_dim=8)

@@ -131,6 +131,7 @@ def test_a_rung_has_its_width_and_seed():
   assert list(read.experiment.rungs)[:2] == ["w64-s0", "w96-s0"]
 
 
+@pytest.mark.slow
 def test_the_command_trains_measures_and_keeps(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(config, "read", lambda *x, **y: config.Read(LADDER, ""))
   argv = ["quant_ladder_table", "--config=x.gin", f"--workdir={tmp_path}"]

@@ -61,6 +61,7 @@ def close(got, want, eps=2e-6):
 @pytest.mark.parametrize("gpu", [False, True])
 @every
 @pytest.mark.cover(1)
+@pytest.mark.sample(2)
 def test_planes_hold_the_same_numbers(name, gpu):
   w = leaf(name, layers=(2,))
   assert planes.fits(w) and planes.fits(w, dtype="float32")
