@@ -141,7 +141,7 @@ def _binding(line: str) -> str:
       f"--set={line}: expected NAME=VALUE, e.g. --set=STEPS=20 or "
       "--set=lora.LoRA.rank=16."
     )
-  return line
+  return moved.binding(line)
 
 
 def _all_used(lines: Sequence[str]) -> None:

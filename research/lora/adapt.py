@@ -19,7 +19,7 @@ from research.typing import Params, PRNGKey, UserError
 ALL_LINEAR = "all-linear"
 _ROUTED = re.compile(r"/mlp/(router|experts/\w+)$")
 
-Look = Callable[[Params, Sequence[str], PRNGKey], Mapping[str, Any]]
+InitStats = Callable[[Params, Sequence[str], PRNGKey], Mapping[str, Any]]
 """(params, addresses, key) -> what was measured for each of those matrices."""
 
 
@@ -40,7 +40,8 @@ class Adapt:
       are.
     rank_pattern, alpha_pattern: regular expressions for the end of addresses
       -> another rank or alpha; no two may match one address.
-    look: measures what the method's start needs, see `research.lora.look`.
+    init_stats: measures what the method starts from, see the module of that
+      name.
   """
 
   method: Method = LoRA()
@@ -48,7 +49,7 @@ class Adapt:
   exclude: Sequence[str] = ()
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  look: Look | None = None
+  init_stats: InitStats | None = None
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
     """Returns `params` with fresh adapters.
@@ -58,8 +59,8 @@ class Adapt:
         the same weight.
     """
     methods, seen = self.methods(params), {}
-    if self.look is not None:
-      seen = self.look(params, list(methods), jax.random.fold_in(key, 1))
+    if self.init_stats is not None:
+      seen = self.init_stats(params, list(methods), jax.random.fold_in(key, 1))
 
     def make(paths, method, w):
       return fresh(key, paths, method, w, seen)
@@ -68,9 +69,9 @@ class Adapt:
 
   def of(self, loaded: Any) -> "Adapt":
     """Returns itself, looking at `loaded.model` where it has to look."""
-    if not hasattr(self.look, "of"):
+    if not hasattr(self.init_stats, "of"):
       return self
-    return dataclasses.replace(self, look=self.look.of(loaded))
+    return dataclasses.replace(self, init_stats=self.init_stats.of(loaded))
 
   def methods(self, params: Params) -> dict[str, Method]:
     """Returns what is adapted, and how, by address."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from research.lora.adapt import Adapt
-from research.lora.look import Directions, Reading
+from research.lora.init_stats import CalibrationData, InputPCA
 from research.lora.methods import eva
 from research.lora.methods.eva import EVA
 from research.typing import Params, PRNGKey, UserError
@@ -23,8 +23,8 @@ class AdaptEVA:
   """Adds EVA's adapters, `adapt.method.rank` of rank on average.
 
   Attributes:
-    adapt: what is adapted; its method is EVA, its `look` is not used.
-    reading: the data.
+    adapt: what is adapted; its method is EVA, its `init_stats` is not used.
+    calibration: the data.
     rho: a rank is at most so many times the average one.
     form: 'padded', all factors have `rho` times the average rank, what a
       matrix does not use of it is zero and, having no gradient, stays so:
@@ -34,7 +34,7 @@ class AdaptEVA:
   """
 
   adapt: Adapt
-  reading: Reading
+  calibration: CalibrationData
   rho: float = 2.0
   form: Literal["padded", "split"] = "padded"
 
@@ -48,7 +48,7 @@ class AdaptEVA:
 
   def of(self, loaded: Any) -> "AdaptEVA":
     """Returns itself, looking at `loaded.model`."""
-    return dataclasses.replace(self, reading=self.reading.of(loaded))
+    return dataclasses.replace(self, calibration=self.calibration.of(loaded))
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
     """Returns `params` with fresh adapters.
@@ -59,13 +59,13 @@ class AdaptEVA:
     """
     addresses = list(self.adapt.methods(params))
     most = round(self.adapt.method.rank * self.rho)
-    looked = Directions(reading=self.reading, count=most)
+    looked = InputPCA(calibration=self.calibration, count=most)
     found = looked.explained(params, addresses)
     shares = {address: share for address, (_, share) in found.items()}
     if any(share.ndim > 1 for share in shares.values()):
       raise UserError(
         "AdaptEVA: experts of a stack share one rank.\nUse Adapt with the look"
-        " look.Directions, or leave experts out of the targets."
+        " init_stats.InputPCA, or leave experts out of the targets."
       )
     directions = {address: x for address, (x, _) in found.items()}
     ranks = dict.fromkeys(addresses, most)
@@ -87,7 +87,9 @@ class AdaptEVA:
     method = dataclasses.replace(
       self.adapt.method, rank=most, alpha=self._alpha(most)
     )
-    return dataclasses.replace(self.adapt, method=method, look=lambda *_: used)
+    return dataclasses.replace(
+      self.adapt, method=method, init_stats=lambda *_: used
+    )
 
   def _split(self, ranks, directions, most) -> Adapt:
     names = {re.escape(address): r for address, r in ranks.items()}
@@ -96,7 +98,7 @@ class AdaptEVA:
       exclude=(*self.adapt.exclude, *(k for k, r in names.items() if not r)),
       rank_pattern={k: r for k, r in names.items() if r},
       alpha_pattern={k: self._alpha(r) for k, r in names.items() if r},
-      look=lambda *_: directions,
+      init_stats=lambda *_: directions,
     )
 
   def _alpha(self, rank: int) -> float:

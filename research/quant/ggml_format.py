@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from research.quant.format import Format, Parts
-from research.quant.numerics import searches
+from research.quant.numerics import scale_search
 from research.typing import Array, Float, Shaped, UserError
 
 _COLUMNS, _PIECE = 512, 1 << 16
@@ -167,7 +167,7 @@ class Ggml(Format):
     if not np.isfinite(piece).all():
       raise UserError(f"{self.kind} cannot hold weights that are not finite")
     if piece.shape[1] == 1:
-      piece = np.repeat(piece, 2, axis=1)  # see `searches`
+      piece = np.repeat(piece, 2, axis=1)  # see `scale_search`
     return piece.reshape(-1, self.block, piece.shape[1])
 
   def recoded(
@@ -257,7 +257,7 @@ def weighted(
 
   importance * sqrt(factor * mean square of the block + x**2)
   """
-  mean = searches.total(x * x) * np.float32(factor) / np.float32(x.shape[1])
+  mean = scale_search.total(x * x) * np.float32(factor) / np.float32(x.shape[1])
   spread = np.sqrt(mean[:, None, :] + x * x)
   return groups(weight * spread, size)
 

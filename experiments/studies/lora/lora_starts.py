@@ -70,7 +70,7 @@ def timed(name: str, params: Any) -> dict[str, float]:
   """Returns seconds that fresh adapters of a method take, twice."""
   method = all_methods()[name](**lora_methods.OPTIONS.get(name, {}))
   look = functools.partial(_looked, SEEN[name]) if name in SEEN else None
-  transform, out = adapt.Adapt(method=method, look=look), {}
+  transform, out = adapt.Adapt(method=method, init_stats=look), {}
   for call in ("first", "again"):
     clock, processor = time.perf_counter(), time.process_time()
     jax.block_until_ready(transform(params, jax.random.key(0)))

@@ -22,7 +22,9 @@ class EVA(LoRA):
 
   def start(self, key, place, w, seen=None):
     if seen is None:
-      raise UserError("EVA: needs directions of the inputs; give Adapt.look")
+      raise UserError(
+        "EVA: needs the inputs' principal directions; give Adapt.init_stats"
+      )
     trained, _ = super().start(key, place, w)
     return {"a": seen[: self.rank], "b": trained["b"]}, {}
 

@@ -114,12 +114,12 @@ def test_a_method_that_refuses_is_said_to():
 
 
 NEEDED = {
-  "CorDA": ["adapt.Adapt.look=@look.Covariances()"]
-  + ["look.Covariances.reading=@look.Reading()"],
-  "LoRAGA": ["adapt.Adapt.look=@look.Gradients()"]
-  + ["look.Gradients.reading=@look.Reading()"],
-  "EVA": ["adapt.Adapt.look=@look.Directions()"]
-  + ["look.Directions.reading=@look.Reading()"],
+  "CorDA": ["adapt.Adapt.init_stats=@init_stats.Covariances()"]
+  + ["init_stats.Covariances.calibration=@init_stats.CalibrationData()"],
+  "LoRAGA": ["adapt.Adapt.init_stats=@init_stats.Gradients()"]
+  + ["init_stats.Gradients.calibration=@init_stats.CalibrationData()"],
+  "EVA": ["adapt.Adapt.init_stats=@init_stats.InputPCA()"]
+  + ["init_stats.InputPCA.calibration=@init_stats.CalibrationData()"],
   "C3A": ["c3a.C3A.block=64"],
   "ALoRA": ["alora.ALoRA.invocation=(0,)"],
   "Tokens": ["tokens.Tokens.ids=(0,)", "adapt.Adapt.targets='embed'"],
@@ -138,7 +138,7 @@ def test_one_run_file_takes_any_method(name):
   (transform,) = run.experiment.transforms
   assert type(transform.method) is kind
   looks = name in lora_methods.MEASURED
-  assert (transform.look is not None) == looks
+  assert (transform.init_stats is not None) == looks
   if not looks:  # data would have to be read
     made = jax.eval_shape(transform, lora_methods._shapes(), jax.random.key(0))
     counted = tree.count(tree.partition(made, run.experiment.trainable)[0])

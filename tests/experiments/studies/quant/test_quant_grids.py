@@ -61,6 +61,6 @@ def test_rows_of_a_tiny_model(tmp_path):
     r["group"]: r["matrices"]["layers/0/mlp/down"]["output_all"]
     for r in found.values()
   }
-  # Nearest looks at no inputs; 256 inputs are two blocks of `gptq.LAZY`.
+  # RoundToNearest looks at no inputs; 256 inputs are two blocks of `gptq.LAZY`.
   assert errors["nearest"] > max(errors[w] for w in ("fresh", "stale"))
   assert len(set(errors.values())) == 4

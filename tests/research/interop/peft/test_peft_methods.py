@@ -191,7 +191,9 @@ def test_what_peft_has_as_something_else_is_written_again(method, tmp_path):
     sizes = wrap.matrices(params)
     return methods.look(method, {path: sizes[path] for path in paths})
 
-  how = adapt.Adapt(method=method, look=seen, targets=r"layers/1/.*/(q|down)")
+  how = adapt.Adapt(
+    method=method, init_stats=seen, targets=r"layers/1/.*/(q|down)"
+  )
   params = tree.map_paths(
     lambda p, x: x + methods.waves(x) if "/trained/" in p else x,
     jax.device_get(how(base().params, jax.random.key(0))),
