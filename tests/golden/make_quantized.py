@@ -2,7 +2,7 @@
 
   python -m tests.golden.make_quantized
 
-They are ours, written by `research.quant.checkpoints`, and there to be damaged:
+They are ours, written by `research.interop.quantized`, and there to be damaged:
 what their numbers mean is tested from outside elsewhere. `ours` is a checkpoint
 of packed matrices, adapters over some. Names given make those alone.
 """

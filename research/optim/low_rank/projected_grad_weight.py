@@ -3,8 +3,8 @@
 A `ProjectedGradWeight` multiplies as the one inside it does; the cotangent of
 its `small` is, by definition, the projected gradient R of its matrix, and that
 of its `stub` what is to be kept of the projector. So the backward pass of a
-scan makes the gradient of a layer, turns it to R, and forgets it. Cotangents of what
-is read twice add up, of which a projector has no sum: `reads` counts.
+scan makes the gradient of a layer, turns it to R, and forgets it. Cotangents of
+what is read twice add up, of which a projector has no sum: `reads` counts.
 """
 
 import dataclasses
