@@ -48,7 +48,11 @@ class Op:
     return x
 
   def einsum(
-    self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
+    self,
+    eq: str,
+    x: Float[Array, "..."],
+    w: weights.AnyWeight,
+    scale: Any = None,
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`, in the dtype of `x`."""
     return weights.einsum(eq, self(x, scale), w)
@@ -209,7 +213,11 @@ class Round(Op):
     return _nearest(codes, 0, last), scale, zero
 
   def einsum(
-    self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
+    self,
+    eq: str,
+    x: Float[Array, "..."],
+    w: weights.AnyWeight,
+    scale: Any = None,
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`; integers' sums are exact."""
     held = integers(w) if self.integer else None

@@ -48,7 +48,11 @@ class Outliers(Op):
     return (codes * scale).astype(x.dtype) + exact
 
   def einsum(
-    self, eq: str, x: Float[Array, "..."], w: weights.Weight, scale: Any = None
+    self,
+    eq: str,
+    x: Float[Array, "..."],
+    w: weights.AnyWeight,
+    scale: Any = None,
   ) -> Float[Array, "..."]:
     """Returns `einsum(eq, self(x), w)`; the rounded part in integers."""
     codes, scale, exact = self.parts(x, scale)
