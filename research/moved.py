@@ -10,7 +10,7 @@ import pathlib
 import re
 
 _TABLE = pathlib.Path(__file__).with_name("moved.txt")
-_IMPORT = re.compile(r"^from ([\w.]+) import (\w+)", re.M)
+_IMPORT = re.compile(r"^from ([\w.]+) import (\w+)( as \w+)?", re.M)
 
 
 @functools.cache
@@ -23,17 +23,18 @@ def table() -> dict[str, str]:
 def current(text: str) -> str:
   """Returns a gin file's text with modules called as they are now.
 
-  What follows an import keeps its meaning, since no module's last name, by
-  which gin calls what it imported, has changed.
+  What follows an import keeps its meaning: a module whose last name, by which
+  gin calls what it imported, is another now is imported under the old one.
   """
 
   def imported(match: re.Match) -> str:
-    new = table().get(f"{match[1]}.{match[2]}")
-    return (
-      match[0]
-      if new is None
-      else f"from {new[: -len(match[2]) - 1]} import {match[2]}"
-    )
+    old, alias = match[2], match[3] or ""
+    package, _, new = table().get(f"{match[1]}.{old}", "").rpartition(".")
+    if not new:
+      return match[0]
+    if new != old:
+      alias = alias or f" as {old}"
+    return f"from {package} import {new}{alias}"
 
   text = _IMPORT.sub(imported, text)
   for old in re.findall(r"^import ([\w.]+)", text, re.M):
