@@ -6,7 +6,7 @@ import os
 import pathlib
 
 from research.interop import hf
-from research.interop.hf import hf_config
+from research.interop.hf import config as hf_config
 from research.io import safetensors
 from research.nn import presets
 

@@ -14,7 +14,7 @@ from experiments.core.experiment import Built, Experiment
 from research import tree
 from research.interop import convert, load, sources
 from research.interop.diffusion import spec
-from research.interop.hf import hf_export
+from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
 from research.interop.peft import peft_naming, peft_write
 from research.io import folders
@@ -137,7 +137,7 @@ def _saying(source: sources.Source, objective: Any) -> sources.Source:
     block=getattr(objective, "block", None),
     end=source.tokenizer.stop if source.tokenizer else (),
   )
-  config = hf_export.config_json(source.model, None, None, source.hint)
+  config = hf_write.config_json(source.model, None, None, source.hint)
   config |= {spec.FIELD: how.spelled()}
   return dataclasses.replace(source, config=config)
 

@@ -14,7 +14,7 @@ import numpy as np
 from research.interop import gguf, ours, sources
 from research.interop import parts as part
 from research.interop.gguf import gguf_export, gguf_recipe
-from research.interop.hf import hf_export
+from research.interop.hf import write as hf_write
 from research.interop.quantized import hf_quant_export, writers
 from research.io import safetensors
 from research.lora.merge import changes
@@ -79,9 +79,9 @@ def to_hf(
   kept = dtype
   if kept is None and all(p.packed for p in _matrices(source)):
     kept = "float32"
-  config = hf_export.config_json(source.model, source.config, kept, source.hint)
+  config = hf_write.config_json(source.model, source.config, kept, source.hint)
   with _whole(to) as draft:
-    hf_export.write_model(
+    hf_write.write_model(
       draft,
       source.model,
       source.parts,
@@ -102,7 +102,7 @@ def _matrices(source: sources.Source) -> list[part.Part]:
 
 
 def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
-  hf_export.write_tokenizer(draft, source.files, source.tokenizer)
+  hf_write.write_tokenizer(draft, source.files, source.tokenizer)
 
 
 def to_gguf(
@@ -222,7 +222,7 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
   origin = {k: v for k, v in source.origin.items() if _plain(v)}
   if source.base_name is not None:
     origin["base"] = source.base_name
-  config = hf_export.config_json(source.model, source.config, None, source.hint)
+  config = hf_write.config_json(source.model, source.config, None, source.hint)
   with _whole(to) as draft:
     ours.save(draft, source.model, params, config, origin)
     if source.metadata is not None and _still(source):

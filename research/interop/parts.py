@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from research import tree, weights
-from research.interop.names import Address
+from research.interop.hf.names import Address
 from research.lora import wrap
 from research.typing import Params
 

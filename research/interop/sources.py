@@ -13,7 +13,8 @@ from typing import Any
 
 from research.interop import gguf, hf, load, ours
 from research.interop import parts as part
-from research.interop.hf import hf_config, hf_config_write
+from research.interop.hf import config as hf_config
+from research.interop.hf import hf_config_write
 from research.interop.loaded import NOTE, Loaded
 from research.io import safetensors
 from research.nn.transformer import Transformer

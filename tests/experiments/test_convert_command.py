@@ -226,7 +226,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
     torch_dtype="bfloat16",
   )
   from research.interop import hf
-  from research.interop.hf import hf_config
+  from research.interop.hf import config as hf_config
   from research.nn import presets
 
   shutil.copytree(MODELS / "llama", tmp_path / "tiny")

@@ -16,7 +16,7 @@ import numpy as np
 from research import weights
 from research.interop import parts, sources
 from research.interop.diffusion.spec import FIELD, Spec, from_config
-from research.interop.hf import hf_export
+from research.interop.hf import write as hf_write
 from research.lora.merge import changes
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
@@ -68,7 +68,7 @@ def source(
   Raises:
     UserError: there is no such id, or it is a diffusion model already.
   """
-  config = given.config or hf_export.config_json(given.model, None, None)
+  config = given.config or hf_write.config_json(given.model, None, None)
   if from_config(config) is not None:
     raise UserError(
       f"{given.origin.get('path')}: is a diffusion model already; convert it "

@@ -31,7 +31,7 @@ from research.interop.gguf.gguf_model import DTYPES, interleaved
 from research.interop.gguf.gguf_recipe import FILE_TYPES, Recipe
 from research.interop.gguf.gguf_rows import EXPERT_ROWS, ROWS, TOP
 from research.interop.hf import hf_config_write
-from research.interop.names import Address
+from research.interop.hf.names import Address
 from research.interop.parts import Part, Parts, ordered
 from research.lora.merge import changes
 from research.nn import presets

@@ -25,8 +25,8 @@ from research.interop.gguf import (
 from research.interop.gguf.gguf_config import config, has_tokenizer
 from research.interop.gguf.gguf_rows import Row
 from research.interop.gguf.gguf_types import TYPES, decode, require
+from research.interop.hf.names import Address
 from research.interop.loaded import Loaded
-from research.interop.names import Address
 from research.interop.parts import Part
 from research.io import unread
 from research.nn import presets

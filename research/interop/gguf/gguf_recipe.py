@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.interop.gguf import gguf_experts, gguf_types, mixtures
-from research.interop.names import Address
+from research.interop.hf.names import Address
 from research.interop.parts import Part
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer

@@ -1,6 +1,6 @@
 """Directories in Hugging Face's format, read and written."""
 
-from research.interop.hf.hf import (
+from research.interop.hf.read import (
   DTYPES,
   Slot,
   difference,

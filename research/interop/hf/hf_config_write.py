@@ -7,7 +7,9 @@ and has to give the same model.
 import dataclasses
 from typing import Any
 
-from research.interop.hf import hf_config, hf_experts_config, hf_llada2, hf_rope
+from research.interop.hf import config as hf_config
+from research.interop.hf import hf_experts_config, llada2
+from research.interop.hf import rope as hf_rope
 from research.nn import presets
 from research.nn.mlp import Mlp
 from research.nn.transformer import Transformer
@@ -70,7 +72,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   if model_type == "gemma3_text":
     local = next((k for k in kinds if k.attention.window), wide)
     config["rope_local_base_freq"] = local.attention.rope.theta
-  if model_type == hf_llada2.KIND:
+  if model_type == llada2.KIND:
     config.pop("sliding_window")
     config.pop("attention_bias", None)
     config |= dict(
@@ -95,7 +97,7 @@ ARCHITECTURES = {
   "gemma": "GemmaForCausalLM",
   "gemma2": "Gemma2ForCausalLM",
   "gemma3_text": "Gemma3ForCausalLM",
-  hf_llada2.KIND: "LLaDA2MoeModelLM",
+  llada2.KIND: "LLaDA2MoeModelLM",
 }
 """model_type -> the class of transformers, which other readers ask for."""
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from research.interop.hf import hf_llada2
+from research.interop.hf import llada2
 from research.io.fields import Fields
 from research.nn import presets
 from research.nn.block import Block
@@ -15,7 +15,7 @@ _COUNTS = ("num_local_experts", "num_experts")
 KINDS = {
   "mixtral": _COUNTS,
   "qwen3_moe": (*_COUNTS, "moe_intermediate_size"),
-  hf_llada2.KIND: hf_llada2.READ,
+  llada2.KIND: llada2.READ,
 }
 """model_type -> the fields that mean something there and are refused
 elsewhere."""
@@ -48,7 +48,7 @@ def read(fields: Fields, kind: str) -> presets.Sparse | None:
     return presets.Sparse(
       routing=routing, hidden=fields.integer("intermediate_size")
     )
-  if kind == hf_llada2.KIND:
+  if kind == llada2.KIND:
     return _llada2(fields, experts, active, depth)
   return presets.Sparse(
     routing=Routing(
@@ -124,7 +124,7 @@ def spelled(kinds: Sequence[Block], model_type: str) -> dict[str, Any]:
     moe_intermediate_size=moe.hidden,
     norm_topk_prob=routing.normalised,
   )
-  if model_type == hf_llada2.KIND:
+  if model_type == llada2.KIND:
     return out | _llada2_spelled(kinds, moe)
   return out | dict(
     decoder_sparse_step=1,

@@ -1,6 +1,6 @@
 """What a base calls its modules in the code that PEFT is to find them in.
 
-Most models are in transformers, under the names of `research.interop.names`.
+Most models are in transformers, under the names of `research.interop.hf.names`.
 LLaDA's own code (8B, 1.5) has OLMo's: `model.transformer.blocks.0.q_proj`,
 `.ff_proj` for the gate, `.ff_out`, which is the head's name, too, so that a
 target `ff_out` means both. LLaDA 2's has queries, keys and values as one
@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from research.interop.hf import hf_llada, hf_llada2
+from research.interop.hf import llada, llada2
 from research.io import safetensors
 from research.typing import UserError
 
@@ -26,11 +26,11 @@ def _same(name: str) -> str:
 
 
 def _llada(name: str) -> str:
-  return next(iter(hf_llada.as_lladas({name: None})))
+  return next(iter(llada.as_lladas({name: None})))
 
 
 def _llada2(name: str) -> str:
-  for theirs, ours in hf_llada2.MODULES.items():
+  for theirs, ours in llada2.MODULES.items():
     name = name.replace(f".{ours}.", f".{theirs}.")
   for part in "qkv":
     fused = f".attention.{FUSED}[{part}]."
@@ -63,9 +63,9 @@ EMBEDDINGS = {n.embedding for n in (USUAL, LLADA, LLADA2)}
 def of_config(config: Mapping[str, Any] | None) -> Naming:
   """Returns the names of the model that a config.json describes."""
   kind = config.get("model_type") if config else None
-  if kind == hf_llada2.KIND:
+  if kind == llada2.KIND:
     return LLADA2
-  if kind in hf_llada.KINDS and not hf_llada.is_mixture(config or {}):
+  if kind in llada.KINDS and not llada.is_mixture(config or {}):
     return LLADA
   return USUAL
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
-from research.interop import hf, names
+from research.interop import hf
+from research.interop.hf import names as hf_names
 from research.interop.peft import match
 from research.interop.peft.peft_naming import USUAL, Naming
 from research.lora import wrap
@@ -41,12 +42,12 @@ class Weight:
   transposed: bool
 
 
-def addressed(path: str) -> names.Address:
+def addressed(path: str) -> hf_names.Address:
   """Returns the address that `layers/3/mlp/up` or `embed` spells."""
   if not path.startswith("layers/"):
-    return names.Address(None, path)
+    return hf_names.Address(None, path)
   _, index, inner = path.split("/", 2)
-  return names.Address(int(index), inner)
+  return hf_names.Address(int(index), inner)
 
 
 def base_weights(

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.interop import hf, names, parts
-from research.interop.hf import hf_export
+from research.interop import hf, parts
+from research.interop.hf import names as hf_names
+from research.interop.hf import write as hf_write
 from research.interop.quantized import hf_quant
 from research.interop.quantized.writers import Writer
 from research.interop.sources import Source
@@ -68,13 +69,13 @@ def write_model(
   Raises:
     UserError: something does not fit, or all of it is plain.
   """
-  usual = hf_export.plain_config(source.config)
+  usual = hf_write.plain_config(source.config)
   modules, plain = _modules(source, writer)
   scheme, modules = _settled(modules, writer, requantize)
   make = _Maker(writer, scheme, log)
   rows = hf.table(source.model)
   rest = {a: p for a, p in source.parts.items() if a not in modules}
-  dense = hf_export.tensors(source.model, rest, dtype, log)
+  dense = hf_write.tensors(source.model, rest, dtype, log)
   out: dict[str, safetensors.Pending] = {}
   found: dict[str, Any] = {}
   for address in parts.ordered(source.parts):
@@ -87,7 +88,7 @@ def write_model(
       out[name] = dense[name]
   said = writer.config(scheme, found, plain)
   safetensors.write_directory(directory, out, shard_size)
-  config = hf_export.config_json(source.model, usual, dtype, source.hint)
+  config = hf_write.config_json(source.model, usual, dtype, source.hint)
   safetensors.write_json(
     directory / "config.json", config | {hf_quant.CONFIG: said}
   )
@@ -97,7 +98,7 @@ def write_model(
 
 def _modules(
   source: Source, writer: Writer
-) -> tuple[dict[names.Address, _Module], list[str]]:
+) -> tuple[dict[hf_names.Address, _Module], list[str]]:
   """Returns (matrices to be packed, names of linear modules that are not)."""
   rows, out, plain = hf.table(source.model), {}, []
   for address in parts.ordered(source.parts):
@@ -125,8 +126,8 @@ def _modules(
 
 
 def _settled(
-  modules: Mapping[names.Address, _Module], writer: Writer, requantize: bool
-) -> tuple[Any, dict[names.Address, _Module]]:
+  modules: Mapping[hf_names.Address, _Module], writer: Writer, requantize: bool
+) -> tuple[Any, dict[hf_names.Address, _Module]]:
   """Returns what the config says, and modules whose `found` is of that."""
   given = [m.found for m in modules.values() if m.found is not None]
   inputs = [m.part.shape[0] for m in modules.values() if m.found is None]

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from research import sharding, tree
 from research.interop import convert, hf, load, sources
 from research.interop.gguf import gguf_model
-from research.interop.hf import hf_config
+from research.interop.hf import config as hf_config
 from research.io import mapped, safetensors, unread
 from research.nn import presets
 from research.quant.formats import ggml

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from research.interop import hf, parts
-from research.interop.hf import hf_config
-from research.interop.names import Address
+from research.interop.hf import config as hf_config
+from research.interop.hf.names import Address
 from research.io import safetensors
 from research.nn.moe import Moe
 from research.typing import UserError

@@ -8,9 +8,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from research.interop import hf, names
+from research.interop import hf
 from research.interop.diffusion import spec
-from research.interop.hf import hf_config, hf_config_write, hf_llada, hf_llada2
+from research.interop.hf import config as hf_config
+from research.interop.hf import hf_config_write, llada, llada2
+from research.interop.hf import names as hf_names
 from research.interop.parts import Part, Parts, ordered
 from research.io import safetensors
 from research.lora.merge import changes
@@ -64,7 +66,7 @@ def _dtype(kind: str) -> np.dtype:
   return np.dtype(kind if kind != "bfloat16" else ml_dtypes.bfloat16)
 
 
-def _named(rows: names.Table, address: names.Address) -> tuple[str, bool]:
+def _named(rows: hf_names.Table, address: hf_names.Address) -> tuple[str, bool]:
   try:
     return rows.theirs(address)
   except KeyError as e:
@@ -139,16 +141,16 @@ def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     UserError: there is no such config.json: LLaDA 2's.
   """
   kind = given.get("model_type") if given is not None else None
-  if kind == hf_llada2.KIND:
+  if kind == llada2.KIND:
     raise UserError(
       f"model_type is {kind!r}: no reader of quantized files knows this family "
       "by tensors of its own; expected --format=hf or orbax"
     )
-  if kind not in hf_llada.KINDS:
+  if kind not in llada.KINDS:
     return given
   how = spec.from_config(given)
   said = {spec.FIELD: how.spelled()} if how is not None else {}
-  return hf_llada.as_known(given, "config.json") | said
+  return llada.as_known(given, "config.json") | said
 
 
 def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
@@ -256,9 +258,9 @@ def write_model(
   """Writes the tensors and config.json into an empty directory."""
   found = tensors(model, parts, dtype, log, rounding)
   kind = config["model_type"]
-  if kind in hf_llada.KINDS and not hf_llada.is_mixture(config):
-    found = hf_llada.as_lladas(found)
-  elif kind == hf_llada2.KIND:
-    found = hf_llada2.official(found)
+  if kind in llada.KINDS and not llada.is_mixture(config):
+    found = llada.as_lladas(found)
+  elif kind == llada2.KIND:
+    found = llada2.official(found)
   safetensors.write_directory(directory, found, shard_size)
   safetensors.write_json(directory / "config.json", config)

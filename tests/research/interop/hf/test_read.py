@@ -13,7 +13,8 @@ import pytest
 
 from research import tree
 from research.interop import hf
-from research.interop.hf import hf_config, hf_config_write
+from research.interop.hf import config as hf_config
+from research.interop.hf import hf_config_write
 from research.io import safetensors
 from research.nn import clock, presets, rope
 from research.typing import UserError

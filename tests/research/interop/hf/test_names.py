@@ -4,14 +4,15 @@ import pathlib
 
 import pytest
 
-from research.interop import hf, load, names
-from research.interop.names import Address
+from research.interop import hf, load
+from research.interop.hf import names as hf_names
+from research.interop.hf.names import Address
 from research.io import safetensors
 
 MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
 
 
-TABLES = [names.PLAIN, names.SANDWICH, names.SPARSE, names.MIXTRAL]
+TABLES = [hf_names.PLAIN, hf_names.SANDWICH, hf_names.SPARSE, hf_names.MIXTRAL]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -24,7 +25,7 @@ def test_bijective(table):
     Address(i, row.ours, e)
     for row in table.layer
     for i in (0, 7, 31)
-    for e in ((0, 10, 127) if names.EXPERT in row.theirs else (None,))
+    for e in ((0, 10, 127) if hf_names.EXPERT in row.theirs else (None,))
   ]
   assert len({table.theirs(place)[0] for place in places}) == len(places)
   for place in places:
@@ -44,7 +45,7 @@ def test_bijective(table):
   ],
 )
 def test_unknown_names(name):
-  assert names.PLAIN.ours(name) is None
+  assert hf_names.PLAIN.ours(name) is None
 
 
 @pytest.mark.parametrize(
@@ -60,14 +61,14 @@ def test_unknown_names(name):
   ],
 )
 def test_unknown_experts(name):
-  assert names.SPARSE.ours(name) is None
+  assert hf_names.SPARSE.ours(name) is None
 
 
 def test_a_stack_of_experts_has_no_single_name():
   with pytest.raises(KeyError):
-    names.SPARSE.theirs(Address(0, "mlp/experts/up"))
+    hf_names.SPARSE.theirs(Address(0, "mlp/experts/up"))
   with pytest.raises(KeyError):
-    names.SPARSE.theirs(Address(0, "mlp/up", 3))
+    hf_names.SPARSE.theirs(Address(0, "mlp/up", 3))
 
 
 @pytest.mark.parametrize(
@@ -82,5 +83,5 @@ def test_every_tensor_of_a_file_has_its_place(family):
 
 def test_what_a_norm_is_called_depends_on_the_family():
   name = "model.layers.3.post_attention_layernorm.weight"
-  assert names.PLAIN.ours(name) == Address(3, "mlp_norm/scale")
-  assert names.SANDWICH.ours(name) == Address(3, "post_attention_norm/scale")
+  assert hf_names.PLAIN.ours(name) == Address(3, "mlp_norm/scale")
+  assert hf_names.SANDWICH.ours(name) == Address(3, "post_attention_norm/scale")

@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop.hf import hf_experts_config, hf_llada, hf_llada2, hf_rope
-from research.interop.hf.hf_rope import KINDS
+from research.interop.hf import hf_experts_config, llada, llada2
+from research.interop.hf import rope as hf_rope
+from research.interop.hf.rope import KINDS
 from research.io.fields import Fields
 from research.nn import presets
 from research.nn.clock import Clock
@@ -26,7 +27,7 @@ FAMILIES = {
   "gemma": "gemma",
   "gemma2": "gemma2",
   "gemma3_text": "gemma3",
-  hf_llada2.KIND: "qwen3",
+  llada2.KIND: "qwen3",
 }
 """model_type -> row of `presets.FAMILIES`; `gemma3` is its text part."""
 
@@ -95,7 +96,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     num_attention_heads=8,
     num_key_value_heads=4,
   ),
-  hf_llada2.KIND: hf_llada2.DEFAULTS,
+  llada2.KIND: llada2.DEFAULTS,
 }
 
 CLOCK = "time_conditioning"
@@ -155,8 +156,8 @@ def sizes_from_config(
   if fields.flag("mlp_bias") and kind != "llama":
     raise fields.wrong("mlp_bias", f"false: {kind} has no such biases")
   before = after = biased
-  if kind == hf_llada2.KIND:
-    hf_llada2.check(fields)
+  if kind == llada2.KIND:
+    llada2.check(fields)
     before, after = fields.flag("use_qkv_bias"), fields.flag("use_bias")
   family = dataclasses.replace(
     family,
@@ -183,8 +184,8 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
     if "tie_word_embeddings" in config:
       values.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
     config, where, kind = values, inner.where, values["model_type"]
-  if kind in hf_llada.KINDS:
-    config = hf_llada.as_known(config, where)
+  if kind in llada.KINDS:
+    config = llada.as_known(config, where)
     kind = config["model_type"]
   if kind == "Dream":
     # Qwen2, but for what it is asked: its mask.
@@ -224,7 +225,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
       "rotations pair dimensions"
     )
   window = fields.maybe_integer("sliding_window")
-  if kind in ("llama", "gemma", hf_llada2.KIND) or (
+  if kind in ("llama", "gemma", llada2.KIND) or (
     kind in ("qwen2", "qwen3", "qwen3_moe")
     and not fields.flag("use_sliding_window")
   ):
@@ -280,7 +281,7 @@ def _clock(fields: Fields | None) -> Clock | None:
 
 def _rotated(fields: Fields, kind: str, head_dim: int) -> float:
   """Returns the share of a head's dimensions that rotate."""
-  if kind != hf_llada2.KIND:
+  if kind != llada2.KIND:
     return 1.0
   share = fields.number("partial_rotary_factor")
   count = int(head_dim * share)

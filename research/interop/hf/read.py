@@ -19,8 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop import names, parts
-from research.interop.hf import hf_config, hf_experts, hf_llada, hf_llada2
+from research.interop import parts
+from research.interop.hf import config as hf_config
+from research.interop.hf import experts as hf_experts
+from research.interop.hf import llada, llada2
+from research.interop.hf import names as hf_names
 from research.interop.quantized import hf_quant
 from research.io import safetensors, unread
 from research.nn import presets
@@ -56,7 +59,7 @@ class Slot:
 
   path: str
   shape: tuple[int, ...]
-  addresses: tuple[names.Address, ...]
+  addresses: tuple[hf_names.Address, ...]
 
   @property
   def lead(self) -> tuple[int, ...]:
@@ -70,14 +73,14 @@ class Slot:
     return self.shape[len(self.lead) :]
 
 
-def table(model: Transformer) -> names.Table:
+def table(model: Transformer) -> hf_names.Table:
   """Returns the names of `model`'s parameters in Hugging Face files."""
   kinds = model.layer_kinds()
   if any(isinstance(kind.mlp, Moe) for kind in kinds):
     # The families with experts differ in what they do to queries and keys.
     mixtral = kinds[0].attention.qk_norm is None
-    return names.MIXTRAL if mixtral else names.SPARSE
-  return names.PLAIN if kinds[0].post_norm is None else names.SANDWICH
+    return hf_names.MIXTRAL if mixtral else hf_names.SPARSE
+  return hf_names.PLAIN if kinds[0].post_norm is None else hf_names.SANDWICH
 
 
 def slots(model: Transformer) -> list[Slot]:
@@ -95,12 +98,12 @@ def _slots(model: Transformer) -> tuple[Slot, ...]:
   out = []
   for path, leaf in tree.flatten_paths(shapes):
     head, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[2:]
-    rows = [names.Address(None, path)]
+    rows = [hf_names.Address(None, path)]
     if head in indices:
       # Matrices of experts have their layer and their number in front.
       experts = range(leaf.shape[1]) if len(leaf.shape) == 4 else [None]
       rows = [
-        names.Address(i, inner[0], e) for i in indices[head] for e in experts
+        hf_names.Address(i, inner[0], e) for i in indices[head] for e in experts
       ]
     out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
   return tuple(out)
@@ -139,7 +142,9 @@ def difference(
 
 def _check(where, model, tensors, wanted) -> None:
   missing = [name for name in wanted if name not in tensors]
-  extra = [n for n in tensors if n not in wanted and not names.BUFFERS.match(n)]
+  extra = [
+    n for n in tensors if n not in wanted and not hf_names.BUFFERS.match(n)
+  ]
   if model.tied and _HEAD in extra and _EMBEDDING in tensors:
     extra.remove(_HEAD)
     _check_tied(tensors[_EMBEDDING], tensors[_HEAD])
@@ -228,7 +233,7 @@ def unread_params(
 def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
   """Returns the tree whose runs are of layers that are kept alike."""
 
-  def leaf(slot: Slot, address: names.Address) -> Any:
+  def leaf(slot: Slot, address: hf_names.Address) -> Any:
     name, transposed = rows.theirs(address)
     tensor = tensors[name]
     if hasattr(tensor, "leaf"):
@@ -265,7 +270,7 @@ def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
   )
 
 
-def _wanted(rows: names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
+def _wanted(rows: hf_names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
   """Returns the shape of every tensor that must be there."""
   wanted = {}
   for slot in places:
@@ -305,7 +310,7 @@ def read_parts(
   model: Transformer,
   tensors: Mapping[str, hf_quant.Tensor],
   where: Any = "model",
-) -> dict[names.Address, parts.Part]:
+) -> dict[hf_names.Address, parts.Part]:
   """Returns `model`'s parameters one by one, unread, as they are stored.
 
   Raises:
@@ -346,10 +351,10 @@ def open_model(
     tensors, said = hf_quant.opened(said, tensors, directory)
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
-  if config["model_type"] == hf_llada.KIND:
-    tensors = hf_llada.as_llamas(tensors)
-  if config["model_type"] == hf_llada2.KIND:
-    tensors = hf_llada2.as_usual(tensors, sizes.heads, sizes.kv_heads)
+  if config["model_type"] == llada.KIND:
+    tensors = llada.as_llamas(tensors)
+  if config["model_type"] == llada2.KIND:
+    tensors = llada2.as_usual(tensors, sizes.heads, sizes.kv_heads)
   tensors = hf_experts.apart(model, table(model), tensors)
   if said is not None:
     known = _wanted(table(model), slots(model))

@@ -13,7 +13,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from research.interop import names
+from research.interop.hf import names as hf_names
 from research.interop.quantized import hf_quant
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
@@ -30,7 +30,7 @@ _HELD = {
 
 def apart(
   model: Transformer,
-  rows: names.Table,
+  rows: hf_names.Table,
   tensors: Mapping[str, hf_quant.Tensor],
 ) -> dict[str, hf_quant.Tensor]:
   """Returns `tensors` with stacked experts under the names of `rows`, unread.
@@ -50,7 +50,7 @@ def apart(
     if isinstance(moe, Moe) and found[2] in _HELD:
       made = _matrices(name, tensor, layer, moe, _HELD[found[2]], rows)
     elif isinstance(moe, Moe):
-      theirs, _ = rows.theirs(names.Address(layer, "mlp/router"))
+      theirs, _ = rows.theirs(hf_names.Address(layer, "mlp/router"))
       made = {theirs: tensor}
     twice = any(key in tensors and key != name for key in made)
     out |= {name: tensor} if twice else made
@@ -66,7 +66,7 @@ def _matrices(name, tensor, layer, moe, paths, rows):
   out = {}
   for e in range(experts):
     for j, path in enumerate(paths):
-      theirs, _ = rows.theirs(names.Address(layer, path, e))
+      theirs, _ = rows.theirs(hf_names.Address(layer, path, e))
       start = (e * len(paths) + j) * size
       raw = tensor.raw.part(start, start + size)
       out[theirs] = dataclasses.replace(tensor, shape=one, raw=raw)

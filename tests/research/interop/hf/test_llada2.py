@@ -12,7 +12,8 @@ import safetensors.numpy
 
 from research.interop import convert, load, sources
 from research.interop.diffusion import spec
-from research.interop.hf import hf_config, hf_config_write, hf_llada, hf_llada2
+from research.interop.hf import config as hf_config
+from research.interop.hf import hf_config_write, llada, llada2
 from research.nn import presets
 from research.nn.moe import Moe
 from research.typing import UserError
@@ -266,8 +267,8 @@ def test_names_have_one_meaning():
   """Every usual name of ours has one of theirs, and back."""
   names = safetensors.numpy.load_file(GOLDEN / "llada2" / "model.safetensors")
   assert not any(".self_attn." in name for name in names)
-  assert hf_llada.is_mixture(LLADA_MOE_7B)
-  assert not hf_llada.is_mixture(LLADA_MOE_7B | dict(d_model=4))
-  assert hf_llada2.as_usual({"model.layers.0.other.weight": 1}, 4, 2) == {
+  assert llada.is_mixture(LLADA_MOE_7B)
+  assert not llada.is_mixture(LLADA_MOE_7B | dict(d_model=4))
+  assert llada2.as_usual({"model.layers.0.other.weight": 1}, 4, 2) == {
     "model.layers.0.other.weight": 1
   }

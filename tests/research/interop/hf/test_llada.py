@@ -13,7 +13,7 @@ import safetensors.numpy
 from research.diffusion.sampling.denoiser import Whole
 from research.interop import convert, load, sources
 from research.interop.diffusion.spec import Spec
-from research.interop.hf import hf_llada
+from research.interop.hf import llada
 from research.nn import presets
 from research.typing import UserError
 
@@ -101,7 +101,7 @@ def test_the_published_size():
     rms_norm_eps=1e-5,
     mask_token_id=126336,
   )
-  from research.interop.hf import hf_config
+  from research.interop.hf import config as hf_config
 
   _, sizes = hf_config.sizes_from_config(config)
   assert sizes == presets.LLADA_8B
@@ -137,10 +137,10 @@ def test_what_is_not_supported_is_named(change, message, tmp_path):
 def test_the_inner_width_may_be_a_ratio():
   config = json.loads((GOLDEN / "llada" / "config.json").read_text())
   config["mlp_hidden_size"] = None
-  found = hf_llada.as_llama(config, "config.json")
+  found = llada.as_llama(config, "config.json")
   assert found["intermediate_size"] == 4 * 32
 
 
 def test_tensors_without_a_name():
   with pytest.raises(UserError, match="q_proj.bias"):
-    hf_llada.as_lladas({"model.layers.0.self_attn.q_proj.bias": None})
+    llada.as_lladas({"model.layers.0.self_attn.q_proj.bias": None})
