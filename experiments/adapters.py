@@ -144,7 +144,7 @@ _REPORT = flags.DEFINE_string(
 def _opened(name: str) -> Any:
   """Returns an adapter as a source that knows its base."""
   from research.interop import sources
-  from research.interop.peft import gguf_adapter
+  from research.interop.gguf import adapter as gguf_adapter
   from research.typing import UserError
 
   path = pathlib.Path(name)

@@ -183,7 +183,8 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   """Returns parameters for decoding, each row's adapter in them."""
   from research import weights
   from research.generation import generate
-  from research.interop.peft import gguf_adapter, pool_reader
+  from research.interop.gguf import adapter as gguf_adapter
+  from research.interop.peft import pool_reader
   from research.lora.serving import pool
   from research.quant.layouts import panels
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from research.interop import gguf, ours, sources
 from research.interop import parts as part
-from research.interop.gguf import gguf_export, gguf_recipe
+from research.interop.gguf import recipe as gguf_recipe
+from research.interop.gguf import write as gguf_write
 from research.interop.hf import write as hf_write
 from research.interop.quantized import hf_quant_export, writers
 from research.io import safetensors
@@ -110,7 +111,7 @@ def to_gguf(
   to: pathlib.Path,
   recipe: gguf_recipe.Recipe | None = None,
   least: float | None = None,
-) -> tuple[changes.Log, str, gguf_export.Written]:
+) -> tuple[changes.Log, str, gguf_write.Written]:
   """Writes a GGUF file; adapters are merged.
 
   Args:
@@ -133,7 +134,7 @@ def to_gguf(
       source.tokenizer, source.model.vocab_size
     )
   to.absolute().parent.mkdir(parents=True, exist_ok=True)
-  written = gguf_export.write_model(
+  written = gguf_write.write_model(
     to,
     source.model,
     source.parts,
@@ -298,7 +299,7 @@ def to_gguf_adapter(
   Raises:
     UserError: there are none, or they bring weights besides.
   """
-  from research.interop.peft import gguf_adapter
+  from research.interop.gguf import adapter as gguf_adapter
   from research.lora import wrap
 
   free(to)

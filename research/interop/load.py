@@ -68,7 +68,7 @@ def load_model(
   if path.is_dir():
     found = _directory(path, dtype, packed, shardings)
     return _as_trained(found, pathlib.Path(name))
-  from research.interop.gguf.gguf_model import load_gguf
+  from research.interop.gguf.read import load_gguf
 
   return load_gguf(path, dtype, bool(packed), shardings)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.interop import gguf, hf, parts
-from research.interop.gguf import gguf_config
+from research.interop.gguf import config as gguf_config
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE
 from research.io import safetensors, unread

@@ -93,15 +93,15 @@ def _hf(path: pathlib.Path) -> Source:
 
 
 def _gguf(path: pathlib.Path) -> Source:
-  from research.interop.gguf import gguf_model
+  from research.interop.gguf import read as gguf_read
 
   file = gguf.open_gguf(path)
-  model, parts, tokenizer = gguf_model.open_model(str(path), file)
-  config = hf_config_write.describe(model, gguf_model.model_type(file))
+  model, parts, tokenizer = gguf_read.open_model(str(path), file)
+  config = hf_config_write.describe(model, gguf_read.model_type(file))
 
   def params():
     # Types of their own, so layers that differ get runs of their own.
-    return gguf_model.load_gguf(path, dtype=None, packed=True).params
+    return gguf_read.load_gguf(path, dtype=None, packed=True).params
 
   return Source(
     model=model,

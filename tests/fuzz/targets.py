@@ -20,7 +20,7 @@ from research import tree, weights
 from research.data.sources import jsonl
 from research.interop import hf, load
 from research.interop.gguf import gguf_imatrix
-from research.interop.gguf.gguf_model import load_gguf
+from research.interop.gguf.read import load_gguf
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
 from research.interop.peft import peft

@@ -1,6 +1,6 @@
 """GGUF files, read and written."""
 
-from research.interop.gguf.gguf import (
+from research.interop.gguf.container import (
   GGUF,
   MAGIC,
   Pending,

@@ -35,7 +35,7 @@ def read(keys: Any, architecture: str, hidden: int) -> presets.Sparse | None:
   """Returns the experts that a file's keys describe, or None.
 
   Args:
-    keys: the architecture's, see `gguf_config`.
+    keys: the architecture's, see `config`.
     architecture: of the file.
     hidden: its `feed_forward_length`.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from research.interop import gguf
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.typing import UserError
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -58,7 +58,7 @@ def write(path: str | os.PathLike, found: Importances) -> None:
   for name, x in found.squares.items():
     count = np.array([found.counts[name]], np.float32)
     for suffix, array in ((SUMS, x), (COUNTS, count)):
-      raw = gguf_types.encode("F32", array)
+      raw = tensor_types.encode("F32", array)
       tensors[name + suffix] = gguf.Tensor("F32", array.shape, raw)
   gguf.write_gguf(path, metadata, tensors)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from research import weights
 from research.interop.gguf.gguf_imatrix import Importances
-from research.interop.gguf.gguf_rows import ROWS
+from research.interop.gguf.names import ROWS
 from research.nn.transformer import Transformer
 from research.quant.algorithms import calibrate
 from research.taps.statistics import Magnitudes

@@ -147,7 +147,7 @@ def add(pool: Pool, name: str, directory: str | os.PathLike) -> Pool:
   Args:
     pool: if it has one of that name, the new one takes its place.
     name: anything but `BASE`.
-    directory: or a .gguf file, see `gguf_adapter.load_any`.
+    directory: or a .gguf file, see `interop.adapters.load_adapter`.
 
   Raises:
     UserError: it is damaged or does not fit, brings weights whole, or is no

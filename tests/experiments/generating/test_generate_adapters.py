@@ -9,7 +9,8 @@ import pytest
 
 from research import tree
 from research.interop import load
-from research.interop.peft import gguf_adapter, peft, peft_write
+from research.interop.gguf import adapter as gguf_adapter
+from research.interop.peft import peft, peft_write
 from research.lora import adapt
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA

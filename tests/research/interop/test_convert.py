@@ -14,7 +14,8 @@ import pytest
 
 from research import tree
 from research.interop import convert, gguf, load, ours, parts, sources
-from research.interop.gguf import gguf_recipe, gguf_types
+from research.interop.gguf import recipe as gguf_recipe
+from research.interop.gguf import tensor_types
 from research.interop.loaded import NOTE
 from research.interop.peft import peft, peft_write
 from research.interop.quantized import writers
@@ -190,7 +191,7 @@ def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
     if x.ndim == 1:
       np.testing.assert_array_equal(x, y)
       continue
-    assert new[name].data.tobytes() == gguf_types.encode(kind, x).tobytes()
+    assert new[name].data.tobytes() == tensor_types.encode(kind, x).tobytes()
     difference = np.abs(y.astype(np.float64) - x)
     assert errors[name].max_abs_error == pytest.approx(difference.max())
     relative = np.linalg.norm(difference) / np.linalg.norm(x)

@@ -17,7 +17,7 @@ import pytest
 
 from research import tree, weights
 from research.interop import ours
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods import all_methods
@@ -155,7 +155,7 @@ def base(packed=False, n=3):
   w = np.asarray(jax.random.normal(jax.random.key(1), (n, IN, OUT))) * 0.125
   if not packed:
     return jnp.asarray(w)
-  rows = gguf_types.encode("Q4_1", w.swapaxes(1, 2).copy())
+  rows = tensor_types.encode("Q4_1", w.swapaxes(1, 2).copy())
   return ggml.from_ggml("Q4_1", list(rows.reshape(n, OUT, -1)), -2)
 
 

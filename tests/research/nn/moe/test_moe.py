@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.interop.peft import peft, peft_write
 from research.lora import adapt, wrap
 from research.lora.methods.hira import HiRA
@@ -368,7 +368,7 @@ def test_packed_experts_compute_what_they_decode_to(kind):
   def packed(w):
     stored = np.asarray(w, np.float32).transpose(0, 2, 1)  # rows of [out, in]
     raw = [
-      gguf_types.encode(kind, m).reshape(len(m), -1)
+      tensor_types.encode(kind, m).reshape(len(m), -1)
       for m in np.ascontiguousarray(stored)
     ]
     return ggml.from_ggml(kind, raw, -2)

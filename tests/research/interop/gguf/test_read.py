@@ -13,13 +13,13 @@ import pytest
 from research import tree, weights
 from research.interop import load
 from research.interop.gguf import Tensor, open_gguf, write_gguf
-from research.interop.gguf.gguf_model import (
+from research.interop.gguf.read import (
   half_split,
   interleaved,
   load_gguf,
   permuted,
 )
-from research.interop.gguf.gguf_types import TYPES
+from research.interop.gguf.tensor_types import TYPES
 from research.io import safetensors
 from research.nn import rope
 from research.quant.formats import ggml

@@ -10,14 +10,10 @@ import pytest
 
 from research import tree, weights
 from research.interop import convert, load, parts, sources
-from research.interop.gguf import (
-  Tensor,
-  gguf_export,
-  gguf_recipe,
-  open_gguf,
-  write_gguf,
-)
-from research.interop.gguf.gguf_model import interleaved, load_gguf, permuted
+from research.interop.gguf import Tensor, open_gguf, write_gguf
+from research.interop.gguf import recipe as gguf_recipe
+from research.interop.gguf import write as gguf_write
+from research.interop.gguf.read import interleaved, load_gguf, permuted
 from research.io import safetensors
 from research.lora.merge import changes
 from research.nn.moe.routing import Routing
@@ -25,7 +21,7 @@ from research.nn.presets import Sparse
 from research.quant.qtensor import QTensor
 from research.typing import UserError
 from tests import support
-from tests.research.interop.gguf.test_gguf_model import (
+from tests.research.interop.gguf.test_read import (
   MODELS,
   TABLE,
   close,
@@ -141,7 +137,7 @@ def qwen():
 
 def written(path, kind, of=None):
   model, params = of or qwen()
-  return gguf_export.write_model(
+  return gguf_write.write_model(
     path,
     model,
     parts.from_params(params),

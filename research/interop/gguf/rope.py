@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from research.interop.gguf import Tensor, gguf_types
+from research.interop.gguf import Tensor, tensor_types
 from research.nn.attention import Attention
 from research.nn.rope import Linear, Llama3, Yarn, inverse_frequencies
 from research.nn.transformer import Transformer
@@ -52,7 +52,7 @@ def spelled(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
       plain = inverse_frequencies(a.rope.theta, a.head_dim)
       scaled = llama3.frequencies(a.rope.theta, a.head_dim, None)[0]
       factors = np.asarray(plain / scaled, np.float32)
-      raw = gguf_types.encode("F32", factors)
+      raw = tensor_types.encode("F32", factors)
       # llama.cpp reads the factors alone; which length they are of does not
       # follow from them where no frequency lies between the bands.
       length = {"rope.scaling.original_context_length": llama3.original}

@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 
 from research.interop import gguf
-from research.interop.gguf import (
-  gguf_config,
-  gguf_export,
-  gguf_model,
-  gguf_rows,
-  gguf_types,
-)
+from research.interop.gguf import config as gguf_config
+from research.interop.gguf import names as gguf_names
+from research.interop.gguf import read as gguf_read
+from research.interop.gguf import tensor_types
+from research.interop.gguf import write as gguf_write
 from research.interop.peft import peft
 from research.lora import plain, wrap
 from research.lora.merge import changes
@@ -63,10 +61,10 @@ def _matrices(
   params: Params, model: Transformer, arch: str
 ) -> dict[str, _Matrix]:
   """Returns every matrix that can be named, by our address."""
-  rows = {row.path: row for row in (*gguf_rows.TOP, *gguf_rows.ROWS)}
+  rows = {row.path: row for row in (*gguf_names.TOP, *gguf_names.ROWS)}
   a = model.layer_kinds()[0].attention
   turned = gguf_config.ARCHITECTURES[arch].interleaved
-  fold = gguf_export.folded(model, arch)
+  fold = gguf_write.folded(model, arch)
   out = {}
   for address, size in wrap.matrices(params).items():
     layer, _, inner = address.removeprefix("layers/").partition("/")
@@ -75,7 +73,7 @@ def _matrices(
       continue
     order = None
     if row.heads is not None and turned:
-      order = gguf_model.interleaved(size[1], getattr(a, row.heads))
+      order = gguf_read.interleaved(size[1], getattr(a, row.heads))
     scale = fold if row.path == "attention/q" and a.qk_norm is None else 1.0
     name = f"blk.{layer}.{row.name}" if inner else row.name
     out[address] = _Matrix(name, size, order, scale)
@@ -89,7 +87,7 @@ def architecture(model: Transformer, hint: str | None = None) -> str:
     model: of a family that llama.cpp has.
     hint: model_type to try first.
   """
-  return gguf_export.metadata(model, hint, "")[0][_ARCH]
+  return gguf_write.metadata(model, hint, "")[0][_ARCH]
 
 
 def alpha_of(found: Mapping[str, Factors]) -> float:
@@ -158,7 +156,7 @@ def save(
     _ARCH: arch,
     "general.type": "adapter",
     "general.name": name,
-    "general.file_type": gguf_export.FILE_TYPES[kind],
+    "general.file_type": gguf_write.FILE_TYPES[kind],
     _KIND: "lora",
     _ALPHA: np.float32(alpha),
   }
@@ -170,9 +168,9 @@ def save(
 def _encoded(name: str, x: np.ndarray, kind: str, log: changes.Log) -> Any:
   if kind == "F16":
     changes.cast(name, x, np.dtype(np.float16))
-  raw = gguf_types.encode(kind, x)
-  got = gguf_types.decode(kind, raw, x.shape)
-  log.compared(name, "float32", gguf_model.DTYPES[kind], changes.Read(x), got)
+  raw = tensor_types.encode(kind, x)
+  got = tensor_types.decode(kind, raw, x.shape)
+  log.compared(name, "float32", gguf_read.DTYPES[kind], changes.Read(x), got)
   return gguf.Tensor(kind, x.shape, raw)
 
 
@@ -263,7 +261,7 @@ def _factors(path, file, names, m: _Matrix, alpha, embedding) -> Factors:
   if embedding:
     want[0] = want[0][::-1]
   for name, tensor, shape in zip(names, (a, b), want, strict=True):
-    gguf_types.require(tensor.type, f"{path}: {name}")
+    tensor_types.require(tensor.type, f"{path}: {name}")
     if tensor.shape != shape:
       raise UserError(
         f"{path}: {name} has shape {list(tensor.shape)}, expected "

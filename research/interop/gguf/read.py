@@ -1,6 +1,6 @@
 """A GGUF file as a model: architecture keys to sizes, tensor names to paths.
 
-A weight's walk: `gguf_rows` names it, `_Matrix` turns the query and key rows of
+A weight's walk: `names` names it, `_Matrix` turns the query and key rows of
 llama's interleaved rotation back to half-split order (whole rows move, so
 packed blocks do too), and `_leaf` either decodes it or keeps its blocks.
 """
@@ -15,16 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop.gguf import (
-  GGUF,
-  Tensor,
-  gguf_experts,
-  gguf_rows,
-  open_gguf,
-)
-from research.interop.gguf.gguf_config import config, has_tokenizer
-from research.interop.gguf.gguf_rows import Row
-from research.interop.gguf.gguf_types import TYPES, decode, require
+from research.interop.gguf import GGUF, Tensor, gguf_experts, open_gguf
+from research.interop.gguf import names as gguf_names
+from research.interop.gguf.config import config, has_tokenizer
+from research.interop.gguf.names import Row
+from research.interop.gguf.tensor_types import TYPES, decode, require
 from research.interop.hf.names import Address
 from research.interop.loaded import Loaded
 from research.interop.parts import Part
@@ -53,11 +48,11 @@ def _few(names: Iterable[str]) -> str:
 
 def _check(path: str, file: GGUF, family, sizes) -> None:
   """Raises where the tensors are not exactly those of the model."""
-  top = [r for r in gguf_rows.TOP if r.path != "head" or not sizes.tied]
+  top = [r for r in gguf_names.TOP if r.path != "head" or not sizes.tied]
   wanted = {r.name: r for r in top} | {
     f"blk.{i}.{r.name}": r
     for i in range(sizes.depth)
-    for r in gguf_rows.of_model(family, sizes)
+    for r in gguf_names.of_model(family, sizes)
   }
   found = set(file.tensors) - set(USED_ELSEWHERE)
   if missing := wanted.keys() - found:
@@ -201,7 +196,7 @@ def _unread(
   file: GGUF, family, sizes, model: Transformer, turned: bool, dtype, packed
 ) -> dict[str, Any]:
   """Returns the parameter tree, of `unread.Unread` arrays."""
-  rows = gguf_rows.of_model(family, sizes)
+  rows = gguf_names.of_model(family, sizes)
 
   def matrix(row: Row, layer: int) -> _Matrix:
     tensor = file.tensors[f"blk.{layer}.{row.name}"]
@@ -212,7 +207,7 @@ def _unread(
     return tuple(file.tensors[name].type for name in names) if packed else ()
 
   flat: dict[str, Any] = {}
-  for row in gguf_rows.TOP:
+  for row in gguf_names.TOP:
     if row.name in file.tensors:
       only = _matrix(row, file.tensors[row.name], family, sizes, turned)
       flat[row.path] = _first(_leaf(row, [only], dtype, packed))
@@ -277,11 +272,11 @@ def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
 
   out = {
     Address(None, row.path): part(row, file.tensors[row.name])
-    for row in gguf_rows.TOP
+    for row in gguf_names.TOP
     if row.name in file.tensors
   }
   for i in range(sizes.depth):
-    for row in gguf_rows.of_model(family, sizes):
+    for row in gguf_names.of_model(family, sizes):
       tensor = file.tensors[f"blk.{i}.{row.name}"]
       if len(tensor.shape) < 3:
         out[Address(i, row.path)] = part(row, tensor)

@@ -19,17 +19,17 @@ from research.interop.gguf import (
   GGUF,
   Pending,
   Tensor,
-  gguf_config,
   gguf_experts,
-  gguf_rope,
-  gguf_rows,
-  gguf_types,
   nbytes,
+  tensor_types,
   write_gguf,
 )
-from research.interop.gguf.gguf_model import DTYPES, interleaved
-from research.interop.gguf.gguf_recipe import FILE_TYPES, Recipe
-from research.interop.gguf.gguf_rows import EXPERT_ROWS, ROWS, TOP
+from research.interop.gguf import config as gguf_config
+from research.interop.gguf import names as gguf_names
+from research.interop.gguf import rope as gguf_rope
+from research.interop.gguf.names import EXPERT_ROWS, ROWS, TOP
+from research.interop.gguf.read import DTYPES, interleaved
+from research.interop.gguf.recipe import FILE_TYPES, Recipe
 from research.interop.hf import hf_config_write
 from research.interop.hf.names import Address
 from research.interop.parts import Part, Parts, ordered
@@ -155,7 +155,7 @@ def tensors(
   turned = gguf_config.ARCHITECTURES[arch].interleaved
   fold = folded(model, arch)
   for name in extra:
-    gguf_rows.check_known(name, arch)
+    gguf_names.check_known(name, arch)
   # What makes the queries: their norm, where they have one.
   queries = ("attention/q_norm/scale",)
   if a.qk_norm is None:
@@ -165,7 +165,7 @@ def tensors(
     row, part = rows.get(address.path), alike[0]
     if row is None:
       raise UserError(f"GGUF: no name for {address} of this model")
-    gguf_rows.check_known(row.name, arch)
+    gguf_names.check_known(row.name, arch)
     layer = "" if address.layer is None else f"blk.{address.layer}."
     name = layer + row.name
     flip = len(part.shape) == 2 and row.path != "embed"
@@ -249,7 +249,7 @@ def _maker(
       return _encoded(name, which, x, importance)
 
     def decode(raw, shape):
-      x = gguf_types.decode(which, raw, shape)
+      x = tensor_types.decode(which, raw, shape)
       return x / np.float32(scale) - np.float32(offset)
 
     for rows in changes.pieces(stored):
@@ -276,7 +276,7 @@ def _encoded(name: str, which: str, x: np.ndarray, importance) -> np.ndarray:
   if which == "F16":
     changes.cast(name, x, np.dtype(np.float16))
   try:
-    return gguf_types.encode(which, x, importance)
+    return tensor_types.encode(which, x, importance)
   except UserError as e:
     raise UserError(f"{name}: {e}") from e
 

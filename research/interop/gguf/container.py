@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from research.interop.gguf.gguf_types import BY_ID, TYPES, decode
+from research.interop.gguf.tensor_types import BY_ID, TYPES, decode
 from research.io import mapped
 from research.typing import UserError
 

@@ -11,9 +11,9 @@ import pytest
 
 from research import tree, weights
 from research.interop import convert, gguf, sources
-from research.interop.gguf import gguf_imatrix, gguf_types, imatrix, mixtures
-from research.interop.gguf.gguf_model import load_gguf
-from research.interop.gguf.gguf_recipe import FILE_TYPES, Recipe
+from research.interop.gguf import gguf_imatrix, imatrix, mixtures, tensor_types
+from research.interop.gguf.read import load_gguf
+from research.interop.gguf.recipe import FILE_TYPES, Recipe
 from research.quant import qtensor
 from research.quant.formats import ggml
 from research.typing import UserError
@@ -224,9 +224,9 @@ def test_importances_weigh_the_encoding(source, tmp_path):
     part = next(p for a, p in plain.items() if (a.layer, a.path) == (1, path))
     x = np.asarray(part.read().dense()).T
     kind = found[whole].type
-    raw = gguf_types.encode(kind, x, given[whole])
+    raw = tensor_types.encode(kind, x, given[whole])
     assert found[whole].data.tobytes() == raw.tobytes()
-    assert (raw != gguf_types.encode(kind, x)).any()
+    assert (raw != tensor_types.encode(kind, x)).any()
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_bad_files_of_importances(metadata, arrays, message, tmp_path):
   found = {}
   for name, x in arrays.items():
     x = np.asarray(x, np.float32)
-    found[name] = gguf.Tensor("F32", x.shape, gguf_types.encode("F32", x))
+    found[name] = gguf.Tensor("F32", x.shape, tensor_types.encode("F32", x))
   if metadata is None:
     metadata = {"general.type": "imatrix"}
   gguf.write_gguf(tmp_path / "i.gguf", metadata, found)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.interop import convert, gguf, load, parts, sources
-from research.interop.gguf import gguf_config
+from research.interop.gguf import config as gguf_config
 from research.io import safetensors
 from research.nn import rope
 from research.typing import UserError

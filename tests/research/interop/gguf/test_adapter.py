@@ -11,8 +11,8 @@ import pytest
 
 from research import tree
 from research.interop import convert, gguf, load, sources
-from research.interop.gguf import gguf_types
-from research.interop.peft import gguf_adapter
+from research.interop.gguf import adapter as gguf_adapter
+from research.interop.gguf import tensor_types
 from research.lora import plain, wrap
 from research.lora.methods.hira import HiRA
 from research.typing import UserError
@@ -77,7 +77,7 @@ def test_llama_cpp_adds_what_we_add(options, tmp_path):
     x = t.decode()
     if name in names:
       x = x + theirs(file, name).astype(np.float32)
-    raw = gguf_types.encode("F32", x)
+    raw = tensor_types.encode("F32", x)
     changed[name] = gguf.Tensor("F32", t.shape, raw)
   assert len(names) == len(plain.adapters(params))
   whole = gguf.open_gguf(MODELS / "gguf_f32" / "model.gguf")
@@ -185,7 +185,7 @@ def _renamed(old, new):
 def _replaced(name, f):
   def change(meta, tensors):
     x = f(tensors[name].decode())
-    new = gguf.Tensor("F32", x.shape, gguf_types.encode("F32", x))
+    new = gguf.Tensor("F32", x.shape, tensor_types.encode("F32", x))
     return meta, tensors | {name: new}
 
   return change

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from research.interop.gguf import gguf_experts, gguf_types, mixtures
+from research.interop.gguf import gguf_experts, mixtures, tensor_types
 from research.interop.hf.names import Address
 from research.interop.parts import Part
 from research.nn.moe import Moe
@@ -104,7 +104,7 @@ class Recipe:
       kind = mixtures.wanted(self.kind, path, address.layer, shape)
     else:
       kind = self.kind or _PLAIN.get(part.kind, part.kind)
-    gguf_types.require(kind, f"GGUF: {name}")
+    tensor_types.require(kind, f"GGUF: {name}")
     if kind in ACTIVATIONS:
       raise UserError(f"GGUF: {name} has type {kind}, which is no weight's")
     taken = mixtures.fitted(f"GGUF: {name}", kind, columns, self.fallback)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from research.interop.gguf import GGUF, gguf_experts, gguf_rope
+from research.interop.gguf import GGUF, gguf_experts
+from research.interop.gguf import rope as gguf_rope
 from research.nn import presets
 from research.nn.rope import Linear, Scaling, Yarn
 from research.typing import UserError
