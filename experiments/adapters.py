@@ -314,12 +314,8 @@ def _merged() -> dict[str, Any]:
 def _validated() -> dict[str, Any]:
   """Reads rules, not weights: rules can be wrong that no adapter has."""
   from research.interop import load, sources
-  from research.interop.peft import (
-    peft_names,
-    peft_naming,
-    peft_whole,
-    validate,
-  )
+  from research.interop.peft import full_weights, peft_naming, validate
+  from research.interop.peft import names as peft_names
   from research.io import safetensors
   from research.typing import UserError
 
@@ -332,7 +328,7 @@ def _validated() -> dict[str, Any]:
   base = sources.open_source(str(load.base_of(folder)[1]))
   params = base.params()
   naming = peft_naming.of_config(base.config)
-  everything = peft_whole.base_weights(params, base.model, naming)
+  everything = full_weights.base_weights(params, base.model, naming)
   found = validate.findings(
     safetensors.read_json(folder / load.ADAPTER_CONFIG),
     list(peft_names.modules(params, base.model, naming).values()),

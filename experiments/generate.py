@@ -183,8 +183,8 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   """Returns parameters for decoding, each row's adapter in them."""
   from research import weights
   from research.generation import generate
+  from research.interop import adapters
   from research.interop.gguf import adapter as gguf_adapter
-  from research.interop.peft import pool_reader
   from research.lora.serving import pool
   from research.quant.layouts import panels
 
@@ -197,7 +197,7 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   if len(set(names)) == 1:
     place = places[names[0]]
     return ready(gguf_adapter.load_any(place, loaded.params, loaded.model))
-  held = pool.fitted(loaded.params, loaded.model, places, pool_reader.read)
+  held = pool.fitted(loaded.params, loaded.model, places, adapters.read)
   held, ids = pool.use(held, names)
   return weights.bind(ready(held.params), ids=ids)
 

@@ -12,11 +12,11 @@ import jax
 from experiments.core import runtime, site
 from experiments.core.experiment import Built, Experiment
 from research import tree
-from research.interop import convert, load, sources
+from research.interop import convert, load, peft, sources
 from research.interop.diffusion import spec
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
-from research.interop.peft import peft_naming, peft_write
+from research.interop.peft import peft_naming
 from research.io import folders
 from research.io.folders import Folder
 from research.lora import wrap
@@ -95,7 +95,7 @@ def _save_adapter(folder, experiment, built, params) -> bool:
     base = str(load.locate(base).resolve())  # of a run, the model in it
   loaded = built.loaded
   naming = peft_naming.of_source(loaded.source)
-  peft_write.save_adapter(folder, params, loaded.model, base, naming=naming)
+  peft.save_adapter(folder, params, loaded.model, base, naming=naming)
   return True
 
 

@@ -254,7 +254,8 @@ def to_peft(
   Raises:
     UserError: there are no adapters, or the base is not known.
   """
-  from research.interop.peft import peft, peft_naming, peft_write
+  from research.interop import peft
+  from research.interop.peft import peft_naming
   from research.lora import wrap
 
   free(to)
@@ -270,7 +271,7 @@ def to_peft(
   params = source.params()
   different = differing(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:
-    peft_write.save_adapter(
+    peft.save_adapter(
       draft,
       params,
       source.model,

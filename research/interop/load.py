@@ -223,7 +223,7 @@ def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
 
 
 def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
-  from research.interop.peft import peft
+  from research.interop import peft
 
   _, target = base_of(path)
   try:

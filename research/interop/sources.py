@@ -134,7 +134,7 @@ def _ours(path: pathlib.Path) -> Source:
 
 
 def _adapter(path: pathlib.Path) -> Source:
-  from research.interop.peft import peft
+  from research.interop import peft
 
   name, target = load.base_of(path)
   base = open_source(str(target))

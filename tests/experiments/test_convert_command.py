@@ -14,8 +14,7 @@ import pytest
 from experiments import convert
 from experiments.core import cli
 from research import tree
-from research.interop import load
-from research.interop.peft import peft_write
+from research.interop import load, peft
 from research.io import safetensors
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
@@ -101,7 +100,7 @@ def test_an_adapters_tokenizer_is_its_bases(command, tmp_path):
   adapted = tree.map_paths(
     lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
   )
-  peft_write.save_adapter(made, adapted, base.model, str(file))
+  peft.save_adapter(made, adapted, base.model, str(file))
   merged = command(f"--from={made}", f"--to={tmp_path / 'm'}", "--format=hf")
   assert merged[0] == 0 and merged[1]["tokenizer"], merged
   assert (tmp_path / "m" / "tokenizer.json").is_file()

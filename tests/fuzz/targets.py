@@ -18,12 +18,11 @@ import numpy as np
 from experiments.core import config as gin_config
 from research import tree, weights
 from research.data.sources import jsonl
-from research.interop import hf, load
+from research.interop import hf, load, peft
 from research.interop.gguf import gguf_imatrix
 from research.interop.gguf.read import load_gguf
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
-from research.interop.peft import peft
 from research.io import safetensors
 from research.nn import presets
 from research.text import chat

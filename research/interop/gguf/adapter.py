@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from research.interop import gguf
+from research.interop import gguf, peft
 from research.interop.gguf import config as gguf_config
 from research.interop.gguf import names as gguf_names
 from research.interop.gguf import read as gguf_read
 from research.interop.gguf import tensor_types
 from research.interop.gguf import write as gguf_write
-from research.interop.peft import peft
 from research.lora import plain, wrap
 from research.lora.merge import changes
 from research.lora.plain import Factors

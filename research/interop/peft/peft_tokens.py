@@ -7,7 +7,8 @@ is tied to the embedding, it has the embedding's rows.
 import dataclasses
 from collections.abc import Mapping
 
-from research.interop.peft import peft_config, peft_whole
+from research.interop.peft import config as peft_config
+from research.interop.peft import full_weights
 from research.interop.peft.peft_naming import Naming
 from research.io.fields import Fields
 from research.lora.method import Method
@@ -46,7 +47,7 @@ def methods(
   whole = peft_config.whole_modules(fields)
   for address in out:
     module = sides[address]
-    if address in taken or peft_whole.saved_whole(module, whole):
+    if address in taken or full_weights.saved_whole(module, whole):
       raise fields.wrong(
         name, f"none of {module}, which target_modules or modules_to_save name"
       )

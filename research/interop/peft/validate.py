@@ -13,7 +13,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from research.interop.peft import match, peft_config, peft_whole
+from research.interop.peft import config as peft_config
+from research.interop.peft import full_weights
+from research.interop.peft.targets import Names, Targets, by_pattern
 from research.io.fields import Fields
 from research.lora import methods
 
@@ -61,11 +63,11 @@ def findings(
   if out:
     return out
   chosen = [m for m in modules if targets.match(m)]
-  adapted = [m for m in chosen if not peft_whole.not_adapted(m, whole)]
+  adapted = [m for m in chosen if not full_weights.not_adapted(m, whole)]
   adapted += parameters
   out += _unused(targets, whole, modules, [*modules, *everything])
   for name in whole:
-    hidden = [m for m in chosen if peft_whole.not_adapted(m, (name,))]
+    hidden = [m for m in chosen if full_weights.not_adapted(m, (name,))]
     if hidden:
       text = f"keeps adapters off {_few(hidden)}, which targets match"
       out.append(Finding("hidden", "modules_to_save", name, text))
@@ -119,12 +121,12 @@ def _invalid(fields: Fields) -> Iterator[Finding]:
 
 
 def _unused(
-  targets: match.Targets,
+  targets: Targets,
   whole: Sequence[str],
   modules: Sequence[str],
   everything: Sequence[str],
 ) -> Iterator[Finding]:
-  def rules(names: match.Names) -> Sequence[str]:
+  def rules(names: Names) -> Sequence[str]:
     return (
       () if names is None else (names,) if isinstance(names, str) else names
     )
@@ -135,7 +137,7 @@ def _unused(
     ("exclude_modules", targets.exclude),
   ):
     for rule in rules(names):
-      alone = match.Targets(rule if isinstance(names, str) else (rule,))
+      alone = Targets(rule if isinstance(names, str) else (rule,))
       if not any(alone.match(m) for m in modules):
         yield Finding("nothing", field, rule, "matches no module of the base")
   everywhere = dataclasses.replace(targets, exclude=None)
@@ -145,7 +147,7 @@ def _unused(
       text = "no module that targets match is in such a layer"
       yield Finding("nothing", "layers_to_transform", str(i), text)
   for name in whole:
-    if not any(peft_whole.saved_whole(m, (name,)) for m in everything):
+    if not any(full_weights.saved_whole(m, (name,)) for m in everything):
       yield Finding(
         "nothing", "modules_to_save", name, "matches no module of the base"
       )
@@ -155,7 +157,7 @@ def _patterns(
   field: str, patterns: Mapping[str, Any], adapted: Sequence[str]
 ) -> Iterator[Finding]:
   hits = {
-    key: {m for m in adapted if match.by_pattern(m, {key: True}, False, field)}
+    key: {m for m in adapted if by_pattern(m, {key: True}, False, field)}
     for key in patterns
   }
   for key, found in hits.items():

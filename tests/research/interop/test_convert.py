@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import convert, gguf, load, ours, parts, sources
+from research.interop import convert, gguf, load, ours, parts, peft, sources
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import tensor_types
 from research.interop.loaded import NOTE
-from research.interop.peft import peft, peft_write
 from research.interop.quantized import writers
 from research.io import safetensors
 from research.lora import adapt, wrap
@@ -318,7 +317,7 @@ def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
   params = tree.map_paths(
     lambda p, x: x + 0.001 if "/trained/" in p else x, params
   )
-  peft_write.save_adapter(tmp_path / "a", params, it.model, str(file))
+  peft.save_adapter(tmp_path / "a", params, it.model, str(file))
   source, base = (sources.open_source(x) for x in (tmp_path / "a", file))
   files = [tmp_path / f"{name}.gguf" for name in ("merged", "alone")]
   log, _ = (write(x, to) for x, to in zip((source, base), files, strict=True))
@@ -378,7 +377,7 @@ def test_an_adapter_over_packed_weights(tmp_path):
     lambda p, x: x + 0.01 if "/trained/" in p else x, params
   )
   base = str(MODELS / "gguf_q8_0" / "model.gguf")
-  peft_write.save_adapter(tmp_path / "a", params, it.model, base)
+  peft.save_adapter(tmp_path / "a", params, it.model, base)
   source = sources.open_source(tmp_path / "a")
   convert.to_orbax(source, tmp_path / "ours")
   again = sources.open_source(tmp_path / "ours")

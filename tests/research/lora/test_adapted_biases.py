@@ -2,7 +2,7 @@
 
 (IA)^3 multiplies whole outputs, in PEFT as in the paper. Adapter and bias are
 two leaves of the tree: what takes the adapter off its matrix, or writes it, has
-to mind the other one. `test_peft_methods` has PEFT's own numbers.
+to mind the other one. `interop/peft/test_methods` has PEFT's own numbers.
 """
 
 import dataclasses
@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import parts
-from research.interop.peft import peft, peft_write
+from research.interop import parts, peft
 from research.lora import adapt, to_lora, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.merge import changes, merge_modes, merging
@@ -129,7 +128,7 @@ def test_as_plain_lora_it_is_brought_whole(tmp_path):
   check(params)
   it = base("llama_biases")
   whole = {f"layers/{i}/attention/{x}_bias" for i in range(3) for x in "qv"}
-  peft_write.save_adapter(tmp_path, params, it.model, "x", whole=whole)
+  peft.save_adapter(tmp_path, params, it.model, "x", whole=whole)
   again = peft.load_adapter(tmp_path, it.params, it.model)
   check(wrap.merge(again))
 

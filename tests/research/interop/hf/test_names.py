@@ -9,7 +9,7 @@ from research.interop.hf import names as hf_names
 from research.interop.hf.names import Address
 from research.io import safetensors
 
-MODELS = pathlib.Path(__file__).parents[2] / "golden" / "models"
+MODELS = pathlib.Path(__file__).parents[3] / "golden" / "models"
 
 
 TABLES = [hf_names.PLAIN, hf_names.SANDWICH, hf_names.SPARSE, hf_names.MIXTRAL]

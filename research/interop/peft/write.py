@@ -14,16 +14,12 @@ import numpy as np
 
 from research import weights
 from research.interop import parts
-from research.interop.peft import (
-  base_note,
-  peft_config,
-  peft_experts,
-  peft_names,
-  peft_naming,
-  peft_whole,
-)
-from research.interop.peft.peft import WEIGHTS
+from research.interop.peft import base_fingerprint, full_weights, peft_naming
+from research.interop.peft import config as peft_config
+from research.interop.peft import experts as peft_experts
+from research.interop.peft import names as peft_names
 from research.interop.peft.peft_naming import USUAL, Naming
+from research.interop.peft.read import WEIGHTS
 from research.io import safetensors
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
@@ -105,7 +101,7 @@ def save_adapter(
     rows,
     (parameters, names),
   )
-  notes = {"format": "pt"} | base_note.notes(params, replaced)
+  notes = {"format": "pt"} | base_fingerprint.notes(params, replaced)
   _write(directory, tensors | kept, notes, config)
 
 
@@ -206,7 +202,7 @@ def _whole(params, model, adapted, changed, resized, naming, rows):
 
   Tensors, the addresses that they are of, modules_to_save, and the bias mode.
   """
-  base = peft_whole.base_weights(params, model, naming)
+  base = full_weights.base_weights(params, model, naming)
   biases = {a for a, w in base.items() if w.name == "bias"}
   theirs = {a for a in biases if base[a].module in adapted}
   changed = changed - ({"embed", "head"} if resized else set())
@@ -214,16 +210,20 @@ def _whole(params, model, adapted, changed, resized, naming, rows):
   if changed & biases:
     bias = "lora_only" if changed & biases <= theirs else "all"
   saved = sorted({base[a].module for a in changed - biases})
-  keys = peft_whole.required(base, adapted, saved, bias)
+  keys = full_weights.required(base, adapted, saved, bias)
   if resized:
-    keys |= peft_whole.embeddings(base, model.tied, keys, adapted, naming, rows)
+    keys |= full_weights.embeddings(
+      base, model.tied, keys, adapted, naming, rows
+    )
   elif model.tied and "embed" in changed:
     copy = dataclasses.replace(base["embed"], module=naming.head)
-    keys[f"{peft_whole.PREFIX}{naming.head}.weight"] = copy
+    keys[f"{full_weights.PREFIX}{naming.head}.weight"] = copy
   read = parts.from_params(wrap.disable(params))
   out = {}
   for key, w in keys.items():
-    x = np.asarray(weights.dense(read[peft_whole.addressed(w.address)].read()))
+    x = np.asarray(
+      weights.dense(read[full_weights.addressed(w.address)].read())
+    )
     out[key] = x.T if w.transposed else x
   return out, {w.address for w in keys.values()}, saved, bias
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from research.interop import hf
-from research.interop.peft import peft_whole
+from research.interop.peft import full_weights
 from research.interop.peft.peft_naming import EMBEDDINGS, USUAL, Naming
 from research.lora import wrap
 from research.lora.method import Method, Place
@@ -33,7 +33,7 @@ def key(module: str, name: str, method: Method) -> str:
   """Returns the name in the file of one tensor of a module."""
   if name in method.PEFT_SHARED:
     return f"base_model.{name}"
-  return f"{peft_whole.PREFIX}{module}.{name}"
+  return f"{full_weights.PREFIX}{module}.{name}"
 
 
 def shapes_of(
@@ -68,7 +68,7 @@ def modules(
   for path in wrap.matrices(params):
     # An adapted weight that is adapted again is addressed as itself.
     try:
-      name, _ = rows.theirs(peft_whole.addressed(path))
+      name, _ = rows.theirs(full_weights.addressed(path))
     except KeyError:
       continue  # only ours has it: what tells a model the time
     out[path] = naming.theirs(name).removesuffix(".weight")
@@ -79,7 +79,7 @@ def tied_rows(naming: Naming = USUAL) -> list[tuple[str, str]]:
   """Returns pairs of keys: the head's rows of some tokens, the embedding's."""
   return [
     tuple(
-      f"{peft_whole.PREFIX}{module}.{within}{tokens.KEY}"
+      f"{full_weights.PREFIX}{module}.{within}{tokens.KEY}"
       for module in (naming.head, naming.embedding)
     )
     for within in ("", tokens.WITHIN)
@@ -89,7 +89,7 @@ def tied_rows(naming: Naming = USUAL) -> list[tuple[str, str]]:
 def tied_keys(naming: Naming = USUAL) -> list[tuple[str, str]]:
   """Returns pairs of keys: the head's factors are the embedding's, turned."""
   embed, head = (
-    [f"{peft_whole.PREFIX}{module}.{name}" for name in KEYS[embedding]]
+    [f"{full_weights.PREFIX}{module}.{name}" for name in KEYS[embedding]]
     for module, embedding in (
       (naming.embedding, True),
       (naming.head, False),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import load
-from research.interop.peft import peft, peft_config, peft_write
+from research.interop import load, peft
+from research.interop.peft import config as peft_config
 from research.io import safetensors
 from research.lora import adapt, wrap
 from research.lora.methods import lora, mora, tokens
@@ -105,7 +105,7 @@ def test_what_does_not_fit(tmp_path, fields, tensors, said):
 
 def saved(tmp_path, params, model):
   """Returns the directory of an adapter over a base that it can be read by."""
-  peft_write.save_adapter(tmp_path / "b", params, model, "x")
+  peft.save_adapter(tmp_path / "b", params, model, "x")
   return tmp_path / "b"
 
 
@@ -233,4 +233,4 @@ def test_other_methods_are_not_written(tmp_path):
     it.params, jax.random.key(0)
   )
   with pytest.raises(UserError, match="an adapter of MoRA; on stacked experts"):
-    peft_write.save_adapter(tmp_path, params, it.model, "x")
+    peft.save_adapter(tmp_path, params, it.model, "x")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop.peft import base_note, peft, peft_write
+from research.interop import peft
+from research.interop.peft import base_fingerprint
 from research.io import safetensors
 from research.quant.formats.affine import Affine
 from research.quant.quantize import Quantize
@@ -50,7 +51,7 @@ def half(params, dtype):
 @pytest.fixture
 def saved(tmp_path):
   it = loaded("peft_lora")
-  peft_write.save_adapter(tmp_path, it.params, it.model, "../llama")
+  peft.save_adapter(tmp_path, it.params, it.model, "../llama")
   return tmp_path
 
 
@@ -65,7 +66,7 @@ def test_norms_that_differ(saved):
   )
   with pytest.raises(UserError) as e:
     read(saved, params)
-  own, found = map(base_note.fingerprint, (base().params, params))
+  own, found = map(base_fingerprint.fingerprint, (base().params, params))
   for said in ("../llama", own[:12], found[:12]):
     assert said in str(e.value)
 
@@ -81,7 +82,9 @@ def test_norms_that_differ(saved):
 )
 def test_matrices_that_differ_under_the_same_norms(saved, f, paths, where):
   params = changed(f, paths)
-  assert base_note.fingerprint(params) == base_note.fingerprint(base().params)
+  assert base_fingerprint.fingerprint(params) == base_fingerprint.fingerprint(
+    base().params
+  )
   with pytest.raises(UserError, match="another base: '../llama'") as e:
     read(saved, params)
   assert where in str(e.value) and len(str(e.value).splitlines()) == 2
@@ -107,7 +110,7 @@ def test_the_same_base_in_another_format(saved, name, tmp_path):
   # And back: written over that format, read over the plain one.
   it = loaded("peft_lora")
   there = read(saved, other)
-  peft_write.save_adapter(tmp_path / "b", there, it.model, "../llama")
+  peft.save_adapter(tmp_path / "b", there, it.model, "../llama")
   read(tmp_path / "b", base().params)
   with pytest.raises(UserError, match="other numbers in"):
     read(tmp_path / "b", changed(drawn))
@@ -123,34 +126,34 @@ def test_a_base_with_one_layer_more(saved):
   """Its other numbers are the same, and so are those of the adapter."""
   plain = base().params
   _, own = safetensors.open_with_metadata(saved / peft.WEIGHTS)
-  base_note.check("f", "x", own, plain)
+  base_fingerprint.check("f", "x", own, plain)
   longer = tree.unroll(plain)
   longer["run3"] = longer["run2"]
   assert len(list(tree.layers(longer))) == 4
   with pytest.raises(UserError, match="in layers/3, which its base has not"):
-    base_note.check("f", "x", own, longer)
+    base_fingerprint.check("f", "x", own, longer)
 
 
 def test_a_layer_of_which_an_adapter_replaces_everything_is_no_other_base():
   plain = base().params
   last = {
     a
-    for a in json.loads(base_note.notes(plain)[base_note.SAMPLE])
+    for a in json.loads(base_fingerprint.notes(plain)[base_fingerprint.SAMPLE])
     if a.startswith("layers/2/")
   }
-  said = base_note.notes(plain, last)
+  said = base_fingerprint.notes(plain, last)
   assert last and not any("layers/2/" in note for note in said.values())
-  base_note.check("f", "x", said, plain)
+  base_fingerprint.check("f", "x", said, plain)
 
 
 def test_a_fingerprint_is_of_the_base_however_it_is_held():
   it, plain = loaded("peft_lora"), base().params
-  want = base_note.fingerprint(plain)
-  assert base_note.fingerprint(it.params) == want
-  assert base_note.fingerprint(tree.unroll(plain)) == want
-  assert base_note.fingerprint(half(plain, jnp.bfloat16)) == want
-  assert jax.eval_shape(lambda p: (base_note.notes(p), p)[1], plain)
-  assert base_note.notes(jax.eval_shape(lambda: plain)) == {}
+  want = base_fingerprint.fingerprint(plain)
+  assert base_fingerprint.fingerprint(it.params) == want
+  assert base_fingerprint.fingerprint(tree.unroll(plain)) == want
+  assert base_fingerprint.fingerprint(half(plain, jnp.bfloat16)) == want
+  assert jax.eval_shape(lambda p: (base_fingerprint.notes(p), p)[1], plain)
+  assert base_fingerprint.notes(jax.eval_shape(lambda: plain)) == {}
 
 
 def renoted(folder, change):
@@ -162,7 +165,7 @@ def renoted(folder, change):
 
 def test_files_with_fewer_notes_are_read(saved):
   def older(notes):
-    del notes[base_note.SAMPLE]
+    del notes[base_fingerprint.SAMPLE]
     return notes
 
   renoted(saved, older)
@@ -171,9 +174,9 @@ def test_files_with_fewer_notes_are_read(saved):
   with pytest.raises(UserError, match="its norms, or other sizes"):
     read(saved, norms)
   # Norms that the adapter replaces leave no fingerprint to speak of.
-  said = base_note.notes(base().params, {"final_norm/scale"})
+  said = base_fingerprint.notes(base().params, {"final_norm/scale"})
   with pytest.raises(UserError) as e:
-    base_note.check("f", "x", said, changed(drawn))
+    base_fingerprint.check("f", "x", said, changed(drawn))
   assert "for another base: 'x'.\n" in str(e.value)
   assert "it is put on has other numbers in layers/0/" in str(e.value)
   assert "None" not in str(e.value)
@@ -185,17 +188,22 @@ def test_files_with_fewer_notes_are_read(saved):
   "note", ["[]", "{", '{"a": 3}', '{"a": "zz"}', '{"a": "00"}', "[" * 10**5]
 )
 def test_notes_that_are_damaged(saved, note):
-  renoted(saved, lambda notes: notes | {base_note.SAMPLE: note})
+  renoted(saved, lambda notes: notes | {base_fingerprint.SAMPLE: note})
   with pytest.raises(UserError, match="its note base_sample is damaged"):
     read(saved, base().params)
 
 
 def test_what_an_adapter_replaces_is_not_noted():
   plain = base().params
-  own = base_note.notes(plain)
-  less = base_note.notes(plain, {"layers/1/mlp/up", "layers/0/mlp_norm/scale"})
-  assert base_note.FINGERPRINT in own and base_note.FINGERPRINT not in less
-  numbers, fewer = (json.loads(n[base_note.SAMPLE]) for n in (own, less))
+  own = base_fingerprint.notes(plain)
+  less = base_fingerprint.notes(
+    plain, {"layers/1/mlp/up", "layers/0/mlp_norm/scale"}
+  )
+  assert (
+    base_fingerprint.FINGERPRINT in own
+    and base_fingerprint.FINGERPRINT not in less
+  )
+  numbers, fewer = (json.loads(n[base_fingerprint.SAMPLE]) for n in (own, less))
   assert set(numbers) - set(fewer) == {
     "layers/1/mlp/up",
     "layers/0/mlp_norm/scale",

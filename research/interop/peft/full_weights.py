@@ -16,7 +16,7 @@ import numpy as np
 from research import tree, weights
 from research.interop import hf
 from research.interop.hf import names as hf_names
-from research.interop.peft import match
+from research.interop.peft import targets
 from research.interop.peft.peft_naming import USUAL, Naming
 from research.lora import wrap
 from research.lora.methods.tokens import WITHIN
@@ -85,7 +85,7 @@ def saved_whole(module: str, wanted: Sequence[str]) -> bool:
 def not_adapted(module: str, wanted: Sequence[str]) -> bool:
   """Whether modules_to_save keeps adapters off a module."""
   return any(
-    match.search(rf"(^|.*\.){w}($|\..*)", re.match, module, "modules_to_save")
+    targets.search(rf"(^|.*\.){w}($|\..*)", re.match, module, "modules_to_save")
     for w in wanted
   )
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import load
+from research.interop import load, peft
 from research.interop.parts import from_params
-from research.interop.peft import peft, peft_config, peft_write
+from research.interop.peft import config as peft_config
 from research.io import safetensors
 from research.lora import adapt, wrap
 from research.lora.methods.tokens import Tokens
@@ -61,7 +61,7 @@ def changed(it, base) -> set[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_read_and_written_again(name, tmp_path):
   it, b = loaded(name), base(name)
-  peft_write.save_adapter(
+  peft.save_adapter(
     tmp_path,
     it.params,
     it.model,
@@ -142,7 +142,7 @@ def test_rows_of_tokens_are_trained_beside_lora_and_survive(tmp_path):
   params = tree.map_paths(
     lambda p, x: x + 0.1 if "/trained/" in p else x, params
   )
-  peft_write.save_adapter(tmp_path, params, b.model, "x")
+  peft.save_adapter(tmp_path, params, b.model, "x")
   config = json.loads((tmp_path / peft_config.CONFIG).read_text())
   assert config["trainable_token_indices"] == {"model.embed_tokens": [5, 60]}
   again = peft.load_adapter(tmp_path, b.params, b.model)

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import load
-from research.interop.peft import peft, peft_write
+from research.interop import load, peft
 from research.io import safetensors
 from research.typing import UserError
 
@@ -145,4 +144,4 @@ def test_ranks_that_peft_cannot_say(tmp_path):
     layer: params[first][layer] | {"attention": attention}
   }
   with pytest.raises(UserError, match="one method an adapter"):
-    peft_write.save_adapter(tmp_path, params, it.model, "../llama")
+    peft.save_adapter(tmp_path, params, it.model, "../llama")

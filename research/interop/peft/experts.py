@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from research.interop import hf
-from research.interop.peft import match, peft_whole
+from research.interop.peft import full_weights, targets
 from research.io.fields import Fields
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
@@ -73,7 +73,7 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
   sizes, out, used = wrap.experts(params), [], set()
   for layer in sorted({int(path.split("/")[1]) for path in sizes}):
     module = f"model.layers.{layer}.mlp.experts"
-    prefix, inner = f"{peft_whole.PREFIX}{module}", []
+    prefix, inner = f"{full_weights.PREFIX}{module}", []
     for name, ours in PARAMETERS.items():
       key = f"{module}.{name}"
       hits = {t for t in wanted if key == t or key.endswith(f".{t}")}
@@ -110,7 +110,7 @@ def _of(fields: Fields, usual: LoRA, key: str) -> LoRA:
     inner = fields.object(LoRA.PEFT_PATTERNS[name])
     read = {k: getattr(inner, of)(k) for k in inner.values} if inner else {}
     field = LoRA.PEFT_PATTERNS[name]
-    given[name] = match.by_pattern(key, read, getattr(usual, name), field)
+    given[name] = targets.by_pattern(key, read, getattr(usual, name), field)
   return dataclasses.replace(usual, **given)
 
 
@@ -179,7 +179,7 @@ def written(
         own.append((f"{module}.experts.{name}", *_joined(parts)))
     for i, (name, method, a, b) in enumerate(own):
       methods[name] = method
-      prefix = f"{peft_whole.PREFIX}{module}.experts"
+      prefix = f"{full_weights.PREFIX}{module}.experts"
       prefix += ".base_layer" if i + 1 < len(own) else ""
       tensors[f"{prefix}.lora_A.weight"] = a.reshape(-1, a.shape[-1])
       tensors[f"{prefix}.lora_B.weight"] = b.transpose(2, 1, 0).reshape(

@@ -12,8 +12,9 @@ import pytest
 import safetensors.numpy
 
 from research import tree
-from research.interop import convert, load, sources
-from research.interop.peft import peft, peft_config, peft_naming, peft_write
+from research.interop import convert, load, peft, sources
+from research.interop.peft import config as peft_config
+from research.interop.peft import peft_naming
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
 from research.nn.clock import Clock
@@ -57,7 +58,7 @@ def test_merged_it_is_what_peft_merges(name, tmp_path):
 def test_it_comes_back_as_peft_wrote_it(name, tmp_path):
   loaded = load.load_model(ADAPTERS / name)
   base = load.load_model(base_of(name))
-  peft_write.save_adapter(
+  peft.save_adapter(
     tmp_path,
     loaded.params,
     loaded.model,
@@ -92,7 +93,7 @@ def test_a_feed_forward_s_name_does_not_mean_the_head(tmp_path):
   )
   naming = peft_naming.of_source(loaded.source)
   base = str(BASES / "llada")
-  peft_write.save_adapter(tmp_path, params, loaded.model, base, naming=naming)
+  peft.save_adapter(tmp_path, params, loaded.model, base, naming=naming)
   modules = [f"model.transformer.blocks.{i}.ff_out" for i in range(2)]
   said = json.loads((tmp_path / peft_config.CONFIG).read_text())
   assert said["target_modules"] == modules
@@ -110,7 +111,7 @@ def test_a_feed_forward_s_name_does_not_mean_the_head(tmp_path):
 def test_an_adapter_under_llamas_names_is_still_read(tmp_path):
   loaded = load.load_model(ADAPTERS / "llada_attention")
   base = str(BASES / "llada")
-  peft_write.save_adapter(tmp_path, loaded.params, loaded.model, base)
+  peft.save_adapter(tmp_path, loaded.params, loaded.model, base)
   assert all(".model.layers." in key for key in tensors(tmp_path))
   again = load.load_model(tmp_path)
   for a, b in zip(
@@ -125,7 +126,7 @@ def test_a_part_of_a_module_has_no_name(tmp_path):
   params = add(loaded.params, jax.random.key(0))
   naming = peft_naming.of_source(loaded.source)
   with pytest.raises(UserError, match="queries, keys and values in one"):
-    peft_write.save_adapter(tmp_path, params, loaded.model, "x", naming=naming)
+    peft.save_adapter(tmp_path, params, loaded.model, "x", naming=naming)
 
 
 def test_what_tells_a_model_the_time_has_no_name(tmp_path):
@@ -135,7 +136,7 @@ def test_what_tells_a_model_the_time_has_no_name(tmp_path):
   def save(target):
     add = adapt.Adapt(method=LoRA(rank=2), targets=(target,))
     found = add(params, jax.random.key(0))
-    peft_write.save_adapter(tmp_path, found, model, "x")
+    peft.save_adapter(tmp_path, found, model, "x")
 
   save("attention/q")
   (a, b) = sorted(tensors(tmp_path))

@@ -6,7 +6,7 @@ import pathlib
 import chex
 import pytest
 
-from research.interop.peft import peft_config
+from research.interop.peft import config as peft_config
 from research.io.fields import Fields
 from research.lora.methods.lora import LoRA
 from research.typing import UserError

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from research import tree
-from research.interop import load
-from research.interop.peft import peft, peft_config, peft_write
+from research.interop import load, peft
+from research.interop.peft import config as peft_config
 from research.io import safetensors
 from research.lora import adapt, wrap
 from research.typing import UserError
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_pefts(name, tmp_path):
   np.testing.assert_allclose(value, g["loss"], rtol=1e-6)
   # Saved as if they were an adapter, the gradients carry the file's names.
   slopes = tree.combine(gradient, frozen)
-  peft_write.save_adapter(tmp_path, slopes, it.model, "x")
+  peft.save_adapter(tmp_path, slopes, it.model, "x")
   got = safetensors.open_file(tmp_path / peft.WEIGHTS)
   wanted = {k[5:]: v for k, v in g.items() if k.startswith("grad/")}
   assert set(got) == set(wanted)
@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_pefts(name, tmp_path):
 def test_read_and_written_again(name, tmp_path):
   it = loaded(name)
   rslora = "rslora" in name
-  peft_write.save_adapter(tmp_path, it.params, it.model, "../llama", rslora)
+  peft.save_adapter(tmp_path, it.params, it.model, "../llama", rslora)
   original = json.loads((MODELS / name / "adapter_config.json").read_text())
   written = json.loads((tmp_path / "adapter_config.json").read_text())
   original["init_lora_weights"] = True  # says how it began; no longer known
@@ -105,7 +105,7 @@ def test_every_adapter_of_ours_survives_the_format(
   params = tree.map_paths(
     lambda p, x: x + 0.5 if p.endswith(("/a", "/b")) else x, params
   )
-  peft_write.save_adapter(tmp_path, params, it.model, "../llama", use_rslora)
+  peft.save_adapter(tmp_path, params, it.model, "../llama", use_rslora)
   again = peft.load_adapter(tmp_path, it.params, it.model)
   # Scales pass through a decimal alpha.
   got, want = (dict(forms(p)) for p in (again, params))
@@ -262,7 +262,7 @@ def test_a_tied_embedding_is_adapted_on_both_sides(tmp_path):
   params = tree.map_paths(
     lambda p, x: x + 0.5 if p.endswith("/a") else x, params
   )
-  peft_write.save_adapter(tmp_path, params, it.model, "x")
+  peft.save_adapter(tmp_path, params, it.model, "x")
   config = json.loads((tmp_path / peft_config.CONFIG).read_text())
   assert config["ensure_weight_tying"] is True
   again = peft.load_adapter(tmp_path, it.params, it.model)
@@ -271,11 +271,11 @@ def test_a_tied_embedding_is_adapted_on_both_sides(tmp_path):
 
 def test_nothing_to_save(tmp_path):
   with pytest.raises(UserError, match="no adapter to save"):
-    peft_write.save_adapter(tmp_path, base().params, base().model, "x")
+    peft.save_adapter(tmp_path, base().params, base().model, "x")
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
   (tmp_path / "file").write_text("")
   it = loaded("peft_lora")
   with pytest.raises(UserError, match="cannot be written"):
-    peft_write.save_adapter(tmp_path / "file", it.params, it.model, "x")
+    peft.save_adapter(tmp_path / "file", it.params, it.model, "x")

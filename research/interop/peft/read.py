@@ -17,15 +17,15 @@ import numpy as np
 from research import tree
 from research.interop import hf
 from research.interop.peft import (
-  base_note,
-  peft_config,
-  peft_experts,
-  peft_names,
+  base_fingerprint,
+  full_weights,
   peft_naming,
   peft_tokens,
-  peft_whole,
   validate,
 )
+from research.interop.peft import config as peft_config
+from research.interop.peft import experts as peft_experts
+from research.interop.peft import names as peft_names
 from research.io import safetensors
 from research.lora import wrap
 from research.lora.method import Place
@@ -35,7 +35,7 @@ from research.typing import Params, UserError
 
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = peft_whole.PREFIX
+_PREFIX = full_weights.PREFIX
 _INTEGERS = ("int32", "int64")
 
 
@@ -76,7 +76,7 @@ def open_adapter(
   file = _weights_of(directory)
   tensors, notes = safetensors.open_with_metadata(file)
   base_name = fields.get("base_model_name_or_path")
-  base_note.check(file, base_name, notes, params)
+  base_fingerprint.check(file, base_name, notes, params)
   naming = peft_naming.of_keys(tensors)
   params, model = _untied(fields, kind, params, model, naming)
   # --- what the configuration says ---
@@ -85,7 +85,7 @@ def open_adapter(
     fields, kind, modules, wrap.matrices(params)
   )
   methods |= peft_tokens.methods(fields, methods, model.tied, naming)
-  base = peft_whole.base_weights(params, model, naming)
+  base = full_weights.base_weights(params, model, naming)
   everything = [w.module for w in base.values()]
   stacks = peft_experts.stacks(fields, params, kind.from_fields(fields))
   parameters = [stack.name for stack in stacks]
@@ -127,7 +127,7 @@ def _whole(fields, base, adapted, tensors, tied, naming):
 
   Those that it must, and embeddings where it has them.
   """
-  whole = peft_whole.required(
+  whole = full_weights.required(
     base,
     adapted,
     peft_config.whole_modules(fields),
@@ -135,7 +135,7 @@ def _whole(fields, base, adapted, tensors, tied, naming):
   )
   sides = {naming.embedding, naming.head}
   for modules, rows in ((set(), set()), (sides, set()), (set(), sides)):
-    optional = peft_whole.embeddings(base, tied, whole, modules, naming, rows)
+    optional = full_weights.embeddings(base, tied, whole, modules, naming, rows)
     whole |= {key: w for key, w in optional.items() if key in tensors}
   return whole
 
@@ -234,8 +234,8 @@ def _untied(fields, kind, params, model, naming):
   touched = peft_config.read_methods(fields, kind, modules)
   saved = peft_config.whole_modules(fields)
   for address, module in sides.items():
-    if address in touched or peft_whole.saved_whole(module, saved):
-      return peft_whole.untie(params, model)
+    if address in touched or full_weights.saved_whole(module, saved):
+      return full_weights.untie(params, model)
   return params, model
 
 
@@ -273,7 +273,7 @@ def _with_whole(path, tensors, whole, params, model):
       f"{path}: an embedding of {vocab} tokens and no head; expected "
       f"{_PREFIX}lm_head.weight beside it"
     )
-  params = peft_whole.replace(params, values)
+  params = full_weights.replace(params, values)
   return params, model.clone(vocab_size=vocab)
 
 

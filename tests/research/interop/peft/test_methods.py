@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from research import tree
-from research.interop.peft import peft, peft_config, peft_write
+from research.interop import peft
+from research.interop.peft import config as peft_config
 from research.io import safetensors
 from research.lora import adapt, wrap
 from research.lora.methods import all_methods
@@ -63,8 +64,8 @@ def test_every_method_that_is_here_is_compared():
   for start in BASES:
     found = [name for name in ADAPTERS if name.startswith(start)]
     kinds = {peft_config.read_config(MODELS / name)[1] for name in found}
-    # Plain LoRA and rows of tokens have tests of their own (`test_peft` and
-    # `test_peft_whole`), QA-LoRA no form on a CPU.
+    # Plain LoRA and rows of tokens have tests of their own (`test_read` and
+    # `test_full_weights`), QA-LoRA no form on a CPU.
     left = {kind.__name__ for kind in theirs - kinds}
     assert left == {"LoRA", "QALoRA", "Tokens"}
 
@@ -120,7 +121,7 @@ def test_logits_loss_and_gradients_are_pefts(name, tmp_path):
   # Saved as if they were an adapter, the gradients carry the file's names.
   _, frozen = tree.partition(it.params, wrap.TRAINABLE)
   both = tree.combine(slopes, frozen)
-  peft_write.save_adapter(tmp_path, both, it.model, "x")
+  peft.save_adapter(tmp_path, both, it.model, "x")
   got = safetensors.open_file(tmp_path / peft.WEIGHTS)
   wanted = {k[5:]: v for k, v in g.items() if k.startswith("grad/")}
   assert wanted and set(wanted) <= set(got)
@@ -142,7 +143,7 @@ def test_merged_logits_are_pefts(name):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_read_and_written_again(name, tmp_path):
   it, under = loaded(name), base_of(name)
-  peft_write.save_adapter(tmp_path, it.params, it.model, f"../{under}")
+  peft.save_adapter(tmp_path, it.params, it.model, f"../{under}")
   original = json.loads((MODELS / name / "adapter_config.json").read_text())
   written = json.loads((tmp_path / "adapter_config.json").read_text())
   changed = {k for k in written if original[k] != written[k]}
@@ -169,7 +170,7 @@ def test_read_and_written_again(name, tmp_path):
 def same_bytes(folder, again, under="llama"):
   """Asserts that what was read from a folder is written as it was there."""
   model = base(under).model
-  peft_write.save_adapter(folder / "b", again, model, f"../{under}")
+  peft.save_adapter(folder / "b", again, model, f"../{under}")
   names = {p.name for p in folder.iterdir() if p.is_file()}
   assert names == {"adapter_config.json", peft.WEIGHTS}
   for name in names:
@@ -196,7 +197,7 @@ def test_what_peft_has_as_something_else_is_written_again(method, tmp_path):
     lambda p, x: x + methods.waves(x) if "/trained/" in p else x,
     jax.device_get(how(base().params, jax.random.key(0))),
   )
-  peft_write.save_adapter(tmp_path, params, base().model, "../llama")
+  peft.save_adapter(tmp_path, params, base().model, "../llama")
   again = peft.load_adapter(tmp_path, base().params, base().model)
   close = functools.partial(jax.tree.map, np.testing.assert_array_equal)
   if isinstance(method, QALoRA):

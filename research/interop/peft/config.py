@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from research.interop.peft import match, peft_whole
+from research.interop.peft import full_weights
+from research.interop.peft.targets import Names, Targets, by_pattern
 from research.io import safetensors
 from research.io.fields import Fields
 from research.lora.method import Method
@@ -72,7 +73,7 @@ BIASES = ("none", "all", "lora_only")
 """Which biases of the base an adapter brings along."""
 
 
-def texts(fields: Fields, name: str) -> match.Names:
+def texts(fields: Fields, name: str) -> Names:
   """Returns a field that holds names, or a regular expression."""
   x = fields.get(name)
   if isinstance(x, list) and all(isinstance(t, str) for t in x):
@@ -90,7 +91,7 @@ def _values(fields: Fields, name: str, whole: bool) -> dict[str, Any]:
   return {key: read(key) for key in inner.values}
 
 
-def targets(fields: Fields) -> match.Targets:
+def targets(fields: Fields) -> Targets:
   """Returns which modules a configuration chooses."""
   layers = fields.get("layers_to_transform")
   layers = [layers] if type(layers) is int else layers
@@ -101,7 +102,7 @@ def targets(fields: Fields) -> match.Targets:
   containers = texts(fields, "layers_pattern")
   if isinstance(containers, str):
     containers = (containers,)
-  return match.Targets(
+  return Targets(
     target=texts(fields, "target_modules"),
     exclude=texts(fields, "exclude_modules"),
     layers=None if layers is None else tuple(layers),
@@ -212,12 +213,12 @@ def read_methods(
   chosen = {
     path: module
     for path, module in modules.items()
-    if chooses.match(module) and not peft_whole.not_adapted(module, whole)
+    if chooses.match(module) and not full_weights.not_adapted(module, whole)
   }
   named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
   for path, module in chosen.items():
-    r = match.by_pattern(module, ranks, usual.rank, names.get("rank", ""))
-    a = match.by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
+    r = by_pattern(module, ranks, usual.rank, names.get("rank", ""))
+    a = by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
     own = usual.at(module, named).among(module, list(chosen.values()))
     out[path] = dataclasses.replace(own, rank=r, alpha=a)
   if not out and not whole and not fields.get("target_parameters"):

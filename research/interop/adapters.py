@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.interop.gguf import adapter as gguf_adapter
-from research.interop.peft import peft_config
+from research.interop.peft import config as peft_config
 from research.lora.adapted import AdaptedTensor
 from research.lora.optim import row_factors
 from research.lora.optim.row_factors import Factors

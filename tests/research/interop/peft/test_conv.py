@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop.peft import peft_conv
+from research.interop.peft import conv as peft_conv
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Place

@@ -2,7 +2,7 @@
 
 import pytest
 
-from research.interop.peft import peft_config
+from research.interop.peft import config as peft_config
 from research.lora.methods.ia3 import IA3
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
