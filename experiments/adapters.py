@@ -314,7 +314,7 @@ def _merged() -> dict[str, Any]:
 def _validated() -> dict[str, Any]:
   """Reads rules, not weights: rules can be wrong that no adapter has."""
   from research.interop import load, sources
-  from research.interop.peft import full_weights, peft_naming, validate
+  from research.interop.peft import full_weights, validate
   from research.interop.peft import names as peft_names
   from research.io import safetensors
   from research.typing import UserError
@@ -327,7 +327,7 @@ def _validated() -> dict[str, Any]:
     raise UserError(f"--from={path}: expected a directory with an adapter")
   base = sources.open_source(str(load.base_of(folder)[1]))
   params = base.params()
-  naming = peft_naming.of_config(base.config)
+  naming = peft_names.of_config(base.config)
   everything = full_weights.base_weights(params, base.model, naming)
   found = validate.findings(
     safetensors.read_json(folder / load.ADAPTER_CONFIG),

@@ -16,7 +16,7 @@ from research.interop import convert, load, peft, sources
 from research.interop.diffusion import spec
 from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
-from research.interop.peft import peft_naming
+from research.interop.peft import names as peft_names
 from research.io import folders
 from research.io.folders import Folder
 from research.lora import wrap
@@ -94,7 +94,7 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
   loaded = built.loaded
-  naming = peft_naming.of_source(loaded.source)
+  naming = peft_names.of_source(loaded.source)
   peft.save_adapter(folder, params, loaded.model, base, naming=naming)
   return True
 

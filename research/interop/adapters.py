@@ -1,17 +1,35 @@
-"""Adapters for a pool, read from PEFT's directories and llama.cpp's files."""
+"""Adapters of either format by name: PEFT's directories and llama.cpp's files.
 
+`read` is what a pool of adapters (`research.lora.serving.pool`) asks for them.
+"""
+
+import os
 import pathlib
+from typing import Any
 
 import jax.numpy as jnp
 
 from research import tree, weights
+from research.interop import peft
 from research.interop.gguf import adapter as gguf_adapter
 from research.interop.peft import config as peft_config
-from research.lora.adapted import AdaptedTensor
 from research.lora.optim import row_factors
 from research.lora.optim.row_factors import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
+
+
+def is_gguf(place: str | os.PathLike) -> bool:
+  """Whether a name is that of a GGUF file, not of PEFT's directory."""
+  return pathlib.Path(place).suffix == ".gguf"
+
+
+def load_adapter(
+  place: str | os.PathLike, params: Params, model: Transformer
+) -> dict[str, Any]:
+  """Returns `params` under the adapter of a GGUF file or PEFT's directory."""
+  read = gguf_adapter.load if is_gguf(place) else peft.load_adapter
+  return read(place, params, model)
 
 
 def read(
@@ -29,12 +47,12 @@ def read(
     UserError: it is damaged or does not fit, brings weights whole, or is no
       plain LoRA (`row_factors.of`).
   """
-  adapted = gguf_adapter.load_any(place, params, model)
-  saved = () if gguf_adapter.is_file(place) else _saved(place)
+  adapted = load_adapter(place, params, model)
+  saved = () if is_gguf(place) else _saved(place)
   before = tree.top(params)
   for path, w in tree.top(adapted).items():
-    while isinstance(w, AdaptedTensor):
-      w = w.w
+    while (inner := weights.wrapped(w)) is not None:
+      w = inner
     same = w is before[path] or _equal(w, before[path])
     saved = saved if same else (*saved, path)
   if saved:

@@ -255,7 +255,7 @@ def to_peft(
     UserError: there are no adapters, or the base is not known.
   """
   from research.interop import peft
-  from research.interop.peft import peft_naming
+  from research.interop.peft import names as peft_names
   from research.lora import wrap
 
   free(to)
@@ -279,7 +279,7 @@ def to_peft(
       use_rslora,
       different,
       source.model.vocab_size != under.model.vocab_size,
-      peft_naming.of_config(under.config),
+      peft_names.of_config(under.config),
     )
   log = changes.Log()
   for tensor, x in safetensors.open_file(to / peft.WEIGHTS).items():

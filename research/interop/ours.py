@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from research import weights
-from research.interop import gguf, hf, parts
+from research.interop import gguf, parts
 from research.interop.gguf import config as gguf_config
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE
@@ -288,7 +288,7 @@ def _fits(file: pathlib.Path, model: Transformer, target: Any) -> None:
   """Raises UserError unless `target` has the logical shapes of `model`."""
   want = {
     str(address): slot.one
-    for slot in hf.slots(model)
+    for slot in parts.slots(model)
     for address in slot.addresses
   }
   try:

@@ -224,7 +224,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
     vocab_size=4096,
     torch_dtype="bfloat16",
   )
-  from research.interop import hf
+  from research.interop import hf, parts
   from research.interop.hf import config as hf_config
   from research.nn import presets
 
@@ -233,7 +233,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
   rows, folder = hf.table(model), tmp_path / "big"
   folder.mkdir()
   tensors = {}
-  for slot in hf.slots(model):
+  for slot in parts.slots(model):
     for address in slot.addresses:
       name, turned = rows.theirs(address)
       shape = slot.one[::-1] if turned else slot.one

@@ -18,7 +18,7 @@ import numpy as np
 from experiments.core import config as gin_config
 from research import tree, weights
 from research.data.sources import jsonl
-from research.interop import hf, load, peft
+from research.interop import load, parts, peft
 from research.interop.gguf import gguf_imatrix
 from research.interop.gguf.read import load_gguf
 from research.interop.hf import config as hf_config
@@ -63,7 +63,7 @@ def _read_tensors(path: pathlib.Path) -> None:
 
 def _complete(it: Loaded) -> None:
   """Raises unless every parameter of the model is there, and no other."""
-  want = sum(int(np.prod(slot.shape)) for slot in hf.slots(it.model))
+  want = sum(int(np.prod(slot.shape)) for slot in parts.slots(it.model))
   leaves = jax.tree.leaves(it.params, is_leaf=weights.is_weight)
   assert sum(int(np.prod(w.shape)) for w in leaves) == want, "a partial load"
 

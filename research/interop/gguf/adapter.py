@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from research.interop import gguf, peft
+from research.interop import gguf
 from research.interop.gguf import config as gguf_config
 from research.interop.gguf import names as gguf_names
 from research.interop.gguf import read as gguf_read
@@ -215,19 +215,6 @@ def load(
   if not any(f.a.any() and f.b.any() for f in found.values()):
     raise UserError(f"{path}: the adapter changes nothing; A or B is zero")
   return plain.wrapped(params, found)
-
-
-def is_file(place: str | os.PathLike) -> bool:
-  """Whether a name is that of a GGUF file, not of PEFT's directory."""
-  return pathlib.Path(place).suffix == ".gguf"
-
-
-def load_any(
-  place: str | os.PathLike, params: Params, model: Transformer
-) -> dict[str, Any]:
-  """Returns `params` under the adapter of a GGUF file or PEFT's directory."""
-  read = load if is_file(place) else peft.load_adapter
-  return read(place, params, model)
 
 
 def _alpha(path, file: gguf.GGUF, arch: str) -> float:

@@ -20,9 +20,8 @@ from research.interop.gguf import names as gguf_names
 from research.interop.gguf.config import config, has_tokenizer
 from research.interop.gguf.names import Row
 from research.interop.gguf.tensor_types import TYPES, decode, require
-from research.interop.hf.names import Address
 from research.interop.loaded import Loaded
-from research.interop.parts import Part
+from research.interop.parts import Address, Part
 from research.io import unread
 from research.nn import presets
 from research.nn.transformer import Transformer

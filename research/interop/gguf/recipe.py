@@ -6,8 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from research.interop.gguf import gguf_experts, mixtures, tensor_types
-from research.interop.hf.names import Address
-from research.interop.parts import Part
+from research.interop.parts import Address, Part
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError

@@ -31,8 +31,7 @@ from research.interop.gguf.names import EXPERT_ROWS, ROWS, TOP
 from research.interop.gguf.read import DTYPES, interleaved
 from research.interop.gguf.recipe import FILE_TYPES, Recipe
 from research.interop.hf import hf_config_write
-from research.interop.hf.names import Address
-from research.interop.parts import Part, Parts, ordered
+from research.interop.parts import Address, Part, Parts, ordered
 from research.lora.merge import changes
 from research.nn import presets
 from research.nn.transformer import Transformer

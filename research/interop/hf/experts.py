@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 
 from research.interop.hf import names as hf_names
+from research.interop.parts import Address
 from research.interop.quantized import hf_quant
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
@@ -50,7 +51,7 @@ def apart(
     if isinstance(moe, Moe) and found[2] in _HELD:
       made = _matrices(name, tensor, layer, moe, _HELD[found[2]], rows)
     elif isinstance(moe, Moe):
-      theirs, _ = rows.theirs(hf_names.Address(layer, "mlp/router"))
+      theirs, _ = rows.theirs(Address(layer, "mlp/router"))
       made = {theirs: tensor}
     twice = any(key in tensors and key != name for key in made)
     out |= {name: tensor} if twice else made
@@ -66,7 +67,7 @@ def _matrices(name, tensor, layer, moe, paths, rows):
   out = {}
   for e in range(experts):
     for j, path in enumerate(paths):
-      theirs, _ = rows.theirs(hf_names.Address(layer, path, e))
+      theirs, _ = rows.theirs(Address(layer, path, e))
       start = (e * len(paths) + j) * size
       raw = tensor.raw.part(start, start + size)
       out[theirs] = dataclasses.replace(tensor, shape=one, raw=raw)

@@ -11,6 +11,10 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from research.interop.parts import Address
+from research.nn.moe import Moe
+from research.nn.transformer import Transformer
+
 LAYER_PREFIX = "model.layers."
 EXPERT = "<e>"
 _NUMBER = re.compile(r"0|[1-9]\d{0,5}")
@@ -30,23 +34,6 @@ class Row:
   ours: str
   theirs: str
   transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-  """A parameter of ours: its layer (None outside of them) and its path.
-
-  Files hold experts' matrices one by one, so the stacked weight of a layer
-  `[E, in, out]` has an address for each `expert`.
-  """
-
-  layer: int | None
-  path: str
-  expert: int | None = None
-
-  def __str__(self) -> str:
-    path = self.path if self.expert is None else f"{self.path}[{self.expert}]"
-    return path if self.layer is None else f"layers/{self.layer}/{path}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +146,17 @@ PLAIN = Table(_OUTSIDE, _ATTENTION + _MLP + _NORMS)
 SANDWICH = Table(_OUTSIDE, _ATTENTION + _MLP + _SANDWICH_NORMS)
 SPARSE = Table(_OUTSIDE, _ATTENTION + _MLP + _EXPERTS + _NORMS)
 MIXTRAL = Table(_OUTSIDE, _ATTENTION + _MIXTRAL + _NORMS)
+
+
+def table(model: Transformer) -> Table:
+  """Returns the names of `model`'s parameters in Hugging Face files."""
+  kinds = model.layer_kinds()
+  if any(isinstance(kind.mlp, Moe) for kind in kinds):
+    # The families with experts differ in what they do to queries and keys.
+    mixtral = kinds[0].attention.qk_norm is None
+    return MIXTRAL if mixtral else SPARSE
+  return PLAIN if kinds[0].post_norm is None else SANDWICH
+
 
 BUFFERS = re.compile(
   r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq|"

@@ -6,15 +6,12 @@ error. Two kinds of tensor are tolerated: a copy of a tied head, which must
 equal the embedding, and the rotary tables of old files (`names.BUFFERS`).
 """
 
-import dataclasses
-import functools
 import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,10 +21,10 @@ from research.interop.hf import config as hf_config
 from research.interop.hf import experts as hf_experts
 from research.interop.hf import llada, llada2
 from research.interop.hf import names as hf_names
+from research.interop.parts import Address, Slot, slots
 from research.interop.quantized import hf_quant
 from research.io import safetensors, unread
 from research.nn import presets
-from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
@@ -44,69 +41,6 @@ _TEXT_PARTS = (
   (re.compile(r"(model\.)?language_model\.(model\.)?"), "model."),
 )
 _OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-  """One array of the tree and what fills it.
-
-  Attributes:
-    path: in the tree.
-    shape: of the whole array; a run's has its repeats in front.
-    addresses: the parameters behind the leading axes (layers, experts), or
-      the single one.
-  """
-
-  path: str
-  shape: tuple[int, ...]
-  addresses: tuple[hf_names.Address, ...]
-
-  @property
-  def lead(self) -> tuple[int, ...]:
-    """The axes over parameters: none, layers, or layers and experts."""
-    first = self.addresses[0]
-    return self.shape[: (first.layer is not None) + (first.expert is not None)]
-
-  @property
-  def one(self) -> tuple[int, ...]:
-    """The shape of one parameter."""
-    return self.shape[len(self.lead) :]
-
-
-def table(model: Transformer) -> hf_names.Table:
-  """Returns the names of `model`'s parameters in Hugging Face files."""
-  kinds = model.layer_kinds()
-  if any(isinstance(kind.mlp, Moe) for kind in kinds):
-    # The families with experts differ in what they do to queries and keys.
-    mixtral = kinds[0].attention.qk_norm is None
-    return hf_names.MIXTRAL if mixtral else hf_names.SPARSE
-  return hf_names.PLAIN if kinds[0].post_norm is None else hf_names.SANDWICH
-
-
-def slots(model: Transformer) -> list[Slot]:
-  """Returns every array of `model`'s parameters, and what belongs in it."""
-  return list(_slots(model))
-
-
-# One load asks several times, and each time the model would be traced.
-@functools.lru_cache(maxsize=32)
-def _slots(model: Transformer) -> tuple[Slot, ...]:
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-  )["params"]
-  indices = tree.layer_indices(shapes)
-  out = []
-  for path, leaf in tree.flatten_paths(shapes):
-    head, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[2:]
-    rows = [hf_names.Address(None, path)]
-    if head in indices:
-      # Matrices of experts have their layer and their number in front.
-      experts = range(leaf.shape[1]) if len(leaf.shape) == 4 else [None]
-      rows = [
-        hf_names.Address(i, inner[0], e) for i in indices[head] for e in experts
-      ]
-    out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
-  return tuple(out)
 
 
 def text_part(
@@ -215,7 +149,7 @@ def unread_params(
   packed: bool = False,
 ) -> dict[str, Any]:
   """Returns `model`'s parameter tree as `read_params` does, unread."""
-  rows, places = table(model), slots(model)
+  rows, places = hf_names.table(model), slots(model)
   _check(where, model, tensors, _wanted(rows, places))
   if packed and any(hasattr(t, "leaf") for t in tensors.values()):
     return _packed_params(model, rows, places, tensors, dtype)
@@ -233,7 +167,7 @@ def unread_params(
 def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
   """Returns the tree whose runs are of layers that are kept alike."""
 
-  def leaf(slot: Slot, address: hf_names.Address) -> Any:
+  def leaf(slot: Slot, address: Address) -> Any:
     name, transposed = rows.theirs(address)
     tensor = tensors[name]
     if hasattr(tensor, "leaf"):
@@ -310,13 +244,13 @@ def read_parts(
   model: Transformer,
   tensors: Mapping[str, hf_quant.Tensor],
   where: Any = "model",
-) -> dict[hf_names.Address, parts.Part]:
+) -> dict[Address, parts.Part]:
   """Returns `model`'s parameters one by one, unread, as they are stored.
 
   Raises:
     UserError: the tensors are not exactly the model's.
   """
-  rows, places, out = table(model), slots(model), {}
+  rows, places, out = hf_names.table(model), slots(model), {}
   _check(where, model, tensors, _wanted(rows, places))
   for slot in places:
     for address in slot.addresses:
@@ -355,9 +289,9 @@ def open_model(
     tensors = llada.as_llamas(tensors)
   if config["model_type"] == llada2.KIND:
     tensors = llada2.as_usual(tensors, sizes.heads, sizes.kv_heads)
-  tensors = hf_experts.apart(model, table(model), tensors)
+  tensors = hf_experts.apart(model, hf_names.table(model), tensors)
   if said is not None:
-    known = _wanted(table(model), slots(model))
+    known = _wanted(hf_names.table(model), slots(model))
     tensors = hf_quant.without_zero_biases(tensors, known)
   source: dict[str, Any] = dict(
     format="hf",

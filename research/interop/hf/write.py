@@ -13,7 +13,7 @@ from research.interop.diffusion import spec
 from research.interop.hf import config as hf_config
 from research.interop.hf import hf_config_write, llada, llada2
 from research.interop.hf import names as hf_names
-from research.interop.parts import Part, Parts, ordered
+from research.interop.parts import Address, Part, Parts, ordered
 from research.io import safetensors
 from research.lora.merge import changes
 from research.nn import presets
@@ -66,7 +66,7 @@ def _dtype(kind: str) -> np.dtype:
   return np.dtype(kind if kind != "bfloat16" else ml_dtypes.bfloat16)
 
 
-def _named(rows: hf_names.Table, address: hf_names.Address) -> tuple[str, bool]:
+def _named(rows: hf_names.Table, address: Address) -> tuple[str, bool]:
   try:
     return rows.theirs(address)
   except KeyError as e:

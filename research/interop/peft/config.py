@@ -12,18 +12,28 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from research.interop.peft import full_weights
-from research.interop.peft.targets import Names, Targets, by_pattern
+from research.interop.peft.names import Naming
+from research.interop.peft.targets import (
+  Names,
+  Targets,
+  by_pattern,
+  not_adapted,
+  saved_whole,
+)
 from research.io import safetensors
 from research.io.fields import Fields
 from research.lora.method import Method
 from research.lora.methods import all_methods, of_peft_type
+from research.lora.methods import tokens as token_rows
 from research.lora.methods.tokens import Tokens
 from research.typing import UserError
 
 CONFIG = "adapter_config.json"
 TOKENS = "trainable_token_indices"
-"""The field of `research.interop.peft.peft_tokens`."""
+"""Which tokens get rows of their own."""
+
+EXPERTS = "target_parameters"
+"""Which stacked experts get adapters, see `experts`."""
 
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -35,7 +45,7 @@ _OFF: dict[str, tuple[Any, ...]] = {
 
 _LORA_ONLY: dict[str, tuple[Any, ...]] = {
   TOKENS: (None, [], {}),
-  "target_parameters": (None, []),
+  EXPERTS: (None, []),
 }
 """Those that PEFT has for LoRA alone."""
 
@@ -213,7 +223,7 @@ def read_methods(
   chosen = {
     path: module
     for path, module in modules.items()
-    if chooses.match(module) and not full_weights.not_adapted(module, whole)
+    if chooses.match(module) and not not_adapted(module, whole)
   }
   named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
   for path, module in chosen.items():
@@ -221,9 +231,74 @@ def read_methods(
     a = by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
     own = usual.at(module, named).among(module, list(chosen.values()))
     out[path] = dataclasses.replace(own, rank=r, alpha=a)
-  if not out and not whole and not fields.get("target_parameters"):
+  if not out and not whole and not fields.get(EXPERTS):
     raise fields.wrong("target_modules", "names of modules of the base model")
   return out
+
+
+def read_token_rows(
+  fields: Fields, taken: Mapping[str, Method], tied: bool, naming: Naming
+) -> dict[str, Tokens]:
+  """Returns which tokens get rows of their own, by address.
+
+  PEFT takes a list for the embedding, or lists by modules' names; where the
+  head is tied to the embedding, it has the embedding's rows.
+
+  Args:
+    fields: the configuration.
+    taken: what is adapted already.
+    tied: whether the base's head is its embedding; both then have the rows.
+    naming: of the base.
+  """
+  sides = {"embed": naming.embedding, "head": naming.head}
+  name = TOKENS
+  found = fields.get(name)
+  if found in (None, [], {}):
+    return {}
+  if isinstance(found, list):
+    found = {naming.embedding: found}
+  inner = dataclasses.replace(fields, values={name: found}).object(name)
+  out: dict[str, tuple[int, ...]] = {}
+  for key in inner.values if inner else ():
+    matched = [a for a, m in sides.items() if f".{m}".endswith(f".{key}")]
+    if len(matched) != 1:
+      raise fields.wrong(name, "token ids by the embedding's or head's name")
+    out[matched[0]] = token_rows.read_ids(inner, key)
+  if tied and "head" in out and out.pop("head") != out.get("embed"):
+    raise fields.wrong(name, "the same of the embedding, to which it is tied")
+  whole = whole_modules(fields)
+  for address in out:
+    module = sides[address]
+    if address in taken or saved_whole(module, whole):
+      raise fields.wrong(
+        name, f"none of {module}, which target_modules or modules_to_save name"
+      )
+  return {
+    address: Tokens(ids=ids, beside=True).at(sides[address], {})
+    for address, ids in out.items()
+  }
+
+
+def check_token_rows(
+  fields: Fields, found: Mapping[str, Method], count: int
+) -> None:
+  """Raises UserError for rows of tokens that a vocabulary has not."""
+  for address, method in found.items():
+    if isinstance(method, Tokens) and max(method.ids) >= count:
+      raise UserError(
+        f"{fields.where}: rows of token {max(method.ids)} for {address}, "
+        f"expected ids below {count}; the file holds no longer embedding"
+      )
+
+
+def expert_parameters(fields: Fields) -> Sequence[str]:
+  """Returns the ends of parameters' names that a configuration adapts."""
+  found = fields.get(EXPERTS)
+  if found is None:
+    return ()
+  if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
+    raise fields.wrong(EXPERTS, "a list of names, or null")
+  return tuple(found)
 
 
 def make_config(

@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from research.interop import hf
-from research.interop.peft import full_weights, targets
+from research.interop.peft import config as peft_config
+from research.interop.peft.names import PREFIX
+from research.interop.peft.targets import by_pattern
 from research.io.fields import Fields
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
 from research.typing import Params, UserError
 
-FIELD = "target_parameters"
 PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
 """Of a layer's experts, as the model has them: theirs -> ours."""
 
@@ -65,15 +66,17 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
     params: the base's.
     usual: the method of `fields`.
   """
-  wanted = names(fields)
+  wanted = peft_config.expert_parameters(fields)
   if not wanted:
     return []
   if type(usual) is not LoRA or usual.dropout:
-    raise fields.wrong(FIELD, "null beside another method, or dropout")
+    raise fields.wrong(
+      peft_config.EXPERTS, "null beside another method, or dropout"
+    )
   sizes, out, used = wrap.experts(params), [], set()
   for layer in sorted({int(path.split("/")[1]) for path in sizes}):
     module = f"model.layers.{layer}.mlp.experts"
-    prefix, inner = f"{full_weights.PREFIX}{module}", []
+    prefix, inner = f"{PREFIX}{module}", []
     for name, ours in PARAMETERS.items():
       key = f"{module}.{name}"
       hits = {t for t in wanted if key == t or key.endswith(f".{t}")}
@@ -90,18 +93,10 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
     out += inner
   unused = sorted(set(wanted) - used)
   if unused:
-    raise fields.wrong(FIELD, f"parameters of experts, not {unused[0]!r}")
+    raise fields.wrong(
+      peft_config.EXPERTS, f"parameters of experts, not {unused[0]!r}"
+    )
   return out
-
-
-def names(fields: Fields) -> Sequence[str]:
-  """Returns the ends of parameters' names that a configuration adapts."""
-  found = fields.get(FIELD)
-  if found is None:
-    return ()
-  if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
-    raise fields.wrong(FIELD, "a list of names, or null")
-  return tuple(found)
 
 
 def _of(fields: Fields, usual: LoRA, key: str) -> LoRA:
@@ -110,7 +105,7 @@ def _of(fields: Fields, usual: LoRA, key: str) -> LoRA:
     inner = fields.object(LoRA.PEFT_PATTERNS[name])
     read = {k: getattr(inner, of)(k) for k in inner.values} if inner else {}
     field = LoRA.PEFT_PATTERNS[name]
-    given[name] = targets.by_pattern(key, read, getattr(usual, name), field)
+    given[name] = by_pattern(key, read, getattr(usual, name), field)
   return dataclasses.replace(usual, **given)
 
 
@@ -179,7 +174,7 @@ def written(
         own.append((f"{module}.experts.{name}", *_joined(parts)))
     for i, (name, method, a, b) in enumerate(own):
       methods[name] = method
-      prefix = f"{full_weights.PREFIX}{module}.experts"
+      prefix = f"{PREFIX}{module}.experts"
       prefix += ".base_layer" if i + 1 < len(own) else ""
       tensors[f"{prefix}.lora_A.weight"] = a.reshape(-1, a.shape[-1])
       tensors[f"{prefix}.lora_B.weight"] = b.transpose(2, 1, 0).reshape(

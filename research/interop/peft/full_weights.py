@@ -6,7 +6,6 @@ meant (PEFT's issue 2777).
 """
 
 import dataclasses
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +14,13 @@ import numpy as np
 
 from research import tree, weights
 from research.interop import hf
-from research.interop.hf import names as hf_names
-from research.interop.peft import targets
-from research.interop.peft.peft_naming import USUAL, Naming
+from research.interop.parts import Address
+from research.interop.peft.names import PREFIX, USUAL, Naming
+from research.interop.peft.targets import saved_whole
 from research.lora import wrap
 from research.lora.methods.tokens import WITHIN
 from research.nn.transformer import Transformer
 from research.typing import Params
-
-PREFIX = "base_model.model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +37,6 @@ class Weight:
   module: str
   name: str
   transposed: bool
-
-
-def addressed(path: str) -> hf_names.Address:
-  """Returns the address that `layers/3/mlp/up` or `embed` spells."""
-  if not path.startswith("layers/"):
-    return hf_names.Address(None, path)
-  _, index, inner = path.split("/", 2)
-  return hf_names.Address(int(index), inner)
 
 
 def base_weights(
@@ -67,27 +56,12 @@ def base_weights(
   out = {}
   for path in paths:
     try:
-      theirs, transposed = rows.theirs(addressed(path))
+      theirs, transposed = rows.theirs(Address.of(path))
     except KeyError:
       continue
     module, _, name = naming.theirs(theirs).rpartition(".")
     out[path] = Weight(path, module, name, transposed)
   return out
-
-
-def saved_whole(module: str, wanted: Sequence[str]) -> bool:
-  """Whether modules_to_save covers a module: by the end of a name above it."""
-  parts = module.split(".")
-  above = [".".join(parts[: i + 1]) for i in range(len(parts))]
-  return any(name.endswith(w) for name in above for w in wanted)
-
-
-def not_adapted(module: str, wanted: Sequence[str]) -> bool:
-  """Whether modules_to_save keeps adapters off a module."""
-  return any(
-    targets.search(rf"(^|.*\.){w}($|\..*)", re.match, module, "modules_to_save")
-    for w in wanted
-  )
 
 
 def required(

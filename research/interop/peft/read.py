@@ -19,13 +19,13 @@ from research.interop import hf
 from research.interop.peft import (
   base_fingerprint,
   full_weights,
-  peft_naming,
-  peft_tokens,
   validate,
 )
 from research.interop.peft import config as peft_config
 from research.interop.peft import experts as peft_experts
 from research.interop.peft import names as peft_names
+from research.interop.peft.names import PREFIX
+from research.interop.peft.targets import saved_whole
 from research.io import safetensors
 from research.lora import wrap
 from research.lora.method import Place
@@ -35,7 +35,6 @@ from research.typing import Params, UserError
 
 WEIGHTS = "adapter_model.safetensors"
 
-_PREFIX = full_weights.PREFIX
 _INTEGERS = ("int32", "int64")
 
 
@@ -77,14 +76,14 @@ def open_adapter(
   tensors, notes = safetensors.open_with_metadata(file)
   base_name = fields.get("base_model_name_or_path")
   base_fingerprint.check(file, base_name, notes, params)
-  naming = peft_naming.of_keys(tensors)
+  naming = peft_names.of_keys(tensors)
   params, model = _untied(fields, kind, params, model, naming)
   # --- what the configuration says ---
   modules = peft_names.modules(params, model, naming)
   methods = peft_config.read_methods(
     fields, kind, modules, wrap.matrices(params)
   )
-  methods |= peft_tokens.methods(fields, methods, model.tied, naming)
+  methods |= peft_config.read_token_rows(fields, methods, model.tied, naming)
   base = full_weights.base_weights(params, model, naming)
   everything = [w.module for w in base.values()]
   stacks = peft_experts.stacks(fields, params, kind.from_fields(fields))
@@ -95,7 +94,7 @@ def open_adapter(
   adapted = {modules[address] for address in methods}
   whole = _whole(fields, base, adapted, tensors, model.tied, naming)
   params, model = _with_whole(file, tensors, whole, params, model)
-  peft_tokens.check(fields, methods, model.vocab_size)
+  peft_config.check_token_rows(fields, methods, model.vocab_size)
   if model.tied and "embed" in methods:
     tensors = _without_copies(file, tensors, naming)
   tensors = _shared_once(file, tensors, methods, modules)
@@ -178,9 +177,9 @@ def _one(w, k):
 def _read(file, tensors, module, method, w):
   """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
-  place = Place(*size, embedding=module in peft_naming.EMBEDDINGS)
+  place = Place(*size, embedding=module in peft_names.EMBEDDINGS)
   found = {
-    key.removeprefix(f"{_PREFIX}{module}.").removeprefix("base_model."): key
+    key.removeprefix(f"{PREFIX}{module}.").removeprefix("base_model."): key
     for key in peft_names.shapes_of(module, method, size)
   }
   found = {name: tensors[key].read() for name, key in found.items()}
@@ -214,7 +213,7 @@ def _shared_once(path, tensors, methods, modules):
   out = dict(tensors)
   for address, method in methods.items():
     for name in method.PEFT_SHARED:
-      copy = f"{_PREFIX}{modules[address]}.{name}"
+      copy = f"{PREFIX}{modules[address]}.{name}"
       first = peft_names.key(modules[address], name, method)
       if copy in out and first in out:
         if not np.array_equal(out[copy].read(), out[first].read()):
@@ -234,7 +233,7 @@ def _untied(fields, kind, params, model, naming):
   touched = peft_config.read_methods(fields, kind, modules)
   saved = peft_config.whole_modules(fields)
   for address, module in sides.items():
-    if address in touched or full_weights.saved_whole(module, saved):
+    if address in touched or saved_whole(module, saved):
       return full_weights.untie(params, model)
   return params, model
 
@@ -271,7 +270,7 @@ def _with_whole(path, tensors, whole, params, model):
   if vocab != model.vocab_size and not model.tied and "head" not in values:
     raise UserError(
       f"{path}: an embedding of {vocab} tokens and no head; expected "
-      f"{_PREFIX}lm_head.weight beside it"
+      f"{PREFIX}lm_head.weight beside it"
     )
   params = full_weights.replace(params, values)
   return params, model.clone(vocab_size=vocab)

@@ -86,3 +86,18 @@ def by_pattern(
     if search(rf"(.*\.)?({key})$", re.match, name, field):
       return value
   return default
+
+
+def saved_whole(module: str, wanted: Sequence[str]) -> bool:
+  """Whether modules_to_save covers a module: by the end of a name above it."""
+  parts = module.split(".")
+  above = [".".join(parts[: i + 1]) for i in range(len(parts))]
+  return any(name.endswith(w) for name in above for w in wanted)
+
+
+def not_adapted(module: str, wanted: Sequence[str]) -> bool:
+  """Whether modules_to_save keeps adapters off a module."""
+  return any(
+    search(rf"(^|.*\.){w}($|\..*)", re.match, module, "modules_to_save")
+    for w in wanted
+  )

@@ -14,8 +14,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from research.interop.peft import config as peft_config
-from research.interop.peft import full_weights
-from research.interop.peft.targets import Names, Targets, by_pattern
+from research.interop.peft.targets import (
+  Names,
+  Targets,
+  by_pattern,
+  not_adapted,
+  saved_whole,
+)
 from research.io.fields import Fields
 from research.lora import methods
 
@@ -56,18 +61,18 @@ def findings(
   """
   # As in a file, where there are no tuples.
   held = {k: list(x) if isinstance(x, tuple) else x for k, x in config.items()}
-  fields = Fields(held, "adapter_config.json")
+  fields = Fields(held, peft_config.CONFIG)
   targets = peft_config.targets(fields)
   whole = tuple(peft_config.texts(fields, "modules_to_save") or ())
   out = [*_invalid(fields)]
   if out:
     return out
   chosen = [m for m in modules if targets.match(m)]
-  adapted = [m for m in chosen if not full_weights.not_adapted(m, whole)]
+  adapted = [m for m in chosen if not not_adapted(m, whole)]
   adapted += parameters
   out += _unused(targets, whole, modules, [*modules, *everything])
   for name in whole:
-    hidden = [m for m in chosen if full_weights.not_adapted(m, (name,))]
+    hidden = [m for m in chosen if not_adapted(m, (name,))]
     if hidden:
       text = f"keeps adapters off {_few(hidden)}, which targets match"
       out.append(Finding("hidden", "modules_to_save", name, text))
@@ -147,7 +152,7 @@ def _unused(
       text = "no module that targets match is in such a layer"
       yield Finding("nothing", "layers_to_transform", str(i), text)
   for name in whole:
-    if not any(full_weights.saved_whole(m, (name,)) for m in everything):
+    if not any(saved_whole(m, (name,)) for m in everything):
       yield Finding(
         "nothing", "modules_to_save", name, "matches no module of the base"
       )

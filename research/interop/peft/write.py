@@ -14,11 +14,12 @@ import numpy as np
 
 from research import weights
 from research.interop import parts
-from research.interop.peft import base_fingerprint, full_weights, peft_naming
+from research.interop.parts import Address
+from research.interop.peft import base_fingerprint, full_weights
 from research.interop.peft import config as peft_config
 from research.interop.peft import experts as peft_experts
 from research.interop.peft import names as peft_names
-from research.interop.peft.peft_naming import USUAL, Naming
+from research.interop.peft.names import PREFIX, USUAL, Naming
 from research.interop.peft.read import WEIGHTS
 from research.io import safetensors
 from research.lora import wrap
@@ -71,7 +72,7 @@ def save_adapter(
   stacked = {path: found.pop(path) for path in stacked if path in found}
   every = found | stacked
   _check(every, {*modules, *stacked}, directory)
-  peft_naming.check([modules[path] for path in found], directory)
+  peft_names.check([modules[path] for path in found], directory)
   sizes = wrap.matrices(params)
   beside = not all(isinstance(w.method, Tokens) for w in every.values())
   tensors, methods, rows = _exported(
@@ -217,13 +218,11 @@ def _whole(params, model, adapted, changed, resized, naming, rows):
     )
   elif model.tied and "embed" in changed:
     copy = dataclasses.replace(base["embed"], module=naming.head)
-    keys[f"{full_weights.PREFIX}{naming.head}.weight"] = copy
+    keys[f"{PREFIX}{naming.head}.weight"] = copy
   read = parts.from_params(wrap.disable(params))
   out = {}
   for key, w in keys.items():
-    x = np.asarray(
-      weights.dense(read[full_weights.addressed(w.address)].read())
-    )
+    x = np.asarray(weights.dense(read[Address.of(w.address)].read()))
     out[key] = x.T if w.transposed else x
   return out, {w.address for w in keys.values()}, saved, bias
 

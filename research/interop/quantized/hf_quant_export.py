@@ -16,8 +16,8 @@ import numpy as np
 
 from research import weights
 from research.interop import hf, parts
-from research.interop.hf import names as hf_names
 from research.interop.hf import write as hf_write
+from research.interop.parts import Address
 from research.interop.quantized import hf_quant
 from research.interop.quantized.writers import Writer
 from research.interop.sources import Source
@@ -98,7 +98,7 @@ def write_model(
 
 def _modules(
   source: Source, writer: Writer
-) -> tuple[dict[hf_names.Address, _Module], list[str]]:
+) -> tuple[dict[Address, _Module], list[str]]:
   """Returns (matrices to be packed, names of linear modules that are not)."""
   rows, out, plain = hf.table(source.model), {}, []
   for address in parts.ordered(source.parts):
@@ -126,8 +126,8 @@ def _modules(
 
 
 def _settled(
-  modules: Mapping[hf_names.Address, _Module], writer: Writer, requantize: bool
-) -> tuple[Any, dict[hf_names.Address, _Module]]:
+  modules: Mapping[Address, _Module], writer: Writer, requantize: bool
+) -> tuple[Any, dict[Address, _Module]]:
   """Returns what the config says, and modules whose `found` is of that."""
   given = [m.found for m in modules.values() if m.found is not None]
   inputs = [m.part.shape[0] for m in modules.values() if m.found is None]

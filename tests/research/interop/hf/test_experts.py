@@ -11,7 +11,7 @@ import pytest
 
 from research.interop import hf, parts
 from research.interop.hf import config as hf_config
-from research.interop.hf.names import Address
+from research.interop.parts import Address
 from research.io import safetensors
 from research.nn.moe import Moe
 from research.typing import UserError

@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from research.interop import hf, load
+from research.interop import hf, load, parts
 from research.interop.hf import names as hf_names
-from research.interop.hf.names import Address
+from research.interop.parts import Address
 from research.io import safetensors
 
 MODELS = pathlib.Path(__file__).parents[3] / "golden" / "models"
@@ -78,7 +78,7 @@ def test_every_tensor_of_a_file_has_its_place(family):
   model = load.load_model(MODELS / family).model
   table = hf.table(model)
   found = {table.ours(n) for n in safetensors.open_directory(MODELS / family)}
-  assert found == {a for slot in hf.slots(model) for a in slot.addresses}
+  assert found == {a for slot in parts.slots(model) for a in slot.addresses}
 
 
 def test_what_a_norm_is_called_depends_on_the_family():
