@@ -15,6 +15,7 @@ from research.interop import gguf, ours, sources
 from research.interop import parts as part
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import write as gguf_write
+from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
 from research.interop.quantized import hf_quant_export, writers
 from research.io import safetensors
@@ -103,7 +104,7 @@ def _matrices(source: sources.Source) -> list[part.Part]:
 
 
 def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
-  hf_write.write_tokenizer(draft, source.files, source.tokenizer)
+  hf_tokenizer.write(draft, source.files, source.tokenizer)
 
 
 def to_gguf(

@@ -14,7 +14,6 @@ from typing import Any
 from research.interop import gguf, hf, load, ours
 from research.interop import parts as part
 from research.interop.hf import config as hf_config
-from research.interop.hf import hf_config_write
 from research.interop.loaded import NOTE, Loaded
 from research.io import safetensors
 from research.nn.transformer import Transformer
@@ -97,7 +96,7 @@ def _gguf(path: pathlib.Path) -> Source:
 
   file = gguf.open_gguf(path)
   model, parts, tokenizer = gguf_read.open_model(str(path), file)
-  config = hf_config_write.describe(model, gguf_read.model_type(file))
+  config = hf_config.describe(model, gguf_read.model_type(file))
 
   def params():
     # Types of their own, so layers that differ get runs of their own.

@@ -191,7 +191,7 @@ _STREAM = """
 import json, pathlib, resource, sys
 import numpy as np
 from research.interop import convert, hf, sources
-from research.interop.gguf import gguf_recipe
+from research.interop.gguf import recipe as gguf_recipe
 from research.io import safetensors
 folder, to, form = sys.argv[1:]
 source = sources.open_source(folder)

@@ -33,7 +33,7 @@ STORE = """
 import json, pathlib, sys
 import numpy as np
 from research.interop import convert, sources
-from research.interop.gguf import gguf_recipe
+from research.interop.gguf import recipe as gguf_recipe
 for job in json.loads(sys.argv[1]):
   weights = None
   if job["importances"]:

@@ -30,7 +30,7 @@ from research.interop.gguf import rope as gguf_rope
 from research.interop.gguf.names import EXPERT_ROWS, ROWS, TOP
 from research.interop.gguf.read import DTYPES, interleaved
 from research.interop.gguf.recipe import FILE_TYPES, Recipe
-from research.interop.hf import hf_config_write
+from research.interop.hf import config as hf_config
 from research.interop.parts import Address, Part, Parts, ordered
 from research.lora.merge import changes
 from research.nn import presets
@@ -65,7 +65,7 @@ def metadata(
   Raises:
     UserError: GGUF has no way to say what this model computes.
   """
-  kind = hf_config_write.describe(model, hint)["model_type"]
+  kind = hf_config.describe(model, hint)["model_type"]
   arch = ARCHITECTURES.get(kind)
   if arch is None:
     raise UserError(

@@ -1,136 +1,32 @@
-"""config.json of Hugging Face models, read; `hf_config_write` inverts it.
+"""config.json of Hugging Face models: a family and its sizes, both ways.
 
 Everything that changes what a model computes is either understood or an error
 that names the field. Fields a file leaves out have the defaults of
-transformers' own configuration classes, which the Hub's files rely on.
+transformers' own configuration classes (`families`). What is written is read
+back and has to give the same model.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop.hf import hf_experts_config, llada, llada2
+from research.interop.hf import experts as hf_experts
+from research.interop.hf import llada, llada2
 from research.interop.hf import rope as hf_rope
+from research.interop.hf.families import ACTIVATIONS, MODEL_TYPES, NEUTRAL
 from research.interop.hf.rope import KINDS
 from research.io.fields import Fields
 from research.nn import presets
 from research.nn.clock import Clock
+from research.nn.mlp import Mlp
+from research.nn.transformer import Transformer
 from research.typing import UserError
-
-FAMILIES = {
-  "llama": "llama",
-  "mistral": "mistral",
-  "mixtral": "mixtral",
-  "qwen2": "qwen2",
-  "qwen3": "qwen3",
-  "qwen3_moe": "qwen3_moe",
-  "gemma": "gemma",
-  "gemma2": "gemma2",
-  "gemma3_text": "gemma3",
-  llada2.KIND: "qwen3",
-}
-"""model_type -> row of `presets.FAMILIES`; `gemma3` is its text part."""
-
-_SHARED = dict(
-  hidden_act="silu",
-  rms_norm_eps=1e-6,
-  rope_theta=10_000.0,
-  tie_word_embeddings=False,
-  head_dim=None,
-)
-_GEMMA = _SHARED | dict(
-  hidden_act="gelu_pytorch_tanh",
-  tie_word_embeddings=True,
-  head_dim=256,
-  max_position_embeddings=8_192,
-)
-_GEMMA2 = _GEMMA | dict(
-  hidden_activation="gelu_pytorch_tanh",
-  query_pre_attn_scalar=256,
-  sliding_window=4_096,
-  attn_logit_softcapping=50.0,
-  final_logit_softcapping=30.0,
-)
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-  "llama": _SHARED | dict(max_position_embeddings=2_048),
-  "mistral": _SHARED
-  | dict(max_position_embeddings=131_072, sliding_window=4_096),
-  "mixtral": _SHARED
-  | dict(
-    rms_norm_eps=1e-5,
-    rope_theta=1_000_000.0,
-    max_position_embeddings=131_072,
-    num_key_value_heads=8,
-    num_experts_per_tok=2,
-    num_local_experts=8,
-  ),
-  "qwen2": _SHARED | dict(max_position_embeddings=32_768, max_window_layers=28),
-  "qwen3": _SHARED
-  | dict(max_position_embeddings=32_768, max_window_layers=28, head_dim=128),
-  "qwen3_moe": _SHARED
-  | dict(
-    max_position_embeddings=32_768,
-    sliding_window=4_096,
-    num_key_value_heads=4,
-    num_experts_per_tok=8,
-    num_local_experts=128,
-    moe_intermediate_size=768,
-    decoder_sparse_step=1,
-  ),
-  "gemma": _GEMMA,
-  "gemma2": _GEMMA2,
-  # Multimodal files state only what differs from these.
-  "gemma3_text": _GEMMA2
-  | dict(
-    attn_logit_softcapping=None,
-    final_logit_softcapping=None,
-    max_position_embeddings=131_072,
-    rope_theta=1_000_000.0,
-    rope_local_base_freq=10_000.0,
-    sliding_window_pattern=6,
-    vocab_size=262_208,
-    hidden_size=2_304,
-    intermediate_size=9_216,
-    num_hidden_layers=26,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-  ),
-  llada2.KIND: llada2.DEFAULTS,
-}
 
 CLOCK = "time_conditioning"
 """Our own field of models that are told the time (`research.nn.clock`)."""
 
 MAX_DEPTH = 4_096
 """Layers; what a file claims is written out one by one."""
-
-ACTIVATIONS: dict[str, Any] = {
-  "silu": "silu",
-  "swish": "silu",
-  "gelu": "gelu",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "gelu_new": "gelu_tanh",
-  "relu": "relu",
-}
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-  "num_experts": (None, 0),
-  "num_local_experts": (None, 0),
-  "n_routed_experts": (None, 0),
-  "moe_intermediate_size": (None, 0),
-  "quantization_config": (None,),
-  "partial_rotary_factor": (None, 1.0),
-  "use_bidirectional_attention": (None, False),
-  "is_encoder_decoder": (None, False),
-  "add_cross_attention": (None, False),
-  "use_qk_norm": (None, False),
-  "clip_qkv": (None,),
-  "embedding_multiplier": (None, 1.0),
-  "residual_multiplier": (None, 1.0),
-  "logits_scaling": (None, 1.0),
-}
-"""Features no supported family has here: field -> values that mean "off"."""
 
 
 def sizes_from_config(
@@ -148,8 +44,11 @@ def sizes_from_config(
   """
   fields = text_fields(config, where)
   kind = fields.values["model_type"]
-  fields.neutral({k: v for k, v in NEUTRAL.items() if not _read(k, kind)})
-  family = presets.FAMILIES[FAMILIES[kind]]
+  known = MODEL_TYPES[kind]
+  fields.neutral(
+    {k: v for k, v in NEUTRAL.items() if k not in known.expert_fields}
+  )
+  family = presets.FAMILIES[known.preset]
   biased = fields.flag("attention_bias")
   if biased and kind in ("mistral", "mixtral", "qwen2"):
     raise fields.wrong("attention_bias", f"false: {kind} has none to switch")
@@ -169,10 +68,6 @@ def sizes_from_config(
   return family, _sizes(fields, kind)
 
 
-def _read(name: str, kind: str) -> bool:
-  return name in hf_experts_config.KINDS.get(kind, ())
-
-
 def text_fields(config: Mapping[str, Any], where: str) -> Fields:
   """Returns the fields of the language model in a config.json."""
   kind = config.get("model_type")
@@ -190,12 +85,13 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
   if kind == "Dream":
     # Qwen2, but for what it is asked: its mask.
     config, kind = dict(config) | {"model_type": "qwen2"}, "qwen2"
-  if not isinstance(kind, str) or kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in MODEL_TYPES:
     raise UserError(
       f"{where}: model_type is {repr(kind)[:80]}, which is not supported.\n"
-      f"Supported: {', '.join(FAMILIES)}, gemma3 (its text part), llada, Dream."
+      f"Supported: {', '.join(MODEL_TYPES)}, gemma3 (its text part), llada, "
+      "Dream."
     )
-  return Fields(config, where, DEFAULTS[kind])
+  return Fields(config, where, MODEL_TYPES[kind].defaults)
 
 
 def _activation(fields: Fields, kind: str) -> Any:
@@ -225,9 +121,9 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
       "rotations pair dimensions"
     )
   window = fields.maybe_integer("sliding_window")
-  if kind in ("llama", "gemma", llada2.KIND) or (
-    kind in ("qwen2", "qwen3", "qwen3_moe")
-    and not fields.flag("use_sliding_window")
+  counts = MODEL_TYPES[kind].window
+  if counts == "never" or (
+    counts == "flag" and not fields.flag("use_sliding_window")
   ):
     window = None
   theta, local_theta, scaling = hf_rope.rotation(
@@ -244,7 +140,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     kv_heads=kv_heads,
     hidden=fields.integer("intermediate_size"),
     head_dim=head_dim,
-    sparse=hf_experts_config.read(fields, kind),
+    sparse=hf_experts.read(fields, kind),
     rotated=_rotated(fields, kind, head_dim),
     theta=theta,
     scaling=scaling,
@@ -296,7 +192,7 @@ def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
   """Returns the shortest pattern of layer kinds that repeats to the depth."""
   depth = fields.integer("num_hidden_layers", most=MAX_DEPTH)
   types = fields.get("layer_types")
-  if types is None or kind in hf_experts_config.KINDS:
+  if types is None or MODEL_TYPES[kind].expert_fields:
     kinds = _kinds(fields, kind, depth)
   else:
     ok = isinstance(types, list) and len(types) == depth
@@ -314,7 +210,7 @@ def _pattern(fields: Fields, kind: str, window: int | None) -> tuple[str, ...]:
 
 
 def _kinds(fields: Fields, kind: str, depth: int) -> list[str]:
-  if kind in ("mistral", *hf_experts_config.KINDS):
+  if kind == "mistral" or MODEL_TYPES[kind].expert_fields:
     return ["local"] * depth
   if kind in ("qwen2", "qwen3"):
     first = fields.integer("max_window_layers", least=0)
@@ -327,3 +223,126 @@ def _kinds(fields: Fields, kind: str, depth: int) -> list[str]:
     every = 2 if kind == "gemma2" else fields.integer(name)
     return ["local" if (i + 1) % every else "global" for i in range(depth)]
   return ["global"] * depth
+
+
+def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
+  """Returns the config.json of `model`; inverts `sizes_from_config`.
+
+  Args:
+    model: whose layers one of `families.MODEL_TYPES` can describe.
+    model_type: that family.
+
+  Raises:
+    UserError: reading the result back would not give `model`.
+  """
+  kinds = model.layer_kinds()
+  # Any layer without a window has the shared rotation, if there is one.
+  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
+  windows = {k.attention.window for k in kinds} - {None}
+  a, window = wide.attention, max(windows, default=None)
+  # Where some layers have experts, the size is the others'.
+  single = next((k for k in kinds if isinstance(k.mlp, Mlp)), wide)
+  activations = {v: k for k, v in reversed(ACTIVATIONS.items())}
+  activation = activations[wide.mlp.activation]
+  config: dict[str, Any] = dict(
+    model_type=model_type,
+    vocab_size=model.vocab_size,
+    hidden_size=model.width,
+    intermediate_size=single.mlp.hidden,
+    num_hidden_layers=len(kinds),
+    num_attention_heads=a.heads,
+    num_key_value_heads=a.kv_heads,
+    head_dim=a.head_dim,
+    hidden_act=activation,
+    max_position_embeddings=model.max_positions or 2_048,
+    rms_norm_eps=model.norm.eps,
+    tie_word_embeddings=model.tied,
+    torch_dtype=model.dtype,
+    **hf_rope.spelled(a.rope),
+  )
+  config |= hf_experts.spelled(kinds, model_type)
+  if model_type in ("llama", "qwen3", "qwen3_moe") or a.out_bias:
+    config["attention_bias"] = a.out_bias
+  if model_type == "llama":
+    config["mlp_bias"] = getattr(wide.mlp, "bias", False)
+  if model_type.startswith("gemma"):
+    config["hidden_activation"] = activation
+  counts = MODEL_TYPES[model_type].window
+  if counts != "never":
+    config["sliding_window"] = window
+  if model_type in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+    config["layer_types"] = [hf_rope.layer_type(k.attention) for k in kinds]
+  if counts == "flag":
+    config["use_sliding_window"] = window is not None
+  if model_type in ("gemma2", "gemma3_text"):
+    scale = a.scale if a.scale is not None else a.head_dim**-0.5
+    config["query_pre_attn_scalar"] = _whole(scale**-2)
+    config["attn_logit_softcapping"] = a.softcap
+    config["final_logit_softcapping"] = model.softcap
+  if model_type == "gemma3_text":
+    local = next((k for k in kinds if k.attention.window), wide)
+    config["rope_local_base_freq"] = local.attention.rope.theta
+  if model_type == llada2.KIND:
+    config.pop("attention_bias", None)
+    config |= dict(
+      partial_rotary_factor=a.rope.fraction,
+      use_qk_norm=True,
+      use_qkv_bias=a.qkv_bias,
+      use_bias=a.out_bias,
+    )
+  if model.clock is not None:
+    config[CLOCK] = dataclasses.asdict(model.clock)
+  _check_described(model, config)
+  return config
+
+
+def describe(model: Transformer, hint: str | None = None) -> dict[str, Any]:
+  """Returns the config.json of the first family that can describe `model`.
+
+  Args:
+    model: any.
+    hint: the family to try before all others, in order.
+
+  Raises:
+    UserError: none of `families.MODEL_TYPES` can.
+  """
+  first = [hint] if hint in MODEL_TYPES else []
+  for kind in dict.fromkeys([*first, *MODEL_TYPES]):
+    try:
+      return config_from_model(model, kind)
+    except UserError:
+      continue
+  tried = ", ".join(MODEL_TYPES)
+  raise UserError(
+    f"no config.json describes this model; tried {tried}.\n"
+    "Expected the layers of one of these families; keep it as --format=orbax."
+  )
+
+
+def _whole(x: float) -> float | int:
+  """Returns `x`, or the whole number that rounding moved it from."""
+  return round(x) if abs(x - round(x)) < 1e-9 * x else x
+
+
+def _scaled(model: Transformer) -> list[Any]:
+  """Returns the layers with the scale of their logits written out."""
+  out = []
+  for kind in model.layer_kinds():
+    a = kind.attention
+    scale = a.head_dim**-0.5 if a.scale is None else a.scale
+    out.append(kind.clone(attention=a.clone(scale=scale)))
+  return out
+
+
+def _check_described(model: Transformer, config: dict[str, Any]) -> None:
+  where = "the model's configuration"
+  family, sizes = sizes_from_config(config, where)
+  again = presets.transformer(family, sizes, model.dtype)
+  same = _scaled(again) == _scaled(model)
+  for field in ("vocab_size", "width", "norm", "tied", "softcap", "clock"):
+    same = same and getattr(again, field) == getattr(model, field)
+  if not same or again.embed_scale != model.embed_scale:
+    raise UserError(
+      f"config.json of model_type {config['model_type']!r} cannot describe "
+      "this model: reading it back gives another one"
+    )

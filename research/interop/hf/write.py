@@ -1,8 +1,7 @@
-"""A model as a Hugging Face directory: tensors, config.json, tokenizer."""
+"""A model as a Hugging Face directory: its tensors and config.json."""
 
 import pathlib
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -11,28 +10,15 @@ import numpy as np
 from research.interop import hf
 from research.interop.diffusion import spec
 from research.interop.hf import config as hf_config
-from research.interop.hf import hf_config_write, llada, llada2
+from research.interop.hf import llada, llada2
 from research.interop.hf import names as hf_names
+from research.interop.hf.families import MODEL_TYPES
 from research.interop.parts import Address, Part, Parts, ordered
 from research.io import safetensors
 from research.lora.merge import changes
 from research.nn import presets
 from research.nn.transformer import Transformer
-from research.text.tokenizer import Tokenizer
 from research.typing import UserError
-
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "added_tokens.json",
-  "tokenizer.model",
-  "vocab.json",
-  "merges.txt",
-  "chat_template.jinja",
-  "chat_template.json",
-)
-GENERATION = "generation_config.json"
 
 
 def tensors(
@@ -113,7 +99,7 @@ def config_json(
   if given is not None and _describes(given, model):
     config = dict(given)
   else:
-    config = hf_config_write.describe(model, hint)
+    config = hf_config.describe(model, hint)
     text = given.get("text_config", given) if given else {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
       if name in text:
@@ -121,9 +107,9 @@ def config_json(
     how = spec.from_config(given) if given else None
     if how is not None:
       config[spec.FIELD] = how.spelled()
-  kind = hf_config_write.ARCHITECTURES.get(config["model_type"])
-  if kind is not None and not config.get("architectures"):
-    config = config | {"architectures": [kind]}
+  known = MODEL_TYPES.get(config["model_type"])
+  if known is not None and not config.get("architectures"):
+    config = config | {"architectures": [known.architecture]}
   if dtype is not None:
     old = "torch_dtype" in config or "dtype" not in config
     config["torch_dtype" if old else "dtype"] = dtype
@@ -162,86 +148,6 @@ def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
     return False
   return presets.transformer(family, sizes, model.dtype) == model.clone(
     remat="none"
-  )
-
-
-def write_tokenizer(
-  directory: pathlib.Path,
-  source: pathlib.Path | None,
-  tokenizer: Tokenizer | None,
-) -> list[str]:
-  """Writes the tokenizer's files and the generation config; returns names.
-
-  Args:
-    directory: where to.
-    source: a directory whose files are copied as they are, or None.
-    tokenizer: whose files are written where there are none to be copied.
-  """
-  if source is not None:
-    found = [
-      n for n in (*TOKENIZER_FILES, GENERATION) if (source / n).is_file()
-    ]
-    for name in found:
-      shutil.copyfile(source / name, directory / name)
-    if "tokenizer.json" in found or tokenizer is None:
-      return found
-  if tokenizer is None:
-    return []
-  files = tokenizer_files(tokenizer)
-  for name, value in files.items():
-    safetensors.write_json(directory / name, value)
-  return list(files)
-
-
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-  """Returns the JSON files that a tokenizer of any origin is read from."""
-  backend = tokenizer.backend
-  ids = dict(bos=tokenizer.bos, eos=tokenizer.eos, pad=tokenizer.pad)
-  tokens = {
-    f"{name}_token": backend.id_to_token(i)
-    for name, i in ids.items()
-    if i is not None
-  }
-  whole = safetensors.read_json("tokenizer.json", backend.to_str().encode())
-  around = tokenizer.own_special
-  if (tokenizer.add_bos or tokenizer.add_eos) and (around.begin or around.end):
-    whole["post_processor"] = _around(backend, around.begin, around.end)
-  config = dict(tokenizer_class="PreTrainedTokenizerFast", **tokens)
-  config |= dict(clean_up_tokenization_spaces=False)
-  if tokenizer.chat_template is not None:
-    config["chat_template"] = tokenizer.chat_template
-  generation: dict[str, Any] = {
-    f"{name}_token_id": i for name, i in ids.items() if i is not None
-  }
-  if len(tokenizer.stop) > 1:
-    generation["eos_token_id"] = list(tokenizer.stop)
-  return {
-    "tokenizer.json": whole,
-    "tokenizer_config.json": config,
-    GENERATION: generation,
-  }
-
-
-def _around(
-  backend: Any, begin: Sequence[int], end: Sequence[int]
-) -> dict[str, Any]:
-  """Returns the post-processor that puts tokens around a text."""
-  names = {i: backend.id_to_token(i) for i in (*begin, *end)}
-
-  def special(ids: Sequence[int], part: int) -> list[dict[str, Any]]:
-    return [dict(SpecialToken=dict(id=names[i], type_id=part)) for i in ids]
-
-  def text(part: int) -> list[dict[str, Any]]:
-    inside = dict(Sequence=dict(id="AB"[part], type_id=part))
-    return [*special(begin, part), inside, *special(end, part)]
-
-  return dict(
-    type="TemplateProcessing",
-    single=text(0),
-    pair=[*text(0), *text(1)],
-    special_tokens={
-      name: dict(id=name, ids=[i], tokens=[name]) for i, name in names.items()
-    },
   )
 
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 from research.interop import convert, load, sources
 from research.interop.diffusion import spec
 from research.interop.hf import config as hf_config
-from research.interop.hf import hf_config_write, llada, llada2
+from research.interop.hf import llada, llada2
 from research.nn import presets
 from research.nn.moe import Moe
 from research.typing import UserError
@@ -164,7 +164,7 @@ def test_a_renamed_mixture_is_the_same():
 def test_a_model_of_ours_is_written_as_llada2():
   """Without its config.json, as after training from scratch."""
   model = model_of(LLADA2_MINI)
-  config = hf_config_write.describe(model)
+  config = hf_config.describe(model)
   assert config["model_type"] == "llada2_moe"
   assert model_of(config) == model
   for name, value in LLADA2_MINI.items():
@@ -179,7 +179,7 @@ def test_dense_models_are_not_written_as_llada2():
   )  # fmt: skip
   model = presets.transformer(presets.FAMILIES["qwen3"], sizes)
   with pytest.raises(UserError, match="no config.json describes"):
-    hf_config_write.describe(model)
+    hf_config.describe(model)
 
 
 @pytest.mark.parametrize("name", ["llada_moe", "llada2"])

@@ -14,7 +14,6 @@ import pytest
 from research import tree
 from research.interop import hf
 from research.interop.hf import config as hf_config
-from research.interop.hf import hf_config_write
 from research.io import safetensors
 from research.nn import clock, presets, rope
 from research.typing import UserError
@@ -33,7 +32,7 @@ def model_of(config):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration_written_and_read_again(name):
   model = model_of(CONFIGS[name])
-  config = hf_config_write.config_from_model(model, CONFIGS[name]["model_type"])
+  config = hf_config.config_from_model(model, CONFIGS[name]["model_type"])
   assert model_of(json.loads(json.dumps(config))) == model
 
 
@@ -45,7 +44,7 @@ def test_both_spellings_of_transformers_mean_the_same(name):
 def test_a_model_that_the_family_cannot_describe():
   model = model_of(CONFIGS["gemma2"])
   with pytest.raises(UserError, match="cannot describe"):
-    hf_config_write.config_from_model(model, "llama")
+    hf_config.config_from_model(model, "llama")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +256,7 @@ def test_a_model_that_is_told_the_time_comes_back():
   told = clock.Clock(told="time", scale=1000.0, features=8, closed=True)
   family, sizes = hf_config.sizes_from_config(CONFIGS["llama"])
   model = presets.transformer(family, dataclasses.replace(sizes, clock=told))
-  config = hf_config_write.config_from_model(model, "llama")
+  config = hf_config.config_from_model(model, "llama")
   assert model_of(json.loads(json.dumps(config))) == model
   wrong = config | {hf_config.CLOCK: config[hf_config.CLOCK] | {"told": "t"}}
   with pytest.raises(UserError, match=f"{hf_config.CLOCK}: Clock.told: found"):
