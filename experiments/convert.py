@@ -223,7 +223,7 @@ def _target() -> tuple[str, str | None]:
 
 def _writer(name: str, kind: str | None, source: Any) -> Any:
   """Returns what writes another tool's format."""
-  from research.interop.quantized import gptq, writers
+  from research.interop.quantized import checkpoint_formats, gptq
 
   group = _GROUP_SIZE.value
   if name == "gptq":
@@ -232,12 +232,14 @@ def _writer(name: str, kind: str | None, source: Any) -> Any:
     version = gptq.VERSIONS.get(said.get("checkpoint_format"), 1)
     # transformers opens no packed head, so only what came with one has one.
     head = said.get("lm_head") is True
-    return writers.Gptq(kind and int(kind), group, version, head=head)
+    return checkpoint_formats.Gptq(
+      kind and int(kind), group, version, head=head
+    )
   if name == "awq":
-    return writers.Awq(group)
+    return checkpoint_formats.Awq(group)
   if name == "bnb":
-    return writers.Bnb(kind)
-  return writers.Compressed(kind or "int4", group)
+    return checkpoint_formats.Bnb(kind)
+  return checkpoint_formats.Compressed(kind or "int4", group)
 
 
 def _recipe(kind: str | None) -> Any:

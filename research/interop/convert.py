@@ -17,7 +17,8 @@ from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import write as gguf_write
 from research.interop.hf import tokenizer as hf_tokenizer
 from research.interop.hf import write as hf_write
-from research.interop.quantized import hf_quant_export, writers
+from research.interop.quantized import checkpoint_formats
+from research.interop.quantized import write as quantized_write
 from research.io import safetensors
 from research.lora.merge import changes
 from research.text import gguf_vocab
@@ -158,7 +159,7 @@ def to_gguf(
 def to_quantized(
   source: sources.Source,
   to: pathlib.Path,
-  writer: writers.Writer,
+  writer: checkpoint_formats.Writer,
   requantize: bool = False,
   dtype: str | None = None,
   shard_size: int = safetensors.SHARD_SIZE,
@@ -181,7 +182,7 @@ def to_quantized(
   free(to)
   log = changes.Log()
   with _whole(to) as draft:
-    hf_quant_export.write_model(
+    quantized_write.write_model(
       draft, source, writer, requantize, dtype, shard_size, log
     )
     if least is not None:

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import jax
 
-from research.interop import hf
+from research.interop import hf, quantized
 from research.interop.diffusion import spec
 from research.interop.loaded import NOTE, Loaded
-from research.interop.quantized import compressed_inputs, hf_quant
+from research.interop.quantized import compressed_activations
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
@@ -149,7 +149,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   adapter = adapter_directory(path)
   if adapter is not None:
     return _adapted(adapter, dtype, packed, shardings)
-  if packed is True and not hf_quant.is_quantized(path):
+  if packed is True and not quantized.is_quantized(path):
     raise UserError(
       f"{path}: packed weights come from .gguf files and from directories "
       "that a tool has quantized; these tensors are not, so load them without "
@@ -162,7 +162,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   )
   if packed is not False:
     said = source.get("quantization")
-    params = compressed_inputs.applied(params, said, str(path / CONFIG))
+    params = compressed_activations.applied(params, said, str(path / CONFIG))
   how = spec.from_config(source["config"], str(path / CONFIG))
   return Loaded(model, params, words, source, how)
 

@@ -16,11 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.interop import quantized
 from research.interop.hf import llada2
 from research.interop.hf import names as hf_names
 from research.interop.hf.families import COUNTS, MODEL_TYPES
 from research.interop.parts import Address
-from research.interop.quantized import hf_quant
 from research.io.fields import Fields
 from research.nn import presets
 from research.nn.block import Block
@@ -171,8 +171,8 @@ def _llada2_spelled(kinds: Sequence[Block], moe: Moe) -> dict[str, Any]:
 def apart(
   model: Transformer,
   rows: hf_names.Table,
-  tensors: Mapping[str, hf_quant.Tensor],
-) -> dict[str, hf_quant.Tensor]:
+  tensors: Mapping[str, quantized.Tensor],
+) -> dict[str, quantized.Tensor]:
   """Returns `tensors` with stacked experts under the names of `rows`, unread.
 
   What does not fit the model, or is in the file twice, is left as it is, and

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop import parts
+from research.interop import parts, quantized
 from research.interop.hf import config as hf_config
 from research.interop.hf import experts as hf_experts
 from research.interop.hf import llada, llada2
 from research.interop.hf import names as hf_names
 from research.interop.parts import Address, Slot, slots
-from research.interop.quantized import hf_quant
 from research.io import safetensors, unread
 from research.nn import presets
 from research.nn.transformer import Transformer
@@ -44,8 +43,8 @@ _OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def text_part(
-  tensors: Mapping[str, hf_quant.Tensor],
-) -> dict[str, hf_quant.Tensor]:
+  tensors: Mapping[str, quantized.Tensor],
+) -> dict[str, quantized.Tensor]:
   """Returns a multimodal file's language model under its usual names."""
   out = {}
   for name, tensor in tensors.items():
@@ -114,7 +113,7 @@ def _check_tied(embedding, head, rows: int = 4096) -> None:
 
 def read_params(
   model: Transformer,
-  tensors: Mapping[str, hf_quant.Tensor],
+  tensors: Mapping[str, quantized.Tensor],
   dtype: str | None = "float32",
   where: Any = "model",
   shardings: unread.Shardings | None = None,
@@ -143,7 +142,7 @@ def read_params(
 
 def unread_params(
   model: Transformer,
-  tensors: Mapping[str, hf_quant.Tensor],
+  tensors: Mapping[str, quantized.Tensor],
   dtype: str | None = "float32",
   where: Any = "model",
   packed: bool = False,
@@ -151,7 +150,7 @@ def unread_params(
   """Returns `model`'s parameter tree as `read_params` does, unread."""
   rows, places = hf_names.table(model), slots(model)
   _check(where, model, tensors, _wanted(rows, places))
-  if packed and any(hasattr(t, "leaf") for t in tensors.values()):
+  if packed and any(map(_is_packed, tensors.values())):
     return _packed_params(model, rows, places, tensors, dtype)
   filled = {}
   for slot in places:
@@ -164,13 +163,17 @@ def unread_params(
   return unread.nested(filled)
 
 
+def _is_packed(tensor: quantized.Tensor) -> bool:
+  return isinstance(tensor, quantized.PackedTensor)
+
+
 def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
   """Returns the tree whose runs are of layers that are kept alike."""
 
   def leaf(slot: Slot, address: Address) -> Any:
     name, transposed = rows.theirs(address)
     tensor = tensors[name]
-    if hasattr(tensor, "leaf"):
+    if _is_packed(tensor):
       if not transposed:
         raise UserError(
           f"{tensor.file}: {name} is packed, which is supported of linear "
@@ -194,13 +197,13 @@ def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
       into[first.path] = (
         leaves[0]
         if first.expert is None
-        else hf_quant.joined(leaves, slot.path)
+        else quantized.joined(leaves, slot.path)
       )
   return tree.stack(
     unread.nested(outside),
     [unread.nested(x) for x in layers],
     kinds,
-    hf_quant.stack,
+    quantized.stack,
   )
 
 
@@ -213,7 +216,7 @@ def _wanted(rows: hf_names.Table, places: Sequence[Slot]) -> dict[str, tuple]:
   return wanted
 
 
-def _reader(tensor: hf_quant.Tensor, transposed: bool):
+def _reader(tensor: quantized.Tensor, transposed: bool):
   """Returns what reads a part of a parameter, in our orientation."""
 
   def read(index: Any = ...) -> np.ndarray:
@@ -225,10 +228,10 @@ def _reader(tensor: hf_quant.Tensor, transposed: bool):
   return read
 
 
-def filler(tensor: hf_quant.Tensor, transposed: bool) -> unread.Fill:
+def filler(tensor: quantized.Tensor, transposed: bool) -> unread.Fill:
   """Returns what reads a tensor of a file in pieces, transposed if asked to."""
   read, shape = _reader(tensor, transposed), tensor.shape
-  if hasattr(tensor, "leaf") or not shape:  # decoded as a whole, once
+  if _is_packed(tensor) or not shape:  # decoded as a whole, once
     return unread.in_pieces(read)
   axis = len(shape) - 1 if transposed else 0
   row = tensor.dtype.itemsize * math.prod(shape[1:])
@@ -242,7 +245,7 @@ def _stored(rows, slot, tensors) -> str:
 
 def read_parts(
   model: Transformer,
-  tensors: Mapping[str, hf_quant.Tensor],
+  tensors: Mapping[str, quantized.Tensor],
   where: Any = "model",
 ) -> dict[Address, parts.Part]:
   """Returns `model`'s parameters one by one, unread, as they are stored.
@@ -257,7 +260,7 @@ def read_parts(
       name, transposed = rows.theirs(address)
       tensor = tensors[name]
       kind, reader = str(tensor.dtype), _reader(tensor, transposed)
-      if hasattr(tensor, "leaf") and transposed:
+      if _is_packed(tensor) and transposed:
         kind, reader = parts.kind_of(tensor.leaf), tensor.weight
       out[address] = parts.Part(slot.one, kind, reader)
   return out
@@ -265,7 +268,7 @@ def read_parts(
 
 def open_model(
   directory: str | pathlib.Path, dtype: str = "float32"
-) -> tuple[Transformer, dict[str, hf_quant.Tensor], dict[str, Any]]:
+) -> tuple[Transformer, dict[str, quantized.Tensor], dict[str, Any]]:
   """Returns (model, its tensors unread, source) of a directory.
 
   Args:
@@ -277,12 +280,12 @@ def open_model(
   """
   directory = pathlib.Path(directory)
   file = directory / "config.json"
-  config, said = hf_quant.config_of(safetensors.read_json(file), directory)
+  config, said = quantized.config_of(safetensors.read_json(file), directory)
   family, sizes = hf_config.sizes_from_config(config, str(file))
   model = presets.transformer(family, sizes, dtype)
   tensors: dict[str, Any] = safetensors.open_directory(directory)
   if said is not None:
-    tensors, said = hf_quant.opened(said, tensors, directory)
+    tensors, said = quantized.opened(said, tensors, directory)
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
   if config["model_type"] == llada.KIND:
@@ -292,7 +295,7 @@ def open_model(
   tensors = hf_experts.apart(model, hf_names.table(model), tensors)
   if said is not None:
     known = _wanted(hf_names.table(model), slots(model))
-    tensors = hf_quant.without_zero_biases(tensors, known)
+    tensors = quantized.without_zero_biases(tensors, known)
   source: dict[str, Any] = dict(
     format="hf",
     path=str(directory),

@@ -17,7 +17,7 @@ from research.interop import convert, gguf, load, ours, parts, peft, sources
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import tensor_types
 from research.interop.loaded import NOTE
-from research.interop.quantized import writers
+from research.interop.quantized import checkpoint_formats
 from research.io import safetensors
 from research.lora import adapt, wrap
 from research.lora.merge import changes
@@ -304,7 +304,7 @@ def as_gguf(source, to):
 
 
 def as_int8(source, to):
-  writer = writers.Compressed("int8", 4)
+  writer = checkpoint_formats.Compressed("int8", 4)
   return convert.to_quantized(source, to, writer, requantize=True)
 
 

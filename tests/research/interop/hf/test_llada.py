@@ -71,12 +71,12 @@ def test_our_checkpoint_keeps_what_is_said_of_masks(tmp_path):
 
 
 def test_another_tools_format_has_llamas_names(tmp_path):
-  from research.interop.quantized import writers
+  from research.interop.quantized import checkpoint_formats
 
   convert.to_quantized(
     sources.open_source(GOLDEN / "llada"),
     tmp_path / "a",
-    writers.Gptq(8, 16, 1),
+    checkpoint_formats.Gptq(8, 16, 1),
     requantize=True,
   )
   loaded = load.load_model(tmp_path / "a")

@@ -197,13 +197,13 @@ def test_our_checkpoint_is_written_back_as_the_file(name, tmp_path):
 
 
 def test_no_quantized_file_of_llada2(tmp_path):
-  from research.interop.quantized import writers
+  from research.interop.quantized import checkpoint_formats
 
   with pytest.raises(UserError, match="no reader of quantized files"):
     convert.to_quantized(
       sources.open_source(GOLDEN / "llada2"),
       tmp_path / "a",
-      writers.Gptq(8, 4, 1),
+      checkpoint_formats.Gptq(8, 4, 1),
       requantize=True,
     )
   assert not (tmp_path / "a").exists()

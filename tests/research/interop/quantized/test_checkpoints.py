@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.interop.quantized import awq, bnb, gptq, writers
+from research.interop.quantized import awq, bnb, checkpoint_formats, gptq
 from research.interop.quantized.integers import integers
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
@@ -125,7 +125,7 @@ def test_version_1_cuts_a_zero_of_0_and_cannot_write_it():
   with pytest.raises(UserError, match="zero does not fit: found 0"):
     gptq.to_tensors(integers(w, "w"), 1)
   same(gptq.to_tensors(integers(w, "w"), 2), tensors)
-  writer = writers.Gptq(version=1)
+  writer = checkpoint_formats.Gptq(version=1)
   assert writer.settle([writer.look(w, "w")], []).version == 2
 
 

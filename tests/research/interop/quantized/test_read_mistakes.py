@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import convert, load, sources
-from research.interop.quantized import gptq, hf_quant, writers
+from research.interop import convert, load, quantized, sources
+from research.interop.quantized import checkpoint_formats, gptq
 from research.io import safetensors
 from research.typing import UserError
 from tests import support_lora
@@ -24,8 +24,10 @@ from tests.support_hf_quant import (
 def test_what_does_not_fit_is_refused_or_rounded(made, tmp_path):
   before = sources.open_source(made("nf4", True))
   with pytest.raises(UserError, match="(?s)14 of 14.*codebook .*--requantize"):
-    convert.to_quantized(before, tmp_path / "a", writers.Gptq())
-  log = convert.to_quantized(before, tmp_path / "a", writers.Gptq(), True)
+    convert.to_quantized(before, tmp_path / "a", checkpoint_formats.Gptq())
+  log = convert.to_quantized(
+    before, tmp_path / "a", checkpoint_formats.Gptq(), True
+  )
   changed = [c for c in log.changes if c.before != c.after]
   assert len(changed) == 14
   assert all(c.before == "nf4-b64-dq" for c in changed)
@@ -34,7 +36,7 @@ def test_what_does_not_fit_is_refused_or_rounded(made, tmp_path):
     convert.to_quantized(
       sources.open_source(made("gptq8", True)),
       tmp_path / "b",
-      writers.Gptq(bits=4),
+      checkpoint_formats.Gptq(bits=4),
     )
 
 
@@ -42,7 +44,7 @@ def test_configs_in_files_of_their_own(made, tmp_path):
   folder = tmp_path / "old"
   shutil.copytree(made("gptq"), folder)
   config = safetensors.read_json(folder / "config.json")
-  said = config.pop(hf_quant.CONFIG)
+  said = config.pop(quantized.CONFIG)
   safetensors.write_json(folder / "config.json", config)
   del said["quant_method"]
   safetensors.write_json(folder / "quantize_config.json", said)
@@ -125,7 +127,7 @@ def test_damaged_directories(edit, config, message, made, tmp_path):
 def test_a_config_that_is_no_object(made, tmp_path):
   folder = change(made("gptq"), tmp_path / "bad")
   said = safetensors.read_json(folder / "config.json")
-  said[hf_quant.CONFIG] = ["gptq"]
+  said[quantized.CONFIG] = ["gptq"]
   safetensors.write_json(folder / "config.json", said)
   with pytest.raises(UserError, match="expected an object"):
     load.load_model(folder)
@@ -145,9 +147,9 @@ def test_updates_that_rounding_would_eat_are_refused(made, tmp_path):
   )
   before = source(it.model, params)
   with pytest.raises(UserError, match="14 of 14.*under .* an adapter"):
-    convert.to_quantized(before, tmp_path / "q", writers.Gptq())
+    convert.to_quantized(before, tmp_path / "q", checkpoint_formats.Gptq())
   with pytest.raises(UserError, match="of the adapter's update would be left"):
     convert.to_quantized(
-      before, tmp_path / "q", writers.Gptq(group=32), True, least=0.9
+      before, tmp_path / "q", checkpoint_formats.Gptq(group=32), True, least=0.9
     )
   assert not (tmp_path / "q").exists()

@@ -12,8 +12,8 @@ import pytest
 from experiments import convert as command
 from experiments.core import cli
 from research import tree, weights
-from research.interop import convert, hf, load, sources
-from research.interop.quantized import gptq, hf_quant, writers
+from research.interop import convert, hf, load, quantized, sources
+from research.interop.quantized import checkpoint_formats, gptq
 from research.interop.quantized.integers import integers
 from research.io import safetensors, unread
 from research.quant import qtensor
@@ -140,7 +140,7 @@ def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):
   params = scattered(plain().params())
   mixed = source(model, params)
   with pytest.raises(UserError, match="7 of 21 matrices do not fit .*plain"):
-    convert.to_quantized(mixed, tmp_path / "no", writers.Gptq())
+    convert.to_quantized(mixed, tmp_path / "no", checkpoint_formats.Gptq())
   assert not (tmp_path / "no").exists()
 
   def write(tensors):
@@ -174,7 +174,7 @@ def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):
 
 def test_experts_are_packed(tmp_path):
   it = load.load_model(MODELS / "mixtral")
-  writer = writers.Bnb("int8")
+  writer = checkpoint_formats.Bnb("int8")
   convert.to_quantized(
     source(it.model, it.params), tmp_path / "q", writer, True
   )
@@ -183,7 +183,7 @@ def test_experts_are_packed(tmp_path):
   assert up.shape == it.params["run0"]["layer0"]["mlp"]["experts"]["up"].shape
   assert not weights.is_weight(got["run0"]["layer0"]["mlp"]["router"])
   said = safetensors.read_json(tmp_path / "q" / "config.json")
-  skipped = said[hf_quant.CONFIG]["llm_int8_skip_modules"]
+  skipped = said[quantized.CONFIG]["llm_int8_skip_modules"]
   assert "model.layers.0.block_sparse_moe.gate" in skipped
   wide = load.load_model(tmp_path / "q", packed=False).params
   chex.assert_trees_all_equal(decoded(got), wide)
@@ -212,7 +212,7 @@ def test_nothing_is_decoded_and_no_more_held_than_an_array(monkeypatch):
     raise AssertionError("decoded")
 
   monkeypatch.setattr(unread, "_scratch", counted)
-  monkeypatch.setattr(hf_quant.Packed, "read", decodes)
+  monkeypatch.setattr(quantized.PackedTensor, "read", decodes)
   it = load.load_model(MODELS.with_name("quantized") / "gptq")
   sizes = [x.nbytes for x in jax.tree.leaves(it.params)]
   # Stacked arrays, and those of one layer that go into them.
@@ -235,10 +235,10 @@ def test_a_packed_head_stays_packed_where_it_can(tmp_path):
     said = safetensors.read_json(tmp_path / name / "config.json")
     return (
       load.load_model(tmp_path / name).params["head"],
-      said[hf_quant.CONFIG].get("lm_head", False),
+      said[quantized.CONFIG].get("lm_head", False),
     )
 
-  writer = writers.Gptq(head=True)
+  writer = checkpoint_formats.Gptq(head=True)
   convert.to_quantized(before, tmp_path / "a", writer, True)
   # Of one that came so, the command keeps it so.
   flags = [f"--from={tmp_path / 'a'}", f"--to={tmp_path / 'b'}"]
@@ -248,7 +248,9 @@ def test_a_packed_head_stays_packed_where_it_can(tmp_path):
     assert said and weights.is_weight(got)
     np.testing.assert_array_equal(got.dense(), want)
   # transformers opens neither with a packed head.
-  for name, writer in dict(c=writers.Gptq(), d=writers.Awq()).items():
+  for name, writer in dict(
+    c=checkpoint_formats.Gptq(), d=checkpoint_formats.Awq()
+  ).items():
     again = sources.open_source(tmp_path / "a")
     convert.to_quantized(again, tmp_path / name, writer)
     got, said = head(name)
@@ -268,18 +270,18 @@ def test_between_tools_without_loss(made, tmp_path):
     return load.load_model(folder, packed=False).params
 
   # Symmetric 4-bit integers are everybody's.
-  a = to("a", made("gptq", True), writers.Awq())
-  b = to("b", a, writers.Compressed())
-  c = to("c", b, writers.Gptq())
+  a = to("a", made("gptq", True), checkpoint_formats.Awq())
+  b = to("b", a, checkpoint_formats.Compressed())
+  c = to("c", b, checkpoint_formats.Gptq())
   chex.assert_trees_all_equal(numbers(a), numbers(made("gptq", True)))
   assert raw(c) == raw(made("gptq", True))
   # Version 2 has the zeros of 0 that AWQ may have.
-  d = to("d", made("awq", True), writers.Gptq())
+  d = to("d", made("awq", True), checkpoint_formats.Gptq())
   said = safetensors.read_json(d / "quantize_config.json")
   assert said["checkpoint_format"] in ("gptq", "gptq_v2")
-  assert raw(to("e", d, writers.Awq())) == raw(made("awq", True))
+  assert raw(to("e", d, checkpoint_formats.Awq())) == raw(made("awq", True))
   # Blocks of ggml are groups of 32.
-  f = to("f", MODELS / "gguf_q4_0" / "model.gguf", writers.Gptq())
+  f = to("f", MODELS / "gguf_q4_0" / "model.gguf", checkpoint_formats.Gptq())
   want = load.load_model(MODELS / "gguf_q4_0" / "model.gguf").params
   chex.assert_trees_all_equal(numbers(f), want)
   # Anybody's numbers are everybody's, decoded.

@@ -16,7 +16,7 @@ from research.interop.quantized import (
   awq,
   bnb,
   compressed_config,
-  compressed_write,
+  compressed_tensors,
   gptq,
 )
 from research.interop.quantized.integers import Integers, integers
@@ -338,7 +338,7 @@ class Compressed:
 
   def look(self, w: QTensor, where: str) -> compressed_config.Scheme:
     try:
-      return compressed_write.scheme_of(w)
+      return compressed_tensors.scheme_of(w)
     except UserError as e:
       raise UserError(f"{where}: {e}") from e
 
@@ -355,7 +355,7 @@ class Compressed:
     return format
 
   def tensors(self, w: QTensor, scheme: Any, where: str) -> Tensors:
-    return compressed_write.to_tensors(w)
+    return compressed_tensors.to_tensors(w)
 
   def config(
     self, scheme: Any, found: Mapping[str, Any], plain: Sequence[str]

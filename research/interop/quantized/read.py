@@ -4,18 +4,30 @@
 its own. The tensors of each packed module `P` become one stand-in under the
 name `P.weight`, of the matrix's shape: whoever reads it as numbers gets them
 decoded, and a reader of packed weights takes its leaf.
+
+The tensors decide which modules are quantized: one whose packed tensors are
+there is packed, and all others are plain. The config says what they mean.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from research.interop.quantized import awq, gptq, select
+from research.interop.quantized import (
+  awq,
+  bnb,
+  compressed_config,
+  compressed_tensors,
+  gptq,
+)
 from research.io import safetensors, unread
+from research.io.fields import Fields
+from research.quant.qtensor import QTensor
 from research.typing import UserError
 
 CONFIG = "quantization_config"
@@ -25,7 +37,7 @@ FILES = {"quantize_config.json": gptq.METHOD, "quant_config.json": awq.METHOD}
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class PackedTensor:
   """A packed matrix in place of a tensor `[out, in]`.
 
   Attributes:
@@ -53,7 +65,7 @@ class Packed:
     return np.asarray(self.weight().dense()).T[index]
 
 
-Tensor = safetensors.Lazy | Packed
+Tensor = safetensors.Lazy | PackedTensor
 """A tensor of a file, or what stands in for some."""
 
 
@@ -113,7 +125,7 @@ def opened(
     UserError: a config that is not supported, or tensors that do not fit it.
   """
   file = str(directory)
-  found = select.open_modules(said, tensors, str(directory / "config.json"))
+  found = open_modules(said, tensors, str(directory / "config.json"))
   out: dict[str, Any] = {
     k: t for k, t in tensors.items() if k not in found.used
   }
@@ -122,7 +134,7 @@ def opened(
     if name in out:
       raise UserError(f"{file}: {name} is there both packed and plain")
     try:
-      out[name] = Packed(_described(make), file)
+      out[name] = PackedTensor(_described(make), file)
     except UserError as e:
       raise UserError(f"{file}: {e}") from e
   return out, found.said
@@ -160,7 +172,7 @@ def without_zero_biases(
     module, _, last = name.rpartition(".")
     if last != "bias" or name in known:
       return False
-    packed = hasattr(tensors.get(f"{module}.weight"), "leaf")
+    packed = isinstance(tensors.get(f"{module}.weight"), PackedTensor)
     return packed and not tensors[name].read().any()
 
   return {k: t for k, t in tensors.items() if not superfluous(k)}
@@ -195,3 +207,134 @@ def stack(*arrays: unread.Unread) -> unread.Unread:
   fills = [filler(x) for x in arrays]
   first = arrays[0]
   return unread.stacked(fills, (len(arrays),), first.shape, first.dtype)
+
+
+METHODS = (gptq.METHOD, awq.METHOD, bnb.METHOD, compressed_config.METHOD)
+
+_SAMPLES = 4
+"""Modules that a version is detected by."""
+
+
+Tensors = Mapping[str, safetensors.Lazy]
+"""A file's, by their names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """The packed modules of a checkpoint.
+
+  Attributes:
+    modules: name -> what reads its matrix `[I, O]`.
+    used: names of all tensors that they are read from.
+    said: the `quantization_config`, with what was detected.
+  """
+
+  modules: Mapping[str, Callable[[], QTensor]]
+  used: frozenset[str]
+  said: Mapping[str, Any]
+
+
+def open_modules(
+  values: Mapping[str, Any], tensors: Tensors, where: str
+) -> Opened:
+  """Returns the packed modules among a checkpoint's tensors.
+
+  Args:
+    values: the `quantization_config`.
+    tensors: all of the checkpoint's, by their names.
+    where: the config comes from, for messages.
+
+  Raises:
+    UserError: an unknown method, or a config that is not supported.
+  """
+  fields = Fields(values, f"{where}: quantization_config")
+  method = fields.get("quant_method")
+  where = fields.where
+  if method == gptq.METHOD:
+    return _gptq(values, tensors, where)
+  if method == awq.METHOD:
+    scheme = awq.parse(values, where)
+    found = _ending(tensors, awq.MARK, awq.NAMES)
+    read = functools.partial(awq.from_tensors, scheme=scheme)
+    return _opened(found, tensors, read, values)
+  if method == bnb.METHOD:
+    bnb.parse(values, where)
+    return _opened(_bnb(tensors), tensors, bnb.from_tensors, values)
+  if method == compressed_config.METHOD:
+    return _compressed(values, tensors, where)
+  raise fields.wrong("quant_method", f"one of {', '.join(METHODS)}")
+
+
+Modules = Mapping[str, Mapping[str, str]]
+"""Module -> its tensors' names behind `P.` -> their whole names."""
+
+
+def _ending(tensors: Tensors, mark: str, names: Iterable[str]) -> Modules:
+  """Returns modules with a tensor `P.mark`, and those of theirs in `names`."""
+  out = {}
+  for name in tensors:
+    module, dot, last = name.rpartition(".")
+    if dot and last == mark:
+      out[module] = {
+        x: f"{module}.{x}" for x in names if f"{module}.{x}" in tensors
+      }
+  return out
+
+
+def _bnb(tensors: Tensors) -> Modules:
+  """Returns modules of 4 bits, by their state, and of 8, by magnitudes."""
+  eight = (bnb.MAGNITUDES, "weight", "weight_format")
+  out = dict(_ending(tensors, bnb.MAGNITUDES, eight))
+  four = {
+    name.partition(bnb.STATE)[0]: {} for name in tensors if bnb.STATE in name
+  }
+  for name in tensors:
+    module, _, last = name.partition(".weight")
+    if module in four and not last.partition(".")[0]:
+      four[module][f"weight{last}"] = name
+  return out | four
+
+
+def _gptq(values, tensors: Tensors, where: str) -> Opened:
+  scheme = gptq.parse(values, where)
+  found = _ending(tensors, gptq.MARK, gptq.NAMES)
+  some = list(found)[:_SAMPLES]
+  scheme = gptq.detected(
+    scheme, {module: _arrays(tensors, found[module]) for module in some}
+  )
+  read = functools.partial(gptq.from_tensors, scheme=scheme)
+  said = dict(values) | {
+    "checkpoint_format": gptq.config(scheme)["checkpoint_format"]
+  }
+  return _opened(found, tensors, read, said)
+
+
+def _compressed(values, tensors: Tensors, where: str) -> Opened:
+  config = compressed_config.parse(values, where)
+  found = _ending(tensors, "weight_scale", compressed_tensors.NAMES)
+  modules = {}
+  for module, names in found.items():
+    scheme = config.scheme(module)
+    if scheme is None:
+      raise UserError(
+        f"{where}: {module} has weight_scale, but no group is for it"
+      )
+    read = functools.partial(compressed_tensors.from_tensors, scheme=scheme)
+    modules |= _opened({module: names}, tensors, read, values).modules
+  used = frozenset(n for names in found.values() for n in names.values())
+  return Opened(modules, used, values)
+
+
+def _opened(
+  found: Modules, tensors: Tensors, read: Callable[..., QTensor], said
+) -> Opened:
+  def reader(module, names):
+    return lambda: read(_arrays(tensors, names), where=module)
+
+  modules = {module: reader(module, names) for module, names in found.items()}
+  used = frozenset(n for names in found.values() for n in names.values())
+  return Opened(modules, used, said)
+
+
+def _arrays(tensors: Tensors, names: Mapping[str, str]):
+  return {short: tensors[name].read() for short, name in names.items()}

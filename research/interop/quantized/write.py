@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.interop import hf, parts
+from research.interop import hf, parts, quantized
 from research.interop.hf import write as hf_write
 from research.interop.parts import Address
-from research.interop.quantized import hf_quant
-from research.interop.quantized.writers import Writer
+from research.interop.quantized.checkpoint_formats import Writer
 from research.interop.sources import Source
 from research.io import safetensors
 from research.lora.merge import changes
@@ -90,7 +89,7 @@ def write_model(
   safetensors.write_directory(directory, out, shard_size)
   config = hf_write.config_json(source.model, usual, dtype, source.hint)
   safetensors.write_json(
-    directory / "config.json", config | {hf_quant.CONFIG: said}
+    directory / "config.json", config | {quantized.CONFIG: said}
   )
   for name in writer.files:
     safetensors.write_json(directory / name, said)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from research import weights
-from research.interop import convert, load
-from research.interop.quantized import compressed_inputs, hf_quant
-from research.interop.quantized.writers import Compressed
+from research.interop import convert, load, quantized
+from research.interop.quantized import compressed_activations
+from research.interop.quantized.checkpoint_formats import Compressed
 from research.io import safetensors
 from research.quant.activations import InputTensor, RoundFloat
 from research.typing import UserError
@@ -58,7 +58,7 @@ def theirs(x, bits, kind, symmetric, over):
 )
 def test_numbers_are_its_own(kind, bits, symmetric, strategy):
   given = dict(num_bits=bits, type=kind, symmetric=symmetric, dynamic=True)
-  op = compressed_inputs.op_of(said(given | {"strategy": strategy}), "x")
+  op = compressed_activations.op_of(said(given | {"strategy": strategy}), "x")
   x = np.random.default_rng(0).standard_normal((3, 5, 64)).astype(np.float32)
   x[1, 2] *= 30
   over = -1 if strategy == "token" else None
@@ -88,7 +88,7 @@ def test_gradients_go_straight_through():
 )
 def test_others_are_refused_by_name(given, message):
   with pytest.raises(UserError, match=message):
-    compressed_inputs.op_of(said(*given), "config.json")
+    compressed_activations.op_of(said(*given), "config.json")
 
 
 def test_a_checkpoint_rounds_what_its_config_says(tmp_path):
@@ -96,7 +96,7 @@ def test_a_checkpoint_rounds_what_its_config_says(tmp_path):
   convert.to_quantized(plain(True), folder, Compressed(), True)
   want = load.load_model(folder)
   config = safetensors.read_json(folder / "config.json")
-  groups = config[hf_quant.CONFIG]["config_groups"]
+  groups = config[quantized.CONFIG]["config_groups"]
   for group in groups.values():
     group["input_activations"] = INT8
   safetensors.write_json(folder / "config.json", config)
