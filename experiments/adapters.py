@@ -264,12 +264,12 @@ def _diagnosed() -> dict[str, Any]:
 
 
 def _fidelity() -> dict[str, Any]:
-  from research.lora.merge import changes, merging
+  from research.lora.merge import changes, merge
 
   source = _one()
   params = source.params()
-  kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic(_SEED.value))
-  merged, losses = merging.merge(params, kinds[_ROUNDING.value], _DTYPE.value)
+  kinds = dict(nearest=changes.cast, stochastic=merge.Stochastic(_SEED.value))
+  merged, losses = merge.merge(params, kinds[_ROUNDING.value], _DTYPE.value)
   out = _told(
     {path: dataclasses.asdict(c) for path, c in losses.items()},
     least_kept=min(c.kept for c in losses.values()),
@@ -277,7 +277,7 @@ def _fidelity() -> dict[str, Any]:
   )
   if _TEXT.value is None:
     return out
-  compared = merging.outputs(source.model, params, merged, _tokens(source))
+  compared = merge.outputs(source.model, params, merged, _tokens(source))
   return out | dict(outputs=dataclasses.asdict(compared))
 
 

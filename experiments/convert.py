@@ -254,9 +254,9 @@ def _recipe(kind: str | None) -> Any:
 
 
 def _rounding() -> Any:
-  from research.lora.merge import changes, merging
+  from research.lora.merge import changes, merge
 
-  kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic())
+  kinds = dict(nearest=changes.cast, stochastic=merge.Stochastic())
   return kinds[_ROUNDING.value]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.core import config, runs
 from research.interop import load, sources
-from research.interop.diffusion import convert
+from research.interop.diffusion import from_autoregressive
 from research.typing import UserError
 
 
@@ -62,4 +62,4 @@ def filling(source: Any, token: str | None, block: int | None) -> Any:
         f"--mask_token={token}: no token of the model's, expected its text, "
         "an id, or new"
       )
-  return convert.source(source, index, block)
+  return from_autoregressive.source(source, index, block)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research.interop import gguf, ours, sources
+from research.interop import gguf, native, sources
 from research.interop import parts as part
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import write as gguf_write
@@ -227,9 +227,9 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
     origin["base"] = source.base_name
   config = hf_write.config_json(source.model, source.config, None, source.hint)
   with _whole(to) as draft:
-    ours.save(draft, source.model, params, config, origin)
+    native.save(draft, source.model, params, config, origin)
     if source.metadata is not None and _still(source):
-      gguf.write_gguf(draft / ours.METADATA, source.metadata, {})
+      gguf.write_gguf(draft / native.METADATA, source.metadata, {})
     else:
       _write_tokenizer(draft, source)
   return log

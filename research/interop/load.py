@@ -168,15 +168,15 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
 
 
 def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
-  from research.interop import ours
+  from research.interop import native
   from research.quant import untied
 
-  tied, params, source = ours.load(path, dtype, shardings)
+  tied, params, source = native.load(path, dtype, shardings)
   model = untied.untie_model(tied, params)
 
   def cast(params):
     params = untied.untie(tied, params)[1]
-    return ours.cast(params, dtype=dtype, packed=packed)
+    return native.cast(params, dtype=dtype, packed=packed)
 
   left = shardings is unread.left
   params = jax.eval_shape(cast, params) if left else cast(params)
@@ -186,7 +186,7 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   source = dict(format="orbax", path=str(path), came_from=source)
   config = safetensors.read_json(path / CONFIG)
   how = spec.from_config(config, str(path / CONFIG))
-  return Loaded(model, params, ours.tokenizer(path), source, how)
+  return Loaded(model, params, native.tokenizer(path), source, how)
 
 
 def tokenizer(path: pathlib.Path) -> Any:

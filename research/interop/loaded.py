@@ -8,7 +8,7 @@ from research.nn.transformer import Transformer
 from research.typing import Params
 
 NOTE = "heptad.json"
-"""In a checkpoint that `research.interop.ours` wrote."""
+"""In a checkpoint that `research.interop.native` wrote."""
 
 
 @dataclasses.dataclass(frozen=True)

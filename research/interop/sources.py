@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from research.interop import gguf, hf, load, ours
+from research.interop import gguf, hf, load, native
 from research.interop import parts as part
 from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
@@ -114,17 +114,17 @@ def _gguf(path: pathlib.Path) -> Source:
 
 
 def _ours(path: pathlib.Path) -> Source:
-  model, params, origin = ours.load(path)
+  model, params, origin = native.load(path)
   metadata = None
-  if (path / ours.METADATA).is_file():
-    metadata = gguf.open_gguf(path / ours.METADATA).metadata
+  if (path / native.METADATA).is_file():
+    metadata = gguf.open_gguf(path / native.METADATA).metadata
   base_name = origin.get("base")
   return Source(
     model=model,
     parts=part.from_params(params),
     params=lambda: params,
     origin=dict(format="orbax", path=str(path), came_from=dict(origin)),
-    tokenizer=ours.tokenizer(path),
+    tokenizer=native.tokenizer(path),
     files=path if metadata is None else None,
     config=safetensors.read_json(path / "config.json"),
     metadata=metadata,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.merge import merging
+from research.lora.merge import merge
 from research.nn.transformer import Transformer
 from research.quant.qtensor import QTensor
 from research.quant.quantize import Quantize
@@ -67,7 +67,7 @@ def report(
   params: Params,
   original: Params | None,
   tokens: Int[Array, "B T"],
-) -> dict[str, merging.Outputs]:
+) -> dict[str, merge.Outputs]:
   """Returns, for each mode, how its logits differ from the adapted model's.
 
   Args:
@@ -76,7 +76,7 @@ def report(
     tokens: rows that are read.
   """
   return {
-    mode: merging.outputs(model, params, merged(params, mode, original), tokens)
+    mode: merge.outputs(model, params, merged(params, mode, original), tokens)
     for mode in MODES
     if mode != "original" or original is not None
   }

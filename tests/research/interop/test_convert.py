@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import convert, gguf, load, ours, parts, peft, sources
+from research.interop import convert, gguf, load, native, parts, peft, sources
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import tensor_types
 from research.interop.loaded import NOTE
@@ -439,7 +439,7 @@ def test_a_damaged_checkpoint(change, text, llama, tmp_path):
 
 def test_a_checkpoint_without_its_arrays(llama, tmp_path):
   shutil.copytree(llama, tmp_path / "ours")
-  shutil.rmtree(tmp_path / "ours" / ours.ARRAYS)
+  shutil.rmtree(tmp_path / "ours" / native.ARRAYS)
   with pytest.raises(UserError, match="arrays"):
     load.load_model(tmp_path / "ours")
 

@@ -18,7 +18,7 @@ from research import tree, weights
 from research.interop import parts, peft
 from research.lora import adapt, to_lora, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.merge import changes, merge_modes, merging
+from research.lora.merge import changes, merge, merge_modes
 from research.lora.methods.ia3 import IA3
 from research.lora.optim import row_factors
 from research.nn import clock, conv
@@ -84,7 +84,7 @@ def test_they_are_found_by_their_paths():
 
 def test_merged():
   check(wrap.merge(adapted()))
-  got, losses = merging.merge(adapted())
+  got, losses = merge.merge(adapted())
   check(got)
   of_biases = {name for name in losses if name.endswith("_bias")}
   assert of_biases == {

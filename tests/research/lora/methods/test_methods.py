@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import ours
+from research.interop import native
 from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
@@ -393,5 +393,5 @@ def test_axes_name_every_array(method):
 
 @every
 def test_spelled_in_a_checkpoint(method):
-  note = json.loads(json.dumps(ours._describe(fresh(method, base()))))
-  assert ours._abstract(note, "weights").method == method
+  note = json.loads(json.dumps(native._describe(fresh(method, base()))))
+  assert native._abstract(note, "weights").method == method

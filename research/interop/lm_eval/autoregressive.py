@@ -1,17 +1,6 @@
-"""What lm-evaluation-harness asks of a model, as functions of ours.
-
-`loglikelihood`, `rolling` and `generate_until` need nothing but this library.
-`adapter` puts them behind the harness's own interface, and is the only place
-that imports it (extra `evaluation`; no torch is needed):
-
-  lm_eval.simple_evaluate(model=adapter(load_model(NAME)), tasks=[...])
-
-Models that fill in masks are asked by `lm_eval_diffusion`; what requests say is
-`lm_eval_requests`'.
-"""
+"""What lm-evaluation-harness asks of a model that predicts the next token."""
 
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +10,8 @@ import numpy as np
 from kernels_pallas.masks import Mask
 from research import weights
 from research.generation import generate
-from research.interop.lm_eval import lm_eval_diffusion, lm_eval_requests
-from research.interop.lm_eval.lm_eval_requests import Ids, context_of
+from research.interop.lm_eval import harness_requests
+from research.interop.lm_eval.harness_requests import Ids, context_of
 from research.interop.loaded import Loaded
 from research.nn.transformer import Transformer
 from research.text import special_tokens
@@ -48,7 +37,7 @@ def loglikelihood(
   return score(
     loaded.model,
     loaded.params,
-    [lm_eval_requests.encoded(loaded.tokenizer, *pair) for pair in pairs],
+    [harness_requests.encoded(loaded.tokenizer, *pair) for pair in pairs],
     batch,
     special_tokens.of_tokenizer(loaded.tokenizer),
   )
@@ -66,7 +55,7 @@ def rolling(
   _check(loaded)
   requests, owners = [], []
   for i, text in enumerate(texts):
-    parts = lm_eval_requests.windows(
+    parts = harness_requests.windows(
       loaded.tokenizer, context_of(loaded.model), text
     )
     requests += parts
@@ -97,7 +86,7 @@ def generate_until(
   _check(loaded)
   out = [""] * len(requests)
   params = generate.prepare(loaded.params, loaded.model)
-  for options, members in lm_eval_requests.grouped(requests).items():
+  for options, members in harness_requests.grouped(requests).items():
     for start in range(0, len(members), batch):
       part = members[start : start + batch]
       contexts = [requests[i][0] for i in part]
@@ -111,8 +100,9 @@ def _check(loaded: Loaded) -> None:
   if loaded.diffusion is not None:
     raise UserError(
       f"{loaded.source.get('path', 'the model')}: fills in masks; expected one "
-      "that predicts the next token.\nresearch.interop.lm_eval_diffusion asks "
-      "such models, and `adapter` either kind."
+      "that predicts the next token.\n"
+      "research.interop.lm_eval.lm_eval_diffusion asks such models, and "
+      "`adapter` either kind."
     )
 
 
@@ -191,7 +181,7 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
   room = max(1, context_of(loaded.model) - options.count)
   prompts = [
     tokenizer.special.truncate(tokenizer.prompt(text), room)
-    or [lm_eval_requests.prefix(tokenizer)]
+    or [harness_requests.prefix(tokenizer)]
     for text in contexts
   ]
   made: list[list[int]] = [[] for _ in prompts]
@@ -213,53 +203,4 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
       any(s in text for s in options.until) for text in texts
     ):
       break
-  return [lm_eval_requests.before(text, options.until) for text in texts]
-
-
-def adapter(
-  loaded: Loaded,
-  batch: int = 8,
-  masked: lm_eval_diffusion.Asking | None = None,
-) -> Any:
-  """Returns the model as an `lm_eval.api.model.LM`.
-
-  Args:
-    loaded: of either kind: one that fills in masks is asked as such.
-    batch: requests at a time.
-    masked: how a model that fills in masks is asked.
-
-  Raises:
-    UserError: the harness is not installed, or there is no tokenizer.
-  """
-  if loaded.tokenizer is None:
-    raise UserError(f"{loaded.source}: has no tokenizer, and tasks are text.")
-  try:
-    from lm_eval.api.model import LM
-  except ImportError as error:
-    raise UserError(
-      f"lm-evaluation-harness is not installed ({error}).\n"
-      "Install the extra: pip install 'heptad[evaluation]'."
-    ) from error
-
-  here: Any = sys.modules[__name__]
-  if loaded.diffusion is not None:
-    here = lm_eval_diffusion.bound(masked or lm_eval_diffusion.Asking())
-
-  class Heptad(LM):
-    """The harness's interface; each method is one of the functions above."""
-
-    tokenizer_name = "heptad"
-
-    def loglikelihood(self, requests, disable_tqdm=False):
-      return here.loglikelihood(loaded, [r.args for r in requests], batch)
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
-      return here.rolling(loaded, [r.args[0] for r in requests], batch)
-
-    def generate_until(self, requests, disable_tqdm=False):
-      return here.generate_until(loaded, [r.args for r in requests], batch)
-
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
-      return loaded.tokenizer.chat(chat_history, add_generation_prompt)
-
-  return Heptad()
+  return [harness_requests.before(text, options.until) for text in texts]

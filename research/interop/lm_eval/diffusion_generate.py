@@ -13,7 +13,7 @@ from research.diffusion.sampling.candidates import Options as Filling
 from research.diffusion.sampling.denoiser import Denoiser, Whole
 from research.diffusion.sampling.guided import Guided, with_prompt
 from research.interop.diffusion.spec import Spec
-from research.interop.lm_eval import lm_eval_requests as texts
+from research.interop.lm_eval import harness_requests as texts
 from research.interop.lm_eval.lm_eval_settings import (
   DEFAULT,
   Asking,
@@ -34,7 +34,7 @@ def generate_until(
 
   Args:
     loaded: the model.
-    requests: (context, options), see `lm_eval_requests.options_of`.
+    requests: (context, options), see `harness_requests.options_of`.
     batch: contexts continued at a time.
     how: see `Asking`.
   """

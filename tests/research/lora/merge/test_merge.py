@@ -11,7 +11,7 @@ import pytest
 
 from research import tree, weights
 from research.lora import adapt, wrap
-from research.lora.merge import changes, merging
+from research.lora.merge import changes, merge
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
 from tests import support
@@ -40,7 +40,7 @@ def adapted(size=0.1, dtype="float32"):
 
 
 def test_in_fp32_nothing_is_lost():
-  got, losses = merging.merge(adapted())
+  got, losses = merge.merge(adapted())
   want = jax.tree.map(weights.dense, adapted(), is_leaf=weights.is_weight)
   chex.assert_trees_all_close(got, want, atol=1e-6)
   assert set(losses) == {"embed"} | {
@@ -70,7 +70,7 @@ def matrix(relative, n=256):
 def test_small_updates_are_lost_in_bf16(relative, still, lost):
   """The shares are lora.md's, measured with PEFT."""
   params = matrix(relative)
-  got, losses = merging.merge(params)
+  got, losses = merge.merge(params)
   before = wrap.disable(params)["run0"]["layer0"]["x"]
   after = got["run0"]["layer0"]["x"]
   assert after.dtype == jnp.bfloat16
@@ -84,7 +84,7 @@ def test_what_the_base_loses_alone_is_not_the_updates():
   w = jnp.full((1, 8, 8), 1 + step / 4)
   steps = jnp.asarray(np.random.default_rng(0).integers(1, 9, (1, 8, 8)) * step)
   params = {"run0": {"layer0": {"x": lora(w, jnp.eye(8)[None], steps)}}}
-  _, losses = merging.merge(params, dtype="bfloat16")
+  _, losses = merge.merge(params, dtype="bfloat16")
   found = losses["layers/0/x"]
   assert (found.kept, found.fidelity) == (1, 0)
   assert found.max_abs_error == step / 4
@@ -95,12 +95,12 @@ def test_what_the_base_loses_alone_is_not_the_updates():
 @pytest.mark.parametrize("relative", [1e-2, 1e-3, 3e-4])
 def test_stochastic_rounding_keeps_them(relative):
   params = matrix(relative)
-  _, losses = merging.merge(params, merging.Stochastic(1))
+  _, losses = merge.merge(params, merge.Stochastic(1))
   found = losses["layers/0/x"]
   # Four deviations: an entry's noise is at most half a step of 2^-8.
   noise = 4 * 0.5 * 2**-8 / relative / 256
   assert abs(found.kept - 1) < noise
-  assert found.fidelity > merging.merge(params)[1]["layers/0/x"].fidelity
+  assert found.fidelity > merge.merge(params)[1]["layers/0/x"].fidelity
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16)], ids=str)
@@ -108,7 +108,7 @@ def test_stochastic_rounding_takes_a_neighbour(dtype):
   rng = np.random.default_rng(0)
   x = rng.standard_normal(2000).astype(np.float32)
   x[:3] = [0.0, 1.0, -1.5]
-  rounds = [merging.Stochastic(i) for i in range(400)]
+  rounds = [merge.Stochastic(i) for i in range(400)]
   draws = np.stack([r("w", x, dtype).astype(np.float32) for r in rounds])
   low, high = draws.min(0), draws.max(0)
   step = float(ml_dtypes.finfo(dtype).eps) * np.abs(x)
@@ -123,34 +123,34 @@ def test_stochastic_rounding_takes_a_neighbour(dtype):
 
 def test_stochastic_rounding_is_repeatable_and_finite():
   x = np.float32([65519.0, 6.1e-5, -65519.0])
-  one = merging.Stochastic(0)("w", x, np.dtype(np.float16))
+  one = merge.Stochastic(0)("w", x, np.dtype(np.float16))
   assert np.isfinite(one).all()
   np.testing.assert_array_equal(
-    one, merging.Stochastic(0)("w", x, np.dtype(np.float16))
+    one, merge.Stochastic(0)("w", x, np.dtype(np.float16))
   )
   wide = np.random.default_rng(0).standard_normal(999).astype(np.float32)
-  draws = [merging.Stochastic(0)(name, wide, BF16) for name in "ab"]
+  draws = [merge.Stochastic(0)(name, wide, BF16) for name in "ab"]
   assert (draws[0] != draws[1]).any()
   with pytest.raises(UserError, match="beyond the range"):
-    merging.Stochastic(0)("w", np.float32([1e6]), np.dtype(np.float16))
+    merge.Stochastic(0)("w", np.float32([1e6]), np.dtype(np.float16))
 
 
 def test_a_lossy_merge_is_refused():
   with pytest.raises(UserError) as error:
-    merging.merge(matrix(3e-4), least=changes.LEAST_KEPT)
+    merge.merge(matrix(3e-4), least=changes.LEAST_KEPT)
   text = str(error.value)
   assert "of the adapter's update would be left" in text
   assert "layers/0/x" in text
   assert "--lossy" in text
-  merging.merge(matrix(1e-2), least=changes.LEAST_KEPT)
-  merging.merge(matrix(1e-3), merging.Stochastic(), least=0.9)
-  merging.merge(matrix(3e-4), dtype="float32", least=changes.LEAST_KEPT)
+  merge.merge(matrix(1e-2), least=changes.LEAST_KEPT)
+  merge.merge(matrix(1e-3), merge.Stochastic(), least=0.9)
+  merge.merge(matrix(3e-4), dtype="float32", least=changes.LEAST_KEPT)
 
 
 def test_outputs():
   params, tokens = adapted(), support.tokens()
   base = wrap.disable(params)
-  found = merging.outputs(MODEL, base, params, tokens)
+  found = merge.outputs(MODEL, base, params, tokens)
 
   @jax.jit
   def logits(params):
@@ -160,7 +160,7 @@ def test_outputs():
   x, y = (np.asarray(logits(p), np.float64) for p in (base, params))
   p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (x, y))
   kl = (p * np.log(p / q)).sum(-1)
-  want = merging.Outputs(
+  want = merge.Outputs(
     max_logit=np.abs(x - y).max(),
     mean_logit=np.abs(x - y).mean(),
     kl=kl.mean(),
@@ -170,4 +170,4 @@ def test_outputs():
   )
   for name, value in vars(want).items():
     np.testing.assert_allclose(vars(found)[name], value, rtol=1e-3)
-  assert merging.outputs(MODEL, base, base, tokens).max_kl < 1e-6
+  assert merge.outputs(MODEL, base, base, tokens).max_kl < 1e-6
