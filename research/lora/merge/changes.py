@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.lora.merge import merged
+from research.lora.adapted import AdaptedBias, AdaptedTensor
 from research.typing import UserError
 
 
@@ -254,10 +254,30 @@ def read(weight: Any) -> Read:
   if isinstance(weight, np.ndarray):
     return Read(weight)  # a view of a file: JAX would copy it, twice
   weight = jax.tree.map(jnp.asarray, weight)
-  found = merged.in_float32(weight)
+  found = in_float32(weight)
   if found is not None:
     return Read(*found)
   return Read(np.asarray(weights.dense(weight)))
+
+
+def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns (merged, base), both float32; None for a weight without adapters.
+
+  Args:
+    weight: any, or a bias of `wrap.biases`; adapters on adapters all count.
+  """
+  if isinstance(weight, AdaptedBias):
+    base = jnp.asarray(weight.w).astype(jnp.float32)
+    return np.asarray(weight.matrix.bias_of(base)), np.asarray(base)
+  if not isinstance(weight, AdaptedTensor):
+    return None
+  below = in_float32(weight.w)
+  if below is None:
+    base = total = np.asarray(weights.dense(weight.w)).astype(np.float32)
+  else:
+    total, base = below
+  delta = dataclasses.replace(weight, w=jnp.asarray(total)).delta()
+  return total + np.asarray(delta), base
 
 
 def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -18,7 +18,7 @@ from research import tree, weights
 from research.interop import parts, peft
 from research.lora import adapt, to_lora, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.merge import changes, merge, merge_modes
+from research.lora.merge import changes, merge
 from research.lora.methods.ia3 import IA3
 from research.lora.optim import row_factors
 from research.nn import clock, conv
@@ -93,7 +93,7 @@ def test_merged():
   assert all(losses[name].update > 0 for name in of_biases)
 
 
-@pytest.mark.parametrize("mode", merge_modes.MODES)
+@pytest.mark.parametrize("mode", merge.MODES)
 def test_merged_over_a_packed_base(mode):
   first = base("llama_biases").params
   packed = Quantize(format=Affine(block=4))(first)
@@ -104,7 +104,7 @@ def test_merged_over_a_packed_base(mode):
     return leaf.map_base(lambda below: over(below, w))
 
   params = jax.tree.map(over, adapted(), packed, is_leaf=weights.is_weight)
-  check(merge_modes.merged(params, mode, first))
+  check(merge.merged(params, mode, first))
 
 
 def test_written_part_by_part():
