@@ -184,7 +184,6 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   from research import weights
   from research.generation import generate
   from research.interop import adapters
-  from research.interop.gguf import adapter as gguf_adapter
   from research.lora.serving import pool
   from research.quant.layouts import panels
 
@@ -196,8 +195,8 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
     return ready(loaded.params)
   if len(set(names)) == 1:
     place = places[names[0]]
-    return ready(gguf_adapter.load_any(place, loaded.params, loaded.model))
-  held = pool.fitted(loaded.params, loaded.model, places, adapters.read)
+    return ready(adapters.load_adapter(place, loaded.params, loaded.model))
+  held = pool.fitted(loaded.params, loaded.model, places, adapters.read_factors)
   held, ids = pool.use(held, names)
   return weights.bind(ready(held.params), ids=ids)
 

@@ -1,6 +1,6 @@
 """Adapters of either format by name: PEFT's directories and llama.cpp's files.
 
-`read` is what a pool of adapters (`research.lora.serving.pool`) asks for them.
+A pool of adapters (`research.lora.serving.pool`) reads them by `read_factors`.
 """
 
 import os
@@ -32,7 +32,7 @@ def load_adapter(
   return read(place, params, model)
 
 
-def read(
+def read_factors(
   place: pathlib.Path, params: Params, model: Transformer, rank: int
 ) -> Factors:
   """Returns the factors of an adapter of the base `params`.

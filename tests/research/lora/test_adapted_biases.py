@@ -104,7 +104,7 @@ def test_merged_over_a_packed_base(mode):
     return leaf.map_base(lambda below: over(below, w))
 
   params = jax.tree.map(over, adapted(), packed, is_leaf=weights.is_weight)
-  check(merge.merged(params, mode, first))
+  check(merge.merge_as(params, mode, first))
 
 
 def test_written_part_by_part():

@@ -70,7 +70,7 @@ def places(tmp_path_factory):
 
 def empty(**options):
   loaded = base()
-  chosen = dict(rank=4, read=adapters.read) | options
+  chosen = dict(rank=4, read=adapters.read_factors) | options
   return pool.create(loaded.params, loaded.model, **chosen)
 
 
@@ -211,7 +211,7 @@ def test_a_pool_made_to_fit(places, tmp_path):
     "d": saved(tmp_path / "d", adapted(3, MiSS(rank=4), ("v",))),
     "e": saved(tmp_path / "e", adapted(4, LoRA(rank=6), ("q",))),
   }
-  held = pool.fitted(base().params, base().model, places, adapters.read)
+  held = pool.fitted(base().params, base().model, places, adapters.read_factors)
   assert (len(held.slots), held.rank, held.names) == (5, 6, (*"abcde",))
   held, ids = pool.use(held, ["d", "e"])
   ids_in, model = support.tokens(2, 5, vocab=60), base().model
@@ -293,7 +293,9 @@ def test_an_adapter_with_nan_reaches_no_other_row():
 )
 def test_adapters_that_bring_weights_whole(name, base):
   loaded = load.load_model(TINY.parent / base)
-  held = pool.create(loaded.params, loaded.model, rank=16, read=adapters.read)
+  held = pool.create(
+    loaded.params, loaded.model, rank=16, read=adapters.read_factors
+  )
   with pytest.raises(UserError) as error:
     pool.add(held, "x", TINY.parent / f"peftfull_{name}")
   assert "whole" in str(error.value) or "another model" in str(error.value)
