@@ -92,11 +92,14 @@ def _hf(path: pathlib.Path) -> Source:
 
 
 def _gguf(path: pathlib.Path) -> Source:
+  from research.interop.gguf import architectures as gguf_architectures
   from research.interop.gguf import read as gguf_read
 
   file = gguf.open_gguf(path)
   model, parts, tokenizer = gguf_read.open_model(str(path), file)
-  config = hf_config.describe(model, gguf_read.model_type(file))
+  config = hf_config.describe(
+    model, gguf_architectures.model_type(file.metadata)
+  )
 
   def params():
     # Types of their own, so layers that differ get runs of their own.

@@ -23,14 +23,16 @@ from research.interop.gguf import config as gguf_config
 from research.interop.gguf import names as gguf_names
 from research.interop.gguf import read as gguf_read
 from research.interop.gguf import tensor_types
-from research.interop.gguf import write as gguf_write
+from research.interop.gguf.architectures import ARCHITECTURES
+from research.interop.gguf.container import DTYPES
+from research.interop.gguf.recipe import FILE_TYPES
 from research.lora import plain, wrap
 from research.lora.merge import changes
 from research.lora.plain import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
-TYPES = ("F32", "F16", "BF16")
+TYPES = tuple(DTYPES)
 _KIND, _ARCH, _ALPHA = (
   "adapter.type",
   "general.architecture",
@@ -62,8 +64,8 @@ def _matrices(
   """Returns every matrix that can be named, by our address."""
   rows = {row.path: row for row in (*gguf_names.TOP, *gguf_names.ROWS)}
   a = model.layer_kinds()[0].attention
-  turned = gguf_config.ARCHITECTURES[arch].interleaved
-  fold = gguf_write.folded(model, arch)
+  turned = ARCHITECTURES[arch].interleaved
+  fold = gguf_config.folded(model, arch)
   out = {}
   for address, size in wrap.matrices(params).items():
     layer, _, inner = address.removeprefix("layers/").partition("/")
@@ -86,7 +88,7 @@ def architecture(model: Transformer, hint: str | None = None) -> str:
     model: of a family that llama.cpp has.
     hint: model_type to try first.
   """
-  return gguf_write.metadata(model, hint, "")[0][_ARCH]
+  return gguf_config.metadata_from_model(model, hint, "")[0][_ARCH]
 
 
 def alpha_of(found: Mapping[str, Factors]) -> float:
@@ -155,7 +157,7 @@ def save(
     _ARCH: arch,
     "general.type": "adapter",
     "general.name": name,
-    "general.file_type": gguf_write.FILE_TYPES[kind],
+    "general.file_type": FILE_TYPES[kind],
     _KIND: "lora",
     _ALPHA: np.float32(alpha),
   }
@@ -169,7 +171,7 @@ def _encoded(name: str, x: np.ndarray, kind: str, log: changes.Log) -> Any:
     changes.cast(name, x, np.dtype(np.float16))
   raw = tensor_types.encode(kind, x)
   got = tensor_types.decode(kind, raw, x.shape)
-  log.compared(name, "float32", gguf_read.DTYPES[kind], changes.Read(x), got)
+  log.compared(name, "float32", DTYPES[kind], changes.Read(x), got)
   return gguf.Tensor(kind, x.shape, raw)
 
 

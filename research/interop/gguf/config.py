@@ -1,44 +1,35 @@
-"""GGUF metadata as a family and sizes; every key is used or refused."""
+"""GGUF metadata: a family and its sizes, both ways.
+
+Every key of a file is used or refused, and what is written is read back and has
+to give the same model. What an architecture says without a key is in
+`architectures`, rotations are in `rope`.
+"""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from research.interop.gguf import GGUF, gguf_experts
 from research.interop.gguf import rope as gguf_rope
+from research.interop.gguf.architectures import (
+  ARCHITECTURES,
+  OF_MODEL_TYPE,
+  Architecture,
+  model_type,
+)
+from research.interop.gguf.container import GGUF, Tensor
+from research.interop.hf import config as hf_config
+from research.interop.hf.families import MODEL_TYPES
 from research.nn import presets
+from research.nn.block import Block
+from research.nn.moe import Moe
+from research.nn.moe.routing import Routing
 from research.nn.rope import Linear, Scaling, Yarn
+from research.nn.transformer import Transformer
 from research.typing import UserError
 
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-  """What a `general.architecture` says without saying it.
-
-  Attributes:
-    family: in `presets.FAMILIES`.
-    interleaved: whether the converter reordered query and key rows.
-    local_theta: of windowed layers, where llama.cpp hard-codes it.
-    scaled_by_width: depths whose logits are scaled by `(D/N)^-0.5` (27B).
-  """
-
-  family: str
-  interleaved: bool = False
-  local_theta: float | None = None
-  scaled_by_width: tuple[int, ...] = ()
-
-
-ARCHITECTURES = {
-  "llama": Architecture("llama", interleaved=True),
-  "qwen2": Architecture("qwen2"),
-  "qwen3": Architecture("qwen3"),
-  "qwen3moe": Architecture("qwen3_moe"),
-  "gemma": Architecture("gemma"),
-  "gemma2": Architecture("gemma2", scaled_by_width=(46,)),
-  "gemma3": Architecture("gemma3", local_theta=1e4, scaled_by_width=(62,)),
-}
 NO_TOKENIZER: Mapping[str, Any] = {"tokenizer.ggml.model": "none"}
 """The keys of no tokenizer; a file without any is none that llama.cpp opens."""
 
@@ -113,7 +104,9 @@ class _Keys:
       self.fail(key, value, "no such key: this feature is not supported")
 
 
-def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
+def sizes_from_metadata(
+  path: str, file: GGUF
+) -> tuple[presets.Family, presets.Sizes, bool]:
   """Returns family, sizes, and whether query and key rows are interleaved.
 
   Args:
@@ -145,12 +138,9 @@ def config(path: str, file: GGUF) -> tuple[presets.Family, presets.Sizes, bool]:
   if rotated != head_dim:
     keys.fail("rope.dimension_count", rotated, f"the head's {head_dim}")
   hidden = keys.needed("feed_forward_length")
-  sparse = gguf_experts.read(keys, name, hidden)
-  base = kind.family
-  if name == "llama" and (window or sparse):
-    base = "mixtral" if sparse else "mistral"
+  sparse = _experts(keys, kind, hidden)
   family = dataclasses.replace(
-    presets.FAMILIES[base],
+    presets.FAMILIES[MODEL_TYPES[model_type(file.metadata)].preset],
     **{flag: tensor in file.tensors for flag, tensor in _BIASES.items()},
   )
   scaled = depth in kind.scaled_by_width
@@ -187,9 +177,30 @@ def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
   return not isinstance(kind, str) or kind not in ("none", "no_vocab")
 
 
-def pattern_of(architecture: str) -> tuple[str, ...]:
-  """Returns the kinds of layers where a file does not say."""
-  return presets.FAMILIES[ARCHITECTURES[architecture].family].pattern
+def _experts(
+  keys: _Keys, architecture: Architecture, hidden: int
+) -> presets.Sparse | None:
+  """Returns the experts that a file's keys describe, or None.
+
+  Args:
+    keys: the architecture's.
+    architecture: of the file.
+    hidden: its `feed_forward_length`.
+
+  Raises:
+    UserError: a key is missing, or more experts are used than there are.
+  """
+  own = architecture.expert_size
+  if not own and not keys.left.get("expert_count"):
+    return None
+  experts = keys.needed("expert_count")
+  active = keys.needed("expert_used_count")
+  if active > experts:
+    keys.fail("expert_used_count", active, f"at most the {experts} experts")
+  if own:
+    hidden = keys.needed("expert_feed_forward_length")
+  routing = Routing(experts=experts, active=active)
+  return presets.Sparse(routing=routing, hidden=hidden)
 
 
 def _pattern(
@@ -227,3 +238,132 @@ def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
     fast=keys.real("rope.scaling.yarn_beta_fast", 32.0),
     slow=keys.real("rope.scaling.yarn_beta_slow", 1.0),
   )
+
+
+def metadata_from_model(
+  model: Transformer, hint: str | None, name: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+  """Returns the metadata of `model`, and tensors that belong to it.
+
+  Inverts `sizes_from_metadata`; `check_described` reads it back.
+
+  Args:
+    model: of a family that llama.cpp has an architecture for.
+    hint: model_type to try first.
+    name: `general.name`.
+
+  Raises:
+    UserError: GGUF has no way to say what this model computes.
+  """
+  kind = hf_config.describe(model, hint)["model_type"]
+  arch = OF_MODEL_TYPE.get(kind)
+  if arch is None:
+    raise UserError(
+      f"GGUF: no architecture for model_type {kind!r}; expected one of "
+      f"{', '.join(OF_MODEL_TYPE)}"
+    )
+  kinds = model.layer_kinds()
+  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
+  a = wide.attention
+  out: dict[str, Any] = {
+    "vocab_size": model.vocab_size,
+    "context_length": model.max_positions or 2_048,
+    "embedding_length": model.width,
+    "block_count": len(kinds),
+    "feed_forward_length": wide.mlp.hidden,
+    "attention.head_count": a.heads,
+    "attention.head_count_kv": a.kv_heads,
+    "attention.key_length": a.head_dim,
+    "attention.value_length": a.head_dim,
+    "attention.layer_norm_rms_epsilon": float(model.norm.eps),
+    "rope.dimension_count": a.head_dim,
+    "rope.freq_base": float(a.rope.theta),
+  }
+  out |= _windows(model, arch) | _expert_keys(kinds, arch)
+  for key, value in (
+    ("attn_logit_softcapping", a.softcap),
+    ("final_logit_softcapping", model.softcap),
+  ):
+    if value is not None:
+      out[key] = float(value)
+  keys, extra = gguf_rope.spelled(a)
+  found = {"general.architecture": arch, "general.name": name}
+  found |= {"general.quantization_version": 2}
+  found |= {f"{arch}.{key}": value for key, value in (out | keys).items()}
+  return found, extra
+
+
+def _windows(model: Transformer, arch: str) -> dict[str, Any]:
+  attentions = [k.attention for k in model.layer_kinds()]
+  local = [a for a in attentions if a.window is not None]
+  if not local:
+    return {}
+  out: dict[str, Any] = {"attention.sliding_window": local[0].window}
+  if arch == "gemma3":
+    out["rope.freq_base_swa"] = float(local[0].rope.theta)
+  if arch.startswith("gemma"):
+    wide = [i for i, a in enumerate(attentions) if a.window is None]
+    every = wide[0] + 1 if wide else len(attentions) + 1
+    if every != len(ARCHITECTURES[arch].pattern):
+      out["attention.sliding_window_pattern"] = every
+  return out
+
+
+def _expert_keys(kinds: Sequence[Block], architecture: str) -> dict[str, int]:
+  """Returns the keys of layers' experts, without the architecture's name.
+
+  Raises:
+    UserError: some layers have experts, and others none.
+  """
+  dense = [i for i, kind in enumerate(kinds) if not isinstance(kind.mlp, Moe)]
+  if len(dense) == len(kinds):
+    return {}
+  if dense:
+    raise UserError(
+      f"GGUF: layer {dense[0]} has no experts, and others have; expected them "
+      f"in every layer of a {architecture!r}. Keep the model as --format=hf"
+    )
+  routing = kinds[0].mlp.routing
+  out = {
+    "expert_count": routing.experts,
+    "expert_used_count": routing.active,
+  }
+  if ARCHITECTURES[architecture].expert_size:
+    out["expert_feed_forward_length"] = kinds[0].mlp.hidden
+  return out
+
+
+def folded(model: Transformer, arch: str) -> float:
+  """Returns what the queries take of a scale that no key can hold."""
+  kinds = model.layer_kinds()
+  a, usual = kinds[0].attention, kinds[0].attention.head_dim ** -0.5
+  scale = usual if a.scale is None else a.scale
+  if len(kinds) in ARCHITECTURES[arch].scaled_by_width:
+    usual = (model.width / a.heads) ** -0.5
+  fold = scale / usual
+  return 1.0 if math.isclose(fold, 1.0, rel_tol=1e-12) else fold
+
+
+def check_described(model: Transformer, file: GGUF) -> None:
+  """Raises UserError unless the file, read back, is `model`."""
+  family, sizes, _ = sizes_from_metadata("GGUF", file)
+  again = presets.transformer(family, sizes, model.dtype)
+
+  def plain(m: Transformer):
+    # Both scales are compared as one number, the weights' share included.
+    return [
+      k.clone(attention=gguf_rope.bare(k.attention.clone(scale=None)))
+      for k in m.layer_kinds()
+    ]
+
+  same = plain(again) == plain(model) and gguf_rope.alike(again, model)
+  for field in ("vocab_size", "width", "norm", "tied", "softcap"):
+    same = same and getattr(again, field) == getattr(model, field)
+  same = same and math.isclose(again.embed_scale, model.embed_scale)
+  scales = {k.attention.scale for k in model.layer_kinds()}
+  if not same or len(scales) > 1:
+    raise UserError(
+      "GGUF: architecture "
+      f"{file.metadata['general.architecture']!r} cannot describe this model: "
+      "reading it back gives another one.\nKeep it as --format=hf."
+    )

@@ -20,6 +20,9 @@ from research.io import mapped
 from research.typing import UserError
 
 MAGIC = b"GGUF"
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""ggml's types that are plain numbers -> their names here."""
+
 _ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 16
 _MAX_NAME = 1 << 16
@@ -68,6 +71,17 @@ class Tensor:
   def decode(self) -> np.ndarray:
     """Returns the float32 array it stands for."""
     return decode(self.type, self.data, self.shape)
+
+  def expert(self, number: int) -> "Tensor":
+    """Returns one matrix of a stack; no byte is read."""
+    count, *shape = self.shape
+    size = self.stored.size // count
+    start, stop = number * size, (number + 1) * size
+    if isinstance(self.stored, mapped.Bytes):
+      stored = self.stored.part(start, stop)
+    else:
+      stored = self.stored[start:stop]
+    return Tensor(self.type, tuple(shape), stored)
 
 
 @dataclasses.dataclass(frozen=True)

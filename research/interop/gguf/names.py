@@ -2,9 +2,7 @@
 
 import dataclasses
 
-from research.interop.gguf import gguf_experts
 from research.nn import presets
-from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +12,8 @@ class Row:
   Attributes:
     path: ours, inside the tree or inside a layer.
     name: GGUF's, inside the file or after `blk.N.`.
-    dims: letters of GGUF's shape (numpy order); `Q` is `N*H`, `K` is `K*H`.
+    dims: letters of GGUF's shape (numpy order); `Q` is `N*H`, `K` is `K*H`, `E`
+      the number of experts.
     when: the family's flag without which it does not exist, or None.
     heads: the size whose heads llama's converter interleaved, or None.
   """
@@ -55,32 +54,14 @@ ROWS = (
   Row("mlp/down_bias", "ffn_down.bias", "D", "mlp_bias"),
   Row("post_mlp_norm/scale", "post_ffw_norm.weight", "D", "post_norm"),
 )
-EXPERT_ROWS = tuple(Row(p, *row) for p, row in gguf_experts.NAMES.items())
-"""In place of those of `mlp/`."""
-
-_LLAMAS = (
-  "rope_freqs.weight",
-  *(r.name for r in ROWS if r.when in ("out_bias", "mlp_bias")),
+ROUTER = "mlp/router"
+EXPERT_ROWS = (
+  Row(ROUTER, "ffn_gate_inp.weight", "ED"),
+  Row("mlp/experts/gate", "ffn_gate_exps.weight", "EFD"),
+  Row("mlp/experts/up", "ffn_up_exps.weight", "EFD"),
+  Row("mlp/experts/down", "ffn_down_exps.weight", "EDF"),
 )
-_UNKNOWN = {
-  **dict.fromkeys(("qwen2", "qwen3", "qwen3moe", "gemma3"), _LLAMAS),
-  **dict.fromkeys(("gemma", "gemma2"), (*_LLAMAS, "output.weight")),
-}
-"""Architecture -> tensors that llama.cpp does not know there."""
-
-
-def check_known(name: str, architecture: str) -> None:
-  """Raises UserError where llama.cpp would not open a file with a tensor.
-
-  Args:
-    name: GGUF's, without the layer.
-    architecture: of the file.
-  """
-  if name in _UNKNOWN.get(architecture, ()):
-    raise UserError(
-      f"GGUF: {name}: llama.cpp has none in architecture {architecture!r}, and "
-      "does not open a file with one.\nKeep the model as --format=hf"
-    )
+"""In place of those of `mlp/`: matrices of a layer's experts are one tensor."""
 
 
 def of_model(family: presets.Family, sizes: presets.Sizes) -> list[Row]:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import tree
-from research.interop.gguf import GGUF, Tensor, gguf_experts, open_gguf
+from research.interop.gguf import GGUF, Tensor, open_gguf
 from research.interop.gguf import names as gguf_names
-from research.interop.gguf.config import config, has_tokenizer
+from research.interop.gguf.config import has_tokenizer, sizes_from_metadata
+from research.interop.gguf.container import DTYPES
 from research.interop.gguf.names import Row
 from research.interop.gguf.tensor_types import TYPES, decode, require
 from research.interop.loaded import Loaded
@@ -28,9 +29,6 @@ from research.nn.transformer import Transformer
 from research.quant.formats import ggml
 from research.training import memory
 from research.typing import UserError
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""ggml's types that are plain numbers -> their names here."""
 
 _PIECE = 1 << 20
 """Numbers that are decoded at once, about."""
@@ -129,7 +127,7 @@ class _Matrix:
 
   def expert(self, number: int) -> "_Matrix":
     """Returns one of a stack's."""
-    return _Matrix(gguf_experts.one(self.tensor, number))
+    return _Matrix(self.tensor.expert(number))
 
   def vector(self, index: unread.Index) -> np.ndarray:
     """Returns a part of a vector, float32."""
@@ -165,7 +163,7 @@ def _leaf(
     lead += first.shape[:1]
     stored = [m.expert(e) for m in stored for e in range(lead[1])]
     first = stored[0].tensor
-  packed = packed and row.path != gguf_experts.ROUTER
+  packed = packed and row.path != gguf_names.ROUTER
   if packed and ggml.packs(first.type, first.shape):
     axis = -1 if row.path == "embed" else -2
     kind = TYPES[first.type]
@@ -228,17 +226,6 @@ def _first(leaf: Any) -> Any:
   return jax.tree.map(lambda x: x.first(), leaf)
 
 
-def model_type(file: GGUF) -> str | None:
-  """Returns the model_type that a config.json would have, if one is meant."""
-  name = str(file.metadata.get("general.architecture"))
-  if name == "llama" and file.metadata.get("llama.expert_count"):
-    return "mixtral"
-  if name == "llama" and "llama.attention.sliding_window" in file.metadata:
-    return "mistral"
-  theirs = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
-  return theirs.get(name, name)
-
-
 def open_model(
   path: str, file: GGUF
 ) -> tuple[Transformer, dict[Address, Part], Any]:
@@ -251,7 +238,7 @@ def open_model(
   Raises:
     UserError: it is not exactly a model that is supported.
   """
-  family, sizes, turned = config(path, file)
+  family, sizes, turned = sizes_from_metadata(path, file)
   _check(path, file, family, sizes)
   tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
   model = presets.transformer(family, sizes)
@@ -281,7 +268,7 @@ def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
         out[Address(i, row.path)] = part(row, tensor)
         continue
       for e in range(tensor.shape[0]):
-        one = part(row, gguf_experts.one(tensor, e))
+        one = part(row, tensor.expert(e))
         out[Address(i, row.path, e)] = one
   return out
 
@@ -312,7 +299,7 @@ def load_gguf(
   """
   path = str(path)
   file = open_gguf(path)
-  family, sizes, turned = config(path, file)
+  family, sizes, turned = sizes_from_metadata(path, file)
   _check(path, file, family, sizes)
   tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
   model = presets.transformer(family, sizes, dtype or "float32")

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from research.interop.gguf import gguf_experts, mixtures, tensor_types
+from research.interop.gguf import mixtures, tensor_types
+from research.interop.gguf.container import DTYPES
+from research.interop.gguf.names import ROUTER
 from research.interop.parts import Address, Part
 from research.nn.moe import Moe
 from research.nn.transformer import Transformer
@@ -34,12 +36,7 @@ FILE_TYPES = {
 A mixture of `research.interop.gguf.mixtures`, or else a type for every matrix.
 """
 
-_PLAIN = {
-  "float32": "F32",
-  "float64": "F32",
-  "float16": "F16",
-  "bfloat16": "BF16",
-}
+_PLAIN = {"float64": "F32"} | {v: k for k, v in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +93,7 @@ class Recipe:
     Raises:
       UserError: blocks do not divide rows, or the type is none of weights.
     """
-    if len(part.shape) == 1 or address.path == gguf_experts.ROUTER:
+    if len(part.shape) == 1 or address.path == ROUTER:
       return "F32", "F32"
     if self.kind in mixtures.MIXTURES:
       path = address.path.replace("mlp/experts/", "mlp/")

@@ -19,104 +19,21 @@ from research.interop.gguf import (
   GGUF,
   Pending,
   Tensor,
-  gguf_experts,
   nbytes,
   tensor_types,
   write_gguf,
 )
 from research.interop.gguf import config as gguf_config
-from research.interop.gguf import names as gguf_names
-from research.interop.gguf import rope as gguf_rope
+from research.interop.gguf.architectures import ARCHITECTURES, check_known
+from research.interop.gguf.container import DTYPES
 from research.interop.gguf.names import EXPERT_ROWS, ROWS, TOP
-from research.interop.gguf.read import DTYPES, interleaved
+from research.interop.gguf.read import interleaved
 from research.interop.gguf.recipe import FILE_TYPES, Recipe
-from research.interop.hf import config as hf_config
 from research.interop.parts import Address, Part, Parts, ordered
 from research.lora.merge import changes
-from research.nn import presets
 from research.nn.transformer import Transformer
 from research.quant.formats import ggml
 from research.typing import UserError
-
-ARCHITECTURES = {
-  "llama": "llama",
-  "mistral": "llama",
-  "qwen2": "qwen2",
-  "qwen3": "qwen3",
-  "mixtral": "llama",
-  "qwen3_moe": "qwen3moe",
-  "gemma": "gemma",
-  "gemma2": "gemma2",
-  "gemma3_text": "gemma3",
-}
-"""model_type -> `general.architecture`."""
-
-
-def metadata(
-  model: Transformer, hint: str | None, name: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-  """Returns the metadata of `model`, and tensors that belong to it.
-
-  Args:
-    model: of a family that llama.cpp has an architecture for.
-    hint: model_type to try first.
-    name: `general.name`.
-
-  Raises:
-    UserError: GGUF has no way to say what this model computes.
-  """
-  kind = hf_config.describe(model, hint)["model_type"]
-  arch = ARCHITECTURES.get(kind)
-  if arch is None:
-    raise UserError(
-      f"GGUF: no architecture for model_type {kind!r}; expected one of "
-      f"{', '.join(ARCHITECTURES)}"
-    )
-  kinds = model.layer_kinds()
-  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
-  a = wide.attention
-  out: dict[str, Any] = {
-    "vocab_size": model.vocab_size,
-    "context_length": model.max_positions or 2_048,
-    "embedding_length": model.width,
-    "block_count": len(kinds),
-    "feed_forward_length": wide.mlp.hidden,
-    "attention.head_count": a.heads,
-    "attention.head_count_kv": a.kv_heads,
-    "attention.key_length": a.head_dim,
-    "attention.value_length": a.head_dim,
-    "attention.layer_norm_rms_epsilon": float(model.norm.eps),
-    "rope.dimension_count": a.head_dim,
-    "rope.freq_base": float(a.rope.theta),
-  }
-  out |= _windows(model, arch) | gguf_experts.spelled(kinds, arch)
-  for key, value in (
-    ("attn_logit_softcapping", a.softcap),
-    ("final_logit_softcapping", model.softcap),
-  ):
-    if value is not None:
-      out[key] = float(value)
-  keys, extra = gguf_rope.spelled(a)
-  found = {"general.architecture": arch, "general.name": name}
-  found |= {"general.quantization_version": 2}
-  found |= {f"{arch}.{key}": value for key, value in (out | keys).items()}
-  return found, extra
-
-
-def _windows(model: Transformer, arch: str) -> dict[str, Any]:
-  attentions = [k.attention for k in model.layer_kinds()]
-  local = [a for a in attentions if a.window is not None]
-  if not local:
-    return {}
-  out: dict[str, Any] = {"attention.sliding_window": local[0].window}
-  if arch == "gemma3":
-    out["rope.freq_base_swa"] = float(local[0].rope.theta)
-  if arch.startswith("gemma"):
-    wide = [i for i, a in enumerate(attentions) if a.window is None]
-    every = wide[0] + 1 if wide else len(attentions) + 1
-    if every != len(gguf_config.pattern_of(arch)):
-      out["attention.sliding_window_pattern"] = every
-  return out
 
 
 def tensors(
@@ -151,10 +68,10 @@ def tensors(
   kinds = model.layer_kinds()
   a = kinds[0].attention
   arch = given["general.architecture"]
-  turned = gguf_config.ARCHITECTURES[arch].interleaved
-  fold = folded(model, arch)
+  turned = ARCHITECTURES[arch].interleaved
+  fold = gguf_config.folded(model, arch)
   for name in extra:
-    gguf_names.check_known(name, arch)
+    check_known(name, arch)
   # What makes the queries: their norm, where they have one.
   queries = ("attention/q_norm/scale",)
   if a.qk_norm is None:
@@ -164,7 +81,7 @@ def tensors(
     row, part = rows.get(address.path), alike[0]
     if row is None:
       raise UserError(f"GGUF: no name for {address} of this model")
-    gguf_names.check_known(row.name, arch)
+    check_known(row.name, arch)
     layer = "" if address.layer is None else f"blk.{address.layer}."
     name = layer + row.name
     flip = len(part.shape) == 2 and row.path != "embed"
@@ -187,7 +104,7 @@ def tensors(
       shape = (len(alike), *shape)
     out[name] = Pending(which, shape, make)
     stubs[name] = Tensor(which, shape, np.zeros(0, np.uint8))
-  _check(model, GGUF(dict(given), stubs), fold)
+  gguf_config.check_described(model, GGUF(dict(given), stubs))
   return out, otherwise
 
 
@@ -210,17 +127,6 @@ def _stacked(name: str, alike: list[Part], how: tuple[Any, ...]):
     return np.concatenate([make() for make in makers])
 
   return make
-
-
-def folded(model: Transformer, arch: str) -> float:
-  """Returns what the queries take of a scale that no key can hold."""
-  kinds = model.layer_kinds()
-  a, usual = kinds[0].attention, kinds[0].attention.head_dim ** -0.5
-  scale = usual if a.scale is None else a.scale
-  if len(kinds) in gguf_config.ARCHITECTURES[arch].scaled_by_width:
-    usual = (model.width / a.heads) ** -0.5
-  fold = scale / usual
-  return 1.0 if math.isclose(fold, 1.0, rel_tol=1e-12) else fold
 
 
 def _maker(
@@ -280,31 +186,6 @@ def _encoded(name: str, which: str, x: np.ndarray, importance) -> np.ndarray:
     raise UserError(f"{name}: {e}") from e
 
 
-def _check(model: Transformer, file: GGUF, fold: float) -> None:
-  """Raises UserError unless the file, read back, is `model`."""
-  family, sizes, _ = gguf_config.config("GGUF", file)
-  again = presets.transformer(family, sizes, model.dtype)
-
-  def plain(m: Transformer):
-    # Both scales are compared as one number, the weights' share included.
-    return [
-      k.clone(attention=gguf_rope.bare(k.attention.clone(scale=None)))
-      for k in m.layer_kinds()
-    ]
-
-  same = plain(again) == plain(model) and gguf_rope.alike(again, model)
-  for field in ("vocab_size", "width", "norm", "tied", "softcap"):
-    same = same and getattr(again, field) == getattr(model, field)
-  same = same and math.isclose(again.embed_scale, model.embed_scale)
-  scales = {k.attention.scale for k in model.layer_kinds()}
-  if not same or len(scales) > 1:
-    raise UserError(
-      "GGUF: architecture "
-      f"{file.metadata['general.architecture']!r} cannot describe this model: "
-      "reading it back gives another one.\nKeep it as --format=hf."
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Written:
   """What a file has become.
@@ -347,7 +228,7 @@ def write_model(
     tokenizer: its `tokenizer.*` keys, where `given` has none; without any the
       file says that it has no tokenizer.
   """
-  found, extra = metadata(model, hint, name)
+  found, extra = gguf_config.metadata_from_model(model, hint, name)
   if given is not None:
     found = dict(given)
   if not any(key.startswith("tokenizer.") for key in found):

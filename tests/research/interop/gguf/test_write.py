@@ -127,7 +127,9 @@ def test_llama3s_rotations_come_back(name, tmp_path):
     file.tensors["rope_freqs.weight"].decode(), plain / want, rtol=1e-6
   )
   metadata = {k: v for k, v in file.metadata.items() if "scaling" not in k}
-  sizes = gguf_config.config("x", gguf.GGUF(metadata, file.tensors))[1]
+  sizes = gguf_config.sizes_from_metadata(
+    "x", gguf.GGUF(metadata, file.tensors)
+  )[1]
   got = sizes.scaling.frequencies(theta, dim, None)[0]
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
