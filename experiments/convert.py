@@ -244,12 +244,12 @@ def _writer(name: str, kind: str | None, source: Any) -> Any:
 
 def _recipe(kind: str | None) -> Any:
   """Returns what the matrices of a GGUF file are stored in."""
-  from research.interop.gguf import gguf_imatrix
+  from research.interop.gguf import imatrix
   from research.interop.gguf import recipe as gguf_recipe
 
   importances = None
   if _IMATRIX.value is not None:
-    importances = gguf_imatrix.read(_IMATRIX.value).means()
+    importances = imatrix.read(_IMATRIX.value).means()
   return gguf_recipe.Recipe(kind, _FALLBACK.value, importances)
 
 

@@ -8,7 +8,8 @@ import pytest
 from experiments import convert, imatrix
 from experiments.core import cli
 from research.interop import gguf
-from research.interop.gguf import gguf_imatrix, tensor_types
+from research.interop.gguf import imatrix as gguf_imatrix
+from research.interop.gguf import tensor_types
 from tests import support_gguf
 
 

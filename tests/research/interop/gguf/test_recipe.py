@@ -11,7 +11,7 @@ import pytest
 
 from research import tree, weights
 from research.interop import convert, gguf, sources
-from research.interop.gguf import gguf_imatrix, imatrix, mixtures, tensor_types
+from research.interop.gguf import imatrix, mixtures, tensor_types
 from research.interop.gguf.read import load_gguf
 from research.interop.gguf.recipe import FILE_TYPES, Recipe
 from research.quant import qtensor
@@ -194,8 +194,8 @@ def test_importances_are_sums_of_squares(collected):
 
 def test_a_file_of_importances_comes_back(collected, tmp_path):
   found = collected[-1]
-  gguf_imatrix.write(tmp_path / "i.gguf", found)
-  again = gguf_imatrix.read(tmp_path / "i.gguf")
+  imatrix.write(tmp_path / "i.gguf", found)
+  again = imatrix.read(tmp_path / "i.gguf")
   assert (again.windows, again.length) == (3, 10)
   assert again.counts == found.counts
   chex.assert_trees_all_equal(again.squares, found.squares)
@@ -278,4 +278,4 @@ def test_bad_files_of_importances(metadata, arrays, message, tmp_path):
     metadata = {"general.type": "imatrix"}
   gguf.write_gguf(tmp_path / "i.gguf", metadata, found)
   with pytest.raises(UserError, match=message):
-    gguf_imatrix.read(tmp_path / "i.gguf")
+    imatrix.read(tmp_path / "i.gguf")
