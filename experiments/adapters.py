@@ -327,7 +327,7 @@ def _validated() -> dict[str, Any]:
     raise UserError(f"--from={path}: expected a directory with an adapter")
   base = sources.open_source(str(load.base_of(folder)[1]))
   params = base.params()
-  naming = peft_names.of_config(base.config)
+  naming = peft_names.naming_of_config(base.config)
   everything = full_weights.base_weights(params, base.model, naming)
   found = validate.findings(
     safetensors.read_json(folder / load.ADAPTER_CONFIG),
@@ -372,7 +372,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return common | reads[_OP.value]()
   cli.required(to=_TO.value)
   to = pathlib.Path(_TO.value)
-  convert.free(to)
+  convert.check_free(to)
   source, params, told = writes[_OP.value]()
   made = dataclasses.replace(source, params=lambda: params)
   convert.to_peft(made, to)

@@ -282,7 +282,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       f"--dtype={_DTYPE.value}: expected one of {', '.join(hf.DTYPES)}"
     )
   to, start = pathlib.Path(_TO.value), time.perf_counter()
-  convert.free(to)
+  convert.check_free(to)
   recipe = _recipe(kind) if name == "gguf" else None
   source = convert_sources.source(_FROM.value)
   source = convert_sources.filling(source, _MASK_TOKEN.value, _BLOCK.value)

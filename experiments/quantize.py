@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.training import memory
 
   to = pathlib.Path(_TO.value)
-  convert.free(to)
+  convert.check_free(to)
   job, text = config.read(_CONFIG.value, _SET.value, root=quantizing.Job)
   loaded, params, reports = job.run(cli.say)
   seconds = time.perf_counter() - start

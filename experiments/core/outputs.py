@@ -94,7 +94,7 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
   loaded = built.loaded
-  naming = peft_names.of_source(loaded.source)
+  naming = peft_names.naming_of_source(loaded.source)
   peft.save_adapter(folder, params, loaded.model, base, naming=naming)
   return True
 

@@ -46,7 +46,7 @@ def _whole(to: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def free(to: pathlib.Path) -> None:
+def check_free(to: pathlib.Path) -> None:
   """Raises UserError if writing to `to` would replace something."""
   if to.is_dir() and not any(to.iterdir()):
     return
@@ -77,7 +77,7 @@ def to_hf(
   Raises:
     UserError: less is left, so nothing is written.
   """
-  free(to)
+  check_free(to)
   log = changes.Log()
   kept = dtype
   if kept is None and all(p.packed for p in _matrices(source)):
@@ -126,7 +126,7 @@ def to_gguf(
     What changed, why the tokenizer stayed behind ("" if it did not), and what
     the file takes.
   """
-  free(to)
+  check_free(to)
   log, keys, reason = changes.Log(), {}, ""
   kept = source.metadata
   if kept is not None and not _still(source):
@@ -159,7 +159,7 @@ def to_gguf(
 def to_quantized(
   source: sources.Source,
   to: pathlib.Path,
-  writer: checkpoint_formats.Writer,
+  writer: checkpoint_formats.CheckpointFormat,
   requantize: bool = False,
   dtype: str | None = None,
   shard_size: int = safetensors.SHARD_SIZE,
@@ -179,7 +179,7 @@ def to_quantized(
   Raises:
     UserError: something does not fit, or less is left, so nothing is written.
   """
-  free(to)
+  check_free(to)
   log = changes.Log()
   with _whole(to) as draft:
     quantized_write.write_model(
@@ -211,7 +211,7 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
     source: any.
     to: a new directory.
   """
-  free(to)
+  check_free(to)
   params, log = source.params(), changes.Log()
   have = part.from_params(params)
   for address, p in have.items():
@@ -219,8 +219,8 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
     if before == p.kind:
       log.same(str(address), before, p.kind)
     else:
-      found = changes.read(source.parts[address].read())
-      got = changes.read(p.read()).array.astype(np.float32)
+      found = changes.dense_weight(source.parts[address].read())
+      got = changes.dense_weight(p.read()).array.astype(np.float32)
       log.compared(str(address), before, p.kind, found, got)
   origin = {k: v for k, v in source.origin.items() if _plain(v)}
   if source.base_name is not None:
@@ -260,7 +260,7 @@ def to_peft(
   from research.interop.peft import names as peft_names
   from research.lora import wrap
 
-  free(to)
+  check_free(to)
   name = base or source.base_name
   if name is None:
     raise UserError(
@@ -281,7 +281,7 @@ def to_peft(
       use_rslora,
       different,
       source.model.vocab_size != under.model.vocab_size,
-      peft_names.of_config(under.config),
+      peft_names.naming_of_config(under.config),
     )
   log = changes.Log()
   for tensor, x in safetensors.open_file(to / peft.WEIGHTS).items():
@@ -305,7 +305,7 @@ def to_gguf_adapter(
   from research.interop.gguf import adapter as gguf_adapter
   from research.lora import wrap
 
-  free(to)
+  check_free(to)
   params, base = source.params(), source.base
   if base is not None:
     whole = differing(part.from_params(wrap.disable(params)), base)
@@ -342,6 +342,6 @@ def differing(mine: part.Parts, base: sources.Source) -> set[str]:
 def _equal(a: part.Part, b: part.Part, turned: bool) -> bool:
   if a.shape != (b.shape[::-1] if turned else b.shape):
     return False
-  x, y = (changes.read(p.read()).array for p in (a, b))
+  x, y = (changes.dense_weight(p.read()).array for p in (a, b))
   y = y.T if turned else y
   return np.array_equal(x, jnp.asarray(y).astype(x.dtype))

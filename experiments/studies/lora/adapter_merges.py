@@ -25,7 +25,7 @@ def check(
   if to is None:
     cli.required(text=text)
   else:
-    convert.free(pathlib.Path(to))
+    convert.check_free(pathlib.Path(to))
     if mode == "original":
       cli.required(original=original)
   if text is not None:

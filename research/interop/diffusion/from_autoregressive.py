@@ -122,6 +122,6 @@ def _grown(path: str, part: parts.Part) -> parts.Part:
   shape = tuple(n + (i == axis) for i, n in enumerate(part.shape))
 
   def read():
-    return _longer(changes.read(part.read()).array, axis)
+    return _longer(changes.dense_weight(part.read()).array, axis)
 
   return parts.Part(shape, "float32" if part.packed else part.kind, read)

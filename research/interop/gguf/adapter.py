@@ -171,7 +171,7 @@ def _encoded(name: str, x: np.ndarray, kind: str, log: changes.Log) -> Any:
     changes.cast(name, x, np.dtype(np.float16))
   raw = tensor_types.encode(kind, x)
   got = tensor_types.decode(kind, raw, x.shape)
-  log.compared(name, "float32", DTYPES[kind], changes.Read(x), got)
+  log.compared(name, "float32", DTYPES[kind], changes.DenseWeight(x), got)
   return gguf.Tensor(kind, x.shape, raw)
 
 

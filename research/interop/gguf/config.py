@@ -223,7 +223,7 @@ def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
   factors = file.tensors.get("rope_freqs.weight")
   if factors is not None:
     found = factors.decode().reshape(-1)
-    return gguf_rope.llama3(keys.path, found, theta, dim, original)
+    return gguf_rope.llama3_from_factors(keys.path, found, theta, dim, original)
   if kind == "none" or factor in (None, 1.0):
     return None
   if kind == "linear":
@@ -286,7 +286,7 @@ def metadata_from_model(
   ):
     if value is not None:
       out[key] = float(value)
-  keys, extra = gguf_rope.spelled(a)
+  keys, extra = gguf_rope.to_metadata(a)
   found = {"general.architecture": arch, "general.name": name}
   found |= {"general.quantization_version": 2}
   found |= {f"{arch}.{key}": value for key, value in (out | keys).items()}
@@ -352,11 +352,13 @@ def check_described(model: Transformer, file: GGUF) -> None:
   def plain(m: Transformer):
     # Both scales are compared as one number, the weights' share included.
     return [
-      k.clone(attention=gguf_rope.bare(k.attention.clone(scale=None)))
+      k.clone(attention=gguf_rope.without_llama3(k.attention.clone(scale=None)))
       for k in m.layer_kinds()
     ]
 
-  same = plain(again) == plain(model) and gguf_rope.alike(again, model)
+  same = plain(again) == plain(model) and gguf_rope.same_frequencies(
+    again, model
+  )
   for field in ("vocab_size", "width", "norm", "tied", "softcap"):
     same = same and getattr(again, field) == getattr(model, field)
   same = same and math.isclose(again.embed_scale, model.embed_scale)

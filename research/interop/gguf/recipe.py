@@ -97,13 +97,13 @@ class Recipe:
       return "F32", "F32"
     if self.kind in mixtures.MIXTURES:
       path = address.path.replace("mlp/experts/", "mlp/")
-      kind = mixtures.wanted(self.kind, path, address.layer, shape)
+      kind = mixtures.wanted_type(self.kind, path, address.layer, shape)
     else:
       kind = self.kind or _PLAIN.get(part.kind, part.kind)
     tensor_types.require(kind, f"GGUF: {name}")
     if kind in ACTIVATIONS:
       raise UserError(f"GGUF: {name} has type {kind}, which is no weight's")
-    taken = mixtures.fitted(f"GGUF: {name}", kind, columns, self.fallback)
+    taken = mixtures.stored_type(f"GGUF: {name}", kind, columns, self.fallback)
     return kind, taken
 
   def importance(self, name: str, columns: int) -> np.ndarray | None:

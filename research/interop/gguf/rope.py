@@ -25,7 +25,7 @@ _LENGTH = 8192
 """Theirs, too."""
 
 
-def spelled(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_metadata(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
   """Returns the keys and tensors that say how a rotation is extended."""
   match a.rope.scaling:
     case None:
@@ -64,14 +64,14 @@ def spelled(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
   )
 
 
-def bare(a: Attention) -> Attention:
+def without_llama3(a: Attention) -> Attention:
   """Returns it without Llama 3's scaling, of which files hold what it does."""
   if a.rope is None or not isinstance(a.rope.scaling, Llama3):
     return a
   return a.clone(rope=dataclasses.replace(a.rope, scaling=None))
 
 
-def alike(one: Transformer, other: Transformer) -> bool:
+def same_frequencies(one: Transformer, other: Transformer) -> bool:
   """Whether rotations of Llama 3's scaling have the same frequencies."""
 
   def frequencies(m):
@@ -90,7 +90,7 @@ def alike(one: Transformer, other: Transformer) -> bool:
   return x.shape == y.shape and np.allclose(x, y, rtol=1e-6, atol=0)
 
 
-def llama3(
+def llama3_from_factors(
   path: str, factors: np.ndarray, theta: float, dim: int, original: int | None
 ) -> Llama3:
   """Returns the scaling whose divisors of the frequencies are `factors`.

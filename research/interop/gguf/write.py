@@ -138,7 +138,7 @@ def _maker(
       raw = ggml.to_ggml(weight)
       log.same(name, part.kind, which)
       return (raw if order is None else raw[order]).reshape(-1)
-    found = changes.read(weight)
+    found = changes.dense_weight(weight)
     stored, base = found.array, found.base
     if flip:
       stored, base = stored.T, None if base is None else base.T

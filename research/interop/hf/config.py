@@ -80,7 +80,7 @@ def text_fields(config: Mapping[str, Any], where: str) -> Fields:
       values.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
     config, where, kind = values, inner.where, values["model_type"]
   if kind in llada.KINDS:
-    config = llada.as_known(config, where)
+    config = llada.to_known_config(config, where)
     kind = config["model_type"]
   if kind == "Dream":
     # Qwen2, but for what it is asked: its mask.
@@ -126,7 +126,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     counts == "flag" and not fields.flag("use_sliding_window")
   ):
     window = None
-  theta, local_theta, scaling = hf_rope.rotation(
+  theta, local_theta, scaling = hf_rope.from_config(
     fields, separate_local=kind == "gemma3_text"
   )
   query_scale = None
@@ -140,7 +140,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     kv_heads=kv_heads,
     hidden=fields.integer("intermediate_size"),
     head_dim=head_dim,
-    sparse=hf_experts.read(fields, kind),
+    sparse=hf_experts.from_config(fields, kind),
     rotated=_rotated(fields, kind, head_dim),
     theta=theta,
     scaling=scaling,
@@ -258,9 +258,9 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
     rms_norm_eps=model.norm.eps,
     tie_word_embeddings=model.tied,
     torch_dtype=model.dtype,
-    **hf_rope.spelled(a.rope),
+    **hf_rope.to_config(a.rope),
   )
-  config |= hf_experts.spelled(kinds, model_type)
+  config |= hf_experts.to_config(kinds, model_type)
   if model_type in ("llama", "qwen3", "qwen3_moe") or a.out_bias:
     config["attention_bias"] = a.out_bias
   if model_type == "llama":

@@ -8,7 +8,7 @@ it writes the layout that it computes with:
   mlp.experts.down_proj     [E, D, F]
   mlp.gate.weight           [E, D]      whatever the family calls its router
 
-`apart` takes it apart into one tensor each.
+`unstack` takes it apart into one tensor each.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ _HELD = {
 }
 
 
-def read(fields: Fields, kind: str) -> presets.Sparse | None:
+def from_config(fields: Fields, kind: str) -> presets.Sparse | None:
   """Returns the experts that a config.json of `kind` describes, if any.
 
   `router_jitter_noise` and the weights of balance losses change training in
@@ -124,7 +124,7 @@ def _dense(fields: Fields, depth: int) -> tuple[int, ...]:
   return tuple(i for i in range(depth) if i in named or (i + 1) % every)
 
 
-def spelled(kinds: Sequence[Block], model_type: str) -> dict[str, Any]:
+def to_config(kinds: Sequence[Block], model_type: str) -> dict[str, Any]:
   """Returns the fields that describe layers of such `kinds`, as read."""
   sparse = [kind.mlp for kind in kinds if isinstance(kind.mlp, Moe)]
   if not sparse or not MODEL_TYPES[model_type].expert_fields:
@@ -168,7 +168,7 @@ def _llada2_spelled(kinds: Sequence[Block], moe: Moe) -> dict[str, Any]:
   )
 
 
-def apart(
+def unstack(
   model: Transformer,
   rows: hf_names.Table,
   tensors: Mapping[str, quantized.Tensor],

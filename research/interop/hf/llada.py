@@ -95,7 +95,7 @@ def is_mixture(config: Mapping[str, Any]) -> bool:
   return config.get("model_type") in KINDS and "d_model" not in config
 
 
-def as_known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def to_known_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns the config.json of the Llama or Qwen3-MoE that a LLaDA's describes.
 
   Args:
@@ -105,10 +105,14 @@ def as_known(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   Raises:
     UserError: it is another architecture, or of the wrong types.
   """
-  return (as_qwen3_moe if is_mixture(config) else as_llama)(config, where)
+  return (to_qwen3_moe_config if is_mixture(config) else to_llama_config)(
+    config, where
+  )
 
 
-def as_qwen3_moe(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def to_qwen3_moe_config(
+  config: Mapping[str, Any], where: str
+) -> dict[str, Any]:
   """Returns the config.json of the Qwen3-MoE that a LLaDA-MoE's describes."""
   fields = Fields(config, where, _MIXTURE)
   fields.neutral(_NOT_IN_MIXTURES)
@@ -153,7 +157,7 @@ def as_qwen3_moe(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   )
 
 
-def as_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def to_llama_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Returns the config.json of the Llama that a LLaDA's describes.
 
   Args:
@@ -190,7 +194,7 @@ def as_llama(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   )
 
 
-def as_llamas[T](tensors: Mapping[str, T]) -> dict[str, T]:
+def to_llama_names[T](tensors: Mapping[str, T]) -> dict[str, T]:
   """Returns LLaDA's tensors under the names of Llama's; others keep theirs."""
 
   def name(theirs: str) -> str:
@@ -204,8 +208,8 @@ def as_llamas[T](tensors: Mapping[str, T]) -> dict[str, T]:
   return {name(theirs): x for theirs, x in tensors.items()}
 
 
-def as_lladas[T](tensors: Mapping[str, T]) -> dict[str, T]:
-  """Returns Llama's tensors under the names of LLaDA's; undoes `as_llamas`.
+def to_llada_names[T](tensors: Mapping[str, T]) -> dict[str, T]:
+  """Returns Llama's tensors under LLaDA's names; undoes `to_llama_names`.
 
   Raises:
     UserError: one of them has no such name.

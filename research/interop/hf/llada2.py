@@ -80,7 +80,7 @@ def check(fields: Fields) -> None:
       raise fields.wrong(name, f"{values[-1]!r}: no other is supported")
 
 
-def as_usual(
+def to_qwen3_moe_names(
   tensors: Mapping[str, Any], heads: int, kv_heads: int
 ) -> dict[str, Any]:
   """Returns the tensors under the usual names, unread; others keep theirs.
@@ -125,8 +125,8 @@ def _cut(tensor: Lazy, heads: tuple[int, ...]) -> list[Lazy]:
   return out
 
 
-def official(tensors: Mapping[str, Pending]) -> dict[str, Pending]:
-  """Returns tensors under the names of LLaDA 2's files; undoes `as_usual`."""
+def to_llada2_names(tensors: Mapping[str, Pending]) -> dict[str, Pending]:
+  """Returns tensors under LLaDA 2's names; undoes `to_qwen3_moe_names`."""
   outside = {ours: theirs for theirs, ours in _OUTSIDE.items()}
   layer = {ours: theirs for theirs, ours in MODULES.items()}
   out: dict[str, Pending] = {}

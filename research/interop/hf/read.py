@@ -197,7 +197,7 @@ def _packed_params(model, rows, places, tensors, dtype) -> dict[str, Any]:
       into[first.path] = (
         leaves[0]
         if first.expert is None
-        else quantized.joined(leaves, slot.path)
+        else quantized.stack_weights(leaves, slot.path)
       )
   return tree.stack(
     unread.nested(outside),
@@ -280,19 +280,19 @@ def open_model(
   """
   directory = pathlib.Path(directory)
   file = directory / "config.json"
-  config, said = quantized.config_of(safetensors.read_json(file), directory)
+  config, said = quantized.split_config(safetensors.read_json(file), directory)
   family, sizes = hf_config.sizes_from_config(config, str(file))
   model = presets.transformer(family, sizes, dtype)
   tensors: dict[str, Any] = safetensors.open_directory(directory)
   if said is not None:
-    tensors, said = quantized.opened(said, tensors, directory)
+    tensors, said = quantized.open_tensors(said, tensors, directory)
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
   if config["model_type"] == llada.KIND:
-    tensors = llada.as_llamas(tensors)
+    tensors = llada.to_llama_names(tensors)
   if config["model_type"] == llada2.KIND:
-    tensors = llada2.as_usual(tensors, sizes.heads, sizes.kv_heads)
-  tensors = hf_experts.apart(model, hf_names.table(model), tensors)
+    tensors = llada2.to_qwen3_moe_names(tensors, sizes.heads, sizes.kv_heads)
+  tensors = hf_experts.unstack(model, hf_names.table(model), tensors)
   if said is not None:
     known = _wanted(hf_names.table(model), slots(model))
     tensors = quantized.without_zero_biases(tensors, known)

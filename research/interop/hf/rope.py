@@ -39,7 +39,7 @@ _ROPE_FIELDS = {
 }
 
 
-def rotation(
+def from_config(
   fields: Fields, separate_local: bool
 ) -> tuple[float, float | None, rope.Scaling | None]:
   """Returns theta, the local layers' theta (None if shared), the scaling.
@@ -139,7 +139,7 @@ def _scaling(fields: Fields, given: Fields) -> rope.Scaling | None:
   )
 
 
-def spelled(value: rope.Rope) -> dict[str, Any]:
+def to_config(value: rope.Rope) -> dict[str, Any]:
   """Returns the fields of config.json for a rotation, in the old spelling.
 
   Every version of transformers reads that one.

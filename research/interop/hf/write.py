@@ -64,7 +64,7 @@ def _named(rows: hf_names.Table, address: Address) -> tuple[str, bool]:
 
 def _maker(name: str, part: Part, kind: str, transposed: bool, log, rounding):
   def make():
-    found = changes.read(part.read())
+    found = changes.dense_weight(part.read())
     to = changes.cast if found.base is None else rounding
     x = to(name, found.array, _dtype(kind))
     if found.base is not None:
@@ -136,7 +136,7 @@ def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return given
   how = spec.from_config(given)
   said = {spec.FIELD: how.spelled()} if how is not None else {}
-  return llada.as_known(given, "config.json") | said
+  return llada.to_known_config(given, "config.json") | said
 
 
 def _describes(config: Mapping[str, Any], model: Transformer) -> bool:
@@ -165,8 +165,8 @@ def write_model(
   found = tensors(model, parts, dtype, log, rounding)
   kind = config["model_type"]
   if kind in llada.KINDS and not llada.is_mixture(config):
-    found = llada.as_lladas(found)
+    found = llada.to_llada_names(found)
   elif kind == llada2.KIND:
-    found = llada2.official(found)
+    found = llada2.to_llada2_names(found)
   safetensors.write_directory(directory, found, shard_size)
   safetensors.write_json(directory / "config.json", config)

@@ -35,7 +35,7 @@ MOST_MOVED = 1 / 8
 float16 in between, one in 16 is."""
 
 
-def notes(params: Params, without: Collection[str] = ()) -> dict[str, str]:
+def header(params: Params, without: Collection[str] = ()) -> dict[str, str]:
   """Returns what to write of the base under the adapters in `params`.
 
   Args:

@@ -145,7 +145,7 @@ def read(
   return out
 
 
-def written(
+def to_tensors(
   directory: Any, found: Mapping[str, AdaptedTensor], params: Params
 ) -> tuple[dict[str, np.ndarray], dict[str, LoRA], list[str]]:
   """Returns what a file says of adapters on stacked experts.

@@ -41,7 +41,7 @@ def _same(name: str) -> str:
 
 
 def _llada(name: str) -> str:
-  return next(iter(llada.as_lladas({name: None})))
+  return next(iter(llada.to_llada_names({name: None})))
 
 
 def _llada2(name: str) -> str:
@@ -75,7 +75,7 @@ EMBEDDINGS = {n.embedding for n in (USUAL, LLADA, LLADA2)}
 """Modules whose adapters are those of embeddings."""
 
 
-def of_config(config: Mapping[str, Any] | None) -> Naming:
+def naming_of_config(config: Mapping[str, Any] | None) -> Naming:
   """Returns the names of the model that a config.json describes."""
   kind = config.get("model_type") if config else None
   if kind == llada2.KIND:
@@ -85,16 +85,16 @@ def of_config(config: Mapping[str, Any] | None) -> Naming:
   return USUAL
 
 
-def of_source(source: Mapping[str, Any]) -> Naming:
+def naming_of_source(source: Mapping[str, Any]) -> Naming:
   """Returns the names of a loaded model, given where it came from."""
   config, path = source.get("config"), source.get("path")
   if config is None and path is not None:
     file = pathlib.Path(path) / "config.json"
     config = safetensors.read_json(file) if file.is_file() else None
-  return of_config(config)
+  return naming_of_config(config)
 
 
-def of_keys(keys: Iterable[str]) -> Naming:
+def naming_of_keys(keys: Iterable[str]) -> Naming:
   """Returns the names that an adapter's file has, in doubt the usual ones."""
   found = list(keys)
   if any(".model.transformer." in key for key in found):
@@ -104,7 +104,7 @@ def of_keys(keys: Iterable[str]) -> Naming:
   return USUAL
 
 
-def check(modules: Iterable[str], where: Any) -> None:
+def check_not_fused(modules: Iterable[str], where: Any) -> None:
   """Raises UserError for an adapter on what is a part of a module."""
   parts = sorted(m for m in modules if FUSED in m)
   if parts:
@@ -115,7 +115,7 @@ def check(modules: Iterable[str], where: Any) -> None:
     )
 
 
-def named(
+def to_tensors(
   module: str, method: Method, arrays: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
   """Returns a module's tensors by their names in the file."""
@@ -141,7 +141,9 @@ def shapes_of(
   Of the types only the kind matters: a float, or a whole number.
   """
   arrays = _started(method, Place(*size, embedding=module in EMBEDDINGS))
-  return jax.eval_shape(lambda x: named(module, method, x, size), dict(arrays))
+  return jax.eval_shape(
+    lambda x: to_tensors(module, method, x, size), dict(arrays)
+  )
 
 
 # Modules of one size are many, and each start would be traced.

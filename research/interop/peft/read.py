@@ -76,7 +76,7 @@ def open_adapter(
   tensors, notes = safetensors.open_with_metadata(file)
   base_name = fields.get("base_model_name_or_path")
   base_fingerprint.check(file, base_name, notes, params)
-  naming = peft_names.of_keys(tensors)
+  naming = peft_names.naming_of_keys(tensors)
   params, model = _untied(fields, kind, params, model, naming)
   # --- what the configuration says ---
   modules = peft_names.modules(params, model, naming)

@@ -72,13 +72,13 @@ def save_adapter(
   stacked = {path: found.pop(path) for path in stacked if path in found}
   every = found | stacked
   _check(every, {*modules, *stacked}, directory)
-  peft_names.check([modules[path] for path in found], directory)
+  peft_names.check_not_fused([modules[path] for path in found], directory)
   sizes = wrap.matrices(params)
   beside = not all(isinstance(w.method, Tokens) for w in every.values())
   tensors, methods, rows = _exported(
     directory, found, modules, sizes, use_rslora, beside
   )
-  more, parameters, names = peft_experts.written(directory, stacked, params)
+  more, parameters, names = peft_experts.to_tensors(directory, stacked, params)
   tensors |= more
   parameters = {k: _stated(m, use_rslora) for k, m in parameters.items()}
   if parameters:
@@ -102,7 +102,7 @@ def save_adapter(
     rows,
     (parameters, names),
   )
-  notes = {"format": "pt"} | base_fingerprint.notes(params, replaced)
+  notes = {"format": "pt"} | base_fingerprint.header(params, replaced)
   _write(directory, tensors | kept, notes, config)
 
 
@@ -156,7 +156,9 @@ def _exported(directory, found: Found, modules, sizes, use_rslora, beside):
     if isinstance(method, Tokens):
       method = dataclasses.replace(method, beside=beside)
     arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}
-    for key, x in peft_names.named(module, method, arrays, sizes[path]).items():
+    for key, x in peft_names.to_tensors(
+      module, method, arrays, sizes[path]
+    ).items():
       tensors[key] = _joined(tensors[key], x) if key in tensors else x
     for name, least in method.shared_shapes().items():
       shared[peft_names.key(module, name, method)] = least

@@ -37,7 +37,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 @runtime_checkable
-class Writer(Protocol):
+class CheckpointFormat(Protocol):
   """A tool's checkpoints.
 
   Attributes:
@@ -154,8 +154,8 @@ class Gptq:
     bits: that are wanted, or None for those of most matrices.
     group: that is wanted, 0 for all inputs; None for that of most matrices.
     version: that is wanted; the other one where zeros are 0.
-    head: as in `Writer`. transformers opens no packed head: it says that the
-      weight is missing, and draws one.
+    head: as in `CheckpointFormat`. transformers opens no packed head: it says
+      that the weight is missing, and draws one.
   """
 
   bits: int | None = None

@@ -73,7 +73,7 @@ def _whole(x: unread.Unread) -> np.ndarray:
   return np.asarray(x.read(tuple(slice(0, n) for n in x.shape)))
 
 
-def config_of(
+def split_config(
   config: Mapping[str, Any], directory: pathlib.Path
 ) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
   """Returns (config.json without it, the `quantization_config` or None).
@@ -104,10 +104,10 @@ def config_of(
 def is_quantized(directory: pathlib.Path) -> bool:
   """Whether the model in a directory says that it is quantized."""
   config = safetensors.read_json(directory / "config.json")
-  return config_of(config, directory)[1] is not None
+  return split_config(config, directory)[1] is not None
 
 
-def opened(
+def open_tensors(
   said: Mapping[str, Any],
   tensors: Mapping[str, safetensors.Lazy],
   directory: pathlib.Path,
@@ -178,7 +178,7 @@ def without_zero_biases(
   return {k: t for k, t in tensors.items() if not superfluous(k)}
 
 
-def joined(leaves: Sequence[Any], where: str) -> Any:
+def stack_weights(leaves: Sequence[Any], where: str) -> Any:
   """Returns weights of unread arrays behind a leading axis.
 
   Raises:

@@ -18,7 +18,7 @@ from research import weights
 from research.interop import hf, parts, quantized
 from research.interop.hf import write as hf_write
 from research.interop.parts import Address
-from research.interop.quantized.checkpoint_formats import Writer
+from research.interop.quantized.checkpoint_formats import CheckpointFormat
 from research.interop.sources import Source
 from research.io import safetensors
 from research.lora.merge import changes
@@ -48,7 +48,7 @@ class _Module:
 def write_model(
   directory: pathlib.Path,
   source: Source,
-  writer: Writer,
+  writer: CheckpointFormat,
   requantize: bool,
   dtype: str | None,
   shard_size: int,
@@ -96,7 +96,7 @@ def write_model(
 
 
 def _modules(
-  source: Source, writer: Writer
+  source: Source, writer: CheckpointFormat
 ) -> tuple[dict[Address, _Module], list[str]]:
   """Returns (matrices to be packed, names of linear modules that are not)."""
   rows, out, plain = hf.table(source.model), {}, []
@@ -125,7 +125,7 @@ def _modules(
 
 
 def _settled(
-  modules: Mapping[Address, _Module], writer: Writer, requantize: bool
+  modules: Mapping[Address, _Module], writer: CheckpointFormat, requantize: bool
 ) -> tuple[Any, dict[Address, _Module]]:
   """Returns what the config says, and modules whose `found` is of that."""
   given = [m.found for m in modules.values() if m.found is not None]
@@ -151,7 +151,7 @@ def _settled(
 class _Maker:
   """Makes modules' tensors when their turn comes, and tells the log once."""
 
-  def __init__(self, writer: Writer, scheme: Any, log: changes.Log):
+  def __init__(self, writer: CheckpointFormat, scheme: Any, log: changes.Log):
     self.writer, self.scheme, self.log = writer, scheme, log
     self.format = writer.format(scheme)
     self.known: dict[Any, Any] = {}
@@ -180,7 +180,7 @@ class _Maker:
   def _made(self, module: _Module) -> tuple[Any, Mapping[str, np.ndarray]]:
     w = module.part.read()
     if module.found is None:
-      w = self._packed(module, changes.read(w).array)
+      w = self._packed(module, changes.dense_weight(w).array)
     return w, self.writer.tensors(w, self.scheme, module.name)
 
   def _tensors(self, module: _Module) -> Mapping[str, np.ndarray]:
@@ -195,7 +195,7 @@ class _Maker:
     if module.found is not None:
       self.log.same(name, before, before)
       return
-    read = changes.read(module.part.read())
+    read = changes.dense_weight(module.part.read())
     got, alone = np.asarray(weights.dense(w)), None
     if read.base is not None:
       alone = np.asarray(weights.dense(self._packed(module, read.base)))

@@ -171,7 +171,7 @@ class Log:
     name: str,
     before: str,
     after: str,
-    read: "Read",
+    was: "DenseWeight",
     got: np.ndarray,
     alone: np.ndarray | None = None,
   ) -> None:
@@ -179,14 +179,14 @@ class Log:
 
     Args:
       name, before, after: see `Change`.
-      read: as it was.
+      was: as it was.
       got: as it is.
       alone: what its base is without an adapter; None for the same as before.
     """
     found = Comparison()
     for rows in pieces(got):
-      base, own = (None if x is None else x[rows] for x in (read.base, alone))
-      found.add(read.array[rows], got[rows], base, own)
+      base, own = (None if x is None else x[rows] for x in (was.base, alone))
+      found.add(was.array[rows], got[rows], base, own)
     self.changes.append(found.change(name, before, after))
 
   def summary(self) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class DenseWeight:
   """A weight as plain numbers.
 
   Attributes:
@@ -249,15 +249,15 @@ class Read:
   base: np.ndarray | None = None
 
 
-def read(weight: Any) -> Read:
+def dense_weight(weight: Any) -> DenseWeight:
   """Returns what a weight of any kind stands for; adapters merge in fp32."""
   if isinstance(weight, np.ndarray):
-    return Read(weight)  # a view of a file: JAX would copy it, twice
+    return DenseWeight(weight)  # a view of a file: JAX would copy it, twice
   weight = jax.tree.map(jnp.asarray, weight)
   found = in_float32(weight)
   if found is not None:
-    return Read(*found)
-  return Read(np.asarray(weights.dense(weight)))
+    return DenseWeight(*found)
+  return DenseWeight(np.asarray(weights.dense(weight)))
 
 
 def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:

@@ -324,7 +324,7 @@ def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
   got, alone = (parts_of(load.load_model(x).params) for x in files)
   updates, made = [], []
   for address, part in source.parts.items():
-    found = changes.read(part.read())
+    found = changes.dense_weight(part.read())
     if found.base is not None:
       updates.append((found.array - found.base).ravel())
       made.append((got[str(address)] - alone[str(address)]).ravel())
@@ -341,7 +341,7 @@ def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
 
 def parts_of(params):
   return {
-    str(address): changes.read(part.read()).array
+    str(address): changes.dense_weight(part.read()).array
     for address, part in parts.from_params(params).items()
   }
 

@@ -114,11 +114,13 @@ def test_written_part_by_part():
   assert found.keys() == merged.keys()
   for address, part in found.items():
     assert part.shape == merged[address].shape
-    got, want = (changes.read(p.read()).array for p in (part, merged[address]))
+    got, want = (
+      changes.dense_weight(p.read()).array for p in (part, merged[address])
+    )
     np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(address))
     scaled = str(address).endswith(("q_bias", "v_bias"))
     adapted_too = str(address).endswith(NAMES)
-    change = changes.read(part.read()).base
+    change = changes.dense_weight(part.read()).base
     assert (change is not None) == (scaled or adapted_too), address
 
 

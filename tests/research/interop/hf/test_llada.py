@@ -137,10 +137,10 @@ def test_what_is_not_supported_is_named(change, message, tmp_path):
 def test_the_inner_width_may_be_a_ratio():
   config = json.loads((GOLDEN / "llada" / "config.json").read_text())
   config["mlp_hidden_size"] = None
-  found = llada.as_llama(config, "config.json")
+  found = llada.to_llama_config(config, "config.json")
   assert found["intermediate_size"] == 4 * 32
 
 
 def test_tensors_without_a_name():
   with pytest.raises(UserError, match="q_proj.bias"):
-    llada.as_lladas({"model.layers.0.self_attn.q_proj.bias": None})
+    llada.to_llada_names({"model.layers.0.self_attn.q_proj.bias": None})

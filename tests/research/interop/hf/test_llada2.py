@@ -269,6 +269,6 @@ def test_names_have_one_meaning():
   assert not any(".self_attn." in name for name in names)
   assert llada.is_mixture(LLADA_MOE_7B)
   assert not llada.is_mixture(LLADA_MOE_7B | dict(d_model=4))
-  assert llada2.as_usual({"model.layers.0.other.weight": 1}, 4, 2) == {
-    "model.layers.0.other.weight": 1
-  }
+  assert llada2.to_qwen3_moe_names(
+    {"model.layers.0.other.weight": 1}, 4, 2
+  ) == {"model.layers.0.other.weight": 1}

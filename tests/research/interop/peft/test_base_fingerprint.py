@@ -138,10 +138,10 @@ def test_a_layer_of_which_an_adapter_replaces_everything_is_no_other_base():
   plain = base().params
   last = {
     a
-    for a in json.loads(base_fingerprint.notes(plain)[base_fingerprint.SAMPLE])
+    for a in json.loads(base_fingerprint.header(plain)[base_fingerprint.SAMPLE])
     if a.startswith("layers/2/")
   }
-  said = base_fingerprint.notes(plain, last)
+  said = base_fingerprint.header(plain, last)
   assert last and not any("layers/2/" in note for note in said.values())
   base_fingerprint.check("f", "x", said, plain)
 
@@ -152,8 +152,8 @@ def test_a_fingerprint_is_of_the_base_however_it_is_held():
   assert base_fingerprint.fingerprint(it.params) == want
   assert base_fingerprint.fingerprint(tree.unroll(plain)) == want
   assert base_fingerprint.fingerprint(half(plain, jnp.bfloat16)) == want
-  assert jax.eval_shape(lambda p: (base_fingerprint.notes(p), p)[1], plain)
-  assert base_fingerprint.notes(jax.eval_shape(lambda: plain)) == {}
+  assert jax.eval_shape(lambda p: (base_fingerprint.header(p), p)[1], plain)
+  assert base_fingerprint.header(jax.eval_shape(lambda: plain)) == {}
 
 
 def renoted(folder, change):
@@ -174,7 +174,7 @@ def test_files_with_fewer_notes_are_read(saved):
   with pytest.raises(UserError, match="its norms, or other sizes"):
     read(saved, norms)
   # Norms that the adapter replaces leave no fingerprint to speak of.
-  said = base_fingerprint.notes(base().params, {"final_norm/scale"})
+  said = base_fingerprint.header(base().params, {"final_norm/scale"})
   with pytest.raises(UserError) as e:
     base_fingerprint.check("f", "x", said, changed(drawn))
   assert "for another base: 'x'.\n" in str(e.value)
@@ -195,8 +195,8 @@ def test_notes_that_are_damaged(saved, note):
 
 def test_what_an_adapter_replaces_is_not_noted():
   plain = base().params
-  own = base_fingerprint.notes(plain)
-  less = base_fingerprint.notes(
+  own = base_fingerprint.header(plain)
+  less = base_fingerprint.header(
     plain, {"layers/1/mlp/up", "layers/0/mlp_norm/scale"}
   )
   assert (

@@ -63,7 +63,7 @@ def test_it_comes_back_as_peft_wrote_it(name, tmp_path):
     loaded.params,
     loaded.model,
     "x",
-    naming=peft_names.of_source(base.source),
+    naming=peft_names.naming_of_source(base.source),
   )
   old, new = tensors(ADAPTERS / name), tensors(tmp_path)
   assert old.keys() == new.keys()
@@ -91,7 +91,7 @@ def test_a_feed_forward_s_name_does_not_mean_the_head(tmp_path):
   params = tree.map_paths(
     lambda path, x: x + 1 if path.endswith("/b") else x, params
   )
-  naming = peft_names.of_source(loaded.source)
+  naming = peft_names.naming_of_source(loaded.source)
   base = str(BASES / "llada")
   peft.save_adapter(tmp_path, params, loaded.model, base, naming=naming)
   modules = [f"model.transformer.blocks.{i}.ff_out" for i in range(2)]
@@ -124,7 +124,7 @@ def test_a_part_of_a_module_has_no_name(tmp_path):
   loaded = load.load_model(BASES / "llada2")
   add = adapt.Adapt(method=LoRA(rank=2), targets=("attention/q",))
   params = add(loaded.params, jax.random.key(0))
-  naming = peft_names.of_source(loaded.source)
+  naming = peft_names.naming_of_source(loaded.source)
   with pytest.raises(UserError, match="queries, keys and values in one"):
     peft.save_adapter(tmp_path, params, loaded.model, "x", naming=naming)
 
