@@ -138,7 +138,7 @@ def _saying(source: sources.Source, objective: Any) -> sources.Source:
     end=source.tokenizer.stop if source.tokenizer else (),
   )
   config = hf_write.config_json(source.model, None, None, source.hint)
-  config |= {spec.FIELD: how.spelled()}
+  config |= {spec.FIELD: how.to_config()}
   return dataclasses.replace(source, config=config)
 
 

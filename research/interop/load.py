@@ -161,8 +161,10 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     path, dtype, shardings, packed is not False
   )
   if packed is not False:
-    said = source.get("quantization")
-    params = compressed_activations.applied(params, said, str(path / CONFIG))
+    quantization = source.get("quantization")
+    params = compressed_activations.round_inputs(
+      params, quantization, str(path / CONFIG)
+    )
   how = spec.from_config(source["config"], str(path / CONFIG))
   return Loaded(model, params, words, source, how)
 

@@ -78,7 +78,7 @@ def source(
   model, spec = _planned(given.model, mask, block, tuple(end))
   config = dict(config) | {
     "vocab_size": model.vocab_size,
-    FIELD: spec.spelled(),
+    FIELD: spec.to_config(),
   }
   if mask is not None:
     return dataclasses.replace(given, config=config)

@@ -41,7 +41,7 @@ class Spec:
   block: int | None = None
   end: tuple[int, ...] = ()
 
-  def spelled(self) -> dict[str, Any]:
+  def to_config(self) -> dict[str, Any]:
     """Returns what config.json has under `diffusion`."""
     return {
       "mask_token_id": self.mask_id,

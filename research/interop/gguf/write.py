@@ -56,7 +56,7 @@ def tensors(
     given: the file's metadata.
     extra: tensors that are no parameters.
     recipe: what the matrices are stored in.
-    log: told what changed as the tensors are made.
+    log: records what changed as the tensors are made.
 
   Raises:
     UserError: the metadata means another model, a type does not fit, or
@@ -221,7 +221,7 @@ def write_model(
     path: where to.
     model, parts: what to write.
     recipe: what the matrices are stored in.
-    log: told what changed.
+    log: records what changed.
     given: metadata of the GGUF file it came from, kept as it is.
     hint: model_type to try first.
     name: `general.name` where `given` has none.

@@ -23,7 +23,7 @@ from research.nn.transformer import Transformer
 from research.typing import UserError
 
 CLOCK = "time_conditioning"
-"""Our own field of models that are told the time (`research.nn.clock`)."""
+"""Our own field of models that are conditioned on time (`research.nn.clock`)."""
 
 MAX_DEPTH = 4_096
 """Layers; what a file claims is written out one by one."""
@@ -158,7 +158,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
 
 
 def _clock(fields: Fields | None) -> Clock | None:
-  """Returns how a model of ours is told the time, or None."""
+  """Returns how a model of ours is conditioned on time, or None."""
   if fields is None:
     return None
   sizes = {

@@ -280,12 +280,16 @@ def open_model(
   """
   directory = pathlib.Path(directory)
   file = directory / "config.json"
-  config, said = quantized.split_config(safetensors.read_json(file), directory)
+  config, quantization = quantized.split_config(
+    safetensors.read_json(file), directory
+  )
   family, sizes = hf_config.sizes_from_config(config, str(file))
   model = presets.transformer(family, sizes, dtype)
   tensors: dict[str, Any] = safetensors.open_directory(directory)
-  if said is not None:
-    tensors, said = quantized.open_tensors(said, tensors, directory)
+  if quantization is not None:
+    tensors, quantization = quantized.open_tensors(
+      quantization, tensors, directory
+    )
   if config["model_type"] == "gemma3":
     tensors = text_part(tensors)
   if config["model_type"] == llada.KIND:
@@ -293,7 +297,7 @@ def open_model(
   if config["model_type"] == llada2.KIND:
     tensors = llada2.to_qwen3_moe_names(tensors, sizes.heads, sizes.kv_heads)
   tensors = hf_experts.unstack(model, hf_names.table(model), tensors)
-  if said is not None:
+  if quantization is not None:
     known = _wanted(hf_names.table(model), slots(model))
     tensors = quantized.without_zero_biases(tensors, known)
   source: dict[str, Any] = dict(
@@ -302,8 +306,8 @@ def open_model(
     model_type=hf_config.text_fields(config, str(file)).values["model_type"],
     config=config,
   )
-  if said is not None:
-    source["quantization"] = dict(said)
+  if quantization is not None:
+    source["quantization"] = dict(quantization)
   return model, tensors, source
 
 

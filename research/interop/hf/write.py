@@ -34,7 +34,7 @@ def tensors(
     model: whose parameters `parts` are.
     parts: packed weights are decoded, adapters merged in float32.
     dtype: to round to; None for each one's own (float32 if packed).
-    log: told what changed as the tensors are made.
+    log: records what changed as the tensors are made.
     rounding: of what adapters were merged into.
   """
   rows, out = hf.table(model), {}
@@ -106,7 +106,7 @@ def config_json(
         config[name] = text[name]
     how = spec.from_config(given) if given else None
     if how is not None:
-      config[spec.FIELD] = how.spelled()
+      config[spec.FIELD] = how.to_config()
   known = MODEL_TYPES.get(config["model_type"])
   if known is not None and not config.get("architectures"):
     config = config | {"architectures": [known.architecture]}
@@ -135,8 +135,8 @@ def plain_config(given: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
   if kind not in llada.KINDS:
     return given
   how = spec.from_config(given)
-  said = {spec.FIELD: how.spelled()} if how is not None else {}
-  return llada.to_known_config(given, "config.json") | said
+  diffusion = {spec.FIELD: how.to_config()} if how is not None else {}
+  return llada.to_known_config(given, "config.json") | diffusion
 
 
 def _describes(config: Mapping[str, Any], model: Transformer) -> bool:

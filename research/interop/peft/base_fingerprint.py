@@ -52,19 +52,19 @@ def header(params: Params, without: Collection[str] = ()) -> dict[str, str]:
   return out
 
 
-def check(file: Any, name: Any, said: Mapping[str, str], params: Params):
+def check(file: Any, name: Any, notes: Mapping[str, str], params: Params):
   """Raises UserError unless `params` can be the base that a file speaks of.
 
   Args:
     file: the adapter's, for messages.
     name: what the adapter calls its base.
-    said: the file's notes; those of older files, or none, are checked as far
+    notes: the file's; those of older files, or none, are checked as far
       as they go.
     params: any tree of weights.
   """
-  where, wanted = None, said.get(FINGERPRINT)
-  if SAMPLE in said:
-    theirs, ours = _read(file, said[SAMPLE]), sample(wrap.disable(params))
+  where, wanted = None, notes.get(FINGERPRINT)
+  if SAMPLE in notes:
+    theirs, ours = _read(file, notes[SAMPLE]), sample(wrap.disable(params))
     where = _other(theirs, ours)
     if where is None and wanted:
       where = _more(theirs, ours)

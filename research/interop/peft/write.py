@@ -97,7 +97,7 @@ def save_adapter(
     base_name,
     saved,
     bias,
-    # One matrix on both sides, which PEFT has to be told.
+    # One matrix on both sides: ensure_weight_tying says so.
     model.tied and not _in_rows(found) and embedding,
     rows,
     (parameters, names),

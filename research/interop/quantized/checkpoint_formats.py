@@ -42,28 +42,28 @@ class CheckpointFormat(Protocol):
 
   Attributes:
     files: names of files, beside config.json, that have its config, too.
-    varied: whether sizes of a matrix's tensors follow from its numbers.
+    shapes_vary: whether sizes of a matrix's tensors follow from its numbers.
     head: whether a packed head stays packed.
   """
 
   files: tuple[str, ...]
-  varied: bool
+  shapes_vary: bool
   head: bool
 
-  def look(self, w: QTensor, where: str) -> Hashable:
+  def describe(self, w: QTensor, where: str) -> Hashable:
     """Returns what a config would say of a matrix, if it fits one."""
     ...
 
-  def settle(self, found: Sequence[Any], inputs: Sequence[int]) -> Any:
+  def choose(self, found: Sequence[Any], inputs: Sequence[int]) -> Any:
     """Returns what the config says of all matrices.
 
     Args:
-      found: of each matrix that fits, what `look` returned.
+      found: of each matrix that fits, what `describe` returned.
       inputs: of each matrix that is to be quantized again.
     """
     ...
 
-  def differs(self, found: Any, scheme: Any) -> str:
+  def mismatch(self, found: Any, scheme: Any) -> str:
     """Returns how a matrix is not as the config says, or ""."""
     ...
 
@@ -82,7 +82,7 @@ class CheckpointFormat(Protocol):
 
     Args:
       scheme: of all matrices.
-      found: module -> what `look` returned.
+      found: module -> what `describe` returned.
       plain: linear modules that are not quantized.
     """
     ...
@@ -162,15 +162,15 @@ class Gptq:
   group: int | None = None
   version: int = 1
   files: tuple[str, ...] = ("quantize_config.json",)
-  varied: bool = False
+  shapes_vary: bool = False
   head: bool = False
 
-  def look(self, w: QTensor, where: str) -> _Grid:
+  def describe(self, w: QTensor, where: str) -> _Grid:
     x = integers(w, where)
     gptq.to_tensors(x, 2, where)
     return _grid(x)
 
-  def settle(
+  def choose(
     self, found: Sequence[_Grid], inputs: Sequence[int]
   ) -> gptq.Scheme:
     common = _common(found, self.bits, self.group)
@@ -189,7 +189,7 @@ class Gptq:
       version=2 if zero else self.version,
     )
 
-  def differs(self, found: _Grid, scheme: gptq.Scheme) -> str:
+  def mismatch(self, found: _Grid, scheme: gptq.Scheme) -> str:
     return _differs(found, scheme.bits, scheme.group)
 
   def format(self, scheme: gptq.Scheme) -> Format:
@@ -204,12 +204,12 @@ class Gptq:
     self, scheme: gptq.Scheme, found: Mapping[str, Any], plain: Sequence[str]
   ) -> dict[str, Any]:
     head = any(module == "lm_head" for module in found)
-    said = gptq.config(dataclasses.replace(scheme, head=head))
+    config = gptq.config(dataclasses.replace(scheme, head=head))
     inner = [_inner(module) for module in plain if _inner(module)]
     if inner:
       kept = sorted({_inner(m) for m in found if _inner(m)} - {*inner})
-      said["modules_in_block_to_quantize"] = [[name] for name in kept]
-    return said
+      config["modules_in_block_to_quantize"] = [[name] for name in kept]
+    return config
 
 
 def _inner(module: str) -> str:
@@ -237,20 +237,20 @@ class Awq:
 
   group: int | None = None
   files: tuple[str, ...] = ()
-  varied: bool = False
+  shapes_vary: bool = False
   head: bool = False
 
-  def look(self, w: QTensor, where: str) -> _Grid:
+  def describe(self, w: QTensor, where: str) -> _Grid:
     x = integers(w, where)
     awq.to_tensors(x, where)
     return _grid(x)
 
-  def settle(self, found: Sequence[_Grid], inputs: Sequence[int]) -> awq.Scheme:
+  def choose(self, found: Sequence[_Grid], inputs: Sequence[int]) -> awq.Scheme:
     common = _common(found, 4, self.group)
     common = common or (4, _group(self.group, inputs))
     return awq.Scheme(group=common[1])
 
-  def differs(self, found: _Grid, scheme: awq.Scheme) -> str:
+  def mismatch(self, found: _Grid, scheme: awq.Scheme) -> str:
     return _differs(found, 4, scheme.group)
 
   def format(self, scheme: awq.Scheme) -> Format:
@@ -262,8 +262,8 @@ class Awq:
   def config(
     self, scheme: awq.Scheme, found: Mapping[str, Any], plain: Sequence[str]
   ) -> dict[str, Any]:
-    said = awq.config(scheme)
-    return said | {"modules_to_not_convert": list(plain) or None}
+    config = awq.config(scheme)
+    return config | {"modules_to_not_convert": list(plain) or None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,22 +276,22 @@ class Bnb:
 
   kind: str | None = None
   files: tuple[str, ...] = ()
-  varied: bool = True
+  shapes_vary: bool = True
   head: bool = False
 
-  def look(self, w: QTensor, where: str) -> tuple[str, bool, str]:
+  def describe(self, w: QTensor, where: str) -> tuple[str, bool, str]:
     bnb.to_tensors(w, where)
     kind = getattr(w.format, "kind", "int8")
     return kind, bool(getattr(w.format, "nested", 0)), w.of
 
-  def settle(
+  def choose(
     self, found: Sequence[tuple[str, bool, str]], inputs: Sequence[int]
   ) -> tuple[str, bool, str]:
     counts = collections.Counter(x for x in found if self.kind in (None, x[0]))
     default = (self.kind or "nf4", self.kind != "int8", "float32")
     return max(counts, key=lambda k: counts[k], default=default)
 
-  def differs(self, found: Any, scheme: Any) -> str:
+  def mismatch(self, found: Any, scheme: Any) -> str:
     if found[0] == scheme[0]:
       return ""
     return f"format does not fit: found {found[0]}, expected {scheme[0]}"
@@ -333,19 +333,19 @@ class Compressed:
   kind: str = "int4"
   group: int | None = None
   files: tuple[str, ...] = ()
-  varied: bool = False
+  shapes_vary: bool = False
   head: bool = True
 
-  def look(self, w: QTensor, where: str) -> compressed_config.Scheme:
+  def describe(self, w: QTensor, where: str) -> compressed_config.Scheme:
     try:
       return compressed_tensors.scheme_of(w)
     except UserError as e:
       raise UserError(f"{where}: {e}") from e
 
-  def settle(self, found: Sequence[Any], inputs: Sequence[int]) -> int:
+  def choose(self, found: Sequence[Any], inputs: Sequence[int]) -> int:
     return _group(self.group, inputs)
 
-  def differs(self, found: Any, scheme: Any) -> str:
+  def mismatch(self, found: Any, scheme: Any) -> str:
     return ""
 
   def format(self, scheme: int) -> Format:

@@ -20,18 +20,18 @@ from research.typing import Params, UserError
 _ALONE = "load the weights alone, with packed=False (--nopacked)"
 
 
-def applied(params: Params, said: Any, where: str) -> Any:
-  """Returns `params` whose packed matrices round their inputs, as said.
+def round_inputs(params: Params, quantization: Any, where: str) -> Any:
+  """Returns `params` whose packed matrices round their inputs, as configured.
 
   Args:
     params: of a model, packed.
-    said: its `quantization_config`, or None.
+    quantization: its `quantization_config`, or None.
     where: it comes from, for messages.
 
   Raises:
     UserError: activations are to be rounded in a way that is not known here.
   """
-  op = None if said is None else op_of(said, where)
+  op = None if quantization is None else op_of(quantization, where)
   if op is None:
     return params
 
@@ -43,15 +43,17 @@ def applied(params: Params, said: Any, where: str) -> Any:
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
-def op_of(said: Mapping[str, Any], where: str) -> Op | None:
+def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
   """Returns what rounds the inputs of packed matrices; None for nothing.
 
   Raises:
-    UserError: see `applied`.
+    UserError: see `round_inputs`.
   """
-  if said.get("quant_method") != METHOD:
+  if quantization.get("quant_method") != METHOD:
     return None
-  groups = Fields(said, f"{where}: quantization_config").object("config_groups")
+  groups = Fields(quantization, f"{where}: quantization_config").object(
+    "config_groups"
+  )
   ops = []
   for name in groups.values:
     found = groups.object(name).object("input_activations")

@@ -108,16 +108,16 @@ def is_quantized(directory: pathlib.Path) -> bool:
 
 
 def open_tensors(
-  said: Mapping[str, Any],
+  quantization: Mapping[str, Any],
   tensors: Mapping[str, safetensors.Lazy],
   directory: pathlib.Path,
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
-  """Returns (tensors, those of each packed module as one; what was said).
+  """Returns (tensors, those of each packed module as one; the config).
 
   Every module is read once, to be checked and for its smaller arrays.
 
   Args:
-    said: the `quantization_config`.
+    quantization: the `quantization_config`.
     tensors: by their names.
     directory: they come from, for messages.
 
@@ -125,7 +125,7 @@ def open_tensors(
     UserError: a config that is not supported, or tensors that do not fit it.
   """
   file = str(directory)
-  found = open_modules(said, tensors, str(directory / "config.json"))
+  found = open_modules(quantization, tensors, str(directory / "config.json"))
   out: dict[str, Any] = {
     k: t for k, t in tensors.items() if k not in found.used
   }
@@ -137,7 +137,7 @@ def open_tensors(
       out[name] = PackedTensor(_described(make), file)
     except UserError as e:
       raise UserError(f"{file}: {e}") from e
-  return out, found.said
+  return out, found.quantization
 
 
 def _described(make: Callable[[], Any]) -> Any:
@@ -226,12 +226,12 @@ class Opened:
   Attributes:
     modules: name -> what reads its matrix `[I, O]`.
     used: names of all tensors that they are read from.
-    said: the `quantization_config`, with what was detected.
+    quantization: the `quantization_config`, with what was detected.
   """
 
   modules: Mapping[str, Callable[[], QTensor]]
   used: frozenset[str]
-  said: Mapping[str, Any]
+  quantization: Mapping[str, Any]
 
 
 def open_modules(
@@ -303,10 +303,10 @@ def _gptq(values, tensors: Tensors, where: str) -> Opened:
     scheme, {module: _arrays(tensors, found[module]) for module in some}
   )
   read = functools.partial(gptq.from_tensors, scheme=scheme)
-  said = dict(values) | {
+  quantization = dict(values) | {
     "checkpoint_format": gptq.config(scheme)["checkpoint_format"]
   }
-  return _opened(found, tensors, read, said)
+  return _opened(found, tensors, read, quantization)
 
 
 def _compressed(values, tensors: Tensors, where: str) -> Opened:
@@ -326,14 +326,14 @@ def _compressed(values, tensors: Tensors, where: str) -> Opened:
 
 
 def _opened(
-  found: Modules, tensors: Tensors, read: Callable[..., QTensor], said
+  found: Modules, tensors: Tensors, read: Callable[..., QTensor], quantization
 ) -> Opened:
   def reader(module, names):
     return lambda: read(_arrays(tensors, names), where=module)
 
   modules = {module: reader(module, names) for module, names in found.items()}
   used = frozenset(n for names in found.values() for n in names.values())
-  return Opened(modules, used, said)
+  return Opened(modules, used, quantization)
 
 
 def _arrays(tensors: Tensors, names: Mapping[str, str]):

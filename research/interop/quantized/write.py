@@ -63,7 +63,7 @@ def write_model(
     requantize: whether what does not fit is quantized again.
     dtype: of what is not packed; None for each tensor's own.
     shard_size: bytes a file.
-    log: told what changed.
+    log: records what changed.
 
   Raises:
     UserError: something does not fit, or all of it is plain.
@@ -85,14 +85,14 @@ def write_model(
     else:
       name, _ = rows.theirs(address)
       out[name] = dense[name]
-  said = writer.config(scheme, found, plain)
+  quantization = writer.config(scheme, found, plain)
   safetensors.write_directory(directory, out, shard_size)
   config = hf_write.config_json(source.model, usual, dtype, source.hint)
   safetensors.write_json(
-    directory / "config.json", config | {quantized.CONFIG: said}
+    directory / "config.json", config | {quantized.CONFIG: quantization}
   )
   for name in writer.files:
-    safetensors.write_json(directory / name, said)
+    safetensors.write_json(directory / name, quantization)
 
 
 def _modules(
@@ -112,7 +112,7 @@ def _modules(
     w = part.read() if part.packed else None
     if weights.is_packed(w):
       try:
-        found = writer.look(w, name)
+        found = writer.describe(w, name)
       except UserError as e:
         reason = str(e).removeprefix(f"{name}: ")
     outside = address.layer is None or address.path == "mlp/router"
@@ -130,10 +130,10 @@ def _settled(
   """Returns what the config says, and modules whose `found` is of that."""
   given = [m.found for m in modules.values() if m.found is not None]
   inputs = [m.part.shape[0] for m in modules.values() if m.found is None]
-  scheme, out = writer.settle(given, inputs), {}
+  scheme, out = writer.choose(given, inputs), {}
   for address, module in modules.items():
     if module.found is not None:
-      reason = writer.differs(module.found, scheme)
+      reason = writer.mismatch(module.found, scheme)
       if reason:
         module = dataclasses.replace(module, found=None, reason=reason)
     out[address] = module
@@ -155,7 +155,7 @@ class _Maker:
     self.writer, self.scheme, self.log = writer, scheme, log
     self.format = writer.format(scheme)
     self.known: dict[Any, Any] = {}
-    self.told: set[str] = set()
+    self.logged: set[str] = set()
     # Tensors of one type are written module by module: the last one is kept.
     self.tensors = functools.lru_cache(maxsize=1)(self._tensors)
 
@@ -165,10 +165,10 @@ class _Maker:
     """Returns (what the writer says of a module, its tensors unmade)."""
     # One of modules that are alike is made to see what its tensors are.
     key = module.part.shape, module.found
-    if key not in self.known or self.writer.varied:
+    if key not in self.known or self.writer.shapes_vary:
       w, tensors = self._made(module)
       kinds = {name: (x.shape, x.dtype) for name, x in tensors.items()}
-      self.known[key] = self.writer.look(w, module.name), kinds
+      self.known[key] = self.writer.describe(w, module.name), kinds
     found, kinds = self.known[key]
     return found, {
       f"{module.name}.{name}": safetensors.Pending(
@@ -185,8 +185,8 @@ class _Maker:
 
   def _tensors(self, module: _Module) -> Mapping[str, np.ndarray]:
     w, tensors = self._made(module)
-    if module.name not in self.told:
-      self.told.add(module.name)
+    if module.name not in self.logged:
+      self.logged.add(module.name)
       self._tell(module, w)
     return tensors
 

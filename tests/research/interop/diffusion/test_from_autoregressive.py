@@ -142,7 +142,7 @@ def test_masks_that_cannot_be(mask, end, message):
 
 def test_what_a_configuration_says():
   spec = Spec(mask_id=7, shift=True, block=4, end=(2, 3))
-  assert from_config({"vocab_size": 8, "diffusion": spec.spelled()}) == spec
+  assert from_config({"vocab_size": 8, "diffusion": spec.to_config()}) == spec
   assert from_config({"vocab_size": 8, "model_type": "llama"}) is None
   dream = dict(model_type="Dream", vocab_size=9, mask_token_id=8)
   assert from_config(dream) == Spec(mask_id=8, shift=True)
@@ -163,6 +163,6 @@ def test_what_a_configuration_says():
   ],
 )
 def test_configurations_that_cannot_be(change, message):
-  said = Spec(mask_id=7).spelled() | change
+  said = Spec(mask_id=7).to_config() | change
   with pytest.raises(UserError, match=message):
     from_config({"vocab_size": 8, "diffusion": said})

@@ -126,7 +126,7 @@ def test_version_1_cuts_a_zero_of_0_and_cannot_write_it():
     gptq.to_tensors(integers(w, "w"), 1)
   same(gptq.to_tensors(integers(w, "w"), 2), tensors)
   writer = checkpoint_formats.Gptq(version=1)
-  assert writer.settle([writer.look(w, "w")], []).version == 2
+  assert writer.choose([writer.describe(w, "w")], []).version == 2
 
 
 @pytest.mark.parametrize("group", [GROUP, 0])

@@ -56,37 +56,39 @@ def packed(**changes):
 )
 def test_what_gptq_cannot_hold(w, message):
   with pytest.raises(UserError, match=message):
-    checkpoint_formats.Gptq().look(w(), "w")
+    checkpoint_formats.Gptq().describe(w(), "w")
 
 
 def test_what_others_cannot_hold():
   tensors, _ = random_tensors(4, 2, ordered=False)
   scattered = read(tensors, 4, 2, symmetric=False)
   with pytest.raises(UserError, match="order does not fit: found groups of"):
-    checkpoint_formats.Awq().look(scattered, "w")
+    checkpoint_formats.Awq().describe(scattered, "w")
   with pytest.raises(UserError, match="bits does not fit: found 8, expected 4"):
-    checkpoint_formats.Awq().look(packed(bits=8), "w")
+    checkpoint_formats.Awq().describe(packed(bits=8), "w")
   with pytest.raises(UserError, match="format does not fit: found int4"):
-    checkpoint_formats.Bnb().look(packed(), "w")
+    checkpoint_formats.Bnb().describe(packed(), "w")
   with pytest.raises(UserError, match="order does not fit"):
-    checkpoint_formats.Bnb().look(scattered, "w")
+    checkpoint_formats.Bnb().describe(scattered, "w")
 
 
 def test_most_matrices_decide():
   writer = checkpoint_formats.Gptq()
-  found = [writer.look(packed(block=b), "w") for b in (32, 32, 64)]
-  scheme = writer.settle(found, [])
+  found = [writer.describe(packed(block=b), "w") for b in (32, 32, 64)]
+  scheme = writer.choose(found, [])
   assert (scheme.bits, scheme.group, scheme.symmetric) == (4, 32, False)
-  assert not writer.differs(found[0], scheme)
-  assert "found 4 and 64, expected 4 and 32" in writer.differs(found[2], scheme)
+  assert not writer.mismatch(found[0], scheme)
+  assert "found 4 and 64, expected 4 and 32" in writer.mismatch(
+    found[2], scheme
+  )
   # Groups of 64 are all 64 inputs: either says it.
-  assert writer.settle(found[2:], []).group == 0
-  assert writer.settle([], [576, 1536]).group == 64
-  assert checkpoint_formats.Gptq(group=64).settle(found, []).group == 64
-  assert checkpoint_formats.Gptq(group=16).settle(found, [96]).group == 16
+  assert writer.choose(found[2:], []).group == 0
+  assert writer.choose([], [576, 1536]).group == 64
+  assert checkpoint_formats.Gptq(group=64).choose(found, []).group == 64
+  assert checkpoint_formats.Gptq(group=16).choose(found, [96]).group == 16
   # Of rounded matrices some zero may be 0.
-  assert writer.settle(found[:2], [64]).version == 2
-  assert writer.settle([], [40]) == gptq.Scheme(group=0)
+  assert writer.choose(found[:2], [64]).version == 2
+  assert writer.choose([], [40]) == gptq.Scheme(group=0)
 
 
 # Damage ----------------------------------------------------------------------
