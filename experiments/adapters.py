@@ -359,7 +359,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.lora.merge import arithmetic
   from research.typing import UserError
 
-  writes = {how: _combined for how in (arithmetic.CAT, *arithmetic.WAYS)}
+  writes = {
+    how: _combined for how in (arithmetic.CAT, *arithmetic.COMBINATIONS)
+  }
   writes |= dict(lora=_lora, intruders=_intruders)
   reads = dict(diagnose=_diagnosed, fidelity=_fidelity, validate=_validated)
   reads |= dict(merge=_merged)

@@ -15,16 +15,14 @@ import jax
 
 from research.interop import hf, quantized
 from research.interop.diffusion import spec
-from research.interop.loaded import NOTE, Loaded
+from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
 from research.interop.quantized import compressed_activations
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
 from research.typing import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
-
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
 
@@ -103,7 +101,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
 def _of_run(path: pathlib.Path) -> pathlib.Path:
   """Returns the model that a run wrote whole, or else `path` itself."""
   whole = path / MODEL
-  if (path / "config.gin").is_file() and (whole / "config.json").is_file():
+  if (path / "config.gin").is_file() and (whole / CONFIG).is_file():
     return whole
   return path
 
@@ -135,7 +133,7 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
       f"{MODEL}/ yet.\n"
       "Finish it with experiments.train --workdir, then retry."
     )
-  if not (path / "config.json").is_file():
+  if not (path / CONFIG).is_file():
     raise UserError(
       f"{path}: found neither config.json (a model), {ADAPTER_CONFIG} (an "
       "adapter) nor config.gin (a run) in this directory"

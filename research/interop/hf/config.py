@@ -23,7 +23,7 @@ from research.nn.transformer import Transformer
 from research.typing import UserError
 
 CLOCK = "time_conditioning"
-"""Our own field of models that are conditioned on time (`research.nn.clock`)."""
+"""Our own field of models that are given the time (`research.nn.clock`)."""
 
 MAX_DEPTH = 4_096
 """Layers; what a file claims is written out one by one."""

@@ -1,7 +1,11 @@
 """adapter_config.json: which weights get adapters of which form.
 
 lora.md sections 6.4 and 6.5. A field that is not understood and does not say
-"off" is an error: it may change what the adapter computes.
+"off" is an error: it may change what the adapter computes. A new field is named
+in `_UNDERSTOOD`, or in `_HARMLESS` if it changes nothing that is computed; it is
+read by a function of its own here and written by `make_config`. Fields of one
+method are its own file's, in `research/lora/methods` (`PEFT_DEFAULTS`,
+`from_fields`, `peft_fields`).
 """
 
 import collections
@@ -12,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from research.interop.loaded import ADAPTER_CONFIG as CONFIG
 from research.interop.peft.names import Naming
 from research.interop.peft.targets import (
   Names,
@@ -28,7 +33,6 @@ from research.lora.methods import tokens as token_rows
 from research.lora.methods.tokens import Tokens
 from research.typing import UserError
 
-CONFIG = "adapter_config.json"
 TOKENS = "trainable_token_indices"
 """Which tokens get rows of their own."""
 
