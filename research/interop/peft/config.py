@@ -1,10 +1,11 @@
 """adapter_config.json: which weights get adapters of which form.
 
 lora.md sections 6.4 and 6.5. A field that is not understood and does not say
-"off" is an error: it may change what the adapter computes. A new field is named
-in `_UNDERSTOOD`, or in `_HARMLESS` if it changes nothing that is computed; it is
-read by a function of its own here and written by `make_config`. Fields of one
-method are its own file's, in `research/lora/methods` (`PEFT_DEFAULTS`,
+"off" is an error: it may change what the adapter computes.
+
+A new field is named in `_UNDERSTOOD`, or in `_HARMLESS` if it changes nothing
+that is computed; a function here reads it, and `make_config` writes it. Fields
+of one method are its own file's, in `research/lora/methods` (`PEFT_DEFAULTS`,
 `from_fields`, `peft_fields`).
 """
 
