@@ -67,7 +67,11 @@ class Part:
 
 Parts = Mapping[Address, Part]
 
-PLAIN = ("float64", "float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of parameters and of the computation."""
+
+PLAIN = ("float64", *DTYPES)
+"""What files may hold as plain numbers."""
 
 
 def kind_of(weight: Any) -> str:

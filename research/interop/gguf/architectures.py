@@ -9,13 +9,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop.gguf.names import ROWS
+from research.interop.gguf.names import ROPE_FACTORS, ROWS
 from research.interop.hf.families import MODEL_TYPES
 from research.nn import presets
 from research.typing import UserError
 
 _LLAMAS = (
-  "rope_freqs.weight",
+  ROPE_FACTORS,
   *(r.name for r in ROWS if r.when in ("out_bias", "mlp_bias")),
 )
 """Tensors that "llama" alone may have."""

@@ -20,6 +20,7 @@ from research.interop.gguf.architectures import (
   model_type,
 )
 from research.interop.gguf.container import GGUF, Tensor
+from research.interop.gguf.names import ROPE_FACTORS
 from research.interop.hf import config as hf_config
 from research.interop.hf.families import MODEL_TYPES
 from research.nn import presets
@@ -220,7 +221,7 @@ def _scaling(keys: _Keys, file: GGUF, theta: float, dim: int) -> Scaling | None:
   kind = keys.text("rope.scaling.type", "none")
   factor = keys.real("rope.scaling.factor")
   original = keys.integer("rope.scaling.original_context_length")
-  factors = file.tensors.get("rope_freqs.weight")
+  factors = file.tensors.get(ROPE_FACTORS)
   if factors is not None:
     found = factors.decode().reshape(-1)
     return gguf_rope.llama3_from_factors(keys.path, found, theta, dim, original)

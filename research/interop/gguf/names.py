@@ -25,6 +25,9 @@ class Row:
   heads: str | None = None
 
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""Says something about the model, and is no weight of it."""
+
 TOP = (
   Row("embed", "token_embd.weight", "VD"),
   Row("final_norm/scale", "output_norm.weight", "D"),

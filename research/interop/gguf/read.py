@@ -33,9 +33,6 @@ from research.typing import UserError
 _PIECE = 1 << 20
 """Numbers that are decoded at once, about."""
 
-USED_ELSEWHERE = ("rope_freqs.weight",)
-"""Tensors that say something about the model and are no weights of it."""
-
 
 def _few(names: Iterable[str]) -> str:
   names = sorted(names)
@@ -51,7 +48,7 @@ def _check(path: str, file: GGUF, family, sizes) -> None:
     for i in range(sizes.depth)
     for r in gguf_names.of_model(family, sizes)
   }
-  found = set(file.tensors) - set(USED_ELSEWHERE)
+  found = set(file.tensors) - {gguf_names.ROPE_FACTORS}
   if missing := wanted.keys() - found:
     raise UserError(
       f"{path}: tensors are missing: {_few(missing)}\n"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from research.interop.gguf import Tensor, tensor_types
+from research.interop.gguf.names import ROPE_FACTORS
 from research.nn.attention import Attention
 from research.nn.rope import Linear, Llama3, Yarn, inverse_frequencies
 from research.nn.transformer import Transformer
@@ -56,7 +57,7 @@ def to_metadata(a: Attention) -> tuple[dict[str, Any], dict[str, Tensor]]:
       # llama.cpp reads the factors alone; which length they are of does not
       # follow from them where no frequency lies between the bands.
       length = {"rope.scaling.original_context_length": llama3.original}
-      return length, {"rope_freqs.weight": Tensor("F32", factors.shape, raw)}
+      return length, {ROPE_FACTORS: Tensor("F32", factors.shape, raw)}
   kind = type(a.rope.scaling).__name__
   raise UserError(
     f"GGUF: no way to say a rotation scaled by {kind}; expected linear, yarn "
@@ -108,7 +109,7 @@ def llama3_from_factors(
   plain = inverse_frequencies(theta, dim)
   if factors.shape != plain.shape or not (factors >= 1).all():
     raise UserError(
-      f"{path}: 'rope_freqs.weight': found shape {factors.shape} from "
+      f"{path}: {ROPE_FACTORS!r}: found shape {factors.shape} from "
       f"{factors.min()} on, expected {plain.shape} from 1 on"
     )
   given = [] if original is None else [original]
@@ -119,7 +120,7 @@ def llama3_from_factors(
     if np.allclose(factors, meant, rtol=1e-5):
       return scaling
   raise UserError(
-    f"{path}: 'rope_freqs.weight' is not Llama 3's scaling: no length and "
+    f"{path}: {ROPE_FACTORS!r} is not Llama 3's scaling: no length and "
     "factor give these divisors with its bands, 1 and 4; expected that, or a "
     "file without the tensor"
   )

@@ -33,14 +33,13 @@ MAX_EXPERTS = 2_048
 MAX_MATRICES = 2**18
 """Experts in all layers; what a file claims is written out one by one."""
 
+STACKS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+"""Of a layer's experts, as the model computes with them: theirs -> ours."""
+
 _STACKED = re.compile(
-  r"model\.layers\.(0|[1-9]\d{0,5})\.mlp\."
-  r"(experts\.gate_up_proj|experts\.down_proj|gate\.weight)"
+  rf"model\.layers\.(0|[1-9]\d{{0,5}})\.mlp\."
+  rf"(experts\.(?P<stack>{'|'.join(STACKS)})|gate\.weight)"
 )
-_HELD = {
-  "experts.gate_up_proj": ("mlp/experts/gate", "mlp/experts/up"),
-  "experts.down_proj": ("mlp/experts/down",),
-}
 
 
 def from_config(fields: Fields, kind: str) -> presets.Sparse | None:
@@ -187,8 +186,9 @@ def unstack(
     layer = int(found[1]) if found else len(kinds)
     moe = kinds[layer].mlp if layer < len(kinds) else None
     made = {name: tensor}
-    if isinstance(moe, Moe) and found[2] in _HELD:
-      made = _matrices(name, tensor, layer, moe, _HELD[found[2]], rows)
+    if isinstance(moe, Moe) and found["stack"]:
+      paths = [f"mlp/experts/{part}" for part in STACKS[found["stack"]]]
+      made = _matrices(name, tensor, layer, moe, paths, rows)
     elif isinstance(moe, Moe):
       theirs, _ = rows.theirs(Address(layer, "mlp/router"))
       made = {theirs: tensor}

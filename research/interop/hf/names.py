@@ -16,6 +16,7 @@ from research.nn.moe import Moe
 from research.nn.transformer import Transformer
 
 LAYER_PREFIX = "model.layers."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EXPERT = "<e>"
 _NUMBER = re.compile(r"0|[1-9]\d{0,5}")
 
@@ -79,9 +80,9 @@ class Table:
 
 
 _OUTSIDE = (
-  Row("embed", "model.embed_tokens.weight"),
+  Row("embed", EMBEDDING),
   Row("final_norm/scale", "model.norm.weight"),
-  Row("head", "lm_head.weight", transposed=True),
+  Row("head", HEAD, transposed=True),
 )
 
 _ATTENTION = (

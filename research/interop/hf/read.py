@@ -21,17 +21,14 @@ from research.interop.hf import config as hf_config
 from research.interop.hf import experts as hf_experts
 from research.interop.hf import llada, llada2
 from research.interop.hf import names as hf_names
-from research.interop.parts import Address, Slot, slots
+from research.interop.hf.names import EMBEDDING, HEAD
+from research.interop.parts import DTYPES, PLAIN, Address, Slot, slots
 from research.io import safetensors, unread
 from research.nn import presets
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
-_FLOATS = ("float64", *DTYPES)
 _SHOWN = 10
-_HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 
 # Text models inside multimodal files, by both of transformers' spellings; the
 # other parts of such a file are left out.
@@ -78,9 +75,9 @@ def _check(where, model, tensors, wanted) -> None:
   extra = [
     n for n in tensors if n not in wanted and not hf_names.BUFFERS.match(n)
   ]
-  if model.tied and _HEAD in extra and _EMBEDDING in tensors:
-    extra.remove(_HEAD)
-    _check_tied(tensors[_EMBEDDING], tensors[_HEAD])
+  if model.tied and HEAD in extra and EMBEDDING in tensors:
+    extra.remove(HEAD)
+    _check_tied(tensors[EMBEDDING], tensors[HEAD])
   if missing or extra:
     raise difference(where, missing, extra)
   for name, shape in wanted.items():
@@ -90,10 +87,10 @@ def _check(where, model, tensors, wanted) -> None:
         f"{tensor.file}: {name} has shape {list(tensor.shape)}, "
         f"expected {list(shape)} by config.json"
       )
-    if str(tensor.dtype) not in _FLOATS:
+    if str(tensor.dtype) not in PLAIN:
       raise UserError(
         f"{tensor.file}: {name} is stored as {tensor.dtype}, expected one of "
-        f"{', '.join(_FLOATS)}"
+        f"{', '.join(PLAIN)}"
       )
 
 
@@ -106,7 +103,7 @@ def _check_tied(embedding, head, rows: int = 4096) -> None:
     )
   if not same:
     raise UserError(
-      f"{head.file}: {_HEAD} differs from {_EMBEDDING}, but config.json says "
+      f"{head.file}: {HEAD} differs from {EMBEDDING}, but config.json says "
       "tie_word_embeddings; set it to false to keep both"
     )
 

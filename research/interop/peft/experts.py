@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from research.interop import hf
+from research.interop.hf.experts import STACKS
 from research.interop.peft import config as peft_config
 from research.interop.peft.names import PREFIX
 from research.interop.peft.targets import by_pattern
@@ -24,9 +25,6 @@ from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.lora import LoRA
 from research.typing import Params, UserError
-
-PARAMETERS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-"""Of a layer's experts, as the model has them: theirs -> ours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
   for layer in sorted({int(path.split("/")[1]) for path in sizes}):
     module = f"model.layers.{layer}.mlp.experts"
     prefix, inner = f"{PREFIX}{module}", []
-    for name, ours in PARAMETERS.items():
+    for name, ours in STACKS.items():
       key = f"{module}.{name}"
       hits = {t for t in wanted if key == t or key.endswith(f".{t}")}
       paths = tuple(f"layers/{layer}/mlp/experts/{part}" for part in ours)
@@ -166,7 +164,7 @@ def to_tensors(
   for layer in sorted({int(path.split("/")[1]) for path in sizes}):
     at, module = f"layers/{layer}/mlp/experts", f"model.layers.{layer}.mlp"
     own = []
-    for name, ours in PARAMETERS.items():
+    for name, ours in STACKS.items():
       paths = [f"{at}/{part}" for part in ours]
       every += [f"{module}.experts.{name}"] * all(p in sizes for p in paths)
       if any(path in found for path in paths):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from research.interop import hf
 from research.interop.hf import llada, llada2
+from research.interop.hf.names import EMBEDDING, HEAD
 from research.interop.parts import Address
 from research.io import safetensors
 from research.lora import wrap
@@ -62,14 +63,14 @@ class Naming:
     theirs: the usual name of a tensor -> theirs.
   """
 
-  embedding: str = "model.embed_tokens"
-  head: str = "lm_head"
+  embedding: str = EMBEDDING.removesuffix(".weight")
+  head: str = HEAD.removesuffix(".weight")
   theirs: Callable[[str], str] = _same
 
 
 USUAL = Naming()
 LLADA = Naming("model.transformer.wte", "model.transformer.ff_out", _llada)
-LLADA2 = Naming("model.word_embeddings", "lm_head", _llada2)
+LLADA2 = Naming("model.word_embeddings", theirs=_llada2)
 
 EMBEDDINGS = {n.embedding for n in (USUAL, LLADA, LLADA2)}
 """Modules whose adapters are those of embeddings."""
