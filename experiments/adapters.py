@@ -187,7 +187,7 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
         f"{found[0].base.origin['path']} as the first adapter's"
       )
     under = parts.from_params(wrap.disable(source.params()))
-    if len(found) > 1 and convert.differing(under, source.base):
+    if len(found) > 1 and convert.changed_addresses(under, source.base):
       raise UserError(
         f"--from={name}: brings weights of the base whole, which cannot be "
         "summed; expected adapters alone"
@@ -268,16 +268,18 @@ def _fidelity() -> dict[str, Any]:
 
   source = _one()
   params = source.params()
-  kinds = dict(nearest=changes.cast, stochastic=merge.Stochastic(_SEED.value))
+  kinds = dict(
+    nearest=changes.cast, stochastic=merge.StochasticRounding(_SEED.value)
+  )
   merged, losses = merge.merge(params, kinds[_ROUNDING.value], _DTYPE.value)
   out = _told(
     {path: dataclasses.asdict(c) for path, c in losses.items()},
     least_kept=min(c.kept for c in losses.values()),
-    **changes.merges(losses.values()),
+    **changes.merge_summary(losses.values()),
   )
   if _TEXT.value is None:
     return out
-  compared = merge.outputs(source.model, params, merged, _tokens(source))
+  compared = merge.logit_change(source.model, params, merged, _tokens(source))
   return out | dict(outputs=dataclasses.asdict(compared))
 
 
@@ -325,7 +327,7 @@ def _validated() -> dict[str, Any]:
   folder = load.adapter_directory(path) if path.is_dir() else None
   if folder is None:
     raise UserError(f"--from={path}: expected a directory with an adapter")
-  base = sources.open_source(str(load.base_of(folder)[1]))
+  base = sources.open_source(str(load.adapter_base(folder)[1]))
   params = base.params()
   naming = peft_names.naming_of_config(base.config)
   everything = full_weights.base_weights(params, base.model, naming)

@@ -256,7 +256,7 @@ def _recipe(kind: str | None) -> Any:
 def _rounding() -> Any:
   from research.lora.merge import changes, merge
 
-  kinds = dict(nearest=changes.cast, stochastic=merge.Stochastic())
+  kinds = dict(nearest=changes.cast, stochastic=merge.StochasticRounding())
   return kinds[_ROUNDING.value]
 
 

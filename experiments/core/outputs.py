@@ -108,7 +108,7 @@ def _save_model(folder, experiment, built, params) -> bool:
   params = site.whole(params)
   if not runtime.first():
     return True
-  source = sources.trained(
+  source = sources.from_training(
     built.loaded,
     params,
     {"format": "run", "path": str(folder.parent)},

@@ -278,7 +278,7 @@ def turned(
     count: see `text`.
   """
   rows = batch_of(np.array([loaded.tokenizer.prompt(text)[:count]]))
-  model, params, spec = from_autoregressive.converted(
+  model, params, spec = from_autoregressive.to_diffusion(
     loaded.model, loaded.params
   )
   objectives = {"next token": NextToken(model=model)} | {

@@ -69,7 +69,7 @@ def read_factors(
 def _saved(place):
   """Returns what PEFT's directory `place` says it brings whole."""
   fields, _ = peft_config.read_config(place)
-  saved = peft_config.whole_modules(fields)
+  saved = peft_config.modules_to_save(fields)
   return saved if peft_config.bias_mode(fields) == "none" else (*saved, "bias")
 
 

@@ -113,7 +113,7 @@ def to_gguf(
   to: pathlib.Path,
   recipe: gguf_recipe.Recipe | None = None,
   least: float | None = None,
-) -> tuple[changes.Log, str, gguf_write.Written]:
+) -> tuple[changes.Log, str, gguf_write.Summary]:
   """Writes a GGUF file; adapters are merged.
 
   Args:
@@ -271,7 +271,7 @@ def to_peft(
   if under is None or base is not None:
     under = sources.open_source(name)
   params = source.params()
-  different = differing(part.from_params(wrap.disable(params)), under)
+  different = changed_addresses(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:
     peft.save_adapter(
       draft,
@@ -308,7 +308,7 @@ def to_gguf_adapter(
   check_free(to)
   params, base = source.params(), source.base
   if base is not None:
-    whole = differing(part.from_params(wrap.disable(params)), base)
+    whole = changed_addresses(part.from_params(wrap.disable(params)), base)
     if whole or source.model.vocab_size != base.model.vocab_size:
       raise UserError(
         f"{source.origin.get('path')}: brings {sorted(whole)[0]} whole, which "
@@ -325,7 +325,7 @@ def to_gguf_adapter(
   )
 
 
-def differing(mine: part.Parts, base: sources.Source) -> set[str]:
+def changed_addresses(mine: part.Parts, base: sources.Source) -> set[str]:
   """Returns the addresses at which weights are not the base's."""
   out = set()
   for address, p in mine.items():

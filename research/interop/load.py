@@ -198,7 +198,7 @@ def tokenizer(path: pathlib.Path) -> Any:
   return Tokenizer.from_directory(path)
 
 
-def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
+def adapter_base(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
   """Returns what an adapter calls its base, and where that is.
 
   Raises:
@@ -225,7 +225,7 @@ def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
 def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   from research.interop import peft
 
-  _, target = base_of(path)
+  _, target = adapter_base(path)
   try:
     loaded = load_model(target, dtype, packed, shardings)
   except UserError as e:

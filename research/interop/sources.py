@@ -138,7 +138,7 @@ def _ours(path: pathlib.Path) -> Source:
 def _adapter(path: pathlib.Path) -> Source:
   from research.interop import peft
 
-  name, target = load.base_of(path)
+  name, target = load.adapter_base(path)
   base = open_source(str(target))
   if base.base is not None:
     raise UserError(
@@ -174,7 +174,7 @@ def with_params(
   )
 
 
-def trained(
+def from_training(
   loaded: Loaded,
   params: Params,
   origin: Mapping[str, Any],

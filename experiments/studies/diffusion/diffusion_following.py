@@ -110,7 +110,7 @@ class Following(OfSeeds):
     pool = batch_of(task.rows("train", 8192, told=False))
     text = NextToken(model=model, rows=2048)
     base = self.tiny.trained(text, begun, pool, self.base_steps, seed)
-    grown, started, spec = from_autoregressive.converted(model, base)
+    grown, started, spec = from_autoregressive.to_diffusion(model, base)
     objective = MaskedDiffusion(
       model=grown,
       mask_id=spec.mask_id,

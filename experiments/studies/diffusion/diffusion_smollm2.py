@@ -146,7 +146,7 @@ class Instructed(OfSeeds):
     plain, unseen = self._plain(words), self._unseen(words)
     text = {AR: self._next_token(loaded, plain, unseen, seed)}
 
-    model, params, spec = from_autoregressive.converted(
+    model, params, spec = from_autoregressive.to_diffusion(
       loaded.model, loaded.params
     )
     common = dict(

@@ -25,7 +25,7 @@ _OF_TOKENS = {"embed": 0, "head": 1}
 """Weights with a row or a column for each token -> which axis that is."""
 
 
-def converted(
+def to_diffusion(
   model: Transformer,
   params: Params,
   mask: int | None = None,
@@ -54,7 +54,7 @@ def converted(
   return grown, params, spec
 
 
-def source(
+def source_to_diffusion(
   given: sources.Source,
   mask: int | None = None,
   block: int | None = None,
@@ -63,7 +63,7 @@ def source(
 
   Args:
     given: any; texts end with its tokenizer's stop tokens.
-    mask, block: as for `converted`.
+    mask, block: as for `to_diffusion`.
 
   Raises:
     UserError: there is no such id, or it is a diffusion model already.
@@ -86,7 +86,7 @@ def source(
     given,
     model=model,
     parts={a: _grown(a.path, p) for a, p in given.parts.items()},
-    params=lambda: converted(given.model, given.params(), mask)[1],
+    params=lambda: to_diffusion(given.model, given.params(), mask)[1],
     config=config,
   )
 

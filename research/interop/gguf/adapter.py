@@ -65,7 +65,7 @@ def _matrices(
   rows = {row.path: row for row in (*gguf_names.TOP, *gguf_names.ROWS)}
   a = model.layer_kinds()[0].attention
   turned = ARCHITECTURES[arch].interleaved
-  fold = gguf_config.folded(model, arch)
+  fold = gguf_config.folded_scale(model, arch)
   out = {}
   for address, size in wrap.matrices(params).items():
     layer, _, inner = address.removeprefix("layers/").partition("/")

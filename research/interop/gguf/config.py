@@ -334,7 +334,7 @@ def _expert_keys(kinds: Sequence[Block], architecture: str) -> dict[str, int]:
   return out
 
 
-def folded(model: Transformer, arch: str) -> float:
+def folded_scale(model: Transformer, arch: str) -> float:
   """Returns what the queries take of a scale that no key can hold."""
   kinds = model.layer_kinds()
   a, usual = kinds[0].attention, kinds[0].attention.head_dim ** -0.5

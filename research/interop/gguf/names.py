@@ -67,7 +67,7 @@ EXPERT_ROWS = (
 """In place of those of `mlp/`: matrices of a layer's experts are one tensor."""
 
 
-def of_model(family: presets.Family, sizes: presets.Sizes) -> list[Row]:
+def rows_of(family: presets.Family, sizes: presets.Sizes) -> list[Row]:
   """Returns the rows of a layer."""
   rows = [r for r in ROWS if r.when is None or getattr(family, r.when)]
   if sizes.sparse is None:

@@ -46,7 +46,7 @@ def _check(path: str, file: GGUF, family, sizes) -> None:
   wanted = {r.name: r for r in top} | {
     f"blk.{i}.{r.name}": r
     for i in range(sizes.depth)
-    for r in gguf_names.of_model(family, sizes)
+    for r in gguf_names.rows_of(family, sizes)
   }
   found = set(file.tensors) - {gguf_names.ROPE_FACTORS}
   if missing := wanted.keys() - found:
@@ -86,7 +86,7 @@ def interleaved(rows: int, heads: int) -> np.ndarray:
   return np.argsort(half_split(rows, heads))
 
 
-def permuted(tensor: Tensor, order: np.ndarray) -> Tensor:
+def permute_rows(tensor: Tensor, order: np.ndarray) -> Tensor:
   """Returns `tensor` with its rows, whatever their type, in `order`."""
   data = tensor.data.reshape(tensor.shape[0], -1)[order]
   return dataclasses.replace(tensor, stored=data.reshape(-1))
@@ -190,7 +190,7 @@ def _unread(
   file: GGUF, family, sizes, model: Transformer, turned: bool, dtype, packed
 ) -> dict[str, Any]:
   """Returns the parameter tree, of `unread.Unread` arrays."""
-  rows = gguf_names.of_model(family, sizes)
+  rows = gguf_names.rows_of(family, sizes)
 
   def matrix(row: Row, layer: int) -> _Matrix:
     tensor = file.tensors[f"blk.{layer}.{row.name}"]
@@ -259,7 +259,7 @@ def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
     if row.name in file.tensors
   }
   for i in range(sizes.depth):
-    for row in gguf_names.of_model(family, sizes):
+    for row in gguf_names.rows_of(family, sizes):
       tensor = file.tensors[f"blk.{i}.{row.name}"]
       if len(tensor.shape) < 3:
         out[Address(i, row.path)] = part(row, tensor)

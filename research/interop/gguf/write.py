@@ -69,7 +69,7 @@ def tensors(
   a = kinds[0].attention
   arch = given["general.architecture"]
   turned = ARCHITECTURES[arch].interleaved
-  fold = gguf_config.folded(model, arch)
+  fold = gguf_config.folded_scale(model, arch)
   for name in extra:
     check_known(name, arch)
   # What makes the queries: their norm, where they have one.
@@ -187,7 +187,7 @@ def _encoded(name: str, which: str, x: np.ndarray, importance) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class Summary:
   """What a file has become.
 
   Attributes:
@@ -214,7 +214,7 @@ def write_model(
   hint: str | None = None,
   name: str = "",
   tokenizer: Mapping[str, Any] | None = None,
-) -> Written:
+) -> Summary:
   """Writes a file, whole or not at all.
 
   Args:
@@ -244,4 +244,4 @@ def write_model(
   window = None
   if found["general.architecture"] == "llama":
     window = found.get("llama.attention.sliding_window")
-  return Written(8 * sum(sizes.values()) / count, otherwise, window)
+  return Summary(8 * sum(sizes.values()) / count, otherwise, window)

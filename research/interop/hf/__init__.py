@@ -7,25 +7,25 @@ A family's fields of config.json are in `config`, its names of tensors in
 from research.interop.hf.names import table
 from research.interop.hf.read import (
   DTYPES,
-  difference,
   filler,
+  language_model,
+  mismatch,
   model_from_directory,
   open_model,
   read_params,
   read_parts,
-  text_part,
   unread_params,
 )
 
 __all__ = [
   "DTYPES",
-  "difference",
+  "mismatch",
   "filler",
   "model_from_directory",
   "open_model",
   "read_params",
   "read_parts",
   "table",
-  "text_part",
+  "language_model",
   "unread_params",
 ]

@@ -39,7 +39,7 @@ _TEXT_PARTS = (
 _OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
-def text_part(
+def language_model(
   tensors: Mapping[str, quantized.Tensor],
 ) -> dict[str, quantized.Tensor]:
   """Returns a multimodal file's language model under its usual names."""
@@ -55,7 +55,7 @@ def text_part(
   return out
 
 
-def difference(
+def mismatch(
   where: Any, missing: Sequence[str], extra: Sequence[str]
 ) -> UserError:
   """Returns the error that names what is missing and what is superfluous."""
@@ -79,7 +79,7 @@ def _check(where, model, tensors, wanted) -> None:
     extra.remove(HEAD)
     _check_tied(tensors[EMBEDDING], tensors[HEAD])
   if missing or extra:
-    raise difference(where, missing, extra)
+    raise mismatch(where, missing, extra)
   for name, shape in wanted.items():
     tensor = tensors[name]
     if tensor.shape != shape:
@@ -288,7 +288,7 @@ def open_model(
       quantization, tensors, directory
     )
   if config["model_type"] == "gemma3":
-    tensors = text_part(tensors)
+    tensors = language_model(tensors)
   if config["model_type"] == llada.KIND:
     tensors = llada.to_llama_names(tensors)
   if config["model_type"] == llada2.KIND:

@@ -88,7 +88,7 @@ BIASES = ("none", "all", "lora_only")
 """Which biases of the base an adapter brings along."""
 
 
-def texts(fields: Fields, name: str) -> Names:
+def read_names(fields: Fields, name: str) -> Names:
   """Returns a field that holds names, or a regular expression."""
   x = fields.get(name)
   if isinstance(x, list) and all(isinstance(t, str) for t in x):
@@ -106,7 +106,7 @@ def _values(fields: Fields, name: str, whole: bool) -> dict[str, Any]:
   return {key: read(key) for key in inner.values}
 
 
-def targets(fields: Fields) -> Targets:
+def read_targets(fields: Fields) -> Targets:
   """Returns which modules a configuration chooses."""
   layers = fields.get("layers_to_transform")
   layers = [layers] if type(layers) is int else layers
@@ -114,18 +114,18 @@ def targets(fields: Fields) -> Targets:
     isinstance(layers, list) and all(type(i) is int for i in layers)
   ):
     raise fields.wrong("layers_to_transform", "whole numbers")
-  containers = texts(fields, "layers_pattern")
+  containers = read_names(fields, "layers_pattern")
   if isinstance(containers, str):
     containers = (containers,)
   return Targets(
-    target=texts(fields, "target_modules"),
-    exclude=texts(fields, "exclude_modules"),
+    target=read_names(fields, "target_modules"),
+    exclude=read_names(fields, "exclude_modules"),
     layers=None if layers is None else tuple(layers),
     containers=containers or None,
   )
 
 
-def whole_modules(fields: Fields) -> tuple[str, ...]:
+def modules_to_save(fields: Fields) -> tuple[str, ...]:
   """Returns modules_to_save: the ends of names of modules."""
   found = fields.get("modules_to_save")
   if found is None:
@@ -214,7 +214,7 @@ def read_methods(
     modules: module names by address.
     sizes: (in, out) of each matrix by address, where methods are to be used.
   """
-  chooses, whole = targets(fields), whole_modules(fields)
+  chooses, whole = read_targets(fields), modules_to_save(fields)
   if kind is Tokens and chooses.target is None:
     raise fields.wrong("target_modules", "the embedding's name")
   if chooses.layers and isinstance(chooses.target, str):
@@ -271,7 +271,7 @@ def read_token_rows(
     out[matched[0]] = token_rows.read_ids(inner, key)
   if tied and "head" in out and out.pop("head") != out.get("embed"):
     raise fields.wrong(name, "the same of the embedding, to which it is tied")
-  whole = whole_modules(fields)
+  whole = modules_to_save(fields)
   for address in out:
     module = sides[address]
     if address in taken or saved_whole(module, whole):

@@ -120,7 +120,7 @@ def read(
     both = {key: tensors.get(key) for key in stack.shapes}
     missing = sorted(key for key, x in both.items() if x is None)
     if missing:
-      raise hf.difference(file, missing, [])
+      raise hf.mismatch(file, missing, [])
     for key, shape in stack.shapes.items():
       x = both[key]
       if x.shape != shape or str(x.dtype) not in hf.DTYPES:

@@ -129,7 +129,7 @@ def _whole(fields, base, adapted, tensors, tied, naming):
   whole = full_weights.required(
     base,
     adapted,
-    peft_config.whole_modules(fields),
+    peft_config.modules_to_save(fields),
     peft_config.bias_mode(fields),
   )
   sides = {naming.embedding, naming.head}
@@ -231,7 +231,7 @@ def _untied(fields, kind, params, model, naming):
   sides = {"embed": naming.embedding, "head": naming.head}
   modules = peft_names.modules(params, model, naming) | sides
   touched = peft_config.read_methods(fields, kind, modules)
-  saved = peft_config.whole_modules(fields)
+  saved = peft_config.modules_to_save(fields)
   for address, module in sides.items():
     if address in touched or saved_whole(module, saved):
       return full_weights.untie(params, model)
@@ -308,7 +308,7 @@ def _check(path, tensors, methods, modules, params, whole) -> None:
   missing = (set(wanted) | set(whole)) - set(tensors)
   extra = set(tensors) - set(wanted) - set(whole)
   if missing or extra:
-    raise hf.difference(path, sorted(missing), sorted(extra))
+    raise hf.mismatch(path, sorted(missing), sorted(extra))
   for key, shape in wanted.items():
     if tensors[key].shape != shape:
       raise UserError(

@@ -62,8 +62,8 @@ def findings(
   # As in a file, where there are no tuples.
   held = {k: list(x) if isinstance(x, tuple) else x for k, x in config.items()}
   fields = Fields(held, peft_config.CONFIG)
-  targets = peft_config.targets(fields)
-  whole = tuple(peft_config.texts(fields, "modules_to_save") or ())
+  targets = peft_config.read_targets(fields)
+  whole = tuple(peft_config.read_names(fields, "modules_to_save") or ())
   out = [*_invalid(fields)]
   if out:
     return out

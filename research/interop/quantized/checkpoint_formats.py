@@ -19,7 +19,7 @@ from research.interop.quantized import (
   compressed_tensors,
   gptq,
 )
-from research.interop.quantized.integers import Integers, integers
+from research.interop.quantized.integers import Integers, to_integers
 from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -166,7 +166,7 @@ class Gptq:
   head: bool = False
 
   def describe(self, w: QTensor, where: str) -> _Grid:
-    x = integers(w, where)
+    x = to_integers(w, where)
     gptq.to_tensors(x, 2, where)
     return _grid(x)
 
@@ -198,7 +198,7 @@ class Gptq:
     )
 
   def tensors(self, w: QTensor, scheme: gptq.Scheme, where: str) -> Tensors:
-    return gptq.to_tensors(integers(w, where), scheme.version, where)
+    return gptq.to_tensors(to_integers(w, where), scheme.version, where)
 
   def config(
     self, scheme: gptq.Scheme, found: Mapping[str, Any], plain: Sequence[str]
@@ -241,7 +241,7 @@ class Awq:
   head: bool = False
 
   def describe(self, w: QTensor, where: str) -> _Grid:
-    x = integers(w, where)
+    x = to_integers(w, where)
     awq.to_tensors(x, where)
     return _grid(x)
 
@@ -257,7 +257,7 @@ class Awq:
     return Affine(bits=4, block=scheme.group)
 
   def tensors(self, w: QTensor, scheme: awq.Scheme, where: str) -> Tensors:
-    return awq.to_tensors(integers(w, where), where)
+    return awq.to_tensors(to_integers(w, where), where)
 
   def config(
     self, scheme: awq.Scheme, found: Mapping[str, Any], plain: Sequence[str]

@@ -299,7 +299,7 @@ def _gptq(values, tensors: Tensors, where: str) -> Opened:
   scheme = gptq.parse(values, where)
   found = _ending(tensors, gptq.MARK, gptq.NAMES)
   some = list(found)[:_SAMPLES]
-  scheme = gptq.detected(
+  scheme = gptq.detect_version(
     scheme, {module: _arrays(tensors, found[module]) for module in some}
   )
   read = functools.partial(gptq.from_tensors, scheme=scheme)

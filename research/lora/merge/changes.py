@@ -105,7 +105,7 @@ LEAST_KEPT = 0.9
 """Of all updates, what a merge has to keep unless it may be lossy."""
 
 
-def kept(changes: Iterable[Change]) -> float | None:
+def kept_share(changes: Iterable[Change]) -> float | None:
   """Returns the share of all merged updates that is left along them."""
   found = [c for c in changes if c.update is not None]
   total = sum(c.update**2 for c in found)
@@ -114,7 +114,7 @@ def kept(changes: Iterable[Change]) -> float | None:
   return sum(c.kept * c.update**2 for c in found) / total if total else 1.0
 
 
-def merges(changes: Iterable[Change]) -> dict[str, Any]:
+def merge_summary(changes: Iterable[Change]) -> dict[str, Any]:
   """Returns what all merged updates have become, None where nothing is merged.
 
   kept   their share that is left along them
@@ -125,7 +125,7 @@ def merges(changes: Iterable[Change]) -> dict[str, Any]:
   worst  the tensor whose change is furthest from its update
   """
   found = [c for c in changes if c.update is not None]
-  share = kept(found)
+  share = kept_share(found)
   if share is None:
     return dict.fromkeys(("kept", "lost", "noise", "worst"))
   total = sum(c.update**2 for c in found) or 1.0
@@ -143,7 +143,7 @@ def merges(changes: Iterable[Change]) -> dict[str, Any]:
 def check_kept(changes: Iterable[Change], least: float) -> None:
   """Raises UserError if less than that share of all updates is left."""
   changes = list(changes)
-  found = kept(changes)
+  found = kept_share(changes)
   if found is None or found >= least:
     return
   worst = min((c for c in changes if c.kept is not None), key=lambda c: c.kept)
@@ -197,7 +197,7 @@ class Log:
       kinds[key] = kinds.get(key, 0) + 1
     moved = [c for c in self.changes if c.max_abs_error]
     merged = [c for c in self.changes if c.fidelity is not None]
-    found = merges(self.changes)
+    found = merge_summary(self.changes)
     worst = max(moved, key=lambda c: c.relative_error, default=None)
     return {
       "tensors": len(self.changes),

@@ -42,7 +42,7 @@ MODES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Stochastic:
+class StochasticRounding:
   """Rounds up or down with the chances that make the mean exact.
 
   Attributes:
@@ -78,7 +78,7 @@ def merge(
 
   Args:
     params: with adapters, on any base.
-    rounding: `changes.cast`, to nearest, or `Stochastic`.
+    rounding: `changes.cast`, to nearest, or `StochasticRounding`.
     dtype: of merged weights; None for each base's own.
     least: share of all updates that has to be kept; None for whatever it is.
 
@@ -120,7 +120,7 @@ def _rounded(name, total, base, dtype, rounding):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outputs:
+class LogitChange:
   """How the outputs of two models differ on some tokens.
 
   Attributes:
@@ -140,16 +140,16 @@ class Outputs:
   tokens: int
 
 
-def outputs(
+def logit_change(
   model: Transformer, before: Params, after: Params, tokens: Int[Array, "B T"]
-) -> Outputs:
+) -> LogitChange:
   """Returns how logits change from one tree to another, both of `model`."""
   rows = [
     jax.tree.map(np.asarray, _compared(model, before, after, row[None]))
     for row in tokens
   ]
   worst, mean, kl, max_kl, same = (np.array(x) for x in zip(*rows, strict=True))
-  return Outputs(
+  return LogitChange(
     max_logit=float(worst.max()),
     mean_logit=float(mean.mean()),
     kl=float(kl.mean()),
@@ -211,7 +211,7 @@ def report_modes(
   params: Params,
   original: Params | None,
   tokens: Int[Array, "B T"],
-) -> dict[str, Outputs]:
+) -> dict[str, LogitChange]:
   """Returns, for each mode, how its logits differ from the adapted model's.
 
   Args:
@@ -220,7 +220,7 @@ def report_modes(
     tokens: rows that are read.
   """
   return {
-    mode: outputs(model, params, merge_as(params, mode, original), tokens)
+    mode: logit_change(model, params, merge_as(params, mode, original), tokens)
     for mode in MODES
     if mode != "original" or original is not None
   }

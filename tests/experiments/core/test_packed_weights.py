@@ -29,7 +29,9 @@ def ours(tmp_path_factory):
   folder, loaded = tmp_path_factory.mktemp("ours"), load.load_model(FILE)
   for name, format in (("int4", Affine(block=32)), ("fp8", FP8())):
     params = Quantize(format=format)(loaded.params)
-    source = sources.trained(loaded, params, {"format": "quantized"}, None)
+    source = sources.from_training(
+      loaded, params, {"format": "quantized"}, None
+    )
     convert.to_orbax(source, folder / name)
   return folder
 

@@ -50,7 +50,7 @@ def test_blocks_of_one_token_are_the_real_model():
   ids = np.array([loaded.tokenizer.encode(TEXT)[:65]])
   assert ids.shape == (1, 65)
   mask = loaded.tokenizer.backend.token_to_id("<empty_output>")
-  model, params, spec = from_autoregressive.converted(
+  model, params, spec = from_autoregressive.to_diffusion(
     loaded.model, loaded.params, mask, 1, loaded.tokenizer.stop
   )
   assert params is loaded.params and model == loaded.model
@@ -101,7 +101,7 @@ def tiny(tied=True):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_new_mask_leaves_the_other_logits_alone(tied):
   model, params = tiny(tied)
-  grown, more, spec = from_autoregressive.converted(model, params)
+  grown, more, spec = from_autoregressive.to_diffusion(model, params)
   assert spec == Spec(mask_id=40, shift=True)
   assert grown.vocab_size == 41
   np.testing.assert_allclose(
@@ -117,7 +117,7 @@ def test_a_new_mask_leaves_the_other_logits_alone(tied):
 
 def test_blocks_of_one_token_write_what_the_model_writes():
   model, params = tiny()
-  grown, more, spec = from_autoregressive.converted(model, params, block=1)
+  grown, more, spec = from_autoregressive.to_diffusion(model, params, block=1)
   prompt = [3, 1, 4, 1, 5]
   want = generate.generate(model, params, [prompt], 8).tokens[0]
   options = Options(mask_id=spec.mask_id, length=8, block=1)
@@ -137,7 +137,7 @@ def test_blocks_of_one_token_write_what_the_model_writes():
 )
 def test_masks_that_cannot_be(mask, end, message):
   with pytest.raises(UserError, match=message):
-    from_autoregressive.converted(*tiny(), mask, None, end)
+    from_autoregressive.to_diffusion(*tiny(), mask, None, end)
 
 
 def test_what_a_configuration_says():

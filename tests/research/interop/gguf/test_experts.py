@@ -13,7 +13,7 @@ from research.interop import convert, load, parts, sources
 from research.interop.gguf import Tensor, open_gguf, write_gguf
 from research.interop.gguf import recipe as gguf_recipe
 from research.interop.gguf import write as gguf_write
-from research.interop.gguf.read import interleaved, load_gguf, permuted
+from research.interop.gguf.read import interleaved, load_gguf, permute_rows
 from research.io import safetensors
 from research.lora.merge import changes
 from research.nn.moe.routing import Routing
@@ -74,7 +74,7 @@ def mixtral() -> tuple[dict, dict[str, Tensor]]:
     tensor = plain(lazy.read())
     for key, n in (("q_proj", heads), ("k_proj", kv_heads)):
       if key in name:
-        tensor = permuted(tensor, interleaved(tensor.shape[0], n))
+        tensor = permute_rows(tensor, interleaved(tensor.shape[0], n))
     tensors[first.replace("blk.0.", f"blk.{layer}.")] = tensor
   for i in range(depth):
     moe = f"model.layers.{i}.block_sparse_moe"

@@ -17,7 +17,7 @@ from research.interop.gguf.read import (
   half_split,
   interleaved,
   load_gguf,
-  permuted,
+  permute_rows,
 )
 from research.interop.gguf.tensor_types import TYPES
 from research.io import safetensors
@@ -128,10 +128,10 @@ def converted(family: str) -> tuple[dict, dict[str, Tensor]]:
         x = x * math.sqrt(head_dim / config["query_pre_attn_scalar"])
     tensor = plain(x)
     if name == "llama" and ".q_proj." in hf:
-      tensor = permuted(tensor, interleaved(x.shape[0], heads))
+      tensor = permute_rows(tensor, interleaved(x.shape[0], heads))
     if name == "llama" and ".k_proj." in hf:
       kv_heads = config["num_key_value_heads"]
-      tensor = permuted(tensor, interleaved(x.shape[0], kv_heads))
+      tensor = permute_rows(tensor, interleaved(x.shape[0], kv_heads))
     tensors[gguf_name] = tensor
   return metadata, tensors
 
@@ -197,9 +197,9 @@ def test_rows_of_any_type_move_whole():
   assert order[:8].tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
   x = np.random.default_rng(0).integers(0, 256, (24, 20), np.uint8)
   tensor = Tensor("Q4_1", (24, 32), x.reshape(-1))
-  moved = permuted(tensor, order)
+  moved = permute_rows(tensor, order)
   np.testing.assert_array_equal(moved.decode(), tensor.decode()[order])
-  back = permuted(moved, interleaved(24, 3))
+  back = permute_rows(moved, interleaved(24, 3))
   np.testing.assert_array_equal(back.data, tensor.data)
 
 

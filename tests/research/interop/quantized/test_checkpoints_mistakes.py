@@ -132,7 +132,7 @@ def test_other_damage_of_gptq():
     read(changed(), 4, 1)
   tensors, _ = random_tensors(4, 2, zero=3)
   with pytest.raises(UserError, match="qzeros has 3, expected 7 .* or 8"):
-    gptq.detected(gptq.Scheme(group=GROUP), {"w": tensors})
+    gptq.detect_version(gptq.Scheme(group=GROUP), {"w": tensors})
 
 
 @pytest.mark.parametrize(

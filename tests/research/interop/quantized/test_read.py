@@ -14,7 +14,7 @@ from experiments.core import cli
 from research import tree, weights
 from research.interop import convert, hf, load, quantized, sources
 from research.interop.quantized import checkpoint_formats, gptq
-from research.interop.quantized.integers import integers
+from research.interop.quantized.integers import to_integers
 from research.io import safetensors, unread
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
@@ -156,7 +156,7 @@ def test_layers_that_are_not_alike_are_runs_of_their_own(made, tmp_path):
       if address.layer == 1:
         tensors[name] = np.ascontiguousarray(np.asarray(w).T)
         continue
-      made = gptq.to_tensors(integers(w, "w"), 1)
+      made = gptq.to_tensors(to_integers(w, "w"), 1)
       tensors |= {f"{module}.{k}": x for k, x in made.items()}
 
   folder = change(made("gptq"), tmp_path / "mixed", write)

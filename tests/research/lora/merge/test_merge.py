@@ -89,13 +89,13 @@ def test_what_the_base_loses_alone_is_not_the_updates():
   assert (found.kept, found.fidelity) == (1, 0)
   assert found.max_abs_error == step / 4
   want = dict(kept=1.0, lost=0.0, noise=0.0, worst="layers/0/x")
-  assert changes.merges(losses.values()) == want
+  assert changes.merge_summary(losses.values()) == want
 
 
 @pytest.mark.parametrize("relative", [1e-2, 1e-3, 3e-4])
 def test_stochastic_rounding_keeps_them(relative):
   params = matrix(relative)
-  _, losses = merge.merge(params, merge.Stochastic(1))
+  _, losses = merge.merge(params, merge.StochasticRounding(1))
   found = losses["layers/0/x"]
   # Four deviations: an entry's noise is at most half a step of 2^-8.
   noise = 4 * 0.5 * 2**-8 / relative / 256
@@ -108,7 +108,7 @@ def test_stochastic_rounding_takes_a_neighbour(dtype):
   rng = np.random.default_rng(0)
   x = rng.standard_normal(2000).astype(np.float32)
   x[:3] = [0.0, 1.0, -1.5]
-  rounds = [merge.Stochastic(i) for i in range(400)]
+  rounds = [merge.StochasticRounding(i) for i in range(400)]
   draws = np.stack([r("w", x, dtype).astype(np.float32) for r in rounds])
   low, high = draws.min(0), draws.max(0)
   step = float(ml_dtypes.finfo(dtype).eps) * np.abs(x)
@@ -123,16 +123,16 @@ def test_stochastic_rounding_takes_a_neighbour(dtype):
 
 def test_stochastic_rounding_is_repeatable_and_finite():
   x = np.float32([65519.0, 6.1e-5, -65519.0])
-  one = merge.Stochastic(0)("w", x, np.dtype(np.float16))
+  one = merge.StochasticRounding(0)("w", x, np.dtype(np.float16))
   assert np.isfinite(one).all()
   np.testing.assert_array_equal(
-    one, merge.Stochastic(0)("w", x, np.dtype(np.float16))
+    one, merge.StochasticRounding(0)("w", x, np.dtype(np.float16))
   )
   wide = np.random.default_rng(0).standard_normal(999).astype(np.float32)
-  draws = [merge.Stochastic(0)(name, wide, BF16) for name in "ab"]
+  draws = [merge.StochasticRounding(0)(name, wide, BF16) for name in "ab"]
   assert (draws[0] != draws[1]).any()
   with pytest.raises(UserError, match="beyond the range"):
-    merge.Stochastic(0)("w", np.float32([1e6]), np.dtype(np.float16))
+    merge.StochasticRounding(0)("w", np.float32([1e6]), np.dtype(np.float16))
 
 
 def test_a_lossy_merge_is_refused():
@@ -143,14 +143,14 @@ def test_a_lossy_merge_is_refused():
   assert "layers/0/x" in text
   assert "--lossy" in text
   merge.merge(matrix(1e-2), least=changes.LEAST_KEPT)
-  merge.merge(matrix(1e-3), merge.Stochastic(), least=0.9)
+  merge.merge(matrix(1e-3), merge.StochasticRounding(), least=0.9)
   merge.merge(matrix(3e-4), dtype="float32", least=changes.LEAST_KEPT)
 
 
 def test_outputs():
   params, tokens = adapted(), support.tokens()
   base = wrap.disable(params)
-  found = merge.outputs(MODEL, base, params, tokens)
+  found = merge.logit_change(MODEL, base, params, tokens)
 
   @jax.jit
   def logits(params):
@@ -160,7 +160,7 @@ def test_outputs():
   x, y = (np.asarray(logits(p), np.float64) for p in (base, params))
   p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (x, y))
   kl = (p * np.log(p / q)).sum(-1)
-  want = merge.Outputs(
+  want = merge.LogitChange(
     max_logit=np.abs(x - y).max(),
     mean_logit=np.abs(x - y).mean(),
     kl=kl.mean(),
@@ -170,4 +170,4 @@ def test_outputs():
   )
   for name, value in vars(want).items():
     np.testing.assert_allclose(vars(found)[name], value, rtol=1e-3)
-  assert merge.outputs(MODEL, base, base, tokens).max_kl < 1e-6
+  assert merge.logit_change(MODEL, base, base, tokens).max_kl < 1e-6
