@@ -106,7 +106,7 @@ def _describe(x: Any) -> Any:
   for f in dataclasses.fields(x):
     value = getattr(x, f.name)
     static = f.metadata.get("static")
-    fields[f.name] = _spelled(value) if static else _describe(value)
+    fields[f.name] = _to_json(value) if static else _describe(value)
   return {"": name} | fields
 
 
@@ -140,7 +140,7 @@ def _abstract(found: Any, where: str) -> Any:
     if not f.metadata.get("static"):
       value = _abstract(value, f"{where}: {name}")
     else:
-      value = _static(value, f, f"{where}: {name}")
+      value = _from_json(value, f, f"{where}: {name}")
     values[name] = value
   made = kind(**values)
   if weights.is_packed(made):
@@ -170,7 +170,7 @@ def _check_parts(w: QTensor, where: str) -> None:
     )
 
 
-def _spelled(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
   """Returns a static field as JSON: itself, or a value's name and fields."""
   if isinstance(value, Method | Format | Op):
     return {"": type(value).__name__} | dataclasses.asdict(value)
@@ -181,8 +181,8 @@ def _tupled(x: Any) -> Any:
   return tuple(map(_tupled, x)) if isinstance(x, list) else x
 
 
-def _static(value: Any, field: Any, where: str) -> Any:
-  """Returns a static field; inverts `_spelled`."""
+def _from_json(value: Any, field: Any, where: str) -> Any:
+  """Returns a static field; inverts `_to_json`."""
   if not isinstance(field.default, Format | Op | type(dataclasses.MISSING)):
     if type(value) is not type(field.default):
       raise UserError(f"{where} is {str(value)[:60]}")

@@ -1,4 +1,8 @@
-"""GGUF files, read and written."""
+"""GGUF files, read and written.
+
+A new architecture is a row of `architectures`; its keys are in `config`, its
+names of tensors in `names`.
+"""
 
 from research.interop.gguf.container import (
   GGUF,

@@ -66,7 +66,7 @@ def from_config(fields: Fields, kind: str) -> presets.Sparse | None:
       routing=routing, hidden=fields.integer("intermediate_size")
     )
   if kind == llada2.KIND:
-    return _llada2(fields, experts, active, depth)
+    return _llada2_from_config(fields, experts, active, depth)
   return presets.Sparse(
     routing=Routing(
       experts=experts,
@@ -78,7 +78,7 @@ def from_config(fields: Fields, kind: str) -> presets.Sparse | None:
   )
 
 
-def _llada2(
+def _llada2_from_config(
   fields: Fields, experts: int, active: int, depth: int
 ) -> presets.Sparse:
   """Returns LLaDA 2's experts, whose choice is DeepSeek-V3's."""
@@ -142,7 +142,7 @@ def to_config(kinds: Sequence[Block], model_type: str) -> dict[str, Any]:
     norm_topk_prob=routing.normalised,
   )
   if model_type == llada2.KIND:
-    return out | _llada2_spelled(kinds, moe)
+    return out | _llada2_to_config(kinds, moe)
   return out | dict(
     decoder_sparse_step=1,
     mlp_only_layers=[
@@ -151,7 +151,7 @@ def to_config(kinds: Sequence[Block], model_type: str) -> dict[str, Any]:
   )
 
 
-def _llada2_spelled(kinds: Sequence[Block], moe: Moe) -> dict[str, Any]:
+def _llada2_to_config(kinds: Sequence[Block], moe: Moe) -> dict[str, Any]:
   routing = moe.routing
   shared = moe.shared.hidden // moe.hidden if moe.shared else 0
   return dict(

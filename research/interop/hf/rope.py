@@ -144,10 +144,12 @@ def to_config(value: rope.Rope) -> dict[str, Any]:
 
   Every version of transformers reads that one.
   """
-  return dict(rope_theta=value.theta, rope_scaling=_spelled(value.scaling))
+  return dict(
+    rope_theta=value.theta, rope_scaling=_scaling_to_config(value.scaling)
+  )
 
 
-def _spelled(scaling: rope.Scaling | None) -> dict[str, Any] | None:
+def _scaling_to_config(scaling: rope.Scaling | None) -> dict[str, Any] | None:
   original = "original_max_position_embeddings"
   match scaling:
     case None:
