@@ -264,7 +264,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   if model_type in ("llama", "qwen3", "qwen3_moe") or a.out_bias:
     config["attention_bias"] = a.out_bias
   if model_type == "llama":
-    config["mlp_bias"] = getattr(wide.mlp, "bias", False)
+    config["mlp_bias"] = isinstance(wide.mlp, Mlp) and wide.mlp.bias
   if model_type.startswith("gemma"):
     config["hidden_activation"] = activation
   counts = MODEL_TYPES[model_type].window

@@ -281,8 +281,9 @@ class Bnb:
 
   def describe(self, w: QTensor, where: str) -> tuple[str, bool, str]:
     bnb.to_tensors(w, where)
-    kind = getattr(w.format, "kind", "int8")
-    return kind, bool(getattr(w.format, "nested", 0)), w.of
+    if not isinstance(w.format, Codebook):
+      return "int8", False, w.of
+    return w.format.kind, bool(w.format.nested), w.of
 
   def choose(
     self, found: Sequence[tuple[str, bool, str]], inputs: Sequence[int]
