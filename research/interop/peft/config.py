@@ -14,7 +14,7 @@ import dataclasses
 import pathlib
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from research.interop.loaded import ADAPTER_CONFIG as CONFIG
@@ -200,6 +200,29 @@ def _on(fields: Fields, name: str) -> bool:
   return fields.flag(name)
 
 
+def pattern_rule(
+  fields: Fields, kind: type[Method]
+) -> Callable[[str, Method, Method], Method]:
+  """Returns (module, its method, the usual one) -> it at its rank and alpha.
+
+  They are those of the first pattern that matches, else of the usual one.
+  """
+  names = kind.PEFT_PATTERNS
+  values = {
+    f: _values(fields, names[f], f == "rank") if f in names else {}
+    for f in ("rank", "alpha")
+  }
+
+  def rule(module: str, method: Method, usual: Method) -> Method:
+    own = {
+      f: by_pattern(module, values[f], getattr(usual, f), names.get(f, ""))
+      for f in values
+    }
+    return dataclasses.replace(method, **own)
+
+  return rule
+
+
 def read_methods(
   fields: Fields,
   kind: type[Method],
@@ -219,12 +242,7 @@ def read_methods(
     raise fields.wrong("target_modules", "the embedding's name")
   if chooses.layers and isinstance(chooses.target, str):
     raise fields.wrong("layers_to_transform", "null beside a pattern")
-  names = kind.PEFT_PATTERNS
-  ranks, alphas = (
-    _values(fields, names[f], f == "rank") if f in names else {}
-    for f in ("rank", "alpha")
-  )
-  usual, out = kind.from_fields(fields), {}
+  rule, usual, out = pattern_rule(fields, kind), kind.from_fields(fields), {}
   chosen = {
     path: module
     for path, module in modules.items()
@@ -232,10 +250,8 @@ def read_methods(
   }
   named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
   for path, module in chosen.items():
-    r = by_pattern(module, ranks, usual.rank, names.get("rank", ""))
-    a = by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
     own = usual.at(module, named).among(module, list(chosen.values()))
-    out[path] = dataclasses.replace(own, rank=r, alpha=a)
+    out[path] = rule(module, own, usual)
   if not out and not whole and not fields.get(EXPERTS):
     raise fields.wrong("target_modules", "names of modules of the base model")
   return out

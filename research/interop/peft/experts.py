@@ -19,7 +19,6 @@ from research.interop import hf
 from research.interop.hf.experts import STACKS
 from research.interop.peft import config as peft_config
 from research.interop.peft.names import PREFIX
-from research.interop.peft.targets import by_pattern
 from research.io.fields import Fields
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
@@ -72,6 +71,7 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
       peft_config.EXPERTS, "null beside another method, or dropout"
     )
   sizes, out, used = wrap.experts(params), [], set()
+  rule = peft_config.pattern_rule(fields, LoRA)
   for layer in sorted({int(path.split("/")[1]) for path in sizes}):
     module = f"model.layers.{layer}.mlp.experts"
     prefix, inner = f"{PREFIX}{module}", []
@@ -84,7 +84,7 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
       used |= hits
       experts, size_in, size_out = sizes[paths[0]]
       size = (experts, size_in, size_out * len(paths))
-      method = _of(fields, usual, key)
+      method = rule(key, usual, usual)
       inner.append(Stack(key, prefix, paths, method, size))
     if len(inner) == 2:
       inner[0] = dataclasses.replace(inner[0], prefix=f"{prefix}.base_layer")
@@ -95,16 +95,6 @@ def stacks(fields: Fields, params: Params, usual: Any) -> list[Stack]:
       peft_config.EXPERTS, f"parameters of experts, not {unused[0]!r}"
     )
   return out
-
-
-def _of(fields: Fields, usual: LoRA, key: str) -> LoRA:
-  given = {}
-  for name, of in (("rank", "integer"), ("alpha", "number")):
-    inner = fields.object(LoRA.PEFT_PATTERNS[name])
-    read = {k: getattr(inner, of)(k) for k in inner.values} if inner else {}
-    field = LoRA.PEFT_PATTERNS[name]
-    given[name] = by_pattern(key, read, getattr(usual, name), field)
-  return dataclasses.replace(usual, **given)
 
 
 def read(
