@@ -334,14 +334,14 @@ def changed_addresses(mine: part.Parts, base: sources.Source) -> set[str]:
       where = dataclasses.replace(address, path="embed")
     if where not in base.parts:
       raise UserError(f"{address}: the base model has no such weight")
-    if not _equal(p, base.parts[where], turned=where != address):
+    if not _equal(p, base.parts[where], transposed=where != address):
       out.add(str(address))
   return out
 
 
-def _equal(a: part.Part, b: part.Part, turned: bool) -> bool:
-  if a.shape != (b.shape[::-1] if turned else b.shape):
+def _equal(a: part.Part, b: part.Part, transposed: bool) -> bool:
+  if a.shape != (b.shape[::-1] if transposed else b.shape):
     return False
   x, y = (changes.dense_weight(p.read()).array for p in (a, b))
-  y = y.T if turned else y
+  y = y.T if transposed else y
   return np.array_equal(x, jnp.asarray(y).astype(x.dtype))

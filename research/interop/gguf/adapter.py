@@ -64,7 +64,7 @@ def _matrices(
   """Returns every matrix that can be named, by our address."""
   rows = {row.path: row for row in (*gguf_names.TOP, *gguf_names.ROWS)}
   a = model.layer_kinds()[0].attention
-  turned = ARCHITECTURES[arch].interleaved
+  interleave = ARCHITECTURES[arch].interleaved
   fold = gguf_config.folded_scale(model, arch)
   out = {}
   for address, size in wrap.matrices(params).items():
@@ -73,7 +73,7 @@ def _matrices(
     if row is None:
       continue
     order = None
-    if row.heads is not None and turned:
+    if row.heads is not None and interleave:
       order = gguf_read.interleaved(size[1], getattr(a, row.heads))
     scale = fold if row.path == "attention/q" and a.qk_norm is None else 1.0
     name = f"blk.{layer}.{row.name}" if inner else row.name

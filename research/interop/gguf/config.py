@@ -264,14 +264,14 @@ def metadata_from_model(
       f"{', '.join(OF_MODEL_TYPE)}"
     )
   kinds = model.layer_kinds()
-  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
-  a = wide.attention
+  full = next((k for k in kinds if k.attention.window is None), kinds[0])
+  a = full.attention
   out: dict[str, Any] = {
     "vocab_size": model.vocab_size,
     "context_length": model.max_positions or 2_048,
     "embedding_length": model.width,
     "block_count": len(kinds),
-    "feed_forward_length": wide.mlp.hidden,
+    "feed_forward_length": full.mlp.hidden,
     "attention.head_count": a.heads,
     "attention.head_count_kv": a.kv_heads,
     "attention.key_length": a.head_dim,
@@ -303,8 +303,8 @@ def _windows(model: Transformer, arch: str) -> dict[str, Any]:
   if arch == "gemma3":
     out["rope.freq_base_swa"] = float(local[0].rope.theta)
   if arch.startswith("gemma"):
-    wide = [i for i, a in enumerate(attentions) if a.window is None]
-    every = wide[0] + 1 if wide else len(attentions) + 1
+    full = [i for i, a in enumerate(attentions) if a.window is None]
+    every = full[0] + 1 if full else len(attentions) + 1
     if every != len(ARCHITECTURES[arch].pattern):
       out["attention.sliding_window_pattern"] = every
   return out

@@ -141,12 +141,12 @@ class _Matrix:
         out[...] = self.vector(index)
         return
       rows, columns = index[::-1] if flip else index
-      turned = out.T if flip else out
+      target = out.T if flip else out
       step = max(1, _PIECE // (columns.stop - columns.start))
       for start in range(rows.start, rows.stop, step):
         piece = slice(start, min(start + step, rows.stop))
         to = slice(piece.start - rows.start, piece.stop - rows.start)
-        turned[to] = self.numbers(piece, columns)
+        target[to] = self.numbers(piece, columns)
 
     return fill
 
@@ -178,23 +178,25 @@ def _leaf(
   )
 
 
-def _matrix(row: Row, tensor: Tensor, family, sizes, turned: bool) -> _Matrix:
+def _matrix(
+  row: Row, tensor: Tensor, family, sizes, interleave: bool
+) -> _Matrix:
   order = None
-  if row.heads is not None and turned:
+  if row.heads is not None and interleave:
     order = half_split(tensor.shape[0], getattr(sizes, row.heads))
   norm = row.path.endswith("norm/scale")
   return _Matrix(tensor, order, family.norm_offset if norm else 0.0)
 
 
 def _unread(
-  file: GGUF, family, sizes, model: Transformer, turned: bool, dtype, packed
+  file: GGUF, family, sizes, model: Transformer, interleave: bool, dtype, packed
 ) -> dict[str, Any]:
   """Returns the parameter tree, of `unread.Unread` arrays."""
   rows = gguf_names.rows_of(family, sizes)
 
   def matrix(row: Row, layer: int) -> _Matrix:
     tensor = file.tensors[f"blk.{layer}.{row.name}"]
-    return _matrix(row, tensor, family, sizes, turned)
+    return _matrix(row, tensor, family, sizes, interleave)
 
   def types(layer: int) -> tuple[str, ...]:
     names = (f"blk.{layer}.{row.name}" for row in rows)
@@ -203,7 +205,7 @@ def _unread(
   flat: dict[str, Any] = {}
   for row in gguf_names.TOP:
     if row.name in file.tensors:
-      only = _matrix(row, file.tensors[row.name], family, sizes, turned)
+      only = _matrix(row, file.tensors[row.name], family, sizes, interleave)
       flat[row.path] = _first(_leaf(row, [only], dtype, packed))
   kinds = [(k, types(i)) for i, k in enumerate(model.layer_kinds())]
   start = 0
@@ -235,18 +237,18 @@ def open_model(
   Raises:
     UserError: it is not exactly a model that is supported.
   """
-  family, sizes, turned = sizes_from_metadata(path, file)
+  family, sizes, interleave = sizes_from_metadata(path, file)
   _check(path, file, family, sizes)
   tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
   model = presets.transformer(family, sizes)
-  return model, _parts(file, family, sizes, turned), tokenizer
+  return model, _parts(file, family, sizes, interleave), tokenizer
 
 
-def _parts(file: GGUF, family, sizes, turned: bool) -> dict[Address, Part]:
+def _parts(file: GGUF, family, sizes, interleave: bool) -> dict[Address, Part]:
 
   def part(row: Row, tensor: Tensor) -> Part:
     def read():
-      stored = _matrix(row, tensor, family, sizes, turned)
+      stored = _matrix(row, tensor, family, sizes, interleave)
       return unread.place(_first(_leaf(row, [stored], None, True)))
 
     flip = len(tensor.shape) == 2 and row.path != "embed"
@@ -296,11 +298,11 @@ def load_gguf(
   """
   path = str(path)
   file = open_gguf(path)
-  family, sizes, turned = sizes_from_metadata(path, file)
+  family, sizes, interleave = sizes_from_metadata(path, file)
   _check(path, file, family, sizes)
   tokenizer = _tokenizer(path, file.metadata, sizes.vocab)
   model = presets.transformer(family, sizes, dtype or "float32")
-  described = _unread(file, family, sizes, model, turned, dtype, packed)
+  described = _unread(file, family, sizes, model, interleave, dtype, packed)
   memory.trim()  # the tokenizer took more than it keeps
   params = unread.place(described, shardings)
   source = dict(

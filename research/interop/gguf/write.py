@@ -68,7 +68,7 @@ def tensors(
   kinds = model.layer_kinds()
   a = kinds[0].attention
   arch = given["general.architecture"]
-  turned = ARCHITECTURES[arch].interleaved
+  interleave = ARCHITECTURES[arch].interleaved
   fold = gguf_config.folded_scale(model, arch)
   for name in extra:
     check_known(name, arch)
@@ -93,7 +93,7 @@ def tensors(
     if len(shape) > 1 and which in ggml.TYPES:
       importance = recipe.importance(name, shape[-1])
     order = None
-    if row.heads is not None and turned:
+    if row.heads is not None and interleave:
       order = interleaved(shape[0], getattr(a, row.heads))
     offset = model.norm.offset if row.path.endswith("norm/scale") else 0.0
     scale = fold if row.path in queries else 1.0
@@ -144,7 +144,7 @@ def _maker(
       stored, base = stored.T, None if base is None else base.T
     exact = DTYPES.get(which) == part.kind and base is None
     exact = exact and scale == 1.0 and not offset
-    out, seen = np.empty(nbytes(which, stored.shape), np.uint8), 0
+    out, done = np.empty(nbytes(which, stored.shape), np.uint8), 0
     compared = changes.Comparison()
 
     def encode(x):
@@ -161,8 +161,8 @@ def _maker(
       rows = rows if order is None else order[rows]
       x = stored[rows]
       raw = encode(x)
-      out[seen : seen + raw.size] = raw
-      seen += raw.size
+      out[done : done + raw.size] = raw
+      done += raw.size
       if base is not None:
         alone = decode(encode(base[rows]), x.shape)
         compared.add(x, decode(raw, x.shape), base[rows], alone)

@@ -237,13 +237,13 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   """
   kinds = model.layer_kinds()
   # Any layer without a window has the shared rotation, if there is one.
-  wide = next((k for k in kinds if k.attention.window is None), kinds[0])
+  full = next((k for k in kinds if k.attention.window is None), kinds[0])
   windows = {k.attention.window for k in kinds} - {None}
-  a, window = wide.attention, max(windows, default=None)
+  a, window = full.attention, max(windows, default=None)
   # Where some layers have experts, the size is the others'.
-  single = next((k for k in kinds if isinstance(k.mlp, Mlp)), wide)
+  single = next((k for k in kinds if isinstance(k.mlp, Mlp)), full)
   activations = {v: k for k, v in reversed(ACTIVATIONS.items())}
-  activation = activations[wide.mlp.activation]
+  activation = activations[full.mlp.activation]
   config: dict[str, Any] = dict(
     model_type=model_type,
     vocab_size=model.vocab_size,
@@ -264,7 +264,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
   if model_type in ("llama", "qwen3", "qwen3_moe") or a.out_bias:
     config["attention_bias"] = a.out_bias
   if model_type == "llama":
-    config["mlp_bias"] = isinstance(wide.mlp, Mlp) and wide.mlp.bias
+    config["mlp_bias"] = isinstance(full.mlp, Mlp) and full.mlp.bias
   if model_type.startswith("gemma"):
     config["hidden_activation"] = activation
   counts = MODEL_TYPES[model_type].window
@@ -280,7 +280,7 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
     config["attn_logit_softcapping"] = a.softcap
     config["final_logit_softcapping"] = model.softcap
   if model_type == "gemma3_text":
-    local = next((k for k in kinds if k.attention.window), wide)
+    local = next((k for k in kinds if k.attention.window), full)
     config["rope_local_base_freq"] = local.attention.rope.theta
   if model_type == llada2.KIND:
     config.pop("attention_bias", None)

@@ -64,22 +64,22 @@ def from_config(
   if unknown:
     raise given.wrong(sorted(unknown)[0], f"only {' and '.join(KINDS)} here")
   empty = Fields({}, given.where)
-  wide = given.object("full_attention") or empty
-  near = given.object("sliding_attention") or empty
-  near = dataclasses.replace(
-    near,
+  full = given.object("full_attention") or empty
+  local_fields = given.object("sliding_attention") or empty
+  local_fields = dataclasses.replace(
+    local_fields,
     defaults=dict(
       rope_theta=fields.get("rope_local_base_freq") or fields.get("rope_theta")
     ),
   )
-  theta, scaling = _one_rotation(fields, wide)
-  local, local_scaling = _one_rotation(fields, near)
+  theta, scaling = _one_rotation(fields, full)
+  local, local_scaling = _one_rotation(fields, local_fields)
   if not separate_local and (local, local_scaling) == (theta, scaling):
     return theta, None, scaling
   if local_scaling is not None:
     raise UserError(
-      f"{near.where}: rope_type of windowed layers is "
-      f"{near.get('rope_type')!r}, expected 'default'"
+      f"{local_fields.where}: rope_type of windowed layers is "
+      f"{local_fields.get('rope_type')!r}, expected 'default'"
     )
   return theta, local, scaling
 

@@ -60,8 +60,10 @@ def findings(
     parameters: names of those that target_parameters adapts.
   """
   # As in a file, where there are no tuples.
-  held = {k: list(x) if isinstance(x, tuple) else x for k, x in config.items()}
-  fields = Fields(held, peft_config.CONFIG)
+  values = {
+    k: list(x) if isinstance(x, tuple) else x for k, x in config.items()
+  }
+  fields = Fields(values, peft_config.CONFIG)
   targets = peft_config.read_targets(fields)
   whole = tuple(peft_config.read_names(fields, "modules_to_save") or ())
   out = [*_invalid(fields)]

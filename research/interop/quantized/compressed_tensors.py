@@ -124,8 +124,8 @@ class _Tensors:
   def scale(self, name: str, shape: tuple[int, ...], *kinds: str):
     """Returns scales, all of them finite and none negative."""
     found = self.shaped(name, shape, *(kinds or _FLOATS))
-    wide = found.astype(np.float32)
-    if not np.isfinite(wide).all() or (wide < 0).any():
+    numbers = found.astype(np.float32)
+    if not np.isfinite(numbers).all() or (numbers < 0).any():
       raise UserError(
         f"{self.where}: {name} is not finite or is negative, expected scales"
       )
