@@ -49,8 +49,8 @@ def read_factors(
   """
   adapted = load_adapter(place, params, model)
   saved = () if is_gguf(place) else _saved(place)
-  before = tree.top(params)
-  for path, w in tree.top(adapted).items():
+  before = tree.outer_params(params)
+  for path, w in tree.outer_params(adapted).items():
     while (inner := weights.wrapped(w)) is not None:
       w = inner
     same = w is before[path] or _equal(w, before[path])

@@ -26,9 +26,9 @@ from research.interop.gguf import tensor_types
 from research.interop.gguf.architectures import ARCHITECTURES
 from research.interop.gguf.container import DTYPES
 from research.interop.gguf.recipe import FILE_TYPES
-from research.lora import plain, wrap
+from research.lora import lora_factors, wrap
+from research.lora.lora_factors import Factors
 from research.lora.merge import changes
-from research.lora.plain import Factors
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
 
@@ -127,7 +127,7 @@ def save(
   """
   if kind not in TYPES:
     raise UserError(f"gguf-adapter:{kind}: expected one of {', '.join(TYPES)}")
-  found, arch = plain.factors(params), architecture(model, hint)
+  found, arch = lora_factors.factors(params), architecture(model, hint)
   if model.tied and (both := {wrap.EMBEDDING, "head"} & set(found)):
     # It would take the embedding's factors for the head's too, and abort.
     raise UserError(
@@ -216,7 +216,7 @@ def load(
     )
   if not any(f.a.any() and f.b.any() for f in found.values()):
     raise UserError(f"{path}: the adapter changes nothing; A or B is zero")
-  return plain.wrapped(params, found)
+  return lora_factors.wrapped(params, found)
 
 
 def _alpha(path, file: gguf.GGUF, arch: str) -> float:

@@ -17,13 +17,13 @@ from research.interop.hf.families import ACTIVATIONS, MODEL_TYPES, NEUTRAL
 from research.interop.hf.rope import KINDS
 from research.io.fields import Fields
 from research.nn import presets
-from research.nn.clock import Clock
 from research.nn.mlp import Mlp
+from research.nn.time_embedding import TimeEmbedding
 from research.nn.transformer import Transformer
 from research.typing import UserError
 
 CLOCK = "time_conditioning"
-"""Our own field of models that are given the time (`research.nn.clock`)."""
+"""Our own field of models that are given the time (`research.nn.time_embedding`)."""
 
 MAX_DEPTH = 4_096
 """Layers; what a file claims is written out one by one."""
@@ -157,7 +157,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
   )
 
 
-def _clock(fields: Fields | None) -> Clock | None:
+def _clock(fields: Fields | None) -> TimeEmbedding | None:
   """Returns how a model of ours is conditioned on time, or None."""
   if fields is None:
     return None
@@ -165,7 +165,7 @@ def _clock(fields: Fields | None) -> Clock | None:
     name: fields.integer(name) for name in ("features", "hidden", "width")
   }
   try:
-    return Clock(
+    return TimeEmbedding(
       told=str(fields.get("told")),
       scale=fields.number("scale"),
       closed=fields.flag("closed"),
