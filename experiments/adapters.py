@@ -144,7 +144,7 @@ _REPORT = flags.DEFINE_string(
 def _opened(name: str) -> Any:
   """Returns an adapter as a source that knows its base."""
   from research.interop import sources
-  from research.interop.peft import gguf_adapter
+  from research.interop.gguf import adapter as gguf_adapter
   from research.typing import UserError
 
   path = pathlib.Path(name)
@@ -187,7 +187,7 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
         f"{found[0].base.origin['path']} as the first adapter's"
       )
     under = parts.from_params(wrap.disable(source.params()))
-    if len(found) > 1 and convert.differing(under, source.base):
+    if len(found) > 1 and convert.changed_addresses(under, source.base):
       raise UserError(
         f"--from={name}: brings weights of the base whole, which cannot be "
         "summed; expected adapters alone"
@@ -264,20 +264,22 @@ def _diagnosed() -> dict[str, Any]:
 
 
 def _fidelity() -> dict[str, Any]:
-  from research.lora.merge import changes, merging
+  from research.lora.merge import changes, merge
 
   source = _one()
   params = source.params()
-  kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic(_SEED.value))
-  merged, losses = merging.merge(params, kinds[_ROUNDING.value], _DTYPE.value)
+  kinds = dict(
+    nearest=changes.cast, stochastic=merge.StochasticRounding(_SEED.value)
+  )
+  merged, losses = merge.merge(params, kinds[_ROUNDING.value], _DTYPE.value)
   out = _told(
     {path: dataclasses.asdict(c) for path, c in losses.items()},
     least_kept=min(c.kept for c in losses.values()),
-    **changes.merges(losses.values()),
+    **changes.merge_summary(losses.values()),
   )
   if _TEXT.value is None:
     return out
-  compared = merging.outputs(source.model, params, merged, _tokens(source))
+  compared = merge.logit_change(source.model, params, merged, _tokens(source))
   return out | dict(outputs=dataclasses.asdict(compared))
 
 
@@ -314,12 +316,8 @@ def _merged() -> dict[str, Any]:
 def _validated() -> dict[str, Any]:
   """Reads rules, not weights: rules can be wrong that no adapter has."""
   from research.interop import load, sources
-  from research.interop.peft import (
-    peft_names,
-    peft_naming,
-    peft_whole,
-    validate,
-  )
+  from research.interop.peft import full_weights, validate
+  from research.interop.peft import names as peft_names
   from research.io import safetensors
   from research.typing import UserError
 
@@ -329,10 +327,10 @@ def _validated() -> dict[str, Any]:
   folder = load.adapter_directory(path) if path.is_dir() else None
   if folder is None:
     raise UserError(f"--from={path}: expected a directory with an adapter")
-  base = sources.open_source(str(load.base_of(folder)[1]))
+  base = sources.open_source(str(load.adapter_base(folder)[1]))
   params = base.params()
-  naming = peft_naming.of_config(base.config)
-  everything = peft_whole.base_weights(params, base.model, naming)
+  naming = peft_names.naming_of_config(base.config)
+  everything = full_weights.base_weights(params, base.model, naming)
   found = validate.findings(
     safetensors.read_json(folder / load.ADAPTER_CONFIG),
     list(peft_names.modules(params, base.model, naming).values()),
@@ -363,7 +361,9 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.lora.merge import arithmetic
   from research.typing import UserError
 
-  writes = {how: _combined for how in (arithmetic.CAT, *arithmetic.WAYS)}
+  writes = {
+    how: _combined for how in (arithmetic.CAT, *arithmetic.COMBINATIONS)
+  }
   writes |= dict(lora=_lora, intruders=_intruders)
   reads = dict(diagnose=_diagnosed, fidelity=_fidelity, validate=_validated)
   reads |= dict(merge=_merged)
@@ -376,7 +376,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     return common | reads[_OP.value]()
   cli.required(to=_TO.value)
   to = pathlib.Path(_TO.value)
-  convert.free(to)
+  convert.check_free(to)
   source, params, told = writes[_OP.value]()
   made = dataclasses.replace(source, params=lambda: params)
   convert.to_peft(made, to)

@@ -223,7 +223,7 @@ def _target() -> tuple[str, str | None]:
 
 def _writer(name: str, kind: str | None, source: Any) -> Any:
   """Returns what writes another tool's format."""
-  from research.interop.quantized import gptq, writers
+  from research.interop.quantized import checkpoint_formats, gptq
 
   group = _GROUP_SIZE.value
   if name == "gptq":
@@ -232,28 +232,31 @@ def _writer(name: str, kind: str | None, source: Any) -> Any:
     version = gptq.VERSIONS.get(said.get("checkpoint_format"), 1)
     # transformers opens no packed head, so only what came with one has one.
     head = said.get("lm_head") is True
-    return writers.Gptq(kind and int(kind), group, version, head=head)
+    return checkpoint_formats.Gptq(
+      kind and int(kind), group, version, head=head
+    )
   if name == "awq":
-    return writers.Awq(group)
+    return checkpoint_formats.Awq(group)
   if name == "bnb":
-    return writers.Bnb(kind)
-  return writers.Compressed(kind or "int4", group)
+    return checkpoint_formats.Bnb(kind)
+  return checkpoint_formats.Compressed(kind or "int4", group)
 
 
 def _recipe(kind: str | None) -> Any:
   """Returns what the matrices of a GGUF file are stored in."""
-  from research.interop.gguf import gguf_imatrix, gguf_recipe
+  from research.interop.gguf import imatrix
+  from research.interop.gguf import recipe as gguf_recipe
 
   importances = None
   if _IMATRIX.value is not None:
-    importances = gguf_imatrix.read(_IMATRIX.value).means()
+    importances = imatrix.read(_IMATRIX.value).means()
   return gguf_recipe.Recipe(kind, _FALLBACK.value, importances)
 
 
 def _rounding() -> Any:
-  from research.lora.merge import changes, merging
+  from research.lora.merge import changes, merge
 
-  kinds = dict(nearest=changes.cast, stochastic=merging.Stochastic())
+  kinds = dict(nearest=changes.cast, stochastic=merge.StochasticRounding())
   return kinds[_ROUNDING.value]
 
 
@@ -279,7 +282,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       f"--dtype={_DTYPE.value}: expected one of {', '.join(hf.DTYPES)}"
     )
   to, start = pathlib.Path(_TO.value), time.perf_counter()
-  convert.free(to)
+  convert.check_free(to)
   recipe = _recipe(kind) if name == "gguf" else None
   source = convert_sources.source(_FROM.value)
   source = convert_sources.filling(source, _MASK_TOKEN.value, _BLOCK.value)

@@ -183,7 +183,7 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   """Returns parameters for decoding, each row's adapter in them."""
   from research import weights
   from research.generation import generate
-  from research.interop.peft import gguf_adapter, pool_reader
+  from research.interop import adapters
   from research.lora.serving import pool
   from research.quant.layouts import cpu_layout
 
@@ -195,8 +195,8 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
     return ready(loaded.params)
   if len(set(names)) == 1:
     place = places[names[0]]
-    return ready(gguf_adapter.load_any(place, loaded.params, loaded.model))
-  held = pool.fitted(loaded.params, loaded.model, places, pool_reader.read)
+    return ready(adapters.load_adapter(place, loaded.params, loaded.model))
+  held = pool.fitted(loaded.params, loaded.model, places, adapters.read_factors)
   held, ids = pool.use(held, names)
   return weights.bind(ready(held.params), ids=ids)
 

@@ -63,12 +63,12 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     given["source"] = [cli.read_text(_TEXT.value, "text")]
   runtime.setup()
   from research.interop import convert
-  from research.interop.gguf import gguf_imatrix, imatrix
+  from research.interop.gguf import imatrix
   from research.interop.load import load_model
   from research.quant.algorithms.calibrate import Calibration
 
   to, start = pathlib.Path(_TO.value), time.perf_counter()
-  convert.free(to)
+  convert.check_free(to)
   loaded = load_model(_MODEL.value)
   text = Calibration(
     windows=_WINDOWS.value,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   found = imatrix.collect(
     loaded.model, loaded.params, text.tokens, _BATCH.value, name
   )
-  gguf_imatrix.write(to, found)
+  imatrix.write(to, found)
   return {
     "matrices": len(found.squares),
     "tokens": int(text.tokens.size),

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   from research.training import memory
 
   to = pathlib.Path(_TO.value)
-  convert.free(to)
+  convert.check_free(to)
   job, text = config.read(_CONFIG.value, _SET.value, root=quantizing.Job)
   loaded, params, reports = job.run(cli.say)
   seconds = time.perf_counter() - start
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
       cli.say(f"warning: {warning}")
   name = str(getattr(job.model, "name", "")) or None
   origin = dict(format="quantized", config=_CONFIG.value, of=name or "")
-  convert.to_orbax(sources.trained(loaded, params, origin, name), to)
+  convert.to_orbax(sources.from_training(loaded, params, origin, name), to)
   (to / "quantize.gin").write_text(text, encoding="utf-8")
   found = [cli.plain(report.plain()) for report in reports]
   (to / "quantize.json").write_text(

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from research.interop import gguf
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 
 MODELS = pathlib.Path(__file__).parent / "golden" / "models"
 WIDTH, HIDDEN, QUERIES, KEYS = 256, 64, 32, 16
@@ -37,7 +37,7 @@ def write(path: pathlib.Path) -> None:
   def tensor(kind, *shape):
     x = 0.3 * rng.standard_normal(shape)
     x = (x if len(shape) > 1 else 1 + x).astype(np.float32)
-    return gguf.Tensor(kind, shape, gguf_types.encode(kind, x))
+    return gguf.Tensor(kind, shape, tensor_types.encode(kind, x))
 
   vocab = len(metadata["tokenizer.ggml.tokens"])
   out = {

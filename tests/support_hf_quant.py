@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from research import weights
-from research.interop import parts, sources
-from research.interop.quantized import hf_quant, writers
+from research.interop import parts, quantized, sources
+from research.interop.quantized import checkpoint_formats
 from research.io import safetensors
 from tests import support
 
@@ -16,13 +16,13 @@ SIZES = dict(width=64, hidden=96, head_dim=16, depth=3)
 SQUARE = dict(width=64, hidden=64, head_dim=16, kv_heads=4, depth=2)
 
 WRITERS = {
-  "gptq": writers.Gptq(group=32),
-  "gptq3": writers.Gptq(bits=3, group=32),
-  "gptq8": writers.Gptq(bits=8, group=0),
-  "awq": writers.Awq(group=32),
-  "nf4": writers.Bnb(),
-  "int8": writers.Bnb("int8"),
-  "compressed": writers.Compressed(),
+  "gptq": checkpoint_formats.Gptq(group=32),
+  "gptq3": checkpoint_formats.Gptq(bits=3, group=32),
+  "gptq8": checkpoint_formats.Gptq(bits=8, group=0),
+  "awq": checkpoint_formats.Awq(group=32),
+  "nf4": checkpoint_formats.Bnb(),
+  "int8": checkpoint_formats.Bnb("int8"),
+  "compressed": checkpoint_formats.Compressed(),
 }
 
 
@@ -69,6 +69,6 @@ def change(folder, to, edit=None, **config):
   (to / safetensors.SINGLE).unlink()
   safetensors.write_directory(to, tensors)
   said = safetensors.read_json(to / "config.json")
-  said[hf_quant.CONFIG] |= config
+  said[quantized.CONFIG] |= config
   safetensors.write_json(to / "config.json", said)
   return to

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from research import sharding, tree
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.methods.lora import LoRA
 from research.lora.methods.mora import MoRA
@@ -65,7 +65,7 @@ def packed(params, kind: str = "Q4_1"):
     axis = -1 if path == "embed" else -2
     stored = np.asarray(x if axis == -1 else x.swapaxes(-1, -2))
     matrices = stored.reshape(-1, *stored.shape[-2:])
-    raw = gguf_types.encode(kind, matrices)
+    raw = tensor_types.encode(kind, matrices)
     raw = raw.reshape(*matrices.shape[:2], -1)
     w = ggml.from_ggml(kind, list(raw), axis)
     return jax.tree.map(lambda a: a.reshape(*x.shape[:-2], *a.shape[1:]), w)

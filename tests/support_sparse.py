@@ -5,8 +5,8 @@ import math
 import os
 import pathlib
 
-from research.interop import hf
-from research.interop.hf import hf_config
+from research.interop import hf, parts
+from research.interop.hf import config as hf_config
 from research.io import safetensors
 from research.nn import presets
 
@@ -36,7 +36,7 @@ def write(folder: pathlib.Path, config: dict, layers: int = 4) -> None:
   """
   model = presets.transformer(*hf_config.sizes_from_config(config))
   rows, files, where = hf.table(model), {}, {}
-  for slot in hf.slots(model):
+  for slot in parts.slots(model):
     for address in slot.addresses:
       name, transposed = rows.theirs(address)
       file = f"model-{(address.layer or 0) // layers:05d}.safetensors"

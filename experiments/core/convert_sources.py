@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.core import config, runs
 from research.interop import load, sources
-from research.interop.diffusion import convert
+from research.interop.diffusion import from_autoregressive
 from research.typing import UserError
 
 
@@ -36,7 +36,7 @@ def trained(path: pathlib.Path) -> Any:
   step, trained = runs.restored(experiment, built, path)
   origin = dict(format="run", path=str(path), step=step)
   name = str(getattr(experiment.model, "name", "")) or None
-  return sources.trained(built.loaded, trained.params, origin, name)
+  return sources.from_training(built.loaded, trained.params, origin, name)
 
 
 def filling(source: Any, token: str | None, block: int | None) -> Any:
@@ -62,4 +62,4 @@ def filling(source: Any, token: str | None, block: int | None) -> Any:
         f"--mask_token={token}: no token of the model's, expected its text, "
         "an id, or new"
       )
-  return convert.source(source, index, block)
+  return from_autoregressive.source_to_diffusion(source, index, block)

@@ -12,11 +12,11 @@ import jax
 from experiments.core import runtime, site
 from experiments.core.experiment import Built, Experiment
 from research import tree
-from research.interop import convert, load, sources
+from research.interop import convert, load, peft, sources
 from research.interop.diffusion import spec
-from research.interop.hf import hf_export
+from research.interop.hf import write as hf_write
 from research.interop.loaded import Loaded
-from research.interop.peft import peft_naming, peft_write
+from research.interop.peft import names as peft_names
 from research.io import folders
 from research.io.folders import Folder
 from research.lora import wrap
@@ -94,8 +94,8 @@ def _save_adapter(folder, experiment, built, params) -> bool:
   if pathlib.Path(base).exists():
     base = str(load.locate(base).resolve())  # of a run, the model in it
   loaded = built.loaded
-  naming = peft_naming.of_source(loaded.source)
-  peft_write.save_adapter(folder, params, loaded.model, base, naming=naming)
+  naming = peft_names.naming_of_source(loaded.source)
+  peft.save_adapter(folder, params, loaded.model, base, naming=naming)
   return True
 
 
@@ -108,7 +108,7 @@ def _save_model(folder, experiment, built, params) -> bool:
   params = site.whole(params)
   if not runtime.first():
     return True
-  source = sources.trained(
+  source = sources.from_training(
     built.loaded,
     params,
     {"format": "run", "path": str(folder.parent)},
@@ -137,8 +137,8 @@ def _saying(source: sources.Source, objective: Any) -> sources.Source:
     block=getattr(objective, "block", None),
     end=source.tokenizer.stop if source.tokenizer else (),
   )
-  config = hf_export.config_json(source.model, None, None, source.hint)
-  config |= {spec.FIELD: how.spelled()}
+  config = hf_write.config_json(source.model, None, None, source.hint)
+  config |= {spec.FIELD: how.to_config()}
   return dataclasses.replace(source, config=config)
 
 

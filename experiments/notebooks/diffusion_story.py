@@ -25,7 +25,7 @@ from research.diffusion.sampling.candidates import Options
 from research.diffusion.sampling.denoiser import Cached, Denoiser, Whole
 from research.diffusion.sampling.policies import Policy, Threshold
 from research.generation.sampling import Sampling
-from research.interop.diffusion import convert
+from research.interop.diffusion import from_autoregressive
 from research.interop.loaded import Loaded
 from research.nn.transformer import Transformer
 from research.training.objectives.objective import NextToken
@@ -278,7 +278,9 @@ def turned(
     count: see `text`.
   """
   rows = batch_of(np.array([loaded.tokenizer.prompt(text)[:count]]))
-  model, params, spec = convert.converted(loaded.model, loaded.params)
+  model, params, spec = from_autoregressive.to_diffusion(
+    loaded.model, loaded.params
+  )
   objectives = {"next token": NextToken(model=model)} | {
     f"blocks of {block}": BlockDiffusion(
       model=model, mask_id=spec.mask_id, block=block, shift=spec.shift

@@ -335,7 +335,7 @@ def to_gguf(
     path: of the new file.
   """
   origin = {"format": "quantized", "of": str(loaded.source.get("path"))}
-  source = sources.trained(loaded, params, origin)
+  source = sources.from_training(loaded, params, origin)
   convert.to_gguf(source, path)
   return load.load_model(path, packed=True), path.stat().st_size
 

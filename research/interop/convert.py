@@ -11,11 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research.interop import gguf, ours, sources
+from research.interop import gguf, native, sources
 from research.interop import parts as part
-from research.interop.gguf import gguf_export, gguf_recipe
-from research.interop.hf import hf_export
-from research.interop.quantized import hf_quant_export, writers
+from research.interop.gguf import recipe as gguf_recipe
+from research.interop.gguf import write as gguf_write
+from research.interop.hf import tokenizer as hf_tokenizer
+from research.interop.hf import write as hf_write
+from research.interop.quantized import checkpoint_formats
+from research.interop.quantized import write as quantized_write
 from research.io import safetensors
 from research.lora.merge import changes
 from research.text import gguf_vocab
@@ -43,7 +46,7 @@ def _whole(to: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def free(to: pathlib.Path) -> None:
+def check_free(to: pathlib.Path) -> None:
   """Raises UserError if writing to `to` would replace something."""
   if to.is_dir() and not any(to.iterdir()):
     return
@@ -74,14 +77,14 @@ def to_hf(
   Raises:
     UserError: less is left, so nothing is written.
   """
-  free(to)
+  check_free(to)
   log = changes.Log()
   kept = dtype
   if kept is None and all(p.packed for p in _matrices(source)):
     kept = "float32"
-  config = hf_export.config_json(source.model, source.config, kept, source.hint)
+  config = hf_write.config_json(source.model, source.config, kept, source.hint)
   with _whole(to) as draft:
-    hf_export.write_model(
+    hf_write.write_model(
       draft,
       source.model,
       source.parts,
@@ -102,7 +105,7 @@ def _matrices(source: sources.Source) -> list[part.Part]:
 
 
 def _write_tokenizer(draft: pathlib.Path, source: sources.Source) -> None:
-  hf_export.write_tokenizer(draft, source.files, source.tokenizer)
+  hf_tokenizer.write(draft, source.files, source.tokenizer)
 
 
 def to_gguf(
@@ -110,7 +113,7 @@ def to_gguf(
   to: pathlib.Path,
   recipe: gguf_recipe.Recipe | None = None,
   least: float | None = None,
-) -> tuple[changes.Log, str, gguf_export.Written]:
+) -> tuple[changes.Log, str, gguf_write.Summary]:
   """Writes a GGUF file; adapters are merged.
 
   Args:
@@ -123,7 +126,7 @@ def to_gguf(
     What changed, why the tokenizer stayed behind ("" if it did not), and what
     the file takes.
   """
-  free(to)
+  check_free(to)
   log, keys, reason = changes.Log(), {}, ""
   kept = source.metadata
   if kept is not None and not _still(source):
@@ -133,7 +136,7 @@ def to_gguf(
       source.tokenizer, source.model.vocab_size
     )
   to.absolute().parent.mkdir(parents=True, exist_ok=True)
-  written = gguf_export.write_model(
+  written = gguf_write.write_model(
     to,
     source.model,
     source.parts,
@@ -156,7 +159,7 @@ def to_gguf(
 def to_quantized(
   source: sources.Source,
   to: pathlib.Path,
-  writer: writers.Writer,
+  writer: checkpoint_formats.CheckpointFormat,
   requantize: bool = False,
   dtype: str | None = None,
   shard_size: int = safetensors.SHARD_SIZE,
@@ -176,10 +179,10 @@ def to_quantized(
   Raises:
     UserError: something does not fit, or less is left, so nothing is written.
   """
-  free(to)
+  check_free(to)
   log = changes.Log()
   with _whole(to) as draft:
-    hf_quant_export.write_model(
+    quantized_write.write_model(
       draft, source, writer, requantize, dtype, shard_size, log
     )
     if least is not None:
@@ -208,7 +211,7 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
     source: any.
     to: a new directory.
   """
-  free(to)
+  check_free(to)
   params, log = source.params(), changes.Log()
   have = part.from_params(params)
   for address, p in have.items():
@@ -216,17 +219,17 @@ def to_orbax(source: sources.Source, to: pathlib.Path) -> changes.Log:
     if before == p.kind:
       log.same(str(address), before, p.kind)
     else:
-      found = changes.read(source.parts[address].read())
-      got = changes.read(p.read()).array.astype(np.float32)
+      found = changes.dense_weight(source.parts[address].read())
+      got = changes.dense_weight(p.read()).array.astype(np.float32)
       log.compared(str(address), before, p.kind, found, got)
   origin = {k: v for k, v in source.origin.items() if _plain(v)}
   if source.base_name is not None:
     origin["base"] = source.base_name
-  config = hf_export.config_json(source.model, source.config, None, source.hint)
+  config = hf_write.config_json(source.model, source.config, None, source.hint)
   with _whole(to) as draft:
-    ours.save(draft, source.model, params, config, origin)
+    native.save(draft, source.model, params, config, origin)
     if source.metadata is not None and _still(source):
-      gguf.write_gguf(draft / ours.METADATA, source.metadata, {})
+      gguf.write_gguf(draft / native.METADATA, source.metadata, {})
     else:
       _write_tokenizer(draft, source)
   return log
@@ -253,10 +256,11 @@ def to_peft(
   Raises:
     UserError: there are no adapters, or the base is not known.
   """
-  from research.interop.peft import peft, peft_naming, peft_write
+  from research.interop import peft
+  from research.interop.peft import names as peft_names
   from research.lora import wrap
 
-  free(to)
+  check_free(to)
   name = base or source.base_name
   if name is None:
     raise UserError(
@@ -267,9 +271,9 @@ def to_peft(
   if under is None or base is not None:
     under = sources.open_source(name)
   params = source.params()
-  different = differing(part.from_params(wrap.disable(params)), under)
+  different = changed_addresses(part.from_params(wrap.disable(params)), under)
   with _whole(to) as draft:
-    peft_write.save_adapter(
+    peft.save_adapter(
       draft,
       params,
       source.model,
@@ -277,7 +281,7 @@ def to_peft(
       use_rslora,
       different,
       source.model.vocab_size != under.model.vocab_size,
-      peft_naming.of_config(under.config),
+      peft_names.naming_of_config(under.config),
     )
   log = changes.Log()
   for tensor, x in safetensors.open_file(to / peft.WEIGHTS).items():
@@ -298,13 +302,13 @@ def to_gguf_adapter(
   Raises:
     UserError: there are none, or they bring weights besides.
   """
-  from research.interop.peft import gguf_adapter
+  from research.interop.gguf import adapter as gguf_adapter
   from research.lora import wrap
 
-  free(to)
+  check_free(to)
   params, base = source.params(), source.base
   if base is not None:
-    whole = differing(part.from_params(wrap.disable(params)), base)
+    whole = changed_addresses(part.from_params(wrap.disable(params)), base)
     if whole or source.model.vocab_size != base.model.vocab_size:
       raise UserError(
         f"{source.origin.get('path')}: brings {sorted(whole)[0]} whole, which "
@@ -321,7 +325,7 @@ def to_gguf_adapter(
   )
 
 
-def differing(mine: part.Parts, base: sources.Source) -> set[str]:
+def changed_addresses(mine: part.Parts, base: sources.Source) -> set[str]:
   """Returns the addresses at which weights are not the base's."""
   out = set()
   for address, p in mine.items():
@@ -330,14 +334,14 @@ def differing(mine: part.Parts, base: sources.Source) -> set[str]:
       where = dataclasses.replace(address, path="embed")
     if where not in base.parts:
       raise UserError(f"{address}: the base model has no such weight")
-    if not _equal(p, base.parts[where], turned=where != address):
+    if not _equal(p, base.parts[where], transposed=where != address):
       out.add(str(address))
   return out
 
 
-def _equal(a: part.Part, b: part.Part, turned: bool) -> bool:
-  if a.shape != (b.shape[::-1] if turned else b.shape):
+def _equal(a: part.Part, b: part.Part, transposed: bool) -> bool:
+  if a.shape != (b.shape[::-1] if transposed else b.shape):
     return False
-  x, y = (changes.read(p.read()).array for p in (a, b))
-  y = y.T if turned else y
+  x, y = (changes.dense_weight(p.read()).array for p in (a, b))
+  y = y.T if transposed else y
   return np.array_equal(x, jnp.asarray(y).astype(x.dtype))

@@ -13,18 +13,16 @@ from typing import Any, Literal
 
 import jax
 
-from research.interop import hf
+from research.interop import hf, quantized
 from research.interop.diffusion import spec
-from research.interop.loaded import NOTE, Loaded
-from research.interop.quantized import compressed_inputs, hf_quant
+from research.interop.loaded import ADAPTER_CONFIG, NOTE, Loaded
+from research.interop.quantized import compressed_activations
 from research.io import safetensors, unread
 from research.text import special_tokens
 from research.training import memory
 from research.typing import UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
-
 MODEL = "model"
 """In a run's working directory: what it trained whole, Hugging Face's way."""
 
@@ -68,7 +66,7 @@ def load_model(
   if path.is_dir():
     found = _directory(path, dtype, packed, shardings)
     return _as_trained(found, pathlib.Path(name))
-  from research.interop.gguf.gguf_model import load_gguf
+  from research.interop.gguf.read import load_gguf
 
   return load_gguf(path, dtype, bool(packed), shardings)
 
@@ -103,7 +101,7 @@ def locate(name: str | os.PathLike) -> pathlib.Path:
 def _of_run(path: pathlib.Path) -> pathlib.Path:
   """Returns the model that a run wrote whole, or else `path` itself."""
   whole = path / MODEL
-  if (path / "config.gin").is_file() and (whole / "config.json").is_file():
+  if (path / "config.gin").is_file() and (whole / CONFIG).is_file():
     return whole
   return path
 
@@ -135,7 +133,7 @@ def adapter_directory(path: pathlib.Path) -> pathlib.Path | None:
       f"{MODEL}/ yet.\n"
       "Finish it with experiments.train --workdir, then retry."
     )
-  if not (path / "config.json").is_file():
+  if not (path / CONFIG).is_file():
     raise UserError(
       f"{path}: found neither config.json (a model), {ADAPTER_CONFIG} (an "
       "adapter) nor config.gin (a run) in this directory"
@@ -149,7 +147,7 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   adapter = adapter_directory(path)
   if adapter is not None:
     return _adapted(adapter, dtype, packed, shardings)
-  if packed is True and not hf_quant.is_quantized(path):
+  if packed is True and not quantized.is_quantized(path):
     raise UserError(
       f"{path}: packed weights come from .gguf files and from directories "
       "that a tool has quantized; these tensors are not, so load them without "
@@ -161,22 +159,24 @@ def _directory(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
     path, dtype, shardings, packed is not False
   )
   if packed is not False:
-    said = source.get("quantization")
-    params = compressed_inputs.applied(params, said, str(path / CONFIG))
+    quantization = source.get("quantization")
+    params = compressed_activations.round_inputs(
+      params, quantization, str(path / CONFIG)
+    )
   how = spec.from_config(source["config"], str(path / CONFIG))
   return Loaded(model, params, words, source, how)
 
 
 def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
-  from research.interop import ours
+  from research.interop import native
   from research.quant import untied_embedding
 
-  tied, params, source = ours.load(path, dtype, shardings)
+  tied, params, source = native.load(path, dtype, shardings)
   model = untied_embedding.untie_model(tied, params)
 
   def cast(params):
     params = untied_embedding.untie(tied, params)[1]
-    return ours.cast(params, dtype=dtype, packed=packed)
+    return native.cast(params, dtype=dtype, packed=packed)
 
   left = shardings is unread.left
   params = jax.eval_shape(cast, params) if left else cast(params)
@@ -186,7 +186,7 @@ def _ours(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
   source = dict(format="orbax", path=str(path), came_from=source)
   config = safetensors.read_json(path / CONFIG)
   how = spec.from_config(config, str(path / CONFIG))
-  return Loaded(model, params, ours.tokenizer(path), source, how)
+  return Loaded(model, params, native.tokenizer(path), source, how)
 
 
 def tokenizer(path: pathlib.Path) -> Any:
@@ -198,7 +198,7 @@ def tokenizer(path: pathlib.Path) -> Any:
   return Tokenizer.from_directory(path)
 
 
-def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
+def adapter_base(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
   """Returns what an adapter calls its base, and where that is.
 
   Raises:
@@ -223,9 +223,9 @@ def base_of(path: pathlib.Path) -> tuple[str, str | pathlib.Path]:
 
 
 def _adapted(path: pathlib.Path, dtype, packed, shardings) -> Loaded:
-  from research.interop.peft import peft
+  from research.interop import peft
 
-  _, target = base_of(path)
+  _, target = adapter_base(path)
   try:
     loaded = load_model(target, dtype, packed, shardings)
   except UserError as e:

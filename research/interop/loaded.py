@@ -1,4 +1,4 @@
-"""What `load.load_model` returns, and the file that marks our checkpoints."""
+"""What `load.load_model` returns, and the files that tell directories apart."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,10 @@ from research.nn.transformer import Transformer
 from research.typing import Params
 
 NOTE = "heptad.json"
-"""In a checkpoint that `research.interop.ours` wrote."""
+"""In a checkpoint that `research.interop.native` wrote."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""In an adapter in PEFT's format."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,43 @@ conversion holds one of them at a time.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from research import tree, weights
-from research.interop.names import Address
 from research.lora import wrap
+from research.nn.transformer import Transformer
 from research.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+  """A parameter of ours: its layer (None outside of them) and its path.
+
+  Files hold experts' matrices one by one, so the stacked weight of a layer
+  `[E, in, out]` has an address for each `expert`.
+  """
+
+  layer: int | None
+  path: str
+  expert: int | None = None
+
+  @classmethod
+  def of(cls, path: str) -> "Address":
+    """Returns the address that `layers/3/mlp/up` or `embed` spells."""
+    if not path.startswith("layers/"):
+      return cls(None, path)
+    _, index, inner = path.split("/", 2)
+    return cls(int(index), inner)
+
+  def __str__(self) -> str:
+    path = self.path if self.expert is None else f"{self.path}[{self.expert}]"
+    return path if self.layer is None else f"layers/{self.layer}/{path}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +67,11 @@ class Part:
 
 Parts = Mapping[Address, Part]
 
-PLAIN = ("float64", "float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of parameters and of the computation."""
+
+PLAIN = ("float64", *DTYPES)
+"""What files may hold as plain numbers."""
 
 
 def kind_of(weight: Any) -> str:
@@ -88,3 +119,54 @@ def ordered(parts: Parts) -> list[Address]:
     return (1, address.layer, "")
 
   return sorted(parts, key=place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """One array of the tree and what fills it.
+
+  Attributes:
+    path: in the tree.
+    shape: of the whole array; a run's has its repeats in front.
+    addresses: the parameters behind the leading axes (layers, experts), or
+      the single one.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  addresses: tuple[Address, ...]
+
+  @property
+  def lead(self) -> tuple[int, ...]:
+    """The axes over parameters: none, layers, or layers and experts."""
+    first = self.addresses[0]
+    return self.shape[: (first.layer is not None) + (first.expert is not None)]
+
+  @property
+  def one(self) -> tuple[int, ...]:
+    """The shape of one parameter."""
+    return self.shape[len(self.lead) :]
+
+
+def slots(model: Transformer) -> list[Slot]:
+  """Returns every array of `model`'s parameters, and what belongs in it."""
+  return list(_slots(model))
+
+
+# One load asks several times, and each time the model would be traced.
+@functools.lru_cache(maxsize=32)
+def _slots(model: Transformer) -> tuple[Slot, ...]:
+  shapes = jax.eval_shape(
+    lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+  )["params"]
+  indices = tree.layer_indices(shapes)
+  out = []
+  for path, leaf in tree.flatten_paths(shapes):
+    head, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[2:]
+    rows = [Address(None, path)]
+    if head in indices:
+      # Matrices of experts have their layer and their number in front.
+      experts = range(leaf.shape[1]) if len(leaf.shape) == 4 else [None]
+      rows = [Address(i, inner[0], e) for i in indices[head] for e in experts]
+    out.append(Slot(path, tuple(leaf.shape), tuple(rows)))
+  return tuple(out)

@@ -11,9 +11,9 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from research.interop import gguf, hf, load, ours
+from research.interop import gguf, hf, load, native
 from research.interop import parts as part
-from research.interop.hf import hf_config, hf_config_write
+from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
 from research.io import safetensors
 from research.nn.transformer import Transformer
@@ -92,15 +92,18 @@ def _hf(path: pathlib.Path) -> Source:
 
 
 def _gguf(path: pathlib.Path) -> Source:
-  from research.interop.gguf import gguf_model
+  from research.interop.gguf import architectures as gguf_architectures
+  from research.interop.gguf import read as gguf_read
 
   file = gguf.open_gguf(path)
-  model, parts, tokenizer = gguf_model.open_model(str(path), file)
-  config = hf_config_write.describe(model, gguf_model.model_type(file))
+  model, parts, tokenizer = gguf_read.open_model(str(path), file)
+  config = hf_config.describe(
+    model, gguf_architectures.model_type(file.metadata)
+  )
 
   def params():
     # Types of their own, so layers that differ get runs of their own.
-    return gguf_model.load_gguf(path, dtype=None, packed=True).params
+    return gguf_read.load_gguf(path, dtype=None, packed=True).params
 
   return Source(
     model=model,
@@ -114,17 +117,17 @@ def _gguf(path: pathlib.Path) -> Source:
 
 
 def _ours(path: pathlib.Path) -> Source:
-  model, params, origin = ours.load(path)
+  model, params, origin = native.load(path)
   metadata = None
-  if (path / ours.METADATA).is_file():
-    metadata = gguf.open_gguf(path / ours.METADATA).metadata
+  if (path / native.METADATA).is_file():
+    metadata = gguf.open_gguf(path / native.METADATA).metadata
   base_name = origin.get("base")
   return Source(
     model=model,
     parts=part.from_params(params),
     params=lambda: params,
     origin=dict(format="orbax", path=str(path), came_from=dict(origin)),
-    tokenizer=ours.tokenizer(path),
+    tokenizer=native.tokenizer(path),
     files=path if metadata is None else None,
     config=safetensors.read_json(path / "config.json"),
     metadata=metadata,
@@ -133,9 +136,9 @@ def _ours(path: pathlib.Path) -> Source:
 
 
 def _adapter(path: pathlib.Path) -> Source:
-  from research.interop.peft import peft
+  from research.interop import peft
 
-  name, target = load.base_of(path)
+  name, target = load.adapter_base(path)
   base = open_source(str(target))
   if base.base is not None:
     raise UserError(
@@ -171,7 +174,7 @@ def with_params(
   )
 
 
-def trained(
+def from_training(
   loaded: Loaded,
   params: Params,
   origin: Mapping[str, Any],

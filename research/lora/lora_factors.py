@@ -16,7 +16,7 @@ from jaxtyping import Float
 from research import weights
 from research.lora import wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.merge import merged
+from research.lora.merge import changes
 from research.lora.methods.lora import LoRA
 from research.typing import Params, UserError
 
@@ -86,7 +86,7 @@ _delta = jax.jit(AdaptedTensor.delta)
 def update(t: AdaptedTensor) -> Float[np.ndarray, "*E I O"]:
   """Returns what an adapter, or one on another, adds to its base, in fp32."""
   if isinstance(t.w, AdaptedTensor):
-    total, base = merged.in_float32(jax.tree.map(jnp.asarray, t))
+    total, base = changes.in_float32(jax.tree.map(jnp.asarray, t))
     return total - base
   return np.asarray(_delta(t))
 

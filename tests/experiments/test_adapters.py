@@ -16,7 +16,7 @@ from research import tree, weights
 from research.interop import convert as exporting
 from research.interop import load, parts, sources
 from research.lora import adapt, lora_factors
-from research.lora.merge import merge_modes
+from research.lora.merge import merge
 from research.quant.quantize import Quantize
 from research.training.checkpoints.workdir import claim_workdir
 
@@ -173,14 +173,14 @@ def test_merging_over_a_packed_base(command, tmp_path):
   assert abs(kl["decoded"]) < 1e-6
   assert kl["requantized"] > 1e-4 and kl["original"] > 1e-4
   written = sources.open_source(to).params()
-  want = merge_modes.merged(moved, "requantized")
+  want = merge.merge_as(moved, "requantized")
   same = jax.tree.map(np.array_equal, written, want)
   assert all(jax.tree.leaves(same))
   assert sources.open_source(to).base_name is None
 
 
 def test_modes_are_those_there_are(command):
-  assert adapters.FLAGS["mode"].parser.enum_values == [*merge_modes.MODES]
+  assert adapters.FLAGS["mode"].parser.enum_values == [*merge.MODES]
   status, _, errors = command(adapters.main, "--op=merge", "--mode=none")
   assert status == 2 and "--mode=none" in errors
 

@@ -14,8 +14,7 @@ import pytest
 from experiments import convert
 from experiments.core import cli
 from research import tree
-from research.interop import load
-from research.interop.peft import peft_write
+from research.interop import load, peft
 from research.io import safetensors
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
@@ -101,7 +100,7 @@ def test_an_adapters_tokenizer_is_its_bases(command, tmp_path):
   adapted = tree.map_paths(
     lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
   )
-  peft_write.save_adapter(made, adapted, base.model, str(file))
+  peft.save_adapter(made, adapted, base.model, str(file))
   merged = command(f"--from={made}", f"--to={tmp_path / 'm'}", "--format=hf")
   assert merged[0] == 0 and merged[1]["tokenizer"], merged
   assert (tmp_path / "m" / "tokenizer.json").is_file()
@@ -192,7 +191,7 @@ _STREAM = """
 import json, pathlib, resource, sys
 import numpy as np
 from research.interop import convert, hf, sources
-from research.interop.gguf import gguf_recipe
+from research.interop.gguf import recipe as gguf_recipe
 from research.io import safetensors
 folder, to, form = sys.argv[1:]
 source = sources.open_source(folder)
@@ -225,8 +224,8 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
     vocab_size=4096,
     torch_dtype="bfloat16",
   )
-  from research.interop import hf
-  from research.interop.hf import hf_config
+  from research.interop import hf, parts
+  from research.interop.hf import config as hf_config
   from research.nn import presets
 
   shutil.copytree(MODELS / "llama", tmp_path / "tiny")
@@ -234,7 +233,7 @@ def test_a_large_model_passes_through_a_little_memory(form, tmp_path):
   rows, folder = hf.table(model), tmp_path / "big"
   folder.mkdir()
   tensors = {}
-  for slot in hf.slots(model):
+  for slot in parts.slots(model):
     for address in slot.addresses:
       name, turned = rows.theirs(address)
       shape = slot.one[::-1] if turned else slot.one

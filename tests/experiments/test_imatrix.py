@@ -8,7 +8,8 @@ import pytest
 from experiments import convert, imatrix
 from experiments.core import cli
 from research.interop import gguf
-from research.interop.gguf import gguf_imatrix, gguf_types
+from research.interop.gguf import imatrix as gguf_imatrix
+from research.interop.gguf import tensor_types
 from tests import support_gguf
 
 
@@ -57,7 +58,7 @@ def test_importances_are_collected_and_weigh_a_file(command, tmp_path):
   assert result["bits_per_weight"] == pytest.approx(8 * size / count)
   for layer in (0, 1):
     name = f"blk.{layer}.ffn_up.weight"
-    want = gguf_types.encode("Q3_K", old[name].decode(), found.means()[name])
+    want = tensor_types.encode("Q3_K", old[name].decode(), found.means()[name])
     np.testing.assert_array_equal(new[name].data, want)
 
 

@@ -18,12 +18,11 @@ import numpy as np
 from experiments.core import config as gin_config
 from research import tree, weights
 from research.data.sources import jsonl
-from research.interop import hf, load
-from research.interop.gguf import gguf_imatrix
-from research.interop.gguf.gguf_model import load_gguf
-from research.interop.hf import hf_config
+from research.interop import load, parts, peft
+from research.interop.gguf import imatrix
+from research.interop.gguf.read import load_gguf
+from research.interop.hf import config as hf_config
 from research.interop.loaded import NOTE, Loaded
-from research.interop.peft import peft
 from research.io import safetensors
 from research.nn import presets
 from research.text import chat
@@ -64,7 +63,7 @@ def _read_tensors(path: pathlib.Path) -> None:
 
 def _complete(it: Loaded) -> None:
   """Raises unless every parameter of the model is there, and no other."""
-  want = sum(int(np.prod(slot.shape)) for slot in hf.slots(it.model))
+  want = sum(int(np.prod(slot.shape)) for slot in parts.slots(it.model))
   leaves = jax.tree.leaves(it.params, is_leaf=weights.is_weight)
   assert sum(int(np.prod(w.shape)) for w in leaves) == want, "a partial load"
 
@@ -86,7 +85,7 @@ def _gguf_kinds(path: pathlib.Path) -> None:
 
 
 def _imatrix(path: pathlib.Path) -> None:
-  means = gguf_imatrix.read(path / "imatrix.gguf").means()
+  means = imatrix.read(path / "imatrix.gguf").means()
   assert all(np.isfinite(x).all() for x in means.values())
 
 
@@ -163,8 +162,8 @@ def _made(kind: str) -> pathlib.Path:
   if kind == "gguf":
     support_gguf.write(folder / "model.gguf")
     squares = {f"blk.{i}.ffn_up.weight": np.full(64, i, "f4") for i in (0, 1)}
-    found = gguf_imatrix.Importances(squares, dict.fromkeys(squares, 8.0))
-    gguf_imatrix.write(folder / "imatrix.gguf", found)
+    found = imatrix.Importances(squares, dict.fromkeys(squares, 8.0))
+    imatrix.write(folder / "imatrix.gguf", found)
   if kind == "ours":
     convert.to_orbax(sources.open_source(MODELS / "llama"), folder)
   if kind == "jsonl":

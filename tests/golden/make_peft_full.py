@@ -107,7 +107,7 @@ CASES = {
     71,
   ),
   "peftfull_tokens_alone": Case("smollm2", dict(token_indices=[9, 3, 66])),
-  # Not of weights that are whole: see test_peft_experts.
+  # Not of weights that are whole: see peft/test_experts.
   "experts_lora_both": Case(
     "mixtral",
     dict(

@@ -17,7 +17,7 @@ import numpy as np
 
 from research import tree
 from research.interop import convert, parts, sources
-from research.interop.quantized import writers
+from research.interop.quantized import checkpoint_formats
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -27,14 +27,14 @@ from tests import support, support_lora
 
 SIZES = dict(width=32, hidden=32, heads=2, kv_heads=2, head_dim=16, depth=2)
 WRITERS = {
-  "gptq": writers.Gptq(),
-  "awq": writers.Awq(group=16),
-  "bnb": writers.Bnb(),
-  "int8": writers.Bnb("int8"),
-  "compressed": writers.Compressed(group=16),
-  "fp8": writers.Compressed("fp8"),
-  "nvfp4": writers.Compressed("nvfp4"),
-  "mxfp4": writers.Compressed("mxfp4"),
+  "gptq": checkpoint_formats.Gptq(),
+  "awq": checkpoint_formats.Awq(group=16),
+  "bnb": checkpoint_formats.Bnb(),
+  "int8": checkpoint_formats.Bnb("int8"),
+  "compressed": checkpoint_formats.Compressed(group=16),
+  "fp8": checkpoint_formats.Compressed("fp8"),
+  "nvfp4": checkpoint_formats.Compressed("nvfp4"),
+  "mxfp4": checkpoint_formats.Compressed("mxfp4"),
 }
 NAMES = (*WRITERS, "ours")
 

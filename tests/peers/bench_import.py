@@ -84,7 +84,7 @@ def measure(row: str, source: str, target: str) -> dict:
 
   from research import tree
   from research.interop import convert, load, sources
-  from research.interop.gguf.gguf_model import load_gguf  # noqa: F401
+  from research.interop.gguf.read import load_gguf  # noqa: F401
 
   jnp.zeros(1).block_until_ready()
   before, start = memory("VmRSS"), time.perf_counter()

@@ -85,7 +85,7 @@ def encode(it, args, rows) -> dict:
 
 def adapt_and_save(it, args, rows) -> dict:
   """Linear layers, or targets, with b drawn too; saved where PEFT reads."""
-  from research.interop.peft import peft_write
+  from research.interop import peft
 
   key = jax.random.key(0)
   rank, targets = int(rows["rank"]), adapt.ALL_LINEAR
@@ -102,7 +102,7 @@ def adapt_and_save(it, args, rows) -> dict:
     return std * jax.random.normal(name, leaf.shape, leaf.dtype)
 
   params = tree.map_paths(drawn, params)
-  peft_write.save_adapter(args.adapter, params, it.model, base_name=args.model)
+  peft.save_adapter(args.adapter, params, it.model, base_name=args.model)
   merged = forward(it.model, wrap.merge(params), rows["tokens"])
   whole = forward(it.model, params, rows["tokens"])
   return dict(logits=np.asarray(whole), merged_logits=np.asarray(merged))
@@ -110,7 +110,7 @@ def adapt_and_save(it, args, rows) -> dict:
 
 def start_and_save(it, args, rows) -> dict:
   """An adapter of rank 4 on every linear layer, moved off its start."""
-  from research.interop.peft import peft_write
+  from research.interop import peft
   from research.lora import methods
 
   method = methods.all_methods()[str(rows["method"])](rank=4)
@@ -122,24 +122,24 @@ def start_and_save(it, args, rows) -> dict:
     return x + 0.05 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)
 
   params = tree.map_paths(moved, params)
-  peft_write.save_adapter(args.adapter, params, it.model, base_name=args.model)
+  peft.save_adapter(args.adapter, params, it.model, base_name=args.model)
   return dict(logits=np.asarray(forward(it.model, params, rows["tokens"])))
 
 
 def rewrite(it, args, rows) -> dict:
-  from research.interop.peft import peft, peft_write
+  from research.interop import peft
 
   for name in rows["names"].tolist():
     read = pathlib.Path(str(rows["folder"])) / name
     params = peft.load_adapter(read, it.params, it.model)
     written = args.adapter / name
-    peft_write.save_adapter(written, params, it.model, base_name=args.model)
+    peft.save_adapter(written, params, it.model, base_name=args.model)
   return {}
 
 
 def gradients(it, args, rows) -> dict:
   """Mean next-token loss over every predicted token, and its gradients."""
-  from research.interop.peft import peft_write
+  from research.interop import peft
   from research.training.objectives import objective
 
   tokens = jnp.asarray(rows["tokens"].astype(np.int32))
@@ -162,7 +162,7 @@ def gradients(it, args, rows) -> dict:
 
   loss, slopes = jax.value_and_grad(mean)(selected)
   written = tree.combine(slopes, rest)
-  peft_write.save_adapter(args.adapter, written, it.model, base_name=args.model)
+  peft.save_adapter(args.adapter, written, it.model, base_name=args.model)
   return dict(loss=np.asarray(loss))
 
 

@@ -14,16 +14,16 @@ DECODED = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "NVFP4"]
 SCRIPT = """
 import sys
 import numpy as np
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 given, to = sys.argv[1:]
 out = {}
 with np.load(given) as found:
   for name, x in found.items():
     kind, what = name.split('.')
     if what == 'raw':
-      out[name] = gguf_types.decode(kind, x.reshape(-1), (len(x), 512))
+      out[name] = tensor_types.decode(kind, x.reshape(-1), (len(x), 512))
     else:
-      out[name] = gguf_types.encode(kind, x)
+      out[name] = tensor_types.encode(kind, x)
 np.savez(to, **out)
 """
 

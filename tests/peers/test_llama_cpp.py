@@ -25,7 +25,7 @@ MODELS = make_models.MODELS
 EXPORT = """
 import pathlib, sys
 from research.interop import convert, sources
-from research.interop.gguf import gguf_recipe
+from research.interop.gguf import recipe as gguf_recipe
 for source, to in zip(sys.argv[1::2], sys.argv[2::2]):
   recipe = gguf_recipe.Recipe("F32")
   convert.to_gguf(sources.open_source(source), pathlib.Path(to), recipe)

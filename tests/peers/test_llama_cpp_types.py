@@ -33,7 +33,7 @@ STORE = """
 import json, pathlib, sys
 import numpy as np
 from research.interop import convert, sources
-from research.interop.gguf import gguf_recipe
+from research.interop.gguf import recipe as gguf_recipe
 for job in json.loads(sys.argv[1]):
   weights = None
   if job["importances"]:
@@ -127,15 +127,15 @@ import numpy as np
 sys.path.insert(0, "tests/peers")
 import ours
 from research.interop import gguf
-from research.interop.gguf import gguf_model, gguf_types
+from research.interop.gguf import read, tensor_types
 paths, out = json.loads(sys.argv[1]), {}
 with np.load(sys.argv[2]) as file:
   rows = file["rows"]
 for path in paths:
   for name, t in gguf.open_gguf(path).tensors.items():
-    x = gguf_types.decode(t.type, t.data, t.shape)
+    x = tensor_types.decode(t.type, t.data, t.shape)
     out[f"{path}:{name}"] = hashlib.sha1(x.tobytes()).hexdigest()
-  it = gguf_model.load_gguf(path)
+  it = read.load_gguf(path)
   out[path] = np.asarray(ours.forward(it.model, it.params, rows))
 np.savez(sys.argv[3], **out)
 """

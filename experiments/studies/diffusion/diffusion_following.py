@@ -31,7 +31,7 @@ from research.diffusion.sampling.candidates import Options
 from research.diffusion.sampling.denoiser import Whole
 from research.diffusion.schedule import Linear
 from research.generation.sampling import GREEDY
-from research.interop.diffusion import convert
+from research.interop.diffusion import from_autoregressive
 from research.training.objectives.objective import NextToken
 from research.training.reports import plots
 from research.typing import Bool, Int, UserError
@@ -110,7 +110,7 @@ class Following(OfSeeds):
     pool = batch_of(task.rows("train", 8192, told=False))
     text = NextToken(model=model, rows=2048)
     base = self.tiny.trained(text, begun, pool, self.base_steps, seed)
-    grown, started, spec = convert.converted(model, base)
+    grown, started, spec = from_autoregressive.to_diffusion(model, base)
     objective = MaskedDiffusion(
       model=grown,
       mask_id=spec.mask_id,

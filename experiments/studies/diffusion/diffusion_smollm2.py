@@ -43,7 +43,7 @@ from research.diffusion.schedule import Linear
 from research.diffusion.variants import AnyOrder
 from research.generation.sampling import GREEDY
 from research.interop import load
-from research.interop.diffusion import convert
+from research.interop.diffusion import from_autoregressive
 from research.text import special_tokens
 from research.training.objectives.objective import Batch, NextToken
 from research.training.reports import plots
@@ -146,7 +146,9 @@ class Instructed(OfSeeds):
     plain, unseen = self._plain(words), self._unseen(words)
     text = {AR: self._next_token(loaded, plain, unseen, seed)}
 
-    model, params, spec = convert.converted(loaded.model, loaded.params)
+    model, params, spec = from_autoregressive.to_diffusion(
+      loaded.model, loaded.params
+    )
     common = dict(
       model=model,
       mask_id=spec.mask_id,

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.core import cli, convert_sources
 from research.interop import convert, sources
 from research.lora import wrap
-from research.lora.merge import merge_modes
+from research.lora.merge.merge import merge_as, report_modes
 from research.typing import UserError
 
 
@@ -25,7 +25,7 @@ def check(
   if to is None:
     cli.required(text=text)
   else:
-    convert.free(pathlib.Path(to))
+    convert.check_free(pathlib.Path(to))
     if mode == "original":
       cli.required(original=original)
   if text is not None:
@@ -57,11 +57,11 @@ def merge(
   like = None if unpacked is None else unpacked.params()
   rows, out = {}, {}
   if tokens is not None:
-    found = merge_modes.report(source.model, params, like, tokens(source))
+    found = report_modes(source.model, params, like, tokens(source))
     rows = {mode: dataclasses.asdict(x) for mode, x in found.items()}
     out["outputs"] = rows
   if to is not None:
-    made = merge_modes.merged(params, mode, like)
+    made = merge_as(params, mode, like)
     # No adapter any more, which would have a base.
     whole = dataclasses.replace(source, params=lambda: made, base_name=None)
     convert.to_orbax(whole, pathlib.Path(to))

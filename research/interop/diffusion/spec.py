@@ -2,15 +2,15 @@
 
 It stands in config.json, whatever the weights are stored in: under `diffusion`
 for models of any family that were converted or trained here, or in the fields
-of families that are diffusion models anyway (`research.interop.hf.hf_llada`,
-`hf_llada2`).
+of families that are diffusion models anyway (`research.interop.hf.llada`,
+`llada2`).
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from research.interop.hf import hf_llada, hf_llada2
+from research.interop.hf import llada, llada2
 from research.io.fields import Fields
 
 FIELD = "diffusion"
@@ -41,7 +41,7 @@ class Spec:
   block: int | None = None
   end: tuple[int, ...] = ()
 
-  def spelled(self) -> dict[str, Any]:
+  def to_config(self) -> dict[str, Any]:
     """Returns what config.json has under `diffusion`."""
     return {
       "mask_token_id": self.mask_id,
@@ -74,9 +74,9 @@ def from_config(
       end=_ends(given, vocabulary),
     )
   kind = config.get("model_type")
-  if kind not in (*hf_llada.KINDS, hf_llada2.KIND, "Dream"):
+  if kind not in (*llada.KINDS, llada2.KIND, "Dream"):
     return None
-  if kind == hf_llada2.KIND or hf_llada.is_mixture(config):
+  if kind == llada2.KIND or llada.is_mixture(config):
     return _of_mixture(config, where)
   name = "vocab_size" if kind == "Dream" else "embedding_size"
   size = name if whole.get(name) is not None else "vocab_size"
@@ -97,7 +97,7 @@ def _of_mixture(config: Mapping[str, Any], where: str) -> Spec:
     block_length=_BLOCK,
   )
   fields = Fields(config, where, defaults)
-  blocks = config["model_type"] == hf_llada2.KIND
+  blocks = config["model_type"] == llada2.KIND
   return Spec(
     mask_id=_mask(fields, vocabulary),
     block=fields.integer("block_length") if blocks else None,

@@ -1,6 +1,10 @@
-"""GGUF files, read and written."""
+"""GGUF files, read and written.
 
-from research.interop.gguf.gguf import (
+A new architecture is a row of `architectures`; its keys are in `config`, its
+names of tensors in `names`.
+"""
+
+from research.interop.gguf.container import (
   GGUF,
   MAGIC,
   Pending,

@@ -89,7 +89,7 @@ def more_bits(layer: int, depth: int) -> bool:
   return layer < eighth or layer >= 7 * depth // 8 or inside
 
 
-def wanted(name: str, path: str, layer: int | None, shape: Shape) -> str:
+def wanted_type(name: str, path: str, layer: int | None, shape: Shape) -> str:
   """Returns ggml's type of a matrix, were its rows whole blocks.
 
   Args:
@@ -164,7 +164,7 @@ def _down(name: str, layer: int, shape: Shape) -> str | None:
   return None
 
 
-def fitted(where: str, kind: str, columns: int, fallback: bool) -> str:
+def stored_type(where: str, kind: str, columns: int, fallback: bool) -> str:
   """Returns the type that rows of `columns` weights are stored in.
 
   Args:

@@ -1,31 +1,31 @@
-"""Directories in Hugging Face's format, read and written."""
+"""Directories in Hugging Face's format, read and written.
 
-from research.interop.hf.hf import (
+A family's fields of config.json are in `config`, its names of tensors in
+`names`.
+"""
+
+from research.interop.hf.names import table
+from research.interop.hf.read import (
   DTYPES,
-  Slot,
-  difference,
   filler,
+  language_model,
+  mismatch,
   model_from_directory,
   open_model,
   read_params,
   read_parts,
-  slots,
-  table,
-  text_part,
   unread_params,
 )
 
 __all__ = [
   "DTYPES",
-  "Slot",
-  "difference",
+  "mismatch",
   "filler",
   "model_from_directory",
   "open_model",
   "read_params",
   "read_parts",
-  "slots",
   "table",
-  "text_part",
+  "language_model",
   "unread_params",
 ]

@@ -1,12 +1,12 @@
 """Models as the lm-evaluation-harness asks them."""
 
-from research.interop.lm_eval.lm_eval import (
-  adapter,
+from research.interop.lm_eval.autoregressive import (
   generate_until,
   loglikelihood,
   rolling,
   score,
 )
+from research.interop.lm_eval.harness import adapter
 
 __all__ = [
   "adapter",

@@ -4,9 +4,9 @@
 continuation (Nie et al. 2025, arXiv:2502.09992, appendix B.5, by
 `research.diffusion.likelihood`), with guidance if asked for; `rolling` is its
 sum over windows, which LLaDA's own evaluation leaves out; `generate_until` is
-the sampler's (`lm_eval_texts`). A model with blocks is asked block after block,
-each given the clean ones before it, so with blocks of one token the value is
-exact; what is before a block is read once, by the model's own cache.
+the sampler's (`diffusion_generate`). A model with blocks is asked block after
+block, each given the clean ones before it, so with blocks of one token the
+value is exact; what is before a block is read once, by the model's own cache.
 
 `research.interop.lm_eval.adapter` puts them behind the harness's interface.
 """
@@ -27,14 +27,14 @@ from research.diffusion.sampling.block_causal import BlockCausal
 from research.diffusion.sampling.denoiser import Whole
 from research.generation import generate
 from research.interop.diffusion.spec import Spec
-from research.interop.lm_eval import lm_eval_requests as texts
+from research.interop.lm_eval import harness_requests as texts
+from research.interop.lm_eval.diffusion_generate import generate_until
 from research.interop.lm_eval.lm_eval_settings import (
   DEFAULT,
   Asking,
   reading,
   spec_of,
 )
-from research.interop.lm_eval.lm_eval_texts import generate_until
 from research.interop.loaded import Loaded
 from research.text import special_tokens
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError

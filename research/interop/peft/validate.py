@@ -13,7 +13,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from research.interop.peft import match, peft_config, peft_whole
+from research.interop.peft import config as peft_config
+from research.interop.peft.targets import (
+  Names,
+  Targets,
+  by_pattern,
+  not_adapted,
+  saved_whole,
+)
 from research.io.fields import Fields
 from research.lora import methods
 
@@ -53,19 +60,21 @@ def findings(
     parameters: names of those that target_parameters adapts.
   """
   # As in a file, where there are no tuples.
-  held = {k: list(x) if isinstance(x, tuple) else x for k, x in config.items()}
-  fields = Fields(held, "adapter_config.json")
-  targets = peft_config.targets(fields)
-  whole = tuple(peft_config.texts(fields, "modules_to_save") or ())
+  values = {
+    k: list(x) if isinstance(x, tuple) else x for k, x in config.items()
+  }
+  fields = Fields(values, peft_config.CONFIG)
+  targets = peft_config.read_targets(fields)
+  whole = tuple(peft_config.read_names(fields, "modules_to_save") or ())
   out = [*_invalid(fields)]
   if out:
     return out
   chosen = [m for m in modules if targets.match(m)]
-  adapted = [m for m in chosen if not peft_whole.not_adapted(m, whole)]
+  adapted = [m for m in chosen if not not_adapted(m, whole)]
   adapted += parameters
   out += _unused(targets, whole, modules, [*modules, *everything])
   for name in whole:
-    hidden = [m for m in chosen if peft_whole.not_adapted(m, (name,))]
+    hidden = [m for m in chosen if not_adapted(m, (name,))]
     if hidden:
       text = f"keeps adapters off {_few(hidden)}, which targets match"
       out.append(Finding("hidden", "modules_to_save", name, text))
@@ -119,12 +128,12 @@ def _invalid(fields: Fields) -> Iterator[Finding]:
 
 
 def _unused(
-  targets: match.Targets,
+  targets: Targets,
   whole: Sequence[str],
   modules: Sequence[str],
   everything: Sequence[str],
 ) -> Iterator[Finding]:
-  def rules(names: match.Names) -> Sequence[str]:
+  def rules(names: Names) -> Sequence[str]:
     return (
       () if names is None else (names,) if isinstance(names, str) else names
     )
@@ -135,7 +144,7 @@ def _unused(
     ("exclude_modules", targets.exclude),
   ):
     for rule in rules(names):
-      alone = match.Targets(rule if isinstance(names, str) else (rule,))
+      alone = Targets(rule if isinstance(names, str) else (rule,))
       if not any(alone.match(m) for m in modules):
         yield Finding("nothing", field, rule, "matches no module of the base")
   everywhere = dataclasses.replace(targets, exclude=None)
@@ -145,7 +154,7 @@ def _unused(
       text = "no module that targets match is in such a layer"
       yield Finding("nothing", "layers_to_transform", str(i), text)
   for name in whole:
-    if not any(peft_whole.saved_whole(m, (name,)) for m in everything):
+    if not any(saved_whole(m, (name,)) for m in everything):
       yield Finding(
         "nothing", "modules_to_save", name, "matches no module of the base"
       )
@@ -155,7 +164,7 @@ def _patterns(
   field: str, patterns: Mapping[str, Any], adapted: Sequence[str]
 ) -> Iterator[Finding]:
   hits = {
-    key: {m for m in adapted if match.by_pattern(m, {key: True}, False, field)}
+    key: {m for m in adapted if by_pattern(m, {key: True}, False, field)}
     for key in patterns
   }
   for key, found in hits.items():

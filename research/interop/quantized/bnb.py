@@ -127,7 +127,7 @@ def to_state_dict(w: QTensor) -> dict[str, np.ndarray]:
   flat = isinstance(format, FlatCodebook)
   parts[f"{name}.absmax"] = (top if flat else top.T).reshape(-1)
   parts[f"{name}.quant_map"] = codebooks.table(format.kind)
-  said: dict[str, Any] = dict(
+  state: dict[str, Any] = dict(
     quant_type=format.kind,
     blocksize=format.block,
     dtype=w.of,
@@ -136,12 +136,12 @@ def to_state_dict(w: QTensor) -> dict[str, np.ndarray]:
   if format.nested:
     parts[f"{name}.nested_absmax"] = np.asarray(w.parts["nested"])
     parts[f"{name}.nested_quant_map"] = dynamic_map(True)
-    said |= dict(
+    state |= dict(
       nested_blocksize=NESTED,
       nested_dtype="float32",
       nested_offset=float(w.parts["mean"]),
     )
-  text = json.dumps(said).encode()
+  text = json.dumps(state).encode()
   parts[f"{name}.{_STATE}{format.kind}"] = np.frombuffer(text, np.uint8)
   return parts
 
@@ -203,21 +203,21 @@ def from_state_dict(
   Raises:
     UserError: a tensor is missing or does not fit the others.
   """
-  said, tensors = _said(tensors, where), _as_bytes(tensors)
-  kind, block = said["quant_type"], said["blocksize"]
-  outputs, inputs = said["shape"]
+  state, tensors = _state(tensors, where), _as_bytes(tensors)
+  kind, block = state["quant_type"], state["blocksize"]
+  outputs, inputs = state["shape"]
   total = inputs * outputs
   count = -(-total // block)
   codes = _tensor(tensors, "weight", (-(-total // 2),), where)
   parts: dict[str, Any] = {}
-  if "nested_offset" in said:
+  if "nested_offset" in state:
     top = _tensor(tensors, "weight.absmax", (count,), where)
     shape = (-(-count // NESTED),)
     parts["nested"] = _tensor(
       tensors, "weight.nested_absmax", shape, where, "float32"
     )
     _equal(tensors, "weight.nested_quant_map", dynamic_map(True), where)
-    parts["mean"] = np.float32(said["nested_offset"])
+    parts["mean"] = np.float32(state["nested_offset"])
   else:
     top = _tensor(tensors, "weight.absmax", (count,), where, "float32")
   _equal(tensors, "weight.quant_map", codebooks.table(kind), where)
@@ -234,11 +234,11 @@ def from_state_dict(
     format=format.fitted(inputs, outputs),
     inputs=inputs,
     outputs=outputs,
-    of=said["dtype"],
+    of=state["dtype"],
   )
 
 
-def _said(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
+def _state(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
   names = [k for k in tensors if k.startswith(f"weight.{_STATE}")]
   if len(names) != 1:
     raise UserError(
@@ -252,31 +252,31 @@ def _said(tensors: Mapping[str, np.ndarray], where: str) -> dict[str, Any]:
       "JSON text as uint8"
     )
   try:
-    said = json.loads(raw.tobytes().decode())
+    state = json.loads(raw.tobytes().decode())
   except (ValueError, RecursionError) as error:
     raise UserError(f"{where}: {names[0]}: not JSON: {error}") from error
-  if not isinstance(said, dict):
+  if not isinstance(state, dict):
     raise UserError(f"{where}: {names[0]}: expected a JSON object")
-  shape = said.get("shape")
+  shape = state.get("shape")
   checks = {
-    "quant_type": said.get("quant_type") in codebooks.CODEBOOKS
-    and names[0].endswith(f"__{said['quant_type']}"),
-    "blocksize": type(said.get("blocksize")) is int
-    and said["blocksize"] in BLOCKS,
-    "dtype": said.get("dtype") in _DTYPES,
+    "quant_type": state.get("quant_type") in codebooks.CODEBOOKS
+    and names[0].endswith(f"__{state['quant_type']}"),
+    "blocksize": type(state.get("blocksize")) is int
+    and state["blocksize"] in BLOCKS,
+    "dtype": state.get("dtype") in _DTYPES,
     "shape": isinstance(shape, list)
     and len(shape) == 2
     and all(type(n) is int and n > 0 for n in shape),
-    "nested_blocksize": said.get("nested_blocksize", NESTED) == NESTED,
-    "nested_dtype": said.get("nested_dtype", "float32") == "float32",
-    "nested_offset": isinstance(said.get("nested_offset", 0.0), float | int)
-    and math.isfinite(said.get("nested_offset", 0.0)),
+    "nested_blocksize": state.get("nested_blocksize", NESTED) == NESTED,
+    "nested_dtype": state.get("nested_dtype", "float32") == "float32",
+    "nested_offset": isinstance(state.get("nested_offset", 0.0), float | int)
+    and math.isfinite(state.get("nested_offset", 0.0)),
   }
   for field, good in checks.items():
     if not good:
-      found = str(said.get(field))[:60]
+      found = str(state.get(field))[:60]
       raise UserError(f"{where}: {names[0]}: {field} is {found}")
-  return said
+  return state
 
 
 def _as_bytes(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

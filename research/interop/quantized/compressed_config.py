@@ -164,11 +164,11 @@ def _group(groups: Fields, name: str, default: Any):
   if group.get("output_activations") is not None:
     raise group.wrong("output_activations", "null")
   inputs = group.object("input_activations")
-  said = None
+  activations = None
   if inputs is not None:
-    said = f"{inputs.get('type')}{inputs.get('num_bits')}"
-    said += f" by {inputs.get('strategy')}"
-  return targets, _scheme(weights, group.get("format") or default, said)
+    activations = f"{inputs.get('type')}{inputs.get('num_bits')}"
+    activations += f" by {inputs.get('strategy')}"
+  return targets, _scheme(weights, group.get("format") or default, activations)
 
 
 def _scheme(weights: Fields, form: Any, activations: str | None) -> Scheme:

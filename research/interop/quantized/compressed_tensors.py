@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from research.interop.quantized.compressed_config import Scheme
+from research.quant.format import Format
 from research.quant.formats.affine import Affine
 from research.quant.formats.fp8 import FP8
 from research.quant.formats.microscaling import Microscaling
@@ -30,6 +32,12 @@ _UNUSED = (
 )
 """What rounds activations by calibration, which is not done here."""
 
+NAMES = (
+  *("weight", "weight_packed", "weight_scale", "weight_shape"),
+  *("weight_zero_point", "weight_g_idx", "weight_global_scale"),
+  *("weight_scale_2", *_UNUSED),
+)
+
 ELEMENTS = {
   "mxfp4-pack-quantized": "e2m1",
   "mxfp6-pack-quantized": "e2m3",
@@ -44,7 +52,7 @@ def from_tensors(
   where: str = "module",
   of: str | None = None,
 ) -> QTensor:
-  """Returns one matrix `[I, O]`; inverts `compressed_write`'s.
+  """Returns one matrix `[I, O]`; inverts `to_tensors`.
 
   Args:
     tensors: of one module, by their names behind `P.`, its bias aside.
@@ -116,8 +124,8 @@ class _Tensors:
   def scale(self, name: str, shape: tuple[int, ...], *kinds: str):
     """Returns scales, all of them finite and none negative."""
     found = self.shaped(name, shape, *(kinds or _FLOATS))
-    wide = found.astype(np.float32)
-    if not np.isfinite(wide).all() or (wide < 0).any():
+    numbers = found.astype(np.float32)
+    if not np.isfinite(numbers).all() or (numbers < 0).any():
       raise UserError(
         f"{self.where}: {name} is not finite or is negative, expected scales"
       )
@@ -159,7 +167,7 @@ def _from_int(given: _Tensors) -> QTensor:
     outputs, inputs = _shape(given)
     words = (outputs, -(-inputs * scheme.bits // 32))
     packed = given.shaped("weight_packed", words, "int32")
-    codes = bitstream.unpack(turned(packed), scheme.bits, inputs)
+    codes = bitstream.unpack(_transposed(packed), scheme.bits, inputs)
   else:
     codes = given.matrix("weight", "int8")
     outputs, inputs = codes.shape
@@ -179,7 +187,7 @@ def _from_int(given: _Tensors) -> QTensor:
     codes = codes[stored]
 
   def grouped(x):
-    return turned(np.broadcast_to(x, (outputs, inputs // block)))
+    return _transposed(np.broadcast_to(x, (outputs, inputs // block)))
 
   zero = None if scheme.symmetric else grouped(_zero(given, shape, outputs))
   parts = format.kept(_blocks(codes, block), grouped(scale), zero)
@@ -260,7 +268,7 @@ def _from_fp8(given: _Tensors) -> QTensor:
     tile_outputs=tile[0],
     scale_dtype=str(scale.dtype),
   )
-  parts = {"codes": turned(codes), "scale": np.array(scale, order="C")}
+  parts = {"codes": _transposed(codes), "scale": np.array(scale, order="C")}
   return _made(parts, format, inputs, outputs)
 
 
@@ -278,7 +286,10 @@ def _from_mx(given: _Tensors) -> QTensor:
   if (scale == minifloats.NAN).any():
     raise UserError(f"{given.where}: weight_scale has one that is no number")
   blocks = _blocks(codes.T, format.block)
-  parts = {"codes": packing.pack(blocks, format.bits), "scale": turned(scale)}
+  parts = {
+    "codes": packing.pack(blocks, format.bits),
+    "scale": _transposed(scale),
+  }
   return _made(parts, format, inputs, outputs)
 
 
@@ -297,7 +308,7 @@ def _from_nvfp4(given: _Tensors) -> QTensor:
   format = NVFP4()
   parts = {
     "codes": packing.pack(_blocks(codes.T, format.block), 4),
-    "scale": turned(scale.view(np.uint8)),
+    "scale": _transposed(scale.view(np.uint8)),
     "divisor": divisor[0],
   }
   return _made(parts, format, inputs, outputs)
@@ -310,7 +321,7 @@ def _unpacked(given: _Tensors, bits: int) -> np.ndarray:
     raise given.wrong("weight_packed", packed, "whole groups")
   words = np.ascontiguousarray(packed).view("<i4")
   count = 8 * packed.shape[1] // bits
-  return bitstream.unpack(turned(words), bits, count).T
+  return bitstream.unpack(_transposed(words), bits, count).T
 
 
 def _blocks(codes: np.ndarray, block: int) -> np.ndarray:
@@ -323,6 +334,149 @@ def _made(parts, format, inputs, outputs, **more) -> QTensor:
   return QTensor(parts, format=format, inputs=inputs, outputs=outputs, **more)
 
 
-def turned(x: np.ndarray) -> np.ndarray:
+def _transposed(x: np.ndarray) -> np.ndarray:
   """Returns the transpose, copied."""
   return np.ascontiguousarray(x.T)
+
+
+def scheme_of(w: QTensor, form: str | None = None) -> Scheme:
+  """Returns the scheme of a matrix as it is.
+
+  Args:
+    w: one matrix.
+    form: of integers, `"int-quantized"` instead of `"pack-quantized"`.
+
+  Raises:
+    UserError: compressed-tensors has no such matrix.
+  """
+  if w.outliers is not None:
+    raise UserError(
+      f"compressed-tensors: {w.format.name} with outliers in full precision "
+      "does not fit; quantize without them"
+    )
+  format = w.format
+  if w.order is not None and not isinstance(format, Affine):
+    raise _unfit(format, "order", "with rows out of their order")
+  if isinstance(format, Affine):
+    if not format.symmetric and format.zero != "int":
+      raise _unfit(format, "zero", "with zeros that are no integers")
+    whole = format.block == w.inputs and w.order is None
+    return Scheme(
+      form or "pack-quantized",
+      format.bits,
+      format.symmetric,
+      "channel" if whole else "group",
+      None if whole else format.block,
+      act_order=w.order is not None,
+    )
+  if isinstance(format, FP8) and format.element == "e4m3":
+    tile, group = (format.tile_outputs, format.tile_inputs), None
+    share = "block" if format.share == "tile" else format.share
+    return Scheme(
+      "float-quantized",
+      8,
+      True,
+      share,
+      group,
+      tile if share == "block" else None,
+    )
+  if isinstance(format, NVFP4) and format.block == 16:
+    return Scheme("nvfp4-pack-quantized", 4, True, "tensor_group", 16)
+  if isinstance(format, Microscaling) and format.block == 32:
+    for form, element in ELEMENTS.items():
+      if element == format.element:
+        return Scheme(form, format.bits, group=32)
+  raise _unfit(format, "format", "as it is")
+
+
+def _unfit(format: Format, field: str, why: str) -> UserError:
+  return UserError(
+    f"compressed-tensors: {field}: {format.name} {why} does not fit; quantize "
+    "to Affine with integer zeros, FP8 (e4m3), NVFP4 or Microscaling (e2m1, "
+    "e2m3, e4m3)"
+  )
+
+
+def to_tensors(
+  w: QTensor, scheme: Scheme | None = None
+) -> dict[str, np.ndarray]:
+  """Returns the tensors of one matrix by their names behind `P.`, lossless.
+
+  Args:
+    w: one matrix `[I, O]`.
+    scheme: that its config will say; by default `scheme_of(w)`.
+
+  Raises:
+    UserError: compressed-tensors has no such matrix.
+  """
+  own = scheme_of(w)
+  scheme = scheme or own
+  if w.lead or w.axis != -2:
+    raise UserError(
+      f"compressed-tensors: found {list(w.shape)} with blocks along axis "
+      f"{w.axis}, expected one matrix [inputs, outputs]"
+    )
+  parts = {name: np.asarray(x) for name, x in w.parts.items()}
+  if isinstance(w.format, Affine):
+    return _int_tensors(w, scheme)
+  if isinstance(w.format, FP8):
+    shape = {"tensor": (1,), "channel": (w.outputs, 1)}
+    scale = parts["scale"].T
+    return {
+      "weight": _transposed(parts["codes"]).view(ml_dtypes.float8_e4m3fn),
+      "weight_scale": scale.reshape(shape.get(w.format.share, scale.shape)),
+    }
+  bits, scale = (4, _transposed(parts["scale"]))
+  if isinstance(w.format, Microscaling):
+    bits = w.format.bits
+  codes = packing.unpack(parts["codes"], bits).reshape(w.inputs, w.outputs)
+  if bits == 8:
+    codes = _transposed(codes).view(ml_dtypes.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale}
+  packed = _transposed(bitstream.pack(codes, bits)).view(np.uint8)
+  if isinstance(w.format, Microscaling):
+    return {"weight_packed": packed, "weight_scale": scale}
+  return {
+    "weight_packed": packed,
+    "weight_scale": scale.view(ml_dtypes.float8_e4m3fn),
+    "weight_global_scale": parts["divisor"].reshape(1),
+  }
+
+
+def _int_tensors(w: QTensor, scheme: Scheme) -> dict[str, np.ndarray]:
+  format, half = w.format, 1 << (w.format.bits - 1)
+  plain = format.plain(w.parts)
+  codes = np.asarray(plain.codes)
+  out: dict[str, Any] = {}
+  if w.order is not None:
+    order = np.asarray(w.order)
+    codes = codes[order]
+    out["weight_g_idx"] = (order // format.block).astype(np.int32)
+  packed = scheme.format == "pack-quantized"
+  if packed:
+    out["weight_packed"] = _transposed(bitstream.pack(codes, format.bits))
+    out["weight_shape"] = np.asarray([w.outputs, w.inputs], np.int64)
+  else:
+    signed = codes.astype(np.int16) - half
+    out["weight"] = _transposed(signed.astype(np.int8))
+  scale = _transposed(np.asarray(w.parts["scale"]))
+  zero = None if format.symmetric else _transposed(np.asarray(plain.zero))
+  if scheme.strategy == "tensor":
+    scale = _same(scale, w, "scale")
+    zero = None if zero is None else _same(zero, w, "zero")
+  out["weight_scale"] = scale
+  if zero is not None and packed and scheme.strategy != "tensor":
+    out["weight_zero_point"] = bitstream.pack(zero, format.bits)
+  elif zero is not None:
+    out["weight_zero_point"] = (zero.astype(np.int16) - half).astype(np.int8)
+  return out
+
+
+def _same(x: np.ndarray, w: QTensor, name: str) -> np.ndarray:
+  """Returns the one value of an array, `[1]`."""
+  if (x != x.flat[0]).any():
+    raise UserError(
+      f"compressed-tensors: {name} of {w.format.name} is not one of the whole "
+      "matrix, as the strategy 'tensor' says; expected 'channel' or 'group'"
+    )
+  return x.reshape(-1)[:1]

@@ -170,7 +170,7 @@ def _zeros(tensors, scheme: Scheme, sizes: _Sizes) -> np.ndarray:
   return bitstream.unpack(words, scheme.bits, sizes.outputs).T
 
 
-def detected(
+def detect_version(
   scheme: Scheme, modules: Mapping[str, Mapping[str, np.ndarray]]
 ) -> Scheme:
   """Returns `scheme` with the version that the numbers have.
@@ -222,7 +222,7 @@ def from_tensors(
 
   Args:
     tensors: of one module, by their names behind `P.`, its bias aside.
-    scheme: by its config, with the version `detected`.
+    scheme: by its config, with the version `detect_version`.
     where: they come from, for messages.
 
   Raises:

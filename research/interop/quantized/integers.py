@@ -46,7 +46,7 @@ class Integers:
     return bool((np.diff(self.group) >= 0).all())
 
 
-def integers(w: QTensor, where: str) -> Integers:
+def to_integers(w: QTensor, where: str) -> Integers:
   """Returns one matrix `[I, O]` as integers, without loss.
 
   Args:

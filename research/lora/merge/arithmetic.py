@@ -1,9 +1,9 @@
 """Weighted sums of adapters: PEFT's `add_weighted_adapter`.
 
-lora.md section 7. A way has three parts: what is summed (whole updates, or the
-factors A and B one by one, which gets the products between adapters wrong),
-what is left of each before (TIES: Yadav et al. 2023, arXiv:2306.01708, its
-largest entries; DARE: Yu et al. 2023, arXiv:2311.03099, random ones), and
+lora.md section 7. A combination has three parts: what is summed (whole updates,
+or the factors A and B one by one, which gets the products between adapters
+wrong), what is kept of each before (TIES: Yadav et al. 2023, arXiv:2306.01708,
+its largest entries; DARE: Yu et al. 2023, arXiv:2311.03099, random ones), and
 whether entries against the majority's sign count.
 """
 
@@ -23,32 +23,32 @@ Elect = Literal["total", "frequency"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class Combination:
   """How adapters are combined.
 
   Attributes:
     of: each factor, or the whole update, which is decomposed again.
-    left: of an adapter: all of it, its largest entries, or random ones.
+    keep: of an adapter: all of it, its largest entries, or random ones.
     signs: whether only entries of the elected sign are averaged.
   """
 
   of: Literal["factors", "update"]
-  left: Literal["all", "largest", "random"] = "all"
+  keep: Literal["all", "largest", "random"] = "all"
   signs: Literal["any", "majority"] = "any"
 
 
 CAT = "cat"
-WAYS = {
-  "svd": Way("update"),
-  "linear": Way("factors"),
-  "ties": Way("factors", "largest", "majority"),
-  "ties_svd": Way("update", "largest", "majority"),
-  "dare_linear": Way("factors", "random"),
-  "dare_linear_svd": Way("update", "random"),
-  "dare_ties": Way("factors", "random", "majority"),
-  "dare_ties_svd": Way("update", "random", "majority"),
-  "magnitude_prune": Way("factors", "largest"),
-  "magnitude_prune_svd": Way("update", "largest"),
+COMBINATIONS = {
+  "svd": Combination("update"),
+  "linear": Combination("factors"),
+  "ties": Combination("factors", "largest", "majority"),
+  "ties_svd": Combination("update", "largest", "majority"),
+  "dare_linear": Combination("factors", "random"),
+  "dare_linear_svd": Combination("update", "random"),
+  "dare_ties": Combination("factors", "random", "majority"),
+  "dare_ties_svd": Combination("update", "random", "majority"),
+  "magnitude_prune": Combination("factors", "largest"),
+  "magnitude_prune_svd": Combination("update", "largest"),
 }
 """By PEFT's names, besides `CAT`, which keeps every factor."""
 
@@ -69,7 +69,7 @@ def add_weighted(
     adapters: factors by address; a matrix counts those that have it.
     weights: one for each adapter; may be negative.
     how: `cat` (exact, ranks add up), `svd` (the best of one rank), or another
-      of `WAYS`.
+      of `COMBINATIONS`.
     rank: of what is decomposed again; None for the adapters' largest.
     density: share of the entries that is left, where some are dropped.
     elect: a sign by the sum of the entries or by their number.
@@ -79,8 +79,10 @@ def add_weighted(
     UserError: the numbers do not fit each other, or the ranks do not where
       factors are summed.
   """
-  if how != CAT and how not in WAYS:
-    raise UserError(f"{how!r}: expected one of {', '.join([CAT, *WAYS])}")
+  if how != CAT and how not in COMBINATIONS:
+    raise UserError(
+      f"{how!r}: expected one of {', '.join([CAT, *COMBINATIONS])}"
+    )
   if not adapters or len(adapters) != len(weights):
     raise UserError(
       f"{len(adapters)} adapters and {len(weights)} weights: expected one "
@@ -92,7 +94,7 @@ def add_weighted(
     raise UserError(f"density is {density}, expected above 0 and at most 1")
   if rank is not None and rank < 1:
     raise UserError(f"rank is {rank}, expected at least 1")
-  if how != CAT and WAYS[how].left == "random" and key is None:
+  if how != CAT and COMBINATIONS[how].keep == "random" and key is None:
     raise UserError(f"{how}: drops entries at random and needs a key")
   most = rank or max(f.rank for a in adapters for f in a.values())
   out = {}
@@ -101,12 +103,12 @@ def add_weighted(
     parts = [(a[path], float(w)) for a, w in pairs if path in a]
     if how == CAT:
       out[path] = _concatenated(parts)
-    elif WAYS[how] == Way("update"):
+    elif COMBINATIONS[how] == Combination("update"):
       thin = _concatenated(parts)
       out[path] = truncated(decomposed(thin.a, thin.b), most)
     else:
-      mix = _Mix(WAYS[how], density, elect, key, path)
-      summed = _of_updates if WAYS[how].of == "update" else _of_factors
+      mix = _Mix(COMBINATIONS[how], density, elect, key, path)
+      summed = _of_updates if COMBINATIONS[how].of == "update" else _of_factors
       out[path] = summed(mix, parts, most)
   return out
 
@@ -120,9 +122,9 @@ def _concatenated(parts: Sequence[tuple[Factors, float]]) -> Factors:
 
 @dataclasses.dataclass(frozen=True)
 class _Mix:
-  """A way with its numbers, at one matrix."""
+  """A combination with its numbers, at one matrix."""
 
-  way: Way
+  combination: Combination
   density: float
   elect: Elect
   key: PRNGKey | None
@@ -133,15 +135,15 @@ class _Mix:
     left = [self._left(x, 2 * i + salt) for i, x in enumerate(arrays)]
     x = np.stack(left).astype(np.float32)
     w = np.asarray(weights, np.float32).reshape(-1, *(1,) * (x.ndim - 1))
-    if self.way.signs == "any":
+    if self.combination.signs == "any":
       return (w * x).sum(0)
     agree = np.sign(x) == elected(x, self.elect)
     return (w * x * agree).sum(0) / np.maximum(agree.sum(0), 1)
 
   def _left(self, x, salt):
-    if self.way.left == "all" or self.density >= 1:
+    if self.combination.keep == "all" or self.density >= 1:
       return x
-    if self.way.left == "largest":
+    if self.combination.keep == "largest":
       return largest(x, self.density)
     key = jax.random.fold_in(self.key, zlib.crc32(self.path.encode()))
     key = jax.random.fold_in(key, salt)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.lora.merge import merged
+from research.lora.adapted import AdaptedBias, AdaptedTensor
 from research.typing import UserError
 
 
@@ -105,7 +105,7 @@ LEAST_KEPT = 0.9
 """Of all updates, what a merge has to keep unless it may be lossy."""
 
 
-def kept(changes: Iterable[Change]) -> float | None:
+def kept_share(changes: Iterable[Change]) -> float | None:
   """Returns the share of all merged updates that is left along them."""
   found = [c for c in changes if c.update is not None]
   total = sum(c.update**2 for c in found)
@@ -114,7 +114,7 @@ def kept(changes: Iterable[Change]) -> float | None:
   return sum(c.kept * c.update**2 for c in found) / total if total else 1.0
 
 
-def merges(changes: Iterable[Change]) -> dict[str, Any]:
+def merge_summary(changes: Iterable[Change]) -> dict[str, Any]:
   """Returns what all merged updates have become, None where nothing is merged.
 
   kept   their share that is left along them
@@ -125,7 +125,7 @@ def merges(changes: Iterable[Change]) -> dict[str, Any]:
   worst  the tensor whose change is furthest from its update
   """
   found = [c for c in changes if c.update is not None]
-  share = kept(found)
+  share = kept_share(found)
   if share is None:
     return dict.fromkeys(("kept", "lost", "noise", "worst"))
   total = sum(c.update**2 for c in found) or 1.0
@@ -143,7 +143,7 @@ def merges(changes: Iterable[Change]) -> dict[str, Any]:
 def check_kept(changes: Iterable[Change], least: float) -> None:
   """Raises UserError if less than that share of all updates is left."""
   changes = list(changes)
-  found = kept(changes)
+  found = kept_share(changes)
   if found is None or found >= least:
     return
   worst = min((c for c in changes if c.kept is not None), key=lambda c: c.kept)
@@ -171,7 +171,7 @@ class Log:
     name: str,
     before: str,
     after: str,
-    read: "Read",
+    was: "DenseWeight",
     got: np.ndarray,
     alone: np.ndarray | None = None,
   ) -> None:
@@ -179,14 +179,14 @@ class Log:
 
     Args:
       name, before, after: see `Change`.
-      read: as it was.
+      was: as it was.
       got: as it is.
       alone: what its base is without an adapter; None for the same as before.
     """
     found = Comparison()
     for rows in pieces(got):
-      base, own = (None if x is None else x[rows] for x in (read.base, alone))
-      found.add(read.array[rows], got[rows], base, own)
+      base, own = (None if x is None else x[rows] for x in (was.base, alone))
+      found.add(was.array[rows], got[rows], base, own)
     self.changes.append(found.change(name, before, after))
 
   def summary(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Log:
       kinds[key] = kinds.get(key, 0) + 1
     moved = [c for c in self.changes if c.max_abs_error]
     merged = [c for c in self.changes if c.fidelity is not None]
-    found = merges(self.changes)
+    found = merge_summary(self.changes)
     worst = max(moved, key=lambda c: c.relative_error, default=None)
     return {
       "tensors": len(self.changes),
@@ -236,7 +236,7 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
+class DenseWeight:
   """A weight as plain numbers.
 
   Attributes:
@@ -249,15 +249,35 @@ class Read:
   base: np.ndarray | None = None
 
 
-def read(weight: Any) -> Read:
+def dense_weight(weight: Any) -> DenseWeight:
   """Returns what a weight of any kind stands for; adapters merge in fp32."""
   if isinstance(weight, np.ndarray):
-    return Read(weight)  # a view of a file: JAX would copy it, twice
+    return DenseWeight(weight)  # a view of a file: JAX would copy it, twice
   weight = jax.tree.map(jnp.asarray, weight)
-  found = merged.in_float32(weight)
+  found = in_float32(weight)
   if found is not None:
-    return Read(*found)
-  return Read(np.asarray(weights.dense(weight)))
+    return DenseWeight(*found)
+  return DenseWeight(np.asarray(weights.dense(weight)))
+
+
+def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:
+  """Returns (merged, base), both float32; None for a weight without adapters.
+
+  Args:
+    weight: any, or a bias of `wrap.biases`; adapters on adapters all count.
+  """
+  if isinstance(weight, AdaptedBias):
+    base = jnp.asarray(weight.w).astype(jnp.float32)
+    return np.asarray(weight.matrix.bias_of(base)), np.asarray(base)
+  if not isinstance(weight, AdaptedTensor):
+    return None
+  below = in_float32(weight.w)
+  if below is None:
+    base = total = np.asarray(weights.dense(weight.w)).astype(np.float32)
+  else:
+    total, base = below
+  delta = dataclasses.replace(weight, w=jnp.asarray(total)).delta()
+  return total + np.asarray(delta), base
 
 
 def cast(name: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:

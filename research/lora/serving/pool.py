@@ -4,7 +4,8 @@ A pool has a fixed number of slots of a fixed rank, so whatever adapters are
 in them, a batch is the same program. Adapters wait in host memory, and those
 not used for longest are read from their directories again.
 
-  pool = pools.create(params, model, slots=4, rank=16, read=pool_reader.read)
+  read = adapters.read_factors
+  pool = pools.create(params, model, slots=4, rank=16, read=read)
   pool = pools.add(pool, "mine", "runs/a/adapter")
   pool, ids = pools.use(pool, ["mine", pools.BASE])
   params = weights.bind(pool.params, ids=ids)
@@ -33,7 +34,7 @@ BASE = "__base__"
 
 Reader = Callable[[pathlib.Path, Params, Transformer, int], Factors]
 """(directory or file, base, its model, largest rank) -> an adapter's factors;
-`research.interop.peft.pool_reader.read` is one."""
+`research.interop.adapters.read_factors` is one."""
 
 LARGEST = 256
 """Rank up to which `fitted` takes adapters."""
@@ -147,7 +148,7 @@ def add(pool: Pool, name: str, directory: str | os.PathLike) -> Pool:
   Args:
     pool: if it has one of that name, the new one takes its place.
     name: anything but `BASE`.
-    directory: or a .gguf file, see `gguf_adapter.load_any`.
+    directory: or a .gguf file, see `interop.adapters.load_adapter`.
 
   Raises:
     UserError: it is damaged or does not fit, brings weights whole, or is no

@@ -14,8 +14,7 @@ import pytest
 from experiments import evaluate, generate, perplexity, train
 from experiments.core import cli, outputs
 from research import tree
-from research.interop import load
-from research.interop.peft import peft_write
+from research.interop import load, peft
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.typing import UserError
@@ -62,7 +61,7 @@ def test_an_adapter_is_applied(command, tmp_path):
   adapted = tree.map_paths(
     lambda path, x: jnp.ones_like(x) if path.endswith("/b") else x, adapted
   )
-  peft_write.save_adapter(tmp_path, adapted, base.model, TINY)
+  peft.save_adapter(tmp_path, adapted, base.model, TINY)
   arguments = ["--prompt=the cat", "--max_new_tokens=20"]
   with_it = f"--model={TINY}", f"--adapter=mine={tmp_path}"
   named = command(generate.main, *arguments, *with_it)

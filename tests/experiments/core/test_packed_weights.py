@@ -10,7 +10,7 @@ from experiments import perplexity
 from experiments.core import cli, packed_weights
 from research import tree, weights
 from research.interop import convert, load, parts, sources
-from research.interop.peft import peft_whole
+from research.interop.peft import full_weights
 from research.quant.formats.affine import Affine
 from research.quant.formats.fp8 import FP8
 from research.quant.layouts import cpu_layout
@@ -29,7 +29,9 @@ def ours(tmp_path_factory):
   folder, loaded = tmp_path_factory.mktemp("ours"), load.load_model(FILE)
   for name, format in (("int4", Affine(block=32)), ("fp8", FP8())):
     params = Quantize(format=format)(loaded.params)
-    source = sources.trained(loaded, params, {"format": "quantized"}, None)
+    source = sources.from_training(
+      loaded, params, {"format": "quantized"}, None
+    )
     convert.to_orbax(source, folder / name)
   return folder
 
@@ -99,7 +101,7 @@ def test_an_adapter_may_bring_one_of_a_packed_runs_weights():
   assert len(layers) > 1
   leaf = next(tree.layers(params))["mlp"]["up"]
   new = np.ones(leaf.shape, np.float32)
-  got = peft_whole.replace(params, {f"layers/{first}/mlp/up": new})
+  got = full_weights.replace(params, {f"layers/{first}/mlp/up": new})
   for i, (a, b) in enumerate(
     zip(tree.layers(got), tree.layers(params), strict=True)
   ):

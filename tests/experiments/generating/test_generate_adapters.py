@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import load
-from research.interop.peft import gguf_adapter, peft, peft_write
+from research.interop import load, peft
+from research.interop.gguf import adapter as gguf_adapter
 from research.lora import adapt
 from research.lora.methods.dora import DoRA
 from research.lora.methods.lora import LoRA
@@ -37,7 +37,7 @@ def places(tmp_path_factory):
       return jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
 
     made = tree.map_paths(moved, made)
-    peft_write.save_adapter(root / name, made, base.model, str(TINY))
+    peft.save_adapter(root / name, made, base.model, str(TINY))
   return {name: f"--adapter={name}={root / name}" for name in "abd"}
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from research import tree
-from research.interop import convert, gguf, load, ours, parts, sources
-from research.interop.gguf import gguf_recipe, gguf_types
+from research.interop import convert, gguf, load, native, parts, peft, sources
+from research.interop.gguf import recipe as gguf_recipe
+from research.interop.gguf import tensor_types
 from research.interop.loaded import NOTE
-from research.interop.peft import peft, peft_write
-from research.interop.quantized import writers
+from research.interop.quantized import checkpoint_formats
 from research.io import safetensors
 from research.lora import adapt, wrap
 from research.lora.merge import changes
@@ -190,7 +190,7 @@ def test_every_type_is_the_encoding_of_the_weights(kind, tmp_path):
     if x.ndim == 1:
       np.testing.assert_array_equal(x, y)
       continue
-    assert new[name].data.tobytes() == gguf_types.encode(kind, x).tobytes()
+    assert new[name].data.tobytes() == tensor_types.encode(kind, x).tobytes()
     difference = np.abs(y.astype(np.float64) - x)
     assert errors[name].max_abs_error == pytest.approx(difference.max())
     relative = np.linalg.norm(difference) / np.linalg.norm(x)
@@ -304,7 +304,7 @@ def as_gguf(source, to):
 
 
 def as_int8(source, to):
-  writer = writers.Compressed("int8", 4)
+  writer = checkpoint_formats.Compressed("int8", 4)
   return convert.to_quantized(source, to, writer, requantize=True)
 
 
@@ -317,14 +317,14 @@ def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
   params = tree.map_paths(
     lambda p, x: x + 0.001 if "/trained/" in p else x, params
   )
-  peft_write.save_adapter(tmp_path / "a", params, it.model, str(file))
+  peft.save_adapter(tmp_path / "a", params, it.model, str(file))
   source, base = (sources.open_source(x) for x in (tmp_path / "a", file))
   files = [tmp_path / f"{name}.gguf" for name in ("merged", "alone")]
   log, _ = (write(x, to) for x, to in zip((source, base), files, strict=True))
   got, alone = (parts_of(load.load_model(x).params) for x in files)
   updates, made = [], []
   for address, part in source.parts.items():
-    found = changes.read(part.read())
+    found = changes.dense_weight(part.read())
     if found.base is not None:
       updates.append((found.array - found.base).ravel())
       made.append((got[str(address)] - alone[str(address)]).ravel())
@@ -341,7 +341,7 @@ def test_an_update_is_what_changes_the_base_in_the_same_type(write, tmp_path):
 
 def parts_of(params):
   return {
-    str(address): changes.read(part.read()).array
+    str(address): changes.dense_weight(part.read()).array
     for address, part in parts.from_params(params).items()
   }
 
@@ -377,7 +377,7 @@ def test_an_adapter_over_packed_weights(tmp_path):
     lambda p, x: x + 0.01 if "/trained/" in p else x, params
   )
   base = str(MODELS / "gguf_q8_0" / "model.gguf")
-  peft_write.save_adapter(tmp_path / "a", params, it.model, base)
+  peft.save_adapter(tmp_path / "a", params, it.model, base)
   source = sources.open_source(tmp_path / "a")
   convert.to_orbax(source, tmp_path / "ours")
   again = sources.open_source(tmp_path / "ours")
@@ -439,7 +439,7 @@ def test_a_damaged_checkpoint(change, text, llama, tmp_path):
 
 def test_a_checkpoint_without_its_arrays(llama, tmp_path):
   shutil.copytree(llama, tmp_path / "ours")
-  shutil.rmtree(tmp_path / "ours" / ours.ARRAYS)
+  shutil.rmtree(tmp_path / "ours" / native.ARRAYS)
   with pytest.raises(UserError, match="arrays"):
     load.load_model(tmp_path / "ours")
 

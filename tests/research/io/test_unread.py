@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from research import sharding, tree
 from research.interop import convert, hf, load, sources
-from research.interop.gguf import gguf_model
-from research.interop.hf import hf_config
+from research.interop.gguf import read as gguf_read
+from research.interop.hf import config as hf_config
 from research.io import mapped, safetensors, unread
 from research.nn import presets
 from research.quant.formats import ggml
@@ -161,7 +161,7 @@ def sparse_model(folder: pathlib.Path, config: dict) -> tuple:
 def counted(monkeypatch):
   """Returns the list of how many bytes each read has given."""
   found = []
-  read, blocks = safetensors.Lazy.read, gguf_model._Matrix.blocks
+  read, blocks = safetensors.Lazy.read, gguf_read._Matrix.blocks
 
   def counting(f):
     def wrapped(*args):
@@ -172,7 +172,7 @@ def counted(monkeypatch):
     return wrapped
 
   monkeypatch.setattr(safetensors.Lazy, "read", counting(read))
-  monkeypatch.setattr(gguf_model._Matrix, "blocks", counting(blocks))
+  monkeypatch.setattr(gguf_read._Matrix, "blocks", counting(blocks))
   return found
 
 

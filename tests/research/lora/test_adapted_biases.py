@@ -2,7 +2,7 @@
 
 (IA)^3 multiplies whole outputs, in PEFT as in the paper. Adapter and bias are
 two leaves of the tree: what takes the adapter off its matrix, or writes it, has
-to mind the other one. `test_peft_methods` has PEFT's own numbers.
+to mind the other one. `interop/peft/test_methods` has PEFT's own numbers.
 """
 
 import dataclasses
@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import parts
-from research.interop.peft import peft, peft_write
+from research.interop import parts, peft
 from research.lora import adapt, to_lora, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.merge import changes, merge_modes, merging
+from research.lora.merge import changes, merge
 from research.lora.methods.ia3 import IA3
 from research.lora.optim import row_factors
 from research.nn import conv, time_embedding
@@ -85,7 +84,7 @@ def test_they_are_found_by_their_paths():
 
 def test_merged():
   check(wrap.merge(adapted()))
-  got, losses = merging.merge(adapted())
+  got, losses = merge.merge(adapted())
   check(got)
   of_biases = {name for name in losses if name.endswith("_bias")}
   assert of_biases == {
@@ -94,7 +93,7 @@ def test_merged():
   assert all(losses[name].update > 0 for name in of_biases)
 
 
-@pytest.mark.parametrize("mode", merge_modes.MODES)
+@pytest.mark.parametrize("mode", merge.MODES)
 def test_merged_over_a_packed_base(mode):
   first = base("llama_biases").params
   packed = Quantize(format=Affine(block=4))(first)
@@ -105,7 +104,7 @@ def test_merged_over_a_packed_base(mode):
     return leaf.map_base(lambda below: over(below, w))
 
   params = jax.tree.map(over, adapted(), packed, is_leaf=weights.is_weight)
-  check(merge_modes.merged(params, mode, first))
+  check(merge.merge_as(params, mode, first))
 
 
 def test_written_part_by_part():
@@ -115,11 +114,13 @@ def test_written_part_by_part():
   assert found.keys() == merged.keys()
   for address, part in found.items():
     assert part.shape == merged[address].shape
-    got, want = (changes.read(p.read()).array for p in (part, merged[address]))
+    got, want = (
+      changes.dense_weight(p.read()).array for p in (part, merged[address])
+    )
     np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(address))
     scaled = str(address).endswith(("q_bias", "v_bias"))
     adapted_too = str(address).endswith(NAMES)
-    change = changes.read(part.read()).base
+    change = changes.dense_weight(part.read()).base
     assert (change is not None) == (scaled or adapted_too), address
 
 
@@ -129,7 +130,7 @@ def test_as_plain_lora_it_is_brought_whole(tmp_path):
   check(params)
   it = base("llama_biases")
   whole = {f"layers/{i}/attention/{x}_bias" for i in range(3) for x in "qv"}
-  peft_write.save_adapter(tmp_path, params, it.model, "x", whole=whole)
+  peft.save_adapter(tmp_path, params, it.model, "x", whole=whole)
   again = peft.load_adapter(tmp_path, it.params, it.model)
   check(wrap.merge(again))
 

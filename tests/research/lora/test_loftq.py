@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.loftq import LoftQ, fit
@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_named():
 def affine(kind="Q4_1", n=3, inputs=128, outputs=24):
   rng = np.random.default_rng(0)
   x = 0.1 * rng.standard_normal((n, outputs, inputs)).astype(np.float32)
-  rows = gguf_types.encode(kind, x).reshape(n, outputs, -1)
+  rows = tensor_types.encode(kind, x).reshape(n, outputs, -1)
   return ggml.from_ggml(kind, list(rows), -2)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research import sharding, tree, weights
-from research.interop import ours
+from research.interop import native
 from research.interop.quantized import bnb
 from research.quant import qtensor
 from research.quant.formats.codebook import Codebook
@@ -293,8 +293,8 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   chex.assert_trees_all_close(unrolled, want, atol=1e-5 * float(jnp.ptp(want)))
   some = Quantize(targets=("q", "mlp/up"))
   assert len(some.chosen(params)) == 2
-  note = ours._describe(got)
-  described = ours._abstract(json.loads(json.dumps(note)), "weights")
+  note = native._describe(got)
+  described = native._abstract(json.loads(json.dumps(note)), "weights")
   assert jax.tree.structure(described) == jax.tree.structure(got)
 
 

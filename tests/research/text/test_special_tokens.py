@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from research.interop.hf import hf_export
+from research.interop.hf import tokenizer as hf_tokenizer
 from research.text import special_tokens
 from research.text.special_tokens import NO_SPECIAL_TOKENS, SpecialTokens
 from research.text.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def test_it_is_written_and_read_again(tmp_path, add_bos, add_eos):
   own = Tokenizer(
     backend=byte_level(), bos=BOS, eos=EOS, add_bos=add_bos, add_eos=add_eos
   )
-  for name, value in hf_export.tokenizer_files(own).items():
+  for name, value in hf_tokenizer.files(own).items():
     (tmp_path / name).write_text(json.dumps(value))
   assert Tokenizer.from_directory(tmp_path).special == own.special
 

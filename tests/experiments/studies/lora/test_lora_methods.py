@@ -11,7 +11,7 @@ import pytest
 from experiments.core import config
 from experiments.studies.lora import lora_abilities, lora_methods
 from research import tree
-from research.interop.peft import peft_config
+from research.interop.peft import config as peft_config
 from research.lora.methods import all_methods
 from research.lora.methods.lora import LoRA
 from research.typing import UserError

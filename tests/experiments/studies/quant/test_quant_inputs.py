@@ -42,7 +42,7 @@ def test_a_rotated_model_is_written_and_loaded(tmp_path):
   ):
     params = transform(params, jax.random.key(0))
   origin = {"format": "quantized", "of": "test"}
-  source = sources.trained(loaded, params, origin, None)
+  source = sources.from_training(loaded, params, origin, None)
   convert.to_orbax(source, tmp_path / "model")
   want = _logits(loaded)
   for packed in (True, False):

@@ -29,7 +29,7 @@ def _packed(tmp_path_factory):
   folder = tmp_path_factory.mktemp("packed")
   loaded = load.load_model(TINY)
   params = Quantize(format=Affine(bits=4, block=8))(loaded.params)
-  source = sources.trained(loaded, params, dict(format="quantized"), None)
+  source = sources.from_training(loaded, params, dict(format="quantized"), None)
   convert.to_orbax(source, folder / "model")
   text = folder / "text.txt"
   rng = np.random.default_rng(0)

@@ -41,7 +41,7 @@ def test_bits_a_weight_are_those_published(name):
   # Norms stay in float32.
   size, count = 32 * 65 * 4096, 65 * 4096
   for path, layer, rows, columns in llama_8b():
-    format = ggml.TYPES[mixtures.wanted(name, path, layer, shape)]
+    format = ggml.TYPES[mixtures.wanted_type(name, path, layer, shape)]
     size += 8 * format.nbytes * rows * columns // format.block
     count += rows * columns
   assert abs(size / count - PUBLISHED[name]) < 0.006
@@ -78,7 +78,7 @@ MIXTRAL = mixtures.Shape(32, 4, False, experts=8)
   ],
 )
 def test_what_a_matrix_is_stored_in(name, path, layer, shape, kind):
-  assert mixtures.wanted(name, path, layer, shape) == kind
+  assert mixtures.wanted_type(name, path, layer, shape) == kind
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_what_a_matrix_is_stored_in(name, path, layer, shape, kind):
   ],
 )
 def test_rows_that_are_no_whole_blocks(kind, columns, taken):
-  assert mixtures.fitted("x", kind, columns, True) == taken
+  assert mixtures.stored_type("x", kind, columns, True) == taken
   if taken == kind:
-    assert mixtures.fitted("x", kind, columns, False) == kind
+    assert mixtures.stored_type("x", kind, columns, False) == kind
     return
   block = ggml.TYPES[kind].block
   message = (
@@ -106,5 +106,5 @@ def test_rows_that_are_no_whole_blocks(kind, columns, taken):
     f"expected a multiple of {block}"
   )
   with pytest.raises(UserError, match=re.escape(message)) as e:
-    mixtures.fitted("blk.0.x", kind, columns, False)
+    mixtures.stored_type("blk.0.x", kind, columns, False)
   assert f"--fallback, for {taken} there" in str(e.value)

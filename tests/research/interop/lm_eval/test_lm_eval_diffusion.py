@@ -20,13 +20,13 @@ from research.diffusion.sampling.policies import Threshold
 from research.diffusion.sampling.prefix_cache import PrefixCache
 from research.interop import lm_eval
 from research.interop.diffusion.spec import Spec
-from research.interop.lm_eval import lm_eval_diffusion, lm_eval_texts
+from research.interop.lm_eval import diffusion_generate, lm_eval_diffusion
 from research.interop.lm_eval.lm_eval_diffusion import Asking
 from research.interop.loaded import Loaded
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 from tests import support
-from tests.research.interop.lm_eval.test_lm_eval import tokenizer
+from tests.research.interop.lm_eval.test_autoregressive import tokenizer
 
 MASK, CONTEXT = 63, 24
 
@@ -106,7 +106,7 @@ def test_blocks_of_one_token_are_the_model_that_it_was(plain):
   # The mask has no probability, which a model without one gives it.
   head = plain.params["embed"].at[MASK].set(0.0)
   low = plain.params | {"embed": head}
-  text = [lm_eval.lm_eval_requests.encoded(plain.tokenizer, *p) for p in pairs]
+  text = [lm_eval.harness_requests.encoded(plain.tokenizer, *p) for p in pairs]
   want = []
   for context, continuation in text:
     tokens = jnp.asarray([[*context, *continuation]])
@@ -299,9 +299,9 @@ def test_stops_are_found_among_special_tokens(loaded):
   ids = [9, 10, 1, 11, 12, 1, 13]
   text = tokenizer.decode(ids, skip_special=False)
   assert "</s>" in text
-  got = lm_eval_texts.text_of(tokenizer, ids, ("</s>",))
+  got = diffusion_generate.text_of(tokenizer, ids, ("</s>",))
   assert got == tokenizer.decode(ids[:2])
-  got = lm_eval_texts.text_of(tokenizer, ids, (tokenizer.decode([12]),))
+  got = diffusion_generate.text_of(tokenizer, ids, (tokenizer.decode([12]),))
   assert got == tokenizer.decode([9, 10, 11])
 
 

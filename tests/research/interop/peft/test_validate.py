@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 
-from research.interop.peft import match, peft, peft_config, validate
+from research.interop import peft
+from research.interop.peft import config as peft_config
+from research.interop.peft import targets, validate
 from research.typing import UserError
 from tests.support_peft import MODELS, base
 
@@ -97,8 +99,8 @@ def test_the_trap_is_one():
   """The patterns of an "order" finding do resolve differently once sorted."""
   patterns = {"q_proj": 4, "layers.0.*": 8}
   name = "model.layers.0.self_attn.q_proj"
-  assert match.by_pattern(name, patterns, 1, "x") == 4
-  assert match.by_pattern(name, dict(sorted(patterns.items())), 1, "x") == 8
+  assert targets.by_pattern(name, patterns, 1, "x") == 4
+  assert targets.by_pattern(name, dict(sorted(patterns.items())), 1, "x") == 8
 
 
 def test_types():

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.interop.quantized import awq, bnb, gptq, writers
-from research.interop.quantized.integers import integers
+from research.interop.quantized import awq, bnb, checkpoint_formats, gptq
+from research.interop.quantized.integers import to_integers
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -77,7 +77,7 @@ def test_gptq_is_its_definition_and_written_back(bits, version, ordered):
   np.testing.assert_array_equal(w.dense(), want)
   # The codes take so many bits, and no more.
   assert w.parts["codes"].nbytes == I * O * bits // 8
-  same(gptq.to_tensors(integers(w, "w"), version), tensors)
+  same(gptq.to_tensors(to_integers(w, "w"), version), tensors)
 
 
 @pytest.mark.parametrize(
@@ -87,11 +87,11 @@ def test_words_of_symmetric_zeros(version, word):
   w = qtensor.pack(
     rng().standard_normal((I, O)), Affine(block=GROUP, symmetric=True)
   )
-  tensors = gptq.to_tensors(integers(w, "w"), version)
+  tensors = gptq.to_tensors(to_integers(w, "w"), version)
   assert (tensors["qzeros"].view(np.uint32) == word).all()
   for said in (1, 2):
     scheme = gptq.Scheme(group=GROUP, version=said)
-    assert gptq.detected(scheme, {"w": tensors}).version == version
+    assert gptq.detect_version(scheme, {"w": tensors}).version == version
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -102,19 +102,21 @@ def test_the_numbers_tell_the_version(bits, version, said):
   x = rng(1).standard_normal((256, 64)).astype(np.float32)
   w = qtensor.pack(x, Affine(bits=bits, block=GROUP))
   # Grids that begin or end at 0 have no zero that version 1 can store.
-  found = integers(w, "w")
+  found = to_integers(w, "w")
   if version == 1 and not found.zero.all():
     pytest.skip("a zero of 0")
   tensors = gptq.to_tensors(found, version)
   scheme = gptq.Scheme(bits=bits, group=GROUP, symmetric=False, version=said)
-  assert gptq.detected(scheme, {"a": tensors, "b": tensors}).version == version
+  assert (
+    gptq.detect_version(scheme, {"a": tensors, "b": tensors}).version == version
+  )
 
 
 def test_few_codes_tell_nothing():
   tensors, _ = random_tensors(8, 2)
   for said in (1, 2):
     scheme = gptq.Scheme(bits=8, group=GROUP, symmetric=False, version=said)
-    assert gptq.detected(scheme, {"w": tensors}).version == said
+    assert gptq.detect_version(scheme, {"w": tensors}).version == said
 
 
 def test_version_1_cuts_a_zero_of_0_and_cannot_write_it():
@@ -123,10 +125,10 @@ def test_version_1_cuts_a_zero_of_0_and_cannot_write_it():
   w = read(cut, 4, 1, symmetric=False)
   np.testing.assert_array_equal(w.dense(), want)
   with pytest.raises(UserError, match="zero does not fit: found 0"):
-    gptq.to_tensors(integers(w, "w"), 1)
-  same(gptq.to_tensors(integers(w, "w"), 2), tensors)
-  writer = writers.Gptq(version=1)
-  assert writer.settle([writer.look(w, "w")], []).version == 2
+    gptq.to_tensors(to_integers(w, "w"), 1)
+  same(gptq.to_tensors(to_integers(w, "w"), 2), tensors)
+  writer = checkpoint_formats.Gptq(version=1)
+  assert writer.choose([writer.describe(w, "w")], []).version == 2
 
 
 @pytest.mark.parametrize("group", [GROUP, 0])
@@ -150,7 +152,7 @@ def test_awq_is_its_definition_and_written_back(group):
     codes.astype(np.float32) - spread(zero)
   )
   np.testing.assert_array_equal(w.dense(), want)
-  same(awq.to_tensors(integers(w, "w")), tensors)
+  same(awq.to_tensors(to_integers(w, "w")), tensors)
 
 
 @pytest.mark.parametrize("words", [1, 4])
@@ -199,7 +201,7 @@ def test_int8_rounds_to_nearest_even_of_127():
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
 def test_blocks_of_ggml_go_out_without_loss(kind):
   w = qtensor.pack(rng().standard_normal((I, O)).astype("f4"), GGML(kind=kind))
-  found = integers(w, "w")
+  found = to_integers(w, "w")
   assert (found.bits, found.size) == (int(kind[1]), 32)
   again = read(gptq.to_tensors(found, 1), found.bits, 1)
   np.testing.assert_array_equal(again.dense(), w.dense())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from research.interop.quantized import awq, bnb, gptq, writers
+from research.interop.quantized import awq, bnb, checkpoint_formats, gptq
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -56,37 +56,39 @@ def packed(**changes):
 )
 def test_what_gptq_cannot_hold(w, message):
   with pytest.raises(UserError, match=message):
-    writers.Gptq().look(w(), "w")
+    checkpoint_formats.Gptq().describe(w(), "w")
 
 
 def test_what_others_cannot_hold():
   tensors, _ = random_tensors(4, 2, ordered=False)
   scattered = read(tensors, 4, 2, symmetric=False)
   with pytest.raises(UserError, match="order does not fit: found groups of"):
-    writers.Awq().look(scattered, "w")
+    checkpoint_formats.Awq().describe(scattered, "w")
   with pytest.raises(UserError, match="bits does not fit: found 8, expected 4"):
-    writers.Awq().look(packed(bits=8), "w")
+    checkpoint_formats.Awq().describe(packed(bits=8), "w")
   with pytest.raises(UserError, match="format does not fit: found int4"):
-    writers.Bnb().look(packed(), "w")
+    checkpoint_formats.Bnb().describe(packed(), "w")
   with pytest.raises(UserError, match="order does not fit"):
-    writers.Bnb().look(scattered, "w")
+    checkpoint_formats.Bnb().describe(scattered, "w")
 
 
 def test_most_matrices_decide():
-  writer = writers.Gptq()
-  found = [writer.look(packed(block=b), "w") for b in (32, 32, 64)]
-  scheme = writer.settle(found, [])
+  writer = checkpoint_formats.Gptq()
+  found = [writer.describe(packed(block=b), "w") for b in (32, 32, 64)]
+  scheme = writer.choose(found, [])
   assert (scheme.bits, scheme.group, scheme.symmetric) == (4, 32, False)
-  assert not writer.differs(found[0], scheme)
-  assert "found 4 and 64, expected 4 and 32" in writer.differs(found[2], scheme)
+  assert not writer.mismatch(found[0], scheme)
+  assert "found 4 and 64, expected 4 and 32" in writer.mismatch(
+    found[2], scheme
+  )
   # Groups of 64 are all 64 inputs: either says it.
-  assert writer.settle(found[2:], []).group == 0
-  assert writer.settle([], [576, 1536]).group == 64
-  assert writers.Gptq(group=64).settle(found, []).group == 64
-  assert writers.Gptq(group=16).settle(found, [96]).group == 16
+  assert writer.choose(found[2:], []).group == 0
+  assert writer.choose([], [576, 1536]).group == 64
+  assert checkpoint_formats.Gptq(group=64).choose(found, []).group == 64
+  assert checkpoint_formats.Gptq(group=16).choose(found, [96]).group == 16
   # Of rounded matrices some zero may be 0.
-  assert writer.settle(found[:2], [64]).version == 2
-  assert writer.settle([], [40]) == gptq.Scheme(group=0)
+  assert writer.choose(found[:2], [64]).version == 2
+  assert writer.choose([], [40]) == gptq.Scheme(group=0)
 
 
 # Damage ----------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_other_damage_of_gptq():
     read(changed(), 4, 1)
   tensors, _ = random_tensors(4, 2, zero=3)
   with pytest.raises(UserError, match="qzeros has 3, expected 7 .* or 8"):
-    gptq.detected(gptq.Scheme(group=GROUP), {"w": tensors})
+    gptq.detect_version(gptq.Scheme(group=GROUP), {"w": tensors})
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from research.interop.quantized import compressed_config as config
-from research.interop.quantized import compressed_tensors as reader
-from research.interop.quantized import compressed_write as writer
+from research.interop.quantized import compressed_tensors
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -227,7 +226,7 @@ def test_tensors_refused(name):
   given = tensors(case)
   change(given)
   with pytest.raises(UserError, match=match) as caught:
-    reader.from_tensors(given, scheme(case), "model.layers.0.x")
+    compressed_tensors.from_tensors(given, scheme(case), "model.layers.0.x")
   assert "model.layers.0.x" in str(caught.value)
 
 
@@ -235,7 +234,7 @@ def test_tensors_refused(name):
 def test_changed_tensors_refused(name):
   case, part, f, match = CHANGED[name]
   with pytest.raises(UserError, match=match):
-    reader.from_tensors(changed(case, part, f), scheme(case), "x")
+    compressed_tensors.from_tensors(changed(case, part, f), scheme(case), "x")
 
 
 def test_what_rounds_activations_is_left_and_old_zeros_too():
@@ -243,15 +242,17 @@ def test_what_rounds_activations_is_left_and_old_zeros_too():
     "input_scale": np.ones(1, np.float32),
     "weight_zero_point": np.zeros((12, 2), np.int8),
   }
-  got = reader.from_tensors(given, scheme("int4")).dense()
-  want = reader.from_tensors(tensors("int4"), scheme("int4")).dense()
+  got = compressed_tensors.from_tensors(given, scheme("int4")).dense()
+  want = compressed_tensors.from_tensors(
+    tensors("int4"), scheme("int4")
+  ).dense()
   np.testing.assert_array_equal(got, want)
 
 
 def test_codes_of_fewer_bits_than_said():
   told = dataclasses.replace(scheme("int8_channel"), bits=4)
   with pytest.raises(UserError, match="expected those of 4 bits"):
-    reader.from_tensors(tensors("int8_channel"), told)
+    compressed_tensors.from_tensors(tensors("int8_channel"), told)
 
 
 @pytest.mark.parametrize(
@@ -267,19 +268,21 @@ def test_codes_of_fewer_bits_than_said():
 def test_what_it_cannot_hold_is_not_written(format, match):
   w = qtensor.pack(jnp.ones((64, 8)), format)
   with pytest.raises(UserError, match=match):
-    writer.to_tensors(w)
+    compressed_tensors.to_tensors(w)
 
 
 def test_outliers_and_stacks_are_not_written():
   w = qtensor.pack(jnp.ones((64, 8)), Affine(symmetric=True))
   rows = {"rows": jnp.zeros(1, jnp.int32), "values": jnp.ones((1, 8))}
   with pytest.raises(UserError, match="outliers"):
-    writer.to_tensors(dataclasses.replace(w, outliers=rows))
+    compressed_tensors.to_tensors(dataclasses.replace(w, outliers=rows))
   with pytest.raises(UserError, match="expected one matrix"):
-    writer.to_tensors(qtensor.pack(jnp.ones((2, 64, 8)), Affine()))
-  told = dataclasses.replace(writer.scheme_of(w), strategy="tensor", group=None)
+    compressed_tensors.to_tensors(qtensor.pack(jnp.ones((2, 64, 8)), Affine()))
+  told = dataclasses.replace(
+    compressed_tensors.scheme_of(w), strategy="tensor", group=None
+  )
   mixed = qtensor.pack(
     jnp.ones((64, 8)).at[0, 0].set(3), Affine(symmetric=True)
   )
   with pytest.raises(UserError, match="not one of the whole matrix"):
-    writer.to_tensors(mixed, told)
+    compressed_tensors.to_tensors(mixed, told)

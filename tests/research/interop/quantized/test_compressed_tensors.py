@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from research.interop.quantized import compressed_config as config
-from research.interop.quantized import compressed_tensors as reader
-from research.interop.quantized import compressed_write as writer
+from research.interop.quantized import compressed_tensors
 from research.quant import qtensor
 from research.quant.formats.affine import Affine
 from research.quant.formats.fp8 import FP8
@@ -78,12 +77,12 @@ def same(got, want):
 @cases
 def test_read_bitwise_and_written_back(name):
   of = "bfloat16" if name == "nvfp4" else None  # as its package decodes it
-  w = reader.from_tensors(tensors(name), scheme(name), name, of)
+  w = compressed_tensors.from_tensors(tensors(name), scheme(name), name, of)
   outputs, inputs = GOLDEN[name]["case"][:2]
   assert w.shape == (inputs, outputs)
   got = np.asarray(jax.jit(qtensor.QTensor.dense)(w), np.float32)
   np.testing.assert_array_equal(got.T, array(GOLDEN[name]["dense"]))
-  same(writer.to_tensors(w, scheme(name)), tensors(name))
+  same(compressed_tensors.to_tensors(w, scheme(name)), tensors(name))
 
 
 # In float32: in bfloat16 it divides in bfloat16, rounding twice.
@@ -109,11 +108,11 @@ def test_our_own_codes_are_its_bytes(name):
   if isinstance(format, Affine):
     format = dataclasses.replace(format, scale_dtype="float32")
   w = jax.jit(lambda w: qtensor.pack(w, format))(matrix(name))
-  own = writer.scheme_of(w)
+  own = compressed_tensors.scheme_of(w)
   expected = dataclasses.replace(scheme(name), activations=None)
   if name != "w4a16":  # one group is all inputs
     assert own == expected
-  same(writer.to_tensors(w, own), tensors(name))
+  same(compressed_tensors.to_tensors(w, own), tensors(name))
 
 
 def test_the_published_vector():
@@ -141,24 +140,26 @@ def test_groups_of_scattered_inputs():
   inputs = GOLDEN["int4_asym"]["case"][1]
   index = np.random.default_rng(0).permutation(np.arange(inputs) // 32)
   given["weight_g_idx"] = index.astype(np.int32)
-  w = reader.from_tensors(given, told)
-  plain = reader.from_tensors(tensors("int4_asym"), scheme("int4_asym")).plain()
+  w = compressed_tensors.from_tensors(given, told)
+  plain = compressed_tensors.from_tensors(
+    tensors("int4_asym"), scheme("int4_asym")
+  ).plain()
   codes = np.asarray(plain.codes, np.float32)
   want = (codes - np.asarray(plain.zero)[index]) * np.asarray(plain.scale)[
     index
   ]
   np.testing.assert_array_equal(w.dense(), want)
-  assert writer.scheme_of(w) == told
-  same(writer.to_tensors(w), given)
+  assert compressed_tensors.scheme_of(w) == told
+  same(compressed_tensors.to_tensors(w), given)
   for index in (np.full(inputs, -1), np.arange(inputs) // 32):
     given["weight_g_idx"] = index.astype(np.int32)
-    w = reader.from_tensors(given, told)
+    w = compressed_tensors.from_tensors(given, told)
     assert w.order is None
   codes = given["weight_g_idx"].copy()
   for value in (-1, 2**31 - 1, 0):
     codes[40] = value
     with pytest.raises(UserError, match="weight_g_idx does not give each"):
-      reader.from_tensors(given | {"weight_g_idx": codes}, told)
+      compressed_tensors.from_tensors(given | {"weight_g_idx": codes}, told)
 
 
 # Configs ---------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from research import tree
 from research.lora import adapt
-from research.lora.merge import merge_modes
+from research.lora.merge import merge
 from research.lora.methods.dora import DoRA
 from research.quant.formats.affine import Affine
 from research.quant.formats.codebook import Codebook
@@ -51,8 +51,8 @@ def test_each_way_is_its_sum(format):
   params = adapted(format, 0.3)
   up = params["run0"]["layer0"]["mlp"]["up"]
   got = {
-    mode: merge_modes.merged(params, mode, original())["run0"]["layer0"]["mlp"]
-    for mode in merge_modes.MODES
+    mode: merge.merge_as(params, mode, original())["run0"]["layer0"]["mlp"]
+    for mode in merge.MODES
   }
   a, b = (np.float64(up.trained[name]) for name in "ab")
   update = up.method.scale * np.einsum("lri,lro->lio", a, b)
@@ -70,7 +70,7 @@ def test_each_way_is_its_sum(format):
     off = np.abs(again.dense()[i] - want) > 1e-5
     assert off.mean() < 0.005
   # What had no adapter stays packed, or what it was.
-  for mode in merge_modes.MODES:
+  for mode in merge.MODES:
     assert got[mode]["gate"] is params["run0"]["layer0"]["mlp"]["gate"]
 
 
@@ -78,7 +78,7 @@ def test_each_way_is_its_sum(format):
 @pytest.mark.sample(2)
 def test_logits_are_kept_by_one_way_alone(format):
   tokens = support.tokens(vocab=64)
-  found = merge_modes.report(MODEL, adapted(format, 0.3), original(), tokens)
+  found = merge.report_modes(MODEL, adapted(format, 0.3), original(), tokens)
   kl = {mode: x.kl for mode, x in found.items()}
   # Rounding of float32; the others lose what 4 bits do.
   assert abs(kl["decoded"]) < 1e-6
@@ -90,11 +90,11 @@ def test_a_small_update_is_rounded_away():
   format = Affine(block=32, symmetric=True, rule="amax/qmax")
   params = adapted(format, 1e-4)
   up = params["run0"]["layer0"]["mlp"]["up"]
-  got = merge_modes.merged(params, "requantized")["run0"]["layer0"]["mlp"]["up"]
+  got = merge.merge_as(params, "requantized")["run0"]["layer0"]["mlp"]["up"]
   assert np.abs(np.asarray(up.delta())).max() > 0
   np.testing.assert_array_equal(got.parts["codes"], up.w.parts["codes"])
   tokens = support.tokens(vocab=64)
-  found = merge_modes.report(MODEL, params, original(), tokens)
+  found = merge.report_modes(MODEL, params, original(), tokens)
   assert found["decoded"].kl < found["requantized"].kl + 1e-9
   # Rounding itself is what is far off: the update is small beside it.
   assert found["original"].kl > 100 * abs(found["requantized"].kl)
@@ -106,7 +106,7 @@ def test_doras_lengths_are_its_magnitudes_over_any_base():
   how = adapt.Adapt(method=DoRA(rank=2), targets=("up",))
   params = how(packed, jax.random.key(0))
   for mode in ("decoded", "original"):
-    got = merge_modes.merged(params, mode, original())
+    got = merge.merge_as(params, mode, original())
     up = params["run0"]["layer0"]["mlp"]["up"]
     lengths = jnp.linalg.norm(got["run0"]["layer0"]["mlp"]["up"], axis=-2)
     np.testing.assert_allclose(lengths, up.trained["m"], rtol=1e-5)
@@ -126,12 +126,12 @@ def test_embeddings_and_adapters_over_adapters():
   )
   a, b = jnp.ones((1, 64)), jnp.full((1, 64), 0.01)
   params["embed"] = support_lora.lora(packed, a, b)
-  got = merge_modes.merged(params, "requantized")
+  got = merge.merge_as(params, "requantized")
   assert got["embed"].axis == -1 and got["embed"].shape == (64, 64)
   near = packed.dense() + 0.01
   step = np.asarray(got["embed"].parts["scale"], np.float32).max()
   assert np.abs(got["embed"].dense() - near).max() <= 0.51 * step
-  got = merge_modes.merged(params, "original", original())
+  got = merge.merge_as(params, "original", original())
   first = original()["run0"]["layer0"]["mlp"]["up"]
   want = first + 2 * up.delta()
   np.testing.assert_allclose(
@@ -169,7 +169,7 @@ def test_order_and_outliers_are_the_bases(axis):
   )
   np.put_along_axis(want, rows[..., None], values, 1)
   logical = want if axis == -2 else want.swapaxes(1, 2)
-  got = merge_modes._packed_as(base, jnp.asarray(logical), "w")
+  got = merge._packed_as(base, jnp.asarray(logical), "w")
   np.testing.assert_array_equal(got.dense(), logical)
   assert got.nbytes == base.nbytes
   np.testing.assert_array_equal(got.order, order)
@@ -179,11 +179,11 @@ def test_order_and_outliers_are_the_bases(axis):
 def test_mistakes():
   params = adapted(Affine(block=32), 0.3)
   with pytest.raises(UserError, match="mode is 'half', expected one of"):
-    merge_modes.merged(params, "half")
+    merge.merge_as(params, "half")
   with pytest.raises(UserError, match="needs the unpacked tree"):
-    merge_modes.merged(params, "original")
+    merge.merge_as(params, "original")
   other = jax.tree.map(lambda x: x[..., :8], original())
   with pytest.raises(UserError, match=r"q is \[2, 64, .*the original has a"):
-    merge_modes.merged(params, "original", other)
+    merge.merge_as(params, "original", other)
   with pytest.raises(UserError, match="the original has nothing there"):
-    merge_modes.merged(params, "original", {"embed": other["embed"]})
+    merge.merge_as(params, "original", {"embed": other["embed"]})

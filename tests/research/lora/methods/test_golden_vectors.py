@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research import weights
-from research.interop.peft import peft_experts
+from research.interop.peft import experts as peft_experts
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Place
 from research.lora.methods.adalora import AdaLoRA

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop import ours
-from research.interop.gguf import gguf_types
+from research.interop import native
+from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods import all_methods
@@ -155,7 +155,7 @@ def base(packed=False, n=3):
   w = np.asarray(jax.random.normal(jax.random.key(1), (n, IN, OUT))) * 0.125
   if not packed:
     return jnp.asarray(w)
-  rows = gguf_types.encode("Q4_1", w.swapaxes(1, 2).copy())
+  rows = tensor_types.encode("Q4_1", w.swapaxes(1, 2).copy())
   return ggml.from_ggml("Q4_1", list(rows.reshape(n, OUT, -1)), -2)
 
 
@@ -395,5 +395,5 @@ def test_axes_name_every_array(method):
 
 @every
 def test_spelled_in_a_checkpoint(method):
-  note = json.loads(json.dumps(ours._describe(fresh(method, base()))))
-  assert ours._abstract(note, "weights").method == method
+  note = json.loads(json.dumps(native._describe(fresh(method, base()))))
+  assert native._abstract(note, "weights").method == method

@@ -10,7 +10,7 @@ import pytest
 
 from research import tree, weights
 from research.generation import generate
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.lora import adapt
 from research.lora.methods.lora import LoRA
 from research.lora.serving import adapter_slots, batched, pool
@@ -139,7 +139,7 @@ def to_blocks(path, x):
   """A matrix in ggml's 4-bit blocks."""
   if x.ndim != 3:
     return x
-  rows = gguf_types.encode("Q4_1", np.asarray(x).swapaxes(1, 2).copy())
+  rows = tensor_types.encode("Q4_1", np.asarray(x).swapaxes(1, 2).copy())
   return ggml.from_ggml("Q4_1", list(rows.reshape(len(x), x.shape[2], -1)), -2)
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from research import tree, weights
 from research.generation import generate
-from research.interop import load
-from research.interop.peft import peft_write, pool_reader
+from research.interop import adapters, load, peft
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods.c3a import C3A
@@ -56,7 +55,7 @@ def adapted(seed=0, method=LoRA(rank=2), targets=("q", "down")):
 
 
 def saved(folder, params):
-  peft_write.save_adapter(folder, params, base().model, str(TINY))
+  peft.save_adapter(folder, params, base().model, str(TINY))
   return folder
 
 
@@ -71,7 +70,7 @@ def places(tmp_path_factory):
 
 def empty(**options):
   loaded = base()
-  chosen = dict(rank=4, read=pool_reader.read) | options
+  chosen = dict(rank=4, read=adapters.read_factors) | options
   return pool.create(loaded.params, loaded.model, **chosen)
 
 
@@ -212,7 +211,7 @@ def test_a_pool_made_to_fit(places, tmp_path):
     "d": saved(tmp_path / "d", adapted(3, MiSS(rank=4), ("v",))),
     "e": saved(tmp_path / "e", adapted(4, LoRA(rank=6), ("q",))),
   }
-  held = pool.fitted(base().params, base().model, places, pool_reader.read)
+  held = pool.fitted(base().params, base().model, places, adapters.read_factors)
   assert (len(held.slots), held.rank, held.names) == (5, 6, (*"abcde",))
   held, ids = pool.use(held, ["d", "e"])
   ids_in, model = support.tokens(2, 5, vocab=60), base().model
@@ -295,7 +294,7 @@ def test_an_adapter_with_nan_reaches_no_other_row():
 def test_adapters_that_bring_weights_whole(name, base):
   loaded = load.load_model(TINY.parent / base)
   held = pool.create(
-    loaded.params, loaded.model, rank=16, read=pool_reader.read
+    loaded.params, loaded.model, rank=16, read=adapters.read_factors
   )
   with pytest.raises(UserError) as error:
     pool.add(held, "x", TINY.parent / f"peftfull_{name}")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from research import tree, weights
-from research.interop.gguf import gguf_types
-from research.interop.peft import peft, peft_write
+from research.interop import peft
+from research.interop.gguf import tensor_types
 from research.lora import adapt, wrap
 from research.lora.methods.hira import HiRA
 from research.lora.methods.lora import LoRA
@@ -342,19 +342,19 @@ def test_pefts_files_hold_adapters_beside_experts_and_loras_on_them(tmp_path):
   adapted = adapt.Adapt(method=LoRA(rank=2))(plain, jax.random.key(0))
   factors, frozen = tree.partition(adapted, wrap.TRAINABLE)
   adapted = tree.combine(drawn(factors), frozen)
-  peft_write.save_adapter(tmp_path / "a", adapted, model, "base")
+  peft.save_adapter(tmp_path / "a", adapted, model, "base")
   again = peft.load_adapter(tmp_path / "a", plain, model)
   chex.assert_trees_all_equal(again, adapted)
-  # Of LoRA alone: `test_peft_experts` has what is written of it.
+  # Of LoRA alone: `peft/test_experts` has what is written of it.
   adapt_up = functools.partial(adapt.Adapt, targets=("experts/up",))
   on_experts = adapt_up(method=LoRA(rank=2))(plain, jax.random.key(0))
   factors, frozen = tree.partition(on_experts, wrap.TRAINABLE)
   on_experts = tree.combine(drawn(factors), frozen)
-  peft_write.save_adapter(tmp_path / "b", on_experts, model, "base")
+  peft.save_adapter(tmp_path / "b", on_experts, model, "base")
   peft.load_adapter(tmp_path / "b", plain, model)
   other = adapt_up(method=HiRA(rank=2))(plain, jax.random.key(0))
   with pytest.raises(UserError, match="stacked experts PEFT has plain LoRA"):
-    peft_write.save_adapter(tmp_path / "c", other, model, "base")
+    peft.save_adapter(tmp_path / "c", other, model, "base")
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
@@ -368,7 +368,7 @@ def test_packed_experts_compute_what_they_decode_to(kind):
   def packed(w):
     stored = np.asarray(w, np.float32).transpose(0, 2, 1)  # rows of [out, in]
     raw = [
-      gguf_types.encode(kind, m).reshape(len(m), -1)
+      tensor_types.encode(kind, m).reshape(len(m), -1)
       for m in np.ascontiguousarray(stored)
     ]
     return ggml.from_ggml(kind, raw, -2)

@@ -10,7 +10,7 @@ import pytest
 
 import tests.support as support
 from research import sharding, taps, weights
-from research.interop import ours
+from research.interop import native
 from research.nn.moe.routing import Routing
 from research.nn.presets import Sparse
 from research.quant import activations, qtensor, quantize, untied_embedding
@@ -130,8 +130,8 @@ def test_what_is_packed_stands_behind_the_rotation():
   run = _logits(model)
   assert _error(run(packed, tokens), run(rotated, tokens)) < 0.05
   # A checkpoint's note makes the same tree again.
-  note = json.loads(json.dumps(ours._describe(packed)))
-  made = ours._abstract(note, "weights")
+  note = json.loads(json.dumps(native._describe(packed)))
+  made = native._abstract(note, "weights")
   assert jax.tree.structure(made) == jax.tree.structure(packed)
 
 

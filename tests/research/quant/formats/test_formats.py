@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from research import weights
-from research.interop import ours
+from research.interop import native
 from research.quant import qtensor
 from research.quant.formats import all_formats, ggml
 from research.quant.formats.affine import RULES, Affine
@@ -195,22 +195,22 @@ def test_an_embedding_decodes_the_rows_it_is_asked_for(row):
 
 @every
 def test_a_note_of_it_makes_it_again(row):
-  note = json.loads(json.dumps(ours._describe({"w": leaf(row)})))
-  made = ours._abstract(note, "weights")["w"]
+  note = json.loads(json.dumps(native._describe({"w": leaf(row)})))
+  made = native._abstract(note, "weights")["w"]
   assert jax.tree.structure(made) == jax.tree.structure(leaf(row))
 
 
 def test_parts_of_another_matrix_are_refused():
-  note = json.loads(json.dumps(ours._describe({"w": leaf("int4")})))
+  note = json.loads(json.dumps(native._describe({"w": leaf("int4")})))
   ok = note["w"]["parts"]["scale"]
   for wrong in (["float16", 2, 7, OUTPUTS], ["float32", *ok[1:]], None):
     note["w"]["parts"]["scale"] = wrong
     with pytest.raises(UserError, match="scale of int4-asym-g32 is"):
-      ours._abstract(note, "weights")
+      native._abstract(note, "weights")
   note["w"]["parts"]["scale"] = ok
   note["w"]["inputs"] = INPUTS - 8
   with pytest.raises(UserError, match="no multiple of its block"):
-    ours._abstract(note, "weights")
+    native._abstract(note, "weights")
 
 
 @every
@@ -265,8 +265,8 @@ def test_order_and_outliers():
   named = weights.axes(w, ("in", "out"))
   assert named.order == (None, None)
   assert named.outliers["values"] == (None, None, "out")
-  note = json.loads(json.dumps(ours._describe({"w": w})))
-  made = ours._abstract(note, "weights")["w"]
+  note = json.loads(json.dumps(native._describe({"w": w})))
+  made = native._abstract(note, "weights")["w"]
   assert jax.tree.structure(made) == jax.tree.structure(w)
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from research import tree, weights
-from research.interop.gguf import gguf_types
+from research.interop.gguf import tensor_types
 from research.quant import qtensor
 from research.quant.formats import ggml
 from research.quant.layouts import products
@@ -25,12 +25,12 @@ def raw(kind, n, rows, columns, seed=0):
   """Returns `n` random matrices' blocks, each `[rows, bytes]`."""
   rng = np.random.default_rng(seed)
   x = 0.3 * rng.standard_normal((n, rows, columns)).astype(np.float32)
-  return list(gguf_types.encode(kind, x).reshape(n, rows, -1))
+  return list(tensor_types.encode(kind, x).reshape(n, rows, -1))
 
 
 def decoded(kind, matrix, columns):
   shape = (matrix.shape[0], columns)
-  return gguf_types.decode(kind, matrix.reshape(-1), shape)
+  return tensor_types.decode(kind, matrix.reshape(-1), shape)
 
 
 def leaf(kind="Q4_1", inputs=64, outputs=24, seed=0):
@@ -189,7 +189,7 @@ def packed_params(model, kind="Q4_1"):
     x = x[None] if path in ("embed", "head") else x
     stored = x if axis == -1 else x.swapaxes(1, 2)
     n, rows, _ = stored.shape
-    matrices = list(gguf_types.encode(kind, stored).reshape(n, rows, -1))
+    matrices = list(tensor_types.encode(kind, stored).reshape(n, rows, -1))
     w = ggml.from_ggml(kind, matrices, axis)
     return w.squeeze() if path in ("embed", "head") else w
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.interop.quantized import awq, gptq
-from research.interop.quantized.integers import integers
+from research.interop.quantized.integers import to_integers
 from research.quant import qtensor
 
 GROUP = 32
@@ -68,7 +68,7 @@ def test_what_we_write_is_what_they_pack(case):
   w = opened(case)
   # By way of codes and grids, not of the words that were read.
   assert isinstance(w, qtensor.QTensor)
-  found = integers(w, "w")
+  found = to_integers(w, "w")
   got = (
     gptq.to_tensors(found, 1)
     if case["tool"] == "gptq"

@@ -1,0 +1,80 @@
+"""Adapters of either format by name: PEFT's directories and llama.cpp's files.
+
+A pool of adapters (`research.lora.serving.pool`) reads them by `read_factors`.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+
+from research import tree, weights
+from research.interop import peft
+from research.interop.gguf import adapter as gguf_adapter
+from research.interop.peft import config as peft_config
+from research.lora.optim import row_factors
+from research.lora.optim.row_factors import Factors
+from research.nn.transformer import Transformer
+from research.typing import Params, UserError
+
+
+def is_gguf(place: str | os.PathLike) -> bool:
+  """Whether a name is that of a GGUF file, not of PEFT's directory."""
+  return pathlib.Path(place).suffix == ".gguf"
+
+
+def load_adapter(
+  place: str | os.PathLike, params: Params, model: Transformer
+) -> dict[str, Any]:
+  """Returns `params` under the adapter of a GGUF file or PEFT's directory."""
+  read = gguf_adapter.load if is_gguf(place) else peft.load_adapter
+  return read(place, params, model)
+
+
+def read_factors(
+  place: pathlib.Path, params: Params, model: Transformer, rank: int
+) -> Factors:
+  """Returns the factors of an adapter of the base `params`.
+
+  Args:
+    place: a directory in PEFT's format, or a .gguf file.
+    params: the base, packed or not.
+    model: of it.
+    rank: the largest that is taken.
+
+  Raises:
+    UserError: it is damaged or does not fit, brings weights whole, or is no
+      plain LoRA (`row_factors.of`).
+  """
+  adapted = load_adapter(place, params, model)
+  saved = () if is_gguf(place) else _saved(place)
+  before = tree.outer_params(params)
+  for path, w in tree.outer_params(adapted).items():
+    while (inner := weights.wrapped(w)) is not None:
+      w = inner
+    same = w is before[path] or _equal(w, before[path])
+    saved = saved if same else (*saved, path)
+  if saved:
+    raise UserError(
+      f"{place}: brings {', '.join(saved)} whole, which all rows of a batch "
+      "share; use it alone"
+    )
+  try:
+    return row_factors.of(adapted, rank)
+  except UserError as error:
+    raise UserError(f"{place}: {error}") from error
+
+
+def _saved(place):
+  """Returns what PEFT's directory `place` says it brings whole."""
+  fields, _ = peft_config.read_config(place)
+  saved = peft_config.modules_to_save(fields)
+  return saved if peft_config.bias_mode(fields) == "none" else (*saved, "bias")
+
+
+def _equal(new, old):
+  if isinstance(new, dict):
+    return all(_equal(new[k], old[k]) for k in new)
+  new, old = weights.dense(new), weights.dense(old)
+  return new.shape == old.shape and bool(jnp.array_equal(new, old))

@@ -1,0 +1,154 @@
+"""The harness's `generate_until`, of models that fill in masks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.diffusion.sampling import layout, sampler
+from research.diffusion.sampling.block_causal import BlockCausal
+from research.diffusion.sampling.candidates import Options as Filling
+from research.diffusion.sampling.denoiser import Denoiser, Whole
+from research.diffusion.sampling.guided import Guided, with_prompt
+from research.interop.diffusion.spec import Spec
+from research.interop.lm_eval import harness_requests as texts
+from research.interop.lm_eval.lm_eval_settings import (
+  DEFAULT,
+  Asking,
+  reading,
+  spec_of,
+)
+from research.interop.loaded import Loaded
+from research.typing import UserError
+
+
+def generate_until(
+  loaded: Loaded,
+  requests: Sequence[tuple[str, Mapping[str, Any]]],
+  batch: int = 8,
+  how: Asking = DEFAULT,
+) -> list[str]:
+  """Returns continuations, cut before the first of some strings.
+
+  Args:
+    loaded: the model.
+    requests: (context, options), see `harness_requests.options_of`.
+    batch: contexts continued at a time.
+    how: see `Asking`.
+  """
+  spec, out = spec_of(loaded), [""] * len(requests)
+  for options, members in texts.grouped(requests).items():
+    for start in range(0, len(members), batch):
+      part = members[start : start + batch]
+      contexts = [requests[i][0] for i in part]
+      made = _filled(loaded, spec, contexts, options, part, how)
+      for i, text in zip(part, made, strict=True):
+        out[i] = text
+  return out
+
+
+def _filled(loaded, spec, contexts, options, numbers, how) -> list[str]:
+  tokenizer = loaded.tokenizer
+  count = how.options.get("length", options.count)
+  if "length" in how.options and count >= texts.context_of(loaded.model):
+    raise UserError(
+      f"Asking.options: length is {count}, expected less than the model's "
+      f"context, {texts.context_of(loaded.model)}"
+    )
+  room = max(1, texts.context_of(loaded.model) - count)
+  prompts = [
+    tokenizer.special.truncate(tokenizer.prompt(text), room)
+    or [texts.prefix(tokenizer)]
+    for text in contexts
+  ]
+  block = _block(spec, how, count)
+  laid, length = _laid(prompts, count, block, spec)
+  filling = _filling(loaded, spec, how, count, length, block)
+  key, examples = jax.random.key(how.seed), jnp.asarray(numbers)
+  state = sampler.begin(laid.tokens, laid.masked, laid.valid, key, examples)
+  denoiser, params = _cached(loaded, spec, how), loaded.params
+  if how.guidance:
+    params = with_prompt(params, jnp.asarray(laid.prompt))
+    denoiser = Guided(inner=denoiser, mask_id=spec.mask_id, weight=how.guidance)
+  rows = sampler.sample(denoiser, params, state, filling, options.rule)
+  out = []
+  for made, head in zip(rows.tokens, laid.heads, strict=True):
+    made = made[head:][:count]
+    if not filling.stop:
+      out.append(text_of(tokenizer, made.tolist(), options.until))
+      continue
+    ends = np.flatnonzero(np.isin(made, filling.end))
+    made = made[: ends[0]] if ends.size else made
+    out.append(texts.before(tokenizer.decode(made.tolist()), options.until))
+  return out
+
+
+def text_of(tokenizer: Any, ids: list[int], until: Sequence[str]) -> str:
+  """Returns the text of ids up to the first of some strings.
+
+  They may be spelled-out special tokens, which the text then goes without: what
+  LLaDA's harness makes of a canvas that is filled to its end.
+  """
+  whole = tokenizer.decode(ids, skip_special=False)
+  cut = texts.before(whole, until)
+  return tokenizer.decode(ids if cut == whole else tokenizer.encode(cut))
+
+
+def _block(spec: Spec, how: Asking, count: int) -> int:
+  """Returns the tokens of a block that is filled."""
+  block = how.options.get("block")
+  if spec.block is None:
+    return block or min(32, count)
+  if block not in (None, spec.block):
+    raise UserError(
+      f"Asking.options: block is {block}, expected the model's, {spec.block}"
+    )
+  return spec.block
+
+
+def _filling(
+  loaded: Loaded, spec: Spec, how: Asking, count: int, length: int, block: int
+) -> Filling:
+  """Returns the sampler's options for `length` places, `count` asked for."""
+  ends = {*spec.end, *(loaded.tokenizer.stop or ())} - {spec.mask_id}
+  given = {"end": tuple(sorted(ends)), **how.options}
+  steps, blocks = given.get("steps"), -(-count // block)
+  if steps is not None:
+    if steps % blocks:
+      raise UserError(
+        f"Asking.options: steps is {steps}, expected a multiple of the "
+        f"{blocks} blocks of {block} tokens"
+      )
+    # A prompt that ends within a model's block may bring a block more.
+    given["steps"] = steps // blocks * (length // block)
+  given |= dict(length=length, block=block)
+  return Filling(mask_id=spec.mask_id, **given)
+
+
+def _cached(loaded: Loaded, spec: Spec, how: Asking) -> Denoiser:
+  """Returns how rows are read while a text is written."""
+  if spec.block is None:
+    return reading(how.cache or Whole, loaded, spec)
+  if how.cache is not None:
+    raise UserError(
+      "Asking.cache: found one for a model with blocks, expected None: it has "
+      "its own cache, which is exact"
+    )
+  return reading(BlockCausal, loaded, spec, block=spec.block)
+
+
+def _laid(prompts, count, block, spec) -> tuple[layout.Laid, int]:
+  """Returns prompts and masks on a rung, and how many places are filled."""
+  layout.check_prompts(prompts, spec.mask_id)
+  unit, rows, sizes = spec.block or 1, [], []
+  for prompt in prompts:
+    # Blocks of a model that has some begin where the row does.
+    inside = len(prompt) % unit
+    sizes.append(layout.up(inside + count, block))
+    rows.append([*prompt, *[spec.mask_id] * (sizes[-1] - inside)])
+  longest = max(len(prompt) // unit * unit for prompt in prompts)
+  length = max(sizes)
+  width = layout.width(longest, length, unit)
+  return layout.lay(rows, spec.mask_id, length, width, unit), length

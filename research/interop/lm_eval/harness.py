@@ -1,0 +1,65 @@
+"""A model behind the interface of lm-evaluation-harness.
+
+Only `adapter` imports the harness (extra `evaluation`; no torch is needed):
+
+  lm_eval.simple_evaluate(model=adapter(load_model(NAME)), tasks=[...])
+
+The functions behind it need nothing but this library: those of `autoregressive`
+for models that predict the next token, those of `lm_eval_diffusion` for models
+that fill in masks.
+"""
+
+from typing import Any
+
+from research.interop.lm_eval import autoregressive, lm_eval_diffusion
+from research.interop.loaded import Loaded
+from research.typing import UserError
+
+
+def adapter(
+  loaded: Loaded,
+  batch: int = 8,
+  masked: lm_eval_diffusion.Asking | None = None,
+) -> Any:
+  """Returns the model as an `lm_eval.api.model.LM`.
+
+  Args:
+    loaded: of either kind: one that fills in masks is asked as such.
+    batch: requests at a time.
+    masked: how a model that fills in masks is asked.
+
+  Raises:
+    UserError: the harness is not installed, or there is no tokenizer.
+  """
+  if loaded.tokenizer is None:
+    raise UserError(f"{loaded.source}: has no tokenizer, and tasks are text.")
+  try:
+    from lm_eval.api.model import LM
+  except ImportError as error:
+    raise UserError(
+      f"lm-evaluation-harness is not installed ({error}).\n"
+      "Install the extra: pip install 'heptad[evaluation]'."
+    ) from error
+
+  asking: Any = autoregressive
+  if loaded.diffusion is not None:
+    asking = lm_eval_diffusion.bound(masked or lm_eval_diffusion.Asking())
+
+  class Heptad(LM):
+    """The harness's interface; a method asks a function of its name."""
+
+    tokenizer_name = "heptad"
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+      return asking.loglikelihood(loaded, [r.args for r in requests], batch)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+      return asking.rolling(loaded, [r.args[0] for r in requests], batch)
+
+    def generate_until(self, requests, disable_tqdm=False):
+      return asking.generate_until(loaded, [r.args for r in requests], batch)
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+      return loaded.tokenizer.chat(chat_history, add_generation_prompt)
+
+  return Heptad()

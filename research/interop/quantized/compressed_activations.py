@@ -1,0 +1,94 @@
+"""How compressed-tensors' checkpoints round activations: applied, or refused.
+
+Schemes that measure each token, or each call, become the op of a matrix' inputs
+(`research.quant.activations`), by the package's own rules: integers' scale is
+`2 max|x| / (2^bits - 1)`, E4M3's `max|x| / 448`. Scales of a calibration and
+4-bit floats are refused by name. Weights decoded at once (`packed=False`) are
+weights alone, as for every tool's checkpoint.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from research import tree, weights
+from research.interop.quantized.compressed_config import METHOD
+from research.io.fields import Fields
+from research.quant.activations import InputTensor, Op, Round, RoundFloat
+from research.quant.qtensor import QTensor
+from research.typing import Params, UserError
+
+_ALONE = "load the weights alone, with packed=False (--nopacked)"
+
+
+def round_inputs(params: Params, quantization: Any, where: str) -> Any:
+  """Returns `params` whose packed matrices round their inputs, as configured.
+
+  Args:
+    params: of a model, packed.
+    quantization: its `quantization_config`, or None.
+    where: it comes from, for messages.
+
+  Raises:
+    UserError: activations are to be rounded in a way that is not known here.
+  """
+  op = None if quantization is None else op_of(quantization, where)
+  if op is None:
+    return params
+
+  def one(path: str, w: Any) -> Any:
+    del path
+    packed = isinstance(w, QTensor) and w.axis == -2
+    return InputTensor(w, op=op) if packed else w
+
+  return tree.map_paths(one, params, is_leaf=weights.is_weight)
+
+
+def op_of(quantization: Mapping[str, Any], where: str) -> Op | None:
+  """Returns what rounds the inputs of packed matrices; None for nothing.
+
+  Raises:
+    UserError: see `round_inputs`.
+  """
+  if quantization.get("quant_method") != METHOD:
+    return None
+  groups = Fields(quantization, f"{where}: quantization_config").object(
+    "config_groups"
+  )
+  ops = []
+  for name in groups.values:
+    found = groups.object(name).object("input_activations")
+    ops.append(None if found is None else _op(found))
+  if any(op != ops[0] for op in ops):
+    raise groups.wrong(
+      list(groups.values)[0], f"activations alike in all groups; or {_ALONE}"
+    )
+  return ops[0] if ops else None
+
+
+def _op(fields: Fields) -> Op:
+  """Returns the op of a group's `input_activations`."""
+
+  def refused(name: str, expected: str) -> UserError:
+    return fields.wrong(name, f"{expected}; or {_ALONE}")
+
+  if fields.get("dynamic") is not True:
+    raise refused("dynamic", "true: scales of a calibration are not applied")
+  strategy = fields.get("strategy") or "token"
+  if strategy not in ("token", "tensor", "group"):
+    raise refused("strategy", "'token', 'tensor' or 'group'")
+  per = "tensor" if strategy == "tensor" else "token"
+  kind = str(fields.get("type") or "int").lower()
+  bits = fields.get("num_bits")
+  symmetric = fields.get("symmetric") is not False
+  if kind == "float":
+    if bits != 8 or strategy == "group" or not symmetric:
+      raise refused("num_bits", "8, symmetric, by token or tensor, of floats")
+    return RoundFloat(per=per)
+  if kind != "int" or type(bits) is not int or not 2 <= bits <= 8:
+    raise refused("num_bits", "2 to 8, of integers")
+  group = 0
+  if strategy == "group":
+    group = fields.integer("group_size", 1, 2**20)
+  return Round(
+    bits=bits, per=per, group=group, symmetric=symmetric, full=symmetric
+  )

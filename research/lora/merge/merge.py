@@ -1,0 +1,287 @@
+"""Merging adapters into their base, which tells what it loses.
+
+In bf16 most of a small update falls between two numbers and is rounded away
+(lora.md 2.5). Here sums are formed in fp32 and rounded to nearest, or
+stochastically, which keeps the update on average; what is kept is measured, and
+a merge that would lose too much is refused.
+
+An adapter over a base in few bits has learned to correct that base, rounding
+errors included, so there are three ways to merge it (`MODES`). Merged into the
+base, decoded, it computes what was trained; into the weights that the base was
+rounded from, it corrects errors that they do not have; and what is packed again
+loses what falls between two codes, which of a small update may be all of it
+(quantization.md 2.7). What each way changes is measured in logits, beside the
+model that was trained.
+"""
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from research import tree, weights
+from research.lora import wrap
+from research.lora.adapted import AdaptedTensor
+from research.lora.merge import changes
+from research.nn.transformer import Transformer
+from research.quant.qtensor import QTensor
+from research.quant.quantize import Quantize
+from research.typing import Array, Float, Int, Params, UserError
+
+MODES = {
+  "decoded": "the base, decoded, and its update: what was trained",
+  "requantized": "the same, packed again in the base's format",
+  "original": "the weights that the base was rounded from, and the update",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticRounding:
+  """Rounds up or down with the chances that make the mean exact.
+
+  Attributes:
+    seed: each weight draws by it and its own name.
+  """
+
+  seed: int = 0
+
+  def __call__(
+    self, name: str, x: Shaped[np.ndarray, "..."], dtype: np.dtype
+  ) -> Shaped[np.ndarray, "..."]:
+    near = changes.cast(name, x, dtype)
+    if near is x:
+      return x
+    error = x - near.astype(np.float32)
+    ends = np.where(error > 0, np.inf, -np.inf).astype(dtype)
+    with np.errstate(over="ignore"):
+      far = np.nextafter(near, ends)
+    gap = np.abs(far.astype(np.float32) - near.astype(np.float32))
+    rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+    # Beyond the largest number of a type the gap is not finite: stay.
+    other = rng.random(x.shape, np.float32) * gap < np.abs(error)
+    return np.where(other & np.isfinite(gap), far, near)
+
+
+def merge(
+  params: Params,
+  rounding: changes.Rounding = changes.cast,
+  dtype: str | None = None,
+  least: float | None = None,
+) -> tuple[dict[str, Any], dict[str, changes.Change]]:
+  """Returns the tree with adapters merged, and what each of them lost.
+
+  Args:
+    params: with adapters, on any base.
+    rounding: `changes.cast`, to nearest, or `StochasticRounding`.
+    dtype: of merged weights; None for each base's own.
+    least: share of all updates that has to be kept; None for whatever it is.
+
+  Raises:
+    UserError: less is kept.
+  """
+  losses: dict[str, changes.Change] = {}
+  indices, scaled = tree.layer_indices(params), wrap.biases(params)
+
+  def leaf(path, weight):
+    found = changes.in_float32(scaled.get(path, weight))
+    if found is None:
+      return weight
+    total, base = found
+    kind = np.dtype(jnp.dtype(dtype or weight.dtype))
+    prefix, _, inner = path.partition("/layer")
+    if prefix == path:  # outside of the layers
+      out, losses[path] = _rounded(path, total, base, kind, rounding)
+      return jnp.asarray(out)
+    layer, _, inner = inner.partition("/")
+    rows = []
+    for k, i in enumerate(indices[f"{prefix}/layer{layer}"]):
+      name = f"layers/{i}/{inner}"
+      row, losses[name] = _rounded(name, total[k], base[k], kind, rounding)
+      rows.append(row)
+    return jnp.asarray(np.stack(rows))
+
+  out = tree.map_paths(leaf, params, is_leaf=weights.is_weight)
+  if least is not None:
+    changes.check_kept(losses.values(), least)
+  return out, losses
+
+
+def _rounded(name, total, base, dtype, rounding):
+  got, alone = (rounding(name, x, dtype) for x in (total, base))
+  found = changes.Comparison()
+  found.add(total, *(x.astype(np.float32) for x in (got, base, alone)))
+  return got, found.change(name, "float32", str(dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitChange:
+  """How the outputs of two models differ on some tokens.
+
+  Attributes:
+    max_logit, mean_logit: largest and mean absolute change of a logit.
+    kl: mean Kullback-Leibler divergence of the second from the first, in nats
+      a token.
+    max_kl: the largest of a token.
+    agreement: share of tokens after which both expect the same.
+    tokens: how many there are.
+  """
+
+  max_logit: float
+  mean_logit: float
+  kl: float
+  max_kl: float
+  agreement: float
+  tokens: int
+
+
+def logit_change(
+  model: Transformer, before: Params, after: Params, tokens: Int[Array, "B T"]
+) -> LogitChange:
+  """Returns how logits change from one tree to another, both of `model`."""
+  rows = [
+    jax.tree.map(np.asarray, _compared(model, before, after, row[None]))
+    for row in tokens
+  ]
+  worst, mean, kl, max_kl, same = (np.array(x) for x in zip(*rows, strict=True))
+  return LogitChange(
+    max_logit=float(worst.max()),
+    mean_logit=float(mean.mean()),
+    kl=float(kl.mean()),
+    max_kl=float(max_kl.max()),
+    agreement=float(same.mean()),
+    tokens=int(tokens.size),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compared(model, before, after, tokens):
+  def logits(params) -> Float[Array, "B T V"]:
+    hidden, _ = model.apply({"params": params}, tokens)
+    out = model.apply({"params": params}, hidden, method="logits")
+    return out.astype(jnp.float32)
+
+  x, y = logits(before), logits(after)
+  p, q = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
+  kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  change = jnp.abs(x - y)
+  same = jnp.mean(x.argmax(-1) == y.argmax(-1))
+  return change.max(), change.mean(), kl.mean(), kl.max(), same
+
+
+def merge_as(
+  params: Params, mode: str, original: Params | None = None
+) -> dict[str, Any]:
+  """Returns a tree without adapters; what has none stays as it is.
+
+  Args:
+    params: adapters over packed matrices, or over any.
+    mode: of `MODES`.
+    original: for that mode, the tree before it was packed.
+
+  Raises:
+    UserError: there is no such mode, or the original is of another model.
+  """
+  if mode not in MODES:
+    raise UserError(
+      f"merging: mode is {mode!r}, expected one of {', '.join(MODES)}"
+    )
+  if mode == "decoded":
+    return wrap.merge(params)
+  if mode == "original":
+    return wrap.merge(_rebased(params, original))
+
+  def again(path: str, w: Any) -> Any:
+    base = _base(w)
+    if base is w or not weights.is_packed(base):
+      return wrap.merge({path: w})[path]
+    return _packed_as(base, wrap.merge({path: w})[path], path)
+
+  scaled = wrap.merge_biases(params)
+  return tree.map_paths(again, scaled, is_leaf=weights.is_weight)
+
+
+def report_modes(
+  model: Transformer,
+  params: Params,
+  original: Params | None,
+  tokens: Int[Array, "B T"],
+) -> dict[str, LogitChange]:
+  """Returns, for each mode, how its logits differ from the adapted model's.
+
+  Args:
+    model: of all trees.
+    params, original: as in `merge_as`; that mode is left out without one.
+    tokens: rows that are read.
+  """
+  return {
+    mode: logit_change(model, params, merge_as(params, mode, original), tokens)
+    for mode in MODES
+    if mode != "original" or original is not None
+  }
+
+
+def _base(w: Any) -> Any:
+  """Returns what stands below all adapters."""
+  while isinstance(w, AdaptedTensor):
+    w = w.w
+  return w
+
+
+def _packed_as(base: QTensor, dense: Array, where: str) -> QTensor:
+  """Returns a matrix in the format of another one, rounded to nearest.
+
+  Rows are in the base's order; those that it keeps apart in full precision are
+  apart again, and 0 where the rest is packed, as `outlier_rows` has them.
+  """
+  stored = dense if base.axis == -2 else jnp.swapaxes(dense, -1, -2)
+  order, outliers = base.order, base.outliers
+  if outliers is not None:
+    rows = jnp.asarray(outliers["rows"])
+    values = jnp.take_along_axis(stored, rows[..., None], axis=-2)
+    outliers = {"rows": rows, "values": values.astype(outliers["values"].dtype)}
+    apart = (rows[..., None] == jnp.arange(base.inputs)).any(-2)
+    stored = jnp.where(apart[..., None], 0, stored)
+  if order is not None:
+    places = jnp.argsort(jnp.asarray(order), axis=-1)
+    stored = jnp.take_along_axis(stored, places[..., None], axis=-2)
+  packed = Quantize(format=base.format).pack(stored, where)
+  return dataclasses.replace(
+    packed, axis=base.axis, order=order, outliers=outliers
+  )
+
+
+def _rebased(params: Params, original: Params | None) -> dict[str, Any]:
+  """Returns adapters over the original's weights."""
+  if original is None:
+    raise UserError("merging: mode 'original' needs the unpacked tree too")
+  found = _leaves(original)
+
+  def one(path: str, w: Any) -> Any:
+    if not isinstance(w, AdaptedTensor):
+      return w
+    like = found.get(path)
+    if like is None or like.shape != w.shape:
+      has = "nothing" if like is None else f"a weight {list(like.shape)}"
+      raise UserError(
+        f"merging: {path} is {list(w.shape)}; the original has {has} there, "
+        "expected the tree that was packed"
+      )
+    return _over(w, like)
+
+  return tree.map_paths(one, params, is_leaf=weights.is_weight)
+
+
+def _over(w: Any, base: Any) -> Any:
+  if not isinstance(w, AdaptedTensor):
+    return base
+  return w.map_base(lambda below: _over(below, base))
+
+
+def _leaves(params: Params) -> Mapping[str, Any]:
+  return dict(weights.named(params))

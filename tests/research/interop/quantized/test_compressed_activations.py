@@ -1,0 +1,122 @@
+"""compressed-tensors' rounding of activations: by its rules, or refused."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from research import weights
+from research.interop import convert, load, quantized
+from research.interop.quantized import compressed_activations
+from research.interop.quantized.checkpoint_formats import Compressed
+from research.io import safetensors
+from research.quant.activations import InputTensor, RoundFloat
+from research.typing import UserError
+from tests import support
+from tests.support_hf_quant import plain
+
+INT8 = dict(num_bits=8, type="int", symmetric=True, strategy="token")
+INT8["dynamic"] = True
+FP8 = INT8 | dict(type="float")
+
+
+def said(*given):
+  groups = {
+    f"group_{i}": {"targets": ["Linear"], "input_activations": g}
+    for i, g in enumerate(given)
+  }
+  return {"quant_method": "compressed-tensors", "config_groups": groups}
+
+
+def theirs(x, bits, kind, symmetric, over):
+  """Returns what compressed-tensors' `fake_quantize` does, in NumPy.
+
+  `calculate_qparams` and `quantize` of its `quantization/utils/helpers.py`
+  and `lifecycle/forward.py`.
+  """
+  least = np.minimum(x.min(axis=over, keepdims=True), 0)
+  most = np.maximum(x.max(axis=over, keepdims=True), 0)
+  if kind == "float":
+    scale = np.maximum(-least, most) / (448 - -448) * 2
+    codes = np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return codes.astype(np.float32) * scale
+  low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+  if symmetric:
+    scale, zero = np.maximum(-least, most) / ((high - low) / 2), 0
+  else:
+    scale = (most - least) / (high - low)
+    zero = np.clip(np.round(low - least / scale), low, high)
+  codes = np.clip(np.round(x / scale + zero), low, high)
+  return (codes - zero) * scale
+
+
+@pytest.mark.parametrize("strategy", ["token", "tensor"])
+@pytest.mark.parametrize(
+  ("kind", "bits", "symmetric"),
+  [("int", 8, True), ("int", 4, True), ("int", 8, False), ("float", 8, True)],
+)
+def test_numbers_are_its_own(kind, bits, symmetric, strategy):
+  given = dict(num_bits=bits, type=kind, symmetric=symmetric, dynamic=True)
+  op = compressed_activations.op_of(said(given | {"strategy": strategy}), "x")
+  x = np.random.default_rng(0).standard_normal((3, 5, 64)).astype(np.float32)
+  x[1, 2] *= 30
+  over = -1 if strategy == "token" else None
+  want = theirs(x, bits, kind, symmetric, over)
+  got = np.asarray(jax.jit(op)(jnp.asarray(x)))
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_go_straight_through():
+  x = jnp.linspace(-2.0, 2.0, 16)[None]
+  grad = jax.grad(lambda x: RoundFloat()(x, jnp.float32(0.01)).sum())(x)
+  np.testing.assert_allclose(grad, 1.0)
+  with pytest.raises(UserError, match="RoundFloat.per: found 'row'"):
+    RoundFloat(per="row")
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ([INT8 | {"dynamic": False}], "dynamic is False, .*calibration .*nopacked"),
+    ([INT8 | {"dynamic": "local"}], "dynamic is 'local'"),
+    ([INT8 | {"strategy": "block"}], "strategy is 'block'"),
+    ([FP8 | {"num_bits": 4}], "num_bits is 4, expected 8"),
+    ([INT8 | {"num_bits": 16}], "num_bits is 16, expected 2 to 8"),
+    ([INT8, None], "alike in all groups"),
+  ],
+)
+def test_others_are_refused_by_name(given, message):
+  with pytest.raises(UserError, match=message):
+    compressed_activations.op_of(said(*given), "config.json")
+
+
+def test_a_checkpoint_rounds_what_its_config_says(tmp_path):
+  folder = tmp_path / "model"
+  convert.to_quantized(plain(True), folder, Compressed(), True)
+  want = load.load_model(folder)
+  config = safetensors.read_json(folder / "config.json")
+  groups = config[quantized.CONFIG]["config_groups"]
+  for group in groups.values():
+    group["input_activations"] = INT8
+  safetensors.write_json(folder / "config.json", config)
+  got = load.load_model(folder)
+  found = jax.tree.leaves(got.params, is_leaf=weights.is_weight)
+  assert sum(isinstance(w, InputTensor) for w in found) == 7
+  tokens = support.tokens()
+
+  @jax.jit
+  def hidden(params):
+    return got.model.apply({"params": params}, tokens)[0]
+
+  one, two = hidden(got.params), hidden(want.params)
+  apart = float(jnp.abs(one - two).max() / jnp.abs(two).max())
+  assert 1e-4 < apart < 0.2
+  # The weights alone.
+  wide = [load.load_model(folder, packed=False).params for _ in (0, 1)]
+  assert not any(weights.is_weight(w) for w in jax.tree.leaves(wide[0]))
+  for group in groups.values():
+    group["input_activations"] = INT8 | {"dynamic": False}
+  safetensors.write_json(folder / "config.json", config)
+  with pytest.raises(UserError, match="calibration are not applied"):
+    load.load_model(folder)
