@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import tables
 from research.typing import Params, UserError
 
 MAX_PERIOD = 8
@@ -329,15 +330,8 @@ def describe(
       (*row[:3], spec, *row[3:], each)
       for row, (spec, each) in zip(rows, more, strict=True)
     ]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  right = {i for i, name in enumerate(rows[0]) if name.startswith("bytes")}
-  return "\n".join(
-    "  ".join(
-      cell.rjust(w) if i in right else cell.ljust(w)
-      for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  )
+  right = [i for i, name in enumerate(rows[0]) if name.startswith("bytes")]
+  return "\n".join(tables.aligned(rows, right))
 
 
 def _spec(spec: Any, ndim: int) -> str:

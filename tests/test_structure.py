@@ -305,11 +305,19 @@ def test_top_level_holds_only_what_the_design_names():
 
 
 def _requirements() -> list[str]:
+  return [line for lines in _extras().values() for line in lines]
+
+
+def _extras() -> dict[str, list[str]]:
+  """Returns the requirements of each extra; those of "" all users install."""
   config = configparser.ConfigParser()
   config.read(ROOT / "setup.cfg")
-  texts = [config["options"]["install_requires"]]
-  texts += config["options.extras_require"].values()
-  return [line for text in texts for line in text.split("\n") if line.strip()]
+  texts = {"": config["options"]["install_requires"]}
+  texts |= config["options.extras_require"]
+  return {
+    extra: [line for line in text.split("\n") if line.strip()]
+    for extra, text in texts.items()
+  }
 
 
 def test_every_dependency_is_bounded_on_both_sides():
@@ -330,25 +338,63 @@ def _distributions(lines: list[str]) -> set[str]:
   }
 
 
+DISTRIBUTIONS = {
+  "absl": "absl-py",
+  "gin": "gin-config",
+  "orbax": "orbax-checkpoint",
+  "jaxlib": "jax",  # pins it
+}
+"""What brings a package, where it is not called after it."""
+
+
+def _imported(path: str, text: str) -> set[str]:
+  """Returns the distributions, not ours, that a file imports anywhere."""
+  names = {name.split(".")[0] for name in _imports(path, text)}
+  names -= {*sys.stdlib_module_names, *PACKAGES}
+  return _distributions([DISTRIBUTIONS.get(name, name) for name in names])
+
+
+def _imported_at_once(path: str, text: str) -> set[str]:
+  """Returns those that a file needs to be imported itself."""
+  kept, rest = [], [_tree(text)]
+  while rest:
+    node = rest.pop()
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      kept.append(ast.unparse(node))
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      rest += ast.iter_child_nodes(node)
+  return _imported(path, "\n".join(kept))
+
+
 def test_every_import_is_declared():
   """What our code imports is the standard library, ours, or in setup.cfg."""
-  names = {"absl": "absl-py", "gin": "gin-config", "orbax": "orbax-checkpoint"}
   # Optional ones are imported inside functions, behind a clear error.
-  optional = {
-    "huggingface_hub", "mpl_toolkits", "google", "tokamax", "flash_attn_jax"
-  }  # fmt: skip
-  known = _distributions(_requirements()) | {"jaxlib"}
-  missing = {}
-  for path, text in _sources():
-    for name in {name.split(".")[0] for name in _imports(path, text)}:
-      if (
-        name not in sys.stdlib_module_names
-        and name not in PACKAGES
-        and name not in optional
-        and names.get(name, name).lower().replace("_", "-") not in known
-      ):
-        missing.setdefault(path, []).append(name)
+  optional = {"huggingface-hub", "tokamax", "flash-attn-jax"}
+  known = _distributions(_requirements()) | optional
+  missing = {
+    path: found
+    for path, text in _sources()
+    if (found := _imported(path, text) - known)
+  }
   assert not missing
+
+
+def test_users_install_all_that_is_imported_and_no_more():
+  """What only tests import is of the extra `dev`, an option of its own."""
+  installed, imported = _distributions(_extras()[""]), {"beartype"}
+  # jaxtyping imports that one, by the name that it is given.
+  runtime = dict(_sources())["experiments/core/runtime.py"]
+  assert '"beartype.beartype"' in runtime
+  for path, text in _sources():
+    imported |= _imported(path, text)
+    assert _imported_at_once(path, text) <= installed, path
+  assert installed <= imported, installed - imported
+
+
+def test_imports_inside_of_functions_are_told_apart():
+  text = "import numpy\ndef f():\n  import wandb\n"
+  assert _imported("research/a.py", text) == {"numpy", "wandb"}
+  assert _imported_at_once("research/a.py", text) == {"numpy"}
 
 
 def _run_files() -> list[pathlib.Path]:

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from research.tables import aligned
 from research.typing import UserError
 
 Rows = Sequence[Mapping[str, Any]]
@@ -21,18 +22,14 @@ def text(rows: Rows) -> str:
   """Returns rows under their columns' names, numbers to the right."""
   names = columns(rows)
   cells = [[cell(row.get(name)) for name in names] for row in rows]
-  right = [all(_number(row.get(name)) for row in rows) for name in names]
-  widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
-
-  def line(parts):
-    aligned = (
-      part.rjust(width) if to_right else part.ljust(width)
-      for part, width, to_right in zip(parts, widths, right, strict=True)
-    )
-    return "  ".join(aligned).rstrip()
-
-  rule = line("-" * width for width in widths)
-  return "\n".join([line(names), rule, *map(line, cells)])
+  right = [
+    i
+    for i, name in enumerate(names)
+    if all(_number(row.get(name)) for row in rows)
+  ]
+  widths = (max(map(len, column)) for column in zip(names, *cells, strict=True))
+  rule = ["-" * width for width in widths]
+  return "\n".join(aligned([names, rule, *cells], right))
 
 
 def cell(value: Any) -> str:

@@ -5,6 +5,12 @@ without holes or overlap. Files may come from strangers: nothing here
 allocates what a header merely claims, and every extent is checked against the
 file before any tensor is looked at. A tensor is mapped when it is read, so
 opening costs no memory and reading a slice touches only its pages.
+
+Read by hand, since the package `safetensors` (0.8) reads no float8 as NumPy,
+takes a header that names a tensor twice, has no slices by arrays or backwards,
+names no file in its errors, and copies each tensor out of a mapping of the
+whole file, which stays in memory. Both read or refuse damaged files alike, but
+for more that is refused here: `test_safetensors.py` compares all of this.
 """
 
 import dataclasses

@@ -9,6 +9,9 @@ Blocks follow an array's elements in C order, as in bitsandbytes. Where 256
 divides the last axis a block lies within a row, and the magnitudes have the
 array's own axes (`[..., out / 256]`), so that a mesh cuts them alike; else
 they are one list.
+
+By hand, since optax (0.2.8) has no moments in integers; `test_adam8bit.py`
+compares with bitsandbytes.
 """
 
 import functools

@@ -10,6 +10,10 @@ All directions of its gradient count alike. What is no matrix of a layer
 (embeddings, heads, norms, biases) moves by Adam. A step costs fifteen products
 of each matrix with itself, whatever the batch, and takes the place of several
 of Adam's where batches are small.
+
+By hand, since `optax.contrib.scale_by_muon` (0.2.8) corrects m and g for their
+bias apart, so that m counts 0.68 times in the second update, and saves another
+state (`test_muon.py` compares both).
 """
 
 import re

@@ -3,6 +3,11 @@
 A schedule is a function of the number of updates done; `adamw` takes a number
 or a schedule, and keeps the rate it last used in its state, where the training
 step finds it as `learning_rate`.
+
+Optax does the work but for two things, which `test_optim.py` compares: its
+warm-up subtracts from the peak, so that first rates are off by some 1e-5, and
+`optax.inject_hyperparams`, which would keep the rate, saves it elsewhere, under
+a name that is there twice, and in the parameters' type.
 """
 
 import re

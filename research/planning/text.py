@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from research import tables
 from research.planning.forecast import Forecast
 
 _SHOWN = 12
@@ -108,18 +109,10 @@ def _exchanges(cost: Forecast) -> list[str]:
         of,
       )
     )
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   left = len(cost.exchanges) - _SHOWN
   return [
     "collectives of a step:",
-    *(
-      "  "
-      + "  ".join(
-        cell.rjust(w) if i in (0, 3, 4) else cell.ljust(w)
-        for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-      ).rstrip()
-      for row in rows
-    ),
+    *(f"  {line}" for line in tables.aligned(rows, right=(0, 3, 4))),
     *([f"  and {left} smaller ones"] if left > 0 else []),
   ]
 

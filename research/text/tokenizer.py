@@ -162,6 +162,9 @@ class StreamDecoder:
   bytes of its last character may still be incomplete. The ids of the piece
   before are decoded again in front of the new ones, since some decoders treat
   the first id of a text differently.
+
+  `DecodeStream` of `tokenizers` (0.23) would hold bytes that are not UTF-8 back
+  for ever, and does not give them out at the end (`test_tokenizer.py`).
   """
 
   _LONGEST = 4  # bytes, so at most tokens, of a character in UTF-8

@@ -3,12 +3,16 @@
   .venv-peers/bin/python tests/golden/make_gguf_names.py [--to FILE]
 
 `names[architecture]` maps each HF name of a one-layer model to GGUF's; `keys`
-maps the package's constants to the metadata keys they stand for.
+maps the package's constants to the metadata keys they stand for, of which
+`every_key` has all. The rest are the package's numbers by name: `types` of
+tensors [id, weights a block, bytes a block], `values` of metadata's types,
+`files` of `general.file_type`, and `tokens` of `tokenizer.ggml.token_type`.
 """
 
 import argparse
 import json
 import pathlib
+from collections.abc import Iterator
 
 import gguf
 
@@ -77,9 +81,8 @@ KEYS = {
 }
 
 
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--to", type=pathlib.Path, default=FILE)
+def make() -> dict:
+  """Returns what the file holds."""
   names = {}
   for architecture, wanted in NAMES.items():
     which = next(
@@ -94,9 +97,32 @@ def main() -> None:
     for group, wanted in KEYS.items()
     for key in wanted
   }
-  parser.parse_args().to.write_text(
-    json.dumps(dict(names=names, keys=keys), indent=1) + "\n"
+  sizes = gguf.GGML_QUANT_SIZES.items()
+  return dict(
+    names=names,
+    keys=keys,
+    every_key=sorted(set(every_key(gguf.Keys))),
+    types={t.name: [int(t), *size] for t, size in sizes},
+    values={t.name: int(t) for t in gguf.GGUFValueType},
+    files={t.name: int(t) for t in gguf.LlamaFileType},
+    tokens={t.name: int(t) for t in gguf.TokenType},
   )
+
+
+def every_key(group: type) -> Iterator[str]:
+  """Yields the keys of a class of them, and of those inside."""
+  for name, value in vars(group).items():
+    if isinstance(value, type):
+      yield from every_key(value)
+    elif not name.startswith("_"):
+      yield value
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--to", type=pathlib.Path, default=FILE)
+  to = parser.parse_args().to
+  to.write_text(json.dumps(make(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

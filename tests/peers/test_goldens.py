@@ -6,6 +6,7 @@ import pathlib
 import families
 import make_bnb4
 import make_gguf
+import make_gguf_names
 import make_hqq
 import make_llm_int8
 import make_models
@@ -114,6 +115,16 @@ def test_packed_matrices(module):
 def test_gguf_encodings():
   want = json.loads((MODELS / "gguf_encodings.json").read_text())
   assert make_gguf.encodings() == want
+
+
+def test_gguf_names():
+  want = json.loads(make_gguf_names.FILE.read_text())
+  # Newer releases of the package know more keys, types and kinds of files.
+  for what, found in make_gguf_names.make().items():
+    if isinstance(found, dict):
+      assert found.items() >= want[what].items(), what
+    else:
+      assert set(found) >= set(want[what]), what
 
 
 def test_gguf_tokenizer():

@@ -26,6 +26,7 @@ from typing import Any
 from absl import flags
 
 from experiments.core import cli
+from research import tables
 
 FLAGS = cli.new_flags()
 
@@ -131,9 +132,8 @@ def _lengths(texts: Sequence[str]) -> list[int]:
 def _table(rows: list[dict[str, Any]]) -> str:
   """Returns rows as Markdown."""
   names = list(rows[0])
-  lines = [names, ["---"] * len(names)]
-  lines += [[_cell(row[name]) for name in names] for row in rows]
-  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+  cells = ([_cell(row[name]) for name in names] for row in rows)
+  return tables.markdown(names, cells)
 
 
 def _cell(value: Any) -> str:

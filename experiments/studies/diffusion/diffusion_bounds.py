@@ -1,13 +1,13 @@
 """Bounds on -log p a token of tiny models, by masks of all numbers."""
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from kernels_pallas.masks import Mask
 from research.diffusion import process
@@ -47,7 +47,7 @@ def passes(
       one, count = _sums(objective, params, batch, own)
       total, weight = total + float(one), weight + float(count)
     found.append(total / weight)
-  error = np.std(found, ddof=1) / math.sqrt(len(found)) if found[1:] else 0.0
+  error = stats.sem(found) if found[1:] else 0.0
   return float(np.mean(found)), float(error)
 
 

@@ -36,7 +36,7 @@ from absl import flags
 
 from experiments.core import cli
 from experiments.studies.lora.lora_methods import ABSTRACT, OPTIONS
-from research import sharding, weights
+from research import sharding, tables, weights
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method, Place
 from research.lora.methods import all_methods
@@ -96,15 +96,13 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
 
 def table(found: Mapping[str, Mapping[str, str]]) -> str:
   """Returns Markdown of texts by method and format."""
-  heads = ["method", *packings()]
-  lines = [" | ".join(heads), " | ".join(["---"] * len(heads))]
-  lines = [f"| {line} |" for line in lines]
-  return "\n".join(lines + [row(name, cells) for name, cells in found.items()])
+  rows = ([name, *cells.values()] for name, cells in found.items())
+  return tables.markdown(["method", *packings()], rows)
 
 
 def row(name: str, cells: Mapping[str, str]) -> str:
   """Returns a line of the table."""
-  return f"| {' | '.join([name, *cells.values()])} |"
+  return tables.markdown_row([name, *cells.values()])
 
 
 def kinds() -> dict[str, Method]:

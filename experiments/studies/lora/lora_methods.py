@@ -31,7 +31,7 @@ from absl import flags
 
 from experiments.core import cli
 from experiments.studies.lora import lora_abilities, lora_memory
-from research import tree
+from research import tables, tree
 from research.lora import adapt, wrap
 from research.lora.method import Method
 from research.lora.methods import all_methods
@@ -92,19 +92,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   del argv
   if _MEMORY.value:
     head, *cells = lora_memory.table()
-    _say_table([head, *cells])
+    cli.say(tables.markdown(head, cells))
     return {"setups": len(cells)}
   speeds = _speeds(_BENCH.value) if _BENCH.value else {}
   found = rows(speeds, _scores(_SCORES.value or README))
   names = list(found[0])
-  _say_table([names, *([_cell(row[name]) for name in names] for row in found)])
+  cells = [[_cell(row[name]) for name in names] for row in found]
+  cli.say(tables.markdown(names, cells))
   return {"methods": len(found)}
-
-
-def _say_table(rows: Sequence[Sequence[str]]) -> None:
-  head, *cells = rows
-  lines = [head, ["---"] * len(head), *cells]
-  cli.say("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def rows(

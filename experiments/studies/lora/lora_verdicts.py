@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from experiments.core.stats import Mean, mean
 from experiments.studies.claims import Verdict
@@ -154,7 +155,7 @@ def methods(rows: Rows) -> list[Verdict]:
   far = [n for n in equal if not 0.2 < own[n] < 5]
   gains = [loss[n] for n in rows]
   forgot = [mean(at_best(r, "known")).value for r in rows.values()]
-  agree = _ranked(gains, [-x for x in forgot])
+  agree = stats.spearmanr(gains, [-x for x in forgot]).statistic
   return [
     Verdict(
       "variants of LoRA tie at equal parameters (within 2%)",
@@ -187,7 +188,7 @@ def methods(rows: Rows) -> list[Verdict]:
     Verdict(
       "what learns more forgets more (rank correlation at least 0.5)",
       f"{agree:.2f} over {len(rows)} arms",
-      agree >= 0.5,
+      bool(agree >= 0.5),
     ),
   ]
 
@@ -204,12 +205,6 @@ def _spread(loss: Mapping[str, float], names: Sequence[str]) -> str:
     f"{_near(loss, names)} of {len(names)}; from {low} {loss[low]:.3f} to"
     f" {high} {loss[high]:.3f}, LoRA {loss['LoRA']:.3f}"
   )
-
-
-def _ranked(a: Sequence[float], b: Sequence[float]) -> float:
-  """Spearman's correlation, without ties."""
-  a, b = (np.argsort(np.argsort(x)) for x in (a, b))
-  return float(np.corrcoef(a, b)[0, 1])
 
 
 def width(rows: Rows) -> list[Verdict]:

@@ -5,11 +5,11 @@ counts. Rows answer the same questions, so what is lost is a paired difference.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats as scipy_stats
 
 from experiments.core import stats
 from experiments.studies.claims import Verdict
@@ -100,11 +100,12 @@ def kept(right: Sequence[bool], base: Sequence[bool]) -> Kept:
   """
   a, b = np.asarray(right, float), np.asarray(base, float)
   n, p = len(a), float(a.mean())
-  low, high = stats.wilson(p, n)
+  trials = scipy_stats.binomtest(int(a.sum()), n)
+  low, high = trials.proportion_ci(stats.CONFIDENCE, "wilson")
   share = p / float(b.mean())
   apart = (a - share * b) / b.mean()
-  half = stats.NORMAL * float(apart.std(ddof=1)) / math.sqrt(n)
-  return Kept(p, max(p - low, high - p), share, half)
+  half = scipy_stats.norm.ppf(stats.UPPER) * scipy_stats.sem(apart)
+  return Kept(p, float(max(p - low, high - p)), share, float(half))
 
 
 def answers(found: Rows, task: str = "last word") -> list[Verdict]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 from experiments.core.stats import Mean, mean
 from experiments.studies.claims import Verdict
@@ -219,7 +220,7 @@ def _mean_ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
   ratios = a / b
   if len(ratios) < 2:
     return float(ratios.mean()), math.inf
-  return float(ratios.mean()), float(ratios.std(ddof=1) / len(ratios) ** 0.5)
+  return float(ratios.mean()), float(stats.sem(ratios))
 
 
 def _kl_ratio(a: Any, b: Any) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from research.data.examples import Example
 from research.data.sources import Split
@@ -104,5 +105,4 @@ def _transitions(vocab, mix, sharpness):
       (2, vocab, vocab)
     )
     scores += weight * sharpness * (last[None, :, :] + before[:, None, :])
-  scores = np.exp(scores - scores.max(-1, keepdims=True))
-  return scores / scores.sum(-1, keepdims=True)
+  return special.softmax(scores, -1)

@@ -12,6 +12,9 @@ bounds each update, not their sum: over several projectors it grows.
 The moments inside are any optax transformation of R: Adam, Adam in 8 bits,
 momentum. With `Gaussian` bases, moments that turn with them (`mean="rotate"`)
 and plain momentum this is FLORA (Hao et al. 2024, arXiv:2402.03293).
+
+By hand, since `optax.contrib.scale_by_galore` (0.2.8) refuses stacked layers,
+and projects by SVD alone (`test_galore.py` compares one matrix).
 """
 
 from typing import Any, Literal, NamedTuple

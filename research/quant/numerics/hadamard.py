@@ -7,6 +7,7 @@ order q + 1 for a prime power q = 3 mod 4, his second 2 (q + 1) for q = 1 mod 4:
 11008 = 344 x 2^5 (q = 7^3), 29568 = 924 x 2^5, 576 = 36 x 2^4.
 
 Vectors are rows, as activations are: `rotate(x)` is `x @ matrix(n) / sqrt(n)`.
+SciPy has matrices of orders 2^p alone; those are the same.
 """
 
 import functools

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from research import tables
 from research.quant.methods import Measures
 from research.quant.qtensor import QTensor
 
@@ -130,14 +131,7 @@ class Report:
   def table(self) -> str:
     """Returns the rows as text."""
     rows = [HEAD, *(row.cells() for row in self.rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-      "  ".join(
-        cell.rjust(w) if k > 1 else cell.ljust(w)
-        for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-      ).rstrip()
-      for row in rows
-    )
+    return "\n".join(tables.aligned(rows, right=range(2, len(HEAD))))
 
   def summary(self) -> dict[str, Any]:
     """Returns the whole as one JSON object's fields."""

@@ -1,5 +1,7 @@
 """Packing: every token is predicted once, and documents come back whole."""
 
+import grain
+import grain.experimental
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,24 @@ def test_best_fit_cuts_no_document_that_fits():
   assert all(p.size == lengths[p.document] for p in whole)
   assert all(sum(p.size for p in row) <= 8 for row in plan)
   assert len(plan) == 5  # 8 | 8 | 6+2 | 5+3 | 3
+
+
+def test_grain_packs_a_stream_and_into_more_rows():
+  """Why packing is by hand; once it fails, less of it has to be."""
+  sizes = np.random.default_rng(0).integers(2, 129, 400).tolist()
+
+  def packed(sizes, bins):
+    documents = [{"x": np.zeros(n, np.int32)} for n in sizes]
+    source = grain.MapDataset.source(documents).to_iter_dataset()
+    return grain.experimental.BestFitPackIterDataset(
+      source, length_struct={"x": 128}, num_packing_bins=bins
+    )
+
+  found = [len(list(packed(sizes, bins))) for bins in (400, 16)]
+  assert len(packing.best_fit(sizes, 128)) == 225 < found[0] < found[1]
+  assert not hasattr(packed(sizes, 16), "__getitem__")
+  with pytest.raises(ValueError, match="must be truncated"):
+    list(packed([200], 2))
 
 
 def test_tokenize_appends_the_end_and_drops_what_teaches_nothing():

@@ -108,6 +108,32 @@ def test_matrices_move_as_the_blog_says_and_all_else_by_adam():
   np.testing.assert_allclose(moved["embed"], other["embed"], atol=2e-6)
 
 
+def test_optax_s_muon_moves_alike_first_and_then_weighs_momentum_less():
+  """Why ours is by hand: the published m, and what checkpoints hold."""
+  _, gradients = params_and_gradients(40)
+  gradients = [jnp.float32(g["run0"]["layer0"]["mlp"]["up"]) for g in gradients]
+  where = optax.contrib.MuonDimensionNumbers(-2, -1)
+  theirs = optax.chain(
+    optax.contrib.scale_by_muon(weight_dimension_numbers=where),
+    optax.scale((12 / 4) ** 0.5),
+  )
+  both = {"ours": muon.scale_by_muon(), "theirs": theirs}
+  held = {name: tx.init(gradients[0]) for name, tx in both.items()}
+  update = {name: jax.jit(tx.update) for name, tx in both.items()}
+  apart = []
+  for g in gradients:
+    found = {}
+    for name in both:
+      found[name], held[name] = update[name](g, held[name])
+    apart.append(float(jnp.abs(found["ours"] - found["theirs"]).max()))
+  assert apart[0] < 1e-4 and max(apart[1:4]) > 0.05
+  assert apart[-1] < 0.1 * max(apart[1:4])
+  fields = {muon.MuonState: ("momentum",)}
+  fields[optax.contrib.MuonState] = "count", "mu", "ns_coeffs"
+  for kind, names in fields.items():
+    assert kind._fields == names
+
+
 def test_the_rate_is_told_and_state_lies_like_parameters():
   start, _ = params_and_gradients(0)
   made = state.create(jax.tree.map(jnp.float32, start), ".", muon.muon(0.02))

@@ -32,6 +32,57 @@ def test_schedules(schedule, want):
   np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_warm_up_is_exact_where_optax_s_is_rounded():
+  """Why it is by hand: theirs comes down from the peak by subtraction."""
+  peak, warmup = 0.02, 1000
+  theirs = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+  count = np.arange(warmup)
+  want = peak * (count + 1) / warmup
+  off = [
+    np.abs(np.asarray(jax.jit(f)(jnp.int32(count)), np.float64) / want - 1)
+    for f in (optim.constant(peak, warmup), theirs)
+  ]
+  assert off[0].max() < 2e-7
+  assert 1e-5 < off[1].max() < 1e-4
+
+
+def test_injected_rates_move_alike_and_are_saved_elsewhere():
+  """Why the rate is kept by hand: checkpoints, and rates of bfloat16."""
+  schedule = optim.cosine(0.1, 8, warmup=2)
+  inject = optax.inject_hyperparams(optax.scale_by_learning_rate)
+  both = optim.scale_by_rate(schedule), inject(learning_rate=schedule)
+  params = {"w": jnp.arange(4.0)}
+  states = [tx.init(params) for tx in both]
+  for _ in range(4):
+    pairs = zip(both, states, strict=True)
+    moved = [tx.update(params, s, params) for tx, s in pairs]
+    updates, states = zip(*moved, strict=True)
+    chex.assert_trees_all_close(*updates, rtol=1e-6)
+    ours, theirs = states
+    rate = float(theirs.hyperparams["learning_rate"])
+    assert float(ours.learning_rate) == pytest.approx(rate, rel=1e-6)
+  # What the training step asks for.
+  assert optax.tree.get(ours, "learning_rate") is ours.learning_rate
+  with pytest.raises(KeyError, match="multiple values"):
+    optax.tree.get(theirs, "learning_rate")
+  half = jax.tree.map(jnp.bfloat16, params)
+  assert both[0].init(half).learning_rate.dtype == jnp.float32
+  assert both[1].init(half).hyperparams["learning_rate"].dtype == jnp.bfloat16
+
+
+def test_factors_of_paths_move_as_optax_s_partition_does():
+  params = {"a": jnp.arange(3.0), "b": {"c": jnp.ones(2), "d": jnp.ones(1)}}
+  factor = rates.table([("a", 2.0), ("c", 0.25)])
+  tx = rates.scale_by_path(factor)
+  label = {"a": "2", "b": {"c": "0.25", "d": "1"}}
+  scales = {text: optax.scale(float(text)) for text in ("2", "0.25", "1")}
+  theirs = optax.partition(scales, label)
+  found, want = (t.update(params, t.init(params))[0] for t in (tx, theirs))
+  chex.assert_trees_all_equal(found, want)
+  # Nothing is saved for a rate; a label for each factor would be, as a node.
+  assert tx.init(params) == optax.EmptyState()
+
+
 @pytest.mark.parametrize("make", [optim.cosine, optim.linear, optim.wsd])
 def test_no_room_for_the_schedule(make):
   with pytest.raises(UserError, match="10 steps of warm-up and decay in a run"):

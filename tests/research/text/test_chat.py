@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from jinja2 import sandbox
 
 from research.text import chat
 from research.typing import UserError
@@ -139,6 +140,24 @@ def test_nothing_runs_away(template):
   with pytest.raises(UserError):
     chat.render(template, HELLO)
   assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{{ 'x'.ljust(9000000) }}",
+    "{{ 'x' * 9000000 }}",
+    "{{ 'x' | center(9000000) }}",
+    "{% for a in range(3000) %}{% for b in range(3000) %}x{% endfor %}"
+    "{% endfor %}",
+  ],
+)
+def test_jinja_s_own_sandbox_lets_it_run(template):
+  """What bounds are for: only `range` has one there, of 100,000."""
+  plain = sandbox.ImmutableSandboxedEnvironment().from_string(template)
+  assert len(plain.render()) == 9_000_000
+  with pytest.raises(UserError):
+    chat.render(template, HELLO)
 
 
 def test_templates_are_found(tmp_path):

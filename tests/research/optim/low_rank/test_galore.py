@@ -113,6 +113,25 @@ def test_a_stack_is_its_layers():
       chex.assert_trees_all_close(got["wide"][n], want["wide"], atol=2e-5)
 
 
+def test_optax_s_galore_moves_one_matrix_alike_and_refuses_a_stack():
+  """Why ours is by hand: layers of one shape are stacked."""
+  start = arrays(value)
+  gradients = [
+    arrays(functools.partial(lambda k, n, s: gradient(n, k, s), k))
+    for k in range(6)
+  ]
+  theirs = optax.chain(
+    optax.contrib.scale_by_galore(2, 6, 0.25, ADAM), optax.scale(-0.1)
+  )
+  want, _ = follow(theirs, start, gradients)
+  got, _ = follow(ours("galore_reverse"), start, gradients)
+  chex.assert_trees_all_close(got, want, atol=3e-5)
+  where = optax.contrib.GaLoreDimensionNumbers(-2, -1)
+  stacked = optax.contrib.scale_by_galore(2, weight_dimension_numbers=where)
+  with pytest.raises(ValueError, match="All axes must be specified"):
+    stacked.init({"wide": jnp.zeros((3, 8, 5))})
+
+
 def spectrum(shape, values):
   rng = np.random.default_rng(1)
   u, v = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in shape)

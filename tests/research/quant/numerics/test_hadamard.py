@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import linalg
 
 from research.quant.numerics import hadamard
 from research.typing import UserError
@@ -28,6 +29,13 @@ def test_widths_of_known_models_have_one(n, core):
   assert hadamard.block(n) == n
   assert n % core == 0 and hadamard.block(core) == core
   assert len(hadamard.matrix(core)) == core
+
+
+def test_scipy_has_powers_of_two_alone():
+  for n in (1, 2, 64, 256):
+    np.testing.assert_array_equal(hadamard.matrix(n), linalg.hadamard(n))
+  with pytest.raises(ValueError, match="power of 2"):
+    linalg.hadamard(12)
 
 
 @pytest.mark.parametrize("n", [8, 36, 256, 1536])
