@@ -140,7 +140,7 @@ def compare(
   return Report(len(evaluation), tuple(matches), words)
 
 
-def texts_of(source: Any) -> list[str]:
+def source_texts(source: Any) -> list[str]:
   """Returns the texts of a source, whatever shape it gives them.
 
   Raises:

@@ -21,7 +21,7 @@ class Example(NamedTuple):
   """Tokens int32 [n], and bool [n]: is this token worth predicting?"""
 
   tokens: np.ndarray
-  learned: np.ndarray
+  loss_mask: np.ndarray
 
 
 @runtime_checkable
@@ -59,7 +59,7 @@ def read(
   """
   if isinstance(source, Tokens):
     found = source.examples(tokenizer)
-    if not any(e.learned[1:].any() for e in found):
+    if not any(e.loss_mask[1:].any() for e in found):
       raise UserError(
         f"{str(source)[:200]}: {len(found)} examples, none with a token to"
         " predict.\nExpected at least one; check the source's fields or split."
@@ -71,6 +71,6 @@ def read(
       "Use a source of tokens (arrays, synthetic) or a model with a tokenizer."
     )
   if special is None:
-    special = special_tokens.of_tokenizer(tokenizer)
+    special = special_tokens.from_tokenizer(tokenizer)
   documents = packing.tokenize(source, tokenizer.encode, special)
   return [Example(t, np.ones(len(t), bool)) for t in documents]

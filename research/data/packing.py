@@ -8,7 +8,7 @@ Improve Language Modeling", best-fit packing), `alone` gives each its own row.
 Invariants, whatever the plan: each piece is its own segment and its positions
 start at 0, so that it cannot see its neighbours; each token of a document but
 its first is the target of exactly one place, even across a cut; the weight
-there is 1 if the token is to be learned, and 0 at all other places (document
+there is 1 if the token is to be loss_mask, and 0 at all other places (document
 ends, padding). A piece that continues a document may begin with the document's
 first special tokens again, whose weight is 0.
 """
@@ -101,7 +101,7 @@ def concatenate(
   return rows
 
 
-def alone(
+def one_per_row(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
   """Returns a plan in which documents share no row; longer ones are cut."""
@@ -117,7 +117,7 @@ def best_fit(
 ) -> list[list[Piece]]:
   """Returns a plan that cuts no document which fits into a row."""
   heads = [head for _, head in _with_heads(lengths, overhead)]
-  pieces = [piece for (piece,) in alone(lengths, row, overhead)]
+  pieces = [piece for (piece,) in one_per_row(lengths, row, overhead)]
   rows: list[list[Piece]] = []
   spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
 
@@ -151,7 +151,7 @@ class PackedRows:
     documents: tokens of each document, int32 [length].
     plan: the pieces of each row.
     length: places in a row, T.
-    learned: which tokens of each document count as targets, bool [length];
+    loss_mask: which tokens of each document count as targets, bool [length];
       None for all.
     begin: tokens that documents begin with, and then all their pieces.
   """
@@ -159,14 +159,14 @@ class PackedRows:
   documents: Sequence[np.ndarray]
   plan: Sequence[Sequence[Piece]]
   length: int
-  learned: Sequence[np.ndarray] | None = None
+  loss_mask: Sequence[np.ndarray] | None = None
   begin: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return len(self.plan)
 
   def __getitem__(self, index: int) -> Row:
-    row = blank_row(self.length)
+    row = padding_row(self.length)
     place = 0
     for segment, piece in enumerate(self.plan[index]):
       document = self.documents[piece.document]
@@ -202,13 +202,13 @@ class PackedRows:
     return begins_with(document, self.begin)
 
   def _weights(self, piece: Piece, count: int):
-    if self.learned is None:
+    if self.loss_mask is None:
       return 1
     first = piece.start + 1
-    return self.learned[piece.document][first : first + count]
+    return self.loss_mask[piece.document][first : first + count]
 
 
-def blank_row(length: int) -> Row:
+def padding_row(length: int) -> Row:
   """Returns a row of padding: weight 0, position and segment -1."""
   return {
     "tokens": np.zeros(length, np.int32),
@@ -219,7 +219,7 @@ def blank_row(length: int) -> Row:
   }
 
 
-def blank_like(row: Row) -> Row:
+def padding_like(row: Row) -> Row:
   """Returns padding in the shapes of `row`, whatever keys it has."""
   marks = ("positions", "segments")
   return {k: np.full_like(v, -(k in marks)) for k, v in row.items()}
@@ -229,7 +229,7 @@ def pack(
   documents: Sequence[np.ndarray],
   length: int,
   plan: Plan = concatenate,
-  learned: Sequence[np.ndarray] | None = None,
+  loss_mask: Sequence[np.ndarray] | None = None,
   begin: tuple[int, ...] = (),
 ) -> PackedRows:
   """Returns the documents packed into rows of `length` places.
@@ -238,7 +238,7 @@ def pack(
     documents: tokens of each document, int32 [length].
     length: places in a row, T.
     plan: how documents share rows.
-    learned: see `PackedRows`.
+    loss_mask: see `PackedRows`.
     begin: tokens with which a piece begins that continues a document which
       begins with them.
   """
@@ -250,5 +250,5 @@ def pack(
   sizes = [len(d) for d in documents]
   overhead = [len(begin) * begins_with(d, begin) for d in documents]
   return PackedRows(
-    documents, plan(sizes, length, overhead), length, learned, begin
+    documents, plan(sizes, length, overhead), length, loss_mask, begin
   )

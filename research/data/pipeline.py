@@ -83,7 +83,7 @@ class Pipeline:
 
   def special_tokens(self, tokenizer: Any) -> SpecialTokens:
     """Returns what documents and rows begin and end with."""
-    own = special_tokens.of_tokenizer(tokenizer)
+    own = special_tokens.from_tokenizer(tokenizer)
     auto = self.begin == "auto" and own.every_row
     return SpecialTokens(
       own.begin if self.begin == "auto" else _ids(self.begin),
@@ -103,7 +103,7 @@ class Pipeline:
       [e.tokens for e in found],
       self.length,
       self.plan,
-      [e.learned for e in found],
+      [e.loss_mask for e in found],
       special.row_begin,
     )
     rows = packed.with_targets()
@@ -113,7 +113,7 @@ class Pipeline:
   def _warn(
     self, found: Sequence[examples.Example], packed: int, kept: int
   ) -> None:
-    sizes = [len(e.tokens) for e in found if not e.learned.all()]
+    sizes = [len(e.tokens) for e in found if not e.loss_mask.all()]
     longer = sum(size > self.length for size in sizes)
     if not longer:
       return
@@ -288,7 +288,7 @@ def in_order(
   full = [rows[i] for i in range(count)]
   if not full:
     return []
-  full += [packing.blank_like(full[0])] * (-count % batch_size)
+  full += [packing.padding_like(full[0])] * (-count % batch_size)
   return [
     {k: np.stack([row[k] for row in full[i : i + batch_size]]) for k in full[i]}
     for i in range(0, len(full), batch_size)

@@ -23,7 +23,7 @@ class Predicted(NamedTuple):
   size: int
 
 
-def predicted(data: Any, tokenizer: Any) -> Predicted | None:
+def count_predicted(data: Any, tokenizer: Any) -> Predicted | None:
   """Returns what is predicted of `data`'s documents; None if not of text.
 
   Every token is predicted but a document's first one; where that is a special

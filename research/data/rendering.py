@@ -26,7 +26,7 @@ from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SAYS = "assistant"
+ASSISTANT = "assistant"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Conversation:
   def __post_init__(self):
     for i, message in enumerate(self.messages):
       _check_message(message, f"{self.where}: message {i}")
-    if not self.learned:
+    if not self.trained_messages:
       raise UserError(
         f"{self.where}: found {len(self.messages)} messages, none by the"
         " assistant to learn from.\nExpected at least one (with no weight 0)."
       )
 
   @property
-  def learned(self) -> list[int]:
+  def trained_messages(self) -> list[int]:
     """The numbers of the messages that are learned."""
     return [
       i
       for i, message in enumerate(self.messages)
-      if message["role"] == SAYS
+      if message["role"] == ASSISTANT
       and i >= self.first
       and message.get("weight", 1)
     ]
@@ -77,7 +77,7 @@ def _check_message(message: Any, where: str) -> None:
       f"{where}: role: found {str(role)[:40]!r}, expected one of"
       f" {', '.join(ROLES)}."
     )
-  calls = role == SAYS and content is None and message.get("tool_calls")
+  calls = role == ASSISTANT and content is None and message.get("tool_calls")
   if not isinstance(content, str) and not calls:
     raise UserError(
       f"{where} ({role}): content: found {type(content).__name__}, expected"
@@ -106,7 +106,7 @@ def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
   )
 
 
-def said(conversation: Conversation) -> str:
+def plain_text(conversation: Conversation) -> str:
   """Returns the words of a conversation, without any template."""
   return "\n".join(m["content"] or "" for m in conversation.messages)
 
@@ -131,8 +131,10 @@ def pieces(
 
 
 def _by_marks(text, spans, conversation) -> list[tuple[str, bool]]:
-  said = [i for i, m in enumerate(conversation.messages) if m["role"] == SAYS]
-  chosen = conversation.learned
+  said = [
+    i for i, m in enumerate(conversation.messages) if m["role"] == ASSISTANT
+  ]
+  chosen = conversation.trained_messages
   if chosen != said:
     if len(spans) != len(said):
       raise UserError(
@@ -151,10 +153,10 @@ def _by_marks(text, spans, conversation) -> list[tuple[str, bool]]:
 def _by_prefixes(tokenizer, messages, conversation) -> list[tuple[str, bool]]:
   whole = tokenizer.chat(messages, add_generation_prompt=False)
   out, place = [], 0
-  for i in conversation.learned:
+  for i in conversation.trained_messages:
     opened = tokenizer.chat(messages[:i], add_generation_prompt=True)
     said = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
-    where = f"{conversation.where}: message {i} ({SAYS})"
+    where = f"{conversation.where}: message {i} ({ASSISTANT})"
     if not said.startswith(opened):
       raise _no_prefix(where, "opens a turn otherwise than it writes one", i)
     if not whole.startswith(said):

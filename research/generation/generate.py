@@ -18,12 +18,17 @@ import numpy as np
 from kernels_pallas.common import cpu_memory
 from research import tree, weights
 from research.generation import sampling as samplers
-from research.generation.generated import NONE, Generated, gathered, trimmed
+from research.generation.generated import (
+  NO_TOKEN,
+  Generated,
+  collect,
+  drop_empty_columns,
+)
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
-Source = Callable[..., Iterator[np.ndarray]]
+TokenSource = Callable[..., Iterator[np.ndarray]]
 """What `chunks` is: tokens of rows as they come."""
 
 CHUNK = 16
@@ -75,7 +80,7 @@ def bucket(n: int) -> int:
   return -(-n // step) * step
 
 
-def ended(
+def has_ended(
   token: Int[Array, "B"],
   step: Any,
   limit: Int[Array, "B"],
@@ -92,7 +97,7 @@ def ended(
   return jnp.any(token[:, None] == stop, axis=-1) | (step >= limit)
 
 
-def choose(
+def sample_next(
   model: Transformer,
   params: Params,
   hidden: Float[Array, "B D"],
@@ -110,7 +115,7 @@ def choose(
     sampling, keys, step, seen: as for `sampling.choose`.
   """
   logits = model.apply({"params": params}, hidden, method="logits")
-  token = samplers.choose(logits, sampling, keys, step, seen)
+  token = samplers.sample(logits, sampling, keys, step, seen)
   if seen is not None:
     seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
   return token.astype(jnp.int32), seen
@@ -162,8 +167,8 @@ def prefill(
     seen = jnp.zeros((rows, model.vocab_size), bool)
     seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
   keys = samplers.row_keys(key, examples)
-  token, seen = choose(model, params, last, sampling, keys, 0, seen)
-  done = ended(token, 1, limit, stop)
+  token, seen = sample_next(model, params, last, sampling, keys, 0, seen)
+  done = has_ended(token, 1, limit, stop)
   state = State(cache, token, jnp.int32(1), done, keys, seen)
   return state, token[:, None], done
 
@@ -203,7 +208,7 @@ def decode(
     hidden, cache = model.apply(
       {"params": params}, state.token[:, None], cache=state.cache
     )
-    token, seen = choose(
+    token, seen = sample_next(
       model,
       params,
       hidden[:, 0],
@@ -212,16 +217,16 @@ def decode(
       state.step,
       state.seen,
     )
-    shown = jnp.where(state.done, NONE, token)
+    shown = jnp.where(state.done, NO_TOKEN, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
-    done = state.done | ended(token, state.step + 1, limit, stop)
+    done = state.done | has_ended(token, state.step + 1, limit, stop)
     return (
       i + 1,
       State(cache, token, state.step + 1, done, state.keys, seen),
       out,
     )
 
-  out = jnp.full((state.token.shape[0], size), NONE, jnp.int32)
+  out = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
   _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
   return state, out, state.done
 
@@ -257,14 +262,14 @@ def chunks(
     UserError: a prompt is empty, too long, or no prompt for this model.
   """
   samplers.check(sampling)
-  room = limits(model, prompts, max_new_tokens)
+  room = token_limits(model, prompts, max_new_tokens)
   longest = max(map(len, prompts))
   tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   inside = np.arange(tokens.shape[1]) < np.array([[len(p)] for p in prompts])
-  params = weights.with_tokens(params, jnp.where(inside, tokens, NONE))
-  limit, stop = np.array(room, np.int32), stops(stop_tokens)
+  params = weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
+  limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
   steps = max(room)
   state, shown, done = prefill(
@@ -287,13 +292,13 @@ def chunks(
       ahead = decode(model, params, state, sampling, limit, stop, size)
       made += size
     ended = np.all(np.asarray(done))
-    yield trimmed(np.asarray(shown))
+    yield drop_empty_columns(np.asarray(shown))
     if ended or ahead is None:
       return
     state, shown, done = ahead
 
 
-def source_of(kv: Any, source: Source | None) -> Source:
+def token_source(kv: Any, source: TokenSource | None) -> TokenSource:
   """Returns where tokens come from: `chunks`, or what stands in its place.
 
   Args:
@@ -313,14 +318,14 @@ def source_of(kv: Any, source: Source | None) -> Source:
   return source
 
 
-def stops(tokens: Sequence[int]) -> np.ndarray:
+def pad_stop_tokens(tokens: Sequence[int]) -> np.ndarray:
   """Returns tokens that end a row, padded: their number is no shape."""
   found = sorted(set(tokens))
-  found += [NONE] * (-len(found) % _STOPS or (0 if found else _STOPS))
+  found += [NO_TOKEN] * (-len(found) % _STOPS or (0 if found else _STOPS))
   return np.array(found, np.int32)
 
 
-def limits(
+def token_limits(
   model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
   """Returns how many tokens each prompt may be continued by.
@@ -370,7 +375,7 @@ def generate(
   stop_tokens: Sequence[int] = (),
   examples: Sequence[int] | None = None,
   kv: Any = None,
-  source: Source | None = None,
+  source: TokenSource | None = None,
 ) -> Generated:
   """Returns continuations of token prompts.
 
@@ -379,7 +384,7 @@ def generate(
       examples, kv: as for `chunks`.
     source: see `source_of`.
   """
-  parts = source_of(kv, source)(
+  parts = token_source(kv, source)(
     model,
     params,
     prompts,
@@ -389,4 +394,4 @@ def generate(
     stop_tokens,
     examples,
   )
-  return gathered(parts, stop_tokens)
+  return collect(parts, stop_tokens)

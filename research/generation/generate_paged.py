@@ -25,7 +25,7 @@ from research.generation import generate, paging
 from research.generation import generate_paged_rows as programs
 from research.generation import sampling as samplers
 from research.generation.generate import CHUNK
-from research.generation.generated import NONE, trimmed
+from research.generation.generated import NO_TOKEN, drop_empty_columns
 from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
 from research.generation.sampling import GREEDY, Sampling
@@ -34,7 +34,7 @@ from research.nn.cache import paged
 from research.nn.transformer import Transformer
 from research.typing import Params, PRNGKey, UserError
 
-PIECES = (16, 64)
+PREFILL_SIZES = (16, 64)
 """Tokens of a prompt that are read at a time: the least that hold the rest."""
 
 
@@ -44,7 +44,7 @@ def _pieces(
   """Yields where a piece begins, its tokens `[1, size]`, how many are live."""
   while start < len(prompt):
     rest = len(prompt) - start
-    size = next((n for n in PIECES if n >= rest), PIECES[-1])
+    size = next((n for n in PREFILL_SIZES if n >= rest), PREFILL_SIZES[-1])
     piece = prompt[start : start + size]
     tokens = np.zeros((1, size), np.int32)
     tokens[0, : len(piece)] = piece
@@ -63,7 +63,7 @@ class _Batch:
     self.held: dict[int, int] = {}
     self.pool = paged.empty_pool(model, params, pages.count, pages.size, dtype)
     asked = self.sampling.repetition_penalty is not None
-    self.rows = programs.nobody(
+    self.rows = programs.empty_rows(
       len(pages.table), self.keys[0], model.vocab_size if asked else None
     )
 
@@ -80,10 +80,10 @@ class _Batch:
     prompt = self.prompts[i]
     start = self.pages.admit(row, prompt, self.tokens[i])
     if start.copy is not None:
-      self.pool = programs.copy(self.pool, *map(np.int32, start.copy))
+      self.pool = programs.copy_page(self.pool, *map(np.int32, start.copy))
     table = self.pages.table[[row]]
     for at, tokens, length in _pieces(prompt, start.read):
-      hidden, self.pool = programs.read(
+      hidden, self.pool = programs.prefill(
         self.model,
         self.params,
         self.pool,
@@ -100,7 +100,7 @@ class _Batch:
     length, keys = np.int32([len(prompt)]), self.keys[i : i + 1]
     new = programs.Rows(length, none, none, limit, np.array([True]), keys, seen)
     self.held[row] = i
-    self.rows, token = programs.enter(
+    self.rows, token = programs.insert_row(
       self.model,
       self.params,
       self.rows,
@@ -133,7 +133,7 @@ class _Batch:
     out, done = np.asarray(out), np.asarray(self.rows.done)
     lengths, found = np.asarray(self.rows.length), {}
     for row, i in list(self.held.items()):
-      found[i] = [token for token in out[row].tolist() if token != NONE]
+      found[i] = [token for token in out[row].tolist() if token != NO_TOKEN]
       if done[row]:
         self.pages.release(row)
         del self.held[row]
@@ -173,14 +173,14 @@ def chunks(
   samplers.check(sampling)
   _check_rotations(model)
   _check_adapters(params)
-  limits = generate.limits(model, prompts, max_new_tokens)
+  limits = generate.token_limits(model, prompts, max_new_tokens)
   if pages is None:
     pages = paging.allocator(model, prompts, max_new_tokens, layout)
   _check_pages(pages, layout)
   key = jax.random.key(0) if key is None else key
   rows = range(len(prompts)) if examples is None else examples
   keys = samplers.row_keys(key, jnp.array(rows, jnp.int32))
-  rules = sampling, generate.stops(stop_tokens), keys
+  rules = sampling, generate.pad_stop_tokens(stop_tokens), keys
   batch = _Batch(model, params, prompts, limits, rules, pages, layout.dtype)
   windows = [kind.attention.window for kind in model.layer_kinds()]
   reach = None if None in windows else max(windows)
@@ -192,10 +192,10 @@ def chunks(
       first[i] = batch.admit(row, i)
     found = batch.decode(size, reach)
     found |= {i: [int(token), *found[i]] for i, token in first.items()}
-    out = np.full((len(prompts), 1 + size), NONE, np.int32)
+    out = np.full((len(prompts), 1 + size), NO_TOKEN, np.int32)
     for i, tokens in found.items():
       out[i, : len(tokens)] = tokens
-    yield trimmed(out)
+    yield drop_empty_columns(out)
 
 
 def _check_pages(pages, layout):

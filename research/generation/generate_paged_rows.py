@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.generation import generate
-from research.generation.generated import NONE
+from research.generation.generated import NO_TOKEN
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
@@ -43,7 +43,7 @@ class Rows:
   seen: Any = None
 
 
-def nobody(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
+def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
   """Returns rows that are no prompt's.
 
   Args:
@@ -63,7 +63,7 @@ def nobody(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
 @functools.partial(
   jax.jit, static_argnames=("model",), donate_argnames=("pool",)
 )
-def read(
+def prefill(
   model: Transformer,
   params: Params,
   pool: paged.Pool,
@@ -83,17 +83,17 @@ def read(
     tokens: the piece, padded on the right.
     count: its tokens.
   """
-  cache = paged.view(pool, table, length)
+  cache = paged.paged_cache(pool, table, length)
   hidden, cache = model.apply(
     {"params": params}, tokens, cache=cache, lengths=count
   )
-  return hidden[jnp.arange(1), count - 1], paged.pool_of(cache)
+  return hidden[jnp.arange(1), count - 1], paged.pool_from_cache(cache)
 
 
 @functools.partial(
   jax.jit, static_argnames=("model",), donate_argnames=("rows",)
 )
-def enter(
+def insert_row(
   model: Transformer,
   params: Params,
   rows: Rows,
@@ -115,11 +115,11 @@ def enter(
     sampling: how tokens are chosen.
     stop: tokens that end a row.
   """
-  token, seen = generate.choose(
+  token, seen = generate.sample_next(
     model, params, hidden, sampling, new.keys, 0, new.seen
   )
   step = jnp.ones_like(new.limit)
-  done = generate.ended(token, step, new.limit, stop)
+  done = generate.has_ended(token, step, new.limit, stop)
   new = Rows(new.length, token, step, new.limit, done, new.keys, seen)
   rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, new)
   return rows, token[0]
@@ -162,22 +162,22 @@ def decode(
     hidden, cache = model.apply(
       {"params": params},
       rows.token[:, None],
-      cache=paged.view(pool, table, rows.length),
+      cache=paged.paged_cache(pool, table, rows.length),
       lengths=jnp.where(rows.done, 0, 1),
     )
-    token, seen = generate.choose(
+    token, seen = generate.sample_next(
       model, params, hidden[:, 0], sampling, rows.keys, rows.step, rows.seen
     )
-    shown = jnp.where(rows.done, NONE, token)
+    shown = jnp.where(rows.done, NO_TOKEN, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
     after = rows.step + 1
-    done = rows.done | generate.ended(token, after, rows.limit, stop)
+    done = rows.done | generate.has_ended(token, after, rows.limit, stop)
     rows = Rows(cache.length, token, after, rows.limit, done, rows.keys, seen)
-    return i + 1, paged.pool_of(cache), rows, out
+    return i + 1, paged.pool_from_cache(cache), rows, out
 
-  out = jnp.full((len(rows.token), size), NONE, jnp.int32)
+  out = jnp.full((len(rows.token), size), NO_TOKEN, jnp.int32)
   carry = jax.lax.while_loop(unfinished, step, (0, pool, rows, out))
   return carry[1:]
 
 
-copy = jax.jit(paged.copied, donate_argnames=("pool",))
+copy_page = jax.jit(paged.copy_page, donate_argnames=("pool",))

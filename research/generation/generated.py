@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-NONE = -1
+NO_TOKEN = -1
 """In place of tokens after a row's end."""
 
 
@@ -22,12 +22,12 @@ class Generated:
   reasons: list[str]
 
 
-def trimmed(tokens: np.ndarray) -> np.ndarray:
+def drop_empty_columns(tokens: np.ndarray) -> np.ndarray:
   """Returns the columns in which some row still has a token."""
-  return tokens[:, np.any(tokens != NONE, axis=0)]
+  return tokens[:, np.any(tokens != NO_TOKEN, axis=0)]
 
 
-def gathered(
+def collect(
   parts: Iterable[np.ndarray], stop_tokens: Sequence[int]
 ) -> Generated:
   """Returns all that was generated.
@@ -38,7 +38,7 @@ def gathered(
   """
   ends, out, reasons = set(stop_tokens), [], []
   for row in np.concatenate(list(parts), axis=1).tolist():
-    row = [token for token in row if token != NONE]
+    row = [token for token in row if token != NO_TOKEN]
     stopped = row[-1] in ends
     out.append(row[:-1] if stopped else row)
     reasons.append("stop" if stopped else "length")

@@ -16,7 +16,7 @@ import numpy as np
 
 from research.typing import UserError
 
-NONE = -1
+NO_PAGE = -1
 """In the table where a row has no page; also the page before the first."""
 
 
@@ -58,7 +58,7 @@ class PageAllocator:
       if value < 1:
         raise UserError(f"pages {name}: found {value}, expected at least 1")
     self.count, self.size, self.most_used = count, size, 0
-    self.table = np.full((rows, width), NONE, np.int32)
+    self.table = np.full((rows, width), NO_PAGE, np.int32)
     self._free = list(range(count))[::-1]
     self._holders = [0] * count
     self._held: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -87,7 +87,7 @@ class PageAllocator:
         f"of {self.size}.\nGive more pages (count), or ask for fewer tokens."
       )
 
-  def wanted(self, prompt: Sequence[int], tokens: int) -> int:
+  def pages_needed(self, prompt: Sequence[int], tokens: int) -> int:
     """Returns how many free pages a row would take.
 
     Args:
@@ -100,8 +100,8 @@ class PageAllocator:
     return self.pages(tokens) - len(shared)
 
   def has_room(self, prompt: Sequence[int], tokens: int) -> bool:
-    """Returns whether a row can be let in now; arguments as for `wanted`."""
-    return self.wanted(prompt, tokens) <= self.free
+    """Returns whether a row can be let in now; arguments as for `pages_needed`."""
+    return self.pages_needed(prompt, tokens) <= self.free
 
   def admit(self, row: int, prompt: Sequence[int], tokens: int) -> Admission:
     """Gives pages to a row that has none, and returns what they hold.
@@ -117,7 +117,7 @@ class PageAllocator:
     Raises:
       UserError: there are not so many free pages.
     """
-    if np.any(self.table[row] != NONE):
+    if np.any(self.table[row] != NO_PAGE):
       raise UserError(f"pages: row {row} has some, expected them released")
     self.check(tokens)
     shared, part, length = self._known(prompt)
@@ -151,19 +151,19 @@ class PageAllocator:
 
   def _drop(self, row: int, count: int) -> None:
     for page in self.table[row, :count].tolist():
-      if page != NONE:
+      if page != NO_PAGE:
         self._holders[page] -= 1
         if not self._holders[page]:
           self._forget(page)
           self._free.append(page)
-    self.table[row, :count] = NONE
+    self.table[row, :count] = NO_PAGE
 
   def _known(self, prompt: Sequence[int]) -> tuple[list[int], int | None, int]:
     """Returns the pages that begin alike, one that does in part, and how far.
 
     The last token is never among them: what follows it has to be computed.
     """
-    pages, before, end = [], NONE, len(prompt) - 1
+    pages, before, end = [], NO_PAGE, len(prompt) - 1
     while True:
       rest = tuple(prompt[len(pages) * self.size : end][: self.size])
       found, length = None, 0
@@ -181,13 +181,13 @@ class PageAllocator:
   ) -> None:
     """Notes what is read into pages from the first that is a row's own on."""
     for j in range(first, self.pages(len(prompt))):
-      before = pages[j - 1] if j else NONE
+      before = pages[j - 1] if j else NO_PAGE
       tokens = tuple(prompt[j * self.size : (j + 1) * self.size])
       self._held[pages[j]] = before, tokens
       self._behind.setdefault(before, []).append(pages[j])
 
   def _forget(self, page: int) -> None:
-    before, _ = self._held.pop(page, (NONE, ()))
+    before, _ = self._held.pop(page, (NO_PAGE, ()))
     # The page before may have been another row's since.
     if page in self._behind.get(before, ()):
       self._behind[before].remove(page)

@@ -36,7 +36,7 @@ class Paging:
       found = getattr(self, name)
       if found is not None and found < 1:
         raise UserError(f"pages {name}: found {found}, expected at least 1")
-    known = (None, *paged.CODES)
+    known = (None, *paged.CODE_DTYPES)
     if self.dtype not in known:
       raise UserError(
         f"pages dtype: found {self.dtype!r}, expected one of "
@@ -90,7 +90,9 @@ def allocator(
     UserError: a prompt is none for this model, or takes more pages than there
       are.
   """
-  tokens = extents(prompts, generate.limits(model, prompts, max_new_tokens))
+  tokens = extents(
+    prompts, generate.token_limits(model, prompts, max_new_tokens)
+  )
   rows = min(paging.rows or len(prompts), len(prompts))
   needs = sorted(-(-n // paging.size) for n in tokens)
   total = sum(needs[-rows:])
@@ -139,7 +141,7 @@ def memory(
 
   page = nbytes(lambda: paged.empty_pool(model, params, 1, pages.size, dtype))
   longest = max(map(len, prompts))
-  steps = max(generate.limits(model, prompts, max_new_tokens))
+  steps = max(generate.token_limits(model, prompts, max_new_tokens))
   capacity = generate.bucket(longest + steps)
   slab = nbytes(
     lambda: init_cache(model, params, len(prompts), capacity).layers

@@ -120,7 +120,7 @@ def keep_min_p(logits: Float[Array, "B V"], ratio: Any) -> Float[Array, "B V"]:
   return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def adjusted(
+def process_logits(
   logits: Float[Array, "B V"],
   sampling: Sampling,
   seen: Bool[Array, "B V"] | None = None,
@@ -141,7 +141,7 @@ def adjusted(
   return logits
 
 
-def choose(
+def sample(
   logits: Float[Array, "B V"],
   sampling: Sampling,
   keys: PRNGKey,
@@ -157,7 +157,7 @@ def choose(
     step: how many tokens the rows have generated, all or each.
     seen: tokens that each row holds, where a repetition penalty needs them.
   """
-  logits = adjusted(logits, sampling, seen)
+  logits = process_logits(logits, sampling, seen)
   if sampling.temperature is None:
     return _largest(logits)
   own = 0 if jnp.ndim(step) else None

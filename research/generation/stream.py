@@ -39,7 +39,7 @@ class _Row:
     """Returns the piece that `tokens` make; `NONE` is skipped."""
     text, read = "", 0
     for token in tokens:
-      if self.ended or token == generate.NONE:
+      if self.ended or token == generate.NO_TOKEN:
         break
       if token in self._ends:
         return self.finish(text, read, "stop")
@@ -69,7 +69,7 @@ def stream(
   stop: Sequence[str] = (),
   size: int = generate.CHUNK,
   kv: Any = None,
-  source: generate.Source | None = None,
+  source: generate.TokenSource | None = None,
 ) -> Iterator[list[Piece]]:
   """Yields a piece for each prompt, until all have ended.
 
@@ -89,7 +89,7 @@ def stream(
   Raises:
     UserError: both `kv` and a source are given.
   """
-  source = generate.source_of(kv, source)
+  source = generate.token_source(kv, source)
   rows = [_Row(tokenizer, stop) for _ in prompts]
   for chunk in source(
     model,

@@ -104,7 +104,7 @@ class Cost:
     )
 
 
-def of(program: Program, devices: int) -> Cost:
+def program_cost(program: Program, devices: int) -> Cost:
   """Returns what one run of `program` costs each of so many devices."""
   return _Walk(program, devices).computation(program.entry)
 
@@ -128,7 +128,7 @@ class _Walk:
     if i.opcode == "while":
       each = self.computation(i.calls("body"))
       each += self.computation(i.calls("condition"))
-      n = trips.count(self._program, where, i)
+      n = trips.trip_count(self._program, where, i)
       if n is None:
         return dataclasses.replace(each, unknown=each.unknown + 1)
       return each.times(n)
@@ -141,7 +141,7 @@ class _Walk:
       return self.computation(i.calls("calls"))
     here = Cost(
       flops=_flops(where, i),
-      bytes=traffic.of(self._program, where, i),
+      bytes=traffic.instruction_bytes(self._program, where, i),
       cycles=_cycles(i),
       collectives=self._collective(where, i),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 
-def of(f: Any, *args: Any) -> float:
+def count_flops(f: Any, *args: Any) -> float:
   """Returns the FLOPs of `f(*args)`, summed over all devices.
 
   A multiplication and an addition are two. Loops whose length depends on data

@@ -109,7 +109,7 @@ def forecast(compiled: Any, mesh: Mesh, topology: Topology) -> Forecast:
     mesh: over those devices.
     topology: what it was compiled for.
   """
-  found = cost.of(hlo.parse(compiled.as_text()), mesh.size)
+  found = cost.program_cost(hlo.parse(compiled.as_text()), mesh.size)
   exchanges = _exchanges(found, mesh)
   sent = sum((e.sent for e in exchanges), 0.0)
   return Forecast(
@@ -131,13 +131,13 @@ def _memory(usage: Any, chip: Chip) -> Memory:
   return Memory(
     arguments=arguments,
     outputs=outputs,
-    temporaries=held(usage) - arguments - outputs,
-    total=held(usage) + usage.generated_code_size_in_bytes,
+    temporaries=peak_bytes(usage) - arguments - outputs,
+    total=peak_bytes(usage) + usage.generated_code_size_in_bytes,
     limit=chip.memory,
   )
 
 
-def held(usage: Any) -> int:
+def peak_bytes(usage: Any) -> int:
   """Returns the bytes of main memory that a program's arrays take.
 
   Args:

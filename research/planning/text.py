@@ -10,7 +10,7 @@ _SHOWN = 12
 _UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def plain(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
+def as_json(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
   """Returns a forecast's numbers for JSON; None where nobody knows.
 
   Args:
@@ -63,13 +63,13 @@ def describe(cost: Forecast, found: Mapping[str, Any]) -> str:
   m = cost.memory
   verdict = "fits" if m.fits else "DOES NOT FIT"
   lines = [
-    f"memory of a device: {amount(m.arguments)} arguments,"
-    f" {amount(m.temporaries)} temporaries, {amount(m.outputs)} new outputs",
-    f"  in all {amount(m.total)} of {amount(m.limit)}: {verdict}",
+    f"memory of a device: {format_bytes(m.arguments)} arguments,"
+    f" {format_bytes(m.temporaries)} temporaries, {format_bytes(m.outputs)} new outputs",
+    f"  in all {format_bytes(m.total)} of {format_bytes(m.limit)}: {verdict}",
     f"work of a device: {cost.flops:.3g} FLOPs in matrix products"
     f" ({found['useful_flops']:.0%} of them the model's),"
-    f" {amount(cost.bytes)} through memory,"
-    f" {amount(found['bytes_sent'])} sent",
+    f" {format_bytes(cost.bytes)} through memory,"
+    f" {format_bytes(found['bytes_sent'])} sent",
   ]
   if cost.unknown_loops:
     lines.append(
@@ -103,8 +103,8 @@ def _exchanges(cost: Forecast) -> list[str]:
         f"{e.count:,.0f}",
         e.kind,
         " ".join(e.axes),
-        amount(e.payload),
-        amount(e.sent),
+        format_bytes(e.payload),
+        format_bytes(e.sent),
         of,
       )
     )
@@ -124,7 +124,7 @@ def _exchanges(cost: Forecast) -> list[str]:
   ]
 
 
-def amount(nbytes: float | int) -> str:
+def format_bytes(nbytes: float | int) -> str:
   """Returns bytes with a unit."""
   for unit, size in _UNITS:
     if nbytes >= size:
@@ -132,7 +132,7 @@ def amount(nbytes: float | int) -> str:
   return f"{nbytes:.0f} B"
 
 
-def exhausted(message: str) -> dict[str, Any]:
+def parse_out_of_memory(message: str) -> dict[str, Any]:
   """Returns `plain`'s numbers of a program that the compiler refused.
 
   Args:
@@ -152,11 +152,11 @@ def exhausted(message: str) -> dict[str, Any]:
   }
 
 
-def refusal(found: Mapping[str, Any]) -> str:
+def describe_out_of_memory(found: Mapping[str, Any]) -> str:
   """Returns what `exhausted` found for people."""
   needed = found.get("message")
   if needed is None:
-    needed = f"{amount(found['total_bytes'])} of {amount(found['limit_bytes'])}"
+    needed = f"{format_bytes(found['total_bytes'])} of {format_bytes(found['limit_bytes'])}"
   return (
     f"memory of a device: {needed}: DOES NOT FIT\n"
     "  Cut weights over fsdp or tensor, lower the batch, accumulate, or set"

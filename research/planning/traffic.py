@@ -28,7 +28,9 @@ _ALIASES = ("bitcast", "reshape", "copy", "convert", "transpose")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
-def of(program: Program, where: Computation, i: Instruction) -> float:
+def instruction_bytes(
+  program: Program, where: Computation, i: Instruction
+) -> float:
   """Returns the bytes of one run of `i`, an instruction outside a fusion."""
   if i.opcode in _FREE:
     return 0.0

@@ -21,7 +21,7 @@ class _Carry:
   index: int
 
 
-def count(
+def trip_count(
   program: Program, where: Computation, loop: Instruction
 ) -> int | None:
   """Returns how often `loop` in `where` runs its body; None if data decide."""

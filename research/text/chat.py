@@ -72,7 +72,7 @@ def render_marked(
 @functools.lru_cache(maxsize=16)
 def _marks(template: str) -> bool:
   with _readable(template):
-    return sandbox.marks(template)
+    return sandbox.has_generation_blocks(template)
 
 
 def _rendered(render, template, messages, names):
@@ -95,7 +95,7 @@ def _readable(template: str) -> Iterator[None]:
     )
   try:
     yield
-  except sandbox.TooMuch as error:
+  except sandbox.LimitExceeded as error:
     raise UserError(
       f"chat template: makes {error}; it was stopped.\n"
       "Use a template that you trust, or generate without --chat."

@@ -26,7 +26,7 @@ _LLAMA3 = (_CL100K.format(digits="{1,3}"),)
 _QWEN2 = (_CL100K.format(digits=""),)
 _DIGITS = (r"\p{N}", _GPT2)
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-WORDS: dict[str, tuple[str, ...]] = {
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
   "default": _DEFAULT,
   "gpt-2": (_GPT2,),
   "smollm": _DIGITS,
@@ -143,8 +143,8 @@ def _byte_level(
   fields: _Fields, tokens: list[str], unknown: int | None
 ) -> tokenizers.Tokenizer:
   pre = fields.get("pre", str, "default")
-  if pre not in WORDS:
-    fields.fail("pre", pre, f"one of {', '.join(WORDS)}")
+  if pre not in PRE_TOKENIZERS:
+    fields.fail("pre", pre, f"one of {', '.join(PRE_TOKENIZERS)}")
   merges = [tuple(m.split(" ")) for m in fields.strings("merges")]
   if bad := [m for m in merges if len(m) != 2]:
     fields.fail("merges", " ".join(bad[0]), "two tokens and a space")
@@ -153,12 +153,12 @@ def _byte_level(
     merges=merges,
     ignore_merges=pre in _WHOLE_WORDS,
   )
-  if WORDS[pre] is _QWEN2:
+  if PRE_TOKENIZERS[pre] is _QWEN2:
     out.normalizer = normalizers.NFC()
   out.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
-      for words in WORDS[pre]
+      for words in PRE_TOKENIZERS[pre]
     ]
     + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
   )

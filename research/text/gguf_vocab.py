@@ -18,7 +18,7 @@ from research.typing import UserError
 
 _NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6
 
-TEXTS = (
+PROBE_TEXTS = (
   "Hello, world! It's we'll I'VE don't",
   "  two  spaces\n\n\nand\tlines \r\n end ",
   "1 22 333 4444 55555 3.14159 x2 v10.0",
@@ -117,7 +117,7 @@ def _candidates(tokenizer, model, tokens, types) -> Iterator[dict[str, Any]]:
         "tokenizer.ggml.add_space_prefix": prefix,
       }
     return
-  for pre in gguf_tokenizer.WORDS:
+  for pre in gguf_tokenizer.PRE_TOKENIZERS:
     yield {
       "tokenizer.ggml.model": "gpt2",
       "tokenizer.ggml.pre": pre,
@@ -155,7 +155,7 @@ def _alike(tokenizer: Tokenizer, found: dict[str, Any]) -> bool:
   if backend.model.ignore_merges != mine.model.ignore_merges:
     return False
   marked = [t.content for t in mine.get_added_tokens_decoder().values()]
-  texts = [*TEXTS, "".join(f"x{t} y" for t in marked[:64])]
+  texts = [*PROBE_TEXTS, "".join(f"x{t} y" for t in marked[:64])]
   return all(
     _words(backend, text) == _words(mine, text)
     and backend.encode(text, add_special_tokens=False).ids

@@ -36,7 +36,7 @@ _GROWING = "center expandtabs format format_map ljust rjust translate zfill"
 """Methods of strings whose result may be any size; no chat needs them."""
 
 
-class TooMuch(Exception):
+class LimitExceeded(Exception):
   """A rendering passed one of the bounds."""
 
 
@@ -65,7 +65,7 @@ class _Generation(ext.Extension):
 @no_type_check
 def _bound(size: int) -> None:
   if size > MAX_SIZE:
-    raise TooMuch(f"more than {MAX_SIZE:,} characters")
+    raise LimitExceeded(f"more than {MAX_SIZE:,} characters")
 
 
 @no_type_check
@@ -132,7 +132,7 @@ def _tojson(
 ) -> str:
   """JSON as Hugging Face writes it, without HTML's escapes."""
   if indent is not None and not 0 <= int(indent) <= 16:
-    raise TooMuch("an indentation of more than 16")
+    raise LimitExceeded("an indentation of more than 16")
   return json.dumps(
     _measured(x),
     ensure_ascii=ensure_ascii,
@@ -148,7 +148,7 @@ def _raise_exception(message: Any) -> None:
 
 def _strftime_now(form: str) -> str:
   if len(form) > 64:
-    raise TooMuch("a date of more than 64 characters")
+    raise LimitExceeded("a date of more than 64 characters")
   return datetime.datetime.now().strftime(form)
 
 
@@ -171,23 +171,23 @@ class _Environment(ImmutableSandboxedEnvironment):
   def call_binop(self, context, operator, left, right):
     sizes = [len(x) for x in (left, right) if hasattr(x, "__len__")]
     if sizes and operator == "%":
-      raise TooMuch("%-formatting, which no chat needs")
+      raise LimitExceeded("%-formatting, which no chat needs")
     if operator == "**":
-      raise TooMuch("a power, which no chat needs")
+      raise LimitExceeded("a power, which no chat needs")
     if sizes and operator == "*":
       times = [x for x in (left, right) if isinstance(x, int)]
       sizes = [sizes[0] * max(times, default=1)]
     _bound(sum(sizes))
     numbers = [x for x in (left, right) if isinstance(x, int)]
     if any(x.bit_length() > 64 for x in numbers):
-      raise TooMuch("an integer of more than 64 bits")
+      raise LimitExceeded("an integer of more than 64 bits")
     return super().call_binop(context, operator, left, right)
 
   def call(self, context, obj, *args, **kwargs):
     owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
     if isinstance(owner, str):
       if name in _GROWING.split():
-        raise TooMuch(f"str.{name}, which no chat needs")
+        raise LimitExceeded(f"str.{name}, which no chat needs")
       if name == "join":
         return _joined(owner, *args)
       if name == "replace":
@@ -221,7 +221,7 @@ def environment() -> jinja2.Environment:
   return out
 
 
-def marks(template: str) -> bool:
+def has_generation_blocks(template: str) -> bool:
   """Returns whether a template says `{% generation %}` anywhere."""
   tokens = [t for t in environment().lex(template) if t[1] != "whitespace"]
   return any(
@@ -285,7 +285,7 @@ def _traced(work: Callable[[], str]) -> str:
       return None
     steps += 1
     if steps > MAX_STEPS:
-      raise TooMuch(f"more than {MAX_STEPS:,} steps")
+      raise LimitExceeded(f"more than {MAX_STEPS:,} steps")
     return count
 
   before = sys.gettrace()

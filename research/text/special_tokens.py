@@ -92,7 +92,7 @@ def begins_with(ids: Any, begin: Sequence[int]) -> bool:
   return [int(i) for i in ids[: len(begin)]] == list(begin)
 
 
-def of_tokenizer(tokenizer: Any) -> SpecialTokens:
+def from_tokenizer(tokenizer: Any) -> SpecialTokens:
   """Returns what a tokenizer puts around a text.
 
   Args:

@@ -29,7 +29,7 @@ def lower_step(
   state: TrainState,
   batch: Batch,
   key: PRNGKey | jax.ShapeDtypeStruct,
-  rewrites: Sequence[StateTransform] = (),
+  state_transforms: Sequence[StateTransform] = (),
 ) -> jax.stages.Lowered:
   """Returns the update, for the devices that its arguments are on.
 
@@ -43,13 +43,13 @@ def lower_step(
       the metrics are on every device.
     batch: or its shapes.
     key: or its shape.
-    rewrites: of the state, after each step, in order.
+    state_transforms: of the state, after each step, in order.
   """
 
   def update(moving, frozen, batch, key):
     full = dataclasses.replace(moving, frozen=frozen)
     state, metrics = step(full, batch, key)
-    for rewrite in rewrites:
+    for rewrite in state_transforms:
       state, metrics = rewrite(state, metrics)
       if state.frozen is not frozen:
         raise UserError(
@@ -70,7 +70,7 @@ def compile_step(
   state: TrainState,
   batch: Batch,
   key: PRNGKey | jax.ShapeDtypeStruct,
-  rewrites: Sequence[StateTransform] = (),
+  state_transforms: Sequence[StateTransform] = (),
 ) -> tuple[Callable, dict[str, float]]:
   """Returns the compiled update of `lower_step` and what it costs.
 
@@ -78,7 +78,7 @@ def compile_step(
   recompilation.
   """
   begin = time.perf_counter()
-  compiled = lower_step(step, state, batch, key, rewrites).compile()
+  compiled = lower_step(step, state, batch, key, state_transforms).compile()
   memory.release()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
   logging.info(

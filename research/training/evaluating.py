@@ -39,7 +39,7 @@ def evaluate_all(
   state: TrainState,
   evaluations: Evaluations,
   sharding: NamedSharding | None = None,
-  leaving: Callable[[], bool] = lambda: False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
   """Returns `name/metric` for each evaluation: means over the weight.
 
@@ -48,7 +48,7 @@ def evaluate_all(
     state: what to evaluate.
     evaluations: name -> whole batches, in every process.
     sharding: of batches, or None off a mesh.
-    leaving: whether to stop, asked before each batch; the same answer in every
+    should_stop: whether to stop, asked before each batch; the same answer in every
       process.
 
   Raises:
@@ -58,16 +58,16 @@ def evaluate_all(
     f"{name}/{metric}": value
     for name, batches in evaluations.items()
     for metric, value in evaluate(
-      step, state, _until(leaving, batches), sharding
+      step, state, _until(should_stop, batches), sharding
     ).items()
   }
 
 
 def _until(
-  leaving: Callable[[], bool], batches: Iterable[Batch]
+  should_stop: Callable[[], bool], batches: Iterable[Batch]
 ) -> Iterator[Batch]:
   for batch in batches:
-    if leaving():
+    if should_stop():
       raise Stopped
     yield batch
 
@@ -88,7 +88,7 @@ def evaluate(
   """
   sums = None
   for batch in batches:
-    found = step(state, global_batch.place(batch, sharding))
+    found = step(state, global_batch.to_global(batch, sharding))
     # Added on the device: nothing waits until the last batch is queued.
     sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
   total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}

@@ -29,16 +29,16 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
   if sharding is None or jax.process_count() == 1:
     return 0, 1
   pieces = _pieces(sharding, 0)
-  rows = fitted(sharding, (pieces,))
+  rows = array_sharding(sharding, (pieces,))
   held = {
     piece
     for (index,) in rows.addressable_devices_indices_map((pieces,)).values()
     for piece in range(*index.indices(pieces))
   }
-  return part(held, pieces)
+  return equal_part(held, pieces)
 
 
-def part(held: Set[int], pieces: int) -> tuple[int, int]:
+def equal_part(held: Set[int], pieces: int) -> tuple[int, int]:
   """Returns `(i, n)`: `held` is the i-th of n equal parts of `range(pieces)`.
 
   Or `(0, 1)`, all of it, where it is none.
@@ -49,7 +49,9 @@ def part(held: Set[int], pieces: int) -> tuple[int, int]:
   return first // count, pieces // count
 
 
-def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def array_sharding(
+  sharding: NamedSharding, shape: tuple[int, ...]
+) -> NamedSharding:
   """Returns `sharding`, that of `[B, T]`, for a batch's array of `shape`.
 
   Raises:
@@ -74,7 +76,7 @@ def _pieces(sharding: NamedSharding, i: int) -> int:
   return math.prod(sharding.mesh.shape[a] for a in axes)
 
 
-def place(
+def to_global(
   batch: Batch, sharding: NamedSharding | None, parts: int = 1
 ) -> dict[str, Any]:
   """Returns a batch as global arrays, cut as `sharding` says.
@@ -90,7 +92,7 @@ def place(
   def one(x: Any) -> jax.Array:
     x = np.asarray(x)
     shape = (x.shape[0] * parts, *x.shape[1:])
-    cut = fitted(sharding, shape)
+    cut = array_sharding(sharding, shape)
     if jax.process_count() == 1:
       return jax.device_put(x, cut)
     return jax.make_array_from_process_local_data(cut, x, shape)
@@ -98,7 +100,7 @@ def place(
   return {name: one(x) for name, x in batch.items()}
 
 
-def placed(
+def to_global_batches(
   batches: Iterator[Batch], sharding: NamedSharding | None
 ) -> Iterator[Batch]:
   """Returns batches that a compiled step takes.
@@ -109,4 +111,4 @@ def placed(
   if jax.process_count() == 1:
     return batches
   _, parts = share(sharding)
-  return (place(batch, sharding, parts) for batch in batches)
+  return (to_global(batch, sharding, parts) for batch in batches)

@@ -1,6 +1,6 @@
 """The loop: restore, compile, step, evaluate, save.
 
-`fit` reads straight down. A run is a function of its plan, its data and its
+`fit` reads straight down. A run is a function of its config, its data and its
 seed: ten steps are bitwise five, a crash, and five more, since a step's key is
 `fold_in(key(seed), step)` and the data's place is saved with the state.
 """
@@ -108,15 +108,15 @@ def fit(
   tx: optax.GradientTransformation,
   state: TrainState,
   training: Iterable[Batch],
-  plan: TrainConfig,
+  config: TrainConfig,
   *,
   workdir: str | os.PathLike,
   evaluations: Evaluations | None = None,
   source: Mapping[str, Any] | None = None,
   writers: Sequence[reports.WriterFactory] = (),
-  rewrites: Sequence[StateTransform] = (),
+  state_transforms: Sequence[StateTransform] = (),
   sharding: NamedSharding | None = None,
-  began: float | int | None = None,
+  started_at: float | int | None = None,
 ) -> Outcome:
   """Trains from `state`, or from the workdir's last checkpoint if it has one.
 
@@ -130,15 +130,15 @@ def fit(
     training: endless batches of one shape, this process's share of the rows
       (`global_batch.share`); `iter` of it is checkpointed if it is one of
       grain's iterators.
-    plan: how long, and when to look up.
+    config: how long, and when to look up.
     workdir: gets `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
     source: where the frozen weights can be had again, see `record_base`.
     writers: further writers besides `metrics.jsonl`.
-    rewrites: of the state, after each step, in order.
+    state_transforms: of the state, after each step, in order.
     sharding: of batches `[B, T]`, on the mesh that `state` lives on; None for
       a state on one device.
-    began: when this process began (`time.time()`), for the account of time.
+    started_at: when this process began (`time.time()`), for the account of time.
 
   Raises:
     UserError: a loss or gradient that is not finite (with step and metric),
@@ -147,7 +147,7 @@ def fit(
   """
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  clock, evaluation = Goodput(began), {}
+  clock, evaluation = Goodput(started_at), {}
   points, batches = preemption.StopPoints(), iter(training)
   with contextlib.ExitStack() as stack:
     # --- restore ---
@@ -155,10 +155,10 @@ def fit(
     checkpoints = stack.enter_context(
       Checkpoints(
         folder,
-        keep=plan.keep,
-        every=plan.keep_every,
-        best=plan.best,
-        better=plan.better,
+        keep=config.keep,
+        every=config.keep_every,
+        best=config.best,
+        better=config.better,
         sweep=True,
       )
     )
@@ -173,7 +173,7 @@ def fit(
         workdir,
         writers,
         resumed if left is None else left,
-        plan.steps,
+        config.steps,
         clock,
         lambda: checkpoints.latest,
       )
@@ -208,7 +208,7 @@ def fit(
 
     # --- what a run was asked to leave ---
     if left is not None:
-      if _looks(plan, start, evaluations):
+      if _looks(config, start, evaluations):
         evaluation = evaluated(state)
         if evaluation is None:
           leave(f"step {start} is saved, but for its evaluation")
@@ -216,34 +216,34 @@ def fit(
       unevaluated.remove(workdir)
 
     # --- compile ---
-    key = _key(plan.seed, sharding)
-    if start < plan.steps:
+    key = _key(config.seed, sharding)
+    if start < config.steps:
       with clock.doing("compile"):
         # The first batch of another iterator: this one must not move.
         _, parts = global_batch.share(sharding)
-        first = global_batch.place(next(iter(training)), sharding, parts)
-        step = make_train_step(objective, tx, plan.accumulate, plan.average)
-        update, cost = compile_step(step, state, first, key, rewrites)
+        first = global_batch.to_global(next(iter(training)), sharding, parts)
+        step = make_train_step(objective, tx, config.accumulate, config.average)
+        update, cost = compile_step(step, state, first, key, state_transforms)
       report.write(start, cost)
       if points.reached():
         leave(f"step {start} is saved" if start else "no step was taken")
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    placed = global_batch.placed(batches, sharding)
+    placed = global_batch.to_global_batches(batches, sharding)
     report.restart()
-    for number in range(start + 1, plan.steps + 1):
-      last = number == plan.steps
-      looking = _looks(plan, number, evaluations)
+    for number in range(start + 1, config.steps + 1):
+      last = number == config.steps
+      looking = _looks(config, number, evaluations)
       with clock.doing("data"):
         batch = next(placed)
-      with clock.doing("step"), _traced(plan, number - start, last, report):
+      with clock.doing("step"), _traced(config, number - start, last, report):
         points.unsaved(True)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
         report.late.push(number, {**values, "tokens": _tokens(batch)})
         leaving = points.reached()
-        saving = looking or _due(plan.save_every, number, last or leaving)
+        saving = looking or _due(config.save_every, number, last or leaving)
         if saving:
           report.late.flush()  # nothing that is not finite gets past here
 
@@ -270,7 +270,7 @@ def fit(
       start=start,
       best=checkpoints.best,
       evaluation=evaluation or {},
-      tokens_per_s=report.tokens / trained if start < plan.steps else None,
+      tokens_per_s=report.tokens / trained if start < config.steps else None,
       seconds=dict(clock.seconds),
       goodput=clock.summary(),
       peak_memory_bytes=memory.peak_memory_bytes(),
@@ -278,11 +278,11 @@ def fit(
 
 
 def _looks(
-  plan: TrainConfig, number: int, evaluations: Evaluations | None
+  config: TrainConfig, number: int, evaluations: Evaluations | None
 ) -> bool:
   """Whether a step is evaluated."""
   return bool(evaluations) and _due(
-    plan.eval_every, number, number == plan.steps
+    config.eval_every, number, number == config.steps
   )
 
 
@@ -307,9 +307,9 @@ def _tokens(batch: Batch) -> int:
 
 
 @contextlib.contextmanager
-def _traced(plan: TrainConfig, number: int, last: bool, report: Report):
-  """Traces the steps that `plan.profile` names, for TensorBoard or xprof."""
-  first, count = plan.profile or (0, 0)
+def _traced(config: TrainConfig, number: int, last: bool, report: Report):
+  """Traces the steps that `config.profile` names, for TensorBoard or xprof."""
+  first, count = config.profile or (0, 0)
   if number == first:
     jax.profiler.start_trace(report.workdir / "profile")
   yield

@@ -45,7 +45,7 @@ def map_positions(
   return collectives.map_tokens(chunked, parts, *arrays)
 
 
-def logits_of(
+def fp32_logits(
   model: Transformer, head: Params, hidden: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
   """Returns logits in float32."""
@@ -59,7 +59,7 @@ def log_probs(
   hidden: Float[Array, "B T D"],
   targets: Int[Array, "B T"],
   rows: int = 256,
-  never: int | None = None,
+  excluded: int | None = None,
 ) -> Float[Array, "B T"]:
   """Returns log p(target) of each position.
 
@@ -69,11 +69,11 @@ def log_probs(
     hidden: the states that predict `targets`.
     targets: the truth.
     rows: positions times batch that a device holds at a time.
-    never: a token without probability, or None.
+    excluded: a token without probability, or None.
   """
 
   def one(head, hidden, targets):
-    logits = losses.without(logits_of(model, head, hidden), never)
+    logits = losses.exclude_token(fp32_logits(model, head, hidden), excluded)
     loss, _ = losses.token_losses(logits, targets)
     return -loss
 

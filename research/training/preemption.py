@@ -26,13 +26,13 @@ from jax.experimental import multihost_utils
 
 from research.typing import UserError
 
-AT_ONCE = 130
+INTERRUPTED_EXIT = 130
 """What a process ends with upon a second Ctrl-C: 128 and SIGINT's number."""
 
-BOUNCE = 0.5
+SIGINT_DEBOUNCE = 0.5
 """Seconds in which a second Ctrl-C is the same one, passed on by a parent."""
 
-PATIENCE = 2.0
+GRACE_SECONDS = 2.0
 """Seconds after which a process that only computes is ended from aside."""
 
 _NOTHING = "asked to stop; nothing had to be saved.\nThe same command goes on."
@@ -92,13 +92,13 @@ class StopRequest:
           pressed = now
           _say("stopping; a run saves first. Ctrl-C again ends it at once.")
         threading.Thread(target=self._end_if_stuck, daemon=True).start()
-      elif number == signal.SIGINT and now - pressed > BOUNCE:
+      elif number == signal.SIGINT and now - pressed > SIGINT_DEBOUNCE:
         _say("interrupted")
-        os._exit(AT_ONCE)
+        os._exit(INTERRUPTED_EXIT)
 
   def _end_if_stuck(self) -> None:
     """Ends a process that has nothing to save, and runs no Python."""
-    time.sleep(PATIENCE)
+    time.sleep(GRACE_SECONDS)
     if self._alone and not (self.unsaved or self._raised or self.asked):
       _say(f"preempted: {_NOTHING}")
       os._exit(Preempted.exit_status)

@@ -119,7 +119,7 @@ def create(
   return dataclasses.replace(made, frozen=frozen)
 
 
-def place(params: Params, shardings: Placement) -> Params:
+def shard_params(params: Params, shardings: Placement) -> Params:
   """Returns `params` on the devices where they belong, one copy of each part.
 
   Args:

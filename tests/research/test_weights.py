@@ -220,7 +220,7 @@ COUNTED = {
   "adapted twice": (lora(_lora(), _draw(1, 6), _draw(1, 5)), 30 + 22 + 11),
   "in codes": (int8_weights.encode(_draw(2, 64, 8)), 2 * 64 * 8),
   "two in one": (Untied(_draw(7, 4), _draw(7, 4)), 2 * 28),
-  "a kernel": (conv.of_kernel(_draw(2, 2, 3, 5)), 60),
+  "a kernel": (conv.kernel_to_matrix(_draw(2, 2, 3, 5)), 60),
 }
 
 

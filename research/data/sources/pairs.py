@@ -82,7 +82,10 @@ class Pairs:
     plan = [[Piece(i, 0, len(e.tokens))] for i, e in enumerate(found)]
     return PairedRows(
       PackedRows(
-        [e.tokens for e in found], plan, self.length, [e.learned for e in found]
+        [e.tokens for e in found],
+        plan,
+        self.length,
+        [e.loss_mask for e in found],
       )
     )
 

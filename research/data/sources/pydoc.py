@@ -64,7 +64,7 @@ class Questions:
   @property
   def texts(self) -> list[str]:
     """What is said, without the template, for `research.data.duplicates`."""
-    return [rendering.said(c) for c in self.conversations()]
+    return [rendering.plain_text(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)

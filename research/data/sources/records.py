@@ -76,7 +76,7 @@ class Chat:
   @property
   def texts(self) -> list[str]:
     """What is said, without the template, for `research.data.duplicates`."""
-    return [rendering.said(c) for c in self.conversations()]
+    return [rendering.plain_text(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Completions:
   def examples(self, tokenizer: Any) -> Sequence[Example]:
     """Returns the prompts with their completions; only the latter count."""
     return [
-      completed(tokenizer, prompt, answer) for prompt, answer in self._read()
+      completion_example(tokenizer, prompt, answer)
+      for prompt, answer in self._read()
     ]
 
   @property
@@ -148,7 +149,7 @@ class Preferences:
     if isinstance(record.get(self.chosen), str):
       prompt = record.text(self.prompt)
       answers = (_said(record, x) for x in (self.chosen, self.rejected))
-      return tuple(completed(tokenizer, prompt, a) for a in answers)
+      return tuple(completion_example(tokenizer, prompt, a) for a in answers)
     answers = [_messages(record, x) for x in (self.chosen, self.rejected)]
     if record.get(self.prompt) is not None:
       prompt = _messages(record, self.prompt)
@@ -167,7 +168,7 @@ class Preferences:
     )
 
 
-def completed(tokenizer: Any, prompt: str, answer: str) -> Example:
+def completion_example(tokenizer: Any, prompt: str, answer: str) -> Example:
   """Returns the tokens of `answer` behind `prompt`; only the answer counts."""
   end = [] if tokenizer.eos is None else [tokenizer.eos]
   return examples.join(

@@ -30,12 +30,12 @@ class Question(NamedTuple):
   """
 
   rows: Int[np.ndarray, "N T"]
-  known: Bool[np.ndarray, " T"]
-  place: int
+  visible: Bool[np.ndarray, " T"]
+  position: int
 
-  def commonest(self) -> Int[np.ndarray, " N"]:
+  def most_common(self) -> Int[np.ndarray, " N"]:
     """Returns the commonest value told: the guess of who knows no keys."""
-    told = self.rows[:, 1::2][:, self.known[1::2]]
+    told = self.rows[:, 1::2][:, self.visible[1::2]]
     ids = np.unique(told)
     return ids[(told[:, :, None] == ids).sum(1).argmax(1)]
 
@@ -89,7 +89,7 @@ class Shots:
     order = rng.integers(0, self.used, (count, self.pairs))
     return self._told(rng, order)
 
-  def asked(
+  def questions(
     self, evidence: Evidence, shots: int, split: Split, count: int
   ) -> Question:
     """Returns questions about a pair, with `shots` pairs on one side of it.
@@ -109,7 +109,7 @@ class Shots:
     room = self.pairs - 1 - (pair if evidence == "after" else 0)
     if not 1 <= shots <= room:
       raise UserError(
-        f"Shots.asked: found {shots} shots {evidence}, expected 1 to {room} of"
+        f"Shots.questions: found {shots} shots {evidence}, expected 1 to {room} of"
         f" {self.pairs} pairs"
       )
     place = 2 * pair + 1

@@ -256,7 +256,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     logit_softcap=fields.maybe_number("final_logit_softcapping"),
     pattern=_pattern(fields, kind, window),
     max_positions=fields.integer("max_position_embeddings"),
-    clock=_clock(fields.object(CLOCK)),
+    time_embedding=_clock(fields.object(CLOCK)),
   )
 
 

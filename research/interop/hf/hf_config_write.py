@@ -79,8 +79,8 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
       use_qkv_bias=a.qkv_bias,
       use_bias=a.out_bias,
     )
-  if model.clock is not None:
-    config[hf_config.CLOCK] = dataclasses.asdict(model.clock)
+  if model.time_embedding is not None:
+    config[hf_config.CLOCK] = dataclasses.asdict(model.time_embedding)
   _check_described(model, config)
   return config
 
@@ -143,7 +143,14 @@ def _check_described(model: Transformer, config: dict[str, Any]) -> None:
   family, sizes = hf_config.sizes_from_config(config, where)
   again = presets.transformer(family, sizes, model.dtype)
   same = _scaled(again) == _scaled(model)
-  for field in ("vocab_size", "width", "norm", "tied", "softcap", "clock"):
+  for field in (
+    "vocab_size",
+    "width",
+    "norm",
+    "tied",
+    "softcap",
+    "time_embedding",
+  ):
     same = same and getattr(again, field) == getattr(model, field)
   if not same or again.embed_scale != model.embed_scale:
     raise UserError(

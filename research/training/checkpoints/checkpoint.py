@@ -30,10 +30,10 @@ from research.typing import UserError
 _preserve = ocp.training.preservation_policies
 _decide = ocp.training.save_decision_policies
 
-SHOWN = 4
+MAX_DIFFERENCES = 4
 """How many differences an error lists before it counts the rest."""
 
-ASIDE = ".damaged"
+DAMAGED_SUFFIX = ".damaged"
 """What the name of a checkpoint that is not whole ends with."""
 
 
@@ -143,7 +143,7 @@ class Checkpoints:
     moving = _moving(state)
     parts: dict[str, Any] = {"state": moving}
     note = {
-      "kinds": checksums.kinds(moving),
+      "kinds": checksums.array_types(moving),
       "sums": checksums.sums(moving),
       "place": None,
     }
@@ -214,7 +214,7 @@ class Checkpoints:
         self._set_aside(step, str(error))
         _meet()
         self._steps.reload()
-    aside = len(list(self.folder.glob(f"*{ASIDE}*")))
+    aside = len(list(self.folder.glob(f"*{DAMAGED_SUFFIX}*")))
     if steps or aside:
       raise UserError(
         f"{self.folder}: none of its {aside or len(steps)} checkpoints is"
@@ -227,11 +227,11 @@ class Checkpoints:
   def _load(self, step: int, target: TrainState, data: Any) -> TrainState:
     """Returns a state after all its checks; `data` moves last of all."""
     where, wanted = self.folder / str(step), _moving(target)
-    with _quiet(), checksums.agreed():
+    with _quiet(), checksums.raise_together():
       if bad := checksums.damaged_file(where):
         raise checksums.Damaged(bad)
       meta = self._steps.metadata(step)
-      found = checksums.kinds(meta.metadata)
+      found = checksums.array_types(meta.metadata)
       note = (meta.custom_metadata or {}).get("checks")
       if note and found != note["kinds"]:
         raise checksums.Damaged(
@@ -243,7 +243,7 @@ class Checkpoints:
           "data: the iterator's place is not what was saved"
         )
     _compare(where, found, wanted)
-    with _quiet(), checksums.agreed():
+    with _quiet(), checksums.raise_together():
       parts = {"state": jax.tree.map(_abstract, wanted)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
@@ -286,8 +286,8 @@ class Checkpoints:
     if not self._sweep:
       return
     if jax.process_index() == 0 and where.exists():
-      taken = len(list(self.folder.glob(f"{step}{ASIDE}*")))
-      suffix = f"{ASIDE}.{taken}" if taken else ASIDE
+      taken = len(list(self.folder.glob(f"{step}{DAMAGED_SUFFIX}*")))
+      suffix = f"{DAMAGED_SUFFIX}.{taken}" if taken else DAMAGED_SUFFIX
       with folders.writing(where):
         where.rename(self.folder / f"{step}{suffix}")
 
@@ -341,7 +341,7 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
   """Raises a UserError that lists the paths in which two trees differ."""
-  want = checksums.kinds(wanted)
+  want = checksums.array_types(wanted)
   differences = [
     f"{path}: found {have.get(path, 'nothing')},"
     f" expected {want.get(path, 'nothing')}"
@@ -349,11 +349,11 @@ def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
     if have.get(path) != want.get(path)
   ]
   if differences:
-    more = len(differences) - SHOWN
+    more = len(differences) - MAX_DIFFERENCES
     rest = f"; and {more} more" if more > 0 else ""
     raise UserError(
       f"{where}: does not fit this model or optimizer.\n"
-      f"{'; '.join(differences[:SHOWN])}{rest}\n"
+      f"{'; '.join(differences[:MAX_DIFFERENCES])}{rest}\n"
       "Use the configuration that wrote it, or another workdir."
     )
 
@@ -375,7 +375,7 @@ def load_tree(path: os.PathLike, target: Any) -> Any:
     UserError: what it holds differs from `target`, or is damaged.
   """
   with _quiet():
-    _compare(path, checksums.kinds(ocp.metadata(path).metadata), target)
+    _compare(path, checksums.array_types(ocp.metadata(path).metadata), target)
     try:
       return ocp.load(path, jax.tree.map(_abstract, target))
     except (MemoryError, PermissionError):

@@ -29,10 +29,10 @@ from research.io import folders
 from research.sharding import replicated
 from research.typing import Array, UserError
 
-SMALL = 1 << 20
+MAX_CRC_BYTES = 1 << 20
 """Bytes up to which a file is listed with a checksum of its own."""
 
-LIST = "files.json"
+FILE_LIST = "files.json"
 """What `list_files` found, beside those files."""
 
 
@@ -40,7 +40,7 @@ class Damaged(Exception):
   """What was read is not what was saved; the text says in what."""
 
 
-def kinds(arrays: Any) -> dict[str, str]:
+def array_types(arrays: Any) -> dict[str, str]:
   """Returns path -> type and shape, e.g. `float32[2, 3]`, of every array."""
   return {
     path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
@@ -58,14 +58,14 @@ def sums(arrays: Any) -> dict[str, int]:
   if not found:
     return {}
   leaves = [x for _, x in found]
-  sharding = everywhere(leaves)
+  sharding = replicated_sharding(leaves)
   # A program for each shape, which other trees have too; all of them run
   # before the first is waited for.
   numbers = jax.device_get([_summed(x, sharding) for x in leaves])
   return {path: int(n) for (path, _), n in zip(found, numbers, strict=True)}
 
 
-def everywhere(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
+def replicated_sharding(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
   """Returns the sharding of a result that every process can read."""
   for x in leaves:
     sharding = getattr(x, "sharding", None)
@@ -121,20 +121,23 @@ def list_files(folder: folders.Folder) -> dict[str, list[int]]:
   for name, path in _walk(folder, ""):
     stat = path.stat()
     size = stat.length if hasattr(stat, "length") else stat.st_size
-    found[name] = [size, zlib.crc32(path.read_bytes()) if size <= SMALL else -1]
+    found[name] = [
+      size,
+      zlib.crc32(path.read_bytes()) if size <= MAX_CRC_BYTES else -1,
+    ]
   return found
 
 
 def write_list(folder: folders.Folder) -> None:
   """Leaves the list of a folder's files in it."""
-  folders.write_text(folder / LIST, json.dumps(list_files(folder)))
+  folders.write_text(folder / FILE_LIST, json.dumps(list_files(folder)))
 
 
 def _walk(folder: folders.Folder, prefix: str):
   for path in sorted(folder.iterdir(), key=lambda p: p.name):
     if path.is_dir():
       yield from _walk(path, f"{prefix}{path.name}/")
-    elif prefix + path.name != LIST:
+    elif prefix + path.name != FILE_LIST:
       yield prefix + path.name, path
 
 
@@ -144,13 +147,13 @@ def damaged_file(folder: folders.Folder) -> str | None:
   None if all are, or if there is no list.
   """
   try:
-    listed = json.loads((folder / LIST).read_bytes())
+    listed = json.loads((folder / FILE_LIST).read_bytes())
   except FileNotFoundError:
     return None
   except (OSError, ValueError):
-    return f"{LIST}: cannot be read"
+    return f"{FILE_LIST}: cannot be read"
   if not isinstance(listed, Mapping):
-    return f"{LIST}: is no list of files"
+    return f"{FILE_LIST}: is no list of files"
   found = list_files(folder)
   for name in sorted({*listed, *found}):
     if name not in found:
@@ -170,7 +173,7 @@ def _difference(listed: Any, found: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def agreed():
+def raise_together():
   """Makes any process's failure to read one of all of them, `Damaged`."""
   error = None
   try:

@@ -12,13 +12,13 @@ from research.io.folders import Folder
 from research.training.checkpoints import checkpoint, versions
 from research.typing import UserError
 
-LONGER = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
+LENGTH_LINES = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
 """Lines that say how long a run is, its schedule included; there are other
 `steps`, such as Muon's, which are part of what it is."""
 
 
 def claim_workdir(
-  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
+  workdir: str | os.PathLike, config: str, may_differ: str = LENGTH_LINES
 ) -> Folder:
   """Returns the workdir, made and marked as this experiment's.
 
@@ -48,7 +48,7 @@ def claim_workdir(
 
 
 def check_workdir(
-  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
+  workdir: str | os.PathLike, config: str, may_differ: str = LENGTH_LINES
 ) -> Folder:
   """Returns the workdir if it is this experiment's to take; writes nothing.
 
@@ -84,10 +84,10 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
     if line[:1] in "+-" and line[:3] not in ("+++", "---")
   ]
   if changes:
-    more = len(changes) - checkpoint.SHOWN
+    more = len(changes) - checkpoint.MAX_DIFFERENCES
     rest = f"  (and {more} more)" if more > 0 else ""
     raise UserError(
       f"{mark}: this workdir holds another experiment.\n"
-      f"{'  '.join(changes[: checkpoint.SHOWN])}{rest}\n"
+      f"{'  '.join(changes[: checkpoint.MAX_DIFFERENCES])}{rest}\n"
       "Choose another workdir, or delete this one."
     )

@@ -89,8 +89,10 @@ class Distill:
   def _of_chunk(
     self, heads: Any, student: Any, teacher: Any, targets: Any
   ) -> dict[str, Float[Array, "B T"]]:
-    ours = positions.logits_of(self.model, heads[0], student)
-    theirs = positions.logits_of(self.teacher or self.model, heads[1], teacher)
+    ours = positions.fp32_logits(self.model, heads[0], student)
+    theirs = positions.fp32_logits(
+      self.teacher or self.model, heads[1], teacher
+    )
     cross_entropy, accuracy = losses.token_losses(ours, targets)
     agreement = ours.argmax(-1) == theirs.argmax(-1)
     log_p = jax.nn.log_softmax(theirs / self.temperature)

@@ -49,14 +49,14 @@ class Balance:
     """Returns (what to add to a loss sum, sums to report).
 
     Args:
-      loads: third output of `Transformer.routed`.
+      loads: third output of `Transformer.with_router_loads`.
       weight: of the batch; means over layers count as often as it says.
       training: whether anything is added; evaluation only reports.
 
     Raises:
       UserError: the model has no experts.
     """
-    found = routing.loads(loads)
+    found = routing.find_loads(loads)
     if not found:
       raise UserError(
         "experts: the model has none, so there is nothing to balance; leave "
@@ -70,7 +70,7 @@ class Balance:
     sums = {
       "balance": weight * balance,
       "router_z": weight * z,
-      "violation": weight * mean(routing.violation),
+      "violation": weight * mean(routing.max_violation),
     }
     if not training:
       return jnp.zeros_like(weight), sums
@@ -118,7 +118,7 @@ def rebalance(
     def nudged(path, bias):
       if path not in counts:
         return bias
-      return routing.nudged(bias, counts[path], rate)
+      return routing.update_bias(bias, counts[path], rate)
 
     trainable = tree.map_paths(nudged, state.trainable)
     rest = {k: v for k, v in metrics.items() if not k.startswith(COUNTS)}

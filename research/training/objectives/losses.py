@@ -95,7 +95,7 @@ def token_losses(
   return out, (target >= top).astype(jnp.float32)
 
 
-def without(
+def exclude_token(
   logits: Float[Array, "*B V"], token: int | None
 ) -> Float[Array, "*B V"]:
   """Returns logits that give a token no probability; all as they are for None.

@@ -69,7 +69,7 @@ class NextToken:
       tokens,
       batch["positions"],
       mask,
-      method="routed",
+      method="with_router_loads",
     )
     head = "embed" if self.model.tied else "head"
     loss_sum, correct_sum = losses.chunked_cross_entropy(

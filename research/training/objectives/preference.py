@@ -18,7 +18,7 @@ Select = Callable[[Any], Any]
 """params -> the parameters of one of the models in it."""
 
 
-def whole(params: Params) -> Any:
+def all_params(params: Params) -> Any:
   """Returns `params`: a model that stands alone."""
   return params
 
@@ -81,7 +81,7 @@ class DPO:
   model: Transformer | None = None
   beta: float | int = 0.1
   smoothing: float | int = 0.0
-  policy: Select = whole
+  policy: Select = all_params
   reference: Select = Part("reference")
   rows: int = 256
 

@@ -6,7 +6,7 @@ the innermost `doing`, or to `other`. Totals go into `metrics.jsonl` as
 `goodput/<bucket>`, so that the next process, after a crash or a preemption,
 goes on counting from there. A loop uses it like this:
 
-    clock = Goodput(began)                  # what came before is `init`
+    clock = Goodput(started_at)                  # what came before is `init`
     with clock.doing("init"):               # import the model, open the data
       ...
     with clock.doing("restore"):
@@ -71,20 +71,20 @@ class Goodput:
     seconds: bucket -> seconds in this process, up to the last change.
   """
 
-  def __init__(self, began: float | int | None = None):
+  def __init__(self, started_at: float | int | None = None):
     """Starts counting.
 
     Args:
-      began: when this process began, in seconds as `time.time()` has them; the
+      started_at: when this process began, in seconds as `time.time()` has them; the
         time since then is `init`. None for now.
     """
     self.seconds: dict[str, float] = dict.fromkeys(BUCKETS, 0.0)
-    if began is not None:
-      self.seconds["init"] = max(0.0, time.time() - began)
+    if started_at is not None:
+      self.seconds["init"] = max(0.0, time.time() - started_at)
     self._doing: str = "other"
     self._since = time.perf_counter()
     self._earlier = {_name(bucket): 0.0 for bucket in BUCKETS}
-    self._normal = Normal()
+    self._normal = SlowStepDetector()
     self._slow, self._lives = 0, 1
 
   @contextlib.contextmanager
@@ -111,14 +111,14 @@ class Goodput:
       records = []  # about to be replaced anyway
     if not records:
       return
-    found = earlier(records, step)
+    found = earlier_totals(records, step)
     self._lives += int(found.pop("goodput/lives"))
     self._slow += int(found.pop("goodput/slow_steps"))
     self._earlier = found
 
   def stepped(self, seconds: float) -> dict[str, int]:
     """Takes note of a step; returns `train/slow_step` if it was an outlier."""
-    if not self._normal.exceeded(seconds):
+    if not self._normal.is_slow(seconds):
       return {}
     self._slow += 1
     return {"train/slow_step": 1}
@@ -137,7 +137,7 @@ class Goodput:
     }
     return {
       **total,
-      "goodput/fraction": fraction(total),
+      "goodput/fraction": goodput_fraction(total),
       "goodput/slow_steps": self._slow,
       "goodput/lives": self._lives,
     }
@@ -151,7 +151,7 @@ class Goodput:
     return before
 
 
-class Normal:
+class SlowStepDetector:
   """What a step takes: the median of the last ones, and three MADs more.
 
   MAD is the median absolute deviation from the median, which outliers do not
@@ -164,7 +164,7 @@ class Normal:
     self._sorted: list[float] = []
     self._window, self._least = window, least
 
-  def exceeded(self, seconds: float) -> bool:
+  def is_slow(self, seconds: float) -> bool:
     """Whether a step of `seconds` is slow; takes it into account."""
     known = self._sorted
     slow = False
@@ -181,7 +181,7 @@ class Normal:
     return slow
 
 
-def earlier(
+def earlier_totals(
   records: Sequence[Mapping[str, Any]], step: int | None
 ) -> dict[str, float]:
   """Returns the totals of the processes that wrote `records`.
@@ -216,7 +216,7 @@ def earlier(
   return {**total, "goodput/slow_steps": slow, "goodput/lives": lives}
 
 
-def fraction(totals: Mapping[str, float]) -> float:
+def goodput_fraction(totals: Mapping[str, float]) -> float:
   """Returns the share of steps that counted in all of the time."""
   wall = sum(totals[_name(bucket)] for bucket in BUCKETS)
   return totals["goodput/step"] / wall if wall else 0.0

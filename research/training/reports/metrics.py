@@ -38,7 +38,7 @@ WriterFactory = Callable[[Folder, int | None], Writer]
 """(workdir, step that a run resumes from or None) -> Writer."""
 
 
-PATIENCE = 30.0
+REMOTE_FLUSH_SECONDS = 30.0
 """Seconds for which lines may wait to be written to an object store."""
 
 
@@ -73,7 +73,7 @@ class JsonlWriter:
     line = _line({"step": step, **values})
     if self._file is None:
       self._text += line
-      if time.monotonic() > self._written + PATIENCE:
+      if time.monotonic() > self._written + REMOTE_FLUSH_SECONDS:
         self.flush()
       return
     with folders.writing(self._path):

@@ -24,7 +24,7 @@ BUCKET_COLORS: Mapping[str, str] = {
 }
 """Okabe and Ito's, and greys; what counts is green."""
 
-DARK = ("step", "data", "evaluate", "lost")
+DARK_BUCKETS = ("step", "data", "evaluate", "lost")
 """Buckets whose colour takes white letters."""
 
 
@@ -72,7 +72,7 @@ def series(
   records: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[int], list[float]]:
   """Returns the steps that have a metric, and its values."""
-  found = [(r["step"], plots.measured(r, name)) for r in records]
+  found = [(r["step"], plots.metric_value(r, name)) for r in records]
   found = [(step, value) for step, value in found if value is not None]
   return [step for step, _ in found], [value for _, value in found]
 
@@ -148,7 +148,7 @@ def _time(axes: Any, runs: Sequence[Curves]) -> None:
       share = 100 * run.seconds.get(bucket, 0.0) / wall
       axes.barh(row, share, left=left, color=BUCKET_COLORS[bucket], height=0.7)
       if share >= 4:
-        color = "white" if bucket in DARK else "black"
+        color = "white" if bucket in DARK_BUCKETS else "black"
         place = {"ha": "center", "va": "center", "fontsize": 8}
         axes.text(left + share / 2, row, f"{share:.0f}%", color=color, **place)
       left += share

@@ -10,11 +10,11 @@ from research.training.reports import plots
 Group = tuple[Mapping[str, Any], Sequence[float]]
 """What a group of runs shares, by name, and the metric of each (its seeds)."""
 
-MANY = 8
+MAX_INSIDE_LEGEND = 8
 """Lines that still get a legend of their own beside the picture."""
 
 
-def swept(
+def plot_sweep(
   groups: Sequence[Group],
   picture: str | os.PathLike,
   *,
@@ -69,7 +69,9 @@ def swept(
   axes.grid(alpha=0.3)
   if list(lines) != [""]:
     outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(frameon=False, **(outside if len(lines) > MANY else {}))
+    axes.legend(
+      frameon=False, **(outside if len(lines) > MAX_INSIDE_LEGEND else {})
+    )
   plots.save(drawn, picture)
 
 

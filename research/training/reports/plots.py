@@ -19,7 +19,7 @@ COLORS = (
 )
 """Of Okabe and Ito, told apart with every kind of colour vision."""
 
-LINES = ("-", "--", ":", "-.")
+LINE_STYLES = ("-", "--", ":", "-.")
 """Once the colours are used up, in the order of use."""
 
 Point = tuple[int, float, str]
@@ -67,7 +67,7 @@ def loss_curve(
   save(drawn, picture)
 
 
-def measured(record: Mapping[str, Any], name: str) -> Any:
+def metric_value(record: Mapping[str, Any], name: str) -> Any:
   """Returns a metric, or None: a mean over nothing is 0, and no measurement."""
   part, _, what = name.rpartition("/")
   empty = record.get(f"{part}/weight") == 0
@@ -99,7 +99,10 @@ def save(drawn: Any, picture: str | os.PathLike) -> None:
 def style(number: int) -> dict[str, Any]:
   """Returns the colour and the kind of line of the number-th of many."""
   turn, color = divmod(number, len(COLORS))
-  return {"color": COLORS[color], "linestyle": LINES[turn % len(LINES)]}
+  return {
+    "color": COLORS[color],
+    "linestyle": LINE_STYLES[turn % len(LINE_STYLES)],
+  }
 
 
 def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
@@ -122,7 +125,7 @@ def _curves(
   for record in records:
     for name in record:
       part, _, what = name.rpartition("/")
-      value = measured(record, name)
+      value = metric_value(record, name)
       if what == "loss" and value is not None:
         steps, losses = curves.setdefault(part, ([], []))
         steps.append(record["step"])

@@ -79,7 +79,7 @@ def test_empty_and_short_texts():
 
 def test_our_own_splits_are_clean():
   train, heldout = (sources.PydocTopics(s) for s in ("train", "heldout"))
-  report = duplicates.compare(*map(duplicates.texts_of, (train, heldout)))
+  report = duplicates.compare(*map(duplicates.source_texts, (train, heldout)))
   assert report.documents == len(heldout)
   assert not any(m.exact for m in report.matches)
   report.check(share=0.8)
@@ -88,7 +88,7 @@ def test_our_own_splits_are_clean():
 def test_conversations_are_compared_without_their_template():
   """Every question begins alike, and every system prompt is the same."""
   train, heldout = (pydoc.Questions(s) for s in ("train", "heldout"))
-  report = duplicates.compare(*map(duplicates.texts_of, (train, heldout)))
+  report = duplicates.compare(*map(duplicates.source_texts, (train, heldout)))
   assert not report.above(0.5) and report.documents > 3
   with pytest.raises(UserError, match="no texts to compare"):
-    duplicates.texts_of(synthetic.Copy())
+    duplicates.source_texts(synthetic.Copy())

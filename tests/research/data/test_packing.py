@@ -9,7 +9,7 @@ from research.data import packing
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
-PLANS = [packing.concatenate, packing.best_fit, packing.alone]
+PLANS = [packing.concatenate, packing.best_fit, packing.one_per_row]
 
 
 def _unpack(rows):

@@ -64,7 +64,7 @@ def test_documents_and_rows_begin_as_the_tokenizer_says(own, changes, want):
     special = own
 
   begin, end, every_row = want
-  for plan in (packing.concatenate, packing.best_fit, packing.alone):
+  for plan in (packing.concatenate, packing.best_fit, packing.one_per_row):
     data = dataclasses.replace(DATA, plan=plan, **changes)
     rows = data.rows(Around())
     assert data.special_tokens(Around()) == SpecialTokens(*want)

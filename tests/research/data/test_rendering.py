@@ -60,7 +60,7 @@ def learned(template, messages, first=0):
   )
   text = "".join(map(chr, made.tokens))
   return text, "".join(
-    c if on else "." for c, on in zip(text, made.learned, strict=True)
+    c if on else "." for c, on in zip(text, made.loss_mask, strict=True)
   )
 
 
@@ -77,7 +77,7 @@ def test_smollm2_token_by_token(case, template):
   assert GOLDEN["template"] == _smollm2().chat_template
   made = rendering.example(tokenizer, Conversation(case["messages"], "x:1"))
   np.testing.assert_array_equal(made.tokens, case["ids"])
-  np.testing.assert_array_equal(made.learned.astype(int), case["mask"])
+  np.testing.assert_array_equal(made.loss_mask.astype(int), case["mask"])
 
 
 def test_no_token_is_half_prompt_half_answer():
@@ -87,14 +87,14 @@ def test_no_token_is_half_prompt_half_answer():
   """
   conversation = Conversation(STRADDLING["messages"], "x:1")
   made = rendering.example(_smollm2(), conversation)
-  said = made.tokens[made.learned].tolist()
+  said = made.tokens[made.loss_mask].tolist()
   assert _smollm2().decode(made.tokens.tolist(), False) == STRADDLING["text"]
   assert len(made.tokens) == len(STRADDLING["ids"]) + 1
   assert _smollm2().decode(said, False) == " <|im_end|>"
   prompt = _smollm2().chat(STRADDLING["messages"][:1])
   start = _smollm2().encode(prompt)
   np.testing.assert_array_equal(made.tokens[: len(start)], start)
-  assert not made.learned[: len(start)].any() and made.learned[len(start)]
+  assert not made.loss_mask[: len(start)].any() and made.loss_mask[len(start)]
 
 
 def test_words_that_look_like_the_template_change_nothing():

@@ -77,7 +77,7 @@ def test_memory_is_that_of_the_arrays():
   assert found["pool_bytes"] == 40 * 8 * token
 
 
-@pytest.mark.parametrize("dtype", paged.CODES)
+@pytest.mark.parametrize("dtype", paged.CODE_DTYPES)
 def test_memory_in_8_bits_is_that_of_codes_and_scales(dtype):
   model = support.model("llama")
   params = support.params(model)

@@ -47,7 +47,7 @@ def test_logits_with_a_cache_are_one_devices(family, layout):
   want = decoded(model, params, tokens)
   plan = support_mesh.LAYOUTS[layout]
   mesh = plan.mesh()
-  place = plan.shardings(params, mesh, sharding.counts(model))
+  place = plan.shardings(params, mesh, sharding.head_counts(model))
   with jax.set_mesh(mesh):
     got = decoded(
       model,

@@ -73,7 +73,9 @@ def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   size = (4, SLOTS, K, 16)
   q, k, v = draw(4, 1, N, 16), draw(*size), draw(*size, seed=1)
   held = caches.slot_positions(positions[:, 0] + 1, SLOTS)
-  mask = attention_context.at(Mask.causal((SLOTS - 1, None)), positions, held)
+  mask = attention_context.with_positions(
+    Mask.causal((SLOTS - 1, None)), positions, held
+  )
   options = {"scale": 0.5, "softcap": softcap}
   want = attention_context.attend(q, k, v, mask=mask, **options)
   got = decode_attention.attend_one(q, k, v, positions, **options, **backend)

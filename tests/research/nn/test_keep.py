@@ -15,7 +15,7 @@ from research.lora import adapt
 from research.lora.methods.alora import ALoRA
 from research.nn import presets
 from research.nn import time_embedding as clocks
-from research.nn.attention_context import may_keep
+from research.nn.attention_context import can_select_tokens
 from research.nn.cache.paged import PagedLayer
 from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
@@ -97,7 +97,7 @@ def test_experts_are_those_of_the_tokens_asked_for():
 )
 def test_times_are_those_of_the_tokens_asked_for(by):
   model, params = network(
-    clock=clocks.TimeEmbedding(width=8, features=8, hidden=8)
+    time_embedding=clocks.TimeEmbedding(width=8, features=8, hidden=8)
   )
   time = jnp.array([0.2, 0.9])
   if by == "token":
@@ -161,11 +161,13 @@ def test_a_cache_has_the_keys_of_all(family):
 def test_where_some_tokens_cannot_be_computed_alone():
   shape = 2, T, 8
   pages = PagedLayer(empty_pages(1, 2, 4, 8, "float32"), jnp.zeros((2, 1)))
-  assert may_keep(KEEP, Mask.causal(), None, shape)
-  assert not may_keep(None, Mask.causal(), None, shape)
-  assert not may_keep(KEEP, Mask.causal(), None, (2, N, 8))
-  assert not may_keep(KEEP, Mask.block_diffusion(T // 2, 3), None, shape)
-  assert not may_keep(KEEP, Mask.causal(), {"layer0": pages}, shape)
+  assert can_select_tokens(KEEP, Mask.causal(), None, shape)
+  assert not can_select_tokens(None, Mask.causal(), None, shape)
+  assert not can_select_tokens(KEEP, Mask.causal(), None, (2, N, 8))
+  assert not can_select_tokens(
+    KEEP, Mask.block_diffusion(T // 2, 3), None, shape
+  )
+  assert not can_select_tokens(KEEP, Mask.causal(), {"layer0": pages}, shape)
 
 
 def test_the_last_layer_costs_less():

@@ -46,7 +46,13 @@ def test_held_resumes_bitwise(line, tmp_path):
     where = tmp_path / name
     rewrites = (drift,)
     return loop.fit(
-      objective, tx, start, numbers(), plan, workdir=where, rewrites=rewrites
+      objective,
+      tx,
+      start,
+      numbers(),
+      plan,
+      workdir=where,
+      state_transforms=rewrites,
     ).state
 
   whole = fit("whole", 6)

@@ -63,7 +63,7 @@ def run(workdir, layout=None, steps=6, objective=None, plan=None, **more):
     return layout.shardings(tree, mesh)
 
   with jax.set_mesh(mesh):
-    params = state.place(PARAMS, where)
+    params = state.shard_params(PARAMS, where)
     start = state.create(params, "w", TX, shardings=where)
     assert start.opt_state[0].mu["w"].sharding == where(PARAMS)["w"]
     return fit(start, layout.batch(mesh))
@@ -119,7 +119,7 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
     "flat": np.zeros(rows),
     "more": np.zeros((rows, 2, 5)),
   }
-  placed = global_batch.place(batch, LAYOUT.batch(mesh))
+  placed = global_batch.to_global(batch, LAYOUT.batch(mesh))
   found = {name: x.sharding.spec for name, x in placed.items()}
   assert found["even"] == jax.P(spec, tokens)
   assert found["odd"][0] == spec and found["odd"][1] is None
@@ -141,13 +141,13 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
   ],
 )
 def test_which_part_of_the_rows_is_held(held, pieces, want):
-  assert global_batch.part(held, pieces) == want
+  assert global_batch.equal_part(held, pieces) == want
 
 
 def test_rows_that_the_mesh_does_not_divide():
   mesh = LAYOUT.mesh()
   with pytest.raises(UserError, match="found 6 rows, expected a multiple of 4"):
-    global_batch.place({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
+    global_batch.to_global({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
 
 
 class Asking:
@@ -243,7 +243,7 @@ def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
     loss, weight, sums = Talkative()(params, batch, key)
     return loss, weight, sums if key is not None else {}
 
-  out = run(tmp_path, objective=evaluation_only, rewrites=(reset,))
+  out = run(tmp_path, objective=evaluation_only, state_transforms=(reset,))
   np.testing.assert_array_equal(out.state.trainable["w"], jnp.zeros(4))
   records = read_jsonl(tmp_path / "metrics.jsonl")
   steps = [r for r in records if "train/loss" in r]
@@ -260,7 +260,7 @@ def test_what_a_rewrite_makes_goes_where_it_belongs(tmp_path):
     zeros = {"w": jnp.zeros(4), "base": None}
     return dataclasses.replace(trained, trainable=zeros), metrics
 
-  out = run(tmp_path, LAYOUT, steps=2, rewrites=(forget,))
+  out = run(tmp_path, LAYOUT, steps=2, state_transforms=(forget,))
   assert out.state.trainable["w"].sharding.spec == jax.P("fsdp")
 
 
@@ -270,7 +270,7 @@ def test_frozen_weights_cannot_be_rewritten(tmp_path):
     return dataclasses.replace(trained, frozen=frozen), metrics
 
   with pytest.raises(UserError, match="changed frozen weights"):
-    run(tmp_path, rewrites=(thaw,))
+    run(tmp_path, state_transforms=(thaw,))
 
 
 def test_replicated_scalars(tmp_path):

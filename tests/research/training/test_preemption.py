@@ -28,7 +28,7 @@ def test_with_nothing_to_save_it_ends_at_once(ended, name):
   for doing in ("idle", "compiling"):
     status, seconds, said = ended[f"{doing} {name}"]
     assert status == preemption.Preempted.exit_status == 42
-    assert seconds < preemption.PATIENCE + 5
+    assert seconds < preemption.GRACE_SECONDS + 5
     assert "asked to stop; nothing had to be saved" in said
   assert ended["swallowing int"][0] == ended["finishing term"][0] == 42
 

@@ -45,7 +45,7 @@ def run(workdir, steps):
     DATA.training(None),
     loop.TrainConfig(steps=steps),
     workdir=workdir,
-    rewrites=(experts.rebalance(RATE),),
+    state_transforms=(experts.rebalance(RATE),),
   ).state
 
 

@@ -39,12 +39,12 @@ def test_documents_come_back(save, dtype):
     np.concatenate([e.tokens for e in made]), tokens
   )
   np.testing.assert_array_equal(
-    np.concatenate([e.learned for e in made]), learned
+    np.concatenate([e.loss_mask for e in made]), learned
   )
   data = pipeline.Pipeline(source=arrays.Arrays(path), length=8, batch_size=1)
   rows = data.rows(None)
   weights = sum(rows[i]["weights"].sum() for i in range(len(rows)))
-  assert weights == sum(e.learned[1:].sum() for e in made)
+  assert weights == sum(e.loss_mask[1:].sum() for e in made)
 
 
 def test_plain_arrays(tmp_path):
@@ -57,7 +57,9 @@ def test_plain_arrays(tmp_path):
     [4, 5, 6, 7],
     [8, 9, 10, 11],
   ]
-  assert all(e.learned.all() for e in examples.read(arrays.Arrays(path), None))
+  assert all(
+    e.loss_mask.all() for e in examples.read(arrays.Arrays(path), None)
+  )
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def write(tmp_path):
 
 def shown(example):
   text = "".join(map(chr, example.tokens))
-  mask = example.learned
+  mask = example.loss_mask
   return text, "".join(c for c, on in zip(text, mask, strict=True) if on)
 
 
@@ -132,7 +132,7 @@ def test_texts_are_documents(write):
     len(records.Texts(source.paths, field="meta"))
 
 
-@pytest.mark.parametrize("plan", [packing.best_fit, packing.alone])
+@pytest.mark.parametrize("plan", [packing.best_fit, packing.one_per_row])
 def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
   """Counted by hand: 4 places a row, answers behind prompts of 2, 9 and 4."""
   lines = [("ab", "c"), ("abcdefgh", "ijk"), ("pqr", "s")]
@@ -153,7 +153,7 @@ def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
   ]
   assert sorted(learned) == sorted("c$ijk$s$")
   given = data.source.examples(LETTERS)
-  tokens, flags = [e.tokens for e in given], [e.learned for e in given]
+  tokens, flags = [e.tokens for e in given], [e.loss_mask for e in given]
   whole = packing.pack(tokens, 4, plan, flags, (ord("^"),))
   empty = [i for i in range(len(whole)) if not whole[i]["weights"].any()]
   assert len(rows) == len(whole) - len(empty) < len(whole)
@@ -275,4 +275,4 @@ def test_nothing_to_predict_is_said(write):
   with pytest.raises(UserError, match="none with a token to predict"):
     examples.read(Empty(), None)
   made = examples.join([([1], False), ([2, 3], True)])
-  np.testing.assert_array_equal(made.learned, [False, True, True])
+  np.testing.assert_array_equal(made.loss_mask, [False, True, True])

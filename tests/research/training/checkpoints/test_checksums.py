@@ -92,7 +92,9 @@ def test_no_sharding_changes_a_sum(spec):
     x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
   )
   assert checksums.sums({"x": sharded}) == {"x": plain(x)}
-  text = checksums._summed.lower(sharded, checksums.everywhere([sharded]))
+  text = checksums._summed.lower(
+    sharded, checksums.replicated_sharding([sharded])
+  )
   # One number is reduced; no weight is gathered for it.
   assert "all-gather" not in text.compile().as_text()
 
@@ -100,7 +102,7 @@ def test_no_sharding_changes_a_sum(spec):
 def test_files_are_listed_and_compared(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "small").write_bytes(b"123")
-  (tmp_path / "large").write_bytes(bytes(checksums.SMALL + 1))
+  (tmp_path / "large").write_bytes(bytes(checksums.MAX_CRC_BYTES + 1))
   assert checksums.damaged_file(tmp_path) is None  # no list, nothing to say
   checksums.write_list(tmp_path)
   assert checksums.damaged_file(tmp_path) is None
@@ -109,11 +111,11 @@ def test_files_are_listed_and_compared(tmp_path):
     "a/small: has other content than what was saved"
   )
   (tmp_path / "a" / "small").write_bytes(b"123")
-  (tmp_path / "large").write_bytes(bytes(checksums.SMALL))
+  (tmp_path / "large").write_bytes(bytes(checksums.MAX_CRC_BYTES))
   assert checksums.damaged_file(tmp_path) == (
-    f"large: has {checksums.SMALL} bytes, not {checksums.SMALL + 1}"
+    f"large: has {checksums.MAX_CRC_BYTES} bytes, not {checksums.MAX_CRC_BYTES + 1}"
   )
   (tmp_path / "large").unlink()
   assert checksums.damaged_file(tmp_path) == "large: is missing"
-  (tmp_path / checksums.LIST).write_text("[]")
+  (tmp_path / checksums.FILE_LIST).write_text("[]")
   assert checksums.damaged_file(tmp_path) == "files.json: is no list of files"

@@ -142,10 +142,10 @@ def test_violation_is_what_the_metric_says():
     {"params": params()},
     batch()["tokens"],
     batch()["positions"],
-    method="routed",
+    method="with_router_loads",
   )
-  (load,) = routing.loads(hidden[2])
+  (load,) = routing.find_loads(hidden[2])
   _, weight, sums = evaluated(BALANCED, params(), batch())
   np.testing.assert_allclose(
-    sums["violation"] / weight, routing.violation(load).mean(), rtol=1e-5
+    sums["violation"] / weight, routing.max_violation(load).mean(), rtol=1e-5
   )
