@@ -1,16 +1,16 @@
-"""Documents of tokens, laid end to end into rows of a fixed length.
+"""Sequence packing: packs tokenised documents into rows of a fixed length.
 
-A *piece* is a stretch of one document. A plan says which pieces share a row;
-`concatenate` wastes no place and cuts documents where a row ends, `best_fit`
-cuts only documents longer than a row (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling", best-fit packing), `alone` gives each its own row.
+A *piece* is a contiguous part of a document. A plan assigns pieces to rows:
+`concatenate` fills all rows and splits documents at row ends, `best_fit` splits
+only documents longer than a row (Ding et al. 2024, "Fewer Truncations Improve
+Language Modeling", best-fit packing), `one_per_row` never shares a row.
 
-Invariants, whatever the plan: each piece is its own segment and its positions
-start at 0, so that it cannot see its neighbours; each token of a document but
-its first is the target of exactly one place, even across a cut; the weight
-there is 1 if the token is to be loss_mask, and 0 at all other places (document
-ends, padding). A piece that continues a document may begin with the document's
-first special tokens again, whose weight is 0.
+Invariants of all plans: each piece is a segment of its own, with positions from
+0, so it cannot attend to its neighbours. Each token of a document but its first
+is the target of exactly one position, even across a split. Its weight is 1 if
+the loss mask covers it; the weight of all other positions (document ends,
+padding) is 0. A piece that continues a document may repeat the document's
+initial special tokens, with weight 0.
 """
 
 import bisect
@@ -42,7 +42,7 @@ class Rows(Protocol):
 
 
 class Piece(NamedTuple):
-  """`size` tokens of document number `document`, from `start` on."""
+  """Tokens `start` to `start + size` of document number `document`."""
 
   document: int
   start: int
@@ -50,8 +50,8 @@ class Piece(NamedTuple):
 
 
 Plan = Callable[[Sequence[int], int, Sequence[int]], list[list[Piece]]]
-"""(lengths of the documents, row length T, places that a later piece of each
-document takes besides its own tokens) -> the pieces of each row."""
+"""(document lengths, row length T, extra positions that a later piece of each
+document takes for repeated special tokens) -> the pieces of each row."""
 
 
 def tokenize(
@@ -64,10 +64,10 @@ def tokenize(
   Args:
     documents: the texts.
     encode: text to token ids, without special tokens.
-    special: what each document begins and ends with.
+    special: special tokens around each document.
 
   Raises:
-    UserError: no document has two tokens, so that nothing can be predicted.
+    UserError: no document has two tokens, so nothing can be predicted.
   """
   tokens = [
     np.asarray(special.document(encode(documents[i])), np.int32)
@@ -85,7 +85,7 @@ def tokenize(
 def concatenate(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
-  """Returns a plan that pads the last row only, and cuts at row ends."""
+  """Returns a plan that fills all rows but the last, splitting at row ends."""
   rows: list[list[Piece]] = [[]]
   space = row
   for document, (length, head) in enumerate(_with_heads(lengths, overhead)):
@@ -104,7 +104,7 @@ def concatenate(
 def one_per_row(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
-  """Returns a plan in which documents share no row; longer ones are cut."""
+  """Returns a plan in which no documents share a row; long ones are split."""
   return [
     [Piece(document, start, min(row - head * (start > 0), length - start))]
     for document, (length, head) in enumerate(_with_heads(lengths, overhead))
@@ -115,7 +115,7 @@ def one_per_row(
 def best_fit(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
-  """Returns a plan that cuts no document which fits into a row."""
+  """Returns a best-fit plan: no document that fits into a row is split."""
   heads = [head for _, head in _with_heads(lengths, overhead)]
   pieces = [piece for (piece,) in one_per_row(lengths, row, overhead)]
   rows: list[list[Piece]] = []
@@ -145,15 +145,15 @@ def _with_heads(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-  """A random-access sequence of rows, built when they are asked for.
+  """A random-access sequence of packed rows, built on access.
 
   Attributes:
     documents: tokens of each document, int32 [length].
     plan: the pieces of each row.
-    length: places in a row, T.
-    loss_mask: which tokens of each document count as targets, bool [length];
-      None for all.
-    begin: tokens that documents begin with, and then all their pieces.
+    length: row length T.
+    loss_mask: which tokens of each document are targets, bool [length]; None
+      for all.
+    begin: special tokens; all pieces of documents that begin with them do.
   """
 
   documents: Sequence[np.ndarray]
@@ -170,7 +170,7 @@ class PackedRows:
     place = 0
     for segment, piece in enumerate(self.plan[index]):
       document = self.documents[piece.document]
-      # Of a row that ends within it, what was there.
+      # If the document was split within `begin`, repeat only the first part.
       head = self.begin[: piece.start] if self._begins(document) else ()
       tokens = document[piece.start :]
       targets = tokens[1 : piece.size + 1]  # one fewer at the document's end
@@ -187,7 +187,7 @@ class PackedRows:
     return row
 
   def with_targets(self) -> "PackedRows":
-    """Returns the rows in which a token counts as a target."""
+    """Returns only the rows that have a target."""
     plan = [row for row in self.plan if any(map(self._has_target, row))]
     return dataclasses.replace(self, plan=plan)
 
@@ -220,7 +220,7 @@ def padding_row(length: int) -> Row:
 
 
 def padding_like(row: Row) -> Row:
-  """Returns padding in the shapes of `row`, whatever keys it has."""
+  """Returns a padding row with the keys and shapes of `row`."""
   marks = ("positions", "segments")
   return {k: np.full_like(v, -(k in marks)) for k, v in row.items()}
 
@@ -232,15 +232,18 @@ def pack(
   loss_mask: Sequence[np.ndarray] | None = None,
   begin: tuple[int, ...] = (),
 ) -> PackedRows:
-  """Returns the documents packed into rows of `length` places.
+  """Packs documents into rows of `length` positions.
 
   Args:
     documents: tokens of each document, int32 [length].
-    length: places in a row, T.
+    length: row length T.
     plan: how documents share rows.
     loss_mask: see `PackedRows`.
-    begin: tokens with which a piece begins that continues a document which
-      begins with them.
+    begin: special tokens to repeat at the start of each later piece of a
+      document that begins with them.
+
+  Raises:
+    UserError: `length` is too short.
   """
   least = 2 + len(begin)
   if length < least:

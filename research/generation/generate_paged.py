@@ -1,15 +1,15 @@
-"""Generation over pages: rows that end make room for prompts that wait.
+"""Paged generation: continuous batching with a paged key/value cache.
 
 Continuous batching (Yu et al. 2022, "Orca") over paged keys and values (Kwon et
-al. 2023, arXiv:2309.06180). Five programs do the work, whatever the lengths:
-they read a piece of a prompt, of either size, enter its first token among the
-rows, decode a chunk of tokens for all rows, and copy a page in which two
-prompts part. Between chunks rows that have ended give their pages back, and the
-next prompts take them, in order. What a prompt has in common with a row that is
-there is not read again.
+al. 2023, arXiv:2309.06180). Five compiled programs handle all lengths: prefill
+of a prompt piece (in two sizes), insertion of a prefilled row, decoding of a
+chunk of tokens for all rows, and copying of a page in which two prompts
+diverge. Between chunks, rows that have ended release their pages, and waiting
+prompts are admitted in order. A prefix shared with an active row is not
+prefilled again.
 
-A row gets pages for all the tokens that it may come to have when it is let in,
-so none is ever turned out. Its tokens are those of `generate`.
+On admission, a row gets pages for the maximum number of its tokens, so no row
+is ever preempted. The generated tokens equal those of `generate`.
 """
 
 import collections
@@ -35,13 +35,13 @@ from research.nn.transformer import Transformer
 from research.typing import Params, PRNGKey, UserError
 
 PREFILL_SIZES = (16, 64)
-"""Tokens of a prompt that are read at a time: the least that hold the rest."""
+"""Sizes of prefill pieces in tokens; uses the smallest that fits the rest."""
 
 
 def _pieces(
   prompt: Sequence[int], start: int
 ) -> Iterator[tuple[int, np.ndarray, int]]:
-  """Yields where a piece begins, its tokens `[1, size]`, how many are live."""
+  """Yields `(start, padded tokens [1, size], number of tokens)` per piece."""
   while start < len(prompt):
     rest = len(prompt) - start
     size = next((n for n in PREFILL_SIZES if n >= rest), PREFILL_SIZES[-1])
@@ -53,7 +53,7 @@ def _pieces(
 
 
 class _Batch:
-  """Rows and pages on the device, and which prompt each row continues."""
+  """Rows and pages on the device, and the prompt assigned to each row."""
 
   def __init__(self, model, params, prompts, limits, rules, pages, dtype):
     self.model, self.params, self.pages = model, params, pages
@@ -68,15 +68,15 @@ class _Batch:
     )
 
   def free_row_for(self, i: int) -> int | None:
-    """Returns a row that prompt `i` can have now, or None."""
+    """Returns a row to which prompt `i` can be admitted now, or None."""
     rows = (r for r in range(len(self.pages.table)) if r not in self.held)
     row = next(rows, None)
-    # A row alone has room, or never will: `admit` then says so.
+    # If no row is active, waiting would not help: `admit` raises if pages lack.
     room = not self.held or self.pages.has_room(self.prompts[i], self.tokens[i])
     return row if room else None
 
   def admit(self, row: int, i: int) -> Any:
-    """Returns the first token after prompt `i`, which the row reads."""
+    """Prefills prompt `i` into a row; returns its first generated token."""
     prompt = self.prompts[i]
     start = self.pages.admit(row, prompt, self.tokens[i])
     if start.copy is not None:
@@ -113,11 +113,11 @@ class _Batch:
     return token
 
   def decode(self, size: int, reach: int | None) -> dict[int, list[int]]:
-    """Returns new tokens of prompts; rows that end give their pages back.
+    """Decodes a chunk; returns new tokens by prompt; releases ended rows.
 
     Args:
-      size: how many, at most.
-      reach: how far all layers look back, or None.
+      size: maximum number of tokens.
+      reach: largest attention window of all layers, or None if unlimited.
     """
     # A copy: the table changes before the device has read it.
     self.pool, self.rows, out = programs.decode(
@@ -155,20 +155,20 @@ def chunks(
   layout: Paging = Paging(),
   pages: PageAllocator | None = None,
 ) -> Iterator[np.ndarray]:
-  """Yields new tokens `[B, n]` as they come, each row's first, then `NONE`.
+  """Yields chunks of new tokens `[B, n]`, each row padded with `NO_TOKEN`.
 
   Args:
     model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
       examples, size: as for `generate.chunks`.
-    layout: of the pages; how many there are, and rows, is as `pages` has it
-      where that is given.
-    pages: from `paging.allocator` for this layout, held by nobody, for those
-      who want to know what was used.
+    layout: page configuration. If `pages` is given, that determines the number
+      of pages and rows.
+    pages: an allocator with all pages free, from `paging.allocator` for this
+      layout; pass one to inspect the page usage afterwards.
 
   Raises:
-    UserError: a prompt is empty, too long, or no prompt for this model; there
-      are not enough pages for one of them, or somebody holds some; adapters or
-      rotations ask for whole rows.
+    UserError: a prompt is empty, too long, or has ids outside the vocabulary;
+      there are too few pages for a prompt, or some are in use; the model has
+      dynamic rotary scaling or adapters that depend on the row or its tokens.
   """
   samplers.check(sampling)
   _check_rotations(model)
@@ -199,44 +199,44 @@ def chunks(
 
 
 def _check_pages(pages, layout):
-  """Raises UserError unless all pages are free, and as the layout says."""
+  """Raises UserError unless all pages are free and match the layout."""
   if pages.size != layout.size:
     raise UserError(
-      f"pages: found pages of {pages.size} tokens beside a layout of "
+      f"pages: found pages of {pages.size} tokens and a layout of "
       f"{layout.size}, expected the layout that they were made for"
     )
   if pages.used:
     raise UserError(
       f"pages: found {pages.used} of {pages.count} held, expected all of them "
-      "free: what they hold is another call's, which has not ended.\nMake new "
-      "ones for each call (paging.allocator)."
+      "free: another call that has not ended uses them.\nCreate a new "
+      "allocator for each call (paging.allocator)."
     )
 
 
 def _check_rotations(model):
-  """Raises UserError if a token's rotation depends on those behind it."""
+  """Raises UserError if a token's rotation depends on the row's length."""
   ropes = (kind.attention.rope for kind in model.layer_kinds())
   if any(r and isinstance(r.scaling, rope.Dynamic) for r in ropes):
     raise UserError(
       "pages: found rotations that depend on how long a prompt is "
-      "(rope.Dynamic), expected ones that do not: prompts are read in pieces, "
-      "and share them.\nGenerate without pages."
+      "(rope.Dynamic), expected ones that do not: prompts are prefilled in "
+      "pieces and share pages.\nGenerate without pages."
     )
 
 
 def _check_adapters(params):
-  """Raises UserError if a weight is of rows, or wants to know their tokens."""
+  """Raises UserError if a weight depends on the row or on its tokens."""
   loose = jax.eval_shape(lambda: weights.bind(params))
   if jax.tree.structure(loose) != jax.tree.structure(params):
     raise UserError(
       "pages: found weights that are bound to the rows of a batch "
-      "(weights.bind), expected one adapter for all rows: which row is whose "
-      "changes as they end.\nGenerate without pages."
+      "(weights.bind), expected one adapter for all rows: the prompt of a row "
+      "changes during generation.\nGenerate without pages."
     )
   token = jnp.zeros((1, 1), jnp.int32)
   told = jax.eval_shape(lambda: weights.with_tokens(params, token))
   if jax.tree.structure(told) != jax.tree.structure(params):
     raise UserError(
-      "pages: found an adapter that acts behind some tokens alone, expected "
-      "one that need not know whole rows.\nGenerate without pages."
+      "pages: found an adapter that is activated by certain tokens, expected "
+      "one that does not depend on whole rows.\nGenerate without pages."
     )

@@ -64,8 +64,8 @@ def test_threshold():
   with pytest.raises(UserError, match="1 of 2 .* number 0, like training doc"):
     report.check(share=0.5)
   report.check(share=0.5, allowed=0.5)
-  assert "2 evaluation documents: 0 stand" in report.table()
-  with pytest.raises(UserError, match="evaluation documents stand in"):
+  assert "2 evaluation documents: 0 are in" in report.table()
+  with pytest.raises(UserError, match="evaluation documents are in"):
     duplicates.compare([a], [a, b]).check(share=1.1)  # exact ones always count
 
 

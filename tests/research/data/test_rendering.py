@@ -129,7 +129,7 @@ def test_only_what_is_asked_for_is_learned():
     ),
     (  # opens the turn otherwise than it writes it
       PLAIN.replace("[a:{%", "<a:{%"),
-      "opens a turn otherwise than it writes one",
+      "renders the generation prompt unlike the turn itself",
     ),
     (  # a count of the messages stands in front
       "{{ messages | length }}" + PLAIN,

@@ -144,7 +144,7 @@ def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
     rows = data.rows(LETTERS)
   [message] = [str(w.message) for w in said]
   # ^ab c$ is 5, ^abcdefgh ijk$ 13 and ^pqr s$ 6: none fits.
-  assert "3 of 3 examples are longer than 4 places" in message
+  assert "3 of 3 examples are longer than 4 positions" in message
   assert "the longest has 13" in message
   found = [rows[i] for i in range(len(rows))]
   assert all(row["weights"].any() for row in found)
@@ -157,7 +157,7 @@ def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
   whole = packing.pack(tokens, 4, plan, flags, (ord("^"),))
   empty = [i for i in range(len(whole)) if not whole[i]["weights"].any()]
   assert len(rows) == len(whole) - len(empty) < len(whole)
-  assert f"{len(empty)} of {len(whole)} rows have then nothing" in message
+  assert f"{len(empty)} of {len(whole)} rows have no targets" in message
 
 
 def test_what_fits_is_not_warned_of(write):
