@@ -1,9 +1,9 @@
-"""A Jinja environment for templates by strangers: no escape, and bounded.
+"""Sandboxed Jinja environment for untrusted chat templates.
 
-Jinja's immutable sandbox already refuses attributes that start with an
-underscore, and mutation. What it does not bound is work: here a rendering may
-run so many lines, and no string or list that it makes may pass a size, with
-those operations left out whose result can be any size at all.
+Jinja's immutable sandbox already rejects mutation and attributes that start
+with an underscore, but does not limit work. This one also limits the number of
+executed lines and the size of all strings and lists, and rejects operations
+whose result can have any size.
 """
 
 import datetime
@@ -19,13 +19,14 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SIZE = 1 << 22
-"""Characters of a string or elements of a list, whole text included."""
+"""Maximum characters of a string (also the output) or elements of a list."""
 
 MAX_STEPS = 1 << 19
-"""Lines of compiled template that a rendering may run."""
+"""Maximum number of compiled template lines that a rendering may execute."""
 
 _MARKS = "marks made"
-"""A name, which no template can say, of what `{% generation %}` has marked."""
+"""Context variable for the texts of `{% generation %}` blocks; templates cannot
+access it because of the space in its name."""
 
 _SAFE = """
 abs count d default dictsort first float int items last length list map max min
@@ -33,19 +34,19 @@ reject rejectattr reverse select selectattr sort unique
 """
 _OF_TEXT = "capitalize lower safe string title trim upper"
 _GROWING = "center expandtabs format format_map ljust rjust translate zfill"
-"""Methods of strings whose result may be any size; no chat needs them."""
+"""String methods whose result can have any size; chat templates need none."""
 
 
 class LimitExceeded(Exception):
-  """A rendering passed one of the bounds."""
+  """A rendering exceeded one of the limits."""
 
 
 class _Marked(str):
-  """Text that a template marks as the assistant's."""
+  """Text inside a `{% generation %}` block."""
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}` marks what the assistant says."""
+  """The tag `{% generation %}`, which marks the assistant's text."""
 
   tags = {"generation"}
 
@@ -56,7 +57,7 @@ class _Generation(ext.Extension):
     return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
   def mark(self, context: Any, caller: Callable[[], str]) -> str:
-    """Returns the text of the block, and counts it."""
+    """Returns the text of the block and records it."""
     text = _Marked(caller())
     context[_MARKS].append(text)
     return text
@@ -70,11 +71,11 @@ def _bound(size: int) -> None:
 
 @no_type_check
 def _measured(x: Any) -> Any:
-  """Returns `x` if its text, aliases written out, is within the bound."""
+  """Returns `x` if its text, with aliases expanded, is within the limit."""
   size, rest = 0, [x]
   while rest:
     x_ = rest.pop()
-    size += 3  # an element and what parts it from the next one
+    size += 3  # an element and its separator
     if isinstance(x_, str | bytes):
       size += len(x_)
     elif isinstance(x_, dict):
@@ -130,7 +131,7 @@ def _tojson(
   separators: Any = None,
   sort_keys: bool = False,
 ) -> str:
-  """JSON as Hugging Face writes it, without HTML's escapes."""
+  """Returns JSON as in Hugging Face templates, without HTML escapes."""
   if indent is not None and not 0 <= int(indent) <= 16:
     raise LimitExceeded("an indentation of more than 16")
   return json.dumps(
@@ -153,7 +154,7 @@ def _strftime_now(form: str) -> str:
 
 
 class _Generator(compiler.CodeGenerator):
-  """Compiles `a ~ b` to a call that is bounded."""
+  """Compiles `a ~ b` to a call with a size limit."""
 
   def visit_Concat(self, node, frame):
     self.write("environment.concat((")
@@ -200,7 +201,7 @@ def _of_text(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def environment() -> jinja2.Environment:
-  """Returns the environment; Hugging Face's helpers are among its names."""
+  """Returns the sandboxed environment, including Hugging Face's helpers."""
   out = _Environment(
     trim_blocks=True,
     lstrip_blocks=True,
@@ -222,7 +223,7 @@ def environment() -> jinja2.Environment:
 
 
 def has_generation_blocks(template: str) -> bool:
-  """Returns whether a template says `{% generation %}` anywhere."""
+  """Returns whether a template contains a `{% generation %}` block."""
   tokens = [t for t in environment().lex(template) if t[1] != "whitespace"]
   return any(
     begin[1] == "block_begin" and name[1:] == ("name", "generation")
@@ -231,11 +232,14 @@ def has_generation_blocks(template: str) -> bool:
 
 
 def render(template: jinja2.Template, names: dict[str, Any]) -> str:
-  """Returns the text of `template`; raises `TooMuch` past a bound.
+  """Renders a template.
 
   Args:
     template: from this module's `environment().from_string`.
-    names: what the template may use.
+    names: template variables.
+
+  Raises:
+    LimitExceeded: the template exceeds a limit.
   """
   return _rendered(template, names)[0]
 
@@ -243,12 +247,18 @@ def render(template: jinja2.Template, names: dict[str, Any]) -> str:
 def render_marked(
   template: jinja2.Template, names: dict[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:
-  """Returns the text, and where in it `{% generation %}` blocks stand.
+  """Renders a template and locates its `{% generation %}` blocks.
+
+  Args:
+    template, names: as for `render`.
+
+  Returns:
+    The text, and the (start, end) span of each block.
 
   Raises:
-    TooMuch: the template passes a bound.
-    TemplateError: a marked block was put into a variable or a macro, so that
-      its place in the text is not known.
+    LimitExceeded: the template exceeds a limit.
+    TemplateError: a block is inside a variable or a macro, so its position in
+      the text is unknown.
   """
   text, spans, made = _rendered(template, names)
   if len(spans) != made:
@@ -257,7 +267,7 @@ def render_marked(
 
 
 def _rendered(template, names) -> tuple[str, list[tuple[int, int]], int]:
-  """Returns the text, the marked spans, and how many marks were made."""
+  """Returns the text, the marked spans, and the number of rendered blocks."""
   made: list[str] = []
   context = template.new_context({**names, _MARKS: made})
   spans, place = [], 0
@@ -275,10 +285,10 @@ def _rendered(template, names) -> tuple[str, list[tuple[int, int]], int]:
 
 
 def _traced(work: Callable[[], str]) -> str:
-  """Returns `work()`, which may run so many lines of a template."""
+  """Runs `work()` with a limit on the number of template lines."""
   steps = 0
 
-  @no_type_check  # called for every line: a checked call costs 30 us
+  @no_type_check  # called for every line; a type-checked call costs 30 us
   def count(frame, event, argument):
     nonlocal steps
     if frame.f_code.co_filename != "<template>":

@@ -135,7 +135,7 @@ def _record(text: str, where: str) -> Record:
     )
   except json.JSONDecodeError as error:
     raise UserError(
-      f"{where}: is no JSON: {error.msg} at column {error.colno}.\n"
+      f"{where}: is not JSON: {error.msg} at column {error.colno}.\n"
       "Expected one JSON object a line."
     ) from error
   except RecursionError as error:
@@ -163,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-  raise ValueError(f"found {name}, which is no JSON number")
+  raise ValueError(f"found {name}, which is not JSON number")
 
 
 def _too_deep(where: str) -> UserError:

@@ -250,7 +250,7 @@ def test_stop_tokens_are_no_text():
 
 
 def test_a_source_packs_its_own_cache():
-  with pytest.raises(UserError, match="kv: found 'int8' together with a source"):
+  with pytest.raises(UserError, match="found 'int8' together with a source"):
     _texts([[1]], kv="int8", source=generate.chunks)
 
 

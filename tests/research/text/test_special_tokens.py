@@ -159,5 +159,7 @@ def test_a_record_comes_back(tmp_path):
 def test_no_record_is_an_error(tmp_path, text):
   path = tmp_path / special_tokens.FILE
   path.write_text(text)
-  with pytest.raises(UserError, match="is no record of a run's special tokens"):
+  with pytest.raises(
+    UserError, match="is not a record of a run's special tokens"
+  ):
     special_tokens.read(path)

@@ -63,22 +63,22 @@ DEEP = b'{"a":' * 40 + b"1" + b"}" * 40
   [
     (b"\xff{}", "not UTF-8: byte 0xff at column 1"),
     (b'{"a": \xc3"}', "not UTF-8: byte 0xc3 at column 7"),
-    (b"{", "is no JSON: .* at column 2"),
-    (b"{'a': 1}", "is no JSON"),
-    (b'{"a": 1} {"a": 2}', "is no JSON: Extra data"),
+    (b"{", "is not JSON: .* at column 2"),
+    (b"{'a': 1}", "is not JSON"),
+    (b'{"a": 1} {"a": 2}', "is not JSON: Extra data"),
     (b"[1]", "found a list, expected a JSON object"),
     (b"null", "found a NoneType"),
-    (b'{"a": NaN}', "found NaN, which is no JSON number"),
+    (b'{"a": NaN}', "found NaN, which is not a JSON number"),
     (b'{"a": -Infinity}', "found -Infinity"),
     (b'{"a": 1, "a": 2}', "found the key 'a' twice"),
     (b'{"b": [{"c": 1, "c": 1}]}', "found the key 'c' twice"),
     (b'{"a": ' + b"9" * 5000 + b"}", "expected|Expected standard JSON"),
     (DEEP, "more than 32 objects and lists"),
-    (b'{"a":' + b"[" * 200_000, "more than 32 objects and lists|is no JSON"),
+    (b'{"a":' + b"[" * 200_000, "more than 32 objects and lists|is not JSON"),
     (rb'{"a": "\ud800"}', r"half a surrogate pair, \\ud800"),
     (rb'{"\udc00": 1}', "half a surrogate pair"),
-    (b'{"a": "\t"}', "is no JSON: Invalid control character"),
-    (b"\xef\xbb\xbf{}", "is no JSON"),  # a byte order mark on line 2
+    (b'{"a": "\t"}', "is not JSON: Invalid control character"),
+    (b"\xef\xbb\xbf{}", "is not JSON"),  # a byte order mark on line 2
   ],
 )
 def test_lines_that_are_no_records(write, line, words):

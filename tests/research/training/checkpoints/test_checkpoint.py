@@ -169,7 +169,7 @@ def test_another_base_is_refused(start, tmp_path):
   with pytest.raises(UserError, match="no frozen weights here"):
     frozen_base.load_frozen(tmp_path, start.frozen)
   (tmp_path / "base.json").write_text("[]")
-  with pytest.raises(UserError, match="not a note on base weights"):
+  with pytest.raises(UserError, match="not a record of base weights"):
     frozen_base.record_base(tmp_path, start.frozen, None)
 
 

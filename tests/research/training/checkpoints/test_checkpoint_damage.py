@@ -196,7 +196,7 @@ def test_only_damaged_ones_are_no_fresh_start(saved, tmp_path):
   for _ in range(2):  # they are aside the second time
     with (
       Checkpoints(folder, sweep=True) as checkpoints,
-      pytest.raises(UserError, match="none of its 2 checkpoints is whole"),
+      pytest.raises(UserError, match="all of its 2 checkpoints are damaged"),
     ):
       checkpoints.restore_latest(at(0))
   with Checkpoints(tmp_path / "none") as checkpoints:
@@ -247,7 +247,7 @@ def test_checkpoints_of_before_there_were_sums(saved, tmp_path, capsys):
   (step / "_CHECKPOINT_METADATA").write_text(json.dumps(note))
   assert restored(folder) == (4, 3)
   said = capsys.readouterr().err
-  assert said == f"warning: {step}: has no checksums, so none were compared\n"
+  assert said == f"warning: {step}: has no checksums, so it was not verified\n"
 
 
 def test_a_machine_without_memory_is_no_damage(saved, monkeypatch):

@@ -113,9 +113,11 @@ def test_files_are_listed_and_compared(tmp_path):
   (tmp_path / "a" / "small").write_bytes(b"123")
   (tmp_path / "large").write_bytes(bytes(checksums.MAX_CRC_BYTES))
   assert checksums.damaged_file(tmp_path) == (
-    f"large: has {checksums.MAX_CRC_BYTES} bytes, not {checksums.MAX_CRC_BYTES + 1}"
+    f"large: has {checksums.MAX_CRC_BYTES} bytes,"
+    f" not {checksums.MAX_CRC_BYTES + 1}"
   )
   (tmp_path / "large").unlink()
   assert checksums.damaged_file(tmp_path) == "large: is missing"
   (tmp_path / checksums.FILE_LIST).write_text("[]")
-  assert checksums.damaged_file(tmp_path) == "files.json: is no list of files"
+  found = checksums.damaged_file(tmp_path)
+  assert found == "files.json: is not a list of files"

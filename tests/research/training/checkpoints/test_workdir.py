@@ -44,7 +44,7 @@ def test_other_versions_are_warned_of_and_added(tmp_path, capsys):
 def test_an_unreadable_record_stops_nothing(tmp_path, capsys, text):
   (tmp_path / "versions.json").write_text(text)
   claim_workdir(tmp_path, CONFIG)
-  assert "cannot be read; it is written anew" in capsys.readouterr().err
+  assert "cannot be read; it will be rewritten" in capsys.readouterr().err
   assert len(json.loads((tmp_path / "versions.json").read_text())) == 1
 
 
