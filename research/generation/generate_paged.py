@@ -60,7 +60,7 @@ class _Batch:
     self.prompts, self.limits = prompts, limits
     self.tokens = paging.extents(prompts, limits)
     self.sampling, self.stop, self.keys = rules
-    self.held: dict[int, int] = {}
+    self.active: dict[int, int] = {}
     self.pool = paged.empty_pool(model, params, pages.count, pages.size, dtype)
     asked = self.sampling.repetition_penalty is not None
     self.rows = programs.empty_rows(
@@ -69,10 +69,12 @@ class _Batch:
 
   def free_row_for(self, i: int) -> int | None:
     """Returns a row to which prompt `i` can be admitted now, or None."""
-    rows = (r for r in range(len(self.pages.table)) if r not in self.held)
+    rows = (r for r in range(len(self.pages.table)) if r not in self.active)
     row = next(rows, None)
     # If no row is active, waiting would not help: `admit` raises if pages lack.
-    room = not self.held or self.pages.has_room(self.prompts[i], self.tokens[i])
+    room = not self.active or self.pages.has_room(
+      self.prompts[i], self.tokens[i]
+    )
     return row if room else None
 
   def admit(self, row: int, i: int) -> Any:
@@ -99,7 +101,7 @@ class _Batch:
     none, limit = np.int32([0]), np.int32([self.limits[i]])
     length, keys = np.int32([len(prompt)]), self.keys[i : i + 1]
     new = programs.Rows(length, none, none, limit, np.array([True]), keys, seen)
-    self.held[row] = i
+    self.active[row] = i
     self.rows, token = programs.insert_row(
       self.model,
       self.params,
@@ -132,11 +134,11 @@ class _Batch:
     )
     out, done = np.asarray(out), np.asarray(self.rows.done)
     lengths, found = np.asarray(self.rows.length), {}
-    for row, i in list(self.held.items()):
+    for row, i in list(self.active.items()):
       found[i] = [token for token in out[row].tolist() if token != NO_TOKEN]
       if done[row]:
         self.pages.release(row)
-        del self.held[row]
+        del self.active[row]
       elif reach is not None:
         self.pages.trim(row, int(lengths[row]) - reach + 1)
     return found
@@ -185,7 +187,7 @@ def chunks(
   windows = [kind.attention.window for kind in model.layer_kinds()]
   reach = None if None in windows else max(windows)
   waiting = collections.deque(range(len(prompts)))
-  while waiting or batch.held:
+  while waiting or batch.active:
     first = {}
     while waiting and (row := batch.free_row_for(waiting[0])) is not None:
       i = waiting.popleft()
@@ -234,8 +236,8 @@ def _check_adapters(params):
       "changes during generation.\nGenerate without pages."
     )
   token = jnp.zeros((1, 1), jnp.int32)
-  told = jax.eval_shape(lambda: weights.with_tokens(params, token))
-  if jax.tree.structure(told) != jax.tree.structure(params):
+  bound = jax.eval_shape(lambda: weights.with_tokens(params, token))
+  if jax.tree.structure(bound) != jax.tree.structure(params):
     raise UserError(
       "pages: found an adapter that is activated by certain tokens, expected "
       "one that does not depend on whole rows.\nGenerate without pages."

@@ -177,9 +177,9 @@ class Transformer(nn.Module):
       positions = step + start
       if lengths is not None:
         positions = jnp.where(step < lengths[:, None], positions, -1)
-    held = None
+    new_length = None
     if cache is not None:
-      held = cache.length + jnp.sum(positions >= 0, axis=-1)
+      new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
     conditioning = self._conditioning(time, batch)
     # Per-token conditioning is not reordered, so neither are its tokens.
     still = cache is not None or (
@@ -188,7 +188,7 @@ class Transformer(nn.Module):
     axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
     x, positions, mask = zigzag.to_zigzag(axes, x, positions, mask)
     x, layers, loads = self._layers(
-      x, positions, mask, cache, held, fresh, conditioning, keep, whole
+      x, positions, mask, cache, new_length, fresh, conditioning, keep, whole
     )
     if not whole:
       return x, None, loads
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
       self._head()
     if cache is None:
       return x, None, loads
-    cache = caches.Cache(length=held, layers=layers, fresh=False)
+    cache = caches.Cache(length=new_length, layers=layers, fresh=False)
     return x, cache, loads
 
   @nn.compact

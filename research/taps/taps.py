@@ -179,10 +179,12 @@ def collect(
       name: jnp.zeros((*lead, *shape))
       for name, shape in statistic.shapes(*sizes).items()
     }
-    seen = counts
+    token_counts = counts
     if counts is not None:
-      seen = jnp.broadcast_to(counts, (*n, *counts.shape))
-    return weights.map_inner(w, lambda w: Tap(w, stat, seen, statistic, sizes))
+      token_counts = jnp.broadcast_to(counts, (*n, *counts.shape))
+    return weights.map_inner(
+      w, lambda w: Tap(w, stat, token_counts, statistic, sizes)
+    )
 
   taps = tree.map_paths(tapped, params, is_leaf=weights.is_weight)
   stats, rest = tree.partition(taps, _STAT)

@@ -88,7 +88,7 @@ class Shots:
     """Returns `count` random rows of a split."""
     rng = rng_of(self.seed, split)
     order = rng.integers(0, self.used, (count, self.pairs))
-    return self._told(rng, order)
+    return self._rows(rng, order)
 
   def questions(
     self, evidence: Evidence, shots: int, split: Split, count: int
@@ -120,7 +120,7 @@ class Shots:
     rng = rng_of(self.seed, split, shots, _EVIDENCE.index(evidence))
     order = rng.integers(0, self.used, (count, self.pairs))
     line = np.arange(count)
-    told = place
+    end = place
     if evidence == "none":
       order[:, pair] = self.used  # the key that the row does not use
     elif evidence == "before":
@@ -130,12 +130,12 @@ class Shots:
       order[:, :pair] = (order[:, pair, None] + others) % self.used
       again = pair + 1 + rng.integers(0, shots, count)
       order[line, again] = order[:, pair]
-      told = place + 1 + 2 * shots
+      end = place + 1 + 2 * shots
     at = np.arange(2 * self.pairs)
-    known = (at < told) & (at != place)
-    return Question(self._told(rng, order), known, place)
+    known = (at < end) & (at != place)
+    return Question(self._rows(rng, order), known, place)
 
-  def _told(self, rng, order) -> Int[np.ndarray, "N T"]:
+  def _rows(self, rng, order) -> Int[np.ndarray, "N T"]:
     """Returns rows with these key indices and a random mapping per row."""
     count, own = len(order), self.used + 1
     each = np.tile(np.arange(self.keys), (count, 1))

@@ -50,7 +50,7 @@ class SlotCache:
       k, v: keys and values of the new tokens.
       context: positions, mask and options of the call.
     """
-    cache, keys, values, held = self.extend(
+    cache, keys, values, key_positions = self.extend(
       k,
       v,
       context.positions,
@@ -61,8 +61,8 @@ class SlotCache:
     )
     mask = (
       context.mask
-      if held is None
-      else with_positions(context.mask, context.queries, held)
+      if key_positions is None
+      else with_positions(context.mask, context.queries, key_positions)
     )
     one = self.in_order and not context.fresh and k.shape[1] == 1
     if one and decode_attention.has_kernel(q, keys, mask):
@@ -131,18 +131,18 @@ class LayerCache(SlotCache):
       return written, k, v, None
     if k.shape[1] == 1 or window is None:
       # This write has overwritten no key that the new queries attend to.
-      held = slot_positions(length, self.slots)
-      return written, *written.read(k.dtype), held
+      key_positions = slot_positions(length, self.slots)
+      return written, *written.read(k.dtype), key_positions
     # The write may have overwritten ring slots that the first new queries
     # attend to: use the ring as it was before, and the new keys.
     before = length - jnp.sum(positions >= 0, axis=-1)
-    held = slot_positions(before, self.slots)
-    held = jnp.concatenate([held, positions], axis=1)
+    key_positions = slot_positions(before, self.slots)
+    key_positions = jnp.concatenate([key_positions, positions], axis=1)
     keys, values = (
       jnp.concatenate([old, new], axis=1)
       for old, new in zip(self.read(k.dtype), (k, v), strict=True)
     )
-    return written, keys, values, held
+    return written, keys, values, key_positions
 
 
 @jax.tree_util.register_dataclass
