@@ -277,8 +277,8 @@ class _Cut:
     used = [a for axis in axes for a in axis]
     if len(used) != len(set(used)):
       raise UserError(
-        f"{path}: {names} is cut over {used}; a mesh axis cuts one axis of an"
-        " array.\nExpected other Layout.rules."
+        f"{path}: {names} is sharded over {used}; a mesh axis can shard only"
+        " one axis of an array.\nExpected other Layout.rules."
       )
     # Canonical form: a single mesh axis as a string, no trailing None.
     found = [(a[0] if len(a) == 1 else a) if a else None for a in axes]

@@ -119,7 +119,7 @@ def best_fit(
   heads = [head for _, head in _with_heads(lengths, overhead)]
   pieces = [piece for (piece,) in one_per_row(lengths, row, overhead)]
   rows: list[list[Piece]] = []
-  spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
+  spaces: list[tuple[int, int]] = []  # sorted (free positions, row number)
 
   def places(piece: Piece) -> int:
     return piece.size + heads[piece.document] * (piece.start > 0)
@@ -248,7 +248,7 @@ def pack(
   least = 2 + len(begin)
   if length < least:
     raise UserError(
-      f"length: found {length}, expected at least {least} places in a row."
+      f"length: found {length}, expected at least {least} positions in a row."
     )
   sizes = [len(d) for d in documents]
   overhead = [len(begin) * begins_with(d, begin) for d in documents]

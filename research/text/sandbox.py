@@ -262,7 +262,7 @@ def render_marked(
   """
   text, spans, made = _rendered(template, names)
   if len(spans) != made:
-    raise TemplateError("{% generation %} stands in a variable or a macro")
+    raise TemplateError("{% generation %} is inside a variable or a macro")
   return text, spans
 
 

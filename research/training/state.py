@@ -171,6 +171,6 @@ def _check(
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
-        " adapters, e.g. '/trained/'\n(layerwise.galore alone trains codes,"
+        " adapters, e.g. '/trained/'\n(only layerwise.galore trains codes,"
         " those of int8_weights)."
       )

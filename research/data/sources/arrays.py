@@ -87,7 +87,7 @@ def _archive(path: str, file: BinaryIO) -> dict[str, np.ndarray]:
   try:
     members = zipfile.ZipFile(file).infolist()
   except Exception as error:  # fuzzing shows many exception types
-    raise _broken(path, f"is no whole zip archive: {error}") from error
+    raise _broken(path, f"is not a complete zip archive: {error}") from error
   found = {}
   for member in members:
     name = member.filename.removesuffix(".npy")
@@ -104,7 +104,7 @@ def _archive(path: str, file: BinaryIO) -> dict[str, np.ndarray]:
     file.seek(member.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-      raise _broken(path, f"has no {name} where its index says")
+      raise _broken(path, f"has no {name} at the offset in its index")
     lengths = header[26:28], header[28:30]
     start = member.header_offset + 30
     start += sum(int.from_bytes(x, "little") for x in lengths)
@@ -128,7 +128,7 @@ def _mapped(where: str, file: BinaryIO, start: int, stop: int) -> np.ndarray:
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
   except Exception as error:  # numpy evaluates Python literals in the header
     text = str(error).splitlines()[0][:120] if str(error) else "?"
-    raise _broken(where, f"is no array: {text}") from error
+    raise _broken(where, f"is not an array: {text}") from error
   if dtype.kind not in "iub" or dtype.hasobject or fortran:
     raise _broken(where, f"has type {dtype}" + ", Fortran order" * fortran)
   if not 1 <= len(shape) <= 2 or min(shape) < 0:
@@ -137,7 +137,7 @@ def _mapped(where: str, file: BinaryIO, start: int, stop: int) -> np.ndarray:
   place = file.tell()
   if place + size > stop:
     raise _broken(
-      where, f"claims {size:,} bytes, and {max(stop - place, 0):,} are there"
+      where, f"claims {size:,} bytes, found {max(stop - place, 0):,}"
     )
   if not size:
     raise _broken(where, f"is empty, of shape {shape}")
@@ -148,7 +148,7 @@ def _broken(where: str, what: str) -> UserError:
   return UserError(
     f"{where}: {what}.\n"
     "Expected token ids: an .npy of integers [N] or [M, T], or an .npz with"
-    " tokens [N], offsets [M + 1] and perhaps learned [N]."
+    " tokens [N], offsets [M + 1] and optionally learned [N]."
   )
 
 
@@ -176,8 +176,8 @@ def _check_offsets(path: str, offsets: np.ndarray, count: int) -> None:
   if not rises or offsets[0] != 0 or offsets[-1] != count:
     raise UserError(
       f"{path}: offsets: found {offsets[0]} ... {offsets[-1]}"
-      f"{'' if rises else ', not rising'}.\n"
-      f"Expected numbers that rise from 0 to the {count} tokens."
+      f"{'' if rises else ', not increasing'}.\n"
+      f"Expected numbers that increase from 0 to the {count} tokens."
     )
 
 

@@ -140,12 +140,12 @@ class Copy:
 
   @property
   def optimal_loss(self) -> float:
-    """Nats a token that counts."""
+    """The optimal loss, in nats per target token."""
     return 0.0
 
   @property
   def chance_loss(self) -> float:
-    """Of a predictor that does not look back, nats a token."""
+    """The loss of a predictor without context, in nats per target token."""
     return float(np.log(self.vocab))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
@@ -187,12 +187,12 @@ class Recall:
 
   @property
   def optimal_loss(self) -> float:
-    """Nats a token that counts."""
+    """The optimal loss, in nats per target token."""
     return 0.0
 
   @property
   def chance_loss(self) -> float:
-    """Of a predictor that does not look back, nats a token."""
+    """The loss of a predictor without context, in nats per target token."""
     return float(np.log(self.values))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:

@@ -241,7 +241,7 @@ class Checkpoints:
       place = None if data is None else IteratorState.read(where / "data")
       if place and note and place.digest != note["place"]:
         raise checksums.Damaged(
-          "data: the iterator's place is not what was saved"
+          "data: the iterator's position is not what was saved"
         )
     _compare(where, found, wanted)
     with _quiet(), checksums.raise_together():

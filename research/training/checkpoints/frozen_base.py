@@ -109,7 +109,7 @@ def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
   path = folders.folder(folder) / "frozen"
   if not path.is_dir():
     raise UserError(
-      f"{path}: no frozen weights here; base.json says where they came from."
+      f"{path}: found no frozen weights; base.json names their source."
     )
   found = checkpoint.load_tree(path, target)
   note = path.parent / "base.json"

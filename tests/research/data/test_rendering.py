@@ -137,7 +137,7 @@ def test_only_what_is_asked_for_is_learned():
     ),
     (
       "{% set x %}" + MARKED + "{% endset %}{{ x }}",
-      r"f.jsonl:3: chat template: \{% generation %\} stands in a variable",
+      r"f.jsonl:3: chat template: \{% generation %\} is inside a variable",
     ),
     ("{{ raise_exception('no') }}", "f.jsonl:3: chat template: no"),
   ],

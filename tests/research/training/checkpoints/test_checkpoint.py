@@ -166,7 +166,7 @@ def test_another_base_is_refused(start, tmp_path):
   other = jax.tree.map(lambda x: x + 1, start.frozen)
   with pytest.raises(UserError, match="came from {'name': 'one'}"):
     frozen_base.record_base(tmp_path, other, {"name": "two"})
-  with pytest.raises(UserError, match="no frozen weights here"):
+  with pytest.raises(UserError, match="found no frozen weights"):
     frozen_base.load_frozen(tmp_path, start.frozen)
   (tmp_path / "base.json").write_text("[]")
   with pytest.raises(UserError, match="not a record of base weights"):
