@@ -1,4 +1,4 @@
-"""Configurations of before names changed are read as they were meant."""
+"""Configurations with old names keep their meaning."""
 
 import importlib
 import importlib.util

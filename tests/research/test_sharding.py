@@ -1,4 +1,4 @@
-"""The two tables: what is cut how, for every kind of tree."""
+"""Sharding rules, for every kind of tree."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""Trees of parameters: parts, runs, and reports."""
+"""Parameter trees: partitions, runs, and reports."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""Dispatch on leaves: arrays and objects give what the dense array gives."""
+"""Dispatch on leaves: arrays and weights equal the dense array."""
 
 import chex
 import jax
@@ -226,7 +226,7 @@ COUNTED = {
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_parameters_are_those_that_are_meant(name):
-  """Not the numbers that they are stored in; of shapes alone, and of parts."""
+  """Logical, not stored, elements; also for shapes and subtrees."""
   w, want = COUNTED[name]
   assert weights.count({"x": w, "y": jnp.zeros(2)}) == want + 2
   assert weights.count(jax.eval_shape(lambda: w)) == want

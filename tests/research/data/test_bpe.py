@@ -1,4 +1,4 @@
-"""A learned vocabulary: the textbook's merges, and every text comes back."""
+"""BPE training: the textbook's merges, and lossless round trips."""
 
 import collections
 import re

@@ -1,4 +1,4 @@
-"""Duplicates: exact sets by brute force, and errors above a threshold."""
+"""Contamination check: against brute force, and errors above a threshold."""
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def test_our_own_splits_are_clean():
 
 
 def test_conversations_are_compared_without_their_template():
-  """Every question begins alike, and every system prompt is the same."""
+  """All questions have the same beginning and system prompt."""
   train, heldout = (pydoc.Questions(s) for s in ("train", "heldout"))
   report = duplicates.compare(*map(duplicates.source_texts, (train, heldout)))
   assert not report.above(0.5) and report.documents > 3

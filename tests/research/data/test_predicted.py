@@ -1,4 +1,4 @@
-"""Bits per byte: against code lengths that can be counted by hand."""
+"""Bits per byte against code lengths counted by hand."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Loss masks of conversations, against transformers' and by construction."""
+"""Loss masks of conversations, against transformers and by construction."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ GOLDEN = json.loads(
 
 
 class Letters:
-  """A backend for which a character is its number; `$` ends a text."""
+  """A tokenizer backend whose ids are character codes; `$` ends a text."""
 
   def encode(self, text, add_special_tokens=False):
     return type("Encoding", (), {"ids": [ord(c) for c in text]})
@@ -98,7 +98,7 @@ def test_no_token_is_half_prompt_half_answer():
 
 
 def test_words_that_look_like_the_template_change_nothing():
-  """A user who writes the assistant's header does not become it."""
+  """A user message with the assistant's header stays a user message."""
   messages = turns("[a:I am$]", "no", "[a:x$][a:", "y$z")
   text, mask = learned(PLAIN, messages)
   assert text == "[u:[a:I am$]$][a:no$][u:[a:x$][a:$][a:y$z$]"
@@ -149,7 +149,7 @@ def test_templates_that_do_not_tell(template, words):
 
 
 def test_last_turn_of_a_rewriting_template_is_defined():
-  """What such a template does to a single turn is consistent."""
+  """Such a template renders a single turn consistently."""
   rewriting = (
     "{% for m in messages %}{% if loop.last or m.role == 'user' %}"
     "[{{ m.role[0] }}:{{ m.content }}$]{% else %}[a:$]{% endif %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Generation: as a loop without a cache would, whatever the batch."""
+"""Generation equals a loop without a cache, for any batch."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def params():
 
 @functools.cache
 def reference(prompt, steps=NEW):
-  """Greedy tokens by reading the whole text anew for each."""
+  """Greedy tokens by a full forward pass for each."""
 
   @jax.jit
   def next_(tokens, n):

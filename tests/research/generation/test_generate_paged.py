@@ -1,4 +1,4 @@
-"""Generation over pages: the tokens of generation without, row by row."""
+"""Paged generation equals unpaged generation, row by row."""
 
 import dataclasses
 import functools
@@ -62,14 +62,14 @@ def over_pages(*given, layout=Paging()):
   ],
 )
 def test_tokens_are_those_of_a_batch_without_pages(rows):
-  """Whoever shares the batch, whoever waits, whose pages they were."""
+  """Independent of the batch, of waiting and of reused pages."""
   assert complete(size=4, rows=rows) == reference()
   # Not a loop on one token, which much that is wrong would repeat too.
   assert min(len(set(tokens)) for tokens in reference().tokens) > 3
 
 
 def test_rows_that_stop_make_room():
-  """At different times; others that wait then take their pages."""
+  """Rows end at different times; waiting prompts reuse their pages."""
   tokens = reference().tokens
   stop = tokens[0][4], tokens[2][9], tokens[4][0]
   want = reference(stop=stop)
@@ -78,7 +78,7 @@ def test_rows_that_stop_make_room():
 
 
 def test_samples_are_the_same():
-  """Of rows that have generated more tokens or fewer than their neighbours."""
+  """For rows that have generated different numbers of tokens."""
   rules = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2)
   run = functools.partial(
     generate.generate, *case(), PROMPTS, NEW, rules, jax.random.key(4)
@@ -118,7 +118,7 @@ def test_what_free_pages_hold_does_not_matter(monkeypatch):
 
 
 def _read_alone(prompt, read, pages):
-  """Returns what follows a prompt of which pages hold some tokens."""
+  """Returns the continuation of a prompt with some tokens in pages."""
   model, params = case()
   held, table = pages
   for at in range(read, len(prompt), 64):
@@ -259,7 +259,7 @@ def test_adapters_go_along_unless_they_ask_for_whole_rows():
 
 
 def test_adapters_bound_by_row_are_refused():
-  """Rows of pages are other prompts' as time goes by."""
+  """The prompt of a row changes during paged generation."""
   model = support.model(depth=1, tied=False)
   held = pool.create(support.params(model), model, slots=2, rank=2)
   for layout in (lambda params: params, tree.unroll):
@@ -269,7 +269,7 @@ def test_adapters_bound_by_row_are_refused():
 
 
 def test_rotations_that_ask_for_whole_prompts_are_refused():
-  """`rope.Dynamic` turns a piece otherwise than the prompt that it is of."""
+  """`rope.Dynamic` rotates a piece differently than the whole prompt."""
   model = support.model(depth=2, tied=False)
   plain, params = model.stack.blocks[0], support.params(model)
   turned = dataclasses.replace(
@@ -283,7 +283,7 @@ def test_rotations_that_ask_for_whole_prompts_are_refused():
 
 
 def test_pages_that_somebody_holds_are_refused():
-  """What another call has read into them is not in this one's pool."""
+  """Pages that another call has filled are not in this one's pool."""
   model, params = case()
   layout = Paging(size=4, rows=2)
   pages = paging.allocator(model, PROMPTS, NEW, layout)

@@ -1,4 +1,4 @@
-"""Who owns which page: against a memory that is written as the rows say."""
+"""The page allocator against a simulated memory."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ COUNT, SIZE, ROWS, WIDTH = 14, 4, 4, 6
 
 
 class Memory:
-  """Pages with tokens in them, and what each row believes to be there."""
+  """Pages with their tokens, and the tokens that each row expects."""
 
   def __init__(self):
     self.pages = PageAllocator(COUNT, SIZE, ROWS, WIDTH)
@@ -63,7 +63,7 @@ def alike(a, b):
 
 
 def test_rows_find_what_they_wrote_and_share_all_that_is_alike():
-  """Of two tokens, so that prompts begin alike in many ways."""
+  """Vocabulary of two tokens, so that prompts share many prefixes."""
   seen = np.zeros(3, int)
   for seed in range(30):
     rng, memory = np.random.default_rng(seed), Memory()
@@ -85,7 +85,7 @@ def test_rows_find_what_they_wrote_and_share_all_that_is_alike():
 
 
 def tried(memory, row, prompt, tokens):
-  """Returns how often pages were shared, copied, refused; at most once each."""
+  """Returns whether pages were shared, copied and refused."""
   if not memory.pages.has_room(prompt, tokens):
     table = memory.pages.table.copy()
     with pytest.raises(UserError, match="free, expected"):

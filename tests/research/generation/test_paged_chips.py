@@ -1,4 +1,4 @@
-"""Decoding over pages through the compilers for chips that are not here."""
+"""Paged decoding, compiled for chips that are not installed."""
 
 import collections
 import re

@@ -19,7 +19,7 @@ def _softmax(x):
 
 
 def _oracle(logits, temperature, top_k=None, top_p=None, min_p=None):
-  """Each rule by sorting one row, as the papers word it."""
+  """Each rule by sorting one row, as defined in the papers."""
   out = np.full_like(logits, -np.inf)
   for row, kept in zip(logits / np.float32(temperature), out, strict=True):
     alive = list(np.argsort(-row, kind="stable"))[: top_k or V]

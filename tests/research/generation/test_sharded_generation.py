@@ -1,4 +1,4 @@
-"""Decoding with a cache on a mesh: slower perhaps, but the same."""
+"""Decoding with a cache on a mesh equals that on one device."""
 
 import chex
 import jax

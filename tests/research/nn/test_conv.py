@@ -1,4 +1,4 @@
-"""Convolutions: by patches and by XLA, against sums written out."""
+"""Convolutions by patches and by XLA, against explicit sums."""
 
 import jax
 import jax.numpy as jnp

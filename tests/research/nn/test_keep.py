@@ -1,4 +1,4 @@
-"""A model asked for some tokens' states: those of all, for less."""
+"""Selecting tokens (`keep`): the same states, at lower cost."""
 
 import functools
 
@@ -58,7 +58,7 @@ def kept(x, keep=KEEP):
 
 
 def some_and_all(model, params, keep=KEEP, tokens=None, **how):
-  """Returns states of some tokens, asked for alone and among all."""
+  """Returns states of selected tokens, computed alone and among all."""
   if tokens is None:
     tokens = support.tokens(2, T, model.vocab_size)
 
@@ -106,7 +106,7 @@ def test_times_are_those_of_the_tokens_asked_for(by):
 
 
 def test_adapters_that_act_behind_a_call_know_where_they_are():
-  """Keys and values are theirs at all tokens, the rest at some."""
+  """Keys and values are computed for all tokens, the rest for some."""
   model = support.model(width=16, head_dim=4, depth=2)
   params = adapt.Adapt(method=ALoRA(rank=2, invocation=(5,)))(
     tree.unroll(support.params(model)), jax.random.key(0)
@@ -129,7 +129,7 @@ def test_stacked_layers_give_the_same():
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )
 def test_a_cache_has_the_keys_of_all(family):
-  """A prefill, a piece behind it, and a token behind that."""
+  """A prefill, then a piece, then a single token."""
   model, params = network(family)
   tokens = support.tokens(2, T, model.vocab_size)
 
@@ -171,7 +171,7 @@ def test_where_some_tokens_cannot_be_computed_alone():
 
 
 def test_the_last_layer_costs_less():
-  """Its keys and values are of all tokens, everything else of one in six."""
+  """Keys and values for all tokens, everything else for one in six."""
   model, params = network()
   tokens = support.tokens(2, T, model.vocab_size)
 

@@ -1,4 +1,4 @@
-"""The last feed-forward where the loss is: the same loss and gradients."""
+"""Last feed-forward inside the loss: the same loss and gradients."""
 
 import chex
 import jax
@@ -43,7 +43,7 @@ def batch(model):
 )
 @pytest.mark.sample(2)
 def test_losses_and_gradients_are_the_same(kind, family):
-  """Of stacked layers and of a last one apart, whose feed-forward waits."""
+  """For stacked layers, and for a split last layer with a deferred MLP."""
   model = support.model(family, depth=2)
   more = {"block": 4} if kind is BlockDiffusion else {}
   # Chunks of which some hold no masked token.
@@ -72,7 +72,7 @@ def test_losses_and_gradients_are_the_same(kind, family):
 
 
 def waits(model, params, **time) -> bool:
-  """Whether the feed-forward waits; what it gives is checked."""
+  """Whether the feed-forward is deferred; checks the result."""
   tokens = support.tokens(2, T, model.vocab_size)
   params = weights.with_tokens(params, tokens)
 

@@ -1,4 +1,4 @@
-"""A model that is told the time, against its formulas in numpy."""
+"""Time-conditioned models against the formulas in numpy."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Layers see tokens in zig-zag order; whoever calls the model never does."""
+"""Zig-zag token order inside of the layers, text order outside."""
 
 import chex
 import jax

@@ -1,4 +1,4 @@
-"""Costs of compiled programs against counts by hand, and of TPUs' own text."""
+"""Costs of compiled programs against manual counts, and of TPU programs."""
 
 import jax
 import jax.numpy as jnp

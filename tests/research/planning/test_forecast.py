@@ -1,4 +1,4 @@
-"""Memory of a compiled program, as the compiler of this machine counts it."""
+"""Memory of a compiled program against the local compiler's analysis."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""What a TPU's compiler refuses a program by is what a plan calls its total."""
+"""The forecast's total memory is what a TPU compiler checks."""
 
 import jax
 import jax.numpy as jnp

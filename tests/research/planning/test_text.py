@@ -1,4 +1,4 @@
-"""Forecasts in words."""
+"""Forecasts as text."""
 
 import pytest
 

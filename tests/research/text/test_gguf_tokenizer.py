@@ -1,4 +1,4 @@
-"""Tokenizers inside GGUF files, against definitions of their own."""
+"""Tokenizers of GGUF files against reference definitions."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A tokenizer's way into a GGUF file: the same ids, or a reason why not."""
+"""Exporting tokenizers to GGUF: the same ids, or a reason."""
 
 import pathlib
 
@@ -66,7 +66,7 @@ def test_what_stands_around_a_text_is_kept(bos, eos):
 
 
 def sentencepiece(prefix: bool):
-  """Returns a tokenizer as Llama 2's or Gemma's files have it."""
+  """Returns a tokenizer like Llama 2's or Gemma's."""
   words = sorted({w for w in TEXT.split() if len(w) < 12})[:300]
   pieces = {f"\u2581{w[:n]}" for w in words for n in range(1, len(w))}
   pieces |= {w[:n] for w in words for n in range(2, len(w))} | {"\u2581"}

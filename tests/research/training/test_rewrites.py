@@ -1,4 +1,4 @@
-"""Routers' biases that move during training, and what resumes with them."""
+"""Router bias updates during training, and resumption with them."""
 
 import chex
 import numpy as np

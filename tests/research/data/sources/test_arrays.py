@@ -1,4 +1,4 @@
-"""Packed arrays: what is written comes back; what is broken is refused."""
+"""Array sources: round trips, and rejection of malformed files."""
 
 import io
 import struct
@@ -143,7 +143,7 @@ def test_negative_shapes_and_later_versions(tmp_path):
 
 @pytest.mark.parametrize("kind", ["npz", "npy"])
 def test_mutations_end_in_arrays_or_in_words(tmp_path, kind):
-  """500 bit flips, truncations and splices, seeded: never another error."""
+  """500 seeded bit flips, truncations and splices: UserError at worst."""
   path = tmp_path / f"a.{kind}"
   if kind == "npz":
     np.savez(path, tokens=np.arange(40), offsets=[0, 10, 40])

@@ -1,4 +1,4 @@
-"""JSON Lines: what is read, what is refused and how, splits by any field."""
+"""JSON Lines sources: valid and invalid records, splits by any field."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ from research.typing import UserError
 
 
 class Letters:
-  """A backend for which a character is its number."""
+  """A tokenizer backend whose ids are character codes."""
 
   def encode(self, text, add_special_tokens=False):
     return type("Encoding", (), {"ids": [ord(c) for c in text]})
@@ -134,7 +134,7 @@ def test_texts_are_documents(write):
 
 @pytest.mark.parametrize("plan", [packing.best_fit, packing.one_per_row])
 def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
-  """Counted by hand: 4 places a row, answers behind prompts of 2, 9 and 4."""
+  """Counted by hand: rows of 4, answers after prompts of 2, 9 and 4."""
   lines = [("ab", "c"), ("abcdefgh", "ijk"), ("pqr", "s")]
   path = write(*({"prompt": p, "completion": c} for p, c in lines))
   data = pipeline.Pipeline(

@@ -1,4 +1,4 @@
-"""Pairs by a new mapping in every row: what is told, and what is not."""
+"""In-context recall: visible positions, evidence and baselines."""
 
 import collections
 import itertools

@@ -1,4 +1,4 @@
-"""Sources of known entropy: the stated optimum is the one that is measured."""
+"""Synthetic sources: the stated optimal loss against measurements."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ def test_markov_entropy_is_what_its_own_predictor_pays(concentration):
 
 
 def test_markov_by_counting():
-  """A model-free look: pair frequencies are pi_i P_ij, from the first on."""
+  """Model-free: pair frequencies are pi_i P_ij from the first token on."""
   source = synthetic.Markov(vocab=4, length=50, count=2000, concentration=1)
   tokens = np.stack([e.tokens for e in source.examples(None)])
   want = source.stationary[:, None] * source.transitions

@@ -1,4 +1,4 @@
-"""Models over pages: the contiguous cache's numbers, wherever pages are."""
+"""The paged cache equals the contiguous cache, for any page placement."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def table(seed=0):
 
 
 def pool(model, params, dtype=None):
-  """NaN in every page, which nobody owns or has written to."""
+  """A pool with NaN in every page, none of them written or assigned."""
   return jax.tree.map(
     lambda x: x if x.dtype == jnp.int8 else jnp.full_like(x, jnp.nan),
     empty_pool(model, params, COUNT, SIZE, dtype),
@@ -96,7 +96,7 @@ def paged(model, params, seed=0, dtype=None):
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )
 def test_ragged_rows_say_what_they_say_without_pages(family):
-  """Groups of two heads share keys; Gemma's layers look back 6 or on all."""
+  """Groups of two heads share keys; Gemma's layers have window 6 or none."""
   model = support.model(family, depth=2)
   params = support.params(model)
   want, cache = read(model, params, init_cache(model, params, ROWS, 24))
@@ -117,7 +117,7 @@ def test_no_number_depends_on_where_pages_are():
 
 
 def test_pages_that_two_rows_share_are_pages_of_ones_own():
-  """Bit by bit; where they part, a page is copied, and then written."""
+  """Bitwise; the page where they diverge is copied, then written."""
   model = support.model("gemma2", depth=2)
   params = support.params(model)
   row = support.tokens(1, 10)
@@ -143,7 +143,7 @@ def test_pages_that_two_rows_share_are_pages_of_ones_own():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rounded(SlotCache):
-  """All keys and values as they came, rounded when looked at."""
+  """A cache of exact keys and values that rounds on reading."""
 
   k: Any
   v: Any
@@ -165,7 +165,7 @@ class Rounded(SlotCache):
 
 
 def rounded(x, dtype):
-  """By the definition: the largest number of a token's head is kept."""
+  """By definition: the largest value of a token's head is exact."""
   most = {"int8": 127.0, "fp8": 448.0}[dtype]
   scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / most
   codes = x / jnp.where(scale == 0, 1, scale)
@@ -176,7 +176,7 @@ def rounded(x, dtype):
 
 @dataclasses.dataclass(frozen=True)
 class RoundedWhole:
-  """Makes them, as long for windowed layers as for others."""
+  """Creates them, equally long for windowed and other layers."""
 
   dtype: str
 
@@ -301,7 +301,7 @@ def test_tokens_that_look_ahead_have_no_pages(mask):
 
 
 def test_tokens_come_behind_those_that_are_there():
-  """Positions of one's own are refused; they would turn keys alone."""
+  """Explicit positions are rejected; they would affect keys only."""
   model = support.model(depth=1)
   params = support.params(model)
   given = jnp.broadcast_to(jnp.arange(5, 9), (ROWS, 4))

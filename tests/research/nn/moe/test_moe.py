@@ -1,4 +1,4 @@
-"""Sorted experts against a dense loop; a Transformer with them."""
+"""Sorted experts against a dense loop; MoE Transformers."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Which experts are chosen, against a loop over tokens in numpy."""
+"""Expert selection against a loop over tokens in numpy."""
 
 import dataclasses
 
@@ -100,7 +100,7 @@ def test_choice(name):
 
 
 def test_groups_and_bias_matter():
-  """The variants above differ from plain top-k, or they would show nothing."""
+  """The variants above must differ from plain top-k to be meaningful."""
   for name in ("deepseek v2", "deepseek v3"):
     routing = VARIANTS[name]
     rows = jnp.asarray(logits(64, routing.experts))
@@ -141,7 +141,7 @@ def load_of(routing, rows, real):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_load_and_losses(name):
-  """Against their definitions, over the tokens that are no padding."""
+  """Against their definitions, over non-padding tokens."""
   routing = VARIANTS[name]
   experts, active = routing.experts, routing.active
   rows, real = logits(40, experts), np.arange(40) % 3 != 0

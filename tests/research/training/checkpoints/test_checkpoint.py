@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, refusals that say why, and what is kept."""
+"""Checkpoints: round trips, errors, and retention."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_latest_and_best_are_kept(tmp_path, better, best, kept):
 
 
 def test_every_so_many_are_kept_for_good(tmp_path):
-  """Also those of before this process began."""
+  """Also checkpoints of earlier processes."""
   made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
   for steps in (range(1, 6), range(6, 12)):
     with Checkpoints(tmp_path, keep=1, every=4) as checkpoints:

@@ -1,4 +1,4 @@
-"""Checksums: every flipped bit is seen, no sharding is."""
+"""Checksums detect every flipped bit and do not depend on sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ TYPES = (
 
 
 def plain(x):
-  """The sum as the docstring has it, in Python's own integers."""
+  """The checksum as in the docstring, in Python integers."""
   x = np.asarray(x)
   size = min(x.dtype.itemsize, 4)
   words = np.frombuffer(x.tobytes(), f"<u{size}")

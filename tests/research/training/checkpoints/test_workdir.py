@@ -1,4 +1,4 @@
-"""Workdirs: whose they are, and which versions made them."""
+"""Workdirs: experiment ownership and recorded versions."""
 
 import json
 import resource
@@ -49,7 +49,7 @@ def test_an_unreadable_record_stops_nothing(tmp_path, capsys, text):
 
 
 def test_the_code_is_known_by_its_content(tmp_path, monkeypatch):
-  """Any changed, added or renamed source is another version."""
+  """Any changed, added or renamed source file changes the version."""
   package = tmp_path / "research" / "training" / "checkpoints"
   package.mkdir(parents=True)
   (package / "versions.py").write_text("a = 1\n")

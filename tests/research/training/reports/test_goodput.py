@@ -1,4 +1,4 @@
-"""Goodput: every second is in one bucket, and lost ones are found again."""
+"""Goodput: every second is in one bucket, also across restarts."""
 
 import time
 
@@ -12,7 +12,7 @@ from research.typing import UserError
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that only moves when told to."""
+  """A clock that advances only explicitly."""
   now = [1000.0]
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
   monkeypatch.setattr(time, "time", lambda: now[0])
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_takes_back_what_was_counted(clock, tmp_path):
 
 
 def test_a_kill_between_a_save_and_its_totals():
-  """Steps that are in the checkpoint count, though no total has them yet."""
+  """Steps in the checkpoint count even if no total includes them yet."""
   records = [{"step": 0, "goodput/step": 0.0, "goodput/init": 7.0}]
   records += [{"step": s, "train/seconds": 1.0} for s in (1, 2, 3)]
   total = goodput.earlier_totals(records, 2)
