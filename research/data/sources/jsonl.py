@@ -163,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-  raise ValueError(f"found {name}, which is not JSON number")
+  raise ValueError(f"found {name}, which is not a JSON number")
 
 
 def _too_deep(where: str) -> UserError:
