@@ -71,7 +71,7 @@ from research.lora import init_stats
 from research.training import loop
 
 adapt.Adapt.init_stats = @init_stats.Covariances()
-init_stats.Covariances.reading = @init_stats.CalibrationData()
+init_stats.Covariances.calibration = @init_stats.CalibrationData()
 loop.TrainConfig.steps = 8  # as init_stats.CalibrationData says
 """
   )

@@ -259,7 +259,7 @@ def test_largest_values_and_samples_on_eight_devices(layout):
 @pytest.mark.parametrize(
   ("layout", "statistic", "message"),
   [
-    ("expert", STATISTICS[0], "does not cut"),
+    ("expert", STATISTICS[0], "does not shard"),
     ("experts", STATISTICS[2], "maxima are not supported"),
     ("ring", STATISTICS[0], "RING=1"),
   ],
