@@ -118,7 +118,7 @@ class AdaLN(nn.Module):
   """
 
   zero_gate: bool = False
-  apply_gate: bool = True
+  gated: bool = True
 
   @nn.compact
   def __call__(

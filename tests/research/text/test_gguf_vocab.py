@@ -118,7 +118,7 @@ def test_what_no_rule_cuts_alike_stays_behind():
   )
   keys, reason = gguf_vocab.from_tokenizer(tokenizer, 270)
   assert keys == {}
-  assert "no rule for words" in reason
+  assert "no pre-tokenizer that" in reason
 
 
 def test_other_kinds_of_tokenizer_stay_behind():
