@@ -107,7 +107,8 @@ def _window(mask: Mask) -> int | None:
     raise UserError(
       f"pages: found a mask of kind {mask.kind!r}, window {mask.window}"
       f"{'' if mask.q_segments is None else ', with segments'}; expected one "
-      "that is causal and has no segments.\nUse a cache without pages."
+      "that only looks back (causal), without segments.\nUse a cache without "
+      "pages."
     )
   return None if left is None else left + 1
 
