@@ -1,15 +1,15 @@
-"""Old names of modules and configurables, for configurations that use them.
+"""Renamed modules and configurables: keeps old gin configurations readable.
 
-A gin file imports what it configures, and a run's `config.gin` is read again
-for as long as the run is of use. `moved.txt` has a line for each name that
-changed, the old one and the new one:
+A gin file imports the modules that it configures, and the `config.gin` in a
+run's working directory must stay readable for as long as the run is used.
+`moved.txt` has one line per renamed module or configurable, old name first:
 
   research.training.feed research.training.global_batch
   research.training.loop:Plan research.training.loop:TrainConfig
   research.lora.adapt:Adapt.look research.lora.adapt:Adapt.init_stats
 
-The first is a module; behind a colon stands what gin binds in a module, under
-the module's present name.
+A line without a colon is a module. After a colon comes a class, function or
+field that gin binds, listed under the module's current name.
 """
 
 import functools
@@ -23,18 +23,18 @@ _IMPORT = re.compile(r"^import ([\w.]+)", re.M)
 
 @functools.cache
 def table() -> dict[str, str]:
-  """Returns the new name of each module or configurable that has one."""
+  """Returns `{old name: new name}` from `moved.txt`."""
   lines = _TABLE.read_text("utf-8").splitlines()
   return dict(line.split() for line in lines if line.strip())
 
 
 def current(text: str) -> str:
-  """Returns a gin file's text in present names.
+  """Returns a gin file's text with every old name replaced by the current one.
 
-  Gin calls what it imports by the module's last name, or by the whole name
-  after `import research.x`; both are followed.
+  Gin refers to an imported module by its last component (`from a import b`) or
+  by its full dotted name (`import a.b`). Both forms are handled.
   """
-  called = {}  # what the text calls a module -> (the same today, the module)
+  called = {}  # name used in the text -> (current name, current full module)
 
   def imported(match: re.Match) -> str:
     old = f"{match[1]}.{match[2]}"
@@ -58,10 +58,11 @@ def current(text: str) -> str:
 
 
 def binding(text: str) -> str:
-  """Returns one binding of a command line (`loop.Plan.steps=5`) as of today.
+  """Returns a command-line binding (`loop.Plan.steps=5`) in current names.
 
-  Without imports beside it a module is known by its last name alone, so this
-  follows names of configurables, of modules that kept their own.
+  A single binding carries no imports, so a module is identified by its last
+  component only. This renames configurables of modules that were not renamed
+  themselves.
   """
   for old, new in table().items():
     module, _, known = old.partition(":")
@@ -74,7 +75,7 @@ def binding(text: str) -> str:
 
 
 def _configurables(module: str) -> list[tuple[str, str]]:
-  """Returns old and new names of what gin binds in `module`."""
+  """Returns the (old, new) names of the configurables in `module`."""
   head = f"{module}:"
   return [
     (old.removeprefix(head), new.removeprefix(head))
@@ -84,7 +85,7 @@ def _configurables(module: str) -> list[tuple[str, str]]:
 
 
 def _renamed(text: str, old: str, new: str) -> str:
-  """Replaces a dotted name where it stands whole, or begins a longer one."""
+  """Replaces a dotted name, alone or as the prefix of a longer dotted name."""
   if old == new:
     return text
   end = "" if old.endswith(".") else r"(?!\w)"
@@ -92,7 +93,10 @@ def _renamed(text: str, old: str, new: str) -> str:
 
 
 def hint(text: str) -> str:
-  """Returns where the modules are that an error says are not, or ""."""
+  """Returns the new location of modules that an import error reports missing.
+
+  Returns "" if the error names no renamed module.
+  """
   pairs = re.findall(r"cannot import name '(\w+)' from '([\w.]+)'", text)
   names = [f"{package}.{name}" for name, package in pairs]
   names += re.findall(r"No module named '([\w.]+)'", text)

@@ -1,24 +1,24 @@
-"""Sharding as two short tables: path -> logical axes, logical -> mesh axes.
+"""Sharding rules: parameter path -> logical axes, logical axis -> mesh axes.
 
-Nothing in a module, an optimizer or an adapter says how it is sharded. `AXES`
-names the axes of a parameter by its path; optimizer moments, masters and
-averages have paths that end like their parameter's, so the same row finds
-them; a packed or adapted weight says itself (`weights.axes`) which of those
-names its parts carry. `RULES` says over which axes of the mesh each name is
-cut. Activations use the same names (`constrain`).
+Two tables decide all sharding; modules, optimizers and adapters contain none.
+`AXES` names the axes of a parameter by its path. Optimizer moments, fp32 master
+weights and moving averages have paths that end like their parameter's, so they
+match the same row. A packed or adapted weight reports the names of its arrays
+itself (`weights.axes`). `RULES` maps each logical name to the mesh axes that
+shard it. Activations use the same names (`constrain`).
 
 The mesh always has seven axes, most of them often of size 1:
 
-  data      rows of the batch; weights are copied
-  fsdp      rows of the batch; weights are cut, and gathered layer by layer
+  data      batch rows; weights are replicated
+  fsdp      batch rows; weights are sharded and gathered layer by layer
   sequence  tokens of a row; attention gathers keys and values
-  ring      tokens of a row; keys and values pass by all devices
-  ulysses   tokens of a row, of what the two above leave; in attention a device
-            has all tokens of some heads
+  ring      tokens of a row; keys and values circulate among the devices
+  ulysses   tokens of a row, within the shards of the two axes above; in
+            attention each device has all tokens of some heads
   tensor    heads, hidden units, vocabulary
-  expert    rows of the batch, and the experts of a mixture
+  expert    batch rows, and the experts of an MoE layer
 
-Pipeline parallelism is out of scope: no axis cuts the stack of layers.
+Pipeline parallelism is out of scope: no mesh axis shards the layer stack.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ from research import weights
 from research.typing import Array, Shaped, UserError
 
 Names = tuple[str | None, ...]
-"""A logical name, or None, for each of an array's last axes."""
+"""A logical name, or None, for each of an array's trailing axes."""
 
 Shardings = Any
-"""A tree of `jax.sharding.Sharding`, one for each array of another tree."""
+"""A tree of `jax.sharding.Sharding` that matches a tree of arrays."""
 
 AXES: tuple[tuple[str, Names], ...] = (
   (r"(^|/)embed$", ("vocab", "width")),
@@ -56,17 +56,17 @@ AXES: tuple[tuple[str, Names], ...] = (
   (r"/down$", ("hidden", "width")),
   (r"/(gate|up)_bias$", ("hidden",)),
   (r"/router$", ("width", None)),
-  # What the time changes is small.
+  # The timestep embedding and AdaLN weights are small.
   (r"_modulation/weight$|(^|/)clock/(enter|leave)$", (None, None)),
-  # What projectors are kept as: small, and in groups across both axes.
+  # State of low-rank gradient projectors: small, in groups across both axes.
   (r"/(gap|first|cosines|made|codes|step|zero)$", (None,)),
-  # A vector a layer costs nothing; gathering it would.
+  # One vector per layer costs little memory; gathering it would cost time.
   (r"(^|/)scale$|_bias$", (None,)),
 )
-"""Regular expression, searched for in a parameter's path -> logical axes.
+"""(regular expression, searched for in the parameter path; logical axes).
 
-The first row that matches counts. Axes in front of those named (a run's
-layers) are never cut.
+The first matching row applies. Leading axes without a name (the layers of a
+run) are never sharded.
 """
 
 RULES: Mapping[str, str | tuple[str, ...]] = {
@@ -79,7 +79,7 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
   "vocab": "tensor",
   "expert": "expert",
 }
-"""Logical axis -> the mesh axes that cut it."""
+"""Logical axis -> the mesh axes that shard it."""
 
 MESH_AXES = (
   "data",
@@ -94,12 +94,12 @@ MESH_AXES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-  """A mesh, and what is cut along its axes.
+  """The sizes of the mesh axes, and the sharding rules.
 
   Attributes:
-    data, fsdp, sequence, ring, ulysses, tensor, expert: sizes; at most one is
-      -1, for whatever the number of devices leaves. `sequence` and `ring` are
-      two ways for the same, so one of them is 1.
+    data, fsdp, sequence, ring, ulysses, tensor, expert: mesh axis sizes. At
+      most one is -1: it takes the devices that the others leave. `sequence` and
+      `ring` are alternatives, so one of them must be 1.
     axes: path -> logical axes, see `AXES`.
     rules: logical axis -> mesh axes, see `RULES`.
   """
@@ -141,7 +141,7 @@ class Layout:
   def mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over `devices`, by default all of them.
 
-    A layout without a -1 may leave devices of a single process unused.
+    In a single process, a layout without -1 may leave devices unused.
 
     Raises:
       UserError: the sizes do not fit the number of devices.
@@ -166,8 +166,8 @@ class Layout:
       )
     else:
       devices = devices[:used]
-    # jax.make_mesh splits an axis of a pod's torus on some chips only, and
-    # refuses 2 x 8 devices of 4 x 4 on the others.
+    # jax.make_mesh splits a physical torus axis on some chips only and rejects
+    # a 2 x 8 mesh on a 4 x 4 slice of the others.
     grid = mesh_utils.create_device_mesh(
       tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
@@ -177,28 +177,29 @@ class Layout:
   def shardings(
     self, tree: Any, mesh: Mesh, counts: Mapping[str, int] | None = None
   ) -> Shardings:
-    """Returns a sharding for each array of `tree`, in its structure.
+    """Returns the sharding of each array of `tree`, in its structure.
 
     Args:
-      tree: anything whose arrays (or shapes) have paths that end like a
-        parameter's: params, their trainable part, an optimizer's state, a
+      tree: any tree whose arrays (or shapes) have paths that end like a
+        parameter's: parameters, their trainable part, optimizer state, a
         TrainState. Scalars are replicated.
       mesh: from `mesh`.
-      counts: logical axis -> pieces that stay whole, see `counts`; a mesh axis
-        that does not divide that number does not cut the axis.
+      counts: logical axis -> number of indivisible units along it, such as
+        heads; see `head_counts`. Mesh axes that do not divide it do not shard
+        the axis.
 
     Raises:
-      UserError: no row of the table matches an array.
+      UserError: no row of `axes` matches an array.
     """
     return self._cut(tree, mesh, counts)[0]
 
-  def uncut(
+  def undivided(
     self, tree: Any, mesh: Mesh, counts: Mapping[str, int] | None = None
   ) -> list[str]:
-    """Returns, in words, what `shardings` leaves whole against the rules.
+    """Describes the axes that `shardings` leaves unsharded despite the rules.
 
-    Those are axes that their mesh axes do not divide: one line a name and
-    size, with an array that has it.
+    Their mesh axes do not divide them. Returns one line per logical axis and
+    size, with the path of an example array.
     """
     return self._cut(tree, mesh, counts)[1]
 
@@ -216,7 +217,7 @@ class Layout:
     return trees.map_paths(one, tree, is_leaf=weights.is_weight), cut.whole()
 
   def _names(self, path: str, leaf: Any) -> Names:
-    names = names_of(path, self.axes)
+    names = logical_axes(path, self.axes)
     if names is not None:
       return names
     if not weights.is_weight(leaf) and leaf.ndim == 0:
@@ -228,38 +229,38 @@ class Layout:
     )
 
   def batch(self, mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch's arrays `[B, T]`."""
+    """Returns the sharding of batch arrays `[B, T]`."""
     return NamedSharding(
       mesh, PartitionSpec(self.rules["batch"], self.rules["length"])
     )
 
 
-def names_of(
+def logical_axes(
   path: str, axes: tuple[tuple[str, Names], ...] = AXES
 ) -> Names | None:
-  """Returns the names in the first row that matches `path`, None without."""
+  """Returns the axis names of the first row matching `path`, or None."""
   found = (names for pattern, names in axes if re.search(pattern, path))
   return next(found, None)
 
 
 def part_names(leaf: Any, names: Names) -> Any:
-  """Returns `names` for each array of `leaf`, as leaves of its structure."""
+  """Returns the axis names of each array inside `leaf`, as tree leaves."""
   if weights.is_weight(leaf):
     found = weights.axes(leaf, names)
     return jax.tree.map(lambda x, names: _Names(names), leaf, found)
-  # A factored moment has fewer axes than its parameter: the first ones'.
+  # A factored moment has fewer axes than its parameter, namely the first ones.
   return _Names(names[: leaf.ndim])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Names:
-  """Names as a leaf: a tuple would be a tree."""
+  """Wraps axis names so that JAX treats them as a leaf, not as a subtree."""
 
   names: Names
 
 
 class _Cut:
-  """Turns names into specs, and remembers what could not be cut."""
+  """Converts axis names to PartitionSpecs; records axes it cannot shard."""
 
   def __init__(self, rules, sizes, counts):
     self._rules, self._sizes, self._counts = rules, sizes, counts
@@ -268,7 +269,7 @@ class _Cut:
   def spec(
     self, shape: Sequence[int], names: _Names, path: str
   ) -> PartitionSpec:
-    """Returns how an array of `shape` is cut whose last axes are `names`."""
+    """Returns the spec of an array of `shape` with trailing axes `names`."""
     names = (None,) * (len(shape) - len(names.names)) + names.names
     axes = [
       self._axes(n, dim, path) for n, dim in zip(names, shape, strict=True)
@@ -276,10 +277,10 @@ class _Cut:
     used = [a for axis in axes for a in axis]
     if len(used) != len(set(used)):
       raise UserError(
-        f"{path}: {names} is cut over {used}; a mesh axis cuts one axis of an"
-        " array.\nExpected other Layout.rules."
+        f"{path}: {names} is sharded over {used}; a mesh axis can shard only"
+        " one axis of an array.\nExpected other Layout.rules."
       )
-    # A spec with one axis as a string, and nothing behind the last cut.
+    # Canonical form: a single mesh axis as a string, no trailing None.
     found = [(a[0] if len(a) == 1 else a) if a else None for a in axes]
     while found and found[-1] is None:
       found.pop()
@@ -288,37 +289,40 @@ class _Cut:
   def _axes(self, name: str | None, dim: int, path: str) -> tuple[str, ...]:
     found = _mesh_axes(self._rules, name, self._sizes)
     pieces = math.gcd(dim, self._counts.get(name, dim))
-    kept = dividing(found, self._sizes, pieces)
+    kept = dividing_axes(found, self._sizes, pieces)
     if kept != found:
       self._whole[f"{name} of {pieces}"] = path
     return kept
 
   def whole(self) -> list[str]:
-    """Returns what stayed whole that the rules would cut."""
+    """Describes the axes that the rules shard but that could not be divided."""
     return [f"{what} ({path})" for what, path in self._whole.items()]
 
 
 def _mesh_axes(rules, name, sizes) -> tuple[str, ...]:
-  """Returns the mesh axes of more than one device that `name` goes over."""
+  """Returns the mesh axes that shard `name`, those of size 1 left out."""
   found = rules.get(name) or ()
   found = (found,) if isinstance(found, str) else tuple(found)
   return tuple(a for a in found if sizes.get(a, 1) > 1)
 
 
-def dividing(
+def dividing_axes(
   axes: tuple[str, ...], sizes: Mapping[str, int], pieces: int
 ) -> tuple[str, ...]:
-  """Returns the first of `axes` whose sizes together divide `pieces`."""
+  """Returns the longest prefix of `axes` whose total size divides `pieces`."""
   while axes and pieces % math.prod(sizes[a] for a in axes):
     axes = axes[:-1]
   return axes
 
 
-def counts(model: Any) -> dict[str, int]:
-  """Returns how many pieces of `model`'s axes must stay whole: heads.
+def head_counts(model: Any) -> dict[str, int]:
+  """Returns the number of heads along `heads` and `kv_heads`.
+
+  Sharding must not split a head, so only divisors of these counts may shard
+  those axes. If layers differ, this is the greatest common divisor.
 
   Args:
-    model: a `research.nn.transformer.Transformer`; the layers may differ.
+    model: a `research.nn.transformer.Transformer`.
   """
   found = [kind.attention for kind in model.layer_kinds()]
   return {
@@ -330,27 +334,30 @@ def counts(model: Any) -> dict[str, int]:
 def constrain(
   x: Shaped[Array, "..."], *names: str | None
 ) -> Shaped[Array, "..."]:
-  """Returns `x`, cut by `RULES` over the mesh that is set; else as it is.
+  """Constrains the sharding of activation `x` by `RULES` on the current mesh.
+
+  Returns `x` unchanged without a mesh.
 
   Args:
     x: an activation.
-    names: one for each axis of `x`. An axis that its mesh axes do not divide
-      stays whole, and so do mesh axes of a surrounding `shard_map`.
+    names: a logical name (or None) for each axis of `x`. Axes that their mesh
+      axes do not divide stay unsharded; mesh axes of an enclosing `shard_map`
+      are not used.
   """
   if not is_cut():
     return x
   return jax.lax.with_sharding_constraint(x, activation(x.shape, *names))
 
 
-def whole(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
-  """Returns `x`, whole along its last axes on each device of a mesh.
+def unsharded(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
+  """Constrains `x` to be unsharded along its last axes.
 
-  For what XLA cannot cut along them, or cuts wrongly. Over the other axes it
-  decides; a gradient is kept as whole.
+  For operations that XLA cannot partition along those axes, or partitions
+  wrongly. XLA decides about the other axes. Applies to the gradient as well.
 
   Args:
     x: any array.
-    last: how many axes.
+    last: the number of trailing axes.
   """
   if not is_cut():
     return x
@@ -360,34 +367,34 @@ def whole(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
 
 
 is_cut = target_platform.is_cut
-"""Here, too: who cuts arrays asks it."""
+"""Re-exported for callers that shard arrays."""
 
 
 def activation(shape: Sequence[int], *names: str | None) -> PartitionSpec:
-  """Returns the spec that `constrain` would give an array of `shape`."""
+  """Returns the PartitionSpec that `constrain` uses for an array of `shape`."""
   cut = _Cut(RULES, target_platform.free_axes(), {})
   return cut.spec(shape, _Names(names), "activation")
 
 
-def cuts(
+def activation_axes(
   shape: Sequence[int], *names: str | None
 ) -> tuple[tuple[str, ...], ...]:
-  """Returns the mesh axes in `activation`'s spec, for each axis of `shape`."""
+  """Returns the mesh axes that shard each axis of an activation of `shape`."""
   return spec_axes(activation(shape, *names), len(shape))
 
 
 def spec_axes(spec: PartitionSpec, ndim: int) -> tuple[tuple[str, ...], ...]:
-  """Returns the mesh axes that cut each of an array's `ndim` axes."""
+  """Returns the mesh axes in `spec` for each of an array's `ndim` axes."""
   found = (*spec, *(None,) * (ndim - len(spec)))
   return tuple((a,) if isinstance(a, str) else tuple(a or ()) for a in found)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of what every device has whole."""
+  """Returns the sharding of an array that is replicated on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def bytes_per_device(tree: Any, shardings: Shardings) -> int:
-  """Returns the bytes of `tree`'s arrays, or shapes, on each device."""
+  """Returns the bytes per device of `tree`'s arrays or shape structs."""
   sizes = jax.tree.map(trees.part_bytes, tree, shardings)
   return sum(jax.tree.leaves(sizes))

@@ -1,10 +1,10 @@
-"""Parameter trees: paths, parts of them, and stacks as lists of scanned runs.
+"""Parameter trees: leaf paths, partitions, and layer stacks as scanned runs.
 
-A stack of layers is stored as runs, `run0`, `run1`, ...: in each, layers that
-are equal in structure and leaf types stand behind one leading axis and are
-scanned. A run scans over its period, `layer0` .. `layer{p-1}` (Gemma's local
-and global layers). Importers, exporters and reports use `layers` and `stack`,
-and never see the runs.
+A stack of layers is stored as runs, `run0`, `run1`, .... The layers of a run
+have equal structure and leaf types, are stacked along one leading axis, and
+are executed by one `lax.scan`. Each scan step executes one period,
+`layer0` .. `layer{p-1}` (for example Gemma's local and global layers).
+Importers, exporters and reports use `layers` and `stack` and never see runs.
 """
 
 import functools
@@ -21,7 +21,7 @@ from research import tables
 from research.typing import Params, UserError
 
 MAX_PERIOD = 8
-"""The longest repeating pattern of layers that one run scans over."""
+"""The longest repeating pattern of layers that one scan step may contain."""
 
 
 def _key_name(key: Any) -> str:
@@ -32,25 +32,28 @@ def _key_name(key: Any) -> str:
 
 
 def path_name(path: Sequence[Any]) -> str:
-  """Returns a key path as text: `run0/layer0/attention/q/a`."""
+  """Returns a JAX key path as text: `run0/layer0/attention/q/a`."""
   return "/".join(_key_name(key) for key in path)
 
 
 def flatten_paths(tree: Any) -> list[tuple[str, Any]]:
-  """Returns `(path, array)` of every array in `tree`."""
+  """Returns a `(path, array)` pair for every array in `tree`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return [(path_name(path), leaf) for path, leaf in leaves]
 
 
 def map_paths(f: Callable[[str, Any], Any], tree: Any, is_leaf=None) -> Any:
-  """Returns `tree` with `f(path, leaf)` in place of each leaf."""
+  """Returns `tree` with each leaf replaced by `f(path, leaf)`."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: f(path_name(path), leaf), tree, is_leaf=is_leaf
   )
 
 
 def partition(tree: Any, pattern: str) -> tuple[Any, Any]:
-  """Returns `(selected, rest)`: two trees with `None` where the other has it.
+  """Splits a tree in two by path: `(selected, rest)`.
+
+  Both have the structure of `tree`; each is `None` where the other has the
+  array.
 
   Args:
     tree: any pytree.
@@ -63,25 +66,25 @@ def partition(tree: Any, pattern: str) -> tuple[Any, Any]:
 
 
 def combine(a: Any, b: Any) -> Any:
-  """Returns the tree whose parts are `a` and `b`; inverts `partition`."""
+  """Merges two complementary trees; the inverse of `partition`."""
   return jax.tree.map(
     lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None
   )
 
 
 def runs(params: Params) -> list[str]:
-  """Returns the names of the scanned runs in `params`, in order."""
+  """Returns the names of the runs in `params`, in layer order."""
   found = [k for k in params if re.fullmatch(r"run\d+", k)]
   return sorted(found, key=lambda k: int(k[3:]))
 
 
 def run_length(run: Params) -> int:
-  """Returns how often `run` repeats its period."""
+  """Returns the number of scan steps of `run`: how often its period repeats."""
   return jax.tree.leaves(run)[0].shape[0]
 
 
 def layers(params: Params) -> Iterator[Params]:
-  """Yields each layer's own parameters, first to last."""
+  """Yields the parameters of each layer, without the run axis, in order."""
   yield from _each(params, _row)
 
 
@@ -105,9 +108,9 @@ _compiled = functools.cache(jax.jit)
 
 
 def _at_once(f: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
-  """Returns `f` as one program where all leaves are arrays of JAX.
+  """Returns `f` jitted if all leaves are concrete JAX arrays, else `f`.
 
-  Eagerly each operation would be compiled, for each leaf's shape anew.
+  Run eagerly, every operation would be compiled anew for each leaf shape.
   """
 
   def ready(x: Any) -> bool:
@@ -117,10 +120,10 @@ def _at_once(f: Callable[..., Any], *trees: Any) -> Callable[..., Any]:
 
 
 def layer_indices(params: Params) -> dict[str, range]:
-  """Returns which layers stand behind the leading axis of each `run/layer`.
+  """Maps each `run/layer` to the indices of the layers stacked in it.
 
-  A run of n repeats and period p that starts at layer `s` holds layer
-  `s + k p + j` at row k of its `layer<j>`.
+  A run with period p that starts at layer `s` stores layer `s + k p + j` at
+  index k of the leading axis of `layer<j>`.
   """
   out, start = {}, 0
   for name in runs(params):
@@ -132,7 +135,7 @@ def layer_indices(params: Params) -> dict[str, range]:
 
 
 def outer_params(params: Params) -> dict[str, Any]:
-  """Returns what stands outside the layers: embedding, final norm, head."""
+  """Returns the parameters outside the layers: embedding, final norm, head."""
   hidden = set(runs(params))
   return {k: v for k, v in params.items() if k not in hidden}
 
@@ -145,8 +148,8 @@ def _signature(layer: Params) -> Hashable:
 def period(kinds: Sequence[Hashable]) -> int:
   """Returns the shortest period of `kinds` up to `MAX_PERIOD`, else 1.
 
-  A pattern that does not begin again is none: a dense layer in front of
-  expert layers is a run of its own, however few they are.
+  A pattern must repeat at least partly: a dense layer before the expert layers
+  becomes a run of its own, however few expert layers there are.
   """
   for p in range(1, min(MAX_PERIOD + 1, len(kinds))):
     if all(kind == kinds[i % p] for i, kind in enumerate(kinds)):
@@ -155,10 +158,11 @@ def period(kinds: Sequence[Hashable]) -> int:
 
 
 def plan(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
-  """Returns the runs of layers of such kinds as `(repeats, period)`.
+  """Splits layers of these kinds into runs: `(repeats, period)` for each.
 
-  A period of all layers, or else the runs with the fewest layers to compile: a
-  file whose types repeat every third layer, but for both ends, is three runs.
+  Uses one period for all layers if there is one. Otherwise minimises the number
+  of layers to compile: a file whose types repeat every third layer except at
+  both ends becomes three runs.
   """
   p = period(kinds)
   if p == 1:
@@ -173,18 +177,18 @@ def plan(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
   return out
 
 
-MOST_SEARCHED = 512
-"""Layers at most whose runs are searched for."""
+MAX_SEARCHED_LAYERS = 512
+"""Above this number of layers, runs are not optimised by search."""
 
 
 def _fewest(kinds: Sequence[Hashable]) -> list[tuple[int, int]]:
-  """Returns runs whose periods add up to least; of such, most of period 1.
+  """Returns runs with the smallest sum of periods, preferring period 1.
 
-  The search is quadratic: of more layers than anybody's, equal neighbours are
-  runs and nothing else.
+  The search is quadratic in the number of layers; above
+  `MAX_SEARCHED_LAYERS`, only equal neighbouring layers share a run.
   """
   n = len(kinds)
-  if n > MOST_SEARCHED or len(set(kinds)) == 1:
+  if n > MAX_SEARCHED_LAYERS or len(set(kinds)) == 1:
     return [(len(list(same)), 1) for _, same in itertools.groupby(kinds)]
   best: list[tuple[int, int, list]] = [(0, 0, [])] * (n + 1)
   for i in reversed(range(n)):
@@ -214,19 +218,25 @@ def stack(
   kinds: Sequence[Hashable] | None = None,
   join: Callable[..., Any] = _stack,
 ) -> dict[str, Any]:
-  """Returns the parameter tree of a model: `outside` and the layers as runs.
+  """Builds a model's parameter tree: `outside` plus the layers as runs.
 
   Args:
     outside: embedding, final norm, head.
-    layers: each layer's parameters; equal structures and leaf types that
-      follow each other share a run.
-    kinds: what else tells layers apart (`Transformer.layer_kinds()`), one
-      hashable a layer.
-    join: puts arrays of layers behind a leading axis.
+    layers: parameters of each layer; consecutive layers with equal structure
+      and leaf types share a run.
+    kinds: one hashable per layer for differences that parameters do not show
+      (`Transformer.layer_kinds()`).
+    join: stacks the arrays of several layers along a new leading axis.
+
+  Raises:
+    UserError: `kinds` and `layers` differ in length.
   """
   kinds = list(kinds) if kinds is not None else [None] * len(layers)
   if len(kinds) != len(layers):
-    raise UserError(f"{len(layers)} layers were given for {len(kinds)} kinds")
+    raise UserError(
+      f"tree.stack: found {len(layers)} layers and {len(kinds)} kinds, expected"
+      " one kind per layer"
+    )
   signed = [(k, _signature(x)) for k, x in zip(kinds, layers, strict=True)]
   params, start = dict(outside), 0
   for i, (repeats, p) in enumerate(plan(signed)):
@@ -244,10 +254,10 @@ def _stacked(*layers: Params) -> Params:
 
 
 def unroll(params: Params) -> dict[str, Any]:
-  """Returns `params` with a run of its own for each layer.
+  """Returns `params` with every layer in a run of its own.
 
-  The model is the same; its layers are traced one by one, each with arrays of
-  its own, which CPU decoding in fp32 is faster with.
+  The model computes the same. Its layers are traced one by one, each with its
+  own arrays, which makes CPU decoding in fp32 faster.
   """
   out = outer_params(params)
   for i, layer in enumerate(_each(params, _run_of_one)):
@@ -255,16 +265,16 @@ def unroll(params: Params) -> dict[str, Any]:
   return out
 
 
-def last_apart(params: Params, key: Any = None) -> dict[str, Any]:
-  """Returns `params` whose last layer is a run of its own.
+def split_last_layer(params: Params, key: Any = None) -> dict[str, Any]:
+  """Returns `params` with the last layer split off into a run of its own.
 
-  The model is the same; that layer can then compute less than those that are
-  scanned: some tokens (`Transformer`'s `keep`), or no feed-forward
-  (`nn.output_head`).
+  The model computes the same, but the last layer is no longer scanned and may
+  do less work than the others: process selected tokens only (`keep` of
+  `Transformer`) or skip its feed-forward (`nn.output_head`).
 
   Args:
     params: a parameter tree.
-    key: not used: this is a transform of experiments, too.
+    key: unused; lets an experiment use this function as a weight transform.
   """
   del key
   *most, last = runs(params)
@@ -274,7 +284,7 @@ def last_apart(params: Params, key: Any = None) -> dict[str, Any]:
 
 
 def _split(run: Params) -> list[Params]:
-  """Returns runs of a run's layers, the last of them of one layer."""
+  """Splits a run into runs, the last of which has a single layer."""
   n, p = run_length(run), len(run)
 
   def part(rows, layers):
@@ -289,15 +299,16 @@ def _split(run: Params) -> list[Params]:
 
 
 def count(tree: Any) -> int:
-  """Returns the number of elements in all arrays of `tree`, as stored.
+  """Returns the number of stored array elements in `tree`.
 
-  How many parameters they are is `weights.count`.
+  For packed weights this differs from the number of parameters, which is
+  `weights.count`.
   """
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def nbytes(tree: Any) -> int:
-  """Returns the bytes that all arrays of `tree` occupy."""
+  """Returns the total size of all arrays in `tree`, in bytes."""
   return sum(
     int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
     for x in jax.tree.leaves(tree)
@@ -307,13 +318,13 @@ def nbytes(tree: Any) -> int:
 def describe(
   tree: Any, trainable: str = r"$^", shardings: Any | None = None
 ) -> str:
-  """Returns a table of every array: path, shape, dtype, trainable, bytes.
+  """Returns a text table of all arrays: path, shape, dtype, trainable, bytes.
 
   Args:
-    tree: of arrays, or of their shapes.
+    tree: arrays or shape structs.
     trainable: regular expression, searched for in each array's path.
-    shardings: a tree of each one's `NamedSharding`; then the table says over
-      which mesh axes each axis is cut, and the bytes on each device.
+    shardings: a tree with the `NamedSharding` of each array; adds columns for
+      the mesh axes that shard each axis and for the bytes per device.
   """
   rows = [("path", "shape", "dtype", "trainable", "bytes")]
   for path, x in flatten_paths(tree):
@@ -335,28 +346,28 @@ def describe(
 
 
 def _spec(spec: Any, ndim: int) -> str:
-  """Returns what cuts each axis: `-` for nothing, `data+fsdp` for both."""
+  """Returns the mesh axes of each array axis as text: `-` or `data+fsdp`."""
   axes = [*spec, *[None] * (ndim - len(spec))]
   cut = [a if isinstance(a, str) else "+".join(a or ()) or "-" for a in axes]
   return ",".join(cut)
 
 
 def part_bytes(x: Any, sharding: Any) -> int:
-  """Returns the bytes of an array, or its shape, on each device."""
+  """Returns the bytes of one device's shard of an array or shape struct."""
   shape = sharding.shard_shape(tuple(x.shape))
   return int(np.prod(shape)) * np.dtype(x.dtype).itemsize
 
 
 def device_put_like(tree: Any, params: Params) -> Any:
-  """Returns a tree on the device of the weights, where these are tied to one.
+  """Commits `tree` to the device of `params` if they are committed to one.
 
-  What a program of such weights returns is tied to it, too: carried on from
-  call to call, values that are tied to none would have a program of their own,
-  compiled for the first call alone.
+  A program returns arrays committed to the device of its committed inputs. If
+  state that is passed from call to call started out uncommitted, the first call
+  would compile a program of its own.
 
   Args:
     tree: arrays.
-    params: weights; left out of account where they lie on several devices.
+    params: weights. If they span several devices, `tree` is returned unchanged.
   """
   leaves = jax.tree.leaves(params)
   tied = [x.sharding for x in leaves if getattr(x, "committed", False)]

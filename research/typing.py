@@ -26,7 +26,7 @@ from jaxtyping import (
 )
 
 PRNGKey = jax.Array
-"""A typed key from `jax.random.key`, or a batch of them."""
+"""A typed key from `jax.random.key`, or an array of such keys."""
 
 Params = Mapping[str, Any]
 """A nested dict whose leaves are Weights (arrays or `research.weights`)."""
@@ -50,8 +50,8 @@ __all__ = [
 
 
 class UserError(ValueError):
-  """Something a user can mend: a path, a field, a flag, a file.
+  """An error that the user can fix: in a path, a field, a flag or a file.
 
-  The message is one to three lines: where, what was found, what was expected,
-  and the fix. The command line prints it without a traceback.
+  The message has one to three lines: where the error is, what was found, what
+  was expected, and the fix. The command line prints it without a traceback.
   """

@@ -1,9 +1,9 @@
-"""Weights are values: the only place that knows how a leaf is multiplied.
+"""Parameter leaves: plain arrays or `Weight`s (quantized, adapted, ...).
 
-A parameter leaf is a `jax.Array`, or a `Weight`: a small frozen dataclass,
-registered as a pytree, that stands for one: `AdaptedTensor`, `QTensor`, and
-whatever comes. JAX's registration is the only one; no module, trainer, sampler
-or checkpoint asks for a type.
+A parameter leaf is a `jax.Array` or a `Weight`: a small frozen dataclass,
+registered as a pytree, that represents an array, such as `AdaptedTensor` or
+`QTensor`. This is the only module that dispatches on the type of a leaf:
+modules, trainers, samplers and checkpoints call the functions below instead.
 """
 
 import dataclasses
@@ -27,20 +27,21 @@ AnyWeight = Any
 
 
 class Weight:
-  """A leaf that stands for an array, by what it answers.
+  """Base class of leaves that represent an array without being one.
 
-  Subclasses are frozen dataclasses, registered as pytrees, with `shape`,
-  `dtype`, `dense` and `axes`; the rest has defaults, which decode.
+  Subclasses are frozen dataclasses, registered as pytrees. They define `shape`,
+  `dtype`, `dense` and `axes`. All other methods have defaults, which multiply
+  by the dense array.
   """
 
   format = None
-  """What says how its parts are read, if it is packed."""
+  """The quantization format of a packed weight, else None."""
   is_adapter = False
-  """Whether it changes another weight, `w`, as it is trained to."""
+  """Whether this is an adapter: a trained change of another weight, `w`."""
   is_renewable = False
-  """Whether it is trained as the codes it is stored in: see `Int8Tensor`."""
+  """Whether training updates the stored codes directly; see `Int8Tensor`."""
   token_wise = False
-  """Whether what it makes of a token depends on that token alone."""
+  """Whether the output for a token depends on that token only."""
 
   @property
   def ndim(self) -> int:
@@ -52,7 +53,7 @@ class Weight:
     raise NotImplementedError
 
   def axes(self, names: tuple[str | None, ...]) -> Any:
-    """Returns its parts' logical axis names, for sharding; see `axes`."""
+    """Returns the logical axis names of its arrays; see `axes`."""
     raise NotImplementedError
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -60,45 +61,45 @@ class Weight:
     return einsum(eq, x, self.dense())
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows, of an embedding."""
+    """Returns embedding rows `ids`."""
     return take(self.dense(), ids)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns each row of `x` times its expert's matrix, rows by expert."""
+    """Returns each row of `x` times its expert's matrix; see `ragged_dot`."""
     return ragged_dot(x, self.dense(), sizes)
 
   def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> Any:
-    """Returns itself with what depends on the batch: nothing, by default."""
+    """Returns the weight bound to a batch; see `bind`. Default: unchanged."""
     return self
 
-  def bias_of(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
-    """Returns the bias behind it: another one if it scales whole outputs."""
+  def scaled_bias(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+    """Returns bias `b`, scaled if this weight scales whole outputs."""
     return b
 
-  def within(self, f: Callable[[Any], Any]) -> Any:
-    """Returns itself with `f` of the weight that multiplies; see `within`."""
+  def map_inner(self, f: Callable[[Any], Any]) -> Any:
+    """Applies `f` to the weight that multiplies the input; see `map_inner`."""
     return f(self)
 
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
   ) -> Any:
-    """Returns itself knowing the tokens that come next; see `with_tokens`."""
+    """Returns the weight bound to the input tokens; see `with_tokens`."""
     return self
 
-  def of_tokens(self, keep: Int[Array, "B N"]) -> Any:
-    """Returns itself knowing some of the tokens it knew; see `of_tokens`."""
+  def select_tokens(self, keep: Int[Array, "B N"]) -> Any:
+    """Returns the weight bound to selected tokens; see `select_tokens`."""
     return self
 
   def count(self) -> int:
-    """Returns how many parameters it stands for; see `count`."""
-    # Without its arrays, which another tree has, it has no shape.
+    """Returns the number of parameters it represents; see `count`."""
+    # If its arrays live in another tree (they are None here), it has no shape.
     return math.prod(self.shape) if jax.tree.leaves(self) else 0
 
 
 class WrappedWeight(Weight):
-  """A weight around another one, `w`, whose shape and type are its own."""
+  """A weight that wraps another one, `w`, and has its shape and dtype."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -107,51 +108,51 @@ class WrappedWeight(Weight):
 
   @property
   def dtype(self) -> Any:
-    """Returns the logical type."""
+    """Returns the logical dtype."""
     return self.w.dtype
 
   def bind(self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None) -> Any:
-    """Returns itself with what depends on the batch in `w`."""
+    """Returns the weight with `w` bound to a batch; see `bind`."""
     w = self.w.bind(key=key, ids=ids) if is_weight(self.w) else self.w
     return dataclasses.replace(self, w=w)
 
-  def bias_of(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
-    """Returns the bias behind `w`."""
-    return bias_of(self.w, b)
+  def scaled_bias(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+    """Returns the bias, scaled if `w` scales whole outputs."""
+    return scaled_bias(self.w, b)
 
   def count(self) -> int:
-    """Returns the parameters of `w`, and of what is around it."""
-    beside = dataclasses.replace(self, w=None)
-    return count(self.w) + sum(map(_count, jax.tree.leaves(beside)))
+    """Returns the number of parameters of `w` and of the wrapper itself."""
+    wrapper = dataclasses.replace(self, w=None)
+    return count(self.w) + sum(map(_count, jax.tree.leaves(wrapper)))
 
 
 def is_weight(x: Any) -> bool:
-  """Whether `x` is a leaf that answers by its own methods."""
+  """Whether `x` is a `Weight`, not an array or a tree."""
   return isinstance(x, Weight)
 
 
-def wrapped(w: AnyWeight) -> AnyWeight | None:
-  """Returns the weight that `w` is around, or None if it is around none."""
+def unwrap(w: AnyWeight) -> AnyWeight | None:
+  """Returns the weight that `w` wraps, or None if it wraps none."""
   return w.w if isinstance(w, WrappedWeight) else None
 
 
 def is_packed(w: AnyWeight) -> bool:
-  """Whether `w` is parts that a format reads, and nothing around them."""
+  """Whether `w` is a packed (quantized) weight without a wrapper."""
   return is_weight(w) and w.format is not None
 
 
 def is_adapter(w: AnyWeight) -> bool:
-  """Whether `w` is an adapter around another weight."""
+  """Whether `w` is an adapter that wraps another weight."""
   return is_weight(w) and w.is_adapter
 
 
 def is_renewable(w: AnyWeight) -> bool:
-  """Whether `w` is trained as the codes it is stored in."""
+  """Whether training updates the stored codes of `w` directly."""
   return is_weight(w) and w.is_renewable
 
 
-def named(params: Any) -> list[tuple[str, AnyWeight]]:
-  """Returns each leaf of a tree of weights, by its path."""
+def named_weights(params: Any) -> list[tuple[str, AnyWeight]]:
+  """Returns a `(path, weight)` pair for each leaf of a parameter tree."""
   found, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_weight)
   return [(tree.path_name(path), w) for path, w in found]
 
@@ -162,17 +163,17 @@ def einsum(
   """Returns `einsum(eq, x, w)` in the dtype of `x`.
 
   Args:
-    eq: two operands; `w`'s letters are its logical axes, e.g.
+    eq: an einsum of two operands; the letters of `w` are its logical axes, e.g.
       `"...d,df->...f"`, or `"...d,vd->...v"` for a tied head.
     x: activations; their dtype is the compute dtype.
-    w: any weight; arrays are cast to the dtype of `x`.
+    w: any weight; plain arrays are cast to the dtype of `x`.
   """
   if is_weight(w):
     return w.einsum(eq, x)
   w = jnp.asarray(w).astype(x.dtype)
   if eq.startswith("...") and _is_row(x):
-    # The platform is that of the program, which may be compiled for another
-    # one than this process runs on.
+    # Decided when the program is lowered: it may be compiled for another
+    # platform than the one this process runs on.
     return jax.lax.platform_dependent(
       x, w, cpu=partial(_doubled, eq), default=partial(jnp.einsum, eq)
     )
@@ -180,14 +181,15 @@ def einsum(
 
 
 def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
-  """Returns `einsum(eq, x, w)` with the leading axes of `x` as one.
+  """Returns `einsum(eq, x, w)` with the leading axes of `x` flattened to one.
 
-  The gradient of `w` is then a sum over a single axis. Over two, XLA's CPU
-  backend transposes what went in: that took longer than the product, and twice
-  the whole backward pass of a layer.
+  The gradient of `w` then sums over a single axis. For a sum over two axes,
+  XLA's CPU backend transposes the inputs, which took longer than the product
+  itself and twice as long as the whole backward pass of a layer.
   """
   rows = x.ndim + len("...") - eq.index(",")
-  # Rows of a batch and tokens of a row may both be cut; flat they cannot.
+  # A mesh may shard both batch and sequence; a flattened axis cannot express
+  # that.
   if not eq.startswith("...") or rows < 2 or target_platform.is_cut():
     return jnp.einsum(eq, x, w)
   y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
@@ -195,23 +197,23 @@ def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
 
 
 def _is_row(x: Float[Array, "..."]) -> bool:
-  """Whether `x` is a single row in bf16, as in decoding."""
+  """Whether `x` is a single bf16 row, as in decoding with batch size 1."""
   return x.dtype == jnp.bfloat16 and x.ndim > 1 and x.size == x.shape[-1]
 
 
 def _doubled(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
-  """Returns `einsum(eq, x, w)` as the first of two equal rows.
+  """Returns `einsum(eq, x, w)`, computed for two copies of the row `x`.
 
-  XLA's CPU backend has bf16 kernels for matrices only, and would convert the
-  whole weight for a single row; two are 16 times faster (SmolLM2's head: 2
-  against 32 ms).
+  XLA's CPU backend has bf16 kernels for matrix-matrix products only and would
+  convert the whole weight for a single row. Two rows are 16 times faster
+  (SmolLM2's head: 2 instead of 32 ms).
   """
-  # The leading axis is one of the dots, first in the output too.
+  # The leading axis belongs to the ellipsis, so it leads the output too.
   return jnp.einsum(eq, jnp.concatenate([x, x]), w)[:1]
 
 
 def take(w: AnyWeight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-  """Returns rows `ids` of an embedding `w [V, D]`."""
+  """Returns rows `ids` of an embedding table `w [V, D]`."""
   if is_weight(w):
     return w.take(ids)
   return jnp.take(w, ids, axis=0)
@@ -225,7 +227,7 @@ def ragged_dot(
   Args:
     x: rows sorted by expert.
     w: `[E, in, out]`, any weight.
-    sizes: how many rows belong to each expert; their sum is at most `T`.
+    sizes: the number of rows of each expert; their sum is at most `T`.
   """
   if is_weight(w):
     return w.ragged_dot(x, sizes)
@@ -233,26 +235,30 @@ def ragged_dot(
 
 
 def dense(w: AnyWeight) -> Shaped[Array, "..."]:
-  """Returns the logical array that `w` stands for."""
+  """Returns the dense array that `w` represents."""
   return w.dense() if is_weight(w) else jnp.asarray(w)
 
 
-def bias_of(w: AnyWeight, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
-  """Returns what is added to products with `w` whose bias is `b`.
+def scaled_bias(
+  w: AnyWeight, b: Float[Array, "... O"]
+) -> Float[Array, "... O"]:
+  """Returns the bias to add after multiplying by `w`, whose stored bias is `b`.
 
-  That is `b`, unless `w` scales its outputs as wholes, as (IA)^3 does.
+  That is `b`, unless `w` scales its whole output including the bias, as (IA)^3
+  does.
 
   Args:
     w: any weight `[..., in, out]`.
     b: `[..., out]`, with the same leading axes.
   """
-  return w.bias_of(b) if is_weight(w) else b
+  return w.scaled_bias(b) if is_weight(w) else b
 
 
 def bias_path(path: str) -> str | None:
-  """Returns the path of the bias of the matrix at `path`; it may have none.
+  """Returns the path where the bias of the matrix at `path` is stored, if any.
 
-  A router's is none of its outputs: it counts in the choice of experts alone.
+  Returns None for a router, whose bias is not added to its output: it only
+  affects the choice of experts.
   """
   *above, name = path.split("/")
   if name == "router":
@@ -263,12 +269,12 @@ def bias_path(path: str) -> str | None:
 
 
 def axes(w: AnyWeight, names: Sequence[str | None]) -> Any:
-  """Returns logical axis names for each array in `w`, in `w`'s structure.
+  """Returns the logical axis names of each array in `w`, in `w`'s structure.
 
   Args:
-    w: a weight whose trailing axes are `names`; leading ones, such as the
-      layers of a scanned run, have no name. None, a part that another tree
-      has, stays None.
+    w: a weight whose trailing axes are `names`. Leading axes, such as the
+      layers of a scanned run, get no name. None (a leaf that another tree
+      holds) stays None.
     names: one logical name (or None) per trailing axis.
   """
   if w is None:
@@ -278,31 +284,32 @@ def axes(w: AnyWeight, names: Sequence[str | None]) -> Any:
   return (None,) * (w.ndim - len(names)) + tuple(names)
 
 
-def within(w: AnyWeight, f: Callable[[AnyWeight], AnyWeight]) -> AnyWeight:
-  """Returns `w` with `f` of the weight that multiplies, in place of that one.
+def map_inner(w: AnyWeight, f: Callable[[AnyWeight], AnyWeight]) -> AnyWeight:
+  """Replaces the weight that multiplies the input, inside `w`, by `f` of it.
 
-  Those are the same, unless `w` changes the inputs first: rounds or rotates
-  them, say. What is measured of inputs, and packed, is what stands inside.
+  That is `w` itself, unless `w` transforms the input first, for example rounds
+  or rotates it. Then the inner weight is the one that is quantized and whose
+  inputs are measured.
   """
-  return w.within(f) if is_weight(w) else f(w)
+  return w.map_inner(f) if is_weight(w) else f(w)
 
 
 def inner(w: AnyWeight) -> AnyWeight:
-  """Returns the weight that multiplies within `w`, see `within`."""
+  """Returns the weight inside `w` that multiplies inputs; see `map_inner`."""
   found = []
-  within(w, lambda x: found.append(x) or x)
+  map_inner(w, lambda x: found.append(x) or x)
   return found[0]
 
 
 def count(params: Any) -> int:
-  """Returns how many parameters a tree stands for, packed or not.
+  """Returns the number of parameters that a tree represents.
 
-  Of a packed weight those are its logical elements, whatever it is stored in;
-  of an adapted one its base's and its adapter's.
+  A packed weight counts its logical elements, however they are stored. An
+  adapted weight counts those of its base and of its adapter.
 
   Args:
-    params: any part of a tree of weights, or their shapes; parts that another
-      tree has are None.
+    params: any subtree of weights or of their shapes; None where another tree
+      holds the arrays.
   """
   return sum(map(_count, jax.tree.leaves(params, is_leaf=is_weight)))
 
@@ -317,12 +324,15 @@ def bind(
   key: PRNGKey | None = None,
   ids: Int[Array, "B"] | None = None,
 ) -> Params:
-  """Returns `params` whose leaves carry what depends on this batch.
+  """Binds weights to a batch: dropout keys and the adapter of each row.
 
   Args:
     params: any tree of weights.
-    key: dropout key; each leaf derives its own by its position in the tree.
-    ids: which adapter each row of the batch uses.
+    key: dropout key; each leaf derives its own from its position in the tree.
+    ids: the adapter that each row of the batch uses.
+
+  Returns:
+    `params` with these values inside the leaves that use them.
   """
   leaves, treedef = jax.tree.flatten(params, is_leaf=is_weight)
   bound = [
@@ -339,28 +349,29 @@ def with_tokens(
   tokens: Int[Array, "B T"],
   segments: Int[Array, "B T"] | None = None,
 ) -> Any:
-  """Returns `params` whose leaves know the tokens that come next.
+  """Binds weights to the input tokens.
 
-  Only leaves that answer `with_tokens(tokens, segments)` change: adapters that
-  act behind some tokens alone. Those that a prompt has called stay so while
-  it is continued token by token.
+  Changes only leaves that override `Weight.with_tokens`: adapters that are
+  activated by certain tokens. An adapter that a prompt has activated stays
+  active while the prompt is continued token by token.
 
   Args:
-    params: any tree of weights, or one.
-    tokens: of the whole rows; padding is -1, or has no segment.
-    segments: document of each token, -1 for padding; by default one a row.
+    params: any tree of weights, or a single weight.
+    tokens: complete rows; padding is -1, or has segment -1.
+    segments: the document of each token, -1 for padding; by default each row is
+      one document.
   """
 
   def one(w):
     return w.with_tokens(tokens, segments) if is_weight(w) else w
 
-  return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
+  return jax.tree.map(partial(map_inner, f=one), params, is_leaf=is_weight)
 
 
 def token_wise(params: Any) -> bool:
-  """Whether what weights make of a token depends on that token alone.
+  """Whether the output for a token depends on that token only.
 
-  Arrays do so; other weights have to say it, by `token_wise`.
+  True for arrays; any other weight declares it by `Weight.token_wise`.
 
   Args:
     params: any tree of weights.
@@ -369,18 +380,18 @@ def token_wise(params: Any) -> bool:
   return all(not is_weight(w) or w.token_wise for w in leaves)
 
 
-def of_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:
-  """Returns `params` whose leaves know some of the tokens they knew.
+def select_tokens(params: Any, keep: Int[Array, "B N"]) -> Any:
+  """Restricts weights that are bound to tokens to selected tokens.
 
   Args:
-    params: what `with_tokens` returned, or what it has not changed.
-    keep: the tokens of each row that come next, by their index.
+    params: weights, whether `with_tokens` changed them or not.
+    keep: indices of the selected tokens in each row.
   """
 
   def one(w):
-    return w.of_tokens(keep) if is_weight(w) else w
+    return w.select_tokens(keep) if is_weight(w) else w
 
-  return jax.tree.map(partial(within, f=one), params, is_leaf=is_weight)
+  return jax.tree.map(partial(map_inner, f=one), params, is_leaf=is_weight)
 
 
 def weight(
@@ -389,10 +400,10 @@ def weight(
   init: Callable[..., Any],
   shape: tuple[int, ...] = (),
 ) -> AnyWeight:
-  """Returns the stored parameter `name`, or makes it with `init(key, shape)`.
+  """Returns the stored parameter `name`, or creates it by `init(key, shape)`.
 
-  Linen's own `param` rejects a stored value of another shape, which every
-  packed leaf has; here what the tree holds is what the module uses.
+  Linen's `param` rejects a stored value of another shape, which every packed
+  leaf has. This function uses whatever the parameter tree stores.
   """
   if module.has_variable("params", name):
     return module.get_variable("params", name)
@@ -409,11 +420,12 @@ def project(
   """Returns `x` times `module`'s weight `name [in, size]`, plus its bias.
 
   Args:
-    module: whose parameters `name` and `name_bias` are, inside its call.
+    module: the Linen module that owns parameters `name` and `name_bias`; call
+      this inside its `__call__`.
     x: activations.
-    name: of the weight.
+    name: name of the weight.
     size: output width `O`.
-    bias: whether there is one.
+    bias: whether to add a bias.
   """
   init = nn.initializers.lecun_normal()
   w = weight(module, name, init, (x.shape[-1], size))
@@ -426,19 +438,19 @@ def project_all(
   sizes: Mapping[str, int],
   bias: bool = False,
 ) -> list[Float[Array, "*B O"]]:
-  """Returns `project` by each name; by one product if one matrix holds all.
+  """Returns `project` for each name, by a single product if they are fused.
 
   Args:
-    module: as for `project`; a tree may hold `beside(names)` instead of the
-      names, the matrices side by side.
+    module: as for `project`. Its parameters may contain `fused_name(names)`,
+      the matrices concatenated along the output, instead of the single names.
     x: activations.
     sizes: name -> output width.
-    bias: whether there are some, each under its own name.
+    bias: whether to add biases, which are stored under each single name.
   """
   name = fused_name(sizes)
   if not module.has_variable("params", name):
     return [project(module, x, n, size, bias) for n, size in sizes.items()]
-  # Matrices side by side are packed, and no adapter is around them.
+  # Only packed weights are fused, and no adapter wraps them.
   y = einsum("...d,df->...f", x, module.get_variable("params", name))
   ends = np.cumsum(list(sizes.values()))[:-1]
   return [
@@ -448,7 +460,7 @@ def project_all(
 
 
 def fused_name(names: Iterable[str]) -> str:
-  """Returns the name of one matrix that holds those of `names`."""
+  """Returns the parameter name of the fused matrix of `names`."""
   return "_".join(names)
 
 
@@ -457,4 +469,4 @@ def _biased(module, y, name, bias, w):
     return y
   zeros = nn.initializers.zeros
   b = weight(module, f"{name}_bias", zeros, y.shape[-1:])
-  return y + bias_of(w, b).astype(y.dtype)
+  return y + scaled_bias(w, b).astype(y.dtype)

@@ -169,7 +169,7 @@ def compiled(kind: str, layout: str) -> Compiled:
   """Returns `make_train_step` of a tree compiled for a mesh."""
   plan, like = LAYOUTS[layout], start(kind)
   mesh = plan.mesh()
-  shardings = plan.shardings(like, mesh, sharding.counts(model(kind)))
+  shardings = plan.shardings(like, mesh, sharding.head_counts(model(kind)))
   whole = sharding.replicated(mesh)
   with jax.set_mesh(mesh):
     step_ = jax.jit(

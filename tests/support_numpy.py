@@ -27,7 +27,7 @@ def rotated(x, place):
 
 def conditioning(model, p, time):
   """Returns `[B, T or 1, C]` of times in MDLM's form, `-log(1 - 0.999 t)`."""
-  half = model.clock.features // 2
+  half = model.time_embedding.features // 2
   s = -np.log(1 - (1 - 1e-3) * np.asarray(time, np.float64))
   s = s[:, None] if s.ndim == 1 else s
   angle = s[..., None] * 10_000 ** (-np.arange(half) / half)

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     raise UserError(f"--order={_ORDER.value}: expected 1 to 8")
   experiment, _ = config.read(_CONFIG.value, _SET.value)
   training, heldout = (
-    duplicates.texts_of(_documents(data, part))
+    duplicates.source_texts(_documents(data, part))
     for data, part in (
       (experiment.data, "training"),
       (experiment.heldout, "heldout"),

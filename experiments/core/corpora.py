@@ -79,7 +79,7 @@ def special_of(experiment: Experiment, tokenizer: Any) -> SpecialTokens:
   part = _first(experiment.data)
   if isinstance(part, Pipeline):
     return part.special_tokens(tokenizer)
-  return special_tokens.of_tokenizer(tokenizer)
+  return special_tokens.from_tokenizer(tokenizer)
 
 
 def as_trained(
@@ -118,7 +118,7 @@ def described(tokenizer: Any) -> dict[str, Any] | None:
   """Returns what stands around documents, as a result has it."""
   if tokenizer is None:
     return None
-  found = special_tokens.of_tokenizer(tokenizer)
+  found = special_tokens.from_tokenizer(tokenizer)
   names = tokenizer.backend.id_to_token
   return found.record() | {
     "begin": [names(i) for i in found.begin],
@@ -168,5 +168,5 @@ def bits_per_byte(
   )
   if found is None or tokenizer is None or not plain:
     return None
-  of = predicted.predicted(experiment.heldout, tokenizer)
+  of = predicted.count_predicted(experiment.heldout, tokenizer)
   return predicted.bits_per_byte(found["loss"], found["weight"], of)

@@ -137,7 +137,7 @@ class Experiment:
       params = transform(params, jax.random.fold_in(key, i))
     if site.mesh is not None:
       site = site.of(loaded.model)
-      params = state.place(params, site.shardings)
+      params = state.shard_params(params, site.shardings)
     objective = dataclasses.replace(self.objective, model=loaded.model)
     return Built(loaded=loaded, params=params, objective=objective, site=site)
 

@@ -117,7 +117,7 @@ def _save_model(folder, experiment, built, params) -> bool:
   source = _saying(source, experiment.objective)
   shutil.rmtree(folder, ignore_errors=True)
   try:
-    own = experiment.after or source.model.clock is not None
+    own = experiment.after or source.model.time_embedding is not None
     as_files = convert.to_orbax if own else convert.to_hf
     as_files(source, folder)
   except UserError as error:

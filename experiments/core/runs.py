@@ -101,9 +101,9 @@ def _train(
     evaluations=evaluations,
     source=built.loaded.source,
     writers=writers,
-    rewrites=experiment.rewrites,
+    state_transforms=experiment.rewrites,
     sharding=where.batch,
-    began=runtime.START,
+    started_at=runtime.START,
   )
 
   # --- what became of it ---

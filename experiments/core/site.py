@@ -24,7 +24,8 @@ class Site:
   Attributes:
     layout: what is cut along which axis.
     mesh: None on one device, where nothing has to be placed.
-    counts: pieces of the model's axes that stay whole, see `sharding.counts`.
+    counts: pieces of the model's axes that stay whole, see
+      `sharding.head_counts`.
   """
 
   layout: Layout = dataclasses.field(default_factory=lambda: Layout(data=1))
@@ -33,7 +34,7 @@ class Site:
 
   def of(self, model: Any) -> "Site":
     """Returns the site for `model`, whose heads stay whole."""
-    return dataclasses.replace(self, counts=sharding.counts(model))
+    return dataclasses.replace(self, counts=sharding.head_counts(model))
 
   @property
   def placement(self) -> Placement | None:
@@ -45,8 +46,8 @@ class Site:
     return self.layout.shardings(tree, self.mesh, self.counts)
 
   def uncut(self, tree: Any) -> list[str]:
-    """Returns what of `tree` the mesh does not divide, see `Layout.uncut`."""
-    return self.layout.uncut(tree, self.mesh, self.counts)
+    """Returns what of `tree` the mesh does not divide: `Layout.undivided`."""
+    return self.layout.undivided(tree, self.mesh, self.counts)
 
   @property
   def batch(self) -> NamedSharding | None:

@@ -150,7 +150,7 @@ def tokens(
     layout.check_prompts([list(prompt)], mask_id)
   around = NO_SPECIAL_TOKENS
   if prompt is None:
-    around = special_tokens.of_tokenizer(tokenizer)
+    around = special_tokens.from_tokenizer(tokenizer)
   opening, closing = list(around.begin), list(around.end)
   ids, gaps = [*(prompt or ()), *opening], []
   for i, part in enumerate(parsed(text)):

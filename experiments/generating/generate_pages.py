@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from research.generation import generate_paged, paging
-from research.generation.generate import Source
+from research.generation.generate import TokenSource
 from research.generation.page_allocator import PageAllocator
 from research.generation.paging import Paging
 from research.typing import Params, UserError
@@ -56,7 +56,7 @@ class Paged:
   pages: PageAllocator | None = None
 
   @property
-  def source(self) -> Source | None:
+  def source(self) -> TokenSource | None:
     """Where tokens come from, as for `stream.stream`."""
     if self.layout is None:
       return None

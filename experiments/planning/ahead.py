@@ -55,7 +55,7 @@ def plan(
   if hlo is not None:
     pathlib.Path(hlo).write_text(compiled.as_text(), "utf-8")
   cost = forecast.forecast(compiled, taken.mesh, topology)
-  found |= text.plain(cost, found["model_flops"], taken.tokens)
+  found |= text.as_json(cost, found["model_flops"], taken.tokens)
   cli.say(text.describe(cost, found))
   return found
 
@@ -91,7 +91,7 @@ def model_flops(taken: shapes.Shapes, experiment: Experiment) -> float:
   model = taken.loaded.model.clone(remat="none")
   objective = dataclasses.replace(taken.objective, model=model)
   update = step.make_train_step(objective, experiment.optimizer)
-  return flops.of(update, taken.state, taken.batch, taken.key)
+  return flops.count_flops(update, taken.state, taken.batch, taken.key)
 
 
 def _given(
@@ -117,8 +117,8 @@ def _given(
 def _table(experiment: Experiment, taken: shapes.Shapes) -> str:
   params = taken.state.params
   where = jax.tree.map(lambda x: x.sharding, params)
-  counts = sharding.counts(taken.loaded.model)
-  uncut = experiment.mesh.uncut(params, taken.mesh, counts)
+  counts = sharding.head_counts(taken.loaded.model)
+  uncut = experiment.mesh.undivided(params, taken.mesh, counts)
   return "\n".join(
     [
       tree.describe(params, experiment.trainable, where),
@@ -145,6 +145,6 @@ def _refused(error: jax.errors.JaxRuntimeError) -> dict[str, Any]:
   message = str(error)
   if "RESOURCE_EXHAUSTED" not in message:
     raise error
-  found = text.exhausted(message)
-  cli.say(text.refusal(found))
+  found = text.parse_out_of_memory(message)
+  cli.say(text.describe_out_of_memory(found))
   return found

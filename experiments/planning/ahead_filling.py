@@ -103,7 +103,7 @@ def plan(
   at = jax.ShapeDtypeStruct((), jnp.int32)
   with jax.set_mesh(mesh):
     compiled = jax.jit(first).lower(params, state, at).compile()
-    work = flops.of(first, params, state, at)
+    work = flops.count_flops(first, params, state, at)
     out["first"] = _told(
       "a call for whole rows", compiled, work, mesh, topology, wanted.count
     )
@@ -113,7 +113,7 @@ def plan(
       carry,
       compiled.output_shardings[1],
     )
-    work = flops.of(again, params, state, at, held)
+    work = flops.count_flops(again, params, state, at, held)
     step = jax.jit(again, donate_argnums=3)
     compiled = step.lower(params, state, at, held).compile()
     out["again"] = _told(
@@ -157,7 +157,7 @@ def _state(experiment, wanted, mask_id, mesh):
   def placed(x):
     if not x.shape:
       return x
-    where = global_batch.fitted(whole, x.shape)
+    where = global_batch.array_sharding(whole, x.shape)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
   return jax.tree.map(placed, made)
@@ -166,7 +166,7 @@ def _state(experiment, wanted, mask_id, mesh):
 def _told(name, compiled, work, mesh, topology, count) -> dict[str, Any]:
   """Returns a call's cost; its tokens are one a row, the least it fills."""
   cost = forecast.forecast(compiled, mesh, topology)
-  found = text.plain(cost, work, count)
+  found = text.as_json(cost, work, count)
   cli.say(f"{name}, at least a token of each row:\n")
   cli.say(text.describe(cost, found))
   return found

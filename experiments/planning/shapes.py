@@ -74,7 +74,9 @@ def shapes(experiment: Experiment, devices: Sequence[Any]) -> Shapes:
 
   with jax.set_mesh(mesh):
     made = jax.eval_shape(create, params)
-  where = experiment.mesh.shardings(made, mesh, sharding.counts(loaded.model))
+  where = experiment.mesh.shardings(
+    made, mesh, sharding.head_counts(loaded.model)
+  )
   return Shapes(
     loaded=loaded,
     objective=dataclasses.replace(experiment.objective, model=loaded.model),
@@ -129,6 +131,7 @@ def _batch(experiment: Experiment, tokenizer: Any, mesh: Mesh) -> Batch:
     shape = (data.batch_size, *x.shape)
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     out[name] = _at(
-      jax.ShapeDtypeStruct(shape, dtype), global_batch.fitted(whole, shape)
+      jax.ShapeDtypeStruct(shape, dtype),
+      global_batch.array_sharding(whole, shape),
     )
   return out

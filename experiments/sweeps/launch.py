@@ -15,12 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from research.training.preemption import AT_ONCE, BOUNCE, Preempted
+from research.training.preemption import (
+  INTERRUPTED_EXIT,
+  SIGINT_DEBOUNCE,
+  Preempted,
+)
 
 PREEMPTED = Preempted.exit_status
 """What a run exits with that was asked to stop, and has saved."""
 
-CUT = (-signal.SIGINT, AT_ONCE)
+CUT = (-signal.SIGINT, INTERRUPTED_EXIT)
 """What one exits with that Ctrl-C ended, the terminal's own, as it began."""
 
 RETRIES = 20
@@ -132,7 +136,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
   def handle(number: int, frame: Any) -> None:
     now = time.monotonic()
-    if asked and number == signal.SIGINT and now - asked[0] > BOUNCE:
+    if asked and number == signal.SIGINT and now - asked[0] > SIGINT_DEBOUNCE:
       raise KeyboardInterrupt
     asked.append(now)
 

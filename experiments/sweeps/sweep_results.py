@@ -122,7 +122,7 @@ def report(
   axis = sweep.axis or sweeps.axis([unit for unit, _ in grouped], sweep.seed)
   drawn = [(unit, values) for unit, values in measured if axis in unit]
   if drawn and axis is not None:
-    plot_sweep.swept(drawn, picture, axis=axis, metric=metric, title=title)
+    plot_sweep.plot_sweep(drawn, picture, axis=axis, metric=metric, title=title)
   result = {
     "units": len(units),
     "done": sum(row["status"] == "done" for row in table),

@@ -1,7 +1,7 @@
-"""What simpler things make of a text: compressors, and counting n-grams.
+"""Baselines for text modelling: general compressors and an n-gram model.
 
-All in bits per byte, the number that a language model has to beat. A model has
-read the training text, so the fair ones among these have, too.
+All results are in bits per byte, to compare with a language model. The model
+has read the training text, so for a fair comparison the baselines may, too.
 """
 
 import bz2
@@ -11,16 +11,16 @@ import zlib
 import numpy as np
 
 _WINDOW = 1 << 27
-"""Bytes that xz looks back on; at most."""
+"""Maximum dictionary size of xz, in bytes."""
 
 
 def compressed(text: bytes, known: bytes = b"") -> dict[str, float]:
   """Returns compressor -> bits per byte of `text`.
 
   Args:
-    text: what is compressed.
-    known: what may be referred to; `xz_after_training` is what `text` adds to
-      the compressed size of `known`, all of it within xz's window.
+    text: the text to compress.
+    known: training text. `xz_after_training` is the increase in compressed size
+      when `text` is appended to `known`, all of it within xz's dictionary.
   """
   sizes = {
     "gzip": len(zlib.compress(text, 9)),
@@ -39,20 +39,23 @@ def _xz(text: bytes) -> int:
 
 
 def ngram(text: bytes, known: bytes, order: int = 7) -> float:
-  """Returns bits per byte of `text` under counts of `known`'s n-grams.
+  """Returns the bits per byte of `text` under an n-gram model of `known`.
 
-  Interpolated by Witten & Bell 1991 (method C), from the uniform distribution
-  over bytes up to contexts h of `order - 1` bytes:
+  Byte n-grams, interpolated by Witten & Bell 1991 (method C), from the uniform
+  distribution over bytes up to contexts h of `order - 1` bytes:
 
     p(c | h) = (n(h c) + u(h) p(c | h')) / (n(h) + u(h))
 
-  where n counts, u(h) is the number of different bytes seen after h, and h' is
+  where n counts, u(h) is the number of distinct bytes seen after h, and h' is
   h without its first byte.
 
   Args:
-    text: what is predicted, each byte from those before it.
-    known: what is counted.
-    order: bytes of the longest n-gram; at most 8.
+    text: the text to predict, each byte from the preceding ones.
+    known: the training text.
+    order: length of the longest n-gram in bytes; at most 8.
+
+  Raises:
+    ValueError: `order` is not in 1 to 8.
   """
   if not 1 <= order <= 8:
     raise ValueError(f"order is {order}, expected 1 to 8")
@@ -73,7 +76,7 @@ def ngram(text: bytes, known: bytes, order: int = 7) -> float:
 
 
 def _grams(text: bytes, size: int) -> np.ndarray:
-  """Returns each run of `size` bytes as a number, uint64 [n - size + 1]."""
+  """Returns the byte n-grams of `size` as numbers, uint64 [n - size + 1]."""
   x = np.frombuffer(text, np.uint8).astype(np.uint64)
   count = max(len(x) - size + 1, 0)
   out = np.zeros(count, np.uint64)
@@ -83,7 +86,7 @@ def _grams(text: bytes, size: int) -> np.ndarray:
 
 
 def _look_up(keys, values, wanted) -> np.ndarray:
-  """Returns the value of each wanted key, 0 where it is not among `keys`."""
+  """Looks up each of `wanted` in sorted `keys`; 0 if it is missing."""
   if not len(keys):
     return np.zeros(len(wanted))
   at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

@@ -1,8 +1,8 @@
-"""A vocabulary of one's own: byte-level BPE, learned from documents.
+"""Trains a byte-level BPE tokenizer on documents.
 
-Sennrich et al. 2016 (arXiv:1508.07909) over bytes, with GPT-2's rule for words
-(Radford et al. 2019, section 2.2), by the `tokenizers` library. The same
-documents always give the same vocabulary.
+Sennrich et al. 2016 (arXiv:1508.07909) over bytes, with GPT-2's pre-tokenizer
+(Radford et al. 2019, section 2.2), by the `tokenizers` library. Training is
+deterministic.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 END = "<|endoftext|>"
-"""Stands before and after each document; its id is 0."""
+"""Precedes and follows each document; its id is 0."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bpe:
-  """A tokenizer that is learned when it is asked for.
+  """A BPE tokenizer that `load` trains.
 
   Attributes:
-    documents: what it is learned from; the training split, and no other.
-    size: ids, the 256 bytes and `END` included.
+    documents: training documents; use the training split only.
+    size: vocabulary size, including the 256 bytes and `END`.
   """
 
   documents: Documents
@@ -38,7 +38,7 @@ class Bpe:
       )
 
   def load(self) -> Tokenizer:
-    """Returns the tokenizer; short texts give fewer than `size` ids."""
+    """Trains the tokenizer; short texts give fewer than `size` ids."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,10 +1,9 @@
-"""Does the evaluation stand in the training data?
+"""Contamination check: overlap of evaluation documents with training data.
 
-Two questions a document of the evaluation: is it, normalised, a training
-document word for word; and which share of its n-grams of words stands
-somewhere in the training data (Brown et al. 2020, appendix C, use 13 words)?
-Both are exact: all n-grams are looked up, by 64-bit hashes, where sketches
-such as MinHash estimate.
+For each evaluation document: whether a training document equals it after
+normalisation, and which share of its word n-grams occurs anywhere in the
+training data (Brown et al. 2020, appendix C, use 13 words). All n-grams are
+looked up by 64-bit hashes; unlike MinHash, this is not an estimate.
 """
 
 import collections
@@ -24,13 +23,13 @@ WORDS = 13
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-  """An evaluation document that training data holds, in part or whole.
+  """An evaluation document that occurs in the training data, partly or wholly.
 
   Attributes:
-    evaluation: its number.
-    train: number of the training document that shares most with it.
-    share: of its n-grams that stand anywhere in the training data.
-    exact: whether that training document is the same.
+    evaluation: index of the evaluation document.
+    train: index of the training document with the largest overlap.
+    share: share of its n-grams that occur anywhere in the training data.
+    exact: whether that training document equals it.
   """
 
   evaluation: int
@@ -41,11 +40,11 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What `compare` found.
+  """The result of `compare`.
 
   Attributes:
-    documents: how many evaluation documents were looked up.
-    matches: those that share anything, the worst first.
+    documents: number of evaluation documents.
+    matches: those with any overlap, largest first.
     words: words in an n-gram.
   """
 
@@ -54,14 +53,14 @@ class Report:
   words: int
 
   def above(self, share: float) -> tuple[Match, ...]:
-    """Returns the matches that are exact, or share at least so much."""
+    """Returns the matches that are exact or overlap by at least `share`."""
     return tuple(m for m in self.matches if m.exact or m.share >= share)
 
   def table(self, limit: int = 10) -> str:
-    """Returns the worst matches as text."""
+    """Returns a summary and the `limit` largest matches as text."""
     exact = sum(m.exact for m in self.matches)
     lines = [
-      f"{self.documents} evaluation documents: {exact} stand in the training"
+      f"{self.documents} evaluation documents: {exact} are in the training"
       f" data, {len(self.matches)} share {self.words}-grams with it"
     ]
     lines += [
@@ -72,20 +71,20 @@ class Report:
     return "\n".join(lines)
 
   def check(self, share: float = 0.5, allowed: float = 0.0) -> "Report":
-    """Returns itself if few enough documents are in the training data.
+    """Returns itself, or raises if the evaluation is contaminated.
 
     Args:
-      share: of a document's n-grams, from which on it counts as known.
-      allowed: share of the evaluation documents that may be known.
+      share: overlap from which on a document counts as contaminated.
+      allowed: maximum share of contaminated evaluation documents.
 
     Raises:
-      UserError: more are.
+      UserError: more documents are contaminated.
     """
     known = self.above(share)
     if len(known) > allowed * self.documents:
       worst = known[0]
       raise UserError(
-        f"data: {len(known)} of {self.documents} evaluation documents stand in"
+        f"data: {len(known)} of {self.documents} evaluation documents are in"
         f" the training data (at least {share:.0%} of their"
         f" {self.words}-grams), expected at most {allowed:.1%} of them;"
         f" the first is number {worst.evaluation}, like training document"
@@ -98,10 +97,10 @@ class Report:
 def compare(
   train: Iterable[str], evaluation: Sequence[str], words: int = WORDS
 ) -> Report:
-  """Returns what of the evaluation stands in the training data.
+  """Compares an evaluation set with training data.
 
-  The memory that it takes grows with the evaluation, not with the training
-  data, which is read once.
+  Memory use grows with the evaluation set, not with the training data, which is
+  read once.
 
   Args:
     train: training documents.
@@ -140,11 +139,11 @@ def compare(
   return Report(len(evaluation), tuple(matches), words)
 
 
-def texts_of(source: Any) -> list[str]:
-  """Returns the texts of a source, whatever shape it gives them.
+def source_texts(source: Any) -> list[str]:
+  """Returns the texts of a data source: documents or conversations.
 
   Raises:
-    UserError: it has none: arrays of tokens, or synthetic ones.
+    UserError: the source has no text, only tokens.
   """
   if hasattr(source, "texts"):
     return list(source.texts)
@@ -154,7 +153,7 @@ def texts_of(source: Any) -> list[str]:
 
 
 def normalised(text: str) -> list[str]:
-  """Returns the words of a text: NFKC, without case and punctuation."""
+  """Returns the words of a text: NFKC, casefolded, without punctuation."""
   return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
 
 

@@ -1,8 +1,8 @@
-"""Examples: tokens, and which of them a model shall learn to say.
+"""Training examples: tokens with a loss mask.
 
-Whether a token counts is decided where the example is made, token by token;
-nothing later searches for strings to find out. Text counts throughout, a
-conversation in what the assistant says (`research.data.rendering`).
+The loss mask is made together with the tokens; no later stage searches for
+strings to find out. The loss covers all of a plain text, and the assistant's
+messages of a conversation (`research.data.rendering`).
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ from research.typing import UserError
 
 
 class Example(NamedTuple):
-  """Tokens int32 [n], and bool [n]: is this token worth predicting?"""
+  """Tokens, int32 [n], and whether the loss covers each of them, bool [n]."""
 
   tokens: np.ndarray
-  learned: np.ndarray
+  loss_mask: np.ndarray
 
 
 @runtime_checkable
 class Tokens(Protocol):
-  """A source that makes its own tokens: conversations, arrays, synthetic."""
+  """A source of tokenised examples: conversations, arrays, synthetic data."""
 
   def examples(self, tokenizer: Any) -> Sequence[Example]: ...
 
@@ -35,10 +35,10 @@ Source = Documents | Tokens
 
 
 def join(parts: Sequence[tuple[Sequence[int], bool]]) -> Example:
-  """Returns the example that consists of (ids, learned) parts."""
+  """Concatenates (ids, in the loss) parts to an example."""
   ids = [i for part, _ in parts for i in part]
-  learned = [flag for part, flag in parts for _ in part]
-  return Example(np.asarray(ids, np.int32), np.asarray(learned, bool))
+  mask = [flag for part, flag in parts for _ in part]
+  return Example(np.asarray(ids, np.int32), np.asarray(mask, bool))
 
 
 def read(
@@ -49,17 +49,18 @@ def read(
   """Returns the examples of a source.
 
   Args:
-    source: documents, or something that makes its own tokens.
-    tokenizer: with `encode(text)`; None where no text has to be read.
-    special: what each document of text begins and ends with; None for what
-      the tokenizer says.
+    source: documents, or a source of tokenised examples.
+    tokenizer: has `encode(text)`; may be None if the source is not text.
+    special: special tokens around each text document; None for the tokenizer's
+      default.
 
   Raises:
-    UserError: text without a tokenizer, or nothing that could be predicted.
+    UserError: the source is text and there is no tokenizer, or no token can be
+      predicted.
   """
   if isinstance(source, Tokens):
     found = source.examples(tokenizer)
-    if not any(e.learned[1:].any() for e in found):
+    if not any(e.loss_mask[1:].any() for e in found):
       raise UserError(
         f"{str(source)[:200]}: {len(found)} examples, none with a token to"
         " predict.\nExpected at least one; check the source's fields or split."
@@ -71,6 +72,6 @@ def read(
       "Use a source of tokens (arrays, synthetic) or a model with a tokenizer."
     )
   if special is None:
-    special = special_tokens.of_tokenizer(tokenizer)
+    special = special_tokens.from_tokenizer(tokenizer)
   documents = packing.tokenize(source, tokenizer.encode, special)
   return [Example(t, np.ones(len(t), bool)) for t in documents]

@@ -1,16 +1,16 @@
-"""Documents of tokens, laid end to end into rows of a fixed length.
+"""Sequence packing: packs tokenised documents into rows of a fixed length.
 
-A *piece* is a stretch of one document. A plan says which pieces share a row;
-`concatenate` wastes no place and cuts documents where a row ends, `best_fit`
-cuts only documents longer than a row (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling", best-fit packing), `alone` gives each its own row.
+A *piece* is a contiguous part of a document. A plan assigns pieces to rows:
+`concatenate` fills all rows and splits documents at row ends, `best_fit` splits
+only documents longer than a row (Ding et al. 2024, "Fewer Truncations Improve
+Language Modeling", best-fit packing), `one_per_row` never shares a row.
 
-Invariants, whatever the plan: each piece is its own segment and its positions
-start at 0, so that it cannot see its neighbours; each token of a document but
-its first is the target of exactly one place, even across a cut; the weight
-there is 1 if the token is to be learned, and 0 at all other places (document
-ends, padding). A piece that continues a document may begin with the document's
-first special tokens again, whose weight is 0.
+Invariants of all plans: each piece is a segment of its own, with positions from
+0, so it cannot attend to its neighbours. Each token of a document but its first
+is the target of exactly one position, even across a split. Its weight is 1 if
+the loss mask covers it; the weight of all other positions (document ends,
+padding) is 0. A piece that continues a document may repeat the document's
+initial special tokens, with weight 0.
 
 By hand, since what Grain (0.2.18) packs is a stream without an index to shuffle
 and to resume by, documents longer than a row are refused there, and its best
@@ -47,7 +47,7 @@ class Rows(Protocol):
 
 
 class Piece(NamedTuple):
-  """`size` tokens of document number `document`, from `start` on."""
+  """Tokens `start` to `start + size` of document number `document`."""
 
   document: int
   start: int
@@ -55,8 +55,8 @@ class Piece(NamedTuple):
 
 
 Plan = Callable[[Sequence[int], int, Sequence[int]], list[list[Piece]]]
-"""(lengths of the documents, row length T, places that a later piece of each
-document takes besides its own tokens) -> the pieces of each row."""
+"""(document lengths, row length T, extra positions that a later piece of each
+document takes for repeated special tokens) -> the pieces of each row."""
 
 
 def tokenize(
@@ -69,10 +69,10 @@ def tokenize(
   Args:
     documents: the texts.
     encode: text to token ids, without special tokens.
-    special: what each document begins and ends with.
+    special: special tokens around each document.
 
   Raises:
-    UserError: no document has two tokens, so that nothing can be predicted.
+    UserError: no document has two tokens, so nothing can be predicted.
   """
   tokens = [
     np.asarray(special.document(encode(documents[i])), np.int32)
@@ -90,7 +90,7 @@ def tokenize(
 def concatenate(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
-  """Returns a plan that pads the last row only, and cuts at row ends."""
+  """Returns a plan that fills all rows but the last, splitting at row ends."""
   rows: list[list[Piece]] = [[]]
   space = row
   for document, (length, head) in enumerate(_with_heads(lengths, overhead)):
@@ -106,10 +106,10 @@ def concatenate(
   return rows
 
 
-def alone(
+def one_per_row(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
-  """Returns a plan in which documents share no row; longer ones are cut."""
+  """Returns a plan in which no documents share a row; long ones are split."""
   return [
     [Piece(document, start, min(row - head * (start > 0), length - start))]
     for document, (length, head) in enumerate(_with_heads(lengths, overhead))
@@ -120,11 +120,11 @@ def alone(
 def best_fit(
   lengths: Sequence[int], row: int, overhead: Sequence[int] | None = None
 ) -> list[list[Piece]]:
-  """Returns a plan that cuts no document which fits into a row."""
+  """Returns a best-fit plan: no document that fits into a row is split."""
   heads = [head for _, head in _with_heads(lengths, overhead)]
-  pieces = [piece for (piece,) in alone(lengths, row, overhead)]
+  pieces = [piece for (piece,) in one_per_row(lengths, row, overhead)]
   rows: list[list[Piece]] = []
-  spaces: list[tuple[int, int]] = []  # sorted (free places, row number)
+  spaces: list[tuple[int, int]] = []  # sorted (free positions, row number)
 
   def places(piece: Piece) -> int:
     return piece.size + heads[piece.document] * (piece.start > 0)
@@ -150,32 +150,32 @@ def _with_heads(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-  """A random-access sequence of rows, built when they are asked for.
+  """A random-access sequence of packed rows, built on access.
 
   Attributes:
     documents: tokens of each document, int32 [length].
     plan: the pieces of each row.
-    length: places in a row, T.
-    learned: which tokens of each document count as targets, bool [length];
-      None for all.
-    begin: tokens that documents begin with, and then all their pieces.
+    length: row length T.
+    loss_mask: which tokens of each document are targets, bool [length]; None
+      for all.
+    begin: special tokens; all pieces of documents that begin with them do.
   """
 
   documents: Sequence[np.ndarray]
   plan: Sequence[Sequence[Piece]]
   length: int
-  learned: Sequence[np.ndarray] | None = None
+  loss_mask: Sequence[np.ndarray] | None = None
   begin: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return len(self.plan)
 
   def __getitem__(self, index: int) -> Row:
-    row = blank_row(self.length)
+    row = padding_row(self.length)
     place = 0
     for segment, piece in enumerate(self.plan[index]):
       document = self.documents[piece.document]
-      # Of a row that ends within it, what was there.
+      # If the document was split within `begin`, repeat only the first part.
       head = self.begin[: piece.start] if self._begins(document) else ()
       tokens = document[piece.start :]
       targets = tokens[1 : piece.size + 1]  # one fewer at the document's end
@@ -192,7 +192,7 @@ class PackedRows:
     return row
 
   def with_targets(self) -> "PackedRows":
-    """Returns the rows in which a token counts as a target."""
+    """Returns only the rows that have a target."""
     plan = [row for row in self.plan if any(map(self._has_target, row))]
     return dataclasses.replace(self, plan=plan)
 
@@ -207,13 +207,13 @@ class PackedRows:
     return begins_with(document, self.begin)
 
   def _weights(self, piece: Piece, count: int):
-    if self.learned is None:
+    if self.loss_mask is None:
       return 1
     first = piece.start + 1
-    return self.learned[piece.document][first : first + count]
+    return self.loss_mask[piece.document][first : first + count]
 
 
-def blank_row(length: int) -> Row:
+def padding_row(length: int) -> Row:
   """Returns a row of padding: weight 0, position and segment -1."""
   return {
     "tokens": np.zeros(length, np.int32),
@@ -224,8 +224,8 @@ def blank_row(length: int) -> Row:
   }
 
 
-def blank_like(row: Row) -> Row:
-  """Returns padding in the shapes of `row`, whatever keys it has."""
+def padding_like(row: Row) -> Row:
+  """Returns a padding row with the keys and shapes of `row`."""
   marks = ("positions", "segments")
   return {k: np.full_like(v, -(k in marks)) for k, v in row.items()}
 
@@ -234,26 +234,29 @@ def pack(
   documents: Sequence[np.ndarray],
   length: int,
   plan: Plan = concatenate,
-  learned: Sequence[np.ndarray] | None = None,
+  loss_mask: Sequence[np.ndarray] | None = None,
   begin: tuple[int, ...] = (),
 ) -> PackedRows:
-  """Returns the documents packed into rows of `length` places.
+  """Packs documents into rows of `length` positions.
 
   Args:
     documents: tokens of each document, int32 [length].
-    length: places in a row, T.
+    length: row length T.
     plan: how documents share rows.
-    learned: see `PackedRows`.
-    begin: tokens with which a piece begins that continues a document which
-      begins with them.
+    loss_mask: see `PackedRows`.
+    begin: special tokens to repeat at the start of each later piece of a
+      document that begins with them.
+
+  Raises:
+    UserError: `length` is too short.
   """
   least = 2 + len(begin)
   if length < least:
     raise UserError(
-      f"length: found {length}, expected at least {least} places in a row."
+      f"length: found {length}, expected at least {least} positions in a row."
     )
   sizes = [len(d) for d in documents]
   overhead = [len(begin) * begins_with(d, begin) for d in documents]
   return PackedRows(
-    documents, plan(sizes, length, overhead), length, learned, begin
+    documents, plan(sizes, length, overhead), length, loss_mask, begin
   )

@@ -1,10 +1,10 @@
-"""From sources to batches: tokenise, pack, shuffle globally, slice, batch.
+"""Data pipeline: tokenise, pack, shuffle globally, shard by process, batch.
 
-The order of examples is a function of the seed and the example's index alone.
-The shuffle is global and comes before the slice by process, so that the batch
-of step k is the same, row by row, for any number of processes, and the
-iterator's state is one number. A mixture chooses among its parts by index
-arithmetic, so the same holds for it.
+The order of examples depends on the seed and the example's index only. The
+global shuffle comes before sharding by process, so the batch of step k is the
+same, row by row, for any number of processes, and the iterator's state is a
+single number. A mixture selects its parts by index arithmetic, so the same
+holds for it.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
 ENDLESS = 2**50
-"""Rows of an endless stream: more than any run reads, and exact as floats."""
+"""Length of an "endless" stream: more than any run reads, exact as a float."""
 
 RowTransform = Callable[[Row, np.random.Generator], Row]
-"""A rewrite of one row; its generator depends on seed and index only."""
+"""A random transform of one row; the generator depends on seed and index."""
 
 
 @runtime_checkable
 class Data(Protocol):
-  """What an experiment reads; `tokenizer` has `encode(text)`, or is None."""
+  """The data of an experiment; `tokenizer` has `encode(text)` or is None."""
 
   batch_size: int
 
@@ -51,21 +51,21 @@ class Data(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-  """What is read, and in which shape and order.
+  """A data source, packed into rows and shuffled.
 
   Attributes:
-    source: documents, or what makes its own tokens (`research.data.examples`).
-    length: places in a row, T.
+    source: documents, or tokenised examples (`research.data.examples`).
+    length: row length T.
     batch_size: rows in a batch over all processes, B.
     seed: of the shuffle and of the transforms' generators.
-    plan: how documents share rows; `packing.concatenate` or `best_fit`.
-    begin: a token put before each document of text, so that its first token is
-      predicted too; None for none, "auto" for what the tokenizer says.
-    end: a token appended to each document of text, likewise.
-    every_row: whether a row that continues a document begins with what the
-      document begins with, which is not predicted there; "auto": as the
-      tokenizer says where `begin` is its own, and else not.
-    transforms: random rewrites of a row, in order; training only.
+    plan: packing plan: `packing.concatenate`, `best_fit` or `one_per_row`.
+    begin: token before each text document, so that its first token is predicted
+      too; None for none, "auto" for the tokenizer's default.
+    end: token after each text document; values as for `begin`.
+    every_row: whether rows that continue a document repeat its `begin` token,
+      excluded from the loss. "auto": the tokenizer's default if `begin` is
+      "auto", else False.
+    transforms: random transforms of a row, in order; training only.
   """
 
   source: examples.Source
@@ -82,8 +82,8 @@ class Pipeline:
     check_sizes(self, length=2, batch_size=1)
 
   def special_tokens(self, tokenizer: Any) -> SpecialTokens:
-    """Returns what documents and rows begin and end with."""
-    own = special_tokens.of_tokenizer(tokenizer)
+    """Returns the special tokens around documents and rows."""
+    own = special_tokens.from_tokenizer(tokenizer)
     auto = self.begin == "auto" and own.every_row
     return SpecialTokens(
       own.begin if self.begin == "auto" else _ids(self.begin),
@@ -92,10 +92,11 @@ class Pipeline:
     )
 
   def rows(self, tokenizer: Any) -> PackedRows:
-    """Returns the packed rows in the source's order; those with targets.
+    """Returns the packed rows that have targets, in the source's order.
 
-    A warning tells what is cut of examples that count in part, conversations
-    say: a text may be read from anywhere, an answer follows its question.
+    Warns if examples with a partial loss mask, such as conversations, are
+    split: an answer then loses its question, while plain text may be read from
+    anywhere.
     """
     special = self.special_tokens(tokenizer)
     found = examples.read(self.source, tokenizer, special)
@@ -103,7 +104,7 @@ class Pipeline:
       [e.tokens for e in found],
       self.length,
       self.plan,
-      [e.learned for e in found],
+      [e.loss_mask for e in found],
       special.row_begin,
     )
     rows = packed.with_targets()
@@ -113,20 +114,20 @@ class Pipeline:
   def _warn(
     self, found: Sequence[examples.Example], packed: int, kept: int
   ) -> None:
-    sizes = [len(e.tokens) for e in found if not e.learned.all()]
+    sizes = [len(e.tokens) for e in found if not e.loss_mask.all()]
     longer = sum(size > self.length for size in sizes)
     if not longer:
       return
     without = ""
     if kept < packed:
       without = (
-        f"; {packed - kept:,} of {packed:,} rows have then nothing to learn "
-        "and are left out"
+        f"; {packed - kept:,} of {packed:,} rows have no targets and are "
+        "dropped"
       )
     warnings.warn(
       f"Pipeline.length: {longer:,} of {len(found):,} examples are longer than "
-      f"{self.length} places, the longest has {max(sizes)}. They are cut, and "
-      f"what is behind a cut is learned without what was before it{without}.",
+      f"{self.length} positions, the longest has {max(sizes)}. They are split, "
+      f"and each part is trained on without the preceding ones{without}.",
       RuntimeWarning,
       stacklevel=3,
     )
@@ -148,15 +149,15 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-  """Several kinds of data in fixed proportions.
+  """A mixture of several data sets in fixed proportions.
 
-  Any prefix of the stream holds each part in its proportion, to within a few
-  rows. Each part is shuffled and repeated on its own, as often as it takes.
+  Any prefix of the stream has the right proportions, to within a few rows. Each
+  part is shuffled and repeated independently.
 
   Attributes:
-    parts: what is mixed; their own batch sizes are not used.
-    weights: shares of the rows (not of documents, not of tokens that count),
-      in any unit.
+    parts: the data sets; their own batch sizes are ignored.
+    weights: proportions of rows (not of documents or target tokens), not
+      necessarily normalised.
     batch_size: rows in a batch over all processes, B.
   """
 
@@ -174,16 +175,16 @@ class Mixture:
     if not all(0 < w < float("inf") for w in self.weights):
       raise UserError(
         f"Mixture.weights: found {self.weights}, expected numbers above 0;"
-        " leave out the part that shall not be seen."
+        " remove a part that is not to be used."
       )
     if max(self.weights) > 10_000 * min(self.weights):
       raise UserError(
         f"Mixture.weights: found {self.weights}, expected no ratio above"
-        " 10,000; such a part would hardly be seen."
+        " 10,000; such a part would hardly ever be sampled."
       )
 
   def rows(self, tokenizer: Any) -> list[Row]:
-    """Returns every part's rows, one part after the other."""
+    """Returns the rows of all parts, one part after the other."""
     parts = [part.rows(tokenizer) for part in self.parts]
     _check_equal_shapes(parts)
     return [rows[i] for rows in parts for i in range(len(rows))]
@@ -201,7 +202,7 @@ class Mixture:
     return share(self.stream(tokenizer), self.batch_size, process, processes)
 
   def evaluation(self, tokenizer: Any, limit: int | None = None) -> list[Row]:
-    """Returns all rows once, in order; the weights do not matter here."""
+    """Returns all rows once, in order, ignoring the weights."""
     return in_order(self.rows(tokenizer), self.batch_size, limit)
 
 
@@ -210,7 +211,7 @@ def _ids(token: int | None) -> tuple[int, ...]:
 
 
 def check_sizes(data: Any, **least: int) -> None:
-  """Raises UserError if a field of `data` is below its least value."""
+  """Raises UserError if a field of `data` is below its minimum."""
   for name, low in least.items():
     if getattr(data, name) < low:
       raise UserError(
@@ -224,7 +225,7 @@ def shuffled(
   seed: int,
   transforms: Sequence[RowTransform] = (),
 ) -> grain.MapDataset:
-  """Returns the rows, endlessly, in another order in each epoch."""
+  """Returns an endless stream of the rows, reshuffled every epoch."""
   # Grain's own endlessness, sys.maxsize, overflows in batches of one.
   epochs = ENDLESS // max(len(rows), 1)
   data = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(epochs)
@@ -241,8 +242,8 @@ def share(
   Args:
     stream: the rows of all processes.
     batch_size: rows in a batch over all processes.
-    process: which of the equal parts of each batch is wanted.
-    processes: how many parts there are; they divide the batch.
+    process: index of this process.
+    processes: number of processes; must divide the batch.
 
   Raises:
     UserError: the batch does not divide among the processes.
@@ -256,7 +257,7 @@ def share(
   if processes > 1:
     stream = _Part(stream, size, process, processes)
   data = stream.batch(size)
-  # One thread: a row is a few copies, and the cores belong to XLA.
+  # One thread: building a row is cheap, and XLA needs the cores.
   return data.to_iter_dataset(
     grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
   )
@@ -288,7 +289,7 @@ def in_order(
   full = [rows[i] for i in range(count)]
   if not full:
     return []
-  full += [packing.blank_like(full[0])] * (-count % batch_size)
+  full += [packing.padding_like(full[0])] * (-count % batch_size)
   return [
     {k: np.stack([row[k] for row in full[i : i + batch_size]]) for k in full[i]}
     for i in range(0, len(full), batch_size)

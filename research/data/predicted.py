@@ -1,7 +1,7 @@
-"""How much text a loss is about: bits per byte, whatever the tokenizer.
+"""Bits per byte: converts a loss per token to one per byte of text.
 
-A perplexity is per token and says nothing across vocabularies; bits per byte
-do, and compare with compressors (`research.data.baselines`).
+Perplexities per token are not comparable across vocabularies. Bits per byte
+are, also with compressors (`research.data.baselines`).
 """
 
 import math
@@ -12,22 +12,22 @@ from research.data.pipeline import Pipeline
 
 
 class Predicted(NamedTuple):
-  """What the targets of some documents amount to.
+  """Number of target tokens and bytes of a set of documents.
 
   Attributes:
-    tokens: how many are predicted, marks of beginning and end included.
-    size: bytes of UTF-8 that those of text stand for.
+    tokens: number of predicted tokens, including special tokens.
+    size: number of UTF-8 bytes of the predicted text.
   """
 
   tokens: int
   size: int
 
 
-def predicted(data: Any, tokenizer: Any) -> Predicted | None:
-  """Returns what is predicted of `data`'s documents; None if not of text.
+def count_predicted(data: Any, tokenizer: Any) -> Predicted | None:
+  """Counts the predicted tokens and bytes of `data`; None if it is not text.
 
-  Every token is predicted but a document's first one; where that is a special
-  token all bytes are, and else those of the first token are left out.
+  Every token of a document but its first is predicted. If the first one is a
+  special token, all bytes are predicted, else all but the first token's.
   """
   if not isinstance(data, Pipeline) or isinstance(data.source, Tokens):
     return None
@@ -37,7 +37,7 @@ def predicted(data: Any, tokenizer: Any) -> Predicted | None:
     ids = tokenizer.encode(text)
     whole = len(special.document(ids))
     if whole < 2:
-      continue  # nothing to predict: packing leaves it out too
+      continue  # nothing to predict: packing drops it too
     tokens += whole - 1
     if not special.begin:
       text = tokenizer.decode(ids[1:], skip_special=False)
@@ -51,12 +51,13 @@ def bits_per_byte(
   """Returns `nll * tokens / (ln 2 * bytes)`.
 
   Args:
-    nll: mean negative log-likelihood of a token, in nats.
-    tokens: over how many it was taken.
-    of: what they are; None if they are not text.
+    nll: mean negative log-likelihood per token, in nats.
+    tokens: number of tokens in that mean.
+    of: token and byte counts of the documents; None if they are not text.
 
   Returns:
-    None where the mean was not over all of `of`, whose bytes alone are known.
+    Bits per byte. None if `of` is None or the mean covers only a part of its
+    tokens, since their number of bytes is unknown.
   """
   if of is None or not of.size or tokens != of.tokens:
     return None

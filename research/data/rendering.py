@@ -1,19 +1,18 @@
-"""Conversations as tokens, with what the assistant says marked as learned.
+"""Renders and tokenises conversations; the loss covers assistant messages only.
 
-Which tokens those are follows from how the text is made, never from a search
-in it:
+The loss mask follows from the rendering, never from a search in the text:
 
-* A template with `{% generation %}` says so itself.
-* Otherwise the conversation is rendered up to each message of the assistant,
-  with its turn opened, and then with the message. The first text must be a
-  prefix of the second, and that one of the whole; what the message adds is what
-  the model shall say. This is checked for every conversation. Templates that
-  rewrite earlier turns (those that drop reasoning) fail it, and are refused.
+* A template with `{% generation %}` marks the assistant's text itself.
+* Otherwise the conversation is rendered up to each assistant message, with the
+  generation prompt, and then including the message. The first text must be a
+  prefix of the second, and the second one of the whole; the difference is what
+  the model must generate. This is checked for every conversation. Templates
+  that rewrite earlier turns (for example to drop reasoning) are rejected.
 
-The parts are tokenised one by one, since that is what happens at generation:
-the prompt is tokenised, and the model's own tokens follow. What stands behind
-the last stop token of a turn (SmolLM2's line break) is context, not learned:
-generation ends before it.
+The parts are tokenised separately, as at generation time: the prompt is
+tokenised, and the model's own tokens follow. Text after the last stop token of
+a turn (SmolLM2's line break) is excluded from the loss, since generation ends
+before it.
 """
 
 import dataclasses
@@ -26,18 +25,18 @@ from research.text.tokenizer import Tokenizer
 from research.typing import UserError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-SAYS = "assistant"
+ASSISTANT = "assistant"
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-  """Messages, first to last.
+  """A conversation for training.
 
   Attributes:
-    messages: `{"role", "content"}` and whatever else the template reads; the
-      assistant's with `"weight": 0` are not learned.
+    messages: `{"role", "content"}` and any other fields that the template
+      reads; assistant messages with `"weight": 0` are excluded from the loss.
     where: file and line, for errors.
-    first: messages before this one are not learned.
+    first: messages before this index are excluded from the loss.
   """
 
   messages: Sequence[Any]
@@ -47,19 +46,19 @@ class Conversation:
   def __post_init__(self):
     for i, message in enumerate(self.messages):
       _check_message(message, f"{self.where}: message {i}")
-    if not self.learned:
+    if not self.trained_messages:
       raise UserError(
         f"{self.where}: found {len(self.messages)} messages, none by the"
-        " assistant to learn from.\nExpected at least one (with no weight 0)."
+        " assistant to train on.\nExpected at least one (with no weight 0)."
       )
 
   @property
-  def learned(self) -> list[int]:
-    """The numbers of the messages that are learned."""
+  def trained_messages(self) -> list[int]:
+    """The indices of the messages that the loss covers."""
     return [
       i
       for i, message in enumerate(self.messages)
-      if message["role"] == SAYS
+      if message["role"] == ASSISTANT
       and i >= self.first
       and message.get("weight", 1)
     ]
@@ -77,7 +76,7 @@ def _check_message(message: Any, where: str) -> None:
       f"{where}: role: found {str(role)[:40]!r}, expected one of"
       f" {', '.join(ROLES)}."
     )
-  calls = role == SAYS and content is None and message.get("tool_calls")
+  calls = role == ASSISTANT and content is None and message.get("tool_calls")
   if not isinstance(content, str) and not calls:
     raise UserError(
       f"{where} ({role}): content: found {type(content).__name__}, expected"
@@ -91,11 +90,11 @@ def _check_message(message: Any, where: str) -> None:
 
 
 def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
-  """Returns a conversation as tokens.
+  """Renders and tokenises a conversation.
 
   Raises:
-    UserError: there is no template, it fails, or it does not tell what the
-      assistant says.
+    UserError: there is no chat template, it fails, or the assistant's text
+      cannot be located in its output.
   """
   return examples.join(
     [
@@ -106,16 +105,16 @@ def example(tokenizer: Tokenizer, conversation: Conversation) -> Example:
   )
 
 
-def said(conversation: Conversation) -> str:
-  """Returns the words of a conversation, without any template."""
+def plain_text(conversation: Conversation) -> str:
+  """Returns the contents of all messages, without a template."""
   return "\n".join(m["content"] or "" for m in conversation.messages)
 
 
 def pieces(
   tokenizer: Tokenizer, conversation: Conversation
 ) -> list[tuple[str, bool]]:
-  """Returns the rendered conversation in parts (text, learned)."""
-  # Our own field is none of the template's business.
+  """Returns the rendered conversation in parts: (text, in the loss)."""
+  # "weight" is not a field of chat templates.
   messages = [
     {k: v for k, v in m.items() if k != "weight"} for m in conversation.messages
   ]
@@ -131,14 +130,17 @@ def pieces(
 
 
 def _by_marks(text, spans, conversation) -> list[tuple[str, bool]]:
-  said = [i for i, m in enumerate(conversation.messages) if m["role"] == SAYS]
-  chosen = conversation.learned
+  said = [
+    i for i, m in enumerate(conversation.messages) if m["role"] == ASSISTANT
+  ]
+  chosen = conversation.trained_messages
   if chosen != said:
     if len(spans) != len(said):
       raise UserError(
         f"{conversation.where}: the chat template marks {len(spans)} parts"
         f" {{% generation %}}, but {len(said)} messages are the assistant's,"
-        " and not all are to be learned.\nLearn all, or use another template."
+        " and some are excluded from the loss.\n"
+        "Train on all of them, or use another template."
       )
     spans = [s for s, i in zip(spans, said, strict=True) if i in chosen]
   out, place = [], 0
@@ -151,12 +153,14 @@ def _by_marks(text, spans, conversation) -> list[tuple[str, bool]]:
 def _by_prefixes(tokenizer, messages, conversation) -> list[tuple[str, bool]]:
   whole = tokenizer.chat(messages, add_generation_prompt=False)
   out, place = [], 0
-  for i in conversation.learned:
+  for i in conversation.trained_messages:
     opened = tokenizer.chat(messages[:i], add_generation_prompt=True)
     said = tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
-    where = f"{conversation.where}: message {i} ({SAYS})"
+    where = f"{conversation.where}: message {i} ({ASSISTANT})"
     if not said.startswith(opened):
-      raise _no_prefix(where, "opens a turn otherwise than it writes one", i)
+      raise _no_prefix(
+        where, "renders the generation prompt unlike the turn itself", i
+      )
     if not whole.startswith(said):
       raise _no_prefix(where, "rewrites it once other messages follow", i)
     out += [(whole[place : len(opened)], False), (said[len(opened) :], True)]
@@ -166,7 +170,7 @@ def _by_prefixes(tokenizer, messages, conversation) -> list[tuple[str, bool]]:
 
 def _no_prefix(where: str, what: str, i: int) -> UserError:
   return UserError(
-    f"{where}: the chat template {what}, so what the model shall say is not"
+    f"{where}: the chat template {what}, so the text to generate is not"
     " defined.\nUse a template that marks it with {% generation %}, or"
     f" conversations that end with message {i}."
   )

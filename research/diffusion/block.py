@@ -75,7 +75,7 @@ class BlockDiffusion:
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["positions"])
     time = None
-    if self.model.clock is not None:
+    if self.model.time_embedding is not None:
       time = self.times(drawn, batch["positions"])
     hidden, head = self.states(params, batch, masked, time)
     loss = masked_loss(
@@ -169,7 +169,7 @@ class BlockDiffusion:
     tokens, positions = batch["tokens"], batch["positions"]
     noisy = process.noisy(tokens, masked, self.mask_id)
     both = copies(noisy, tokens, positions, batch["segments"], self.block)
-    hidden, head = output_head.states(
+    hidden, head = output_head.head_inputs(
       self.model, params, *both, time=times(time)
     )
     return predicting(hidden, positions, self.block, self.shift), head

@@ -95,7 +95,7 @@ class MaskedDiffusion:
     tokens, maskable = batch["tokens"], self.maskable(batch)
     masked, counts = self.draw(drawn, maskable, batch["segments"])
     time = None
-    if self.model.clock is not None:
+    if self.model.time_embedding is not None:
       time = self.times(drawn, maskable, batch["segments"])
       if self.complement:
         time = jnp.concatenate([time, 1 - time])
@@ -121,7 +121,7 @@ class MaskedDiffusion:
 
   def _states(self, params, *inputs, time):
     """Returns states and what makes logits of them, see `output_head`."""
-    return output_head.states(self.model, params, *inputs, time=time)
+    return output_head.head_inputs(self.model, params, *inputs, time=time)
 
   def maskable(self, batch: Batch) -> Bool[Array, "B T"]:
     """Returns which tokens may be masked."""
@@ -224,7 +224,7 @@ def masked_loss(
   """
 
   def logits(head, hidden):
-    return losses.without(output_head.logits(model, head, hidden), never)
+    return losses.exclude_token(output_head.logits(model, head, hidden), never)
 
   return losses.chunked_cross_entropy(
     logits,

@@ -66,7 +66,7 @@ class Ended:
   count; an answer's length is its own and theirs. Without this value the rest
   of a row is padding, which nothing sees, and an answer has one end.
 
-  For rows of one example, as `packing.alone` lays them: what fills a row
+  For rows of one example, as `packing.one_per_row` lays them: what fills a row
   belongs to its last document.
 
   Attributes:

@@ -20,7 +20,7 @@ from research.typing import Array, Bool, Float, Int
 
 def given(model: Transformer, time: Any) -> Any:
   """Returns the time for a model that is told it, None for any other."""
-  return None if model.clock is None else time
+  return None if model.time_embedding is None else time
 
 
 def shares(model: Transformer, mask_id: int) -> "Shares | None":

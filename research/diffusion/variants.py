@@ -49,7 +49,7 @@ class AnyOrder(MaskedDiffusion):
     """Raises UserError: there are none."""
     raise UserError(
       "AnyOrder: numbers of masks are drawn, not times, but the model is told"
-      " the time (Sizes.clock); expected MaskedDiffusion"
+      " the time (Sizes.time_embedding); expected MaskedDiffusion"
     )
 
   def draw(
@@ -135,7 +135,7 @@ def chunked_sum(
   @jax.checkpoint
   def one(head, hidden, *arrays):
     out = model.apply({"params": head}, hidden, method="logits")
-    return loss(losses.without(out.astype(jnp.float32), never), *arrays)
+    return loss(losses.exclude_token(out.astype(jnp.float32), never), *arrays)
 
   chunks = losses.split_rows(rows, hidden, *arrays)
   zero = jax.eval_shape(lambda *x: one(head, *x), *[x[0] for x in chunks])

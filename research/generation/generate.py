@@ -1,9 +1,9 @@
-"""Autoregressive generation: a compiled prefill, then compiled chunks.
+"""Autoregressive generation: a jitted prefill, then jitted chunks of decoding.
 
-A chunk of tokens is one program: it loops on the device, stops early when all
-rows have ended, and the next chunk is dispatched before the last one is read,
-so the host is never waited for. Prompts are padded on the right and the cache
-is sized in buckets, so few shapes are ever compiled.
+A chunk of tokens is one program. It loops on the device and stops early when
+all rows have ended. The next chunk is dispatched before the previous one is
+read, so the device never waits for the host. Prompts are right-padded and cache
+sizes are rounded to buckets, so few shapes are compiled.
 """
 
 import dataclasses
@@ -18,33 +18,39 @@ import numpy as np
 from kernels_pallas.common import cpu_memory
 from research import tree, weights
 from research.generation import sampling as samplers
-from research.generation.generated import NONE, Generated, gathered, trimmed
+from research.generation.generated import (
+  NO_TOKEN,
+  Generated,
+  collect,
+  drop_empty_columns,
+)
 from research.generation.sampling import GREEDY, Sampling
 from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Bool, Float, Int, Params, PRNGKey, UserError
 
-Source = Callable[..., Iterator[np.ndarray]]
-"""What `chunks` is: tokens of rows as they come."""
+TokenSource = Callable[..., Iterator[np.ndarray]]
+"""A function with the signature of `chunks`, which yields new tokens."""
 
 CHUNK = 16
-"""Tokens of one program, and between two looks at what was generated."""
+"""Tokens per decoding program, and per chunk that is yielded."""
 
 _STOPS = 8
-"""Stop tokens are padded to a multiple, so that their number is no shape."""
+"""Stop tokens are padded to a multiple of this, to avoid recompilation."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """What generation carries from token to token.
+  """The state of decoding between tokens.
 
   Attributes:
     cache: keys and values of all tokens but the last.
-    token: `[B]`, the last tokens, which the cache does not hold yet.
-    step: how many tokens each row has, unless it has ended.
-    done: `[B]`, which rows have ended.
-    keys: `[B]`, one for each row.
-    seen: `[B, V]`, tokens in prompt or text, or None where nobody asks.
+    token: `[B]`, the last token of each row, not yet in the cache.
+    step: number of tokens generated so far by rows that have not ended.
+    done: `[B]`, whether each row has ended.
+    keys: `[B]`, random key of each row.
+    seen: `[B, V]`, whether each token occurs in the prompt or the generated
+      text; None without a repetition penalty.
   """
 
   cache: Any
@@ -56,11 +62,12 @@ class State:
 
 
 def prepare(params: Params, model: Transformer) -> Params:
-  """Returns `params` in the layout that decodes fastest; build it once.
+  """Returns `params` in the layout that decodes fastest; call it once.
 
-  XLA's CPU backend reads fp32 weights faster as an array for each layer than
-  as slices of a stacked one; with bf16, which it converts, the scan wins. On a
-  CPU large ones become copies in huge pages (`cpu_memory`): drop the others.
+  XLA's CPU backend reads fp32 weights faster as one array per layer than as
+  slices of a stacked array. With bf16, which it converts, the scan is faster.
+  On a CPU, large arrays are copied to huge pages (`cpu_memory`): drop the
+  originals to free their memory.
   """
   if jax.default_backend() != "cpu":
     return params
@@ -75,24 +82,24 @@ def bucket(n: int) -> int:
   return -(-n // step) * step
 
 
-def ended(
+def has_ended(
   token: Int[Array, "B"],
   step: Any,
   limit: Int[Array, "B"],
   stop: Int[Array, "E"],
 ) -> Bool[Array, "B"]:
-  """Returns which rows end with a token.
+  """Returns whether each row ends with its newest token.
 
   Args:
-    token: of each row.
-    step: how many tokens rows have with it, of all or of each.
-    limit: how many each may have.
+    token: newest token of each row.
+    step: number of generated tokens including it, shared or per row.
+    limit: maximum number of generated tokens of each row.
     stop: tokens that end a row.
   """
   return jnp.any(token[:, None] == stop, axis=-1) | (step >= limit)
 
 
-def choose(
+def sample_next(
   model: Transformer,
   params: Params,
   hidden: Float[Array, "B D"],
@@ -101,16 +108,16 @@ def choose(
   step: Any,
   seen: Bool[Array, "B V"] | None,
 ) -> tuple[Int[Array, "B"], Bool[Array, "B V"] | None]:
-  """Returns the next tokens, and `seen` with them.
+  """Samples the next token of each row; returns it and the updated `seen`.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    hidden: of the last tokens.
-    sampling, keys, step, seen: as for `sampling.choose`.
+    hidden: hidden states of the last tokens.
+    sampling, keys, step, seen: as for `sampling.sample`.
   """
   logits = model.apply({"params": params}, hidden, method="logits")
-  token = samplers.choose(logits, sampling, keys, step, seen)
+  token = samplers.sample(logits, sampling, keys, step, seen)
   if seen is not None:
     seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
   return token.astype(jnp.int32), seen
@@ -130,20 +137,23 @@ def prefill(
   capacity: int,
   kv: Any = None,
 ) -> tuple[State, Int[Array, "B 1"], Bool[Array, "B"]]:
-  """Returns the state after the prompts, the first tokens, and who ended.
+  """Processes the prompts and samples the first token of each row.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    tokens: prompts, padded on the right.
-    lengths: of the prompts.
-    sampling: how tokens are chosen.
-    key: of the whole call.
-    examples: each row's index, which its own key is derived from.
-    limit: how many tokens each row may generate.
+    tokens: prompts, right-padded.
+    lengths: lengths of the prompts.
+    sampling: sampling parameters.
+    key: random key of the whole call.
+    examples: index of each row, from which its own key is derived.
+    limit: maximum number of new tokens of each row.
     stop: tokens that end a row.
-    capacity: of the cache.
-    kv: how it is packed, as for `init_cache`.
+    capacity: number of positions in the cache.
+    kv: quantizer of the cache, as for `init_cache`.
+
+  Returns:
+    The decoding state, the first tokens, and whether each row has ended.
   """
   rows, time = tokens.shape
   cache = init_cache(model, params, rows, capacity, kv=kv)
@@ -162,8 +172,8 @@ def prefill(
     seen = jnp.zeros((rows, model.vocab_size), bool)
     seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
   keys = samplers.row_keys(key, examples)
-  token, seen = choose(model, params, last, sampling, keys, 0, seen)
-  done = ended(token, 1, limit, stop)
+  token, seen = sample_next(model, params, last, sampling, keys, 0, seen)
+  done = has_ended(token, 1, limit, stop)
   state = State(cache, token, jnp.int32(1), done, keys, seen)
   return state, token[:, None], done
 
@@ -180,18 +190,20 @@ def decode(
   stop: Int[Array, "E"],
   size: int,
 ) -> tuple[State, Int[Array, "B C"], Bool[Array, "B"]]:
-  """Returns the state `size` tokens on, those tokens, and which rows ended.
-
-  Rows that have ended get `NONE`; the loop ends with the last of them.
+  """Decodes up to `size` tokens; stops early when all rows have ended.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    state: from `prefill` or `decode`; its memory is used again.
-    sampling: how tokens are chosen.
-    limit: how many tokens each row may generate.
+    state: from `prefill` or `decode`; its buffers are donated.
+    sampling: sampling parameters.
+    limit: maximum number of new tokens of each row.
     stop: tokens that end a row.
-    size: how many tokens.
+    size: number of tokens.
+
+  Returns:
+    The new state, the new tokens (`NO_TOKEN` after a row's end), and whether
+    each row has ended.
   """
 
   def unfinished(carry):
@@ -203,7 +215,7 @@ def decode(
     hidden, cache = model.apply(
       {"params": params}, state.token[:, None], cache=state.cache
     )
-    token, seen = choose(
+    token, seen = sample_next(
       model,
       params,
       hidden[:, 0],
@@ -212,16 +224,16 @@ def decode(
       state.step,
       state.seen,
     )
-    shown = jnp.where(state.done, NONE, token)
+    shown = jnp.where(state.done, NO_TOKEN, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
-    done = state.done | ended(token, state.step + 1, limit, stop)
+    done = state.done | has_ended(token, state.step + 1, limit, stop)
     return (
       i + 1,
       State(cache, token, state.step + 1, done, state.keys, seen),
       out,
     )
 
-  out = jnp.full((state.token.shape[0], size), NONE, jnp.int32)
+  out = jnp.full((state.token.shape[0], size), NO_TOKEN, jnp.int32)
   _, state, out = jax.lax.while_loop(unfinished, step, (0, state, out))
   return state, out, state.done
 
@@ -238,33 +250,33 @@ def chunks(
   size: int = CHUNK,
   kv: Any = None,
 ) -> Iterator[np.ndarray]:
-  """Yields new tokens `[B, n]` as they come, `NONE` after a row's end.
+  """Yields chunks of new tokens `[B, n]`, with `NO_TOKEN` after a row's end.
 
   Args:
     model: the Transformer.
-    params: its parameters, best from `prepare`.
+    params: its parameters, preferably from `prepare`.
     prompts: token ids, at least one each.
-    max_new_tokens: for each prompt; fewer where its context is full.
-    sampling: how tokens are chosen.
-    key: of the sampling; seed 0 by default.
-    stop_tokens: end a row, and are the last that it yields.
-    examples: index of each prompt; its sample depends on the key and on this,
-      not on the batch. By default 0, 1, ...
-    size: tokens between two looks.
-    kv: how the cache is packed, as for `init_cache`.
+    max_new_tokens: maximum per prompt; fewer if the context is full earlier.
+    sampling: sampling parameters.
+    key: random key of the sampling; seed 0 by default.
+    stop_tokens: end a row, and are yielded as its last token.
+    examples: index of each prompt; its sample depends on the key and on this
+      index, not on the batch. By default 0, 1, ...
+    size: tokens per chunk.
+    kv: quantizer of the cache, as for `init_cache`.
 
   Raises:
-    UserError: a prompt is empty, too long, or no prompt for this model.
+    UserError: a prompt is empty, too long, or has ids outside the vocabulary.
   """
   samplers.check(sampling)
-  room = limits(model, prompts, max_new_tokens)
+  room = token_limits(model, prompts, max_new_tokens)
   longest = max(map(len, prompts))
   tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
   for row, prompt in zip(tokens, prompts, strict=True):
     row[: len(prompt)] = prompt
   inside = np.arange(tokens.shape[1]) < np.array([[len(p)] for p in prompts])
-  params = weights.with_tokens(params, jnp.where(inside, tokens, NONE))
-  limit, stop = np.array(room, np.int32), stops(stop_tokens)
+  params = weights.with_tokens(params, jnp.where(inside, tokens, NO_TOKEN))
+  limit, stop = np.array(room, np.int32), pad_stop_tokens(stop_tokens)
   rows = range(len(prompts)) if examples is None else examples
   steps = max(room)
   state, shown, done = prefill(
@@ -287,18 +299,18 @@ def chunks(
       ahead = decode(model, params, state, sampling, limit, stop, size)
       made += size
     ended = np.all(np.asarray(done))
-    yield trimmed(np.asarray(shown))
+    yield drop_empty_columns(np.asarray(shown))
     if ended or ahead is None:
       return
     state, shown, done = ahead
 
 
-def source_of(kv: Any, source: Source | None) -> Source:
-  """Returns where tokens come from: `chunks`, or what stands in its place.
+def token_source(kv: Any, source: TokenSource | None) -> TokenSource:
+  """Returns the function that generates tokens: `source`, or else `chunks`.
 
   Args:
-    kv: how the cache of `chunks` is packed.
-    source: called as `chunks` is, without `kv`; or None.
+    kv: quantizer of the cache of `chunks`.
+    source: called like `chunks`, without `kv`; or None.
 
   Raises:
     UserError: both are given.
@@ -307,29 +319,29 @@ def source_of(kv: Any, source: Source | None) -> Source:
     return functools.partial(chunks, kv=kv)
   if kv is not None:
     raise UserError(
-      f"kv: found {kv!r} beside a source, expected one of them: a source packs "
-      "its own cache"
+      f"kv: found {kv!r} together with a source, expected one of them: a "
+      "source has its own cache"
     )
   return source
 
 
-def stops(tokens: Sequence[int]) -> np.ndarray:
-  """Returns tokens that end a row, padded: their number is no shape."""
+def pad_stop_tokens(tokens: Sequence[int]) -> np.ndarray:
+  """Returns the stop tokens, padded with `NO_TOKEN` to a common length."""
   found = sorted(set(tokens))
-  found += [NONE] * (-len(found) % _STOPS or (0 if found else _STOPS))
+  found += [NO_TOKEN] * (-len(found) % _STOPS or (0 if found else _STOPS))
   return np.array(found, np.int32)
 
 
-def limits(
+def token_limits(
   model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[int]:
-  """Returns how many tokens each prompt may be continued by.
+  """Returns the maximum number of new tokens of each prompt.
 
   Args:
     model, prompts, max_new_tokens: as for `chunks`.
 
   Raises:
-    UserError: a prompt is empty, too long, or no prompt for this model.
+    UserError: a prompt is empty, too long, or has ids outside the vocabulary.
   """
   if max_new_tokens < 1:
     raise UserError(
@@ -370,16 +382,16 @@ def generate(
   stop_tokens: Sequence[int] = (),
   examples: Sequence[int] | None = None,
   kv: Any = None,
-  source: Source | None = None,
+  source: TokenSource | None = None,
 ) -> Generated:
-  """Returns continuations of token prompts.
+  """Generates continuations of token prompts.
 
   Args:
     model, params, prompts, max_new_tokens, sampling, key, stop_tokens,
       examples, kv: as for `chunks`.
-    source: see `source_of`.
+    source: see `token_source`.
   """
-  parts = source_of(kv, source)(
+  parts = token_source(kv, source)(
     model,
     params,
     prompts,
@@ -389,4 +401,4 @@ def generate(
     stop_tokens,
     examples,
   )
-  return gathered(parts, stop_tokens)
+  return collect(parts, stop_tokens)

@@ -1,7 +1,7 @@
-"""Programs of generation over pages: a piece of a prompt, a chunk of tokens.
+"""Jitted programs of paged generation: prefill, insertion, decoding, copying.
 
-Rows are data, so that any of them may end, and be another prompt's, between two
-calls.
+The state of the rows is data, so between two calls any row may end and be
+assigned to another prompt without recompilation.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from research.generation import generate
-from research.generation.generated import NONE
+from research.generation.generated import NO_TOKEN
 from research.generation.sampling import Sampling
 from research.nn.cache import paged
 from research.nn.transformer import Transformer
@@ -22,16 +22,17 @@ from research.typing import Array, Float, Int, Params, PRNGKey
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What decoding carries beside the pages, `[R]` each.
+  """Per-row decoding state besides the pages; arrays are `[R]`.
 
   Attributes:
-    length: tokens in pages: all of a row's but the last.
-    token: the last ones.
-    step: how many tokens a row has generated.
-    limit: how many it may.
-    done: which rows have ended, or are nobody's.
-    keys: of their samples.
-    seen: `[R, V]`, tokens in prompt or text, or None where nobody asks.
+    length: number of tokens in pages: all of a row's but the last.
+    token: the last token.
+    step: number of generated tokens.
+    limit: maximum number of generated tokens.
+    done: whether the row has ended or is unassigned.
+    keys: random keys.
+    seen: `[R, V]`, whether each token occurs in the prompt or the generated
+      text; None without a repetition penalty.
   """
 
   length: Any
@@ -43,15 +44,15 @@ class Rows:
   seen: Any = None
 
 
-def nobody(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
-  """Returns rows that are no prompt's.
+def empty_rows(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
+  """Returns the state of unassigned rows.
 
   Args:
     count: R.
-    key: any.
-    vocab: V, if tokens that were seen are asked for.
+    key: any key; a placeholder.
+    vocab: V, if `seen` is needed, else None.
   """
-  # An array each: what is donated may not be given twice.
+  # Separate arrays: a buffer may be donated only once.
   return Rows(
     *(jnp.zeros(count, jnp.int32) for _ in range(4)),
     jnp.ones(count, bool),
@@ -63,7 +64,7 @@ def nobody(count: int, key: PRNGKey, vocab: int | None = None) -> Rows:
 @functools.partial(
   jax.jit, static_argnames=("model",), donate_argnames=("pool",)
 )
-def read(
+def prefill(
   model: Transformer,
   params: Params,
   pool: paged.Pool,
@@ -72,28 +73,31 @@ def read(
   tokens: Int[Array, "1 T"],
   count: Int[Array, "1"],
 ) -> tuple[Float[Array, "1 D"], paged.Pool]:
-  """Returns the hidden state of a piece's last token, and the pool with it.
+  """Prefills a piece of a prompt.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    pool: pages, whose memory is used again.
-    table: the row's.
-    length: its tokens before these.
-    tokens: the piece, padded on the right.
-    count: its tokens.
+    pool: all pages; donated.
+    table: page table of the row.
+    length: number of tokens of the row before the piece.
+    tokens: the piece, right-padded.
+    count: number of tokens in the piece.
+
+  Returns:
+    The hidden state of the piece's last token, and the updated pool.
   """
-  cache = paged.view(pool, table, length)
+  cache = paged.paged_cache(pool, table, length)
   hidden, cache = model.apply(
     {"params": params}, tokens, cache=cache, lengths=count
   )
-  return hidden[jnp.arange(1), count - 1], paged.pool_of(cache)
+  return hidden[jnp.arange(1), count - 1], paged.pool_from_cache(cache)
 
 
 @functools.partial(
   jax.jit, static_argnames=("model",), donate_argnames=("rows",)
 )
-def enter(
+def insert_row(
   model: Transformer,
   params: Params,
   rows: Rows,
@@ -103,23 +107,26 @@ def enter(
   sampling: Sampling,
   stop: Int[Array, "E"],
 ) -> tuple[Rows, Int[Array, ""]]:
-  """Returns all rows with one that has read its prompt, and its first token.
+  """Samples a prefilled row's first token and inserts the row into the batch.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    rows: of all.
-    row: which one it becomes.
-    new: what it is, of one row; its token, step and end follow.
-    hidden: of its prompt's last token.
-    sampling: how tokens are chosen.
+    rows: state of all rows; donated.
+    row: index to insert at.
+    new: state of the new row, R = 1; its token, step and done are set here.
+    hidden: hidden state of its prompt's last token.
+    sampling: sampling parameters.
     stop: tokens that end a row.
+
+  Returns:
+    The updated state of all rows, and the first token.
   """
-  token, seen = generate.choose(
+  token, seen = generate.sample_next(
     model, params, hidden, sampling, new.keys, 0, new.seen
   )
   step = jnp.ones_like(new.limit)
-  done = generate.ended(token, step, new.limit, stop)
+  done = generate.has_ended(token, step, new.limit, stop)
   new = Rows(new.length, token, step, new.limit, done, new.keys, seen)
   rows = jax.tree.map(lambda old, x: old.at[row].set(x[0]), rows, new)
   return rows, token[0]
@@ -138,19 +145,21 @@ def decode(
   stop: Int[Array, "E"],
   size: int,
 ) -> tuple[paged.Pool, Rows, Int[Array, "R C"]]:
-  """Returns pages and rows `size` tokens on, and those tokens.
+  """Decodes up to `size` tokens for all rows; stops early when all have ended.
 
-  Rows that have ended get `NONE`, and write nothing; the loop ends with the
-  last of them.
+  Rows that have ended write nothing and yield `NO_TOKEN`.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    pool, rows: as they are; their memory is used again.
-    table: pages of each row.
-    sampling: how tokens are chosen.
+    pool, rows: current pages and row state; donated.
+    table: page table of each row.
+    sampling: sampling parameters.
     stop: tokens that end a row.
-    size: how many tokens.
+    size: number of tokens.
+
+  Returns:
+    The updated pages and rows, and the new tokens.
   """
 
   def unfinished(carry):
@@ -162,22 +171,22 @@ def decode(
     hidden, cache = model.apply(
       {"params": params},
       rows.token[:, None],
-      cache=paged.view(pool, table, rows.length),
+      cache=paged.paged_cache(pool, table, rows.length),
       lengths=jnp.where(rows.done, 0, 1),
     )
-    token, seen = generate.choose(
+    token, seen = generate.sample_next(
       model, params, hidden[:, 0], sampling, rows.keys, rows.step, rows.seen
     )
-    shown = jnp.where(rows.done, NONE, token)
+    shown = jnp.where(rows.done, NO_TOKEN, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, shown[:, None], i, axis=1)
     after = rows.step + 1
-    done = rows.done | generate.ended(token, after, rows.limit, stop)
+    done = rows.done | generate.has_ended(token, after, rows.limit, stop)
     rows = Rows(cache.length, token, after, rows.limit, done, rows.keys, seen)
-    return i + 1, paged.pool_of(cache), rows, out
+    return i + 1, paged.pool_from_cache(cache), rows, out
 
-  out = jnp.full((len(rows.token), size), NONE, jnp.int32)
+  out = jnp.full((len(rows.token), size), NO_TOKEN, jnp.int32)
   carry = jax.lax.while_loop(unfinished, step, (0, pool, rows, out))
   return carry[1:]
 
 
-copy = jax.jit(paged.copied, donate_argnames=("pool",))
+copy_page = jax.jit(paged.copy_page, donate_argnames=("pool",))

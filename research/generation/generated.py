@@ -1,44 +1,44 @@
-"""What was generated: tokens of rows of different lengths, as they came."""
+"""The result of generation: collects chunks of tokens into rows."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-NONE = -1
-"""In place of tokens after a row's end."""
+NO_TOKEN = -1
+"""Placeholder for tokens after the end of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-  """What `generate` returns.
+  """The result of `generate`.
 
   Attributes:
-    tokens: the new tokens of each prompt, without the stop token.
-    reasons: for each, `"stop"` or `"length"`.
+    tokens: new tokens of each prompt, without the stop token.
+    reasons: finish reason of each prompt, `"stop"` or `"length"`.
   """
 
   tokens: list[list[int]]
   reasons: list[str]
 
 
-def trimmed(tokens: np.ndarray) -> np.ndarray:
-  """Returns the columns in which some row still has a token."""
-  return tokens[:, np.any(tokens != NONE, axis=0)]
+def drop_empty_columns(tokens: np.ndarray) -> np.ndarray:
+  """Drops the columns `[B, n]` in which no row has a token."""
+  return tokens[:, np.any(tokens != NO_TOKEN, axis=0)]
 
 
-def gathered(
+def collect(
   parts: Iterable[np.ndarray], stop_tokens: Sequence[int]
 ) -> Generated:
-  """Returns all that was generated.
+  """Joins chunks of new tokens into rows.
 
   Args:
-    parts: new tokens `[B, n]` as they came, each row's first, then `NONE`.
-    stop_tokens: that end a row.
+    parts: chunks `[B, n]`, each row padded with `NO_TOKEN`.
+    stop_tokens: tokens that end a row.
   """
   ends, out, reasons = set(stop_tokens), [], []
   for row in np.concatenate(list(parts), axis=1).tolist():
-    row = [token for token in row if token != NONE]
+    row = [token for token in row if token != NO_TOKEN]
     stopped = row[-1] in ends
     out.append(row[:-1] if stopped else row)
     reasons.append("stop" if stopped else "length")

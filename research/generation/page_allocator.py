@@ -1,12 +1,12 @@
-"""Who owns which page: counts on the host, outside of any program.
+"""Page allocator with prefix sharing, on the host, by reference counts.
 
-Rows take pages for all the tokens that they may come to have, and give them
-back. Prompts that begin alike share the pages of what they have in common: a
-page counts its holders. The page in which they part is copied, for a row that
-was admitted is about to write behind what it shares.
+A row gets pages for its maximum number of tokens and releases them at its end.
+Prompts with a common prefix share its full pages; each page has a reference
+count. The page in which they diverge is copied, because the new row is about to
+write behind the shared part.
 
-What was read into a page is known by the page before it and its own tokens, so
-a prefix is found page by page, as in a trie.
+The content of a page is identified by the previous page and its own tokens, so
+a prefix is looked up page by page, as in a trie.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ import numpy as np
 
 from research.typing import UserError
 
-NONE = -1
-"""In the table where a row has no page; also the page before the first."""
+NO_PAGE = -1
+"""Table entry without a page; also the predecessor of the first page."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Admission:
-  """What a row that was let in starts with.
+  """The prefix that an admitted row shares.
 
   Attributes:
-    read: tokens of its prompt that its pages hold already, but not the last.
-    copy: the page to copy before anything is written, and to where; or None.
+    read: number of prompt tokens already in its pages; never the last token.
+    copy: (source, target) pages to copy before anything is written, or None.
   """
 
   read: int
@@ -34,21 +34,21 @@ class Admission:
 
 
 class PageAllocator:
-  """Pages of a pool and the rows that hold them.
+  """Assigns the pages of a pool to rows.
 
   Attributes:
-    count, size: pages there are, and tokens of each.
-    table: int32 `[rows, W]`, each row's pages.
-    most_used: how many pages were held at most.
+    count, size: number of pages, and tokens per page.
+    table: int32 `[rows, W]`, page numbers of each row.
+    most_used: peak number of pages in use.
   """
 
   def __init__(self, count: int, size: int, rows: int, width: int):
-    """All pages are free.
+    """Creates an allocator with all pages free.
 
     Args:
-      count, size: of the pages.
-      rows: how many there are at a time.
-      width: pages that a row may have.
+      count, size: number of pages, and tokens per page.
+      rows: number of rows at a time.
+      width: maximum number of pages of a row.
 
     Raises:
       UserError: one of them is below 1.
@@ -58,7 +58,7 @@ class PageAllocator:
       if value < 1:
         raise UserError(f"pages {name}: found {value}, expected at least 1")
     self.count, self.size, self.most_used = count, size, 0
-    self.table = np.full((rows, width), NONE, np.int32)
+    self.table = np.full((rows, width), NO_PAGE, np.int32)
     self._free = list(range(count))[::-1]
     self._holders = [0] * count
     self._held: dict[int, tuple[int, tuple[int, ...]]] = {}
@@ -66,20 +66,20 @@ class PageAllocator:
 
   @property
   def free(self) -> int:
-    """How many pages nobody holds."""
+    """The number of free pages."""
     return len(self._free)
 
   @property
   def used(self) -> int:
-    """How many pages somebody holds."""
+    """The number of pages in use."""
     return self.count - self.free
 
   def pages(self, tokens: int) -> int:
-    """Returns how many pages so many tokens of a row take."""
+    """Returns the number of pages for a row of `tokens` tokens."""
     return -(-tokens // self.size)
 
   def check(self, tokens: int) -> None:
-    """Raises UserError if a row of so many tokens could never be let in."""
+    """Raises UserError if a row of `tokens` tokens can never be admitted."""
     wanted, room = self.pages(tokens), min(self.count, self.table.shape[1])
     if wanted > room:
       raise UserError(
@@ -87,12 +87,12 @@ class PageAllocator:
         f"of {self.size}.\nGive more pages (count), or ask for fewer tokens."
       )
 
-  def wanted(self, prompt: Sequence[int], tokens: int) -> int:
-    """Returns how many free pages a row would take.
+  def pages_needed(self, prompt: Sequence[int], tokens: int) -> int:
+    """Returns the number of free pages needed to admit a row.
 
     Args:
-      prompt: its first tokens.
-      tokens: how many it may come to have.
+      prompt: token ids of its prompt.
+      tokens: maximum number of its tokens, including the prompt.
     """
     return self._unshared(tokens, self._known(prompt)[0])
 
@@ -100,24 +100,27 @@ class PageAllocator:
     return self.pages(tokens) - len(shared)
 
   def has_room(self, prompt: Sequence[int], tokens: int) -> bool:
-    """Returns whether a row can be let in now; arguments as for `wanted`."""
-    return self.wanted(prompt, tokens) <= self.free
+    """Returns whether a row can be admitted now; see `pages_needed`."""
+    return self.pages_needed(prompt, tokens) <= self.free
 
   def admit(self, row: int, prompt: Sequence[int], tokens: int) -> Admission:
-    """Gives pages to a row that has none, and returns what they hold.
+    """Assigns pages to a row that has none.
 
-    The prompt is taken as written to them: what else is admitted may share
-    them at once.
+    The prompt counts as written from now on: rows admitted later may share its
+    pages.
 
     Args:
-      row: of the table.
-      prompt: its first tokens, at least one.
-      tokens: how many it may come to have, the prompt included.
+      row: index in the table.
+      prompt: token ids of its prompt, at least one.
+      tokens: maximum number of its tokens, including the prompt.
+
+    Returns:
+      The prefix that the row shares with earlier prompts.
 
     Raises:
-      UserError: there are not so many free pages.
+      UserError: there are too few free pages, or the row has pages already.
     """
-    if np.any(self.table[row] != NONE):
+    if np.any(self.table[row] != NO_PAGE):
       raise UserError(f"pages: row {row} has some, expected them released")
     self.check(tokens)
     shared, part, length = self._known(prompt)
@@ -139,31 +142,33 @@ class PageAllocator:
     return Admission(read, None if part is None else (part, own[0]))
 
   def release(self, row: int) -> None:
-    """Takes a row's pages back; what others share stays theirs."""
+    """Releases the pages of a row; pages shared with others stay in use."""
     self._drop(row, self.table.shape[1])
 
   def trim(self, row: int, position: int) -> None:
-    """Takes back pages of a row that end at or before a position.
+    """Releases pages of a row that end at or before a position.
 
-    For layers that look back on a window alone.
+    For models in which all layers have a window.
     """
     self._drop(row, max(position, 0) // self.size)
 
   def _drop(self, row: int, count: int) -> None:
     for page in self.table[row, :count].tolist():
-      if page != NONE:
+      if page != NO_PAGE:
         self._holders[page] -= 1
         if not self._holders[page]:
           self._forget(page)
           self._free.append(page)
-    self.table[row, :count] = NONE
+    self.table[row, :count] = NO_PAGE
 
   def _known(self, prompt: Sequence[int]) -> tuple[list[int], int | None, int]:
-    """Returns the pages that begin alike, one that does in part, and how far.
+    """Finds the longest known prefix of a prompt.
 
-    The last token is never among them: what follows it has to be computed.
+    Returns the fully shared pages, a partially shared one (or None), and the
+    number of tokens shared in it. The prompt's last token is never shared: its
+    hidden state must be computed.
     """
-    pages, before, end = [], NONE, len(prompt) - 1
+    pages, before, end = [], NO_PAGE, len(prompt) - 1
     while True:
       rest = tuple(prompt[len(pages) * self.size : end][: self.size])
       found, length = None, 0
@@ -179,23 +184,23 @@ class PageAllocator:
   def _remember(
     self, pages: list[int], first: int, prompt: Sequence[int]
   ) -> None:
-    """Notes what is read into pages from the first that is a row's own on."""
+    """Records the content of pages, from the first unshared one on."""
     for j in range(first, self.pages(len(prompt))):
-      before = pages[j - 1] if j else NONE
+      before = pages[j - 1] if j else NO_PAGE
       tokens = tuple(prompt[j * self.size : (j + 1) * self.size])
       self._held[pages[j]] = before, tokens
       self._behind.setdefault(before, []).append(pages[j])
 
   def _forget(self, page: int) -> None:
-    before, _ = self._held.pop(page, (NONE, ()))
-    # The page before may have been another row's since.
+    before, _ = self._held.pop(page, (NO_PAGE, ()))
+    # The previous page may have been reassigned since.
     if page in self._behind.get(before, ()):
       self._behind[before].remove(page)
     self._behind.pop(page, None)
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
-  """Returns how many tokens two texts begin alike with."""
+  """Returns the length of the common prefix."""
   pairs = enumerate(zip(a, b, strict=False))
   most = min(len(a), len(b))
   return next((i for i, (x, y) in pairs if x != y), most)

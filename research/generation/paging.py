@@ -1,4 +1,4 @@
-"""How many pages a call of generation has, and what they take in memory."""
+"""Page configuration of paged generation, and its memory use."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from research.typing import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Paging:
-  """How pages are laid out.
+  """Page configuration.
 
   Attributes:
-    size: tokens a page; TPUs take multiples of 8 in float32, 16 in bfloat16,
-      128 in 8 bits.
-    count: pages; by default, and at most, as many as all rows can come to
+    size: tokens per page; TPUs require multiples of 8 in float32, 16 in
+      bfloat16, 128 in 8 bits.
+    count: number of pages; by default, and at most, what all rows together can
       need.
-    rows: how many are decoded at a time; by default all.
+    rows: number of rows decoded at a time; by default all.
     dtype: `"int8"`, `"fp8"` or, by default, the model's.
   """
 
@@ -36,7 +36,7 @@ class Paging:
       found = getattr(self, name)
       if found is not None and found < 1:
         raise UserError(f"pages {name}: found {found}, expected at least 1")
-    known = (None, *paged.CODES)
+    known = (None, *paged.CODE_DTYPES)
     if self.dtype not in known:
       raise UserError(
         f"pages dtype: found {self.dtype!r}, expected one of "
@@ -45,13 +45,13 @@ class Paging:
 
 
 def parse(text: str) -> Paging:
-  """Returns what a command line says, e.g. `16,count=200,rows=4,dtype=int8`.
+  """Parses a command-line value, e.g. `16,count=200,rows=4,dtype=int8`.
 
   Args:
-    text: tokens a page, then other fields of `Paging`.
+    text: tokens per page, then other fields of `Paging`.
 
   Raises:
-    UserError: it is not of that form.
+    UserError: `text` is malformed.
   """
   size, *rest = text.split(",")
   fields: dict[str, Any] = {"size": size}
@@ -79,18 +79,20 @@ def allocator(
   max_new_tokens: int,
   paging: Paging,
 ) -> PageAllocator:
-  """Returns who gives out the pages of a call of `chunks`.
+  """Creates the page allocator for a call of `generate_paged.chunks`.
 
   Args:
     model: the Transformer.
     prompts, max_new_tokens: as for `chunks`.
-    paging: how pages are laid out.
+    paging: page configuration.
 
   Raises:
-    UserError: a prompt is none for this model, or takes more pages than there
-      are.
+    UserError: a prompt is invalid for this model, or needs more pages than
+      there are.
   """
-  tokens = extents(prompts, generate.limits(model, prompts, max_new_tokens))
+  tokens = extents(
+    prompts, generate.token_limits(model, prompts, max_new_tokens)
+  )
   rows = min(paging.rows or len(prompts), len(prompts))
   needs = sorted(-(-n // paging.size) for n in tokens)
   total = sum(needs[-rows:])
@@ -104,11 +106,11 @@ def allocator(
 def extents(
   prompts: Sequence[Sequence[int]], limits: Sequence[int]
 ) -> list[int]:
-  """Returns how many tokens of each row come into pages: all but the last.
+  """Returns the number of tokens of each row stored in pages: all but the last.
 
   Args:
     prompts: token ids.
-    limits: how many tokens each may be continued by.
+    limits: maximum number of new tokens of each prompt.
   """
   return [len(p) + n - 1 for p, n in zip(prompts, limits, strict=True)]
 
@@ -121,16 +123,16 @@ def memory(
   pages: PageAllocator,
   dtype: str | None = None,
 ) -> dict[str, int]:
-  """Returns bytes of the pages, and of what they spare.
-
-  They are `pool_bytes`, of which at most `most_bytes` were held at a time. What
-  they spare is `slab_bytes`, the cache of `generate` for the same prompts at
-  once.
+  """Returns the memory use of paged generation and of an unpaged cache.
 
   Args:
     model, params, prompts, max_new_tokens: as for `chunks`.
-    pages: after it.
+    pages: the allocator, after generation.
     dtype: of the pages.
+
+  Returns:
+    Page size and counts, `pool_bytes` (all pages), `most_bytes` (peak in use),
+    and `slab_bytes` (the cache of `generate` for the same prompts at once).
   """
 
   def nbytes(make):
@@ -139,7 +141,7 @@ def memory(
 
   page = nbytes(lambda: paged.empty_pool(model, params, 1, pages.size, dtype))
   longest = max(map(len, prompts))
-  steps = max(generate.limits(model, prompts, max_new_tokens))
+  steps = max(generate.token_limits(model, prompts, max_new_tokens))
   capacity = generate.bucket(longest + steps)
   slab = nbytes(
     lambda: init_cache(model, params, len(prompts), capacity).layers

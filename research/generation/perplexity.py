@@ -1,18 +1,19 @@
-"""Perplexity of a text under a model, by one standard.
+"""Perplexity of a text under a model, over non-overlapping windows.
 
-The text is tokenised once, without special tokens, and cut into windows that
-do not overlap, from position 0. Each window is read alone; its first token is
-given, the others are predicted. A last partial window counts from two tokens
-on. The perplexity is `exp` of the mean over all predicted tokens.
+The text is tokenised once, without special tokens, and split into
+non-overlapping windows. Each window is evaluated independently: its first token
+is given, the others are predicted. A last partial window counts if it has at
+least two tokens. The perplexity is `exp` of the mean negative log-likelihood of
+all predicted tokens.
 
-Special tokens may stand before each window (`begin`), for models that never saw
-a row without. They are read besides the window's tokens, and the same tokens
-are predicted.
+`begin` puts special tokens before each window, for models that were trained
+with them in every row. They come in addition to the window's tokens, and the
+same tokens are predicted.
 
-With `chunk`, a window is read through a cache, so many tokens at a time, as
-generation reads it: keys and values of a chunk are in the cache (packed, if it
-packs them) for later chunks, and as they are within their own. One at a time
-is what decoding does.
+With `chunk`, a window is processed through a cache, that many tokens at a time,
+as in generation. Later chunks attend to the cached (possibly quantized) keys
+and values of a chunk; the chunk itself uses them unquantized. `chunk=1`
+measures decoding.
 """
 
 import dataclasses
@@ -31,19 +32,19 @@ from research.nn.transformer import Transformer, init_cache
 from research.typing import Array, Float, Int, Params, UserError
 
 ROWS = 256
-"""Positions whose logits exist at the same time."""
+"""Number of positions whose logits are materialised at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-  """What `perplexity` returns.
+  """The result of `perplexity`.
 
   Attributes:
     perplexity: `exp(nll)`.
-    nll: mean negative log-likelihood of a predicted token, in nats.
-    tokens: how many were predicted.
-    windows: how many windows they stand in.
-    seconds: spent computing, compilation left out.
+    nll: mean negative log-likelihood per predicted token, in nats.
+    tokens: number of predicted tokens.
+    windows: number of windows.
+    seconds: computing time without compilation.
   """
 
   perplexity: float
@@ -59,15 +60,15 @@ def log_probs(
   tokens: Int[Array, "B T"],
   lengths: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B S"]:
-  """Returns `log p(token | those before)` of tokens 1 .. T-1, in fp32.
+  """Returns `log p(token | previous tokens)` of tokens 1 .. T-1, in fp32.
 
-  The logits of a few positions exist at a time, never `[B, T, V]`.
+  Logits are computed for a few positions at a time, never as `[B, T, V]`.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    tokens: each row's text.
-    lengths: of the texts, where rows are padded on the right.
+    tokens: the text of each row.
+    lengths: lengths of the texts, if rows are right-padded.
   """
   known = tokens
   if lengths is not None:
@@ -109,7 +110,7 @@ def _sums(
   lengths: Int[Array, "B"],
   given: Int[Array, ""],
 ) -> Float[Array, "B"]:
-  """Returns each window's summed log-likelihood; padding counts nothing."""
+  """Returns the summed log-likelihood of each window, without padding."""
   found = log_probs(model, params, tokens, lengths)
   place = jnp.arange(1, tokens.shape[1])
   predicted = (place >= given) & (place < lengths[:, None])
@@ -126,12 +127,12 @@ def _cached_sums(
   chunk: int,
   kv: Any,
 ) -> Float[Array, "B"]:
-  """Returns what `_sums` does, of windows read through a cache."""
+  """Like `_sums`, with windows processed through a cache chunk by chunk."""
   rows, time = tokens.shape
   steps = -(-time // chunk)
   tokens = jnp.pad(tokens, ((0, 0), (0, steps * chunk + 1 - time)))
   cache = init_cache(model, params, rows, steps * chunk, kv=kv)
-  # One program for all chunks: the first one looks at an empty cache, too.
+  # One program for all chunks: the first one also attends to the empty cache.
   cache = dataclasses.replace(cache, fresh=False)
 
   def step(cache, part):
@@ -154,12 +155,12 @@ def _cached_sums(
 def windows(
   ids: Sequence[int], window: int, max_windows: int | None = None
 ) -> list[Sequence[int]]:
-  """Returns the windows of a text that count.
+  """Splits a text into windows.
 
   Args:
-    ids: the whole text's tokens.
-    window: tokens a window.
-    max_windows: how many at most, from the start; None for all.
+    ids: tokens of the whole text.
+    window: tokens per window.
+    max_windows: maximum number, from the start; None for all.
 
   Raises:
     UserError: a window predicts nothing, or the text does not fill one.
@@ -193,13 +194,19 @@ def perplexity(
   Args:
     model: the Transformer.
     params: its parameters.
-    ids: the whole text's tokens.
-    window: tokens a window; with `begin`, at most the model's context.
-    max_windows: how many windows at most; None for all.
-    batch: windows read at a time.
-    chunk: tokens read at a time, through a cache; None reads windows whole.
-    kv: how the cache is packed, as for `init_cache`; needs `chunk`.
+    ids: tokens of the whole text.
+    window: tokens per window; together with `begin`, at most the model's
+      context.
+    max_windows: maximum number of windows; None for all.
+    batch: windows per batch.
+    chunk: tokens processed at a time, through a cache; None processes whole
+      windows without a cache.
+    kv: quantizer of the cache, as for `init_cache`; requires `chunk`.
     begin: special tokens before each window.
+
+  Raises:
+    UserError: an argument is out of range, or the text is shorter than a
+      window.
   """
   width = window + len(begin)
   if batch < 1:
@@ -238,6 +245,6 @@ def perplexity(
   seconds = time.perf_counter() - start
   count = int(np.sum(np.maximum(lengths - given, 0)))
   nll = -total / count
-  # A nonsense model is worse than any float: infinity then, not an error.
+  # exp overflows for an untrained or broken model: return infinity.
   value = math.exp(nll) if nll < 700 else math.inf
   return Perplexity(value, nll, count, len(parts), seconds)

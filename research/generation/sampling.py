@@ -1,9 +1,9 @@
 """Sampling from next-token logits: pure functions on `[B, V]`.
 
-The same semantics, in the same order, as Hugging Face's processors: repetition
+Same semantics and order as Hugging Face's logits processors: repetition
 penalty, temperature, top-k, top-p, min-p. A row's key is derived from the
-example's index and its step alone, so a sample does not depend on the batch
-that it was drawn in.
+example's index and step only, so a sample does not depend on the rest of the
+batch.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How the next token is chosen; None leaves a rule out.
+  """Sampling parameters; None disables a rule.
 
-  The numbers are leaves, so another temperature does not recompile.
+  The numbers are pytree leaves, so changing them does not recompile.
 
   Attributes:
     temperature: divides the logits; None for greedy decoding.
     top_p: keeps the smallest set of tokens with at least this mass (Holtzman
-      et al. 2019, arXiv:1904.09751); equally likely tokens stay together.
-    min_p: keeps tokens at least this likely relative to the likeliest (Nguyen
-      et al. 2024, arXiv:2407.01082).
+      et al. 2019, arXiv:1904.09751); ties at the threshold are all kept.
+    min_p: keeps tokens whose probability is at least this fraction of the
+      largest one (Nguyen et al. 2024, arXiv:2407.01082).
     repetition_penalty: divides positive logits of tokens already present,
       prompt included, and multiplies negative ones (Keskar et al. 2019,
       arXiv:1909.05858, section 4.1).
-    top_k: keeps the `k` likeliest tokens.
+    top_k: keeps the `k` most likely tokens.
   """
 
   temperature: Any = None
@@ -47,7 +47,7 @@ GREEDY = Sampling()
 
 
 def check(sampling: Sampling) -> None:
-  """Raises UserError unless every number of `sampling` is in its range."""
+  """Raises UserError if a parameter of `sampling` is out of range."""
   ranges = {
     "temperature": (lambda x: x > 0, "a number above 0, or none for greedy"),
     "top_p": (lambda x: 0 < x <= 1, "a probability in (0, 1]"),
@@ -68,20 +68,20 @@ def check(sampling: Sampling) -> None:
 
 
 def row_keys(key: PRNGKey, examples: Int[Array, "B"]) -> PRNGKey:
-  """Returns a key for each example, `[B]`, by its index."""
+  """Returns a random key for each example, `[B]`, derived from its index."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(examples)
 
 
 def penalize(
   logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Any
 ) -> Float[Array, "B V"]:
-  """Returns logits with tokens in `seen` made less likely by `penalty`."""
+  """Returns logits with the repetition penalty applied to `seen` tokens."""
   less = jnp.where(logits > 0, logits / penalty, logits * penalty)
   return jnp.where(seen, less, logits)
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-  """Returns logits with -inf below the `k`-th largest; ties stay."""
+  """Returns logits with -inf below the `k`-th largest; keeps ties."""
   k = min(k, logits.shape[-1])
   least = jax.lax.top_k(logits, k)[0][:, -1:]
   return jnp.where(logits < least, -jnp.inf, logits)
@@ -90,10 +90,10 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
 def keep_top_p(logits: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
   """Returns logits with -inf outside the nucleus of mass `p`.
 
-  A token stays iff the mass of strictly likelier ones is below `p`. The least
-  likely one to stay is found by bisection over the bits of a positive float,
-  which order like the floats: exact, and without a sort of the vocabulary,
-  which costs a CPU more than a layer of the model does.
+  A token is kept iff the total probability of strictly more likely tokens is
+  below `p`. The threshold is found by bisection over the bit patterns of
+  positive floats, which are ordered like the floats. This is exact and needs no
+  sort of the vocabulary, which on a CPU costs more than a layer of the model.
   """
   probabilities = jax.nn.softmax(logits, axis=-1)
   rows = logits.shape[0]
@@ -115,17 +115,17 @@ def keep_top_p(logits: Float[Array, "B V"], p: Any) -> Float[Array, "B V"]:
 
 
 def keep_min_p(logits: Float[Array, "B V"], ratio: Any) -> Float[Array, "B V"]:
-  """Returns logits with -inf below `ratio` of the largest probability."""
+  """Returns logits with -inf where the probability is below `ratio` x max."""
   least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(ratio)
   return jnp.where(logits < least, -jnp.inf, logits)
 
 
-def adjusted(
+def process_logits(
   logits: Float[Array, "B V"],
   sampling: Sampling,
   seen: Bool[Array, "B V"] | None = None,
 ) -> Float[Array, "B V"]:
-  """Returns the logits that `sampling` draws from, in fp32."""
+  """Applies all rules of `sampling`; returns fp32 logits to sample from."""
   logits = logits.astype(jnp.float32)
   if sampling.repetition_penalty is not None and seen is not None:
     logits = penalize(logits, seen, sampling.repetition_penalty)
@@ -141,23 +141,24 @@ def adjusted(
   return logits
 
 
-def choose(
+def sample(
   logits: Float[Array, "B V"],
   sampling: Sampling,
   keys: PRNGKey,
   step: Int[Array, ""] | Int[Array, "B"] | int,
   seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
-  """Returns the next token of each row.
+  """Samples the next token of each row.
 
   Args:
     logits: of the last position.
-    sampling: how to choose.
-    keys: one for each row, from `row_keys`.
-    step: how many tokens the rows have generated, all or each.
-    seen: tokens that each row holds, where a repetition penalty needs them.
+    sampling: sampling parameters.
+    keys: one random key per row, from `row_keys`.
+    step: number of tokens generated so far, shared or per row.
+    seen: whether each token occurs in the row already, for the repetition
+      penalty.
   """
-  logits = adjusted(logits, sampling, seen)
+  logits = process_logits(logits, sampling, seen)
   if sampling.temperature is None:
     return _largest(logits)
   own = 0 if jnp.ndim(step) else None
@@ -166,10 +167,11 @@ def choose(
 
 
 def _largest(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-  """Returns what `argmax` does, by two reductions of one number each.
+  """Returns the argmax, computed by two single-value reductions.
 
-  XLA's CPU backend turns these into vectors; its argmax, of pairs, takes 20
-  times as long: 0.3 ms for SmolLM2's vocabulary, a tenth of a decoding step.
+  XLA's CPU backend vectorises these. Its argmax, a reduction of (value, index)
+  pairs, takes 20 times as long: 0.3 ms for SmolLM2's vocabulary, a tenth of a
+  decoding step.
   """
   top = jnp.max(logits, axis=-1, keepdims=True)
   found = (logits == top) | jnp.isnan(logits)

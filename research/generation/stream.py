@@ -1,4 +1,4 @@
-"""Text from a model as it comes, piece by piece, for one prompt or many."""
+"""Streaming text generation, for one prompt or many."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,13 @@ from research.typing import Params, PRNGKey, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What a row gained.
+  """New text of a row.
 
   Attributes:
-    text: complete characters, surely before any stop string.
-    tokens: how many tokens were read for it, a stop token not counted.
-    reason: `"stop"` or `"length"` where the row has ended, else None.
+    text: complete characters that cannot be part of a stop string.
+    tokens: number of tokens consumed, without a stop token.
+    reason: finish reason, `"stop"` or `"length"`, once the row has ended, else
+      None.
   """
 
   text: str
@@ -27,7 +28,7 @@ class Piece:
 
 
 class _Row:
-  """Follows one row from tokens to text."""
+  """Converts the tokens of one row to text."""
 
   def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
     self._decoder = StreamDecoder(tokenizer)
@@ -36,10 +37,10 @@ class _Row:
     self.ended = False
 
   def feed(self, tokens: Sequence[int]) -> Piece:
-    """Returns the piece that `tokens` make; `NONE` is skipped."""
+    """Returns the text of new `tokens`; stops at `NO_TOKEN`."""
     text, read = "", 0
     for token in tokens:
-      if self.ended or token == generate.NONE:
+      if self.ended or token == generate.NO_TOKEN:
         break
       if token in self._ends:
         return self.finish(text, read, "stop")
@@ -51,7 +52,7 @@ class _Row:
     return Piece(text, read)
 
   def finish(self, text: str = "", read: int = 0, reason: str = "length"):
-    """Returns the last piece, with all that was held back."""
+    """Returns the last piece, with all text that was buffered."""
     self.ended = True
     text += self._cut.feed(self._decoder.flush())
     found = self._cut.found
@@ -69,27 +70,27 @@ def stream(
   stop: Sequence[str] = (),
   size: int = generate.CHUNK,
   kv: Any = None,
-  source: generate.Source | None = None,
+  source: generate.TokenSource | None = None,
 ) -> Iterator[list[Piece]]:
   """Yields a piece for each prompt, until all have ended.
 
   Args:
     model: the Transformer.
-    params: its parameters, best from `generate.prepare`.
-    tokenizer: its stop tokens end a row and are no part of the text.
+    params: its parameters, preferably from `generate.prepare`.
+    tokenizer: its stop tokens end a row and are not part of the text.
     prompts: token ids.
-    max_new_tokens: for each prompt.
-    sampling: how tokens are chosen.
-    key: of the sampling; seed 0 by default.
-    stop: strings that end a row where they first appear in its new text.
-    size: tokens between two pieces.
-    kv: how the cache is packed, as for `init_cache`.
-    source: see `generate.source_of`.
+    max_new_tokens: maximum per prompt.
+    sampling: sampling parameters.
+    key: random key of the sampling; seed 0 by default.
+    stop: strings that end a row at their first occurrence in its new text.
+    size: tokens per piece.
+    kv: quantizer of the cache, as for `init_cache`.
+    source: see `generate.token_source`.
 
   Raises:
-    UserError: both `kv` and a source are given.
+    UserError: both `kv` and `source` are given.
   """
-  source = generate.source_of(kv, source)
+  source = generate.token_source(kv, source)
   rows = [_Row(tokenizer, stop) for _ in prompts]
   for chunk in source(
     model,
@@ -117,7 +118,10 @@ def complete(
   key: PRNGKey | None = None,
   stop: Sequence[str] = (),
 ) -> list[Piece]:
-  """Returns each prompt's whole continuation; arguments as for `stream`."""
+  """Returns the complete continuation of each prompt.
+
+  Arguments are those of `stream`, but prompts are text.
+  """
   ids = [tokenizer.prompt(text) for text in prompts]
   if not ids:
     raise UserError("prompts: found none, expected at least one")

@@ -262,7 +262,7 @@ def cast(params: Params, dtype: str, packed: bool) -> Any:
   """
 
   def one(x):
-    if weights.wrapped(x) is not None:
+    if weights.unwrap(x) is not None:
       return dataclasses.replace(x, w=one(x.w))
     if weights.is_weight(x):
       return x if packed else x.dense().astype(dtype)

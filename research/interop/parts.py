@@ -76,7 +76,7 @@ PLAIN = ("float64", *DTYPES)
 
 def kind_of(weight: Any) -> str:
   """Returns how a weight is stored; an adapted one like its base."""
-  if (inner := weights.wrapped(weight)) is not None:
+  if (inner := weights.unwrap(weight)) is not None:
     return kind_of(inner)
   if weights.is_packed(weight):
     return weight.format.name
@@ -91,13 +91,13 @@ def _row(leaf: Any, k: tuple[int, ...]) -> Any:
 def from_params(params: Params) -> dict[Address, Part]:
   """Returns the parameters of a tree; it stays in memory and is shared."""
   out, scaled = {}, wrap.biases(params)
-  for path, leaf in weights.named(tree.outer_params(params)):
+  for path, leaf in weights.named_weights(tree.outer_params(params)):
     out[Address(None, path)] = Part(
       tuple(leaf.shape), kind_of(leaf), lambda leaf=leaf: leaf
     )
   for prefix, rows in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
-    for path, leaf in weights.named(params[run][layer]):
+    for path, leaf in weights.named_weights(params[run][layer]):
       leaf = scaled.get(f"{prefix}/{path}", leaf)
       # Matrices of experts have their layer and their number in front.
       lead = len(leaf.shape) - 2 if len(leaf.shape) > 3 else 1

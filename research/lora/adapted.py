@@ -67,9 +67,9 @@ class AdaptedTensor(weights.WrappedWeight):
     y = weights.ragged_dot(x, self.w, sizes)
     return y + self.method.ragged(one._dropped(x), self.arrays, self.w, sizes)
 
-  def bias_of(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
+  def scaled_bias(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
     """Returns the bias behind the adapted weight; fp32 where it is scaled."""
-    b = weights.bias_of(self.w, b)
+    b = weights.scaled_bias(self.w, b)
     gain = self.method.output_gain
     return b if gain is None else dense_fp32(b) * dense_fp32(self.arrays[gain])
 
@@ -125,9 +125,9 @@ class AdaptedTensor(weights.WrappedWeight):
     gate = jnp.broadcast_to(gate, (*self.shape[:-2], *gate.shape))
     return dataclasses.replace(self, w=w, gate=gate)
 
-  def of_tokens(self, keep: Int[Array, "B N"]) -> "AdaptedTensor":
+  def select_tokens(self, keep: Int[Array, "B N"]) -> "AdaptedTensor":
     """Returns itself in front of some of the tokens it knew."""
-    w = weights.of_tokens(self.w, keep)
+    w = weights.select_tokens(self.w, keep)
     if self.gate is None:
       return dataclasses.replace(self, w=w)
     keep = keep.reshape(*(1,) * (self.gate.ndim - keep.ndim), *keep.shape)
@@ -193,4 +193,4 @@ class AdaptedBias(weights.WrappedWeight):
 
   def dense(self) -> Shaped[Array, "..."]:
     """Returns the bias as it is merged, in the type of `w`."""
-    return self.matrix.bias_of(jnp.asarray(self.w)).astype(self.dtype)
+    return self.matrix.scaled_bias(jnp.asarray(self.w)).astype(self.dtype)

@@ -31,7 +31,7 @@ experts), and so is every array returned."""
 
 def leaves(part: Any) -> Iterator[tuple[str, Any]]:
   """Yields (path, weight) of every weight in a part of the tree."""
-  yield from weights.named(part)
+  yield from weights.named_weights(part)
 
 
 def matrices(params: Params) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Grouped-query attention over the `flash_attention` kernels."""
+"""Grouped-query attention, computed by the `flash_attention` kernels."""
 
 import dataclasses
 from typing import Any
@@ -13,8 +13,8 @@ from research.nn import rope as ropes
 from research.nn.attention_context import (
   AttentionContext,
   attend,
-  of_queries,
-  take,
+  select_queries,
+  take_tokens,
 )
 from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, UserError
@@ -25,13 +25,12 @@ class Attention(nn.Module):
 
   Attributes:
     heads, kv_heads, head_dim: `N`, `K` (divides `N`), `H`.
-    rope: rotation of queries and keys, or None.
-    window: how many positions, its own included, a query looks back on, or
-      None for all.
-    scale: of the logits; None for `H**-0.5`.
-    softcap: `c tanh(logits / c)`, or None.
-    qk_norm: normalises each head's query and key before the rotation.
-    qkv_bias, out_bias: whether those projections add one.
+    rope: rotary embedding of queries and keys, or None.
+    window: attention window in tokens, including the query; None for unlimited.
+    scale: of the attention logits; None for `H**-0.5`.
+    softcap: c of the soft cap `c tanh(logits / c)`, or None.
+    qk_norm: normalises the queries and keys of each head before the rotation.
+    qkv_bias, out_bias: whether those projections have a bias.
   """
 
   heads: int
@@ -57,31 +56,31 @@ class Attention(nn.Module):
     fresh: bool = True,
     keep: Int[Array, "B N"] | None = None,
   ) -> tuple[Float[Array, "B N D"], Any]:
-    """Returns the attended values, and the cache with `x`'s keys in it.
+    """Returns the attention output and the updated cache.
 
     Args:
       x: activations.
-      positions: of `x`, negative for padding.
-      mask: what may see what, before this layer's window.
+      positions: of the tokens, negative for padding.
+      mask: the attention mask, without this layer's window.
       rotation: cos and sin of `positions`.
-      cache: this layer's (`research.nn.cache.LayerCache`, or what answers as
-        it does), or None.
-      length: tokens in the cache after this call, for each row.
+      cache: this layer's cache (`research.nn.cache.LayerCache`, or another
+        class with its `attend`), or None.
+      length: number of tokens of each row in the cache after this call.
       fresh: whether the cache was empty before this call.
-      keep: which tokens look at the others; None for all.
+      keep: indices of the tokens used as queries; None for all.
     """
     q, k, v = self._rotated(x, rotation, keep)
     q, k, v = (checkpoint_name(t, "qkv") for t in (q, k, v))
     if self.window is not None:
       mask = dataclasses.replace(mask, window=(self.window - 1, None))
     if keep is not None:
-      mask = of_queries(mask, keep, x.shape[1])
+      mask = select_queries(mask, keep, x.shape[1])
     if cache is None:
       y = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
     else:
       call = AttentionContext(
         positions,
-        take(positions, keep),
+        take_tokens(positions, keep),
         length,
         mask,
         fresh,
@@ -101,10 +100,12 @@ class Attention(nn.Module):
     x: Float[Array, "B T D"],
     rotation: tuple[Array, Array] | None = None,
   ) -> tuple[Array, Array, Array]:
-    """Returns queries, keys and values `[B, T, heads, H]`, as a cache has them.
+    """Returns queries, keys and values `[B, T, heads, H]`, rotated.
+
+    Keys and values are those that a cache stores.
 
     Args:
-      x, rotation: as in a call.
+      x, rotation: as for `__call__`.
     """
     return self._rotated(x, rotation)
 
@@ -114,7 +115,7 @@ class Attention(nn.Module):
       q = self.qk_norm.clone(name="q_norm", parent=self)(q)
       k = self.qk_norm.clone(name="k_norm", parent=self)(k)
     if rotation is not None:
-      q = ropes.rotate(q, *(take(x, keep) for x in rotation))
+      q = ropes.rotate(q, *(take_tokens(x, keep) for x in rotation))
       k = ropes.rotate(k, *rotation)
     return q, k, v
 
@@ -124,26 +125,28 @@ class Attention(nn.Module):
     together = self.has_variable("params", weights.fused_name(sizes))
     if keep is None or together:
       parts = weights.project_all(self, x, sizes, self.qkv_bias)
-      parts[0] = take(parts[0], keep)
+      parts[0] = take_tokens(parts[0], keep)
     else:
       few = {"q": sizes.pop("q")}
-      parts = weights.project_all(self, take(x, keep), few, self.qkv_bias)
+      parts = weights.project_all(
+        self, take_tokens(x, keep), few, self.qkv_bias
+      )
       parts += weights.project_all(self, x, sizes, self.qkv_bias)
     return [y.reshape(*y.shape[:2], -1, self.head_dim) for y in parts]
 
   def _key_bias(self, positions):
-    """Returns the bias that keys at `positions` have, `[B, S, K, H]`."""
-    turned = self.rope is not None
-    moving = turned and isinstance(self.rope.scaling, ropes.Dynamic)
-    if not self.qkv_bias or self.qk_norm is not None or moving:
+    """Returns the (rotated) bias of keys at `positions`, `[B, S, K, H]`."""
+    rotated = self.rope is not None
+    dynamic = rotated and isinstance(self.rope.scaling, ropes.Dynamic)
+    if not self.qkv_bias or self.qk_norm is not None or dynamic:
       raise UserError(
-        "kv less_bias: found a model whose keys have no bias that stays as it "
-        "was added.\nLeave less_bias out."
+        "kv less_bias: found a model whose keys have no bias, or one that a "
+        "norm or dynamic rotary scaling changes.\nLeave less_bias out."
       )
     k, bias = (self.get_variable("params", name) for name in ("k", "k_bias"))
-    bias = weights.bias_of(k, bias).astype(jnp.float32)
+    bias = weights.scaled_bias(k, bias).astype(jnp.float32)
     shape = (*positions.shape, self.kv_heads, self.head_dim)
     bias = jnp.broadcast_to(bias.reshape(shape[2:]), shape)
-    if not turned:
+    if not rotated:
       return bias
     return ropes.rotate(bias, *self.rope.tables(positions, self.head_dim))

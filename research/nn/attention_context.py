@@ -1,4 +1,4 @@
-"""Attention as a layer asks for it: by the kernels, on each device's part."""
+"""Attention calls of a layer: context, sharding and selection of queries."""
 
 import dataclasses
 import math
@@ -16,17 +16,18 @@ from research.typing import Array, Float, Int, Shaped, UserError
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-  """What a layer tells its cache beside queries, keys and values.
+  """What a layer passes to its cache besides queries, keys and values.
 
   Attributes:
-    positions: `[B, T]` of the new tokens, negative for padding.
-    queries: `[B, N]`, those of the tokens that look, among the new ones.
-    length: `[B]`, tokens of each row, the new ones included.
-    mask: what may see what, the layer's window included.
-    fresh: whether the cache was empty.
-    window: how many positions the layer looks back on, or None.
-    bias: of keys, by positions; a cache may want to know.
-    scale, softcap: of the logits, as of `flash_attention`.
+    positions: `[B, T]`, positions of the new tokens, negative for padding.
+    queries: `[B, N]`, positions of the queries, a subset of the new tokens.
+    length: `[B]`, number of tokens in each row, including the new ones.
+    mask: the attention mask, including the layer's window.
+    fresh: whether the cache was empty before this call.
+    window: size of the layer's attention window in tokens, or None.
+    bias: returns the bias of keys at given positions, for caches that remove it
+      before quantization.
+    scale, softcap: of the attention logits, see `flash_attention`.
   """
 
   positions: Any
@@ -41,7 +42,7 @@ class AttentionContext:
 
   @property
   def options(self) -> dict[str, Any]:
-    """What kernels take by name."""
+    """Keyword arguments for the attention kernels."""
     return {"scale": self.scale, "softcap": self.softcap}
 
 
@@ -53,17 +54,17 @@ def attend(
   mask: Mask,
   **options: Any,
 ) -> Float[Array, "B T N H"]:
-  """Returns `flash_attention`, on each device's part under a mesh.
+  """Returns `flash_attention`, computed under a mesh on each device's shard.
 
-  Rows and heads are never gathered. Tokens cross the devices as their axis of
-  the mesh says: along `sequence` keys and values are gathered for this layer,
-  along `ring` they pass by all devices, along `ulysses` they are exchanged for
-  other heads'. Where a cache gives more keys than queries, every device has all
-  of them.
+  Batch rows and heads are never gathered. Communication along the sequence
+  depends on the mesh axis: `sequence` all-gathers keys and values, `ring`
+  passes them from device to device, `ulysses` exchanges tokens for heads (an
+  all-to-all). If a cache provides more keys than queries, every device holds
+  all keys.
 
   Args:
     q, k, v: queries, keys and values.
-    mask: what may see what.
+    mask: the attention mask.
     **options: see `flash_attention`.
 
   Raises:
@@ -77,7 +78,7 @@ def attend(
 
 def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
   names = ("batch", "length", "heads", None)
-  batch, tokens, heads, _ = sharding.cuts(queries, *names)
+  batch, tokens, heads, _ = sharding.activation_axes(queries, *names)
   sizes = jax.sharding.get_abstract_mesh().shape
   apart = math.prod(sizes[a] for a in heads)
   exchanged = queries[1] == keys[1] and "ulysses" in tokens
@@ -97,61 +98,66 @@ def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
   )
 
 
-def take(
+def take_tokens(
   x: Shaped[Array, "B T ..."], keep: Int[Array, "B N"] | None
 ) -> Shaped[Array, "B N ..."]:
-  """Returns some tokens of each row, by their index; None for all."""
+  """Selects tokens of each row by index; None selects all."""
   if keep is None:
     return x
   index = keep.reshape(*keep.shape, *(1,) * (x.ndim - 2))
   return jnp.take_along_axis(x, index, axis=1)
 
 
-def of_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
-  """Returns `mask` of some queries alone.
+def select_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
+  """Returns `mask` restricted to selected queries.
 
   Args:
-    mask: of `length` queries and as many keys, by index or by position; not of
-      block diffusion, whose rule is of indices alone.
-    keep: the queries.
-    length: of a row.
+    mask: of `length` queries and keys, by index or by position; not a block
+      diffusion mask, which is defined by indices only.
+    keep: indices of the selected queries.
+    length: number of tokens in a row.
   """
   mask = sharded.positioned(mask, length, length)
 
   def cut(x):
     if x is None:
       return None
-    return take(jnp.broadcast_to(x, (keep.shape[0], length)), keep)
+    return take_tokens(jnp.broadcast_to(x, (keep.shape[0], length)), keep)
 
   return dataclasses.replace(
     mask, q_positions=cut(mask.q_positions), q_segments=cut(mask.q_segments)
   )
 
 
-def may_keep(
+def can_select_tokens(
   keep: Int[Array, "B N"] | None, mask: Mask, layers: Any, shape: Sequence[int]
 ) -> bool:
-  """Whether a last layer can compute some tokens alone.
+  """Whether the last layer can compute selected tokens only.
 
-  Not where they are all, or tokens of a row are on several devices, or who sees
-  whom is a rule of all queries, or a cache takes no other queries than keys.
+  Not if all tokens are selected, the mesh shards the tokens of a row, the mask
+  is a block diffusion mask, or a cache requires a query for every new key.
 
   Args:
-    keep: the tokens, by their index; None for all.
-    mask: what may see what.
-    layers: caches of layers, or None.
-    shape: of what goes into the layer, `[B, T, D]`.
+    keep: indices of the selected tokens; None for all.
+    mask: the attention mask.
+    layers: the layers' caches, or None.
+    shape: of the layer's input, `[B, T, D]`.
   """
   if keep is None or keep.shape[1] >= shape[1]:
     return False
   if mask.kind == "block_diffusion":
     return False
-  if sharding.is_cut() and sharding.cuts(shape[:2], "batch", "length")[1]:
+  if (
+    sharding.is_cut()
+    and sharding.activation_axes(shape[:2], "batch", "length")[1]
+  ):
     return False
   kinds = jax.tree.leaves(layers, is_leaf=lambda x: hasattr(x, "some_queries"))
   return all(layer.some_queries for layer in kinds)
 
 
-def at(mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]) -> Mask:
-  """Returns `mask` over tokens at the given positions, -1 for none."""
+def with_positions(
+  mask: Mask, queries: Int[Array, "B T"], keys: Int[Array, "B S"]
+) -> Mask:
+  """Returns `mask` for tokens at the given positions; -1 marks padding."""
   return dataclasses.replace(mask, q_positions=queries, kv_positions=keys)

@@ -1,4 +1,4 @@
-"""One layer of the stack: attention and feed-forward around a residual."""
+"""A Transformer layer: attention and feed-forward with residual connections."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from kernels_pallas.masks import Mask
 from research import sharding, weights
 from research.nn import time_embedding
 from research.nn.attention import Attention
-from research.nn.attention_context import take
+from research.nn.attention_context import take_tokens
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
 from research.nn.moe.routing import Load
@@ -17,24 +17,25 @@ from research.nn.norm import RMSNorm
 from research.typing import Array, Float, Int, Params
 
 ALL_TOKENS = "k", "v", weights.fused_name("qkv")
-"""Projections in attention that every token goes through."""
+"""Attention projections that are computed for all tokens, not only queries."""
 
 
 def _of_tokens(x: Array | None, keep: Array) -> Array | None:
-  """Returns what is of some tokens, unless it is of whole rows."""
-  return x if x is None or x.shape[1] == 1 else take(x, keep)
+  """Selects tokens of `x [B, T, ...]`; keeps per-row values `[B, 1, ...]`."""
+  return x if x is None or x.shape[1] == 1 else take_tokens(x, keep)
 
 
 class Block(nn.Module):
-  """A pre-norm layer; every layer of every family is one of these values.
+  """A pre-norm Transformer layer; covers all model families.
 
   Attributes:
-    attention: the token mixer.
-    mlp: the feed-forward.
-    norm: normalises the input of both.
-    post_norm: normalises both outputs before they are added (Gemma 2's
-      sandwich), or None.
-    modulation: what the time changes of both (`nn.time_embedding`), or None.
+    attention: the attention sublayer.
+    mlp: the feed-forward sublayer, dense or MoE.
+    norm: normalises the input of both sublayers.
+    post_norm: normalises their outputs before the residual add (Gemma 2's
+      sandwich norm), or None.
+    modulation: adaptive layer norm from the timestep (`nn.time_embedding`), or
+      None.
   """
 
   attention: Attention
@@ -53,24 +54,26 @@ class Block(nn.Module):
     cache: Any = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
-    told: Float[Array, "B #T C"] | None = None,
+    conditioning: Float[Array, "B #T C"] | None = None,
     keep: Int[Array, "B N"] | None = None,
   ) -> tuple[Float[Array, "B N D"], Any, Load | None]:
-    """Returns the layer's output, its cache and its experts' load.
-
-    The first two as in `Attention`; no load without experts.
+    """Returns the layer's output, its cache, and the router load (MoE only).
 
     Args:
       x, positions, mask, rotation, cache, length, fresh: as in `Attention`.
-      told: of the time, of rows or tokens.
-      keep: which tokens have an output; all have keys and values. None for all.
+      conditioning: timestep conditioning vectors, per row or per token.
+      keep: indices of the tokens to compute outputs for; all tokens still get
+        keys and values. None for all.
     """
     x, cache = self.attend(
-      x, positions, mask, rotation, cache, length, fresh, told, keep
+      x, positions, mask, rotation, cache, length, fresh, conditioning, keep
     )
     if keep is not None:
-      positions, told = take(positions, keep), _of_tokens(told, keep)
-    x, load = self.feed(x, positions, told)
+      positions, conditioning = (
+        take_tokens(positions, keep),
+        _of_tokens(conditioning, keep),
+      )
+    x, load = self.feed_forward(x, positions, conditioning)
     return x, cache, load
 
   @nn.compact
@@ -83,64 +86,70 @@ class Block(nn.Module):
     cache: Any = None,
     length: Int[Array, "B"] | None = None,
     fresh: bool = True,
-    told: Float[Array, "B #T C"] | None = None,
+    conditioning: Float[Array, "B #T C"] | None = None,
     keep: Int[Array, "B N"] | None = None,
   ) -> tuple[Float[Array, "B N D"], Any]:
-    """Returns what goes into the feed-forward, and the cache; as in a call."""
-    normed, gate = self._read("attention", x, told)
+    """Runs the attention sublayer; arguments as for `__call__`.
+
+    Returns:
+      The residual stream after attention, and the cache.
+    """
+    normed, gate = self._read("attention", x, conditioning)
     y, cache = self.attention(
       normed, positions, mask, rotation, cache, length, fresh, keep
     )
     if keep is not None:
-      x, gate = take(x, keep), _of_tokens(gate, keep)
+      x, gate = take_tokens(x, keep), _of_tokens(gate, keep)
     y = self._norm(self.post_norm, "post_attention_norm", y)
-    x = x + time_embedding.gated(y, gate)
+    x = x + time_embedding.apply_gate(y, gate)
     x = sharding.constrain(x, "batch", "length", None)
     return checkpoint_name(x, "middle"), cache
 
   @nn.compact
-  def feed(
+  def feed_forward(
     self,
     x: Float[Array, "B T D"],
     positions: Int[Array, "B T"] | None = None,
-    told: Float[Array, "B #T C"] | None = None,
+    conditioning: Float[Array, "B #T C"] | None = None,
   ) -> tuple[Float[Array, "B T D"], Load | None]:
-    """Returns the layer's output of what `attend` returned, and the load.
+    """Runs the feed-forward sublayer.
 
     Args:
-      x: see `attend`.
-      positions: for a layer with experts.
-      told: as in a call.
+      x: the residual stream that `attend` returned.
+      positions: of the tokens, negative for padding; MoE layers need them.
+      conditioning: as for `__call__`.
+
+    Returns:
+      The layer's output, and the router load (MoE only).
     """
-    normed, gate = self._read("mlp", x, told)
+    normed, gate = self._read("mlp", x, conditioning)
     if isinstance(self.mlp, Moe):
       y, load = self.mlp(normed, positions >= 0)
     else:
       y, load = self.mlp(normed), None
     y = self._norm(self.post_norm, "post_mlp_norm", y)
-    x = x + time_embedding.gated(y, gate)
+    x = x + time_embedding.apply_gate(y, gate)
     return sharding.constrain(x, "batch", "length", None), load
 
   @staticmethod
-  def of_tokens(params: Params, keep: Int[Array, "B N"]) -> Params:
-    """Returns parameters for a call that keeps some tokens.
+  def select_tokens(params: Params, keep: Int[Array, "B N"]) -> Params:
+    """Restricts token-bound weights (`weights.with_tokens`) to kept tokens.
 
-    What stands behind the queries knows those alone (`weights.with_tokens`);
-    keys and values are of all.
+    Key and value projections still process all tokens and stay unchanged.
     """
     all_of_them = params["attention"]
-    params = weights.of_tokens(params, keep)
+    params = weights.select_tokens(params, keep)
     of_keys = {k: v for k, v in all_of_them.items() if k in ALL_TOKENS}
     return params | {"attention": params["attention"] | of_keys}
 
-  def _read(self, name, x, told):
-    """Returns a sublayer's input, and the gate of its output or None."""
+  def _read(self, name, x, conditioning):
+    """Returns a sublayer's normalised input, and its output gate or None."""
     normed = self._norm(self.norm, f"{name}_norm", x)
     if self.modulation is None:
       return normed, None
     change = self.modulation.clone(name=f"{name}_modulation", parent=self)
-    shift, scale, gate = change(told, x.shape[-1])
-    return time_embedding.modulated(normed, shift, scale), gate
+    shift, scale, gate = change(conditioning, x.shape[-1])
+    return time_embedding.modulate(normed, shift, scale), gate
 
   def _norm(self, norm, name, x):
     return x if norm is None else norm.clone(name=name, parent=self)(x)

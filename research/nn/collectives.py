@@ -1,7 +1,8 @@
-"""How a model computes under a mesh: what is gathered, what is added up when.
+"""Explicit communication of a sharded model: weight gathering, token sums.
 
-Without a mesh, or on one device, each function does nothing. Most of the work
-is XLA's, which follows `sharding.constrain`; here is what it would do badly.
+Without a mesh, or on one device, these functions do nothing. XLA inserts most
+collectives itself, from the constraints of `sharding.constrain`; this module
+handles the cases that it handles badly.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,11 @@ from research.typing import Array, Shaped
 
 
 def gather(w: Any, *names: str | None) -> Any:
-  """Returns a weight with all of its parts whole along `width`, for its use.
+  """All-gathers a weight along `width` (FSDP) before it is used.
 
   Args:
-    w: any weight.
-    names: of its logical axes.
+    w: any weight; all its arrays are gathered.
+    names: its logical axes.
   """
   if not sharding.is_cut():
     return w
@@ -28,20 +29,20 @@ def gather(w: Any, *names: str | None) -> Any:
 
 
 def gather_parts(layer: Any) -> Any:
-  """Returns a layer's weights, packed and low-rank parts whole along `width`.
+  """All-gathers packed and low-rank arrays of a layer along `width`.
 
-  XLA gathers an array where it is multiplied, after the cast to the compute
-  type; it would gather a packed matrix there, too, decoded and so many times
-  as large. Experts are left to `research.nn.moe.mixture`.
+  XLA gathers an array right before the product, after the cast to the compute
+  dtype. It would gather a packed matrix after decoding, when it is several
+  times as large. Experts are handled by `research.nn.moe.mixture`.
 
   Args:
-    layer: parameters of one layer, or of a period of them.
+    layer: parameters of one layer, or of one period of layers.
   """
   if not sharding.is_cut():
     return layer
 
   def one(path, leaf):
-    names = sharding.names_of(path)
+    names = sharding.logical_axes(path)
     if names is None or "expert" in names or not weights.is_weight(leaf):
       return leaf
 
@@ -55,7 +56,7 @@ def gather_parts(layer: Any) -> Any:
 
 
 def _whole(x, names):
-  """Returns an array whole along `width`, cut as it is along other axes."""
+  """Constrains `x` to be unsharded along `width`; XLA decides other axes."""
   if names.names is None or "width" not in names.names:
     return x
   free = PartitionSpec.UNCONSTRAINED
@@ -66,13 +67,14 @@ def _whole(x, names):
 def map_tokens(
   f: Callable[..., Any], parts: Any, *arrays: Shaped[Array, "B T ..."]
 ) -> Any:
-  """Returns `f(parts, *arrays)`, `[B, T, ...]`, on each device's own tokens.
+  """Returns `f(parts, *arrays)`, computed by each device for its own tokens.
 
   Args:
-    f: treats each row and position alone.
-    parts: what every device needs whole, but for what `tensor` cuts. Gradients
-      with respect to it are added up once, whatever `f` loops over.
-    *arrays: cut along B and T as activations are.
+    f: a function that treats each row and position independently and returns
+      arrays `[B, T, ...]`.
+    parts: inputs that every device needs in full (sharded over `tensor` only).
+      Their gradients are summed over devices once, however often `f` loops.
+    *arrays: sharded along B and T like activations.
   """
   return _over_tokens(f, parts, arrays, add=False)
 
@@ -80,19 +82,24 @@ def map_tokens(
 def sum_over_tokens(
   f: Callable[..., Any], parts: Any, *arrays: Shaped[Array, "B T ..."]
 ) -> Any:
-  """Returns `f(parts, *arrays)`, sums over tokens; else as `map_tokens`."""
+  """Returns the sum over all tokens of `f(parts, *arrays)`.
+
+  Arguments are those of `map_tokens`; `f` returns sums over its tokens.
+  """
   return _over_tokens(f, parts, arrays, add=True)
 
 
 def _over_tokens(f, parts, arrays, add):
-  batch, length = sharding.cuts(arrays[0].shape[:2], "batch", "length")
+  batch, length = sharding.activation_axes(
+    arrays[0].shape[:2], "batch", "length"
+  )
   axes = (*batch, *length)
   if not axes:
     return f(parts, *arrays)
 
   def local(parts, *arrays):
-    # Told apart from here on, so that the sum over devices is the last thing
-    # that happens to a gradient.
+    # Varying from here on, so that the sum over devices is the last operation
+    # on a gradient.
     found = f(jax.lax.pcast(parts, axes, to="varying"), *arrays)
     return jax.lax.psum(found, axes) if add else found
 

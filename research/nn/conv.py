@@ -1,14 +1,14 @@
-"""Convolutions over images, as products with matrices.
+"""2-D convolutions as matrix products over patches (im2col).
 
-A kernel `[kh, kw, in, out]` that multiplies windows of an image is a matrix
-`[in kh kw, out]` that multiplies patches. As that, whatever a matrix can be
-(adapted, packed, tapped) a kernel can be: `ConvTensor` holds the matrix, and
-is no weight itself, so that transforms see the matrix inside.
+A kernel `[kh, kw, in, out]` applied to windows of an image is a matrix
+`[in kh kw, out]` applied to patches. In that form a kernel can be adapted,
+quantized and tapped like any other matrix. `ConvTensor` holds the matrix and is
+not a `Weight` itself, so that transforms see the matrix inside.
 
-Where windows do not overlap, as in a vision tower's patch embedding, patches
-are the image in another order. Elsewhere they take `kh kw / (stride stride)`
-times its memory, which a plain kernel, multiplied by XLA's own convolution,
-does not.
+If windows do not overlap, as in the patch embedding of a vision tower, the
+patches are the image in another order. Otherwise they take
+`kh kw / (stride stride)` times its memory. Plain array kernels use XLA's
+convolution, which needs no patches.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from research import tree, weights
 from research.typing import Array, Float, Params, PRNGKey, UserError
 
 Padding = str | Sequence[tuple[int, int]]
-"""`"VALID"`, `"SAME"`, or what is added before and behind each axis."""
+"""`"VALID"`, `"SAME"`, or the padding (before, after) of each spatial axis."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ConvTensor:
-  """A kernel as the matrix that patches are multiplied by.
+  """A convolution kernel, stored as the matrix that multiplies patches.
 
   Attributes:
-    matrix: any weight `[..., in kh kw, out]`; inputs change slowest, as in
-      torch's kernels `[out, in, kh, kw]`.
+    matrix: any weight `[..., in kh kw, out]`; the input channel varies slowest,
+      as in torch's kernels `[out, in, kh, kw]`.
     window: (kh, kw); static.
   """
 
@@ -49,8 +49,8 @@ class ConvTensor:
     return jnp.moveaxis(w, -4, -2)
 
 
-def of_kernel(kernel: Float[Array, "*L kh kw I O"]) -> ConvTensor:
-  """Returns a kernel as a `ConvTensor` around an array."""
+def kernel_to_matrix(kernel: Float[Array, "*L kh kw I O"]) -> ConvTensor:
+  """Converts an array kernel to a `ConvTensor`."""
   window = kernel.shape[-4:-2]
   w = jnp.moveaxis(kernel, -2, -4)
   return ConvTensor(w.reshape(*w.shape[:-4], -1, w.shape[-1]), window)
@@ -62,13 +62,16 @@ def patches(
   strides: tuple[int, int],
   padding: Padding = "VALID",
 ) -> Float[Array, "B P Q N"]:
-  """Returns the windows of images as rows `[C kh kw]`.
+  """Extracts the windows of images as vectors of size `C kh kw` (im2col).
 
   Args:
     x: images.
     window: (kh, kw).
-    strides: between windows, down and to the right.
-    padding: of zeros.
+    strides: (vertical, horizontal).
+    padding: zero padding.
+
+  Raises:
+    UserError: an image is smaller than the window.
   """
   pads = padding
   if isinstance(padding, str):
@@ -106,13 +109,15 @@ def conv(
   strides: tuple[int, int] = (1, 1),
   padding: Padding = "VALID",
 ) -> Float[Array, "B P Q O"]:
-  """Returns the convolution (torch's: kernels are not turned), in `x`'s type.
+  """Returns the convolution in the dtype of `x`.
+
+  As in torch, this is a cross-correlation: kernels are not flipped.
 
   Args:
     x: images.
     w: a kernel `[kh, kw, C, O]`, or a `ConvTensor`.
-    strides: between windows.
-    padding: of zeros.
+    strides: (vertical, horizontal).
+    padding: zero padding.
   """
   if isinstance(w, ConvTensor):
     if weights.is_weight(w.matrix):
@@ -129,14 +134,14 @@ def conv(
 
 
 class Conv(nn.Module):
-  """A convolution; its parameters are `kernel [kh, kw, C, O]` and `bias`.
+  """A convolution with parameters `kernel [kh, kw, C, O]` and `bias [O]`.
 
   Attributes:
     features: `O`.
     window: (kh, kw).
-    strides: between windows; None for the window: patches side by side.
-    padding: of zeros.
-    bias: whether there is one.
+    strides: (vertical, horizontal); None for non-overlapping windows.
+    padding: zero padding.
+    bias: whether to add a bias.
   """
 
   features: int
@@ -147,7 +152,7 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B P Q O"]:
-    """Returns the features of each window."""
+    """Returns the convolution of images `x`."""
     shape = (*self.window, x.shape[-1], self.features)
     w = weights.weight(
       self, "kernel", nn.initializers.lecun_normal(in_axis=(0, 1, 2)), shape
@@ -157,24 +162,24 @@ class Conv(nn.Module):
       return y
     zeros = nn.initializers.zeros
     b = weights.weight(self, "bias", zeros, y.shape[-1:])
-    return y + weights.bias_of(getattr(w, "matrix", w), b).astype(y.dtype)
+    return y + weights.scaled_bias(getattr(w, "matrix", w), b).astype(y.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AsMatrices:
-  """Turns kernels into `ConvTensor`s, which adapters and quantizers reach.
+  """Converts kernels to `ConvTensor`s, which can be adapted and quantized.
 
   Attributes:
-    kernels: regular expression, searched for in their paths.
+    kernels: regular expression, searched for in the parameter paths.
   """
 
   kernels: str = r"(^|/)kernel$"
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` with matrices; addresses end in `/matrix`.
+    """Returns `params` with converted kernels, whose paths end in `/matrix`.
 
     Raises:
-      UserError: there is no such kernel.
+      UserError: no parameter matches, or one that matches is not a kernel.
     """
     del key
     found = []
@@ -188,7 +193,7 @@ class AsMatrices:
           " [kh, kw, in, out]"
         )
       found.append(path)
-      return of_kernel(x)
+      return kernel_to_matrix(x)
 
     out = tree.map_paths(one, params, is_leaf=weights.is_weight)
     if not found:

@@ -1,8 +1,8 @@
-"""A single new token a row against the cache, by a kernel made for it.
+"""Decode attention: one new token per row attends to the key/value cache.
 
-What generation repeats. A row reads the keys that it has and no more, on
-devices that `decode_attention` has a kernel for; elsewhere the step is
-attention with one query.
+This is the attention of every autoregressive decoding step. On devices for
+which `kernels_pallas.decode_attention` has a kernel, each row reads only its
+own valid keys. Elsewhere a step is ordinary attention with a single query.
 """
 
 from typing import Any
@@ -21,15 +21,15 @@ from research.typing import Array, Float, Int
 def has_kernel(
   q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"], mask: Mask
 ) -> bool:
-  """Returns whether a kernel computes this step under this mask.
+  """Returns whether a decode kernel supports this step and mask.
 
   Args:
     q: queries.
-    k: keys of the whole cache; values are taken to be of their dtype and dim.
-    mask: what may see what, by positions.
+    k: keys of the whole cache; values must have the same dtype and head dim.
+    mask: the attention mask, by positions.
   """
   left, right = mask.window
-  # A ring is as long as its window: it holds no key that is out of sight.
+  # A ring buffer is as long as its window: every key in it is visible.
   sees_all = left is None or left + 1 >= k.shape[1]
   plain = mask.kind == "causal" and right is None and mask.q_segments is None
   if not (plain and sees_all):
@@ -52,17 +52,18 @@ def attend_one(
   positions: Int[Array, "B 1"],
   **options: Any,
 ) -> Float[Array, "B 1 N H"]:
-  """Returns what each row's token sees of the row's cache, itself included.
+  """Returns the attention output of one new token per row.
 
-  On each device's rows and heads under a mesh. Slots hold the positions from 0
-  on, or, in a ring that is full, the last ones in any order.
+  The token attends to the row's cache, which already includes the token itself.
+  Under a mesh, each device computes its own rows and heads. The slots hold
+  positions from 0 on or, in a full ring buffer, the last ones in any order.
 
   Args:
     q: queries.
     k: keys of the whole cache, position `p` in slot `p` modulo `S`.
     v: values.
-    positions: of the queries, the last that the cache holds; -1 for padding,
-      which sees nothing.
+    positions: position of each query, the last one in the cache; -1 for
+      padding, which attends to nothing.
     **options: see `decode_attention`.
   """
   lengths = jnp.clip(positions[:, 0] + 1, 0, k.shape[1])
@@ -78,5 +79,7 @@ def attend_one(
 def _cut(shape: tuple[int, ...]) -> sharded.Cut:
   if not sharding.is_cut():
     return sharded.Cut()
-  rows, _, heads, _ = sharding.cuts(shape, "batch", "length", "heads", None)
+  rows, _, heads, _ = sharding.activation_axes(
+    shape, "batch", "length", "heads", None
+  )
   return sharded.Cut(rows, heads)

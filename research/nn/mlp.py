@@ -25,8 +25,8 @@ class Mlp(nn.Module):
 
   Attributes:
     hidden: inner width `F`.
-    activation: of the gate.
-    bias: whether all three projections add one.
+    activation: activation function of the gate.
+    bias: whether all three projections have a bias.
   """
 
   hidden: int

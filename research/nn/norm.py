@@ -13,8 +13,8 @@ class RMSNorm(nn.Module):
 
   Attributes:
     eps: added to the mean square.
-    offset: 0 for Llama and its kin; 1 for Gemma, which stores `scale - 1` and
-      multiplies before it casts back.
+    offset: 0 for the Llama family; 1 for Gemma, which stores `scale - 1` and
+      multiplies before casting back.
   """
 
   eps: float = 1e-5

@@ -1,8 +1,8 @@
-"""What a model does with each token by itself, in the end.
+"""Token-wise end of the model: last feed-forward, final norm, output head.
 
-The last layer's feed-forward, the final norm and the head see one token at a
-time. A loss that needs few tokens' logits forms those alone, chunk by chunk,
-and can do the rest of this there, too: less work, and less to keep.
+These operate on each token independently. A loss that needs the logits of few
+tokens computes them chunk by chunk for those tokens only, and can do the same
+for the last feed-forward and norm, which saves compute and activation memory.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from research.nn.transformer import Transformer
 from research.typing import Array, Float, Params
 
 HEAD = ("embed", "head")
-"""Top-level parameters that make logits of hidden states."""
+"""Top-level parameters that map hidden states to logits."""
 
 NORM = "final_norm"
 
@@ -23,25 +23,26 @@ _FEED = ("mlp", "mlp_norm", "post_mlp_norm")
 
 
 def head_of(params: Params) -> Params:
-  """Returns the parameters that `method="logits"` needs."""
+  """Returns the parameters that `Transformer.logits` needs."""
   return {k: params[k] for k in HEAD if k in params}
 
 
-def states(
+def head_inputs(
   model: Transformer, params: Params, *inputs: Any, time: Array | None = None
 ) -> tuple[Float[Array, "B T D"], Params]:
-  """Returns each token's state, and the parameters that `logits` needs of it.
+  """Returns each token's hidden state, and the parameters for `logits`.
 
-  The states are those before the last feed-forward where that is a matter of
-  each token: of a layer that is a run of its own (`tree.last_apart`), without
-  experts, times, or weights that differ from token to token, on one device.
-  Else they are final ones.
+  If possible, these are the states before the last feed-forward. That requires
+  a last layer in a run of its own (`tree.split_last_layer`), without experts,
+  time conditioning or weights that depend on other tokens, and no mesh.
+  Otherwise they are the final hidden states.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    *inputs: as in a call: tokens or embeddings, positions, mask.
-    time: as in a call.
+    *inputs: as for `Transformer.__call__`: tokens or embeddings, positions,
+      mask.
+    time: as for `Transformer.__call__`.
   """
   feed = _feed(model, params)
   if not feed or time is not None:
@@ -54,26 +55,26 @@ def states(
 
 
 def logits(
-  model: Transformer, some: Params, hidden: Float[Array, "*B D"]
+  model: Transformer, params: Params, hidden: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
-  """Returns logits of states.
+  """Returns the logits of states from `head_inputs`.
 
   Args:
     model: the Transformer.
-    some: the parameters that came with the states.
-    hidden: of any tokens.
+    params: the parameters that `head_inputs` returned.
+    hidden: its states, of any tokens.
   """
-  for name in tree.runs(some):
-    [layer] = some[name].values()
+  for name in tree.runs(params):
+    [layer] = params[name].values()
     one = jax.tree.map(lambda x: x[0], layer)
     block = model.layer_kinds()[-1]
-    hidden, _ = block.apply({"params": one}, hidden, method="feed")
-    hidden = model.norm.apply({"params": some[NORM]}, hidden)
-  return model.apply({"params": head_of(some)}, hidden, method="logits")
+    hidden, _ = block.apply({"params": one}, hidden, method="feed_forward")
+    hidden = model.norm.apply({"params": params[NORM]}, hidden)
+  return model.apply({"params": head_of(params)}, hidden, method="logits")
 
 
 def _feed(model: Transformer, params: Params) -> Params:
-  """Returns the last feed-forward's parameters if it can wait, else {}."""
+  """Returns the last feed-forward's parameters if it can be split off."""
   name, block = tree.runs(params)[-1], model.layer_kinds()[-1]
   run = params[name]
   alone = tree.run_length(run) == 1
@@ -81,6 +82,6 @@ def _feed(model: Transformer, params: Params) -> Params:
     return {}
   key = f"layer{len(run) - 1}"
   found = {k: run[key][k] for k in _FEED if k in run[key]}
-  if model.clock is not None or not weights.token_wise(found):
+  if model.time_embedding is not None or not weights.token_wise(found):
     return {}
   return {name: {key: found}}

@@ -1,6 +1,6 @@
-"""Families of models: what distinguishes them, as values.
+"""Model families (Llama, Qwen, Gemma, ...) and sizes, as configurations.
 
-A new family is a new row of `FAMILIES`; a new size is a `Sizes`.
+A new family is a new entry of `FAMILIES`; a new size is a `Sizes`.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ from research.nn.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-  """What the models of a family share, whatever their size.
+  """What all models of a family share.
 
   Attributes:
-    activation: of the gated feed-forward.
-    norm_offset: 1 where norms are stored as `scale - 1`.
-    qk_norm: whether each head's queries and keys are normalised.
-    post_norm: whether outputs are normalised before they are added.
-    qkv_bias, out_bias, mlp_bias: which projections add a bias.
+    activation: activation function of the gated feed-forward.
+    norm_offset: 1 if norms are stored as `scale - 1`.
+    qk_norm: whether the queries and keys of each head are normalised.
+    post_norm: whether sublayer outputs are normalised before the residual add.
+    qkv_bias, out_bias, mlp_bias: which projections have a bias.
     scale_embeddings: whether embeddings are multiplied by `sqrt(D)`.
-    tied: whether the head is the embedding where a file does not say.
-    pattern: `"global"` and `"local"` (windowed) layers, repeated.
+    tied: default for tying the head to the embedding.
+    pattern: kinds of layers, `"global"` or `"local"` (windowed), repeated.
   """
 
   activation: Activation = "silu"
@@ -72,13 +72,14 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparse:
-  """Experts in place of a single feed-forward.
+  """Configuration of mixture-of-experts layers.
 
   Attributes:
-    routing: how many experts, and how a token's are chosen.
-    hidden: inner width of each.
-    shared: how many more of that width every token uses.
-    dense: the layers that keep a single feed-forward (DeepSeek's first ones).
+    routing: number of experts, and how each token's experts are selected.
+    hidden: inner width of each expert.
+    shared: number of shared experts of that width, which every token uses.
+    dense: indices of layers with a dense feed-forward instead (DeepSeek's first
+      ones).
   """
 
   routing: Routing
@@ -89,23 +90,24 @@ class Sparse:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sizes:
-  """What a single model adds to its family.
+  """Hyperparameters of a single model within its family.
 
   Attributes:
     vocab, width, depth, heads, kv_heads, head_dim, hidden: `V D L N K H F`.
-    sparse: its experts, or None; `hidden` is then that of the dense layers.
-    rotated: share of the head's dimensions that rotate, the first ones.
-    theta, scaling: of the rotation.
-    local_theta: of windowed layers' rotation, which are never scaled, or None
-      where all layers share one.
-    window: tokens that a local layer looks back on, its own included.
-    eps: of the norms.
-    tied: whether the head is the embedding; None for the family's word.
-    attention_scale: of the logits, or None for `H**-0.5`.
-    attention_softcap, logit_softcap: or None.
+    sparse: configuration of MoE layers, or None. With it, `hidden` is the inner
+      width of the dense layers.
+    rotated: share of the head dimensions that are rotated, the first ones.
+    theta, scaling: base and context extension of the rotary embedding.
+    local_theta: base of the rotary embedding of windowed layers, which is never
+      scaled; None if all layers share one.
+    window: attention window of local layers in tokens, including the query.
+    eps: epsilon of the norms.
+    tied: whether the head is the embedding; None for the family's default.
+    attention_scale: scale of the attention logits; None for `H**-0.5`.
+    attention_softcap, logit_softcap: soft caps, or None.
     pattern: kinds of layers, repeated; None for the family's.
     max_positions: context length.
-    clock: how the model is told the time, or None.
+    time_embedding: configuration of the timestep conditioning, or None.
   """
 
   vocab: int
@@ -128,7 +130,7 @@ class Sizes:
   logit_softcap: float | None = None
   pattern: Sequence[str] | None = None
   max_positions: int | None = None
-  clock: TimeEmbedding | None = None
+  time_embedding: TimeEmbedding | None = None
 
 
 def transformer(
@@ -141,8 +143,8 @@ def transformer(
   )
   own = shared
   change = None
-  if sizes.clock is not None:
-    change = AdaLN(closed=sizes.clock.closed)
+  if sizes.time_embedding is not None:
+    change = AdaLN(zero_gate=sizes.time_embedding.closed)
   if sizes.local_theta is not None:
     own = Rope(theta=sizes.local_theta, fraction=sizes.rotated)
 
@@ -171,7 +173,7 @@ def transformer(
   dense = set(sizes.sparse.dense) if sizes.sparse else ()
   pattern = tuple(block(kind, sizes.sparse) for kind in kinds)
   if dense:
-    # Some layers differ, so the pattern is as long as the stack.
+    # Individual layers differ, so the pattern has one entry per layer.
     pattern = tuple(
       block(kinds[i % len(kinds)], None if i in dense else sizes.sparse)
       for i in range(sizes.depth)
@@ -186,7 +188,7 @@ def transformer(
     softcap=sizes.logit_softcap,
     dtype=dtype,
     max_positions=sizes.max_positions,
-    clock=sizes.clock,
+    time_embedding=sizes.time_embedding,
   )
 
 
@@ -308,7 +310,7 @@ LLADA_MOE_7B = Sizes(
   tied=False,
   max_positions=8_192,
 )
-"""Of family `qwen3_moe`; all tokens see each other."""
+"""Family `qwen3_moe`, with bidirectional attention."""
 
 LLADA2_MINI = Sizes(
   vocab=157_184,
@@ -339,7 +341,7 @@ LLADA2_MINI = Sizes(
   tied=False,
   max_positions=32_768,
 )
-"""Of family `qwen3`; blocks of 32 tokens see those before and themselves."""
+"""Family `qwen3`, with block-causal attention in blocks of 32 tokens."""
 
 DREAM_7B = Sizes(
   vocab=152_064,
@@ -354,5 +356,5 @@ DREAM_7B = Sizes(
   tied=False,
   max_positions=131_072,
 )
-"""Of family `qwen2`; all tokens see each other, logits are those of the place
-before. DiffuCoder's too."""
+"""Family `qwen2`, with bidirectional attention; the logits of a token are
+computed at the position before it. Also DiffuCoder's sizes."""

@@ -1,8 +1,8 @@
 """Rotary position embedding and its extensions to longer contexts.
 
 Su et al. 2021 (arXiv:2104.09864), in the half-split layout that Hugging Face
-checkpoints use: dimension `i` pairs with `i + H/2`. Scalings are values; each
-turns the plain inverse frequencies into its own.
+checkpoints use: dimension `i` pairs with `i + H/2`. Each scaling is a dataclass
+whose `frequencies` returns scaled inverse frequencies and an attention factor.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dynamic:
-  """NTK-aware scaling that grows with the sequence, each row by its own.
+  """Dynamic NTK-aware scaling, by the current length of each row.
 
-  Keys that a cache holds keep the rotation of the length they were written
-  at, as in every implementation; so here, alone among the scalings, cached
-  decoding past `original` differs from one full forward.
+  Cached keys keep the rotation of the length at which they were written, as in
+  every implementation. So, unlike with the other scalings, cached decoding past
+  `original` differs from one full forward pass.
   """
 
   factor: float
@@ -51,7 +51,15 @@ class Dynamic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3:
-  """Llama 3.1's: long wavelengths divided, short kept, a ramp between."""
+  """Llama 3.1's scaling: interpolates long wavelengths, keeps short ones.
+
+  In between, a linear ramp mixes both.
+
+  Attributes:
+    factor: extension of the context.
+    low, high: number of rotations over `original` between which the ramp runs.
+    original: context length before the extension.
+  """
 
   factor: float
   low: float
@@ -71,10 +79,11 @@ class Yarn:
 
   Attributes:
     factor: extension of the context.
-    original: context length before it.
-    fast, slow: rotations over `original` between which the ramp runs (beta).
-    attention: multiplies cos and sin; None for `0.1 ln(factor) + 1`, or for
-      the ratio of mscales where `mscale` and `mscale_all` are given.
+    original: context length before the extension.
+    fast, slow: number of rotations over `original` between which the ramp runs
+      (beta).
+    attention: multiplies cos and sin. None for `0.1 ln(factor) + 1` or, if
+      `mscale` and `mscale_all` are given, for the ratio of both mscales.
     truncate: whether the ramp's ends are rounded to whole dimensions.
   """
 
@@ -118,12 +127,12 @@ Scaling = Linear | Dynamic | Llama3 | Yarn
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-  """A rotation by position.
+  """Rotary position embedding.
 
   Attributes:
     theta: base of the frequencies.
-    scaling: an extension to longer contexts, or None.
-    fraction: share of the head's dimensions that rotate, the first ones.
+    scaling: extension to longer contexts, or None.
+    fraction: share of the head dimensions that are rotated, the first ones.
   """
 
   theta: float = 10_000.0
@@ -133,7 +142,12 @@ class Rope:
   def tables(
     self, positions: Int[Array, "B T"], head_dim: int
   ) -> tuple[Float[Array, "B T X"], Float[Array, "B T X"]]:
-    """Returns cos and sin, each `[B, T, rotated/2]`, in fp32."""
+    """Returns cos and sin, each `[B, T, rotated/2]`, in fp32.
+
+    Args:
+      positions: token positions; negative ones (padding) count as 0.
+      head_dim: H.
+    """
     dim = int(head_dim * self.fraction)
     positions = jnp.maximum(positions, 0)
     if self.scaling is None:
@@ -144,7 +158,7 @@ class Rope:
         self.theta, dim, longest
       )
     frequencies = jnp.asarray(frequencies, jnp.float32)
-    if frequencies.ndim == 2:  # one row of frequencies an example
+    if frequencies.ndim == 2:  # frequencies differ between rows
       frequencies = frequencies[:, None]
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude

@@ -1,4 +1,4 @@
-"""Which layers a model has, as a value: a pattern of blocks, repeated."""
+"""The layer stack of a model: a repeated pattern of blocks."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from research.typing import Params, UserError
 class Stack:
   """`depth` layers; layer `i` is `blocks[i % len(blocks)]`.
 
-  Plain data, not a Linen module: the blocks inside stay unbound, so that they
-  compare and hash as the values they are.
+  A plain dataclass, not a Linen module: its blocks stay unbound, so they
+  compare and hash by value.
   """
 
   depth: int
@@ -23,15 +23,15 @@ class Stack:
     return tuple(self.blocks[i % len(self.blocks)] for i in range(self.depth))
 
   def runs(self, params: Params) -> list[tuple[str, int, tuple[Block, ...]]]:
-    """Returns each run's name, repeats and period of blocks.
+    """Returns `(name, repeats, period of blocks)` for each scanned run.
 
     Args:
-      params: a tree with runs, whose shapes decide; without any, the runs are
-        those of a fresh initialisation.
+      params: a parameter tree, whose runs are used. If it has none, returns the
+        runs of a new initialisation.
 
     Raises:
-      UserError: the tree holds another number of layers, or scans over layers
-        that differ.
+      UserError: `params` has another number of layers, or a run of it scans
+        over layers of different kinds.
     """
     kinds, start, out = self.kinds(), 0, []
     names = tree.runs(params)

@@ -1,14 +1,15 @@
-"""A model that is told the time: sinusoids, an MLP, adaptive norms.
+"""Timestep conditioning: sinusoidal embedding, MLP and adaptive layer norm.
 
-Peebles and Xie 2022 (DiT, arXiv:2212.09748) as MDLM (arXiv:2406.07524) and MD4
-(arXiv:2406.04329) use it. With c = silu(MLP(sinusoids of the time)), and three
-linear maps of c a sublayer,
+DiT (Peebles and Xie 2022, arXiv:2212.09748) as used in MDLM (arXiv:2406.07524)
+and MD4 (arXiv:2406.04329). With c = silu(MLP(sinusoids of the timestep)), and
+three linear maps of c per sublayer,
 
   x + gate * f(norm(x) * (1 + scale) + shift)
 
-and shift and scale for the last norm. Here gate is `1 + g`, and all three maps
-start at zero: the model starts as the one that is not told. Their `gate = g`,
-by which layers start as nothing, is a bias of -1 at the start (`closed`).
+The final norm has shift and scale only. Here the gate is `1 + g`, and all three
+maps are initialised to zero, so the model starts out equal to one without time
+conditioning. DiT's adaLN-Zero, `gate = g`, in which every layer starts as the
+identity, is obtained by initialising the bias of g to -1 (`closed`).
 """
 
 import dataclasses
@@ -20,25 +21,26 @@ from flax import linen as nn
 from research import weights
 from research.typing import Array, Float, UserError
 
-PERIOD = 10_000.0
-"""The ratio of the fastest sinusoid to a slowest one that is never reached."""
+MAX_PERIOD = 10_000.0
+"""Frequencies fall from 1 towards `1 / MAX_PERIOD`, which is not reached."""
 
-LOW = 1e-3
-"""What MDLM's noise leaves clean at time 1: sigma stays finite."""
+SIGMA_EPS = 1e-3
+"""Share of clean tokens at time 1 in MDLM's noise, which keeps sigma finite."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TimeEmbedding:
-  """How a model is told the time; MDLM's sizes by default.
+  """Configuration of the timestep conditioning; defaults are MDLM's sizes.
 
   Attributes:
-    told: 'time', or 'sigma': MDLM's noise `-log(1 - (1 - 1e-3) t)`.
-    scale: multiplies it; MD4 has 1,000 for the time.
-    features: sinusoids, half of them cosines, of frequencies from 1 down to
-      nearly 1e-4.
-    hidden: of the MLP.
-    width: C, of what layers are told.
-    closed: whether layers start as nothing, as in DiT.
+    told: what the sinusoids encode: 'time', the timestep t itself, or 'sigma',
+      MDLM's noise level `-log(1 - (1 - 1e-3) t)`.
+    scale: multiplies that input; MD4 uses 1,000 with 'time'.
+    features: number of sinusoids, half of them cosines, with frequencies from 1
+      down to nearly 1e-4.
+    hidden: width of the MLP.
+    width: C, the width of the conditioning vector.
+    closed: whether every layer starts as the identity (DiT's adaLN-Zero).
   """
 
   told: str = "sigma"
@@ -65,95 +67,103 @@ class TimeEmbedding:
       )
 
   def sinusoids(self, time: Float[Array, "*B"]) -> Float[Array, "*B F"]:
-    """Returns cosines, then sines, of times in [0, 1]; fp32."""
+    """Returns cosines, then sines, of timesteps in [0, 1]; fp32."""
     x = time.astype(jnp.float32)
     if self.told == "sigma":
-      x = -jnp.log1p(-(1 - LOW) * x)
+      x = -jnp.log1p(-(1 - SIGMA_EPS) * x)
     half = self.features // 2
-    rate = jnp.exp(-jnp.log(PERIOD) * jnp.arange(half) / half)
+    rate = jnp.exp(-jnp.log(MAX_PERIOD) * jnp.arange(half) / half)
     angle = self.scale * x[..., None] * rate
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def missing() -> UserError:
-  """Returns the error for a model that was not told the time."""
+def missing_time() -> UserError:
+  """Returns the error for a time-conditioned model called without a time."""
   return UserError(
-    "this model is told the time (Sizes.clock): expected time, [B] or [B, T],"
-    " found none; masked diffusion's objectives and samplers have one"
+    "this model is conditioned on the time (Sizes.time_embedding): expected"
+    " time, [B] or [B, T], found none; masked diffusion's objectives and"
+    " samplers pass one"
   )
 
 
 class TimestepEmbedder(nn.Module):
-  """`silu(MLP(sinusoids))`, what every layer is told.
+  """Computes conditioning vectors from timesteps: `silu(MLP(sinusoids))`.
 
   Attributes:
-    clock: sizes.
+    config: sizes.
   """
 
-  clock: TimeEmbedding
+  config: TimeEmbedding
 
   @nn.compact
   def __call__(
     self, time: Float[Array, "B #T"], dtype: str
   ) -> Float[Array, "B #T C"]:
-    x = self.clock.sinusoids(time).astype(dtype)
-    x = weights.project(self, x, "enter", self.clock.hidden, bias=True)
+    x = self.config.sinusoids(time).astype(dtype)
+    x = weights.project(self, x, "enter", self.config.hidden, bias=True)
     x = weights.project(
-      self, jax.nn.silu(x), "leave", self.clock.width, bias=True
+      self, jax.nn.silu(x), "leave", self.config.width, bias=True
     )
     return jax.nn.silu(x)
 
 
 class AdaLN(nn.Module):
-  """Linear maps of what a layer is told, zero at the start.
+  """Adaptive layer norm: linear maps from conditioning to shift, scale, gate.
+
+  All maps are initialised to zero.
 
   Attributes:
-    closed: whether the gate starts at 0 and not at 1.
-    gated: whether there is a gate; without, shift and scale alone.
+    zero_gate: whether the gate starts at 0 (adaLN-Zero) instead of 1.
+    gated: whether there is a gate; else only shift and scale.
   """
 
-  closed: bool = False
+  zero_gate: bool = False
   gated: bool = True
 
   @nn.compact
   def __call__(
-    self, told: Float[Array, "B #T C"] | None, width: int
+    self, conditioning: Float[Array, "B #T C"] | None, width: int
   ) -> list[Float[Array, "B #T D"]]:
-    """Returns shift, scale and, if there is one, `gate - 1`; fp32.
+    """Returns shift, scale and, if gated, `gate - 1`, in fp32.
+
+    Args:
+      conditioning: from `TimestepEmbedder`, one vector per row or per token.
+      width: D, of the activations.
 
     Raises:
-      UserError: nothing was told.
+      UserError: there is no conditioning.
     """
-    if told is None:
-      raise missing()
+    if conditioning is None:
+      raise missing_time()
     count = 3 if self.gated else 2
 
     def bias(key, shape):
       del key
-      value = -1.0 if self.gated and self.closed else 0.0
+      value = -1.0 if self.gated and self.zero_gate else 0.0
       return jnp.zeros(shape).at[2 * width :].set(value)
 
     zeros = nn.initializers.zeros_init()
-    w = weights.weight(self, "weight", zeros, (told.shape[-1], count * width))
+    shape = (conditioning.shape[-1], count * width)
+    w = weights.weight(self, "weight", zeros, shape)
     b = weights.weight(self, "weight_bias", bias, (count * width,))
-    y = weights.einsum("...c,cd->...d", told, w).astype(jnp.float32)
-    b = weights.bias_of(w, b)
+    y = weights.einsum("...c,cd->...d", conditioning, w).astype(jnp.float32)
+    b = weights.scaled_bias(w, b)
     return jnp.split(y + b.astype(jnp.float32), count, axis=-1)
 
 
-def modulated(
+def modulate(
   x: Float[Array, "B T D"],
   shift: Float[Array, "B #T D"],
   scale: Float[Array, "B #T D"],
 ) -> Float[Array, "B T D"]:
-  """Returns `x (1 + scale) + shift`, computed in fp32; of zeros: `x`."""
+  """Returns `x (1 + scale) + shift`, computed in fp32."""
   return (x.astype(jnp.float32) * (1 + scale) + shift).astype(x.dtype)
 
 
-def gated(
+def apply_gate(
   y: Float[Array, "B T D"], gate: Float[Array, "B #T D"] | None
 ) -> Float[Array, "B T D"]:
-  """Returns `y (1 + gate)`, computed in fp32; `y` where there is no gate."""
+  """Returns `y (1 + gate)`, computed in fp32; `y` if `gate` is None."""
   if gate is None:
     return y
   return (y.astype(jnp.float32) * (1 + gate)).astype(y.dtype)

@@ -1,9 +1,9 @@
-"""One Transformer: what differs between families is a value in its blocks.
+"""The Transformer of all model families, configured by its blocks.
 
-The stack is a list of scanned runs (see `research.tree`). At initialisation
-the runs follow from the blocks; afterwards from the tree that `apply` is
-given, so a stack whose layers have different leaf types, or one that is
-unrolled, needs no other model.
+The layer stack is a list of scanned runs (see `research.tree`). At
+initialisation, the blocks determine the runs; afterwards, the parameter tree
+passed to `apply` does. So the same model can apply parameters whose layers have
+different leaf types, or an unrolled stack.
 """
 
 import functools
@@ -17,7 +17,7 @@ from kernels_pallas.masks import Mask
 from research import sharding, tree, weights
 from research.nn import attention_context, collectives, zigzag
 from research.nn import cache as caches
-from research.nn import time_embedding as clocks
+from research.nn import time_embedding as time_embeddings
 from research.nn.block import Block
 from research.nn.norm import RMSNorm
 from research.nn.stack import Stack
@@ -35,10 +35,10 @@ SAVED = (
   "unscaled",
   "thin",
 )
-"""What `remat="names"` keeps of a layer; norms, rotations, probabilities and
-the gated product are computed again. `unscaled` is a product that an adapter
-multiplies by trained numbers, whose gradient needs it; `thin` is what stands
-between an adapter's two factors."""
+"""Activations that `remat="names"` saves. Norms, rotations, attention
+probabilities and the gated product are recomputed. `unscaled` is a product that
+an adapter multiplies by trained scales, needed for their gradient; `thin` is
+the activation between the two factors of a low-rank adapter."""
 
 
 def _rematerialised(f, remat: Remat):
@@ -46,7 +46,7 @@ def _rematerialised(f, remat: Remat):
     return f
   policy = None
   if remat == "none":
-    # What was gathered for a layer is gathered again, never kept for all.
+    # Weights gathered for FSDP are gathered again in the backward pass.
     policy = _unless_gathered
   if remat == "names":
     policy = jax.checkpoint_policies.save_only_these_names(*SAVED)
@@ -54,30 +54,31 @@ def _rematerialised(f, remat: Remat):
 
 
 def _unless_gathered(primitive, *_, **params) -> bool:
-  """Whether to keep a value: not one that `collectives.gather` made whole.
+  """Checkpoint policy: saves everything but the output of an FSDP gather.
 
-  Its constraint alone leaves axes to XLA.
+  A gather is recognised by a sharding constraint that leaves some axes
+  unconstrained.
   """
   constrained = primitive.name == "sharding_constraint"
   return not (constrained and params["unconstrained_dims"])
 
 
 class Transformer(nn.Module):
-  """A decoder (or, with a full mask, an encoder) over tokens.
+  """A Transformer over tokens: a decoder or, with a full mask, an encoder.
 
   Attributes:
     vocab_size, width: `V`, `D`.
     stack: the layers.
     norm: the final norm.
-    tied: whether the head is the embedding, transposed.
+    tied: whether the head is the transposed embedding.
     embed_scale: multiplies embeddings (Gemma's `sqrt(D)`), in the compute
       dtype.
-    softcap: of the logits, or None.
-    dtype: compute dtype; norms, softmax and loss are in fp32 whatever it is.
-    remat: what the backward pass computes again.
-    max_positions: context length the weights were trained for; stated, not
-      enforced here.
-    clock: how the model is told the time, or None if it is not.
+    softcap: soft cap of the logits, or None.
+    dtype: compute dtype; norms, softmax and loss always compute in fp32.
+    remat: activations saved for the backward pass: all ("none"), those in
+      `SAVED` ("names"), or only each layer's input ("layer").
+    max_positions: context length of training; not enforced here.
+    time_embedding: configuration of the timestep conditioning, or None.
   """
 
   vocab_size: int
@@ -90,7 +91,7 @@ class Transformer(nn.Module):
   dtype: str = "float32"
   remat: Remat = "none"
   max_positions: int | None = None
-  clock: clocks.TimeEmbedding | None = None
+  time_embedding: time_embeddings.TimeEmbedding | None = None
 
   def layer_kinds(self) -> tuple[Block, ...]:
     """Returns each layer's block, first to last."""
@@ -107,23 +108,26 @@ class Transformer(nn.Module):
     time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
     keep: Int[Array, "B N"] | None = None,
   ) -> tuple[Float[Array, "B N D"], caches.Cache | None]:
-    """Returns final hidden states, after the last norm, and the cache.
+    """Returns the final hidden states, after the last norm, and the cache.
 
     Args:
-      inputs: token ids, or embeddings as the first layer takes them.
-      positions: of the tokens, -1 for padding. By default they follow the
-        cache's length, or start at 0.
-      mask: what may see what; by default causal, by index where `positions`
-        is not given.
+      inputs: token ids, or embeddings (already scaled).
+      positions: of the tokens, -1 for padding. By default they continue from
+        the cache's length, or start at 0.
+      mask: the attention mask. By default causal: by position if `positions`
+        is given, else by index.
       cache: from `init_cache` or an earlier call.
-      lengths: tokens in each right-padded row of `inputs`; by default `T`.
-      time: in [0, 1], of rows or of tokens; only for a model with a clock.
-      keep: the tokens whose states are returned, by their index in `inputs`;
-        None for all. A last layer that is a run of its own (`tree.unroll`)
-        computes those alone, and keys and values of all.
+      lengths: number of tokens in each right-padded row of `inputs`; by default
+        `T`.
+      time: diffusion timestep in [0, 1], per row or per token; only for a model
+        with `time_embedding`.
+      keep: indices in `inputs` of the tokens whose states are returned; None
+        for all. If the last layer is a run of its own (`tree.unroll`), it
+        computes outputs for these tokens only, and keys and values for all.
 
     Raises:
-      UserError: a model with a clock got no time, or one without got one.
+      UserError: `time` is missing in a model with `time_embedding`, or given to
+        one without.
     """
     hidden, cache, _ = self._forward(
       inputs, positions, mask, cache, lengths, time, keep
@@ -131,7 +135,7 @@ class Transformer(nn.Module):
     return hidden, cache
 
   @nn.compact
-  def routed(
+  def with_router_loads(
     self,
     inputs: Int[Array, "B T"] | Float[Array, "B T D"],
     positions: Int[Array, "B T"] | None = None,
@@ -140,12 +144,12 @@ class Transformer(nn.Module):
     lengths: Int[Array, "B"] | None = None,
     time: Float[Array, "B"] | Float[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], caches.Cache | None, dict[str, Any]]:
-    """Returns what a call does, and what its experts were used for.
+    """Returns what `__call__` does, and the router load of every MoE layer.
 
-    The loads (`routing.Load`) stand in the tree of the runs, the run's layers
-    in front, None where a layer has no experts. They are plain outputs of the
-    scans, so balance losses differentiate through them, and a caller who does
-    not ask for them pays nothing: unused outputs are compiled away.
+    The loads (`routing.Load`) come as a tree of runs and layers, stacked along
+    each run, with None for layers without experts. They are ordinary outputs of
+    the scans, so balance losses can differentiate through them. If they are
+    unused, XLA removes them.
     """
     return self._forward(inputs, positions, mask, cache, lengths, time)
 
@@ -166,40 +170,42 @@ class Transformer(nn.Module):
     if mask is None:
       mask = Mask.causal()
       if positions is not None:
-        mask = attention_context.at(mask, positions, positions)
+        mask = attention_context.with_positions(mask, positions, positions)
     if positions is None:
       step = jnp.broadcast_to(jnp.arange(length), (batch, length))
       start = 0 if cache is None else cache.length[:, None]
       positions = step + start
       if lengths is not None:
         positions = jnp.where(step < lengths[:, None], positions, -1)
-    held = None
+    new_length = None
     if cache is not None:
-      held = cache.length + jnp.sum(positions >= 0, axis=-1)
-    told = self._told(time, batch)
-    # Times of tokens stay where their tokens are.
-    still = cache is not None or (told is not None and told.shape[1] > 1)
-    axes = () if still else zigzag.balanced(mask, (batch, length))
-    x, positions, mask = zigzag.spread(axes, x, positions, mask)
+      new_length = cache.length + jnp.sum(positions >= 0, axis=-1)
+    conditioning = self._conditioning(time, batch)
+    # Per-token conditioning is not reordered, so neither are its tokens.
+    still = cache is not None or (
+      conditioning is not None and conditioning.shape[1] > 1
+    )
+    axes = () if still else zigzag.zigzag_axes(mask, (batch, length))
+    x, positions, mask = zigzag.to_zigzag(axes, x, positions, mask)
     x, layers, loads = self._layers(
-      x, positions, mask, cache, held, fresh, told, keep, whole
+      x, positions, mask, cache, new_length, fresh, conditioning, keep, whole
     )
     if not whole:
       return x, None, loads
-    x = zigzag.restored(axes, x)
+    x = zigzag.from_zigzag(axes, x)
     if keep is not None and not x.shape[1] == keep.shape[1] < length:
-      x = attention_context.take(x, keep)
-    if told is not None and told.shape[1] > 1:
-      told = attention_context.take(told, keep)
+      x = attention_context.take_tokens(x, keep)
+    if conditioning is not None and conditioning.shape[1] > 1:
+      conditioning = attention_context.take_tokens(conditioning, keep)
     x = self.norm.clone(name="final_norm", parent=self)(x)
-    if told is not None:
-      change = clocks.AdaLN(gated=False, name="final_modulation")
-      x = clocks.modulated(x, *change(told, self.width))
+    if conditioning is not None:
+      change = time_embeddings.AdaLN(gated=False, name="final_modulation")
+      x = time_embeddings.modulate(x, *change(conditioning, self.width))
     if not self.tied:
       self._head()
     if cache is None:
       return x, None, loads
-    cache = caches.Cache(length=held, layers=layers, fresh=False)
+    cache = caches.Cache(length=new_length, layers=layers, fresh=False)
     return x, cache, loads
 
   @nn.compact
@@ -209,13 +215,13 @@ class Transformer(nn.Module):
     positions: Int[Array, "B T"] | None = None,
     mask: Mask | None = None,
   ) -> Float[Array, "B T D"]:
-    """Returns what goes into the last layer's feed-forward, see `output_head`.
+    """Returns the input of the last layer's feed-forward; see `output_head`.
 
     Args:
-      inputs, positions, mask: as in a call.
+      inputs, positions, mask: as for `__call__`.
 
     Raises:
-      UserError: that layer is scanned with others.
+      UserError: the last layer is scanned together with others.
     """
     return self._forward(
       inputs, positions, mask, None, None, None, whole=False
@@ -223,7 +229,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Returns next-token logits in fp32, only where they are asked for."""
+    """Returns the logits of hidden states, in fp32."""
     hidden = hidden.astype(self.dtype)
     if self.tied:
       y = weights.einsum("...d,vd->...v", hidden, self._embedding())
@@ -239,18 +245,20 @@ class Transformer(nn.Module):
     init = nn.initializers.normal(0.02)
     return weights.weight(self, "embed", init, (self.vocab_size, self.width))
 
-  def _told(self, time, batch):
-    """Returns what layers are told of the time, `[B, 1 or T, C]`, or None."""
-    if self.clock is None:
+  def _conditioning(self, time, batch):
+    """Returns the layers' conditioning vectors, `[B, 1 or T, C]`, or None."""
+    if self.time_embedding is None:
       if time is not None:
-        raise UserError("a time was given to a model that has no clock")
+        raise UserError("found a time, but the model has no time_embedding")
       return None
     if time is None and self.is_initializing():
       time = jnp.zeros(batch)
     if time is None:
-      raise clocks.missing()
+      raise time_embeddings.missing_time()
     time = time[:, None] if time.ndim == 1 else time
-    return clocks.TimestepEmbedder(self.clock, name="clock")(time, self.dtype)
+    return time_embeddings.TimestepEmbedder(self.time_embedding, name="clock")(
+      time, self.dtype
+    )
 
   def _head(self):
     init = nn.initializers.lecun_normal()
@@ -279,10 +287,14 @@ class Transformer(nn.Module):
   def _init_run(self, key, shape, *, repeats, blocks):
     x = jnp.zeros((1, 1, self.width), self.dtype)
     positions = jnp.zeros((1, 1), jnp.int32)
-    told = self.clock and jnp.zeros((1, 1, self.clock.width), self.dtype)
+    conditioning = self.time_embedding and jnp.zeros(
+      (1, 1, self.time_embedding.width), self.dtype
+    )
 
     def one(block, key):
-      return block.init(key, x, positions, Mask.causal(), told=told)["params"]
+      return block.init(
+        key, x, positions, Mask.causal(), conditioning=conditioning
+      )["params"]
 
     def init(j, block):
       keys = jax.random.split(jax.random.fold_in(key, j), repeats)
@@ -291,14 +303,14 @@ class Transformer(nn.Module):
     return {f"layer{j}": init(j, block) for j, block in enumerate(blocks)}
 
   def _layers(
-    self, x, positions, mask, cache, length, fresh, told, keep, whole
+    self, x, positions, mask, cache, length, fresh, conditioning, keep, whole
   ):
     rotations = {}
     for rope, dim in {
       (b.attention.rope, b.attention.head_dim) for b in self.stack.blocks
     }:
       if rope is not None:
-        # XLA would put sines and cosines into what every layer does with them.
+        # Without the barrier, XLA recomputes sines and cosines in every layer.
         tables = rope.tables(positions, dim)
         rotations[rope, dim] = jax.lax.optimization_barrier(tables)
     caches_out, loads_out, runs = {}, {}, self._runs()
@@ -308,15 +320,16 @@ class Transformer(nn.Module):
       alone = last and tree.run_length(params) == 1
       few = (
         keep
-        if alone and attention_context.may_keep(keep, mask, old, x.shape)
+        if alone
+        and attention_context.can_select_tokens(keep, mask, old, x.shape)
         else None
       )
       if last and not (whole or alone):
         raise UserError(
           "the last layer is scanned with others, expected one that is a run"
-          " of its own: tree.last_apart"
+          " of its own: tree.split_last_layer"
         )
-      # Layers of a period that are computed as all others are.
+      # Number of layers in the period that are computed in full.
       most = len(blocks) - (few is not None or (last and not whole))
 
       def period(x, params_and_cache, blocks=blocks, few=few, most=most):
@@ -333,12 +346,12 @@ class Transformer(nn.Module):
             None if old is None else old[key],
             length,
             fresh,
-            told,
+            conditioning,
           )
           if j < most:
             x, new[key], loads[key] = block.apply({"params": own}, x, *given)
           elif whole:
-            own = block.of_tokens(own, few)
+            own = block.select_tokens(own, few)
             x, new[key], loads[key] = block.apply(
               {"params": own}, x, *given, few
             )
@@ -368,17 +381,17 @@ def init_cache(
   dtype: str | None = None,
   kv: Any = None,
 ) -> caches.Cache:
-  """Returns an empty cache for `params`' runs.
+  """Returns an empty key/value cache.
 
   Args:
     model: the Transformer.
-    params: its parameters; the cache follows their runs.
-    batch: rows.
-    capacity: positions that layers without a window can hold; windowed ones
-      hold at most their window, as a ring.
+    params: its parameters; the cache has the same runs.
+    batch: number of rows.
+    capacity: number of positions that layers without a window can store;
+      windowed layers store at most their window, in a ring buffer.
     dtype: of keys and values; by default the model's.
-    kv: how they are packed (`research.quant.kv.kv_quantizer.KVQuantizer`), or
-      None.
+    kv: quantizer of the cache (`research.quant.kv.kv_quantizer.KVQuantizer`),
+      or None.
   """
   dtype = dtype or model.dtype
   layers, start = {}, 0

@@ -1,10 +1,10 @@
-"""The order of tokens on a mesh that cuts rows.
+"""Zig-zag token order, which balances causal attention on a sequence mesh.
 
-Cut in the order of the text, the devices with the last tokens of a causal
-model have nearly all of attention's work. So the layers see them in zig-zag
-order (`kernels_pallas.sequence_parallel.zigzag`), which costs two exchanges of
-the residual stream a step, not one a layer; embeddings, losses and whoever
-calls the model never see it.
+If a causal sequence is sharded in text order, the devices with the last tokens
+do nearly all of the attention work. So the layers process tokens in zig-zag
+order (`kernels_pallas.sequence_parallel.zigzag`). This costs two exchanges of
+the residual stream per step, not one per layer. Embeddings, losses and callers
+of the model only see text order.
 """
 
 import dataclasses
@@ -21,30 +21,30 @@ from research import sharding
 from research.typing import Array, Float, Int
 
 CAUSAL = ("causal", "prefix", "block_causal")
-"""Kinds of mask by which late tokens see more than early ones."""
+"""Kinds of mask under which late tokens attend to more keys than early ones."""
 
 _ARRAYS = ("q_positions", "kv_positions", "q_segments", "kv_segments")
 
 
-def balanced(mask: Mask, shape: tuple[int, int]) -> tuple[str, ...]:
-  """Returns the axes of the mesh to reorder tokens over; () for none.
+def zigzag_axes(mask: Mask, shape: tuple[int, int]) -> tuple[str, ...]:
+  """Returns the mesh axes over which to reorder tokens; () for none.
 
-  None where devices have the same work anyway: rows are whole, everything is
-  visible, or tokens are exchanged for heads.
+  There are none if the work is balanced anyway: rows are not sharded, the mask
+  is not causal, or `ulysses` exchanges tokens for heads.
 
   Args:
-    mask: of the tokens.
-    shape: B and T.
+    mask: the attention mask.
+    shape: (B, T).
   """
   if not sharding.is_cut() or mask.kind not in CAUSAL or (mask.offset or 0) < 0:
     return ()
-  axes = sharding.cuts(shape, "batch", "length")[1]
+  axes = sharding.activation_axes(shape, "batch", "length")[1]
   pieces = math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in axes)
   whole = not axes or "ulysses" in axes or shape[1] % (2 * pieces)
   return () if whole else axes
 
 
-def spread(
+def to_zigzag(
   axes: tuple[str, ...],
   x: Float[Array, "B T D"],
   positions: Int[Array, "B T"],
@@ -61,18 +61,18 @@ def spread(
   return x, positions, dataclasses.replace(mask, **arrays)
 
 
-def restored(
+def from_zigzag(
   axes: tuple[str, ...], x: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-  """Returns activations in the order of the text."""
+  """Returns activations in text order; the inverse of `to_zigzag`."""
   return _exchanged(zigzag.from_zigzag, axes, x) if axes else x
 
 
 def _exchanged(move, axes, tree) -> Any:
-  """Returns `move` of arrays `[B, T, ...]`; a batch axis of 1 stays whole."""
+  """Applies `move` to arrays `[B, T, ...]`; a batch axis of 1 is unsharded."""
 
   def spec(x):
-    batch = sharding.cuts(x.shape[:1], "batch")[0]
+    batch = sharding.activation_axes(x.shape[:1], "batch")[0]
     return PartitionSpec(batch if x.shape[0] > 1 else (), axes)
 
   specs = jax.tree.map(spec, tree)

@@ -1,7 +1,7 @@
-"""Devices that are not here: their topology and what their chips can do.
+"""Device topologies to compile for without having the devices.
 
-`v5e:4x4` is a slice of a TPU pod, known to the compiler that the package
-libtpu carries; `cpu:8` are eight virtual devices of this machine.
+`v5e:4x4` is a slice of a TPU pod, for which the compiler in the package libtpu
+can compile; `cpu:8` are eight virtual devices of this machine.
 """
 
 import collections
@@ -20,14 +20,14 @@ from kernels_pallas.common.chips import TPUS, Chip
 from research.typing import UserError
 
 CHIPS = {chip.kind: chip for chip in TPUS.values()}
-"""JAX's name of a kind of device -> its whole chip."""
+"""JAX's device kind -> chip specification."""
 
 _LIBTPU = {
-  # Otherwise libtpu asks a metadata server that only Google's machines have.
+  # Otherwise libtpu queries a metadata server that exists on Google Cloud only.
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-4",
   "TPU_WORKER_HOSTNAMES": "localhost",
-  # Nothing runs on a chip, so that several may compile at the same time.
+  # Nothing runs on a chip, so several processes may compile at the same time.
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
@@ -37,9 +37,9 @@ class Topology:
   """Devices to compile for.
 
   Attributes:
-    name: as it was asked for.
-    devices: JAX's; those of a TPU slice cannot compute.
-    chip: what each of them can do.
+    name: the requested name.
+    devices: JAX devices; those of a TPU slice cannot execute programs.
+    chip: specification of each device.
   """
 
   name: str
@@ -48,13 +48,13 @@ class Topology:
 
 
 def topology(name: str) -> Topology:
-  """Returns the devices that `name` stands for.
+  """Returns the topology with this name.
 
   Args:
     name: `cpu:8`, or a TPU slice: `v5e:4x4`, `v5p:2x2x4`, `v6e:16x16`, ...
 
   Raises:
-    UserError: there is no such slice, or no compiler for it here.
+    UserError: there is no such slice, or its compiler is not installed.
   """
   kind, _, size = name.partition(":")
   if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
@@ -74,7 +74,7 @@ def has_tpu_compiler() -> bool:
 
 def _cpu(name: str, count: int) -> Topology:
   if jax.config.jax_num_cpu_devices < count:
-    # Refused once the devices have been made.
+    # Raises if JAX has created its devices already.
     with contextlib.suppress(RuntimeError):
       jax.config.update("jax_num_cpu_devices", count)
   devices = jax.devices("cpu")
@@ -84,7 +84,7 @@ def _cpu(name: str, count: int) -> Topology:
       f"\nStart it with JAX_NUM_CPU_DEVICES={count}."
     )
   pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  # They share the machine's memory, and nobody knows how fast it is.
+  # The devices share the machine's memory; its bandwidth is unknown.
   chip = Chip(name="this machine", memory=pages / count)
   return Topology(name=name, devices=devices[:count], chip=chip)
 
@@ -101,7 +101,7 @@ def _tpu(name: str) -> Topology:
     found = topologies.get_topology_desc(
       platform="tpu",
       topology_name=name,
-      # Both cores of a chip as one device, as they come on Cloud TPUs.
+      # Both cores of a chip as one device, as on Cloud TPUs.
       **({"chip_config_name": "megacore"} if name.startswith("v4:") else {}),
     )
   except Exception as error:
@@ -115,7 +115,7 @@ def _tpu(name: str) -> Topology:
       f"topology {name!r}: {devices[0].device_kind!r} is not in"
       f" kernels_pallas.common.chips.TPUS ({', '.join(CHIPS)})."
     )
-  # Some chips appear as two devices, one a core.
+  # Some chips appear as two devices, one per core.
   shared = max(collections.Counter(str(d.coords) for d in devices).values())
   return Topology(name=name, devices=devices, chip=_part(chip, shared))
 

@@ -1,9 +1,9 @@
-"""What one run of a compiled program costs a device: loops counted through.
+"""Cost of a compiled program per device: FLOPs, memory traffic, collectives.
 
-FLOPs are those of matrix products (a multiplication and an addition each), as
-is usual where utilisation is computed; bytes are those read from and written
-to the device's main memory, by the program's own shapes; collectives are kept
-one by one, with the devices that take part.
+Loop bodies are multiplied by their trip counts. FLOPs are those of matrix
+products (2 per multiply-add), as is usual for utilisation. Bytes are those read
+from and written to main memory, by the shapes in the program. Collectives are
+listed individually, with the participating devices.
 """
 
 import collections
@@ -30,15 +30,16 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One exchange of data.
+  """A collective operation.
 
   Attributes:
     kind: one of `COLLECTIVES`.
-    shapes: of what a device puts in, e.g. `("bf16[32,2048]",)`, largest first.
-    operand_bytes: the bytes of that.
-    group: the devices of one group, by number in the mesh; for a permutation
-      the first pair.
-    size: devices in a group.
+    shapes: shapes of a device's operands, e.g. `("bf16[32,2048]",)`, largest
+      first.
+    operand_bytes: total bytes of the operands.
+    group: the devices of the first group, by number in the mesh; for a
+      permutation, the first pair.
+    size: number of devices in a group.
   """
 
   kind: str
@@ -49,13 +50,13 @@ class Collective:
 
   @property
   def payload(self) -> int:
-    """Bytes of the whole that is gathered, reduced or passed on."""
+    """Bytes of the full array that is gathered, reduced or passed on."""
     whole = self.size if self.kind == "all-gather" else 1
     return whole * self.operand_bytes
 
   @property
   def sent(self) -> float:
-    """Bytes that each device sends if the group is a ring."""
+    """Bytes that each device sends, for ring algorithms."""
     if self.kind == "collective-permute":
       return float(self.operand_bytes)
     share = self.payload * (self.size - 1) / max(self.size, 1)
@@ -64,14 +65,14 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """What one device does.
+  """The cost of a program on one device.
 
   Attributes:
-    flops: of matrix products.
-    bytes: read from and written to main memory.
-    cycles: the compiler's own estimate, where it leaves one in the program.
-    collectives: how often each one runs.
-    unknown: loops whose length depends on data; they are counted once.
+    flops: FLOPs of matrix products.
+    bytes: bytes read from and written to main memory.
+    cycles: the compiler's own estimate, if the program contains one.
+    collectives: number of executions of each collective.
+    unknown: number of loops with a data-dependent length, which count once.
   """
 
   flops: float = 0.0
@@ -94,7 +95,7 @@ class Cost:
     )
 
   def times(self, n: int) -> "Cost":
-    """Returns the cost of `n` times as much."""
+    """Returns the cost of `n` repetitions."""
     return Cost(
       n * self.flops,
       n * self.bytes,
@@ -104,13 +105,13 @@ class Cost:
     )
 
 
-def of(program: Program, devices: int) -> Cost:
-  """Returns what one run of `program` costs each of so many devices."""
+def program_cost(program: Program, devices: int) -> Cost:
+  """Returns the cost of one execution of `program` on each of `devices`."""
   return _Walk(program, devices).computation(program.entry)
 
 
 class _Walk:
-  """Adds up computations, each one once."""
+  """Sums the costs of computations, with memoization."""
 
   def __init__(self, program: Program, devices: int):
     self._program, self._devices = program, devices
@@ -128,12 +129,12 @@ class _Walk:
     if i.opcode == "while":
       each = self.computation(i.calls("body"))
       each += self.computation(i.calls("condition"))
-      n = trips.count(self._program, where, i)
+      n = trips.trip_count(self._program, where, i)
       if n is None:
         return dataclasses.replace(each, unknown=each.unknown + 1)
       return each.times(n)
     if i.opcode == "conditional":
-      # Whichever branch is taken, it is not more than this.
+      # An upper bound for any branch.
       return max(map(self.computation, _branches(i)), key=lambda c: c.bytes)
     if i.opcode == "call":
       return self.computation(i.calls("to_apply"))
@@ -141,7 +142,7 @@ class _Walk:
       return self.computation(i.calls("calls"))
     here = Cost(
       flops=_flops(where, i),
-      bytes=traffic.of(self._program, where, i),
+      bytes=traffic.instruction_bytes(self._program, where, i),
       cycles=_cycles(i),
       collectives=self._collective(where, i),
     )
@@ -149,7 +150,7 @@ class _Walk:
       inner = self.computation(i.calls("calls"))
       if "all-reduce-scatter" in i.calls("calls"):
         inner = _scattered(inner)
-      # What happens inside does not pass through memory.
+      # Intermediate results of a fusion do not pass through memory.
       here += dataclasses.replace(inner, bytes=0.0, cycles=0.0)
     return here
 
@@ -172,10 +173,10 @@ class _Walk:
 
 
 def _continued(where: Computation, i: Instruction) -> bool:
-  """Whether `i` only goes on with what another fusion has begun.
+  """Whether `i` continues a collective that another fusion started.
 
-  TPUs split a collective over the fusions that it runs beside, and each of
-  those names it again.
+  On TPUs, a collective is split over the fusions that it overlaps with, and
+  each of them names it again.
   """
   if "chain_id" not in (i.attribute("frontend_attributes") or ""):
     return False
@@ -192,7 +193,7 @@ def _branches(i: Instruction) -> list[str]:
 
 
 def _scattered(cost: Cost) -> Cost:
-  """A reduction of which each device keeps its own part, as TPUs fuse it."""
+  """Converts all-reduces to reduce-scatters, for TPUs' fused form of those."""
   return dataclasses.replace(
     cost,
     collectives={
@@ -205,7 +206,7 @@ def _scattered(cost: Cost) -> Cost:
 
 
 def _group(i: Instruction, devices: int) -> tuple[int, ...]:
-  """Returns the devices of the first group (or pair)."""
+  """Returns the devices of the first group, or the first pair."""
   name = "replica_groups"
   text = i.attribute("source_target_pairs") or i.attribute(name) or ""
   if text.startswith("mesh"):  # mesh['a'=2,'b'=8] {'b'}
@@ -227,7 +228,7 @@ def _group(i: Instruction, devices: int) -> tuple[int, ...]:
 def _of_mesh(mesh: str, rest: str) -> tuple[int, ...]:
   """Returns the first group along the named axes of a mesh of devices.
 
-  An axis may be named in part: `'a':(2)4` is of size 4, behind 2 others.
+  A part of an axis may be named: `'a':(2)4` has size 4, after a part of size 2.
   """
   sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
   dims, chosen = [], []
@@ -267,7 +268,7 @@ def _flops(where: Computation, i: Instruction) -> float:
     left, right = (o.buffers[0].shape for o in where.operands(i))
     return _convolution(i, left, right)
   if i.opcode == "custom-call":
-    # A Pallas kernel states its own; what it reads are its operands.
+    # A Pallas kernel states its FLOPs; its traffic is that of its operands.
     _, _, stated = i.attributes.partition('"cost_estimate":{"flops":"')
     digits = stated.partition('"')[0]
     return float(digits) if digits.isdigit() else 0.0
@@ -275,7 +276,7 @@ def _flops(where: Computation, i: Instruction) -> float:
 
 
 def _convolution(i: Instruction, left, right) -> float:
-  """XLA's own count: products with padding are none."""
+  """Returns the FLOPs as XLA counts them: without products with padding."""
   labels = i.attribute("dim_labels") or ""
   a, _, rest = labels.partition("_")
   b, _, c = rest.partition("->")
@@ -307,7 +308,7 @@ def _convolution(i: Instruction, left, right) -> float:
 
 
 def _positions(size, out, window, stride, pad, spread, spaced) -> int:
-  """Counts pairs of an output and a tap that meet an input, not padding."""
+  """Counts (output, kernel tap) pairs that use an input, not padding."""
   count, last = 0, (size - 1) * spread
   outs = np.arange(out) * stride - pad
   for tap in range(window):

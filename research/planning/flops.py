@@ -1,6 +1,7 @@
-"""FLOPs of matrix products in a traced function: what the model asks for.
+"""Counts the FLOPs of matrix products in a traced function.
 
-A compiled program may do more: recompute, or do the same on several devices.
+These are the model's FLOPs. A compiled program may do more: it may recompute,
+or repeat work on several devices.
 """
 
 import math
@@ -10,15 +11,15 @@ from typing import Any
 import jax
 
 
-def of(f: Any, *args: Any) -> float:
+def count_flops(f: Any, *args: Any) -> float:
   """Returns the FLOPs of `f(*args)`, summed over all devices.
 
-  A multiplication and an addition are two. Loops whose length depends on data
-  count once, and of several branches the most expensive one does.
+  A multiply-add counts as two. Loops with a data-dependent length count once;
+  of several branches, the most expensive one counts.
 
   Args:
     f: a pure function.
-    args: arrays, or their shapes.
+    args: arrays or shape structs.
   """
   return _jaxpr(jax.make_jaxpr(f)(*args).jaxpr)
 
@@ -44,9 +45,9 @@ def _equation(e: Any) -> float:
 
 
 def _inside(e: Any) -> Iterator[Any]:
-  """Yields the functions that an equation calls."""
+  """Yields the jaxprs that an equation calls."""
   if e.primitive.name.startswith("custom_"):
-    # Its rules for derivatives stand beside the function itself.
+    # Only the function itself, not its derivative rules.
     names = ("call_jaxpr", "fun_jaxpr", "jaxpr", "call")
     yield _open(next(e.params[k] for k in names if k in e.params))
     return

@@ -1,10 +1,10 @@
-"""What a compiled step will need and take on devices that are not here.
+"""Forecasts memory and time of a compiled step on a given topology.
 
-Memory is the compiler's own account. Seconds are bounds from the chip's data
-sheet: a step takes at least as long as the slowest of arithmetic, memory and
-links, if everything overlaps, and about their sum if nothing does. Links are
-those of one axis of the torus: collectives over several axes may be faster,
-those that are waited for in small pieces are slower.
+Memory is the compiler's own analysis. Times are bounds from the chip's data
+sheet (a roofline): a step takes at least the maximum of arithmetic, memory and
+link time if everything overlaps, and about their sum if nothing does. Link time
+assumes one axis of the torus: collectives over several axes may be faster,
+small blocking ones are slower.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from research.planning.chips import Chip, Topology
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-  """Bytes of one device.
+  """Memory of one device, in bytes.
 
   Attributes:
     arguments: state, weights and batch.
-    outputs: new state and metrics, besides what takes the place of arguments.
-    temporaries: everything in between, activations above all.
-    total: at the peak.
-    limit: what the device has.
+    outputs: new state and metrics, without those aliased to arguments.
+    temporaries: everything else, mostly activations.
+    total: peak use.
+    limit: memory of the device.
   """
 
   arguments: int
@@ -40,20 +40,20 @@ class Memory:
 
   @property
   def fits(self) -> bool:
-    """Whether the device has that much."""
+    """Whether the device has enough memory."""
     return self.total <= self.limit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exchange:
-  """Collectives of one kind.
+  """Collectives of one kind, axes and shapes.
 
   Attributes:
     kind: such as `all-gather`.
-    axes: of the mesh, that they go over.
-    shapes: of what each device puts in.
-    count: in a step.
-    payload: bytes that are gathered, reduced or passed on, each time.
+    axes: mesh axes of the collective.
+    shapes: shapes of each device's operands.
+    count: number of executions in a step.
+    payload: bytes gathered, reduced or passed on per execution.
     sent: bytes that each device sends in a step.
   """
 
@@ -67,18 +67,19 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forecast:
-  """A step's cost on each device.
+  """The cost of a step on each device.
 
   Attributes:
-    devices: how many there are.
-    peak_flops: of each, a second; None where the chip's speed is not known.
+    devices: number of devices.
+    peak_flops: peak FLOP/s of a device; None if unknown.
     memory: see `Memory`.
-    flops: of matrix products, on one device.
-    bytes: through main memory.
-    exchanges: the most expensive first.
-    unknown_loops: loops whose length depends on data; they count once.
-    seconds: by what would take them: `arithmetic`, `memory`, `links`; empty
-      where the chip's speed is not known.
+    flops: FLOPs of matrix products.
+    bytes: main-memory traffic in bytes.
+    exchanges: collectives, the most expensive first.
+    unknown_loops: number of loops with a data-dependent length, which count
+      once.
+    seconds: lower bounds of the time for `arithmetic`, `memory` and `links`;
+      empty if the chip's speed is unknown.
   """
 
   devices: int
@@ -92,7 +93,7 @@ class Forecast:
 
   @property
   def at_least(self) -> float | None:
-    """Seconds of a step if everything overlaps."""
+    """Lower bound of the seconds of a step: everything overlaps."""
     return max(self.seconds.values()) if self.seconds else None
 
   @property
@@ -102,14 +103,14 @@ class Forecast:
 
 
 def forecast(compiled: Any, mesh: Mesh, topology: Topology) -> Forecast:
-  """Returns what a step costs.
+  """Returns the forecast of a compiled step.
 
   Args:
-    compiled: the step, for the devices of `topology`.
-    mesh: over those devices.
-    topology: what it was compiled for.
+    compiled: the step, compiled for the devices of `topology`.
+    mesh: the mesh over those devices.
+    topology: the devices and their chip.
   """
-  found = cost.of(hlo.parse(compiled.as_text()), mesh.size)
+  found = cost.program_cost(hlo.parse(compiled.as_text()), mesh.size)
   exchanges = _exchanges(found, mesh)
   sent = sum((e.sent for e in exchanges), 0.0)
   return Forecast(
@@ -131,26 +132,26 @@ def _memory(usage: Any, chip: Chip) -> Memory:
   return Memory(
     arguments=arguments,
     outputs=outputs,
-    temporaries=held(usage) - arguments - outputs,
-    total=held(usage) + usage.generated_code_size_in_bytes,
+    temporaries=peak_bytes(usage) - arguments - outputs,
+    total=peak_bytes(usage) + usage.generated_code_size_in_bytes,
     limit=chip.memory,
   )
 
 
-def held(usage: Any) -> int:
-  """Returns the bytes of main memory that a program's arrays take.
+def peak_bytes(usage: Any) -> int:
+  """Returns the peak main memory of a program's arrays, in bytes.
+
+  For a TPU, `temp_size_in_bytes` overestimates programs with loops (by 0.7e9 of
+  2.1e9 for a step of QLoRA): not all of it is main memory. The compiler decides
+  whether a program fits by the number that is returned here.
 
   Args:
-    usage: of `jax.stages.Compiled.memory_analysis`.
-
-  For a TPU `temp_size_in_bytes` is more than that where a program loops (by
-  0.7e9 of 2.1e9 for a step of QLoRA): not all of it is main memory. The
-  compiler refuses a program by the figure that is returned here.
+    usage: from `jax.stages.Compiled.memory_analysis`.
   """
   kept = usage.alias_size_in_bytes
   arguments = usage.argument_size_in_bytes
   given = arguments + max(0, usage.output_size_in_bytes - kept)
-  # Older versions of jaxlib, and other plugins, do not say.
+  # Older versions of jaxlib, and other plugins, do not provide it.
   found = getattr(usage, "total_allocation_bytes", 0)
   return found or given + usage.temp_size_in_bytes
 
@@ -190,7 +191,7 @@ def _exchanges(found: cost.Cost, mesh: Mesh) -> tuple[Exchange, ...]:
 
 
 def _axes(group: tuple[int, ...], mesh: Mesh) -> tuple[str, ...]:
-  """Returns the axes of the mesh along which a group's devices differ."""
+  """Returns the mesh axes along which a group's devices differ."""
   places = np.stack(np.unravel_index(group, mesh.devices.shape))
   differ = (places != places[:, :1]).any(axis=1)
   return tuple(n for n, d in zip(mesh.axis_names, differ, strict=True) if d)

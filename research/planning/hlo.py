@@ -1,9 +1,9 @@
-"""XLA's own text of a compiled program, read into values.
+"""Parser for the HLO text of compiled programs.
 
-XLA's cost analysis counts the body of a loop once, and a model is a loop over
-its layers. The text says everything that is needed to count right: operands,
-shapes, the groups of devices that exchange data, and how often loops run. Its
-grammar is one instruction a line:
+XLA's cost analysis counts loop bodies once, but a model is a loop over its
+layers. The HLO text contains everything needed for a correct count: operands,
+shapes, device groups of collectives, and trip counts. It has one instruction
+per line:
 
   [ROOT] %name = SHAPE opcode(%operand, ...), attribute=..., ...
 """
@@ -16,7 +16,7 @@ from functools import cached_property
 from research.typing import UserError
 
 BITS = {"pred": 8, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
-"""Of element types whose name does not end with their width."""
+"""Bits of element types whose name does not end with their width."""
 
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
@@ -27,12 +27,12 @@ _SPACE = re.compile(r"S\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """One array.
+  """An array in the program.
 
   Attributes:
     dtype: XLA's name: f32, bf16, s4, ...
     shape: its dimensions.
-    space: memory it lives in; 0 is the device's main memory.
+    space: memory space; 0 is the device's main memory.
   """
 
   dtype: str
@@ -49,7 +49,7 @@ class Buffer:
 
   @property
   def nbytes(self) -> int:
-    """Bytes, tiling's padding not included."""
+    """Bytes, without tiling padding."""
     bits = BITS.get(self.dtype)
     if bits is None:
       found = re.match(r"[a-z]+(\d+)", self.dtype)
@@ -59,14 +59,14 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a computation.
+  """An instruction: one line of a computation.
 
   Attributes:
-    name: unique in its computation.
+    name: name, unique in its computation.
     opcode: such as `dot`, `while`, `all-gather-start`.
-    buffers: the arrays of its result, a tuple's leaves in order.
+    buffers: the arrays of its result; for a tuple, its leaves in order.
     operands: names of instructions of the same computation.
-    argument: what stands in the parentheses, as text.
+    argument: the text in the parentheses.
     attributes: the rest of the line.
   """
 
@@ -78,14 +78,14 @@ class Instruction:
   attributes: str
 
   def attribute(self, name: str) -> str | None:
-    """Returns the value of `name=value` as text, None where it is absent."""
+    """Returns the value of attribute `name` as text, or None."""
     found = re.search(rf"(?:^|[\s,]){name}=", self.attributes)
     if not found:
       return None
     return _balanced(self.attributes[found.end() :])
 
   def calls(self, name: str) -> str:
-    """Returns the computation that attribute `name` refers to."""
+    """Returns the name of the computation that attribute `name` refers to."""
     return (self.attribute(name) or "").lstrip("%")
 
   def numbers(self, name: str) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """A function of the program; its instructions are in order of execution."""
+  """A computation (function) of the program, in execution order."""
 
   name: str
   instructions: tuple[Instruction, ...]
@@ -122,17 +122,17 @@ class Computation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled module."""
+  """A compiled HLO module."""
 
   computations: Mapping[str, Computation]
   entry: str
 
 
 def parse(text: str) -> Program:
-  """Returns the program of `compiled.as_text()`.
+  """Parses the text of `compiled.as_text()`.
 
   Raises:
-    UserError: it is no HLO module.
+    UserError: it is not an HLO module.
   """
   found, entry, name, lines, root = {}, None, None, [], ""
   for line in text.splitlines():
@@ -151,7 +151,7 @@ def parse(text: str) -> Program:
         root = match.group(2) if match.group(1) else root
   if entry is None:
     raise UserError(
-      "this text of a program has no ENTRY; expected compiled.as_text()"
+      "HLO text: found no ENTRY computation, expected compiled.as_text()"
     )
   return Program(found, entry)
 
@@ -161,7 +161,7 @@ def _instruction(name: str, text: str) -> Instruction:
   shape = _balanced(text)
   opcode = _OPCODE.match(text, len(shape))
   if opcode is None:
-    raise UserError(f"cannot read the program at {name} = {text[:60]}")
+    raise UserError(f"HLO text: cannot parse {name} = {text[:60]}")
   argument = _inside(text[opcode.end() - 1 :])
   return Instruction(
     name,
@@ -199,7 +199,7 @@ def _balanced(text: str) -> str:
 
 
 def _inside(text: str) -> str:
-  """Returns what is between the first parenthesis and its partner."""
+  """Returns the text between the first parenthesis and its match."""
   depth = 0
   for i, c in enumerate(text):
     depth += (c in "([{") - (c in ")]}")

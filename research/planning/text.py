@@ -1,4 +1,4 @@
-"""A forecast in words, and as plain numbers."""
+"""Formats a forecast as text and as JSON."""
 
 import re
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ _SHOWN = 12
 _UNITS = (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def plain(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
-  """Returns a forecast's numbers for JSON; None where nobody knows.
+def as_json(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
+  """Returns a forecast as a JSON object; None for unknown values.
 
   Args:
-    cost: of each device.
-    model_flops: that a step needs, of all devices together.
-    tokens: in a step.
+    cost: the forecast per device.
+    model_flops: FLOPs of the model in a step, over all devices.
+    tokens: number of tokens in a step.
   """
   m, seconds = cost.memory, cost.at_least
   peak = cost.peak_flops
@@ -55,22 +55,23 @@ def plain(cost: Forecast, model_flops: float, tokens: int) -> dict[str, Any]:
 
 
 def describe(cost: Forecast, found: Mapping[str, Any]) -> str:
-  """Returns a forecast for people.
+  """Returns a forecast as readable text.
 
   Args:
-    cost: of each device.
-    found: `plain` of it.
+    cost: the forecast per device.
+    found: its `as_json`.
   """
   m = cost.memory
   verdict = "fits" if m.fits else "DOES NOT FIT"
   lines = [
-    f"memory of a device: {amount(m.arguments)} arguments,"
-    f" {amount(m.temporaries)} temporaries, {amount(m.outputs)} new outputs",
-    f"  in all {amount(m.total)} of {amount(m.limit)}: {verdict}",
+    f"memory of a device: {format_bytes(m.arguments)} arguments,"
+    f" {format_bytes(m.temporaries)} temporaries,"
+    f" {format_bytes(m.outputs)} new outputs",
+    f"  in all {format_bytes(m.total)} of {format_bytes(m.limit)}: {verdict}",
     f"work of a device: {cost.flops:.3g} FLOPs in matrix products"
     f" ({found['useful_flops']:.0%} of them the model's),"
-    f" {amount(cost.bytes)} through memory,"
-    f" {amount(found['bytes_sent'])} sent",
+    f" {format_bytes(cost.bytes)} through memory,"
+    f" {format_bytes(found['bytes_sent'])} sent",
   ]
   if cost.unknown_loops:
     lines.append(
@@ -104,8 +105,8 @@ def _exchanges(cost: Forecast) -> list[str]:
         f"{e.count:,.0f}",
         e.kind,
         " ".join(e.axes),
-        amount(e.payload),
-        amount(e.sent),
+        format_bytes(e.payload),
+        format_bytes(e.sent),
         of,
       )
     )
@@ -117,19 +118,22 @@ def _exchanges(cost: Forecast) -> list[str]:
   ]
 
 
-def amount(nbytes: float | int) -> str:
-  """Returns bytes with a unit."""
+def format_bytes(nbytes: float | int) -> str:
+  """Formats a number of bytes with a unit."""
   for unit, size in _UNITS:
     if nbytes >= size:
       return f"{nbytes / size:.3g} {unit}"
   return f"{nbytes:.0f} B"
 
 
-def exhausted(message: str) -> dict[str, Any]:
-  """Returns `plain`'s numbers of a program that the compiler refused.
+def parse_out_of_memory(message: str) -> dict[str, Any]:
+  """Parses the compiler's out-of-memory error.
 
   Args:
-    message: of its error, that the device's memory is too small.
+    message: message of the error.
+
+  Returns:
+    The entries of `as_json` that it determines.
   """
   found = re.search(
     r"required for .*?\(([\d.]+)([KMGT])\).*?\(([\d.]+)([KMGT])\)", message
@@ -145,13 +149,14 @@ def exhausted(message: str) -> dict[str, Any]:
   }
 
 
-def refusal(found: Mapping[str, Any]) -> str:
-  """Returns what `exhausted` found for people."""
+def describe_out_of_memory(found: Mapping[str, Any]) -> str:
+  """Formats the result of `parse_out_of_memory` as readable text."""
   needed = found.get("message")
   if needed is None:
-    needed = f"{amount(found['total_bytes'])} of {amount(found['limit_bytes'])}"
+    total, limit = (found[k] for k in ("total_bytes", "limit_bytes"))
+    needed = f"{format_bytes(total)} of {format_bytes(limit)}"
   return (
     f"memory of a device: {needed}: DOES NOT FIT\n"
-    "  Cut weights over fsdp or tensor, lower the batch, accumulate, or set"
+    "  Shard weights over fsdp or tensor, lower the batch, accumulate, or set"
     " remat='layer'."
   )

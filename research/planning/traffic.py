@@ -1,10 +1,10 @@
-"""Bytes that an instruction moves through the device's main memory.
+"""Main-memory traffic of HLO instructions, in bytes.
 
-What it reads and writes, by the shapes of its operands and result, with what
-XLA does in place taken into account: a slice reads only itself, an update of a
-slice writes only that, and so does a fusion that begins or ends with one. A
-scanned model takes one layer of a stack in each iteration; counting the whole
-stack would be wrong by the number of layers.
+Counts the bytes that an instruction reads and writes, by the shapes of its
+operands and result. Accounts for in-place operations: a slice reads only the
+slice, an update writes only the updated part, and likewise for fusions that
+begin or end with one. A scanned model slices one layer from a stack in each
+iteration; counting the whole stack would overestimate by the number of layers.
 """
 
 from collections.abc import Iterable
@@ -28,8 +28,10 @@ _ALIASES = ("bitcast", "reshape", "copy", "convert", "transpose")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
-def of(program: Program, where: Computation, i: Instruction) -> float:
-  """Returns the bytes of one run of `i`, an instruction outside a fusion."""
+def instruction_bytes(
+  program: Program, where: Computation, i: Instruction
+) -> float:
+  """Returns the bytes moved by one execution of `i`, outside of a fusion."""
   if i.opcode in _FREE:
     return 0.0
   operands = list(where.operands(i))
@@ -38,7 +40,7 @@ def of(program: Program, where: Computation, i: Instruction) -> float:
   if i.opcode == "fusion":
     return _fusion(program, i, operands)
   if i.opcode in _SLICES or i.opcode.startswith(("slice-", "dynamic-slice-")):
-    # The second buffer of an asynchronous slice's start is what it reads.
+    # The second buffer of an asynchronous slice's start is the slice.
     read = i.buffers[1:2] if i.opcode.endswith("-start") else i.buffers
     source = _main(operands[0].buffers) if operands else 0.0
     return (_whole(read) if source else 0.0) + (
@@ -66,7 +68,7 @@ def _fusion(program: Program, i: Instruction, operands) -> float:
 
 
 def _read(program: Program, where: Computation, name: str) -> float:
-  """Returns how much of the value `name` a fused computation reads."""
+  """Returns the bytes of value `name` that a fused computation reads."""
   total = 0.0
   for i in where.instructions:
     if name not in i.operands:
@@ -74,7 +76,7 @@ def _read(program: Program, where: Computation, name: str) -> float:
     if i.opcode in _SLICES:
       total += _whole(i.buffers)
     elif i.opcode == "dynamic-update-slice" and i.operands[0] == name:
-      continue  # in place: what is not written is not touched
+      continue  # in place: the rest is not accessed
     elif i.opcode in ("bitcast", "reshape"):
       total += _read(program, where, i.name)
     elif i.opcode == "fusion":
@@ -105,7 +107,7 @@ def _written(where: Computation, i: Instruction, buffer: Buffer) -> float:
 
 
 def _main(buffers: Iterable[Buffer]) -> float:
-  """Returns the bytes of the buffers that are in main memory."""
+  """Returns the total bytes of the buffers in main memory."""
   return float(sum(b.nbytes for b in buffers if b.space == 0))
 
 

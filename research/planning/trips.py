@@ -1,8 +1,8 @@
-"""How often a loop of a compiled program runs.
+"""Trip counts of the loops in a compiled program.
 
-XLA notes it on loops of the CPU; elsewhere it follows from the program: the
+On CPUs, XLA annotates loops with their trip count. Elsewhere it is derived: the
 condition compares an element of the carry with a constant, and the body adds a
-constant to it.
+constant to that element.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ _NOTED = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class _Carry:
-  """An element of what a loop carries, as it was before the iteration."""
+  """An element of a loop's carry, before the iteration."""
 
   index: int
 
 
-def count(
+def trip_count(
   program: Program, where: Computation, loop: Instruction
 ) -> int | None:
-  """Returns how often `loop` in `where` runs its body; None if data decide."""
+  """Returns the trip count of `loop` in `where`; None if data-dependent."""
   noted = _NOTED.search(loop.attributes)
   if noted:
     return int(noted.group(1))
@@ -48,7 +48,7 @@ def count(
 
 
 def _initial(where: Computation, loop: Instruction, index: int) -> int | None:
-  """Returns the constant that a loop's carry starts with at `index`."""
+  """Returns the constant initial value of carry element `index`, or None."""
   start = next(where.operands(loop), None)
   while start is not None and start.opcode in (*_ALIASES, "opt-barrier"):
     start = next(where.operands(start), None)
@@ -59,7 +59,7 @@ def _initial(where: Computation, loop: Instruction, index: int) -> int | None:
 
 
 def _step(program: Program, loop: Instruction, index: int) -> int:
-  """Returns what the body adds to element `index` of the carry; else 1."""
+  """Returns the constant that the body adds to carry element `index`, or 1."""
   body = program.computations[loop.calls("body")]
   root = body.by_name[body.root]
   if root.opcode != "tuple":
@@ -74,7 +74,7 @@ def _step(program: Program, loop: Instruction, index: int) -> int:
 def _operation(program, where, name, opcode, arguments=()):
   """Returns (direction, origins of the operands) of an operation, or None.
 
-  It may be the root of a fusion, whose parameters are then `arguments`.
+  If it is the root of a fusion, `arguments` are the fusion's operands.
   """
   i = where.by_name.get(name)
   while i is not None and i.opcode in _ALIASES:
@@ -91,7 +91,7 @@ def _operation(program, where, name, opcode, arguments=()):
 
 
 def _origin(where: Computation, name: str, arguments=()) -> int | _Carry | None:
-  """Returns the constant or the element of the carry that a value is."""
+  """Returns the constant or carry element that a value equals, or None."""
   i = where.by_name.get(name)
   while i is not None and i.opcode in _ALIASES:
     i = next(where.operands(i), None)

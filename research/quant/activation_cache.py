@@ -66,9 +66,9 @@ class Replayed(weights.WrappedWeight):
     inputs = weights.axes(self.x, ("batch", "length", names[-2]))
     return Replayed(weights.axes(self.w, names), inputs)
 
-  def within(self, f: Any) -> "Replayed":
+  def map_inner(self, f: Any) -> "Replayed":
     """Returns itself with `f` of the weight that multiplies."""
-    return dataclasses.replace(self, w=weights.within(self.w, f))
+    return dataclasses.replace(self, w=weights.map_inner(self.w, f))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +88,14 @@ class WithRows:
     shape = (self.batch, self.length, size_in)
     return self.of_rows.shapes(size_in, size_out) | {ROWS: shape}
 
-  def of(self, rows: Rows) -> Arrays:
+  def compute(self, rows: Rows) -> Arrays:
     if rows.sizes is None:  # a router's are flat
       kept = rows.x.astype(jnp.float32)
       kept = kept.reshape(self.batch, self.length, -1)
     else:  # experts' are sorted, and nobody asks for them
       shape = (len(rows.sizes), self.batch, self.length, rows.x.shape[-1])
       kept = jnp.zeros(shape)
-    return self.of_rows.of(rows) | {ROWS: kept}
+    return self.of_rows.compute(rows) | {ROWS: kept}
 
   def join(self, a: Arrays, b: Arrays) -> Arrays:
     raise UserError("WithRows: rows of two calls are not joined")
@@ -136,13 +136,13 @@ def replayed(params: Params, memory: Mapping[str, Held], batch: int) -> Params:
     if path not in memory:
       return w
     rows = memory[path].rows[batch]
-    return weights.within(w, lambda w: Replayed(w, rows))
+    return weights.map_inner(w, lambda w: Replayed(w, rows))
 
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
 def _flat(params):
-  return weights.named(params)
+  return weights.named_weights(params)
 
 
 def _leading(params, path):
@@ -152,7 +152,7 @@ def _leading(params, path):
   """
   found = {p: w for p, w in _flat(params) if not _BEHIND[path].match(p)}
   own = dict(_flat(params))[path]
-  return found | {path: weights.within(own, lambda w: None)}
+  return found | {path: weights.map_inner(own, lambda w: None)}
 
 
 def _same(a, b):

@@ -109,9 +109,9 @@ class InputTensor(weights.WrappedWeight):
     w, scale = weights.axes(self.w, names), weights.axes(self.scale, ())
     return dataclasses.replace(self, w=w, scale=scale)
 
-  def within(self, f: Any) -> "InputTensor":
+  def map_inner(self, f: Any) -> "InputTensor":
     """Returns itself with `f` of the weight that multiplies."""
-    return dataclasses.replace(self, w=weights.within(self.w, f))
+    return dataclasses.replace(self, w=weights.map_inner(self.w, f))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,7 +306,7 @@ class Inputs:
         return w
       paths.append(path)
       # What rounds stands behind what rotates, next to the matrix.
-      return weights.within(w, lambda w: InputTensor(w, op=self.op))
+      return weights.map_inner(w, lambda w: InputTensor(w, op=self.op))
 
     out = tree.map_paths(one, params, is_leaf=weights.is_weight)
     if not paths:

@@ -48,12 +48,12 @@ class Quantize:
     def one(path: str, w: Any) -> Any:
       if path not in chosen:
         return w
-      return weights.within(w, functools.partial(self._packed, path))
+      return weights.map_inner(w, functools.partial(self._packed, path))
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
   def _packed(self, path: str, w: Any) -> qtensor.QTensor:
-    if weights.wrapped(w) is not None:
+    if weights.unwrap(w) is not None:
       raise UserError(
         f"Quantize: {path} is adapted; quantize first, then adapt"
       )
@@ -63,7 +63,7 @@ class Quantize:
     """Returns the paths of the matrices that are packed, runs as they are."""
     paths = [
       path
-      for path, w in weights.named(params)
+      for path, w in weights.named_weights(params)
       if path.startswith("run") and len(w.shape) > 2
     ]
     if self.targets == ALL_LINEAR:

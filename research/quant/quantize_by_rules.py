@@ -178,7 +178,7 @@ def named(params: Params) -> Iterator[tuple[str, Any]]:
 
 def matrices(layer: Params) -> dict[str, Any]:
   """Returns path -> weight of a layer's matrices, but for its router."""
-  named = dict(weights.named(layer))
+  named = dict(weights.named_weights(layer))
   return {
     path: w
     for path, w in named.items()
@@ -256,7 +256,7 @@ def _axis(name: str) -> int:
 
 def _check_bare(name: str, w: Any) -> None:
   """Raises UserError for a matrix that is adapted."""
-  if weights.wrapped(weights.inner(w)) is not None:
+  if weights.unwrap(weights.inner(w)) is not None:
     raise UserError(
       f"Quantization: {name} is adapted; quantize first, then adapt"
     )
@@ -374,7 +374,7 @@ class _Work:
     def one(path, w):
       if path not in found:
         return w
-      return weights.within(w, lambda _: found[path])
+      return weights.map_inner(w, lambda _: found[path])
 
     return tree.map_paths(one, layer, is_leaf=weights.is_weight)
 

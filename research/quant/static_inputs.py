@@ -71,6 +71,6 @@ class StaticInputs(OfModel):
       most = most.reshape(most.shape[0], -1).max(-1)
       scale = self.op.clip * most / self.op.top
       scale = jnp.where(scale > 0, scale, 1.0)
-      return weights.within(w, lambda w: InputTensor(w, scale, self.op))
+      return weights.map_inner(w, lambda w: InputTensor(w, scale, self.op))
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)

@@ -1,14 +1,14 @@
-"""Reading activations on their way."""
+"""Statistics of activations and gradients at every weight (taps)."""
 
 from research.taps.taps import (
-  Found,
+  Statistics,
   Tap,
   by_address,
   collect,
 )
 
 __all__ = [
-  "Found",
+  "Statistics",
   "Tap",
   "by_address",
   "collect",

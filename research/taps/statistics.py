@@ -1,8 +1,9 @@
-"""Statistics of the rows that a weight multiplies, for `research.taps`.
+"""Statistics of a weight's inputs and output gradients, for `research.taps`.
 
-Each is a value that says which arrays it has for a matrix `[in, out]`, what
-they are for the rows of one call, and how those of two calls become one. They
-are sums, never means: who reports divides once. All are fp32.
+A statistic is a dataclass with three methods: the array shapes for a matrix
+`[in, out]` (`shapes`), the arrays for the input rows of one call (`compute`),
+and the combination of two calls (`join`). All are sums, not means, so that the
+caller divides once, and all are fp32.
 """
 
 import dataclasses
@@ -19,14 +20,14 @@ Arrays = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What went in and came back, of one matrix or of stacked experts.
+  """Inputs and output cotangents of a matrix, or of stacked experts.
 
   Attributes:
     x: inputs `[..., in]`.
     dy: cotangents of the outputs `[..., out]`.
-    counts: how much each row counts `[...]`, or None.
-    sizes: how many rows each expert has, of rows `[T, ...]` sorted by expert;
-      None for one matrix.
+    counts: weight of each row `[...]`, or None for 1.
+    sizes: number of rows of each expert, for rows `[T, ...]` sorted by expert;
+      None for a single matrix.
   """
 
   x: Float[Array, "..."]
@@ -35,8 +36,8 @@ class Rows:
   sizes: Any = None
 
   @property
-  def counted(self) -> Float[Array, "..."]:
-    """How much each row counts, fp32."""
+  def row_weights(self) -> Float[Array, "..."]:
+    """The weight of each row, fp32."""
     if self.sizes is not None:
       return jnp.any(self.dy != 0, axis=-1).astype(jnp.float32)
     if self.counts is None:
@@ -46,30 +47,34 @@ class Rows:
   def outer(
     self, a: Float[Array, "... I"], b: Float[Array, "... J"]
   ) -> Float[Array, "*E I J"]:
-    """Returns the sum over rows of outer products, for each expert."""
+    """Returns the sum of outer products over rows, per expert."""
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     if self.sizes is None:
-      # Not flat: a mesh may cut both rows of a batch and tokens of a row.
+      # Not flattened: a mesh may shard both batch and sequence.
       return jnp.einsum(
         "...i,...j->ij", a, b, precision=jax.lax.Precision.HIGHEST
       )
-    # What the gradient of a grouped matmul is.
+    # Per expert, this is the gradient of a grouped matmul by its weights.
     shape = (len(self.sizes), a.shape[-1], b.shape[-1])
-    w = jnp.zeros_like(a, shape=shape)  # as varying over a mesh as the rows
+    w = jnp.zeros_like(a, shape=shape)  # device-varying over the rows' axes
     _, pull = jax.vjp(lambda w: weights.ragged_dot(a, w, self.sizes), w)
     return pull(b)[0]
 
   def total(self, a: Float[Array, "... I"]) -> Float[Array, "*E I"]:
-    """Returns the sum over rows, for each expert."""
+    """Returns the sum over rows, per expert."""
     return self.outer(jnp.ones_like(a[..., :1]), a)[..., 0, :]
 
-  def most(self, a: Float[Array, "... I"]) -> Float[Array, "*E I"]:
-    """Returns the largest over rows, at least 0, for each expert."""
+  def max(self, a: Float[Array, "... I"]) -> Float[Array, "*E I"]:
+    """Returns the maximum over rows, at least 0, per expert.
+
+    Raises:
+      UserError: experts under a mesh.
+    """
     if self.sizes is None:
       return a.max(axis=tuple(range(a.ndim - 1)), initial=0)
     if jax.sharding.get_abstract_mesh().manual_axes:
       raise UserError(
-        "taps: experts that a mesh cuts have sums, but no largest values.\n"
+        "taps: found experts on a mesh, for which maxima are not supported.\n"
         "Collect on one device."
       )
     ends = jnp.cumsum(self.sizes)
@@ -80,16 +85,16 @@ class Rows:
 
 @runtime_checkable
 class Statistic(Protocol):
-  """What is seen of a matrix; hashable, since it is part of a program."""
+  """A statistic of one matrix; hashable, since it is a static argument."""
 
   def shapes(self, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each array, for one matrix."""
+    """Returns the shape of each array for a matrix `[size_in, size_out]`."""
 
-  def of(self, rows: Rows) -> Arrays:
-    """Returns the arrays for the rows of one call, experts in front."""
+  def compute(self, rows: Rows) -> Arrays:
+    """Returns the arrays for the rows of one call, experts leading."""
 
   def join(self, a: Arrays, b: Arrays) -> Arrays:
-    """Returns the arrays for the rows of two calls."""
+    """Returns the combined arrays of two calls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +105,8 @@ class Covariance:
   def shapes(self, size_in, size_out):
     return dict(xx=(size_in, size_in), x=(size_in,), n=(1,))
 
-  def of(self, rows):
-    c = rows.counted[..., None]
+  def compute(self, rows):
+    c = rows.row_weights[..., None]
     x = rows.x.astype(jnp.float32)
     return dict(xx=rows.outer(c * x, x), x=rows.total(c * x), n=rows.total(c))
 
@@ -111,18 +116,19 @@ class Covariance:
 
 @dataclasses.dataclass(frozen=True)
 class SampleCovariance:
-  """CorDA's: each sample's `x xᵀ`, of `x` over its largest entry, summed.
+  """CorDA's covariance: sum of `x xᵀ`, each sample's `x` scaled by its maximum.
 
-  Yang et al. 2024 (arXiv:2406.05223) as PEFT has it: the divisor is the
-  absolute value of the largest, not the largest absolute value. A sample is a
-  row of the batch; rows without one (those of all experts) are one together.
+  Yang et al. 2024 (arXiv:2406.05223) as implemented in PEFT: the divisor is the
+  absolute value of the maximum, not the maximum absolute value. A sample is a
+  row of the batch; the rows of experts, which have no batch axis, count as one
+  sample.
   """
 
   def shapes(self, size_in, size_out):
     return dict(xx=(size_in, size_in), n=(1,))
 
-  def of(self, rows):
-    c, x = rows.counted[..., None], rows.x.astype(jnp.float32)
+  def compute(self, rows):
+    c, x = rows.row_weights[..., None], rows.x.astype(jnp.float32)
     within = tuple(range(0 if x.ndim < 3 else 1, x.ndim))
     low = jnp.finfo(x.dtype).min
     largest = jnp.abs(jnp.where(c > 0, x, low).max(axis=within, keepdims=True))
@@ -139,18 +145,18 @@ class SampleCovariance:
 
 @dataclasses.dataclass(frozen=True)
 class Magnitudes:
-  """Each input's largest size (`most`), and sums of sizes, squares and rows:
-  what AWQ, SmoothQuant and an importance matrix read."""
+  """Each input's maximum magnitude (`most`), and sums of magnitudes, squares
+  and rows; used by AWQ, SmoothQuant and importance matrices."""
 
   def shapes(self, size_in, size_out):
     each = dict.fromkeys(("most", "sizes", "squares"), (size_in,))
     return each | dict(n=(1,))
 
-  def of(self, rows):
-    c = rows.counted[..., None]
+  def compute(self, rows):
+    c = rows.row_weights[..., None]
     size = jnp.abs(rows.x.astype(jnp.float32))
     return dict(
-      most=rows.most(jnp.where(c > 0, size, 0)),
+      most=rows.max(jnp.where(c > 0, size, 0)),
       sizes=rows.total(c * size),
       squares=rows.total(c * size**2),
       n=rows.total(c),
@@ -163,12 +169,12 @@ class Magnitudes:
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-  """The loss's gradient `g [in, out]` by the matrix, be it packed or not."""
+  """The gradient `g [in, out]` of the loss by the matrix, even if packed."""
 
   def shapes(self, size_in, size_out):
     return dict(g=(size_in, size_out))
 
-  def of(self, rows):
+  def compute(self, rows):
     return dict(g=rows.outer(rows.x, rows.dy))
 
   def join(self, a, b):

@@ -1,14 +1,14 @@
-"""What weights see: sums over activations and gradients, from one `vjp`.
+"""Collects activation and gradient statistics of all weights in one `vjp`.
 
-A `Tap` is a weight that multiplies as the one inside it does. It carries a
-`stat` of zeros that the product does not depend on, and whose cotangent, by
-definition, is a statistic of this product's rows: the inputs' covariance, say.
-So one `vjp` of an unchanged model yields it for every layer, in stacks that
-are scanned and computed again, under a mesh, and through any weight inside:
+A `Tap` wraps a weight and multiplies like it. It carries an array `stat` of
+zeros on which the product does not depend. A custom VJP defines the cotangent
+of `stat` as a statistic of this product's rows, such as the covariance of the
+inputs. So one `vjp` of an unchanged model yields the statistics of every layer,
+through scanned and rematerialised stacks, under a mesh, and for any weight:
 
   loss(params with taps) -> cotangents of all `stat` = statistics of all layers
 
-What does not need the backward pass is compiled without one.
+If a statistic does not need gradients, XLA removes the backward pass.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from research.typing import (
   UserError,
 )
 
-Found = Mapping[str, Mapping[str, Any]]
-"""path of a weight -> its statistic's arrays, stacked as the weight is."""
+Statistics = Mapping[str, Mapping[str, Any]]
+"""Path of a weight -> arrays of its statistic, stacked like the weight."""
 
 _STAT = r"(^|/)stat/\w+$"
 
@@ -39,14 +39,14 @@ _STAT = r"(^|/)stat/\w+$"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tap(weights.WrappedWeight):
-  """A weight `[..., in, out]` and what is to be seen of its use.
+  """Wraps a weight `[..., in, out]` to collect a statistic of its inputs.
 
   Attributes:
-    w: the weight, of any kind.
-    stat: zeros, one array for each that the statistic has, `[..., its shape]`.
-    counts: how much each token counts, `[layers, B, T]`, or None for 1.
-    statistic: what is seen; static.
-    sizes: (in, out) of the whole matrix, as no mesh has cut it; static.
+    w: any weight.
+    stat: zeros, one array `[..., *shape]` for each array of the statistic.
+    counts: weight of each token, `[layers, B, T]`, or None for 1.
+    statistic: the statistic to collect; static.
+    sizes: (in, out) of the whole, unsharded matrix; static.
   """
 
   w: Any
@@ -66,36 +66,36 @@ class Tap(weights.WrappedWeight):
       raise UserError(f"a tap takes x[..., in] times w[in, out], not {eq!r}")
     counts = self.counts
     if counts is not None and counts.shape != x.shape[:-1]:
-      # A router sees the same rows, flat.
+      # A router's input has the same rows, flattened.
       if counts.size != x.size // x.shape[-1]:
         raise UserError(
           f"taps: counts are {counts.shape}, a weight's inputs {x.shape}.\n"
-          "A head sees chunks of rows, a router on a mesh its device's: leave"
-          " it out, or count all alike."
+          "A head gets chunks of rows, a router on a mesh its device's rows:"
+          " leave it out of the addresses, or give no counts."
         )
       counts = counts.reshape(x.shape[:-1])
     y = weights.einsum(eq, x, self.w)
     return _watched(self.statistic, y, self.stat, x, counts, None)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of `w`; looking up is not seen."""
+    """Returns rows of `w`; embedding lookups are not recorded."""
     return weights.take(self.w, ids)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns the experts' matmul; each expert has a statistic of its own.
+    """Returns the grouped matmul; collects one statistic per expert.
 
-    Rows are sorted by expert, so tokens are not told apart: a row counts as 1
-    if the loss depends on it, which it does not on padding.
+    Rows are sorted by expert, so `counts` cannot be matched to them: a row
+    counts as 1 if the loss depends on it (it does not for padding), else 0.
 
     Raises:
-      UserError: a mesh cuts the experts' inner width.
+      UserError: the mesh shards the experts' inner width.
     """
     if tuple(self.shape[-2:]) != self.sizes:
       raise UserError(
         f"taps: a device has {self.shape[-2:]} of experts of {self.sizes}.\n"
-        "Collect on a mesh that does not cut them: TENSOR=1."
+        "Collect on a mesh that does not shard experts: TENSOR=1."
       )
     y = weights.ragged_dot(x, self.w, sizes)
     return _watched(self.statistic, y, self.stat, x, None, sizes)
@@ -105,7 +105,7 @@ class Tap(weights.WrappedWeight):
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "Tap":
-    """The weight's names; statistics are whole on each device."""
+    """Returns the weight's axis names; statistics are replicated."""
     lead = names[:-2]
     shapes = self.statistic.shapes(*self.sizes)
     return dataclasses.replace(
@@ -121,7 +121,7 @@ class Tap(weights.WrappedWeight):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _watched(statistic, y, stat, x, counts, sizes):
-  """Returns `y`, the product of `x`; `stat` is given the statistic of both."""
+  """Returns `y`; the VJP sets the cotangent of `stat` to the statistic."""
   return y
 
 
@@ -130,7 +130,7 @@ def _watched_fwd(statistic, y, stat, x, counts, sizes):
 
 
 def _watched_bwd(statistic, saved, dy):
-  return dy, statistic.of(Rows(saved[0], dy, *saved[1:])), None, None, None
+  return dy, statistic.compute(Rows(saved[0], dy, *saved[1:])), None, None, None
 
 
 _watched.defvjp(_watched_fwd, _watched_bwd)
@@ -143,23 +143,24 @@ def collect(
   counts: Float[Array, "B T"] | None = None,
   addresses: Collection[str] | None = None,
 ) -> dict[str, dict[str, Array]]:
-  """Returns the statistic of each weight's inputs, or gradients; jit it.
+  """Returns the statistic of every weight's inputs or gradients; jit it.
 
-  A weight that is used twice in one call adds both up.
+  Covers matrices in layers, experts, and `head`. If a weight is used twice in
+  one call, its statistics are summed.
 
   Args:
-    loss: any scalar that the activations in question lead to.
-    params: any tree of weights; matrices in layers, experts, and `head`.
+    loss: any scalar function that uses the activations in question.
+    params: any tree of weights.
     statistic: see `research.taps.statistics`.
-    counts: how much each token counts, a batch's `weights`, say.
-    addresses: of weights (`layers/3/attention/q`), or None for all; a stack
-      is seen whole if any of its layers is among them.
+    counts: weight of each token, for example a batch's `weights`.
+    addresses: addresses of the weights to record (`layers/3/attention/q`), or
+      None for all. All layers of a run are recorded if any of them is listed.
 
   Returns:
-    path in `params` -> the statistic's arrays; `by_address` names layers.
+    Path in `params` -> arrays of the statistic; `by_address` splits layers.
 
   Raises:
-    UserError: a mesh cuts rows, and tokens are counted.
+    UserError: `counts` are given and the mesh shards the tokens of a row.
   """
   if counts is not None:
     _check_order(counts)
@@ -178,10 +179,12 @@ def collect(
       name: jnp.zeros((*lead, *shape))
       for name, shape in statistic.shapes(*sizes).items()
     }
-    seen = counts
+    token_counts = counts
     if counts is not None:
-      seen = jnp.broadcast_to(counts, (*n, *counts.shape))
-    return weights.within(w, lambda w: Tap(w, stat, seen, statistic, sizes))
+      token_counts = jnp.broadcast_to(counts, (*n, *counts.shape))
+    return weights.map_inner(
+      w, lambda w: Tap(w, stat, token_counts, statistic, sizes)
+    )
 
   taps = tree.map_paths(tapped, params, is_leaf=weights.is_weight)
   stats, rest = tree.partition(taps, _STAT)
@@ -194,22 +197,23 @@ def collect(
       out[path] = dict(w.stat)
     return w
 
-  for path, w in weights.named(found):
-    weights.within(w, functools.partial(note, path))
+  for path, w in weights.named_weights(found):
+    weights.map_inner(w, functools.partial(note, path))
   return out
 
 
 def _check_order(counts):
-  cut = sharding.cuts(counts.shape, "batch", "length")[1]
+  cut = sharding.activation_axes(counts.shape, "batch", "length")[1]
   if cut and "ulysses" not in cut:
     raise UserError(
-      "taps: where a mesh cuts rows, layers see tokens in another order than"
-      " counts.\nCollect with SEQUENCE=1 and RING=1, or count all alike."
+      "taps: found counts on a mesh that shards the tokens of a row, where"
+      " layers see them in zig-zag order.\n"
+      "Collect with SEQUENCE=1 and RING=1, or give no counts."
     )
 
 
-def by_address(params: Params, found: Found) -> dict[str, dict[str, Any]]:
-  """Returns what `collect` found for each layer: `layers/3/attention/q`."""
+def by_address(params: Params, found: Statistics) -> dict[str, dict[str, Any]]:
+  """Splits the result of `collect` by layer address: `layers/3/attention/q`."""
   out = {}
   for path, arrays in found.items():
     rows = _rows(params, path)
@@ -219,7 +223,7 @@ def by_address(params: Params, found: Found) -> dict[str, dict[str, Any]]:
 
 
 def _rows(params: Params, path: str) -> range | tuple | None:
-  """Returns the layers that a weight stacks, () for a head, else None."""
+  """Returns the layers stacked in a weight, () for the head, else None."""
   if path == "head":
     return ()
   return tree.layer_indices(params).get("/".join(path.split("/")[:2]))

@@ -1,7 +1,7 @@
-"""Chat templates: a conversation rendered to a prompt.
+"""Chat templates: render conversations to prompts.
 
-A template comes with a model's files, so it is a program by a stranger; it
-runs in `research.text.sandbox`.
+A template is part of a model's files, so it is untrusted code and runs in
+`research.text.sandbox`.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from research.text import sandbox
 from research.typing import UserError
 
 MAX_TEMPLATE = 1 << 18
-"""Characters of a template; the longest in use have about 20,000."""
+"""Maximum number of characters of a template; long ones have about 20,000."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -31,17 +31,17 @@ def render(
   add_generation_prompt: bool = True,
   names: Mapping[str, Any] | None = None,
 ) -> str:
-  """Returns the prompt for a conversation.
+  """Renders a conversation to a prompt.
 
   Args:
-    template: Jinja, as Hugging Face's tokenizers carry it.
-    messages: `{"role": ..., "content": ...}`, first to last.
-    add_generation_prompt: whether the assistant's turn is opened.
-    names: what else the template may use, e.g. `bos_token`, `tools`.
+    template: a Jinja template, as in Hugging Face tokenizers.
+    messages: `{"role": ..., "content": ...}`, in order.
+    add_generation_prompt: whether to append the start of an assistant turn.
+    names: further template variables, e.g. `bos_token`, `tools`.
 
   Raises:
     UserError: the template does not parse, fails, calls `raise_exception`, or
-      passes a bound of the sandbox.
+      exceeds a limit of the sandbox.
   """
   names = {"add_generation_prompt": add_generation_prompt, **(names or {})}
   return _rendered(sandbox.render, template, messages, names)
@@ -52,16 +52,17 @@ def render_marked(
   messages: Sequence[Mapping[str, Any]],
   names: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[tuple[int, int]]] | None:
-  """Returns a conversation, and where in it the assistant speaks.
+  """Renders a conversation and locates the assistant's text.
 
   Args:
-    template: Jinja, as for `render`.
-    messages: as for `render`.
-    names: as for `render`.
+    template, messages, names: as for `render`.
 
   Returns:
-    The text and the spans that the template marks with `{% generation %}`, or
-    None if it has no such mark.
+    The text and the (start, end) spans that the template marks with
+    `{% generation %}`, or None if it has no such blocks.
+
+  Raises:
+    UserError: as for `render`.
   """
   if not _marks(template):
     return None
@@ -72,7 +73,7 @@ def render_marked(
 @functools.lru_cache(maxsize=16)
 def _marks(template: str) -> bool:
   with _readable(template):
-    return sandbox.marks(template)
+    return sandbox.has_generation_blocks(template)
 
 
 def _rendered(render, template, messages, names):
@@ -87,7 +88,7 @@ def _rendered(render, template, messages, names):
 
 @contextlib.contextmanager
 def _readable(template: str) -> Iterator[None]:
-  """Turns whatever a template does wrong into a UserError."""
+  """Converts any error of a template to a UserError."""
   if len(template) > MAX_TEMPLATE:
     raise UserError(
       f"chat template: found {len(template):,} characters, expected at most "
@@ -95,9 +96,9 @@ def _readable(template: str) -> Iterator[None]:
     )
   try:
     yield
-  except sandbox.TooMuch as error:
+  except sandbox.LimitExceeded as error:
     raise UserError(
-      f"chat template: makes {error}; it was stopped.\n"
+      f"chat template: exceeds a limit: {error}; it was stopped.\n"
       "Use a template that you trust, or generate without --chat."
     ) from error
   except jinja2.TemplateSyntaxError as error:
@@ -108,7 +109,7 @@ def _readable(template: str) -> Iterator[None]:
     raise UserError(f"chat template: {error.message}") from error
   except RecursionError as error:
     raise UserError("chat template: is nested too deeply") from error
-  except Exception as error:  # its own arithmetic, indexing, calls
+  except Exception as error:  # errors of the template's own expressions
     raise UserError(f"chat template: {_first_line(error)}") from error
 
 
@@ -117,17 +118,20 @@ def _first_line(error: Exception) -> str:
 
 
 def find(directory: pathlib.Path, config: Mapping[str, Any]) -> str | None:
-  """Returns the chat template among a tokenizer's files, or None.
+  """Finds the chat template in a tokenizer's files; None if there is none.
 
   Args:
-    directory: which may hold `chat_template.jinja` (or the older `.json`);
-      they win, as in transformers.
+    directory: may contain `chat_template.jinja` (or the older `.json`), which
+      take precedence, as in transformers.
     config: `tokenizer_config.json`, whose `chat_template` is one template or a
-      list of named ones, of which `default` is taken.
+      list of named ones, of which `default` is used.
+
+  Raises:
+    UserError: a file is malformed.
   """
-  beside = directory / "chat_template.jinja"
-  if beside.is_file():
-    with beside.open(encoding="utf-8", errors="replace") as file:
+  separate = directory / "chat_template.jinja"
+  if separate.is_file():
+    with separate.open(encoding="utf-8", errors="replace") as file:
       return file.read(MAX_TEMPLATE + 1)
   older = directory / "chat_template.json"
   found = config.get("chat_template")
@@ -155,5 +159,5 @@ def _fields(path: pathlib.Path) -> Mapping[str, Any]:
   try:
     found = json.loads(path.read_text("utf-8"))
   except ValueError as error:
-    raise UserError(f"{path}: is no JSON: {error}") from error
+    raise UserError(f"{path}: is not JSON: {error}") from error
   return found if isinstance(found, dict) else {}

@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file, as a `tokenizers.Tokenizer`.
+"""Reads the tokenizer of a GGUF file as a `tokenizers.Tokenizer`.
 
-Two models exist in the architectures we read: byte-level BPE ("gpt2"), whose
-`tokenizer.ggml.pre` names the regular expression that cuts text into words,
-and SentencePiece ("llama"), whose merges follow from its scores.
+Supports two tokenizer models: byte-level BPE ("gpt2"), where
+`tokenizer.ggml.pre` names the pre-tokenizer regular expression, and
+SentencePiece ("llama"), where merges are derived from the scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _LLAMA3 = (_CL100K.format(digits="{1,3}"),)
 _QWEN2 = (_CL100K.format(digits=""),)
 _DIGITS = (r"\p{N}", _GPT2)
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")
-WORDS: dict[str, tuple[str, ...]] = {
+PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
   "default": _DEFAULT,
   "gpt-2": (_GPT2,),
   "smollm": _DIGITS,
@@ -37,20 +37,21 @@ WORDS: dict[str, tuple[str, ...]] = {
   "qwen2": _QWEN2,
   "deepseek-r1-qwen": _QWEN2,
 }
-"""What cuts text into words, for each `tokenizer.ggml.pre`; applied in turn."""
+"""Regular expressions that split text into words, applied in order, for each
+value of `tokenizer.ggml.pre`."""
 
 _WHOLE_WORDS = ("llama-bpe", "llama-v3", "llama3")
-"""Vocabularies where a word that is a token needs no merges."""
+"""Pre-tokenizers whose words become one token without merges if they can."""
 
 _UNKNOWN, _CONTROL, _USER, _BYTE = 2, 3, 4, 6
 _LONGEST = 512
-"""Characters of a SentencePiece token, whose every cut is looked at."""
+"""Maximum length of a SentencePiece token, all splits of which are tried."""
 
 _SPACE = "\u2581"
 
 
 class _Fields:
-  """The `tokenizer.ggml.*` keys."""
+  """Validated access to the `tokenizer.ggml.*` keys."""
 
   def __init__(self, metadata: Mapping[str, Any]):
     self.metadata = metadata
@@ -77,14 +78,14 @@ class _Fields:
     if value is None:
       return [default] * count
     if not isinstance(value, np.ndarray) or value.shape != (count,):
-      self.fail(key, type(value).__name__, f"{count} numbers, one a token")
+      self.fail(key, type(value).__name__, f"{count} numbers, one per token")
     return value.tolist()
 
   def bpe(self, **parts: Any) -> tokenizers.Tokenizer:
-    """Returns a bare tokenizer; its parts may not fit together."""
+    """Returns a bare BPE tokenizer; fails if its parts are inconsistent."""
     try:
       return tokenizers.Tokenizer(models.BPE(**parts))
-    except Exception as error:  # the Rust library raises nothing narrower
+    except Exception as error:  # the Rust library raises no narrower type
       self.fail("merges", error, "pairs of tokens that join to a token")
 
   def token(self, key: str, count: int) -> int | None:
@@ -97,10 +98,10 @@ class _Fields:
 def tokenizer_from_gguf(
   metadata: Mapping[str, Any],
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-  """Returns the embedded tokenizer and its special tokens.
+  """Returns the tokenizer of a GGUF file and its special tokens.
 
   Args:
-    metadata: of an open file.
+    metadata: metadata of the file.
 
   Returns:
     The tokenizer, which adds no special tokens by itself, and a dict with
@@ -108,7 +109,7 @@ def tokenizer_from_gguf(
     and `chat_template` (text or None).
 
   Raises:
-    UserError: a key is missing, malformed, or names what is not supported.
+    UserError: a key is missing, malformed, or has an unsupported value.
   """
   fields = _Fields(metadata)
   kind = fields.get("model", str, None)
@@ -135,7 +136,7 @@ def tokenizer_from_gguf(
 
 
 def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
-  """Returns token to id; of equal tokens the first counts."""
+  """Returns token -> id; of duplicate tokens, the first one is used."""
   return {t: len(tokens) - 1 - i for i, t in enumerate(reversed(tokens))}
 
 
@@ -143,8 +144,8 @@ def _byte_level(
   fields: _Fields, tokens: list[str], unknown: int | None
 ) -> tokenizers.Tokenizer:
   pre = fields.get("pre", str, "default")
-  if pre not in WORDS:
-    fields.fail("pre", pre, f"one of {', '.join(WORDS)}")
+  if pre not in PRE_TOKENIZERS:
+    fields.fail("pre", pre, f"one of {', '.join(PRE_TOKENIZERS)}")
   merges = [tuple(m.split(" ")) for m in fields.strings("merges")]
   if bad := [m for m in merges if len(m) != 2]:
     fields.fail("merges", " ".join(bad[0]), "two tokens and a space")
@@ -153,12 +154,12 @@ def _byte_level(
     merges=merges,
     ignore_merges=pre in _WHOLE_WORDS,
   )
-  if WORDS[pre] is _QWEN2:
+  if PRE_TOKENIZERS[pre] is _QWEN2:
     out.normalizer = normalizers.NFC()
   out.pre_tokenizer = pre_tokenizers.Sequence(
     [
       pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
-      for words in WORDS[pre]
+      for words in PRE_TOKENIZERS[pre]
     ]
     + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
   )
@@ -169,7 +170,7 @@ def _byte_level(
 def _merges(
   vocabulary: Mapping[str, int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-  """Returns every way to join two tokens to a third, best score first."""
+  """Returns all pairs of tokens that form a token, by descending score."""
   found = []
   for token, index in vocabulary.items():
     for cut in range(1, len(token)):
@@ -183,7 +184,7 @@ def _merges(
 def _sentencepiece(
   fields: _Fields, tokens: list[str], unknown: int | None
 ) -> tokenizers.Tokenizer:
-  """SentencePiece's BPE: bytes stand for what no token covers."""
+  """Builds SentencePiece BPE, with byte fallback for unknown characters."""
   if longest := next((t for t in tokens if len(t) > _LONGEST), None):
     fields.fail("tokens", longest, f"tokens of up to {_LONGEST} characters")
   vocabulary = _vocabulary(tokens)
@@ -218,7 +219,7 @@ def _sentencepiece(
 def _add_special(
   out: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]
 ) -> None:
-  """Marks tokens that are found in text before anything else is."""
+  """Adds the tokens that are matched in text before pre-tokenization."""
   marked = [
     tokenizers.AddedToken(token, special=kind != _USER, normalized=False)
     for token, kind in zip(tokens, types, strict=True)

@@ -1,8 +1,8 @@
-"""A tokenizer as a GGUF file's metadata, where that can say what it does.
+"""Exports a tokenizer to GGUF metadata, if the format can express it.
 
-What a `tokenizers` object does is known only by running it: the keys are
-written, read back as llama.cpp would, and kept only if both cut a set of
-texts alike.
+The behaviour of a `tokenizers` object can only be tested by running it. So the
+keys are generated, read back as llama.cpp would, and used only if both
+tokenizers agree on a set of probe texts.
 """
 
 import json
@@ -18,7 +18,7 @@ from research.typing import UserError
 
 _NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6
 
-TEXTS = (
+PROBE_TEXTS = (
   "Hello, world! It's we'll I'VE don't",
   "  two  spaces\n\n\nand\tlines \r\n end ",
   "1 22 333 4444 55555 3.14159 x2 v10.0",
@@ -33,22 +33,22 @@ TEXTS = (
   "\n",
   "",
 )
-"""Texts that the rules of known tokenizers cut differently."""
+"""Texts that known pre-tokenizers split differently."""
 
 
 def from_tokenizer(
   tokenizer: Tokenizer, vocab: int
 ) -> tuple[dict[str, Any], str]:
-  """Returns the `tokenizer.*` keys, or none and the reason why not.
+  """Returns `(tokenizer.* keys, "")`, or `({}, reason)` if not possible.
 
   Args:
-    tokenizer: any.
-    vocab: rows of the embedding; tokens that are missing are marked unused.
+    tokenizer: the tokenizer to export.
+    vocab: number of embedding rows; missing tokens are marked unused.
   """
   fields = json.loads(tokenizer.backend.to_str())
   model = fields["model"]
   if model.get("type") != "BPE":
-    return {}, f"a {model.get('type')} tokenizer; GGUF's readers know BPE"
+    return {}, f"a {model.get('type')} tokenizer; GGUF readers support BPE"
   tokens, types = _tokens(tokenizer, fields, vocab)
   if tokens is None:
     return {}, "its tokens are not numbered from 0 without a gap"
@@ -59,11 +59,11 @@ def from_tokenizer(
     if _alike(tokenizer, found):
       first = {"tokenizer.ggml.model": found.pop("tokenizer.ggml.model")}
       return first | found, ""
-  return {}, "no rule for words that a GGUF file can name cuts texts like it"
+  return {}, "no pre-tokenizer that a GGUF file can name splits texts like it"
 
 
 def _tokens(tokenizer, fields, vocab):
-  """Returns each id's token and type; (None, None) where ids have gaps."""
+  """Returns the token and type of each id; (None, None) if ids have gaps."""
   known = tokenizer.backend.get_vocab(with_added_tokens=True)
   size = max(vocab, len(known))
   if max(known.values(), default=0) >= size:
@@ -117,7 +117,7 @@ def _candidates(tokenizer, model, tokens, types) -> Iterator[dict[str, Any]]:
         "tokenizer.ggml.add_space_prefix": prefix,
       }
     return
-  for pre in gguf_tokenizer.WORDS:
+  for pre in gguf_tokenizer.PRE_TOKENIZERS:
     yield {
       "tokenizer.ggml.model": "gpt2",
       "tokenizer.ggml.pre": pre,
@@ -130,7 +130,7 @@ def _is_byte(token: str) -> bool:
 
 
 def _scores(tokens, pairs) -> list[float]:
-  """Returns scores in whose order the merges come: minus the first rank."""
+  """Returns scores that reproduce the merge order: minus the merge rank."""
   rank: dict[str, int] = {}
   for i, (left, right) in enumerate(pairs):
     rank.setdefault(left + right, i)
@@ -138,7 +138,10 @@ def _scores(tokens, pairs) -> list[float]:
 
 
 def _words(backend: tokenizers.Tokenizer, text: str) -> list[str]:
-  """Returns what is merged by itself; a small vocabulary may not show it."""
+  """Returns the words before merging.
+
+  Compared separately, because a small vocabulary may not show differences.
+  """
   if backend.normalizer is not None:
     text = backend.normalizer.normalize_str(text)
   if backend.pre_tokenizer is None:
@@ -155,7 +158,7 @@ def _alike(tokenizer: Tokenizer, found: dict[str, Any]) -> bool:
   if backend.model.ignore_merges != mine.model.ignore_merges:
     return False
   marked = [t.content for t in mine.get_added_tokens_decoder().values()]
-  texts = [*TEXTS, "".join(f"x{t} y" for t in marked[:64])]
+  texts = [*PROBE_TEXTS, "".join(f"x{t} y" for t in marked[:64])]
   return all(
     _words(backend, text) == _words(mine, text)
     and backend.encode(text, add_special_tokens=False).ids

@@ -1,9 +1,9 @@
-"""A Jinja environment for templates by strangers: no escape, and bounded.
+"""Sandboxed Jinja environment for untrusted chat templates.
 
-Jinja's immutable sandbox already refuses attributes that start with an
-underscore, and mutation. What it does not bound is work: here a rendering may
-run so many lines, and no string or list that it makes may pass a size, with
-those operations left out whose result can be any size at all (`test_chat.py`
+Jinja's immutable sandbox already rejects mutation and attributes that start
+with an underscore, but does not limit work. This one also limits the number of
+executed lines and the size of all strings and lists, and rejects operations
+whose result can have any size (`test_chat.py`
 renders with and without).
 """
 
@@ -20,13 +20,14 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_SIZE = 1 << 22
-"""Characters of a string or elements of a list, whole text included."""
+"""Maximum characters of a string (also the output) or elements of a list."""
 
 MAX_STEPS = 1 << 19
-"""Lines of compiled template that a rendering may run."""
+"""Maximum number of compiled template lines that a rendering may execute."""
 
 _MARKS = "marks made"
-"""A name, which no template can say, of what `{% generation %}` has marked."""
+"""Context variable for the texts of `{% generation %}` blocks; templates cannot
+access it because of the space in its name."""
 
 _SAFE = """
 abs count d default dictsort first float int items last length list map max min
@@ -34,19 +35,19 @@ reject rejectattr reverse select selectattr sort unique
 """
 _OF_TEXT = "capitalize lower safe string title trim upper"
 _GROWING = "center expandtabs format format_map ljust rjust translate zfill"
-"""Methods of strings whose result may be any size; no chat needs them."""
+"""String methods whose result can have any size; chat templates need none."""
 
 
-class TooMuch(Exception):
-  """A rendering passed one of the bounds."""
+class LimitExceeded(Exception):
+  """A rendering exceeded one of the limits."""
 
 
 class _Marked(str):
-  """Text that a template marks as the assistant's."""
+  """Text inside a `{% generation %}` block."""
 
 
 class _Generation(ext.Extension):
-  """`{% generation %}` marks what the assistant says."""
+  """The tag `{% generation %}`, which marks the assistant's text."""
 
   tags = {"generation"}
 
@@ -57,7 +58,7 @@ class _Generation(ext.Extension):
     return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
   def mark(self, context: Any, caller: Callable[[], str]) -> str:
-    """Returns the text of the block, and counts it."""
+    """Returns the text of the block and records it."""
     text = _Marked(caller())
     context[_MARKS].append(text)
     return text
@@ -66,16 +67,16 @@ class _Generation(ext.Extension):
 @no_type_check
 def _bound(size: int) -> None:
   if size > MAX_SIZE:
-    raise TooMuch(f"more than {MAX_SIZE:,} characters")
+    raise LimitExceeded(f"more than {MAX_SIZE:,} characters")
 
 
 @no_type_check
 def _measured(x: Any) -> Any:
-  """Returns `x` if its text, aliases written out, is within the bound."""
+  """Returns `x` if its text, with aliases expanded, is within the limit."""
   size, rest = 0, [x]
   while rest:
     x_ = rest.pop()
-    size += 3  # an element and what parts it from the next one
+    size += 3  # an element and its separator
     if isinstance(x_, str | bytes):
       size += len(x_)
     elif isinstance(x_, dict):
@@ -131,9 +132,9 @@ def _tojson(
   separators: Any = None,
   sort_keys: bool = False,
 ) -> str:
-  """JSON as Hugging Face writes it, without HTML's escapes."""
+  """Returns JSON as in Hugging Face templates, without HTML escapes."""
   if indent is not None and not 0 <= int(indent) <= 16:
-    raise TooMuch("an indentation of more than 16")
+    raise LimitExceeded("an indentation of more than 16")
   return json.dumps(
     _measured(x),
     ensure_ascii=ensure_ascii,
@@ -149,12 +150,12 @@ def _raise_exception(message: Any) -> None:
 
 def _strftime_now(form: str) -> str:
   if len(form) > 64:
-    raise TooMuch("a date of more than 64 characters")
+    raise LimitExceeded("a date of more than 64 characters")
   return datetime.datetime.now().strftime(form)
 
 
 class _Generator(compiler.CodeGenerator):
-  """Compiles `a ~ b` to a call that is bounded."""
+  """Compiles `a ~ b` to a call with a size limit."""
 
   def visit_Concat(self, node, frame):
     self.write("environment.concat((")
@@ -172,23 +173,23 @@ class _Environment(ImmutableSandboxedEnvironment):
   def call_binop(self, context, operator, left, right):
     sizes = [len(x) for x in (left, right) if hasattr(x, "__len__")]
     if sizes and operator == "%":
-      raise TooMuch("%-formatting, which no chat needs")
+      raise LimitExceeded("%-formatting, which no chat needs")
     if operator == "**":
-      raise TooMuch("a power, which no chat needs")
+      raise LimitExceeded("a power, which no chat needs")
     if sizes and operator == "*":
       times = [x for x in (left, right) if isinstance(x, int)]
       sizes = [sizes[0] * max(times, default=1)]
     _bound(sum(sizes))
     numbers = [x for x in (left, right) if isinstance(x, int)]
     if any(x.bit_length() > 64 for x in numbers):
-      raise TooMuch("an integer of more than 64 bits")
+      raise LimitExceeded("an integer of more than 64 bits")
     return super().call_binop(context, operator, left, right)
 
   def call(self, context, obj, *args, **kwargs):
     owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
     if isinstance(owner, str):
       if name in _GROWING.split():
-        raise TooMuch(f"str.{name}, which no chat needs")
+        raise LimitExceeded(f"str.{name}, which no chat needs")
       if name == "join":
         return _joined(owner, *args)
       if name == "replace":
@@ -201,7 +202,7 @@ def _of_text(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def environment() -> jinja2.Environment:
-  """Returns the environment; Hugging Face's helpers are among its names."""
+  """Returns the sandboxed environment, including Hugging Face's helpers."""
   out = _Environment(
     trim_blocks=True,
     lstrip_blocks=True,
@@ -222,8 +223,8 @@ def environment() -> jinja2.Environment:
   return out
 
 
-def marks(template: str) -> bool:
-  """Returns whether a template says `{% generation %}` anywhere."""
+def has_generation_blocks(template: str) -> bool:
+  """Returns whether a template contains a `{% generation %}` block."""
   tokens = [t for t in environment().lex(template) if t[1] != "whitespace"]
   return any(
     begin[1] == "block_begin" and name[1:] == ("name", "generation")
@@ -232,11 +233,14 @@ def marks(template: str) -> bool:
 
 
 def render(template: jinja2.Template, names: dict[str, Any]) -> str:
-  """Returns the text of `template`; raises `TooMuch` past a bound.
+  """Renders a template.
 
   Args:
     template: from this module's `environment().from_string`.
-    names: what the template may use.
+    names: template variables.
+
+  Raises:
+    LimitExceeded: the template exceeds a limit.
   """
   return _rendered(template, names)[0]
 
@@ -244,21 +248,27 @@ def render(template: jinja2.Template, names: dict[str, Any]) -> str:
 def render_marked(
   template: jinja2.Template, names: dict[str, Any]
 ) -> tuple[str, list[tuple[int, int]]]:
-  """Returns the text, and where in it `{% generation %}` blocks stand.
+  """Renders a template and locates its `{% generation %}` blocks.
+
+  Args:
+    template, names: as for `render`.
+
+  Returns:
+    The text, and the (start, end) span of each block.
 
   Raises:
-    TooMuch: the template passes a bound.
-    TemplateError: a marked block was put into a variable or a macro, so that
-      its place in the text is not known.
+    LimitExceeded: the template exceeds a limit.
+    TemplateError: a block is inside a variable or a macro, so its position in
+      the text is unknown.
   """
   text, spans, made = _rendered(template, names)
   if len(spans) != made:
-    raise TemplateError("{% generation %} stands in a variable or a macro")
+    raise TemplateError("{% generation %} is inside a variable or a macro")
   return text, spans
 
 
 def _rendered(template, names) -> tuple[str, list[tuple[int, int]], int]:
-  """Returns the text, the marked spans, and how many marks were made."""
+  """Returns the text, the marked spans, and the number of rendered blocks."""
   made: list[str] = []
   context = template.new_context({**names, _MARKS: made})
   spans, place = [], 0
@@ -276,17 +286,17 @@ def _rendered(template, names) -> tuple[str, list[tuple[int, int]], int]:
 
 
 def _traced(work: Callable[[], str]) -> str:
-  """Returns `work()`, which may run so many lines of a template."""
+  """Runs `work()` with a limit on the number of template lines."""
   steps = 0
 
-  @no_type_check  # called for every line: a checked call costs 30 us
+  @no_type_check  # called for every line; a type-checked call costs 30 us
   def count(frame, event, argument):
     nonlocal steps
     if frame.f_code.co_filename != "<template>":
       return None
     steps += 1
     if steps > MAX_STEPS:
-      raise TooMuch(f"more than {MAX_STEPS:,} steps")
+      raise LimitExceeded(f"more than {MAX_STEPS:,} steps")
     return count
 
   before = sys.gettrace()

@@ -1,10 +1,10 @@
-"""What stands around a text: `bos` before it, `eos` behind it, or nothing.
+"""Special tokens around documents: `bos` before, `eos` after, or none.
 
-A tokenizer says what its model was trained to see there: `tokenizer.json` by
-its post-processor, `tokenizer_config.json` and GGUF files by `add_bos_token`
-and `add_eos_token`. A model that always saw `bos` first needs it in every row
-and window, those that begin within a text too: much of its attention goes
-there, and without it the first tokens take its place (Xiao et al. 2023,
+The tokenizer specifies what its model was trained with: `tokenizer.json` by its
+post-processor, `tokenizer_config.json` and GGUF files by `add_bos_token` and
+`add_eos_token`. A model that was always trained with an initial `bos` needs it
+in every row and window, even those that start within a text: it is an attention
+sink, and without it the first tokens take that role (Xiao et al. 2023,
 arXiv:2309.17453).
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from research.typing import UserError
 
 FILE = "special_tokens.json"
-"""In a run's working directory: what its documents began and ended with."""
+"""File in a run's working directory that records its special tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +24,9 @@ class SpecialTokens:
   """Token ids around a document.
 
   Attributes:
-    begin: before it; `bos` mostly.
-    end: behind it; `eos`, if anything.
-    every_row: whether rows and windows that begin within a document begin with
+    begin: before the document, usually `bos`.
+    end: after the document, `eos` or nothing.
+    every_row: whether rows and windows that start within a document begin with
       `begin`, too.
   """
 
@@ -36,21 +36,21 @@ class SpecialTokens:
 
   @property
   def row_begin(self) -> tuple[int, ...]:
-    """What a row begins with that begins within a document."""
+    """Initial tokens of a row that starts within a document."""
     return self.begin if self.every_row else ()
 
   def document(self, ids: Sequence[int]) -> list[int]:
-    """Returns a whole document's tokens; none twice that its text spells."""
+    """Adds special tokens to a document, unless its text has them already."""
     ids = self.prompt(ids)
     written = self.end and tuple(ids[-len(self.end) :]) == self.end
     return ids if written else [*ids, *self.end]
 
   def prompt(self, ids: Sequence[int]) -> list[int]:
-    """Returns the tokens of a text that is to be continued."""
+    """Adds the initial special tokens to a text to be continued."""
     return list(ids) if begins_with(ids, self.begin) else [*self.begin, *ids]
 
   def truncate(self, ids: Sequence[int], room: int) -> list[int]:
-    """Returns the last `room` tokens, of which the first stay `begin`."""
+    """Returns the last `room` tokens, keeping `row_begin` in front."""
     if len(ids) <= room or not begins_with(ids, self.row_begin):
       return list(ids[-room:])
     kept = room - len(self.row_begin)
@@ -59,11 +59,11 @@ class SpecialTokens:
     )
 
   def windows(self, ids: Sequence[int], size: int) -> list[list[int]]:
-    """Returns all whole windows of `size` tokens, each with its `row_begin`.
+    """Splits ids into full windows that each begin with `row_begin`.
 
     Args:
-      ids: of documents, one behind the other.
-      size: tokens of a window, those of `row_begin` included.
+      ids: concatenated documents.
+      size: tokens per window, including `row_begin`.
     """
     head, start, out = self.row_begin, 0, []
     while True:
@@ -76,7 +76,7 @@ class SpecialTokens:
       start += own
 
   def record(self) -> dict[str, Any]:
-    """Returns what `read` reads, as values of JSON."""
+    """Returns a JSON object for `read`."""
     return {
       "begin": list(self.begin),
       "end": list(self.end),
@@ -88,28 +88,28 @@ NO_SPECIAL_TOKENS = SpecialTokens()
 
 
 def begins_with(ids: Any, begin: Sequence[int]) -> bool:
-  """Whether `ids`, a list or an array, begin with those of `begin`."""
+  """Whether `ids`, a list or an array, starts with `begin`."""
   return [int(i) for i in ids[: len(begin)]] == list(begin)
 
 
-def of_tokenizer(tokenizer: Any) -> SpecialTokens:
-  """Returns what a tokenizer puts around a text.
+def from_tokenizer(tokenizer: Any) -> SpecialTokens:
+  """Returns the special tokens of a tokenizer.
 
   Args:
-    tokenizer: a `Tokenizer`; anything else that has `encode(text)`, or None,
-      puts nothing there.
+    tokenizer: a `Tokenizer`. Any other object with `encode(text)`, or None, has
+      no special tokens.
   """
   return getattr(tokenizer, "special", NO_SPECIAL_TOKENS)
 
 
 def read(path: Any) -> SpecialTokens:
-  """Returns what `SpecialTokens.record` said.
+  """Reads the special tokens that `SpecialTokens.record` described.
 
   Args:
-    path: a `pathlib.Path`, or one of a bucket.
+    path: a `pathlib.Path`, or a path of an object store.
 
   Raises:
-    UserError: the file holds something else.
+    UserError: the file is malformed.
   """
   try:
     found = json.loads(path.read_text("utf-8"))
@@ -120,7 +120,7 @@ def read(path: Any) -> SpecialTokens:
       raise ValueError("not ids and a bool")
   except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
     raise UserError(
-      f"{path}: is no record of a run's special tokens ({error}).\n"
+      f"{path}: is not a record of a run's special tokens ({error}).\n"
       'Expected {"begin": [ids], "end": [ids], "every_row": true or false}.'
     ) from error
   return SpecialTokens(begin, end, every_row)

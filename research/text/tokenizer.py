@@ -1,4 +1,4 @@
-"""A tokenizer as a value: text to ids and back, whole or as a stream."""
+"""Tokenizers: encoding, decoding, streaming, chat templates, stop strings."""
 
 import dataclasses
 import functools
@@ -15,23 +15,23 @@ from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
 MAX_JSON = 1 << 28
-"""Bytes of a tokenizer's file; the largest in use have about 35 MB."""
+"""Maximum size of a tokenizer file in bytes; large ones have about 35 MB."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-  """Text to token ids and back.
+  """Converts text to token ids and back.
 
   Attributes:
-    backend: the `tokenizers` object that does the work.
-    bos, eos, pad: their ids, or None.
-    stop: ids that end a generation.
-    add_bos: whether a document begins with `bos` although the backend's own
-      post-processor does not add it (GGUF files say so).
-    add_eos: whether it ends with `eos`, likewise.
-    documents: what a run's documents began and ended with, where it has said
-      so; None for what the tokenizer itself says.
-    chat_template: Jinja, or None.
+    backend: the `tokenizers.Tokenizer` that does the work.
+    bos, eos, pad: ids of these special tokens, or None.
+    stop: ids that end generation.
+    add_bos: whether documents begin with `bos` although the backend's
+      post-processor does not add it (as GGUF files may specify).
+    add_eos: whether documents end with `eos`, likewise.
+    documents: the special tokens around documents that a training run recorded;
+      None for the tokenizer's own.
+    chat_template: a Jinja template, or None.
   """
 
   backend: Any
@@ -49,29 +49,28 @@ class Tokenizer:
     """Returns the tokenizer of a Hugging Face directory.
 
     Raises:
-      UserError: `tokenizer.json` is missing, or a file is not what it should
-        be.
+      UserError: `tokenizer.json` is missing, or a file is malformed.
     """
     return _from_directory(pathlib.Path(directory))
 
   @classmethod
   def from_gguf(cls, metadata: Mapping[str, Any]) -> "Tokenizer":
-    """Returns the tokenizer that a GGUF file carries in its metadata."""
+    """Returns the tokenizer in the metadata of a GGUF file."""
     return _from_gguf(metadata)
 
   @property
   def vocab_size(self) -> int:
-    """How many ids there are, added tokens included."""
+    """The number of ids, including added tokens."""
     return self.backend.get_vocab_size(with_added_tokens=True)
 
   @property
   def special(self) -> SpecialTokens:
-    """What stands around a document."""
+    """The special tokens around a document."""
     return self.own_special if self.documents is None else self.documents
 
   @functools.cached_property
   def own_special(self) -> SpecialTokens:
-    """What the tokenizer itself says; where it is `bos`, in every row."""
+    """The tokenizer's own special tokens; initial ones go in every row."""
     begin, end = _added(self.backend)
     if self.add_bos and self.bos is not None and not begin:
       begin = (self.bos,)
@@ -83,26 +82,26 @@ class Tokenizer:
     """Returns the ids of `text`.
 
     Args:
-      text: special tokens written out in it become their ids.
-      add_special: whether what the model expects around a document (often a
-        `bos` before it) is added.
+      text: the text; special tokens in it become their ids.
+      add_special: whether to add the special tokens around a document (often a
+        `bos` before it).
     """
     ids = self.backend.encode(text, add_special_tokens=False).ids
     return self.special.document(ids) if add_special else ids
 
   def prompt(self, text: str) -> list[int]:
-    """Returns the ids of a text that the model is to continue.
+    """Returns the ids of a text for the model to continue.
 
-    What belongs before a document stands before it, and nothing behind it.
+    Adds the special tokens before a document, but not those after it.
     """
     return self.special.prompt(self.encode(text))
 
   def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-    """Returns the text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+    """Returns the text of `ids`; invalid UTF-8 becomes U+FFFD."""
     return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
   def stream_decoder(self, skip_special: bool = True) -> "StreamDecoder":
-    """Returns a decoder of ids that come one after another."""
+    """Returns a decoder for a stream of ids."""
     return StreamDecoder(self, skip_special)
 
   def chat(
@@ -110,7 +109,7 @@ class Tokenizer:
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = True,
   ) -> str:
-    """Returns a conversation as the model's prompt; encode it as it is.
+    """Renders a conversation to a prompt; encode it without special tokens.
 
     Raises:
       UserError: there is no chat template, or it fails.
@@ -121,9 +120,9 @@ class Tokenizer:
   def chat_marked(
     self, messages: Sequence[Mapping[str, Any]]
   ) -> tuple[str, list[tuple[int, int]]] | None:
-    """Returns a conversation and where the assistant speaks in it.
+    """Renders a conversation; returns the text and the assistant's spans.
 
-    None where the chat template does not mark that.
+    Returns None if the chat template does not mark them.
 
     Raises:
       UserError: there is no chat template, or it fails.
@@ -144,11 +143,11 @@ class Tokenizer:
 
 
 def _added(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """Returns what the backend's own post-processor puts around a text."""
+  """Returns the ids that the backend's post-processor puts around a text."""
   for text in ("a", "0", "A"):
     inside = backend.encode(text, add_special_tokens=False).ids
     whole = backend.encode(text, add_special_tokens=True).ids
-    # Nothing is inside where the vocabulary lacks the letter.
+    # `inside` is empty if the vocabulary lacks the letter.
     for i in range(len(whole) - len(inside) + 1 if inside else 0):
       if whole[i : i + len(inside)] == inside:
         return tuple(whole[:i]), tuple(whole[i + len(inside) :])
@@ -156,18 +155,18 @@ def _added(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 class StreamDecoder:
-  """Turns ids that come one after another into text that is never broken.
+  """Decodes a stream of ids to text, without splitting characters.
 
-  The pieces, joined, are `decode` of all ids. A piece is held back while the
-  bytes of its last character may still be incomplete. The ids of the piece
-  before are decoded again in front of the new ones, since some decoders treat
-  the first id of a text differently.
+  The concatenated pieces equal `decode` of all ids. Text is buffered while the
+  bytes of its last character may be incomplete. The ids of the previous piece
+  are decoded again together with the new ones, since some decoders treat the
+  first id of a text differently.
 
   `DecodeStream` of `tokenizers` (0.23) would hold bytes that are not UTF-8 back
   for ever, and does not give them out at the end (`test_tokenizer.py`).
   """
 
-  _LONGEST = 4  # bytes, so at most tokens, of a character in UTF-8
+  _LONGEST = 4  # maximum number of bytes, so tokens, of a UTF-8 character
 
   def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
     self._decode = lambda ids: tokenizer.decode(ids, skip_special)
@@ -175,19 +174,19 @@ class StreamDecoder:
     self._waiting: list[int] = []
 
   def feed(self, ids: Iterable[int]) -> str:
-    """Returns the text that `ids` complete, perhaps none."""
+    """Returns the text that `ids` complete, possibly empty."""
     return "".join(self._feed(i) for i in ids)
 
   def flush(self) -> str:
-    """Returns what is still held back, at the end of the text."""
+    """Returns the buffered text, at the end of the stream."""
     return self._release(len(self._waiting))
 
   def _feed(self, i: int) -> str:
     self._waiting.append(i)
     if not self._text(self._waiting).endswith("\ufffd"):
       return self._release(len(self._waiting))
-    # Not UTF-8 at all, or not yet: release what no later byte can change,
-    # which is up to where two parts decode like the whole.
+    # Invalid or incomplete UTF-8: release the part that later bytes cannot
+    # change, up to a point where both parts decode separately as together.
     if len(self._waiting) > 2 * self._LONGEST:
       whole = self._text(self._waiting)
       for cut in range(len(self._waiting) - self._LONGEST, 0, -1):
@@ -209,10 +208,10 @@ class StreamDecoder:
 
 
 class StopStrings:
-  """Cuts a stream of text before the first of some strings.
+  """Truncates a stream of text before the first stop string.
 
-  A piece that may be the beginning of a stop string is held back until it is
-  known, so a string is found wherever the pieces are cut.
+  Text that may be the beginning of a stop string is buffered, so a stop string
+  is found even if it is split between pieces.
   """
 
   def __init__(self, stops: Sequence[str]):
@@ -223,7 +222,7 @@ class StopStrings:
     self.found = False
 
   def feed(self, piece: str) -> str:
-    """Returns the text that is surely before any stop string."""
+    """Returns text that cannot be part of a stop string."""
     if self.found:
       return ""
     text = self._held + piece
@@ -236,13 +235,13 @@ class StopStrings:
     return text[: len(text) - keep]
 
   def flush(self) -> str:
-    """Returns what is still held back, at the end of the text."""
+    """Returns the buffered text, at the end of the stream."""
     text, self._held = self._held, ""
     return text
 
 
 def _overlap(text: str, stop: str) -> int:
-  """Returns how much of the end of `text` is the beginning of `stop`."""
+  """Returns the length of the longest suffix of `text` that begins `stop`."""
   for n in range(min(len(text), len(stop) - 1), 0, -1):
     if text.endswith(stop[:n]):
       return n
@@ -279,8 +278,10 @@ def _from_directory(directory: pathlib.Path) -> Tokenizer:
   except UserError:
     raise
   except Exception as error:  # the library raises bare Exceptions
-    raise UserError(f"{path}: is no tokenizer: {str(error)[:200]}") from error
-  # Batches are padded and cut by us.
+    raise UserError(
+      f"{path}: is not a tokenizer: {str(error)[:200]}"
+    ) from error
+  # Padding and truncation are done elsewhere.
   backend.no_padding()
   backend.no_truncation()
   config = _json(directory / "tokenizer_config.json")
@@ -305,7 +306,7 @@ def _from_directory(directory: pathlib.Path) -> Tokenizer:
 
 
 def _stop(directory: pathlib.Path, eos: int | None) -> tuple[int, ...]:
-  """Returns the ids that end a text: the tokenizer's and the model's."""
+  """Returns the ids that end a text, from the tokenizer's and model's files."""
   found = [] if eos is None else [eos]
   for name in ("generation_config.json", "config.json"):
     ids = _json(directory / name).get("eos_token_id")
@@ -329,19 +330,19 @@ def _text(path: pathlib.Path) -> str:
   try:
     return path.read_text("utf-8")
   except UnicodeDecodeError as error:
-    raise UserError(f"{path}: is no UTF-8 at byte {error.start}") from error
+    raise UserError(f"{path}: is not UTF-8 at byte {error.start}") from error
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file, an empty one where there is no file."""
+  """Returns the object in a JSON file; {} if the file does not exist."""
   if not path.is_file():
     return {}
   text = _text(path)
   try:
     found = json.loads(text)
   except (ValueError, RecursionError) as error:
-    # An integer of thousands of digits is a ValueError, too.
-    raise UserError(f"{path}: is no JSON: {error}") from error
+    # ValueError includes integers with thousands of digits.
+    raise UserError(f"{path}: is not JSON: {error}") from error
   if not isinstance(found, dict):
     raise UserError(f"{path}: found a {type(found).__name__}, not an object")
   return found

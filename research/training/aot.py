@@ -1,4 +1,4 @@
-"""Compiling the step ahead, and what XLA says of its cost."""
+"""Ahead-of-time compilation of the training step, with XLA's cost estimate."""
 
 import dataclasses
 import logging
@@ -17,10 +17,10 @@ from research.training.step import Metrics
 from research.typing import PRNGKey, UserError
 
 StateTransform = Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]
-"""What follows a step: `(state, its metrics) -> (state, metrics)`.
+"""Applied after a step: `(state, metrics) -> (state, metrics)`.
 
-It is compiled with the step, decides by `state.step` when it does anything,
-and may use up metrics that are arrays.
+It is compiled with the step, decides by `state.step` whether to act, and may
+consume metrics that are arrays.
 """
 
 
@@ -29,33 +29,36 @@ def lower_step(
   state: TrainState,
   batch: Batch,
   key: PRNGKey | jax.ShapeDtypeStruct,
-  rewrites: Sequence[StateTransform] = (),
+  state_transforms: Sequence[StateTransform] = (),
 ) -> jax.stages.Lowered:
-  """Returns the update, for the devices that its arguments are on.
+  """Lowers the update for the devices of its arguments.
 
-  It is `(moving, frozen, batch, key) -> (moving, metrics)`, where `moving` is
-  the state without its frozen part. It is donated; `frozen` is not. Metrics
-  that are still arrays after the rewrites are dropped.
+  The update is `(moving, frozen, batch, key) -> (moving, metrics)`, where
+  `moving` is the state without its frozen part. `moving` is donated, `frozen`
+  is not. Metrics that are still arrays after all transforms are dropped.
 
   Args:
     step: from `make_train_step`.
-    state: or its shapes. On a mesh, the new state is cut as this one is, and
-      the metrics are on every device.
-    batch: or its shapes.
-    key: or its shape.
-    rewrites: of the state, after each step, in order.
+    state: the state or its shapes. On a mesh, the new state has the same
+      sharding, and metrics are replicated.
+    batch: a batch or its shapes.
+    key: the random key or its shape.
+    state_transforms: applied to the state after each step, in order.
+
+  Raises:
+    UserError: a transform changes frozen weights.
   """
 
   def update(moving, frozen, batch, key):
     full = dataclasses.replace(moving, frozen=frozen)
     state, metrics = step(full, batch, key)
-    for rewrite in rewrites:
+    for rewrite in state_transforms:
       state, metrics = rewrite(state, metrics)
       if state.frozen is not frozen:
         raise UserError(
-          f"{rewrite}: changed frozen weights, which no checkpoint of a step"
-          " holds.\nExpected changes of what `trainable` or `held` matches"
-          " alone."
+          f"{rewrite}: changed frozen weights, which step checkpoints do not"
+          " contain.\nExpected it to change only weights that `trainable` or"
+          " `held` matches."
         )
     numbers = {k: v for k, v in metrics.items() if v.ndim == 0}
     return dataclasses.replace(state, frozen=None), numbers
@@ -70,15 +73,15 @@ def compile_step(
   state: TrainState,
   batch: Batch,
   key: PRNGKey | jax.ShapeDtypeStruct,
-  rewrites: Sequence[StateTransform] = (),
+  state_transforms: Sequence[StateTransform] = (),
 ) -> tuple[Callable, dict[str, float]]:
-  """Returns the compiled update of `lower_step` and what it costs.
+  """Returns the compiled update of `lower_step`, and its cost.
 
-  It takes one shape of batch: another one is a UserError, never a silent
-  recompilation.
+  The update accepts batches of one shape only: another shape raises a
+  UserError instead of recompiling silently.
   """
   begin = time.perf_counter()
-  compiled = lower_step(step, state, batch, key, rewrites).compile()
+  compiled = lower_step(step, state, batch, key, state_transforms).compile()
   memory.release()
   cost = {"compile/seconds": time.perf_counter() - begin, **_cost(compiled)}
   logging.info(
@@ -102,7 +105,7 @@ def compile_step(
 
 
 def _same(moving: TrainState) -> Any:
-  """Returns the shardings of a new state, and of metrics; None off a mesh."""
+  """Returns the shardings of the new state and metrics; None without a mesh."""
   where = getattr(moving.step, "sharding", None)
   if not isinstance(where, jax.sharding.NamedSharding):
     return None
@@ -113,12 +116,12 @@ def _same(moving: TrainState) -> Any:
 
 
 def _kinds(batch: Batch) -> dict[str, tuple[Any, Any]]:
-  """Returns what has to be equal in every batch; asked at every step."""
+  """Returns the shapes and dtypes that must be equal in every batch."""
   return {path: (x.shape, x.dtype) for path, x in batch.items()}
 
 
 def _shapes(batch: Batch) -> dict[str, str]:
-  """Returns the same in words."""
+  """Returns shapes and dtypes as text."""
   return {
     path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
     for path, x in sorted(batch.items())
@@ -126,10 +129,10 @@ def _shapes(batch: Batch) -> dict[str, str]:
 
 
 def _cost(compiled: Any) -> dict[str, float]:
-  """Returns what XLA says of a program.
+  """Returns XLA's cost analysis of a program.
 
-  Bodies of loops count once, and kernels that are not XLA's, such as attention
-  in C++, not at all.
+  Loop bodies count once, and custom kernels, such as attention in C++, do not
+  count.
   """
   flops = (compiled.cost_analysis() or {}).get("flops")
   usage = compiled.memory_analysis()

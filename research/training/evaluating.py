@@ -1,4 +1,4 @@
-"""Means of an objective's metrics over held-out batches."""
+"""Evaluation: means of an objective's metrics over held-out batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -14,7 +14,7 @@ from research.typing import UserError
 
 
 class Stopped(Exception):
-  """An evaluation was left before its end, since the run is to end."""
+  """An evaluation was interrupted because the run has to stop."""
 
 
 Evaluations = Mapping[str, Sequence[Batch]]
@@ -24,11 +24,11 @@ Evaluations = Mapping[str, Sequence[Batch]]
 def compiled(
   objective: Objective, sharding: NamedSharding | None = None
 ) -> EvalStep:
-  """Returns the jitted evaluation step; its sums are on every device.
+  """Returns the jitted evaluation step; its sums are replicated.
 
   Args:
-    objective: what to measure.
-    sharding: of batches, or None off a mesh.
+    objective: the objective to evaluate.
+    sharding: of batches, or None without a mesh.
   """
   where = None if sharding is None else shardings.replicated(sharding.mesh)
   return jax.jit(make_eval_step(objective), out_shardings=where)
@@ -39,35 +39,35 @@ def evaluate_all(
   state: TrainState,
   evaluations: Evaluations,
   sharding: NamedSharding | None = None,
-  leaving: Callable[[], bool] = lambda: False,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-  """Returns `name/metric` for each evaluation: means over the weight.
+  """Returns `{"name/metric": mean}` over all evaluations.
 
   Args:
     step: from `compiled`.
-    state: what to evaluate.
-    evaluations: name -> whole batches, in every process.
-    sharding: of batches, or None off a mesh.
-    leaving: whether to stop, asked before each batch; the same answer in every
+    state: the state to evaluate.
+    evaluations: name -> whole batches, the same in every process.
+    sharding: of batches, or None without a mesh.
+    should_stop: called before each batch; must return the same in every
       process.
 
   Raises:
-    Stopped: that answer was yes.
+    Stopped: `should_stop` returned True.
   """
   return {
     f"{name}/{metric}": value
     for name, batches in evaluations.items()
     for metric, value in evaluate(
-      step, state, _until(leaving, batches), sharding
+      step, state, _until(should_stop, batches), sharding
     ).items()
   }
 
 
 def _until(
-  leaving: Callable[[], bool], batches: Iterable[Batch]
+  should_stop: Callable[[], bool], batches: Iterable[Batch]
 ) -> Iterator[Batch]:
   for batch in batches:
-    if leaving():
+    if should_stop():
       raise Stopped
     yield batch
 
@@ -78,18 +78,21 @@ def evaluate(
   batches: Iterable[Batch],
   sharding: NamedSharding | None = None,
 ) -> dict[str, float]:
-  """Returns the metrics' means over all batches' weight, and `weight`.
+  """Returns the weighted means of the metrics, and the total `weight`.
 
   Args:
     step: from `compiled`.
-    state: what to evaluate.
-    batches: of one shape, whole in every process.
-    sharding: of batches, or None off a mesh.
+    state: the state to evaluate.
+    batches: whole batches of one shape, the same in every process.
+    sharding: of batches, or None without a mesh.
+
+  Raises:
+    UserError: the total weight is zero.
   """
   sums = None
   for batch in batches:
-    found = step(state, global_batch.place(batch, sharding))
-    # Added on the device: nothing waits until the last batch is queued.
+    found = step(state, global_batch.to_global(batch, sharding))
+    # Summed on the device, so that batches are dispatched without waiting.
     sums = found if sums is None else jax.tree.map(jax.numpy.add, sums, found)
   total = {k: float(v) for k, v in jax.device_get(sums or {}).items()}
   weight = total.pop("weight", 0.0)

@@ -1,8 +1,8 @@
-"""Global batches out of what each process reads.
+"""Global batches: assembles each process's rows into global arrays.
 
-A batch is one array over all devices of all processes. A process reads only
-the rows that its own devices hold, and where it stands in the data is the same
-for all, so that a run can go on with another number of processes.
+A batch is a global array over all devices of all processes. Each process reads
+only the rows of its own devices. The position in the data is the same for all
+processes, so a run can resume with another number of processes.
 """
 
 import math
@@ -19,9 +19,9 @@ from research.typing import UserError
 
 
 def share(sharding: NamedSharding | None) -> tuple[int, int]:
-  """Returns `(i, n)`: this process holds the i-th of n equal parts of the rows.
+  """Returns `(i, n)`: this process has the i-th of n equal parts of the rows.
 
-  All of them, `(0, 1)`, where the mesh scatters its rows.
+  Returns `(0, 1)`, all rows, if the mesh scatters this process's rows.
 
   Args:
     sharding: of a batch's arrays `[B, T]`, or None for one device.
@@ -29,19 +29,19 @@ def share(sharding: NamedSharding | None) -> tuple[int, int]:
   if sharding is None or jax.process_count() == 1:
     return 0, 1
   pieces = _pieces(sharding, 0)
-  rows = fitted(sharding, (pieces,))
+  rows = array_sharding(sharding, (pieces,))
   held = {
     piece
     for (index,) in rows.addressable_devices_indices_map((pieces,)).values()
     for piece in range(*index.indices(pieces))
   }
-  return part(held, pieces)
+  return equal_part(held, pieces)
 
 
-def part(held: Set[int], pieces: int) -> tuple[int, int]:
+def equal_part(held: Set[int], pieces: int) -> tuple[int, int]:
   """Returns `(i, n)`: `held` is the i-th of n equal parts of `range(pieces)`.
 
-  Or `(0, 1)`, all of it, where it is none.
+  Returns `(0, 1)` if it is no such part.
   """
   first, count = min(held), len(held)
   if max(held) - first + 1 != count or first % count or pieces % count:
@@ -49,8 +49,12 @@ def part(held: Set[int], pieces: int) -> tuple[int, int]:
   return first // count, pieces // count
 
 
-def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-  """Returns `sharding`, that of `[B, T]`, for a batch's array of `shape`.
+def array_sharding(
+  sharding: NamedSharding, shape: tuple[int, ...]
+) -> NamedSharding:
+  """Adapts `sharding` of `[B, T]` to a batch array of `shape`.
+
+  Axes after the first that the mesh does not divide stay unsharded.
 
   Raises:
     UserError: the mesh does not divide the rows.
@@ -60,7 +64,7 @@ def fitted(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
   if shape[0] % _pieces(sharding, 0):
     raise UserError(
       f"batch_size: found {shape[0]} rows, expected a multiple of"
-      f" {_pieces(sharding, 0)}: so many parts\nthe mesh cuts them into"
+      f" {_pieces(sharding, 0)}, the number of shards\non the mesh"
       f" ({sharding.mesh.shape_tuple}, axes {axes[0]})."
     )
   for i, dim in enumerate(shape):
@@ -74,15 +78,15 @@ def _pieces(sharding: NamedSharding, i: int) -> int:
   return math.prod(sharding.mesh.shape[a] for a in axes)
 
 
-def place(
+def to_global(
   batch: Batch, sharding: NamedSharding | None, parts: int = 1
 ) -> dict[str, Any]:
-  """Returns a batch as global arrays, cut as `sharding` says.
+  """Returns a batch as global sharded arrays.
 
   Args:
     batch: host arrays `[B / parts, ...]`.
-    sharding: of arrays `[B, T]`; None leaves the batch as it is.
-    parts: into how many the processes share the rows, see `share`.
+    sharding: of arrays `[B, T]`; None returns the batch unchanged.
+    parts: number of equal parts of the rows among processes, see `share`.
   """
   if sharding is None:
     return dict(batch)
@@ -90,7 +94,7 @@ def place(
   def one(x: Any) -> jax.Array:
     x = np.asarray(x)
     shape = (x.shape[0] * parts, *x.shape[1:])
-    cut = fitted(sharding, shape)
+    cut = array_sharding(sharding, shape)
     if jax.process_count() == 1:
       return jax.device_put(x, cut)
     return jax.make_array_from_process_local_data(cut, x, shape)
@@ -98,15 +102,15 @@ def place(
   return {name: one(x) for name, x in batch.items()}
 
 
-def placed(
+def to_global_batches(
   batches: Iterator[Batch], sharding: NamedSharding | None
 ) -> Iterator[Batch]:
-  """Returns batches that a compiled step takes.
+  """Converts batches to the input of a compiled step.
 
-  A single process hands its host arrays over as they are: the step knows where
-  they belong and puts them there faster than Python could.
+  A single process passes host arrays unchanged: the compiled step transfers
+  them to the devices faster than Python could.
   """
   if jax.process_count() == 1:
     return batches
   _, parts = share(sharding)
-  return (place(batch, sharding, parts) for batch in batches)
+  return (to_global(batch, sharding, parts) for batch in batches)

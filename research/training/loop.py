@@ -1,8 +1,9 @@
-"""The loop: restore, compile, step, evaluate, save.
+"""The training loop: restore, compile, step, evaluate, save.
 
-`fit` reads straight down. A run is a function of its plan, its data and its
-seed: ten steps are bitwise five, a crash, and five more, since a step's key is
-`fold_in(key(seed), step)` and the data's place is saved with the state.
+A run is a deterministic function of its config, data and seed. Ten steps are
+bitwise equal to five steps, a crash and five more, because a step's key is
+`fold_in(key(seed), step)` and the data iterator's position is saved with the
+state.
 """
 
 import contextlib
@@ -36,22 +37,22 @@ from research.typing import PRNGKey, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """How long to train, and when to look up.
+  """Duration of training, and the schedule of evaluations and checkpoints.
 
   Attributes:
-    steps: updates in all, over every resumption.
-    seed: of whatever is random in a step.
-    accumulate: microbatches in a batch.
-    average: decay of the moving average, where the state keeps one.
+    steps: total number of updates, across all resumptions.
+    seed: random seed of the steps.
+    accumulate: microbatches per batch (gradient accumulation).
+    average: decay of the moving average of the weights, if the state has one.
     eval_every: steps between evaluations; 0 for one at the end only.
-    save_every: steps between checkpoints besides those that follow each
+    save_every: steps between checkpoints, in addition to those after each
       evaluation and the last step; 0 for none.
-    keep: latest checkpoints to keep, besides the best.
-    keep_every: steps between checkpoints that are kept for good; 0 for none.
-    best: the metric that decides which is best.
-    better: which way.
-    profile: (first step, number of steps) to trace, counted from the start of
-      this process, or None.
+    keep: number of latest checkpoints to keep, besides the best.
+    keep_every: steps between checkpoints that are never deleted; 0 for none.
+    best: the metric that determines the best checkpoint.
+    better: whether lower or higher values of it are better.
+    profile: (first step, number of steps) to trace with the JAX profiler,
+      counted from the start of this process, or None.
   """
 
   steps: int
@@ -80,16 +81,17 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-  """What a run leaves behind.
+  """The result of a run.
 
   Attributes:
     state: the state after the last step.
-    start: updates that were done before this process began.
+    start: number of updates done before this process started.
     best: (step, metric) of the best checkpoint, or None.
     evaluation: metrics of the last evaluation in this process.
-    tokens_per_s: of training alone in this process; None if it did no step.
-    seconds: by what was being done in this process, see `Goodput`.
-    goodput: totals over all processes that this run took, see `Goodput`.
+    tokens_per_s: training throughput in this process, without evaluation and
+      saving; None if it did no step.
+    seconds: seconds per activity in this process, see `Goodput`.
+    goodput: totals over all processes of this run, see `Goodput`.
     peak_memory_bytes: see `memory.peak_memory_bytes`.
   """
 
@@ -108,46 +110,47 @@ def fit(
   tx: optax.GradientTransformation,
   state: TrainState,
   training: Iterable[Batch],
-  plan: TrainConfig,
+  config: TrainConfig,
   *,
   workdir: str | os.PathLike,
   evaluations: Evaluations | None = None,
   source: Mapping[str, Any] | None = None,
   writers: Sequence[reports.WriterFactory] = (),
-  rewrites: Sequence[StateTransform] = (),
+  state_transforms: Sequence[StateTransform] = (),
   sharding: NamedSharding | None = None,
-  began: float | int | None = None,
+  started_at: float | int | None = None,
 ) -> Outcome:
   """Trains from `state`, or from the workdir's last checkpoint if it has one.
 
-  Every process of a run calls this with equal arguments, but for its share of
-  `training`; all stop at the same step, whatever the reason.
+  All processes of a run call this with equal arguments, except for their share
+  of `training`. They stop at the same step, whatever the reason.
 
   Args:
     objective: the loss.
-    tx: the optimizer that `state` was made with.
-    state: where to start. It is consumed: its trainable part is donated.
-    training: endless batches of one shape, this process's share of the rows
-      (`global_batch.share`); `iter` of it is checkpointed if it is one of
-      grain's iterators.
-    plan: how long, and when to look up.
-    workdir: gets `metrics.jsonl`, `checkpoints/` and `profile/`.
+    tx: the optimizer that `state` was created with.
+    state: the initial state. Its trainable part is donated.
+    training: endless batches of one shape, with this process's share of the
+      rows (`global_batch.share`). The iterator is checkpointed if it is one of
+      grain's.
+    config: duration and schedule.
+    workdir: receives `metrics.jsonl`, `checkpoints/` and `profile/`.
     evaluations: name -> whole batches; metrics are written as `name/metric`.
-    source: where the frozen weights can be had again, see `record_base`.
-    writers: further writers besides `metrics.jsonl`.
-    rewrites: of the state, after each step, in order.
-    sharding: of batches `[B, T]`, on the mesh that `state` lives on; None for
-      a state on one device.
-    began: when this process began (`time.time()`), for the account of time.
+    source: where the frozen weights can be loaded from, see `record_base`.
+    writers: metric writers in addition to `metrics.jsonl`.
+    state_transforms: applied to the state after each step, in order.
+    sharding: of batches `[B, T]`, on the mesh of `state`; None for a state on
+      one device.
+    started_at: start time of this process (`time.time()`), for `Goodput`.
 
   Raises:
-    UserError: a loss or gradient that is not finite (with step and metric),
-      another base or structure than the workdir's, a batch of another shape.
-    Preempted: it was asked to end (`preemption`); the state has been saved.
+    UserError: the loss or gradient is not finite (names step and metric), the
+      base weights or the structure differ from the workdir's, or a batch has
+      another shape.
+    Preempted: a stop was requested (`preemption`); the state has been saved.
   """
   workdir = folders.folder(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  clock, evaluation = Goodput(began), {}
+  clock, evaluation = Goodput(started_at), {}
   points, batches = preemption.StopPoints(), iter(training)
   with contextlib.ExitStack() as stack:
     # --- restore ---
@@ -155,10 +158,10 @@ def fit(
     checkpoints = stack.enter_context(
       Checkpoints(
         folder,
-        keep=plan.keep,
-        every=plan.keep_every,
-        best=plan.best,
-        better=plan.better,
+        keep=config.keep,
+        every=config.keep_every,
+        best=config.best,
+        better=config.better,
         sweep=True,
       )
     )
@@ -173,7 +176,7 @@ def fit(
         workdir,
         writers,
         resumed if left is None else left,
-        plan.steps,
+        config.steps,
         clock,
         lambda: checkpoints.latest,
       )
@@ -182,7 +185,7 @@ def fit(
     evaluate_step = evaluating.compiled(objective, sharding)
 
     def evaluated(state: TrainState) -> dict[str, float] | None:
-      """Returns a step's evaluation, or None where it was left."""
+      """Returns the evaluation of a state, or None if it was interrupted."""
       try:
         with clock.doing("evaluate"):
           found = evaluating.evaluate_all(
@@ -203,12 +206,12 @@ def fit(
     def leave(saved: str) -> NoReturn:
       raise preemption.Preempted(
         f"{workdir}: asked to stop; {saved}.\n"
-        "The same command goes on from there."
+        "The same command resumes from there."
       )
 
-    # --- what a run was asked to leave ---
+    # --- evaluate a step that was interrupted before its evaluation ---
     if left is not None:
-      if _looks(plan, start, evaluations):
+      if _looks(config, start, evaluations):
         evaluation = evaluated(state)
         if evaluation is None:
           leave(f"step {start} is saved, but for its evaluation")
@@ -216,36 +219,36 @@ def fit(
       unevaluated.remove(workdir)
 
     # --- compile ---
-    key = _key(plan.seed, sharding)
-    if start < plan.steps:
+    key = _key(config.seed, sharding)
+    if start < config.steps:
       with clock.doing("compile"):
-        # The first batch of another iterator: this one must not move.
+        # From another iterator: `batches` must not advance.
         _, parts = global_batch.share(sharding)
-        first = global_batch.place(next(iter(training)), sharding, parts)
-        step = make_train_step(objective, tx, plan.accumulate, plan.average)
-        update, cost = compile_step(step, state, first, key, rewrites)
+        first = global_batch.to_global(next(iter(training)), sharding, parts)
+        step = make_train_step(objective, tx, config.accumulate, config.average)
+        update, cost = compile_step(step, state, first, key, state_transforms)
       report.write(start, cost)
       if points.reached():
         leave(f"step {start} is saved" if start else "no step was taken")
 
     # --- train ---
     moving, frozen = dataclasses.replace(state, frozen=None), state.frozen
-    placed = global_batch.placed(batches, sharding)
+    placed = global_batch.to_global_batches(batches, sharding)
     report.restart()
-    for number in range(start + 1, plan.steps + 1):
-      last = number == plan.steps
-      looking = _looks(plan, number, evaluations)
+    for number in range(start + 1, config.steps + 1):
+      last = number == config.steps
+      looking = _looks(config, number, evaluations)
       with clock.doing("data"):
         batch = next(placed)
-      with clock.doing("step"), _traced(plan, number - start, last, report):
+      with clock.doing("step"), _traced(config, number - start, last, report):
         points.unsaved(True)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
           moving, values = update(moving, frozen, batch, key)
         report.late.push(number, {**values, "tokens": _tokens(batch)})
         leaving = points.reached()
-        saving = looking or _due(plan.save_every, number, last or leaving)
+        saving = looking or _due(config.save_every, number, last or leaving)
         if saving:
-          report.late.flush()  # nothing that is not finite gets past here
+          report.late.flush()  # raises for non-finite values before saving
 
       # --- evaluate and save ---
       found = None
@@ -270,7 +273,7 @@ def fit(
       start=start,
       best=checkpoints.best,
       evaluation=evaluation or {},
-      tokens_per_s=report.tokens / trained if start < plan.steps else None,
+      tokens_per_s=report.tokens / trained if start < config.steps else None,
       seconds=dict(clock.seconds),
       goodput=clock.summary(),
       peak_memory_bytes=memory.peak_memory_bytes(),
@@ -278,16 +281,16 @@ def fit(
 
 
 def _looks(
-  plan: TrainConfig, number: int, evaluations: Evaluations | None
+  config: TrainConfig, number: int, evaluations: Evaluations | None
 ) -> bool:
-  """Whether a step is evaluated."""
+  """Whether step `number` is evaluated."""
   return bool(evaluations) and _due(
-    plan.eval_every, number, number == plan.steps
+    config.eval_every, number, number == config.steps
   )
 
 
 def _key(seed: int, sharding: NamedSharding | None) -> PRNGKey:
-  """Returns the run's key, on every device of the mesh."""
+  """Returns the run's random key, replicated on the mesh."""
   if sharding is None:
     return jax.random.key(seed)
   where = shardings.replicated(sharding.mesh)
@@ -307,9 +310,9 @@ def _tokens(batch: Batch) -> int:
 
 
 @contextlib.contextmanager
-def _traced(plan: TrainConfig, number: int, last: bool, report: Report):
-  """Traces the steps that `plan.profile` names, for TensorBoard or xprof."""
-  first, count = plan.profile or (0, 0)
+def _traced(config: TrainConfig, number: int, last: bool, report: Report):
+  """Traces the steps that `config.profile` names, for TensorBoard or xprof."""
+  first, count = config.profile or (0, 0)
   if number == first:
     jax.profiler.start_trace(report.workdir / "profile")
   yield

@@ -1,4 +1,4 @@
-"""Memory of the process: its peak, and giving back what is only held."""
+"""Process memory: peak usage, and returning freed memory to the system."""
 
 import ctypes
 import gc
@@ -9,7 +9,7 @@ import jax
 
 
 def peak_memory_bytes() -> int:
-  """Returns the highest memory so far: the device's, else the process's."""
+  """Returns the peak memory use so far: the device's, else the process's."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if "peak_bytes_in_use" in stats:
     return int(stats["peak_bytes_in_use"])
@@ -18,17 +18,17 @@ def peak_memory_bytes() -> int:
 
 
 def release() -> None:
-  """Gives freed memory back to the system, where the C library can.
+  """Collects garbage and returns freed memory to the system.
 
-  Importing a model and compiling a step free hundreds of megabytes that glibc
-  keeps; a step's temporaries then come on top of them.
+  Importing a model and compiling a step free hundreds of megabytes, which glibc
+  keeps; a step's temporaries would come on top of them.
   """
   gc.collect()
   trim()
 
 
 def trim() -> None:
-  """Gives back what is free already, without looking for garbage: quick."""
+  """Returns freed memory to the system, without garbage collection: fast."""
   if not sys.platform.startswith("linux"):
     return
   trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

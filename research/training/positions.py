@@ -1,9 +1,9 @@
-"""Functions of logits, position by position, when sums alone do not do.
+"""Position-wise functions of logits, computed in chunks with recomputation.
 
-`losses.chunked_cross_entropy` knows only the loss's sum; preferences need it
-row by row, distillation looks at two models' logits at once. Here chunks of
-positions are computed one after another, and again in the backward pass, so
-that no logits [B, T, V] exist in either.
+`losses.chunked_cross_entropy` returns only the sum of the loss. Preference
+objectives need the loss per row, and distillation needs the logits of two
+models at once. Here, chunks of positions are computed one after another and
+recomputed in the backward pass, so logits [B, T, V] are never materialised.
 """
 
 from collections.abc import Callable
@@ -28,11 +28,11 @@ def map_positions(
   """Returns `f(parts, *arrays)`, a tree of [B, T, ...], chunk by chunk.
 
   Args:
-    f: a function of `parts` and of the arrays' chunks [B, C, ...] that treats
-      each position alone.
-    parts: what every chunk needs, e.g. heads. Differentiable, as the arrays.
-    *arrays: cut along T.
-    rows: positions times batch that a device holds at a time.
+    f: a function of `parts` and of chunks [B, C, ...] of the arrays that treats
+      each position independently.
+    parts: inputs of every chunk, e.g. heads. Differentiable, like the arrays.
+    *arrays: split along T.
+    rows: batch times positions per chunk on a device.
   """
   again = jax.checkpoint(lambda parts, chunk: f(parts, *chunk))
 
@@ -45,7 +45,7 @@ def map_positions(
   return collectives.map_tokens(chunked, parts, *arrays)
 
 
-def logits_of(
+def fp32_logits(
   model: Transformer, head: Params, hidden: Float[Array, "B T D"]
 ) -> Float[Array, "B T V"]:
   """Returns logits in float32."""
@@ -59,21 +59,21 @@ def log_probs(
   hidden: Float[Array, "B T D"],
   targets: Int[Array, "B T"],
   rows: int = 256,
-  never: int | None = None,
+  excluded: int | None = None,
 ) -> Float[Array, "B T"]:
   """Returns log p(target) of each position.
 
   Args:
-    model: whose head is used.
+    model: the model whose output head is used.
     params: its parameters.
-    hidden: the states that predict `targets`.
-    targets: the truth.
-    rows: positions times batch that a device holds at a time.
-    never: a token without probability, or None.
+    hidden: the hidden states that predict `targets`.
+    targets: token ids.
+    rows: batch times positions per chunk on a device.
+    excluded: a token that gets probability 0, or None.
   """
 
   def one(head, hidden, targets):
-    logits = losses.without(logits_of(model, head, hidden), never)
+    logits = losses.exclude_token(fp32_logits(model, head, hidden), excluded)
     loss, _ = losses.token_losses(logits, targets)
     return -loss
 

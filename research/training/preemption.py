@@ -1,15 +1,17 @@
-"""Being asked to leave: SIGTERM or Ctrl-C, in one process of many or the only.
+"""Preemption: saves and stops a run on SIGTERM or Ctrl-C.
 
-Schedulers send SIGTERM some seconds before they kill. A run that hears it saves
-at the next of the points where it asks, and ends; the same command goes on.
+Schedulers send SIGTERM some seconds before they kill a process. The run then
+saves a checkpoint at its next stop point and exits; the same command resumes
+it.
 
-* A process alone (`handling_signals`) hears both signals itself. While it has
-  nothing to save (it loads, compiles, writes its last files), it ends at once.
-* Of several processes JAX's coordination service tells all of whichever heard a
-  SIGTERM, and they agree on a point to end at, which is why all ask at the same
-  points. Ctrl-C becomes a SIGTERM.
+* A single process handles both signals itself (`handling_signals`). While it
+  has nothing to save (loading, compiling, writing final files), it exits
+  immediately.
+* With several processes, JAX's coordination service broadcasts a SIGTERM that
+  any process receives, and all agree on a stop point. So all processes must
+  reach the same stop points in the same order. Ctrl-C is turned into a SIGTERM.
 
-A second Ctrl-C ends a process at once, whatever it loses.
+A second Ctrl-C ends a process immediately, without saving.
 """
 
 import contextlib
@@ -26,50 +28,52 @@ from jax.experimental import multihost_utils
 
 from research.typing import UserError
 
-AT_ONCE = 130
-"""What a process ends with upon a second Ctrl-C: 128 and SIGINT's number."""
+INTERRUPTED_EXIT = 130
+"""Exit status after a second Ctrl-C: 128 plus the number of SIGINT."""
 
-BOUNCE = 0.5
-"""Seconds in which a second Ctrl-C is the same one, passed on by a parent."""
+SIGINT_DEBOUNCE = 0.5
+"""Seconds within which a second SIGINT counts as the same Ctrl-C, which a
+parent process may forward."""
 
-PATIENCE = 2.0
-"""Seconds after which a process that only computes is ended from aside."""
+GRACE_SECONDS = 2.0
+"""Seconds after which a thread ends a process whose main thread is stuck in
+native code and has nothing to save."""
 
-_NOTHING = "asked to stop; nothing had to be saved.\nThe same command goes on."
+_NOTHING = "asked to stop; nothing had to be saved.\nThe same command resumes."
 
 
 class Preempted(UserError):
-  """The run has been saved and ended early, since it was asked to."""
+  """The run was asked to stop, and has been saved."""
 
   exit_status = 42
-  """What a command ends with, so that a launcher starts it again."""
+  """Exit status of a command, which tells a launcher to restart it."""
 
 
 class Interrupted(BaseException):
-  """Raised where a signal finds nothing to save; no `except` of ours stops it.
+  """Raised by the signal handler if there is nothing to save.
 
-  Like KeyboardInterrupt: an Exception out of nowhere would be taken for an
-  error of whatever was just being done.
+  A BaseException, like KeyboardInterrupt, so that no `except Exception` takes
+  it for an error of the interrupted code.
   """
 
 
 class StopRequest:
-  """A signal handler that remembers.
+  """A signal handler that records stop requests.
 
   Attributes:
-    asked: whether a signal came.
-    unsaved: whether ending now would lose a step.
+    asked: whether a signal was received.
+    unsaved: whether exiting now would lose a step.
   """
 
   def __init__(self, alone: bool):
-    """Hears for itself, or for the service of several processes."""
+    """Creates a handler for a single process, or for one of several."""
     self.asked = False
     self.unsaved = False
     self._alone = alone
     self._raised = False
 
   def __call__(self, number: int, frame: FrameType | None) -> None:
-    """Handles a signal, in the main thread, as soon as that runs Python."""
+    """Handles a signal, in the main thread, as soon as it runs Python code."""
     first, self.asked = not self.asked, True
     if not self._alone:
       if number == signal.SIGINT and first:
@@ -79,10 +83,12 @@ class StopRequest:
       raise Interrupted
 
   def watch(self, pipe: int) -> None:
-    """Handles what cannot wait for the main thread; see `handling_signals`.
+    """Handles signals in a thread, in case the main thread is busy.
+
+    See `handling_signals`.
 
     Args:
-      pipe: gets the number of each signal, and a 0 in the end.
+      pipe: file descriptor that receives each signal's number, and a final 0.
     """
     pressed = None
     while (number := os.read(pipe, 1)[0]) != 0:
@@ -92,41 +98,41 @@ class StopRequest:
           pressed = now
           _say("stopping; a run saves first. Ctrl-C again ends it at once.")
         threading.Thread(target=self._end_if_stuck, daemon=True).start()
-      elif number == signal.SIGINT and now - pressed > BOUNCE:
+      elif number == signal.SIGINT and now - pressed > SIGINT_DEBOUNCE:
         _say("interrupted")
-        os._exit(AT_ONCE)
+        os._exit(INTERRUPTED_EXIT)
 
   def _end_if_stuck(self) -> None:
-    """Ends a process that has nothing to save, and runs no Python."""
-    time.sleep(PATIENCE)
+    """Ends a process with nothing to save whose main thread runs no Python."""
+    time.sleep(GRACE_SECONDS)
     if self._alone and not (self.unsaved or self._raised or self.asked):
       _say(f"preempted: {_NOTHING}")
       os._exit(Preempted.exit_status)
 
 
 def _say(text: str) -> None:
-  # Not through a buffer that the main thread may be in the middle of.
+  # Unbuffered: the main thread may be inside a write to the same buffer.
   with contextlib.suppress(OSError):
     os.write(sys.stderr.fileno(), f"\n{text}\n".encode())
 
 
 @contextlib.contextmanager
 def handling_signals() -> Iterator[None]:
-  """Makes SIGTERM and Ctrl-C ask the run inside to save and end.
+  """Context in which SIGTERM and Ctrl-C request a save and stop.
 
-  Python's handlers run between two lines of Python in the main thread, which
-  may be compiling for minutes; so a thread hears of each signal, too. In
-  another thread than the main one nothing is caught.
+  Python's signal handlers run between bytecodes of the main thread, which may
+  be compiling for minutes; so a second thread receives each signal, too.
+  Outside of the main thread this context does nothing.
 
   Raises:
-    Preempted: instead of what a signal raised that found nothing to save.
+    Preempted: a signal arrived when there was nothing to save.
   """
   if threading.current_thread() is not threading.main_thread():
     yield
     return
   alone = jax.process_count() == 1
   asked = StopRequest(alone)
-  # Of several processes, JAX's own handler of SIGTERM stays.
+  # With several processes, JAX's own SIGTERM handler stays installed.
   numbers = [signal.SIGINT, *([signal.SIGTERM] if alone else [])]
   out, into = os.pipe()
   os.set_blocking(into, False)
@@ -149,19 +155,20 @@ def handling_signals() -> Iterator[None]:
 
 
 class StopPoints:
-  """Where a run asks whether to end: the same for all of its processes."""
+  """The points at which a run may stop, common to all of its processes."""
 
   def __init__(self):
-    """Finds the handler that `handling_signals` installed, if it did."""
+    """Uses the handler that `handling_signals` installed, if any."""
     found = signal.getsignal(signal.SIGINT)
     self._asked = found if isinstance(found, StopRequest) else None
     self._number = 0
 
   def reached(self) -> bool:
-    """Whether all processes, being at this point, shall save and end now.
+    """Returns whether all processes should save and stop at this point.
 
-    Every process asks at every point, in the same order. False where nothing
-    is caught and JAX is not distributed, or its preemption service is off.
+    Every process must call this at every stop point, in the same order. Returns
+    False if signals are not handled and JAX is not distributed, or if its
+    preemption service is off.
     """
     self._number += 1
     if self._asked is not None and jax.process_count() == 1:
@@ -172,6 +179,6 @@ class StopPoints:
       return False
 
   def unsaved(self, whether: bool) -> None:
-    """Says whether ending at once would lose a step from now on."""
+    """Sets whether exiting immediately would lose a step."""
     if self._asked is not None:
       self._asked.unsaved = whether

@@ -1,4 +1,4 @@
-"""The training state: one pytree, with the trainable part set apart by path."""
+"""The training state: a pytree with trainable and frozen parameters."""
 
 import dataclasses
 import re
@@ -15,28 +15,29 @@ from research.optim.low_rank.layerwise import Layerwise, movable
 from research.typing import Array, Params, UserError
 
 _FIXED = re.compile(r"(^|/)fixed/")
-"""Paths of what adapters do not learn."""
+"""Paths of adapter arrays that are not trained."""
 
 Placement = Callable[[Any], Any]
-"""A tree of arrays, or of shapes -> a sharding for each of them."""
+"""Maps a tree of arrays or shapes to a tree of shardings."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Everything that a step reads, and all that it changes but `frozen`.
+  """The state that a training step reads and updates.
 
   Attributes:
-    step: updates done, int32 scalar. An array, not a host number, since
-      checkpoints of many processes hold global arrays only.
-    trainable: the parameters that are learned, None elsewhere.
-    frozen: all others, None where `trainable` has an array. No gradient, no
-      optimizer state, never donated, not in the run's step checkpoints.
-    opt_state: optax's, over `trainable` alone.
-    ema: moving average of `trainable`, or None.
-    held: parameters that only rewrites change, None elsewhere: a base that
-      adapters are merged into. No gradient and no optimizer state, but in
-      every checkpoint; None if there are none.
+    step: number of updates done, int32 scalar. An array, not a Python int,
+      since multi-process checkpoints contain global arrays only.
+    trainable: the trained parameters, None elsewhere.
+    frozen: the frozen parameters, None elsewhere. They have no gradient and no
+      optimizer state, are never donated, and are not in step checkpoints.
+    opt_state: the optax state, for `trainable` only.
+    ema: exponential moving average of `trainable`, or None.
+    held: parameters that only state transforms change, None elsewhere: for
+      example a base model that adapters are merged into. They have no gradient
+      and no optimizer state, but are in every checkpoint. None if there are
+      none.
   """
 
   step: Any
@@ -65,25 +66,26 @@ def create(
   held: str | None = None,
   shardings: Placement | None = None,
 ) -> TrainState:
-  """Returns the state at step 0.
+  """Creates the training state at step 0.
 
   Args:
     params: any tree of weights. Its trainable arrays are copied, since a step
-      donates (destroys) the state that it gets; the frozen ones are shared.
+      donates its input state; the frozen ones are shared.
     trainable: regular expression, searched for in each array's path.
     tx: the optimizer.
-    dtype: of the trainable arrays. They are masters in float32 over a base of
-      any type; activations decide in which type they are multiplied. Weights
-      that a `Layerwise` optimizer trains as codes (`int8_weights`) keep their
-      types.
+    dtype: of the trainable arrays. By default they are fp32 master weights, for
+      a base of any dtype; the dtype of activations is the compute dtype.
+      Weights that a `Layerwise` optimizer trains as codes (`int8_weights`) keep
+      their dtypes.
     average: whether to keep a moving average of the trainable arrays.
-    held: regular expression of the paths, among those that are not trainable,
-      that rewrites change; they are copied, in their own type.
-    shardings: of the state, by its shapes; None off a mesh. Optimizer state is
-      made where it stays; the frozen arrays stay as they are, see `place`.
+    held: regular expression of the non-trainable paths that state transforms
+      change; they are copied, in their own dtype.
+    shardings: maps the state's shapes to shardings; None without a mesh.
+      Optimizer state is created sharded. Frozen arrays are left as they are,
+      see `shard_params`.
 
   Raises:
-    UserError: nothing is trainable or held, or something that is not floating
+    UserError: a pattern matches nothing, or something that is not floating
       point.
   """
   selected, frozen = tree.partition(params, trainable)
@@ -119,12 +121,12 @@ def create(
   return dataclasses.replace(made, frozen=frozen)
 
 
-def place(params: Params, shardings: Placement) -> Params:
-  """Returns `params` on the devices where they belong, one copy of each part.
+def shard_params(params: Params, shardings: Placement) -> Params:
+  """Moves parameters to devices according to `shardings`.
 
   Args:
-    params: arrays that every process has whole, or that are in place already.
-    shardings: where they belong, by their shapes.
+    params: arrays that every process holds completely, or global arrays.
+    shardings: maps the tree to its shardings.
   """
 
   def one(x: Any, where: jax.sharding.Sharding) -> Array:
@@ -132,7 +134,7 @@ def place(params: Params, shardings: Placement) -> Params:
       return x if x.sharding == where else jax.device_put(x, where)
     if where.is_fully_addressable:
       return jax.device_put(x, where)
-    # Values of several processes are equal; device_put would compare them.
+    # All processes have equal values, which device_put would compare.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda i: host[i])
 
@@ -142,14 +144,14 @@ def place(params: Params, shardings: Placement) -> Params:
 def _check(
   field: str, selected: Params, params: Params, pattern: str, codes: bool
 ) -> None:
-  """Raises UserError where nothing is selected, or what cannot be learned.
+  """Raises UserError if nothing, or something not trainable, is selected.
 
   Args:
-    field: that `pattern` is of.
-    selected: what it selects.
-    params: of what.
-    pattern: regular expression.
-    codes: whether weights can be stored anew as codes.
+    field: name of the field with the pattern.
+    selected: the selected arrays.
+    params: all parameters.
+    pattern: the regular expression.
+    codes: whether the optimizer can train weights stored as codes.
   """
   found = tree.flatten_paths(selected)
   if not found:
@@ -163,12 +165,12 @@ def _check(
   )
   for path, leaf in ((tree.path_name(p), x) for p, x in leaves):
     anew = codes and movable(leaf)
-    # Places of a sparse adapter, say, are no codes of a weight.
+    # Fixed integers of an adapter, such as sparse indices, may be held.
     kept = field == "held" and _FIXED.search(path)
     if not (anew or kept or jnp.issubdtype(leaf.dtype, jnp.floating)):
       raise UserError(
         f"{field}: {pattern!r} matches {path} of type {leaf.dtype}.\n"
         "Expected floating point; packed weights stay frozen: name the"
-        " adapters, e.g. '/trained/'\n(layerwise.galore alone trains codes,"
+        " adapters, e.g. '/trained/'\n(only layerwise.galore trains codes,"
         " those of int8_weights)."
       )

@@ -1,10 +1,10 @@
-"""One update, and one evaluation, as pure functions.
+"""The training step and the evaluation step, as pure functions.
 
-Read `make_train_step`; the loop compiles what it returns. The gradient is that
-of (sum of losses) / (sum of weights) over the whole batch, however many
-microbatches it is cut into and however unevenly they are masked. Optimizers
-that project gradients (`Compressing`) have those of microbatches added up as
-projected; `Layerwise` ones never make whole gradients, nor whole updates.
+Start with `make_train_step`; the loop compiles the function that it returns.
+The gradient is that of (sum of losses) / (sum of weights) over the whole batch,
+for any number of microbatches and however unevenly they are masked. Optimizers
+that project gradients (`Compressing`) accumulate projected gradients;
+`Layerwise` ones never materialise all gradients or updates at once.
 """
 
 import dataclasses
@@ -35,19 +35,25 @@ def make_train_step(
 ) -> TrainStep:
   """Returns a pure `step(state, batch, key) -> (state, metrics)`.
 
-  Metrics are float32: `loss` and the objective's own (means over the batch's
-  weight; whatever is no scalar is for a rewrite of the state to use up),
-  `weight`, `grad_norm` before clipping (of projected gradients where those
-  are added up, or whole ones never made), `learning_rate` if the optimizer has
-  one, `nonfinite`, 1 where loss or gradient is not finite, and of a `Layerwise`
-  optimizer `misread`, see there. `step` derives its randomness as
-  `fold_in(key, state.step)`.
+  Metrics are float32:
+
+  * `loss` and the objective's own, means over the batch's weight. Non-scalar
+    ones are input for state transforms, which must consume them.
+  * `weight`, the batch's weight.
+  * `grad_norm`, before clipping; of projected gradients if the optimizer
+    accumulates those or is `Layerwise`.
+  * `learning_rate`, if the optimizer has one.
+  * `nonfinite`, 1 if loss or gradient norm is not finite.
+  * `misread`, for `Layerwise` optimizers, see there.
+
+  The step's randomness derives from `fold_in(key, state.step)`.
 
   Args:
     objective: the loss.
     tx: the optimizer, over `state.trainable`.
-    accumulate: microbatches, one after the other; they divide the batch.
-    average: decay of the moving average, if the state keeps one.
+    accumulate: number of microbatches for gradient accumulation; must divide
+      the batch.
+    average: decay of the exponential moving average, if the state has one.
   """
 
   def step(state: TrainState, batch: Batch, key: PRNGKey):
@@ -86,12 +92,12 @@ def make_train_step(
 
 
 def _adds_small(tx: optax.GradientTransformation, accumulate: int) -> bool:
-  """Whether gradients of microbatches are added up compressed."""
+  """Whether projected gradients of microbatches are accumulated."""
   return accumulate > 1 and isinstance(tx, Compressing)
 
 
 def _moved(tx, accumulate, grads, opt_state, trainable):
-  """Returns the parameters and the optimizer's state after an update."""
+  """Returns the parameters and the optimizer state after an update."""
   if isinstance(tx, Layerwise):
     return tx.move(grads, opt_state, trainable)
   apply = tx.apply if _adds_small(tx, accumulate) else tx.update
@@ -100,9 +106,10 @@ def _moved(tx, accumulate, grads, opt_state, trainable):
 
 
 def _gradients(objective, state, batch, key, accumulate, tx):
-  """Returns sums over the batch, and the optimizer's state.
+  """Returns sums over the batch, and the optimizer state.
 
-  The sums are of gradients, compressed or not, loss, weight, and metrics.
+  The sums are those of the (possibly projected) gradients, the loss, the
+  weight, and the metrics.
   """
 
   def loss(trainable, batch, key, watch=lambda params: params):
@@ -113,7 +120,7 @@ def _gradients(objective, state, batch, key, accumulate, tx):
   layerwise, small = isinstance(tx, Layerwise), _adds_small(tx, accumulate)
 
   def one(opt_state, index, batch, key):
-    """Returns the state, and what is added up, of a microbatch."""
+    """Returns the optimizer state, and the sums of a microbatch."""
     if layerwise:
       (loss_sum, (weight, sums)), grads, opt_state, misread = tx.gradients(
         lambda x, watch: loss(x, batch, key, watch),
@@ -121,7 +128,7 @@ def _gradients(objective, state, batch, key, accumulate, tx):
         opt_state,
         index == 0,
       )
-      # A mean of equal numbers, as metrics are means.
+      # Weighted, because metrics are divided by the weight later.
       sums = {**sums, "misread": misread * weight}
       return opt_state, (grads, loss_sum, weight, sums)
     (loss_sum, (weight, sums)), grads = jax.value_and_grad(loss, has_aux=True)(
@@ -147,7 +154,7 @@ def _gradients(objective, state, batch, key, accumulate, tx):
 
   parts = _microbatches(batch, accumulate)
   first = jax.tree.map(lambda x: x[0], parts)
-  # What does not change is no part of the loop's state.
+  # Keep an unchanging optimizer state out of the loop's carry.
   changes = small or layerwise
   settled = state.opt_state if changes else None
   shapes = jax.eval_shape(lambda *x: one(settled, 0, *x)[1], first, key)
@@ -168,7 +175,7 @@ def _microbatches(batch: Batch, count: int) -> Any:
         f" {x.shape[0]} rows.\nExpected a divisor of the batch size."
       )
     x = x.reshape(count, x.shape[0] // count, *x.shape[1:])
-    # Each microbatch over the whole mesh, not each device a microbatch.
+    # Shard each microbatch over the whole mesh, not one microbatch per device.
     rest = ("length",) * (x.ndim > 2) + (None,) * (x.ndim - 3)
     return sharding.constrain(x, None, "batch", *rest)
 
@@ -176,7 +183,7 @@ def _microbatches(batch: Batch, count: int) -> Any:
 
 
 def make_eval_step(objective: Objective) -> EvalStep:
-  """Returns a pure `step(state, batch)` -> sums: `loss`, `weight`, metrics."""
+  """Returns a pure `step(state, batch)` -> sums of loss, weight, metrics."""
 
   def step(state: TrainState, batch: Batch) -> Metrics:
     loss_sum, weight, sums = objective(state.params, batch, None)

@@ -6,7 +6,7 @@ import pytest
 from experiments.core import cli, config, runtime, site
 from experiments.train import MAY_DIFFER
 from research.sharding import Layout
-from research.training.checkpoints.workdir import LONGER, claim_workdir
+from research.training.checkpoints.workdir import LENGTH_LINES, claim_workdir
 from research.training.preemption import Preempted
 from research.typing import UserError
 
@@ -63,7 +63,7 @@ muon.muon.steps = 5
   changed = text.replace("muon.muon.steps = 5", "muon.muon.steps = 4")
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
   (tmp_path / "config.gin").write_text(text)
-  for may_differ in (MAY_DIFFER, LONGER):
+  for may_differ in (MAY_DIFFER, LENGTH_LINES):
     claim_workdir(tmp_path, text, may_differ)
     with pytest.raises(UserError, match="muon.muon.steps = 4"):
       claim_workdir(tmp_path, changed, may_differ)

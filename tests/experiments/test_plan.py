@@ -58,7 +58,7 @@ def test_work_is_what_the_step_asks_for_and_split_among_devices(planned):
   whole, found = planned
   taken = shapes.shapes(whole, jax.devices())
   update = step.make_train_step(taken.objective, whole.optimizer)
-  asked = flops.of(update, taken.state, taken.batch, jax.random.key(0))
+  asked = flops.count_flops(update, taken.state, taken.batch, jax.random.key(0))
   done = 8 * found["flops"]
   # Some of what two heads share cannot be split over tensor.
   most = 1.3 if "tensor" in found["mesh"] else 1.02
@@ -94,7 +94,7 @@ def test_accumulation_counts_every_microbatch():
   found = ahead.plan(whole, chips.topology("cpu:4"))
   taken = shapes.shapes(whole, jax.devices()[:4])
   update = step.make_train_step(taken.objective, whole.optimizer)
-  asked = flops.of(update, taken.state, taken.batch, jax.random.key(0))
+  asked = flops.count_flops(update, taken.state, taken.batch, jax.random.key(0))
   assert 4 * found["flops"] == pytest.approx(asked, rel=0.02)
 
 

@@ -230,8 +230,8 @@ def ours_train(runs: int) -> dict:
 
   it = loaded()
   tx = optim.adamw(1e-4, weight_decay=0.01, clip=None)
-  # Experiment.transforms = (@tree.last_apart,)
-  begun = state.create(tree.last_apart(it.params), ".", tx)
+  # Experiment.transforms = (@tree.split_last_layer,)
+  begun = state.create(tree.split_last_layer(it.params), ".", tx)
   rows = tokens(BATCH, LENGTH).astype(np.int32)
   place = np.arange(LENGTH, dtype=np.int32)
   batch = dict(

@@ -1,4 +1,4 @@
-"""Configurations of before names changed are read as they were meant."""
+"""Configurations with old names keep their meaning."""
 
 import importlib
 import importlib.util
@@ -71,7 +71,7 @@ from research.lora import init_stats
 from research.training import loop
 
 adapt.Adapt.init_stats = @init_stats.Covariances()
-init_stats.Covariances.reading = @init_stats.CalibrationData()
+init_stats.Covariances.calibration = @init_stats.CalibrationData()
 loop.TrainConfig.steps = 8  # as init_stats.CalibrationData says
 """
   )

@@ -130,7 +130,7 @@ def test_random_initialisation_is_bitwise_one_devices(kind, layouts):
   for name in layouts:
     layout = support_mesh.LAYOUTS[name]
     mesh = layout.mesh()
-    place = layout.shardings(shapes, mesh, sharding.counts(model))
+    place = layout.shardings(shapes, mesh, sharding.head_counts(model))
     with jax.set_mesh(mesh):
       got = jax.jit(init, out_shardings=place)(jax.random.key(5))
     chex.assert_trees_all_equal(got, want)

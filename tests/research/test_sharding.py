@@ -1,4 +1,4 @@
-"""The two tables: what is cut how, for every kind of tree."""
+"""Sharding rules, for every kind of tree."""
 
 import chex
 import jax
@@ -96,7 +96,7 @@ def test_an_axis_that_does_not_divide_is_not_cut():
   layout = sharding.Layout(data=1, tensor=8)
   params = {"a": {"gate": jnp.zeros((6, 12)), "down": jnp.zeros((16, 6))}}
   assert specs(params, layout) == {"a/down": P("tensor"), "a/gate": P()}
-  assert layout.uncut(params, layout.mesh()) == ["hidden of 12 (a/gate)"]
+  assert layout.undivided(params, layout.mesh()) == ["hidden of 12 (a/gate)"]
 
 
 def test_heads_are_not_cut_into_pieces():
@@ -105,14 +105,14 @@ def test_heads_are_not_cut_into_pieces():
   assert specs(params, layout)["x/attention/k"] == P(None, "tensor")
   assert specs(params, layout, {"kv_heads": 2})["x/attention/k"] == P()
   said = ["kv_heads of 2 (x/attention/k)"]
-  assert layout.uncut(params, layout.mesh(), {"kv_heads": 2}) == said
-  assert layout.uncut(params, layout.mesh()) == []
+  assert layout.undivided(params, layout.mesh(), {"kv_heads": 2}) == said
+  assert layout.undivided(params, layout.mesh()) == []
 
 
 def test_counts_are_those_of_the_heads():
   model = support.model("llama")
   attention = model.layer_kinds()[0].attention
-  assert sharding.counts(model) == {
+  assert sharding.head_counts(model) == {
     "heads": attention.heads,
     "kv_heads": attention.kv_heads,
   }
@@ -127,7 +127,7 @@ def test_a_mesh_axis_twice_is_an_error():
   layout = sharding.Layout(
     data=1, fsdp=2, rules={"width": "fsdp", "hidden": "fsdp"}
   )
-  with pytest.raises(UserError, match="cuts one axis"):
+  with pytest.raises(UserError, match="can shard only"):
     specs({"x": {"gate": jnp.zeros((4, 4))}}, layout)
 
 

@@ -1,4 +1,4 @@
-"""Trees of parameters: parts, runs, and reports."""
+"""Parameter trees: partitions, runs, and reports."""
 
 import chex
 import jax
@@ -80,7 +80,7 @@ def test_layers_that_differ_in_structure_or_shape_part_runs():
 def test_the_last_layer_apart(kinds, runs):
   layers = [_layer(i) for i in range(len(kinds))]
   params = tree.stack({"embed": np.zeros((3, 2))}, layers, kinds=kinds)
-  apart = tree.last_apart(params)
+  apart = tree.split_last_layer(params)
   found = [apart[name] for name in tree.runs(apart)]
   assert [(tree.run_length(run), len(run)) for run in found] == runs
   chex.assert_trees_all_equal(list(tree.layers(apart)), layers)
@@ -94,7 +94,7 @@ def test_the_last_layer_apart(kinds, runs):
 
 
 def test_kinds_must_fit():
-  with pytest.raises(UserError, match="2 layers were given for 3 kinds"):
+  with pytest.raises(UserError, match="found 2 layers and 3 kinds"):
     tree.stack({}, [_layer(0), _layer(1)], kinds="abc")
 
 

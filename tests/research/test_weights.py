@@ -1,4 +1,4 @@
-"""Dispatch on leaves: arrays and objects give what the dense array gives."""
+"""Dispatch on leaves: arrays and weights equal the dense array."""
 
 import chex
 import jax
@@ -220,13 +220,13 @@ COUNTED = {
   "adapted twice": (lora(_lora(), _draw(1, 6), _draw(1, 5)), 30 + 22 + 11),
   "in codes": (int8_weights.encode(_draw(2, 64, 8)), 2 * 64 * 8),
   "two in one": (Untied(_draw(7, 4), _draw(7, 4)), 2 * 28),
-  "a kernel": (conv.of_kernel(_draw(2, 2, 3, 5)), 60),
+  "a kernel": (conv.kernel_to_matrix(_draw(2, 2, 3, 5)), 60),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_parameters_are_those_that_are_meant(name):
-  """Not the numbers that they are stored in; of shapes alone, and of parts."""
+  """Logical, not stored, elements; also for shapes and subtrees."""
   w, want = COUNTED[name]
   assert weights.count({"x": w, "y": jnp.zeros(2)}) == want + 2
   assert weights.count(jax.eval_shape(lambda: w)) == want

@@ -47,9 +47,9 @@ EXPERTS, SIZES = array(3, 6, 4), jnp.array([2, 0, 4])
     (lambda w: weights.take(w, IDS), W),
     (lambda w: weights.ragged_dot(X.reshape(-1, 6), w, SIZES), EXPERTS),
     (weights.dense, W),
-    (lambda w: weights.bias_of(w, W[0]), W),
+    (lambda w: weights.scaled_bias(w, W[0]), W),
     (lambda w: jnp.float32(weights.count({"a": w})), W),
-    (lambda w: weights.dense(weights.within(w, lambda x: x)), W),
+    (lambda w: weights.dense(weights.map_inner(w, lambda x: x)), W),
     (lambda w: weights.dense(weights.bind({"a": w}, key=None)["a"]), W),
   ],
 )
@@ -62,14 +62,14 @@ def test_what_is_asked_of_any_leaf():
   assert weights.is_weight(stored) and not weights.is_weight(W)
   for asked in (weights.is_packed, weights.is_adapter, weights.is_renewable):
     assert not asked(stored) and not asked(W)
-  assert weights.wrapped(stored) is None and weights.wrapped(W) is None
+  assert weights.unwrap(stored) is None and weights.unwrap(W) is None
   assert stored.ndim == 2
   params = {"run0": {"layer0": {"q": stored, "norm": W[0]}}}
-  found = dict(weights.named(params))
+  found = dict(weights.named_weights(params))
   assert found.keys() == {"run0/layer0/q", "run0/layer0/norm"}
   assert found["run0/layer0/q"] is stored
   tokens = jnp.zeros((1, 3), jnp.int32)
-  same = weights.of_tokens(weights.with_tokens(params, tokens), tokens)
+  same = weights.select_tokens(weights.with_tokens(params, tokens), tokens)
   chex.assert_trees_all_equal(same, params)
 
 

@@ -76,7 +76,7 @@ def _bytes(attend: Any, length: int, device: Any) -> int | None:
   # A TPU's peak counts temporaries that the compiler keeps on the chip, too:
   # which ones those are changes with the length. A CPU's leaves out all.
   peak = getattr(found, "peak_memory_in_bytes", 0)
-  return max(forecast.held(found), peak)
+  return max(forecast.peak_bytes(found), peak)
 
 
 def exactness(length: int) -> list[dict[str, Any]]:

@@ -114,6 +114,6 @@ def states(
     return objective.states(params, batch, masked)
   noisy = process.noisy(batch["tokens"], masked, objective.mask_id)
   mask = Mask.full(segments=batch["segments"])
-  return output_head.states(
+  return output_head.head_inputs(
     objective.model, params, noisy, batch["positions"], mask
   )

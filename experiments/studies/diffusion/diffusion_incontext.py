@@ -157,23 +157,23 @@ class InContext:
   ) -> float:
     """Returns the share of questions whose answer is the likeliest token."""
     source = self.source
-    asked = source.asked(EVIDENCE[way], shots, split, self.heldout)
-    noisy = np.where(asked.known, asked.rows, source.mask_id)
-    rows, place = jnp.asarray(noisy, jnp.int32), jnp.int32(asked.place)
+    asked = source.questions(EVIDENCE[way], shots, split, self.heldout)
+    noisy = np.where(asked.visible, asked.rows, source.mask_id)
+    rows, place = jnp.asarray(noisy, jnp.int32), jnp.int32(asked.position)
     if way == SCORED:
       values = source.keys + jnp.arange(source.values)
       # What comes too late for the question says nothing; the value counts.
-      counts = jnp.asarray(asked.known).at[place].set(True)
+      counts = jnp.asarray(asked.visible).at[place].set(True)
       found = kinds.scores(model, params, rows, values, place, counts)
       got = values[jnp.argmax(found, axis=0)]
     else:
       got = kinds.answers(model, kind, params, rows, place)
-    return float((np.asarray(got) == asked.rows[:, asked.place]).mean())
+    return float((np.asarray(got) == asked.rows[:, asked.position]).mean())
 
   def guess(self, way: str, shots: int) -> float:
     """Returns the share right of who says the commonest value that is told."""
-    asked = self.source.asked(EVIDENCE[way], shots, "heldout", self.heldout)
-    return float((asked.commonest() == asked.rows[:, asked.place]).mean())
+    asked = self.source.questions(EVIDENCE[way], shots, "heldout", self.heldout)
+    return float((asked.most_common() == asked.rows[:, asked.position]).mean())
 
   # --- what the rows say ---
 

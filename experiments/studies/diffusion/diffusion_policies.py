@@ -239,7 +239,7 @@ def _point(way: Way, calls: float, places: int) -> Row:
 def _flops(denoiser: Denoiser, params: Params, length: int) -> float:
   """Returns FLOPs of a call on one row of which all is asked for."""
   row = jnp.zeros((1, length), jnp.int32)
-  return flops.of(
+  return flops.count_flops(
     lambda p: denoiser.first(p, row, row == 0, jnp.int32(0), length)[0], params
   )
 

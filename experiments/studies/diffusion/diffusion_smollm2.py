@@ -89,7 +89,7 @@ class Backwards:
         f"Backwards: {len(known)} words are one token of this model, expected"
         " at least 20"
       )
-    before = special_tokens.of_tokenizer(tokenizer).prompt(
+    before = special_tokens.from_tokenizer(tokenizer).prompt(
       tokenizer.encode("Words:")
     )
     middle = tokenizer.encode(". Backwards:")
@@ -222,7 +222,7 @@ class Instructed(OfSeeds):
       [e.tokens for e in found],
       self.length,
       packing.best_fit,
-      [e.learned for e in found],
+      [e.loss_mask for e in found],
     )
 
   def _heldout(self, tokenizer: Any) -> list[Batch]:
@@ -234,7 +234,7 @@ class Instructed(OfSeeds):
   def _batches(self, held: Any) -> list[Batch]:
     rows = [held[i] for i in range(min(len(held), self.heldout))]
     size = self.train.batch
-    rows += [packing.blank_like(rows[0])] * (-len(rows) % size)
+    rows += [packing.padding_like(rows[0])] * (-len(rows) % size)
     return [_stacked(rows[i : i + size]) for i in range(0, len(rows), size)]
 
   def _judged(
@@ -248,7 +248,7 @@ class Instructed(OfSeeds):
     loss, error = self._loss(objective, params, batches)
     got = self._answers(objective, params, lists)
     want = np.stack([e.tokens for e in lists])
-    asked = lists[0].learned
+    asked = lists[0].loss_mask
     return {
       "loss": loss,
       "error": error,
@@ -266,7 +266,7 @@ class Instructed(OfSeeds):
     self, objective: Any, params: Params, lists: Sequence[Example]
   ) -> Int[np.ndarray, "N T"]:
     """Returns the lists, what is asked filled in greedily, a place a call."""
-    mask, asked = objective.mask_id, lists[0].learned
+    mask, asked = objective.mask_id, lists[0].loss_mask
     rows = np.stack([e.tokens for e in lists])
     noisy = np.where(asked, mask, rows).astype(np.int32)
     length = noisy.shape[1]

@@ -100,7 +100,7 @@ def perplexities(table: Table, loaded: Any, ids: Sequence[int]) -> Rows:
       table.batch,
       table.chunk,
       kv,
-      special_tokens.of_tokenizer(loaded.tokenizer).row_begin,
+      special_tokens.from_tokenizer(loaded.tokenizer).row_begin,
     )
     took = kv_memory.memory(loaded.model, loaded.params, 1, table.window, kv)
     rows.append(
@@ -127,7 +127,7 @@ def errors(table: Table, loaded: Any, ids: Sequence[int]) -> Rows:
   """
   if not table.attention:
     return []
-  first = special_tokens.of_tokenizer(loaded.tokenizer).row_begin
+  first = special_tokens.from_tokenizer(loaded.tokenizer).row_begin
   tokens = jnp.asarray(np.array([[*first, *ids][: table.tokens]], np.int32))
   kvs = [parse(name) for name in table.attention]
   found = kv_error.attention_errors(loaded.model, loaded.params, tokens, kvs)

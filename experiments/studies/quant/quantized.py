@@ -51,7 +51,7 @@ def beside(
   if text is None:
     text = "\n\n".join(PydocTopics("heldout"))
   cut = perplexity.windows(tokenizer.encode(text), window, max_windows)
-  first = special_tokens.of_tokenizer(tokenizer).row_begin
+  first = special_tokens.from_tokenizer(tokenizer).row_begin
   whole = [[*first, *w] for w in cut if len(w) == window]
   tokens = np.asarray(whole, np.int32)
   reference = compare.base(theirs.model, theirs.params, tokens, batch)

@@ -1,4 +1,4 @@
-"""Where documents come from: a file a source."""
+"""Data sources, one per file."""
 
 from research.data.sources.sources import (
   Documents,

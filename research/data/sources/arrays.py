@@ -1,12 +1,11 @@
-"""Tokens that somebody packed already: `.npy` and uncompressed `.npz` files.
+"""Pre-tokenised data: `.npy` and uncompressed `.npz` files of token ids.
 
-Never a pickle, and no allocation that a header asks for: each array is checked
-against the bytes that are there, then mapped, not read.
+Files are untrusted: nothing is unpickled, and each array's size is checked
+against the file before it is memory-mapped.
 
-* `.npy`, 1-D: one document. 2-D: each row a document.
-* `.npz`: `tokens` [N]; `offsets` [M + 1], rising from 0 to N, where documents
-  begin and the last one ends; perhaps `learned` [N] (0 or 1), which tokens
-  count as targets.
+* `.npy`, 1-D: one document. 2-D: each row is a document.
+* `.npz`: `tokens` [N]; `offsets` [M + 1], the document boundaries, increasing
+  from 0 to N; optionally `learned` [N] (0 or 1), the loss mask.
 """
 
 import dataclasses
@@ -30,15 +29,15 @@ class Arrays:
   """Documents of token ids in a file.
 
   Attributes:
-    path: `.npy` or `.npz`, see above.
-    vocab: ids must be below it; None for the tokenizer's size, or any.
+    path: a `.npy` or `.npz` file, see the module's docstring.
+    vocab: ids must be below it; None for the tokenizer's size, or no limit.
   """
 
   path: str
   vocab: int | None = None
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents; their tokens stay in the file."""
+    """Returns the documents; their tokens are memory-mapped."""
     found = read(self.path)
     tokens = found["tokens"]
     vocab = self.vocab or getattr(tokenizer, "vocab_size", 2**31)
@@ -62,10 +61,10 @@ class Arrays:
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-  """Returns the arrays `tokens`, `offsets`, `learned` of a file, mapped.
+  """Memory-maps the arrays `tokens`, `offsets` and `learned` of a file.
 
   Raises:
-    UserError: the file is not what it should be, or smaller than it says.
+    UserError: the file is malformed or truncated.
   """
   try:
     with pathlib.Path(path).open("rb") as file:
@@ -87,8 +86,8 @@ def _size(file: BinaryIO) -> int:
 def _archive(path: str, file: BinaryIO) -> dict[str, np.ndarray]:
   try:
     members = zipfile.ZipFile(file).infolist()
-  except Exception as error:  # of many kinds, as the fuzzing test shows
-    raise _broken(path, f"is no whole zip archive: {error}") from error
+  except Exception as error:  # fuzzing shows many exception types
+    raise _broken(path, f"is not a complete zip archive: {error}") from error
   found = {}
   for member in members:
     name = member.filename.removesuffix(".npy")
@@ -101,11 +100,11 @@ def _archive(path: str, file: BinaryIO) -> dict[str, np.ndarray]:
         f"{path}: {name}: is compressed, so it cannot be mapped.\n"
         "Write it with np.savez instead of np.savez_compressed."
       )
-    # The local header repeats the name, and says how long its own extra is.
+    # The local header repeats the name and has its own extra-field length.
     file.seek(member.header_offset)
     header = file.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
-      raise _broken(path, f"has no {name} where its index says")
+      raise _broken(path, f"has no {name} at the offset in its index")
     lengths = header[26:28], header[28:30]
     start = member.header_offset + 30
     start += sum(int.from_bytes(x, "little") for x in lengths)
@@ -124,12 +123,12 @@ def _mapped(where: str, file: BinaryIO, start: int, stop: int) -> np.ndarray:
   file.seek(start)
   try:
     version = np.lib.format.read_magic(file)
-    if version != (1, 0):  # the later ones, of long headers, are for records
+    if version != (1, 0):  # later versions are for structured dtypes
       raise ValueError(f"format version {version}")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-  except Exception as error:  # numpy parses Python, and lets its errors out
+  except Exception as error:  # numpy evaluates Python literals in the header
     text = str(error).splitlines()[0][:120] if str(error) else "?"
-    raise _broken(where, f"is no array: {text}") from error
+    raise _broken(where, f"is not an array: {text}") from error
   if dtype.kind not in "iub" or dtype.hasobject or fortran:
     raise _broken(where, f"has type {dtype}" + ", Fortran order" * fortran)
   if not 1 <= len(shape) <= 2 or min(shape) < 0:
@@ -138,7 +137,7 @@ def _mapped(where: str, file: BinaryIO, start: int, stop: int) -> np.ndarray:
   place = file.tell()
   if place + size > stop:
     raise _broken(
-      where, f"claims {size:,} bytes, and {max(stop - place, 0):,} are there"
+      where, f"claims {size:,} bytes, found {max(stop - place, 0):,}"
     )
   if not size:
     raise _broken(where, f"is empty, of shape {shape}")
@@ -149,7 +148,7 @@ def _broken(where: str, what: str) -> UserError:
   return UserError(
     f"{where}: {what}.\n"
     "Expected token ids: an .npy of integers [N] or [M, T], or an .npz with"
-    " tokens [N], offsets [M + 1] and perhaps learned [N]."
+    " tokens [N], offsets [M + 1] and optionally learned [N]."
   )
 
 
@@ -162,13 +161,13 @@ def _check_ids(where: str, tokens: np.ndarray, vocab: int) -> None:
     for i in (int(part.argmin()), int(part.argmax())):
       if not 0 <= int(part[i]) < vocab:
         raise UserError(
-          f"{where}: found id {part[i]} at place {start + i}, expected ids from"
+          f"{where}: found id {part[i]} at index {start + i}, expected ids from"
           f" 0 to {vocab - 1}: are they of this model's tokenizer?"
         )
 
 
 def _check_offsets(path: str, offsets: np.ndarray, count: int) -> None:
-  """Raises UserError unless they rise from 0 to `count`."""
+  """Raises UserError unless offsets increase from 0 to `count`."""
   if offsets.ndim != 1 or offsets.dtype.kind not in "iu" or len(offsets) < 2:
     raise _broken(
       f"{path}: offsets", f"has type {offsets.dtype}, shape {offsets.shape}"
@@ -177,8 +176,8 @@ def _check_offsets(path: str, offsets: np.ndarray, count: int) -> None:
   if not rises or offsets[0] != 0 or offsets[-1] != count:
     raise UserError(
       f"{path}: offsets: found {offsets[0]} ... {offsets[-1]}"
-      f"{'' if rises else ', not rising'}.\n"
-      f"Expected numbers that rise from 0 to the {count} tokens."
+      f"{'' if rises else ', not increasing'}.\n"
+      f"Expected numbers that increase from 0 to the {count} tokens."
     )
 
 

@@ -1,8 +1,8 @@
-"""JSON Lines from strangers: one object a line, or an error that says where.
+"""Strict JSON Lines reader for untrusted files: one object per line.
 
-Standard JSON only: no NaN, no key twice, no text that is no Unicode. Lines
-and nesting are bounded; a file claims nothing, so nothing is allocated before
-it is read. Blank lines are skipped.
+Accepts standard JSON only: no NaN, no duplicate keys, no invalid Unicode.
+Line length and nesting are bounded. Blank lines are skipped. Errors name the
+file and the line.
 """
 
 import json
@@ -14,14 +14,14 @@ from research.data.sources import Split, split_of
 from research.typing import UserError
 
 MAX_LINE = 1 << 24
-"""Bytes of a line."""
+"""Maximum length of a line, in bytes."""
 
 MAX_DEPTH = 32
-"""Objects and lists inside one another."""
+"""Maximum nesting of objects and lists."""
 
 
 class Record(NamedTuple):
-  """One object and its place, `file:line`."""
+  """One object and its location, `file:line`."""
 
   values: dict[str, Any]
   where: str
@@ -34,7 +34,11 @@ class Record(NamedTuple):
     return found
 
   def text(self, path: str) -> str:
-    """Returns a field that has to be text."""
+    """Returns a text field.
+
+    Raises:
+      UserError: the field is missing or not text.
+    """
     found = self.get(path)
     if not isinstance(found, str):
       raise self.wrong(path, found, "text")
@@ -48,23 +52,23 @@ class Record(NamedTuple):
       shown = f"{type(found).__name__} {str(found)[:60]!r}"
     return UserError(
       f"{self.where}: field {path!r}: found {shown}, expected {expected}.\n"
-      "Mend the line, or name another field."
+      "Correct the line, or name another field."
     )
 
 
 def read(
   paths: Sequence[str], split: Split | None = None, key: str | None = None
 ) -> list[Record]:
-  """Returns the records of some files, in order.
+  """Reads the records of several files, in order.
 
   Args:
     paths: UTF-8 files.
-    split: only the records of this split; None for all.
-    key: dotted path of the field whose hash decides the split, so that
-      records with the same value are never parted; None for the whole record.
+    split: return only the records of this split; None for all.
+    key: dotted path of the field whose hash decides the split, so that records
+      with the same value are in the same split; None for the whole record.
 
   Raises:
-    UserError: a file or a line is not what it should be, or nothing is left.
+    UserError: a file cannot be read, a line is invalid, or no record is left.
   """
   found = [record for path in paths for record in _lines(path)]
   if split is None:
@@ -131,7 +135,7 @@ def _record(text: str, where: str) -> Record:
     )
   except json.JSONDecodeError as error:
     raise UserError(
-      f"{where}: is no JSON: {error.msg} at column {error.colno}.\n"
+      f"{where}: is not JSON: {error.msg} at column {error.colno}.\n"
       "Expected one JSON object a line."
     ) from error
   except RecursionError as error:
@@ -159,7 +163,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-  raise ValueError(f"found {name}, which is no JSON number")
+  raise ValueError(f"found {name}, which is not a JSON number")
 
 
 def _too_deep(where: str) -> UserError:
@@ -171,7 +175,7 @@ def _too_deep(where: str) -> UserError:
 
 @no_type_check
 def _check(value: Mapping[str, Any], where: str) -> None:
-  """Raises UserError for nesting without end, and for text of no Unicode."""
+  """Raises UserError for too deep nesting and for invalid Unicode."""
   waiting = [(value, 1)]
   while waiting:
     x, depth = waiting.pop()

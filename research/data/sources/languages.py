@@ -1,8 +1,8 @@
-"""Languages whose next token depends on the last two, and mixtures of them.
+"""Synthetic second-order languages, and mixtures of them, for fine-tuning.
 
-A base that knows one and learns another, which shares a part of it, is the
-smallest model of fine-tuning: what is learned and what is forgotten are both
-known to be there, and so is the best possible loss.
+A model pretrained on one language and tuned on another that shares a part of it
+is a minimal model of fine-tuning: learning, forgetting and the optimal loss are
+all measurable.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from research.typing import Float, UserError
 class LogLinear:
   """Tokens with `p(next | x, y) = softmax(f_1[y] + f_2[x])`, y the last one.
 
-  Each seed of `mix` is a drawing of both tables f [V, V], normal with the
-  deviation `sharpness`; their weighted sum is the language.
+  Each seed in `mix` determines two tables f [V, V] of normal random numbers
+  with standard deviation `sharpness`; the language is their weighted sum.
 
   Attributes:
-    vocab: tokens, V.
-    length: tokens in a document.
-    count: documents.
+    vocab: vocabulary size, V.
+    length: tokens per document.
+    count: number of documents.
     mix: seed of the tables -> weight, e.g. `{0: 0.5, 1: 0.7}`.
-    sharpness: the larger, the less random.
+    sharpness: larger values give a less random language.
     seed: of the documents.
     split: which documents.
   """
@@ -58,15 +58,15 @@ class LogLinear:
 
   @property
   def transitions(self) -> Float[np.ndarray, "V V V"]:
-    """p(next | last but one, last)."""
+    """Transition probabilities p(next | last but one, last)."""
     mix = tuple(sorted(self.mix.items()))
     return _transitions(self.vocab, mix, float(self.sharpness))
 
   @property
   def stationary(self) -> Float[np.ndarray, "V V"]:
-    """The distribution of two tokens in a row that the language keeps."""
+    """The stationary distribution of two consecutive tokens."""
     p, found = self.transitions, np.full([self.vocab] * 2, self.vocab**-2.0)
-    # Every p is positive, so this converges geometrically, from anywhere.
+    # All p are positive, so this converges geometrically from any start.
     for _ in range(1000):
       following = np.einsum("xy,xyz->yz", found, p)
       if np.abs(following - found).sum() < 1e-13:
@@ -76,13 +76,13 @@ class LogLinear:
 
   @property
   def optimal_loss(self) -> float:
-    """The entropy rate, nats a token."""
+    """The entropy rate, in nats per token."""
     p = self.transitions
     surprise = -np.sum(p * np.log(p), -1)
     return float(np.sum(self.stationary * surprise))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents; every token counts."""
+    """Returns the documents; the loss covers all tokens."""
     draws = rng_of(self.seed, self.split).random((self.count, self.length))
     tokens = np.empty((self.count, self.length), np.int32)
     pairs = np.cumsum(self.stationary.reshape(-1))

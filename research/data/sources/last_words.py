@@ -1,8 +1,8 @@
-"""A task with an answer: the last word of a sentence, which was said before.
+"""Last-word prediction task, in the style of LAMBADA.
 
-As in LAMBADA (Paperno et al. 2016, arXiv:1606.06031): a model reads some words
-and must produce the next one, exactly. Kept are sentences whose last word is
-long, and is among the words before them, so that who has followed can know it.
+As in LAMBADA (Paperno et al. 2016, arXiv:1606.06031), a model reads a context
+and must produce the next word exactly. Selects sentences whose last word is
+long and occurs in the preceding context, so that it can be inferred.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z-]*[a-z]")
 
 
 class Item(NamedTuple):
-  """What is read, and the word that follows, with the space before it."""
+  """A context, and the next word with its leading space."""
 
   context: str
   answer: str
@@ -28,13 +28,13 @@ class Item(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LastWords:
-  """Items of a text, in order.
+  """Last-word items of a text, in order.
 
   Attributes:
-    source: documents, of which paragraphs of prose are read.
-    words: that are read before the answer, at most.
-    letters: of an answer, at least.
-    limit: items at most, spread evenly over what there are; None for all.
+    source: documents; only paragraphs of prose are used.
+    words: maximum number of words in the context.
+    letters: minimum number of letters of an answer.
+    limit: maximum number of items, selected evenly; None for all.
   """
 
   source: Documents
@@ -60,7 +60,7 @@ class LastWords:
     ]
     if not found:
       raise UserError(
-        "LastWords: found no sentence that ends in a word said before; expected"
+        "LastWords: found no sentence whose last word occurs before; expected"
         " a text of prose"
       )
     if self.limit is None or self.limit >= len(found):
@@ -71,7 +71,7 @@ class LastWords:
     read: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
       if not _prose(paragraph):
-        read = []  # a table or a program: what follows is about it
+        read = []  # a table or code, which the following text refers to
         continue
       flat = " ".join(paragraph.split())
       for end in _END.finditer(flat):
@@ -85,7 +85,7 @@ class LastWords:
 
 
 def _prose(paragraph: str) -> bool:
-  """Whether a paragraph begins at the margin, as a sentence does."""
+  """Whether a paragraph looks like prose: not indented, with a sentence."""
   lines = paragraph.strip("\n").split("\n")
   straight = all(not line.startswith((" ", "\t")) for line in lines)
   return straight and paragraph.lstrip()[:1].isupper() and "." in paragraph

@@ -1,8 +1,8 @@
-"""Preference pairs as batches: `chosen` and `rejected` on an axis of two.
+"""Batches of preference pairs, with chosen and rejected on an axis of two.
 
-Keys are those of text rows, with shape [2, T] a pair (so [B, 2, T] a batch):
-index 0 is the chosen answer, index 1 the rejected one. A pair is one example;
-nothing is packed beside it, and weights are 1 on the answers' tokens.
+Keys are those of text rows, with shape [2, T] per pair (so [B, 2, T] per
+batch): index 0 is the chosen answer, index 1 the rejected one. Pairs are not
+packed together. Weights are 1 on the tokens of the answers.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from research.typing import UserError
 
 @runtime_checkable
 class PairSource(Protocol):
-  """Where pairs come from, e.g. `records.Preferences`."""
+  """A source of preference pairs, e.g. `records.Preferences`."""
 
   def pairs(self, tokenizer: Any) -> Sequence[Pair]: ...
 
@@ -30,7 +30,7 @@ class PairedRows:
   """A random-access sequence of pairs of rows.
 
   Attributes:
-    rows: chosen and rejected, one after the other.
+    rows: chosen and rejected rows, alternating.
   """
 
   rows: PackedRows
@@ -45,15 +45,15 @@ class PairedRows:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pairs:
-  """Preference pairs, in which shape and order; see `pipeline.Pipeline`.
+  """Preference pairs as shuffled batches; see `pipeline.Pipeline`.
 
   Attributes:
-    source: where the pairs come from.
-    length: places in a row, T.
+    source: the source of the pairs.
+    length: row length T.
     batch_size: pairs in a batch over all processes, B.
     seed: of the shuffle.
-    longer: what becomes of pairs that are longer than a row. They are never
-      cut, since half an answer was not what somebody preferred.
+    longer: whether pairs longer than a row are an error or dropped. They are
+      never truncated, since a preference refers to whole answers.
   """
 
   source: PairSource
@@ -74,7 +74,7 @@ class Pairs:
       longest = int(np.argmax(sizes))
       raise UserError(
         f"Pairs.length: {len(pairs) - len(fitting)} of {len(pairs)} pairs do"
-        f" not fit into {self.length} places; pair {longest} has"
+        f" not fit into {self.length} positions; pair {longest} has"
         f" {sizes[longest]} tokens.\n"
         f"Set length={sizes[longest]}, or longer='drop'."
       )
@@ -82,7 +82,10 @@ class Pairs:
     plan = [[Piece(i, 0, len(e.tokens))] for i, e in enumerate(found)]
     return PairedRows(
       PackedRows(
-        [e.tokens for e in found], plan, self.length, [e.learned for e in found]
+        [e.tokens for e in found],
+        plan,
+        self.length,
+        [e.loss_mask for e in found],
       )
     )
 

@@ -1,8 +1,7 @@
-"""Conversations about the Python language reference, on every machine.
+"""Chat and preference data from the Python language reference, offline.
 
-What `sources.PydocTopics` is to plain text: real words in the shape of chat
-and of preferences, so that those objectives can be tried without a download.
-The split is that of the topic's name.
+Like `sources.PydocTopics`, these need no download: every Python installation
+has the text. The split is that of the topic's name.
 """
 
 import dataclasses
@@ -39,11 +38,11 @@ def _conversation(name: str, answer: str) -> Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
-  """A question about each topic, and the topic's beginning as the answer.
+  """A question about each topic, answered by the beginning of its text.
 
   Attributes:
     split: which topics.
-    size: characters of an answer, at most.
+    size: maximum number of characters of an answer.
   """
 
   split: Split = "train"
@@ -58,22 +57,22 @@ class Questions:
     ]
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the rendered conversations; the answers count."""
+    """Returns the rendered conversations; the loss covers the answers."""
     return [rendering.example(tokenizer, c) for c in self.conversations()]
 
   @property
   def texts(self) -> list[str]:
-    """What is said, without the template, for `research.data.duplicates`."""
-    return [rendering.said(c) for c in self.conversations()]
+    """The message contents without the template, for contamination checks."""
+    return [rendering.plain_text(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preferences:
-  """The answer of the topic asked about, before that of another topic.
+  """Prefers the answer of the right topic over that of another topic.
 
   Attributes:
     split: which topics.
-    size: characters of an answer, at most.
+    size: maximum number of characters of an answer.
   """
 
   split: Split = "train"

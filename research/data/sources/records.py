@@ -1,7 +1,7 @@
-"""Sources in JSON Lines: texts, conversations, completions, preferences.
+"""JSON Lines sources: texts, conversations, completions, preferences.
 
-Each reads some files, keeps one split by the hash of any field, and says for
-every record that it cannot use where it stands and why.
+Each source reads files and selects a split by the hash of a field. Errors name
+the file, the line and the field.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from research.data.sources.jsonl import Record
 from research.typing import UserError
 
 Pair = tuple[Example, Example]
-"""The chosen and the rejected answer, each behind the same prompt."""
+"""The chosen and the rejected answer, each with the same prompt before it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-  """Documents of plain text: `{"text": ...}`.
+  """Plain text documents: `{"text": ...}`.
 
   Attributes:
     paths: the files.
@@ -43,7 +43,7 @@ class Texts:
 
   @property
   def texts(self) -> list[str]:
-    """The documents, read anew each time."""
+    """The documents, read from the files on each access."""
     records = jsonl.read(self.paths, self.split, self.key)
     return [record.text(self.field) for record in records]
 
@@ -65,26 +65,26 @@ class Chat:
   key: str | None = None
 
   def conversations(self) -> list[Conversation]:
-    """Returns the conversations, each checked."""
+    """Returns the validated conversations."""
     records = jsonl.read(self.paths, self.split, self.key)
     return [Conversation(_messages(r, self.field), r.where) for r in records]
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the rendered conversations; the assistant's words count."""
+    """Returns the rendered conversations; the loss covers the assistant."""
     return [rendering.example(tokenizer, c) for c in self.conversations()]
 
   @property
   def texts(self) -> list[str]:
-    """What is said, without the template, for `research.data.duplicates`."""
-    return [rendering.said(c) for c in self.conversations()]
+    """The message contents without the template, for contamination checks."""
+    return [rendering.plain_text(c) for c in self.conversations()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Completions:
-  """Prompts and what shall follow: `{"prompt": ..., "completion": ...}`.
+  """Prompts with completions: `{"prompt": ..., "completion": ...}`.
 
-  No template is applied; the tokenizer's beginning of a document stands
-  before the prompt, and its end is learned behind the completion.
+  No template is applied. The tokenizer's initial special tokens precede the
+  prompt; its end token follows the completion and is part of the loss.
 
   Attributes:
     paths: the files.
@@ -101,14 +101,15 @@ class Completions:
   key: str | None = None
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the prompts with their completions; only the latter count."""
+    """Returns prompts with completions; the loss covers the completions."""
     return [
-      completed(tokenizer, prompt, answer) for prompt, answer in self._read()
+      completion_example(tokenizer, prompt, answer)
+      for prompt, answer in self._read()
     ]
 
   @property
   def texts(self) -> list[str]:
-    """Prompts with their completions, for `research.data.duplicates`."""
+    """Prompts with completions as text, for contamination checks."""
     return [prompt + answer for prompt, answer in self._read()]
 
   def _read(self) -> list[tuple[str, str]]:
@@ -118,10 +119,10 @@ class Completions:
 
 @dataclasses.dataclass(frozen=True)
 class Preferences:
-  """Two answers each: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+  """Preference pairs: `{"prompt": ..., "chosen": ..., "rejected": ...}`.
 
-  Texts, or lists of messages. Where there is no prompt, the messages that
-  `chosen` and `rejected` begin with alike are it.
+  Fields are texts or lists of messages. Without a prompt field, the common
+  first messages of `chosen` and `rejected` are the prompt.
 
   Attributes:
     paths: the files.
@@ -140,7 +141,7 @@ class Preferences:
   key: str | None = None
 
   def pairs(self, tokenizer: Any) -> Sequence[Pair]:
-    """Returns (chosen, rejected); in both, only the answer counts."""
+    """Returns (chosen, rejected) pairs; the loss covers only the answers."""
     records = jsonl.read(self.paths, self.split, self.key)
     return [self._pair(tokenizer, record) for record in records]
 
@@ -148,7 +149,7 @@ class Preferences:
     if isinstance(record.get(self.chosen), str):
       prompt = record.text(self.prompt)
       answers = (_said(record, x) for x in (self.chosen, self.rejected))
-      return tuple(completed(tokenizer, prompt, a) for a in answers)
+      return tuple(completion_example(tokenizer, prompt, a) for a in answers)
     answers = [_messages(record, x) for x in (self.chosen, self.rejected)]
     if record.get(self.prompt) is not None:
       prompt = _messages(record, self.prompt)
@@ -167,8 +168,8 @@ class Preferences:
     )
 
 
-def completed(tokenizer: Any, prompt: str, answer: str) -> Example:
-  """Returns the tokens of `answer` behind `prompt`; only the answer counts."""
+def completion_example(tokenizer: Any, prompt: str, answer: str) -> Example:
+  """Tokenises `prompt` followed by `answer`; the loss covers the answer."""
   end = [] if tokenizer.eos is None else [tokenizer.eos]
   return examples.join(
     [

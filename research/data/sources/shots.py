@@ -1,8 +1,8 @@
-"""Pairs of keys and values whose mapping is new in every row: `k v k v ...`.
+"""In-context associative recall: key-value pairs, with a new mapping per row.
 
-What a key's value is can be read in the row and nowhere else, so that weights
-are of no help: who knows it has learned it in context. Associative recall in
-running text, as in Fu et al. 2022 (arXiv:2212.14052), section 3.
+Rows are `k v k v ...`. The value of a key can only be read in the row itself,
+not stored in the weights, so correct answers show in-context learning.
+Associative recall as in Fu et al. 2022 (arXiv:2212.14052), section 3.
 """
 
 import dataclasses
@@ -15,43 +15,44 @@ from research.data.sources.synthetic import rng_of
 from research.typing import Bool, Int, UserError
 
 Evidence = Literal["before", "after", "none"]
-"""Where pairs with the key stand that is asked for."""
+"""Where pairs with the queried key occur, relative to the query."""
 
 _EVIDENCE = ("before", "after", "none")
 
 
 class Question(NamedTuple):
-  """Rows that each ask for one value, all at the same place.
+  """Rows that each query one value, all at the same position.
 
   Attributes:
-    rows: the truth, all of it.
-    known: which tokens are told; neither the value nor what comes too late.
-    place: of the value.
+    rows: the complete rows.
+    visible: which positions the model sees; neither the queried value nor the
+      pairs after the last shot.
+    position: position of the queried value.
   """
 
   rows: Int[np.ndarray, "N T"]
-  known: Bool[np.ndarray, " T"]
-  place: int
+  visible: Bool[np.ndarray, " T"]
+  position: int
 
-  def commonest(self) -> Int[np.ndarray, " N"]:
-    """Returns the commonest value told: the guess of who knows no keys."""
-    told = self.rows[:, 1::2][:, self.known[1::2]]
-    ids = np.unique(told)
-    return ids[(told[:, :, None] == ids).sum(1).argmax(1)]
+  def most_common(self) -> Int[np.ndarray, " N"]:
+    """Returns each row's most common visible value: a key-blind baseline."""
+    values = self.rows[:, 1::2][:, self.visible[1::2]]
+    ids = np.unique(values)
+    return ids[(values[:, :, None] == ids).sum(1).argmax(1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shots:
-  """Rows of pairs, each by a mapping of its own.
+  """Rows of key-value pairs, each with its own mapping.
 
-  A row has `used` keys, each with a value drawn by lot, so that without
-  evidence any value is as likely; every pair has one of them, by lot too.
+  Each of the `used` keys of a row gets a uniformly random value, so without
+  evidence all values are equally likely. The key of each pair is random, too.
 
   Attributes:
-    keys: different keys, ids 0 .. keys - 1.
-    values: different values, the ids that follow; then the mask.
-    used: keys of a row.
-    pairs: of a row.
+    keys: number of keys, ids 0 .. keys - 1.
+    values: number of values, the ids that follow; then the mask token.
+    used: number of keys in a row.
+    pairs: number of pairs in a row.
     seed: of the rows.
   """
 
@@ -65,7 +66,7 @@ class Shots:
     if not 2 <= self.used < self.keys:
       raise UserError(
         f"Shots.used: found {self.used}, expected 2 to {self.keys - 1}, so that"
-        " a row leaves a key out"
+        " a row has an unused key"
       )
     if self.values < 2 or self.pairs < 3:
       raise UserError(
@@ -75,50 +76,53 @@ class Shots:
 
   @property
   def mask_id(self) -> int:
-    """The token that hides others."""
+    """The id of the mask token."""
     return self.keys + self.values
 
   @property
   def middle(self) -> int:
-    """The pair in which a value is asked for with its evidence after it."""
+    """The pair that is queried if the evidence comes after it."""
     return (self.pairs - 1) // 2
 
   def rows(self, split: Split, count: int) -> Int[np.ndarray, "N T"]:
-    """Returns so many rows."""
+    """Returns `count` random rows of a split."""
     rng = rng_of(self.seed, split)
     order = rng.integers(0, self.used, (count, self.pairs))
-    return self._told(rng, order)
+    return self._rows(rng, order)
 
-  def asked(
+  def questions(
     self, evidence: Evidence, shots: int, split: Split, count: int
   ) -> Question:
-    """Returns questions about a pair, with `shots` pairs on one side of it.
+    """Returns queries of a pair's value, with `shots` pairs on one side of it.
 
-    Where there is evidence, one of the `shots` pairs, or more, has the same
-    key. Before, or with none, nothing is told behind the question; with
-    evidence after it the question is the middle pair's, and all pairs in front
-    of it are told, and have other keys.
+    With evidence, at least one of the `shots` pairs has the queried key. With
+    evidence "before" or "none", nothing after the query is visible. With
+    evidence "after", the query is the middle pair, and all pairs before it are
+    visible but have other keys.
 
     Args:
-      evidence: where pairs with the same key stand.
-      shots: pairs on that side; before the question where there is none.
+      evidence: where pairs with the same key occur.
+      shots: number of pairs on that side; with "none", before the query.
       split: which rows.
-      count: so many.
+      count: number of rows.
+
+    Raises:
+      UserError: the row has too few pairs for `shots`.
     """
     pair = self.middle if evidence == "after" else shots
     room = self.pairs - 1 - (pair if evidence == "after" else 0)
     if not 1 <= shots <= room:
       raise UserError(
-        f"Shots.asked: found {shots} shots {evidence}, expected 1 to {room} of"
-        f" {self.pairs} pairs"
+        f"Shots.questions: found {shots} shots {evidence}, expected 1 to {room}"
+        f" of {self.pairs} pairs"
       )
     place = 2 * pair + 1
     rng = rng_of(self.seed, split, shots, _EVIDENCE.index(evidence))
     order = rng.integers(0, self.used, (count, self.pairs))
     line = np.arange(count)
-    told = place
+    end = place
     if evidence == "none":
-      order[:, pair] = self.used  # the key that the row leaves out
+      order[:, pair] = self.used  # the key that the row does not use
     elif evidence == "before":
       order[:, pair] = order[line, rng.integers(0, pair, count)]
     else:
@@ -126,13 +130,13 @@ class Shots:
       order[:, :pair] = (order[:, pair, None] + others) % self.used
       again = pair + 1 + rng.integers(0, shots, count)
       order[line, again] = order[:, pair]
-      told = place + 1 + 2 * shots
+      end = place + 1 + 2 * shots
     at = np.arange(2 * self.pairs)
-    known = (at < told) & (at != place)
-    return Question(self._told(rng, order), known, place)
+    known = (at < end) & (at != place)
+    return Question(self._rows(rng, order), known, place)
 
-  def _told(self, rng, order) -> Int[np.ndarray, "N T"]:
-    """Returns rows of these keys, by number, with mappings by lot."""
+  def _rows(self, rng, order) -> Int[np.ndarray, "N T"]:
+    """Returns rows with these key indices and a random mapping per row."""
     count, own = len(order), self.used + 1
     each = np.tile(np.arange(self.keys), (count, 1))
     keys = rng.permuted(each, axis=1)[:, :own]

@@ -1,7 +1,7 @@
-"""Where documents come from: random-access sequences of text.
+"""Text sources: random-access sequences of documents, and train/eval splits.
 
-A source has a length and answers `source[i]` with one document, a `str`. It is
-a frozen dataclass, so that an experiment can hold it, print it and compare it.
+A source has a length, and `source[i]` is one document, a `str`. It is a frozen
+dataclass, so that experiments can print and compare it.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def split_of(name: str) -> Split:
 
 @dataclasses.dataclass(frozen=True)
 class PydocTopics:
-  """The Python language reference that ships with every interpreter.
+  """The Python language reference, which ships with every interpreter.
 
   Attributes:
     split: which topics, by `split_of` of the topic's name.
@@ -59,7 +59,7 @@ class PydocTopics:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-  """UTF-8 text files, each one document.
+  """UTF-8 text files, one document each.
 
   Attributes:
     paths: the files.
@@ -75,7 +75,11 @@ class TextFiles:
 
 
 def read_text(path: str) -> str:
-  """Returns the text of a UTF-8 file that is neither missing nor empty."""
+  """Reads a UTF-8 text file.
+
+  Raises:
+    UserError: the file is missing, not UTF-8, or empty.
+  """
   try:
     data = pathlib.Path(path).read_bytes()
   except OSError as error:
@@ -84,7 +88,7 @@ def read_text(path: str) -> str:
       "Expected a UTF-8 text file; check the path."
     ) from error
   try:
-    text = data.decode("utf-8-sig")  # a byte order mark is no text
+    text = data.decode("utf-8-sig")  # drops a byte order mark
   except UnicodeDecodeError as error:
     raise UserError(
       f"{path}: not UTF-8: byte 0x{data[error.start]:02x} at offset"

@@ -1,8 +1,7 @@
-"""The standard library's own text: a corpus that every machine has.
+"""Text corpus from the Python standard library, available on every machine.
 
-Python sources, and the topics of the language reference, about 9 MB. What the
-files say changes with each release of Python, so whatever is made from them
-should record `sha256`.
+Python sources and the topics of the language reference, about 9 MB. The text
+changes with each release of Python, so results should record `sha256`.
 """
 
 import dataclasses
@@ -15,30 +14,31 @@ from research.data.sources import PydocTopics, Split, split_of
 from research.typing import UserError
 
 LEFT_OUT = (
-  # What some distributions of Python leave out, or keep as packages apart.
+  # Folders that some distributions of Python omit or package separately.
   *("test", "tests", "idlelib", "tkinter", "turtledemo", "ensurepip"),
   *("lib2to3", "distutils", "site-packages", "dist-packages"),
-  # Tables, and the reference's text as a literal, which the topics are.
+  # Tables, and the reference's text, which is included as topics.
   *("encodings", "pydoc_data", "__phello__"),
 )
-"""Folders whose files are no part of the corpus."""
+"""Folders that are excluded from the corpus."""
 
 GENERATED = ("_sysconfig", "sitecustomize", "usercustomize")
-"""Beginnings of names of files that belong to the machine."""
+"""Name prefixes of files that are specific to the machine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stdlib:
   """Sources of the standard library and topics of the language reference.
 
-  Documents come in the order of a hash of their names, so that the first few
-  are a fair sample; whole files are in one split or another.
+  Documents are ordered by a hash of their names, so the first few are a random
+  sample. Each file belongs to one split as a whole.
 
   Attributes:
     split: which documents, by `split_of` of the name, e.g. `json/decoder.py`
       or `topics/with`.
-    size: characters of a document; longer ones are cut at a line's end.
-    limit: documents at most; None for all.
+    size: maximum number of characters of a document; longer ones are truncated
+      at a line end.
+    limit: maximum number of documents; None for all.
   """
 
   split: Split = "train"
@@ -52,7 +52,7 @@ class Stdlib:
 
   @property
   def sha256(self) -> str:
-    """A hash of all documents: equal where the corpus is."""
+    """A hash of all documents, to identify the corpus."""
     digest = hashlib.sha256()
     for i, name in enumerate(self.names):
       text = self[i].encode("utf-8")
@@ -72,7 +72,7 @@ class Stdlib:
 @functools.cache
 def _names(split: Split) -> tuple[str, ...]:
   found = (name for name in _corpus() if split_of(name) == split)
-  # Not the hash that makes the split, of which each split has one end only.
+  # Not the hash that decides the split, whose values differ between splits.
   return tuple(
     sorted(found, key=lambda n: hashlib.sha256(b"order " + n.encode()).digest())
   )
@@ -80,7 +80,7 @@ def _names(split: Split) -> tuple[str, ...]:
 
 @functools.cache
 def _corpus() -> dict[str, str]:
-  """Returns name -> text of every document that has some."""
+  """Returns name -> text of every non-empty document."""
   root = pathlib.Path(sysconfig.get_path("stdlib"))
   out = {}
   for path in sorted(root.rglob("*.py")):

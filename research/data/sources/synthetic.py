@@ -1,9 +1,9 @@
-"""Sources whose best possible loss is known, as token ids.
+"""Synthetic token sources with a known optimal loss: Markov, copy, recall.
 
-An experiment on them can be judged in absolute terms: `optimal_loss` is the
-mean loss in nats, over the tokens that count, of the best predictor there is.
-They need no tokenizer; `train`, `validation` and `heldout` are drawn from the
-same distribution with different random numbers.
+Results on them can be judged in absolute terms: `optimal_loss` is the mean loss
+of the best possible predictor over the target tokens, in nats. They need no
+tokenizer. The splits `train`, `validation` and `heldout` are drawn from the
+same distribution with different random seeds.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ _SPLITS = ("train", "validation", "heldout")
 
 
 def rng_of(seed: int, split: Split, *more: int) -> np.random.Generator:
-  """Returns the generator of a split's documents."""
+  """Returns the random generator for the documents of a split."""
   return np.random.default_rng([seed, _SPLITS.index(split), *more])
 
 
@@ -36,17 +36,17 @@ def _check(source: Any, **least: int) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Markov:
-  """A chain of order 1, begun in its stationary distribution.
+  """A first-order Markov chain, started in its stationary distribution.
 
-  Each state's row of the transition matrix is drawn from a symmetric Dirichlet
-  distribution; the matrix depends on `seed` alone, not on the split. The best
+  Each row of the transition matrix is drawn from a symmetric Dirichlet
+  distribution; the matrix depends on `seed` only, not on the split. The optimal
   loss is the entropy rate, H = sum_i pi_i H(P_i) (Shannon 1948, theorem 5).
 
   Attributes:
-    vocab: states, V.
-    length: tokens in a document.
-    count: documents.
-    concentration: of the Dirichlet distribution; the smaller, the less random.
+    vocab: number of states, V.
+    length: tokens per document.
+    count: number of documents.
+    concentration: of the Dirichlet distribution; smaller is less random.
     seed: of the matrix and of the documents.
     split: which documents.
   """
@@ -68,23 +68,23 @@ class Markov:
 
   @property
   def transitions(self) -> Float[np.ndarray, "V V"]:
-    """p(next | state), row by state."""
+    """The transition matrix p(next | state), one row per state."""
     return _transitions(self.vocab, self.concentration, self.seed)
 
   @property
   def stationary(self) -> Float[np.ndarray, "V"]:
-    """The distribution that the chain keeps."""
+    """The stationary distribution."""
     return _stationary(self.transitions)
 
   @property
   def optimal_loss(self) -> float:
-    """The entropy rate, nats a token."""
+    """The entropy rate, in nats per token."""
     p = self.transitions
     surprise = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0)
     return float(self.stationary @ surprise.sum(-1))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents; every token counts."""
+    """Returns the documents; the loss covers all tokens."""
     uniform = rng_of(self.seed, self.split).random((self.count, self.length))
     tokens = np.empty((self.count, self.length), np.int32)
     tokens[:, 0] = _choose(self.stationary[None], uniform[:, 0])
@@ -97,8 +97,8 @@ class Markov:
 @functools.lru_cache(maxsize=8)
 def _transitions(vocab, concentration, seed):
   rng = np.random.default_rng([seed, len(_SPLITS)])
-  # A touch of the uniform keeps every state reachable, so that the stationary
-  # distribution is unique, and every surprise finite.
+  # Mixing in a little uniform noise makes every state reachable, so that the
+  # stationary distribution is unique and every log-probability finite.
   drawn = rng.dirichlet(np.full(vocab, float(concentration)), vocab)
   return 0.999 * drawn + 0.001 / vocab
 
@@ -117,14 +117,14 @@ def _choose(rows, uniform):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copy:
-  """Random symbols, a separator (id V), and the same symbols again.
+  """Copy task: random symbols, a separator (id V), and the same symbols again.
 
-  Only the second half counts; who attends to the first needs no bit for it.
+  The loss covers the second half only, which is a copy of the first.
 
   Attributes:
-    vocab: symbols, V; ids go up to V.
-    length: symbols to copy.
-    count: documents.
+    vocab: number of symbols, V; ids go up to V.
+    length: number of symbols to copy.
+    count: number of documents.
     seed: of the documents.
     split: which documents.
   """
@@ -140,37 +140,37 @@ class Copy:
 
   @property
   def optimal_loss(self) -> float:
-    """Nats a token that counts."""
+    """The optimal loss, in nats per target token."""
     return 0.0
 
   @property
   def chance_loss(self) -> float:
-    """Of a predictor that does not look back, nats a token."""
+    """The loss of a predictor without context, in nats per target token."""
     return float(np.log(self.vocab))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents, of 2 length + 1 tokens."""
+    """Returns the documents, of `2 length + 1` tokens each."""
     shape = (self.count, self.length)
     symbols = rng_of(self.seed, self.split).integers(0, self.vocab, shape)
     between = np.full((self.count, 1), self.vocab)
     tokens = np.concatenate([symbols, between, symbols], 1).astype(np.int32)
-    learned = np.arange(tokens.shape[1]) > self.length
-    return [Example(row, learned) for row in tokens]
+    loss_mask = np.arange(tokens.shape[1]) > self.length
+    return [Example(row, loss_mask) for row in tokens]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall:
-  """Associative recall: pairs of key and value, then keys to answer.
+  """Associative recall: key-value pairs, then all keys again as queries.
 
   Multi-query recall as in Arora et al. 2023 (arXiv:2312.04927), section 3:
-  `k v k v ... | k v k v ...`, each key once in either half, the second half
-  in another order. Only the second half's values count.
+  `k v k v ... | k v k v ...`, with each key once in each half, the second half
+  in another order. The loss covers the values of the second half.
 
   Attributes:
-    keys: different keys, ids 0 .. keys - 1.
-    values: different values, the ids that follow.
-    pairs: key-value pairs in a document, all of them asked for.
-    count: documents.
+    keys: number of keys, ids 0 .. keys - 1.
+    values: number of values, the ids that follow.
+    pairs: key-value pairs in a document, each queried once.
+    count: number of documents.
     seed: of the documents.
     split: which documents.
   """
@@ -187,25 +187,24 @@ class Recall:
 
   @property
   def optimal_loss(self) -> float:
-    """Nats a token that counts."""
+    """The optimal loss, in nats per target token."""
     return 0.0
 
   @property
   def chance_loss(self) -> float:
-    """Of a predictor that does not look back, nats a token."""
+    """The loss of a predictor without context, in nats per target token."""
     return float(np.log(self.values))
 
   def examples(self, tokenizer: Any) -> Sequence[Example]:
-    """Returns the documents, of 4 pairs tokens."""
-    learned = np.zeros(4 * self.pairs, bool)
-    learned[2 * self.pairs + 1 :: 2] = True
-    return [Example(self._document(i), learned) for i in range(self.count)]
+    """Returns the documents, of `4 pairs` tokens each."""
+    loss_mask = np.zeros(4 * self.pairs, bool)
+    loss_mask[2 * self.pairs + 1 :: 2] = True
+    return [Example(self._document(i), loss_mask) for i in range(self.count)]
 
   def _document(self, index: int) -> np.ndarray:
     rng = rng_of(self.seed, self.split, index)
     keys = rng.permutation(self.keys)[: self.pairs]
     values = self.keys + rng.integers(0, self.values, self.pairs)
-    told = np.stack([keys, values], 1)
-    return (
-      np.concatenate([told, rng.permutation(told)]).reshape(-1).astype(np.int32)
-    )
+    pairs = np.stack([keys, values], 1)
+    tokens = np.concatenate([pairs, rng.permutation(pairs)])
+    return tokens.reshape(-1).astype(np.int32)

@@ -253,7 +253,7 @@ def estimate(
   def one(total, view):
     _, counts, _ = view
     found = positions.log_probs(
-      model, params, states(*view), tokens, rows, never=mask_id
+      model, params, states(*view), tokens, rows, excluded=mask_id
     )
     return total + jnp.where(counts > 0, counts * found, 0.0), None
 

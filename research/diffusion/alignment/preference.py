@@ -19,7 +19,7 @@ from research.diffusion.schedule import Linear, Schedule
 from research.generation.sampling import row_keys
 from research.nn.transformer import Transformer
 from research.training.objectives.objective import Batch, Sums
-from research.training.objectives.preference import Part, Select, whole
+from research.training.objectives.preference import Part, Select, all_params
 from research.typing import Params, PRNGKey, UserError
 
 
@@ -52,7 +52,7 @@ class VRPO:
   shift: bool = False
   block: int | None = None
   schedule: Schedule = Linear()
-  policy: Select = whole
+  policy: Select = all_params
   reference: Select = Part("reference")
   rows: int = 256
 

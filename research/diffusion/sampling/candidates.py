@@ -238,7 +238,7 @@ def candidates(
   never = (options.mask_id, *(options.end if options.never_end else ()))
   logits = logits.at[..., jnp.array(never)].set(-jnp.inf)
   rows, size, vocabulary = logits.shape
-  flat = samplers.adjusted(logits.reshape(-1, vocabulary), sampling)
+  flat = samplers.process_logits(logits.reshape(-1, vocabulary), sampling)
   drawn = flat.reshape(logits.shape)
   noise, chance = jax.vmap(jax.random.split, out_axes=1)(keys)
   if sampling.temperature is None:

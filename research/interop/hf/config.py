@@ -153,7 +153,7 @@ def _sizes(fields: Fields, kind: str) -> presets.Sizes:
     logit_softcap=fields.maybe_number("final_logit_softcapping"),
     pattern=_pattern(fields, kind, window),
     max_positions=fields.integer("max_position_embeddings"),
-    clock=_clock(fields.object(CLOCK)),
+    time_embedding=_clock(fields.object(CLOCK)),
   )
 
 
@@ -290,8 +290,8 @@ def config_from_model(model: Transformer, model_type: str) -> dict[str, Any]:
       use_qkv_bias=a.qkv_bias,
       use_bias=a.out_bias,
     )
-  if model.clock is not None:
-    config[CLOCK] = dataclasses.asdict(model.clock)
+  if model.time_embedding is not None:
+    config[CLOCK] = dataclasses.asdict(model.time_embedding)
   _check_described(model, config)
   return config
 
@@ -339,7 +339,14 @@ def _check_described(model: Transformer, config: dict[str, Any]) -> None:
   family, sizes = sizes_from_config(config, where)
   again = presets.transformer(family, sizes, model.dtype)
   same = _scaled(again) == _scaled(model)
-  for field in ("vocab_size", "width", "norm", "tied", "softcap", "clock"):
+  for field in (
+    "vocab_size",
+    "width",
+    "norm",
+    "tied",
+    "softcap",
+    "time_embedding",
+  ):
     same = same and getattr(again, field) == getattr(model, field)
   if not same or again.embed_scale != model.embed_scale:
     raise UserError(

@@ -39,7 +39,7 @@ def loglikelihood(
     loaded.params,
     [harness_requests.encoded(loaded.tokenizer, *pair) for pair in pairs],
     batch,
-    special_tokens.of_tokenizer(loaded.tokenizer),
+    special_tokens.from_tokenizer(loaded.tokenizer),
   )
 
 
@@ -60,7 +60,7 @@ def rolling(
     )
     requests += parts
     owners += [i] * len(parts)
-  special = special_tokens.of_tokenizer(loaded.tokenizer)
+  special = special_tokens.from_tokenizer(loaded.tokenizer)
   found = score(loaded.model, loaded.params, requests, batch, special)
   out = [0.0] * len(texts)
   for owner, (value, _) in zip(owners, found, strict=True):
@@ -166,7 +166,7 @@ def _scored(
   )
 
   def one(head, hidden, targets):
-    logits = positions.logits_of(model, head, hidden)
+    logits = positions.fp32_logits(model, head, hidden)
     return losses.token_losses(logits, targets)
 
   loss, best = positions.map_positions(
@@ -197,7 +197,7 @@ def _continued(loaded, params, contexts, options, numbers, seed) -> list[str]:
     numbers,
   ):
     for row, new in enumerate(part.tolist()):
-      made[row] += [i for i in new if i != generate.NONE]
+      made[row] += [i for i in new if i != generate.NO_TOKEN]
     texts = [tokenizer.decode(row) for row in made]
     if options.until and all(
       any(s in text for s in options.until) for text in texts

@@ -120,7 +120,10 @@ def windows(tokenizer: Any, size: int, text: str) -> list[Request]:
   with context, as the harness does. Unlike there, every window of a model whose
   rows begin with special tokens begins with them.
   """
-  ids, special = tokenizer.encode(text), special_tokens.of_tokenizer(tokenizer)
+  ids, special = (
+    tokenizer.encode(text),
+    special_tokens.from_tokenizer(tokenizer),
+  )
   before = list(special.begin) or [prefix(tokenizer)]
   room, out, start = size + 1 - len(before), [], 0
   while start < len(ids):

@@ -110,7 +110,7 @@ def score(
       leaves no place for what it follows.
   """
   spec, key = spec_of(loaded), jax.random.key(how.seed)
-  special = special_tokens.of_tokenizer(loaded.tokenizer)
+  special = special_tokens.from_tokenizer(loaded.tokenizer)
   least = max(1, len(special.row_begin))
   size = texts.context_of(loaded.model)
   out = []

@@ -268,7 +268,7 @@ def in_float32(weight: Any) -> tuple[np.ndarray, np.ndarray] | None:
   """
   if isinstance(weight, AdaptedBias):
     base = jnp.asarray(weight.w).astype(jnp.float32)
-    return np.asarray(weight.matrix.bias_of(base)), np.asarray(base)
+    return np.asarray(weight.matrix.scaled_bias(base)), np.asarray(base)
   if not isinstance(weight, AdaptedTensor):
     return None
   below = in_float32(weight.w)

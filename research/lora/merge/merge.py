@@ -284,4 +284,4 @@ def _over(w: Any, base: Any) -> Any:
 
 
 def _leaves(params: Params) -> Mapping[str, Any]:
-  return dict(weights.named(params))
+  return dict(weights.named_weights(params))

@@ -58,7 +58,7 @@ class C3A(Method):
   def _product(self, x, kernel):
     # Outputs that are cut would have XLA cut transforms along frequencies,
     # which its CPU backend cannot run.
-    whole = functools.partial(sharding.whole, last=2)
+    whole = functools.partial(sharding.unsharded, last=2)
     x = whole(x.reshape(*x.shape[:-1], -1, self.block))
     spectrum = jnp.einsum(
       "...nb,mnb->...mb", jnp.fft.ifft(x), jnp.fft.fft(whole(kernel))

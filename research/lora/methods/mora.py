@@ -47,7 +47,7 @@ class MoRA(Method):
     # Cut along what is folded here, XLA gives wrong gradients of x (jax 0.12).
     # Groups straddle cuts anyway: left to itself it gathers, or permutes more
     # often. Only activations are gathered, of a device's own rows.
-    x = sharding.whole(x)
+    x = sharding.unsharded(x)
     # Filled up with its own first entries.
     more = -x.shape[-1] % side
     again = jnp.concatenate([x] * -(-more // x.shape[-1]), -1) if more else x
@@ -55,7 +55,7 @@ class MoRA(Method):
     x = x.reshape(*x.shape[:-1], -1, side)
     y = jnp.sum(x, -2) if self.form == "share" else _rotated(x)
     y = y @ m
-    y = sharding.whole(y.reshape(*x.shape[:-2], -1))
+    y = sharding.unsharded(y.reshape(*x.shape[:-2], -1))
     times = -(-size_out // y.shape[-1])
     return jnp.tile(y, (1,) * (y.ndim - 1) + (times,))[..., :size_out]
 

@@ -248,7 +248,7 @@ class Restart:
       name = weights.bias_path(path)
       if name in scaled:
         bias = scaled[name]
-        total = bias.matrix.bias_of(bias.w.astype(jnp.float32))
+        total = bias.matrix.scaled_bias(bias.w.astype(jnp.float32))
         new[name] = self.rounding(total, bias.dtype, _key(key, name))
     _check(new, state)
     adapters = [f"{path}/trained/" for path, _ in adapted]

@@ -1,9 +1,9 @@
-"""Keys and values of what was read."""
+"""Key/value caches."""
 
 from research.nn.cache.kv_cache import (
   Cache,
   LayerCache,
-  Slots,
+  SlotCache,
   slot_positions,
   write,
 )
@@ -11,7 +11,7 @@ from research.nn.cache.kv_cache import (
 __all__ = [
   "Cache",
   "LayerCache",
-  "Slots",
+  "SlotCache",
   "slot_positions",
   "write",
 ]

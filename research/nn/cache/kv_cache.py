@@ -1,9 +1,8 @@
-"""The key/value cache: preallocated, and a ring buffer for windowed layers.
+"""The key/value cache: preallocated; a ring buffer for windowed layers.
 
-A slot is found by position, so rows of a batch may differ in length: position
-`p` lives in slot `p` (or `p mod S` in a ring of `S` slots), and which slots
-are alive follows from the row's length alone. Pure functions; a cache is
-passed in and returned.
+Rows of a batch may differ in length: position `p` is stored in slot `p` (or
+`p mod S` in a ring of `S` slots), and the row's length determines which slots
+are valid. All functions are pure: they take a cache and return a new one.
 """
 
 import dataclasses
@@ -13,20 +12,25 @@ import jax
 import jax.numpy as jnp
 
 from research.nn import decode_attention
-from research.nn.attention_context import AttentionContext, at, attend
+from research.nn.attention_context import (
+  AttentionContext,
+  attend,
+  with_positions,
+)
 from research.typing import Array, Float, Int
 
 
-class Slots:
-  """What a layer's caches share whose tokens lie in slots of their row.
+class SlotCache:
+  """Base class of caches that store each row's tokens in slots of its own.
 
-  They say what new tokens look at (`extend`, as `LayerCache` has it); a layer
-  asks them to `attend`, and so it may ask a cache of any other kind.
+  Subclasses implement `extend` (see `LayerCache`), which returns the keys and
+  values that new tokens attend to. An attention layer only calls `attend`, so
+  other kinds of cache need to provide only that method and `slots`.
 
   Attributes:
-    in_order: whether position `p` is in slot `p` modulo the slots, which the
-      kernel for single tokens counts on.
-    some_queries: whether some of the new tokens may look and others not.
+    in_order: whether position `p` is stored in slot `p` modulo the number of
+      slots, as the decode kernel requires.
+    some_queries: whether the queries may be a subset of the new tokens.
   """
 
   in_order: ClassVar[bool] = False
@@ -37,41 +41,46 @@ class Slots:
     q: Float[Array, "B Q N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    call: AttentionContext,
+    context: AttentionContext,
   ) -> tuple[Any, Float[Array, "B Q N H"]]:
-    """Returns the cache with new tokens in it, and what queries see.
+    """Appends new tokens and returns the cache and the attention output.
 
     Args:
-      q: of the new tokens, or of some of them.
-      k, v: of the new tokens.
-      call: what else there is to know.
+      q: queries of the new tokens, or of a subset.
+      k, v: keys and values of the new tokens.
+      context: positions, mask and options of the call.
     """
-    cache, keys, values, held = self.extend(
+    cache, keys, values, key_positions = self.extend(
       k,
       v,
-      call.positions,
-      call.length,
-      fresh=call.fresh,
-      window=call.window,
-      bias=call.bias,
+      context.positions,
+      context.length,
+      fresh=context.fresh,
+      window=context.window,
+      bias=context.bias,
     )
-    mask = call.mask if held is None else at(call.mask, call.queries, held)
-    one = self.in_order and not call.fresh and k.shape[1] == 1
+    mask = (
+      context.mask
+      if key_positions is None
+      else with_positions(context.mask, context.queries, key_positions)
+    )
+    one = self.in_order and not context.fresh and k.shape[1] == 1
     if one and decode_attention.has_kernel(q, keys, mask):
       y = decode_attention.attend_one(
-        q, keys, values, call.positions, **call.options
+        q, keys, values, context.positions, **context.options
       )
     else:
-      y = attend(q, keys, values, mask=mask, **call.options)
+      y = attend(q, keys, values, mask=mask, **context.options)
     return cache, y
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache(Slots):
-  """Keys and values of one layer, or of a run of them behind a leading axis.
+class LayerCache(SlotCache):
+  """Keys and values of one layer, or of a run of layers on a leading axis.
 
-  Heads come before slots: a head's keys lie together, as attention reads them.
+  Heads come before slots, so the keys of a head are contiguous in memory, as
+  attention reads them.
 
   Attributes:
     k, v: `[..., B, K, S, H]`.
@@ -83,11 +92,11 @@ class LayerCache(Slots):
 
   @property
   def slots(self) -> int:
-    """How many positions it holds."""
+    """The number of positions it can store."""
     return self.k.shape[-2]
 
   def read(self, dtype: Any) -> tuple[Array, Array]:
-    """Returns keys and values as attention takes them, `[B, S, K, H]`."""
+    """Returns keys and values in attention's layout, `[B, S, K, H]`."""
     return tuple(x.swapaxes(1, 2).astype(dtype) for x in (self.k, self.v))
 
   def extend(
@@ -101,50 +110,52 @@ class LayerCache(Slots):
     window: int | None = None,
     bias: Any = None,
   ) -> tuple["LayerCache", Array, Array, Array | None]:
-    """Returns the cache with new tokens in it, and what they may look at.
-
-    That is keys and values `[B, S, K, H]` and their positions `[B, S]`, -1
-    where there are none; None in place of them for the new tokens alone.
+    """Appends new tokens and returns what they attend to.
 
     Args:
-      k, v: of the new tokens.
-      positions: of the new tokens, negative for padding.
-      length: tokens of each row, the new ones included.
+      k, v: keys and values of the new tokens.
+      positions: positions of the new tokens, negative for padding.
+      length: number of tokens in each row, including the new ones.
       fresh: whether the cache was empty.
-      window: how many positions the layer looks back on, or None.
-      bias: of keys, which a cache may want to know; not this one.
+      window: size of the layer's attention window in tokens, or None.
+      bias: unused here; the bias of keys by position, for caches that need it.
+
+    Returns:
+      `(cache, keys, values, positions)`: keys and values `[B, S, K, H]` and
+      their positions `[B, S]`, -1 for empty slots. `positions` is None if they
+      are just the new tokens.
     """
     del bias
     written = write(self, k, v, positions, length)
     if fresh:
       return written, k, v, None
     if k.shape[1] == 1 or window is None:
-      # Nothing that this call still needs was overwritten.
-      held = slot_positions(length, self.slots)
-      return written, *written.read(k.dtype), held
-    # A ring may have lost keys that the first new queries see: look at the
-    # ring as it was, and at the new keys.
+      # This write has overwritten no key that the new queries attend to.
+      key_positions = slot_positions(length, self.slots)
+      return written, *written.read(k.dtype), key_positions
+    # The write may have overwritten ring slots that the first new queries
+    # attend to: use the ring as it was before, and the new keys.
     before = length - jnp.sum(positions >= 0, axis=-1)
-    held = slot_positions(before, self.slots)
-    held = jnp.concatenate([held, positions], axis=1)
+    key_positions = slot_positions(before, self.slots)
+    key_positions = jnp.concatenate([key_positions, positions], axis=1)
     keys, values = (
       jnp.concatenate([old, new], axis=1)
       for old, new in zip(self.read(k.dtype), (k, v), strict=True)
     )
-    return written, keys, values, held
+    return written, keys, values, key_positions
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """What a model remembers of the tokens it has read.
+  """The key/value caches of all layers of a model.
 
   Attributes:
-    length: `[B]`, tokens read by each row.
+    length: `[B]`, number of tokens read by each row.
     layers: run name -> layer name -> `LayerCache` stacked over the run, or
-      another class with its `slots` and `attend`.
-    fresh: whether nothing has been written; a prefill then attends to its own
-      keys only, with tiles that are known to be empty skipped.
+      another class with `slots` and `attend`.
+    fresh: whether the cache is empty. A prefill then attends to its own keys
+      only and skips tiles that are known to be masked.
   """
 
   length: Any
@@ -153,13 +164,13 @@ class Cache:
 
   @property
   def capacity(self) -> int:
-    """Positions that every layer can hold or has a window for."""
+    """The largest number of positions that any layer can store."""
     layers = jax.tree.leaves(self.layers, is_leaf=lambda x: hasattr(x, "slots"))
     return max(layer.slots for layer in layers)
 
 
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
-  """Returns which position each slot holds, -1 where none."""
+  """Returns the position stored in each slot, -1 for empty slots."""
   slot = jnp.arange(slots)
   last = length[:, None] - 1
   position = last - jnp.mod(last - slot, slots)
@@ -173,14 +184,15 @@ def write(
   positions: Int[Array, "B T"],
   length: Int[Array, "B"],
 ) -> LayerCache:
-  """Returns the cache with new keys and values at their positions' slots.
+  """Writes new keys and values into the slots of their positions.
 
   Args:
-    cache: of one layer, `[B, K, S, H]`.
-    k, v: of the new tokens.
-    positions: of the new tokens; negative ones (padding) are not written.
-    length: tokens of each row, the new ones included; positions that a ring
-      has no room for any more are not written.
+    cache: cache of one layer, `[B, K, S, H]`.
+    k, v: keys and values of the new tokens.
+    positions: positions of the new tokens; negative ones (padding) are not
+      written.
+    length: number of tokens in each row, including the new ones; new tokens
+      that a ring buffer would already have overwritten are not written.
   """
   slots = cache.slots
   alive = (positions >= 0) & (positions >= length[:, None] - slots)
@@ -191,7 +203,7 @@ def write(
     row = jnp.arange(new.shape[0])[:, None]
     return old.at[row, :, at].set(new.astype(old.dtype), mode="drop")
 
-  # Without the barrier XLA writes once for each reader, each into a copy of
-  # the whole cache.
+  # Without the barrier, XLA repeats the write for each consumer, each time into
+  # a copy of the whole cache.
   written = jax.lax.optimization_barrier((put(cache.k, k), put(cache.v, v)))
   return LayerCache(*written)

@@ -1,14 +1,14 @@
-"""Keys and values in pages that rows share, in place of a slab for each row.
+"""Paged key/value cache: rows share a pool of pages (PagedAttention).
 
-A `LayerCache` gives every row the room that the longest one needs. A pool has
-pages (`kernels_pallas.decode_attention.pages`), a table says which of them are
-a row's, in which order, and a row has as many as its tokens may come to fill.
-Table and lengths are data: one compiled step serves rows of any lengths in any
-pages.
+A `LayerCache` reserves as many slots for every row as the longest row needs.
+Here, keys and values are stored in a pool of pages
+(`kernels_pallas.decode_attention.pages`), and a page table lists each row's
+pages in order. Table and lengths are data, so one compiled step serves rows of
+any length in any pages.
 
-A page's number stands for that page of every layer, so a row has one line of
-one table. Who owns which page is decided outside of the program
-(`page_allocator`); a page that nobody owns is neither read nor written.
+A page number refers to that page in every layer, so each row has a single line
+in a single table. Pages are assigned to rows outside of the compiled program
+(`page_allocator`); unassigned pages are neither read nor written.
 """
 
 import dataclasses
@@ -28,26 +28,26 @@ from research.nn.cache import Cache
 from research.nn.transformer import Transformer
 from research.typing import Array, Bool, Float, Int, Params, UserError
 
-CODES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-"""Pages of 8 bits, each token and head with a scale of its own."""
+CODE_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+"""8-bit page dtypes; each token and head has its own scale."""
 
 Pool = dict[str, dict[str, Pages]]
-"""Run name -> layer name -> pages stacked over the run."""
+"""Run name -> layer name -> `Pages` stacked over the run."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedLayer:
-  """What a layer looks at: its pages, and which of them each row has.
+  """A layer's pages, and the page table of the rows.
 
-  New tokens come behind those that their row has, in order; what they see is
-  read from the pages, themselves included, as it is kept there.
+  New tokens are appended to their row in order. Queries read keys and values
+  from the pages, including their own, in the precision of the pages.
 
   Attributes:
-    pages: of one layer, or of a run of them behind a leading axis.
-    some_queries: whether some of the new tokens may look and others not.
-    table: `[..., B, W]`, pages of each row; behind the last that a row needs,
-      or before the first that its window reaches, whatever.
+    pages: pages of one layer, or of a run of layers on a leading axis.
+    some_queries: whether the queries may be a subset of the new tokens.
+    table: `[..., B, W]`, page numbers of each row. Entries after the last page
+      that a row needs, or before the first one in its window, are arbitrary.
   """
 
   some_queries: ClassVar[bool] = False
@@ -56,7 +56,7 @@ class PagedLayer:
 
   @property
   def slots(self) -> int:
-    """How many positions a row can have."""
+    """The maximum number of positions of a row."""
     return self.table.shape[-1] * self.pages.size
 
   def attend(
@@ -64,30 +64,29 @@ class PagedLayer:
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    call: AttentionContext,
+    context: AttentionContext,
   ) -> tuple["PagedLayer", Float[Array, "B T N H"]]:
-    """Returns the layer with new tokens in its pages, and what they see.
+    """Appends new tokens to the pages and returns the attention output.
 
     Args:
-      q, k, v: of the new tokens; those of padding are nowhere.
-      call: what else there is to know.
+      q, k, v: queries, keys and values of the new tokens; padding is ignored.
+      context: positions, mask and options of the call.
 
     Raises:
-      UserError: a mask under which tokens do not look back alone, or stand
-        at positions of their own.
+      UserError: the mask is not causal, or has explicit positions.
     """
-    window = _window(call.mask)
-    alive = call.positions >= 0
+    window = _window(context.mask)
+    alive = context.positions >= 0
     new = jnp.sum(alive, axis=1, dtype=jnp.int32)
-    rows = self.table, jnp.where(new > 0, call.length, 0)
-    if q.shape[1] == 1:  # a token a row: where it is
+    rows = self.table, jnp.where(new > 0, context.length, 0)
+    if q.shape[1] == 1:  # one token per row: already in order
       q, k, v = (x[:, 0] for x in (q, k, v))
     else:
       source, place = _order(alive)
       rows += (jnp.pad(jnp.cumsum(new), (1, 0)),)
       q, k, v = (x.reshape(-1, *x.shape[2:])[source] for x in (q, k, v))
     pages, y = _append_and_attend(
-      self.pages, q, k, v, *rows, window=window, **call.options
+      self.pages, q, k, v, *rows, window=window, **context.options
     )
     if alive.shape[1] > 1:
       y = y[place]
@@ -99,8 +98,8 @@ class PagedLayer:
 def _window(mask: Mask) -> int | None:
   if mask.q_positions is not None or mask.kv_positions is not None:
     raise UserError(
-      "pages: found a mask with positions, expected none: new tokens come "
-      "behind those that their row has.\nGive lengths in place of positions, "
+      "pages: found a mask with positions, expected none: new tokens are "
+      "appended to their row.\nGive lengths in place of positions, "
       "or use a cache without pages."
     )
   left, right = mask.window
@@ -108,7 +107,8 @@ def _window(mask: Mask) -> int | None:
     raise UserError(
       f"pages: found a mask of kind {mask.kind!r}, window {mask.window}"
       f"{'' if mask.q_segments is None else ', with segments'}; expected one "
-      "that looks back alone (causal).\nUse a cache without pages."
+      "that only looks back (causal), without segments.\nUse a cache without "
+      "pages."
     )
   return None if left is None else left + 1
 
@@ -116,7 +116,7 @@ def _window(mask: Mask) -> int | None:
 def _order(
   alive: Bool[Array, "B T"],
 ) -> tuple[Int[Array, " BT"], Int[Array, " BT"]]:
-  """Returns which token comes where if padding goes last, and its inverse."""
+  """Returns the permutation that moves padding last, and its inverse."""
   alive = alive.reshape(-1)
   place, count = jnp.cumsum(alive) - 1, alive.size
   source = jnp.zeros(count, jnp.int32)
@@ -127,12 +127,14 @@ def _order(
 
 
 def _append_and_attend(pages, q, k, v, *rows, **options):
-  """Returns the pages with new tokens, and what those see."""
+  """Appends new tokens; returns the pages and the attention output."""
   if not sharding.is_cut():
     pages = kernel_pages.append_to_pages(pages, k, v, *rows)
     return pages, paged_attention(q, pages, *rows, **options)
-  # All rows share the pool, so each device has all of them, of its heads.
-  cut = sharded.Cut(heads=sharding.cuts(k.shape, None, "kv_heads", None)[1])
+  # All rows share the pool, so each device computes all rows, for its heads.
+  cut = sharded.Cut(
+    heads=sharding.activation_axes(k.shape, None, "kv_heads", None)[1]
+  )
   pages = sharded.sharded_append_to_pages(pages, k, v, *rows, cut=cut)
   return pages, sharded.sharded_paged_attention(
     q, pages, *rows, cut=cut, **options
@@ -146,18 +148,18 @@ def empty_pool(
   size: int,
   dtype: str | None = None,
 ) -> Pool:
-  """Returns pages of zeros for `params`' runs.
+  """Allocates a pool of zeroed pages for every layer.
 
-  Under a mesh each device has its heads of every page.
+  Under a mesh, each device stores its own heads of every page.
 
   Args:
     model: the Transformer.
-    params: its parameters; the pool follows their runs.
-    count: pages.
-    size: tokens a page.
-    dtype: `"int8"` or `"fp8"`; by default the model's.
+    params: its parameters; the pool has the same runs.
+    count: number of pages.
+    size: tokens per page.
+    dtype: `"int8"`, `"fp8"`, or None for the model's dtype.
   """
-  kept = CODES.get(dtype, dtype or model.dtype)
+  kept = CODE_DTYPES.get(dtype, dtype or model.dtype)
   runs = model.stack.runs(params)
 
   def made(a, repeats):
@@ -183,15 +185,15 @@ def empty_pool(
   return jax.jit(pool)()
 
 
-def view(
+def paged_cache(
   pool: Pool, table: Int[Array, "B W"], length: Int[Array, "B"]
 ) -> Cache:
-  """Returns a model's cache of some rows, which the pool has pages of.
+  """Returns a model cache for rows whose pages are in the pool.
 
   Args:
     pool: all pages.
-    table: pages of each row.
-    length: tokens of each row that its pages hold.
+    table: page numbers of each row.
+    length: number of tokens in each row's pages.
   """
 
   def layer(pages):
@@ -202,8 +204,8 @@ def view(
   return Cache(length, layers, fresh=False)
 
 
-def pool_of(cache: Cache) -> Pool:
-  """Returns the pages of a cache; inverts `view`."""
+def pool_from_cache(cache: Cache) -> Pool:
+  """Returns the pool inside a cache; the inverse of `paged_cache`."""
   return jax.tree.map(
     lambda layer: layer.pages,
     cache.layers,
@@ -211,8 +213,10 @@ def pool_of(cache: Cache) -> Pool:
   )
 
 
-def copied(pool: Pool, source: Int[Array, ""], target: Int[Array, ""]) -> Pool:
-  """Returns the pool with a page's numbers in another page, in every layer."""
+def copy_page(
+  pool: Pool, source: Int[Array, ""], target: Int[Array, ""]
+) -> Pool:
+  """Returns the pool with page `source` copied to page `target`."""
 
   def one(x):
     page = jax.lax.dynamic_index_in_dim(x, source, 1)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing and grouped products."""
+"""Mixture of experts: routing and grouped matmuls."""
 
 from research.nn.moe.moe import (
   Experts,

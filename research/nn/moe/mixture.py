@@ -1,16 +1,16 @@
-"""What tokens get from their experts, on one device and on a mesh.
+"""Mixture-of-experts computation, on one device and under a mesh.
 
-Exact: no capacity, no dropped token. The rows of all (token, expert) pairs are
-sorted by expert, so that each projection is one grouped matmul
-(`weights.ragged_dot`) over stacked weights `[E, in, out]`; what a token gets
-back is summed in the order of its own choices, never by scattered addition, so
-it does not depend on its company.
+Exact: there is no capacity limit, and no token is dropped. All (token, expert)
+pairs are sorted by expert, so each projection is one grouped matmul
+(`weights.ragged_dot`) over stacked weights `[E, in, out]`. A token's expert
+outputs are summed in the order of its own choices, not by scatter-add, so the
+result does not depend on the other tokens in the batch.
 
-Under a mesh each device routes and sorts its own tokens. Where the experts are
-cut, a device multiplies the rows of its own experts: it gets the tokens of all
-devices along that axis (an all-gather), and gives back its part of each
-token's sum (a reduce-scatter), which is the only communication beside the
-weights' own. Sizes are static whatever the router does, so nothing is dropped.
+Under a mesh, each device routes and sorts its own tokens. If experts are
+sharded, a device computes its own experts: it receives the tokens of all
+devices along that axis (all-gather) and returns its part of each token's sum
+(reduce-scatter). Besides the communication of the weights, that is all. Sizes
+are static whatever the router does, so nothing is dropped.
 """
 
 import dataclasses
@@ -42,12 +42,12 @@ _AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """The mesh axes, perhaps none, that cut what a mixture is made of.
+  """The mesh axes (possibly none) that shard a mixture's inputs and weights.
 
   Attributes:
-    tokens: the tokens, their batch axes and those of their length.
-    experts: the experts.
-    hidden: each expert's inner width.
+    tokens: axes that shard tokens: those of the batch and of the sequence.
+    experts: axes that shard the experts.
+    hidden: axes that shard each expert's inner width.
   """
 
   tokens: Names = ()
@@ -55,25 +55,25 @@ class Split:
   hidden: Names = ()
 
   @property
-  def alike(self) -> Names:
-    """Axes along which devices have the same tokens, but not the same work."""
+  def replicated_tokens(self) -> Names:
+    """Axes along which devices have the same tokens but different weights."""
     found = (*self.experts, *self.hidden)
     return tuple(a for a in found if a not in self.tokens)
 
 
-def by_expert(
+def sort_by_expert(
   ids: Int[Array, "T C"], experts: int
 ) -> tuple[Int[Array, "M"], Int[Array, "M"], Int[Array, "E"]]:
-  """Returns how (token, choice) pairs are sorted by expert.
+  """Sorts (token, choice) pairs by expert.
 
   Args:
-    ids: each token's experts.
+    ids: the experts of each token.
     experts: `E`.
 
   Returns:
-    `(order, inverse, sizes)`: pair `order[i]`, of token `order[i] // C`,
-    stands in row i; pair j stands in row `inverse[j]`; and how many rows each
-    expert has.
+    `(order, inverse, sizes)`: sorted row i is pair `order[i]`, of token
+    `order[i] // C`; pair j is in row `inverse[j]`; `sizes` is the number of
+    rows of each expert.
   """
   flat = ids.reshape(-1)
   order = jnp.argsort(flat, stable=True)
@@ -86,56 +86,58 @@ def by_expert(
 def mixture(
   routing: Routing,
   activation: Activation,
-  held: Mapping[str, AnyWeight],
+  params: Mapping[str, AnyWeight],
   x: Float[Array, "B T D"],
   real: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Load]:
-  """Returns `sum_c weight_c expert_c(x)`, and what the router did.
+  """Returns `sum_c weight_c expert_c(x)`, and the router load.
 
-  The router computes in fp32 whatever the dtype of `x`.
+  The router always computes in fp32.
 
   Args:
-    routing: which experts, and how they are weighed.
-    activation: of their gates.
-    held: `router [D, E]`, `router_bias [E]` where the routing has one, `gate`
+    routing: how experts are selected and weighted.
+    activation: activation function of their gates.
+    params: `router [D, E]`, `router_bias [E]` if the routing has one, `gate`
       and `up` `[E, D, F]` and `down` `[E, F, D]`.
     x: activations.
-    real: false at padding, which is computed but does not count.
+    real: false at padding, which is computed but excluded from the load.
   """
   real = jnp.ones(x.shape[:2], bool) if real is None else real
   if not sharding.is_cut():
-    return _mixed(routing, activation, held, x, real, Split())
-  batch, length, _ = sharding.cuts(x.shape, "batch", "length", None)
-  split = _split((*batch, *length), held)
-  specs = _specs(held, split)
+    return _mixed(routing, activation, params, x, real, Split())
+  batch, length, _ = sharding.activation_axes(x.shape, "batch", "length", None)
+  split = _split((*batch, *length), params)
+  specs = _specs(params, split)
 
-  def local(held, x, real):
-    held = _own_keys(_told_apart(held, specs, split), split.tokens)
-    return _mixed(routing, activation, held, x, real, split)
+  def local(params, x, real):
+    params = _own_keys(_as_varying(params, specs, split), split.tokens)
+    return _mixed(routing, activation, params, x, real, split)
 
   tokens = PartitionSpec(batch, length)
   return jax.shard_map(
     local,
     in_specs=(specs, tokens, tokens),
     out_specs=(tokens, PartitionSpec()),
-  )(dict(held), x, real)
+  )(dict(params), x, real)
 
 
-def _mixed(routing, activation, held, x, real, split):
-  """Returns what `mixture` does of the tokens and experts of one device."""
+def _mixed(routing, activation, params, x, real, split):
+  """Computes `mixture` for the tokens and experts of one device."""
   flat = x.reshape(-1, x.shape[-1])
-  router = held["router"]
+  router = params["router"]
   logits = weights.einsum("...d,de->...e", flat.astype(jnp.float32), router)
-  ids, shares = routings.choose(routing, logits, held.get("router_bias"))
+  ids, shares = routings.select_experts(
+    routing, logits, params.get("router_bias")
+  )
   mine = (flat, ids, shares)
   exchanged = tuple(a for a in split.experts if a in split.tokens)
   if exchanged:
     mine = jax.lax.all_gather(mine, exchanged, tiled=True)
-  if split.alike:
-    mine = jax.lax.pcast(mine, split.alike, to="varying")
-  y = _of_own_experts(routing.experts, activation, held, *mine, split)
-  if split.alike:
-    y = jax.lax.psum(y, split.alike)
+  if split.replicated_tokens:
+    mine = jax.lax.pcast(mine, split.replicated_tokens, to="varying")
+  y = _of_own_experts(routing.experts, activation, params, *mine, split)
+  if split.replicated_tokens:
+    y = jax.lax.psum(y, split.replicated_tokens)
   if exchanged:
     y = jax.lax.psum_scatter(y, exchanged, tiled=True)
   load = routings.load(routing, logits, ids, real.reshape(-1))
@@ -144,79 +146,81 @@ def _mixed(routing, activation, held, x, real, split):
   return y.reshape(x.shape), load
 
 
-def _of_own_experts(experts, activation, held, flat, ids, shares, split):
-  """Returns `[T, D]`: each token's sum over the experts that are here."""
+def _of_own_experts(experts, activation, params, flat, ids, shares, split):
+  """Returns `[T, D]`: each token's sum over this device's experts."""
   here = experts
   if split.experts:
-    # Own experts first; ragged_dot gives 0 to the rows behind theirs.
-    here = held["down"].shape[0]
+    # Own experts first; ragged_dot returns 0 for the rows after theirs.
+    here = params["down"].shape[0]
     first = jax.lax.axis_index(split.experts) * here
     ids = jnp.mod(ids - first, experts)
-  order, inverse, sizes = by_expert(ids, experts)
+  order, inverse, sizes = sort_by_expert(ids, experts)
   rows = flat[order // ids.shape[-1]]
-  y = _feed_forward(activation, held, rows, sizes[:here])
+  y = _feed_forward(activation, params, rows, sizes[:here])
   y = y.at[inverse].get(unique_indices=True)
   y = y.reshape(*ids.shape, flat.shape[-1])
   return jnp.einsum("tcd,tc->td", y, shares.astype(y.dtype))
 
 
-def _feed_forward(activation, held, x, sizes):
-  """Returns each row's `(act(x gate) * (x up)) down`, of its own expert."""
-  gate = checkpoint_name(weights.ragged_dot(x, held["gate"], sizes), "gate")
-  up = checkpoint_name(weights.ragged_dot(x, held["up"], sizes), "up")
+def _feed_forward(activation, params, x, sizes):
+  """Returns `(act(x gate) * (x up)) down` of each row's expert."""
+  gate = checkpoint_name(weights.ragged_dot(x, params["gate"], sizes), "gate")
+  up = checkpoint_name(weights.ragged_dot(x, params["up"], sizes), "up")
   product = ACTIVATIONS[activation](gate) * up
-  return weights.ragged_dot(product, held["down"], sizes)
+  return weights.ragged_dot(product, params["down"], sizes)
 
 
-def _split(tokens: Names, held: Mapping[str, AnyWeight]) -> Split:
-  """Returns how the mesh cuts the experts.
+def _split(tokens: Names, params: Mapping[str, AnyWeight]) -> Split:
+  """Returns how the mesh shards tokens and experts.
 
-  The hidden axis stays whole where a part of a weight, such as its blocks, is
-  not divided.
+  The hidden axis stays unsharded if the mesh does not divide some array of a
+  weight, such as its quantization blocks.
   """
-  experts, hidden, _ = sharding.cuts(held["down"].shape, *_AXES["down"])
-  pieces = math.gcd(*(n for name in _AXES for n in _sizes(held, name)))
-  if not hidden or sharding.cuts((pieces,), "hidden") != (hidden,):
+  experts, hidden, _ = sharding.activation_axes(
+    params["down"].shape, *_AXES["down"]
+  )
+  pieces = math.gcd(*(n for name in _AXES for n in _sizes(params, name)))
+  if not hidden or sharding.activation_axes((pieces,), "hidden") != (hidden,):
     hidden = ()
   return Split(tokens, experts, hidden)
 
 
-def _sizes(held, name):
-  """Returns the sizes of all axes of a weight's parts that are hidden units."""
+def _sizes(params, name):
+  """Returns the size of the `hidden` axis of each array of a weight."""
   named = _parts(
-    held, name, lambda x, names: dict(zip(names, x.shape, strict=False))
+    params, name, lambda x, names: dict(zip(names, x.shape, strict=False))
   )
   parts = jax.tree.leaves(named, is_leaf=lambda x: isinstance(x, dict))
   return [part["hidden"] for part in parts if "hidden" in part]
 
 
-def _parts(held, name, f):
-  """Returns the weight with `f(array, names of its axes)` for each array.
+def _parts(params, name, f):
+  """Maps `f(array, axis names)` over the arrays of a weight.
 
-  Those without an entry in `_AXES`, and dropout keys, have no names.
+  Weights without an entry in `_AXES`, and dropout keys, have no names.
   """
-  w = held[name]
+  w = params[name]
   names = weights.axes(w, _AXES[name]) if name in _AXES else None
   if names is None:
     return jax.tree.map(lambda x: f(x, ()), w)
   return jax.tree.map(lambda x, n: f(x, n or ()), w, names)
 
 
-def _specs(held, split) -> dict[str, Any]:
-  """Returns how each array of the weights is cut, or whole, for its use."""
+def _specs(params, split) -> dict[str, Any]:
+  """Returns the PartitionSpec of each array of the weights."""
   cut = {"expert": split.experts, "hidden": split.hidden}
 
   def spec(x, names):
     return PartitionSpec(*(cut.get(n) for n in names))
 
-  return {name: _parts(held, name, spec) for name in held}
+  return {name: _parts(params, name, spec) for name in params}
 
 
-def _told_apart(held, specs, split):
-  """Returns the weights as each device's own copies.
+def _as_varying(params, specs, split):
+  """Marks the weights as device-varying over all axes that they lack.
 
-  So the sum of their gradients over devices comes after all products, which
-  need not know that there are other devices.
+  Their gradients are then summed over devices after all products, and the
+  products need no knowledge of the mesh.
   """
 
   def own(axes, x, spec):
@@ -225,16 +229,16 @@ def _told_apart(held, specs, split):
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   out = {}
-  for name, w in held.items():
-    axes = split.tokens + (split.alike if name in _AXES else ())
+  for name, w in params.items():
+    axes = split.tokens + (split.replicated_tokens if name in _AXES else ())
     out[name] = jax.tree.map(functools.partial(own, axes), w, specs[name])
   return out
 
 
-def _own_keys(held, axes: Names):
-  """Returns the weights with dropout keys of this device's own tokens."""
+def _own_keys(params, axes: Names):
+  """Folds the device's token shard into the weights' dropout keys."""
   if not axes:
-    return held
+    return params
 
   def own(x):
     if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -243,4 +247,4 @@ def _own_keys(held, axes: Names):
     fold = jax.vmap(jax.random.fold_in, (0, None))
     return fold(x.reshape(-1), index).reshape(x.shape)
 
-  return jax.tree.map(own, held)
+  return jax.tree.map(own, params)

@@ -1,6 +1,6 @@
 """Mixture of experts as a feed-forward (Shazeer et al. 2017, arXiv:1701.06538).
 
-Modules that hold the weights; `research.nn.moe.mixture` computes with them.
+These modules own the weights; `research.nn.moe.mixture` computes with them.
 """
 
 from flax import linen as nn
@@ -14,7 +14,7 @@ from research.weights import AnyWeight
 
 
 class Experts(nn.Module):
-  """The matrices of `E` gated feed-forwards, stacked.
+  """The stacked matrices of `E` gated feed-forward experts.
 
   Attributes:
     experts, hidden: `E`, `F`.
@@ -28,7 +28,7 @@ class Experts(nn.Module):
     """Returns `gate` and `up` `[E, D, F]`, and `down` `[E, F, D]`."""
 
     def read(name, *size):
-      # The leading axis counts matrices; it is no part of their fan-in.
+      # The leading axis is the expert; it is not part of the fan-in.
       init = nn.initializers.lecun_normal(batch_axis=(0,))
       return weights.weight(self, name, init, (self.experts, *size))
 
@@ -40,14 +40,14 @@ class Experts(nn.Module):
 
 
 class Moe(nn.Module):
-  """`sum_c weight_c expert_c(x)`, and shared experts that every token uses.
+  """`sum_c weight_c expert_c(x)`, plus shared experts that every token uses.
 
   Attributes:
-    routing: which experts, and how they are weighed.
-    hidden: inner width `F` of each.
-    activation: of the gates.
-    shared: a feed-forward added to the experts', or None. DeepSeek's s shared
-      experts are one of s times the width.
+    routing: how experts are selected and weighted.
+    hidden: inner width `F` of each expert.
+    activation: activation function of the gates.
+    shared: a feed-forward added for every token, or None. DeepSeek's s shared
+      experts are a single one of s times the width.
   """
 
   routing: Routing
@@ -59,17 +59,17 @@ class Moe(nn.Module):
   def __call__(
     self, x: Float[Array, "B T D"], real: Bool[Array, "B T"] | None = None
   ) -> tuple[Float[Array, "B T D"], Load]:
-    """Returns the output, and what the router did with the `real` tokens.
+    """Returns the output, and the router load of the `real` tokens.
 
-    The router computes in fp32 whatever the dtype of `x`.
+    The router always computes in fp32.
 
     Args:
       x: activations.
-      real: false at padding, which is computed but does not count.
+      real: false at padding, which is computed but excluded from the load.
     """
     experts = Experts(self.routing.experts, self.hidden, name="experts")
-    held = self._router(x.shape[-1]) | experts(x.shape[-1])
-    y, load = mixture.mixture(self.routing, self.activation, held, x, real)
+    params = self._router(x.shape[-1]) | experts(x.shape[-1])
+    y, load = mixture.mixture(self.routing, self.activation, params, x, real)
     if self.shared is not None:
       y += self.shared(x)
     return y, load
@@ -78,8 +78,10 @@ class Moe(nn.Module):
     """Returns the router's weights, by name."""
     size = self.routing.experts
     init = nn.initializers.lecun_normal()
-    held = {"router": weights.weight(self, "router", init, (width, size))}
+    params = {"router": weights.weight(self, "router", init, (width, size))}
     if self.routing.biased:
       zeros = nn.initializers.zeros
-      held["router_bias"] = weights.weight(self, "router_bias", zeros, (size,))
-    return held
+      params["router_bias"] = weights.weight(
+        self, "router_bias", zeros, (size,)
+      )
+    return params

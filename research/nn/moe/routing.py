@@ -1,8 +1,8 @@
-"""Which experts a token uses, as a value, and how evenly they are used.
+"""Expert routing, load statistics and load-balancing losses.
 
-Everything here is a pure function of the router's logits. What a balance loss
-or a bias update needs is summed over the tokens that count (`Load`) and comes
-back beside the model's output; nothing is stored on the side.
+All functions are pure functions of the router's logits. The statistics for
+balance losses and bias updates are summed over non-padding tokens (`Load`) and
+returned next to the model's output; there is no hidden state.
 """
 
 import dataclasses
@@ -28,25 +28,25 @@ _GROUP_SCORES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing:
-  """How logits become a choice of experts and their weights.
+  """How router logits select experts and weight their outputs.
 
-  Mixtral (Jiang et al. 2024, arXiv:2401.04088, section 2.1) and Qwen3 take
-  the best `active` of a softmax. DeepSeek-V2 (arXiv:2405.04434, section
-  2.2.2) looks only into the best `active_groups` groups of experts, and V3
+  Mixtral (Jiang et al. 2024, arXiv:2401.04088, section 2.1) and Qwen3 use the
+  top `active` experts of a softmax. DeepSeek-V2 (arXiv:2405.04434, section
+  2.2.2) restricts the choice to the best `active_groups` groups of experts. V3
   (arXiv:2412.19437, equations 12 to 16) scores by a sigmoid and adds a bias
-  to the scores that choose, but not to those that weigh.
+  to the scores for the selection, but not for the weighting.
 
   Attributes:
-    experts, active: `E`, and how many of them a token uses.
-    score: of a logit.
-    normalised: whether the chosen scores are divided by their sum.
+    experts, active: `E`, and the number of experts per token.
+    score: score function of the logits.
+    normalised: whether the selected scores are divided by their sum.
     scale: multiplies the weights.
-    biased: whether the choice adds a bias, which balances the load without a
+    biased: whether the selection adds a bias, which balances the load without a
       loss (Wang et al. 2024, arXiv:2408.15664).
-    groups, active_groups: groups of neighbouring experts, and how many of
-      them a token looks into; 1 and 1 for all experts at once.
-    group_score: of a group: its best expert (V2) or the sum of its best two
-      (V3).
+    groups, active_groups: number of groups of neighbouring experts, and of
+      groups that a token may use; 1 and 1 for no grouping.
+    group_score: score of a group: its best expert (V2) or the sum of its best
+      two (V3).
   """
 
   experts: int
@@ -86,15 +86,16 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Load:
-  """What a layer's router did, summed over the tokens that count, in fp32.
+  """Router statistics of a layer, summed over non-padding tokens, in fp32.
 
-  Sums of two batches add up. A run's have its layers in front.
+  Loads of several batches can be added. Those of a run of layers are stacked
+  along a leading axis.
 
   Attributes:
-    tokens: how many.
-    counts: `[E]`: how many of them use each expert.
-    scores: `[E]`: their scores, each token's divided by their sum.
-    z: of the squared log-normalisers of the logits.
+    tokens: number of tokens.
+    counts: `[E]`, number of tokens that use each expert.
+    scores: `[E]`, sum of the tokens' scores, normalised to 1 per token.
+    z: sum of the squared log-normalisers of the logits.
   """
 
   tokens: Any
@@ -110,7 +111,7 @@ def scores(
   return _SCORES[routing.score](logits.astype(jnp.float32))
 
 
-def choose(
+def select_experts(
   routing: Routing,
   logits: Float[Array, "T E"],
   bias: Float[Array, "E"] | None = None,
@@ -118,9 +119,9 @@ def choose(
   """Returns each token's experts, best first, and their weights in fp32.
 
   Args:
-    routing: how; `C` is its `active`.
+    routing: the selection rule; `C` is its `active`.
     logits: of the router.
-    bias: added to the scores that choose; gets no gradient.
+    bias: added to the scores for the selection only; gets no gradient.
   """
   weighing = scores(routing, logits)
   choosing = jax.lax.stop_gradient(weighing)
@@ -131,7 +132,7 @@ def choose(
   ids = jax.lax.top_k(choosing, routing.active)[1]
   chosen = jnp.take_along_axis(weighing, ids, axis=-1)
   if routing.normalised:
-    # Sigmoids may all underflow; then no expert is weighed.
+    # All sigmoids may underflow; then all weights are 0.
     chosen /= chosen.sum(-1, keepdims=True) + 1e-20
   return ids, chosen * routing.scale
 
@@ -150,7 +151,7 @@ def load(
   ids: Int[Array, "T C"],
   real: Bool[Array, "T"],
 ) -> Load:
-  """Returns what the tokens that are `real`, no padding, add up to."""
+  """Returns the load of the tokens that are `real`, not padding."""
   real = real.astype(jnp.float32)[:, None]
   used = jax.nn.one_hot(ids, routing.experts, dtype=jnp.float32).sum(1)
   share = scores(routing, logits)
@@ -165,19 +166,19 @@ def load(
   )
 
 
-def loads(tree: Any) -> list[Load]:
-  """Returns the loads in `Transformer.routed`'s third output, run by run."""
+def find_loads(tree: Any) -> list[Load]:
+  """Lists the loads in the third output of `Transformer.with_router_loads`."""
   found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Load))
   return [x for x in found if isinstance(x, Load)]
 
 
 def balance_loss(load: Load) -> Float[Array, "*L"]:
-  """Returns each layer's `E sum_i f_i P_i`: 1 where all experts are used alike.
+  """Returns each layer's `E sum_i f_i P_i`: 1 if all experts are used equally.
 
-  `f_i` is the share of all choices that fell on expert i, `P_i` the mean of
-  its score. Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6, with one
-  expert a token; DeepSeek-V3, equations 17 to 20, over the batch, with more.
-  transformers' loss is the same times `active`.
+  `f_i` is the share of all choices that fall on expert i, `P_i` its mean score.
+  Fedus et al. 2021 (arXiv:2101.03961), equations 4 to 6, for one expert per
+  token; DeepSeek-V3, equations 17 to 20, over the batch, for several. The loss
+  of transformers is the same times `active`.
   """
   counts, experts = load.counts, load.counts.shape[-1]
   share = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1)
@@ -193,7 +194,7 @@ def z_loss(load: Load) -> Float[Array, "*L"]:
   return load.z / jnp.maximum(load.tokens, 1)
 
 
-def violation(load: Load) -> Float[Array, "*L"]:
+def max_violation(load: Load) -> Float[Array, "*L"]:
   """Returns each layer's `max_i c_i / mean_i c_i - 1`, 0 if balanced.
 
   MaxVio of Wang et al. 2024 (arXiv:2408.15664), equation 4.
@@ -202,17 +203,17 @@ def violation(load: Load) -> Float[Array, "*L"]:
   return load.counts.max(-1) / jnp.maximum(mean, 1e-9) - 1
 
 
-def nudged(
+def update_bias(
   bias: Float[Array, "*L E"], counts: Float[Array, "*L E"], rate: float
 ) -> Float[Array, "*L E"]:
-  """Returns the biases after a step: less for the busy, more for the idle.
+  """Lowers the bias of overloaded experts and raises that of underloaded ones.
 
   Wang et al. 2024 (arXiv:2408.15664), algorithm 1.
 
   Args:
     bias: of the routers.
     counts: `Load.counts` of the step's batch.
-    rate: what a bias moves by; DeepSeek-V3 used 0.001.
+    rate: step size; DeepSeek-V3 used 0.001.
   """
   missing = counts.mean(-1, keepdims=True) - counts
   return bias + rate * jnp.sign(missing).astype(bias.dtype)

@@ -84,7 +84,7 @@ class Calibration:
     """
     if tokenizer is None:
       raise UserError("Calibration: the model has no tokenizer, expected one")
-    special, found = special_tokens.of_tokenizer(tokenizer), list[int]()
+    special, found = special_tokens.from_tokenizer(tokenizer), list[int]()
     for i in range(len(self.source)):
       found += special.document(tokenizer.encode(self.source[i]))
     whole = special.windows(found, self.length)

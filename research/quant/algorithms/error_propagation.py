@@ -74,13 +74,15 @@ def paired(old: Params, new: Params) -> Params:
     if path not in before:
       return w
     held = weights.inner(before[path])
-    return weights.within(w, lambda w: Pair(held, w))
+    return weights.map_inner(w, lambda w: Pair(held, w))
 
   return tree.map_paths(one, new, is_leaf=weights.is_weight)
 
 
 def _matrices(layer):
-  return [(path, w) for path, w in weights.named(layer) if len(w.shape) > 1]
+  return [
+    (path, w) for path, w in weights.named_weights(layer) if len(w.shape) > 1
+  ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Drift:
     square = (size_in, size_in)
     return dict(xx=square, drift=square, n=(1,))
 
-  def of(self, rows):
+  def compute(self, rows):
     old, new = jnp.split(rows.x.astype(jnp.float32), 2)
     n = jnp.full((1,), new.size // new.shape[-1], jnp.float32)
     return dict(xx=rows.outer(new, new), drift=rows.outer(old - new, new), n=n)

@@ -49,7 +49,7 @@ def array(w: Any, where: str) -> Array:
   Raises:
     UserError: it is adapted or wrapped already.
   """
-  if weights.wrapped(w) is not None:
+  if weights.unwrap(w) is not None:
     raise UserError(
       f"{where}: is adapted, or its inputs are changed, already.\nFold, scale"
       " and rotate first."
@@ -79,7 +79,7 @@ def cast_like(tree_of: Any, params: Params) -> Any:
     tree_of: like `params`, but for weights that became several arrays.
     params: before anything changed.
   """
-  dtypes = {path: w.dtype for path, w in weights.named(params)}
+  dtypes = {path: w.dtype for path, w in weights.named_weights(params)}
 
   def one(path: str, x: Any) -> Any:
     while path not in dtypes:

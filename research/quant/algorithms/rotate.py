@@ -114,7 +114,7 @@ def rotate_residual(
     for path in folding.WRITERS:
       for name in (path, f"{path}_bias"):
         if name in flat:
-          out[name] = weights.within(flat[name], columns)
+          out[name] = weights.map_inner(flat[name], columns)
     return out
 
   out = folding.map_layers(layer, model, params)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from research.nn.cache import Slots, slot_positions
+from research.nn.cache import SlotCache, slot_positions
 from research.quant.kv.kv_grid import Grid, Packed
 from research.typing import Array, Float, Int
 
@@ -176,7 +176,7 @@ class Side:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QuantizedLayer(Slots):
+class QuantizedLayer(SlotCache):
   """What `LayerCache` is, in few bits.
 
   Attributes:

@@ -239,8 +239,8 @@ def _measured(
   """Returns the arrays of `summary`; logits exist some positions at a time."""
 
   def one(heads: Any, theirs: Any, ours: Any, targets: Any) -> Any:
-    theirs = positions.logits_of(base, heads[0], theirs)
-    ours = positions.logits_of(model, heads[1], ours)
+    theirs = positions.fp32_logits(base, heads[0], theirs)
+    ours = positions.fp32_logits(model, heads[1], ours)
     log_p, log_q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)
     base_nll, base_right = losses.token_losses(theirs, targets)
     nll, right = losses.token_losses(ours, targets)

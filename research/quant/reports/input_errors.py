@@ -40,7 +40,7 @@ class Kept:
     del size_out
     return {"inputs": (self.batch, self.length, size_in)}
 
-  def of(self, rows: Rows) -> dict[str, Array]:
+  def compute(self, rows: Rows) -> dict[str, Array]:
     """Returns the inputs, float32."""
     return {"inputs": rows.x.astype(jnp.float32)}
 

@@ -236,7 +236,7 @@ def _seen(model, both, tokens):
 
 
 def _matrices(params: Params) -> list[tuple[str, Any]]:
-  return weights.named(params)
+  return weights.named_weights(params)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,1 +1,1 @@
-"""What a run saves and goes on from."""
+"""Checkpoints of a run, and resuming from them."""

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: what moved, and where the data stood.
+"""Saves and restores checkpoints of a run: training state and data position.
 
-Each step holds `state` (step, trainable, optimizer state, moving average) and
-`data` (the iterator's place). Frozen weights are not part of a step: they are
-recorded once a run, see `frozen_base`. A checkpoint is whole or it is not
-there: it is written aside and renamed. What happens to it later is found out
-by the checksums that it carries, see `checksums`.
+Each step contains `state` (step, trainable, optimizer state, moving average)
+and `data` (the iterator's position). Frozen weights are not part of a step:
+they are recorded once per run, see `frozen_base`. Checkpoints are atomic: they
+are written under a temporary name and renamed. Later damage is detected by
+checksums, see `checksums`.
 
-The only file that imports orbax.
+This is the only module that imports orbax.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from research.typing import UserError
 _preserve = ocp.training.preservation_policies
 _decide = ocp.training.save_decision_policies
 
-SHOWN = 4
-"""How many differences an error lists before it counts the rest."""
+MAX_DIFFERENCES = 4
+"""Maximum number of differences that an error lists."""
 
-ASIDE = ".damaged"
-"""What the name of a checkpoint that is not whole ends with."""
+DAMAGED_SUFFIX = ".damaged"
+"""Name suffix of a damaged checkpoint that was moved aside."""
 
 
 class Checkpoints:
   """The checkpoints of one run; a context manager.
 
-  Kept are the latest `keep`, every `every` steps for good, and the best by the
-  metric `best`.
+  Keeps the latest `keep` checkpoints, one every `every` steps permanently, and
+  the best one by the metric `best`.
   """
 
   def __init__(
@@ -54,17 +54,17 @@ class Checkpoints:
     better: Literal["lower", "higher"] = "lower",
     sweep: bool = False,
   ):
-    """Opens `folder`, and makes it if need be.
+    """Opens `folder`, creating it if needed.
 
     Args:
-      folder: of the run's checkpoints, local or remote.
-      keep: how many of the latest to keep.
-      every: steps between those that are kept for good; 0 for none.
-      best: the metric that decides which is best.
-      better: which way.
-      sweep: remove what a crash left half written, and move what is damaged
-        aside; only for the one run that writes, since it would remove another
-        one's checkpoint in the making.
+      folder: folder of the run's checkpoints, local or remote.
+      keep: number of latest checkpoints to keep.
+      every: steps between permanent checkpoints; 0 for none.
+      best: the metric that determines the best checkpoint.
+      better: whether lower or higher values of it are better.
+      sweep: remove incomplete checkpoints left by a crash, and move damaged
+        ones aside. Only for the run that writes: it would remove a checkpoint
+        that another process is writing.
 
     Raises:
       UserError: the folder cannot be written.
@@ -97,7 +97,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    # A failed save fails again on closing; the first error says more.
+    # A failed save fails again on closing; the first error is more specific.
     again = contextlib.suppress(*([Exception] if error else []))
     with _quiet(), again:
       self._steps.close()
@@ -114,7 +114,7 @@ class Checkpoints:
 
   @property
   def best(self) -> tuple[int, float] | None:
-    """The best step and its metric, or None where none was evaluated."""
+    """The best step and its metric, or None if none has a finite metric."""
     costs = [
       (c.metrics["cost"], -c.step)
       for c in self._steps.checkpoints
@@ -131,19 +131,19 @@ class Checkpoints:
     data: Any = None,
     metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Writes the state's step, and waits: its buffers are about to be donated.
+    """Saves the state, synchronously: its buffers are about to be donated.
 
     Args:
-      state: what to save; its frozen part is left out.
-      data: the very iterator that was consumed, if it can be checkpointed. Its
-        place is the same on every process, as it is for `data.pipeline`.
-      metrics: results at this step; the one named by `best` decides.
+      state: the state to save, without its frozen part.
+      data: the data iterator, if it can be checkpointed. Its position must be
+        the same in every process, as it is for `data.pipeline`.
+      metrics: evaluation metrics of this step, including `best`.
     """
     step = int(state.step)
     moving = _moving(state)
     parts: dict[str, Any] = {"state": moving}
     note = {
-      "kinds": checksums.kinds(moving),
+      "kinds": checksums.array_types(moving),
       "sums": checksums.sums(moving),
       "place": None,
     }
@@ -165,16 +165,17 @@ class Checkpoints:
   def restore(
     self, target: TrainState, data: Any = None, step: int | None = None
   ) -> TrainState:
-    """Returns the state of `step` (default: the last), and moves `data` there.
+    """Restores the state of `step` (default: the last) and the data position.
 
     Args:
-      target: a state with the structure, shapes, types and shardings to get;
-        its frozen part is passed on.
-      data: the iterator to set to where it stood.
-      step: which one.
+      target: a state with the right structure, shapes, dtypes and shardings;
+        its frozen part is reused.
+      data: the data iterator, whose position is restored.
+      step: the step to restore.
 
     Raises:
-      UserError: no such step, it is damaged, or it differs from `target`.
+      UserError: there is no such step, it is damaged, or it does not match
+        `target`.
     """
     step = self.latest if step is None else step
     if step is None or step not in self.steps:
@@ -194,18 +195,18 @@ class Checkpoints:
   def restore_latest(
     self, target: TrainState, data: Any = None
   ) -> tuple[TrainState, int | None]:
-    """Returns the newest state that is whole, and its step.
+    """Restores the newest undamaged checkpoint; returns the state and its step.
 
-    A damaged one is named on stderr and moved aside (`<step>.damaged`), and
-    the one before it is tried. Where nothing was ever saved, the result is
-    `(target, None)`.
+    A damaged checkpoint is reported on stderr and moved aside
+    (`<step>.damaged`); then the previous one is tried. Returns
+    `(target, None)` if nothing was ever saved.
 
     Args:
       target: see `restore`.
-      data: the iterator to set to where it stood.
+      data: the data iterator, whose position is restored.
 
     Raises:
-      UserError: it differs from `target`, or there are only damaged ones.
+      UserError: it does not match `target`, or all checkpoints are damaged.
     """
     for step in reversed(steps := self.steps):
       try:
@@ -214,24 +215,24 @@ class Checkpoints:
         self._set_aside(step, str(error))
         _meet()
         self._steps.reload()
-    aside = len(list(self.folder.glob(f"*{ASIDE}*")))
+    aside = len(list(self.folder.glob(f"*{DAMAGED_SUFFIX}*")))
     if steps or aside:
       raise UserError(
-        f"{self.folder}: none of its {aside or len(steps)} checkpoints is"
-        " whole.\n"
-        "Expected one to go on from; to begin again, choose another workdir or"
+        f"{self.folder}: all of its {aside or len(steps)} checkpoints are"
+        " damaged.\n"
+        "Expected one to resume from; to start over, choose another workdir or"
         " move this folder away."
       )
     return target, None
 
   def _load(self, step: int, target: TrainState, data: Any) -> TrainState:
-    """Returns a state after all its checks; `data` moves last of all."""
+    """Restores a state with all checks; sets the data position last."""
     where, wanted = self.folder / str(step), _moving(target)
-    with _quiet(), checksums.agreed():
+    with _quiet(), checksums.raise_together():
       if bad := checksums.damaged_file(where):
         raise checksums.Damaged(bad)
       meta = self._steps.metadata(step)
-      found = checksums.kinds(meta.metadata)
+      found = checksums.array_types(meta.metadata)
       note = (meta.custom_metadata or {}).get("checks")
       if note and found != note["kinds"]:
         raise checksums.Damaged(
@@ -240,14 +241,14 @@ class Checkpoints:
       place = None if data is None else IteratorState.read(where / "data")
       if place and note and place.digest != note["place"]:
         raise checksums.Damaged(
-          "data: the iterator's place is not what was saved"
+          "data: the iterator's position is not what was saved"
         )
     _compare(where, found, wanted)
-    with _quiet(), checksums.agreed():
+    with _quiet(), checksums.raise_together():
       parts = {"state": jax.tree.map(_abstract, wanted)}
       state = self._steps.load_checkpointables(step, parts)["state"]
     if note is None:
-      folders.warn(f"{where}: has no checksums, so none were compared")
+      folders.warn(f"{where}: has no checksums, so it was not verified")
     else:
       sums = checksums.sums(state)
       bad = [path for path in sums if sums[path] != note["sums"][path]]
@@ -261,14 +262,14 @@ class Checkpoints:
     return TrainState(frozen=target.frozen, **state)
 
   def _check_metrics(self) -> None:
-    """Moves steps aside whose metric cannot be read, or raises."""
+    """Moves checkpoints with an unreadable metric aside, or raises."""
     for path in self.folder.glob("*/metrics/metrics"):
       step = path.parent.parent.name
       try:
         cost = json.loads(path.read_bytes())["cost"]
         whole = type(cost) in (int, float)
       except FileNotFoundError:
-        continue  # whoever writes has just removed it
+        continue  # the writing process has just removed it
       except (OSError, ValueError, KeyError, TypeError):
         whole = False
       if step.isdigit() and not whole:
@@ -280,29 +281,29 @@ class Checkpoints:
         self._set_aside(int(step), "metrics/metrics: is no metric")
 
   def _set_aside(self, step: int, why: str) -> None:
-    """Says what is wrong with a step, and takes it out of the way."""
+    """Reports a damaged checkpoint, and renames it if sweeping."""
     where = self.folder / str(step)
     folders.warn(f"{where}: damaged checkpoint, not used: {why}")
     if not self._sweep:
       return
     if jax.process_index() == 0 and where.exists():
-      taken = len(list(self.folder.glob(f"{step}{ASIDE}*")))
-      suffix = f"{ASIDE}.{taken}" if taken else ASIDE
+      taken = len(list(self.folder.glob(f"{step}{DAMAGED_SUFFIX}*")))
+      suffix = f"{DAMAGED_SUFFIX}.{taken}" if taken else DAMAGED_SUFFIX
       with folders.writing(where):
         where.rename(self.folder / f"{step}{suffix}")
 
 
 def _meet() -> None:
-  """Waits for all processes: what one has moved, the others must not see."""
+  """Waits for all processes, so that all see the renamed folders."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("checkpoints")
 
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps Orbax from telling how it works, and each error once a thread.
+  """Silences Orbax's progress logs and repeated error logs.
 
-  What is wrong is raised; nothing is lost.
+  Errors are still raised.
   """
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
@@ -316,7 +317,7 @@ def _quiet():
 
 
 def _as_they_are() -> ocp.Context:
-  """Arrays uncompressed: weights hardly shrink, and it takes much longer."""
+  """Disables compression: weights hardly shrink, and it is much slower."""
   context = ocp.Context()
   context.array.saving.use_compression = False
   return context
@@ -329,7 +330,7 @@ def _moving(state: TrainState) -> dict[str, Any]:
     "opt_state": state.opt_state,
     "ema": state.ema,
   }
-  # Only then: what was saved before there was such a part has none.
+  # Only if present: older checkpoints do not have this entry.
   return moving if state.held is None else {**moving, "held": state.held}
 
 
@@ -340,8 +341,8 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
-  """Raises a UserError that lists the paths in which two trees differ."""
-  want = checksums.kinds(wanted)
+  """Raises a UserError that lists the paths at which two trees differ."""
+  want = checksums.array_types(wanted)
   differences = [
     f"{path}: found {have.get(path, 'nothing')},"
     f" expected {want.get(path, 'nothing')}"
@@ -349,42 +350,42 @@ def _compare(where: os.PathLike, have: Mapping[str, str], wanted: Any) -> None:
     if have.get(path) != want.get(path)
   ]
   if differences:
-    more = len(differences) - SHOWN
+    more = len(differences) - MAX_DIFFERENCES
     rest = f"; and {more} more" if more > 0 else ""
     raise UserError(
       f"{where}: does not fit this model or optimizer.\n"
-      f"{'; '.join(differences[:SHOWN])}{rest}\n"
+      f"{'; '.join(differences[:MAX_DIFFERENCES])}{rest}\n"
       "Use the configuration that wrote it, or another workdir."
     )
 
 
 def save_tree(path: os.PathLike, arrays: Any) -> None:
-  """Writes a tree of arrays, whole or not at all; replaces what is there."""
+  """Writes a tree of arrays atomically, replacing an existing one."""
   with _quiet(), _as_they_are():
     ocp.save(path, arrays, overwrite=True)
 
 
 def load_tree(path: os.PathLike, target: Any) -> Any:
-  """Returns the tree that `save_tree` wrote.
+  """Reads a tree of arrays that `save_tree` wrote.
 
   Args:
-    path: where it is.
-    target: a tree with its structure, shapes, types and shardings.
+    path: its folder.
+    target: a tree with its structure, shapes, dtypes and shardings.
 
   Raises:
-    UserError: what it holds differs from `target`, or is damaged.
+    UserError: it does not match `target`, or is damaged.
   """
   with _quiet():
-    _compare(path, checksums.kinds(ocp.metadata(path).metadata), target)
+    _compare(path, checksums.array_types(ocp.metadata(path).metadata), target)
     try:
       return ocp.load(path, jax.tree.map(_abstract, target))
     except (MemoryError, PermissionError):
       raise
-    except Exception as error:  # TensorStore's are of no narrower kind
+    except Exception as error:  # TensorStore raises no narrower type
       if "RESOURCE_EXHAUSTED" in str(error):
         raise
       text = str(error).strip().splitlines() or [type(error).__name__]
       raise UserError(
         f"{path}: its arrays cannot be read: {text[0][:160]}\n"
-        "The checkpoint is damaged: copy it again, or make it anew."
+        "The checkpoint is damaged: copy it again, or create it again."
       ) from error

@@ -1,14 +1,14 @@
-"""Checksums: whether what is read is what was written.
+"""Checksums of checkpoint arrays and files.
 
-Arrays are summed on their devices, one pass and one number a leaf, before they
-are written and after they are read. The sum is over the elements in any order,
-so that it does not depend on how an array is sharded:
+The checksum of an array is computed on its devices in one pass, before writing
+and after reading. It is an order-independent sum over the elements, so it does
+not depend on the sharding:
 
   sum_i mix(bits_i + i * 0x9E3779B9)  mod 2^32
 
-`mix` is a bijection, so one flipped bit always changes the sum; so does any
-other change, but for one in 2^32. (Bits times an odd weight would miss a lost
-block of equal numbers, such as 32 ones that are read as zeros.)
+`mix` is a bijection, so a single flipped bit always changes the sum; any other
+change is missed with probability 2^-32. (Bits times an odd weight would miss a
+lost block of equal numbers, such as 32 ones that are read as zeros.)
 """
 
 import contextlib
@@ -29,19 +29,19 @@ from research.io import folders
 from research.sharding import replicated
 from research.typing import Array, UserError
 
-SMALL = 1 << 20
-"""Bytes up to which a file is listed with a checksum of its own."""
+MAX_CRC_BYTES = 1 << 20
+"""Maximum size in bytes of files that are listed with a CRC-32."""
 
-LIST = "files.json"
-"""What `list_files` found, beside those files."""
+FILE_LIST = "files.json"
+"""Name of the file with the result of `list_files`."""
 
 
 class Damaged(Exception):
-  """What was read is not what was saved; the text says in what."""
+  """A checkpoint differs from what was saved; the message says where."""
 
 
-def kinds(arrays: Any) -> dict[str, str]:
-  """Returns path -> type and shape, e.g. `float32[2, 3]`, of every array."""
+def array_types(arrays: Any) -> dict[str, str]:
+  """Returns path -> dtype and shape, e.g. `float32[2, 3]`, of every array."""
   return {
     path: f"{np.dtype(x.dtype).name}{list(x.shape)}"
     for path, x in tree.flatten_paths(arrays)
@@ -49,24 +49,24 @@ def kinds(arrays: Any) -> dict[str, str]:
 
 
 def sums(arrays: Any) -> dict[str, int]:
-  """Returns path -> checksum of every array; every process gets all of them.
+  """Returns path -> checksum of every array, in every process.
 
   Args:
-    arrays: a tree of arrays of any type and sharding.
+    arrays: a tree of arrays of any dtype and sharding.
   """
   found = tree.flatten_paths(arrays)
   if not found:
     return {}
   leaves = [x for _, x in found]
-  sharding = everywhere(leaves)
-  # A program for each shape, which other trees have too; all of them run
-  # before the first is waited for.
+  sharding = replicated_sharding(leaves)
+  # One program per shape, which other trees share; all are dispatched before
+  # the first result is awaited.
   numbers = jax.device_get([_summed(x, sharding) for x in leaves])
   return {path: int(n) for (path, _), n in zip(found, numbers, strict=True)}
 
 
-def everywhere(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
-  """Returns the sharding of a result that every process can read."""
+def replicated_sharding(leaves: Sequence[Any]) -> jax.sharding.Sharding | None:
+  """Returns a replicated sharding on the leaves' mesh, or None without one."""
   for x in leaves:
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
@@ -88,9 +88,9 @@ def _sum(x: Array) -> Array:
   info = jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo
   bits = info(x.dtype).bits
   word = jnp.dtype(f"uint{min(bits, 32)}")
-  # Eight bytes become two words, along a last axis.
+  # 64-bit elements become two words, along a new last axis.
   words = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-  # By axes, not of the flattened array: that one would have to be gathered.
+  # Computed per axis: flattening would gather a sharded array.
   index = jnp.zeros(words.shape, jnp.uint32)
   for axis, _ in enumerate(words.shape):
     stride = math.prod(words.shape[axis + 1 :]) % (1 << 32)
@@ -112,45 +112,49 @@ def _mix(h: Array) -> Array:
 def list_files(folder: folders.Folder) -> dict[str, list[int]]:
   """Returns path -> [size, CRC-32 or -1] of every file under `folder`.
 
-  Files above `SMALL` have no CRC: they hold arrays, which have sums.
+  Files larger than `MAX_CRC_BYTES` have no CRC: they contain arrays, which have
+  checksums.
 
   Args:
-    folder: which exists.
+    folder: an existing folder.
   """
   found = {}
   for name, path in _walk(folder, ""):
     stat = path.stat()
     size = stat.length if hasattr(stat, "length") else stat.st_size
-    found[name] = [size, zlib.crc32(path.read_bytes()) if size <= SMALL else -1]
+    found[name] = [
+      size,
+      zlib.crc32(path.read_bytes()) if size <= MAX_CRC_BYTES else -1,
+    ]
   return found
 
 
 def write_list(folder: folders.Folder) -> None:
-  """Leaves the list of a folder's files in it."""
-  folders.write_text(folder / LIST, json.dumps(list_files(folder)))
+  """Writes the list of a folder's files into the folder."""
+  folders.write_text(folder / FILE_LIST, json.dumps(list_files(folder)))
 
 
 def _walk(folder: folders.Folder, prefix: str):
   for path in sorted(folder.iterdir(), key=lambda p: p.name):
     if path.is_dir():
       yield from _walk(path, f"{prefix}{path.name}/")
-    elif prefix + path.name != LIST:
+    elif prefix + path.name != FILE_LIST:
       yield prefix + path.name, path
 
 
 def damaged_file(folder: folders.Folder) -> str | None:
-  """Returns which file under `folder` is not as listed, and what is wrong.
+  """Returns the first file under `folder` that differs from the list, and how.
 
-  None if all are, or if there is no list.
+  Returns None if none differs, or if there is no list.
   """
   try:
-    listed = json.loads((folder / LIST).read_bytes())
+    listed = json.loads((folder / FILE_LIST).read_bytes())
   except FileNotFoundError:
     return None
   except (OSError, ValueError):
-    return f"{LIST}: cannot be read"
+    return f"{FILE_LIST}: cannot be read"
   if not isinstance(listed, Mapping):
-    return f"{LIST}: is no list of files"
+    return f"{FILE_LIST}: is not a list of files"
   found = list_files(folder)
   for name in sorted({*listed, *found}):
     if name not in found:
@@ -170,13 +174,13 @@ def _difference(listed: Any, found: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def agreed():
-  """Makes any process's failure to read one of all of them, `Damaged`."""
+def raise_together():
+  """Context that raises `Damaged` in all processes if reading fails in any."""
   error = None
   try:
     yield
   except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-    raise  # no fault of the checkpoint
+    raise  # not caused by a damaged checkpoint
   except Exception as e:
     error = e
   failed = error is not None
@@ -191,7 +195,7 @@ def agreed():
 
 
 def _reason(error: BaseException) -> str:
-  """Returns the first line of the first cause."""
+  """Returns the message of the original cause, shortened."""
   while error.__cause__ is not None:
     error = error.__cause__
   words = " ".join(str(error).split())

@@ -1,7 +1,6 @@
-"""On what frozen weights a run stands, recorded once.
+"""Records the frozen base weights of a run, once.
 
-As a reference to where they can be had again or, where they came from nowhere,
-as one copy.
+Stores a reference to their source or, if they have none, a copy.
 """
 
 import functools
@@ -22,14 +21,16 @@ from research.typing import UserError
 
 
 def fingerprint(weights: Any) -> str:
-  """Returns a hash of every array's path, shape, type and a sample of values.
+  """Returns a hash of every array's path, shape, dtype and sampled values.
 
-  It tells one base model from another without reading all of it.
+  It distinguishes base models without reading all of their weights.
   """
   digest = hashlib.sha256()
   for path, x in tree.flatten_paths(weights):
     digest.update(f"{path} {x.shape} {x.dtype}\n".encode())
-    digest.update(np.asarray(_sample(x, checksums.everywhere([x]))).tobytes())
+    digest.update(
+      np.asarray(_sample(x, checksums.replicated_sharding([x]))).tobytes()
+    )
   return digest.hexdigest()
 
 
@@ -44,16 +45,16 @@ def _sample(x, sharding):
 def record_base(
   folder: str | os.PathLike, frozen: Any, source: Mapping[str, Any] | None
 ) -> None:
-  """Records once on which frozen weights a run stands.
+  """Records the frozen weights of a run, or checks them against the record.
 
   Args:
-    folder: of the run's checkpoints.
-    frozen: the frozen tree.
-    source: a JSON object that says where the weights can be had again; None
-      if nowhere, and then they are copied into `folder/frozen`.
+    folder: folder of the run's checkpoints.
+    frozen: the frozen parameters.
+    source: a JSON object that says where the weights can be loaded from. If
+      None, they are copied into `folder/frozen`.
 
   Raises:
-    UserError: the run stands on other weights.
+    UserError: the run was started with other weights.
   """
   folder = folders.folder(folder)
   note = folder / "base.json"
@@ -74,7 +75,7 @@ def record_base(
     if source is None and jax.tree.leaves(frozen):
       record["sums"] = checksums.sums(frozen)
       checkpoint.save_tree(folder / "frozen", frozen)
-    # Last: where there is a note, it is whole.
+    # Written last: if the note exists, the copy is complete.
     if jax.process_index() == 0:
       folders.write_text(note, json.dumps(record, indent=2) + "\n")
 
@@ -89,26 +90,26 @@ def _read_note(note: Folder) -> dict[str, Any]:
     }
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise UserError(
-      f"{note}: not a note on base weights ({error}).\n"
+      f"{note}: not a record of base weights ({error}).\n"
       "Expected JSON with source and fingerprint; use another workdir."
     ) from error
 
 
 def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
-  """Returns the frozen weights that `record_base` copied.
+  """Loads the frozen weights that `record_base` copied.
 
   Args:
-    folder: of the run's checkpoints.
-    target: a tree with their structure, shapes, types and shardings.
+    folder: folder of the run's checkpoints.
+    target: a tree with their structure, shapes, dtypes and shardings.
 
   Raises:
-    UserError: there are none, they differ from `target`, or from what was
-      saved.
+    UserError: there are none, they do not match `target`, or their checksums
+      differ.
   """
   path = folders.folder(folder) / "frozen"
   if not path.is_dir():
     raise UserError(
-      f"{path}: no frozen weights here; base.json says where they came from."
+      f"{path}: found no frozen weights; base.json names their source."
     )
   found = checkpoint.load_tree(path, target)
   note = path.parent / "base.json"
@@ -119,6 +120,6 @@ def load_frozen(folder: str | os.PathLike, target: Any) -> Any:
     if bad:
       raise UserError(
         f"{path}: {bad[0]} differs from its checksum in {note}.\n"
-        "The files are damaged: get them again."
+        "The files are damaged: copy them again."
       )
   return found

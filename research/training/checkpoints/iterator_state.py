@@ -1,4 +1,4 @@
-"""Where a run stands in its data, as a part of a checkpoint."""
+"""The data iterator's position, as an item of a checkpoint."""
 
 import hashlib
 import json
@@ -10,14 +10,14 @@ from research.io.folders import Folder
 
 
 class IteratorState:
-  """Where an iterator stood, as JSON: one file, whatever the processes."""
+  """An iterator's position as JSON, in one file for all processes."""
 
   def __init__(self, text: str):
     self.text = text
     self.digest = hashlib.sha256(text.encode()).hexdigest()
 
   async def save(self, directory: Any) -> Any:
-    """Writes it, by Orbax's protocol of a `StatefulCheckpointable`."""
+    """Writes the state; Orbax's `StatefulCheckpointable` protocol."""
 
     async def write():
       folder = await directory.await_creation()
@@ -27,12 +27,12 @@ class IteratorState:
     return write()
 
   async def load(self, directory: Any) -> Any:
-    """Part of the protocol; `read` is used instead."""
+    """Required by the protocol; use `read` instead."""
     raise NotImplementedError
 
   @classmethod
   def read(cls, folder: Folder) -> "IteratorState":
-    """Returns what `save` wrote, or Grain itself in earlier versions."""
+    """Reads what `save` wrote, or what Grain wrote in older checkpoints."""
     path = folder / "place.json"
     if not path.exists():
       path = folder / "process_0-of-1.json"

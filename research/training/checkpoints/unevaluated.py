@@ -1,9 +1,9 @@
-"""The checkpoint of a run that was asked to end before a step's evaluation.
+"""Checkpoint of a run that was preempted before evaluating a step.
 
-Evaluations take longer than schedulers wait, and a step's checkpoint carries
-its metrics, by which the best is found. So a step that was not evaluated is
-saved apart; the run that goes on from it evaluates it first, and then saves it
-where it belongs, as if nothing had happened.
+Evaluations take longer than schedulers wait, and a step's checkpoint includes
+its metrics, which determine the best one. So a step that was not evaluated is
+saved separately. The resumed run evaluates it first and then saves it as a
+regular checkpoint.
 """
 
 import shutil
@@ -18,11 +18,11 @@ from research.training.state import TrainState
 from research.typing import UserError
 
 NAME = "unevaluated"
-"""In the working directory; removed once its step is evaluated."""
+"""Folder in the working directory; removed once its step is evaluated."""
 
 
 def save(workdir: Folder, state: TrainState, data: Any = None) -> None:
-  """Writes the state's step; arguments as for `Checkpoints.save`."""
+  """Saves the state; arguments as for `Checkpoints.save`."""
   with Checkpoints(workdir / NAME, keep=1, sweep=True) as one:
     one.save(state, data)
 
@@ -30,15 +30,16 @@ def save(workdir: Folder, state: TrainState, data: Any = None) -> None:
 def restore(
   workdir: Folder, target: TrainState, data: Any, resumed: int | None
 ) -> tuple[TrainState, int | None]:
-  """Returns the state of a step later than `resumed`, and which step that is.
-
-  `(target, None)` where there is none, or it is damaged.
+  """Restores the unevaluated state if it is later than step `resumed`.
 
   Args:
-    workdir: of the run.
-    target: what to return otherwise; gives shapes and shardings.
-    data: the iterator to set to where it stood.
-    resumed: the step that the run would go on from without it.
+    workdir: working directory of the run.
+    target: a state with the right shapes and shardings.
+    data: the data iterator, whose position is restored.
+    resumed: the step that the run would resume from otherwise.
+
+  Returns:
+    `(state, step)`, or `(target, None)` if there is none or it is damaged.
   """
   folder = workdir / NAME
   if not folder.is_dir():
@@ -55,7 +56,7 @@ def restore(
 
 
 def remove(workdir: Folder) -> None:
-  """Removes what has been evaluated since."""
+  """Removes the separate checkpoint after its evaluation."""
   folder = workdir / NAME
   if jax.process_index():
     return

@@ -1,7 +1,7 @@
-"""With what a run was made, recorded in its workdir.
+"""Records the code and library versions of a run in its workdir.
 
-Another version of the code or of a library may round otherwise: a resumed run
-is then not bitwise the undisturbed one. That is said, and no error.
+With another version, results may round differently, so a resumed run need not
+be bitwise equal to an uninterrupted one. This is a warning, not an error.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _PACKAGES = ("research", "kernels_pallas", "experiments")
 
 
 def current() -> dict[str, str]:
-  """Returns name -> version of what decides a run's numbers."""
+  """Returns name -> version of everything that affects a run's numbers."""
   found = {"python": platform.python_version()}
   for name in LIBRARIES:
     try:
@@ -37,7 +37,7 @@ def current() -> dict[str, str]:
 
 
 def code() -> str:
-  """Returns a digest of our packages' sources, whether in git or not."""
+  """Returns a digest of this repository's Python sources."""
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).resolve().parents[3]
   for package in _PACKAGES:
@@ -48,10 +48,10 @@ def code() -> str:
 
 
 def record(workdir: Folder) -> None:
-  """Adds what this process runs with to the workdir's versions.json.
+  """Appends this process's versions to the workdir's versions.json.
 
-  The file lists each set of versions that the run was made with, in order.
-  Where the last one differs from this process's, a warning says in what.
+  The file lists all sets of versions that the run has used, in order. Warns if
+  the last one differs from this process's.
   """
   path, now = workdir / FILE, current()
   known = _read(path)
@@ -64,7 +64,7 @@ def record(workdir: Folder) -> None:
   if changes:
     folders.warn(
       f"{path}: other versions than before: {', '.join(changes)}.\n"
-      "The run goes on, but need not be bitwise what it would have been."
+      "The run resumes, but may not be bitwise reproducible."
     )
   if (changes or not known) and jax.process_index() == 0:
     with folders.writing(path):
@@ -72,7 +72,7 @@ def record(workdir: Folder) -> None:
 
 
 def _read(path: Folder) -> list[Mapping[str, str]]:
-  """Returns what is recorded; what cannot be read is no reason to stop."""
+  """Returns the recorded versions; warns if the file cannot be read."""
   try:
     found = json.loads(path.read_bytes())
   except FileNotFoundError:
@@ -81,5 +81,5 @@ def _read(path: Folder) -> list[Mapping[str, str]]:
     found = None
   if isinstance(found, list) and all(isinstance(x, Mapping) for x in found):
     return found
-  folders.warn(f"{path}: cannot be read; it is written anew")
+  folders.warn(f"{path}: cannot be read; it will be rewritten")
   return []

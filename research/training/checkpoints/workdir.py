@@ -1,4 +1,4 @@
-"""A run's working directory: whose it is, and what it was made with."""
+"""A run's working directory: belongs to one experiment configuration."""
 
 import difflib
 import os
@@ -12,35 +12,35 @@ from research.io.folders import Folder
 from research.training.checkpoints import checkpoint, versions
 from research.typing import UserError
 
-LONGER = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
-"""Lines that say how long a run is, its schedule included; there are other
-`steps`, such as Muon's, which are part of what it is."""
+LENGTH_LINES = r"(?i)^steps =|\b(plan|optim\.\w+)\.steps ="
+"""Configuration lines that set the length of a run, including its schedule.
+Other `steps`, such as Muon's, are part of the experiment."""
 
 
 def claim_workdir(
-  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
+  workdir: str | os.PathLike, config: str, may_differ: str = LENGTH_LINES
 ) -> Folder:
-  """Returns the workdir, made and marked as this experiment's.
+  """Creates the workdir and assigns it to this experiment.
 
-  The mark is `config.gin`, the operative configuration. One that is there must
-  be equal, but for lines in which `may_differ` is found: more steps are the
-  same experiment. Before its first step a run holds nothing yet, and another
-  may take its place. Other versions of code and libraries are only warned of,
-  see `versions`. Of several processes, the first one writes.
+  Writes the operative configuration to `config.gin`. An existing one must be
+  equal, except for lines that match `may_differ`: a run with more steps is the
+  same experiment. A run that has not taken a step yet may be replaced by
+  another one. Different versions of code and libraries only cause a warning,
+  see `versions`. With several processes, the first one writes.
 
   Args:
     workdir: local, or remote such as `gs://bucket/run`.
     config: the operative configuration.
-    may_differ: regular expression of the lines that need not be equal.
+    may_differ: regular expression of lines that may differ.
 
   Raises:
-    UserError: it holds another experiment, or cannot be written.
+    UserError: it belongs to another experiment, or cannot be written.
   """
   workdir = check_workdir(workdir, config, may_differ)
   mark = workdir / "config.gin"
   with folders.writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    # In one move: a full disk must not cost the mark that is there.
+    # Atomic: a full disk must not destroy an existing config.gin.
     if jax.process_index() == 0:
       folders.write_text(mark, config)
     versions.record(workdir)
@@ -48,11 +48,11 @@ def claim_workdir(
 
 
 def check_workdir(
-  workdir: str | os.PathLike, config: str, may_differ: str = LONGER
+  workdir: str | os.PathLike, config: str, may_differ: str = LENGTH_LINES
 ) -> Folder:
-  """Returns the workdir if it is this experiment's to take; writes nothing.
+  """Returns the workdir if this experiment may use it; writes nothing.
 
-  Args and errors are those of `claim_workdir`.
+  Arguments and errors are those of `claim_workdir`.
   """
   workdir = folders.folder(workdir)
   mark = workdir / "config.gin"
@@ -63,7 +63,7 @@ def check_workdir(
 
 
 def has_progress(workdir: Folder) -> bool:
-  """Whether a run took a step here, or saved one, or found it damaged."""
+  """Whether a run has taken a step or saved a checkpoint here."""
   if any(p.name[0].isdigit() for p in (workdir / "checkpoints").glob("*")):
     return True
   metrics = workdir / "metrics.jsonl"
@@ -76,7 +76,7 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
     return [x for x in kept if x and not re.search(may_differ, x)]
 
   if sorted(lines(moved.current(old))) == sorted(lines(new)):
-    return  # modules that moved stand elsewhere among the imports
+    return  # renamed modules only change the order of imports
 
   changes = [
     line
@@ -84,10 +84,10 @@ def _same_experiment(mark: Folder, old: str, new: str, may_differ: str) -> None:
     if line[:1] in "+-" and line[:3] not in ("+++", "---")
   ]
   if changes:
-    more = len(changes) - checkpoint.SHOWN
+    more = len(changes) - checkpoint.MAX_DIFFERENCES
     rest = f"  (and {more} more)" if more > 0 else ""
     raise UserError(
       f"{mark}: this workdir holds another experiment.\n"
-      f"{'  '.join(changes[: checkpoint.SHOWN])}{rest}\n"
+      f"{'  '.join(changes[: checkpoint.MAX_DIFFERENCES])}{rest}\n"
       "Choose another workdir, or delete this one."
     )

@@ -1,1 +1,1 @@
-"""What is minimised."""
+"""Training objectives (losses)."""

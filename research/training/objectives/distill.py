@@ -1,4 +1,4 @@
-"""Distillation from a teacher (Hinton et al. 2015, arXiv:1503.02531)."""
+"""Knowledge distillation (Hinton et al. 2015, arXiv:1503.02531)."""
 
 import dataclasses
 from typing import Any
@@ -18,22 +18,22 @@ from research.typing import Array, Float, Params, PRNGKey, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Distill:
-  """The forward divergence from teacher to student, and perhaps the text.
+  """Distillation loss: forward KL from the teacher, mixed with cross-entropy.
 
     (1 - h) t^2 KL(teacher^(1/t) || student^(1/t)) + h (-log student(target))
 
   where p^(1/t) is the softmax of logits / t. The factor t^2 keeps gradients
-  comparable between temperatures, as section 2 advises.
+  comparable between temperatures (section 2 of the paper).
 
   Attributes:
-    model: the student; an experiment fills it in.
-    teacher: the teacher's network; None if it is the student's (a model
-      before it was quantized, or with its adapters).
+    model: the student's network; the experiment sets it.
+    teacher: the teacher's network; None if it is the same (a model before
+      quantization, or with its adapters).
     temperature: t.
-    hard: h, the share of the ordinary loss.
-    student: which parameters are the student's.
-    source: which are the teacher's; no gradient flows into them.
-    rows: rows of logits held at a time, of each model.
+    hard: h, the weight of the cross-entropy on the targets.
+    student: selects the parameters of the student.
+    source: selects the parameters of the teacher, which get no gradient.
+    rows: rows of logits of each model materialised at a time.
   """
 
   model: Transformer | None = None
@@ -52,10 +52,11 @@ class Distill:
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the sums of loss, weights, and the metrics.
+    """Returns the sums of loss, weights and metrics.
 
-    Those are `divergence` (without t^2), `cross_entropy` of the student on the
-    targets, its `accuracy`, and `agreement`: both models' best token is one.
+    The metrics are `divergence` (without t^2), the student's `cross_entropy`
+    and `accuracy` on the targets, and `agreement`: whether both models have the
+    same most likely token.
     """
     student = weights.bind(self.student(params), key=key)
     source = jax.lax.stop_gradient(self.source(params))
@@ -89,8 +90,10 @@ class Distill:
   def _of_chunk(
     self, heads: Any, student: Any, teacher: Any, targets: Any
   ) -> dict[str, Float[Array, "B T"]]:
-    ours = positions.logits_of(self.model, heads[0], student)
-    theirs = positions.logits_of(self.teacher or self.model, heads[1], teacher)
+    ours = positions.fp32_logits(self.model, heads[0], student)
+    theirs = positions.fp32_logits(
+      self.teacher or self.model, heads[1], teacher
+    )
     cross_entropy, accuracy = losses.token_losses(ours, targets)
     agreement = ours.argmax(-1) == theirs.argmax(-1)
     log_p = jax.nn.log_softmax(theirs / self.temperature)

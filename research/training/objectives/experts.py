@@ -1,9 +1,9 @@
-"""Training with experts: what keeps them all in use, as plain values.
+"""Load balancing of MoE models: auxiliary losses and bias updates.
 
-A model's loads (`moe.routing.Load`) are outputs of its forward pass, so
-a balance loss is one more term of an objective's sum. DeepSeek's biases have
-no gradient; they move by the counts of the step just done, which is a rewrite
-of the `TrainState` after it.
+Router loads (`moe.routing.Load`) are outputs of the forward pass, so a balance
+loss is just another term of the objective. DeepSeek's router biases have no
+gradient: a transform of the `TrainState` after each step updates them by the
+expert counts of that step.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ Metrics = dict[str, Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Balance:
-  """The terms that an objective adds for a model with experts.
+  """Auxiliary losses for a model with experts.
 
   Attributes:
-    loss: factor of `routing.balance_loss`, the layers' mean. 1 is its least
-      value whatever the number of experts.
-    z: factor of `routing.z_loss`, the layers' mean.
-    counts: whether training returns each layer's counts, too: arrays, under
-      `counts/<run>/<layer>`, for `rebalance`.
+    loss: coefficient of `routing.balance_loss`, averaged over layers. Its
+      minimum is 1 for any number of experts.
+    z: coefficient of `routing.z_loss`, averaged over layers.
+    counts: whether training also returns the expert counts of each layer,
+      arrays under `counts/<run>/<layer>`, for `rebalance`.
   """
 
   loss: float | int = 0.01
@@ -46,21 +46,21 @@ class Balance:
   def __call__(
     self, loads: Mapping[str, Any], weight: Array, training: bool
   ) -> tuple[Array, Metrics]:
-    """Returns (what to add to a loss sum, sums to report).
+    """Returns `(term to add to the loss sum, metric sums)`.
 
     Args:
-      loads: third output of `Transformer.routed`.
-      weight: of the batch; means over layers count as often as it says.
-      training: whether anything is added; evaluation only reports.
+      loads: third output of `Transformer.with_router_loads`.
+      weight: weight of the batch, which multiplies the means over layers.
+      training: whether to add the losses; evaluation only reports metrics.
 
     Raises:
       UserError: the model has no experts.
     """
-    found = routing.loads(loads)
+    found = routing.find_loads(loads)
     if not found:
       raise UserError(
-        "experts: the model has none, so there is nothing to balance; leave "
-        "the objective's field out"
+        "experts: the model has no experts to balance; leave the objective's "
+        "field out"
       )
 
     def mean(f):
@@ -70,7 +70,7 @@ class Balance:
     sums = {
       "balance": weight * balance,
       "router_z": weight * z,
-      "violation": weight * mean(routing.violation),
+      "violation": weight * mean(routing.max_violation),
     }
     if not training:
       return jnp.zeros_like(weight), sums
@@ -85,18 +85,17 @@ class Balance:
 def rebalance(
   rate: float,
 ) -> Callable[[TrainState, Metrics], tuple[TrainState, Metrics]]:
-  """Returns what follows a training step: it moves the routers' biases.
+  """Returns a state transform that updates the routers' biases after a step.
 
-  Takes and returns (state, metrics), the arrays under `counts/` used up. The
-  step may have divided them; only which experts had more than the mean counts
-  (`routing.nudged`).
+  It maps (state, metrics) to (state, metrics) and consumes the arrays under
+  `counts/`. The step may have scaled them; only the sign of each count's
+  difference from the mean matters (`routing.update_bias`).
 
   Args:
-    rate: what a bias moves by; DeepSeek-V3 used 0.001.
+    rate: step size of the biases; DeepSeek-V3 used 0.001.
 
   Raises:
-    UserError: a biased router that is not among the trainable parameters,
-      where a change would not be kept.
+    UserError: the bias of a router is not among the trainable parameters.
   """
   ranges.non_negative("rebalance", rate=rate)
 
@@ -118,7 +117,7 @@ def rebalance(
     def nudged(path, bias):
       if path not in counts:
         return bias
-      return routing.nudged(bias, counts[path], rate)
+      return routing.update_bias(bias, counts[path], rate)
 
     trainable = tree.map_paths(nudged, state.trainable)
     rest = {k: v for k, v in metrics.items() if not k.startswith(COUNTS)}

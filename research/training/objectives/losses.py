@@ -1,15 +1,17 @@
-"""Cross-entropy in chunks: the logits of a whole batch never exist.
+"""Chunked cross-entropy: never materialises the logits of a whole batch.
 
-A language model's logits [B, T, V] are its largest array by far. Here a scan
-over chunks of positions computes a chunk's logits, their loss *and* the
-gradient with respect to the hidden states (and to whatever of the head is being
-learned) in the same pass: two matmuls a chunk where recomputation in the
-backward pass needs three. The backward pass only scales what was saved.
+The logits [B, T, V] are by far the largest array of a language model. Here, a
+scan over chunks of positions computes a chunk's logits, its loss *and* the
+gradients with respect to the hidden states (and the trained part of the head)
+in the same pass. That takes two matmuls per chunk; recomputation in the
+backward pass would need three. The backward pass only scales the saved
+gradients.
 
-Which parts of the head are differentiated is asked of JAX itself (symbolic
-zeros): a frozen head pays for no gradient, a LoRA head only for its factors.
-Under a mesh each device cuts its own rows and positions into chunks and adds
-up its own gradient of the head; devices add theirs up once, after the last.
+JAX's symbolic zeros tell which parts of the head are differentiated: a frozen
+head costs no gradient, a LoRA head only those of its factors. Under a mesh,
+each device splits its own rows and positions into chunks and accumulates its
+own gradient of the head, which is summed over devices once, after the last
+chunk.
 """
 
 import dataclasses
@@ -26,21 +28,21 @@ from research.optim import ranges
 from research.typing import Array, Float, Int, Shaped
 
 Logits = Callable[[Any, Float[Array, "B T D"]], Float[Array, "B T V"]]
-"""(head, hidden) -> logits, a final soft-cap included."""
+"""(head, hidden) -> logits, including a final soft cap."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenLoss:
-  """The loss of one position.
+  """The loss of one position, and the size of a chunk.
 
     (1 - s) * -log p(target) + s * mean over v of -log p(v) + z * logZ^2
 
   Attributes:
-    z_loss: z, pulls the logits' log-normaliser to 0 (PaLM, section 5).
+    z_loss: z, pulls the log-normaliser of the logits to 0 (PaLM, section 5).
     smoothing: s, label smoothing (Szegedy et al. 2016, section 7).
-    rows: logits rows (positions times batch) that a device holds at a time.
-    sparse: whether many targets have weight 0, so that it pays to put the
-      others together and to form no logits for the rest.
+    rows: rows of logits (batch times positions) per chunk on a device.
+    sparse: whether many targets have weight 0. Then the others are gathered
+      first, and no logits are computed for the rest.
   """
 
   z_loss: float | int = 0.0
@@ -55,7 +57,7 @@ class TokenLoss:
 
 
 def linear_head(eq: str, softcap: float | None = None) -> Logits:
-  """Returns `logits(head, hidden)` for a head that is one Weight.
+  """Returns `logits(head, hidden)` for a head that is a single Weight.
 
   Args:
     eq: `"btd,dv->btv"` for a head [D, V], `"btd,vd->btv"` for a tied
@@ -82,7 +84,7 @@ def token_losses(
   logits = logits.astype(jnp.float32)
   top = jax.lax.stop_gradient(logits.max(-1))
   log_z = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
-  # A masked sum fuses forward and backward; a gather's gradient is a scatter.
+  # A masked sum fuses in both passes; the gradient of a gather is a scatter.
   vocabulary = jnp.arange(logits.shape[-1])
   hit = vocabulary == targets[..., None]
   target = jnp.where(hit, logits, 0).sum(-1)
@@ -95,12 +97,12 @@ def token_losses(
   return out, (target >= top).astype(jnp.float32)
 
 
-def without(
+def exclude_token(
   logits: Float[Array, "*B V"], token: int | None
 ) -> Float[Array, "*B V"]:
-  """Returns logits that give a token no probability; all as they are for None.
+  """Returns logits that give `token` zero probability; unchanged for None.
 
-  That token's is finite, so that gradients of the others are.
+  Uses a large finite value, so that all gradients stay finite.
   """
   return logits if token is None else logits.at[..., token].set(-1e9)
 
@@ -113,16 +115,16 @@ def chunked_cross_entropy(
   weight: Float[Array, "B T"],
   loss: TokenLoss = TokenLoss(),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Returns `(loss_sum, correct_sum)`, both weighted, without full logits.
+  """Returns `(loss_sum, correct_sum)`, both weighted, chunk by chunk.
 
   Differentiable in `head`, `hidden` and `weight`; `correct_sum` has no
   gradient.
 
   Args:
     logits: a pure function that closes over no traced array.
-    head: whatever `logits` needs: a Weight, or a tree of them.
+    head: the parameters of `logits`: a Weight, or a tree of Weights.
     hidden: final hidden states.
-    targets: token ids; those with weight 0 may be anything below V.
+    targets: token ids; those with weight 0 may be any id below V.
     weight: weight of each target in the sum.
     loss: the loss of a position, and the size of a chunk.
   """
@@ -142,7 +144,7 @@ def chunked_cross_entropy(
 
 
 def _together(hidden, weight, targets):
-  """Returns the arrays as one row, targets that count first."""
+  """Flattens the arrays to one row, targets with nonzero weight first."""
   flat = [x.reshape(1, -1, *x.shape[2:]) for x in (hidden, weight, targets)]
   order = jnp.argsort(flat[1][0] == 0, stable=True)
   return tuple(jnp.take(x, order, axis=1) for x in flat)
@@ -179,7 +181,7 @@ def _unless_empty(loss, f, chunk):
 
 
 def _zero(hidden):
-  """Returns where sums over chunks begin, on each device that has some."""
+  """Returns a zero scalar that varies over devices like `hidden`."""
   return jnp.zeros_like(hidden, shape=(), dtype=jnp.float32)
 
 
@@ -189,8 +191,8 @@ def _chunk_loss(logits, loss, head, hidden, weight, targets):
 
 
 def _forward(logits, loss, head, hidden, weight, targets):
-  # Each argument is a CustomVJPPrimal: its value, and whether the caller
-  # differentiates with respect to it.
+  # Each argument is a CustomVJPPrimal: a value, and whether it is
+  # differentiated (`perturbed`).
   learned = [x.value for x in head if x.perturbed]
 
   def value(learned, *chunk):
@@ -225,7 +227,7 @@ def _forward(logits, loss, head, hidden, weight, targets):
 
 
 def _backward(logits, loss, saved, cotangents):
-  scale = cotangents[0]  # the second is of `correct_sum`, which is constant
+  scale = cotangents[0]  # the second one belongs to `correct_sum`: constant
   if isinstance(scale, jax.custom_derivatives.SymbolicZero):
     scale = jnp.zeros((), jnp.float32)
   d_head, d_hidden, d_weight = jax.tree.map(
@@ -238,14 +240,14 @@ _chunked.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def split_rows(rows: int, *arrays: Shaped[Array, "B T ..."]):
-  """Returns the arrays as chunks along T, [chunks, B, rows / B, ...]."""
+  """Splits arrays into chunks along T: [chunks, B, rows / B, ...]."""
   batch, length = arrays[0].shape[:2]
   size = min(length, max(1, rows // batch))
   chunks = -(-length // size)
 
   def split(x):
     tail = [(0, 0)] * (x.ndim - 2)
-    # Padded weights are 0, so that padding adds nothing to any sum.
+    # Padded weights are 0, so padding does not contribute to any sum.
     x = jnp.pad(x, [(0, 0), (0, chunks * size - length), *tail])
     x = x.reshape(batch, chunks, size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
@@ -254,6 +256,6 @@ def split_rows(rows: int, *arrays: Shaped[Array, "B T ..."]):
 
 
 def join_rows(x: Shaped[Array, "X B C ..."], length: int):
-  """Returns `split_rows`'s inverse, [B, T, ...]."""
+  """Joins chunks to [B, T, ...]; the inverse of `split_rows`."""
   x = jnp.moveaxis(x, 0, 1)
   return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

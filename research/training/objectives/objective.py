@@ -1,7 +1,8 @@
-"""Objectives: a loss is a value, called with parameters, a batch and a key.
+"""Training objectives: the protocol, and next-token prediction.
 
-What it returns are sums, so that microbatches, processes and unevenly masked
-rows add up exactly; whoever reports divides once, by the summed weight.
+An objective maps parameters, a batch and a random key to sums, so microbatches,
+processes and unevenly masked rows add up exactly. Callers divide once, by the
+summed weight.
 """
 
 import dataclasses
@@ -21,12 +22,12 @@ Batch = Mapping[str, Any]
 int32 [B, T], the last two -1 for padding; `weights`, float32 [B, T]."""
 
 Sums = tuple[Array, Array, dict[str, Array]]
-"""`(loss_sum, weight, metrics)`, every one a scalar sum over the batch."""
+"""`(loss_sum, weight, metrics)`, all scalar sums over the batch."""
 
 
 @runtime_checkable
 class Objective(Protocol):
-  """A loss. `key` is None where nothing may be random: in evaluation."""
+  """A loss function; `key` is None in evaluation, which is deterministic."""
 
   def __call__(
     self, params: Params, batch: Batch, key: PRNGKey | None
@@ -38,11 +39,11 @@ class NextToken:
   """Next-token prediction over packed rows.
 
   Attributes:
-    model: the network; an experiment fills it in once it is loaded.
+    model: the network; the experiment sets it after loading.
     z_loss: see `losses.TokenLoss`.
     label_smoothing: see `losses.TokenLoss`.
-    rows: rows of logits held at a time.
-    experts: what to add for a model with experts, or None.
+    rows: rows of logits materialised at a time.
+    experts: auxiliary losses of a model with experts, or None.
   """
 
   model: Transformer | None = None
@@ -57,19 +58,19 @@ class NextToken:
     ranges.positive("NextToken", rows=self.rows)
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the sums of loss, of weights, and of right predictions."""
+    """Returns the sums of loss, weights and correct predictions."""
     params = weights.bind(params, key=key)
     tokens, segments = batch["tokens"], batch["segments"]
     params = weights.with_tokens(params, tokens, segments)
-    # By index, not by position: rows are packed in order, and what follows
-    # from indices alone lets attention skip tiles before anything runs.
+    # By index, not by position: rows are packed in order, and for an
+    # index-based mask the tiles to skip are known at compile time.
     mask = Mask.causal(segments=segments)
     hidden, _, loads = self.model.apply(
       {"params": params},
       tokens,
       batch["positions"],
       mask,
-      method="routed",
+      method="with_router_loads",
     )
     head = "embed" if self.model.tied else "head"
     loss_sum, correct_sum = losses.chunked_cross_entropy(

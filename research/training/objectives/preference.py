@@ -1,4 +1,7 @@
-"""Direct preference optimisation: Rafailov et al. 2023 (arXiv:2305.18290)."""
+"""Direct preference optimisation (DPO).
+
+Rafailov et al. 2023 (arXiv:2305.18290).
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,11 +18,11 @@ from research.training.objectives.objective import Batch, Sums
 from research.typing import Array, Float, Params, PRNGKey, UserError
 
 Select = Callable[[Any], Any]
-"""params -> the parameters of one of the models in it."""
+"""Selects the parameters of one model from a tree that may contain several."""
 
 
-def whole(params: Params) -> Any:
-  """Returns `params`: a model that stands alone."""
+def all_params(params: Params) -> Any:
+  """Selects the whole tree, for a tree that contains a single model."""
   return params
 
 
@@ -28,7 +31,7 @@ class Part:
   """Selects one of several models in a tree.
 
   Attributes:
-    name: its key.
+    name: key of the model.
   """
 
   name: str
@@ -45,9 +48,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-  """A transform: the same weights under several names, shared, not copied.
+  """A weight transform: puts the same weights under several names.
 
-  Train one of them (`trainable = '^policy/'`), and the others stay.
+  The arrays are shared, not copied. Train one of the copies
+  (`trainable = '^policy/'`) and the others stay fixed.
 
   Attributes:
     names: keys of the new tree.
@@ -62,26 +66,27 @@ class Copies:
 
 @dataclasses.dataclass(frozen=True)
 class DPO:
-  """Equation 7: -log sigmoid(b [log-ratio(chosen) - log-ratio(rejected)]).
+  """DPO loss: -log sigmoid(b [log-ratio(chosen) - log-ratio(rejected)]).
 
-  A log-ratio is log policy(answer | prompt) - log reference(answer | prompt),
-  summed over the answer's tokens; the batch is that of `sources.pairs`.
+  Equation 7 of the paper. A log-ratio is
+  log policy(answer | prompt) - log reference(answer | prompt), summed over the
+  answer's tokens. Batches come from `sources.pairs`.
 
   Attributes:
-    model: the network of both; an experiment fills it in.
-    beta: b, how dear it is to leave the reference.
+    model: the network of policy and reference; the experiment sets it.
+    beta: b, the strength of the KL regularisation towards the reference.
     smoothing: probability that a label is wrong (conservative DPO, Mitchell
       2023, equation 3).
-    policy: which parameters are the policy's.
-    reference: which are the reference's; no gradient flows into them. Where
-      the policy is an adapted model, the model without adapters will do.
-    rows: rows of logits held at a time.
+    policy: selects the parameters of the policy.
+    reference: selects the parameters of the reference, which get no gradient.
+      If the policy is an adapted model, this can be the base model.
+    rows: rows of logits materialised at a time.
   """
 
   model: Transformer | None = None
   beta: float | int = 0.1
   smoothing: float | int = 0.0
-  policy: Select = whole
+  policy: Select = all_params
   reference: Select = Part("reference")
   rows: int = 256
 
@@ -93,10 +98,10 @@ class DPO:
       )
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns sums over pairs; a pair without an answer is padding.
+    """Returns sums over pairs; a pair without answer tokens is padding.
 
-    The metrics are `accuracy` (the chosen answer's reward is larger), `margin`
-    and both rewards, b times the log-ratio.
+    The metrics are `accuracy` (whether the chosen answer has the larger
+    reward), `margin`, and both rewards, b times the log-ratio.
     """
     policy = weights.bind(self.policy(params), key=key)
     reference = jax.lax.stop_gradient(self.reference(params))
@@ -128,5 +133,5 @@ class DPO:
     found = positions.log_probs(
       self.model, params, hidden, flat["targets"], self.rows
     )
-    # Chosen and rejected are rows of one batch: one pass, not two.
+    # Chosen and rejected are rows of one batch: a single forward pass.
     return (found * flat["weights"]).sum(-1).reshape(-1, 2)

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, goodput, plots."""
+"""Reports of a run: metrics, goodput, plots."""

@@ -1,19 +1,19 @@
-"""What a run's time went to, over all of its processes' lives.
+"""Goodput: accounts for the wall time of a run across restarts.
 
-Goodput is the share of wall time that was spent on steps which counted. Time
-is kept in buckets that add up to the wall time exactly: each moment belongs to
-the innermost `doing`, or to `other`. Totals go into `metrics.jsonl` as
+Goodput is the share of wall time spent on steps that were not lost. Time is
+recorded in buckets that add up exactly to the wall time: each moment belongs to
+the innermost `doing`, or to `other`. Totals are written to `metrics.jsonl` as
 `goodput/<bucket>`, so that the next process, after a crash or a preemption,
-goes on counting from there. A loop uses it like this:
+continues from them. A loop uses it like this:
 
-    clock = Goodput(began)                  # what came before is `init`
+    clock = Goodput(started_at)             # time before this is `init`
     with clock.doing("init"):               # import the model, open the data
       ...
     with clock.doing("restore"):
       state = checkpoints.restore(...)
     clock.resume(workdir / "metrics.jsonl", step)  # before JsonlWriter opens it
     writer = JsonlWriter(workdir / "metrics.jsonl", step)
-    writer.scalars(start, clock.summary())  # at once: what is lost stays known
+    writer.scalars(start, clock.summary())  # at once, to record lost steps
     with clock.doing("compile"):
       ...
     for number in range(start + 1, steps + 1):
@@ -22,17 +22,17 @@ goes on counting from there. A loop uses it like this:
       with clock.doing("step"):
         moving, values = update(...)
         late.push(number, values)
-      # where the seconds of a step are known, i.e. in what `late` calls:
+      # where the seconds of a step are known, i.e. in the callback of `late`:
       writer.scalars(number, {**values, "train/seconds": s, **clock.stepped(s)})
       if saving:
         with clock.doing("save"):
           checkpoints.save(...)
-        writer.scalars(number, clock.summary())  # a kill then loses little
+        writer.scalars(number, clock.summary())  # so that a kill loses little
     writer.scalars(steps, clock.summary())  # at the end, and in result.json
 
-The time of training is `seconds["step"] + seconds["data"]`. A wait for data is
-counted while the device may still be busy with the step before; a pipeline
-that keeps up makes it nothing.
+The training time is `seconds["step"] + seconds["data"]`. Waiting for data is
+counted even while the device is still busy with the previous step; it is close
+to zero if the pipeline keeps up.
 """
 
 import bisect
@@ -58,38 +58,38 @@ Bucket = Literal[
   "other",
 ]
 BUCKETS: tuple[Bucket, ...] = Bucket.__args__
-"""In the order of a run; `lost` is steps that a crash made a run repeat."""
+"""In the order of a run; `lost` are steps repeated because of a crash."""
 
 WINDOW = 64
-"""How many of the last steps say what is normal."""
+"""Number of recent steps that define a normal step time."""
 
 
 class Goodput:
-  """Seconds by what was being done.
+  """Measures wall time per bucket.
 
   Attributes:
     seconds: bucket -> seconds in this process, up to the last change.
   """
 
-  def __init__(self, began: float | int | None = None):
+  def __init__(self, started_at: float | int | None = None):
     """Starts counting.
 
     Args:
-      began: when this process began, in seconds as `time.time()` has them; the
-        time since then is `init`. None for now.
+      started_at: start time of this process, as from `time.time()`; the time
+        since then is `init`. None for now.
     """
     self.seconds: dict[str, float] = dict.fromkeys(BUCKETS, 0.0)
-    if began is not None:
-      self.seconds["init"] = max(0.0, time.time() - began)
+    if started_at is not None:
+      self.seconds["init"] = max(0.0, time.time() - started_at)
     self._doing: str = "other"
     self._since = time.perf_counter()
     self._earlier = {_name(bucket): 0.0 for bucket in BUCKETS}
-    self._normal = Normal()
+    self._normal = SlowStepDetector()
     self._slow, self._lives = 0, 1
 
   @contextlib.contextmanager
   def doing(self, what: Bucket) -> Iterator[None]:
-    """Adds the time spent inside to `what`, less what is done further in."""
+    """Context that counts its time as `what`, without nested contexts."""
     before = self._turn(what)
     try:
       yield
@@ -97,38 +97,39 @@ class Goodput:
       self._turn(before)
 
   def resume(self, metrics: str | os.PathLike, step: int | None) -> None:
-    """Adds what earlier processes wrote into a metrics file.
+    """Adds the totals of earlier processes from a metrics file.
 
     Args:
       metrics: the file, before `JsonlWriter` drops lines from it.
-      step: which step is resumed from; None where all begins anew.
+      step: the step that the run resumes from; None if it starts over.
     """
     try:
       records = read_jsonl(metrics)
     except UserError:
       if step is not None:
         raise
-      records = []  # about to be replaced anyway
+      records = []  # the file is about to be replaced
     if not records:
       return
-    found = earlier(records, step)
+    found = earlier_totals(records, step)
     self._lives += int(found.pop("goodput/lives"))
     self._slow += int(found.pop("goodput/slow_steps"))
     self._earlier = found
 
   def stepped(self, seconds: float) -> dict[str, int]:
-    """Takes note of a step; returns `train/slow_step` if it was an outlier."""
-    if not self._normal.exceeded(seconds):
+    """Records a step time; returns `train/slow_step` if it is an outlier."""
+    if not self._normal.is_slow(seconds):
       return {}
     self._slow += 1
     return {"train/slow_step": 1}
 
   def summary(self) -> dict[str, float]:
-    """Returns totals over all processes so far.
+    """Returns the totals over all processes so far.
 
     Returns:
       `goodput/<bucket>` in seconds; `goodput/fraction`, the share of `step` in
-      their sum; `goodput/slow_steps` and `goodput/lives`, counts.
+      their sum; `goodput/slow_steps`, and `goodput/lives`, the number of
+      processes.
     """
     self._turn(self._doing)
     total = {
@@ -137,13 +138,13 @@ class Goodput:
     }
     return {
       **total,
-      "goodput/fraction": fraction(total),
+      "goodput/fraction": goodput_fraction(total),
       "goodput/slow_steps": self._slow,
       "goodput/lives": self._lives,
     }
 
   def _turn(self, what: str) -> str:
-    """Does `what` from now on; returns what was done until now."""
+    """Switches to bucket `what`; returns the previous one."""
     now = time.perf_counter()
     before = self._doing
     self.seconds[before] += now - self._since
@@ -151,26 +152,26 @@ class Goodput:
     return before
 
 
-class Normal:
-  """What a step takes: the median of the last ones, and three MADs more.
+class SlowStepDetector:
+  """Detects slow steps: slower than the recent median plus three MADs.
 
-  MAD is the median absolute deviation from the median, which outliers do not
-  move. A step is judged by those before it, once there are ten.
+  MAD is the median absolute deviation from the median, which is robust to
+  outliers. A step is compared with the previous ones, once there are ten.
   """
 
   def __init__(self, window: int = WINDOW, least: int = 10):
-    """Remembers `window` steps and judges from the `least`-th on."""
+    """Uses the last `window` steps, and at least `least`."""
     self._last: collections.deque[float] = collections.deque()
     self._sorted: list[float] = []
     self._window, self._least = window, least
 
-  def exceeded(self, seconds: float) -> bool:
-    """Whether a step of `seconds` is slow; takes it into account."""
+  def is_slow(self, seconds: float) -> bool:
+    """Returns whether a step of `seconds` is slow, and records it."""
     known = self._sorted
     slow = False
     if len(known) >= self._least:
       middle = _median(known)
-      # Half of all steps are no slower than that: no need to look further.
+      # Skips the spread for the half of all steps below the median.
       if seconds > middle:
         spread = _median(sorted(abs(x - middle) for x in known))
         slow = seconds > middle + 3 * spread
@@ -181,21 +182,20 @@ class Normal:
     return slow
 
 
-def earlier(
+def earlier_totals(
   records: Sequence[Mapping[str, Any]], step: int | None
 ) -> dict[str, float]:
   """Returns the totals of the processes that wrote `records`.
 
-  The last totals among them say what was counted. Steps that came after were
-  not yet; steps after the one that is resumed from are lost, whether they were
-  counted or not.
+  Starts from the last totals in the records and adds the steps after them.
+  Moves all steps after the one that is resumed from to `lost`.
 
   Args:
-    records: of a metrics file, in its order; not empty.
-    step: which step is resumed from; None loses all of them.
+    records: records of a metrics file, in order; not empty.
+    step: the step that is resumed from; None if all steps are lost.
 
   Returns:
-    The names of `Goodput.summary`, but for `goodput/fraction`.
+    The entries of `Goodput.summary`, without `goodput/fraction`.
   """
   written = [i for i, r in enumerate(records) if "goodput/step" in r]
   last = written[-1] if written else -1
@@ -208,7 +208,7 @@ def earlier(
       total["goodput/step"] += seconds
       slow += record.get("train/slow_step") or 0
     if step is None or record["step"] > step:
-      # No more than there is: a step's seconds include its wait for data.
+      # Bounded, because a step's seconds include its wait for data.
       moved = min(seconds, total["goodput/step"])
       total["goodput/step"] -= moved
       total["goodput/lost"] += moved
@@ -216,8 +216,8 @@ def earlier(
   return {**total, "goodput/slow_steps": slow, "goodput/lives": lives}
 
 
-def fraction(totals: Mapping[str, float]) -> float:
-  """Returns the share of steps that counted in all of the time."""
+def goodput_fraction(totals: Mapping[str, float]) -> float:
+  """Returns the share of productive steps in the total wall time."""
   wall = sum(totals[_name(bucket)] for bucket in BUCKETS)
   return totals["goodput/step"] / wall if wall else 0.0
 

@@ -1,7 +1,7 @@
-"""What a run says about itself: writers, a progress bar, peak memory.
+"""Metric writers (JSON Lines, TensorBoard, W&B) and the progress bar.
 
-Metrics of step n are turned into numbers when step n + 1 has been dispatched
-(`OneStepLate`), so that writing never keeps the device waiting.
+Metrics of step n are read from the device after step n + 1 has been dispatched
+(`OneStepLate`), so that the device never waits for a writer.
 """
 
 import json
@@ -25,36 +25,36 @@ Values = Mapping[str, Any]
 
 @runtime_checkable
 class Writer(Protocol):
-  """Somewhere to put the numbers of a step."""
+  """A destination for metrics."""
 
   def scalars(self, step: int, values: Values) -> None:
-    """Writes numbers that belong to `step`; names have the form `part/name`."""
+    """Writes metrics of `step`; names have the form `part/name`."""
 
   def close(self) -> None:
-    """Writes out what is pending."""
+    """Flushes and closes the writer."""
 
 
 WriterFactory = Callable[[Folder, int | None], Writer]
 """(workdir, step that a run resumes from or None) -> Writer."""
 
 
-PATIENCE = 30.0
-"""Seconds for which lines may wait to be written to an object store."""
+REMOTE_FLUSH_SECONDS = 30.0
+"""Maximum delay of writes to an object store, in seconds."""
 
 
 class JsonlWriter:
   """One JSON object a line: `{"step": 3, "train/loss": 2.1, ...}`.
 
-  Numbers that JSON cannot hold (NaN, infinity) become null.
+  NaN and infinity, which JSON cannot represent, become null.
   """
 
   def __init__(self, path: str | os.PathLike, resume_step: int | None = None):
     """Opens `path` for appending.
 
     Args:
-      path: the file; its folder exists.
-      resume_step: keep the lines up to this step and drop what follows (the
-        steps that will be repeated, a line torn by a crash); None keeps none.
+      path: the file; its folder must exist.
+      resume_step: keep the lines up to this step and drop later ones (steps
+        that will be repeated, a line truncated by a crash); None keeps none.
     """
     self._path = folders.folder(path)
     kept = []
@@ -69,11 +69,11 @@ class JsonlWriter:
     self._written = time.monotonic()
 
   def scalars(self, step: int, values: Values) -> None:
-    """Adds a line: written at once, or within `PATIENCE` where it is remote."""
+    """Writes a line; to a remote file within `REMOTE_FLUSH_SECONDS`."""
     line = _line({"step": step, **values})
     if self._file is None:
       self._text += line
-      if time.monotonic() > self._written + PATIENCE:
+      if time.monotonic() > self._written + REMOTE_FLUSH_SECONDS:
         self.flush()
       return
     with folders.writing(self._path):
@@ -81,15 +81,15 @@ class JsonlWriter:
       self._file.flush()
 
   def flush(self) -> None:
-    """Writes out what is pending: a checkpoint is about to rely on it."""
+    """Writes all pending lines, before a checkpoint is saved."""
     if self._file is None:
-      # An object store cannot append.
+      # Object stores cannot append, so the whole file is rewritten.
       with folders.writing(self._path):
         folders.write_text(self._path, self._text)
       self._written = time.monotonic()
 
   def close(self) -> None:
-    """Writes out what is pending, and closes the file."""
+    """Writes all pending lines and closes the file."""
     self.flush()
     if self._file is not None:
       with folders.writing(self._path):
@@ -106,9 +106,12 @@ def _line(record: Values) -> str:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """Returns the records of a metrics file; [] if there is none.
+  """Returns the records of a metrics file; [] if it does not exist.
 
-  A last line without its end is what a crash leaves behind and is left out.
+  Ignores an incomplete last line, which a crash may leave.
+
+  Raises:
+    UserError: a line is not a JSON object with a "step".
   """
   path = folders.folder(path)
   if not path.exists():
@@ -120,7 +123,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
       record["step"] = int(record["step"])
     except (ValueError, TypeError, KeyError) as error:
       raise UserError(
-        f"{path}: line {number + 1} is no record of a step: {line[:60]!r}.\n"
+        f"{path}: line {number + 1} is not a record of a step: {line[:60]!r}.\n"
         'Expected JSON with a "step"; move the file away.'
       ) from error
     records.append(record)
@@ -131,7 +134,7 @@ class TensorBoardWriter:
   """Event files for TensorBoard, by tensorboardX."""
 
   def __init__(self, folder: str | os.PathLike, resume_step: int | None = None):
-    """Opens `folder`; TensorBoard hides what came after `resume_step`."""
+    """Opens `folder`; TensorBoard hides events after `resume_step`."""
     try:
       import tensorboardX
     except ImportError as error:
@@ -143,7 +146,7 @@ class TensorBoardWriter:
     self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge)
 
   def scalars(self, step: int, values: Values) -> None:
-    """Writes one scalar a name."""
+    """Writes one scalar per name."""
     for name, value in values.items():
       self._writer.add_scalar(name, value, step)
 
@@ -188,10 +191,10 @@ class WandbWriter:
 
 
 class OneStepLate:
-  """Hands on each step's metrics when the next one's arrive.
+  """Emits the metrics of each step when those of the next one arrive.
 
   Reading a metric waits for its step to finish on the device. By then the next
-  step is queued already, so the device never idles.
+  step is already queued, so the device does not idle.
   """
 
   def __init__(self, emit: Callable[[int, dict[str, float]], None]):
@@ -200,13 +203,13 @@ class OneStepLate:
     self._pending: tuple[int, Values] | None = None
 
   def push(self, step: int, values: Values) -> None:
-    """Keeps `values`, device arrays or numbers, and emits the ones before."""
+    """Stores `values`, device arrays or numbers; emits the previous ones."""
     pending, self._pending = self._pending, (step, values)
     if pending is not None:
       self._out(*pending)
 
   def flush(self) -> None:
-    """Emits what is pending, waiting for its step."""
+    """Emits the pending metrics, waiting for their step."""
     pending, self._pending = self._pending, None
     if pending is not None:
       self._out(*pending)
@@ -216,12 +219,12 @@ class OneStepLate:
 
 
 def progress_bar(steps: int, done: int, shown: bool = True) -> tqdm.tqdm:
-  """Returns a bar on stderr; where that is no terminal, a line now and then.
+  """Returns a progress bar on stderr, updated rarely if that is no terminal.
 
   Args:
-    steps: in all.
-    done: of them.
-    shown: whether there is anything to see; one process of many shows it.
+    steps: total number of steps.
+    done: number of steps already done.
+    shown: whether to display it; only one process should.
   """
   terminal = sys.stderr.isatty()
   return tqdm.tqdm(

@@ -1,4 +1,4 @@
-"""The picture that compares runs: loss, throughput, learning rate, time."""
+"""Plot that compares runs: loss, throughput, learning rate, wall time."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from research.training.reports import plots
 from research.training.reports.goodput import BUCKETS
 
 MARKERS = ("o", "s", "^", "D", "v")
-"""Of evaluations: `validation` and what else has a loss, in that order."""
+"""Markers of evaluations: `validation`, then other losses."""
 
 BUCKET_COLORS: Mapping[str, str] = {
   "init": "#999999",
@@ -22,20 +22,20 @@ BUCKET_COLORS: Mapping[str, str] = {
   "lost": "#000000",
   "other": "#DDDDDD",
 }
-"""Okabe and Ito's, and greys; what counts is green."""
+"""Okabe and Ito's colours, and greys; productive time is green."""
 
-DARK = ("step", "data", "evaluate", "lost")
-"""Buckets whose colour takes white letters."""
+DARK_BUCKETS = ("step", "data", "evaluate", "lost")
+"""Buckets with a dark colour, which need white text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Curves:
-  """What a run looks like.
+  """The data of a run to plot.
 
   Attributes:
-    name: in the legend.
-    records: of its metrics file.
-    seconds: bucket -> wall seconds; empty where nobody knows.
+    name: legend entry.
+    records: records of its metrics file.
+    seconds: bucket -> wall seconds; empty if not recorded.
     fraction: its goodput, or None.
   """
 
@@ -46,7 +46,7 @@ class Curves:
 
 
 def compare(runs: Sequence[Curves], picture: str | os.PathLike) -> None:
-  """Draws runs on top of each other into a PNG; each has one colour."""
+  """Plots several runs in the same axes to a PNG; one colour per run."""
   bars = 1.0 + 0.32 * len(runs)
   drawn = plots.figure(12, 7.6 + bars)
   grid = drawn.add_gridspec(3, 2, height_ratios=[4.4, 3.2, bars])
@@ -71,8 +71,8 @@ def compare(runs: Sequence[Curves], picture: str | os.PathLike) -> None:
 def series(
   records: Sequence[Mapping[str, Any]], name: str
 ) -> tuple[list[int], list[float]]:
-  """Returns the steps that have a metric, and its values."""
-  found = [(r["step"], plots.measured(r, name)) for r in records]
+  """Returns the steps at which a metric was recorded, and its values."""
+  found = [(r["step"], plots.metric_value(r, name)) for r in records]
   found = [(step, value) for step, value in found if value is not None]
   return [step for step, _ in found], [value for _, value in found]
 
@@ -141,14 +141,14 @@ def _learning_rate(axes: Any, runs: Sequence[Curves]) -> None:
 
 
 def _time(axes: Any, runs: Sequence[Curves]) -> None:
-  """Draws a bar a run: each bucket's share in its wall time."""
+  """Draws one bar per run: each bucket's share of the wall time."""
   for row, run in enumerate(runs):
     wall, left = sum(run.seconds.values()), 0.0
     for bucket in BUCKETS if wall else ():
       share = 100 * run.seconds.get(bucket, 0.0) / wall
       axes.barh(row, share, left=left, color=BUCKET_COLORS[bucket], height=0.7)
       if share >= 4:
-        color = "white" if bucket in DARK else "black"
+        color = "white" if bucket in DARK_BUCKETS else "black"
         place = {"ha": "center", "va": "center", "fontsize": 8}
         axes.text(left + share / 2, row, f"{share:.0f}%", color=color, **place)
       left += share

@@ -1,4 +1,4 @@
-"""The picture of a sweep: a metric over what was varied."""
+"""Plot of a sweep: a metric over one of the swept parameters."""
 
 import os
 import statistics
@@ -8,13 +8,13 @@ from typing import Any
 from research.training.reports import plots
 
 Group = tuple[Mapping[str, Any], Sequence[float]]
-"""What a group of runs shares, by name, and the metric of each (its seeds)."""
+"""Parameters that a group of runs shares, and the metric of each run (seed)."""
 
-MANY = 8
-"""Lines that still get a legend of their own beside the picture."""
+MAX_INSIDE_LEGEND = 8
+"""Up to this number of lines, the legend is inside of the axes."""
 
 
-def swept(
+def plot_sweep(
   groups: Sequence[Group],
   picture: str | os.PathLike,
   *,
@@ -22,17 +22,17 @@ def swept(
   metric: str,
   title: str,
 ) -> None:
-  """Draws a metric over one axis of a sweep, a line for all else, into a PNG.
+  """Plots a metric over one parameter of a sweep to a PNG.
 
-  Lines go through the means over seeds; each run is a dot, and the band goes
-  from the least to the greatest.
+  One line for each combination of the other parameters, through the means over
+  seeds. Each run is a dot; the band spans minimum to maximum.
 
   Args:
-    groups: at least one, with at least one run each.
-    picture: the PNG.
-    axis: the name on the x axis; groups without it are left out.
-    metric: the y axis.
-    title: above the picture.
+    groups: at least one group, with at least one run each.
+    picture: path of the PNG.
+    axis: parameter on the x axis; groups without it are left out.
+    metric: label of the y axis.
+    title: title of the plot.
   """
   here = [(unit, values) for unit, values in groups if axis in unit]
   place, scale = _places([unit[axis] for unit, _ in here])
@@ -69,15 +69,17 @@ def swept(
   axes.grid(alpha=0.3)
   if list(lines) != [""]:
     outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(frameon=False, **(outside if len(lines) > MANY else {}))
+    axes.legend(
+      frameon=False, **(outside if len(lines) > MAX_INSIDE_LEGEND else {})
+    )
   plots.save(drawn, picture)
 
 
 def _places(values: Sequence[Any]) -> tuple[dict[str, float], str]:
-  """Returns where each value is on the axis, and what kind of axis it is.
+  """Returns the x position of each value, and the type of axis.
 
-  Numbers are where they are, on a logarithmic axis if they span a factor of
-  eight; anything else has a place of its own, in order of appearance.
+  Numbers use a linear axis, or a logarithmic one if they span a factor of
+  eight. Other values are equally spaced, in order of appearance.
   """
   numbers = [
     v for v in values if isinstance(v, int | float) and not isinstance(v, bool)
@@ -93,7 +95,7 @@ def _places(values: Sequence[Any]) -> tuple[dict[str, float], str]:
 def _ticks(
   axes: Any, values: Sequence[Any], place: Mapping[str, float], scale: str
 ) -> None:
-  """Puts ticks where the values are, as they were written."""
+  """Puts a tick at each value, labelled with the value as written."""
   if scale == "log":
     axes.set_xscale("log")
   labels = {place[repr(v)]: str(v) for v in values}

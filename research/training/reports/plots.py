@@ -1,4 +1,4 @@
-"""Pictures of a run, and what all pictures share."""
+"""Loss curve of a run, and plotting helpers."""
 
 import itertools
 import os
@@ -17,13 +17,13 @@ COLORS = (
   "#D55E00",
   "#000000",
 )
-"""Of Okabe and Ito, told apart with every kind of colour vision."""
+"""The palette of Okabe and Ito, which is safe for colour blindness."""
 
-LINES = ("-", "--", ":", "-.")
-"""Once the colours are used up, in the order of use."""
+LINE_STYLES = ("-", "--", ":", "-.")
+"""Line styles; the next one is used once all colours are used up."""
 
 Point = tuple[int, float, str]
-"""A marked point: step, loss in nats per token, and what it is."""
+"""A marked point: (step, loss in nats per token, label)."""
 
 
 def loss_curve(
@@ -33,14 +33,17 @@ def loss_curve(
   title: str,
   points: Sequence[Point] = (),
 ) -> None:
-  """Draws training and evaluation loss over steps into a PNG.
+  """Plots training and evaluation loss over steps to a PNG.
 
   Args:
-    metrics: a metrics.jsonl; `train/loss` is the curve, every other
-      `<part>/loss` a line of marked points.
-    picture: the PNG.
-    title: above the picture.
-    points: further points to mark, e.g. held-out loss before and after.
+    metrics: a metrics.jsonl; `train/loss` is drawn as a curve, every other
+      `<part>/loss` as a line with markers.
+    picture: path of the PNG.
+    title: title of the plot.
+    points: additional points to mark, e.g. held-out loss before and after.
+
+  Raises:
+    UserError: the file contains no losses, or the PNG cannot be written.
   """
   curves = _curves(read_jsonl(metrics))
   if not curves:
@@ -67,17 +70,17 @@ def loss_curve(
   save(drawn, picture)
 
 
-def measured(record: Mapping[str, Any], name: str) -> Any:
-  """Returns a metric, or None: a mean over nothing is 0, and no measurement."""
+def metric_value(record: Mapping[str, Any], name: str) -> Any:
+  """Returns a metric of a record; None if missing or a mean over no weight."""
   part, _, what = name.rpartition("/")
   empty = record.get(f"{part}/weight") == 0
   return None if what == "loss" and empty else record.get(name)
 
 
 def figure(width: float | int, height: float | int) -> Any:
-  """Returns an empty matplotlib figure of so many inches."""
-  # Drawn without pyplot: no global state, no display. Imported when needed: a
-  # run draws at its end and shall start soon.
+  """Returns an empty matplotlib figure; sizes in inches."""
+  # Without pyplot, there is no global state and no display. Imported here to
+  # keep start-up fast.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -97,13 +100,16 @@ def save(drawn: Any, picture: str | os.PathLike) -> None:
 
 
 def style(number: int) -> dict[str, Any]:
-  """Returns the colour and the kind of line of the number-th of many."""
+  """Returns the colour and line style of curve `number`."""
   turn, color = divmod(number, len(COLORS))
-  return {"color": COLORS[color], "linestyle": LINES[turn % len(LINES)]}
+  return {
+    "color": COLORS[color],
+    "linestyle": LINE_STYLES[turn % len(LINE_STYLES)],
+  }
 
 
 def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
-  """Returns the running mean over the last `share` of all values."""
+  """Returns the running mean over a window of `share` of all values."""
   window = max(1, round(len(values) * share))
   sums = list(itertools.accumulate(values, initial=0.0))
   ends = range(1, len(values) + 1)
@@ -117,12 +123,12 @@ def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
 def _curves(
   records: Sequence[Mapping[str, Any]],
 ) -> dict[str, tuple[list[int], list[float]]]:
-  """Returns steps and losses of each part of the run that has a loss."""
+  """Returns `{part: (steps, losses)}` for each part of a run with a loss."""
   curves: dict[str, tuple[list[int], list[float]]] = {}
   for record in records:
     for name in record:
       part, _, what = name.rpartition("/")
-      value = measured(record, name)
+      value = metric_value(record, name)
       if what == "loss" and value is not None:
         steps, losses = curves.setdefault(part, ([], []))
         steps.append(record["step"])

@@ -1,4 +1,4 @@
-"""Everything that a step's numbers go to: files, the bar, the check."""
+"""Reports step metrics: metric writers, progress bar, non-finite check."""
 
 import math
 import time
@@ -14,10 +14,10 @@ from research.typing import UserError
 
 
 class Report:
-  """Everything that a step's numbers go to; a context manager.
+  """Writes the metrics of each step; a context manager.
 
-  Every process reads them and stops at what is not finite; the first one alone
-  writes.
+  Every process reads the metrics and stops if one is not finite. Only the first
+  process writes.
   """
 
   def __init__(
@@ -32,11 +32,11 @@ class Report:
     """Opens the writers.
 
     Args:
-      workdir: gets `metrics.jsonl`.
-      writers: further ones.
-      resumed: the step that the run goes on from, or None.
-      steps: updates in all.
-      clock: takes note of slow steps, and writes its summary at the end.
+      workdir: receives `metrics.jsonl`.
+      writers: additional writers.
+      resumed: the step that the run resumes from, or None.
+      steps: total number of updates.
+      clock: records slow steps.
       good: returns the step of the last checkpoint, or None.
     """
     self.tokens = 0
@@ -65,16 +65,16 @@ class Report:
       writer.close()
 
   def restart(self) -> None:
-    """Starts timing anew: what came before was no step."""
+    """Restarts step timing, after time that was not spent on a step."""
     self._before = time.perf_counter()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
-    """Writes numbers that belong to `step`."""
+    """Writes metrics of `step`."""
     for writer in self._writers:
       writer.scalars(step, values)
 
   def flush(self) -> None:
-    """Writes out every line so far: a checkpoint is about to rely on them."""
+    """Flushes all lines to the file, before a checkpoint is saved."""
     if self._file is not None:
       self._file.flush()
 
@@ -90,7 +90,7 @@ class Report:
       {"loss": f"{values['loss']:.4f}", "tokens/s": rate}, refresh=False
     )
     self._bar.update()
-    # The loss first: what is wrong with it is wrong with all others too.
+    # The loss first: if it is not finite, the others are not either.
     for name, value in sorted(
       named.items(), key=lambda x: x[0] != "train/loss"
     ):
@@ -99,8 +99,8 @@ class Report:
           raise UserError(
             f"{self.workdir}: {name} is {value} at step {step}: of the"
             f" projected matrices {values['misread']:.0f} were not read exactly"
-            " once.\nExpected one read of each in a loss, layer by layer; name"
-            " fewer `matrices`, or\nuse galore.galore."
+            " once.\nExpected the loss to read each of them once, layer by"
+            " layer; name fewer `matrices`, or\nuse galore.galore."
           )
         raise UserError(
           f"{self.workdir}: {name} is {value} at step {step}.\n"
@@ -110,10 +110,10 @@ class Report:
 
 
 def _again(good: int | None) -> str:
-  # Another learning rate is another experiment, which this workdir refuses.
+  # With another learning rate this workdir would reject the experiment.
   if good is None:
     return ": nothing had been saved"
   return (
-    ". To go on from\nthe last good checkpoint, of step"
+    ". To resume from\nthe last good checkpoint, of step"
     f" {good}, copy checkpoints/ there"
   )

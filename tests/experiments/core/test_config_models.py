@@ -50,7 +50,7 @@ def test_research_models_have_a_row_for_the_mask(name):
   sizes = made.model.sizes
   assert made.objective.mask_id == sizes.vocab - 1
   assert (sizes.width, sizes.depth, sizes.heads) == (768, 12, 12)
-  assert sizes.clock is None
+  assert sizes.time_embedding is None
 
 
 @pytest.mark.parametrize(
@@ -62,5 +62,8 @@ def test_research_models_can_be_told_the_time(name, told, width):
   sizes = config.parse(
     text, ["CLOCK=@time_embedding.TimeEmbedding()"]
   ).experiment.model.sizes
-  assert (sizes.clock.told, sizes.clock.width) == (told, width)
-  assert sizes.clock.closed
+  assert (sizes.time_embedding.told, sizes.time_embedding.width) == (
+    told,
+    width,
+  )
+  assert sizes.time_embedding.closed

@@ -23,7 +23,7 @@ MASK = 10
 def left(folder, objective, clock):
   """Returns the model of a run before its first step, and as it is read."""
   run = config.read(RUN, ["presets.Sizes.width=16"]).experiment
-  sizes = dataclasses.replace(run.model.sizes, clock=clock)
+  sizes = dataclasses.replace(run.model.sizes, time_embedding=clock)
   run = dataclasses.replace(
     run,
     model=dataclasses.replace(run.model, sizes=sizes),
@@ -50,7 +50,7 @@ def test_it_says_what_its_masks_are(tmp_path, block, clock):
     objective = BlockDiffusion(mask_id=MASK, block=block)
   model, params, again = left(tmp_path / "model", objective, clock)
   assert again.diffusion == Spec(mask_id=MASK, shift=block is None, block=block)
-  assert again.model.clock == clock
+  assert again.model.time_embedding == clock
   if clock is None:
     return  # Hugging Face's files, tested elsewhere
   tokens = jnp.array([[3, MASK, 1, MASK, MASK, 2, MASK, 4]])

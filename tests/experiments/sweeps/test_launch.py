@@ -149,7 +149,7 @@ time.sleep(20)
 
 
 def test_a_second_interrupt_waits_for_nobody(tmp_path, monkeypatch):
-  monkeypatch.setattr(launch, "BOUNCE", 0.1)
+  monkeypatch.setattr(launch, "SIGINT_DEBOUNCE", 0.1)
   work = script(tmp_path, "a", STAYS)
 
   def interrupt():

@@ -317,7 +317,7 @@ def test_a_checkpoint_keeps_what_is_named():
 def test_flops_are_those_of_the_default():
   x = shapes(jnp.float32)
   both = [
-    flops.of(jax.grad(functools.partial(causal, backend=name)), *x)
+    flops.count_flops(jax.grad(functools.partial(causal, backend=name)), *x)
     for name in ("auto", "xla_blockwise")
   ]
   assert both[0] == both[1] > 0

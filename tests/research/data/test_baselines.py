@@ -1,4 +1,4 @@
-"""Baselines: a distribution that sums to one, and counts done by hand."""
+"""Baselines: a normalised distribution, and counts done by hand."""
 
 import collections
 import math

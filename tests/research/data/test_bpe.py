@@ -1,4 +1,4 @@
-"""A learned vocabulary: the textbook's merges, and every text comes back."""
+"""BPE training: the textbook's merges, and lossless round trips."""
 
 import collections
 import re
@@ -56,7 +56,10 @@ def test_merges_are_the_textbooks():
 
 
 def test_every_text_comes_back(tokenizer):
-  texts = [*gguf_vocab.TEXTS, *(DOCUMENTS[i] for i in range(len(DOCUMENTS)))]
+  texts = [
+    *gguf_vocab.PROBE_TEXTS,
+    *(DOCUMENTS[i] for i in range(len(DOCUMENTS))),
+  ]
   for text in texts:
     assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
   assert max(map(max, map(tokenizer.encode, texts[:3]))) < 600

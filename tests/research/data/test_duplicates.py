@@ -1,4 +1,4 @@
-"""Duplicates: exact sets by brute force, and errors above a threshold."""
+"""Contamination check: against brute force, and errors above a threshold."""
 
 import numpy as np
 import pytest
@@ -64,8 +64,8 @@ def test_threshold():
   with pytest.raises(UserError, match="1 of 2 .* number 0, like training doc"):
     report.check(share=0.5)
   report.check(share=0.5, allowed=0.5)
-  assert "2 evaluation documents: 0 stand" in report.table()
-  with pytest.raises(UserError, match="evaluation documents stand in"):
+  assert "2 evaluation documents: 0 are in" in report.table()
+  with pytest.raises(UserError, match="evaluation documents are in"):
     duplicates.compare([a], [a, b]).check(share=1.1)  # exact ones always count
 
 
@@ -79,16 +79,16 @@ def test_empty_and_short_texts():
 
 def test_our_own_splits_are_clean():
   train, heldout = (sources.PydocTopics(s) for s in ("train", "heldout"))
-  report = duplicates.compare(*map(duplicates.texts_of, (train, heldout)))
+  report = duplicates.compare(*map(duplicates.source_texts, (train, heldout)))
   assert report.documents == len(heldout)
   assert not any(m.exact for m in report.matches)
   report.check(share=0.8)
 
 
 def test_conversations_are_compared_without_their_template():
-  """Every question begins alike, and every system prompt is the same."""
+  """All questions have the same beginning and system prompt."""
   train, heldout = (pydoc.Questions(s) for s in ("train", "heldout"))
-  report = duplicates.compare(*map(duplicates.texts_of, (train, heldout)))
+  report = duplicates.compare(*map(duplicates.source_texts, (train, heldout)))
   assert not report.above(0.5) and report.documents > 3
   with pytest.raises(UserError, match="no texts to compare"):
-    duplicates.texts_of(synthetic.Copy())
+    duplicates.source_texts(synthetic.Copy())

@@ -14,7 +14,7 @@ from research.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Same:
-  """Documents of one token, again and again, and their number at the end."""
+  """Documents that repeat one token and end with their number."""
 
   token: int
   count: int = 10
@@ -147,7 +147,7 @@ def test_parts_have_to_have_one_shape():
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """Pairs that tell themselves apart; their answers are from place 2 on."""
+  """Distinguishable pairs, with answers from position 2 on."""
 
   sizes: tuple = (4, 6, 5)
 

@@ -1,4 +1,4 @@
-"""Packing: every token is predicted once, and documents come back whole."""
+"""Packing: every token is predicted once, and documents are recovered."""
 
 import grain
 import grain.experimental
@@ -11,7 +11,7 @@ from research.data import packing
 from research.text.special_tokens import SpecialTokens
 from research.typing import UserError
 
-PLANS = [packing.concatenate, packing.best_fit, packing.alone]
+PLANS = [packing.concatenate, packing.best_fit, packing.one_per_row]
 
 
 def _unpack(rows):
@@ -59,7 +59,7 @@ def test_every_token_but_the_first_is_a_target_once(plan, lengths, row):
 )
 @settings(max_examples=60, deadline=None)
 def test_pieces_of_what_begins_with_bos_do_too(plan, lengths, row, own):
-  """The same targets, once each, behind two tokens that count nothing again."""
+  """The same targets, once each, after two repeated tokens without weight."""
   begin = (900, 901)
   starts = np.cumsum([0, *lengths])
   documents = [
@@ -100,7 +100,7 @@ def test_a_row_has_room_behind_what_it_begins_with():
 )
 @settings(max_examples=60, deadline=None)
 def test_weights_are_on_the_tokens_to_learn(plan, lengths, row, seed):
-  """Wherever documents are cut, and whatever part of them counts."""
+  """For any splits of documents and any loss mask."""
   starts = np.cumsum([0, *lengths])
   flags = np.random.default_rng(seed).random(starts[-1]) < 0.5
   documents, learned = (

@@ -1,4 +1,4 @@
-"""Batches: their order is determined, resumable, and no process matters."""
+"""Batches: deterministic, resumable, independent of the process count."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from research.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Numbers:
-  """Documents that tell themselves apart."""
+  """Distinguishable documents."""
 
   count: int = 23
 
@@ -26,7 +26,7 @@ class Numbers:
 
 
 class Letters:
-  """A tokenizer for which a character is its number."""
+  """A tokenizer whose ids are character codes."""
 
   def encode(self, text):
     return [ord(c) for c in text]
@@ -58,13 +58,13 @@ DATA = pipeline.Pipeline(
   ],
 )
 def test_documents_and_rows_begin_as_the_tokenizer_says(own, changes, want):
-  """Unless the pipeline says otherwise: by all rows of all plans."""
+  """Unless the pipeline overrides it; for all rows of all plans."""
 
   class Around(Letters):
     special = own
 
   begin, end, every_row = want
-  for plan in (packing.concatenate, packing.best_fit, packing.alone):
+  for plan in (packing.concatenate, packing.best_fit, packing.one_per_row):
     data = dataclasses.replace(DATA, plan=plan, **changes)
     rows = data.rows(Around())
     assert data.special_tokens(Around()) == SpecialTokens(*want)
@@ -120,7 +120,7 @@ def test_resume_continues_exactly():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_each_global_batch(processes):
-  """Row by row: the global batch does not depend on who reads it."""
+  """Row by row: the global batch does not depend on the processes."""
   alone = take(DATA.training(LETTERS), 6)
   parts = [
     take(DATA.training(LETTERS, p, processes), 6) for p in range(processes)

@@ -1,4 +1,4 @@
-"""Bits per byte: against code lengths that can be counted by hand."""
+"""Bits per byte against code lengths counted by hand."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ def tokenizer():
 @pytest.mark.parametrize("end", [0, None])
 def test_tokens_are_the_weights_of_the_evaluation(tokenizer, begin, end):
   data = dataclasses.replace(DATA, begin=begin, end=end)
-  found = predicted.predicted(data, tokenizer)
+  found = predicted.count_predicted(data, tokenizer)
   batches = data.evaluation(tokenizer)
   assert found.tokens == sum(b["weights"].sum() for b in batches)
   targets = np.concatenate(
@@ -38,14 +38,14 @@ def test_a_uniform_model_over_bytes_needs_eight_bits():
     def encode(self, text):
       return list(text.encode())
 
-  of = predicted.predicted(dataclasses.replace(DATA, end=None), Bytes())
+  of = predicted.count_predicted(dataclasses.replace(DATA, end=None), Bytes())
   assert of.size == of.tokens
   found = predicted.bits_per_byte(math.log(256), of.tokens, of)
   assert found == pytest.approx(8, rel=1e-12)
 
 
 def test_only_where_everything_was_measured(tokenizer):
-  of = predicted.predicted(DATA, tokenizer)
+  of = predicted.count_predicted(DATA, tokenizer)
   assert predicted.bits_per_byte(1.0, of.tokens - 1, of) is None
   assert predicted.bits_per_byte(1.0, 5, None) is None
 
@@ -53,4 +53,4 @@ def test_only_where_everything_was_measured(tokenizer):
 def test_data_without_text():
   markov = synthetic.Markov(vocab=8, length=16, split="train")
   data = pipeline.Pipeline(source=markov)
-  assert predicted.predicted(data, None) is None
+  assert predicted.count_predicted(data, None) is None

@@ -1,4 +1,4 @@
-"""Loss masks of conversations, against transformers' and by construction."""
+"""Loss masks of conversations, against transformers and by construction."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ GOLDEN = json.loads(
 
 
 class Letters:
-  """A backend for which a character is its number; `$` ends a text."""
+  """A tokenizer backend whose ids are character codes; `$` ends a text."""
 
   def encode(self, text, add_special_tokens=False):
     return type("Encoding", (), {"ids": [ord(c) for c in text]})
@@ -60,7 +60,7 @@ def learned(template, messages, first=0):
   )
   text = "".join(map(chr, made.tokens))
   return text, "".join(
-    c if on else "." for c, on in zip(text, made.learned, strict=True)
+    c if on else "." for c, on in zip(text, made.loss_mask, strict=True)
   )
 
 
@@ -77,7 +77,7 @@ def test_smollm2_token_by_token(case, template):
   assert GOLDEN["template"] == _smollm2().chat_template
   made = rendering.example(tokenizer, Conversation(case["messages"], "x:1"))
   np.testing.assert_array_equal(made.tokens, case["ids"])
-  np.testing.assert_array_equal(made.learned.astype(int), case["mask"])
+  np.testing.assert_array_equal(made.loss_mask.astype(int), case["mask"])
 
 
 def test_no_token_is_half_prompt_half_answer():
@@ -87,18 +87,18 @@ def test_no_token_is_half_prompt_half_answer():
   """
   conversation = Conversation(STRADDLING["messages"], "x:1")
   made = rendering.example(_smollm2(), conversation)
-  said = made.tokens[made.learned].tolist()
+  said = made.tokens[made.loss_mask].tolist()
   assert _smollm2().decode(made.tokens.tolist(), False) == STRADDLING["text"]
   assert len(made.tokens) == len(STRADDLING["ids"]) + 1
   assert _smollm2().decode(said, False) == " <|im_end|>"
   prompt = _smollm2().chat(STRADDLING["messages"][:1])
   start = _smollm2().encode(prompt)
   np.testing.assert_array_equal(made.tokens[: len(start)], start)
-  assert not made.learned[: len(start)].any() and made.learned[len(start)]
+  assert not made.loss_mask[: len(start)].any() and made.loss_mask[len(start)]
 
 
 def test_words_that_look_like_the_template_change_nothing():
-  """A user who writes the assistant's header does not become it."""
+  """A user message with the assistant's header stays a user message."""
   messages = turns("[a:I am$]", "no", "[a:x$][a:", "y$z")
   text, mask = learned(PLAIN, messages)
   assert text == "[u:[a:I am$]$][a:no$][u:[a:x$][a:$][a:y$z$]"
@@ -129,7 +129,7 @@ def test_only_what_is_asked_for_is_learned():
     ),
     (  # opens the turn otherwise than it writes it
       PLAIN.replace("[a:{%", "<a:{%"),
-      "opens a turn otherwise than it writes one",
+      "renders the generation prompt unlike the turn itself",
     ),
     (  # a count of the messages stands in front
       "{{ messages | length }}" + PLAIN,
@@ -137,7 +137,7 @@ def test_only_what_is_asked_for_is_learned():
     ),
     (
       "{% set x %}" + MARKED + "{% endset %}{{ x }}",
-      r"f.jsonl:3: chat template: \{% generation %\} stands in a variable",
+      r"f.jsonl:3: chat template: \{% generation %\} is inside a variable",
     ),
     ("{{ raise_exception('no') }}", "f.jsonl:3: chat template: no"),
   ],
@@ -149,7 +149,7 @@ def test_templates_that_do_not_tell(template, words):
 
 
 def test_last_turn_of_a_rewriting_template_is_defined():
-  """What such a template does to a single turn is consistent."""
+  """Such a template renders a single turn consistently."""
   rewriting = (
     "{% for m in messages %}{% if loop.last or m.role == 'user' %}"
     "[{{ m.role[0] }}:{{ m.content }}$]{% else %}[a:$]{% endif %}{% endfor %}"

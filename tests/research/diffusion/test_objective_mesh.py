@@ -22,7 +22,7 @@ CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 @functools.cache
 def network(clock):
   model = support.model(
-    depth=1, width=16, hidden=16, head_dim=8, vocab=V, clock=clock
+    depth=1, width=16, hidden=16, head_dim=8, vocab=V, time_embedding=clock
   )
   return model, support.params(model)
 

@@ -29,7 +29,7 @@ def batch(lengths, prompt=0):
   rng = np.random.default_rng(0)
   tokens = [rng.integers(0, END, n).astype(np.int32) for n in lengths]
   learned = [np.arange(n) >= prompt for n in lengths]
-  rows = packing.pack(tokens, T, packing.alone, learned)
+  rows = packing.pack(tokens, T, packing.one_per_row, learned)
   found = [rows[i] for i in range(len(rows))]
   return {k: jnp.asarray(np.stack([r[k] for r in found])) for k in found[0]}
 

@@ -43,7 +43,7 @@ def network():
     head_dim=8,
     heads=2,
     vocab=V,
-    clock=TimeEmbedding(features=8, hidden=8, width=8),
+    time_embedding=TimeEmbedding(features=8, hidden=8, width=8),
   )
   return model, support.params(model)
 

@@ -1,4 +1,4 @@
-"""Generation: as a loop without a cache would, whatever the batch."""
+"""Generation equals a loop without a cache, for any batch."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def params():
 
 @functools.cache
 def reference(prompt, steps=NEW):
-  """Greedy tokens by reading the whole text anew for each."""
+  """Greedy tokens by a full forward pass for each."""
 
   @jax.jit
   def next_(tokens, n):
@@ -250,7 +250,7 @@ def test_stop_tokens_are_no_text():
 
 
 def test_a_source_packs_its_own_cache():
-  with pytest.raises(UserError, match="kv: found 'int8' beside a source"):
+  with pytest.raises(UserError, match="found 'int8' together with a source"):
     _texts([[1]], kv="int8", source=generate.chunks)
 
 

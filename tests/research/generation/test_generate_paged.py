@@ -1,4 +1,4 @@
-"""Generation over pages: the tokens of generation without, row by row."""
+"""Paged generation equals unpaged generation, row by row."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ import pytest
 from research import tree, weights
 from research.generation import generate, generate_paged, paging
 from research.generation import generate_paged_rows as programs
-from research.generation.generated import gathered
-from research.generation.page_allocator import NONE, PageAllocator
+from research.generation.generated import collect
+from research.generation.page_allocator import NO_PAGE, PageAllocator
 from research.generation.paging import Paging
 from research.generation.sampling import GREEDY, Sampling
 from research.lora import adapt
@@ -62,14 +62,14 @@ def over_pages(*given, layout=Paging()):
   ],
 )
 def test_tokens_are_those_of_a_batch_without_pages(rows):
-  """Whoever shares the batch, whoever waits, whose pages they were."""
+  """Independent of the batch, of waiting and of reused pages."""
   assert complete(size=4, rows=rows) == reference()
   # Not a loop on one token, which much that is wrong would repeat too.
   assert min(len(set(tokens)) for tokens in reference().tokens) > 3
 
 
 def test_rows_that_stop_make_room():
-  """At different times; others that wait then take their pages."""
+  """Rows end at different times; waiting prompts reuse their pages."""
   tokens = reference().tokens
   stop = tokens[0][4], tokens[2][9], tokens[4][0]
   want = reference(stop=stop)
@@ -78,7 +78,7 @@ def test_rows_that_stop_make_room():
 
 
 def test_samples_are_the_same():
-  """Of rows that have generated more tokens or fewer than their neighbours."""
+  """For rows that have generated different numbers of tokens."""
   rules = Sampling(temperature=1.5, top_p=0.95, repetition_penalty=1.2)
   run = functools.partial(
     generate.generate, *case(), PROMPTS, NEW, rules, jax.random.key(4)
@@ -89,7 +89,7 @@ def test_samples_are_the_same():
   parts = generate_paged.chunks(
     *run.args, stop, size=3, layout=Paging(size=4, rows=2)
   )
-  assert gathered(parts, stop) == want
+  assert collect(parts, stop) == want
 
 
 def test_few_pages_are_enough_and_all_come_back():
@@ -99,7 +99,7 @@ def test_few_pages_are_enough_and_all_come_back():
   parts = generate_paged.chunks(
     model, params, PROMPTS, NEW, layout=layout, pages=pages
   )
-  assert gathered(parts, ()) == reference()
+  assert collect(parts, ()) == reference()
   assert pages.most_used <= 14 and pages.used == 0
   # The longest alone takes 11; all at once would take 44.
   needs = [-(-(len(p) + NEW - 1) // 4) for p in PROMPTS]
@@ -118,14 +118,14 @@ def test_what_free_pages_hold_does_not_matter(monkeypatch):
 
 
 def _read_alone(prompt, read, pages):
-  """Returns what follows a prompt of which pages hold some tokens."""
+  """Returns the continuation of a prompt with some tokens in pages."""
   model, params = case()
   held, table = pages
   for at in range(read, len(prompt), 64):
     piece = np.zeros((1, 64), np.int32)
     tokens = prompt[at : at + 64]
     piece[0, : len(tokens)] = tokens
-    hidden, held = programs.read(
+    hidden, held = programs.prefill(
       model, params, held, table, np.int32([at]), piece, np.int32([len(tokens)])
     )
   return hidden, held
@@ -147,10 +147,10 @@ def test_what_is_shared_is_bit_by_bit_what_would_be_read(alike):
     assert start.read == (alike if share else 0)
     assert (start.copy is not None) == (share and alike == 10)
     if start.copy is not None:
-      held = programs.copy(held, *map(np.int32, start.copy))
+      held = programs.copy_page(held, *map(np.int32, start.copy))
     table = pages.table[1:].copy()
     hidden, held = _read_alone(second, start.read, (held, table))
-    mine = jax.tree.map(lambda x, t=table: x[:, t[0, t[0] != NONE]], held)
+    mine = jax.tree.map(lambda x, t=table: x[:, t[0, t[0] != NO_PAGE]], held)
     found.append((hidden, jax.tree.map(_written(len(second)), mine)))
   chex.assert_trees_all_equal(*found)
 
@@ -177,7 +177,7 @@ def test_shared_beginnings_are_read_once(monkeypatch):
     parts = generate_paged.chunks(
       model, params, prompts, NEW, layout=Paging(size=4), pages=pages
     )
-    assert gathered(parts, ()).tokens == want
+    assert collect(parts, ()).tokens == want
     used.append(pages.most_used)
   # Each has 28 tokens in 7 pages; of 9 that are alike two pages are whole.
   assert used == [4 * 7 - 3 * 2, 4 * 7]
@@ -203,7 +203,12 @@ def test_five_programs_serve_all():
   # Another model value and number of pages: no other test has compiled them.
   model, params = case()
   model = model.clone(max_positions=99)
-  all_ = programs.read, programs.enter, programs.decode, programs.copy
+  all_ = (
+    programs.prefill,
+    programs.insert_row,
+    programs.decode,
+    programs.copy_page,
+  )
 
   def sizes():
     return [f._cache_size() for f in all_]
@@ -230,7 +235,7 @@ def test_layers_that_look_back_on_a_window_give_pages_back():
     parts.append(part)
     used.append(pages.used)
   want = generate.generate(model, params, PROMPTS[2:3], 40)
-  assert gathered(parts, ()) == want
+  assert collect(parts, ()) == want
   # 62 tokens; before 39 and then 55 the window reaches 34 and 50.
   assert used == [16 - 34 // 4, 16 - 50 // 4, 0]
 
@@ -254,7 +259,7 @@ def test_adapters_go_along_unless_they_ask_for_whole_rows():
 
 
 def test_adapters_bound_by_row_are_refused():
-  """Rows of pages are other prompts' as time goes by."""
+  """The prompt of a row changes during paged generation."""
   model = support.model(depth=1, tied=False)
   held = pool.create(support.params(model), model, slots=2, rank=2)
   for layout in (lambda params: params, tree.unroll):
@@ -264,7 +269,7 @@ def test_adapters_bound_by_row_are_refused():
 
 
 def test_rotations_that_ask_for_whole_prompts_are_refused():
-  """`rope.Dynamic` turns a piece otherwise than the prompt that it is of."""
+  """`rope.Dynamic` rotates a piece differently than the whole prompt."""
   model = support.model(depth=2, tied=False)
   plain, params = model.stack.blocks[0], support.params(model)
   turned = dataclasses.replace(
@@ -278,7 +283,7 @@ def test_rotations_that_ask_for_whole_prompts_are_refused():
 
 
 def test_pages_that_somebody_holds_are_refused():
-  """What another call has read into them is not in this one's pool."""
+  """Pages that another call has filled are not in this one's pool."""
   model, params = case()
   layout = Paging(size=4, rows=2)
   pages = paging.allocator(model, PROMPTS, NEW, layout)

@@ -1,16 +1,16 @@
-"""Who owns which page: against a memory that is written as the rows say."""
+"""The page allocator against a simulated memory."""
 
 import numpy as np
 import pytest
 
-from research.generation.page_allocator import NONE, PageAllocator
+from research.generation.page_allocator import NO_PAGE, PageAllocator
 from research.typing import UserError
 
 COUNT, SIZE, ROWS, WIDTH = 14, 4, 4, 6
 
 
 class Memory:
-  """Pages with tokens in them, and what each row believes to be there."""
+  """Pages with their tokens, and the tokens that each row expects."""
 
   def __init__(self):
     self.pages = PageAllocator(COUNT, SIZE, ROWS, WIDTH)
@@ -32,7 +32,7 @@ class Memory:
     page, slot = divmod(len(self.texts[row]), SIZE)
     page = self.pages.table[row, page]
     # Nobody else has it.
-    assert np.sum(self.pages.table == page) == 1 and page != NONE
+    assert np.sum(self.pages.table == page) == 1 and page != NO_PAGE
     self.slots[page, slot] = token
     self.texts[row].append(token)
 
@@ -48,9 +48,9 @@ class Memory:
     table = self.pages.table
     for row in range(ROWS):
       wanted = -(-self.room.get(row, 0) // SIZE)
-      assert np.all(table[row, :wanted] != NONE)
-      assert np.all(table[row, wanted:] == NONE)
-    held = set(table[table != NONE].tolist())
+      assert np.all(table[row, :wanted] != NO_PAGE)
+      assert np.all(table[row, wanted:] == NO_PAGE)
+    held = set(table[table != NO_PAGE].tolist())
     assert held <= set(range(COUNT))
     assert (self.pages.used, self.pages.free) == (len(held), COUNT - len(held))
     for row, text in self.texts.items():
@@ -63,7 +63,7 @@ def alike(a, b):
 
 
 def test_rows_find_what_they_wrote_and_share_all_that_is_alike():
-  """Of two tokens, so that prompts begin alike in many ways."""
+  """Vocabulary of two tokens, so that prompts share many prefixes."""
   seen = np.zeros(3, int)
   for seed in range(30):
     rng, memory = np.random.default_rng(seed), Memory()
@@ -85,7 +85,7 @@ def test_rows_find_what_they_wrote_and_share_all_that_is_alike():
 
 
 def tried(memory, row, prompt, tokens):
-  """Returns how often pages were shared, copied, refused; at most once each."""
+  """Returns whether pages were shared, copied and refused."""
   if not memory.pages.has_room(prompt, tokens):
     table = memory.pages.table.copy()
     with pytest.raises(UserError, match="free, expected"):
@@ -126,7 +126,7 @@ def test_what_no_window_reaches_is_given_back():
   pages.trim(0, 3)
   assert pages.used == 5
   pages.trim(0, 11)
-  assert pages.table[0].tolist() == [NONE, NONE, *held[2:5], NONE]
+  assert pages.table[0].tolist() == [NO_PAGE, NO_PAGE, *held[2:5], NO_PAGE]
   assert pages.used == 3
   # Whose beginning is gone is not found, and its pages are another's.
   start = pages.admit(1, prompt[:9], 12)

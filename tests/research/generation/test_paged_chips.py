@@ -1,4 +1,4 @@
-"""Decoding over pages through the compilers for chips that are not here."""
+"""Paged decoding, compiled for chips that are not installed."""
 
 import collections
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kernels_pallas.inspect import gpu
-from research.generation.generate_paged import PIECES
+from research.generation.generate_paged import PREFILL_SIZES
 from research.planning import chips
 from tests.research.nn import chips_paged
 from tests.research.nn.chips_paged import COUNT, DEPTH, SIZE
@@ -35,7 +35,7 @@ def test_a_tpus_programs_append_and_attend_by_kernels_in_place(dtype):
 @pytest.mark.skipif(gpu.missing() is not None, reason=str(gpu.missing()))
 def test_a_gpus_programs_attend_by_kernels_in_place():
   found = gpu.compiled(["tests.research.nn.chips_paged", "h100", "bfloat16"])
-  assert len(found) == 1 + len(PIECES)
+  assert len(found) == 1 + len(PREFILL_SIZES)
   for kernel in found:
     assert "decode_attention" in kernel.name
     assert kernel.spills == 0 and not kernel.warnings

@@ -1,4 +1,4 @@
-"""How pages are laid out, and what they take."""
+"""Page configuration and memory use."""
 
 import re
 
@@ -47,7 +47,7 @@ def test_mistakes(text, words):
 
 
 def test_memory_is_that_of_the_arrays():
-  """Prompts of 150, 20, 9, 3 tokens: what each comes to need, no more."""
+  """Prompts of 150, 20, 9, 3 tokens: exactly the pages that they need."""
   model = support.model("llama")
   params = support.params(model)
   prompts, new = [[1] * 150, [2] * 20, [3] * 9, [4] * 3], 10
@@ -77,7 +77,7 @@ def test_memory_is_that_of_the_arrays():
   assert found["pool_bytes"] == 40 * 8 * token
 
 
-@pytest.mark.parametrize("dtype", paged.CODES)
+@pytest.mark.parametrize("dtype", paged.CODE_DTYPES)
 def test_memory_in_8_bits_is_that_of_codes_and_scales(dtype):
   model = support.model("llama")
   params = support.params(model)

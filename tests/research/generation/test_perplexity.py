@@ -1,4 +1,4 @@
-"""Perplexity against one written out over full logits."""
+"""Perplexity against a reference over full logits."""
 
 import functools
 
@@ -110,7 +110,7 @@ def test_through_a_cache_is_the_same(chunk):
 
 
 def test_what_is_packed_is_read_by_later_chunks():
-  """Two bits cost something, unless all tokens are of one chunk."""
+  """Two-bit caches change the result, unless there is a single chunk."""
   kv = KVQuantizer(bits_k=2, bits_v=16, group=4, residual=0)
   want = _losses(100, None).mean()
   by_one, by_all = (

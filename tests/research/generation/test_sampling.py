@@ -19,7 +19,7 @@ def _softmax(x):
 
 
 def _oracle(logits, temperature, top_k=None, top_p=None, min_p=None):
-  """Each rule by sorting one row, as the papers word it."""
+  """Each rule by sorting one row, as defined in the papers."""
   out = np.full_like(logits, -np.inf)
   for row, kept in zip(logits / np.float32(temperature), out, strict=True):
     alive = list(np.argsort(-row, kind="stable"))[: top_k or V]
@@ -53,7 +53,7 @@ def _oracle(logits, temperature, top_k=None, top_p=None, min_p=None):
   ids=str,
 )
 def test_rules_keep_what_they_say(rules):
-  found = jax.jit(s.adjusted)(jnp.asarray(LOGITS), s.Sampling(**rules))
+  found = jax.jit(s.process_logits)(jnp.asarray(LOGITS), s.Sampling(**rules))
   expected = _oracle(LOGITS, **rules)
   np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
   np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -89,7 +89,7 @@ def test_samples_follow_their_distribution(rules):
   rules = s.Sampling(temperature=temperature, **rules)
   logits = jnp.broadcast_to(LOGITS[0], (draws, V))
   keys = s.row_keys(jax.random.key(7), jnp.arange(draws))
-  tokens = jax.jit(s.choose)(logits, rules, keys, 3)
+  tokens = jax.jit(s.sample)(logits, rules, keys, 3)
   found = np.bincount(tokens, minlength=V)
   named = {"top_p": rules.top_p, "top_k": rules.top_k}
   p = _softmax(_oracle(LOGITS[:1], temperature, **named))[0]
@@ -103,7 +103,7 @@ def test_samples_follow_their_distribution(rules):
 
 def test_greedy_is_the_argmax():
   keys = s.row_keys(jax.random.key(0), jnp.arange(5))
-  found = s.choose(jnp.asarray(LOGITS), s.GREEDY, keys, 0)
+  found = s.sample(jnp.asarray(LOGITS), s.GREEDY, keys, 0)
   chex.assert_trees_all_equal(found, jnp.asarray(LOGITS.argmax(-1)))
 
 
@@ -113,14 +113,14 @@ def test_greedy_takes_the_first_of_equals_and_shows_what_is_no_number():
   rows[2, 3:] = 7
   rows[3, [2, 5]] = np.inf, np.nan
   keys = s.row_keys(jax.random.key(0), jnp.arange(4))
-  found = s.choose(jnp.asarray(rows), s.GREEDY, keys, 0)
+  found = s.sample(jnp.asarray(rows), s.GREEDY, keys, 0)
   chex.assert_trees_all_equal(found, jnp.asarray([0, 0, 3, 5]))
 
 
 def test_a_draw_depends_on_example_and_step_only():
   rules = s.Sampling(temperature=5.0)
   examples = jnp.arange(5)
-  choose = jax.jit(s.choose)
+  choose = jax.jit(s.sample)
   keys = s.row_keys(jax.random.key(0), examples)
   whole = choose(jnp.asarray(LOGITS), rules, keys, 0)
   order = jnp.array([3, 0])
@@ -135,7 +135,7 @@ def test_a_draw_depends_on_example_and_step_only():
 
 
 def test_numbers_do_not_recompile():
-  choose = jax.jit(chex.assert_max_traces(s.choose, n=1))
+  choose = jax.jit(chex.assert_max_traces(s.sample, n=1))
   keys = s.row_keys(jax.random.key(0), jnp.arange(5))
   for t in (0.5, 0.9):
     rules = s.Sampling(temperature=t, top_p=t)

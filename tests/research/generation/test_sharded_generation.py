@@ -1,4 +1,4 @@
-"""Decoding with a cache on a mesh: slower perhaps, but the same."""
+"""Decoding with a cache on a mesh equals that on one device."""
 
 import chex
 import jax
@@ -47,7 +47,7 @@ def test_logits_with_a_cache_are_one_devices(family, layout):
   want = decoded(model, params, tokens)
   plan = support_mesh.LAYOUTS[layout]
   mesh = plan.mesh()
-  place = plan.shardings(params, mesh, sharding.counts(model))
+  place = plan.shardings(params, mesh, sharding.head_counts(model))
   with jax.set_mesh(mesh):
     got = decoded(
       model,

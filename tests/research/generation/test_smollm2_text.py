@@ -1,4 +1,4 @@
-"""The real model says, and scores, what transformers does (golden vectors)."""
+"""SmolLM2's generations and scores against transformers (golden vectors)."""
 
 import functools
 import importlib.util

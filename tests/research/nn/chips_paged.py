@@ -15,9 +15,9 @@ from kernels_pallas.inspect import gpu
 from research import tree
 from research.generation import generate
 from research.generation import generate_paged_rows as programs
-from research.generation.generate_paged import PIECES
+from research.generation.generate_paged import PREFILL_SIZES
 from research.generation.sampling import GREEDY, row_keys
-from research.nn.cache.paged import CODES, empty_pool
+from research.nn.cache.paged import CODE_DTYPES, empty_pool
 from tests import support
 
 ROWS, COUNT, SIZE, WIDTH, DEPTH = 8, 64, 128, 8, 2
@@ -47,7 +47,7 @@ def lowered(device, dtype):
   params = shapes(
     lambda: tree.unroll(model.init(jax.random.key(0), tokens)["params"])
   )
-  kept = dtype if dtype in CODES else None
+  kept = dtype if dtype in CODE_DTYPES else None
   pool = shapes(lambda: empty_pool(model, params, COUNT, SIZE, kept))
 
   def whole(*shape, dtype="int32"):
@@ -55,13 +55,13 @@ def lowered(device, dtype):
 
   keys = shapes(lambda: row_keys(jax.random.key(0), jnp.zeros(ROWS, "int32")))
   rows = programs.Rows(*[whole(ROWS)] * 4, whole(ROWS, dtype="bool"), keys)
-  stop = whole(len(generate.stops(())))
+  stop = whole(len(generate.pad_stop_tokens(())))
   with jax.set_mesh(mesh), jax.default_device(device):
     yield programs.decode.lower(
       model, params, pool, rows, whole(ROWS, WIDTH), GREEDY, stop, size=4
     )
-    for size in PIECES:
-      yield programs.read.lower(
+    for size in PREFILL_SIZES:
+      yield programs.prefill.lower(
         model, params, pool, whole(1, WIDTH), whole(1), whole(1, size), whole(1)
       )
 
@@ -69,7 +69,7 @@ def lowered(device, dtype):
 def main() -> None:
   """Compiles all programs."""
   target, dtype = sys.argv[1:]
-  pages = DEPTH * COUNT * 2 * SIZE * 256 * (1 if dtype in CODES else 2)
+  pages = DEPTH * COUNT * 2 * SIZE * 256 * (1 if dtype in CODE_DTYPES else 2)
   for program in lowered(gpu.devices(target)[0], dtype):
     found = program.compile().memory_analysis()
     given, more = found.alias_size_in_bytes, found.temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""Convolutions: by patches and by XLA, against sums written out."""
+"""Convolutions by patches and by XLA, against explicit sums."""
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ def test_both_ways_are_the_sum(case):
   want = written_out(x, w, **fields)
   plain = conv.conv(image, jnp.asarray(w), **fields)
   np.testing.assert_allclose(plain, want, atol=1e-5)
-  held = conv.of_kernel(jnp.asarray(w))
+  held = conv.kernel_to_matrix(jnp.asarray(w))
   np.testing.assert_array_equal(held.dense(), w)
   np.testing.assert_allclose(conv.conv(image, held, **fields), want, atol=1e-5)
   rows = conv.patches(image, held.window, **fields)
@@ -69,7 +69,7 @@ def test_both_ways_are_the_sum(case):
 
 def test_a_packed_kernel_is_multiplied_as_patches():
   x, w = images(), kernel()
-  held = conv.of_kernel(jnp.asarray(w))
+  held = conv.kernel_to_matrix(jnp.asarray(w))
   packed = conv.ConvTensor(qtensor.pack(held.matrix, Int8()), held.window)
   got = conv.conv(jnp.asarray(x), packed, **CASES["any"])
   want = written_out(x, np.asarray(packed.dense()), **CASES["any"])

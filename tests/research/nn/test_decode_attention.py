@@ -1,4 +1,4 @@
-"""A step of generation by the kernel for decoding: the same numbers."""
+"""A decoding step by the decode kernel equals plain attention."""
 
 import contextlib
 import functools
@@ -65,7 +65,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize(("softcap", "heads"), [(None, (6, 3)), (2.0, (4, 2))])
 @pytest.mark.cover(1)
 def test_a_step_is_attention_with_one_query(backend, softcap, heads):
-  """Rows that are short, full, in a ring that went round, and padding."""
+  """Rows that are short, full, in a wrapped ring buffer, and padding."""
   if backend["backend"] == "cpu" and not cpu.available():
     pytest.skip("no C++ kernel can be compiled here")
   positions = jnp.array([[2], [SLOTS - 1], [37], [-1]])
@@ -73,7 +73,9 @@ def test_a_step_is_attention_with_one_query(backend, softcap, heads):
   size = (4, SLOTS, K, 16)
   q, k, v = draw(4, 1, N, 16), draw(*size), draw(*size, seed=1)
   held = caches.slot_positions(positions[:, 0] + 1, SLOTS)
-  mask = attention_context.at(Mask.causal((SLOTS - 1, None)), positions, held)
+  mask = attention_context.with_positions(
+    Mask.causal((SLOTS - 1, None)), positions, held
+  )
   options = {"scale": 0.5, "softcap": softcap}
   want = attention_context.attend(q, k, v, mask=mask, **options)
   got = decode_attention.attend_one(q, k, v, positions, **options, **backend)

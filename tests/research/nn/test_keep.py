@@ -1,4 +1,4 @@
-"""A model asked for some tokens' states: those of all, for less."""
+"""Selecting tokens (`keep`): the same states, at lower cost."""
 
 import functools
 
@@ -15,7 +15,7 @@ from research.lora import adapt
 from research.lora.methods.alora import ALoRA
 from research.nn import presets
 from research.nn import time_embedding as clocks
-from research.nn.attention_context import may_keep
+from research.nn.attention_context import can_select_tokens
 from research.nn.cache.paged import PagedLayer
 from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
@@ -58,7 +58,7 @@ def kept(x, keep=KEEP):
 
 
 def some_and_all(model, params, keep=KEEP, tokens=None, **how):
-  """Returns states of some tokens, asked for alone and among all."""
+  """Returns states of selected tokens, computed alone and among all."""
   if tokens is None:
     tokens = support.tokens(2, T, model.vocab_size)
 
@@ -97,7 +97,7 @@ def test_experts_are_those_of_the_tokens_asked_for():
 )
 def test_times_are_those_of_the_tokens_asked_for(by):
   model, params = network(
-    clock=clocks.TimeEmbedding(width=8, features=8, hidden=8)
+    time_embedding=clocks.TimeEmbedding(width=8, features=8, hidden=8)
   )
   time = jnp.array([0.2, 0.9])
   if by == "token":
@@ -106,7 +106,7 @@ def test_times_are_those_of_the_tokens_asked_for(by):
 
 
 def test_adapters_that_act_behind_a_call_know_where_they_are():
-  """Keys and values are theirs at all tokens, the rest at some."""
+  """Keys and values are computed for all tokens, the rest for some."""
   model = support.model(width=16, head_dim=4, depth=2)
   params = adapt.Adapt(method=ALoRA(rank=2, invocation=(5,)))(
     tree.unroll(support.params(model)), jax.random.key(0)
@@ -129,7 +129,7 @@ def test_stacked_layers_give_the_same():
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )
 def test_a_cache_has_the_keys_of_all(family):
-  """A prefill, a piece behind it, and a token behind that."""
+  """A prefill, then a piece, then a single token."""
   model, params = network(family)
   tokens = support.tokens(2, T, model.vocab_size)
 
@@ -161,15 +161,17 @@ def test_a_cache_has_the_keys_of_all(family):
 def test_where_some_tokens_cannot_be_computed_alone():
   shape = 2, T, 8
   pages = PagedLayer(empty_pages(1, 2, 4, 8, "float32"), jnp.zeros((2, 1)))
-  assert may_keep(KEEP, Mask.causal(), None, shape)
-  assert not may_keep(None, Mask.causal(), None, shape)
-  assert not may_keep(KEEP, Mask.causal(), None, (2, N, 8))
-  assert not may_keep(KEEP, Mask.block_diffusion(T // 2, 3), None, shape)
-  assert not may_keep(KEEP, Mask.causal(), {"layer0": pages}, shape)
+  assert can_select_tokens(KEEP, Mask.causal(), None, shape)
+  assert not can_select_tokens(None, Mask.causal(), None, shape)
+  assert not can_select_tokens(KEEP, Mask.causal(), None, (2, N, 8))
+  assert not can_select_tokens(
+    KEEP, Mask.block_diffusion(T // 2, 3), None, shape
+  )
+  assert not can_select_tokens(KEEP, Mask.causal(), {"layer0": pages}, shape)
 
 
 def test_the_last_layer_costs_less():
-  """Its keys and values are of all tokens, everything else of one in six."""
+  """Keys and values for all tokens, everything else for one in six."""
   model, params = network()
   tokens = support.tokens(2, T, model.vocab_size)
 

@@ -1,4 +1,4 @@
-"""The last feed-forward where the loss is: the same loss and gradients."""
+"""Last feed-forward inside the loss: the same loss and gradients."""
 
 import chex
 import jax
@@ -43,7 +43,7 @@ def batch(model):
 )
 @pytest.mark.sample(2)
 def test_losses_and_gradients_are_the_same(kind, family):
-  """Of stacked layers and of a last one apart, whose feed-forward waits."""
+  """For stacked layers, and for a split last layer with a deferred MLP."""
   model = support.model(family, depth=2)
   more = {"block": 4} if kind is BlockDiffusion else {}
   # Chunks of which some hold no masked token.
@@ -58,8 +58,10 @@ def test_losses_and_gradients_are_the_same(kind, family):
     return jax.value_and_grad(loss)(params)
 
   want, grads = step(params)
-  apart = tree.last_apart(params)
-  assert output_head.states(model, apart, rows["tokens"])[1].keys() >= {"run1"}
+  apart = tree.split_last_layer(params)
+  assert output_head.head_inputs(model, apart, rows["tokens"])[1].keys() >= {
+    "run1"
+  }
   got, found = step(apart)
   assert float(got) == pytest.approx(float(want), rel=1e-5)
   found = tree.stack(tree.outer_params(found), list(tree.layers(found)))
@@ -70,13 +72,13 @@ def test_losses_and_gradients_are_the_same(kind, family):
 
 
 def waits(model, params, **time) -> bool:
-  """Whether the feed-forward waits; what it gives is checked."""
+  """Whether the feed-forward is deferred; checks the result."""
   tokens = support.tokens(2, T, model.vocab_size)
   params = weights.with_tokens(params, tokens)
 
   @jax.jit
   def both():
-    states, some = output_head.states(model, params, tokens, **time)
+    states, some = output_head.head_inputs(model, params, tokens, **time)
     hidden, _ = model.apply({"params": params}, tokens, **time)
     want = model.apply({"params": params}, hidden, method="logits")
     return output_head.logits(model, some, states), want, some
@@ -88,13 +90,13 @@ def waits(model, params, **time) -> bool:
 
 
 def adapted(model, method):
-  params = tree.last_apart(support.params(model))
+  params = tree.split_last_layer(support.params(model))
   return adapt.Adapt(method=method)(params, jax.random.key(0))
 
 
 def test_it_waits_where_it_sees_tokens_alone():
   plain = support.model(depth=2)
-  apart = tree.last_apart(support.params(plain))
+  apart = tree.split_last_layer(support.params(plain))
   assert waits(plain, apart)
   assert not waits(plain, support.params(plain))
   assert waits(plain, adapted(plain, LoRA(rank=2)))
@@ -103,7 +105,7 @@ def test_it_waits_where_it_sees_tokens_alone():
     adapted(plain, LoRA(rank=2, dropout=0.5)), key=jax.random.key(1)
   )
   assert not tree.runs(
-    output_head.states(plain, dropped, support.tokens(2, T))[1]
+    output_head.head_inputs(plain, dropped, support.tokens(2, T))[1]
   )
 
 
@@ -112,14 +114,14 @@ def test_it_does_not_wait_with_experts_or_times():
   model = support.model(sparse=sparse, depth=1)
   assert not waits(model, support.params(model))
   model = support.model(
-    clock=clocks.TimeEmbedding(width=8, features=8, hidden=8), depth=1
+    time_embedding=clocks.TimeEmbedding(width=8, features=8, hidden=8), depth=1
   )
   assert not waits(model, support.params(model), time=jnp.array([0.2, 0.9]))
 
 
 def test_a_scanned_layer_has_no_feed_forward_of_its_own():
   model = support.model(depth=2)
-  with pytest.raises(UserError, match="tree.last_apart"):
+  with pytest.raises(UserError, match="tree.split_last_layer"):
     model.apply(
       {"params": support.params(model)},
       support.tokens(1, 4),

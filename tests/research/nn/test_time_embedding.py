@@ -1,4 +1,4 @@
-"""A model that is told the time, against its formulas in numpy."""
+"""Time-conditioned models against the formulas in numpy."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def network(clock=SMALL, depth=2, **changes):
     head_dim=8,
     heads=2,
     vocab=V,
-    clock=clock,
+    time_embedding=clock,
     **changes,
   )
   return model, support.params(model)
@@ -153,11 +153,11 @@ def test_with_a_cache_it_is_what_it_is_without():
 
 def test_nothing_else_is_a_model_s_time():
   model, params = network()
-  with pytest.raises(UserError, match="told the time"):
+  with pytest.raises(UserError, match="conditioned on the time"):
     ask(model, params, support.tokens(B, T, V))
   plain, weights = network(None)
   tokens = support.tokens(B, T, V)
-  with pytest.raises(UserError, match="has no clock"):
+  with pytest.raises(UserError, match="no time_embedding"):
     ask(plain, weights, tokens, time=jnp.ones(B))
   sizes = dict(features=3), dict(hidden=0), dict(scale=0.0)
   for wrong in (*sizes, dict(told="noise")):
@@ -168,4 +168,4 @@ def test_nothing_else_is_a_model_s_time():
 def test_every_weight_has_a_place_on_a_mesh():
   shapes = support.shapes(network()[0])
   for path, _ in tree.flatten_paths(shapes):
-    assert sharding.names_of(path) is not None, path
+    assert sharding.logical_axes(path) is not None, path

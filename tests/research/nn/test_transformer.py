@@ -1,4 +1,4 @@
-"""The Transformer's invariants, whatever the family."""
+"""Invariants of the Transformer, for all families."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Layers see tokens in zig-zag order; whoever calls the model never does."""
+"""Zig-zag token order inside of the layers, text order outside."""
 
 import chex
 import jax
@@ -53,7 +53,7 @@ def test_hidden_states_are_one_devices(name):
   want = run(params, tokens)
   layout = support_mesh.LAYOUTS[layout]
   mesh = layout.mesh()
-  place = layout.shardings(params, mesh, sharding.counts(model))
+  place = layout.shardings(params, mesh, sharding.head_counts(model))
   with jax.set_mesh(mesh):
     got = run(
       jax.device_put(params, place), jax.device_put(tokens, layout.batch(mesh))
@@ -66,16 +66,16 @@ def test_hidden_states_are_one_devices(name):
 def test_tokens_are_reordered_only_where_that_spreads_work():
   mesh = sharding.Layout(data=2, ring=4).mesh()
   causal = Mask.causal()
-  assert zigzag.balanced(causal, (4, 16)) == ()
+  assert zigzag.zigzag_axes(causal, (4, 16)) == ()
   with jax.set_mesh(mesh):
-    assert zigzag.balanced(causal, (4, 16)) == ("ring",)
-    assert zigzag.balanced(prefix(), (4, 16)) == ("ring",)
-    assert zigzag.balanced(causal, (4, 12)) == ()  # halves of shards of 3
-    assert zigzag.balanced(causal, (4, 15)) == ()
-    assert zigzag.balanced(Mask.full(), (4, 16)) == ()
-    assert zigzag.balanced(Mask.block_diffusion(8, 4), (4, 16)) == ()
+    assert zigzag.zigzag_axes(causal, (4, 16)) == ("ring",)
+    assert zigzag.zigzag_axes(prefix(), (4, 16)) == ("ring",)
+    assert zigzag.zigzag_axes(causal, (4, 12)) == ()  # halves of shards of 3
+    assert zigzag.zigzag_axes(causal, (4, 15)) == ()
+    assert zigzag.zigzag_axes(Mask.full(), (4, 16)) == ()
+    assert zigzag.zigzag_axes(Mask.block_diffusion(8, 4), (4, 16)) == ()
   with jax.set_mesh(sharding.Layout(ulysses=2).mesh()):
-    assert zigzag.balanced(causal, (4, 16)) == ()
+    assert zigzag.zigzag_axes(causal, (4, 16)) == ()
 
 
 def test_layouts_that_attention_cannot_cross_are_refused():

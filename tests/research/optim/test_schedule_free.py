@@ -61,7 +61,7 @@ def test_a_run_ends_at_its_average(line, tmp_path):
       numbers(),
       loop.TrainConfig(steps=5),
       workdir=tmp_path / name,
-      rewrites=rewrites,
+      state_transforms=rewrites,
     ).state
 
   ended, plain = fit("ended", schedule_free.finish(5)), fit("plain")

@@ -1,4 +1,4 @@
-"""The chips' data sheet against JAX's own, and topologies that are none."""
+"""Chip specifications against JAX's, and invalid topologies."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Costs of compiled programs against counts by hand, and of TPUs' own text."""
+"""Costs of compiled programs against manual counts, and of TPU programs."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ L, B, D = 5, 16, 64
 def _cost(f, *shapes, devices=1):
   args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
   compiled = jax.jit(f).lower(*args).compile()
-  return cost.of(hlo.parse(compiled.as_text()), devices)
+  return cost.program_cost(hlo.parse(compiled.as_text()), devices)
 
 
 def _scan(w, x):
@@ -33,7 +33,7 @@ def test_the_body_of_a_loop_counts_as_often_as_it_runs(f, times):
   assert found.flops == times * L * 2 * B * D * D
   assert found.unknown == 0
   args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((L, D, D), (B, D))]
-  assert flops.of(f, *args) == found.flops
+  assert flops.count_flops(f, *args) == found.flops
 
 
 def test_a_layer_of_a_stack_is_read_once_and_the_stack_not_for_each():
@@ -79,7 +79,7 @@ def test_collectives_in_a_loop_have_counts_payloads_and_axes():
   )
   args = [jax.ShapeDtypeStruct((8 * B, D), jnp.float32)] * 3
   compiled = jax.jit(mapped).lower(*args).compile()
-  found = cost.of(hlo.parse(compiled.as_text()), mesh.size)
+  found = cost.program_cost(hlo.parse(compiled.as_text()), mesh.size)
   seen = {
     (c.kind, c.group, c.size, c.payload, c.sent): n
     for c, n in found.collectives.items()
@@ -157,7 +157,7 @@ def test_matrix_products_that_tpus_call_convolutions(
     f"  %b = {right}{{0}} parameter(1)\n  ROOT %c = {out}{{0}}"
     f" convolution(%a, %b), {attributes}\n}}\n"
   )
-  assert cost.of(hlo.parse(text), 1).flops == 2 * products
+  assert cost.program_cost(hlo.parse(text), 1).flops == 2 * products
 
 
 LOOP = """HloModule m
@@ -201,7 +201,7 @@ def test_a_loop_without_a_note_says_how_often_it_runs(
 ):
   text = LOOP.replace("START", str(start)).replace("END", str(end))
   text = text.replace("STEP", str(step)).replace("DIRECTION", direction)
-  found = cost.of(hlo.parse(text), 1)
+  found = cost.program_cost(hlo.parse(text), 1)
   assert found.flops == runs * 2 * 8 * 8 * 8
   assert found.unknown == 0
   # The loop works in the chip's own memory: one read of x, and counters.
@@ -213,7 +213,7 @@ def _group(attributes, opcode="all-gather"):
     f"HloModule m\n{HEAD}  %a = f32[4]{{0}} parameter(0)\n"
     f"  ROOT %c = f32[64]{{0}} {opcode}(%a), {attributes}\n}}\n"
   )
-  (found,) = cost.of(hlo.parse(text), 16).collectives
+  (found,) = cost.program_cost(hlo.parse(text), 16).collectives
   return found.group
 
 
@@ -259,7 +259,7 @@ def test_a_collective_that_several_fusions_share_counts_once():
   ROOT %b = f32[8]{{0}} fusion(%a), kind=kCustom, calls=%end
 }}
 """  # noqa: E501
-  assert list(cost.of(hlo.parse(text), 4).collectives.values()) == [1]
+  assert list(cost.program_cost(hlo.parse(text), 4).collectives.values()) == [1]
 
 
 def test_a_kernel_costs_what_it_states():
@@ -268,7 +268,7 @@ def test_a_kernel_costs_what_it_states():
   ROOT %k = f32[4]{{0}} custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{"cost_estimate":{{"flops":"640","bytes_accessed":"9"}}}}
 }}
 """  # noqa: E501
-  assert cost.of(hlo.parse(text), 1).flops == 640
+  assert cost.program_cost(hlo.parse(text), 1).flops == 640
 
 
 def test_text_of_something_else_is_refused():

@@ -1,4 +1,4 @@
-"""What a TPU's compiler refuses a program by is what a plan calls its total."""
+"""The forecast's total memory is what a TPU compiler checks."""
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,12 @@ def test_the_sum_is_what_a_program_is_refused_by():
     _compiled(210)
   # Each layer more is its weights and the input that is kept for it.
   more = 20 * 2 * (WIDTH * INNER + ROWS * WIDTH)
-  found = text.exhausted(str(error.value))
+  found = text.parse_out_of_memory(str(error.value))
   # The message has two digits behind the point.
   unit = 0.005 * 2**30
   assert found["total_bytes"] == pytest.approx(
-    forecast.held(fits) + more, abs=unit
+    forecast.peak_bytes(fits) + more, abs=unit
   )
   # The parts are more than that, on a TPU.
   parts = fits.argument_size_in_bytes + fits.output_size_in_bytes
-  assert parts + fits.temp_size_in_bytes > forecast.held(fits) + 2 * unit
+  assert parts + fits.temp_size_in_bytes > forecast.peak_bytes(fits) + 2 * unit

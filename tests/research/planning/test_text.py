@@ -1,4 +1,4 @@
-"""Forecasts in words."""
+"""Forecasts as text."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from research.planning import text
 
 def test_a_program_that_the_compiler_refuses_does_not_fit():
   # As libtpu says it.
-  found = text.exhausted(
+  found = text.parse_out_of_memory(
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM,"
     " the total memory required for HLO temporaries (24.00G) exceeds available"
     " HBM (15.75G). HLO module: jit_f.\nSee elsewhere."
@@ -18,13 +18,18 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
     "total_bytes": 24 * 2**30,
     "limit_bytes": limit,
   }
-  assert "24 GiB of 15.8 GiB: DOES NOT FIT" in text.refusal(found)
+  assert "24 GiB of 15.8 GiB: DOES NOT FIT" in text.describe_out_of_memory(
+    found
+  )
 
 
 def test_an_error_in_other_words_is_shown():
-  found = text.exhausted("RESOURCE_EXHAUSTED: no room\nat all")
+  found = text.parse_out_of_memory("RESOURCE_EXHAUSTED: no room\nat all")
   assert not found["fits"]
-  assert "RESOURCE_EXHAUSTED: no room: DOES NOT FIT" in text.refusal(found)
+  assert (
+    "RESOURCE_EXHAUSTED: no room: DOES NOT FIT"
+    in text.describe_out_of_memory(found)
+  )
 
 
 @pytest.mark.parametrize(
@@ -32,4 +37,4 @@ def test_an_error_in_other_words_is_shown():
   [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 * 2**40, "3 TiB")],
 )
 def test_bytes_have_units(nbytes, words):
-  assert text.amount(nbytes) == words
+  assert text.format_bytes(nbytes) == words

@@ -303,7 +303,7 @@ def test_cut_over_devices_is_whole():
   params = Quantize(format=Codebook(block=32))(support.params(model))
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)
   mesh = layout.mesh()
-  where = layout.shardings(params, mesh, sharding.counts(model))
+  where = layout.shardings(params, mesh, sharding.head_counts(model))
   cut = where["run0"]["layer0"]["mlp"]["up"]
   assert (
     "fsdp" in cut.parts["codes"].spec and "tensor" in cut.parts["codes"].spec

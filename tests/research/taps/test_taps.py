@@ -1,4 +1,4 @@
-"""Taps against what a weight that writes down its inputs sees."""
+"""Taps against a weight that records its inputs."""
 
 import functools
 
@@ -24,7 +24,7 @@ STATISTICS = (
 
 
 class Spy(weights.Weight):
-  """A weight that writes its inputs down, of layers that no loop runs."""
+  """A weight that records its inputs, for unrolled layers."""
 
   def __init__(self, w):
     self.w, self.seen = w, []
@@ -46,7 +46,7 @@ class Spy(weights.Weight):
 
 
 def batch(kind):
-  """Returns a batch; of experts' rows, all but padding count."""
+  """Returns a batch; for experts, all rows but padding count."""
   found = jax.tree.map(jnp.asarray, support_mesh.batch())
   if kind == "plain":
     return found
@@ -100,7 +100,7 @@ def collected_once(kind, statistic):
 
 
 def collected(kind, statistic, remat="none", layout=None, given=None):
-  """Returns what every matrix sees, by address."""
+  """Returns the statistics of every matrix, by address."""
   model = support_mesh.model(kind).clone(remat=remat)
   objective = NextToken(model, rows=32)
 
@@ -120,7 +120,7 @@ def collected(kind, statistic, remat="none", layout=None, given=None):
   else:
     plan = support_mesh.LAYOUTS[layout]
     mesh = plan.mesh()
-    where = plan.shardings(given, mesh, sharding.counts(model))
+    where = plan.shardings(given, mesh, sharding.head_counts(model))
     with jax.set_mesh(mesh):
       given = jax.device_put(given, where)
       found = run(given, jax.device_put(batch(kind), plan.batch(mesh)))
@@ -199,7 +199,7 @@ def test_recomputing_changes_nothing(remat):
 
 
 def test_packed_weights_are_seen_as_well():
-  """Of a packed base, whose integers have no gradient, the matrix has one."""
+  """The gradient of the dense matrix exists even for packed integers."""
   packed = support_mesh.packed(params("plain"))
   plain = jax.tree.map(weights.dense, packed, is_leaf=weights.is_weight)
   for statistic in (statistics.Covariance(), statistics.Gradient()):
@@ -211,7 +211,7 @@ def test_packed_weights_are_seen_as_well():
 @pytest.mark.parametrize("statistic", STATISTICS[::2], ids=repr)
 @pytest.mark.sample(2)
 def test_each_expert_sees_its_own_rows(statistic):
-  """The spy's rows but for those of padding, which it cannot tell apart."""
+  """The recorded rows without padding, which the recorder cannot detect."""
   found = collected_once("experts", statistic)
   real = np.asarray(batch("experts")["weights"]).astype(bool).reshape(-1)
   seen = {k: x for k, x in inputs("experts").items() if "experts/" in k}
@@ -259,8 +259,8 @@ def test_largest_values_and_samples_on_eight_devices(layout):
 @pytest.mark.parametrize(
   ("layout", "statistic", "message"),
   [
-    ("expert", STATISTICS[0], "does not cut"),
-    ("experts", STATISTICS[2], "no largest values"),
+    ("expert", STATISTICS[0], "does not shard"),
+    ("experts", STATISTICS[2], "maxima are not supported"),
     ("ring", STATISTICS[0], "RING=1"),
   ],
 )
@@ -288,7 +288,7 @@ def test_a_head_is_no_row_of_the_batch():
 
 
 def test_activations_alone_are_compiled_without_a_backward_pass():
-  """By the operations that the compiler counts: two thirds would be its."""
+  """By the compiler's count: a backward pass would be two thirds."""
   model, given = support_mesh.model("plain"), params("plain")
 
   def loss(params):

@@ -1,4 +1,4 @@
-"""Chat templates: transformers' words for SmolLM2, and hostile templates."""
+"""Chat templates: SmolLM2's against transformers, and hostile ones."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Tokenizers inside GGUF files, against definitions of their own."""
+"""Tokenizers of GGUF files against reference definitions."""
 
 import hashlib
 import json
@@ -160,7 +160,7 @@ BAD = {
   "pre": ("viking", "one of default, gpt-2, smollm"),
   "tokens": ([], "a list of strings"),
   "merges": (["a b c"], "two tokens and a space"),
-  "token_type": (np.zeros(3, np.int32), "one a token"),
+  "token_type": (np.zeros(3, np.int32), "one per token"),
   "eos_token_id": (1 << 20, "a token below"),
   "add_bos_token": (3, "type bool"),
   "add_eos_token": (3, "type bool"),

@@ -1,4 +1,4 @@
-"""A tokenizer's way into a GGUF file: the same ids, or a reason why not."""
+"""Exporting tokenizers to GGUF: the same ids, or a reason."""
 
 import pathlib
 
@@ -26,17 +26,17 @@ def metadata_of_golden():
 
 
 # "default" cuts as llama.cpp does where a file names no rule.
-@pytest.mark.parametrize("pre", gguf_tokenizer.WORDS)
+@pytest.mark.parametrize("pre", gguf_tokenizer.PRE_TOKENIZERS)
 def test_every_rule_for_words_is_found_again(pre):
   metadata = metadata_of_golden() | {"tokenizer.ggml.pre": pre}
   tokenizer = Tokenizer.from_gguf(metadata)
   keys, reason = gguf_vocab.from_tokenizer(tokenizer, 280)
   assert reason == ""
   again = Tokenizer.from_gguf(keys)
-  for text in (TEXT[:2000], *gguf_vocab.TEXTS):
+  for text in (TEXT[:2000], *gguf_vocab.PROBE_TEXTS):
     assert again.encode(text) == tokenizer.encode(text)
   found = keys["tokenizer.ggml.pre"]
-  rules = gguf_tokenizer.WORDS
+  rules = gguf_tokenizer.PRE_TOKENIZERS
   assert rules[found] == rules[pre]
   assert len(keys["tokenizer.ggml.tokens"]) == 280
   assert keys["tokenizer.ggml.tokens"][-1] == "[PAD279]"
@@ -66,7 +66,7 @@ def test_what_stands_around_a_text_is_kept(bos, eos):
 
 
 def sentencepiece(prefix: bool):
-  """Returns a tokenizer as Llama 2's or Gemma's files have it."""
+  """Returns a tokenizer like Llama 2's or Gemma's."""
   words = sorted({w for w in TEXT.split() if len(w) < 12})[:300]
   pieces = {f"\u2581{w[:n]}" for w in words for n in range(1, len(w))}
   pieces |= {w[:n] for w in words for n in range(2, len(w))} | {"\u2581"}
@@ -94,7 +94,7 @@ def test_what_sentencepiece_merges(prefix):
   assert reason == ""
   assert keys["tokenizer.ggml.model"] == "llama"
   again = Tokenizer.from_gguf(keys)
-  for line in (*TEXT.splitlines(), *gguf_vocab.TEXTS):
+  for line in (*TEXT.splitlines(), *gguf_vocab.PROBE_TEXTS):
     assert again.encode(line) == tokenizer.encode(line)
   assert again.encode("a", add_special=True)[0] == 1
 
@@ -118,7 +118,7 @@ def test_what_no_rule_cuts_alike_stays_behind():
   )
   keys, reason = gguf_vocab.from_tokenizer(tokenizer, 270)
   assert keys == {}
-  assert "no rule for words" in reason
+  assert "no pre-tokenizer that" in reason
 
 
 def test_other_kinds_of_tokenizer_stay_behind():

@@ -1,4 +1,4 @@
-"""What tokenizers put around a text: their files' words, and windows of it."""
+"""Special tokens around texts, from tokenizer files; windows of texts."""
 
 import json
 
@@ -45,7 +45,7 @@ def directory(path, post=None, **config):
   ],
 )
 def test_a_post_processor_says_it(tmp_path, single, begin, end):
-  """Whatever its template: the truth is what the library itself adds."""
+  """For any template: the reference is what the library adds."""
   backend, found = directory(tmp_path, template(single))
   assert found.special == SpecialTokens(begin, end, bool(begin))
   want = backend.encode("ab").ids
@@ -85,7 +85,7 @@ def test_a_config_says_what_no_post_processor_does(
 
 
 def test_a_post_processor_wins(tmp_path):
-  """As in transformers 5, which asks the file that does the work alone."""
+  """As in transformers 5, which uses the post-processor only."""
   post = template("<s> $A")
   found = directory(tmp_path, post, add_bos_token=False)[1]
   assert found.special.begin == (BOS,)
@@ -159,5 +159,7 @@ def test_a_record_comes_back(tmp_path):
 def test_no_record_is_an_error(tmp_path, text):
   path = tmp_path / special_tokens.FILE
   path.write_text(text)
-  with pytest.raises(UserError, match="is no record of a run's special tokens"):
+  with pytest.raises(
+    UserError, match="is not a record of a run's special tokens"
+  ):
     special_tokens.read(path)

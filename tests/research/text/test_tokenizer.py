@@ -1,4 +1,4 @@
-"""Text to ids and back, whole and in pieces; damaged tokenizer files."""
+"""Encoding, decoding and streaming; damaged tokenizer files."""
 
 import json
 
@@ -60,7 +60,7 @@ def _ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 def _byte_ids(tokenizer: Tokenizer) -> dict[int, int]:
-  """Returns the id of each byte, by GPT-2's table, written out anew."""
+  """Returns the id of each byte by GPT-2's table, reimplemented."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [b for b in range(256) if b not in printable]
   letters = {b: chr(b) for b in printable}
@@ -87,7 +87,7 @@ def test_round_trip_and_stream(bytes_, text):
 
 
 def test_stream_of_any_bytes_is_their_lossy_text(bytes_):
-  """Broken UTF-8 too, however long, at any cut into chunks."""
+  """Also for invalid UTF-8 of any length, in any chunks."""
   rng = np.random.default_rng(0)
   starts = np.array(
     [0x41, 0x80, 0xBF, 0xC3, 0xA9, 0xE2, 0x82, 0xAC, 0xF0, 0x9F]
@@ -215,11 +215,11 @@ def test_the_post_processor_adds_what_it_adds(tmp_path):
   "name, text, words",
   [
     ("tokenizer.json", None, "no such file"),
-    ("tokenizer.json", "{", "is no tokenizer"),
+    ("tokenizer.json", "{", "is not a tokenizer"),
     ("tokenizer.json", b"\xff", "UTF-8"),
     ("tokenizer_config.json", "[]", "not an object"),
-    ("tokenizer_config.json", "{", "is no JSON"),
-    ("tokenizer_config.json", "[" * 100_000, "is no JSON"),
+    ("tokenizer_config.json", "{", "is not JSON"),
+    ("tokenizer_config.json", "[" * 100_000, "is not JSON"),
     ("generation_config.json", '{"eos_token_id": "a"}', "eos_token_id"),
     ("generation_config.json", '{"eos_token_id": [1, true]}', "eos_token_id"),
   ],

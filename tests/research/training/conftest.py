@@ -1,4 +1,4 @@
-"""A small real Transformer with LoRA, documents, and what trains them."""
+"""Fixtures: a small Transformer with LoRA, documents, training."""
 
 import dataclasses
 from typing import Any
@@ -84,7 +84,7 @@ def objective(model):
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """Least squares, as an objective that compiles in no time."""
+  """Least squares, an objective that compiles quickly."""
 
   def __call__(self, params, batch, key):
     guess = batch["x"] @ params["w"] + params["base"]
@@ -93,7 +93,7 @@ class Line:
 
 
 class Numbers:
-  """Endless batches for `Line`, with a place that can be saved."""
+  """Endless batches for `Line`, with a position that can be saved."""
 
   def __init__(self, bad_from: int | None = None, size: int = 8):
     self.bad_from, self.size = bad_from, size

@@ -16,13 +16,13 @@ TERM, INT = signal.SIGTERM, signal.SIGINT
 
 
 def python():
-  """Something that runs lines of Python."""
+  """A process that executes Python code."""
   while True:
     time.sleep(0.01)
 
 
 def compiled():
-  """Something that runs none, and lets other threads do so, as XLA does."""
+  """A process in native code that releases the GIL, like XLA."""
   hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 
@@ -32,12 +32,12 @@ def idle(points):
 
 
 def compiling(points):
-  """Has nothing to save, and no time for Python."""
+  """Has nothing to save, and executes no Python code."""
   compiled()
 
 
 def training(points):
-  """Has steps to save, and does when it is asked; 7 stands for saved."""
+  """Has steps to save, and saves on request; exit status 7 means saved."""
   points.unsaved(True)
   while not points.reached():
     time.sleep(0.01)
@@ -45,20 +45,20 @@ def training(points):
 
 
 def computing(points):
-  """Has steps to save, and is in one that takes long."""
+  """Has steps to save, and is in a long step."""
   points.unsaved(True)
   compiled()
 
 
 def finishing(points):
-  """Has saved all, and is writing what else there is."""
+  """Has saved everything, and is writing final files."""
   points.unsaved(True)
   points.unsaved(False)
   python()
 
 
 def swallowing(points):
-  """Takes whatever is raised for an error of what it does."""
+  """Catches every Exception as an error of its own work."""
   try:
     python()
   except Exception:
@@ -79,7 +79,7 @@ def child(scenario, ready):
 
 
 def ends(scenario, signals, pause=0.9, patience=30):
-  """Returns (exit status, seconds it took, what it said)."""
+  """Returns (exit status, seconds, output)."""
   told, tell = os.pipe()
   said, say = os.pipe()
   pid = os.fork()

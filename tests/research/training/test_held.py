@@ -1,4 +1,4 @@
-"""What only rewrites change: no gradient, no moments, and every checkpoint."""
+"""`held` parameters: no gradient, no moments, in every checkpoint."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from research.typing import UserError
 
 
 def drift(after, metrics):
-  """Moves what is held by one in each second step."""
+  """Adds one to the held parameters in every second step."""
   moved = jax.tree.map(lambda x: x + (after.step % 2 == 0), after.held)
   return dataclasses.replace(after, held=moved), metrics
 
@@ -46,7 +46,13 @@ def test_held_resumes_bitwise(line, tmp_path):
     where = tmp_path / name
     rewrites = (drift,)
     return loop.fit(
-      objective, tx, start, numbers(), plan, workdir=where, rewrites=rewrites
+      objective,
+      tx,
+      start,
+      numbers(),
+      plan,
+      workdir=where,
+      state_transforms=rewrites,
     ).state
 
   whole = fit("whole", 6)
@@ -57,7 +63,7 @@ def test_held_resumes_bitwise(line, tmp_path):
 
 
 def test_adapters_may_hold_whole_numbers(line):
-  """Places of a sparse one, say; what is learned may not."""
+  """For example sparse indices; trained arrays may not be integers."""
   _, params, _ = line
   tx, more = optim.adamw(1e-2), {"fixed": {"places": jnp.arange(3)}}
   made = state.create(params | more, "w", tx, held="fixed/")

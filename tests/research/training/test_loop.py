@@ -1,4 +1,4 @@
-"""Runs: resumed ones are the same, and bad ones stop with a reason."""
+"""Runs: resumption is exact, and invalid runs stop with an error."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_a_run_learns_and_reports(line, tmp_path):
 
 
 def test_best_checkpoint_survives_what_comes_after(line, tmp_path):
-  """The evaluation wants w = 0: the first checkpoint is the best one."""
+  """The evaluation is best at w = 0: the first checkpoint is the best one."""
   _, _, numbers = line
   held = next(iter(numbers()))
   held["y"] = np.full_like(held["y"], 0.5)

@@ -1,4 +1,4 @@
-"""The loop on a mesh, and what it does when it is asked to stop."""
+"""The training loop on a mesh, and on stop requests."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ PARAMS = {"w": jnp.zeros(4), "base": jnp.float32(0.5)}
 
 
 class Wide(conftest.Numbers):
-  """Four numbers a row, so that two devices share `w`; and a saved place."""
+  """Four numbers per row, so that two devices share `w`; resumable."""
 
   def __iter__(self):
     return _Wide(self)
@@ -63,7 +63,7 @@ def run(workdir, layout=None, steps=6, objective=None, plan=None, **more):
     return layout.shardings(tree, mesh)
 
   with jax.set_mesh(mesh):
-    params = state.place(PARAMS, where)
+    params = state.shard_params(PARAMS, where)
     start = state.create(params, "w", TX, shardings=where)
     assert start.opt_state[0].mu["w"].sharding == where(PARAMS)["w"]
     return fit(start, layout.batch(mesh))
@@ -81,7 +81,7 @@ def losses(workdir):
 
 
 def test_a_mesh_changes_where_not_what(alone, tmp_path):
-  """Microbatches, too, hold the rows that they held on one device."""
+  """Microbatches also contain the same rows as on one device."""
   workdir, one = alone
   many = run(tmp_path, LAYOUT)
   chex.assert_trees_all_close(
@@ -100,7 +100,7 @@ def test_a_mesh_changes_where_not_what(alone, tmp_path):
 
 
 def test_the_update_keeps_each_array_where_it_was(tmp_path):
-  """Two runs in a row: a checkpoint is restored onto the mesh's shards."""
+  """Two consecutive runs: the checkpoint is restored with its sharding."""
   run(tmp_path, LAYOUT, steps=2)
   out = run(tmp_path, LAYOUT, steps=4)
   assert out.start == 2
@@ -110,7 +110,7 @@ def test_the_update_keeps_each_array_where_it_was(tmp_path):
 
 @pytest.mark.parametrize("rows", [4, 8])
 def test_batches_are_cut_where_the_mesh_divides_them(rows):
-  """Axes behind the rows stay whole where it does not; none needs T."""
+  """Other axes stay unsharded if the mesh does not divide them."""
   mesh, spec = LAYOUT.mesh(), ("data", "fsdp", "expert")
   tokens = ("sequence", "ring", "ulysses")
   batch = {
@@ -119,7 +119,7 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
     "flat": np.zeros(rows),
     "more": np.zeros((rows, 2, 5)),
   }
-  placed = global_batch.place(batch, LAYOUT.batch(mesh))
+  placed = global_batch.to_global(batch, LAYOUT.batch(mesh))
   found = {name: x.sharding.spec for name, x in placed.items()}
   assert found["even"] == jax.P(spec, tokens)
   assert found["odd"][0] == spec and found["odd"][1] is None
@@ -141,17 +141,17 @@ def test_batches_are_cut_where_the_mesh_divides_them(rows):
   ],
 )
 def test_which_part_of_the_rows_is_held(held, pieces, want):
-  assert global_batch.part(held, pieces) == want
+  assert global_batch.equal_part(held, pieces) == want
 
 
 def test_rows_that_the_mesh_does_not_divide():
   mesh = LAYOUT.mesh()
   with pytest.raises(UserError, match="found 6 rows, expected a multiple of 4"):
-    global_batch.place({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
+    global_batch.to_global({"x": np.zeros((6, 4))}, LAYOUT.batch(mesh))
 
 
 class Asking:
-  """Is asked to leave at its n-th point."""
+  """Requests a stop at the n-th stop point."""
 
   def __init__(self, left):
     self.left = left
@@ -165,7 +165,7 @@ class Asking:
 
 
 def test_asked_to_stop_it_saves_and_says_so(tmp_path, monkeypatch):
-  """Wherever it is asked; then it goes on as if nothing had happened."""
+  """At any stop point; the resumed run equals an uninterrupted one."""
   plan = loop.TrainConfig(steps=6, accumulate=2, save_every=2, eval_every=3)
   batches = [next(iter(Wide())), next(iter(Wide()))]
   more = dict(plan=plan, evaluations={"validation": batches})
@@ -195,7 +195,7 @@ def test_asked_to_stop_it_saves_and_says_so(tmp_path, monkeypatch):
 
 
 def numbers(workdir):
-  """Returns what was measured of which steps, and which of them are kept."""
+  """Returns the metrics by step, and the steps that are kept."""
   rows = [
     (r["step"], name, value)
     for r in read_jsonl(workdir / "metrics.jsonl")
@@ -230,7 +230,7 @@ class Talkative(conftest.Line):
 
 
 def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
-  """A rewrite sees them after each step; the file does not."""
+  """A state transform gets them after each step; the file does not."""
 
   def reset(trained, metrics):
     size = metrics["vector"].sum()
@@ -243,7 +243,7 @@ def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
     loss, weight, sums = Talkative()(params, batch, key)
     return loss, weight, sums if key is not None else {}
 
-  out = run(tmp_path, objective=evaluation_only, rewrites=(reset,))
+  out = run(tmp_path, objective=evaluation_only, state_transforms=(reset,))
   np.testing.assert_array_equal(out.state.trainable["w"], jnp.zeros(4))
   records = read_jsonl(tmp_path / "metrics.jsonl")
   steps = [r for r in records if "train/loss" in r]
@@ -254,13 +254,13 @@ def test_arrays_among_the_metrics_are_for_rewrites_alone(tmp_path):
 
 
 def test_what_a_rewrite_makes_goes_where_it_belongs(tmp_path):
-  """A constant has no place of its own; the next step expects it in place."""
+  """A constant has no sharding; the next step expects the right one."""
 
   def forget(trained, metrics):
     zeros = {"w": jnp.zeros(4), "base": None}
     return dataclasses.replace(trained, trainable=zeros), metrics
 
-  out = run(tmp_path, LAYOUT, steps=2, rewrites=(forget,))
+  out = run(tmp_path, LAYOUT, steps=2, state_transforms=(forget,))
   assert out.state.trainable["w"].sharding.spec == jax.P("fsdp")
 
 
@@ -270,11 +270,11 @@ def test_frozen_weights_cannot_be_rewritten(tmp_path):
     return dataclasses.replace(trained, frozen=frozen), metrics
 
   with pytest.raises(UserError, match="changed frozen weights"):
-    run(tmp_path, rewrites=(thaw,))
+    run(tmp_path, state_transforms=(thaw,))
 
 
 def test_replicated_scalars(tmp_path):
-  """The key of a run on a mesh is on every device, as the step is."""
+  """The key of a run on a mesh is replicated, like the step."""
   mesh = LAYOUT.mesh()
   key = loop._key(3, LAYOUT.batch(mesh))
   assert key.sharding == sharding.replicated(mesh)

@@ -1,4 +1,4 @@
-"""Signals: what a process does with them, whatever it is doing."""
+"""Signal handling of processes in different states."""
 
 import json
 import signal
@@ -24,11 +24,11 @@ def ended():
 
 @pytest.mark.parametrize("name", ["term", "int"])
 def test_with_nothing_to_save_it_ends_at_once(ended, name):
-  """Not as an error of what it was doing; compiling, too, in seconds."""
+  """Not as an error of the interrupted work; while compiling, in seconds."""
   for doing in ("idle", "compiling"):
     status, seconds, said = ended[f"{doing} {name}"]
     assert status == preemption.Preempted.exit_status == 42
-    assert seconds < preemption.PATIENCE + 5
+    assert seconds < preemption.GRACE_SECONDS + 5
     assert "asked to stop; nothing had to be saved" in said
   assert ended["swallowing int"][0] == ended["finishing term"][0] == 42
 

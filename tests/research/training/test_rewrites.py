@@ -1,4 +1,4 @@
-"""Routers' biases that move during training, and what resumes with them."""
+"""Router bias updates during training, and resumption with them."""
 
 import chex
 import numpy as np
@@ -45,7 +45,7 @@ def run(workdir, steps):
     DATA.training(None),
     loop.TrainConfig(steps=steps),
     workdir=workdir,
-    rewrites=(experts.rebalance(RATE),),
+    state_transforms=(experts.rebalance(RATE),),
   ).state
 
 

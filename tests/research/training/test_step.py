@@ -1,4 +1,4 @@
-"""Steps: what is summed, what is differentiated, and what is left alone."""
+"""Training steps: sums, gradients, and untouched parameters."""
 
 import chex
 import jax

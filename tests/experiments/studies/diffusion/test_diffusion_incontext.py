@@ -116,14 +116,14 @@ def test_scores_are_sums_of_log_probabilities():
 
 
 def test_who_knows_no_keys_guesses_among_values():
-  asked = TASK.asked("before", 1, "heldout", 64)
+  asked = TASK.questions("before", 1, "heldout", 64)
   assert SMALL.guess(LAST, 1) == 1  # there is but one
   right = []
-  asked = TASK.asked("after", 3, "heldout", 64)
+  asked = TASK.questions("after", 3, "heldout", 64)
   for row in asked.rows:  # 2 pairs before the middle one, 3 after it
     told = [row[2 * n + 1] for n in (0, 1, 3, 4, 5)]
     best = max(range(5, 9), key=lambda v, told=told: (told.count(v), -v))
-    right.append(best == row[asked.place])
+    right.append(best == row[asked.position])
   assert SMALL.guess(MIDDLE, 3) == np.mean(right)
 
 

@@ -34,7 +34,7 @@ def test_lists_are_said_backwards_and_none_is_in_both_splits(words):
       head, _, answer = text.partition(". Backwards: ")
       asked = head.removeprefix("Words: ").split(" ")
       assert answer.split(" ") == asked[::-1] and len(set(asked)) == 3
-      assert e.learned.sum() == 3 and e.learned[-3:].all()
+      assert e.loss_mask.sum() == 3 and e.loss_mask[-3:].all()
     assert len({len(e.tokens) for e in found}) == 1
     lists.append(set(texts))
   assert not lists[0] & lists[1]

@@ -1,4 +1,4 @@
-"""Packed arrays: what is written comes back; what is broken is refused."""
+"""Array sources: round trips, and rejection of malformed files."""
 
 import io
 import struct
@@ -39,12 +39,12 @@ def test_documents_come_back(save, dtype):
     np.concatenate([e.tokens for e in made]), tokens
   )
   np.testing.assert_array_equal(
-    np.concatenate([e.learned for e in made]), learned
+    np.concatenate([e.loss_mask for e in made]), learned
   )
   data = pipeline.Pipeline(source=arrays.Arrays(path), length=8, batch_size=1)
   rows = data.rows(None)
   weights = sum(rows[i]["weights"].sum() for i in range(len(rows)))
-  assert weights == sum(e.learned[1:].sum() for e in made)
+  assert weights == sum(e.loss_mask[1:].sum() for e in made)
 
 
 def test_plain_arrays(tmp_path):
@@ -57,7 +57,9 @@ def test_plain_arrays(tmp_path):
     [4, 5, 6, 7],
     [8, 9, 10, 11],
   ]
-  assert all(e.learned.all() for e in examples.read(arrays.Arrays(path), None))
+  assert all(
+    e.loss_mask.all() for e in examples.read(arrays.Arrays(path), None)
+  )
 
 
 @pytest.mark.parametrize(
@@ -70,12 +72,12 @@ def test_plain_arrays(tmp_path):
     (dict(tokens=["a"]), "tokens: has type <U1"),
     (dict(ids=[1]), "holds 'ids'"),
     (dict(offsets=[0, 1]), "holds no array 'tokens'"),
-    (dict(tokens=[1, 99]), "found id 99 at place 1, expected ids from 0 to 49"),
-    (dict(tokens=[1, -1]), "found id -1 at place 1"),
+    (dict(tokens=[1, 99]), "found id 99 at index 1, expected ids from 0 to 49"),
+    (dict(tokens=[1, -1]), "found id -1 at index 1"),
     (dict(tokens=[1, 2, 3], offsets=[0, 2]), "offsets: found 0 ... 2"),
     (dict(tokens=[1, 2, 3], offsets=[1, 3]), "offsets: found 1 ... 3"),
-    (dict(tokens=[1, 2, 3], offsets=[0, 2, 2, 3]), "not rising"),
-    (dict(tokens=[1, 2, 3], offsets=[0, 9, 3]), "not rising"),
+    (dict(tokens=[1, 2, 3], offsets=[0, 2, 2, 3]), "not increasing"),
+    (dict(tokens=[1, 2, 3], offsets=[0, 9, 3]), "not increasing"),
     (dict(tokens=[1, 2], offsets=[0.0, 2.0]), "offsets: has type float64"),
     (dict(tokens=[1, 2], offsets=[2]), "offsets: has type int64, shape"),
     (dict(tokens=[1, 2], learned=[1]), "learned: has shape"),
@@ -121,11 +123,11 @@ def _claiming(shape):
 def test_a_header_that_claims_more_than_there_is(tmp_path, shape):
   path = tmp_path / "a.npy"
   path.write_bytes(_claiming(shape))
-  with pytest.raises(UserError, match="claims .* bytes, and 64 are there"):
+  with pytest.raises(UserError, match="claims .* bytes, found 64"):
     read(str(path))
   with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
     file.writestr("tokens.npy", _claiming(shape))
-  with pytest.raises(UserError, match="claims .* bytes, and 64 are there"):
+  with pytest.raises(UserError, match="claims .* bytes, found 64"):
     read(str(tmp_path / "a.npz"))
 
 
@@ -135,13 +137,13 @@ def test_negative_shapes_and_later_versions(tmp_path):
   with pytest.raises(UserError, match="has shape"):
     read(str(path))
   path.write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1))
-  with pytest.raises(UserError, match="is no array: format version"):
+  with pytest.raises(UserError, match="is not an array: format version"):
     read(str(path))
 
 
 @pytest.mark.parametrize("kind", ["npz", "npy"])
 def test_mutations_end_in_arrays_or_in_words(tmp_path, kind):
-  """500 bit flips, truncations and splices, seeded: never another error."""
+  """500 seeded bit flips, truncations and splices: UserError at worst."""
   path = tmp_path / f"a.{kind}"
   if kind == "npz":
     np.savez(path, tokens=np.arange(40), offsets=[0, 10, 40])

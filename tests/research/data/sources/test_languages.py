@@ -1,4 +1,4 @@
-"""Languages of known entropy: the stated optimum is what is measured."""
+"""Synthetic languages: the stated optimal loss against measurements."""
 
 import dataclasses
 

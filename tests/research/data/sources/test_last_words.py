@@ -1,4 +1,4 @@
-"""Last words that were said before."""
+"""The last-word prediction task."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""JSON Lines: what is read, what is refused and how, splits by any field."""
+"""JSON Lines sources: valid and invalid records, splits by any field."""
 
 import json
 import warnings
@@ -14,7 +14,7 @@ from research.typing import UserError
 
 
 class Letters:
-  """A backend for which a character is its number."""
+  """A tokenizer backend whose ids are character codes."""
 
   def encode(self, text, add_special_tokens=False):
     return type("Encoding", (), {"ids": [ord(c) for c in text]})
@@ -51,7 +51,7 @@ def write(tmp_path):
 
 def shown(example):
   text = "".join(map(chr, example.tokens))
-  mask = example.learned
+  mask = example.loss_mask
   return text, "".join(c for c, on in zip(text, mask, strict=True) if on)
 
 
@@ -63,22 +63,22 @@ DEEP = b'{"a":' * 40 + b"1" + b"}" * 40
   [
     (b"\xff{}", "not UTF-8: byte 0xff at column 1"),
     (b'{"a": \xc3"}', "not UTF-8: byte 0xc3 at column 7"),
-    (b"{", "is no JSON: .* at column 2"),
-    (b"{'a': 1}", "is no JSON"),
-    (b'{"a": 1} {"a": 2}', "is no JSON: Extra data"),
+    (b"{", "is not JSON: .* at column 2"),
+    (b"{'a': 1}", "is not JSON"),
+    (b'{"a": 1} {"a": 2}', "is not JSON: Extra data"),
     (b"[1]", "found a list, expected a JSON object"),
     (b"null", "found a NoneType"),
-    (b'{"a": NaN}', "found NaN, which is no JSON number"),
+    (b'{"a": NaN}', "found NaN, which is not a JSON number"),
     (b'{"a": -Infinity}', "found -Infinity"),
     (b'{"a": 1, "a": 2}', "found the key 'a' twice"),
     (b'{"b": [{"c": 1, "c": 1}]}', "found the key 'c' twice"),
     (b'{"a": ' + b"9" * 5000 + b"}", "expected|Expected standard JSON"),
     (DEEP, "more than 32 objects and lists"),
-    (b'{"a":' + b"[" * 200_000, "more than 32 objects and lists|is no JSON"),
+    (b'{"a":' + b"[" * 200_000, "more than 32 objects and lists|is not JSON"),
     (rb'{"a": "\ud800"}', r"half a surrogate pair, \\ud800"),
     (rb'{"\udc00": 1}', "half a surrogate pair"),
-    (b'{"a": "\t"}', "is no JSON: Invalid control character"),
-    (b"\xef\xbb\xbf{}", "is no JSON"),  # a byte order mark on line 2
+    (b'{"a": "\t"}', "is not JSON: Invalid control character"),
+    (b"\xef\xbb\xbf{}", "is not JSON"),  # a byte order mark on line 2
   ],
 )
 def test_lines_that_are_no_records(write, line, words):
@@ -132,9 +132,9 @@ def test_texts_are_documents(write):
     len(records.Texts(source.paths, field="meta"))
 
 
-@pytest.mark.parametrize("plan", [packing.best_fit, packing.alone])
+@pytest.mark.parametrize("plan", [packing.best_fit, packing.one_per_row])
 def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
-  """Counted by hand: 4 places a row, answers behind prompts of 2, 9 and 4."""
+  """Counted by hand: rows of 4, answers after prompts of 2, 9 and 4."""
   lines = [("ab", "c"), ("abcdefgh", "ijk"), ("pqr", "s")]
   path = write(*({"prompt": p, "completion": c} for p, c in lines))
   data = pipeline.Pipeline(
@@ -144,7 +144,7 @@ def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
     rows = data.rows(LETTERS)
   [message] = [str(w.message) for w in said]
   # ^ab c$ is 5, ^abcdefgh ijk$ 13 and ^pqr s$ 6: none fits.
-  assert "3 of 3 examples are longer than 4 places" in message
+  assert "3 of 3 examples are longer than 4 positions" in message
   assert "the longest has 13" in message
   found = [rows[i] for i in range(len(rows))]
   assert all(row["weights"].any() for row in found)
@@ -153,11 +153,11 @@ def test_what_is_cut_is_said_and_what_teaches_nothing_left_out(write, plan):
   ]
   assert sorted(learned) == sorted("c$ijk$s$")
   given = data.source.examples(LETTERS)
-  tokens, flags = [e.tokens for e in given], [e.learned for e in given]
+  tokens, flags = [e.tokens for e in given], [e.loss_mask for e in given]
   whole = packing.pack(tokens, 4, plan, flags, (ord("^"),))
   empty = [i for i in range(len(whole)) if not whole[i]["weights"].any()]
   assert len(rows) == len(whole) - len(empty) < len(whole)
-  assert f"{len(empty)} of {len(whole)} rows have then nothing" in message
+  assert f"{len(empty)} of {len(whole)} rows have no targets" in message
 
 
 def test_what_fits_is_not_warned_of(write):
@@ -275,4 +275,4 @@ def test_nothing_to_predict_is_said(write):
   with pytest.raises(UserError, match="none with a token to predict"):
     examples.read(Empty(), None)
   made = examples.join([([1], False), ([2, 3], True)])
-  np.testing.assert_array_equal(made.learned, [False, True, True])
+  np.testing.assert_array_equal(made.loss_mask, [False, True, True])

@@ -1,4 +1,4 @@
-"""Sources: splits by name, and files that are not what they should be."""
+"""Text sources: splits by name, and invalid files."""
 
 import collections
 import hashlib

@@ -1,4 +1,4 @@
-"""The standard library as a corpus: whole, split by name, told by a hash."""
+"""The standard library corpus: completeness, splits and hash."""
 
 import dataclasses
 import hashlib

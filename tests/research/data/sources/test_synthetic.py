@@ -1,4 +1,4 @@
-"""Sources of known entropy: the stated optimum is the one that is measured."""
+"""Synthetic sources: the stated optimal loss against measurements."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ def test_markov_entropy_is_what_its_own_predictor_pays(concentration):
 
 
 def test_markov_by_counting():
-  """A model-free look: pair frequencies are pi_i P_ij, from the first on."""
+  """Model-free: pair frequencies are pi_i P_ij from the first token on."""
   source = synthetic.Markov(vocab=4, length=50, count=2000, concentration=1)
   tokens = np.stack([e.tokens for e in source.examples(None)])
   want = source.stationary[:, None] * source.transitions
@@ -56,7 +56,7 @@ def test_copy_repeats():
   for e in source.examples(None):
     np.testing.assert_array_equal(e.tokens[:6], e.tokens[7:])
     assert e.tokens[6] == 5 and set(e.tokens[:6]) <= set(range(5))
-    assert np.flatnonzero(e.learned).tolist() == [7, 8, 9, 10, 11, 12]
+    assert np.flatnonzero(e.loss_mask).tolist() == [7, 8, 9, 10, 11, 12]
 
 
 def test_recall_can_be_answered_by_looking_back():
@@ -67,7 +67,7 @@ def test_recall_can_be_answered_by_looking_back():
     assert len(told) == 5 and max(told) < 12 <= min(told.values()) < 21
     asked = e.tokens[10:].reshape(5, 2).tolist()
     assert {k: told[k] for k, _ in asked} == dict(asked) == told
-    assert np.flatnonzero(e.learned).tolist() == [11, 13, 15, 17, 19]
+    assert np.flatnonzero(e.loss_mask).tolist() == [11, 13, 15, 17, 19]
     orders[list(told) == [k for k, _ in asked]] += 1
   assert orders[False] > orders[True]
 
@@ -99,7 +99,7 @@ def test_rows_need_no_tokenizer(source):
   data = pipeline.Pipeline(source=source, length=300, batch_size=2)
   batch = next(iter(data.training(None)))
   assert batch["tokens"].shape == (2, 300) and batch["weights"].sum() > 0
-  learned = sum(e.learned[1:].sum() for e in source.examples(None))
+  learned = sum(e.loss_mask[1:].sum() for e in source.examples(None))
   assert sum(b["weights"].sum() for b in data.evaluation(None)) == learned
 
 

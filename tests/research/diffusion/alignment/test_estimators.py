@@ -160,7 +160,13 @@ CLOCK = TimeEmbedding(features=8, hidden=8, width=8)
 def test_a_model_with_a_time_gets_the_process_s(block):
   """That of each view; 0 for clean blocks."""
   model = support.model(
-    depth=2, width=16, hidden=16, head_dim=8, heads=2, vocab=V, clock=CLOCK
+    depth=2,
+    width=16,
+    hidden=16,
+    head_dim=8,
+    heads=2,
+    vocab=V,
+    time_embedding=CLOCK,
   )
   params, schedule = support.params(model), Cosine()
   tokens = np.random.default_rng(0).integers(0, MASK, (2, 12))

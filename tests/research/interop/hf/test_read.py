@@ -257,7 +257,9 @@ def test_a_model_that_is_told_the_time_comes_back():
     told="time", scale=1000.0, features=8, closed=True
   )
   family, sizes = hf_config.sizes_from_config(CONFIGS["llama"])
-  model = presets.transformer(family, dataclasses.replace(sizes, clock=told))
+  model = presets.transformer(
+    family, dataclasses.replace(sizes, time_embedding=told)
+  )
   config = hf_config.config_from_model(model, "llama")
   assert model_of(json.loads(json.dumps(config))) == model
   wrong = config | {hf_config.CLOCK: config[hf_config.CLOCK] | {"told": "t"}}

@@ -67,7 +67,7 @@ def close(got, want):
 @pytest.mark.parametrize("name", METHODS)
 def test_pefts_tensors_compute_what_they_do_there(layer, name):
   method, theirs = METHODS[name], tensors(layer, name)
-  base = conv.of_kernel(kernel())
+  base = conv.kernel_to_matrix(kernel())
   arrays = peft_conv.from_peft(method, theirs, PLACE, WINDOW, base.matrix)
   arrays = jax.tree.map(jnp.asarray, arrays)
   w = conv.ConvTensor(
@@ -154,7 +154,7 @@ def test_every_tensor_has_the_shape_of_this_kernel(name):
   theirs = tensors("any", name)
 
   def read(found, window=WINDOW):
-    base = conv.of_kernel(kernel())
+    base = conv.kernel_to_matrix(kernel())
     peft_conv.from_peft(METHODS[name], found, PLACE, window, base.matrix)
 
   for key, x in theirs.items():

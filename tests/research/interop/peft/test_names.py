@@ -131,7 +131,7 @@ def test_a_part_of_a_module_has_no_name(tmp_path):
 
 def test_what_tells_a_model_the_time_has_no_name(tmp_path):
   model = support.model(
-    depth=1, clock=TimeEmbedding(features=8, hidden=8, width=8)
+    depth=1, time_embedding=TimeEmbedding(features=8, hidden=8, width=8)
   )
   params = support.params(model)
 

@@ -98,7 +98,13 @@ def fit(workdir, steps, restart, every=4, dtype=jnp.float32):
   start = state.create(params(dtype), "/trained/", tx, held="/w$")
   plan = loop.TrainConfig(steps=steps)
   return loop.fit(
-    Matrix(), tx, start, Batches(), plan, workdir=workdir, rewrites=(restart,)
+    Matrix(),
+    tx,
+    start,
+    Batches(),
+    plan,
+    workdir=workdir,
+    state_transforms=(restart,),
   ).state
 
 

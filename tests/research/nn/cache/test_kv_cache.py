@@ -1,4 +1,4 @@
-"""Cached decoding is the full forward pass, for every family's features."""
+"""Cached decoding equals the full forward pass, for all families' features."""
 
 import dataclasses
 import functools
@@ -92,7 +92,7 @@ def test_pieces_of_any_size_are_the_whole(name, pieces):
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3"])
 def test_rows_of_different_lengths(name):
-  """A padded prompt, then one token a row: as each row alone."""
+  """A padded prompt, then one token per row: equals each row by itself."""
   tokens, expected = full_logits(name)
   lengths = np.array([9, 4])
   padded = jnp.where(jnp.arange(10) < lengths[:, None], tokens[:, :10], 60)

@@ -1,4 +1,4 @@
-"""Models over pages: the contiguous cache's numbers, wherever pages are."""
+"""The paged cache equals the contiguous cache, for any page placement."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ from jax.extend.core import jaxpr_as_fun
 
 from kernels_pallas.masks import Mask
 from research import sharding
-from research.nn.cache import LayerCache, Slots, write
+from research.nn.cache import LayerCache, SlotCache, write
 from research.nn.cache.paged import (
-  CODES,
-  copied,
+  CODE_DTYPES,
+  copy_page,
   empty_pool,
-  pool_of,
-  view,
+  paged_cache,
+  pool_from_cache,
 )
 from research.nn.transformer import init_cache
 from research.quant.kv.kv_quantizer import KVQuantizer
@@ -78,7 +78,7 @@ def table(seed=0):
 
 
 def pool(model, params, dtype=None):
-  """NaN in every page, which nobody owns or has written to."""
+  """A pool with NaN in every page, none of them written or assigned."""
   return jax.tree.map(
     lambda x: x if x.dtype == jnp.int8 else jnp.full_like(x, jnp.nan),
     empty_pool(model, params, COUNT, SIZE, dtype),
@@ -87,14 +87,16 @@ def pool(model, params, dtype=None):
 
 def paged(model, params, seed=0, dtype=None):
   nobody = jnp.zeros(ROWS, jnp.int32)
-  return view(pool(model, params, dtype), jnp.asarray(table(seed)), nobody)
+  return paged_cache(
+    pool(model, params, dtype), jnp.asarray(table(seed)), nobody
+  )
 
 
 @pytest.mark.parametrize(
   "family", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"]
 )
 def test_ragged_rows_say_what_they_say_without_pages(family):
-  """Groups of two heads share keys; Gemma's layers look back 6 or on all."""
+  """Groups of two heads share keys; Gemma's layers have window 6 or none."""
   model = support.model(family, depth=2)
   params = support.params(model)
   want, cache = read(model, params, init_cache(model, params, ROWS, 24))
@@ -115,21 +117,21 @@ def test_no_number_depends_on_where_pages_are():
 
 
 def test_pages_that_two_rows_share_are_pages_of_ones_own():
-  """Bit by bit; where they part, a page is copied, and then written."""
+  """Bitwise; the page where they diverge is copied, then written."""
   model = support.model("gemma2", depth=2)
   params = support.params(model)
   row = support.tokens(1, 10)
   apart = jnp.array([[0, 1, 2, 3], [10, 11, 12, 13]])
   shared = jnp.array([[0, 1, 2, 3], [0, 1, 12, 13]])
-  one = view(pool(model, params), shared[:1], jnp.zeros(1, jnp.int32))
-  pages = pool_of(step(model, params, row, jnp.array([10]), one)[1])
-  few = copied(pages, jnp.int32(2), jnp.int32(12))
+  one = paged_cache(pool(model, params), shared[:1], jnp.zeros(1, jnp.int32))
+  pages = pool_from_cache(step(model, params, row, jnp.array([10]), one)[1])
+  few = copy_page(pages, jnp.int32(2), jnp.int32(12))
   all_ = few
   for source, target in ((0, 10), (1, 11)):
-    all_ = copied(all_, jnp.int32(source), jnp.int32(target))
+    all_ = copy_page(all_, jnp.int32(source), jnp.int32(target))
   found = []
   for held, where in ((all_, apart), (few, shared)):
-    cache = view(held, where, jnp.array([10, 10]))
+    cache = paged_cache(held, where, jnp.array([10, 10]))
     for n in range(4):
       tokens = support.tokens(2, 1, seed=n)
       logits, cache = step(model, params, tokens, jnp.array([1, 1]), cache)
@@ -140,8 +142,8 @@ def test_pages_that_two_rows_share_are_pages_of_ones_own():
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rounded(Slots):
-  """All keys and values as they came, rounded when looked at."""
+class Rounded(SlotCache):
+  """A cache of exact keys and values that rounds on reading."""
 
   k: Any
   v: Any
@@ -163,7 +165,7 @@ class Rounded(Slots):
 
 
 def rounded(x, dtype):
-  """By the definition: the largest number of a token's head is kept."""
+  """By definition: the largest value of a token's head is exact."""
   most = {"int8": 127.0, "fp8": 448.0}[dtype]
   scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / most
   codes = x / jnp.where(scale == 0, 1, scale)
@@ -174,7 +176,7 @@ def rounded(x, dtype):
 
 @dataclasses.dataclass(frozen=True)
 class RoundedWhole:
-  """Makes them, as long for windowed layers as for others."""
+  """Creates them, equally long for windowed and other layers."""
 
   dtype: str
 
@@ -186,7 +188,7 @@ class RoundedWhole:
     return Rounded(zeros, zeros, self.dtype)
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("dtype", CODE_DTYPES)
 @pytest.mark.sample(2)
 def test_pages_in_8_bits_are_a_cache_that_rounds_every_token(dtype):
   model = support.model("gemma2", depth=2)
@@ -201,7 +203,7 @@ def test_pages_in_8_bits_are_a_cache_that_rounds_every_token(dtype):
   assert np.abs(want - whole).max() > 1e-3 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("dtype", CODE_DTYPES)
 def test_pages_in_8_bits_hold_the_quantized_caches_bytes(dtype):
   model = support.model(depth=1)
   params = support.params(model)
@@ -213,8 +215,10 @@ def test_pages_in_8_bits_hold_the_quantized_caches_bytes(dtype):
   layer = jax.tree.map(lambda x: x[0], slab.layers["run0"]["layer0"])
   want, where = support_pages.pages(layer, SIZE)
   held = empty_pool(model, params, want.count, SIZE, dtype)
-  _, cache = step(model, params, tokens, counts, view(held, where, nobody))
-  got = jax.tree.map(lambda x: x[0], pool_of(cache)["run0"]["layer0"])
+  _, cache = step(
+    model, params, tokens, counts, paged_cache(held, where, nobody)
+  )
+  got = jax.tree.map(lambda x: x[0], pool_from_cache(cache)["run0"]["layer0"])
   chex.assert_trees_all_equal(
     *(jax.tree.map(lambda x: np.asarray(x).view(np.uint8), x)
       for x in (got, want))
@@ -231,7 +235,7 @@ def test_heads_over_devices_are_one_devices(layout):
   want, _ = read(model, params, paged(model, params))
   plan = support_mesh.LAYOUTS[layout]
   mesh = plan.mesh()
-  place = plan.shardings(params, mesh, sharding.counts(model))
+  place = plan.shardings(params, mesh, sharding.head_counts(model))
   with jax.set_mesh(mesh):
     cache, spread = paged(model, params), jax.device_put(params, place)
     for x in jax.tree.leaves(cache.layers, is_leaf=lambda x: hasattr(x, "kv")):
@@ -254,7 +258,7 @@ def test_the_model_says_the_same_by_the_kernels():
   model = support.model("gemma2", depth=2)
   params = support.params(model)
   where = jnp.array([[3, 0], [1, 5], [4, 2], [-1, -1]])
-  cache = view(
+  cache = paged_cache(
     empty_pool(model, params, 6, 8), where, jnp.zeros(ROWS + 1, jnp.int32)
   )
   inputs = [
@@ -297,7 +301,7 @@ def test_tokens_that_look_ahead_have_no_pages(mask):
 
 
 def test_tokens_come_behind_those_that_are_there():
-  """Positions of one's own are refused; they would turn keys alone."""
+  """Explicit positions are rejected; they would affect keys only."""
   model = support.model(depth=1)
   params = support.params(model)
   given = jnp.broadcast_to(jnp.arange(5, 9), (ROWS, 4))
@@ -321,4 +325,4 @@ def test_what_the_cache_of_a_model_holds():
   params = support.params(model)
   cache = paged(model, params)
   assert cache.capacity == SIZE * WIDTH
-  assert pool_of(cache).keys() == cache.layers.keys()
+  assert pool_from_cache(cache).keys() == cache.layers.keys()

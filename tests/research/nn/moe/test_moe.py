@@ -1,4 +1,4 @@
-"""Sorted experts against a dense loop; a Transformer with them."""
+"""Sorted experts against a dense loop; MoE Transformers."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from research.nn import presets
 from research.nn.mlp import Mlp
 from research.nn.moe import Moe
 from research.nn.moe import routing as routings
-from research.nn.moe.mixture import by_expert
+from research.nn.moe.mixture import sort_by_expert
 from research.nn.moe.routing import Routing
 from research.nn.transformer import init_cache
 from research.quant.formats import ggml
@@ -75,7 +75,9 @@ def dense_loop(module, params, x):
   """Returns every token through every expert, weighed by 0 where not chosen."""
   flat = x.reshape(-1, D)
   bias = params.get("router_bias")
-  ids, shares = routings.choose(module.routing, flat @ params["router"], bias)
+  ids, shares = routings.select_experts(
+    module.routing, flat @ params["router"], bias
+  )
   y = jnp.zeros_like(flat)
   for e in range(module.routing.experts):
     w = {k: v[e] for k, v in params["experts"].items()}
@@ -111,7 +113,7 @@ def test_equals_a_dense_loop_with_all_gradients(name):
 
 def test_rows_sorted_by_expert():
   ids = jnp.asarray(np.random.default_rng(0).integers(0, 7, (9, 2)))
-  order, inverse, sizes = by_expert(ids, 7)
+  order, inverse, sizes = sort_by_expert(ids, 7)
   flat = np.asarray(ids).reshape(-1)
   np.testing.assert_array_equal(flat[order], np.sort(flat))
   np.testing.assert_array_equal(np.asarray(order)[inverse], np.arange(18))
@@ -195,7 +197,9 @@ def base():
 
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(model, params, tokens, positions=None):
-  return model.apply({"params": params}, tokens, positions, method="routed")
+  return model.apply(
+    {"params": params}, tokens, positions, method="with_router_loads"
+  )
 
 
 def test_a_dense_first_layer_is_a_run_of_its_own():
@@ -220,7 +224,7 @@ def test_loads_come_beside_the_same_output():
   plain = jax.jit(lambda p, t: MODEL.apply({"params": p}, t))(base(), tokens)
   chex.assert_trees_all_equal((hidden, cache), plain)
   assert loads["run0"]["layer0"] is None
-  (load,) = routings.loads(loads)
+  (load,) = routings.find_loads(loads)
   np.testing.assert_array_equal(load.tokens, [32, 32])
   np.testing.assert_array_equal(load.counts.sum(-1), [64, 64])
   assert routings.balance_loss(load).shape == (2,)
@@ -231,7 +235,7 @@ def test_padded_rows_do_not_count():
   positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
   short = jnp.where(positions < jnp.asarray([[16], [5]]), positions, -1)
   hidden, _, loads = outputs(MODEL, base(), tokens, short)
-  (load,) = routings.loads(loads)
+  (load,) = routings.find_loads(loads)
   np.testing.assert_array_equal(load.tokens, [21, 21])
   changed = jnp.where(short < 0, 3, tokens)
   again, _, same = outputs(MODEL, base(), changed, short)
@@ -271,7 +275,7 @@ def test_remat_changes_nothing_not_even_through_the_balance_loss():
       hidden, _, loads = outputs.__wrapped__(
         MODEL.clone(remat=remat), params, tokens
       )
-      (load,) = routings.loads(loads)
+      (load,) = routings.find_loads(loads)
       extra = routings.balance_loss(load) + 0.1 * routings.z_loss(load)
       return (hidden**2).mean() + extra.sum()
 

@@ -1,4 +1,4 @@
-"""Which experts are chosen, against a loop over tokens in numpy."""
+"""Expert selection against a loop over tokens in numpy."""
 
 import dataclasses
 
@@ -90,7 +90,9 @@ def oracle(routing, row, bias):
 def test_choice(name):
   routing = VARIANTS[name]
   rows, bias = logits(64, routing.experts), bias_of(routing)
-  ids, weights = routings.choose(routing, jnp.asarray(rows), array(bias))
+  ids, weights = routings.select_experts(
+    routing, jnp.asarray(rows), array(bias)
+  )
   want = [oracle(routing, row, bias) for row in rows]
   np.testing.assert_array_equal(ids, np.array([w[0] for w in want]))
   np.testing.assert_allclose(weights, np.array([w[1] for w in want]), **CLOSE)
@@ -98,18 +100,18 @@ def test_choice(name):
 
 
 def test_groups_and_bias_matter():
-  """The variants above differ from plain top-k, or they would show nothing."""
+  """The variants above must differ from plain top-k to be meaningful."""
   for name in ("deepseek v2", "deepseek v3"):
     routing = VARIANTS[name]
     rows = jnp.asarray(logits(64, routing.experts))
     flat = dataclasses.replace(routing, groups=1, active_groups=1)
-    one = routings.choose(routing, rows, array(bias_of(routing)))[0]
-    two = routings.choose(flat, rows, array(bias_of(routing)))[0]
+    one = routings.select_experts(routing, rows, array(bias_of(routing)))[0]
+    two = routings.select_experts(flat, rows, array(bias_of(routing)))[0]
     assert (one != two).any()
   routing = VARIANTS["biased softmax"]
   rows = jnp.asarray(logits(64, routing.experts))
-  one = routings.choose(routing, rows, array(bias_of(routing)))[0]
-  assert (one != routings.choose(routing, rows)[0]).any()
+  one = routings.select_experts(routing, rows, array(bias_of(routing)))[0]
+  assert (one != routings.select_experts(routing, rows)[0]).any()
 
 
 def test_the_bias_gets_no_gradient_and_the_logits_do():
@@ -117,7 +119,7 @@ def test_the_bias_gets_no_gradient_and_the_logits_do():
   rows, bias = jnp.asarray(logits(16, 12)), jnp.asarray(bias_of(routing))
 
   def loss(rows, bias):
-    return (routings.choose(routing, rows, bias)[1] ** 2).sum()
+    return (routings.select_experts(routing, rows, bias)[1] ** 2).sum()
 
   to_rows, to_bias = jax.grad(loss, (0, 1))(rows, bias)
   assert jnp.abs(to_rows).max() > 0
@@ -128,18 +130,18 @@ def test_extreme_logits_stay_finite():
   rows = jnp.asarray([[1e4, -1e4, 0, 0], [-1e4] * 4], jnp.float32)
   for score in ("softmax", "sigmoid"):
     routing = Routing(experts=4, active=2, score=score)
-    _, weights = routings.choose(routing, rows)
+    _, weights = routings.select_experts(routing, rows)
     chex.assert_tree_all_finite(weights)
 
 
 def load_of(routing, rows, real):
-  ids = routings.choose(routing, rows, array(bias_of(routing)))[0]
+  ids = routings.select_experts(routing, rows, array(bias_of(routing)))[0]
   return routings.load(routing, rows, ids, jnp.asarray(real))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_load_and_losses(name):
-  """Against their definitions, over the tokens that are no padding."""
+  """Against their definitions, over non-padding tokens."""
   routing = VARIANTS[name]
   experts, active = routing.experts, routing.active
   rows, real = logits(40, experts), np.arange(40) % 3 != 0
@@ -157,7 +159,7 @@ def test_load_and_losses(name):
   np.testing.assert_allclose(routings.balance_loss(load), balance, rtol=1e-5)
   np.testing.assert_allclose(routings.z_loss(load), z / n, rtol=1e-5)
   worst = counts.max() / counts.mean() - 1
-  np.testing.assert_allclose(routings.violation(load), worst, rtol=1e-5)
+  np.testing.assert_allclose(routings.max_violation(load), worst, rtol=1e-5)
 
 
 def test_loads_of_parts_add_up():
@@ -197,15 +199,19 @@ def test_nudged_biases_balance_the_load():
 
   @jax.jit
   def step(bias):
-    ids = routings.choose(routing, rows, bias)[0]
+    ids = routings.select_experts(routing, rows, bias)[0]
     load = routings.load(routing, rows, ids, jnp.ones(512, bool))
-    return routings.nudged(bias, load.counts, 0.005), routings.violation(load)
+    return routings.update_bias(
+      bias, load.counts, 0.005
+    ), routings.max_violation(load)
 
   bias, first = step(jnp.zeros(8))
   for _ in range(200):
     bias, last = step(bias)
   assert first > 0.8 and last < 0.1
-  by_hand = routings.nudged(jnp.zeros(3), jnp.asarray([4.0, 1.0, 1.0]), 0.5)
+  by_hand = routings.update_bias(
+    jnp.zeros(3), jnp.asarray([4.0, 1.0, 1.0]), 0.5
+  )
   chex.assert_trees_all_equal(by_hand, jnp.asarray([-0.5, 0.5, 0.5]))
 
 

@@ -1,4 +1,4 @@
-"""Experts on a mesh: what training alone does not show."""
+"""Experts on a mesh: cases that training does not cover."""
 
 import chex
 import jax

@@ -135,7 +135,7 @@ def test_meshes_agree():
   layout = sharding.Layout(data=1, fsdp=4, tensor=2)
   mesh = layout.mesh()
   start = state.create(support.params(model), ".", tx)
-  where = layout.shardings(start, mesh, sharding.counts(model))
+  where = layout.shardings(start, mesh, sharding.head_counts(model))
   update = step.make_train_step(objective.NextToken(model), tx)
   key, data = jax.random.key(0), batch(8)
   with jax.set_mesh(mesh):

@@ -94,7 +94,7 @@ def test_a_model_that_is_cut_is_rounded_as_on_one_device():
   want, alone = how.of(Loaded(model, params, Bytes(), {})).run(params)
   layout = support_mesh.LAYOUTS["mixed"]
   mesh = layout.mesh()
-  where = layout.shardings(params, mesh, sharding.counts(model))
+  where = layout.shardings(params, mesh, sharding.head_counts(model))
   cut = jax.device_put(params, where)
   with jax.set_mesh(mesh):
     got, said = how.of(Loaded(model, cut, Bytes(), {})).run(cut)
@@ -111,7 +111,7 @@ def test_a_model_that_is_cut_is_rounded_as_on_one_device():
   ]
   assert len(shares) == 7 and max(shares) < 2e-2, shares
   # Placed by the table again, it is the same model.
-  again = layout.shardings(got, mesh, sharding.counts(model))
+  again = layout.shardings(got, mesh, sharding.head_counts(model))
   tokens = support.tokens(vocab=64)
   f = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])
   one = f(jax.device_get(got))

@@ -126,7 +126,9 @@ def _trained():
   model, key = support.model(depth=1), jax.random.key(0)
   params = adapt.Adapt(method=LoRA(rank=4))(support.params(model), key)
   params = qat.Prepare(format=SYMMETRIC)(params)
-  objective = distill.Distill(model, student=preference.whole, source=qat.bare)
+  objective = distill.Distill(
+    model, student=preference.all_params, source=qat.bare
+  )
   tx = optax.adam(3e-3)
   now = state.create(params, r"/trained/", tx)
   update = jax.jit(step.make_train_step(objective, tx))

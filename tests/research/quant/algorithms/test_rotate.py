@@ -158,7 +158,7 @@ def test_on_eight_devices_as_on_one():
   want = run(packed, tokens)
   layout = sharding.Layout(data=2, fsdp=2, tensor=2)
   mesh = layout.mesh()
-  cut = layout.shardings(packed, mesh, sharding.counts(model))
+  cut = layout.shardings(packed, mesh, sharding.head_counts(model))
   with jax.set_mesh(mesh):
     got = run(jax.device_put(packed, cut), tokens)
   # Sums in another order now and then round an activation the other way.

@@ -184,7 +184,7 @@ def test_cut_over_devices_it_is_whole(toy):
   model, packed = model_and_packed(toy)
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)
   mesh = layout.mesh()
-  where = layout.shardings(packed, mesh, sharding.counts(model))
+  where = layout.shardings(packed, mesh, sharding.head_counts(model))
   cut = where["run0"]["layer0"]["mlp"]["up"].parts["codes"].spec
   assert "fsdp" in cut and "tensor" in cut
   tokens = support.tokens(vocab=64)

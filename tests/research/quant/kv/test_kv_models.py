@@ -12,7 +12,7 @@ import pytest
 
 from research import sharding, tree
 from research.generation import generate
-from research.nn.cache import LayerCache, Slots, write
+from research.nn.cache import LayerCache, SlotCache, write
 from research.nn.transformer import init_cache
 from research.quant.kv.kv_memory import memory, nbytes
 from research.quant.kv.kv_quantizer import KVQuantizer, parse
@@ -25,7 +25,7 @@ TIME = 26
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AtOnce(Slots):
+class AtOnce(SlotCache):
   """All keys and values as they came, packed and unpacked when looked at."""
 
   k: Any
@@ -177,7 +177,7 @@ def test_key_heads_over_devices_are_one_devices():
   want = run(params, tokens)
   plan = sharding.Layout(data=2, tensor=2, fsdp=2)
   mesh = plan.mesh()
-  place = plan.shardings(params, mesh, sharding.counts(model))
+  place = plan.shardings(params, mesh, sharding.head_counts(model))
   with jax.set_mesh(mesh):
     got = run(
       jax.device_put(params, place),

@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, refusals that say why, and what is kept."""
+"""Checkpoints: round trips, errors, and retention."""
 
 import dataclasses
 import json
@@ -123,7 +123,7 @@ def test_latest_and_best_are_kept(tmp_path, better, best, kept):
 
 
 def test_every_so_many_are_kept_for_good(tmp_path):
-  """Also those of before this process began."""
+  """Also checkpoints of earlier processes."""
   made = state.create({"a": jnp.ones(3)}, "a", optim.adamw(1e-3))
   for steps in (range(1, 6), range(6, 12)):
     with Checkpoints(tmp_path, keep=1, every=4) as checkpoints:
@@ -166,10 +166,10 @@ def test_another_base_is_refused(start, tmp_path):
   other = jax.tree.map(lambda x: x + 1, start.frozen)
   with pytest.raises(UserError, match="came from {'name': 'one'}"):
     frozen_base.record_base(tmp_path, other, {"name": "two"})
-  with pytest.raises(UserError, match="no frozen weights here"):
+  with pytest.raises(UserError, match="found no frozen weights"):
     frozen_base.load_frozen(tmp_path, start.frozen)
   (tmp_path / "base.json").write_text("[]")
-  with pytest.raises(UserError, match="not a note on base weights"):
+  with pytest.raises(UserError, match="not a record of base weights"):
     frozen_base.record_base(tmp_path, start.frozen, None)
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: seen, said, moved aside, and the one before is used."""
+"""Damaged checkpoints: detected, reported, moved aside, and skipped."""
 
 import dataclasses
 import json
@@ -108,7 +108,7 @@ def flip(path):
 
 
 def restored(folder):
-  """Returns (step, next place in the data) after checking the state."""
+  """Returns (step, next data position) after checking the state."""
   data = batches()
   with Checkpoints(folder, sweep=True) as checkpoints:
     found, step = checkpoints.restore_latest(at(0), data)
@@ -145,7 +145,7 @@ def test_any_damaged_file_is_seen(saved, tmp_path, capsys, damage, name):
 @pytest.mark.parametrize("damage", [remove, truncate, flip])
 @pytest.mark.cover(1)
 def test_without_the_list_nothing_wrong_is_used(saved, tmp_path, damage, name):
-  """As after a crash just before the list is written: sums must do."""
+  """As after a crash before the list is written: checksums must suffice."""
   folder = tmp_path / "checkpoints"
   shutil.copytree(saved, folder)
   (path,) = (folder / "4").glob(name)
@@ -196,7 +196,7 @@ def test_only_damaged_ones_are_no_fresh_start(saved, tmp_path):
   for _ in range(2):  # they are aside the second time
     with (
       Checkpoints(folder, sweep=True) as checkpoints,
-      pytest.raises(UserError, match="none of its 2 checkpoints is whole"),
+      pytest.raises(UserError, match="all of its 2 checkpoints are damaged"),
     ):
       checkpoints.restore_latest(at(0))
   with Checkpoints(tmp_path / "none") as checkpoints:
@@ -236,7 +236,7 @@ def test_who_only_reads_moves_nothing(saved, tmp_path, capsys):
 
 
 def test_checkpoints_of_before_there_were_sums(saved, tmp_path, capsys):
-  """As the first version wrote them: Grain's own file, nothing to compare."""
+  """As the first version wrote them: Grain's own file, no checksums."""
   folder = tmp_path / "checkpoints"
   shutil.copytree(saved, folder)
   step = folder / "4"
@@ -247,11 +247,11 @@ def test_checkpoints_of_before_there_were_sums(saved, tmp_path, capsys):
   (step / "_CHECKPOINT_METADATA").write_text(json.dumps(note))
   assert restored(folder) == (4, 3)
   said = capsys.readouterr().err
-  assert said == f"warning: {step}: has no checksums, so none were compared\n"
+  assert said == f"warning: {step}: has no checksums, so it was not verified\n"
 
 
 def test_a_machine_without_memory_is_no_damage(saved, monkeypatch):
-  """What is not the checkpoint's fault must not move it aside."""
+  """Errors unrelated to the checkpoint must not move it aside."""
 
   def fail(*_):
     raise MemoryError

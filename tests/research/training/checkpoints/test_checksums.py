@@ -1,4 +1,4 @@
-"""Checksums: every flipped bit is seen, no sharding is."""
+"""Checksums detect every flipped bit and do not depend on sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ TYPES = (
 
 
 def plain(x):
-  """The sum as the docstring has it, in Python's own integers."""
+  """The checksum as in the docstring, in Python integers."""
   x = np.asarray(x)
   size = min(x.dtype.itemsize, 4)
   words = np.frombuffer(x.tobytes(), f"<u{size}")
@@ -92,7 +92,9 @@ def test_no_sharding_changes_a_sum(spec):
     x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
   )
   assert checksums.sums({"x": sharded}) == {"x": plain(x)}
-  text = checksums._summed.lower(sharded, checksums.everywhere([sharded]))
+  text = checksums._summed.lower(
+    sharded, checksums.replicated_sharding([sharded])
+  )
   # One number is reduced; no weight is gathered for it.
   assert "all-gather" not in text.compile().as_text()
 
@@ -100,7 +102,7 @@ def test_no_sharding_changes_a_sum(spec):
 def test_files_are_listed_and_compared(tmp_path):
   (tmp_path / "a").mkdir()
   (tmp_path / "a" / "small").write_bytes(b"123")
-  (tmp_path / "large").write_bytes(bytes(checksums.SMALL + 1))
+  (tmp_path / "large").write_bytes(bytes(checksums.MAX_CRC_BYTES + 1))
   assert checksums.damaged_file(tmp_path) is None  # no list, nothing to say
   checksums.write_list(tmp_path)
   assert checksums.damaged_file(tmp_path) is None
@@ -109,11 +111,13 @@ def test_files_are_listed_and_compared(tmp_path):
     "a/small: has other content than what was saved"
   )
   (tmp_path / "a" / "small").write_bytes(b"123")
-  (tmp_path / "large").write_bytes(bytes(checksums.SMALL))
+  (tmp_path / "large").write_bytes(bytes(checksums.MAX_CRC_BYTES))
   assert checksums.damaged_file(tmp_path) == (
-    f"large: has {checksums.SMALL} bytes, not {checksums.SMALL + 1}"
+    f"large: has {checksums.MAX_CRC_BYTES} bytes,"
+    f" not {checksums.MAX_CRC_BYTES + 1}"
   )
   (tmp_path / "large").unlink()
   assert checksums.damaged_file(tmp_path) == "large: is missing"
-  (tmp_path / checksums.LIST).write_text("[]")
-  assert checksums.damaged_file(tmp_path) == "files.json: is no list of files"
+  (tmp_path / checksums.FILE_LIST).write_text("[]")
+  found = checksums.damaged_file(tmp_path)
+  assert found == "files.json: is not a list of files"

@@ -1,4 +1,4 @@
-"""A run that stops after every step and goes on is bitwise the whole run."""
+"""A run that resumes after every step is bitwise the uninterrupted run."""
 
 import json
 

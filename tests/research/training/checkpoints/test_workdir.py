@@ -1,4 +1,4 @@
-"""Workdirs: whose they are, and which versions made them."""
+"""Workdirs: experiment ownership and recorded versions."""
 
 import json
 import resource
@@ -44,12 +44,12 @@ def test_other_versions_are_warned_of_and_added(tmp_path, capsys):
 def test_an_unreadable_record_stops_nothing(tmp_path, capsys, text):
   (tmp_path / "versions.json").write_text(text)
   claim_workdir(tmp_path, CONFIG)
-  assert "cannot be read; it is written anew" in capsys.readouterr().err
+  assert "cannot be read; it will be rewritten" in capsys.readouterr().err
   assert len(json.loads((tmp_path / "versions.json").read_text())) == 1
 
 
 def test_the_code_is_known_by_its_content(tmp_path, monkeypatch):
-  """Any changed, added or renamed source is another version."""
+  """Any changed, added or renamed source file changes the version."""
   package = tmp_path / "research" / "training" / "checkpoints"
   package.mkdir(parents=True)
   (package / "versions.py").write_text("a = 1\n")

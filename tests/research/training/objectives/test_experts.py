@@ -1,4 +1,4 @@
-"""Balance losses inside an objective, and biases that move after a step."""
+"""Balance losses in objectives, and bias updates after a step."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def test_a_step_moves_each_bias_by_the_rate():
 
 
 def test_training_balances_the_load():
-  """Experts that start out unevenly used: by the loss, and by the bias."""
+  """For unbalanced experts, by the loss and by the bias."""
   skewed = tree.map_paths(
     lambda p, x: x.at[:, :2].add(0.8) if p == BIAS else x, params()
   )
@@ -142,10 +142,10 @@ def test_violation_is_what_the_metric_says():
     {"params": params()},
     batch()["tokens"],
     batch()["positions"],
-    method="routed",
+    method="with_router_loads",
   )
-  (load,) = routing.loads(hidden[2])
+  (load,) = routing.find_loads(hidden[2])
   _, weight, sums = evaluated(BALANCED, params(), batch())
   np.testing.assert_allclose(
-    sums["violation"] / weight, routing.violation(load).mean(), rtol=1e-5
+    sums["violation"] / weight, routing.max_violation(load).mean(), rtol=1e-5
   )

@@ -132,7 +132,7 @@ def test_a_packed_head_stays_packed():
 
 
 def _dots(jaxpr) -> int:
-  """How many matmuls stand in `jaxpr`, its scans' bodies included."""
+  """Returns the number of matmuls in `jaxpr`, including scan bodies."""
   inner = [
     _dots(getattr(v, "jaxpr", v))
     for e in jaxpr.eqns

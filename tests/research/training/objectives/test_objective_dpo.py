@@ -24,7 +24,7 @@ B, T, V = 3, 12, 67
 
 
 class Answers:
-  """Random pairs behind equal prompts of 3 tokens; lengths all differ."""
+  """Random pairs after equal prompts of 3 tokens; all lengths differ."""
 
   def pairs(self, tokenizer):
     rng = np.random.default_rng(0)
@@ -188,7 +188,7 @@ def test_dpo_trains(model, params, batch):
 
 
 def test_chat_sft_is_next_token_over_masked_rows(model, params, forward, rows):
-  """What is not learned counts neither in the loss nor in the weight."""
+  """Masked tokens count neither in the loss nor in the weight."""
   loss, weight, _ = jax.jit(NextToken(model, rows=8))(params, rows, None)
   total, count = 0.0, 0
   for row in range(len(rows["tokens"])):
@@ -331,7 +331,7 @@ def test_values_that_make_no_sense(make, words):
 
 
 def test_positions_cut_no_corner(model, params, rows):
-  """log_probs is token_losses of full logits, for any chunk size."""
+  """log_probs equals token_losses of full logits, for any chunk size."""
   hidden, _ = jax.jit(lambda p: model.apply({"params": p}, rows["tokens"]))(
     params
   )

@@ -1,4 +1,4 @@
-"""Goodput: every second is in one bucket, and lost ones are found again."""
+"""Goodput: every second is in one bucket, also across restarts."""
 
 import time
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from research.training.reports import goodput, metrics
-from research.training.reports.goodput import BUCKETS, Goodput, Normal
+from research.training.reports.goodput import BUCKETS, Goodput, SlowStepDetector
 from research.typing import UserError
 
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that only moves when told to."""
+  """A clock that advances only explicitly."""
   now = [1000.0]
   monkeypatch.setattr(time, "perf_counter", lambda: now[0])
   monkeypatch.setattr(time, "time", lambda: now[0])
@@ -106,10 +106,10 @@ def test_a_damaged_checkpoint_takes_back_what_was_counted(clock, tmp_path):
 
 
 def test_a_kill_between_a_save_and_its_totals():
-  """Steps that are in the checkpoint count, though no total has them yet."""
+  """Steps in the checkpoint count even if no total includes them yet."""
   records = [{"step": 0, "goodput/step": 0.0, "goodput/init": 7.0}]
   records += [{"step": s, "train/seconds": 1.0} for s in (1, 2, 3)]
-  total = goodput.earlier(records, 2)
+  total = goodput.earlier_totals(records, 2)
   assert total["goodput/step"] == 2 and total["goodput/lost"] == 1
   assert total["goodput/init"] == 7
 
@@ -120,7 +120,7 @@ def test_runs_from_before_goodput_count_their_steps():
     {"step": 1, "train/seconds": 3.0, "train/loss": None},
     {"step": 2, "train/seconds": 4.0, "train/slow_step": 1},
   ]
-  total = goodput.earlier(records, 1)
+  total = goodput.earlier_totals(records, 1)
   assert total["goodput/step"] == 3 and total["goodput/lost"] == 4
   assert total["goodput/slow_steps"] == 1 and total["goodput/lives"] == 1
 
@@ -139,7 +139,7 @@ def test_slow_steps_are_those_beyond_three_deviations():
   rng = np.random.default_rng(0)
   series = rng.gamma(20.0, 0.05, 300)
   series[::37] *= 3
-  normal, window = Normal(window=25), 25
+  normal, window = SlowStepDetector(window=25), 25
   for i, seconds in enumerate(series):
     before = series[max(0, i - window) : i]
     slow = False
@@ -147,7 +147,7 @@ def test_slow_steps_are_those_beyond_three_deviations():
       middle = np.median(before)
       mad = np.median(np.abs(before - middle))
       slow = seconds > middle + 3 * mad
-    assert normal.exceeded(float(seconds)) == slow, i
+    assert normal.is_slow(float(seconds)) == slow, i
 
 
 def test_slow_steps_are_flagged_and_counted():

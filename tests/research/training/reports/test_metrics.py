@@ -1,4 +1,4 @@
-"""Writers: what is on disk after a crash and a resumption."""
+"""Metric writers: file contents after a crash and a resumption."""
 
 import json
 import resource

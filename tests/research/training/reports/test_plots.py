@@ -1,4 +1,4 @@
-"""Pictures: the file is a PNG, and what it is drawn from is the run."""
+"""Plots: the file is a PNG, and its data are the run's."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_loss_curve(tmp_path):
 
 
 def test_an_empty_step_is_not_drawn(tmp_path, monkeypatch):
-  """A step without a target has the loss 0, which is nobody's loss."""
+  """A step without targets has loss 0, which is not a measurement."""
   rows = [
     {"step": 1, "train/loss": 4.0, "train/weight": 9.0},
     {"step": 2, "train/loss": 0.0, "train/weight": 0.0},

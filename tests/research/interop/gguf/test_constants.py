@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from research.interop.gguf import gguf, gguf_recipe, gguf_types
+from research.interop.gguf import container, recipe, tensor_types
 from research.text import gguf_vocab
 
 ROOT = pathlib.Path(__file__).parents[4]
@@ -20,19 +20,21 @@ TABLE = json.loads((ROOT / "tests/golden/gguf_names.json").read_text("utf-8"))
 
 
 def test_types_have_its_numbers_and_sizes():
-  found = {t.name: [t.id, t.block, t.nbytes] for t in gguf_types.TYPES.values()}
+  found = {
+    t.name: [t.id, t.block, t.nbytes] for t in tensor_types.TYPES.values()
+  }
   want = {name: TABLE["types"][name] for name in found}
   # There it still has two float32; ggml-common.h: sizeof(block_q8_1) ==
   # 2 * sizeof(ggml_half) + QK8_1.
   assert want.pop("Q8_1") == [9, 32, 40] and found.pop("Q8_1") == [9, 32, 36]
   assert found == want
-  assert set(TABLE["types"]) - set(gguf_types.TYPES) == {"Q1_0"}
+  assert set(TABLE["types"]) - set(tensor_types.TYPES) == {"Q1_0"}
 
 
 def test_types_of_metadata_have_its_numbers():
   words = {"u": "UINT", "i": "INT", "f": "FLOAT", "b": "BOOL"}
-  found = {"STRING": gguf._STRING, "ARRAY": gguf._ARRAY}
-  for number, dtype in gguf._SCALARS.items():
+  found = {"STRING": container._STRING, "ARRAY": container._ARRAY}
+  for number, dtype in container._SCALARS.items():
     of = np.dtype(dtype)
     bits = "" if of.kind == "b" else 8 * of.itemsize
     found[f"{words[of.kind]}{bits}"] = number
@@ -42,7 +44,7 @@ def test_types_of_metadata_have_its_numbers():
 def test_kinds_of_files_have_its_numbers():
   renamed = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
   renamed |= {f"Q{n}_K": f"MOSTLY_Q{n}_K_S" for n in (3, 4, 5)}
-  for name, number in gguf_recipe.FILE_TYPES.items():
+  for name, number in recipe.FILE_TYPES.items():
     theirs = renamed.get(name, f"MOSTLY_{name}")
     assert number == TABLE["files"][theirs], name
 
