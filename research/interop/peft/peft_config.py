@@ -156,7 +156,7 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
   understood = {
     *(_UNDERSTOOD | _HARMLESS),
     *kind().peft_fields({}),
-    *kind.PEFT_HARMLESS,
+    *kind.PEFT_IGNORED,
     *kind.PEFT_PATTERNS.values(),
   }
   for name in sorted(set(fields.values) - understood):
@@ -218,7 +218,9 @@ def read_methods(
   for path, module in chosen.items():
     r = match.by_pattern(module, ranks, usual.rank, names.get("rank", ""))
     a = match.by_pattern(module, alphas, usual.alpha, names.get("alpha", ""))
-    own = usual.at(module, named).among(module, list(chosen.values()))
+    own = usual.for_matrix(module, named).for_module(
+      module, list(chosen.values())
+    )
     out[path] = dataclasses.replace(own, rank=r, alpha=a)
   if not out and not whole and not fields.get("target_parameters"):
     raise fields.wrong("target_modules", "names of modules of the base model")
@@ -320,7 +322,9 @@ def _more_fields(
 def _alike(method: Method, rank: int, alpha: float) -> Method:
   """Returns the method without what differs from module to module."""
   usual = dict(rank=rank, alpha=alpha)
-  varies = {f: usual.get(f, getattr(type(method)(), f)) for f in method.VARIES}
+  varies = {
+    f: usual.get(f, getattr(type(method)(), f)) for f in method.PER_MODULE
+  }
   return dataclasses.replace(method, **varies)
 
 

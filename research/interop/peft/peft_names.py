@@ -11,7 +11,7 @@ from research.interop import hf
 from research.interop.peft import peft_whole
 from research.interop.peft.peft_naming import EMBEDDINGS, USUAL, Naming
 from research.lora import wrap
-from research.lora.method import Method, Place
+from research.lora.method import MatrixSpec, Method
 from research.lora.methods import tokens
 from research.lora.methods.lora import KEYS
 from research.nn.transformer import Transformer
@@ -22,7 +22,7 @@ def named(
   module: str, method: Method, arrays: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
   """Returns a module's tensors by their names in the file."""
-  place = Place(*size, embedding=module in EMBEDDINGS)
+  place = MatrixSpec(*size, embedding=module in EMBEDDINGS)
   return {
     key(module, name, method): x
     for name, x in method.to_peft(arrays, place).items()
@@ -43,18 +43,18 @@ def shapes_of(
 
   Of the types only the kind matters: a float, or a whole number.
   """
-  arrays = _started(method, Place(*size, embedding=module in EMBEDDINGS))
+  arrays = _started(method, MatrixSpec(*size, embedding=module in EMBEDDINGS))
   return jax.eval_shape(lambda x: named(module, method, x, size), dict(arrays))
 
 
 # Modules of one size are many, and each start would be traced.
 @functools.lru_cache(maxsize=256)
 def _started(
-  method: Method, place: Place
+  method: Method, place: MatrixSpec
 ) -> Mapping[str, jax.ShapeDtypeStruct]:
   def fresh():
     w = jnp.zeros((place.size_in, place.size_out))
-    trained, fixed = method.start(jax.random.key(0), place, w)
+    trained, fixed = method.init_arrays(jax.random.key(0), place, w)
     return trained | fixed
 
   return jax.eval_shape(fresh)
@@ -82,7 +82,7 @@ def tied_rows(naming: Naming = USUAL) -> list[tuple[str, str]]:
       f"{peft_whole.PREFIX}{module}.{within}{tokens.KEY}"
       for module in (naming.head, naming.embedding)
     )
-    for within in ("", tokens.WITHIN)
+    for within in ("", tokens.NESTED_PREFIX)
   ]
 
 

@@ -51,7 +51,7 @@ def methods(
         name, f"none of {module}, which target_modules or modules_to_save name"
       )
   return {
-    address: Tokens(ids=ids, beside=True).at(sides[address], {})
+    address: Tokens(ids=ids, beside=True).for_matrix(sides[address], {})
     for address, ids in out.items()
   }
 

@@ -18,7 +18,7 @@ from research.interop import hf, names
 from research.interop.peft import match
 from research.interop.peft.peft_naming import USUAL, Naming
 from research.lora import wrap
-from research.lora.methods.tokens import WITHIN
+from research.lora.methods.tokens import NESTED_PREFIX
 from research.nn.transformer import Transformer
 from research.typing import Params
 
@@ -142,7 +142,7 @@ def embeddings(
   out = {}
   for module in (naming.embedding, naming.head):
     middle = ".base_layer." if module in {*adapted, *rows} else "."
-    middle = f".{WITHIN}base_layer." if module in rows else middle
+    middle = f".{NESTED_PREFIX}base_layer." if module in rows else middle
     key = f"{PREFIX}{module}{middle}weight"
     first = module == naming.embedding
     address = "embed" if first or tied else "head"

@@ -26,7 +26,7 @@ def read(
 
   Raises:
     UserError: it is damaged or does not fit, brings weights whole, or is no
-      plain LoRA (`row_factors.of`).
+      plain LoRA (`row_factors.extract`).
   """
   adapted = gguf_adapter.load_any(place, params, model)
   saved = () if gguf_adapter.is_file(place) else _saved(place)
@@ -42,7 +42,7 @@ def read(
       "share; use it alone"
     )
   try:
-    return row_factors.of(adapted, rank)
+    return row_factors.extract(adapted, rank)
   except UserError as error:
     raise UserError(f"{place}: {error}") from error
 

@@ -172,7 +172,7 @@ def _from_int(given: _Tensors) -> QTensor:
     bits=scheme.bits,
     symmetric=scheme.symmetric,
     scale_dtype=str(scale.dtype),
-  ).fitted(inputs, outputs)
+  ).for_shape(inputs, outputs)
   order = None
   if scheme.act_order:
     order, stored = _order(given, inputs, block)
@@ -182,7 +182,7 @@ def _from_int(given: _Tensors) -> QTensor:
     return turned(np.broadcast_to(x, (outputs, inputs // block)))
 
   zero = None if scheme.symmetric else grouped(_zero(given, shape, outputs))
-  parts = format.kept(_blocks(codes, block), grouped(scale), zero)
+  parts = format.pack_parts(_blocks(codes, block), grouped(scale), zero)
   return _made(parts, format, inputs, outputs, order=order)
 
 

@@ -123,7 +123,7 @@ def to_tensors(
 
 def _int_tensors(w: QTensor, scheme: Scheme) -> dict[str, np.ndarray]:
   format, half = w.format, 1 << (w.format.bits - 1)
-  plain = format.plain(w.parts)
+  plain = format.normal_form(w.parts)
   codes = np.asarray(plain.codes)
   out: dict[str, Any] = {}
   if w.order is not None:

@@ -136,7 +136,7 @@ def test_as_plain_lora_it_is_brought_whole(tmp_path):
 
 def test_rows_of_a_batch_cannot_have_one():
   with pytest.raises(UserError, match="q_bias: IA3 scales this bias"):
-    row_factors.of(adapted(), 4)
+    row_factors.extract(adapted(), 4)
 
 
 def scaled(w, b):

@@ -14,7 +14,7 @@ from research.nn.presets import Sparse
 from research.quant import activation_cache
 from research.quant.activations import InputTensor, Round
 from research.quant.algorithms import calibrate, error_propagation
-from research.quant.algorithms.calibrate import Inputs
+from research.quant.algorithms.calibrate import LayerInputs
 from research.taps.statistics import Covariance, Gradient, Magnitudes
 from research.typing import UserError
 from tests import support
@@ -31,9 +31,9 @@ def problem(family="llama", **changes):
   model = support.model(family, **changes)
   params = support.params(model)
   other = support.params(model, seed=1)
-  x = calibrate.embedded(model, params, support.tokens(5, 7))
+  x = calibrate.embed(model, params, support.tokens(5, 7))
   old, new = next(tree.layers(params)), next(tree.layers(other))
-  return old, new, Inputs(model.layer_kinds()[0], x, 3)
+  return old, new, LayerInputs(model.layer_kinds()[0], x, 3)
 
 
 def fresh(inputs):
@@ -67,10 +67,10 @@ def sequential(inputs, old, new, stages, remember):
   out, layer, inputs = [], old, fresh(inputs)
   for paths in stages:
     given = inputs if remember else fresh(inputs)
-    out.append(given.seen(layer, paths, Covariance()))
+    out.append(given.measure(layer, paths, Covariance()))
     layer = swapped(layer, new, paths)
   given = inputs if remember else fresh(inputs)
-  return [*out, given.outputs(layer)], activation_cache.valid(
+  return [*out, given.outputs(layer)], activation_cache.still_valid(
     inputs.memory, layer
   )
 
@@ -120,22 +120,22 @@ def test_stages_see_what_they_would_if_all_were_computed(
 def test_what_something_new_leads_to_is_computed(changed, kept):
   old, new, inputs = problem()
   inputs = fresh(inputs)
-  inputs.seen(old, ["attention/o", "mlp/down"], Covariance())
+  inputs.measure(old, ["attention/o", "mlp/down"], Covariance())
   layer = swapped(old, new, [changed])
-  assert list(activation_cache.valid(inputs.memory, layer)) == kept
+  assert list(activation_cache.still_valid(inputs.memory, layer)) == kept
   close(inputs.outputs(layer), fresh(inputs).outputs(layer))
 
 
 def test_a_second_statistic_is_of_the_same_inputs():
   layer, _, inputs = problem()
   paths = ["attention/o", "mlp/down"]
-  want = fresh(inputs).seen(layer, paths, Magnitudes())
+  want = fresh(inputs).measure(layer, paths, Magnitudes())
   known = fresh(inputs)
-  known.seen(layer, paths, Covariance())
+  known.measure(layer, paths, Covariance())
   # What leads there is none of the program's business any more.
   for held in known.memory.values():
     held.rows[:] = [2 * x for x in held.rows]
-  found = known.seen(layer, paths, Magnitudes())
+  found = known.measure(layer, paths, Magnitudes())
   for path in paths:
     close(found[path]["sizes"], 2 * want[path]["sizes"])
     close(found[path]["n"], want[path]["n"])
@@ -144,19 +144,19 @@ def test_a_second_statistic_is_of_the_same_inputs():
 def test_two_products_are_all_that_outputs_take():
   layer, _, inputs = problem()
   inputs = fresh(inputs)
-  inputs.seen(layer, ["attention/o", "mlp/down"], Covariance())
+  inputs.measure(layer, ["attention/o", "mlp/down"], Covariance())
   x = inputs.batches()[0]
 
   def flops(layer):
     lowered = calibrate.outputs.lower(inputs.block, layer, x)
     return lowered.compile().cost_analysis()["flops"]
 
-  held = activation_cache.valid(inputs.memory, layer)
+  held = activation_cache.still_valid(inputs.memory, layer)
   two = [layer["attention"]["o"], layer["mlp"]["down"]]
   products = 2 * x.shape[0] * x.shape[1] * sum(w.size for w in two)
   assert (
     products
-    <= flops(activation_cache.replayed(layer, held, 0))
+    <= flops(activation_cache.with_cached_inputs(layer, held, 0))
     < 1.1 * products
   )
   assert flops(layer) > 3 * products
@@ -189,25 +189,30 @@ def test_other_rounding_of_inputs_is_seen():
     swapped(layer, rounding(layer, jnp.float32(scale)), ["attention/o"])
     for scale in (0.5, 0.01)
   )
-  inputs.seen(coarse, ["attention/o"], Covariance())
-  assert list(activation_cache.valid(inputs.memory, coarse)) == ["attention/o"]
-  assert not activation_cache.valid(inputs.memory, fine)
+  inputs.measure(coarse, ["attention/o"], Covariance())
+  assert list(activation_cache.still_valid(inputs.memory, coarse)) == [
+    "attention/o"
+  ]
+  assert not activation_cache.still_valid(inputs.memory, fine)
 
 
 def test_pairs_of_layers_are_replayed_together():
   old, new, inputs = problem()
   x = jnp.concatenate([inputs.x, inputs.x + 0.1])
-  inputs = Inputs(inputs.block, x, len(x))
+  inputs = LayerInputs(inputs.block, x, len(x))
   norms = [p for p, _ in tree.flatten_paths(old) if "norm" in p]
   new, changed = swapped(new, old, norms), old
   known, found = fresh(inputs), []
   for paths in STAGES:
-    pair = error_propagation.paired(old, changed)
-    found.append(known.seen(pair, paths, error_propagation.Drift()))
-    close(found[-1], fresh(inputs).seen(pair, paths, error_propagation.Drift()))
+    pair = error_propagation.pair_weights(old, changed)
+    found.append(known.measure(pair, paths, error_propagation.DriftStatistic()))
+    close(
+      found[-1],
+      fresh(inputs).measure(pair, paths, error_propagation.DriftStatistic()),
+    )
     changed = swapped(changed, new, paths)
-  pair = error_propagation.paired(old, changed)
-  assert list(activation_cache.valid(known.memory, pair)) == [
+  pair = error_propagation.pair_weights(old, changed)
+  assert list(activation_cache.still_valid(known.memory, pair)) == [
     "attention/o",
     "mlp/down",
   ]
@@ -215,7 +220,9 @@ def test_pairs_of_layers_are_replayed_together():
 
 
 def test_experts_are_not_replayed():
-  w = activation_cache.Replayed(jnp.ones((2, 3, 4)), jnp.ones((1, 5, 3)))
+  w = activation_cache.CachedInputTensor(
+    jnp.ones((2, 3, 4)), jnp.ones((1, 5, 3))
+  )
   with pytest.raises(UserError, match="expected a matrix"):
     weights.ragged_dot(jnp.ones((5, 3)), w, jnp.asarray([2, 3]))
 
@@ -224,10 +231,10 @@ def test_gradients_are_those_of_the_whole_layer():
   old, _, inputs = problem()
   inputs = fresh(inputs)
   for path in ("attention/o", "mlp/down"):
-    inputs.seen(old, [path], Covariance())
+    inputs.measure(old, [path], Covariance())
   for path in ("attention/o", "attention/q", "mlp/up"):
-    ours = inputs.seen(old, [path], Gradient())[path]["g"]
-    theirs = fresh(inputs).seen(old, [path], Gradient())[path]["g"]
+    ours = inputs.measure(old, [path], Gradient())[path]["g"]
+    theirs = fresh(inputs).measure(old, [path], Gradient())[path]["g"]
     assert np.any(theirs)
     np.testing.assert_array_equal(ours, theirs)
 
@@ -235,9 +242,9 @@ def test_gradients_are_those_of_the_whole_layer():
 def test_a_router_is_seen_beside_what_is_kept():
   old, _, inputs = problem("mixtral", sparse=SPARSE)
   paths = ["attention/o", "mlp/router"]
-  ours = fresh(inputs).seen(old, paths, Covariance())
+  ours = fresh(inputs).measure(old, paths, Covariance())
   for path in paths:
-    (theirs,) = fresh(inputs).seen(old, [path], Covariance()).values()
+    (theirs,) = fresh(inputs).measure(old, [path], Covariance()).values()
     np.testing.assert_allclose(
       ours[path]["xx"], theirs["xx"], rtol=10 * EPS, atol=10 * EPS
     )
@@ -246,5 +253,5 @@ def test_a_router_is_seen_beside_what_is_kept():
 def test_other_inputs_remember_nothing():
   old, _, inputs = problem()
   inputs = fresh(inputs)
-  inputs.seen(old, ["attention/o"], Covariance())
+  inputs.measure(old, ["attention/o"], Covariance())
   assert inputs.memory and not dataclasses.replace(inputs, batch=2).memory

@@ -129,9 +129,9 @@ def test_scales_of_a_calibration_are_the_largest_inputs():
   made = dataclasses.replace(made, tokenizer=Words(tokens.ravel().tolist()))
   fixed = made(params)
   windows = jnp.asarray(made.calibration.read(made.tokenizer).tokens)
-  x, _ = input_errors.inputs(model, params, windows, ("layers/1/mlp/down",))[
-    "layers/1/mlp/down"
-  ]
+  x, _ = input_errors.collect_inputs(
+    model, params, windows, ("layers/1/mlp/down",)
+  )["layers/1/mlp/down"]
   leaf = fixed["run0"]["layer0"]["mlp"]["down"]
   assert leaf.scale.shape == (2,)
   np.testing.assert_allclose(leaf.scale[1] * 127, jnp.abs(x).max(), rtol=1e-5)

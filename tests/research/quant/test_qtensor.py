@@ -292,7 +292,7 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   unrolled = f(tree.unroll(got))
   chex.assert_trees_all_close(unrolled, want, atol=1e-5 * float(jnp.ptp(want)))
   some = Quantize(targets=("q", "mlp/up"))
-  assert len(some.chosen(params)) == 2
+  assert len(some.selected_paths(params)) == 2
   note = ours._describe(got)
   described = ours._abstract(json.loads(json.dumps(note)), "weights")
   assert jax.tree.structure(described) == jax.tree.structure(got)

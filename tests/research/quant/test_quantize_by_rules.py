@@ -55,7 +55,7 @@ CALIBRATION = Calibration(source=Text(), windows=6, length=16, batch=3)
 def run(model, params, *given, calibration=CALIBRATION, **options):
   how = Quantization(rules=given, calibration=calibration, **options)
   loaded = Loaded(model, params, Bytes(), {})
-  return how.of(loaded).run(params)
+  return how.with_model(loaded).run(params)
 
 
 @functools.cache
@@ -197,12 +197,12 @@ def test_any_grid_is_compensated(format, options):
     match="attention/o$", format=format, method=GPTQMethod(options=options)
   )
   packed, report = run(model, params, rule)
-  assert {row.format for row in report.rows} == {format.fitted(32, 32).name}
+  assert {row.format for row in report.rows} == {format.for_shape(32, 32).name}
   better = [row.output_error < row.nearest_error for row in report.rows]
   assert len(better) == 3 and np.mean(better) > 0.6
   first = next(tree.layers(packed))
   q = first["attention"]["o"]
-  scattered = format.local and options.order == "activations"
+  scattered = format.group_local and options.order == "activations"
   assert (q.order is not None) == scattered
   # What is stored decodes to what was measured.
   w = np.asarray(params["run0"]["layer0"]["attention"]["o"][0])
@@ -233,13 +233,15 @@ def test_experts_have_hessians_of_their_own():
     xx=jnp.einsum("eti,etj->eij", x, x), n=jnp.asarray([[96.0], [0.0], [96.0]])
   )
   how = dict(format=FORMAT, method=GPTQMethod())
-  (q,), (dense,), (found,) = methods.rounded((w,), seen, **how, compare=True)
+  (q,), (dense,), (found,) = methods.round_matrices(
+    (w,), seen, **how, compare=True
+  )
   assert q.shape == w.shape and found.dead.tolist() == [0, 32, 0]
   want = FORMAT.decode(FORMAT.encode(w[1]))
   np.testing.assert_array_equal(dense[1], want)
   assert (found.output_error < found.nearest_error)[np.array([0, 2])].all()
   one = {name: a[2] for name, a in seen.items()}
-  (alone,), _, _ = methods.rounded((w[2],), one, **how)
+  (alone,), _, _ = methods.round_matrices((w[2],), one, **how)
   np.testing.assert_allclose(dense[2], alone.dense(), atol=1e-5)
 
 
@@ -272,15 +274,19 @@ def test_few_tokens_are_said():
   assert any(
     "16 tokens for 32 inputs: damped by 1" in w for w in report.warnings()
   )
-  rows = report.plain()["matrices"]
+  rows = report.as_dict()["matrices"]
   assert rows[0]["damp"] == pytest.approx(1)
-  assert report.plain()["calibration"]["shape"] == [1, 16]
+  assert report.as_dict()["calibration"]["shape"] == [1, 16]
 
 
 @pytest.mark.parametrize(
   "given, options, says",
   [
-    ((Rule(match="z$", format=FORMAT),), {}, "rule 1, 'z\\$', decides nothing"),
+    (
+      (Rule(match="z$", format=FORMAT),),
+      {},
+      "rule 1, 'z\\$', applies to no matrix",
+    ),
     ((LAYERS, Rule(match="/q$", format=None)), {}, "rule 2"),
     ((Rule(match="q", format=Affine(block=64)),), {}, "layers/0/attention/q.*"),
     ((BY_GPTQ,), dict(calibration=None), "GPTQ: needs calibration"),
@@ -348,9 +354,9 @@ def test_matrices_side_by_side_are_as_one_by_one():
   x = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)
   seen = dict(xx=jnp.asarray(x.T @ x), n=jnp.full((1,), 96.0))
   how = dict(format=Codebook(block=32), method=GPTQMethod())
-  together, _, _ = methods.rounded(tuple(ws), seen, **how)
+  together, _, _ = methods.round_matrices(tuple(ws), seen, **how)
   for w, q in zip(ws, together, strict=True):
-    (alone,), _, _ = methods.rounded((w,), seen, **how)
+    (alone,), _, _ = methods.round_matrices((w,), seen, **how)
     np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
 
 

@@ -142,7 +142,9 @@ def test_groups_of_scattered_inputs():
   index = np.random.default_rng(0).permutation(np.arange(inputs) // 32)
   given["weight_g_idx"] = index.astype(np.int32)
   w = reader.from_tensors(given, told)
-  plain = reader.from_tensors(tensors("int4_asym"), scheme("int4_asym")).plain()
+  plain = reader.from_tensors(
+    tensors("int4_asym"), scheme("int4_asym")
+  ).normal_form()
   codes = np.asarray(plain.codes, np.float32)
   want = (codes - np.asarray(plain.zero)[index]) * np.asarray(plain.scale)[
     index

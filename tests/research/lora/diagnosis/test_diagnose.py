@@ -96,7 +96,7 @@ def test_mitigation_weakens_intruders_alone():
   np.testing.assert_allclose(
     f.delta(), s[0] * np.outer(u[:, 0], v[0]), atol=1e-4
   )
-  again = lora_factors.wrapped(
+  again = lora_factors.wrap_factors(
     {"run0": {"layer0": {"x": jnp.asarray(w[None])}}}, found
   )
   assert (

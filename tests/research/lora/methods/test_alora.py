@@ -13,7 +13,7 @@ from research.generation import generate
 from research.generation.sampling import GREEDY
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.methods.alora import ALoRA, after_last
+from research.lora.methods.alora import ALoRA, from_last_match
 from research.lora.methods.lora import LoRA
 from research.training.objectives import objective
 from research.typing import UserError
@@ -81,7 +81,7 @@ def ways():
   ],
 )
 def test_acts_from_the_last_occurrence(row, wanted, start):
-  got = after_last(jnp.array([row]), wanted)[0]
+  got = from_last_match(jnp.array([row]), wanted)[0]
   want = [start is not None and i >= start for i in range(len(row))]
   assert got.tolist() == want
 
@@ -89,11 +89,11 @@ def test_acts_from_the_last_occurrence(row, wanted, start):
 def test_each_document_of_a_packed_row_is_called_alone():
   tokens = jnp.array([[5, 6, 1, 2, 5, 5, 6, 6, 5, 6]])
   segments = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2, -1, -1]])
-  got = after_last(tokens, (5, 6), segments)[0].astype(int).tolist()
+  got = from_last_match(tokens, (5, 6), segments)[0].astype(int).tolist()
   assert got == [1, 1, 1, 0, 0, 1, 1, 1, 0, 0]
   # An invocation that a border cuts is none.
   segments = jnp.array([[0, 1, 1, 1, 1, 1, 2, 2, 3, 4]])
-  assert not after_last(tokens, (5, 6), segments).any()
+  assert not from_last_match(tokens, (5, 6), segments).any()
 
 
 def test_before_its_call_the_base_and_uncalled_rows_whole():
@@ -213,7 +213,7 @@ def test_trains_only_where_it_is_called():
   "what, words",
   [
     (lambda t: t.einsum("btd,df->btf", jnp.ones((1, 2, 8))), "with_tokens"),
-    (lambda t: weights.dense(t), "no matrix to merge"),
+    (lambda t: weights.dense(t), "cannot be merged"),
     (
       lambda t: t.with_tokens(jnp.ones((1, 5), int), None).einsum(
         "td,df->tf", jnp.ones((3, 8))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.lora import LoRA
 from research.lora.methods.mora import MoRA
 from research.lora.methods.svd_init import LoRAGA
@@ -80,8 +80,8 @@ def test_lora_ga_starts_as_peft_starts_it():
     rslora=True,
     form="peft",
   )
-  place = Place(*w.T.shape)
-  p, p0 = method.start(
+  place = MatrixSpec(*w.T.shape)
+  p, p0 = method.init_arrays(
     jax.random.key(0), place, jnp.asarray(w.T), jnp.asarray(gradient.T)
   )
   # A singular vector's sign is anybody's choice.
@@ -95,7 +95,7 @@ def test_lora_ga_starts_as_peft_starts_it():
   )
   np.testing.assert_allclose(w.T - start, left.T, atol=2e-5)
   # The paper's form is another one.
-  other = LoRAGA(rank=3, gamma=16.0).start(
+  other = LoRAGA(rank=3, gamma=16.0).init_arrays(
     jax.random.key(0), place, jnp.asarray(w.T), jnp.asarray(gradient.T)
   )[0]
   assert np.abs(np.abs(other["b"]) - np.abs(b.T)).max() > 0.1
@@ -115,8 +115,8 @@ def test_lora_ga_starts_as_peft_starts_it():
 )
 def test_loras_starts_are_pefts(init, embedding, a, b):
   """Variances of lora.md section 2.2, within 5 standard errors at least."""
-  place = Place(512, 768, embedding=embedding)
-  p, _ = LoRA(rank=8, init=init).start(jax.random.key(0), place, None)
+  place = MatrixSpec(512, 768, embedding=embedding)
+  p, _ = LoRA(rank=8, init=init).init_arrays(jax.random.key(0), place, None)
   for name, want in (("a", a), ("b", b)):
     x = np.asarray(p[name], np.float64)
     assert abs(x.mean()) <= 5 * (want / x.size) ** 0.5
@@ -129,4 +129,6 @@ def test_loras_starts_are_pefts(init, embedding, a, b):
 
 def test_an_orthogonal_start_halves_the_rank():
   with pytest.raises(UserError, match="rank is 3, expected an even one"):
-    LoRA(rank=3, init="orthogonal").start(jax.random.key(0), Place(5, 4), None)
+    LoRA(rank=3, init="orthogonal").init_arrays(
+      jax.random.key(0), MatrixSpec(5, 4), None
+    )

@@ -28,7 +28,7 @@ def drawn(*shape, seed=0):
 def fresh(w, method):
   """Returns a new adapter around one matrix."""
   w = jax.tree.map(lambda x: x[None], w)
-  arrays = adapt.fresh(jax.random.key(0), ["layers/0/x"], method, w, {})
+  arrays = adapt.init_adapters(jax.random.key(0), ["layers/0/x"], method, w, {})
   return jax.tree.map(lambda x: x[0], AdaptedTensor(w, *arrays, method=method))
 
 

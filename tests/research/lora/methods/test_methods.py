@@ -43,7 +43,13 @@ from research.lora.methods.qalora import QALoRA
 from research.lora.methods.randlora import RandLoRA
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
 from research.lora.methods.shira import SHiRA
-from research.lora.methods.svd_init import CorDA, LoRAGA, OLoRA, PiSSA, Residual
+from research.lora.methods.svd_init import (
+  CorDA,
+  DecompositionInit,
+  LoRAGA,
+  OLoRA,
+  PiSSA,
+)
 from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA
@@ -176,7 +182,7 @@ def look(method, sizes):
 def fresh(method, w):
   paths = [f"layers/{i}/x" for i in range(w.shape[0])]
   seen = look(method, dict.fromkeys(paths, (IN, OUT)))
-  trained, fixed = adapt.fresh(KEY, paths, method, w, seen)
+  trained, fixed = adapt.init_adapters(KEY, paths, method, w, seen)
   return AdaptedTensor(w, trained, fixed, method=method)
 
 
@@ -226,7 +232,7 @@ def close(got, want, length=IN):
 
 def test_every_method_has_a_row():
   assert {type(m) for m in METHODS} == set(all_methods().values()) - {
-    Residual,
+    DecompositionInit,
     Rotation,
     ALoRA,  # no matrix: `test_alora` has its laws
   }
@@ -322,7 +328,7 @@ def held_constant(method, trained):
 @every
 @pytest.mark.sample(2, 1)
 def test_dropout_falls_on_the_adapter_alone(method):
-  if not method.DROPS:
+  if not method.SUPPORTS_DROPOUT:
     with pytest.raises(UserError, match="dropout"):
       dataclasses.replace(method, dropout=0.5)
     return
@@ -378,7 +384,7 @@ def test_in_a_model_scanned_or_not(method, targets):
   assert np.abs(got - before).max() > 1e-3
   size = float(np.abs(got).max())
   # A start that is subtracted again rounds numbers larger than the result.
-  atol = (1e-4 if isinstance(method, Residual) else 2e-5) * size
+  atol = (1e-4 if isinstance(method, DecompositionInit) else 2e-5) * size
   for other in (tree.unroll(noisy), wrap.merge(noisy)):
     after = logits(other, support.tokens())
     chex.assert_trees_all_close(after, got, atol=atol)

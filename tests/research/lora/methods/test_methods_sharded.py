@@ -9,7 +9,7 @@ import pytest
 
 from research import tree
 from research.lora import wrap
-from research.lora.methods.svd_init import Residual
+from research.lora.methods.svd_init import DecompositionInit
 from tests import support_mesh
 from tests.research.lora.methods import test_methods as methods
 
@@ -23,7 +23,11 @@ def _chosen():
   """
   found = {}
   for method in methods.METHODS:
-    kind = Residual if isinstance(method, Residual) else type(method)
+    kind = (
+      DecompositionInit
+      if isinstance(method, DecompositionInit)
+      else type(method)
+    )
     found.setdefault((kind, getattr(method, "side", None)), method)
   return {methods.label(m): m for m in found.values()}
 

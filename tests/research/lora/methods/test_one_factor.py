@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from research import weights
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.lora import LoRA
 from research.lora.methods.one_factor import LoRAFA
 from tests.research.lora.methods import test_methods as laws
@@ -35,8 +35,8 @@ def test_lora_fa_keeps_no_input_for_the_backward_pass():
     w = AdaptedTensor(
       jax.ShapeDtypeStruct((8, 256, 256), jnp.float32),
       *jax.eval_shape(
-        lambda: method.start(
-          jax.random.key(0), Place(256, 256), jnp.zeros((256, 256))
+        lambda: method.init_arrays(
+          jax.random.key(0), MatrixSpec(256, 256), jnp.zeros((256, 256))
         )
       ),
       method=method,

@@ -16,11 +16,11 @@ from research.lora import torch_rng
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods import eva
 from research.lora.methods.lora import LoRA
-from research.lora.methods.svd_init import OLoRA, PiSSA, Residual
+from research.lora.methods.svd_init import DecompositionInit, OLoRA, PiSSA
 from research.typing import UserError
 from tests.research.lora.methods import test_methods as laws
 
-RESIDUAL = [m for m in laws.METHODS if isinstance(m, Residual)]
+RESIDUAL = [m for m in laws.METHODS if isinstance(m, DecompositionInit)]
 
 
 @pytest.mark.parametrize("method", RESIDUAL, ids=laws.label)
@@ -69,7 +69,7 @@ def test_eva_gives_ranks_to_the_directions_that_explain_most():
 )
 def test_places_are_torchs(seed, total, first):
   """Vectors of `torch.randperm` with a seeded generator, torch 2.x on CPU."""
-  assert torch_rng.drawn_places(seed, total, len(first)).tolist() == first
+  assert torch_rng.randperm_prefix(seed, total, len(first)).tolist() == first
 
 
 @functools.cache
@@ -97,10 +97,10 @@ def test_torchs_other_algorithm(monkeypatch):
 def test_places_of_a_large_matrix_are_torchs(total):
   """A down_proj of Llama 3 70B, say, has 234,881,024 entries."""
   for seed, want in permutations()["randperm"][str(total)].items():
-    got = torch_rng.drawn_places(int(seed), total, len(want))
+    got = torch_rng.randperm_prefix(int(seed), total, len(want))
     assert got.tolist() == want
 
 
 def test_places_have_to_be_counted():
   with pytest.raises(UserError, match="2,147,483,648 entries, some of which"):
-    torch_rng.drawn_places(0, 2**31, 5)
+    torch_rng.randperm_prefix(0, 2**31, 5)

@@ -183,7 +183,7 @@ def pro():
     full = rng.normal(size=(2, i, o))
     ga = s * b @ np.swapaxes(full, -1, -2)
     gb = s * a @ full
-    tx = lorapro.nearest(damping=0.0)
+    tx = lorapro.match_full_gradient(damping=0.0)
     params = {"q": lora(None, jnp.array(a), jnp.array(b), s)}
     grads = {"q": lora(None, jnp.array(ga), jnp.array(gb), s)}
     found, _ = jax.jit(tx.update)(grads, tx.init(params), params)
@@ -372,7 +372,7 @@ def test_frozen_down_gives_what_a_fixed_a_can_express():
     a, full = rng.normal(size=(3, 7)), rng.normal(size=(7, 5))
     params = {"q": lora(None, jnp.array(a), jnp.zeros((3, 5)), 2.5)}
     grads = {"q": lora(None, jnp.array(a), jnp.array(2.5 * a @ full), 2.5)}
-    tx = riemannian.frozen_down()
+    tx = riemannian.frozen_a()
     found, _ = tx.update(grads, tx.init(params), params)
     moved = 2.5 * a.T @ np.asarray(found["q"].trained["b"])
   # The damping of 1e-8 beside eigenvalues of order 1.

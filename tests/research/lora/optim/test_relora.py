@@ -183,7 +183,7 @@ def restarted():
 
   @jax.jit
   def run(at):
-    after = relora.Restart(every=3).restarted(at, methods.KEY)
+    after = relora.Restart(every=3).restart(at, methods.KEY)
     return [
       {name: (t.w, weights.dense(t)) for name, t in x.params.items()}
       for x in (at, after)
@@ -212,7 +212,7 @@ def test_what_cannot_begin_again_is_refused(method):
   t = methods.fresh(method, methods.base())
   at = state.create({"x": t}, "/trained/", optax.sgd(0.1), held=HELD)
   with pytest.raises(UserError, match="relora: x: "):
-    relora.Restart(every=3).restarted(at, methods.KEY)
+    relora.Restart(every=3).restart(at, methods.KEY)
 
 
 def test_an_average_begins_again():
@@ -237,7 +237,7 @@ def test_biases_that_are_scaled_are_merged():
   chex.assert_trees_all_close(after.params["q_bias"], b * l, rtol=1e-6)
   unheld = state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$")
   with pytest.raises(UserError, match="q_bias is neither trained nor held"):
-    relora.Restart(every=3).restarted(unheld, methods.KEY)
+    relora.Restart(every=3).restart(unheld, methods.KEY)
 
 
 def test_until_and_after():
@@ -281,11 +281,11 @@ def test_over_scale_after_a_reset(counts, factors):
 
 def test_pruned_moments():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, 40)))
-  kept = relora.Smallest(share=0.9)(x, jax.random.key(0))
+  kept = relora.MagnitudePruning(share=0.9)(x, jax.random.key(0))
   for before, after in zip(np.abs(x), np.asarray(kept), strict=True):
     assert (after != 0).sum() == 200
     assert before[after != 0].min() > before[after == 0].max()
-  kept = relora.AtRandom(share=0.75)(x, jax.random.key(0))
+  kept = relora.RandomPruning(share=0.75)(x, jax.random.key(0))
   # 4000 draws with chance 1/4: the deviation is 0.007.
   assert abs(float((kept != 0).mean()) - 0.25) < 0.035
   assert ((kept == 0) | (kept == x)).all()

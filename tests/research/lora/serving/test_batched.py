@@ -20,7 +20,12 @@ from research.quant.layouts import cpu_layout
 from research.typing import UserError
 from tests import support
 
-WAYS = (batched.gathered, batched.beside, batched.grouped, batched.added)
+WAYS = (
+  batched.by_gather,
+  batched.by_masking,
+  batched.by_grouping,
+  batched.rowwise_lora,
+)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -54,7 +59,7 @@ def test_every_way_is_row_by_row(way, time, ids):
   assert not np.asarray(got)[alone].any()
 
 
-@pytest.mark.parametrize("rank", [0, 4, batched.UNROLLED + 1])
+@pytest.mark.parametrize("rank", [0, 4, batched.MAX_UNROLLED_RANK + 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_token_a_row_of_any_rank(rank, dtype):
   """Up to the unrolled ones sums are in float32, and rounded once."""
@@ -63,11 +68,11 @@ def test_a_token_a_row_of_any_rank(rank, dtype):
     for t in (draw(6, 1, 12), draw(3, rank, 12), draw(3, rank, 20))
   )
   ids = [2, NONE, 0, 2, 1, NONE]
-  got = np.asarray(batched.gathered(x, first, second, jnp.array(ids)))
+  got = np.asarray(batched.by_gather(x, first, second, jnp.array(ids)))
   want = truth(x, first, second, ids)
   eps = float(jnp.finfo(dtype).eps)
   size = truth(*(np.abs(t) for t in (x, first, second)), ids)
-  inner = EPS if rank <= batched.UNROLLED else eps
+  inner = EPS if rank <= batched.MAX_UNROLLED_RANK else eps
   bound = eps * np.abs(want) + (12 + rank) * inner * size
   assert (np.abs(got.astype(np.float64) - want) <= bound).all()
 
@@ -93,7 +98,7 @@ def test_the_shape_chooses(monkeypatch, rows, time, n, rank, way):
 
     monkeypatch.setattr(batched, name, called_as)
   shapes = (rows, time, 3), (n, rank, 3), (n, rank, 5)
-  batched.added(*map(jnp.zeros, shapes), jnp.zeros(rows, jnp.int32))
+  batched.rowwise_lora(*map(jnp.zeros, shapes), jnp.zeros(rows, jnp.int32))
   assert called == [way]
 
 

@@ -171,7 +171,7 @@ def test_host_memory_keeps_the_last_used_and_reads_again(tmp_path, places):
 @pytest.mark.sample(3)
 def test_methods_that_add_are_plain_lora(method):
   params = adapted(1, method)
-  found = row_factors.of(params, 4)
+  found = row_factors.extract(params, 4)
   got = dict(wrap.leaves(params))
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
@@ -202,7 +202,7 @@ def test_methods_that_do_not_are_named(method):
   with pytest.raises(UserError) as error:
     pool.add_tree(empty(), "x", adapted(1, method))
   name = type(method).__name__
-  assert f"what {name} adds is no matrix of rank 4" in str(error.value)
+  assert f"the update of {name} is no matrix of rank 4" in str(error.value)
   assert str(error.value).startswith("layers/0/")
   assert len(str(error.value).splitlines()) <= 3
 
@@ -212,7 +212,9 @@ def test_a_pool_made_to_fit(places, tmp_path):
     "d": saved(tmp_path / "d", adapted(3, MiSS(rank=4), ("v",))),
     "e": saved(tmp_path / "e", adapted(4, LoRA(rank=6), ("q",))),
   }
-  held = pool.fitted(base().params, base().model, places, pool_reader.read)
+  held = pool.from_directories(
+    base().params, base().model, places, pool_reader.read
+  )
   assert (len(held.slots), held.rank, held.names) == (5, 6, (*"abcde",))
   held, ids = pool.use(held, ["d", "e"])
   ids_in, model = support.tokens(2, 5, vocab=60), base().model
@@ -307,7 +309,7 @@ def test_twice_adapted_is_an_error():
     adapted(0), jax.random.key(0)
   )
   with pytest.raises(UserError, match="adapted twice"):
-    row_factors.of(again, 4)
+    row_factors.extract(again, 4)
 
 
 def test_a_pool_of_trees_reads_no_directory(places):

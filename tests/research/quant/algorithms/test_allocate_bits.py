@@ -106,10 +106,10 @@ def test_a_budget_is_kept_where_it_counts():
   model = support.model()
   params = support.params(model)
   how = Allocation(formats=FORMATS, bits=9.5, probe=PROBE)
-  how = how.of(Loaded(model, params, Bytes(), {}))
+  how = how.with_model(Loaded(model, params, Bytes(), {}))
   said = []
   packed, report = how.run(params, said.append)
-  every = allocate_bits.held(packed)
+  every = allocate_bits.packable_weights(packed)
   used = [w for path, w in every.items() if path.startswith("layers/")]
   size = sum(np.prod(w.shape) for w in used)
   assert 8 * sum(tree.nbytes(w) for w in used) <= 9.5 * size
@@ -120,9 +120,9 @@ def test_a_budget_is_kept_where_it_counts():
   ]
   assert len(kept) == 3 and all(len(formats) == 1 for formats in kept)
   assert len(set.union(*kept)) > 1  # not all alike
-  assert sum("is kept in" in text for text in said) == 3
+  assert sum("is quantized to" in text for text in said) == 3
   # Each layer's choices: more bits, less divergence.
-  choices = how.measured(params, how.units(params), said.append)
+  choices = how.measure(params, how.units(params), said.append)
   for given in choices.values():
     assert [kl for _, kl in given] == sorted([kl for _, kl in given])[::-1]
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_said(options, says):
   params = support.params(model)
   how = Allocation(**dict(formats=FORMATS[:1], bits=9.5, probe=PROBE) | options)
   with pytest.raises(UserError, match=says):
-    how.of(Loaded(model, params, Bytes(), {})).run(params)
+    how.with_model(Loaded(model, params, Bytes(), {})).run(params)
   with pytest.raises(UserError, match="has no model"):
     how.run(params)
 
@@ -147,10 +147,12 @@ def test_what_cannot_be_is_said(options, says):
 def test_matrices_are_replaced_by_address():
   model = support.model()
   params = support.params(model)
-  every = allocate_bits.held(params)
+  every = allocate_bits.packable_weights(params)
   assert {"embed", "layers/2/mlp/down"} <= set(every)
   new = {"layers/1/mlp/up": 0 * every["layers/1/mlp/up"]}
-  found = allocate_bits.held(allocate_bits.replaced(model, params, every | new))
+  found = allocate_bits.packable_weights(
+    allocate_bits.with_weights(model, params, every | new)
+  )
   for path, w in found.items():
     same = np.array_equal(weights.dense(w), every[path])
     assert same == (path not in new)

@@ -43,7 +43,7 @@ def _case(family):
 def _found(family, **options):
   model, params, tokens = _case(family)
   made = awq.AWQ(format=FORMAT, steps=8, model=model, **options)
-  return made.scaled(params, tokens)
+  return made.scale_and_clip(params, tokens)
 
 
 def _search(steps=8, duo=True):
@@ -108,7 +108,7 @@ def test_before_k_quants():
   scale = params["run0"]["layer0"]["mlp_norm"]["scale"]
   params["run0"]["layer0"]["mlp_norm"]["scale"] = scale.at[..., 3].add(20.0)
   made = awq.AWQ(format=Q4K(), steps=4, model=model)
-  scaled, (report,) = made.scaled(params, tokens)
+  scaled, (report,) = made.scale_and_clip(params, tokens)
   layer = next(tree.layers(params))["mlp"]
   assert report["mlp"]["alpha"] > 0
 
@@ -174,7 +174,9 @@ def test_ranges_are_cut_where_a_groups_own_output_gains(format, size):
   flat = x[0].astype(np.float64)
   xx = jnp.asarray(flat.T @ flat / len(flat), jnp.float32)
   search = dataclasses.replace(_search(), format=format)
-  got = jax.jit(functools.partial(awq_search.cut, search))(jnp.asarray(w), xx)
+  got = jax.jit(functools.partial(awq_search.clip_ranges, search))(
+    jnp.asarray(w), xx
+  )
   # By the definition, over tokens, in NumPy.
   want = np.empty_like(w)
   for group in (slice(i, i + size) for i in range(0, inputs, size)):

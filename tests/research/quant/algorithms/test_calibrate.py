@@ -141,9 +141,9 @@ def test_inputs_are_summed_over_batches():
   model = support.model()
   params = support.params(model)
   block, layer = model.layer_kinds()[0], next(tree.layers(params))
-  x = calibrate.embedded(model, params, tokens())
-  inputs = calibrate.Inputs(block, x, batch=2)
-  found = inputs.seen(layer, ["attention/v"], statistics.Covariance())
+  x = calibrate.embed(model, params, tokens())
+  inputs = calibrate.LayerInputs(block, x, batch=2)
+  found = inputs.measure(layer, ["attention/v"], statistics.Covariance())
   scale = {"scale": layer["attention_norm"]["scale"]}
   rows = block.norm.apply({"params": scale}, x).reshape(-1, x.shape[-1])
   rows = np.asarray(rows, np.float64)
@@ -153,7 +153,7 @@ def test_inputs_are_summed_over_batches():
   )
   assert found["attention/v"]["n"] == len(rows)
   with pytest.raises(UserError, match="attention/z is no matrix"):
-    inputs.seen(layer, ["attention/z"], statistics.Covariance())
+    inputs.measure(layer, ["attention/z"], statistics.Covariance())
 
 
 def test_pairs_are_two_models_at_once():
@@ -169,7 +169,7 @@ def test_pairs_are_two_models_at_once():
   x = weights.take(embed, tokens())
   y = x + 0.1
   both = calibrate.outputs(
-    block, error_propagation.paired(old, new), jnp.concatenate([x, y])
+    block, error_propagation.pair_weights(old, new), jnp.concatenate([x, y])
   )
   want = [calibrate.outputs(block, old, x), calibrate.outputs(block, new, y)]
   np.testing.assert_allclose(both, np.concatenate(want), rtol=1e-5, atol=1e-5)
@@ -179,12 +179,12 @@ def test_drift_is_summed_as_defined():
   model = support.model()
   params = support.params(model)
   block, layer = model.layer_kinds()[0], next(tree.layers(params))
-  x = calibrate.embedded(model, params, tokens())
-  inputs = calibrate.Inputs(block, jnp.concatenate([x, 2 * x + 1]), 10)
-  pairs = error_propagation.paired(layer, layer)
-  found = inputs.seen(pairs, ["attention/q"], error_propagation.Drift())[
-    "attention/q"
-  ]
+  x = calibrate.embed(model, params, tokens())
+  inputs = calibrate.LayerInputs(block, jnp.concatenate([x, 2 * x + 1]), 10)
+  pairs = error_propagation.pair_weights(layer, layer)
+  found = inputs.measure(
+    pairs, ["attention/q"], error_propagation.DriftStatistic()
+  )["attention/q"]
   scale = {"scale": layer["attention_norm"]["scale"]}
   old, new = (
     np.asarray(block.norm.apply({"params": scale}, z), np.float64).reshape(

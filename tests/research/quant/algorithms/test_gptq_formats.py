@@ -23,7 +23,7 @@ from research.quant.formats.fp8 import FP8
 from research.quant.formats.hqq import HQQ
 from research.quant.formats.int8 import Int8
 from research.quant.formats.nvfp4 import NVFP4
-from research.quant.methods import GPTQMethod, Known, RoundToNearest
+from research.quant.methods import FixedGrids, GPTQMethod, RoundToNearest
 from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 from tests import support
@@ -52,15 +52,15 @@ def problem():
 @pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
 @pytest.mark.sample(2)
 def test_codes_can_be_put_back(format):
-  format = format.fitted(INPUTS, OUTPUTS)
+  format = format.for_shape(INPUTS, OUTPUTS)
   parts = jax.tree.map(jnp.asarray, format.encode(np.asarray(problem()[0])))
-  plain = format.plain(parts)
-  again = format.recoded(parts, plain.codes)
+  plain = format.normal_form(parts)
+  again = format.with_codes(parts, plain.codes)
   chex.assert_trees_all_equal(dict(parts), dict(again))
   chex.assert_trees_all_equal(
-    dict(parts), jax.jit(format.recoded)(parts, plain.codes)
+    dict(parts), jax.jit(format.with_codes)(parts, plain.codes)
   )
-  grids, known = Known.of(plain), Known.grid_of(plain)
+  grids, known = FixedGrids.from_normal_form(plain), FixedGrids.grid_from(plain)
   shape = (-1, plain.group, OUTPUTS)
   groups = jnp.asarray(format.decode(parts)).reshape(shape)
   codes = grids.codes(groups, *known)
@@ -73,17 +73,17 @@ def test_codes_can_be_put_back(format):
 @pytest.mark.sample(2, 1)
 def test_outputs_gain_and_codes_are_the_types_own(format):
   w, seen = problem()
-  format = format.fitted(INPUTS, OUTPUTS)
-  (q,), (dense,), (found,) = methods.rounded(
+  format = format.for_shape(INPUTS, OUTPUTS)
+  (q,), (dense,), (found,) = methods.round_matrices(
     (w,), seen, format, GPTQMethod(), compare=True
   )
   assert found.output_error < 0.9 * found.nearest_error
   np.testing.assert_array_equal(dense, q.dense())
-  codes, ends = np.asarray(q.plain().codes), q.plain().ends
+  codes, ends = np.asarray(q.normal_form().codes), q.normal_form().code_range
   if ends is not None:
     assert codes.min() >= ends[0] and codes.max() <= ends[1]
     assert codes.min() < codes.max()
-  again = format.recoded(q.parts, q.plain().codes)
+  again = format.with_codes(q.parts, q.normal_form().codes)
   chex.assert_trees_all_equal(dict(again), dict(q.parts))
 
 
@@ -136,12 +136,14 @@ def test_what_cannot_be_is_said_before_a_text_is_read(
   how = Quantization(rules=(rule,), calibration=Calibration(), **options)
   loaded = Loaded(model, params, Bytes(), {})
   with pytest.raises(UserError, match=says):
-    how.of(loaded).run(params)
+    how.with_model(loaded).run(params)
 
 
 def test_rows_apart_of_blocks_of_ggml():
   w, format = problem()[0], ggml.TYPES["Q4_K"]
-  (q,), _, _ = methods.rounded((w,), None, format, KeepOutlierRows(rows=1))
+  (q,), _, _ = methods.round_matrices(
+    (w,), None, format, KeepOutlierRows(rows=1)
+  )
   off = np.asarray(format.decode(format.encode(np.asarray(w)))) - w
   row = int(np.square(off).sum(-1).argmax())
   np.testing.assert_array_equal(q.outliers["rows"], [row])

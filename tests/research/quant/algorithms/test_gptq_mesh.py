@@ -46,7 +46,7 @@ EXPERTS = sharding.Layout(data=1, expert=2, tensor=4)
 
 def different(got, want):
   """Returns the share of codes that differ, of two packed matrices."""
-  a, b = (np.asarray(w.plain().codes) for w in (got, want))
+  a, b = (np.asarray(w.normal_form().codes) for w in (got, want))
   return np.mean(a != b)
 
 
@@ -63,11 +63,13 @@ def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
   lead = names[:-2]
   cut = {"xx": place(seen["xx"], *lead), "n": place(seen["n"], *lead)}
   method = GPTQMethod(options=options)
-  (got,), (dense,), (said,) = methods.rounded(
+  (got,), (dense,), (said,) = methods.round_matrices(
     (place(w, *names),), cut, format, method
   )
   whole = jax.tree.map(jnp.asarray, (w, seen))
-  (want,), _, (alone,) = methods.rounded((whole[0],), whole[1], format, method)
+  (want,), _, (alone,) = methods.round_matrices(
+    (whole[0],), whole[1], format, method
+  )
   # Sums in another order: a weight half way between two codes may fall to the
   # other side, and its error is then made up for by others.
   assert different(got, want) < 5e-3
@@ -91,13 +93,13 @@ def test_a_model_that_is_cut_is_rounded_as_on_one_device():
     method=GPTQMethod(options=GPTQ(order="activations")),
   )
   how = Quantization(rules=(rule,), calibration=CALIBRATION)
-  want, alone = how.of(Loaded(model, params, Bytes(), {})).run(params)
+  want, alone = how.with_model(Loaded(model, params, Bytes(), {})).run(params)
   layout = support_mesh.LAYOUTS["mixed"]
   mesh = layout.mesh()
   where = layout.shardings(params, mesh, sharding.counts(model))
   cut = jax.device_put(params, where)
   with jax.set_mesh(mesh):
-    got, said = how.of(Loaded(model, cut, Bytes(), {})).run(cut)
+    got, said = how.with_model(Loaded(model, cut, Bytes(), {})).run(cut)
   assert [r.address for r in said.rows] == [r.address for r in alone.rows]
   for a, b in zip(said.rows, alone.rows, strict=True):
     assert a.output_error == pytest.approx(b.output_error, rel=2e-2), a.address

@@ -40,7 +40,7 @@ def problem():
 
 def rounded(method, seen=True, format=FORMAT):
   ws, known, _ = problem()
-  packed, _, measures = methods.rounded(
+  packed, _, measures = methods.round_matrices(
     ws, known if seen else None, format, method
   )
   return packed, measures
@@ -83,26 +83,26 @@ def test_which_cost_most_is_what_leaving_each_alone_would_save():
   want = [
     np.square(x[:, j, None] * off[j]).sum(-1).mean() for j in range(len(off))
   ]
-  got = outlier_rows.costs(ws[0], seen, FORMAT)
+  got = outlier_rows.rounding_costs(ws[0], seen, FORMAT)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   # Without inputs, of rows alone.
-  got = outlier_rows.costs(ws[0], None, FORMAT)
+  got = outlier_rows.rounding_costs(ws[0], None, FORMAT)
   np.testing.assert_allclose(got, np.square(off).sum(-1), rtol=1e-4)
 
 
 def test_a_row_apart_widens_no_grid():
   w = np.random.default_rng(1).normal(size=(64, 24)).astype(np.float32)
   w[9] *= 100
-  packed, _, _ = methods.rounded(
+  packed, _, _ = methods.round_matrices(
     (jnp.asarray(w),), None, FORMAT, KeepOutlierRows(rows=1)
   )
   np.testing.assert_array_equal(packed[0].outliers["rows"], [9])
   rest = np.delete(np.asarray(packed[0].dense()), 9, 0)
   want = np.delete(w, 9, 0)
   assert np.sqrt(np.mean((rest - want) ** 2)) < 0.25
-  plain = methods.rounded((jnp.asarray(w),), None, FORMAT, RoundToNearest())[0][
-    0
-  ]
+  plain = methods.round_matrices(
+    (jnp.asarray(w),), None, FORMAT, RoundToNearest()
+  )[0][0]
   rest = np.delete(np.asarray(plain.dense()), 9, 0)
   assert np.sqrt(np.mean((rest - want) ** 2)) > 0.4
 
@@ -133,7 +133,7 @@ def test_of_experts_each_has_its_own():
   ws, seen, _ = problem()
   both = jax.tree.map(lambda x: jnp.stack([x, x]), seen)
   both["xx"] = both["xx"].at[1, LARGE].set(0).at[1, :, LARGE].set(0)
-  found, _, _ = methods.rounded(
+  found, _, _ = methods.round_matrices(
     (jnp.stack([ws[0], ws[1]]),), both, FORMAT, KeepOutlierRows(rows=3)
   )
   rows = np.asarray(found[0].outliers["rows"])

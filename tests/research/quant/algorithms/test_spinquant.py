@@ -88,11 +88,11 @@ def test_learned_rounds_better_than_random():
     hidden=False,
   )
   r = hadamard.random_matrix(jax.random.key(0), 32)
-  learned, losses = made.learned(params, r, tokens)
+  learned, losses = made.learn_rotation(params, r, tokens)
   np.testing.assert_allclose(learned @ learned.T, np.eye(32), atol=2e-5)
   # Losses of batches differ by 0.15; each of the last is below its first one.
   assert (np.array(losses[-5:]) < np.array(losses[:5])).all()
-  turned = rotate.rotated(model, params, learned, None, False)
+  turned = rotate.rotate_model(model, params, learned, None, False)
   want = run(jnp.asarray(tokens))
   got = jax.jit(functools.partial(_logits, model))(turned, jnp.asarray(tokens))
   assert jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 1e-4

@@ -113,14 +113,14 @@ def test_a_matrix_decodes_alike_by_every_way(name):
   one = packer(format)(w[1])
   np.testing.assert_array_equal(_dense(one), dense[1])
   np.testing.assert_array_equal(
-    jax.jit(lambda q: q.plain().dense())(stack), dense
+    jax.jit(lambda q: q.normal_form().dense())(stack), dense
   )
   if name != "nvfp4 search":  # which may move the largest number
     again = decoded(jnp.asarray(dense), format)
     # A scale that is no power of two may come back an ulp away.
     np.testing.assert_allclose(again, dense, rtol=3e-7)
   if format.sliceable:
-    piece = jax.jit(lambda q: q.piece(jnp.int32(1), 8).stored())(one)
+    piece = jax.jit(lambda q: q.output_slice(jnp.int32(1), 8).stored())(one)
     np.testing.assert_array_equal(piece, dense[1][:, 8:16])
   x = gaussian(5, 96, seed=1)
   got = jax.jit(lambda q, x: q.einsum("ti,io->to", x))(one, x)
@@ -268,6 +268,6 @@ def test_refused(make, match):
 def test_kernels_get_integers_or_sixteen_values():
   """Of what panels hold: 4 bits of a codebook, or integers of 8 bits."""
   for name in ("mx e2m1", "mx e2m3", "mx int8", "nvfp4"):
-    plain = packer(FORMATS[name])(gaussian(96, 40)).plain()
+    plain = packer(FORMATS[name])(gaussian(96, 40)).normal_form()
     assert plain.codebook is None or len(plain.codebook) == 16
     assert plain.bits == (4 if plain.codebook else 8)

@@ -77,7 +77,7 @@ _dense = jax.jit(qtensor.QTensor.dense)
 def stack(each, row):
   """Returns a stack of two: all of one shape, so that a row compiles once."""
   format = ROWS[row]
-  f = _packed if format.traced else qtensor.pack
+  f = _packed if format.traceable else qtensor.pack
   found = [jax.device_get(f(jnp.asarray(w), format)) for w in each]
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *found)
 
@@ -125,7 +125,7 @@ def test_parts_are_what_the_layout_says(row):
 def test_numbers_are_near_what_was_packed(row):
   w, got = matrices(), decoded(row)
   bits = []
-  jax.eval_shape(lambda w: bits.append(w.plain().bits), leaf(row))
+  jax.eval_shape(lambda w: bits.append(w.normal_form().bits), leaf(row))
   # Of a normal distribution a code more halves the error, from 2 bits' on.
   error = np.sqrt(np.mean((got - w) ** 2, -2) / np.mean(w**2, -2))
   worst = 0.6 * 2.0 ** (2 - min(bits[0], 6))
@@ -216,7 +216,7 @@ def test_parts_of_another_matrix_are_refused():
 @every
 def test_panels_hold_the_same_numbers(row):
   w = leaf(row)
-  if not cpu_layout.fits(w):
+  if not cpu_layout.is_supported(w):
     pytest.skip("panels hold no such codes")
   got = jax.jit(lambda w: cpu_layout.from_qtensor(w).dense())(w)
   # A zero a group becomes an offset, which is rounded once.
@@ -261,7 +261,7 @@ def test_order_and_outliers():
   x = x.astype(jnp.float32)
   got = weights.einsum("td,df->tf", x, one)
   np.testing.assert_allclose(got, x @ want[0], rtol=1e-5, atol=1e-3)
-  assert not cpu_layout.fits(w)
+  assert not cpu_layout.is_supported(w)
   named = weights.axes(w, ("in", "out"))
   assert named.order == (None, None)
   assert named.outliers["values"] == (None, None, "out")
@@ -288,9 +288,9 @@ def test_codes_in_whole_bytes(bits):
     (lambda: Affine(bits=9), "bits is 9, expected 2 to 8"),
     (lambda: Affine(rule="max"), "rule is 'max', expected one of amax/qmax"),
     (lambda: Affine(bits=3, block=12), "12 codes of 3 bits do not fill"),
-    (lambda: Affine(block=96).fitted(256, 4), "256 inputs are no multiple"),
+    (lambda: Affine(block=96).for_shape(256, 4), "256 inputs are no multiple"),
     (
-      lambda: ggml.GGML().fitted(40, 4),
+      lambda: ggml.GGML().for_shape(40, 4),
       "Q4_0: 40 inputs are no multiple of its",
     ),
   ],

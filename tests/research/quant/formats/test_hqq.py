@@ -27,7 +27,7 @@ def test_codes_scales_and_zeros(bits):
   case = CASES[bits]
   # The package leaves beta alone, and stores float32 here.
   format = HQQ(bits=bits, block=64, growth=1.0, scale_dtype="float32")
-  plain = qtensor.pack(_matrix(), format).plain()
+  plain = qtensor.pack(_matrix(), format).normal_form()
   want = np.array([int(digit, 16) for digit in case["codes"]])
   np.testing.assert_array_equal(plain.codes.T, want.reshape(16, 128))
   for name in ("scale", "zero"):
@@ -48,7 +48,7 @@ def test_fewer_weights_err_much_than_with_the_ends_exact(bits):
 def test_zeros_are_numbers_and_count():
   w = qtensor.pack(_matrix(), HQQ(bits=3))
   assert w.bits_per_weight == 3.5
-  zeros = np.asarray(w.plain().zero, np.float32)
+  zeros = np.asarray(w.normal_form().zero, np.float32)
   assert np.any(zeros != np.round(zeros))
 
 

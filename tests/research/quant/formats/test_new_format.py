@@ -54,7 +54,7 @@ class Logarithmic(Format):
     codes = abs(unit[..., None] - jnp.asarray(GRID)).argmin(-1)
     return {"codes": packing.pack(codes.astype(jnp.uint8), 4), "top": top}
 
-  def plain(self, parts):
+  def normal_form(self, parts):
     codes = packing.unpack(parts["codes"], 4)
     codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
     return Plain(codes, parts["top"], self.block, codebook=GRID)
@@ -148,7 +148,7 @@ def test_rules_take_it_and_say_what_methods_it_has_not(toy):
   assert packed["run0"]["layer0"]["mlp"]["up"].format == toy
   up = packed["run0"]["layer0"]["mlp"]["up"]
   with pytest.raises(UserError, match="log4-b32: its codes cannot be chosen"):
-    toy.recoded(up.parts, up.plain().codes[0])
+    toy.with_codes(up.parts, up.normal_form().codes[0])
 
 
 def test_a_checkpoint_keeps_it(toy, tmp_path):
@@ -170,7 +170,7 @@ def test_a_checkpoint_keeps_it(toy, tmp_path):
 def test_panels_hold_it(toy):
   model, packed = model_and_packed(toy)
   up = packed["run0"]["layer0"]["mlp"]["up"]
-  assert cpu_layout.fits(up)
+  assert cpu_layout.is_supported(up)
   close(cpu_layout.from_qtensor(up).dense(), up.dense())
   got = cpu_layout.to_panels(packed)
   tokens = support.tokens(vocab=64)

@@ -60,7 +60,7 @@ class EmptyAtOnce:
 
   slots: int
 
-  def of(self, layers):
+  def for_layers(self, layers):
     return self
 
   def empty(self, lead, slots, dim, dtype, windowed=False):

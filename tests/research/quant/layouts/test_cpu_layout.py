@@ -91,7 +91,7 @@ def ordered(axis=-2, layers=(), seed=0):
 @pytest.mark.parametrize("axis", [-2, -1])
 def test_act_order_is_gathered_once(axis):
   w = ordered(axis)
-  assert cpu_layout.fits(w)
+  assert cpu_layout.is_supported(w)
   got = cpu_layout.from_qtensor(w)
   # A zero a group becomes an offset, which is rounded once.
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
@@ -243,7 +243,7 @@ def test_decoding_chooses(monkeypatch):
   for available in (True, False):
     monkeypatch.setattr(cpu, "available", lambda: available)  # noqa: B023
     for params in (plain, packed):
-      got = cpu_layout.decoding(params)
+      got = cpu_layout.for_decoding(params)
       assert isinstance(got["embed"], cpu_layout.PanelTensor) == available
       assert (got is params) != available
 
@@ -325,7 +325,7 @@ def test_many_rows_are_read_from_panels_where_that_is_faster(
   params = jax.tree.map(lambda x: x.astype(dtype), support.params(model))
   if packed:
     params = packed_params(model)
-  found = cpu_layout.reading(params, model, rows)
+  found = cpu_layout.for_reading(params, model, rows)
   leaves = jax.tree.leaves(
     found, is_leaf=lambda x: isinstance(x, cpu_layout.PanelTensor)
   )

@@ -17,7 +17,7 @@ from research.quant.formats.codebook import Codebook
 from research.quant.formats.fp8 import FP8
 from research.quant.formats.nvfp4 import NVFP4
 from research.quant.layouts import products
-from research.quant.layouts.products import Along
+from research.quant.layouts.products import OutputAxis
 
 INPUTS, OUTPUTS, EXPERTS = 256, 96, 3
 FORMATS = {
@@ -71,11 +71,11 @@ def compared(product, x, w, dense):
 
 
 EQUATIONS = {  # left and right of `w`, the shape of x, and where outputs are
-  "bi,io->bo": ((5, INPUTS), Along(True, 1)),
-  "...i,io->...o": ((2, 5, INPUTS), Along(True, -1)),
-  "...o,io->...i": ((2, 5, OUTPUTS), Along(False, -1)),
-  "b...i,io->bo...": ((2, 5, INPUTS), Along(True, 1)),
-  "bo...,io->i...b": ((2, OUTPUTS, 5), Along(False, 1)),
+  "bi,io->bo": ((5, INPUTS), OutputAxis(True, 1)),
+  "...i,io->...o": ((2, 5, INPUTS), OutputAxis(True, -1)),
+  "...o,io->...i": ((2, 5, OUTPUTS), OutputAxis(False, -1)),
+  "b...i,io->bo...": ((2, 5, INPUTS), OutputAxis(True, 1)),
+  "bo...,io->i...b": ((2, OUTPUTS, 5), OutputAxis(False, 1)),
 }
 
 
@@ -85,7 +85,7 @@ EQUATIONS = {  # left and right of `w`, the shape of x, and where outputs are
 def test_einsum_in_any_order_of_letters(eq, dtype):
   shape, along = EQUATIONS[eq]
   left, out = eq.split(",")[0], eq.split("->")[1]
-  assert products.along(left, "o", out) == along
+  assert products.output_axis(left, "o", out) == along
   w = jax.tree.map(lambda x: x[1], leaf("int4"))
   assert products.piece_count(w, products.PIECE) == 6
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)

@@ -197,8 +197,8 @@ def test_dividing_by_a_scale_is_exact():
   byte = rng.integers(1, 255, 2000, dtype=np.uint8)
   x = np.float32(rng.uniform(0.25, 1.5, 2000)) * minifloats.block_scale(byte)
   want = x.astype(np.float64) / minifloats.block_scale(byte).astype(np.float64)
-  got = minifloats.divided_by_scale(x, byte)
+  got = minifloats.divide_by_scale(x, byte)
   np.testing.assert_array_equal(got, want.astype(np.float32))
-  ours = jax.jit(minifloats.divided_by_scale)(x, byte)
+  ours = jax.jit(minifloats.divide_by_scale)(x, byte)
   normal = np.abs(x) >= np.finfo(np.float32).tiny
   np.testing.assert_array_equal(np.asarray(ours)[normal], got[normal])

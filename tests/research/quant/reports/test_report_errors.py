@@ -90,7 +90,9 @@ def test_a_probe_leaves_the_model_what_it_is(pair):
   w = params["run0"]["layer0"]["attention"]["q"][0]
   new = jax.tree.map(lambda x: x[0], other["run0"]["layer0"]["attention"]["q"])
   x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)), "f4")
-  probe = report_errors.Probe(w, new, jnp.zeros((2, 5, report_errors.SEEN)))
+  probe = report_errors.Probe(
+    w, new, jnp.zeros((2, 5, report_errors.NUM_STATS))
+  )
   y = probe.einsum("...d,df->...f", x)
   np.testing.assert_array_equal(y, jnp.einsum("...d,df->...f", x, w))
   np.testing.assert_array_equal(probe.dense(), w)
