@@ -80,17 +80,17 @@ def test_a_token_a_row_of_any_rank(rank, dtype):
 @pytest.mark.parametrize(
   "rows, time, n, rank, way",
   [
-    (32, 1, 32, 8, "gathered"),
-    (8, 64, 2, 8, "gathered"),
-    (32, 1, 4, 8, "gathered"),
-    (32, 1, 2, 64, "beside"),
-    (256, 1, 16, 16, "grouped"),
-    (64, 1, 8, 64, "grouped"),
+    (32, 1, 32, 8, "by_gather"),
+    (8, 64, 2, 8, "by_gather"),
+    (32, 1, 4, 8, "by_gather"),
+    (32, 1, 2, 64, "by_masking"),
+    (256, 1, 16, 16, "by_grouping"),
+    (64, 1, 8, 64, "by_grouping"),
   ],
 )
 def test_the_shape_chooses(monkeypatch, rows, time, n, rank, way):
   called = []
-  for name in ("gathered", "beside", "grouped"):
+  for name in ("by_gather", "by_masking", "by_grouping"):
 
     def called_as(x, first, second, ids, name=name):
       called.append(name)
