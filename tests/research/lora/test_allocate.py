@@ -1,4 +1,4 @@
-"""AdaLoRA's allocator leaves what PEFT's leaves."""
+"""Tests that AdaLoRA's allocator keeps the terms that PEFT's keeps."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def drawn(step):
 
 
 def run(budget, steps=STEPS):
-  """Returns all states of plain descent: parameters, and what is kept."""
+  """Returns all states of gradient descent: parameters and masks."""
   optimizer = allocate.adalora_optimizer(optax.sgd(0.1), budget)
 
   @jax.jit
@@ -61,7 +61,7 @@ def run(budget, steps=STEPS):
   return out
 
 
-def test_terms_are_those_that_peft_leaves():
+def test_terms_are_those_that_peft_keeps():
   golden = json.loads(GOLDEN.read_text())
   got = np.array(
     [[p[m]["trained"]["e"] for m in SIZES] for p, _ in run(BUDGET)]
@@ -81,7 +81,7 @@ def test_terms_are_those_that_peft_leaves():
   np.testing.assert_allclose(off, golden["regular"], rtol=1e-5)
 
 
-def test_nothing_is_cut_while_the_budget_is_whole():
+def test_nothing_is_pruned_within_the_budget():
   """PEFT stops at such an allocation (its issue 2337)."""
   budget = allocate.Budget(target=RANK, steps=STEPS)
   for params, state in run(budget, 4):
@@ -121,7 +121,7 @@ def test_other_adapters_are_refused():
     allocate.orthogonality({"q": jnp.ones(3)})
 
 
-def test_the_regulariser_is_weighed_as_the_batch_is():
+def test_the_regulariser_has_the_batchs_weight():
   params = {
     "w": AdaptedTensor(
       jnp.zeros((5, 4)),
@@ -140,7 +140,7 @@ def test_the_regulariser_is_weighed_as_the_batch_is():
   assert weight == 7.0
 
 
-def test_an_experiment_fills_the_model_into_the_objective():
+def test_an_experiment_sets_the_objectives_model():
   seen, model = [], support.model(width=32, head_dim=8)
 
   @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def through(layers, x):
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(None, 0, 0))
 def terms_left(layers, x, y):
-  """Returns how many each layer has after 300 steps towards `y`."""
+  """Returns the number of terms per layer after 300 steps towards `y`."""
   learned, frozen = tree.partition(layers, wrap.TRAINABLE)
   budget = allocate.Budget(target=2, steps=300, warmup=100, final=100)
   tx = allocate.adalora_optimizer(optax.adam(1e-2), budget)

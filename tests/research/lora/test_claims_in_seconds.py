@@ -1,4 +1,4 @@
-"""Claims of papers about single matrices, as assertions (lora.md 9.2).
+"""Tests claims of papers about single matrices (lora.md 9.2).
 
 Where arms are compared their rates are swept: the best of three, half a decade
 apart. Other rows of 9.2 are tested beside what they are about: `test_look`

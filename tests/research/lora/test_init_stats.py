@@ -1,4 +1,4 @@
-"""Starts that look at data, against NumPy and what their papers promise."""
+"""Tests data-dependent initialisation against NumPy and papers' claims."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ PLANTED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Data of which nothing but batches is asked."""
+  """Data that only yields batches."""
 
   batch_size: int = support_mesh.BATCH
 
@@ -58,7 +58,7 @@ LOOKS = {
 
 @functools.cache
 def params():
-  """Returns weights whose embeddings, and norms, leave a plane of them."""
+  """Returns weights whose layer inputs lie in a plane."""
   found = support.params(MODEL)
   rng = np.random.default_rng(5)
   inside = rng.standard_normal((64, PLANTED)) @ plane()
@@ -109,12 +109,12 @@ def logits(params):
 
 @pytest.mark.parametrize("kind", LOOKS)
 @pytest.mark.sample(2)
-def test_what_has_looked_starts_as_its_base(kind):
+def test_calibrated_adapters_start_as_their_base(kind):
   chex.assert_trees_all_equal(logits(adapted(kind)), logits(params()))
 
 
 @pytest.mark.parametrize("kind", LOOKS)
-def test_a_plan_knows_the_shapes_without_data(kind):
+def test_planning_needs_no_data(kind):
   change = adapt.Adapt(method=kind(rank=4), init_stats=LOOKS[kind])
   planned = jax.eval_shape(change.with_model(LOADED), params(), KEY)
   chex.assert_trees_all_equal_shapes_and_dtypes(planned, adapted(kind))
@@ -236,7 +236,7 @@ def test_ranks_go_where_they_explain_more():
 
 @pytest.mark.slow
 def test_padded_ranks_train_as_split_ones():
-  """Zero rows have no gradient, so Adam leaves them where they are."""
+  """Zero rows have no gradient, so Adam does not change them."""
   tx = optax.adam(1e-2)
 
   def trained(start):
@@ -269,7 +269,7 @@ def packed_with_experts():
   )
 
 
-def test_packed_experts_are_looked_at():
+def test_packed_experts_are_measured():
   loaded, base = packed_with_experts()
   change = adapt.Adapt(
     method=LoRAGA(rank=4), targets=("up",), init_stats=LOOKS[LoRAGA]
@@ -333,6 +333,6 @@ def test_packed_experts_are_looked_at():
     ),
   ],
 )
-def test_what_is_wrong_is_said(wrong, message):
+def test_mistakes_raise(wrong, message):
   with pytest.raises(UserError, match=message):
     wrong()

@@ -1,4 +1,4 @@
-"""What is kept is what would be computed again, and is not computed again."""
+"""Tests that cached inputs equal recomputed ones, and are not recomputed."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ SPARSE = Sparse(routing=Routing(experts=3, active=2), hidden=12)
 
 @functools.cache
 def problem(family="llama", **changes):
-  """Returns (a layer, another one, what the former is given in two batches)."""
+  """Returns (a layer, another one, the former's inputs in two batches)."""
   model = support.model(family, **changes)
   params = support.params(model)
   other = support.params(model, seed=1)
@@ -37,7 +37,7 @@ def problem(family="llama", **changes):
 
 
 def fresh(inputs):
-  """Returns inputs that remember nothing."""
+  """Returns inputs with an empty cache."""
   return dataclasses.replace(inputs)
 
 
@@ -55,7 +55,7 @@ def swapped(layer, other, paths):
 
 
 def sequential(inputs, old, new, stages, remember):
-  """Returns what matrices are given that are replaced in the order of use.
+  """Returns the inputs of matrices that are replaced in the order of use.
 
   Args:
     inputs: the layer's.
@@ -95,9 +95,7 @@ def close(got, want):
   ],
 )
 @pytest.mark.sample(2, 1)
-def test_stages_see_what_they_would_if_all_were_computed(
-  family, dtype, stages, kept
-):
+def test_cached_inputs_equal_recomputed_ones(family, dtype, stages, kept):
   sparse = dict(sparse=SPARSE) if family == "mixtral" else {}
   old, new, inputs = problem(family, **sparse)
   inputs = dataclasses.replace(inputs, x=inputs.x.astype(dtype))
@@ -141,7 +139,7 @@ def test_a_second_statistic_is_of_the_same_inputs():
     close(found[path]["n"], want[path]["n"])
 
 
-def test_two_products_are_all_that_outputs_take():
+def test_outputs_take_two_products():
   layer, _, inputs = problem()
   inputs = fresh(inputs)
   inputs.measure(layer, ["attention/o", "mlp/down"], Covariance())
@@ -163,14 +161,14 @@ def test_two_products_are_all_that_outputs_take():
 
 
 def rounding(layer, scale):
-  """Returns a layer whose matrices round what they are given first."""
+  """Returns a layer whose matrices round their inputs."""
   op = Round(per="tensor")
   return jax.tree.map(
     lambda w: w if w.ndim < 2 else InputTensor(w, scale, op), layer
   )
 
 
-def test_inputs_are_kept_as_they_are_multiplied():
+def test_cached_inputs_are_those_that_are_multiplied():
   old, new, inputs = problem()
   scale = jnp.float32(0.05)
   old, new = rounding(old, scale), rounding(new, scale)
@@ -182,7 +180,7 @@ def test_inputs_are_kept_as_they_are_multiplied():
   np.testing.assert_allclose(rows, np.round(rows), atol=1e-3)
 
 
-def test_other_rounding_of_inputs_is_seen():
+def test_a_change_of_input_rounding_invalidates_the_cache():
   layer, _, inputs = problem()
   inputs = fresh(inputs)
   coarse, fine = (
@@ -196,7 +194,7 @@ def test_other_rounding_of_inputs_is_seen():
   assert not activation_cache.still_valid(inputs.memory, fine)
 
 
-def test_pairs_of_layers_are_replayed_together():
+def test_pairs_of_layers_use_the_cache():
   old, new, inputs = problem()
   x = jnp.concatenate([inputs.x, inputs.x + 0.1])
   inputs = LayerInputs(inputs.block, x, len(x))
@@ -219,7 +217,7 @@ def test_pairs_of_layers_are_replayed_together():
   close(known.outputs(pair), fresh(inputs).outputs(pair))
 
 
-def test_experts_are_not_replayed():
+def test_experts_are_not_cached():
   w = activation_cache.CachedInputTensor(
     jnp.ones((2, 3, 4)), jnp.ones((1, 5, 3))
   )
@@ -239,7 +237,7 @@ def test_gradients_are_those_of_the_whole_layer():
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_router_is_seen_beside_what_is_kept():
+def test_a_router_is_measured_with_cached_inputs():
   old, _, inputs = problem("mixtral", sparse=SPARSE)
   paths = ["attention/o", "mlp/router"]
   ours = fresh(inputs).measure(old, paths, Covariance())
@@ -250,7 +248,7 @@ def test_a_router_is_seen_beside_what_is_kept():
     )
 
 
-def test_other_inputs_remember_nothing():
+def test_other_inputs_have_no_cache():
   old, _, inputs = problem()
   inputs = fresh(inputs)
   inputs.measure(old, ["attention/o"], Covariance())

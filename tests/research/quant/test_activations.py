@@ -1,4 +1,4 @@
-"""Rounded activations: against NumPy, and integers against their fractions."""
+"""Tests rounded activations against NumPy, integer products against float."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_tokens_are_rounded_as_by_definition(bits, clip):
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_one_massive_token_costs_the_others_all_if_they_share_a_scale():
+def test_a_scale_per_tensor_loses_all_but_a_massive_token():
   x = _x().at[0, 0, 3].set(1e4)
   rest = np.s_[1:]
   assert np.all(np.asarray(Round(per="tensor")(x))[rest] == 0)
@@ -105,7 +105,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("per", ["token", "tensor"])
-def test_products_of_integers_are_those_of_what_they_stand_for(format, per):
+def test_integer_products_equal_float_products(format, per):
   x, w = _x(), qtensor.pack(_w(), format)
   op = Round(bits=8, per=per, integer=True)
   got = weights.einsum(EQ, x, InputTensor(w, op=op))
@@ -141,7 +141,7 @@ def test_scales_of_a_calibration_are_the_largest_inputs():
   assert 0 < error < 0.05
 
 
-def test_adapters_see_activations_as_they_are():
+def test_adapters_receive_unrounded_activations():
   x, w = _x(), qtensor.pack(_w(), FORMATS["groups"])
   a, b = _x((4, 32), 2), _x((4, 12), 3)
   op = Round(integer=True)
@@ -151,7 +151,7 @@ def test_adapters_see_activations_as_they_are():
   np.testing.assert_allclose(got, want, atol=1e-3)
 
 
-def test_mistakes_are_said():
+def test_bad_settings_raise():
   with pytest.raises(UserError, match="bits"):
     Round(bits=1)
   with pytest.raises(UserError, match="group"):

@@ -1,4 +1,4 @@
-"""LLM.int8's numbers are those of bitsandbytes."""
+"""Tests LLM.int8 against bitsandbytes."""
 
 import json
 import pathlib

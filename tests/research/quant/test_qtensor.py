@@ -1,4 +1,4 @@
-"""4-bit codebooks as a weight: bitsandbytes' numbers, and QLoRA's memory."""
+"""Tests 4-bit codebooks against bitsandbytes' numbers and QLoRA's memory."""
 
 import json
 import pathlib
@@ -158,7 +158,7 @@ def test_stacks_are_their_matrices_and_numpy_is_jax(shape):
 
 @pytest.mark.parametrize("shape", [(128, 24), (7, 5)])
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
-def test_packing_what_was_decoded_changes_nothing(shape, how):
+def test_packing_decoded_weights_changes_nothing(shape, how):
   w = pack(how(gaussian(*shape)), nested=0)
   again = pack(how(np.asarray(_dense(w))), nested=0)
   chex.assert_trees_all_equal(w, again)
@@ -298,7 +298,7 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   assert jax.tree.structure(described) == jax.tree.structure(got)
 
 
-def test_cut_over_devices_is_whole():
+def test_sharded_weights_are_the_same():
   model = support.model(**SIZES)
   params = Quantize(format=Codebook(block=32))(support.params(model))
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)

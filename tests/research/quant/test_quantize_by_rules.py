@@ -1,4 +1,4 @@
-"""Quantization by rules, on tiny models; inputs as the rounded layers give."""
+"""Tests quantization by rules on tiny models, with sequential calibration."""
 
 import dataclasses
 import functools
@@ -106,7 +106,7 @@ def test_nearest_by_rules_is_the_format_alone(calibration):
   assert all(r.output_error == r.nearest_error for r in report.rows)
 
 
-def test_inputs_are_those_that_rounded_layers_give():
+def test_inputs_come_from_quantized_layers():
   """Errors are recomputed from the packed model alone, in float64."""
   model, params = known()
   packed, report = done()
@@ -161,7 +161,7 @@ def test_other_orders_measure_other_inputs(sequential):
 
 
 @pytest.mark.slow
-def test_drift_is_made_up_for():
+def test_drift_is_corrected():
   model, params = known()
   some = dataclasses.replace(BY_GPTQ, match="attention/o$|down$")
   without, _ = run(model, params, some)
@@ -211,7 +211,7 @@ def test_any_grid_is_compensated(format, options):
 
 
 @pytest.mark.slow
-def test_experts_are_walked_by_what_comes_to_them():
+def test_experts_are_calibrated_on_their_tokens():
   model = support_mesh.model("experts")
   params = support.params(model)
   rule = Rule(match="experts/down", format=FORMAT, method=GPTQMethod())
@@ -267,7 +267,7 @@ def test_first_rules_win_and_embeddings_run_along_their_width():
   assert "layers/0/attention/q" in report.table()
 
 
-def test_few_tokens_are_said():
+def test_few_tokens_are_reported():
   few = dataclasses.replace(CALIBRATION, windows=1)
   rule = dataclasses.replace(BY_GPTQ, match="attention/q$")
   _, report = run(*known(), rule, calibration=few)
@@ -322,12 +322,12 @@ def test_few_tokens_are_said():
     ),
   ],
 )
-def test_rules_that_make_no_sense_are_said(given, options, says):
+def test_bad_rules_raise(given, options, says):
   with pytest.raises(UserError, match=says):
     run(*known(), *given, **options)
 
 
-def test_what_is_adapted_is_not_packed():
+def test_adapted_matrices_are_refused():
   model, params = known()
   adapted = Adapt(targets=("q",))(params, jax.random.key(0))
   with pytest.raises(UserError, match="quantize first, then adapt"):
@@ -348,7 +348,7 @@ def test_stages_are_in_the_order_of_use():
   assert quantize_by_rules.stages(["x"]) == [[["x"]]]
 
 
-def test_matrices_side_by_side_are_as_one_by_one():
+def test_fused_matrices_are_rounded_as_separate_ones():
   _, params = known()
   ws = [params["run0"]["layer0"]["attention"][n][0] for n in "kv"]
   x = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)

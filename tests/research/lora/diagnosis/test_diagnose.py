@@ -1,4 +1,4 @@
-"""Diagnoses of updates whose singular vectors are chosen."""
+"""Tests diagnosis on updates with chosen singular vectors."""
 
 import functools
 
@@ -107,7 +107,7 @@ def test_mitigation_weakens_intruders_alone():
   )
 
 
-def test_what_is_no_intruder_stays_bit_for_bit():
+def test_other_vectors_are_unchanged_bit_for_bit():
   params = model([(3.0, 0, 0), (1.0, 2, 1)])
   found, counts = diagnose.mitigate(params)
   assert counts == {"layers/0/x": 0}

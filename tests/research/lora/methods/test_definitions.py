@@ -1,4 +1,4 @@
-"""Methods that PEFT lacks, or states otherwise, against their definitions."""
+"""Tests methods that PEFT lacks, or defines otherwise, against their papers."""
 
 import json
 import pathlib
@@ -67,7 +67,7 @@ def test_mora_is_its_papers(form, size_in, size_out, rank):
   np.testing.assert_allclose(x @ method.delta(p, w), want, atol=2e-5)
 
 
-def test_lora_ga_starts_as_peft_starts_it():
+def test_lora_ga_is_initialised_as_in_peft():
   golden = json.loads((GOLDEN / "peft_facts.json").read_text())["lora_ga"]
   w, gradient, a, b, left = (
     np.array(golden[k], np.float32)
@@ -113,7 +113,7 @@ def test_lora_ga_starts_as_peft_starts_it():
     ("random", True, 1, 1),
   ],
 )
-def test_loras_starts_are_pefts(init, embedding, a, b):
+def test_loras_initialisations_are_pefts(init, embedding, a, b):
   """Variances of lora.md section 2.2, within 5 standard errors at least."""
   place = MatrixSpec(512, 768, embedding=embedding)
   p, _ = LoRA(rank=8, init=init).init_arrays(jax.random.key(0), place, None)
@@ -127,7 +127,7 @@ def test_loras_starts_are_pefts(init, embedding, a, b):
   assert update < 1e-6 or init == "random"
 
 
-def test_an_orthogonal_start_halves_the_rank():
+def test_orthogonal_init_halves_the_rank():
   with pytest.raises(UserError, match="rank is 3, expected an even one"):
     LoRA(rank=3, init="orthogonal").init_arrays(
       jax.random.key(0), MatrixSpec(5, 4), None

@@ -1,4 +1,4 @@
-"""Vectors of lora.md section 11, worked out apart from any code of ours.
+"""Tests the vectors of lora.md section 11, computed independently of this code.
 
 In PEFT's layout and under its names: `W [out, in]`, `A [r, in]`, `B [out, r]`.
 """

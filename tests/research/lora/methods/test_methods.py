@@ -1,4 +1,4 @@
-"""Every method obeys the same laws; a new one is one more row of METHODS.
+"""Properties of every method; a new one is one more row of METHODS.
 
 Each row stands on one kind of base, every other on blocks, and in a model on
 two of its matrices; with --slow on both kinds and on all. What is no law is
@@ -166,7 +166,7 @@ def base(packed=False, n=3):
 
 
 def look(method, sizes):
-  """Returns random measurements; a covariance has to be one."""
+  """Returns random statistics; CorDA's is a covariance."""
   axes, rng = SEEN.get(type(method), ""), np.random.default_rng(0)
 
   def draw(i, o):
@@ -188,7 +188,7 @@ def fresh(method, w):
 
 @functools.cache
 def moved(method, packed=False):
-  """Returns three adapters, away from their start."""
+  """Returns three adapters with random arrays."""
   t, rng = fresh(method, base(packed)), np.random.default_rng(2)
   trained = {
     name: jnp.asarray(x + 0.1 * rng.standard_normal(x.shape), jnp.float32)
@@ -202,12 +202,12 @@ def draw(*shape, seed=3, dtype=jnp.float32):
 
 
 def waves(x):
-  """Returns numbers of the size of 0.05, no two alike."""
+  """Returns distinct numbers of magnitude 0.05."""
   return 0.05 + 0.02 * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
 
 def began(method, w):
-  """Returns the matrix that a fresh adapter computes with."""
+  """Returns the effective matrix of a new adapter."""
   if not isinstance(method, KaSA):
     return w
   u, s, v = np.linalg.svd(np.asarray(weights.dense(w), np.float64))
@@ -286,7 +286,7 @@ def test_experts_have_adapters_of_their_own(method):
 
 @every
 def test_gradients_are_finite_differences(method):
-  """Directional, in fp64, away from the start."""
+  """Directional derivatives in fp64, at random arrays."""
   with jax.enable_x64():
     t = jax.tree.map(
       lambda x: np.float64(x) if x.dtype == jnp.float32 else np.asarray(x),
@@ -348,7 +348,7 @@ def logits(params, tokens):
 
 @functools.cache
 def model():
-  """Returns a model with every bias that there is."""
+  """Returns a model with every kind of bias."""
   biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
   family = dataclasses.replace(presets.FAMILIES["llama"], **biases)
   sizes = dict(width=32, head_dim=8, depth=2)
@@ -400,6 +400,6 @@ def test_axes_name_every_array(method):
 
 
 @every
-def test_spelled_in_a_checkpoint(method):
+def test_round_trip_through_a_checkpoints_json(method):
   note = json.loads(json.dumps(ours._describe(fresh(method, base()))))
   assert ours._abstract(note, "weights").method == method

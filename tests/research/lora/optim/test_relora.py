@@ -1,4 +1,4 @@
-"""ReLoRA: the authors' schedule, exact merges, and what its resets do."""
+"""Tests ReLoRA: the authors' schedule, exact merges and resets."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ def test_schedule_is_the_authors():
 @pytest.mark.parametrize(
   "every,warmup,rewarm", [(7, 1, 1), (10, 11, 1), (10, 1, 11)]
 )
-def test_schedule_has_to_fit(every, warmup, rewarm):
+def test_schedules_that_do_not_fit_are_refused(every, warmup, rewarm):
   with pytest.raises(UserError, match="Expected `every` to divide the steps"):
     relora.schedule(1.0, 60, every, warmup, rewarm)
 
@@ -134,7 +134,7 @@ def test_the_merged_base_is_in_the_checkpoint(run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_restart_keeps_the_product_and_begins_again(dtype):
+def test_a_restart_merges_and_reinitialises(dtype):
   tx = optim.adamw(0.1)
   start = state.create(params(dtype), "/trained/", tx, held="/w$")
   learned = jax.tree.map(lambda x: x + 0.25, start.trainable)
@@ -196,7 +196,7 @@ def restarted():
   "i", range(len(RESTARTED)), ids=map(methods.label, RESTARTED)
 )
 def test_a_restart_is_merged_and_changes_nothing(restarted, i):
-  """Of every method: nothing that it keeps may be of another base."""
+  """Of every method: no array may depend on the old base."""
   (before, want), (after, got) = (x[f"m{i}"] for x in restarted)
   assert np.abs(want - before).max() > 1e-3
   methods.close(after, want)
@@ -208,15 +208,15 @@ def test_a_restart_is_merged_and_changes_nothing(restarted, i):
   [*REFUSED, LoRA(rank=4, init="random"), C3A(block=4, init="xavier")],
   ids=methods.label,
 )
-def test_what_cannot_begin_again_is_refused(method):
+def test_methods_that_cannot_restart_are_refused(method):
   t = methods.fresh(method, methods.base())
   at = state.create({"x": t}, "/trained/", optax.sgd(0.1), held=HELD)
   with pytest.raises(UserError, match="relora: x: "):
     relora.Restart(every=3).restart(at, methods.KEY)
 
 
-def test_an_average_begins_again():
-  """It is of adapters over the old base, and all of them are merged."""
+def test_a_moving_average_restarts():
+  """It averages adapters over the old base, which are all merged."""
   tx = optax.sgd(0.1)
   at = state.create(params(), "/trained/", tx, held="/w$", average=True)
   moved = jax.tree.map(lambda x: x + 0.25, at.trainable)

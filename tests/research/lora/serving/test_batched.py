@@ -1,4 +1,4 @@
-"""Rows of a batch with adapters of their own compute what they do alone."""
+"""Tests that rows with different adapters compute the same as alone."""
 
 import functools
 
@@ -50,7 +50,7 @@ def truth(x, first, second, ids):
 @pytest.mark.parametrize(
   "ids", [[2, NONE, 0, 2, 1, NONE], [NONE] * 6, [1] * 6], ids=str
 )
-def test_every_way_is_row_by_row(way, time, ids):
+def test_every_implementation_equals_row_by_row(way, time, ids):
   x, first, second = draw(6, time, 12), draw(3, 4, 12), draw(3, 4, 20)
   got = jax.jit(way)(x, first, second, jnp.array(ids))
   want = truth(x, first, second, ids)
@@ -61,8 +61,8 @@ def test_every_way_is_row_by_row(way, time, ids):
 
 @pytest.mark.parametrize("rank", [0, 4, batched.MAX_UNROLLED_RANK + 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_a_row_of_any_rank(rank, dtype):
-  """Up to the unrolled ones sums are in float32, and rounded once."""
+def test_one_token_per_row_of_any_rank(rank, dtype):
+  """Unrolled sums are in float32, and rounded once."""
   x, first, second = (
     t.astype(dtype)
     for t in (draw(6, 1, 12), draw(3, rank, 12), draw(3, rank, 20))
@@ -88,7 +88,9 @@ def test_a_token_a_row_of_any_rank(rank, dtype):
     (64, 1, 8, 64, "by_grouping"),
   ],
 )
-def test_the_shape_chooses(monkeypatch, rows, time, n, rank, way):
+def test_the_shape_selects_the_implementation(
+  monkeypatch, rows, time, n, rank, way
+):
   called = []
   for name in ("by_gather", "by_masking", "by_grouping"):
 
@@ -126,7 +128,7 @@ def test_ids_are_one_for_each_row():
     weights.einsum("...d,df->...f", draw(3, 1, 4), bound)
 
 
-def test_parts_are_cut_like_the_matrix():
+def test_factors_are_sharded_like_the_matrix():
   leaf = BatchedTensor(draw(3, 4, 8), draw(3, 2, 1, 4), draw(3, 2, 1, 8))
   bound = weights.bind({"w": leaf}, ids=jnp.array([0, 1]))["w"]
   up = weights.axes(bound, ("width", "hidden"))

@@ -1,4 +1,4 @@
-"""What is chosen against all choices, and a run on a tiny model."""
+"""Tests bit allocation against all choices, and a run on a tiny model."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def totals(choices):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_no_choice_within_the_budget_costs_less(seed):
-  """Whatever the budget; steps in the order of what they gain are not that."""
+  """For any budget; greedy steps are not optimal."""
   choices = random_choices(seed)
   every = totals(choices)
   budgets = np.linspace(every[:, 0].min(), every[:, 0].max(), 23)
@@ -94,7 +94,7 @@ def test_many_units_are_few_states():
   assert price[0] <= cost <= price[0] * 1.01
 
 
-def test_what_is_dominated_is_no_step():
+def test_dominated_choices_are_skipped():
   choices = [(2.0, 5.0), (3.0, 6.0), (4.0, 4.5), (4.0, 3.0)]
   choices += [(6.0, 2.9), (8.0, 1.0)]
   assert allocate_bits.hull(choices) == [0, 3, 5]
@@ -102,7 +102,7 @@ def test_what_is_dominated_is_no_step():
     allocate_bits.allocate({"a": choices}, 1.5)
 
 
-def test_a_budget_is_kept_where_it_counts():
+def test_a_run_keeps_its_budget():
   model = support.model()
   params = support.params(model)
   how = Allocation(formats=FORMATS, bits=9.5, probe=PROBE)
@@ -134,7 +134,7 @@ def test_a_budget_is_kept_where_it_counts():
     (dict(bits=1.0), "more than the budget"),
   ],
 )
-def test_what_cannot_be_is_said(options, says):
+def test_impossible_settings_raise(options, says):
   model = support.model()
   params = support.params(model)
   how = Allocation(**dict(formats=FORMATS[:1], bits=9.5, probe=PROBE) | options)

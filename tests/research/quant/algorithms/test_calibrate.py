@@ -1,4 +1,4 @@
-"""Calibration against the unchanged model, and against sums by hand."""
+"""Tests calibration against the unchanged model and explicit sums."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_windows_are_of_the_text_and_drawn_by_the_seed():
   assert found.record()["sha256"] != other.record()["sha256"]
 
 
-def test_windows_begin_as_the_tokenizer_says():
+def test_windows_begin_with_the_tokenizers_special_tokens():
   class Around(Letters):
     special = SpecialTokens(begin=(66,), end=(65,), every_row=True)
 
@@ -88,12 +88,12 @@ def test_windows_begin_as_the_tokenizer_says():
     (dict(length=0), "length: found 0"),
   ],
 )
-def test_too_little_text_is_said(changes, says):
+def test_too_little_text_raises(changes, says):
   with pytest.raises(UserError, match=says):
     windows(**changes)
 
 
-def test_without_tokens_nothing_is_walked():
+def test_without_tokens_it_raises():
   model = support.model()
   with pytest.raises(UserError, match="at least one window"):
     calibrate.walk(
@@ -123,7 +123,7 @@ def test_a_walk_that_changes_nothing_is_the_model(family):
 
 
 @pytest.mark.parametrize("follow", ["new", "old"])
-def test_layers_are_given_what_those_before_put_out(follow):
+def test_layers_receive_the_outputs_of_new_layers(follow):
   model = support.model()
   params = support.params(model)
   seen = []
@@ -156,7 +156,7 @@ def test_inputs_are_summed_over_batches():
     inputs.measure(layer, ["attention/z"], statistics.Covariance())
 
 
-def test_pairs_are_two_models_at_once():
+def test_pairs_compute_two_models_at_once():
   model = support.model()
   block = model.layer_kinds()[0]
   old, new = (

@@ -1,4 +1,4 @@
-"""GPTQ on every format's grids: better outputs, legal codes, or a refusal."""
+"""Tests GPTQ on every format: better outputs, legal codes, or an error."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ FEW += ("int8-outputs", "nf4-b512-dq", "Q8_K", "IQ4_NL")
 
 @functools.cache
 def problem():
-  """Returns a matrix and what is seen of correlated inputs."""
+  """Returns a matrix and statistics of correlated inputs."""
   rng = np.random.default_rng(2)
   w = rng.standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
   x = rng.standard_normal((2 * INPUTS, INPUTS))
@@ -51,7 +51,7 @@ def problem():
 
 @pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
 @pytest.mark.sample(2)
-def test_codes_can_be_put_back(format):
+def test_codes_can_be_replaced_by_themselves(format):
   format = format.for_shape(INPUTS, OUTPUTS)
   parts = jax.tree.map(jnp.asarray, format.encode(np.asarray(problem()[0])))
   plain = format.normal_form(parts)
@@ -71,7 +71,7 @@ def test_codes_can_be_put_back(format):
   "format", [f for f in GRIDS if f.name in FEW], ids=lambda f: f.name
 )
 @pytest.mark.sample(2, 1)
-def test_outputs_gain_and_codes_are_the_types_own(format):
+def test_outputs_improve_and_codes_are_legal(format):
   w, seen = problem()
   format = format.for_shape(INPUTS, OUTPUTS)
   (q,), (dense,), (found,) = methods.round_matrices(
@@ -88,7 +88,7 @@ def test_outputs_gain_and_codes_are_the_types_own(format):
 
 
 class Bytes:
-  """A tokenizer that is never asked."""
+  """A tokenizer that is never called."""
 
   def encode(self, text):
     raise AssertionError("the text is read")
@@ -96,7 +96,7 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole(Format):
-  """A format whose codes nobody can choose."""
+  """A format without `with_codes`."""
 
   @property
   def name(self):
@@ -127,7 +127,7 @@ DRIFTING = GPTQMethod(options=GPTQ(drift=0.5))
     (Affine(block=8), DRIFTING, dict(sequential="none"), "GPTQ.drift"),
   ],
 )
-def test_what_cannot_be_is_said_before_a_text_is_read(
+def test_unsupported_formats_raise_before_calibration(
   format, method, options, says
 ):
   model = support.model()
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_said_before_a_text_is_read(
     how.with_model(loaded).run(params)
 
 
-def test_rows_apart_of_blocks_of_ggml():
+def test_outlier_rows_of_ggml_blocks():
   w, format = problem()[0], ggml.TYPES["Q4_K"]
   (q,), _, _ = methods.round_matrices(
     (w,), None, format, KeepOutlierRows(rows=1)

@@ -1,4 +1,4 @@
-"""GPTQ where matrices are cut over eight devices: the same codes as on one."""
+"""Tests that GPTQ gives the same codes sharded over eight devices as on one."""
 
 import functools
 
@@ -24,7 +24,7 @@ IN, OUT = 128, 32
 
 @functools.cache
 def problem(experts=0):
-  """Returns (weights, what was seen of inputs that depend on each other)."""
+  """Returns (weights, statistics of correlated inputs)."""
   rng = np.random.default_rng(0)
   lead = (experts,) if experts else ()
   w = rng.standard_normal((*lead, IN, OUT)).astype(np.float32)
@@ -52,7 +52,7 @@ def different(got, want):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.sample(2, 1)
-def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
+def test_a_sharded_matrix_is_rounded_as_on_one_device(case):
   names, format, options = CASES[case]
   w, seen = problem(2 if case == "experts" else 0)
   mesh = (EXPERTS if case == "experts" else LAYOUT).mesh()
@@ -84,7 +84,7 @@ def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
 
 
 @pytest.mark.slow
-def test_a_model_that_is_cut_is_rounded_as_on_one_device():
+def test_a_sharded_model_is_rounded_as_on_one_device():
   model = support_mesh.model("plain")
   params = support.params(model)
   rule = Rule(

@@ -1,4 +1,4 @@
-"""Rows in full precision: the right ones, exact, and worth their bits."""
+"""Tests outlier rows: the right ones, exact, and worth their bits."""
 
 import functools
 
@@ -61,7 +61,7 @@ def output_error(w, q):
   ],
 )
 @pytest.mark.sample(2)
-def test_the_rows_that_cost_most_are_kept_exactly(inner):
+def test_the_most_sensitive_rows_are_kept_exactly(inner):
   packed, measures = rounded(KeepOutlierRows(method=inner, rows=3))
   plain, _ = rounded(inner)
   for w, q, p, m in zip(problem()[0], packed, plain, measures, strict=True):
@@ -77,7 +77,7 @@ def test_the_rows_that_cost_most_are_kept_exactly(inner):
     assert q.bits_per_weight == pytest.approx(p.bits_per_weight + more)
 
 
-def test_which_cost_most_is_what_leaving_each_alone_would_save():
+def test_costs_are_what_keeping_each_row_would_save():
   ws, seen, x = problem()
   off = np.asarray(FORMAT.decode(FORMAT.encode(ws[0]))) - np.asarray(ws[0])
   want = [
@@ -90,7 +90,7 @@ def test_which_cost_most_is_what_leaving_each_alone_would_save():
   np.testing.assert_allclose(got, np.square(off).sum(-1), rtol=1e-4)
 
 
-def test_a_row_apart_widens_no_grid():
+def test_an_outlier_row_widens_no_grid():
   w = np.random.default_rng(1).normal(size=(64, 24)).astype(np.float32)
   w[9] *= 100
   packed, _, _ = methods.round_matrices(
@@ -129,7 +129,7 @@ def test_in_a_model_by_rules():
   np.testing.assert_allclose(read(packed), read(dense), rtol=1e-4, atol=1e-4)
 
 
-def test_of_experts_each_has_its_own():
+def test_each_expert_has_its_own_rows():
   ws, seen, _ = problem()
   both = jax.tree.map(lambda x: jnp.stack([x, x]), seen)
   both["xx"] = both["xx"].at[1, LARGE].set(0).at[1, :, LARGE].set(0)

@@ -1,4 +1,4 @@
-"""Training through rounding: bitwise conversion, and gradients by hand."""
+"""Tests quantization-aware training: bitwise conversion, explicit gradients."""
 
 import functools
 
@@ -202,7 +202,7 @@ def _weights(params):
   return {tree.path_name(path): w for path, w in found}
 
 
-def test_the_teacher_of_adapters_is_the_model_before():
+def test_the_teacher_is_the_original_model():
   params = support.params(support.model())
   adapted = adapt.Adapt(method=LoRA(rank=2))(params, jax.random.key(0))
   prepared = qat.Prepare(format=SYMMETRIC)(adapted)
@@ -211,7 +211,7 @@ def test_the_teacher_of_adapters_is_the_model_before():
   )
 
 
-def test_scales_are_cut_as_their_matrix():
+def test_scales_are_sharded_like_their_matrix():
   w = qat.Prepare(format=SYMMETRIC, learned=True).prepare(_matrix(8, 3))
   names = w.axes(("embed", "mlp"))
   assert names.w == names.gain == names.start == ("embed", "mlp")

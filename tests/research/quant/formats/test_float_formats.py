@@ -1,4 +1,4 @@
-"""FP8, microscaling and NVFP4: bytes of torchao and compressed-tensors."""
+"""Tests FP8, MX and NVFP4 against bytes of torchao and compressed-tensors."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ def test_integers_are_scaled_by_their_rules():
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.sample(2)
-def test_a_matrix_decodes_alike_by_every_way(name):
+def test_a_matrix_decodes_alike_in_every_way(name):
   format = FORMATS[name]
   w = gaussian(3, 96, 40)
   stack = packer(format)(w)
@@ -146,7 +146,7 @@ def test_bytes_are_counted(format, bits):
   assert packer(format)(gaussian(64, 64)).bits_per_weight == bits
 
 
-def test_more_bits_and_searches_err_less():
+def test_more_bits_and_searches_reduce_errors():
   w = gaussian(3, 96, 40)  # compiled for already
   by = {name: error(w, format) for name, format in FORMATS.items()}
   assert by["mx e2m3"] < by["mx e3m2"] < by["mx search"] < by["mx e2m1"]
@@ -193,7 +193,7 @@ def test_zeros_tiny_and_huge_numbers_stay_finite(name):
 
 
 def test_grids_are_what_encoding_uses():
-  """As a rounding with error feedback takes them, group by group."""
+  """As GPTQ uses them, group by group."""
   w = gaussian(64, 8)
   for format in (Microscaling(element="e2m3"), Microscaling(), NVFP4()):
 
@@ -266,7 +266,7 @@ def test_refused(make, match):
 
 
 def test_kernels_get_integers_or_sixteen_values():
-  """Of what panels hold: 4 bits of a codebook, or integers of 8 bits."""
+  """Panels support 4 bits of a codebook, or integers of 8 bits."""
   for name in ("mx e2m1", "mx e2m3", "mx int8", "nvfp4"):
     plain = packer(FORMATS[name])(gaussian(96, 40)).normal_form()
     assert plain.codebook is None or len(plain.codebook) == 16

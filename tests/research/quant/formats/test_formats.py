@@ -1,4 +1,4 @@
-"""Laws that every format of a packed matrix keeps, whatever it rounds to."""
+"""Properties of every quantization format."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def test_every_format_has_a_row():
 
 
 @every
-def test_parts_are_what_the_layout_says(row):
+def test_parts_match_the_layout(row):
   w = leaf(row)
   assert (w.shape, w.ndim, w.dtype) == ((2, INPUTS, OUTPUTS), 3, jnp.float32)
   sizes = {"x": INPUTS // w.format.block, "o": OUTPUTS}
@@ -122,7 +122,7 @@ def test_parts_are_what_the_layout_says(row):
 
 
 @every
-def test_numbers_are_near_what_was_packed(row):
+def test_decoded_numbers_are_near_the_originals(row):
   w, got = matrices(), decoded(row)
   bits = []
   jax.eval_shape(lambda w: bits.append(w.normal_form().bits), leaf(row))
@@ -147,7 +147,7 @@ def test_packing_again_changes_nothing(row):
 
 
 @pytest.mark.parametrize("row", ggml.TYPES)
-def test_packing_inside_a_program_is_packing(row):
+def test_traced_packing_equals_eager_packing(row):
   """Encoders of NumPy, too: AWQ and LoftQ round in the middle of a trace."""
   importance = jnp.linspace(0.5, 2, 2 * INPUTS).reshape(2, INPUTS)
   pack = jax.jit(qtensor.pack, static_argnums=1)
@@ -185,7 +185,7 @@ def test_products_and_gradients_are_the_dense_ones(row):
 
 
 @every
-def test_an_embedding_decodes_the_rows_it_is_asked_for(row):
+def test_an_embedding_decodes_only_requested_rows(row):
   embed = dataclasses.replace(one(row), axis=-1)
   assert embed.shape == (OUTPUTS, INPUTS)
   ids = np.array([[3, 0], [23, 3]])
@@ -194,7 +194,7 @@ def test_an_embedding_decodes_the_rows_it_is_asked_for(row):
 
 
 @every
-def test_a_note_of_it_makes_it_again(row):
+def test_a_format_round_trips_through_its_record(row):
   note = json.loads(json.dumps(ours._describe({"w": leaf(row)})))
   made = ours._abstract(note, "weights")["w"]
   assert jax.tree.structure(made) == jax.tree.structure(leaf(row))

@@ -1,4 +1,4 @@
-"""What a command line says of keys and values, and what it may not say."""
+"""Tests the command-line form of KV quantization, valid and invalid."""
 
 import pytest
 
@@ -25,7 +25,7 @@ def test_short_forms(text, fields):
   assert parse(text) == KVQuantizer(**fields)
 
 
-def test_layers_of_their_own():
+def test_settings_per_layer():
   found = parse("k2v2;0,29=k8v4,residual=0;3=int8,key=per_token")
   assert found.default == parse("k2v2")
   assert (
@@ -64,7 +64,7 @@ def test_no_text_is_no_quantizer():
     ("k4v4,scale_dtype=int8", "kv scale_dtype: found 'int8'"),
   ],
 )
-def test_what_is_refused(text, words):
+def test_bad_texts_are_refused(text, words):
   with pytest.raises(UserError, match=words):
     parse(text)
 

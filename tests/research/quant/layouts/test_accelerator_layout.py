@@ -1,4 +1,4 @@
-"""Planes as a leaf: the same numbers and the same model, for accelerators."""
+"""Tests the planar layout: the same numbers and the same model."""
 
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ def test_parts_are_named_after_the_axes_they_cut():
     assert named.planes.codes == named.planes.scale == ("in", "out")
 
 
-def test_what_does_not_fit():
+def test_unsupported_matrices():
   w = np.random.default_rng(0).normal(size=(192, 40)).astype(np.float32)
   for format in (FP8(), Affine(block=8), Affine(block=96), Codebook(block=512)):
     assert not accelerator_layout.is_supported(qtensor.pack(w, format)), (
@@ -160,7 +160,7 @@ def test_a_packed_model_is_the_same_in_planes(gpu):
   assert generate.generate(model, got, prompts, 4) == want
 
 
-def test_decoding_chooses(monkeypatch):
+def test_for_decoding_selects_the_layout(monkeypatch):
   _, params = packed()
   monkeypatch.setattr(accelerator_layout, "has_kernel", lambda: True)
   up = cpu_layout.for_decoding(params)["run0"]["layer0"]["mlp"]["up"]
@@ -171,8 +171,8 @@ def test_decoding_chooses(monkeypatch):
   assert cpu_layout.for_decoding(many) is many
 
 
-def test_decoding_leaves_what_no_kernel_takes(monkeypatch):
-  """On GPUs, whose kernels take no float32, generate's default."""
+def test_for_decoding_leaves_unsupported_matrices(monkeypatch):
+  """On GPUs, whose kernels do not support float32, generate's default."""
   model, params = packed()
   monkeypatch.setattr(accelerator_layout, "has_kernel", lambda: True)
   plain = support.params(model)
@@ -186,7 +186,7 @@ def test_decoding_leaves_what_no_kernel_takes(monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_does_not_fit_is_said_by_name(gpu):
+def test_a_warning_names_unsupported_formats(gpu):
   model = support.model(tied=True, **SIZES)
   params = Quantize(format=FP8())(support.params(model))
   with pytest.warns(RuntimeWarning, match=f"planes: .*{FP8().name};"):
@@ -212,7 +212,7 @@ class Shifted(Affine):
 
 
 @pytest.mark.parametrize("bits, middle", [(8, 100.0), (8, 127.5), (6, 31.5)])
-def test_any_zero_of_8_bits_has_a_place(bits, middle):
+def test_any_zero_of_8_bits_is_supported(bits, middle):
   rng = np.random.default_rng(0)
   w = jnp.asarray(rng.normal(size=(192, 40)), jnp.float32)
   format = Shifted(bits=bits, symmetric=True, block=32, middle=middle)

@@ -1,4 +1,4 @@
-"""Large matrices are decoded in pieces: the same products, in less memory."""
+"""Tests that large matrices are decoded in slices, in less memory."""
 
 import dataclasses
 import functools
@@ -95,7 +95,7 @@ def test_einsum_in_any_order_of_letters(eq, dtype):
 @pytest.mark.parametrize("axis", [-2, -1])
 @every
 @pytest.mark.cover(1)
-def test_every_kind_of_part_is_cut(name, axis):
+def test_every_kind_of_part_is_sliced(name, axis):
   w = dataclasses.replace(leaf(name), axis=axis)
   one = jax.tree.map(lambda x: x[1], w)
   assert products.piece_count(one, products.PIECE) == 6
@@ -175,7 +175,7 @@ def test_no_program_holds_a_whole_large_matrix(case, format, monkeypatch):
   assert temporaries() >= WIDE
 
 
-def test_small_matrices_and_those_cut_over_devices_are_decoded_whole():
+def test_small_and_sharded_matrices_are_decoded_at_once():
   w = packed_shape(Affine(), ())
   assert products.piece_count(w, WIDE // 4) == 1
   assert products.piece_count(w, 2 << 20) == 8

@@ -1,4 +1,4 @@
-"""Casts to small floats: exact, to the nearest, ties to even, saturating."""
+"""Tests casts to minifloats: exact, nearest, ties to even, saturating."""
 
 import fractions
 import math
@@ -134,7 +134,7 @@ def test_codes_come_back_and_nan_has_one(kind):
 
 
 def test_the_casts_of_jax_are_traps():
-  """What the module's docstring says of them; if mended, say so there."""
+  """As the module's docstring says; if JAX is fixed, update it."""
   x = jnp.float32([465.0])
   assert np.isnan(np.asarray(x.astype(jnp.float8_e4m3fn), np.float32)).all()
   three = np.float32([3.0]).astype(ml_dtypes.float8_e8m0fnu)

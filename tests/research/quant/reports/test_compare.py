@@ -1,4 +1,4 @@
-"""Comparisons with a base, against logits of the whole text in float64."""
+"""Tests comparisons with a base against logits of the whole text in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def _log_probs(model, params, tokens):
   return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
-def test_each_token_is_what_the_logits_say(pair, found):
+def test_per_token_results_match_the_logits(pair, found):
   model, params, other, tokens = pair
   p, q = (_log_probs(model, x, tokens)[:, :-1] for x in (params, other))
   right = tokens[:, 1:, None]
@@ -68,7 +68,7 @@ def test_a_summary_is_the_means(found):
   assert s.same_top == pytest.approx(found["same"].mean())
 
 
-def test_a_model_beside_itself_has_no_distance(pair):
+def test_a_model_compared_with_itself_has_no_distance(pair):
   model, params, _, tokens = pair
   base = compare.base_outputs(model, params, tokens, batch=2)
   s = compare.compare(base, model, params)
@@ -77,7 +77,7 @@ def test_a_model_beside_itself_has_no_distance(pair):
   assert s.perplexity == s.base_perplexity and s.accuracy == s.base_accuracy
 
 
-def test_standard_errors_count_runs_of_alike_tokens_once():
+def test_standard_errors_count_correlated_runs_once():
   rng = np.random.default_rng(0)
   apart = rng.standard_normal((64, 320))
   # 20,480 independent draws; its own relative error is 1 / sqrt(2 * 640).

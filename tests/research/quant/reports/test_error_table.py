@@ -1,4 +1,4 @@
-"""What every grid loses of normal numbers: a table that must not move."""
+"""Tests the rounding error of normal numbers in every format: a fixed table."""
 
 import functools
 

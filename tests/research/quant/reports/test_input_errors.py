@@ -1,4 +1,4 @@
-"""Inputs are kept as they were, and errors are medians over tokens."""
+"""Tests that inputs are unchanged, and errors are medians over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def test_inputs_of_the_middle_layer():
     input_errors.collect_inputs(model, params, tokens, ("layers/9/mlp/down",))
 
 
-def test_one_massive_token_is_seen_in_medians_alone():
+def test_medians_show_errors_hidden_by_a_massive_token():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((64, 32)).astype(np.float32)
   x[0, 5] = 5e3

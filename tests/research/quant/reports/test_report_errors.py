@@ -1,4 +1,4 @@
-"""Errors of each matrix, against products by hand; sizes, by counting."""
+"""Tests each matrix's errors against explicit products, sizes by counting."""
 
 import dataclasses
 
@@ -85,7 +85,7 @@ def test_equal_trees_are_refused(pair):
     report_errors.errors(model, params, params, tokens)
 
 
-def test_a_probe_leaves_the_model_what_it_is(pair):
+def test_a_probe_does_not_change_the_model(pair):
   _, params, other, _ = pair
   w = params["run0"]["layer0"]["attention"]["q"][0]
   new = jax.tree.map(lambda x: x[0], other["run0"]["layer0"]["attention"]["q"])
