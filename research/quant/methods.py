@@ -50,17 +50,17 @@ class Method(Protocol):
   def parts(
     self,
     ws: Sequence[Float[Array, "I O"]],
-    seen: InputStats | None,
+    stats: InputStats | None,
     format: Format,
-    starts: Sequence[Any] | None,
+    encoded: Sequence[Any] | None,
   ) -> tuple[list[Any], Any, Any]:
     """Returns (parts of each matrix, order or None, damping or None).
 
     Args:
       ws: matrices with the same inputs.
-      seen: statistics of these inputs, or None.
+      stats: statistics of these inputs, or None.
       format: format of the matrices.
-      starts: the matrices rounded to nearest, for formats whose encoder cannot
+      encoded: the matrices rounded to nearest, for formats whose encoder cannot
         be traced; else None.
     """
 
@@ -72,7 +72,7 @@ class SplitsOutliers(Method, Protocol):
   def split_outliers(
     self,
     ws: Sequence[Float[Array, "I O"]],
-    seen: InputStats | None,
+    stats: InputStats | None,
     format: Format,
   ) -> tuple[list[Any], list[Any], InputStats | None]:
     """Returns (matrices without those rows, the rows, remaining statistics)."""
@@ -102,10 +102,10 @@ class RoundToNearest:
     if self.clip is not None:
       _check_local(format, "RoundToNearest.clip")
 
-  def parts(self, ws, seen, format, starts):
-    if starts is not None and self.clip is None:
-      return list(starts), None, None
-    importance = input_importance(seen) if self.weighted else None
+  def parts(self, ws, stats, format, encoded):
+    if encoded is not None and self.clip is None:
+      return list(encoded), None, None
+    importance = input_importance(stats) if self.weighted else None
     return [self._parts(w, importance, format) for w in ws], None, None
 
   def _parts(self, w, importance, format):
@@ -152,11 +152,11 @@ class GPTQMethod:
         "expected another format, or the method RoundToNearest"
       )
 
-  def parts(self, ws, seen, format, starts):
+  def parts(self, ws, stats, format, encoded):
     side = jnp.concatenate(ws, axis=-1)
-    n = seen["n"][0]
-    h = seen["xx"] / jnp.maximum(n, 1)
-    drift = seen.get("drift")
+    n = stats["n"][0]
+    h = stats["xx"] / jnp.maximum(n, 1)
+    drift = stats.get("drift")
     if drift is not None:
       drift = drift / jnp.maximum(n, 1)
     ends = [sum(w.shape[-1] for w in ws[:k]) for k in range(1, len(ws))]
@@ -172,18 +172,20 @@ class GPTQMethod:
       grids = zip(*(split(x) for x in found.grid), strict=True)
       parts = [format.parts(c, *g) for c, g in zip(codes, grids, strict=True)]
       return parts, found.order, given.damping
-    if starts is None:
-      starts = [
-        format.encode_traced(w, input_importance(seen)) for w in split(given.w)
+    if encoded is None:
+      encoded = [
+        format.encode_traced(w, input_importance(stats)) for w in split(given.w)
       ]
-    plain = [format.normal_form(start) for start in starts]
+    plain = [format.normal_form(start) for start in encoded]
     grids = FixedGrids.from_normal_form(plain[0])
     known = [FixedGrids.grid_from(x) for x in plain]
     known = jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *known)
     found = gptq.quantize(given, grids, options, known)
     parts = [
       format.with_codes(start, codes.astype(x.codes.dtype))
-      for start, codes, x in zip(starts, split(found.codes), plain, strict=True)
+      for start, codes, x in zip(
+        encoded, split(found.codes), plain, strict=True
+      )
     ]
     return parts, found.order, given.damping
 
@@ -247,10 +249,10 @@ class FixedGrids:
     raise UserError("GPTQ: these grids belong to a whole matrix")
 
 
-def input_importance(seen: InputStats) -> Float[Array, "*E I"]:
+def input_importance(stats: InputStats) -> Float[Array, "*E I"]:
   """Returns the mean square of each input, a weight of its errors."""
-  squares = jnp.diagonal(seen["xx"], axis1=-2, axis2=-1)
-  return squares / jnp.maximum(seen["n"], 1)
+  squares = jnp.diagonal(stats["xx"], axis1=-2, axis2=-1)
+  return squares / jnp.maximum(stats["n"], 1)
 
 
 def _check_local(format: Format, what: str) -> None:
@@ -287,7 +289,7 @@ class RoundingErrors:
 
 def round_matrices(
   ws: tuple[Float[Array, "..."], ...],
-  seen: InputStats | None,
+  stats: InputStats | None,
   format: Format,
   method: Method,
   compare: bool = False,
@@ -297,7 +299,7 @@ def round_matrices(
 
   Args:
     ws: matrices `[I, O]`, or stacked experts `[E, I, O]`.
-    seen: statistics of their inputs, or None; see `InputStats`.
+    stats: statistics of their inputs, or None; see `InputStats`.
     format: format of the matrices.
     method: rounding method.
     compare: whether to compute the error of rounding to nearest as well.
@@ -309,28 +311,28 @@ def round_matrices(
   Raises:
     UserError: the method cannot round them, see `Method.check`.
   """
-  method.check(format, ws[0].shape[-2], seen is not None)
-  starts = None
+  method.check(format, ws[0].shape[-2], stats is not None)
+  encoded = None
   if not (format.traceable or isinstance(method, SplitsOutliers)):
     importance = None
-    if method.weighted and seen is not None:
-      importance = input_importance(seen)
-    starts = tuple(
+    if method.weighted and stats is not None:
+      importance = input_importance(stats)
+    encoded = tuple(
       pack(np.asarray(w, np.float32), format, importance).parts for w in ws
     )
-  return _rounded(ws, seen, starts, format, method, compare, of)
+  return _rounded(ws, stats, encoded, format, method, compare, of)
 
 
 @functools.partial(
   jax.jit, static_argnames=("format", "method", "compare", "of")
 )
-def _rounded(ws, seen, starts, format, method, compare, of):
-  def one(ws, seen, starts):
+def _rounded(ws, stats, encoded, format, method, compare, of):
+  def one(ws, stats, encoded):
     ws = [w.astype(jnp.float32) for w in ws]
-    rest, outliers, left = ws, [None] * len(ws), seen
+    rest, outliers, left = ws, [None] * len(ws), stats
     if isinstance(method, SplitsOutliers):
-      rest, outliers, left = method.split_outliers(ws, seen, format)
-    parts, order, damping = method.parts(rest, left, format, starts)
+      rest, outliers, left = method.split_outliers(ws, stats, format)
+    parts, order, damping = method.parts(rest, left, format, encoded)
     packed, dense, measures = [], [], []
     for k, (w, part) in enumerate(zip(ws, parts, strict=True)):
       q = QTensor(
@@ -343,23 +345,23 @@ def _rounded(ws, seen, starts, format, method, compare, of):
         of=of,
       )
       near = None
-      if compare and seen is not None:
-        start = format.encode_traced(w) if starts is None else starts[k]
+      if compare and stats is not None:
+        start = format.encode_traced(w) if encoded is None else encoded[k]
         near = format.decode(start)
       packed.append(q)
       dense.append(q.dense())
-      measures.append(_measured(w, dense[-1], near, seen, damping))
+      measures.append(_measured(w, dense[-1], near, stats, damping))
     return tuple(packed), tuple(dense), tuple(measures)
 
-  return (jax.vmap(one) if ws[0].ndim > 2 else one)(ws, seen, starts)
+  return (jax.vmap(one) if ws[0].ndim > 2 else one)(ws, stats, encoded)
 
 
-def _measured(w, got, near, seen, damping) -> RoundingErrors:
+def _measured(w, got, near, stats, damping) -> RoundingErrors:
   error = got.astype(jnp.float32) - w
   weight = jnp.sqrt((error**2).sum() / jnp.maximum((w**2).sum(), 1e-30))
-  if seen is None:
+  if stats is None:
     return RoundingErrors(weight)
-  h = seen["xx"] / jnp.maximum(seen["n"], 1)
+  h = stats["xx"] / jnp.maximum(stats["n"], 1)
 
   def size(x):
     y = jnp.matmul(h, x, precision=gptq.HIGHEST)
@@ -370,7 +372,7 @@ def _measured(w, got, near, seen, damping) -> RoundingErrors:
     weight,
     jnp.sqrt(size(error) / whole),
     None if near is None else jnp.sqrt(size(near - w) / whole),
-    seen["n"][0],
+    stats["n"][0],
     (jnp.diagonal(h) == 0).sum(),
     damping,
   )

@@ -98,13 +98,13 @@ class Quantization(NeedsModel):
     return self.run(params)[0]
 
   def run(
-    self, params: Params, say: Log = lambda text: None
+    self, params: Params, log: Log = lambda text: None
   ) -> tuple[dict[str, Any], "Report"]:
     """Quantizes `params` by the rules.
 
     Args:
       params: any tree of weights without adapters.
-      say: receives progress messages.
+      log: receives progress messages.
 
     Returns:
       (parameters, report of each matrix's errors).
@@ -125,7 +125,7 @@ class Quantization(NeedsModel):
       )
     follow = "old" if self.sequential == "none" else "new"
     windows = None if self.calibration is None else self._windows()
-    work = _Work(self, chosen, pairs, say)
+    work = _Work(self, chosen, pairs, log)
     if windows is None:
       layers = [
         work.alone(i, layer) for i, layer in enumerate(tree.layers(params))
@@ -279,7 +279,7 @@ class _Work:
   how: Quantization
   chosen: dict[str, Rule]
   pairs: bool
-  say: Log
+  log: Log
   rows: list["Row"] = dataclasses.field(default_factory=list)
 
   def alone(self, i: int, layer: Params) -> Params:
@@ -318,7 +318,7 @@ class _Work:
           dense = self._replaced(dense, plain)
       out.append(packed)
       seconds = time.perf_counter() - start
-      self.say(f"layer {i + 1}/{count}: {self._summary(i)}, {seconds:.1f} s")
+      self.log(f"layer {i + 1}/{count}: {self._summary(i)}, {seconds:.1f} s")
       return dense
 
     how = self.how.calibration

@@ -74,14 +74,14 @@ class ALoRA(LoRA):
 
 def from_last_match(
   tokens: Int[Array, "B T"],
-  wanted: tuple[int, ...],
+  pattern: tuple[int, ...],
   segments: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
   """Returns which positions are at or after the last match of a sequence.
 
   Args:
     tokens: token ids; padding is a negative id or has segment -1.
-    wanted: token ids to match, at least one.
+    pattern: token ids to match, at least one.
     segments: index from 0 of each token's document in its row; each document
       is searched separately. -1 for padding, which is never after a match.
   """
@@ -89,7 +89,7 @@ def from_last_match(
   if segments is None:
     segments = jnp.zeros_like(tokens)
   found = jnp.ones((rows, time), bool)
-  for k, token in enumerate(wanted):
+  for k, token in enumerate(pattern):
     found &= _ahead(tokens, k, -1) == token
     found &= _ahead(segments, k, -1) == segments
   place = jnp.where(found & (segments >= 0), jnp.arange(time), -1)

@@ -190,13 +190,13 @@ class Allocation(NeedsModel):
     return self.run(params)[0]
 
   def run(
-    self, params: Params, say: quantize_by_rules.Log = lambda text: None
+    self, params: Params, log: quantize_by_rules.Log = lambda text: None
   ) -> tuple[dict[str, Any], Report]:
     """Chooses formats and quantizes `params`.
 
     Args:
       params: any tree of weights without adapters.
-      say: receives progress messages.
+      log: receives progress messages.
 
     Returns:
       (parameters, report of each matrix's errors).
@@ -207,7 +207,7 @@ class Allocation(NeedsModel):
     if self.model is None:
       raise UserError("Allocation: has no model; `with_model` sets it")
     units = self.units(params)
-    choices = self.measure(params, units, say)
+    choices = self.measure(params, units, log)
     every = packable_weights(params)
     count = sum(
       math.prod(every[path].shape) for paths in units.values() for path in paths
@@ -215,9 +215,9 @@ class Allocation(NeedsModel):
     chosen = []
     for unit, k in allocate(choices, self.bits * count).items():
       rule = self._rule(units[unit], self.formats[k])
-      say(f"{unit} is quantized to {rule.format.name}")
+      log(f"{unit} is quantized to {rule.format.name}")
       chosen.append(rule)
-    return self._how(chosen).run(params, say)
+    return self._how(chosen).run(params, log)
 
   def units(self, params: Params) -> dict[str, list[str]]:
     """Returns unit -> addresses of its matrices."""
@@ -234,7 +234,7 @@ class Allocation(NeedsModel):
     self,
     params: Params,
     units: Mapping[str, Sequence[str]],
-    say: quantize_by_rules.Log,
+    log: quantize_by_rules.Log,
   ) -> dict[str, list[Choice]]:
     """Returns unit -> (bits, divergence in nats) in each format."""
     tokens = self.probe.read(self.tokenizer).tokens
@@ -249,7 +249,7 @@ class Allocation(NeedsModel):
         mixed = with_weights(self.model, params, old | new)
         kl = compare.compare(known, self.model, mixed).kl
         out[unit].append((bits, kl))
-        say(f"{unit} alone in {format.name}: divergence {kl:.5f}")
+        log(f"{unit} alone in {format.name}: divergence {kl:.5f}")
     return out
 
   def _rule(self, paths: Sequence[str], format: Format) -> Rule:

@@ -108,7 +108,7 @@ def search_layer(
   block: Block,
   flat: Flat,
   x: Float[Array, "N T D"],
-  seen: Mapping[str, Moments],
+  moments: Mapping[str, Moments],
 ) -> tuple[Flat, dict[str, Any]]:
   """Returns (the layer scaled and clipped, the search's report).
 
@@ -117,21 +117,21 @@ def search_layer(
     block: the layer's module.
     flat: path -> array of the layer.
     x: the layer's inputs.
-    seen: path -> moments of the inputs of `attention/o` and `mlp/down`.
+    moments: path -> moments of the inputs of `attention/o` and `mlp/down`.
   """
   modules = _Modules(block)
   a_in = modules.norm(flat, "attention_norm", x)
   attended = modules.attention(flat, a_in)
   h = x + modules.post(flat, attended)
   m_in = modules.norm(flat, "mlp_norm", h)
-  a_seen, m_seen = _moments(a_in), _moments(m_in)
+  a_moments, m_moments = _moments(a_in), _moments(m_in)
   offset, a = block.norm.offset, block.attention
   report, scaled, inputs = {}, flat, {}
 
   paths = folding.readers(flat, "attention_norm")
   loss = functools.partial(_module_loss, modules.attention, flat, a_in)
-  s, report["qkv"] = _search(search, flat, paths, a_seen, loss)
-  inputs |= {p: _over(a_seen, s) for p in paths}
+  s, report["qkv"] = _search(search, flat, paths, a_moments, loss)
+  inputs |= {p: _over(a_moments, s) for p in paths}
   scaled = folding.scale_norm(scaled, "attention_norm", s, offset)
 
   def tied(s):
@@ -141,25 +141,25 @@ def search_layer(
     return folding.to_heads(s, a.heads, a.kv_heads)
 
   path = "attention/o"
-  loss = functools.partial(_output_loss, flat, seen[path][1])
+  loss = functools.partial(_output_loss, flat, moments[path][1])
   s, report["o"] = _search(
-    search, flat, [path], seen[path], loss, lambda s: spread(tied(s))
+    search, flat, [path], moments[path], loss, lambda s: spread(tied(s))
   )
-  inputs[path] = _over(seen[path], s)
+  inputs[path] = _over(moments[path], s)
   scaled = folding.scale_values(scaled, tied(s), a.heads, a.kv_heads)
 
   paths = folding.readers(flat, "mlp_norm")
   linear = [p for p in paths if p != "mlp/router"]
   loss = functools.partial(_module_loss, modules.mlp, flat, m_in)
-  s, report["mlp"] = _search(search, flat, linear, m_seen, loss)
-  inputs |= {p: _over(m_seen, s) for p in paths}
+  s, report["mlp"] = _search(search, flat, linear, m_moments, loss)
+  inputs |= {p: _over(m_moments, s) for p in paths}
   scaled = folding.scale_norm(scaled, "mlp_norm", s, offset)
 
   path = "mlp/down"
   if path in flat:
-    loss = functools.partial(_output_loss, flat, seen[path][1])
-    s, report["down"] = _search(search, flat, [path], seen[path], loss)
-    inputs[path] = _over(seen[path], s)
+    loss = functools.partial(_output_loss, flat, moments[path][1])
+    s, report["down"] = _search(search, flat, [path], moments[path], loss)
+    inputs[path] = _over(moments[path], s)
     scaled = folding.scale_hidden(scaled, "mlp", s)
   if search.clip:
     for path in CLIPPED:

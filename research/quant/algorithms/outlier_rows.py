@@ -71,33 +71,33 @@ class KeepOutlierRows:
       )
     self.method.check(format, inputs, calibrated)
 
-  def parts(self, ws, seen, format, starts):
+  def parts(self, ws, stats, format, encoded):
     """Returns the method's parts of matrices whose outlier rows are 0."""
-    return self.method.parts(ws, seen, format, starts)
+    return self.method.parts(ws, stats, format, encoded)
 
   def split_outliers(
     self,
     ws: Sequence[Float[Array, "I O"]],
-    seen: InputStats | None,
+    stats: InputStats | None,
     format: Format,
   ) -> tuple[
     list[Float[Array, "I O"]], list[dict[str, Any]], InputStats | None
   ]:
     """Returns (matrices with these rows 0, the rows, remaining statistics)."""
-    cost = sum(rounding_costs(w, seen, format) for w in ws)
+    cost = sum(rounding_costs(w, stats, format) for w in ws)
     rows = jnp.sort(jax.lax.top_k(cost, self.rows)[1]).astype(jnp.int32)
     rest = [w.at[rows].set(0) for w in ws]
     values = [w[rows].astype(self.dtype) for w in ws]
-    if seen is not None:
-      xx = seen["xx"].at[rows].set(0).at[:, rows].set(0)
-      seen = {**seen, "xx": xx}
-    return rest, [{"rows": rows, "values": x} for x in values], seen
+    if stats is not None:
+      xx = stats["xx"].at[rows].set(0).at[:, rows].set(0)
+      stats = {**stats, "xx": xx}
+    return rest, [{"rows": rows, "values": x} for x in values], stats
 
 
 def rounding_costs(
-  w: Float[Array, "I O"], seen: InputStats | None, format: Format
+  w: Float[Array, "I O"], stats: InputStats | None, format: Format
 ) -> Float[Array, " I"]:
-  """Returns the cost of rounding each row; equal inputs if `seen` is None."""
+  """Returns the cost of rounding each row; equal inputs if `stats` is None."""
   error = format.decode(format.encode_traced(w)) - w
   each = (error**2).sum(-1)
-  return each if seen is None else each * methods.input_importance(seen)
+  return each if stats is None else each * methods.input_importance(stats)

@@ -145,7 +145,7 @@ def per_token(
   """
   if model.vocab_size != found.model.vocab_size:
     raise UserError(
-      f"compare: a model of {model.vocab_size} tokens beside a base of "
+      f"compare: a model of {model.vocab_size} tokens and a base of "
       f"{found.model.vocab_size}, expected the same vocabulary"
     )
   out = []
