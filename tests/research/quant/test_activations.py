@@ -156,7 +156,7 @@ def test_bad_settings_raise():
     Round(bits=1)
   with pytest.raises(UserError, match="group"):
     Round(group=5)(_x())
-  with pytest.raises(UserError, match="without zero"):
+  with pytest.raises(UserError, match="no zero"):
     static_inputs.StaticInputs(op=Round())
   with pytest.raises(UserError, match="no matrix"):
     activations.Inputs(targets="/nothing$")(support.params(support.model()))

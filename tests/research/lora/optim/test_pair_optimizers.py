@@ -318,7 +318,7 @@ def test_unmatched_pairs_are_ignored():
   params["q"] = laws.one(laws.moved(laws.LoRA(rank=4)))
   assert [p.down for p in pairs.pairs(params, "^q/")] == ["q/trained/a"]
   for make in (lorapro.lorapro, riemannian.riemannian, riemannian.lora_fa):
-    with pytest.raises(UserError, match="k/trained/a: KaSA adds something"):
+    with pytest.raises(UserError, match="k/trained/a: KaSA adds another"):
       make(0.1).init(params)
     make(0.1, matching="^q/").init(params)
 
