@@ -67,7 +67,7 @@ class KeepOutlierRows:
     if self.rows >= inputs:
       raise UserError(
         f"KeepOutlierRows: rows is {self.rows}, expected fewer than the "
-        f"matrix' {inputs} inputs"
+        f"matrix's {inputs} inputs"
       )
     self.method.check(format, inputs, calibrated)
 

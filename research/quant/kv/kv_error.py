@@ -41,7 +41,7 @@ def attention_errors(
   for kv in kvs:
     if tokens.shape[1] % kv.group and any(g.packs_blocks for g in kv.grids):
       raise UserError(
-        f"tokens: found {tokens.shape[1]} a row, expected a multiple of the "
+        f"tokens: found rows of {tokens.shape[1]}, expected a multiple of the "
         f"group of {kv.group}"
       )
   x = weights.take(params["embed"], tokens).astype(model.dtype)

@@ -122,7 +122,7 @@ DRIFTING = GPTQMethod(options=GPTQ(drift=0.5))
       Affine(block=8),
       KeepOutlierRows(rows=32),
       {},
-      "expected fewer than the matrix' 32",
+      "expected fewer than the matrix's 32",
     ),
     (Affine(block=8), DRIFTING, dict(sequential="none"), "GPTQ.drift"),
   ],

@@ -147,7 +147,7 @@ def test_each_expert_has_its_own_rows():
     (lambda: KeepOutlierRows(rows=0), "rows is 0, expected 1 or more"),
     (
       lambda: rounded(KeepOutlierRows(rows=64)),
-      "expected fewer than the matrix' 64",
+      "expected fewer than the matrix's 64",
     ),
     (
       lambda: KeepOutlierRows(method=GPTQMethod(options=GPTQ(drift=1.0))),
