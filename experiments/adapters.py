@@ -201,7 +201,7 @@ def _combined() -> tuple[Any, Any, dict[str, Any]]:
     elect=_ELECT.value,
     key=jax.random.key(_SEED.value),
   )
-  params = lora_factors.wrapped(wrap.disable(found[0].params()), summed)
+  params = lora_factors.wrap_factors(wrap.disable(found[0].params()), summed)
   rows = {path: dict(rank=f.rank) for path, f in summed.items()}
   return found[0], params, _told(rows, ranks=[f.rank for f in summed.values()])
 
@@ -241,7 +241,7 @@ def _intruders() -> tuple[Any, Any, dict[str, Any]]:
   )
   rows = {path: dict(intruders=n) for path, n in counts.items()}
   told = _told(rows, intruders=sum(counts.values()))
-  return source, lora_factors.wrapped(wrap.disable(params), found), told
+  return source, lora_factors.wrap_factors(wrap.disable(params), found), told
 
 
 def _diagnosed() -> dict[str, Any]:

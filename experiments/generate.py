@@ -188,7 +188,7 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   from research.quant.layouts import cpu_layout
 
   def ready(params):
-    fast = cpu_layout.decoding(params, loaded.model.dtype)
+    fast = cpu_layout.for_decoding(params, loaded.model.dtype)
     return generate.prepare(fast, loaded.model)
 
   if not places:
@@ -196,7 +196,9 @@ def _prepared(loaded: Any, names: Any, places: Any) -> Any:
   if len(set(names)) == 1:
     place = places[names[0]]
     return ready(adapters.load_adapter(place, loaded.params, loaded.model))
-  held = pool.fitted(loaded.params, loaded.model, places, adapters.read_factors)
+  held = pool.from_directories(
+    loaded.params, loaded.model, places, adapters.read_factors
+  )
   held, ids = pool.use(held, names)
   return weights.bind(ready(held.params), ids=ids)
 

@@ -165,7 +165,7 @@ def _measured(
   from research.quant.layouts import cpu_layout
 
   rows = (chunk or _WINDOW.value) * _BATCH.value
-  params = cpu_layout.reading(loaded.params, loaded.model, rows)
+  params = cpu_layout.for_reading(loaded.params, loaded.model, rows)
   if params is loaded.params and isinstance(kv, kv_quantizer.KVByLayer):
     params = tree.unroll(params)
   return perplexity(

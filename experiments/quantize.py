@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   origin = dict(format="quantized", config=_CONFIG.value, of=name or "")
   convert.to_orbax(sources.from_training(loaded, params, origin, name), to)
   (to / "quantize.gin").write_text(text, encoding="utf-8")
-  found = [cli.plain(report.plain()) for report in reports]
+  found = [cli.plain(report.as_dict()) for report in reports]
   (to / "quantize.json").write_text(
     json.dumps(found, indent=1) + "\n", encoding="utf-8"
   )

@@ -37,7 +37,7 @@ Transform = Callable[[Params, PRNGKey], Params]
 class Looking(Protocol):
   """A transform that reads data through the model, which it is given first."""
 
-  def of(self, loaded: Loaded) -> Transform: ...
+  def with_model(self, loaded: Loaded) -> Transform: ...
 
 
 @runtime_checkable
@@ -144,7 +144,8 @@ class Experiment:
   def transforms_of(self, loaded: Loaded) -> list[Transform]:
     """Returns the transforms, given the model where they read through it."""
     return [
-      t.of(loaded) if isinstance(t, Looking) else t for t in self.transforms
+      t.with_model(loaded) if isinstance(t, Looking) else t
+      for t in self.transforms
     ]
 
   def finished(self, params: Params) -> Params:

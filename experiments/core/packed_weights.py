@@ -34,7 +34,7 @@ def load(name: str, dtype: str = "float32", packed: bool | None = None) -> Any:
   loaded = load_model(name, dtype, "any")
   if "quantization" in _root(loaded.source):
     return loaded
-  params = cpu_layout.decoded_elsewhere(loaded.params, dtype)
+  params = cpu_layout.decode_unsupported(loaded.params, dtype)
   return dataclasses.replace(loaded, params=params)
 
 

@@ -46,7 +46,9 @@ def seen(
   loaded: Loaded, tokens: Int[Array, "N T"], *addresses: str
 ) -> dict[str, tuple[Float[Array, "M I"], Float[Array, "I O"]]]:
   """Returns the inputs of matrices, a row a token, and the matrices."""
-  return input_errors.inputs(loaded.model, loaded.params, tokens, addresses)
+  return input_errors.collect_inputs(
+    loaded.model, loaded.params, tokens, addresses
+  )
 
 
 def histogram(w: Float[Array, "I O"], block: int = 64) -> Any:
@@ -236,7 +238,7 @@ def keys_and_values(
   loaded: Loaded, tokens: Int[Array, "1 T"], layer: int
 ) -> dict[str, np.ndarray]:
   """Returns the first head's keys, after the rotation, and values `[T, H]`."""
-  x = calibrate.embedded(loaded.model, loaded.params, tokens)
+  x = calibrate.embed(loaded.model, loaded.params, tokens)
   kinds = loaded.model.layer_kinds()
   for block, params in zip(kinds, tree.layers(loaded.params), strict=True):
     if layer == 0:
@@ -292,7 +294,7 @@ def measured(
     tokens: windows that it reads.
     rows: ways to keep it.
   """
-  base = compare.base(loaded.model, loaded.params, tokens, batch=1)
+  base = compare.base_outputs(loaded.model, loaded.params, tokens, batch=1)
   table = quant_study.Table(
     model=_Given(loaded), rows=(rows,), text=calibrate.Calibration()
   )

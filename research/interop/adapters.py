@@ -45,7 +45,7 @@ def read_factors(
 
   Raises:
     UserError: it is damaged or does not fit, brings weights whole, or is no
-      plain LoRA (`row_factors.of`).
+      plain LoRA (`row_factors.extract`).
   """
   adapted = load_adapter(place, params, model)
   saved = () if is_gguf(place) else _saved(place)
@@ -61,7 +61,7 @@ def read_factors(
       "share; use it alone"
     )
   try:
-    return row_factors.of(adapted, rank)
+    return row_factors.extract(adapted, rank)
   except UserError as error:
     raise UserError(f"{place}: {error}") from error
 

@@ -151,7 +151,7 @@ def _abstract(found: Any, where: str) -> Any:
 def _check_parts(w: QTensor, where: str) -> None:
   """Raises UserError unless a packed leaf's parts are its format's."""
   try:
-    format = w.format.fitted(w.inputs, w.outputs)
+    format = w.format.for_shape(w.inputs, w.outputs)
     want = format.shapes(w.inputs, w.outputs)
   except (ValueError, TypeError, ZeroDivisionError) as error:
     raise UserError(

@@ -1,4 +1,4 @@
-"""The transform that adds fresh adapters of any method to a tree."""
+"""Adds newly initialised adapters of any method to a parameter tree."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.lora.method import Method, Place
+from research.lora.method import MatrixSpec, Method
 from research.lora.methods.lora import LoRA
 from research.lora.wrap import EMBEDDING, experts, matrices, wrap
 from research.typing import Params, PRNGKey, UserError
@@ -20,28 +20,27 @@ ALL_LINEAR = "all-linear"
 _ROUTED = re.compile(r"/mlp/(router|experts/\w+)$")
 
 InitStats = Callable[[Params, Sequence[str], PRNGKey], Mapping[str, Any]]
-"""(params, addresses, key) -> what was measured for each of those matrices."""
+"""(params, addresses, key) -> each matrix's calibration statistics."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapt:
-  """Adds adapters, each drawn by its own address.
+  """Transform that adds adapters, each with a random key of its address.
 
-  Their arrays are fp32 whatever the base is: in bf16 an Adam step of usual
-  size is below half an ulp and lost (lora.md 3.6).
+  The adapters' arrays are fp32 for any base: a bf16 array would lose an Adam
+  step of usual size, which is below half an ulp (lora.md 3.6).
 
   Attributes:
-    method: what is added, see `research.lora.methods`.
+    method: the adapters' method, see `research.lora.methods`.
     targets: `"all-linear"` (every matrix that each token of a layer passes,
       so neither the router nor its experts, as in PEFT), names such as
       `("q", "v")` matched at the end of addresses, or one regular expression
       that must match whole addresses (`layers/[0-3]/attention/.*`).
-    exclude: regular expressions for the end of addresses that stay as they
-      are.
+    exclude: regular expressions for the end of addresses that get no adapter.
     rank_pattern, alpha_pattern: regular expressions for the end of addresses
-      -> another rank or alpha; no two may match one address.
-    init_stats: measures what the method starts from, see the module of that
-      name.
+      -> rank or alpha there; no two may match one address.
+    init_stats: measures the statistics that data-dependent initialisations
+      need, see `research.lora.init_stats`; None for other methods.
   """
 
   method: Method = LoRA()
@@ -52,29 +51,31 @@ class Adapt:
   init_stats: InitStats | None = None
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
-    """Returns `params` with fresh adapters.
+    """Returns `params` with newly initialised adapters.
 
     Raises:
       UserError: a target or a pattern matches nothing, or two patterns match
         the same weight.
     """
-    methods, seen = self.methods(params), {}
+    methods, stats = self.methods(params), {}
     if self.init_stats is not None:
-      seen = self.init_stats(params, list(methods), jax.random.fold_in(key, 1))
+      stats = self.init_stats(params, list(methods), jax.random.fold_in(key, 1))
 
     def make(paths, method, w):
-      return fresh(key, paths, method, w, seen)
+      return init_adapters(key, paths, method, w, stats)
 
     return wrap(params, methods, make)
 
-  def of(self, loaded: Any) -> "Adapt":
-    """Returns itself, looking at `loaded.model` where it has to look."""
-    if not hasattr(self.init_stats, "of"):
+  def with_model(self, loaded: Any) -> "Adapt":
+    """Returns a copy whose `init_stats` runs `loaded.model`, if it has any."""
+    if not hasattr(self.init_stats, "with_model"):
       return self
-    return dataclasses.replace(self, init_stats=self.init_stats.of(loaded))
+    return dataclasses.replace(
+      self, init_stats=self.init_stats.with_model(loaded)
+    )
 
   def methods(self, params: Params) -> dict[str, Method]:
-    """Returns what is adapted, and how, by address."""
+    """Returns the method of each matrix to adapt, by address."""
     chosen = self._chosen([*matrices(params), *experts(params)])
     for pattern in self.exclude:
       left = _compiled(rf"(.*/)?({pattern})", "exclude")
@@ -90,7 +91,7 @@ class Adapt:
     alphas = _patterned(self.alpha_pattern, chosen, "alpha_pattern")
     return {
       path: dataclasses.replace(
-        self.method.at(path, sizes),
+        self.method.for_matrix(path, sizes),
         rank=ranks.get(path, self.method.rank),
         alpha=alphas.get(path, self.method.alpha),
       )
@@ -119,21 +120,24 @@ class Adapt:
     ]
 
 
-def fresh(
+def init_adapters(
   key: PRNGKey,
   paths: Sequence[str],
   method: Method,
   w: Any,
-  seen: Mapping[str, Any],
+  stats: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Returns (trained, fixed) of new adapters, stacked; see `wrap.Make`.
+  """Initialises stacked adapters; see `wrap.MakeArrays`.
 
   Args:
-    key: shared by all; each matrix folds its own address in.
-    paths: addresses.
-    method: of all of them.
-    w: their weights, stacked.
-    seen: what was measured, by address; may lack any.
+    key: shared key; each matrix folds its address into it.
+    paths: addresses of the matrices.
+    method: the method of all of them.
+    w: the matrices, stacked.
+    stats: each matrix's calibration statistics by address, or empty.
+
+  Returns:
+    (trained, fixed) arrays, stacked as `w` is.
   """
   lead = tuple(w.shape[:-2])
   names = list(paths)
@@ -142,32 +146,32 @@ def fresh(
     w = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), w)
   ids = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
   measured = None
-  if seen:
-    rows = [seen[path] for path in paths]
+  if stats:
+    rows = [stats[path] for path in paths]
     measured = jax.tree.map(_stacked, *rows)
     if len(lead) > 1:
       measured = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), measured)
-  place = Place(*w.shape[-2:], embedding=paths[0] == EMBEDDING)
-  arrays = _started(key, ids, w, measured, method, place)
+  spec = MatrixSpec(*w.shape[-2:], embedding=paths[0] == EMBEDDING)
+  arrays = _init(key, ids, w, measured, method, spec)
   return jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), arrays)
 
 
 def _stacked(*rows):
-  # Not by JAX, which would compile a program for each shape; but a plan, which
-  # wants shapes alone, traces.
+  # NumPy, since JAX would compile a program per shape; but planning runs this
+  # under `eval_shape`, with tracers.
   traced = any(isinstance(x, jax.core.Tracer) for x in rows)
   return (jnp if traced else np).stack(rows)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "place"))
-def _started(key, ids, w, seen, method, place):
-  # One program for all layers; eagerly each shape would compile many. One
-  # matrix at a time, so that a start that decomposes it holds one at a time.
+@functools.partial(jax.jit, static_argnames=("method", "spec"))
+def _init(key, ids, w, stats, method, spec):
+  # Jitted: one program for all layers rather than one per operation and shape.
+  # `lax.map`, so that an initialisation by SVD needs memory for one matrix.
   def one(x):
-    i, w, seen = x
-    return method.start(jax.random.fold_in(key, i), place, w, seen)
+    i, w, stats = x
+    return method.init_arrays(jax.random.fold_in(key, i), spec, w, stats)
 
-  return jax.lax.map(one, (ids, w, seen))
+  return jax.lax.map(one, (ids, w, stats))
 
 
 def _compiled(pattern: str, field: str) -> re.Pattern[str]:

@@ -1,7 +1,7 @@
-"""EVA in full: ranks go where inputs need more directions.
+"""EVA with rank redistribution: more rank where inputs vary in more directions.
 
-Paischer et al. 2024 (arXiv:2410.07170), section 3.2. Adapters keep their scale,
-so alpha moves with the rank.
+Paischer et al. 2024 (arXiv:2410.07170), section 3.2. Alpha changes with the
+rank so that each adapter keeps its scale.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from research.typing import Params, PRNGKey, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptEVA:
-  """Adds EVA's adapters, `adapt.method.rank` of rank on average.
+  """Transform that adds EVA adapters of average rank `adapt.method.rank`.
 
   Attributes:
-    adapt: what is adapted; its method is EVA, its `init_stats` is not used.
-    calibration: the data.
-    rho: a rank is at most so many times the average one.
-    form: 'padded', all factors have `rho` times the average rank, what a
-      matrix does not use of it is zero and, having no gradient, stays so:
-      layers remain equal and one scanned run. 'split', each matrix has its own
-      rank and those of rank 0 no adapter, as PEFT has it: smaller, but layers
-      of other ranks are compiled one by one.
+    adapt: the targets and the method, an EVA; `init_stats` is not used.
+    calibration: the data that inputs are measured on.
+    rho: largest rank of a matrix, as a multiple of the average rank.
+    form: 'padded' gives all factors `rho` times the average rank. Rows beyond
+      a matrix's own rank are zero and, having no gradient, stay zero; layers
+      remain equal, so one scan runs them all. 'split' gives each matrix its
+      own rank, and no adapter at rank 0, as PEFT does: fewer parameters, but
+      layers of different ranks compile separately.
   """
 
   adapt: Adapt
@@ -46,16 +46,18 @@ class AdaptEVA:
     if not self.rho >= 1:
       raise UserError(f"AdaptEVA.rho: found {self.rho}, expected at least 1.")
 
-  def of(self, loaded: Any) -> "AdaptEVA":
-    """Returns itself, looking at `loaded.model`."""
-    return dataclasses.replace(self, calibration=self.calibration.of(loaded))
+  def with_model(self, loaded: Any) -> "AdaptEVA":
+    """Returns a copy that measures the inputs of `loaded.model`."""
+    return dataclasses.replace(
+      self, calibration=self.calibration.with_model(loaded)
+    )
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
-    """Returns `params` with fresh adapters.
+    """Returns `params` with newly initialised adapters.
 
     Raises:
-      UserError: stacked experts are adapted; or a plan, which has no data,
-        asks for ranks.
+      UserError: the targets include stacked experts; or `form` is 'split'
+        under `eval_shape`, where no data determine ranks.
     """
     addresses = list(self.adapt.methods(params))
     most = round(self.adapt.method.rank * self.rho)
@@ -64,7 +66,7 @@ class AdaptEVA:
     shares = {address: share for address, (_, share) in found.items()}
     if any(share.ndim > 1 for share in shares.values()):
       raise UserError(
-        "AdaptEVA: experts of a stack share one rank.\nUse Adapt with the look"
+        "AdaptEVA: experts of a stack share one rank.\nUse Adapt with"
         " init_stats.InputPCA, or leave experts out of the targets."
       )
     directions = {address: x for address, (x, _) in found.items()}
@@ -73,7 +75,7 @@ class AdaptEVA:
       ranks = eva.ranks(shares, self.adapt.method.rank)
     elif self.form == "split":
       raise UserError(
-        "AdaptEVA.form: ranks depend on data, which a plan does not read.\n"
+        "AdaptEVA.form: ranks depend on data, which planning does not read.\n"
         "Plan with form = 'padded'."
       )
     make = {"padded": self._padded, "split": self._split}[self.form]
@@ -102,7 +104,7 @@ class AdaptEVA:
     )
 
   def _alpha(self, rank: int) -> float:
-    """Returns the alpha that gives `rank` the method's scale."""
+    """Returns the alpha with which `rank` has the method's scale."""
     method = self.adapt.method
     share = rank / method.rank
     return method.alpha * (share**0.5 if method.rslora else share)

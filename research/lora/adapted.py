@@ -1,8 +1,8 @@
-"""A weight and what a method adds to it: one leaf for every method.
+"""The adapted weight: a base and an adapter of any method, as one leaf.
 
-The base may be any weight, packed or adapted already, so QLoRA is this leaf
-around a packed one. It may carry leading axes (the layers of a scanned run,
-experts); the method sees one matrix at a time.
+The base may be any weight, packed or adapted already: QLoRA is this leaf
+around a packed base. It may have leading axes (the layers of a scanned run,
+experts); the method is applied to one matrix at a time.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ class AdaptedTensor(weights.WrappedWeight):
 
   Attributes:
     w: the base weight, logical shape `[..., in, out]`.
-    trained: the method's arrays that are learned, each `[..., its shape]`.
-    fixed: those that are not.
+    trained: the method's trained arrays, each `[..., its shape]`.
+    fixed: the method's other arrays.
     key: dropout key of this batch, `[...]`, or None.
     gate: where a gated method acts in this batch, `[..., B, T]`, or None.
-    method: what the arrays mean; static.
+    method: interprets the arrays; static.
   """
 
   w: Any
@@ -48,7 +48,7 @@ class AdaptedTensor(weights.WrappedWeight):
     return {**self.fixed, **self.trained}
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, adapted w)`; contracts either axis of `w`."""
+    """Returns `einsum(eq, x, w + delta)`; contracts either axis of `w`."""
     contracts_output(eq)
     return self.method.einsum(eq, x, self._dropped(x), self.arrays, self.w)
 
@@ -61,31 +61,31 @@ class AdaptedTensor(weights.WrappedWeight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns the experts' matmul; every array has the experts in front."""
-    # One mask over all experts' rows; `bind` gave each expert a key.
+    """Returns the experts' matmul; every array has a leading expert axis."""
+    # `bind` gave each expert a key, but one mask covers all experts' rows.
     one = self if self.key is None else self._with_key(self.key[0])
     y = weights.ragged_dot(x, self.w, sizes)
     return y + self.method.ragged(one._dropped(x), self.arrays, self.w, sizes)
 
   def scaled_bias(self, b: Float[Array, "... O"]) -> Float[Array, "... O"]:
-    """Returns the bias behind the adapted weight; fp32 where it is scaled."""
+    """Returns the bias `b` after the adapter; fp32 if the adapter scales it."""
     b = weights.scaled_bias(self.w, b)
     gain = self.method.output_gain
     return b if gain is None else dense_fp32(b) * dense_fp32(self.arrays[gain])
 
   def delta(self) -> Float[Array, "..."]:
-    """Returns what merging adds, in fp32."""
+    """Returns the update that merging adds to the base, in fp32."""
     f = self.method.delta
     for _ in self.shape[:-2]:
       f = jax.vmap(f)
     return f(self.arrays, self.w)
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the merged weight, added in fp32, in the dtype of `w`."""
+    """Returns the merged weight, summed in fp32, in the dtype of `w`."""
     return (dense_fp32(self.w) + self.delta()).astype(self.dtype)
 
   def axes(self, names: tuple[str | None, ...]) -> "AdaptedTensor":
-    """The method names its arrays' axes."""
+    """Returns the logical axes of the base and of the method's arrays."""
     named = self.method.axes(names[-2:])
     lead = names[:-2]
 
@@ -107,7 +107,7 @@ class AdaptedTensor(weights.WrappedWeight):
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "AdaptedTensor":
-    """Returns itself with a dropout key for each matrix it stacks."""
+    """Returns a copy with a dropout key for each stacked matrix."""
     keys = None
     if key is not None and self.method.dropout:
       lead = self.shape[:-2]
@@ -117,7 +117,7 @@ class AdaptedTensor(weights.WrappedWeight):
   def with_tokens(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None
   ) -> "AdaptedTensor":
-    """Returns itself knowing where a gated method acts in these rows."""
+    """Returns a copy with the gate of a gated method for these tokens."""
     w = weights.with_tokens(self.w, tokens, segments)
     if not self.method.GATED:
       return dataclasses.replace(self, w=w)
@@ -126,7 +126,7 @@ class AdaptedTensor(weights.WrappedWeight):
     return dataclasses.replace(self, w=w, gate=gate)
 
   def select_tokens(self, keep: Int[Array, "B N"]) -> "AdaptedTensor":
-    """Returns itself in front of some of the tokens it knew."""
+    """Returns a copy whose gate covers the tokens at `keep` only."""
     w = weights.select_tokens(self.w, keep)
     if self.gate is None:
       return dataclasses.replace(self, w=w)
@@ -136,11 +136,13 @@ class AdaptedTensor(weights.WrappedWeight):
 
   @property
   def token_wise(self) -> bool:
-    """Whether a token's product is its own: no dropout, no call before it."""
+    """Whether each token's product depends on that token alone.
+
+    Not with dropout, nor with a gate that earlier tokens set."""
     return self.key is None and self.gate is None and weights.token_wise(self.w)
 
   def map_base(self, f: Callable[[Any], Any]) -> "AdaptedTensor":
-    """Returns itself around `f(w)`."""
+    """Returns a copy with base `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))
 
   def _with_key(self, key: PRNGKey) -> "AdaptedTensor":
@@ -152,12 +154,12 @@ class AdaptedTensor(weights.WrappedWeight):
       return x
     if self.gate is None:
       raise UserError(
-        f"{type(self.method).__name__}: does not know the tokens it stands "
-        "in; call weights.with_tokens(params, tokens) before the model"
+        f"{type(self.method).__name__}: does not know the batch's tokens; call "
+        "weights.with_tokens(params, tokens) before the model"
       )
     gate = self.gate
     if x.shape[1:2] == (1,):
-      # A token that was generated: whoever was called by the prompt still is.
+      # One generated token: the gate at the end of the prompt still holds.
       gate = gate[:, -1:]
     if x.shape[:2] != gate.shape:
       raise UserError(
@@ -179,9 +181,9 @@ class AdaptedTensor(weights.WrappedWeight):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedBias(weights.WrappedWeight):
-  """A bias beside the adapted weight that scales it: what merging sees.
+  """A bias together with the adapted weight that scales it, for merging.
 
-  In the tree of a model it is two leaves, `q` and `q_bias`.
+  In a model's tree these are two leaves, `q` and `q_bias`.
 
   Attributes:
     w: the bias of the base, `[..., out]`.
@@ -192,5 +194,5 @@ class AdaptedBias(weights.WrappedWeight):
   matrix: AdaptedTensor
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the bias as it is merged, in the type of `w`."""
+    """Returns the merged bias, in the dtype of `w`."""
     return self.matrix.scaled_bias(jnp.asarray(self.w)).astype(self.dtype)

@@ -1,9 +1,9 @@
-"""AdaLoRA's allocator: a falling budget of rank-one terms for a whole model.
+"""AdaLoRA's rank allocator: prunes rank-one terms to a decreasing budget.
 
-Zhang et al. 2023 (arXiv:2303.10512), equations 8 to 13, with PEFT's order of
-things: each update is made, then judged by the new values and the gradient
-that led to them, then masked. A term that is masked before the last allocation
-may come back; afterwards what is left stays.
+Zhang et al. 2023 (arXiv:2303.10512), equations 8 to 13, in PEFT's order of
+operations: the optimizer updates a parameter, its importance is computed from
+the new value and the gradient of that update, then the mask is applied. A term
+masked before the last allocation may return; after it the mask is final.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from research.typing import Array, Params, PRNGKey, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-  """How many terms are left after each update.
+  """Schedule of the number of rank-one terms.
 
   Attributes:
-    target: terms a matrix, on average, in the end.
+    target: terms per matrix at the end, on average.
     steps: updates of the whole run.
-    warmup: updates before the budget falls.
+    warmup: updates before the budget decreases.
     final: updates after the last allocation.
     every: updates between allocations.
-    b1, b2: decay of a parameter's importance, and of how uncertain that is.
+    b1, b2: decay rates of the averages of importance and of its uncertainty.
   """
 
   target: int
@@ -56,33 +56,33 @@ class Budget:
       )
 
   @property
-  def last(self) -> int:
-    """The update of the last allocation."""
+  def last_allocation(self) -> int:
+    """Index of the update with the last allocation."""
     return self.steps - self.final
 
-  def left(self, terms: int, matrices: int) -> np.ndarray:
-    """Returns int32 [last + 1]: the budget at each update, counted from 0.
+  def terms_at_steps(self, terms: int, matrices: int) -> np.ndarray:
+    """Returns the budget at updates 0 to `last_allocation`, int32.
 
     Args:
-      terms: of all matrices at the start.
-      matrices: how many.
+      terms: number of terms of all matrices at the start.
+      matrices: number of matrices.
     """
     goal, rows = self.target * matrices, []
-    for step in range(self.last + 1):
-      share = 1 - (step - self.warmup) / (self.last - self.warmup)
+    for step in range(self.last_allocation + 1):
+      share = 1 - (step - self.warmup) / (self.last_allocation - self.warmup)
       falling = int((terms - goal) * share**3 + goal)
       rows.append(terms if step <= self.warmup else falling)
     return np.array(rows, np.int32)
 
 
 class State(NamedTuple):
-  """Of `allocated`; trees of arrays by path.
+  """State of `adalora_optimizer`; arrays by path.
 
   Attributes:
-    count: updates made.
-    importance, uncertainty: of each trained number.
-    kept: which terms the last allocation left, by the path of their `e`.
-    inner: of the optimizer.
+    count: number of updates done.
+    importance, uncertainty: moving averages per trained parameter.
+    kept: mask of the last allocation, by the path of the terms' `e`.
+    inner: state of the wrapped optimizer.
   """
 
   count: Array
@@ -92,14 +92,14 @@ class State(NamedTuple):
   inner: Any
 
 
-def allocated(
+def adalora_optimizer(
   inner: optax.GradientTransformation, budget: Budget
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns an optimizer whose updates keep to the budget.
+  """Wraps an optimizer so that it prunes AdaLoRA's terms to the budget.
 
   Args:
-    inner: makes the updates.
-    budget: of the AdaLoRA adapters among the parameters.
+    inner: the optimizer that computes updates.
+    budget: budget of all AdaLoRA adapters among the parameters.
   """
   inner = optax.with_extra_args_support(inner)
 
@@ -120,7 +120,7 @@ def allocated(
     found = _triples(moves)
     new = {path: old[path] + found[path] for path in old}
     importance, uncertainty = _judged(budget, state, new, slopes)
-    step, last = state.count, budget.last
+    step, last = state.count, budget.last_allocation
     kept = _kept(budget, step, importance, uncertainty)
     due = (step > budget.warmup) & (step % budget.every == 0) & (step < last)
     due |= step == last
@@ -157,9 +157,9 @@ def _triples(params: Any) -> dict[str, Array]:
 
 
 def _judged(budget, state, new, slopes):
-  """Returns the moving averages after an update; they stop at the last one."""
+  """Returns both moving averages, constant from the last allocation on."""
   importance, uncertainty = {}, {}
-  learns = state.count < budget.last
+  learns = state.count < budget.last_allocation
   for path, x in new.items():
     found = jnp.abs(x * slopes[path]).astype(jnp.float32)
     mean = budget.b1 * state.importance[path] + (1 - budget.b1) * found
@@ -171,7 +171,7 @@ def _judged(budget, state, new, slopes):
 
 
 def _kept(budget, step, importance, uncertainty):
-  """Returns which terms are among the best that the budget allows."""
+  """Returns the masks of the highest-scoring terms within the budget."""
   score = {path: importance[path] * uncertainty[path] for path in importance}
   terms = {
     path: score[path]
@@ -182,24 +182,26 @@ def _kept(budget, step, importance, uncertainty):
   }
   every = jnp.sort(jnp.concatenate([x.ravel() for x in terms.values()]))
   matrices = sum(x.size // x.shape[-1] for x in terms.values())
-  left = budget.left(every.size, matrices)
-  cut = every.size - jnp.asarray(left)[jnp.minimum(step, budget.last)]
-  # Where nothing is cut there is no threshold.
+  left = budget.terms_at_steps(every.size, matrices)
+  cut = (
+    every.size - jnp.asarray(left)[jnp.minimum(step, budget.last_allocation)]
+  )
+  # If the budget prunes nothing, every term passes.
   bound = jnp.where(cut > 0, every[jnp.maximum(cut - 1, 0)], -jnp.inf)
   return {path: x > bound for path, x in terms.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Orthogonal:
-  """An objective, and how far AdaLoRA's factors are from orthogonal.
+  """An objective plus AdaLoRA's orthogonality regulariser.
 
-  Added is the mean of `|a aᵀ - 1|` and `|b bᵀ - 1|` over all matrices, not
-  squared (PEFT's form; the paper squares).
+  The regulariser is the mean of `|a aᵀ - 1|` and `|b bᵀ - 1|` (Frobenius
+  norms) over all matrices, not squared (PEFT's form; the paper squares).
 
   Attributes:
-    objective: what else is minimised.
-    weight: of what is added.
-    model: the network of the objective; an experiment fills it in.
+    objective: the objective to regularise.
+    weight: weight of the regulariser.
+    model: the network of the objective; an experiment sets it.
   """
 
   objective: Objective
@@ -207,16 +209,20 @@ class Orthogonal:
   model: Transformer | None = None
 
   def __call__(self, params: Params, batch: Batch, key: PRNGKey | None) -> Sums:
-    """Returns the sums of the objective, the loss with what is added."""
+    """Returns the objective's sums, the loss with the regulariser added."""
     objective = self.objective
     if self.model is not None:
       objective = dataclasses.replace(objective, model=self.model)
     loss, weight, sums = objective(params, batch, key)
-    return loss + self.weight * weight * distance(params), weight, sums
+    return loss + self.weight * weight * orthogonality(params), weight, sums
 
 
-def distance(params: Params) -> Array:
-  """Returns how far the factors are from orthogonal, on average."""
+def orthogonality(params: Params) -> Array:
+  """Returns the mean Frobenius distance of the factors' Gram matrices from I.
+
+  Raises:
+    UserError: no AdaLoRA adapter among the parameters.
+  """
   norms: list[Array] = []
   leaves = jax.tree.leaves(params, is_leaf=weights.is_weight)
   for leaf in leaves:
@@ -230,5 +236,5 @@ def distance(params: Params) -> Array:
 def _off(x: Array) -> Array:
   gram = jnp.einsum("...rn,...sn->...rs", x, x) - jnp.eye(x.shape[-2])
   square = jnp.sum(jnp.square(gram), (-2, -1))
-  # The gradient of a root at 0 is no number.
+  # The gradient of a square root at 0 is NaN.
   return jnp.sqrt(jnp.maximum(square, jnp.finfo(x.dtype).tiny))

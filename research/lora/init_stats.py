@@ -1,8 +1,9 @@
-"""What starts that look at data are given: `Adapt.init_stats`, as values.
+"""Calibration statistics for data-dependent LoRA initialisation.
 
-Each reads a few batches through an objective, with taps on the matrices that
-will be adapted (`research.taps`), so packed bases and stacked experts are
-looked at as any other.
+Values of `Adapt.init_stats`: input covariances (CorDA), gradients (LoRA-GA) and
+input principal components (EVA). Each runs an objective on a few batches, with
+taps (`research.taps`) on the matrices to adapt; packed bases and stacked
+experts work like any other weight.
 """
 
 import dataclasses
@@ -29,20 +30,21 @@ from research.training.objectives.objective import NextToken, Objective
 from research.typing import Params, PRNGKey, UserError
 
 InputStats = dict[str, dict[str, Any]]
-"""By address: a statistic's arrays."""
+"""Address -> name -> array of a statistic."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-  """Data, and the loss that it is read through.
+  """Calibration batches and the objective that runs the model on them.
 
   Attributes:
-    data: the first batches of its training order are read.
-    batches: how many.
-    objective: leads from parameters to activations; without dropout.
-    counts: field of a batch that says how much each token's activations
-      count; None for all alike.
-    tokenizer: the data's; like the objective's model it is filled in by `of`.
+    data: the source; the first batches of its training order are read.
+    batches: number of batches.
+    objective: the loss, evaluated without dropout.
+    counts: field of a batch with each token's weight in the statistics; None
+      weighs all tokens equally.
+    tokenizer: the data's tokenizer; `with_model` sets it, and the objective's
+      model.
   """
 
   data: Data
@@ -57,8 +59,8 @@ class CalibrationData:
         f"CalibrationData.batches: found {self.batches}, expected at least 1."
       )
 
-  def of(self, loaded: Any) -> "CalibrationData":
-    """Returns itself, with gradients and inputs of `loaded.model`."""
+  def with_model(self, loaded: Any) -> "CalibrationData":
+    """Returns a copy that runs `loaded.model`."""
     objective = dataclasses.replace(self.objective, model=loaded.model)
     return dataclasses.replace(
       self, objective=objective, tokenizer=loaded.tokenizer
@@ -67,25 +69,26 @@ class CalibrationData:
   def sums(
     self, params: Params, addresses: Sequence[str], statistic: Statistic
   ) -> InputStats:
-    """Returns the statistic over all batches, by address.
+    """Returns the statistic summed over all batches, by address.
 
-    Gradients are those of the batches' mean losses, added up. All arrays are
-    whole on the host. Where parameters are traced, by a plan that wants shapes
-    alone, no data are read and the sums are zeros.
+    Gradients are those of each batch's mean loss, summed. All arrays are
+    unsharded NumPy arrays. For traced parameters (planning under `eval_shape`)
+    no data are read and the sums are zeros.
 
     Raises:
-      UserError: no model yet, an embedding, or a value that is not finite.
+      UserError: no model is set, an address is an embedding or the head, or a
+        value is not finite.
     """
     fixed = [a for a in addresses if "/" not in a]
     if fixed:
       raise UserError(
-        f"Adapt.init_stats: {fixed[0]} is not looked at, layers alone are.\n"
-        f"Leave it out: Adapt.exclude = ({fixed[0]!r},)."
+        f"Adapt.init_stats: found target {fixed[0]}, but only matrices of "
+        f"layers are measured.\nLeave it out: Adapt.exclude = ({fixed[0]!r},)."
       )
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)):
       return _zeros(params, addresses, statistic)
     if getattr(self.objective, "model", None) is None:
-      raise UserError("CalibrationData: has no model; `of` gives it one.")
+      raise UserError("CalibrationData: has no model; `with_model` sets it.")
     step = jax.jit(
       functools.partial(self._step, frozenset(addresses), statistic)
     )
@@ -99,7 +102,9 @@ class CalibrationData:
     found = {address: found[address] for address in addresses}
     for address, arrays in found.items():
       if not all(np.isfinite(x).all() for x in arrays.values()):
-        raise UserError(f"Adapt.init_stats: what {address} sees is not finite.")
+        raise UserError(
+          f"Adapt.init_stats: the statistics of {address} are not finite."
+        )
     return found
 
   def _step(self, addresses, statistic, params, batch):
@@ -129,12 +134,12 @@ def _zeros(params, addresses, statistic) -> InputStats:
   }
 
 
-def _each(f: Callable[[Any], Any], seen: InputStats) -> dict[str, Any]:
-  """Returns `f` of each matrix's sums; experts are mapped over."""
+def _each(f: Callable[[Any], Any], stats: InputStats) -> dict[str, Any]:
+  """Returns `f` of each matrix's sums; maps over stacked experts."""
   f, out = jax.jit(f), {}
-  # Matrices beside each other see the same: `f` is computed once.
+  # Matrices with the same inputs (q, k and v) share one result of `f`.
   known: dict[Any, Any] = {}
-  for address, arrays in seen.items():
+  for address, arrays in stats.items():
     many = max(x.ndim for x in arrays.values()) > 2  # [E, in, in]
     name = _name(arrays)
     if name not in known:
@@ -151,82 +156,92 @@ def _name(arrays: Mapping[str, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Covariances:
-  """CorDA's: of the inputs, scaled by sample, averaged over samples."""
+  """CorDA's input covariances, normalised per sample, averaged over samples."""
 
   calibration: CalibrationData
 
-  def of(self, loaded: Any) -> "Covariances":
-    """Returns itself, measuring `loaded.model`."""
-    return dataclasses.replace(self, calibration=self.calibration.of(loaded))
+  def with_model(self, loaded: Any) -> "Covariances":
+    """Returns a copy that measures `loaded.model`."""
+    return dataclasses.replace(
+      self, calibration=self.calibration.with_model(loaded)
+    )
 
   def __call__(
     self, params: Params, addresses: Sequence[str], key: PRNGKey
   ) -> dict[str, Any]:
-    """Returns `[in, in]` by address."""
-    seen = self.calibration.sums(params, addresses, SampleCovariance())
-    return _each(lambda one: one["xx"] / jnp.maximum(one["n"], 1), seen)
+    """Returns covariances `[in, in]` by address; does not use `key`."""
+    stats = self.calibration.sums(params, addresses, SampleCovariance())
+    return _each(lambda one: one["xx"] / jnp.maximum(one["n"], 1), stats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gradients:
-  """LoRA-GA's: of the mean loss by each matrix, averaged over batches."""
+  """LoRA-GA's gradients of the mean loss, averaged over batches."""
 
   calibration: CalibrationData
 
-  def of(self, loaded: Any) -> "Gradients":
-    """Returns itself, measuring `loaded.model`."""
-    return dataclasses.replace(self, calibration=self.calibration.of(loaded))
+  def with_model(self, loaded: Any) -> "Gradients":
+    """Returns a copy that measures `loaded.model`."""
+    return dataclasses.replace(
+      self, calibration=self.calibration.with_model(loaded)
+    )
 
   def __call__(
     self, params: Params, addresses: Sequence[str], key: PRNGKey
   ) -> dict[str, Any]:
-    """Returns `[in, out]` by address."""
-    seen = self.calibration.sums(params, addresses, Gradient())
+    """Returns gradients `[in, out]` by address; does not use `key`."""
+    stats = self.calibration.sums(params, addresses, Gradient())
     n = self.calibration.batches
-    return _each(lambda one: one["g"] / n, seen)
+    return _each(lambda one: one["g"] / n, stats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputPCA:
-  """EVA's: the inputs' principal directions, by falling variance.
+  """EVA's principal components of the inputs, by decreasing variance.
 
-  Exact, where its authors' incremental analysis stops at similar ones; of
-  centred inputs, as theirs are.
+  Exact eigenvectors of the covariance of centred inputs; EVA's authors use
+  incremental PCA of centred inputs and stop when its components converge.
 
   Attributes:
-    count: how many of each matrix; at least the method's rank.
+    calibration: the data.
+    count: components per matrix; at least the method's rank.
   """
 
   calibration: CalibrationData
   count: int = 16
 
-  def of(self, loaded: Any) -> "InputPCA":
-    """Returns itself, measuring `loaded.model`."""
-    return dataclasses.replace(self, calibration=self.calibration.of(loaded))
+  def with_model(self, loaded: Any) -> "InputPCA":
+    """Returns a copy that measures `loaded.model`."""
+    return dataclasses.replace(
+      self, calibration=self.calibration.with_model(loaded)
+    )
 
   def __call__(
     self, params: Params, addresses: Sequence[str], key: PRNGKey
   ) -> dict[str, Any]:
-    """Returns `[count, in]` by address."""
+    """Returns components `[count, in]` by address; does not use `key`."""
     found = self.explained(params, addresses)
     return {address: directions for address, (directions, _) in found.items()}
 
   def explained(
     self, params: Params, addresses: Sequence[str]
   ) -> dict[str, tuple[Any, Any]]:
-    """Returns (directions `[count, in]`, their shares of the variance).
+    """Returns components and explained variance ratios, by address.
+
+    Returns:
+      address -> (components `[count, in]`, shares of the variance `[count]`).
 
     Raises:
-      UserError: a matrix has fewer inputs.
+      UserError: a matrix has fewer than `count` inputs.
     """
-    seen = self.calibration.sums(params, addresses, Covariance())
-    for address, arrays in seen.items():
+    stats = self.calibration.sums(params, addresses, Covariance())
+    for address, arrays in stats.items():
       if arrays["x"].shape[-1] < self.count:
         raise UserError(
           f"InputPCA.count: found {self.count}, expected at most the"
           f" {arrays['x'].shape[-1]} inputs of {address}."
         )
-    return _each(functools.partial(_principal, self.count), seen)
+    return _each(functools.partial(_principal, self.count), stats)
 
 
 def _principal(count: int, one: Mapping[str, Any]) -> tuple[Any, Any]:

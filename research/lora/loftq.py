@@ -1,13 +1,14 @@
-"""Factors that make up for a base's rounding: LoftQ, and QPiSSA.
+"""LoftQ and QPiSSA: LoRA initialised to compensate the base's quantization.
 
-Li et al. 2023 (arXiv:2310.08659), algorithm 1: packed codes of what the factors
-leave, then factors of what the codes leave, in turn. Meng et al. 2024
-(arXiv:2404.02948), section 4: the same from the other end, the factors first,
-so that codes are spent on a residual without its largest directions.
+Li et al. 2023 (arXiv:2310.08659), algorithm 1: alternately quantizes the
+residual of the factors and fits the factors to the residual of the codes. Meng
+et al. 2024 (arXiv:2404.02948), section 4 (QPiSSA): the same, but fits the
+factors first, so that codes encode a residual without its largest singular
+directions.
 
-What comes out is plain LoRA, its factors away from zero, over a packed base:
-`w` is about `q + s aᵀb`. With one step of LoftQ the base is what the weights
-alone would be packed to; otherwise it belongs to the adapter.
+The result is plain LoRA with nonzero factors over a packed base: `w` is about
+`q + s aᵀb`. With one step of LoftQ the base equals the packed weights alone and
+may serve other adapters; otherwise it fits this adapter only.
 """
 
 import dataclasses
@@ -36,13 +37,13 @@ First = Literal["codes", "factors"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoftQ:
-  """Packs weights and adapts them, each with the other in view.
+  """Transform that packs weights and adds LoRA fitted to the rounding error.
 
   Attributes:
-    quantize: how weights are packed; what it packs beyond `adapt` is packed
-      alone.
-    adapt: plain LoRA, and on what.
-    steps: how often the weights are packed.
+    quantize: the format; targets outside those of `adapt` are packed without
+      an adapter.
+    adapt: plain LoRA and its targets.
+    steps: number of alternations, each packing the weights once.
     first: `"codes"` for LoftQ, `"factors"` for QPiSSA.
   """
 
@@ -59,7 +60,7 @@ class LoftQ:
       raise UserError(f"LoftQ: adapt.method is {name}, expected LoRA")
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params`, packed and adapted; draws nothing."""
+    """Returns `params`, packed and adapted; does not use `key`."""
     del key
     how = self.quantize
 
@@ -89,7 +90,7 @@ class LoftQ:
         return dataclasses.replace(w, w=w.fixed["packed"], fixed={})
       return how.pack(w) if path in chosen else w
 
-    chosen = set(how.chosen(adapted))
+    chosen = set(how.selected_paths(adapted))
     return tree.map_paths(settle, adapted, is_leaf=weights.is_weight)
 
 
@@ -97,7 +98,7 @@ class LoftQ:
   jax.jit, static_argnames=("rank", "scale", "steps", "first", "format")
 )
 def _fitted(w, *, rank, scale, steps, first, format):
-  """Returns (packed, a, b) of a stack of matrices, one at a time."""
+  """Returns (packed, a, b) of a stack of matrices, mapped one by one."""
   lead = w.shape[:-2]
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(lead) :]), w)
 
@@ -116,15 +117,15 @@ def fit(
   first: First = "codes",
   format: Format = Codebook(),
 ) -> tuple[QTensor, Float[Array, "R I"], Float[Array, "R O"]]:
-  """Returns (q, a, b) with `q + scale aᵀb` about `w`.
+  """Returns (q, a, b) such that `q + scale aᵀb` approximates `w`.
 
   Args:
-    w: any floating point; q decodes to its dtype.
-    rank: of the factors.
-    scale: of the adapter; the factors are made for it.
-    steps: how often q is packed.
-    first: what is found first, see `LoftQ`.
-    format: that q is packed in.
+    w: any floating-point dtype, to which q decodes.
+    rank: rank of the factors.
+    scale: scale of the adapter.
+    steps: number of alternations.
+    first: which is computed first, see `LoftQ`.
+    format: format of q.
   """
   full = dense_fp32(w)
   a = jnp.zeros((rank, w.shape[0]), jnp.float32)

@@ -1,7 +1,7 @@
-"""Adapters as plain factors by address, and as leaves again.
+"""Converts adapters to low-rank factors per matrix (NumPy) and back.
 
-What arithmetic, conversion and files of one form work on: NumPy arrays of one
-matrix each, whatever runs the layers are scanned in.
+Adapter arithmetic, conversion and file formats work on these factors: arrays
+of one matrix each, independent of the scanned runs that hold the layers.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from research.typing import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-  """`scale aᵀ b`, which is added to a matrix `[in, out]`.
+  """Low-rank update `scale aᵀ b` of a matrix `[in, out]`.
 
   Attributes:
-    a: `[..., r, in]`; experts in front, if there are any.
+    a: `[..., r, in]`, with a leading axis for stacked experts.
     b: `[..., r, out]`.
-    scale: alpha over rank, or over its root.
+    scale: alpha over the rank, or over its square root (rsLoRA).
   """
 
   a: Float[np.ndarray, "*E R I"]
@@ -40,19 +40,19 @@ class Factors:
     return self.a.shape[-2]
 
   def delta(self) -> Float[np.ndarray, "*E I O"]:
-    """Returns what is added."""
+    """Returns the update, fp32."""
     return np.float32(self.scale) * (self.a.swapaxes(-1, -2) @ self.b)
 
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def decomposed(
+def thin_svd(
   a: Float[np.ndarray, "*E R I"], b: Float[np.ndarray, "*E R O"]
 ) -> Triple:
   """Returns the singular value decomposition (u, s, v) of `aᵀ b`, in fp64.
 
-  Of the thin factors: the product itself is never formed.
+  Computed from QR of the factors, without forming the product.
   """
   left, x = np.linalg.qr(a.astype(np.float64).swapaxes(-1, -2))
   right, y = np.linalg.qr(b.astype(np.float64).swapaxes(-1, -2))
@@ -60,8 +60,8 @@ def decomposed(
   return left @ u, s, v @ right.swapaxes(-1, -2)
 
 
-def truncated(triple: Triple, rank: int) -> Factors:
-  """Returns the best factors of a rank, singular values in b, as PEFT's."""
+def truncate(triple: Triple, rank: int) -> Factors:
+  """Returns the best factors of a rank, singular values in b, as in PEFT."""
   u, s, v = (x.astype(np.float32) for x in triple)
   a = u[..., :rank].swapaxes(-1, -2)
   b = s[..., :rank, None] * v[..., :rank, :]
@@ -69,7 +69,7 @@ def truncated(triple: Triple, rank: int) -> Factors:
 
 
 def adapters(params: Params) -> dict[str, AdaptedTensor]:
-  """Returns each matrix's adapter around its base, in NumPy, by address."""
+  """Returns each adapted matrix as an AdaptedTensor of NumPy, by address."""
   return wrap.adapters(params, lambda t: jax.tree.map(np.asarray, _still(t)))
 
 
@@ -84,7 +84,7 @@ _delta = jax.jit(AdaptedTensor.delta)
 
 
 def update(t: AdaptedTensor) -> Float[np.ndarray, "*E I O"]:
-  """Returns what an adapter, or one on another, adds to its base, in fp32."""
+  """Returns the update of an adapter, or of stacked adapters, in fp32."""
   if isinstance(t.w, AdaptedTensor):
     total, base = changes.in_float32(jax.tree.map(jnp.asarray, t))
     return total - base
@@ -100,8 +100,12 @@ def base(t: AdaptedTensor) -> Float[np.ndarray, "*E I O"]:
   return np.asarray(dense).astype(np.float32)
 
 
-def plain(address: str, t: AdaptedTensor) -> Factors | None:
-  """Returns an adapter's factors; None where it is not LoRA by another name."""
+def lora_factors_of(address: str, t: AdaptedTensor) -> Factors | None:
+  """Returns an adapter's factors; None if it cannot be expressed as LoRA.
+
+  Raises:
+    UserError: the weight has two adapters.
+  """
   if isinstance(t.w, AdaptedTensor):
     raise UserError(f"{address}: two adapters on one weight; merge one first")
   method, arrays = t.method.exported(t.arrays)
@@ -115,12 +119,12 @@ def factors(params: Params) -> dict[str, Factors]:
   """Returns the factors of every adapter, by address.
 
   Raises:
-    UserError: there is none, two are on one weight, or one is of another
-      method than plain LoRA and what is exported as such.
+    UserError: there is no adapter, a weight has two, or one cannot be
+      expressed as plain LoRA.
   """
   out = {}
   for address, t in adapters(params).items():
-    found = plain(address, t)
+    found = lora_factors_of(address, t)
     if found is None:
       raise UserError(
         f"{address}: has an adapter of {type(t.method).__name__}, expected "
@@ -132,12 +136,14 @@ def factors(params: Params) -> dict[str, Factors]:
   return out
 
 
-def wrapped(params: Params, found: Mapping[str, Factors]) -> dict[str, Any]:
-  """Returns `params` with plain LoRA of those factors around its weights.
+def wrap_factors(
+  params: Params, found: Mapping[str, Factors]
+) -> dict[str, Any]:
+  """Returns `params` with plain LoRA adapters of the given factors.
 
   Args:
-    params: without adapters.
-    found: by address.
+    params: parameters without adapters.
+    found: address -> factors.
   """
   methods = {
     path: LoRA(rank=f.rank, alpha=f.scale * f.rank) for path, f in found.items()

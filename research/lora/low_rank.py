@@ -1,8 +1,8 @@
-"""The product `x aᵀ b` of plain LoRA, and a backward pass that XLA keeps fast.
+"""LoRA's product `x aᵀ b` with a custom backward pass that XLA compiles well.
 
-Layout: for a logical `w [in, out]`, `a [r, in]` and `b [r, out]`. Both thin
-factors keep the rank first: their gradients are then `[r, tokens] x
-[tokens, width]` matmuls, which never transpose an activation.
+Layout: for a logical `w [in, out]`, `a [r, in]` and `b [r, out]`. Both factors
+have the rank first, so that their gradients are `[r, tokens] x
+[tokens, width]` matmuls, which do not transpose activations.
 """
 
 import jax
@@ -25,7 +25,7 @@ def _outer(
 
 
 def _flat_outers(*pairs):
-  """Returns the outer products of thin and wide rows, in types of their own."""
+  """Returns summed outer products of (thin, wide, dtype) triples."""
   # The barrier keeps the small operand the transposed one; without it XLA
   # rewrites the product to transpose the activations (15 times slower).
   thin = jax.lax.optimization_barrier([_flat(z).T for z, _, _ in pairs])
@@ -57,7 +57,7 @@ def _low_rank_bwd(saved, dy):
   dz = jnp.einsum("...o,ro->...r", dy, b.astype(dy.dtype))
   dx = jnp.einsum("...r,ri->...i", dz, a.astype(dy.dtype))
   if sharding.is_cut():
-    # Rows of a batch and tokens of a row may both be cut; flat they cannot.
+    # Batch and length may both be sharded, which a flat token axis cannot be.
     return dx, _outer(dz, x).astype(a.dtype), _outer(z, dy).astype(b.dtype)
   return dx, *_flat_outers((dz, x, a.dtype), (z, dy, b.dtype))
 
@@ -69,9 +69,9 @@ low_rank.defvjp(_low_rank_fwd, _low_rank_bwd)
 def low_rank_after(
   x: Float[Array, "*B I"], a: Float[Array, "R I"], b: Float[Array, "R O"]
 ) -> Float[Array, "*B O"]:
-  """Returns `low_rank` where `a` is fixed, and has no gradient.
+  """Returns `low_rank(x, a, b)` for a fixed `a`, whose gradient is zero.
 
-  All that the backward pass keeps of `x` is `x aᵀ`.
+  The backward pass saves `x aᵀ` instead of `x`.
   """
   return low_rank(x, a, b)
 

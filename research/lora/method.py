@@ -1,12 +1,13 @@
-"""What a parameter-efficient method is: a value that changes one matrix.
+"""Base class of parameter-efficient fine-tuning (PEFT) methods.
 
-A method never sees layers, stacks, meshes or files. It says which arrays it
-has for one matrix `w [in, out]`, how they start, and what they add; everything
-else (scanned stacks, experts, embeddings, packed bases, dropout, sharding,
-merging) follows from that in `research.lora.adapted`.
+A method defines, for one matrix `w [in, out]`, which arrays it has, how they
+are initialised and which update they add. It knows nothing of layers, scanned
+stacks, meshes or files: `research.lora.adapted` derives stacks, experts,
+embeddings, packed bases, dropout, sharding and merging from these definitions.
 
 A new method is one file in `research/lora/methods`: a frozen dataclass with
-`start` and `delta`; `branch` or `einsum` where forming `delta` is wasteful.
+`init_arrays` and `delta`, and `branch` or `einsum` where forming `delta` is
+wasteful.
 """
 
 import dataclasses
@@ -20,20 +21,20 @@ from research import weights
 from research.typing import Array, Bool, Float, Int, PRNGKey, UserError
 
 Arrays = Any
-"""A dict of a method's arrays by name; fp32 whatever the base is.
+"""A dict of a method's arrays by name, fp32 for any dtype of the base.
 
-Not annotated as such: JAX builds trees of whatever it likes."""
+Annotated as Any, since JAX rebuilds such trees with leaves of other types."""
 
 Axes = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-  """The matrix that a method starts on.
+class MatrixSpec:
+  """Shape and role of the matrix that a method adapts.
 
   Attributes:
-    size_in, size_out: of `w`; an embedding is `[vocabulary, width]`.
-    embedding: whether rows of `w` are looked up.
+    size_in, size_out: sizes of `w`; an embedding is `[vocabulary, width]`.
+    embedding: whether the model looks up rows of `w`.
   """
 
   size_in: int
@@ -43,12 +44,12 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-  """How a few trained arrays change a matrix `w [in, out]`.
+  """A parameter-efficient update of a matrix `w [in, out]`.
 
   Attributes:
-    rank: `r`, in the method's own sense.
+    rank: `r`; each method defines its meaning.
     alpha: numerator of the method's scale, where it has one.
-    dropout: rate on the input of what is added, in training.
+    dropout: rate on the adapter's input during training.
   """
 
   rank: int = 8
@@ -56,50 +57,53 @@ class Method:
   dropout: float = 0.0
 
   PEFT: ClassVar[str | None] = None
-  """PEFT's `peft_type`; None where PEFT has no such method."""
+  """The `peft_type` of PEFT's adapter_config.json; None if PEFT lacks it."""
 
   PEFT_FLAG: ClassVar[str | None] = None
-  """The field that switches this method on among others of its type."""
+  """Field that selects this method among those with the same `peft_type`."""
 
   PEFT_SHARED: ClassVar[tuple[str, ...]] = ()
-  """Tensors that a file holds once; a module has their first rows and columns.
-  """
+  """Tensors that a file stores once for all modules.
 
-  VARIES: ClassVar[tuple[str, ...]] = ("rank", "alpha")
-  """Fields that may differ between the modules of one adapter in a file."""
+  A module uses their first rows and columns."""
+
+  PER_MODULE: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+  """Fields that may differ between the modules of one adapter file."""
 
   PEFT_PATTERNS: ClassVar[Mapping[str, str]] = {}
-  """PEFT's field for what differs between modules: of `rank`, of `alpha`."""
+  """`rank` or `alpha` -> PEFT's field with its values per module."""
 
-  PEFT_HARMLESS: ClassVar[tuple[str, ...]] = ()
+  PEFT_IGNORED: ClassVar[tuple[str, ...]] = ()
   """PEFT's fields that do not change what a trained adapter computes."""
 
   GATED: ClassVar[bool] = False
-  """Whether it acts at some positions only, which `active` finds."""
+  """Whether the method acts only at the positions that `active` returns."""
 
-  DROPS: ClassVar[bool] = True
-  """Whether something is added, whose input can be dropped."""
+  SUPPORTS_DROPOUT: ClassVar[bool] = True
+  """Whether the method adds a branch whose input dropout can act on."""
 
   PEFT_DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-  """What PEFT takes for fields that a file leaves out."""
+  """PEFT's values for fields that a file omits."""
 
   @property
   def starts_as_base(self) -> bool:
-    """Whether a new adapter computes what its base does, but for rounding."""
+    """Whether a new adapter leaves the model's outputs as they are.
+
+    Up to rounding."""
     return True
 
   @property
   def pair_scale(self) -> float | None:
-    """`s` where the matrix moves by `s aᵀ b` of the arrays a and b.
+    """`s` if the method's update is `s aᵀ b` of its arrays a and b.
 
-    None where it moves by anything else, whatever its arrays are called."""
+    None for any other update, whatever the method's arrays are called."""
     return None
 
   @property
   def output_gain(self) -> str | None:
-    """The array `[out]` that outputs are multiplied by, a bias included.
+    """Name of the array `[out]` that scales outputs, bias included.
 
-    None where a bias stays as it is: what changes the matrix alone."""
+    None if the method changes the matrix alone and no bias."""
     return None
 
   def __post_init__(self) -> None:
@@ -112,46 +116,48 @@ class Method:
       raise UserError(
         f"{name}: dropout is {self.dropout}, expected at least 0 and below 1"
       )
-    if self.dropout and not self.DROPS:
+    if self.dropout and not self.SUPPORTS_DROPOUT:
       raise UserError(f"{name}: dropout is {self.dropout}, expected 0")
 
-  def at(self, name: str, sizes: Mapping[str, tuple[int, int]]) -> "Method":
-    """Returns the method for one matrix, where that matters.
+  def for_matrix(
+    self, name: str, sizes: Mapping[str, tuple[int, int]]
+  ) -> "Method":
+    """Returns the method with the fields that depend on the matrix set.
 
     Args:
       name: `layers/3/mlp/down`, or PEFT's `model.layers.3.mlp.down_proj`.
-      sizes: (in, out) of all matrices that are adapted, by such names.
+      sizes: (in, out) of all adapted matrices, by such names.
     """
     return self
 
-  def among(self, name: str, names: Sequence[str]) -> "Method":
-    """Returns the method for one module of a file, where that matters.
+  def for_module(self, name: str, names: Sequence[str]) -> "Method":
+    """Returns the method with the fields that depend on PEFT's module set.
 
     Args:
       name: `model.layers.3.mlp.down_proj`.
-      names: of all modules that are adapted.
+      names: all adapted modules.
     """
     return self
 
-  def settled(self) -> "Method":
-    """Returns the method without what only its file needs."""
+  def canonical(self) -> "Method":
+    """Returns the method without fields that only PEFT's file needs."""
     return self
 
-  def start(
-    self, key: PRNGKey, place: Place, w: Any, seen: Any = None
+  def init_arrays(
+    self, key: PRNGKey, spec: MatrixSpec, w: Any, stats: Any = None
   ) -> tuple[Arrays, Arrays]:
-    """Returns (trained, fixed) arrays of one fresh adapter.
+    """Initialises one adapter and returns its (trained, fixed) arrays.
 
     Args:
-      key: of this matrix alone.
-      place: what is known of the matrix without reading it.
-      w: the matrix, any weight; most methods do not look.
-      seen: what was measured for this matrix, where a method needs that.
+      key: random key of this matrix alone.
+      spec: shape and role of the matrix.
+      w: the matrix, any weight; most methods do not read it.
+      stats: calibration statistics of this matrix, for methods that need them.
     """
     raise NotImplementedError
 
   def delta(self, p: Arrays, w: Any) -> Float[Array, "I O"]:
-    """Returns what merging adds to `w`, in fp32.
+    """Returns the update that merging adds to `w`, in fp32.
 
     Args:
       p: all arrays, trained and fixed.
@@ -162,21 +168,22 @@ class Method:
   def active(
     self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None
   ) -> Bool[Array, "B T"]:
-    """Returns where the method acts; only for those that are `GATED`.
+    """Returns at which positions a `GATED` method acts.
 
     Args:
-      tokens: of the batch that is multiplied next.
-      segments: document of each token, -1 for padding; by default one a row.
+      tokens: token ids of the next batch.
+      segments: document of each token, -1 for padding; None for one document
+        per row.
     """
     raise NotImplementedError
 
   def branch(
     self, eq: str, x: Float[Array, "..."], p: Arrays, w: Any
   ) -> Float[Array, "..."]:
-    """Returns what is added to `einsum(eq, x, w)`, in the dtype of `x`.
+    """Returns the adapter's term of `einsum(eq, x, w + delta)`.
 
-    By default through `delta`, which the backward pass forms again: what is
-    kept for it are `x` and the arrays.
+    The result has the dtype of `x`. The default forms `delta` and recomputes
+    it in the backward pass, which then saves only `x` and the arrays.
     """
 
     def product(x, p, w):
@@ -192,19 +199,19 @@ class Method:
     p: Arrays,
     w: Any,
   ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, changed w)`.
+    """Returns `einsum(eq, x, w + delta)`.
 
     Args:
-      eq: contracts either axis of `w`, see `turned`.
+      eq: contracts either axis of `w`, see `contracts_output`.
       x: activations.
-      dropped: `x` after dropout, for what is added.
+      dropped: `x` after dropout, the adapter's input.
       p: all arrays.
       w: the base.
     """
     return weights.einsum(eq, x, w) + self.branch(eq, dropped, p, w)
 
   def rows(self, ids: Any, p: Arrays, w: Any) -> Float[Array, "... O"]:
-    """Returns what is added to rows `ids` of an embedding."""
+    """Returns rows `ids` of an embedding's update."""
     return jnp.take(self.delta(p, w), ids, axis=0)
 
   def ragged(
@@ -214,13 +221,13 @@ class Method:
     w: Any,
     sizes: Int[Array, "E"],
   ) -> Float[Array, "T O"]:
-    """Returns what is added to the experts' matmul, see `weights.ragged_dot`.
+    """Returns the adapter's term of the experts' `weights.ragged_dot`.
 
     Args:
       x: rows sorted by expert, after dropout.
-      p: all arrays, experts in front.
+      p: all arrays, with a leading axis of experts.
       w: the base `[E, in, out]`.
-      sizes: how many rows each expert has.
+      sizes: number of rows per expert.
     """
 
     def product(x, p, w):
@@ -230,61 +237,61 @@ class Method:
     return jax.checkpoint(product)(x, p, w)
 
   def axes(self, names: Axes) -> Mapping[str, Axes]:
-    """Returns the logical axes of every array; None is never cut.
+    """Returns the logical axes of every array; None is not sharded.
 
     Args:
-      names: of the matrix's input and output.
+      names: logical axes of the matrix's input and output.
     """
     raise NotImplementedError
 
   def exported(self, p: Arrays) -> tuple["Method", Arrays]:
-    """Returns the same update as a method that PEFT has, where there is one.
+    """Returns the same update as a method that PEFT has, if there is one.
 
     Args:
-      p: all arrays; leading axes may stand in front.
+      p: all arrays; may have leading axes.
     """
     return self, p
 
-  def idle(self, p: Arrays) -> bool:
-    """Whether the arrays, of NumPy, plainly change nothing."""
+  def is_noop(self, p: Arrays) -> bool:
+    """Whether the NumPy arrays certainly make an update of zero."""
     return False
 
   def shared_shapes(self) -> Mapping[str, tuple[int, ...]]:
-    """Returns least shapes of `PEFT_SHARED`, where modules need less."""
+    """Returns minimum shapes of `PEFT_SHARED`, where modules need less."""
     return {}
 
-  def to_peft(self, p: Arrays, place: Place) -> dict[str, Any]:
-    """Returns the tensors of one module by their names behind the module's.
+  def to_peft(self, p: Arrays, spec: MatrixSpec) -> dict[str, Any]:
+    """Returns one module's tensors by name, without the module's prefix.
 
     Args:
       p: all arrays.
-      place: the matrix.
+      spec: the matrix.
     """
     raise NotImplementedError
 
   def from_peft(
-    self, tensors: Mapping[str, Any], place: Place, w: Any
+    self, tensors: Mapping[str, Any], spec: MatrixSpec, w: Any
   ) -> tuple[Arrays, Arrays]:
     """Returns (trained, fixed) from one module's tensors; inverts `to_peft`.
 
     Args:
-      tensors: by their names behind the module's.
-      place: the matrix.
+      tensors: by name, without the module's prefix.
+      spec: the matrix.
       w: the matrix itself, any weight.
     """
     raise NotImplementedError
 
   def peft_fields(self, methods: Mapping[str, "Method"]) -> dict[str, Any]:
-    """Returns the method's own fields of adapter_config.json.
+    """Returns the method's fields of PEFT's adapter_config.json.
 
     Args:
-      methods: of each module, by PEFT's names.
+      methods: each module's method, by PEFT's names.
     """
     raise NotImplementedError
 
   @classmethod
   def from_fields(cls, fields: Any) -> "Method":
-    """Returns the method that a configuration describes.
+    """Returns the method that an adapter_config.json describes.
 
     Args:
       fields: `research.io.fields.Fields`, with `PEFT_DEFAULTS`.
@@ -293,15 +300,15 @@ class Method:
 
 
 class DenseDelta(Method):
-  """Methods that have nothing cheaper than the update itself.
+  """Base class of methods whose update has no cheaper form than a matrix.
 
-  It is added to the matrix, so that an activation is multiplied once, and
-  formed again in the backward pass, which then keeps no matrix.
+  `einsum` adds the update to the base and multiplies once. The backward pass
+  forms the sum again, so that no matrix is saved for it.
   """
 
   def einsum(self, eq, x, dropped, p, w):
-    # In 16 bits most of a small update would be lost in the sum; and what is
-    # dropped for the update is not for the base.
+    # A sum in 16 bits would lose most of a small update, and dropout acts on
+    # the update's input alone: these cases take two products.
     if dropped is not x or jnp.finfo(x.dtype).bits < 32:
       return super().einsum(eq, x, dropped, p, w)
 
@@ -316,7 +323,7 @@ def contracts_output(eq: str) -> bool:
   """Whether `eq` contracts the output axis of its weight, as a tied head does.
 
   Raises:
-    ValueError: it does not contract exactly one of two axes.
+    ValueError: `eq` does not contract exactly one of the weight's two axes.
   """
   _, right = eq.split(",")
   w, out = right.split("->")
@@ -328,7 +335,7 @@ def contracts_output(eq: str) -> bool:
 
 
 def dense_fp32(x: Any) -> Float[Array, "..."]:
-  """Returns an array or a weight, dense, in fp32 (fp64 stays what it is)."""
+  """Returns an array or weight as a dense fp32 array; fp64 stays fp64."""
   x = weights.dense(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -336,14 +343,14 @@ def dense_fp32(x: Any) -> Float[Array, "..."]:
 def uniform(
   key: PRNGKey, shape: Sequence[int], bound: float
 ) -> Float[Array, "..."]:
-  """Returns fp32 numbers, uniform within `bound` of 0."""
+  """Returns fp32 samples, uniform in [-bound, bound)."""
   return jax.random.uniform(key, tuple(shape), jnp.float32, -bound, bound)
 
 
 def normal(
   key: PRNGKey, shape: Sequence[int], deviation: float = 1.0
 ) -> Float[Array, "..."]:
-  """Returns fp32 normal numbers of that standard deviation."""
+  """Returns fp32 normal samples of mean 0 and that standard deviation."""
   return jax.random.normal(key, tuple(shape), jnp.float32) * deviation
 
 

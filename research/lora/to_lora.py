@@ -1,8 +1,8 @@
-"""Any method as plain LoRA, of a rank or of a share of its energy.
+"""Converts adapters of any method to plain LoRA by truncated SVD.
 
-PEFT's `convert_to_lora` (lora.md section 7), for every method: what an adapter
-adds to this base is decomposed, so one that multiplies its base (DoRA, HiRA,
-rotations) can be converted too, for this base.
+PEFT's `convert_to_lora` (lora.md section 7), for every method. It decomposes
+the update of the given base, so a method that multiplies its base (DoRA, HiRA,
+rotations) converts too, for that base only.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from research.typing import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
-  """So many singular triples of every matrix, or all there are."""
+  """Truncation to a fixed rank, or to the full rank of smaller matrices."""
 
   rank: int
 
@@ -26,14 +26,14 @@ class Rank:
     if self.rank < 1:
       raise UserError(f"rank is {self.rank}, expected at least 1")
 
-  def of(self, s: np.ndarray) -> int:
-    """Returns how many of the singular values `[..., k]` are kept."""
+  def rank_of(self, s: np.ndarray) -> int:
+    """Returns how many of the singular values `[..., k]` to keep."""
     return min(self.rank, s.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Energy:
-  """The fewest triples that hold this share of the squared Frobenius norm."""
+  """Truncation to the smallest rank with `share` of the squared norm."""
 
   share: float
 
@@ -41,8 +41,8 @@ class Energy:
     if not 0 < self.share <= 1:
       raise UserError(f"energy is {self.share}, expected above 0, at most 1")
 
-  def of(self, s: np.ndarray) -> int:
-    """Returns how many of the singular values `[..., k]` are kept."""
+  def rank_of(self, s: np.ndarray) -> int:
+    """Returns how many of the singular values `[..., k]` to keep."""
     sums = np.cumsum(s.astype(np.float64) ** 2, axis=-1)
     short = (sums < self.share * sums[..., -1:]).sum(-1)
     return min(int(short.max()) + 1, s.shape[-1])
@@ -50,11 +50,11 @@ class Energy:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """One matrix.
+  """Result of converting one matrix.
 
   Attributes:
-    rank: that was kept.
-    error: norm of what was left out over the norm of the update.
+    rank: rank of the factors.
+    error: Frobenius norm of the truncated part over that of the update.
   """
 
   rank: int
@@ -66,12 +66,15 @@ def to_lora(
 ) -> tuple[dict[str, Any], dict[str, Fit]]:
   """Returns the tree with plain LoRA in place of its adapters, and the errors.
 
-  Scales are in b, so alpha is the rank. A bias that an adapter scales is the
-  base's no more: the tree has it as it is merged.
+  b includes the scale, so alpha equals the rank. Biases that an adapter scales
+  are merged.
 
   Args:
-    params: with adapters of any method, on any base.
-    size: how much of each update is kept.
+    params: parameters with adapters of any method, on any base.
+    size: how much of each update to keep.
+
+  Returns:
+    (parameters, address -> `Fit`).
 
   Raises:
     UserError: there is no adapter.
@@ -81,20 +84,20 @@ def to_lora(
   for address, t in lora_factors.adapters(params).items():
     triple = _decomposed(address, t)
     s = triple[1].astype(np.float64)
-    rank, total = size.of(s), float((s**2).sum())
+    rank, total = size.rank_of(s), float((s**2).sum())
     rest = float((s[..., rank:] ** 2).sum())
-    found[address] = lora_factors.truncated(triple, rank)
+    found[address] = lora_factors.truncate(triple, rank)
     fits[address] = Fit(rank, (rest / total) ** 0.5 if total else 0.0)
   if not found:
     raise UserError("these parameters hold no adapter")
   base = wrap.disable(wrap.merge_biases(params))
-  return lora_factors.wrapped(base, found), fits
+  return lora_factors.wrap_factors(base, found), fits
 
 
 def _decomposed(address, t):
   if not weights.is_adapter(t.w):  # an adapter under this one
-    thin = lora_factors.plain(address, t)
+    thin = lora_factors.lora_factors_of(address, t)
     if thin is not None:
-      u, s, v = lora_factors.decomposed(thin.a, thin.b)
+      u, s, v = lora_factors.thin_svd(thin.a, thin.b)
       return u, s * thin.scale, v
   return np.linalg.svd(lora_factors.update(t), full_matrices=False)

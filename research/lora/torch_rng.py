@@ -1,4 +1,4 @@
-"""Random numbers that PEFT's files leave to torch's generator."""
+"""Reproduces torch's `randperm` in NumPy, for PEFT files that store a seed."""
 
 import functools
 
@@ -7,27 +7,30 @@ import numpy as np
 from research.typing import UserError
 
 _LONG = (2**32 - 1) // 20
-"""From so many numbers on torch permutes by another algorithm."""
+"""Length from which torch permutes by another algorithm."""
 
 _PIECE = 1 << 20
-"""Numbers that are drawn at a time."""
+"""Random numbers per chunk."""
 
 
 @functools.lru_cache(maxsize=64)
-def drawn_places(seed: int, total: int, count: int) -> np.ndarray:
-  """Returns the first `count` of torch's `randperm(total)` of a seed.
+def randperm_prefix(seed: int, total: int, count: int) -> np.ndarray:
+  """Returns the first `count` entries of torch's `randperm(total)` on CPU.
 
-  Its generator on CPU is the Mersenne Twister, seeded as NumPy's legacy one
-  (randperm_cpu in aten/src/ATen/native/TensorFactories.cpp). Of 214,748,364
-  numbers and more all have to be drawn, which takes 10 seconds.
+  torch's CPU generator is the Mersenne Twister, seeded as NumPy's legacy one
+  (randperm_cpu in aten/src/ATen/native/TensorFactories.cpp). From 214,748,364
+  entries on the whole permutation must be drawn, which takes 10 seconds.
 
   Args:
-    seed: of `torch.Generator().manual_seed`.
-    total: numbers 0 to total - 1 are permuted.
-    count: how many are wanted.
+    seed: argument of `torch.Generator().manual_seed`.
+    total: length of the permutation of 0 to total - 1.
+    count: number of entries to return.
+
+  Returns:
+    int32 `[count]`, read-only.
 
   Raises:
-    UserError: there are more numbers than int32 has.
+    UserError: `total` exceeds int32.
   """
   if total > np.iinfo(np.int32).max:
     raise UserError(
@@ -36,12 +39,12 @@ def drawn_places(seed: int, total: int, count: int) -> np.ndarray:
     )
   draw = _from_the_front if total < _LONG else _inside_out
   out = draw(seed, total, count)
-  out.flags.writeable = False  # every caller gets the same one
+  out.flags.writeable = False  # the cache returns the same array to everyone
   return out
 
 
 def _from_the_front(seed: int, total: int, count: int) -> np.ndarray:
-  """Returns the start of a permutation by Fisher and Yates, final at once."""
+  """Returns the start of a forward Fisher-Yates shuffle."""
   raw = np.random.RandomState(seed)._bit_generator.random_raw(count)
   moved: dict[int, int] = {}
   out = np.zeros(count, np.int32)
@@ -53,10 +56,10 @@ def _from_the_front(seed: int, total: int, count: int) -> np.ndarray:
 
 
 def _inside_out(seed: int, total: int, count: int) -> np.ndarray:
-  """Returns the start of a permutation by the inside-out variant.
+  """Returns the start of an inside-out Fisher-Yates shuffle.
 
-  Step i puts i where another number is, and that one behind all others. What
-  is behind the first `count` never comes back.
+  Step i moves the entry at a random position j <= i to position i and stores i
+  at j, so entries beyond `count` never return to the start.
   """
   generator = np.random.RandomState(seed)._bit_generator
   out = np.zeros(count, np.int32)

@@ -1,9 +1,9 @@
-"""Adapters in the tree: around which weights, off again, merged.
+"""Adds adapters to a parameter tree, merges them and removes them.
 
-Any matrix of the tree can be wrapped, packed or not. Weights are addressed by
-layer, whatever runs they are stored in: `layers/3/attention/q`, `embed`,
-`head`. Where layers of one run get adapters of different form, the run is
-split, since only equal layers can be scanned.
+Any matrix of the tree can be adapted, packed or not. Addresses name layers
+independently of the scanned runs that store them: `layers/3/attention/q`,
+`embed`, `head`. A run whose layers get adapters of different form is split,
+since a scan needs equal layers.
 """
 
 import itertools
@@ -18,26 +18,26 @@ from research.lora.method import Arrays, Method
 from research.typing import Params, UserError
 
 TRAINABLE = r"(^|/)trained/"
-"""Paths of the adapters' learned arrays, for `tree.partition`."""
+"""Paths of the adapters' trained arrays, for `tree.partition`."""
 
 EMBEDDING = "embed"
 
-Make = Callable[[Sequence[str], Method, Any], tuple[Arrays, Arrays]]
-"""(paths, method, weights) -> trained and fixed arrays, stacked.
+MakeArrays = Callable[[Sequence[str], Method, Any], tuple[Arrays, Arrays]]
+"""(paths, method, weights) -> (trained, fixed) arrays, stacked.
 
 `weights` is one weight `[L, in, out]` for the L paths (`[L, E, in, out]` for
-experts), and so is every array returned."""
+experts); every returned array has the same leading axes."""
 
 
 def leaves(part: Any) -> Iterator[tuple[str, Any]]:
-  """Yields (path, weight) of every weight in a part of the tree."""
+  """Yields (path, weight) of every weight in a subtree."""
   yield from weights.named_weights(part)
 
 
 def matrices(params: Params) -> dict[str, tuple[int, int]]:
   """Returns (in, out) of every matrix that can be adapted, by address.
 
-  Those are the layers' linear maps, `embed` `[V, D]` and an untied `head`.
+  These are the layers' linear maps, `embed` `[V, D]` and an untied `head`.
   """
   out = {}
   for path, leaf in leaves(tree.outer_params(params)):
@@ -59,7 +59,7 @@ def _layer(params: Params, prefix: str) -> Params:
 def experts(params: Params) -> dict[str, tuple[int, int, int]]:
   """Returns (E, in, out) of every layer's stacked experts, by address.
 
-  Each expert has factors of its own; all of a stack share rank and scale.
+  Each expert gets its own factors; the experts of a stack share rank and scale.
   """
   return {
     f"layers/{i}/{path}": tuple(leaf.shape[1:])
@@ -71,18 +71,18 @@ def experts(params: Params) -> dict[str, tuple[int, int, int]]:
 
 
 def wrap(
-  params: Params, methods: Mapping[str, Method], make: Make
+  params: Params, methods: Mapping[str, Method], make: MakeArrays
 ) -> dict[str, Any]:
   """Returns `params` with an AdaptedTensor around each matrix in `methods`.
 
   Args:
     params: any tree of weights; its arrays are shared, not copied, except
-      those of runs that have to be split.
-    methods: by address, as in `matrices` and `experts`.
-    make: the arrays; called once for each weight of the tree.
+      those of runs that are split.
+    methods: address -> method, as in `matrices` and `experts`.
+    make: makes the arrays; called once per weight of the tree.
 
   Raises:
-    UserError: the model has no such matrix.
+    UserError: the model has no matrix at an address.
   """
   unknown = sorted(set(methods) - set(matrices(params)) - set(experts(params)))
   if unknown:
@@ -120,9 +120,9 @@ def adapters(
   """Returns each matrix's adapter, by address.
 
   Args:
-    params: with adapters of any method.
-    prepare: called with each leaf of the tree, layers stacked, before these
-      are taken apart.
+    params: parameters with adapters of any method.
+    prepare: applied to each adapted leaf, layers stacked, before it is split
+      into layers.
   """
   out = {}
   for path, leaf in leaves(tree.outer_params(params)):
@@ -143,7 +143,7 @@ def _address(path: str, rows: Mapping[str, range], k: int) -> str:
 
 
 def _equal_rows(run, rows, methods, n) -> Iterator[tuple[int, int]]:
-  """Yields the ranges of a run's rows whose adapters are equal in form."""
+  """Yields ranges of a run's layers whose adapters have equal form."""
   paths = [path for path, _ in leaves(run)]
 
   def form(k):
@@ -166,7 +166,7 @@ def _wrap_run(run, rows, ks, methods, make):
 
 
 def biases(params: Params) -> dict[str, AdaptedBias]:
-  """Returns the biases that adapters scale, by their paths in a tree."""
+  """Returns the biases that adapters scale, by path."""
   found, out = dict(leaves(params)), {}
   for path, w in found.items():
     bias = weights.bias_path(path)
@@ -182,16 +182,16 @@ def _scales(w: Any) -> bool:
 
 
 def merge(params: Params) -> Any:
-  """Returns the tree with every adapter added into its weight.
+  """Returns the tree with every adapter merged into its base.
 
-  The sum is formed in fp32 and rounded to the weight's dtype; in bf16 most of
-  a small update is lost (lora.md 2.5), so merge fp32 weights where it counts.
+  The sum is computed in fp32 and rounded to the base's dtype. bf16 loses most
+  of a small update (lora.md 2.5): merge into fp32 weights to keep it.
   """
   return _replaced(params, AdaptedTensor | AdaptedBias)
 
 
 def merge_biases(params: Params) -> Any:
-  """Returns the tree with biases as `merge` has them, and its adapters."""
+  """Returns the tree with scaled biases merged and its adapters unchanged."""
   return _replaced(params, AdaptedBias)
 
 
@@ -207,12 +207,12 @@ def _replaced(params: Params, kind: Any) -> Any:
 
 @jax.jit
 def _merged(w: AdaptedTensor | AdaptedBias) -> Any:
-  # One program for a weight; eagerly each operation would be compiled.
+  # Jitted: one program per weight rather than one per operation.
   return w.dense()
 
 
 def disable(params: Params) -> Any:
-  """Returns the tree under the adapters; shares its arrays."""
+  """Returns the tree without its adapters; shares the base's arrays."""
 
   def base(w):
     return base(w.w) if isinstance(w, AdaptedTensor) else w

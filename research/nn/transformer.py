@@ -403,7 +403,7 @@ def init_cache(
       lead = repeats, batch, a.kv_heads
       if kv is not None:
         first, period = start + j, len(blocks)
-        own = kv.of(range(first, first + repeats * period, period))
+        own = kv.for_layers(range(first, first + repeats * period, period))
         made = own.empty(lead, slots, a.head_dim, dtype, slots < capacity)
       else:
         zeros = jnp.zeros((*lead, slots, a.head_dim), dtype)

@@ -1,0 +1,8 @@
+"""Low-bit quantization of weights, activations and the KV cache.
+
+`format` is the interface of a format, `formats/` has one file per format,
+`qtensor` the packed weight, `quantize` and `quantize_by_rules` the transforms
+that pack a model. `algorithms/` has GPTQ, AWQ and others, `kv/` the quantized
+KV cache, `layouts/` kernels' weight layouts, `numerics/` low-bit arithmetic,
+`reports/` errors.
+"""

@@ -1,11 +1,11 @@
-"""What a matrix was given, kept, so that what leads to it runs once.
+"""Caches inputs of a layer's matrices during calibration.
 
-A layer whose matrices are rounded in turn is computed up to each of them, and
-once more for its outputs. What has been seen of `attention/o` and `mlp/down`
-stays right while nothing before them changes; a `Replayed` matrix multiplies
-what was kept, not what it is given, so what would lead to that is no part of
-the compiled program: no attention for `gate` and `up`, and for the outputs
-two products alone.
+Quantizing a layer's matrices one after the other runs the layer up to each of
+them, and once more for its outputs. The inputs of `attention/o` and `mlp/down`
+stay valid while no weight before them changes. A `CachedInputTensor` multiplies
+cached inputs and ignores its argument, so XLA removes the computation of that
+argument: measuring `gate` and `up` runs no attention, and the layer's outputs
+take two products.
 """
 
 import dataclasses
@@ -27,24 +27,24 @@ _BEHIND = {
   "attention/o": re.compile("attention/o$|mlp/"),
   "mlp/down": re.compile("mlp/down$"),
 }
-"""What is kept -> itself, and weights that do not lead to it."""
+"""Cached matrix -> paths of weights that its inputs do not depend on."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Replayed(weights.WrappedWeight):
-  """A matrix whose inputs are known, whatever it is given.
+class CachedInputTensor(weights.WrappedWeight):
+  """A matrix that multiplies cached inputs instead of its argument.
 
   Attributes:
     w: any weight `[I, O]`.
-    x: its inputs `[B, T, I]`.
+    x: the cached inputs `[B, T, I]`.
   """
 
   w: Any
   x: Any
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the product of the inputs that are known, in the dtype of `x`."""
+    """Returns the product with the cached inputs, in the dtype of `x`."""
     return weights.einsum(eq, self.x.astype(x.dtype), self.w)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -54,74 +54,81 @@ class Replayed(weights.WrappedWeight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Raises UserError: experts' rows are not kept."""
-    raise UserError("Replayed: found experts, expected a matrix [I, O]")
+    """Raises UserError: experts' inputs are not cached."""
+    raise UserError(
+      "CachedInputTensor: found experts, expected a matrix [I, O]"
+    )
 
   def dense(self) -> Float[Array, "..."]:
     """Returns the matrix."""
     return weights.dense(self.w)
 
-  def axes(self, names: tuple[str | None, ...]) -> "Replayed":
-    """The matrix' names, and those of activations."""
+  def axes(self, names: tuple[str | None, ...]) -> "CachedInputTensor":
+    """Logical axes of the matrix and of the cached activations."""
     inputs = weights.axes(self.x, ("batch", "length", names[-2]))
-    return Replayed(weights.axes(self.w, names), inputs)
+    return CachedInputTensor(weights.axes(self.w, names), inputs)
 
-  def map_inner(self, f: Any) -> "Replayed":
-    """Returns itself with `f` of the weight that multiplies."""
+  def map_inner(self, f: Any) -> "CachedInputTensor":
+    """Returns a copy with `f` applied to the innermost weight."""
     return dataclasses.replace(self, w=weights.map_inner(self.w, f))
 
 
 @dataclasses.dataclass(frozen=True)
-class WithRows:
-  """A statistic, and the rows themselves beside it (`rows`), float32.
+class StatisticAndRows:
+  """A statistic that also returns the inputs themselves (`rows`), float32.
 
   Attributes:
-    of_rows: the statistic.
-    batch, length: how many rows there are, `[B, T]`.
+    statistic: the statistic.
+    batch, length: shape of the rows, `[B, T]`.
   """
 
-  of_rows: Statistic
+  statistic: Statistic
   batch: int
   length: int
 
   def shapes(self, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
     shape = (self.batch, self.length, size_in)
-    return self.of_rows.shapes(size_in, size_out) | {ROWS: shape}
+    return self.statistic.shapes(size_in, size_out) | {ROWS: shape}
 
   def compute(self, rows: Rows) -> Arrays:
-    if rows.sizes is None:  # a router's are flat
+    if rows.sizes is None:  # a router's rows are flat
       kept = rows.x.astype(jnp.float32)
       kept = kept.reshape(self.batch, self.length, -1)
-    else:  # experts' are sorted, and nobody asks for them
+    else:  # experts' rows are sorted by expert, and not cached
       shape = (len(rows.sizes), self.batch, self.length, rows.x.shape[-1])
       kept = jnp.zeros(shape)
-    return self.of_rows.compute(rows) | {ROWS: kept}
+    return self.statistic.compute(rows) | {ROWS: kept}
 
   def join(self, a: Arrays, b: Arrays) -> Arrays:
-    raise UserError("WithRows: rows of two calls are not joined")
+    raise UserError("StatisticAndRows: rows of two batches cannot be joined")
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
-  """What a matrix was given.
+class CachedInputs:
+  """Cached inputs of a matrix.
 
   Attributes:
-    params: the layer's parameters that led there.
-    rows: of each batch, `[B, T, I]`.
+    params: the layer's parameters that computed them.
+    rows: the inputs of each batch, `[B, T, I]`.
   """
 
   params: Params
   rows: Sequence[Array]
 
 
-def keepable(params: Params, paths: Sequence[str]) -> list[str]:
-  """Returns those of a layer's `paths` whose inputs can be kept."""
+def cacheable(params: Params, paths: Sequence[str]) -> list[str]:
+  """Returns those of a layer's `paths` whose inputs can be cached."""
   sizes = {path: len(w.shape) for path, w in _flat(params)}
   return [p for p in paths if p in _BEHIND and sizes.get(p) == 2]
 
 
-def valid(memory: Mapping[str, Held], params: Params) -> dict[str, Held]:
-  """Returns what `params` would lead to as well: the very same arrays do."""
+def still_valid(
+  memory: Mapping[str, CachedInputs], params: Params
+) -> dict[str, CachedInputs]:
+  """Returns the cached inputs that `params` would also compute.
+
+  These depend on identical arrays of both trees.
+  """
   return {
     path: held
     for path, held in memory.items()
@@ -129,14 +136,22 @@ def valid(memory: Mapping[str, Held], params: Params) -> dict[str, Held]:
   }
 
 
-def replayed(params: Params, memory: Mapping[str, Held], batch: int) -> Params:
-  """Returns `params` that multiply what is kept of a batch."""
+def with_cached_inputs(
+  params: Params, memory: Mapping[str, CachedInputs], batch: int
+) -> Params:
+  """Returns `params` whose cached matrices use the inputs of a batch.
+
+  Args:
+    params: the layer's parameters.
+    memory: path -> cached inputs.
+    batch: index of the batch.
+  """
 
   def one(path, w):
     if path not in memory:
       return w
     rows = memory[path].rows[batch]
-    return weights.map_inner(w, lambda w: Replayed(w, rows))
+    return weights.map_inner(w, lambda w: CachedInputTensor(w, rows))
 
   return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
@@ -146,9 +161,9 @@ def _flat(params):
 
 
 def _leading(params, path):
-  """Returns the weights that lead to what `path` is given.
+  """Returns the weights that the inputs of `path` depend on.
 
-  What a weight does to its inputs first belongs to these, its matrix does not.
+  They include the ops that `path` applies to its inputs, but not its matrix.
   """
   found = {p: w for p, w in _flat(params) if not _BEHIND[path].match(p)}
   own = dict(_flat(params))[path]

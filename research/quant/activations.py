@@ -1,9 +1,9 @@
-"""Weights that change what they multiply: rounded or rotated activations.
+"""Activation quantization: weights that round or rotate their inputs.
 
-An `InputTensor` stands in for a weight and holds one, and an `op`, which says
-what becomes of activations on their way in: `Round` below, LLM.int8's parts
-(`research.quant.llm_int8`), a rotation (`algorithms.rotate`). They nest:
-rotated, then rounded, times packed codes. No module knows.
+An `InputTensor` wraps a weight and applies an `op` to the activations that it
+multiplies: `Round` below, LLM.int8 (`research.quant.llm_int8`) or a rotation
+(`algorithms.rotate`). They nest: rotate, round, then multiply packed codes. The
+model's modules do not change.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from research import tree, weights
 from research.quant.numerics import exact_division
-from research.quant.numerics.integers import integer_product, integers
+from research.quant.numerics.integers import integer_codes, integer_product
 from research.typing import (
   Array,
   Float,
@@ -28,22 +28,23 @@ from research.typing import (
 )
 
 LINEAR = r"/(attention/(q|k|v|o)|mlp/(\w+/)?(gate|up|down))$"
-"""Paths of all matrices of a layer but a router's."""
+"""Regular expression for paths of a layer's matrices, except the router."""
 
 
 _E4M3 = 448.0
-"""The largest number of the type."""
+"""The largest number of float8_e4m3fn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Op:
-  """What becomes of a weight's inputs: a static value; this one changes none.
+  """Operation on a weight's inputs, as a static value.
 
-  Wherever `scale` is passed it is the leaf's own, or None.
+  The base class is the identity. `scale` arguments are the leaf's static scale,
+  or None.
   """
 
   def __call__(self, x: Float[Array, "..."], scale: Any = None) -> Any:
-    """Returns what takes the place of `x [..., I]`."""
+    """Returns the transformed `x [..., I]`."""
     del scale
     return x
 
@@ -57,20 +58,22 @@ class Op:
     """Returns `einsum(eq, self(x), w)`, in the dtype of `x`."""
     return weights.einsum(eq, self(x, scale), w)
 
-  def undone(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
-    """Returns the matrix that `x` is multiplied by in all, but for rounding."""
+  def effective_weight(
+    self, w: Float[Array, "*L I O"]
+  ) -> Float[Array, "*L I O"]:
+    """Returns the matrix that op and `w` apply to `x` together, unrounded."""
     return w
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputTensor(weights.WrappedWeight):
-  """A weight `[..., I, O]` and what becomes of its inputs.
+  """A weight `[..., I, O]` and an operation on its inputs.
 
   Attributes:
     w: any weight; it multiplies `op(x)`.
-    scale: of the activations, from calibration, `[...]`; or None.
-    op: of the inputs.
+    scale: static scale of the activations, from calibration, `[...]`; or None.
+    op: operation on the inputs; static.
   """
 
   w: Any
@@ -81,7 +84,7 @@ class InputTensor(weights.WrappedWeight):
     """Returns `einsum(eq, op(x), w)`; `eq` contracts the inputs of `w`.
 
     Raises:
-      UserError: it contracts something else.
+      UserError: `eq` does not contract the inputs of `w`.
     """
     left, right = eq.split("->")[0].split(",")
     if left[-1] != right[0] or len(right) != 2:
@@ -91,7 +94,7 @@ class InputTensor(weights.WrappedWeight):
     return self.op.einsum(eq, x, self.w, self.scale)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of `w`: looking up has no inputs."""
+    """Returns rows of `w`; a look-up has no inputs to transform."""
     return weights.take(self.w, ids)
 
   def ragged_dot(
@@ -101,38 +104,38 @@ class InputTensor(weights.WrappedWeight):
     return weights.ragged_dot(self.op(x, self.scale), self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the matrix that stands for both, activations unrounded."""
-    return self.op.undone(weights.dense(self.w))
+    """Returns the effective matrix of op and weight, activations unrounded."""
+    return self.op.effective_weight(weights.dense(self.w))
 
   def axes(self, names: tuple[str | None, ...]) -> "InputTensor":
-    """The weight's names; scales are whole on each device."""
+    """Logical axes of the weight; scales are replicated."""
     w, scale = weights.axes(self.w, names), weights.axes(self.scale, ())
     return dataclasses.replace(self, w=w, scale=scale)
 
   def map_inner(self, f: Any) -> "InputTensor":
-    """Returns itself with `f` of the weight that multiplies."""
+    """Returns a copy with `f` applied to the innermost weight."""
     return dataclasses.replace(self, w=weights.map_inner(self.w, f))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round(Op):
-  """Integer activations with a scale for each token, or one for all.
+  """Rounds activations to integers, with a scale per token or per tensor.
 
   The scale is `clip max|x| / (2^(bits-1) - 1)`, or with a zero point
-  `clip (max - min) / (2^bits - 1)` of ranges that hold 0; that of the leaf, if
-  it has one. Gradients go straight through rounding, and through scales: what
-  is largest costs the others.
+  `clip (max - min) / (2^bits - 1)` of ranges that include 0; or the leaf's
+  static scale. Gradients pass straight through rounding, and through scales, so
+  the largest value receives a gradient from all values that share its scale.
 
   Attributes:
     bits: 2 to 8.
-    per: what shares a scale.
-    group: inputs that share a scale within a token, 0 for all.
-    clip: share of the range that is not cut off (QuaRot: 0.9 at 4 bits).
+    per: what shares a scale, 'token' or 'tensor'.
+    group: number of inputs of a token that share a scale; 0 for all.
+    clip: share of the range that is not clipped (QuaRot: 0.9 at 4 bits).
     symmetric: whether there is no zero point.
-    full: whether a symmetric grid is of all `2^bits` codes: its scale is then
-      `2 clip max|x| / (2^bits - 1)`, as compressed-tensors has it.
-    integer: whether products are of integers, summed in int32, where the
-      weight is integers, too.
+    full: whether a symmetric grid uses all `2^bits` codes; its scale is then
+      `2 clip max|x| / (2^bits - 1)`, as in compressed-tensors.
+    integer: whether to multiply integers, summed in int32, if the weight has
+      integer codes, too.
   """
 
   bits: int = 8
@@ -164,7 +167,7 @@ class Round(Op):
 
   @property
   def top(self) -> int:
-    """Returns the largest code of a symmetric grid."""
+    """The largest code of a symmetric grid."""
     return 2 ** (self.bits - 1) - 1
 
   def __call__(
@@ -185,7 +188,7 @@ class Round(Op):
 
     Args:
       x: activations, in G groups of J inputs.
-      scale: what shall be the scale, or None for what the values ask for.
+      scale: a static scale, or None to compute it from `x`.
     """
     size = self.group or x.shape[-1]
     if x.shape[-1] % size:
@@ -198,10 +201,10 @@ class Round(Op):
       if scale is None:
         most = jnp.max(jnp.abs(x), axis=over, keepdims=True)
         scale = self.clip * most / self.top
-        if self.full:  # the largest is half way between two codes
-          scale = exact_division.divided(self.clip * most, self.top + 0.5)
+        if self.full:  # the largest value is half way between two codes
+          scale = exact_division.divide(self.clip * most, self.top + 0.5)
         scale = _positive(scale)
-      unit = exact_division.divided(x, scale) if self.full else x / scale
+      unit = exact_division.divide(x, scale) if self.full else x / scale
       codes = _nearest(unit, -self.top - 1, self.top)
       return codes, jnp.asarray(scale), 0.0
     most = jnp.maximum(jnp.max(x, axis=over, keepdims=True), 0)
@@ -219,8 +222,8 @@ class Round(Op):
     w: weights.AnyWeight,
     scale: Any = None,
   ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, self(x), w)`; integers' sums are exact."""
-    held = integers(w) if self.integer else None
+    """Returns `einsum(eq, self(x), w)`; integer sums are exact."""
+    held = integer_codes(w) if self.integer else None
     if held is None:
       return weights.einsum(eq, self(x, scale), w)
     codes, scale, _ = self.codes(x, scale)
@@ -231,13 +234,13 @@ class Round(Op):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundFloat(Op):
-  """Activations in E4M3 with a scale for each token, or one for all.
+  """Rounds activations to FP8 E4M3, with a scale per token or per tensor.
 
-  The scale is `max|x| / 448`, or that of the leaf, if it has one. Gradients go
+  The scale is `max|x| / 448`, or the leaf's static scale. Gradients pass
   straight through rounding.
 
   Attributes:
-    per: what shares a scale.
+    per: what shares a scale, 'token' or 'tensor'.
   """
 
   per: str = "token"
@@ -256,9 +259,9 @@ class RoundFloat(Op):
     if scale is None:
       over = -1 if self.per == "token" else None
       most = jnp.max(jnp.abs(wide), axis=over, keepdims=True)
-      scale = _positive(exact_division.divided(most, _E4M3))
-    # The type has no infinity: what is beyond it would become NaN.
-    unit = jnp.clip(exact_division.divided(wide, scale), -_E4M3, _E4M3)
+      scale = _positive(exact_division.divide(most, _E4M3))
+    # The dtype has no infinity: larger values would become NaN.
+    unit = jnp.clip(exact_division.divide(wide, scale), -_E4M3, _E4M3)
     near = unit.astype(jnp.float8_e4m3fn).astype(jnp.float32)
     near = unit + jax.lax.stop_gradient(near - unit)
     return (near * scale).astype(x.dtype)
@@ -270,7 +273,7 @@ def _positive(scale):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _nearest(x, low, high):
-  """Returns the nearest code; differentiated as if it were `x`."""
+  """Returns the nearest code, with a straight-through derivative."""
   return jnp.clip(jnp.round(x), low, high)
 
 
@@ -281,10 +284,10 @@ def _nearest_jvp(low, high, primals, tangents):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-  """The transform that gives matrices an op of their inputs.
+  """Transform that applies an op to the inputs of matrices.
 
   Attributes:
-    op: see `Op`.
+    op: the operation, see `Op`.
     targets: regular expression, searched for in a matrix's path.
   """
 
@@ -292,7 +295,7 @@ class Inputs:
   targets: str = LINEAR
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` whose matrices take `op` of their inputs.
+    """Returns `params` whose matrices apply `op` to their inputs.
 
     Raises:
       UserError: no path matches.
@@ -305,7 +308,7 @@ class Inputs:
       if not found.search(path):
         return w
       paths.append(path)
-      # What rounds stands behind what rotates, next to the matrix.
+      # Innermost: rounding comes after rotation, next to the matrix.
       return weights.map_inner(w, lambda w: InputTensor(w, op=self.op))
 
     out = tree.map_paths(one, params, is_leaf=weights.is_weight)

@@ -1,10 +1,9 @@
-"""How numbers are kept: what every format of a packed matrix answers.
+"""Base class of quantization formats and their common normal form.
 
-A format is a value, `Affine(bits=4, block=64)`, that knows which arrays a
-matrix `[I, O]` becomes, and what they stand for. It has no arrays itself, and
-is static where it meets `jax.jit`. One file of `research.quant.formats` is one
-format, or a family; everything else (the leaf, its products, the kernels'
-panels, reports) works from what is said here.
+A format, such as `Affine(bits=4, block=64)`, defines how a matrix `[I, O]` is
+encoded to arrays and decoded. It holds no arrays and is a static argument of
+`jax.jit`. Each file of `research.quant.formats` defines a format or a family.
+Packed weights, products, kernel layouts and reports use only this interface.
 """
 
 import dataclasses
@@ -19,27 +18,27 @@ from research.quant.numerics import codebooks
 from research.typing import Array, Float, UInt8, UserError
 
 Parts = Mapping[str, Any]
-"""name -> array; the leading axes, over matrices, are those of all."""
+"""name -> array; all share the same leading axes over matrices."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Plain:
-  """The normal form of every format; leading axes are matrices.
+class NormalForm:
+  """The normal form to which every format decodes; leading axes are matrices.
 
     weight[i, o] = (value[i, o] - zero) * scale + offset
 
   where `scale`, `offset` and `zero` are those of group `i // group`, and the
-  value is the code, or its entry in the codebook.
+  value is the code itself or its entry in the codebook.
 
   Attributes:
     codes: uint8 or int8 `[..., I, O]`.
-    scale: `[..., G, O]`, of any floating type.
-    group: inputs that share a scale.
+    scale: `[..., G, O]`, any floating dtype.
+    group: number of inputs that share a scale.
     offset: `[..., G, O]`, or None for 0.
-    zero: `[..., G, O]`, or one number for all.
-    codebook: values of the codes, or None where they stand for themselves.
-    bits: of a code.
-    ends: the least and the largest code, or None for all that the bits have.
+    zero: `[..., G, O]`, or one number for all groups.
+    codebook: value of each code, or None if codes are the values.
+    bits: bits of a code.
+    code_range: smallest and largest code, or None for all codes of `bits`.
   """
 
   codes: Array | np.ndarray
@@ -49,7 +48,7 @@ class Plain:
   zero: Array | np.ndarray | float = 0.0
   codebook: tuple[float, ...] | None = None
   bits: int = 4
-  ends: tuple[int, int] | None = None
+  code_range: tuple[int, int] | None = None
 
   def dense(self) -> Float[Array, "... I O"]:
     """Returns the matrix, float32, by the formula above."""
@@ -78,7 +77,7 @@ class Plain:
     return values.reshape(*lead, inputs, outputs)
 
   def shift(self) -> Array | None:
-    """Returns what is added to `value * scale`: zero and offset as one."""
+    """Returns `offset - zero * scale`, which is added to `value * scale`."""
     if isinstance(self.zero, float) and not self.zero:
       return self.offset
     scale = self.scale.astype(jnp.float32)
@@ -88,71 +87,73 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-  """A way to keep a matrix; subclasses are the formats.
+  """Base class of formats: encodes a matrix to arrays and decodes it.
 
   Attributes:
-    block: weights, along the inputs, that one step of the axis `x` stands for.
+    block: number of weights, along the inputs, per step of the layout's axis
+      `x`.
   """
 
   block: int = 64
 
   @property
   def name(self) -> str:
-    """Returns what tables call it."""
+    """The format's name in tables."""
     raise NotImplementedError
 
   @property
-  def traced(self) -> bool:
-    """Whether `encode` can be compiled; else it is NumPy's."""
+  def traceable(self) -> bool:
+    """Whether JAX can trace `encode`; otherwise it is NumPy code."""
     return True
 
   @property
   def separable(self) -> bool:
-    """Whether an output's scales follow from that output's weights alone.
+    """Whether an output's scales depend on that output's weights alone.
 
-    Scales of scales, which many outputs share, are not counted.
+    Ignores second-level scales that many outputs share.
     """
     return True
 
   @property
   def sliceable(self) -> bool:
-    """Whether some outputs decode from those outputs of `by_output`."""
+    """Whether `to_sliceable` gives parts whose outputs can be sliced."""
     return True
 
-  def by_output(self, parts: Parts) -> tuple["Format", Parts]:
-    """Returns a format, and parts, whose outputs may be cut; the same numbers.
+  def to_sliceable(self, parts: Parts) -> tuple["Format", Parts]:
+    """Returns an equivalent (format, parts) whose outputs can be sliced.
 
-    Some outputs are then the same outputs of every part that has an axis `o`;
-    the others are the whole matrix'. It is what formats are that say nothing.
+    Slicing outputs of the matrix then means slicing the axis `o` of every part
+    that has one; other parts belong to the whole matrix. By default a format
+    is sliceable as it is.
     """
     return self, parts
 
   @property
-  def local(self) -> bool:
-    """Whether a group's grid follows from the group's weights alone.
+  def group_local(self) -> bool:
+    """Whether a group's grid depends on that group's weights alone.
 
-    Then it has the methods of `algorithms.gptq.Grids`, and `parts`, which
-    makes the parts of codes and grids.
+    Such a format implements `algorithms.gptq.Grids`, and `parts`, which makes
+    the parts from codes and grids.
     """
     return False
 
   @property
   def recodable(self) -> bool:
-    """Whether codes can be chosen on grids that there are, by `recoded`."""
-    return type(self).recoded is not Format.recoded
+    """Whether `with_codes` can replace codes on existing grids."""
+    return type(self).with_codes is not Format.with_codes
 
   def layout(self) -> dict[str, str]:
-    """Returns each part's trailing axes, a letter each.
+    """Returns each part's trailing axes, one letter per axis.
 
-    `x` are blocks of inputs, `o` outputs, and `.` what is neither.
+    `x` is blocks of inputs, `o` outputs, and `.` any other axis.
     """
     raise NotImplementedError
 
-  def fitted(self, inputs: int, outputs: int) -> "Format":
-    """Returns the format that a matrix `[I, O]` is kept in: mostly itself.
+  def for_shape(self, inputs: int, outputs: int) -> "Format":
+    """Returns the format adapted to a matrix `[I, O]`; usually itself.
 
     Raises:
-      UserError: it cannot hold such a matrix.
+      UserError: the format cannot hold such a matrix.
     """
     del outputs
     if self.block < 1 or inputs % self.block:
@@ -163,18 +164,18 @@ class Format:
     return self
 
   def group(self, inputs: int, outputs: int) -> int:
-    """Returns how many inputs share a scale, in a matrix `[I, O]` that fits."""
+    """Returns the number of inputs that share a scale in a matrix `[I, O]`."""
     found = []
 
     def read(parts):
-      found.append(self.plain(parts).group)
+      found.append(self.normal_form(parts).group)
 
     jax.eval_shape(read, self.shapes(inputs, outputs))
     return found[0]
 
   def shapes(self, inputs: int, outputs: int) -> dict[str, Any]:
-    """Returns the parts of a matrix `[I, O]` as shapes and types."""
-    if self.traced:
+    """Returns the parts of a matrix `[I, O]` as `jax.ShapeDtypeStruct`s."""
+    if self.traceable:
       w = jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)
       return dict(jax.eval_shape(self.encode, w))
     one = self.encode(np.zeros((self.block, 1), np.float32))
@@ -196,26 +197,26 @@ class Format:
     w: Float[Array, "I O"] | np.ndarray,
     importance: Float[Array, " I"] | None = None,
   ) -> dict[str, Any]:
-    """Returns the parts of one matrix.
+    """Encodes one matrix to its parts.
 
     Args:
-      w: finite, float32; an array of NumPy is encoded by NumPy.
-      importance: of each input, such as its mean square; formats that search
-        weigh errors by it.
+      w: finite, float32; NumPy arrays may be encoded in NumPy.
+      importance: weight of each input's errors, such as its mean square, for
+        formats that search.
     """
     raise NotImplementedError
 
-  def encoded(
+  def encode_traced(
     self,
     w: Float[Array, "I O"] | np.ndarray,
     importance: Float[Array, " I"] | None = None,
   ) -> dict[str, Any]:
-    """Returns what `encode` does, also inside of a program.
+    """Returns `encode(w, importance)`, also for traced arrays.
 
-    An encoder of NumPy is then called by the program, with numbers in float32.
+    Calls NumPy encoders through `jax.pure_callback`, with float32 arrays.
     """
     given = (w,) if importance is None else (w, importance)
-    if self.traced or not any(isinstance(x, jax.core.Tracer) for x in given):
+    if self.traceable or not any(isinstance(x, jax.core.Tracer) for x in given):
       return self.encode(*given)
 
     def host(*given):
@@ -225,19 +226,21 @@ class Format:
       host, self.shapes(*w.shape), *given, vmap_method="sequential"
     )
 
-  def plain(self, parts: Parts) -> Plain:
-    """Returns the normal form of what `encode` returned, or of a stack."""
+  def normal_form(self, parts: Parts) -> NormalForm:
+    """Returns the normal form of the parts of one matrix or of a stack."""
     raise NotImplementedError
 
-  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
-    """Returns parts with other codes on the same grids.
+  def with_codes(
+    self, parts: Parts, codes: UInt8[Array, "I O"]
+  ) -> dict[str, Any]:
+    """Returns the parts with other codes on the same grids.
 
     Args:
-      parts: of one matrix.
-      codes: as `plain` has them.
+      parts: parts of one matrix.
+      codes: codes as in the normal form.
 
     Raises:
-      UserError: the format cannot.
+      UserError: the format cannot replace codes.
     """
     raise UserError(
       f"{self.name}: its codes cannot be chosen apart from its grids, as GPTQ "
@@ -245,13 +248,22 @@ class Format:
     )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
-    """Returns the matrix, float32."""
-    return self.plain(parts).dense()
+    """Decodes parts to the matrix, float32."""
+    return self.normal_form(parts).dense()
 
 
-def fit(where: str, format: Format, shape: Sequence[int]) -> Format:
-  """Returns `format.fitted` for a matrix `[..., I, O]`; errors say where."""
+def format_for(where: str, format: Format, shape: Sequence[int]) -> Format:
+  """Returns `format.for_shape` of a matrix `[..., I, O]`.
+
+  Args:
+    where: the matrix's address, for error messages.
+    format: the format.
+    shape: shape of the matrix or stack.
+
+  Raises:
+    UserError: the format cannot hold such a matrix.
+  """
   try:
-    return format.fitted(*shape[-2:])
+    return format.for_shape(*shape[-2:])
   except UserError as e:
     raise UserError(f"{where}: {e}" if where else str(e)) from e

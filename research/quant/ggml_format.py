@@ -1,11 +1,11 @@
-"""What all of ggml's block types have in common.
+"""Base class of ggml's block types (GGUF), which encodes and decodes blocks.
 
-A type is a struct of scales and packed codes for each block of a row. Its parts
-are the struct's fields, byte for byte, with rows last. So a file's blocks and a
-`QTensor`'s arrays hold the same bits, only in another order, and whole rows
-move without being decoded. Decoding (`plain`) works on arrays of NumPy and of
-JAX; encoding is NumPy's, since a compiler that fuses products and sums gives
-other codes than the C reference.
+A ggml type is a struct of scales and packed codes per block of a row. The parts
+of a format are the struct's fields, byte for byte, with rows last. A file's
+blocks and a `QTensor`'s arrays thus hold the same bits in another order, and
+rows convert without decoding. Decoding (`normal_form`) works on NumPy and JAX
+arrays. Encoding is in NumPy, since a compiler that fuses products and sums
+gives other codes than the C reference.
 """
 
 import concurrent.futures
@@ -21,11 +21,11 @@ from research.quant.numerics import scale_search
 from research.typing import Array, Float, Shaped, UserError
 
 _COLUMNS, _PIECE = 512, 1 << 16
-"""Outputs, and weights, that are encoded at once: a core's cache holds them."""
+"""Outputs, and weights, per chunk of encoding, sized for a core's cache."""
 
 
 class Field(NamedTuple):
-  """One field of a block: `count` numbers of a dtype, or one if it is 0."""
+  """One field of a block: an array of `count` numbers, or a scalar if 0."""
 
   name: str
   dtype: str
@@ -38,10 +38,10 @@ class Field(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ggml(Format):
-  """A type of ggml; subclasses say which fields it has and what they mean.
+  """A block type of ggml; subclasses define its fields and their meaning.
 
   Attributes:
-    block: weights a block; fixed.
+    block: weights per block, fixed by the type.
   """
 
   kind: ClassVar[str] = ""
@@ -58,19 +58,19 @@ class Ggml(Format):
     return self.kind
 
   @property
-  def traced(self) -> bool:
+  def traceable(self) -> bool:
     return False
 
   @property
   def nbytes(self) -> int:
-    """Returns the bytes of a block."""
+    """Bytes of a block."""
     return sum(field.nbytes for field in self.fields)
 
   def layout(self) -> dict[str, str]:
     return {f.name: "x.o" if f.count else "xo" for f in self.fields}
 
   def split(self, raw: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the parts of some rows.
+    """Splits raw rows into parts.
 
     Args:
       raw: uint8 `[rows, X nbytes]`.
@@ -107,11 +107,11 @@ class Ggml(Format):
     w: Float[Array, "I O"] | np.ndarray,
     importance: Float[Array, " I"] | np.ndarray | None = None,
   ) -> dict[str, Any]:
-    """Returns the parts of one matrix, bytes of the C reference.
+    """Encodes one matrix to the bytes that the C reference gives.
 
     Args:
       w: finite.
-      importance: of each input, or None; squared errors are weighted by it.
+      importance: weight of each input's squared error, or None.
 
     Raises:
       UserError: a weight is not finite, or too large for the type's scales.
@@ -161,7 +161,7 @@ class Ggml(Format):
     return (x, field.count, outputs) if field.count else (x, outputs)
 
   def _piece(self, w: np.ndarray, x: slice, o: slice) -> np.ndarray:
-    """Returns some blocks of some outputs, `[X, block, O]`."""
+    """Returns the blocks `x` of the outputs `o`, `[X, block, O]`."""
     piece = w[x.start * self.block : x.stop * self.block, o]
     piece = np.ascontiguousarray(piece, np.float32)
     if not np.isfinite(piece).all():
@@ -170,25 +170,25 @@ class Ggml(Format):
       piece = np.repeat(piece, 2, axis=1)  # see `scale_search`
     return piece.reshape(-1, self.block, piece.shape[1])
 
-  def recoded(
+  def with_codes(
     self, parts: Parts, codes: Shaped[Array, "I O"]
   ) -> dict[str, Any]:
     """Returns parts with other codes on the same grids."""
     blocks = codes.reshape(-1, self.block, codes.shape[-1])
-    return dict(parts) | self.packed(blocks)
+    return dict(parts) | self.pack_codes(blocks)
 
-  def packed(self, codes: Any) -> dict[str, Any]:
-    """Returns the parts that codes of blocks `[X, block, O]` are.
+  def pack_codes(self, codes: Any) -> dict[str, Any]:
+    """Packs codes of blocks `[X, block, O]` to parts.
 
-    Arrays are NumPy's or JAX's, as the codes.
+    Arrays are NumPy's or JAX's, like the codes.
     """
     raise NotImplementedError
 
   def values(self, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the matrix `[..., I, O]` as `decode` does, but in NumPy."""
-    # Scales of a damaged file may be anything.
+    # Scales of a damaged file may be NaN or infinite.
     with np.errstate(invalid="ignore", over="ignore"):
-      plain = self.plain(parts)
+      plain = self.normal_form(parts)
       if plain.codebook is None:
         codes = plain.codes.astype(np.float32) - np.float32(plain.zero)
       else:
@@ -206,19 +206,19 @@ class Ggml(Format):
     weight: np.ndarray | None,
     mean: np.ndarray | None,
   ) -> dict[str, np.ndarray]:
-    """Returns the parts of some blocks.
+    """Encodes blocks to parts.
 
     Args:
-      x: float32 `[X, block, O]`, finite, O from 2 on.
+      x: float32 `[X, block, O]`, finite, O at least 2.
       weight: importance of the inputs `[X, block, 1]`, or None.
-      mean: square of a row's weights, `[O]`, where `weight` is given.
+      mean: mean square of each output's weights, `[O]`, given with `weight`.
     """
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SuperBlock(Ggml):
-  """A type whose groups' scales are codes themselves.
+  """A type whose groups' scales are quantized themselves.
 
   Attributes:
     block: 256.
@@ -240,35 +240,35 @@ def _mean_square(w: np.ndarray) -> np.ndarray:
   return total / np.float32(len(w))
 
 
-def groups(x: Any, size: int) -> Any:
+def split_groups(x: Any, size: int) -> Any:
   """Returns `[X, block / size, size, O]`, the groups of each block."""
   return x.reshape(x.shape[0], -1, size, x.shape[-1])
 
 
-def flat(codes: np.ndarray) -> np.ndarray:
+def merge_groups(codes: np.ndarray) -> np.ndarray:
   """Returns codes of groups as codes of blocks, `[X, block, O]`."""
   return codes.reshape(codes.shape[0], -1, codes.shape[-1])
 
 
-def weighted(
+def error_weights(
   x: np.ndarray, weight: np.ndarray, size: int, factor: float = 2.0
 ) -> np.ndarray:
-  """Returns weights of squared errors by importance, as `groups(x, size)`.
+  """Returns weights of squared errors, shaped as `split_groups(x, size)`.
 
   importance * sqrt(factor * mean square of the block + x**2)
   """
   mean = scale_search.total(x * x) * np.float32(factor) / np.float32(x.shape[1])
   spread = np.sqrt(mean[:, None, :] + x * x)
-  return groups(weight * spread, size)
+  return split_groups(weight * spread, size)
 
 
-def half(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (float16, what is left of it in float32)."""
+def to_float16(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Returns `x` rounded to float16, as (float16, float32)."""
   with np.errstate(over="ignore"):
     rounded = x.astype(np.float16)
   return rounded, rounded.astype(np.float32)
 
 
-def joined(x: Any) -> Any:
+def merge_blocks(x: Any) -> Any:
   """Returns `[..., X n, O]` from `[..., X, n, O]`."""
   return x.reshape(*x.shape[:-3], -1, x.shape[-1])

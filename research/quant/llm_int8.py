@@ -1,9 +1,9 @@
-"""LLM.int8: integers, but for inputs with outliers.
+"""LLM.int8: 8-bit products, with outlier inputs in full precision.
 
-Dettmers et al. 2022 (arXiv:2208.07339). An input that some token drives to
-`threshold` or beyond is multiplied in full precision, by decoded weights; all
-others in 8 bits, a scale a token and one an output. Which inputs those are is
-decided as the model runs.
+Dettmers et al. 2022 (arXiv:2208.07339). An input whose magnitude reaches
+`threshold` for any token is multiplied in full precision, by decoded weights.
+All others use 8 bits, with one scale per token and one per output. Outlier
+inputs are found at run time.
 """
 
 import dataclasses
@@ -14,24 +14,24 @@ import jax.numpy as jnp
 from research import weights
 from research.quant.activations import Op, Round
 from research.quant.formats.affine import Affine
-from research.quant.numerics.integers import integer_product, integers
+from research.quant.numerics.integers import integer_codes, integer_product
 from research.typing import Array, Float, UserError
 
 INT8 = Affine(
   block=0, bits=8, symmetric=True, rule="amax/qmax", scale_dtype="float32"
 )
-"""The format of its weights: codes -127..127, a scale for each output."""
+"""The weights' format: codes -127..127, one scale per output."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outliers(Op):
-  """8 bits for all inputs without outliers, full precision for the rest.
+  """Rounds activations to 8 bits, except inputs with outliers.
 
-  Both products have the size of the whole one: which inputs have outliers is
-  not known when a program is compiled.
+  Both products have full size, since the outlier inputs are not known at
+  compile time.
 
   Attributes:
-    threshold: of magnitudes; 0 for none, all inputs in 8 bits.
+    threshold: magnitude of an outlier; 0 rounds all inputs to 8 bits.
   """
 
   threshold: float = 6.0
@@ -43,7 +43,7 @@ class Outliers(Op):
       )
 
   def __call__(self, x: Float[Array, "*B I"], scale: Any = None) -> Any:
-    """Returns `x`, rounded but for inputs with outliers."""
+    """Returns `x`, rounded except for inputs with outliers."""
     codes, scale, exact = self.parts(x, scale)
     return (codes * scale).astype(x.dtype) + exact
 
@@ -54,9 +54,9 @@ class Outliers(Op):
     w: weights.AnyWeight,
     scale: Any = None,
   ) -> Float[Array, "..."]:
-    """Returns `einsum(eq, self(x), w)`; the rounded part in integers."""
+    """Returns `einsum(eq, self(x), w)`; multiplies the rounded part as int8."""
     codes, scale, exact = self.parts(x, scale)
-    held = integers(w)
+    held = integer_codes(w)
     if held is None:
       rounded = (codes * scale).astype(x.dtype)
       return weights.einsum(eq, rounded + exact, w)
@@ -66,10 +66,10 @@ class Outliers(Op):
   def parts(
     self, x: Float[Array, "*B I"], scale: Any = None
   ) -> tuple[Float[Array, "*B I"], Float[Array, "..."], Float[Array, "*B I"]]:
-    """Returns (codes, their scale, what is not rounded).
+    """Returns (codes, their scale, the unrounded outlier inputs).
 
-    A token's scale is that of all its values below the threshold, those of
-    inputs with outliers, too, as in bitsandbytes.
+    A token's scale covers all its values below the threshold, also those of
+    outlier inputs, as in bitsandbytes.
     """
     large = jnp.abs(x) >= (self.threshold or jnp.inf)
     apart = jnp.any(large, axis=tuple(range(x.ndim - 1)))

@@ -1,4 +1,4 @@
-"""All that may become of a weight's inputs, by name, for checkpoints."""
+"""Table of activation ops by class name, for checkpoints."""
 
 from collections.abc import Mapping
 
@@ -9,4 +9,4 @@ from research.quant.llm_int8 import Outliers
 OPS: Mapping[str, type[Op]] = {
   kind.__name__: kind for kind in (Op, Round, Hadamard, Outliers)
 }
-"""What `InputTensor.op` may be."""
+"""Class name -> class that `InputTensor.op` may have."""

@@ -1,10 +1,10 @@
-"""A packed matrix as a weight: one leaf for every format.
+"""Quantized weight matrix: one pytree leaf for every format.
 
-The arrays of a `QTensor` are what its format makes of a matrix, blocks along
-the inputs, and outputs last, so that decoding runs along whole vectors.
-Products decode the matrix next to where it is used, and the backward pass does
-it again (as QLoRA does, Dettmers et al. 2023, arXiv:2305.14314, section 3):
-what lives between is the packed form alone.
+The arrays of a `QTensor` are the encoded parts of a matrix, with blocks along
+the inputs and outputs last, so that decoding vectorises along outputs. Products
+decode the matrix where it is used and the backward pass decodes it again (as
+QLoRA does, Dettmers et al. 2023, arXiv:2305.14314, section 3): only the packed
+form stays in memory.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.quant.format import Format, Plain, fit
+from research.quant.format import Format, NormalForm, format_for
 from research.quant.layouts import products
 from research.quant.numerics import finite
 from research.typing import Array, Float, Int, PRNGKey
@@ -25,19 +25,20 @@ from research.typing import Array, Float, Int, PRNGKey
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QTensor(weights.Weight):
-  """A packed matrix; frozen: no gradient reaches its parts.
+  """A packed matrix; frozen: its parts receive no gradient.
 
   Attributes:
-    parts: name -> array, as `format.layout()` says, behind any leading axes.
+    parts: name -> array, with trailing axes as in `format.layout()` and any
+      leading axes.
     order: int32 `[..., I]` or None: row `i` of the matrix is stored at
       `order[i]`.
     outliers: None, or `{"rows": int32 [..., n], "values": [..., n, O]}`: rows
-      of the matrix that are these instead of what is packed.
-    format: how the parts are to be read.
-    inputs, outputs: I and O of the matrix as stored.
+      of the matrix that replace the packed ones.
+    format: decodes the parts.
+    inputs, outputs: I and O of the stored matrix.
     axis: -2 if the stored matrix is the logical one, `[I, O]`; -1 if it is its
-      transpose, as of an embedding `[V, D]` with blocks along D.
-    of: dtype that decoded numbers are rounded to.
+      transpose, such as an embedding `[V, D]` with blocks along D.
+    of: dtype of the decoded matrix.
   """
 
   parts: Any
@@ -53,7 +54,7 @@ class QTensor(weights.Weight):
 
   @property
   def lead(self) -> tuple[int, ...]:
-    """The axes over matrices."""
+    """Sizes of the leading axes over matrices."""
     name, letters = next(iter(self.format.layout().items()))
     shape = self.parts[name].shape
     return tuple(shape[: len(shape) - len(letters)])
@@ -73,41 +74,41 @@ class QTensor(weights.Weight):
 
   @property
   def columns(self) -> int:
-    """Returns `I`, for `products`."""
+    """`I`, for `products`."""
     return self.inputs
 
   @property
   def rows(self) -> int:
-    """Returns `O`, for `products`."""
+    """`O`, for `products`."""
     return self.outputs
 
   @property
   def nbytes(self) -> int:
-    """Returns the bytes of all its arrays."""
+    """Bytes of all arrays."""
     return sum(x.nbytes for x in jax.tree.leaves(self))
 
   @property
   def bits_per_weight(self) -> float:
-    """Returns the bits that a weight takes, everything counted."""
+    """Bits per weight; counts scales, order, outliers and everything else."""
     count = int(np.prod(self.lead, dtype=np.int64))
     return 8 * self.nbytes / (count * self.inputs * self.outputs)
 
   @property
   def sliceable(self) -> bool:
-    """Returns whether `piece` works."""
+    """Whether `output_slice` works."""
     return self.format.sliceable
 
-  def by_output(self) -> "QTensor":
-    """Returns the same numbers in parts whose outputs may be cut."""
-    format, parts = self.format.by_output(self.parts)
+  def to_sliceable(self) -> "QTensor":
+    """Returns an equal matrix whose parts can be sliced by outputs."""
+    format, parts = self.format.to_sliceable(self.parts)
     return dataclasses.replace(self, format=format, parts=parts)
 
-  def plain(self) -> Plain:
-    """Returns the normal form of what is stored, order and outliers aside."""
-    return self.format.plain(jax.tree.map(jnp.asarray, self.parts))
+  def normal_form(self) -> NormalForm:
+    """Returns the normal form of the parts, without order and outliers."""
+    return self.format.normal_form(jax.tree.map(jnp.asarray, self.parts))
 
   def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix as stored."""
+    """Returns the decoded matrix in its stored orientation."""
     w = self.format.decode(jax.tree.map(jnp.asarray, self.parts))
     if self.order is not None:
       w = jnp.take_along_axis(w, self.order[..., None], axis=-2)
@@ -122,7 +123,7 @@ class QTensor(weights.Weight):
     return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)` over either axis, in the dtype of `x`."""
+    """Returns `einsum(eq, x, w)` in the dtype of `x`; contracts either axis."""
     left, w, out = eq.replace("->", ",").split(",")
     if self.axis == -1:
       w = w[:-2] + w[-1] + w[-2]
@@ -130,18 +131,18 @@ class QTensor(weights.Weight):
       return products.matmul(x, self, transposed=left[-1] == w[1])
     stored = f"{left},{w}->{out}"
     f = lambda x, w: jnp.einsum(stored, x, w)  # noqa: E731
-    along = products.along(left, w[-1], out)
+    along = products.output_axis(left, w[-1], out)
     return products.linear(f, x, self, along=along)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of the logical matrix; only those, of an embedding."""
+    """Returns rows of the logical matrix; an embedding decodes only those."""
     if self.axis == -2 or not self.format.sliceable:
       return jnp.take(self.dense(), ids, axis=0)
     some = self._outputs(lambda x: jnp.take(x, ids.reshape(-1), axis=-1))
     some = dataclasses.replace(some, outputs=ids.size)
     return some.dense().reshape(*ids.shape, self.inputs)
 
-  def piece(self, i: Int[Array, ""], size: int) -> "QTensor":
+  def output_slice(self, i: Int[Array, ""], size: int) -> "QTensor":
     """Returns outputs `[i size, (i + 1) size)`."""
 
     def cut(x: Array) -> Array:
@@ -150,8 +151,8 @@ class QTensor(weights.Weight):
     return dataclasses.replace(self._outputs(cut), outputs=size)
 
   def _outputs(self, f) -> "QTensor":
-    """Returns itself with `f` of every array that has outputs."""
-    w = self.by_output()
+    """Returns a copy with `f` applied to every array with an output axis."""
+    w = self.to_sliceable()
     layout = w.format.layout()
     parts = {
       name: f(x) if layout[name].endswith("o") else x
@@ -169,7 +170,7 @@ class QTensor(weights.Weight):
     return products.ragged_dot(x, self, sizes, self.axis)
 
   def axes(self, names: tuple[str | None, ...]) -> "QTensor":
-    """Blocks keep the inputs' name, outputs theirs; the rest has none."""
+    """Blocks have the inputs' logical axis, outputs theirs, others None."""
     *lead, first, second = names
     inputs, outputs = (first, second) if self.axis == -2 else (second, first)
     of = {"x": inputs, "o": outputs, ".": None}
@@ -194,11 +195,11 @@ class QTensor(weights.Weight):
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "QTensor":
-    """Returns itself: nothing here depends on the batch."""
+    """Returns itself; nothing depends on the batch."""
     return self
 
   def squeeze(self) -> "QTensor":
-    """Returns itself without a leading axis of one."""
+    """Returns a copy without a leading axis of size one."""
     return jax.tree.map(lambda x: x.reshape(x.shape[1:]), self)
 
 
@@ -215,36 +216,36 @@ def pack(
   importance: Float[Array, "... I"] | None = None,
   where: str = "",
 ) -> QTensor:
-  """Returns a matrix, or each of a stack of them, packed.
+  """Packs a matrix or a stack of matrices.
 
   Args:
-    w: finite. An array of NumPy is packed by NumPy where the format can; a
-      traced one by any format, see `Format.encoded`.
-    format: how.
-    importance: of each input; see `Format.encode`.
-    where: its address, for messages.
+    w: finite. NumPy arrays are packed in NumPy if the format supports that;
+      every format packs traced arrays, see `Format.encode_traced`.
+    format: the format.
+    importance: weight of each input's errors; see `Format.encode`.
+    where: the matrix's address, for error messages.
 
   Raises:
-    UserError: the format cannot hold such a matrix, or it is not finite (which
-      cannot be told of what is traced).
+    UserError: the format cannot hold such a matrix, or it is not finite (not
+      checked for traced arrays).
   """
   finite.check(w, where or "pack")
   *lead, inputs, outputs = w.shape
-  format = fit(where, format, w.shape)
+  format = format_for(where, format, w.shape)
   made = functools.partial(
     QTensor, format=format, inputs=inputs, outputs=outputs, of=str(w.dtype)
   )
   if not lead:
-    return made(format.encoded(w, importance))
+    return made(format.encode_traced(w, importance))
   matrices = w.reshape(-1, inputs, outputs)
   given = [matrices]
   if importance is not None:
     given.append(importance.reshape(-1, inputs))
   inside = any(isinstance(x, jax.core.Tracer) for x in given)
-  if isinstance(w, np.ndarray) or not (format.traced or inside):
+  if isinstance(w, np.ndarray) or not (format.traceable or inside):
     each = [format.encode(*xs) for xs in zip(*given, strict=True)]
     parts = jax.tree.map(lambda *x: np.stack(x), *each)
   else:
-    # One at a time: what a matrix takes while it is packed is not kept.
-    parts = jax.lax.map(lambda xs: format.encoded(*xs), tuple(given))
+    # `lax.map` needs temporary memory for one matrix at a time.
+    parts = jax.lax.map(lambda xs: format.encode_traced(*xs), tuple(given))
   return made(jax.tree.map(lambda x: x.reshape(*lead, *x.shape[1:]), parts))

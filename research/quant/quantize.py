@@ -1,4 +1,4 @@
-"""The transforms that pack or round a tree's weights, before adapters."""
+"""Round-to-nearest quantization and casting of a parameter tree."""
 
 import dataclasses
 import functools
@@ -23,27 +23,28 @@ _ROUTER = re.compile(r"/mlp/router$")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize:
-  """Packs the layers' matrices, see `research.quant.qtensor`.
+  """Transform that packs the layers' matrices, see `research.quant.qtensor`.
 
   Attributes:
-    format: that they are kept in.
-    targets: `"all-linear"`, every matrix of a layer but the router, whose
-      choices are all or nothing; or names such as `("q", "mlp/up")` for the
-      end of paths. Embedding, head and norms stay as they are, as in QLoRA.
+    format: the format of the packed matrices.
+    targets: `"all-linear"`, every matrix of a layer except the router, whose
+      discrete choices rounding could change; or names such as `("q",
+      "mlp/up")` matched at the end of paths. Embedding, head and norms are not
+      packed, as in QLoRA.
   """
 
   format: Format = Codebook()
   targets: str | Sequence[str] = ALL_LINEAR
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` with packed matrices; the others are shared.
+    """Returns `params` with packed matrices; shares all other arrays.
 
     Raises:
-      UserError: a target matches nothing, or what is adapted already, or
-        what is not finite.
+      UserError: a target matches nothing, an adapted matrix, or one that is
+        not finite.
     """
     del key
-    chosen = set(self.chosen(params))
+    chosen = set(self.selected_paths(params))
 
     def one(path: str, w: Any) -> Any:
       if path not in chosen:
@@ -59,8 +60,8 @@ class Quantize:
       )
     return self.pack(w, path)
 
-  def chosen(self, params: Params) -> list[str]:
-    """Returns the paths of the matrices that are packed, runs as they are."""
+  def selected_paths(self, params: Params) -> list[str]:
+    """Returns the paths of the matrices to pack, each a stack of layers."""
     paths = [
       path
       for path, w in weights.named_weights(params)
@@ -87,13 +88,13 @@ class Quantize:
     ]
 
   def pack(self, w: Any, where: str = "Quantize") -> qtensor.QTensor:
-    """Returns one weight, or a stack of them, packed; compiled once a shape.
+    """Packs one weight or a stack; compiles once per shape.
 
     Args:
       w: any weight.
-      where: its address, for messages.
+      where: its address, for error messages.
     """
-    if not self.format.traced:
+    if not self.format.traceable:
       dense = np.asarray(weights.dense(w))
       return qtensor.pack(dense, self.format, where=where)
     packed, fine = _packed(w, self.format)
@@ -104,23 +105,23 @@ class Quantize:
 
 @functools.partial(jax.jit, static_argnames=("format",))
 def _packed(w, format):
-  """Returns (packed, whether all was finite); a packed one is decoded once."""
+  """Returns (packed, whether all weights are finite)."""
   dense = weights.dense(w)
   return qtensor.pack(dense, format), jnp.isfinite(dense).all()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cast:
-  """Rounds every array of a tree, as a base that is stored in 16 bits.
+  """Transform that casts every array of a tree, such as a base to 16 bits.
 
   Attributes:
-    dtype: such as `"bfloat16"`.
+    dtype: the target dtype, such as `"bfloat16"`.
   """
 
   dtype: str = "bfloat16"
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` in that dtype; what is packed stays as it is."""
+    """Returns `params` in that dtype; packed weights are unchanged."""
     del key
 
     def one(w: Any) -> Any:

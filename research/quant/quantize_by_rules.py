@@ -1,4 +1,4 @@
-"""Which matrix is kept how: rules, and the transform that follows them.
+"""Mixed-precision post-training quantization by rules, with calibration.
 
   quantize_by_rules.Quantization(
     rules=(
@@ -8,11 +8,12 @@
     calibration=Calibration(),
   )
 
-The first rule whose pattern is found in a matrix' address decides:
-`layers/3/attention/q`, `embed`, `head`. Others stay as they are; a rule that
-decides nothing is an error. With calibration, layers are taken first to last
-and their matrices in the order of use, each measured on what the rounded ones
-before it put out (true sequential; Frantar et al. 2022, arXiv:2210.17323).
+The first rule whose pattern is found in a matrix's address applies:
+`layers/3/attention/q`, `embed`, `head`. Other matrices are unchanged; a rule
+that applies to no matrix is an error. With calibration, layers are quantized
+first to last and their matrices in the order of use, each calibrated on the
+outputs of the quantized ones before it (true sequential; Frantar et al. 2022,
+arXiv:2210.17323).
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.quant import methods
 from research.quant.algorithms import calibrate, error_propagation
-from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.algorithms.outlier_rows import KeepOutlierRows
-from research.quant.format import Format, fit
+from research.quant.format import Format, format_for
 from research.quant.methods import GPTQMethod, Method, RoundToNearest
 from research.quant.numerics import finite
 from research.quant.reports import Report, Row
 from research.taps.statistics import Covariance
 from research.typing import Params, PRNGKey, UserError
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 _STAGES = (
   r"attention/(q|k|v)$",
@@ -49,12 +50,12 @@ _ROUTER = re.compile(r"mlp/router$")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
-  """How some matrices are kept.
+  """Format and rounding method of the matrices that a pattern matches.
 
   Attributes:
     match: regular expression, searched for in addresses.
-    format: that they are kept in; None leaves them alone.
-    method: how codes are chosen.
+    format: format of these matrices; None leaves them unquantized.
+    method: rounding method.
   """
 
   match: str
@@ -69,18 +70,19 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization(OfModel):
-  """Rewrites a tree by rules.
+class Quantization(NeedsModel):
+  """Transform that quantizes a tree by rules.
 
   Attributes:
-    rules: the first that matches decides.
-    calibration: what inputs are measured on, or None for methods that need
-      none.
-    sequential: what is rounded when the next is measured: `"stages"`, the
-      layers before and what comes before it in its own; `"layers"`, the layers
-      before; `"none"`, which compares methods on equal inputs.
-    compare: whether rounding to nearest is measured along.
-    model, tokenizer: what reads the calibration; filled in by `of`.
+    rules: the first that matches applies.
+    calibration: data that inputs are measured on, or None for methods without
+      calibration.
+    sequential: which matrices are already quantized when inputs are measured:
+      `"stages"`, earlier layers and earlier matrices of the same layer;
+      `"layers"`, earlier layers; `"none"`, none, which compares methods on
+      equal inputs.
+    compare: whether the report includes the error of rounding to nearest.
+    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   rules: tuple[Rule, ...]
@@ -96,19 +98,22 @@ class Quantization(OfModel):
     return self.run(params)[0]
 
   def run(
-    self, params: Params, say: Say = lambda text: None
+    self, params: Params, log: Log = lambda text: None
   ) -> tuple[dict[str, Any], "Report"]:
-    """Returns `params`, packed by the rules, and what became of each matrix.
+    """Quantizes `params` by the rules.
 
     Args:
       params: any tree of weights without adapters.
-      say: is told of progress.
+      log: receives progress messages.
+
+    Returns:
+      (parameters, report of each matrix's errors).
 
     Raises:
-      UserError: a rule decides nothing, or does not fit a matrix; a matrix
-        is not finite; a method needs inputs that are not measured.
+      UserError: a rule applies to no matrix or does not fit one, a matrix is
+        not finite, or a method needs calibration and there is none.
     """
-    chosen = self.chosen(params)
+    chosen = self.selected(params)
     _check_fit(params, chosen, self.calibration is not None)
     pairs = any(
       isinstance(r.method, GPTQMethod) and r.method.options.drift
@@ -120,7 +125,7 @@ class Quantization(OfModel):
       )
     follow = "old" if self.sequential == "none" else "new"
     windows = None if self.calibration is None else self._windows()
-    work = _Work(self, chosen, pairs, say)
+    work = _Work(self, chosen, pairs, log)
     if windows is None:
       layers = [
         work.alone(i, layer) for i, layer in enumerate(tree.layers(params))
@@ -140,17 +145,17 @@ class Quantization(OfModel):
 
   def _windows(self) -> calibrate.Windows:
     if self.model is None:
-      raise UserError("Quantization: has no model; `of` gives it one")
+      raise UserError("Quantization: has no model; `with_model` sets it")
     return self.calibration.read(self.tokenizer)
 
-  def chosen(self, params: Params) -> dict[str, Rule]:
-    """Returns address -> rule of every matrix that is to be packed.
+  def selected(self, params: Params) -> dict[str, Rule]:
+    """Returns address -> rule of every matrix to pack.
 
     Raises:
-      UserError: a rule decides nothing.
+      UserError: a rule applies to no matrix.
     """
     found, used = {}, set()
-    for address, _ in named(params):
+    for address, _ in named_matrices(params):
       for k, rule in enumerate(self.rules):
         if re.search(rule.match, address):
           used.add(k)
@@ -160,15 +165,15 @@ class Quantization(OfModel):
     for k, rule in enumerate(self.rules):
       if k not in used:
         raise UserError(
-          f"Quantization: rule {k + 1}, {rule.match!r}, decides nothing: it "
-          "matches no matrix, or earlier rules have them.\nMatrices are such "
-          f"as {', '.join(sorted(_examples(params)))}."
+          f"Quantization: rule {k + 1}, {rule.match!r}, applies to no matrix: "
+          "it matches none, or earlier rules match them first.\nMatrices are "
+          f"such as {', '.join(sorted(_examples(params)))}."
         )
     return found
 
 
-def named(params: Params) -> Iterator[tuple[str, Any]]:
-  """Yields (address, matrix) of all but routers, first to last."""
+def named_matrices(params: Params) -> Iterator[tuple[str, Any]]:
+  """Yields (address, weight) of all matrices except routers, in model order."""
   for i, layer in enumerate(tree.layers(params)):
     for path, w in matrices(layer).items():
       yield f"layers/{i}/{path}", w
@@ -177,7 +182,7 @@ def named(params: Params) -> Iterator[tuple[str, Any]]:
 
 
 def matrices(layer: Params) -> dict[str, Any]:
-  """Returns path -> weight of a layer's matrices, but for its router."""
+  """Returns path -> weight of a layer's matrices, except its router."""
   named = dict(weights.named_weights(layer))
   return {
     path: w
@@ -187,9 +192,10 @@ def matrices(layer: Params) -> dict[str, Any]:
 
 
 def stages(paths: Sequence[str]) -> list[list[list[str]]]:
-  """Returns a layer's matrices in the order of use.
+  """Groups a layer's matrices by stage, in the order of use.
 
-  A stage is a list of groups, a group the paths that multiply the same inputs.
+  Returns:
+    one list per stage, of groups of paths that multiply the same inputs.
   """
   out, left = [], list(paths)
   for pattern in _STAGES:
@@ -207,10 +213,10 @@ def _check_fit(
 ) -> None:
   """Raises UserError for a matrix that its rule does not fit.
 
-  That is before anything is calibrated, which takes the longest.
+  Runs before calibration, which takes longest.
   """
   outside = tree.outer_params(params)
-  for address, w in named(params):
+  for address, w in named_matrices(params):
     rule = chosen.get(address)
     if rule is None:
       continue
@@ -227,8 +233,8 @@ def _check_fit(
 def _check_rule(
   address: str, shape: Sequence[int], rule: Rule, calibrated: bool
 ) -> None:
-  """Raises UserError where a rule's format or method is not for a matrix."""
-  format = fit(address, rule.format, shape)
+  """Raises UserError if a rule's format or method does not fit a matrix."""
+  format = format_for(address, rule.format, shape)
   try:
     rule.method.check(format, shape[-2], calibrated)
   except UserError as e:
@@ -243,14 +249,14 @@ def _check_sound(name: str, w: Any) -> None:
 
 
 def _is_blind(method: Method) -> bool:
-  """Whether a method, or what it makes of other rows, looks at no inputs."""
+  """Whether a method works without calibration."""
   while isinstance(method, KeepOutlierRows):
     method = method.method
   return isinstance(method, RoundToNearest) and not method.weighted
 
 
 def _axis(name: str) -> int:
-  """Returns the axis of outputs: an embedding's blocks run along its width."""
+  """Returns the `QTensor.axis`: an embedding's blocks run along its width."""
   return -1 if name == "embed" else -2
 
 
@@ -263,27 +269,27 @@ def _check_bare(name: str, w: Any) -> None:
 
 
 def _examples(params: Params) -> set[str]:
-  return {re.sub(r"/\d+/", "/0/", a) for a, _ in named(params)}
+  return {re.sub(r"/\d+/", "/0/", a) for a, _ in named_matrices(params)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-  """One run: what is decided, and the rows of the report so far."""
+  """State of one run: the selected rules and the report's rows so far."""
 
   how: Quantization
   chosen: dict[str, Rule]
   pairs: bool
-  say: Say
+  log: Log
   rows: list["Row"] = dataclasses.field(default_factory=list)
 
   def alone(self, i: int, layer: Params) -> Params:
-    """Returns a layer, packed without a look at its inputs."""
+    """Returns a layer, packed without calibration."""
     for path in matrices(layer):
       layer = self._replaced(layer, self._pack(i, layer, [path], None)[0])
     return layer
 
   def outside(self, name: str, w: Any) -> Any:
-    """Returns an embedding or a head, packed if a rule says so."""
+    """Returns an embedding or a head, packed if a rule applies."""
     rule = self.chosen.get(name)
     if rule is None:
       return w
@@ -293,7 +299,7 @@ class _Work:
     return dataclasses.replace(packed[0], axis=axis)
 
   def walked(self, params: Params, tokens: Any, follow: str) -> list[Params]:
-    """Returns the layers, packed with a look at their inputs."""
+    """Returns the layers, packed with calibration."""
     out = []
     count = sum(1 for _ in tree.layers(params))
 
@@ -312,7 +318,7 @@ class _Work:
           dense = self._replaced(dense, plain)
       out.append(packed)
       seconds = time.perf_counter() - start
-      self.say(f"layer {i + 1}/{count}: {self._summary(i)}, {seconds:.1f} s")
+      self.log(f"layer {i + 1}/{count}: {self._summary(i)}, {seconds:.1f} s")
       return dense
 
     how = self.how.calibration
@@ -320,16 +326,18 @@ class _Work:
     return out
 
   def _used(self, i, layer):
-    """Returns the stages and groups of a layer that rules have chosen from."""
+    """Returns the stages of a layer's matrices that rules select."""
     paths = [p for p in matrices(layer) if f"layers/{i}/{p}" in self.chosen]
     return stages(paths)
 
   def _seen(self, old, new, inputs, paths):
     if self.pairs:
-      return inputs.seen(
-        error_propagation.paired(old, new), paths, error_propagation.Drift()
+      return inputs.measure(
+        error_propagation.pair_weights(old, new),
+        paths,
+        error_propagation.DriftStatistic(),
       )
-    return inputs.seen(new, paths, Covariance())
+    return inputs.measure(new, paths, Covariance())
 
   def _pack(self, i, layer, group, seen):
     """Returns ({path: packed}, {path: decoded}) of a group's matrices."""
@@ -349,15 +357,16 @@ class _Work:
     return found, plain
 
   def _one(self, names, ws, seen, rule):
-    """Returns (packed, decoded) of matrices of one rule and input."""
+    """Returns (packed, decoded) of matrices with one rule and one input."""
     fitted = [
-      fit(n, rule.format, w.shape) for n, w in zip(names, ws, strict=True)
+      format_for(n, rule.format, w.shape)
+      for n, w in zip(names, ws, strict=True)
     ]
     of = str(ws[0].dtype)
     packed, dense = [None] * len(ws), [None] * len(ws)
     for format in dict.fromkeys(fitted):
       at = [k for k, f in enumerate(fitted) if f == format]
-      found = methods.rounded(
+      found = methods.round_matrices(
         tuple(ws[k] for k in at),
         seen,
         format,
@@ -367,7 +376,9 @@ class _Work:
       )
       for k, q, w, measures in zip(at, *found, strict=True):
         packed[k], dense[k] = q, w
-        self.rows.append(Row.of(names[k], q, rule.method.name, measures))
+        self.rows.append(
+          Row.from_errors(names[k], q, rule.method.name, measures)
+        )
     return packed, dense
 
   def _replaced(self, layer, found):
@@ -388,7 +399,7 @@ class _Work:
 
 
 def _array(name: str, w: Any) -> jax.Array:
-  """Returns a weight's matrix.
+  """Returns a weight as a dense matrix.
 
   Raises:
     UserError: it is adapted, or not finite.

@@ -1,8 +1,8 @@
-"""Activations' scales from calibration: nothing is measured as the model runs.
+"""Static activation quantization: scales from calibration.
 
 SmoothQuant's fastest form (O3; Xiao et al. 2022, arXiv:2211.10438, section 5):
-one scale a matrix, from the largest magnitude of its inputs on a text. What is
-larger later is clipped.
+one scale per matrix, from the largest magnitude of its inputs on a calibration
+text. Larger values at run time are clipped.
 """
 
 import dataclasses
@@ -14,19 +14,21 @@ import jax.numpy as jnp
 from research import tree, weights
 from research.quant.activations import LINEAR, InputTensor, Round
 from research.quant.algorithms import smoothquant
-from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.typing import Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StaticInputs(OfModel):
-  """The transform; `activations.Inputs` is the one that measures each token.
+class StaticInputs(NeedsModel):
+  """Transform that adds static activation quantization.
+
+  `activations.Inputs` is the dynamic form, with a scale per token.
 
   Attributes:
-    calibration: what is read.
-    op: with a scale a tensor, and no zero point.
+    calibration: data that magnitudes are measured on.
+    op: rounding with one scale per tensor and no zero point.
     targets: regular expression, searched for in a matrix's path.
-    model, tokenizer: whose weights these are, given by `of`.
+    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration()
@@ -38,21 +40,21 @@ class StaticInputs(OfModel):
   def __post_init__(self):
     if self.op.per != "tensor" or not self.op.symmetric:
       raise UserError(
-        "StaticInputs.op: a scale from calibration is one a tensor, without"
-        " zero point.\nExpected per='tensor' and symmetric=True."
+        "StaticInputs.op: calibration gives one scale per tensor and no zero"
+        " point.\nExpected per='tensor' and symmetric=True."
       )
 
   def __call__(
     self, params: Params, key: PRNGKey | None = None
   ) -> dict[str, Any]:
-    """Returns `params` whose matrices round their inputs by fixed scales.
+    """Returns `params` whose matrices round their inputs with static scales.
 
     Raises:
-      UserError: no model yet, or no path matches.
+      UserError: no model is set, or no path matches.
     """
     del key
     if self.model is None:
-      raise UserError("StaticInputs: has no model; `of` gives it one.")
+      raise UserError("StaticInputs: has no model; `with_model` sets it.")
     tokens = self.calibration.read(self.tokenizer).tokens
     found = smoothquant.magnitudes(
       self.model, params, tokens, self.calibration.batch
@@ -66,7 +68,7 @@ class StaticInputs(OfModel):
     def one(path: str, w: Any) -> Any:
       if path not in chosen:
         return w
-      # One for each layer of a run; experts share theirs.
+      # One scale per layer of a run; a layer's experts share one.
       most = found[path]["most"]
       most = most.reshape(most.shape[0], -1).max(-1)
       scale = self.op.clip * most / self.op.top

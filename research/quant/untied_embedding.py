@@ -1,7 +1,8 @@
-"""Embeddings whose transpose is no longer the head, in one leaf's place.
+"""Untied embedding: one leaf with separate embedding and head matrices.
 
-A rotated model with tied embeddings has two matrices where there was one. The
-model need not know: a leaf looks up in one and multiplies by the other.
+Rotating a model with tied embeddings makes the head differ from the embedding.
+This leaf takes the place of the tied embedding, looks up rows in one matrix and
+multiplies by the other, so the model's code does not change.
 """
 
 import dataclasses
@@ -26,11 +27,11 @@ from research.typing import (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Untied(weights.Weight):
-  """An embedding `[V, D]` whose transpose, as a head, is another matrix.
+  """An embedding `[V, D]` and a different matrix for the tied head.
 
   Attributes:
-    table: rows that are looked up.
-    head: `[V, D]`, what hidden states are multiplied by.
+    table: the embedding, `[V, D]`.
+    head: the head, `[V, D]`, which multiplies hidden states.
   """
 
   table: Any
@@ -53,7 +54,7 @@ class Untied(weights.Weight):
     return weights.take(self.table, ids)
 
   def ragged_dot(self, x: Any, sizes: Any) -> Any:
-    """Raises: an embedding is not stacked experts."""
+    """Raises UserError: an embedding is not a stack of experts."""
     raise UserError("an embedding is not a stack of experts")
 
   def dense(self) -> Shaped[Array, "..."]:
@@ -61,15 +62,15 @@ class Untied(weights.Weight):
     return weights.dense(self.table)
 
   def count(self) -> int:
-    """Returns how many parameters both have."""
+    """Returns the number of parameters of both."""
     return weights.count((self.table, self.head))
 
   def axes(self, names: tuple[str | None, ...]) -> "Untied":
-    """Both have the embedding's names."""
+    """Both have the embedding's logical axes."""
     return Untied(*(weights.axes(w, names) for w in (self.table, self.head)))
 
   def bind(self, *, key: PRNGKey | None, ids: Any) -> "Untied":
-    """Returns itself with what depends on the batch in its weights."""
+    """Returns a copy with both weights bound to the batch."""
     both = {"table": self.table, "head": self.head}
     return Untied(**weights.bind(both, key=key, ids=ids))
 
@@ -77,7 +78,10 @@ class Untied(weights.Weight):
 def untie(
   model: Transformer, params: Params
 ) -> tuple[Transformer, dict[str, Any]]:
-  """Returns a model with a head of its own, for exports; the same otherwise."""
+  """Returns the model and parameters with a separate head, for export.
+
+  A model without an `Untied` leaf is returned as it is.
+  """
   embed = params["embed"]
   if not isinstance(embed, Untied):
     return model, dict(params)
@@ -88,6 +92,6 @@ def untie(
 
 
 def untie_model(model: Transformer, params: Params) -> Transformer:
-  """Returns the model of `untie`, for parameters or their shapes."""
+  """Returns the model of `untie`, given parameters or their shapes."""
   apart = isinstance(params["embed"], Untied)
   return model.clone(tied=False) if apart else model

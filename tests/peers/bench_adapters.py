@@ -76,7 +76,7 @@ def here(row: str, rounds: int) -> dict:
   prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(BATCH)]
 
   def ready(params):
-    return generate.prepare(cpu_layout.decoding(params, model.dtype), model)
+    return generate.prepare(cpu_layout.for_decoding(params, model.dtype), model)
 
   held = pool.create(loaded.params, model, slots=BATCH, rank=RANK)
   names, first = [f"{k}" for k in range(BATCH + 1)], None

@@ -46,7 +46,7 @@ def load(side: str):
   from research.quant.layouts import cpu_layout
 
   loaded, ids = bench_ours.load(side)
-  fast = cpu_layout.decoding(loaded.params, loaded.model.dtype)
+  fast = cpu_layout.for_decoding(loaded.params, loaded.model.dtype)
   with mock.patch.object(cpu_memory, "in_huge_pages", lambda params: params):
     plain = generate.prepare(fast, loaded.model)
   huge = cpu_memory.in_huge_pages(plain)

@@ -168,7 +168,7 @@ def decode(batch: int, dtype: str, runs: int, steps: int) -> dict:
   size = table.PROMPT
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
   model = loaded.model
-  params = cpu_layout.decoding(loaded.params, model.dtype)
+  params = cpu_layout.for_decoding(loaded.params, model.dtype)
   params = generate.prepare(params, model)
   del loaded
 
@@ -192,7 +192,7 @@ def prefill(batch: int, dtype: str, runs: int, steps: int) -> dict:
   size = table.PREFILL
   prompts = [ids[i * size : (i + 1) * size] for i in range(batch)]
   model = loaded.model
-  params = cpu_layout.decoding(loaded.params, model.dtype)
+  params = cpu_layout.for_decoding(loaded.params, model.dtype)
   params = generate.prepare(params, model)
   del loaded
   return table.timed(
@@ -209,7 +209,7 @@ def perplexity(dtype: str, runs: int, steps: int) -> dict:
   from research.quant.layouts import cpu_layout
 
   loaded, ids = load(dtype)
-  params = cpu_layout.reading(loaded.params, loaded.model, table.WINDOW)
+  params = cpu_layout.for_reading(loaded.params, loaded.model, table.WINDOW)
   row = ids[: table.WINDOW]
   last = {}
 

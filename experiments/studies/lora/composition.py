@@ -38,7 +38,7 @@ from experiments.core import cli
 from experiments.studies.lora.lora_methods import ABSTRACT, OPTIONS
 from research import sharding, tables, weights
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Method, Place
+from research.lora.method import MatrixSpec, Method
 from research.lora.methods import all_methods
 from research.quant import methods, qtensor
 from research.quant.algorithms.gptq import GPTQ
@@ -119,7 +119,7 @@ def packings() -> dict[str, Callable[[], qtensor.QTensor]]:
 
   def nearest(format):
     pack = functools.partial(qtensor.pack, format=format)
-    if format.traced:
+    if format.traceable:
       pack = jax.jit(pack)
     return lambda: pack(problem().w)
 
@@ -148,7 +148,9 @@ def _ordered() -> qtensor.QTensor:
   }
   method = methods.GPTQMethod(options=GPTQ(order="activations"))
   ws = (jnp.asarray(problem().w),)
-  (q,), _, _ = methods.rounded(ws, seen, Affine(bits=4, block=64), method)
+  (q,), _, _ = methods.round_matrices(
+    ws, seen, Affine(bits=4, block=64), method
+  )
   return q
 
 
@@ -188,16 +190,18 @@ def problem() -> Problem:
 
 def started(name: str, w: qtensor.QTensor) -> AdaptedTensor:
   """Returns a fresh adapter of a method around a packed matrix."""
-  method = kinds()[name].at(ADDRESS, {ADDRESS: (SIZE_IN, SIZE_OUT)})
-  place = Place(SIZE_IN, SIZE_OUT)
+  method = kinds()[name].for_matrix(ADDRESS, {ADDRESS: (SIZE_IN, SIZE_OUT)})
+  place = MatrixSpec(SIZE_IN, SIZE_OUT)
   arrays = _start(method, place, jax.random.key(0), w, _seen(name, w))
   t = AdaptedTensor(w, *arrays, method=method)
   return t.with_tokens(jnp.asarray(problem().tokens), None)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(method: Method, place: Place, key: Any, w: Any, seen: Any) -> Any:
-  return method.start(key, place, w, seen)
+def _start(
+  method: Method, place: MatrixSpec, key: Any, w: Any, seen: Any
+) -> Any:
+  return method.init_arrays(key, place, w, seen)
 
 
 _dense = jax.jit(weights.dense)

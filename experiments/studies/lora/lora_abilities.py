@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import weights
-from research.lora.adapt import fresh
+from research.lora.adapt import init_adapters
 from research.lora.adapted import AdaptedTensor
 from research.lora.method import Method
 from research.lora.methods import qalora
@@ -78,7 +78,9 @@ def _works(use: Callable[[Any], Any], method: Method, base: Any) -> bool:
     lifted = jax.tree.map(lambda x: x[None], w)
     # As many numbers as a look measures; they need not mean anything.
     seen = {PATH: jnp.eye(SIDE)}
-    trained, fixed = fresh(jax.random.key(0), [PATH], method, lifted, seen)
+    trained, fixed = init_adapters(
+      jax.random.key(0), [PATH], method, lifted, seen
+    )
     arrays = jax.tree.map(lambda x: x[0], (trained, fixed))
     return use(AdaptedTensor(w, *arrays, method=method))
 

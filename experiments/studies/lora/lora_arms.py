@@ -214,7 +214,8 @@ def _adalora(schedule, rank, steps):
     target=rank, steps=steps, warmup=steps // 10, final=steps // 3
   )
   return lora_terms.beside(
-    lora_terms.orthogonal, allocate.allocated(study.adam(schedule), budget)
+    lora_terms.orthogonal,
+    allocate.adalora_optimizer(study.adam(schedule), budget),
   )
 
 

@@ -82,7 +82,7 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 TARGETS = {"Tokens": "embed"}
 """What these are for; all others are counted on the linear layers."""
 
-ABSTRACT = ("Residual", "Rotation")
+ABSTRACT = ("DecompositionInit", "Rotation")
 MEASURED = {"CorDA": "PiSSA", "LoRAGA": "PiSSA", "EVA": "LoRA"}
 """Their start needs data; their arrays are those of another method."""
 

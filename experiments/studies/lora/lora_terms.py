@@ -50,7 +50,7 @@ def beside(
 
 def orthogonal(params: Any) -> Array:
   """Returns AdaLoRA's term, weighed as `allocate.Orthogonal` does."""
-  return allocate.Orthogonal.weight * allocate.distance(params)
+  return allocate.Orthogonal.weight * allocate.orthogonality(params)
 
 
 def kasa(params: Any) -> Array:

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   ids = loaded.tokenizer.prompt(text)[: _TOKENS.value]
   if len(ids) < 2:
     raise UserError(f"--text: found {len(ids)} tokens, expected at least 2")
-  found = input_errors.inputs(
+  found = input_errors.collect_inputs(
     loaded.model,
     loaded.params,
     jnp.asarray([ids], jnp.int32),

@@ -36,7 +36,8 @@ def rows(
 
   Args:
     calibration: what is read.
-    format: of groups of less than `gptq.LAZY` rows; else stale grids are fresh.
+    format: of groups of less than `gptq.MAX_BLOCK` rows; else stale grids are
+      fresh.
     match: finds the matrices that are rounded.
   """
   ways = {"nearest": RoundToNearest()} | {

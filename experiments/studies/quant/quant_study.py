@@ -114,7 +114,7 @@ def measured(
   if todo:
     loaded = table.model.load()
     windows = table.text.read(loaded.tokenizer)
-    base = compare.base(
+    base = compare.base_outputs(
       loaded.model, loaded.params, windows.tokens, table.text.batch
     )
     for row in todo:
@@ -145,7 +145,7 @@ def _kept(kept: claims.Kept, table: Table, row: Row) -> bool:
   return "failed" not in found
 
 
-def one(table: Table, row: Row, loaded: Any, base: compare.Base) -> dict:
+def one(table: Table, row: Row, loaded: Any, base: compare.BaseOutputs) -> dict:
   """Returns what is known of a row, as plain values.
 
   What its format cannot hold is a row that says so.
@@ -178,7 +178,7 @@ def _transformed(row: Row, loaded: Any) -> tuple[Any, Any]:
   key = jax.random.key(row.seed)
   for i, transform in enumerate(row.transforms):
     if isinstance(transform, Looking):
-      transform = transform.of(loaded)
+      transform = transform.with_model(loaded)
     before, params = params, transform(params, jax.random.fold_in(key, i))
   return before, params
 

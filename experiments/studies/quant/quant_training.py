@@ -37,7 +37,7 @@ class Trained:
     learned: whether scales are learned, see `qat.Prepare`.
     adapter: what is trained in the masters' place, or None.
     distilled: whether the target is the model before, or the text.
-    model, tokenizer: given by `of`.
+    model, tokenizer: set by `with_model`.
   """
 
   format: Format
@@ -50,7 +50,7 @@ class Trained:
   model: Any = None
   tokenizer: Any = None
 
-  def of(self, loaded: Any) -> "Trained":
+  def with_model(self, loaded: Any) -> "Trained":
     """Returns itself for a model and its tokenizer."""
     return dataclasses.replace(
       self, model=loaded.model, tokenizer=loaded.tokenizer
@@ -63,7 +63,7 @@ class Trained:
       UserError: no model yet, or a loss that is not finite.
     """
     if self.model is None:
-      raise UserError("Trained: has no model; `of` gives it one")
+      raise UserError("Trained: has no model; `with_model` sets it")
     student = params
     if self.adapter is not None:
       student = adapt.Adapt(method=self.adapter)(params, key)

@@ -54,7 +54,7 @@ def beside(
   first = special_tokens.from_tokenizer(tokenizer).row_begin
   whole = [[*first, *w] for w in cut if len(w) == window]
   tokens = np.asarray(whole, np.int32)
-  reference = compare.base(theirs.model, theirs.params, tokens, batch)
+  reference = compare.base_outputs(theirs.model, theirs.params, tokens, batch)
   found = compare.compare(reference, ours.model, ours.params)
   sizes = report_errors.sizes(ours.params)
   out = dataclasses.asdict(found) | dataclasses.asdict(sizes)

@@ -216,7 +216,7 @@ def load(
     )
   if not any(f.a.any() and f.b.any() for f in found.values()):
     raise UserError(f"{path}: the adapter changes nothing; A or B is zero")
-  return lora_factors.wrapped(params, found)
+  return lora_factors.wrap_factors(params, found)
 
 
 def _alpha(path, file: gguf.GGUF, arch: str) -> float:

@@ -151,7 +151,7 @@ def collect(
   squares: dict[str, np.ndarray] = {}
   counts: dict[str, float] = {}
 
-  def visit(layer: int, own: Params, inputs: calibrate.Inputs) -> Params:
+  def visit(layer: int, own: Params, inputs: calibrate.LayerInputs) -> Params:
     paths = _matrices(own)
     for path in paths:
       if path not in NAMES:
@@ -159,7 +159,7 @@ def collect(
           f"imatrix: layers/{layer}/{path} has no name in GGUF; expected a "
           "model of dense layers"
         )
-    found = inputs.seen(own, paths, Magnitudes())
+    found = inputs.measure(own, paths, Magnitudes())
     for path, sums in found.items():
       name = f"blk.{layer}.{NAMES[path]}"
       squares[name] = np.asarray(sums["squares"], np.float32)

@@ -172,7 +172,7 @@ def read_config(directory: pathlib.Path) -> tuple[Fields, type[Method]]:
   understood = {
     *(_UNDERSTOOD | _HARMLESS),
     *kind().peft_fields({}),
-    *kind.PEFT_HARMLESS,
+    *kind.PEFT_IGNORED,
     *kind.PEFT_PATTERNS.values(),
   }
   for name in sorted(set(fields.values) - understood):
@@ -250,7 +250,9 @@ def read_methods(
   }
   named = {m: sizes[p] for p, m in chosen.items()} if sizes else {}
   for path, module in chosen.items():
-    own = usual.at(module, named).among(module, list(chosen.values()))
+    own = usual.for_matrix(module, named).for_module(
+      module, list(chosen.values())
+    )
     out[path] = rule(module, own, usual)
   if not out and not whole and not fields.get(EXPERTS):
     raise fields.wrong("target_modules", "names of modules of the base model")
@@ -295,7 +297,7 @@ def read_token_rows(
         name, f"none of {module}, which target_modules or modules_to_save name"
       )
   return {
-    address: Tokens(ids=ids, beside=True).at(sides[address], {})
+    address: Tokens(ids=ids, beside=True).for_matrix(sides[address], {})
     for address, ids in out.items()
   }
 
@@ -417,7 +419,9 @@ def _more_fields(
 def _alike(method: Method, rank: int, alpha: float) -> Method:
   """Returns the method without what differs from module to module."""
   usual = dict(rank=rank, alpha=alpha)
-  varies = {f: usual.get(f, getattr(type(method)(), f)) for f in method.VARIES}
+  varies = {
+    f: usual.get(f, getattr(type(method)(), f)) for f in method.PER_MODULE
+  }
   return dataclasses.replace(method, **varies)
 
 

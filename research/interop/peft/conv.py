@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from research.lora.method import Method, Place
+from research.lora.method import MatrixSpec, Method
 from research.lora.methods.lokr import LoKr
 from research.typing import UserError
 
@@ -24,7 +24,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 def to_peft(
-  method: Method, arrays: Any, place: Place, window: tuple[int, int]
+  method: Method, arrays: Any, place: MatrixSpec, window: tuple[int, int]
 ) -> dict[str, np.ndarray]:
   """Returns the tensors of a convolution by their names behind its own.
 
@@ -59,7 +59,7 @@ def to_peft(
 def from_peft(
   method: Method,
   tensors: Tensors,
-  place: Place,
+  place: MatrixSpec,
   window: tuple[int, int],
   w: Any,
 ) -> tuple[Any, Any]:
@@ -109,11 +109,13 @@ def _shape_text(shape: tuple[int, ...] | None) -> str:
 
 
 def _shapes(
-  method: Method, place: Place, window: tuple[int, int]
+  method: Method, place: MatrixSpec, window: tuple[int, int]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the tensors that `to_peft` makes, by name."""
   w = jax.ShapeDtypeStruct((place.size_in, place.size_out), np.float32)
-  start = jax.eval_shape(lambda w: method.start(jax.random.key(0), place, w), w)
+  start = jax.eval_shape(
+    lambda w: method.init_arrays(jax.random.key(0), place, w), w
+  )
   arrays = {
     name: np.zeros(x.shape, x.dtype)
     for held in start
@@ -122,7 +124,7 @@ def _shapes(
   return {k: x.shape for k, x in to_peft(method, arrays, place, window).items()}
 
 
-def _check(method: Method, place: Place, window: tuple[int, int]) -> None:
+def _check(method: Method, place: MatrixSpec, window: tuple[int, int]) -> None:
   # By name: methods are found by what they are called in files.
   known = ("LORA", "LOHA", "LOKR")
   plain = ("LoRA", "DoRA", "LoHa", "LoKr")

@@ -18,7 +18,7 @@ from research.interop.parts import Address
 from research.interop.peft.names import PREFIX, USUAL, Naming
 from research.interop.peft.targets import saved_whole
 from research.lora import wrap
-from research.lora.methods.tokens import WITHIN
+from research.lora.methods.tokens import NESTED_PREFIX
 from research.nn.transformer import Transformer
 from research.typing import Params
 
@@ -117,7 +117,7 @@ def embeddings(
   out = {}
   for module in (naming.embedding, naming.head):
     middle = ".base_layer." if module in {*adapted, *rows} else "."
-    middle = f".{WITHIN}base_layer." if module in rows else middle
+    middle = f".{NESTED_PREFIX}base_layer." if module in rows else middle
     key = f"{PREFIX}{module}{middle}weight"
     first = module == naming.embedding
     address = "embed" if first or tied else "head"

@@ -24,7 +24,7 @@ from research.interop.hf.names import EMBEDDING, HEAD
 from research.interop.parts import Address
 from research.io import safetensors
 from research.lora import wrap
-from research.lora.method import Method, Place
+from research.lora.method import MatrixSpec, Method
 from research.lora.methods import tokens
 from research.lora.methods.lora import KEYS
 from research.nn.transformer import Transformer
@@ -120,7 +120,7 @@ def to_tensors(
   module: str, method: Method, arrays: Any, size: tuple[int, int]
 ) -> dict[str, Any]:
   """Returns a module's tensors by their names in the file."""
-  place = Place(*size, embedding=module in EMBEDDINGS)
+  place = MatrixSpec(*size, embedding=module in EMBEDDINGS)
   return {
     key(module, name, method): x
     for name, x in method.to_peft(arrays, place).items()
@@ -141,7 +141,7 @@ def shapes_of(
 
   Of the types only the kind matters: a float, or a whole number.
   """
-  arrays = _started(method, Place(*size, embedding=module in EMBEDDINGS))
+  arrays = _started(method, MatrixSpec(*size, embedding=module in EMBEDDINGS))
   return jax.eval_shape(
     lambda x: to_tensors(module, method, x, size), dict(arrays)
   )
@@ -150,11 +150,11 @@ def shapes_of(
 # Modules of one size are many, and each start would be traced.
 @functools.lru_cache(maxsize=256)
 def _started(
-  method: Method, place: Place
+  method: Method, place: MatrixSpec
 ) -> Mapping[str, jax.ShapeDtypeStruct]:
   def fresh():
     w = jnp.zeros((place.size_in, place.size_out))
-    trained, fixed = method.start(jax.random.key(0), place, w)
+    trained, fixed = method.init_arrays(jax.random.key(0), place, w)
     return trained | fixed
 
   return jax.eval_shape(fresh)
@@ -182,7 +182,7 @@ def tied_rows(naming: Naming = USUAL) -> list[tuple[str, str]]:
       f"{PREFIX}{module}.{within}{tokens.KEY}"
       for module in (naming.head, naming.embedding)
     )
-    for within in ("", tokens.WITHIN)
+    for within in ("", tokens.NESTED_PREFIX)
   ]
 
 

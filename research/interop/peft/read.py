@@ -28,7 +28,7 @@ from research.interop.peft.names import PREFIX
 from research.interop.peft.targets import saved_whole
 from research.io import safetensors
 from research.lora import wrap
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.tokens import Tokens
 from research.nn.transformer import Transformer
 from research.typing import Params, UserError
@@ -152,10 +152,10 @@ def _wrapped(file, tensors, params, methods, modules, experts):
       for k, p in enumerate(paths)
     ]
     rows = zip(paths, each, strict=True)
-    live.extend(not methods[p].idle(x | y) for p, (x, y) in rows)
+    live.extend(not methods[p].is_noop(x | y) for p, (x, y) in rows)
     return jax.tree.map(_stacked, *each)
 
-  settled = {path: method.settled() for path, method in methods.items()}
+  settled = {path: method.canonical() for path, method in methods.items()}
   adapted = wrap.wrap(params, settled, make)
   if methods and not any(live):
     raise UserError(
@@ -177,7 +177,7 @@ def _one(w, k):
 def _read(file, tensors, module, method, w):
   """Returns (trained, fixed) of one module."""
   size = tuple(w.shape)
-  place = Place(*size, embedding=module in peft_names.EMBEDDINGS)
+  place = MatrixSpec(*size, embedding=module in peft_names.EMBEDDINGS)
   found = {
     key.removeprefix(f"{PREFIX}{module}.").removeprefix("base_model."): key
     for key in peft_names.shapes_of(module, method, size)

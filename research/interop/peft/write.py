@@ -152,7 +152,7 @@ def _exported(directory, found: Found, modules, sizes, use_rslora, beside):
         f"{directory}: PEFT has no method {type(method).__name__}; merge it "
         "into the model, or convert it to plain LoRA first"
       )
-    method = method.among(module, [modules[p] for p in found])
+    method = method.for_module(module, [modules[p] for p in found])
     if isinstance(method, Tokens):
       method = dataclasses.replace(method, beside=beside)
     arrays = {k: np.asarray(x, np.float32) for k, x in arrays.items()}

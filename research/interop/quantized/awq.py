@@ -102,9 +102,9 @@ def from_tensors(
   groups = len(scale)
   format = Affine(
     block=inputs // groups, bits=4, scale_dtype=str(scale.dtype)
-  ).fitted(inputs, outputs)
+  ).for_shape(inputs, outputs)
   return QTensor(
-    format.kept(codes.reshape(groups, -1, outputs), scale, zero),
+    format.pack_parts(codes.reshape(groups, -1, outputs), scale, zero),
     format=format,
     inputs=inputs,
     outputs=outputs,

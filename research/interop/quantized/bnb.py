@@ -231,7 +231,7 @@ def from_state_dict(
   format = Codebook(kind=kind, block=block, nested=nested)
   return QTensor(
     {"codes": codes, "top": top} | parts,
-    format=format.fitted(inputs, outputs),
+    format=format.for_shape(inputs, outputs),
     inputs=inputs,
     outputs=outputs,
     of=state["dtype"],

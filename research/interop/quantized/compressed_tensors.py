@@ -180,7 +180,7 @@ def _from_int(given: _Tensors) -> QTensor:
     bits=scheme.bits,
     symmetric=scheme.symmetric,
     scale_dtype=str(scale.dtype),
-  ).fitted(inputs, outputs)
+  ).for_shape(inputs, outputs)
   order = None
   if scheme.act_order:
     order, stored = _order(given, inputs, block)
@@ -190,7 +190,7 @@ def _from_int(given: _Tensors) -> QTensor:
     return _transposed(np.broadcast_to(x, (outputs, inputs // block)))
 
   zero = None if scheme.symmetric else grouped(_zero(given, shape, outputs))
-  parts = format.kept(_blocks(codes, block), grouped(scale), zero)
+  parts = format.pack_parts(_blocks(codes, block), grouped(scale), zero)
   return _made(parts, format, inputs, outputs, order=order)
 
 
@@ -445,7 +445,7 @@ def to_tensors(
 
 def _int_tensors(w: QTensor, scheme: Scheme) -> dict[str, np.ndarray]:
   format, half = w.format, 1 << (w.format.bits - 1)
-  plain = format.plain(w.parts)
+  plain = format.normal_form(w.parts)
   codes = np.asarray(plain.codes)
   out: dict[str, Any] = {}
   if w.order is not None:

@@ -238,7 +238,7 @@ def from_tensors(
     bits=scheme.bits,
     symmetric=scheme.symmetric,
     scale_dtype=str(scale.dtype),
-  ).fitted(sizes.inputs, sizes.outputs)
+  ).for_shape(sizes.inputs, sizes.outputs)
   zero = _zeros(tensors, scheme, sizes)
   if scheme.version == 1:
     # 0 less 1 was cut to the bits of a code.
@@ -254,7 +254,7 @@ def from_tensors(
   codes = bitstream.unpack(packed, scheme.bits, sizes.inputs)[stored]
   codes = codes.reshape(sizes.groups, sizes.group, sizes.outputs)
   return QTensor(
-    format.kept(codes, scale, zero),
+    format.pack_parts(codes, scale, zero),
     order=order,
     format=format,
     inputs=sizes.inputs,

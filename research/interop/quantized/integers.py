@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from research.quant.format import Plain
+from research.quant.format import NormalForm
 from research.quant.qtensor import QTensor
 from research.typing import UserError
 
@@ -60,7 +60,7 @@ def to_integers(w: QTensor, where: str) -> Integers:
     raise _unfit(where, "axis", f"{list(w.shape)}, blocks along {w.axis}")
   if w.outliers is not None:
     raise _unfit(where, "outliers", "rows in full precision")
-  plain = w.plain()
+  plain = w.normal_form()
   if plain.codebook is not None:
     raise _unfit(
       where, "codebook", f"codes of {w.format.name}, on no even grid"
@@ -84,7 +84,7 @@ def to_integers(w: QTensor, where: str) -> Integers:
 
 
 def _unsigned(
-  codes: np.ndarray, plain: Plain, where: str
+  codes: np.ndarray, plain: NormalForm, where: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns codes and zeros `[G, O]`, both uint8, of `plain.bits` bits."""
   shape = (codes.shape[0] // plain.group, codes.shape[1])

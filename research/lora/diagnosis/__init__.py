@@ -1,1 +1,1 @@
-"""What an adapter has learned: spectra, memory, pictures."""
+"""Diagnosis of adapters: singular spectra, intruder dimensions, memory."""

@@ -1,8 +1,9 @@
-"""What an adapter did to its matrices: ranks, sizes, angles, intruders.
+"""Diagnoses adapters: norms, ranks, principal angles, intruder dimensions.
 
 lora.md section 7. Intruder dimensions: Shuttleworth et al. 2024
 (arXiv:2410.21228), "LoRA vs Full Fine-tuning: An Illusion of Equivalence":
-leading singular vectors of the changed matrix that are like none of the base.
+leading singular vectors of the adapted matrix that are similar to none of the
+base's.
 """
 
 import dataclasses
@@ -20,17 +21,16 @@ Matrix = Float[np.ndarray, "I O"]
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-  """One matrix `w [in, out]` and its update `d`.
+  """Measurements of one matrix `w [in, out]` and its update `d`.
 
   Attributes:
     relative: Frobenius norm of `d` over that of `w`.
-    stable_rank: squared Frobenius over squared spectral norm of `d`.
-    energy_rank: fewest singular triples with most of the squared norm of `d`.
-    angles_in, angles_out: principal angles between the leading singular
-      subspaces of `d` and of `w`, of `energy_rank` dimensions, in radians,
-      smallest first.
-    cosines: of each leading output vector of `w + d`, the largest absolute
-      cosine with any of `w`.
+    stable_rank: squared Frobenius norm over squared spectral norm of `d`.
+    energy_rank: smallest rank with the given share of the squared norm of `d`.
+    angles_in, angles_out: principal angles in radians, ascending, between the
+      leading `energy_rank`-dimensional singular subspaces of `d` and `w`.
+    cosines: for each leading output singular vector of `w + d`, its largest
+      absolute cosine with any of `w`'s.
   """
 
   relative: float
@@ -41,22 +41,25 @@ class Diagnosis:
   cosines: Float[np.ndarray, " T"]
 
   def intruders(self, threshold: float = 0.5) -> int:
-    """Returns how many leading vectors are no closer than that to any."""
+    """Returns the number of leading vectors with a cosine below `threshold`."""
     return int((self.cosines < threshold).sum())
 
 
 def diagnose(
   params: Params, top: int = 10, energy: float = 0.9
 ) -> dict[str, Diagnosis]:
-  """Returns the diagnosis of every adapted matrix, each expert's by itself.
+  """Returns the diagnosis of every adapted matrix, of each expert separately.
 
   Args:
-    params: with adapters of any method.
-    top: leading singular vectors that are looked at for intruders.
+    params: parameters with adapters of any method.
+    top: number of leading singular vectors to test for intruders.
     energy: share of the squared norm for `energy_rank`.
 
+  Returns:
+    address -> diagnosis; experts are `address[k]`.
+
   Raises:
-    UserError: there is no adapter, or a number is out of range.
+    UserError: there is no adapter, or an argument is out of range.
   """
   if top < 1:
     raise UserError(f"top is {top}, expected at least 1")
@@ -81,7 +84,7 @@ def _diagnosis(w: Matrix, d: Matrix, top: int, energy: Energy) -> Diagnosis:
   u, s, v = np.linalg.svd(d, full_matrices=False)
   x, _, y = np.linalg.svd(w, full_matrices=False)
   none = not s[0] > 0
-  rank = 0 if none else energy.of(s)
+  rank = 0 if none else energy.rank_of(s)
   return Diagnosis(
     relative=float(np.linalg.norm(d) / np.linalg.norm(w)),
     stable_rank=0.0 if none else float(((s / s[0]) ** 2).sum()),
@@ -110,16 +113,22 @@ def mitigate(
   threshold: float = 0.5,
   strength: float = 0.75,
 ) -> tuple[dict[str, lora_factors.Factors], dict[str, int]]:
-  """Returns plain adapters with weaker intruders, and their numbers.
+  """Returns LoRA factors with attenuated intruder dimensions, and their counts.
 
-  PEFT's `reduce_intruder_dimension`: each intruder of `w + d` is scaled by
-  `strength`, and the update factored again at its rank and scale. A matrix
-  without intruders keeps its factors.
+  PEFT's `reduce_intruder_dimension`: scales each intruder of `w + d` by
+  `strength` and factors the update again at its rank and scale. Matrices
+  without intruders keep their factors.
 
   Args:
-    params: with plain LoRA adapters.
-    top, threshold: which vectors are intruders.
-    strength: 1 changes nothing, 0 removes them.
+    params: parameters with plain LoRA adapters.
+    top, threshold: define intruders, see `diagnose` and `Diagnosis.intruders`.
+    strength: factor of intruders; 1 changes nothing, 0 removes them.
+
+  Returns:
+    (address -> factors, address -> number of intruders).
+
+  Raises:
+    UserError: `strength` is not in [0, 1], or a weight is a stack of experts.
   """
   if not 0 <= strength <= 1:
     raise UserError(f"strength is {strength}, expected from 0 to 1")
@@ -128,7 +137,10 @@ def mitigate(
   for path, f in found.items():
     w = lora_factors.base(tensors[path])
     if w.ndim > 2:
-      raise UserError(f"{path}: intruders of stacked experts stay as they are")
+      raise UserError(
+        f"{path}: found stacked experts, expected matrices: intruders of "
+        "experts cannot be reduced"
+      )
     u, s, v = np.linalg.svd(w + f.delta(), full_matrices=False)
     base = np.linalg.svd(w, full_matrices=False)[2]
     rows = np.flatnonzero(_cosines(v, base, top) < threshold)

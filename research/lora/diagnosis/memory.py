@@ -1,9 +1,9 @@
-"""What a training step holds in memory, by arithmetic: before anything runs.
+"""Estimates a training step's memory from shapes, without running it.
 
-lora.md section 5. Weights, gradients, masters and optimizer state follow from
-the shapes of a tree; activations from what reverse-mode differentiation keeps
-of the traced loss, whatever method, base and recomputation it has. Low-rank
-methods shrink the former and not the latter.
+lora.md section 5. Weights, gradients, master weights and optimizer state follow
+from the tree's shapes; activations from the residuals that reverse-mode
+differentiation saves of the traced loss, for any method, base and
+rematerialisation. Low-rank methods reduce the former, not the latter.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from research.typing import Params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-  """Bytes, each kind apart.
+  """Memory of a training step in bytes, by kind.
 
   Attributes:
-    frozen: weights that no gradient changes, as they are stored.
-    learned: weights that are.
-    gradients: of the learned ones.
-    master: a second, exact copy of the learned ones, where they are rounded.
-    optimizer: its state, and a moving average.
-    activations: what the forward pass keeps for the backward pass.
-    working: what one layer, or a chunk of logits, takes while it is computed.
+    frozen: weights without gradients, in their storage format.
+    learned: trained weights.
+    gradients: gradients of the trained weights.
+    master: full-precision copy of the trained weights in mixed precision.
+    optimizer: optimizer state and moving average of the weights.
+    activations: residuals that the forward pass saves for the backward pass.
+    working: temporary memory of one layer or one chunk of logits.
   """
 
   frozen: int
@@ -44,7 +44,7 @@ class Memory:
 
   @property
   def total(self) -> int:
-    """All of it: the peak, where nothing is freed before the update."""
+    """The sum: the peak memory if nothing is freed before the update."""
     return sum(dataclasses.astuple(self))
 
   def __str__(self) -> str:
@@ -59,11 +59,11 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-  """Bytes of a number.
+  """Bytes per element.
 
   Attributes:
-    weights, gradients, state: of what is learned, and of the optimizer.
-    master: of a second copy; 0 for none.
+    weights, gradients, state: of trained weights, gradients, optimizer state.
+    master: of master weights; 0 for none.
   """
 
   weights: int = 4
@@ -73,7 +73,7 @@ class Precision:
 
 
 MIXED = Precision(weights=2, gradients=2, master=4)
-"""fp16 or bf16 beside a master in float32: 16 bytes a parameter with Adam."""
+"""fp16 or bf16 with float32 master weights: 16 bytes a parameter with Adam."""
 
 HALF = Precision(weights=2, gradients=2, state=2)
 """All in 16 bits: 8 bytes a parameter with Adam."""
@@ -90,14 +90,14 @@ def lora_memory(
   optimizer: optax.GradientTransformation = ADAM,
   precision: Precision = Precision(),
 ) -> Memory:
-  """Returns what weights, gradients and optimizer of a run take.
+  """Returns the memory of a run's weights, gradients and optimizer.
 
   Args:
-    params: a model's, or their shapes: nothing is computed.
-    transforms: of an experiment, such as `Quantize()` and `Adapt()`.
-    trainable: regular expression of the paths that are learned.
-    optimizer: over those.
-    precision: of what is learned.
+    params: a model's parameters or their shapes; nothing is computed.
+    transforms: an experiment's transforms, such as `Quantize()` and `Adapt()`.
+    trainable: regular expression of the trained paths.
+    optimizer: optimizer of the trained weights.
+    precision: bytes per element of the trained part.
   """
   key = jax.eval_shape(jax.random.key, 0)
   for transform in transforms:
@@ -118,17 +118,17 @@ def lora_memory(
 def galore_memory(
   params: Params, rank: int, state: int = 2, layerwise: bool = False
 ) -> Memory:
-  """Returns GaLore's memory, all else in 16 bits (lora.md 4.9).
+  """Returns GaLore's memory, weights and gradients in 16 bits (lora.md 4.9).
 
-  Each matrix of the layers, m the smaller side and n the other, has a
-  projector of m r and two moments of r n numbers.
+  A matrix of a layer with smaller side m and larger side n has a projector of
+  m r elements and two moments of r n elements.
 
   Args:
-    params: a model's, or their shapes.
+    params: a model's parameters or their shapes.
     rank: r.
-    state: bytes of a moment's number.
-    layerwise: whether each layer's update follows its gradient, so that one
-      matrix' gradient exists at a time.
+    state: bytes per element of a moment.
+    layerwise: whether each layer is updated as soon as its gradient exists, so
+      that memory holds one matrix's gradient at a time.
   """
   projector = moments = largest = 0
   for path, x in tree.flatten_paths(params):
@@ -149,16 +149,16 @@ def galore_memory(
   )
 
 
-def kept(loss: Callable[..., Any], learned: Any, *rest: Any) -> int:
-  """Returns the bytes that differentiation keeps of `loss`, but its arguments.
+def residual_bytes(loss: Callable[..., Any], learned: Any, *rest: Any) -> int:
+  """Returns the bytes of the residuals of `loss`, arguments not counted.
 
-  Those are the residuals of its trace: each distinct array that the backward
-  pass needs and that was not there before.
+  Residuals are the distinct arrays that the traced forward pass saves for the
+  backward pass.
 
   Args:
     loss: `(learned, *rest) -> scalar`.
-    learned: differentiated in; shapes.
-    *rest: shapes.
+    learned: shapes of the arguments to differentiate by.
+    *rest: shapes of the other arguments.
   """
 
   def backward(learned, *rest):
@@ -181,14 +181,13 @@ def _bytes(aval: Any) -> int:
 
 
 def step_memory(objective: Any, state: Any, batch: Any, key: Any) -> Memory:
-  """Returns what a training step takes on one device.
+  """Returns a training step's memory on one device.
 
   Args:
-    objective: a `NextToken` or the like: has `model`, is called with
-      parameters, batch and key.
-    state: a `TrainState`, or its shapes.
-    batch: of one microbatch, or its shapes.
-    key: or its shape.
+    objective: an objective with a field `model`, such as `NextToken`.
+    state: a `TrainState` or its shapes.
+    batch: one microbatch or its shapes.
+    key: a random key or its shape.
   """
 
   def loss(learned, *rest):
@@ -198,7 +197,7 @@ def step_memory(objective: Any, state: Any, batch: Any, key: Any) -> Memory:
   if state.held is not None:
     frozen = tree.combine(state.held, frozen)
   arguments = (state.trainable, frozen, batch, key)
-  activations = kept(loss, *arguments)
+  activations = residual_bytes(loss, *arguments)
   working = max(_layer(objective, *arguments), _logits(objective, batch))
   learned = tree.nbytes(state.trainable)
   return Memory(
@@ -216,9 +215,9 @@ def _loss(objective, learned, frozen, batch, key):
 
 
 def _layer(objective, learned, frozen, batch, key) -> int:
-  """Returns what the backward pass of one layer holds.
+  """Returns the bytes that the backward pass of one layer holds.
 
-  Those are the residuals of a model of that layer alone that keeps all.
+  These are the residuals of a one-layer model without rematerialisation.
   """
   run = tree.runs(tree.combine(learned, frozen))[0]
 
@@ -235,7 +234,7 @@ def _layer(objective, learned, frozen, batch, key) -> int:
   def loss(learned, *rest):
     return _loss(alone, learned, *rest)
 
-  return kept(loss, learned, frozen, batch, key)
+  return residual_bytes(loss, learned, frozen, batch, key)
 
 
 def _logits(objective: Any, batch: Any) -> int:

@@ -1,4 +1,4 @@
-"""A picture of what an adapter did, layer by layer."""
+"""Plots the diagnosis of an adapter by layer."""
 
 import os
 import re
@@ -13,12 +13,12 @@ from research.training.reports import plots
 def draw(
   found: Mapping[str, Diagnosis], picture: str | os.PathLike, title: str
 ) -> None:
-  """Draws intruders by threshold, and sizes and ranks by layer, into a PNG.
+  """Plots intruders by threshold, and norms and ranks by layer, into a PNG.
 
   Args:
-    found: by address.
-    picture: the PNG.
-    title: above it.
+    found: address -> diagnosis.
+    picture: path of the PNG.
+    title: title of the figure.
   """
   drawn = plots.figure(11, 7)
   drawn.suptitle(title)

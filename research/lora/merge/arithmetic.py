@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from research.lora.lora_factors import Factors, decomposed, truncated
+from research.lora.lora_factors import Factors, thin_svd, truncate
 from research.typing import PRNGKey, UserError
 
 Elect = Literal["total", "frequency"]
@@ -105,7 +105,7 @@ def add_weighted(
       out[path] = _concatenated(parts)
     elif COMBINATIONS[how] == Combination("update"):
       thin = _concatenated(parts)
-      out[path] = truncated(decomposed(thin.a, thin.b), most)
+      out[path] = truncate(thin_svd(thin.a, thin.b), most)
     else:
       mix = _Mix(COMBINATIONS[how], density, elect, key, path)
       summed = _of_updates if COMBINATIONS[how].of == "update" else _of_factors
@@ -172,7 +172,7 @@ def elected(x: Float[np.ndarray, "N ..."], elect: Elect) -> np.ndarray:
 def _of_updates(mix: _Mix, parts, rank: int) -> Factors:
   deltas = [f.delta() for f, _ in parts]
   x = mix(deltas, [w for _, w in parts], 0)
-  return truncated(np.linalg.svd(x, full_matrices=False), rank)
+  return truncate(np.linalg.svd(x, full_matrices=False), rank)
 
 
 def _of_factors(mix: _Mix, parts, rank: int) -> Factors:

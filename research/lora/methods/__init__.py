@@ -1,8 +1,7 @@
-"""One file a method, or a family of methods that share their arrays.
+"""Parameter-efficient methods: one file per method or family of methods.
 
-The files of this folder are the list of methods: whatever subclass of `Method`
-one of them defines exists for PEFT's reader and for checkpoints. Configurations
-name classes directly.
+The reader of PEFT's files and checkpoints find every `Method` subclass defined
+in this folder; there is no registry. Configurations name classes directly.
 """
 
 import functools
@@ -16,7 +15,7 @@ from research.lora.method import Method
 
 @functools.cache
 def all_methods() -> Mapping[str, type[Method]]:
-  """Returns every method class by its name."""
+  """Returns name -> class of every method."""
   out = {}
   for found in pkgutil.iter_modules(__path__):
     module = importlib.import_module(f"{__name__}.{found.name}")
@@ -27,9 +26,9 @@ def all_methods() -> Mapping[str, type[Method]]:
 
 
 def of_peft_type(name: str) -> list[type[Method]]:
-  """Returns the methods that PEFT writes as `peft_type` `name`.
+  """Returns the methods with PEFT's `peft_type` `name`.
 
-  Those that a field of the file switches on come first.
+  Methods with a `PEFT_FLAG` come first.
   """
   kinds = [kind for kind in all_methods().values() if name == kind.PEFT]
   return sorted(kinds, key=lambda kind: kind.PEFT_FLAG is None)

@@ -1,7 +1,7 @@
-"""AdaLoRA: a sum of `r` rank-one terms, of which a budget keeps the best.
+"""AdaLoRA: LoRA as a sum of rank-one terms, pruned to a budget in training.
 
-Zhang et al. 2023 (arXiv:2303.10512), equation 3. Which terms stay is the
-business of `research.lora.allocate`, in training; a term that went has e = 0.
+Zhang et al. 2023 (arXiv:2303.10512), equation 3. `research.lora.allocate`
+prunes terms during training; a pruned term has e = 0.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class AdaLoRA(Method):
   """`s aᵀ diag(e) b`, `a [r, in]`, `b [r, out]`, `s = alpha / (r + 1e-5)`.
 
   Attributes:
-    rank: at the start; the scale stays that of this one.
-    kept: which terms a file of PEFT's holds; () for all.
-    pattern: the same by module's name, until `at` has picked one.
+    rank: initial number of terms, which also sets the scale.
+    kept: mask of the terms stored in a PEFT file; () for all.
+    pattern: masks by module's name; `for_matrix` selects one as `kept`.
   """
 
   rank: int = 12
@@ -38,19 +38,19 @@ class AdaLoRA(Method):
   pattern: tuple[tuple[str, tuple[bool, ...]], ...] = ()
 
   PEFT: ClassVar = "ADALORA"
-  VARIES: ClassVar = ("kept", "pattern")
+  PER_MODULE: ClassVar = ("kept", "pattern")
   PEFT_DEFAULTS: ClassVar = dict(init_r=12, lora_alpha=8, lora_dropout=0.0)
-  PEFT_HARMLESS: ClassVar = (
+  PEFT_IGNORED: ClassVar = (
     *("r", "rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1"),
     *("beta2", "orth_reg_weight", "total_step"),
   )
 
   @property
   def scale(self) -> float:
-    """`s`; never trained."""
+    """`s`, a constant."""
     return self.alpha / (self.rank + 1e-5)
 
-  def at(self, name, sizes):
+  def for_matrix(self, name, sizes):
     kept = dict(self.pattern).get(name, ())
     if kept and len(kept) != self.rank:
       raise UserError(
@@ -59,14 +59,14 @@ class AdaLoRA(Method):
       )
     return dataclasses.replace(self, kept=kept, pattern=())
 
-  def settled(self):
+  def canonical(self):
     return dataclasses.replace(self, kept=(), pattern=())
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     a, b = jax.random.split(key)
     return dict(
-      a=normal(a, (self.rank, place.size_in), 0.02),
-      b=normal(b, (self.rank, place.size_out), 0.02),
+      a=normal(a, (self.rank, spec.size_in), 0.02),
+      b=normal(b, (self.rank, spec.size_out), 0.02),
       e=zeros(self.rank),
     ), {}
 
@@ -86,27 +86,27 @@ class AdaLoRA(Method):
   def axes(self, names):
     return {"a": (None, names[0]), "b": (None, names[1]), "e": (None,)}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["e"].any()
 
   def exported(self, p):
-    """States which terms are left; those that went are cut off."""
+    """Returns the method with the mask of its nonzero terms as `kept`."""
     if jnp.ndim(p["e"]) > 1:
       return self, p
     left = tuple(bool(x) for x in np.asarray(p["e"]) != 0)
     if all(left) or not any(left):
-      return self.settled(), p
+      return self.canonical(), p
     return dataclasses.replace(self, kept=left), p
 
   def _rows(self):
     return np.flatnonzero(self.kept or np.ones(self.rank, bool))
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     rows = self._rows()
     a, b, e = (p[name][rows] for name in "abe")
     return {"lora_A": a, "lora_B": b.T, "lora_E": e[:, None]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     rows = self._rows()
 
     def whole(x):
@@ -122,7 +122,7 @@ class AdaLoRA(Method):
 
   def peft_fields(self, methods):
     cut = {m: x.kept for m, x in methods.items() if x.kept}
-    # PEFT plans a budget as soon as it loads; a step is the least it takes.
+    # PEFT requires `total_step` at loading; 1 is the smallest it accepts.
     out = dict(
       init_r=self.rank,
       lora_alpha=self.alpha,

@@ -1,8 +1,8 @@
-"""Activated LoRA: an adapter that acts from where it is called on.
+"""Activated LoRA (aLoRA): an adapter active from its invocation tokens on.
 
-Greenewald et al. 2025 (arXiv:2504.12397). Some tokens, the invocation, call
-it: positions from their last occurrence to the end see the adapter, those
-before see the base alone, bit by bit, whose cache they share.
+Greenewald et al. 2025 (arXiv:2504.12397). Positions from the last occurrence
+of the invocation tokens to the end use the adapter. Earlier positions use the
+base alone, bit for bit, so they can share the base's KV cache.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from research.typing import Array, Bool, Int, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ALoRA(LoRA):
-  """LoRA behind an invocation; cannot be merged.
+  """LoRA that is active after an invocation; cannot be merged.
 
-  What multiplies has to know the tokens, see `weights.with_tokens`. Heads are
-  not adapted: they are given single positions.
+  The weights need the batch's tokens, see `weights.with_tokens`. The head
+  cannot be adapted, since it receives single positions.
 
   Attributes:
-    invocation: token ids that call the adapter.
+    invocation: token ids that activate the adapter.
   """
 
   invocation: tuple[int, ...] = ()
@@ -39,22 +39,24 @@ class ALoRA(LoRA):
         f"ALoRA: invocation holds {wrong[0]!r}, expected token ids"
       )
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     if not self.invocation:
       raise UserError("ALoRA: invocation is empty, expected token ids")
-    return super().start(key, place, w, seen)
+    return super().init_arrays(key, spec, w, stats)
 
   def active(self, tokens, segments=None):
-    return after_last(tokens, self.invocation, segments)
+    return from_last_match(tokens, self.invocation, segments)
 
   def delta(self, p, w):
     raise UserError(
-      "ALoRA: acts from its invocation on, so there is no matrix to merge it "
-      "into; use it beside its base"
+      "ALoRA: cannot be merged: it acts only after its invocation; use it "
+      "unmerged, on top of its base"
     )
 
   def ragged(self, x, p, w, sizes):
-    raise UserError("ALoRA: experts see rows without their tokens' places")
+    raise UserError(
+      "ALoRA: experts cannot be adapted: their rows have no token positions"
+    )
 
   def peft_fields(self, methods):
     own = dict(alora_invocation_tokens=list(self.invocation))
@@ -70,30 +72,30 @@ class ALoRA(LoRA):
     return dataclasses.replace(plain, invocation=tuple(found))
 
 
-def after_last(
+def from_last_match(
   tokens: Int[Array, "B T"],
-  wanted: tuple[int, ...],
+  pattern: tuple[int, ...],
   segments: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
-  """Returns which positions stand at or behind the last occurrence.
+  """Returns which positions are at or after the last match of a sequence.
 
   Args:
-    tokens: ids; padding is no id, such as -1, or has no segment.
-    wanted: what occurs, at least one id.
-    segments: from 0, which document of the row each token is of, each with
-      an occurrence of its own; -1 for padding, which is never behind one.
+    tokens: token ids; padding is a negative id or has segment -1.
+    pattern: token ids to match, at least one.
+    segments: index from 0 of each token's document in its row; each document
+      is searched separately. -1 for padding, which is never after a match.
   """
   rows, time = tokens.shape
   if segments is None:
     segments = jnp.zeros_like(tokens)
   found = jnp.ones((rows, time), bool)
-  for k, token in enumerate(wanted):
+  for k, token in enumerate(pattern):
     found &= _ahead(tokens, k, -1) == token
     found &= _ahead(segments, k, -1) == segments
   place = jnp.where(found & (segments >= 0), jnp.arange(time), -1)
 
   def row(place: Any, segments: Any) -> Any:
-    # A row has no more documents than tokens.
+    # A row has at most as many documents as tokens.
     last = jax.ops.segment_max(place, segments, time)[segments]
     return (last >= 0) & (jnp.arange(time) >= last) & (segments >= 0)
 
@@ -101,5 +103,5 @@ def after_last(
 
 
 def _ahead(x, k, fill):
-  """Returns each row's elements `k` places ahead."""
+  """Returns each row shifted left by `k`, filled with `fill`."""
   return jnp.pad(x, ((0, 0), (0, k)), constant_values=fill)[:, k:]

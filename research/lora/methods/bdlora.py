@@ -1,8 +1,8 @@
-"""BD-LoRA: one factor is block-diagonal, as tensor parallelism cuts matrices.
+"""BD-LoRA: LoRA with a block-diagonal factor, for tensor parallelism.
 
-Wang et al. 2025 (arXiv:2510.23346). Where a matrix is cut along its inputs, a
-is made of blocks, each of some inputs and some of the ranks; where it is cut
-along its outputs, b is. A device then has all that its part needs.
+Wang et al. 2025 (arXiv:2510.23346). For a matrix sharded along its inputs, a is
+block-diagonal, each block with some of the inputs and of the ranks; for one
+sharded along its outputs, b is. Each device then needs only its own blocks.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ class BDLoRA(LoRA):
   """`a [r, in / blocks]`, `b [r, out]`, or `a [r, in]`, `b [r / blocks, out]`.
 
   Attributes:
-    blocks: on the diagonal.
-    side: which factor has them, or neither; set by `at`.
-    by_input, by_output: names of matrices where a has them, and where b has.
-    strict: whether a matrix that is named by neither is an error.
+    blocks: number of blocks on the diagonal.
+    side: the block-diagonal factor, or "" for neither; set by `for_matrix`.
+    by_input, by_output: names of the matrices with blocks in a, and in b.
+    strict: whether a matrix named by neither is an error.
   """
 
   blocks: int = 4
@@ -32,12 +32,12 @@ class BDLoRA(LoRA):
   by_output: tuple[str, ...] = ("q", "k", "v", "gate", "up")
   strict: bool = True
 
-  VARIES: ClassVar = ("rank", "alpha", "side")
+  PER_MODULE: ClassVar = ("rank", "alpha", "side")
   PEFT_FLAG: ClassVar = "use_bdlora"
 
-  def at(self, name, sizes):
+  def for_matrix(self, name, sizes):
     own = name.replace("/", ".").rsplit(".", 1)[-1]
-    # PEFT looks for its names within a module's; ours are whole.
+    # PEFT matches substrings of module names, our addresses match whole names.
     found = {
       side: any(n == own if "/" in name else n in own for n in names)
       for side, names in (("a", self.by_input), ("b", self.by_output))
@@ -55,26 +55,26 @@ class BDLoRA(LoRA):
     side = next((side for side, there in found.items() if there), "")
     return dataclasses.replace(self, side=side)
 
-  def settled(self):
+  def canonical(self):
     return dataclasses.replace(self, by_input=(), by_output=(), strict=False)
 
   @property
   def pair_scale(self):
-    return None if self.side else self.scale  # of blocks, each its own
+    return None if self.side else self.scale  # blocks are separate pairs
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     n = self.blocks if self.side else 1
-    cut = place.size_in if self.side == "a" else place.size_out
-    if self.rank % n or cut % n or place.embedding:
-      what = "an embedding" if place.embedding else f"rank {self.rank}, {cut}"
+    cut = spec.size_in if self.side == "a" else spec.size_out
+    if self.rank % n or cut % n or spec.embedding:
+      what = "an embedding" if spec.embedding else f"rank {self.rank}, {cut}"
       raise UserError(f"BDLoRA: found {what}, expected multiples of {n} blocks")
-    inner = place.size_in // (n if self.side == "a" else 1)
+    inner = spec.size_in // (n if self.side == "a" else 1)
     a = uniform(key, (self.rank, inner), inner**-0.5)
     rows = self.rank // (n if self.side == "b" else 1)
-    return {"a": a, "b": zeros(rows, place.size_out)}, {}
+    return {"a": a, "b": zeros(rows, spec.size_out)}, {}
 
   def _whole(self, p):
-    """Returns a and b with the zeros beside the blocks."""
+    """Returns a and b as full matrices, zero outside of the blocks."""
     a, b, n = p["a"], p["b"], self.blocks
     if self.side == "a":
       return {"a": _spread(a.reshape(n, -1, a.shape[-1])), "b": b}

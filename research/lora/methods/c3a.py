@@ -1,4 +1,4 @@
-"""C3A: blocks that are circulant, so that one product is a convolution.
+"""C3A: block-circulant updates, applied as circular convolutions by FFT.
 
 Chen et al. 2024 (arXiv:2407.19342), equations 4 and 5.
 """
@@ -20,7 +20,7 @@ class C3A(Method):
 
   Attributes:
     block: `b`; divides both sizes.
-    init: 'zero', or uniform by Glorot's rule (PEFT's default, no zero start).
+    init: 'zero', or Glorot uniform (PEFT's default, a nonzero update).
   """
 
   block: int = 256
@@ -33,15 +33,15 @@ class C3A(Method):
   def starts_as_base(self):
     return self.init == "zero"
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     b = self.block
-    for name, n in (("in", place.size_in), ("out", place.size_out)):
+    for name, n in (("in", spec.size_in), ("out", spec.size_out)):
       if n % b:
         raise UserError(f"C3A: {name} {n} is not a multiple of block {b}")
-    shape = (place.size_out // b, place.size_in // b, b)
+    shape = (spec.size_out // b, spec.size_in // b, b)
     if self.init == "zero":
       return {"kernel": zeros(*shape)}, {}
-    bound = (6 / (place.size_in + place.size_out)) ** 0.5
+    bound = (6 / (spec.size_in + spec.size_out)) ** 0.5
     return {"kernel": uniform(key, shape, bound)}, {}
 
   def delta(self, p, w):
@@ -50,14 +50,14 @@ class C3A(Method):
   def branch(self, eq, x, p, w):
     if contracts_output(eq):
       return super().branch(eq, x, p, w)
-    # There is no transform of 16-bit numbers.
+    # FFTs need at least 32 bits.
     return self._product(x.astype(p["kernel"].dtype), p["kernel"]).astype(
       x.dtype
     )
 
   def _product(self, x, kernel):
-    # Outputs that are cut would have XLA cut transforms along frequencies,
-    # which its CPU backend cannot run.
+    # With sharded outputs XLA would shard FFTs along the frequencies, which its
+    # CPU backend cannot run.
     whole = functools.partial(sharding.unsharded, last=2)
     x = whole(x.reshape(*x.shape[:-1], -1, self.block))
     spectrum = jnp.einsum(
@@ -70,13 +70,13 @@ class C3A(Method):
   def axes(self, names):
     return {"kernel": (None, None, None)}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["kernel"].any()
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"c3a_kernel": p["kernel"]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"kernel": tensors["c3a_kernel"]}, {}
 
   def peft_fields(self, methods):

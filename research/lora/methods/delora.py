@@ -1,7 +1,7 @@
-"""DeLoRA: a low-rank update whose length is bounded, whatever its factors are.
+"""DeLoRA: a low-rank update of bounded norm, independent of its factors' norms.
 
-Bini et al. 2025 (arXiv:2503.18225), equation 6, with the norm of each input of
-the base (PEFT's form).
+Bini et al. 2025 (arXiv:2503.18225), equation 6, scaled with the norm of each
+input's row of the base (PEFT's form).
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from research.lora.method import (
 class DeLoRA(Method):
   """`diag(n) aᵀ diag(l / (r |a_i| |b_i|)) b`, `a [r, in]`, `b [r, out]`.
 
-  `n [in]` are the norms of the base's rows, fixed; the bound `l [1]` is
-  trained, too.
+  `n [in]` are the norms of the base's rows, fixed. The bound `l [1]` is
+  trained.
 
   Attributes:
-    alpha: what l starts as.
+    alpha: initial value of l.
   """
 
   alpha: float = 15.0
@@ -36,17 +36,17 @@ class DeLoRA(Method):
   PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "lambda_pattern"}
   PEFT_DEFAULTS: ClassVar = dict(r=8, delora_lambda=15, module_dropout=0.0)
 
-  def start(self, key, place, w, seen=None):
-    a = uniform(key, (self.rank, place.size_in), place.size_in**-0.5)
+  def init_arrays(self, key, spec, w, stats=None):
+    a = uniform(key, (self.rank, spec.size_in), spec.size_in**-0.5)
     trained = dict(
       a=a,
-      b=zeros(self.rank, place.size_out),
+      b=zeros(self.rank, spec.size_out),
       l=jnp.full((1,), self.alpha, jnp.float32),
     )
     return trained, {"n": jnp.linalg.norm(dense_fp32(w), axis=1)}
 
   def _factors(self, p):
-    """Returns what is multiplied: `[r, in]` and `[r, out]`."""
+    """Returns the normalised factors, `[r, in]` and `[r, out]`."""
     a, b = dense_fp32(p["a"]), dense_fp32(p["b"])
     scale = dense_fp32(p["l"]) / (self.rank * _length(a) * _length(b))
     return a * dense_fp32(p["n"]), b * scale
@@ -64,10 +64,10 @@ class DeLoRA(Method):
       a=(None, names[0]), b=(None, names[1]), l=(None,), n=(names[0],)
     )
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not (p["a"].any() and p["b"].any() and p["l"].any())
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return dict(
       delora_A=p["a"],
       delora_B=p["b"].T,
@@ -75,7 +75,7 @@ class DeLoRA(Method):
       delora_w_norm=p["n"],
     )
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     trained = dict(
       a=tensors["delora_A"],
       b=tensors["delora_B"].T,
@@ -102,5 +102,5 @@ class DeLoRA(Method):
 
 def _length(x):
   """Returns the norm of each row, at least 1e-4, `[r, 1]`."""
-  # Inside the root: the gradient of a root at 0 is no number.
+  # Clamp inside the root: its gradient at 0 is NaN.
   return jnp.sqrt(jnp.maximum(jnp.sum(x * x, 1, keepdims=True), 1e-8))

@@ -1,8 +1,8 @@
-"""DoRA: a trained length for each output, and LoRA for its direction.
+"""DoRA: a trained magnitude per output, and LoRA for the direction.
 
 Liu et al. 2024 (arXiv:2402.09353), equations 5 and 11: the adapted matrix is
-`g (w + s aᵀb)` with `g = m / |w + s aᵀb|`, a norm for each output (a row of
-PEFT's `[out, in]`), constant in the backward pass.
+`g (w + s aᵀb)` with `g = m / |w + s aᵀb|`. The norm is per output (a row of
+PEFT's `[out, in]`) and constant in the backward pass.
 """
 
 import dataclasses
@@ -19,40 +19,41 @@ from research.lora.methods.lora import LoRA
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
-  """LoRA under trained magnitudes `m [out]`, which start as the norms of w."""
+  """LoRA with trained magnitudes `m [out]`, initialised to the norms of w."""
 
   PEFT_FLAG: ClassVar = "use_dora"
 
-  def start(self, key, place, w, seen=None):
-    trained, fixed = super().start(key, place, w)
+  def init_arrays(self, key, spec, w, stats=None):
+    trained, fixed = super().init_arrays(key, spec, w)
     return trained | {"m": self._norm(trained, w)}, fixed
 
   def _norm(self, p, w, each=lambda f: f):
     """Returns the norm of each output of `w + s aᵀb`, fp32.
 
-    Of the base as it is: it may be trained, merged into, or adapted itself.
+    Computed from the current base, which may be trained, merged into or
+    adapted itself.
 
     Args:
       p: arrays.
       w: the base.
-      each: what maps a function of both over axes in front.
+      each: maps a function of (p, w) over leading axes, such as `jax.vmap`.
     """
-    # Constant; and whatever the base drops of its inputs is no part of it.
+    # Constant in the backward pass, and without dropout in an adapted base.
     p, w = jax.lax.stop_gradient((p, weights.bind({"w": w})["w"]))
     expanded, safe = each(self._expanded)(p, w)
-    # One choice for all: each by each, both would be computed.
+    # One `cond` for all outputs: a choice per output would compute both.
     square = jax.lax.cond(
       safe.all(), lambda: expanded, lambda: each(self._direct)(p, w)
     )
     return jnp.sqrt(square)
 
   def _expanded(self, p, w):
-    """Returns squared norms, and where they are good.
+    """Returns squared norms, and where they are accurate.
 
-    Expanded, so that no matrix is formed: mixed terms need `a w [r, out]`
-    only. Terms may cancel, which loses the more, the less is left of them
-    (all of it, or more: fp32 has then a square below 0). Where a quarter is
-    left two bits are lost.
+    Expands the square, which forms no matrix: mixed terms need `a w [r, out]`
+    only. Cancellation between the terms loses precision, possibly all of it
+    (fp32 then gives a square below 0). A result of at least a quarter of the
+    terms loses at most two bits and counts as accurate.
     """
     a, b = dense_fp32(p["a"]), dense_fp32(p["b"])
     base = jnp.sum(jnp.square(dense_fp32(w)), 0)
@@ -63,12 +64,12 @@ class DoRA(LoRA):
     return square, square >= 0.25 * terms
 
   def _direct(self, p, w):
-    """Returns squared norms, a sum of squares of the matrix."""
+    """Returns squared norms from the matrix `w + s aᵀb` itself."""
     return jnp.sum(jnp.square(dense_fp32(w) + super().delta(p, w)), 0)
 
   def _gain(self, p, w, each=lambda f: f):
     norm = self._norm(p, w, each)
-    # An output of zeros is 0 whatever its gain; with 1 it can learn.
+    # An all-zero output is 0 for any gain; a gain of 1 gives it gradients.
     some = norm > 0
     return jnp.where(some, dense_fp32(p["m"]) / jnp.where(some, norm, 1), 1)
 
@@ -83,15 +84,15 @@ class DoRA(LoRA):
       y = weights.einsum(eq, scaled, w)
       if dropped is x:
         return y + super().branch(eq, scaled, p, w)
-      # What dropout takes from the base's share, too (PEFT's rule).
+      # Dropout also acts on the base's term (g - 1) w, as in PEFT.
       y = y + weights.einsum(eq, ((dropped - x) * (g - 1)).astype(x.dtype), w)
       return y + super().branch(eq, (dropped * g).astype(x.dtype), p, w)
     base = weights.einsum(eq, x, w)
     added = super().branch(eq, dropped, p, w)
     if dropped is x:
       return (checkpoint_name(base + added, "unscaled") * g).astype(x.dtype)
-    seen = weights.einsum(eq, dropped, w)
-    return (base + (g - 1) * seen + g * added).astype(x.dtype)
+    from_dropped = weights.einsum(eq, dropped, w)
+    return (base + (g - 1) * from_dropped + g * added).astype(x.dtype)
 
   def rows(self, ids, p, w):
     g = self._gain(p, w)
@@ -105,17 +106,17 @@ class DoRA(LoRA):
 
   def axes(self, names):
     vector = (names[1],)
-    # `square` was the base's, once: older checkpoints have it.
+    # Older checkpoints have `square`, the squared norms of the base.
     return super().axes(names) | {"m": vector, "square": vector}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return False
 
-  def to_peft(self, p, place):
-    return super().to_peft(p, place) | {"lora_magnitude_vector": p["m"]}
+  def to_peft(self, p, spec):
+    return super().to_peft(p, spec) | {"lora_magnitude_vector": p["m"]}
 
-  def from_peft(self, tensors, place, w):
-    trained, fixed = super().from_peft(tensors, place, w)
+  def from_peft(self, tensors, spec, w):
+    trained, fixed = super().from_peft(tensors, spec, w)
     return trained | {"m": tensors["lora_magnitude_vector"]}, fixed
 
   def peft_fields(self, methods):

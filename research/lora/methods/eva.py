@@ -1,7 +1,7 @@
-"""EVA: a starts as the directions that a matrix's inputs use most.
+"""EVA: LoRA with a initialised to the principal components of the inputs.
 
-Paischer et al. 2024 (arXiv:2410.07170). Ranks move to the layers whose inputs
-need more directions: `ranks` says how, for `Adapt.rank_pattern`.
+Paischer et al. 2024 (arXiv:2410.07170). `ranks` redistributes rank to matrices
+whose inputs vary in more directions, for `Adapt.rank_pattern`.
 """
 
 import dataclasses
@@ -16,29 +16,31 @@ from research.typing import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EVA(LoRA):
-  """`seen` is the inputs' right singular vectors `[at least r, in]`."""
+  """LoRA whose `stats` are the inputs' components `[at least r, in]`."""
 
   PEFT: ClassVar = None
 
-  def start(self, key, place, w, seen=None):
-    if seen is None:
+  def init_arrays(self, key, spec, w, stats=None):
+    if stats is None:
       raise UserError(
         "EVA: needs the inputs' principal directions; give Adapt.init_stats"
       )
-    trained, _ = super().start(key, place, w)
-    return {"a": seen[: self.rank], "b": trained["b"]}, {}
+    trained, _ = super().init_arrays(key, spec, w)
+    return {"a": stats[: self.rank], "b": trained["b"]}, {}
 
   def exported(self, p):
-    return self.plain(), p
+    return self.as_lora(), p
 
 
 def ranks(explained: Mapping[str, Any], rank: int) -> dict[str, int]:
-  """Returns each matrix's rank: the best directions of all, `rank` on average.
+  """Returns address -> rank, from the components that explain most variance.
+
+  Takes the best components of all matrices, `rank` per matrix on average.
 
   Args:
-    explained: by address, `[directions]`: the share of the inputs' variance
-      that each explains, in falling order.
-    rank: average; 0 is a possible result for a matrix.
+    explained: address -> shares of the inputs' variance that each component
+      explains, descending.
+    rank: average rank; a single matrix may get 0.
   """
   pool = [
     (-float(share), path, i)

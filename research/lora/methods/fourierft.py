@@ -1,4 +1,4 @@
-"""FourierFT: a few entries of the update's spectrum are trained.
+"""FourierFT: trains a few entries of the update's 2D Fourier spectrum.
 
 Gao et al. 2024 (arXiv:2405.03003), equations 2 to 4.
 """
@@ -9,18 +9,18 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from research.lora.method import DenseDelta, dense_fp32, zeros
-from research.lora.torch_rng import drawn_places
+from research.lora.torch_rng import randperm_prefix
 from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FourierFT(DenseDelta):
-  """The real part of the inverse transform of `spectrum`, times `scaling`.
+  """The real part of the inverse FFT of `spectrum`, times `scaling`.
 
   Attributes:
-    frequencies: how many are trained.
-    scaling: of the update.
-    seed: of their places, which are PEFT's for the same seed.
+    frequencies: number of trained spectral entries.
+    scaling: factor of the update.
+    seed: seed of their positions, which equal PEFT's for the same seed.
   """
 
   frequencies: int = 1000
@@ -32,7 +32,7 @@ class FourierFT(DenseDelta):
     n_frequency=1000, scaling=150.0, random_loc_seed=777
   )
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     return {"spectrum": zeros(self.frequencies)}, {}
 
   def delta(self, p, w):
@@ -42,7 +42,7 @@ class FourierFT(DenseDelta):
         f"FourierFT: frequencies is {self.frequencies}, expected at most "
         f"{size_in * size_out}, the entries of the matrix"
       )
-    places = drawn_places(self.seed, size_in * size_out, self.frequencies)
+    places = randperm_prefix(self.seed, size_in * size_out, self.frequencies)
     full = (
       jnp.zeros(size_out * size_in).at[places].set(dense_fp32(p["spectrum"]))
     )
@@ -52,13 +52,13 @@ class FourierFT(DenseDelta):
   def axes(self, names):
     return {"spectrum": (None,)}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["spectrum"].any()
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"fourierft_spectrum": p["spectrum"]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"spectrum": tensors["fourierft_spectrum"]}, {}
 
   def peft_fields(self, methods):

@@ -1,4 +1,4 @@
-"""GraLoRA: a low-rank pair for each of k x k blocks of the matrix.
+"""GraLoRA: a separate low-rank update for each of k x k blocks of the matrix.
 
 Jung et al. 2025 (arXiv:2505.20355), section 3: k times the rank of LoRA with
 the same number of parameters.
@@ -26,23 +26,23 @@ class GraLoRA(Method):
   blocks: int = 2
 
   PEFT: ClassVar = "GRALORA"
-  VARIES: ClassVar = ()
+  PER_MODULE: ClassVar = ()
   PEFT_DEFAULTS: ClassVar = dict(
     r=32, alpha=64, gralora_k=2, gralora_dropout=0.0
   )
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     k, r = self.blocks, self.rank
     for name, n in (
       ("rank", r),
-      ("in", place.size_in),
-      ("out", place.size_out),
+      ("in", spec.size_in),
+      ("out", spec.size_out),
     ):
       if n % k:
         raise UserError(f"GraLoRA: {name} {n} is not a multiple of blocks {k}")
-    size = place.size_in // k
+    size = spec.size_in // k
     a = uniform(key, (k, size, r), size**-0.5)
-    return {"a": a, "b": zeros(k, r, place.size_out // k)}, {}
+    return {"a": a, "b": zeros(k, r, spec.size_out // k)}, {}
 
   def delta(self, p, w):
     return self._product(jnp.eye(w.shape[-2]), p)
@@ -56,7 +56,7 @@ class GraLoRA(Method):
     k = self.blocks
     a, b = (p[name].astype(x.dtype) for name in "ab")
     z = jnp.einsum("...ni,nir->...nr", x.reshape(*x.shape[:-1], k, -1), a)
-    # Part j of every input block's rank goes to output block j.
+    # Slice j of the rank of every input block goes to output block j.
     z = z.reshape(*z.shape[:-1], k, -1).swapaxes(-3, -2)
     z = z.reshape(*z.shape[:-2], -1)
     y = jnp.einsum("...jr,jro->...jo", z, b)
@@ -65,13 +65,13 @@ class GraLoRA(Method):
   def axes(self, names):
     return dict.fromkeys("ab", (None, None, None))
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not (p["a"].any() and p["b"].any())
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"gralora_A": p["a"], "gralora_B": p["b"]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"a": tensors["gralora_A"], "b": tensors["gralora_B"]}, {}
 
   def peft_fields(self, methods):

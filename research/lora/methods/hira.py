@@ -1,7 +1,7 @@
-"""HiRA: the base times a low-rank matrix, entry by entry.
+"""HiRA: the elementwise product of the base and a low-rank matrix.
 
-Huang et al. 2025 (ICLR), equation 4: `w (1 + aᵀb)`, so the update may have
-full rank; zeros of the base stay zero.
+Huang et al. 2025 (ICLR), equation 4: `w * (1 + aᵀb)`. The update may have full
+rank; zeros of the base stay zero.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ class HiRA(DenseDelta):
   rank: int = 32
 
   PEFT: ClassVar = "HIRA"
-  VARIES: ClassVar = ("alpha",)
-  # PEFT has the field and takes r for every module.
-  PEFT_HARMLESS: ClassVar = ("rank_pattern",)
+  PER_MODULE: ClassVar = ("alpha",)
+  # PEFT has the field but uses r for every module.
+  PEFT_IGNORED: ClassVar = ("rank_pattern",)
   PEFT_DEFAULTS: ClassVar = dict(r=32, hira_dropout=0.0)
 
-  def start(self, key, place, w, seen=None):
-    a = uniform(key, (self.rank, place.size_in), place.size_in**-0.5)
-    return {"a": a, "b": zeros(self.rank, place.size_out)}, {}
+  def init_arrays(self, key, spec, w, stats=None):
+    a = uniform(key, (self.rank, spec.size_in), spec.size_in**-0.5)
+    return {"a": a, "b": zeros(self.rank, spec.size_out)}, {}
 
   def delta(self, p, w):
     return dense_fp32(w) * (dense_fp32(p["a"]).T @ dense_fp32(p["b"]))
@@ -32,13 +32,13 @@ class HiRA(DenseDelta):
   def axes(self, names):
     return {"a": (None, names[0]), "b": (None, names[1])}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not (p["a"].any() and p["b"].any())
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"hira_A": p["a"], "hira_B": p["b"].T}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"a": tensors["hira_A"], "b": tensors["hira_B"].T}, {}
 
   def peft_fields(self, methods):

@@ -1,7 +1,7 @@
-"""(IA)^3: one trained factor for each output, or input, of a matrix.
+"""(IA)^3: a trained scale per output, or per input, of a matrix.
 
-Liu et al. 2022 (arXiv:2205.05638), section 3.3: keys and values by output,
-feed-forward layers by the input of their second matrix.
+Liu et al. 2022 (arXiv:2205.05638), section 3.3: scales the outputs of keys and
+values, and the inputs of the feed-forward's second matrix.
 """
 
 import dataclasses
@@ -16,23 +16,23 @@ from research.lora.method import Method, contracts_output, dense_fp32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IA3(Method):
-  """`w` times `l`, which starts as 1; rank and alpha mean nothing.
+  """`w` times `l`, initialised to 1; rank and alpha are not used.
 
-  What is scaled by output is the whole of it, a bias included.
+  A scale per output also scales the bias.
 
   Attributes:
-    feedforward: ends of names of the matrices that are scaled by input.
-    by_input: whether this matrix is one; set by `at`.
+    feedforward: name suffixes of the matrices that are scaled per input.
+    by_input: whether this matrix is scaled per input; set by `for_matrix`.
   """
 
   feedforward: tuple[str, ...] = ("down", "down_proj")
   by_input: bool = False
 
-  DROPS: ClassVar = False
+  SUPPORTS_DROPOUT: ClassVar = False
   PEFT: ClassVar = "IA3"
-  VARIES: ClassVar = ("rank", "alpha", "by_input", "feedforward")
+  PER_MODULE: ClassVar = ("rank", "alpha", "by_input", "feedforward")
 
-  def at(self, name, sizes):
+  def for_matrix(self, name, sizes):
     ends = tuple(f"/{end}" for end in self.feedforward)
     by_input = f"/{name.replace('.', '/')}".endswith(ends)
     return dataclasses.replace(self, by_input=by_input)
@@ -41,8 +41,8 @@ class IA3(Method):
   def output_gain(self):
     return None if self.by_input else "l"
 
-  def start(self, key, place, w, seen=None):
-    size = place.size_in if self.by_input else place.size_out
+  def init_arrays(self, key, spec, w, stats=None):
+    size = spec.size_in if self.by_input else spec.size_out
     return {"l": jnp.ones(size, jnp.float32)}, {}
 
   def delta(self, p, w):
@@ -68,10 +68,10 @@ class IA3(Method):
   def axes(self, names):
     return {"l": (names[0 if self.by_input else 1],)}
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"ia3_l": p["l"][None] if self.by_input else p["l"][:, None]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"l": tensors["ia3_l"].reshape(-1)}, {}
 
   def peft_fields(self, methods):

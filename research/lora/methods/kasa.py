@@ -1,4 +1,4 @@
-"""KaSA: LoRA with singular values of its own, over a base without its smallest.
+"""KaSA: LoRA with trained singular values; removes the base's smallest ones.
 
 Wang et al. 2024 (arXiv:2412.06071), equations 6 to 8.
 """
@@ -20,11 +20,12 @@ from research.typing import UserError
 class KaSA(LoRA):
   """`w - a0ᵀb0 + s aᵀ diag(d) b`, with a0, b0 the smallest r singular triples.
 
-  The base stays what it is; what the authors take out of it is subtracted
-  where the adapter is applied. So a fresh adapter is not its base.
+  The authors remove the smallest triples from the base; here the base is
+  unchanged and the adapter subtracts them. A new adapter therefore changes the
+  model's outputs.
 
   Attributes:
-    beta, gamma: of the authors' regularisation, for PEFT's file.
+    beta, gamma: weights of the authors' regularisation, stored in PEFT's file.
   """
 
   beta: float = 1e-4
@@ -34,16 +35,16 @@ class KaSA(LoRA):
 
   @property
   def pair_scale(self):
-    return None  # of each term, d times that
+    return None  # each term has its own factor d
 
   @property
   def starts_as_base(self):
-    return False  # which loses its smallest singular values
+    return False  # subtracts the base's smallest singular triples
 
-  def start(self, key, place, w, seen=None):
-    if place.embedding:
-      raise UserError("KaSA: no start for embeddings")
-    trained, _ = super().start(key, place, w)
+  def init_arrays(self, key, spec, w, stats=None):
+    if spec.embedding:
+      raise UserError("KaSA: found an embedding, expected a linear layer")
+    trained, _ = super().init_arrays(key, spec, w)
     d = normal(jax.random.fold_in(key, 1), (self.rank,))
     return trained | {"d": d}, self._dropped(w)
 
@@ -57,7 +58,7 @@ class KaSA(LoRA):
     return {"a0": (u * s).T, "b0": v}
 
   def _terms(self, p):
-    """Returns two pairs of factors: of what is added, and taken away."""
+    """Returns two factor pairs: of the added and of the subtracted product."""
     scaled = p["b"] * (self.scale * p["d"])[..., None]
     return (p["a"], scaled), (p["a0"], p["b0"])
 
@@ -78,14 +79,14 @@ class KaSA(LoRA):
     cut = super().axes(names)
     return cut | {"a0": cut["a"], "b0": cut["b"], "d": (None,)}
 
-  def to_peft(self, p, place):
-    return super().to_peft(p, place) | {"lora_diag": p["d"]}
+  def to_peft(self, p, spec):
+    return super().to_peft(p, spec) | {"lora_diag": p["d"]}
 
-  def from_peft(self, tensors, place, w):
-    trained, _ = super().from_peft(tensors, place, w)
+  def from_peft(self, tensors, spec, w):
+    trained, _ = super().from_peft(tensors, spec, w)
     return trained | {"d": tensors["lora_diag"]}, self._dropped(w)
 
-  def idle(self, p):
+  def is_noop(self, p):
     return False
 
   def peft_fields(self, methods):

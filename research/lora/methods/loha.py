@@ -1,4 +1,4 @@
-"""LoHa: the entrywise product of two low-rank matrices.
+"""LoHa: the elementwise (Hadamard) product of two low-rank matrices.
 
 Hyeon-Woo et al. 2022 (FedPara, arXiv:2108.06098), proposition 2; LyCORIS. The
 rank of the update is at most `r^2`.
@@ -12,7 +12,7 @@ import jax
 from research.lora.method import DenseDelta, dense_fp32, uniform, zeros
 
 NAMES = {"b1": "w1_a", "a1": "w1_b", "b2": "w2_a", "a2": "w2_b"}
-"""Ours -> PEFT's; those whose input is the rank are turned."""
+"""Our names -> PEFT's; PEFT stores the b factors transposed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class LoHa(DenseDelta):
   PEFT_PATTERNS: ClassVar = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
   PEFT_DEFAULTS: ClassVar = dict(r=8, alpha=8)
 
-  def start(self, key, place, w, seen=None):
-    r, size_in, size_out = self.rank, place.size_in, place.size_out
+  def init_arrays(self, key, spec, w, stats=None):
+    r, size_in, size_out = self.rank, spec.size_in, spec.size_out
     k = [jax.random.fold_in(key, i) for i in range(3)]
     return dict(
       a1=uniform(k[0], (r, size_in), size_in**-0.5),
@@ -44,16 +44,16 @@ class LoHa(DenseDelta):
     a, b = (None, names[0]), (None, names[1])
     return dict(a1=a, b1=b, a2=a, b2=b)
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not all(x.any() for x in p.values())
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {
       f"hada_{theirs}": p[ours].T if ours[0] == "b" else p[ours]
       for ours, theirs in NAMES.items()
     }
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {
       ours: tensors[f"hada_{theirs}"].T
       if ours[0] == "b"

@@ -1,4 +1,4 @@
-"""LoKr: a Kronecker product, its larger factor of low rank.
+"""LoKr: a Kronecker product whose larger factor has low rank.
 
 LyCORIS (Yeh et al. 2023, arXiv:2309.14859), section 3: with `in = m n` and
 `out = l k`, the update is `s w1 x w2`, `w1 [m, l]`, `w2 [n, k]`.
@@ -20,20 +20,20 @@ from research.lora.method import (
 )
 from research.typing import UserError
 
-FEW = 16
-"""Rows, as in decoding, that are multiplied by one factor after the other.
+FEW_ROWS = 16
+"""Number of rows up to which a product applies the factors one by one.
 
-More of them are faster by the whole matrix, since sides of 24 or so leave the
-matrix units idle."""
+As in decoding. More rows are faster with the full matrix, since factors with
+sides of about 24 do not fill matrix units."""
 
 
 def factors(size: int, factor: int) -> tuple[int, int]:
-  """Returns two numbers with product `size`, the smaller first.
+  """Splits `size` into a product of two integers.
 
   Args:
-    size: to be split.
-    factor: of it, which is then the first; -1, or one that does not divide
-      it, for the divisors closest to each other (at most `factor`).
+    size: the integer to split.
+    factor: the first integer, if it divides `size`; otherwise the result is
+      the pair of closest divisors, smaller first, at most `factor` unless -1.
   """
   if factor > 0 and size % factor == 0:
     return factor, size // factor
@@ -45,13 +45,13 @@ def factors(size: int, factor: int) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoKr(DenseDelta):
-  """`s = alpha / r`, also where no factor is of low rank.
+  """`s = alpha / r`, even if no factor has low rank.
 
   Attributes:
-    factor: of both sizes, see `factors`.
-    both: whether w1 may be of low rank, too.
-    window: places of a kernel, `kh kw`, whose matrix is `[in kh kw, out]`:
-      the first factor has none of them, as in PEFT.
+    factor: splits both sizes, see `factors`.
+    both: whether w1 may have low rank, too.
+    window: size `kh kw` of a convolution kernel with matrix `[in kh kw, out]`;
+      only the second factor covers the window, as in PEFT.
   """
 
   alpha: float = 8.0
@@ -66,23 +66,23 @@ class LoKr(DenseDelta):
   )
 
   def _sizes(self, size_in, size_out):
-    """Returns (in, out) of w1 and of w2, whose places do not count."""
+    """Returns (in, out) of w1, and of w2 without the kernel's window."""
     if size_in % self.window:
       raise UserError(
-        f"LoKr.window: {self.window} places do not divide {size_in} inputs of"
-        " a kernel's matrix; expected kh kw"
+        f"LoKr.window: {self.window} does not divide the {size_in} inputs of a"
+        " kernel's matrix; expected kh kw"
       )
     m, n = factors(size_in // self.window, self.factor)
     l, k = factors(size_out, self.factor)
     return (m, l), (n, k)
 
-  def start(self, key, place, w, seen=None):
-    first, second = self._sizes(place.size_in, place.size_out)
+  def init_arrays(self, key, spec, w, stats=None):
+    first, second = self._sizes(spec.size_in, spec.size_out)
     r, out = self.rank, {}
     whole = dict(
       w1=not (self.both and r < max(first) / 2), w2=not r < max(second) / 2
     )
-    # The first factor (or its output side) is zero, the rest Kaiming uniform.
+    # w1 (or w1_b) is zero, the others are Kaiming uniform.
     n, k = second
     second = n * self.window, k
     for i, (name, (n, k)) in enumerate((("w1", first), ("w2", second))):
@@ -120,12 +120,12 @@ class LoKr(DenseDelta):
     return (self.alpha / self.rank * y).reshape(*y.shape[:-2], -1)
 
   def axes(self, names):
-    # Small: a side of each factor is about the root of a side of w.
+    # Not sharded: a factor's side is about the square root of a side of w.
     every = ("w1", "w2", "w1_a", "w1_b", "w2_a", "w2_b")
     return dict.fromkeys(every, (None, None))
 
-  def to_peft(self, p, place):
-    # Theirs are [out, in]: what is ours `b [r, out]` is their `a`.
+  def to_peft(self, p, spec):
+    # PEFT's matrices are [out, in], so our `b [r, out]` is PEFT's `a`.
     swap = {"w1": "w1", "w2": "w2"} | {
       f"{w}_{x}": f"{w}_{y}" for w in ("w1", "w2") for x, y in ("ab", "ba")
     }
@@ -134,7 +134,7 @@ class LoKr(DenseDelta):
       for name, x in p.items()
     }
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     turn = {"_a": "_b", "_b": "_a"}
     out = {}
     for key, x in tensors.items():
@@ -164,4 +164,4 @@ class LoKr(DenseDelta):
 
 
 def _few(x):
-  return x.size < FEW * x.shape[-1]
+  return x.size < FEW_ROWS * x.shape[-1]

@@ -1,4 +1,4 @@
-"""LoRA: `w + s aᵀ b`, and what only chooses `s` or the start.
+"""LoRA, `w + s aᵀ b`, with rsLoRA's scale and several initialisations.
 
 Hu et al. 2021 (arXiv:2106.09685), equation 3; rsLoRA: Kalajdzievski 2023
 (arXiv:2312.03732). `a [r, in]`, `b [r, out]`.
@@ -26,22 +26,23 @@ KEYS = {
   False: ("lora_A.weight", "lora_B.weight"),
   True: ("lora_embedding_A", "lora_embedding_B"),
 }
-"""PEFT's names of A and B, by whether the module is an embedding."""
+"""PEFT's names of A and B; the key tells whether the module is an embedding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRA(Method):
-  """Two thin factors.
+  """Low-rank adaptation.
 
-  A new adapter computes exactly what its base does: b = 0 (for an embedding
-  a = 0, as in PEFT); but see `init`.
+  A new adapter leaves outputs exactly as they are, since b = 0 (a = 0 for an
+  embedding, as in PEFT); see `init` for exceptions.
 
   Attributes:
-    rslora: scale `alpha / sqrt(r)` instead of `alpha / r`.
-    init: of a: uniform within `in**-0.5` (PEFT's default), or normal with
-      standard deviation `1 / r`. With 'orthogonal' neither factor is 0, and
-      `aᵀb` is but for rounding, so that both learn at once; with 'random'
-      (PEFT's False, for tests) `aᵀb` is not.
+    rslora: whether the scale is `alpha / sqrt(r)` instead of `alpha / r`.
+    init: 'peft' draws a uniform in +-`in**-0.5` (PEFT's default), 'gaussian'
+      normal with standard deviation `1 / r`. With 'orthogonal' both factors
+      are nonzero and `aᵀb` is 0 up to rounding, so that both have gradients
+      from the first step. With 'random' (PEFT's False, for tests) `aᵀb` is
+      nonzero.
   """
 
   rslora: bool = False
@@ -53,7 +54,7 @@ class LoRA(Method):
 
   @property
   def scale(self) -> float:
-    """`s`; never trained."""
+    """`s`, a constant."""
     return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
   @property
@@ -64,17 +65,17 @@ class LoRA(Method):
   def starts_as_base(self):
     return self.init != "random"
 
-  def plain(self) -> "LoRA":
-    """Returns what computes the same once a start has been made."""
+  def as_lora(self) -> "LoRA":
+    """Returns the plain LoRA that computes the same from given arrays."""
     own = {f.name: getattr(self, f.name) for f in dataclasses.fields(LoRA)}
     return LoRA(**own)
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     r = self.rank
-    size_in, size_out = place.size_in, place.size_out
+    size_in, size_out = spec.size_in, spec.size_out
     a, b = zeros(r, size_in), zeros(r, size_out)
     other = jax.random.fold_in(key, 1)
-    if place.embedding:
+    if spec.embedding:
       b = normal(key, (r, size_out))
       if self.init == "random":
         a = normal(other, (r, size_in))
@@ -83,7 +84,7 @@ class LoRA(Method):
     elif self.init == "orthogonal":
       a, b = _orthogonal(key, r, size_in, size_out)
     else:
-      # Kaiming uniform with a = sqrt(5), which is what PEFT calls for.
+      # Equal to PEFT's Kaiming uniform with a = sqrt(5).
       a = uniform(key, (r, size_in), size_in**-0.5)
       if self.init == "random":
         b = uniform(other, (r, size_out), r**-0.5)
@@ -96,7 +97,7 @@ class LoRA(Method):
     first, second = (
       (p["b"], p["a"]) if contracts_output(eq) else (p["a"], p["b"])
     )
-    # The scale rides on a thin factor, never on the wide output.
+    # Scale the thin factor rather than the wide output.
     second = second * jnp.asarray(self.scale, second.dtype)
     return low_rank(x, first, second)
 
@@ -111,15 +112,15 @@ class LoRA(Method):
   def axes(self, names):
     return {"a": (None, names[0]), "b": (None, names[1])}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not (p["a"].any() and p["b"].any())
 
-  def to_peft(self, p, place):
-    a, b = KEYS[place.embedding]
+  def to_peft(self, p, spec):
+    a, b = KEYS[spec.embedding]
     return {a: p["a"], b: p["b"].T}
 
-  def from_peft(self, tensors, place, w):
-    a, b = KEYS[place.embedding]
+  def from_peft(self, tensors, spec, w):
+    a, b = KEYS[spec.embedding]
     return {"a": tensors[a], "b": tensors[b].T}, {}
 
   def peft_fields(self, methods):
@@ -144,7 +145,7 @@ class LoRA(Method):
 
 
 def _orthogonal(key, rank, size_in, size_out):
-  """Returns factors that use orthogonal halves of the rank.
+  """Returns factors in orthogonal halves of the rank space.
 
   datta0.github.io/posts/rethink-lora-init; PEFT's `orthogonal_init`.
   """

@@ -1,7 +1,7 @@
-"""MiSS: one small matrix shared by all groups of `r` inputs.
+"""MiSS: one small trained matrix, shared by all groups of `r` inputs.
 
 Kang and Yin 2024 (arXiv:2409.15371): every group of r inputs has the same
-update, so the update is that of LoRA with a fixed 0/1 factor.
+update, which equals LoRA with a fixed 0/1 factor.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ class MiSS(Method):
   rank: int = 64
 
   PEFT: ClassVar = "MISS"
-  VARIES: ClassVar = ("alpha",)
-  PEFT_HARMLESS: ClassVar = ("mini_r",)
+  PER_MODULE: ClassVar = ("alpha",)
+  PEFT_IGNORED: ClassVar = ("mini_r",)
   PEFT_DEFAULTS: ClassVar = dict(r=64, miss_dropout=0.0)
 
-  def start(self, key, place, w, seen=None):
-    return {"d": zeros(self.rank, place.size_out)}, {}
+  def init_arrays(self, key, spec, w, stats=None):
+    return {"d": zeros(self.rank, spec.size_out)}, {}
 
   def delta(self, p, w):
     n = w.shape[-2]
@@ -40,13 +40,13 @@ class MiSS(Method):
   def axes(self, names):
     return {"d": (None, names[1])}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["d"].any()
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"miss_block": p["d"]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"d": tensors["miss_block"]}, {}
 
   def peft_fields(self, methods):

@@ -1,4 +1,4 @@
-"""MoRA: one square matrix between parameter-free compression and expansion.
+"""MoRA: a trained square matrix between fixed compression and expansion.
 
 Jiang et al. 2024 (arXiv:2405.12130), section 4: as many parameters as LoRA of
 rank r, in a matrix of side `sqrt((in + out) r)`, hence of higher rank.
@@ -15,12 +15,12 @@ from research.lora.method import Method, contracts_output, dense_fp32, zeros
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoRA(Method):
-  """`expand(m compress(x))`, `m [side, side]` starts as zero; no scale.
+  """`expand(m compress(x))`, `m [side, side]` initialised to zero; no scale.
 
   Attributes:
-    form: 'share' adds the groups of the input up and repeats the output (the
-      authors' type 1, for large ranks); 'rotate' multiplies every group, told
-      apart by a rotation (their type 6).
+    form: 'share' sums groups of inputs and repeats the output (the authors'
+      type 1, for large ranks); 'rotate' rotates each group by its own angle
+      and multiplies every group by `m` (their type 6).
   """
 
   form: Literal["rotate", "share"] = "rotate"
@@ -30,8 +30,8 @@ class MoRA(Method):
     side = int(((size_in + size_out) * self.rank) ** 0.5 + 0.5)
     return max(side // 2 * 2, 2) if self.form == "rotate" else side
 
-  def start(self, key, place, w, seen=None):
-    side = self.side(place.size_in, place.size_out)
+  def init_arrays(self, key, spec, w, stats=None):
+    side = self.side(spec.size_in, spec.size_out)
     return {"m": zeros(side, side)}, {}
 
   def delta(self, p, w):
@@ -44,11 +44,12 @@ class MoRA(Method):
 
   def _product(self, x, m, size_out):
     side = m.shape[0]
-    # Cut along what is folded here, XLA gives wrong gradients of x (jax 0.12).
-    # Groups straddle cuts anyway: left to itself it gathers, or permutes more
-    # often. Only activations are gathered, of a device's own rows.
+    # Unsharded here: for an x sharded along the axis that is reshaped into
+    # groups, XLA computes wrong gradients (jax 0.12). Groups straddle shards
+    # anyway, so XLA would gather, or permute more often. This gathers the
+    # activations of a device's own rows only.
     x = sharding.unsharded(x)
-    # Filled up with its own first entries.
+    # Pad x with its own first entries.
     more = -x.shape[-1] % side
     again = jnp.concatenate([x] * -(-more // x.shape[-1]), -1) if more else x
     x = jnp.concatenate([x, again[..., :more]], -1)
@@ -64,7 +65,7 @@ class MoRA(Method):
 
 
 def _rotated(x):
-  """Returns group j, `[side]`, turned by the angles `j 10000^(-2i/side)`."""
+  """Rotates each group j `[side]` by the angles `j 10000^(-2i/side)`."""
   groups, side = x.shape[-2:]
   rates = 10000.0 ** (-jnp.arange(0, side, 2) / side)
   angles = jnp.arange(groups)[:, None] * rates

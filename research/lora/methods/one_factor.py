@@ -1,4 +1,4 @@
-"""LoRA with one factor fixed."""
+"""LoRA with one trained and one fixed factor: LoRA-FA and MiCA."""
 
 import dataclasses
 from typing import ClassVar
@@ -14,19 +14,19 @@ from research.typing import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAFA(LoRA):
-  """Zhang et al. 2023 (arXiv:2308.03303): a stays as it was drawn.
+  """LoRA-FA: a stays at its random initialisation, only b is trained.
 
-  For the authors' preconditioned update of b see `optim.riemannian`.
-  Where b comes last, which is everywhere but in a tied head, all that the
-  backward pass keeps of an input is its product with a.
+  Zhang et al. 2023 (arXiv:2308.03303). For the authors' preconditioned update
+  of b see `optim.riemannian`. Where b is applied last (everywhere but in a
+  tied head), the backward pass saves `x aᵀ` instead of the input x.
   """
 
-  def start(self, key, place, w, seen=None):
-    trained, _ = super().start(key, place, w)
+  def init_arrays(self, key, spec, w, stats=None):
+    trained, _ = super().init_arrays(key, spec, w)
     return {"b": trained["b"]}, {"a": trained["a"]}
 
-  def from_peft(self, tensors, place, w):
-    trained, _ = super().from_peft(tensors, place, w)
+  def from_peft(self, tensors, spec, w):
+    trained, _ = super().from_peft(tensors, spec, w)
     return {"b": trained["b"]}, {"a": trained["a"]}
 
   PEFT: ClassVar = None
@@ -38,22 +38,24 @@ class LoRAFA(LoRA):
     return low_rank_after(x, p["a"], b)
 
   def exported(self, p):
-    return self.plain(), p
+    return self.as_lora(), p
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MiCA(LoRA):
-  """Only a is trained; b is what the weight's output uses least: the left
-  singular vectors (of PEFT's `[out, in]`) of the smallest singular values.
+  """MiCA: b is fixed to minor singular vectors of the base, a is trained.
+
+  They are the left singular vectors (of PEFT's `[out, in]`) of the smallest
+  singular values.
   """
 
   PEFT: ClassVar = None
 
-  def start(self, key, place, w, seen=None):
-    if place.embedding:
-      raise UserError("MiCA: no start for embeddings")
+  def init_arrays(self, key, spec, w, stats=None):
+    if spec.embedding:
+      raise UserError("MiCA: found an embedding, expected a linear layer")
     _, _, v = spectrum.smallest(dense_fp32(w), self.rank)
-    return {"a": zeros(self.rank, place.size_in)}, {"b": v}
+    return {"a": zeros(self.rank, spec.size_in)}, {"b": v}
 
   def exported(self, p):
-    return self.plain(), p
+    return self.as_lora(), p

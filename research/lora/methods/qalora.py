@@ -1,9 +1,9 @@
-"""QA-LoRA: inputs pooled in groups, so that merging moves zero points only.
+"""QA-LoRA: group-pooled inputs, so that merging changes zero points only.
 
-Xu et al. 2023 (arXiv:2309.14717), equation 4: a sees the mean of each group of
-inputs, so the update is constant within a group of a row; added to an affine
-4-bit base it changes the groups' offsets and no code. PEFT's factor on the
-mean is the number of groups.
+Xu et al. 2023 (arXiv:2309.14717), equation 4: a multiplies the mean of each
+group of inputs, so the update is constant within a group. Merged into an affine
+4-bit base it changes the groups' offsets and no code. PEFT multiplies the mean
+by the number of groups.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ class QALoRA(LoRA):
   """`a [r, in / group]`, `b [r, out]`.
 
   Attributes:
-    group: inputs that are pooled; a multiple of the base's groups where the
-      adapter is to be merged into it.
+    group: inputs per pooled group; must be a multiple of the base's group for
+      merging into a packed base.
   """
 
   group: int = 16
@@ -32,20 +32,20 @@ class QALoRA(LoRA):
 
   @property
   def pair_scale(self):
-    return None  # a group of inputs moves at once
+    return None  # a [r, groups] is not [r, in]
 
-  def start(self, key, place, w, seen=None):
-    if place.embedding or place.size_in % self.group:
-      what = "an embedding" if place.embedding else f"{place.size_in} inputs"
+  def init_arrays(self, key, spec, w, stats=None):
+    if spec.embedding or spec.size_in % self.group:
+      what = "an embedding" if spec.embedding else f"{spec.size_in} inputs"
       raise UserError(
         f"QALoRA: found {what}, expected inputs in groups of {self.group}"
       )
-    groups = place.size_in // self.group
+    groups = spec.size_in // self.group
     a = uniform(key, (self.rank, groups), groups**-0.5)
-    return {"a": a, "b": zeros(self.rank, place.size_out)}, {}
+    return {"a": a, "b": zeros(self.rank, spec.size_out)}, {}
 
   def _factor(self, p):
-    """Returns what an input's own share of its group's feature is."""
+    """Returns the weight of one input in its group's pooled feature."""
     return p["a"].shape[-1] / self.group
 
   def _pooled(self, x, p):
@@ -78,17 +78,20 @@ class QALoRA(LoRA):
 
 
 def merged_offsets(t: Any) -> Any:
-  """Returns the base of an adapter with the update in its groups' offsets.
+  """Merges a QA-LoRA adapter into the offsets of its packed base.
 
-  Codes and scales stay what they are; the only rounding is that of the offsets
-  to their dtype.
+  Codes and scales are unchanged; only the offsets are rounded, to their dtype.
 
   Args:
-    t: an `AdaptedTensor` of this method over a base with an offset a group
-      (ggml's Q4_1 or Q5_1), its blocks along the inputs.
+    t: an `AdaptedTensor` of this method over a base with one offset per group
+      (ggml's Q4_1 or Q5_1) and blocks along the inputs.
+
+  Returns:
+    the base with the new offsets.
 
   Raises:
-    UserError: the base has no offsets, or groups that the adapter's cut.
+    UserError: the base has no offsets, or the adapter's group is no multiple
+      of the base's.
   """
   w, method = t.w, t.method
   parts = getattr(w, "parts", {})

@@ -1,7 +1,7 @@
 """RandLoRA: a full-rank sum of fixed random low-rank matrices.
 
-Albert et al. 2025 (arXiv:2502.00987), equation 4. What is trained are weights
-of the random factors: `l [r, n]` and `g [n, least]`.
+Albert et al. 2025 (arXiv:2502.00987), equation 4. Trains the scales of the
+random factors, `l [r, n]` and `g [n, least]`.
 """
 
 import dataclasses
@@ -23,13 +23,14 @@ from research.lora.method import (
 class RandLoRA(Method):
   """`s sum_j B_j diag(l_j) A diag(g_j)`, or its transpose, `s = alpha / r`.
 
-  With `least` and `most` the sides of the matrix, `n = ceil(least / r)` bases:
-  `a [r, least]`, `b [most, n, r]`, first parts of arrays that all share; each
-  holds its own part, so that layers can be scanned.
+  With `least` and `most` the smaller and larger side of the matrix there are
+  `n = ceil(least / r)` bases: `a [r, least]` and `b [most, n, r]`, leading
+  parts of arrays that all matrices share. Each adapter stores its own part, so
+  that layers can be scanned.
 
   Attributes:
-    seed: of a and b.
-    widest: the largest input and output of all matrices; set by `at`.
+    seed: seed of a and b.
+    widest: largest input and output of all matrices; set by `for_matrix`.
   """
 
   rank: int = 32
@@ -37,26 +38,26 @@ class RandLoRA(Method):
   seed: int = 0
   widest: tuple[int, int] = (0, 0)
 
-  VARIES: ClassVar = ()
+  PER_MODULE: ClassVar = ()
   PEFT: ClassVar = "RANDLORA"
   PEFT_SHARED: ClassVar = ("randlora_A", "randlora_B")
   PEFT_DEFAULTS: ClassVar = dict(
     r=32, randlora_alpha=640, randlora_dropout=0.0, projection_prng_key=0
   )
-  PEFT_HARMLESS: ClassVar = ("sparse", "very_sparse")
+  PEFT_IGNORED: ClassVar = ("sparse", "very_sparse")
 
-  def at(self, name, sizes):
+  def for_matrix(self, name, sizes):
     widest = tuple(map(max, zip(*sizes.values(), strict=True)))
     return dataclasses.replace(self, widest=widest or (0, 0))
 
   def _bases(self, least):
     return -(-least // self.rank)
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     one, two = jax.random.split(jax.random.key(self.seed))
-    least, most = sorted((place.size_in, place.size_out))
+    least, most = sorted((spec.size_in, spec.size_out))
     r, n = self.rank, self._bases(least)
-    # PEFT divides by the standard deviation: here it is 1 by the bound.
+    # PEFT divides by the standard deviation, which `_rows` makes 1.
     a = _rows(one, least, (r,))
     b = jax.vmap(
       lambda j: _rows(jax.random.fold_in(two, j), most, (r,)), out_axes=1
@@ -65,10 +66,10 @@ class RandLoRA(Method):
     return {"l": zeros(r, n), "g": g}, {"a": a.T, "b": b}
 
   def _factors(self, p):
-    """Returns `[q, in]` and `[q, out]`, q = n r, whose product is added."""
+    """Returns `[q, least]` and `[q, most]`, q = n r, factors of the update."""
     l, g, a, b = (dense_fp32(p[name]) for name in "lgab")
-    # Their order of a base and a rank differs between the factors in PEFT,
-    # which pairs other columns of b with l than the equation does.
+    # PEFT flattens (base, rank) in different orders in the two factors, so it
+    # pairs other columns of b with l than the equation. This follows PEFT.
     small = (l[:, :, None] * a[:, None] * g).reshape(-1, g.shape[-1])
     return small * (self.alpha / self.rank), b.reshape(len(b), -1).T
 
@@ -90,7 +91,7 @@ class RandLoRA(Method):
   def axes(self, names):
     return dict(l=(None, None), g=(None, None), a=(None, None), b=(None,) * 3)
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not (p["l"].any() and p["g"].any())
 
   def shared_shapes(self):
@@ -100,7 +101,7 @@ class RandLoRA(Method):
       randlora_A=(self.rank, 1, least), randlora_B=(most, n, self.rank)
     )
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return dict(
       randlora_lambda=p["l"],
       randlora_gamma=p["g"],
@@ -108,8 +109,8 @@ class RandLoRA(Method):
       randlora_B=p["b"],
     )
 
-  def from_peft(self, tensors, place, w):
-    least, most = sorted((place.size_in, place.size_out))
+  def from_peft(self, tensors, spec, w):
+    least, most = sorted((spec.size_in, spec.size_out))
     fixed = {
       "a": tensors["randlora_A"][:, 0, :least],
       "b": tensors["randlora_B"][:most, : self._bases(least)],

@@ -1,9 +1,9 @@
-"""Methods that rotate the inputs of a matrix: `R w`, `R [in, in]` orthogonal.
+"""OFT, BOFT and HRA: orthogonal fine-tuning, `R w` with orthogonal `R`.
 
-Angles and lengths between the outputs' weights stay what they are. OFT: Qiu et
-al. 2023 (arXiv:2306.07280), section 4; BOFT: Liu et al. 2024
-(arXiv:2311.06243), equation 5; HRA: Yuan et al. 2024 (arXiv:2405.17484),
-equation 4.
+A rotation preserves the norms of the outputs' weight vectors and the angles
+between them. OFT: Qiu et al. 2023 (arXiv:2306.07280), section 4; BOFT: Liu et
+al. 2024 (arXiv:2311.06243), equation 5; HRA: Yuan et al. 2024
+(arXiv:2405.17484), equation 4.
 """
 
 import dataclasses
@@ -25,31 +25,31 @@ from research.typing import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotation(Method):
-  """Common to all: a rotation is applied to activations, never formed."""
+  """Base class: applies a rotation to activations without forming R."""
 
-  DROPS: ClassVar = False
+  SUPPORTS_DROPOUT: ClassVar = False
 
-  def turn(self, x, p):
+  def rotate(self, x, p):
     """Returns `x R`."""
     raise NotImplementedError
 
-  def back(self, x, p):
+  def rotate_back(self, x, p):
     """Returns `x Rᵀ`."""
     raise NotImplementedError
 
   def gain(self, p):
-    """Returns what outputs are multiplied by, `[out]`, or 1."""
+    """Returns the scale of the outputs, `[out]`, or 1."""
     return 1
 
   def delta(self, p, w):
     w = dense_fp32(w)
-    return self.back(w.T, p).T * self.gain(p) - w
+    return self.rotate_back(w.T, p).T * self.gain(p) - w
 
   def einsum(self, eq, x, dropped, p, w):
     p = {name: y.astype(x.dtype) for name, y in p.items()}
     if contracts_output(eq):
-      return self.back(weights.einsum(eq, x * self.gain(p), w), p)
-    return weights.einsum(eq, self.turn(x, p), w) * self.gain(p)
+      return self.rotate_back(weights.einsum(eq, x * self.gain(p), w), p)
+    return weights.einsum(eq, self.rotate(x, p), w) * self.gain(p)
 
 
 def _blocks(name, size_in, block):
@@ -66,16 +66,16 @@ def _turned(x, r):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OFT(Rotation):
-  """Blocks on the diagonal, each by Cayley's map of a skew matrix `q`.
+  """Block-diagonal R, each block the Cayley transform of a skew matrix `q`.
 
   `v [in / block, block (block - 1) / 2]` are the entries of `q` above the
   diagonal, row by row.
 
   Attributes:
     block: side of the blocks.
-    form: 'exact' is `(1 - q) (1 + q)^-1`; 'neumann' its series, in which the
-      sign of `q` is the other one (PEFT's default).
-    terms: of the series.
+    form: 'exact' is `(1 - q) (1 + q)^-1`; 'neumann' is its Neumann series with
+      the opposite sign of `q` (PEFT's default).
+    terms: number of terms of the series.
   """
 
   block: int = 32
@@ -86,10 +86,10 @@ class OFT(Rotation):
   PEFT_DEFAULTS: ClassVar = dict(
     oft_block_size=32, use_cayley_neumann=True, num_cayley_neumann_terms=5
   )
-  PEFT_HARMLESS: ClassVar = ("eps",)
+  PEFT_IGNORED: ClassVar = ("eps",)
 
-  def start(self, key, place, w, seen=None):
-    n = _blocks("OFT", place.size_in, self.block)
+  def init_arrays(self, key, spec, w, stats=None):
+    n = _blocks("OFT", spec.size_in, self.block)
     return {"v": zeros(n, self.block * (self.block - 1) // 2)}, {}
 
   def _rotations(self, v):
@@ -101,7 +101,7 @@ class OFT(Rotation):
     one = jnp.broadcast_to(jnp.eye(self.block, dtype=v.dtype), q.shape)
     if self.form == "exact":
       return _cayley(q)
-    # Powers 1 to terms - 1 of q, each twice but for the last.
+    # Powers 1 to terms - 1 of q, with coefficient 2 except for the last.
     total, power = one, one
     terms = 4 if self.terms == 3 else self.terms  # as PEFT counts
     for i in range(1, terms):
@@ -110,22 +110,22 @@ class OFT(Rotation):
       total = total + (power if last else 2 * power)
     return total
 
-  def turn(self, x, p):
+  def rotate(self, x, p):
     return _turned(x, self._rotations(p["v"]))
 
-  def back(self, x, p):
+  def rotate_back(self, x, p):
     return _turned(x, self._rotations(p["v"]).swapaxes(1, 2))
 
   def axes(self, names):
     return {"v": (None, None)}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["v"].any()
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"oft_R.weight": p["v"]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"v": tensors["oft_R.weight"]}, {}
 
   def peft_fields(self, methods):
@@ -165,14 +165,14 @@ def _cayley(q):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BOFT(Rotation):
-  """A product of `factors` block rotations, shuffled, and a gain of outputs.
+  """Butterfly product of `factors` block rotations, and a scale of outputs.
 
-  `r [factors, in / block, block, block]`, of which the skew part counts, and
+  `r [factors, in / block, block, block]`, whose skew part is used, and
   `s [out]`.
 
   Attributes:
-    block: side of the blocks; even where there are several factors.
-    factors: 1 is OFT with a gain; m factors mix `2^(m-1)` blocks.
+    block: side of the blocks; even if there are several factors.
+    factors: 1 is OFT with an output scale; m factors mix `2^(m-1)` blocks.
   """
 
   block: int = 4
@@ -181,8 +181,8 @@ class BOFT(Rotation):
   PEFT: ClassVar = "BOFT"
   PEFT_DEFAULTS: ClassVar = dict(boft_block_size=4, boft_n_butterfly_factor=1)
 
-  def start(self, key, place, w, seen=None):
-    n = _blocks("BOFT", place.size_in, self.block)
+  def init_arrays(self, key, spec, w, stats=None):
+    n = _blocks("BOFT", spec.size_in, self.block)
     mixed = 2 ** (self.factors - 1)
     if self.factors > 1 and (n % mixed or self.block % 2):
       raise UserError(
@@ -190,7 +190,7 @@ class BOFT(Rotation):
         f"expected even blocks, and a multiple of {mixed} of them"
       )
     r = zeros(self.factors, n, self.block, self.block)
-    return {"r": r, "s": jnp.ones(place.size_out, jnp.float32)}, {}
+    return {"r": r, "s": jnp.ones(spec.size_out, jnp.float32)}, {}
 
   def _factor(self, x, p, i, back):
     """Returns `x F` or `x Fᵀ` for factor i, `F = P blocks Pᵀ`."""
@@ -201,13 +201,13 @@ class BOFT(Rotation):
     y = x[..., inverse]
     return _turned(y, r.swapaxes(1, 2) if back else r)[..., order]
 
-  def turn(self, x, p):
+  def rotate(self, x, p):
     # The last factor is the leftmost.
     for i in reversed(range(self.factors)):
       x = self._factor(x, p, i, back=False)
     return x
 
-  def back(self, x, p):
+  def rotate_back(self, x, p):
     for i in range(self.factors):
       x = self._factor(x, p, i, back=True)
     return x
@@ -218,13 +218,13 @@ class BOFT(Rotation):
   def axes(self, names):
     return {"r": (None,) * 4, "s": (names[1],)}
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["r"].any() and bool((p["s"] == 1).all())
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"boft_R": p["r"], "boft_s": p["s"][:, None]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"r": tensors["boft_R"], "s": tensors["boft_s"][:, 0]}, {}
 
   def peft_fields(self, methods):
@@ -247,9 +247,9 @@ class BOFT(Rotation):
 
 
 def _butterfly(n, block, i):
-  """Returns factor i's order of the inputs: halves of blocks, even ones first.
+  """Returns factor i's butterfly permutation of the inputs.
 
-  Within each group of `2^i` blocks.
+  Within each group of `2^i` blocks it puts even half-blocks first.
   """
   if i == 0:
     return np.arange(n)
@@ -259,19 +259,20 @@ def _butterfly(n, block, i):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HRA(Rotation):
-  """`r` reflections, one after the other; `u [r, in]`, of any length.
+  """A product of `r` Householder reflections with vectors `u [r, in]`.
 
-  The rank is even: a fresh adapter reflects at the same plane twice.
+  The vectors need not be normalised. The rank must be even: initially each
+  vector occurs twice, so that the reflections cancel.
   """
 
   PEFT: ClassVar = "HRA"
-  VARIES: ClassVar = ("alpha",)
+  PER_MODULE: ClassVar = ("alpha",)
   PEFT_DEFAULTS: ClassVar = dict(r=8)
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     if self.rank % 2:
       raise UserError(f"HRA: rank is {self.rank}, expected an even number")
-    half = normal(key, (self.rank // 2, place.size_in))
+    half = normal(key, (self.rank // 2, spec.size_in))
     return {"u": jnp.repeat(half, 2, axis=0)}, {}
 
   def _reflected(self, x, p, order):
@@ -281,19 +282,19 @@ class HRA(Rotation):
       x = x - 2 * jnp.einsum("...i,i->...", x, u[i])[..., None] * u[i]
     return x
 
-  def turn(self, x, p):
+  def rotate(self, x, p):
     return self._reflected(x, p, reversed(range(self.rank)))
 
-  def back(self, x, p):
+  def rotate_back(self, x, p):
     return self._reflected(x, p, range(self.rank))
 
   def axes(self, names):
     return {"u": (None, names[0])}
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {"hra_u": p["u"].T}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     return {"u": tensors["hra_u"].T}, {}
 
   def peft_fields(self, methods):

@@ -1,13 +1,14 @@
-"""LoRA that starts from the weight, or its gradient, and not from zero.
+"""PiSSA, MiLoRA, OLoRA, CorDA, LoRA-GA: LoRA with factors from the weight.
 
-Their authors put the start `s a0ᵀb0` into the adapter and take it out of the
-base. Here the base stays what it is, shared by all adapters and packed if need
-be, and the start is subtracted where the adapter is applied:
+The factors are initialised from a decomposition of the weight or its gradient.
+The authors subtract the initial product `s a0ᵀb0` from the base. Here the base
+is unchanged, so that adapters can share it and it can be packed, and the
+adapter subtracts the product:
 
   w + s (aᵀb - a0ᵀb0)
 
-which is the same function and a branch of rank 2r; exported, it is LoRA of
-twice the rank, so that nobody decomposes a base again.
+This is the same function with a branch of rank 2r. It is exported as LoRA of
+twice the rank, so loading needs no decomposition of the base.
 """
 
 import dataclasses
@@ -24,29 +25,31 @@ from research.typing import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Residual(LoRA):
-  """Common to all: what they start from is theirs (`factors`)."""
+class DecompositionInit(LoRA):
+  """Base class: a subclass's `factors` computes the initial a and b."""
 
   PEFT: ClassVar = None
 
-  def factors(self, w, seen):
-    """Returns (a [r, in], b [r, out]) to start from.
+  def factors(self, w, stats):
+    """Returns the initial (a [r, in], b [r, out]).
 
     Args:
       w: `[in, out]`, fp32.
-      seen: what was measured.
+      stats: calibration statistics of the matrix, or None.
     """
     raise NotImplementedError
 
-  def start(self, key, place, w, seen=None):
-    if place.embedding:
-      raise UserError(f"{type(self).__name__}: no start for embeddings")
-    if self.rank > min(place.size_in, place.size_out):
+  def init_arrays(self, key, spec, w, stats=None):
+    if spec.embedding:
+      raise UserError(
+        f"{type(self).__name__}: found an embedding, expected a linear layer"
+      )
+    if self.rank > min(spec.size_in, spec.size_out):
       raise UserError(
         f"{type(self).__name__}: rank is {self.rank}, expected at most "
-        f"{min(place.size_in, place.size_out)}, a side of the matrix"
+        f"{min(spec.size_in, spec.size_out)}, a side of the matrix"
       )
-    a, b = self.factors(dense_fp32(w), seen)
+    a, b = self.factors(dense_fp32(w), stats)
     return {"a": a, "b": b}, {"a0": a, "b0": b}
 
   def delta(self, p, w):
@@ -70,7 +73,7 @@ class Residual(LoRA):
   def exported(self, p):
     # alpha / r, or alpha / sqrt(r), stays what it is.
     alpha = self.alpha * (2**0.5 if self.rslora else 2)
-    plain = dataclasses.replace(self.plain(), rank=2 * self.rank, alpha=alpha)
+    plain = dataclasses.replace(self.as_lora(), rank=2 * self.rank, alpha=alpha)
     a = jnp.concatenate([p["a"], p["a0"]], -2)
     b = jnp.concatenate([p["b"], -p["b0"]], -2)
     return plain, {"a": a, "b": b}
@@ -81,17 +84,17 @@ def _start(p):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PiSSA(Residual):
-  """Meng et al. 2024 (arXiv:2404.02948): the largest singular triples.
+class PiSSA(DecompositionInit):
+  """PiSSA: the largest singular triples (Meng et al. 2024, arXiv:2404.02948).
 
   Attributes:
-    part: which; MiLoRA (Wang et al. 2024, arXiv:2406.09044) takes the
+    part: which triples; MiLoRA (Wang et al. 2024, arXiv:2406.09044) uses the
       smallest.
   """
 
   part: Literal["largest", "smallest"] = "largest"
 
-  def factors(self, w, seen):
+  def factors(self, w, stats):
     find = {"largest": spectrum.largest, "smallest": spectrum.smallest}
     u, s, v = find[self.part](w, self.rank)
     root = jnp.sqrt(s / self.scale)[:, None]
@@ -99,44 +102,45 @@ class PiSSA(Residual):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OLoRA(Residual):
-  """Buyukakyuz 2024 (arXiv:2406.01775): the first columns of QR."""
+class OLoRA(DecompositionInit):
+  """OLoRA: the first columns of QR (Buyukakyuz 2024, arXiv:2406.01775)."""
 
-  def factors(self, w, seen):
+  def factors(self, w, stats):
     q, r = jnp.linalg.qr(w.T)  # of PEFT's [out, in]
     return r[: self.rank], q[:, : self.rank].T
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CorDA(Residual):
-  """Yang et al. 2024 (arXiv:2406.05223): triples of `w` seen by its inputs.
+class CorDA(DecompositionInit):
+  """CorDA: singular triples of `C w`, with the inputs' covariance C.
 
-  `seen` is the inputs' covariance `[in, in]`.
+  Yang et al. 2024 (arXiv:2406.05223). `stats` is the covariance `[in, in]`.
 
   Attributes:
-    keep: 'knowledge' trains what the inputs use least (KPM), 'instruction'
-      what they use most (IPM).
-    damping: added to the covariance's diagonal, in its mean. PEFT doubles it
-      until its inverse is one; here there is none.
+    keep: 'knowledge' (KPM) trains the smallest triples, 'instruction' (IPM)
+      the largest.
+    damping: share of the covariance's mean diagonal that is added to the
+      diagonal. PEFT doubles it until the inverse is accurate; this needs no
+      inverse.
   """
 
   keep: Literal["instruction", "knowledge"] = "instruction"
   damping: float = 0.01
 
-  def factors(self, w, seen):
-    if seen is None:
+  def factors(self, w, stats):
+    if stats is None:
       raise UserError(
         "CorDA: needs the inputs' covariances; give Adapt.init_stats"
       )
-    mean = jnp.trace(seen) / len(seen)
-    # What has seen nothing (an expert, say) has no preference.
+    mean = jnp.trace(stats) / len(stats)
+    # A matrix without inputs (an expert, say) uses the identity.
     mean = jnp.where(mean > 0, mean, 1)
-    c = seen + self.damping * mean * jnp.eye(len(seen))
-    # As PEFT: svd(W C) with W [out, in]; here of the transpose, C w.
+    c = stats + self.damping * mean * jnp.eye(len(stats))
+    # PEFT computes svd(W C) with W [out, in]; this is its transpose, C w.
     product = _dot(c, w)
     find = {"instruction": spectrum.largest, "knowledge": spectrum.smallest}
     _, s, v = find[self.keep](product, self.rank)
-    # C⁻¹ u s = w vᵀ, so that nothing is inverted.
+    # C⁻¹ u s = w vᵀ avoids the inverse.
     least = jnp.finfo(s.dtype).eps * jnp.linalg.norm(product)
     root = jnp.sqrt(jnp.maximum(s, least) / self.scale)[:, None]
     return _dot(v, w.T) / (root * self.scale), root * v
@@ -146,23 +150,24 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAGA(Residual):
-  """Wang et al. 2024 (arXiv:2407.05000): the gradient's singular vectors.
+class LoRAGA(DecompositionInit):
+  """LoRA-GA: singular vectors of the gradient (arXiv:2407.05000).
 
-  `seen` is the mean gradient `[in, out]` of the base weight. a takes the first
-  r directions of the input side, b the next r of the output side.
+  Wang et al. 2024. `stats` is the mean gradient `[in, out]` of the base weight.
+  a is the first r singular vectors of the input side, b the next r of the
+  output side.
 
   Attributes:
-    gamma: stable scaling: both times `out^(1/4) / sqrt(gamma)`.
-    form: 'paper', both orthogonal; 'peft' leaves a orthonormal and gives b
-      the gradient's singular values and the factor.
+    gamma: stable scaling: multiplies both by `out^(1/4) / sqrt(gamma)`.
+    form: 'paper' scales both orthonormal factors; 'peft' leaves a orthonormal
+      and multiplies b by the gradient's singular values and the scaling.
   """
 
   gamma: float = 16.0
   form: Literal["paper", "peft"] = "paper"
 
-  def factors(self, w, seen):
-    if seen is None:
+  def factors(self, w, stats):
+    if stats is None:
       raise UserError(
         "LoRAGA: needs the weights' gradients; give Adapt.init_stats"
       )
@@ -172,7 +177,7 @@ class LoRAGA(Residual):
         f"LoRAGA: rank is {r}, expected at most {min(w.shape) // 2}, half a "
         "side of the matrix"
       )
-    u, s, v = spectrum.largest(dense_fp32(seen), 2 * r)
+    u, s, v = spectrum.largest(dense_fp32(stats), 2 * r)
     a, b = u.T[:r], v[r:]
     stable = w.shape[1] ** 0.25 / self.gamma**0.5
     if self.form == "peft":

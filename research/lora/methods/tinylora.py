@@ -1,7 +1,7 @@
-"""TinyLoRA: a few numbers mix what stands between two factors of the weight.
+"""TinyLoRA: trains a few coefficients of random matrices in the SVD basis.
 
-Morris et al. 2026 (arXiv:2602.04118). With `w = U S V` cut to rank r, in our
-`[in, out]`: `a = (U S^½)ᵀ`, `b = S^½ V`, and what is added is
+Morris et al. 2026 (arXiv:2602.04118). With `w = U S V` truncated to rank r, in
+our `[in, out]`: `a = (U S^½)ᵀ`, `b = S^½ V`, and the update is
 `aᵀ (sum_i v_i P_i)ᵀ b`. Only `v` is trained.
 """
 
@@ -31,12 +31,12 @@ _ORDER = (
 class TinyLoRA(Method):
   """`v [size]` is trained; `a [r, in]`, `b [r, out]`, `p [size, r, r]` fixed.
 
-  Every matrix has a vector of its own: PEFT's `weight_tying=0`.
+  Every matrix has its own vector: PEFT's `weight_tying=0`.
 
   Attributes:
-    size: how many numbers a matrix trains, PEFT's `u`.
-    index: of the matrix among those adapted, as PEFT counts them, which names
-      its vector in a file; set by `among`.
+    size: trained parameters per matrix, PEFT's `u`.
+    index: index of the matrix among those adapted, in PEFT's order, which
+      names its vector in a file; set by `for_module`.
   """
 
   rank: int = 2
@@ -44,28 +44,28 @@ class TinyLoRA(Method):
   index: int = 0
 
   PEFT: ClassVar = "TINYLORA"
-  VARIES: ClassVar = ("alpha", "index")
+  PER_MODULE: ClassVar = ("alpha", "index")
   PEFT_DEFAULTS: ClassVar = dict(
     r=2, u=64, tinylora_dropout=0.0, weight_tying=0.0, save_projection=True
   )
-  PEFT_HARMLESS: ClassVar = ("projection_seed", "init_v_bound")
+  PEFT_IGNORED: ClassVar = ("projection_seed", "init_v_bound")
 
   @property
   def PEFT_SHARED(self) -> tuple[str, ...]:
-    """The vector's name; a file holds it outside of its module."""
+    """The vector's name, which a file stores outside of the module."""
     return (f"tinylora_v.{self.index}",)
 
-  def among(self, name, names):
+  def for_module(self, name, names):
     index = sorted(names, key=_place).index(name)
     return dataclasses.replace(self, index=index)
 
-  def settled(self):
+  def canonical(self):
     return dataclasses.replace(self, index=0)
 
-  def start(self, key, place, w, seen=None):
-    least = min(place.size_in, place.size_out)
-    if place.embedding or self.rank > least:
-      what = "an embedding" if place.embedding else f"rank {self.rank}"
+  def init_arrays(self, key, spec, w, stats=None):
+    least = min(spec.size_in, spec.size_out)
+    if spec.embedding or self.rank > least:
+      what = "an embedding" if spec.embedding else f"rank {self.rank}"
       raise UserError(
         f"TinyLoRA: found {what}, expected a linear layer and at most rank "
         f"{least}, a side of the matrix"
@@ -76,7 +76,7 @@ class TinyLoRA(Method):
     return {"v": zeros(self.size)}, {"a": root * u.T, "b": root * v, "p": p}
 
   def _mixed(self, p):
-    """Returns b after the mixture."""
+    """Returns `(sum_i v_i P_i)ᵀ b`."""
     mixture = jnp.tensordot(dense_fp32(p["v"]), dense_fp32(p["p"]), 1)
     return mixture.T @ dense_fp32(p["b"])
 
@@ -94,10 +94,10 @@ class TinyLoRA(Method):
     cut = {"a": (None, names[0]), "b": (None, names[1])}
     return {"v": (None,), "p": (None,) * 3} | cut
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not p["v"].any()
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return {
       f"tinylora_v.{self.index}": p["v"],
       "tinylora_A": p["a"],
@@ -105,7 +105,7 @@ class TinyLoRA(Method):
       "tinylora_P": p["p"],
     }
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     trained = {"v": tensors[f"tinylora_v.{self.index}"]}
     fixed = {
       "a": tensors["tinylora_A"],
@@ -139,7 +139,7 @@ class TinyLoRA(Method):
 
 
 def _place(module):
-  """Sorts modules as they stand in Hugging Face's models."""
+  """Sort key: the order of modules in Hugging Face's models."""
   *parents, name = module.split(".")
   layer = next((int(part) for part in parents if part.isdigit()), -1)
   last = name == "lm_head"

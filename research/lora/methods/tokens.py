@@ -1,7 +1,7 @@
-"""Rows of their own for some tokens, new ones say; PEFT's trainable tokens.
+"""Trainable tokens (PEFT): trains the embedding rows of selected tokens.
 
-Everything else of the embedding stays as it is, and of a tied one the head's
-side follows.
+All other rows are unchanged. With a tied embedding the head uses the trained
+rows as well.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from research import weights
 from research.lora.method import Method, contracts_output, dense_fp32
 from research.typing import UserError
 
-KEY, WITHIN = "trainable_tokens_delta", "token_adapter."
-"""PEFT's name of the rows, and where it has them beside another method."""
+KEY, NESTED_PREFIX = "trainable_tokens_delta", "token_adapter."
+"""PEFT's name of the rows, and its prefix if combined with another method."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens(Method):
-  """`rows [n, width]` instead of those that the base has for `ids`.
+  """`rows [n, width]`, which replace the base's rows of the tokens `ids`.
 
   Attributes:
-    ids: of the tokens, none twice.
-    side: of the matrix that counts tokens: 'in' of an embedding, 'out' of a
-      head; set by `at`.
-    beside: whether a file holds it beside another method.
+    ids: distinct token ids.
+    side: the matrix's vocabulary axis: 'in' for an embedding, 'out' for a
+      head; set by `for_matrix`.
+    beside: whether a file combines it with another method.
   """
 
   ids: tuple[int, ...] = ()
@@ -33,8 +33,8 @@ class Tokens(Method):
   beside: bool = False
 
   PEFT: ClassVar = "TRAINABLE_TOKENS"
-  VARIES: ClassVar = ("rank", "alpha", "side")
-  DROPS: ClassVar = False
+  PER_MODULE: ClassVar = ("rank", "alpha", "side")
+  SUPPORTS_DROPOUT: ClassVar = False
   PEFT_DEFAULTS: ClassVar = dict(token_indices=())
 
   def __post_init__(self):
@@ -44,18 +44,18 @@ class Tokens(Method):
     if len(set(self.ids)) < len(self.ids):
       raise UserError("Tokens: ids hold a token twice, expected it once")
 
-  def at(self, name, sizes):
-    # Ours and theirs; LLaDA's last.
+  def for_matrix(self, name, sizes):
+    # Our name of the head, PEFT's, and LLaDA's.
     out = name.endswith(("head", "transformer.ff_out"))
     return dataclasses.replace(self, side="out" if out else "in")
 
-  def settled(self):
+  def canonical(self):
     return dataclasses.replace(self, beside=False)
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     if not self.ids:
       raise UserError("Tokens: ids are empty, expected token ids")
-    count = place.size_in if self.side == "in" else place.size_out
+    count = spec.size_in if self.side == "in" else spec.size_out
     if max(self.ids) >= count:
       raise UserError(
         f"Tokens: ids hold {max(self.ids)}, but there are {count} tokens; "
@@ -100,10 +100,10 @@ class Tokens(Method):
   def axes(self, names):
     return {"rows": (None, names[1 if self.side == "in" else 0])}
 
-  def to_peft(self, p, place):
-    return {f"{WITHIN if self.beside else ''}{KEY}": p["rows"]}
+  def to_peft(self, p, spec):
+    return {f"{NESTED_PREFIX if self.beside else ''}{KEY}": p["rows"]}
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     (rows,) = tensors.values()
     return {"rows": rows}, {}
 
@@ -116,7 +116,11 @@ class Tokens(Method):
 
 
 def read_ids(fields, name):
-  """Returns the token ids in a field."""
+  """Returns the distinct token ids in a field of a configuration.
+
+  Raises:
+    UserError: it is no list of distinct token ids.
+  """
   found = fields.get(name)
   if (
     not isinstance(found, list)

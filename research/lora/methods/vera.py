@@ -1,4 +1,4 @@
-"""VeRA: shared random factors, and a trained number for each row of them.
+"""VeRA: shared random factors with trained scaling vectors.
 
 Kopiczko et al. 2024 (arXiv:2310.11454), equation 2.
 """
@@ -23,13 +23,14 @@ from research.lora.method import (
 class VeRA(Method):
   """`(aᵀ * d) b * l`; only `d [r]` and `l [out]` are trained.
 
-  All matrices use the first columns of the same `a [r, most in]` and
-  `b [r, most out]`; each holds its own part, so that layers can be scanned.
+  All matrices use leading columns of the same `a [r, largest in]` and
+  `b [r, largest out]`. Each adapter stores its own part, so that layers can be
+  scanned.
 
   Attributes:
-    first: what d starts as.
-    seed: of a and b.
-    widest: the largest input of all matrices adapted; set by `at`.
+    first: initial value of d.
+    seed: seed of a and b.
+    widest: largest input of all adapted matrices; set by `for_matrix`.
   """
 
   rank: int = 256
@@ -38,26 +39,24 @@ class VeRA(Method):
   widest: int = 0
 
   PEFT: ClassVar = "VERA"
-  VARIES: ClassVar = ("alpha", "widest")
+  PER_MODULE: ClassVar = ("alpha", "widest")
   PEFT_SHARED: ClassVar = ("vera_A", "vera_B")
   PEFT_DEFAULTS: ClassVar = dict(
     r=256, d_initial=0.1, vera_dropout=0.0, projection_prng_key=0
   )
 
-  def at(self, name, sizes):
+  def for_matrix(self, name, sizes):
     widest = max((size_in for size_in, _ in sizes.values()), default=0)
     return dataclasses.replace(self, widest=widest)
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     a, b = jax.random.split(jax.random.key(self.seed))
     r = self.rank
     # Kaiming uniform with gain sqrt(2).
-    a = _columns(
-      a, r, place.size_in, (6 / (self.widest or place.size_in)) ** 0.5
-    )
-    b = _columns(b, r, place.size_out, (6 / r) ** 0.5)
+    a = _columns(a, r, spec.size_in, (6 / (self.widest or spec.size_in)) ** 0.5)
+    b = _columns(b, r, spec.size_out, (6 / r) ** 0.5)
     d = jnp.full((r,), self.first, jnp.float32)
-    return {"d": d, "l": zeros(place.size_out)}, {"a": a, "b": b}
+    return {"d": d, "l": zeros(spec.size_out)}, {"a": a, "b": b}
 
   def delta(self, p, w):
     d, a, b = (dense_fp32(p[name]) for name in "dab")
@@ -78,18 +77,18 @@ class VeRA(Method):
       "b": (None, names[1]),
     }
 
-  def idle(self, p):
+  def is_noop(self, p):
     return not (p["d"].any() and p["l"].any())
 
-  def to_peft(self, p, place):
+  def to_peft(self, p, spec):
     return dict(
       vera_lambda_b=p["l"], vera_lambda_d=p["d"], vera_A=p["a"], vera_B=p["b"].T
     )
 
-  def from_peft(self, tensors, place, w):
+  def from_peft(self, tensors, spec, w):
     fixed = {
-      "a": tensors["vera_A"][:, : place.size_in],
-      "b": tensors["vera_B"][: place.size_out].T,
+      "a": tensors["vera_A"][:, : spec.size_in],
+      "b": tensors["vera_B"][: spec.size_out].T,
     }
     trained = {"d": tensors["vera_lambda_d"], "l": tensors["vera_lambda_b"]}
     return trained, fixed

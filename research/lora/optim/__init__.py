@@ -1,1 +1,1 @@
-"""Optimizers that know which factors belong together."""
+"""Optimizers for LoRA: LoRA+, LoRA-Pro, LoRA-FA, Riemannian, ReLoRA."""

@@ -1,9 +1,9 @@
-"""LoRA+: the factor that starts at zero learns faster.
+"""LoRA+: a larger learning rate for the factor initialised to zero.
 
-Hayou et al. 2024 (arXiv:2402.12354): `b` learns at `ratio` times the rate of
-`a`, about 16; with it the rate of `a` is best about half of plain LoRA's. Of an
-embedding's adapter, whose `a` is zero at the start, it is the other way round.
-`peft_groups` are the finer rules of PEFT's `create_loraplus_optimizer`.
+Hayou et al. 2024 (arXiv:2402.12354): `b` learns at `ratio` (about 16) times the
+rate of `a`, whose best rate is then about half of plain LoRA's. An embedding's
+adapter has `a` initialised to zero, so there `a` learns faster. `peft_groups`
+implements the parameter groups of PEFT's `create_loraplus_optimizer`.
 """
 
 import re
@@ -19,7 +19,7 @@ from research.optim import optim, ranges, rates
 from research.typing import Array, UserError
 
 EMBEDDING = r"(^|/)embed/"
-"""Paths of adapters on the embedding."""
+"""Regular expression for paths of the embedding's adapter."""
 
 
 def loraplus(
@@ -32,18 +32,18 @@ def loraplus(
   weight_decay: optim.Number = 0.0,
   clip: optim.Number | None = 1.0,
 ) -> optax.GradientTransformation:
-  """Returns AdamW with the rate of every `b` multiplied.
+  """Returns AdamW with a larger learning rate for every `b`.
 
-  Raises UserError, when it begins, if there is none.
+  Its `init` raises UserError if no trainable array is a `b`.
 
   Args:
-    learning_rate: of `a` and all else: a number, or a schedule of the updates
-      done.
-    ratio: rate of `b` over that of `a`; of an embedding, of `a` over `b`'s.
-    b1: decay of the mean.
-    b2: decay of the mean square.
-    eps: added to the root of the mean square.
-    weight_decay: share of a parameter taken off at rate 1.
+    learning_rate: rate of `a` and all other parameters: a number, or a
+      schedule of the number of updates done.
+    ratio: rate of `b` over that of `a`; on an embedding, `a` over `b`.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
     clip: bound of the gradient's global norm, or None.
   """
   ranges.non_negative("loraplus", ratio=ratio)
@@ -61,8 +61,8 @@ def loraplus(
   def check(params):
     if not any(fast.search(path) for path, _ in tree.flatten_paths(params)):
       raise UserError(
-        f"LoRA+: no trainable array ends in /{UP}, so that none would learn "
-        "faster.\nExpected adapters of LoRA to be trainable: '/trained/'."
+        f"LoRA+: found no trainable array that ends in /{UP}.\n"
+        "Expected adapters of LoRA to be trainable: '/trained/'."
       )
 
   return _checked(check, rest)
@@ -83,23 +83,24 @@ def peft_groups(
 ) -> optax.GradientTransformation:
   """Returns AdamW with the parameter groups of PEFT 0.21.
 
-  Raises UserError, when it begins, for adapters that are no LoRA: PEFT's groups
-  go by the names and axes that it has for them.
+  Its `init` raises UserError for adapters of other methods than LoRA, since
+  PEFT's groups depend on its names and axes of LoRA's parameters.
 
-  Vectors (norms, biases, DoRA's magnitudes) learn at `ratio` like `b`; adapters
-  on the embedding at `embedding`; and of the first group those do not decay
-  that `undecayed` finds. All of the embedding's adapters decay.
+  Vectors (norms, biases, DoRA's magnitudes) learn at `ratio` like `b`; those of
+  this group whose path matches `undecayed` have no weight decay. The
+  embedding's adapters learn at `embedding`, with weight decay.
 
   Args:
-    learning_rate: of all else: a number, or a schedule of the updates done.
+    learning_rate: rate of all other parameters: a number, or a schedule of the
+      number of updates done.
     ratio: rate of `b` and of vectors over `learning_rate`.
     embedding: rate of the embedding's adapters where the schedule is at `peak`.
-    peak: of the schedule; None for a `learning_rate` that is a number.
+    peak: maximum of the schedule; None if `learning_rate` is a number.
     undecayed: regular expression, searched for in paths.
-    b1: decay of the mean.
-    b2: decay of the mean square.
-    eps: added to the root of the mean square.
-    weight_decay: share of a parameter taken off at rate 1.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
     clip: bound of the gradient's global norm, or None.
   """
   ranges.positive("peft_groups", peak=peak)
@@ -130,7 +131,7 @@ def peft_groups(
 
 
 def _checked(check, inner) -> optax.GradientTransformation:
-  """Returns `inner`, which looks at the parameters before it begins."""
+  """Returns `inner` with `check(params)` called in its `init`."""
 
   def init(params):
     check(params)

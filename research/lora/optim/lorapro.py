@@ -1,15 +1,15 @@
-"""LoRA-Pro: the step of a pair that is nearest to that of the full matrix.
+"""LoRA-Pro: factor gradients that best approximate the full gradient.
 
-Wang et al. 2024 (arXiv:2407.18242), theorems 2.1 and 2.3. The product moves by
-`s (daᵀ b + aᵀ db)`. Among all (da, db) for which that is nearest to the
-gradient G of the full matrix, in Frobenius norm, this takes the one nearest to
-(ga, gb). In this repository's layout, a [r, in] and b [r, out]:
+Wang et al. 2024 (arXiv:2407.18242), theorems 2.1 and 2.3. A step (da, db)
+changes the product by `s (daᵀ b + aᵀ db)`. Among all (da, db) for which this is
+nearest to the gradient G of the full matrix in Frobenius norm, LoRA-Pro takes
+the one nearest to (ga, gb). In this repository's layout, a [r, in], b [r, out]:
 
   da = s⁻² (b bᵀ)⁻¹ ga + X a
   db = s⁻² (a aᵀ)⁻¹ gb (I - bᵀ (b bᵀ)⁻¹ b) - Xᵀ b
   (b bᵀ) X + X (a aᵀ) = -s⁻² (b bᵀ)⁻¹ ga aᵀ
 
-G itself is never formed. Sylvester's equation is solved in the eigenvectors of
+G itself is never formed. The Sylvester equation is solved in the eigenbases of
 the two symmetric r x r matrices.
 """
 
@@ -26,7 +26,7 @@ def sylvester(
   q: Float[Array, "*B R R"],
   c: Float[Array, "*B R R"],
 ) -> Float[Array, "*B R R"]:
-  """Returns X of `p X + X q = c`, for p and q symmetric and positive."""
+  """Solves `p X + X q = c` for X, with p and q symmetric positive definite."""
   left, u = jnp.linalg.eigh(p)
   right, v = jnp.linalg.eigh(q)
   inner = jnp.einsum("...ji,...jk,...kl->...il", u, c, v)
@@ -34,16 +34,17 @@ def sylvester(
   return jnp.einsum("...ij,...jk,...lk->...il", u, inner, v)
 
 
-def nearest(
+def match_full_gradient(
   damping: optim.Number = 1e-8, matching: str = "."
 ) -> optax.GradientTransformation:
-  """Returns the transformation, to stand before any optimizer.
+  """Returns LoRA-Pro's gradient transformation, to chain before an optimizer.
 
-  At b = 0, where no `da` moves the product, `da` is 0.
+  At b = 0 no `da` changes the product, and `da` is 0.
 
   Args:
     damping: added to the diagonals of `a aᵀ` and `b bᵀ`.
-    matching: regular expression of the pairs' paths; all else passes through.
+    matching: regular expression of the pairs' paths; other gradients pass
+      through.
   """
 
   ranges.non_negative("optimizer", damping=damping)
@@ -53,7 +54,7 @@ def nearest(
     da = pairs.solve(p, ga) / scale**2
     x = sylvester(p, q, -jnp.einsum("...ri,...si->...rs", da, a))
     db = pairs.solve(q, gb) / scale**2
-    # What of db lies in the rows of b is what da can do.
+    # da already covers the part of db in the row space of b.
     inside = pairs.solve(p, jnp.einsum("...ro,...so->...rs", b, db))
     db = db - jnp.einsum("...rs,...ro->...so", inside, b)
     return (
@@ -75,22 +76,22 @@ def lorapro(
   b2: optim.Number = 0.999,
   eps: optim.Number = 1e-8,
 ) -> optax.GradientTransformation:
-  """Returns AdamW of the gradients that `nearest` changed.
+  """Returns AdamW on gradients transformed by `match_full_gradient`.
 
-  The authors' own code takes Adam's moments of `s (daᵀ b + aᵀ db)` instead,
-  which are as large as the full matrix.
+  The authors' code instead keeps Adam's moments of `s (daᵀ b + aᵀ db)`, which
+  are as large as the full matrix.
 
   Args:
-    learning_rate: a number, or a schedule of the updates done.
-    damping: see `nearest`.
+    learning_rate: a number, or a schedule of the number of updates done.
+    damping: see `match_full_gradient`.
     matching: regular expression of the pairs' paths.
-    weight_decay: share of a parameter taken off at rate 1.
-    clip: bound of the global norm of the changed gradients, or None.
-    b1: decay of the mean.
-    b2: decay of the mean square.
-    eps: added to the root of the mean square.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
+    clip: bound of the global norm of the transformed gradients, or None.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the root of the second moment.
   """
   rest = optim.adamw(
     learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip=clip
   )
-  return optax.chain(nearest(damping, matching), rest)
+  return optax.chain(match_full_gradient(damping, matching), rest)

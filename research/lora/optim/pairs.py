@@ -1,11 +1,10 @@
-"""Pairs of thin factors in a tree, found by their paths.
+"""Finds LoRA's factor pairs (a, b) in a tree, for optimizers that couple them.
 
-`a [..., r, in]` and `b [..., r, out]` are siblings: their paths differ in the
-last name alone, but that `a` may be among the fixed arrays of its adapter
-(`q/fixed/a` beside `q/trained/b`). What knows a pair can use both in one
-update, however deep it lies; stacks of layers and of experts are axes in front.
-Their method has to say that they are one (`Method.pair_scale`): KaSA, AdaLoRA
-and others have an `a` and a `b` that stand in another product.
+`a [..., r, in]` and `b [..., r, out]` have the same path but for the last name,
+except that `a` may be a fixed array of its adapter (`q/fixed/a` with
+`q/trained/b`). Stacks of layers and experts are leading axes. The adapter's
+method must declare the pair (`Method.pair_scale`), since KaSA, AdaLoRA and
+others have an `a` and a `b` whose update is not `s aᵀ b`.
 """
 
 import dataclasses
@@ -21,17 +20,17 @@ from research import tree, weights
 from research.typing import Array, Float, UserError
 
 DOWN, UP = "a", "b"
-"""Last names of a pair's paths."""
+"""Last path components of a pair's down and up projection."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Where a pair lies, and the scale `s` of its product.
+  """Paths of a factor pair, and the scale `s` of its product.
 
   Attributes:
     down: path of `a`.
     up: path of `b`.
-    scale: `s` of the adapter that it belongs to; 1 outside of any.
+    scale: `s` of the pair's adapter; 1 outside of adapters.
   """
 
   down: str
@@ -43,11 +42,11 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
   """Returns the pairs of a tree, in its order.
 
   Args:
-    params: any part of a tree of weights.
+    params: a tree of weights or a subtree.
     matching: regular expression, searched for in the path of `a`.
 
   Raises:
-    UserError: there is none, or one that adds another product.
+    UserError: there is no pair, or one whose update is not `s aᵀ b`.
   """
   owners, found = _owners(params), []
   for path, owner in owners.items():
@@ -57,15 +56,15 @@ def pairs(params: Any, matching: str = ".") -> list[Pair]:
     scale = 1.0 if owner is None else owner.pair_scale
     if scale is None:
       raise UserError(
-        f"pairs: {path}: {type(owner).__name__} adds something else than the "
-        "product of a and b, which this optimizer moves.\nExpected plain LoRA, "
-        "or what starts as such; leave others out with `matching`."
+        f"pairs: {path}: {type(owner).__name__} adds another update than the "
+        "product of a and b, which this optimizer needs.\nExpected plain LoRA "
+        "or a method with its update; leave others out with `matching`."
       )
     found.append(Pair(path, up, float(scale)))
   if not found:
     raise UserError(
       f"pairs: {matching!r} matches none of {len(owners)} trainable arrays that"
-      f" end in /{DOWN} beside one that ends in /{UP}.\n"
+      f" end in /{DOWN} and have a partner in /{UP}.\n"
       "Expected both factors of an adapter to be trainable: '/trained/'."
     )
   return found
@@ -76,7 +75,7 @@ def _beside(a: re.Match[str]) -> str:
 
 
 def _owners(part: Any, prefix: str = "", owner: Any = None) -> dict[str, Any]:
-  """Returns the method of the adapter around each array of a tree, by path."""
+  """Returns path -> method of the adapter that owns each array, or None."""
   out = {}
   found, _ = jax.tree_util.tree_flatten_with_path(
     part, is_leaf=lambda x: x is not part and weights.is_weight(x)
@@ -91,23 +90,26 @@ def _owners(part: Any, prefix: str = "", owner: Any = None) -> dict[str, Any]:
 
 
 def methods(params: Any) -> dict[str, Any]:
-  """Returns the method of each adapter of a tree that is trained, by path."""
+  """Returns path -> method of each adapter with trained arrays."""
   found = _owners(params).items()
   parts = ((re.fullmatch(r"(.+)/trained/[^/]+", p), m) for p, m in found)
   return {path[1]: method for path, method in parts if path and method}
 
 
-Change = Callable[
+PairUpdate = Callable[
   [Array, Array, Array, Array, float], tuple[Float[Array, "..."], ...]
 ]
-"""(a, b, gradient of a, gradient of b, s) -> their updates, in float32."""
+"""(a, b, gradient of a, gradient of b, s) -> updates of a and b, float32."""
 
 
-def map_pairs(change: Change, updates: Any, params: Any, matching: str) -> Any:
-  """Returns `updates` with those of each pair changed together.
+def map_pairs(
+  change: PairUpdate, updates: Any, params: Any, matching: str
+) -> Any:
+  """Returns `updates` with `change` applied to each pair.
 
   Args:
-    change: sees float32 (or wider) arrays; its results get the updates' types.
+    change: receives float32 (or wider) arrays; its results are cast to the
+      updates' dtypes.
     updates: gradients, in the structure of `params`.
     params: the trainable parameters.
     matching: as in `pairs`.
@@ -125,8 +127,10 @@ def map_pairs(change: Change, updates: Any, params: Any, matching: str) -> Any:
   return tree.map_paths(lambda path, _: moves[path], updates)
 
 
-def stateless(change: Change, matching: str) -> optax.GradientTransformation:
-  """Returns the transformation that changes pairs and remembers nothing.
+def stateless(
+  change: PairUpdate, matching: str
+) -> optax.GradientTransformation:
+  """Returns `map_pairs` as a stateless gradient transformation.
 
   Args:
     change: see `map_pairs`.
@@ -134,7 +138,7 @@ def stateless(change: Change, matching: str) -> optax.GradientTransformation:
   """
 
   def init(params):
-    pairs(params, matching)  # a pattern that matches nothing is said now
+    pairs(params, matching)  # raises before the first step
     return optax.EmptyState()
 
   def update(updates, state, params=None):
@@ -150,9 +154,10 @@ def _wide(x: Array) -> Array:
 def gram(
   x: Float[Array, "*B R N"], damping: float | int = 0.0
 ) -> Float[Array, "*B R R"]:
-  """Returns `x xᵀ + damping I`, and so much more that Cholesky's root exists.
+  """Returns `x xᵀ + (damping + 4 eps trace) I`.
 
-  That is 4 roundings of the trace: less than what is lost in the product.
+  The second term, below the product's rounding error, makes the Cholesky
+  factorization succeed.
   """
   product = jnp.einsum("...rn,...sn->...rs", x, x)
   trace = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
@@ -163,7 +168,7 @@ def gram(
 def solve(
   positive: Float[Array, "*B R R"], x: Float[Array, "*B R N"]
 ) -> Float[Array, "*B R N"]:
-  """Returns `positive⁻¹ x` by Cholesky's factor."""
+  """Returns `positive⁻¹ x` by Cholesky factorization."""
   factor = jnp.linalg.cholesky(positive)
   half = jax.lax.linalg.triangular_solve(factor, x, left_side=True, lower=True)
   return jax.lax.linalg.triangular_solve(

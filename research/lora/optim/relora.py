@@ -1,22 +1,22 @@
-"""ReLoRA: a high-rank change as a sum of low-rank ones.
+"""ReLoRA: high-rank training by repeatedly merging and restarting LoRA.
 
 Lialin et al. 2023 (arXiv:2307.05695). Every `every` updates the adapters are
-merged into their base, `a` is drawn anew, `b` is zero again, and the moments of
-both are reset; the learning rate climbs again from 0. After k restarts the
+merged into their base, `a` is reinitialised, `b` is set to zero and the moments
+of both are reset; the learning rate warms up again from 0. After k restarts the
 base has changed by a matrix of rank up to k r.
 
-The base is `held` in the training state: a rewrite changes it, no gradient
-does, and every checkpoint has it. So are the arrays of a method that it does
-not learn: they may be of the base, or drawn. A run needs, for weights `w` under
-adapters:
+The base is `held` in the training state: `Restart` changes it, gradients do
+not, and every checkpoint contains it. The same holds for a method's fixed
+arrays, which may depend on the base or be random. A run needs, for weights `w`
+under adapters:
 
   Experiment.trainable = '/trained/'     Experiment.held = '/w$|/fixed/'
   Experiment.rewrites = (@relora.Restart(),)
 
-Any method will do that adds nothing when it starts, and starts from the base
-alone: neither KaSA nor LoRA's init 'random', nor what measures inputs or
-gradients first (EVA, CorDA, LoRA-GA). A bias that (IA)^3 scales is merged, too:
-it has to be held or trained.
+Any method works whose new adapter leaves outputs unchanged and whose
+initialisation needs the base alone: neither KaSA nor LoRA's init 'random', nor
+methods that need calibration (EVA, CorDA, LoRA-GA). A bias that (IA)^3 scales
+is merged too, and must be held or trained.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from research import tree, weights
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.wrap import EMBEDDING, biases, leaves
 from research.optim import optim, ranges
 from research.training.state import TrainState
@@ -38,7 +38,7 @@ from research.typing import Array, Float, PRNGKey, UserError
 
 Metrics = dict[str, Array]
 Reset = Callable[[Array, PRNGKey], Array]
-"""(moment, key) -> what is left of it."""
+"""(moment, key) -> the reset moment."""
 
 
 def schedule(
@@ -49,21 +49,21 @@ def schedule(
   rewarm: int,
   final: optim.Number = 0.1,
 ) -> optim.Schedule:
-  """Returns a cosine that climbs again from 0 at each restart.
+  """Returns a cosine schedule with a warmup from 0 after each restart.
 
-  As in the authors' code, a climb ends where it meets the cosine. The first
-  update of all has rate 0, too.
+  As in the authors' code, a warmup ends where it meets the cosine. The run's
+  first update has rate 0, too.
 
   Args:
-    peak: the highest rate.
-    steps: of the whole run; `every` divides them.
+    peak: maximum learning rate.
+    steps: updates of the whole run; a multiple of `every`.
     every: updates between restarts.
-    warmup: updates of the first climb.
-    rewarm: updates of each later one.
-    final: the last rate, as a share of `peak`.
+    warmup: updates of the first warmup.
+    rewarm: updates of each later warmup.
+    final: last learning rate, as a share of `peak`.
 
   Raises:
-    UserError: `every` does not divide `steps`, or a climb is longer than it.
+    UserError: `every` does not divide `steps`, or a warmup is longer than it.
   """
   ranges.non_negative(
     "relora.schedule", peak=peak, warmup=warmup, rewarm=rewarm, final=final
@@ -71,9 +71,9 @@ def schedule(
   ranges.positive("relora.schedule", steps=steps, every=every)
   if steps % every or max(warmup, rewarm) > every:
     raise UserError(
-      f"relora.schedule: found {steps} steps, restarts every {every}, climbs of"
-      f" {warmup} and {rewarm}.\n"
-      "Expected `every` to divide the steps, and climbs no longer than it."
+      f"relora.schedule: found {steps} steps, restarts every {every}, warmups"
+      f" of {warmup} and {rewarm}.\n"
+      "Expected `every` to divide the steps, and warmups no longer than it."
     )
 
   def cosine(count):
@@ -91,26 +91,26 @@ def schedule(
 
 
 def zero(moment: Array, key: PRNGKey) -> Array:
-  """Returns zeros: all is forgotten."""
+  """Resets a moment to zeros."""
   del key
   return jnp.zeros_like(moment)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Smallest:
-  """Sets the smallest elements of a moment to zero.
+class MagnitudePruning:
+  """Sets a moment's elements of least magnitude to zero.
 
   Attributes:
-    share: of all elements, those of the least magnitude.
+    share: share of all elements that are set to zero.
   """
 
   share: float
 
   def __post_init__(self):
-    ranges.share("Smallest", share=self.share)
+    ranges.share("MagnitudePruning", share=self.share)
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
-    """Returns the elements above the quantile of the magnitudes."""
+    """Returns the moment with elements up to that quantile set to zero."""
     del key
     size = jnp.abs(moment)
     axes = tuple(range(max(0, moment.ndim - 2), moment.ndim))
@@ -119,40 +119,43 @@ class Smallest:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AtRandom:
-  """Sets elements of a moment to zero, whatever they are.
+class RandomPruning:
+  """Sets random elements of a moment to zero.
 
   Attributes:
-    share: of all elements; the authors' own reset is 0.999.
+    share: probability of an element; the authors use 0.999.
   """
 
   share: float
 
   def __post_init__(self):
-    ranges.share("AtRandom", share=self.share)
+    ranges.share("RandomPruning", share=self.share)
 
   def __call__(self, moment: Array, key: PRNGKey) -> Array:
-    """Returns each element, with the chance `1 - share`, or 0."""
+    """Returns the moment, each element kept with probability `1 - share`."""
     kept = jax.random.bernoulli(key, 1 - self.share, moment.shape)
     return jnp.where(kept, moment, 0)
 
 
 def nearest(x: Float[Array, "..."], dtype: Any, key: PRNGKey) -> Array:
-  """Returns `x`, rounded to the nearest number of a type."""
+  """Returns `x` rounded to the nearest number of `dtype`."""
   del key
   return x.astype(dtype)
 
 
 def stochastic(x: Float[Array, "..."], dtype: Any, key: PRNGKey) -> Array:
-  """Returns `x`, rounded up or down so that its mean is kept.
+  """Returns `x` stochastically rounded, which preserves its expectation.
 
-  In bfloat16 a change below half a rounding step is lost each time by
-  `nearest`; here a share of the elements takes a whole step.
+  `nearest` loses every change below half a bfloat16 ulp; here a share of the
+  elements moves by a whole ulp.
 
   Args:
     x: float32.
-    dtype: float32 (nothing is rounded) or bfloat16.
-    key: of the random bits.
+    dtype: bfloat16, or float32, which rounds nothing.
+    key: key of the random bits.
+
+  Raises:
+    UserError: another dtype.
   """
   if dtype == jnp.float32:
     return x
@@ -170,25 +173,26 @@ def stochastic(x: Float[Array, "..."], dtype: Any, key: PRNGKey) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restart:
-  """Merges and resets the adapters of a training state, every so often.
+  """Periodically merges the adapters into the base and reinitialises them.
 
-  A rewrite of `(state, metrics)`, to follow each step. Every weight with
-  trainable adapters needs its base `w` in `held`, and what its adapters keep
-  fixed. An average of adapters begins again with them.
+  A state transform `(state, metrics) -> (state, metrics)`, applied after each
+  step. The base `w` and the fixed arrays of every trained adapter must be in
+  `held`. A moving average of the adapters restarts with them.
 
   Attributes:
     every: updates between restarts.
-    until: the first update after which there is none: at the end of a run the
-      adapters stay, as they are for a rank law or an export. None for no end.
-    after: updates that a restart is late by. 1 is the authors' code, where
-      the first of the new cycle's updates, of rate 0, still sees old moments.
-    reset: what is left of the moments.
-    counts: regular expression of those counters in the optimizer's state that
-      begin again at 0, or None. Adam's moments that are reset while its count
-      goes on give updates of up to 6.5 times the rate, which is why the rate
-      must climb again from 0.
-    rounding: of the merged base to its own type.
-    seed: of the new `a`.
+    until: first update without restarts, so that the adapters of the last
+      cycle stay for diagnosis or export; None for no end.
+    after: number of updates by which a restart is delayed. 1 matches the
+      authors' code, where the first update of a new cycle, of rate 0, still
+      uses the old moments.
+    reset: resets a moment, such as `zero` or `MagnitudePruning`.
+    counts: regular expression of the counters in the optimizer's state that
+      are reset to 0, or None. Resetting Adam's moments but not its count gives
+      updates of up to 6.5 times the learning rate, which is why the rate must
+      warm up again from 0.
+    rounding: rounds the merged base to its dtype.
+    seed: seed of the new `a`.
   """
 
   every: int
@@ -209,7 +213,7 @@ class Restart:
   def __call__(
     self, state: TrainState, metrics: Metrics
   ) -> tuple[TrainState, Metrics]:
-    """Returns the state, restarted if it is time, and the metrics."""
+    """Returns the state, restarted if a restart is due, and the metrics."""
     since = state.step - self.after
     due = (since % self.every == 0) & (since > 0)
     if self.until is not None:
@@ -220,22 +224,22 @@ class Restart:
       return state.trainable, state.held, state.opt_state, state.ema
 
     parts = jax.lax.cond(
-      due, lambda: moving(self.restarted(state, key)), lambda: moving(state)
+      due, lambda: moving(self.restart(state, key)), lambda: moving(state)
     )
     names = ("trainable", "held", "opt_state", "ema")
     parts = dict(zip(names, parts, strict=True))
     return dataclasses.replace(state, **parts), metrics
 
-  def restarted(self, state: TrainState, key: PRNGKey) -> TrainState:
-    """Returns the state with adapters merged, and new ones.
+  def restart(self, state: TrainState, key: PRNGKey) -> TrainState:
+    """Returns the state with its adapters merged and reinitialised.
 
     Args:
-      state: where adapters have learned something.
-      key: of all that is random.
+      state: the training state.
+      key: key of the initialisation, the resets and the rounding.
 
     Raises:
-      UserError: a base that is packed or not held; no adapter, or one that
-        cannot begin again.
+      UserError: a base is packed or not held, there is no adapter, or a method
+        cannot be reinitialised.
     """
     new, adapted, scaled = {}, _adapted(state), biases(state.params)
     for path, weight in adapted:
@@ -278,26 +282,26 @@ def _key(key: PRNGKey, path: str) -> PRNGKey:
 
 
 def _started(path, method, w, key: PRNGKey) -> dict[str, Array]:
-  """Returns all arrays of a new adapter by path, stacked as `w` is."""
+  """Returns path -> array of a new adapter, stacked as `w` is."""
   *lead, size_in, size_out = w.shape
-  place = Place(size_in, size_out, embedding=path == EMBEDDING)
+  spec = MatrixSpec(size_in, size_out, embedding=path == EMBEDDING)
   count = math.prod(lead)
   if not method.starts_as_base:
     raise UserError(
-      f"relora: {path}: a new adapter of {type(method).__name__} is not its "
-      "base, which would change at each restart.\nExpected a method that adds "
-      "nothing when it starts, as LoRA's init 'peft'."
+      f"relora: {path}: a new adapter of {type(method).__name__} changes the "
+      "model's outputs, at each restart.\nExpected a method whose update "
+      "starts at zero, such as LoRA with init 'peft'."
     )
 
   def one(x):
-    trained, fixed = method.start(x[0], place, x[1])
+    trained, fixed = method.init_arrays(x[0], spec, x[1])
     return {"trained": trained, "fixed": fixed}
 
   each = jax.random.split(key, count), w.reshape(count, size_in, size_out)
   try:
     found = jax.lax.map(one, each)
   except UserError as e:
-    raise UserError(f"relora: {path}: cannot begin again.\n{e}") from e
+    raise UserError(f"relora: {path}: cannot be reinitialised.\n{e}") from e
   return {
     f"{path}/{name}": x.reshape(*lead, *x.shape[1:])
     for name, x in tree.flatten_paths(found)
@@ -314,7 +318,7 @@ def _adapted(state: TrainState) -> list[tuple[str, Any]]:
     if not isinstance(leaf.w, jax.Array):
       raise UserError(
         f"relora: the base of {path} is no array but a "
-        f"{type(leaf.w).__name__}, which nothing can be merged into.\n"
+        f"{type(leaf.w).__name__}, into which nothing can be merged.\n"
         "Expected a base that is neither packed nor adapted."
       )
     found.append((path, leaf))
@@ -327,14 +331,14 @@ def _adapted(state: TrainState) -> list[tuple[str, Any]]:
 
 
 def _check(new: Mapping[str, Array], state: TrainState) -> None:
-  """Raises UserError unless the state can hold all that is new."""
+  """Raises UserError for an array that the state neither trains nor holds."""
   moving = tree.flatten_paths((state.trainable, state.held))
   known = {path.partition("/")[2] for path, _ in moving}
   for path in new:
     if path not in known:
       raise UserError(
-        f"relora: {path} is neither trained nor held, and would stay what it "
-        "was of the old base.\nExpected Experiment.held to match every adapted "
-        "base, what its adapters keep fixed, and biases that they scale: "
-        "'/w$|/fixed/', and '_bias$' where there are any."
+        f"relora: {path} is neither trained nor held, so a restart cannot "
+        "update it.\nExpected Experiment.held to match every adapted base, its "
+        "adapters' fixed arrays, and biases that they scale: '/w$|/fixed/', "
+        "and '_bias$' where there are any."
       )

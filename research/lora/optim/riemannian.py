@@ -1,15 +1,16 @@
-"""Gradients of a pair, measured by the product that it makes.
+"""Riemannian preconditioning of LoRA's gradients, and the LoRA-FA optimizer.
 
-With G the gradient of the full matrix, plain descent on (a, b) moves the
-product by a, b's own sizes; these divide by them, so that it no longer depends
-on how the product is shared between its factors.
+Gradient descent on (a, b) scales the step of the product `aᵀ b` with the norms
+of the factors. Preconditioning by their Gram matrices makes the step
+independent of how the product is split between its factors:
 
-  scaled       ga <- (b bᵀ + d I)⁻¹ ga       gb <- (a aᵀ + d I)⁻¹ gb
-  frozen_down  ga <- 0                        gb <- (a aᵀ + d I)⁻¹ gb / s²
+  scaled    ga <- (b bᵀ + d I)⁻¹ ga       gb <- (a aᵀ + d I)⁻¹ gb
+  frozen_a  ga <- 0                       gb <- (a aᵀ + d I)⁻¹ gb / s²
 
 The first is Zhang & Pilanci 2024 (arXiv:2402.02347), equation 3 (ScaledGD of
-Tong et al. 2021); the second LoRA-FA (Zhang et al. 2023, arXiv:2308.03303) as
-PEFT has it: s gb aᵀ is then the part of G that a fixed `a` can express.
+Tong et al. 2021); the second LoRA-FA (Zhang et al. 2023, arXiv:2308.03303) in
+PEFT's form, where s gb aᵀ is the part of the full gradient G that a fixed `a`
+can express.
 """
 
 from typing import Any
@@ -25,14 +26,14 @@ from research.optim import optim, ranges
 def scaled(
   damping: optim.Number = 1e-2, matching: str = "."
 ) -> optax.GradientTransformation:
-  """Returns the transformation `scaled`, to stand before any optimizer.
+  """Returns the preconditioner `scaled`, to chain before an optimizer.
 
   At b = 0 the gradient of `a` is 0, and stays 0.
 
   Args:
     damping: `d`, added to the diagonals.
-    matching: regular expression of the pairs' paths; all else passes through.
-      PEFT leaves out those on embeddings: `"^(?!embed/)"`.
+    matching: regular expression of the pairs' paths; other gradients pass
+      through. PEFT excludes embeddings: `"^(?!embed/)"`.
   """
   ranges.non_negative("optimizer", damping=damping)
 
@@ -46,14 +47,15 @@ def scaled(
   return pairs.stateless(change, matching)
 
 
-def frozen_down(
+def frozen_a(
   damping: optim.Number = 1e-8, matching: str = "."
 ) -> optax.GradientTransformation:
-  """Returns the transformation `frozen_down`, to stand before any optimizer.
+  """Returns the preconditioner `frozen_a`, to chain before an optimizer.
 
   Args:
     damping: `d`, added to the diagonal.
-    matching: regular expression of the pairs' paths; all else passes through.
+    matching: regular expression of the pairs' paths; other gradients pass
+      through.
   """
   ranges.non_negative("optimizer", damping=damping)
 
@@ -76,17 +78,17 @@ def riemannian(
   weight_decay: optim.Number = 0.0,
   clip: optim.Number | None = 1.0,
 ) -> optax.GradientTransformation:
-  """Returns AdamW of gradients that `scaled` changed.
+  """Returns AdamW on gradients preconditioned by `scaled`.
 
   Args:
-    learning_rate: a number, or a schedule of the updates done.
+    learning_rate: a number, or a schedule of the number of updates done.
     damping: added to the diagonals.
     matching: regular expression of the pairs' paths.
-    b1: decay of the mean.
-    b2: decay of the mean square.
-    eps: added to the root of the mean square.
-    weight_decay: share of a parameter taken off at rate 1.
-    clip: bound of the global norm of the changed gradients, or None.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
+    clip: bound of the global norm of the preconditioned gradients, or None.
   """
   rest = optim.adamw(
     learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, clip=clip
@@ -104,20 +106,20 @@ def lora_fa(
   eps: optim.Number = 1e-6,
   weight_decay: optim.Number = 0.0,
 ) -> optax.GradientTransformation:
-  """Returns LoRA-FA: every `a` stays, `b` moves by AdamW of `frozen_down`.
+  """Returns LoRA-FA: every `a` is frozen, `b` uses AdamW after `frozen_a`.
 
-  `a` must be among the trainable parameters, since its values are needed here
-  (`trainable` '/trained/|/fixed/a$', where the method fixes it); it has no
-  moments, does not decay, and its update is exactly 0.
+  `a` must be among the trainable parameters, since the preconditioner reads it
+  (`trainable` '/trained/|/fixed/a$' where the method fixes `a`). It has no
+  moments and no weight decay, and its update is exactly 0.
 
   Args:
-    learning_rate: a number, or a schedule of the updates done.
-    damping: see `frozen_down`.
+    learning_rate: a number, or a schedule of the number of updates done.
+    damping: see `frozen_a`.
     matching: regular expression of the pairs' paths.
-    b1: decay of the mean.
-    b2: decay of the mean square.
-    eps: added to the root of the mean square.
-    weight_decay: share of a parameter taken off at rate 1.
+    b1: decay rate of the first moment.
+    b2: decay rate of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay, multiplied by the learning rate.
   """
 
   def kinds(params: Any) -> Any:
@@ -129,7 +131,7 @@ def lora_fa(
   moving = optax.chain(optim.moments(b1, b2, eps), optim.decaying(weight_decay))
   ways = {"still": optax.set_to_zero(), "moving": moving}
   return optax.chain(
-    frozen_down(damping, matching),
+    frozen_a(damping, matching),
     optax.partition(ways, kinds),
     optim.scale_by_rate(learning_rate),
   )

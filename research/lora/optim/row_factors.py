@@ -1,7 +1,7 @@
-"""Adapters of any method as factors that one row of a batch can have alone.
+"""Extracts LoRA factors from adapters of any method, for multi-adapter batches.
 
-Those are plain LoRA's, with the scale in `b`. What adds a matrix of low rank
-has them exactly; what does not is an error, never an approximation.
+The scale is included in `b`. A method whose update has low rank converts
+exactly, up to rounding; any other raises an error instead of an approximation.
 """
 
 import functools
@@ -19,26 +19,26 @@ from research.lora.wrap import biases, leaves
 from research.typing import Array, Float, Int, Params, UserError
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
-"""By address: fp32 `a [r, in]` and `b [r, out]`, which add `aᵀ b`."""
+"""Address -> fp32 `a [r, in]` and `b [r, out]` of the update `aᵀ b`."""
 
 _ROUNDING = 1e-5
-"""Share of an update that may be lost: what fp32 loses of a sum of products."""
+"""Largest relative error of the factors: fp32 rounding of a sum of products."""
 
 _MORE = 8
-"""Columns of a sketch beyond the rank; Halko et al. 2011, section 4.2."""
+"""Oversampling columns of a sketch; Halko et al. 2011, section 4.2."""
 
 
-def of(params: Params, rank: int) -> dict[str, Any]:
+def extract(params: Params, rank: int) -> dict[str, Any]:
   """Returns the `Factors` of every adapter of a tree, in host memory.
 
   Args:
-    params: with adapters of any method.
-    rank: the largest.
+    params: parameters with adapters of any method.
+    rank: largest rank allowed.
 
   Raises:
-    UserError: an adapter's rank is larger, or its update no matrix of that
-      rank (as DoRA's and (IA)^3's, which rescale the whole base), or it is an
-      expert's, or scales a bias, or holds NaN.
+    UserError: an adapter's rank is larger, its update has higher rank (DoRA's
+      and (IA)^3's rescale the whole base), it belongs to an expert, it scales
+      a bias, or it is not finite.
   """
   for path, bias in biases(params).items():
     raise UserError(
@@ -68,7 +68,7 @@ def _adapted(part):
 
 
 def _factored(path, leaf, rank):
-  """Returns (a, b) as NumPy arrays, leading axes in front."""
+  """Returns (a, b) as NumPy arrays with the leaf's leading axes."""
   name = type(leaf.method).__name__
   if isinstance(leaf.w, AdaptedTensor):
     raise UserError(f"{path}: is adapted twice; merge one of the two first")
@@ -78,8 +78,8 @@ def _factored(path, leaf, rank):
   a, b = np.asarray(arrays["a"]), np.asarray(arrays["b"])
   if a.shape[-2] > rank:
     raise UserError(
-      f"{path}: {name} of rank {a.shape[-2]}, expected at most {rank}, which "
-      "there is room for"
+      f"{path}: {name} of rank {a.shape[-2]}, expected at most {rank}, the "
+      "rank of the slots"
     )
   return a, b * np.float32(method.scale)
 
@@ -88,9 +88,9 @@ def _exactly(path, leaf, rank):
   a, b, lost, needed = jax.tree.map(np.asarray, _sketched(leaf, rank))
   if not lost.max() <= _ROUNDING:
     raise UserError(
-      f"{path}: what {type(leaf.method).__name__} adds is no matrix of rank "
-      f"{rank}: that would lose {lost.max():.2g} of it.\nTake a larger rank, "
-      "convert the adapter to LoRA, or use it alone."
+      f"{path}: the update of {type(leaf.method).__name__} is no matrix of "
+      f"rank {rank}: truncation would lose {lost.max():.2g} of it.\nUse a "
+      "larger rank, convert the adapter to LoRA, or use it alone."
     )
   needed = max(1, int(needed.max()))
   return a[..., :needed, :], b[..., :needed, :]
@@ -105,19 +105,19 @@ def _sketched(
   Float[Array, "*L"],
   Int[Array, "*L"],
 ]:
-  """Returns (a, b, the share of the update that they lose, its own rank).
+  """Returns (a, b, relative error, numerical rank) by a randomised sketch.
 
-  A sketch sees all of an update of that rank; of another it need not be the
-  nearest, only far enough.
+  A sketch captures an update of at most this rank exactly. For one of higher
+  rank the factors need not be the best, since the error then only has to show.
   """
   *lead, size_in, size_out = leaf.shape
   deltas = leaf.delta().reshape(-1, size_in, size_out)
   rank = min(rank, size_in, size_out)
   columns = min(rank + _MORE, size_in, size_out)
-  seen = jax.random.normal(jax.random.key(0), (size_out, columns))
+  test_matrix = jax.random.normal(jax.random.key(0), (size_out, columns))
 
   def one(delta):
-    q, _ = jnp.linalg.qr(delta @ seen)
+    q, _ = jnp.linalg.qr(delta @ test_matrix)
     u, s, v = jnp.linalg.svd(q.T @ delta, full_matrices=False)
     a, b = (q @ u[:, :rank]).T, s[:rank, None] * v[:rank]
     norm = jnp.maximum(jnp.linalg.norm(delta), jnp.finfo(delta.dtype).tiny)

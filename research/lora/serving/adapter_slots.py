@@ -1,4 +1,7 @@
-"""The tree of a pool: which weights have slots, and how one is filled."""
+"""Adapter slots in a parameter tree: adds them and writes adapters into them.
+
+`research.lora.serving.pool` decides which adapter gets which slot.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from research.lora.serving.batched import BatchedTensor
 from research.typing import Params, UserError
 
 
-def around(
+def add_slots(
   params: Params,
   *,
   slots: int,
@@ -25,17 +28,17 @@ def around(
   dtype: str,
   targets: str | Sequence[str] = adapt.ALL_LINEAR,
 ) -> Any:
-  """Returns `params` with empty slots around its weights.
+  """Returns `params` with empty adapter slots on its target weights.
 
   Args:
-    params: without adapters, packed or not.
-    slots: adapters of each weight.
-    rank: of each.
-    dtype: of the factors.
+    params: parameters without adapters, packed or not.
+    slots: number of adapters per weight.
+    rank: rank of each slot.
+    dtype: dtype of the factors.
     targets: see `adapt.Adapt`.
 
   Raises:
-    UserError: a target matches nothing, or experts.
+    UserError: a target matches nothing, or it matches experts.
   """
   method = LoRA(rank=rank, alpha=float(rank))
   methods = adapt.Adapt(method=method, targets=targets).methods(params)
@@ -58,7 +61,7 @@ def around(
 
 
 def base(params: Params) -> Any:
-  """Returns the tree below the slots; shares its arrays."""
+  """Returns the tree without its slots; shares the base's arrays."""
   return jax.tree.map(
     lambda w: w.w if isinstance(w, BatchedTensor) else w,
     params,
@@ -76,12 +79,12 @@ def sizes(params: Params) -> dict[str, tuple[int, int]]:
 
 
 def write(params: Params, found: Factors, slot: int) -> Any:
-  """Returns the tree with an adapter in a slot, and what was there gone.
+  """Returns the tree with an adapter written into a slot.
 
   Args:
-    params: its slots' memory is used again.
-    found: by address; a matrix that is not named gets zeros.
-    slot: which; no new one is compiled for.
+    params: the tree; its slots' memory is donated.
+    found: address -> factors; other matrices get zeros in this slot.
+    slot: index of the slot; all indices share one compiled program.
   """
   held, new = {}, {}
   for name, leaf in wrap.leaves(params):
@@ -95,13 +98,13 @@ def write(params: Params, found: Factors, slot: int) -> Any:
   held = _set(held, new, np.int32(slot))
 
   def filled(name, leaf):
-    return leaf.holding(*held[name]) if name in held else leaf
+    return leaf.with_factors(*held[name]) if name in held else leaf
 
   return tree.map_paths(filled, params, is_leaf=weights.is_weight)
 
 
 def _addresses(params, name) -> list[str]:
-  """Returns the addresses of the matrices that a leaf of the tree stacks."""
+  """Returns the addresses of the matrices stacked in a leaf."""
   run, _, rest = name.partition("/")
   layer, _, inner = rest.partition("/")
   rows = tree.layer_indices(params).get(f"{run}/{layer}")
@@ -109,7 +112,7 @@ def _addresses(params, name) -> list[str]:
 
 
 def _padded(pair, leaf):
-  """Returns one matrix's factors with zeros up to the rank of a slot."""
+  """Returns one matrix's factors, zero-padded to the slots' rank."""
   rank, dtype = leaf.a.shape[-2], leaf.a.dtype
   sides = [np.zeros((rank, n), dtype) for n in leaf.shape[-2:]]
   for side, x in zip(sides, pair or (), strict=pair is not None):

@@ -1,8 +1,8 @@
-"""A weight under many adapters, of which each row of a batch uses one.
+"""Multi-adapter LoRA: each row of a batch uses its own adapter.
 
-The adapters are plain LoRA's factors, stacked; ranks below the largest are
-padded with zeros, which is exact. `weights.bind(params, ids=...)` says which
-row uses which, so a batch of any mixture is one program.
+A `BatchedTensor` holds a base weight and stacked LoRA factors; smaller ranks
+are zero-padded, which is exact. `weights.bind(params, ids=...)` assigns
+adapters to rows, so one compiled program serves any mixture.
 """
 
 import dataclasses
@@ -20,23 +20,25 @@ from research.typing import Array, Float, Int, PRNGKey, Shaped, UserError
 NONE = -1
 """Id of a row that uses no adapter."""
 
-UNROLLED = 32
-"""The largest rank whose sum over one token a row is unrolled."""
+MAX_UNROLLED_RANK = 32
+"""Largest rank for which `by_gather` unrolls the sum over the rank.
 
-FEW = 1024
-"""Rows times their rank, up to which that is the fastest."""
+For batches of one token per row."""
+
+MAX_GATHERED = 1024
+"""Largest product of rows and rank for which the unrolled sum is fastest."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchedTensor(weights.WrappedWeight):
-  """A weight, and `n` adapters that are applied by row.
+  """A weight with `n` LoRA adapters, one of which each row uses.
 
   Attributes:
     w: the base weight, logical shape `[..., in, out]`.
     a: `[..., n, R, in]`.
-    b: `[..., n, R, out]`; has each adapter's scale in it.
-    ids: `[..., B]`, each row's adapter or `NONE`; None computes the base.
+    b: `[..., n, R, out]`; includes each adapter's scale.
+    ids: `[..., B]`, each row's adapter or `NONE`; None applies the base alone.
   """
 
   w: Any
@@ -47,7 +49,7 @@ class BatchedTensor(weights.WrappedWeight):
   is_adapter = True
 
   def einsum(self, eq: str, x: Float[Array, "B ..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)` and what each row's adapter adds."""
+    """Returns `einsum(eq, x, w)` plus the output of each row's adapter."""
     y = weights.einsum(eq, x, self.w)
     if self.ids is None:
       return y
@@ -56,10 +58,10 @@ class BatchedTensor(weights.WrappedWeight):
     )
     rows = self._rows(x)
     flat = x.reshape(rows, -1, x.shape[-1])
-    return y + added(flat, first, second, self.ids).reshape(y.shape)
+    return y + rowwise_lora(flat, first, second, self.ids).reshape(y.shape)
 
   def take(self, ids: Int[Array, "B ..."]) -> Float[Array, "B ... D"]:
-    """Returns embedding rows, each as its row of the batch has them."""
+    """Returns embedding rows, each adapted as its row of the batch."""
     y = weights.take(self.w, ids)
     if self.ids is None:
       return y
@@ -73,17 +75,17 @@ class BatchedTensor(weights.WrappedWeight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns the base's; experts are not adapted by row."""
+    """Returns the base's `ragged_dot`; raises UserError if `ids` are bound."""
     if self.ids is not None:
       raise UserError("adapters of experts cannot be chosen by row")
     return weights.ragged_dot(x, self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
-    """Returns the base: no adapter is the one to merge."""
+    """Returns the base: there is no single adapter to merge."""
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "BatchedTensor":
-    """Factors are cut like the matrix, rows like all rows."""
+    """Shards factors like the matrix, and ids like the batch."""
     lead = (None,) * (self.ndim - 2)
     return BatchedTensor(
       w=weights.axes(self.w, names),
@@ -95,7 +97,7 @@ class BatchedTensor(weights.WrappedWeight):
   def bind(
     self, *, key: PRNGKey | None, ids: Int[Array, "B"] | None
   ) -> "BatchedTensor":
-    """Returns itself with each row's adapter, for every matrix it stacks."""
+    """Returns a copy with each row's adapter id, for all stacked matrices."""
     bound = super().bind(key=key, ids=ids)
     if ids is not None:
       ids = jnp.asarray(ids, jnp.int32)
@@ -103,11 +105,11 @@ class BatchedTensor(weights.WrappedWeight):
     return dataclasses.replace(bound, ids=ids)
 
   def map_base(self, f: Callable[[Any], Any]) -> "BatchedTensor":
-    """Returns itself around `f(w)`."""
+    """Returns a copy with base `f(w)`."""
     return dataclasses.replace(self, w=f(self.w))
 
-  def holding(self, a: Any, b: Any) -> "BatchedTensor":
-    """Returns itself with other adapters."""
+  def with_factors(self, a: Any, b: Any) -> "BatchedTensor":
+    """Returns a copy with other factors."""
     return dataclasses.replace(self, a=a, b=b)
 
   def _rows(self, x: Any) -> int:
@@ -120,51 +122,52 @@ class BatchedTensor(weights.WrappedWeight):
     return rows
 
 
-def added(
+def rowwise_lora(
   x: Float[Array, "B T I"],
   first: Float[Array, "n R I"],
   second: Float[Array, "n R O"],
   ids: Int[Array, "B"],
 ) -> Float[Array, "B T O"]:
-  """Returns each row times its adapter's factors, by the fastest way here.
+  """Returns each row's adapter output `x firstᵀ second`.
 
-  On one core, in microseconds for I = 576 and O = 1536, fp32 (the last on two
-  of another machine):
+  Chooses the fastest of three implementations by size. Microseconds for
+  I = 576, O = 1536, fp32, on one CPU core (last row: two cores of another
+  machine):
 
-    B    T   n   R   gathered  beside  grouped
-    32   1   4   8         57      77      105
-    32   1  32   8         66     648      659
-    64   1   8   8        114     208      189
-    64   1   8  16        318     523      347
-    256  1  32  16       5365    5923     2547
-    256  1  32  64      73671   23447     9831
-    32  64   4   8       4850    6683    12464
+    B    T   n   R  by_gather  by_masking  by_grouping
+    32   1   4   8         57          77          105
+    32   1  32   8         66         648          659
+    64   1   8   8        114         208          189
+    64   1   8  16        318         523          347
+    256  1  32  16       5365        5923         2547
+    256  1  32  64      73671       23447         9831
+    32  64   4   8       4850        6683        12464
 
   Args:
     x: activations.
-    first, second: factors in the order of their use.
-    ids: which adapter; `NONE` adds exactly 0.
+    first, second: stacked factors, in the order of application.
+    ids: each row's adapter; `NONE` gives exactly 0.
   """
   n, rank = first.shape[:2]
   rows, time = x.shape[:2]
   first, second = first.astype(x.dtype), second.astype(x.dtype)
-  few = rank <= UNROLLED and rows * rank <= FEW
+  few = rank <= MAX_UNROLLED_RANK and rows * rank <= MAX_GATHERED
   if time > 1 or rows < 2 * n or few:
-    return gathered(x, first, second, ids)
+    return by_gather(x, first, second, ids)
   if n * rank <= 128:
-    return beside(x, first, second, ids)
-  return grouped(x, first, second, ids)
+    return by_masking(x, first, second, ids)
+  return by_grouping(x, first, second, ids)
 
 
-def gathered(
+def by_gather(
   x: Float[Array, "B T I"],
   first: Float[Array, "n R I"],
   second: Float[Array, "n R O"],
   ids: Int[Array, "B"],
 ) -> Float[Array, "B T O"]:
-  """`added`, each row with a copy of its own factors."""
+  """`rowwise_lora` by gathering each row's factors."""
   own = jnp.maximum(ids, 0)
-  if x.shape[1] == 1 and first.shape[1] <= UNROLLED:
+  if x.shape[1] == 1 and first.shape[1] <= MAX_UNROLLED_RANK:
     return _one_token(x, first, second, ids, own)
   z = jnp.einsum("bti,bri->btr", x, first[own])
   z = jnp.where(ids[:, None, None] == NONE, 0, z)
@@ -172,12 +175,12 @@ def gathered(
 
 
 def _one_token(x, first, second, ids, own):
-  """`gathered` of a token a row: no factor is copied on the way back up.
+  """`by_gather` for one token per row, without copying the second factors.
 
-  A sum of `R` scaled rows is one loop that reads the factors where they are.
-  As a product of batches they are copied first: on one core, rank 8, 32 rows
-  that take all of SmolLM2's 210 matrices, 36 ms instead of 160 in float32 and
-  29 instead of 169 in bfloat16.
+  A sum of `R` scaled rows is one loop that reads the factors in place, while a
+  batched product copies them first: on one core, rank 8, 32 rows, all of
+  SmolLM2's 210 matrices, 36 ms instead of 160 in float32 and 29 ms instead of
+  169 in bfloat16.
   """
   wide = jnp.promote_types(x.dtype, jnp.float32)
   z = jnp.einsum("bti,bri->br", x, first[own], preferred_element_type=wide)
@@ -189,26 +192,28 @@ def _one_token(x, first, second, ids, own):
   return sum(terms, start=zero)[:, None].astype(x.dtype)
 
 
-def beside(
+def by_masking(
   x: Float[Array, "B T I"],
   first: Float[Array, "n R I"],
   second: Float[Array, "n R O"],
   ids: Int[Array, "B"],
 ) -> Float[Array, "B T O"]:
-  """`added` as one adapter of rank `n R`, the others' part of it zeroed."""
+  """`rowwise_lora` as one adapter of rank `n R`, masked to each row's part."""
   z = jnp.einsum("bti,nri->btnr", x, first)
   mine = ids[:, None] == jnp.arange(len(first))
   z = jnp.where(mine[:, None, :, None], z, 0)
   return jnp.einsum("btnr,nro->bto", z, second)
 
 
-def grouped(
+def by_grouping(
   x: Float[Array, "B T I"],
   first: Float[Array, "n R I"],
   second: Float[Array, "n R O"],
   ids: Int[Array, "B"],
 ) -> Float[Array, "B T O"]:
-  """`added` over rows sorted by adapter, each adapter read once."""
+  """`rowwise_lora` by grouped matmul over rows sorted by adapter.
+
+  Reads each adapter once."""
   n, (rows, time, width) = len(first), x.shape
   order = jnp.argsort(jnp.where(ids == NONE, n, ids))
   sizes = time * jnp.sum(ids[:, None] == jnp.arange(n), axis=0)

@@ -1,8 +1,8 @@
-"""Many adapters over one base: slots in a compiled program, the rest on call.
+"""Adapter pool: serves many LoRA adapters over one base.
 
-A pool has a fixed number of slots of a fixed rank, so whatever adapters are
-in them, a batch is the same program. Adapters wait in host memory, and those
-not used for longest are read from their directories again.
+A pool has a fixed number of slots of a fixed rank, so any choice of adapters
+runs the same compiled program. Other adapters wait in host memory; the least
+recently used are dropped and read again from their directories.
 
   read = adapters.read_factors
   pool = pools.create(params, model, slots=4, rank=16, read=read)
@@ -29,35 +29,36 @@ from research.nn.transformer import Transformer
 from research.typing import Array, Int, Params, UserError
 
 BASE = "__base__"
-"""In place of an adapter's name: none, as in PEFT's mixed batches."""
+"""Name of the base without an adapter, as in PEFT's mixed batches."""
 
 
 Reader = Callable[[pathlib.Path, Params, Transformer, int], Factors]
-"""(directory or file, base, its model, largest rank) -> an adapter's factors;
+"""(directory or file, base, its model, largest rank) -> an adapter's factors.
+
 `research.interop.adapters.read_factors` is one."""
 
-LARGEST = 256
-"""Rank up to which `fitted` takes adapters."""
+MAX_RANK = 256
+"""Largest rank that `from_directories` accepts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
   """Adapters by name, and the base that they share.
 
-  A value, but for the memory of its slots: what `use` returns has it, and the
-  pool that it was given to must not be used again.
+  Immutable, except that `use` donates the memory of the slots: after
+  `new, ids = use(pool, names)` only `new` may be used.
 
   Attributes:
-    params: the base under `BatchedTensor`s, to be bound. May be laid out for
-      decoding (`generate.prepare`) before or after adapters are in it.
-    model: what computes with them.
-    rank: of the slots.
-    slots: whose adapter is in each, or None.
-    recent: those names, least recently used first.
+    params: the base in `BatchedTensor`s, to bind ids to. `generate.prepare`
+      may lay it out for decoding before or after adapters are loaded.
+    model: the base's model.
+    rank: rank of the slots.
+    slots: name of the adapter in each slot, or None.
+    recent: the names in slots, least recently used first.
     host: adapters in host memory, least recently used first.
-    places: directories of adapters that can be read again.
-    keep: how many of those stay in host memory.
-    read: of directories; None for a pool of trees alone.
+    directories: paths of the adapters that can be read again.
+    keep: number of re-readable adapters to keep in host memory.
+    read: reads a directory; None if all adapters come from `add_tree`.
   """
 
   params: Any
@@ -66,14 +67,16 @@ class Pool:
   slots: tuple[str | None, ...]
   recent: tuple[str, ...] = ()
   host: Mapping[str, Factors] = dataclasses.field(default_factory=dict)
-  places: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+  directories: Mapping[str, pathlib.Path] = dataclasses.field(
+    default_factory=dict
+  )
   keep: int = 64
   read: Reader | None = None
 
   @property
   def names(self) -> tuple[str, ...]:
-    """All adapters that can be used, sorted."""
-    return tuple(sorted({*self.host, *self.places}))
+    """Names of all adapters, sorted."""
+    return tuple(sorted({*self.host, *self.directories}))
 
 
 def create(
@@ -90,42 +93,44 @@ def create(
 
   Args:
     params: the base, packed or not.
-    model: of it.
-    slots: how many different adapters a batch can use.
-    rank: the largest of any.
-    keep: how many adapters that can be read again stay in host memory.
-    targets: what adapters may change, see `adapt.Adapt`.
-    read: what reads adapters' directories, see `Reader`.
+    model: the base's model.
+    slots: number of different adapters in a batch.
+    rank: largest rank of an adapter.
+    keep: number of re-readable adapters to keep in host memory.
+    targets: matrices that adapters may change, see `adapt.Adapt`.
+    read: reads adapters' directories, see `Reader`.
 
   Raises:
-    UserError: a number below 1, targets that match nothing, or experts.
+    UserError: a number is below 1, or targets match nothing or experts.
   """
   for name, value in dict(slots=slots, rank=rank, keep=keep).items():
     if value < 1:
       raise UserError(f"pool: {name} is {value}, expected at least 1")
-  wrapped = slots_of.around(
+  wrapped = slots_of.add_slots(
     params, slots=slots, rank=rank, dtype=model.dtype, targets=targets
   )
   return Pool(wrapped, model, rank, (None,) * slots, keep=keep, read=read)
 
 
-def fitted(
+def from_directories(
   params: Params,
   model: Transformer,
-  places: Mapping[str, str | os.PathLike],
+  directories: Mapping[str, str | os.PathLike],
   read: Reader,
 ) -> Pool:
-  """Returns a pool with a slot for each of some adapters, and no room else.
+  """Returns a pool sized for the given adapters, all in host memory.
+
+  Its slots, rank and target matrices are the smallest that fit them.
 
   Args:
     params: the base, packed or not.
-    model: of it.
-    places: directories by name, see `add`.
-    read: what reads them, see `Reader`.
+    model: the base's model.
+    directories: adapter name -> path, see `add`.
+    read: reads adapters' directories, see `Reader`.
   """
   held = {
-    name: read(pathlib.Path(place), params, model, LARGEST)
-    for name, place in places.items()
+    name: read(pathlib.Path(place), params, model, MAX_RANK)
+    for name, place in directories.items()
   }
   matrices = sorted({path for found in held.values() for path in found})
   pool = create(
@@ -143,58 +148,61 @@ def fitted(
 
 
 def add(pool: Pool, name: str, directory: str | os.PathLike) -> Pool:
-  """Returns the pool with an adapter in PEFT's format, or llama.cpp's.
+  """Returns the pool with an adapter read from PEFT's or llama.cpp's format.
 
   Args:
-    pool: if it has one of that name, the new one takes its place.
-    name: anything but `BASE`.
-    directory: or a .gguf file, see `interop.adapters.load_adapter`.
+    pool: the pool; an adapter of the same name is replaced.
+    name: the adapter's name, not `BASE`.
+    directory: PEFT's directory or a .gguf file, see
+      `interop.adapters.load_adapter`.
 
   Raises:
-    UserError: it is damaged or does not fit, brings weights whole, or is no
-      plain LoRA (`row_factors.of`).
+    UserError: the adapter is damaged, does not fit, replaces whole weights
+      (modules_to_save), or is not low-rank (`row_factors.extract`).
   """
   _free(name)
   place = pathlib.Path(directory)
   pool = _put(pool, name, _again(pool, place))
   return _trimmed(
-    dataclasses.replace(pool, places={**pool.places, name: place})
+    dataclasses.replace(pool, directories={**pool.directories, name: place})
   )
 
 
 def add_tree(pool: Pool, name: str, params: Params) -> Pool:
-  """Returns the pool with an adapter of a tree, which always is kept.
+  """Returns the pool with an adapter from a parameter tree.
+
+  Host memory always keeps it, since it cannot be read again.
 
   Args:
     pool: as for `add`.
     name: as for `add`.
-    params: the base under the adapter, as `adapt.Adapt` or training left it.
+    params: parameters with the adapter, as `adapt.Adapt` or training returns.
   """
   _free(name)
-  return _put(remove(pool, name), name, row_factors.of(params, pool.rank))
+  return _put(remove(pool, name), name, row_factors.extract(params, pool.rank))
 
 
 def remove(pool: Pool, name: str) -> Pool:
-  """Returns the pool without an adapter; its slot is free."""
+  """Returns the pool without an adapter; frees its slot."""
   return dataclasses.replace(
     _emptied(pool, name),
     host={k: v for k, v in pool.host.items() if k != name},
-    places={k: v for k, v in pool.places.items() if k != name},
+    directories={k: v for k, v in pool.directories.items() if k != name},
   )
 
 
 def use(pool: Pool, names: Sequence[str]) -> tuple[Pool, Int[Array, "B"]]:
-  """Returns the pool with these adapters in slots, and their ids.
+  """Returns the pool with these adapters in slots, and the rows' ids.
 
-  Adapters that are in slots already cost nothing; others take free slots, or
-  those used the longest time ago, without any compilation.
+  Adapters already in slots cost nothing. Others are written to free slots or
+  replace the least recently used ones; nothing is compiled.
 
   Args:
-    pool: its slots' memory is used again.
-    names: of each row of a batch, an adapter's or `BASE`.
+    pool: the pool; the memory of its slots is donated.
+    names: an adapter's name or `BASE` for each row of a batch.
 
   Raises:
-    UserError: there is no such adapter, or more of them than slots.
+    UserError: an adapter is unknown, or there are more of them than slots.
   """
   wanted = [name for name in dict.fromkeys(names) if name != BASE]
   for name in wanted:
@@ -207,10 +215,10 @@ def use(pool: Pool, names: Sequence[str]) -> tuple[Pool, Int[Array, "B"]]:
       f"{len(pool.slots)}, the pool's slots"
     )
   absent = [name for name in wanted if name not in pool.slots]
-  # All are read before the first is written: what fails leaves `pool` whole.
+  # Read all before writing any, so that a failure leaves `pool` usable.
   for name in absent:
     if name not in pool.host:
-      pool = _put(pool, name, _again(pool, pool.places[name]))
+      pool = _put(pool, name, _again(pool, pool.directories[name]))
   for name in absent:
     pool = _placed(pool, name, wanted)
   recent = [name for name in pool.recent if name not in wanted] + wanted
@@ -254,15 +262,15 @@ def _put(pool, name, found):
 
 
 def _trimmed(pool):
-  """Returns the pool with as many adapters in host memory as it keeps."""
-  again = [name for name in pool.host if name in pool.places]
+  """Drops re-readable adapters beyond `keep` from host memory."""
+  again = [name for name in pool.host if name in pool.directories]
   out = set(again[: max(0, len(again) - pool.keep)])
   host = {k: v for k, v in pool.host.items() if k not in out}
   return dataclasses.replace(pool, host=host)
 
 
 def _again(pool, place):
-  """Returns the factors in a directory, for this pool."""
+  """Reads an adapter's factors from a directory for this pool."""
   if pool.read is None:
     raise UserError(
       f"{place}: the pool was created without `read`, which reads directories"
@@ -271,7 +279,7 @@ def _again(pool, place):
 
 
 def _placed(pool, name, wanted):
-  """Returns the pool with an adapter in some slot that is not `wanted`."""
+  """Writes an adapter to a slot without one of `wanted`; returns the pool."""
   if None in pool.slots:
     slot = pool.slots.index(None)
   else:

@@ -1,9 +1,9 @@
-"""Bits where they count: formats chosen layer by layer under a budget.
+"""Mixed-precision bit allocation: chooses each layer's format under a budget.
 
-Each unit (a layer, a kind of matrix) is kept in each format by itself, the
-rest of the model as it was, and the divergence from the model is measured. Of
-all ways to choose a format for each unit within the budget, one is taken whose
-divergences sum to least: the best there is, if divergences of units add up.
+Measures, for each unit (a layer, a kind of matrix) and format, the KL
+divergence of the model with only that unit quantized. Then chooses one format
+per unit within the bit budget that minimises the sum of divergences, by exact
+search. This is optimal if the divergences of units add up.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from research import tree, weights
 from research.nn.transformer import Transformer
 from research.quant import quantize_by_rules
-from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.format import Format
 from research.quant.methods import Method, RoundToNearest
 from research.quant.quantize_by_rules import Quantization, Rule
@@ -31,24 +31,27 @@ Choice = tuple[float, float]
 def allocate(
   choices: Mapping[Hashable, Sequence[Choice]], budget: float
 ) -> dict[Hashable, int]:
-  """Returns which choice each unit gets: none within the budget costs less.
+  """Solves the multiple-choice knapsack problem exactly.
 
-  Of equal costs it is one of fewest bits. Units are taken in turn; of what was
-  chosen for those so far, every way is kept that may still be the best: none
-  has both fewer bits and less cost, and its cost with the least possible of
-  the units to come (the bound of Sinha and Zoltners 1979, "The multiple-choice
-  knapsack problem") is not above that of `greedy`.
+  Minimises total cost within the budget; among equal costs it prefers fewer
+  bits. Dynamic programming over units keeps the partial solutions that may
+  still be optimal: Pareto-optimal in (bits, cost), and with a lower bound (cost
+  so far plus the linear relaxation of the remaining units; Sinha and Zoltners
+  1979, "The multiple-choice knapsack problem") of at most the cost of `greedy`.
 
   Args:
-    choices: of each unit, (bits, cost), both summed over units.
-    budget: of the bits of all.
+    choices: unit -> (bits, cost) of each choice, both additive over units.
+    budget: total bits allowed.
+
+  Returns:
+    unit -> index of its choice.
 
   Raises:
-    UserError: the cheapest choices take more than the budget.
+    UserError: the cheapest choices exceed the budget.
   """
   known = greedy(choices, budget)
   most = sum(choices[unit][k][1] for unit, k in known.items())
-  most += 1e-9 * abs(most)  # sums in another order
+  most += 1e-9 * abs(most)  # tolerance for another order of summation
   left = list(choices.values())
   bits, cost = np.zeros(1), np.zeros(1)
   steps = []
@@ -75,10 +78,10 @@ def allocate(
 def _least(
   left: Sequence[Sequence[Choice]], budgets: Float[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-  """Returns what units cost at least within budgets; inf where none will do.
+  """Returns lower bounds of the units' cost within budgets; inf if infeasible.
 
-  That is if shares of choices could be had: the steps of all hulls, those that
-  gain most a bit first, the last one in part.
+  The bound is the linear relaxation: the steps of all hulls in descending
+  order of gain per bit, the last one fractional.
   """
   hulls = [np.asarray([given[k] for k in hull(given)]) for given in left]
   first = np.sum([h[0] for h in hulls], axis=0) if hulls else np.zeros(2)
@@ -94,16 +97,19 @@ def _least(
 def greedy(
   choices: Mapping[Hashable, Sequence[Choice]], budget: float
 ) -> dict[Hashable, int]:
-  """Returns choices by single steps, those first that gain most a bit.
+  """Solves the problem of `allocate` greedily, by gain per bit.
 
-  The best there are for what they take until a step is too large for what is
-  left; `allocate` bounds its search by them.
+  Optimal for the bits spent until a step exceeds the remaining budget.
+  `allocate` uses the result as an upper bound.
 
   Args:
     choices, budget: see `allocate`.
 
+  Returns:
+    unit -> index of its choice.
+
   Raises:
-    UserError: the cheapest choices take more than the budget.
+    UserError: the cheapest choices exceed the budget.
   """
   hulls = {unit: hull(given) for unit, given in choices.items()}
   at = dict.fromkeys(hulls, 0)
@@ -130,9 +136,9 @@ def greedy(
 
 
 def hull(choices: Sequence[Choice]) -> list[int]:
-  """Returns the choices on the lower convex hull, cheapest first.
+  """Returns indices of the choices on the lower convex hull, fewest bits first.
 
-  Each costs less than the one before, and less and less so a bit.
+  Along it the cost decreases, with decreasing gain per bit.
   """
   order = sorted(range(len(choices)), key=lambda k: choices[k])
   kept: list[int] = []
@@ -155,18 +161,18 @@ def _slope(choices, a, b):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Allocation(OfModel):
-  """Quantizes with the formats that measured divergences ask for.
+class Allocation(NeedsModel):
+  """Transform that quantizes units with formats of least measured divergence.
 
   Attributes:
-    formats: to choose among.
-    bits: of a weight, on average over what `unit` matches.
-    unit: regular expression, searched for in addresses; matrices in which it
-      finds the same text are kept alike, those without it left alone.
-    method: how codes are chosen.
-    calibration: what inputs are measured on, or None.
-    probe: what divergences are measured on.
-    model, tokenizer: filled in by `of`.
+    formats: the formats to choose from.
+    bits: average bits per weight over the matrices that `unit` matches.
+    unit: regular expression, searched for in addresses; matrices with the same
+      match form a unit, matrices without a match are not quantized.
+    method: rounding method.
+    calibration: data for the rounding method's input statistics, or None.
+    probe: data that divergences are measured on.
+    model, tokenizer: run on the data; set by `with_model`.
   """
 
   formats: tuple[Format, ...]
@@ -184,36 +190,39 @@ class Allocation(OfModel):
     return self.run(params)[0]
 
   def run(
-    self, params: Params, say: quantize_by_rules.Say = lambda text: None
+    self, params: Params, log: quantize_by_rules.Log = lambda text: None
   ) -> tuple[dict[str, Any], Report]:
-    """Returns `params`, packed, and what became of each matrix.
+    """Chooses formats and quantizes `params`.
 
     Args:
       params: any tree of weights without adapters.
-      say: is told of progress.
+      log: receives progress messages.
+
+    Returns:
+      (parameters, report of each matrix's errors).
 
     Raises:
-      UserError: the budget is too small, or nothing matches.
+      UserError: the budget is too small, or `unit` matches nothing.
     """
     if self.model is None:
-      raise UserError("Allocation: has no model; `of` gives it one")
+      raise UserError("Allocation: has no model; `with_model` sets it")
     units = self.units(params)
-    choices = self.measured(params, units, say)
-    every = held(params)
+    choices = self.measure(params, units, log)
+    every = packable_weights(params)
     count = sum(
       math.prod(every[path].shape) for paths in units.values() for path in paths
     )
     chosen = []
     for unit, k in allocate(choices, self.bits * count).items():
       rule = self._rule(units[unit], self.formats[k])
-      say(f"{unit} is kept in {rule.format.name}")
+      log(f"{unit} is quantized to {rule.format.name}")
       chosen.append(rule)
-    return self._how(chosen).run(params, say)
+    return self._how(chosen).run(params, log)
 
   def units(self, params: Params) -> dict[str, list[str]]:
-    """Returns the addresses of each unit's matrices."""
+    """Returns unit -> addresses of its matrices."""
     out: dict[str, list[str]] = {}
-    for address, _ in quantize_by_rules.named(params):
+    for address, _ in quantize_by_rules.named_matrices(params):
       text = re.search(self.unit, address)
       if text:
         out.setdefault(text.group(), []).append(address)
@@ -221,26 +230,26 @@ class Allocation(OfModel):
       raise UserError(f"Allocation.unit: {self.unit!r} matches no matrix")
     return out
 
-  def measured(
+  def measure(
     self,
     params: Params,
     units: Mapping[str, Sequence[str]],
-    say: quantize_by_rules.Say,
+    log: quantize_by_rules.Log,
   ) -> dict[str, list[Choice]]:
-    """Returns (bits, divergence) of each unit in each format."""
+    """Returns unit -> (bits, divergence in nats) in each format."""
     tokens = self.probe.read(self.tokenizer).tokens
-    known = compare.base(self.model, params, tokens, self.probe.batch)
+    known = compare.base_outputs(self.model, params, tokens, self.probe.batch)
     every = [path for paths in units.values() for path in paths]
-    old, out = held(params), {unit: [] for unit in units}
+    old, out = packable_weights(params), {unit: [] for unit in units}
     for format in self.formats:
-      packed = held(self._how([self._rule(every, format)])(params))
+      packed = packable_weights(self._how([self._rule(every, format)])(params))
       for unit, paths in units.items():
         new = {path: packed[path] for path in paths}
         bits = sum(8.0 * tree.nbytes(w) for w in new.values())
-        mixed = replaced(self.model, params, old | new)
+        mixed = with_weights(self.model, params, old | new)
         kl = compare.compare(known, self.model, mixed).kl
         out[unit].append((bits, kl))
-        say(f"{unit} alone in {format.name}: divergence {kl:.5f}")
+        log(f"{unit} alone in {format.name}: divergence {kl:.5f}")
     return out
 
   def _rule(self, paths: Sequence[str], format: Format) -> Rule:
@@ -257,8 +266,8 @@ class Allocation(OfModel):
     )
 
 
-def held(params: Params) -> dict[str, Any]:
-  """Returns address -> weight of all that rules may pack."""
+def packable_weights(params: Params) -> dict[str, Any]:
+  """Returns address -> weight of all matrices that rules may pack."""
   layers = {
     f"layers/{i}/{path}": w
     for i, layer in enumerate(tree.layers(params))
@@ -268,10 +277,16 @@ def held(params: Params) -> dict[str, Any]:
   return layers | {k: top[k] for k in ("embed", "head") if k in top}
 
 
-def replaced(
+def with_weights(
   model: Transformer, params: Params, every: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Returns `params` with other matrices, decoded so that layers are alike."""
+  """Returns `params` with replaced matrices, all decoded so that layers stack.
+
+  Args:
+    model: the Transformer.
+    params: its parameters.
+    every: address -> weight that replaces the one of `params`.
+  """
   layers = [
     tree.map_paths(
       lambda path, w, i=i: weights.dense(every.get(f"layers/{i}/{path}", w)),

@@ -1,16 +1,16 @@
-"""AWQ: scales that protect the weights behind large activations, folded away.
+"""AWQ: activation-aware weight quantization (scaling and clipping).
 
-Lin et al. 2023 (arXiv:2306.00978). A matrix is rounded as `s w`, its inputs
-are divided by s > 0; with `s = mean|x|^alpha` the weights that meet large
-activations are rounded more finely. What divides the inputs is folded into a
-norm, `v` or `up`, so the model stays what it was until it is packed. Alpha is
-chosen by what it is for: the squared error of the module's outputs (attention
-for q, k, v; the feed-forward for gate and up; o and down by themselves), on
-inputs from the unrounded model. Query heads that share a value head share its
-scales, so `o` is scaled in grouped attention, too.
+Lin et al. 2023 (arXiv:2306.00978). AWQ rounds `s w` and divides the inputs by
+s > 0; with `s = mean|x|^alpha` weights of large activations are rounded more
+finely. The division is folded into the preceding norm, `v` or `up`, so the
+model is unchanged until it is packed. Alpha minimises the squared error of the
+module's outputs (attention for q, k, v; the feed-forward for gate and up; o and
+down by themselves) on inputs from the unquantized model. Query heads that share
+a value head share its scales, so `o` is scaled in grouped-query attention, too.
 
-Then ranges are cut, each group of each output for itself, as its own outputs'
-error says; queries and keys are left (their products are not linear in them).
+Then the range of each group of each output is clipped to minimise the error of
+that group's contribution. Queries and keys are not clipped, since attention is
+not linear in them.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ from flax import traverse_util
 
 from research import tree, weights
 from research.quant.algorithms import awq_search, calibrate, folding
-from research.quant.algorithms.calibrate import Calibration, OfModel
-from research.quant.format import Format, fit
+from research.quant.algorithms.calibrate import Calibration, NeedsModel
+from research.quant.format import Format, format_for
 from research.quant.formats.affine import Affine
 from research.quant.numerics import finite
 from research.taps.statistics import Covariance, Magnitudes
@@ -30,20 +30,21 @@ from research.typing import Array, Int, Params, PRNGKey, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AWQ(OfModel):
-  """The transform; `Quantize` with the same format comes after it.
+class AWQ(NeedsModel):
+  """Transform that scales and clips; follow it by `Quantize` of that format.
 
-  Experts' `down` is left: its inputs are those of few tokens.
+  Does not scale experts' `down`, which few tokens reach.
 
   Attributes:
-    calibration: what is read.
-    format: what the matrices will be packed in.
-    steps: alphas are `i / steps`, i < steps; the largest is below 1.
-    duo: whether scales are over weights' sizes to the power 1 - alpha
-      (AutoAWQ); no scaling at all is tried as well.
-    loss: `"module"`, or `"diag"`, `Σ (mean|x_i| Δw_io)²`, which runs nothing.
-    clip: whether ranges are cut.
-    model, tokenizer: whose weights these are, given by `of`.
+    calibration: calibration data.
+    format: the format in which the matrices will be packed.
+    steps: alphas are `i / steps`, i < steps.
+    duo: whether scales are divided by the weights' relative magnitudes to the
+      power 1 - alpha (AutoAWQ); the search includes no scaling.
+    loss: `"module"`, or `"diag"`, `Σ (mean|x_i| Δw_io)²`, which needs no
+      forward pass.
+    clip: whether ranges are clipped.
+    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration(windows=4)
@@ -60,9 +61,9 @@ class AWQ(OfModel):
       raise UserError(f"AWQ.steps: found {self.steps}, expected at least 1.")
 
   def check(self, params: Params) -> None:
-    """Raises UserError where the format cannot hold a matrix, or be cut.
+    """Raises UserError for a matrix that cannot be quantized or clipped.
 
-    Also where a matrix is not finite: encoders would say so inside a program.
+    Checks that matrices are finite here, since a compiled encoder cannot raise.
     """
     for i, layer in enumerate(tree.layers(params)):
       flat = traverse_util.flatten_dict(layer, sep="/")
@@ -70,42 +71,42 @@ class AWQ(OfModel):
         where, shape = f"AWQ: layers/{i}/{path}", flat[path].shape
         if not weights.is_weight(flat[path]):
           finite.check(flat[path], where)
-        format = fit(where, self.format, shape)
+        format = format_for(where, self.format, shape)
         cut = self.clip and path in awq_search.CLIPPED
         if cut and not format.separable:
           raise UserError(
-            f"{where}: outputs share scales in {format.name}, so that no "
-            "range can be cut for itself; expected AWQ.clip = False, or "
-            "another format or block"
+            f"{where}: outputs share scales in {format.name}, so that their "
+            "ranges cannot be clipped separately; expected AWQ.clip = False, "
+            "or another format or block"
           )
 
   def __call__(
     self, params: Params, key: PRNGKey | None = None
   ) -> dict[str, Any]:
-    """Returns `params` scaled and cut, ready to be packed.
+    """Returns `params` scaled and clipped, ready to be packed.
 
     Raises:
-      UserError: no model yet, or a format that does not fit, see `check`.
+      UserError: no model is set, or the format does not fit, see `check`.
     """
     del key
     if self.model is None:
-      raise UserError("AWQ: has no model; `of` gives it one.")
+      raise UserError("AWQ: has no model; `with_model` sets it.")
     self.check(params)
     windows = self.calibration.read(self.tokenizer)
-    return self.scaled(params, windows.tokens)[0]
+    return self.scale_and_clip(params, windows.tokens)[0]
 
-  def scaled(
+  def scale_and_clip(
     self, params: Params, tokens: Int[Array, "N T"] | np.ndarray
   ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns (`params` scaled and cut, a report of each layer).
+    """Returns (`params` scaled and clipped, a report per layer).
 
     Args:
-      params: matrices as arrays, or packed, which are decoded.
-      tokens: what the model reads, all of it real.
+      params: parameters; packed matrices are decoded.
+      tokens: calibration tokens, without padding.
 
     Returns:
-      reports have, for each place, the losses without scales and of each
-      alpha, and the alpha that was chosen (-1 for none).
+      reports contain, for qkv, o, mlp and down, the losses (without scales,
+      then of each alpha) and the chosen alpha (-1 for no scales).
     """
     self.check(params)
     reports = []
@@ -117,18 +118,20 @@ class AWQ(OfModel):
       clip=self.clip,
     )
 
-    def visit(i: int, layer: Params, inputs: calibrate.Inputs) -> Params:
+    def visit(i: int, layer: Params, inputs: calibrate.LayerInputs) -> Params:
       del i
       flat = traverse_util.flatten_dict(layer, sep="/")
-      flat = {path: folding.array(w, path) for path, w in flat.items()}
+      flat = {path: folding.dense_array(w, path) for path, w in flat.items()}
       paths = [p for p in ("attention/o", "mlp/down") if p in flat]
-      xx = inputs.seen(layer, paths, Covariance())
-      sizes = inputs.seen(layer, paths, Magnitudes())
+      xx = inputs.measure(layer, paths, Covariance())
+      sizes = inputs.measure(layer, paths, Magnitudes())
       seen = {
         p: (sizes[p]["sizes"] / sizes[p]["n"], xx[p]["xx"] / xx[p]["n"])
         for p in paths
       }
-      new, report = awq_search.layer(search, inputs.block, flat, inputs.x, seen)
+      new, report = awq_search.search_layer(
+        search, inputs.block, flat, inputs.x, seen
+      )
       reports.append(report)
       return traverse_util.unflatten_dict(new, sep="/")
 

@@ -1,4 +1,7 @@
-"""AWQ's search in one layer: scales, then ranges, see `algorithms.awq`."""
+"""AWQ's search for scales and clipped ranges in one layer.
+
+See `research.quant.algorithms.awq`.
+"""
 
 import dataclasses
 import functools
@@ -21,10 +24,10 @@ from research.typing import Array, Float
 HIGHEST = jax.lax.Precision.HIGHEST
 
 CLIPPED = ("attention/v", "attention/o", "mlp/gate", "mlp/up", "mlp/down")
-"""Matrices whose ranges are cut."""
+"""Matrices whose ranges are clipped."""
 
 Moments = tuple[Array, Array]
-"""Of inputs: mean magnitudes `[I]`, and the mean of `x xᵀ`, `[I, I]`; fp32."""
+"""(mean of `|x|` `[I]`, mean of `x xᵀ` `[I, I]`) of inputs x, fp32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,21 +41,21 @@ class Search:
   clip: bool
 
   def alphas(self) -> list[float]:
-    """Returns the powers that are tried."""
+    """Returns the candidate powers."""
     return [i / self.steps for i in range(self.steps)]
 
   def rounded(self, w: Float[Array, "... I O"]) -> Float[Array, "... I O"]:
-    """Returns what becomes of a matrix when it is packed."""
+    """Returns a matrix packed and decoded."""
     return qtensor.pack(w, self.format).dense()
 
   def candidates(
     self, size: Float[Array, " I"], ws: list[Float[Array, "..."]]
   ) -> Float[Array, "A I"]:
-    """Returns the scales that are tried: 1, then one row for each alpha.
+    """Returns candidate scales: a row of ones, then one row per alpha.
 
     Args:
       size: mean magnitude of each input.
-      ws: the matrices behind it.
+      ws: the matrices that multiply these inputs.
     """
     alphas = jnp.asarray(self.alphas())[:, None]
     s = size**alphas
@@ -65,11 +68,11 @@ class Search:
     return jnp.concatenate([jnp.ones_like(s[:1]), s])
 
   def _within_groups(self, ws):
-    """Returns each input's mean share of its groups' largest weights."""
+    """Returns each input's mean weight magnitude over its group's largest."""
     total, count = 0.0, 0
     for w in ws:
       size = jnp.abs(w.astype(jnp.float32))
-      format = self.format.fitted(*w.shape[-2:])
+      format = self.format.for_shape(*w.shape[-2:])
       groups = _groups(size, format.group(*w.shape[-2:]))
       share = groups / jnp.maximum(groups.max(-2, keepdims=True), 1e-30)
       share = jnp.moveaxis(share.reshape(w.shape), -2, 0)
@@ -84,51 +87,51 @@ def _groups(w: Float[Array, "... I O"], size: int) -> Array:
 
 
 def _apart(format: Format, inputs: int, outputs: int) -> int:
-  """Returns how many inputs of an output are encoded apart from the others.
+  """Returns the number of inputs of an output that are encoded independently.
 
-  Groups of k-quants are not: blocks are, which have their scales' scale.
+  For k-quants that is a block, which has the scale of its groups' scales.
   """
-  format = format.fitted(inputs, outputs)
+  format = format.for_shape(inputs, outputs)
   return max(format.block, format.group(inputs, outputs))
 
 
 def rounded_paths(flat: Flat) -> list[str]:
-  """Returns the matrices of a layer that are rounded in the search."""
+  """Returns the paths of the matrices that the search rounds."""
   paths = [p for norm in folding.READERS for p in folding.readers(flat, norm)]
   paths += [p for p in ("attention/o", "mlp/down") if p in flat]
   return [p for p in paths if p != "mlp/router"]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def layer(
+def search_layer(
   search: Search,
   block: Block,
   flat: Flat,
   x: Float[Array, "N T D"],
-  seen: Mapping[str, Moments],
+  moments: Mapping[str, Moments],
 ) -> tuple[Flat, dict[str, Any]]:
-  """Returns (the layer scaled and cut, a report of each place).
+  """Returns (the layer scaled and clipped, the search's report).
 
   Args:
     search: the settings.
     block: the layer's module.
-    flat: its arrays, by path.
-    x: its inputs.
-    seen: what `attention/o` and `mlp/down` were given.
+    flat: path -> array of the layer.
+    x: the layer's inputs.
+    moments: path -> moments of the inputs of `attention/o` and `mlp/down`.
   """
   modules = _Modules(block)
   a_in = modules.norm(flat, "attention_norm", x)
   attended = modules.attention(flat, a_in)
   h = x + modules.post(flat, attended)
   m_in = modules.norm(flat, "mlp_norm", h)
-  a_seen, m_seen = _moments(a_in), _moments(m_in)
+  a_moments, m_moments = _moments(a_in), _moments(m_in)
   offset, a = block.norm.offset, block.attention
   report, scaled, inputs = {}, flat, {}
 
   paths = folding.readers(flat, "attention_norm")
   loss = functools.partial(_module_loss, modules.attention, flat, a_in)
-  s, report["qkv"] = _search(search, flat, paths, a_seen, loss)
-  inputs |= {p: _over(a_seen, s) for p in paths}
+  s, report["qkv"] = _search(search, flat, paths, a_moments, loss)
+  inputs |= {p: _over(a_moments, s) for p in paths}
   scaled = folding.scale_norm(scaled, "attention_norm", s, offset)
 
   def tied(s):
@@ -138,30 +141,32 @@ def layer(
     return folding.to_heads(s, a.heads, a.kv_heads)
 
   path = "attention/o"
-  loss = functools.partial(_output_loss, flat, seen[path][1])
+  loss = functools.partial(_output_loss, flat, moments[path][1])
   s, report["o"] = _search(
-    search, flat, [path], seen[path], loss, lambda s: spread(tied(s))
+    search, flat, [path], moments[path], loss, lambda s: spread(tied(s))
   )
-  inputs[path] = _over(seen[path], s)
+  inputs[path] = _over(moments[path], s)
   scaled = folding.scale_values(scaled, tied(s), a.heads, a.kv_heads)
 
   paths = folding.readers(flat, "mlp_norm")
   linear = [p for p in paths if p != "mlp/router"]
   loss = functools.partial(_module_loss, modules.mlp, flat, m_in)
-  s, report["mlp"] = _search(search, flat, linear, m_seen, loss)
-  inputs |= {p: _over(m_seen, s) for p in paths}
+  s, report["mlp"] = _search(search, flat, linear, m_moments, loss)
+  inputs |= {p: _over(m_moments, s) for p in paths}
   scaled = folding.scale_norm(scaled, "mlp_norm", s, offset)
 
   path = "mlp/down"
   if path in flat:
-    loss = functools.partial(_output_loss, flat, seen[path][1])
-    s, report["down"] = _search(search, flat, [path], seen[path], loss)
-    inputs[path] = _over(seen[path], s)
+    loss = functools.partial(_output_loss, flat, moments[path][1])
+    s, report["down"] = _search(search, flat, [path], moments[path], loss)
+    inputs[path] = _over(moments[path], s)
     scaled = folding.scale_hidden(scaled, "mlp", s)
   if search.clip:
     for path in CLIPPED:
       if path in scaled:
-        scaled = scaled | {path: cut(search, scaled[path], inputs[path][1])}
+        scaled = scaled | {
+          path: clip_ranges(search, scaled[path], inputs[path][1])
+        }
   return scaled, report
 
 
@@ -217,15 +222,15 @@ def _search(
   loss: Callable[[Flat], Array],
   tied: Callable[[Array], Array] = lambda s: s,
 ) -> tuple[Float[Array, " I"], dict[str, Any]]:
-  """Returns the best scales, and what was found.
+  """Returns the best scales, and the report of losses and alpha.
 
   Args:
     search: the settings.
     flat: the layer.
-    paths: the matrices that read the inputs.
-    moments: of those.
-    loss: of matrices instead of the layer's.
-    tied: makes of scales `[I]` those that can be folded.
+    paths: the matrices that multiply the inputs.
+    moments: moments of these inputs.
+    loss: path -> rounded matrix -> loss.
+    tied: projects scales `[I]` to scales that can be folded.
   """
   found = search.candidates(moments[0], [flat[path] for path in paths])
   found = jax.vmap(tied)(found)
@@ -245,13 +250,13 @@ def _search(
 
 
 def _module_loss(module, flat, x, rounded):
-  """Returns the mean square of what changes in a module's outputs."""
+  """Returns the mean square error of a module's outputs."""
   error = module(flat | rounded, x) - module(flat, x)
   return jnp.mean(jnp.square(error.astype(jnp.float32)))
 
 
 def _output_loss(flat, xx, rounded):
-  """Returns the mean square of what changes in a matrix's outputs."""
+  """Returns the mean square error of a matrix's outputs."""
   ((path, w),) = rounded.items()
   d = (w - flat[path]).astype(jnp.float32)
   return jnp.sum(d * jnp.matmul(xx, d, precision=HIGHEST)) / d.shape[-1]
@@ -264,15 +269,15 @@ def _diagonal_loss(flat, size, rounded):
   )
 
 
-def cut(
+def clip_ranges(
   search: Search, w: Float[Array, "I O"], xx: Float[Array, "I I"]
 ) -> Float[Array, "I O"]:
-  """Returns `w` within +-(1 - i / 20) of each group's largest, i < 10.
+  """Clips `w` to +-(1 - i / 20) of each group's largest magnitude, i < 10.
 
-  The i whose rounded group, for itself, changes each output least: the mean
-  over tokens of `(Σ x_i Δw_i)²` is `Δwᵀ E[x xᵀ] Δw`, over a group's inputs.
-  A group is what its format encodes for itself: a block of k-quants, all of an
-  output where that has one scale.
+  Chooses i per group and output to minimise the mean squared error of the
+  group's contribution to the output, `Δwᵀ E[x xᵀ] Δw` over the group's inputs,
+  after rounding. A group is what the format encodes independently: a block of
+  k-quants, or all inputs of an output with one scale.
 
   Args:
     search: the settings.

@@ -1,14 +1,14 @@
-"""Calibration: a text, and a walk through a model whose layers change.
+"""Calibration data, and layer-by-layer calibration of a model.
 
-What is measured of a layer depends on the layers before it, which may have
-been rounded by then. `walk` gives each layer's inputs to a visitor that returns
-the layer's new parameters, and goes on with what those put out:
+A layer's inputs depend on the layers before it, which may already be quantized.
+`walk` passes each layer's inputs to a visitor that returns the layer's new
+parameters, and continues with the outputs of those:
 
   params = walk(model, params, tokens, visit)
 
-`Inputs.seen` measures through `research.taps`, one matrix or a few at a time;
-what does not lead to these is never computed, and what led to those seen before
-is not computed again (`research.quant.activation_cache`).
+`LayerInputs.measure` collects statistics through `research.taps`, for one or a
+few matrices at a time. It computes only what these depend on, and reuses cached
+inputs (`research.quant.activation_cache`).
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ from research.text import special_tokens
 from research.typing import Array, Float, Int, Params, UserError
 
 InputStats = dict[str, dict[str, Array]]
-"""path of a weight in its layer -> its statistic's arrays."""
+"""Path of a weight in its layer -> name -> array of its statistic."""
 
 
-class OfModel:
-  """A transform with the fields `model` and `tokenizer`, given to it later."""
+class NeedsModel:
+  """Mixin of transforms with fields `model` and `tokenizer` to be set later."""
 
-  def of(self, loaded: Any) -> Any:
-    """Returns itself for `loaded.model`."""
+  def with_model(self, loaded: Any) -> Any:
+    """Returns a copy with `loaded.model` and `loaded.tokenizer`."""
     return dataclasses.replace(
       self, model=loaded.model, tokenizer=loaded.tokenizer
     )
@@ -48,15 +48,15 @@ class OfModel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
-  """Windows of a text, drawn without replacement.
+  """Calibration data: random windows of a text, without replacement.
 
   Attributes:
-    source: documents, read one after the other.
-    windows: how many are drawn.
-    length: tokens of each; documents and windows begin as the tokenizer says
-      (`research.text.special_tokens`).
-    batch: windows that are computed at a time.
-    seed: of the draw.
+    source: documents, concatenated.
+    windows: number of windows.
+    length: tokens per window; documents and windows begin with the tokenizer's
+      special tokens (`research.text.special_tokens`).
+    batch: windows per forward pass.
+    seed: seed of the random choice.
   """
 
   source: Documents = PydocTopics("train")
@@ -74,13 +74,13 @@ class Calibration:
         )
 
   def read(self, tokenizer: Any) -> "Windows":
-    """Returns the windows.
+    """Tokenizes the text and returns the chosen windows.
 
     Args:
-      tokenizer: has `encode(text)`.
+      tokenizer: has a method `encode(text)`.
 
     Raises:
-      UserError: there is too little text.
+      UserError: the text is too short, or there is no tokenizer.
     """
     if tokenizer is None:
       raise UserError("Calibration: the model has no tokenizer, expected one")
@@ -102,18 +102,18 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-  """What `Calibration` read.
+  """The windows that `Calibration.read` returns.
 
   Attributes:
     tokens: int32 `[N, T]`.
-    indices: which of the text's windows these are, `[N]`.
+    indices: indices of these windows in the text, `[N]`.
   """
 
   tokens: np.ndarray
   indices: np.ndarray
 
   def record(self) -> dict[str, Any]:
-    """Returns what tells the windows from others, as plain values."""
+    """Returns indices, shape and hash of the windows, for reports."""
     return {
       "indices": self.indices.tolist(),
       "shape": list(self.tokens.shape),
@@ -122,73 +122,75 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-  """What a layer is given, in batches.
+class LayerInputs:
+  """Inputs of a layer, in batches.
 
-  It remembers what `attention/o` and `mlp/down` were given when they are seen,
+  Caches the inputs of `attention/o` and `mlp/down` once they are measured,
   `N T` rows of each in the layer's dtype, until the layer is done.
 
   Attributes:
     block: the layer's module.
-    x: `[N, T, D]`.
-    batch: rows that are computed at a time.
-    memory: path -> what a matrix was given that has been seen.
+    x: the inputs, `[N, T, D]`.
+    batch: rows per forward pass.
+    memory: path -> cached inputs of a measured matrix.
   """
 
   block: Block
   x: Float[Array, "N T D"]
   batch: int
-  memory: dict[str, activation_cache.Held] = dataclasses.field(
+  memory: dict[str, activation_cache.CachedInputs] = dataclasses.field(
     default_factory=dict, init=False, compare=False, repr=False
   )
 
   def batches(self) -> list[Float[Array, "B T D"]]:
-    """Returns the rows, some at a time."""
+    """Returns the inputs in batches."""
     return [
       self.x[i : i + self.batch] for i in range(0, len(self.x), self.batch)
     ]
 
   def outputs(self, params: Params) -> Float[Array, "N T D"]:
-    """Returns what the layer makes of all rows."""
-    held = activation_cache.valid(self.memory, params)
+    """Returns the layer's outputs for all rows."""
+    held = activation_cache.still_valid(self.memory, params)
     return jnp.concatenate(
       [
-        outputs(self.block, activation_cache.replayed(params, held, k), x)
+        outputs(
+          self.block, activation_cache.with_cached_inputs(params, held, k), x
+        )
         for k, x in enumerate(self.batches())
       ]
     )
 
-  def seen(
+  def measure(
     self, params: Params, paths: Sequence[str], statistic: Statistic
   ) -> InputStats:
     """Returns a statistic of the inputs of some of the layer's weights.
 
     Args:
-      params: the layer's.
-      paths: of weights, such as `attention/q`.
+      params: the layer's parameters.
+      paths: paths of weights, such as `attention/q`.
       statistic: see `research.taps.statistics`.
     """
-    # What is replayed leads back to nothing: gradients need all of it.
-    held = activation_cache.valid(self.memory, params)
+    # No cache for gradients: they do not pass through cached inputs.
+    held = activation_cache.still_valid(self.memory, params)
     held = {} if isinstance(statistic, Gradient) else held
     keep = tuple(
-      p for p in activation_cache.keepable(params, paths) if p not in held
+      p for p in activation_cache.cacheable(params, paths) if p not in held
     )
     total: Any = None
     rows: list[dict[str, Array]] = []
     for k, x in enumerate(self.batches()):
-      given = activation_cache.replayed(params, held, k)
-      found, kept = seen(self.block, given, x, tuple(paths), statistic, keep)
+      given = activation_cache.with_cached_inputs(params, held, k)
+      found, kept = measure(self.block, given, x, tuple(paths), statistic, keep)
       total = found if total is None else _joined(total, found, statistic)
       rows.append(kept)
     for path in keep:
-      self.memory[path] = activation_cache.Held(
+      self.memory[path] = activation_cache.CachedInputs(
         params, [kept[path] for kept in rows]
       )
     return total
 
 
-Visit = Callable[[int, Params, Inputs], Params]
+Visit = Callable[[int, Params, LayerInputs], Params]
 """(index, a layer's parameters, its inputs) -> the layer's new parameters."""
 
 
@@ -200,42 +202,42 @@ def walk(
   batch: int = 4,
   follow: Literal["new", "old", "pairs"] = "new",
 ) -> dict[str, Any]:
-  """Returns `params` with each layer as its visit left it.
+  """Returns `params` with each layer replaced by the result of its visit.
 
   Args:
-    model: any; its layers are visited first to last.
+    model: the Transformer; its layers are visited first to last.
     params: its parameters.
-    tokens: rows from position 0.
+    tokens: calibration rows, from position 0.
     visit: see `Visit`.
-    batch: rows that are computed at a time.
-    follow: whether a layer is given what the new layers before it put out,
-      what the old ones would have, or, in each batch, both: first the old
-      ones', then as many rows of the new ones', see `error_propagation`.
+    batch: rows per forward pass.
+    follow: which layers compute the next layer's inputs: 'new' the visited
+      ones, 'old' the original ones, 'pairs' both, in each batch first the old
+      layers' rows, then the new layers', see `error_propagation`.
   """
   if not len(tokens):
     raise UserError("calibration: no tokens, expected at least one window")
-  x, out = embedded(model, params, jnp.asarray(tokens)), []
+  x, out = embed(model, params, jnp.asarray(tokens)), []
   if follow == "pairs":
     parts = [x[i : i + batch] for i in range(0, len(x), batch)]
     x = jnp.concatenate([part for part in parts for _ in range(2)])
     batch *= 2
   kinds, layers = model.layer_kinds(), list(tree.layers(params))
   for i, (block, layer) in enumerate(zip(kinds, layers, strict=True)):
-    inputs = Inputs(block, x, batch)
+    inputs = LayerInputs(block, x, batch)
     new = visit(i, layer, inputs)
     out.append(new)
     if i + 1 < len(layers):
       used = {"new": new, "old": layer}.get(follow)
       x = inputs.outputs(
-        error_propagation.paired(layer, new) if used is None else used
+        error_propagation.pair_weights(layer, new) if used is None else used
       )
   return tree.stack(tree.outer_params(params), out, kinds)
 
 
-def embedded(
+def embed(
   model: Transformer, params: Params, tokens: Int[Array, "N T"]
 ) -> Float[Array, "N T D"]:
-  """Returns what the first layer is given."""
+  """Returns the inputs of the first layer."""
   x = weights.take(params["embed"], tokens).astype(model.dtype)
   return x * jnp.asarray(model.embed_scale, model.dtype)
 
@@ -244,7 +246,7 @@ def embedded(
 def outputs(
   block: Block, params: Params, x: Float[Array, "B T D"]
 ) -> Float[Array, "B T D"]:
-  """Returns a layer's outputs for rows from position 0, causally."""
+  """Returns a layer's outputs for rows from position 0, with a causal mask."""
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   a, rotation = block.attention, None
   if a.rope is not None:
@@ -257,7 +259,7 @@ def outputs(
 @functools.partial(
   jax.jit, static_argnames=("block", "paths", "statistic", "keep")
 )
-def seen(
+def measure(
   block: Block,
   params: Params,
   x: Float[Array, "B T D"],
@@ -265,9 +267,12 @@ def seen(
   statistic: Statistic,
   keep: tuple[str, ...] = (),
 ) -> tuple[InputStats, dict[str, Float[Array, "B T I"]]]:
-  """Returns a statistic of what some weights of a layer multiply; `Inputs`.
+  """Returns a statistic of the inputs of some weights of a layer.
 
-  And, of those of them that are to be kept, this itself.
+  See `LayerInputs.measure`.
+
+  Returns:
+    (path -> statistic, path -> inputs for the paths in `keep`).
   """
   run = {"run0": {"layer0": jax.tree.map(lambda w: w[None], params)}}
 
@@ -277,7 +282,9 @@ def seen(
 
   addresses = {f"layers/0/{path}": path for path in paths}
   both = (
-    activation_cache.WithRows(statistic, *x.shape[:2]) if keep else statistic
+    activation_cache.StatisticAndRows(statistic, *x.shape[:2])
+    if keep
+    else statistic
   )
   found = taps.collect(loss, run, both, addresses=addresses)
   found = taps.by_address(run, found)

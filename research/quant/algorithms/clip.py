@@ -1,4 +1,4 @@
-"""Narrower grids: a search for the share of the range that errs least."""
+"""Clipping search: shrinks each group's range to minimise rounding error."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from research.typing import Array, Float, UserError
 
 @runtime_checkable
 class Grids(Protocol):
-  """A format with a grid for each group, as `algorithms.gptq.Grids`."""
+  """A format with a grid per group, as `algorithms.gptq.Grids`."""
 
   def grid(self, w: Float[Array, "*B S O"]) -> Any: ...
 
@@ -22,15 +22,15 @@ class Grids(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clip:
-  """Grids of `w (1 - i / steps)`, for the `i` whose errors sum to least.
+  """Grid search over `w (1 - i / steps)` for the least sum of errors.
 
-  The first of equals. Errors are those of weights: where some inputs are much
-  larger than others this may make the outputs worse.
+  The smallest i wins ties. Errors are those of weights: if some inputs are much
+  larger than others, clipping may increase the error of outputs.
 
   Attributes:
-    steps: how finely the range is divided.
-    tried: how many of the shares, from all of it down.
-    norm: the power of the errors that are summed; GPTQ's is 2.4.
+    steps: number of steps that divide the range.
+    tried: number of candidates, from the full range down.
+    norm: exponent of the absolute errors; GPTQ uses 2.4.
   """
 
   steps: int = 100
@@ -54,9 +54,9 @@ class Clip:
     """Returns the best grid of each group, arrays `[*B, O]`.
 
     Args:
-      format: whose grids depend on the extremes of the weights alone.
+      format: a format whose grids depend on the weights' extremes alone.
       w: groups of `S` weights, float32.
-      importance: what each input's errors weigh, or None for 1.
+      importance: weight of each input's errors, or None for 1.
     """
     weigh = 1.0 if importance is None else importance[..., None]
     shape = (*w.shape[:-2], w.shape[-1])

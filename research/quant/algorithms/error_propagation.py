@@ -1,11 +1,12 @@
-"""Inputs that have drifted: two models' rows through one walk.
+"""Quantization error propagation (QEP, GPTAQ): corrects for input drift.
 
-Behind rounded layers a matrix is given other inputs `y` than the `x` that it
-was made for. QEP (Arai and Ichikawa 2025, arXiv:2504.09629) and GPTAQ (Li et
-al. 2025, arXiv:2504.02692) aim at the outputs of the latter: the least squares
-answer is `w + (Σ y yᵀ)⁻¹ (Σ y (x - y)ᵀ) w`, of which `algorithms.gptq`
-takes a share. To see both at once, rows go through a layer in pairs: those of
-the old model first, then as many of the new one.
+After quantized layers a matrix receives inputs `y` instead of the original
+model's inputs `x`. QEP (Arai and Ichikawa 2025, arXiv:2504.09629) and GPTAQ (Li
+et al. 2025, arXiv:2504.02692) approximate the outputs for `x`: the least
+squares solution is `w + (Σ y yᵀ)⁻¹ (Σ y (x - y)ᵀ) w`, and `algorithms.gptq`
+applies a share of this correction. To measure both inputs in one pass, batches
+contain pairs of rows: first those of the original model, then those of the
+quantized one.
 """
 
 import dataclasses
@@ -20,11 +21,11 @@ from research.typing import Array, Float, Int, Params, UserError
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pair(weights.Weight):
-  """A weight that is one matrix for the first half of rows, and another then.
+class PairedWeight(weights.Weight):
+  """Two matrices: one multiplies the first half of the rows, one the second.
 
   Attributes:
-    old, new: matrices of one shape, of any kind.
+    old, new: weights of equal shape, of any kind.
   """
 
   old: Any
@@ -39,7 +40,7 @@ class Pair(weights.Weight):
     return self.old.dtype
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns each half of the rows of `x` times its own matrix."""
+    """Returns each half of the rows of `x` times its matrix."""
     old, new = jnp.split(x, 2)
     return jnp.concatenate(
       [weights.einsum(eq, old, self.old), weights.einsum(eq, new, self.new)]
@@ -52,29 +53,32 @@ class Pair(weights.Weight):
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Raises UserError: experts' rows come sorted, the halves mixed."""
+    """Raises UserError: experts' rows are sorted, which mixes the halves."""
     raise UserError(
-      "GPTQ.drift: experts cannot be walked in pairs, expected drift = 0"
+      "GPTQ.drift: found experts, whose inputs cannot be paired, expected "
+      "drift = 0"
     )
 
   def dense(self) -> Float[Array, "..."]:
     """Returns the new matrix."""
     return weights.dense(self.new)
 
-  def axes(self, names: tuple[str | None, ...]) -> "Pair":
-    """Both have the same names."""
-    return Pair(weights.axes(self.old, names), weights.axes(self.new, names))
+  def axes(self, names: tuple[str | None, ...]) -> "PairedWeight":
+    """Both have the same logical axes."""
+    return PairedWeight(
+      weights.axes(self.old, names), weights.axes(self.new, names)
+    )
 
 
-def paired(old: Params, new: Params) -> Params:
-  """Returns a layer whose matrices are pairs; the rest is the new one's."""
+def pair_weights(old: Params, new: Params) -> Params:
+  """Returns the new layer with each matrix paired with the old one's."""
   before = dict(_matrices(old))
 
   def one(path, w):
     if path not in before:
       return w
     held = weights.inner(before[path])
-    return weights.map_inner(w, lambda w: Pair(held, w))
+    return weights.map_inner(w, lambda w: PairedWeight(held, w))
 
   return tree.map_paths(one, new, is_leaf=weights.is_weight)
 
@@ -86,9 +90,10 @@ def _matrices(layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Drift:
-  """Sums over the new rows `y`: `y yᵀ` (`xx`), rows (`n`), and `(x - y) yᵀ`
-  with the old rows `x` (`drift`)."""
+class DriftStatistic:
+  """Statistic of paired rows: old rows `x`, then new rows `y`.
+
+  Sums over rows `y yᵀ` (`xx`), `(x - y) yᵀ` (`drift`) and their count (`n`)."""
 
   def shapes(self, size_in, size_out):
     square = (size_in, size_in)

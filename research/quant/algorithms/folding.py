@@ -1,7 +1,7 @@
-"""Changes of a layer that leave what it computes: scales moved, norms folded.
+"""Function-preserving changes of a layer: moves scales between its weights.
 
-A layer is flat here: path within it -> weight (`attention/q`), any axes in
-front (a run's layers). Matrices become arrays.
+A layer is a flat dict here: path within the layer (`attention/q`) -> weight,
+with any leading axes (a run's layers). Matrices become dense arrays.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from research.nn.transformer import Transformer
 from research.typing import Array, Float, Params, UserError
 
 Flat = dict[str, Any]
-"""path within a layer -> weight."""
+"""Path within a layer -> weight."""
 
 READERS = {
   "attention_norm": ("attention/q", "attention/k", "attention/v"),
@@ -29,43 +29,43 @@ READERS = {
     "mlp/shared/up",
   ),
 }
-"""norm -> the matrices that read what it normalises."""
+"""Norm -> the matrices that multiply its output."""
 
 WRITERS = ("attention/o", "mlp/down", "mlp/experts/down", "mlp/shared/down")
 """Matrices whose outputs, with their biases, are added to the residual."""
 
 MLPS = ("mlp", "mlp/experts", "mlp/shared")
-"""Feed-forwards that a layer may have."""
+"""Feed-forward modules that a layer may have."""
 
 
 def readers(flat: Flat, norm: str) -> list[str]:
-  """Returns the matrices of this layer that read `norm`'s output."""
+  """Returns the paths of the layer's matrices that multiply `norm`'s output."""
   return [path for path in READERS[norm] if path in flat]
 
 
-def array(w: Any, where: str) -> Array:
-  """Returns the array of a weight that is about to change.
+def dense_array(w: Any, where: str) -> Array:
+  """Returns a weight as a dense array, to be changed.
 
   Raises:
-    UserError: it is adapted or wrapped already.
+    UserError: the weight is adapted, or its inputs are transformed.
   """
   if weights.unwrap(w) is not None:
     raise UserError(
-      f"{where}: is adapted, or its inputs are changed, already.\nFold, scale"
-      " and rotate first."
+      f"{where}: is adapted, or its inputs are transformed, already.\nFold,"
+      " scale and rotate first."
     )
   return weights.dense(w)
 
 
-def widened(params: Params) -> Any:
-  """Returns `params` as float64 arrays; where JAX has 64 bits enabled.
+def to_float64(params: Params) -> Any:
+  """Returns `params` as float64 arrays; requires JAX's x64 mode.
 
   Raises:
-    UserError: a weight is adapted or wrapped already.
+    UserError: a weight is adapted, or its inputs are transformed.
   """
 
   def one(path: str, w: Any) -> Any:
-    w = array(w, path)
+    w = dense_array(w, path)
     floating = jnp.issubdtype(w.dtype, jnp.floating)
     return w.astype(jnp.float64) if floating else w
 
@@ -76,8 +76,8 @@ def cast_like(tree_of: Any, params: Params) -> Any:
   """Returns a tree of float64 arrays, cast to the dtypes of `params`.
 
   Args:
-    tree_of: like `params`, but for weights that became several arrays.
-    params: before anything changed.
+    tree_of: a tree like `params`; a weight may have become several arrays.
+    params: the original parameters.
   """
   dtypes = {path: w.dtype for path, w in weights.named_weights(params)}
 
@@ -92,11 +92,12 @@ def cast_like(tree_of: Any, params: Params) -> Any:
 def map_layers(
   f: Callable[[Flat, Any, str], Flat], model: Transformer, params: Params
 ) -> dict[str, Any]:
-  """Returns `params` with `f(layer, its block, where)` of each run's layers.
+  """Applies `f(layer, block, path)` to each run's stacked layers.
 
   Args:
-    f: given layers that stand behind one leading axis, and a path for errors.
-    model: whose blocks tell heads and norms.
+    f: receives layers stacked along a leading axis, their module, and their
+      path for error messages; returns the new layers.
+    model: the Transformer.
     params: its parameters.
   """
   out = tree.outer_params(params)
@@ -112,13 +113,13 @@ def map_layers(
 def scale_norm(
   flat: Flat, norm: str, s: Float[Array, "*L D"], offset: float
 ) -> Flat:
-  """Returns the layer whose `norm` gives what it did over `s`.
+  """Divides a norm's output by `s`; multiplies its readers to compensate.
 
   Args:
     flat: the layer.
     norm: `attention_norm` or `mlp_norm`.
-    s: positive.
-    offset: the norm's own, 1 for Gemma.
+    s: positive scales.
+    offset: the norm's offset of its gain, 1 for Gemma.
   """
   path = f"{norm}/scale"
   gain = (offset + flat[path]) / s - offset
@@ -128,7 +129,7 @@ def scale_norm(
 
 def scale_rows(w: Any, s: Float[Array, "*L I"], where: str) -> Array:
   """Returns `diag(s) w`; experts `[..., E, I, O]` share `s [..., I]`."""
-  w = array(w, where)
+  w = dense_array(w, where)
   while s.ndim < w.ndim - 1:
     s = s[..., None, :]
   return (s[..., None] * w).astype(w.dtype)
@@ -137,15 +138,15 @@ def scale_rows(w: Any, s: Float[Array, "*L I"], where: str) -> Array:
 def scale_values(
   flat: Flat, s: Float[Array, "*L X"], heads: int, kv_heads: int
 ) -> Flat:
-  """Returns the layer whose values are over `s`, and `o` makes up for it.
+  """Divides the values by `s`; multiplies `o` to compensate.
 
   Args:
     flat: the layer.
-    s: one for each output `[..., K H]` of `v`; query heads that share a value
-      head share its.
+    s: scale of each output `[..., K H]` of `v`; query heads that share a value
+      head share its scales.
     heads, kv_heads: N, K.
   """
-  v, o = (array(flat[f"attention/{name}"], name) for name in "vo")
+  v, o = (dense_array(flat[f"attention/{name}"], name) for name in "vo")
   out = {"attention/v": (v / s[..., None, :]).astype(v.dtype)}
   if "attention/v_bias" in flat:
     bias = flat["attention/v_bias"]
@@ -158,7 +159,12 @@ def scale_values(
 def to_heads(
   s: Float[Array, "*L X"], heads: int, kv_heads: int
 ) -> Float[Array, "*L Y"]:
-  """Returns numbers of value heads `[..., K H]` for each query head."""
+  """Repeats numbers of value heads `[..., K H]` for query heads, `[..., N H]`.
+
+  Args:
+    s: `[..., K H]`.
+    heads, kv_heads: N, K.
+  """
   apart = s.reshape(*s.shape[:-1], kv_heads, -1)
   found = jnp.repeat(apart, heads // kv_heads, axis=-2)
   return found.reshape(*s.shape[:-1], -1)
@@ -167,7 +173,9 @@ def to_heads(
 def from_heads(
   s: Float[Array, "*L Y"], heads: int, kv_heads: int
 ) -> Float[Array, "*L X"]:
-  """Returns geometric means, `[..., K H]`, over heads that share a value head.
+  """Returns geometric means over query heads that share a value head.
+
+  The result is `[..., K H]`.
 
   Args:
     s: positive `[..., N H]`.
@@ -179,14 +187,16 @@ def from_heads(
 
 
 def scale_hidden(flat: Flat, mlp: str, s: Float[Array, "*L F"]) -> Flat:
-  """Returns the layer whose hidden units are over `s`, `down` makes up for it.
+  """Divides the hidden units by `s`; multiplies `down` to compensate.
 
   Args:
     flat: the layer.
     mlp: one of `MLPS`.
-    s: positive; `[..., E, F]` for experts.
+    s: positive scales; `[..., E, F]` for experts.
   """
-  up, down = (array(flat[f"{mlp}/{name}"], name) for name in ("up", "down"))
+  up, down = (
+    dense_array(flat[f"{mlp}/{name}"], name) for name in ("up", "down")
+  )
   out = {
     f"{mlp}/up": (up / s[..., None, :]).astype(up.dtype),
     f"{mlp}/down": (s[..., None] * down).astype(down.dtype),

@@ -1,17 +1,17 @@
-"""GPTQ: rounding row by row, each error made up for by the rows after it.
+"""GPTQ: rounds a matrix row by row and compensates each error in later rows.
 
 Frantar et al. 2022 (arXiv:2210.17323). For a matrix `w [I, O]` and the Hessian
-`h = Σ x xᵀ` of its inputs, rows are rounded one after the other; what a row's
-rounding did to the outputs is taken off the rows that are still to come. All
-outputs go side by side, so they may be cut over a mesh; blocks of rows are
-brought up to date by one product.
+`h = Σ x xᵀ` of its inputs, rows are rounded one after the other, and later rows
+are updated to compensate a row's error in the outputs. Outputs are independent,
+so they may be sharded over a mesh. Updates are applied lazily, in one product
+per block of rows.
 
-Grids of groups are fitted when their first row is reached, to the weights as
-they are by then (`fresh`). Other implementations read them before the block's
-own updates (`stale`): a tenth more error on the specification's small problem
-(groups of 16), none on real layers (0.999 ± 0.005 of fresh grids' in SmolLM2,
-`claims_grids_smollm2.gin`). `static` ones belong to the original weights and
-let rows go in any order without moving groups.
+A group's grid is fitted at its first row, to the updated weights (`fresh`).
+Other implementations fit it before the updates of the current block (`stale`):
+a tenth more error on the specification's small problem (groups of 16), none on
+real layers (0.999 ± 0.005 of fresh grids' error in SmolLM2,
+`claims_grids_smollm2.gin`). `static` grids are fitted to the original weights
+and allow any order of rows without permuting groups.
 """
 
 import dataclasses
@@ -26,15 +26,17 @@ from research.quant.algorithms.clip import Clip
 from research.quant.algorithms.hessian import Damping
 from research.typing import Array, Float, Int, UserError
 
-LAZY = 128
-"""Rows at most that are rounded between two products."""
+MAX_BLOCK = 128
+"""Largest number of rows per block of lazy updates."""
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @runtime_checkable
 class Grids(Protocol):
-  """What is asked of a format; `grid` is any pytree of arrays `[*B, O]`."""
+  """Interface of a format with a grid per group.
+
+  `grid` is any pytree of arrays `[*B, O]`."""
 
   block: int
 
@@ -45,25 +47,25 @@ class Grids(Protocol):
     """Returns the nearest codes."""
 
   def values(self, codes: Array, *grid: Any) -> Float[Array, "*B S O"]:
-    """Returns what codes stand for, float32."""
+    """Returns the values of codes, float32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTQ:
-  """How a matrix is rounded.
+  """Settings of GPTQ.
 
   Attributes:
-    order: of the rows. `"natural"`; `"activations"`, those first whose inputs
-      are largest (act-order), for which dynamic grids scatter the groups and
-      the packed matrix keeps an order; `"groups"`, the same among groups and
-      inside each, which does not.
+    order: order of the rows. `"natural"`; `"activations"`, rows with the
+      largest inputs first (act-order), which with dynamic grids scatters the
+      groups, so that the packed matrix stores a permutation; `"groups"`, sorted
+      by group and within each group, which needs no permutation.
     grids: when a group's grid is fitted: `"fresh"`, `"stale"` or `"static"`.
     damp: share of the mean diagonal added to the Hessian's, see
       `hessian.inverse_factor`.
-    dead: what becomes of rows whose inputs were always 0: `"round"`, or
-      `"zero"` as in the authors' code, which later inputs may miss.
-    clip: a search for narrower grids, or None.
-    drift: share of the inputs' drift that is made up for, 0 to 1; see
+    dead: treatment of rows whose inputs were always 0: `"round"`, or `"zero"`
+      as in the authors' code, which loses weights that later inputs may need.
+    clip: a search for a clipped range of each group, or None.
+    drift: share of the input drift to correct, 0 to 1; see
       `research.quant.algorithms.error_propagation`.
   """
 
@@ -86,14 +88,14 @@ class GPTQ:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A matrix before it is rounded.
+  """A matrix prepared for rounding.
 
   Attributes:
-    w: `[I, O]`, corrected.
+    w: `[I, O]`, corrected for drift.
     u: `[I, I]`, see `hessian.inverse_factor`; in the order of `rows`.
-    rows: which row is taken first, second, ...
-    dead: rows whose inputs were always 0.
-    damping: what the Hessian took.
+    rows: indices of the rows in the order of rounding, `[I]`.
+    dead: number of rows whose inputs were always 0.
+    damping: damping of the Hessian.
   """
 
   w: Any
@@ -106,13 +108,13 @@ class Prepared:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-  """A matrix on its grids.
+  """A rounded matrix.
 
   Attributes:
     codes: `[I, O]`, as stored.
-    grid: of each group, arrays `[G, O]`.
+    grid: the groups' grids, arrays `[G, O]`.
     order: row `i` of the matrix is stored at `order[i]`; or None.
-    loss: the sum over rows and outputs of GPTQ's squared errors, halved.
+    loss: half the sum over rows and outputs of GPTQ's squared errors.
   """
 
   codes: Any
@@ -129,17 +131,17 @@ def prepare(
   drift: Float[Array, "I I"] | None = None,
   tokens: Float[Array, ""] | None = None,
 ) -> Prepared:
-  """Returns `w`, ready to be rounded.
+  """Factors the Hessian, orders rows and corrects `w` for drift.
 
   Args:
-    w: any floating point.
+    w: the matrix, any floating-point dtype.
     h: sum of `x xᵀ` over the inputs, times any number; float32, or float64,
-      which all but the grids is computed in.
-    group: rows that share a grid.
-    options: how.
-    drift: sum of `(x - y) yᵀ` where `y` are the inputs that `h` is of and `x`
-      those that `w` was made for; None for none.
-    tokens: how many inputs `h` is a sum over, if few are to be allowed for.
+      in which everything but the grids is then computed.
+    group: number of rows that share a grid.
+    options: settings of GPTQ.
+    drift: sum of `(x - y) yᵀ`, where `y` are the inputs of `h` and `x` those
+      of the original model, scaled as `h`; None for no correction.
+    tokens: number of inputs in `h`, for more damping if they are few; or None.
 
   Raises:
     UserError: the group does not divide I.
@@ -153,12 +155,12 @@ def prepare(
   dead = diagonal == 0
   h, diagonal = _filled(h, diagonal, dead)
   if options.dead == "zero":
-    # A matrix that saw nothing at all, such as an expert's, is left alone.
+    # A matrix without any inputs, such as an unused expert's, keeps its rows.
     w = jnp.where((dead & ~dead.all())[:, None], 0, w)
   rows = _order(diagonal, options.order, group)
   damp: Any = options.damp
   if tokens is not None:
-    damp = hessian.enough(damp, tokens, w.shape[0])
+    damp = hessian.damping_for_tokens(damp, tokens, w.shape[0])
   u, damping = hessian.inverse_factor(h[rows][:, rows], damp)
   if drift is not None and options.drift:
     change = _times(drift.astype(h.dtype).T, w)[rows]
@@ -173,14 +175,13 @@ def quantize(
   options: GPTQ,
   known: Any = None,
 ) -> Rounded:
-  """Returns a matrix on the grids of `format`.
+  """Rounds a matrix to the grids of `format`.
 
   Args:
-    given: with groups of `format.block`.
-    format: what rounds.
-    options: how.
-    known: the groups' grids, a tuple of arrays `[G, O]`, if they are not to
-      be fitted.
+    given: the prepared matrix, with groups of `format.block`.
+    format: computes grids and codes.
+    options: settings of GPTQ.
+    known: the groups' grids, a tuple of arrays `[G, O]`; None to fit them.
   """
   w, rows, group = given.w, given.rows, format.block
   back = jnp.argsort(rows)
@@ -203,14 +204,14 @@ def quantize(
 
 
 def _rows(w, u, format, fit, options, static, home):
-  """Returns (codes, grid, loss) of rows in the order that they are taken.
+  """Returns (codes, grid, loss) of rows in the order of rounding.
 
   Args:
     w: `[I, O]` in that order.
     u: as `hessian.inverse_factor`.
-    format, fit: what rounds, and what fits grids to groups.
+    format, fit: compute codes, and fit grids to groups.
     options: see `GPTQ`.
-    static: grids `[G, O]` if they are known, or None.
+    static: fixed grids `[G, O]`, or None.
     home: the group of each row in `static`.
   """
   inputs, outputs = w.shape
@@ -219,7 +220,7 @@ def _rows(w, u, format, fit, options, static, home):
   chunk = size if free else max(size, group)
 
   def current(errors, start, count):
-    """Returns `count` rows as they are now, all errors before made up for."""
+    """Returns `count` rows, updated for all errors before them."""
     rows = jax.lax.dynamic_slice_in_dim(w, start, count)
     spread = jax.lax.dynamic_slice_in_dim(u, start, count, axis=1)
     return rows - _times(spread.T, errors)
@@ -260,10 +261,10 @@ def _block(w, u, near, format, grid):
   """Returns (codes, scaled errors) `[S, O]` of a block of rows.
 
   Args:
-    w: `[S, O]`, all errors before it made up for.
-    u: `[S, S]`, the block on the diagonal.
-    near: which group of `grid` each row is in.
-    format: what rounds.
+    w: `[S, O]`, updated for all errors before the block.
+    u: `[S, S]`, the diagonal block of the factor.
+    near: index in `grid` of each row's group.
+    format: computes codes.
     grid: arrays `[groups, O]`.
   """
 
@@ -274,7 +275,7 @@ def _block(w, u, near, format, grid):
     codes = format.codes(one[None].astype(jnp.float32), *here)
     value = format.values(codes, *here)[0].astype(w.dtype)
     error = (one - value) / spread[i]
-    # `u` is zero before its diagonal: what is rounded stays.
+    # `u` is upper triangular, so rounded rows do not change.
     return w - spread[:, None] * error, (codes[0], error)
 
   given = (jnp.arange(len(w)), u, near)
@@ -282,8 +283,8 @@ def _block(w, u, near, format, grid):
 
 
 def _lazy(inputs: int, group: int, free: bool, stale: bool) -> int:
-  """Returns how many rows are rounded between two products."""
-  sizes = [n for n in range(1, min(LAZY, inputs) + 1) if inputs % n == 0]
+  """Returns the number of rows per block of lazy updates."""
+  sizes = [n for n in range(1, min(MAX_BLOCK, inputs) + 1) if inputs % n == 0]
   if free:
     return sizes[-1]
   whole = [n for n in sizes if n % group == 0]
@@ -293,9 +294,10 @@ def _lazy(inputs: int, group: int, free: bool, stale: bool) -> int:
 
 
 def _filled(h, diagonal, dead):
-  """Returns `h` and its diagonal with something where no input ever was.
+  """Returns `h` and its diagonal with zeros on the diagonal made positive.
 
-  Little, so that it does not count among what is damped by.
+  By a small value, so that the mean diagonal, which scales the damping, hardly
+  changes.
   """
   mean = diagonal.mean()
   fill = jnp.where(dead, jnp.where(mean > 0, 1e-6 * mean, 1), 0)
@@ -303,7 +305,7 @@ def _filled(h, diagonal, dead):
 
 
 def _order(diagonal, order: str, group: int) -> Int[Array, " I"]:
-  """Returns which row is taken first, second, ..."""
+  """Returns the indices of rows in the order of rounding."""
   if order == "natural":
     return jnp.arange(len(diagonal))
   if order == "activations":
@@ -315,7 +317,7 @@ def _order(diagonal, order: str, group: int) -> Int[Array, " I"]:
 
 
 def _fitter(format: Grids, clip: Clip | None) -> Callable[[Array], Any]:
-  """Returns what fits grids `[groups, O]` to weights `[groups, S, O]`."""
+  """Returns a function that fits grids `[groups, O]` to `[groups, S, O]`."""
 
   def fit(w):
     w = w.astype(jnp.float32)

@@ -1,10 +1,11 @@
-"""The factor that GPTQ compensates errors by, and what to do without one.
+"""Damped Cholesky factor of the inverse Hessian, for GPTQ.
 
 For a Hessian `H` the rows of the upper Cholesky factor `U` of its inverse,
-`H⁻¹ = Uᵀ U`, say how each row's rounding error is spread over the rows after it
-(Frantar et al. 2022, arXiv:2210.17323, section 3.3). `U` is found without the
-inverse: `H = R Rᵀ` with `R` upper triangular is the Cholesky factorization from
-the last row up, and `U = R⁻¹`.
+`H⁻¹ = Uᵀ U`, determine how each row's rounding error is distributed to later
+rows (Frantar et al. 2022, arXiv:2210.17323, section 3.3). `U` is computed
+without the inverse: `H = R Rᵀ` with upper triangular `R` is a Cholesky
+factorization from the last row up, and `U = R⁻¹`. If the factorization fails,
+it is repeated with more damping.
 """
 
 import dataclasses
@@ -17,22 +18,22 @@ import numpy as np
 from research.typing import Array, Float
 
 DOUBLINGS = 8
-"""Dampings after the first, of which each is at least 0.01."""
+"""Number of attempts with doubled damping, from at least 0.01."""
 
 FLOORS = tuple(1e-6 * 10.0**k for k in range(7))
-"""Least diagonals, of the largest one, after the last damping has failed."""
+"""Minimum diagonals relative to the largest, tried after the last damping."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Damping:
-  """What a Hessian took to be factored; arrays, one entry a matrix.
+  """Damping with which a Hessian was factored; arrays, one entry per matrix.
 
   Attributes:
     damp: share of the mean diagonal that was added to the diagonal.
-    floor: share of the largest that the diagonal was raised to, 0 for none.
-    attempts: factorizations until one succeeded.
-    failed: whether none did, and errors are not compensated.
+    floor: minimum of the diagonal, as a share of its largest entry; 0 for none.
+    attempts: number of factorizations.
+    failed: whether all failed, so that errors are not compensated.
   """
 
   damp: Any
@@ -41,8 +42,8 @@ class Damping:
   failed: Any
 
 
-def ladder(damp: Float[Array, ""]) -> Float[Array, "A 2"]:
-  """Returns the (damp, floor) that are tried in turn."""
+def damping_attempts(damp: Float[Array, ""]) -> Float[Array, "A 2"]:
+  """Returns the (damp, floor) of successive attempts."""
   more = jnp.maximum(2 * damp, 0.01) * 2.0 ** np.arange(DOUBLINGS)
   damps = jnp.concatenate([damp[None], more])
   last = jnp.broadcast_to(damps[-1:], (len(FLOORS),))
@@ -55,14 +56,15 @@ def ladder(damp: Float[Array, ""]) -> Float[Array, "A 2"]:
   )
 
 
-def enough(
+def damping_for_tokens(
   damp: float, tokens: Float[Array, ""], inputs: int
 ) -> Float[Array, ""]:
-  """Returns a damping for a Hessian of so many tokens.
+  """Returns the damping for a Hessian of a number of tokens.
 
-  Fewer than inputs leave it singular: then `(inputs / tokens)² / 4`, which on
-  random problems is about the best from a half down to an eighth, and no worse
-  than rounding alone, as less of it is.
+  With fewer tokens than inputs the Hessian is singular. The damping is then at
+  least `(inputs / tokens)² / 4`: on random problems with tokens / inputs from
+  1/2 to 1/8 this is about optimal, and less damping can be worse than rounding
+  to nearest.
   """
   few = (inputs / jnp.maximum(tokens, 1)) ** 2 / 4
   return jnp.where(tokens < inputs, jnp.maximum(damp, few), damp)
@@ -71,14 +73,18 @@ def enough(
 def inverse_factor(
   h: Float[Array, "I I"], damp: float | Float[Array, ""]
 ) -> tuple[Float[Array, "I I"], Damping]:
-  """Returns `U`, upper triangular, with `Uᵀ U` the inverse of the damped `h`.
+  """Returns upper triangular `U` with `Uᵀ U` the inverse of the damped `h`.
 
   Args:
-    h: symmetric, its diagonal above 0 if it is to be of use.
-    damp: what is tried first; a failure takes twice as much, then a floor
-      under the diagonal, then the identity: rounding alone.
+    h: symmetric, with a positive diagonal.
+    damp: first damping. After failures it is doubled, then a minimum of the
+      diagonal is added, and at last U is the identity, which means rounding to
+      nearest.
+
+  Returns:
+    (`U`, the damping used).
   """
-  steps = ladder(jnp.asarray(damp, h.dtype))
+  steps = damping_attempts(jnp.asarray(damp, h.dtype))
   diagonal = jnp.diagonal(h)
   mean, most = diagonal.mean(), abs(diagonal).max()
   eye = jnp.eye(len(h), dtype=h.dtype)

@@ -1,18 +1,18 @@
-"""A few rows of a matrix in full precision, beside what is packed.
+"""OWQ: keeps the few most sensitive rows of a matrix in higher precision.
 
-OWQ (Lee et al. 2023, arXiv:2306.02272): of the inputs, those few whose rounding
-costs the outputs most are not rounded at all. What row `j` costs is
+OWQ (Lee et al. 2023, arXiv:2306.02272) does not round the inputs' rows whose
+rounding errors affect the outputs most. The cost of row `j` is
 
     mean(x_j²) * sum_o (w - rounded w)[j, o]²,
 
-the diagonal's share of the layer's squared error (equation 3, with errors of
-rounding to nearest). The rows are chosen before the others are packed, and are
-0 in what is packed: they widen no group's grid, and GPTQ, told that they are
-never used, makes nothing up by them. Matrices of the same inputs keep the same
-rows. They are the leaf's `outliers`.
+the diagonal part of the layer's squared error (equation 3, with errors of
+rounding to nearest). The rows are chosen before the others are packed and are
+set to 0 in the packed matrix: they do not widen the range of their group, and
+GPTQ, whose Hessian is 0 for them, does not use them to compensate errors.
+Matrices with the same inputs keep the same rows, as the leaf's `outliers`.
 
-LLM.int8 has outliers of another kind: inputs that are large as the model runs,
-which no stored matrix can know (`research.quant.llm_int8`).
+LLM.int8 has outliers of another kind: inputs that are large at run time
+(`research.quant.llm_int8`).
 """
 
 import dataclasses
@@ -35,12 +35,12 @@ from research.typing import Array, Float, UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepOutlierRows:
-  """A method that leaves some rows as they are.
+  """Rounding method that keeps the most sensitive rows unrounded.
 
   Attributes:
-    method: of all other rows.
-    rows: how many; 16 bits a number, and 4 bytes to say which.
-    dtype: that they are stored in.
+    method: rounding method of all other rows.
+    rows: number of rows to keep; each also takes 4 bytes for its index.
+    dtype: dtype of these rows.
   """
 
   method: Method = RoundToNearest()
@@ -67,37 +67,37 @@ class KeepOutlierRows:
     if self.rows >= inputs:
       raise UserError(
         f"KeepOutlierRows: rows is {self.rows}, expected fewer than the "
-        f"matrix' {inputs} inputs"
+        f"matrix's {inputs} inputs"
       )
     self.method.check(format, inputs, calibrated)
 
-  def parts(self, ws, seen, format, starts):
-    """Returns what the method makes of matrices whose rows are 0."""
-    return self.method.parts(ws, seen, format, starts)
+  def parts(self, ws, stats, format, encoded):
+    """Returns the method's parts of matrices whose outlier rows are 0."""
+    return self.method.parts(ws, stats, format, encoded)
 
-  def apart(
+  def split_outliers(
     self,
     ws: Sequence[Float[Array, "I O"]],
-    seen: InputStats | None,
+    stats: InputStats | None,
     format: Format,
   ) -> tuple[
     list[Float[Array, "I O"]], list[dict[str, Any]], InputStats | None
   ]:
-    """Returns matrices with rows of 0, their outliers, inputs without them."""
-    cost = sum(costs(w, seen, format) for w in ws)
+    """Returns (matrices with these rows 0, the rows, remaining statistics)."""
+    cost = sum(rounding_costs(w, stats, format) for w in ws)
     rows = jnp.sort(jax.lax.top_k(cost, self.rows)[1]).astype(jnp.int32)
     rest = [w.at[rows].set(0) for w in ws]
     values = [w[rows].astype(self.dtype) for w in ws]
-    if seen is not None:
-      xx = seen["xx"].at[rows].set(0).at[:, rows].set(0)
-      seen = {**seen, "xx": xx}
-    return rest, [{"rows": rows, "values": x} for x in values], seen
+    if stats is not None:
+      xx = stats["xx"].at[rows].set(0).at[:, rows].set(0)
+      stats = {**stats, "xx": xx}
+    return rest, [{"rows": rows, "values": x} for x in values], stats
 
 
-def costs(
-  w: Float[Array, "I O"], seen: InputStats | None, format: Format
+def rounding_costs(
+  w: Float[Array, "I O"], stats: InputStats | None, format: Format
 ) -> Float[Array, " I"]:
-  """Returns what rounding each row costs; without inputs, of equal ones."""
-  error = format.decode(format.encoded(w)) - w
+  """Returns the cost of rounding each row; equal inputs if `stats` is None."""
+  error = format.decode(format.encode_traced(w)) - w
   each = (error**2).sum(-1)
-  return each if seen is None else each * methods.importance_of(seen)
+  return each if stats is None else each * methods.input_importance(stats)

@@ -1,16 +1,16 @@
-"""Quantization-aware training: masters that multiply as what they round to.
+"""Quantization-aware training (QAT): fake quantization, and LSQ.
 
-A `FakeQuantTensor` holds full-precision weights and is, to whoever multiplies
-by it, the packed matrix that they make: the same encoder and decoder, so that
+A `FakeQuantTensor` holds full-precision master weights and multiplies by their
+rounded values. It uses the encoder and decoder of the packed format, so that
 
   Convert()(Prepare(format)(params)) == what was trained, bit for bit.
 
-Scales are found anew from the masters in every step, and the gradient of
-rounding is that of the identity: straight-through (Bengio et al. 2013,
-arXiv:1308.3432). Or scales are learned: LSQ (Esser et al. 2020,
-arXiv:1902.08153). The masters may be any weight: around an adapted one,
-`Prepare` after `Adapt`, a few adapters are trained such that the merged matrix
-is good once it is rounded; nothing is lost when they are merged.
+Scales are recomputed from the master weights in every step, and gradients pass
+straight through rounding (straight-through estimator, Bengio et al. 2013,
+arXiv:1308.3432). Alternatively scales are learned: LSQ (Esser et al. 2020,
+arXiv:1902.08153). The master weights may be any weight: `Prepare` after `Adapt`
+trains adapters for the rounded merged matrix, so that merging them loses
+nothing.
 """
 
 import dataclasses
@@ -31,20 +31,21 @@ from research.quant.quantize import ALL_LINEAR, Quantize
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
 TRAINABLE = r"^(?!.*/start$)"
-"""Paths of what is learned in a prepared tree, if everything is."""
+"""Trainable paths of a prepared tree if all weights are trained."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FakeQuantTensor(weights.WrappedWeight):
-  """A matrix that is used as its own rounding.
+  """A fake-quantized matrix: master weights that multiply rounded.
 
   Attributes:
-    w: the masters, `[..., I, O]`: an array, or any weight.
-    gain: of learned scales, `[..., G, O]`, or None where scales follow the
-      masters. A share, so that a rate suits scales of any size.
-    start: the scales at gain 1; never learned.
-    format: what `w` is rounded to; static.
+    w: the master weights, `[..., I, O]`: an array or any weight.
+    gain: factor of learned scales, `[..., G, O]`, or None if scales are
+      computed from the master weights. It is relative to `start`, so that one
+      learning rate suits scales of any magnitude.
+    start: the initial scales; not trained.
+    format: the format that `w` is rounded to; static.
   """
 
   w: Any
@@ -55,23 +56,23 @@ class FakeQuantTensor(weights.WrappedWeight):
   )
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the rounded matrix; its gradient reaches the masters."""
+    """Returns the rounded matrix; gradients reach the master weights."""
     w = weights.dense(self.w)
     if self.gain is None:
-      return rounded(self.format, w)
+      return fake_quantize(self.format, w)
     f = functools.partial(_learned, self.format)
     for _ in self.shape[:-2]:
       f = jax.vmap(f)
     return f(w, self.gain, self.start)
 
-  def packed(self, where: str = "FakeQuantTensor") -> qtensor.QTensor:
-    """Returns what `dense` stands for, packed.
+  def pack(self, where: str = "FakeQuantTensor") -> qtensor.QTensor:
+    """Returns the rounded matrix as a packed weight.
 
     Args:
-      where: its address, for messages.
+      where: its address, for error messages.
 
     Raises:
-      UserError: training left what is not finite.
+      UserError: the master weights are not finite.
     """
     w = weights.dense(self.w)
     finite.check(w, where)
@@ -104,7 +105,7 @@ class FakeQuantTensor(weights.WrappedWeight):
     return weights.ragged_dot(x, self.dense(), sizes)
 
   def axes(self, names: tuple[str | None, ...]) -> "FakeQuantTensor":
-    """Groups keep the inputs' name."""
+    """Groups have the inputs' logical axis."""
     return dataclasses.replace(
       self,
       w=weights.axes(self.w, names),
@@ -114,10 +115,10 @@ class FakeQuantTensor(weights.WrappedWeight):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def rounded(
+def fake_quantize(
   format: Format, w: Float[Array, "... I O"]
 ) -> Float[Array, "... I O"]:
-  """Returns what is left of `w` in a format; the gradient is that of `w`."""
+  """Returns `w` rounded to a format, with a straight-through gradient."""
   return qtensor.pack(w, format).dense()
 
 
@@ -126,7 +127,9 @@ def _straight(format, saved, dy):
   return (dy,)
 
 
-rounded.defvjp(lambda format, w: (rounded(format, w), None), _straight)
+fake_quantize.defvjp(
+  lambda format, w: (fake_quantize(format, w), None), _straight
+)
 
 
 def _on_grid(format, w, gain, start):
@@ -148,9 +151,10 @@ def _learned_forward(format, w, gain, start):
 
 
 def _learned_backward(format, saved, dy):
-  """LSQ, equation 3: a scale moves by what rounding left, or by the end.
+  """Backward pass of LSQ, equation 3.
 
-  Masters beyond the grid's ends have no gradient.
+  A scale's gradient is the rounding residual of master weights within the
+  grid, and the end code of those beyond it, which get no gradient themselves.
   """
   w, gain, start = saved
   codes, scale = _on_grid(format, w, gain, start)
@@ -170,13 +174,13 @@ _learned.defvjp(_learned_forward, _learned_backward)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepare:
-  """The transform before training; after `Adapt`, if there are adapters.
+  """Transform that adds fake quantization; after `Adapt`, if adapters are used.
 
   Attributes:
-    format: what is trained for.
+    format: the format to train for.
     targets: as `Quantize.targets`.
-    learned: whether scales are learned (LSQ); of symmetric `Affine`. They
-      start from `2 mean|w| / sqrt(largest code)`.
+    learned: whether scales are learned (LSQ), from
+      `2 mean|w| / sqrt(largest code)`; requires a symmetric `Affine`.
   """
 
   format: Format = Affine(bits=4, block=32, symmetric=True)
@@ -184,23 +188,23 @@ class Prepare:
   learned: bool = False
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` whose matrices are used as their own rounding.
+    """Returns `params` with fake-quantized matrices.
 
     Raises:
-      UserError: a target matches nothing, or the format holds no such matrix.
+      UserError: a target matches nothing, or the format cannot hold a matrix.
     """
     del key
     quantize = Quantize(format=self.format, targets=self.targets)
-    chosen = set(quantize.chosen(params))
+    chosen = set(quantize.selected_paths(params))
 
     def one(path: str, w: Any) -> Any:
-      return self.prepared(w) if path in chosen else w
+      return self.prepare(w) if path in chosen else w
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
-  def prepared(self, w: Any) -> FakeQuantTensor:
-    """Returns one weight, or a stack of them, prepared."""
-    format = self.format.fitted(*w.shape[-2:])
+  def prepare(self, w: Any) -> FakeQuantTensor:
+    """Returns one weight, or a stack, with fake quantization."""
+    format = self.format.for_shape(*w.shape[-2:])
     if not self.learned:
       return FakeQuantTensor(w, format=format)
     if not isinstance(format, Affine) or not format.symmetric:
@@ -217,22 +221,23 @@ class Prepare:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convert:
-  """The transform after training: masters and adapters become packed."""
+  """Transform after training that packs master weights and adapters."""
 
   def __call__(self, params: Params, key: PRNGKey | None = None) -> Any:
-    """Returns `params` with what their matrices were used as, packed."""
+    """Returns `params` with fake-quantized matrices packed."""
     del key
 
     def one(path: str, w: Any) -> Any:
-      return w.packed(path) if isinstance(w, FakeQuantTensor) else w
+      return w.pack(path) if isinstance(w, FakeQuantTensor) else w
 
     return tree.map_paths(one, params, is_leaf=weights.is_weight)
 
 
-def bare(params: Params) -> Any:
-  """Returns a prepared model without rounding and adapters: what it was.
+def remove_fake_quant(params: Params) -> Any:
+  """Returns the parameters without fake quantization and adapters.
 
-  A teacher for `training.distill.Distill`, where only adapters are trained.
+  A teacher for `training.objectives.distill.Distill` if only adapters are
+  trained.
   """
 
   def one(w: Any) -> Any:

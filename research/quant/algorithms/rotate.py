@@ -1,14 +1,15 @@
-"""Rotations that leave a model's outputs and spread its outliers.
+"""QuaRot: rotations that remove activation outliers and preserve outputs.
 
 QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024,
-arXiv:2405.16406). RMSNorm without a gain commutes with rotations, so, norms
-folded, the whole residual stream may be rotated by one orthogonal matrix R1,
-hidden inside the weights; each value head by an R2; and hidden units of the
-feed-forward by a Hadamard matrix, which alone is applied as the model runs,
-fast. Rotated activations have no outliers, and so few bits serve them.
+arXiv:2405.16406). RMSNorm without a gain commutes with rotations. With norms
+folded, the residual stream is rotated by an orthogonal matrix R1 and each value
+head by R2, both merged into the weights. The feed-forward's hidden units are
+rotated by a Hadamard matrix, the only rotation at run time, by a fast
+transform. Rotated activations have no outliers, so few bits suffice.
 
-All is computed in float64 and cast at the end. The head of a model with tied
-embeddings is no longer the embedding: `quant.untied_embedding` is both.
+Everything is computed in float64 and cast at the end. The head of a model with
+tied embeddings then differs from the embedding:
+`research.quant.untied_embedding` holds both.
 """
 
 import dataclasses
@@ -35,37 +36,40 @@ from research.typing import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hadamard(Op):
-  """The op that rotates inputs by `hadamard.rotate`; its weight is rotated."""
+  """Op that rotates inputs by `hadamard.rotate`; its weight is rotated, too."""
 
   def __call__(self, x: Float[Array, "..."], scale: Any = None) -> Any:
     """Returns `x` rotated along its last axis."""
     del scale
     return hadamard.rotate(x)
 
-  def undone(self, w: Float[Array, "*L I O"]) -> Float[Array, "*L I O"]:
-    """Returns the matrix before it was rotated."""
+  def effective_weight(
+    self, w: Float[Array, "*L I O"]
+  ) -> Float[Array, "*L I O"]:
+    """Returns the matrix without the rotation."""
     turned = hadamard.rotate(jnp.swapaxes(w, -1, -2), inverse=True)
     return jnp.swapaxes(turned, -1, -2)
 
 
 def rotate_inputs(w: Float[Array, "*L I O"]) -> InputTensor:
-  """Returns a weight of the same products, whose inputs are rotated."""
+  """Returns an equivalent weight that rotates its inputs."""
   turned = hadamard.rotate(jnp.swapaxes(w, -1, -2))
   return InputTensor(jnp.swapaxes(turned, -1, -2), op=Hadamard())
 
 
 def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:
-  """Returns the same model with norms of gain 1 before layers and head.
+  """Folds norms' gains into the following matrices; the model is unchanged.
 
   Raises:
-    UserError: the model's outputs are normalised, too (Gemma 2 and 3).
+    UserError: blocks also normalise their outputs (Gemma 2 and 3).
   """
 
   def layer(flat: Flat, block: Any, where: str) -> Flat:
     if block.post_norm is not None:
       raise UserError(
-        f"{where}: outputs are normalised with gains, which no rotation"
-        " passes.\nGemma 2 and 3 have no rotated residual stream."
+        f"{where}: found a norm with a gain on outputs, which does not commute"
+        " with rotations.\nThe residual stream of Gemma 2 and 3 cannot be"
+        " rotated."
       )
     out = dict(flat)
     for norm in folding.READERS:
@@ -82,7 +86,7 @@ def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:
   gain = offset + stored
   out["final_norm"] = {"scale": jnp.ones_like(stored) - offset}
   if model.tied:
-    table = folding.array(params["embed"], "embed")
+    table = folding.dense_array(params["embed"], "embed")
     out["embed"] = Untied(table, (gain * table).astype(table.dtype))
   else:
     out["head"] = folding.scale_rows(params["head"], gain, "head")
@@ -92,11 +96,11 @@ def fold_norms(model: Transformer, params: Params) -> dict[str, Any]:
 def rotate_residual(
   model: Transformer, params: Params, r: Float[Array, "D D"]
 ) -> dict[str, Any]:
-  """Returns the same model, folded, its residual stream times `r`.
+  """Rotates the residual stream by `r`; the model's outputs are unchanged.
 
   Args:
-    model: with norms of gain 1, see `fold_norms`.
-    params: its parameters.
+    model: the Transformer.
+    params: its parameters, with norms of gain 1, see `fold_norms`.
     r: orthogonal.
   """
 
@@ -131,7 +135,7 @@ def rotate_residual(
 def rotate_values(
   model: Transformer, params: Params, r: Float[Array, "H H"]
 ) -> dict[str, Any]:
-  """Returns the same model, each value head times `r`, which `o` undoes."""
+  """Rotates each value head by `r` and `o` by its inverse."""
 
   def layer(flat: Flat, block: Any, where: str) -> Flat:
     size = block.attention.head_dim
@@ -150,7 +154,7 @@ def rotate_values(
 
 
 def rotate_hidden(model: Transformer, params: Params) -> dict[str, Any]:
-  """Returns the same model whose `down` rotates what it is given, fast."""
+  """Rotates the inputs of `down` at run time by a fast Hadamard transform."""
 
   def layer(flat: Flat, block: Any, where: str) -> Flat:
     found = [f"{mlp}/down" for mlp in folding.MLPS if f"{mlp}/down" in flat]
@@ -161,14 +165,16 @@ def rotate_hidden(model: Transformer, params: Params) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotate:
-  """QuaRot's rotations by random Hadamard matrices, as a transform.
+  """Transform that applies QuaRot's rotations, by random Hadamard matrices.
 
-  What QuaRot rotates after the rotary embedding, queries and keys, concerns a
-  cache of keys alone, which has its own rotation (`kv.kv_cache`).
+  QuaRot's rotation of queries and keys after the rotary embedding serves the
+  key cache alone, which has its own rotation (`kv.kv_cache`).
 
   Attributes:
-    residual: R1; `values`: R2; `hidden`: of `down`'s inputs, as the model runs.
-    model: whose weights these are, given by `of`.
+    residual: whether to rotate the residual stream (R1).
+    values: whether to rotate value heads (R2).
+    hidden: whether to rotate the inputs of `down` at run time.
+    model: the parameters' model; set by `with_model`.
   """
 
   residual: bool = True
@@ -176,45 +182,45 @@ class Rotate:
   hidden: bool = True
   model: Any = None
 
-  def of(self, loaded: Any) -> "Rotate":
-    """Returns itself for `loaded.model`."""
+  def with_model(self, loaded: Any) -> "Rotate":
+    """Returns a copy with `loaded.model`."""
     return dataclasses.replace(self, model=loaded.model)
 
   def __call__(self, params: Params, key: PRNGKey) -> dict[str, Any]:
     """Returns `params` rotated; norms are folded, the head is untied.
 
     Raises:
-      UserError: no model yet, or one that cannot be rotated.
+      UserError: no model is set, or it cannot be rotated.
     """
     if self.model is None:
-      raise UserError("Rotate: has no model; `of` gives it one.")
+      raise UserError("Rotate: has no model; `with_model` sets it.")
     first, second = jax.random.split(key)
     residual = values = None
     if self.residual:
       residual = hadamard.random_matrix(first, self.model.width)
     if self.values:
       values = hadamard.random_matrix(second, head_dim(self.model))
-    return rotated(self.model, params, residual, values, self.hidden)
+    return rotate_model(self.model, params, residual, values, self.hidden)
 
 
-def rotated(
+def rotate_model(
   model: Transformer,
   params: Params,
   residual: Float[Array, "D D"] | None,
   values: Float[Array, "H H"] | None,
   hidden: bool,
 ) -> dict[str, Any]:
-  """Returns the same model rotated, computed in float64.
+  """Returns the parameters of the rotated model, computed in float64.
 
   Args:
-    model: what `params` are for.
+    model: the Transformer.
     params: its parameters; norms are folded if `residual` is given.
-    residual: R1, orthogonal to about fp32's precision, or None.
-    values: R2, the same way.
+    residual: R1, orthogonal up to fp32 rounding, or None.
+    values: R2, likewise.
     hidden: whether `down` rotates its inputs.
   """
   with jax.enable_x64(True):
-    out = folding.widened(params)
+    out = folding.to_float64(params)
     if residual is not None:
       out = fold_norms(model, out)
       out = rotate_residual(model, out, nearest_rotation(residual))
@@ -226,7 +232,7 @@ def rotated(
 
 
 def nearest_rotation(r: Float[Array, "D D"]) -> Float[Array, "D D"]:
-  """Returns the orthogonal matrix next to one that nearly is, in float64."""
+  """Returns the orthogonal matrix nearest to an almost orthogonal one, fp64."""
   r = jnp.asarray(r, jnp.float64)
   for _ in range(3):  # Newton's iteration for the polar factor
     r = 1.5 * r - 0.5 * r @ r.T @ r
@@ -234,10 +240,10 @@ def nearest_rotation(r: Float[Array, "D D"]) -> Float[Array, "D D"]:
 
 
 def head_dim(model: Transformer) -> int:
-  """Returns the size of all layers' heads.
+  """Returns the head size of all layers.
 
   Raises:
-    UserError: they differ.
+    UserError: layers have different head sizes.
   """
   found = {block.attention.head_dim for block in model.layer_kinds()}
   if len(found) != 1:

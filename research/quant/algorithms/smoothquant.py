@@ -1,12 +1,12 @@
-"""SmoothQuant: difficulty moved from activations to weights, exactly.
+"""SmoothQuant: moves outliers from activations to weights, exactly.
 
-Xiao et al. 2022 (arXiv:2211.10438). What a norm gives is divided by
+Xiao et al. 2022 (arXiv:2211.10438). The output of a norm is divided by
 
     s_i = max|x_i|^alpha / max|w_i|^(1 - alpha)
 
-and the matrices that read it are multiplied, so that both have moderate
-outliers. Maxima are over the whole calibration set, and over all matrices
-behind the norm. Outputs of `v` and `up`, which no norm precedes, are left.
+and the matrices that multiply it are scaled by s, so that both have moderate
+outliers. Maxima are over the calibration set, and over all matrices after the
+norm. Inputs of `o` and `down`, which follow no norm, are not smoothed.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from research import taps
 from research.nn.transformer import Transformer
 from research.quant.algorithms import folding
-from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.algorithms.folding import Flat
 from research.taps.statistics import Magnitudes
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
@@ -28,9 +28,12 @@ from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 def scales(
   most: Float[Array, "*L D"], w: Float[Array, "*L D"], alpha: float
 ) -> Float[Array, "*L D"]:
-  """Returns `s` for the largest sizes of activations and of weights.
+  """Returns SmoothQuant's scales; 1 where activations or weights are all 0.
 
-  1 where either is always 0: nothing is known there.
+  Args:
+    most: largest magnitude of each input.
+    w: largest magnitude of each input's weights.
+    alpha: 0 to 1; the larger, the smoother the activations.
   """
   s = most**alpha / jnp.maximum(w, 1e-5) ** (1 - alpha)
   return jnp.where((most > 0) & (w > 0), jnp.maximum(s, 1e-5), 1.0)
@@ -39,12 +42,12 @@ def scales(
 def smooth(
   model: Transformer, params: Params, found: Any, alpha: float
 ) -> dict[str, Any]:
-  """Returns the same model with smoother activations behind its norms.
+  """Smooths the activations after norms; the model's outputs are unchanged.
 
   Args:
-    model: what `params` are for.
-    params: matrices as arrays, or packed, which are decoded.
-    found: `Magnitudes` of each matrix, by path in `params`, stacked as it is.
+    model: the Transformer.
+    params: its parameters; packed matrices are decoded.
+    found: path in `params` -> `Magnitudes` of each matrix, stacked as it is.
     alpha: 0 to 1; the larger, the smoother the activations.
   """
 
@@ -58,7 +61,9 @@ def smooth(
         if f"{where}/{path}" in found
       ]
       sizes = [
-        _over_experts(jnp.abs(folding.array(flat[path], path)).max(-1), width)
+        _over_experts(
+          jnp.abs(folding.dense_array(flat[path], path)).max(-1), width
+        )
         for path in paths
       ]
       s = scales(_largest(most), _largest(sizes), alpha)
@@ -74,13 +79,13 @@ def magnitudes(
   tokens: Int[Array, "N T"] | np.ndarray,
   batch: int = 4,
 ) -> dict[str, dict[str, Array]]:
-  """Returns `Magnitudes` of each matrix, by path in `params`, over all rows.
+  """Returns path in `params` -> `Magnitudes` of each matrix's inputs.
 
   Args:
-    model: what `params` are for.
+    model: the Transformer.
     params: its parameters.
-    tokens: rows from position 0, all real.
-    batch: rows that are computed at a time.
+    tokens: rows from position 0, without padding.
+    batch: rows per forward pass.
   """
 
   def loss(params, rows):
@@ -109,13 +114,13 @@ def _over_experts(x, width):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothQuant(OfModel):
-  """The transform; `Quantize` and `Inputs` come after it.
+class SmoothQuant(NeedsModel):
+  """Transform that smooths activations; follow it by `Quantize` and `Inputs`.
 
   Attributes:
-    calibration: what is read.
+    calibration: data that magnitudes are measured on.
     alpha: 0.5 for OPT, 0.8 for Llama.
-    model, tokenizer: whose weights these are, given by `of`.
+    model, tokenizer: run on the calibration data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration()
@@ -135,11 +140,11 @@ class SmoothQuant(OfModel):
     """Returns `params` smoothed.
 
     Raises:
-      UserError: no model yet.
+      UserError: no model is set.
     """
     del key
     if self.model is None:
-      raise UserError("SmoothQuant: has no model; `of` gives it one.")
+      raise UserError("SmoothQuant: has no model; `with_model` sets it.")
     tokens = self.calibration.read(self.tokenizer).tokens
     batch = self.calibration.batch
     found = magnitudes(self.model, params, tokens, batch)

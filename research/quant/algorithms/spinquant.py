@@ -1,14 +1,14 @@
-"""SpinQuant: the rotation of the residual stream, learned.
+"""SpinQuant: learns the rotation of the residual stream.
 
-Liu et al. 2024 (arXiv:2405.16406). All rotations leave the model; some leave
-less for the rounding of activations to destroy. R1 starts as a random Hadamard
-matrix and follows the gradient of the loss of the model with rounded
-activations, on the manifold of orthogonal matrices (Li et al. 2020,
+Liu et al. 2024 (arXiv:2405.16406). All rotations preserve the unquantized
+model, but some suit quantized activations better. R1 is initialised to a random
+Hadamard matrix and trained on the loss of the model with rounded activations,
+by gradient descent on the manifold of orthogonal matrices (Li et al. 2020,
 arXiv:2002.01113). For a gradient G,
 
     A = (G Rᵀ - R Gᵀ) / 2,   R <- (I + t/2 A)^-1 (I - t/2 A) R
 
-is Cayley's transform, solved exactly here: R stays orthogonal, and no step
+is the Cayley transform, solved exactly here: R stays orthogonal, and no step
 increases the loss to first order.
 """
 
@@ -24,7 +24,7 @@ from research.nn.transformer import Transformer
 from research.quant import activations
 from research.quant.activations import Op, Round
 from research.quant.algorithms import rotate
-from research.quant.algorithms.calibrate import Calibration, OfModel
+from research.quant.algorithms.calibrate import Calibration, NeedsModel
 from research.quant.numerics import hadamard
 from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 
@@ -32,12 +32,12 @@ from research.typing import Array, Float, Int, Params, PRNGKey, UserError
 def cayley_step(
   r: Float[Array, "D D"], gradient: Float[Array, "D D"], rate: Any
 ) -> Float[Array, "D D"]:
-  """Returns the orthogonal matrix one step down.
+  """Returns the orthogonal matrix after one descent step.
 
   Args:
     r: orthogonal.
-    gradient: of the loss by `r`.
-    rate: length of the step at most; less where A is large.
+    gradient: gradient of the loss by `r`.
+    rate: maximum step size; reduced if A is large.
   """
   both = gradient @ r.T
   a = (both - both.T) / 2
@@ -54,14 +54,15 @@ def loss(
   tokens: Int[Array, "B T"],
   op: Op,
 ) -> Float[Array, ""]:
-  """Returns the mean loss of the next token, with activations under `op`.
+  """Returns the mean next-token loss in nats, with activations under `op`.
 
   Args:
-    model: with norms of gain 1, see `rotate.fold_norms`.
-    params: its parameters, arrays.
+    model: the Transformer.
+    params: its parameters, arrays, with norms of gain 1, see
+      `rotate.fold_norms`.
     r: orthogonal.
     tokens: rows from position 0.
-    op: of the inputs of all matrices but a router's and the head.
+    op: operation on the inputs of all matrices except router and head.
   """
   turned = rotate.rotate_residual(model, params, r)
   turned = activations.Inputs(op=op)(turned)
@@ -73,15 +74,16 @@ def loss(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpinQuant(OfModel):
-  """The transform: as `rotate.Rotate`, R1 learned.
+class SpinQuant(NeedsModel):
+  """Transform like `rotate.Rotate`, with a learned R1.
 
   Attributes:
-    calibration: what is read; a step sees `batch` of its windows.
-    op: of the activations while R1 is learned.
-    steps, rate: how many, and the first one's length; it falls as a cosine.
+    calibration: training data; a step uses `batch` of its windows.
+    op: rounding of activations while R1 is trained.
+    steps: number of training steps.
+    rate: first step size; it decreases along a cosine.
     values, hidden: see `rotate.Rotate`.
-    model, tokenizer: whose weights these are, given by `of`.
+    model, tokenizer: run on the training data; set by `with_model`.
   """
 
   calibration: Calibration = Calibration(windows=32, length=128, batch=4)
@@ -104,32 +106,34 @@ class SpinQuant(OfModel):
     """Returns `params` rotated; norms are folded, the head is untied.
 
     Raises:
-      UserError: no model yet, or one that cannot be rotated.
+      UserError: no model is set, or it cannot be rotated.
     """
     if self.model is None:
-      raise UserError("SpinQuant: has no model; `of` gives it one.")
+      raise UserError("SpinQuant: has no model; `with_model` sets it.")
     first, second = jax.random.split(key)
     tokens = self.calibration.read(self.tokenizer).tokens
     values = None
     if self.values:
       size = rotate.head_dim(self.model)
       values = hadamard.random_matrix(second, size)
-    prepared = rotate.rotated(self.model, params, None, values, self.hidden)
+    prepared = rotate.rotate_model(
+      self.model, params, None, values, self.hidden
+    )
     r = hadamard.random_matrix(first, self.model.width)
-    r, _ = self.learned(prepared, r, tokens)
-    return rotate.rotated(self.model, params, r, values, self.hidden)
+    r, _ = self.learn_rotation(prepared, r, tokens)
+    return rotate.rotate_model(self.model, params, r, values, self.hidden)
 
-  def learned(
+  def learn_rotation(
     self,
     params: Params,
     r: Float[Array, "D D"],
     tokens: Int[Array, "N T"] | np.ndarray,
   ) -> tuple[Float[Array, "D D"], list[float]]:
-    """Returns (R1, the loss before each step).
+    """Trains R1; returns (R1, the loss before each step).
 
     Args:
-      params: but for R1 as they will be.
-      r: where it starts.
+      params: parameters with all other rotations applied.
+      r: initial R1.
       tokens: rows from position 0.
     """
     folded = rotate.fold_norms(self.model, params)
@@ -151,7 +155,7 @@ class SpinQuant(OfModel):
     return r, [float(value) for value in losses]
 
   def _rows(self, tokens) -> Iterator[Any]:
-    """Yields batches without end."""
+    """Yields one batch per step, cycling through the rows."""
     batch = min(self.calibration.batch, len(tokens))
     count = len(tokens) // batch
     for i in range(self.steps):

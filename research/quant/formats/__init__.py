@@ -1,8 +1,7 @@
-"""One file a format, or a family of formats that share their arrays.
+"""Quantization formats: one file per format or family of formats.
 
-The files of this folder are the list of formats: whatever subclass of `Format`
-one of them defines exists for checkpoints. Configurations name classes
-directly.
+Checkpoints find every `Format` subclass defined in this folder; there is no
+registry. Configurations name classes directly.
 """
 
 import functools
@@ -16,7 +15,7 @@ from research.quant.format import Format
 
 @functools.cache
 def all_formats() -> Mapping[str, type[Format]]:
-  """Returns every format class by its name."""
+  """Returns name -> class of every format."""
   out = {}
   for found in pkgutil.iter_modules(__path__):
     module = importlib.import_module(f"{__name__}.{found.name}")

@@ -1,10 +1,10 @@
-"""Integers of 2 to 8 bits on an even grid, with a scale and a zero a group.
+"""Affine integer quantization of 2 to 8 bits, with a scale and zero per group.
 
     weight = (code - zero) * scale,  0 <= code < 2**bits
 
-Four definitions of a symmetric scale circulate, see `RULES`; a symmetric zero
-is `2**(bits - 1)`. The scale is rounded to what it is stored in before codes
-are computed.
+Implementations define the scale of a symmetric grid differently, see `RULES`;
+a symmetric zero is `2**(bits - 1)`. Codes are computed from the stored, rounded
+scale.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Format, Parts, Plain
+from research.quant.format import Format, NormalForm, Parts
 from research.quant.layouts import packing
 from research.quant.numerics import exact_division
 from research.typing import Array, Float, Shaped, UInt8, UserError
@@ -23,20 +23,20 @@ RULES = {
   "2amax/Q": "amax / 7.5, codes -8..7: GPTQ, compressed-tensors, qwix",
   "signed": "the largest magnitude, with its sign, at code 0: ggml's Q4_0",
 }
-"""Rules for the scale of a symmetric grid, and who has them."""
+"""Rules for the scale of a symmetric grid -> definition and users."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Affine(Format):
-  """An even grid.
+  """A uniform integer grid per group.
 
   Attributes:
-    block: weights of a group; 0 for all inputs of an output.
-    bits: of a code, 2 to 8.
+    block: weights per group; 0 for all inputs of an output.
+    bits: bits of a code, 2 to 8.
     symmetric: whether the zero is the middle code.
-    rule: of a symmetric scale, one of `RULES`.
-    zero: of an asymmetric grid: `"int"`, a code; `"float"`, any number.
-    scale_dtype: what scales, and zeros of `"float"`, are stored in.
+    rule: rule for a symmetric scale, one of `RULES`.
+    zero: zero of an asymmetric grid: `"int"`, a code; `"float"`, any number.
+    scale_dtype: dtype of scales, and of `"float"` zeros.
   """
 
   bits: int = 4
@@ -62,35 +62,36 @@ class Affine(Format):
 
   @property
   def top(self) -> int:
-    """Returns the largest code."""
+    """The largest code."""
     return 2**self.bits - 1
 
   @property
   def middle(self) -> float:
-    """Returns the zero of a symmetric grid."""
+    """The zero of a symmetric grid."""
     return float(2 ** (self.bits - 1))
 
   @property
-  def local(self) -> bool:
+  def group_local(self) -> bool:
     return True
 
   def layout(self) -> dict[str, str]:
     layout = {"codes": "x.o", "scale": "xo"}
     return layout if self.symmetric else layout | {"zero": "xo"}
 
-  def fitted(self, inputs: int, outputs: int) -> "Affine":
+  def for_shape(self, inputs: int, outputs: int) -> "Affine":
     if not self.block:
       return dataclasses.replace(self, block=inputs)
-    return super().fitted(inputs, outputs)
+    return super().for_shape(inputs, outputs)
 
   def grid(
     self, w: Float[Array, "*B S O"]
   ) -> tuple[Float[Array, "*B O"], Float[Array, "*B O"] | float]:
     """Returns (scale, zero) of groups of `S` weights, float32.
 
-    The scale is one that `scale_dtype` has. Symmetric: see `RULES`.
+    The scale is representable in `scale_dtype`. Symmetric: see `RULES`.
     Asymmetric: from min(w, 0) to max(w, 0), so that 0 is a code (GPTQ,
-    Frantar et al. 2022, arXiv:2210.17323); zeros have the grid of [-1, 1].
+    Frantar et al. 2022, arXiv:2210.17323); an all-zero group has the grid of
+    [-1, 1].
     """
     if self.symmetric:
       scale = self._stored(self._symmetric(w))
@@ -98,10 +99,10 @@ class Affine(Format):
     low = jnp.minimum(w.min(-2), 0)
     high = jnp.maximum(w.max(-2), 0)
     empty = low == high
-    # Of any numbers: here 0 is a code either way.
+    # An arbitrary range for all-zero groups; both have a code for 0.
     ends = (-1.0, 1.0) if self.zero == "int" else (0.0, float(self.top))
     low, high = jnp.where(empty, ends[0], low), jnp.where(empty, ends[1], high)
-    scale = self._stored(exact_division.divided(high - low, self.top))
+    scale = self._stored(exact_division.divide(high - low, self.top))
     zero = -low / scale
     if self.zero == "float":
       zero = zero.astype(self.scale_dtype).astype(jnp.float32)
@@ -115,13 +116,13 @@ class Affine(Format):
       extreme = jnp.take_along_axis(w, first, axis=-2)[..., 0, :]
       scale = extreme / -self.middle
     elif self.rule == "amax/qmax":
-      scale = exact_division.divided(abs(w).max(-2), self.middle - 1)
+      scale = exact_division.divide(abs(w).max(-2), self.middle - 1)
     else:
-      scale = exact_division.divided(2 * abs(w).max(-2), self.top)
+      scale = exact_division.divide(2 * abs(w).max(-2), self.top)
     return jnp.where(scale == 0, 1.0, scale)
 
   def _stored(self, scale: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns what is left of scales in `scale_dtype`; never zero."""
+    """Returns scales rounded to `scale_dtype`, never zero."""
     kind = jnp.finfo(self.scale_dtype)
     least = jnp.float32(kind.smallest_subnormal)
     least = jnp.maximum(least, jnp.finfo(jnp.float32).tiny)
@@ -137,8 +138,8 @@ class Affine(Format):
   ) -> Float[Array, "*B S O"]:
     """Returns the nearest codes on a grid, as float32 integers."""
     shift = zero if isinstance(zero, float) else zero[..., None, :]
-    x = exact_division.divided(w, scale[..., None, :])
-    # An integer zero is added after rounding, which halves tell apart.
+    x = exact_division.divide(w, scale[..., None, :])
+    # An integer zero is added after rounding, which matters for ties.
     if self.symmetric or self.zero == "int":
       return jnp.clip(jnp.round(x) + shift, 0, self.top)
     return jnp.clip(jnp.round(x + shift), 0, self.top)
@@ -149,7 +150,7 @@ class Affine(Format):
     scale: Float[Array, "*B O"],
     zero: Float[Array, "*B O"] | float,
   ) -> Float[Array, "*B S O"]:
-    """Returns what codes on a grid stand for, float32."""
+    """Returns the values of codes on a grid, float32."""
     shift = zero if isinstance(zero, float) else zero[..., None, :]
     return (codes - shift) * scale[..., None, :]
 
@@ -170,35 +171,37 @@ class Affine(Format):
     scale: Float[Array, "*B X O"],
     zero: Float[Array, "*B X O"] | float,
   ) -> dict[str, Any]:
-    """Returns the arrays that are kept of codes on a grid."""
+    """Returns the parts of codes on a grid."""
     kept: Any = None
     if not self.symmetric:
       kind = self.scale_dtype if self.zero == "float" else jnp.uint8
       kept = jnp.asarray(zero).astype(kind)
-    return self.kept(
+    return self.pack_parts(
       codes.astype(jnp.uint8), scale.astype(self.scale_dtype), kept
     )
 
-  def kept(
+  def pack_parts(
     self,
     codes: UInt8[Array, "*B X S O"] | np.ndarray,
     scale: Float[Array, "*B X O"] | np.ndarray,
     zero: Shaped[Array, "*B X O"] | np.ndarray | None = None,
   ) -> dict[str, Any]:
-    """Returns the parts of codes, scales and zeros that are as stored.
+    """Packs codes, scales and zeros that already have their storage dtype.
 
     Args:
-      codes: below `2**bits`; arrays of NumPy give ones of NumPy.
+      codes: below `2**bits`; NumPy arrays give NumPy arrays.
       scale: in `scale_dtype`.
-      zero: uint8 for `"int"`, else in `scale_dtype`; None of symmetric grids.
+      zero: uint8 for `"int"`, else in `scale_dtype`; None for symmetric grids.
     """
     parts = {"codes": packing.pack(codes, self.bits), "scale": scale}
     if zero is not None:
       parts["zero"] = packing.pack_pairs(zero) if self._paired else zero
     return parts
 
-  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
-    """Returns parts with other codes on the same grids."""
+  def with_codes(
+    self, parts: Parts, codes: UInt8[Array, "I O"]
+  ) -> dict[str, Any]:
+    """Returns the parts with other codes on the same grids."""
     size = self.block or len(codes)
     groups = codes.reshape(-1, size, codes.shape[-1])
     return dict(parts) | {"codes": packing.pack(groups, self.bits)}
@@ -208,7 +211,7 @@ class Affine(Format):
     """Whether a byte holds two zeros."""
     return self.zero == "int" and self.bits <= 4
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = packing.unpack(parts["codes"], self.bits)
     *lead, x, size, outputs = codes.shape
     zero: Any = self.middle
@@ -216,7 +219,7 @@ class Affine(Format):
       zero = parts["zero"]
       if self._paired:
         zero = packing.unpack_pairs(zero)[..., :x, :]
-    return Plain(
+    return NormalForm(
       codes=codes.reshape(*lead, x * size, outputs),
       scale=parts["scale"],
       group=size,

@@ -1,10 +1,11 @@
-"""4-bit codes of a codebook, as QLoRA keeps its base: NF4, FP4, AF4.
+"""4-bit codebook quantization as in QLoRA: NF4, FP4, AF4, double quantization.
 
-Dettmers et al. 2023 (arXiv:2305.14314): each block of 64 weights is 4-bit codes
-times its largest magnitude; those magnitudes, less their mean, are 8-bit codes
-themselves, 256 to a second-level magnitude: 4.127 bits a weight. Blocks run
-along the rows of torch's `[out, in]`, each matrix by itself; numbers are bit by
-bit those of bitsandbytes (but for the mean, whose sum has another order).
+Dettmers et al. 2023 (arXiv:2305.14314): each block of 64 weights has 4-bit
+codes, times its largest magnitude. With double quantization these magnitudes,
+minus their mean, are 8-bit codes, with a second-level magnitude per 256 of
+them: 4.127 bits per weight. Blocks run along the rows of torch's `[out, in]`,
+separately for each matrix. Numbers equal those of bitsandbytes bit for bit
+(except for the mean, which is summed in another order).
 """
 
 import dataclasses
@@ -15,30 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.optim.adam8bit import dynamic_map
-from research.quant.format import Format, Parts, Plain
+from research.quant.format import Format, NormalForm, Parts
 from research.quant.numerics import codebooks
 from research.typing import Array, Float, UInt8, UserError
 
 NESTED = 256
-"""Magnitudes that share a second-level one, where there are two levels."""
+"""Block magnitudes per second-level magnitude in double quantization."""
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Weights that may share a magnitude."""
+"""Supported block sizes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codebook(Format):
-  """Codes of a codebook times a magnitude a block.
+  """Codes of a codebook, times a magnitude per block.
 
   Parts: codes uint8 `[..., X, block / 2, O]`, low nibbles the block's first
-  half, high nibbles the other; top, the largest magnitudes `[..., X, O]` in
-  float32 or as 8-bit codes; with two levels nested, float32
+  half, high nibbles the second; top, the largest magnitudes `[..., X, O]` in
+  float32 or as 8-bit codes; with double quantization also nested, float32
   `[..., blocks / 256]` in the order of rows of `[O, I]`, and mean `[...]`.
 
   Attributes:
-    block: weights that share a magnitude, one of `BLOCKS`.
-    kind: of the codebook.
-    nested: magnitudes that share a second-level one, 256; 0 for one level.
+    block: weights per magnitude, one of `BLOCKS`.
+    kind: name of the codebook.
+    nested: magnitudes per second-level magnitude, 256; 0 for no double
+      quantization.
   """
 
   kind: str = "nf4"
@@ -64,14 +66,14 @@ class Codebook(Format):
     return f"{self.kind}-b{self.block}{'-dq' if self.nested else ''}"
 
   @property
-  def local(self) -> bool:
+  def group_local(self) -> bool:
     return not self.nested
 
   def layout(self) -> dict[str, str]:
     layout = {"codes": "x.o", "top": "xo"}
     return layout | ({"nested": ".", "mean": ""} if self.nested else {})
 
-  def fitted(self, inputs: int, outputs: int) -> "Codebook":
+  def for_shape(self, inputs: int, outputs: int) -> "Codebook":
     if inputs % self.block == 0:
       return self
     mine = dataclasses.asdict(self)
@@ -86,18 +88,18 @@ class Codebook(Format):
     xp = np if isinstance(w, np.ndarray) else jnp
     flat = w.T.reshape(-1).astype(np.float32)
     top, unit = codebooks.magnitudes(flat, self.block)
-    # An odd number of codes is filled up with that of zero.
+    # Pad an odd number of codes with the code of zero.
     codes = codebooks.nearest(xp.pad(unit, (0, unit.size % 2)), self.kind)
     parts = {}
     if self.nested:
       mean = top.mean(dtype=np.float32)
       parts["nested"], unit = codebooks.magnitudes(top - mean, self.nested)
       parts["mean"] = mean
-      top = codebooks.divided(unit, dynamic_map(True))
+      top = codebooks.nearest_of(unit, dynamic_map(True))
     return self._placed(codes, top, *w.shape) | parts
 
   def _placed(self, codes, top, inputs, outputs) -> dict[str, Any]:
-    """Returns the first parts of codes in the order of rows of `[O, I]`."""
+    """Returns the parts of codes and top in the order of rows of `[O, I]`."""
     x = inputs // self.block
     codes = codes.reshape(outputs, x, 2, self.block // 2).transpose(1, 2, 3, 0)
     codes = codes[:, 0] | (codes[:, 1] << 4)
@@ -110,40 +112,42 @@ class Codebook(Format):
   def codes(
     self, w: Float[Array, "*B S O"], top: Float[Array, "*B O"]
   ) -> UInt8[Array, "*B S O"]:
-    """Returns the nearest codes; halfway, the lower value's."""
+    """Returns the nearest codes; ties go to the lower value."""
     unit = w * codebooks.inverse(top)[..., None, :]
     return codebooks.nearest(jnp.clip(unit, -1, 1), self.kind)
 
   def values(
     self, codes: UInt8[Array, "*B S O"], top: Float[Array, "*B O"]
   ) -> Float[Array, "*B S O"]:
-    """Returns what codes stand for, float32."""
+    """Returns the values of codes, float32."""
     found = codebooks.lookup(codes, codebooks.table(self.kind))
     return found * top[..., None, :]
 
   def parts(
     self, codes: UInt8[Array, "X S O"], top: Float[Array, "X O"]
   ) -> dict[str, Any]:
-    """Returns the arrays that are kept of one matrix, with one level."""
+    """Returns the parts of one matrix, without double quantization."""
     whole = codes.reshape(-1, codes.shape[-1])
-    return self.recoded({"top": top}, whole)
+    return self.with_codes({"top": top}, whole)
 
-  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
-    """Returns parts with other codes on the same grids."""
+  def with_codes(
+    self, parts: Parts, codes: UInt8[Array, "I O"]
+  ) -> dict[str, Any]:
+    """Returns the parts with other codes on the same grids."""
     flat = codes.T.reshape(-1)
     flat = jnp.pad(flat, (0, flat.size % 2))
     placed = self._placed(flat, jnp.zeros(parts["top"].size), *codes.shape)
     return dict(parts) | {"codes": placed["codes"]}
 
-  def by_output(self, parts: Parts) -> tuple[Format, Parts]:
-    """Returns it with one level: 32 bits for each 8 that say a magnitude."""
+  def to_sliceable(self, parts: Parts) -> tuple[Format, Parts]:
+    """Returns it without double quantization, with float32 magnitudes."""
     if not self.nested:
       return self, parts
     plain = dataclasses.replace(self, nested=0)
     return plain, {"codes": parts["codes"], "top": self.magnitudes(parts)}
 
   def magnitudes(self, parts: Parts) -> Float[Array, "..."]:
-    """Returns the blocks' largest magnitudes, float32, in the form of `top`."""
+    """Returns the blocks' largest magnitudes, float32, shaped as `top`."""
     top = parts["top"]
     if not self.nested:
       return jnp.asarray(top)
@@ -151,19 +155,19 @@ class Codebook(Format):
     values = jnp.take(jnp.asarray(dynamic_map(True)), top.astype(int))
     scaled = values * parts["nested"][..., place // self.nested]
     mean = parts["mean"][(..., *(None,) * place.ndim)]
-    # Rounded before the sum, as in bitsandbytes: fused, it would not be.
+    # The barrier rounds the product before the sum, as in bitsandbytes.
     return jax.lax.optimization_barrier(scaled) + mean
 
   def _places(self, top) -> np.ndarray:
-    """Returns which block of the rows of `[O, I]` each of `top` belongs to."""
+    """Returns each magnitude's block index in the rows of `[O, I]`."""
     x, outputs = top.shape[-2:]
     return np.arange(outputs) * x + np.arange(x)[:, None]
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = parts["codes"]
     both = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
     *lead, x, _, outputs = both.shape
-    return Plain(
+    return NormalForm(
       codes=both.reshape(*lead, x * self.block, outputs),
       scale=self.magnitudes(parts),
       group=self.block,
@@ -173,7 +177,7 @@ class Codebook(Format):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlatCodebook(Codebook):
-  """The same where blocks do not divide the inputs, and run across rows.
+  """Codebook format for blocks that do not divide the inputs and cross rows.
 
   Parts: codes `[..., bytes]` and top `[..., blocks]` in bitsandbytes' own
   order: rows of `[O, I]`, one after the other, high nibbles first.
@@ -193,17 +197,17 @@ class FlatCodebook(Codebook):
   def separable(self) -> bool:
     return False
 
-  def by_output(self, parts: Parts) -> tuple[Format, Parts]:
-    return self, parts  # its blocks are those of several outputs
+  def to_sliceable(self, parts: Parts) -> tuple[Format, Parts]:
+    return self, parts  # not sliceable: a block spans several outputs
 
   @property
-  def local(self) -> bool:
+  def group_local(self) -> bool:
     return False
 
   def layout(self) -> dict[str, str]:
     return super().layout() | {"codes": ".", "top": "."}
 
-  def fitted(self, inputs: int, outputs: int) -> "FlatCodebook":
+  def for_shape(self, inputs: int, outputs: int) -> "FlatCodebook":
     if (inputs, outputs) != (self.inputs, self.outputs):
       raise UserError(
         f"{self.name}: made for [{self.inputs}, {self.outputs}], found "
@@ -217,7 +221,7 @@ class FlatCodebook(Codebook):
   def _places(self, top) -> np.ndarray:
     return np.arange(top.shape[-1])
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = parts["codes"]
     pairs = jnp.stack([codes >> 4, codes & 15], axis=-1)
     size = self.inputs * self.outputs
@@ -228,7 +232,7 @@ class FlatCodebook(Codebook):
       shape = (*x.shape[:-1], self.outputs, self.inputs)
       return jnp.swapaxes(x.reshape(shape), -1, -2)
 
-    return Plain(
+    return NormalForm(
       codes=turned(found),
       scale=turned(top),
       group=1,

@@ -1,8 +1,8 @@
-"""Eight-bit floats with float32 scales: of a matrix, an output or a tile.
+"""FP8 (E4M3, E5M2) with scales per tensor, per channel or per tile.
 
-Micikevicius et al. 2022 (arXiv:2209.05433). What shares a scale is divided by
-it so that its largest magnitude becomes the largest number there is, 448 of
-E4M3; tiles of 128 by 128 are DeepSeek-V3's (arXiv:2412.19437).
+Micikevicius et al. 2022 (arXiv:2209.05433). A scale maps the largest magnitude
+of its weights to the format's largest number, 448 for E4M3. Tiles of 128 by 128
+are those of DeepSeek-V3 (arXiv:2412.19437).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Format, Parts, Plain
+from research.quant.format import Format, NormalForm, Parts
 from research.quant.numerics import exact_division, minifloats
 from research.typing import Array, Float, UInt8, UserError
 
@@ -25,11 +25,12 @@ class FP8(Format):
   `[..., I / rows, O / columns]`, rounded up.
 
   Attributes:
-    block: 1; scales are not those of blocks along the inputs.
+    block: 1; scales do not belong to blocks along the inputs.
     element: `"e4m3"` or `"e5m2"`.
-    share: who shares a scale: `"tensor"`, `"channel"` (an output) or `"tile"`.
-    tile_inputs, tile_outputs: of a tile; the last ones may be smaller.
-    scale_dtype: what scales are stored in.
+    share: weights that share a scale: `"tensor"`, `"channel"` (an output) or
+      `"tile"`.
+    tile_inputs, tile_outputs: sizes of a tile; the last ones may be smaller.
+    scale_dtype: dtype of scales.
   """
 
   block: int = 1
@@ -58,7 +59,7 @@ class FP8(Format):
 
   @property
   def kind(self) -> minifloats.MiniFloat:
-    """Returns what elements are."""
+    """The element format."""
     return minifloats.KINDS[self.element]
 
   @property
@@ -77,8 +78,8 @@ class FP8(Format):
     scale = {"tensor": "", "channel": "o", "tile": tile[self.tile_outputs == 1]}
     return {"codes": "xo", "scale": scale[self.share]}
 
-  def by_output(self, parts: Parts) -> tuple[Format, Parts]:
-    """Returns tiles of one output."""
+  def to_sliceable(self, parts: Parts) -> tuple[Format, Parts]:
+    """Returns it with tiles of one output."""
     if self.share != "tile" or self.tile_outputs == 1:
       return self, parts
     outputs = parts["codes"].shape[-1]
@@ -100,12 +101,12 @@ class FP8(Format):
       top = abs(tiles).max((1, 3))
     else:
       top = abs(w).max(0 if self.share == "channel" else None)
-    scale = jnp.where(top > 0, exact_division.divided(top, self.kind.max), 1.0)
-    # Not below what the type has, nor below what XLA takes for zero.
+    scale = jnp.where(top > 0, exact_division.divide(top, self.kind.max), 1.0)
+    # Neither below the dtype's range, nor so small that XLA flushes it to 0.
     info = jnp.finfo(self.scale_dtype)
     least = max(float(info.smallest_subnormal), 2.0**-126)
     scale = jnp.maximum(scale, least).astype(self.scale_dtype)
-    x = exact_division.divided(w, self._spread(scale, *w.shape))
+    x = exact_division.divide(w, self._spread(scale, *w.shape))
     return {"codes": minifloats.encode(x, self.kind), "scale": scale}
 
   def _spread(
@@ -120,17 +121,19 @@ class FP8(Format):
     scale = jnp.repeat(scale, self.tile_inputs, axis=-2)[..., :inputs, :]
     return jnp.repeat(scale, self.tile_outputs, axis=-1)[..., :outputs]
 
-  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+  def with_codes(
+    self, parts: Parts, codes: UInt8[Array, "I O"]
+  ) -> dict[str, Any]:
     return dict(parts) | {"codes": codes}
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = jnp.asarray(parts["codes"])
     *lead, inputs, outputs = codes.shape
     scale, group = self._spread(parts["scale"], inputs, outputs), inputs
     if self.share == "tile":
       group = math.gcd(inputs, self.tile_inputs)
       scale = scale[..., ::group, :]
-    return Plain(
+    return NormalForm(
       codes=codes,
       scale=jnp.broadcast_to(scale, (*lead, inputs // group, outputs)),
       group=group,
@@ -139,7 +142,7 @@ class FP8(Format):
     )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
-    # By arithmetic: nothing gathers from a table of 256.
+    # By arithmetic rather than a gather from a table of 256.
     codes = jnp.asarray(parts["codes"])
     scale = self._spread(parts["scale"], *codes.shape[-2:])
     return minifloats.decode(codes, self.kind) * scale

@@ -1,12 +1,12 @@
-"""ggml's blocks of 32 weights in 4, 5 and 8 bits, and all its types by name.
+"""ggml's Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, and a table of all ggml types.
 
-A block is 32 weights along the columns of a ggml matrix `[O, I]`: `scale *
-(code - zero)`, or `scale * code + offset`. In memory the rows `O` come last
-and a block's codes before them.
+A block is 32 weights along a row of a ggml matrix `[O, I]`: `scale *
+(code - zero)`, or `scale * code + offset`. In memory the outputs `O` are the
+last axis, after a block's codes.
 
 The logical weight is `[I, O]` (axis -2 of the leaf: a linear layer), or its
-transpose `[O, I]` (axis -1: an embedding `[V, D]`); products with the latter
-swap letters instead of moving numbers.
+transpose `[O, I]` (axis -1: an embedding `[V, D]`), for which products swap
+einsum letters instead of transposing.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from research.io import unread
-from research.quant.format import Parts, Plain
+from research.quant.format import NormalForm, Parts
 from research.quant.formats import ggml_fp4, iq4, kquants, ternary
-from research.quant.ggml_format import Field, Ggml, half, joined
+from research.quant.ggml_format import Field, Ggml, merge_blocks, to_float16
 from research.quant.numerics import ggml_bits as bits
 from research.quant.numerics import scale_search
 from research.quant.qtensor import QTensor
@@ -32,7 +32,7 @@ KINDS = {
   "Q5_1": (5, 0, True),
   "Q8_0": (8, 0, False),
 }
-"""name -> (bits of a code, its zero, whether a block has an offset)."""
+"""Type name -> (bits of a code, zero, whether a block has an offset)."""
 
 _OFFSET = Field("offset", "<f2")
 _HIGH = Field("high", "u1", 4)
@@ -44,7 +44,7 @@ class GGML(Ggml):
 
   Parts: codes uint8 `[..., X, 16, O]`, low nibbles the block's first 16 codes,
   high nibbles the others, or int8 `[..., X, 32, O]` for 8 bits; scale float16
-  `[..., X, O]`; some have offset, the same; 5 bits have high, uint8
+  `[..., X, O]`; for some types offset, like scale; for 5 bits high, uint8
   `[..., X, 4, O]`, bit `j` the fifth bit of code `j`.
 
   Attributes:
@@ -72,15 +72,15 @@ class GGML(Ggml):
       Field("codes", "i1", 32) if width == 8 else Field("codes", "u1", 16),
     )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     width, zero, _ = KINDS[self.kind]
     codes = parts["codes"]
     if width < 8:
       codes = bits.unfold(codes, 4, 16)
     if width == 5:
       codes = codes | bits.unfold(parts["high"], 1, 1) << 4
-    return Plain(
-      codes=joined(codes),
+    return NormalForm(
+      codes=merge_blocks(codes),
       scale=parts["scale"],
       group=32,
       offset=parts.get("offset"),
@@ -110,10 +110,10 @@ class GGML(Ggml):
       scale = scale_search.extreme(x) / F(-zero)
       codes = x * _inverse(scale)[:, None] + F(zero + 0.5)
     codes = np.minimum(np.trunc(codes), F(top)).astype(np.uint8)
-    parts = {"scale": half(scale)[0]} | self.packed(codes)
-    return parts | ({"offset": half(low)[0]} if offset else {})
+    parts = {"scale": to_float16(scale)[0]} | self.pack_codes(codes)
+    return parts | ({"offset": to_float16(low)[0]} if offset else {})
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     width, _, _ = KINDS[self.kind]
     if width == 8:
       return {"codes": codes}
@@ -123,10 +123,10 @@ class GGML(Ggml):
   def _eight(self, x: np.ndarray) -> dict[str, np.ndarray]:
     scale = np.abs(x).max(-2) / F(127)
     codes = x * _inverse(scale)[:, None]
-    # Halves away from zero, without rounding twice.
+    # Ties round away from zero, without rounding twice.
     whole = np.trunc(codes)
     codes = whole + np.trunc(F(2) * (codes - whole))
-    return {"scale": half(scale)[0], "codes": codes.astype(np.int8)}
+    return {"scale": to_float16(scale)[0], "codes": codes.astype(np.int8)}
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
@@ -143,16 +143,18 @@ TYPES: dict[str, Ggml] = {
     *(ggml_fp4.GgmlMXFP4(), ggml_fp4.GgmlNVFP4()),
   )
 }
-"""ggml's name of a type -> how it is kept."""
+"""ggml's name of a type -> format."""
 
 
 def packs(kind: str, shape: Sequence[int]) -> bool:
-  """Whether a tensor of ggml type `kind` can be kept as a `QTensor`."""
+  """Whether a tensor of ggml type `kind` can be stored as a `QTensor`."""
   return len(shape) == 2 and kind in TYPES
 
 
 def is_stored(w: Any, axis: int) -> bool:
-  """Whether a weight is blocks of ggml's along `axis`, nothing besides."""
+  """Whether a weight is in a ggml format along `axis`.
+
+  Without a permutation of rows and without outliers."""
   return (
     isinstance(w, QTensor)
     and isinstance(w.format, Ggml)
@@ -163,11 +165,11 @@ def is_stored(w: Any, axis: int) -> bool:
 
 
 def from_ggml(kind: str, matrices: Sequence[np.ndarray], axis: int) -> QTensor:
-  """Returns matrices of one type behind a leading axis, `[n, ...]`.
+  """Returns matrices of one type, stacked along a leading axis `[n, ...]`.
 
   Args:
-    kind: ggml's name of the type, one that `packs`.
-    matrices: blocks of each, uint8 `[rows, bytes of a row]`.
+    kind: ggml's name of the type, see `packs`.
+    matrices: raw blocks of each, uint8 `[rows, bytes of a row]`.
     axis: -2 if ggml's rows are the logical columns (`[in, out]` from
       `[out, in]`), -1 if they are the logical rows (an embedding).
   """
@@ -188,17 +190,16 @@ def from_ggml_unread(
   axis: int,
   lead: tuple[int, ...] | None = None,
 ) -> QTensor:
-  """Returns matrices as `from_ggml` does, of `unread.Unread` arrays.
+  """Returns matrices like `from_ggml`, as lazily read `unread.Unread` arrays.
 
-  A part of one reads the rows and, in them, the blocks that it needs.
+  Reading a slice reads only the rows and blocks that it needs.
 
   Args:
-    kind: ggml's name of the type, one that `packs`.
-    matrices: each returns, of some of its rows, some of the blocks, uint8
-      `[rows, bytes]`.
-    shape: of each matrix, `[rows, blocks of a row]`.
+    kind: ggml's name of the type, see `packs`.
+    matrices: (rows, blocks) -> raw blocks of a matrix, uint8 `[rows, bytes]`.
+    shape: shape of each matrix, `[rows, blocks of a row]`.
     axis: as for `from_ggml`.
-    lead: axes over the matrices; one for all by default.
+    lead: sizes of the leading axes over matrices; one axis by default.
   """
   format = TYPES[kind]
   rows, columns = shape
@@ -233,10 +234,12 @@ def from_ggml_unread(
 
 
 def to_ggml(w: QTensor) -> np.ndarray:
-  """Returns the blocks as ggml stores them, uint8 `[..., rows, bytes]`.
+  """Returns raw blocks as ggml stores them, uint8 `[..., rows, bytes]`.
+
+  Inverts `from_ggml` byte for byte.
 
   Args:
-    w: in one of ggml's formats; byte for byte what it was made from.
+    w: a packed matrix in one of ggml's formats.
   """
   count = int(np.prod(w.lead, dtype=np.int64))
   flat = {

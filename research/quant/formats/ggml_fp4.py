@@ -1,7 +1,7 @@
-"""ggml's MXFP4 and NVFP4: E2M1 codes, and a scale of 8 bits a group.
+"""ggml's MXFP4 and NVFP4: E2M1 codes with an 8-bit scale per group.
 
-Scales are half of what the number formats say, and the codebook has twice the
-values, which are integers then. NVFP4 has no scale of the whole tensor here.
+ggml halves the scales and doubles the codebook's values, which are then
+integers. ggml's NVFP4 has no per-tensor scale.
 """
 
 import dataclasses
@@ -10,8 +10,14 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Parts, Plain
-from research.quant.ggml_format import Field, Ggml, flat, groups, joined
+from research.quant.format import NormalForm, Parts
+from research.quant.ggml_format import (
+  Field,
+  Ggml,
+  merge_blocks,
+  merge_groups,
+  split_groups,
+)
 from research.quant.numerics import ggml_bits as bits
 
 F = np.float32
@@ -23,14 +29,14 @@ _MIDDLES = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10], F)
 
 
 def _exponents() -> np.ndarray:
-  """Returns half of what each E8M0 byte means; ggml has no NaN there."""
+  """Returns half the value of each E8M0 byte; ggml has no NaN there."""
   byte = np.arange(256, dtype=np.uint32)
   small = np.uint32(0x200000) << np.minimum(byte, 1)
   return np.where(byte < 2, small, (byte - 1) << 23).astype(np.uint32).view(F)
 
 
 def _unsigned() -> np.ndarray:
-  """Returns half of what each E4M3 byte means, its sign ignored."""
+  """Returns half the value of each E4M3 byte, ignoring the sign."""
   byte = np.arange(256)
   exponent, mantissa = (byte >> 3) & 15, byte & 7
   normal = (1 + mantissa / 8) * 2.0 ** (exponent - 7)
@@ -48,7 +54,7 @@ def _looked_up(table: np.ndarray, at: Any) -> Any:
 
 
 def _codes(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-  """Returns the nearest codes of groups, ties to the smaller magnitude."""
+  """Returns the nearest codes of groups; ties go to the smaller magnitude."""
   scale = scale[..., None, :]
   size = np.abs(x)
   codes = np.zeros(x.shape, np.uint8)
@@ -59,12 +65,12 @@ def _codes(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def _to_unsigned(x: np.ndarray) -> np.ndarray:
-  """Returns the E4M3 bytes of numbers from 0 on, halves up.
+  """Returns the E4M3 bytes of nonnegative numbers, ties rounded up.
 
-  As in the C reference, all from 256 on are 448, the largest.
+  As in the C reference, all numbers from 256 on become 448, the largest.
   """
   word = np.minimum(x, F(448)).view(np.uint32).astype(np.int64)
-  # Adding half of a last place carries into the exponent where it must.
+  # Adding half an ulp carries into the exponent if necessary.
   normal = ((word + (1 << 19)) >> 20) - (120 << 3)
   small = np.minimum((x * F(512) + F(0.5)).astype(np.int64), 7)
   normal = np.where(normal < 15 << 3, normal, 0x7E)
@@ -73,7 +79,7 @@ def _to_unsigned(x: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgmlMXFP4(Ggml):
-  """32 weights share a power of two: 4.25 bits.
+  """MXFP4: 32 weights share a power of two, 4.25 bits per weight.
 
   Attributes:
     block: 32.
@@ -86,9 +92,9 @@ class GgmlMXFP4(Ggml):
   )
   block: int = 32
 
-  def plain(self, parts: Parts) -> Plain:
-    return Plain(
-      codes=joined(bits.unfold(parts["codes"], 4, 16)),
+  def normal_form(self, parts: Parts) -> NormalForm:
+    return NormalForm(
+      codes=merge_blocks(bits.unfold(parts["codes"], 4, 16)),
       scale=_looked_up(_EXPONENTS, parts["scale"]),
       group=32,
       codebook=CODEBOOK,
@@ -98,15 +104,15 @@ class GgmlMXFP4(Ggml):
     most = np.abs(x).max(-2)
     power = np.floor(np.log2(np.where(most > 0, most, F(1)))) + F(125)
     scale = np.where(most > 0, np.maximum(power, F(0)), F(0)).astype(np.uint8)
-    return {"scale": scale} | self.packed(_codes(x, _EXPONENTS[scale]))
+    return {"scale": scale} | self.pack_codes(_codes(x, _EXPONENTS[scale]))
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 4, 16)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GgmlNVFP4(Ggml):
-  """16 weights share an unsigned E4M3 number: 4.5 bits.
+  """NVFP4: 16 weights share an unsigned E4M3 scale, 4.5 bits per weight.
 
   Attributes:
     block: 64.
@@ -119,19 +125,19 @@ class GgmlNVFP4(Ggml):
   )
   block: int = 64
 
-  def plain(self, parts: Parts) -> Plain:
-    return Plain(
-      codes=joined(bits.unfold(parts["codes"], 4, 8)),
-      scale=joined(_looked_up(_UNSIGNED, parts["scale"])),
+  def normal_form(self, parts: Parts) -> NormalForm:
+    return NormalForm(
+      codes=merge_blocks(bits.unfold(parts["codes"], 4, 8)),
+      scale=merge_blocks(_looked_up(_UNSIGNED, parts["scale"])),
       group=16,
       codebook=CODEBOOK,
     )
 
   def blocks(self, x, weight, mean):
-    xs = groups(x, 16)
+    xs = split_groups(x, 16)
     scale = _to_unsigned(np.abs(xs).max(-2) / F(6))
-    codes = flat(_codes(xs, _UNSIGNED[scale]))
-    return {"scale": scale} | self.packed(codes)
+    codes = merge_groups(_codes(xs, _UNSIGNED[scale]))
+    return {"scale": scale} | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 4, 8)}

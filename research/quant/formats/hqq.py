@@ -1,10 +1,11 @@
-"""HQQ: zeros of any value, for which fewer weights err much.
+"""HQQ: half-quadratic quantization, with optimised real-valued zero points.
 
 Badri and Shaji 2023 ("Half-Quadratic Quantization of Large Machine Learning
-Models"). Scales are those of each group's range. Zeros minimise
-`Σ |w - w'|^p`, p < 1, by half-quadratic splitting: errors are shrunk towards
-zero, but for large ones, then zeros are the mean that fits best. No data is
-read. It is the weights' error that falls; a model's may rise (at 3 bits).
+Models"). A group's scale follows from its range. Its zero minimises
+`Σ |w - w'|^p`, p < 1, which tolerates a few large errors, by half-quadratic
+splitting: alternately shrinks errors towards zero and sets the zero to the best
+mean. Needs no data. It reduces the error of weights; the model's error may
+increase (at 3 bits).
 """
 
 import dataclasses
@@ -16,19 +17,19 @@ from research.quant.formats.affine import Affine
 from research.typing import Array, Float, UserError
 
 LIMIT = 2e4
-"""The largest inverse of a scale."""
+"""Upper bound of the inverse scale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HQQ(Affine):
-  """An even grid whose zeros are numbers.
+  """A uniform grid with optimised float zeros.
 
   Attributes:
-    steps: of the minimisation at most; it stops where the mean error of the
-      matrix no longer falls.
+    steps: maximum number of iterations; they stop when the mean error of the
+      matrix no longer decreases.
     norm: p.
-    beta, growth: weight of the quadratic part, and its factor a step; the
-      authors' package (0.2.8) leaves it as it is, 1.
+    beta: weight of the quadratic term.
+    growth: factor of beta per iteration; 1 in the authors' package (0.2.8).
   """
 
   zero: str = "float"
@@ -52,7 +53,7 @@ class HQQ(Affine):
     return f"hqq{self.bits}-g{self.block or 'all'}"
 
   @property
-  def local(self) -> bool:
+  def group_local(self) -> bool:
     return False  # all groups stop at the same step
 
   def grid(
@@ -70,7 +71,7 @@ class HQQ(Affine):
     return scale, zero.astype(self.scale_dtype).astype(jnp.float32)
 
   def _minimised(self, w, scale, zero):
-    """Returns the zeros where the mean error stopped falling."""
+    """Returns the zeros when the mean error stops decreasing."""
     wide = scale[..., None, :]
 
     def unfinished(state):
@@ -83,7 +84,7 @@ class HQQ(Affine):
       apart = w - (codes - zero[..., None, :]) * wide
       size = jnp.abs(apart)
       beta = self.beta * self.growth ** i.astype(jnp.float32)
-      # At 0 the power is infinite, and all is shrunk away.
+      # At an error of 0 the power is infinite, and the result is 0.
       shrunk = jnp.maximum(size - size ** (self.norm - 1) / beta, 0)
       kept = jnp.sign(apart) * shrunk
       zero = jnp.mean(codes - (w - kept) / wide, axis=-2)

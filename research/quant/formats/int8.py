@@ -1,8 +1,8 @@
-"""Eight-bit integers over each output's largest magnitude, as LLM.int8 has it.
+"""8-bit integers with a scale per output, in bitsandbytes' LLM.int8 format.
 
 Dettmers et al. 2022 (arXiv:2208.07339): a code is `127 w / top`, rounded to
-nearest even. The magnitudes are kept themselves, not over 127: so they leave
-in bitsandbytes' tensors as they came.
+nearest even. The format stores the magnitudes `top`, not `top / 127`, so that
+bitsandbytes' tensors convert back exactly.
 """
 
 import dataclasses
@@ -11,16 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Format, Parts, Plain
+from research.quant.format import Format, NormalForm, Parts
 from research.typing import Array, Float, Shaped
 
 STEP = 7.874015718698502e-3
-"""1 / 127 in float32, which bitsandbytes multiplies by."""
+"""1 / 127 in float32, bitsandbytes' factor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Int8(Format):
-  """Codes from -127 to 127 times a magnitude for each output.
+  """Codes from -127 to 127, with a magnitude per output.
 
   Parts: codes int8 `[..., I, O]`; top float32 `[..., O]`.
 
@@ -45,27 +45,28 @@ class Int8(Format):
     del importance
     w = jnp.asarray(w).astype(jnp.float32)
     top = abs(w).max(0)
-    # What divides to infinity, and what XLA takes for zero, is nothing.
+    # Smaller magnitudes count as 0: 127 / top could overflow, or XLA flush top.
     some = top > 2.0**-114
     codes = jnp.round(w * jnp.where(some, 127 / jnp.where(some, top, 1.0), 0))
     return {"codes": codes.astype(jnp.int8), "top": top}
 
-  def recoded(
+  def with_codes(
     self, parts: Parts, codes: Shaped[Array, "I O"]
   ) -> dict[str, Any]:
-    """Returns parts with other codes times the same magnitudes."""
+    """Returns the parts with other codes and the same magnitudes."""
     return dict(parts) | {"codes": codes}
 
-  def plain(self, parts: Parts) -> Plain:
-    return Plain(
+  def normal_form(self, parts: Parts) -> NormalForm:
+    return NormalForm(
       codes=parts["codes"],
       scale=(parts["top"] * jnp.float32(STEP))[..., None, :],
       group=parts["codes"].shape[-2],
       bits=8,
-      ends=(-127, 127),
+      code_range=(-127, 127),
     )
 
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
-    # In bitsandbytes' order, in which the last bit may differ from `plain`'s.
+    # bitsandbytes' order of products, which may differ from the normal form's
+    # in the last bit.
     codes = jnp.asarray(parts["codes"]).astype(jnp.float32)
     return codes * parts["top"][..., None, :] * jnp.float32(STEP)

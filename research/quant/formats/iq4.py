@@ -1,8 +1,8 @@
-"""ggml's IQ4_NL and IQ4_XS: 4-bit codes of an uneven codebook without a zero.
+"""ggml's IQ4_NL and IQ4_XS: 4-bit codes of a nonuniform codebook without zero.
 
-IQ4_NL has a float16 scale for 32 weights; IQ4_XS a 6-bit scale for 32 and a
-float16 one for 256. A search tries scales for which the largest magnitude lies
-near the codebook's end, and solves for the best with those codes.
+IQ4_NL has a float16 scale per 32 weights; IQ4_XS a 6-bit scale per 32 and a
+float16 scale per 256. The encoder tries scales that map the largest magnitude
+near the codebook's end, and solves for the best scale with the resulting codes.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from research.quant.format import Parts, Plain
+from research.quant.format import NormalForm, Parts
 from research.quant.ggml_format import (
   Field,
   Ggml,
   SuperBlock,
-  groups,
-  half,
-  joined,
-  weighted,
+  error_weights,
+  merge_blocks,
+  split_groups,
+  to_float16,
 )
 from research.quant.numerics import ggml_bits as bits
 from research.quant.numerics import scale_search
@@ -31,7 +31,8 @@ CODEBOOK = (
 TRIES = 7
 
 _VALUES = np.array(CODEBOOK, F)
-# Decisions lie on halves, and go up: the nearest code of [t / 2, (t + 1) / 2).
+# Decision thresholds are multiples of 1/2, ties round up: the table has the
+# nearest code of each interval [t / 2, (t + 1) / 2).
 _HALVES = np.arange(2 * -127, 2 * 113 + 1) / 2
 _MIDDLES = (_VALUES[1:] + _VALUES[:-1]) / 2
 _NEAREST = np.searchsorted(_MIDDLES, _HALVES, side="right").astype(np.uint8)
@@ -58,7 +59,7 @@ def _search(x, weight, tries):
   def fitted(inverse):
     codes = _nearest(inverse[..., None, :] * x)
     q = _VALUES[codes]
-    # In the reference's order: (w q) x, which is not (w x) q.
+    # In the reference's order, (w q) x, which rounds differently from (w x) q.
     wq = weight * q
     return codes, scale_search.total(wq * x), scale_search.total(wq * q)
 
@@ -77,11 +78,11 @@ def _search(x, weight, tries):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IQ4NL(Ggml):
-  """4.5 bits.
+  """IQ4_NL, 4.5 bits per weight.
 
   Attributes:
     block: 32.
-    tries: of the search on either side, 0 for none.
+    tries: number of trials on either side, 0 for no search.
   """
 
   kind: ClassVar[str] = "IQ4_NL"
@@ -92,28 +93,28 @@ class IQ4NL(Ggml):
   block: int = 32
   tries: int = TRIES
 
-  def plain(self, parts: Parts) -> Plain:
-    return Plain(
-      codes=joined(bits.unfold(parts["codes"], 4, 16)),
+  def normal_form(self, parts: Parts) -> NormalForm:
+    return NormalForm(
+      codes=merge_blocks(bits.unfold(parts["codes"], 4, 16)),
       scale=parts["scale"],
       group=32,
       codebook=CODEBOOK,
     )
 
   def blocks(self, x, weight, mean):
-    w = x * x if weight is None else weighted(x, weight, 32)[:, 0]
+    w = x * x if weight is None else error_weights(x, weight, 32)[:, 0]
     scale, codes = _search(x, w, self.tries)
     if self.tries:
       codes = _nearest(_inverse(scale)[:, None] * x)
-    return {"scale": half(scale)[0]} | self.packed(codes)
+    return {"scale": to_float16(scale)[0]} | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 4, 16)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IQ4XS(SuperBlock):
-  """4.25 bits."""
+  """IQ4_XS, 4.25 bits per weight."""
 
   kind: ClassVar[str] = "IQ4_XS"
   fields: ClassVar[tuple[Field, ...]] = (
@@ -123,21 +124,21 @@ class IQ4XS(SuperBlock):
     Field("codes", "u1", 128),
   )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     scales = bits.unfold(parts["low"], 4, 1)
     scales = scales | bits.unfold(parts["high"], 2, 1) << 4
     scales = scales.astype(np.float32) - F(32)
     d = parts["scale"].astype(np.float32)[..., None, :]
-    return Plain(
-      codes=joined(bits.unfold(parts["codes"], 4, 16)),
-      scale=joined(d * scales),
+    return NormalForm(
+      codes=merge_blocks(bits.unfold(parts["codes"], 4, 16)),
+      scale=merge_blocks(d * scales),
       group=32,
       codebook=CODEBOOK,
     )
 
   def blocks(self, x, weight, mean):
-    xs = groups(x, 32)
-    w = xs * xs if weight is None else weighted(x, weight, 32)
+    xs = split_groups(x, 32)
+    w = xs * xs if weight is None else error_weights(x, weight, 32)
     scale, _ = _search(xs, w, TRIES)
     d = -scale_search.extreme(scale) / F(32)
     steps = np.rint(_inverse(d)[:, None] * scale)
@@ -146,11 +147,11 @@ class IQ4XS(SuperBlock):
     codes = _nearest(inverse[..., None, :] * xs)
     steps = (steps + F(32)).astype(np.uint8)
     scales = {
-      "scale": half(d)[0],
+      "scale": to_float16(d)[0],
       "high": bits.fold(steps >> 4, 2, 1),
       "low": bits.fold(steps & 15, 4, 1),
     }
-    return scales | self.packed(codes.reshape(x.shape))
+    return scales | self.pack_codes(codes.reshape(x.shape))
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 4, 16)}

@@ -1,10 +1,10 @@
-"""ggml's k-quants: blocks of 256 weights whose groups' scales are codes too.
+"""ggml's k-quants (Q2_K to Q6_K, Q8_K): blocks of 256 with quantized scales.
 
-A block has one or two float16 scales of scales; groups of 16 or 32 weights have
-scales, and maybe offsets, of 4 to 8 bits. Encoders search for the scales
-(`scale_search`), round those, and then compute the codes anew for
-what the rounded ones mean. With importances (an imatrix) errors are weighted by
-them, as by `llama-quantize`.
+A block has one or two float16 second-level scales; groups of 16 or 32 weights
+have scales, and for some types offsets, of 4 to 8 bits. Encoders search for the
+scales (`scale_search`), quantize them, and recompute codes for the quantized
+scales. With importances (an imatrix) errors are weighted by them, as in
+`llama-quantize`.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from research.quant.format import Parts, Plain
+from research.quant.format import NormalForm, Parts
 from research.quant.ggml_format import (
   Field,
   SuperBlock,
-  flat,
-  groups,
-  half,
-  joined,
-  weighted,
+  error_weights,
+  merge_blocks,
+  merge_groups,
+  split_groups,
+  to_float16,
 )
 from research.quant.numerics import ggml_bits as bits
 from research.quant.numerics import scale_search
@@ -37,20 +37,22 @@ def _recoded(x, scale, offset, top, low, kept):
 
   Args:
     x: groups, `[X, G, n, O]`.
-    scale, offset: what is stored of them, `[X, G, O]`; offset may be None.
-    top, low: of the codes before `low` is taken from them.
-    kept: codes of the search, which stay where the scale is 0.
+    scale, offset: the stored, rounded values, `[X, G, O]`; offset may be None.
+    top, low: range of the codes before `low` is subtracted.
+    kept: codes of the search, used where the scale is 0.
   """
   empty = (scale == 0)[..., None, :]
   scale = np.where(empty, F(1), scale[..., None, :])
   codes = x if offset is None else x + offset[..., None, :]
   codes = np.rint(codes / scale)
   codes = np.minimum(np.maximum(codes, F(low)), F(top)) - F(low)
-  return flat(np.where(empty, kept, codes.astype(np.uint8)))
+  return merge_groups(np.where(empty, kept, codes.astype(np.uint8)))
 
 
 def _share(x, top):
-  """Returns (codes, scale) of numbers from 0 on, the largest as code `top`."""
+  """Quantizes nonnegative numbers, the largest to code `top`.
+
+  Returns (codes, scale)."""
   most = np.maximum(x.max(-2), F(0))
   scale = np.where(most > 0, F(top) / np.where(most > 0, most, F(1)), F(0))
   codes = np.rint(scale[..., None, :] * x)
@@ -58,13 +60,16 @@ def _share(x, top):
 
 
 def _scales(x, weight, scale, drop, top):
-  """Returns (codes, codes, scale, scale) of groups' scales and offsets.
+  """Quantizes groups' scales and offsets.
 
   Args:
     x: the groups.
-    weight: of their errors where there are importances, else None.
+    weight: weights of their errors, or None without importances.
     scale, drop: `[X, G, O]`.
     top: the largest code.
+
+  Returns:
+    (codes of scales, codes of offsets, scale of scales, scale of offsets).
   """
   if weight is None:
     a, d = _share(scale, top)
@@ -88,35 +93,35 @@ class Q2K(SuperBlock):
     Field("drop", "<f2"),
   )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = bits.unfold(parts["codes"], 2, 32)
     d, least = (_wide(parts[k])[..., None, :] for k in ("scale", "drop"))
     both = parts["scales"]
-    return Plain(
-      codes=joined(codes),
-      scale=joined(d * _wide(both & 15)),
-      offset=joined(-(least * _wide(both >> 4))),
+    return NormalForm(
+      codes=merge_blocks(codes),
+      scale=merge_blocks(d * _wide(both & 15)),
+      offset=merge_blocks(-(least * _wide(both >> 4))),
       group=16,
       bits=2,
     )
 
   def blocks(self, x, weight, mean):
-    xs = groups(x, 16)
+    xs = split_groups(x, 16)
     if weight is None:
       scale, drop, kept = scale_search.affine(
         xs, np.abs(xs), 3, (-0.5, 0.1, 15), absolute=True
       )
       ws = None
     else:
-      ws = weighted(x, weight, 16, 1.0)
+      ws = error_weights(x, weight, 16, 1.0)
       scale, drop, kept = scale_search.affine(xs, ws, 3, (-0.9, 0.05, 36))
     a, b, d, least = _scales(xs, ws, scale, drop, 15)
-    (d, d32), (least, least32) = half(d), half(least)
+    (d, d32), (least, least32) = to_float16(d), to_float16(least)
     codes = _recoded(xs, d32[:, None] * a, least32[:, None] * b, 3, 0, kept)
     scales = {"scales": a | b << 4, "scale": d, "drop": least}
-    return scales | self.packed(codes)
+    return scales | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 2, 32)}
 
 
@@ -132,22 +137,22 @@ class Q3K(SuperBlock):
     Field("scale", "<f2"),
   )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = bits.unfold(parts["codes"], 2, 32)
     codes = codes | bits.unfold(parts["high"], 1, 32) << 2
     scales = _wide(bits.unfold_sixes(parts["scales"])) - F(32)
-    return Plain(
-      codes=joined(codes),
-      scale=joined(_wide(parts["scale"])[..., None, :] * scales),
+    return NormalForm(
+      codes=merge_blocks(codes),
+      scale=merge_blocks(_wide(parts["scale"])[..., None, :] * scales),
       group=16,
       zero=4.0,
       bits=3,
     )
 
   def blocks(self, x, weight, mean):
-    xs = groups(x, 16)
+    xs = split_groups(x, 16)
     if weight is None:
-      scale, kept = scale_search.descended(xs, 4)
+      scale, kept = scale_search.coordinate_descent(xs, 4)
       most = scale_search.extreme(scale)
       inverse = F(-32) / np.where(most == 0, F(1), most)
       a = np.rint(inverse[..., None, :] * scale)
@@ -155,16 +160,16 @@ class Q3K(SuperBlock):
       a = np.where((most == 0)[..., None, :], 0, a).astype(np.uint8)
       d = np.where(most == 0, F(0), F(1) / inverse)
     else:
-      ws = weighted(x, weight, 16)
+      ws = error_weights(x, weight, 16)
       scale, kept = scale_search.symmetric(xs, 4, ws)
       d, a = scale_search.symmetric(scale, 32, scale_search.total(ws))
-    d, d32 = half(d)
+    d, d32 = to_float16(d)
     found = d32[:, None] * (a.astype(np.float32) - F(32))
     codes = _recoded(xs, found, None, 3, -4, kept)
     scales = {"scales": bits.fold_sixes(a), "scale": d}
-    return scales | self.packed(codes)
+    return scales | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {
       "high": bits.fold(codes >> 2, 1, 32),
       "codes": bits.fold(codes & 3, 2, 32),
@@ -185,43 +190,45 @@ class Q4K(SuperBlock):
   trials: ClassVar[tuple[float, float, int]] = (-1.0, 0.1, 20)
   top: ClassVar[int] = 15
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     a, b = bits.unfold_pairs(parts["scales"])
     d, least = (_wide(parts[k])[..., None, :] for k in ("scale", "drop"))
-    return Plain(
-      codes=joined(self.apart(parts)),
-      scale=joined(d * _wide(a)),
-      offset=joined(-(least * _wide(b))),
+    return NormalForm(
+      codes=merge_blocks(self.unpack_codes(parts)),
+      scale=merge_blocks(d * _wide(a)),
+      offset=merge_blocks(-(least * _wide(b))),
       group=32,
       bits=self.top.bit_length(),
     )
 
-  def apart(self, parts: Parts) -> Any:
-    """Returns the codes of blocks, `[..., X, 256, O]`."""
+  def unpack_codes(self, parts: Parts) -> Any:
+    """Unpacks the codes of blocks, `[..., X, 256, O]`."""
     return bits.unfold(parts["codes"], 4, 32)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 4, 32)}
 
   def blocks(self, x, weight, mean):
-    xs = groups(x, 32)
+    xs = split_groups(x, 32)
     if weight is None:
       root = np.sqrt(scale_search.total(xs * xs) / F(32))
       errors = root[..., None, :] + np.abs(xs)
       scale, drop, kept = scale_search.affine(xs, errors, self.top, self.trials)
       ws = None
     else:
-      ws = weighted(x, weight, 32)
+      ws = error_weights(x, weight, 32)
       scale, drop, kept = scale_search.affine(
         xs, ws, self.top, (-0.9, 0.05, 36)
       )
     a, b, d, least = _scales(xs, ws, scale, drop, 63)
-    (d, d32), (least, least32) = half(d), half(least)
+    (d, d32), (least, least32) = to_float16(d), to_float16(least)
     codes = _recoded(
       xs, d32[:, None] * a, least32[:, None] * b, self.top, 0, kept
     )
     scales = bits.fold_pairs(a, b)
-    return {"scale": d, "drop": least, "scales": scales} | self.packed(codes)
+    return {"scale": d, "drop": least, "scales": scales} | self.pack_codes(
+      codes
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,12 +244,12 @@ class Q5K(Q4K):
   trials: ClassVar[tuple[float, float, int]] = (-0.5, 0.1, 15)
   top: ClassVar[int] = 31
 
-  def apart(self, parts: Parts) -> Any:
-    return super().apart(parts) | bits.unfold(parts["high"], 1, 32) << 4
+  def unpack_codes(self, parts: Parts) -> Any:
+    return super().unpack_codes(parts) | bits.unfold(parts["high"], 1, 32) << 4
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     high = bits.fold(codes >> 4, 1, 32)
-    return super().packed(codes & 15) | {"high": high}
+    return super().pack_codes(codes & 15) | {"high": high}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,31 +264,35 @@ class Q6K(SuperBlock):
     Field("scale", "<f2"),
   )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = bits.unfold(parts["codes"], 4, 64)
     codes = codes | bits.unfold(parts["high"], 2, 32) << 4
     scale = _wide(parts["scale"])[..., None, :] * _wide(parts["scales"])
-    return Plain(
-      codes=joined(codes), scale=joined(scale), group=16, zero=32.0, bits=6
+    return NormalForm(
+      codes=merge_blocks(codes),
+      scale=merge_blocks(scale),
+      group=16,
+      zero=32.0,
+      bits=6,
     )
 
   def blocks(self, x, weight, mean):
-    xs = groups(x, 16)
-    ws = None if weight is None else groups(weight, 16)
+    xs = split_groups(x, 16)
+    ws = None if weight is None else split_groups(weight, 16)
     scale, kept = scale_search.symmetric(xs, 32, ws)
     most = scale_search.extreme(scale)
     empty = np.abs(most) < scale_search.EMPTY
     inverse = F(-128) / np.where(empty, F(1), most)
     a = np.minimum(np.rint(inverse[..., None, :] * scale), F(127))
     a = np.where(empty[..., None, :], 0, a).astype(np.int8)
-    d, d32 = half(np.where(empty, F(0), F(1) / inverse))
+    d, d32 = to_float16(np.where(empty, F(0), F(1) / inverse))
     found = d32[:, None] * a.astype(np.float32)
     codes = _recoded(xs, found, None, 31, -32, kept)
-    # Such a block is all zeros, its codes too.
+    # A block of zeros has codes 0.
     codes = np.where(empty[..., None, :], np.uint8(0), codes)
-    return {"scales": a, "scale": d} | self.packed(codes)
+    return {"scales": a, "scale": d} | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {
       "codes": bits.fold(codes & 15, 4, 64),
       "high": bits.fold(codes >> 4, 2, 32),
@@ -290,7 +301,7 @@ class Q6K(SuperBlock):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Q8K(SuperBlock):
-  """8 bits with a float32 scale, what ggml rounds activations to."""
+  """8 bits with a float32 scale; ggml's format of quantized activations."""
 
   kind: ClassVar[str] = "Q8_K"
   fields: ClassVar[tuple[Field, ...]] = (
@@ -299,9 +310,12 @@ class Q8K(SuperBlock):
     Field("sums", "<i2", 16),
   )
 
-  def plain(self, parts: Parts) -> Plain:
-    return Plain(
-      codes=joined(parts["codes"]), scale=parts["scale"], group=256, bits=8
+  def normal_form(self, parts: Parts) -> NormalForm:
+    return NormalForm(
+      codes=merge_blocks(parts["codes"]),
+      scale=parts["scale"],
+      group=256,
+      bits=8,
     )
 
   def blocks(self, x, weight, mean):
@@ -309,8 +323,8 @@ class Q8K(SuperBlock):
     inverse = F(-127) / np.where(most == 0, F(1), most)
     codes = np.minimum(np.rint(inverse[..., None, :] * x), F(127))
     scale = np.where(most == 0, F(0), F(1) / inverse)
-    return {"scale": scale} | self.packed(codes.astype(np.int8))
+    return {"scale": scale} | self.pack_codes(codes.astype(np.int8))
 
-  def packed(self, codes):
-    sums = groups(codes, 16).sum(-2, dtype=np.int16)
+  def pack_codes(self, codes):
+    sums = split_groups(codes, 16).sum(-2, dtype=np.int16)
     return {"codes": codes, "sums": sums}

@@ -1,10 +1,11 @@
-"""Microscaling: 32 small floats or integers that share a power of two.
+"""OCP microscaling (MX) formats: MXFP4, MXFP6, MXFP8 and MXINT8.
 
-Rouhani et al. 2023 (arXiv:2310.10537), the OCP's MX formats: MXFP4, MXFP6,
-MXFP8 and MXINT8. A block's scale is a byte, an exponent without sign or zero
-(E8M0), so that scaling is exact; which power a block gets differs between
-implementations, see `minifloats.block_exponent`. On normal numbers MXFP4 errs
-0.112 of their deviation by the rule `even`, 0.115 by `floor`, 0.116 by `rceil`.
+Rouhani et al. 2023 (arXiv:2310.10537). Blocks of 32 minifloats or integers
+share a scale, an E8M0 exponent byte, so that scaling is exact. Implementations
+choose a block's exponent differently, see `minifloats.block_exponent`. On
+normally distributed numbers the error of MXFP4, relative to their standard
+deviation, is 0.112 with the rule `even`, 0.115 with `floor`, 0.116 with
+`rceil`.
 """
 
 import dataclasses
@@ -14,28 +15,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Format, Parts, Plain
+from research.quant.format import Format, NormalForm, Parts
 from research.quant.layouts import packing
 from research.quant.numerics import minifloats
 from research.typing import Array, Float, UInt8, UserError
 
 INT8 = minifloats.MiniFloat("int8", 1, 6, 1, 0x7F)
-"""Signed integers over 64 are floats of one exponent bit, on the same grid."""
+"""MXINT8 elements, integers / 64, as floats with one exponent bit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Microscaling(Format):
-  """Codes of small floats times a power of two a block.
+  """Codes of minifloats or integers, with a power of two per block.
 
-  Parts: codes uint8 `[..., X, bytes, O]` as `packing` has them, those of
-  `"int8"` int8; scale, the exponents less -127, uint8 `[..., X, O]`.
+  Parts: codes uint8 `[..., X, bytes, O]` packed by `packing`, int8 for
+  `"int8"`; scale, the exponents plus 127, uint8 `[..., X, O]`.
 
   Attributes:
-    block: weights that share a power of two, 32 in the standard.
+    block: weights per block, 32 in the standard.
     element: `"e2m1"`, `"e2m3"`, `"e3m2"`, `"e4m3"`, `"e5m2"` or `"int8"`.
-    rule: of the power, `"floor"`, `"ceil"`, `"rceil"` or `"even"`.
-    search: powers below and above the rule's that are tried as well; kept is
-      the one of the least squared error.
+    rule: rule of the exponent, `"floor"`, `"ceil"`, `"rceil"` or `"even"`.
+    search: number of exponents below and above the rule's to try as well, for
+      the least squared error.
   """
 
   block: int = 32
@@ -60,12 +61,12 @@ class Microscaling(Format):
 
   @property
   def kind(self) -> minifloats.MiniFloat:
-    """Returns what elements are."""
+    """The element format."""
     return minifloats.KINDS.get(self.element, INT8)
 
   @property
   def bits(self) -> int:
-    """Returns the bits of an element."""
+    """Bits of an element."""
     return self.kind.bits
 
   @property
@@ -76,33 +77,33 @@ class Microscaling(Format):
     return short.get(self.element, f"mxfp{self.bits}-{self.element}")
 
   @property
-  def local(self) -> bool:
+  def group_local(self) -> bool:
     return True
 
   def layout(self) -> dict[str, str]:
     return {"codes": "x.o", "scale": "xo"}
 
   def grid(self, w: Float[Array, "*B S O"]) -> tuple[UInt8[Array, "*B O"]]:
-    """Returns the scale's byte of each group of `S` weights, by the rule."""
+    """Returns the scale byte of each group of `S` weights, by `rule`."""
     top = abs(w.astype(jnp.float32)).max(-2)
     return (minifloats.block_exponent(top, self.kind, self.rule),)
 
   def codes(
     self, w: Float[Array, "*B S O"], scale: UInt8[Array, "*B O"]
   ) -> Array:
-    """Returns the nearest elements' codes."""
-    x = minifloats.divided_by_scale(w.astype(jnp.float32), scale[..., None, :])
+    """Returns the codes of the nearest elements."""
+    x = minifloats.divide_by_scale(w.astype(jnp.float32), scale[..., None, :])
     return minifloats.encode(x, self.kind)
 
   def values(
     self, codes: Array, scale: UInt8[Array, "*B O"]
   ) -> Float[Array, "*B S O"]:
-    """Returns what codes stand for."""
+    """Returns the values of codes."""
     x = minifloats.decode(codes.astype(jnp.uint8), self.kind)
     return x * minifloats.block_scale(scale)[..., None, :]
 
   def parts(self, codes: Array, scale: UInt8[Array, "*B O"]) -> dict[str, Any]:
-    """Returns the arrays that are kept of codes on a grid."""
+    """Returns the parts of codes on a grid."""
     codes = codes.astype(jnp.uint8)
     if self.element == "int8":
       size = (codes & 127).astype(jnp.int8)
@@ -125,9 +126,9 @@ class Microscaling(Format):
     return self.parts(self.codes(groups, scale), scale)
 
   def _best(self, groups, scale, weigh) -> UInt8[Array, "X O"]:
-    """Returns the byte near `scale` whose error is least."""
-    # Over its scale, so that no square is beyond float32.
-    x = minifloats.divided_by_scale(groups, scale[..., None, :])
+    """Returns the byte near `scale` with the least squared error."""
+    # Divide by the scale, so that squares do not overflow float32.
+    x = minifloats.divide_by_scale(groups, scale[..., None, :])
 
     def error(move):
       byte = jnp.full(scale.shape, minifloats.BIAS + move, jnp.uint8)
@@ -139,21 +140,21 @@ class Microscaling(Format):
     byte = jnp.clip(scale.astype(jnp.int32) + best, 0, minifloats.NAN - 1)
     return jnp.where(scale == minifloats.NAN, scale, byte.astype(jnp.uint8))
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes, codebook = parts["codes"], None
     scale = minifloats.block_scale(jnp.asarray(parts["scale"]))
     if self.element == "int8":
       scale = scale / 64
     elif self.element == "e2m3":
-      # Multiples of an eighth, up to 60 of them: integers.
+      # E2M3 values are multiples of 1/8, up to 60/8: use integers.
       values = minifloats.decode(packing.unpack(codes, 6), self.kind)
       codes, scale = (8 * values).astype(jnp.int8), scale / 8
     else:
       codes, codebook = packing.unpack(codes, self.bits), self.kind.finite
     *lead, x, size, outputs = codes.shape
-    return Plain(
+    return NormalForm(
       codes=codes.reshape(*lead, x * size, outputs),
-      scale=scale.astype(jnp.bfloat16),  # exact, of a power of two
+      scale=scale.astype(jnp.bfloat16),  # exact for a power of two
       group=size,
       codebook=codebook,
       bits=4 if self.bits == 4 else 8,
@@ -162,7 +163,7 @@ class Microscaling(Format):
   def decode(self, parts: Parts) -> Float[Array, "... I O"]:
     if self.element not in ("e3m2", "e4m3", "e5m2"):
       return super().decode(parts)
-    # By arithmetic: nothing gathers from a table of 256.
+    # By arithmetic rather than a gather from a table of 256.
     codes = packing.unpack(parts["codes"], self.bits)
     values = self.values(codes, jnp.asarray(parts["scale"]))
     *lead, x, size, outputs = values.shape

@@ -1,9 +1,10 @@
-"""NVFP4: blocks of 16 four-bit floats, an E4M3 scale each, one more a matrix.
+"""NVFP4: blocks of 16 E2M1 floats with an E4M3 scale, and a global scale.
 
-NVIDIA 2025 (arXiv:2509.25149). A weight is `code * (scale / divisor)`: the
-divisor, `448 * 6 / max|w|`, moves a matrix's blocks into the range of E4M3,
-below which the scales of small weights would vanish. ModelOpt stores the
-reciprocal of the divisor; compressed-tensors, as here, the divisor itself.
+NVIDIA 2025 (arXiv:2509.25149). A weight is `code * (scale / divisor)`. The
+divisor, `448 * 6 / max|w|` per matrix, maps block scales into the range of
+E4M3, in which the scales of small weights would otherwise underflow. ModelOpt
+stores the reciprocal of the divisor; compressed-tensors stores the divisor, as
+here.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Format, Parts, Plain
+from research.quant.format import Format, NormalForm, Parts
 from research.quant.layouts import packing
 from research.quant.numerics import exact_division, minifloats
 from research.quant.numerics.minifloats import E2M1, E4M3
@@ -24,17 +25,16 @@ _MAX = E4M3.max * E2M1.max
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NVFP4(Format):
-  """Codes of E2M1 times a scale a block over a divisor of the matrix.
+  """E2M1 codes, with a scale per block and a divisor per matrix.
 
-  Parts: codes uint8 `[..., X, 8, O]` as `packing` has them; scale, codes of
+  Parts: codes uint8 `[..., X, 8, O]` packed by `packing`; scale, codes of
   E4M3, uint8 `[..., X, O]`; divisor, float32 `[...]`.
 
   Attributes:
-    block: weights that share a scale, 16 in the standard.
-    search: codes of the scale below and above the nearest that are tried as
-      well; kept is the one of the least squared error. With 5 that includes
-      the largest weight at 4 instead of 6 (Cook et al. 2025,
-      arXiv:2512.02010).
+    block: weights per scale, 16 in the standard.
+    search: number of scale codes below and above the nearest to try as well,
+      for the least squared error. 5 includes mapping the largest weight to 4
+      instead of 6 (Cook et al. 2025, arXiv:2512.02010).
     divided: whether there is a divisor other than 1.
   """
 
@@ -55,11 +55,11 @@ class NVFP4(Format):
     return {"codes": "x.o", "scale": "xo", "divisor": ""}
 
   def divisor(self, w: Float[Array, "*B"]) -> Float[Array, ""]:
-    """Returns the divisor of a matrix, in any shape; of zeros, 1."""
+    """Returns the divisor of a matrix of any shape; 1 for zeros."""
     if not self.divided:
       return jnp.ones((), jnp.float32)
     top = abs(w.astype(jnp.float32)).max()
-    # What divides to infinity, and what XLA takes for zero, is nothing.
+    # Smaller magnitudes count as 0: the divisor could overflow, or XLA flush.
     least = jnp.float32(2.0**-114)
     return jnp.where(top > least, _MAX / jnp.maximum(top, least), 1.0)
 
@@ -69,14 +69,14 @@ class NVFP4(Format):
     """Returns the scales' codes of groups of `S` weights, and the divisor.
 
     Args:
-      w: groups.
-      divisor: of the matrix that they are of; their own by default.
+      w: groups of weights.
+      divisor: divisor of their matrix; computed from `w` by default.
     """
     w = w.astype(jnp.float32)
     if divisor is None:
       divisor = self.divisor(w)
-    scale = divisor * exact_division.divided(abs(w).max(-2), E2M1.max)
-    # A block of small weights keeps the least scale there is, not none.
+    scale = divisor * exact_division.divide(abs(w).max(-2), E2M1.max)
+    # Clip to the smallest positive scale, so that no block gets scale 0.
     scale = jnp.clip(scale, E4M3.values[1], E4M3.max)
     return minifloats.encode(scale, E4M3), divisor
 
@@ -88,7 +88,7 @@ class NVFP4(Format):
   ) -> UInt8[Array, "*B S O"]:
     """Returns the nearest codes."""
     step = minifloats.decode(scale, E4M3) / divisor
-    x = exact_division.divided(w.astype(jnp.float32), step[..., None, :])
+    x = exact_division.divide(w.astype(jnp.float32), step[..., None, :])
     return minifloats.encode(x, E2M1)
 
   def values(
@@ -97,7 +97,7 @@ class NVFP4(Format):
     scale: UInt8[Array, "*B O"],
     divisor: Float[Array, ""],
   ) -> Float[Array, "*B S O"]:
-    """Returns what codes stand for."""
+    """Returns the values of codes."""
     step = minifloats.decode(scale, E4M3) / divisor
     return minifloats.decode(codes, E2M1) * step[..., None, :]
 
@@ -107,7 +107,7 @@ class NVFP4(Format):
     scale: UInt8[Array, "*B O"],
     divisor: Float[Array, ""],
   ) -> dict[str, Any]:
-    """Returns the arrays that are kept of codes on a grid."""
+    """Returns the parts of codes on a grid."""
     packed = packing.pack(codes.astype(jnp.uint8), 4)
     return {"codes": packed, "scale": scale, "divisor": divisor}
 
@@ -127,7 +127,7 @@ class NVFP4(Format):
     return self.parts(self.codes(groups, scale, divisor), scale, divisor)
 
   def _best(self, groups, scale, divisor, weigh) -> UInt8[Array, "X O"]:
-    """Returns the code near `scale` whose error is least."""
+    """Returns the code near `scale` with the least squared error."""
 
     def moved(move):
       code = jnp.clip(scale.astype(jnp.int32) + move, 1, E4M3.top)
@@ -136,22 +136,24 @@ class NVFP4(Format):
     def error(move):
       code = moved(move)
       off = self.values(self.codes(groups, code, divisor), code, divisor)
-      # Times the divisor, so that no square is beyond float32.
+      # Multiply by the divisor, so that squares stay in the range of float32.
       off = ((off - groups) * divisor) ** 2
       return (off if weigh is None else off * weigh).sum(-2)
 
     moves = minifloats.nearest_first(self.search)
     return moved(moves[jnp.argmin(jax.lax.map(error, moves), axis=0)])
 
-  def recoded(self, parts: Parts, codes: UInt8[Array, "I O"]) -> dict[str, Any]:
+  def with_codes(
+    self, parts: Parts, codes: UInt8[Array, "I O"]
+  ) -> dict[str, Any]:
     blocks = codes.reshape(-1, self.block, codes.shape[-1])
     return dict(parts) | {"codes": packing.pack(blocks, 4)}
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     codes = packing.unpack(parts["codes"], 4)
     scale = minifloats.decode(jnp.asarray(parts["scale"]), E4M3)
     *lead, x, size, outputs = codes.shape
-    return Plain(
+    return NormalForm(
       codes=codes.reshape(*lead, x * size, outputs),
       scale=scale / jnp.asarray(parts["divisor"])[..., None, None],
       group=size,

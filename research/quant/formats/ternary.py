@@ -1,7 +1,8 @@
-"""ggml's TQ1_0 and TQ2_0: -1, 0 or 1 times a float16 scale for 256 weights.
+"""ggml's ternary types TQ1_0 and TQ2_0: -1, 0 or 1 times a float16 scale.
 
-They are for models that are trained to such weights (BitNet b1.58, Ma et al.
-2024, arXiv:2402.17764): encoding takes the largest magnitude as the scale.
+Blocks have 256 weights. For models trained with ternary weights (BitNet b1.58,
+Ma et al. 2024, arXiv:2402.17764): the encoder uses the largest magnitude as the
+scale.
 """
 
 import dataclasses
@@ -10,31 +11,38 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from research.quant.format import Parts, Plain
-from research.quant.ggml_format import Field, SuperBlock, half, joined
+from research.quant.format import NormalForm, Parts
+from research.quant.ggml_format import (
+  Field,
+  SuperBlock,
+  merge_blocks,
+  to_float16,
+)
 from research.quant.numerics import ggml_bits as bits
 
 F = np.float32
 BLOCK = 256
 
 
-def _plain(codes: Any, scale: Any) -> Plain:
-  codes = joined(codes)
-  return Plain(codes, scale, group=BLOCK, zero=1.0, bits=2, ends=(0, 2))
+def _plain(codes: Any, scale: Any) -> NormalForm:
+  codes = merge_blocks(codes)
+  return NormalForm(
+    codes, scale, group=BLOCK, zero=1.0, bits=2, code_range=(0, 2)
+  )
 
 
 def _rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (codes 0 to 2, float16 scale), halves away from zero."""
+  """Returns (codes 0 to 2, float16 scale); ties round away from zero."""
   most = np.abs(x).max(-2)
   inverse = np.where(most == 0, F(0), F(1) / np.where(most == 0, F(1), most))
   scaled = x * inverse[:, None]
   codes = (np.abs(scaled) >= F(0.5)) * np.sign(scaled) + F(1)
-  return codes.astype(np.uint8), half(most)[0]
+  return codes.astype(np.uint8), to_float16(most)[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TQ2(SuperBlock):
-  """2 bits a code: 2.0625 bits."""
+  """TQ2_0: 2 bits per code, 2.0625 bits per weight."""
 
   kind: ClassVar[str] = "TQ2_0"
   fields: ClassVar[tuple[Field, ...]] = (
@@ -42,24 +50,24 @@ class TQ2(SuperBlock):
     Field("scale", "<f2"),
   )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     return _plain(bits.unfold(parts["codes"], 2, 32), parts["scale"])
 
   def blocks(self, x, weight, mean):
     codes, scale = _rounded(x)
-    return {"scale": scale} | self.packed(codes)
+    return {"scale": scale} | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     return {"codes": bits.fold(codes, 2, 32)}
 
 
 _RUNS = ((160, 32, 5), (80, 16, 5), (16, 4, 4))
-"""Codes, how far those of one byte lie apart, and how many a byte has."""
+"""(Codes, distance between the codes of a byte, codes per byte) of each run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TQ1(SuperBlock):
-  """Five codes to a byte, as digits of a fraction: 1.6875 bits."""
+  """TQ1_0: five base-3 digits per byte, 1.6875 bits per weight."""
 
   kind: ClassVar[str] = "TQ1_0"
   fields: ClassVar[tuple[Field, ...]] = (
@@ -68,7 +76,7 @@ class TQ1(SuperBlock):
     Field("scale", "<f2"),
   )
 
-  def plain(self, parts: Parts) -> Plain:
+  def normal_form(self, parts: Parts) -> NormalForm:
     packed = parts["codes"]
     xp = np if isinstance(packed, np.ndarray) else jnp
     packed = xp.concatenate([packed, parts["last"]], axis=-2)
@@ -77,7 +85,7 @@ class TQ1(SuperBlock):
       digits = packed[..., None, at : at + run, :]
       at += run
       powers = np.array([3**k for k in range(count)], np.uint8)
-      # A byte is a fraction of 256; what is left of it holds later digits.
+      # A byte is a fraction of 256; multiplying by 3^k exposes digit k.
       rest = digits * powers[:, None, None]
       codes = ((rest.astype(np.uint16) * np.uint16(3)) >> 8).astype(np.uint8)
       out.append(codes.reshape(*codes.shape[:-3], size, codes.shape[-1]))
@@ -85,9 +93,9 @@ class TQ1(SuperBlock):
 
   def blocks(self, x, weight, mean):
     codes, scale = _rounded(x)
-    return {"scale": scale} | self.packed(codes)
+    return {"scale": scale} | self.pack_codes(codes)
 
-  def packed(self, codes):
+  def pack_codes(self, codes):
     xp = np if isinstance(codes, np.ndarray) else jnp
     out, at = [], 0
     for size, run, count in _RUNS:
@@ -96,7 +104,7 @@ class TQ1(SuperBlock):
       powers = np.array([3 ** (4 - k) for k in range(count)], np.uint16)
       digits = digits.astype(np.uint16) * powers[:, None, None]
       value = digits.sum(1, dtype=np.uint16)
-      # Up, so that decoding, which cuts off, finds the same digits.
+      # Round up, so that decoding, which truncates, finds the same digits.
       value = (value * np.uint16(256) + np.uint16(242)) // np.uint16(243)
       out.append(value.astype(np.uint8))
     return {"codes": xp.concatenate(out[:2], axis=1), "last": out[2]}

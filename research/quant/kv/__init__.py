@@ -1,1 +1,1 @@
-"""Caches of few bits."""
+"""Quantized KV cache: grids, the cache, its errors and its memory."""

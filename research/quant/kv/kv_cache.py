@@ -1,12 +1,12 @@
-"""A layer's keys and values in few bits: packed tokens, and recent ones whole.
+"""Quantized KV cache of a layer: packed tokens plus recent ones unquantized.
 
-Of `N` tokens, those of a grid with groups of tokens are packed `R` at a time:
-the first `floor(N / R) R` are, and the rest waits in a ring of `R` slots. A
-grid of single tokens packs each when it comes and the ring holds the last `R`.
-A token is met as the cache was before it: what is packed by it, later ones
-read. The first few tokens of a row (attention's sinks) may stay whole for good.
+A grid whose groups span tokens packs `R` tokens at a time: of `N` tokens the
+first `floor(N / R) R` are packed, and the rest waits in a ring buffer of `R`
+slots. A grid of single tokens packs each token at once, and the ring buffer
+holds the last `R`. A call reads the cache as it was before its own tokens. The
+first few tokens of a row (attention sinks) may stay unquantized.
 
-Shapes never change, so one compiled step serves every length.
+Shapes are static, so one compiled step serves every length.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from research.quant.kv.kv_grid import Grid, Packed
 from research.typing import Array, Float, Int
 
 Shift = Callable[[Int[Array, "B S"]], Float[Array, "B S K H"]]
-"""What keys at given positions have in common, and is not packed."""
+"""Positions -> part of the keys that is subtracted before packing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
-  """New tokens of a call, counted from the first one that is packed.
+class NewTokens:
+  """Indices of a call's new tokens, counted from the first packed token.
 
   Attributes:
-    index: `[B, T]`, negative where there is nothing to pack.
-    before, after: `[B]`, tokens before the call and after it.
+    index: `[B, T]`, negative for tokens that are not packed.
+    before, after: `[B]`, number of tokens before and after the call.
     first: position of index 0.
   """
 
@@ -42,13 +42,13 @@ class Tokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Side:
-  """Keys or values of a layer, or of a run of them behind a leading axis.
+class KeysOrValues:
+  """Keys or values of a layer, or of a run of layers with a leading axis.
 
   Attributes:
-    packed: of the slots, `[..., B, K, P, H]` in the form of `grid`.
-    recent: a ring `[..., B, K, R, H]` in full precision, or None.
-    grid: how numbers are packed.
+    packed: the slots, `[..., B, K, P, H]` packed by `grid`.
+    recent: ring buffer `[..., B, K, R, H]` in full precision, or None.
+    grid: quantizes numbers.
   """
 
   packed: Packed
@@ -57,18 +57,18 @@ class Side:
 
   @property
   def slots(self) -> int:
-    """Returns P."""
+    """P, the number of packed slots."""
     return self.grid.tokens(self.packed)
 
   @property
   def ring(self) -> int:
-    """Returns R."""
+    """R, the size of the ring buffer."""
     return 0 if self.recent is None else self.recent.shape[-2]
 
   def read(
-    self, tokens: Tokens, dtype: Any, shift: Shift | None
+    self, tokens: NewTokens, dtype: Any, shift: Shift | None
   ) -> Float[Array, "B K P H"]:
-    """Returns the numbers of all slots, before a call's tokens are written."""
+    """Returns the contents of all slots before a call's tokens are written."""
     x = self.grid.decode(self.packed)
     held = slot_positions(tokens.before, self.slots)
     if shift is not None:
@@ -76,11 +76,11 @@ class Side:
     x = x.astype(dtype)
     if self.recent is None:
       return x
-    if self.grid.by_blocks:
+    if self.grid.packs_blocks:
       start = tokens.before // self.ring * self.ring
     else:
       start = jnp.maximum(tokens.before - self.ring, 0)
-    # A choice for each slot, which fuses with decoding; rings divide slots.
+    # `where` per slot fuses with decoding; the ring's size divides the slots.
     *lead, _, dim = x.shape
     shape = *lead, self.slots // self.ring, self.ring, dim
     ring = jnp.broadcast_to(self.recent[:, :, None], shape).reshape(x.shape)
@@ -90,11 +90,11 @@ class Side:
   def write(
     self,
     x: Float[Array, "B T K H"],
-    tokens: Tokens,
+    tokens: NewTokens,
     shift: Shift | None,
-  ) -> "Side":
-    """Returns the side with a call's tokens in it."""
-    if self.grid.by_blocks:
+  ) -> "KeysOrValues":
+    """Returns a copy with a call's tokens written."""
+    if self.grid.packs_blocks:
       if x.shape[1] == 1:
         return self._write_one(x, tokens, shift)
       return self._write_blocks(x, tokens, shift)
@@ -115,7 +115,7 @@ class Side:
     return dataclasses.replace(self, packed=packed, recent=recent)
 
   def _write_one(self, x, tokens, shift):
-    """Writes a token a row; packs the rings that it completes."""
+    """Writes one token per row; packs the ring buffers that it fills."""
     recent = _put(self.recent, x, tokens.index, tokens.index >= 0)
     whole = tokens.after % self.ring == 0
     whole &= tokens.after > tokens.before
@@ -128,13 +128,12 @@ class Side:
       shapes = jax.eval_shape(packed, recent)
       return jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
 
-    # Only the block is computed on condition: a whole cache that passes through
-    # would be copied.
+    # Only the new block passes through `cond`, which would copy a whole cache.
     new = jax.lax.cond(jnp.any(whole), packed, nothing, recent)
     return self._stored(recent, new, start[:, None], whole[:, None])
 
   def _write_blocks(self, x, tokens, shift):
-    """Writes many tokens; packs every block that is complete with them."""
+    """Writes many tokens; packs every block that they complete."""
     ring, time = self.ring, x.shape[1]
     count = -(-(ring - 1 + time) // ring)
     first = tokens.before // ring
@@ -144,7 +143,7 @@ class Side:
     staged = _put(staged, x, at, tokens.index >= 0)
     block = first[:, None] + jnp.arange(count)
     done = tokens.after // ring
-    # Of more blocks than there is room for, the last ones stay.
+    # If there are more blocks than slots, keep the last ones.
     whole = (block < done[:, None]) & (
       block >= done[:, None] - self.slots // ring
     )
@@ -154,14 +153,14 @@ class Side:
     return self._stored(recent, new, block * ring, whole)
 
   def _encode(self, x, start, first, shift):
-    """Returns `[B, K, S, H]` packed, the first of them at index `start`."""
+    """Packs `[B, K, S, H]`, whose first token has index `start`."""
     if shift is not None:
       index = start[:, None] + jnp.arange(x.shape[2])
       x = x - shift(index + first).swapaxes(1, 2)
     return self.grid.encode(x)
 
   def _stored(self, recent, new, start, whole):
-    """Returns the side with blocks that start at `[B, X]` in their slots."""
+    """Returns a copy with blocks that start at `start` `[B, X]` stored."""
     groups = self.ring // self.grid.group
     index = start[..., None] // self.grid.group + jnp.arange(groups)
     index = index.reshape(len(start), -1)
@@ -177,27 +176,28 @@ class Side:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedLayer(SlotCache):
-  """What `LayerCache` is, in few bits.
+  """Quantized counterpart of `LayerCache`.
 
   Attributes:
     k, v: keys and values.
-    sinks: the first keys and values, `[..., B, K, n, H]` each, or None.
-    shifted: whether the bias of keys is subtracted before they are packed.
+    sinks: the first keys and values, `[..., B, K, n, H]` each, unquantized; or
+      None.
+    shifted: whether the keys' bias is subtracted before packing.
   """
 
-  k: Side
-  v: Side
+  k: KeysOrValues
+  v: KeysOrValues
   sinks: Any = None
   shifted: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
   @property
   def first(self) -> int:
-    """How many tokens of a row are sinks."""
+    """Number of sink tokens per row."""
     return 0 if self.sinks is None else self.sinks[0].shape[-2]
 
   @property
   def slots(self) -> int:
-    """How many positions it holds."""
+    """Number of positions in the cache."""
     return self.first + self.k.slots
 
   def extend(
@@ -211,11 +211,11 @@ class QuantizedLayer(SlotCache):
     window: int | None = None,
     bias: Shift | None = None,
   ) -> tuple["QuantizedLayer", Array, Array, Array | None]:
-    """Returns what `LayerCache.extend` does.
+    """Writes tokens and returns keys and values, like `LayerCache.extend`.
 
     Args:
-      k, v, positions, length, fresh, window: as there.
-      bias: the keys' bias at positions, asked for if `shifted`.
+      k, v, positions, length, fresh, window: see `LayerCache.extend`.
+      bias: positions -> the keys' bias; used if `shifted`.
     """
     shift = bias if self.shifted else None
     tokens = self._tokens(positions, length)
@@ -225,11 +225,11 @@ class QuantizedLayer(SlotCache):
     keys = self.k.read(tokens, k.dtype, shift)
     values = self.v.read(tokens, v.dtype, None)
     held = slot_positions(tokens.before, self.k.slots)
-    # What is written must not wait in a copy for what is still to be read.
+    # The barrier orders reads before writes, so that the write needs no copy.
     keys, values, old = jax.lax.optimization_barrier((keys, values, self))
     written = old._write(k, v, positions, tokens, shift)
     one = k.shape[1] == 1
-    if one:  # in the place of one that no window reaches any more
+    if one:  # overwrites a token that is outside of every window
       index = jnp.where(tokens.index < 0, -1, tokens.index % self.k.slots)
       here = jnp.arange(self.k.slots) == index
       here = here[:, None, :, None]
@@ -239,7 +239,8 @@ class QuantizedLayer(SlotCache):
     held = jnp.where(held >= 0, held + self.first, -1)
     parts = [(keys.swapaxes(1, 2), values.swapaxes(1, 2), held)]
     if self.sinks is not None:
-      # A sink that is new in this call is in both, unless the call is of one.
+      # With several tokens, new sinks are already among `k` and `v`: read the
+      # old sinks.
       sinks = (written if one else old).sinks
       seen = length if one else length - jnp.sum(positions >= 0, axis=-1)
       place = jnp.arange(self.first)
@@ -258,7 +259,7 @@ class QuantizedLayer(SlotCache):
     before = length - jnp.sum(positions >= 0, axis=-1)
     index = jnp.where(positions >= 0, positions - self.first, -1)
     before, after = (jnp.maximum(n - self.first, 0) for n in (before, length))
-    return Tokens(index, before, after, self.first)
+    return NewTokens(index, before, after, self.first)
 
   def _write(self, k, v, positions, tokens, shift):
     sinks = self.sinks
@@ -275,13 +276,13 @@ class QuantizedLayer(SlotCache):
 def _put(
   old: Array, new: Array, index: Int[Array, "B T"], alive: Array
 ) -> Array:
-  """Returns `old` `[B, K, S, ...]` with `new` `[B, T, K, ...]` in it.
+  """Returns `old` `[B, K, S, ...]` with `new` `[B, T, K, ...]` written.
 
   Args:
-    old: slots.
-    new: what to write.
-    index: of each; its slot is `index mod S`.
-    alive: which to write, no two of them in one slot.
+    old: the slots.
+    new: the values to write.
+    index: index of each value; its slot is `index mod S`.
+    alive: mask of values to write, at most one per slot.
   """
   slots = old.shape[2]
   at = jnp.where(alive, jnp.mod(index, slots), slots)  # outside: dropped

@@ -1,7 +1,8 @@
-"""What packing keys and values does to each layer's attention.
+"""Attention error of KV cache quantization, per layer.
 
-Queries, keys and values are those of the model as it is, after the rotation:
-every layer's error is its own. All tokens are packed, none is kept as recent.
+Uses queries, keys and values of the unquantized model, after the rotary
+embedding, so that layers' errors do not accumulate. All tokens are packed,
+recent ones too.
 """
 
 import functools
@@ -31,16 +32,16 @@ def attention_errors(
   Args:
     model: the Transformer.
     params: its parameters.
-    tokens: T is a multiple of every group of tokens.
-    kvs: ways to pack.
+    tokens: token ids; T is a multiple of every group of tokens.
+    kvs: the quantizers to compare.
 
   Raises:
     UserError: T is no such multiple.
   """
   for kv in kvs:
-    if tokens.shape[1] % kv.group and any(g.by_blocks for g in kv.grids):
+    if tokens.shape[1] % kv.group and any(g.packs_blocks for g in kv.grids):
       raise UserError(
-        f"tokens: found {tokens.shape[1]} a row, expected a multiple of the "
+        f"tokens: found rows of {tokens.shape[1]}, expected a multiple of the "
         f"group of {kv.group}"
       )
   x = weights.take(params["embed"], tokens).astype(model.dtype)
@@ -61,7 +62,7 @@ def _layer(
   x: Float[Array, "B T D"],
   kvs: tuple[KVQuantizer, ...],
 ) -> tuple[Float[Array, "B T D"], Float[Array, " E"]]:
-  """Returns the layer's output, and the error of each way to pack."""
+  """Returns the layer's output and the error of each quantizer."""
   a = block.attention
   positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
   rotation = None

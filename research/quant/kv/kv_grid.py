@@ -1,13 +1,13 @@
-"""Numbers of a key/value cache in few bits: one grid for keys, one for values.
+"""KV cache quantization (KIVI): encodes and decodes keys or values.
 
-KIVI (Liu et al. 2024, arXiv:2402.02750): a group has its least number and its
-range in 16 bits each, and codes of `bits` bits between. Keys have few channels
-that are large for every token, so a group of keys is a channel's numbers of
-neighbouring tokens; values have none, so theirs is neighbouring channels of one
-token, which can be packed when it comes.
+KIVI (Liu et al. 2024, arXiv:2402.02750): a group stores its minimum and its
+scale in 16 bits each, and codes of `bits` bits. Keys have a few channels that
+are large for every token, so a group of keys is one channel of neighbouring
+tokens. Values have none, so their group is neighbouring channels of one token,
+which can be packed at once.
 
-`int8` and `fp8` are symmetric instead, with a float32 scale a group, which of
-one token is its whole head: the numbers of `decode_attention.pages`.
+`int8` and `fp8` are symmetric, with a float32 scale per group. A group of
+channels is then the token's whole head, as in `decode_attention.pages`.
 """
 
 import dataclasses
@@ -23,23 +23,23 @@ from research.quant.numerics import hadamard
 from research.typing import Array, Float, UserError
 
 SYMMETRIC = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
-"""Kinds with a scale and no least number."""
+"""Symmetric kinds, with a scale and no minimum."""
 
 BITS = (2, 4, 8, 16, *SYMMETRIC)
-"""Of a number; 16 stands for the cache's own dtype."""
+"""Supported bits per number; 16 means the cache's dtype, unquantized."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-  """Numbers of `S` tokens with `H` channels behind leading axes.
+  """Encoded numbers of `S` tokens with `H` channels, with leading axes.
 
   Attributes:
-    codes: a group of channels `[..., S, bytes]`; a group of tokens `[..., X,
-      bytes, H]` for S = X group. The numbers themselves where nothing is
-      packed, `[..., S, H]`.
-    scale: `[..., S, H / group]` or `[..., X, H]`; None as above.
-    low: least numbers, as `scale`; None where the grid is symmetric.
+    codes: `[..., S, bytes]` for groups of channels; `[..., X, bytes, H]` for
+      groups of tokens, S = X group; the numbers themselves, `[..., S, H]`, if
+      unquantized.
+    scale: `[..., S, H / group]` or `[..., X, H]`; None if unquantized.
+    low: minimum of each group, as `scale`; None for symmetric grids.
   """
 
   codes: Any
@@ -49,14 +49,14 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """How keys, or values, are packed.
+  """Quantizer of keys or of values.
 
   Attributes:
     bits: one of `BITS`.
     per_channel: whether a group is tokens of one channel.
-    group: numbers that share a scale; ignored by `int8` and `fp8` of a token.
-    rotated: whether heads are turned by a Hadamard matrix before.
-    scale_dtype: of scales and least numbers.
+    group: numbers per group; ignored by `int8` and `fp8` per token.
+    rotated: whether heads are rotated by a Hadamard matrix first.
+    scale_dtype: dtype of scales and minima.
   """
 
   bits: int | str = 4
@@ -66,18 +66,23 @@ class Grid:
   scale_dtype: str = "float16"
 
   @property
-  def whole(self) -> bool:
-    """Whether nothing is packed."""
+  def unquantized(self) -> bool:
+    """Whether numbers are stored in the cache's dtype."""
     return self.bits == 16
 
   @property
-  def by_blocks(self) -> bool:
-    """Whether tokens are packed together."""
-    return self.per_channel and not self.whole
+  def packs_blocks(self) -> bool:
+    """Whether several tokens are packed together."""
+    return self.per_channel and not self.unquantized
 
   def check(self, dim: int, what: str) -> None:
-    """Raises UserError unless heads of `dim` channels can be packed."""
-    if self.whole or (self.bits in SYMMETRIC and not self.per_channel):
+    """Raises UserError unless heads of `dim` channels can be packed.
+
+    Args:
+      dim: H.
+      what: name for error messages.
+    """
+    if self.unquantized or (self.bits in SYMMETRIC and not self.per_channel):
       return
     if not self.per_channel and dim % self.group:
       raise UserError(
@@ -88,7 +93,7 @@ class Grid:
       packing.check(self.group, self.bits, f"{what}: a group")
 
   def bits_per_number(self, dim: int) -> float:
-    """Returns what a packed number takes, its share of its group included.
+    """Returns bits per packed number, with its share of scale and minimum.
 
     Args:
       dim: H.
@@ -98,8 +103,8 @@ class Grid:
     return self.bits + 16 * jnp.dtype(self.scale_dtype).itemsize / self.group
 
   def encode(self, x: Float[Array, "*B S H"]) -> Packed:
-    """Returns numbers packed; of S tokens whose groups are whole."""
-    if self.whole:
+    """Encodes numbers of S tokens; S is a multiple of groups of tokens."""
+    if self.unquantized:
       return Packed(x)
     x = x.astype(jnp.float32)
     x = hadamard.rotate(x) if self.rotated else x
@@ -114,9 +119,9 @@ class Grid:
     return Packed(self._joined(codes), *map(self._scales, (scale, low)))
 
   def decode(self, packed: Packed) -> Float[Array, "*B S H"]:
-    """Returns the numbers, float32 unless nothing is packed."""
+    """Decodes numbers, to float32 unless unquantized."""
     codes, scale, low = packed.codes, packed.scale, packed.low
-    if self.whole:
+    if self.unquantized:
       return codes
     *lead, tokens, channels = codes.shape
     if not self.per_channel:
@@ -135,26 +140,26 @@ class Grid:
     return hadamard.rotate(x, inverse=True) if self.rotated else x
 
   def empty(self, lead: tuple[int, ...], slots: int, dim: int, dtype: Any):
-    """Returns room for `slots` tokens, as zeros.
+    """Returns an empty `Packed` for `slots` tokens, all zeros.
 
     Args:
-      lead: axes before them.
+      lead: leading axes.
       slots: S.
       dim: H.
-      dtype: of numbers that are not packed.
+      dtype: dtype of unquantized numbers.
     """
     like = jax.ShapeDtypeStruct((*lead, slots, dim), dtype)
     shapes = jax.eval_shape(self.encode, like)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
   def tokens(self, packed: Packed) -> int:
-    """Returns S."""
-    if self.by_blocks:
+    """Returns S, the number of tokens."""
+    if self.packs_blocks:
       return packed.codes.shape[-3] * self.group
     return packed.codes.shape[-2]
 
   def _grouped(self, x):
-    """Returns groups along the axis before the last."""
+    """Returns `x` with groups along the second-to-last axis."""
     *lead, tokens, dim = x.shape
     if self.per_channel:
       return x.reshape(*lead, tokens // self.group, self.group, dim)
@@ -162,7 +167,7 @@ class Grid:
     return x.reshape(*lead, tokens, dim // size, size, 1)
 
   def _joined(self, codes):
-    """Returns codes of groups as `Packed` has them."""
+    """Returns codes of groups in the layout of `Packed`."""
     if self.per_channel:
       return codes
     return codes.reshape(*codes.shape[:-3], -1)
@@ -174,15 +179,15 @@ class Grid:
 def encode(
   x: Float[Array, "*B N M"], bits: int, dtype: str = "float16"
 ) -> tuple[Array, Array, Array]:
-  """Returns codes `[..., N, M]`, scales and least numbers `[..., M]`.
+  """Returns codes `[..., N, M]`, scales and minima `[..., M]`.
 
-  Codes follow from scale and least number as they are stored, so rounding those
-  costs no more than it has to. A group of equal numbers has scale 1.
+  Codes are computed from the stored, rounded scale and minimum, which reduces
+  the effect of their rounding. A group of equal numbers has scale 1.
 
   Args:
     x: groups of N numbers, float32.
-    bits: of a code.
-    dtype: of scales and least numbers.
+    bits: bits of a code.
+    dtype: dtype of scales and minima.
   """
   most = float(jnp.finfo(dtype).max)
   low = jnp.min(x, axis=-2)

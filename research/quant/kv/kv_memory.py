@@ -1,4 +1,4 @@
-"""What keys and values take in memory: all arrays, and a token's share."""
+"""Memory of a quantized KV cache: all arrays, and per token."""
 
 import dataclasses
 from typing import Any
@@ -12,14 +12,14 @@ from research.typing import Params
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """What a model's cache takes.
+  """Memory of a model's KV cache.
 
   Attributes:
-    bytes_per_token: of a packed token in all layers.
-    bits_per_number: of its keys' and values' numbers, scales included.
-    cache_bytes: of all arrays: room for whole tokens and rounding up included.
-    cache_bits_per_number: of all arrays, for each number they are asked to
-      hold.
+    bytes_per_token: bytes of a packed token in all layers.
+    bits_per_number: bits per number of keys and values, scales included.
+    cache_bytes: bytes of all arrays, including unquantized tokens and padding.
+    cache_bits_per_number: `cache_bytes` in bits, per number of the requested
+      capacity.
   """
 
   bytes_per_token: float
@@ -35,14 +35,14 @@ def memory(
   capacity: int,
   kv: KVQuantizer | KVByLayer | None = None,
 ) -> Memory:
-  """Returns what a cache takes; nothing is allocated.
+  """Returns the memory of a cache, without allocating it.
 
   Args:
     model: the Transformer.
     params: its parameters, or their shapes.
-    batch: rows.
-    capacity: positions of layers without a window.
-    kv: how it is packed; None for the model's dtype.
+    batch: number of rows.
+    capacity: positions in layers without a window.
+    kv: the quantizer; None for the model's dtype.
   """
   cache = jax.eval_shape(
     lambda: init_cache(model, params, batch, capacity, kv=kv)
@@ -52,7 +52,7 @@ def memory(
     a = block.attention
     width = a.kv_heads * a.head_dim
     own = 8.0 * jax.numpy.dtype(model.dtype).itemsize
-    one = None if kv is None else kv.of([i])
+    one = None if kv is None else kv.for_layers([i])
     bits += width * sum(_bits(one, a.head_dim, own))
     count += 2 * width
     held += 2 * width * min(capacity, a.window or capacity) * batch
@@ -61,10 +61,12 @@ def memory(
 
 
 def _bits(kv: KVQuantizer | None, dim: int, own: float) -> tuple[float, float]:
-  """Returns bits of a key's and a value's number; `own` where it is whole."""
+  """Returns bits per number of keys and of values; `own` if unquantized."""
   if kv is None:
     return own, own
-  k, v = (own if grid.whole else grid.bits_per_number(dim) for grid in kv.grids)
+  k, v = (
+    own if grid.unquantized else grid.bits_per_number(dim) for grid in kv.grids
+  )
   return k, v
 
 

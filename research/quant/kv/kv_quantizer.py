@@ -1,8 +1,8 @@
-"""How a model's keys and values are kept in few bits, as a value.
+"""Settings of KV cache quantization, and their command-line form.
 
-`init_cache(..., kv=KVQuantizer(bits_k=8, bits_v=4))` is all that changes: the
-cache that it returns is written and read in place of the full one. `parse`
-reads the short form of a command line: `k8v4,residual=0,key=per_token`.
+`init_cache(..., kv=KVQuantizer(bits_k=8, bits_v=4))` returns a quantized cache
+with the interface of the full one. `parse` reads the short form of a command
+line: `k8v4,residual=0,key=per_token`.
 """
 
 import dataclasses
@@ -13,29 +13,32 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from research.quant.kv.kv_cache import QuantizedLayer, Side
+from research.quant.kv.kv_cache import KeysOrValues, QuantizedLayer
 from research.quant.kv.kv_grid import BITS, Grid
 from research.typing import UserError
 
 AXES = ("per_channel", "per_token", "hadamard+per_token")
-"""What shares a scale: tokens of a channel, or channels of a token."""
+"""Numbers that share a scale: tokens of a channel, or channels of a token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KVQuantizer:
-  """KIVI's choices, and what else is known to help.
+  """Settings of a quantized KV cache: KIVI's, sinks, rotation, key bias.
 
   Attributes:
-    key, value: what shares a scale, one of `AXES`; with `hadamard`, after each
-      head was turned by a Hadamard matrix, which spreads large channels.
+    key, value: numbers that share a scale, one of `AXES`; with `hadamard`,
+      each head is first rotated by a Hadamard matrix, which spreads large
+      channels.
     bits_k, bits_v: 2, 4, 8, `"int8"`, `"fp8"`, or 16 for the model's dtype.
     group: numbers that share a scale.
-    residual: recent tokens in full precision; per channel, that many are packed
-      at a time, at least a group.
-    sink_tokens: first tokens in full precision, in layers without a window.
-    less_bias: whether the bias of the key projection, rotated to where it is
-      added, is kept apart: Qwen 2's is far larger than the rest of its keys.
-    scale_dtype: of scales and least numbers.
+    residual: number of recent tokens in full precision; per channel, that many
+      tokens are packed at a time, at least a group.
+    sink_tokens: number of first tokens in full precision, in layers without a
+      window.
+    less_bias: whether the key projection's bias, rotated to each position, is
+      subtracted before packing: Qwen 2's is far larger than the rest of its
+      keys.
+    scale_dtype: dtype of scales and minima.
   """
 
   key: str = "per_channel"
@@ -58,7 +61,7 @@ class KVQuantizer:
       found = getattr(self, name)
       if found < least:
         raise UserError(f"kv {name}: found {found}, expected at least {least}")
-    if self.residual % self.group and any(g.by_blocks for g in self.grids):
+    if self.residual % self.group and any(g.packs_blocks for g in self.grids):
       raise UserError(
         f"kv residual: found {self.residual}, expected a multiple of the group "
         f"of {self.group} tokens, which are packed together per channel"
@@ -66,7 +69,7 @@ class KVQuantizer:
 
   @property
   def grids(self) -> tuple[Grid, Grid]:
-    """Returns the grids of keys and of values."""
+    """The grids of keys and of values."""
 
     def grid(axis, bits):
       return Grid(
@@ -79,8 +82,8 @@ class KVQuantizer:
 
     return grid(self.key, self.bits_k), grid(self.value, self.bits_v)
 
-  def of(self, layers: Sequence[int]) -> "KVQuantizer":
-    """Returns what is used in some layers: this."""
+  def for_layers(self, layers: Sequence[int]) -> "KVQuantizer":
+    """Returns the settings for some layers: itself for all."""
     del layers
     return self
 
@@ -92,35 +95,37 @@ class KVQuantizer:
     dtype: Any,
     windowed: bool = False,
   ) -> QuantizedLayer:
-    """Returns an empty cache of a layer, or of a run of them.
+    """Returns an empty cache of a layer, or of a run of layers.
 
     Args:
-      lead: `[L, B, K]`, or without the layers.
-      slots: positions that it is to hold, rounded up to whole rings.
+      lead: `[L, B, K]`, or `[B, K]` for one layer.
+      slots: number of positions, rounded up to a multiple of the ring buffer.
       dim: H.
-      dtype: of what is not packed.
-      windowed: whether old positions make room for new ones.
+      dtype: dtype of unquantized numbers.
+      windowed: whether new positions overwrite old ones.
 
     Raises:
-      UserError: heads of `dim` channels have no whole groups.
+      UserError: the group does not divide heads of `dim` channels.
     """
     grids = self.grids
     for grid, what in zip(grids, ("kv keys", "kv values"), strict=True):
       grid.check(dim, what)
     first = 0 if windowed else min(self.sink_tokens, slots - 1)
     unit = max(self.residual, 1)
-    if any(g.by_blocks for g in grids):
+    if any(g.packs_blocks for g in grids):
       unit = max(unit, self.group)
     slots = -(-(slots - first) // unit) * unit
 
     def whole(size):
-      # An array each: what is donated may not be given twice.
+      # Separate arrays, since a donated buffer may occur only once.
       return jnp.zeros((*lead, size, dim), dtype) if size else None
 
     def side(grid):
-      ring = unit if grid.by_blocks else self.residual
-      ring = 0 if grid.whole else ring
-      return Side(grid.empty(lead, slots, dim, dtype), whole(ring), grid)
+      ring = unit if grid.packs_blocks else self.residual
+      ring = 0 if grid.unquantized else ring
+      return KeysOrValues(
+        grid.empty(lead, slots, dim, dtype), whole(ring), grid
+      )
 
     sinks = (whole(first), whole(first)) if first else None
     return QuantizedLayer(*map(side, grids), sinks, self.less_bias)
@@ -128,21 +133,21 @@ class KVQuantizer:
 
 @dataclasses.dataclass(frozen=True)
 class KVByLayer:
-  """Other choices in some layers; often the first and the last are delicate.
+  """Per-layer settings; often the first and last layers are more sensitive.
 
   Attributes:
-    default: in all other layers.
-    others: (layer, choice), each layer once.
+    default: settings of all other layers.
+    others: (layer, settings), each layer at most once.
   """
 
   default: KVQuantizer
   others: tuple[tuple[int, KVQuantizer], ...] = ()
 
-  def of(self, layers: Sequence[int]) -> KVQuantizer:
-    """Returns what is used in layers that are scanned together.
+  def for_layers(self, layers: Sequence[int]) -> KVQuantizer:
+    """Returns the settings of layers that are scanned together.
 
     Raises:
-      UserError: they differ.
+      UserError: the layers have different settings.
     """
     others = dict(self.others)
     found = {others.get(i, self.default) for i in layers}
@@ -156,15 +161,15 @@ class KVByLayer:
 
 
 def parse(text: str) -> KVQuantizer | KVByLayer | None:
-  """Returns what a command line says, e.g. `k8v4,group=64`; "" is none.
+  """Parses a command line's settings, such as `k8v4,group=64`; "" is None.
 
   Args:
     text: `kAvB` with A and B of `BITS`, or one of them for both; then
-      `field=value` for other fields of `KVQuantizer`. Others for some layers
+      `field=value` for other fields of `KVQuantizer`. Settings of single layers
       follow: `k4v4;0,29=k8v8`.
 
   Raises:
-    UserError: it is not of that form.
+    UserError: the text does not have that form.
   """
   if not text:
     return None
@@ -185,7 +190,7 @@ def parse(text: str) -> KVQuantizer | KVByLayer | None:
 
 
 def _parse_one(part: str, text: str) -> KVQuantizer:
-  """Returns the choice that a part of the text is."""
+  """Parses the settings of one part of the text."""
   head, *rest = part.split(",")
   fields = _bits(head, text)
   known = {f.name: f for f in dataclasses.fields(KVQuantizer)}

@@ -1,1 +1,1 @@
-"""Codes in the order that kernels read."""
+"""Memory layouts of packed weights: bytes, words, and kernels' layouts."""

@@ -1,9 +1,9 @@
-"""Weights that TPUs and GPUs decode in their kernels: planes as a leaf.
+"""Planar weight layout for the quantized matmul kernels of TPUs and GPUs.
 
-`kernels_pallas.quantized_matmul.planar` puts codes in the order in which a
-register decodes them, so that the product reads packed bits alone. As panels do
-for CPUs, `to_planes` rewrites a tree once, before text is generated, each
-layer's matrices in arrays of their own.
+`kernels_pallas.quantized_matmul.planar` orders codes as registers decode them,
+so that the kernel reads packed bits only. `to_planes` converts a tree once,
+before generation, with separate arrays per layer. `cpu_layout` does the same
+for CPUs.
 """
 
 import dataclasses
@@ -25,18 +25,19 @@ from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int, Params, PRNGKey
 
 GROUPS = (16, 32, 64)
-"""Groups below a block of inputs that a register has whole."""
+"""Supported group sizes below a block of inputs."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PlanarTensor(KernelLayout):
-  """A matrix in planes; frozen: no gradient reaches its parts.
+  """A matrix in planar layout; frozen: its parts receive no gradient.
 
   Attributes:
-    planes: `[..., I, O]` as stored.
-    source: int32 `[..., I]` or None: the matrix' row that each stored row is.
-    axis: -2 if that is the logical order, -1 if its transpose is.
+    planes: the stored matrix `[..., I, O]`.
+    source: int32 `[..., I]` or None: index in the matrix of each stored row.
+    axis: -2 if the stored matrix is the logical one, -1 if it is its
+      transpose.
   """
 
   planes: Planar
@@ -48,14 +49,14 @@ class PlanarTensor(KernelLayout):
     return np.dtype(jnp.float32)
 
   @property
-  def held(self) -> Any:
+  def operand(self) -> Any:
     return self.planes
 
-  def decoded(self) -> Float[Array, "... I O"]:
+  def decode_stored(self) -> Float[Array, "... I O"]:
     return planar.dense(self.planes)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of an embedding; only those are decoded."""
+    """Returns rows; an embedding decodes only those."""
     if self.axis == -2:
       return jnp.take(self.dense(), ids, axis=0)
     some = jax.tree.map(
@@ -66,7 +67,7 @@ class PlanarTensor(KernelLayout):
     return found.reshape(*ids.shape, found.shape[-1])
 
   def axes(self, names: tuple[str | None, ...]) -> "PlanarTensor":
-    """Planes keep the names of inputs and outputs."""
+    """Planes have the logical axes of inputs and outputs."""
     *lead, first, second = names
     stored = (first, second) if self.axis == -2 else (second, first)
     planes = jax.tree.map(
@@ -77,18 +78,20 @@ class PlanarTensor(KernelLayout):
 
 
 def has_kernel() -> bool:
-  """Whether programs of this process are for a device with these kernels."""
+  """Whether this process runs on a device with these kernels."""
   return jax.default_backend() == "tpu" or mosaic_gpu.is_for()
 
 
-def fits(w: QTensor, gpu: bool = False, dtype: str = "bfloat16") -> bool:
-  """Whether the kernels multiply what `w` holds.
+def is_supported(
+  w: QTensor, gpu: bool = False, dtype: str = "bfloat16"
+) -> bool:
+  """Whether the kernels support the packed matrix `w`.
 
   Args:
     w: a packed matrix.
-    gpu: for GPUs, whose kernels take 8 bits in words.
-    dtype: of the rows that it multiplies. bfloat16 is what every kernel takes,
-      float32 TPUs' alone, float16 GPUs' alone.
+    gpu: for GPUs, whose kernels read 8-bit codes in words.
+    dtype: dtype of the activations. All kernels support bfloat16, TPUs also
+      float32, GPUs also float16.
   """
   kind = kernel_codes.kind(w)
   if kind is None:
@@ -103,12 +106,17 @@ def fits(w: QTensor, gpu: bool = False, dtype: str = "bfloat16") -> bool:
 
 @functools.partial(jax.jit, static_argnames="gpu")
 def from_qtensor(w: QTensor, gpu: bool = False) -> PlanarTensor:
-  """Returns a packed matrix that `fits`, 8 bits in words where for a GPU."""
-  codes, scale, offset, rest = kernel_codes.normal(w)
+  """Converts a supported packed matrix to planes.
+
+  Args:
+    w: the packed matrix.
+    gpu: whether for a GPU, which reads 8-bit codes in words.
+  """
+  codes, scale, offset, rest = kernel_codes.kernel_operands(w)
   planes = planar.pack(codes, scale, offset, **rest)
   if gpu:
     planes = planar.in_words(planes)
-  return PlanarTensor(planes, kernel_codes.source_of(w), w.axis)
+  return PlanarTensor(planes, kernel_codes.source_rows(w), w.axis)
 
 
 def to_planes(
@@ -117,17 +125,18 @@ def to_planes(
   gpu: bool | None = None,
   dtype: str = "float32",
 ) -> Params:
-  """Returns `params` with packed matrices in planes, layer by layer.
+  """Returns `params` with packed matrices in planar layout, layers unrolled.
 
-  A Transform. What does not fit, experts, and what is not packed stay as they
-  are; the first are named in a warning. Layers are unrolled, since a scan would
-  copy each matrix before its use, unless nothing fits: then it is `params`.
+  A Transform. Unsupported matrices, experts and unpacked weights are unchanged;
+  a warning names the unsupported ones. Layers are unrolled, since a scan would
+  copy each matrix before its use. If no matrix is supported it returns
+  `params`.
 
   Args:
-    params: of a Transformer.
+    params: parameters of a Transformer.
     key: unused.
-    gpu: whether for a GPU; None for what this process runs on.
-    dtype: that the model computes in.
+    gpu: whether for a GPU; None for the device of this process.
+    dtype: dtype that the model computes in.
   """
   del key
   gpu = mosaic_gpu.is_for() if gpu is None else gpu
@@ -138,7 +147,7 @@ def to_planes(
     ndim = 3 if path.startswith("run") else 2
     if not is_packed(leaf) or leaf.ndim != ndim:
       return leaf
-    if not fits(leaf, gpu, dtype):
+    if not is_supported(leaf, gpu, dtype):
       left.add(_reason(leaf, gpu, dtype))
       return leaf
     made.append(path)
@@ -149,11 +158,11 @@ def to_planes(
 
   found = tree.map_paths(one, params, is_leaf=is_packed)
   cost = "slower than those of 4 bits or of integers in bfloat16"
-  kernel_codes.tell("planes", "GPUs" if gpu else "TPUs", left, cost)
+  kernel_codes.warn_unsupported("planes", "GPUs" if gpu else "TPUs", left, cost)
   return tree.unroll(found) if made else params
 
 
 def _reason(w: QTensor, gpu: bool, dtype: str) -> str:
-  """Returns the name of what does not fit, and the dtype if that is why."""
-  why = f" in {dtype}" if fits(w, gpu) else ""
+  """Returns an unsupported matrix's format, and the dtype if that is why."""
+  why = f" in {dtype}" if is_supported(w, gpu) else ""
   return f"{kernel_codes.name(w)}{why}"

@@ -1,9 +1,9 @@
-"""Codes in 32-bit words, as checkpoints of other tools hold them.
+"""Codes packed into 32-bit words, as in GPTQ, compressed-tensors and AWQ files.
 
-Down each column runs one dense stream of bits, least significant first: code
-`i` has bits `[i b, (i + 1) b)`, so that 32 codes fill `b` words exactly, and
-codes of 3, 5, 6 or 7 bits may lie across two. Where `b` divides 32 that is
-"low bits first". AWQ stores eight columns a word, in an order of its own.
+Each column is one dense bit stream, least significant bit first: code `i` has
+bits `[i b, (i + 1) b)`. So 32 codes fill `b` words exactly, and codes of 3, 5,
+6 or 7 bits may span two words. Where `b` divides 32 this is the usual "low bits
+first" order. AWQ stores eight columns per word, in its own order.
 """
 
 import numpy as np
@@ -11,20 +11,20 @@ import numpy as np
 from research.typing import UserError
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of a word's eight columns each of its nibbles is, from the low one."""
+"""Column index of each nibble of a word, from the lowest nibble."""
 
 
 def words(count: int, bits: int) -> int:
-  """Returns how many words `count` codes of `bits` bits take."""
+  """Returns the number of words for `count` codes of `bits` bits."""
   return -(-count * bits // 32)
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-  """Returns words int32 `[ceil(n bits / 32), O]`; `unpack` inverts it.
+  """Packs codes into words int32 `[ceil(n bits / 32), O]`; see `unpack`.
 
   Args:
-    codes: uint8 `[n, O]`, below `2**bits`; the last word is filled with zeros.
-    bits: of a code, 1 to 8.
+    codes: uint8 `[n, O]`, below `2**bits`; the last word is zero-padded.
+    bits: bits of a code, 1 to 8.
 
   Raises:
     UserError: a code has more bits.
@@ -47,12 +47,15 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-  """Returns the codes, uint8 `[count, O]`, that `pack` packed.
+  """Unpacks codes, uint8 `[count, O]`; inverts `pack`.
 
   Args:
     packed: int32 or uint32 `[words(count, bits), O]`.
-    bits: of a code, 1 to 8.
-    count: of codes in a column.
+    bits: bits of a code, 1 to 8.
+    count: number of codes per column.
+
+  Raises:
+    UserError: `packed` has another number of words.
   """
   size, outputs = packed.shape
   if size != words(count, bits):
@@ -60,7 +63,7 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
       f"packed codes: found {size} words, expected {words(count, bits)} for "
       f"{count} codes of {bits} bits"
     )
-  # Runs of 32 codes, or of one word where words hold whole codes.
+  # Runs of 32 codes, or of one word if no code spans two words.
   span = 32 // bits if 32 % bits == 0 else 32
   per = span * bits // 32
   runs = -(-count // span)
@@ -82,7 +85,7 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def pack_awq(codes: np.ndarray) -> np.ndarray:
-  """Returns 4-bit codes `[R, O]` by eight columns, int32 `[R, O / 8]`."""
+  """Packs 4-bit codes `[R, O]`, eight columns per word, int32 `[R, O / 8]`."""
   rows, outputs = codes.shape
   if outputs % 8:
     raise UserError(f"AWQ: {outputs} columns, expected a multiple of 8")
@@ -94,7 +97,7 @@ def pack_awq(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_awq(packed: np.ndarray) -> np.ndarray:
-  """Returns codes uint8 `[R, 8 C]` of words int32 `[R, C]`."""
+  """Unpacks words int32 `[R, C]` to codes uint8 `[R, 8 C]`."""
   rows, columns = packed.shape
   source = np.ascontiguousarray(packed).view(np.uint32)
   out = np.empty((rows, columns, 8), np.uint8)

@@ -1,9 +1,8 @@
-"""Weights that CPU decoding reads fastest: `kernels_pallas`' panels as a leaf.
+"""Panel weight layout for fast decoding on CPUs.
 
-`decoding` rewrites a tree once, before text is generated: matrices, packed or
-not, become panels, each layer's in arrays of its own. What changes is their
-order in memory, and that a C++ kernel multiplies them
-(`kernels_pallas.quantized_matmul`).
+`for_decoding` converts a tree once, before generation: matrices, packed or not,
+become panels, with separate arrays per layer. Panels reorder the weights in
+memory for a C++ matmul kernel (`kernels_pallas.quantized_matmul`).
 """
 
 import dataclasses
@@ -30,13 +29,13 @@ from research.typing import Array, Float, Int, Params, PRNGKey
 _MATRIX = re.compile(
   r"(^|/)(embed|head|attention/[qkvo]|(?<!experts/)(gate|up|down))(/w)?$"
 )
-"""Paths of what tokens are multiplied with, alone or under an adapter."""
+"""Paths of matrices that multiply tokens, with or without an adapter."""
 
 _BESIDE = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
-"""Matrices of the same input, which one product multiplies."""
+"""Matrices with the same input, which are fused into one product."""
 
-FEW = 32
-"""Rows of products from which on XLA reads weights as they were loaded."""
+FEW_ROWS = 32
+"""Number of rows from which XLA with the original weights is faster."""
 
 _EMBED = re.compile(r"(^|/)embed(/w)?$")
 
@@ -44,15 +43,15 @@ _EMBED = re.compile(r"(^|/)embed(/w)?$")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PanelTensor(KernelLayout):
-  """A matrix in panels; frozen: no gradient reaches its parts.
+  """A matrix in panel layout; frozen: its parts receive no gradient.
 
   Attributes:
-    panels: `[..., I, O]` as stored.
-    source: int32 `[..., I]` or None: the matrix' row that each stored row is,
-      as act-order leaves them. What is multiplied is put in that order, once;
-      the panels are read front to back as ever.
-    axis: -2 if that is the logical order, -1 if its transpose is (an
-      embedding `[V, D]`, stored `[D, V]`).
+    panels: the stored matrix `[..., I, O]`.
+    source: int32 `[..., I]` or None: index in the matrix of each stored row
+      (act-order). Activations are permuted to the stored order, so that panels
+      are read sequentially.
+    axis: -2 if the stored matrix is the logical one, -1 if it is its transpose
+      (an embedding `[V, D]`, stored `[D, V]`).
   """
 
   panels: layout.Panels
@@ -66,23 +65,23 @@ class PanelTensor(KernelLayout):
 
   @property
   def columns(self) -> int:
-    """Returns `I` of the stored matrix."""
+    """`I` of the stored matrix."""
     return self.panels.inputs
 
   @property
   def rows(self) -> int:
-    """Returns `O` of the stored matrix."""
+    """`O` of the stored matrix."""
     return self.panels.outputs
 
   @property
-  def held(self) -> Any:
+  def operand(self) -> Any:
     return self.panels
 
-  def decoded(self) -> Float[Array, "... I O"]:
+  def decode_stored(self) -> Float[Array, "... I O"]:
     return layout.dense(self.panels).astype(self.dtype)
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of an embedding; only those are decoded."""
+    """Returns rows; an embedding decodes only those."""
     if self.axis == -2:
       return jnp.take(self.dense(), ids, axis=0)
     found = layout.take(self.panels, ids).astype(self.dtype)
@@ -91,7 +90,7 @@ class PanelTensor(KernelLayout):
     return jnp.take(found, jnp.argsort(self.source), axis=-1)
 
   def axes(self, names: tuple[str | None, ...]) -> "PanelTensor":
-    """Panels keep the outputs' name, words and groups the inputs'."""
+    """Panels have the outputs' logical axis, words and groups the inputs'."""
     *lead, first, second = names
     inputs, outputs = (first, second) if self.axis == -2 else (second, first)
     part_names = (*lead, outputs, inputs, None)
@@ -102,11 +101,11 @@ class PanelTensor(KernelLayout):
     return dataclasses.replace(self, panels=parts, source=source)
 
 
-def fits(w: QTensor) -> bool:
-  """Whether panels can hold what `w` holds.
+def is_supported(w: QTensor) -> bool:
+  """Whether the panel layout supports the packed matrix `w`.
 
-  Codes of at most 4 bits, or integers of up to 8; groups of whole words; no
-  rows in other precision.
+  It supports codes of at most 4 bits, integers of up to 8 bits, and groups of
+  whole words; no outlier rows.
   """
   kind = kernel_codes.kind(w)
   return kind is not None and kind.group % (32 // kind.bits) == 0
@@ -114,14 +113,14 @@ def fits(w: QTensor) -> bool:
 
 @jax.jit
 def from_qtensor(w: QTensor) -> PanelTensor:
-  """Returns a packed matrix that `fits` in panels.
+  """Converts a supported packed matrix to panels.
 
-  Numbers are those before they are rounded to a dtype of 16 bits; a zero that
+  Decodes to float32 numbers, before rounding to a 16-bit dtype. A zero that
   differs by group becomes an offset, rounded once in float32.
   """
-  codes, scale, offset, rest = kernel_codes.normal(w)
+  codes, scale, offset, rest = kernel_codes.kernel_operands(w)
   packed = layout.pack(codes, scale, offset, **rest)
-  return PanelTensor(packed, kernel_codes.source_of(w), w.axis)
+  return PanelTensor(packed, kernel_codes.source_rows(w), w.axis)
 
 
 def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
@@ -138,22 +137,20 @@ def from_array(w: Float[Array, "... I O"], axis: int = -2) -> PanelTensor:
 def to_panels(
   params: Params, key: PRNGKey | None = None, dtype: str = "float32"
 ) -> Params:
-  """Returns `params` with their matrices in panels, layer by layer.
+  """Returns `params` with matrices in panel layout, layers unrolled.
 
-  A Transform. Packed matrices of a format that `fits`, and those in bfloat16
-  or float32, are rewritten, also those under an adapter; experts stay as they
-  are.
-  Layers are unrolled: a scan over stacked panels would copy each before its
-  use. Packed ones that do not fit are named in a warning: they are decoded as
-  they are used, which is slower.
-  Queries, keys and values of a layer become one matrix, and so do gate and up,
-  where they are of one kind and order and without adapters.
+  A Transform. Converts packed matrices of supported formats and matrices in
+  bfloat16 or float32, also under adapters; experts are unchanged. Layers are
+  unrolled, since a scan over stacked panels would copy each before its use.
+  A warning names unsupported packed matrices, which are decoded for every
+  product. Queries, keys and values of a layer are fused into one matrix, and so
+  are gate and up, if they have the same kind and row order and no adapters.
 
   Args:
-    params: of a Transformer.
+    params: parameters of a Transformer.
     key: unused.
-    dtype: that the model computes in; float32 matrices are rounded to it, as
-      `weights.einsum` rounds them.
+    dtype: dtype that the model computes in; float32 matrices are rounded to
+      it, as in `weights.einsum`.
   """
   del key
   left: set[str] = set()
@@ -163,7 +160,7 @@ def to_panels(
     if leaf.ndim != ndim:
       return leaf
     if isinstance(leaf, QTensor):
-      if fits(leaf):
+      if is_supported(leaf):
         return from_qtensor(leaf)
       left.add(kernel_codes.name(leaf))
       return leaf
@@ -177,12 +174,12 @@ def to_panels(
 
   found = tree.map_paths(one, params, is_leaf=_is_packed)
   cost = "several times slower than those of 4 bits or of integers"
-  kernel_codes.tell("panels", "CPUs", left, cost)
+  kernel_codes.warn_unsupported("panels", "CPUs", left, cost)
   return tree.unroll(_beside(found))
 
 
 def _beside(part: Any) -> Any:
-  """Returns `part` of a tree with the matrices of `_BESIDE` side by side."""
+  """Returns a subtree with the matrices of `_BESIDE` fused."""
   if not isinstance(part, dict):
     return part
   out = {name: _beside(inner) for name, inner in part.items()}
@@ -202,18 +199,19 @@ def _beside(part: Any) -> Any:
 
 
 def _alike(sources: Sequence[Any]) -> bool:
-  """Whether matrices take the same inputs in the same order."""
+  """Whether matrices have the same order of rows."""
   if any(x is None for x in sources):
     return all(x is None for x in sources)
   if any(isinstance(x, jax.core.Tracer) for x in sources):
-    return False  # of shapes alone nobody knows
+    return False  # unknown under `eval_shape`
   return all(bool(jnp.array_equal(x, sources[0])) for x in sources)
 
 
 def _kernel(params: Params, dtype: str) -> Callable[[QTensor], bool] | None:
-  """Returns what says which matrices `decoding` lays out for a kernel.
+  """Returns which packed matrices `for_decoding` converts for a kernel.
 
-  None if it lays out none.
+  Returns:
+    a predicate, or None if there is no kernel.
   """
   leaves = jax.tree.leaves(params)
   many = jax.process_count() > 1 or any(
@@ -223,22 +221,21 @@ def _kernel(params: Params, dtype: str) -> Callable[[QTensor], bool] | None:
     return None
   if accelerator_layout.has_kernel():
     return functools.partial(
-      accelerator_layout.fits, gpu=mosaic_gpu.is_for(), dtype=dtype
+      accelerator_layout.is_supported, gpu=mosaic_gpu.is_for(), dtype=dtype
     )
   if jax.default_backend() != "cpu" or not cpu.available():
     return None
-  return fits
+  return is_supported
 
 
-def decoded_elsewhere(params: Params, dtype: str = "float32") -> Params:
-  """Returns `params`, packed where `decoding` has a kernel for it alone.
+def decode_unsupported(params: Params, dtype: str = "float32") -> Params:
+  """Returns `params` with packed matrices decoded unless a kernel reads them.
 
-  Other packed matrices, experts among them, would be decoded for every product:
-  they are decoded now.
+  Other packed matrices, such as experts, would be decoded for every product.
 
   Args:
-    params: of a Transformer.
-    dtype: that the model computes in; of decoded matrices.
+    params: parameters of a Transformer.
+    dtype: dtype that the model computes in, and of decoded matrices.
   """
 
   if not _any_packed(params):
@@ -264,34 +261,34 @@ def _any_packed(params: Params) -> bool:
   return any(map(_is_packed, jax.tree.leaves(params, is_leaf=_is_packed)))
 
 
-def reading(params: Params, model: Transformer, rows: int) -> Params:
-  """Returns `params` laid out to be decoded by, where that reads rows faster.
+def for_reading(params: Params, model: Transformer, rows: int) -> Params:
+  """Returns `params` in a kernel layout if that scores or prefills faster.
 
-  Few rows wait for the bytes of weights, which panels and planes are for. Many
-  of 16 bits are multiplied 1.2 times as fast from panels as by XLA; others are
-  left as they are.
+  Products of few rows are limited by reading weights, where panels and planes
+  help. Products of many rows in bfloat16 on CPU are 1.2 times as fast with
+  panels as with XLA; otherwise the parameters are unchanged.
 
   Args:
-    params: of the model.
-    model: it computes in float32 or bfloat16.
-    rows: tokens that are read at a time.
+    params: the model's parameters.
+    model: a Transformer that computes in float32 or bfloat16.
+    rows: number of tokens per forward pass.
   """
   cpu_bf16 = model.dtype == "bfloat16" and jax.default_backend() == "cpu"
-  if rows >= FEW and (not cpu_bf16 or _any_packed(params)):
+  if rows >= FEW_ROWS and (not cpu_bf16 or _any_packed(params)):
     return params
-  return generate.prepare(decoding(params, model.dtype), model)
+  return generate.prepare(for_decoding(params, model.dtype), model)
 
 
-def decoding(params: Params, dtype: str = "float32") -> Params:
-  """Returns `params` in panels where this process decodes faster so.
+def for_decoding(params: Params, dtype: str = "float32") -> Params:
+  """Returns `params` in the layout with the fastest decoding on this device.
 
-  That is on CPU, on one device, with a C++ compiler. On a TPU or a GPU,
-  alone as well, packed matrices become planes (`accelerator_layout`), where
-  their kernels take what the model computes in. Elsewhere it is `params`.
+  Panels on CPU, with one device and a C++ compiler. Planes
+  (`accelerator_layout`) for packed matrices on one TPU or GPU, if the kernels
+  support the model's dtype. Otherwise `params` itself.
 
   Args:
-    params: of a Transformer.
-    dtype: that the model computes in, float32 or bfloat16.
+    params: parameters of a Transformer.
+    dtype: dtype that the model computes in, float32 or bfloat16.
   """
   if _kernel(params, dtype) is None:
     return params

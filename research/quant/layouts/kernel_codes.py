@@ -1,4 +1,6 @@
-"""Packed matrices as the kernels' layouts take them: codes, scales, offsets."""
+"""Converts packed matrices to the operands of kernel layouts.
+
+The operands are codes, scales and offsets."""
 
 import dataclasses
 import warnings
@@ -9,18 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.quantized_matmul.cpu.panels import AFFINE
-from research.quant.format import Plain
+from research.quant.format import NormalForm
 from research.quant.qtensor import QTensor
 from research.typing import Array, Int
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """What of a packed matrix decides which layout holds it.
+  """Properties of a packed matrix that decide which layouts support it.
 
   Attributes:
-    bits: of a code there, 4 or 8.
-    group: inputs that share a scale.
+    bits: bits of a code in the layout, 4 or 8.
+    group: number of inputs that share a scale.
   """
 
   bits: int
@@ -28,16 +30,16 @@ class Kind:
 
 
 def kind(w: QTensor) -> Kind | None:
-  """Returns what `normal` makes of `w`, None for what no kernel holds.
+  """Returns the kind of `kernel_operands(w)`; None if no kernel supports it.
 
-  Those are rows in other precision and codebooks of more than 16 values.
+  Kernels support neither outlier rows nor codebooks of more than 16 values.
   """
   if w.outliers is not None:
     return None
   found = []
 
   def look(w):
-    plain = w.plain()
+    plain = w.normal_form()
     if plain.codebook is None or _is_narrow(plain):
       found.append(Kind(4 if _is_narrow(plain) else 8, plain.group))
     return plain.codes
@@ -46,20 +48,20 @@ def kind(w: QTensor) -> Kind | None:
   return found[0] if found else None
 
 
-def source_of(w: QTensor) -> Int[Array, "... I"] | None:
-  """Returns the matrix' row that each stored row is, None for its own."""
+def source_rows(w: QTensor) -> Int[Array, "... I"] | None:
+  """Returns the index in the matrix of each stored row; None if unpermuted."""
   if w.order is None:
     return None
   return jnp.argsort(w.order, axis=-1).astype(jnp.int32)
 
 
-def normal(w: QTensor) -> tuple[Any, Any, Any, dict[str, Any]]:
-  """Returns (codes, scale, offset, options), as kernels' layouts are packed.
+def kernel_operands(w: QTensor) -> tuple[Any, Any, Any, dict[str, Any]]:
+  """Returns (codes, scale, offset, options) for packing a kernel's layout.
 
   Args:
-    w: of some `kind`.
+    w: a packed matrix with a `kind`.
   """
-  plain = w.plain()
+  plain = w.normal_form()
   codes, offset, book = plain.codes, plain.offset, AFFINE
   one = isinstance(plain.zero, float)
   if _is_narrow(plain):
@@ -69,8 +71,8 @@ def normal(w: QTensor) -> tuple[Any, Any, Any, dict[str, Any]]:
     book += (0.0,) * (16 - len(book))
     offset = offset if one else plain.shift()
   else:
-    # Codes of 8 bits are signed there; what was taken off is in the offset,
-    # unless it is the zero itself.
+    # 8-bit codes are signed in kernels. The offset compensates the value that
+    # is subtracted from them, unless it equals the zero point.
     least = _least(plain)
     if codes.dtype == jnp.uint8:
       codes = (codes.astype(jnp.int16) - least).astype(jnp.int8)
@@ -81,12 +83,12 @@ def normal(w: QTensor) -> tuple[Any, Any, Any, dict[str, Any]]:
   return codes, plain.scale, offset, dict(group=plain.group, codebook=book)
 
 
-def _is_narrow(plain: Plain) -> bool:
+def _is_narrow(plain: NormalForm) -> bool:
   return plain.bits <= 4 and plain.codes.dtype == jnp.uint8
 
 
-def _least(plain: Plain) -> int:
-  """Returns what is taken off codes of more than 4 bits to make them signed."""
+def _least(plain: NormalForm) -> int:
+  """Returns the value to subtract from codes of over 4 bits to sign them."""
   if plain.codes.dtype == jnp.int8:
     return 0
   zero = plain.zero
@@ -97,18 +99,20 @@ def _least(plain: Plain) -> int:
 
 
 def name(w: QTensor) -> str:
-  """Returns what warnings call `w`."""
+  """Returns the name of `w` in warnings."""
   return f"{w.format.name}{' with outliers' if w.outliers is not None else ''}"
 
 
-def tell(layout: str, device: str, names: Iterable[str], cost: str) -> None:
-  """Warns of packed matrices that no kernel multiplies; Python says it once.
+def warn_unsupported(
+  layout: str, device: str, names: Iterable[str], cost: str
+) -> None:
+  """Warns about packed matrices without a kernel; Python shows it once.
 
   Args:
-    layout: which leaves them, a word.
-    device: plural, whose kernels.
-    names: of the matrices' formats.
-    cost: how much slower than what they are.
+    layout: name of the layout.
+    device: name of the devices, in the plural.
+    names: names of the matrices' formats; none for no warning.
+    cost: phrase that says how much slower they are than which others.
   """
   names = ", ".join(sorted(names))
   if names:

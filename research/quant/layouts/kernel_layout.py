@@ -1,4 +1,4 @@
-"""What packed matrices share that lie as some kernel multiplies them."""
+"""Base class of weights stored in the layout of a matmul kernel."""
 
 from typing import Any
 
@@ -11,54 +11,54 @@ from research.typing import Array, Float, Int
 
 
 class KernelLayout(weights.Weight):
-  """A matrix `[I, O]` in a kernel's layout, its rows perhaps in another order.
+  """A matrix `[I, O]` in a kernel's layout, with optionally permuted rows.
 
-  Subclasses are dataclasses with `source` (int32 `[..., I]` or None: the row of
-  the matrix that each stored row is) and `axis` (-2 if the stored order is the
-  logical one, -1 if its transpose is).
+  Subclasses are dataclasses with `source` (int32 `[..., I]` or None: index in
+  the matrix of each stored row) and `axis` (-2 if the stored matrix is the
+  logical one, -1 if it is its transpose).
   """
 
   @property
-  def held(self) -> Any:
-    """Returns what the kernel takes."""
+  def operand(self) -> Any:
+    """The kernel's operand."""
     raise NotImplementedError
 
-  def decoded(self) -> Float[Array, "... I O"]:
-    """Returns the matrix as it is stored, rows in its own order."""
+  def decode_stored(self) -> Float[Array, "... I O"]:
+    """Returns the decoded matrix with rows in the stored order."""
     raise NotImplementedError
 
   @property
   def shape(self) -> tuple[int, ...]:
-    *lead, inputs, outputs = self.held.shape
+    *lead, inputs, outputs = self.operand.shape
     last = (inputs, outputs) if self.axis == -2 else (outputs, inputs)
     return (*lead, *last)
 
   @property
   def ndim(self) -> int:
-    return len(self.held.shape)
+    return len(self.operand.shape)
 
   def stored(self) -> Float[Array, "... I O"]:
-    """Returns the decoded matrix `[I, O]`."""
-    w = self.decoded()
+    """Returns the decoded matrix `[I, O]` with rows in their original order."""
+    w = self.decode_stored()
     if self.source is None:
       return w
     order = jnp.argsort(self.source, axis=-1)
     return jnp.take_along_axis(w, order[..., None], axis=-2)
 
   def dense(self) -> Float[Array, "..."]:
-    """Returns the matrix, bitwise what it was made from."""
+    """Returns the logical matrix, bitwise equal to the original."""
     stored = self.stored()
     return stored if self.axis == -2 else jnp.swapaxes(stored, -1, -2)
 
   def einsum(self, eq: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns `einsum(eq, x, w)`, by the kernel where `I` is summed over."""
+    """Returns `einsum(eq, x, w)`, by the kernel if `eq` contracts `I`."""
     left, w, out = eq.replace("->", ",").split(",")
     if self.axis == -1:
       w = w[:-2] + w[-1] + w[-2]
     if len(w) == 2 and left[-1] == w[0] and out == left[:-1] + w[1]:
       if self.source is not None:
         x = jnp.take(x, self.source, axis=-1, unique_indices=True)
-      return api.quantized_matmul(x, self.held)
+      return api.quantized_matmul(x, self.operand)
     stored = f"{left},{w}->{out}"
     return products.linear(lambda x, w: jnp.einsum(stored, x, w), x, self)
 

@@ -1,9 +1,9 @@
-"""Codes of 1 to 8 bits in whole bytes, along the axis before the outputs.
+"""Packs codes of 1 to 8 bits into bytes, along the axis before the outputs.
 
-A code is cut into planes of 4, 2 and 1 bits (5 = 4 + 1), from its low bits up,
-and each plane packs by itself: with `n` codes a byte, the byte at `j` holds
-those at `j`, `j + size / n`, ... in its low bits first. So unpacking is shifts
-and one concatenation along whole vectors, and no bit is wasted.
+A code is split into planes of 4, 2 and 1 bits (5 = 4 + 1), from its low bits
+up, and each plane is packed separately: with `n` codes per byte, byte `j` holds
+codes `j`, `j + size / n`, ..., low bits first. Unpacking thus takes shifts and
+one concatenation of whole vectors, and wastes no bits.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from research.typing import Array, UInt8, UserError
 
 
 def planes(bits: int) -> Iterator[tuple[int, int]]:
-  """Yields (width, lowest bit) of the planes of a code of `bits` bits."""
+  """Yields (width, lowest bit) of each plane of a code of `bits` bits."""
   start = 0
   for width in (8, 4, 2, 1):
     if bits & width:
@@ -38,11 +38,11 @@ def check(size: int, bits: int, what: str) -> None:
 def pack(
   codes: UInt8[Array, "*B S O"] | np.ndarray, bits: int
 ) -> UInt8[Array, "*B P O"] | np.ndarray:
-  """Returns codes in `P = S bits / 8` bytes; `unpack` inverts it.
+  """Packs codes into `P = S bits / 8` bytes; `unpack` inverts it.
 
   Args:
-    codes: below `2**bits`; an array of NumPy gives one of NumPy.
-    bits: of a code.
+    codes: below `2**bits`; a NumPy array gives a NumPy array.
+    bits: bits of a code.
   """
   xp = np if isinstance(codes, np.ndarray) else jnp
   *lead, size, outputs = codes.shape
@@ -62,7 +62,7 @@ def pack(
 def unpack(
   packed: UInt8[Array, "*B P O"] | np.ndarray, bits: int
 ) -> UInt8[Array, "*B S O"] | np.ndarray:
-  """Returns the codes `[..., 8 P / bits, O]` that `pack` packed."""
+  """Unpacks codes `[..., 8 P / bits, O]`; inverts `pack`."""
   xp = np if isinstance(packed, np.ndarray) else jnp
   size = packed.shape[-2] * 8 // bits
   codes, at = None, 0
@@ -82,10 +82,10 @@ def unpack(
 def pack_pairs(
   codes: UInt8[Array, "*B X O"] | np.ndarray,
 ) -> UInt8[Array, "*B Y O"] | np.ndarray:
-  """Returns 4-bit codes by twos, neighbours in a byte, the first one low.
+  """Packs neighbouring pairs of 4-bit codes into bytes, the first one low.
 
-  What is cut along `X` between pairs stays whole, unlike in `pack`. An odd
-  number of them is filled up with 0.
+  Unlike with `pack`, slicing along `X` between pairs slices bytes. An odd
+  number of codes is padded with 0.
   """
   if codes.shape[-2] % 2:
     xp = np if isinstance(codes, np.ndarray) else jnp
@@ -96,7 +96,7 @@ def pack_pairs(
 def unpack_pairs(
   packed: UInt8[Array, "*B Y O"] | np.ndarray,
 ) -> UInt8[Array, "*B X O"] | np.ndarray:
-  """Returns the codes that `pack_pairs` packed."""
+  """Unpacks codes; inverts `pack_pairs`, up to its padding."""
   xp = np if isinstance(packed, np.ndarray) else jnp
   both = xp.stack([packed & 15, packed >> 4], axis=-2)
   *lead, y, _, outputs = both.shape

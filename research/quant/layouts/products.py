@@ -1,10 +1,10 @@
-"""Products with packed matrices, decoded where they are used and never kept.
+"""Matrix products with packed weights, which decode them on the fly.
 
-Each function takes a matrix that decodes itself (`stored()`) and saves only
-its packed form for the backward pass, which decodes it once more. A large one
-is never decoded as a whole: its outputs come piece by piece, each multiplied
-before the next is decoded. So a step over many layers holds one small decoded
-matrix, or a piece of one, at a time.
+Each function takes a weight with a method `stored()` that decodes it, and saves
+only the packed form for the backward pass, which decodes it again. Large
+matrices are decoded in slices of outputs, each multiplied before the next is
+decoded. A step over many layers thus holds one small decoded matrix, or one
+slice, at a time.
 """
 
 import dataclasses
@@ -20,68 +20,70 @@ from kernels_pallas.common import target_platform
 from research.typing import Array, Float, Int
 
 PIECE = 2 << 20
-"""Bytes of a piece of a large matrix, decoded: a core's cache holds it."""
+"""Bytes of a decoded float32 slice on CPU, sized for a core's cache."""
 
 LARGE_PIECE = 32 << 20
-"""The same on other platforms: half of it, in 16 bits, stays in an H100's L2
-cache or a TPU's VMEM, and fills its matrix units."""
+"""Bytes of a decoded float32 slice on other platforms.
+
+Half of it, in 16 bits, fits an H100's L2 cache or a TPU's VMEM and fills the
+matrix units."""
 
 
 @runtime_checkable
 class Packed(Protocol):
-  """A pytree that decodes itself."""
+  """A pytree that decodes to a matrix."""
 
   def stored(self) -> Float[Array, "... I O"]:
     """Returns the decoded matrix, float32."""
 
 
 @runtime_checkable
-class Sliced(Packed, Protocol):
-  """One that may decode some of its outputs alone."""
+class Sliceable(Packed, Protocol):
+  """A packed matrix that can decode slices of its outputs."""
 
   @property
   def columns(self) -> int:
-    """Returns `I` of the decoded `[..., I, O]`."""
+    """`I` of the decoded `[..., I, O]`."""
 
   @property
   def rows(self) -> int:
-    """Returns `O`."""
+    """`O` of the decoded `[..., I, O]`."""
 
   @property
   def lead(self) -> tuple[int, ...]:
-    """Returns the axes before `I`."""
+    """Sizes of the axes before `I`."""
 
   @property
   def sliceable(self) -> bool:
-    """Whether `piece` is to be had of `by_output()`."""
+    """Whether `to_sliceable()` has `output_slice`."""
 
-  def by_output(self) -> "Sliced":
-    """Returns the same matrix, each part of it that of some outputs."""
+  def to_sliceable(self) -> "Sliceable":
+    """Returns an equal matrix whose parts can be sliced by outputs."""
 
-  def piece(self, i: Int[Array, ""], size: int) -> "Sliced":
+  def output_slice(self, i: Int[Array, ""], size: int) -> "Sliceable":
     """Returns outputs `[i size, (i + 1) size)`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Along:
-  """Where a matrix' outputs are in a product with it.
+class OutputAxis:
+  """Position of the matrix's output axis in an einsum.
 
   Attributes:
-    kept: whether they are an axis of the product; else one of `x`, and summed
-      over.
-    axis: which.
+    kept: whether it is an axis of the result; otherwise it is an axis of `x`
+      and contracted.
+    axis: index of the axis in the result or in `x`.
   """
 
   kept: bool
   axis: int = -1
 
 
-def along(x: str, outputs: str, y: str) -> Along | None:
-  """Returns where the outputs are in an einsum; None where in both or neither.
+def output_axis(x: str, outputs: str, y: str) -> OutputAxis | None:
+  """Returns the output axis in an einsum; None if it is in both or neither.
 
   Args:
-    x, y: the letters of what goes in and comes out.
-    outputs: their letter.
+    x, y: letters of the activations and of the result.
+    outputs: letter of the matrix's outputs.
   """
   if (outputs in x) == (outputs in y):
     return None
@@ -89,39 +91,40 @@ def along(x: str, outputs: str, y: str) -> Along | None:
   letters = y if kept else x
   at = letters.index(outputs)
   if "..." in letters[:at]:
-    return Along(kept, at - len(letters))
-  return Along(kept, at)
+    return OutputAxis(kept, at - len(letters))
+  return OutputAxis(kept, at)
 
 
 def piece_count(w: Any, target: int) -> int:
-  """Returns into how many pieces of whole outputs a large matrix decodes.
+  """Returns the number of output slices in which to decode a matrix.
 
   Args:
-    w: maybe a stack of matrices, of which a piece has the same outputs.
-    target: bytes of a piece; what is at most four of them is decoded whole.
+    w: a matrix or a stack of matrices; a slice has the same outputs of each.
+    target: bytes of a decoded slice; a matrix of up to four times as many is
+      decoded at once.
   """
-  if not isinstance(w, Sliced) or not w.sliceable:
+  if not isinstance(w, Sliceable) or not w.sliceable:
     return 1
   size = 4 * int(np.prod(w.lead, dtype=np.int64)) * w.columns * w.rows
-  # Cut over devices, a slice of the outputs would lie on some of them.
+  # Not if sharded: an output slice would be on some of the devices only.
   if size <= 4 * target or target_platform.is_cut():
     return 1
   least = -(-size // target)
-  # Equal pieces, unless the rows divide into none of about the right size.
+  # Slices have equal size; if no suitable divisor exists, decode at once.
   fits = (n for n in range(least, 4 * least) if w.rows % n == 0)
   return next(fits, 1)
 
 
 Step = Callable[[Float[Array, "... I O"], Int[Array, ""]], Array]
-"""(decoded outputs, which piece they are) -> a product with them."""
+"""(decoded output slice, its index) -> product with it."""
 
 
-def _joined(f: Step, w: Sliced, count: int, axis: int) -> Array:
-  """Returns the pieces' products side by side along an axis of each."""
+def _joined(f: Step, w: Sliceable, count: int, axis: int) -> Array:
+  """Returns the slices' products, concatenated along `axis`."""
   size = w.rows // count
 
   def one(i):
-    return f(w.piece(i, size).stored(), i)
+    return f(w.output_slice(i, size).stored(), i)
 
   each = jax.lax.map(one, jnp.arange(count))
   axis %= each.ndim - 1
@@ -129,20 +132,20 @@ def _joined(f: Step, w: Sliced, count: int, axis: int) -> Array:
   return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
 
 
-def _summed(f: Step, w: Sliced, count: int) -> Array:
-  """Returns the sum of the pieces' products, float32."""
+def _summed(f: Step, w: Sliceable, count: int) -> Array:
+  """Returns the sum of the slices' products, float32."""
   size = w.rows // count
 
   def one(i):
-    return f(w.piece(i, size).stored(), i).astype(jnp.float32)
+    return f(w.output_slice(i, size).stored(), i).astype(jnp.float32)
 
-  # Under a shard_map, zeros would not have the type of a product.
+  # Under a shard_map, zeros would not have the product's type.
   first = one(jnp.int32(0))
   return jax.lax.fori_loop(1, count, lambda i, total: total + one(i), first)
 
 
 def _part(x: Array, i: Int[Array, ""], count: int, axis: int) -> Array:
-  """Returns piece `i` of `count` of an axis."""
+  """Returns slice `i` of `count` equal slices of an axis."""
   size = x.shape[axis] // count
   return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=axis)
 
@@ -150,10 +153,10 @@ def _part(x: Array, i: Int[Array, ""], count: int, axis: int) -> Array:
 def _decoded(
   pieces: Callable[..., Array], whole: Callable[..., Array], w: Packed, *args
 ) -> Array:
-  """Returns `pieces(w, *args, count=...)`, or `whole` of a small matrix.
+  """Returns `pieces(w, *args, count=...)`, or `whole(w, *args)` if small.
 
-  On CPU a tied head [576, 49152] takes 4 ms instead of 44 and 2 MB instead of
-  113 for one token.
+  On CPU, slicing a tied head [576, 49152] takes 4 ms instead of 44 and 2 MB
+  instead of 113 for one token.
   """
   cpu, other = piece_count(w, PIECE), piece_count(w, LARGE_PIECE)
   if cpu == other == 1:
@@ -162,14 +165,14 @@ def _decoded(
   def of(count):
     if count == 1:
       return whole
-    return lambda w, *args: pieces(w.by_output(), *args, count=count)
+    return lambda w, *args: pieces(w.to_sliceable(), *args, count=count)
 
   if cpu == other:
     return of(cpu)(w, *args)
   return jax.lax.platform_dependent(w, *args, cpu=of(cpu), default=of(other))
 
 
-def _times(x: Array, w: Sliced, transposed: bool) -> Array:
+def _times(x: Array, w: Sliceable, transposed: bool) -> Array:
   """Returns `x` times the stored matrix or its transpose."""
   x, w = jax.lax.optimization_barrier((x, w))
   eq = "...o,io->...i" if transposed else "...i,io->...o"
@@ -195,17 +198,17 @@ def _times(x: Array, w: Sliced, transposed: bool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnames=("transposed",))
 def matmul(
-  x: Float[Array, "*B X"], w: Sliced, transposed: bool
+  x: Float[Array, "*B X"], w: Sliceable, transposed: bool
 ) -> Float[Array, "*B Y"]:
   """Returns `x` times the stored matrix or its transpose, saving only `w`.
 
   Args:
-    x: `[..., I]`, or `[..., O]` where transposed.
-    w: stands for `[I, O]`.
-    transposed: whether `O` is summed over.
+    x: `[..., I]`, or `[..., O]` if transposed.
+    w: packed matrix `[I, O]`.
+    transposed: whether to contract `O`.
 
-  The barriers tie the decoding to the activations: without them XLA may
-  decode the weights of all layers ahead of the loop over layers.
+  Optimization barriers tie decoding to the activations: without them XLA may
+  decode the weights of all layers before the loop over layers.
   """
   return _times(x, w, transposed)
 
@@ -226,25 +229,26 @@ def linear(
   x: Float[Array, "..."],
   w: Packed,
   *rest: Array,
-  along: Along | None = None,
+  along: OutputAxis | None = None,
 ) -> Float[Array, "..."]:
-  """Returns `f(x, stored w, *rest)`, saving only `w` and `rest`.
+  """Returns `f(x, decoded w, *rest)`, saving only `w` and `rest`.
 
   Args:
-    f: linear in `x`.
+    f: a function linear in `x`.
     x: activations.
-    w: decoded in the dtype of `x`.
-    *rest: what has no gradient, such as the sizes of groups.
-    along: where the outputs of `w` are; None has it decoded whole.
+    w: packed matrix, decoded in the dtype of `x`.
+    *rest: arrays without gradients, such as sizes of groups.
+    along: output axis of `w` in the product, for slicing; None decodes at
+      once.
   """
-  like = jax.typeof(x)  # under a shard_map also which devices' x differ
+  like = jax.typeof(x)  # under a shard_map it includes the varying axes
   kept = along is not None and along.kept
 
   def forwards(x, stored, rest):
     return f(x, stored.astype(like.dtype), *rest)
 
   def backwards(dy, stored, rest):
-    # Of outputs that are summed over, only a piece's are of this gradient.
+    # If outputs are contracted, dx of a slice covers the slice's part of x.
     size, of = stored.shape[-1], like
     if along is not None and not kept:
       axis = along.axis % like.ndim
@@ -292,13 +296,13 @@ def ragged_dot(
 
   Args:
     x: rows sorted by expert.
-    w: stands for one matrix an expert, as stored.
-    sizes: how many rows belong to each expert.
-    axis: -2 if `w` is stored in its logical order, -1 if transposed.
+    w: one packed matrix per expert.
+    sizes: number of rows per expert.
+    axis: -2 if `w` is stored in its logical orientation, -1 if transposed.
   """
 
   def product(x, w, sizes):
     w = w if axis == -2 else jnp.swapaxes(w, -1, -2)
     return jax.lax.ragged_dot(x, w, sizes)
 
-  return linear(product, x, w, sizes, along=Along(axis == -2))
+  return linear(product, x, w, sizes, along=OutputAxis(axis == -2))

@@ -1,1 +1,1 @@
-"""Arithmetic of few bits: integers, small floats, codebooks."""
+"""Low-bit arithmetic: integers, minifloats, codebooks, scale searches."""

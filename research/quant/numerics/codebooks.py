@@ -1,9 +1,9 @@
-"""Values that 4-bit codes stand for, and the search for the nearest one.
+"""4-bit codebooks NF4, FP4 and AF4, with encoding and look-up.
 
 NF4: Dettmers et al. 2023 (arXiv:2305.14314), appendix E; quantiles of a normal
-distribution, asymmetric so that zero is a value. FP4: sign, two bits of
-exponent, one of mantissa, in bitsandbytes' order and scale (not that of OCP's
-E2M1). Both bit by bit as bitsandbytes 0.50 has them. AF4: what errs least for
+distribution, asymmetric so that zero is a value. FP4: sign, two exponent bits,
+one mantissa bit, in bitsandbytes' order and scale (not those of OCP's E2M1).
+Both equal bitsandbytes 0.50 bit for bit. AF4: minimises the rounding error for
 blocks of 64 (Yoshida 2023, arXiv:2306.06965).
 """
 
@@ -35,30 +35,30 @@ AF4 = (
 CODEBOOKS = {"nf4": NF4, "fp4": FP4, "af4": AF4}
 
 TINY = np.float32(1e-38)
-"""What bitsandbytes divides by at least."""
+"""Smallest divisor in bitsandbytes."""
 
 
 def table(kind: str) -> np.ndarray:
-  """Returns the 16 values, float32, by code."""
+  """Returns the 16 values of a codebook, float32, indexed by code."""
   return np.asarray(CODEBOOKS[kind], np.float32)
 
 
 def nearest(
   x: Float[Array, "..."] | np.ndarray, kind: str
 ) -> UInt8[Array, "..."] | np.ndarray:
-  """Returns each number's code, uint8; halfway, the lower value's.
+  """Returns the code of the nearest value, uint8; ties go to the lower value.
 
   Args:
-    x: within [-1, 1]; an array of NumPy gives one of NumPy.
-    kind: of the codebook.
+    x: within [-1, 1]; a NumPy array gives a NumPy array.
+    kind: name of the codebook.
   """
   values = table(kind)
-  # Of FP4's two zeros the first is the lower: what is barely more than nothing
-  # gets the other, as in bitsandbytes.
+  # FP4 has two zeros: the stable sort puts the first one lower, and tiny
+  # positive numbers get the second, as in bitsandbytes.
   order = np.argsort(values, kind="stable")
   ascending = values[order]
   between = (ascending[:-1] + ascending[1:]) / np.float32(2)
-  # A comparison with each, added up: fused, and no array of 15 times the size.
+  # A sum of comparisons fuses and needs no array of 15 times the size.
   place = sum((x > t).astype(np.uint8) for t in between)
   if (order == np.arange(16)).all():
     return place
@@ -66,15 +66,15 @@ def nearest(
 
 
 def lookup(codes: Any, values: Any) -> Any:
-  """Returns `values[codes]`, of 16 values by four choices an element.
+  """Returns `values[codes]`; for 16 values, by four selects per element.
 
-  Vector units choose where they cannot gather.
+  Vector units have selects but no fast gather.
   """
   if isinstance(codes, np.ndarray) and isinstance(values, np.ndarray):
     return values[codes]
   if len(values) != 16:
     return jnp.take(jnp.asarray(values), codes.astype(jnp.int32))
-  # Tied to the codes: else XLA makes each value a whole array, ahead of a loop.
+  # Without the barrier XLA broadcasts each value to an array outside of loops.
   codes, values = jax.lax.optimization_barrier((codes, jnp.asarray(values)))
   found = list(values)
   for bit in range(4):
@@ -87,10 +87,10 @@ def lookup(codes: Any, values: Any) -> Any:
 
 
 def inverse(top: Float[Array, "..."] | np.ndarray) -> Any:
-  """Returns `1 / top` as bitsandbytes forms it: of at least `TINY`."""
+  """Returns `1 / max(top, TINY)`, as bitsandbytes computes it."""
   if isinstance(top, np.ndarray):
     return np.float32(1) / np.maximum(top, TINY)
-  # XLA may take numbers as small as TINY for zero.
+  # XLA may flush numbers as small as TINY to zero.
   least = jnp.finfo(jnp.float32).tiny
   return jnp.where(top >= least, 1 / jnp.maximum(top, least), 1 / TINY)
 
@@ -98,11 +98,11 @@ def inverse(top: Float[Array, "..."] | np.ndarray) -> Any:
 def magnitudes(
   x: Float[Array, " N"] | np.ndarray, block: int
 ) -> tuple[Any, Any]:
-  """Returns the largest magnitude of each block, and the numbers over it.
+  """Returns each block's largest magnitude, and the numbers divided by it.
 
   Args:
     x: flat, float32; the last block may be shorter.
-    block: how many numbers share one.
+    block: number of elements per block.
   """
   xp = np if isinstance(x, np.ndarray) else jnp
   full = x.size - x.size % block
@@ -110,17 +110,19 @@ def magnitudes(
   top = abs(blocks).max(-1)
   unit = (blocks * inverse(top)[:, None]).reshape(-1)
   if full < x.size:
-    # A shorter block is divided, not multiplied by a reciprocal.
+    # bitsandbytes divides a shorter block, and multiplies others by 1 / top.
     last = xp.maximum(abs(x[full:]).max(), TINY)
     top = xp.concatenate([top, last[None]])
-    # Where XLA takes TINY for zero, zeros stay zeros.
+    # Zeros stay zeros even if XLA flushes TINY to zero.
     rest = xp.where(x[full:] == 0, 0, x[full:] / xp.where(last > 0, last, 1))
     unit = xp.concatenate([unit, rest])
   return top, xp.clip(unit, -1, 1)
 
 
-def divided(unit: jax.Array | np.ndarray, values: np.ndarray) -> Any:
-  """Returns the nearest of ascending `values`, uint8; halfway, the lower."""
+def nearest_of(unit: jax.Array | np.ndarray, values: np.ndarray) -> Any:
+  """Returns the index of the nearest of ascending `values`, uint8.
+
+  Ties go to the lower value."""
   between = (values[:-1] + values[1:]) / np.float32(2)
   if isinstance(unit, np.ndarray):
     return np.searchsorted(between, unit).astype(np.uint8)

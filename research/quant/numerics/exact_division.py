@@ -1,4 +1,4 @@
-"""Arithmetic that is rounded as written, also when it is compiled."""
+"""Division that XLA does not rewrite, rounded once as in NumPy."""
 
 from typing import Any
 
@@ -9,19 +9,20 @@ import numpy as np
 from research.typing import Array, Float
 
 
-def divided(
+def divide(
   x: Float[Array, "..."] | np.ndarray, by: Any
 ) -> Float[Array, "..."] | np.ndarray:
   """Returns `x / by`, rounded once.
 
-  XLA multiplies by the reciprocals of constants instead, and turns
-  `a / (b / c)` into `a * c / b`; where a weight lies halfway between two codes,
-  as the largest of a group does on some grids, that decides.
+  XLA replaces division by a constant with multiplication by its reciprocal, and
+  `a / (b / c)` with `a * c / b`. The different rounding changes codes of
+  weights halfway between two codes, such as the largest of a group on some
+  grids.
   """
   by = np.float32(by) if isinstance(by, float | int) else by
   if isinstance(x, np.ndarray):
     return x / by
-  # Broadcast as well: of one number for many, too, it takes the reciprocal.
+  # Broadcast `by`: XLA also takes the reciprocal of a scalar divisor.
   by = jnp.asarray(by)
   shape = jnp.broadcast_shapes(x.shape, by.shape)
   return x / jax.lax.optimization_barrier(jnp.broadcast_to(by, shape))

@@ -1,7 +1,7 @@
-"""Refusing what no grid can hold: infinities and NaN.
+"""Checks that weights are finite before they are quantized.
 
-A scale is made of a group's largest number, so that one infinity or NaN ruins
-its group, and most encoders then give finite numbers that look like weights.
+A group's scale depends on its largest number, so one infinity or NaN spoils the
+whole group, and most encoders then return finite but wrong weights.
 """
 
 from typing import Any
@@ -22,14 +22,13 @@ def check(w: Any, where: str) -> None:
   """Raises UserError unless all numbers of a matrix, or of a stack, are finite.
 
   Args:
-    w: an array of JAX or NumPy. What is traced has no numbers yet: nothing is
-      said of it.
-    where: its address.
+    w: a JAX or NumPy array; traced arrays and shapes pass unchecked.
+    where: its address, for the error message.
   """
   if isinstance(w, jax.core.Tracer | jax.ShapeDtypeStruct):
     return
   if isinstance(w, np.ndarray) and w.dtype.kind == "f":
-    # Its ends are NaN or infinite if anything is, and need no second array.
+    # min and max are finite only if all are, and need no temporary array.
     fine = not w.size or np.isfinite([w.min(), w.max()]).all()
   else:
     fine = bool(_all_finite(w))
@@ -40,6 +39,6 @@ def check(w: Any, where: str) -> None:
   raise UserError(
     f"{where}: {int(bad.sum())} of {bad.size} weights are not finite, the "
     f"first is {float(np.asarray(w)[first])} at {list(first)}; expected "
-    "finite weights: a grid's scale follows from its largest number.\nMend "
-    "the model, or leave this matrix as it is"
+    "finite weights: a grid's scale follows from its largest number.\n"
+    "Repair the model, or leave this matrix unquantized"
   )

@@ -1,6 +1,6 @@
-"""Codes in the bytes of ggml's blocks; axes are `[..., codes, O]`.
+"""Bit packing of codes and scales in ggml's blocks; axes `[..., codes, O]`.
 
-Every function takes arrays of NumPy and of JAX, and returns the same.
+Every function takes NumPy or JAX arrays and returns arrays of the same kind.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ def _of(x: Any) -> Any:
 
 
 def fold(codes: Any, bits: int, run: int) -> Any:
-  """Returns codes in bytes, `8 / bits` to a byte, the first one low.
+  """Packs `8 / bits` codes per byte, the first one in the low bits.
 
   Args:
     codes: uint8 `[..., S, O]`.
     bits: 1, 2 or 4.
-    run: codes that lie in one byte are `run` apart.
+    run: distance between the codes of one byte.
 
   Returns:
     uint8 `[..., S bits / 8, O]`.
@@ -33,7 +33,7 @@ def fold(codes: Any, bits: int, run: int) -> Any:
 
 
 def unfold(packed: Any, bits: int, run: int) -> Any:
-  """Returns codes, uint8 `[..., S, O]`; inverts `fold`."""
+  """Unpacks codes, uint8 `[..., S, O]`; inverts `fold`."""
   *lead, size, outputs = packed.shape
   shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None, None]
   fields = packed.reshape(*lead, -1, 1, run, outputs) >> shifts
@@ -42,7 +42,7 @@ def unfold(packed: Any, bits: int, run: int) -> Any:
 
 
 def fold_pairs(scale: Any, offset: Any) -> Any:
-  """Returns 8 scales and 8 offsets of 6 bits, `[..., 8, O]`, in 12 bytes."""
+  """Packs 8 scales and 8 offsets of 6 bits, `[..., 8, O]`, into 12 bytes."""
   first, second = scale[..., :4, :], scale[..., 4:, :]
   third, fourth = offset[..., :4, :], offset[..., 4:, :]
   return _of(scale).concatenate(
@@ -56,7 +56,7 @@ def fold_pairs(scale: Any, offset: Any) -> Any:
 
 
 def unfold_pairs(packed: Any) -> tuple[Any, Any]:
-  """Returns (scales, offsets), uint8 `[..., 8, O]`; inverts `fold_pairs`."""
+  """Unpacks (scales, offsets), uint8 `[..., 8, O]`; inverts `fold_pairs`."""
   low, drop, last = (packed[..., i : i + 4, :] for i in (0, 4, 8))
   join = _of(packed).concatenate
   scale = join([low & 63, last & 15 | low >> 6 << 4], axis=-2)
@@ -65,12 +65,12 @@ def unfold_pairs(packed: Any) -> tuple[Any, Any]:
 
 
 def fold_sixes(scale: Any) -> Any:
-  """Returns 16 scales of 6 bits, uint8 `[..., 16, O]`, in 12 bytes."""
+  """Packs 16 scales of 6 bits, uint8 `[..., 16, O]`, into 12 bytes."""
   low, high = fold(scale & 15, 4, 8), fold(scale >> 4, 2, 4)
   return _of(scale).concatenate([low, high], axis=-2)
 
 
 def unfold_sixes(packed: Any) -> Any:
-  """Returns scales, uint8 `[..., 16, O]`; inverts `fold_sixes`."""
+  """Unpacks scales, uint8 `[..., 16, O]`; inverts `fold_sixes`."""
   low, high = packed[..., :8, :], packed[..., 8:, :]
   return unfold(low, 4, 8) | unfold(high, 2, 4) << 4

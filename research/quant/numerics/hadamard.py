@@ -1,10 +1,10 @@
-"""Hadamard matrices, and products with them that need no matrix.
+"""Hadamard matrices and fast Hadamard transforms.
 
-A Hadamard matrix has entries +-1 and orthogonal rows. Of order n = K 2^p it is
+A Hadamard matrix has entries +-1 and orthogonal rows. For order n = K 2^p it is
 the Kronecker product of one of order K (Paley 1933) with p of order 2
-(Sylvester), so that a product takes O(n (K + p)) steps. Paley's first form has
-order q + 1 for a prime power q = 3 mod 4, his second 2 (q + 1) for q = 1 mod 4:
-11008 = 344 x 2^5 (q = 7^3), 29568 = 924 x 2^5, 576 = 36 x 2^4.
+(Sylvester), so a transform takes O(n (K + p)) operations. Paley's first
+construction has order q + 1 for a prime power q = 3 mod 4, his second 2 (q + 1)
+for q = 1 mod 4: 11008 = 344 x 2^5 (q = 7^3), 29568 = 924 x 2^5, 576 = 36 x 2^4.
 
 Vectors are rows, as activations are: `rotate(x)` is `x @ matrix(n) / sqrt(n)`.
 SciPy has matrices of orders 2^p alone; those are the same.
@@ -22,7 +22,7 @@ import numpy as np
 from research.typing import Array, Float, PRNGKey, UserError
 
 DENSE = 64
-"""Sylvester factors up to this order are one small matrix product."""
+"""Largest order of a Sylvester factor that is one dense matrix product."""
 
 
 @functools.cache
@@ -30,7 +30,7 @@ def matrix(n: int) -> np.ndarray:
   """Returns a Hadamard matrix of order `n`, int8 `[n, n]` of +-1.
 
   Raises:
-    UserError: neither form of Paley's, doubled, has that order.
+    UserError: `n` is not 2^p times an order of Paley's constructions.
   """
   core = _core(n)
   if core is None:
@@ -46,7 +46,7 @@ def matrix(n: int) -> np.ndarray:
 
 
 def block(n: int) -> int:
-  """Returns the largest divisor of `n` that there is a matrix of."""
+  """Returns the largest divisor of `n` for which `matrix` exists."""
   return next(d for d in range(n, 0, -1) if n % d == 0 and _core(d))
 
 
@@ -55,7 +55,7 @@ def random_matrix(
 ) -> Float[Array, "n n"]:
   """Returns `diag(+-1) matrix(n) / sqrt(n)`, a random orthogonal matrix.
 
-  In blocks where there is no matrix of order `n`.
+  Block-diagonal if there is no matrix of order `n`.
   """
   return rotate(jnp.diag(jax.random.rademacher(key, (n,), dtype)))
 
@@ -66,8 +66,9 @@ def rotate(
   """Returns `x @ matrix(I) / sqrt(I)`, in the dtype of `x`.
 
   Args:
-    x: rows; in blocks of `block(I)` where there is no matrix of order I.
-    inverse: whether the matrix is transposed, which undoes it.
+    x: rows; transformed in blocks of `block(I)` if there is no matrix of order
+      I.
+    inverse: whether to transpose the matrix, which inverts the rotation.
   """
   size = block(x.shape[-1])
   core = _core(size)
@@ -97,7 +98,7 @@ def _factors(n: int) -> tuple[int, ...]:
 
 @functools.cache
 def _core(n: int) -> int | None:
-  """Returns the least K of Paley's with n = K 2^p, or None."""
+  """Returns the smallest order K of Paley's with n = K 2^p, or None."""
   k = n
   while k % 2 == 0:
     k //= 2
@@ -109,7 +110,7 @@ def _core(n: int) -> int | None:
 
 
 def _form(k: int) -> tuple[int, int] | None:
-  """Returns (1 or 2, q) for which Paley's form has order `k`, or None."""
+  """Returns (construction 1 or 2, q) of Paley's order `k`, or None."""
   if k % 4 == 0 and k % 8 and _prime_power(k // 2 - 1):
     return 2, k // 2 - 1  # q = k/2 - 1 is 1 mod 4
   if k % 4 == 0 and _prime_power(k - 1):
@@ -179,7 +180,7 @@ def _squares(digits: np.ndarray, p: int, e: int) -> np.ndarray:
 def _irreducible(p: int, e: int) -> np.ndarray:
   """Returns r, lowest power first, for which x^e - r is irreducible mod p.
 
-  Up to degree 3 that is to have no root.
+  Up to degree 3 a polynomial without roots is irreducible.
   """
   if e > 3:
     raise UserError(f"hadamard: the field of {p}^{e} is not implemented")

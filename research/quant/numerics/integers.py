@@ -1,23 +1,25 @@
-"""Products of integers: codes of activations times codes of weights."""
+"""Integer matrix products: codes of activations times codes of weights."""
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from research.quant.format import Plain
+from research.quant.format import NormalForm
 from research.quant.qtensor import QTensor
 from research.typing import Array, Float, Int8
 
 
-def integer_product(x: Int8[Array, "*B I"], w: Plain) -> Float[Array, "*B O"]:
-  """Returns codes times a matrix of codes, summed in int32 within a group.
+def integer_product(
+  x: Int8[Array, "*B I"], w: NormalForm
+) -> Float[Array, "*B O"]:
+  """Returns codes times a quantized matrix, summed in int32 within groups.
 
   Args:
     x: codes of activations, without their scales.
-    w: one matrix, without a codebook.
+    w: one matrix in normal form, without a codebook.
   """
-  # What of the codes fits 8 bits with a sign; the rest of the zero is added
-  # as a multiple of the activations' sum.
+  # Shift uint8 codes to int8; the rest of the zero point enters as a multiple
+  # of the activations' sum.
   middle = 2 ** (w.bits - 1) if w.codes.dtype == jnp.uint8 else 0
   inputs, outputs = w.codes.shape
   codes = (w.codes.astype(jnp.int32) - middle).astype(jnp.int8)
@@ -38,11 +40,14 @@ def integer_product(x: Int8[Array, "*B I"], w: Plain) -> Float[Array, "*B O"]:
   return y + jnp.einsum("...g,go->...o", total, shift)
 
 
-def integers(w: Any) -> Plain | None:
-  """Returns a weight's integers, in the order of its inputs, if it has them."""
+def integer_codes(w: Any) -> NormalForm | None:
+  """Returns a weight's integer codes in normal form.
+
+  None for a codebook, permuted or outlier rows, or a weight that is not packed.
+  """
   if not isinstance(w, QTensor) or w.axis != -2:
     return None
   if w.order is not None or w.outliers is not None:
     return None
-  plain = w.plain()
+  plain = w.normal_form()
   return plain if plain.codebook is None else None

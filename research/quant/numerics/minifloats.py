@@ -1,12 +1,12 @@
-"""Floats of four, six and eight bits: exact casts both ways, in NumPy and JAX.
+"""Minifloats of four, six and eight bits (FP8, MX): exact casts in NumPy, JAX.
 
-A number is rounded to the nearest, ties to the even code, and saturates: what
-is too large, infinity included, becomes the largest finite number. Casts of
-JAX and ml_dtypes do not saturate to E4M3 (465 becomes NaN) and round E8M0 to
-the nearest power, which is no rule for scales, and XLA for CPUs (jax 0.12)
-compiles none to six bits, so that bits are formed here; in range all agree, as
-`test_minifloats.py` finds. Every step is exact in float32; no code depends on
-the backend.
+A number is rounded to the nearest, ties to the even code, and saturates: larger
+numbers and infinity become the largest finite number. Casts of JAX and
+ml_dtypes do not saturate to E4M3 (465 becomes NaN) and round E8M0 to the
+nearest power, which no rule for scales does, and XLA for CPUs (jax 0.12)
+compiles no casts to six bits, so this module computes the bits; in range all
+agree (`test_minifloats.py`). Every step is exact in float32; results do not
+depend on the backend.
 
 The formats are those of the OCP's FP8 (Micikevicius et al. 2022,
 arXiv:2209.05433) and microscaling (Rouhani et al. 2023, arXiv:2310.10537).
@@ -25,25 +25,25 @@ from research.quant.numerics import exact_division
 from research.typing import Array, Float, Int, UInt8
 
 RULES = ("floor", "ceil", "rceil", "even")
-"""How a block's power of two follows from its largest magnitude."""
+"""Rules for a block's power of two, see `block_exponent`."""
 
 BIAS = 127
-"""Of E8M0: byte `b` is `2^(b - 127)`."""
+"""Bias of E8M0: byte `b` means `2^(b - 127)`."""
 
 NAN = 255
-"""The byte of E8M0 that is not a number."""
+"""E8M0's byte for NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MiniFloat:
-  """A float of a sign, `exponent` bits and `mantissa` bits.
+  """A floating-point format: a sign, `exponent` bits and `mantissa` bits.
 
   Attributes:
-    name: as in the specification, in lower case.
-    exponent, mantissa: bits of each.
-    bias: of the exponent.
+    name: name in the specification, in lower case.
+    exponent, mantissa: number of bits.
+    bias: bias of the exponent.
     top: code of the largest finite number.
-    nan: code of a NaN; None where there is none.
+    nan: code of a NaN; None if the format has none.
   """
 
   name: str
@@ -55,22 +55,22 @@ class MiniFloat:
 
   @property
   def bits(self) -> int:
-    """Returns the bits of a code."""
+    """Bits of a code."""
     return 1 + self.exponent + self.mantissa
 
   @property
   def max(self) -> float:
-    """Returns the largest finite number."""
+    """The largest finite number."""
     return self.values[self.top]
 
   @property
   def emax(self) -> int:
-    """Returns the exponent of the largest finite number."""
+    """The exponent of the largest finite number."""
     return (self.top >> self.mantissa) - self.bias
 
   @functools.cached_property
   def values(self) -> tuple[float, ...]:
-    """Returns what each code stands for."""
+    """The value of each code."""
     half = []
     for code in range(1 << (self.bits - 1)):
       power, rest = code >> self.mantissa, code & ((1 << self.mantissa) - 1)
@@ -83,7 +83,7 @@ class MiniFloat:
 
   @functools.cached_property
   def finite(self) -> tuple[float, ...]:
-    """Returns the values, with the largest instead of what is beyond it."""
+    """The value of each code, with NaN and infinity as the largest number."""
     return tuple(
       value
       if math.isfinite(value)
@@ -104,11 +104,11 @@ KINDS = {kind.name: kind for kind in (E4M3, E5M2, E2M3, E3M2, E2M1)}
 def encode(
   x: Float[Array, "..."] | np.ndarray, kind: MiniFloat
 ) -> UInt8[Array, "..."] | np.ndarray:
-  """Returns each number's code, uint8; an array of NumPy gives one of NumPy.
+  """Returns each number's code, uint8; a NumPy array gives a NumPy array.
 
   Args:
-    x: in any float type; a NaN becomes the format's, or 0 where it has none.
-    kind: of the codes.
+    x: any float dtype; a NaN becomes the format's NaN, or 0 if it has none.
+    kind: the format.
   """
   xp = np if isinstance(x, np.ndarray) else jnp
   x = xp.asarray(x).astype(np.float32)
@@ -118,7 +118,7 @@ def encode(
   missing = xp.isnan(x)
   steps = xp.where(missing, 0, steps).astype(np.int32)
   power = xp.where(missing, 1 - kind.bias, power)
-  # A mantissa rounded up to the next power carries into the exponent by itself.
+  # A mantissa rounded up to the next power carries into the exponent.
   code = ((power + kind.bias - 1) << kind.mantissa) + steps
   code = xp.where(missing, kind.nan or 0, code)
   sign = xp.where(missing, 0, _bits(x) < 0).astype(np.int32)
@@ -128,7 +128,7 @@ def encode(
 def decode(
   codes: UInt8[Array, "..."] | np.ndarray, kind: MiniFloat
 ) -> Float[Array, "..."] | np.ndarray:
-  """Returns what codes stand for, float32: no table, so vectors stay whole."""
+  """Returns the values of codes, float32, by arithmetic without a gather."""
   xp = np if isinstance(codes, np.ndarray) else jnp
   codes = xp.asarray(codes).astype(np.int32)
   sign = 1 - 2 * ((codes >> (kind.bits - 1)) & 1)
@@ -152,18 +152,18 @@ def block_exponent(
 ) -> UInt8[Array, "..."] | np.ndarray:
   """Returns the E8M0 byte of a block's scale, from its largest magnitude.
 
-  With `e` the exponent of the largest element:
+  With `e` the exponent of the format's largest number:
 
-    floor   2^(floor(log2 top) - e)       the specification; what lies between
-                                          the largest element and the next
-                                          power of two saturates
+    floor   2^(floor(log2 top) - e)       the specification; values between the
+                                          largest number and the next power of
+                                          two saturate
     ceil    2^(ceil(log2 top) - e)
     rceil   2^ceil(log2(top / max))       cuBLAS, qwix: nothing saturates
     even    floor, of `top` rounded to the element's mantissa
 
   Args:
-    top: not negative; 0 gives the smallest scale, NaN the byte of NaN.
-    kind: of the elements.
+    top: largest magnitudes; 0 gives the smallest scale, NaN the byte of NaN.
+    kind: format of the elements.
     rule: one of `RULES`.
   """
   xp = np if isinstance(top, np.ndarray) else jnp
@@ -173,7 +173,7 @@ def block_exponent(
   if rule == "even":
     bits = bits + (1 << (22 - kind.mantissa))
   elif rule == "rceil":
-    bits, down = _bits(exact_division.divided(top, kind.max)), 0
+    bits, down = _bits(exact_division.divide(top, kind.max)), 0
   power = bits >> 23
   if rule in ("ceil", "rceil"):
     power = power + ((bits & 0x7FFFFF) > 0)
@@ -184,19 +184,19 @@ def block_exponent(
 def block_scale(
   byte: UInt8[Array, "..."] | np.ndarray,
 ) -> Float[Array, "..."] | np.ndarray:
-  """Returns `2^(byte - 127)`, float32; XLA may take the least one for 0."""
+  """Returns `2^(byte - 127)`, float32; XLA may flush the smallest one to 0."""
   xp = np if isinstance(byte, np.ndarray) else jnp
   byte = xp.asarray(byte).astype(np.int32)
-  # The least is below the normal numbers: its one bit is in the mantissa.
+  # The smallest value is subnormal: its one bit is in the mantissa.
   bits = xp.where(byte == 0, 1 << 22, byte << 23)
   return xp.where(byte == NAN, np.float32(np.nan), _floats(bits))
 
 
-def divided_by_scale(
+def divide_by_scale(
   x: Float[Array, "..."] | np.ndarray,
   byte: UInt8[Array, "..."] | np.ndarray,
 ) -> Float[Array, "..."] | np.ndarray:
-  """Returns `x / 2^(byte - 127)`, float32, without numbers below the normal."""
+  """Returns `x / 2^(byte - 127)`, float32, without subnormal factors."""
   xp = np if isinstance(x, np.ndarray) else jnp
   power = BIAS - xp.asarray(byte).astype(np.int32)
   first = power >> 1
@@ -205,7 +205,7 @@ def divided_by_scale(
 
 
 def nearest_first(most: int) -> Int[Array, " N"]:
-  """Returns steps 0, -1, 1, ... of a search: of equals the first is taken."""
+  """Returns search steps 0, -1, 1, -2, ..., so argmin prefers near ones."""
   steps = [0] + [sign * n for n in range(1, most + 1) for sign in (-1, 1)]
   return jnp.asarray(steps)
 

@@ -1,28 +1,28 @@
-"""Searches for a group's scale, as ggml's k-quants have them, many at once.
+"""ggml's searches for scales of groups (k-quants), vectorised in NumPy.
 
-Arrays are NumPy's, float32, `[..., n, N]`: `n` weights of a group before the
-last axis, groups beside each other along it, at least two of them. Sums over a
-group run in its order and nothing is fused, so that results are bit for bit
-those of the C reference built without contraction of products and sums.
+Arrays are float32 `[..., n, N]`: `n` weights of a group, and N groups along the
+last axis, at least two. Sums run in the order of the group and nothing is
+fused, so results equal bit for bit those of the C reference, compiled without
+contraction of products and sums (FMA).
 
-Each search fixes integer codes by a trial scale, solves for the scale that is
-best for these codes (weighted least squares), and keeps the best of its trials.
+Each search computes integer codes from a trial scale, solves for the best scale
+for these codes (weighted least squares), and keeps the best trial.
 """
 
 import numpy as np
 
 F = np.float32
 EMPTY = F(1e-15)
-"""A group whose largest magnitude is below has the scale 0."""
+"""A group with a smaller largest magnitude gets scale 0."""
 
 
 def total(x: np.ndarray) -> np.ndarray:
-  """Returns the sum over a group, in its order."""
+  """Returns the sum over a group, in the order of its elements."""
   return np.add.reduce(x, axis=-2)
 
 
 def extreme(x: np.ndarray) -> np.ndarray:
-  """Returns the value of largest magnitude, the first of several."""
+  """Returns the signed value of largest magnitude, the first of ties."""
   high, low = x.max(-2), x.min(-2)
   found = np.where(high >= -low, high, low)
   tied = (high == -low) & (high > 0)
@@ -44,7 +44,7 @@ def codes_of(
 
 
 def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Returns `x / y`, 0 where y is not positive."""
+  """Returns `x / y`, and 0 where y is not positive."""
   with np.errstate(divide="ignore", invalid="ignore"):
     return np.where(y > 0, x / y, F(0))
 
@@ -52,18 +52,18 @@ def ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def symmetric(
   x: np.ndarray, top: int, weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (scale, codes) of `x ~ scale (code - top)`.
+  """Fits `x ~ scale (code - top)`; returns (scale, codes).
 
-  The largest magnitude starts at `-top`; 18 more trials put it up to 0.9 on
-  either side. The scale has that value's sign, reversed.
+  The first trial maps the value of largest magnitude to `-top`, 18 more trials
+  to up to 0.9 on either side. The scale has the opposite sign of that value.
 
   Args:
     x: `[..., n, N]`.
     top: codes are 0 to 2 top - 1.
-    weight: of squared errors, as `x` or to be broadcast; `x**2` if None.
+    weight: weight of squared errors, broadcastable to `x`; `x**2` if None.
 
   Returns:
-    scale `[..., N]`; codes as `x`, uint8; both 0 for empty groups.
+    scale `[..., N]`; codes as `x`, uint8; both 0 for groups of zeros.
   """
   weight = x * x if weight is None else weight
   most = extreme(x)
@@ -101,15 +101,15 @@ def affine(
   trials: tuple[float, float, int],
   absolute: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns (scale, drop, codes) of `x ~ scale code - drop`, drop >= 0.
+  """Fits `x ~ scale code - drop`, drop >= 0; returns (scale, drop, codes).
 
   Args:
     x: `[..., n, N]`.
-    weight: of errors, as `x`.
+    weight: weight of errors, as `x`.
     top: the largest code.
     trials: (first, step, count): trial `k` of 0 to count maps the range to
       `top + first + step k` codes.
-    absolute: whether trials are compared by absolute errors, not squared ones.
+    absolute: whether to compare trials by absolute rather than squared errors.
 
   Returns:
     scale, drop `[..., N]`; codes as `x`, uint8.
@@ -134,7 +134,7 @@ def affine(
   best = error(coded(chosen, low), scale, shift)
   first, step, count = trials
   for k in range(count + 1):
-    # From the best offset so far on, as the reference does.
+    # Relative to the best offset so far, as in the reference.
     inverse = ((F(first) + F(step) * F(k)) + F(top)) / (high - shift)
     codes = coded(inverse, shift)
     wl = weight * codes
@@ -153,16 +153,16 @@ def affine(
     chosen, low = np.where(better, (inverse, shift), (chosen, low))
     scale = np.where(better, try_scale, scale)
     shift = np.where(better, try_shift, shift)
-  # What lies in a flat group is its offset alone.
+  # A constant group is its offset alone.
   codes = coded(chosen, low).astype(np.uint8)
   return np.where(flat, F(0), scale), -shift, codes
 
 
 def _descent(x, weight, codes, low, top, positive):
-  """Returns (scale, codes) after five sweeps that change a code at a time.
+  """Coordinate descent over codes, up to five sweeps; returns (scale, codes).
 
-  `codes` is float32 as `x`, and changed; `positive` asks also the sum of
-  squares without a code to be positive before the code is tried.
+  Modifies `codes`, float32 as `x`, in place. With `positive` a code is tried
+  only if the weighted sum of squares of the other codes is positive, too.
   """
   wx = weight * x
   xl, ll = total(wx * codes), total(weight * codes * codes)
@@ -189,8 +189,10 @@ def _descent(x, weight, codes, low, top, positive):
   return ratio(xl, ll), codes
 
 
-def descended(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (scale, codes) as `symmetric` does, by changing single codes.
+def coordinate_descent(
+  x: np.ndarray, top: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Fits as `symmetric` does, by coordinate descent over codes.
 
   Args:
     x: `[..., n, N]`; errors are weighted by `x**2`.
@@ -208,7 +210,7 @@ def descended(x: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
 def positive(
   x: np.ndarray, weight: np.ndarray, top: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns (scale, codes) of `x ~ scale code`, for numbers from 0 on.
+  """Fits `x ~ scale code` for nonnegative x; returns (scale, codes).
 
   Args:
     x, weight: `[..., n, N]`.

@@ -1,4 +1,4 @@
-"""What quantization lost, in tables."""
+"""Reports of quantization errors: per matrix, per layer and per token."""
 
 from research.quant.reports.reports import (
   HEAD,

@@ -1,13 +1,14 @@
-"""How far a rewritten model is from its base, token by token.
+"""Compares a quantized model with its base: KL divergence and agreement.
 
-Perplexity alone hides what changed: tokens that became more likely make up for
-others. So both models read the same windows, and each predicted token has the
-divergence of its two distributions, KL(base || new), whether the most likely
-token is the same, and the change of the right token's probability. The base is
-computed once for many models: its last hidden states are kept, never logits.
+Perplexity alone hides changes that cancel: some tokens become more likely,
+others less. Both models therefore read the same windows, and each predicted
+token is compared by the divergence of the two distributions, KL(base || new),
+by agreement of the most likely token, and by the change of the correct token's
+probability. The base runs once for many models; its last hidden states are
+stored, not its logits.
 
-Tokens near each other are alike, so standard errors are those of means over
-runs of `RUN` tokens.
+Neighbouring tokens are correlated, so standard errors are computed from means
+over runs of `RUN` tokens.
 """
 
 import dataclasses
@@ -28,19 +29,19 @@ RUN = 32
 """Neighbouring tokens whose mean counts as one observation."""
 
 ROWS = 256
-"""Positions whose logits exist at the same time, of each model."""
+"""Positions whose logits are in memory at a time, per model."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
-  """A model that others are compared with, on some windows of text.
+class BaseOutputs:
+  """Outputs of a base model on windows of text, to compare others with.
 
   Attributes:
-    model: how to compute.
-    head: what makes logits of hidden states.
-    tokens: int32 `[N, T]`; the first of a window is given, not predicted.
-    hidden: `[N, T - 1, D]`, of what predicts.
-    batch: windows that are computed at a time.
+    model: the base model.
+    head: parameters that compute logits from hidden states.
+    tokens: int32 `[N, T]`; the first token of a window is not predicted.
+    hidden: last hidden states of the predicting positions, `[N, T - 1, D]`.
+    batch: windows per forward pass.
   """
 
   model: Transformer
@@ -52,17 +53,19 @@ class Base:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """A model beside its base; divergences in nats, of predicted tokens.
+  """Comparison of a model with its base over predicted tokens, in nats.
 
   Attributes:
     perplexity, base_perplexity: `exp` of the mean negative log-likelihood.
-    nll_change, nll_change_se: mean of what it grew by, and standard error.
-    kl, kl_se: mean KL(base || new), and standard error.
-    kl_999: 99.9th percentile of it.
-    same_top, same_top_se: share of tokens whose most likely one is the same.
-    rms_delta_p: root mean square change of the right token's probability.
+    nll_change, nll_change_se: mean increase of the negative log-likelihood, and
+      its standard error.
+    kl, kl_se: mean KL(base || new), and its standard error.
+    kl_999: 99.9th percentile of KL(base || new).
+    same_top, same_top_se: share of tokens for which both models predict the
+      same most likely token, and its standard error.
+    rms_delta_p: root mean square change of the correct token's probability.
     accuracy, base_accuracy: share of tokens that are the most likely one.
-    tokens: how many were predicted.
+    tokens: number of predicted tokens.
   """
 
   perplexity: float
@@ -80,19 +83,19 @@ class Comparison:
   tokens: int
 
 
-def base(
+def base_outputs(
   model: Transformer,
   params: Params,
   tokens: Int[Array, "N T"] | np.ndarray,
   batch: int = 4,
-) -> Base:
-  """Returns what other models are compared with.
+) -> BaseOutputs:
+  """Runs the base model on windows of text, for `compare`.
 
   Args:
     model: the Transformer.
     params: its parameters.
-    tokens: windows, each of which is read alone.
-    batch: windows that are computed at a time.
+    tokens: windows, read independently.
+    batch: windows per forward pass.
 
   Raises:
     UserError: there is nothing to predict, or a window exceeds the context.
@@ -114,30 +117,35 @@ def base(
       for part in _parts(tokens[:, :-1], batch)
     ]
   )[: len(tokens)]
-  return Base(model, positions.head_of(params), tokens, hidden, batch)
+  return BaseOutputs(model, positions.head_of(params), tokens, hidden, batch)
 
 
-def compare(found: Base, model: Transformer, params: Params) -> Comparison:
-  """Returns how a model differs from its base.
+def compare(
+  found: BaseOutputs, model: Transformer, params: Params
+) -> Comparison:
+  """Compares a model with the base.
 
   Args:
-    found: see `base`.
-    model: the other Transformer; of the same vocabulary.
+    found: the base's outputs, see `base_outputs`.
+    model: the other Transformer, with the same vocabulary.
     params: its parameters.
 
   Raises:
     UserError: the vocabularies differ.
   """
-  return summary(**each_token(found, model, params))
+  return summary(**per_token(found, model, params))
 
 
-def each_token(
-  found: Base, model: Transformer, params: Params
+def per_token(
+  found: BaseOutputs, model: Transformer, params: Params
 ) -> dict[str, np.ndarray]:
-  """Returns `[N, T - 1]` of each predicted token; names as for `summary`."""
+  """Returns arrays `[N, T - 1]` over predicted tokens, the args of `summary`.
+
+  Args and errors are those of `compare`.
+  """
   if model.vocab_size != found.model.vocab_size:
     raise UserError(
-      f"compare: a model of {model.vocab_size} tokens beside a base of "
+      f"compare: a model of {model.vocab_size} tokens and a base of "
       f"{found.model.vocab_size}, expected the same vocabulary"
     )
   out = []
@@ -164,10 +172,10 @@ def summary(
   """Returns means and standard errors over tokens, in float64.
 
   Args:
-    nll, base_nll: negative log-likelihood of the right token.
+    nll, base_nll: negative log-likelihood of the correct token.
     kl: KL(base || new).
     same: 1 where both models' most likely token is the same.
-    right, base_right: 1 where that is the right one.
+    right, base_right: 1 where the most likely token is the correct one.
   """
   nll, base_nll, kl, same = (
     np.asarray(x, np.float64) for x in (nll, base_nll, kl, same)
@@ -193,15 +201,15 @@ def summary(
 
 
 def standard_error(x: Float[np.ndarray, "N T"], run: int = RUN) -> float:
-  """Returns the standard error of the mean of tokens in windows.
+  """Returns the standard error of the mean over tokens in windows.
 
   Args:
-    x: a number of each token.
-    run: neighbours that count as one observation; what is left over at a
-      window's end is not looked at. Windows that are shorter count as one.
+    x: a number per token.
+    run: number of neighbouring tokens that form one observation; the remainder
+      at a window's end is ignored. A shorter window is one observation.
 
   Returns:
-    infinity where there are fewer than two observations.
+    the standard error; infinity for fewer than two observations.
   """
   size = min(run, x.shape[1])
   whole = x.shape[1] // size * size
@@ -212,7 +220,7 @@ def standard_error(x: Float[np.ndarray, "N T"], run: int = RUN) -> float:
 
 
 def _parts(x: np.ndarray, batch: int) -> list[np.ndarray]:
-  """Returns rows some at a time, all parts of one shape."""
+  """Splits rows into batches of equal shape, padded with the last row."""
   batch = min(batch, len(x))
   missing = -len(x) % batch
   x = np.concatenate([x, np.repeat(x[-1:], missing, axis=0)])
@@ -236,7 +244,7 @@ def _measured(
   hidden: Float[Array, "B T D"],
   tokens: Int[Array, "B S"],
 ) -> dict[str, Float[Array, "B T"]]:
-  """Returns the arrays of `summary`; logits exist some positions at a time."""
+  """Returns the arrays of `summary`; computes logits in chunks of `ROWS`."""
 
   def one(heads: Any, theirs: Any, ours: Any, targets: Any) -> Any:
     theirs = positions.fp32_logits(base, heads[0], theirs)

@@ -1,8 +1,8 @@
-"""What rounding its inputs does to a matrix, and what each repair is worth.
+"""Output errors of activation quantization, per matrix and scheme.
 
-Errors are relative, of each token's outputs; the median over tokens is what
-counts: where one token is massive, it carries nearly all of the energy, and the
-error over all tokens together looks small while every other token is lost.
+Errors are relative, per token; the reported number is their median. A token
+with massive activations has nearly all of the energy, so the error over all
+tokens together looks small even if every other token's output is lost.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ COLUMNS = (
   *("outliers", "outliers rotated", "A8 tensor", "A8 token", "A4 token"),
   *("A4 rotated", "A8 tensor smooth", "A4 token smooth"),
 )
-"""What `errors` finds, in the order of tables."""
+"""Keys of `errors`, in the order of tables."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-  """The statistic that is the inputs themselves, of rows `[B, T]`."""
+class InputRows:
+  """Statistic that returns the inputs themselves, of rows `[B, T]`."""
 
   batch: int
   length: int
@@ -45,26 +45,26 @@ class Kept:
     return {"inputs": rows.x.astype(jnp.float32)}
 
   def join(self, a: Any, b: Any) -> Any:
-    """Raises: two calls have no sum."""
-    raise UserError("inputs that are kept are those of one call")
+    """Raises UserError: the inputs of two batches cannot be joined."""
+    raise UserError("InputRows: the inputs of two batches cannot be joined")
 
 
-def inputs(
+def collect_inputs(
   model: Transformer,
   params: Params,
   tokens: Int[Array, "B T"],
   addresses: tuple[str, ...],
 ) -> dict[str, tuple[Float[Array, "N I"], Float[Array, "I O"]]]:
-  """Returns each matrix's inputs, one row a token, and the matrix itself.
+  """Returns address -> (the matrix's inputs, one row per token; the matrix).
 
   Args:
-    model: what `params` are for.
+    model: the Transformer.
     params: its parameters.
     tokens: rows from position 0.
-    addresses: such as `layers/11/mlp/down`.
+    addresses: addresses such as `layers/11/mlp/down`.
 
   Raises:
-    UserError: the model has no such matrix.
+    UserError: the model has no matrix at an address.
   """
 
   @jax.jit
@@ -73,7 +73,9 @@ def inputs(
       hidden, _ = model.apply({"params": params}, tokens)
       return hidden.astype(jnp.float32).sum()
 
-    seen = taps.collect(loss, params, Kept(*tokens.shape), addresses=addresses)
+    seen = taps.collect(
+      loss, params, InputRows(*tokens.shape), addresses=addresses
+    )
     seen = taps.by_address(params, seen)
     return {k: seen[k]["inputs"] for k in addresses if k in seen}
 
@@ -106,17 +108,17 @@ def median_error(
 def errors(
   x: Float[Array, "N I"], w: Float[Array, "I O"], key: PRNGKey
 ) -> dict[str, Float[Array, ""]]:
-  """Returns the errors of each scheme, and how large outliers are.
+  """Returns the error of each quantization scheme, and the size of outliers.
 
   Args:
-    x: inputs, one row a token.
+    x: inputs, one row per token.
     w: the matrix.
-    key: of the rotation's signs.
+    key: random key of the rotation's signs.
 
   Returns:
     `outliers`, `outliers rotated`: largest over mean magnitude of the inputs;
-    by scheme, medians of the outputs' relative errors. SmoothQuant's scales
-    are those of the same inputs, alpha 0.5.
+    scheme -> median over tokens of the outputs' relative error. SmoothQuant's
+    scales are computed from the same inputs, with alpha 0.5.
   """
   w = w.astype(jnp.float32)
   s = smoothquant.scales(jnp.abs(x).max(0), jnp.abs(w).max(1), 0.5)

@@ -1,10 +1,10 @@
-"""Which matrices err, and why: each layer's output error, and its outliers.
+"""Output error and outliers of each matrix of a quantized model.
 
-Two trees of one model go through one forward pass: every matrix of the first
-multiplies what it always does, and the second's matrix beside it multiplies the
-same inputs. So an error is the matrix's own, not what errors before it did.
-Numbers are by token: where a token or two have nearly all the energy, the mean
-over all hides what becomes of the others.
+One forward pass runs two parameter trees of a model: activations come from the
+first tree, and each matrix of the second multiplies the same inputs. An error
+is therefore the matrix's own and does not include errors of earlier ones.
+Errors are per token: where a few tokens have nearly all the energy, a mean over
+all hides the errors of the others.
 """
 
 import dataclasses
@@ -29,21 +29,21 @@ from research.typing import (
 )
 
 _STAT = r"(^|/)stat$"
-SEEN = 4
-"""Numbers of each token: squares of error and output; max and mean of |x|."""
+NUM_STATS = 4
+"""Numbers per token: squared norms of error and output; max and mean of |x|."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What a tree takes, as its arrays; padding and file headers aside.
+  """Size of a parameter tree's arrays, without padding and file headers.
 
   Attributes:
-    packed_weights: logical weights in packed matrices.
-    bits_per_weight: of those, scales, zeros, orders and outliers counted; NaN
-      if there are none.
-    packed_bytes: of those.
-    nbytes: of all arrays.
-    model_bits: `nbytes` in bits over all logical weights.
+    packed_weights: number of logical weights in packed matrices.
+    bits_per_weight: bits per packed weight, with scales, zeros, orders and
+      outliers; NaN if nothing is packed.
+    packed_bytes: bytes of packed matrices.
+    nbytes: bytes of all arrays.
+    model_bits: bits of all arrays per logical weight.
   """
 
   packed_weights: int
@@ -54,7 +54,7 @@ class Sizes:
 
 
 def sizes(params: Params) -> Sizes:
-  """Returns what a tree, or its shapes, takes."""
+  """Returns the sizes of a tree of arrays or of shapes."""
   packed_weights = packed = rest = others = 0
   for w in jax.tree.leaves(params, is_leaf=_is_packed):
     if isinstance(w, QTensor):
@@ -70,7 +70,7 @@ def sizes(params: Params) -> Sizes:
 
 
 def format_names(params: Params) -> list[str]:
-  """Returns the names of the formats that a tree's packed matrices are in."""
+  """Returns the names of the formats of a tree's packed matrices, sorted."""
   found = jax.tree.leaves(params, is_leaf=_is_packed)
   return sorted({w.format.name for w in found if _is_packed(w)})
 
@@ -82,12 +82,13 @@ def _is_packed(x: Any) -> bool:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe(weights.WrappedWeight):
-  """A matrix, and another in its place whose outputs are only looked at.
+  """A matrix, and a second one whose outputs are only measured.
 
   Attributes:
-    w: what multiplies, `[..., I, O]`.
-    other: the same, of any kind.
-    stat: zeros `[..., B, T, SEEN]`, whose cotangent is what is seen.
+    w: the matrix that computes the outputs, `[..., I, O]`.
+    other: the measured matrix, any weight of the same shape.
+    stat: zeros `[..., B, T, NUM_STATS]`, whose cotangent returns the
+      measurements.
   """
 
   w: Any
@@ -104,13 +105,13 @@ class Probe(weights.WrappedWeight):
     return _watched(y, self.stat, jax.lax.stop_gradient(jnp.stack(seen, -1)))
 
   def take(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-    """Returns rows of `w`; looking up is not seen."""
+    """Returns rows of `w`; look-ups are not measured."""
     return weights.take(self.w, ids)
 
   def ragged_dot(
     self, x: Float[Array, "T I"], sizes: Int[Array, "E"]
   ) -> Float[Array, "T O"]:
-    """Returns the experts' matmul; it is not seen."""
+    """Returns the experts' matmul, which is not measured."""
     return weights.ragged_dot(x, self.w, sizes)
 
   def dense(self) -> Shaped[Array, "..."]:
@@ -118,7 +119,7 @@ class Probe(weights.WrappedWeight):
     return weights.dense(self.w)
 
   def axes(self, names: tuple[str | None, ...]) -> "Probe":
-    """Both matrices have the same names; what is seen has none."""
+    """Both matrices have the same logical axes; measurements have none."""
     return Probe(
       weights.axes(self.w, names),
       weights.axes(self.other, names),
@@ -128,7 +129,7 @@ class Probe(weights.WrappedWeight):
 
 @jax.custom_vjp
 def _watched(y, stat, seen):
-  """Returns `y`; the cotangent of `stat` is `seen`, by definition."""
+  """Returns `y`; defines the cotangent of `stat` as `seen`."""
   return y
 
 
@@ -143,24 +144,22 @@ def errors(
   other: Params,
   tokens: Int[Array, "B T"] | np.ndarray,
 ) -> dict[str, dict[str, float]]:
-  """Returns, for each matrix that `other` has otherwise, what became of it.
-
-  Experts are left out.
+  """Measures each matrix that differs between two trees, except experts.
 
   Args:
-    model: of both.
-    params: what runs.
-    other: the same layers with other matrices in place of some.
-    tokens: what is read; a few hundred are enough.
+    model: the model of both trees.
+    params: the reference tree, which computes activations.
+    other: the same layers with some matrices replaced.
+    tokens: text to run on; a few hundred tokens are enough.
 
   Returns:
-    `layers/3/attention/q` -> `output`, the relative error of the outputs,
-    median over tokens; `output_all`, that of all tokens together; `weight`,
-    that of the matrix; `inputs`, its inputs' largest over their mean size;
-    `weights`, the same of the matrix.
+    address (`layers/3/attention/q`) -> `output`, median over tokens of the
+    outputs' relative error; `output_all`, the relative error over all tokens;
+    `weight`, the relative error of the matrix; `inputs`, largest over mean
+    magnitude of the inputs; `weights`, the same of the matrix.
 
   Raises:
-    UserError: the trees are not of one model, or do not differ.
+    UserError: the trees do not fit one model, or do not differ.
   """
   if not _alike(params, other):
     params, other = tree.unroll(params), tree.unroll(other)
@@ -178,7 +177,7 @@ def errors(
       )
     if len(w.shape) != 3:
       return w
-    return Probe(w, new, jnp.zeros((w.shape[0], *shape, SEEN)))
+    return Probe(w, new, jnp.zeros((w.shape[0], *shape, NUM_STATS)))
 
   both = tree.map_paths(probed, params, is_leaf=weights.is_weight)
   chosen = {p: w for p, w in _matrices(both) if isinstance(w, Probe)}
@@ -191,7 +190,7 @@ def errors(
     prefix, inner = "/".join(path.split("/")[:2]), path.split("/", 2)[-1]
     of_weights = jax.device_get(_of_weights(w.w, w.other))
     for k, layer in enumerate(indices[prefix]):
-      found = _of_tokens(seen[path][k].reshape(-1, SEEN))
+      found = _of_tokens(seen[path][k].reshape(-1, NUM_STATS))
       found |= {name: float(x[k]) for name, x in of_weights.items()}
       out[f"layers/{layer}/{inner}"] = found
   order = sorted(out, key=lambda a: (int(a.split("/")[1]), a))

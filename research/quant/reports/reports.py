@@ -1,4 +1,4 @@
-"""What became of each matrix of a model, for people and for files."""
+"""Quantization reports: one row per matrix, as text table and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from research import tables
-from research.quant.methods import Measures
+from research.quant.methods import RoundingErrors
 from research.quant.qtensor import QTensor
 
 HEAD = ("matrix", "format", "bits", "weights", "outputs", "nearest", "damp")
@@ -14,22 +14,26 @@ HEAD = ("matrix", "format", "bits", "weights", "outputs", "nearest", "damp")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """One matrix, or one stack of experts: then means, and sums of counts.
+  """Report of one matrix, or of a stack of experts.
+
+  For experts, errors are means, counts are sums.
 
   Attributes:
-    address: such as `layers/3/attention/q`.
-    format, method: names.
-    inputs, outputs: of the matrix.
-    bits: of a weight, everything counted.
-    weight_error: of the weights, over their root mean square.
-    output_error: of the outputs for the inputs seen, the same way, or None.
-    nearest_error: that of rounding to nearest in the same format, or None.
-    tokens: fewest inputs that were seen, or None.
-    dead: inputs that were always 0, or None.
-    damp, floor: what was added to the Hessian's diagonal, shares of its mean
-      and of its largest; the most, or None without one.
-    attempts: most factorizations until one succeeded, or None.
-    failed: Hessians without one, whose matrices are rounded to nearest.
+    address: address such as `layers/3/attention/q`.
+    format, method: names of the format and the rounding method.
+    inputs, outputs: sizes of the matrix.
+    bits: bits per weight, with scales and everything else.
+    weight_error: root mean square error over that of the weights.
+    output_error: the same for outputs on the calibration inputs, or None.
+    nearest_error: `output_error` of rounding to nearest in the same format, or
+      None.
+    tokens: number of calibration inputs (smallest of the experts), or None.
+    dead: number of inputs that were always 0, or None.
+    damp, floor: damping of the Hessian's diagonal, see `hessian.Damping`
+      (largest of the experts), or None.
+    attempts: number of factorizations (largest of the experts), or None.
+    failed: number of Hessians that could not be factored; their matrices are
+      rounded to nearest.
   """
 
   address: str
@@ -49,8 +53,10 @@ class Row:
   failed: int = 0
 
   @classmethod
-  def of(cls, address: str, q: QTensor, method: str, found: Measures) -> "Row":
-    """Returns the row of a packed matrix."""
+  def from_errors(
+    cls, address: str, q: QTensor, method: str, found: RoundingErrors
+  ) -> "Row":
+    """Returns the row of a packed matrix with its errors."""
 
     def value(x, how=np.mean, kind=float):
       return None if x is None else kind(how(np.asarray(x)))
@@ -80,7 +86,7 @@ class Row:
     )
 
   def warnings(self) -> list[str]:
-    """Returns what should be said aloud."""
+    """Returns warnings about the calibration of this matrix."""
     out = []
     if self.failed:
       out.append("no factor of its Hessian: rounded to nearest")
@@ -96,7 +102,7 @@ class Row:
     return [f"{self.address}: {text}" for text in out]
 
   def cells(self) -> tuple[str, ...]:
-    """Returns its cells in the table."""
+    """Returns the row's cells, in the order of `HEAD`."""
 
     def cell(x):
       return "-" if x is None else f"{x:.4f}"
@@ -114,27 +120,27 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A run of `quantize_by_rules.Quantization`.
+  """Report of a run of `quantize_by_rules.Quantization`.
 
   Attributes:
-    rows: one a matrix.
-    calibration: what tells the windows from others, or None.
+    rows: one row per matrix.
+    calibration: record of the calibration windows, or None.
   """
 
   rows: tuple[Row, ...]
   calibration: dict[str, Any] | None = None
 
   def warnings(self) -> list[str]:
-    """Returns what should be said aloud."""
+    """Returns the warnings of all matrices."""
     return [text for row in self.rows for text in row.warnings()]
 
   def table(self) -> str:
-    """Returns the rows as text."""
+    """Returns the rows as a text table."""
     rows = [HEAD, *(row.cells() for row in self.rows)]
     return "\n".join(tables.aligned(rows, right=range(2, len(HEAD))))
 
   def summary(self) -> dict[str, Any]:
-    """Returns the whole as one JSON object's fields."""
+    """Returns averages and counts over all matrices, for JSON."""
     size = sum(r.inputs * r.outputs * r.bits for r in self.rows)
     count = sum(r.inputs * r.outputs for r in self.rows)
     return {
@@ -147,8 +153,8 @@ class Report:
       "warnings": len(self.warnings()),
     }
 
-  def plain(self) -> dict[str, Any]:
-    """Returns everything as plain values, for a file."""
+  def as_dict(self) -> dict[str, Any]:
+    """Returns the full report as plain values, for JSON."""
     return {
       "calibration": self.calibration,
       "summary": self.summary(),

@@ -63,7 +63,7 @@ def test_layers_are_apart_in_every_type(command, monkeypatch):
 
   monkeypatch.setattr(generate_paged, "chunks", watched)
   # As on an accelerator, or without a compiler: panels are apart anyway.
-  monkeypatch.setattr(cpu_layout, "decoding", lambda params, dtype: params)
+  monkeypatch.setattr(cpu_layout, "for_decoding", lambda params, dtype: params)
   told(command(PROMPTS[0], "--pages=8", "--dtype=bfloat16"))
   assert len(found[0]) > 1 and set(found[0]) == {1}
 

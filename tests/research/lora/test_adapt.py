@@ -1,4 +1,4 @@
-"""Adapters as a rewrite of the tree: what is wrapped, drawn and computed."""
+"""Tests `Adapt`: targets, initialisation and outputs."""
 
 import functools
 import re
@@ -54,7 +54,7 @@ def logits(model, params):
 
 
 def randomised(params):
-  """Returns the tree with a random b, so that adapters do something."""
+  """Returns the tree with a random b, so that updates are nonzero."""
 
   def draw(path, x):
     if not re.search(wrap.TRAINABLE, path):
@@ -137,7 +137,7 @@ def test_bad_configurations(options, message):
     adapting(**options)(llama()[1], KEY)
 
 
-def test_fresh_adapters_are_bitwise_the_base():
+def test_new_adapters_are_bitwise_the_base():
   model, params = llama()
   for targets in (adapt.ALL_LINEAR, r".*"):
     got = adapt.Adapt(targets=targets)(params, KEY)
@@ -169,7 +169,7 @@ def test_initial_distributions():
   np.testing.assert_allclose(np.std(embed.trained["b"]), 1.0, rtol=0.2)
 
 
-def test_every_weight_has_its_own_draw_whatever_the_runs():
+def test_every_weight_has_its_own_key_in_any_runs():
   _, params = gemma()
   scanned = adapters(adapt.Adapt()(params, KEY))
   unrolled = adapters(adapt.Adapt()(tree.unroll(params), KEY))

@@ -1,4 +1,4 @@
-"""A bias that an adapter scales is scaled wherever the adapter is merged.
+"""Tests that biases are scaled wherever an adapter that scales them is merged.
 
 (IA)^3 multiplies whole outputs, in PEFT as in the paper. Adapter and bias are
 two leaves of the tree: what takes the adapter off its matrix, or writes it, has
@@ -33,7 +33,7 @@ NAMES = ("attention/q", "attention/v", "mlp/down")
 
 @functools.cache
 def adapted():
-  """Returns (IA)^3 away from its start, twice on one matrix."""
+  """Returns (IA)^3 with random arrays, twice on one matrix."""
   how = adapt.Adapt(method=IA3(), targets=("q", "v", "down"))
   params = how(base("llama_biases").params, jax.random.key(0))
   layer = params["run0"]["layer0"]["attention"]
@@ -107,8 +107,8 @@ def test_merged_over_a_packed_base(mode):
   check(merge.merge_as(params, mode, first))
 
 
-def test_written_part_by_part():
-  """What exporters read: every one of them walks over these."""
+def test_exporters_see_scaled_biases():
+  """Exporters iterate over these leaves."""
   found = parts.from_params(adapted())
   merged = parts.from_params(wrap.merge(adapted()))
   assert found.keys() == merged.keys()
@@ -124,7 +124,7 @@ def test_written_part_by_part():
     assert (change is not None) == (scaled or adapted_too), address
 
 
-def test_as_plain_lora_it_is_brought_whole(tmp_path):
+def test_plain_lora_stores_the_whole_bias(tmp_path):
   """PEFT's `bias="lora_only"`; rank 36 is all that these matrices have."""
   params, _ = to_lora.to_lora(adapted(), to_lora.Rank(36))
   check(params)
@@ -137,17 +137,17 @@ def test_as_plain_lora_it_is_brought_whole(tmp_path):
 
 def test_rows_of_a_batch_cannot_have_one():
   with pytest.raises(UserError, match="q_bias: IA3 scales this bias"):
-    row_factors.of(adapted(), 4)
+    row_factors.extract(adapted(), 4)
 
 
 def scaled(w, b):
-  """Returns a matrix under (IA)^3, away from its start."""
+  """Returns a matrix under (IA)^3 with random arrays."""
   gain = np.linspace(0.5, 2, b.shape[-1], dtype=np.float32)
   return AdaptedTensor(w, {"l": gain}, method=IA3())
 
 
-def test_of_keys():
-  """A cache that stores keys less their bias asks for it."""
+def test_biases_of_keys():
+  """A cache that stores keys minus their bias needs it."""
   model = base("llama_biases").model
   layer = jax.tree.map(
     lambda x: x[0], base("llama_biases").params["run0"]["layer0"]["attention"]
@@ -162,7 +162,7 @@ def test_of_keys():
   chex.assert_trees_all_close(got, want, atol=1e-6)
 
 
-def test_of_modulations():
+def test_biases_of_modulations():
   told, params = methods.draw(2, 1, 5), dict(weight=methods.draw(5, 12))
   params |= dict(weight_bias=methods.draw(12, seed=4))
   params |= dict(weight=scaled(params["weight"], params["weight_bias"]))
@@ -173,7 +173,7 @@ def test_of_modulations():
   chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
-def test_of_a_convolution():
+def test_biases_of_a_convolution():
   module = conv.Conv(features=6, window=(2, 2))
   x = methods.draw(1, 4, 4, 3)
   params = dict(kernel=methods.draw(2, 2, 3, 6), bias=methods.draw(6, seed=4))

@@ -1,4 +1,4 @@
-"""AdaLoRA's allocator leaves what PEFT's leaves."""
+"""Tests that AdaLoRA's allocator keeps the terms that PEFT's keeps."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ import pytest
 from research import tree, weights
 from research.lora import allocate, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.adalora import AdaLoRA
 from research.typing import UserError
 from tests import support
@@ -45,8 +45,8 @@ def drawn(step):
 
 
 def run(budget, steps=STEPS):
-  """Returns all states of plain descent: parameters, and what is kept."""
-  optimizer = allocate.allocated(optax.sgd(0.1), budget)
+  """Returns all states of gradient descent: parameters and masks."""
+  optimizer = allocate.adalora_optimizer(optax.sgd(0.1), budget)
 
   @jax.jit
   def step(params, state, grads):
@@ -61,7 +61,7 @@ def run(budget, steps=STEPS):
   return out
 
 
-def test_terms_are_those_that_peft_leaves():
+def test_terms_are_those_that_peft_keeps():
   golden = json.loads(GOLDEN.read_text())
   got = np.array(
     [[p[m]["trained"]["e"] for m in SIZES] for p, _ in run(BUDGET)]
@@ -77,11 +77,11 @@ def test_terms_are_those_that_peft_leaves():
     )
     for m, x in run(BUDGET)[-1][0].items()
   }
-  off = jax.jit(allocate.distance)(params)
+  off = jax.jit(allocate.orthogonality)(params)
   np.testing.assert_allclose(off, golden["regular"], rtol=1e-5)
 
 
-def test_nothing_is_cut_while_the_budget_is_whole():
+def test_nothing_is_pruned_within_the_budget():
   """PEFT stops at such an allocation (its issue 2337)."""
   budget = allocate.Budget(target=RANK, steps=STEPS)
   for params, state in run(budget, 4):
@@ -92,9 +92,9 @@ def test_nothing_is_cut_while_the_budget_is_whole():
 
 
 def test_budget_falls_by_a_cube():
-  left = BUDGET.left(8, 2)
+  left = BUDGET.terms_at_steps(8, 2)
   assert left.tolist() == [8, 8, 8, 6, 5, 4, 4, 4, 4, 4]
-  assert BUDGET.last == 9
+  assert BUDGET.last_allocation == 9
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,14 @@ def test_impossible_budgets_are_refused(change, said):
 
 def test_other_adapters_are_refused():
   with pytest.raises(UserError, match="no AdaLoRA adapter"):
-    allocate.allocated(optax.sgd(0.1), BUDGET).init({"q": {"a": jnp.ones(3)}})
+    allocate.adalora_optimizer(optax.sgd(0.1), BUDGET).init(
+      {"q": {"a": jnp.ones(3)}}
+    )
   with pytest.raises(UserError, match="no AdaLoRA adapter"):
-    allocate.distance({"q": jnp.ones(3)})
+    allocate.orthogonality({"q": jnp.ones(3)})
 
 
-def test_the_regulariser_is_weighed_as_the_batch_is():
+def test_the_regulariser_has_the_batchs_weight():
   params = {
     "w": AdaptedTensor(
       jnp.zeros((5, 4)),
@@ -133,12 +135,12 @@ def test_the_regulariser_is_weighed_as_the_batch_is():
 
   goal = allocate.Orthogonal(inner, weight=0.25)
   loss, weight, _ = goal(params, {}, None)
-  want = 3.0 + 0.25 * 7.0 * float(allocate.distance(params))
+  want = 3.0 + 0.25 * 7.0 * float(allocate.orthogonality(params))
   np.testing.assert_allclose(loss, want, rtol=1e-6)
   assert weight == 7.0
 
 
-def test_an_experiment_fills_the_model_into_the_objective():
+def test_an_experiment_sets_the_objectives_model():
   seen, model = [], support.model(width=32, head_dim=8)
 
   @dataclasses.dataclass(frozen=True)
@@ -169,15 +171,15 @@ def through(layers, x):
 @jax.jit
 @functools.partial(jax.vmap, in_axes=(None, 0, 0))
 def terms_left(layers, x, y):
-  """Returns how many each layer has after 300 steps towards `y`."""
+  """Returns the number of terms per layer after 300 steps towards `y`."""
   learned, frozen = tree.partition(layers, wrap.TRAINABLE)
   budget = allocate.Budget(target=2, steps=300, warmup=100, final=100)
-  tx = allocate.allocated(optax.adam(1e-2), budget)
+  tx = allocate.adalora_optimizer(optax.adam(1e-2), budget)
 
   def loss(learned):
     whole = tree.combine(learned, frozen)
     error = jnp.mean(jnp.square(through(whole, x) - y))
-    return error + 0.1 * allocate.distance(whole)
+    return error + 0.1 * allocate.orthogonality(whole)
 
   def one(carry, _):
     learned, state = carry
@@ -209,7 +211,7 @@ def test_terms_gather_in_the_layer_whose_target_was_planted():
   method, layers = AdaLoRA(rank=6, alpha=6.0), {}
   for name, w in base_layers().items():
     key = jax.random.key(int(name))
-    trained, _ = method.start(key, Place(SIDE, SIDE), w)
+    trained, _ = method.init_arrays(key, MatrixSpec(SIDE, SIDE), w)
     layers[name] = AdaptedTensor(w, trained, method=method)
   planted = np.arange(2 * DEPTH) % DEPTH
   xs, ys = [], []

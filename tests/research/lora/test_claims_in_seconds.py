@@ -1,4 +1,4 @@
-"""Claims of papers about single matrices, as assertions (lora.md 9.2).
+"""Tests claims of papers about single matrices (lora.md 9.2).
 
 Where arms are compared their rates are swept: the best of three, half a decade
 apart. Other rows of 9.2 are tested beside what they are about: `test_look`
@@ -16,7 +16,7 @@ import pytest
 
 from research import weights
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.dora import DoRA
 from research.lora.methods.hira import HiRA
 from research.lora.methods.lora import LoRA
@@ -31,7 +31,9 @@ def draw(*shape, seed):
 
 
 def begun(method, w):
-  trained, fixed = method.start(jax.random.key(0), Place(*w.shape), w)
+  trained, fixed = method.init_arrays(
+    jax.random.key(0), MatrixSpec(*w.shape), w
+  )
   return AdaptedTensor(w, trained, fixed, method=method)
 
 

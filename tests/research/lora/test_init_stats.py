@@ -1,4 +1,4 @@
-"""Starts that look at data, against NumPy and what their papers promise."""
+"""Tests data-dependent initialisation against NumPy and papers' claims."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ PLANTED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-  """Data of which nothing but batches is asked."""
+  """Data that only yields batches."""
 
   batch_size: int = support_mesh.BATCH
 
@@ -58,7 +58,7 @@ LOOKS = {
 
 @functools.cache
 def params():
-  """Returns weights whose embeddings, and norms, leave a plane of them."""
+  """Returns weights whose layer inputs lie in a plane."""
   found = support.params(MODEL)
   rng = np.random.default_rng(5)
   inside = rng.standard_normal((64, PLANTED)) @ plane()
@@ -98,7 +98,7 @@ def rows(params):
 @functools.cache
 def adapted(kind, **fields):
   change = adapt.Adapt(method=kind(rank=4, **fields), init_stats=LOOKS[kind])
-  return change.of(LOADED)(params(), KEY)
+  return change.with_model(LOADED)(params(), KEY)
 
 
 @functools.partial(jax.jit)
@@ -109,20 +109,20 @@ def logits(params):
 
 @pytest.mark.parametrize("kind", LOOKS)
 @pytest.mark.sample(2)
-def test_what_has_looked_starts_as_its_base(kind):
+def test_calibrated_adapters_start_as_their_base(kind):
   chex.assert_trees_all_equal(logits(adapted(kind)), logits(params()))
 
 
 @pytest.mark.parametrize("kind", LOOKS)
-def test_a_plan_knows_the_shapes_without_data(kind):
+def test_planning_needs_no_data(kind):
   change = adapt.Adapt(method=kind(rank=4), init_stats=LOOKS[kind])
-  planned = jax.eval_shape(change.of(LOADED), params(), KEY)
+  planned = jax.eval_shape(change.with_model(LOADED), params(), KEY)
   chex.assert_trees_all_equal_shapes_and_dtypes(planned, adapted(kind))
 
 
 def test_gradients_are_of_the_mean_loss():
   addresses = [address for address, _ in rows(params())]
-  got = LOOKS[LoRAGA].of(LOADED)(params(), addresses, KEY)
+  got = LOOKS[LoRAGA].with_model(LOADED)(params(), addresses, KEY)
   for address, want in rows(gradients()):
     scale = float(jnp.abs(want).max())
     np.testing.assert_allclose(got[address], want, atol=1e-5 * scale)
@@ -168,7 +168,7 @@ def cosine(a, b):
 def test_corda_is_the_decomposition_by_its_inputs(keep):
   """In fp64, as PEFT has it, of `W [out, in]` and the covariance."""
   addresses = [address for address, _ in rows(params())]
-  seen = LOOKS[CorDA].of(LOADED)(params(), addresses, KEY)
+  seen = LOOKS[CorDA].with_model(LOADED)(params(), addresses, KEY)
   own = dict(rows_of_adapters(adapted(CorDA, keep=keep)))
   for address, w in rows(params()):
     c = np.asarray(seen[address], np.float64)
@@ -197,7 +197,9 @@ def test_corda_takes_covariances_that_have_no_inverse():
 
 
 def test_eva_spans_the_plane_that_its_inputs_are_in():
-  directions = init_stats.InputPCA(calibration=READING, count=6).of(LOADED)
+  directions = init_stats.InputPCA(calibration=READING, count=6).with_model(
+    LOADED
+  )
   addresses = [address for address, _ in rows(params())]
   found = directions.explained(params(), addresses)
   for name in "qkv":
@@ -218,7 +220,7 @@ def moved_ranks(form):
     rho=2.0,
     form=form,
   )
-  return change.of(LOADED)(params(), KEY)
+  return change.with_model(LOADED)(params(), KEY)
 
 
 def test_ranks_go_where_they_explain_more():
@@ -234,7 +236,7 @@ def test_ranks_go_where_they_explain_more():
 
 @pytest.mark.slow
 def test_padded_ranks_train_as_split_ones():
-  """Zero rows have no gradient, so Adam leaves them where they are."""
+  """Zero rows have no gradient, so Adam does not change them."""
   tx = optax.adam(1e-2)
 
   def trained(start):
@@ -267,12 +269,12 @@ def packed_with_experts():
   )
 
 
-def test_packed_experts_are_looked_at():
+def test_packed_experts_are_measured():
   loaded, base = packed_with_experts()
   change = adapt.Adapt(
     method=LoRAGA(rank=4), targets=("up",), init_stats=LOOKS[LoRAGA]
   )
-  got = dict(rows_of_adapters(change.of(loaded)(base, KEY)))
+  got = dict(rows_of_adapters(change.with_model(loaded)(base, KEY)))
   (w, *_) = got.values()
   assert w.trained["a"].shape == (4, 4, 64)  # experts, rank, width
   assert all(jnp.isfinite(x).all() for x in w.trained.values())
@@ -280,7 +282,7 @@ def test_packed_experts_are_looked_at():
     AdaptEVA(
       adapt=adapt.Adapt(method=EVA(rank=4), targets=("experts/up",)),
       calibration=READING,
-    ).of(loaded)(base, KEY)
+    ).with_model(loaded)(base, KEY)
 
 
 @pytest.mark.parametrize(
@@ -291,15 +293,18 @@ def test_packed_experts_are_looked_at():
       "at least 1",
     ),
     (lambda: LOOKS[EVA](params(), ["layers/0/mlp/up"], KEY), "has no model"),
-    (lambda: LOOKS[EVA].of(LOADED)(params(), ["embed"], KEY), "exclude"),
     (
-      lambda: init_stats.InputPCA(calibration=READING, count=33).of(LOADED)(
-        params(), ["layers/0/mlp/up"], KEY
-      ),
+      lambda: LOOKS[EVA].with_model(LOADED)(params(), ["embed"], KEY),
+      "exclude",
+    ),
+    (
+      lambda: init_stats.InputPCA(calibration=READING, count=33).with_model(
+        LOADED
+      )(params(), ["layers/0/mlp/up"], KEY),
       "at most the 32 inputs",
     ),
     (
-      lambda: LOOKS[EVA].of(LOADED)(
+      lambda: LOOKS[EVA].with_model(LOADED)(
         params() | {"embed": jnp.full((64, 32), jnp.nan)},
         ["layers/0/mlp/up"],
         KEY,
@@ -328,6 +333,6 @@ def test_packed_experts_are_looked_at():
     ),
   ],
 )
-def test_what_is_wrong_is_said(wrong, message):
+def test_mistakes_raise(wrong, message):
   with pytest.raises(UserError, match=message):
     wrong()

@@ -1,4 +1,4 @@
-"""LoftQ, QPiSSA and QA-LoRA: adapters with their base's rounding in view."""
+"""Tests LoftQ, QPiSSA and QA-LoRA, which account for quantization."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ RANK, SCALE = 16, 2.0
 
 
 def spread(inputs=128, outputs=96):
-  """Returns a matrix whose singular values fall, as trained ones' do."""
+  """Returns a matrix with decaying singular values, like trained ones."""
   rng = np.random.default_rng(0)
   u = np.linalg.qr(rng.standard_normal((inputs, outputs)))[0]
   v = np.linalg.qr(rng.standard_normal((outputs, outputs)))[0]
@@ -93,7 +93,7 @@ def test_in_a_model(first):
 
 
 def test_a_base_in_blocks_of_ggml():
-  """Whose encoder is NumPy's, inside of LoftQ's program."""
+  """Their encoder is NumPy code inside of LoftQ's program."""
   params = support.params(model())
   how = Quantize(format=ggml.GGML(kind="Q4_0"))
   start = adapt.Adapt(method=LoRA(rank=4, alpha=8.0), targets=("q", "up"))
@@ -127,7 +127,7 @@ def test_a_rank_beyond_the_matrix():
     LoftQ(adapt=start)(support.params(model()))
 
 
-def test_what_is_not_finite_is_named():
+def test_weights_that_are_not_finite_are_named():
   params = support.params(model())
   q = params["run0"]["layer0"]["attention"]["q"]
   params["run0"]["layer0"]["attention"]["q"] = q.at[1, 0, 0].set(jnp.nan)
@@ -167,7 +167,7 @@ def test_the_update_is_pefts_formula():
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_merging_moves_offsets_alone():
+def test_merging_changes_offsets_only():
   t = over(affine())
   merged = merged_offsets(t)
   chex.assert_trees_all_equal(merged.parts["codes"], t.w.parts["codes"])

@@ -1,4 +1,4 @@
-"""LoRATensor is the dense formula, in value and in gradient."""
+"""Tests LoRA against the dense formula, in value and gradient."""
 
 import dataclasses
 from typing import Any
@@ -177,7 +177,7 @@ def test_zero_b_is_bitwise_the_base(base):
   chex.assert_trees_all_equal(weights.dense(t), weights.dense(t.w))
 
 
-def test_activations_decide_the_dtype():
+def test_outputs_have_the_dtype_of_activations():
   t = make(draw(IN, OUT).astype(jnp.bfloat16))
   x = draw(4, IN).astype(jnp.bfloat16)
   assert weights.einsum("td,df->tf", x, t).dtype == jnp.bfloat16
@@ -215,7 +215,7 @@ def test_dropout_is_unbiased():
   assert (abs(got.mean(0) - x @ summed(t)) < 5 * error).all()
 
 
-def test_stacked_layers_draw_their_own_dropout():
+def test_stacked_layers_have_their_own_dropout():
   t = make(jnp.zeros((2, IN, OUT)), lead=(2,), dropout=0.5)
   same = with_arrays(
     t,

@@ -1,4 +1,4 @@
-"""Conversion to plain LoRA, errors told as they are."""
+"""Tests conversion to plain LoRA and the reported errors."""
 
 import functools
 
@@ -76,7 +76,7 @@ def test_all_of_an_update(method):
 @pytest.mark.parametrize(
   "size", [to_lora.Rank(2), to_lora.Energy(0.8)], ids=["rank", "energy"]
 )
-def test_the_error_is_what_is_left_out(method, size):
+def test_the_error_is_that_of_the_truncated_part(method, size):
   params = adapted(method)
   got, fits = to_lora.to_lora(params, size)
   have = deltas(got)
@@ -113,7 +113,7 @@ def test_experts_are_converted_one_by_one():
   )
 
 
-def test_factors_of_what_is_lora_by_another_name():
+def test_factors_of_methods_that_are_lora():
   params = adapted(PiSSA(rank=2))
   for path, f in lora_factors.factors(params).items():
     assert f.rank == 4

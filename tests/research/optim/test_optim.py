@@ -103,8 +103,8 @@ RANGES = [
   (stages.stages, dict(peak=1, later=1, at=2, steps=9, final=-1)),
   (relora.schedule, dict(peak=-1, steps=4, every=2, warmup=1, rewarm=1)),
   (relora.schedule, dict(peak=1, steps=4, every=0, warmup=0, rewarm=0)),
-  (relora.AtRandom, dict(share=1.1)),
-  (relora.Smallest, dict(share=-0.1)),
+  (relora.RandomPruning, dict(share=1.1)),
+  (relora.MagnitudePruning, dict(share=-0.1)),
   *[
     (make, dict(learning_rate=1e-3, **fixed) | wrong)
     for make, fixed in (

@@ -1,4 +1,4 @@
-"""KIVI as its paper has it, in NumPy: what is packed by when, and what to.
+"""KIVI as in its paper, in NumPy: which tokens are packed when, and to what.
 
 Written from the formulas: s = (max - min) / (2^b - 1), q = round((x - min) / s)
 clipped to 0 .. 2^b - 1, x' = q s + min, both in float16; keys by `group` tokens

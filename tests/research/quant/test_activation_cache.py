@@ -1,4 +1,4 @@
-"""What is kept is what would be computed again, and is not computed again."""
+"""Tests that cached inputs equal recomputed ones, and are not recomputed."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from research.nn.presets import Sparse
 from research.quant import activation_cache
 from research.quant.activations import InputTensor, Round
 from research.quant.algorithms import calibrate, error_propagation
-from research.quant.algorithms.calibrate import Inputs
+from research.quant.algorithms.calibrate import LayerInputs
 from research.taps.statistics import Covariance, Gradient, Magnitudes
 from research.typing import UserError
 from tests import support
@@ -27,17 +27,17 @@ SPARSE = Sparse(routing=Routing(experts=3, active=2), hidden=12)
 
 @functools.cache
 def problem(family="llama", **changes):
-  """Returns (a layer, another one, what the former is given in two batches)."""
+  """Returns (a layer, another one, the former's inputs in two batches)."""
   model = support.model(family, **changes)
   params = support.params(model)
   other = support.params(model, seed=1)
-  x = calibrate.embedded(model, params, support.tokens(5, 7))
+  x = calibrate.embed(model, params, support.tokens(5, 7))
   old, new = next(tree.layers(params)), next(tree.layers(other))
-  return old, new, Inputs(model.layer_kinds()[0], x, 3)
+  return old, new, LayerInputs(model.layer_kinds()[0], x, 3)
 
 
 def fresh(inputs):
-  """Returns inputs that remember nothing."""
+  """Returns inputs with an empty cache."""
   return dataclasses.replace(inputs)
 
 
@@ -55,7 +55,7 @@ def swapped(layer, other, paths):
 
 
 def sequential(inputs, old, new, stages, remember):
-  """Returns what matrices are given that are replaced in the order of use.
+  """Returns the inputs of matrices that are replaced in the order of use.
 
   Args:
     inputs: the layer's.
@@ -67,10 +67,10 @@ def sequential(inputs, old, new, stages, remember):
   out, layer, inputs = [], old, fresh(inputs)
   for paths in stages:
     given = inputs if remember else fresh(inputs)
-    out.append(given.seen(layer, paths, Covariance()))
+    out.append(given.measure(layer, paths, Covariance()))
     layer = swapped(layer, new, paths)
   given = inputs if remember else fresh(inputs)
-  return [*out, given.outputs(layer)], activation_cache.valid(
+  return [*out, given.outputs(layer)], activation_cache.still_valid(
     inputs.memory, layer
   )
 
@@ -95,9 +95,7 @@ def close(got, want):
   ],
 )
 @pytest.mark.sample(2, 1)
-def test_stages_see_what_they_would_if_all_were_computed(
-  family, dtype, stages, kept
-):
+def test_cached_inputs_equal_recomputed_ones(family, dtype, stages, kept):
   sparse = dict(sparse=SPARSE) if family == "mixtral" else {}
   old, new, inputs = problem(family, **sparse)
   inputs = dataclasses.replace(inputs, x=inputs.x.astype(dtype))
@@ -120,57 +118,57 @@ def test_stages_see_what_they_would_if_all_were_computed(
 def test_what_something_new_leads_to_is_computed(changed, kept):
   old, new, inputs = problem()
   inputs = fresh(inputs)
-  inputs.seen(old, ["attention/o", "mlp/down"], Covariance())
+  inputs.measure(old, ["attention/o", "mlp/down"], Covariance())
   layer = swapped(old, new, [changed])
-  assert list(activation_cache.valid(inputs.memory, layer)) == kept
+  assert list(activation_cache.still_valid(inputs.memory, layer)) == kept
   close(inputs.outputs(layer), fresh(inputs).outputs(layer))
 
 
 def test_a_second_statistic_is_of_the_same_inputs():
   layer, _, inputs = problem()
   paths = ["attention/o", "mlp/down"]
-  want = fresh(inputs).seen(layer, paths, Magnitudes())
+  want = fresh(inputs).measure(layer, paths, Magnitudes())
   known = fresh(inputs)
-  known.seen(layer, paths, Covariance())
+  known.measure(layer, paths, Covariance())
   # What leads there is none of the program's business any more.
   for held in known.memory.values():
     held.rows[:] = [2 * x for x in held.rows]
-  found = known.seen(layer, paths, Magnitudes())
+  found = known.measure(layer, paths, Magnitudes())
   for path in paths:
     close(found[path]["sizes"], 2 * want[path]["sizes"])
     close(found[path]["n"], want[path]["n"])
 
 
-def test_two_products_are_all_that_outputs_take():
+def test_outputs_take_two_products():
   layer, _, inputs = problem()
   inputs = fresh(inputs)
-  inputs.seen(layer, ["attention/o", "mlp/down"], Covariance())
+  inputs.measure(layer, ["attention/o", "mlp/down"], Covariance())
   x = inputs.batches()[0]
 
   def flops(layer):
     lowered = calibrate.outputs.lower(inputs.block, layer, x)
     return lowered.compile().cost_analysis()["flops"]
 
-  held = activation_cache.valid(inputs.memory, layer)
+  held = activation_cache.still_valid(inputs.memory, layer)
   two = [layer["attention"]["o"], layer["mlp"]["down"]]
   products = 2 * x.shape[0] * x.shape[1] * sum(w.size for w in two)
   assert (
     products
-    <= flops(activation_cache.replayed(layer, held, 0))
+    <= flops(activation_cache.with_cached_inputs(layer, held, 0))
     < 1.1 * products
   )
   assert flops(layer) > 3 * products
 
 
 def rounding(layer, scale):
-  """Returns a layer whose matrices round what they are given first."""
+  """Returns a layer whose matrices round their inputs."""
   op = Round(per="tensor")
   return jax.tree.map(
     lambda w: w if w.ndim < 2 else InputTensor(w, scale, op), layer
   )
 
 
-def test_inputs_are_kept_as_they_are_multiplied():
+def test_cached_inputs_are_those_that_are_multiplied():
   old, new, inputs = problem()
   scale = jnp.float32(0.05)
   old, new = rounding(old, scale), rounding(new, scale)
@@ -182,40 +180,47 @@ def test_inputs_are_kept_as_they_are_multiplied():
   np.testing.assert_allclose(rows, np.round(rows), atol=1e-3)
 
 
-def test_other_rounding_of_inputs_is_seen():
+def test_a_change_of_input_rounding_invalidates_the_cache():
   layer, _, inputs = problem()
   inputs = fresh(inputs)
   coarse, fine = (
     swapped(layer, rounding(layer, jnp.float32(scale)), ["attention/o"])
     for scale in (0.5, 0.01)
   )
-  inputs.seen(coarse, ["attention/o"], Covariance())
-  assert list(activation_cache.valid(inputs.memory, coarse)) == ["attention/o"]
-  assert not activation_cache.valid(inputs.memory, fine)
+  inputs.measure(coarse, ["attention/o"], Covariance())
+  assert list(activation_cache.still_valid(inputs.memory, coarse)) == [
+    "attention/o"
+  ]
+  assert not activation_cache.still_valid(inputs.memory, fine)
 
 
-def test_pairs_of_layers_are_replayed_together():
+def test_pairs_of_layers_use_the_cache():
   old, new, inputs = problem()
   x = jnp.concatenate([inputs.x, inputs.x + 0.1])
-  inputs = Inputs(inputs.block, x, len(x))
+  inputs = LayerInputs(inputs.block, x, len(x))
   norms = [p for p, _ in tree.flatten_paths(old) if "norm" in p]
   new, changed = swapped(new, old, norms), old
   known, found = fresh(inputs), []
   for paths in STAGES:
-    pair = error_propagation.paired(old, changed)
-    found.append(known.seen(pair, paths, error_propagation.Drift()))
-    close(found[-1], fresh(inputs).seen(pair, paths, error_propagation.Drift()))
+    pair = error_propagation.pair_weights(old, changed)
+    found.append(known.measure(pair, paths, error_propagation.DriftStatistic()))
+    close(
+      found[-1],
+      fresh(inputs).measure(pair, paths, error_propagation.DriftStatistic()),
+    )
     changed = swapped(changed, new, paths)
-  pair = error_propagation.paired(old, changed)
-  assert list(activation_cache.valid(known.memory, pair)) == [
+  pair = error_propagation.pair_weights(old, changed)
+  assert list(activation_cache.still_valid(known.memory, pair)) == [
     "attention/o",
     "mlp/down",
   ]
   close(known.outputs(pair), fresh(inputs).outputs(pair))
 
 
-def test_experts_are_not_replayed():
-  w = activation_cache.Replayed(jnp.ones((2, 3, 4)), jnp.ones((1, 5, 3)))
+def test_experts_are_not_cached():
+  w = activation_cache.CachedInputTensor(
+    jnp.ones((2, 3, 4)), jnp.ones((1, 5, 3))
+  )
   with pytest.raises(UserError, match="expected a matrix"):
     weights.ragged_dot(jnp.ones((5, 3)), w, jnp.asarray([2, 3]))
 
@@ -224,27 +229,27 @@ def test_gradients_are_those_of_the_whole_layer():
   old, _, inputs = problem()
   inputs = fresh(inputs)
   for path in ("attention/o", "mlp/down"):
-    inputs.seen(old, [path], Covariance())
+    inputs.measure(old, [path], Covariance())
   for path in ("attention/o", "attention/q", "mlp/up"):
-    ours = inputs.seen(old, [path], Gradient())[path]["g"]
-    theirs = fresh(inputs).seen(old, [path], Gradient())[path]["g"]
+    ours = inputs.measure(old, [path], Gradient())[path]["g"]
+    theirs = fresh(inputs).measure(old, [path], Gradient())[path]["g"]
     assert np.any(theirs)
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_router_is_seen_beside_what_is_kept():
+def test_a_router_is_measured_with_cached_inputs():
   old, _, inputs = problem("mixtral", sparse=SPARSE)
   paths = ["attention/o", "mlp/router"]
-  ours = fresh(inputs).seen(old, paths, Covariance())
+  ours = fresh(inputs).measure(old, paths, Covariance())
   for path in paths:
-    (theirs,) = fresh(inputs).seen(old, [path], Covariance()).values()
+    (theirs,) = fresh(inputs).measure(old, [path], Covariance()).values()
     np.testing.assert_allclose(
       ours[path]["xx"], theirs["xx"], rtol=10 * EPS, atol=10 * EPS
     )
 
 
-def test_other_inputs_remember_nothing():
+def test_other_inputs_have_no_cache():
   old, _, inputs = problem()
   inputs = fresh(inputs)
-  inputs.seen(old, ["attention/o"], Covariance())
+  inputs.measure(old, ["attention/o"], Covariance())
   assert inputs.memory and not dataclasses.replace(inputs, batch=2).memory

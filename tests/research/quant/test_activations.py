@@ -1,4 +1,4 @@
-"""Rounded activations: against NumPy, and integers against their fractions."""
+"""Tests rounded activations against NumPy, integer products against float."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_tokens_are_rounded_as_by_definition(bits, clip):
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_one_massive_token_costs_the_others_all_if_they_share_a_scale():
+def test_a_scale_per_tensor_loses_all_but_a_massive_token():
   x = _x().at[0, 0, 3].set(1e4)
   rest = np.s_[1:]
   assert np.all(np.asarray(Round(per="tensor")(x))[rest] == 0)
@@ -105,7 +105,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS.keys())
 @pytest.mark.parametrize("per", ["token", "tensor"])
-def test_products_of_integers_are_those_of_what_they_stand_for(format, per):
+def test_integer_products_equal_float_products(format, per):
   x, w = _x(), qtensor.pack(_w(), format)
   op = Round(bits=8, per=per, integer=True)
   got = weights.einsum(EQ, x, InputTensor(w, op=op))
@@ -129,9 +129,9 @@ def test_scales_of_a_calibration_are_the_largest_inputs():
   made = dataclasses.replace(made, tokenizer=Words(tokens.ravel().tolist()))
   fixed = made(params)
   windows = jnp.asarray(made.calibration.read(made.tokenizer).tokens)
-  x, _ = input_errors.inputs(model, params, windows, ("layers/1/mlp/down",))[
-    "layers/1/mlp/down"
-  ]
+  x, _ = input_errors.collect_inputs(
+    model, params, windows, ("layers/1/mlp/down",)
+  )["layers/1/mlp/down"]
   leaf = fixed["run0"]["layer0"]["mlp"]["down"]
   assert leaf.scale.shape == (2,)
   np.testing.assert_allclose(leaf.scale[1] * 127, jnp.abs(x).max(), rtol=1e-5)
@@ -141,7 +141,7 @@ def test_scales_of_a_calibration_are_the_largest_inputs():
   assert 0 < error < 0.05
 
 
-def test_adapters_see_activations_as_they_are():
+def test_adapters_receive_unrounded_activations():
   x, w = _x(), qtensor.pack(_w(), FORMATS["groups"])
   a, b = _x((4, 32), 2), _x((4, 12), 3)
   op = Round(integer=True)
@@ -151,12 +151,12 @@ def test_adapters_see_activations_as_they_are():
   np.testing.assert_allclose(got, want, atol=1e-3)
 
 
-def test_mistakes_are_said():
+def test_bad_settings_raise():
   with pytest.raises(UserError, match="bits"):
     Round(bits=1)
   with pytest.raises(UserError, match="group"):
     Round(group=5)(_x())
-  with pytest.raises(UserError, match="without zero"):
+  with pytest.raises(UserError, match="no zero"):
     static_inputs.StaticInputs(op=Round())
   with pytest.raises(UserError, match="no matrix"):
     activations.Inputs(targets="/nothing$")(support.params(support.model()))

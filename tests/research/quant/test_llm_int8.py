@@ -1,4 +1,4 @@
-"""LLM.int8's numbers are those of bitsandbytes."""
+"""Tests LLM.int8 against bitsandbytes."""
 
 import json
 import pathlib
@@ -40,7 +40,7 @@ def _array(case, name, dtype, shape):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['threshold']:g}")
 def test_codes_scales_and_products(case):
   x, w = _inputs()
-  plain = w.plain()
+  plain = w.normal_form()
   codes = np.asarray(plain.codes, np.int32).T - 128
   np.testing.assert_array_equal(codes, _array(case, "codes", "i1", (12, 32)))
   # Theirs are the largest magnitudes, ours a step.

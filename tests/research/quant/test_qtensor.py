@@ -1,4 +1,4 @@
-"""4-bit codebooks as a weight: bitsandbytes' numbers, and QLoRA's memory."""
+"""Tests 4-bit codebooks against bitsandbytes' numbers and QLoRA's memory."""
 
 import json
 import pathlib
@@ -158,7 +158,7 @@ def test_stacks_are_their_matrices_and_numpy_is_jax(shape):
 
 @pytest.mark.parametrize("shape", [(128, 24), (7, 5)])
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
-def test_packing_what_was_decoded_changes_nothing(shape, how):
+def test_packing_decoded_weights_changes_nothing(shape, how):
   w = pack(how(gaussian(*shape)), nested=0)
   again = pack(how(np.asarray(_dense(w))), nested=0)
   chex.assert_trees_all_equal(w, again)
@@ -292,13 +292,13 @@ def test_quantize_packs_the_layers_and_shares_the_rest():
   unrolled = f(tree.unroll(got))
   chex.assert_trees_all_close(unrolled, want, atol=1e-5 * float(jnp.ptp(want)))
   some = Quantize(targets=("q", "mlp/up"))
-  assert len(some.chosen(params)) == 2
+  assert len(some.selected_paths(params)) == 2
   note = native._describe(got)
   described = native._abstract(json.loads(json.dumps(note)), "weights")
   assert jax.tree.structure(described) == jax.tree.structure(got)
 
 
-def test_cut_over_devices_is_whole():
+def test_sharded_weights_are_the_same():
   model = support.model(**SIZES)
   params = Quantize(format=Codebook(block=32))(support.params(model))
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)

@@ -1,4 +1,4 @@
-"""Quantization by rules, on tiny models; inputs as the rounded layers give."""
+"""Tests quantization by rules on tiny models, with sequential calibration."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ CALIBRATION = Calibration(source=Text(), windows=6, length=16, batch=3)
 def run(model, params, *given, calibration=CALIBRATION, **options):
   how = Quantization(rules=given, calibration=calibration, **options)
   loaded = Loaded(model, params, Bytes(), {})
-  return how.of(loaded).run(params)
+  return how.with_model(loaded).run(params)
 
 
 @functools.cache
@@ -106,7 +106,7 @@ def test_nearest_by_rules_is_the_format_alone(calibration):
   assert all(r.output_error == r.nearest_error for r in report.rows)
 
 
-def test_inputs_are_those_that_rounded_layers_give():
+def test_inputs_come_from_quantized_layers():
   """Errors are recomputed from the packed model alone, in float64."""
   model, params = known()
   packed, report = done()
@@ -161,7 +161,7 @@ def test_other_orders_measure_other_inputs(sequential):
 
 
 @pytest.mark.slow
-def test_drift_is_made_up_for():
+def test_drift_is_corrected():
   model, params = known()
   some = dataclasses.replace(BY_GPTQ, match="attention/o$|down$")
   without, _ = run(model, params, some)
@@ -197,12 +197,12 @@ def test_any_grid_is_compensated(format, options):
     match="attention/o$", format=format, method=GPTQMethod(options=options)
   )
   packed, report = run(model, params, rule)
-  assert {row.format for row in report.rows} == {format.fitted(32, 32).name}
+  assert {row.format for row in report.rows} == {format.for_shape(32, 32).name}
   better = [row.output_error < row.nearest_error for row in report.rows]
   assert len(better) == 3 and np.mean(better) > 0.6
   first = next(tree.layers(packed))
   q = first["attention"]["o"]
-  scattered = format.local and options.order == "activations"
+  scattered = format.group_local and options.order == "activations"
   assert (q.order is not None) == scattered
   # What is stored decodes to what was measured.
   w = np.asarray(params["run0"]["layer0"]["attention"]["o"][0])
@@ -211,7 +211,7 @@ def test_any_grid_is_compensated(format, options):
 
 
 @pytest.mark.slow
-def test_experts_are_walked_by_what_comes_to_them():
+def test_experts_are_calibrated_on_their_tokens():
   model = support_mesh.model("experts")
   params = support.params(model)
   rule = Rule(match="experts/down", format=FORMAT, method=GPTQMethod())
@@ -233,13 +233,15 @@ def test_experts_have_hessians_of_their_own():
     xx=jnp.einsum("eti,etj->eij", x, x), n=jnp.asarray([[96.0], [0.0], [96.0]])
   )
   how = dict(format=FORMAT, method=GPTQMethod())
-  (q,), (dense,), (found,) = methods.rounded((w,), seen, **how, compare=True)
+  (q,), (dense,), (found,) = methods.round_matrices(
+    (w,), seen, **how, compare=True
+  )
   assert q.shape == w.shape and found.dead.tolist() == [0, 32, 0]
   want = FORMAT.decode(FORMAT.encode(w[1]))
   np.testing.assert_array_equal(dense[1], want)
   assert (found.output_error < found.nearest_error)[np.array([0, 2])].all()
   one = {name: a[2] for name, a in seen.items()}
-  (alone,), _, _ = methods.rounded((w[2],), one, **how)
+  (alone,), _, _ = methods.round_matrices((w[2],), one, **how)
   np.testing.assert_allclose(dense[2], alone.dense(), atol=1e-5)
 
 
@@ -265,22 +267,26 @@ def test_first_rules_win_and_embeddings_run_along_their_width():
   assert "layers/0/attention/q" in report.table()
 
 
-def test_few_tokens_are_said():
+def test_few_tokens_are_reported():
   few = dataclasses.replace(CALIBRATION, windows=1)
   rule = dataclasses.replace(BY_GPTQ, match="attention/q$")
   _, report = run(*known(), rule, calibration=few)
   assert any(
     "16 tokens for 32 inputs: damped by 1" in w for w in report.warnings()
   )
-  rows = report.plain()["matrices"]
+  rows = report.as_dict()["matrices"]
   assert rows[0]["damp"] == pytest.approx(1)
-  assert report.plain()["calibration"]["shape"] == [1, 16]
+  assert report.as_dict()["calibration"]["shape"] == [1, 16]
 
 
 @pytest.mark.parametrize(
   "given, options, says",
   [
-    ((Rule(match="z$", format=FORMAT),), {}, "rule 1, 'z\\$', decides nothing"),
+    (
+      (Rule(match="z$", format=FORMAT),),
+      {},
+      "rule 1, 'z\\$', applies to no matrix",
+    ),
     ((LAYERS, Rule(match="/q$", format=None)), {}, "rule 2"),
     ((Rule(match="q", format=Affine(block=64)),), {}, "layers/0/attention/q.*"),
     ((BY_GPTQ,), dict(calibration=None), "GPTQ: needs calibration"),
@@ -316,12 +322,12 @@ def test_few_tokens_are_said():
     ),
   ],
 )
-def test_rules_that_make_no_sense_are_said(given, options, says):
+def test_bad_rules_raise(given, options, says):
   with pytest.raises(UserError, match=says):
     run(*known(), *given, **options)
 
 
-def test_what_is_adapted_is_not_packed():
+def test_adapted_matrices_are_refused():
   model, params = known()
   adapted = Adapt(targets=("q",))(params, jax.random.key(0))
   with pytest.raises(UserError, match="quantize first, then adapt"):
@@ -342,15 +348,15 @@ def test_stages_are_in_the_order_of_use():
   assert quantize_by_rules.stages(["x"]) == [[["x"]]]
 
 
-def test_matrices_side_by_side_are_as_one_by_one():
+def test_fused_matrices_are_rounded_as_separate_ones():
   _, params = known()
   ws = [params["run0"]["layer0"]["attention"][n][0] for n in "kv"]
   x = np.random.default_rng(0).standard_normal((96, 32)).astype(np.float32)
   seen = dict(xx=jnp.asarray(x.T @ x), n=jnp.full((1,), 96.0))
   how = dict(format=Codebook(block=32), method=GPTQMethod())
-  together, _, _ = methods.rounded(tuple(ws), seen, **how)
+  together, _, _ = methods.round_matrices(tuple(ws), seen, **how)
   for w, q in zip(ws, together, strict=True):
-    (alone,), _, _ = methods.rounded((w,), seen, **how)
+    (alone,), _, _ = methods.round_matrices((w,), seen, **how)
     np.testing.assert_allclose(q.dense(), alone.dense(), atol=1e-6)
 
 

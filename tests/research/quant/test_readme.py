@@ -1,4 +1,4 @@
-"""What the README of quantization names exists, and what exists is named."""
+"""Tests that files named in quantization's README exist, and vice versa."""
 
 import pathlib
 import re

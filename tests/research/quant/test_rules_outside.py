@@ -1,4 +1,4 @@
-"""Rules of what is outside of layers: embeddings and heads."""
+"""Tests rules for matrices outside of layers: embeddings and heads."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def test_what_is_outside_of_layers_is_checked_before_calibration(monkeypatch):
     run(model, params, LAYERS, seeing)
 
 
-def test_an_embedding_keeps_rows_apart():
+def test_an_embedding_keeps_outlier_rows():
   model, params = known()
   method = KeepOutlierRows(method=RoundToNearest(), rows=2, dtype="float32")
   rule = Rule(match="embed", format=Affine(block=16, bits=3), method=method)

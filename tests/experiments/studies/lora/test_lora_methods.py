@@ -97,10 +97,10 @@ def test_what_methods_can_be_used_with(rows):
 class Picky(LoRA):
   """Stands on arrays alone, and merges into nothing."""
 
-  def start(self, key, place, w, seen=None):
+  def init_arrays(self, key, spec, w, stats=None):
     if not isinstance(w, jax.Array):
       raise UserError("Picky: wants an array")
-    return super().start(key, place, w, seen)
+    return super().init_arrays(key, spec, w, stats)
 
   def delta(self, p, w):
     raise UserError("Picky: has no matrix")

@@ -61,6 +61,7 @@ def test_rows_of_a_tiny_model(tmp_path):
     r["group"]: r["matrices"]["layers/0/mlp/down"]["output_all"]
     for r in found.values()
   }
-  # RoundToNearest looks at no inputs; 256 inputs are two blocks of `gptq.LAZY`.
+  # RoundToNearest uses no inputs; 256 inputs are two blocks of
+  # `gptq.MAX_BLOCK`.
   assert errors["nearest"] > max(errors[w] for w in ("fresh", "stale"))
   assert len(set(errors.values())) == 4

@@ -203,12 +203,12 @@ def test_training_comes_closer_to_the_model_before():
   loaded = fresh.Fresh(sizes=SIZES).load()
   how = dict(rate=3e-3, steps=60, adapter=LoRA(rank=8, alpha=8.0))
   made = quant_training.Trained(format=FORMAT, data=DATA, **how)
-  packed = made.of(loaded)(loaded.params, jax.random.key(0))
+  packed = made.with_model(loaded)(loaded.params, jax.random.key(0))
   plain = Quantize(format=FORMAT)(loaded.params)
   sizes = [report_errors.sizes(p) for p in (packed, plain)]
   assert sizes[0].bits_per_weight == sizes[1].bits_per_weight == 4
   tokens = np.stack([e.tokens for e in DATA.source.examples(None)])
-  base = compare.base(loaded.model, loaded.params, tokens[:8], batch=8)
+  base = compare.base_outputs(loaded.model, loaded.params, tokens[:8], batch=8)
   before, after = (
     compare.compare(base, loaded.model, p).kl for p in (plain, packed)
   )

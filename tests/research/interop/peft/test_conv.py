@@ -12,7 +12,7 @@ from research import tree
 from research.interop.peft import conv as peft_conv
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods import (
   dora,
   hira,
@@ -40,7 +40,7 @@ LAYERS = {
   "any": dict(strides=(2, 1), padding=((1, 1), (2, 2))),
   "patch": dict(strides=(2, 3)),
 }
-PLACE, WINDOW = Place(24, 6), (2, 3)
+PLACE, WINDOW = MatrixSpec(24, 6), (2, 3)
 
 
 @functools.cache
@@ -184,5 +184,5 @@ def test_bad_use():
     peft_conv.to_peft(lokr.LoKr(), {}, PLACE, WINDOW)
   with pytest.raises(UserError, match="5 x 1 places do not divide the 24 inp"):
     peft_conv.to_peft(lora.LoRA(), {}, PLACE, (5, 1))
-  with pytest.raises(UserError, match="5 places do not divide 24 inputs"):
-    lokr.LoKr(window=5).start(jax.random.key(0), PLACE, None)
+  with pytest.raises(UserError, match="5 does not divide the 24 inputs"):
+    lokr.LoKr(window=5).init_arrays(jax.random.key(0), PLACE, None)

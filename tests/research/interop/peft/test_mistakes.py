@@ -105,8 +105,8 @@ QUERY = "base_model.model.model.layers.1.self_attn.q_proj"
   [
     ("method_hira", "hira_B", np.nan, "not finite"),
     ("method_vera", "vera_lambda_d", np.inf, "not finite"),
-    ("method_shira", "shira_indices", 40, "a place outside [40, 40]"),
-    ("method_shira", "shira_indices", -1, "a place outside [40, 40]"),
+    ("method_shira", "shira_indices", 40, "a position outside [40, 40]"),
+    ("method_shira", "shira_indices", -1, "a position outside [40, 40]"),
     ("method_randlora", "randlora_A", 3.0, "which all modules share"),
   ],
 )

@@ -184,7 +184,7 @@ def test_int8_is_its_definition_and_written_back():
   w = bnb.from_tensors(tensors)
   want = tensors["weight"] * (tensors["SCB"][:, None] / 127)
   np.testing.assert_allclose(w.dense(), want.T, rtol=3e-7)
-  np.testing.assert_allclose(w.plain().dense(), want.T, rtol=3e-7)
+  np.testing.assert_allclose(w.normal_form().dense(), want.T, rtol=3e-7)
   same(bnb.to_tensors(w), tensors)
 
 

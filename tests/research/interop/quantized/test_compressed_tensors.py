@@ -143,7 +143,7 @@ def test_groups_of_scattered_inputs():
   w = compressed_tensors.from_tensors(given, told)
   plain = compressed_tensors.from_tensors(
     tensors("int4_asym"), scheme("int4_asym")
-  ).plain()
+  ).normal_form()
   codes = np.asarray(plain.codes, np.float32)
   want = (codes - np.asarray(plain.zero)[index]) * np.asarray(plain.scale)[
     index

@@ -1,4 +1,4 @@
-"""Diagnoses of updates whose singular vectors are chosen."""
+"""Tests diagnosis on updates with chosen singular vectors."""
 
 import functools
 
@@ -96,7 +96,7 @@ def test_mitigation_weakens_intruders_alone():
   np.testing.assert_allclose(
     f.delta(), s[0] * np.outer(u[:, 0], v[0]), atol=1e-4
   )
-  again = lora_factors.wrapped(
+  again = lora_factors.wrap_factors(
     {"run0": {"layer0": {"x": jnp.asarray(w[None])}}}, found
   )
   assert (
@@ -107,7 +107,7 @@ def test_mitigation_weakens_intruders_alone():
   )
 
 
-def test_what_is_no_intruder_stays_bit_for_bit():
+def test_other_vectors_are_unchanged_bit_for_bit():
   params = model([(3.0, 0, 0), (1.0, 2, 1)])
   found, counts = diagnose.mitigate(params)
   assert counts == {"layers/0/x": 0}

@@ -1,4 +1,4 @@
-"""Bytes of a step: lora.md section 5, and what the compiler says."""
+"""Tests memory estimates against lora.md section 5 and compiler reports."""
 
 import dataclasses
 
@@ -95,7 +95,7 @@ def taken(how="lora", remat="names"):
   return whole, shapes.shapes(whole, jax.devices()[:1])
 
 
-def test_activations_are_those_that_are_named():
+def test_activations_are_the_named_residuals():
   rows, n, d, f = 4 * 256, 30, 576, 1536
   # Queries, keys, values; attention's output and normaliser; the middle, gate,
   # up; the input of each layer. And of the loss: hidden states, twice.
@@ -111,7 +111,7 @@ def test_activations_are_those_that_are_named():
 
 
 @pytest.mark.parametrize("how", ["lora", "qlora", "full"])
-def test_within_a_tenth_of_the_compilers(how):
+def test_within_ten_percent_of_the_compilers_report(how):
   whole, found = taken(how)
   usage = shapes.lower(whole, found).compile().memory_analysis()
   total = usage.argument_size_in_bytes + usage.temp_size_in_bytes
@@ -120,7 +120,7 @@ def test_within_a_tenth_of_the_compilers(how):
   assert got.total == pytest.approx(total, rel=0.1)
 
 
-def test_what_rewrites_change_is_a_part_of_the_model():
+def test_held_weights_count_as_part_of_the_model():
   whole, found = taken()
   want = ahead.arithmetic(whole, found)
   held = dataclasses.replace(whole, held="/w$")
@@ -128,7 +128,7 @@ def test_what_rewrites_change_is_a_part_of_the_model():
   assert got == want
 
 
-def test_what_it_does_not_know_is_not_said():
+def test_unknown_parts_are_not_reported():
   whole, _ = taken()
   cut = dataclasses.replace(whole, mesh=Layout(data=2))
   found = shapes.shapes(cut, jax.devices()[:2])

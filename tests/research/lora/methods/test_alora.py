@@ -1,4 +1,4 @@
-"""Activated LoRA: the base before its invocation, LoRA from there on."""
+"""Tests activated LoRA: the base before its invocation, LoRA after it."""
 
 import functools
 
@@ -13,7 +13,7 @@ from research.generation import generate
 from research.generation.sampling import GREEDY
 from research.lora import adapt, wrap
 from research.lora.adapted import AdaptedTensor
-from research.lora.methods.alora import ALoRA, after_last
+from research.lora.methods.alora import ALoRA, from_last_match
 from research.lora.methods.lora import LoRA
 from research.training.objectives import objective
 from research.typing import UserError
@@ -31,7 +31,7 @@ def model():
 
 @functools.cache
 def adapted(method):
-  """Returns a model's parameters under an adapter away from its start."""
+  """Returns a model's parameters under an adapter with random arrays."""
   params = adapt.Adapt(method=method)(support.params(model()), KEY)
   return tree.map_paths(
     lambda p, x: (
@@ -81,22 +81,22 @@ def ways():
   ],
 )
 def test_acts_from_the_last_occurrence(row, wanted, start):
-  got = after_last(jnp.array([row]), wanted)[0]
+  got = from_last_match(jnp.array([row]), wanted)[0]
   want = [start is not None and i >= start for i in range(len(row))]
   assert got.tolist() == want
 
 
-def test_each_document_of_a_packed_row_is_called_alone():
+def test_each_document_of_a_packed_row_has_its_own_invocation():
   tokens = jnp.array([[5, 6, 1, 2, 5, 5, 6, 6, 5, 6]])
   segments = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2, -1, -1]])
-  got = after_last(tokens, (5, 6), segments)[0].astype(int).tolist()
+  got = from_last_match(tokens, (5, 6), segments)[0].astype(int).tolist()
   assert got == [1, 1, 1, 0, 0, 1, 1, 1, 0, 0]
   # An invocation that a border cuts is none.
   segments = jnp.array([[0, 1, 1, 1, 1, 1, 2, 2, 3, 4]])
-  assert not after_last(tokens, (5, 6), segments).any()
+  assert not from_last_match(tokens, (5, 6), segments).any()
 
 
-def test_before_its_call_the_base_and_uncalled_rows_whole():
+def test_positions_before_the_invocation_use_the_base():
   got, always, base = ways()
   chex.assert_trees_all_equal(got[0, :6], base[0, :6])
   chex.assert_trees_all_equal(got[1], base[1])
@@ -105,7 +105,7 @@ def test_before_its_call_the_base_and_uncalled_rows_whole():
   assert jnp.abs(got[0, 6:] - always[0, 6:]).max() > 1e-3
 
 
-def test_called_by_its_first_tokens_it_is_lora():
+def test_invoked_by_its_first_tokens_it_is_lora():
   tokens = jnp.asarray(support.tokens(2, 8)).at[:, :2].set(jnp.array(CALL))
 
   @jax.jit
@@ -120,7 +120,7 @@ def test_called_by_its_first_tokens_it_is_lora():
 PROMPTS = [[1, 2, *CALL, 3], [1, 2, 7, 8, 3, 9, 4], [*CALL, 4, 4, *CALL]]
 
 
-def test_generates_as_without_a_cache_and_shares_the_bases():
+def test_generates_as_without_a_cache_and_shares_the_bases_cache():
   got = generate.generate(model(), activated(), PROMPTS, 4).tokens
   time = 12
 
@@ -151,7 +151,7 @@ def test_generates_as_without_a_cache_and_shares_the_bases():
     assert new == text[len(prompt) :]
 
 
-def test_shares_the_bases_cache_before_its_call():
+def test_shares_the_bases_cache_before_its_invocation():
   prompt = [1, 2, 3, 4, 7, *CALL, 8]
   tokens = jnp.array([prompt + [0] * 8])
 
@@ -184,7 +184,7 @@ def test_shares_the_bases_cache_before_its_call():
     assert not any(slots[:5]) and all(slots[5:8])
 
 
-def test_trains_only_where_it_is_called():
+def test_trains_only_where_it_is_invoked():
   tokens = np.array(support.tokens(1, 8))
   tokens[tokens == CALL[0]] = 1
   place = jnp.arange(8)[None]
@@ -213,7 +213,7 @@ def test_trains_only_where_it_is_called():
   "what, words",
   [
     (lambda t: t.einsum("btd,df->btf", jnp.ones((1, 2, 8))), "with_tokens"),
-    (lambda t: weights.dense(t), "no matrix to merge"),
+    (lambda t: weights.dense(t), "cannot be merged"),
     (
       lambda t: t.with_tokens(jnp.ones((1, 5), int), None).einsum(
         "td,df->tf", jnp.ones((3, 8))
@@ -227,7 +227,7 @@ def test_trains_only_where_it_is_called():
     ),
   ],
 )
-def test_says_what_it_cannot(what, words):
+def test_unsupported_uses_raise(what, words):
   method = ALoRA(rank=2, invocation=CALL)
   arrays = {"a": jnp.ones((2, 8)), "b": jnp.ones((2, 4))}
   with pytest.raises(UserError, match=words):
@@ -235,7 +235,7 @@ def test_says_what_it_cannot(what, words):
 
 
 def away(packed=False):
-  """Returns one matrix under an adapter away from its start."""
+  """Returns one matrix under an adapter with random arrays."""
   method = ALoRA(rank=4, invocation=CALL)
   return laws.one(laws.moved(method, packed))
 

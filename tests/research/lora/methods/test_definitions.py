@@ -1,4 +1,4 @@
-"""Methods that PEFT lacks, or states otherwise, against their definitions."""
+"""Tests methods that PEFT lacks, or defines otherwise, against their papers."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.lora import LoRA
 from research.lora.methods.mora import MoRA
 from research.lora.methods.svd_init import LoRAGA
@@ -67,7 +67,7 @@ def test_mora_is_its_papers(form, size_in, size_out, rank):
   np.testing.assert_allclose(x @ method.delta(p, w), want, atol=2e-5)
 
 
-def test_lora_ga_starts_as_peft_starts_it():
+def test_lora_ga_is_initialised_as_in_peft():
   golden = json.loads((GOLDEN / "peft_facts.json").read_text())["lora_ga"]
   w, gradient, a, b, left = (
     np.array(golden[k], np.float32)
@@ -80,8 +80,8 @@ def test_lora_ga_starts_as_peft_starts_it():
     rslora=True,
     form="peft",
   )
-  place = Place(*w.T.shape)
-  p, p0 = method.start(
+  place = MatrixSpec(*w.T.shape)
+  p, p0 = method.init_arrays(
     jax.random.key(0), place, jnp.asarray(w.T), jnp.asarray(gradient.T)
   )
   # A singular vector's sign is anybody's choice.
@@ -95,7 +95,7 @@ def test_lora_ga_starts_as_peft_starts_it():
   )
   np.testing.assert_allclose(w.T - start, left.T, atol=2e-5)
   # The paper's form is another one.
-  other = LoRAGA(rank=3, gamma=16.0).start(
+  other = LoRAGA(rank=3, gamma=16.0).init_arrays(
     jax.random.key(0), place, jnp.asarray(w.T), jnp.asarray(gradient.T)
   )[0]
   assert np.abs(np.abs(other["b"]) - np.abs(b.T)).max() > 0.1
@@ -113,10 +113,10 @@ def test_lora_ga_starts_as_peft_starts_it():
     ("random", True, 1, 1),
   ],
 )
-def test_loras_starts_are_pefts(init, embedding, a, b):
+def test_loras_initialisations_are_pefts(init, embedding, a, b):
   """Variances of lora.md section 2.2, within 5 standard errors at least."""
-  place = Place(512, 768, embedding=embedding)
-  p, _ = LoRA(rank=8, init=init).start(jax.random.key(0), place, None)
+  place = MatrixSpec(512, 768, embedding=embedding)
+  p, _ = LoRA(rank=8, init=init).init_arrays(jax.random.key(0), place, None)
   for name, want in (("a", a), ("b", b)):
     x = np.asarray(p[name], np.float64)
     assert abs(x.mean()) <= 5 * (want / x.size) ** 0.5
@@ -127,6 +127,8 @@ def test_loras_starts_are_pefts(init, embedding, a, b):
   assert update < 1e-6 or init == "random"
 
 
-def test_an_orthogonal_start_halves_the_rank():
+def test_orthogonal_init_halves_the_rank():
   with pytest.raises(UserError, match="rank is 3, expected an even one"):
-    LoRA(rank=3, init="orthogonal").start(jax.random.key(0), Place(5, 4), None)
+    LoRA(rank=3, init="orthogonal").init_arrays(
+      jax.random.key(0), MatrixSpec(5, 4), None
+    )

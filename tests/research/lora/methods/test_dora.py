@@ -1,4 +1,4 @@
-"""DoRA's norm: of zeros, near cancellation, and of a base that moves."""
+"""Tests DoRA's norm: of zeros, near cancellation, and of a changing base."""
 
 import dataclasses
 import functools
@@ -28,12 +28,12 @@ def drawn(*shape, seed=0):
 def fresh(w, method):
   """Returns a new adapter around one matrix."""
   w = jax.tree.map(lambda x: x[None], w)
-  arrays = adapt.fresh(jax.random.key(0), ["layers/0/x"], method, w, {})
+  arrays = adapt.init_adapters(jax.random.key(0), ["layers/0/x"], method, w, {})
   return jax.tree.map(lambda x: x[0], AdaptedTensor(w, *arrays, method=method))
 
 
 def test_an_output_of_zeros_learns():
-  """A pruned column, say: its norm is 0, and 0 / 0 is no number."""
+  """Such as a pruned column: its norm is 0, and 0 / 0 is NaN."""
   method, x = DoRA(rank=RANK), drawn(40, IN)
   t = fresh(drawn(IN, OUT, seed=1).at[:, 2].set(0), method)
   want, tx = x @ drawn(IN, OUT, seed=2), optax.adam(0.05)
@@ -77,7 +77,7 @@ def cancelled(width=64, columns=2000):
   return method, {"a": a, "b": b, "m": m}, w
 
 
-def test_the_norm_of_what_is_nearly_cancelled():
+def test_the_norm_of_nearly_cancelled_columns():
   method, p, w = cancelled()
   found = np.asarray(jax.jit(method._norm)(p, w))
   a, b, base = (np.float64(x) for x in (p["a"], p["b"], w))
@@ -92,7 +92,7 @@ def test_the_norm_of_what_is_nearly_cancelled():
   assert (expanded < 0).mean() > 0.02 and not safe.all()
 
 
-def test_what_is_nearly_cancelled_multiplies_and_merges():
+def test_nearly_cancelled_columns_multiply_and_merge():
   method, p, w = cancelled()
   t, x = AdaptedTensor(w, p, method=method), drawn(5, 64)
 
@@ -114,8 +114,8 @@ def test_what_is_nearly_cancelled_multiplies_and_merges():
   chex.assert_trees_all_close(lengths, p["m"][left], rtol=2e-3)
 
 
-def test_safe_columns_take_the_short_way():
-  """Where no more than two bits are lost no matrix is formed."""
+def test_safe_columns_use_the_expanded_square():
+  """No matrix is formed if at most two bits are lost."""
   method, (a, b) = DoRA(rank=RANK), (drawn(RANK, IN), drawn(RANK, OUT, seed=1))
   w = drawn(IN, OUT, seed=2)
   p = {"a": a, "b": 0.02 * b}
@@ -127,7 +127,7 @@ def test_safe_columns_take_the_short_way():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_over_an_adapter_that_is_trained(dropout):
-  """Its norm is of the base as it is now, not as it was at the start."""
+  """The norm is that of the current base, not of the initial one."""
   a, b = drawn(RANK, IN, seed=5), drawn(RANK, OUT, seed=6)
   inner = lora(drawn(IN, OUT), a, jnp.zeros_like(b), dropout=dropout)
   t = fresh(inner, DoRA(rank=RANK))

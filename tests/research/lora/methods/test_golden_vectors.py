@@ -1,4 +1,4 @@
-"""Vectors of lora.md section 11, worked out apart from any code of ours.
+"""Tests the vectors of lora.md section 11, computed independently of this code.
 
 In PEFT's layout and under its names: `W [out, in]`, `A [r, in]`, `B [out, r]`.
 """
@@ -11,7 +11,7 @@ import pytest
 from research import weights
 from research.interop.peft import experts as peft_experts
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.adalora import AdaLoRA
 from research.lora.methods.dora import DoRA
 from research.lora.methods.hira import HiRA
@@ -88,7 +88,7 @@ CASES = {
 
 
 def adapted(method, tensors, w):
-  place = Place(*reversed(w.shape))
+  place = MatrixSpec(*reversed(w.shape))
   trained, fixed = method.from_peft(tensors, place, jnp.asarray(w.T))
   t = AdaptedTensor(w.T, trained, fixed, method=method)
   return jax.tree.map(jnp.asarray, t)
@@ -109,7 +109,7 @@ def test_the_matrix_and_what_it_does(name):
 def test_lokrs_factors_are_multiplied_as_kronecker_said():
   w1, w2 = np.array([[1, 2]], np.float32), np.array([[1], [3]], np.float32)
   method = LoKr(rank=2, alpha=6.0)
-  place = Place(2, 2)
+  place = MatrixSpec(2, 2)
   p, _ = method.from_peft({"lokr_w1": w1, "lokr_w2": w2}, place, None)
   want = 6.0 / 2 * np.array([[1, 2], [3, 6]])
   np.testing.assert_array_equal(method.delta(p, None).T, want)
@@ -117,7 +117,7 @@ def test_lokrs_factors_are_multiplied_as_kronecker_said():
 
 def test_doras_magnitudes_start_as_norms_of_outputs():
   key = jax.random.key(0)
-  trained, _ = DoRA(rank=1).start(key, Place(3, 2), jnp.asarray(W.T))
+  trained, _ = DoRA(rank=1).init_arrays(key, MatrixSpec(3, 2), jnp.asarray(W.T))
   np.testing.assert_allclose(trained["m"], NORMS, rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Every method obeys the same laws; a new one is one more row of METHODS.
+"""Properties of every method; a new one is one more row of METHODS.
 
 Each row stands on one kind of base, every other on blocks, and in a model on
 two of its matrices; with --slow on both kinds and on all. What is no law is
@@ -43,7 +43,13 @@ from research.lora.methods.qalora import QALoRA
 from research.lora.methods.randlora import RandLoRA
 from research.lora.methods.rotations import BOFT, HRA, OFT, Rotation
 from research.lora.methods.shira import SHiRA
-from research.lora.methods.svd_init import CorDA, LoRAGA, OLoRA, PiSSA, Residual
+from research.lora.methods.svd_init import (
+  CorDA,
+  DecompositionInit,
+  LoRAGA,
+  OLoRA,
+  PiSSA,
+)
 from research.lora.methods.tinylora import TinyLoRA
 from research.lora.methods.tokens import Tokens
 from research.lora.methods.vera import VeRA
@@ -160,7 +166,7 @@ def base(packed=False, n=3):
 
 
 def look(method, sizes):
-  """Returns random measurements; a covariance has to be one."""
+  """Returns random statistics; CorDA's is a covariance."""
   axes, rng = SEEN.get(type(method), ""), np.random.default_rng(0)
 
   def draw(i, o):
@@ -176,13 +182,13 @@ def look(method, sizes):
 def fresh(method, w):
   paths = [f"layers/{i}/x" for i in range(w.shape[0])]
   seen = look(method, dict.fromkeys(paths, (IN, OUT)))
-  trained, fixed = adapt.fresh(KEY, paths, method, w, seen)
+  trained, fixed = adapt.init_adapters(KEY, paths, method, w, seen)
   return AdaptedTensor(w, trained, fixed, method=method)
 
 
 @functools.cache
 def moved(method, packed=False):
-  """Returns three adapters, away from their start."""
+  """Returns three adapters with random arrays."""
   t, rng = fresh(method, base(packed)), np.random.default_rng(2)
   trained = {
     name: jnp.asarray(x + 0.1 * rng.standard_normal(x.shape), jnp.float32)
@@ -196,12 +202,12 @@ def draw(*shape, seed=3, dtype=jnp.float32):
 
 
 def waves(x):
-  """Returns numbers of the size of 0.05, no two alike."""
+  """Returns distinct numbers of magnitude 0.05."""
   return 0.05 + 0.02 * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
 
 
 def began(method, w):
-  """Returns the matrix that a fresh adapter computes with."""
+  """Returns the effective matrix of a new adapter."""
   if not isinstance(method, KaSA):
     return w
   u, s, v = np.linalg.svd(np.asarray(weights.dense(w), np.float64))
@@ -226,7 +232,7 @@ def close(got, want, length=IN):
 
 def test_every_method_has_a_row():
   assert {type(m) for m in METHODS} == set(all_methods().values()) - {
-    Residual,
+    DecompositionInit,
     Rotation,
     ALoRA,  # no matrix: `test_alora` has its laws
   }
@@ -280,7 +286,7 @@ def test_experts_have_adapters_of_their_own(method):
 
 @every
 def test_gradients_are_finite_differences(method):
-  """Directional, in fp64, away from the start."""
+  """Directional derivatives in fp64, at random arrays."""
   with jax.enable_x64():
     t = jax.tree.map(
       lambda x: np.float64(x) if x.dtype == jnp.float32 else np.asarray(x),
@@ -322,7 +328,7 @@ def held_constant(method, trained):
 @every
 @pytest.mark.sample(2, 1)
 def test_dropout_falls_on_the_adapter_alone(method):
-  if not method.DROPS:
+  if not method.SUPPORTS_DROPOUT:
     with pytest.raises(UserError, match="dropout"):
       dataclasses.replace(method, dropout=0.5)
     return
@@ -342,7 +348,7 @@ def logits(params, tokens):
 
 @functools.cache
 def model():
-  """Returns a model with every bias that there is."""
+  """Returns a model with every kind of bias."""
   biases = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
   family = dataclasses.replace(presets.FAMILIES["llama"], **biases)
   sizes = dict(width=32, head_dim=8, depth=2)
@@ -378,7 +384,7 @@ def test_in_a_model_scanned_or_not(method, targets):
   assert np.abs(got - before).max() > 1e-3
   size = float(np.abs(got).max())
   # A start that is subtracted again rounds numbers larger than the result.
-  atol = (1e-4 if isinstance(method, Residual) else 2e-5) * size
+  atol = (1e-4 if isinstance(method, DecompositionInit) else 2e-5) * size
   for other in (tree.unroll(noisy), wrap.merge(noisy)):
     after = logits(other, support.tokens())
     chex.assert_trees_all_close(after, got, atol=atol)
@@ -394,6 +400,6 @@ def test_axes_name_every_array(method):
 
 
 @every
-def test_spelled_in_a_checkpoint(method):
+def test_round_trip_through_a_checkpoints_json(method):
   note = json.loads(json.dumps(native._describe(fresh(method, base()))))
   assert native._abstract(note, "weights").method == method

@@ -1,4 +1,4 @@
-"""Every method over eight devices computes what it does on one."""
+"""Tests that every method computes the same on eight devices as on one."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 
 from research import tree
 from research.lora import wrap
-from research.lora.methods.svd_init import Residual
+from research.lora.methods.svd_init import DecompositionInit
 from tests import support_mesh
 from tests.research.lora.methods import test_methods as methods
 
@@ -19,11 +19,15 @@ ROWS = 8
 def _chosen():
   """Returns a method of each class, by label; BD-LoRA's sides are two.
 
-  But one alone of those that differ in how they start.
+  Only one of those that differ by initialisation alone.
   """
   found = {}
   for method in methods.METHODS:
-    kind = Residual if isinstance(method, Residual) else type(method)
+    kind = (
+      DecompositionInit
+      if isinstance(method, DecompositionInit)
+      else type(method)
+    )
     found.setdefault((kind, getattr(method, "side", None)), method)
   return {methods.label(m): m for m in found.values()}
 
@@ -38,7 +42,7 @@ WHOLE = {
 
 
 def _leaf(method):
-  """Returns one adapted matrix, away from its start, named as an MLP's."""
+  """Returns one adapted matrix with random arrays, named as in an MLP."""
   return {"mlp": {"up": methods.one(methods.moved(method))}}
 
 
@@ -54,7 +58,7 @@ def _loss(learned, frozen, x):
 
 @functools.cache
 def placed(layout: str):
-  """Returns the layout, its mesh, (learned, frozen), and where they go."""
+  """Returns the layout, its mesh, (learned, frozen), and their shardings."""
   plan = support_mesh.LAYOUTS[layout]
   mesh = plan.mesh()
   params = {name: _leaf(m) for name, m in METHODS.items()}
@@ -94,7 +98,7 @@ def test_outputs_and_gradients_are_one_devices(name):
     )
 
 
-def test_all_are_cut_that_have_a_side_of_the_matrix():
+def test_all_arrays_with_a_side_of_the_matrix_are_sharded():
   _, _, _, (learned, _) = placed("mixed")
   whole = {
     type(METHODS[name]).__name__

@@ -1,4 +1,4 @@
-"""LoRA-FA's backward pass: `a` is fixed, so its input is not needed."""
+"""Tests LoRA-FA's backward pass: with a fixed `a` it needs no input."""
 
 import dataclasses
 import functools
@@ -8,15 +8,15 @@ import jax.numpy as jnp
 
 from research import weights
 from research.lora.adapted import AdaptedTensor
-from research.lora.method import Place
+from research.lora.method import MatrixSpec
 from research.lora.methods.lora import LoRA
 from research.lora.methods.one_factor import LoRAFA
 from tests.research.lora.methods import test_methods as laws
 from tests.research.lora.methods.test_methods import IN
 
 
-def test_lora_fa_keeps_no_input_for_the_backward_pass():
-  """But for `x aᵀ`: by the shapes that are kept, and by XLA's own count."""
+def test_lora_fa_saves_no_input_for_the_backward_pass():
+  """Only `x aᵀ`: by the residuals' shapes, and by XLA's memory report."""
   x, shapes = laws.draw(5, IN), {}
   for method in (LoRA(rank=4), LoRAFA(rank=4)):
     t = laws.one(laws.moved(method))
@@ -31,12 +31,12 @@ def test_lora_fa_keeps_no_input_for_the_backward_pass():
   assert (5, IN) not in shapes[LoRAFA] and (5, 4) in shapes[LoRAFA]
 
   def layers(method):
-    """Returns bytes that a step over 8 layers takes for a while."""
+    """Returns the temporary memory of a step over 8 layers in bytes."""
     w = AdaptedTensor(
       jax.ShapeDtypeStruct((8, 256, 256), jnp.float32),
       *jax.eval_shape(
-        lambda: method.start(
-          jax.random.key(0), Place(256, 256), jnp.zeros((256, 256))
+        lambda: method.init_arrays(
+          jax.random.key(0), MatrixSpec(256, 256), jnp.zeros((256, 256))
         )
       ),
       method=method,
@@ -64,7 +64,7 @@ def _stack(x, n):
   return jax.ShapeDtypeStruct((n, *x.shape), x.dtype)
 
 
-def test_gradients_are_those_of_lora_with_a_held():
+def test_gradients_are_those_of_lora_with_a_fixed():
   x, cotangent = laws.draw(2, 5, IN), laws.draw(2, 5, laws.OUT, seed=4)
   t = laws.one(laws.moved(LoRAFA(rank=4)))
   found = {}

@@ -1,4 +1,4 @@
-"""What methods start from, where that is more than zeros and noise.
+"""Tests data-dependent initialisations and random positions.
 
 Singular triples, columns of QR, explained variance and torch's random places,
 each against numpy or a vector; the laws of all methods are `test_methods`.
@@ -16,15 +16,15 @@ from research.lora import torch_rng
 from research.lora.adapted import AdaptedTensor
 from research.lora.methods import eva
 from research.lora.methods.lora import LoRA
-from research.lora.methods.svd_init import OLoRA, PiSSA, Residual
+from research.lora.methods.svd_init import DecompositionInit, OLoRA, PiSSA
 from research.typing import UserError
 from tests.research.lora.methods import test_methods as laws
 
-RESIDUAL = [m for m in laws.METHODS if isinstance(m, Residual)]
+RESIDUAL = [m for m in laws.METHODS if isinstance(m, DecompositionInit)]
 
 
 @pytest.mark.parametrize("method", RESIDUAL, ids=laws.label)
-def test_a_start_of_its_own_is_exported_as_lora_of_twice_the_rank(method):
+def test_data_dependent_inits_are_exported_as_lora_of_twice_the_rank(method):
   t = laws.moved(method)
   plain, arrays = method.exported(t.arrays)
   assert type(plain) is LoRA and plain.rank == 8
@@ -67,20 +67,20 @@ def test_eva_gives_ranks_to_the_directions_that_explain_most():
     (0, 100_000, [36044, 73702, 76369, 2549, 52523, 32634]),
   ],
 )
-def test_places_are_torchs(seed, total, first):
+def test_positions_are_torchs(seed, total, first):
   """Vectors of `torch.randperm` with a seeded generator, torch 2.x on CPU."""
-  assert torch_rng.drawn_places(seed, total, len(first)).tolist() == first
+  assert torch_rng.randperm_prefix(seed, total, len(first)).tolist() == first
 
 
 @functools.cache
 def permutations():
-  """Returns what torch says of them (`make_randperm`)."""
+  """Returns torch's golden permutations (`make_randperm`)."""
   folder = pathlib.Path(__file__).parents[3] / "golden"
   return json.loads((folder / "randperm.json").read_text())
 
 
-def test_torchs_other_algorithm(monkeypatch):
-  """Which torch has for long permutations alone; in pieces, and cut short."""
+def test_torchs_algorithm_for_long_permutations(monkeypatch):
+  """For long permutations only; in chunks, and truncated."""
   golden = permutations()
   assert golden["bound"] == torch_rng._LONG
   monkeypatch.setattr(torch_rng, "_PIECE", 300)
@@ -94,13 +94,13 @@ def test_torchs_other_algorithm(monkeypatch):
   "total",
   [torch_rng._LONG - 1, pytest.param(torch_rng._LONG, marks=pytest.mark.slow)],
 )
-def test_places_of_a_large_matrix_are_torchs(total):
+def test_positions_of_a_large_matrix_are_torchs(total):
   """A down_proj of Llama 3 70B, say, has 234,881,024 entries."""
   for seed, want in permutations()["randperm"][str(total)].items():
-    got = torch_rng.drawn_places(int(seed), total, len(want))
+    got = torch_rng.randperm_prefix(int(seed), total, len(want))
     assert got.tolist() == want
 
 
-def test_places_have_to_be_counted():
+def test_positions_beyond_int32_are_refused():
   with pytest.raises(UserError, match="2,147,483,648 entries, some of which"):
-    torch_rng.drawn_places(0, 2**31, 5)
+    torch_rng.randperm_prefix(0, 2**31, 5)

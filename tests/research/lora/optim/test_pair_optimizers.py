@@ -61,7 +61,7 @@ def ours(values, scales):
 
 
 def follow(name, tx, steps=6):
-  """Runs our optimizer on PEFT's arrays; compares what comes out."""
+  """Runs our optimizer on PEFT's arrays and compares the results."""
   want = golden(name)
   scales = {"embed": 1.5, "up": 2.5}
   with jax.enable_x64(True):
@@ -104,7 +104,7 @@ def test_lora_fa_is_pefts():
   follow("lora_fa", riemannian.lora_fa(0.01, eps=1e-12))
 
 
-def test_lora_fa_has_neither_moments_nor_motion_for_a():
+def test_lora_fa_has_neither_moments_nor_updates_for_a():
   params = {"q": lora(None, jnp.ones((3, 2, 5)), jnp.ones((3, 2, 4)))}
   tx = riemannian.lora_fa(0.1, weight_decay=0.5)
   held = tx.init(params)
@@ -175,7 +175,7 @@ def test_adams_path_of_the_product_has_two_symmetries():
 
 @pytest.fixture(scope="module")
 def pro():
-  """LoRA-Pro's step in float64, and all that its theorems speak of."""
+  """LoRA-Pro's step in float64, with all quantities of its theorems."""
   with jax.enable_x64(True):
     rng = np.random.default_rng(1)
     s, r, i, o = 1.7, 3, 7, 6
@@ -183,7 +183,7 @@ def pro():
     full = rng.normal(size=(2, i, o))
     ga = s * b @ np.swapaxes(full, -1, -2)
     gb = s * a @ full
-    tx = lorapro.nearest(damping=0.0)
+    tx = lorapro.match_full_gradient(damping=0.0)
     params = {"q": lora(None, jnp.array(a), jnp.array(b), s)}
     grads = {"q": lora(None, jnp.array(ga), jnp.array(gb), s)}
     found, _ = jax.jit(tx.update)(grads, tx.init(params), params)
@@ -247,7 +247,7 @@ def test_b_of_zero_and_equal_rows_stay_finite(make):
   assert not (params["q"].trained["a"] - jnp.float32(a)).any()
 
 
-def test_pairs_know_their_scale_and_their_siblings():
+def test_pairs_have_the_scale_of_their_adapter():
   arrays = {"a": 1, "b": 2}
   inner = lora(None, jnp.ones((2, 5)), jnp.ones((2, 4)), 3.0)
   params = {
@@ -270,7 +270,7 @@ NAMED = [m for m in NAMED if "b" in laws.moved(m).trained]
 
 
 def slopes(t):
-  """Returns gradients of a, of b, and of the matrix that they stand in."""
+  """Returns gradients of a, of b, and of the adapted matrix."""
   x = laws.draw(5, laws.IN)
   both = {name: t.arrays[name] for name in "ab"}
 
@@ -290,7 +290,7 @@ def slopes(t):
 
 
 @pytest.mark.parametrize("method", NAMED, ids=laws.label)
-def test_pairs_move_the_matrix_by_their_product(method):
+def test_updates_of_pairs_change_the_matrix_by_their_product(method):
   """`ga = s b Gᵀ` and `gb = s a G`, G of the matrix; if not, it is refused."""
   t = laws.one(laws.moved(method))
   ga, gb, full = slopes(t)
@@ -313,17 +313,17 @@ def test_pairs_move_the_matrix_by_their_product(method):
     laws.close(ga, pair.scale * b @ full.T, laws.OUT)
 
 
-def test_pairs_that_are_not_matched_are_not_refused():
+def test_unmatched_pairs_are_ignored():
   params = {"k": laws.one(laws.moved(KaSA(rank=4)))}
   params["q"] = laws.one(laws.moved(laws.LoRA(rank=4)))
   assert [p.down for p in pairs.pairs(params, "^q/")] == ["q/trained/a"]
   for make in (lorapro.lorapro, riemannian.riemannian, riemannian.lora_fa):
-    with pytest.raises(UserError, match="k/trained/a: KaSA adds something"):
+    with pytest.raises(UserError, match="k/trained/a: KaSA adds another"):
       make(0.1).init(params)
     make(0.1, matching="^q/").init(params)
 
 
-def test_loraplus_hurries_what_starts_at_zero():
+def test_loraplus_speeds_up_the_zero_initialised_factor():
   """Of an embedding that is `a`."""
   params = {"embed": lora(None, jnp.ones((2, 5)), jnp.ones((2, 4)))}
   tx = loraplus.loraplus(0.01, ratio=16, clip=None)
@@ -332,7 +332,7 @@ def test_loraplus_hurries_what_starts_at_zero():
   np.testing.assert_allclose([found["a"], found["b"]], [-0.16, -0.01], 5e-5)
 
 
-def test_loraplus_has_to_find_something():
+def test_loraplus_without_any_b_is_refused():
   params = {"q": AdaptedTensor(None, {"l": jnp.ones(3)}, method=IA3())}
   for make in (loraplus.loraplus, loraplus.peft_groups):
     with pytest.raises(UserError, match="LoRA\\+: "):
@@ -345,13 +345,15 @@ def test_loraplus_has_to_find_something():
     loraplus.peft_groups(0.01).init(other)
 
 
-def test_no_pairs_is_told():
+def test_no_pairs_is_refused():
   params = {"a": jnp.ones((2, 3)), "extra": jnp.ones(2)}
   with pytest.raises(UserError, match="'.' matches none of 2 trainable arrays"):
     riemannian.riemannian(0.1).init(params)
 
 
-def test_a_model_trains_and_its_state_lies_like_its_parameters(adapted_state):
+def test_a_model_trains_and_its_state_is_sharded_like_its_parameters(
+  adapted_state,
+):
   for path, x in tree.flatten_paths(adapted_state.opt_state):
     assert x.ndim == 0 or path.endswith(("/trained/a", "/trained/b")), path
 
@@ -365,14 +367,14 @@ def adapted_state():
   return state.create(params, "/trained/", tx)
 
 
-def test_frozen_down_gives_what_a_fixed_a_can_express():
+def test_frozen_a_projects_on_what_a_fixed_a_can_express():
   """`s aᵀ db` is G, projected on the rows of a: whatever the scale is."""
   with jax.enable_x64(True):
     rng = np.random.default_rng(4)
     a, full = rng.normal(size=(3, 7)), rng.normal(size=(7, 5))
     params = {"q": lora(None, jnp.array(a), jnp.zeros((3, 5)), 2.5)}
     grads = {"q": lora(None, jnp.array(a), jnp.array(2.5 * a @ full), 2.5)}
-    tx = riemannian.frozen_down()
+    tx = riemannian.frozen_a()
     found, _ = tx.update(grads, tx.init(params), params)
     moved = 2.5 * a.T @ np.asarray(found["q"].trained["b"])
   # The damping of 1e-8 beside eigenvalues of order 1.

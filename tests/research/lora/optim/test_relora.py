@@ -1,4 +1,4 @@
-"""ReLoRA: the authors' schedule, exact merges, and what its resets do."""
+"""Tests ReLoRA: the authors' schedule, exact merges and resets."""
 
 import dataclasses
 import math
@@ -53,7 +53,7 @@ def test_schedule_is_the_authors():
 @pytest.mark.parametrize(
   "every,warmup,rewarm", [(7, 1, 1), (10, 11, 1), (10, 1, 11)]
 )
-def test_schedule_has_to_fit(every, warmup, rewarm):
+def test_schedules_that_do_not_fit_are_refused(every, warmup, rewarm):
   with pytest.raises(UserError, match="Expected `every` to divide the steps"):
     relora.schedule(1.0, 60, every, warmup, rewarm)
 
@@ -140,7 +140,7 @@ def test_the_merged_base_is_in_the_checkpoint(run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_restart_keeps_the_product_and_begins_again(dtype):
+def test_a_restart_merges_and_reinitialises(dtype):
   tx = optim.adamw(0.1)
   start = state.create(params(dtype), "/trained/", tx, held="/w$")
   learned = jax.tree.map(lambda x: x + 0.25, start.trainable)
@@ -189,7 +189,7 @@ def restarted():
 
   @jax.jit
   def run(at):
-    after = relora.Restart(every=3).restarted(at, methods.KEY)
+    after = relora.Restart(every=3).restart(at, methods.KEY)
     return [
       {name: (t.w, weights.dense(t)) for name, t in x.params.items()}
       for x in (at, after)
@@ -202,7 +202,7 @@ def restarted():
   "i", range(len(RESTARTED)), ids=map(methods.label, RESTARTED)
 )
 def test_a_restart_is_merged_and_changes_nothing(restarted, i):
-  """Of every method: nothing that it keeps may be of another base."""
+  """Of every method: no array may depend on the old base."""
   (before, want), (after, got) = (x[f"m{i}"] for x in restarted)
   assert np.abs(want - before).max() > 1e-3
   methods.close(after, want)
@@ -214,15 +214,15 @@ def test_a_restart_is_merged_and_changes_nothing(restarted, i):
   [*REFUSED, LoRA(rank=4, init="random"), C3A(block=4, init="xavier")],
   ids=methods.label,
 )
-def test_what_cannot_begin_again_is_refused(method):
+def test_methods_that_cannot_restart_are_refused(method):
   t = methods.fresh(method, methods.base())
   at = state.create({"x": t}, "/trained/", optax.sgd(0.1), held=HELD)
   with pytest.raises(UserError, match="relora: x: "):
-    relora.Restart(every=3).restarted(at, methods.KEY)
+    relora.Restart(every=3).restart(at, methods.KEY)
 
 
-def test_an_average_begins_again():
-  """It is of adapters over the old base, and all of them are merged."""
+def test_a_moving_average_restarts():
+  """It averages adapters over the old base, which are all merged."""
   tx = optax.sgd(0.1)
   at = state.create(params(), "/trained/", tx, held="/w$", average=True)
   moved = jax.tree.map(lambda x: x + 0.25, at.trainable)
@@ -243,7 +243,7 @@ def test_biases_that_are_scaled_are_merged():
   chex.assert_trees_all_close(after.params["q_bias"], b * l, rtol=1e-6)
   unheld = state.create(tree_, "/trained/", optax.sgd(0.1), held="/w$")
   with pytest.raises(UserError, match="q_bias is neither trained nor held"):
-    relora.Restart(every=3).restarted(unheld, methods.KEY)
+    relora.Restart(every=3).restart(unheld, methods.KEY)
 
 
 def test_until_and_after():
@@ -287,11 +287,11 @@ def test_over_scale_after_a_reset(counts, factors):
 
 def test_pruned_moments():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50, 40)))
-  kept = relora.Smallest(share=0.9)(x, jax.random.key(0))
+  kept = relora.MagnitudePruning(share=0.9)(x, jax.random.key(0))
   for before, after in zip(np.abs(x), np.asarray(kept), strict=True):
     assert (after != 0).sum() == 200
     assert before[after != 0].min() > before[after == 0].max()
-  kept = relora.AtRandom(share=0.75)(x, jax.random.key(0))
+  kept = relora.RandomPruning(share=0.75)(x, jax.random.key(0))
   # 4000 draws with chance 1/4: the deviation is 0.007.
   assert abs(float((kept != 0).mean()) - 0.25) < 0.035
   assert ((kept == 0) | (kept == x)).all()

@@ -1,4 +1,4 @@
-"""Rows of a batch with adapters of their own compute what they do alone."""
+"""Tests that rows with different adapters compute the same as alone."""
 
 import functools
 
@@ -20,7 +20,12 @@ from research.quant.layouts import cpu_layout
 from research.typing import UserError
 from tests import support
 
-WAYS = (batched.gathered, batched.beside, batched.grouped, batched.added)
+WAYS = (
+  batched.by_gather,
+  batched.by_masking,
+  batched.by_grouping,
+  batched.rowwise_lora,
+)
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -45,7 +50,7 @@ def truth(x, first, second, ids):
 @pytest.mark.parametrize(
   "ids", [[2, NONE, 0, 2, 1, NONE], [NONE] * 6, [1] * 6], ids=str
 )
-def test_every_way_is_row_by_row(way, time, ids):
+def test_every_implementation_equals_row_by_row(way, time, ids):
   x, first, second = draw(6, time, 12), draw(3, 4, 12), draw(3, 4, 20)
   got = jax.jit(way)(x, first, second, jnp.array(ids))
   want = truth(x, first, second, ids)
@@ -54,20 +59,20 @@ def test_every_way_is_row_by_row(way, time, ids):
   assert not np.asarray(got)[alone].any()
 
 
-@pytest.mark.parametrize("rank", [0, 4, batched.UNROLLED + 1])
+@pytest.mark.parametrize("rank", [0, 4, batched.MAX_UNROLLED_RANK + 1])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_token_a_row_of_any_rank(rank, dtype):
-  """Up to the unrolled ones sums are in float32, and rounded once."""
+def test_one_token_per_row_of_any_rank(rank, dtype):
+  """Unrolled sums are in float32, and rounded once."""
   x, first, second = (
     t.astype(dtype)
     for t in (draw(6, 1, 12), draw(3, rank, 12), draw(3, rank, 20))
   )
   ids = [2, NONE, 0, 2, 1, NONE]
-  got = np.asarray(batched.gathered(x, first, second, jnp.array(ids)))
+  got = np.asarray(batched.by_gather(x, first, second, jnp.array(ids)))
   want = truth(x, first, second, ids)
   eps = float(jnp.finfo(dtype).eps)
   size = truth(*(np.abs(t) for t in (x, first, second)), ids)
-  inner = EPS if rank <= batched.UNROLLED else eps
+  inner = EPS if rank <= batched.MAX_UNROLLED_RANK else eps
   bound = eps * np.abs(want) + (12 + rank) * inner * size
   assert (np.abs(got.astype(np.float64) - want) <= bound).all()
 
@@ -75,17 +80,19 @@ def test_a_token_a_row_of_any_rank(rank, dtype):
 @pytest.mark.parametrize(
   "rows, time, n, rank, way",
   [
-    (32, 1, 32, 8, "gathered"),
-    (8, 64, 2, 8, "gathered"),
-    (32, 1, 4, 8, "gathered"),
-    (32, 1, 2, 64, "beside"),
-    (256, 1, 16, 16, "grouped"),
-    (64, 1, 8, 64, "grouped"),
+    (32, 1, 32, 8, "by_gather"),
+    (8, 64, 2, 8, "by_gather"),
+    (32, 1, 4, 8, "by_gather"),
+    (32, 1, 2, 64, "by_masking"),
+    (256, 1, 16, 16, "by_grouping"),
+    (64, 1, 8, 64, "by_grouping"),
   ],
 )
-def test_the_shape_chooses(monkeypatch, rows, time, n, rank, way):
+def test_the_shape_selects_the_implementation(
+  monkeypatch, rows, time, n, rank, way
+):
   called = []
-  for name in ("gathered", "beside", "grouped"):
+  for name in ("by_gather", "by_masking", "by_grouping"):
 
     def called_as(x, first, second, ids, name=name):
       called.append(name)
@@ -93,7 +100,7 @@ def test_the_shape_chooses(monkeypatch, rows, time, n, rank, way):
 
     monkeypatch.setattr(batched, name, called_as)
   shapes = (rows, time, 3), (n, rank, 3), (n, rank, 5)
-  batched.added(*map(jnp.zeros, shapes), jnp.zeros(rows, jnp.int32))
+  batched.rowwise_lora(*map(jnp.zeros, shapes), jnp.zeros(rows, jnp.int32))
   assert called == [way]
 
 
@@ -121,7 +128,7 @@ def test_ids_are_one_for_each_row():
     weights.einsum("...d,df->...f", draw(3, 1, 4), bound)
 
 
-def test_parts_are_cut_like_the_matrix():
+def test_factors_are_sharded_like_the_matrix():
   leaf = BatchedTensor(draw(3, 4, 8), draw(3, 2, 1, 4), draw(3, 2, 1, 8))
   bound = weights.bind({"w": leaf}, ids=jnp.array([0, 1]))["w"]
   up = weights.axes(bound, ("width", "hidden"))

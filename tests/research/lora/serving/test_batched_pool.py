@@ -1,4 +1,4 @@
-"""Adapters come and go within one compiled program."""
+"""Tests adapter pools: swapping adapters in one compiled program."""
 
 import functools
 import json
@@ -84,8 +84,8 @@ def logits(model, params, ids):
   return model.apply({"params": params}, hidden, method="logits")
 
 
-def test_adapters_come_and_go_without_compiling(places):
-  """Three adapters through two slots; each batch is what they say alone."""
+def test_adapters_are_swapped_without_compiling(places):
+  """Three adapters in two slots; each batch equals the adapters alone."""
   alone = {name: tokens(adapted(seed)) for seed, name in enumerate("abc")} | {
     pool.BASE: tokens(base().params)
   }
@@ -119,7 +119,7 @@ def test_adapters_come_and_go_without_compiling(places):
   assert compiled() == before
 
 
-def test_the_longest_unused_leaves_a_slot(places):
+def test_the_least_recently_used_adapter_is_replaced(places):
   held = empty(slots=2)
   for name, place in places.items():
     held = pool.add(held, name, place)
@@ -134,7 +134,7 @@ def test_the_longest_unused_leaves_a_slot(places):
     assert ids.tolist() == [want.index(name) for name in names]
 
 
-def test_host_memory_keeps_the_last_used_and_reads_again(tmp_path, places):
+def test_host_memory_is_a_least_recently_used_cache(tmp_path, places):
   held = pool.add_tree(empty(slots=1, keep=2), "mine", adapted(7))
   for name in places:
     held = pool.add(held, name, saved(tmp_path / name, adapted(ord(name))))
@@ -168,9 +168,9 @@ def test_host_memory_keeps_the_last_used_and_reads_again(tmp_path, places):
   ids=lambda m: type(m).__name__,
 )
 @pytest.mark.sample(3)
-def test_methods_that_add_are_plain_lora(method):
+def test_low_rank_methods_are_plain_lora(method):
   params = adapted(1, method)
-  found = row_factors.of(params, 4)
+  found = row_factors.extract(params, 4)
   got = dict(wrap.leaves(params))
   for prefix, layers in tree.layer_indices(params).items():
     run, layer = prefix.split("/")
@@ -197,21 +197,23 @@ def test_methods_that_add_are_plain_lora(method):
   [DoRA(rank=2), HiRA(rank=2), IA3(), C3A(block=4), LoHa(rank=4)],
   ids=lambda m: type(m).__name__,
 )
-def test_methods_that_do_not_are_named(method):
+def test_other_methods_are_refused_by_name(method):
   with pytest.raises(UserError) as error:
     pool.add_tree(empty(), "x", adapted(1, method))
   name = type(method).__name__
-  assert f"what {name} adds is no matrix of rank 4" in str(error.value)
+  assert f"the update of {name} is no matrix of rank 4" in str(error.value)
   assert str(error.value).startswith("layers/0/")
   assert len(str(error.value).splitlines()) <= 3
 
 
-def test_a_pool_made_to_fit(places, tmp_path):
+def test_a_pool_sized_for_its_adapters(places, tmp_path):
   places = places | {
     "d": saved(tmp_path / "d", adapted(3, MiSS(rank=4), ("v",))),
     "e": saved(tmp_path / "e", adapted(4, LoRA(rank=6), ("q",))),
   }
-  held = pool.fitted(base().params, base().model, places, adapters.read_factors)
+  held = pool.from_directories(
+    base().params, base().model, places, adapters.read_factors
+  )
   assert (len(held.slots), held.rank, held.names) == (5, 6, (*"abcde",))
   held, ids = pool.use(held, ["d", "e"])
   ids_in, model = support.tokens(2, 5, vocab=60), base().model
@@ -291,7 +293,7 @@ def test_an_adapter_with_nan_reaches_no_other_row():
     ("bias_all", "llama_biases"),
   ],
 )
-def test_adapters_that_bring_weights_whole(name, base):
+def test_adapters_with_whole_weights_are_refused(name, base):
   loaded = load.load_model(TINY.parent / base)
   held = pool.create(
     loaded.params, loaded.model, rank=16, read=adapters.read_factors
@@ -306,7 +308,7 @@ def test_twice_adapted_is_an_error():
     adapted(0), jax.random.key(0)
   )
   with pytest.raises(UserError, match="adapted twice"):
-    row_factors.of(again, 4)
+    row_factors.extract(again, 4)
 
 
 def test_a_pool_of_trees_reads_no_directory(places):
@@ -314,7 +316,7 @@ def test_a_pool_of_trees_reads_no_directory(places):
     pool.add(empty(read=None), "x", places["a"])
 
 
-def test_configuration_is_left_alone(places):
+def test_reading_an_adapter_writes_nothing(places):
   """Reading an adapter writes nothing."""
   before = json.loads((places["a"] / "adapter_config.json").read_text())
   pool.add(empty(), "x", places["a"])

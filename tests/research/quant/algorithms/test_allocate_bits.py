@@ -1,4 +1,4 @@
-"""What is chosen against all choices, and a run on a tiny model."""
+"""Tests bit allocation against all choices, and a run on a tiny model."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def totals(choices):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_no_choice_within_the_budget_costs_less(seed):
-  """Whatever the budget; steps in the order of what they gain are not that."""
+  """For any budget; greedy steps are not optimal."""
   choices = random_choices(seed)
   every = totals(choices)
   budgets = np.linspace(every[:, 0].min(), every[:, 0].max(), 23)
@@ -94,7 +94,7 @@ def test_many_units_are_few_states():
   assert price[0] <= cost <= price[0] * 1.01
 
 
-def test_what_is_dominated_is_no_step():
+def test_dominated_choices_are_skipped():
   choices = [(2.0, 5.0), (3.0, 6.0), (4.0, 4.5), (4.0, 3.0)]
   choices += [(6.0, 2.9), (8.0, 1.0)]
   assert allocate_bits.hull(choices) == [0, 3, 5]
@@ -102,14 +102,14 @@ def test_what_is_dominated_is_no_step():
     allocate_bits.allocate({"a": choices}, 1.5)
 
 
-def test_a_budget_is_kept_where_it_counts():
+def test_a_run_keeps_its_budget():
   model = support.model()
   params = support.params(model)
   how = Allocation(formats=FORMATS, bits=9.5, probe=PROBE)
-  how = how.of(Loaded(model, params, Bytes(), {}))
+  how = how.with_model(Loaded(model, params, Bytes(), {}))
   said = []
   packed, report = how.run(params, said.append)
-  every = allocate_bits.held(packed)
+  every = allocate_bits.packable_weights(packed)
   used = [w for path, w in every.items() if path.startswith("layers/")]
   size = sum(np.prod(w.shape) for w in used)
   assert 8 * sum(tree.nbytes(w) for w in used) <= 9.5 * size
@@ -120,9 +120,9 @@ def test_a_budget_is_kept_where_it_counts():
   ]
   assert len(kept) == 3 and all(len(formats) == 1 for formats in kept)
   assert len(set.union(*kept)) > 1  # not all alike
-  assert sum("is kept in" in text for text in said) == 3
+  assert sum("is quantized to" in text for text in said) == 3
   # Each layer's choices: more bits, less divergence.
-  choices = how.measured(params, how.units(params), said.append)
+  choices = how.measure(params, how.units(params), said.append)
   for given in choices.values():
     assert [kl for _, kl in given] == sorted([kl for _, kl in given])[::-1]
 
@@ -134,12 +134,12 @@ def test_a_budget_is_kept_where_it_counts():
     (dict(bits=1.0), "more than the budget"),
   ],
 )
-def test_what_cannot_be_is_said(options, says):
+def test_impossible_settings_raise(options, says):
   model = support.model()
   params = support.params(model)
   how = Allocation(**dict(formats=FORMATS[:1], bits=9.5, probe=PROBE) | options)
   with pytest.raises(UserError, match=says):
-    how.of(Loaded(model, params, Bytes(), {})).run(params)
+    how.with_model(Loaded(model, params, Bytes(), {})).run(params)
   with pytest.raises(UserError, match="has no model"):
     how.run(params)
 
@@ -147,10 +147,12 @@ def test_what_cannot_be_is_said(options, says):
 def test_matrices_are_replaced_by_address():
   model = support.model()
   params = support.params(model)
-  every = allocate_bits.held(params)
+  every = allocate_bits.packable_weights(params)
   assert {"embed", "layers/2/mlp/down"} <= set(every)
   new = {"layers/1/mlp/up": 0 * every["layers/1/mlp/up"]}
-  found = allocate_bits.held(allocate_bits.replaced(model, params, every | new))
+  found = allocate_bits.packable_weights(
+    allocate_bits.with_weights(model, params, every | new)
+  )
   for path, w in found.items():
     same = np.array_equal(weights.dense(w), every[path])
     assert same == (path not in new)

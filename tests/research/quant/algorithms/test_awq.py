@@ -1,4 +1,4 @@
-"""AWQ: exact before it is packed, better after, by its own definition."""
+"""Tests AWQ: exact before packing, better after, by its definition."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def _case(family):
 def _found(family, **options):
   model, params, tokens = _case(family)
   made = awq.AWQ(format=FORMAT, steps=8, model=model, **options)
-  return made.scaled(params, tokens)
+  return made.scale_and_clip(params, tokens)
 
 
 def _search(steps=8, duo=True):
@@ -74,7 +74,7 @@ def _error(got, want):
   return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
-def test_scales_leave_the_model():
+def test_scales_preserve_the_model():
   """Grouped heads; Gemma's norms of 1 + w, and its outer ones; no module."""
   family = "gemma2"
   scaled, reports = _found(family, clip=False, loss="diag", duo=False)
@@ -86,7 +86,7 @@ def test_scales_leave_the_model():
   assert all(report["qkv"]["alpha"] > 0 for report in reports)
 
 
-def test_packed_it_is_better_than_rounding():
+def test_packed_models_are_better_than_rounding_to_nearest():
   _, params, _ = _case("llama")
   scaled, reports = _found("llama")
   want = _outputs("llama", params)
@@ -108,7 +108,7 @@ def test_before_k_quants():
   scale = params["run0"]["layer0"]["mlp_norm"]["scale"]
   params["run0"]["layer0"]["mlp_norm"]["scale"] = scale.at[..., 3].add(20.0)
   made = awq.AWQ(format=Q4K(), steps=4, model=model)
-  scaled, (report,) = made.scaled(params, tokens)
+  scaled, (report,) = made.scale_and_clip(params, tokens)
   layer = next(tree.layers(params))["mlp"]
   assert report["mlp"]["alpha"] > 0
 
@@ -166,7 +166,7 @@ def test_candidates_are_those_of_the_paper():
   [(FORMAT, 16), (Int8(), 512), (Q4K(), 256)],
   ids=lambda x: getattr(x, "name", ""),
 )
-def test_ranges_are_cut_where_a_groups_own_output_gains(format, size):
+def test_ranges_are_clipped_where_outputs_gain(format, size):
   inputs = min(2 * size, 512)
   rng = np.random.default_rng(1)
   w = rng.standard_t(2, (inputs, 6)).astype(np.float32)
@@ -174,7 +174,9 @@ def test_ranges_are_cut_where_a_groups_own_output_gains(format, size):
   flat = x[0].astype(np.float64)
   xx = jnp.asarray(flat.T @ flat / len(flat), jnp.float32)
   search = dataclasses.replace(_search(), format=format)
-  got = jax.jit(functools.partial(awq_search.cut, search))(jnp.asarray(w), xx)
+  got = jax.jit(functools.partial(awq_search.clip_ranges, search))(
+    jnp.asarray(w), xx
+  )
   # By the definition, over tokens, in NumPy.
   want = np.empty_like(w)
   for group in (slice(i, i + size) for i in range(0, inputs, size)):
@@ -214,13 +216,13 @@ def test_scales_of_value_heads_go_with_their_queries():
     (dict(format=FP8(share="tensor")), "outputs share scales in fp8-e4m3-ten"),
   ],
 )
-def test_what_does_not_fit_is_said_before_a_text_is_read(options, message):
+def test_unsupported_matrices_raise_before_calibration(options, message):
   model, params, _ = _case("llama")
   with pytest.raises(UserError, match=message):
     awq.AWQ(model=model, tokenizer=None, **options)(params)
 
 
-def test_what_is_not_finite_is_named():
+def test_weights_that_are_not_finite_are_named():
   model, params, _ = _case("llama")
   up = params["run0"]["layer0"]["mlp"]["up"]
   layer = params["run0"]["layer0"]
@@ -229,7 +231,7 @@ def test_what_is_not_finite_is_named():
     awq.AWQ(format=FORMAT, model=model)({**params, "run0": {"layer0": bad}})
 
 
-def test_mistakes_are_said():
+def test_bad_settings_raise():
   with pytest.raises(UserError, match="no model"):
     awq.AWQ()({})
   with pytest.raises(UserError, match="steps"):

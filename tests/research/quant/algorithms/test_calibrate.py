@@ -1,4 +1,4 @@
-"""Calibration against the unchanged model, and against sums by hand."""
+"""Tests calibration against the unchanged model and explicit sums."""
 
 import dataclasses
 
@@ -61,7 +61,7 @@ def test_windows_are_of_the_text_and_drawn_by_the_seed():
   assert found.record()["sha256"] != other.record()["sha256"]
 
 
-def test_windows_begin_as_the_tokenizer_says():
+def test_windows_begin_with_the_tokenizers_special_tokens():
   class Around(Letters):
     special = SpecialTokens(begin=(66,), end=(65,), every_row=True)
 
@@ -88,12 +88,12 @@ def test_windows_begin_as_the_tokenizer_says():
     (dict(length=0), "length: found 0"),
   ],
 )
-def test_too_little_text_is_said(changes, says):
+def test_too_little_text_raises(changes, says):
   with pytest.raises(UserError, match=says):
     windows(**changes)
 
 
-def test_without_tokens_nothing_is_walked():
+def test_without_tokens_it_raises():
   model = support.model()
   with pytest.raises(UserError, match="at least one window"):
     calibrate.walk(
@@ -123,7 +123,7 @@ def test_a_walk_that_changes_nothing_is_the_model(family):
 
 
 @pytest.mark.parametrize("follow", ["new", "old"])
-def test_layers_are_given_what_those_before_put_out(follow):
+def test_layers_receive_the_outputs_of_new_layers(follow):
   model = support.model()
   params = support.params(model)
   seen = []
@@ -141,9 +141,9 @@ def test_inputs_are_summed_over_batches():
   model = support.model()
   params = support.params(model)
   block, layer = model.layer_kinds()[0], next(tree.layers(params))
-  x = calibrate.embedded(model, params, tokens())
-  inputs = calibrate.Inputs(block, x, batch=2)
-  found = inputs.seen(layer, ["attention/v"], statistics.Covariance())
+  x = calibrate.embed(model, params, tokens())
+  inputs = calibrate.LayerInputs(block, x, batch=2)
+  found = inputs.measure(layer, ["attention/v"], statistics.Covariance())
   scale = {"scale": layer["attention_norm"]["scale"]}
   rows = block.norm.apply({"params": scale}, x).reshape(-1, x.shape[-1])
   rows = np.asarray(rows, np.float64)
@@ -153,10 +153,10 @@ def test_inputs_are_summed_over_batches():
   )
   assert found["attention/v"]["n"] == len(rows)
   with pytest.raises(UserError, match="attention/z is no matrix"):
-    inputs.seen(layer, ["attention/z"], statistics.Covariance())
+    inputs.measure(layer, ["attention/z"], statistics.Covariance())
 
 
-def test_pairs_are_two_models_at_once():
+def test_pairs_compute_two_models_at_once():
   model = support.model()
   block = model.layer_kinds()[0]
   old, new = (
@@ -169,7 +169,7 @@ def test_pairs_are_two_models_at_once():
   x = weights.take(embed, tokens())
   y = x + 0.1
   both = calibrate.outputs(
-    block, error_propagation.paired(old, new), jnp.concatenate([x, y])
+    block, error_propagation.pair_weights(old, new), jnp.concatenate([x, y])
   )
   want = [calibrate.outputs(block, old, x), calibrate.outputs(block, new, y)]
   np.testing.assert_allclose(both, np.concatenate(want), rtol=1e-5, atol=1e-5)
@@ -179,12 +179,12 @@ def test_drift_is_summed_as_defined():
   model = support.model()
   params = support.params(model)
   block, layer = model.layer_kinds()[0], next(tree.layers(params))
-  x = calibrate.embedded(model, params, tokens())
-  inputs = calibrate.Inputs(block, jnp.concatenate([x, 2 * x + 1]), 10)
-  pairs = error_propagation.paired(layer, layer)
-  found = inputs.seen(pairs, ["attention/q"], error_propagation.Drift())[
-    "attention/q"
-  ]
+  x = calibrate.embed(model, params, tokens())
+  inputs = calibrate.LayerInputs(block, jnp.concatenate([x, 2 * x + 1]), 10)
+  pairs = error_propagation.pair_weights(layer, layer)
+  found = inputs.measure(
+    pairs, ["attention/q"], error_propagation.DriftStatistic()
+  )["attention/q"]
   scale = {"scale": layer["attention_norm"]["scale"]}
   old, new = (
     np.asarray(block.norm.apply({"params": scale}, z), np.float64).reshape(

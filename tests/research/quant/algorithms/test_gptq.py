@@ -1,4 +1,4 @@
-"""GPTQ against published numbers, and against a brain surgeon with inverses."""
+"""Tests GPTQ against published numbers and optimal brain quantization."""
 
 import functools
 
@@ -21,7 +21,7 @@ STATIC = dict(grids="static")
 
 @functools.cache
 def problem():
-  """Returns (weights [I, O], inputs [T, I]) that numbers are known of."""
+  """Returns (weights [I, O], inputs [T, I]) with published results."""
   rng = np.random.default_rng(0)
   w = np.float32(rng.standard_normal((16, 64)))
   a = rng.standard_normal((64, 64)) * 0.3 + np.eye(64)
@@ -142,7 +142,7 @@ def surgeon(w, h, format, order, damp=0.01):
 
 
 @pytest.mark.parametrize("order", ["natural", "activations", "groups"])
-def test_fresh_grids_are_the_surgeons(order):
+def test_fresh_grids_equal_optimal_brain_quantization(order):
   w, x = problem()
   h = hessian_of(x + np.eye(512, 64))  # nothing is dead
   sizes = np.diag(h)
@@ -189,7 +189,7 @@ def test_without_correlations_it_rounds_to_nearest(options):
   np.testing.assert_array_equal(value, nearest(w, format))
 
 
-def test_act_order_does_not_see_the_order():
+def test_act_order_is_independent_of_the_row_order():
   w, x = problem()
   h = hessian_of(x + np.eye(512, 64))
   format, options = grid(block=16), GPTQ(**ACTIVATIONS)
@@ -229,7 +229,9 @@ def indefinite(least):
     (np.full((64, 64), np.nan), 16, True, True),
   ],
 )
-def test_damping_grows_until_there_is_a_factor(h, attempts, floor, failed):
+def test_damping_grows_until_the_factorization_succeeds(
+  h, attempts, floor, failed
+):
   with jax.enable_x64(True):
     u, damping = jax.jit(hessian.inverse_factor)(jnp.asarray(h), 0.01)
     u, damping = np.asarray(u), jax.tree.map(np.asarray, damping)
@@ -246,7 +248,7 @@ def test_damping_grows_until_there_is_a_factor(h, attempts, floor, failed):
   np.testing.assert_allclose(u.T @ u @ damped, np.eye(64), atol=1e-8)
 
 
-def test_what_cannot_be_factored_is_rounded_to_nearest():
+def test_unfactorable_hessians_round_to_nearest():
   w, _ = problem()
   bad = np.full((64, 64), np.nan)
   value, _, given = solve(w, bad, grid(block=16), GPTQ(**ACTIVATIONS))
@@ -255,8 +257,8 @@ def test_what_cannot_be_factored_is_rounded_to_nearest():
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32])
-def test_few_tokens_do_no_harm(tokens):
-  """Damped as usual they cost up to 1.75 times rounding to nearest's error."""
+def test_few_tokens_are_no_worse_than_nearest(tokens):
+  """With 1% damping the error is up to 1.75 times that of nearest."""
   w, x = problem()
   h, all_of_it = hessian_of(x[:tokens]), hessian_of(x)
   format = grid(block=16)
@@ -288,7 +290,7 @@ def test_outputs_are_better_than_of_nearest_in_nearly_all_problems():
   assert np.mean(found[:, 0] <= found[:, 1]) >= 0.95
 
 
-def test_all_of_a_drift_is_the_least_squares_answer():
+def test_full_drift_correction_is_the_least_squares_solution():
   w, x = problem()
   x = x + np.eye(512, 64)
   y = x + 0.3 * np.random.default_rng(5).standard_normal(x.shape)
@@ -303,7 +305,7 @@ def test_all_of_a_drift_is_the_least_squares_answer():
   np.testing.assert_allclose(given.w, want, atol=1e-9)
 
 
-def test_outputs_are_cut_over_a_mesh_without_a_word():
+def test_sharded_outputs_need_no_communication():
   w, x = problem()
   w, h = jnp.asarray(w, jnp.float32), jnp.asarray(hessian_of(x), jnp.float32)
   mesh = jax.make_mesh((8,), ("o",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -334,6 +336,6 @@ def test_outputs_are_cut_over_a_mesh_without_a_word():
     ),
   ],
 )
-def test_what_makes_no_sense_is_said(make, says):
+def test_bad_options_raise(make, says):
   with pytest.raises(UserError, match=says):
     make()

@@ -1,4 +1,4 @@
-"""GPTQ on every format's grids: better outputs, legal codes, or a refusal."""
+"""Tests GPTQ on every format: better outputs, legal codes, or an error."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from research.quant.formats.fp8 import FP8
 from research.quant.formats.hqq import HQQ
 from research.quant.formats.int8 import Int8
 from research.quant.formats.nvfp4 import NVFP4
-from research.quant.methods import GPTQMethod, Known, RoundToNearest
+from research.quant.methods import FixedGrids, GPTQMethod, RoundToNearest
 from research.quant.quantize_by_rules import Quantization, Rule
 from research.typing import UserError
 from tests import support
@@ -40,7 +40,7 @@ FEW += ("int8-outputs", "nf4-b512-dq", "Q8_K", "IQ4_NL")
 
 @functools.cache
 def problem():
-  """Returns a matrix and what is seen of correlated inputs."""
+  """Returns a matrix and statistics of correlated inputs."""
   rng = np.random.default_rng(2)
   w = rng.standard_normal((INPUTS, OUTPUTS)).astype(np.float32)
   x = rng.standard_normal((2 * INPUTS, INPUTS))
@@ -51,16 +51,16 @@ def problem():
 
 @pytest.mark.parametrize("format", GRIDS, ids=lambda format: format.name)
 @pytest.mark.sample(2)
-def test_codes_can_be_put_back(format):
-  format = format.fitted(INPUTS, OUTPUTS)
+def test_codes_can_be_replaced_by_themselves(format):
+  format = format.for_shape(INPUTS, OUTPUTS)
   parts = jax.tree.map(jnp.asarray, format.encode(np.asarray(problem()[0])))
-  plain = format.plain(parts)
-  again = format.recoded(parts, plain.codes)
+  plain = format.normal_form(parts)
+  again = format.with_codes(parts, plain.codes)
   chex.assert_trees_all_equal(dict(parts), dict(again))
   chex.assert_trees_all_equal(
-    dict(parts), jax.jit(format.recoded)(parts, plain.codes)
+    dict(parts), jax.jit(format.with_codes)(parts, plain.codes)
   )
-  grids, known = Known.of(plain), Known.grid_of(plain)
+  grids, known = FixedGrids.from_normal_form(plain), FixedGrids.grid_from(plain)
   shape = (-1, plain.group, OUTPUTS)
   groups = jnp.asarray(format.decode(parts)).reshape(shape)
   codes = grids.codes(groups, *known)
@@ -71,24 +71,24 @@ def test_codes_can_be_put_back(format):
   "format", [f for f in GRIDS if f.name in FEW], ids=lambda f: f.name
 )
 @pytest.mark.sample(2, 1)
-def test_outputs_gain_and_codes_are_the_types_own(format):
+def test_outputs_improve_and_codes_are_legal(format):
   w, seen = problem()
-  format = format.fitted(INPUTS, OUTPUTS)
-  (q,), (dense,), (found,) = methods.rounded(
+  format = format.for_shape(INPUTS, OUTPUTS)
+  (q,), (dense,), (found,) = methods.round_matrices(
     (w,), seen, format, GPTQMethod(), compare=True
   )
   assert found.output_error < 0.9 * found.nearest_error
   np.testing.assert_array_equal(dense, q.dense())
-  codes, ends = np.asarray(q.plain().codes), q.plain().ends
+  codes, ends = np.asarray(q.normal_form().codes), q.normal_form().code_range
   if ends is not None:
     assert codes.min() >= ends[0] and codes.max() <= ends[1]
     assert codes.min() < codes.max()
-  again = format.recoded(q.parts, q.plain().codes)
+  again = format.with_codes(q.parts, q.normal_form().codes)
   chex.assert_trees_all_equal(dict(again), dict(q.parts))
 
 
 class Bytes:
-  """A tokenizer that is never asked."""
+  """A tokenizer that is never called."""
 
   def encode(self, text):
     raise AssertionError("the text is read")
@@ -96,7 +96,7 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole(Format):
-  """A format whose codes nobody can choose."""
+  """A format without `with_codes`."""
 
   @property
   def name(self):
@@ -122,12 +122,12 @@ DRIFTING = GPTQMethod(options=GPTQ(drift=0.5))
       Affine(block=8),
       KeepOutlierRows(rows=32),
       {},
-      "expected fewer than the matrix' 32",
+      "expected fewer than the matrix's 32",
     ),
     (Affine(block=8), DRIFTING, dict(sequential="none"), "GPTQ.drift"),
   ],
 )
-def test_what_cannot_be_is_said_before_a_text_is_read(
+def test_unsupported_formats_raise_before_calibration(
   format, method, options, says
 ):
   model = support.model()
@@ -136,12 +136,14 @@ def test_what_cannot_be_is_said_before_a_text_is_read(
   how = Quantization(rules=(rule,), calibration=Calibration(), **options)
   loaded = Loaded(model, params, Bytes(), {})
   with pytest.raises(UserError, match=says):
-    how.of(loaded).run(params)
+    how.with_model(loaded).run(params)
 
 
-def test_rows_apart_of_blocks_of_ggml():
+def test_outlier_rows_of_ggml_blocks():
   w, format = problem()[0], ggml.TYPES["Q4_K"]
-  (q,), _, _ = methods.rounded((w,), None, format, KeepOutlierRows(rows=1))
+  (q,), _, _ = methods.round_matrices(
+    (w,), None, format, KeepOutlierRows(rows=1)
+  )
   off = np.asarray(format.decode(format.encode(np.asarray(w)))) - w
   row = int(np.square(off).sum(-1).argmax())
   np.testing.assert_array_equal(q.outliers["rows"], [row])

@@ -1,4 +1,4 @@
-"""GPTQ where matrices are cut over eight devices: the same codes as on one."""
+"""Tests that GPTQ gives the same codes sharded over eight devices as on one."""
 
 import functools
 
@@ -24,7 +24,7 @@ IN, OUT = 128, 32
 
 @functools.cache
 def problem(experts=0):
-  """Returns (weights, what was seen of inputs that depend on each other)."""
+  """Returns (weights, statistics of correlated inputs)."""
   rng = np.random.default_rng(0)
   lead = (experts,) if experts else ()
   w = rng.standard_normal((*lead, IN, OUT)).astype(np.float32)
@@ -46,13 +46,13 @@ EXPERTS = sharding.Layout(data=1, expert=2, tensor=4)
 
 def different(got, want):
   """Returns the share of codes that differ, of two packed matrices."""
-  a, b = (np.asarray(w.plain().codes) for w in (got, want))
+  a, b = (np.asarray(w.normal_form().codes) for w in (got, want))
   return np.mean(a != b)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.sample(2, 1)
-def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
+def test_a_sharded_matrix_is_rounded_as_on_one_device(case):
   names, format, options = CASES[case]
   w, seen = problem(2 if case == "experts" else 0)
   mesh = (EXPERTS if case == "experts" else LAYOUT).mesh()
@@ -63,11 +63,13 @@ def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
   lead = names[:-2]
   cut = {"xx": place(seen["xx"], *lead), "n": place(seen["n"], *lead)}
   method = GPTQMethod(options=options)
-  (got,), (dense,), (said,) = methods.rounded(
+  (got,), (dense,), (said,) = methods.round_matrices(
     (place(w, *names),), cut, format, method
   )
   whole = jax.tree.map(jnp.asarray, (w, seen))
-  (want,), _, (alone,) = methods.rounded((whole[0],), whole[1], format, method)
+  (want,), _, (alone,) = methods.round_matrices(
+    (whole[0],), whole[1], format, method
+  )
   # Sums in another order: a weight half way between two codes may fall to the
   # other side, and its error is then made up for by others.
   assert different(got, want) < 5e-3
@@ -82,7 +84,7 @@ def test_a_matrix_that_is_cut_is_rounded_as_on_one_device(case):
 
 
 @pytest.mark.slow
-def test_a_model_that_is_cut_is_rounded_as_on_one_device():
+def test_a_sharded_model_is_rounded_as_on_one_device():
   model = support_mesh.model("plain")
   params = support.params(model)
   rule = Rule(
@@ -91,13 +93,13 @@ def test_a_model_that_is_cut_is_rounded_as_on_one_device():
     method=GPTQMethod(options=GPTQ(order="activations")),
   )
   how = Quantization(rules=(rule,), calibration=CALIBRATION)
-  want, alone = how.of(Loaded(model, params, Bytes(), {})).run(params)
+  want, alone = how.with_model(Loaded(model, params, Bytes(), {})).run(params)
   layout = support_mesh.LAYOUTS["mixed"]
   mesh = layout.mesh()
   where = layout.shardings(params, mesh, sharding.head_counts(model))
   cut = jax.device_put(params, where)
   with jax.set_mesh(mesh):
-    got, said = how.of(Loaded(model, cut, Bytes(), {})).run(cut)
+    got, said = how.with_model(Loaded(model, cut, Bytes(), {})).run(cut)
   assert [r.address for r in said.rows] == [r.address for r in alone.rows]
   for a, b in zip(said.rows, alone.rows, strict=True):
     assert a.output_error == pytest.approx(b.output_error, rel=2e-2), a.address

@@ -1,4 +1,4 @@
-"""Rows in full precision: the right ones, exact, and worth their bits."""
+"""Tests outlier rows: the right ones, exact, and worth their bits."""
 
 import functools
 
@@ -40,7 +40,7 @@ def problem():
 
 def rounded(method, seen=True, format=FORMAT):
   ws, known, _ = problem()
-  packed, _, measures = methods.rounded(
+  packed, _, measures = methods.round_matrices(
     ws, known if seen else None, format, method
   )
   return packed, measures
@@ -61,7 +61,7 @@ def output_error(w, q):
   ],
 )
 @pytest.mark.sample(2)
-def test_the_rows_that_cost_most_are_kept_exactly(inner):
+def test_the_most_sensitive_rows_are_kept_exactly(inner):
   packed, measures = rounded(KeepOutlierRows(method=inner, rows=3))
   plain, _ = rounded(inner)
   for w, q, p, m in zip(problem()[0], packed, plain, measures, strict=True):
@@ -77,32 +77,32 @@ def test_the_rows_that_cost_most_are_kept_exactly(inner):
     assert q.bits_per_weight == pytest.approx(p.bits_per_weight + more)
 
 
-def test_which_cost_most_is_what_leaving_each_alone_would_save():
+def test_costs_are_what_keeping_each_row_would_save():
   ws, seen, x = problem()
   off = np.asarray(FORMAT.decode(FORMAT.encode(ws[0]))) - np.asarray(ws[0])
   want = [
     np.square(x[:, j, None] * off[j]).sum(-1).mean() for j in range(len(off))
   ]
-  got = outlier_rows.costs(ws[0], seen, FORMAT)
+  got = outlier_rows.rounding_costs(ws[0], seen, FORMAT)
   np.testing.assert_allclose(got, want, rtol=1e-4)
   # Without inputs, of rows alone.
-  got = outlier_rows.costs(ws[0], None, FORMAT)
+  got = outlier_rows.rounding_costs(ws[0], None, FORMAT)
   np.testing.assert_allclose(got, np.square(off).sum(-1), rtol=1e-4)
 
 
-def test_a_row_apart_widens_no_grid():
+def test_an_outlier_row_widens_no_grid():
   w = np.random.default_rng(1).normal(size=(64, 24)).astype(np.float32)
   w[9] *= 100
-  packed, _, _ = methods.rounded(
+  packed, _, _ = methods.round_matrices(
     (jnp.asarray(w),), None, FORMAT, KeepOutlierRows(rows=1)
   )
   np.testing.assert_array_equal(packed[0].outliers["rows"], [9])
   rest = np.delete(np.asarray(packed[0].dense()), 9, 0)
   want = np.delete(w, 9, 0)
   assert np.sqrt(np.mean((rest - want) ** 2)) < 0.25
-  plain = methods.rounded((jnp.asarray(w),), None, FORMAT, RoundToNearest())[0][
-    0
-  ]
+  plain = methods.round_matrices(
+    (jnp.asarray(w),), None, FORMAT, RoundToNearest()
+  )[0][0]
   rest = np.delete(np.asarray(plain.dense()), 9, 0)
   assert np.sqrt(np.mean((rest - want) ** 2)) > 0.4
 
@@ -129,11 +129,11 @@ def test_in_a_model_by_rules():
   np.testing.assert_allclose(read(packed), read(dense), rtol=1e-4, atol=1e-4)
 
 
-def test_of_experts_each_has_its_own():
+def test_each_expert_has_its_own_rows():
   ws, seen, _ = problem()
   both = jax.tree.map(lambda x: jnp.stack([x, x]), seen)
   both["xx"] = both["xx"].at[1, LARGE].set(0).at[1, :, LARGE].set(0)
-  found, _, _ = methods.rounded(
+  found, _, _ = methods.round_matrices(
     (jnp.stack([ws[0], ws[1]]),), both, FORMAT, KeepOutlierRows(rows=3)
   )
   rows = np.asarray(found[0].outliers["rows"])
@@ -147,7 +147,7 @@ def test_of_experts_each_has_its_own():
     (lambda: KeepOutlierRows(rows=0), "rows is 0, expected 1 or more"),
     (
       lambda: rounded(KeepOutlierRows(rows=64)),
-      "expected fewer than the matrix' 64",
+      "expected fewer than the matrix's 64",
     ),
     (
       lambda: KeepOutlierRows(method=GPTQMethod(options=GPTQ(drift=1.0))),

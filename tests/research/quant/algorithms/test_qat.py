@@ -1,4 +1,4 @@
-"""Training through rounding: bitwise conversion, and gradients by hand."""
+"""Tests quantization-aware training: bitwise conversion, explicit gradients."""
 
 import functools
 
@@ -44,14 +44,14 @@ def _matrix(*shape, seed=0):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 @pytest.mark.sample(2)
 def test_what_is_converted_is_what_was_trained_bit_for_bit(format):
-  w = qat.Prepare(format=format).prepared(_matrix(2, 64, 24))
+  w = qat.Prepare(format=format).prepare(_matrix(2, 64, 24))
   trained = jax.jit(lambda w: w.dense())(w)
-  packed = w.packed()
+  packed = w.pack()
   np.testing.assert_array_equal(packed.dense(), trained)
   np.testing.assert_array_equal(packed.dense(), w.dense())
   # And it is what rounding the masters alone would have been.
   quantized = Quantize(format=format)
-  if format.traced:
+  if format.traceable:
     plain = quantized.pack(w.w)
     jax.tree.map(np.testing.assert_array_equal, packed.parts, plain.parts)
   assert 0 < float(abs(trained - w.w).max()) < 0.2
@@ -74,7 +74,7 @@ def test_the_gradient_goes_straight_through(format):
 
 def test_learned_scales_have_lsq_s_gradient():
   """Equation 3 of the paper, an element at a time in float64."""
-  w = qat.Prepare(format=SYMMETRIC, learned=True).prepared(_matrix(8, 3))
+  w = qat.Prepare(format=SYMMETRIC, learned=True).prepare(_matrix(8, 3))
   # Some masters beyond the ends.
   w = qat.FakeQuantTensor(w.w, 0.3 * w.gain, w.start, w.format)
   dy = _matrix(8, 3, seed=1)
@@ -96,16 +96,16 @@ def test_learned_scales_have_lsq_s_gradient():
 
 def test_learned_scales_are_converted_bit_for_bit():
   format = Affine(bits=4, block=32, symmetric=True)
-  w = qat.Prepare(format=format, learned=True).prepared(_matrix(2, 64, 24))
+  w = qat.Prepare(format=format, learned=True).prepare(_matrix(2, 64, 24))
   gain = 1 + _matrix(2, 2, 24, seed=3)
   w = qat.FakeQuantTensor(w.w, gain, w.start, w.format)
   trained = jax.jit(lambda w: w.dense())(w)
-  np.testing.assert_array_equal(w.packed().dense(), trained)
+  np.testing.assert_array_equal(w.pack().dense(), trained)
   # They start where LSQ does.
   size = np.abs(np.asarray(w.w[1, 32:, 5])).mean()
   assert w.start[1, 1, 5] == pytest.approx(2 * size / 7**0.5, rel=1e-6)
   with pytest.raises(UserError, match="symmetric Affine"):
-    qat.Prepare(format=Affine(block=32), learned=True).prepared(w.w)
+    qat.Prepare(format=Affine(block=32), learned=True).prepare(w.w)
 
 
 def _batch():
@@ -127,7 +127,7 @@ def _trained():
   params = adapt.Adapt(method=LoRA(rank=4))(support.params(model), key)
   params = qat.Prepare(format=SYMMETRIC)(params)
   objective = distill.Distill(
-    model, student=preference.all_params, source=qat.bare
+    model, student=preference.all_params, source=qat.remove_fake_quant
   )
   tx = optax.adam(3e-3)
   now = state.create(params, r"/trained/", tx)
@@ -157,7 +157,7 @@ def test_training_lowers_the_loss_of_the_rounded_matrix(learned):
   x = _matrix(64, 4, seed=1) @ (10 * _matrix(4, 32, seed=2))
   want = _matrix(32, 16)
   format = Affine(bits=3, block=32, symmetric=True)
-  w = qat.Prepare(format=format, learned=learned).prepared(want)
+  w = qat.Prepare(format=format, learned=learned).prepare(want)
   tx = optax.adam(3e-4)
 
   @jax.jit
@@ -172,7 +172,7 @@ def test_training_lowers_the_loss_of_the_rounded_matrix(learned):
     updates, state = tx.update(slope, state)
     w = optax.apply_updates(w, updates)
   assert losses[-1] < 0.6 * losses[0]
-  np.testing.assert_array_equal(w.packed().dense(), w.dense())
+  np.testing.assert_array_equal(w.pack().dense(), w.dense())
 
 
 def test_a_converted_model_is_the_trained_one():
@@ -202,14 +202,16 @@ def _weights(params):
   return {tree.path_name(path): w for path, w in found}
 
 
-def test_the_teacher_of_adapters_is_the_model_before():
+def test_the_teacher_is_the_original_model():
   params = support.params(support.model())
   adapted = adapt.Adapt(method=LoRA(rank=2))(params, jax.random.key(0))
   prepared = qat.Prepare(format=SYMMETRIC)(adapted)
-  jax.tree.map(np.testing.assert_array_equal, qat.bare(prepared), params)
+  jax.tree.map(
+    np.testing.assert_array_equal, qat.remove_fake_quant(prepared), params
+  )
 
 
-def test_scales_are_cut_as_their_matrix():
-  w = qat.Prepare(format=SYMMETRIC, learned=True).prepared(_matrix(8, 3))
+def test_scales_are_sharded_like_their_matrix():
+  w = qat.Prepare(format=SYMMETRIC, learned=True).prepare(_matrix(8, 3))
   names = w.axes(("embed", "mlp"))
   assert names.w == names.gain == names.start == ("embed", "mlp")

@@ -1,4 +1,4 @@
-"""Rotations leave logits, in fp32 to 1e-4, and spread outliers."""
+"""Tests that rotations preserve logits, to 1e-4 in fp32, spread outliers."""
 
 import functools
 import json
@@ -65,7 +65,7 @@ def _turned(family, changes):
   ],
 )
 @pytest.mark.sample(2)
-def test_logits_stay(family, changes):
+def test_logits_are_preserved(family, changes):
   model, params, rotated, tokens = _rotated(family, **changes)
   run = _logits(model)
   assert _error(run(rotated, tokens), run(params, tokens)) < 1e-4
@@ -91,7 +91,7 @@ def test_norms_before_layers_and_head_have_no_gain():
   np.testing.assert_array_equal(folded["final_norm"]["scale"], 0)
 
 
-def test_a_rotated_input_stands_for_the_same_matrix():
+def test_a_rotated_input_has_the_same_dense_matrix():
   w = jnp.asarray(np.random.default_rng(0).standard_normal((24, 5)), "float32")
   leaf = rotate.rotate_inputs(w)
   np.testing.assert_allclose(weights.dense(leaf), w, atol=1e-5)
@@ -118,7 +118,7 @@ def _packed():
   return model, activations.Inputs(op=op)(packed), rotated, tokens
 
 
-def test_what_is_packed_stands_behind_the_rotation():
+def test_packing_applies_after_the_rotation():
   model, packed, rotated, tokens = _packed()
   down = packed["run0"]["layer0"]["mlp"]["down"]
   assert down.op == rotate.Hadamard()
@@ -135,7 +135,7 @@ def test_what_is_packed_stands_behind_the_rotation():
   assert jax.tree.structure(made) == jax.tree.structure(packed)
 
 
-def test_what_is_seen_stands_behind_the_rotation():
+def test_taps_see_rotated_inputs():
   x = np.random.default_rng(0).standard_normal((2, 5, 48)).astype(np.float32)
   x, w = jnp.asarray(x), jnp.ones((1, 48, 3))
   layer = {"mlp": {"down": rotate.rotate_inputs(w)}}
@@ -152,7 +152,7 @@ def test_what_is_seen_stands_behind_the_rotation():
 
 
 def test_on_eight_devices_as_on_one():
-  """Rotated inputs, whose axis is cut; integers; a head of its own."""
+  """Rotated inputs with a sharded axis; integers; an untied head."""
   model, packed, _, tokens = _packed()
   run = _logits(model)
   want = run(packed, tokens)

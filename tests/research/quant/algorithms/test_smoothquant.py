@@ -1,4 +1,4 @@
-"""SmoothQuant leaves the model, and its activations smoother."""
+"""Tests that SmoothQuant preserves the model and smooths activations."""
 
 import functools
 
@@ -32,7 +32,7 @@ def _case(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_model_stays(family):
+def test_the_model_is_preserved(family):
   model, params, run, found = _case(family)
   smooth = smoothquant.smooth(model, params, found, 0.5)
   want = run(params)
@@ -55,7 +55,7 @@ def test_scales_are_those_of_the_paper():
   np.testing.assert_array_equal(new["attention"]["o"], old["attention"]["o"])
 
 
-def test_one_scale_for_all_tokens_errs_less():
+def test_the_error_of_a_scale_per_tensor_decreases():
   model, params, run, found = _case("llama")
   smooth = smoothquant.smooth(model, params, found, 0.5)
   op = activations.Round(bits=8, per="tensor")

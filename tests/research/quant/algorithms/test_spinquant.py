@@ -1,4 +1,4 @@
-"""A learned rotation stays one, and its loss falls below a random one's."""
+"""Tests that a learned rotation stays orthogonal and beats a random one."""
 
 import functools
 
@@ -16,8 +16,8 @@ from research.quant.numerics import hadamard
 from research.typing import UserError
 
 
-def test_steps_stay_orthogonal_and_go_down():
-  """Towards another rotation, whose distance is the loss."""
+def test_steps_stay_orthogonal_and_descend():
+  """Towards another rotation; the loss is the distance to it."""
   rng = np.random.default_rng(0)
   target, r = (np.linalg.qr(rng.standard_normal((24, 24)))[0] for _ in "ab")
   if np.linalg.det(target) * np.linalg.det(r) < 0:
@@ -57,7 +57,7 @@ def test_a_small_step_is_along_the_projected_gradient():
 
 @functools.cache
 def _case():
-  """Returns a model with large channels, and what it says itself."""
+  """Returns a model with large channels, and text that it generated."""
   model = support.model("llama", tied=True, depth=2)
   sizes = np.random.default_rng(0).lognormal(0, 1.0, 32).astype(np.float32)
 
@@ -88,17 +88,17 @@ def test_learned_rounds_better_than_random():
     hidden=False,
   )
   r = hadamard.random_matrix(jax.random.key(0), 32)
-  learned, losses = made.learned(params, r, tokens)
+  learned, losses = made.learn_rotation(params, r, tokens)
   np.testing.assert_allclose(learned @ learned.T, np.eye(32), atol=2e-5)
   # Losses of batches differ by 0.15; each of the last is below its first one.
   assert (np.array(losses[-5:]) < np.array(losses[:5])).all()
-  turned = rotate.rotated(model, params, learned, None, False)
+  turned = rotate.rotate_model(model, params, learned, None, False)
   want = run(jnp.asarray(tokens))
   got = jax.jit(functools.partial(_logits, model))(turned, jnp.asarray(tokens))
   assert jnp.linalg.norm(got - want) / jnp.linalg.norm(want) < 1e-4
 
 
-def test_mistakes_are_said():
+def test_bad_settings_raise():
   with pytest.raises(UserError, match="steps 0"):
     spinquant.SpinQuant(steps=0)
   with pytest.raises(UserError, match="no model"):

@@ -1,4 +1,4 @@
-"""FP8, microscaling and NVFP4: bytes of torchao and compressed-tensors."""
+"""Tests FP8, MX and NVFP4 against bytes of torchao and compressed-tensors."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ def test_integers_are_scaled_by_their_rules():
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.sample(2)
-def test_a_matrix_decodes_alike_by_every_way(name):
+def test_a_matrix_decodes_alike_in_every_way(name):
   format = FORMATS[name]
   w = gaussian(3, 96, 40)
   stack = packer(format)(w)
@@ -113,14 +113,14 @@ def test_a_matrix_decodes_alike_by_every_way(name):
   one = packer(format)(w[1])
   np.testing.assert_array_equal(_dense(one), dense[1])
   np.testing.assert_array_equal(
-    jax.jit(lambda q: q.plain().dense())(stack), dense
+    jax.jit(lambda q: q.normal_form().dense())(stack), dense
   )
   if name != "nvfp4 search":  # which may move the largest number
     again = decoded(jnp.asarray(dense), format)
     # A scale that is no power of two may come back an ulp away.
     np.testing.assert_allclose(again, dense, rtol=3e-7)
   if format.sliceable:
-    piece = jax.jit(lambda q: q.piece(jnp.int32(1), 8).stored())(one)
+    piece = jax.jit(lambda q: q.output_slice(jnp.int32(1), 8).stored())(one)
     np.testing.assert_array_equal(piece, dense[1][:, 8:16])
   x = gaussian(5, 96, seed=1)
   got = jax.jit(lambda q, x: q.einsum("ti,io->to", x))(one, x)
@@ -146,7 +146,7 @@ def test_bytes_are_counted(format, bits):
   assert packer(format)(gaussian(64, 64)).bits_per_weight == bits
 
 
-def test_more_bits_and_searches_err_less():
+def test_more_bits_and_searches_reduce_errors():
   w = gaussian(3, 96, 40)  # compiled for already
   by = {name: error(w, format) for name, format in FORMATS.items()}
   assert by["mx e2m3"] < by["mx e3m2"] < by["mx search"] < by["mx e2m1"]
@@ -193,7 +193,7 @@ def test_zeros_tiny_and_huge_numbers_stay_finite(name):
 
 
 def test_grids_are_what_encoding_uses():
-  """As a rounding with error feedback takes them, group by group."""
+  """As GPTQ uses them, group by group."""
   w = gaussian(64, 8)
   for format in (Microscaling(element="e2m3"), Microscaling(), NVFP4()):
 
@@ -266,8 +266,8 @@ def test_refused(make, match):
 
 
 def test_kernels_get_integers_or_sixteen_values():
-  """Of what panels hold: 4 bits of a codebook, or integers of 8 bits."""
+  """Panels support 4 bits of a codebook, or integers of 8 bits."""
   for name in ("mx e2m1", "mx e2m3", "mx int8", "nvfp4"):
-    plain = packer(FORMATS[name])(gaussian(96, 40)).plain()
+    plain = packer(FORMATS[name])(gaussian(96, 40)).normal_form()
     assert plain.codebook is None or len(plain.codebook) == 16
     assert plain.bits == (4 if plain.codebook else 8)

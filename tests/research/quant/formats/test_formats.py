@@ -1,4 +1,4 @@
-"""Laws that every format of a packed matrix keeps, whatever it rounds to."""
+"""Properties of every quantization format."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ _dense = jax.jit(qtensor.QTensor.dense)
 def stack(each, row):
   """Returns a stack of two: all of one shape, so that a row compiles once."""
   format = ROWS[row]
-  f = _packed if format.traced else qtensor.pack
+  f = _packed if format.traceable else qtensor.pack
   found = [jax.device_get(f(jnp.asarray(w), format)) for w in each]
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *found)
 
@@ -103,7 +103,7 @@ def test_every_format_has_a_row():
 
 
 @every
-def test_parts_are_what_the_layout_says(row):
+def test_parts_match_the_layout(row):
   w = leaf(row)
   assert (w.shape, w.ndim, w.dtype) == ((2, INPUTS, OUTPUTS), 3, jnp.float32)
   sizes = {"x": INPUTS // w.format.block, "o": OUTPUTS}
@@ -122,10 +122,10 @@ def test_parts_are_what_the_layout_says(row):
 
 
 @every
-def test_numbers_are_near_what_was_packed(row):
+def test_decoded_numbers_are_near_the_originals(row):
   w, got = matrices(), decoded(row)
   bits = []
-  jax.eval_shape(lambda w: bits.append(w.plain().bits), leaf(row))
+  jax.eval_shape(lambda w: bits.append(w.normal_form().bits), leaf(row))
   # Of a normal distribution a code more halves the error, from 2 bits' on.
   error = np.sqrt(np.mean((got - w) ** 2, -2) / np.mean(w**2, -2))
   worst = 0.6 * 2.0 ** (2 - min(bits[0], 6))
@@ -147,7 +147,7 @@ def test_packing_again_changes_nothing(row):
 
 
 @pytest.mark.parametrize("row", ggml.TYPES)
-def test_packing_inside_a_program_is_packing(row):
+def test_traced_packing_equals_eager_packing(row):
   """Encoders of NumPy, too: AWQ and LoftQ round in the middle of a trace."""
   importance = jnp.linspace(0.5, 2, 2 * INPUTS).reshape(2, INPUTS)
   pack = jax.jit(qtensor.pack, static_argnums=1)
@@ -185,7 +185,7 @@ def test_products_and_gradients_are_the_dense_ones(row):
 
 
 @every
-def test_an_embedding_decodes_the_rows_it_is_asked_for(row):
+def test_an_embedding_decodes_only_requested_rows(row):
   embed = dataclasses.replace(one(row), axis=-1)
   assert embed.shape == (OUTPUTS, INPUTS)
   ids = np.array([[3, 0], [23, 3]])
@@ -194,7 +194,7 @@ def test_an_embedding_decodes_the_rows_it_is_asked_for(row):
 
 
 @every
-def test_a_note_of_it_makes_it_again(row):
+def test_a_format_round_trips_through_its_record(row):
   note = json.loads(json.dumps(native._describe({"w": leaf(row)})))
   made = native._abstract(note, "weights")["w"]
   assert jax.tree.structure(made) == jax.tree.structure(leaf(row))
@@ -216,7 +216,7 @@ def test_parts_of_another_matrix_are_refused():
 @every
 def test_panels_hold_the_same_numbers(row):
   w = leaf(row)
-  if not cpu_layout.fits(w):
+  if not cpu_layout.is_supported(w):
     pytest.skip("panels hold no such codes")
   got = jax.jit(lambda w: cpu_layout.from_qtensor(w).dense())(w)
   # A zero a group becomes an offset, which is rounded once.
@@ -261,7 +261,7 @@ def test_order_and_outliers():
   x = x.astype(jnp.float32)
   got = weights.einsum("td,df->tf", x, one)
   np.testing.assert_allclose(got, x @ want[0], rtol=1e-5, atol=1e-3)
-  assert not cpu_layout.fits(w)
+  assert not cpu_layout.is_supported(w)
   named = weights.axes(w, ("in", "out"))
   assert named.order == (None, None)
   assert named.outliers["values"] == (None, None, "out")
@@ -288,9 +288,9 @@ def test_codes_in_whole_bytes(bits):
     (lambda: Affine(bits=9), "bits is 9, expected 2 to 8"),
     (lambda: Affine(rule="max"), "rule is 'max', expected one of amax/qmax"),
     (lambda: Affine(bits=3, block=12), "12 codes of 3 bits do not fill"),
-    (lambda: Affine(block=96).fitted(256, 4), "256 inputs are no multiple"),
+    (lambda: Affine(block=96).for_shape(256, 4), "256 inputs are no multiple"),
     (
-      lambda: ggml.GGML().fitted(40, 4),
+      lambda: ggml.GGML().for_shape(40, 4),
       "Q4_0: 40 inputs are no multiple of its",
     ),
   ],

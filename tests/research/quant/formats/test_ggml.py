@@ -1,4 +1,4 @@
-"""Packed blocks as a weight: the same numbers, in a sixth of the memory."""
+"""Tests ggml blocks as a weight: the same numbers in a sixth of the memory."""
 
 import functools
 

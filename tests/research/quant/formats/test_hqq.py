@@ -1,4 +1,4 @@
-"""HQQ's numbers are those of its authors' package."""
+"""Tests HQQ against its authors' package."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ def test_codes_scales_and_zeros(bits):
   case = CASES[bits]
   # The package leaves beta alone, and stores float32 here.
   format = HQQ(bits=bits, block=64, growth=1.0, scale_dtype="float32")
-  plain = qtensor.pack(_matrix(), format).plain()
+  plain = qtensor.pack(_matrix(), format).normal_form()
   want = np.array([int(digit, 16) for digit in case["codes"]])
   np.testing.assert_array_equal(plain.codes.T, want.reshape(16, 128))
   for name in ("scale", "zero"):
@@ -36,7 +36,7 @@ def test_codes_scales_and_zeros(bits):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_fewer_weights_err_much_than_with_the_ends_exact(bits):
+def test_hqq_has_fewer_large_errors(bits):
   w = np.random.default_rng(bits).standard_t(4, (256, 32)).astype(np.float32)
   errors = [
     np.mean(np.abs(qtensor.pack(jnp.asarray(w), f).dense() - w))
@@ -45,14 +45,14 @@ def test_fewer_weights_err_much_than_with_the_ends_exact(bits):
   assert errors[0] < errors[1]
 
 
-def test_zeros_are_numbers_and_count():
+def test_zeros_are_floats_and_count_as_bits():
   w = qtensor.pack(_matrix(), HQQ(bits=3))
   assert w.bits_per_weight == 3.5
-  zeros = np.asarray(w.plain().zero, np.float32)
+  zeros = np.asarray(w.normal_form().zero, np.float32)
   assert np.any(zeros != np.round(zeros))
 
 
-def test_mistakes_are_said():
+def test_bad_settings_raise():
   with pytest.raises(UserError, match="symmetric=False"):
     HQQ(symmetric=True)
   with pytest.raises(UserError, match="norm is 2"):

@@ -1,4 +1,4 @@
-"""ggml's block types: bytes and values of the C code."""
+"""Tests ggml's block types against bytes and values of the C code."""
 
 import hashlib
 import json
@@ -151,14 +151,14 @@ def test_a_search_is_at_least_as_good_as_the_obvious_scale():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused(bad):
+def test_infinite_weights_are_refused(bad):
   w = np.zeros((256, 2), np.float32)
   w[3, 1] = bad
   with pytest.raises(UserError, match="Q4_K cannot hold .* not finite"):
     kquants.Q4K().encode(w)
 
 
-def test_what_a_scale_cannot_hold_is_refused():
+def test_weights_beyond_a_scales_range_are_refused():
   w = np.full((256, 2), 1e9, np.float32)
   with pytest.raises(
     UserError, match=r"Q6_K: scale is beyond .*float16.*1e\+09"

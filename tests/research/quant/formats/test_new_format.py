@@ -1,4 +1,4 @@
-"""A new format is one file: the one below goes everywhere, and nothing else.
+"""Tests that a new format is one file: the one below works everywhere.
 
 It is no format of ours. Powers of the square root of two with a sign, as a
 logarithmic grid has them, and a largest magnitude for 32 weights.
@@ -54,7 +54,7 @@ class Logarithmic(Format):
     codes = abs(unit[..., None] - jnp.asarray(GRID)).argmin(-1)
     return {"codes": packing.pack(codes.astype(jnp.uint8), 4), "top": top}
 
-  def plain(self, parts):
+  def normal_form(self, parts):
     codes = packing.unpack(parts["codes"], 4)
     codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
     return Plain(codes, parts["top"], self.block, codebook=GRID)
@@ -65,7 +65,7 @@ SIZES = dict(depth=2, width=64, hidden=64, head_dim=16, vocab=64)
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-  """Returns the format, whose file lies with the others for a while."""
+  """Returns the format, whose file is temporarily in the package's path."""
   name = "logarithmic_of_a_test"
   (tmp_path / f"{name}.py").write_text(FILE)
   monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
@@ -93,7 +93,7 @@ def close(got, want):
   np.testing.assert_allclose(got, want, atol=2e-5 * float(np.ptp(want)))
 
 
-def test_it_packs_multiplies_and_is_cut(toy):
+def test_it_packs_multiplies_and_is_sharded(toy):
   w = np.random.default_rng(0).normal(size=(3, 128, 24)).astype(np.float32)
   q = qtensor.pack(w, toy)
   assert q.bits_per_weight == 5 and q.shape == w.shape
@@ -140,7 +140,7 @@ def test_adapters_train_over_it(toy):
   assert loss(trained) < first
 
 
-def test_rules_take_it_and_say_what_methods_it_has_not(toy):
+def test_rules_accept_it_and_gptq_refuses_it(toy):
   params = support.params(support.model(**SIZES))
   rule = Rule(match="^layers/", format=toy)
   packed, report = Quantization(rules=(rule,)).run(params)
@@ -148,7 +148,7 @@ def test_rules_take_it_and_say_what_methods_it_has_not(toy):
   assert packed["run0"]["layer0"]["mlp"]["up"].format == toy
   up = packed["run0"]["layer0"]["mlp"]["up"]
   with pytest.raises(UserError, match="log4-b32: its codes cannot be chosen"):
-    toy.recoded(up.parts, up.plain().codes[0])
+    toy.with_codes(up.parts, up.normal_form().codes[0])
 
 
 def test_a_checkpoint_keeps_it(toy, tmp_path):
@@ -170,7 +170,7 @@ def test_a_checkpoint_keeps_it(toy, tmp_path):
 def test_panels_hold_it(toy):
   model, packed = model_and_packed(toy)
   up = packed["run0"]["layer0"]["mlp"]["up"]
-  assert cpu_layout.fits(up)
+  assert cpu_layout.is_supported(up)
   close(cpu_layout.from_qtensor(up).dense(), up.dense())
   got = cpu_layout.to_panels(packed)
   tokens = support.tokens(vocab=64)
@@ -180,7 +180,7 @@ def test_panels_hold_it(toy):
   assert generate.generate(model, got, prompts, 4) == want
 
 
-def test_cut_over_devices_it_is_whole(toy):
+def test_sharded_it_is_the_same(toy):
   model, packed = model_and_packed(toy)
   layout = sharding.Layout(data=1, fsdp=2, tensor=2)
   mesh = layout.mesh()

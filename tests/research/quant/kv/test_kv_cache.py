@@ -1,4 +1,4 @@
-"""A cache of few bits holds what KIVI's rules leave of all tokens at once."""
+"""Tests the quantized cache against KIVI's rules for all tokens at once."""
 
 import dataclasses
 import functools
@@ -87,8 +87,8 @@ def _fed(kv, pieces, lengths, slots=48, window=None):
 
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.sample(2)
-def test_what_is_looked_at(name):
-  """Rows of different lengths; own tokens whole, older ones as was left."""
+def test_the_contents_of_the_cache(name):
+  """Rows of different lengths; new tokens unquantized, older ones rounded."""
   pieces = (7, *[1] * 10, 11, 1, 11, *[1] * 4)
   kv = CHOICES[name]
   calls = _fed(kv, pieces, (7, 4))
@@ -120,7 +120,7 @@ def test_what_is_looked_at(name):
   ],
 )
 def test_a_window_is_a_ring(name, pieces):
-  """All that a window of 10 reaches is there, whatever was overwritten."""
+  """All tokens within a window of 10 are there."""
   kv, window = CHOICES[name], 10
   calls = _fed(kv, pieces, (pieces[0], pieces[0]), slots=window, window=window)
   next(calls)

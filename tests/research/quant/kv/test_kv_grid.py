@@ -1,4 +1,4 @@
-"""Keys and values packed by the numbers: KIVI's, and those of pages."""
+"""Tests KV grids against KIVI's numbers and those of pages."""
 
 import functools
 
@@ -45,7 +45,7 @@ def test_numbers_are_kivis(along, bits):
 
 @pytest.mark.parametrize("along", ["channel", "token"])
 @pytest.mark.parametrize("bits", [2, 4, 8, "int8", "fp8", 16])
-def test_bits_are_those_that_lie_there(along, bits):
+def test_bits_are_those_of_the_arrays(along, bits):
   grid = Grid(bits, along == "channel", 8)
   packed, _ = _both(grid, X)
   taken = 8 * sum(x.nbytes for x in jax.tree.leaves(packed)) / X.size
@@ -66,7 +66,7 @@ def test_equal_numbers_are_no_division_by_zero(along, bits, value):
   np.testing.assert_allclose(got, value, rtol=2**-11, atol=1e-29)
 
 
-def test_what_float16_does_not_hold_is_finite():
+def test_ranges_beyond_float16_stay_finite():
   x = X.copy()
   x[0, 0], x[5, 5] = 1e6, -1e6
   for along in (True, False):
@@ -98,7 +98,7 @@ def test_a_rotation_shares_a_large_channel():
   assert abs(fine - X).max() < 0.02 * abs(X).max()
 
 
-def test_codes_lie_in_planes():
+def test_codes_are_packed_in_planes():
   packed, _ = _both(Grid(4, True, 8), X)
   codes = packing.unpack(np.asarray(packed.codes), 4)
   low = np.asarray(packed.low, np.float32)[:, None]
@@ -107,7 +107,7 @@ def test_codes_lie_in_planes():
   np.testing.assert_array_equal(codes, want)
 
 
-def test_groups_that_heads_do_not_have():
+def test_groups_that_do_not_divide_heads_are_refused():
   with pytest.raises(UserError, match="32 channels.*80: take one of 16"):
     Grid(4, False, 32).check(80, "kv values")
   with pytest.raises(UserError, match="kv keys: a group.*multiple of 4"):

@@ -1,4 +1,4 @@
-"""Whole models decode with keys and values in few bits."""
+"""Tests decoding of whole models with a quantized KV cache."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ TIME = 26
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AtOnce(SlotCache):
-  """All keys and values as they came, packed and unpacked when looked at."""
+  """Stores all keys and values; packs and unpacks them when read."""
 
   k: Any
   v: Any
@@ -60,7 +60,7 @@ class EmptyAtOnce:
 
   slots: int
 
-  def of(self, layers):
+  def for_layers(self, layers):
     return self
 
   def empty(self, lead, slots, dim, dtype, windowed=False):
@@ -116,8 +116,8 @@ def test_nothing_packed_is_the_whole_model():
   chex.assert_trees_all_close(got, want, atol=1e-5 * float(abs(want).max()))
 
 
-def test_a_large_bias_of_keys_is_kept_apart():
-  """Per token, Qwen 2's bias leaves nothing of the keys beside it."""
+def test_a_large_key_bias_is_subtracted():
+  """Per token, Qwen 2's bias dominates the scale of its keys."""
   model = support.model("qwen2", depth=2)
   tokens = support.tokens(2, TIME)
   large = lambda p, x: x.at[..., 3].set(60.0) if p.endswith("k_bias") else x  # noqa: E731
@@ -132,14 +132,14 @@ def test_a_large_bias_of_keys_is_kept_apart():
   assert errors[1] < 0.3 * errors[0]
 
 
-def test_a_bias_that_is_not_there():
+def test_a_missing_key_bias():
   model = support.model("llama")
   kv = KVQuantizer(group=4, less_bias=True)
   with pytest.raises(UserError, match="less_bias: found a model whose keys"):
     _decoded(model, support.params(model), support.tokens(2, TIME), kv)
 
 
-def test_generation_goes_through_it():
+def test_generation_uses_it():
   model = support.model("llama", depth=2)
   params = support.params(model)
   kv, prompt = KVQuantizer(bits_k=2, bits_v=2, group=4, residual=0), [3, 1, 4]
@@ -188,7 +188,7 @@ def test_key_heads_over_devices_are_one_devices():
   assert close.mean() > 0.99
 
 
-def test_layers_differ_where_they_are_unrolled():
+def test_unrolled_layers_may_differ():
   model = support.model("llama", depth=2)
   params, kv = support.params(model), parse("k2v2,group=8;1=k8v16,group=8")
   with pytest.raises(UserError, match="layers 0 to 1 with different bits"):

@@ -1,4 +1,4 @@
-"""What a command line says of keys and values, and what it may not say."""
+"""Tests the command-line form of KV quantization, valid and invalid."""
 
 import pytest
 
@@ -25,15 +25,17 @@ def test_short_forms(text, fields):
   assert parse(text) == KVQuantizer(**fields)
 
 
-def test_layers_of_their_own():
+def test_settings_per_layer():
   found = parse("k2v2;0,29=k8v4,residual=0;3=int8,key=per_token")
   assert found.default == parse("k2v2")
-  assert found.of([29]) == found.of([0]) == parse("k8v4,residual=0")
-  assert found.of([3]) == parse("int8,key=per_token")
-  assert found.of(range(4, 9)) == found.default
+  assert (
+    found.for_layers([29]) == found.for_layers([0]) == parse("k8v4,residual=0")
+  )
+  assert found.for_layers([3]) == parse("int8,key=per_token")
+  assert found.for_layers(range(4, 9)) == found.default
   with pytest.raises(UserError, match="layers 2 to 4 with different"):
-    found.of(range(2, 5))
-  assert parse("k2v2").of(range(9)) == parse("k2v2")
+    found.for_layers(range(2, 5))
+  assert parse("k2v2").for_layers(range(9)) == parse("k2v2")
 
 
 def test_no_text_is_no_quantizer():
@@ -62,7 +64,7 @@ def test_no_text_is_no_quantizer():
     ("k4v4,scale_dtype=int8", "kv scale_dtype: found 'int8'"),
   ],
 )
-def test_what_is_refused(text, words):
+def test_bad_texts_are_refused(text, words):
   with pytest.raises(UserError, match=words):
     parse(text)
 

@@ -1,4 +1,4 @@
-"""Planes as a leaf: the same numbers and the same model, for accelerators."""
+"""Tests the planar layout: the same numbers and the same model."""
 
 import dataclasses
 import functools
@@ -64,15 +64,15 @@ def close(got, want, eps=2e-6):
 @pytest.mark.sample(2)
 def test_planes_hold_the_same_numbers(name, gpu):
   w = leaf(name, layers=(2,))
-  assert accelerator_layout.fits(w) and accelerator_layout.fits(
+  assert accelerator_layout.is_supported(w) and accelerator_layout.is_supported(
     w, dtype="float32"
   )
   # Each chip has two types of rows, and they share one.
-  assert accelerator_layout.fits(w, gpu=True) and accelerator_layout.fits(
-    w, True, "float16"
-  )
-  assert not accelerator_layout.fits(w, gpu=True, dtype="float32")
-  assert not accelerator_layout.fits(w, dtype="float16")
+  assert accelerator_layout.is_supported(
+    w, gpu=True
+  ) and accelerator_layout.is_supported(w, True, "float16")
+  assert not accelerator_layout.is_supported(w, gpu=True, dtype="float32")
+  assert not accelerator_layout.is_supported(w, dtype="float16")
   got = accelerator_layout.from_qtensor(w, gpu)
   assert (got.shape, got.dtype, got.ndim) == (w.shape, w.dtype, w.ndim)
   close(jax.jit(weights.dense)(got), w.dense())
@@ -112,14 +112,18 @@ def test_parts_are_named_after_the_axes_they_cut():
     assert named.planes.codes == named.planes.scale == ("in", "out")
 
 
-def test_what_does_not_fit():
+def test_unsupported_matrices():
   w = np.random.default_rng(0).normal(size=(192, 40)).astype(np.float32)
   for format in (FP8(), Affine(block=8), Affine(block=96), Codebook(block=512)):
-    assert not accelerator_layout.fits(qtensor.pack(w, format)), format.name
+    assert not accelerator_layout.is_supported(qtensor.pack(w, format)), (
+      format.name
+    )
   w = leaf("int4")
   rows, values = jnp.zeros(1, jnp.int32), jnp.zeros((1, 40))
   outliers = {"rows": rows, "values": values}
-  assert not accelerator_layout.fits(dataclasses.replace(w, outliers=outliers))
+  assert not accelerator_layout.is_supported(
+    dataclasses.replace(w, outliers=outliers)
+  )
 
 
 def packed():
@@ -156,33 +160,33 @@ def test_a_packed_model_is_the_same_in_planes(gpu):
   assert generate.generate(model, got, prompts, 4) == want
 
 
-def test_decoding_chooses(monkeypatch):
+def test_for_decoding_selects_the_layout(monkeypatch):
   _, params = packed()
   monkeypatch.setattr(accelerator_layout, "has_kernel", lambda: True)
-  up = cpu_layout.decoding(params)["run0"]["layer0"]["mlp"]["up"]
+  up = cpu_layout.for_decoding(params)["run0"]["layer0"]["mlp"]["up"]
   assert isinstance(up, accelerator_layout.PlanarTensor)
   mesh = sharding.Layout(data=1, fsdp=2, tensor=2).mesh()
   with jax.set_mesh(mesh):
     many = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-  assert cpu_layout.decoding(many) is many
+  assert cpu_layout.for_decoding(many) is many
 
 
-def test_decoding_leaves_what_no_kernel_takes(monkeypatch):
-  """On GPUs, whose kernels take no float32, generate's default."""
+def test_for_decoding_leaves_unsupported_matrices(monkeypatch):
+  """On GPUs, whose kernels do not support float32, generate's default."""
   model, params = packed()
   monkeypatch.setattr(accelerator_layout, "has_kernel", lambda: True)
   plain = support.params(model)
-  assert cpu_layout.decoding(plain) is plain
+  assert cpu_layout.for_decoding(plain) is plain
   monkeypatch.setattr(mosaic_gpu, "is_for", lambda *_: True)
   with pytest.warns(RuntimeWarning, match="GPUs.* int4-asym-g32 in float32;"):
-    assert cpu_layout.decoding(params, "float32") is params
+    assert cpu_layout.for_decoding(params, "float32") is params
   for dtype in ("bfloat16", "float16"):
-    up = cpu_layout.decoding(params, dtype)["run0"]["layer0"]["mlp"]["up"]
+    up = cpu_layout.for_decoding(params, dtype)["run0"]["layer0"]["mlp"]["up"]
     assert isinstance(up, accelerator_layout.PlanarTensor)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_does_not_fit_is_said_by_name(gpu):
+def test_a_warning_names_unsupported_formats(gpu):
   model = support.model(tied=True, **SIZES)
   params = Quantize(format=FP8())(support.params(model))
   with pytest.warns(RuntimeWarning, match=f"planes: .*{FP8().name};"):
@@ -208,16 +212,16 @@ class Shifted(Affine):
 
 
 @pytest.mark.parametrize("bits, middle", [(8, 100.0), (8, 127.5), (6, 31.5)])
-def test_any_zero_of_8_bits_has_a_place(bits, middle):
+def test_any_zero_of_8_bits_is_supported(bits, middle):
   rng = np.random.default_rng(0)
   w = jnp.asarray(rng.normal(size=(192, 40)), jnp.float32)
   format = Shifted(bits=bits, symmetric=True, block=32, middle=middle)
   w = qtensor.pack(w, format)
-  assert w.plain().zero == middle
+  assert w.normal_form().zero == middle
   assert (
-    accelerator_layout.fits(w, gpu=True)
-    and accelerator_layout.fits(w)
-    and cpu_layout.fits(w)
+    accelerator_layout.is_supported(w, gpu=True)
+    and accelerator_layout.is_supported(w)
+    and cpu_layout.is_supported(w)
   )
   close(accelerator_layout.from_qtensor(w).dense(), w.dense())
   close(cpu_layout.from_qtensor(w).dense(), w.dense())

@@ -1,4 +1,4 @@
-"""Words of codes: the bits by hand, as integers of any size, and back."""
+"""Tests words of codes against Python integers, and round trips."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_bits_are_one_little_endian_number(bits, count):
   np.testing.assert_array_equal(bitstream.unpack(got, bits, count), x)
 
 
-def test_three_bits_lie_across_words():
+def test_three_bit_codes_span_words():
   """Code 10 has two bits in the first word, code 21 one in the second."""
   x = codes(32, 1, 3)
   v = x[:, 0].astype(np.uint64)
@@ -54,7 +54,7 @@ def test_words_of_one_code(bits, code, word):
   assert got.view(np.uint32)[0, 0] == word
 
 
-def test_awq_has_an_order_of_its_own():
+def test_awq_has_its_own_order():
   x = np.arange(8, dtype=np.uint8)[None]
   assert bitstream.pack_awq(x).view(np.uint32)[0, 0] == 0x75316420
   x = codes(5, 24, 4)

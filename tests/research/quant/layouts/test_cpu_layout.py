@@ -1,4 +1,4 @@
-"""Panels as a leaf: the same numbers and the same model, for CPU decoding."""
+"""Tests the panel layout: the same numbers and the same model on CPUs."""
 
 import dataclasses
 import functools
@@ -80,7 +80,7 @@ def test_einsum_and_its_gradient_are_those_of_the_blocks(eq, axis, shape):
 
 
 def ordered(axis=-2, layers=(), seed=0):
-  """Returns a matrix `[64, 24]` whose rows act-order has left elsewhere."""
+  """Returns a matrix `[64, 24]` with rows permuted by act-order."""
   rng = np.random.default_rng(seed)
   w = rng.normal(size=(*layers, 64, 24)).astype(np.float32)
   order = np.argsort(rng.normal(size=(*layers, 64)), -1).astype(np.int32)
@@ -89,9 +89,9 @@ def ordered(axis=-2, layers=(), seed=0):
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
-def test_act_order_is_gathered_once(axis):
+def test_act_order_permutes_inputs_once(axis):
   w = ordered(axis)
-  assert cpu_layout.fits(w)
+  assert cpu_layout.is_supported(w)
   got = cpu_layout.from_qtensor(w)
   # A zero a group becomes an offset, which is rounded once.
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
@@ -117,7 +117,7 @@ def test_act_order_is_gathered_once(axis):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
-def test_act_order_cut_over_a_mesh_is_the_same():
+def test_sharded_act_order_is_the_same():
   w = cpu_layout.from_qtensor(ordered())
   named = weights.axes(w, ("width", "heads"))
   assert named.panels.words == ("heads", "width", None)
@@ -237,13 +237,13 @@ def test_a_model_of_floats_is_the_same_in_panels(family, dtype):
   )
 
 
-def test_decoding_chooses(monkeypatch):
+def test_for_decoding_selects_the_layout(monkeypatch):
   model = support.model(tied=True, **SIZES)
   plain, packed = support.params(model), packed_params(model)
   for available in (True, False):
     monkeypatch.setattr(cpu, "available", lambda: available)  # noqa: B023
     for params in (plain, packed):
-      got = cpu_layout.decoding(params)
+      got = cpu_layout.for_decoding(params)
       assert isinstance(got["embed"], cpu_layout.PanelTensor) == available
       assert (got is params) != available
 
@@ -272,7 +272,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_does_not_fit_is_said_once_by_name(name):
+def test_unsupported_formats_are_warned_of_once(name):
   model = support.model(tied=True, **SIZES)
   params = Quantize(format=LEFT[name])(support.params(model))
   with pytest.warns(RuntimeWarning) as told:
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_said_once_by_name(name):
   assert isinstance(got["run0"]["layer0"]["mlp"]["up"], qtensor.QTensor)
 
 
-def test_nothing_is_said_of_what_fits():
+def test_supported_formats_raise_no_warning():
   model = support.model(tied=True, **SIZES)
   params = Quantize(format=Affine(bits=4, block=16))(support.params(model))
   with warnings.catch_warnings():
@@ -292,7 +292,7 @@ def test_nothing_is_said_of_what_fits():
     cpu_layout.to_panels(support.params(model))
 
 
-def test_outliers_are_said():
+def test_outliers_raise_a_warning():
   model = support.model(tied=True, **SIZES)
   params = Quantize(format=Affine(bits=4, block=16))(support.params(model))
   up = params["run0"]["layer0"]["mlp"]["up"]
@@ -318,14 +318,14 @@ def test_outliers_are_said():
     ("float32", True, 1, True),
   ],
 )
-def test_many_rows_are_read_from_panels_where_that_is_faster(
+def test_for_reading_uses_panels_where_that_is_faster(
   dtype, packed, rows, laid
 ):
   model = support.model(**SIZES).clone(dtype=dtype)
   params = jax.tree.map(lambda x: x.astype(dtype), support.params(model))
   if packed:
     params = packed_params(model)
-  found = cpu_layout.reading(params, model, rows)
+  found = cpu_layout.for_reading(params, model, rows)
   leaves = jax.tree.leaves(
     found, is_leaf=lambda x: isinstance(x, cpu_layout.PanelTensor)
   )

@@ -1,4 +1,4 @@
-"""GPTQ's and AWQ's words are those of auto-gptq's and autoawq's own packers."""
+"""Tests GPTQ's and AWQ's words against auto-gptq's and autoawq's packers."""
 
 import json
 import pathlib

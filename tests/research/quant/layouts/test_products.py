@@ -1,4 +1,4 @@
-"""Large matrices are decoded in pieces: the same products, in less memory."""
+"""Tests that large matrices are decoded in slices, in less memory."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from research.quant.formats.codebook import Codebook
 from research.quant.formats.fp8 import FP8
 from research.quant.formats.nvfp4 import NVFP4
 from research.quant.layouts import products
-from research.quant.layouts.products import Along
+from research.quant.layouts.products import OutputAxis
 
 INPUTS, OUTPUTS, EXPERTS = 256, 96, 3
 FORMATS = {
@@ -71,11 +71,11 @@ def compared(product, x, w, dense):
 
 
 EQUATIONS = {  # left and right of `w`, the shape of x, and where outputs are
-  "bi,io->bo": ((5, INPUTS), Along(True, 1)),
-  "...i,io->...o": ((2, 5, INPUTS), Along(True, -1)),
-  "...o,io->...i": ((2, 5, OUTPUTS), Along(False, -1)),
-  "b...i,io->bo...": ((2, 5, INPUTS), Along(True, 1)),
-  "bo...,io->i...b": ((2, OUTPUTS, 5), Along(False, 1)),
+  "bi,io->bo": ((5, INPUTS), OutputAxis(True, 1)),
+  "...i,io->...o": ((2, 5, INPUTS), OutputAxis(True, -1)),
+  "...o,io->...i": ((2, 5, OUTPUTS), OutputAxis(False, -1)),
+  "b...i,io->bo...": ((2, 5, INPUTS), OutputAxis(True, 1)),
+  "bo...,io->i...b": ((2, OUTPUTS, 5), OutputAxis(False, 1)),
 }
 
 
@@ -85,7 +85,7 @@ EQUATIONS = {  # left and right of `w`, the shape of x, and where outputs are
 def test_einsum_in_any_order_of_letters(eq, dtype):
   shape, along = EQUATIONS[eq]
   left, out = eq.split(",")[0], eq.split("->")[1]
-  assert products.along(left, "o", out) == along
+  assert products.output_axis(left, "o", out) == along
   w = jax.tree.map(lambda x: x[1], leaf("int4"))
   assert products.piece_count(w, products.PIECE) == 6
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), dtype)
@@ -95,7 +95,7 @@ def test_einsum_in_any_order_of_letters(eq, dtype):
 @pytest.mark.parametrize("axis", [-2, -1])
 @every
 @pytest.mark.cover(1)
-def test_every_kind_of_part_is_cut(name, axis):
+def test_every_kind_of_part_is_sliced(name, axis):
   w = dataclasses.replace(leaf(name), axis=axis)
   one = jax.tree.map(lambda x: x[1], w)
   assert products.piece_count(one, products.PIECE) == 6
@@ -175,7 +175,7 @@ def test_no_program_holds_a_whole_large_matrix(case, format, monkeypatch):
   assert temporaries() >= WIDE
 
 
-def test_small_matrices_and_those_cut_over_devices_are_decoded_whole():
+def test_small_and_sharded_matrices_are_decoded_at_once():
   w = packed_shape(Affine(), ())
   assert products.piece_count(w, WIDE // 4) == 1
   assert products.piece_count(w, 2 << 20) == 8

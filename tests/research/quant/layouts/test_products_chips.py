@@ -1,4 +1,4 @@
-"""On a TPU, too, a product holds a piece of a large packed matrix alone."""
+"""Tests that on a TPU a product holds only a slice of a large packed matrix."""
 
 import functools
 

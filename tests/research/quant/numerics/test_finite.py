@@ -1,4 +1,4 @@
-"""Infinities and NaN are refused, by address, whatever the format."""
+"""Tests that infinities and NaN are refused, by address, in any format."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ FORMAT = Affine(block=4)
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("how", [np.asarray, jnp.asarray])
-def test_no_format_packs_what_is_not_finite(row, how):
+def test_every_format_refuses_infinite_weights(row, how):
   for at, bad in zip([(0, 0, 0), (1, 200, 3), (1, 255, 23)], BAD, strict=True):
     w = matrices().copy()
     w[at] = w[1, 255, 23] = bad
@@ -39,7 +39,7 @@ def test_no_format_packs_what_is_not_finite(row, how):
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
-def test_of_every_type_in_either_library(kind):
+def test_every_dtype_of_numpy_and_jax(kind):
   w = np.ones((4, 6)).astype(jnp.dtype(kind))
   for how in (np.asarray, jnp.asarray):
     finite.check(how(w), "w")
@@ -103,7 +103,7 @@ def test_rules_name_an_embedding_and_what_was_packed():
     how.run(packed)
 
 
-def test_what_training_spoiled_is_not_converted():
+def test_master_weights_that_are_not_finite_are_refused():
   params = qat.Prepare(format=FORMAT)(support.params(support.model()))
   w = params["run0"]["layer0"]["mlp"]["up"]
   params["run0"]["layer0"]["mlp"]["up"] = dataclasses.replace(
@@ -113,7 +113,7 @@ def test_what_training_spoiled_is_not_converted():
     qat.Convert()(params)
 
 
-def test_shapes_alone_are_no_numbers():
+def test_shapes_pass_unchecked():
   params = support.params(support.model())
   made = jax.eval_shape(Quantize(format=FORMAT), params)
   assert tree.nbytes(made) < tree.nbytes(params)

@@ -1,4 +1,4 @@
-"""Hadamard matrices are orthogonal, and the fast product is theirs."""
+"""Tests Hadamard matrices for orthogonality, and fast transforms."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Casts to small floats: exact, to the nearest, ties to even, saturating."""
+"""Tests casts to minifloats: exact, nearest, ties to even, saturating."""
 
 import fractions
 import math
@@ -134,7 +134,7 @@ def test_codes_come_back_and_nan_has_one(kind):
 
 
 def test_the_casts_of_jax_are_traps():
-  """What the module's docstring says of them; if mended, say so there."""
+  """As the module's docstring says; if JAX is fixed, update it."""
   x = jnp.float32([465.0])
   assert np.isnan(np.asarray(x.astype(jnp.float8_e4m3fn), np.float32)).all()
   three = np.float32([3.0]).astype(ml_dtypes.float8_e8m0fnu)
@@ -197,8 +197,8 @@ def test_dividing_by_a_scale_is_exact():
   byte = rng.integers(1, 255, 2000, dtype=np.uint8)
   x = np.float32(rng.uniform(0.25, 1.5, 2000)) * minifloats.block_scale(byte)
   want = x.astype(np.float64) / minifloats.block_scale(byte).astype(np.float64)
-  got = minifloats.divided_by_scale(x, byte)
+  got = minifloats.divide_by_scale(x, byte)
   np.testing.assert_array_equal(got, want.astype(np.float32))
-  ours = jax.jit(minifloats.divided_by_scale)(x, byte)
+  ours = jax.jit(minifloats.divide_by_scale)(x, byte)
   normal = np.abs(x) >= np.finfo(np.float32).tiny
   np.testing.assert_array_equal(np.asarray(ours)[normal], got[normal])

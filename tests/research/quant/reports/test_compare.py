@@ -1,4 +1,4 @@
-"""Comparisons with a base, against logits of the whole text in float64."""
+"""Tests comparisons with a base against logits of the whole text in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ def _pair():
 @pytest.fixture(scope="module", name="found")
 def _found(pair):
   model, params, other, tokens = pair
-  base = compare.base(model, params, tokens, batch=2)
-  return compare.each_token(base, model, other)
+  base = compare.base_outputs(model, params, tokens, batch=2)
+  return compare.per_token(base, model, other)
 
 
 def _log_probs(model, params, tokens):
@@ -36,7 +36,7 @@ def _log_probs(model, params, tokens):
   return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
-def test_each_token_is_what_the_logits_say(pair, found):
+def test_per_token_results_match_the_logits(pair, found):
   model, params, other, tokens = pair
   p, q = (_log_probs(model, x, tokens)[:, :-1] for x in (params, other))
   right = tokens[:, 1:, None]
@@ -68,16 +68,16 @@ def test_a_summary_is_the_means(found):
   assert s.same_top == pytest.approx(found["same"].mean())
 
 
-def test_a_model_beside_itself_has_no_distance(pair):
+def test_a_model_compared_with_itself_has_no_distance(pair):
   model, params, _, tokens = pair
-  base = compare.base(model, params, tokens, batch=2)
+  base = compare.base_outputs(model, params, tokens, batch=2)
   s = compare.compare(base, model, params)
   assert s.kl == pytest.approx(0, abs=1e-6)
   assert (s.same_top, s.same_top_se, s.rms_delta_p) == (1, 0, 0)
   assert s.perplexity == s.base_perplexity and s.accuracy == s.base_accuracy
 
 
-def test_standard_errors_count_runs_of_alike_tokens_once():
+def test_standard_errors_count_correlated_runs_once():
   rng = np.random.default_rng(0)
   apart = rng.standard_normal((64, 320))
   # 20,480 independent draws; its own relative error is 1 / sqrt(2 * 640).
@@ -92,19 +92,19 @@ def test_standard_errors_count_runs_of_alike_tokens_once():
 def test_what_cannot_be_compared_is_refused(pair):
   model, params, _, tokens = pair
   with pytest.raises(UserError, match="windows of at least 2"):
-    compare.base(model, params, tokens[:, :1])
-  base = compare.base(model, params, tokens, batch=2)
+    compare.base_outputs(model, params, tokens[:, :1])
+  base = compare.base_outputs(model, params, tokens, batch=2)
   with pytest.raises(UserError, match="the same vocabulary"):
     compare.compare(base, support.model(vocab=68), params)
   short = support.model(max_positions=16)
   with pytest.raises(UserError, match="context of 16"):
-    compare.base(short, params, tokens)
+    compare.base_outputs(short, params, tokens)
 
 
 def test_padding_of_the_last_batch_counts_nothing(pair, found):
   model, params, other, tokens = pair
-  base = compare.base(model, params, tokens[:2], batch=2)
-  two = compare.each_token(base, model, other)
+  base = compare.base_outputs(model, params, tokens[:2], batch=2)
+  two = compare.per_token(base, model, other)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b[:2], atol=2e-5), two, found
   )

@@ -1,4 +1,4 @@
-"""What every grid loses of normal numbers: a table that must not move."""
+"""Tests the rounding error of normal numbers in every format: a fixed table."""
 
 import functools
 
@@ -88,7 +88,7 @@ def error(got, w):
 def measured(format):
   """Returns (error, parts), of blocks by ggml's encoder, which is NumPy's."""
   w = numbers()
-  if format.traced:
+  if format.traceable:
     return traced(w, format)
   parts = format.encode(np.asarray(w))
   return error(format.values(parts), w), parts

@@ -1,4 +1,4 @@
-"""Inputs are kept as they were, and errors are medians over tokens."""
+"""Tests that inputs are unchanged, and errors are medians over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def test_inputs_of_the_middle_layer():
   model = support.model("llama", depth=2)
   params, tokens = support.params(model), support.tokens(2, 8)
   address = "layers/1/attention/q"
-  found = input_errors.inputs(model, params, tokens, (address,))
+  found = input_errors.collect_inputs(model, params, tokens, (address,))
   x, w = found[address]
   # By hand: what the first layer puts out, through the second one's norm.
   one = jax.tree.map(lambda a: a[0], params["run0"]["layer0"])
@@ -31,10 +31,10 @@ def test_inputs_of_the_middle_layer():
     w, params["run0"]["layer0"]["attention"]["q"][1]
   )
   with pytest.raises(UserError, match="no such matrix"):
-    input_errors.inputs(model, params, tokens, ("layers/9/mlp/down",))
+    input_errors.collect_inputs(model, params, tokens, ("layers/9/mlp/down",))
 
 
-def test_one_massive_token_is_seen_in_medians_alone():
+def test_medians_show_errors_hidden_by_a_massive_token():
   rng = np.random.default_rng(0)
   x = rng.standard_normal((64, 32)).astype(np.float32)
   x[0, 5] = 5e3

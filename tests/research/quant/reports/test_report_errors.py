@@ -1,4 +1,4 @@
-"""Errors of each matrix, against products by hand; sizes, by counting."""
+"""Tests each matrix's errors against explicit products, sizes by counting."""
 
 import dataclasses
 
@@ -85,12 +85,14 @@ def test_equal_trees_are_refused(pair):
     report_errors.errors(model, params, params, tokens)
 
 
-def test_a_probe_leaves_the_model_what_it_is(pair):
+def test_a_probe_does_not_change_the_model(pair):
   _, params, other, _ = pair
   w = params["run0"]["layer0"]["attention"]["q"][0]
   new = jax.tree.map(lambda x: x[0], other["run0"]["layer0"]["attention"]["q"])
   x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 32)), "f4")
-  probe = report_errors.Probe(w, new, jnp.zeros((2, 5, report_errors.SEEN)))
+  probe = report_errors.Probe(
+    w, new, jnp.zeros((2, 5, report_errors.NUM_STATS))
+  )
   y = probe.einsum("...d,df->...f", x)
   np.testing.assert_array_equal(y, jnp.einsum("...d,df->...f", x, w))
   np.testing.assert_array_equal(probe.dense(), w)
