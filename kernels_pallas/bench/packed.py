@@ -16,7 +16,7 @@ from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.target_platform import device
 from kernels_pallas.decode_attention import ragged
-from kernels_pallas.decode_attention.tpu.mosaic_tpu_append import (
+from kernels_pallas.decode_attention.tpu.append import (
   group_size,
   mosaic_tpu_append,
 )

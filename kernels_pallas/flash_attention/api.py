@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.common.target_platform import device
-from kernels_pallas.flash_attention import backends
-from kernels_pallas.flash_attention.backends import BACKENDS
-from kernels_pallas.flash_attention.dispatch import Sizes, choice, choose
+from kernels_pallas.flash_attention import dispatch
+from kernels_pallas.flash_attention.dispatch import BACKENDS, Sizes, choose
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.masks import Mask, Segments, Window
 
@@ -81,7 +80,7 @@ def flash_attention(
     kv_lens: Int [B], at most S; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
     backend: One of `BACKENDS`; 'auto' goes by the platform that the program is
-      lowered for (`backends.automatic`).
+      lowered for (`dispatch.automatic`).
     config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu,
       `CpuTiles` for cpu, else `Blocks`. With 'auto', `Blocks` stand for
       xla_blockwise, and other sizes are used where their backend is taken.
@@ -183,13 +182,13 @@ def prepare(
     precision=precision,
   )
   if backend == "auto" and interpret is None:
-    run, config = backends.automatic(x, config, spec)
+    run, config = dispatch.automatic(x, config, spec)
   else:
     if backend == "auto":
-      backend, _ = choice(x, device(), config, spec)
-    run = backends.named(backend, interpret)
+      backend, _ = dispatch.choice(x, device(), config, spec)
+    run = dispatch.named(backend, interpret)
     if config is None:
-      config = backends.fitted(x, run.config, device()[1])
+      config = dispatch.fitted(x, run.config, device()[1])
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"

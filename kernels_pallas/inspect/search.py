@@ -11,7 +11,7 @@ import json
 import pathlib
 from collections.abc import Callable, Iterator
 
-from kernels_pallas.flash_attention.tpu import tpu_tile_sizes
+from kernels_pallas.flash_attention.tpu import tile_sizes
 from kernels_pallas.inspect import report
 from kernels_pallas.inspect.programs import Job
 from kernels_pallas.inspect.report import Measurement
@@ -70,10 +70,8 @@ def at(job: Job, blocks: tuple[int, ...]) -> Job:
   )
 
 
-def write(
-  found: Measurement, path: pathlib.Path = tpu_tile_sizes.TABLE
-) -> None:
-  """Writes a measurement's blocks where `tpu_tile_sizes.for_device` reads.
+def write(found: Measurement, path: pathlib.Path = tile_sizes.TABLE) -> None:
+  """Writes a measurement's blocks where `tile_sizes.for_device` reads.
 
   Args:
     found: Of our attention.
@@ -86,7 +84,7 @@ def write(
 
 
 def name(job: Job) -> str:
-  """Which tile of `tpu_tile_sizes.Tiles` a job measures."""
+  """Which tile of `tile_sizes.Tiles` a job measures."""
   names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
   return names.get((job.direction, job.backward), "forward")
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu import tpu_problem as problem
+from kernels_pallas.flash_attention.tpu import problem
 from kernels_pallas.flash_attention.tpu.forward_kernel import grid_spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile
 from kernels_pallas.masks import Mask
 
 

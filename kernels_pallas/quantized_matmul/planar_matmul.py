@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.common import target_platform
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.tpu import mosaic_tpu
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tiles, fit
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tiles, fit
 
 Names = tuple[str, ...]
 """Axes of a mesh, as one: the last of them is the fastest."""

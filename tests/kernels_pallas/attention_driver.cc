@@ -1,4 +1,4 @@
-// Random attention by every kernel of cpu_attention.cc, each buffer a heap
+// Random attention by every kernel of attention.cc, each buffer a heap
 // block of its exact size, each helper a thread that starts late: what the
 // sanitizers watch.
 //
@@ -7,7 +7,7 @@
 // many problems it checked.
 
 #define ATTENTION_WITHOUT_FFI
-#include "cpu_attention.cc"
+#include "attention.cc"
 
 #include <algorithm>
 #include <chrono>

@@ -21,7 +21,7 @@ import numpy as np
 from kernels_pallas.inspect import gpu, ptx
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
 )

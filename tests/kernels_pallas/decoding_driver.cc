@@ -1,4 +1,4 @@
-// Random steps of decoding by every kernel of cpu_decode.cc, each buffer a heap
+// Random steps of decoding by every kernel of decode.cc, each buffer a heap
 // block of its exact size, each helper a thread that starts late: what the
 // sanitizers watch.
 //
@@ -7,7 +7,7 @@
 // asks for the threads that it may have. Prints how many steps it checked.
 
 #define DECODING_WITHOUT_FFI
-#include "cpu_decode.cc"
+#include "decode.cc"
 
 #include <chrono>
 #include <cstdio>

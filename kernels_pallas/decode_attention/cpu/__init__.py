@@ -1,6 +1,6 @@
 """Decoding attention for CPUs, in C++."""
 
-from kernels_pallas.decode_attention.cpu.cpu import (
+from kernels_pallas.decode_attention.cpu.decode import (
   ISAS,
   LANES,
   LIBRARY,

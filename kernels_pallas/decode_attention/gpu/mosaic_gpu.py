@@ -1,6 +1,6 @@
 """Decoding attention as a Mosaic kernel for GPUs, the mosaic_gpu backend.
 
-`mosaic_gpu_kernel` is the kernel, for Ampere and what followed it; here is what
+`sm80_kernel` is the kernel, for Ampere and what followed it; here is what
 it is called with. Nothing is copied: caches and pages are arrays of rows to it.
 """
 
@@ -13,8 +13,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.common import gpu_copy as copy
 from kernels_pallas.common.target_platform import NO_GPU_KERNELS, has_mma
-from kernels_pallas.decode_attention.gpu import mosaic_gpu_codes as codes
-from kernels_pallas.decode_attention.gpu import mosaic_gpu_kernel as kernel
+from kernels_pallas.decode_attention.gpu import quantized_pages, sm80_kernel
 from kernels_pallas.decode_attention.pages import LARGEST, Pages
 from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
 from kernels_pallas.flash_attention.gpu.mosaic_gpu import DTYPES, no_kernel
@@ -94,11 +93,11 @@ def mosaic_gpu_decode(
     interpret: None or False to compile, or a `plgpu.InterpretGPUParams`.
   """
   x = plan(p, bool(interpret))
-  return finished(p, x, *kernel.run(x, interpret or False))
+  return finished(p, x, *sm80_kernel.run(x, interpret or False))
 
 
 def finished(
-  p: Problem, x: kernel.Plan, o: jax.Array, lse: jax.Array
+  p: Problem, x: sm80_kernel.Plan, o: jax.Array, lse: jax.Array
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
   """What the kernel found, without padding, its dims in their order.
 
@@ -111,11 +110,11 @@ def finished(
   rows = p.q.shape[2]
   o, lse = o[:, :, :rows], lse[:, :, :rows]
   if x.code is not None and not x.interpreted:
-    o = codes.from_values(o) * codes.factor(x.code)
+    o = quantized_pages.from_values(o) * quantized_pages.factor(x.code)
   return o, lse
 
 
-def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
+def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
   """What the kernel is called with.
 
   Args:
@@ -124,7 +123,7 @@ def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
   """
   items, _, M, _ = p.q.shape
   (K, H, Hv), E = p.heads, items * p.splits
-  parts = 4 if M <= kernel.WARP else 2 if M <= 2 * kernel.WARP else 1
+  parts = 4 if M <= sm80_kernel.WARP else 2 if M <= 2 * sm80_kernel.WARP else 1
   code = p.held.kv.dtype if _is_quantized(p.held) else None
   size = p.q.dtype.itemsize if code is None else 1
   keys, token = KEYS, size * (H + Hv) + 8 * (code is not None)
@@ -132,21 +131,23 @@ def plan(p: Problem, interpreted: bool = False) -> kernel.Plan:
   # scores of 64 keys do not fit the registers.
   if size * (H + Hv) > WIDE or (parts == 1 and Hv == HEAD_DIMS[-1]):
     keys, parts = KEYS // 2, min(parts, 2)
-  rows = kernel.ROWS // parts
+  rows = sm80_kernel.ROWS // parts
   blocks = -(-M // rows)
   q = jnp.pad(p.q, [(0, 0), (0, 0), (0, blocks * rows - M), (0, 0)])
   spec, scales = p.spec, {}
   if code is not None:
     scales["scales"] = p.held.scale.reshape(-1)
     if not interpreted:
-      q = codes.for_keys(q)
-      spec = dataclasses.replace(spec, scale=spec.scale * codes.factor(code))
+      q = quantized_pages.for_keys(q)
+      spec = dataclasses.replace(
+        spec, scale=spec.scale * quantized_pages.factor(code)
+      )
   begin, end, bounds = _ranges(p, (parts, blocks, keys))
   lines, source, columns = _memory(p)
   if interpreted:
     lines = [jnp.pad(x, [(0, keys), (0, 0)]) for x in lines]
   table = jnp.zeros(1, jnp.int32) if p.table is None else p.table.reshape(-1)
-  return kernel.Plan(
+  return sm80_kernel.Plan(
     spec=spec,
     dims=(E, items, K, blocks, H, Hv),
     parts=parts,
@@ -187,9 +188,9 @@ def _ranges(p: Problem, cut):
   begin = jnp.maximum(w.low, w.base + w.start * p.block)
   end = jnp.minimum(w.high, w.base + w.stop * p.block)
   end = jnp.maximum(begin, end)
-  rows = kernel.ROWS // parts
-  warp, own = jnp.divmod(jnp.arange(kernel.ROWS), kernel.WARP)
-  own += warp // parts * kernel.WARP
+  rows = sm80_kernel.ROWS // parts
+  warp, own = jnp.divmod(jnp.arange(sm80_kernel.ROWS), sm80_kernel.WARP)
+  own += warp // parts * sm80_kernel.WARP
   query = (jnp.arange(blocks)[:, None] * rows + own) // p.group
   part = warp % parts
   position = w.position[:, None, None] + query
@@ -205,8 +206,8 @@ def _ranges(p: Problem, cut):
 
 def _stages(size: int, parts: int, H: int) -> int:
   """Of a ring of tiles of so many bytes: 2 to 4; two blocks fit an A100."""
-  held = 2 * (kernel.ROWS // parts) * H
-  held += (kernel.CHUNK + 2) * 4 * kernel.ROWS * (parts > 1)
+  held = 2 * (sm80_kernel.ROWS // parts) * H
+  held += (sm80_kernel.CHUNK + 2) * 4 * sm80_kernel.ROWS * (parts > 1)
   return max(2, min(4, (SHARED_BYTES - held) // size))
 
 

@@ -27,8 +27,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.decode_attention.pages import LARGEST
-from kernels_pallas.decode_attention.tpu import mosaic_tpu_block as blocks
-from kernels_pallas.decode_attention.tpu.mosaic_tpu_block import (
+from kernels_pallas.decode_attention.tpu import key_block
+from kernels_pallas.decode_attention.tpu.key_block import (
   NAMES,
   Entry,
   Plan,
@@ -85,8 +85,8 @@ def mosaic_tpu_decode(
       ],
     ),
     out_shape=[
-      blocks.varying(q, (splits * items, K, M, Hv)),
-      blocks.varying(q, (splits * items, K, 1, M)),
+      key_block.varying(q, (splits * items, K, M, Hv)),
+      key_block.varying(q, (splits * items, K, 1, M)),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),
@@ -130,7 +130,7 @@ def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
       stream(there, there["start"], 1 - slot, "start")
 
     stream(here, n, slot, "wait")
-    blocks.attend(x, here, n, q, {k: r.at[slot] for k, r in buffers.items()},
+    key_block.attend(x, here, n, q, {k: r.at[slot] for k, r in buffers.items()},
                   (m, l, acc))  # fmt: skip
     return carry
 
@@ -140,12 +140,12 @@ def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
   total = jnp.where(empty, 1, total)
   o[...] = acc[...] / total
   found = m[...] * math.log(2) + jnp.log(total)
-  blocks.store_rows(lse, jnp.where(empty, -jnp.inf, found))
+  key_block.store_rows(lse, jnp.where(empty, -jnp.inf, found))
 
 
 def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
   """Starts or awaits the copies of block n of an entry into a slot."""
-  row, first = entry["row"], blocks.first_key(x, entry, n)
+  row, first = entry["row"], key_block.first_key(x, entry, n)
 
   def copy(name, source, target):
     at = sems.at[slot, x.names.index(name)]

@@ -3,7 +3,7 @@
 `sm90_forward` and `sm90_backward` hold the kernels for Hopper,
 `sm80_forward` and `sm80_backward` those for Ampere and Ada,
 `sm100_forward` and `sm100_backward` those for Blackwell;
-`gpu_problem` is what they are called with. The saved output and
+`problem` is what they are called with. The saved output and
 log-sum-exp have the names that `blockwise` gives them.
 """
 
@@ -30,8 +30,8 @@ from kernels_pallas.flash_attention.cotangents import (
   kept,
   queries,
 )
-from kernels_pallas.flash_attention.gpu import gpu_problem as problem
 from kernels_pallas.flash_attention.gpu import (
+  problem,
   sm80_backward,
   sm80_forward,
   sm90_backward,
@@ -39,13 +39,13 @@ from kernels_pallas.flash_attention.gpu import (
   sm100_backward,
   sm100_forward,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile import LOG2E
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile import LOG2E
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   PROGRAMS,
   GpuTiles,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_problem import pad
+from kernels_pallas.flash_attention.tpu.problem import pad
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -224,7 +224,7 @@ def _tiles(spec: Spec, interpret: Any, x: Operands) -> GpuTiles:
   tiles = spec.blocks
   if not isinstance(tiles, GpuTiles):
     raise ValueError(
-      f"config: found {tiles!r}, expected a `gpu_tile_sizes.GpuTiles` for "
+      f"config: found {tiles!r}, expected a `tile_sizes.GpuTiles` for "
       "mosaic_gpu"
     )
   reason = unsupported(x.q, x.k, x.v, x.bias, spec.precision)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import KEYS, Problem
+from kernels_pallas.flash_attention.gpu.problem import KEYS, Problem
 
 PROGRAM = "program"
 """Name of the axis of blocks of threads."""

@@ -18,14 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 from kernels_pallas.flash_attention.gpu import sm80_mma as mma
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import (
+from kernels_pallas.flash_attention.gpu.problem import (
   Problem,
   results,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import ROWS
+from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:

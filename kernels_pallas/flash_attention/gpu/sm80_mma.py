@@ -21,9 +21,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import COLUMNS, ROWS
+from kernels_pallas.flash_attention.gpu import tile
+from kernels_pallas.flash_attention.gpu.problem import Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import COLUMNS, ROWS
 
 DEPTH = 16
 """Terms that one `mma` sums."""

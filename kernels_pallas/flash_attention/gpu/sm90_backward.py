@@ -19,13 +19,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
 from kernels_pallas.flash_attention.gpu import persistent as schedule
 from kernels_pallas.flash_attention.gpu import sm90_wgmma as wgmma
+from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
-from kernels_pallas.flash_attention.gpu.gpu_problem import Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import ROWS
-from kernels_pallas.flash_attention.tpu.tpu_problem import varying
+from kernels_pallas.flash_attention.gpu.problem import Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
+from kernels_pallas.flash_attention.tpu.problem import varying
 
 LSE, SHIFT = 0, 1
 """Rows of `arrays['stats']`, float32 [B, N, 2, T]: the base-2 log-sum-exp, +inf

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.flash_attention.gpu.gpu_tile import View
+from kernels_pallas.flash_attention.gpu.tile import View
 
 
 def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):

@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.flash_attention.tpu import backward_kernels as back
-from kernels_pallas.flash_attention.tpu import tpu_tile as tile
-from kernels_pallas.flash_attention.tpu.tpu_problem import (
+from kernels_pallas.flash_attention.tpu import tile
+from kernels_pallas.flash_attention.tpu.problem import (
   PREFETCHED,
   VMEM_LIMIT,
   Problem,

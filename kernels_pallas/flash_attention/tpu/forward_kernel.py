@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.flash_attention.tpu import tpu_tile as tile
-from kernels_pallas.flash_attention.tpu.tpu_problem import (
+from kernels_pallas.flash_attention.tpu import tile
+from kernels_pallas.flash_attention.tpu.problem import (
   PREFETCHED,
   VMEM_LIMIT,
   Problem,

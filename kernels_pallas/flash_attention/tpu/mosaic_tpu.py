@@ -1,7 +1,7 @@
 """Flash attention as Mosaic kernels for TPU, the mosaic_tpu backend.
 
 `forward_kernel` and `backward_kernels` hold the kernels,
-`tpu_problem` what they are called with. The saved output and
+`problem` what they are called with. The saved output and
 log-sum-exp have the names that `blockwise` gives them.
 """
 
@@ -21,11 +21,10 @@ from kernels_pallas.flash_attention.cotangents import (
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tpu import backward_kernels as back
-from kernels_pallas.flash_attention.tpu import bias_gradient
-from kernels_pallas.flash_attention.tpu import tpu_problem as problem
+from kernels_pallas.flash_attention.tpu import bias_gradient, problem
 from kernels_pallas.flash_attention.tpu.forward_kernel import forward
-from kernels_pallas.flash_attention.tpu.tpu_tile import unit
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import LANES, Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile import unit
+from kernels_pallas.flash_attention.tpu.tile_sizes import LANES, Tile, Tiles
 
 FUSED_KEY_TILES = 8
 """Most tiles of keys for which 'auto' lets parts of dq pass through memory."""
@@ -127,8 +126,7 @@ def _tiles(spec: Spec, interpret: Any, x: Operands) -> Tiles:
   tiles = spec.blocks
   if not isinstance(tiles, Tiles):
     raise ValueError(
-      f"config: found {tiles!r}, expected a `tpu_tile_sizes.Tiles` for "
-      "mosaic_tpu"
+      f"config: found {tiles!r}, expected a `tile_sizes.Tiles` for mosaic_tpu"
     )
   if interpret:
     return tiles

@@ -18,18 +18,18 @@ from kernels_pallas.common.target_platform import (
   has_mma,
   spread,
 )
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_integers as integers
 from kernels_pallas.quantized_matmul.gpu import (
-  mosaic_gpu_kernel,
-  mosaic_gpu_mma,
+  sm80_kernel,
+  sm90_kernel,
+  w8a8,
 )
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_operand import Problem
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   DTYPES,
   LEAST_CODES,
   Tile,
   fitted,
 )
+from kernels_pallas.quantized_matmul.gpu.weight_operand import Problem
 from kernels_pallas.quantized_matmul.planar import Planar
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import (
   check_activations,
@@ -62,7 +62,7 @@ def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
 FEW = 256
 """Rows up to which a Blackwell decodes and multiplies at once: see README."""
 
-KERNELS = {"wgmma": mosaic_gpu_kernel, "mma": mosaic_gpu_mma}
+KERNELS = {"wgmma": sm90_kernel, "mma": sm80_kernel}
 """Modules by `Tile.cores`."""
 
 
@@ -165,7 +165,7 @@ def _of_codes(x, w, tile, interpret):
     return jnp.zeros((0, w.outputs), x.dtype)
   codes, unit = quantize_rows(x)
   p, t, arrays, _ = plan(codes, w, 1, tile or "mma")
-  y = mosaic_gpu_mma.multiply(p, t, arrays, jnp.int32, interpret)
+  y = sm80_kernel.multiply(p, t, arrays, jnp.int32, interpret)
   y = spread(y, arrays.values())
   y = y.sum(axis=0)[: len(x)].astype(jnp.float32) * w.scale
   if w.offset is not None:
@@ -210,7 +210,7 @@ def plan(
   rows = -(-M // tile.rows) * tile.rows
   x = jnp.pad(x, ((0, rows - M), (0, padded[1 - inputs] - x.shape[1])))
   if p.integers:
-    return p, tile, {"x": integers.ordered(x), "codes": w.codes}, jnp.int32
+    return p, tile, {"x": w8a8.ordered(x), "codes": w.codes}, jnp.int32
   arrays = {"x": x, "codes": w.codes, "scale": w.scale, "offset": w.offset}
   arrays = {name: x for name, x in arrays.items() if x is not None}
   return p, tile, arrays, x.dtype if tile.splits == 1 else jnp.float32

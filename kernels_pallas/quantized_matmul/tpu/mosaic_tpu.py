@@ -1,6 +1,6 @@
 """Products with packed weights as Mosaic kernels for TPU.
 
-`mosaic_tpu_few` is bound by the weights' bytes, `mosaic_tpu_many` by the matrix
+`few_rows` is bound by the weights' bytes, `many_rows` by the matrix
 units; the backward pass is the latter, transposed, from the same bytes.
 """
 
@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_problem as problem
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_few import few
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_many import (
+from kernels_pallas.quantized_matmul.tpu import problem
+from kernels_pallas.quantized_matmul.tpu.few_rows import few
+from kernels_pallas.quantized_matmul.tpu.many_rows import (
   FORWARD,
   GRADIENT,
   many,
 )
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import Tile
+from kernels_pallas.quantized_matmul.tpu.problem import Tile
 
 
 @dataclasses.dataclass(frozen=True)

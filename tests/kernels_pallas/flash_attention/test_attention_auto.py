@@ -19,11 +19,11 @@ import pytest
 
 from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
-from kernels_pallas.flash_attention import backends
+from kernels_pallas.flash_attention import dispatch
 from kernels_pallas.flash_attention.api import choose, flash_attention
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import GpuTiles
+from kernels_pallas.flash_attention.gpu.tile_sizes import GpuTiles
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from research.planning import flops
 from tests.support_gpu import needs_kernels
@@ -166,7 +166,7 @@ def test_a_config_that_is_no_backends_is_refused(config, mesh):
   context = jax.sharding.use_abstract_mesh(known) if mesh else nullcontext()
   x = Operands(*shapes(), Mask.causal())
   with context, pytest.raises(ValueError, match="config: found .* GpuTiles"):
-    backends.automatic(x, config, Spec(scale=1.0))
+    dispatch.automatic(x, config, Spec(scale=1.0))
 
 
 @needs_kernels
@@ -175,7 +175,7 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
 
   def cores():
     x = Operands(q, k, v, Mask.causal())
-    _, sizes = backends.automatic(x, None, Spec(scale=1.0))
+    _, sizes = dispatch.automatic(x, None, Spec(scale=1.0))
     return dict(sizes.kernels)["cuda"].cores
 
   assert cores() == "wgmma" and "none is here" in target_platform.kind_of(

@@ -11,7 +11,7 @@ import pytest
 from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tpu.mosaic_tpu import mosaic_tpu_attention
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.flash_attention.xla.blockwise import blocked_attention
 from kernels_pallas.masks import Mask
 

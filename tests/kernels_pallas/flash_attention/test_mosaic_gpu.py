@@ -24,11 +24,11 @@ from kernels_pallas.flash_attention.gpu import (
   persistent,
   tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
 )
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.flash_attention.spec import Blocks, Operands
 from kernels_pallas.masks import Mask
 from tests.support_chip import MODES, runner

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.gpu import mosaic_gpu, persistent
-from kernels_pallas.flash_attention.gpu.gpu_problem import (
+from kernels_pallas.flash_attention.gpu.problem import (
   KEYS,
   QUERIES,
   prepare,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTile,
   GpuTiles,
 )

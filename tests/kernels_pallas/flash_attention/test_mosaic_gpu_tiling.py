@@ -8,13 +8,13 @@ import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.gpu import (
-  gpu_problem,
-  gpu_tile_sizes,
   mosaic_gpu,
+  problem,
   sm90_forward,
+  tile_sizes,
   tile_stream,
 )
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   SHARED_BYTES,
   GpuTile,
   GpuTiles,
@@ -96,11 +96,11 @@ def prepared(H, Hv, cores):
   x = Operands(q, q, v, Mask.full())
 
   problems = [
-    gpu_problem.prepare(spec, x, tile, streamed)
+    problem.prepare(spec, x, tile, streamed)
     for tile, streamed in (
-      (tiles.forward, gpu_problem.KEYS),
-      (tiles.dq, gpu_problem.KEYS),
-      (tiles.dkv, gpu_problem.QUERIES),
+      (tiles.forward, problem.KEYS),
+      (tiles.dq, problem.KEYS),
+      (tiles.dkv, problem.QUERIES),
     )
   ]
   return *problems, tiles.gradients
@@ -173,7 +173,7 @@ def test_shared_memory_is_counted_as_the_compiler_does(H, Hv, cores):
   assert found == COMPILED[H, Hv, cores]
 
 
-@pytest.mark.parametrize("cores", gpu_tile_sizes.CORES[::2])
+@pytest.mark.parametrize("cores", tile_sizes.CORES[::2])
 @pytest.mark.parametrize("H", [64, 128, 192, 256])
 @pytest.mark.parametrize("Hv", [64, 128, 192, 256])
 def test_tiles_fit_shared_memory(H, Hv, cores):

@@ -10,9 +10,9 @@ import pytest
 
 from kernels_pallas.quantized_matmul import api, planar
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_decode as decode
+from kernels_pallas.quantized_matmul.tpu import dequantize
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config, quantize_rows
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import (
+from kernels_pallas.quantized_matmul.tpu.problem import (
   Tile,
   fit,
   prepare,
@@ -93,14 +93,14 @@ def test_levels_are_the_entries_exactly(name, dtype):
   codes = np.random.default_rng(0).integers(0, 16, (256, 256), np.uint8)
   w = planar.pack(codes, np.ones((1, 256), np.float32), codebook=codebook)
   found = jax.jit(
-    lambda words: decode.levels(
-      words, codebook, dtype, decode.tables(codebook, dtype)
+    lambda words: dequantize.levels(
+      words, codebook, dtype, dequantize.tables(codebook, dtype)
     )
   )(w.codes)
   assert found.dtype == dtype
   want = jnp.asarray(codebook, dtype)[codes].astype(jnp.float32)
   np.testing.assert_array_equal(
-    found.astype(jnp.float32) + decode.base(codebook), want
+    found.astype(jnp.float32) + dequantize.base(codebook), want
   )
 
 

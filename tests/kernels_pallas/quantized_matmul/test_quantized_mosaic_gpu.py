@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import (
+from kernels_pallas.quantized_matmul.gpu import dequantize, mosaic_gpu
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
   fitted,
@@ -186,7 +185,9 @@ def test_arithmetic_in_16_bits_is_that_in_32_rounded(gpu, offset):
     scale=w.scale.astype(jnp.float32),
     offset=None if not offset else w.offset.astype(jnp.float32),
   )
-  chosen = [decode.narrow(4, -8.0, x.dtype, y.scale.dtype) for y in (w, wide)]
+  chosen = [
+    dequantize.narrow(4, -8.0, x.dtype, y.scale.dtype) for y in (w, wide)
+  ]
   assert chosen == [True, False]
   tile = sized(gpu, TILE)
   run = lambda x, w: mosaic_gpu.product(x, w, tile, gpu.interpret)  # noqa: E731
@@ -238,9 +239,9 @@ def elements(layout, shape):
 def test_registers_hold_the_words_of_their_weights(inputs):
   """Nothing travels: a thread's words are those of its part of an operand."""
   weights = elements(plgpu.Layout.WGMMA.to_mgpu(), (64, 64))
-  words = elements(decode.words_layout(inputs).to_mgpu(), (16, 64))
+  words = elements(dequantize.words_layout(inputs).to_mgpu(), (16, 64))
   for at in np.ndindex(weights.shape[1:-1]):
-    have = words[:, *decode.source(at, inputs)]
+    have = words[:, *dequantize.source(at, inputs)]
     for n in range(2):  # of a register's two neighbours
       place = np.divmod(weights[:, *at, n], 64)
       i, o = place[inputs], place[1 - inputs]

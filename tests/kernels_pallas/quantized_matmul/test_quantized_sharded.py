@@ -13,7 +13,7 @@ from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import Config
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import Tile
+from kernels_pallas.quantized_matmul.tpu.problem import Tile
 from tests.support_hlo import collectives
 
 ROWS, INPUTS, OUTPUTS = 4, 256, 256

@@ -9,7 +9,7 @@ import pytest
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import Tile, Tiles
+from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from kernels_pallas.masks.intervals import EMPTY, classes, rows
 from kernels_pallas.sequence_parallel import ring, zigzag

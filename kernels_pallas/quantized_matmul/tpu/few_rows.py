@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, LANES
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_decode as decode
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import (
+from kernels_pallas.quantized_matmul.tpu import dequantize
+from kernels_pallas.quantized_matmul.tpu.problem import (
   VMEM_LIMIT,
   Problem,
   fit,
@@ -98,7 +98,7 @@ def _kernel(p: Problem, x, refs, y, total):
   width = COLUMNS if p.tile.outputs % COLUMNS == 0 else LANES
   parts = range(0, p.tile.inputs, depth)
   sums = [_sum(p, x[k, :, n : n + depth]) for n in parts]
-  tables = decode.tables(p.codebook, x.dtype)
+  tables = dequantize.tables(p.codebook, x.dtype)
   for o in range(0, p.tile.outputs, width):
     here = slice(o, o + width)
     found = total[:, here]
@@ -128,7 +128,7 @@ def _part(p: Problem, x, refs, n, depth, here, rowsums, tables):
   else:
     found = jnp.dot(
       x,
-      decode.levels(words, p.codebook, x.dtype, tables),
+      dequantize.levels(words, p.codebook, x.dtype, tables),
       precision=precision(x.dtype),
       preferred_element_type=jnp.float32,
     )

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_lookup as lookup
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_decode import TILE
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
+from kernels_pallas.quantized_matmul.gpu import codebook_lookup, dequantize
+from kernels_pallas.quantized_matmul.gpu.dequantize import TILE
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
 from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
 
 
@@ -134,10 +133,10 @@ def weights(
     half: Which 64 inputs of a block of words.
   """
   dtype, of_scales = smem["x"].dtype, smem["scale"].dtype
-  narrow = decode.narrow(p.bits, p.first, dtype, of_scales)
+  narrow = dequantize.narrow(p.bits, p.first, dtype, of_scales)
   levels = None
   if p.first is None:
-    levels = lookup.entries(
+    levels = codebook_lookup.entries(
       loaded, p.inputs, half, p.codebook, dtype, interpreted
     )
   across = plgpu.Layout.WGMMA.reduce(p.inputs)
@@ -145,7 +144,7 @@ def weights(
   def of_outputs(name):
     if name not in smem:
       return []
-    each = decode.groups(p.group)
+    each = dequantize.groups(p.group)
     first = half * each if p.scales > 1 else 0
     parts = [
       plgpu.load(
@@ -156,13 +155,13 @@ def weights(
     return [x.astype(dtype if narrow else jnp.float32) for x in parts]
 
   if levels is None and narrow:
-    levels = decode.short(
+    levels = dequantize.short(
       loaded, p.inputs, half, p.bits, p.first, dtype, interpreted
     )
   elif levels is None:
-    words = decode.expand(loaded, p.inputs, interpreted)
-    levels = decode.wide(words, p.inputs, half, p.bits, p.first)
-  w = decode.scaled(
+    words = dequantize.expand(loaded, p.inputs, interpreted)
+    levels = dequantize.wide(words, p.inputs, half, p.bits, p.first)
+  w = dequantize.scaled(
     levels if narrow else levels.astype(jnp.float32), p.inputs, p.group,
     of_outputs("scale"), of_outputs("offset"), interpreted,
   )  # fmt: skip

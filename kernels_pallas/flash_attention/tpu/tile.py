@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.tpu.tpu_problem import Problem
+from kernels_pallas.flash_attention.tpu.problem import Problem
 from kernels_pallas.masks import intervals
 
 SUBLANES = 8

@@ -18,8 +18,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from kernels_pallas.common.gpu_copy_rows import i32
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_decode import TILE
+from kernels_pallas.quantized_matmul.gpu import dequantize
+from kernels_pallas.quantized_matmul.gpu.dequantize import TILE
 
 BITS = 4
 
@@ -46,7 +46,9 @@ def entries(
     return _chosen(words, inputs, half, codebook, dtype)
   kind = plgpu.ShapeDtypeStruct((TILE, TILE), dtype, layout=plgpu.Layout.WGMMA)
 
-  @plgpu.inline_mgpu(arg_types=(decode.words_layout(inputs),), return_type=kind)
+  @plgpu.inline_mgpu(
+    arg_types=(dequantize.words_layout(inputs),), return_type=kind
+  )
   def looked_up(_, x):
     layout = plgpu.Layout.WGMMA.to_mgpu()
     pair = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(dtype))
@@ -68,7 +70,7 @@ def entries(
 
 def _chosen(words, inputs, half, codebook, dtype):
   """The same as the interpreter finds it."""
-  codes = decode.interpreted_codes(words, inputs, half, BITS)
+  codes = dequantize.interpreted_codes(words, inputs, half, BITS)
   found = jnp.zeros(codes.shape, dtype)
   for code, entry in enumerate(codebook):
     found = jnp.where(codes == code, jnp.asarray(entry, dtype), found)
@@ -81,7 +83,7 @@ def _codes_forward(x, half, shape):
   for at in np.ndindex(shape):
     if at[1] >= shape[1] // 2:
       continue
-    word = _bits(x.registers[decode.source(at, 1)])
+    word = _bits(x.registers[dequantize.source(at, 1)])
     selector = mgpu.utils.prmt(word, word, i32(0x4420 + 0x11 * half))
     other = (at[0], at[1] + shape[1] // 2, *at[2:])
     yield (at, other), selector, (0x6240, 0x7351)
@@ -89,7 +91,7 @@ def _codes_forward(x, half, shape):
 
 def _codes_back(x, half, shape):
   """Codes of one register, as of `decode.neighbours`, then of another."""
-  found = decode.neighbours(half, BITS)
+  found = dequantize.neighbours(half, BITS)
 
   def codes(at):
     both = found(x.registers[at])

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.flash_attention.gpu.gpu_problem import KEYS, Problem
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import ROWS
+from kernels_pallas.flash_attention.gpu.problem import KEYS, Problem
+from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)

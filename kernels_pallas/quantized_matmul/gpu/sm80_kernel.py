@@ -4,7 +4,7 @@ It has run on no GPU yet: numbers and races are the interpreter's, registers
 and spills those of ptxas for A100, H100 and B200; its PTX runs in an emulator
 (`tests/kernels_pallas/ptx_emulator.py`).
 
-The product of `mosaic_gpu_kernel`, transposed as there: what `mma` takes from
+The product of `sm90_kernel`, transposed as there: what `mma` takes from
 registers as a left operand is what `wgmma` does, so weights are decoded by the
 same code. A block is one warpgroup, whose four warps each hold 16 of 64 outputs
 (or inputs, for the gradient) for all rows of a tile, once or twice: rows are
@@ -30,13 +30,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.common import gpu_copy as copy
 from kernels_pallas.common import gpu_copy_rows as rows
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_integers as integers
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_operand as operand
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_decode import TILE
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_operand import Problem
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import Tile
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import varying
+from kernels_pallas.quantized_matmul.gpu import dequantize, w8a8, weight_operand
+from kernels_pallas.quantized_matmul.gpu.dequantize import TILE
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import Tile
+from kernels_pallas.quantized_matmul.gpu.weight_operand import Problem
+from kernels_pallas.quantized_matmul.tpu.problem import varying
 
 DEPTH = 16
 """Terms that one `mma` sums."""
@@ -48,7 +46,7 @@ LINES = 16
 def multiply(
   p: Problem, t: Tile, arrays: dict[str, Any], out: Any, interpret: Any
 ) -> jax.Array:
-  """As of `mosaic_gpu_kernel`, by warps."""
+  """As of `sm90_kernel`, by warps."""
   count = len(arrays["x"])
   call = plgpu.kernel(
     functools.partial(_kernel, p, t, bool(interpret)),
@@ -71,7 +69,7 @@ def _buffers(p: Problem, t: Tile, arrays, interpreted) -> dict[str, Any]:
     x = copy.buffer((*shape[:2], p.depth // 2), jnp.int16)
   else:
     x = copy.buffer(shape, dtype)
-  return {"x": x, **operand.buffers(p, t, arrays)}
+  return {"x": x, **weight_operand.buffers(p, t, arrays)}
 
 
 def _kernel(p, t, interpreted, refs, y_ref, smem):
@@ -124,7 +122,7 @@ def _fetch(p, t, interpreted, refs, smem, place, n):
     (0, 0, first, first, end),
   )  # fmt: skip
   for g in range(t.groups):
-    lines, outputs = operand.corners(p, column * t.groups + g, step)
+    lines, outputs = weight_operand.corners(p, column * t.groups + g, step)
     for name, line in lines.items():
       if name in refs:
         target, where = smem[name].at[slot, g], (line, outputs, live)
@@ -141,17 +139,17 @@ def _step(p, t, interpreted, smem, sums, slot):
     columns = pl.ds(part[0] * TILE, TILE)
     lefts = []
     for g in range(t.groups):
-      words = decode.load(smem["codes"].at[slot, g], p.inputs)
+      words = dequantize.load(smem["codes"].at[slot, g], p.inputs)
       if p.integers:
-        lefts.append([integers.left(words, interpreted)])
+        lefts.append([w8a8.left(words, interpreted)])
         continue
       for half in part:
-        w = operand.weights(p, interpreted, words, smem, (slot, g), half)
+        w = weight_operand.weights(p, interpreted, words, smem, (slot, g), half)
         lefts.append(_lefts(interpreted, w))
     for n in range(t.rows // LINES):
       lines = pl.ds(n * LINES, LINES)
       if p.integers:
-        rights = [integers.right(x.at[lines], interpreted)]
+        rights = [w8a8.right(x.at[lines], interpreted)]
       else:
         rights = _rights(interpreted, x.at[lines, columns])
       for piece, left in enumerate(lefts):

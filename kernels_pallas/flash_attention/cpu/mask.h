@@ -3,7 +3,7 @@
 #ifndef ATTENTION_MASK_H_
 #define ATTENTION_MASK_H_
 
-#include "cpu_problem.h"
+#include "problem.h"
 
 namespace attention {
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from kernels_pallas.flash_attention.gpu.gpu_tile_sizes import (
+from kernels_pallas.flash_attention.gpu.tile_sizes import (
   COLUMNS,
   GpuTile,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_problem import (
+from kernels_pallas.flash_attention.tpu.problem import (
   alive,
   pad,
   varying,

@@ -8,15 +8,15 @@
 // "Flash-Decoding"), by their lengths alone: results do not depend on the
 // number of threads (their last bits do on the instruction set).
 //
-// `cpu_problem.h` says what is computed, `cpu_lanes.h` which instruction sets
-// there are, `cpu_decode.inc` what a task is; here is XLA's side. GCC 9 or
+// `problem.h` says what is computed, `lanes.h` which instruction sets
+// there are, `decode.inc` what a task is; here is XLA's side. GCC 9 or
 // Clang 10.
 
 #include <memory>
 #include <string>
 
 #include "../../common/cpu_tasks.h"
-#include "cpu_lanes.h"
+#include "lanes.h"
 
 namespace decoding {
 

@@ -4,7 +4,7 @@
 #define ATTENTION_LANES_H_
 
 #include "../../common/cpu_isa.h"
-#include "cpu_mask.h"
+#include "mask.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -16,9 +16,9 @@ namespace portable {
 #define TARGET
 constexpr int64_t kLanes = 4, kRows = 4;
 #include "../../common/cpu_vector.inc"
-#include "cpu_tile.inc"
-#include "cpu_forward.inc"
-#include "cpu_backward.inc"
+#include "tile.inc"
+#include "forward.inc"
+#include "backward.inc"
 #undef TARGET
 }  // namespace portable
 
@@ -27,9 +27,9 @@ namespace avx2 {
 #define TARGET AVX2
 constexpr int64_t kLanes = 8, kRows = 4;
 #include "../../common/cpu_vector.inc"
-#include "cpu_tile.inc"
-#include "cpu_forward.inc"
-#include "cpu_backward.inc"
+#include "tile.inc"
+#include "forward.inc"
+#include "backward.inc"
 #undef TARGET
 }  // namespace avx2
 
@@ -37,9 +37,9 @@ namespace avx512 {
 #define TARGET AVX512
 constexpr int64_t kLanes = 16, kRows = 8;
 #include "../../common/cpu_vector.inc"
-#include "cpu_tile.inc"
-#include "cpu_forward.inc"
-#include "cpu_backward.inc"
+#include "tile.inc"
+#include "forward.inc"
+#include "backward.inc"
 #undef TARGET
 }  // namespace avx512
 #endif

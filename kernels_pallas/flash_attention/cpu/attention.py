@@ -1,4 +1,4 @@
-"""Flash attention by `cpu_attention.cc`, the cpu backend: float32, on CPUs.
+"""Flash attention by `attention.cc`, the cpu backend: float32, on CPUs.
 
 Compiled at first use and called by XLA, once forward and once backward; a
 tile's scores never leave the first levels of cache. The saved output and
@@ -32,14 +32,14 @@ TARGET, GRADIENTS = "heptad_attention", "heptad_attention_gradients"
 
 LIBRARY = Library(
   name="attention",
-  source=pathlib.Path(__file__).with_name("cpu_attention.cc"),
+  source=pathlib.Path(__file__).with_name("attention.cc"),
   parts=(
-    "cpu_problem.h",
-    "cpu_mask.h",
-    "cpu_lanes.h",
-    "cpu_tile.inc",
-    "cpu_forward.inc",
-    "cpu_backward.inc",
+    "problem.h",
+    "mask.h",
+    "lanes.h",
+    "tile.inc",
+    "forward.inc",
+    "backward.inc",
     "../../common/cpu_isa.h",
     "../../common/cpu_tasks.h",
     "../../common/cpu_vector.inc",

@@ -3,7 +3,7 @@
 It has run on no GPU yet: numbers and races are the interpreter's, registers
 and spills those of ptxas for an H100.
 
-Weights are the left operand, out of registers: see `mosaic_gpu_operand`. One
+Weights are the left operand, out of registers: see `weight_operand`. One
 warpgroup copies, one or two decode and multiply.
 """
 
@@ -17,12 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_operand as operands
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_decode import TILE
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_operand import Problem
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_tiling import CHUNK, Tile
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import varying
+from kernels_pallas.quantized_matmul.gpu import dequantize, weight_operand
+from kernels_pallas.quantized_matmul.gpu.dequantize import TILE
+from kernels_pallas.quantized_matmul.gpu.tile_sizes import CHUNK, Tile
+from kernels_pallas.quantized_matmul.gpu.weight_operand import Problem
+from kernels_pallas.quantized_matmul.tpu.problem import varying
 
 GROUP = "group"
 REGISTERS = {1: None, 2: (240, 24)}
@@ -69,7 +68,7 @@ def _buffers(p: Problem, t: Tile, arrays, out) -> dict[str, Any]:
   found = {
     "x": plgpu.SMEM((t.stages, t.rows, p.depth), dtype, transforms=swizzled),
     "y": plgpu.SMEM((t.groups, min(CHUNK, t.rows), TILE), out),
-    **operands.buffers(p, t, arrays),
+    **weight_operand.buffers(p, t, arrays),
   }
   if t.operand == "shared":
     shape = (t.groups, TILE, TILE)
@@ -118,7 +117,7 @@ def _fetch(p, t, refs, smem, barrier, slot, place) -> None:
   copy = plgpu.copy_gmem_to_smem
   copy(refs["x"].at[rows, depth], smem["x"].at[slot], barrier)
   for g in range(t.groups):
-    lines, outputs = operands.corners(p, column * t.groups + g, n)
+    lines, outputs = weight_operand.corners(p, column * t.groups + g, n)
     for name, line in lines.items():
       if name in refs:
         target = smem[name].at[slot, g]
@@ -159,9 +158,11 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
 
 def _step(p, interpreted, smem, sums, group, slot) -> None:
   """Adds the products of one buffer."""
-  loaded = decode.load(smem["codes"].at[slot, group], p.inputs)
+  loaded = dequantize.load(smem["codes"].at[slot, group], p.inputs)
   for half in range(p.halves):
-    w = operands.weights(p, interpreted, loaded, smem, (slot, group), half)
+    w = weight_operand.weights(
+      p, interpreted, loaded, smem, (slot, group), half
+    )
     x, total = smem["x"].at[slot], sums[0]
     if p.inputs == 1:
       x = x.at[:, pl.ds(half * TILE, TILE)]

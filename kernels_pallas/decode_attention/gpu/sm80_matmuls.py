@@ -9,8 +9,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_copy as copy
-from kernels_pallas.decode_attention.gpu import mosaic_gpu_codes as codes
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
+from kernels_pallas.decode_attention.gpu import quantized_pages
+from kernels_pallas.flash_attention.gpu import tile
 
 ROWS, WARP = 64, 16
 """Rows of a warpgroup and of a warp."""
@@ -40,7 +40,7 @@ def _right(p, ref, axis):
   right = plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))
   if p.code is None:
     return right
-  return codes.right(right, p.code, axis)
+  return quantized_pages.right(right, p.code, axis)
 
 
 def scales(p, interpreted, part, ref, first):
@@ -91,7 +91,7 @@ def values(p, interpreted, part, acc, e, v):
   own = v.at[pl.ds(pl.multiple_of(part * p.mine, WARP), p.mine)]
   dtype = p.arrays["q"].dtype
   for n, left in enumerate(_lefts(e, dtype)):
-    right = own.at[pl.ds(n * codes.K, codes.K)]
+    right = own.at[pl.ds(n * quantized_pages.K, quantized_pages.K)]
     acc = plgpu.mma(acc, left, _right(p, right, 1))
   return acc
 
@@ -100,10 +100,11 @@ def _lefts(e, dtype):
   """Left operands [64, 16] out of an accumulator: rounded, in its registers."""
   kind = plgpu.Layout.MMA_LHS(dtype)
   columns = e.shape[1]
-  one = plgpu.ShapeDtypeStruct((ROWS, codes.K), dtype, layout=kind)
+  one = plgpu.ShapeDtypeStruct((ROWS, quantized_pages.K), dtype, layout=kind)
 
   @plgpu.inline_mgpu(
-    arg_types=(plgpu.Layout.WGMMA,), return_type=[one] * (columns // codes.K)
+    arg_types=(plgpu.Layout.WGMMA,),
+    return_type=[one] * (columns // quantized_pages.K),
   )
   def rounded(_, values):
     values = values.astype(mgpu.utils.dtype_to_ir_type(dtype))
@@ -111,11 +112,13 @@ def _lefts(e, dtype):
     shape = layout.registers_shape(one.shape)
     return [
       mgpu.FragmentedArray(
-        _registers=values[:, at : at + codes.K].registers.reshape(shape),
+        _registers=values[:, at : at + quantized_pages.K].registers.reshape(
+          shape
+        ),
         _layout=layout,
         _is_signed=None,
       )
-      for at in range(0, columns, codes.K)
+      for at in range(0, columns, quantized_pages.K)
     ]
 
   return rounded(e)

@@ -9,15 +9,15 @@
 // so results do not depend on the number of threads (their last bits do on the
 // instruction set).
 //
-// `cpu_problem.h` says what is computed, `cpu_mask.h` which tiles are visited,
-// `cpu_lanes.h` which instruction sets there are, `cpu_tile.inc` what happens
-// inside a tile, `cpu_forward.inc` and `cpu_backward.inc` what a task is; here
+// `problem.h` says what is computed, `mask.h` which tiles are visited,
+// `lanes.h` which instruction sets there are, `tile.inc` what happens
+// inside a tile, `forward.inc` and `backward.inc` what a task is; here
 // is XLA's side. GCC 9 or Clang 10.
 
 #include <string>
 
 #include "../../common/cpu_tasks.h"
-#include "cpu_lanes.h"
+#include "lanes.h"
 
 namespace attention {
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.flash_attention.tpu.tpu_tile_sizes import LANES, Tile, fit
+from kernels_pallas.flash_attention.tpu.tile_sizes import LANES, Tile, fit
 from kernels_pallas.masks import intervals
 
 PREFETCHED = 2

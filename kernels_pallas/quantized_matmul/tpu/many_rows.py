@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, LANES
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_decode as decode
-from kernels_pallas.quantized_matmul.tpu.mosaic_tpu_problem import (
+from kernels_pallas.quantized_matmul.tpu import dequantize
+from kernels_pallas.quantized_matmul.tpu.problem import (
   VMEM_LIMIT,
   Problem,
   fit,
@@ -120,7 +120,7 @@ def _kernel(p: Problem, way: Direction, x, refs, y, total, weights):
     total[...] = jnp.zeros(total.shape, total.dtype)
 
   width = COLUMNS if p.tile.outputs % COLUMNS == 0 else LANES
-  tables = decode.tables(p.codebook, weights.dtype)
+  tables = dequantize.tables(p.codebook, weights.dtype)
   columns = [slice(o, o + width) for o in range(0, p.tile.outputs, width)]
 
   def decode_to(here):
@@ -144,7 +144,7 @@ def _kernel(p: Problem, way: Direction, x, refs, y, total, weights):
 def _weights(p: Problem, refs, n: int, here: slice, tables, dtype):
   """A block's weights, scaled in float32, [128, width]."""
   words = refs["codes"][p.words(n) : p.words(n + BLOCK), here]
-  found = decode.levels(words, p.codebook, dtype, tables)
+  found = dequantize.levels(words, p.codebook, dtype, tables)
   found = found.astype(jnp.float32)
   first = n // p.group
   groups = slice(first, first + max(1, BLOCK // p.group))
@@ -152,4 +152,4 @@ def _weights(p: Problem, refs, n: int, here: slice, tables, dtype):
   offset = None
   if "offset" in refs:
     offset = refs["offset"][groups, here].astype(jnp.float32)
-  return decode.scaled(found, scale, offset, p.group, p.shift).astype(dtype)
+  return dequantize.scaled(found, scale, offset, p.group, p.shift).astype(dtype)

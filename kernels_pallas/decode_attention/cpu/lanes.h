@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "../../common/cpu_isa.h"
-#include "cpu_problem.h"
+#include "problem.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -19,7 +19,7 @@ namespace portable {
 constexpr int64_t kLanes = 4;
 #include "../../common/cpu_vector.inc"
 INLINE float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-#include "cpu_decode.inc"
+#include "decode.inc"
 #undef TARGET
 }  // namespace portable
 
@@ -34,7 +34,7 @@ TARGET INLINE float sum(F x) {
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-#include "cpu_decode.inc"
+#include "decode.inc"
 #undef TARGET
 }  // namespace avx2
 
@@ -43,7 +43,7 @@ namespace avx512 {
 constexpr int64_t kLanes = 16;
 #include "../../common/cpu_vector.inc"
 TARGET INLINE float sum(F x) { return _mm512_reduce_add_ps((__m512)x); }
-#include "cpu_decode.inc"
+#include "decode.inc"
 #undef TARGET
 }  // namespace avx512
 #endif

@@ -17,8 +17,8 @@ from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, Int8
 
 from kernels_pallas.common.gpu_copy_rows import i32
-from kernels_pallas.quantized_matmul.gpu import mosaic_gpu_decode as decode
-from kernels_pallas.quantized_matmul.gpu.mosaic_gpu_decode import TILE
+from kernels_pallas.quantized_matmul.gpu import dequantize
+from kernels_pallas.quantized_matmul.gpu.dequantize import TILE
 from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
 
 SIGNS = 0x80808080
@@ -40,7 +40,7 @@ def left(words: jax.Array, interpreted: bool) -> jax.Array:
   kind = plgpu.Layout.MMA_LHS(jnp.int8)
 
   @plgpu.inline_mgpu(
-    arg_types=(decode.words_layout(1),),
+    arg_types=(dequantize.words_layout(1),),
     return_type=plgpu.ShapeDtypeStruct((TILE, TILE), jnp.int8, layout=kind),
   )
   def renamed(_, x):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, LANES, Planar
-from kernels_pallas.quantized_matmul.tpu import mosaic_tpu_decode as decode
+from kernels_pallas.quantized_matmul.tpu import dequantize
 
 VMEM_LIMIT = 100 * 2**20
 
@@ -64,7 +64,7 @@ class Problem:
   @property
   def shift(self) -> float:
     """What decoded levels lack."""
-    return decode.base(self.codebook)
+    return dequantize.base(self.codebook)
 
   def words(self, n: int) -> int:
     """Rows of the codes' array that n inputs take."""

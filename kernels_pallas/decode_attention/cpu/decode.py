@@ -1,4 +1,4 @@
-"""One new token a row against its cache, by `cpu_decode.cc`, on CPUs.
+"""One new token a row against its cache, by `decode.cc`, on CPUs.
 
 Compiled at first use and called by XLA.
 """
@@ -24,11 +24,11 @@ TARGET = "heptad_decoding"
 
 LIBRARY = Library(
   name="decoding",
-  source=pathlib.Path(__file__).with_name("cpu_decode.cc"),
+  source=pathlib.Path(__file__).with_name("decode.cc"),
   parts=(
-    "cpu_problem.h",
-    "cpu_lanes.h",
-    "cpu_decode.inc",
+    "problem.h",
+    "lanes.h",
+    "decode.inc",
     "../../common/cpu_isa.h",
     "../../common/cpu_tasks.h",
     "../../common/cpu_vector.inc",

@@ -29,11 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_copy as copy
-from kernels_pallas.decode_attention.gpu import mosaic_gpu_products as products
-from kernels_pallas.decode_attention.gpu.mosaic_gpu_products import ROWS, WARP
-from kernels_pallas.flash_attention.gpu import gpu_tile as tile
+from kernels_pallas.decode_attention.gpu import sm80_matmuls
+from kernels_pallas.decode_attention.gpu.sm80_matmuls import ROWS, WARP
 from kernels_pallas.flash_attention.gpu import sm80_mma as mma
-from kernels_pallas.flash_attention.tpu.tpu_problem import varying
+from kernels_pallas.flash_attention.gpu import tile
+from kernels_pallas.flash_attention.tpu.problem import varying
 
 CHUNK = 32
 """Columns of the output that parts exchange at a time."""
@@ -173,10 +173,10 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
     fetch(n + p.stages - 1)
     slot = lax.rem(n, jnp.int32(p.stages))
     k, v = (smem[name].at[slot] for name in "kv")
-    s = products.scores(p, interpreted, part, smem["q"], k)
+    s = sm80_matmuls.scores(p, interpreted, part, smem["q"], k)
     if p.code is not None:
       scales = smem["scales"].at[slot]
-      s = s * products.scales(p, interpreted, part, scales, 0)
+      s = s * sm80_matmuls.scales(p, interpreted, part, scales, 0)
     key = plgpu.broadcasted_iota(
       jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA
     )
@@ -185,8 +185,8 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
     seen &= key >= tile.spread(low - since, s.shape, 0)
     acc, m, l, e = _softmax(p.spec, s, seen, carry)
     if p.code is not None:
-      e = e * products.scales(p, interpreted, part, scales, p.keys)
-    return products.values(p, interpreted, part, acc, e, v), m, l
+      e = e * sm80_matmuls.scales(p, interpreted, part, scales, p.keys)
+    return sm80_matmuls.values(p, interpreted, part, acc, e, v), m, l
 
   start = tile.zeros(ROWS, p.dims[-1]), tile.vector(-jnp.inf), tile.vector(0.0)
   acc, m, l = lax.fori_loop(0, steps, step, start)
