@@ -1,8 +1,8 @@
-"""C++ kernels for CPUs: compiled at first use, and called by XLA.
+"""C++ kernels for CPUs: compiled at first use, called through XLA's FFI.
 
-A library lies in the user's cache directory under a name that says what it was
-made from: source, compiler, flags and XLA's headers. Where there is no C++
-compiler, or it fails, that is said once and plain XLA computes instead.
+A compiled library is cached in the user's cache directory, under a hash of its
+source, compiler, flags and XLA's headers. Without a working C++ compiler a
+warning is issued once, and plain XLA is used instead.
 """
 
 import ctypes
@@ -33,19 +33,19 @@ _SECONDS = 120
 
 
 class Unavailable(RuntimeError):
-  """A library cannot be compiled or loaded here; says why."""
+  """A library cannot be compiled or loaded here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Library:
-  """A library of kernels, from one source and what it includes beside it.
+  """A library of kernels: one C++ source and the files it includes.
 
   Attributes:
-    name: Of the file, before its digest.
-    source: Its C++.
-    parts: What it includes, relative to its folder.
-    targets: (name by which compiled programs call it, symbol) of each handler.
-    without: What the warning says where it cannot be had.
+    name: File name, before the hash.
+    source: The C++ source.
+    parts: Included files, relative to the source's folder.
+    targets: (FFI target name, symbol) of each handler.
+    without: Warning issued if the library is unavailable.
   """
 
   name: str
@@ -55,10 +55,10 @@ class Library:
   without: str
 
   def build(self, folder: pathlib.Path) -> pathlib.Path:
-    """Returns the compiled library in `folder`, made unless it is there.
+    """Returns the path of the compiled library, compiling it if not cached.
 
     Raises:
-      Unavailable: it cannot be made.
+      Unavailable: It cannot be compiled.
     """
     cxx = compiler()
     try:
@@ -78,7 +78,7 @@ class Library:
         )
         data = new.read_bytes()
         new.write_bytes(data + hashlib.sha256(data).digest())
-        # Whole or not at all, whoever else compiles it at the same time.
+        # Atomic, since other processes may compile the same library.
         os.replace(new, made)
     except subprocess.CalledProcessError as error:
       lines = error.stderr.decode("utf-8", "replace").splitlines()
@@ -89,7 +89,7 @@ class Library:
     return made
 
   def _digest(self, cxx: str, include: pathlib.Path) -> str:
-    """Of everything that the compiled library depends on."""
+    """Hashes everything that the compiled library depends on."""
     version = subprocess.run(
       [cxx, "--version"], capture_output=True, timeout=_SECONDS, check=True
     ).stdout
@@ -100,10 +100,10 @@ class Library:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
   def load(self, folder: pathlib.Path) -> None:
-    """Compiles the library if needed, and tells XLA of it.
+    """Compiles the library if needed, and registers its handlers with XLA.
 
     Raises:
-      Unavailable: it cannot be compiled or loaded.
+      Unavailable: It cannot be compiled or loaded.
     """
     made = self.build(folder)
     if made.stat().st_uid not in (os.getuid(), 0):
@@ -123,7 +123,7 @@ class Library:
 
 @functools.cache
 def available(library: Library) -> bool:
-  """Whether a library is there; compiles it at first, warns once if not."""
+  """Whether the library can be used; compiles it once, warns once if not."""
   try:
     library.load(cache_folder())
   except Unavailable as error:
@@ -138,10 +138,10 @@ def available(library: Library) -> bool:
 
 
 def compiler() -> str:
-  """Returns the path of a C++ compiler: `$CXX`, or the first that is found.
+  """Returns the path of a C++ compiler: `$CXX`, or the first one found.
 
   Raises:
-    Unavailable: there is none.
+    Unavailable: There is none.
   """
   named = os.environ.get("CXX")
   for name in (named,) if named else COMPILERS:
@@ -153,9 +153,9 @@ def compiler() -> str:
 
 
 def is_whole(made: pathlib.Path) -> bool:
-  """Whether a library ends with its own digest: half of one kills a process.
+  """Whether the file ends with its own SHA-256: a truncated one would crash.
 
-  What stands after its end, a loader does not look at.
+  The dynamic loader ignores bytes after the end of the library.
   """
   if not made.is_file():
     return False
@@ -164,6 +164,6 @@ def is_whole(made: pathlib.Path) -> bool:
 
 
 def cache_folder() -> pathlib.Path:
-  """Returns where the user's compiled libraries lie."""
+  """Returns the folder of the user's compiled libraries."""
   home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   return pathlib.Path(home) / "heptad" / "libraries"

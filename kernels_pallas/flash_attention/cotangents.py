@@ -1,9 +1,9 @@
-"""What every backward pass needs of each query, and what follows from it alone.
+"""Per-query inputs of the backward passes, and gradients that need no tiles.
 
-From the output and the log-sum-exp of all keys follows the gradient with
-respect to any part of the keys (kernels.md 2.2): P = exp(s - lse) needs no
-other part. So a backend's `gradients` serves a whole sequence and one step of
-ring attention alike.
+Given the output and the log-sum-exp over all keys, the gradient with respect to
+any subset of the keys needs no other keys (kernels.md 2.2): P = exp(s - lse).
+So a backend's `gradients` serves a whole sequence and a step of ring attention
+alike.
 """
 
 from typing import NamedTuple
@@ -18,10 +18,11 @@ from kernels_pallas.flash_attention.spec import Operands
 
 
 class Queries(NamedTuple):
-  """Fields: do [B, T, N, Hv], 0 for padding; lse and shift [B, N, T].
+  """Per-query inputs of the backward pass.
 
-  `lse` is +inf where no key is visible: P = exp(s - inf) = 0, and so are all
-  gradients. `shift` is sum(do * o) minus the cotangent of the log-sum-exp.
+  Fields: do [B, T, N, Hv], 0 for padding; lse [B, N, T], +inf where no key is
+  visible, so that P = exp(s - inf) = 0 and all gradients are 0; shift [B, N,
+  T], sum(do * o) minus the cotangent of the log-sum-exp.
   """
 
   do: Array
@@ -32,9 +33,10 @@ class Queries(NamedTuple):
 def kept(
   x: Operands, o: Float[Array, "B T N Hv"], lse: Float[Array, "B N T"]
 ) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
-  """Returns a forward rule's results, and what it keeps for `queries`.
+  """Returns a forward rule's results and its residuals for `queries`.
 
-  The names are what `jax.checkpoint` may keep instead of attending again.
+  The names let a `jax.checkpoint` policy save them instead of recomputing
+  attention.
   """
   o = checkpoint_name(o, "attn_out")
   lse = checkpoint_name(lse, "attn_lse")
@@ -48,7 +50,7 @@ def queries(
   do: Float[Array, "B T N Hv"],
   dlse: Float[Array, "B N T"],
 ) -> Queries:
-  """Returns what the backward pass needs.
+  """Computes the per-query inputs of the backward pass.
 
   Args:
     x: Arrays of the call.
@@ -66,12 +68,12 @@ def queries(
 
 
 def finished(x: Operands, found: Operands, rows: Queries) -> Operands:
-  """Returns a call's gradients in the types of its arrays, sinks' included.
+  """Casts a call's gradients to its arrays' dtypes and adds that of the sinks.
 
   Args:
     x: Arrays of the call.
     found: Gradients of q, k, v and bias, in the accumulator dtype.
-    rows: Of the call.
+    rows: The call's per-query inputs.
   """
   dsinks, dbias = None, found.bias
   if x.sinks is not None:

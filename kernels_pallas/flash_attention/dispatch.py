@@ -1,6 +1,6 @@
-"""Which backend `backend=` names, which one 'auto' takes, and why.
+"""Backend selection: `backend=` names, what 'auto' resolves to, and why.
 
-A device's kernel refuses some calls; this module states the reason in words.
+Each device's kernel has unsupported cases; the reason is returned as text.
 """
 
 import dataclasses
@@ -49,11 +49,11 @@ BACKENDS = (
 )
 
 KERNELS = {"tpu": "mosaic_tpu", "cuda": "mosaic_gpu", "cpu": "cpu"}
-"""By platform, as lowering calls it."""
+"""Kernel backends by platform, as named in lowering."""
 
 Sizes = Blocks | CpuTiles | Tiles | GpuTiles
 SIZES = typing.get_args(Sizes)
-"""Types of a call's `config`, one of which each backend takes."""
+"""Types of `config`; each backend takes one of them."""
 
 GPUS = ("gpu", "cuda")
 WIDEST = 256
@@ -66,19 +66,18 @@ def choose(
   bias: Float[Array, "..."] | None = None,
   precision: Any = None,
 ) -> tuple[str, str]:
-  """What backend 'auto' stands for here, whatever the mask, and why.
+  """Returns the backend that 'auto' takes here, and the reason, for any mask.
 
-  Of a call without soft cap, dropout and sinks, which a kernel may not take.
-
-  The platform is that of the mesh that is set, which may be a topology to
-  compile for, else that of the default device; a call without a mesh goes by
-  what it is lowered for (`automatic`).
+  Assumes no soft cap, dropout or sinks, which a kernel may not support. The
+  platform is that of the current mesh, which may be a topology to compile for,
+  else that of the default device; a call without a mesh is resolved when it is
+  lowered (`automatic`).
 
   Args:
-    q: Queries; keys and values are taken to be of their dtype and dim.
-    config: Tile sizes, if the caller gave any.
+    q: Queries; keys and values are assumed to have their dtype and head dim.
+    config: Tile sizes, if the caller gives any.
     bias: Added to the logits, if any.
-    precision: Of the matmuls.
+    precision: Precision of the matmuls.
   """
   x = Operands(q, q, q, None, bias)
   spec = Spec(scale=1.0, precision=precision)
@@ -86,7 +85,7 @@ def choose(
 
 
 def ready(name: str, why: str) -> tuple[str, str]:
-  """A choice as it turns out where the program is made: with a compiler?"""
+  """Replaces the C++ kernel by xla_blockwise if no compiler is found."""
   if name == "cpu" and not cpu.available():
     return "xla_blockwise", "no C++ kernel can be compiled here"
   return name, why
@@ -95,13 +94,13 @@ def ready(name: str, why: str) -> tuple[str, str]:
 def choice(
   x: Operands, device: tuple[str, str], config: Any, spec: Spec
 ) -> tuple[str, str]:
-  """What backend 'auto' stands for on a device, and why.
+  """Returns the backend that 'auto' takes on a device, and the reason.
 
   Args:
     x: Arrays of the call.
-    device: Platform and kind.
-    config: Tile sizes, if the caller gave any.
-    spec: Static part; its blocks are not looked at.
+    device: (platform, kind).
+    config: Tile sizes, if the caller gives any.
+    spec: Static part; its `blocks` are ignored.
   """
   platform, kind = device
   if isinstance(config, Blocks):
@@ -139,7 +138,7 @@ def _refused_by_gpu(x, kind, precision) -> str | None:
     return reason
   wide = max(x.q.shape[-1], x.v.shape[-1])
   if wide > WIDEST:
-    return f"GPU kernels hold head dims of at most {WIDEST}, found {wide}"
+    return f"GPU kernels support head dims up to {WIDEST}, found {wide}"
   rows = height(cores)
   if x.q.shape[1] < rows:
     return f"a GPU kernel would pad T to {rows} queries"
@@ -149,7 +148,7 @@ def _refused_by_gpu(x, kind, precision) -> str | None:
 def _refused_by_tpu(x) -> str | None:
   for y in (x.q, x.k, x.v):
     if y.dtype not in (jnp.bfloat16, jnp.float32):
-      return f"TPU kernels do not compute in {y.dtype}"
+      return f"TPU kernels do not support {y.dtype}"
   if x.q.shape[1] < LANES:
     why = f"a TPU kernel would pad T to {LANES} queries"
     return f"{why}; decode_attention's would not"
@@ -158,7 +157,7 @@ def _refused_by_tpu(x) -> str | None:
 
 def _refused_by_cpu(x, spec) -> str | None:
   if x.q.shape[1] < cpu.FEWEST:
-    return f"a CPU kernel is for {cpu.FEWEST} queries or more"
+    return f"the CPU kernel needs at least {cpu.FEWEST} queries"
   if reason := cpu.unsupported(spec, x):
     return reason
   if target_platform.is_cut():
@@ -167,14 +166,14 @@ def _refused_by_cpu(x, spec) -> str | None:
 
 
 def named(name: str, interpret: Any = None) -> Backend:
-  """The backend of that name, which is not 'auto'.
+  """Returns a backend by name, other than 'auto'.
 
   Args:
     name: One of `BACKENDS`.
-    interpret: As of `flash_attention`.
+    interpret: As in `flash_attention`.
 
   Raises:
-    ValueError: An unknown name; one that has no use for `interpret`.
+    ValueError: The name is unknown, or the backend has no interpreter.
   """
   if name not in BACKENDS:
     raise ValueError(
@@ -204,12 +203,12 @@ def named(name: str, interpret: Any = None) -> Backend:
 
 
 def fitted(x: Operands, config: type, kind: str) -> Sizes:
-  """Tile sizes of a call whose config says nothing.
+  """Returns the default tile sizes of a call.
 
   Args:
     x: Arrays of the call.
-    config: Of the backend.
-    kind: Of the device, as JAX calls it.
+    config: The backend's type of tile sizes.
+    kind: Device kind, as JAX calls it.
   """
   H, Hv = x.q.shape[-1], x.v.shape[-1]
   if config is CpuTiles:
@@ -224,12 +223,12 @@ def fitted(x: Operands, config: type, kind: str) -> Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Platforms:
-  """Tile sizes where the platform is not known before lowering.
+  """Tile sizes by platform, for a call whose platform is not known yet.
 
   Attributes:
-    default: Of xla_blockwise, for every platform that has no other.
-    kernels: (platform, tiles) where 'auto' takes the platform's kernel.
-    reasons: (platform, why) of all of `KERNELS`, or of the mesh's alone.
+    default: Sizes for xla_blockwise, on platforms without a kernel.
+    kernels: (platform, tile sizes) where 'auto' takes the platform's kernel.
+    reasons: (platform, reason) for each platform considered.
   """
 
   default: Blocks
@@ -237,7 +236,7 @@ class Platforms:
   reasons: tuple[tuple[str, str], ...]
 
   def say(self, platform: str) -> None:
-    """Logs what is taken on `platform`, once for each reason."""
+    """Logs which backend runs on `platform`, once for each reason."""
     why = dict(self.reasons).get(platform, "it has no kernel yet")
     has = platform in dict(self.kernels)
     name = KERNELS[platform] if has else "xla_blockwise"
@@ -247,18 +246,18 @@ class Platforms:
 def automatic(
   x: Operands, config: Any, spec: Spec
 ) -> tuple[Backend, Sizes | Platforms]:
-  """What 'auto' runs, and its tile sizes.
+  """Returns the backend that 'auto' runs, and its tile sizes.
 
-  Under a mesh of accelerators, which it knows, that is a backend. Otherwise it
-  is decided when the call is lowered, by the platform that it is lowered for.
+  Under a mesh of accelerators the platform is known, and so is the backend.
+  Otherwise the backend is chosen when the call is lowered.
 
   Args:
     x: Arrays of the call.
-    config: Tile sizes, if the caller gave any. Another backend's are not used.
-    spec: Static part; its blocks are not looked at.
+    config: Tile sizes, if the caller gives any; ignored by other backends.
+    spec: Static part; its `blocks` are ignored.
 
   Raises:
-    ValueError: A config that is no backend's.
+    ValueError: No backend takes this type of config.
   """
   if not isinstance(config, (*SIZES, type(None))):
     raise ValueError(
@@ -275,8 +274,8 @@ def automatic(
     target_platform.say("attention", known[0], name, why)
     run = named(name)
     return run, sizes(run.config, known[1])
-  # Under a mesh of CPUs, too: whether there is a compiler is asked when a call
-  # is lowered, and tangents, which the C++ kernel has not, are xla_blockwise's.
+  # A mesh of CPUs is resolved late too: the compiler is looked for at lowering,
+  # and forward-mode derivatives, which C++ lacks, come from xla_blockwise.
   kernels, reasons = [], []
   for platform, kernel in KERNELS.items():
     if known is not None and platform != known[0]:
@@ -294,7 +293,7 @@ def automatic(
 def _attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """As the backends' own, `spec.blocks` being `Platforms`."""
+  """Attention resolved at lowering; `spec.blocks` are `Platforms`."""
   dtype = spec.output or x.q.dtype
 
   def on_tpu(spec, x):
@@ -304,7 +303,7 @@ def _attention(
   def on_gpu(spec, x):
     return mosaic_gpu.mosaic_gpu_attention(spec, False, x)
 
-  # Not its custom_vjp: it may be differentiated forwards, of a gradient.
+  # Without its custom_vjp: a gradient may be differentiated in forward mode.
   plain = blocked_attention.__wrapped__
   on_cpu = _compiled(spec, cpu.cpu_attention.__wrapped__, plain)
   kernels = {"tpu": on_tpu, "cuda": on_gpu, "cpu": on_cpu}
@@ -335,7 +334,7 @@ def _backward(spec, saved, cotangents):
 
 
 def _gradients(spec: Spec, x: Operands, rows: Any) -> Operands:
-  """Of a part of the keys, in the accumulator dtype."""
+  """Gradients for a subset of the keys, in the accumulator dtype."""
   kernels = {
     platform: named(name).gradients for platform, name in KERNELS.items()
   }
@@ -344,7 +343,7 @@ def _gradients(spec: Spec, x: Operands, rows: Any) -> Operands:
 
 
 def _compiled(spec: Spec, kernel: Callable, plain: Callable) -> Callable:
-  """The C++ kernel, or `plain` where no compiler turns out to be here."""
+  """Returns the C++ kernel, or `plain` if no compiler is found at lowering."""
   by_blocks = dataclasses.replace(spec, blocks=spec.blocks.default)
 
   def run(spec, *xs):
@@ -354,7 +353,7 @@ def _compiled(spec: Spec, kernel: Callable, plain: Callable) -> Callable:
 
 
 def _run(spec: Spec, plain: Callable, kernels: dict[str, Callable], *xs):
-  """The call of the platform's function, with the platform's tiles."""
+  """Calls the platform's implementation with the platform's tile sizes."""
   sizes: Platforms = spec.blocks
 
   def bound(run, blocks):

@@ -1,9 +1,9 @@
-"""Flash attention over a mesh: each device runs the kernel on its own part.
+"""Flash attention on a mesh: each device runs the kernel on its own shard.
 
-Rows and heads do not depend on each other, so no device needs another's. Where
-tokens are cut, attention crosses the devices in one of three ways, each in a
-file of `kernels_pallas.sequence_parallel`: keys and values are gathered, go
-around in a ring, or are exchanged for other heads'.
+Batch rows and heads are independent, so sharding them needs no communication.
+If tokens are sharded, attention communicates in one of three ways, each in a
+module of `kernels_pallas.sequence_parallel`: all-gather of keys and values,
+ring, or all-to-all between tokens and heads (Ulysses).
 """
 
 import dataclasses
@@ -25,22 +25,22 @@ from kernels_pallas.sequence_parallel.ulysses import ulysses_attention
 from kernels_pallas.sequence_parallel.zigzag import Names
 
 OPTIONS = ("scale", "softcap", "backend", "config", "interpret", "precision")
-"""Of `flash_attention`, what means the same on every device."""
+"""Options of `flash_attention` that have the same meaning on every device."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """Which axes of the mesh cut which axes of the operands; none by default.
+  """Which mesh axes shard which axes of the operands; none by default.
 
   Attributes:
-    batch: of all operands; their sizes together divide B.
-    length: of the queries (T), and of the keys where S = T: these are
+    batch: Shard B of all operands; their sizes together divide B.
+    length: Shard T of the queries, and of the keys if S = T, which are then
       gathered.
-    heads: of the query heads (N). Where they do not divide the key heads, too,
-      each device takes the one key head that its query heads share.
-    ring: of T, instead of `length`: keys and values go around.
-    ulysses: of what `length` or `ring` leaves of T: tokens are exchanged for
-      heads.
+    heads: Shard the query heads N. If they do not divide the key heads, each
+      device takes the one key head that its query heads share.
+    ring: Shard T instead of `length`, with ring attention.
+    ulysses: Shard what `length` or `ring` leave of T, with an all-to-all
+      between tokens and heads.
   """
 
   batch: Names = ()
@@ -58,7 +58,7 @@ class Cut:
 
   @property
   def tokens(self) -> Names:
-    """All axes that cut T, the fastest last."""
+    """All mesh axes that shard T, the fastest last."""
     return (*self.length, *self.ring, *self.ulysses)
 
 
@@ -76,26 +76,26 @@ def sharded_attention(
   Float[Array, "B T N Hv"]
   | tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]
 ):
-  """`flash_attention` under the mesh that is set, over all of its axes.
+  """`flash_attention` under the current mesh, over all of its axes.
 
-  No operand is gathered, but for keys and values along `cut.length`. What
-  `cut` does not name, or cannot cut (`possible`), is computed alike by all
-  devices along that axis, without communication.
+  Nothing is gathered except keys and values along `cut.length`. Along axes that
+  `cut` does not name, or that cannot be used (`possible`), all devices compute
+  the same, without communication.
 
   Args:
     q: Queries.
     k: Keys.
     v: Values.
-    mask: Who sees whom; its arrays are cut like the queries and keys.
-    cut: Axes of the mesh.
-    sinks: As of `flash_attention`.
+    mask: Which keys each query sees; its arrays are sharded like the operands.
+    cut: Mesh axes that shard the operands.
+    sinks: As in `flash_attention`.
     return_lse: Also return the log-sum-exp.
-    **options: Of `flash_attention`: scale, softcap, backend, config,
+    **options: Options of `flash_attention`: scale, softcap, backend, config,
       interpret, precision.
 
   Raises:
-    ValueError: As `flash_attention`; other options, bias and dropout among
-      them; `cut.ulysses` does not divide the heads.
+    ValueError: As in `flash_attention`; for other options, such as bias and
+      dropout; or if `cut.ulysses` does not divide the heads.
   """
   if unknown := sorted(set(options) - set(OPTIONS)):
     raise ValueError(
@@ -115,7 +115,7 @@ def sharded_attention(
     if shared:
       first = jax.lax.axis_index(cut.heads) * q.shape[2] // group
       k, v = (jax.lax.dynamic_slice_in_dim(x, first, 1, axis=2) for x in (k, v))
-    # All devices' gradients are added up behind the kernel, not in it.
+    # Gradients are summed over devices outside of the kernel.
     if cut.tokens and not own_keys:
       k, v = jax.lax.pcast((k, v), cut.tokens, to="varying")
     if sinks is not None:
@@ -133,7 +133,7 @@ def sharded_attention(
     local,
     in_specs=(ours, theirs, theirs, _specs(mask, cut), of_sinks),
     out_specs=(ours, rows) if return_lse else ours,
-    # The interpreter of kernels knows no types that vary over a mesh.
+    # The kernels' interpreter does not support types that vary over a mesh.
     check_vma=not options.get("interpret"),
   )(q, k, v, mask, sinks)
 
@@ -145,19 +145,19 @@ def possible(
   keys: tuple[int, ...],
   sizes: Any,
 ) -> Cut:
-  """What of `cut` leaves each device a problem of its own.
+  """Returns the part of `cut` that leaves each device an independent problem.
 
-  Queries stay whole where a rule depends on their index: block diffusion, and
-  more queries than keys. Heads stay whole where a device's query heads would
-  share key heads only in part. Where there are more keys than queries, every
-  device has all of them, and queries are cut without any exchange.
+  Queries are not sharded where a rule depends on their index: block diffusion,
+  and more queries than keys. Heads are not sharded where a device's query heads
+  would straddle key heads. With more keys than queries, every device has all
+  keys, and queries are sharded without communication.
 
   Args:
-    cut: Wanted.
-    mask: Who sees whom.
+    cut: Requested sharding.
+    mask: Which keys each query sees.
     queries: Shape of q.
     keys: Shape of k.
-    sizes: Of the mesh's axes, by name.
+    sizes: Sizes of the mesh's axes, by name.
   """
   (_, T, N, _), (_, S, K, _) = queries, keys
   if T != S:
@@ -171,12 +171,12 @@ def possible(
 
 
 def positioned(mask: Mask, T: int, S: int) -> Mask:
-  """The same mask with positions as data, so that it can be cut.
+  """Returns the mask with explicit positions, so that it can be sharded.
 
   Args:
-    mask: Any that `possible` lets be cut along the queries.
-    T: Queries a row.
-    S: Keys a row.
+    mask: A mask that `possible` lets be sharded along the queries.
+    T: Queries per batch row.
+    S: Keys per batch row.
   """
   if mask.kind == "full" and mask.window == (None, None):
     return mask
@@ -198,14 +198,14 @@ def positioned(mask: Mask, T: int, S: int) -> Mask:
 
 
 def _below(positions: Any, extent: int) -> Any:
-  """Positions, those from `extent` on as padding, which nothing sees."""
+  """Marks positions from `extent` on as padding."""
   if positions is None:
     return None
   return jnp.where(positions < extent, positions, -1)
 
 
 def _crossing(cut: Cut):
-  """Attention over all devices that `cut` cuts the tokens for."""
+  """Returns attention across all devices that shard the tokens."""
   attend = flash_attention
   if cut.ring:
     attend = functools.partial(ring_attention, axis=cut.ring)
@@ -219,17 +219,17 @@ def _crossing(cut: Cut):
 
 
 def _level(mask: Mask, T: int, S: int) -> int:
-  """Index of the key that is level with query 0."""
+  """Returns the position of query 0, in key indices."""
   if mask.q_positions is not None:
     return 0
   return mask.level(T, S)
 
 
 def _specs(mask: Mask, cut: Cut) -> Mask:
-  """How each of a mask's arrays is cut; a batch axis of 1 stays whole.
+  """Returns the partition specs of a mask's arrays; a batch axis of 1 is whole.
 
-  Keys that are gathered have theirs whole, and so have tokens that are
-  exchanged.
+  Arrays of keys that are gathered, and of tokens exchanged by Ulysses, are
+  whole too.
   """
   tokens = {"q": cut.length + cut.ring, "kv": cut.ring}
 

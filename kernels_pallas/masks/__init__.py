@@ -1,4 +1,4 @@
-"""What may see what, and which tiles hold any of it."""
+"""Attention masks, and which tiles of queries and keys they leave visible."""
 
 from kernels_pallas.masks.masks import (
   Mask,

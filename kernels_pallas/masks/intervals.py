@@ -1,16 +1,17 @@
-"""Masks compiled for kernels: intervals a query, and which tiles hold a pair.
+"""Masks compiled for kernels: intervals of visible keys, and classes of tiles.
 
-Every rule of a `Mask` says that a query sees the keys whose coordinate lies in
-one or two intervals [lo, hi), a function's in up to eight. A kernel therefore
-needs to know no kind of mask: it compares coordinates with bounds. A key's
-coordinate is its index, or its position where positions are given; in a block
-diffusion mask the clean half starts at `shift`, past all positions of the noisy
-half.
+For every rule of a `Mask`, the keys that a query sees have coordinates in one
+or two intervals [lo, hi), or up to eight for a function. Kernels therefore do
+not distinguish kinds of masks: they compare coordinates with bounds. A key's
+coordinate is its index, or its position if positions are given. In a block
+diffusion mask the clean half starts at coordinate `shift`, past all positions
+of the noisy half.
 
-From the intervals follows each tile's class: `EMPTY` is never visited, `FULL`
-needs no mask arithmetic. What indices decide is exact and known before the
-program runs; what data decides (positions, segments, prefixes) is bounded by
-the least and the greatest of each block while it runs.
+The intervals determine each tile's class: kernels skip `EMPTY` tiles, and
+`FULL` tiles need no mask arithmetic. Classes that depend on indices alone are
+exact and known before the program runs. Classes that depend on data (positions,
+segments, prefixes) are bounded at run time by the minimum and maximum of each
+block.
 """
 
 import dataclasses
@@ -26,11 +27,11 @@ from kernels_pallas.masks import Mask, function_masks
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 END = 2**30
-"""Past every coordinate: the end of an interval that nothing bounds."""
+"""Past every coordinate: the end of an unbounded interval."""
 
 TOO_MANY = (
   f"a query's keys lie in more than {function_masks.MOST} intervals, which "
-  "kernels do not compare with"
+  "kernels do not support"
 )
 
 _DATA_SHIFT = 2**29
@@ -38,16 +39,16 @@ _DATA_SHIFT = 2**29
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """What a mask says of each query and key, for T queries and S keys.
+  """A mask as intervals and segments, for T queries and S keys.
 
   Attributes:
-    bounds: int32 [B or 1, R, T]: lo and hi of each interval. NumPy where
-      indices decide, else a JAX array.
-    keys: int32 [B or 1, S], the keys' coordinates, or None: their indices.
-    segments: (int32 [B or 1, T], int32 [B or 1, S]), which never agree where
-      either is padding, or None.
-    unlisted: The mask, where bounds only enclose what it lets a query see:
-      a function's that takes too many intervals. Else None.
+    bounds: int32 [B or 1, R, T], lo and hi of each interval in turn. A NumPy
+      array if it depends on indices alone, else a JAX array.
+    keys: int32 [B or 1, S], the keys' coordinates; None if these are indices.
+    segments: (int32 [B or 1, T], int32 [B or 1, S]), with padding set so that
+      it matches nothing; or None.
+    unlisted: The mask itself, if `bounds` only enclose the visible keys because
+      its function needs too many intervals; else None.
   """
 
   bounds: Any
@@ -56,21 +57,21 @@ class Rows:
   unlisted: Mask | None = None
 
   def check_listed(self) -> None:
-    """Raises ValueError if bounds are not all that kernels need to know."""
+    """Raises ValueError if `bounds` are not exactly the visible keys."""
     if self.unlisted is not None:
       raise ValueError(f"mask function: {TOO_MANY}; xla_blockwise can")
 
 
 def rows(mask: Mask, T: int, S: int) -> Rows:
-  """The mask as intervals and segments.
+  """Returns the mask as intervals and segments.
 
   Args:
     mask: Any mask.
-    T: Queries a row.
-    S: Keys a row.
+    T: Queries per batch row.
+    S: Keys per batch row.
 
   Raises:
-    ValueError: A block diffusion mask with a window.
+    ValueError: The mask is a block diffusion mask with a window.
   """
   data = (mask.q_positions, mask.kv_positions, mask.prefix)
   xp = np if all(x is None for x in data) else jnp
@@ -80,7 +81,7 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
     unlisted = None if listed else mask
   else:
     bounds = _bounds(mask, T, S, xp)
-  # Without positions the keys are indices, and end at S.
+  # Without positions, coordinates are indices, which end at S.
   if mask.kv_positions is None:
     bounds = [(lo, xp.minimum(hi, S)) for lo, hi in bounds]
   # Padding has coordinate -1.
@@ -102,18 +103,17 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
 
 
 def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
-  """What decides inside a tile: arrays of rows and of columns, by name.
+  """Returns what a kernel compares inside a tile, as named arrays.
 
   Args:
-    found: What `rows` returned.
+    found: Result of `rows`.
 
   Returns:
-    `lo` and `hi` of each interval and `segment`, [B or 1, T]; `key` and
-    `segment`, [B or 1, S]. A bound that is 0 throughout is left out.
+    For queries, `lo` and `hi` of each interval and `segment`, [B or 1, T]; for
+    keys, `key` and `segment`, [B or 1, S]. A `lo` of zeros is left out.
 
   Raises:
-    ValueError: Of a function's mask a query sees more intervals than kernels
-      compare with.
+    ValueError: The mask's function needs more intervals than kernels support.
   """
   found.check_listed()
   rows, columns = {}, {}
@@ -130,17 +130,17 @@ def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
-  """The class of every tile, int32 [B or 1, tiles of T, tiles of S].
+  """Returns the class of every tile, int32 [B or 1, tiles of T, tiles of S].
 
-  NumPy, and exact, where indices decide; else a JAX array that may call a tile
-  partial that is empty or full.
+  A NumPy array, and exact, if classes depend on indices alone. Otherwise a JAX
+  array in which a tile marked PARTIAL may be empty or full.
 
   Args:
-    found: What `rows` returned.
-    T: Queries a row.
-    S: Keys a row.
-    bq: Queries a tile.
-    bk: Keys a tile.
+    found: Result of `rows`.
+    T: Queries per batch row.
+    S: Keys per batch row.
+    bq: Queries per tile.
+    bk: Keys per tile.
   """
   static = isinstance(found.bounds, np.ndarray) and found.keys is None
   if static:
@@ -155,9 +155,9 @@ def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
 
 
 def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
-  """The most tiles along `axis` (1: queries, 2: keys) that one line visits.
+  """Returns the most tiles along `axis` (1: queries, 2: keys) visited per line.
 
-  Segments only ever take tiles away, so they are not asked.
+  Ignores segments, which only remove tiles.
   """
   if not (isinstance(found.bounds, np.ndarray) and found.keys is None):
     return -(-T // bq) if axis == 1 else -(-S // bk)
@@ -166,14 +166,14 @@ def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
 
 
 def table(tiles: Any, wide: int) -> Any:
-  """The tiles that each line visits, in order, int32 [B or 1, lines, wide].
+  """Returns the tiles that each line visits, int32 [B or 1, lines, wide].
 
   An entry is 4 times the tile's index plus its class. Unused entries repeat
   the last tile with class EMPTY, so that a pipeline fetches nothing for them.
 
   Args:
-    tiles: What `classes` returned; lines are its second axis.
-    wide: At least the number of tiles that are not empty on any line.
+    tiles: Result of `classes`; its second axis are the lines.
+    wide: At least the largest number of non-empty tiles of a line.
   """
   xp = np if isinstance(tiles, np.ndarray) else jnp
   used = tiles != EMPTY
@@ -187,7 +187,7 @@ def table(tiles: Any, wide: int) -> Any:
 
 
 def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
-  """Intervals of coordinates, each a pair of arrays [B or 1, T]."""
+  """Returns intervals of coordinates, each a pair of arrays [B or 1, T]."""
   i = xp.arange(T)[None]
   if mask.kind == "block_diffusion":
     return _diffusion_bounds(mask, i, xp)
@@ -212,7 +212,7 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
 def _function_bounds(
   mask: Mask, T: int, S: int, xp
 ) -> tuple[list[tuple[Any, Any]], bool]:
-  """Intervals as of `_bounds`, and whether they list what is seen."""
+  """Returns intervals as in `_bounds`, and whether they are exact."""
   level = mask.level(T, S)
   keys = S if mask.kv_positions is None else mask.extent
   ask = functools.partial(function_masks.runs, mask.function, mask.window)
@@ -261,7 +261,7 @@ def _coordinates(mask: Mask, S: int) -> Any:
 
 
 def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
-  """Classes [tiles of T, tiles of S] by counting the pairs of every tile."""
+  """Returns classes [tiles of T, tiles of S] by counting visible pairs."""
   if found.unlisted is None:
     count = _listed_pairs(found.bounds[0], T, S, bq, bk)
   else:
@@ -278,7 +278,7 @@ def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
 def _listed_pairs(
   bounds: np.ndarray, T: int, S: int, bq: int, bk: int
 ) -> np.ndarray:
-  """Visible pairs of every tile, of which the intervals are a list."""
+  """Counts the visible pairs of every tile from exact intervals."""
   starts = np.arange(0, S, bk)
   stops = np.minimum(starts + bk, S)
   count = np.zeros((T, len(starts)), np.int64)
@@ -289,7 +289,7 @@ def _listed_pairs(
 
 
 def _hull(found: Rows, T: int, S: int, bq: int, bk: int) -> jax.Array:
-  """Classes from the hull of each block's intervals and coordinates."""
+  """Returns classes bounded by each block's extreme intervals and keys."""
   keys = found.keys
   if keys is None:
     keys = np.arange(S)[None]
@@ -315,7 +315,7 @@ def _hull(found: Rows, T: int, S: int, bq: int, bk: int) -> jax.Array:
 
 
 def _by_segments(segments, bq: int, bk: int) -> jax.Array:
-  """Upper bounds on the classes; padding has negative segments."""
+  """Returns upper bounds on the classes; padding has negative segments."""
   ours, theirs = segments
 
   def span(x, block):
@@ -327,7 +327,7 @@ def _by_segments(segments, bq: int, bk: int) -> jax.Array:
     )
 
   first, last, least = (x[..., None] for x in span(ours, bq))
-  # Indices past S are partial by their bounds, whatever segment they get.
+  # Indices past S are PARTIAL by their bounds, whatever segment they get.
   first_k, last_k, least_k = (x[:, None, :] for x in span(theirs, bk))
   meet = (first <= last_k) & (first_k <= last)
   same = (least == last) & (least_k == last_k) & (last == last_k) & (least >= 0)
@@ -335,7 +335,7 @@ def _by_segments(segments, bq: int, bk: int) -> jax.Array:
 
 
 def _reduce(op, x, block: int, fill) -> jax.Array:
-  """`op` over blocks of the last axis, filled up with `fill`."""
+  """Reduces blocks of the last axis with `op`, padding it with `fill`."""
   x = jnp.asarray(x)
   x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)
   x = x.reshape(x.shape[0], -1, block)

@@ -1,9 +1,9 @@
-"""All-gather attention: every device gets all keys and values of a layer.
+"""All-gather attention: every device gathers all keys and values of a layer.
 
-Gradients of keys and values are scattered back, summed. Memory for one
-layer's keys and values is that of the whole sequence; what is computed is one
-kernel over them, as in Llama 3's context parallelism (Grattafiori et al. 2024,
-arXiv:2407.21783, section 3.3.2).
+Gradients of keys and values are reduce-scattered. Each device holds the whole
+sequence's keys and values of one layer and runs one kernel over them, as in
+Llama 3's context parallelism (Grattafiori et al. 2024, arXiv:2407.21783,
+section 3.3.2).
 """
 
 import dataclasses
@@ -38,12 +38,11 @@ def gathered_attention(
     q: This device's queries.
     k: This device's keys.
     v: This device's values.
-    axis: Axes of the mesh that cut the tokens.
-    mask: Of this device's queries and of all keys, in the order of the
-      devices.
-    sinks: As of `flash_attention`.
+    axis: Mesh axes that shard the tokens.
+    mask: Mask of this device's queries and of all keys, in device order.
+    sinks: As in `flash_attention`.
     return_lse: Also return the log-sum-exp.
-    **options: Of `flash_attention`: scale, softcap, backend, config,
+    **options: Options of `flash_attention`: scale, softcap, backend, config,
       interpret, precision.
   """
   T, S = q.shape[1], k.shape[1]

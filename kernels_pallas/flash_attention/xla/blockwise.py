@@ -1,7 +1,7 @@
-"""Flash attention in plain lax for every platform, the xla_blockwise backend.
+"""Blockwise flash attention in plain lax, on every platform: xla_blockwise.
 
-Never holds `[T, S]` scores of long sequences, forward or backward: it saves
-the output and the log-sum-exp and recomputes probabilities, a tile at a time
+Never materialises `[T, S]` scores of long sequences, forward or backward: it
+saves the output and the log-sum-exp and recomputes probabilities tile by tile
 (Dao et al. 2022, "FlashAttention"; Dao 2023, "FlashAttention-2"). The saved
 arrays are named 'attn_out' and 'attn_lse' for `jax.checkpoint` policies, so
 that a rematerialised layer need not run attention twice.
@@ -31,10 +31,10 @@ from kernels_pallas.flash_attention.xla import (
 def blocked_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) by blocks, with its own gradient.
+  """Softmax attention (kernels.md 2.1) by blocks, with a custom gradient.
 
-  Differentiable in q, k, v, bias and sinks, through both results. Twice where
-  `spec.blocks.unroll` admits the lengths.
+  Differentiable in q, k, v, bias and sinks, through both results; twice
+  differentiable if the lengths are within `spec.blocks.unroll`.
 
   Args:
     spec: Static part.
@@ -64,12 +64,12 @@ def _backward(spec, saved, cotangents):
 
 
 def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
-  """Gradients of q, k, v and bias in the accumulator dtype.
+  """Returns the gradients of q, k, v and bias in the accumulator dtype.
 
   Args:
     spec: Static part.
-    x: Arrays; sinks are not looked at.
-    rows: What the queries saw, these keys and perhaps others.
+    x: Arrays; sinks are ignored.
+    rows: Per-query inputs, computed over these keys and possibly others.
   """
   (B, T, N, _), K = x.q.shape, x.k.shape[2]
   shape = (B, K, N // K, T)
@@ -92,7 +92,7 @@ def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
 
 
 def _organisation(spec: Spec, x: Operands):
-  """The module whose loops suit the lengths."""
+  """Returns the module that implements these lengths."""
   T, S = x.q.shape[1], x.k.shape[1]
   q, limit = spec.blocks.q, spec.blocks.unroll
   short = max(T * q, min(q, T) * S) <= q * limit

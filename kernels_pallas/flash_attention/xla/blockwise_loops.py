@@ -1,10 +1,10 @@
-"""Tiles of queries and keys in loops of the program: memory linear in length.
+"""Blockwise attention by loops over tiles: memory linear in sequence length.
 
 For sequences too long for `blockwise_unrolled`. The outer loop runs over query
-tiles and the inner one over the key tiles of which they may see any, from the
-table of `masks.intervals`; only tiles that are partly visible pay for the mask.
-A tile's scores are the largest temporary. The backward pass is one sweep (5
-matmuls a tile), with dk and dv as carries.
+tiles and the inner one over the key tiles that they may see, from the table of
+`masks.intervals`; only partially visible tiles evaluate the mask. A tile's
+scores are the largest temporary. The backward pass is one sweep (5 matmuls a
+tile) that carries dk and dv.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from kernels_pallas.masks import cut, intervals
 
 
 class _Table(NamedTuple):
-  """What is visited, for each tile of queries.
+  """The key tiles to visit for each query tile.
 
-  Fields: entries [q tiles, w], 4 times the tile of keys plus its class;
-  counts [q tiles], how many of them; kinds, the classes that may occur.
+  Fields: entries [q tiles, w], 4 times the index of the key tile plus its
+  class; counts [q tiles], number of entries; kinds, the classes that may occur.
   """
 
   entries: Any
@@ -33,7 +33,7 @@ class _Table(NamedTuple):
 
 
 def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
-  """The output [B, K, G, T, Hv] and log-sum-exp [B, K, G, T], grouped."""
+  """Returns the output [B, K, G, T, Hv] and log-sum-exp [B, K, G, T]."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   table = _table(spec, x)
@@ -63,7 +63,7 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
 def backward(
   spec: Spec, x: Operands, cotangents: tiles.Cotangents
 ) -> tuple[Array, Array, Array, Array | None]:
-  """(dq, dk, dv, dbias), grouped, in the accumulator dtype."""
+  """Returns (dq, dk, dv, dbias), grouped, in the accumulator dtype."""
   T, S, shapes = x.q.shape[3], x.k.shape[2], x
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   table = _table(spec, x)
@@ -107,7 +107,7 @@ def backward(
 
 
 def _table(spec: Spec, x: Operands) -> _Table:
-  """The tiles of keys of which any query of a tile, in any row, sees any."""
+  """Returns the key tiles that any query of a tile, in any row, sees."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   found = intervals.rows(x.mask, T, S)
@@ -127,7 +127,7 @@ def _table(spec: Spec, x: Operands) -> _Table:
 
 
 def _steps(table: _Table) -> tuple[Array, Array, Array]:
-  """What a scan over tiles of queries runs over."""
+  """Returns the inputs of the scan over query tiles."""
   lines = np.arange(len(table.counts), dtype=np.int32)
   return tuple(map(jnp.asarray, (lines, table.entries, table.counts)))
 
@@ -138,7 +138,7 @@ def _by_class(
   seen: Callable[[], Array],
   run: Callable[[Array | None], Any],
 ) -> Any:
-  """`run` of what is visible in a tile, None where that is everything."""
+  """Calls `run` with the tile's visibility, or None if all is visible."""
   if kinds == {intervals.FULL}:
     return run(None)
   if intervals.FULL not in kinds:
@@ -149,7 +149,7 @@ def _by_class(
 
 
 def _padded(spec: Spec, x: Operands) -> Operands:
-  """The arrays padded to whole tiles; `Mask.visible` hides what is past S."""
+  """Pads the arrays to whole tiles; `Mask.visible` masks keys past S."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
   bias = x.bias
@@ -172,6 +172,6 @@ def _pad(x: Array, axis: int, multiple: int, value: float = 0) -> Array:
 
 
 def _unstack(x: Array, T: int) -> Array:
-  """[tiles, B, K, G, t, ...] to [B, K, G, T, ...]."""
+  """Reshapes [tiles, B, K, G, t, ...] to [B, K, G, T, ...]."""
   x = jnp.moveaxis(x, 0, 3)
   return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, :T]
