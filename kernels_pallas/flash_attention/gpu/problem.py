@@ -1,9 +1,9 @@
-"""An attention call laid out for the GPU kernels: padded, and tabled.
+"""Arguments of the GPU kernels: padded arrays, and a table of tiles to visit.
 
-Arrays keep the layout of the call, `[B, T, N, H]`: the copy engine picks a head
-out of it. Which tiles of the streamed side a block visits stands in a table:
-those that are visible throughout come first, so that a kernel is two loops,
-one without and one with mask arithmetic, and no branch between.
+Arrays keep the call's layout `[B, T, N, H]`: the copy engine (TMA) slices a
+head out of it. The table lists the streamed tiles that each block visits, fully
+visible ones first, so that a kernel is two loops, one without and one with mask
+arithmetic, and no branch between them.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ class Problem:
     tile: Sizes of the kernel.
     streamed: `QUERIES` or `KEYS`.
     dims: (B, N, K, T, S, H, Hv), padded.
-    rows: Names of the rows of `arrays['rows']`, which belong to queries.
-    columns: Names of the rows of `arrays['columns']`, which belong to keys.
-    kinds: Classes of tile that occur, without EMPTY.
+    rows: Names of the rows of `arrays['rows']`, mask arrays of queries.
+    columns: Names of the rows of `arrays['columns']`, mask arrays of keys.
+    kinds: Classes of tiles that occur, without EMPTY.
     wide: Most tiles that a line visits.
-    visited: Tiles that all lines of a head visit, at most.
-    work: How many tiles each line visits, [B or 1, lines].
-    arrays: q, k, v, table, and where needed rows, columns, sinks, seed.
+    visited: Upper bound on the tiles that all lines of a head visit.
+    work: Number of tiles that each line visits, [B or 1, lines].
+    arrays: q, k, v, table, and if needed rows, columns, sinks, seed.
   """
 
   spec: Spec
@@ -62,26 +62,26 @@ class Problem:
 
   @property
   def group(self) -> int:
-    """Query heads a key head."""
+    """Query heads per key head."""
     return self.dims[1] // self.dims[2]
 
   @property
   def heads(self) -> int:
-    """Heads that have lines of their own: those of the side that stays."""
+    """Heads with their own lines: those of the stationary side."""
     return self.dims[1 if self.streamed == KEYS else 2]
 
   @property
   def walks(self) -> int:
-    """How often a line is walked: once for each query head of a key head."""
+    """How often a line is traversed: once per query head of a key head."""
     return 1 if self.streamed == KEYS else self.group
 
   @property
   def lines(self) -> int:
-    """Blocks of rows along the side that stays."""
+    """Number of blocks of rows along the stationary side."""
     return self.dims[3 if self.streamed == KEYS else 4] // self.tile.rows
 
   def cost(self, matmuls: int) -> pl.CostEstimate:
-    """Of a kernel with so many matmuls a tile, half as wide as H and Hv."""
+    """Estimates a kernel with `matmuls` a tile, each half as wide as H + Hv."""
     B, N, _, T, S, H, Hv = self.dims
     pairs = B * N * self.tile.rows * self.tile.streamed * self.visited
     size = self.arrays["q"].dtype.itemsize
@@ -94,7 +94,7 @@ class Problem:
 
 
 def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
-  """The problem of a kernel that streams one side.
+  """Prepares the problem of a kernel that streams one side.
 
   Args:
     spec: Static part of the call.
@@ -110,7 +110,7 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
   classes = intervals.classes(found, T, S, bq, bk)
   wide = intervals.width(found, T, S, bq, bk, streamed)
   keys, queries = x.mask.live_keys(), x.mask.live_queries()
-  # Padding may hold anything, NaN too, and 0 * NaN would reach the output.
+  # Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   arrays = {
     "q": padded(alive(x.q, queries), bq),
     "k": padded(alive(x.k, keys), bk),
@@ -145,7 +145,7 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
 
 
 def results(p: Problem) -> list[jax.ShapeDtypeStruct]:
-  """What a forward kernel gives: o [B, T, N, Hv], lse [B, N, T]."""
+  """Types of a forward kernel's results: o [B, T, N, Hv], lse [B, N, T]."""
   (B, N, _, T, _, _, Hv), q = p.dims, p.arrays["q"]
   return [
     varying(q, (B, T, N, Hv), p.spec.output or q.dtype),
@@ -154,12 +154,12 @@ def results(p: Problem) -> list[jax.ShapeDtypeStruct]:
 
 
 def padded(x: jax.Array, tokens: int) -> jax.Array:
-  """[B, T, N, H] with zeros up to multiples of `tokens` and of `COLUMNS`."""
+  """Pads [B, T, N, H] to multiples of `tokens` and of `COLUMNS` with zeros."""
   return pad(pad(x, 1, tokens), 3, COLUMNS)
 
 
 def _table(tiles: Any, wide: int) -> jax.Array:
-  """Flat; a line is: how many FULL, how many PARTIAL, then their indices."""
+  """Flat; per line: number of FULL, of PARTIAL tiles, then their indices."""
   xp = np if isinstance(tiles, np.ndarray) else jnp
   # FULL is the largest class and EMPTY the smallest.
   order = xp.argsort(
@@ -172,9 +172,9 @@ def _table(tiles: Any, wide: int) -> jax.Array:
 
 
 def _mask_arrays(found, bq: int, bk: int):
-  """Rows [B or 1, T] and columns [B or 1, S] of the mask, by name."""
+  """Returns the mask's arrays [B or 1, T] and [B or 1, S], by name."""
   rows, columns = intervals.arrays(found)
-  # Padding: no interval holds coordinate -1, or anything before 0.
+  # Padding: no interval contains coordinate -1, or anything before 0.
   rows = {
     k: pad(jnp.asarray(v), 1, bq, -1 if k == "segment" else 0)
     for k, v in rows.items()

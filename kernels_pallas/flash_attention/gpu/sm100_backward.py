@@ -1,12 +1,12 @@
-"""The backward kernels for Blackwell: `tcgen05` and tensor memory.
+"""Backward flash attention kernels for Blackwell (sm100): `tcgen05`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for a B200.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for a B200
+registers and spills.
 
-`dq` and `dkv` share out the work as Hopper's do: 7 matmuls a tile, no atomics,
-so that results repeat to the bit. Sums stay in tensor memory; dS and, of
-transposed scores, P^T go there as left operands where there is room, else to
-shared memory.
+`dq` and `dkv` split the work as Hopper's kernels do: 7 matmuls a tile, no
+atomics, so that results are bitwise reproducible. Accumulators are in tensor
+memory; dS and, of transposed scores, P^T are stored there as left operands if
+there is room, else in shared memory.
 """
 
 import functools
@@ -29,7 +29,7 @@ from kernels_pallas.flash_attention.tpu.problem import varying
 
 
 class Done(NamedTuple):
-  """Barriers, one a warpgroup, that say matmuls are done: scores (S and dP) of
+  """Barriers, one per warpgroup, on which matmuls arrive: scores (S and dP) of
   the next step, sums (dq, or dk and dv) of this one."""
 
   scores: Any
@@ -41,7 +41,7 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
 
   Args:
     p: The problem, keys streamed, with arrays do and stats.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   (B, N, _, T, _, H, _), q = p.dims, p.arrays["q"]
   kernel, scratch = functools.partial(_dq_kernel, p), _dq_scratch(p)
@@ -56,8 +56,8 @@ def dkv(
 
   Args:
     p: The problem, queries streamed, with arrays do and stats.
-    names: Of 'dk' and 'dv'.
-    interpret: As of `plgpu.kernel`.
+    names: Which of 'dk' and 'dv' to compute.
+    interpret: As in `plgpu.kernel`.
   """
   (B, _, K, _, S, H, Hv), q = p.dims, p.arrays["q"]
   sizes, dtype = {"dk": H, "dv": Hv}, p.spec.output or q.dtype
@@ -71,7 +71,7 @@ def dkv(
 
 
 def _dq_scratch(p) -> list[Any]:
-  """As `_scratch`."""
+  """As in `_scratch`."""
   (H, Hv), t = p.dims[-2:], p.tile
   shapes = stream.shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
   sums = {"s": t.streamed, "dp": t.streamed, "dq": H}
@@ -79,7 +79,7 @@ def _dq_scratch(p) -> list[Any]:
 
 
 def _dkv_scratch(p, names) -> list[Any]:
-  """As `_scratch`."""
+  """As in `_scratch`."""
   (H, Hv), t = p.dims[-2:], p.tile
   shapes = stream.shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
   sizes = {name: {"dk": H, "dv": Hv}[name] for name in names}
@@ -87,7 +87,7 @@ def _dkv_scratch(p, names) -> list[Any]:
   lefts = tuple({"dk": "ds", "dv": "p"}[name] for name in names)
   memory = dict.fromkeys(products, t.streamed) | sizes, lefts
   more = {"stats": plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)}
-  # The statistics come with the queries, and threads read them.
+  # The statistics are copied with the queries, and read by threads.
   pipe = {"copies": (2, 1), "reports": (2, 1)}
   return _scratch(p, shapes, sizes, more, memory, pipe)
 
@@ -95,8 +95,8 @@ def _dkv_scratch(p, names) -> list[Any]:
 def _scratch(p, shapes, results, more, memory, pipe) -> list[Any]:
   """Types of shared memory, of tensor memory, and of barriers.
 
-  Results take the place of what stays where they must. `memory` and `pipe` are
-  what `tcgen05.memory` and `tcgen05.barriers` are called with.
+  Results reuse the stationary operands' memory if there is no room. `memory`
+  and `pipe` are arguments of `tcgen05.memory` and `tcgen05.barriers`.
   """
   tmem, shared = tcgen05.memory(p, *memory)
   sizes = {name: (p.tile.groups, LANES, n) for name, n in results.items()}
@@ -155,7 +155,7 @@ def _dq_kernel(p, refs, dq_ref, smem, tmem, pipe, ready, done):
 
 
 def _dq_scores(smem, tmem, pipe, done, line, at, n):
-  """Starts the products of step n, S and dP."""
+  """Starts the products S and dP of step n."""
   ((k_full, v_full), (_, v_free)), group = pipe, at.group
   k_slot, v_slot = stream.slots(line, n)
   plgpu.barrier_wait(k_full.at[k_slot])
@@ -173,7 +173,7 @@ def _dq_scores(smem, tmem, pipe, done, line, at, n):
 
 def _dq_step(x, at, smem, tmem, pipe, done, scores, line, stats, bounds, n,
              where, slots, _, masked):  # fmt: skip
-  """dq += dS K of one tile."""
+  """Computes dq += dS K of one tile."""
   p, group, k_slot = x.p, at.group, slots[0]
   first, seen = 0, None
   if masked or p.spec.dropout_rate:
@@ -237,7 +237,7 @@ def _dkv_kernel(p, names, refs, *rest):
 
 
 def _dkv_scores(names, smem, tmem, pipe, done, line, at, n):
-  """Starts the products of step n, S^T and, for dk, dP^T."""
+  """Starts the products S^T and, for dk, dP^T of step n."""
   ((q_full, do_full), (_, do_free)), group = pipe, at.group
   q_slot, do_slot = stream.slots(line, n)
   plgpu.barrier_wait(q_full.at[q_slot])
@@ -256,7 +256,7 @@ def _dkv_scores(names, smem, tmem, pipe, done, line, at, n):
 
 def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
               where, slots, _, masked):  # fmt: skip
-  """dk += dS^T Q and dv += P^T dO of one tile, of those named."""
+  """Computes dk += dS^T Q and dv += P^T dO of one tile, those named."""
   p, group = x.p, at.group
   ((_, do_full), (q_free, do_free)), (q_slot, do_slot) = pipe, slots
   x, seen, kept = tile.of_passing_queries(x, where, masked, columns, at.start)
@@ -280,7 +280,7 @@ def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
   if "dk" in names:
     ds = tile.slopes(x, weight, dp, stats(SHIFT), kept is not None)
     _add(smem, tmem, group, n, "dk", ("ds", ds), smem["q"].at[q_slot])
-  # The statistics were read for the last time, before a copy overwrites them.
+  # All reads of the statistics are done before a copy overwrites them.
   plgpu.commit_smem()
   plgpu.barrier_arrive(q_free.at[q_slot])
   ended = [do_free.at[do_slot]] if "dv" in names else []
@@ -288,7 +288,7 @@ def _dkv_step(x, names, at, smem, tmem, pipe, done, scores, line, columns, n,
 
 
 def _add(smem, tmem, group, n, acc, left, right) -> None:
-  """Starts acc += left right; left is its operand's name, and its value."""
+  """Starts acc += left right; left is (operand's name, value)."""
   name, value = left
   operand = (smem if name in smem else tmem)[name].at[group]
   tcgen05.put(operand, value.astype(right.dtype), name in smem)
@@ -296,6 +296,6 @@ def _add(smem, tmem, group, n, acc, left, right) -> None:
 
 
 def _finish(p, line, done, *sums) -> None:
-  """Waits for the last matmuls; no tile leaves zeros."""
+  """Waits for the last matmuls; a line without tiles leaves zeros."""
   pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(done))
   pl.when(line.steps == 0)(lambda: tcgen05.clear(p, *sums))

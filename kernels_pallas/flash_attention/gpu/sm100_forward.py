@@ -1,14 +1,13 @@
-"""The forward kernel for Blackwell: `tcgen05` and tensor memory.
+"""Forward flash attention kernel for Blackwell (sm100): `tcgen05`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for a B200.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for a B200
+registers and spills.
 
-A line of work is one head and 128 queries for each warpgroup: two, or one for
-heads above 128. Two compute softmaxes at the same time, and what one waits for,
-the tensor cores do while the other one has its registers full
-(FlashAttention-4's pairs of tiles). Output sums stay in tensor memory, where
-each step multiplies them by what the maximum has grown. Lines, copies and masks
-are those of Hopper's kernel.
+A line of work is one head and 128 queries per warpgroup, with two warpgroups,
+or one for head dims above 128. While one computes its softmax, the tensor cores
+work for the other one (FlashAttention-4's pairs of tiles). Output accumulators
+stay in tensor memory, where each step rescales them as the maximum grows.
+Lines, copies and masks are those of Hopper's kernel.
 """
 
 import functools
@@ -35,11 +34,11 @@ from kernels_pallas.flash_attention.gpu.tile_sizes import LANES
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
-  """The output [B, T, N, Hv] and log-sum-exp [B, N, T], padding included.
+  """Returns the output [B, T, N, Hv] and log-sum-exp [B, N, T], padded.
 
   Args:
     p: The problem, keys streamed.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
   name = "forward_tcgen05"
@@ -53,7 +52,7 @@ def _scratch(p: Problem) -> list[Any]:
   shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
   found |= {"lse": plgpu.SMEM((t.groups, LANES), jnp.float32), **shared}
-  # The output takes the place of the queries where there is no room for both.
+  # The output reuses the queries' memory if there is no room for both.
   both = found | {"o": stream.buffer((t.groups, LANES, Hv), dtype)}
   rest = [
     tcgen05.barriers(p, (1, 1)),
@@ -85,7 +84,7 @@ def _kernel(p, refs, o_ref, lse_ref, smem, tmem, pipe, q_ready, done):
 
 
 def _compute(p, refs, smem, tmem, barriers, line, place):
-  """(m, l) of a line, whose sums are in tensor memory."""
+  """Returns (m, l) of a line, whose accumulator is in tensor memory."""
   (b, h, start, group, size), (pipe, q_ready, done) = place, barriers
   x = tile.View(p, refs, None, b, h)
   bounds = tile.of_queries(x, start, size)
@@ -115,7 +114,7 @@ def _scores(smem, tmem, pipe, done, line, group, n):
 
 def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
           where, slots, carry, masked):  # fmt: skip
-  """Softmax of one tile, and the start of the product with its values."""
+  """Computes a tile's softmax and starts the product with its values."""
   p, ((_, v_full), (_, v_free)) = x.p, pipe
   (s_done, o_done), slot = done, slots[1]
   o = tmem["o"].at[group]
@@ -131,11 +130,11 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
     p, s, seen, (None, *carry), scale=lambda _, alpha: alpha
   )
   if p.spec.dropout_rate:
-    # Its hashes would be registers beside the scores.
+    # Its hashes would need registers while the scores are live.
     b, h, start, k, e = lax.optimization_barrier((x.b, x.h, start, k, e))
     kept = tile.keeper(x._replace(b=b, h=h), start, k)
     e = tile.dropped(p, e, kept())
-  # Rounded and summed first: half of their registers are free for the sums.
+  # Rounded and summed first, to free half of the scores' registers.
   e = e.astype(smem["v"].dtype)
   alpha, m, l, e = lax.optimization_barrier((alpha, m, l, e))
 
@@ -145,11 +144,11 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
   def _scale():
     plgpu.barrier_wait(o_done.at[group])
     tcgen05.scale(p, o, alpha)
-    if shared:  # Else the operand's commit is that of the sums, too.
+    if shared:  # Otherwise committing the operand commits the sums, too.
       plgpu.commit_tmem()
 
   left = (smem if shared else tmem)["p"].at[group]
-  # Before all threads meet, as `tcgen05.meet` has them.
+  # Before the threads synchronize, as in `tcgen05.meet`.
   plgpu.barrier_wait(v_full.at[slot])
   tcgen05.put(left, e, shared)
   tcgen05.multiply(o, left, smem["v"].at[slot], n > 0)
@@ -158,11 +157,11 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
 
 
 def _store(p, outputs, smem, tmem, found, at):
-  """Results to memory."""
+  """Stores the results to memory."""
   o_ref, lse_ref = outputs
   lse_smem = smem["lse"].at[at.group]
   factor, lse = tile.normalised(None, *found, scale=lambda _, factor: factor)
-  # By way of shared memory to the threads that have the rows of the sum.
+  # Through shared memory to the threads that hold the rows of the sum.
   lse_smem[...] = factor
   plgpu.commit_smem()
   factor = plgpu.load(lse_smem, layout=tcgen05.LAYOUT.reduce(1))

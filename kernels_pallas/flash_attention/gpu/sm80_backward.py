@@ -1,14 +1,15 @@
-"""The backward kernels for GPUs before Hopper: `mma` and `cp.async`.
+"""Backward flash attention kernels for Ampere and Ada (sm80): `mma`,
+`cp.async`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for an A100.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
+A100 registers and spills.
 
-As `sm90_backward`: `dq` holds queries and streams keys, `dkv` holds keys
-and streams the queries of all heads of a group, on transposed scores, so that
-P and dS become left operands in the registers where they are. The gradient of
-the probabilities comes first: what it streams (values, or cotangents) then has
-the rest of a step to arrive for the next one, and what the scores stream
-arrives during it.
+As in `sm90_backward`: `dq` keeps queries and streams keys, `dkv` keeps keys and
+streams the queries of all heads of a group, on transposed scores, so that P and
+dS become left operands in the registers where they are. The gradient of the
+probabilities is computed first: its streamed operand (values, or cotangents)
+then has the rest of a step to arrive for the next one, and the scores' streamed
+operand arrives meanwhile.
 """
 
 import functools
@@ -30,11 +31,11 @@ from kernels_pallas.flash_attention.tpu.problem import varying
 
 
 def dq(p: Problem, interpret: Any) -> jax.Array:
-  """dq [B, T, N, H] in the type of the output.
+  """Returns dq [B, T, N, H] in the dtype of the output.
 
   Args:
     p: The problem, keys streamed, with one group and arrays do and stats.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   (B, N, _, T, _, H, Hv), q = p.dims, p.arrays["q"]
   sizes = {"q": (ROWS, H), "do": (ROWS, Hv), "k": (p.tile.streamed, H),
@@ -46,13 +47,12 @@ def dq(p: Problem, interpret: Any) -> jax.Array:
 def dkv(
   p: Problem, names: tuple[str, ...], interpret: Any
 ) -> dict[str, jax.Array]:
-  """dk [B, S, K, H] and dv [B, S, K, Hv], those named, in the type of the
-  output.
+  """Returns dk [B, S, K, H] and dv [B, S, K, Hv], in the dtype of the output.
 
   Args:
     p: The problem, queries streamed, with one group and arrays do and stats.
-    names: Of 'dk' and 'dv'.
-    interpret: As of `plgpu.kernel`.
+    names: Which of 'dk' and 'dv' to compute.
+    interpret: As in `plgpu.kernel`.
   """
   (B, _, K, _, S, H, Hv), q = p.dims, p.arrays["q"]
   sizes = {"k": (ROWS, H), "v": (ROWS, Hv), "q": (p.tile.streamed, H),
@@ -119,9 +119,10 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
 
 def _dq_step(x, interpreted, smem, fetch, line, start, n, _, slots, acc,
              masked):  # fmt: skip
-  """dq += dS K of one tile.
+  """Computes dq += dS K of one tile.
 
-  What belongs to queries is read again in every step: kept, it would spill.
+  Per-query values are loaded again in every step: kept in registers, they would
+  spill.
   """
   del slots
   p = x.p
@@ -187,7 +188,7 @@ def _dkv_kernel(names, p, interpreted, refs, *rest):
 
 def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
               masked):  # fmt: skip
-  """dk += dS^T Q and dv += P^T dO of one tile, of those in `acc`."""
+  """Computes dk += dS^T Q and dv += P^T dO of one tile, those in `acc`."""
   p = x.p
   if mma.scarce(p):
     x = mma.late(x)
@@ -209,7 +210,7 @@ def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
   if "dv" not in acc:
     fetch("do", n + 1)
     if kept:
-      # Before there are scores: registers are what there is least of.
+      # Before the scores exist, since registers are scarce.
       dp, kept = tile.dropped(p, dp, kept()), None
   mma.wait(interpreted, 0 if "dv" in acc else 1)
   s = mma.product(interpreted, k, q)
@@ -227,13 +228,13 @@ def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
 
 
 def _last(line: stream.Line, n: Any) -> Any:
-  """Step n, or the last one for what follows it: copies have no condition, and
-  as many must be under way in every step."""
+  """Clamps n to the last step: copies are unconditional, and every step must
+  have the same number in flight."""
   return jnp.minimum(n, line.steps - 1)
 
 
 def _stats(x: tile.View, n: int, queries: Any) -> jax.Array:
-  """A row of the statistics of queries, out of memory."""
+  """Loads a row of the queries' statistics from global memory."""
   return plgpu.load(
     x.refs["stats"].at[x.b, x.h, n, queries],
     layout=plgpu.Layout.WGMMA.reduce(1 - x.along),

@@ -1,12 +1,12 @@
-"""The forward kernel for GPUs before Hopper: `mma` and `cp.async`.
+"""Forward flash attention kernel for Ampere and Ada (sm80): `mma`, `cp.async`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for an A100.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
+A100 registers and spills.
 
 A block is 64 queries of a head. Values arrive while scores are computed, and
-the next keys while probabilities are and meet the values (FlashAttention-2's
-order). `sm80_mma` says what the GPU interpreter does instead; masks,
-softmax, loops and the table are the same there.
+the next keys during the softmax and the product with the values
+(FlashAttention-2's order). `sm80_mma` describes what the GPU interpreter does
+instead of `mma`; masks, softmax, loops and the table are the same there.
 """
 
 import functools
@@ -29,11 +29,11 @@ from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 
 
 def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
-  """The output [B, T, N, Hv] and log-sum-exp [B, N, T], padding included.
+  """Returns the output [B, T, N, Hv] and log-sum-exp [B, N, T], padded.
 
   Args:
     p: The problem, keys streamed, with one group.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   (B, N, _, _, _, H, Hv), t, q = p.dims, p.tile, p.arrays["q"]
   buffers = {
@@ -85,14 +85,14 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
 
 def _step(x, interpreted, smem, fetch, line, start, n, where, _, carry,
           masked):  # fmt: skip
-  """Scores of one tile, their softmax, and the product with its values."""
+  """Computes a tile's scores, softmax, and the product with its values."""
   p, x = x.p, mma.late(x)
   q, k, v = mma.again(smem, "qkv")
   fetch("v", n)
   mma.wait(interpreted, 1)
   s = mma.product(interpreted, q, k)
-  # The last step fetches its own keys again: copies have no condition, and as
-  # many must be under way in every step.
+  # The last step fetches its own keys again: copies are unconditional, and
+  # every step must have the same number in flight.
   fetch("k", jnp.minimum(n + 1, line.steps - 1))
   seen, first = None, 0
   if masked or p.spec.dropout_rate:

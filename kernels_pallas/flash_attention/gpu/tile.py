@@ -1,9 +1,8 @@
-"""What the GPU kernels do with a tile: logits, masks, dropout.
+"""Tile operations of the GPU kernels: logits, masks, softmax, dropout.
 
-Everything works on values of one warpgroup, 64 rows in the layout of `wgmma` or
-128 in one of tensor memory (`layout`). Rows are queries in the kernels that
-stream keys, and keys in the one that streams queries; `along` is the axis of
-the queries.
+Values belong to one warpgroup, 64 rows in the layout of `wgmma` or 128 in one
+of tensor memory (`layout`). Rows are queries in the kernels that stream keys,
+and keys in the one that streams queries; `along` is the axis of the queries.
 """
 
 import functools
@@ -24,11 +23,11 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
 WIDE = 128
-"""Head dim above which accumulators take half of the registers there are."""
+"""Head dim above which accumulators take half of the registers."""
 
 
 class View(NamedTuple):
-  """What a warpgroup sees.
+  """A warpgroup's context.
 
   Fields: p, the problem; refs, its arrays by name; operand, shared memory for
   the left operand of `accumulate`, or None if that comes from registers; b, the
@@ -48,8 +47,8 @@ class View(NamedTuple):
 
 
 class Logits(NamedTuple):
-  """Fields: t, base-2 logits but for a factor; factor; slope of the soft cap
-  or None."""
+  """Fields: t, base-2 logits up to a factor; factor; slope of the soft cap, or
+  None."""
 
   t: jax.Array
   factor: float
@@ -57,16 +56,16 @@ class Logits(NamedTuple):
 
 
 def shape(p: Problem) -> tuple[int, int]:
-  """Rows and columns of a warpgroup's scores."""
+  """Returns rows and columns of a warpgroup's scores."""
   return p.tile.height, p.tile.streamed
 
 
 def layout(p: Problem) -> Any:
-  """How a warpgroup's registers hold its scores.
+  """Returns the register layout of a warpgroup's scores.
 
-  With 'tcgen05' a thread has a row, which needs no shuffle to sum it up, but a
-  register for each column of what lies along the row: where there is such a
-  thing, or a hash of dropout, four threads share rows as with 'wgmma'.
+  With 'tcgen05' a thread may hold a whole row, which sums without shuffles, but
+  then values per column (mask arrays, or dropout's hash) need a register each:
+  with these, four threads share a row, as with 'wgmma'.
   """
   if p.spec.blocks.cores != "tcgen05":
     return plgpu.Layout.WGMMA
@@ -76,7 +75,7 @@ def layout(p: Problem) -> Any:
 
 
 def zeros(*size: int) -> jax.Array:
-  """An accumulator, in the layout of `wgmma`."""
+  """Returns a zero accumulator in the layout of `wgmma`."""
   return plgpu.layout_cast(
     jnp.zeros(size, jnp.float32), plgpu.Layout.WGMMA
   )  # fmt: skip
@@ -85,12 +84,12 @@ def zeros(*size: int) -> jax.Array:
 def vector(
   value: Any, rows: int = ROWS, kind: Any = plgpu.Layout.WGMMA
 ) -> jax.Array:
-  """`value` for each row.
+  """Returns a vector with `value` for each row.
 
   Args:
     value: A number.
-    rows: How many there are.
-    kind: As `layout` gives it.
+    rows: Number of rows.
+    kind: Layout of the matrix, as `layout` returns it.
   """
   return plgpu.layout_cast(
     jnp.full((rows,), value, jnp.float32), kind.reduce(1)
@@ -98,22 +97,22 @@ def vector(
 
 
 def spread(x: jax.Array, like: tuple[int, ...], axis: int) -> jax.Array:
-  """Repeats a vector that lies along `axis`."""
+  """Broadcasts a vector along `axis` to shape `like`."""
   return lax.broadcast_in_dim(x, like, [axis])
 
 
 def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
-  """The logits of scores q.k; invisible ones are -inf.
+  """Returns the logits of scores q.k, -inf where masked.
 
   Args:
     p: The problem.
-    s: Products.
-    seen: Which are visible, or None: all.
+    s: Products of queries and keys.
+    seen: Which pairs are visible, or None for all.
   """
   spec, slope = p.spec, None
   t, factor = s, spec.scale * LOG2E
   if spec.softcap is not None:
-    # tanh of the hardware is good to 11 bits only: too little for logits.
+    # Hardware tanh has only 11 bits: too few for logits.
     root = lax.rsqrt(1 + jnp.exp2(s * (2 * spec.scale * LOG2E / spec.softcap)))
     t, factor = 1 - 2 * root * root, spec.softcap * LOG2E
     slope = 1 - t * t
@@ -131,18 +130,20 @@ def probabilities(
   seen: Callable[[], jax.Array] | None,
   kept: Callable[[], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Those of a tile once more (kernels.md 2.2), and what they weigh in dS.
+  """Recomputes a tile's probabilities (kernels.md 2.2), and their weights in
+  dS.
 
-  The weight is all that has to wait for the gradient of the probabilities, one
-  register an element: the probability times the slope of the soft cap, neither
-  of which is negative, with the sign of what dropout keeps.
+  The weight is all that is kept until the gradient of the probabilities is
+  known, one register per element: the probability times the slope of the soft
+  cap, both nonnegative, negated where dropout drops it.
 
   Args:
     x: The view.
     s: Products of queries and keys.
-    lse: Base-2 log-sum-exps of the queries, +inf where there is none.
-    seen: Gives which are visible, or None: all.
-    kept: Gives which dropout keeps, or None: all, or they were asked before.
+    lse: Base-2 log-sum-exps of the queries, +inf if there is none.
+    seen: Returns which pairs are visible; None for all.
+    kept: Returns which pairs dropout keeps; None for all, or if the caller
+      applies it.
 
   Returns:
     Probabilities after dropout, and weights, not positive where dropped.
@@ -163,25 +164,25 @@ def slopes(
   shift: jax.Array,
   signed: bool = False,
 ) -> jax.Array:
-  """dS of a tile: the gradient of its logits, but for the scale.
+  """Returns dS of a tile: the gradient of its logits, without the scale.
 
   Args:
     x: The view.
-    weight: As `probabilities` gave it.
+    weight: As returned by `probabilities`.
     dp: Gradient of the probabilities; after dropout, if weights are signed.
     shift: delta of the queries minus the cotangent of their log-sum-exp.
-    signed: Whether the sign of a weight says what was dropped.
+    signed: Whether a weight's sign encodes dropout.
   """
   shift = spread(shift, dp.shape, x.along)
   if not signed:
     return weight * (dp - shift)
-  # Of what was dropped it is |weight| (0 - shift), and the weight has a minus.
+  # Where dropped, dS is |weight| (0 - shift), and the weight is negative.
   dp = dp * (1 / (1 - x.p.spec.dropout_rate))
   return weight * jnp.where(weight > 0, dp - shift, shift)
 
 
 def nothing(x: View) -> tuple[jax.Array, jax.Array]:
-  """Maximum and sum of exponentials before the first key: those of sinks."""
+  """Returns the initial maximum and sum of exponentials: those of sinks."""
   along = functools.partial(vector, rows=x.p.tile.height, kind=layout(x.p))
   if "sinks" in x.refs:
     return along(x.refs["sinks"][x.h] * LOG2E), along(1.0)
@@ -189,7 +190,7 @@ def nothing(x: View) -> tuple[jax.Array, jax.Array]:
 
 
 def scaled(acc: jax.Array, alpha: jax.Array) -> jax.Array:
-  """Rows times a factor each."""
+  """Scales each row by its factor."""
   return acc * spread(alpha, acc.shape, 0)
 
 
@@ -200,19 +201,19 @@ def softmax(
   carry: tuple[Any, ...],
   scale: Callable[[Any, jax.Array], Any] = scaled,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-  """A step of the online softmax: (acc, m, l, e), acc without the new tile.
+  """One step of the online softmax: (acc, m, l, e), acc without the new tile.
 
   Args:
     p: The problem.
     s: Products of queries and keys.
-    seen: Which are visible, or None: all.
+    seen: Which pairs are visible, or None for all.
     carry: acc, m (in base 2) and l so far.
-    scale: Multiplies the rows of acc, wherever that is.
+    scale: Scales the rows of acc, wherever it is stored.
   """
   acc, m, l = carry
   t, factor, _ = logits(p, s, seen)
   m_new = jnp.maximum(m, t.max(axis=1) * factor)
-  # No key seen so far: any finite number, so that exponentials are 0, not NaN.
+  # Before any visible key: a finite shift, so that exp gives 0, not NaN.
   shift = m_new if seen is None else jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
   e = jnp.exp2(t * factor - spread(shift, t.shape, 0))
@@ -226,11 +227,11 @@ def normalised(
   l: jax.Array,
   scale: Callable[[Any, jax.Array], Any] = scaled,
 ) -> tuple[Any, jax.Array]:
-  """o = acc / l and lse = m + log l, natural; 0 and -inf where l = 0.
+  """Returns o = acc / l and lse = m + log l, natural; 0 and -inf where l = 0.
 
   Args:
-    acc, m, l: As `softmax` left them.
-    scale: Multiplies the rows of acc, wherever that is.
+    acc, m, l: As left by `softmax`.
+    scale: Scales the rows of acc, wherever it is stored.
   """
   empty = l == 0
   factor = jnp.where(empty, 0.0, 1 / jnp.where(empty, 1.0, l))
@@ -239,22 +240,22 @@ def normalised(
 
 
 def of_queries(x: View, start: Any, size: int) -> dict[str, jax.Array]:
-  """What the mask says of queries [start, start + size), by name."""
+  """Loads the mask's arrays of queries [start, start + size), by name."""
   return _vectors(x, "rows", x.p.rows, start, size, 1 - x.along)
 
 
 def of_keys(x: View, start: Any, size: int) -> dict[str, jax.Array]:
-  """What the mask says of keys [start, start + size), by name."""
+  """Loads the mask's arrays of keys [start, start + size), by name."""
   return _vectors(x, "columns", x.p.columns, start, size, x.along)
 
 
 def visible(x: View, rows, columns, start: Any) -> jax.Array:
-  """Which pairs of a tile see each other.
+  """Returns which pairs of a tile are visible.
 
   Args:
     x: The view.
-    rows: What `of_queries` gave.
-    columns: What `of_keys` gave.
+    rows: Result of `of_queries`.
+    columns: Result of `of_keys`.
     start: First key.
   """
   p, size, along = x.p, shape(x.p), x.along
@@ -279,9 +280,9 @@ def visible(x: View, rows, columns, start: Any) -> jax.Array:
 
 
 def keeper(x: View, q: Any, k: Any) -> Callable[[], jax.Array] | None:
-  """What gives which probabilities of a tile dropout keeps, or None: all.
+  """Returns a function that computes a tile's dropout mask, or None.
 
-  It is called where they are used: across a barrier in memory they are
+  It is called where the mask is used: kept across a barrier, it would occupy
   registers.
 
   Args:
@@ -310,18 +311,18 @@ def of_passing_queries(
   columns: dict[str, jax.Array],
   start: Any,
 ) -> tuple[View, Callable[[], jax.Array] | None, Any]:
-  """What a tile of queries that passes by sees of the keys that stay.
+  """Prepares the masks of a streamed tile of queries against stationary keys.
 
   Args:
     x: The view, of a key head.
-    where: Gives (query head of the group, tile).
-    masked: Whether not all is visible.
-    columns: What `of_keys` gave.
+    where: Returns (query head of the group, tile).
+    masked: Whether the tile is only partially visible.
+    columns: Result of `of_keys`.
     start: First key.
 
-  Returns:
-    The view of the query head, where that matters; what gives which pairs are
-    visible, or None: all; and what gives which dropout keeps, likewise.
+  Returns: The view, with the query head if needed; a function that returns
+    which pairs are visible, or None for all; and one that returns which pairs
+    dropout keeps, or None for all.
   """
   p, first, seen = x.p, 0, None
   if masked or p.spec.dropout_rate:
@@ -337,16 +338,16 @@ def of_passing_queries(
 
 
 def dropped(p: Problem, e: jax.Array, keep: jax.Array) -> jax.Array:
-  """Probabilities after dropout: those kept, scaled, and zeros."""
+  """Applies dropout: scales kept probabilities, zeroes the others."""
   return jnp.where(keep, e * (1 / (1 - p.spec.dropout_rate)), 0.0)
 
 
 def _indices(p: Problem, axis: int, first: Any) -> jax.Array:
-  """first, first + 1, ... along an axis of a tile.
+  """Returns first, first + 1, ... along an axis of a tile.
 
-  A thread has two neighbours of every eight columns, and all others are
-  constants away: added up in another order, each would be a register over the
-  loop. Only narrow heads with `mma` spill less in the plain order.
+  A thread holds two neighbours of every eight columns, and all its others
+  differ by constants: added in another order, each would occupy a register over
+  the loop. Only narrow heads with `mma` spill less in the plain order.
   """
   size, kind = shape(p), layout(p)
   if p.spec.blocks.cores == "mma" and max(p.dims[5:]) <= WIDE:

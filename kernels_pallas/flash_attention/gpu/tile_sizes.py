@@ -1,11 +1,11 @@
-"""Tile sizes of the GPU kernels: what a block of threads holds and streams.
+"""Tile sizes of the GPU kernels, from their registers and shared memory.
 
 A warpgroup (128 threads) computes 64 rows, the height of a `wgmma`, or the 128
 of a `tcgen05.mma`. The rows of all warpgroups of a block stay in shared memory,
-while tiles of the other side (keys for queries, queries for keys) pass through
-`stages` buffers. What bounds the sizes are 232,448 bytes of shared memory a
-block, 65,536 registers a multiprocessor, and with `tcgen05` the 512 columns of
-tensor memory, where products and sums are.
+while tiles of the other side (keys for queries, queries for keys) are streamed
+through `stages` buffers. The limits are 232,448 bytes of shared memory per
+block, 65,536 registers per multiprocessor, and with `tcgen05` the 512 columns
+of tensor memory that hold products and accumulators.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ LANES = 128
 """Rows of a warpgroup with `tcgen05`: the lanes of tensor memory."""
 
 STREAMED = 32
-"""Tokens of a tile that passes are a multiple, of `ROWS` for `wgmma`."""
+"""Tokens of a streamed tile are a multiple; of `ROWS` for `wgmma`."""
 
 COLUMNS = 64
 """Head dims are padded to a multiple: a swizzled row of 128 bytes."""
 
 SHARED_BYTES = 232_448
-"""Shared memory that a block of Hopper or Blackwell may ask for."""
+"""Shared memory available to a block on Hopper or Blackwell."""
 
 OPERANDS = ("registers", "shared")
 CORES = ("wgmma", "mma", "tcgen05")
 PRODUCTS = ("both", "one")
 
-# Registers a thread of (a computing, the copying) warpgroup, by how many
-# compute; a multiprocessor has 65,536, in units of 8 a thread.
+# Registers per thread of (a computing, the copying) warpgroup, by the number of
+# computing ones; a multiprocessor has 65,536, in units of 8 per thread.
 REGISTERS = {2: (240, 24), 3: (160, 32)}
 
 PROGRAMS = 132
@@ -39,7 +39,7 @@ PROGRAMS = 132
 
 
 def height(cores: str) -> int:
-  """Rows of a warpgroup, by `GpuTiles.cores`."""
+  """Returns the rows of a warpgroup, by `GpuTiles.cores`."""
   return LANES if cores == "tcgen05" else ROWS
 
 
@@ -48,14 +48,14 @@ class GpuTile:
   """Sizes of one kernel.
 
   Attributes:
-    groups: Warpgroups that compute, of `height` rows each; one more copies.
-    streamed: Tokens of a tile of the side that passes by, a multiple of 32.
-    stages: Buffers of its two operands (keys and values, or queries and
+    groups: Computing warpgroups, of `height` rows each; one more copies.
+    streamed: Tokens per tile of the streamed side, a multiple of 32.
+    stages: Buffers for its two operands (keys and values, or queries and
       cotangents).
-    products: How a backward kernel issues its two products of a tile: 'both'
-      at once, or 'one' after the other, which holds fewer registers. Not of
+    products: How a backward kernel issues its two products of a tile: 'both' at
+      once, or 'one' after the other, which needs fewer registers. Ignored for
       'tcgen05', whose products are not in registers.
-    height: Rows of a warpgroup: 64, of 'tcgen05' 128.
+    height: Rows of a warpgroup: 64, or 128 for 'tcgen05'.
   """
 
   groups: int = 2
@@ -78,28 +78,27 @@ class GpuTile:
 
   @property
   def rows(self) -> int:
-    """Tokens of the side that stays."""
+    """Tokens of the stationary side per block."""
     return self.groups * self.height
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuTiles:
-  """Tiles of every kernel.
+  """Tile sizes of every kernel.
 
   Attributes:
-    forward: Queries stay, keys pass.
-    dkv: Keys stay, queries pass.
-    dq: Queries stay, keys pass.
-    gradients: What a kernel over queries sums: ('dk', 'dv') both in one;
-      ('dk',), ('dv',) each in its own, where registers do not hold both.
+    forward: Queries stationary, keys streamed.
+    dkv: Keys stationary, queries streamed.
+    dq: Queries stationary, keys streamed.
+    gradients: What each kernel that streams queries computes: ('dk', 'dv') both
+      in one; ('dk',), ('dv',) in separate kernels, if registers do not suffice.
     operand: Where the left operand of the second matmul comes from:
       'registers', which is fast, or 'shared' memory, which the GPU interpreter
-      can run. With 'tcgen05' it comes from tensor memory, if that has room.
-    cores: The instruction of the tensor cores: 'wgmma' of Hopper, 'tcgen05' of
+      supports. With 'tcgen05' it comes from tensor memory, if there is room.
+    cores: The tensor core instruction: 'wgmma' of Hopper, 'tcgen05' of
       Blackwell, or 'mma' of Ampere and Ada, whose kernels have one group.
-    programs: Blocks of threads of a kernel that takes tile after tile: as many
-      as there are multiprocessors, each of which has room for one. Those of
-      'mma' take one tile.
+    programs: Blocks of threads of a persistent kernel: one per multiprocessor.
+      The kernels of 'mma' are not persistent.
   """
 
   forward: GpuTile = GpuTile()
@@ -157,18 +156,18 @@ class GpuTiles:
 def for_head_dim(
   H: int, Hv: int, cores: str = "wgmma", programs: int = PROGRAMS
 ) -> GpuTiles:
-  """Tiles that fit registers and shared memory.
+  """Returns tile sizes that fit registers and shared memory.
 
-  As `python -m kernels_pallas.inspect.gpu` finds them for 16-bit operands.
+  As found by `python -m kernels_pallas.inspect.gpu` for 16-bit operands.
 
   Args:
     H: Head dim of queries and keys.
     Hv: Head dim of values.
-    cores, programs: As of `GpuTiles`.
+    cores, programs: As in `GpuTiles`.
   """
   wide = max(H, Hv)
-  # Of 192 and 256 the output has no queries' place to take, and two buffers of
-  # values leave it no room of its own.
+  # With dims 192 and 256 the output cannot reuse the queries' memory, and two
+  # buffers of values leave no room for its own.
   padded = {math.ceil(dim / COLUMNS) * COLUMNS for dim in (H, Hv)}
   stages = (2, 1) if padded == {192, 256} else (2, 2)
   if cores == "mma":
@@ -191,10 +190,9 @@ def for_head_dim(
 
 
 def _of_tcgen05(wide: int, stages: tuple[int, int], programs: int) -> GpuTiles:
-  """Of Blackwell, where 512 columns of tensor memory are what there is least.
+  """Tiles for Blackwell, limited by the 512 columns of tensor memory.
 
-  What a tile's next scores wait for is a second buffer beside the one that the
-  sums still read.
+  The sums still read one buffer while the next tile's scores need a second one.
   """
 
   def tile(groups, streamed, stages=(2, 2)):
@@ -213,7 +211,7 @@ def _of_tcgen05(wide: int, stages: tuple[int, int], programs: int) -> GpuTiles:
 
 
 def _of_mma(wide: int) -> GpuTiles:
-  """Of Ampere and Ada, whose 255 registers a thread are what there is least."""
+  """Tiles for Ampere and Ada, limited by 255 registers per thread."""
   tile, narrow = GpuTile(1, 64, (1, 1)), GpuTile(1, 32, (1, 1))
   apart = (("dk",), ("dv",))
   if wide <= 64:
