@@ -1,18 +1,16 @@
 // Exact attention on CPU, forward and backward, in float32.
 //
-// XLA multiplies tiles of queries and keys by calls of its matmul, between
-// which scores go through memory; here a tile's scores stay in the first levels
-// of cache. Flash attention as of Dao 2023 (arXiv:2307.08691): the forward pass
-// keeps the log-sum-exp, from which the backward pass has its probabilities.
-//
-// A task's sums have an order of their own, and tasks depend on shapes alone,
-// so results do not depend on the number of threads (their last bits do on the
+// XLA computes attention with separate matmul calls, between which scores pass
+// through memory; here a tile's scores stay in the L1 and L2 caches. The
+// algorithm is flash attention (Dao 2023, arXiv:2307.08691): the forward pass
+// saves the log-sum-exp, from which the backward pass recomputes probabilities.
+// // Each task sums in a fixed order, and tasks depend on shapes alone, so
+// results do not depend on the number of threads (their last bits depend on the
 // instruction set).
-//
-// `problem.h` says what is computed, `mask.h` which tiles are visited,
-// `lanes.h` which instruction sets there are, `tile.inc` what happens
-// inside a tile, `forward.inc` and `backward.inc` what a task is; here
-// is XLA's side. GCC 9 or Clang 10.
+// // `problem.h` defines the inputs, `mask.h` the tiles to visit, `lanes.h` the
+// instruction sets, `tile.inc` the operations inside a tile, `forward.inc` and
+// `backward.inc` the tasks; this file is the XLA FFI interface. GCC 9 or Clang
+// 10.
 
 #include <string>
 
@@ -27,8 +25,8 @@ struct Kernels {
   int64_t (*backward_tasks)(const Problem&);
 };
 
-// Returns the kernels called `name`, "auto" being the fastest that this CPU
-// runs; nulls where it runs none of that name.
+// Returns the kernels called `name`, or for "auto" the fastest that this CPU
+// supports; nulls if it does not support them.
 inline Kernels kernels(const std::string& name) {
   switch (isa::chosen(name)) {
 #if defined(__x86_64__)
@@ -57,7 +55,7 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
 
-// An error's text, or null.
+// An error message, or null.
 using Complaint = const char*;
 
 template <class Buffer>
@@ -66,7 +64,7 @@ bool is(const Buffer& x, std::initializer_list<int64_t> shape) {
   return std::equal(found.begin(), found.end(), shape.begin(), shape.end());
 }
 
-// Of an array whose first axis may be 1, and which may be empty: where it lies.
+// Gets the data of an array whose first axis may be 1, and which may be empty.
 template <class Buffer, class Number>
 bool rows(const Buffer& x, int64_t B, std::initializer_list<int64_t> rest,
           const Number** at, bool* of_rows) {
@@ -80,7 +78,7 @@ bool rows(const Buffer& x, int64_t B, std::initializer_list<int64_t> rest,
   return true;
 }
 
-// What both passes are given; nothing is read but shapes.
+// Fills in what both passes share; reads only shapes.
 inline Complaint fill(Problem* p, const Floats& q, const Floats& k,
                       const Floats& v, const Integers& bounds,
                       const Integers& coordinates, const Integers& q_segments,
@@ -170,7 +168,7 @@ inline ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
   if (p.chunks < 1 || !is(*dq, {p.chunks, p.B, p.T, p.N, p.H})) {
     return bad("dq: not [chunks, B, T, N, H]");
   }
-  // Every chunk has keys.
+  // Every chunk must have keys.
   if ((p.chunks - 1) * p.chunk() >= p.S) return bad("dq: too many chunks");
   if (!is(*dk, {p.B, p.S, p.K, p.H})) return bad("dk: another shape than k");
   if (!is(*dv, {p.B, p.S, p.K, p.V})) return bad("dv: another shape than v");
@@ -183,7 +181,7 @@ inline ffi::Error backward(ffi::ThreadPool pool, Floats q, Floats k, Floats v,
   return ffi::Error::Success();
 }
 
-// What both passes begin with: q, k, v, who sees whom, and floats.
+// The common arguments of both passes: q, k, v, the mask, and one more array.
 inline auto binding() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()

@@ -1,8 +1,8 @@
-"""Flash attention by `attention.cc`, the cpu backend: float32, on CPUs.
+"""Flash attention in C++ (`attention.cc`): the cpu backend, in float32.
 
-Compiled at first use and called by XLA, once forward and once backward; a
-tile's scores never leave the first levels of cache. The saved output and
-log-sum-exp have the names that `blockwise` gives them.
+Compiled at first use and called by XLA, once for the forward and once for the
+backward pass; a tile's scores never leave the L1 and L2 caches. The saved
+output and log-sum-exp have the same checkpoint names as in `blockwise`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.masks import intervals
 
 TARGET, GRADIENTS = "heptad_attention", "heptad_attention_gradients"
-"""The names by which compiled programs call the library."""
+"""FFI target names by which compiled programs call the library."""
 
 LIBRARY = Library(
   name="attention",
@@ -53,30 +53,30 @@ LIBRARY = Library(
 
 ISAS = ("auto", "avx512", "avx2", "portable")
 FULL = (None, *jax.lax.Precision, "default", "high", "highest")
-"""Precisions that float32's own satisfies."""
+"""Precisions that float32 arithmetic satisfies."""
 
 FEWEST = 32
-"""Queries that a tile of AVX-512 has: fewer would leave lanes empty."""
+"""Queries per tile of AVX-512: fewer would leave lanes empty."""
 
 
 DTYPES = "float32", "bfloat16", "float16"
-"""Of q, k, v and sinks. The library computes in float32: 16 bits are widened on
-their way in, which takes less than XLA's products of 16 bits lose (1.3 times in
-the forward pass, up to 1.5 in both)."""
+"""Dtypes of q, k, v and sinks. The library computes in float32: widening 16-bit
+inputs costs less than XLA's 16-bit products lose (1.3 times in the forward
+pass, up to 1.5 in both)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuTiles:
-  """How a call becomes tasks, and by which instructions they run.
+  """How a call is split into tasks, and their instruction set.
 
-  Tiles are those of the source. The backward pass cuts the keys in chunks, of
-  which each has an array of its own for the gradients of all queries.
+  Tile sizes are fixed in the source. The backward pass splits the keys into
+  chunks, each with its own array for the gradients of all queries.
 
   Attributes:
-    chunk: Keys of a chunk, at least.
-    tasks: Of the backward pass, as far as there are keys for them: at most so
-      many arrays of the size of q.
-    isa: Of `ISAS`; "auto" is the best that the running CPU has.
+    chunk: Minimum number of keys per chunk.
+    tasks: Number of tasks of the backward pass, if there are enough keys: at
+      most this many arrays of the size of q.
+    isa: One of `ISAS`; "auto" is the best that the running CPU supports.
   """
 
   chunk: int = 384
@@ -91,14 +91,14 @@ class CpuTiles:
       )
 
   def chunks(self, rows: int, keys: int) -> int:
-    """How many chunks `rows` key heads of `keys` keys are cut in."""
+    """Returns the number of chunks for `rows` key heads of `keys` keys."""
     most = min(-(-self.tasks // rows), max(keys // self.chunk, 1))
-    # So that none is empty, at the size that as many would have.
+    # Recomputed from the chunk size, so that none is empty.
     return -(-keys // -(-keys // most))
 
 
 def unsupported(spec: Spec, x: Operands) -> str | None:
-  """Why the kernel cannot run a call, with the argument's name, or None."""
+  """Returns why the kernel cannot run a call, with the argument, or None."""
   arrays = [y for y in (x.q, x.k, x.v, x.sinks) if y is not None]
   if wrong := [y.dtype.name for y in arrays if y.dtype.name not in DTYPES]:
     return f"dtype: found {wrong[0]}, expected {', '.join(DTYPES)}"
@@ -112,7 +112,7 @@ def unsupported(spec: Spec, x: Operands) -> str | None:
 
 
 def available() -> bool:
-  """Whether the library is there; compiles it at first, warns once if not."""
+  """Whether the library can be used; compiles it once, warns once if not."""
   return cpu_library.available(LIBRARY)
 
 
@@ -120,7 +120,7 @@ def available() -> bool:
 def cpu_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a CPU, with its own gradient.
+  """Softmax attention (kernels.md 2.1) on a CPU, with a custom gradient.
 
   Differentiable once in q, k, v and sinks, through both results.
 
@@ -133,7 +133,7 @@ def cpu_attention(
     -inf where a query sees no key and there is no sink.
 
   Raises:
-    ValueError: What the kernel does not compute.
+    ValueError: The kernel does not support the call.
   """
   _check(spec, x)
   none = np.zeros((0,), np.float32)
@@ -150,12 +150,12 @@ def cpu_attention(
 
 
 def cpu_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
-  """Gradients of q, k and v in float32.
+  """Returns the gradients of q, k and v in float32.
 
   Args:
     spec: Static part; `spec.blocks` is a `CpuTiles`.
-    x: Arrays; sinks are not looked at.
-    rows: What the queries saw, these keys and perhaps others.
+    x: Arrays; sinks are ignored.
+    rows: Per-query inputs, computed over these keys and possibly others.
   """
   _check(spec, x)
 
@@ -199,10 +199,10 @@ def _check(spec: Spec, x: Operands) -> None:
 
 
 def _seen(x: Operands) -> tuple[Any, ...]:
-  """What decides who sees whom, as the library wants it: int32 arrays.
+  """Returns the mask as the library's int32 arrays.
 
   Bounds [B or 1, intervals, 2, T], keys' coordinates [B or 1, S] and both
-  segments, [B or 1, T] and [B or 1, S]; what is not there is empty.
+  segments, [B or 1, T] and [B or 1, S]; absent ones are empty.
   """
   T, S = x.q.shape[1], x.k.shape[1]
   found = intervals.rows(x.mask, T, S)
@@ -215,11 +215,11 @@ def _seen(x: Operands) -> tuple[Any, ...]:
 
 
 def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
-  """`run`, of which a `vmap` is a call with more rows, not one call a row.
+  """Wraps `run` so that `vmap` makes one call with more rows, not one per row.
 
   Args:
-    run: Of arrays whose first axis is that of the rows, or 1, or which are
-      empty; all of the first one's rows. So are its results'.
+    run: Function of arrays whose first axis is the batch rows, or 1, or which
+      are empty; the first array has all rows, and so do the results.
   """
   call = jax.custom_batching.custom_vmap(run)
 
@@ -231,7 +231,7 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
       shape = x.shape[1:] if batched else x.shape
       if shape == (0,):
         return jnp.zeros(shape, x.dtype)
-      # Masks may be one row's for all, q and what belongs to it may not.
+      # Mask arrays may have one row for all; q and its companions may not.
       if not batched and (x.shape[0] != B or x.dtype == jnp.int32):
         return (
           x if x.shape[0] == 1 else jnp.tile(x, (size, *[1] * (x.ndim - 1)))
@@ -248,7 +248,7 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _call(target: str, spec: Spec, shapes: Any, *arrays: Any) -> Any:
-  """The library's results, float32 arrays of these shapes."""
+  """Returns the library's results, float32 arrays of these shapes."""
   arrays, results = target_platform.alike(arrays, shapes)
   return jax.ffi.ffi_call(target, tuple(results))(
     *arrays, scale=np.float32(spec.scale), isa=spec.blocks.isa

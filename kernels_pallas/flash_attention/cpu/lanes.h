@@ -1,4 +1,4 @@
-// Vectors of each instruction set, and attention over them.
+// SIMD vectors of each instruction set, and attention compiled for each.
 
 #ifndef ATTENTION_LANES_H_
 #define ATTENTION_LANES_H_

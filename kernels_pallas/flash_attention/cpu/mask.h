@@ -1,4 +1,4 @@
-// Which tiles hold a pair that sees each other, and which of them only such.
+// Classes of tiles: no pair visible, some pairs, or all pairs.
 
 #ifndef ATTENTION_MASK_H_
 #define ATTENTION_MASK_H_
@@ -9,7 +9,7 @@ namespace attention {
 
 enum class Class { kEmpty, kPartial, kFull };
 
-// The arrays of one row of the batch.
+// The mask arrays of one batch row.
 struct Seen {
   const int32_t* bounds;
   const int32_t* coordinates;
@@ -29,16 +29,16 @@ struct Seen {
   int32_t coordinate(int64_t s) const {
     return coordinates ? coordinates[s] : int32_t(s);
   }
-  // Padding holds anything, NaN too.
+  // Padding may contain anything, even NaN.
   bool is_padding(int64_t s) const {
     return (coordinates && coordinates[s] < 0) ||
            (k_segments && k_segments[s] < 0);
   }
 };
 
-// The least and the most of a run of keys.
+// The extreme coordinates and segments of a range of keys.
 struct Keys {
-  int32_t first, last;  // coordinates, of those that are no padding
+  int32_t first, last;  // coordinates, without padding
   int32_t least_segment, most_segment;
   bool padded;
 
@@ -64,10 +64,10 @@ struct Keys {
   }
 };
 
-// The least and the most of a run of queries.
+// The extreme interval bounds and segments of a range of queries.
 struct Queries {
   struct Interval {
-    int32_t first, last_lo, least_hi, end;  // of all lo, of all hi
+    int32_t first, last_lo, least_hi, end;  // over all lo, over all hi
   };
   Interval intervals[kMostIntervals];
   int32_t least_segment, most_segment;
@@ -98,7 +98,7 @@ struct Queries {
     }
   }
 
-  // Exact for one interval of indices; else it may call partial what is not.
+  // Exact for one interval of indices; otherwise kPartial may be any class.
   Class of(const Keys& keys, bool segments) const {
     bool some = false, all = !keys.padded && all_see(keys.first, keys.last);
     for (int64_t n = 0; n < count; ++n) {
@@ -114,8 +114,8 @@ struct Queries {
     return !some ? Class::kEmpty : all ? Class::kFull : Class::kPartial;
   }
 
-  // Whether surely every query sees all keys of its segment whose coordinates
-  // are from the first to the last.
+  // Whether every query is known to see all keys of its segment with
+  // coordinates from `first` to `last`.
   bool all_see(int32_t first, int32_t last) const {
     bool all = false;
     for (int64_t n = 0; n < count; ++n) {
@@ -124,7 +124,7 @@ struct Queries {
     return all;
   }
 
-  // The keys of [begin, end) that any query may see, where keys are indices.
+  // Narrows [begin, end) to keys that some query may see, if keys are indices.
   void narrow(int64_t* begin, int64_t* end) const {
     int64_t first = *end, last = *begin;
     for (int64_t n = 0; n < count; ++n) {

@@ -1,4 +1,4 @@
-// What attends to what, and the tasks that it falls into.
+// The inputs of an attention call, and its division into tasks.
 
 #ifndef ATTENTION_PROBLEM_H_
 #define ATTENTION_PROBLEM_H_
@@ -15,11 +15,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int64_t kMostIntervals = 8;
 
-// Arrays lie as JAX has them, the last axis without gaps.
+// Arrays are as JAX stores them, the last axis contiguous.
 struct Problem {
-  int64_t B, T, S;                // rows of the batch, queries, keys
+  int64_t B, T, S;                // batch rows, queries, keys
   int64_t N, K;                   // query heads, key heads
-  int64_t H, V;                   // numbers of a query or key, of a value
+  int64_t H, V;                   // head dim of queries and keys, of values
   float scale;                    // on q.k
   const float *q, *k, *v;         // [B, T, N, H], [B, S, K, H], [B, S, K, V]
   // Query t sees the keys whose coordinate lies in one of its intervals.
@@ -27,8 +27,8 @@ struct Problem {
   const int32_t* bounds;          // [1 or B, intervals, 2, T]: lo, hi
   const int32_t* coordinates;     // [1 or B, S], or null: keys' indices
   const int32_t* q_segments;      // [1 or B, T], or null
-  const int32_t* k_segments;      // [1 or B, S]; must agree with the query's
-  bool bounds_of_rows, coordinates_of_rows;     // whether they begin with B
+  const int32_t* k_segments;      // [1 or B, S]; must equal the query's
+  bool bounds_of_rows, coordinates_of_rows;     // whether the first axis is B
   bool q_segments_of_rows, k_segments_of_rows;
   // Forward.
   const float* sinks;             // [1 or B, N], or null
@@ -37,17 +37,17 @@ struct Problem {
   float* lse;                     // [B, N, T]
   // Backward.
   const float* d_o;               // [B, T, N, V]
-  const float* found_lse;         // [B, N, T], +inf where nothing was seen
+  const float* found_lse;         // [B, N, T], +inf where no key is visible
   const float* shift;             // [B, N, T]
-  int64_t chunks;                 // of keys
+  int64_t chunks;                 // number of chunks of keys
   float* dq;                      // [chunks, B, T, N, H]
-  float *dk, *dv;                 // as k and v
+  float *dk, *dv;                 // shaped as k and v
 
   int64_t group() const { return N / K; }
   int64_t chunk() const { return (S + chunks - 1) / chunks; }
 };
 
-// Computes one task of those that a problem has.
+// Computes one of a problem's tasks.
 using Kernel = void (*)(const Problem&, int64_t task);
 
 inline int64_t up(int64_t n, int64_t multiple) {

@@ -1,8 +1,8 @@
-"""Flash attention as Mosaic kernels for TPU, the mosaic_tpu backend.
+"""Flash attention as Mosaic TPU kernels: the mosaic_tpu backend.
 
-`forward_kernel` and `backward_kernels` hold the kernels,
-`problem` what they are called with. The saved output and
-log-sum-exp have the names that `blockwise` gives them.
+`forward_kernel` and `backward_kernels` contain the kernels, `problem` prepares
+their arguments. The saved output and log-sum-exp have the same checkpoint names
+as in `blockwise`.
 """
 
 import dataclasses
@@ -27,20 +27,20 @@ from kernels_pallas.flash_attention.tpu.tile import unit
 from kernels_pallas.flash_attention.tpu.tile_sizes import LANES, Tile, Tiles
 
 FUSED_KEY_TILES = 8
-"""Most tiles of keys for which 'auto' lets parts of dq pass through memory."""
+"""Most key tiles for which 'auto' stores partial dq in memory."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def mosaic_tpu_attention(
   spec: Spec, interpret: Any, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
-  """Softmax attention (kernels.md 2.1) on a TPU, with its own gradient.
+  """Softmax attention (kernels.md 2.1) on a TPU, with a custom gradient.
 
   Differentiable once in q, k, v, bias and sinks, through both results.
 
   Args:
     spec: Static part; `spec.blocks` is a `Tiles`.
-    interpret: False to compile, or as of `pl.pallas_call`.
+    interpret: False to compile, or as in `pl.pallas_call`.
     x: Arrays.
 
   Returns:
@@ -49,7 +49,7 @@ def mosaic_tpu_attention(
     there is no sink.
 
   Raises:
-    ValueError: A dtype or tile that no TPU takes, unless interpreted.
+    ValueError: TPUs do not support the dtype or tile, unless interpreted.
   """
   tiles = _tiles(spec, interpret, x)
   p = problem.prepare(spec, x, tiles.forward)
@@ -72,13 +72,13 @@ def _backward(spec, interpret, saved, cotangents):
 def mosaic_tpu_gradients(
   spec: Spec, interpret: Any, x: Operands, rows: Queries
 ) -> Operands:
-  """Gradients of q, k, v and bias in the accumulator dtype.
+  """Returns the gradients of q, k, v and bias in the accumulator dtype.
 
   Args:
     spec: Static part; `spec.blocks` is a `Tiles`.
-    interpret: False to compile, or as of `pl.pallas_call`.
-    x: Arrays; sinks are not looked at.
-    rows: What the queries saw, these keys and perhaps others.
+    interpret: False to compile, or as in `pl.pallas_call`.
+    x: Arrays; sinks are ignored.
+    rows: Per-query inputs, computed over these keys and possibly others.
   """
   T, S = x.q.shape[1], x.k.shape[1]
   tiles = _tiles(spec, interpret, x)
@@ -105,7 +105,7 @@ def mosaic_tpu_gradients(
 
 
 def _with_cotangents(p: problem.Problem, do, lse, shift) -> problem.Problem:
-  """The problem with the rows and arrays of the backward pass."""
+  """Adds the arrays of the backward pass to the problem."""
   t = p.tile.q
   more = {
     "do": problem.heads_first(do.astype(p.arrays["q"].dtype), t),
@@ -122,7 +122,7 @@ def _is_fused(tiles: Tiles, p: problem.Problem) -> bool:
 
 
 def _tiles(spec: Spec, interpret: Any, x: Operands) -> Tiles:
-  """The call's tiles; raises where no TPU would take the call."""
+  """Returns the call's tiles; raises if no TPU supports the call."""
   tiles = spec.blocks
   if not isinstance(tiles, Tiles):
     raise ValueError(

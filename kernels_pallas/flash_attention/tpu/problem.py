@@ -1,9 +1,9 @@
-"""An attention call laid out for the TPU kernels: padded, transposed, tabled.
+"""Arguments of the TPU kernels: padded, transposed arrays and a visit table.
 
 Kernels work on `[B, N, T, H]` and on transposed scores (keys in sublanes,
-queries in lanes), so what belongs to a query is a row of lanes: bounds of its
-visible keys, its maximum, its log-sum-exp. What belongs to a key is repeated
-over the lanes of a vector register.
+queries in lanes), so a value per query is a row of lanes: bounds of its visible
+keys, its maximum, its log-sum-exp. A value per key is repeated over the lanes
+of a vector register.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from kernels_pallas.flash_attention.tpu.tile_sizes import LANES, Tile, fit
 from kernels_pallas.masks import intervals
 
 PREFETCHED = 2
-"""Scalar arguments before all others: the table and the dropout seed."""
+"""Number of scalar prefetch arguments: the table and the dropout seed."""
 
 VMEM_LIMIT = 100 * 2**20
 
 Place = Callable[..., tuple[Any, ...]]
-"""From the ids of a grid step and the table to (b, h, i, j, class)."""
+"""Maps the ids of a grid step and the table to (b, h, i, j, class)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Problem:
 
   Attributes:
     spec: Static part of the call.
-    tile: Fitted to the lengths.
+    tile: Tile sizes, fitted to the lengths.
     dims: (B, N, K, T, S, H, Hv), T and S padded to whole tiles.
-    lengths: (T, S) as called.
-    dtype: What sums are held in.
+    lengths: (T, S), not padded.
+    dtype: Accumulator dtype.
     rows: Names of the rows of `arrays['rows']`.
     columns: Names of the columns of `arrays['columns']`.
     classes: The class of every tile, NumPy or JAX, [B or 1, q tiles, k tiles].
     found: The mask's intervals.
     bias: Whether the bias varies along the keys, along the queries.
-    arrays: q, k, v, and where needed rows, columns, bias, sinks, seed.
+    arrays: q, k, v, and if needed rows, columns, bias, sinks, seed.
   """
 
   spec: Spec
@@ -62,38 +62,38 @@ class Problem:
 
   @property
   def group(self) -> int:
-    """Query heads a key head."""
+    """Query heads per key head."""
     return self.dims[1] // self.dims[2]
 
   @property
   def tiles(self) -> tuple[int, int]:
-    """Tiles along the queries and along the keys."""
+    """Number of tiles along the queries and along the keys."""
     return self.dims[3] // self.tile.q, self.dims[4] // self.tile.kv
 
   def kinds(self) -> tuple[int, ...]:
-    """The classes of tile that occur; EMPTY among them where any is."""
+    """Returns the classes of tiles that occur, EMPTY included."""
     if isinstance(self.classes, np.ndarray):
       return tuple(int(c) for c in np.unique(self.classes))
     return intervals.EMPTY, intervals.PARTIAL, intervals.FULL
 
   def width(self, axis: int) -> int:
-    """Most tiles along `axis` (1: queries, 2: keys) that any line visits."""
+    """Returns the most tiles along `axis` (1: queries, 2: keys) per line."""
     return intervals.width(
       self.found, *self.lengths, self.tile.q, self.tile.kv, axis
     )
 
   def table(self, axis: int) -> jax.Array:
-    """Flat table of the tiles along `axis` that each line visits."""
+    """Returns the flat table of the tiles along `axis` that lines visit."""
     tiles = self.classes if axis == 2 else self.classes.swapaxes(1, 2)
     table = intervals.table(tiles, self.width(axis))
     return jnp.asarray(table.reshape(-1), jnp.int32)
 
   def cost(self, matmuls: int) -> pl.CostEstimate:
-    """Of a kernel with so many matmuls a tile, half as wide as H and Hv."""
+    """Estimates a kernel with `matmuls` a tile, each half as wide as H + Hv."""
     B, N, _, _, _, H, Hv = self.dims
     pairs = B * N * self.tile.q * self.tile.kv * self._visited()
     size = self.arrays["q"].dtype.itemsize
-    # A tile of queries stays while those of keys pass.
+    # A tile of queries is stationary while those of keys are streamed.
     bytes_accessed = B * N * self.dims[3] * (H + Hv) * size
     bytes_accessed += pairs // self.tile.q * (H + Hv) * size
     return pl.CostEstimate(
@@ -103,13 +103,13 @@ class Problem:
     )
 
   def _visited(self) -> int:
-    """Tiles visited by one head, at most."""
+    """Returns an upper bound on the tiles visited by one head."""
     if isinstance(self.classes, np.ndarray):
       return int((self.classes[0] != intervals.EMPTY).sum())
     return self.tiles[0] * self.width(2)
 
   def seed(self) -> jax.Array:
-    """The dropout seed, int32 [1]."""
+    """Returns the dropout seed, int32 [1]."""
     seed = self.arrays.get("seed")
     if seed is None:
       return jnp.zeros(1, jnp.int32)
@@ -118,13 +118,13 @@ class Problem:
 
 
 def prepare(spec: Spec, x: Operands, tile: Tile) -> Problem:
-  """The problem of a call, for tiles of the given size."""
+  """Prepares a call's problem for tiles of the given size."""
   (B, T, N, H), (S, K), Hv = x.q.shape, x.k.shape[1:3], x.v.shape[-1]
   tile = fit(tile, T, S)
   found = intervals.rows(x.mask, T, S)
   kinds = intervals.classes(found, T, S, tile.q, tile.kv)
   keys, queries = x.mask.live_keys(), x.mask.live_queries()
-  # Padding may hold anything, NaN too, and 0 * NaN would reach the output.
+  # Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   arrays = {
     "q": heads_first(alive(x.q, queries), tile.q),
     "k": heads_first(alive(x.k, keys), tile.kv),
@@ -156,28 +156,29 @@ def prepare(spec: Spec, x: Operands, tile: Tile) -> Problem:
 
 
 def alive(x: jax.Array, live: jax.Array | None) -> jax.Array:
-  """`x` [B, T, N, H] with 0 where `live` [B or 1, T] is false."""
+  """Sets `x` [B, T, N, H] to 0 where `live` [B or 1, T] is false."""
   return x if live is None else jnp.where(live[:, :, None, None], x, 0)
 
 
 def heads_first(x: jax.Array, multiple: int) -> jax.Array:
-  """[B, T, N, H] to [B, N, T, H], zeros at the end of T to whole tiles."""
+  """Transposes [B, T, N, H] to [B, N, T, H], T zero-padded to whole tiles."""
   return pad(jnp.swapaxes(x, 1, 2), 2, multiple)
 
 
 def pad(x: Any, axis: int, multiple: int, value: float | int = 0) -> jax.Array:
-  """`x` with `value` at the end of `axis` up to a multiple."""
+  """Pads the end of `axis` with `value` up to a multiple."""
   amount = -x.shape[axis] % multiple
   widths = [(0, amount if a == axis else 0) for a in range(x.ndim)]
   return jnp.pad(x, widths, constant_values=value) if amount else x
 
 
 def operand_specs(p: Problem, place: Place) -> dict[str, pl.BlockSpec]:
-  """Block specifications of the arrays that a kernel reads, by name.
+  """Returns the block specifications of the arrays that a kernel reads, by
+  name.
 
   Args:
     p: The problem.
-    place: Where a grid step is.
+    place: Maps a grid step to its tile.
   """
   t, (_, _, _, _, _, H, Hv), G = p.tile, p.dims, p.group
 
@@ -221,7 +222,7 @@ def operand_specs(p: Problem, place: Place) -> dict[str, pl.BlockSpec]:
 
 
 def query_place(p: Problem) -> Place:
-  """Of a grid (B, N, tiles of queries, width of the table along keys)."""
+  """Maps a grid (B, N, query tiles, width of the table along keys)."""
   wide, lines, rows = p.width(2), p.tiles[0], p.classes.shape[0]
 
   def place(b, h, i, w, table, *_):
@@ -233,7 +234,7 @@ def query_place(p: Problem) -> Place:
 
 
 def key_place(p: Problem) -> Place:
-  """Of a grid (B, K, tiles of keys, G, width of the table along queries)."""
+  """Maps a grid (B, K, key tiles, G, width of the table along queries)."""
   wide, lines, rows = p.width(1), p.tiles[1], p.classes.shape[0]
 
   def place(b, k, j, g, w, table, *_):
@@ -245,19 +246,19 @@ def key_place(p: Problem) -> Place:
 
 
 def varying(x: jax.Array, shape: tuple[int, ...], dtype: Any):
-  """The type of an output that varies over the mesh as `x` does."""
+  """Returns the type of an output that varies over the mesh as `x` does."""
   return jax.eval_shape(lambda x: jnp.zeros_like(x, dtype, shape=shape), x)
 
 
 def lanes(tile: Tile) -> int:
-  """Lanes over which what belongs to a key is repeated."""
+  """Returns the lanes over which a value per key is repeated."""
   return LANES if tile.q_part % LANES == 0 else tile.q_part
 
 
 def _mask_arrays(found, tile: Tile) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Rows [B or 1, T] and columns [B or 1, S, lanes] of the mask, by name."""
+  """Returns the mask's rows [B or 1, T] and columns [B or 1, S, lanes]."""
   rows, columns = intervals.arrays(found)
-  # Padding: no interval holds coordinate -1, or anything before 0.
+  # Padding: no interval contains coordinate -1, or anything before 0.
   rows = {
     k: pad(jnp.asarray(v), 1, tile.q, -1 if k == "segment" else 0)
     for k, v in rows.items()
@@ -270,7 +271,7 @@ def _mask_arrays(found, tile: Tile) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _bias(bias, T: int, S: int, tile: Tile):
-  """[b, n, s, t] with the axes that vary padded, and which of (s, t) vary."""
+  """Returns the bias [b, n, s, t], padded, and which of (s, t) vary."""
   if bias is None:
     return None, (False, False)
   bias = jnp.swapaxes(bias, 2, 3)
@@ -288,7 +289,7 @@ def _over_lanes(x: jax.Array, tile: Tile) -> jax.Array:
 
 
 def _stack(named: dict[str, Any], axis: int):
-  """The arrays on one axis, or None if there is none."""
+  """Stacks the arrays on one axis, or returns None if there are none."""
   if not named:
     return None
   return jnp.stack(jnp.broadcast_arrays(*named.values()), axis).astype(

@@ -1,7 +1,8 @@
-"""What the TPU kernels do with one part of a tile: logits, masks, dropout.
+"""Operations of the TPU kernels on a part of a tile: logits, masks, dropout.
 
-Scores are transposed, [keys, queries]: maxima and sums over keys are additions
-of whole registers, and what belongs to a query is a row (kernels.md 5.2).
+Scores are transposed, [keys, queries]: maxima and sums over keys are
+elementwise operations on whole registers, and a value per query is a row
+(kernels.md 5.2).
 """
 
 import functools
@@ -19,7 +20,7 @@ from kernels_pallas.masks import intervals
 SUBLANES = 8
 LOG2E = math.log2(math.e)
 
-# Contractions of two matrices: over the last axes, the first axes, the middle.
+# Contractions: over the last axes, the first axes, an ordinary product.
 NT = (((1,), (1,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
@@ -29,8 +30,8 @@ class View(NamedTuple):
   """A tile inside a kernel.
 
   Fields: p, the problem; refs, references to its blocks by name; seed, a
-  reference; b, h, i, j, the tile's place; masked, whether some pair of it may
-  be invisible.
+  reference; b, h, i, j, the tile's indices; masked, whether some pair may be
+  invisible.
   """
 
   p: Problem
@@ -51,8 +52,8 @@ class Part(NamedTuple):
 
 
 class Logits(NamedTuple):
-  """Fields: t, transposed logits times `unit`; slope of the soft cap or None;
-  kept by dropout or None."""
+  """Fields: t, transposed logits times `unit`; slope of the soft cap, or None;
+  kept by dropout, or None."""
 
   t: jax.Array
   slope: jax.Array | None
@@ -60,22 +61,22 @@ class Logits(NamedTuple):
 
 
 def unit(p: Problem) -> float:
-  """What logits are multiplied by: log2(e), so that exponentials are exp2.
+  """Returns the factor on logits: log2(e), so that exponentials are exp2.
 
-  Not with a bias, which may be the least finite number.
+  1 with a bias, which may be the lowest finite number.
   """
   return LOG2E if "bias" not in p.arrays else 1.0
 
 
 def dot(p: Problem, a: jax.Array, b: jax.Array, dims) -> jax.Array:
-  """A matmul, summed in the accumulator dtype."""
+  """A matmul with sums in the accumulator dtype."""
   return jax.lax.dot_general(
     a, b, dims, precision=p.spec.precision, preferred_element_type=p.dtype
   )
 
 
 def parts(p: Problem) -> Iterator[Part]:
-  """All parts of a tile, keys fastest."""
+  """Yields all parts of a tile, keys fastest."""
   t = p.tile
   for q in range(0, t.q, t.q_part):
     for kv in range(0, t.kv, t.kv_part):
@@ -83,28 +84,28 @@ def parts(p: Problem) -> Iterator[Part]:
 
 
 def queries(p: Problem, part: Part) -> pl.Slice:
-  """The queries of a part."""
+  """Returns the slice of a part's queries."""
   return pl.ds(part.q, p.tile.q_part)
 
 
 def keys(p: Problem, part: Part) -> pl.Slice:
-  """The keys of a part."""
+  """Returns the slice of a part's keys."""
   return pl.ds(part.kv, p.tile.kv_part)
 
 
 def products(x: View, part: Part) -> jax.Array:
-  """k q^T of a part."""
+  """Returns k q^T of a part."""
   q, k = x.refs["q"][queries(x.p, part)], x.refs["k"][keys(x.p, part)]
   return dot(x.p, k, q, NT)
 
 
 def exponential(p: Problem, t: jax.Array) -> jax.Array:
-  """exp of differences of logits that were multiplied by `unit`."""
+  """Returns exp of differences of logits that were multiplied by `unit`."""
   return jnp.exp2(t if unit(p) == LOG2E else t * LOG2E)
 
 
 def logits(x: View, part: Part, s: jax.Array) -> Logits:
-  """The logits of a part from its `products`."""
+  """Returns the logits of a part from its `products`."""
   p, spec, slope = x.p, x.p.spec, None
   factor = unit(p)
   bias = _bias(x, part)
@@ -122,14 +123,14 @@ def logits(x: View, part: Part, s: jax.Array) -> Logits:
 
 
 def drop(p: Problem, y: jax.Array, kept: jax.Array | None) -> jax.Array:
-  """`y` where dropout keeps, made up for what it drops."""
+  """Applies dropout: scales kept elements, zeroes the others."""
   if kept is None:
     return y
   return jnp.where(kept, y * (1 / (1 - p.spec.dropout_rate)), 0)
 
 
 def visit(p: Problem, kind: jax.Array, run: Callable[[bool], None]) -> None:
-  """Runs `run(masked)` as the class of the tile asks, compiling what occurs."""
+  """Calls `run(masked)` by the tile's class; compiles only what occurs."""
   kinds = p.kinds()
   if kinds == (intervals.FULL,):
     run(False)
@@ -156,7 +157,7 @@ def _widen(x: View, column: jax.Array) -> jax.Array:
 
 
 def _visible(x: View, part: Part) -> jax.Array:
-  """Which keys each query of a part sees, Bool [keys, queries]."""
+  """Returns which keys each query of a part sees, Bool [keys, queries]."""
   p, t = x.p, x.p.tile
 
   def row(name):

@@ -1,9 +1,9 @@
-"""Tile sizes of the TPU kernels: what is fetched, and what is worked on.
+"""Tile sizes of the TPU kernels: tiles are fetched, their parts are computed.
 
 A tile of `q` queries and `kv` keys is fetched into VMEM at a time: the larger,
-the fewer bytes are fetched for each operation. It is worked on in parts of
-`q_part` queries and `kv_part` keys, whose scores stay in registers (256 x 128
-in float32 is 32 of the 64).
+the fewer bytes are fetched per operation. It is processed in parts of `q_part`
+queries and `kv_part` keys, whose scores stay in registers (256 x 128 in float32
+is 32 of the 64).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ TABLE = pathlib.Path(__file__).parent / "tiles.json"
 """Device kind -> dtype -> head dim -> name of a tile in `Tiles` -> sizes."""
 
 SMALLEST = "TPU v4"
-"""The kind with the least memory for tiles."""
+"""The device kind with the least VMEM for tiles."""
 
 LANES = 128
 
@@ -29,8 +29,8 @@ class Tile:
   Attributes:
     q: Queries fetched at a time.
     kv: Keys fetched at a time.
-    q_part: Queries worked on at a time.
-    kv_part: Keys worked on at a time.
+    q_part: Queries processed at a time.
+    kv_part: Keys processed at a time.
   """
 
   q: int = 2048
@@ -49,15 +49,15 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-  """Tiles of every kernel.
+  """Tile sizes of every kernel.
 
   Attributes:
-    forward: Of the forward kernel.
-    dkv: Of the kernel for dk and dv; of the fused one, too.
-    dq: Of the kernel for dq.
-    backward: 'split' runs a kernel for dk and dv and one for dq (7 matmuls a
-      tile); 'fused' one for all (5 matmuls), whose parts of dq pass through
-      memory, once for each tile of keys; 'auto' is 'fused' while they are few.
+    forward: For the forward kernel.
+    dkv: For the kernel of dk and dv, and for the fused one.
+    dq: For the kernel of dq.
+    backward: 'split' runs one kernel for dk and dv and one for dq (7 matmuls a
+      tile); 'fused' one for all (5 matmuls), which stores a partial dq for each
+      tile of keys; 'auto' is 'fused' if these are few.
   """
 
   forward: Tile = Tile()
@@ -75,17 +75,17 @@ class Tiles:
 def for_device(
   kind: str, head_dim: int = 128, dtype: str = "bfloat16", bias: bool = False
 ) -> Tiles:
-  """The tiles with the fewest bundles that fit, by the table `tiles.json`.
+  """Returns the fitting tiles with the fewest VLIW bundles, from `tiles.json`.
 
   `python -m kernels_pallas.inspect --search` finds and writes them.
 
   Args:
-    kind: As JAX calls it: 'TPU v5 lite', 'TPU v5', 'TPU v6 lite', ... One that
-      the table does not know has the tiles of the smallest memory.
-    head_dim: Of q, k and v: the larger of them. One that the table does not
-      know has the tiles of the next in it, and beyond the last smaller ones.
-    dtype: 'bfloat16', else the tiles are those of 'float32'.
-    bias: Whether there is one, whose tiles have to fit too (2048 x 1024 of
+    kind: Device kind as JAX calls it: 'TPU v5 lite', 'TPU v5', 'TPU v6 lite',
+      ... An unknown kind gets the tiles for the smallest memory.
+    head_dim: The larger head dim of q, k and v. Unlisted ones get the tiles of
+      the next larger one listed, and beyond the last smaller tiles.
+    dtype: 'bfloat16', otherwise the tiles are those of 'float32'.
+    bias: Whether there is a bias, whose tiles have to fit too (2048 x 1024 of
       float32, twice, are 16 MiB: all of a v4's).
   """
   table = _table()
@@ -107,7 +107,7 @@ def _table():
 
 
 def _smaller(tile: Tile, times: int) -> Tile:
-  """The tile with about 1 / `times` of its queries and keys."""
+  """Returns a tile with about 1 / `times` of the queries and keys."""
   q, kv = (
     max(1, size // part // times) * part
     for size, part in ((tile.q, tile.q_part), (tile.kv, tile.kv_part))
@@ -116,16 +116,15 @@ def _smaller(tile: Tile, times: int) -> Tile:
 
 
 def fit(tile: Tile, T: int, S: int) -> Tile:
-  """The tile shrunk to T queries and S keys, with little padding.
+  """Shrinks a tile to T queries and S keys, with little padding.
 
   Args:
-    tile: Wanted.
-    T: Queries a row.
-    S: Keys a row.
+    tile: Requested tile.
+    T: Queries per batch row.
+    S: Keys per batch row.
 
-  Returns:
-    A tile of which whole numbers cover T and S with less than one part of
-    padding a tile.
+  Returns: A tile that covers T and S a whole number of times, with less than
+    one part of padding per tile.
   """
   q, q_part = _fit(T, tile.q, tile.q_part)
   kv, kv_part = _fit(S, tile.kv, tile.kv_part)
