@@ -1,8 +1,8 @@
-"""Which backend of decoding 'auto' takes.
+"""Which backend of decode attention 'auto' takes.
 
-Under a mesh, which knows its devices and may be a topology to compile for,
-that is decided at once, and so it is without `jit`, by where the arrays are;
-else when the call is lowered, by the platform that it is lowered for.
+Under a mesh, which knows its devices and may be a topology to compile for, the
+choice is immediate. Without `jit` it goes by the device of the arrays;
+otherwise it is made when the call is lowered, by the platform.
 """
 
 from collections.abc import Callable
@@ -22,26 +22,26 @@ from kernels_pallas.decode_attention.work import Cache
 BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu", "mosaic_gpu")
 
 CACHE = 16
-"""Of which a TPU's cache holds a multiple of tokens: rows of a register of
-bfloat16."""
+"""A TPU's cache needs a multiple of this many tokens: rows of a bfloat16
+register."""
 
 PLATFORMS = ("tpu", "cuda", "cpu")
-"""That have a kernel, as lowering calls them."""
+"""Platforms that have a kernel, as named in lowering."""
 
 
 def choose(
   dtype: Any, size: int | None = None, held: Cache | Pages | None = None
 ) -> tuple[str, str]:
-  """What backend 'auto' stands for by what is known of a call, and why.
+  """Returns the backend that 'auto' takes for such calls, and the reason.
 
-  The platform is that of the mesh that is set, which may be a topology to
-  compile for, else that of the default device.
+  The platform is that of the current mesh, which may be a topology to compile
+  for, else that of the default device.
 
   Args:
-    dtype: Of the queries.
-    size: Tokens that a row's cache holds; None for pages, which have to fit.
-    held: Keys and values, or their shapes; None for any, of the head dims and
-      dtypes that the device's kernel takes.
+    dtype: Dtype of the queries.
+    size: Tokens per row of the cache; None for pages, whose size must fit.
+    held: Keys and values, or their shapes; None assumes head dims and dtypes
+      that the device's kernel supports.
   """
   return _ready(*_choice(target_platform.device(), dtype, size, held))
 
@@ -50,14 +50,14 @@ def automatic(
   attend: Callable[..., Any], q: Any, held: Cache | Pages, rows: Rows,
   precision: Any,
 ) -> Any:  # fmt: skip
-  """What `attend(backend, place, q, held, rows)` gives for the right backend.
+  """Calls `attend(backend, place, q, held, rows)` with the right backend.
 
   Args:
-    attend: Runs a backend on a device, which is (platform, kind).
+    attend: Runs a backend on a device, (platform, kind).
     q: Queries.
     held: Keys and values.
-    rows: Whose tokens they are.
-    precision: Of the matmuls.
+    rows: The rows that the tokens belong to.
+    precision: Precision of the matmuls.
   """
   size = held.size if rows.table is None else None
 
@@ -69,9 +69,9 @@ def automatic(
   known = target_platform.target()
   arrays = jax.tree.leaves((q, vars(held), vars(rows)))
   if known is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
-    # Nothing is lowered later: the call runs now, where its arrays are.
+    # Not traced: the call runs now, on the device of its arrays.
     known = target_platform.place_of(arrays)
-  # The CPU's kernel has the gradients, and the FLOPs, of what stands for it.
+  # On CPU, gradients and FLOPs are those of the default, so it is deferred.
   if known is not None and known[0] != "cpu":
     backend, why = choice(known)
     target_platform.say("decoding", known[0], backend, why)
@@ -105,7 +105,7 @@ def automatic(
 
 
 def _ready(name: str, why: str = "") -> tuple[str, str]:
-  """A choice as it turns out where the program is made: with a compiler?"""
+  """Replaces the C++ kernel by xla if no compiler is found."""
   if name == "cpu" and not cpu.available():
     return "xla", "no C++ kernel can be compiled here"
   return name, why
@@ -126,7 +126,7 @@ def _choice(place, dtype, size, held=None, precision=None) -> tuple[str, str]:
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"
   if dtype not in (jnp.bfloat16, jnp.float32):
-    return "xla", f"TPU kernels do not compute in {dtype}"
+    return "xla", f"TPU kernels do not support {dtype}"
   if size is not None and size % CACHE:
-    return "xla", f"TPU kernels take caches of multiples of {CACHE} tokens"
+    return "xla", f"TPU kernels need caches of multiples of {CACHE} tokens"
   return "mosaic_tpu", "the program is for a TPU"

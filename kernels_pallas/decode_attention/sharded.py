@@ -1,8 +1,8 @@
-"""Decoding over a mesh: each device attends with its own rows and key heads.
+"""Decode attention on a mesh: each device has its own rows and key heads.
 
-Neither depends on the other, so nothing is gathered. Pages are cut by key
-heads; where rows are cut, too, the pages are as many pools as there are parts
-of rows, one after another, and a row's table counts from 0 in its own.
+Rows and heads are independent, so nothing is gathered. Pages are sharded by key
+heads. If rows are sharded too, the pages are as many pools as there are shards
+of rows, one after another, and a row's table counts from 0 in its own pool.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ Names = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-  """Which axes of the mesh cut which axes of the operands; none by default.
+  """Which mesh axes shard which axes of the operands; none by default.
 
   Attributes:
-    rows: of everything that rows have; their sizes together divide R.
-    heads: of the key heads (K) and the query heads (N).
+    rows: Shard the rows of all operands; their sizes together divide R.
+    heads: Shard the key heads (K) and the query heads (N).
   """
 
   rows: Names = ()
@@ -44,20 +44,20 @@ def sharded_decode_attention(
   return_lse: bool = False,
   **options: Any,
 ) -> Any:
-  """`decode_attention` under the mesh that is set, over all of its axes.
+  """`decode_attention` under the current mesh, over all of its axes.
 
   Args:
     q: Queries.
     k: Keys.
     v: Values.
     lengths: Tokens in the cache.
-    cut: Axes of the mesh.
-    sinks: A logit a head.
+    cut: Mesh axes that shard the operands.
+    sinks: One logit per head.
     return_lse: Also return the log-sum-exp.
-    **options: Of `decode_attention`.
+    **options: Options of `decode_attention`.
 
   Raises:
-    ValueError: Axes that do not divide rows or heads.
+    ValueError: The axes do not divide rows or heads.
   """
   _divide(cut, q.shape[0], k.shape[2])
 
@@ -87,22 +87,22 @@ def sharded_paged_attention(
   return_lse: bool = False,
   **options: Any,
 ) -> Any:
-  """`paged_attention` under the mesh that is set, over all of its axes.
+  """`paged_attention` under the current mesh, over all of its axes.
 
   Args:
     q: Queries.
     held: The pages.
     table: Pages of each row.
     kv_lens: Tokens of each row.
-    cu_q_lens: Where each row's queries start; None if rows are cut, which
-      leaves each part a token a row.
-    cut: Axes of the mesh.
-    sinks: A logit a head.
+    cu_q_lens: Where each row's queries start; None if rows are sharded, which
+      need one token per row.
+    cut: Mesh axes that shard the operands.
+    sinks: One logit per head.
     return_lse: Also return the log-sum-exp.
-    **options: Of `paged_attention`.
+    **options: Options of `paged_attention`.
 
   Raises:
-    ValueError: As `paged_attention`; axes that do not divide rows or heads.
+    ValueError: As in `paged_attention`; the axes do not divide rows or heads.
   """
   window = options.get("window")
   _check(cut, held, q.shape[0], table, kv_lens, cu_q_lens, window)
@@ -137,7 +137,7 @@ def sharded_append_to_pages(
   *,
   cut: Cut,
 ) -> Pages:
-  """`append_to_pages` under the mesh that is set, over all of its axes.
+  """`append_to_pages` under the current mesh, over all of its axes.
 
   Args:
     held: The pages.
@@ -145,8 +145,8 @@ def sharded_append_to_pages(
     v: New values.
     table: Pages of each row.
     kv_lens: Tokens of each row.
-    cu_q_lens: As of `sharded_paged_attention`.
-    cut: Axes of the mesh.
+    cu_q_lens: As in `sharded_paged_attention`.
+    cut: Mesh axes that shard the operands.
   """
   _check(cut, held, k.shape[0], table, kv_lens, cu_q_lens, 1)
   own, rows, memory = P(cut.rows, cut.heads), P(cut.rows), _specs(held, cut)
@@ -157,8 +157,8 @@ def sharded_append_to_pages(
   )(held, k, v, table, kv_lens, cu_q_lens)
 
 
-# What varies over the mesh is not checked: Pallas' interpreter cannot say, and
-# there is no gradient to be wrong.
+# Varying axes are not checked: Pallas' interpreter does not track them, and
+# there is no gradient that could be wrong.
 _map = functools.partial(jax.shard_map, check_vma=False)
 
 
@@ -185,7 +185,7 @@ def _check(cut, held, tokens, table, kv_lens, cu_q_lens, window) -> None:
 
 
 def _divide(cut: Cut, rows: int, kv_heads: int) -> int:
-  """Parts of the rows; raises unless the axes divide both sizes."""
+  """Returns the number of row shards; raises if axes divide a size unevenly."""
   sizes = jax.sharding.get_abstract_mesh().shape
   for what, names, size in (
     ("rows", cut.rows, rows),

@@ -1,16 +1,14 @@
-// Attention of one new token a row to the row's cache, on CPU.
+// Attention of one new token per row to the row's cache, on CPU.
 //
-// XLA takes a dozen kernels for this step, of which each reads and writes the
-// whole cache's scores, and some the cache; here a row's keys are read once, as
-// far as it has them. Sums are held in float32, probabilities too.
-//
-// Rows of many keys are cut in tasks that are combined (Dao et al. 2023,
-// "Flash-Decoding"), by their lengths alone: results do not depend on the
-// number of threads (their last bits do on the instruction set).
-//
-// `problem.h` says what is computed, `lanes.h` which instruction sets
-// there are, `decode.inc` what a task is; here is XLA's side. GCC 9 or
-// Clang 10.
+// XLA needs a dozen kernels for this step, each of which reads and writes the
+// scores of the whole cache, and some the cache itself; here a row's keys are
+// read once, up to its length. Sums and probabilities are float32.
+// // Rows with many keys are split into tasks that are combined (Dao et al.
+// 2023, "Flash-Decoding"), by their lengths alone: results do not depend on the
+// number of threads (their last bits depend on the instruction set).
+// // `problem.h` defines the inputs and tasks, `lanes.h` the instruction sets,
+// `decode.inc` what a task computes; this file is the XLA FFI interface. GCC 9
+// or Clang 10.
 
 #include <memory>
 #include <string>
@@ -20,8 +18,8 @@
 
 namespace decoding {
 
-// Returns the kernel called `name`, "auto" being the fastest that this CPU
-// runs; null where it runs none of that name.
+// Returns the kernel called `name`, or for "auto" the fastest that this CPU
+// supports; null if it does not support it.
 inline Kernel kernel(const std::string& name) {
   switch (isa::chosen(name)) {
 #if defined(__x86_64__)
@@ -33,11 +31,11 @@ inline Kernel kernel(const std::string& name) {
   }
 }
 
-// Waking a thread takes as long as about so many multiplications.
+// Waking a thread costs about as much as this many multiplications.
 constexpr int64_t kWorthWaking = 1 << 17;
 
-// `schedule(task)` runs a task some time on another thread, of which there are
-// `threads`.
+// `schedule(task)` runs a task on another thread at some later time; there are
+// `threads` of them.
 template <class Schedule>
 void decode(const Problem& p, Kernel kernel, int64_t threads,
             const Schedule& schedule) {
@@ -58,14 +56,14 @@ void decode(const Problem& p, Kernel kernel, int64_t threads,
 namespace decoding {
 namespace ffi = xla::ffi;
 
-// Axes before the last `count` are rows: a `vmap` adds some.
+// Axes before the last `count` are rows; `vmap` adds some.
 inline int64_t rows(ffi::Span<const int64_t> shape, size_t count) {
   int64_t rows = 1;
   for (size_t i = 0; i + count < shape.size(); ++i) rows *= shape[i];
   return rows;
 }
 
-// Checks every buffer's shape before one number is read.
+// Checks the shapes of all buffers before reading them.
 inline ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k,
                        ffi::AnyBuffer v, ffi::Buffer<ffi::S32> lengths,
                        ffi::Result<ffi::Buffer<ffi::F32>> o,

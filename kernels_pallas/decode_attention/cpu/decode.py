@@ -1,4 +1,4 @@
-"""One new token a row against its cache, by `decode.cc`, on CPUs.
+"""Decode attention in C++ (`decode.cc`) for CPUs: the cpu backend.
 
 Compiled at first use and called by XLA.
 """
@@ -20,7 +20,7 @@ from kernels_pallas.flash_attention.cpu import FULL
 from kernels_pallas.flash_attention.cpu import ISAS as ISAS
 
 TARGET = "heptad_decoding"
-"""The name by which compiled programs call the library."""
+"""FFI target name by which compiled programs call the library."""
 
 LIBRARY = Library(
   name="decoding",
@@ -40,34 +40,34 @@ LIBRARY = Library(
 NO_PAGES = "the CPU kernel reads caches, no pages"
 
 LANES = 16
-"""Head dims are a multiple: numbers of a vector of AVX-512."""
+"""Head dims are a multiple of it: the lanes of an AVX-512 vector."""
 
 
 def available() -> bool:
-  """Whether the library is there; compiles it at first, warns once if not."""
+  """Whether the library can be used; compiles it once, warns once if not."""
   return cpu_library.available(LIBRARY)
 
 
 def refused(dtype: Any, held: Any, precision: Any) -> str | None:
-  """Why the kernel cannot run a call, or None.
+  """Returns why the kernel cannot run a call, or None.
 
   Args:
-    dtype: Of the queries.
-    held: Keys and values, or their shapes; None for a `Cache` that it takes.
-    precision: Of the matmuls.
+    dtype: Dtype of the queries.
+    held: Keys and values, or their shapes; None assumes a supported `Cache`.
+    precision: Precision of the matmuls.
   """
   if dtype not in (jnp.float32, jnp.bfloat16):
-    return f"the CPU kernel does not compute in {dtype}"
+    return f"the CPU kernel does not support {dtype}"
   if precision not in FULL:
-    return f"the CPU kernel has no precision {precision!r}"
+    return f"the CPU kernel does not support precision {precision!r}"
   if held is None:
     return None
   if not isinstance(held, Cache):
     return NO_PAGES
   if found := [x.dtype for x in (held.k, held.v) if x.dtype != dtype]:
-    return f"the CPU kernel takes one dtype, found {dtype} and {found[0]}"
+    return f"the CPU kernel needs one dtype, found {dtype} and {found[0]}"
   if found := [n for x in (held.k, held.v) if (n := x.shape[-1]) % LANES]:
-    return f"the CPU kernel takes head dims of whole {LANES}s, found {found[0]}"
+    return f"the CPU kernel needs head dims of whole {LANES}s, found {found[0]}"
   return None
 
 
@@ -78,20 +78,20 @@ def cpu_decode(
   lengths: Int[Array, " B"],
   isa: str = "auto",
 ) -> tuple[Float[Array, "B N Hv"], Float[Array, "B N"]]:
-  """The output and natural log-sum-exp of every row's token, in float32.
+  """Returns the output and natural log-sum-exp of every row, in float32.
 
-  A row's result depends on what the row holds alone: not on other rows, nor
-  on room behind its tokens, nor on the number of threads.
+  A row's result depends on its own contents alone: not on other rows, nor on
+  unused slots after its tokens, nor on the number of threads.
 
   Args:
     spec: Static part.
     q: Queries.
     held: Keys and values, not in pages.
-    lengths: Tokens of each row, the new one included.
-    isa: Of `ISAS`; "auto" is the best that the running CPU has.
+    lengths: Tokens of each row, including the new one.
+    isa: One of `ISAS`; "auto" is the best that the running CPU supports.
 
   Raises:
-    ValueError: What the kernel does not compute, or there is no compiler.
+    ValueError: The kernel does not support the call, or there is no compiler.
   """
   if reason := refused(q.dtype, held, spec.precision):
     raise ValueError(f"cpu: {reason}; backend='xla' takes it")

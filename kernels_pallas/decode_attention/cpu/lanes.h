@@ -1,4 +1,4 @@
-// Vectors of each instruction set, and decoding over them.
+// SIMD vectors of each instruction set, and decoding compiled for each.
 
 #ifndef DECODING_LANES_H_
 #define DECODING_LANES_H_

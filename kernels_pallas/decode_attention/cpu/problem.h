@@ -1,4 +1,4 @@
-// What a step of decoding attends to, and the tasks that it falls into.
+// The inputs of a decoding step, and its division into tasks.
 
 #ifndef DECODING_PROBLEM_H_
 #define DECODING_PROBLEM_H_
@@ -13,15 +13,15 @@ namespace decoding {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int64_t kKeys = 512;  // of a task; of one query 2 KB of scores
+constexpr int64_t kKeys = 512;  // per task; 2 KB of scores for one query
 
-// Arrays lie as JAX has them, the last axis without gaps. Numbers are float32,
-// or, as bits, bfloat16.
+// Arrays are as JAX stores them, the last axis contiguous. Elements are
+// float32, or the bits of bfloat16.
 struct Problem {
-  int64_t B, S;            // rows, keys that a row has room for
+  int64_t B, S;            // rows, capacity of a row in keys
   int64_t N, K;            // query heads, key heads
-  int64_t H, V;            // numbers of a query or key, of a value: whole 16s
-  int64_t window;          // keys that a query sees at most, 0 for all
+  int64_t H, V;            // head dims of keys, of values: multiples of 16
+  int64_t window;          // most keys that a query sees, 0 for all
   float scale, softcap;    // on q.k; c of c tanh(x / c), 0 for none
   bool halves;             // whether q, k, v are bfloat16
   const void *q, *k, *v;   // [B, N, H], [B, K, S, H], [B, K, S, V]
@@ -32,19 +32,19 @@ struct Problem {
   int64_t group() const { return N / K; }
 };
 
-// Keys [begin, end) of a key head of a row, for its queries. The only task of
-// its row and head (`part` is then below 0) writes results, others what
-// `combine` makes results of: for each query output, maximum and sum.
+// Keys [begin, end) of one key head of a row, for its queries. The only task of
+// a row and head (`part` is below 0) writes results; others write partial
+// results for `combine`: per query the output, maximum and sum.
 struct Task {
   int64_t row, head, begin, end, part;
 };
 
-// Tasks follow from shapes and lengths alone, and so does every order of sums.
+// Tasks depend on shapes and lengths alone, and so does the order of all sums.
 struct Job {
   Problem problem;
   std::vector<Task> tasks;
   std::vector<float> parts;  // [parts, group, V + 2]
-  int64_t keys = 0;          // of all tasks
+  int64_t keys = 0;          // over all tasks
 
   explicit Job(const Problem& p) : problem(p) {
     int64_t count = 0;
@@ -72,7 +72,7 @@ struct Job {
   }
 };
 
-// The output and log-sum-exp of query g of a head: sums so far, normalised.
+// Writes the normalised output and log-sum-exp of one query head.
 inline void finish(const Problem& p, int64_t row, int64_t n, float largest,
                    float sum, const float* total) {
   const int64_t at = row * p.N + n;
@@ -81,7 +81,7 @@ inline void finish(const Problem& p, int64_t row, int64_t n, float largest,
   p.lse[at] = sum == 0 ? -kInfinity : (largest + std::log2(sum)) * kLn2;
 }
 
-// The results of rows that several tasks have worked on.
+// Combines the results of rows that are split over several tasks.
 inline void combine(Job* job) {
   const Problem& p = job->problem;
   const int64_t G = p.group(), width = p.V + 2;

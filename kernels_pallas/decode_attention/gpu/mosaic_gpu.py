@@ -1,7 +1,8 @@
-"""Decoding attention as a Mosaic kernel for GPUs, the mosaic_gpu backend.
+"""Decode attention as a Mosaic GPU kernel: the mosaic_gpu backend.
 
-`sm80_kernel` is the kernel, for Ampere and what followed it; here is what
-it is called with. Nothing is copied: caches and pages are arrays of rows to it.
+`sm80_kernel` contains the kernel, for Ampere and later; this module prepares
+its arguments. Nothing is copied: the kernel sees caches and pages as arrays of
+rows.
 """
 
 import dataclasses
@@ -19,17 +20,17 @@ from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
 from kernels_pallas.flash_attention.gpu.mosaic_gpu import DTYPES, no_kernel
 
 KEYS, WIDE = 64, 512
-"""Keys of a tile, but where a key and its value have more bytes than that: half
-of them."""
+"""Keys per tile, and the bytes of a token's key and value above which a tile
+has half as many keys."""
 
 HEAD_DIMS = (64, 128, 256)
-"""Whose chunks divide a block's threads."""
+"""Head dims whose chunks divide a block's threads."""
 
 SHARED_BYTES = 82_432
-"""Shared memory of a block of which an A100 takes two."""
+"""Shared memory per block with which an A100 runs two blocks."""
 
 PROCESSORS = 132
-"""Multiprocessors that work is cut for: those of an H100."""
+"""Multiprocessors to fill: those of an H100."""
 
 MOST_SPLITS = 32
 
@@ -37,13 +38,13 @@ MOST_SPLITS = 32
 def refused(
   kind: str, dtype: Any, held: Cache | Pages | None, precision: Any = None
 ) -> str | None:
-  """Why the kernel cannot run a call, or None.
+  """Returns why the kernel cannot run a call, or None.
 
   Args:
-    kind: Of the device, or '' for any that has a kernel.
-    dtype: Of the queries.
+    kind: Device kind, or '' for any with a kernel.
+    dtype: Dtype of the queries.
     held: Keys and values, or None for any.
-    precision: Of the matmuls.
+    precision: Precision of the matmuls.
   """
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
@@ -56,8 +57,8 @@ def refused(
   if held is None:
     return None
   if _is_quantized(held) and dtype != jnp.bfloat16:
-    # Probabilities times values' scales are operands: float16 has too few
-    # exponents for the scales of small values.
+    # Operands are probabilities times the values' scales: the exponent range of
+    # float16 is too small for the scales of small values.
     return f"GPU kernels read codes for bfloat16 queries, found {dtype}"
   for found in (x.dtype for x in _arrays(held)):
     if found != dtype and found not in LARGEST:
@@ -73,11 +74,11 @@ def _arrays(held):
 
 
 def splits_for(pieces: int, keys: int) -> int:
-  """Runs that fill the multiprocessors twice, of at least 4 tiles each.
+  """Returns the splits that fill the multiprocessors twice, of 4 tiles or more.
 
   Args:
     pieces: Items times key heads.
-    keys: That a row has memory for.
+    keys: Most keys of a row.
   """
   wanted = -(-2 * PROCESSORS // pieces)
   return max(1, min(wanted, keys // (4 * KEYS), MOST_SPLITS))
@@ -86,7 +87,7 @@ def splits_for(pieces: int, keys: int) -> int:
 def mosaic_gpu_decode(
   p: Problem, interpret: Any = None
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
-  """The output and log-sum-exp of every entry, in float32.
+  """Returns the output and log-sum-exp of every entry, in float32.
 
   Args:
     p: The problem.
@@ -99,7 +100,7 @@ def mosaic_gpu_decode(
 def finished(
   p: Problem, x: sm80_kernel.Plan, o: jax.Array, lse: jax.Array
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
-  """What the kernel found, without padding, its dims in their order.
+  """Removes padding from the kernel's results and restores the order of dims.
 
   Args:
     p: The problem.
@@ -115,11 +116,12 @@ def finished(
 
 
 def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
-  """What the kernel is called with.
+  """Returns the kernel's arguments.
 
   Args:
     p: The problem.
-    interpreted: Whether addresses are computed of rows that are not read.
+    interpreted: Whether the kernel is interpreted, which computes addresses of
+      rows that it does not read.
   """
   items, _, M, _ = p.q.shape
   (K, H, Hv), E = p.heads, items * p.splits
@@ -127,8 +129,8 @@ def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
   code = p.held.kv.dtype if _is_quantized(p.held) else None
   size = p.q.dtype.itemsize if code is None else 1
   keys, token = KEYS, size * (H + Hv) + 8 * (code is not None)
-  # Else two tiles do not fit an Ada; or, with outputs of 64 rows so wide, the
-  # scores of 64 keys do not fit the registers.
+  # Otherwise two tiles do not fit an Ada; or, with such wide outputs of 64
+  # rows, the scores of 64 keys do not fit the registers.
   if size * (H + Hv) > WIDE or (parts == 1 and Hv == HEAD_DIMS[-1]):
     keys, parts = KEYS // 2, min(parts, 2)
   rows = sm80_kernel.ROWS // parts
@@ -169,10 +171,10 @@ def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
 
 
 def _memory(p: Problem):
-  """Keys and values as rows, where they lie, and columns of a head's."""
+  """Returns keys and values as rows, how tokens map to them, and columns."""
   K, H, Hv = p.heads
   if p.table is None:
-    # The axes as they were when the call was made: nothing is copied.
+    # The axes in the caller's original order, so nothing is copied.
     lines = [x.swapaxes(1, 2) for x in (p.held.k, p.held.v)]
     lines = [x.reshape(-1, K * x.shape[-1]) for x in lines]
     source = copy.Source(p.held.size, None, K)
@@ -183,7 +185,7 @@ def _memory(p: Problem):
 
 
 def _ranges(p: Problem, cut):
-  """First key and the one after the last of entries; and of their rows."""
+  """Returns the key range of each entry, and of each of its rows."""
   (parts, blocks, keys), w = cut, p.work
   begin = jnp.maximum(w.low, w.base + w.start * p.block)
   end = jnp.minimum(w.high, w.base + w.stop * p.block)
@@ -205,7 +207,7 @@ def _ranges(p: Problem, cut):
 
 
 def _stages(size: int, parts: int, H: int) -> int:
-  """Of a ring of tiles of so many bytes: 2 to 4; two blocks fit an A100."""
+  """Returns the ring's tiles: 2 to 4, so that an A100 runs two blocks."""
   held = 2 * (sm80_kernel.ROWS // parts) * H
   held += (sm80_kernel.CHUNK + 2) * 4 * sm80_kernel.ROWS * (parts > 1)
   return max(2, min(4, (SHARED_BYTES - held) // size))

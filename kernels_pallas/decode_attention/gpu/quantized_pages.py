@@ -1,22 +1,22 @@
-"""Codes of quantized pages as operands of the GPU kernel, in its registers.
+"""Dequantization of KV pages into `mma` operands, in registers.
 
-A code is a byte, and shared memory is read by `ldmatrix` as pairs of codes: of
-keys a thread then holds four neighbouring dims of a token, of values two
-neighbouring dims of two tokens. `mma` wants two and two dims that are 8 apart,
-and pairs of tokens. Which dim is called which makes no difference to a product
-as long as both sides agree: so queries are reordered before the kernel
-(`for_keys`) and outputs after it (`from_values`), and no byte changes threads.
+A code is a byte. `ldmatrix` reads shared memory as pairs of codes: a thread
+then holds four adjacent dims of a token's key, or two adjacent dims of two
+tokens' values. `mma` expects pairs of dims that are 8 apart, and pairs of
+tokens. A product does not depend on the order of dims as long as both sides
+agree, so queries are permuted before the kernel (`for_keys`) and outputs after
+it (`from_values`), and no byte moves between threads.
 
-int8 c becomes 2^23 + 128 + c in float32 by placing a byte, from which the
-constant is subtracted; float8_e4m3fn becomes float16 over 256 by moving bits,
-subnormal numbers included, and scales make up for it (`factor`). Both are
-exact in bfloat16, which operands are: float16 would not hold probabilities
-times the scales of small values.
+An int8 code c becomes 2^23 + 128 + c in float32 by inserting a byte, and the
+constant is subtracted. A float8_e4m3fn becomes a float16 divided by 256 by
+moving bits, subnormal numbers included, which `factor` compensates in the
+scales. Both are exact in bfloat16, the operands' dtype: float16 could not
+represent probabilities times the scales of small values.
 
-The two NaN of float8_e4m3fn become 480 and -480. Of a vector that holds NaN
-`pages.quantize` makes the scale NaN, too, which arrives; of one that holds an
-infinite number the scale is infinite and that code NaN, and is read as infinite
-here, as NaN by other backends.
+The two NaN of float8_e4m3fn become 480 and -480. If a vector contains NaN,
+`pages.quantize` makes its scale NaN, too, which propagates; if it contains an
+infinity, the scale is infinite and that code NaN, which reads as infinite here
+and as NaN in other backends.
 """
 
 from typing import Any
@@ -30,36 +30,36 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 K, N = 16, 8
-"""Sizes of the right operand of one `mma`."""
+"""K and N of one `mma`: the sizes of its right operand."""
 
 HIGH = 0x4B000000
 """Bits of 2^23 in float32."""
 
 
 def factor(dtype: Any) -> float:
-  """What numbers that `right` makes of codes have to be multiplied by."""
+  """Returns the factor that the results of `right` must be multiplied by."""
   return 1.0 if jnp.dtype(dtype) == jnp.int8 else 256.0
 
 
 def for_keys(q: jax.Array) -> jax.Array:
-  """Queries [..., H] in the order in which keys' dims are multiplied."""
+  """Permutes queries [..., H] to the order of the keys' dims in registers."""
   x = q.reshape(*q.shape[:-1], -1, 4, 2, 2).swapaxes(-3, -2)
   return x.reshape(q.shape)
 
 
 def from_values(o: jax.Array) -> jax.Array:
-  """Outputs [..., Hv] as values have them."""
+  """Permutes outputs [..., Hv] back to the order of the values' dims."""
   x = o.reshape(*o.shape[:-1], -1, 2, N).swapaxes(-2, -1)
   return x.reshape(o.shape)
 
 
 def right(pairs: jax.Array, code: Any, axis: int) -> jax.Array:
-  """The right operand, in bfloat16, out of pairs of codes.
+  """Converts pairs of codes to a bfloat16 right operand.
 
   Args:
     pairs: int16, in the layout of a right operand.
-    code: The dtype of codes.
-    axis: Along which codes are paired: 0 for keys [H / 2, n], 1 for values
+    code: Dtype of the codes.
+    axis: Axis along which codes are paired: 0 for keys [H / 2, n], 1 for values
       [n, Hv / 2].
   """
   shape = tuple(n * (1 + (i == axis)) for i, n in enumerate(pairs.shape))
@@ -81,11 +81,11 @@ def right(pairs: jax.Array, code: Any, axis: int) -> jax.Array:
         ]
         for i in range(2):
           if axis == 0:
-            # Each register is an operand: bytes 0, 1 and 2, 3.
+            # Each register is one operand: bytes 0, 1 and 2, 3.
             picked = [(words[i], (0, 1)), (words[i], (2, 3))]
             at = 2 * k + i * K, n
           else:
-            # Each byte of a pair is an operand: of two tokens, twice.
+            # Each byte of a pair belongs to one operand: two tokens, twice.
             picked = [(word, (i, i + 2)) for word in words]
             at = k, 2 * n + i * N
           small = found[at[0] : at[0] + K, at[1] : at[1] + N]
@@ -103,7 +103,7 @@ def right(pairs: jax.Array, code: Any, axis: int) -> jax.Array:
 
 
 def _int8(word, where):
-  """Two bytes of a word as a pair of an operand."""
+  """Converts two bytes of a word to a pair of bfloat16."""
   word = arith.xori(word, _i32(0x80808080))
   bias = arith.constant(ir.F32Type.get(), 2.0**23 + 128)
   values = [
@@ -116,9 +116,9 @@ def _int8(word, where):
 
 
 def _float8(word, where):
-  """Two bytes of a word as a pair of an operand, over 256."""
+  """Converts two bytes of a word to a pair of bfloat16, divided by 256."""
   low, high = where
-  # Either byte is the upper one of its half: sign, 4 bits, 3 bits, 8 zeros.
+  # Each byte becomes the upper byte of a half: sign, 4 bits, 3 bits, 8 zeros.
   x = _prmt(word, 0, high << 12 | 0x0404 | low << 4)
   sign = arith.andi(x, _i32(0x80008000))
   rest = arith.shrui(arith.andi(x, _i32(0x7F007F00)), _i32(1))
@@ -144,7 +144,7 @@ def _packed(low, high):
 
 
 def _prmt(word, other, selector):
-  """Bytes of a word (0 to 3) and of a constant (4 to 7)."""
+  """Selects bytes of a word (0 to 3) and of a constant (4 to 7)."""
   return llvm.inline_asm(
     _type(32),
     [word, _i32(other)],

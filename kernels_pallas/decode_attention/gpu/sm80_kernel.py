@@ -1,21 +1,21 @@
-"""The decoding kernel for GPUs from Ampere on: `mma` and `cp.async`.
+"""Decode attention kernel for Ampere and later GPUs: `mma` and `cp.async`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for A100, H100 and B200; its PTX runs in an emulator
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for A100,
+H100 and B200 registers and spills; an emulator runs its PTX
 (`tests/kernels_pallas/ptx_emulator.py`).
 
-Decoding is bound by the bytes of keys and values, of which a tensor core makes
-16 rows of queries for nothing; so one instruction serves them all. A block is
-one warpgroup: the queries of a key head, and one run of its keys. Its four
-warps share no work: where there are at most 16 rows of queries, each of them
-meets a quarter of every tile of keys, with a maximum, a sum and an output of
-its own, which are combined when the run ends (`parts` = 4). So every key and
-value is read from shared memory once, and nothing but the arrival of a tile is
-awaited in the loop. With more rows the warps share them, too (2 and 1 parts).
+Decoding is bound by reading keys and values, and a tensor core processes 16
+rows of queries for the price of one, so one instruction serves them all. A
+block is one warpgroup: the queries of a key head, and one run of its keys. Its
+four warps are independent: with at most 16 rows of queries, each processes a
+quarter of every tile of keys, with its own maximum, sum and output, which are
+combined when the run ends (`parts` = 4). So every key and value is read from
+shared memory once, and the loop only waits for tiles to arrive. With more rows
+the warps share the rows, too (2 and 1 parts).
 
-Of a warpgroup's 64 rows, warp w has 16: those of queries from 16 (w // parts)
-on, against part w % parts of a tile. What a row sees is a range of the part's
-columns, which stands in `bounds`.
+Of a warpgroup's 64 rows, warp w has 16: the queries from 16 (w // parts) on,
+against part w % parts of a tile. What a row sees is a range of the part's
+columns, given in `bounds`.
 """
 
 import dataclasses
@@ -39,25 +39,25 @@ CHUNK = 32
 """Columns of the output that parts exchange at a time."""
 
 FIELDS = ("row", "begin", "end")
-"""What an entry says: whose keys, and which of them."""
+"""Fields of an entry: its row, and its range of keys."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """The kernel's facts and arrays.
+  """The kernel's static facts and arrays.
 
   Attributes:
     spec: Static part of the call.
     dims: (entries, items, K, blocks of queries, H, Hv).
-    parts: Into which the warps cut a tile.
-    keys: Of a tile.
-    stages: Tiles that shared memory holds.
-    source: Where keys lie.
-    columns: From a key head to the first column of its keys and values.
+    parts: Parts that the warps divide a tile into.
+    keys: Keys per tile.
+    stages: Tiles in shared memory.
+    source: How tokens map to lines of k and v.
+    columns: (factor, offset) from a key head to its first column of k and of v.
     arrays: q `[items * K * rows, H]`, k and v `[lines, columns]`, table, work
-      `[entries * 3]`, bounds `[entries, blocks, 2, 64]`; of quantized pages
-      scales, as of `copy.fetch_scales`.
-    interpreted: Whether stand-ins read it.
+      `[entries * 3]`, bounds `[entries, blocks, 2, 64]`; for quantized pages
+      scales, as in `copy.fetch_scales`.
+    interpreted: Whether the kernel is interpreted.
   """
 
   spec: Any
@@ -72,7 +72,7 @@ class Plan:
 
   @property
   def rows(self) -> int:
-    """Of queries in a block."""
+    """Rows of queries per block."""
     return ROWS // self.parts
 
   @property
@@ -82,7 +82,7 @@ class Plan:
 
   @property
   def shared(self) -> int:
-    """Bytes of shared memory, but for alignment."""
+    """Bytes of shared memory, without alignment."""
     (H, Hv), size = self.dims[-2:], self.arrays["k"].dtype.itemsize
     exchange = 4 * ROWS * (CHUNK + 2) if self.parts > 1 else 0
     token = size * (H + Hv) + 8 * (self.code is not None)
@@ -90,16 +90,16 @@ class Plan:
 
   @property
   def mine(self) -> int:
-    """Keys of a tile that a warp meets."""
+    """Keys of a tile that one warp processes."""
     return self.keys // self.parts
 
 
 def run(p: Plan, interpret: Any) -> tuple[jax.Array, jax.Array]:
-  """Outputs [E, K, rows, Hv] and log-sum-exps [E, K, rows], in float32.
+  """Returns outputs [E, K, rows, Hv] and log-sum-exps [E, K, rows], in float32.
 
   Args:
     p: The plan.
-    interpret: As of `plgpu.kernel`.
+    interpret: As in `plgpu.kernel`.
   """
   (E, _, K, blocks, H, Hv), q = p.dims, p.arrays["q"]
   buffers = {"q": copy.buffer((p.rows, H), q.dtype)}
@@ -199,7 +199,7 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
 
 
 def _fetch_queries(p, interpreted, refs, target, where):
-  """The block's queries."""
+  """Starts copying the block's queries."""
   entry, head, block = where
   _, items, K, blocks, _, _ = p.dims
   item = lax.rem(entry, jnp.int32(items))
@@ -210,16 +210,16 @@ def _fetch_queries(p, interpreted, refs, target, where):
 
 
 def _softmax(spec, s, seen, carry):
-  """A step of the online softmax: (acc, m, l, e), acc without the new tile."""
+  """One online softmax step: (acc, m, l, e), acc without the new tile."""
   acc, m, l = carry
   t = s * (spec.scale * tile.LOG2E)
   if spec.softcap is not None:
-    # tanh of the hardware is good to 11 bits only: too little for logits.
+    # Hardware tanh has only 11 bits: too few for logits.
     root = lax.rsqrt(1 + jnp.exp2(t * (2 / spec.softcap)))
     t = (1 - 2 * root * root) * (spec.softcap * tile.LOG2E)
   t = jnp.where(seen, t, -jnp.inf)
   m_new = jnp.maximum(m, t.max(axis=1))
-  # No key seen so far: any finite number, so that exponentials are 0, not NaN.
+  # Before any visible key: a finite shift, so that exp gives 0, not NaN.
   shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
   e = jnp.exp2(t - tile.spread(shift, t.shape, 0))
@@ -228,7 +228,7 @@ def _softmax(spec, s, seen, carry):
 
 
 def _finish(p, smem, state, o_ref, lse_ref, interpreted):
-  """Combines the parts, in chunks of columns, and stores what is found."""
+  """Combines the parts, in chunks of columns, and stores the results."""
   acc, m, l = state
   if p.parts == 1:
     o, lse = tile.normalised(acc, m, l)
@@ -260,7 +260,7 @@ def _finish(p, smem, state, o_ref, lse_ref, interpreted):
 
 
 def _weights(stats, parts):
-  """Log-sum-exps of 16 rows, and what their parts' sums of values count."""
+  """Returns log-sum-exps of 16 rows, and the weight of each part's output."""
   maxima = [_load(stats.at[0, part], 1) for part in parts]
   sums = [_load(stats.at[1, part], 1) for part in parts]
   most = functools.reduce(jnp.maximum, maxima)
@@ -274,14 +274,14 @@ def _weights(stats, parts):
 
 
 def _load(ref, reduced=None):
-  """16 rows, or what belongs to them, as all four warps hold them."""
+  """Loads 16 rows, or a vector of them, in all four warps alike."""
   layout = plgpu.Layout.MMA_ACC(jnp.float32, m_warps=1)
   layout = layout if reduced is None else layout.reduce(reduced)
   return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _columns(interpreted, acc, at):
-  """Columns [at, at + CHUNK) of an accumulator."""
+  """Returns columns [at, at + CHUNK) of an accumulator."""
   if interpreted:
     return acc[:, at : at + CHUNK]
   layout = plgpu.Layout.WGMMA

@@ -1,6 +1,7 @@
-"""Products of the decoding kernel's warps, each with its part of a tile.
+"""Matmuls of the sm80 decoding kernel: each warp multiplies its part of a tile.
 
-The GPU interpreter has no `mma`: with `interpreted` they are `jnp.dot`.
+The GPU interpreter does not support `mma`: with `interpreted` they are
+`jnp.dot`.
 """
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ ROWS, WARP = 64, 16
 
 
 def scores(p, interpreted, part, q, k):
-  """Products of queries and keys, [64, mine]."""
+  """Returns products of queries and keys, [64, mine]."""
   found = tile.zeros(ROWS, p.mine)
   if interpreted:
     q, k = q[...], k[...].astype(q.dtype)
@@ -28,7 +29,7 @@ def scores(p, interpreted, part, q, k):
   own = k.at[pl.ds(pl.multiple_of(part * p.mine, WARP), p.mine)]
   width, many = min(copy.COLUMNS, k.shape[1]), q.shape[1] // k.shape[1]
   for at in range(0, k.shape[1], width):
-    # By parts, since operands are registers, too.
+    # By parts, since operands are held in registers, too.
     left = _for_each_part(p, q.at[:, pl.ds(at * many, width * many)])
     right = own.at[:, pl.ds(at, width)].transpose((1, 0))
     found = plgpu.mma(found, left, _right(p, right, 0))
@@ -36,7 +37,7 @@ def scores(p, interpreted, part, q, k):
 
 
 def _right(p, ref, axis):
-  """A right operand from shared memory, which may hold pairs of codes."""
+  """Loads a right operand from shared memory, converting quantized codes."""
   right = plgpu.load(ref, layout=plgpu.Layout.MMA_RHS(ref.dtype))
   if p.code is None:
     return right
@@ -44,7 +45,7 @@ def _right(p, ref, axis):
 
 
 def scales(p, interpreted, part, ref, first):
-  """Scales of a tile's keys, or from `keys` on of its values, [64, mine]."""
+  """Returns scales of a tile's keys, or from `keys` on values, [64, mine]."""
   shape = ROWS, p.mine
   if interpreted:
     found = ref[first : first + p.keys]
@@ -62,7 +63,7 @@ def scales(p, interpreted, part, ref, first):
 
 
 def _for_each_part(p, q):
-  """Queries [rows, n] as the left operand of 64 rows: warps repeat them."""
+  """Loads queries [rows, n] as a left operand of 64 rows, repeated by warp."""
   lean = plgpu.Layout.MMA_LHS(q.dtype, m_warps=4 // p.parts)
   full = plgpu.Layout.MMA_LHS(q.dtype)
   kind = plgpu.ShapeDtypeStruct((ROWS, q.shape[1]), q.dtype, layout=full)
@@ -80,7 +81,7 @@ def _for_each_part(p, q):
 
 
 def values(p, interpreted, part, acc, e, v):
-  """acc and the probabilities' products with values."""
+  """Adds the products of probabilities and values to acc."""
   if interpreted:
     dtype = p.arrays["q"].dtype
     e, v = e.astype(dtype), v[...].astype(dtype)
@@ -97,7 +98,7 @@ def values(p, interpreted, part, acc, e, v):
 
 
 def _lefts(e, dtype):
-  """Left operands [64, 16] out of an accumulator: rounded, in its registers."""
+  """Rounds an accumulator to left operands [64, 16], in its registers."""
   kind = plgpu.Layout.MMA_LHS(dtype)
   columns = e.shape[1]
   one = plgpu.ShapeDtypeStruct((ROWS, quantized_pages.K), dtype, layout=kind)
@@ -125,7 +126,7 @@ def _lefts(e, dtype):
 
 
 def _pairs(p, left, right, rows):
-  """What each warp multiplies: its rows, of as many, and its part's keys."""
+  """Yields each warp's operands: its 16 rows, and its part's keys."""
   for warp in range(ROWS // WARP):
     at = WARP * (warp if rows == ROWS else warp // p.parts)
     key = warp % p.parts * p.mine

@@ -1,9 +1,9 @@
-"""Appending to pages on a TPU, in place.
+"""Appending tokens to KV pages on a TPU, in place.
 
 A register holds several tokens of a head (8 of float32, 32 of int8), so a
-token cannot be written alone: the group of tokens that share registers is
-read, merged and written back. XLA's own scatter would first rearrange the
-pages such that it can be, which copies all of quantized ones twice.
+single token cannot be written: the group of tokens that share registers is
+read, merged and written back. XLA's scatter would first transpose the pages to
+make it possible, which copies all quantized pages twice.
 """
 
 import functools
@@ -20,7 +20,7 @@ from kernels_pallas.decode_attention.ragged import Rows
 
 
 def group_size(dtype: Any) -> int:
-  """Tokens of a head that share registers."""
+  """Returns the number of tokens of a head that share registers."""
   return 32 // jnp.dtype(dtype).itemsize
 
 
@@ -30,13 +30,13 @@ def mosaic_tpu_append(
   rows: Rows,
   interpret: Any,
 ) -> Shaped[Array, "pages K size W"]:
-  """`held` with the tokens of `rows` at the ends of their sequences.
+  """Appends the tokens of `rows` to their sequences in `held`.
 
   Args:
     held: Pages, whose size is a whole number of groups.
     new: Tokens, in the dtype of the pages.
-    rows: Whose they are; entries of the table are bounded.
-    interpret: None or False to compile, or as of `pl.pallas_call`.
+    rows: The rows that the tokens belong to; table entries are clamped.
+    interpret: None or False to compile, or as in `pl.pallas_call`.
   """
   (_, K, size, W), g = held.shape, group_size(held.dtype)
   items, tokens = _items(rows, new.shape[0], g, size, held.shape[0])
@@ -75,8 +75,8 @@ def _kernel(count, items, new, old, out):
   i = pl.program_id(0)
   low, high = items[2 * count + i], items[3 * count + i]
 
-  # Items that are left over stay where the last one was, whose group is not
-  # written back before they are done; the first one has nobody to follow.
+  # Unused items repeat the last one's block, which is not written back before
+  # they are done; the first item has no predecessor.
   @pl.when((low < high) | (i == 0))
   def _():
     wide = jnp.int32 if old.dtype == jnp.int8 else jnp.float32
@@ -87,8 +87,8 @@ def _kernel(count, items, new, old, out):
 
 
 def _items(x: Rows, T, g, size, pages):
-  """Groups that are written: (page, group, first and last slot), flat; and the
-  tokens of their slots [items, g]."""
+  """Returns the groups to write as (page, group, first and last slot), flat,
+  and the tokens of their slots [items, g]."""
   R = x.kv_lens.shape[0]
   room = x.table.shape[1] * size
   new = x.starts[1:] - x.starts[:-1]
@@ -96,7 +96,7 @@ def _items(x: Rows, T, g, size, pages):
   last = jnp.clip(x.kv_lens, 0, room)
   count = jnp.where(last > first, (last + g - 1) // g - first // g, 0)
   ends = jnp.cumsum(count)
-  # A row begins and ends within a group; every group has a token.
+  # A row starts and ends within a group; every group has a token.
   items = min(T, (T + 2 * R * (g - 1)) // g)
   item = jnp.arange(items, dtype=jnp.int32)
   here = jnp.minimum(item, jnp.maximum(ends[-1] - 1, 0))

@@ -1,4 +1,4 @@
-"""What the TPU decoding kernel does with one block of keys."""
+"""Processing of one block of keys in the TPU decoding kernel."""
 
 import dataclasses
 import math
@@ -17,12 +17,12 @@ NAMES = (
   "row", "position", "count", "low", "high", "base", "start", "stop",
   "slot", "first", "next",
 )  # fmt: skip
-"""What the list of entries says of each; the last three are of the stream:
-the buffer of its first block, whether it is the first with any, and the item
-of the next that has."""
+"""Fields of each entry. The last three describe the stream of blocks: the
+buffer of its first block, whether it is the first entry with blocks, and the
+item of the next such entry."""
 
 HEADS = 8
-"""Key heads that are unrolled; more are a loop."""
+"""Key heads that are unrolled; more are processed in a loop."""
 
 LANES = 128
 NT = (((1,), (1,)), ((), ()))
@@ -34,18 +34,18 @@ class Plan:
   """The static part of a problem, as the kernel needs it.
 
   Attributes:
-    spec: Of the call.
-    dims: (items, K, M, H), M padded to whole registers; H + Hv where keys and
+    spec: Static part of the call.
+    dims: (items, K, M, H), M padded to whole registers; H + Hv if keys and
       values are used side by side.
-    width_v: Of the output: Hv, or H + Hv.
+    width_v: Width of the output: Hv, or H + Hv.
     group: G.
-    few: Rows that the first token of an item takes; M where items have one.
-    unit, block: Keys of a page, of a block.
-    capacity: Keys that a row has memory for.
-    pages: Of a row of the table; 0 for a cache.
-    dtype: Of operands of matmuls.
-    names: Of the arrays that are copied.
-    shapes: Of their blocks.
+    few: Rows of an item's first token, padded; M if items have one token.
+    unit, block: Keys per page, per block.
+    capacity: Most keys of a row.
+    pages: Pages per row of the table; 0 for a cache.
+    dtype: Dtype of the matmuls' operands.
+    names: Names of the arrays to copy.
+    shapes: Shapes of their blocks.
   """
 
   spec: Spec
@@ -64,11 +64,11 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """An entry of the list in scalar memory, read by name.
+  """An entry of the work list in scalar memory, read by field name.
 
   Attributes:
     entries: The list, `[fields x E]`.
-    index: Of the entry.
+    index: Index of the entry.
   """
 
   entries: Any
@@ -80,7 +80,7 @@ class Entry:
 
 
 def plan(p: Problem) -> Plan:
-  """The static part of `p`."""
+  """Returns the static part of `p`."""
   items, _, M, _ = p.q.shape
   K, H, Hv = p.heads
   sublanes = 32 // p.q.dtype.itemsize
@@ -111,15 +111,15 @@ def plan(p: Problem) -> Plan:
 
 
 def memory_dtypes(p: Problem) -> tuple[Any, ...]:
-  """What keys and values are kept in."""
+  """Returns the dtypes of keys and values in memory."""
   if p.table is None:
     return p.held.k.dtype, p.held.v.dtype
   return (p.held.kv.dtype,)
 
 
 def first_key(x: Plan, entry: Entry, n: Any) -> jax.Array:
-  """The first key that is copied for block n: the last block of a row's own
-  memory is moved back to end with it."""
+  """Returns the first key copied for block n: the last block of a row of a
+  cache is shifted back to end with it."""
   first = entry["base"] + n * x.block
   if x.pages:
     return first
@@ -129,15 +129,15 @@ def first_key(x: Plan, entry: Entry, n: Any) -> jax.Array:
 
 
 def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
-  """Adds block n of an entry to the state (kernels.md 2.1, base 2).
+  """Adds block n of an entry to the softmax state (kernels.md 2.1, base 2).
 
-  Only what the block needs is done: masks at the ends of what is visible, and
-  only the rows of the first token where there is no other.
+  Skips work that the block does not need: masks unless at an edge of the
+  visible range, and the rows of all but the first token if there is no other.
 
   Args:
     x: The plan.
-    entry: Whose block.
-    n: Which one.
+    entry: The entry.
+    n: The block.
     q: Ref [K, M, H].
     held: Refs of the block, by name.
     state: Refs of maximum, sum [K, M, 1] and output [K, M, Hv].
@@ -185,7 +185,7 @@ def _head(x: Plan, entry, keys, h, rows, masked, q, held, state):
   t = _logits(x, s, held, h)
   if masked:
     t = jnp.where(_visible(x, entry, keys, rows), t, -jnp.inf)
-    # What nobody sees may be NaN, which a probability of 0 does not cancel.
+    # Invisible values may be NaN, and 0 * NaN is NaN.
     v = jnp.where(_alive(x, entry, keys), v.astype(x.dtype), 0)
   before = m[h, here]
   after = jnp.maximum(before, jnp.max(t, axis=1, keepdims=True))
@@ -205,7 +205,7 @@ def _head(x: Plan, entry, keys, h, rows, masked, q, held, state):
 
 
 def _logits(x: Plan, s, held, h):
-  """Logits in units of ln 2 from products."""
+  """Returns base-2 logits of products."""
   unit = 1 / math.log(2)
   scale = x.spec.scale * (unit if x.spec.softcap is None else 1)
   if x.spec.softcap is not None:
@@ -219,7 +219,7 @@ def _logits(x: Plan, s, held, h):
 
 
 def _visible(x: Plan, entry, keys, rows):
-  """Which queries see which keys, [rows, block]."""
+  """Returns which queries see which keys, [rows, block]."""
   first, fresh = keys
   key = first + jax.lax.broadcasted_iota(jnp.int32, (rows, x.block), 1)
   row = jax.lax.broadcasted_iota(jnp.int32, (rows, x.block), 0)
@@ -232,7 +232,7 @@ def _visible(x: Plan, entry, keys, rows):
 
 
 def _alive(x: Plan, entry, keys):
-  """Which keys any query sees, [block, 1]."""
+  """Returns which keys any query sees, [block, 1]."""
   key = keys[0] + jax.lax.broadcasted_iota(jnp.int32, (x.block, 1), 0)
   return _among(entry, keys, key)
 
@@ -255,18 +255,18 @@ def store_rows(ref, columns) -> None:
 
 
 def varying(x: jax.Array, shape: tuple[int, ...]) -> Any:
-  """The float32 type of an output that varies over the mesh as `x` does."""
+  """Returns a float32 output type that varies over the mesh as `x` does."""
   return jax.eval_shape(
     lambda x: jnp.zeros_like(x, jnp.float32, shape=shape), x
   )
 
 
 def _keys_and_values(x: Plan, held, h):
-  """Of one head, [block, H] and [block, width_v].
+  """Returns keys and values of one head, [block, H] and [block, width_v].
 
-  Where a head fills no register, both are the two of them side by side: the
-  queries hold zeros for the values, and of the output the part that the keys
-  give is dropped. A matrix unit is as wide anyway.
+  If a head does not fill a register, both are keys and values side by side: the
+  queries are zero where the values are, and the keys' part of the output is
+  dropped. A matrix unit is that wide anyway.
   """
   if "k" in held:
     return held["k"][0, h], held["v"][0, h]
@@ -276,7 +276,7 @@ def _keys_and_values(x: Plan, held, h):
 
 
 def _row(scales):
-  """[pages, size] as [1, block]."""
+  """Reshapes [pages, size] to [1, block]."""
   return jnp.concatenate(
     [scales[j : j + 1] for j in range(scales.shape[0])], axis=1
   )

@@ -1,17 +1,17 @@
-"""Decoding attention as one Mosaic kernel for TPU, the mosaic_tpu backend.
+"""Decode attention as a Mosaic TPU kernel: the mosaic_tpu backend.
 
-It has run on no TPU yet: numbers and races are the interpreter's, schedules
-and spills those of libtpu's compiler for v4 to tpu7x.
+Not yet run on a TPU: the interpreter checks numbers and races, libtpu's
+compiler for v4 to tpu7x schedules and spills.
 
-Decoding is bound by how fast keys and values are read, so the kernel is built
-around their copies. Pages lie in HBM; the blocks of all entries of a split are
-one stream, in which the copy of a block starts before the block before it is
-worked on, across rows as well: no row waits for its first page. The splits are
-a parallel dimension, so that on chips of two cores each reads half of every
-row. Which page is next is known from tables in scalar memory.
+Decoding is bound by reading keys and values, so the kernel is built around
+their copies. Pages stay in HBM; the blocks of all entries of a split form one
+stream, in which the copy of a block starts before the previous block is
+processed, across rows as well: no row waits for its first page. Splits are a
+parallel grid axis, so that on chips with two cores each reads half of every
+row. Page tables in scalar memory determine the next page.
 
-Scores are rows of queries (M = tokens x G) by lanes of keys: with as few rows
-as decoding has, registers are full that way only.
+Scores are rows of queries (M = tokens x G) by lanes of keys, which fills
+registers although decoding has few rows.
 """
 
 import dataclasses
@@ -40,22 +40,22 @@ from kernels_pallas.decode_attention.work import Problem
 VMEM_LIMIT = 100 * 2**20
 
 TABLE_BYTES = 512 * 1024
-"""Most of scalar memory that tables may take."""
+"""Most scalar memory that tables may take, in bytes."""
 
 
 def mosaic_tpu_decode(
   p: Problem, interpret: Any
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
-  """The output and log-sum-exp of every entry, in float32.
+  """Returns the output and log-sum-exp of every entry, in float32.
 
   Args:
     p: The problem.
-    interpret: None or False to compile, or as of `pl.pallas_call`.
+    interpret: None or False to compile, or as in `pl.pallas_call`.
   """
   x = plan(p)
   items, K, M, H = x.dims
   Hv, splits = x.width_v, p.splits
-  # Zeros meet the values that lie beside the keys.
+  # Queries are zero where the values lie next to the keys.
   pad = [(0, 0), (0, 0), (0, M - p.q.shape[2]), (0, H - p.q.shape[3])]
   q = jnp.pad(p.q, pad)
   held = {name: getattr(p.held, name) for name in x.names}
@@ -165,22 +165,23 @@ def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
       copy(name, held[name].at[found], buffers[name].at[slot, j])
     return carry
 
-  # Pages beyond the last one that is seen are not read.
+  # Pages after the last visible one are not read.
   count = jnp.minimum(end - page, x.block // x.unit)
   jax.lax.fori_loop(0, count, one, 0)
 
 
 def _table(p: Problem) -> jax.Array:
-  """Flat: rows of a table would be padded to 128 in scalar memory."""
+  """Returns the table flat: rows would be padded to 128 in scalar memory."""
   if p.table is None:
     return jnp.zeros(1, jnp.int32)
   return p.table.reshape(-1)
 
 
 def _entries(p: Problem, items: int) -> jax.Array:
-  """What the kernel asks about entries, `[fields x E]`.
+  """Returns the fields of all entries, `[fields x E]`.
 
-  The blocks of a split are numbered through, and alternate between two slots.
+  The blocks of a split are numbered consecutively, and alternate between two
+  slots.
   """
   fields = {f.name: getattr(p.work, f.name) for f in dataclasses.fields(p.work)}
   count = (p.work.stop - p.work.start).reshape(p.splits, items)
@@ -197,7 +198,7 @@ def _entries(p: Problem, items: int) -> jax.Array:
 
 
 def _cost(p: Problem) -> pl.CostEstimate:
-  """At most: what rows would cost whose memory is full."""
+  """Returns an upper bound: the cost of rows of full length."""
   items, _, M, _ = p.q.shape
   (_, H, Hv), keys = p.heads, items * p.heads[0] * p.capacity
   memory = jax.tree.leaves(p.held) if p.table is not None else [p.held.k]
@@ -210,7 +211,7 @@ def _cost(p: Problem) -> pl.CostEstimate:
 
 
 def check_for_tpu(p: Problem, interpret: Any) -> None:
-  """Raises ValueError for what no TPU takes, unless interpreted."""
+  """Raises ValueError for calls that no TPU supports, unless interpreted."""
   if p.q.dtype == jnp.float64:
     raise ValueError("mosaic_tpu: found float64, expected bfloat16 or float32")
   if interpret:
@@ -221,7 +222,7 @@ def check_for_tpu(p: Problem, interpret: Any) -> None:
       "what TPUs compute in"
     )
   for dtype in memory_dtypes(p):
-    # Scales lie in lanes; else rows of a register hold 32 bits of each lane.
+    # Scales are in lanes; otherwise a register row holds 32 bits per lane.
     multiple = 128 if dtype in LARGEST else 32 // dtype.itemsize
     if p.held.size % multiple or p.block % multiple:
       raise ValueError(

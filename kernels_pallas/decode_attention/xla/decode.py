@@ -1,8 +1,8 @@
-"""Decoding attention in plain lax for every platform, the xla backend.
+"""Decode attention in plain lax for every platform: the xla backend.
 
-A loop over blocks of keys, of all entries at once: the block of every entry is
-gathered, met by its queries and forgotten, so that memory does not grow with
-the lengths of rows. Nothing is done after the longest entry.
+A loop over blocks of keys, for all entries at once: each entry's block is
+gathered, multiplied and discarded, so that memory does not grow with the length
+of rows. Steps after the longest entry do nothing.
 """
 
 import jax
@@ -17,7 +17,7 @@ from kernels_pallas.decode_attention.work import Problem
 def xla_decode(
   p: Problem,
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
-  """The output and log-sum-exp of every entry, in the accumulator dtype.
+  """Returns the output and log-sum-exp of every entry, in accumulator dtype.
 
   Args:
     p: The problem.
@@ -34,8 +34,8 @@ def xla_decode(
 
     return jax.lax.cond(n < longest, attend, lambda state: state, state), None
 
-  # As many steps as memory has room for, of which those of nobody do nothing:
-  # so they can be counted, and differentiated.
+  # As many steps as the memory has blocks, the unused ones doing nothing, so
+  # that the steps can be counted and differentiated.
   most = -(-p.capacity // (p.block * p.splits))
   longest = jnp.max(work.stop - work.start)
 
@@ -51,7 +51,7 @@ def xla_decode(
 
 
 def _attend(p, q, block, state):
-  """The online softmax over one block of each entry (kernels.md 2.1)."""
+  """One step of the online softmax, a block of each entry (kernels.md 2.1)."""
   m, l, acc = state
   first, k, v, k_scale, v_scale = _fetch(p, block)
   key = first[:, None] + jnp.arange(p.block)
@@ -68,7 +68,7 @@ def _attend(p, q, block, state):
   factor = jnp.exp(m - shift)
   l = l * factor + jnp.sum(probabilities, axis=-1)
   seen = jnp.any(visible, axis=1)[:, None]
-  # What nobody sees may be NaN, which a probability of 0 does not cancel.
+  # Invisible values may be NaN, and 0 * NaN is NaN.
   if v_scale is not None:
     probabilities = probabilities * jnp.where(seen, v_scale, 0)[:, :, None]
   v = jnp.where(seen[..., None], v.astype(q.dtype), 0)
@@ -79,12 +79,12 @@ def _attend(p, q, block, state):
 
 
 def _visible(p: Problem, key, block):
-  """Which queries see which keys, [E, M, block]."""
+  """Returns which queries see which keys, [E, M, block]."""
   work = p.work
   query = jnp.arange(p.q.shape[2]) // p.group
   position = work.position[:, None] + query
   live = query < work.count[:, None]
-  # A block at the end of memory is moved back over keys of the one before.
+  # The last block is shifted back, over keys of the previous one.
   first = work.base + block * p.block
   fresh = (key >= first[:, None]) & (block < work.stop)[:, None]
   seen = key[:, None] <= position[..., None]
@@ -94,7 +94,7 @@ def _visible(p: Problem, key, block):
 
 
 def _fetch(p: Problem, block):
-  """First keys [E], keys and values [E, K, block, H], scales or Nones."""
+  """Returns first keys [E], keys and values [E, K, block, H], and scales."""
   first, row = p.work.base + block * p.block, p.work.row
   if p.table is None:
     first = jnp.minimum(first, p.capacity - p.block)
@@ -106,7 +106,7 @@ def _fetch(p: Problem, block):
     return first, k, v, None, None
   last = jnp.maximum(p.work.high - 1, 0)
   page = (first[:, None] // p.unit) + jnp.arange(p.block // p.unit)
-  # Beyond the last page of an entry that page again: no other is read.
+  # After an entry's last page, repeats it, so that no other page is read.
   page = jnp.minimum(page, (last // p.unit)[:, None])
   index = p.table[row[:, None], page]
   H, k_scale, v_scale = p.held.head_dim, None, None
