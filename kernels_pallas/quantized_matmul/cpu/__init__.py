@@ -1,4 +1,4 @@
-"""Products with packed weights for CPUs, in C++."""
+"""Matmul with packed weights for CPUs, in C++."""
 
 from kernels_pallas.quantized_matmul.cpu.matmul import (
   ISAS,

@@ -1,4 +1,4 @@
-"""The product by `panels.cc`, compiled at first use and called by XLA."""
+"""Matmul with packed weights in C++ (`panels.cc`): the cpu backend."""
 
 import pathlib
 from typing import Any
@@ -13,7 +13,7 @@ from kernels_pallas.common.cpu_library import Library, Unavailable
 from kernels_pallas.quantized_matmul.cpu.panels import Panels
 
 TARGET = "heptad_panels"
-"""The name by which compiled programs call the library."""
+"""FFI target name by which compiled programs call the library."""
 
 LIBRARY = Library(
   name="panels",
@@ -39,26 +39,26 @@ ISAS = ("auto", "vnni", "bfloat16", "avx512", "avx2", "portable")
 
 
 def available() -> bool:
-  """Whether the library is there; compiles it at first, warns once if not."""
+  """Whether the library can be used; compiles it once, warns once if not."""
   return cpu_library.available(LIBRARY)
 
 
 def cpu_matmul(
   x: Float[Array, "B I"], w: Panels, isa: str = "auto"
 ) -> Float[Array, "B O"]:
-  """Returns `x W` in the dtype of x, sums in float32.
+  """Returns `x W` in the dtype of x, summed in float32.
 
-  The order of sums depends on `W`'s shape alone, and on whether there are few
-  rows, some or many: a row's result is the same whatever the number of threads
-  and what the other rows hold.
+  The order of sums depends on `W`'s shape alone, and on whether there are few,
+  some or many rows: a row's result is the same for any number of threads and
+  any contents of other rows.
 
   Args:
     x: float32 or bfloat16.
     w: without leading axes.
-    isa: of `ISAS`; "auto" is the best that the running CPU has.
+    isa: one of `ISAS`; "auto" is the best that the running CPU supports.
 
   Raises:
-    Unavailable: the library is not; see `available`.
+    Unavailable: the library cannot be used; see `available`.
   """
   if not available():
     raise Unavailable("quantized_matmul: no compiled kernel here")
@@ -81,5 +81,5 @@ def cpu_matmul(
 
 
 def supports(dtype: Any) -> bool:
-  """Whether the kernel takes activations of this type."""
+  """Whether the kernel supports activations of this dtype."""
   return dtype in (jnp.float32, jnp.bfloat16)

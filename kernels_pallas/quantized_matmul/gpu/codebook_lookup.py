@@ -1,10 +1,10 @@
-"""Codebooks of packed weights, looked up in a GPU's registers.
+"""Codebook lookup of packed weights, in a GPU's registers.
 
-An entry has 16 bits, those of the activations' type. The low bytes of 16 of
-them are four registers, the high bytes four more, and `prmt` picks four bytes
-out of two registers by as many selectors of 4 bits, of which 3 count: two picks
-are all entries, and a third chooses between them by the codes' last bit. So
-three instructions are a byte of four entries.
+An entry has 16 bits, in the activations' dtype. The low bytes of all 16 entries
+are in four registers, the high bytes in four more. `prmt` selects four bytes
+from two registers by four 4-bit selectors, of which 3 bits count: two `prmt`
+cover all entries, and a third chooses between them by the codes' last bit. So
+three instructions look up one byte of four entries.
 """
 
 from typing import Any
@@ -32,15 +32,15 @@ def entries(
   dtype: Any,
   interpreted: bool,
 ) -> jax.Array:
-  """Entries [64, 64] in 16 bits, of planes 2 half and 2 half + 1 of words.
+  """Looks up 16-bit entries [64, 64] of planes 2 half and 2 half + 1 of words.
 
   Args:
-    words: From `decode.load`.
+    words: From `dequantize.load`.
     inputs: The operand's axis of inputs.
     half: Which 64 inputs of a block.
-    codebook: 16 numbers, rounded to
+    codebook: 16 numbers, rounded to `dtype`.
     dtype: bfloat16 or float16.
-    interpreted: Whether no registers can be named.
+    interpreted: Whether the GPU interpreter runs it, which has no registers.
   """
   if interpreted:
     return _chosen(words, inputs, half, codebook, dtype)
@@ -55,7 +55,7 @@ def entries(
     found = np.empty(layout.registers_shape((TILE, TILE)), dtype=object)
     tables = _tables(codebook, dtype)
     codes = _codes_forward if inputs == 1 else _codes_back
-    # Four codes at a time, of two registers that the result has.
+    # Four codes at a time, for two registers of the result.
     for where, selector, picks in codes(x, half, found.shape):
       low, high = (_pick(table, selector) for table in tables)
       for at, pick in zip(where, picks, strict=True):
@@ -69,7 +69,7 @@ def entries(
 
 
 def _chosen(words, inputs, half, codebook, dtype):
-  """The same as the interpreter finds it."""
+  """The lookup as the interpreter runs it."""
   codes = dequantize.interpreted_codes(words, inputs, half, BITS)
   found = jnp.zeros(codes.shape, dtype)
   for code, entry in enumerate(codebook):
@@ -78,7 +78,7 @@ def _chosen(words, inputs, half, codebook, dtype):
 
 
 def _codes_forward(x, half, shape):
-  """A word's planes are in the same thread, both neighbours in one register:
+  """A word's planes are in one thread, both neighbours in one register: yields
   codes (plane 0, plane 1) of the first one, then of the second."""
   for at in np.ndindex(shape):
     if at[1] >= shape[1] // 2:
@@ -90,7 +90,7 @@ def _codes_forward(x, half, shape):
 
 
 def _codes_back(x, half, shape):
-  """Codes of one register, as of `decode.neighbours`, then of another."""
+  """Yields codes of a register, as in `dequantize.neighbours`, then another."""
   found = dequantize.neighbours(half, BITS)
 
   def codes(at):
@@ -99,20 +99,20 @@ def _codes_back(x, half, shape):
 
   places = list(np.ndindex(shape))
   for first, second in zip(places[::2], places[1::2], strict=True):
-    # Bytes 0 of both; what is above does not count.
+    # Bytes 0 of both; the upper bits are ignored.
     selector = mgpu.utils.prmt(codes(first), codes(second), i32(0x5140))
     yield (first, second), selector, (0x5140, 0x7362)
 
 
 def _tables(codebook, dtype):
-  """Low and high bytes of the entries, four registers each."""
+  """Returns low and high bytes of the entries, four registers each."""
   held = np.asarray(codebook, dtype).view(np.uint8).reshape(4, 4, 2)
   words = np.ascontiguousarray(held.transpose(2, 0, 1)).view(np.int32)
   return [[i32(int(word)) for word in table[:, 0]] for table in words]
 
 
 def _pick(table, selector):
-  """A byte of each of four entries, for codes in the low 16 bits."""
+  """Looks up a byte of each of four entries, for codes in the low 16 bits."""
   within = arith.andi(selector, i32(0x7777))
   lower, upper = (mgpu.utils.prmt(*table[n : n + 2], within) for n in (0, 2))
   which = arith.andi(arith.shrui(selector, i32(1)), i32(0x4444))

@@ -1,11 +1,11 @@
-"""Decoding packed weights in the registers of a GPU; see `planar`.
+"""Dequantization of packed weights in a GPU's registers; layout in `planar`.
 
-A word holds two neighbouring inputs of each of its planes, one in each half,
-for one output. That is what a thread needs of a left operand of `wgmma`, or of
-four of `mma`, rows in eighths of a warp and neighbours in a row in a register:
-a thread loads words and has the codes of 64 x 64 weights, forward with outputs
-as rows, and for the input gradient with inputs as rows. No code travels between
-threads.
+A word holds two adjacent inputs of each of its planes, one in each half, for
+one output. This matches what a thread needs for a left operand of `wgmma`, or
+of four `mma`, with rows in eighths of a warp and neighbours of a row in one
+register: a thread loads words and has the codes of 64 x 64 weights, forward
+with outputs as rows, and for the input gradient with inputs as rows. No code
+moves between threads.
 """
 
 import functools
@@ -27,17 +27,17 @@ from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
 TILE = 64
 """Rows and columns of an operand: outputs, and inputs of two planes."""
 
-# A code in the low bits of this float32 is 2^23 more than itself, exactly.
+# A code in the low bits of this float32 is exactly 2^23 + code.
 _LARGE = 0x4B000000
 _POWER = 2.0**23
 
-# Likewise in 16 bits: (bits of the power, the power, bits of the fraction).
+# The same in 16 bits: (bits of the power, the power, bits of the fraction).
 _MAGIC = {
   jnp.dtype(jnp.bfloat16): (0x4300, 128.0, 7),
   jnp.dtype(jnp.float16): (0x6400, 1024.0, 10),
 }
 
-# Tilings of words [16, 64] and where their dims go: see `TiledLayout`.
+# Tilings of words [16, 64] and the placement of their dims: see `TiledLayout`.
 FORWARD = (((4, 64), (16,), (8,), (1,)), (-4,), (-2, -5))
 GRADIENT = (
   ((16, 8), (8, 8), (4, 8), (2,)),
@@ -47,7 +47,7 @@ GRADIENT = (
 
 
 def load(ref: Any, inputs: int) -> jax.Array:
-  """Words [16, 64] of shared memory, laid out for `expand`.
+  """Loads words [16, 64] from shared memory, in the layout of `expand`.
 
   Args:
     ref: The words.
@@ -58,7 +58,7 @@ def load(ref: Any, inputs: int) -> jax.Array:
 
 @functools.cache
 def words_layout(inputs: int) -> Any:
-  """How a warpgroup holds words, for an operand with that axis of inputs."""
+  """Returns a warpgroup's layout of words, for an operand's axis of inputs."""
   from jax.experimental.mosaic.gpu import fragmented_array as fragments
 
   def dims(names):
@@ -73,12 +73,12 @@ def words_layout(inputs: int) -> Any:
 
 
 def expand(words: jax.Array, inputs: int, interpreted: bool) -> jax.Array:
-  """The word of every weight, uint32 [64, 64], in the layout of `wgmma`.
+  """Returns the word of every weight, uint32 [64, 64], in the `wgmma` layout.
 
   Args:
     words: [16, 64], from `load`.
     inputs: The operand's axis of inputs, two planes of 32.
-    interpreted: Whether no registers can be named.
+    interpreted: Whether the GPU interpreter runs it, which has no registers.
   """
   if interpreted:
     each = jnp.concatenate([jnp.repeat(words, 2, axis=0)] * 2)
@@ -106,7 +106,7 @@ def expand(words: jax.Array, inputs: int, interpreted: bool) -> jax.Array:
 
 
 def source(at: tuple[int, ...], inputs: int) -> tuple[int, ...]:
-  """Which register of the words one of the operand's comes from.
+  """Returns the register of the words that one of the operand's comes from.
 
   Args:
     at: Its index: (0, eighth of the columns, 0, 0, half of 16 rows, ...).
@@ -121,14 +121,14 @@ def source(at: tuple[int, ...], inputs: int) -> tuple[int, ...]:
 def wide(
   words: jax.Array, inputs: int, half: int, bits: int, first: float
 ) -> jax.Array:
-  """What codes stand for, float32 [64, 64], of planes 2 half and 2 half + 1.
+  """Returns the codes' values, float32 [64, 64], of planes 2 half, 2 half + 1.
 
   Args:
     words: From `expand`.
     inputs: The axis of inputs.
     half: Which 64 inputs of a block.
-    bits: Of a code.
-    first: What code 0 stands for; the others follow by ones.
+    bits: Bits per code.
+    first: Value of code 0; the others are consecutive.
   """
   at = _iota(words.shape, inputs)
   shift = (at & 1) * 16 + (at >> 5) * bits + 2 * half * bits
@@ -138,16 +138,16 @@ def wide(
 
 
 def narrow(bits: int, first: float | None, dtype: Any, scale: Any) -> bool:
-  """Whether weights are scaled in 16 bits, which rounds once and no more.
+  """Whether weights are scaled in 16 bits with a single rounding.
 
-  That is where codes are exact in 16 bits, or are looked up, and scales are of
-  these.
+  True if codes are exact in 16 bits, or are looked up, and scales have the
+  activations' dtype.
 
   Args:
-    bits: Of a code.
-    first: What code 0 stands for; None with a codebook.
-    dtype: Of the activations.
-    scale: Type of the scales.
+    bits: Bits per code.
+    first: Value of code 0; None with a codebook.
+    dtype: Dtype of the activations.
+    scale: Dtype of the scales.
   """
   if first is None:
     return scale == dtype
@@ -167,16 +167,16 @@ def short(
   dtype: Any,
   interpreted: bool,
 ) -> jax.Array:
-  """What codes stand for, [64, 64] in 16 bits, of planes 2 half and 2 half + 1.
+  """Returns the codes' 16-bit values [64, 64], of planes 2 half, 2 half + 1.
 
-  Two codes at a time: a code under the exponent of a power of two is a number
-  from which that power is taken off exactly.
+  Two codes at a time: a code in the fraction bits of a power of two is exactly
+  that power plus the code, and the power is subtracted.
 
   Args:
     words: From `load`.
-    inputs, half, bits, first: As of `wide`.
+    inputs, half, bits, first: As in `wide`.
     dtype: bfloat16 or float16.
-    interpreted: Whether no registers can be named.
+    interpreted: Whether the GPU interpreter runs it, which has no registers.
   """
   base = _MAGIC[jnp.dtype(dtype)][1]
   found = _levels(words, inputs, half, bits, dtype, interpreted)
@@ -191,15 +191,15 @@ def scaled(
   offset: list[jax.Array],
   interpreted: bool,
 ) -> jax.Array:
-  """Weights [64, 64] in the type of `levels`, rounded once.
+  """Scales weights [64, 64] in the dtype of `levels`, with a single rounding.
 
   Args:
-    levels: What codes stand for.
+    levels: The codes' values.
     inputs: The axis of inputs.
-    group: Inputs of a scale.
-    scale: Of each output, [64], for each group of these inputs.
-    offset: Likewise, or empty.
-    interpreted: Whether no registers can be named.
+    group: Inputs per scale.
+    scale: Scales of each output, [64], for each group of these inputs.
+    offset: Offsets likewise, or empty.
+    interpreted: Whether the GPU interpreter runs it, which has no registers.
   """
   scale = _of_group(levels.shape, inputs, group, scale)
   if not offset:
@@ -213,11 +213,11 @@ def scaled(
 def interpreted_codes(
   words: jax.Array, inputs: int, half: int, bits: int
 ) -> jax.Array:
-  """Codes, uint32 [64, 64], where no registers can be named.
+  """Returns codes, uint32 [64, 64], in the GPU interpreter.
 
   Args:
     words: From `load`.
-    inputs, half, bits: As of `wide`.
+    inputs, half, bits: As in `wide`.
   """
   each = expand(words, inputs, True)
   at = lax.broadcasted_iota(jnp.uint32, each.shape, inputs)
@@ -226,14 +226,14 @@ def interpreted_codes(
 
 
 def neighbours(half: int, bits: int) -> Callable[[Any], Any]:
-  """What gives a thread's codes of two words, one in each half of 32 bits.
+  """Returns a function for a thread's codes of two words, one per 16-bit half.
 
-  For the input gradient, whose neighbours are outputs, each with a word of its
-  own: which half of it, and which plane, are the thread's.
+  For the input gradient, where neighbours are outputs, each with its own word:
+  the half of the word, and the plane, depend on the thread.
 
   Args:
     half: Which 64 inputs of a block.
-    bits: Of a code.
+    bits: Bits per code.
   """
   thread = mgpu.utils.thread_idx()
   odd = arith.andi(arith.shrui(thread, i32(2)), i32(1))
@@ -256,7 +256,7 @@ def neighbours(half: int, bits: int) -> Callable[[Any], Any]:
 
 
 def _levels(words, inputs, half, bits, dtype, interpreted):
-  """Codes and `base`, [64, 64] in 16 bits."""
+  """Returns codes plus `base`, [64, 64] in 16 bits."""
   magic, base, _ = _MAGIC[jnp.dtype(dtype)]
   if interpreted:
     codes = interpreted_codes(words, inputs, half, bits)
@@ -292,7 +292,7 @@ def _levels(words, inputs, half, bits, dtype, interpreted):
 
 
 def _fused(a, b, c, interpreted):
-  """a b + c, rounded once."""
+  """Returns a b + c, rounded once."""
   if interpreted:
     a, b, c = (x.astype(jnp.float32) for x in (a, b, c))
     return a * b + c
@@ -322,7 +322,7 @@ def _fused(a, b, c, interpreted):
 
 
 def _of_group(shape, inputs, group, each):
-  """What belongs to a weight's group, of vectors over outputs."""
+  """Broadcasts per-group vectors over outputs to the weights."""
   spread = [lax.broadcast_in_dim(x, shape, [1 - inputs]) for x in each]
   chosen = spread[0]
   if len(spread) > 1:
@@ -339,5 +339,5 @@ def _iota(shape, inputs):
 
 
 def groups(group: int) -> int:
-  """Scales of an operand's 64 inputs."""
+  """Returns the number of scales for an operand's 64 inputs."""
   return max(1, 2 * PLANE // group)

@@ -1,8 +1,8 @@
-"""Products with `Planar` weights on a GPU, the mosaic_gpu backend.
+"""Matmul with `Planar` weights on a GPU: the mosaic_gpu backend.
 
-W4A16, and W8A16 out of 8-bit codes in words (`planar.in_words`); activations
-are bfloat16 or float16, sums float32. W8A8 out of the same words, of
-activations that are rounded to 8 bits here, sums int32.
+W4A16, and W8A16 from 8-bit codes in words (`planar.in_words`), with bfloat16 or
+float16 activations and float32 sums. W8A8 from the same words, with activations
+rounded to 8 bits here and int32 sums.
 """
 
 from typing import Any
@@ -37,11 +37,11 @@ from kernels_pallas.quantized_matmul.tpu.mosaic_tpu import (
 )
 
 NO_STAND_IN = ("wgmma", "registers")
-"""Cores and operand that the GPU interpreter does not have."""
+"""Cores and operand that the GPU interpreter does not support."""
 
 
 def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
-  """Why the kernels cannot multiply such rows with `w`, or None."""
+  """Returns why the kernels cannot multiply such rows with `w`, or None."""
   if activations is not None and w.group < w.padded[0]:
     return (
       f"activations: found groups of {w.group} of {w.inputs} inputs, expected "
@@ -60,14 +60,14 @@ def unsupported(dtype: Any, w: Planar, activations: Any = None) -> str | None:
 
 
 FEW = 256
-"""Rows up to which a Blackwell decodes and multiplies at once: see README."""
+"""Rows up to which Blackwell uses the fused kernel: see README."""
 
 KERNELS = {"wgmma": sm90_kernel, "mma": sm80_kernel}
-"""Modules by `Tile.cores`."""
+"""Kernel modules by `Tile.cores`."""
 
 
 def cores() -> str | None:
-  """`Tile.cores` for the program's device, or None without a kernel."""
+  """Returns `Tile.cores` for the program's device, or None without a kernel."""
   platform, kind = device()
   if platform not in ("gpu", "cuda"):
     return None
@@ -77,11 +77,11 @@ def cores() -> str | None:
 
 
 def is_for(rows: int = 1) -> bool:
-  """Whether the program is for a device that the kernels are best on.
+  """Whether the kernels are the fastest option for the program's device.
 
   Args:
-    rows: Of activations. Blackwell's `mma` is a fraction of its tensor cores,
-      by which many rows are multiplied sooner, decoding included.
+    rows: Rows of activations. On Blackwell `mma` has a fraction of the tensor
+      cores' throughput, so for many rows dequantizing first is faster.
   """
   found = cores()
   blackwell = any(name in device()[1] for name in BLACKWELL)
@@ -98,16 +98,16 @@ def product(
   """Returns `x W` in the dtype of x, summed in float32, on a GPU.
 
   Args:
-    x: bfloat16 or float16; weights are rounded to its type.
+    x: bfloat16 or float16; weights are rounded to its dtype.
     w: Without leading axes.
-    tile: Sizes; by default fitted.
+    tile: Tile sizes; by default fitted.
     interpret: False to compile, or a `plgpu.InterpretGPUParams`.
-    activations: None; or int8, to which each row is then rounded, by its
-      largest number, for sums of 8-bit codes in int32 (as `mosaic_tpu.product`)
-      by `mma`. A scale then serves all inputs.
+    activations: None; or int8, to which each row is rounded, relative to its
+      largest number, for int32 sums of 8-bit codes (as in `mosaic_tpu.product`)
+      by `mma`. One scale must then serve all inputs.
 
   Raises:
-    ValueError: What the kernels do not compute.
+    ValueError: The kernels do not support the product.
   """
   if activations is not None:
     return _of_codes(x, w, tile, interpret)
@@ -120,16 +120,16 @@ def input_gradient(
   tile: Tile | None = None,
   interpret: Any = False,
 ) -> Float[Array, "B I"]:
-  """Returns `dy W^T` in the dtype of dy, from the same bytes.
+  """Returns `dy W^T` in the dtype of dy, from the same packed weights.
 
   Args:
     dy: bfloat16 or float16.
     w: Without leading axes.
-    tile: Sizes; by default fitted.
+    tile: Tile sizes; by default fitted.
     interpret: False to compile, or a `plgpu.InterpretGPUParams`.
 
   Raises:
-    ValueError: What the kernels do not compute.
+    ValueError: The kernels do not support the product.
   """
   return _run(dy, w, 0, tile, interpret)[:, : w.inputs]
 
@@ -152,7 +152,7 @@ def _run(x, w, inputs, tile, interpret):
 
 
 def _of_codes(x, w, tile, interpret):
-  """A product of rows that are rounded to 8 bits."""
+  """Multiplies rows rounded to 8 bits."""
   check_activations(jnp.int8, w)
   if reason := unsupported(x.dtype, w, jnp.int8):
     raise ValueError(f"mosaic_gpu: {reason}")
@@ -177,16 +177,16 @@ def _of_codes(x, w, tile, interpret):
 def plan(
   x: Num[Array, "B n"], w: Planar, inputs: int, tile: Tile | str
 ) -> tuple[Problem, Tile, dict[str, Any], Any]:
-  """What a kernel is called with: problem, tile, arrays, type of its result.
+  """Returns a kernel's arguments: problem, tile, arrays, dtype of its result.
 
   Args:
     x: Activations, or int8 codes of them.
     w: Their matrix.
-    inputs: As of `Problem`.
-    tile: Sizes, or one of `Tile.cores` that they are fitted to.
+    inputs: As in `Problem`.
+    tile: Tile sizes, or one of `Tile.cores` to fit them to.
 
   Raises:
-    ValueError: A tile that does not fit the matrix.
+    ValueError: The tile does not fit the matrix.
   """
   M, padded = len(x), w.padded
   p = Problem(
@@ -217,7 +217,7 @@ def plan(
 
 
 def _first(w: Planar) -> float | None:
-  """What code 0 stands for, or None unless the next ones follow by ones."""
+  """Returns the value of code 0 if values are consecutive integers, or None."""
   if w.bits == 8:
     return -128.0
   first = w.codebook[0]

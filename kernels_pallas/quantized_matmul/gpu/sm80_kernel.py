@@ -1,20 +1,20 @@
-"""Packed weights on Ampere, Ada and Blackwell GPUs: `mma` and `cp.async`.
+"""Packed-weight matmul kernel for Ampere, Ada and Blackwell: `mma`, `cp.async`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for A100, H100 and B200; its PTX runs in an emulator
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for A100,
+H100 and B200 registers and spills; an emulator runs its PTX
 (`tests/kernels_pallas/ptx_emulator.py`).
 
-The product of `sm90_kernel`, transposed as there: what `mma` takes from
-registers as a left operand is what `wgmma` does, so weights are decoded by the
-same code. A block is one warpgroup, whose four warps each hold 16 of 64 outputs
-(or inputs, for the gradient) for all rows of a tile, once or twice: rows are
-read from shared memory once for both. Shared memory is a ring of tiles: while
-one is multiplied the others are under way. Several blocks of a multiprocessor
-hide the rest.
+The product is transposed as in `sm90_kernel`: `mma` takes the same left operand
+from registers as `wgmma`, so the same code dequantizes weights. A block is one
+warpgroup, whose four warps each hold 16 of 64 outputs (or inputs, for the
+gradient) for all rows of a tile, once or twice: rows are read from shared
+memory once for both. Shared memory is a ring of tiles: while one is multiplied,
+the others are in flight. Several blocks per multiprocessor hide the remaining
+latency.
 
-Blackwell's own products (`tcgen05`) take weights from tensor memory, which is
-another way for decoded ones to go; few rows do not need it, and of many `auto`
-lets XLA decode the matrix first.
+Blackwell's own instruction (`tcgen05`) takes weights from tensor memory, an
+extra step for dequantized ones; few rows do not need it, and for many rows
+'auto' lets XLA dequantize the matrix first.
 """
 
 import functools
@@ -37,16 +37,16 @@ from kernels_pallas.quantized_matmul.gpu.weight_operand import Problem
 from kernels_pallas.quantized_matmul.tpu.problem import varying
 
 DEPTH = 16
-"""Terms that one `mma` sums."""
+"""Terms that one `mma` sums: its K dimension."""
 
 LINES = 16
-"""Rows whose operand is in registers at a time."""
+"""Rows of x whose operand is in registers at a time."""
 
 
 def multiply(
   p: Problem, t: Tile, arrays: dict[str, Any], out: Any, interpret: Any
 ) -> jax.Array:
-  """As of `sm90_kernel`, by warps."""
+  """As in `sm90_kernel`, by warps."""
   count = len(arrays["x"])
   call = plgpu.kernel(
     functools.partial(_kernel, p, t, bool(interpret)),
@@ -79,8 +79,8 @@ def _kernel(p, t, interpreted, refs, y_ref, smem):
   place = row, column, start, count
 
   def fetch(n):
-    # Nothing computed of a place is known before the loop: the compiler would
-    # keep an address for every instruction, and spill.
+    # Hides the indices from loop-invariant code motion: the compiler would keep
+    # an address for every instruction, and spill.
     here = lax.optimization_barrier(place)
     _fetch(p, t, interpreted, refs, smem, here, n)
 
@@ -110,7 +110,7 @@ def _kernel(p, t, interpreted, refs, y_ref, smem):
 
 
 def _fetch(p, t, interpreted, refs, smem, place, n):
-  """Starts the copies of a step; of none, zeros, past the last one."""
+  """Starts the copies of a step; past the last one, fills with zeros."""
   row, column, start, count = place
   slot, live = lax.rem(n, jnp.int32(t.stages)), n < count
   step = start + jnp.minimum(n, count - 1)
@@ -131,10 +131,10 @@ def _fetch(p, t, interpreted, refs, smem, place, n):
 
 
 def _step(p, t, interpreted, smem, sums, slot):
-  """The sums with the products of one buffer."""
+  """Adds the products of one buffer to the sums."""
   sums, x, halves = list(sums), smem["x"].at[slot], range(p.halves)
-  # Forward each half of a block has its own columns of x and the same sums;
-  # back it is the other way round, and what is read of x serves both.
+  # Forward, each half of a block has its own columns of x and the same sums;
+  # backward it is the other way round, and one read of x serves both.
   for part in [[half] for half in halves] if p.inputs == 1 else [halves]:
     columns = pl.ds(part[0] * TILE, TILE)
     lefts = []
@@ -168,7 +168,7 @@ def _dot(interpreted, total, lefts, rights):
 
 
 def _lefts(interpreted, w):
-  """Left operands [64, 16] of weights [64, 64], in their registers."""
+  """Splits weights [64, 64] into left operands [64, 16], in their registers."""
   if interpreted:
     return [w]
   kind = plgpu.Layout.MMA_LHS(w.dtype)
@@ -177,7 +177,7 @@ def _lefts(interpreted, w):
 
 
 def _rights(interpreted, ref):
-  """Right operands [16, rows] of rows [rows, 64] in shared memory."""
+  """Loads rows [rows, 64] from shared memory as right operands [16, rows]."""
   if interpreted:
     return [ref[...].T]
   kind = plgpu.Layout.MMA_RHS(ref.dtype)
@@ -187,8 +187,8 @@ def _rights(interpreted, ref):
 
 
 def _cut(x, given, kind, shape, part):
-  """Parts of an operand along what is summed, under another layout's name: in
-  one piece Mosaic takes the old name for it."""
+  """Slices an operand along the summed axis, relabelled as another layout: cast
+  as a whole, Mosaic would keep the old layout."""
   one = plgpu.ShapeDtypeStruct(shape, x.dtype, layout=kind)
   places = range(0, TILE, DEPTH)
 

@@ -1,10 +1,10 @@
-"""The kernel of packed weights for a Hopper GPU: W4A16 and W8A16.
+"""Packed-weight matmul kernel for Hopper: W4A16 and W8A16 with `wgmma`.
 
-It has run on no GPU yet: numbers and races are the interpreter's, registers
-and spills those of ptxas for an H100.
+Not yet run on a GPU: the interpreter checks numbers and races, ptxas for an
+H100 registers and spills.
 
-Weights are the left operand, out of registers: see `weight_operand`. One
-warpgroup copies, one or two decode and multiply.
+Weights are the left operand, from registers: see `weight_operand`. One
+warpgroup copies, one or two dequantize and multiply.
 """
 
 import functools
@@ -25,21 +25,21 @@ from kernels_pallas.quantized_matmul.tpu.problem import varying
 
 GROUP = "group"
 REGISTERS = {1: None, 2: (240, 24)}
-"""Registers a thread of (a computing, the copying) warpgroup."""
+"""Registers per thread of (a computing, the copying) warpgroup."""
 
 
 def multiply(
   p: Problem, t: Tile, arrays: dict[str, Any], out: Any, interpret: Any
 ) -> jax.Array:
-  """The result [splits, rows, width], each split's sum.
+  """Returns the result [splits, rows, width], each split's sum.
 
   Args:
     p: The problem.
-    t: Its tile, whose groups divide the width.
+    t: Its tile sizes; `groups` divides the number of pieces.
     arrays: x [rows, summed], rows a multiple of the tile's; codes [words,
-      outputs]; scale and perhaps offset [groups, outputs].
-    out: Type of the result.
-    interpret: As of `plgpu.kernel`.
+      outputs]; scale and optionally offset [groups, outputs].
+    out: Dtype of the result.
+    interpret: As in `plgpu.kernel`.
   """
   rows = len(arrays["x"])
   arrivals = 1 + t.groups * (len(arrays) - 1)
@@ -111,7 +111,7 @@ def _kernel(p, t, interpreted, refs, y_ref, smem, full, free):
 
 
 def _fetch(p, t, refs, smem, barrier, slot, place) -> None:
-  """Issues the copies of a step."""
+  """Starts the copies of a step."""
   row, column, n = place
   rows, depth = pl.ds(row * t.rows, t.rows), pl.ds(n * p.depth, p.depth)
   copy = plgpu.copy_gmem_to_smem
@@ -126,7 +126,7 @@ def _fetch(p, t, refs, smem, barrier, slot, place) -> None:
 
 
 def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
-  """Sums what a warpgroup keeps, and stores it."""
+  """Computes a warpgroup's sums and stores them."""
   full, free = barriers
 
   def run(*sums):
@@ -157,7 +157,7 @@ def _sums(p, t, interpreted, smem, barriers, group, count, target) -> None:
 
 
 def _step(p, interpreted, smem, sums, group, slot) -> None:
-  """Adds the products of one buffer."""
+  """Adds the products of one buffer to the sums."""
   loaded = dequantize.load(smem["codes"].at[slot, group], p.inputs)
   for half in range(p.halves):
     w = weight_operand.weights(

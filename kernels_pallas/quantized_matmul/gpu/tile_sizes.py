@@ -1,8 +1,8 @@
-"""How products with packed weights are cut for a GPU.
+"""Tile sizes of the packed-weight matmul on GPUs.
 
-A block holds `groups` pieces of a tile of rows, each of 64 outputs (or, for the
-input gradient, of the inputs of a block of words), and walks over what is
-summed. On Hopper a warpgroup computes each piece, and one more copies; a block
+A block computes `groups` pieces of a tile of rows, each of 64 outputs (or, for
+the input gradient, of the inputs of a block of words), and loops over the
+summed axis. On Hopper each piece has a warpgroup, and one more copies; a block
 of `mma` is one warpgroup.
 """
 
@@ -13,52 +13,53 @@ import jax.numpy as jnp
 CORES = ("wgmma", "mma")
 OPERANDS = ("registers", "shared")
 SHARED_BYTES = {"wgmma": 232_448, "mma": 101_376}
-"""Shared memory that a block may ask for: of Hopper, and of Ada."""
+"""Shared memory available to a block: on Hopper, and on Ada."""
 
 MOST = {"wgmma": 256, "mma": 80}
-"""Rows of the largest tile: the N of `wgmma`; sums that registers hold, beside
-decoded weights of two pieces (codebooks spill with 96)."""
+"""Rows of the largest tile: the N of `wgmma`; for `mma`, the accumulators that
+fit in registers with dequantized weights of two pieces (codebooks spill with
+96)."""
 
 LEAST_ROWS = {"wgmma": 8, "mma": 16}
-"""Of the smallest, and what others are multiples of: a block of `mma` copies 16
-bytes a thread."""
+"""Rows of the smallest tile, of which others are multiples: a block of `mma`
+copies 16 bytes per thread."""
 
 LEAST_CODES = 32
-"""Likewise for `mma` of rows of 8-bit codes, of half the bytes."""
+"""The same for `mma` with 8-bit rows, which have half the bytes."""
 
 CHUNK = 64
-"""Rows that leave at a time, from Hopper's kernel."""
+"""Rows that Hopper's kernel stores at a time."""
 
 LEAST = 4
-"""Steps that a split has at least."""
+"""Fewest steps per split."""
 
 STAGES = {"wgmma": 6, "mma": 4}
-"""Buffers that are enough to hide how long memory takes; of `mma`, of which a
-multiprocessor has several blocks."""
+"""Buffers that suffice to hide memory latency; fewer for `mma`, with several
+blocks per multiprocessor."""
 
 RESERVED = 2048
-"""Bytes of shared memory for barriers and what the compiler adds."""
+"""Bytes of shared memory for barriers and the compiler's additions."""
 
 PROCESSORS = {"wgmma": 132, "mma": 264}
-"""Blocks that there should be: multiprocessors of an H100; and twice as many of
-those that share one."""
+"""Blocks to aim for: the multiprocessors of an H100; twice as many where two
+share one."""
 
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """Sizes of a kernel.
+  """Tile sizes of a kernel.
 
   Attributes:
-    rows: Of activations, a multiple of `LEAST_ROWS`, at most `MOST`.
-    groups: Pieces of a block, by as many warpgroups, of `mma` by one.
-    stages: Buffers for what is streamed.
-    splits: Parts of what is summed, each summed by a block of its own; their
-      sums, in float32, are added up afterwards.
-    operand: Where weights are multiplied from: 'registers', or 'shared' memory,
-      by `wgmma`, which the GPU interpreter can run.
-    cores: Of `CORES`: `wgmma` of Hopper, or `mma`, which others have, too.
+    rows: Rows of activations, a multiple of `LEAST_ROWS`, at most `MOST`.
+    groups: Pieces per block, by as many warpgroups; by one for `mma`.
+    stages: Buffers for streamed operands.
+    splits: Parts of the summed axis, each summed by its own block; the float32
+      results are added afterwards.
+    operand: Where weights are multiplied from: 'registers', or 'shared' memory
+      with `wgmma`, which the GPU interpreter supports.
+    cores: One of `CORES`: `wgmma` of Hopper, or `mma`, which others have, too.
   """
 
   rows: int = 128
@@ -99,15 +100,15 @@ def fitted(
   sums: int,
   codes: bool = False,
 ) -> Tile:
-  """A tile for a product that is not told one.
+  """Returns the default tile of a product.
 
   Args:
-    cores: Of `CORES`.
-    rows: Of activations.
-    pieces: Along what is not summed, of which a block has `groups`.
-    steps: That they walk over.
-    depth: Of a step.
-    sums: Accumulators of a piece.
+    cores: One of `CORES`.
+    rows: Rows of activations.
+    pieces: Pieces along the axis that is not summed.
+    steps: Steps along the summed axis.
+    depth: Depth of a step.
+    sums: Accumulators per piece.
     codes: Whether rows are 8-bit codes.
   """
   wgmma = cores == "wgmma"
@@ -116,16 +117,16 @@ def fitted(
   if wgmma and size > CHUNK:
     size = min(MOST[cores] // sums, -(-size // CHUNK) * CHUNK)
   elif not wgmma:
-    # As even as can be.
+    # Tiles as even as possible.
     most = MOST[cores] // least * least
     size = -(-size // -(-size // most) // least) * least
-  # A warpgroup of `mma` holds two sums, which share what is read of rows.
+  # An `mma` warpgroup has two accumulators, which share each read of rows.
   many = 2 if wgmma else 2 // sums
   groups = many if pieces % many == 0 else 1
   blocks = pieces // groups * -(-rows // size)
-  # Few blocks leave multiprocessors idle, and memory with too few requests.
+  # Few blocks leave multiprocessors idle, and few memory requests in flight.
   splits = max(1, min(PROCESSORS[cores] // blocks, steps // LEAST))
-  # Words and at most 8 float32 scales and offsets of 64 outputs, a group.
+  # Words and at most 8 float32 scales and offsets of 64 outputs, per group.
   stage = 2 * size * depth + groups * 64 * 4 * (16 + 2 * 8)
   left = SHARED_BYTES[cores] - RESERVED
   if wgmma:

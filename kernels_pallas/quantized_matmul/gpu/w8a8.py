@@ -1,8 +1,9 @@
 """W8A8 on GPUs: products of 8-bit codes, summed in int32.
 
 A word of `planar.in_words` holds four codes of an output, which `mma` sums as
-neighbours, whichever inputs they are of: so the codes of the rows are put in
-that order, and words are left operands as they are but for their signs.
+neighbours, whichever inputs they belong to: so the codes of the rows are
+permuted to that order, and words are left operands as stored except for their
+signs.
 """
 
 from typing import Any
@@ -22,17 +23,17 @@ from kernels_pallas.quantized_matmul.gpu.dequantize import TILE
 from kernels_pallas.quantized_matmul.planar import PLANE, WORDS
 
 SIGNS = 0x80808080
-"""Of a word's codes, which `planar.in_words` turns."""
+"""Sign bits of a word's codes, which `planar.in_words` flips."""
 
 
 def ordered(codes: Int8[Array, "B I"]) -> Int8[Array, "B I"]:
-  """Codes of rows in the order of the words', by blocks of 64 inputs."""
+  """Permutes the codes of rows to the words' order, by blocks of 64 inputs."""
   apart = codes.reshape(len(codes), -1, 2, WORDS, PLANE // WORDS)
   return apart.transpose(0, 1, 3, 4, 2).reshape(codes.shape)
 
 
 def left(words: jax.Array, interpreted: bool) -> jax.Array:
-  """Codes int8 [64 outputs, 64] of words [16, 64] from `decode.load`."""
+  """Returns codes int8 [64 outputs, 64] of words from `dequantize.load`."""
   if interpreted:
     each = [(words >> 8 * n) & 0xFF for n in range(4)]
     codes = jnp.stack(each, axis=1).reshape(TILE, TILE).T
@@ -47,7 +48,7 @@ def left(words: jax.Array, interpreted: bool) -> jax.Array:
     word = ir.IntegerType.get_signless(32)
     four = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
     signs = i32(SIGNS - 2**32)
-    # Of a quarter of the words, and of rows in eighths of a warp.
+    # Indices: quarter of the words, and eighth of a warp for rows.
     found = []
     for n, m in np.ndindex(WORDS // 4, 2):
       codes = mgpu.utils.bitcast(x.registers[n, 0, 0, 0, m, 0, 0], word)
@@ -58,7 +59,7 @@ def left(words: jax.Array, interpreted: bool) -> jax.Array:
 
 
 def right(ref: Any, interpreted: bool) -> jax.Array:
-  """Codes int8 [64, rows] of rows of pairs, int16 [rows, 32]."""
+  """Returns codes int8 [64, rows] of rows of pairs, int16 [rows, 32]."""
   if interpreted:
     return ref[...].T
   pairs = plgpu.Layout.MMA_RHS(jnp.int16)

@@ -1,8 +1,8 @@
-"""A product with packed weights on a GPU, and its left operand.
+"""A GPU matmul with packed weights: its static facts, and its left operand.
 
 The product is computed transposed, `y^T = W^T x^T` or `dx^T = W dy^T`, so that
-weights are the left operand, which tensor cores take from registers: there they
-are decoded and scaled and rounded to the type of the rows.
+weights are the left operand, which tensor cores read from registers: there they
+are decoded, scaled and rounded to the dtype of the rows.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Problem:
   Attributes:
     inputs: Axis of inputs in an operand: 1 forward, 0 for the gradient.
     padded: Inputs and outputs of the matrix's arrays.
-    bits: Of a code.
-    group: Inputs of a scale.
-    first: What code 0 stands for, if the others follow by ones.
-    codebook: Else what each of 16 does.
+    bits: Bits per code.
+    group: Inputs per scale.
+    first: Value of code 0, if values are consecutive; else None.
+    codebook: Otherwise the values of the 16 codes.
     integers: Whether rows are 8-bit codes, too, and sums int32.
   """
 
@@ -43,47 +43,47 @@ class Problem:
 
   @property
   def planes(self) -> int:
-    """Planes of a word."""
+    """Planes per word."""
     return 16 // self.bits
 
   @property
   def block(self) -> int:
-    """Inputs of a block of words."""
+    """Inputs per block of words."""
     return PLANE * self.planes
 
   @property
   def halves(self) -> int:
-    """Operands that a block of words holds."""
+    """Operands per block of words."""
     return self.planes // 2
 
   @property
   def sums(self) -> int:
-    """Accumulators of a piece."""
+    """Accumulators per piece."""
     return 1 if self.inputs == 1 else self.halves
 
   @property
   def kept(self) -> int:
-    """Outputs, or inputs, of a piece."""
+    """Outputs, or inputs, per piece."""
     return TILE if self.inputs == 1 else self.block
 
   @property
   def depth(self) -> int:
-    """Inputs, or outputs, of a step."""
+    """Inputs, or outputs, per step."""
     return self.block if self.inputs == 1 else TILE
 
   @property
   def steps(self) -> int:
-    """Of all splits together."""
+    """Number of steps, over all splits."""
     return self.padded[1 - self.inputs] // self.depth
 
   @property
   def width(self) -> int:
-    """Of the result."""
+    """Width of the result."""
     return self.padded[self.inputs]
 
   @property
   def scales(self) -> int:
-    """Of an output, in a block of words."""
+    """Scales per output in a block of words."""
     return max(1, self.block // self.group)
 
 
@@ -98,12 +98,12 @@ def buffers(p: Problem, t: Tile, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def corners(p: Problem, kept: Any, step: Any) -> tuple[dict[str, Any], Any]:
-  """Where words, scales and offsets of a piece begin.
+  """Returns where words, scales and offsets of a piece start.
 
   Args:
     p: The problem.
-    kept: Which piece.
-    step: Which part of what is summed.
+    kept: Index of the piece.
+    step: Index of the step along the summed axis.
 
   Returns:
     The first line of each, and the first column of all.
@@ -122,14 +122,14 @@ def weights(
   place: Any,
   half: int,
 ) -> jax.Array:
-  """Weights [64, 64] in the type of the rows, in the layout of `wgmma`.
+  """Returns weights [64, 64] in the dtype of the rows, in the `wgmma` layout.
 
   Args:
     p: The problem.
-    interpreted: Whether no registers can be named.
-    loaded: Words of a stage and group, from `decode.load`.
-    smem: scale and perhaps offset, `[stages, groups, scales, 64]`; x.
-    place: Of which stage and group.
+    interpreted: Whether the GPU interpreter runs it, which has no registers.
+    loaded: Words of a stage and group, from `dequantize.load`.
+    smem: scale and optionally offset, `[stages, groups, scales, 64]`; x.
+    place: (stage, group).
     half: Which 64 inputs of a block of words.
   """
   dtype, of_scales = smem["x"].dtype, smem["scale"].dtype

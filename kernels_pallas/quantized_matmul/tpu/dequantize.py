@@ -1,4 +1,4 @@
-"""Decoding packed weights in a TPU's vector registers; see `planar`."""
+"""Dequantization of packed weights in TPU vector registers; see `planar`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.quantized_matmul.planar import LANES, PLANES, WORDS
 
-# bfloat16 has 7 bits of fraction: the code in the upper four of them, under
-# the exponent of 16, is the number 16 + code, exactly.
+# bfloat16 has 7 fraction bits: with the code in the upper four of them and the
+# exponent of 16, the number is exactly 16 + code.
 _SIXTEEN = 0x41804180
 _CODE = 0x00780078
 _LIFT = 3
 
 ROWS = 8
-"""Sublanes of a register."""
+"""Sublanes per register."""
 
 
 def base(codebook: tuple[float, ...]) -> float:
-  """What is to be added to `levels` to have the codebook's entries."""
+  """Returns what must be added to `levels` to get the codebook's entries."""
   return codebook[0] - 16 if _is_arithmetic(codebook) else 0.0
 
 
@@ -41,13 +41,13 @@ def levels(
   dtype: Any,
   found: Sequence[jax.Array],
 ) -> jax.Array:
-  """Codes of whole blocks as numbers, up to `base`.
+  """Converts codes of whole blocks to numbers, up to `base`.
 
   Args:
     codes: uint32 [N / 8, lanes] or int8 [N, lanes], N a multiple of 128.
     codebook: of 4-bit codes; else empty.
     dtype: bfloat16 (to which entries are rounded) or float32.
-    found: `tables` of the same codebook and type.
+    found: `tables` of the same codebook and dtype.
 
   Returns:
     [N, lanes]: 8-bit codes, 16 + code, or the codebook's entries.
@@ -66,23 +66,24 @@ def levels(
 
 
 def _right(x: jax.Array, n: int) -> jax.Array:
-  """`x` shifted right by n bits, left if n is negative."""
+  """Shifts `x` right by n bits, left if n is negative."""
   return x >> jnp.uint32(n) if n >= 0 else x << jnp.uint32(-n)
 
 
 def _sixteen_more(words: jax.Array, j: int) -> jax.Array:
-  """16 + code of plane j, in three operations on registers."""
+  """Returns 16 + code of plane j, in three register operations."""
   moved = _right(words, 4 * j - _LIFT)
   bits = (moved & jnp.uint32(_CODE)) | jnp.uint32(_SIXTEEN)
   return pltpu.bitcast(bits, jnp.bfloat16)
 
 
 def tables(codebook: tuple[float, ...], dtype: Any) -> tuple[jax.Array, ...]:
-  """What entries are looked up in, uint32 [8, 128]; empty if they need none.
+  """Returns lookup tables of the entries, uint32 [8, 128]; empty if not needed.
 
-  A look-up picks one of a register's 8 rows, in each lane apart. For bfloat16
-  a row holds two entries, n and n + 8, and in the second table n + 8 and n;
-  for float32 the tables are the first and the second half of the entries.
+  A lookup selects one of a register's 8 rows, separately in each lane. For
+  bfloat16 a row holds two entries, n and n + 8, and in the second table n + 8
+  and n; for float32 the tables are the first and the second half of the
+  entries.
   """
   if not codebook or _is_arithmetic(codebook):
     return ()
@@ -106,7 +107,7 @@ def tables(codebook: tuple[float, ...], dtype: Any) -> tuple[jax.Array, ...]:
 
 
 def _looked_up(words: jax.Array, j: int, found, dtype) -> jax.Array:
-  """Entries of plane j, register by register."""
+  """Looks up the entries of plane j, register by register."""
   look = _of_float32 if dtype == jnp.float32 else _of_bfloat16
   rows = [
     jnp.concatenate(
@@ -122,7 +123,7 @@ def _looked_up(words: jax.Array, j: int, found, dtype) -> jax.Array:
 
 
 def _of_bfloat16(words, j, found):
-  """Two look-ups, of a low and a high half; bit 3 says which entry of a row."""
+  """Two lookups, for a low and a high half; bit 3 selects an entry of a row."""
   first, second = found
   sixteen = jnp.uint32(16)
   low = _pick(first, words, 4 * j) >> (_right(words, 4 * j - 1) & sixteen)
@@ -142,7 +143,7 @@ def _of_float32(words, j, found):
 
   low, high = entries(4 * j), entries(4 * j + 16)
   half, lower = jnp.uint32(16), jnp.uint32(0xFFFF)
-  # Both halves of the bits in their rows' order, then put together.
+  # Both halves of the bits in row order, then combined.
   top = (low >> half) | (high & ~lower)
   rest = (low & lower) | (high << half)
   top, rest = (
@@ -152,9 +153,9 @@ def _of_float32(words, j, found):
 
 
 def _pick(table: jax.Array, words: jax.Array, n: int) -> jax.Array:
-  """Rows of a table that bits n to n + 2 name, in each lane.
+  """Selects rows of a table by bits n to n + 2, in each lane.
 
-  `jnp.take_along_axis` would also count from the end, at twice the cost.
+  `jnp.take_along_axis` would also handle negative indices, at twice the cost.
   """
   index = (_right(words, n) & jnp.uint32(7)).astype(jnp.int32)
   along = jax.lax.GatherDimensionNumbers(
@@ -176,14 +177,14 @@ def scaled(
   group: int,
   shift: float,
 ) -> jax.Array:
-  """Levels as weights, in float32.
+  """Scales levels to weights, in float32.
 
   Args:
     found: float32 [N, lanes].
-    scale: float32 [N / group, lanes], or [1, lanes] where one serves all.
+    scale: float32 [N / group, lanes], or [1, lanes] for one scale.
     offset: the same shape, or None.
-    group: rows of a scale.
-    shift: of `base`.
+    group: rows per scale.
+    shift: from `base`.
   """
   rows, lanes = found.shape
   group = min(group, rows)

@@ -1,12 +1,14 @@
-"""Few rows times a packed matrix: bytes of the weights are what it costs.
+"""Packed-weight matmul kernel for few rows on TPUs: bound by the weights'
+bytes.
 
-It has run on no TPU yet: numbers and races are the interpreter's, schedules
-and spills those of libtpu's compiler for v4 to tpu7x.
+Not yet run on a TPU: the interpreter checks numbers and races, libtpu's
+compiler for v4 to tpu7x schedules and spills.
 
-Weights are not scaled, products are: of each group's codes with the rows. With
-groups below 128, the depth of a matrix unit, a row comes once for each group of
-a block, zeros elsewhere, so that one product holds all groups' apart. Rows are
-few, and a unit's time goes into taking over 128 x 128 weights.
+Products of each group's codes with the rows are scaled, not weights. With
+groups below 128, the depth of a matrix unit, a row is repeated for each group
+of a block, with zeros elsewhere, so that one product yields all groups' sums
+separately. Since rows are few, a matrix unit spends its time loading 128 x 128
+weights.
 """
 
 import functools
@@ -28,20 +30,20 @@ from kernels_pallas.quantized_matmul.tpu.problem import (
 )
 
 DEPTH = 512
-"""Most inputs of one product."""
+"""Most inputs per product."""
 
 COLUMNS = 256
-"""Outputs worked on at a time."""
+"""Outputs processed at a time."""
 
 
 def few(x: jax.Array, p: Problem, dtype: Any, interpret: Any) -> jax.Array:
-  """Returns `x W` [M, O'] in float32 sums, rounded to `dtype`.
+  """Returns `x W` [M, O'], summed in float32, rounded to `dtype`.
 
   Args:
     x: [M, I'], bfloat16, float32, or int8 with 8-bit codes.
     p: The matrix in tiles.
-    dtype: Of the result.
-    interpret: As of `pl.pallas_call`.
+    dtype: Dtype of the result.
+    interpret: As in `pl.pallas_call`.
   """
   M, t = len(x), p.tile
   rows, tiles = fit(M, t.rows, 8)
@@ -75,7 +77,7 @@ def few(x: jax.Array, p: Problem, dtype: Any, interpret: Any) -> jax.Array:
 
 
 def _spread(x: jax.Array, rows: int, inputs: int, group: int) -> jax.Array:
-  """Rows once for each group of a block, [copies, rows, inputs]."""
+  """Repeats rows for each group of a block, [copies, rows, inputs]."""
   x = jnp.pad(x, ((0, rows - x.shape[0]), (0, inputs - x.shape[1])))
   copies = max(1, BLOCK // group)
   if copies == 1:
@@ -113,14 +115,14 @@ def _kernel(p: Problem, x, refs, y, total):
 
 
 def _sum(p: Problem, x):
-  """Sums of rows, where codes and weights differ by more than a factor."""
+  """Sums rows, if weights are not just multiples of codes."""
   if not p.shift and "offset" not in p.arrays:
     return None
   return jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
 
 
 def _part(p: Problem, x, refs, n, depth, here, rowsums, tables):
-  """The product with inputs n to n + depth of a tile, [rows, width]."""
+  """Returns the product with inputs n to n + depth of a tile, [rows, width]."""
   words = refs["codes"][p.words(n) : p.words(n + depth), here]
   if x.dtype == jnp.int8:
     found = jnp.dot(x, words, preferred_element_type=jnp.int32)

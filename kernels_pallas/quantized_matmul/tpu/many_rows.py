@@ -1,10 +1,10 @@
-"""Many rows times a packed matrix, or its transpose: matrix units are the cost.
+"""Packed-weight matmul kernel for many rows on TPUs: bound by the matrix units.
 
-It has run on no TPU yet: numbers and races are the interpreter's, schedules
-and spills those of libtpu's compiler for v4 to tpu7x.
+Not yet run on a TPU: the interpreter checks numbers and races, libtpu's
+compiler for v4 to tpu7x schedules and spills.
 
-A tile of weights is decoded and scaled once, rounded to the activations' type,
-and multiplied with a tile of rows.
+A tile of weights is dequantized once, rounded to the activations' dtype, and
+multiplied with a tile of rows. The transposed product is the input gradient.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from kernels_pallas.quantized_matmul.tpu.problem import (
 )
 
 COLUMNS = 256
-"""Outputs decoded at a time."""
+"""Outputs dequantized at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Direction:
   """Which axis of the matrix is summed over.
 
   Attributes:
-    name: Of the kernel.
+    name: Kernel name.
     contracted: Axis of the matrix, 0 (inputs) or 1 (outputs).
-    place: From (outer, inner) tiles to those along (inputs, outputs).
+    place: Maps (outer, inner) tiles to those along (inputs, outputs).
   """
 
   name: str
@@ -46,7 +46,7 @@ class Direction:
   place: Callable[[Any, Any], tuple[Any, Any]]
 
   def sizes(self, inputs: Any, outputs: Any) -> tuple[Any, Any]:
-    """(kept, summed over) of what belongs to inputs and outputs."""
+    """Orders values for inputs and outputs as (kept, summed over)."""
     return (outputs, inputs) if self.contracted == 0 else (inputs, outputs)
 
   def add(self, total, x, weights, here: slice):
@@ -78,8 +78,8 @@ def many(
     x: [M, I'] or [M, O'], bfloat16 or float32.
     p: The matrix in tiles.
     way: `FORWARD` or `GRADIENT`.
-    dtype: Of the result.
-    interpret: As of `pl.pallas_call`.
+    dtype: Dtype of the result.
+    interpret: As in `pl.pallas_call`.
   """
   M, t = len(x), p.tile
   # Tiles are sized for bfloat16: v4 has 16 MiB of VMEM.
@@ -131,7 +131,7 @@ def _kernel(p: Problem, way: Direction, x, refs, y, total, weights):
 
   decode_to(columns[0])
   for here, following in zip(columns, [*columns[1:], None], strict=True):
-    # Ahead of the product, so that its arithmetic runs beside it.
+    # Before the product, so that it overlaps with the matrix units.
     if following is not None:
       decode_to(following)
     way.add(total, x, weights, here)
@@ -142,7 +142,7 @@ def _kernel(p: Problem, way: Direction, x, refs, y, total, weights):
 
 
 def _weights(p: Problem, refs, n: int, here: slice, tables, dtype):
-  """A block's weights, scaled in float32, [128, width]."""
+  """Returns a block's weights, scaled in float32, [128, width]."""
   words = refs["codes"][p.words(n) : p.words(n + BLOCK), here]
   found = dequantize.levels(words, p.codebook, dtype, tables)
   found = found.astype(jnp.float32)

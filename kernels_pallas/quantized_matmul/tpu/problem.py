@@ -1,4 +1,4 @@
-"""A packed matrix cut into tiles for the TPU kernels."""
+"""Arguments of the TPU kernels: a packed matrix divided into tiles."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,12 @@ VMEM_LIMIT = 100 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """What a grid step works on.
+  """Sizes of a grid step.
 
   Attributes:
-    rows: Of activations.
-    inputs: Of the matrix, a multiple of 128.
-    outputs: Of the matrix, a multiple of 128.
+    rows: Rows of activations.
+    inputs: Inputs of the matrix, a multiple of 128.
+    outputs: Outputs of the matrix, a multiple of 128.
   """
 
   rows: int
@@ -43,14 +43,14 @@ class Problem:
   """Static facts of a matrix and its arrays.
 
   Attributes:
-    tile: Fitted to the matrix.
+    tile: Tile sizes, fitted to the matrix.
     steps: Tiles along inputs and outputs.
     padded: Inputs and outputs of the matrix's arrays.
-    bits: Of a code.
-    group: Inputs of a scale.
-    codebook: Of 4-bit codes.
-    arrays: codes [I' / 8 or I', O']; scale and, if there is one, offset
-      [steps or fewer, scales a step, O'].
+    bits: Bits per code.
+    group: Inputs per scale.
+    codebook: Values of 4-bit codes.
+    arrays: codes [I' / 8 or I', O']; scale and optionally offset [steps or
+      fewer, scales a step, O'].
   """
 
   tile: Tile
@@ -63,18 +63,18 @@ class Problem:
 
   @property
   def shift(self) -> float:
-    """What decoded levels lack."""
+    """What must be added to decoded levels."""
     return dequantize.base(self.codebook)
 
   def words(self, n: int) -> int:
-    """Rows of the codes' array that n inputs take."""
+    """Returns the rows of the codes' array that n inputs take."""
     return n // 8 if self.bits == 4 else n
 
   def specs(self, place: Callable[..., Any]) -> dict[str, pl.BlockSpec]:
-    """Block specifications of the arrays.
+    """Returns the block specifications of the arrays.
 
     Args:
-      place: From the ids of a grid step to the tile along inputs and outputs.
+      place: Maps the ids of a grid step to the tile along inputs and outputs.
     """
     t = self.tile
     shared = np.int32(max(1, self.group // t.inputs))
@@ -91,7 +91,7 @@ class Problem:
     return specs
 
   def cost(self, rows: int, tiles: int) -> pl.CostEstimate:
-    """Of a product of so many rows, in so many tiles of rows."""
+    """Estimates a product of `rows` rows, in `tiles` tiles of rows."""
     (I, O), size = self.padded, 2
     weights = sum(x.size * x.dtype.itemsize for x in self.arrays.values())
     return pl.CostEstimate(
@@ -102,12 +102,12 @@ class Problem:
 
 
 def prepare(w: Planar, tile: Tile, outputs: bool = False) -> Problem:
-  """A matrix in tiles no larger than `tile`.
+  """Divides a matrix into tiles no larger than `tile`.
 
   Args:
     w: Without leading axes.
-    tile: Wanted.
-    outputs: Whether outputs are summed over: whole tiles of scales, then.
+    tile: Requested sizes.
+    outputs: Whether outputs are summed over, which needs whole tiles of scales.
   """
   I, O = w.padded
   unit = BLOCK if w.group >= I else max(BLOCK, w.group)
@@ -123,8 +123,8 @@ def prepare(w: Planar, tile: Tile, outputs: bool = False) -> Problem:
 
   def scales(x):
     each = max(1, inputs // w.group)
-    # What lies past the end of an array may be NaN, and 0 * NaN is: codes are
-    # finite whatever their bits, scales have zeros there.
+    # Reads past an array's end may be NaN, and 0 * NaN is NaN: codes are finite
+    # for any bits, scales are zero-padded.
     rows = steps * each if w.group < I else 1
     end = across * columns - O if outputs else 0
     x = jnp.pad(x, ((0, max(0, rows - x.shape[0])), (0, end)))
@@ -147,12 +147,12 @@ def prepare(w: Planar, tile: Tile, outputs: bool = False) -> Problem:
 
 
 def fit(size: int, most: int, unit: int) -> tuple[int, int]:
-  """A tile's size and count: one, a divisor of many, or little padding.
+  """Returns a tile's size and count: one, a divisor, or with little padding.
 
   Args:
-    size: To cover.
+    size: Size to cover.
     most: Largest tile.
-    unit: Of which the tile is a multiple.
+    unit: Divisor of the tile.
   """
   whole = -(-size // unit) * unit
   most = max(unit, most // unit * unit)
@@ -167,10 +167,10 @@ def fit(size: int, most: int, unit: int) -> tuple[int, int]:
 
 
 def precision(dtype: Any) -> Any:
-  """Of products: all bits of float32, which is several passes of bfloat16."""
+  """Returns the matmul precision: full float32, in several bfloat16 passes."""
   return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def varying(x: jax.Array, shape: tuple[int, ...], dtype: Any):
-  """The type of an output that varies over the mesh as `x` does."""
+  """Returns the type of an output that varies over the mesh as `x` does."""
   return jax.eval_shape(lambda x: jnp.zeros_like(x, dtype, shape=shape), x)

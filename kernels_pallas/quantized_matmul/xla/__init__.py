@@ -1,4 +1,4 @@
-"""Products with packed weights in JAX alone."""
+"""Matmul with packed weights in plain JAX."""
 
 from kernels_pallas.quantized_matmul.xla.matmul import (
   PIECE,

@@ -1,7 +1,7 @@
-"""The product in plain lax: panels decoded a cacheful at a time.
+"""Matmul with packed weights in plain lax: the xla backend.
 
-The path of platforms without a kernel, of CPUs without a C++ compiler, and of
-gradients everywhere.
+Decodes as many panels at a time as fit into cache. Used on platforms without a
+kernel, on CPUs without a C++ compiler, and for gradients everywhere.
 """
 
 import functools
@@ -14,11 +14,11 @@ from kernels_pallas.quantized_matmul.cpu import panels
 from kernels_pallas.quantized_matmul.cpu.panels import LANES, Panels
 
 PIECE = 2 << 20
-"""Bytes of decoded panels at a time: a core's cache holds them."""
+"""Bytes of decoded panels at a time, which fit into a core's cache."""
 
 
 def xla_matmul(x: Float[Array, "B I"], w: Panels) -> Float[Array, "B O"]:
-  """Returns `x W` in the dtype of x, sums in float32."""
+  """Returns `x W` in the dtype of x, summed in float32."""
   x, w = jax.lax.optimization_barrier((x, w))
   x_padded = _padded(x, w.padded)
 
@@ -36,7 +36,7 @@ def xla_matmul(x: Float[Array, "B I"], w: Panels) -> Float[Array, "B O"]:
 def xla_input_gradient(
   dy: Float[Array, "B O"], w: Panels
 ) -> Float[Array, "B I"]:
-  """Returns `dy W^T` in the dtype of dy, sums in float32."""
+  """Returns `dy W^T` in the dtype of dy, summed in float32."""
   dy, w = jax.lax.optimization_barrier((dy, w))
   pieces = _pieces(w)
   count, each = pieces.words.shape[:2]
@@ -62,10 +62,10 @@ def _padded(x: Array, size: int) -> Array:
 
 
 def _pieces(w: Panels) -> Panels:
-  """Returns the panels behind an axis of equal pieces, zeros at the end."""
+  """Splits the panels into equal pieces on a new axis, zero-padded."""
   count = w.words.shape[0]
   each = max(1, min(count, PIECE // (4 * LANES * w.padded)))
-  # A divisor copies nothing; without a near one the last piece is padded.
+  # A divisor avoids a copy; without a near one the last piece is padded.
   divisors = (n for n in range(each, each // 2, -1) if count % n == 0)
   each = next(divisors, each)
   cut = functools.partial(_cut, each=each, pad=-count % each)
