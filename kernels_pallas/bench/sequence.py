@@ -1,9 +1,9 @@
-"""Checks of attention whose keys come in parts, or lie on several devices.
+"""Checks of attention over parts of the keys, or across devices.
 
-The parts of a ring are what kernels see of it: outputs in float32, a
-log-sum-exp of every part, and gradients of a part of the keys by the
-log-sum-exp of all. They run on one device; the ring itself, and the other ways
-across devices, over all that there are.
+The parts of a ring are what kernels compute in it: float32 outputs, a
+log-sum-exp of every part, and gradients of a part of the keys from the
+log-sum-exp of all. They run on one device; the ring itself, and the other
+sequence parallel methods, run on all devices.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ CUTS = {
 
 
 def checks(target: Target) -> list[Job]:
-  """Parts in order, and all ways across devices."""
+  """Returns checks of parts in order, and of all methods across devices."""
   x = Problem(causal_by_position, T=1024, S=1024, N=8, K=8, extras=("sinks",))
   if target.tiny:
     x = dataclasses.replace(x, T=128, S=128, N=2, K=2, H=64, Hv=64)
@@ -57,7 +57,7 @@ def checks(target: Target) -> list[Job]:
 
 
 def causal_by_position(T, S):
-  """Causal, by positions: a shard does not know where it begins."""
+  """A causal mask with positions, since a shard does not know its start."""
   return Mask.causal(
     (3 * T // 4, None),
     q_positions=jnp.arange(T)[None],
@@ -72,14 +72,14 @@ def ring_by_parts(
   operands: dict[str, Any],
   mask: Mask,
 ) -> dict[str, Any]:
-  """What a ring of `PARTS` devices computes, one step after the other.
+  """Computes what a ring of `PARTS` devices does, one step after another.
 
   Args:
-    target: What it runs on.
+    target: The chip.
     x: The call.
     direction: 'forward' or 'backward'.
     operands: Named arrays.
-    mask: By positions.
+    mask: Mask with positions.
   """
   whole = Operands(**operands, mask=mask)
   tiles = attention.tiles(target, x.H, x.Hv, x)
@@ -112,7 +112,7 @@ def ring_by_parts(
 
 
 def _step(whole: Operands, keys: slice) -> Operands:
-  """The keys of one shard."""
+  """Returns the call with the keys of one shard."""
   mask = dataclasses.replace(
     whole.mask, kv_positions=whole.mask.kv_positions[:, keys]
   )
@@ -122,7 +122,7 @@ def _step(whole: Operands, keys: slice) -> Operands:
 
 
 def _across(target: Target, x: Problem, cut: Cut, **call):
-  """Over all devices of the mesh, of which there may be one."""
+  """Runs attention over all devices of the mesh, possibly one."""
   how = {"config": attention.tiles(target, x.H, x.Hv, x)}
   if target.interpret() is not None:
     how["interpret"] = target.interpret()
@@ -130,7 +130,7 @@ def _across(target: Target, x: Problem, cut: Cut, **call):
 
 
 def _all_devices(target: Target):
-  """A mesh that is set."""
+  """Sets a mesh of all devices."""
   count = 1 if target.tiny else jax.device_count()
   return jax.set_mesh(
     jax.make_mesh(

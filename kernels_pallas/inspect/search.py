@@ -1,9 +1,9 @@
-"""Finds the tiles of our attention kernels by their schedules alone.
+"""Finds tile sizes for our TPU attention kernels from their schedules alone.
 
-The parts that are worked on decide most, the tiles that are fetched the rest.
-So parts are tried in a tile that compiles quickly, then tiles for the best of
-them. What does not compile, or does not fit, is not chosen. A schedule counts
-a cycle a bundle, or what memory takes where that is more (kernels.md 12.1).
+The parts that are computed matter most, then the tiles that are fetched. So
+parts are tried in a tile that compiles quickly, then tiles for the best of
+them. Tiles that do not compile or do not fit are skipped. A schedule costs a
+cycle per bundle, or the memory's cycles if these are more (kernels.md 12.1).
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ PARTS = ((256, 128), (128, 128), (128, 256), (256, 256), (512, 256))
 TILES = ((2048, 2048), (2048, 1024), (1024, 2048), (1024, 1024), (1024, 512),
          (512, 1024), (512, 512), (256, 512), (256, 256))  # fmt: skip
 MOST = 2
-"""Tiles that are tried for the best parts: the largest that fit."""
+"""Tiles to try for the best parts: the largest that fit."""
 
 
 def search(
   job: Job, tell: Callable[[tuple[int, ...], Measurement | str], None]
 ) -> Measurement | None:
-  """The measurement of the best blocks for a job of our attention, or None.
+  """Returns the measurement with the best blocks for our attention, or None.
 
   Args:
-    job: Its blocks and length are not used.
-    tell: Told of each blocks that were tried: a measurement or a refusal.
+    job: Its blocks and length are ignored.
+    tell: Called with each blocks tried, and a measurement or an error message.
   """
 
   def best(candidates: Iterator[tuple[int, ...]], most: int):
@@ -64,18 +64,18 @@ def search(
 
 
 def at(job: Job, blocks: tuple[int, ...]) -> Job:
-  """The job at other blocks, long enough for a steady state."""
+  """Returns the job at other blocks, long enough for a steady state."""
   return dataclasses.replace(
     job, blocks=tuple(blocks), length=4 * max(blocks[:2])
   )
 
 
 def write(found: Measurement, path: pathlib.Path = tile_sizes.TABLE) -> None:
-  """Writes a measurement's blocks where `tile_sizes.for_device` reads.
+  """Writes a measurement's blocks to the table of `tile_sizes.for_device`.
 
   Args:
-    found: Of our attention.
-    path: Of the table.
+    found: Measurement of our attention.
+    path: Path of the table.
   """
   job, table = found.job, json.loads(path.read_text())
   row = table[job.chip.kind][job.dtype][str(job.head_dim)]
@@ -84,13 +84,13 @@ def write(found: Measurement, path: pathlib.Path = tile_sizes.TABLE) -> None:
 
 
 def name(job: Job) -> str:
-  """Which tile of `tile_sizes.Tiles` a job measures."""
+  """Returns the name in `tile_sizes.Tiles` of the tile that a job measures."""
   names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
   return names.get((job.direction, job.backward), "forward")
 
 
 def _text(table) -> str:
-  """The table as JSON, a head dim a line."""
+  """Formats the table as JSON, one head dim per line."""
 
   def block(rows: list[str], indent: int) -> str:
     space = "\n" + " " * indent
