@@ -359,7 +359,7 @@ def whole(x: Shaped[Array, "..."], last: int = 1) -> Shaped[Array, "..."]:
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-is_cut = target_platform.is_cut
+is_cut = target_platform.may_be_sharded
 """Here, too: who cuts arrays asks it."""
 
 

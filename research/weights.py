@@ -188,7 +188,7 @@ def _flatly(eq: str, x: Float[Array, "..."], w: Float[Array, "..."]):
   """
   rows = x.ndim + len("...") - eq.index(",")
   # Rows of a batch and tokens of a row may both be cut; flat they cannot.
-  if not eq.startswith("...") or rows < 2 or target_platform.is_cut():
+  if not eq.startswith("...") or rows < 2 or target_platform.may_be_sharded():
     return jnp.einsum(eq, x, w)
   y = jnp.einsum(eq, x.reshape(-1, *x.shape[rows:]), w)
   return y.reshape(*x.shape[:rows], *y.shape[1:])

@@ -9,9 +9,9 @@ import numpy as np
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.flash_attention.sharded import (
-  Cut,
-  positioned,
+  AttentionSharding,
   sharded_attention,
+  with_positions,
 )
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel import zigzag
@@ -147,10 +147,10 @@ def shared(mask, x, sizes, cut, shards=0, **options):
   at = np.arange(x["q"].shape[1])
   if shards:
     at = zigzag.zigzag(len(at), shards)
-    mask, x = reordered(positioned(mask, T, T), at), taken(x, at)
+    mask, x = reordered(with_positions(mask, T, T), at), taken(x, at)
 
   def run(mask, x):
-    return results(sharded_attention, mask, x, cut=cut, **options)
+    return results(sharded_attention, mask, x, sharding=cut, **options)
 
   with jax.set_mesh(mesh_of(sizes)):
     found = quick(run)(mask, x)
@@ -171,13 +171,13 @@ def program(sizes, cut, x, mask=None):
   x = {name: x[name] for name in ("q", "k", "v", "do")}
 
   def run(x):
-    return results(sharded_attention, mask, x, cut=cut)
+    return results(sharded_attention, mask, x, sharding=cut)
 
   with jax.set_mesh(mesh):
     done = jax.jit(run, in_shardings=place).lower(x).compile()
   return done, support_hlo.collectives(done.as_text(), mesh)
 
 
-RING = Cut(("rows",), ring=("along",))
-GATHER = Cut(("rows",), length=("along",))
-ULYSSES = Cut(("rows",), ulysses=("along",))
+RING = AttentionSharding(("rows",), ring=("along",))
+GATHER = AttentionSharding(("rows",), length=("along",))
+ULYSSES = AttentionSharding(("rows",), ulysses=("along",))

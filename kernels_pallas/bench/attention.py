@@ -17,7 +17,10 @@ import jax.numpy as jnp
 from kernels_pallas.bench import jobs
 from kernels_pallas.bench.jobs import Check, Job, Target
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import cores, programs
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import (
+  cores,
+  num_multiprocessors,
+)
 from kernels_pallas.flash_attention.gpu.tile_sizes import (
   GpuTiles,
   for_head_dim,
@@ -256,7 +259,7 @@ def operands(x: Problem) -> tuple[dict[str, Any], Mask]:
     for name in "qk":
       found[name] = found[name].at[..., 0].set((x.level * x.H**0.5) ** 0.5)
   if "padding" in x.extras:
-    keys, queries = mask.live_keys(), mask.live_queries()
+    keys, queries = mask.valid_keys(), mask.valid_queries()
     for name, live in (("q", queries), ("k", keys), ("v", keys)):
       if live is not None:
         found[name] = jnp.where(live[:, :, None, None], found[name], jnp.nan)
@@ -369,7 +372,7 @@ def tiles(
   if target.platform == "tpu":
     return _tpu_tiles(target, x)
   kind = target.kind
-  found = for_head_dim(H, Hv, cores(kind) or "wgmma", programs(kind))
+  found = for_head_dim(H, Hv, cores(kind) or "wgmma", num_multiprocessors(kind))
   if x.tiles != "own" or target.tiny:
     found = dataclasses.replace(found, programs=FEW)
   if x.tiles == "shared" or target.tiny:

@@ -21,7 +21,7 @@ from kernels_pallas.decode_attention.api import (
   paged_attention,
 )
 from kernels_pallas.decode_attention.pages import (
-  LARGEST,
+  MAX_CODE,
   Pages,
   append_to_pages,
   quantize,
@@ -173,7 +173,7 @@ def _operands(x: Problem) -> tuple[jax.Array, Any, jax.Array]:
   dead = ~_seen(x)[:, :, None, None]
   if not x.page:
     return q, (jnp.where(dead, jnp.nan, k), jnp.where(dead, jnp.nan, v)), sinks
-  codes = jnp.dtype(kv_dtype) in LARGEST
+  codes = jnp.dtype(kv_dtype) in MAX_CODE
   k_scale = v_scale = None
   if codes:
     (k, k_scale), (v, v_scale) = (
@@ -283,7 +283,7 @@ def _new(x: Problem):
   """Returns pages without NaN, and new keys and values."""
   _, cache, _ = _operands(dataclasses.replace(x, window=None))
   cache = jax.tree.map(
-    lambda y: y if y.dtype in LARGEST else jnp.nan_to_num(y), cache
+    lambda y: y if y.dtype in MAX_CODE else jnp.nan_to_num(y), cache
   )
   tokens = int(x.starts[-1])
   shapes = (tokens, x.K, x.H), (tokens, x.K, x.Hv)

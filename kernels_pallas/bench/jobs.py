@@ -239,7 +239,7 @@ def time_all(
     size: Bytes that a call has to move.
   """
   given, line = operands(), {}
-  chip = None if target.tiny else chips.of_kind(target.kind)
+  chip = None if target.tiny else chips.find_by_kind(target.kind)
   for name, make in implementations.items():
     try:
       took = seconds(jax.jit(make()), *given, tiny=target.tiny)

@@ -17,19 +17,25 @@ from kernels_pallas.bench import attention, jobs
 from kernels_pallas.bench.attention import Problem
 from kernels_pallas.bench.jobs import Job, Target
 from kernels_pallas.flash_attention.api import prepare
-from kernels_pallas.flash_attention.cotangents import finished, queries
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.cotangents import (
+  cast_gradients,
+  query_cotangents,
+)
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Operands
 from kernels_pallas.masks import Mask
 from kernels_pallas.sequence_parallel.combine import combine
-from kernels_pallas.sequence_parallel.zigzag import halves
+from kernels_pallas.sequence_parallel.zigzag import fit_half_shards
 
 PARTS = 4
 AXIS = "along"
 CUTS = {
-  "ring": Cut(ring=(AXIS,)),
-  "gathered": Cut(length=(AXIS,)),
-  "exchanged": Cut(ulysses=(AXIS,)),
+  "ring": AttentionSharding(ring=(AXIS,)),
+  "gathered": AttentionSharding(length=(AXIS,)),
+  "exchanged": AttentionSharding(ulysses=(AXIS,)),
 }
 
 
@@ -87,7 +93,9 @@ def ring_by_parts(
     whole, backend=target.backend, config=tiles, interpret=target.interpret()
   )
   size = x.S // PARTS
-  spec = dataclasses.replace(spec, blocks=halves(spec.blocks, x.T, size))
+  spec = dataclasses.replace(
+    spec, blocks=fit_half_shards(spec.blocks, x.T, size)
+  )
   partial = dataclasses.replace(spec, output=jnp.float32)
   steps = [_step(whole, slice(n * size, (n + 1) * size)) for n in range(PARTS)]
   found = [backend.attend(partial, step) for step in steps]
@@ -98,7 +106,7 @@ def ring_by_parts(
     return {"o": o, "lse": lse}
   o = o.astype(whole.q.dtype)
   do, dlse = attention.cotangents(x)
-  rows = queries(whole, o, lse, do.astype(o.dtype), dlse)
+  rows = query_cotangents(whole, o, lse, do.astype(o.dtype), dlse)
   parts = [backend.gradients(spec, step, rows) for step in steps]
   total = Operands(
     q=sum(part.q for part in parts),
@@ -106,7 +114,7 @@ def ring_by_parts(
     v=jnp.concatenate([part.v for part in parts], 1),
     mask=None,
   )
-  found = finished(whole, total, rows)
+  found = cast_gradients(whole, total, rows)
   names = ("q", "k", "v", "sinks")
   return {f"d{name}": getattr(found, name) for name in names}
 
@@ -121,12 +129,12 @@ def _step(whole: Operands, keys: slice) -> Operands:
   )
 
 
-def _across(target: Target, x: Problem, cut: Cut, **call):
+def _across(target: Target, x: Problem, cut: AttentionSharding, **call):
   """Runs attention over all devices of the mesh, possibly one."""
   how = {"config": attention.tiles(target, x.H, x.Hv, x)}
   if target.interpret() is not None:
     how["interpret"] = target.interpret()
-  return sharded_attention(**call, cut=cut, backend=target.backend, **how)
+  return sharded_attention(**call, sharding=cut, backend=target.backend, **how)
 
 
 def _all_devices(target: Target):

@@ -21,7 +21,7 @@ from kernels_pallas.decode_attention.api import (
   paged_attention,
 )
 from kernels_pallas.decode_attention.pages import (
-  LARGEST,
+  MAX_CODE,
   Pages,
   append_to_pages,
 )
@@ -183,7 +183,7 @@ class DecodeStep:
   def size(self) -> float:
     """Bytes of keys, values and scales."""
     token = 2 * self.H * jnp.dtype(self.kv_dtype).itemsize
-    token += 8 if jnp.dtype(self.kv_dtype) in LARGEST else 0
+    token += 8 if jnp.dtype(self.kv_dtype) in MAX_CODE else 0
     return float(self.rows * self.tokens * self.K * token)
 
   @property
@@ -219,7 +219,7 @@ def _cache(x: DecodeStep):
     return (k, v), None
   width = x.tokens // x.page
   shape = x.rows * width, x.K, x.page, 2 * x.H
-  codes, scale = jnp.dtype(x.kv_dtype) in LARGEST, None
+  codes, scale = jnp.dtype(x.kv_dtype) in MAX_CODE, None
   kv = jobs.normal(1, *shape, dtype=jnp.bfloat16)
   kv = (kv * 20).astype(x.kv_dtype) if codes else kv.astype(x.kv_dtype)
   if codes:

@@ -31,7 +31,7 @@ def by_platform(
   default: Callable[..., Any],
   kernels: Mapping[str, Callable[..., Any]],
   *args: Any,
-  note: Callable[[str], None] = lambda platform: None,
+  on_lowering: Callable[[str], None] = lambda platform: None,
 ) -> Any:
   """Calls the implementation for the platform that the program is lowered for.
 
@@ -43,7 +43,7 @@ def by_platform(
     kernels: Implementations by platform, a subset of `PLATFORMS`. Each returns
       the same shapes and dtypes as `default`.
     *args: Pytrees of arrays; the implementations depend on nothing else.
-    note: Called with the platform each time the call is lowered.
+    on_lowering: Called with the platform each time the call is lowered.
   """
   leaves, tree = jax.tree.flatten(args)
 
@@ -55,21 +55,21 @@ def by_platform(
     *leaves,
     jaxpr=jaxpr,
     kernels=tuple((name, flat(run)) for name, run in kernels.items()),
-    note=note,
+    on_lowering=on_lowering,
   )
   return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _implementation(platform, jaxpr, kernels, note):
+def _implementation(platform, jaxpr, kernels, on_lowering):
   """Returns the function over flat leaves that `platform` runs."""
-  note(platform)
+  on_lowering(platform)
   return dict(kernels).get(platform) or jaxpr_as_fun(jaxpr)
 
 
 @_call.def_impl
 def _run(*xs, **params):
   """Without `jit`, the platform is that of the arguments' device."""
-  name, _ = target_platform.place_of(xs)
+  name, _ = target_platform.device_of_arrays(xs)
   return _implementation("cuda" if name == "gpu" else name, **params)(*xs)
 
 
@@ -89,7 +89,7 @@ def _lower(platform):
   return rule
 
 
-def _batch(xs, axes, *, jaxpr, kernels, note):
+def _batch(xs, axes, *, jaxpr, kernels, on_lowering):
   def mapped(run):
     return jax.vmap(run, in_axes=tuple(axes))
 
@@ -97,13 +97,15 @@ def _batch(xs, axes, *, jaxpr, kernels, note):
     *xs,
     jaxpr=jax.make_jaxpr(mapped(jaxpr_as_fun(jaxpr)))(*xs),
     kernels=tuple((name, mapped(run)) for name, run in kernels),
-    note=note,
+    on_lowering=on_lowering,
   )
   return results, (0,) * len(results)
 
 
-def _tangents(xs, tangents, *, jaxpr, kernels, note):
-  results = _call.bind(*xs, jaxpr=jaxpr, kernels=kernels, note=note)
+def _tangents(xs, tangents, *, jaxpr, kernels, on_lowering):
+  results = _call.bind(
+    *xs, jaxpr=jaxpr, kernels=kernels, on_lowering=on_lowering
+  )
   dots = tuple(map(ad.instantiate_zeros, tangents))
   return results, jax.jvp(jaxpr_as_fun(jaxpr), tuple(xs), dots)[1]
 

@@ -54,6 +54,6 @@ CHIPS = TPUS | GPUS
 """Chips by name."""
 
 
-def of_kind(kind: str) -> Chip | None:
+def find_by_kind(kind: str) -> Chip | None:
   """Returns the chip whose JAX device kind is `kind`, or None."""
   return next((c for c in CHIPS.values() if c.kind == kind), None)

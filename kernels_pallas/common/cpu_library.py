@@ -32,7 +32,7 @@ COMPILERS = ("c++", "g++", "clang++")
 _SECONDS = 120
 
 
-class Unavailable(RuntimeError):
+class LibraryUnavailable(RuntimeError):
   """A library cannot be compiled or loaded here; the message says why."""
 
 
@@ -43,16 +43,16 @@ class Library:
   Attributes:
     name: File name, before the hash.
     source: The C++ source.
-    parts: Included files, relative to the source's folder.
+    includes: Included files, relative to the source's folder.
     targets: (FFI target name, symbol) of each handler.
-    without: Warning issued if the library is unavailable.
+    warning: Warning issued if the library is unavailable.
   """
 
   name: str
   source: pathlib.Path
-  parts: tuple[str, ...]
+  includes: tuple[str, ...]
   targets: tuple[tuple[str, str], ...]
-  without: str
+  warning: str
 
   def build(self, folder: pathlib.Path) -> pathlib.Path:
     """Returns the path of the compiled library, compiling it if not cached.
@@ -64,7 +64,7 @@ class Library:
     try:
       include = pathlib.Path(jax.ffi.include_dir())
       made = folder / f"{self.name}-{self._digest(cxx, include)}.so"
-      if is_whole(made):
+      if is_intact(made):
         return made
       folder.mkdir(mode=0o700, parents=True, exist_ok=True)
       with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -83,9 +83,9 @@ class Library:
     except subprocess.CalledProcessError as error:
       lines = error.stderr.decode("utf-8", "replace").splitlines()
       said = next((line for line in lines if "error" in line), "no message")
-      raise Unavailable(f"{cxx} failed: {said[:200]}") from error
+      raise LibraryUnavailable(f"{cxx} failed: {said[:200]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-      raise Unavailable(f"{cxx}: {error}") from error
+      raise LibraryUnavailable(f"{cxx}: {error}") from error
     return made
 
   def _digest(self, cxx: str, include: pathlib.Path) -> str:
@@ -93,7 +93,7 @@ class Library:
     version = subprocess.run(
       [cxx, "--version"], capture_output=True, timeout=_SECONDS, check=True
     ).stdout
-    files = [self.source.parent / name for name in self.parts]
+    files = [self.source.parent / name for name in self.includes]
     files += [self.source, *sorted((include / "xla/ffi/api").glob("*.h"))]
     parts = [path.read_bytes() for path in files]
     parts += [version, " ".join(FLAGS).encode(), platform.machine().encode()]
@@ -107,14 +107,14 @@ class Library:
     """
     made = self.build(folder)
     if made.stat().st_uid not in (os.getuid(), 0):
-      raise Unavailable(f"{made}: belongs to another user")
+      raise LibraryUnavailable(f"{made}: belongs to another user")
     try:
       loaded = ctypes.CDLL(str(made))
       handlers = [
         (target, getattr(loaded, symbol)) for target, symbol in self.targets
       ]
     except (OSError, AttributeError) as error:
-      raise Unavailable(f"{made}: {error}") from error
+      raise LibraryUnavailable(f"{made}: {error}") from error
     for target, handler in handlers:
       jax.ffi.register_ffi_target(
         target, jax.ffi.pycapsule(handler), platform="cpu"
@@ -126,9 +126,9 @@ def available(library: Library) -> bool:
   """Whether the library can be used; compiles it once, warns once if not."""
   try:
     library.load(cache_folder())
-  except Unavailable as error:
+  except LibraryUnavailable as error:
     warnings.warn(
-      f"{library.without.format(error=error)} Install g++ or clang++, or set "
+      f"{library.warning.format(error=error)} Install g++ or clang++, or set "
       "CXX.",
       RuntimeWarning,
       stacklevel=2,
@@ -147,12 +147,12 @@ def compiler() -> str:
   for name in (named,) if named else COMPILERS:
     if found := shutil.which(name):
       return found
-  raise Unavailable(
+  raise LibraryUnavailable(
     f"no C++ compiler (looked for {named or ', '.join(COMPILERS)})"
   )
 
 
-def is_whole(made: pathlib.Path) -> bool:
+def is_intact(made: pathlib.Path) -> bool:
   """Whether the file ends with its own SHA-256: a truncated one would crash.
 
   The dynamic loader ignores bytes after the end of the library.

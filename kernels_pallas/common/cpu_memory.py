@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-SMALLEST = 32 << 20
+MIN_BYTES = 32 << 20
 """Bytes; smaller trees fit into caches."""
 
 _PAGE = 2 << 20
@@ -46,7 +46,7 @@ def in_huge_pages(tree: Any) -> Any:
   chosen = {id(x): x for x in leaves if _on_one_cpu(x)}
   ends = np.cumsum([-(-x.nbytes // _LINE) * _LINE for x in chosen.values()])
   size = int(ends[-1]) if chosen else 0
-  if size < SMALLEST or not _can_have(size):
+  if size < MIN_BYTES or not _can_have(size):
     return tree
   try:
     region = _region(size)

@@ -112,7 +112,7 @@ def fetch_scales(
   copy(table, scales, target, [jnp.int32(n) for n in where])
 
 
-def rectangle(
+def fetch_rectangle(
   interpreted: bool, source: Any, target: Any, where: tuple[Any, ...]
 ) -> None:
   """Starts copying a rectangle of a matrix.
@@ -166,7 +166,7 @@ def wait(interpreted: bool, most: int) -> None:
   run()
 
 
-def meet(interpreted: bool) -> None:
+def sync_warpgroup(interpreted: bool) -> None:
   """Synchronizes the warpgroup: all threads see stores to shared memory.
 
   Without the fence of `commit_smem`, which Ampere does not have.
@@ -181,7 +181,7 @@ def meet(interpreted: bool) -> None:
   run()
 
 
-def part(interpreted: bool, parts: int) -> Any:
+def warp_part(interpreted: bool, parts: int) -> Any:
   """Returns which part of a tile this warp works on."""
   if interpreted:
     return 0

@@ -51,7 +51,7 @@ def accumulator(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def target() -> tuple[str, str] | None:
+def mesh_device() -> tuple[str, str] | None:
   """Returns (platform, kind) of the current mesh's devices, or None.
 
   The mesh may be a topology to compile for.
@@ -60,16 +60,16 @@ def target() -> tuple[str, str] | None:
   return None if found is None else (found.platform, found.device_kind)
 
 
-def device() -> tuple[str, str]:
+def program_device() -> tuple[str, str]:
   """Returns (platform, kind) of the devices that the program is for.
 
   These are the devices of the current mesh, which may be a topology to compile
   for; without a mesh, the default device.
   """
-  return target() or (jax.default_backend(), jax.devices()[0].device_kind)
+  return mesh_device() or (jax.default_backend(), jax.devices()[0].device_kind)
 
 
-def place_of(arrays: Iterable[Any]) -> tuple[str, str]:
+def device_of_arrays(arrays: Iterable[Any]) -> tuple[str, str]:
   """Returns (platform, kind) of the device that a call without `jit` runs on.
 
   That is the device of the first committed array, else of the first array;
@@ -85,7 +85,7 @@ def place_of(arrays: Iterable[Any]) -> tuple[str, str]:
   return one.platform, one.device_kind
 
 
-def kind_of(platform: str) -> str:
+def device_kind(platform: str) -> str:
   """Returns the device kind of a program that is lowered for `platform`.
 
   If a device of the platform is present, that is its kind. Otherwise a GPU is
@@ -102,7 +102,7 @@ def kind_of(platform: str) -> str:
 
 
 @functools.cache
-def say(what: str, platform: str, backend: str, why: str) -> None:
+def log_choice(what: str, platform: str, backend: str, why: str) -> None:
   """Logs which backend 'auto' takes, once in a process for each reason.
 
   Args:
@@ -121,7 +121,7 @@ def free_axes() -> dict[str, int]:
   return {k: v for k, v in mesh.shape.items() if k not in manual}
 
 
-def is_cut() -> bool:
+def may_be_sharded() -> bool:
   """Whether arrays may be sharded here: a mesh of several devices is set.
 
   False inside a `shard_map` over all of the mesh's axes.
@@ -129,7 +129,7 @@ def is_cut() -> bool:
   return math.prod(free_axes().values()) > 1
 
 
-def alike(
+def match_varying_axes(
   arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[tuple[Any, ...], list[jax.ShapeDtypeStruct]]:
   """Prepares the operands and result types of an FFI call under `shard_map`.
@@ -149,7 +149,7 @@ def alike(
   if not axes:
     return tuple(arrays), [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
 
-  arrays = tuple(spread(x, arrays) for x in arrays)
+  arrays = tuple(vary_like(x, arrays) for x in arrays)
   results = jax.eval_shape(
     lambda x: [jnp.full_like(x, 0, jnp.float32, shape) for shape in shapes],
     arrays[0],
@@ -157,7 +157,7 @@ def alike(
   return arrays, results
 
 
-def spread(y: jax.Array, like: Iterable[Any]) -> jax.Array:
+def vary_like(y: jax.Array, like: Iterable[Any]) -> jax.Array:
   """Returns `y`, varying along every mesh axis that any of `like` varies along.
 
   Inside a GPU kernel JAX neither requires nor provides such types.

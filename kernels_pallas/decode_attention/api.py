@@ -15,18 +15,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.target_platform import accumulator, device
+from kernels_pallas.common.target_platform import accumulator, program_device
 from kernels_pallas.decode_attention import pages as paging
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention import work as works
 from kernels_pallas.decode_attention.cpu import cpu_decode
-from kernels_pallas.decode_attention.dispatch import BACKENDS, automatic
+from kernels_pallas.decode_attention.dispatch import BACKENDS, resolve_auto
 from kernels_pallas.decode_attention.dispatch import choose as choose
 from kernels_pallas.decode_attention.gpu.mosaic_gpu import (
   KEYS,
   mosaic_gpu_decode,
-  refused,
   splits_for,
+  unsupported,
 )
 from kernels_pallas.decode_attention.pages import Pages
 from kernels_pallas.decode_attention.reference import (
@@ -108,7 +108,7 @@ def decode_attention(
     )
   held = works.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
   spec = _spec(H, scale, softcap, window, precision)
-  rows = ragged.rows(B, None, lengths, None, k.shape[:2])
+  rows = ragged.make_rows(B, None, lengths, None, k.shape[:2])
   return _run(
     spec, q, held, rows, sinks, return_lse, backend, blocks, interpret
   )
@@ -171,7 +171,7 @@ def paged_attention(
   paging.check_pages(pages)
   _check_floats(q=(q, 3), sinks=(sinks, 1))
   spec = _spec(q.shape[2], scale, softcap, window, precision)
-  rows = ragged.rows(
+  rows = ragged.make_rows(
     q.shape[0], table, kv_lens, cu_q_lens, (pages.count, pages.size), window
   )
   return _run(
@@ -182,7 +182,7 @@ def paged_attention(
 def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
   """Checks what both functions share, and runs a backend."""
   T, N, H = q.shape
-  K, Hk, _ = works.heads_of(held)
+  K, Hk, _ = works.head_sizes(held)
   if N % K or Hk != H:
     raise ValueError(
       f"decoding: found q {q.shape} for {K} key heads of dim {Hk}; expected "
@@ -200,9 +200,11 @@ def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
     )
   if backend == "auto":
     attend = functools.partial(_attend, spec, blocks, None)
-    o, lse = automatic(attend, q, held, rows, spec.precision)
+    o, lse = resolve_auto(attend, q, held, rows, spec.precision)
   else:
-    o, lse = _attend(spec, blocks, interpret, backend, device(), q, held, rows)
+    o, lse = _attend(
+      spec, blocks, interpret, backend, program_device(), q, held, rows
+    )
   if sinks is not None:
     o, lse = add_sinks(o, lse, sinks)
   o = o.astype(q.dtype)
@@ -225,7 +227,7 @@ def _attend(spec, blocks, interpret, backend, place, q, held, rows):
   if backend == "mosaic_tpu":
     check_for_tpu(p, interpret)
     decode = functools.partial(mosaic_tpu_decode, interpret=interpret)
-  return works.untile(p, tiling, rows, q.shape[0], *decode(p))
+  return works.combine_splits(p, tiling, rows, q.shape[0], *decode(p))
 
 
 def _reference(spec, q, held, rows):
@@ -233,8 +235,10 @@ def _reference(spec, q, held, rows):
   if rows.table is None:
     k, v = (x.swapaxes(1, 2).astype(dtype) for x in (held.k, held.v))
   else:
-    k, v = paging.dense(held, rows.table, dtype)
-  return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+    k, v = paging.gather_pages(held, rows.table, dtype)
+  return reference_decode(
+    spec, q, k, v, *ragged.token_positions(rows, q.shape[0])
+  )
 
 
 def _check_floats(**arrays) -> None:
@@ -259,7 +263,7 @@ def _spec(H, scale, softcap, window, precision) -> Spec:
 
 
 def _check_for_gpu(spec, q, held) -> None:
-  reason = refused("", q.dtype, held, spec.precision)
+  reason = unsupported("", q.dtype, held, spec.precision)
   if reason is not None:
     raise ValueError(f"mosaic_gpu: {reason}; backend='xla' takes it")
 
@@ -272,8 +276,8 @@ def _blocks(blocks: Blocks | None, backend, place, q, held, rows) -> Blocks:
     # The kernel splits keys into any runs: small blocks make equal runs.
     blocks = dataclasses.replace(blocks, keys=min(blocks.keys, KEYS))
     width = 1 if rows.table is None else rows.table.shape[1]
-    K, tokens = works.heads_of(held)[0], q.shape[0]
-    each = works.queries_of(blocks, tokens, q.shape[1] // K, rows)
+    K, tokens = works.head_sizes(held)[0], q.shape[0]
+    each = works.queries_per_item(blocks, tokens, q.shape[1] // K, rows)
     splits = splits_for(K * -(-tokens // each), held.size * width)
   if blocks.splits is None:
     blocks = dataclasses.replace(blocks, splits=splits)

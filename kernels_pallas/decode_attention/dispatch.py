@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from kernels_pallas.common import target_platform
 from kernels_pallas.common.by_platform import by_platform
 from kernels_pallas.decode_attention import cpu
-from kernels_pallas.decode_attention.gpu.mosaic_gpu import refused
+from kernels_pallas.decode_attention.gpu.mosaic_gpu import unsupported
 from kernels_pallas.decode_attention.pages import Pages
-from kernels_pallas.decode_attention.ragged import Rows
+from kernels_pallas.decode_attention.ragged import RaggedRows
 from kernels_pallas.decode_attention.work import Cache
 
 BACKENDS = ("auto", "reference", "xla", "cpu", "mosaic_tpu", "mosaic_gpu")
 
-CACHE = 16
+CACHE_MULTIPLE = 16
 """A TPU's cache needs a multiple of this many tokens: rows of a bfloat16
 register."""
 
@@ -43,11 +43,13 @@ def choose(
     held: Keys and values, or their shapes; None assumes head dims and dtypes
       that the device's kernel supports.
   """
-  return _ready(*_choice(target_platform.device(), dtype, size, held))
+  return _without_compiler(
+    *_choose_for_device(target_platform.program_device(), dtype, size, held)
+  )
 
 
-def automatic(
-  attend: Callable[..., Any], q: Any, held: Cache | Pages, rows: Rows,
+def resolve_auto(
+  attend: Callable[..., Any], q: Any, held: Cache | Pages, rows: RaggedRows,
   precision: Any,
 ) -> Any:  # fmt: skip
   """Calls `attend(backend, place, q, held, rows)` with the right backend.
@@ -62,33 +64,39 @@ def automatic(
   size = held.size if rows.table is None else None
 
   def choice(place):
-    if place[0] == "cpu" and target_platform.is_cut():
+    if place[0] == "cpu" and target_platform.may_be_sharded():
       return "xla", "XLA would gather what a mesh cuts; a shard_map would not"
-    return _choice(place, q.dtype, size, held, precision)
+    return _choose_for_device(place, q.dtype, size, held, precision)
 
-  known = target_platform.target()
+  known = target_platform.mesh_device()
   arrays = jax.tree.leaves((q, vars(held), vars(rows)))
   if known is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
     # Not traced: the call runs now, on the device of its arrays.
-    known = target_platform.place_of(arrays)
+    known = target_platform.device_of_arrays(arrays)
   # On CPU, gradients and FLOPs are those of the default, so it is deferred.
   if known is not None and known[0] != "cpu":
     backend, why = choice(known)
-    target_platform.say("decoding", known[0], backend, why)
+    target_platform.log_choice("decoding", known[0], backend, why)
     return attend(backend, known, q, held, rows)
-  places = {name: (name, target_platform.kind_of(name)) for name in PLATFORMS}
+  places = {
+    name: (name, target_platform.device_kind(name)) for name in PLATFORMS
+  }
   found = {name: choice(place) for name, place in places.items()}
 
   def runs(backend, place):
     def run(q, held, rows):
       whole = held if isinstance(held, Pages) else Cache(*held)
-      return attend(_ready(backend)[0], place, q, whole, Rows(*rows))
+      return attend(
+        _without_compiler(backend)[0], place, q, whole, RaggedRows(*rows)
+      )
 
     return run
 
-  def note(platform):
+  def on_lowering(platform):
     chosen = found.get(platform, ("xla", "it has no kernel yet"))
-    target_platform.say("decoding", platform, *_ready(*chosen))
+    target_platform.log_choice(
+      "decoding", platform, *_without_compiler(*chosen)
+    )
 
   return by_platform(
     runs("xla", ("cpu", "")),
@@ -100,33 +108,38 @@ def automatic(
     q,
     (held.k, held.v) if isinstance(held, Cache) else held,
     (rows.table, rows.kv_lens, rows.starts),
-    note=note,
+    on_lowering=on_lowering,
   )
 
 
-def _ready(name: str, why: str = "") -> tuple[str, str]:
+def _without_compiler(name: str, why: str = "") -> tuple[str, str]:
   """Replaces the C++ kernel by xla if no compiler is found."""
   if name == "cpu" and not cpu.available():
     return "xla", "no C++ kernel can be compiled here"
   return name, why
 
 
-def _choice(place, dtype, size, held=None, precision=None) -> tuple[str, str]:
+def _choose_for_device(
+  place, dtype, size, held=None, precision=None
+) -> tuple[str, str]:
   platform, kind = place
   if platform in ("cuda", "gpu"):
-    reason = refused(kind, dtype, held, precision)
+    reason = unsupported(kind, dtype, held, precision)
     if reason is not None:
       return "xla", reason
     return "mosaic_gpu", f"the program is for {kind}"
   if platform == "cpu":
     if size is None:
       return "xla", cpu.NO_PAGES
-    reason = cpu.refused(dtype, held, precision)
+    reason = cpu.unsupported(dtype, held, precision)
     return ("xla", reason) if reason else ("cpu", "the program is for a CPU")
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"
   if dtype not in (jnp.bfloat16, jnp.float32):
     return "xla", f"TPU kernels do not support {dtype}"
-  if size is not None and size % CACHE:
-    return "xla", f"TPU kernels need caches of multiples of {CACHE} tokens"
+  if size is not None and size % CACHE_MULTIPLE:
+    return (
+      "xla",
+      f"TPU kernels need caches of multiples of {CACHE_MULTIPLE} tokens",
+    )
   return "mosaic_tpu", "the program is for a TPU"

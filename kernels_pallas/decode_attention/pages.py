@@ -25,14 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.target_platform import device
+from kernels_pallas.common.target_platform import program_device
 from kernels_pallas.decode_attention import ragged
 from kernels_pallas.decode_attention.tpu.append import (
   group_size,
   mosaic_tpu_append,
 )
 
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+MAX_CODE = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
 """Quantized dtypes, and their largest finite number."""
 
 
@@ -95,7 +95,7 @@ def empty_pages(
     )
   width = head_dim + (v_head_dim or head_dim)
   scale = None
-  if jnp.dtype(dtype) in LARGEST:
+  if jnp.dtype(dtype) in MAX_CODE:
     scale = jnp.zeros((count, 2, kv_heads, size), jnp.float32)
   kv = jnp.zeros((count, kv_heads, size, width), dtype)
   return Pages(kv, scale, head_dim)
@@ -114,7 +114,7 @@ def quantize(
     The rounded numbers and a float32 scale per vector; their product is `x`,
     within half a step. A vector of zeros has scale 0.
   """
-  most = LARGEST[jnp.dtype(dtype)]
+  most = MAX_CODE[jnp.dtype(dtype)]
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / most
   x = x / jnp.where(scale == 0, 1, scale)[..., None]
@@ -134,7 +134,7 @@ def check_pages(pages: Pages) -> None:
       "H + Hv] and no 0"
     )
   wanted = None
-  if kv.dtype in LARGEST:
+  if kv.dtype in MAX_CODE:
     wanted = (kv.shape[0], 2, *kv.shape[1:3])
   found = None if scale is None else scale.shape
   if found != wanted:
@@ -187,9 +187,9 @@ def append_to_pages(
       f"append_to_pages: found k {k.shape}, v {v.shape}, expected "
       f"{(T, K, H)} and {(T, K, Hv)}"
     )
-  rows = ragged.rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
+  rows = ragged.make_rows(T, table, kv_lens, cu_q_lens, (pages.count, size), 1)
   dtype, scale, scales = pages.kv.dtype, pages.scale, None
-  where, taken = places(rows, T, pages), _backend(backend, pages)
+  where, taken = token_slots(rows, T, pages), _backend(backend, pages)
   if scale is not None:
     (k, k_scale), (v, v_scale) = quantize(k, dtype), quantize(v, dtype)
     scales = jnp.stack([k_scale, v_scale])
@@ -216,7 +216,7 @@ def _backend(backend: str, pages: Pages) -> str:
     "mosaic_tpu": uneven if pages.size % group else None,
   }
   if backend == "auto":
-    kernel = "mosaic_tpu" if device()[0] == "tpu" else "xla"
+    kernel = "mosaic_tpu" if program_device()[0] == "tpu" else "xla"
     return kernel if refusals[kernel] is None else "xla"
   if backend not in refusals:
     raise ValueError(
@@ -227,8 +227,8 @@ def _backend(backend: str, pages: Pages) -> str:
   return backend
 
 
-def places(
-  rows: ragged.Rows, tokens: int, pages: Pages
+def token_slots(
+  rows: ragged.RaggedRows, tokens: int, pages: Pages
 ) -> tuple[Int[Array, " T"], Int[Array, " T"]]:
   """Returns the page and slot of each token; page `pages.count`, which does not
   exist, for tokens without one.
@@ -238,7 +238,7 @@ def places(
     tokens: T.
     pages: The pages to index.
   """
-  row, position, live = ragged.places(rows, tokens)
+  row, position, live = ragged.token_positions(rows, tokens)
   inside = live & (position >= 0)
   inside &= position < rows.table.shape[1] * pages.size
   position = jnp.where(inside, position, 0)
@@ -253,7 +253,7 @@ def _put(old, new, where, *axes):
   return old.at[page, *axes, :, slot].set(new, mode="drop")
 
 
-def dense(
+def gather_pages(
   pages: Pages, table: Int[Array, "R W"], dtype: Any
 ) -> tuple[Float[Array, "R S K H"], Float[Array, "R S K Hv"]]:
   """Gathers keys and values of whole table rows, S = W size, for references.

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RaggedRows:
   """Sequences, their new tokens and their KV memory.
 
   Attributes:
@@ -26,14 +26,14 @@ class Rows:
   starts: Any
 
 
-def rows(
+def make_rows(
   tokens: int,
   table: Any,
   kv_lens: Any,
   starts: Any,
   memory: tuple[int, int],
   window: int | None = None,
-) -> Rows:
+) -> RaggedRows:
   """Builds `Rows`, checking values that are known before the program runs.
 
   Only table entries that are read need to be valid pages.
@@ -84,11 +84,11 @@ def rows(
     None if x is None else jnp.asarray(x, jnp.int32)
     for x in (table, kv_lens, starts)
   )
-  return Rows(*arrays)
+  return RaggedRows(*arrays)
 
 
-def places(
-  x: Rows, tokens: int
+def token_positions(
+  x: RaggedRows, tokens: int
 ) -> tuple[Int[Array, " T"], Int[Array, " T"], Bool[Array, " T"]]:
   """Returns each token's row and position, and whether it belongs to a row.
 
@@ -100,14 +100,16 @@ def places(
     tokens: T.
   """
   t = jnp.arange(tokens)
-  row = ended(x.starts[1:], t)
+  row = count_ends(x.starts[1:], t)
   live = row < x.kv_lens.shape[0]
   row = jnp.minimum(row, x.kv_lens.shape[0] - 1)
   position = x.kv_lens[row] - x.starts[row + 1] + t
   return row, position, live & (t >= x.starts[0])
 
 
-def ended(ends: Int[Array, " R"], at: Int[Array, " T"]) -> Int[Array, " T"]:
+def count_ends(
+  ends: Int[Array, " R"], at: Int[Array, " T"]
+) -> Int[Array, " T"]:
   """Counts the ends, which are sorted, that are at or before each position.
 
   Compares all pairs: cheap next to attention, and no loop. It avoids the

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.decode_attention import api, pages, ragged
 from kernels_pallas.decode_attention.pages import Pages
 
-Names = tuple[str, ...]
+MeshAxes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class DecodeSharding:
   """Which mesh axes shard which axes of the operands; none by default.
 
   Attributes:
@@ -29,8 +29,8 @@ class Cut:
     heads: Shard the key heads (K) and the query heads (N).
   """
 
-  rows: Names = ()
-  heads: Names = ()
+  rows: MeshAxes = ()
+  heads: MeshAxes = ()
 
 
 def sharded_decode_attention(
@@ -39,7 +39,7 @@ def sharded_decode_attention(
   v: Float[Array, "B S K Hv"],
   lengths: Int[Array, " B"],
   *,
-  cut: Cut,
+  sharding: DecodeSharding,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,
   **options: Any,
@@ -51,7 +51,7 @@ def sharded_decode_attention(
     k: Keys.
     v: Values.
     lengths: Tokens in the cache.
-    cut: Mesh axes that shard the operands.
+    sharding: Mesh axes that shard the operands.
     sinks: One logit per head.
     return_lse: Also return the log-sum-exp.
     **options: Options of `decode_attention`.
@@ -59,18 +59,18 @@ def sharded_decode_attention(
   Raises:
     ValueError: The axes do not divide rows or heads.
   """
-  _divide(cut, q.shape[0], k.shape[2])
+  _divide(sharding, q.shape[0], k.shape[2])
 
   def local(q, k, v, lengths, sinks):
     return api.decode_attention(
       q, k, v, lengths, sinks=sinks, return_lse=return_lse, **options
     )
 
-  own = P(cut.rows, cut.heads)
-  memory = P(cut.rows, None, cut.heads)
+  own = P(sharding.rows, sharding.heads)
+  memory = P(sharding.rows, None, sharding.heads)
   return _map(
     local,
-    in_specs=(own, memory, memory, P(cut.rows), P(cut.heads)),
+    in_specs=(own, memory, memory, P(sharding.rows), P(sharding.heads)),
     out_specs=(own, own) if return_lse else own,
   )(q, k, v, lengths, sinks)
 
@@ -82,7 +82,7 @@ def sharded_paged_attention(
   kv_lens: Int[Array, " R"],
   cu_q_lens: Int[Array, " R1"] | None = None,
   *,
-  cut: Cut,
+  sharding: DecodeSharding,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,
   **options: Any,
@@ -96,7 +96,7 @@ def sharded_paged_attention(
     kv_lens: Tokens of each row.
     cu_q_lens: Where each row's queries start; None if rows are sharded, which
       need one token per row.
-    cut: Mesh axes that shard the operands.
+    sharding: Mesh axes that shard the operands.
     sinks: One logit per head.
     return_lse: Also return the log-sum-exp.
     **options: Options of `paged_attention`.
@@ -105,7 +105,7 @@ def sharded_paged_attention(
     ValueError: As in `paged_attention`; the axes do not divide rows or heads.
   """
   window = options.get("window")
-  _check(cut, held, q.shape[0], table, kv_lens, cu_q_lens, window)
+  _check(sharding, held, q.shape[0], table, kv_lens, cu_q_lens, window)
 
   def local(q, held, table, kv_lens, cu_q_lens, sinks):
     return api.paged_attention(
@@ -119,10 +119,10 @@ def sharded_paged_attention(
       **options,
     )
 
-  own, rows = P(cut.rows, cut.heads), P(cut.rows)
+  own, rows = P(sharding.rows, sharding.heads), P(sharding.rows)
   return _map(
     local,
-    in_specs=(own, _specs(held, cut), rows, rows, P(), P(cut.heads)),
+    in_specs=(own, _specs(held, sharding), rows, rows, P(), P(sharding.heads)),
     out_specs=(own, own) if return_lse else own,
   )(q, held, table, kv_lens, cu_q_lens, sinks)
 
@@ -135,7 +135,7 @@ def sharded_append_to_pages(
   kv_lens: Int[Array, " R"],
   cu_q_lens: Int[Array, " R1"] | None = None,
   *,
-  cut: Cut,
+  sharding: DecodeSharding,
 ) -> Pages:
   """`append_to_pages` under the current mesh, over all of its axes.
 
@@ -146,10 +146,14 @@ def sharded_append_to_pages(
     table: Pages of each row.
     kv_lens: Tokens of each row.
     cu_q_lens: As in `sharded_paged_attention`.
-    cut: Mesh axes that shard the operands.
+    sharding: Mesh axes that shard the operands.
   """
-  _check(cut, held, k.shape[0], table, kv_lens, cu_q_lens, 1)
-  own, rows, memory = P(cut.rows, cut.heads), P(cut.rows), _specs(held, cut)
+  _check(sharding, held, k.shape[0], table, kv_lens, cu_q_lens, 1)
+  own, rows, memory = (
+    P(sharding.rows, sharding.heads),
+    P(sharding.rows),
+    _specs(held, sharding),
+  )
   return _map(
     pages.append_to_pages,
     in_specs=(memory, own, own, rows, rows, P()),
@@ -162,18 +166,20 @@ def sharded_append_to_pages(
 _map = functools.partial(jax.shard_map, check_vma=False)
 
 
-def _specs(held: Pages, cut: Cut) -> Pages:
-  scale = None if held.scale is None else P(cut.rows, None, cut.heads)
-  return dataclasses.replace(held, kv=P(cut.rows, cut.heads), scale=scale)
+def _specs(held: Pages, sharding: DecodeSharding) -> Pages:
+  scale = None if held.scale is None else P(sharding.rows, None, sharding.heads)
+  return dataclasses.replace(
+    held, kv=P(sharding.rows, sharding.heads), scale=scale
+  )
 
 
-def _check(cut, held, tokens, table, kv_lens, cu_q_lens, window) -> None:
+def _check(sharding, held, tokens, table, kv_lens, cu_q_lens, window) -> None:
   pages.check_pages(held)
-  parts = _divide(cut, kv_lens.shape[0], held.kv.shape[1])
-  if cut.rows and cu_q_lens is not None:
+  parts = _divide(sharding, kv_lens.shape[0], held.kv.shape[1])
+  if sharding.rows and cu_q_lens is not None:
     raise ValueError(
-      f"cu_q_lens: found with rows cut by {cut.rows}, expected none (a token "
-      "a row): which tokens a device has would depend on data"
+      f"cu_q_lens: found with rows sharded by {sharding.rows}, expected none "
+      "(a token a row): which tokens a device has would depend on data"
     )
   if held.count % parts:
     raise ValueError(
@@ -181,20 +187,20 @@ def _check(cut, held, tokens, table, kv_lens, cu_q_lens, window) -> None:
       "each"
     )
   memory = held.count // parts, held.size
-  ragged.rows(tokens, table, kv_lens, cu_q_lens, memory, window)
+  ragged.make_rows(tokens, table, kv_lens, cu_q_lens, memory, window)
 
 
-def _divide(cut: Cut, rows: int, kv_heads: int) -> int:
+def _divide(sharding: DecodeSharding, rows: int, kv_heads: int) -> int:
   """Returns the number of row shards; raises if axes divide a size unevenly."""
   sizes = jax.sharding.get_abstract_mesh().shape
   for what, names, size in (
-    ("rows", cut.rows, rows),
-    ("heads", cut.heads, kv_heads),
+    ("rows", sharding.rows, rows),
+    ("heads", sharding.heads, kv_heads),
   ):
     parts = math.prod(sizes[name] for name in names)
     if size % parts:
       raise ValueError(
-        f"cut.{what}: found {size} {what} in {parts} parts by {names}, "
+        f"sharding.{what}: found {size} {what} in {parts} parts by {names}, "
         "expected as many in each"
       )
-  return math.prod(sizes[name] for name in cut.rows)
+  return math.prod(sizes[name] for name in sharding.rows)

@@ -126,7 +126,7 @@ def prepare(
   blocks: Blocks,
   q: Float[Array, "T N H"],
   held: Pages | Cache,
-  rows: ragged.Rows,
+  rows: ragged.RaggedRows,
 ) -> tuple[Problem, Tiling]:
   """Returns the problem of a call, and the tiling that `untile` needs.
 
@@ -138,7 +138,7 @@ def prepare(
     rows: The rows that tokens and pages belong to.
   """
   T, N, H = q.shape
-  heads = heads_of(held)
+  heads = head_sizes(held)
   K = heads[0]
   tiling = _tiling(blocks, T, N // K, rows)
   size = held.size
@@ -168,7 +168,7 @@ def prepare(
   ), tiling
 
 
-def heads_of(held: Pages | Cache) -> tuple[int, int, int]:
+def head_sizes(held: Pages | Cache) -> tuple[int, int, int]:
   """Returns (K, H, Hv) of a cache or pages."""
   if isinstance(held, Cache):
     return held.k.shape[1], held.k.shape[3], held.v.shape[3]
@@ -176,10 +176,10 @@ def heads_of(held: Pages | Cache) -> tuple[int, int, int]:
   return K, held.head_dim, width - held.head_dim
 
 
-def untile(
+def combine_splits(
   p: Problem,
   tiling: Tiling,
-  rows: ragged.Rows,
+  rows: ragged.RaggedRows,
   tokens: int,
   o: Float[Array, "E K M Hv"],
   lse: Float[Array, "E K M"],
@@ -204,7 +204,7 @@ def untile(
     x.reshape(tiling.items, K, queries, p.group, *x.shape[3:]).swapaxes(1, 2)
     for x in (o, lse)
   )
-  row, _, live = ragged.places(rows, tokens)
+  row, _, live = ragged.token_positions(rows, tokens)
   since = jnp.maximum(jnp.arange(tokens) - rows.starts[row], 0)
   first = tiling.ends[row] - _tiles(rows, queries)[row]
   item = jnp.minimum(first + since // queries, tiling.items - 1)
@@ -215,7 +215,9 @@ def untile(
   return jnp.where(live[..., None], o, 0), jnp.where(live, lse, -jnp.inf)
 
 
-def queries_of(blocks: Blocks, T: int, group: int, rows: ragged.Rows) -> int:
+def queries_per_item(
+  blocks: Blocks, T: int, group: int, rows: ragged.RaggedRows
+) -> int:
   """Returns the number of tokens per item.
 
   Args:
@@ -230,7 +232,7 @@ def queries_of(blocks: Blocks, T: int, group: int, rows: ragged.Rows) -> int:
 
 def _tiling(blocks, T, group, rows) -> Tiling:
   R = rows.kv_lens.shape[0]
-  queries = queries_of(blocks, T, group, rows)
+  queries = queries_per_item(blocks, T, group, rows)
   ends = jnp.cumsum(_tiles(rows, queries)).astype(jnp.int32)
   # Each row rounds up once, and every item has a token.
   items = min(T, (T + R * (queries - 1)) // queries)
@@ -248,7 +250,7 @@ def _work(spec, cut, tiling, rows):
   splits, unit, block, room = cut
   starts, lens = rows.starts, rows.kv_lens
   item = jnp.arange(tiling.items, dtype=jnp.int32)
-  row = ragged.ended(tiling.ends, item)
+  row = ragged.count_ends(tiling.ends, item)
   live = row < lens.shape[0]
   row = jnp.minimum(row, lens.shape[0] - 1).astype(jnp.int32)
   before = tiling.ends[row] - _tiles(rows, tiling.queries)[row]

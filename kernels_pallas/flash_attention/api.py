@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.common.target_platform import device
+from kernels_pallas.common.target_platform import program_device
 from kernels_pallas.flash_attention import dispatch
-from kernels_pallas.flash_attention.dispatch import BACKENDS, Sizes, choose
+from kernels_pallas.flash_attention.dispatch import BACKENDS, TileSizes, choose
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.masks import Mask, Segments, Window
 
@@ -40,7 +40,7 @@ def flash_attention(
   kv_lens: Int[Array, " B"] | None = None,
   return_lse: bool = False,
   backend: str = "auto",
-  config: Sizes | None = None,
+  config: TileSizes | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> (
@@ -80,7 +80,7 @@ def flash_attention(
     kv_lens: Int [B], at most S; keys from there on are padding.
     return_lse: Also return the log-sum-exp, which is differentiable.
     backend: One of `BACKENDS`; 'auto' chooses by the platform that the program
-      is lowered for (`dispatch.automatic`).
+      is lowered for (`dispatch.resolve_auto`).
     config: Tile sizes: `Tiles` for mosaic_tpu, `GpuTiles` for mosaic_gpu,
       `CpuTiles` for cpu, else `Blocks`. With 'auto', `Blocks` select
       xla_blockwise; other types apply only if 'auto' takes their backend.
@@ -150,7 +150,7 @@ def prepare(
   bias_before_softcap: bool = False,
   dropout_rate: float = 0.0,
   backend: str = "auto",
-  config: Sizes | None = None,
+  config: TileSizes | None = None,
   interpret: Any = None,
   precision: Any = None,
 ) -> tuple[Backend, Spec]:
@@ -182,13 +182,13 @@ def prepare(
     precision=precision,
   )
   if backend == "auto" and interpret is None:
-    run, config = dispatch.automatic(x, config, spec)
+    run, config = dispatch.resolve_auto(x, config, spec)
   else:
     if backend == "auto":
-      backend, _ = dispatch.choice(x, device(), config, spec)
-    run = dispatch.named(backend, interpret)
+      backend, _ = dispatch.choose_for_device(x, program_device(), config, spec)
+    run = dispatch.get_backend(backend, interpret)
     if config is None:
-      config = dispatch.fitted(x, run.config, device()[1])
+      config = dispatch.default_tile_sizes(x, run.config, program_device()[1])
   if not isinstance(config, run.config):
     raise ValueError(
       f"config: found {config!r}, expected {run.config.__name__} for {backend}"

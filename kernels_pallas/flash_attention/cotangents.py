@@ -17,7 +17,7 @@ from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands
 
 
-class Queries(NamedTuple):
+class QueryCotangents(NamedTuple):
   """Per-query inputs of the backward pass.
 
   Fields: do [B, T, N, Hv], 0 for padding; lse [B, N, T], +inf where no key is
@@ -30,10 +30,10 @@ class Queries(NamedTuple):
   shift: Array
 
 
-def kept(
+def save_residuals(
   x: Operands, o: Float[Array, "B T N Hv"], lse: Float[Array, "B N T"]
 ) -> tuple[tuple[Array, Array], tuple[Operands, Array, Array]]:
-  """Returns a forward rule's results and its residuals for `queries`.
+  """Returns a forward rule's results and its residuals for `query_cotangents`.
 
   The names let a `jax.checkpoint` policy save them instead of recomputing
   attention.
@@ -43,13 +43,13 @@ def kept(
   return (o, lse), (x, o, lse)
 
 
-def queries(
+def query_cotangents(
   x: Operands,
   o: Float[Array, "B T N Hv"],
   lse: Float[Array, "B N T"],
   do: Float[Array, "B T N Hv"],
   dlse: Float[Array, "B N T"],
-) -> Queries:
+) -> QueryCotangents:
   """Computes the per-query inputs of the backward pass.
 
   Args:
@@ -60,14 +60,16 @@ def queries(
     dlse: Cotangent of lse.
   """
   dtype = accumulator(x.q.dtype)
-  do = tiles.zero_padding(do, x.mask.live_queries())
+  do = tiles.zero_padding(do, x.mask.valid_queries())
   delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1)
   empty = lse == -jnp.inf
   shift = delta.swapaxes(1, 2) - jnp.where(empty, 0, dlse)
-  return Queries(do, jnp.where(empty, jnp.inf, lse), shift)
+  return QueryCotangents(do, jnp.where(empty, jnp.inf, lse), shift)
 
 
-def finished(x: Operands, found: Operands, rows: Queries) -> Operands:
+def cast_gradients(
+  x: Operands, found: Operands, rows: QueryCotangents
+) -> Operands:
   """Casts a call's gradients to its arrays' dtypes and adds that of the sinks.
 
   Args:

@@ -31,7 +31,7 @@ def reference_attention(
   dtype = accumulator(x.q.dtype)
   k = jnp.repeat(x.k, N // K, axis=2).astype(dtype)
   v = jnp.repeat(x.v, N // K, axis=2).astype(dtype)
-  keys, queries = x.mask.live_keys(), x.mask.live_queries()
+  keys, queries = x.mask.valid_keys(), x.mask.valid_queries()
   if keys is not None:
     k = jnp.where(keys[:, :, None, None], k, 0)
     v = jnp.where(keys[:, :, None, None], v, 0)

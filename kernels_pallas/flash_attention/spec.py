@@ -12,7 +12,7 @@ from kernels_pallas.masks import Mask
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-  """Tile sizes of the blockwise backend; defaults from `tile_sizes.fitted`.
+  """Tile sizes of the blockwise backend, by default `default_blocks`.
 
   Attributes:
     q: Queries per tile.

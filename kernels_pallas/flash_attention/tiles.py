@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float
 
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.masks import Tile, cut
+from kernels_pallas.masks import Tile, slice_axis
 
 
-class State(NamedTuple):
+class SoftmaxState(NamedTuple):
   """Online softmax over some keys: [B, K, G, t, .] in the accumulator dtype.
 
   Fields: m the largest logit (-inf if no key was visible), l the sum of
@@ -43,7 +43,7 @@ class Logits(NamedTuple):
   kept: Array | None
 
 
-def group(x: Operands) -> Operands:
+def group_heads(x: Operands) -> Operands:
   """Groups the heads of all arrays and sets padding queries and keys to 0.
 
   Padding may contain anything, even NaN, and 0 * NaN would reach the output.
@@ -53,7 +53,7 @@ def group(x: Operands) -> Operands:
   if bias is not None:
     heads = (K, N // K) if bias.shape[1] == N else (1, 1)
     bias = bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
-  keys = x.mask.live_keys()
+  keys = x.mask.valid_keys()
 
   def heads_first(y):
     # In this order a cache stored heads-first is never transposed.
@@ -61,7 +61,7 @@ def group(x: Operands) -> Operands:
     return y if keys is None else jnp.where(keys[:, None, :, None], y, 0)
 
   return x._replace(
-    q=group_queries(zero_padding(x.q, x.mask.live_queries()), K),
+    q=group_queries(zero_padding(x.q, x.mask.valid_queries()), K),
     k=heads_first(x.k),
     v=heads_first(x.v),
     bias=bias,
@@ -114,8 +114,8 @@ def logits(
   bias = None
   if x.bias is not None:
     bias = x.bias
-    bias = bias if bias.shape[3] == 1 else cut(bias, 3, *rows)
-    bias = bias if bias.shape[4] == 1 else cut(bias, 4, *keys)
+    bias = bias if bias.shape[3] == 1 else slice_axis(bias, 3, *rows)
+    bias = bias if bias.shape[4] == 1 else slice_axis(bias, 4, *keys)
     bias = arrange(bias).astype(t.dtype)
   if bias is not None and spec.bias_before_softcap:
     t = t + bias
@@ -138,9 +138,9 @@ def visible(
   return x.mask.visible(T, S, rows, keys)[:, None, None]
 
 
-def attend(
+def tile_attention(
   spec: Spec, x: Operands, rows: Tile, keys: Tile, seen: Array | None
-) -> State:
+) -> SoftmaxState:
   """Computes the softmax state of one tile; arguments as in `logits`."""
   q, k, v = _tile(x, rows, keys)
   shape = (*x.q.shape[:3], rows[1], -1)
@@ -159,18 +159,20 @@ def attend(
   l = jnp.sum(p, axis=-1, keepdims=True)
   p = _drop(spec, p, kept).astype(v.dtype)
   acc = _dot(spec, "xts,xsh->xth", p.reshape(*q.shape[:2], -1), v)
-  return State(m, l, acc.reshape(shape))
+  return SoftmaxState(m, l, acc.reshape(shape))
 
 
-def merge(a: State, b: State) -> State:
+def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
   """Combines the states of two disjoint sets of keys (kernels.md 2.1)."""
   m = jnp.maximum(a.m, b.m)
   ours, theirs = jnp.exp(a.m - _finite(m)), jnp.exp(b.m - _finite(m))
-  return State(m, a.l * ours + b.l * theirs, a.acc * ours + b.acc * theirs)
+  return SoftmaxState(
+    m, a.l * ours + b.l * theirs, a.acc * ours + b.acc * theirs
+  )
 
 
 def finish(
-  state: State, sinks: Float[Array, "K G"] | None
+  state: SoftmaxState, sinks: Float[Array, "K G"] | None
 ) -> tuple[Array, Array]:
   """Returns the output [B, K, G, t, Hv] and log-sum-exp [B, K, G, t]."""
   if sinks is not None:
@@ -178,24 +180,28 @@ def finish(
     m = jnp.broadcast_to(m, state.m.shape)
     # A sink acts as a key whose value is 0; -inf disables it.
     most, nothing = jax.lax.stop_gradient(m), jnp.zeros_like(state.acc)
-    state = merge(state, State(most, jnp.exp(m - _finite(most)), nothing))
+    state = merge(
+      state, SoftmaxState(most, jnp.exp(m - _finite(most)), nothing)
+    )
   empty = state.l == 0
   l = jnp.where(empty, 1, state.l)
   lse = jnp.where(empty, -jnp.inf, _finite(state.m) + jnp.log(l))
   return state.acc / l, lse[..., 0]
 
 
-def nothing(x: Operands, rows: int) -> State:
+def initial_state(x: Operands, rows: int) -> SoftmaxState:
   """Returns the state of `rows` queries before the first key."""
   shape = (*x.q.shape[:3], rows)
-  return State(
-    filled(x, (*shape, 1), -jnp.inf),
-    filled(x, (*shape, 1)),
-    filled(x, (*shape, x.v.shape[-1])),
+  return SoftmaxState(
+    full_like_queries(x, (*shape, 1), -jnp.inf),
+    full_like_queries(x, (*shape, 1)),
+    full_like_queries(x, (*shape, x.v.shape[-1])),
   )
 
 
-def filled(x: Operands, shape: tuple[int, ...], value: float = 0) -> Array:
+def full_like_queries(
+  x: Operands, shape: tuple[int, ...], value: float = 0
+) -> Array:
   """Returns an array to accumulate tiles in, in the accumulator dtype.
 
   Under `jax.shard_map` it varies over the same mesh axes as the queries, as the
@@ -205,7 +211,7 @@ def filled(x: Operands, shape: tuple[int, ...], value: float = 0) -> Array:
   return jnp.full_like(x.q, value, dtype=dtype, shape=shape)
 
 
-def add_at(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
+def add_tile(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
   """Adds `part` to `total` at the given (axis, tile) positions.
 
   Axes in which `total` has size 1 were broadcast: `part` is summed over them.
@@ -215,12 +221,12 @@ def add_at(total: Array, part: Array, *places: tuple[int, Tile]) -> Array:
   here, starts = total, [0] * total.ndim
   for axis, (start, size) in places:
     if total.shape[axis] > 1:
-      here, starts[axis] = cut(here, axis, start, size), start
+      here, starts[axis] = slice_axis(here, axis, start, size), start
   starts = [jnp.asarray(start, jnp.int32) for start in starts]
   return jax.lax.dynamic_update_slice(total, here + part, starts)
 
 
-class Cotangents(NamedTuple):
+class TileCotangents(NamedTuple):
   """Backward inputs of a query tile, grouped: do [B, K, G, t, Hv], rest [., t].
 
   `lse` is the saved log-sum-exp with +inf where no key was visible, `shift` is
@@ -238,7 +244,7 @@ def tile_gradients(
   rows: Tile,
   keys: Tile,
   seen: Array | None,
-  cotangents: Cotangents,
+  cotangents: TileCotangents,
 ) -> tuple[Array, Array, Array, Array]:
   """Computes a tile's contribution to (dq, dk, dv, dbias), kernels.md 2.2.
 
@@ -288,7 +294,11 @@ def tile_gradients(
 
 def _tile(x: Operands, rows: Tile, keys: Tile) -> tuple[Array, Array, Array]:
   """Slices q, k, v of a tile as batched matrices, [B*K, G*t or s, .]."""
-  parts = cut(x.q, 3, *rows), cut(x.k, 2, *keys), cut(x.v, 2, *keys)
+  parts = (
+    slice_axis(x.q, 3, *rows),
+    slice_axis(x.k, 2, *keys),
+    slice_axis(x.v, 2, *keys),
+  )
   batch = x.q.shape[0] * x.q.shape[1]
   return tuple(y.reshape(batch, -1, y.shape[-1]) for y in parts)
 

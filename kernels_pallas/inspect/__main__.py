@@ -42,7 +42,7 @@ REFERENCES = {
 def main(arguments: list[str] | None = None) -> int:
   """Prints a table, then one line of JSON; returns the exit code."""
   arguments = sys.argv[1:] if arguments is None else arguments
-  if gpu.asked(arguments):
+  if gpu.is_gpu_target(arguments):
     return gpu.main(arguments)
   args = _parser().parse_args(arguments)
   problem = build.missing()
@@ -140,13 +140,13 @@ def line(blocks: tuple[int, ...], found: Measurement | str) -> str:
 
 
 def _search(job: Job) -> Measurement | None:
-  def tell(blocks, found):
+  def on_result(blocks, found):
     print(line(blocks, found), flush=True)
 
-  best = search.search(job, tell)
+  best = search.search(job, on_result)
   if best is not None:
-    search.write(best)
-    print(f"{search.name(job)} = {best.job.blocks}: {tile_sizes.TABLE}")
+    search.write_table(best)
+    print(f"{search.tile_name(job)} = {best.job.blocks}: {tile_sizes.TABLE}")
   return best
 
 
@@ -161,11 +161,11 @@ def ours(
     keep: Folder for the compiler's dumps.
   """
   tiles = tile_sizes.for_device(job.chip.kind, job.head_dim, job.dtype)
-  taken = dataclasses.astuple(getattr(tiles, search.name(job)))
+  taken = dataclasses.astuple(getattr(tiles, search.tile_name(job)))
   return next(iter(_measure(job, [blocks or taken], keep)), None)
 
 
-def alike(found: Measurement) -> tuple[int, ...]:
+def similar_blocks(found: Measurement) -> tuple[int, ...]:
   """Returns the reference's blocks most similar to those of our kernel."""
   q, kv, _, part = found.job.blocks
   return q, kv, part, int(found.job.direction == "backward")
@@ -176,7 +176,7 @@ def references(
 ) -> list[Measurement]:
   """Measures a reference at blocks like ours and at those of `REFERENCES`."""
   blocks = dict.fromkeys(
-    (alike(found), *REFERENCES[maker][found.job.direction])
+    (similar_blocks(found), *REFERENCES[maker][found.job.direction])
   )
   job = dataclasses.replace(found.job, maker=maker)
   return _measure(job, blocks, keep)
@@ -200,7 +200,7 @@ def _measure(job: Job, blocks, keep) -> list[Measurement]:
   for n, sizes in enumerate(blocks):
     folder = keep / f"{job.maker}_{n}" if keep else None
     try:
-      found.append(report.measure(search.at(job, sizes), folder))
+      found.append(report.measure(search.with_blocks(job, sizes), folder))
       text = line(sizes, found[-1])
     except ValueError as problem:
       text = line(sizes, str(problem))

@@ -91,7 +91,7 @@ def _row(target: str, direction: str, compare: str) -> Row | None:
     return None
   theirs = command.references(ours, compare)
   best = min(theirs, key=lambda m: m.bundles, default=None)
-  alike = command.alike(ours)
+  alike = command.similar_blocks(ours)
   same = next((m for m in theirs if tuple(m.job.blocks) == alike), None)
   slot, full = ours.limiting()
   credited = job.program.credited[direction]

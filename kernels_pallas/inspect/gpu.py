@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
   return 0
 
 
-def asked(arguments: list[str]) -> bool:
+def is_gpu_target(arguments: list[str]) -> bool:
   """Whether the command line names one of `TARGETS`."""
   parser = argparse.ArgumentParser(add_help=False)
   parser.add_argument("--target")

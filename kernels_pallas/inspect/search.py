@@ -20,29 +20,30 @@ QUICK = 1024
 PARTS = ((256, 128), (128, 128), (128, 256), (256, 256), (512, 256))
 TILES = ((2048, 2048), (2048, 1024), (1024, 2048), (1024, 1024), (1024, 512),
          (512, 1024), (512, 512), (256, 512), (256, 256))  # fmt: skip
-MOST = 2
+MAX_TILES = 2
 """Tiles to try for the best parts: the largest that fit."""
 
 
 def search(
-  job: Job, tell: Callable[[tuple[int, ...], Measurement | str], None]
+  job: Job, on_result: Callable[[tuple[int, ...], Measurement | str], None]
 ) -> Measurement | None:
   """Returns the measurement with the best blocks for our attention, or None.
 
   Args:
     job: Its blocks and length are ignored.
-    tell: Called with each blocks tried, and a measurement or an error message.
+    on_result: Called with each blocks tried, and a measurement or an error
+      message.
   """
 
   def best(candidates: Iterator[tuple[int, ...]], most: int):
     found = []
     for blocks in candidates:
       try:
-        one = report.measure(at(job, blocks))
+        one = report.measure(with_blocks(job, blocks))
       except ValueError as problem:
-        tell(blocks, str(problem))
+        on_result(blocks, str(problem))
         continue
-      tell(blocks, one)
+      on_result(blocks, one)
       found.append(one)
       if len(found) == most:
         break
@@ -59,18 +60,20 @@ def search(
     for q, kv in TILES
     if (q, kv) != tile and q % parts.job.blocks[2] == 0
   )
-  larger = best(tiles, MOST)
+  larger = best(tiles, MAX_TILES)
   return min(filter(None, (parts, larger)), key=lambda m: m.cycles)
 
 
-def at(job: Job, blocks: tuple[int, ...]) -> Job:
+def with_blocks(job: Job, blocks: tuple[int, ...]) -> Job:
   """Returns the job at other blocks, long enough for a steady state."""
   return dataclasses.replace(
     job, blocks=tuple(blocks), length=4 * max(blocks[:2])
   )
 
 
-def write(found: Measurement, path: pathlib.Path = tile_sizes.TABLE) -> None:
+def write_table(
+  found: Measurement, path: pathlib.Path = tile_sizes.TABLE
+) -> None:
   """Writes a measurement's blocks to the table of `tile_sizes.for_device`.
 
   Args:
@@ -79,11 +82,11 @@ def write(found: Measurement, path: pathlib.Path = tile_sizes.TABLE) -> None:
   """
   job, table = found.job, json.loads(path.read_text())
   row = table[job.chip.kind][job.dtype][str(job.head_dim)]
-  row[name(job)] = list(job.blocks)
+  row[tile_name(job)] = list(job.blocks)
   path.write_text(_text(table))
 
 
-def name(job: Job) -> str:
+def tile_name(job: Job) -> str:
   """Returns the name in `tile_sizes.Tiles` of the tile that a job measures."""
   names = {("backward", "split"): "dq", ("backward", "fused"): "dkv"}
   return names.get((job.direction, job.backward), "forward")

@@ -5,7 +5,7 @@ from kernels_pallas.masks.masks import (
   Segments,
   Tile,
   Window,
-  cut,
+  slice_axis,
 )
 
 __all__ = [
@@ -13,5 +13,5 @@ __all__ = [
   "Segments",
   "Tile",
   "Window",
-  "cut",
+  "slice_axis",
 ]

@@ -5,9 +5,9 @@ like FlexAttention's `mask_mod`. Kernels do not trace the function. Before the
 program runs it is evaluated on every pair, a batch of queries at a time, and
 the visible keys of each query are stored as intervals. A kernel compares
 coordinates with these, as for every other mask, and tiles are classified
-exactly. Kernels refuse a mask that needs more than `MOST` intervals for a query
-(every third key, say); the blockwise backend then evaluates the function tile
-by tile.
+exactly. Kernels do not support a mask that needs more than `MAX_INTERVALS`
+intervals for a query (every third key, say); the blockwise backend then
+evaluates the function tile by tile.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-MOST = 8
+MAX_INTERVALS = 8
 """Intervals per query that kernels support; each costs one comparison."""
 
 _PAIRS = 2**24  # evaluated at a time
@@ -26,21 +26,21 @@ Window = tuple[int | None, int | None]
 """Keys visible to the left and right of the query; None is unbounded."""
 
 
-class Runs(NamedTuple):
+class KeyIntervals(NamedTuple):
   """The visible keys of each query, as NumPy arrays of interval bounds.
 
   Attributes:
     lo: int32 [R, n], first key of each of R intervals.
     hi: int32 [R, n], one past the last key; 0 for an unused interval.
-    listed: Whether the intervals are exactly the visible keys. If not, there is
+    exact: Whether the intervals are exactly the visible keys. If not, there is
       one interval per query, from its first to its last visible key.
   """
 
   lo: np.ndarray
   hi: np.ndarray
-  listed: bool
+  exact: bool
 
-  def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def bounds(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Iterates over (lo, hi) of each interval, for all queries."""
     return zip(self.lo, self.hi, strict=True)
 
@@ -52,13 +52,13 @@ class Runs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def runs(
+def key_intervals(
   function: Callable[..., Any],
   window: Window,
   first: int,
   n: int,
   keys: int,
-) -> Runs:
+) -> KeyIntervals:
   """Returns the intervals of keys [0, keys) that each query sees.
 
   Args:
@@ -72,15 +72,15 @@ def runs(
     ValueError: The function does not return booleans of the pairs' shape, or
       depends on values that are known only while the program runs.
   """
-  found, listed = [], True
+  found, exact = [], True
   for seen in _rows(function, window, first, n, keys):
     edges = np.diff(np.pad(seen, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     starts, stops = (np.nonzero(edges == sign) for sign in (1, -1))
     count = np.bincount(starts[0], minlength=len(seen))
-    listed &= int(count.max(initial=0)) <= MOST
+    exact &= int(count.max(initial=0)) <= MAX_INTERVALS
     found.append((count, starts, stops))
   wide = max((int(c.max(initial=0)) for c, _, _ in found), default=0)
-  wide = max(wide, 1) if listed else 1
+  wide = max(wide, 1) if exact else 1
   bounds = np.zeros((2, wide, n), np.int32)
   at = 0
   for count, starts, stops in found:
@@ -88,13 +88,13 @@ def runs(
     for bound, edges, pick in zip(
       bounds, (starts, stops), (0, -1), strict=True
     ):
-      _place(bound[:, rows], count, edges, None if listed else pick)
+      _place(bound[:, rows], count, edges, None if exact else pick)
     at += len(count)
-  return Runs(*bounds, listed)
+  return KeyIntervals(*bounds, exact)
 
 
 @functools.lru_cache(maxsize=16)
-def tiles(
+def count_visible_pairs(
   function: Callable[..., Any],
   window: Window,
   first: int,
@@ -103,12 +103,13 @@ def tiles(
 ) -> np.ndarray:
   """Counts the visible pairs of each tile, int [tiles of T, tiles of S].
 
-  For masks with too many intervals for `runs`; evaluates all pairs again.
+  For masks with too many intervals for `key_intervals`; evaluates all pairs
+  again.
 
   Args:
-    function: As in `runs`.
-    window: As in `runs`.
-    first: As in `runs`.
+    function: As in `key_intervals`.
+    window: As in `key_intervals`.
+    first: As in `key_intervals`.
     sizes: (T, S).
     tile: (queries, keys) per tile.
   """
@@ -121,7 +122,7 @@ def tiles(
   return np.add.reduceat(counts, np.arange(0, T, bq), axis=0)
 
 
-def ask(function: Callable[..., Any], q: Any, k: Any) -> Any:
+def evaluate(function: Callable[..., Any], q: Any, k: Any) -> Any:
   """Evaluates the mask function on positions q and k, which broadcast.
 
   Raises:
@@ -161,7 +162,7 @@ def _rows(
     q = first + np.arange(start, min(start + step, n), dtype=np.int32)[:, None]
     try:
       with jax.ensure_compile_time_eval():
-        seen = np.asarray(ask(function, q, k))
+        seen = np.asarray(evaluate(function, q, k))
     except (
       jax.errors.ConcretizationTypeError,
       jax.errors.TracerArrayConversionError,

@@ -29,16 +29,16 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 END = 2**30
 """Past every coordinate: the end of an unbounded interval."""
 
-TOO_MANY = (
-  f"a query's keys lie in more than {function_masks.MOST} intervals, which "
-  "kernels do not support"
+TOO_MANY_INTERVALS = (
+  f"a query's keys lie in more than {function_masks.MAX_INTERVALS} intervals, "
+  "which kernels do not support"
 )
 
 _DATA_SHIFT = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class MaskIntervals:
   """A mask as intervals and segments, for T queries and S keys.
 
   Attributes:
@@ -47,22 +47,24 @@ class Rows:
     keys: int32 [B or 1, S], the keys' coordinates; None if these are indices.
     segments: (int32 [B or 1, T], int32 [B or 1, S]), with padding set so that
       it matches nothing; or None.
-    unlisted: The mask itself, if `bounds` only enclose the visible keys because
-      its function needs too many intervals; else None.
+    inexact_mask: The mask itself, if `bounds` only enclose the visible keys
+      because its function needs too many intervals; else None.
   """
 
   bounds: Any
   keys: Any
   segments: Any
-  unlisted: Mask | None = None
+  inexact_mask: Mask | None = None
 
-  def check_listed(self) -> None:
+  def check_exact(self) -> None:
     """Raises ValueError if `bounds` are not exactly the visible keys."""
-    if self.unlisted is not None:
-      raise ValueError(f"mask function: {TOO_MANY}; xla_blockwise can")
+    if self.inexact_mask is not None:
+      raise ValueError(
+        f"mask function: {TOO_MANY_INTERVALS}; xla_blockwise can"
+      )
 
 
-def rows(mask: Mask, T: int, S: int) -> Rows:
+def mask_intervals(mask: Mask, T: int, S: int) -> MaskIntervals:
   """Returns the mask as intervals and segments.
 
   Args:
@@ -75,10 +77,10 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
   """
   data = (mask.q_positions, mask.kv_positions, mask.prefix)
   xp = np if all(x is None for x in data) else jnp
-  unlisted = None
+  inexact_mask = None
   if mask.kind == "function":
-    bounds, listed = _function_bounds(mask, T, S, xp)
-    unlisted = None if listed else mask
+    bounds, exact = _function_bounds(mask, T, S, xp)
+    inexact_mask = None if exact else mask
   else:
     bounds = _bounds(mask, T, S, xp)
   # Without positions, coordinates are indices, which end at S.
@@ -94,19 +96,19 @@ def rows(mask: Mask, T: int, S: int) -> Rows:
       jnp.where(ours < 0, -1, ours).astype(jnp.int32),
       jnp.where(theirs < 0, -2, theirs).astype(jnp.int32),
     )
-  return Rows(
+  return MaskIntervals(
     bounds=xp.stack(flat, axis=1).astype(np.int32),
     keys=_coordinates(mask, S),
     segments=segments,
-    unlisted=unlisted,
+    inexact_mask=inexact_mask,
   )
 
 
-def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
+def tile_arrays(found: MaskIntervals) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns what a kernel compares inside a tile, as named arrays.
 
   Args:
-    found: Result of `rows`.
+    found: Result of `mask_intervals`.
 
   Returns:
     For queries, `lo` and `hi` of each interval and `segment`, [B or 1, T]; for
@@ -115,7 +117,7 @@ def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
   Raises:
     ValueError: The mask's function needs more intervals than kernels support.
   """
-  found.check_listed()
+  found.check_exact()
   rows, columns = {}, {}
   for n in range(0, found.bounds.shape[1], 2):
     lo, hi = found.bounds[:, n], found.bounds[:, n + 1]
@@ -129,14 +131,14 @@ def arrays(found: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
   return rows, columns
 
 
-def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
+def tile_classes(found: MaskIntervals, T: int, S: int, bq: int, bk: int) -> Any:
   """Returns the class of every tile, int32 [B or 1, tiles of T, tiles of S].
 
   A NumPy array, and exact, if classes depend on indices alone. Otherwise a JAX
   array in which a tile marked PARTIAL may be empty or full.
 
   Args:
-    found: Result of `rows`.
+    found: Result of `mask_intervals`.
     T: Queries per batch row.
     S: Keys per batch row.
     bq: Queries per tile.
@@ -147,14 +149,16 @@ def classes(found: Rows, T: int, S: int, bq: int, bk: int) -> Any:
     tiles = _exact(found, T, S, bq, bk)[None]
   else:
     tiles = _hull(found, T, S, bq, bk)
-    if found.unlisted is not None:
+    if found.inexact_mask is not None:
       tiles = jnp.minimum(tiles, PARTIAL)
   if found.segments is None:
     return tiles
   return jnp.minimum(tiles, _by_segments(found.segments, bq, bk))
 
 
-def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
+def max_visited(
+  found: MaskIntervals, T: int, S: int, bq: int, bk: int, axis: int
+) -> int:
   """Returns the most tiles along `axis` (1: queries, 2: keys) visited per line.
 
   Ignores segments, which only remove tiles.
@@ -165,14 +169,14 @@ def width(found: Rows, T: int, S: int, bq: int, bk: int, axis: int) -> int:
   return max(1, int((tiles != EMPTY).sum(axis - 1).max()))
 
 
-def table(tiles: Any, wide: int) -> Any:
+def visit_table(tiles: Any, wide: int) -> Any:
   """Returns the tiles that each line visits, int32 [B or 1, lines, wide].
 
   An entry is 4 times the tile's index plus its class. Unused entries repeat
   the last tile with class EMPTY, so that a pipeline fetches nothing for them.
 
   Args:
-    tiles: Result of `classes`; its second axis are the lines.
+    tiles: Result of `tile_classes`; its second axis are the lines.
     wide: At least the largest number of non-empty tiles of a line.
   """
   xp = np if isinstance(tiles, np.ndarray) else jnp
@@ -191,8 +195,8 @@ def _bounds(mask: Mask, T: int, S: int, xp) -> list[tuple[Any, Any]]:
   i = xp.arange(T)[None]
   if mask.kind == "block_diffusion":
     return _diffusion_bounds(mask, i, xp)
-  level = mask.level(T, S)
-  q = i + level if mask.q_positions is None else mask.q_positions
+  offset = mask.resolve_offset(T, S)
+  q = i + offset if mask.q_positions is None else mask.q_positions
   lo, hi = xp.zeros_like(q), xp.full_like(q, END)
   match mask.kind:
     case "causal":
@@ -213,20 +217,22 @@ def _function_bounds(
   mask: Mask, T: int, S: int, xp
 ) -> tuple[list[tuple[Any, Any]], bool]:
   """Returns intervals as in `_bounds`, and whether they are exact."""
-  level = mask.level(T, S)
+  offset = mask.resolve_offset(T, S)
   keys = S if mask.kv_positions is None else mask.extent
-  ask = functools.partial(function_masks.runs, mask.function, mask.window)
+  intervals_of = functools.partial(
+    function_masks.key_intervals, mask.function, mask.window
+  )
   if mask.q_positions is None:
-    found = ask(level, T, keys)
-    pairs = [(lo[None], hi[None]) for lo, hi in found.pairs()]
-    return pairs, found.listed
-  found, q = ask(0, mask.extent, keys), mask.q_positions
+    found = intervals_of(offset, T, keys)
+    pairs = [(lo[None], hi[None]) for lo, hi in found.bounds()]
+    return pairs, found.exact
+  found, q = intervals_of(0, mask.extent, keys), mask.q_positions
   at, known = xp.clip(q, 0, mask.extent - 1), (q >= 0) & (q < mask.extent)
   pairs = [
     (xp.asarray(lo)[at], xp.where(known, xp.asarray(hi)[at], 0))
-    for lo, hi in found.pairs()
+    for lo, hi in found.bounds()
   ]
-  return pairs, found.listed
+  return pairs, found.exact
 
 
 def _diffusion_bounds(mask: Mask, i, xp) -> list[tuple[Any, Any]]:
@@ -260,22 +266,24 @@ def _coordinates(mask: Mask, S: int) -> Any:
   return k.astype(jnp.int32)
 
 
-def _exact(found: Rows, T: int, S: int, bq: int, bk: int) -> np.ndarray:
+def _exact(
+  found: MaskIntervals, T: int, S: int, bq: int, bk: int
+) -> np.ndarray:
   """Returns classes [tiles of T, tiles of S] by counting visible pairs."""
-  if found.unlisted is None:
-    count = _listed_pairs(found.bounds[0], T, S, bq, bk)
+  if found.inexact_mask is None:
+    count = _count_pairs(found.bounds[0], T, S, bq, bk)
   else:
-    mask = found.unlisted
-    level = mask.level(T, S)
-    count = function_masks.tiles(
-      mask.function, mask.window, level, (T, S), (bq, bk)
+    mask = found.inexact_mask
+    offset = mask.resolve_offset(T, S)
+    count = function_masks.count_visible_pairs(
+      mask.function, mask.window, offset, (T, S), (bq, bk)
     )
   sizes = np.minimum(np.arange(0, T, bq) + bq, T) - np.arange(0, T, bq)
   full = count == sizes[:, None] * bk
   return np.where(count == 0, EMPTY, np.where(full, FULL, PARTIAL))
 
 
-def _listed_pairs(
+def _count_pairs(
   bounds: np.ndarray, T: int, S: int, bq: int, bk: int
 ) -> np.ndarray:
   """Counts the visible pairs of every tile from exact intervals."""
@@ -288,7 +296,7 @@ def _listed_pairs(
   return np.add.reduceat(count, np.arange(0, T, bq), axis=0)
 
 
-def _hull(found: Rows, T: int, S: int, bq: int, bk: int) -> jax.Array:
+def _hull(found: MaskIntervals, T: int, S: int, bq: int, bk: int) -> jax.Array:
   """Returns classes bounded by each block's extreme intervals and keys."""
   keys = found.keys
   if keys is None:

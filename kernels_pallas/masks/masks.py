@@ -237,7 +237,7 @@ class Mask:
         f"{2 * self.length} queries and keys, found {T} and {S}"
       )
 
-  def level(self, T: int, S: int) -> int:
+  def resolve_offset(self, T: int, S: int) -> int:
     """Returns the position of query 0, in key indices."""
     return S - T if self.offset is None else self.offset
 
@@ -263,36 +263,36 @@ class Mask:
     k_tile = (0, S) if k_tile is None else k_tile
     i = (q_tile[0] + jnp.arange(q_tile[1]))[None, :, None]
     j = (k_tile[0] + jnp.arange(k_tile[1]))[None, None, :]
-    level = self.level(T, S)
-    q, k = i + level, j
+    offset = self.resolve_offset(T, S)
+    q, k = i + offset, j
     if self.kind == "block_diffusion":
       q, k = i % self.length, j % self.length
     seen = j < S
     if self.q_positions is not None:
-      q = cut(self.q_positions, 1, *q_tile)[:, :, None]
+      q = slice_axis(self.q_positions, 1, *q_tile)[:, :, None]
       seen &= q >= 0
     if self.kv_positions is not None:
-      k = cut(self.kv_positions, 1, *k_tile)[:, None, :]
+      k = slice_axis(self.kv_positions, 1, *k_tile)[:, None, :]
       seen &= k >= 0
     if self.q_segments is not None:
-      ours = cut(self.q_segments, 1, *q_tile)[:, :, None]
-      theirs = cut(self.kv_segments, 1, *k_tile)[:, None, :]
+      ours = slice_axis(self.q_segments, 1, *q_tile)[:, :, None]
+      theirs = slice_axis(self.kv_segments, 1, *k_tile)[:, None, :]
       seen &= (ours == theirs) & (ours >= 0)
     left, right = self.window
     if left is not None:
       seen &= k >= q - left
     if right is not None:
       seen &= k <= q + right
-    seen &= rules.holds(self, i, j, q, k)
+    seen &= rules.allowed(self, i, j, q, k)
     return jnp.broadcast_to(seen, (seen.shape[0], q_tile[1], k_tile[1]))
 
-  def live_queries(self) -> Bool[Array, "#b t"] | None:
+  def valid_queries(self) -> Bool[Array, "#b t"] | None:
     """Marks the queries that are not padding; None if no padding is marked."""
-    return _live(self.q_positions, self.q_segments)
+    return _valid(self.q_positions, self.q_segments)
 
-  def live_keys(self) -> Bool[Array, "#b s"] | None:
+  def valid_keys(self) -> Bool[Array, "#b s"] | None:
     """Marks the keys that are not padding; None if no padding is marked."""
-    return _live(self.kv_positions, self.kv_segments)
+    return _valid(self.kv_positions, self.kv_segments)
 
   def padded(self, t: int, s: int) -> "Mask":
     """Returns the mask with `t` queries and `s` keys of padding appended.
@@ -320,8 +320,8 @@ class Mask:
     """Bounds [lo, hi) the keys that queries [q_start, q_stop) see."""
     lo, hi = 0, S
     if self.q_positions is None and self.kv_positions is None:
-      level = self.level(T, S)
-      first, last = q_start + level, q_stop - 1 + level
+      offset = self.resolve_offset(T, S)
+      first, last = q_start + offset, q_stop - 1 + offset
       if self.kind == "causal":
         hi = last + 1
       elif self.kind == "block_causal":
@@ -329,7 +329,9 @@ class Mask:
       elif self.kind == "block_diffusion":
         return rules.diffusion_range(self.length, self.block, q_start, q_stop)
       elif self.kind == "function":
-        seen = function_masks.runs(self.function, self.window, level, T, S)
+        seen = function_masks.key_intervals(
+          self.function, self.window, offset, T, S
+        )
         lo, hi = seen.hull(q_start, q_stop)
       left, right = self.window
       lo = lo if left is None else max(lo, first - left)
@@ -345,8 +347,8 @@ class Mask:
     unknown = ("block_diffusion", "function")
     if any(x is not None for x in data) or self.kind in unknown:
       return False
-    level = self.level(T, S)
-    first, last = q_start + level, q_stop - 1 + level
+    offset = self.resolve_offset(T, S)
+    first, last = q_start + offset, q_stop - 1 + offset
     left, right = self.window
     inside = k_stop <= S
     inside &= left is None or k_start >= last - left
@@ -358,7 +360,7 @@ class Mask:
     return inside
 
 
-def cut(x: Array, axis: int, start: Any, size: int) -> Array:
+def slice_axis(x: Array, axis: int, start: Any, size: int) -> Array:
   """Slices `size` entries along `axis` from `start`, traced or not."""
   if isinstance(start, int):
     return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
@@ -393,6 +395,6 @@ def _positive(name: str, value: int) -> int:
   return value
 
 
-def _live(positions: Array | None, segments: Array | None) -> Array | None:
+def _valid(positions: Array | None, segments: Array | None) -> Array | None:
   marks = [x >= 0 for x in (positions, segments) if x is not None]
   return functools.reduce(jnp.logical_and, marks) if marks else None

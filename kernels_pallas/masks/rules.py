@@ -13,7 +13,7 @@ KINDS = (
 )
 
 
-def holds(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
+def allowed(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
   """Evaluates the mask's rule on indices i, j and positions q, k."""
   match mask.kind:
     case "full":
@@ -32,7 +32,7 @@ def holds(mask: Any, i: Array, j: Array, q: Array, k: Array) -> Array:
       clean = ~noisy_q & ~noisy_k & (ours >= theirs)
       return own | before | clean
     case "function":
-      seen = function_masks.ask(mask.function, q, k)
+      seen = function_masks.evaluate(mask.function, q, k)
       if mask.q_positions is not None:
         seen &= q < mask.extent
       return seen if mask.kv_positions is None else seen & (k < mask.extent)

@@ -74,7 +74,7 @@ def _product(x, w, backend, activations, config, interpret):
 def _choose(backend, on_tpu, on_gpu, plain, x, w, activations=None):
   if backend in ("mosaic_tpu", "mosaic_gpu"):
     return (on_tpu if backend == "mosaic_tpu" else on_gpu)(x, w)
-  if backend == "xla" or not len(x) or target_platform.is_cut():
+  if backend == "xla" or not len(x) or target_platform.may_be_sharded():
     return plain(x, w)
   # The platform is that of the program, which may be compiled for another one
   # than the process runs on.

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from kernels_pallas.flash_attention.api import prepare
 from kernels_pallas.flash_attention.spec import Operands
 from kernels_pallas.masks import Mask
-from kernels_pallas.sequence_parallel.zigzag import Names, halves
+from kernels_pallas.sequence_parallel.zigzag import MeshAxes, fit_half_shards
 
 
 def gathered_attention(
@@ -23,7 +23,7 @@ def gathered_attention(
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K Hv"],
   *,
-  axis: Names,
+  axis: MeshAxes,
   mask: Mask,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,
@@ -49,6 +49,6 @@ def gathered_attention(
   k, v = (jax.lax.all_gather(y, axis, axis=1, tiled=True) for y in (k, v))
   x = Operands(q, k, v, mask, sinks=sinks)
   backend, spec = prepare(x, **options)
-  spec = dataclasses.replace(spec, blocks=halves(spec.blocks, T, S))
+  spec = dataclasses.replace(spec, blocks=fit_half_shards(spec.blocks, T, S))
   o, lse = backend.attend(spec, x)
   return (o, lse) if return_lse else o

@@ -25,7 +25,7 @@ from kernels_pallas.flash_attention.api import prepare
 from kernels_pallas.flash_attention.spec import Backend, Operands, Spec
 from kernels_pallas.masks import Mask, intervals
 from kernels_pallas.sequence_parallel.combine import combine
-from kernels_pallas.sequence_parallel.zigzag import Names, halves
+from kernels_pallas.sequence_parallel.zigzag import MeshAxes, fit_half_shards
 
 
 def ring_attention(
@@ -33,7 +33,7 @@ def ring_attention(
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K Hv"],
   *,
-  axis: Names,
+  axis: MeshAxes,
   mask: Mask,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,
@@ -70,7 +70,7 @@ def ring_attention(
     )
   _check(mask)
   spec = dataclasses.replace(
-    spec, blocks=halves(spec.blocks, q.shape[1], k.shape[1])
+    spec, blocks=fit_half_shards(spec.blocks, q.shape[1], k.shape[1])
   )
   o, lse = _ring(_Ring(backend, axis), spec, x)
   return (o, lse) if return_lse else o
@@ -79,7 +79,7 @@ def ring_attention(
 @dataclasses.dataclass(frozen=True)
 class _Ring:
   backend: Backend
-  axis: Names
+  axis: MeshAxes
 
   @property
   def size(self) -> int:
@@ -138,7 +138,7 @@ def _forward(ring, spec, x):
 
 def _backward(ring, spec, saved, arrived):
   x, o, lse = saved
-  rows = cotangents.queries(x, o, lse, *arrived)
+  rows = cotangents.query_cotangents(x, o, lse, *arrived)
 
   def see(sums, held):
     def attend(step):
@@ -160,7 +160,7 @@ def _backward(ring, spec, saved, arrived):
   dq, *theirs = see(sums, held)
   dk, dv = ring.pass_on(theirs)
   found = Operands(dq, dk, dv, None)
-  return (cotangents.finished(x, found, rows),)
+  return (cotangents.cast_gradients(x, found, rows),)
 
 
 _ring.defvjp(_forward, _backward)
@@ -187,8 +187,8 @@ def _if_visible(x: Operands, held: _Keys, attend, otherwise):
   step = x._replace(k=held.k, v=held.v, mask=mask, sinks=None)
   T, S = x.q.shape[1], held.k.shape[1]
   # In halves, since a shard in zig-zag order has early and late tokens.
-  tiles = intervals.classes(
-    intervals.rows(mask, T, S), T, S, -(-T // 2), -(-S // 2)
+  tiles = intervals.tile_classes(
+    intervals.mask_intervals(mask, T, S), T, S, -(-T // 2), -(-S // 2)
   )
   if isinstance(tiles, np.ndarray):
     return attend(step)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention.api import flash_attention
 from kernels_pallas.masks import Mask
-from kernels_pallas.sequence_parallel.zigzag import Names
+from kernels_pallas.sequence_parallel.zigzag import MeshAxes
 
 
 def ulysses_attention(
@@ -23,7 +23,7 @@ def ulysses_attention(
   k: Float[Array, "B S K H"],
   v: Float[Array, "B S K Hv"],
   *,
-  axis: Names,
+  axis: MeshAxes,
   mask: Mask,
   sinks: Float[Array, " N"] | None = None,
   return_lse: bool = False,

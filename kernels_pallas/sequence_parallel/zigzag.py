@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tiles, fit
 
-Names = tuple[str, ...]
+MeshAxes = tuple[str, ...]
 """Mesh axes, treated as one; the last is the fastest."""
 
 
@@ -43,7 +43,7 @@ def zigzag(length: int, shards: int) -> Int[np.ndarray, " T"]:
   return np.arange(length).reshape(chunks, -1)[np.ravel(of_shard)].reshape(-1)
 
 
-def to_zigzag(x: Any, axis: Names) -> Any:
+def to_zigzag(x: Any, axis: MeshAxes) -> Any:
   """Permutes shards from text order to zig-zag order, under `jax.shard_map`.
 
   Communicates by two permutations of half a shard each.
@@ -70,7 +70,7 @@ def to_zigzag(x: Any, axis: Names) -> Any:
   return jax.tree.map(one, x)
 
 
-def from_zigzag(x: Any, axis: Names) -> Any:
+def from_zigzag(x: Any, axis: MeshAxes) -> Any:
   """The inverse of `to_zigzag`."""
   n = jax.lax.axis_size(axis)
   homes = [
@@ -96,7 +96,7 @@ def _in_turn(even, odd, axis):
   return jnp.concatenate([first, second], axis=1)
 
 
-def halves(blocks: Any, T: int, S: int) -> Any:
+def fit_half_shards(blocks: Any, T: int, S: int) -> Any:
   """Fits TPU tiles to half a shard, so that none spans both of its chunks.
 
   A tile across both would hold early and late tokens, and be visited for

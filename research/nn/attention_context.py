@@ -72,10 +72,12 @@ def attend(
   if not sharding.is_cut():
     return api.flash_attention(q, k, v, mask=mask, **options)
   cut = _cut(q.shape, k.shape)
-  return sharded.sharded_attention(q, k, v, mask=mask, cut=cut, **options)
+  return sharded.sharded_attention(q, k, v, mask=mask, sharding=cut, **options)
 
 
-def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
+def _cut(
+  queries: tuple[int, ...], keys: tuple[int, ...]
+) -> sharded.AttentionSharding:
   names = ("batch", "length", "heads", None)
   batch, tokens, heads, _ = sharding.cuts(queries, *names)
   sizes = jax.sharding.get_abstract_mesh().shape
@@ -88,7 +90,7 @@ def _cut(queries: tuple[int, ...], keys: tuple[int, ...]) -> sharded.Cut:
       " Layout.sequence ask nothing of heads."
     )
   ways = {"length": "sequence", "ring": "ring", "ulysses": "ulysses"}
-  return sharded.Cut(
+  return sharded.AttentionSharding(
     batch,
     heads=heads,
     **{
@@ -116,7 +118,7 @@ def of_queries(mask: Mask, keep: Int[Array, "B N"], length: int) -> Mask:
     keep: the queries.
     length: of a row.
   """
-  mask = sharded.positioned(mask, length, length)
+  mask = sharded.with_positions(mask, length, length)
 
   def cut(x):
     if x is None:

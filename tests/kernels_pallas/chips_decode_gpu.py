@@ -99,11 +99,13 @@ def arrays(case: Case, alive: bool = True):
 
 def prepare(case: Case, q, held, table, lens, starts):
   """The problem of a call, and what puts its results in their places."""
-  rows = ragged.Rows(table, *(jnp.asarray(x) for x in (lens, starts)))
+  rows = ragged.RaggedRows(table, *(jnp.asarray(x) for x in (lens, starts)))
   spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
   blocks = Blocks(case.queries, mosaic_gpu.KEYS, case.splits)
   p, tiling = works.prepare(spec, blocks, q, held, rows)
-  return p, lambda o, lse: works.untile(p, tiling, rows, q.shape[0], o, lse)
+  return p, lambda o, lse: works.combine_splits(
+    p, tiling, rows, q.shape[0], o, lse
+  )
 
 
 def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
@@ -132,7 +134,7 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
   for index in np.ndindex(E, blocks, K):
     block = emulator.Block(program, memory, index, x.shared + 2048, late)
     block.run(rng)
-  found = mosaic_gpu.finished(p, x, *(jnp.asarray(y) for y in (o, lse)))
+  found = mosaic_gpu.restore_outputs(p, x, *(jnp.asarray(y) for y in (o, lse)))
   return untile(*found), memory.copied
 
 
@@ -152,14 +154,16 @@ def least(case: Case) -> int:
 def exact(case: Case):
   """The same by the definition, in float32."""
   q, held, table, lens, starts = arrays(case, alive=False)
-  rows = ragged.Rows(table, jnp.asarray(lens), jnp.asarray(starts))
+  rows = ragged.RaggedRows(table, jnp.asarray(lens), jnp.asarray(starts))
   if table is None:
     k, v = (y.swapaxes(1, 2).astype(jnp.float32) for y in (held.k, held.v))
   else:
-    k, v = pages.dense(held, table, jnp.float32)
+    k, v = pages.gather_pages(held, table, jnp.float32)
   spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
   q = q.astype(jnp.float32)
-  return reference_decode(spec, q, k, v, *ragged.places(rows, q.shape[0]))
+  return reference_decode(
+    spec, q, k, v, *ragged.token_positions(rows, q.shape[0])
+  )
 
 
 def measure(case: Case) -> tuple[ptx.Kernel, str]:

@@ -11,7 +11,7 @@ def _cxx():
   """The path of a C++ compiler; skips where there is none."""
   try:
     return cpu_library.compiler()
-  except cpu_library.Unavailable as error:
+  except cpu_library.LibraryUnavailable as error:
     pytest.skip(str(error))
 
 

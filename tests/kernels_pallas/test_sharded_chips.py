@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.masks import Mask
 from kernels_pallas.quantized_matmul import planar
 from kernels_pallas.quantized_matmul.api import quantized_matmul
@@ -39,10 +42,10 @@ def compiled(f, places, *operands):
 
 
 def test_rows_and_heads_send_nothing(mesh):
-  cut = Cut(batch=("data",), heads=("tensor",))
+  cut = AttentionSharding(batch=("data",), heads=("tensor",))
 
   def loss(q, k, v):
-    o = sharded_attention(q, k, v, mask=Mask.causal(), cut=cut)
+    o = sharded_attention(q, k, v, mask=Mask.causal(), sharding=cut)
     return o.astype(jnp.float32).sum()
 
   q, k = (jax.ShapeDtypeStruct((2, 1024, n, 128), jnp.bfloat16) for n in (8, 4))

@@ -25,7 +25,7 @@ TARGET = "heptad_decoding"
 LIBRARY = Library(
   name="decoding",
   source=pathlib.Path(__file__).with_name("decode.cc"),
-  parts=(
+  includes=(
     "problem.h",
     "lanes.h",
     "decode.inc",
@@ -34,7 +34,7 @@ LIBRARY = Library(
     "../../common/cpu_vector.inc",
   ),
   targets=((TARGET, "HeptadDecoding"),),
-  without="decoding: {error}; XLA attends, by a dozen kernels a layer.",
+  warning="decoding: {error}; XLA attends, by a dozen kernels a layer.",
 )
 
 NO_PAGES = "the CPU kernel reads caches, no pages"
@@ -48,7 +48,7 @@ def available() -> bool:
   return cpu_library.available(LIBRARY)
 
 
-def refused(dtype: Any, held: Any, precision: Any) -> str | None:
+def unsupported(dtype: Any, held: Any, precision: Any) -> str | None:
   """Returns why the kernel cannot run a call, or None.
 
   Args:
@@ -93,12 +93,12 @@ def cpu_decode(
   Raises:
     ValueError: The kernel does not support the call, or there is no compiler.
   """
-  if reason := refused(q.dtype, held, spec.precision):
+  if reason := unsupported(q.dtype, held, spec.precision):
     raise ValueError(f"cpu: {reason}; backend='xla' takes it")
   if not available():
     raise ValueError("backend: cpu needs a C++ compiler, xla none")
   (B, N, _), V = q.shape, held.v.shape[-1]
-  arrays, results = target_platform.alike(
+  arrays, results = target_platform.match_varying_axes(
     (q, held.k, held.v, lengths), ((B, N, V), (B, N))
   )
   return jax.ffi.ffi_call(TARGET, tuple(results), vmap_method="broadcast_all")(

@@ -15,9 +15,12 @@ from jaxtyping import Array, Float
 from kernels_pallas.common import gpu_copy as copy
 from kernels_pallas.common.target_platform import NO_GPU_KERNELS, has_mma
 from kernels_pallas.decode_attention.gpu import quantized_pages, sm80_kernel
-from kernels_pallas.decode_attention.pages import LARGEST, Pages
-from kernels_pallas.decode_attention.work import Cache, Problem, heads_of
-from kernels_pallas.flash_attention.gpu.mosaic_gpu import DTYPES, no_kernel
+from kernels_pallas.decode_attention.pages import MAX_CODE, Pages
+from kernels_pallas.decode_attention.work import Cache, Problem, head_sizes
+from kernels_pallas.flash_attention.gpu.mosaic_gpu import (
+  DTYPES,
+  no_kernel_reason,
+)
 
 KEYS, WIDE = 64, 512
 """Keys per tile, and the bytes of a token's key and value above which a tile
@@ -32,10 +35,10 @@ SHARED_BYTES = 82_432
 PROCESSORS = 132
 """Multiprocessors to fill: those of an H100."""
 
-MOST_SPLITS = 32
+MAX_SPLITS = 32
 
 
-def refused(
+def unsupported(
   kind: str, dtype: Any, held: Cache | Pages | None, precision: Any = None
 ) -> str | None:
   """Returns why the kernel cannot run a call, or None.
@@ -49,7 +52,7 @@ def refused(
   if NO_GPU_KERNELS is not None:
     return NO_GPU_KERNELS
   if kind and not has_mma(kind):
-    return no_kernel(kind)
+    return no_kernel_reason(kind)
   if dtype not in DTYPES:
     return f"GPU kernels compute in bfloat16 and float16, found {dtype}"
   if precision not in (None, jax.lax.Precision.DEFAULT):
@@ -61,9 +64,9 @@ def refused(
     # float16 is too small for the scales of small values.
     return f"GPU kernels read codes for bfloat16 queries, found {dtype}"
   for found in (x.dtype for x in _arrays(held)):
-    if found != dtype and found not in LARGEST:
+    if found != dtype and found not in MAX_CODE:
       return f"GPU kernels take keys of the queries' {dtype}, found {found}"
-  dims = heads_of(held)[1:]
+  dims = head_sizes(held)[1:]
   if not set(dims) <= set(HEAD_DIMS):
     return f"GPU kernels take head dims of {HEAD_DIMS}, found {dims}"
   return None
@@ -81,7 +84,7 @@ def splits_for(pieces: int, keys: int) -> int:
     keys: Most keys of a row.
   """
   wanted = -(-2 * PROCESSORS // pieces)
-  return max(1, min(wanted, keys // (4 * KEYS), MOST_SPLITS))
+  return max(1, min(wanted, keys // (4 * KEYS), MAX_SPLITS))
 
 
 def mosaic_gpu_decode(
@@ -94,10 +97,10 @@ def mosaic_gpu_decode(
     interpret: None or False to compile, or a `plgpu.InterpretGPUParams`.
   """
   x = plan(p, bool(interpret))
-  return finished(p, x, *sm80_kernel.run(x, interpret or False))
+  return restore_outputs(p, x, *sm80_kernel.run(x, interpret or False))
 
 
-def finished(
+def restore_outputs(
   p: Problem, x: sm80_kernel.Plan, o: jax.Array, lse: jax.Array
 ) -> tuple[Float[Array, "E K M Hv"], Float[Array, "E K M"]]:
   """Removes padding from the kernel's results and restores the order of dims.

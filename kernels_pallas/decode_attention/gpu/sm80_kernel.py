@@ -166,7 +166,7 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
     )
     for n in range(2)
   )
-  part = copy.part(interpreted, p.parts)
+  part = copy.warp_part(interpreted, p.parts)
 
   def step(n, carry):
     copy.wait(interpreted, p.stages - 2)
@@ -181,8 +181,8 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
       jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA
     )
     since = first + n * p.keys
-    seen = key < tile.spread(high - since, s.shape, 0)
-    seen &= key >= tile.spread(low - since, s.shape, 0)
+    seen = key < tile.broadcast_vector(high - since, s.shape, 0)
+    seen &= key >= tile.broadcast_vector(low - since, s.shape, 0)
     acc, m, l, e = _softmax(p.spec, s, seen, carry)
     if p.code is not None:
       e = e * sm80_matmuls.scales(p, interpreted, part, scales, p.keys)
@@ -222,8 +222,8 @@ def _softmax(spec, s, seen, carry):
   # Before any visible key: a finite shift, so that exp gives 0, not NaN.
   shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
-  e = jnp.exp2(t - tile.spread(shift, t.shape, 0))
-  acc = acc * tile.spread(alpha, acc.shape, 0)
+  e = jnp.exp2(t - tile.broadcast_vector(shift, t.shape, 0))
+  acc = acc * tile.broadcast_vector(alpha, acc.shape, 0)
   return acc, m_new, l * alpha + e.sum(axis=1), e
 
 
@@ -231,13 +231,13 @@ def _finish(p, smem, state, o_ref, lse_ref, interpreted):
   """Combines the parts, in chunks of columns, and stores the results."""
   acc, m, l = state
   if p.parts == 1:
-    o, lse = tile.normalised(acc, m, l)
+    o, lse = tile.normalise(acc, m, l)
     mma.store(o, o_ref)
     mma.store(lse, lse_ref)
     return
   stats, exchange = smem["stats"], smem["o"]
   stats[0], stats[1] = m, l
-  copy.meet(interpreted)
+  copy.sync_warpgroup(interpreted)
   groups = []
   for first in range(0, p.rows, WARP):
     rows = pl.ds(first, WARP)
@@ -249,14 +249,15 @@ def _finish(p, smem, state, o_ref, lse_ref, interpreted):
     groups.append((rows, parts, factors))
   for at in range(0, acc.shape[1], CHUNK):
     exchange[...] = _columns(interpreted, acc, at)
-    copy.meet(interpreted)
+    copy.sync_warpgroup(interpreted)
     for rows, parts, factors in groups:
       found = sum(
-        _load(exchange.at[part]) * tile.spread(factor, (WARP, CHUNK), 0)
+        _load(exchange.at[part])
+        * tile.broadcast_vector(factor, (WARP, CHUNK), 0)
         for part, factor in zip(parts, factors, strict=True)
       )
       mma.store(found, o_ref.at[rows, pl.ds(at, CHUNK)])
-    copy.meet(interpreted)
+    copy.sync_warpgroup(interpreted)
 
 
 def _weights(stats, parts):

@@ -59,7 +59,7 @@ def scales(p, interpreted, part, ref, first):
     layout=plgpu.Layout.WGMMA.reduce(0),
     optimized=False,
   )
-  return tile.spread(own, shape, 1)
+  return tile.broadcast_vector(own, shape, 1)
 
 
 def _for_each_part(p, q):

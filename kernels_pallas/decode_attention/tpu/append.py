@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Shaped
 
-from kernels_pallas.decode_attention.ragged import Rows
+from kernels_pallas.decode_attention.ragged import RaggedRows
 
 
 def group_size(dtype: Any) -> int:
@@ -27,7 +27,7 @@ def group_size(dtype: Any) -> int:
 def mosaic_tpu_append(
   held: Shaped[Array, "pages K size W"],
   new: Shaped[Array, "T K W"],
-  rows: Rows,
+  rows: RaggedRows,
   interpret: Any,
 ) -> Shaped[Array, "pages K size W"]:
   """Appends the tokens of `rows` to their sequences in `held`.
@@ -86,7 +86,7 @@ def _kernel(count, items, new, old, out):
     out[...] = merged.astype(out.dtype)
 
 
-def _items(x: Rows, T, g, size, pages):
+def _items(x: RaggedRows, T, g, size, pages):
   """Returns the groups to write as (page, group, first and last slot), flat,
   and the tokens of their slots [items, g]."""
   R = x.kv_lens.shape[0]

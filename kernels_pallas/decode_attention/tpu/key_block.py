@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from kernels_pallas.decode_attention.pages import LARGEST
+from kernels_pallas.decode_attention.pages import MAX_CODE
 from kernels_pallas.decode_attention.spec import Spec
 from kernels_pallas.decode_attention.work import Problem
 
@@ -93,7 +93,7 @@ def plan(p: Problem) -> Plan:
       shapes["scale"] = (count, *p.held.scale.shape[1:])
     if H % LANES:
       H = Hv = H + Hv
-  plain = [dtype for dtype in memory_dtypes(p) if dtype not in LARGEST]
+  plain = [dtype for dtype in memory_dtypes(p) if dtype not in MAX_CODE]
   return Plan(
     spec=p.spec,
     dims=(items, K, M, H),

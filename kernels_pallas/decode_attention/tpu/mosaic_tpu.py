@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.decode_attention.pages import LARGEST
+from kernels_pallas.decode_attention.pages import MAX_CODE
 from kernels_pallas.decode_attention.tpu import key_block
 from kernels_pallas.decode_attention.tpu.key_block import (
   NAMES,
@@ -223,7 +223,7 @@ def check_for_tpu(p: Problem, interpret: Any) -> None:
     )
   for dtype in memory_dtypes(p):
     # Scales are in lanes; otherwise a register row holds 32 bits per lane.
-    multiple = 128 if dtype in LARGEST else 32 // dtype.itemsize
+    multiple = 128 if dtype in MAX_CODE else 32 // dtype.itemsize
     if p.held.size % multiple or p.block % multiple:
       raise ValueError(
         f"mosaic_tpu: found {p.held.size} tokens a page in blocks of "

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 from kernels_pallas.common import cpu_library, target_platform
 from kernels_pallas.common.cpu_library import Library
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.masks import intervals
@@ -33,7 +33,7 @@ TARGET, GRADIENTS = "heptad_attention", "heptad_attention_gradients"
 LIBRARY = Library(
   name="attention",
   source=pathlib.Path(__file__).with_name("attention.cc"),
-  parts=(
+  includes=(
     "problem.h",
     "mask.h",
     "lanes.h",
@@ -48,7 +48,7 @@ LIBRARY = Library(
     (TARGET, "HeptadAttention"),
     (GRADIENTS, "HeptadAttentionGradients"),
   ),
-  without="attention: {error}; XLA attends, by tiles that go through memory.",
+  warning="attention: {error}; XLA attends, by tiles that go through memory.",
 )
 
 ISAS = ("auto", "avx512", "avx2", "portable")
@@ -149,7 +149,7 @@ def cpu_attention(
   return o.astype(spec.output or x.q.dtype), lse
 
 
-def cpu_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
+def cpu_gradients(spec: Spec, x: Operands, rows: QueryCotangents) -> Operands:
   """Returns the gradients of q, k and v in float32.
 
   Args:
@@ -173,13 +173,13 @@ def cpu_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
 
 
 def _forward(spec, x):
-  return kept(x, *cpu_attention.__wrapped__(spec, x))
+  return save_residuals(x, *cpu_attention.__wrapped__(spec, x))
 
 
 def _backward(spec, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
-  return (finished(x, cpu_gradients(spec, x, rows), rows),)
+  rows = query_cotangents(x, o, lse, *cotangents)
+  return (cast_gradients(x, cpu_gradients(spec, x, rows), rows),)
 
 
 cpu_attention.defvjp(_forward, _backward)
@@ -205,8 +205,8 @@ def _seen(x: Operands) -> tuple[Any, ...]:
   segments, [B or 1, T] and [B or 1, S]; absent ones are empty.
   """
   T, S = x.q.shape[1], x.k.shape[1]
-  found = intervals.rows(x.mask, T, S)
-  found.check_listed()
+  found = intervals.mask_intervals(x.mask, T, S)
+  found.check_exact()
   bounds = found.bounds.reshape(-1, found.bounds.shape[1] // 2, 2, T)
   none = np.zeros((0,), np.int32)
   ours, theirs = found.segments or (none, none)
@@ -249,7 +249,7 @@ def _over_rows(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call(target: str, spec: Spec, shapes: Any, *arrays: Any) -> Any:
   """Returns the library's results, float32 arrays of these shapes."""
-  arrays, results = target_platform.alike(arrays, shapes)
+  arrays, results = target_platform.match_varying_axes(arrays, shapes)
   return jax.ffi.ffi_call(target, tuple(results))(
     *arrays, scale=np.float32(spec.scale), isa=spec.blocks.isa
   )

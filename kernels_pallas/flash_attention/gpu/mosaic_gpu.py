@@ -21,13 +21,13 @@ from kernels_pallas.common.target_platform import (
   HOPPER,
   NO_GPU_KERNELS,
   NO_TCGEN05,
-  spread,
+  vary_like,
 )
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
 from kernels_pallas.flash_attention.gpu import (
   problem,
@@ -70,7 +70,7 @@ def cores(kind: str) -> str | None:
   return "mma" if any(name in kind for name in AMPERE) else None
 
 
-def no_kernel(kind: str) -> str:
+def no_kernel_reason(kind: str) -> str:
   """Returns why a device kind has no kernel."""
   if any(name in kind for name in BLACKWELL) and NO_TCGEN05 is not None:
     return NO_TCGEN05
@@ -78,7 +78,7 @@ def no_kernel(kind: str) -> str:
   return f"there is no kernel for {kind}, but for {known}"
 
 
-def programs(kind: str) -> int:
+def num_multiprocessors(kind: str) -> int:
   """Returns the multiprocessors of a device kind, one persistent block for
   each.
 
@@ -150,22 +150,24 @@ def _typed(x: Operands, results: Any) -> Any:
   Kernel results carry no such types: JAX would refuse gradients, or sum the
   cotangents of all devices.
   """
-  return jax.tree.map(lambda y: spread(y, (x.q, x.k, x.v)), results)
+  return jax.tree.map(lambda y: vary_like(y, (x.q, x.k, x.v)), results)
 
 
 def _forward(spec, interpret, x):
-  return kept(x, *mosaic_gpu_attention.__wrapped__(spec, interpret, x))
+  return save_residuals(
+    x, *mosaic_gpu_attention.__wrapped__(spec, interpret, x)
+  )
 
 
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
-  found = narrow_gradients(spec, interpret, x, rows)
-  return (finished(x, found, rows),)
+  rows = query_cotangents(x, o, lse, *cotangents)
+  found = rounded_gradients(spec, interpret, x, rows)
+  return (cast_gradients(x, found, rows),)
 
 
 def mosaic_gpu_gradients(
-  spec: Spec, interpret: Any, x: Operands, rows: Queries
+  spec: Spec, interpret: Any, x: Operands, rows: QueryCotangents
 ) -> Operands:
   """Returns the gradients of q, k and v in float32.
 
@@ -176,11 +178,11 @@ def mosaic_gpu_gradients(
     rows: Per-query inputs, computed over these keys and possibly others.
   """
   wide = dataclasses.replace(spec, output=jnp.float32)
-  return narrow_gradients(wide, interpret, x, rows)
+  return rounded_gradients(wide, interpret, x, rows)
 
 
-def narrow_gradients(
-  spec: Spec, interpret: Any, x: Operands, rows: Queries
+def rounded_gradients(
+  spec: Spec, interpret: Any, x: Operands, rows: QueryCotangents
 ) -> Operands:
   """As `mosaic_gpu_gradients`, but rounded once to the output's dtype.
 

@@ -30,18 +30,18 @@ from kernels_pallas.flash_attention.gpu.problem import KEYS, Problem
 PROGRAM = "program"
 """Name of the grid axis of blocks of threads."""
 
-CACHE = 32 << 20
+L2_BYTES = 32 << 20
 """Bytes of the streamed side (keys and values, or queries and cotangents) that
 are processed at a time, of Hopper's 50 MB of L2 cache."""
 
-BETWEEN = 0.5
+LINE_OVERHEAD = 0.5
 """Cost of changing lines, in tiles: an estimate, to break ties."""
 
-MANY = 1 << 16
+MAX_BALANCED_LINES = 1 << 16
 """Lines above which they are dealt in turns: loads are about equal then."""
 
 
-class Place(NamedTuple):
+class WarpgroupRows(NamedTuple):
   """The rows that a warpgroup works on.
 
   Fields: b, the batch row; h, the head (a key head if queries are streamed);
@@ -61,7 +61,7 @@ class Place(NamedTuple):
     return pl.ds(self.start, self.size)
 
 
-class Share(NamedTuple):
+class WorkList(NamedTuple):
   """The list of lines of one block of threads.
 
   Fields: p, the problem; table, reference to all lists; start, offset of the
@@ -86,7 +86,7 @@ class Share(NamedTuple):
     return rest - head * B, head, item - rest * lines
 
 
-def programs(p: Problem) -> int:
+def num_blocks(p: Problem) -> int:
   """Returns the number of blocks of threads of a kernel."""
   return min(p.spec.blocks.programs, p.dims[0] * p.heads * p.lines)
 
@@ -115,16 +115,16 @@ def call(
     kernel,
     out_type=out,
     scratch_types=scratch,
-    grid=(programs(p),),
+    grid=(num_blocks(p),),
     grid_names=(PROGRAM,),
     num_threads=p.tile.groups + 1,
     thread_name=stream.GROUP,
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name=f"flash_attention_{name}",
     interpret=interpret,
-    **stream.estimate(p, matmuls),
+    **stream.cost_estimate(p, matmuls),
   )
-  return run({**p.arrays, "schedule": deal(p)})
+  return run({**p.arrays, "schedule": assign_lines(p)})
 
 
 def run(
@@ -132,9 +132,9 @@ def run(
   refs: dict[str, Any],
   apart: bool,
   copy: Callable[[stream.Line, Any, Any], None],
-  fetch: Callable[[Place], None],
-  compute: Callable[[stream.Line, Place], Any],
-  store: Callable[[Any, Place], None],
+  fetch: Callable[[WarpgroupRows], None],
+  compute: Callable[[stream.Line, WarpgroupRows], Any],
+  store: Callable[[Any, WarpgroupRows], None],
   drain: Callable[[Any], None] = lambda steps: None,
 ) -> None:
   """The body of a persistent kernel: processes all lines of this block.
@@ -155,7 +155,7 @@ def run(
     # Reloaded where it is needed: registers are scarce across the loop.
     program = lax.optimization_barrier(lax.axis_index(PROGRAM))
     table = refs["schedule"]
-    return Share(p, table, program * (table.shape[0] // programs(p)))
+    return WorkList(p, table, program * (table.shape[0] // num_blocks(p)))
 
   def line(i, before):
     b, h, row = mine().at(i)
@@ -175,12 +175,12 @@ def run(
   def compute_all(group):
     def place(i, group):
       b, h, row = mine().at(i)
-      return Place(b, h, row * p.tile.rows + group * size, group, size)
+      return WarpgroupRows(b, h, row * p.tile.rows + group * size, group, size)
 
     def turn(carry):
       i, before = carry
       a, b, h, start = line(i, before)
-      found = compute(a, Place(b, h, start + group * size, group, size))
+      found = compute(a, WarpgroupRows(b, h, start + group * size, group, size))
       i, again = lax.optimization_barrier((i, group))
 
       def fetch_next():
@@ -206,10 +206,10 @@ def run(
     )
     plgpu.wait_smem_to_gmem(0)
 
-  stream.roles(p, compute_all, copy_all)
+  stream.specialise_warpgroups(p, compute_all, copy_all)
 
 
-def deal(p: Problem) -> jax.Array:
+def assign_lines(p: Problem) -> jax.Array:
   """Returns the lists of all blocks, int32, flattened, of equal lengths.
 
   A list is: number of lines, the lines, padding.
@@ -218,11 +218,11 @@ def deal(p: Problem) -> jax.Array:
     p: The problem.
   """
   order, costs = _order(p)
-  blocks = programs(p)
-  if isinstance(costs, np.ndarray) and costs.size <= MANY:
-    lists = _to_the_least_busy(order, costs, blocks)
+  blocks = num_blocks(p)
+  if isinstance(costs, np.ndarray) and costs.size <= MAX_BALANCED_LINES:
+    lists = _to_least_loaded(order, costs, blocks)
   else:
-    lists = _in_turns(order, blocks)
+    lists = _round_robin(order, blocks)
   return jnp.asarray(lists, jnp.int32).reshape(-1)
 
 
@@ -231,7 +231,7 @@ def _order(p: Problem) -> tuple[Any, Any]:
   (B, _, K, T, S, H, Hv), heads = p.dims, p.heads
   tokens = S if p.streamed == KEYS else T * p.walks
   size = tokens * (H + Hv) * p.arrays["q"].dtype.itemsize
-  at_once = max(1, CACHE // size)
+  at_once = max(1, L2_BYTES // size)
   xp = np if isinstance(p.work, np.ndarray) else jnp
   # Axes: line, batch, head. The same line of all heads is contiguous.
   line, b, h = np.ogrid[: p.lines, :B, :heads]
@@ -243,19 +243,19 @@ def _order(p: Problem) -> tuple[Any, Any]:
   return xp.asarray(item.reshape(-1))[order], costs[order]
 
 
-def _to_the_least_busy(order, costs, blocks: int) -> np.ndarray:
+def _to_least_loaded(order, costs, blocks: int) -> np.ndarray:
   heap, lists = [(0.0, n) for n in range(blocks)], [[] for _ in range(blocks)]
   for item, cost in zip(order.tolist(), costs.tolist(), strict=True):
     busy, n = heap[0]
     lists[n].append(item)
-    heapq.heapreplace(heap, (busy + cost + BETWEEN, n))
+    heapq.heapreplace(heap, (busy + cost + LINE_OVERHEAD, n))
   found = np.zeros((blocks, 1 + max(map(len, lists))), np.int32)
   for row, one in zip(found, lists, strict=True):
     row[: 1 + len(one)] = [len(one), *one]
   return found
 
 
-def _in_turns(order, blocks: int) -> Any:
+def _round_robin(order, blocks: int) -> Any:
   xp = np if isinstance(order, np.ndarray) else jnp
   rounds = math.ceil(order.size / blocks)
   lists = xp.pad(

@@ -27,7 +27,7 @@ from kernels_pallas.flash_attention.tpu.problem import (
 from kernels_pallas.masks import intervals
 
 QUERIES, KEYS = 1, 2
-"""Axes of `intervals.classes`: which side is streamed."""
+"""Axes of `intervals.tile_classes`: which side is streamed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +106,10 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
   bq, bk = tile.rows, tile.streamed
   if streamed == QUERIES:
     bq, bk = bk, bq
-  found = intervals.rows(x.mask, T, S)
-  classes = intervals.classes(found, T, S, bq, bk)
-  wide = intervals.width(found, T, S, bq, bk, streamed)
-  keys, queries = x.mask.live_keys(), x.mask.live_queries()
+  found = intervals.mask_intervals(x.mask, T, S)
+  classes = intervals.tile_classes(found, T, S, bq, bk)
+  wide = intervals.max_visited(found, T, S, bq, bk, streamed)
+  keys, queries = x.mask.valid_keys(), x.mask.valid_queries()
   # Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   arrays = {
     "q": padded(alive(x.q, queries), bq),
@@ -144,7 +144,7 @@ def prepare(spec: Spec, x: Operands, tile: GpuTile, streamed: int) -> Problem:
   )
 
 
-def results(p: Problem) -> list[jax.ShapeDtypeStruct]:
+def output_types(p: Problem) -> list[jax.ShapeDtypeStruct]:
   """Types of a forward kernel's results: o [B, T, N, Hv], lse [B, N, T]."""
   (B, N, _, T, _, _, Hv), q = p.dims, p.arrays["q"]
   return [
@@ -173,7 +173,7 @@ def _table(tiles: Any, wide: int) -> jax.Array:
 
 def _mask_arrays(found, bq: int, bk: int):
   """Returns the mask's arrays [B or 1, T] and [B or 1, S], by name."""
-  rows, columns = intervals.arrays(found)
+  rows, columns = intervals.tile_arrays(found)
   # Padding: no interval contains coordinate -1, or anything before 0.
   rows = {
     k: pad(jnp.asarray(v), 1, bq, -1 if k == "segment" else 0)

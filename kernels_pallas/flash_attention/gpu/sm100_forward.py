@@ -25,7 +25,7 @@ from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
 from kernels_pallas.flash_attention.gpu.problem import (
   Problem,
-  results,
+  output_types,
 )
 from kernels_pallas.flash_attention.gpu.sm90_forward import (
   REDUCTION_BYTES,
@@ -40,7 +40,11 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     p: The problem, keys streamed.
     interpret: As in `plgpu.kernel`.
   """
-  kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
+  kernel, scratch, out = (
+    functools.partial(_kernel, p),
+    _scratch(p),
+    output_types(p),
+  )
   name = "forward_tcgen05"
   return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, name))
 
@@ -48,8 +52,8 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
 def _scratch(p: Problem) -> list[Any]:
   """Types of shared memory, of tensor memory, and of barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
-  tmem, shared = tcgen05.memory(p, {"s": t.streamed, "o": Hv}, ("p",))
-  shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
+  tmem, shared = tcgen05.allocate(p, {"s": t.streamed, "o": Hv}, ("p",))
+  shapes = stream.buffer_shapes(p, {"q": H}, {"k": H, "v": Hv})
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
   found |= {"lse": plgpu.SMEM((t.groups, LANES), jnp.float32), **shared}
   # The output reuses the queries' memory if there is no room for both.
@@ -57,9 +61,9 @@ def _scratch(p: Problem) -> list[Any]:
   rest = [
     tcgen05.barriers(p, (1, 1)),
     plgpu.Barrier(num_barriers=t.groups),
-    [tcgen05.done(p), tcgen05.done(p)],
+    [tcgen05.completion_barriers(p), tcgen05.completion_barriers(p)],
   ]
-  if Hv != H or stream.room([both, *rest], REDUCTION_BYTES):
+  if Hv != H or stream.fits_shared([both, *rest], REDUCTION_BYTES):
     found = both
   stream.check(p, [found, *rest], REDUCTION_BYTES)
   return [found, tmem, *rest]
@@ -67,7 +71,7 @@ def _scratch(p: Problem) -> list[Any]:
 
 def _kernel(p, refs, o_ref, lse_ref, smem, tmem, pipe, q_ready, done):
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   schedule.run(
     p,
@@ -86,18 +90,18 @@ def _kernel(p, refs, o_ref, lse_ref, smem, tmem, pipe, q_ready, done):
 def _compute(p, refs, smem, tmem, barriers, line, place):
   """Returns (m, l) of a line, whose accumulator is in tensor memory."""
   (b, h, start, group, size), (pipe, q_ready, done) = place, barriers
-  x = tile.View(p, refs, None, b, h)
-  bounds = tile.of_queries(x, start, size)
+  x = tile.TileContext(p, refs, None, b, h)
+  bounds = tile.load_query_mask(x, start, size)
   plgpu.barrier_wait(q_ready.at[group])
   scores = functools.partial(_scores, smem, tmem, pipe, done, line, group)
   pl.when(line.steps > 0)(lambda: scores(0))
   step = functools.partial(
     _step, x, group, smem, tmem, pipe, done, scores, line, bounds, start
   )
-  found = stream.consume(line, step, tile.nothing(x))
+  found = stream.consume(line, step, tile.initial_softmax(x))
   o = tmem["o"].at[group]
   pl.when(line.steps > 0)(lambda: plgpu.barrier_wait(done[1].at[group]))
-  pl.when(line.steps == 0)(lambda: tcgen05.clear(p, o))
+  pl.when(line.steps == 0)(lambda: tcgen05.zero(p, o))
   return found
 
 
@@ -106,10 +110,10 @@ def _scores(smem, tmem, pipe, done, line, group, n):
   (k_full, _), (k_free, _) = pipe
   slot = stream.slots(line, n)[0]
   plgpu.barrier_wait(k_full.at[slot])
-  tcgen05.meet()
+  tcgen05.sync_warpgroup()
   keys = smem["k"].at[slot].transpose((1, 0))
   tcgen05.multiply(tmem["s"].at[group], smem["q"].at[group], keys)
-  tcgen05.report(k_free.at[slot], done[0].at[group])
+  tcgen05.commit_arrive(k_free.at[slot], done[0].at[group])
 
 
 def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
@@ -125,15 +129,15 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
   if masked or p.spec.dropout_rate:
     k = where()[1] * p.tile.streamed
   if masked:
-    seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
+    seen = tile.visible(x, bounds, tile.load_key_mask(x, k, p.tile.streamed), k)
   alpha, m, l, e = tile.softmax(
     p, s, seen, (None, *carry), scale=lambda _, alpha: alpha
   )
   if p.spec.dropout_rate:
     # Its hashes would need registers while the scores are live.
     b, h, start, k, e = lax.optimization_barrier((x.b, x.h, start, k, e))
-    kept = tile.keeper(x._replace(b=b, h=h), start, k)
-    e = tile.dropped(p, e, kept())
+    kept = tile.dropout_mask(x._replace(b=b, h=h), start, k)
+    e = tile.apply_dropout(p, e, kept())
   # Rounded and summed first, to free half of the scores' registers.
   e = e.astype(smem["v"].dtype)
   alpha, m, l, e = lax.optimization_barrier((alpha, m, l, e))
@@ -150,9 +154,9 @@ def _step(x, group, smem, tmem, pipe, done, scores, line, bounds, start, n,
   left = (smem if shared else tmem)["p"].at[group]
   # Before the threads synchronize, as in `tcgen05.meet`.
   plgpu.barrier_wait(v_full.at[slot])
-  tcgen05.put(left, e, shared)
+  tcgen05.store_operand(left, e, shared)
   tcgen05.multiply(o, left, smem["v"].at[slot], n > 0)
-  tcgen05.report(v_free.at[slot], o_done.at[group])
+  tcgen05.commit_arrive(v_free.at[slot], o_done.at[group])
   return m, l
 
 
@@ -160,18 +164,18 @@ def _store(p, outputs, smem, tmem, found, at):
   """Stores the results to memory."""
   o_ref, lse_ref = outputs
   lse_smem = smem["lse"].at[at.group]
-  factor, lse = tile.normalised(None, *found, scale=lambda _, factor: factor)
+  factor, lse = tile.normalise(None, *found, scale=lambda _, factor: factor)
   # Through shared memory to the threads that hold the rows of the sum.
   lse_smem[...] = factor
   plgpu.commit_smem()
   factor = plgpu.load(lse_smem, layout=tcgen05.LAYOUT.reduce(1))
   plgpu.commit_smem()
   lse_smem[...] = lse
-  tcgen05.drain(
+  tcgen05.store_accumulator(
     tmem["o"].at[at.group],
     smem.get("o", smem["q"]).at[at.group],
     o_ref.at[at.b, at.rows, at.h],
-    lambda part: tile.scaled(part, factor),
+    lambda part: tile.scale_rows(part, factor),
   )
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[at.b, at.h, at.rows])

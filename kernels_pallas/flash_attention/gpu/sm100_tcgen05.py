@@ -53,12 +53,12 @@ def barriers(
   return [full, free]
 
 
-def done(p: Problem) -> Any:
+def completion_barriers(p: Problem) -> Any:
   """Type of the barriers, one per warpgroup, on which a matmul arrives."""
   return plgpu.Barrier(num_barriers=p.tile.groups, orders_tensor_core=True)
 
 
-def memory(
+def allocate(
   p: Problem, sums: dict[str, int], operands: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Types of tensor memory, and of shared memory for operands that do not fit.
@@ -105,7 +105,7 @@ def multiply(acc: Any, a: Any, b: Any, add: Any = False) -> None:
   plgpu.tcgen05_mma(acc, a, b, accumulate=add)
 
 
-def meet() -> None:
+def sync_warpgroup() -> None:
   """Synchronizes the threads of the warpgroup after they waited for a copy.
 
   One of them then issues the matmul that frees the buffer. A thread still
@@ -115,7 +115,7 @@ def meet() -> None:
   plgpu.wait_load_tmem()
 
 
-def report(*barriers: Any) -> None:
+def commit_arrive(*barriers: Any) -> None:
   """Lets all matmuls started so far arrive on the barriers when done."""
   for barrier in barriers:
     plgpu.tcgen05_commit_arrive(barrier)
@@ -133,7 +133,7 @@ def load(kind: Any, ref: Any) -> jax.Array:
   return found
 
 
-def put(operand: Any, value: jax.Array, shared: bool) -> None:
+def store_operand(operand: Any, value: jax.Array, shared: bool) -> None:
   """Stores a left operand where matmuls read it.
 
   Args:
@@ -157,15 +157,15 @@ def scale(p: Problem, acc: Any, alpha: jax.Array) -> None:
     acc: [128, n] in tensor memory.
     alpha: [128].
   """
-  for part in parts(acc, 32):
+  for part in column_parts(acc, 32):
     value = load(tile.layout(p), part)
-    plgpu.async_store_tmem(part, tile.scaled(value, alpha))
+    plgpu.async_store_tmem(part, tile.scale_rows(value, alpha))
 
 
-def clear(p: Problem, *sums: Any) -> None:
+def zero(p: Problem, *sums: Any) -> None:
   """Zeroes the accumulators of a line that visits no tile."""
   for acc in sums:
-    for part in parts(acc):
+    for part in column_parts(acc):
       zeros = plgpu.layout_cast(
         jnp.zeros(part.shape, jnp.float32), tile.layout(p)
       )
@@ -173,7 +173,7 @@ def clear(p: Problem, *sums: Any) -> None:
   plgpu.commit_tmem()
 
 
-def drain(
+def store_accumulator(
   acc: Any,
   buffer: Any,
   out: Any,
@@ -190,7 +190,7 @@ def drain(
     finish: Applied to each part first.
   """
   wide = out.dtype != buffer.dtype
-  for n, part in enumerate(parts(acc)):
+  for n, part in enumerate(column_parts(acc)):
     value = load(LAYOUT, part)
     value = finish(value).astype(out.dtype)
     columns = slice(None), pl.ds(n * part.shape[1], part.shape[1])
@@ -200,7 +200,7 @@ def drain(
     plgpu.copy_smem_to_gmem(buffer, out)
 
 
-def parts(acc: Any, most: int = COLUMNS) -> list[Any]:
+def column_parts(acc: Any, most: int = COLUMNS) -> list[Any]:
   """Splits an accumulator by columns, so that a part needs few registers."""
   n = min(acc.shape[1], most)
   return [

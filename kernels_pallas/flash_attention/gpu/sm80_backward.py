@@ -83,8 +83,8 @@ def _call(p, kernel, sizes, out, heads, matmuls, interpret, name):
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name=f"flash_attention_{name}_mma",
     interpret=interpret,
-    **stream.estimate(p, matmuls),
-  )(mma.flat(p, ("q", "k", "v", "do")))
+    **stream.cost_estimate(p, matmuls),
+  )(mma.flatten_heads(p, ("q", "k", "v", "do")))
 
 
 def _dq_kernel(p, interpreted, refs, dq_ref, smem):
@@ -97,7 +97,7 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
 
   def fetch(name, n):
     batch, head = b, kv
-    if mma.scarce(p):
+    if mma.registers_scarce(p):
       batch, head = lax.optimization_barrier((b, kv))
     where = batch, line.nth(_last(line, n)) * p.tile.streamed, head
     mma.fetch(interpreted, refs[name], smem[name], where)
@@ -110,7 +110,7 @@ def _dq_kernel(p, interpreted, refs, dq_ref, smem):
     fetch("v", 0)
     fetch("k", 0)
 
-  x = tile.View(p, refs, smem.get("p"), b, h)
+  x = tile.TileContext(p, refs, smem.get("p"), b, h)
   step = functools.partial(_dq_step, x, interpreted, smem, fetch, line, start)
   acc = stream.consume(line, step, tile.zeros(ROWS, p.dims[5]))
   mma.wait(interpreted, 0)
@@ -126,27 +126,27 @@ def _dq_step(x, interpreted, smem, fetch, line, start, n, _, slots, acc,
   """
   del slots
   p = x.p
-  q, do, k, v = mma.again(smem, ("q", "do", "k", "v"))
+  q, do, k, v = mma.loop_buffers(smem, ("q", "do", "k", "v"))
   mma.wait(interpreted, 1)
   dp = mma.product(interpreted, do, v)
   fetch("v", n + 1)
   late, first, seen = lax.optimization_barrier(start), 0, None
   if masked or p.spec.dropout_rate:
     first = line.nth(n) * p.tile.streamed
-  if kept := tile.keeper(x, late, first):
-    dp = tile.dropped(p, dp, kept())
+  if kept := tile.dropout_mask(x, late, first):
+    dp = tile.apply_dropout(p, dp, kept())
   mma.wait(interpreted, 1)
   s = mma.product(interpreted, q, k)
   if masked:
 
     def seen():
-      bounds = tile.of_queries(x, late, ROWS)
-      columns = tile.of_keys(x, first, p.tile.streamed)
+      bounds = tile.load_query_mask(x, late, ROWS)
+      columns = tile.load_key_mask(x, first, p.tile.streamed)
       return tile.visible(x, bounds, columns, first)
 
   stats = functools.partial(_stats, x, queries=pl.ds(late, ROWS))
   _, weight = tile.probabilities(x, s, stats(LSE), seen)
-  ds = tile.slopes(x, weight, dp, stats(SHIFT))
+  ds = tile.logit_gradients(x, weight, dp, stats(SHIFT))
   acc = mma.accumulate(interpreted, x, acc, ds, k)
   fetch("k", n + 1)
   return acc
@@ -174,7 +174,7 @@ def _dkv_kernel(names, p, interpreted, refs, *rest):
     fetch("do", 0)
     fetch("q", 0)
 
-  x = tile.View(p, refs, smem.get("p"), b, h)
+  x = tile.TileContext(p, refs, smem.get("p"), b, h)
   step = functools.partial(_dkv_step, x, interpreted, smem, fetch, line, start)
   sizes = {"dk": p.dims[5], "dv": p.dims[6]}
   acc = stream.consume(
@@ -190,28 +190,28 @@ def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
               masked):  # fmt: skip
   """Computes dk += dS^T Q and dv += P^T dO of one tile, those in `acc`."""
   p = x.p
-  if mma.scarce(p):
-    x = mma.late(x)
-  k, q, do = mma.again(smem, ("k", "q", "do"))
+  if mma.registers_scarce(p):
+    x = mma.hide_from_hoisting(x)
+  k, q, do = mma.loop_buffers(smem, ("k", "q", "do"))
   head, i = where()
   first, x = i * p.tile.streamed, x._replace(h=x.h * p.group + head)
   seen = None
   if masked:
 
     def seen():
-      bounds = tile.of_queries(x, first, p.tile.streamed)
-      columns = tile.of_keys(x, lax.optimization_barrier(start), ROWS)
+      bounds = tile.load_query_mask(x, first, p.tile.streamed)
+      columns = tile.load_key_mask(x, lax.optimization_barrier(start), ROWS)
       return tile.visible(x, bounds, columns, start)
 
-  kept = tile.keeper(x, first, start)
+  kept = tile.dropout_mask(x, first, start)
   mma.wait(interpreted, 1)
   if "dk" in acc:
-    dp = mma.product(interpreted, mma.again(smem, "v")[0], do)
+    dp = mma.product(interpreted, mma.loop_buffers(smem, "v")[0], do)
   if "dv" not in acc:
     fetch("do", n + 1)
     if kept:
       # Before the scores exist, since registers are scarce.
-      dp, kept = tile.dropped(p, dp, kept()), None
+      dp, kept = tile.apply_dropout(p, dp, kept()), None
   mma.wait(interpreted, 0 if "dv" in acc else 1)
   s = mma.product(interpreted, k, q)
   stats = functools.partial(_stats, x, queries=pl.ds(first, p.tile.streamed))
@@ -221,7 +221,9 @@ def _dkv_step(x, interpreted, smem, fetch, line, start, n, where, _, acc,
     found["dv"] = mma.accumulate(interpreted, x, acc["dv"], e, do)
     fetch("do", n + 1)
   if "dk" in acc:
-    ds = tile.slopes(x, weight, dp, stats(SHIFT), signed=kept is not None)
+    ds = tile.logit_gradients(
+      x, weight, dp, stats(SHIFT), signed=kept is not None
+    )
     found["dk"] = mma.accumulate(interpreted, x, acc["dk"], ds, q)
   fetch("q", n + 1)
   return found
@@ -233,7 +235,7 @@ def _last(line: stream.Line, n: Any) -> Any:
   return jnp.minimum(n, line.steps - 1)
 
 
-def _stats(x: tile.View, n: int, queries: Any) -> jax.Array:
+def _stats(x: tile.TileContext, n: int, queries: Any) -> jax.Array:
   """Loads a row of the queries' statistics from global memory."""
   return plgpu.load(
     x.refs["stats"].at[x.b, x.h, n, queries],

@@ -23,7 +23,7 @@ from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
 from kernels_pallas.flash_attention.gpu.problem import (
   Problem,
-  results,
+  output_types,
 )
 from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 
@@ -45,16 +45,16 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     buffers["p"] = stream.buffer((ROWS, t.streamed), q.dtype)
   call = plgpu.kernel(
     functools.partial(_kernel, p, bool(interpret)),
-    out_type=results(p),
+    out_type=output_types(p),
     scratch_types=[buffers],
     grid=(N, p.lines, B),
     grid_names=("head", "line", "batch"),
     compiler_params=plgpu.CompilerParams(approx_math=True),
     kernel_name="flash_attention_forward_mma",
     interpret=interpret,
-    **stream.estimate(p, 2),
+    **stream.cost_estimate(p, 2),
   )
-  return tuple(call(mma.flat(p, ("q", "k", "v"))))
+  return tuple(call(mma.flatten_heads(p, ("q", "k", "v"))))
 
 
 def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
@@ -72,13 +72,13 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
 
   mma.fetch(interpreted, refs["q"], smem["q"], (b, start, h))
   pl.when(line.steps > 0)(lambda: fetch("k", 0))
-  x = tile.View(p, refs, smem.get("p"), b, h)
+  x = tile.TileContext(p, refs, smem.get("p"), b, h)
   step = functools.partial(_step, x, interpreted, smem, fetch, line, start)
   acc, m, l = stream.consume(
-    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
+    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.initial_softmax(x))
   )
   mma.wait(interpreted, 0)
-  o, lse = tile.normalised(acc, m, l)
+  o, lse = tile.normalise(acc, m, l)
   mma.store(o, o_ref.at[b, queries, h])
   mma.store(lse, lse_ref.at[b, h, queries])
 
@@ -86,8 +86,8 @@ def _kernel(p, interpreted, refs, o_ref, lse_ref, smem):
 def _step(x, interpreted, smem, fetch, line, start, n, where, _, carry,
           masked):  # fmt: skip
   """Computes a tile's scores, softmax, and the product with its values."""
-  p, x = x.p, mma.late(x)
-  q, k, v = mma.again(smem, "qkv")
+  p, x = x.p, mma.hide_from_hoisting(x)
+  q, k, v = mma.loop_buffers(smem, "qkv")
   fetch("v", n)
   mma.wait(interpreted, 1)
   s = mma.product(interpreted, q, k)
@@ -98,12 +98,14 @@ def _step(x, interpreted, smem, fetch, line, start, n, where, _, carry,
   if masked or p.spec.dropout_rate:
     first = where()[1] * p.tile.streamed
   if masked:
-    bounds = tile.of_queries(x, lax.optimization_barrier(start), ROWS)
-    columns = tile.of_keys(x, first, p.tile.streamed)
+    bounds = tile.load_query_mask(x, lax.optimization_barrier(start), ROWS)
+    columns = tile.load_key_mask(x, first, p.tile.streamed)
     seen = tile.visible(x, bounds, columns, first)
   acc, m, l, e = tile.softmax(p, s, seen, carry)
   if p.spec.dropout_rate:
     start, first = lax.optimization_barrier((start, first))
-    e = tile.dropped(p, e, tile.keeper(mma.late(x), start, first)())
+    e = tile.apply_dropout(
+      p, e, tile.dropout_mask(mma.hide_from_hoisting(x), start, first)()
+    )
   mma.wait(interpreted, 1)
   return mma.accumulate(interpreted, x, acc, e, v), m, l

@@ -29,7 +29,7 @@ DEPTH = 16
 """Terms that one `mma` sums: its K dimension."""
 
 
-def flat(p: Problem, names: tuple[str, ...]) -> dict[str, jax.Array]:
+def flatten_heads(p: Problem, names: tuple[str, ...]) -> dict[str, jax.Array]:
   """Returns the problem's arrays, those named reshaped to [B, T, N H].
 
   `cp.async` copies a head only out of flat rows.
@@ -67,19 +67,21 @@ def wait(interpreted: bool, most: int) -> None:
     plgpu.wait_gmem_to_smem(most)
 
 
-def again(smem: dict[str, Any], names: str | tuple[str, ...]) -> list[Any]:
+def loop_buffers(
+  smem: dict[str, Any], names: str | tuple[str, ...]
+) -> list[Any]:
   """Returns buffers [1, rows, n] without their first axis, for a loop."""
   return [_late(smem[name]) for name in names]
 
 
-def scarce(p: Problem) -> bool:
+def registers_scarce(p: Problem) -> bool:
   """Whether registers do not suffice for loop-invariant addresses: with a mask,
   besides the accumulators of a wide head."""
-  return bool(p.rows) and max(p.dims[5:]) > tile.WIDE
+  return bool(p.rows) and max(p.dims[5:]) > tile.WIDE_HEAD_DIM
 
 
-def late(x: tile.View) -> tile.View:
-  """Hides the view's batch row and head from loop-invariant code motion, so
+def hide_from_hoisting(x: tile.TileContext) -> tile.TileContext:
+  """Hides the context's batch row and head from loop-invariant code motion, so
   that addresses and hashes are recomputed instead of kept in registers."""
   b, h = lax.optimization_barrier((x.b, x.h))
   return x._replace(b=b, h=h)
@@ -103,13 +105,17 @@ def product(interpreted: bool, a: Any, b: Any) -> jax.Array:
 
 
 def accumulate(
-  interpreted: bool, x: tile.View, acc: jax.Array, left: jax.Array, right: Any
+  interpreted: bool,
+  x: tile.TileContext,
+  acc: jax.Array,
+  left: jax.Array,
+  right: Any,
 ) -> jax.Array:
   """Computes acc + left right, with left rounded to the dtype of `right`.
 
   Args:
     interpreted: Whether to use `jnp.dot` instead of `mma`.
-    x: The view; without `operand`, left is used from its registers.
+    x: The context; without `operand`, left is used from its registers.
     acc: [64, n].
     left: [64, m], values.
     right: [m, n] in shared memory.

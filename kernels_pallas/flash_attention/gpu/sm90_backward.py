@@ -73,14 +73,14 @@ def dkv(
 def _dq_scratch(p) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = stream.shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
+  shapes = stream.buffer_shapes(p, {"q": H, "do": Hv}, {"k": H, "v": Hv})
   return _scratch(p, shapes, {"dq": (t.groups, ROWS, H)}, {}, (1, 1))
 
 
 def _dkv_scratch(p, names) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (H, Hv), t = p.dims[-2:], p.tile
-  shapes = stream.shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
+  shapes = stream.buffer_shapes(p, {"k": H, "v": Hv}, {"q": H, "do": Hv})
   sizes = {"dk": H, "dv": Hv}
   results = {name: (t.groups, ROWS, sizes[name]) for name in names}
   stats = plgpu.SMEM((t.stages[0], 2, t.streamed), jnp.float32)
@@ -101,18 +101,18 @@ def _scratch(p, shapes, results, more, arrivals) -> list[Any]:
     plgpu.Barrier(num_arrivals=2, num_barriers=p.tile.groups),
   ]
   both = [buffers(shapes | results), *barriers]
-  found = both if stream.room(both) else [buffers(shapes), *barriers]
+  found = both if stream.fits_shared(both) else [buffers(shapes), *barriers]
   stream.check(p, found)
   return found
 
 
 def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   def compute(line, at):
     mine = _held(smem, ("q", "do"), at.group)
-    x = tile.View(p, refs, mine.get("p"), at.b, at.h)
+    x = tile.TileContext(p, refs, mine.get("p"), at.b, at.h)
     rows = [
       plgpu.load(
         refs["stats"].at[at.b, at.h, n, at.rows],
@@ -124,7 +124,7 @@ def _dq_kernel(p, refs, dq_ref, smem, pipe, ready):
     stats = rows.__getitem__
     bounds = None
     if len(p.rows) <= EARLY:
-      bounds = tile.of_queries(x, at.start, ROWS)
+      bounds = tile.load_query_mask(x, at.start, ROWS)
     plgpu.barrier_wait(ready.at[at.group])
     step = functools.partial(
       _dq_step, x, at.group, smem, pipe, stats, bounds, at.start
@@ -154,11 +154,11 @@ def _dq_step(x, group, smem, pipe, stats, bounds, start, _, where, slots, acc,
 
     def seen():
       late = lax.optimization_barrier(start)
-      rows = bounds or tile.of_queries(x, late, ROWS)
-      columns = tile.of_keys(x, first, p.tile.streamed)
+      rows = bounds or tile.load_query_mask(x, late, ROWS)
+      columns = tile.load_key_mask(x, first, p.tile.streamed)
       return tile.visible(x, rows, columns, first)
 
-  kept = tile.keeper(x, start, first)
+  kept = tile.dropout_mask(x, start, first)
   plgpu.barrier_wait(k_full.at[k_slot])
   plgpu.barrier_wait(v_full.at[v_slot])
   ds = _scores(x, (mine["q"], k), (mine["do"], v), stats, seen, kept)
@@ -173,12 +173,12 @@ def _dkv_kernel(p, names, refs, *rest):
   smem, pipe, ready = rest[len(names) :]
 
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_queries(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.query_copies(p, refs, smem, b, h))
 
   def compute(line, at):
     mine = _held(smem, ("k", "v"), at.group)
-    x = tile.View(p, refs, mine.get("p"), at.b, at.h)
-    columns = tile.of_keys(x, at.start, ROWS)
+    x = tile.TileContext(p, refs, mine.get("p"), at.b, at.h)
+    columns = tile.load_key_mask(x, at.start, ROWS)
     plgpu.barrier_wait(ready.at[at.group])
     step = functools.partial(
       _dkv_step, x, at.group, smem, pipe, columns, at.start
@@ -206,7 +206,7 @@ def _dkv_step(x, group, smem, pipe, columns, start, _, where, slots, acc,
   (q_full, do_full), (q_free, do_free) = pipe
   mine, (q_slot, do_slot) = _again(smem, ("k", "v"), group), slots
   q, do = smem["q"].at[q_slot], smem["do"].at[do_slot]
-  x, seen, kept = tile.of_passing_queries(x, where, masked, columns, start)
+  x, seen, kept = tile.streamed_query_masks(x, where, masked, columns, start)
 
   def stats(n):
     row = smem["stats"].at[q_slot, n]
@@ -243,7 +243,7 @@ def _scores(x, left, right, stats, seen, kept, values=lambda e: None):
 
   def gradient(weight, dp):
     signed = kept is not None
-    return tile.slopes(x, weight, dp, stats(SHIFT), signed)
+    return tile.logit_gradients(x, weight, dp, stats(SHIFT), signed)
 
   if right is None or p.tile.products == "one":
     e, weight = probabilities(wgmma.product(*left))

@@ -26,7 +26,7 @@ from kernels_pallas.flash_attention.gpu import tile
 from kernels_pallas.flash_attention.gpu import tile_stream as stream
 from kernels_pallas.flash_attention.gpu.problem import (
   Problem,
-  results,
+  output_types,
 )
 from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 
@@ -41,7 +41,11 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
     p: The problem, keys streamed.
     interpret: As in `plgpu.kernel`.
   """
-  kernel, scratch, out = functools.partial(_kernel, p), _scratch(p), results(p)
+  kernel, scratch, out = (
+    functools.partial(_kernel, p),
+    _scratch(p),
+    output_types(p),
+  )
   name = "forward"
   return tuple(schedule.call(p, kernel, scratch, out, 2, interpret, name))
 
@@ -49,7 +53,7 @@ def forward(p: Problem, interpret: Any) -> tuple[jax.Array, jax.Array]:
 def _scratch(p: Problem) -> list[Any]:
   """Types of shared memory: buffers, and barriers."""
   (_, _, _, _, _, H, Hv), t, dtype = p.dims, p.tile, p.arrays["q"].dtype
-  shapes = stream.shapes(p, {"q": H}, {"k": H, "v": Hv})
+  shapes = stream.buffer_shapes(p, {"q": H}, {"k": H, "v": Hv})
   if p.spec.blocks.operand == "shared":
     shapes["p"] = (t.groups, ROWS, t.streamed)
   found = {name: stream.buffer(shape, dtype) for name, shape in shapes.items()}
@@ -57,7 +61,7 @@ def _scratch(p: Problem) -> list[Any]:
   # The output reuses the queries' memory if there is no room for both.
   both = found | {"o": stream.buffer((t.groups, ROWS, Hv), dtype)}
   barriers = _barriers(p)
-  if Hv != H or stream.room([both, *barriers], REDUCTION_BYTES):
+  if Hv != H or stream.fits_shared([both, *barriers], REDUCTION_BYTES):
     found = both
   stream.check(p, [found, *barriers], REDUCTION_BYTES)
   return [found, *barriers]
@@ -75,7 +79,7 @@ def _barriers(p: Problem) -> list[Any]:
 
 def _kernel(p, refs, o_ref, lse_ref, smem, pipe, q_ready, turns):
   def copy(line, b, h):
-    stream.produce(line, *pipe, stream.of_keys(p, refs, smem, b, h))
+    stream.produce(line, *pipe, stream.key_copies(p, refs, smem, b, h))
 
   schedule.run(
     p,
@@ -92,8 +96,8 @@ def _compute(p, refs, smem, barriers, line, place):
   """Returns (acc, m, l) of a line."""
   (b, h, start, group, _), (pipe, q_ready, turns) = place, barriers
   operand = smem["p"].at[group] if "p" in smem else None
-  x = tile.View(p, refs, operand, b, h)
-  bounds = tile.of_queries(x, start, ROWS)
+  x = tile.TileContext(p, refs, operand, b, h)
+  bounds = tile.load_query_mask(x, start, ROWS)
   plgpu.barrier_wait(q_ready.at[group])
 
   def turn():
@@ -108,7 +112,7 @@ def _compute(p, refs, smem, barriers, line, place):
     _step, x, group, smem, pipe, turn, line, bounds, start
   )
   found = stream.consume(
-    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.nothing(x))
+    line, step, (tile.zeros(ROWS, p.dims[-1]), *tile.initial_softmax(x))
   )
   pl.when(group == 0)(turn)
   return found
@@ -128,10 +132,10 @@ def _step(x, group, smem, pipe, turn, line, bounds, start, n, where, slots,
   if masked or p.spec.dropout_rate:
     k = where()[1] * p.tile.streamed
   if masked:
-    seen = tile.visible(x, bounds, tile.of_keys(x, k, p.tile.streamed), k)
+    seen = tile.visible(x, bounds, tile.load_key_mask(x, k, p.tile.streamed), k)
   acc, m_new, l, e = tile.softmax(p, s, seen, carry)
-  if kept := tile.keeper(x, start, k):
-    e = tile.dropped(p, e, kept())
+  if kept := tile.dropout_mask(x, start, k):
+    e = tile.apply_dropout(p, e, kept())
   e = e.astype(smem["v"].dtype)
   acc, l, m_new, e = lax.optimization_barrier((acc, l, m_new, e))
   turn()
@@ -153,7 +157,7 @@ def _store(outputs, smem, found, at):
   o_ref, lse_ref = outputs
   o_smem = smem.get("o", smem["q"]).at[at.group]
   lse_smem = smem["lse"].at[at.group]
-  o, lse = tile.normalised(*found)
+  o, lse = tile.normalise(*found)
   lse_smem[...] = lse
   wgmma.store(o_smem, o, o_ref.at[at.b, at.rows, at.h])
   plgpu.commit_smem()

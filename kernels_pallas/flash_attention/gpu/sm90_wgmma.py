@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.common import gpu_memory
-from kernels_pallas.flash_attention.gpu.tile import View
+from kernels_pallas.flash_attention.gpu.tile import TileContext
 
 
 def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):
@@ -36,7 +36,7 @@ def product(a: Any, b: Any, free: Callable[[], None] = lambda: None):
 
 
 def accumulate(
-  x: View,
+  x: TileContext,
   acc: jax.Array,
   left: jax.Array,
   right: Any,
@@ -45,7 +45,7 @@ def accumulate(
   """Computes acc + left right, with left rounded to the dtype of `right`.
 
   Args:
-    x: The view.
+    x: The context.
     acc: [64, n].
     left: [64, m], values.
     right: [m, n] in shared memory.

@@ -22,11 +22,11 @@ from kernels_pallas.flash_attention.gpu.tile_sizes import ROWS
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
-WIDE = 128
+WIDE_HEAD_DIM = 128
 """Head dim above which accumulators take half of the registers."""
 
 
-class View(NamedTuple):
+class TileContext(NamedTuple):
   """A warpgroup's context.
 
   Fields: p, the problem; refs, its arrays by name; operand, shared memory for
@@ -96,7 +96,9 @@ def vector(
   )  # fmt: skip
 
 
-def spread(x: jax.Array, like: tuple[int, ...], axis: int) -> jax.Array:
+def broadcast_vector(
+  x: jax.Array, like: tuple[int, ...], axis: int
+) -> jax.Array:
   """Broadcasts a vector along `axis` to shape `like`."""
   return lax.broadcast_in_dim(x, like, [axis])
 
@@ -124,7 +126,7 @@ def logits(p: Problem, s: jax.Array, seen: jax.Array | None) -> Logits:
 
 
 def probabilities(
-  x: View,
+  x: TileContext,
   s: jax.Array,
   lse: jax.Array,
   seen: Callable[[], jax.Array] | None,
@@ -138,7 +140,7 @@ def probabilities(
   cap, both nonnegative, negated where dropout drops it.
 
   Args:
-    x: The view.
+    x: The context.
     s: Products of queries and keys.
     lse: Base-2 log-sum-exps of the queries, +inf if there is none.
     seen: Returns which pairs are visible; None for all.
@@ -149,16 +151,16 @@ def probabilities(
     Probabilities after dropout, and weights, not positive where dropped.
   """
   t, factor, slope = logits(x.p, s, None if seen is None else seen())
-  e = jnp.exp2(t * factor - spread(lse, t.shape, x.along))
+  e = jnp.exp2(t * factor - broadcast_vector(lse, t.shape, x.along))
   weight = e if slope is None else e * slope
   if kept is None:
     return e, weight
   keep = kept()
-  return dropped(x.p, e, keep), jnp.where(keep, weight, -weight)
+  return apply_dropout(x.p, e, keep), jnp.where(keep, weight, -weight)
 
 
-def slopes(
-  x: View,
+def logit_gradients(
+  x: TileContext,
   weight: jax.Array,
   dp: jax.Array,
   shift: jax.Array,
@@ -167,13 +169,13 @@ def slopes(
   """Returns dS of a tile: the gradient of its logits, without the scale.
 
   Args:
-    x: The view.
+    x: The context.
     weight: As returned by `probabilities`.
     dp: Gradient of the probabilities; after dropout, if weights are signed.
     shift: delta of the queries minus the cotangent of their log-sum-exp.
     signed: Whether a weight's sign encodes dropout.
   """
-  shift = spread(shift, dp.shape, x.along)
+  shift = broadcast_vector(shift, dp.shape, x.along)
   if not signed:
     return weight * (dp - shift)
   # Where dropped, dS is |weight| (0 - shift), and the weight is negative.
@@ -181,7 +183,7 @@ def slopes(
   return weight * jnp.where(weight > 0, dp - shift, shift)
 
 
-def nothing(x: View) -> tuple[jax.Array, jax.Array]:
+def initial_softmax(x: TileContext) -> tuple[jax.Array, jax.Array]:
   """Returns the initial maximum and sum of exponentials: those of sinks."""
   along = functools.partial(vector, rows=x.p.tile.height, kind=layout(x.p))
   if "sinks" in x.refs:
@@ -189,9 +191,9 @@ def nothing(x: View) -> tuple[jax.Array, jax.Array]:
   return along(-jnp.inf), along(0.0)
 
 
-def scaled(acc: jax.Array, alpha: jax.Array) -> jax.Array:
+def scale_rows(acc: jax.Array, alpha: jax.Array) -> jax.Array:
   """Scales each row by its factor."""
-  return acc * spread(alpha, acc.shape, 0)
+  return acc * broadcast_vector(alpha, acc.shape, 0)
 
 
 def softmax(
@@ -199,7 +201,7 @@ def softmax(
   s: jax.Array,
   seen: jax.Array | None,
   carry: tuple[Any, ...],
-  scale: Callable[[Any, jax.Array], Any] = scaled,
+  scale: Callable[[Any, jax.Array], Any] = scale_rows,
 ) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
   """One step of the online softmax: (acc, m, l, e), acc without the new tile.
 
@@ -216,16 +218,16 @@ def softmax(
   # Before any visible key: a finite shift, so that exp gives 0, not NaN.
   shift = m_new if seen is None else jnp.where(m_new == -jnp.inf, 0.0, m_new)
   alpha = jnp.exp2(m - shift)
-  e = jnp.exp2(t * factor - spread(shift, t.shape, 0))
+  e = jnp.exp2(t * factor - broadcast_vector(shift, t.shape, 0))
   acc = scale(acc, alpha)
   return acc, m_new, l * alpha + e.sum(axis=1), e
 
 
-def normalised(
+def normalise(
   acc: Any,
   m: jax.Array,
   l: jax.Array,
-  scale: Callable[[Any, jax.Array], Any] = scaled,
+  scale: Callable[[Any, jax.Array], Any] = scale_rows,
 ) -> tuple[Any, jax.Array]:
   """Returns o = acc / l and lse = m + log l, natural; 0 and -inf where l = 0.
 
@@ -239,54 +241,60 @@ def normalised(
   return scale(acc, factor), jnp.where(empty, -jnp.inf, lse)
 
 
-def of_queries(x: View, start: Any, size: int) -> dict[str, jax.Array]:
+def load_query_mask(
+  x: TileContext, start: Any, size: int
+) -> dict[str, jax.Array]:
   """Loads the mask's arrays of queries [start, start + size), by name."""
   return _vectors(x, "rows", x.p.rows, start, size, 1 - x.along)
 
 
-def of_keys(x: View, start: Any, size: int) -> dict[str, jax.Array]:
+def load_key_mask(
+  x: TileContext, start: Any, size: int
+) -> dict[str, jax.Array]:
   """Loads the mask's arrays of keys [start, start + size), by name."""
   return _vectors(x, "columns", x.p.columns, start, size, x.along)
 
 
-def visible(x: View, rows, columns, start: Any) -> jax.Array:
+def visible(x: TileContext, rows, columns, start: Any) -> jax.Array:
   """Returns which pairs of a tile are visible.
 
   Args:
-    x: The view.
-    rows: Result of `of_queries`.
-    columns: Result of `of_keys`.
+    x: The context.
+    rows: Result of `load_query_mask`.
+    columns: Result of `load_key_mask`.
     start: First key.
   """
   p, size, along = x.p, shape(x.p), x.along
   if "key" in columns:
-    key, start = spread(columns["key"], size, 1 - along), 0
+    key, start = broadcast_vector(columns["key"], size, 1 - along), 0
   else:
     key = plgpu.broadcasted_iota(
       jnp.int32, size, 1 - along, layout=layout(p)
     )  # fmt: skip
   seen = None
   for n in range(sum(name.startswith("hi") for name in p.rows)):
-    inside = key < spread(rows[f"hi{n}"] - start, size, along)
+    inside = key < broadcast_vector(rows[f"hi{n}"] - start, size, along)
     if f"lo{n}" in rows:
-      inside &= key >= spread(rows[f"lo{n}"] - start, size, along)
+      inside &= key >= broadcast_vector(rows[f"lo{n}"] - start, size, along)
     elif "key" in columns:
       inside &= key >= 0
     seen = inside if seen is None else seen | inside
   if "segment" in rows:
-    ours = spread(rows["segment"], size, along)
-    seen &= ours == spread(columns["segment"], size, 1 - along)
+    ours = broadcast_vector(rows["segment"], size, along)
+    seen &= ours == broadcast_vector(columns["segment"], size, 1 - along)
   return seen
 
 
-def keeper(x: View, q: Any, k: Any) -> Callable[[], jax.Array] | None:
+def dropout_mask(
+  x: TileContext, q: Any, k: Any
+) -> Callable[[], jax.Array] | None:
   """Returns a function that computes a tile's dropout mask, or None.
 
   It is called where the mask is used: kept across a barrier, it would occupy
   registers.
 
   Args:
-    x: The view.
+    x: The context.
     q: First query.
     k: First key.
   """
@@ -304,23 +312,23 @@ def keeper(x: View, q: Any, k: Any) -> Callable[[], jax.Array] | None:
   return kept
 
 
-def of_passing_queries(
-  x: View,
+def streamed_query_masks(
+  x: TileContext,
   where: Callable[[], tuple[Any, Any]],
   masked: bool,
   columns: dict[str, jax.Array],
   start: Any,
-) -> tuple[View, Callable[[], jax.Array] | None, Any]:
+) -> tuple[TileContext, Callable[[], jax.Array] | None, Any]:
   """Prepares the masks of a streamed tile of queries against stationary keys.
 
   Args:
-    x: The view, of a key head.
+    x: The context, of a key head.
     where: Returns (query head of the group, tile).
     masked: Whether the tile is only partially visible.
-    columns: Result of `of_keys`.
+    columns: Result of `load_key_mask`.
     start: First key.
 
-  Returns: The view, with the query head if needed; a function that returns
+  Returns: The context, with the query head if needed; a function that returns
     which pairs are visible, or None for all; and one that returns which pairs
     dropout keeps, or None for all.
   """
@@ -331,13 +339,13 @@ def of_passing_queries(
   if masked:
 
     def seen():
-      bounds = of_queries(x, first, p.tile.streamed)
+      bounds = load_query_mask(x, first, p.tile.streamed)
       return visible(x, bounds, columns, start)
 
-  return x, seen, keeper(x, first, start)
+  return x, seen, dropout_mask(x, first, start)
 
 
-def dropped(p: Problem, e: jax.Array, keep: jax.Array) -> jax.Array:
+def apply_dropout(p: Problem, e: jax.Array, keep: jax.Array) -> jax.Array:
   """Applies dropout: scales kept probabilities, zeroes the others."""
   return jnp.where(keep, e * (1 / (1 - p.spec.dropout_rate)), 0.0)
 
@@ -350,13 +358,13 @@ def _indices(p: Problem, axis: int, first: Any) -> jax.Array:
   the loop. Only narrow heads with `mma` spill less in the plain order.
   """
   size, kind = shape(p), layout(p)
-  if p.spec.blocks.cores == "mma" and max(p.dims[5:]) <= WIDE:
+  if p.spec.blocks.cores == "mma" and max(p.dims[5:]) <= WIDE_HEAD_DIM:
     return plgpu.broadcasted_iota(jnp.int32, size, axis, layout=kind) + first
   n = plgpu.broadcasted_iota(
     jnp.int32, (size[axis],), 0, layout=kind.reduce(1 - axis)
   )
   low = n & 7 if axis else n
-  return spread((low + first) + (n - low), size, axis)
+  return broadcast_vector((low + first) + (n - low), size, axis)
 
 
 def _vectors(x, array, names, start, size, across) -> dict[str, jax.Array]:

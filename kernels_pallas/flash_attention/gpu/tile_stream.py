@@ -28,7 +28,7 @@ from kernels_pallas.masks import intervals
 GROUP = "group"
 """Name of the axis of warpgroups."""
 
-ALIGNED = 1024
+ALIGNMENT = 1024
 """Alignment in bytes of shared memory buffers in Mosaic GPU."""
 
 BARRIER_BYTES = 8
@@ -128,7 +128,7 @@ def buffer(shape: tuple[int, ...], dtype: Any) -> Any:
   return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def shapes(
+def buffer_shapes(
   p: Problem, stays: dict[str, int], passes: dict[str, int]
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of stationary buffers, one a warpgroup, and streamed
@@ -146,7 +146,7 @@ def shapes(
   return found
 
 
-def taken(types: Any) -> int:
+def shared_bytes(types: Any) -> int:
   """Returns the bytes of shared memory of a tree of types, with barriers."""
   size = 0
   for one in jax.tree.leaves(types):
@@ -154,18 +154,18 @@ def taken(types: Any) -> int:
       size += math.prod(one.get_ref_aval().shape) * BARRIER_BYTES
     else:
       found = math.prod(one.shape) * jnp.dtype(one.dtype).itemsize
-      size += math.ceil(found / ALIGNED) * ALIGNED
+      size += math.ceil(found / ALIGNMENT) * ALIGNMENT
   return size
 
 
-def room(types: Any, more: int = 0) -> bool:
+def fits_shared(types: Any, more: int = 0) -> bool:
   """Whether the types fit into shared memory.
 
   Args:
-    types: As in `taken`.
+    types: As in `shared_bytes`.
     more: Bytes that the compiler adds.
   """
-  return taken(types) + more <= SHARED_BYTES
+  return shared_bytes(types) + more <= SHARED_BYTES
 
 
 def check(p: Problem, types: Any, more: int = 0) -> None:
@@ -173,10 +173,10 @@ def check(p: Problem, types: Any, more: int = 0) -> None:
 
   Args:
     p: The problem.
-    types: As in `taken`.
+    types: As in `shared_bytes`.
     more: Bytes that the compiler adds.
   """
-  size, (H, Hv) = taken(types) + more, p.dims[-2:]
+  size, (H, Hv) = shared_bytes(types) + more, p.dims[-2:]
   if size > SHARED_BYTES:
     raise ValueError(
       f"config: found {p.tile}, which at head dims {H} and {Hv} takes "
@@ -228,7 +228,7 @@ def drain(p: Problem, free: Any, steps: Any) -> None:
     lax.fori_loop(0, slots, functools.partial(wait, barrier), None)
 
 
-def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
+def key_copies(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
   """Returns the copies of k and v for a query head h, for `produce`."""
   kv = h if p.group == 1 else lax.div(h, jnp.int32(p.group))
 
@@ -244,7 +244,7 @@ def of_keys(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
   return operand("k"), operand("v")
 
 
-def of_queries(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
+def query_copies(p: Problem, refs: Any, smem: Any, b: Any, h: Any) -> tuple:
   """Returns the copies of q and do for a key head h, for `produce`.
 
   The statistics of the queries are copied with q.
@@ -309,7 +309,7 @@ def consume(a: Line, step: Step, carry: Any) -> Any:
   return carry
 
 
-def estimate(p: Problem, matmuls: int) -> dict[str, Any]:
+def cost_estimate(p: Problem, matmuls: int) -> dict[str, Any]:
   """Returns the cost estimate as an argument of `plgpu.kernel`.
 
   Empty for JAX 0.11, which has no such argument.
@@ -319,7 +319,9 @@ def estimate(p: Problem, matmuls: int) -> dict[str, Any]:
   return {"cost_estimate": p.cost(matmuls)}
 
 
-def roles(p: Problem, compute: Callable[[Any], None], copy) -> None:
+def specialise_warpgroups(
+  p: Problem, compute: Callable[[Any], None], copy
+) -> None:
   """Runs `compute(group)` in all warpgroups but the last, and `copy()` there.
 
   Registers are reallocated from the copying warpgroup to the others.

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.tpu import backward_kernels as back
@@ -59,18 +59,20 @@ def mosaic_tpu_attention(
 
 
 def _forward(spec, interpret, x):
-  return kept(x, *mosaic_tpu_attention.__wrapped__(spec, interpret, x))
+  return save_residuals(
+    x, *mosaic_tpu_attention.__wrapped__(spec, interpret, x)
+  )
 
 
 def _backward(spec, interpret, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
+  rows = query_cotangents(x, o, lse, *cotangents)
   found = mosaic_tpu_gradients(spec, interpret, x, rows)
-  return (finished(x, found, rows),)
+  return (cast_gradients(x, found, rows),)
 
 
 def mosaic_tpu_gradients(
-  spec: Spec, interpret: Any, x: Operands, rows: Queries
+  spec: Spec, interpret: Any, x: Operands, rows: QueryCotangents
 ) -> Operands:
   """Returns the gradients of q, k, v and bias in the accumulator dtype.
 

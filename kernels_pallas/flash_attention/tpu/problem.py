@@ -78,14 +78,14 @@ class Problem:
 
   def width(self, axis: int) -> int:
     """Returns the most tiles along `axis` (1: queries, 2: keys) per line."""
-    return intervals.width(
+    return intervals.max_visited(
       self.found, *self.lengths, self.tile.q, self.tile.kv, axis
     )
 
   def table(self, axis: int) -> jax.Array:
     """Returns the flat table of the tiles along `axis` that lines visit."""
     tiles = self.classes if axis == 2 else self.classes.swapaxes(1, 2)
-    table = intervals.table(tiles, self.width(axis))
+    table = intervals.visit_table(tiles, self.width(axis))
     return jnp.asarray(table.reshape(-1), jnp.int32)
 
   def cost(self, matmuls: int) -> pl.CostEstimate:
@@ -121,9 +121,9 @@ def prepare(spec: Spec, x: Operands, tile: Tile) -> Problem:
   """Prepares a call's problem for tiles of the given size."""
   (B, T, N, H), (S, K), Hv = x.q.shape, x.k.shape[1:3], x.v.shape[-1]
   tile = fit(tile, T, S)
-  found = intervals.rows(x.mask, T, S)
-  kinds = intervals.classes(found, T, S, tile.q, tile.kv)
-  keys, queries = x.mask.live_keys(), x.mask.live_queries()
+  found = intervals.mask_intervals(x.mask, T, S)
+  kinds = intervals.tile_classes(found, T, S, tile.q, tile.kv)
+  keys, queries = x.mask.valid_keys(), x.mask.valid_queries()
   # Padding may contain anything, even NaN, and 0 * NaN would reach the output.
   arrays = {
     "q": heads_first(alive(x.q, queries), tile.q),
@@ -257,7 +257,7 @@ def lanes(tile: Tile) -> int:
 
 def _mask_arrays(found, tile: Tile) -> tuple[dict[str, Any], dict[str, Any]]:
   """Returns the mask's rows [B or 1, T] and columns [B or 1, S, lanes]."""
-  rows, columns = intervals.arrays(found)
+  rows, columns = intervals.tile_arrays(found)
   # Padding: no interval contains coordinate -1, or anything before 0.
   rows = {
     k: pad(jnp.asarray(v), 1, tile.q, -1 if k == "segment" else 0)

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float
 
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.cotangents import (
-  Queries,
-  finished,
-  kept,
-  queries,
+  QueryCotangents,
+  cast_gradients,
+  query_cotangents,
+  save_residuals,
 )
 from kernels_pallas.flash_attention.spec import Operands, Spec
 from kernels_pallas.flash_attention.xla import (
@@ -28,7 +28,7 @@ from kernels_pallas.flash_attention.xla import (
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blocked_attention(
+def blockwise_attention(
   spec: Spec, x: Operands
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B N T"]]:
   """Softmax attention (kernels.md 2.1) by blocks, with a custom gradient.
@@ -46,7 +46,7 @@ def blocked_attention(
     there is no sink.
   """
   B, T, N, _ = x.q.shape
-  o, lse = _organisation(spec, x).forward(spec, tiles.group(x))
+  o, lse = _organisation(spec, x).forward(spec, tiles.group_heads(x))
   return (
     tiles.ungroup_queries(o).astype(spec.output or x.q.dtype),
     lse.reshape(B, N, T),
@@ -54,16 +54,18 @@ def blocked_attention(
 
 
 def _forward(spec, x):
-  return kept(x, *blocked_attention.__wrapped__(spec, x))
+  return save_residuals(x, *blockwise_attention.__wrapped__(spec, x))
 
 
 def _backward(spec, saved, cotangents):
   x, o, lse = saved
-  rows = queries(x, o, lse, *cotangents)
-  return (finished(x, blocked_gradients(spec, x, rows), rows),)
+  rows = query_cotangents(x, o, lse, *cotangents)
+  return (cast_gradients(x, blockwise_gradients(spec, x, rows), rows),)
 
 
-def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
+def blockwise_gradients(
+  spec: Spec, x: Operands, rows: QueryCotangents
+) -> Operands:
   """Returns the gradients of q, k, v and bias in the accumulator dtype.
 
   Args:
@@ -75,8 +77,8 @@ def blocked_gradients(spec: Spec, x: Operands, rows: Queries) -> Operands:
   shape = (B, K, N // K, T)
   dq, dk, dv, dbias = _organisation(spec, x).backward(
     spec,
-    tiles.group(x),
-    tiles.Cotangents(
+    tiles.group_heads(x),
+    tiles.TileCotangents(
       tiles.group_queries(rows.do, K),
       rows.lse.reshape(shape),
       rows.shift.reshape(shape),
@@ -99,4 +101,4 @@ def _organisation(spec: Spec, x: Operands):
   return blockwise_unrolled if short else blockwise_loops
 
 
-blocked_attention.defvjp(_forward, _backward)
+blockwise_attention.defvjp(_forward, _backward)

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.masks import cut, intervals
+from kernels_pallas.masks import intervals, slice_axis
 
 
 class _Table(NamedTuple):
@@ -47,13 +47,13 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
       keys = (entries[n] // 4 * bk, bk)
 
       def attend(seen):
-        return tiles.attend(spec, x, rows, keys, seen)
+        return tiles.tile_attention(spec, x, rows, keys, seen)
 
       seen = lambda: tiles.visible(x, T, S, rows, keys)  # noqa: E731
       new = _by_class(table.kinds, entries[n] % 4, seen, attend)
       return tiles.merge(state, new)
 
-    state = jax.lax.fori_loop(0, count, tile, tiles.nothing(x, bq))
+    state = jax.lax.fori_loop(0, count, tile, tiles.initial_state(x, bq))
     return carry, tiles.finish(state, x.sinks)
 
   _, (o, lse) = jax.lax.scan(row, None, _steps(table))
@@ -61,7 +61,7 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
 
 
 def backward(
-  spec: Spec, x: Operands, cotangents: tiles.Cotangents
+  spec: Spec, x: Operands, cotangents: tiles.TileCotangents
 ) -> tuple[Array, Array, Array, Array | None]:
   """Returns (dq, dk, dv, dbias), grouped, in the accumulator dtype."""
   T, S, shapes = x.q.shape[3], x.k.shape[2], x
@@ -69,14 +69,14 @@ def backward(
   table = _table(spec, x)
   x = _padded(spec, x)
   do, lse, shift = cotangents
-  cotangents = tiles.Cotangents(
+  cotangents = tiles.TileCotangents(
     _pad(do, 3, bq), _pad(lse, 3, bq, jnp.inf), _pad(shift, 3, bq)
   )
 
   def row(carry, step):
     i, entries, count = step
     rows = (i * bq, bq)
-    block = jax.tree.map(lambda c: cut(c, 3, *rows), cotangents)
+    block = jax.tree.map(lambda c: slice_axis(c, 3, *rows), cotangents)
 
     def tile(n, carry):
       dq, dk, dv, dbias = carry
@@ -87,19 +87,23 @@ def backward(
 
       seen = lambda: tiles.visible(x, T, S, rows, keys)  # noqa: E731
       parts = _by_class(table.kinds, entries[n] % 4, seen, gradients)
-      dk = tiles.add_at(dk, parts[1], (2, keys))
-      dv = tiles.add_at(dv, parts[2], (2, keys))
+      dk = tiles.add_tile(dk, parts[1], (2, keys))
+      dv = tiles.add_tile(dv, parts[2], (2, keys))
       if dbias is not None:
-        dbias = tiles.add_at(dbias, parts[3], (3, rows), (4, keys))
+        dbias = tiles.add_tile(dbias, parts[3], (3, rows), (4, keys))
       return dq + parts[0], dk, dv, dbias
 
     B, K, G, _, H = x.q.shape
-    dq = tiles.filled(x, (B, K, H, G, bq))
+    dq = tiles.full_like_queries(x, (B, K, H, G, bq))
     dq, *carry = jax.lax.fori_loop(0, count, tile, (dq, *carry))
     return tuple(carry), jnp.moveaxis(dq, 2, 4)
 
-  dbias = None if x.bias is None else tiles.filled(x, x.bias.shape)
-  sums = (tiles.filled(x, x.k.shape), tiles.filled(x, x.v.shape), dbias)
+  dbias = None if x.bias is None else tiles.full_like_queries(x, x.bias.shape)
+  sums = (
+    tiles.full_like_queries(x, x.k.shape),
+    tiles.full_like_queries(x, x.v.shape),
+    dbias,
+  )
   (dk, dv, dbias), dq = jax.lax.scan(row, sums, _steps(table))
   if dbias is not None:
     dbias = dbias[..., : shapes.bias.shape[3], : shapes.bias.shape[4]]
@@ -110,8 +114,8 @@ def _table(spec: Spec, x: Operands) -> _Table:
   """Returns the key tiles that any query of a tile, in any row, sees."""
   T, S = x.q.shape[3], x.k.shape[2]
   bq, bk = min(spec.blocks.q, T), min(spec.blocks.k, S)
-  found = intervals.rows(x.mask, T, S)
-  classes = intervals.classes(found, T, S, bq, bk)
+  found = intervals.mask_intervals(x.mask, T, S)
+  classes = intervals.tile_classes(found, T, S, bq, bk)
   static = isinstance(classes, np.ndarray)
   xp = np if static else jnp
   some = (classes != intervals.EMPTY).any(0)
@@ -122,7 +126,7 @@ def _table(spec: Spec, x: Operands) -> _Table:
   kinds = np.unique(classes[some]) if static else (1, 2)
   wide = max(1, int(counts.max())) if static else classes.shape[1]
   return _Table(
-    intervals.table(classes, wide), counts, frozenset(map(int, kinds))
+    intervals.visit_table(classes, wide), counts, frozenset(map(int, kinds))
   )
 
 

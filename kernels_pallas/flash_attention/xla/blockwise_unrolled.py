@@ -15,7 +15,7 @@ from jaxtyping import Array
 from kernels_pallas.common.target_platform import accumulator
 from kernels_pallas.flash_attention import tiles
 from kernels_pallas.flash_attention.spec import Operands, Spec
-from kernels_pallas.masks import Tile, cut
+from kernels_pallas.masks import Tile, slice_axis
 
 
 def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
@@ -26,16 +26,16 @@ def forward(spec: Spec, x: Operands) -> tuple[Array, Array]:
     if keys[1]:
       x, parts = _in_turn(x, parts)
       seen = _visible(x, T, S, rows, keys)
-      state = tiles.attend(spec, x, rows, keys, seen)
+      state = tiles.tile_attention(spec, x, rows, keys, seen)
     else:
-      state = tiles.nothing(x, rows[1])
+      state = tiles.initial_state(x, rows[1])
     parts.append(tiles.finish(state, x.sinks))
   o, lse = zip(*parts, strict=True)
   return jnp.concatenate(o, axis=3), jnp.concatenate(lse, axis=3)
 
 
 def backward(
-  spec: Spec, x: Operands, cotangents: tiles.Cotangents
+  spec: Spec, x: Operands, cotangents: tiles.TileCotangents
 ) -> tuple[Array, Array, Array, Array | None]:
   """Returns (dq, dk, dv, dbias), grouped, in the accumulator dtype."""
   T, S = x.q.shape[3], x.k.shape[2]
@@ -48,16 +48,18 @@ def backward(
       B, K, G, _, H = x.q.shape
       dqs.append(jnp.zeros((B, K, H, G, rows[1]), dtype))
       continue
-    block = jax.tree.map(lambda c, rows=rows: cut(c, 3, *rows), cotangents)
+    block = jax.tree.map(
+      lambda c, rows=rows: slice_axis(c, 3, *rows), cotangents
+    )
     x, (dk, dv, dbias) = _in_turn(x, (dk, dv, dbias))
     dq, dk_part, dv_part, dbias_part = tiles.tile_gradients(
       spec, x, rows, keys, _visible(x, T, S, rows, keys), block
     )
     dqs.append(dq)
-    dk = tiles.add_at(dk, dk_part, (2, keys))
-    dv = tiles.add_at(dv, dv_part, (2, keys))
+    dk = tiles.add_tile(dk, dk_part, (2, keys))
+    dv = tiles.add_tile(dv, dv_part, (2, keys))
     if dbias is not None:
-      dbias = tiles.add_at(dbias, dbias_part, (3, rows), (4, keys))
+      dbias = tiles.add_tile(dbias, dbias_part, (3, rows), (4, keys))
   dq = jnp.concatenate(dqs, axis=4)
   return jnp.moveaxis(dq, 2, 4), dk, dv, dbias
 

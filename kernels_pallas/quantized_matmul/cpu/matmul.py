@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kernels_pallas.common import cpu_library
-from kernels_pallas.common.cpu_library import Library, Unavailable
+from kernels_pallas.common.cpu_library import Library, LibraryUnavailable
 from kernels_pallas.quantized_matmul.cpu.panels import Panels
 
 TARGET = "heptad_panels"
@@ -18,7 +18,7 @@ TARGET = "heptad_panels"
 LIBRARY = Library(
   name="panels",
   source=pathlib.Path(__file__).with_name("panels.cc"),
-  parts=(
+  includes=(
     "problem.h",
     "lanes.h",
     "tile.inc",
@@ -29,7 +29,7 @@ LIBRARY = Library(
     "../../common/cpu_tasks.h",
   ),
   targets=((TARGET, "HeptadPanels"),),
-  without=(
+  warning=(
     "quantized_matmul: {error}; packed weights are multiplied by XLA, several "
     "times slower."
   ),
@@ -61,7 +61,7 @@ def cpu_matmul(
     Unavailable: the library cannot be used; see `available`.
   """
   if not available():
-    raise Unavailable("quantized_matmul: no compiled kernel here")
+    raise LibraryUnavailable("quantized_matmul: no compiled kernel here")
   nothing = jnp.zeros((0,), jnp.float32)
   call = jax.ffi.ffi_call(
     TARGET,

@@ -205,7 +205,7 @@ def unpack(
   return codes, part(w.scale), part(w.offset)
 
 
-def beside(parts: Sequence[Panels]) -> Panels | None:
+def concatenate(parts: Sequence[Panels]) -> Panels | None:
   """Concatenates matrices `[I, O]` to `[I, O1 + O2 + ...]`, without repacking.
 
   Returns None if they differ in anything but their outputs, or if one other

@@ -14,9 +14,9 @@ from kernels_pallas.common.target_platform import (
   BLACKWELL,
   HOPPER,
   NO_GPU_KERNELS,
-  device,
   has_mma,
-  spread,
+  program_device,
+  vary_like,
 )
 from kernels_pallas.quantized_matmul.gpu import (
   sm80_kernel,
@@ -25,9 +25,9 @@ from kernels_pallas.quantized_matmul.gpu import (
 )
 from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   DTYPES,
-  LEAST_CODES,
+  MIN_CODES,
   Tile,
-  fitted,
+  default_tile,
 )
 from kernels_pallas.quantized_matmul.gpu.weight_operand import Problem
 from kernels_pallas.quantized_matmul.planar import Planar
@@ -68,7 +68,7 @@ KERNELS = {"wgmma": sm90_kernel, "mma": sm80_kernel}
 
 def cores() -> str | None:
   """Returns `Tile.cores` for the program's device, or None without a kernel."""
-  platform, kind = device()
+  platform, kind = program_device()
   if platform not in ("gpu", "cuda"):
     return None
   if any(name in kind for name in HOPPER):
@@ -84,7 +84,7 @@ def is_for(rows: int = 1) -> bool:
       cores' throughput, so for many rows dequantizing first is faster.
   """
   found = cores()
-  blackwell = any(name in device()[1] for name in BLACKWELL)
+  blackwell = any(name in program_device()[1] for name in BLACKWELL)
   return found is not None and (rows <= FEW or not blackwell)
 
 
@@ -146,7 +146,7 @@ def _run(x, w, inputs, tile, interpret):
     return jnp.zeros((0, w.padded[inputs]), x.dtype)
   p, t, arrays, out = plan(x, w, inputs, tile or cores() or "wgmma")
   y = KERNELS[t.cores].multiply(p, t, arrays, out, interpret)
-  y = spread(y, arrays.values())
+  y = vary_like(y, arrays.values())
   y = y[0] if t.splits == 1 else y.sum(axis=0).astype(x.dtype)
   return y[: len(x)]
 
@@ -156,17 +156,17 @@ def _of_codes(x, w, tile, interpret):
   check_activations(jnp.int8, w)
   if reason := unsupported(x.dtype, w, jnp.int8):
     raise ValueError(f"mosaic_gpu: {reason}")
-  if tile is not None and (tile.cores, tile.rows % LEAST_CODES) != ("mma", 0):
+  if tile is not None and (tile.cores, tile.rows % MIN_CODES) != ("mma", 0):
     raise ValueError(
       f"tile: found {tile}, expected mma, and rows in multiples of "
-      f"{LEAST_CODES} for codes"
+      f"{MIN_CODES} for codes"
     )
   if not len(x):
     return jnp.zeros((0, w.outputs), x.dtype)
   codes, unit = quantize_rows(x)
   p, t, arrays, _ = plan(codes, w, 1, tile or "mma")
   y = sm80_kernel.multiply(p, t, arrays, jnp.int32, interpret)
-  y = spread(y, arrays.values())
+  y = vary_like(y, arrays.values())
   y = y.sum(axis=0)[: len(x)].astype(jnp.float32) * w.scale
   if w.offset is not None:
     sums = codes.astype(jnp.int32).sum(axis=1, keepdims=True)
@@ -200,7 +200,7 @@ def plan(
   )
   if isinstance(tile, str):
     sizes = p.width // p.kept, p.steps, p.depth, p.sums
-    tile = fitted(tile, M, *sizes, codes=p.integers)
+    tile = default_tile(tile, M, *sizes, codes=p.integers)
   pieces = p.width // p.kept
   if pieces % tile.groups or tile.splits > p.steps:
     raise ValueError(

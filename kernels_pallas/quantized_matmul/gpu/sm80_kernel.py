@@ -126,7 +126,7 @@ def _fetch(p, t, interpreted, refs, smem, place, n):
     for name, line in lines.items():
       if name in refs:
         target, where = smem[name].at[slot, g], (line, outputs, live)
-        copy.rectangle(interpreted, refs[name], target, where)
+        copy.fetch_rectangle(interpreted, refs[name], target, where)
   copy.commit(interpreted)
 
 

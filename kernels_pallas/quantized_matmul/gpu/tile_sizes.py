@@ -15,16 +15,16 @@ OPERANDS = ("registers", "shared")
 SHARED_BYTES = {"wgmma": 232_448, "mma": 101_376}
 """Shared memory available to a block: on Hopper, and on Ada."""
 
-MOST = {"wgmma": 256, "mma": 80}
+MAX_ROWS = {"wgmma": 256, "mma": 80}
 """Rows of the largest tile: the N of `wgmma`; for `mma`, the accumulators that
 fit in registers with dequantized weights of two pieces (codebooks spill with
 96)."""
 
-LEAST_ROWS = {"wgmma": 8, "mma": 16}
+MIN_ROWS = {"wgmma": 8, "mma": 16}
 """Rows of the smallest tile, of which others are multiples: a block of `mma`
 copies 16 bytes per thread."""
 
-LEAST_CODES = 32
+MIN_CODES = 32
 """The same for `mma` with 8-bit rows, which have half the bytes."""
 
 CHUNK = 64
@@ -75,7 +75,7 @@ class Tile:
         raise ValueError(
           f"tile.{name}: found {getattr(self, name)!r}, expected one of {known}"
         )
-    least, most = LEAST_ROWS[self.cores], MOST[self.cores]
+    least, most = MIN_ROWS[self.cores], MAX_ROWS[self.cores]
     whole = self.rows % least == 0 and 0 < self.rows <= most
     whole &= self.cores == "mma" or self.rows <= CHUNK or not self.rows % CHUNK
     few = self.stages < (2 if self.cores == "mma" else 1)
@@ -91,7 +91,7 @@ class Tile:
       raise ValueError("tile.operand: found 'shared', mma takes registers")
 
 
-def fitted(
+def default_tile(
   cores: str,
   rows: int,
   pieces: int,
@@ -112,13 +112,13 @@ def fitted(
     codes: Whether rows are 8-bit codes.
   """
   wgmma = cores == "wgmma"
-  least = LEAST_CODES if codes else LEAST_ROWS[cores]
+  least = MIN_CODES if codes else MIN_ROWS[cores]
   size = -(-rows // least) * least
   if wgmma and size > CHUNK:
-    size = min(MOST[cores] // sums, -(-size // CHUNK) * CHUNK)
+    size = min(MAX_ROWS[cores] // sums, -(-size // CHUNK) * CHUNK)
   elif not wgmma:
     # Tiles as even as possible.
-    most = MOST[cores] // least * least
+    most = MAX_ROWS[cores] // least * least
     size = -(-size // -(-size // most) // least) * least
   # An `mma` warpgroup has two accumulators, which share each read of rows.
   many = 2 if wgmma else 2 // sums

@@ -36,7 +36,9 @@ COLUMNS = 256
 """Outputs processed at a time."""
 
 
-def few(x: jax.Array, p: Problem, dtype: Any, interpret: Any) -> jax.Array:
+def multiply_few_rows(
+  x: jax.Array, p: Problem, dtype: Any, interpret: Any
+) -> jax.Array:
   """Returns `x W` [M, O'], summed in float32, rounded to `dtype`.
 
   Args:

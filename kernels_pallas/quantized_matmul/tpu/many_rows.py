@@ -69,7 +69,7 @@ FORWARD = Direction("quantized_matmul_many", 0, lambda kept, k: (k, kept))
 GRADIENT = Direction("quantized_matmul_gradient", 1, lambda kept, k: (kept, k))
 
 
-def many(
+def multiply_many_rows(
   x: jax.Array, p: Problem, way: Direction, dtype: Any, interpret: Any
 ) -> jax.Array:
   """Returns `x W` [M, O'] or `x W^T` [M, I'], rounded to `dtype`.

@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int8
 
 from kernels_pallas.quantized_matmul.planar import BLOCK, Planar
 from kernels_pallas.quantized_matmul.tpu import problem
-from kernels_pallas.quantized_matmul.tpu.few_rows import few
+from kernels_pallas.quantized_matmul.tpu.few_rows import multiply_few_rows
 from kernels_pallas.quantized_matmul.tpu.many_rows import (
   FORWARD,
   GRADIENT,
-  many,
+  multiply_many_rows,
 )
 from kernels_pallas.quantized_matmul.tpu.problem import Tile
 
@@ -65,14 +65,14 @@ def product(
   if activations is not None:
     codes, unit = quantize_rows(x)
     p = problem.prepare(w, config.few)
-    y = few(codes, p, jnp.float32, interpret)
+    y = multiply_few_rows(codes, p, jnp.float32, interpret)
     y = (y * unit).astype(x.dtype)
   elif len(x) * max(1, BLOCK // w.group) <= config.most:
     p = problem.prepare(w, config.few)
-    y = few(x, p, x.dtype, interpret)
+    y = multiply_few_rows(x, p, x.dtype, interpret)
   else:
     p = problem.prepare(w, config.many)
-    y = many(x, p, FORWARD, x.dtype, interpret)
+    y = multiply_many_rows(x, p, FORWARD, x.dtype, interpret)
   return y[:, : w.outputs]
 
 
@@ -91,7 +91,7 @@ def input_gradient(
     interpret: False to compile, or as in `pl.pallas_call`.
   """
   p = problem.prepare(w, config.gradient, outputs=True)
-  return many(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
+  return multiply_many_rows(dy, p, GRADIENT, dy.dtype, interpret)[:, : w.inputs]
 
 
 def unsupported(dtype: Any, w: Planar) -> str | None:

@@ -56,5 +56,5 @@ def test_bandwidths_are_those_that_xla_compiles_for(name):
 
 def test_a_chip_is_found_by_the_kind_that_jax_gives():
   for chip in chips.CHIPS.values():
-    assert chips.of_kind(chip.kind) is chip
-  assert chips.of_kind("NVIDIA H100 PCIe") is None
+    assert chips.find_by_kind(chip.kind) is chip
+  assert chips.find_by_kind("NVIDIA H100 PCIe") is None

@@ -11,7 +11,7 @@ from kernels_pallas.common import cpu_memory
 @pytest.fixture(name="small", autouse=True)
 def _small(monkeypatch):
   """Trees of these tests are large enough, and the system has huge pages."""
-  monkeypatch.setattr(cpu_memory, "SMALLEST", 1000)
+  monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
   if not cpu_memory._can_have(1000):
     pytest.skip("this system has no huge pages")
 
@@ -143,7 +143,7 @@ def test_where_there_are_none_or_no_room_nothing_moves(
 
 
 def test_small_trees_stay(monkeypatch):
-  monkeypatch.setattr(cpu_memory, "SMALLEST", 10**6)
+  monkeypatch.setattr(cpu_memory, "MIN_BYTES", 10**6)
   x = [jnp.ones((40, 50))]
   assert cpu_memory.in_huge_pages(x) is x
   assert cpu_memory.in_huge_pages([]) == []

@@ -268,8 +268,8 @@ def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "devices", lambda: [h100])
   assert (
-    target_platform.device()
-    == target_platform.place_of([])
+    target_platform.program_device()
+    == target_platform.device_of_arrays([])
     == ("gpu", "NVIDIA H100")
   )
   found = decode_attention(q, k, k, lengths)
@@ -286,8 +286,11 @@ def test_an_array_that_is_committed_says_where():
     return x
 
   free, held = placed("gpu", False), placed("cpu", True)
-  assert target_platform.place_of([free, np.zeros(1)]) == ("gpu", "some")
-  assert target_platform.place_of([free, held]) == ("cpu", "some")
+  assert target_platform.device_of_arrays([free, np.zeros(1)]) == (
+    "gpu",
+    "some",
+  )
+  assert target_platform.device_of_arrays([free, held]) == ("cpu", "some")
 
 
 @pytest.mark.parametrize(

@@ -126,18 +126,18 @@ EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
 def test_what_a_kernel_refuses_is_lowered_as_blocks(
   platform, why, args, more, caplog
 ):
-  target_platform.say.cache_clear()
+  target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.INFO, "kernels_pallas"):
     assert not calls(functools.partial(loss, **more), platform, *args)
   assert f"xla_blockwise on {platform}" in caplog.text and why in caplog.text
 
 
 def test_reasons_are_told_once_and_only_on_request(caplog):
-  target_platform.say.cache_clear()
+  target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.WARNING, "kernels_pallas"):
     calls(loss, "cpu", *shapes())
   assert not caplog.records
-  target_platform.say.cache_clear()
+  target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.INFO, "kernels_pallas"):
     for platform in ("cpu", "tpu", "tpu"):
       calls(jax.grad(loss), platform, *shapes())
@@ -166,7 +166,7 @@ def test_a_config_that_is_no_backends_is_refused(config, mesh):
   context = jax.sharding.use_abstract_mesh(known) if mesh else nullcontext()
   x = Operands(*shapes(), Mask.causal())
   with context, pytest.raises(ValueError, match="config: found .* GpuTiles"):
-    dispatch.automatic(x, config, Spec(scale=1.0))
+    dispatch.resolve_auto(x, config, Spec(scale=1.0))
 
 
 @needs_kernels
@@ -175,10 +175,10 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
 
   def cores():
     x = Operands(q, k, v, Mask.causal())
-    _, sizes = dispatch.automatic(x, None, Spec(scale=1.0))
+    _, sizes = dispatch.resolve_auto(x, None, Spec(scale=1.0))
     return dict(sizes.kernels)["cuda"].cores
 
-  assert cores() == "wgmma" and "none is here" in target_platform.kind_of(
+  assert cores() == "wgmma" and "none is here" in target_platform.device_kind(
     "cuda"
   )
   a100 = types.SimpleNamespace(device_kind="NVIDIA A100-SXM4-80GB")

@@ -12,7 +12,7 @@ from kernels_pallas.flash_attention.reference import reference_attention
 from kernels_pallas.flash_attention.spec import Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tpu.mosaic_tpu import mosaic_tpu_attention
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
-from kernels_pallas.flash_attention.xla.blockwise import blocked_attention
+from kernels_pallas.flash_attention.xla.blockwise import blockwise_attention
 from kernels_pallas.masks import Mask
 
 FILE = pathlib.Path(__file__).parents[2] / "golden" / "attention.json"
@@ -74,8 +74,8 @@ def interpreted(spec, x):
 
 BACKENDS = {
   "reference": (reference_attention, Blocks()),
-  "unrolled": (blocked_attention, Blocks(q=3)),
-  "looped": (blocked_attention, Blocks(q=2, k=3, unroll=0)),
+  "unrolled": (blockwise_attention, Blocks(q=3)),
+  "looped": (blockwise_attention, Blocks(q=2, k=3, unroll=0)),
   "mosaic_tpu": (interpreted, Tiles(*[Tile(4, 6, 2, 3)] * 3, "split")),
 }
 

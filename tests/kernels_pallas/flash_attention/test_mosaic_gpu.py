@@ -19,7 +19,7 @@ from kernels_pallas.flash_attention.api import (
   flash_attention,
   prepare,
 )
-from kernels_pallas.flash_attention.cotangents import queries
+from kernels_pallas.flash_attention.cotangents import query_cotangents
 from kernels_pallas.flash_attention.gpu import (
   persistent,
   tile_stream,
@@ -237,14 +237,14 @@ def expected(name):
 @pytest.fixture(name="watched")
 def _watched(monkeypatch):
   """Every block of threads of a persistent kernel takes more than one line."""
-  plain = persistent.programs
+  plain = persistent.num_blocks
 
   def programs(p):
     found = plain(p)
     assert found < p.dims[0] * p.heads * p.lines
     return found
 
-  monkeypatch.setattr(persistent, "programs", programs)
+  monkeypatch.setattr(persistent, "num_blocks", programs)
 
 
 @pytest.mark.usefixtures("watched")
@@ -280,7 +280,7 @@ def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
     return gpu.run(run, *x, jit=jax.jit)
 
   apart = results()
-  monkeypatch.setattr(tile_stream, "room", lambda *_: False)
+  monkeypatch.setattr(tile_stream, "fits_shared", lambda *_: False)
   chex.assert_trees_all_equal(results(), apart)
 
 
@@ -356,7 +356,7 @@ def test_partial_results_are_not_rounded(gpu, config):
 
   def both(x):
     o, lse = backend.attend(wide, x)
-    rows = queries(x, o, lse, jnp.cos(o), jnp.zeros_like(lse))
+    rows = query_cotangents(x, o, lse, jnp.cos(o), jnp.zeros_like(lse))
     return o, backend.gradients(spec, x, rows)
 
   o, found = gpu.run(both, x, jit=jax.jit)

@@ -118,7 +118,7 @@ def shared(H, Hv, cores="wgmma"):
   if cores == "tcgen05":
     found = {name: [one[0], *one[2:]] for name, one in found.items()}
   return {
-    name: (tile_stream.taken(one) + more.get(name, 0), set(one[0]))
+    name: (tile_stream.shared_bytes(one) + more.get(name, 0), set(one[0]))
     for name, one in found.items()
   }
 

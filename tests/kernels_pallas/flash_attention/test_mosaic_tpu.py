@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.api import choose, flash_attention
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Blocks
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles, fit
 from kernels_pallas.masks import Mask
@@ -329,7 +332,7 @@ def test_each_device_runs_the_kernel_on_its_own_part():
   }
   mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(
     jax.sharding.AxisType.Auto,) * 2)  # fmt: skip
-  cut = Cut(batch=("data",), heads=("tensor",))
+  cut = AttentionSharding(batch=("data",), heads=("tensor",))
 
   def gradients(attend):
     loss = lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v)))  # noqa: E731
@@ -339,7 +342,9 @@ def test_each_device_runs_the_kernel_on_its_own_part():
   place = jax.sharding.NamedSharding(mesh, jax.P("data", None, "tensor"))
   parts = jax.device_put((q, k, v), place)
   with jax.set_mesh(mesh):
-    program = gradients(lambda *x: sharded_attention(*x, cut=cut, **options))
+    program = gradients(
+      lambda *x: sharded_attention(*x, sharding=cut, **options)
+    )
     program = program.lower(*parts).compile()
     found = program(*parts)
   # The same operations for each head, whose operands nobody sends anywhere.

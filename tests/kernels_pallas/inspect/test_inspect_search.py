@@ -81,7 +81,7 @@ def test_what_is_written_is_read(
   job = dataclasses.replace(
     JOB, direction=direction, backward=backward, blocks=blocks
   )
-  search.write(measurement(job), path)
+  search.write_table(measurement(job), path)
   lines = zip(before.splitlines(), path.read_text().splitlines(), strict=True)
   assert sum(a != b for a, b in lines) == 1
   monkeypatch.setattr(
@@ -130,7 +130,7 @@ def test_the_command_searches_and_says_where_it_wrote(
   tried, monkeypatch, capsys
 ):
   written = []
-  monkeypatch.setattr(search, "write", written.append)
+  monkeypatch.setattr(search, "write_table", written.append)
   assert command.main(["--target=v5p", "--search"]) == 0
   assert written[0].job.blocks == (2048, 1024, 128, 256)
   out = capsys.readouterr().out

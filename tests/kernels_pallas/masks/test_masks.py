@@ -187,14 +187,14 @@ def test_padding_hides_what_was_added_and_nothing_else():
   np.testing.assert_array_equal(keys[0].sum(1), [3, 3, 3])
 
 
-def test_live_keys_are_those_not_marked_as_padding():
+def test_valid_keys_are_those_not_marked_as_padding():
   mask = Mask.full(
     segments=(jnp.array([[0, -1]]), jnp.array([[0, 0, -1]])),
     kv_positions=jnp.array([[-1, 4, 5]]),
   )
-  np.testing.assert_array_equal(mask.live_keys(), [[False, True, False]])
-  np.testing.assert_array_equal(mask.live_queries(), [[True, False]])
-  assert Mask.causal().live_keys() is None
+  np.testing.assert_array_equal(mask.valid_keys(), [[False, True, False]])
+  np.testing.assert_array_equal(mask.valid_queries(), [[True, False]])
+  assert Mask.causal().valid_keys() is None
 
 
 def test_masks_are_pytrees_with_static_rules():

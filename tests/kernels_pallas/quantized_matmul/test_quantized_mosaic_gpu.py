@@ -24,7 +24,7 @@ from kernels_pallas.quantized_matmul.gpu import dequantize, mosaic_gpu
 from kernels_pallas.quantized_matmul.gpu.tile_sizes import (
   SHARED_BYTES,
   Tile,
-  fitted,
+  default_tile,
 )
 from kernels_pallas.quantized_matmul.planar_matmul import planar_matmul
 from tests import support_chip
@@ -259,20 +259,20 @@ def test_registers_hold_the_words_of_their_weights(inputs):
 @pytest.mark.parametrize("rows", [1, 8, 60, 100, 4096])
 @pytest.mark.parametrize("pieces", [3, 8, 64])
 def test_fitted_tiles_fit_shared_memory(rows, pieces, depth, sums):
-  tile = fitted("wgmma", rows, pieces, 32, depth, sums)
+  tile = default_tile("wgmma", rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
   assert tile.stages >= 2 and tile.rows * sums <= 256
   # Rows in 16 bits; words, 8 scales and 8 offsets of 32 bits; a part of sums.
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   result = tile.groups * min(64, tile.rows) * 64 * 4
   assert tile.stages * stage + result + 2048 <= SHARED_BYTES["wgmma"]
-  tile = fitted("mma", rows, pieces, 32, depth, sums)
+  tile = default_tile("mma", rows, pieces, 32, depth, sums)
   assert pieces % tile.groups == 0 and 32 // tile.splits >= 1
   # As many registers as sums of 80 rows of two pieces.
   assert tile.stages >= 2 and tile.rows * tile.groups * sums <= 160
   stage = tile.rows * depth * 2 + tile.groups * 64 * (16 + 2 * 8) * 4
   assert tile.stages * stage + 2048 <= SHARED_BYTES["mma"]
-  codes = fitted("mma", rows, pieces, 32, depth, sums, codes=True)
+  codes = default_tile("mma", rows, pieces, 32, depth, sums, codes=True)
   assert pieces % codes.groups == 0 and codes.rows % 32 == 0 < codes.rows <= 64
   tiles = -(-rows // tile.rows)
   assert tiles == -(-rows // 80) and tiles * tile.rows - rows < 16 * tiles

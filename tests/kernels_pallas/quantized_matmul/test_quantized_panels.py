@@ -60,7 +60,7 @@ def test_matrices_side_by_side(lead):
   arrays, how = parts("signed", lead)  # 16 outputs: whole panels
   w = panels.pack(*arrays, **how)
   three = [w, w, panels.pack(*(x[..., :5] for x in arrays[:2]), **how)]
-  got = panels.beside(three)
+  got = panels.concatenate(three)
   assert got.shape == (*lead, 100, 37)
   want = np.concatenate([panels.dense(w) for w in three], axis=-1)
   np.testing.assert_array_equal(panels.dense(got), want)
@@ -70,9 +70,9 @@ def test_matrices_that_do_not_lie_side_by_side():
   w = case("signed")[0]
   cut, other = case("affine")[0], dataclasses.replace(w, codebook=NF4)
   wide = dataclasses.replace(w, scale=w.scale.astype(jnp.float32))
-  assert panels.beside([w, w]) is not None
+  assert panels.concatenate([w, w]) is not None
   for parts_ in ([cut, cut], [w, other], [w, wide], [w, cut]):
-    assert panels.beside(parts_) is None
+    assert panels.concatenate(parts_) is None
 
 
 GOOD = np.zeros((64, 8), np.uint8), np.ones((2, 8), np.float32)

@@ -46,7 +46,7 @@ def partials(q, k, v, sinks, mask):
 def test_parts_are_the_whole_forward_and_backward():
   x = support.operands()
   # With 9 keys to look back on, most queries see nothing of some part.
-  mask = support.positioned(Mask.causal((9, None)), 32, 32)
+  mask = support.with_positions(Mask.causal((9, None)), 32, 32)
   expected = support.alone(mask, x)
 
   def attend(q, k, v, sinks, mask, return_lse):

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 from kernels_pallas.flash_attention.api import flash_attention
-from kernels_pallas.flash_attention.sharded import Cut, sharded_attention
+from kernels_pallas.flash_attention.sharded import (
+  AttentionSharding,
+  sharded_attention,
+)
 from kernels_pallas.flash_attention.spec import Backend, Blocks, Operands, Spec
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
-from kernels_pallas.masks.intervals import EMPTY, classes, rows
+from kernels_pallas.masks.intervals import EMPTY, mask_intervals, tile_classes
 from kernels_pallas.sequence_parallel import ring, zigzag
 from kernels_pallas.sequence_parallel.ring import ring_attention
 from tests import support_sequence as support
@@ -33,12 +36,12 @@ WAYS = {
   "exchanged": (support.ROWS, support.ULYSSES, 0),
   "ring and heads": (
     {"along": 4, "heads": 2},
-    Cut(heads=("heads",), ring=("along",)),
+    AttentionSharding(heads=("heads",), ring=("along",)),
     4,
   ),
   "ring and exchanged": (
     {"along": 2, "others": 2, "rows": 2},
-    Cut(("rows",), ring=("along",), ulysses=("others",)),
+    AttentionSharding(("rows",), ring=("along",), ulysses=("others",)),
     0,
   ),
 }
@@ -77,7 +80,10 @@ def test_float32_in_loops_of_tiles(way):
 @pytest.mark.parametrize("way", ["ring", "gathered"])
 def test_tpu_kernels(way):
   """Interpreted, two devices, tiles that would span both chunks of a shard."""
-  cut = {"ring": Cut(ring=("along",)), "gathered": Cut(length=("along",))}[way]
+  cut = {
+    "ring": AttentionSharding(ring=("along",)),
+    "gathered": AttentionSharding(length=("along",)),
+  }[way]
   x = support.operands(dtype=jnp.float32)
   tiles = Tiles(*[Tile(16, 16, 4, 4)] * 3)
   mask = Mask.causal(segments=support.documents(1))
@@ -145,14 +151,14 @@ def visited(mask, at, shards):
 
   def attend(spec, x):
     B, T, N, _ = x.q.shape
-    tiles = classes(rows(x.mask, T, T), T, T, size, size)
+    tiles = tile_classes(mask_intervals(x.mask, T, T), T, T, size, size)
     count = jnp.sum(tiles != EMPTY).astype(jnp.float64)
     # Partials combine to the logarithm of the sum.
     return jnp.zeros_like(x.q), jnp.full((B, N, T), jnp.log(count))
 
   around = ring._Ring(Backend(attend, None, Blocks), ("along",))
   x = jnp.ones((1, length, 1, 1))
-  mask = support.reordered(support.positioned(mask, length, length), at)
+  mask = support.reordered(support.with_positions(mask, length, length), at)
 
   def local(x, mask):
     return ring._ring(around, Spec(scale=1.0), Operands(x, x, x, mask))[1]
@@ -240,7 +246,7 @@ def test_what_a_ring_cannot_do_is_refused():
   with pytest.raises(ValueError, match="softcap"):
     call(Mask.full(), softcap=-1.0)
   with pytest.raises(ValueError, match="gathered or go around"):
-    Cut(length=("a",), ring=("b",))
+    AttentionSharding(length=("a",), ring=("b",))
   for option in ({"bias": x["q"]}, {"dropout_rate": 0.1, "dropout_seed": 1}):
     with pytest.raises(ValueError, match=f"found {min(option)}"):
       support.shared(Mask.full(), x, support.ROWS, support.ULYSSES, **option)
@@ -260,7 +266,7 @@ def test_block_diffusion_and_decoding_keep_queries_whole_or_keys_whole():
   with jax.set_mesh(support.mesh_of(support.ROWS)):
     found = jax.jit(
       lambda q, k, v: sharded_attention(
-        q, k, v, mask=Mask.causal(), cut=support.RING
+        q, k, v, mask=Mask.causal(), sharding=support.RING
       )
     )(q, x["k"], x["v"])
   expected = flash_attention(q, x["k"], x["v"], mask=Mask.causal())

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.flash_attention.sharded import Cut
+from kernels_pallas.flash_attention.sharded import AttentionSharding
 from kernels_pallas.flash_attention.tpu.tile_sizes import Tile, Tiles
 from kernels_pallas.masks import Mask
 from tests import support_sequence as support
@@ -43,7 +43,7 @@ def test_tpu_kernels():
     mask,
     x,
     {"along": 2},
-    Cut(ulysses=("along",)),
+    AttentionSharding(ulysses=("along",)),
     backend="mosaic_tpu",
     config=Tiles(*[Tile(8, 8, 4, 4)] * 3),
     interpret=True,
