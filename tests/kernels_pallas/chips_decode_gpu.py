@@ -1,9 +1,9 @@
-"""Compiles decoding for GPUs that are not here, and runs the PTX in NumPy.
+"""Compiles decoding for GPUs that are not present, and runs the PTX in NumPy.
 
     .venv-chips/bin/python -m tests.kernels_pallas.chips_decode_gpu
 
-prints what ptxas says of each case. `--job=JSON` is one compilation, in a
-process of its own, because Mosaic GPU reads from the environment where to dump.
+prints ptxas's report for each case. `--job=JSON` is one compilation, in a child
+process, because Mosaic GPU reads from the environment where to dump.
 """
 
 import argparse
@@ -31,16 +31,16 @@ class Case:
   """A call.
 
   Attributes:
-    target: Of `gpu.TARGETS`.
+    target: A key of `gpu.TARGETS`.
     lens: Tokens of each row.
-    new: How many of them are new, or () for a token a row.
+    new: New tokens of each row, or () for one token per row.
     heads: N, K, H and Hv.
-    page: Tokens of a page, or None for a cache.
-    queries: Tokens of an item.
+    page: Tokens per page, or None for a cache.
+    queries: Tokens per item.
     splits: Runs of a row's keys.
-    window, softcap: As of `decode_attention`.
-    dtype: Of everything,
-    code: but for codes of quantized pages.
+    window, softcap: As in `decode_attention`.
+    dtype: Dtype of all arrays except quantized pages.
+    code: Dtype of quantized pages, or None.
   """
 
   target: str = "a100"
@@ -57,7 +57,7 @@ class Case:
 
 
 def arrays(case: Case, alive: bool = True):
-  """(q, held, table, lens, starts); with `alive`, NaN where nobody looks."""
+  """(q, held, table, lens, starts); with `alive`, NaN in invisible places."""
   rng = np.random.default_rng(0)
   N, K, H, Hv = case.heads
   lens = np.array(case.lens, np.int32)
@@ -98,7 +98,7 @@ def arrays(case: Case, alive: bool = True):
 
 
 def prepare(case: Case, q, held, table, lens, starts):
-  """The problem of a call, and what puts its results in their places."""
+  """Returns a call's problem, and a function that restores its results."""
   rows = ragged.RaggedRows(table, *(jnp.asarray(x) for x in (lens, starts)))
   spec = Spec(case.heads[2] ** -0.5, case.softcap, case.window)
   blocks = Blocks(case.queries, mosaic_gpu.KEYS, case.splits)
@@ -109,7 +109,7 @@ def prepare(case: Case, q, held, table, lens, starts):
 
 
 def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
-  """By the kernel's PTX (output, log-sum-exp), and the bytes that it copied."""
+  """Returns the emulated (output, log-sum-exp), and the bytes copied."""
   p, untile = prepare(case, *arrays(case))
   x = mosaic_gpu.plan(p)
   E, _, K, blocks, _, Hv = x.dims
@@ -119,7 +119,7 @@ def emulated(case: Case, text: str, *, late: bool = True, seed: int = 0):
           for n, y in x.arrays.items()}  # fmt: skip
   held |= {"o": o.reshape(-1).view(np.uint8),
            "lse": lse.reshape(-1).view(np.uint8)}  # fmt: skip
-  # In the order in which the kernel first uses those of one instruction.
+  # In the order in which the kernel first uses the arrays of one instruction.
   first = {
     "cp.async.cg.shared.global": ["q", "k", "v"],
     "cp.async.ca.shared.global": ["scales"],
@@ -145,14 +145,14 @@ def least(case: Case) -> int:
   E, _, _, blocks, _, _ = x.dims
   _, begin, end = np.asarray(x.arrays["work"]).reshape(E, 3).T
   keys = int((end - begin).sum()) * K * blocks
-  # The threads that short tiles leave over copy scales a second time.
+  # Threads without work in short tiles copy scales a second time.
   scales = 8 * mosaic_gpu.KEYS // x.keys
   token = H + Hv + scales if case.code else 2 * (H + Hv)
   return keys * token + 2 * E * K * blocks * x.rows * H
 
 
 def exact(case: Case):
-  """The same by the definition, in float32."""
+  """Returns the results by the definition, in float32."""
   q, held, table, lens, starts = arrays(case, alive=False)
   rows = ragged.RaggedRows(table, jnp.asarray(lens), jnp.asarray(starts))
   if table is None:
@@ -167,10 +167,10 @@ def exact(case: Case):
 
 
 def measure(case: Case) -> tuple[ptx.Kernel, str]:
-  """What ptxas says of a case's kernel, and its PTX.
+  """Returns ptxas's report on a case's kernel, and its PTX.
 
   Raises:
-    ValueError: The compiler refuses, in its words.
+    ValueError: The compiler rejects it; contains the compiler's message.
   """
   job = json.dumps(dataclasses.asdict(case))
   name = "tests.kernels_pallas.chips_decode_gpu"

@@ -1,6 +1,6 @@
-"""Rows, heads and packed matrices over a slice of TPUs that are not here.
+"""Rows, heads and packed matrices over a slice of absent TPUs.
 
-Tests beside this one do the same on CPUs, with numbers.
+Other tests in this folder do the same on CPUs, with numbers.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def _mesh():
 
 
 def compiled(f, places, *operands):
-  """The text of a program for the mesh, and the kinds of what it sends."""
+  """The text of a program for the mesh, and its kinds of collectives."""
   step = jax.jit(f, in_shardings=places, out_shardings=places)
   text = step.lower(*operands).compile().as_text()
   kinds = r" (all-[\w-]+?|reduce-scatter|collective-permute)(?:-start)?\("
@@ -56,7 +56,7 @@ def test_rows_and_heads_send_nothing(mesh):
 
 
 def test_packed_matrices_send_sums_alone(mesh):
-  """Inputs over one axis, outputs over the other, a gradient back."""
+  """Inputs over one axis, outputs over the other, and the gradient."""
 
   def local(x, w):
     w = dataclasses.replace(w, inputs=w.padded[0], outputs=w.padded[1])

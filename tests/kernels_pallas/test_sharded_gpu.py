@@ -1,8 +1,8 @@
-"""Training over a mesh of GPUs: its programs, which need none.
+"""Training programs over a mesh of GPUs, lowered without one.
 
-What a kernel returns has to differ between devices, by its type, as its
-operands do: else JAX refuses its gradients, or adds up the cotangents of all
-devices. Plain lax says which collectives a program should have.
+By its type, a kernel's result has to differ between devices, as its operands
+do: otherwise JAX rejects its gradients, or adds up the cotangents of all
+devices. Plain lax gives the collectives that a program should have.
 """
 
 import collections
@@ -34,7 +34,7 @@ COLLECTIVES = (
 
 
 def collectives(jaxpr):
-  """How often each is called, loops' bodies once."""
+  """Counts the calls of each collective, loops' bodies once."""
   found = collections.Counter(
     eqn.primitive.name
     for eqn in jaxpr.eqns

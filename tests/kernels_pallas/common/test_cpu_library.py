@@ -1,4 +1,4 @@
-"""Compiled libraries: made once, whole, named after what they are made of."""
+"""Compiled libraries: built once, intact, named after a hash of inputs."""
 
 import dataclasses
 import re
@@ -54,7 +54,7 @@ def test_every_source_names_the_library(library, tmp_path, monkeypatch):
 
 
 def _compiler(folder):
-  """Returns a compiler that notes its calls in `folder / "calls"`."""
+  """Returns a compiler that records its calls in `folder / "calls"`."""
   script = folder / "cxx"
   script.write_text(
     "#!/bin/sh\n"

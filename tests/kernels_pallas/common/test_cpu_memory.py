@@ -1,4 +1,4 @@
-"""Arrays in huge pages: the same ones, one after another."""
+"""Arrays in huge pages: equal values, contiguous."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from kernels_pallas.common import cpu_memory
 
 @pytest.fixture(name="small", autouse=True)
 def _small(monkeypatch):
-  """Trees of these tests are large enough, and the system has huge pages."""
+  """Lowers the minimum size, and assumes the system has huge pages."""
   monkeypatch.setattr(cpu_memory, "MIN_BYTES", 1000)
   if not cpu_memory._can_have(1000):
     pytest.skip("this system has no huge pages")
@@ -81,7 +81,7 @@ def test_others_stay_on_the_device_where_they_are():
 
 
 def test_arrays_may_be_given_away():
-  """What a program may write to is not what lies beside it."""
+  """Memory that a program may donate does not overlap its neighbours."""
   x, y = cpu_memory.in_huge_pages([jnp.ones((40, 50)), jnp.ones((40, 50))])
   changed = jax.jit(lambda x: x + 1, donate_argnums=0)(x)
   np.testing.assert_array_equal(np.asarray(changed), np.full((40, 50), 2.0))

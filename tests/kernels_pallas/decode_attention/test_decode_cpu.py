@@ -1,4 +1,4 @@
-"""The C++ kernel of decoding against NumPy, and what a row may not notice."""
+"""The C++ decoding kernel against NumPy, and independence of rows."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ from tests.support_pairwise import pairwise
 
 pytestmark = pytest.mark.usefixtures("cxx")
 
-# Rows of no key, one, some, and more than a task takes.
+# Rows of no key, one, some, and more than one task's.
 LENGTHS = np.array([0, 1, 37, 1300], np.int32)
 B, S = len(LENGTHS), 1311
 
@@ -108,20 +108,20 @@ def test_nan_that_is_seen_is_told(isa, where, softcap):
 
 
 def test_large_logits_only_move_the_log_sum_exp():
-  """A constant on all logits, whose exponential is inf or 0."""
+  """Adds a constant to all logits whose exponential is inf or 0."""
   q, k, v = operands((4, 2), (16, 16))
   level = (3000 * 16**0.5) ** 0.5
   o, lse = run(q.at[..., 0].set(0), k, v)
   for sign in (1, -1):
     x = q.at[..., 0].set(sign * level), k.at[..., 0].set(level), v
-    # Float32 of 3000 in base 2 is good to 2.4e-4: so are probabilities.
+    # Float32 of 3000 in base 2 is accurate to 2.4e-4: so are probabilities.
     chex.assert_trees_all_close(
       run(*x), (o, lse + 3000 * sign), rtol=2e-3, atol=2e-3
     )
 
 
 def test_a_soft_cap_of_any_logits():
-  """Far above it all are the cap; far below it nothing happens."""
+  """Far above it all logits are the cap; far below they are unchanged."""
   q, k, v = operands((4, 2), (64, 16))
   o, lse = run(q * 1e6, k, v, softcap=5.0)
   alive = LENGTHS > 0
@@ -137,12 +137,12 @@ def test_a_soft_cap_of_any_logits():
 
 
 def test_logits_that_are_all_minus_infinity_see_nothing():
-  """In a row of one task, and in one of several."""
+  """In a row of one task, and in a row of several."""
   q, k, v = operands((4, 2), (16, 16))
   dead = jnp.full_like(k, -jnp.inf)
   o, lse = map(np.asarray, run(jnp.abs(q), dead, v))
   assert not o.any() and np.isneginf(lse).all()
-  # One key of the second task alone.
+  # Only one key of the second task.
   some = dead.at[3, :, 700].set(k[3, :, 700])
   o, _ = run(jnp.abs(q), some, v)
   want = jnp.repeat(v[3, :, 700], 2, axis=0)
@@ -150,7 +150,7 @@ def test_logits_that_are_all_minus_infinity_see_nothing():
 
 
 def test_lengths_that_cannot_be_are_the_nearest_that_can():
-  """Which are not known while the program is traced."""
+  """Invalid lengths that are unknown while the program is traced."""
   x = operands((4, 2), (16, 16))
   found = run(*x, lengths=np.array([-3, 1, 37, 1300], np.int32))
   chex.assert_trees_all_equal(found, run(*x))
@@ -162,7 +162,7 @@ def test_lengths_that_cannot_be_are_the_nearest_that_can():
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_auto_has_the_gradients_and_flops_of_attention(mesh):
-  """Those of a cache of 1,311 slots, in blocks of 512, and of one query."""
+  """As a cache of 1,311 slots, in blocks of 512, with one query."""
   q, k, v = operands((4, 2), (16, 16))
   k, v = (jnp.nan_to_num(x.swapaxes(1, 2)) for x in (k, v))
   lengths = jnp.asarray(LENGTHS)
@@ -205,7 +205,7 @@ def test_auto_has_the_gradients_and_flops_of_attention(mesh):
   ],
 )
 def test_the_library_refuses_shapes_that_do_not_fit(change, message):
-  """Whoever calls it: before it reads or writes anything."""
+  """It checks shapes itself, before it reads or writes anything."""
   assert cpu.available()
   shapes = dict(q=(2, 4, 16), k=(2, 2, 9, 16), v=(2, 2, 9, 16), lengths=(2,),
                 o=(2, 4, 16), lse=(2, 4)) | change  # fmt: skip
@@ -222,7 +222,7 @@ def test_the_library_refuses_shapes_that_do_not_fit(change, message):
 
 
 def test_bfloat16_is_rounded_once():
-  """Sums and probabilities are float32's: only the output is rounded."""
+  """Sums and probabilities are float32; only the output is rounded."""
   q, k, v = operands((6, 2), (64, 64), "bfloat16")
   x = q, *(y.swapaxes(1, 2) for y in (k, v)), jnp.asarray(LENGTHS)
   found = decode_attention(*x, backend="cpu")
@@ -308,7 +308,7 @@ def test_without_a_compiler_xla_decodes(monkeypatch):
   q, k, v = operands((2, 1), (16, 16))
   x = q, *(y.swapaxes(1, 2) for y in (k, v)), jnp.asarray(LENGTHS)
   assert choose(jnp.float32, S)[0] == "xla"
-  # A function of its own: the other's program is compiled already.
+  # A separate function: the other one's program is compiled already.
   program = jax.jit(lambda *x: decode_attention(*x)).lower(*x)
   assert cpu.TARGET not in program.as_text()
   with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):

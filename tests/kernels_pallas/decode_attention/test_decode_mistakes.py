@@ -1,4 +1,4 @@
-"""Mistakes in a call of paged attention are refused, before anything runs."""
+"""Invalid calls of paged attention raise before anything runs."""
 
 import inspect
 
@@ -33,7 +33,7 @@ GOOD = {"q": draw(TOKENS, 4, 8), "pages": pool(2, 8, 8), "table": tables(),
 
 
 def damaged(name, place, value):
-  """The argument of that name, with another value at a place."""
+  """Returns the argument of that name, with one value replaced."""
   array = np.array(GOOD[name])
   array[place] = value
   return {name: array}, name
@@ -41,7 +41,7 @@ def damaged(name, place, value):
 
 @st.composite
 def mistakes(draw_):
-  """Arguments that cannot be right, and what the message must name."""
+  """Invalid arguments, and the name that the message must contain."""
   pick = lambda *values: draw_(st.sampled_from(values))  # noqa: E731
   row = draw_(st.sampled_from(np.flatnonzero(LENS).tolist()))
   first = draw_(st.integers(0, (LENS[row] - 1) // SIZE))

@@ -24,7 +24,7 @@ BACKENDS = {
   "mosaic_tpu": {"backend": "mosaic_tpu", "interpret": True},
 }
 LENS = jnp.asarray([9, 3, 12, 0], jnp.int32)
-# Each pair of rows has a pool of its own, and counts in it.
+# Each pair of rows has its own pool, with its own page numbers.
 TABLE = np.array([[3, 0, 5], [1, 0, 0], [2, 4, 1], [0, 0, 0]], np.int32)
 
 

@@ -1,7 +1,7 @@
-"""'auto': the platform that a program is lowered for decides, at no cost.
+"""'auto': resolved by the platform that a program is lowered for, at no cost.
 
-The truth is `xla_blockwise` itself, called by name: what 'auto' is on a CPU has
-to agree with it under every transformation.
+The expected results are those of `xla_blockwise`, called by name: 'auto' on a
+CPU has to agree with it under every transformation.
 """
 
 import collections
@@ -47,7 +47,7 @@ def qkv(dtype=np.float32):
 
 
 def calls(f, platform, *args):
-  """Names of what the program for `platform` calls, on this CPU."""
+  """Names of custom calls in the program for `platform`, lowered here."""
   low = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,))
   return set(re.findall(r"custom_call @(\w+)", low.as_text()))
 
@@ -61,12 +61,12 @@ causal = functools.partial(loss, causal=True)
 
 
 def same(make, *args, rtol=1e-6):
-  """`make(loss)` of 'auto' and of xla_blockwise, by name, on this CPU."""
+  """Compares `make(loss)` of 'auto' with xla_blockwise on this CPU."""
   ours, theirs = (
     jax.jit(make(functools.partial(loss, backend=name)))(*args)
     for name in ("auto", "xla_blockwise")
   )
-  # The same operations, which XLA may fuse another way, or the C++ kernel's.
+  # The same operations, fused differently by XLA, or the C++ kernel's.
   chex.assert_trees_all_close(ours, theirs, rtol=rtol, atol=rtol)
 
 
@@ -96,7 +96,7 @@ def test_a_cpu_traces_no_kernel_and_compiles_none():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_one_export_serves_all_platforms(dtype):
-  """A CPU's has no call of the C++ library, which is this machine's."""
+  """A CPU's contains no call of this machine's C++ library."""
   exported = jax.export.export(jax.jit(causal), platforms=("cpu", "tpu"))
   whole = exported(*shapes(dtype))
   assert whole.platforms == ("cpu", "tpu")
@@ -160,7 +160,7 @@ def test_sizes_are_those_of_the_backend_taken():
 @pytest.mark.parametrize("mesh", [False, True])
 @pytest.mark.parametrize("config", ["nonsense", 128, Tile(), Blocks])
 def test_a_config_that_is_no_backends_is_refused(config, mesh):
-  """Also where no types are checked, which users' calls are not."""
+  """Also where types are not checked, as in users' calls."""
   device = jax.sharding.AbstractDevice("TPU v5", None, platform="tpu")
   known = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
   context = jax.sharding.use_abstract_mesh(known) if mesh else nullcontext()
@@ -286,7 +286,7 @@ def test_without_jit_it_is_the_same():
 @needs_kernels
 @pytest.mark.parametrize("checked", [True, False])
 def test_inside_a_shard_map_without_devices(checked):
-  """An abstract mesh knows no platform; types vary over it all the same."""
+  """An abstract mesh has no platform, but types vary over it all the same."""
   mesh = jax.sharding.AbstractMesh(
     (2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
@@ -324,7 +324,7 @@ def test_flops_are_those_of_the_default():
 
 
 def test_a_platform_runs_its_own_function():
-  """`by_platform` itself: what runs here is what has this platform's name."""
+  """`by_platform` itself runs the implementation of this platform."""
   x = jnp.arange(3.0)
 
   def f(x):

@@ -1,4 +1,4 @@
-"""Sizes of tiles: what fits, what is skipped, and that memory stays linear."""
+"""Tile sizes: which fit, what is skipped, and that memory is linear."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_scores_of_a_tile_fit(heads, length):
   blocks = tile_sizes.default_blocks(operands(1, length, heads, length))
   rows = min(blocks.q, length)
   keys = length if blocks.unroll else min(blocks.k, length)
-  # Many heads may not fit with the least tile there is.
+  # Many heads may not fit even with the smallest tile.
   least = heads * tile_sizes.MIN_QUERIES * 256
   assert heads * rows * keys <= max(tile_sizes.SCORES_PER_TILE, least)
   assert blocks.unroll in (0, length)

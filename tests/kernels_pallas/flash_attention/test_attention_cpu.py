@@ -1,8 +1,8 @@
-"""The C++ kernel of attention on every instruction set, forward and backward.
+"""The C++ attention kernel on every instruction set, forward and backward.
 
-The truth is the reference in float64. A sum of n products in float32 is off by
-n/2 of its units at most, and by about the root of n; what cancels is bounded by
-the sum of magnitudes.
+The expected results are the reference's in float64. A sum of n products in
+float32 is off by n/2 of its units at most, and typically by about the root of
+n; cancellation is bounded by the sum of magnitudes.
 """
 
 import functools
@@ -37,14 +37,14 @@ def draw(*shape, seed=0):
 
 
 def positions(length, behind):
-  """Of two rows, the second shorter and behind others."""
+  """Positions of two rows, the second shorter and offset."""
   one, two = np.arange(length), np.arange(length) + 7
   two[-behind:] = -1
   return jnp.asarray(np.stack([one, two]), jnp.int32)
 
 
 def documents(length):
-  """Of two rows; the last tokens of the first are padding."""
+  """Segments of two rows; the last tokens of the first are padding."""
   one = np.repeat([4, 0, 9, -1], [40, 33, 50, length - 123])
   return jnp.asarray(np.stack([one, np.arange(length) // 60]), jnp.int32)
 
@@ -172,7 +172,7 @@ def test_large_logits_do_not_overflow():
   ours = f(
     **jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), x), backend="cpu"
   )
-  # The largest logit takes it all, whatever is behind it.
+  # The largest logit dominates, whatever the others are.
   with jax.enable_x64(True):
     theirs = f(**jax.tree.map(jnp.asarray, x), backend="reference")
   share = np.abs(np.asarray(ours) - np.asarray(theirs)) > 1e-2
@@ -236,7 +236,7 @@ def test_what_it_has_not_it_refuses_and_auto_leaves_to_others(name):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bits_are_computed_in_32(dtype):
-  """What is rounded is what goes in and what comes out."""
+  """Only inputs and outputs are rounded."""
   x, (do, _) = operands(8, 8, 2, 1)
   narrow = jax.tree.map(lambda y: jnp.asarray(y, dtype), x)
   wide = jax.tree.map(lambda y: y.astype(jnp.float32), narrow)
@@ -250,7 +250,7 @@ def test_16_bits_are_computed_in_32(dtype):
   do = jnp.asarray(do, dtype)
   found = back((do, jnp.zeros_like(lse)))[0]
   theirs = forth((do.astype(jnp.float32), jnp.zeros_like(lse)))[0]
-  # `o` that the gradient starts from was rounded: a rounding of `do . o`.
+  # `o` in the gradient was rounded: one rounding of `do . o`.
   for name, y in found.items():
     assert y.dtype == dtype, name
     scale = float(jnp.abs(theirs[name]).max())
@@ -304,7 +304,7 @@ def test_every_backend_has_its_kernel_by_platform():
 
 @pytest.mark.parametrize("batched", ["all", "q", "keys", "mask", "sinks"])
 def test_a_vmap_is_one_call_of_more_rows(batched):
-  """Whatever is mapped: results are those of one at a time."""
+  """Whichever arrays are mapped: results are those of single calls."""
   size = 3
   x, (do, _) = operands(24, 24, 2, 1)
   x = {n: jnp.asarray(y, jnp.float32) for n, y in x.items()}
@@ -345,7 +345,7 @@ def test_a_vmap_is_one_call_of_more_rows(batched):
 
 
 def test_logits_far_below_zero_leave_padding_alone():
-  """Behind a chunk's last key lie zeros, whose exponentials are infinite."""
+  """A chunk is padded with zeros, whose exponentials are infinite."""
   S, H = 771, 8
   x = {
     "q": np.full((1, 40, 1, H), 8.0),
@@ -389,7 +389,7 @@ def mesh_of(size):
 
 
 def test_inside_a_shard_map_operands_may_be_shared():
-  """Rows are cut, keys and segments are every device's."""
+  """Rows are sharded, keys and segments are replicated."""
   r = np.random.default_rng(0)
   q = jnp.asarray(r.standard_normal((8, 40, 2, 8), np.float32))
   k, v = (
@@ -421,7 +421,7 @@ def test_what_a_mesh_cuts_is_not_gathered():
 
 
 def test_a_mesh_of_one_device_transforms_as_none_does():
-  """A CPU's kernel has no tangents; those of blocks stand in under a mesh."""
+  """The C++ kernel has no tangents; the blockwise ones are used instead."""
   x = jax.tree.map(
     lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
   )

@@ -1,4 +1,4 @@
-"""Mistakes in a call of attention are refused, before anything runs."""
+"""Invalid calls of attention raise before anything runs."""
 
 import inspect
 
@@ -28,13 +28,13 @@ def zeros(*shape, dtype=np.float32):
 
 
 def unlike(*sizes, most=12):
-  """A size that is none of `sizes`."""
+  """Draws a size that is none of `sizes`."""
   return st.integers(0, most).filter(lambda n: n not in sizes)
 
 
 @st.composite
 def mistakes(draw):
-  """Arguments that cannot be right, and what the message must name."""
+  """Invalid arguments, and the name that the message must contain."""
   pick, size = draw, lambda *ok: draw(unlike(*ok))
   shapes = st.lists(st.integers(0, 4), max_size=6)
   wrong = {

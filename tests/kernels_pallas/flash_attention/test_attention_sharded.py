@@ -146,7 +146,7 @@ def test_heads_that_the_axis_does_not_divide(heads, size):
 
 
 def test_only_keys_and_values_travel():
-  """Nothing else of the kernel's is gathered; replicated inputs are sliced."""
+  """The kernel gathers nothing else; replicated inputs are sliced."""
   *_, found = both(Mask.causal(segments=documents()), ALL, arrays())
   inside = [c for c in found if "shard_map" in c.line]
   moved = {(c.kind, c.axes, c.shapes) for c in inside if c.kind != "all-reduce"}
@@ -173,7 +173,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_function_cut_means_what_it_did(name):
-  """Positions that were given keep their extent; indices are all asked."""
+  """Given positions keep their extent; otherwise indices define it."""
   q, k, extent = GIVEN[name]
   mask = Mask.where(dilated, None, None, q, k, offset=0, extent=extent)
   made = with_positions(mask, 16, 16)

@@ -1,8 +1,8 @@
 """The GPU kernels, interpreted on the CPU with race detection, or on a GPU.
 
 The interpreter runs the variant whose left operands come from shared memory;
-barriers, copies, masks and loops are those of the other one, too, which is what
-runs on a GPU (marker `gpu`).
+barriers, copies, masks and loops are the same in the other variant, which runs
+on a GPU (marker `gpu`).
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ def step(lse_too=1.0, **options):
   return both
 
 
-# Blocks of threads are what interpreting costs: one row where rows are alike.
+# Interpreting costs time per block of threads: one row where rows are alike.
 CASES = {
   "prefix": (
     {"mask": lambda: Mask.prefix_lm(jnp.array([70]), (40, None))},
@@ -221,7 +221,7 @@ RUNS = {
 
 @functools.cache
 def expected(name):
-  """Operands and options of a case, exact results, and those of 16 bits."""
+  """Operands and options of a case, exact results, and those in 16 bits."""
   options, shape = CASES[name]
   options = {k: v() if callable(v) else v for k, v in options.items()}
   x = (
@@ -262,7 +262,7 @@ def test_agrees_with_the_reference_without_a_race(gpu, case, config):
 
 
 def hopper_and_blackwell(hopper):
-  """Parametrises a test by the name of its tiles."""
+  """Parametrizes a test by the name of its tiles."""
   return pytest.mark.parametrize(
     "config", [hopper, pytest.param("blackwell", marks=needs_tcgen05)]
   )
@@ -272,7 +272,7 @@ def hopper_and_blackwell(hopper):
 @pytest.mark.usefixtures("watched")
 @pytest.mark.sample(2)
 def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
-  """As where shared memory has no room for both."""
+  """As if shared memory had no room for both."""
   how = ours(gpu, config)
 
   def results():
@@ -287,10 +287,10 @@ def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
 @hopper_and_blackwell("two_groups")
 @pytest.mark.sample(2)
 def test_padding_may_hold_anything(gpu, config):
-  """NaN in padding, or where no tile is visited, reaches nothing."""
+  """NaN in padding, or where no tile is visited, reaches no result."""
   i, j = np.arange(T)[None], np.arange(S)[None]
-  # Queries from 70 on see keys up to 29, but for what is padding: by its
-  # segment (queries from 95, keys from 20 to 24), or position (10 to 14).
+  # Queries from 70 on see keys up to 29, except padding: by its segment
+  # (queries from 95, keys from 20 to 24), or position (10 to 14).
   queries = np.where(i >= 95, -1, 0).astype(np.int32)
   keys = np.where((j >= 20) & (j < 25), -1, 0).astype(np.int32)
   places = np.where((j >= 10) & (j < 15), -1, j).astype(np.int32)
@@ -300,7 +300,7 @@ def test_padding_may_hold_anything(gpu, config):
     kv_positions=jnp.asarray(places),
     offset=-70,
   )
-  # The first tile of queries sees nothing, and nobody the last of keys.
+  # The first tile of queries sees nothing, and no query sees the last of keys.
   dead_q = ((queries < 0) | (i < 64))[:, :, None, None]
   dead_k = ((keys < 0) | (places < 0) | (j >= 128))[:, :, None, None]
   how = ours(gpu, config)
@@ -317,7 +317,7 @@ def test_padding_may_hold_anything(gpu, config):
 
 
 def test_large_logits_only_move_the_log_sum_exp(gpu):
-  """A constant on all logits, whose exponential is inf or 0."""
+  """Adds a constant to all logits whose exponential is inf or 0."""
   q, k, v = qkv(T=64, S=64, B=1)
   own = {"wgmma": "two_groups", "tcgen05": "blackwell"}
   how = ours(gpu, own.get(cores(gpu.kind or ""), "ampere"))
@@ -341,7 +341,7 @@ def test_large_logits_only_move_the_log_sum_exp(gpu):
   _, rough = results(functools.partial(in_low_precision, plain))
   for sign in (1, -1):
     found = results(call, 100, 100 * sign)
-    # Float32 of 1250 in base 2 is good to 1.2e-4.
+    # Float32 of 1250 in base 2 is accurate to 1.2e-4.
     chex.assert_trees_all_close(found[0], lse, rtol=1e-3, atol=1e-3)
     assert_no_rougher(found[1], rough, exact, jnp.float16)
 
@@ -349,7 +349,7 @@ def test_large_logits_only_move_the_log_sum_exp(gpu):
 @hopper_and_blackwell("two_groups")
 @pytest.mark.sample(2)
 def test_partial_results_are_not_rounded(gpu, config):
-  """What a ring adds up: outputs and gradients in float32."""
+  """Inputs of a ring's sums: outputs and gradients in float32."""
   x = Operands(*qkv(T=64, S=64, B=1), mask=Mask.causal())
   backend, spec = prepare(x, **ours(gpu, config))
   wide = dataclasses.replace(spec, output=jnp.float32)

@@ -1,4 +1,4 @@
-"""What each block of threads of a persistent GPU kernel is given to do."""
+"""The assignment of work to blocks of a persistent GPU kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +80,12 @@ def test_every_line_is_done_once(name, streamed):
   ],
 )
 def test_blocks_have_about_the_same_to_do(name, dims, share):
-  """By tiles, beside what no schedule can beat: the mean, or one line."""
+  """By tiles, against the lower bound: the mean, or one line."""
   found, work = lists(name, dims, 132)
   busy = [sum(work[b, i] for _, b, i in one) for one in found]
   best = max(sum(busy) / len(busy), work.max())
   assert max(busy) <= share * best
-  # Dealt in the order of the text, some blocks have more.
+  # In text order, some blocks would have more.
   text = sorted(item for one in found for item in one)
   naive = [sum(work[b, i] for _, b, i in text[n::132]) for n in range(132)]
   assert max(naive) > max(busy)

@@ -1,4 +1,4 @@
-"""Tiles of the GPU kernels: which are refused, and what memory they share."""
+"""Tiles of the GPU kernels: which are rejected, and their shared memory."""
 
 import dataclasses
 import functools
@@ -89,7 +89,7 @@ def test_sums_that_tensor_memory_does_not_hold_are_refused_by_name():
 
 
 def prepared(H, Hv, cores):
-  """The problems of the forward, dq and dkv kernels, and what dkv sums."""
+  """The problems of the forward, dq and dkv kernels, and dkv's sums."""
   tiles = for_head_dim(H, Hv, cores)
   spec = Spec(scale=1.0, blocks=tiles)
   q, v = (jnp.zeros((1, 256, 1, D), jnp.bfloat16) for D in (H, Hv))
@@ -107,7 +107,7 @@ def prepared(H, Hv, cores):
 
 
 def shared(H, Hv, cores="wgmma"):
-  """Of each kernel: bytes of shared memory, and which buffers there are."""
+  """For each kernel: bytes of shared memory, and which buffers there are."""
   forward, dq, dkv, gradients = prepared(H, Hv, cores)
   back = mosaic_gpu.BACKWARD[cores]
   found = {"forward": mosaic_gpu.FORWARD[cores]._scratch(forward)}
@@ -123,8 +123,8 @@ def shared(H, Hv, cores="wgmma"):
   }
 
 
-# What `python -m kernels_pallas.inspect` says of a compiled kernel, and 8 bytes
-# for each barrier, which that leaves out.
+# As reported by `python -m kernels_pallas.inspect` for a compiled kernel, and 8
+# bytes for each barrier, which the report leaves out.
 COMPILED = {
   (64, 64, "wgmma"): {
     "forward": 101_376 + 88,
@@ -177,7 +177,7 @@ def test_shared_memory_is_counted_as_the_compiler_does(H, Hv, cores):
 @pytest.mark.parametrize("H", [64, 128, 192, 256])
 @pytest.mark.parametrize("Hv", [64, 128, 192, 256])
 def test_tiles_fit_shared_memory(H, Hv, cores):
-  """And so do results beside what stays on Hopper, but the widest output."""
+  """As do results next to stationary operands on Hopper, except the widest."""
   for name, (size, buffers) in shared(H, Hv, cores).items():
     assert size <= SHARED_BYTES
     results = {"forward": {"o"}, "dq": {"dq"}}.get(name, {name, name[:2]})

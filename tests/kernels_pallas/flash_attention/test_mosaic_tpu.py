@@ -203,12 +203,12 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
 
 
 def test_large_logits_only_move_the_log_sum_exp():
-  """A constant on all logits, whose exponential is inf or 0."""
+  """Adds a constant to all logits whose exponential is inf or 0."""
   step = quick(functools.partial(run, mask=Mask.causal()))
   q, k, v = qkv()
 
   def at(one, other):
-    """With 500 * one * other more in all logits."""
+    """Adds 500 * one * other to all logits."""
     level = (500 * 8**0.5) ** 0.5
     x, y = np.array(q), np.array(k)
     x[..., 0], y[..., 0] = one * level, other * level
@@ -218,7 +218,7 @@ def test_large_logits_only_move_the_log_sum_exp():
 
   expected = at(0, 0)
   assert np.abs(expected[2]).max() > 1
-  # Float32 of 500 in base 2 is good to 3e-5: so are probabilities.
+  # Float32 of 500 in base 2 is accurate to 3e-5: so are probabilities.
   for sign in (1, -1):
     chex.assert_trees_all_close(at(1, sign), expected, rtol=2e-3, atol=2e-3)
 
@@ -347,7 +347,7 @@ def test_each_device_runs_the_kernel_on_its_own_part():
     )
     program = program.lower(*parts).compile()
     found = program(*parts)
-  # The same operations for each head, whose operands nobody sends anywhere.
+  # The same operations for each head, without communication of operands.
   chex.assert_trees_all_close(found, whole, rtol=1e-6, atol=1e-6)
   assert not collectives(program.as_text(), mesh)
   assert {x.sharding.spec for x in found} == {place.spec}

@@ -34,7 +34,7 @@ def measurement(job):
 
 @pytest.fixture(name="tried")
 def _tried(monkeypatch):
-  """Measurements without a compiler, which refuses more than 2^21 scores."""
+  """Measurements without a compiler, failing above 2^21 scores."""
   tried = []
 
   def measure(job, keep=None):
@@ -53,7 +53,7 @@ def test_search_takes_the_cheapest_that_compiles(tried):
   found = search.search(JOB, told.__setitem__)
   assert found.job.blocks == (2048, 1024, 128, 256)
   assert found.job.length == 4 * 2048
-  # The largest tile was tried, and refused.
+  # The largest tile was tried, and failed.
   assert told[2048, 2048, 128, 256] == "does not fit"
   assert list(told) == tried
 
@@ -105,7 +105,7 @@ def test_every_device_and_head_dim_has_tiles_that_a_tpu_takes(
   tiles = tile_sizes.for_device(kind, head_dim, dtype)
   for tile in (tiles.forward, tiles.dkv, tiles.dq):
     assert not tile.q_part % 128 and not tile.kv_part % 128
-    # Blocks of q, k, v, o, twice, within the memory of the smallest.
+    # Blocks of q, k, v, o, twice, within the smallest memory.
     if kind in KINDS:
       size = 2 if dtype == "bfloat16" else 4
       wide = max(128, head_dim)
@@ -142,7 +142,7 @@ def test_the_bench_has_all_rows_that_compile_and_compares_fairly(tried, capsys):
   assert bench.main(["--targets", "v5p", "v6e"]) == 0
   *table, last = capsys.readouterr().out.splitlines()
   rows = json.loads(last)["rows"]
-  # Forward, the kernels' tiles are of 2^22 scores.
+  # The forward kernel's tiles are of 2^22 scores.
   assert [(row["target"], row["direction"]) for row in rows] == [
     ("v5p", "backward"), ("v6e", "backward"),
   ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Intervals and tile classes against what `Mask.visible` says of every pair."""
+"""Intervals and tile classes against `Mask.visible` of every pair."""
 
 import dataclasses
 import functools
@@ -79,9 +79,9 @@ PACKED = {
     False,
   )
 }
-# Data decides, and yet no tile is visited in vain: of one bound, the greatest
-# query and the least key are a pair; of documents numbered in order, rising or
-# falling, the least and the greatest enclose no other one.
+# Masks by data for which no empty tile is visited: with one bound, the greatest
+# query and the least key are a pair; with documents numbered in rising or
+# falling order, the least and the greatest enclose no other document.
 NONE_IN_VAIN = ("prefix", "q_positions", "kv_positions", "packed")
 CASES = {
   **{k: (v, True, T, S) for k, v in BY_INDEX.items()},
@@ -91,7 +91,7 @@ CASES = {
 
 
 def at_once(f):
-  """`f` as one program where data decide; where indices do, NumPy computes."""
+  """`f` as one program for masks by data; else NumPy computes it."""
   program = jax.jit(f, static_argnums=range(1, f.__code__.co_argcount))
   return lambda mask, *sizes: (
     program(mask, *sizes) if jax.tree.leaves(mask) else f(mask, *sizes)
@@ -117,7 +117,7 @@ def classes(mask, queries, keys, block):
 
 @at_once
 def lines_of(mask, queries, keys, axis):
-  """Returns classes by line, their tables, and how wide these are."""
+  """Returns classes by line, their tables, and the tables' width."""
   rows = intervals.mask_intervals(mask, queries, keys)
   wide = intervals.max_visited(rows, queries, keys, 4, 4, axis)
   found = intervals.tile_classes(rows, queries, keys, 4, 4)
@@ -149,7 +149,7 @@ def test_intervals_and_segments_are_the_mask(case):
 @pytest.mark.parametrize("block", [(4, 4), (5, 7), (8, 16), (100, 100)])
 @pytest.mark.sample(2)
 def test_tiles_are_classified_by_their_pairs(case, block):
-  """Exactly where indices decide, else never too little, some never in vain."""
+  """Exact for masks by index, else an upper bound, sometimes exact."""
   mask, exact, queries, keys = case
   found = np.asarray(classes(mask, queries, keys, block))
   seen = np.asarray(visible(mask, queries, keys))
@@ -187,7 +187,7 @@ def test_tables_list_what_is_not_empty(case, axis):
     live = entries[entries & 3 != EMPTY]
     np.testing.assert_array_equal(live >> 2, np.flatnonzero(line))
     np.testing.assert_array_equal(live & 3, line[line != EMPTY])
-    # What is left repeats the last tile, so nothing is fetched for it.
+    # Unused entries repeat the last tile, so nothing is fetched for them.
     rest = entries[len(live) :] >> 2
     assert np.all(rest == (live[-1] >> 2 if len(live) else 0))
 
@@ -217,7 +217,7 @@ def test_a_window_over_block_diffusion_is_refused():
 @pytest.mark.parametrize("window", [(None, None), (30, 9)])
 @pytest.mark.parametrize("given", [False, True])
 def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
-  """Every other key: 20 intervals. By index its tiles are exact even so."""
+  """Every other key: 20 intervals. By index its tiles are still exact."""
   at = (jnp.arange(T)[None], jnp.arange(S)[None]) if given else (None, None)
   mask = Mask.where(
     lambda q, k: (q - k) % 2 == 0, window, None, *at, offset=0, extent=S
@@ -237,7 +237,7 @@ def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
 
 
 def test_a_function_is_asked_by_parts(monkeypatch):
-  """In parts of 3 queries, the last of 2, the same intervals and counts."""
+  """In chunks of 3 queries, the last of 2, the same intervals and counts."""
 
   def own(q, k):  # asked anew, since runs are kept by function
     return picture(q, k)
@@ -261,7 +261,7 @@ def test_a_function_is_asked_by_parts(monkeypatch):
 
 @pytest.mark.parametrize("given", [False, True])
 def test_intervals_are_counted_inside_the_window(given):
-  """Dilation over a row of any length: 3 intervals of a window of 15."""
+  """Dilation over a row of any length: 3 intervals in a window of 15."""
   n = 256
   at = (jnp.arange(n)[None],) * 2 if given else (None, None)
   mask = Mask.where(lambda q, k: (q - k) % 5 < 2, (14, 0), None, *at, extent=n)

@@ -66,7 +66,7 @@ def at(leaf, b, i, default):
 
 
 def definition(m, b, i, j, T, S):
-  """Whether query i sees key j: the module's words, in Python integers."""
+  """Whether query i sees key j: the definition, in Python integers."""
   q = i + (S - T if m.offset is None else m.offset)
   k = j
   if m.kind == "block_diffusion":

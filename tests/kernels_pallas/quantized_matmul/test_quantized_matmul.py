@@ -1,4 +1,4 @@
-"""Products with packed weights are those of the decoded ones, everywhere."""
+"""Products with packed weights equal those of the decoded ones."""
 
 import functools
 import warnings
@@ -18,7 +18,7 @@ BACKENDS = ("reference", "xla", "cpu", "auto")
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(cxx):
-  """Skips what needs a compiler where there is none."""
+  """Skips tests that need a compiler where there is none."""
   assert cpu.available(), cxx
 
 
@@ -29,7 +29,7 @@ def inputs_of(kind, rows, dtype=np.float32):
 
 
 def bound(x, w, eps=2.0**-24):
-  """Returns what sums of that many terms in float32 may be off by.
+  """Returns the error bound of sums of that many terms in float32.
 
   Codes are multiplied before scale and offset are: their cancellation adds.
   """
@@ -157,7 +157,7 @@ def test_large_matrices_are_decoded_piece_by_piece():
   compiled = jax.jit(
     functools.partial(api.quantized_matmul, backend="xla")
   ).lower(x, w).compile()  # fmt: skip
-  # Whole, it would be 10 MB and its codes several times as much.
+  # As a whole it would be 10 MB, and its codes several times as much.
   assert compiled.memory_analysis().temp_size_in_bytes < 9 << 20
   np.testing.assert_array_equal(compiled(x, w)[0], codes.sum(0))
 
@@ -284,7 +284,7 @@ def test_without_a_compiler_xla_computes(
     with pytest.warns(RuntimeWarning, match=message):
       got = jax.jit(lambda x, w: api.quantized_matmul(x, w))(x, w)
     with warnings.catch_warnings():
-      warnings.simplefilter("error")  # it was said once
+      warnings.simplefilter("error")  # the warning was issued once
       again = api.quantized_matmul(x, w)
     with pytest.raises(ValueError, match="needs a C"):
       api.quantized_matmul(x, w, backend="cpu")

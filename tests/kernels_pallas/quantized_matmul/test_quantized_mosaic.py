@@ -44,7 +44,7 @@ def draw(*shape, dtype=np.float32):
 def absolute(kind):
   """Returns [I, O]: size of the numbers that are summed for a weight.
 
-  Codes are 16 more than they are inside the kernels, and offsets cancel them.
+  Codes are 16 larger inside the kernels, and offsets cancel that.
   """
   w, parts, matrix = case(kind)
   largest = 32 if w.bits == 4 else 128
@@ -56,14 +56,14 @@ def absolute(kind):
 
 
 def bound(kind, x, y, rounded, transposed=False):
-  """Returns what products may be off by.
+  """Returns the error bound of products.
 
   Args:
-    kind: Of the matrix.
+    kind: Kind of the matrix.
     x: Activations.
-    y: float64 [M, O], the truth.
-    rounded: whether scaled weights are rounded to the type of x.
-    transposed: for `x W^T`.
+    y: float64 [M, O], the exact product.
+    rounded: Whether scaled weights are rounded to the type of x.
+    transposed: For `x W^T`.
   """
   _, _, matrix = case(kind)
   terms, matrix = absolute(kind), np.abs(matrix)
@@ -121,7 +121,7 @@ def test_products(kind, rows, most, dtype):
 
 
 def test_many_rows_in_tiles_as_on_a_chip():
-  """512 rows are a prefill; tiles as they are by default."""
+  """512 rows, as in a prefill, with default tiles."""
   codes = np.random.default_rng(0).integers(0, 16, (1000, 600), np.uint8)
   scale = np.full((8, 600), 0.5, np.float32)
   w = planar.pack(codes, scale, group=128, codebook=Q4_0)
@@ -206,7 +206,7 @@ def test_a_row_of_zeros_stays_zero():
   ],
 )
 def test_every_backend_agrees(kind, backend, activations):
-  """On the CPU 'auto' is XLA: kernels are for TPUs."""
+  """On the CPU 'auto' is XLA, since kernels are for TPUs."""
   w, _, matrix = case(kind)
   x = draw(2, 3, w.inputs)
   how = dict(backend=backend, activations=activations)

@@ -1,9 +1,9 @@
 """The GPU kernels of packed weights, interpreted on the CPU, or on a GPU.
 
-Of Hopper's the interpreter runs the variant whose weights pass through shared
-memory; barriers, copies, loops and arithmetic are those of the other one, too.
-Which register holds which weight is checked here by the layouts' definition. Of
-the kernel of `mma` copies are assignments and products plain ones here.
+For Hopper the interpreter runs the variant whose weights pass through shared
+memory; barriers, copies, loops and arithmetic are the same in the other one.
+Which register holds which weight is checked by the layouts' definition. In the
+interpreted `mma` kernel, copies are assignments and products plain ones.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ def test_products_are_those_of_the_decoded_matrix(gpu, name, kernel):
 @pytest.mark.parametrize("offset", [False, True])
 def test_rows_of_codes_are_summed_as_integers(gpu, offset):
   w, tile = packed(8, 256, offset, "float32"), Tile(32, 2, 2, cores="mma")
-  # Of which the codes are known: the largest is 127.
+  # Whose codes are known: the largest is 127.
   rng = np.random.default_rng(0)
   codes = rng.integers(-127, 128, (37, I))
   codes[:, 5] = 127
@@ -135,7 +135,7 @@ def test_rows_of_codes_are_summed_as_integers(gpu, offset):
   size = unit * (np.abs(codes) @ np.abs(matrix))
   bound = 2.0**-8 * np.abs(want) + 2.0**-21 * size
   assert np.all(np.abs(np.asarray(found, np.float64) - want) <= bound)
-  # The gradient is that of rows as they were.
+  # The gradient is that of the unrounded rows.
   exact = np.asarray(dy, np.float64) @ matrix.T
   size = np.abs(np.asarray(dy, np.float64)) @ np.abs(matrix.T)
   error = np.abs(np.asarray(slope, np.float64) - exact)
@@ -161,7 +161,7 @@ def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
   "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
 def test_many_rows_leave_in_parts_and_matrices_are_padded(gpu, tile):
-  """The last tile of rows is not whole, nor are inputs and outputs."""
+  """The last tile of rows is partial, as are inputs and outputs."""
   w = packed(4, 64, inputs=200, outputs=70)
   tile, x, dy = sized(gpu, tile), draw(130, 200), draw(130, 70)
 
@@ -178,7 +178,7 @@ def test_many_rows_leave_in_parts_and_matrices_are_padded(gpu, tile):
 
 @pytest.mark.parametrize("offset", [False, True])
 def test_arithmetic_in_16_bits_is_that_in_32_rounded(gpu, offset):
-  """Bit by bit: the codes are exact, and one rounding is left."""
+  """Bit by bit: the codes are exact, and only one rounding remains."""
   w, x = packed(4, 32, offset), draw(8, I)
   wide = dataclasses.replace(
     w,
@@ -237,7 +237,7 @@ def elements(layout, shape):
 
 @pytest.mark.parametrize("inputs", [0, 1])
 def test_registers_hold_the_words_of_their_weights(inputs):
-  """Nothing travels: a thread's words are those of its part of an operand."""
+  """A thread's words are those of its own part of an operand."""
   weights = elements(plgpu.Layout.WGMMA.to_mgpu(), (64, 64))
   words = elements(dequantize.words_layout(inputs).to_mgpu(), (16, 64))
   for at in np.ndindex(weights.shape[1:-1]):

@@ -1,4 +1,4 @@
-"""Weights in panels keep every bit, in as much memory as that needs."""
+"""Weights in panels keep every bit, in as little memory as possible."""
 
 import dataclasses
 import functools

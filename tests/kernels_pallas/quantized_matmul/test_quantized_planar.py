@@ -1,4 +1,4 @@
-"""The layout of weights for TPU kernels keeps every bit, where it says."""
+"""The layout of weights for TPU kernels keeps every bit, as specified."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_unpack_gives_back_every_bit(kind, lead):
 
 
 def test_where_a_code_lies():
-  """The layout is a promise: others may write it."""
+  """The layout is an interface: other programs may write it."""
   codes = np.random.default_rng(0).integers(0, 16, (256, 128), np.uint8)
   w = planar.pack(codes, np.ones((1, 128), np.float32))
   words = np.asarray(w.codes)
@@ -40,7 +40,7 @@ def test_where_a_code_lies():
 
 @pytest.mark.parametrize("kind", ["affine", "int8, channels"])
 def test_parts_along_each_axis_are_packed_matrices(kind):
-  """So that a mesh may cut them."""
+  """So that a mesh can shard them."""
   bits = 8 if kind.startswith("int8") else 4
   dtype = np.uint8 if bits == 4 else np.int8
   codes = np.random.default_rng(0).integers(0, 16, (256, 256)).astype(dtype)

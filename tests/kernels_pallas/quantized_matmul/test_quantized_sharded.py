@@ -1,4 +1,4 @@
-"""Packed matrices cut over a mesh: what a product sends, and its numbers."""
+"""Packed matrices sharded over a mesh: communication and results."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ X, W, Y = P("rows", "inputs"), P("inputs", "outputs"), P("rows", "outputs")
 
 @pytest.fixture(name="mesh")
 def _mesh():
-  """Every axis cut in two: a part of the matrix is one block of 128 x 128."""
+  """Every axis sharded in two: a shard is one block of 128 x 128."""
   mesh = jax.make_mesh((2, 2, 2), ("rows", "inputs", "outputs"), axis_types=(
     jax.sharding.AxisType.Auto,) * 3)  # fmt: skip
   with jax.set_mesh(mesh):
@@ -55,7 +55,7 @@ def both(product, x, w):
 
 
 def on_a_device(product, x, w):
-  """The product of parts, as a `shard_map` calls it."""
+  """The product of shards, as a `shard_map` calls it."""
   w = dataclasses.replace(w, inputs=w.padded[0], outputs=w.padded[1])
   return jax.lax.psum(product(x, w), "inputs")
 
@@ -84,7 +84,7 @@ def test_sums_alone_are_sent(mesh, way, bits):
   bounds = (1e-3, 5e-2)
   for found, want, atol in zip(program(x, w), expected, bounds, strict=True):
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=atol)
-  # A kernel is a program of one device, which only a shard_map makes.
+  # A kernel is a program of one device, so it needs a shard_map.
   tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
   for name in ("quantized_matmul_few", "quantized_matmul_gradient"):
     assert (name in tpu) == (way == "shard_map")
@@ -100,7 +100,7 @@ def test_the_kernel_multiplies_parts(mesh, bits):
     config=Config(tile, tile, tile),
     interpret=True,
   )
-  # The interpreter of kernels knows no types that vary over a mesh.
+  # The interpreter of kernels does not support types that vary over a mesh.
   run = jax.jit(jax.shard_map(
     functools.partial(on_a_device, product), in_specs=(X, W), out_specs=Y,
     check_vma=False))  # fmt: skip

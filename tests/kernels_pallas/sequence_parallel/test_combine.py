@@ -21,7 +21,7 @@ def float64():
 
 
 def partials(q, k, v, sinks, mask):
-  """Outputs and log-sum-exps of the parts; the sink is in the second one."""
+  """Outputs and log-sum-exps of the parts; the second one has the sink."""
   out = []
   for n, (start, stop) in enumerate(PARTS):
     part = Mask(

@@ -1,4 +1,4 @@
-"""Attention across devices that share the tokens: exact, forward and back."""
+"""Attention over sharded tokens: exact, forward and backward."""
 
 import chex
 import jax
@@ -28,7 +28,7 @@ def float64():
     yield
 
 
-# Mesh, cut, shards in zig-zag order.
+# Mesh, sharding, shards in zig-zag order.
 WAYS = {
   "ring": (support.ROWS, support.RING, 0),
   "ring in zig-zag order": (support.ROWS, support.RING, 4),
@@ -122,7 +122,7 @@ def test_bfloat16_loses_no_more_than_twice_what_one_device_loses():
   ours = errors(support.shared(mask, x, *WAYS["ring in zig-zag order"]))
   theirs = errors(alone(x))
   for name, error in ours.items():
-    # kernels.md 14.1; the log-sum-exp has float32's errors alone.
+    # kernels.md 14.1; the log-sum-exp has only float32's errors.
     assert error <= 2 * theirs[name] + 1e-6, (name, ours, theirs)
 
 
@@ -193,7 +193,7 @@ def test_every_shard_visits_as_many_tiles_and_none_without_a_pair(name):
 
 
 def test_a_step_without_a_visible_pair_does_nothing():
-  """What later shards hold, NaN even, is not looked at."""
+  """The contents of later shards, NaN even, are not read."""
   x = support.operands(dtype=jnp.float32)
   x["v"] = x["v"].at[:, 24:].set(jnp.nan)
   found = support.shared(Mask.causal(), x, support.ROWS, support.RING)
@@ -255,7 +255,7 @@ def test_what_a_ring_cannot_do_is_refused():
 
 
 def test_block_diffusion_and_decoding_keep_queries_whole_or_keys_whole():
-  """Where tokens cannot be cut, all devices compute the same."""
+  """If tokens cannot be sharded, all devices compute the same."""
   x = support.operands()
   del x["sinks"]
   mask = Mask.block_diffusion(T // 2, 4)

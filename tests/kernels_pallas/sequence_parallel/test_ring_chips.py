@@ -1,4 +1,4 @@
-"""Attention over a slice's tokens, compiled for TPUs that are not here."""
+"""Attention over a slice's tokens, compiled for absent TPUs."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tokens exchanged for heads and back."""
+"""All-to-all between tokens and heads, and back."""
 
 import chex
 import jax
@@ -57,8 +57,8 @@ def test_heads_are_exchanged_and_nothing_else():
   _, found = support.program(support.ROWS, support.ULYSSES, x)
   assert {c.kind for c in found} == {"all-to-all"}
   assert {c.axes for c in found} == {frozenset({"along"})}
-  # q, k, v and o forth, their gradients back: a quarter of the tokens of one
-  # of four heads to each; and the log-sum-exp.
+  # q, k, v and o forth, their gradients back: a quarter of the tokens of one of
+  # four heads to each; and the log-sum-exp.
   pieces = [c.shapes for c in found]
   assert pieces.count(((1, T // 4, 1, 4),) * 4) == 8
   assert set(pieces) == {((1, T // 4, 1, 4),) * 4, ((1, 1, T // 4),) * 4}
