@@ -45,7 +45,7 @@ def built(name, folder, cxx, *flags):
     pytest.param("decoding", "address,undefined", 60, marks=pytest.mark.slow),
   ],
 )
-def test_problems_of_any_shape_are_clean(
+def test_no_sanitizer_reports_for_any_shape(
   name, sanitizers, count, tmp_path, cxx
 ):
   made = built(

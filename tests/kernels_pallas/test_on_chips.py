@@ -33,7 +33,7 @@ def checks(platform, kind):
     for name in checks(platform, kind)
   ],
 )
-def test_computes_what_it_should(platform, name):
+def test_results_are_correct(platform, name):
   kind = jax.devices()[0].device_kind
   job = checks(platform, kind).get(name)
   if job is None:

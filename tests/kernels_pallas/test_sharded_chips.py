@@ -41,7 +41,7 @@ def compiled(f, places, *operands):
   return text, set(re.findall(kinds, text))
 
 
-def test_rows_and_heads_send_nothing(mesh):
+def test_rows_and_heads_need_no_communication(mesh):
   cut = AttentionSharding(batch=("data",), heads=("tensor",))
 
   def loss(q, k, v):
@@ -55,7 +55,7 @@ def test_rows_and_heads_send_nothing(mesh):
   assert "flash_attention_forward" in text and "flash_attention_fused" in text
 
 
-def test_packed_matrices_send_sums_alone(mesh):
+def test_packed_matrices_communicate_only_sums(mesh):
   """Inputs over one axis, outputs over the other, and the gradient."""
 
   def local(x, w):

@@ -72,7 +72,9 @@ def dry_run(tmp_path, platform, only):
 @pytest.mark.parametrize(
   "only", [QUICK, pytest.param("", marks=pytest.mark.slow)], ids=["", "all"]
 )
-def test_dry_run_walks_jobs_with_nothing_but_jax(tmp_path, platform, only):
+def test_dry_run_runs_all_jobs_with_only_jax_installed(
+  tmp_path, platform, only
+):
   first, *lines, last = dry_run(tmp_path, platform, only)
   target = Target(platform, "cpu", tiny=True)
   wanted = [
@@ -157,7 +159,7 @@ for name in left:
 """
 
 
-def test_no_job_loses_the_others(tmp_path, capsys):
+def test_failing_jobs_do_not_affect_the_others(tmp_path, capsys):
   """One hangs, one kills its process, one leaves the chip broken."""
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
   script.write_text(textwrap.dedent(WORKER))
@@ -175,7 +177,7 @@ def test_no_job_loses_the_others(tmp_path, capsys):
   assert "start" not in capsys.readouterr().out
 
 
-def test_a_budget_ends_it_and_the_next_call_goes_on(tmp_path, capsys):
+def test_a_run_ends_at_its_budget_and_the_next_continues(tmp_path, capsys):
   script, to = tmp_path / "worker.py", tmp_path / "lines.jsonl"
   script.write_text(textwrap.dedent(WORKER))
   command = [sys.executable, str(script), f"--to={to}"]
@@ -191,7 +193,7 @@ def test_a_budget_ends_it_and_the_next_call_goes_on(tmp_path, capsys):
   assert list(last["failed"]) == ["breaks"] and last["passed"] == 4
 
 
-def test_without_a_chip_it_says_so(capsys):
+def test_a_missing_chip_is_reported(capsys):
   assert worker.run_jobs("gpu", lambda target: [], False, "", set(), None) == 1
   last = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert last == {"error": "found a cpu, expected a GPU"}
@@ -241,7 +243,7 @@ def compared(run, limit=0.1, tiny=True):
     ([1.0, -np.inf, np.inf], jobs.HOPELESS),
   ],
 )
-def test_a_check_sees_what_is_off(found, ratio):
+def test_a_check_detects_wrong_values(found, ratio):
   line = compared(lambda x: {"y": jnp.array(found) * x})
   assert line["error_ratio"]["y"] == pytest.approx(ratio, rel=1e-3)
   assert line["ok"] == (ratio <= 1)
@@ -250,7 +252,7 @@ def test_a_check_sees_what_is_off(found, ratio):
   )
 
 
-def test_a_check_sees_results_that_do_not_repeat(monkeypatch):
+def test_a_check_detects_irreproducible_results(monkeypatch):
   monkeypatch.setattr(jobs, "poison", lambda target: None)
   count = iter(range(9))
 
@@ -266,7 +268,7 @@ def test_a_check_sees_results_that_do_not_repeat(monkeypatch):
   )
 
 
-def test_a_maker_that_fails_does_not_lose_the_others():
+def test_a_failing_baseline_does_not_affect_the_others():
   def broken():
     raise RuntimeError("not installed\nat all")
 

@@ -66,7 +66,7 @@ def _compiler(folder):
   return script
 
 
-def test_a_library_is_made_once_and_again_if_damaged(tmp_path, monkeypatch):
+def test_a_library_is_built_once_and_again_if_damaged(tmp_path, monkeypatch):
   monkeypatch.setenv("CXX", str(_compiler(tmp_path)))
   folder = tmp_path / "libraries"
   made = products.LIBRARY.build(folder)

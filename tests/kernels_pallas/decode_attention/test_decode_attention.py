@@ -108,7 +108,7 @@ def test_float64_agrees_with_numpy(backend):
     pytest.param(jnp.float8_e4m3fn, None, marks=pytest.mark.slow),
   ],
 )
-def test_what_no_token_sees_may_hold_anything(dtype, window):
+def test_invisible_memory_may_contain_nan(dtype, window):
   """NaN in free pages, after a row's end and, with a window, before it."""
   q, pages, table = draw(TOKENS, 4, 8), pool(2, 8, 8, dtype), tables()
   first = np.zeros_like(LENS)
@@ -231,7 +231,7 @@ def test_any_lengths(lengths):
     chex.assert_trees_all_close(found, expected, **CLOSE)
 
 
-def test_large_logits_only_move_the_log_sum_exp():
+def test_large_logits_only_shift_the_log_sum_exp():
   """Adds a constant to all logits whose exponential is inf or 0."""
   q, pages, where = draw(TOKENS, 4, 8), pool(2, 8, 8), (tables(), LENS, STARTS)
   level = (3000 * 8**0.5) ** 0.5
@@ -280,7 +280,9 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8", "cache"])
-def test_kernels_do_not_race_or_read_what_nobody_wrote(tpu_interpreter, kind):
+def test_kernels_do_not_race_or_read_uninitialized_memory(
+  tpu_interpreter, kind
+):
   """Two cores, parallel steps in random order, memory full of NaN."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 

@@ -64,7 +64,7 @@ def run(q, k, v, lengths=LENGTHS, isa="auto", **options):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
-def test_it_agrees_with_numpy(case):
+def test_agrees_with_numpy(case):
   isa, options = case["isa"], {x: case[x] for x in ("window", "softcap")}
   supported(isa)
   q, k, v = operands(case["heads"], case["dims"], case["dtype"])
@@ -82,7 +82,7 @@ def test_it_agrees_with_numpy(case):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_a_row_does_not_notice_the_others_or_its_room(isa):
+def test_a_row_is_independent_of_others_and_of_unused_slots(isa):
   supported(isa)
   heads, dims = (6, 2), (64, 48)
   together = run(*operands(heads, dims), isa=isa)
@@ -96,7 +96,7 @@ def test_a_row_does_not_notice_the_others_or_its_room(isa):
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
 @pytest.mark.parametrize("where", ["k", "v"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_nan_that_is_seen_is_told(isa, where, softcap):
+def test_visible_nan_propagates(isa, where, softcap):
   supported(isa)
   q, k, v = operands((4, 2), (16, 16))
   x = {"k": k, "v": v}
@@ -107,7 +107,7 @@ def test_nan_that_is_seen_is_told(isa, where, softcap):
   assert not nan[[0, 1, 3]].any()
 
 
-def test_large_logits_only_move_the_log_sum_exp():
+def test_large_logits_only_shift_the_log_sum_exp():
   """Adds a constant to all logits whose exponential is inf or 0."""
   q, k, v = operands((4, 2), (16, 16))
   level = (3000 * 16**0.5) ** 0.5
@@ -149,7 +149,7 @@ def test_logits_that_are_all_minus_infinity_see_nothing():
   chex.assert_trees_all_close(o[3], want, **CLOSE)
 
 
-def test_lengths_that_cannot_be_are_the_nearest_that_can():
+def test_invalid_lengths_are_clipped():
   """Invalid lengths that are unknown while the program is traced."""
   x = operands((4, 2), (16, 16))
   found = run(*x, lengths=np.array([-3, 1, 37, 1300], np.int32))
@@ -204,7 +204,7 @@ def test_auto_has_the_gradients_and_flops_of_attention(mesh):
     (dict(lse=(2, 5)), "o, lse: not"),
   ],
 )
-def test_the_library_refuses_shapes_that_do_not_fit(change, message):
+def test_the_library_rejects_mismatched_shapes(change, message):
   """It checks shapes itself, before it reads or writes anything."""
   assert cpu.available()
   shapes = dict(q=(2, 4, 16), k=(2, 2, 9, 16), v=(2, 2, 9, 16), lengths=(2,),
@@ -245,7 +245,7 @@ def test_a_vmap_is_more_rows():
   chex.assert_trees_all_equal([x[1] for x in shared], list(alone))
 
 
-def test_auto_takes_it_where_it_can():
+def test_auto_takes_the_cpu_kernel_for_supported_calls():
   def taken(dtype="float32", dims=(16, 16), pages=False, **options):
     q, k, v = operands((2, 1), dims)
     lengths = jnp.asarray(LENGTHS)
@@ -268,7 +268,7 @@ def test_auto_takes_it_where_it_can():
   assert choose(jnp.float32, S)[0] == "cpu" and choose(jnp.float32)[0] == "xla"
 
 
-def test_blocks_are_no_matter():
+def test_results_do_not_depend_on_blocks():
   q, k, v = operands((2, 1), (16, 16))
   x = q, *(y.swapaxes(1, 2) for y in (k, v)), jnp.asarray(LENGTHS)
   call = functools.partial(decode_attention, *x, backend="cpu")
@@ -284,7 +284,7 @@ def test_blocks_are_no_matter():
     (dict(precision="F64_F64_F64"), "no precision 'F64_F64_F64'"),
   ],
 )
-def test_what_it_cannot_do_is_said(change, message):
+def test_unsupported_calls_raise(change, message):
   dtype, dims = change.get("dtype", "float32"), change.get("dims", (16, 16))
   q, k, v = operands((2, 1), dims, dtype)
   k = k.astype(change.get("k", dtype))
@@ -295,7 +295,7 @@ def test_what_it_cannot_do_is_said(change, message):
     )  # fmt: skip
 
 
-def test_pages_are_refused():
+def test_pages_raise():
   with pytest.raises(ValueError, match="caches, no pages"):
     paged_attention(
       draw(6, 2, 8), pool(1, 8, 8), jnp.asarray(tables()), jnp.asarray(LENS),

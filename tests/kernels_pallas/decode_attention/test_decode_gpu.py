@@ -164,7 +164,7 @@ def test_rows_that_decode_and_rows_that_read_a_prompt(gpu, name):
   assert np.all(error <= (2.0**-8 + 2.0**-14) * size)
 
 
-def test_what_the_kernel_does_not_compute_is_refused():
+def test_unsupported_calls_raise():
   q, k = draw(1, 2, 64), draw(1, 16, 1, 64)
   lengths, half = jnp.array([3]), jnp.bfloat16
 
@@ -225,7 +225,7 @@ def test_codes_for_float16_are_read_by_plain_lax(code):
   np.testing.assert_allclose(found, exact, rtol=2.0**-10, atol=2.0**-24)
 
 
-def test_auto_is_the_kernel_where_there_is_one():
+def test_auto_takes_the_gpu_kernel_where_supported():
   def chosen(kind, dtype=jnp.bfloat16, H=64):
     device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
     mesh = jax.sharding.AbstractMesh(
@@ -276,7 +276,7 @@ def test_without_jit_it_runs_where_its_arrays_are(monkeypatch):
   chex.assert_trees_all_equal(found, want)
 
 
-def test_an_array_that_is_committed_says_where():
+def test_a_committed_array_determines_the_device():
   """As in JAX, which moves the others there."""
 
   def placed(platform, committed):

@@ -101,7 +101,7 @@ def test_the_instructions_compute_attention(name, late):
 @pytest.mark.parametrize(
   "instruction", [r"bar\.sync %r\d+, 128", r"cp\.async\.wait_group.*"]
 )
-def test_a_wait_that_is_left_out_is_seen(instruction):
+def test_a_missing_wait_is_detected(instruction):
   case = CASES["cache"]
   text, count = re.subn(instruction + ";", "", measure(case)[1])
   assert count

@@ -75,7 +75,7 @@ def mistakes(draw_):
 
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(mistake=mistakes())
-def test_mistakes_are_refused_before_anything_runs(mistake):
+def test_invalid_arguments_raise_before_anything_runs(mistake):
   """While the program is traced, with a message that names the argument."""
   arguments, named = mistake
   with pytest.raises(ValueError, match=rf"\b{named}"):
@@ -95,7 +95,7 @@ def test_mistakes_are_refused_before_anything_runs(mistake):
     ({"lengths": np.ones(B + 1, np.int32)}, "lengths"),
   ],
 )
-def test_mistakes_with_a_cache_are_refused(change, named):
+def test_invalid_arguments_with_a_cache_raise(change, named):
   good = {"q": draw(B, 2, 8), "k": draw(B, S, 2, 8), "v": draw(B, S, 2, 8),
           "lengths": np.ones(B, np.int32)}  # fmt: skip
   with pytest.raises(ValueError, match=named):

@@ -37,7 +37,7 @@ from tests.support_decode import (
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
                                    jnp.float8_e4m3fn])  # fmt: skip
-def test_tokens_are_appended_where_they_are_read(dtype):
+def test_tokens_are_appended_to_the_slots_that_are_read(dtype):
   """Token by token and all at once give the same, correct pages."""
   k, v = draw(TOKENS, 2, 8, seed=5), draw(TOKENS, 2, 8, seed=6)
   lens, starts = (
@@ -73,7 +73,7 @@ def test_tokens_are_appended_where_they_are_read(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8,
                                    jnp.float8_e4m3fn])  # fmt: skip
-def test_the_kernel_appends_what_a_scatter_does(dtype):
+def test_the_append_kernel_equals_a_scatter(dtype):
   """Rows that begin and end anywhere in a group, stray tokens, empty rows."""
   count, size, K, H = 5, 32, 2, 8
   table = jnp.array([[3, 0], [1, -1], [4, -1], [2, -1]], jnp.int32)
@@ -136,7 +136,7 @@ def fails(message, *, q=None, pages=None, table=None, lens=None, starts=None,
     )
 
 
-def test_bad_input_is_named():
+def test_invalid_input_raises():
   fails("N % K = 0", q=draw(TOKENS, 3, 8))
   fails("equal head dims", q=draw(TOKENS, 4, 6))
   fails(r"expected \[6, W\]", table=tables()[:4])
@@ -180,7 +180,7 @@ def test_bad_input_is_named():
     empty_pages(0, 2, 4, 8)
 
 
-def test_lengths_may_be_known_where_the_table_is_not():
+def test_lengths_may_be_static_while_the_table_is_traced():
   """Then rows have room for as many pages as the table lists."""
   q, pages = draw(TOKENS, 4, 8), pool(2, 8, 8)
   lens, starts = jnp.asarray(LENS), jnp.asarray(STARTS)
@@ -194,7 +194,7 @@ def test_lengths_may_be_known_where_the_table_is_not():
     quick(run)(table[:, :4])
 
 
-def test_pages_beyond_the_table_are_not_read_where_nobody_can_check():
+def test_pages_beyond_the_table_are_not_read_when_traced():
   """Traced lengths and tables: clipped, finite, and other rows unharmed."""
   q, pages, table = draw(TOKENS, 4, 8), pool(2, 8, 8), tables()
   clean = every_backend(q, pages, *map(jnp.asarray, (table, LENS, STARTS)))

@@ -159,7 +159,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_bad_arguments_say_what_is_wrong(x, name):
+def test_invalid_arguments_raise(x, name):
   arguments, message = ERRORS[name]
   arguments = {**dict(zip("qkv", x, strict=True)), **arguments}
   # With checked annotations some shapes fail before our own check.
@@ -167,6 +167,6 @@ def test_bad_arguments_say_what_is_wrong(x, name):
     flash_attention(**arguments)
 
 
-def test_bad_blocks_say_what_is_wrong():
+def test_invalid_blocks_raise():
   with pytest.raises(ValueError, match="at least 1"):
     Blocks(q=0)

@@ -123,7 +123,7 @@ EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
     ("cuda", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
   ],
 )
-def test_what_a_kernel_refuses_is_lowered_as_blocks(
+def test_unsupported_calls_are_lowered_as_xla_blockwise(
   platform, why, args, more, caplog
 ):
   target_platform.log_choice.cache_clear()
@@ -132,7 +132,7 @@ def test_what_a_kernel_refuses_is_lowered_as_blocks(
   assert f"xla_blockwise on {platform}" in caplog.text and why in caplog.text
 
 
-def test_reasons_are_told_once_and_only_on_request(caplog):
+def test_reasons_are_logged_once_and_only_at_info(caplog):
   target_platform.log_choice.cache_clear()
   with caplog.at_level(logging.WARNING, "kernels_pallas"):
     calls(loss, "cpu", *shapes())
@@ -159,7 +159,7 @@ def test_sizes_are_those_of_the_backend_taken():
 
 @pytest.mark.parametrize("mesh", [False, True])
 @pytest.mark.parametrize("config", ["nonsense", 128, Tile(), Blocks])
-def test_a_config_that_is_no_backends_is_refused(config, mesh):
+def test_an_unknown_config_type_raises(config, mesh):
   """Also where types are not checked, as in users' calls."""
   device = jax.sharding.AbstractDevice("TPU v5", None, platform="tpu")
   known = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
@@ -170,7 +170,7 @@ def test_a_config_that_is_no_backends_is_refused(config, mesh):
 
 
 @needs_kernels
-def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
+def test_the_gpu_kind_is_the_local_one_else_hopper(monkeypatch):
   q, k, v = shapes()
 
   def cores():
@@ -194,7 +194,7 @@ def test_the_kind_of_gpu_is_the_one_at_hand_else_hopper(monkeypatch):
 
 
 @needs_kernels
-def test_a_gpu_that_has_a_kernel_gets_it():
+def test_auto_takes_the_kernel_of_supported_gpus():
   q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
 
   def chosen(kind, q=q, **more):
@@ -246,7 +246,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_it_transforms_as_blocks_do(name):
+def test_transformations_agree_with_xla_blockwise(name):
   x = qkv()
   if name == "vmap of some":
     x[1:] = (y[:1] for y in x[1:])
@@ -265,7 +265,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_every_argument_means_what_it_does_to_blocks(name):
+def test_every_argument_agrees_with_xla_blockwise(name):
   with jax.enable_x64(name == "float64"):
     x = qkv(np.float64 if name == "float64" else np.float32)
     bound = lambda f: functools.partial(f, **ARGUMENTS[name])  # noqa: E731
@@ -275,7 +275,7 @@ def test_every_argument_means_what_it_does_to_blocks(name):
       same(lambda f: twice(bound(f)), *x, rtol=1e-5)
 
 
-def test_without_jit_it_is_the_same():
+def test_without_jit_results_are_the_same():
   x = qkv()
   value = jax.grad(causal, (0, 1, 2))(*x)
   theirs = jax.grad(functools.partial(causal, backend="xla_blockwise"),
@@ -304,7 +304,7 @@ def test_inside_a_shard_map_without_devices(checked):
     assert kernel in calls(jax.grad(f, (0, 1, 2)), platform, *args)
 
 
-def test_a_checkpoint_keeps_what_is_named():
+def test_a_checkpoint_saves_named_residuals():
   def products(*names):
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     f = jax.grad(jax.checkpoint(causal, policy=policy), (0, 1, 2))

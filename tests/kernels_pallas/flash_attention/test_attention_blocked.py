@@ -181,7 +181,7 @@ def test_grouped_heads_are_repeated_heads():
   )
 
 
-def test_a_constant_on_all_logits_only_moves_the_log_sum_exp():
+def test_a_constant_on_all_logits_only_shifts_the_log_sum_exp():
   q, k, v = qkv()
   o, lse = map(np.asarray, attend(q, k, v, return_lse=True))
   bias = np.full((1, 1, 1, 1), 2.5)
@@ -203,7 +203,7 @@ def test_a_window_open_to_the_left_is_causal():
   )
 
 
-def test_an_infinite_soft_cap_is_none():
+def test_an_infinite_soft_cap_has_no_effect():
   q, k, v = qkv()
   chex.assert_trees_all_close(
     attend(q, k, v, softcap=1e6), attend(q, k, v), atol=1e-10
@@ -224,7 +224,7 @@ def test_parts_of_the_keys_combine_to_the_whole():
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_padding_may_hold_anything(name):
+def test_padding_may_contain_nan(name):
   """NaN in padding reaches neither outputs nor gradients."""
   lens = np.array([5, 8])
   queries = np.array([[0] * 4 + [-1] * 2, [0] * 6], np.int32)

@@ -113,7 +113,7 @@ def expected(H, Hv, K, sinks, mask):
 @pytest.mark.parametrize(
   "case", CASES, ids=lambda c: "-".join(map(str, c.values()))
 )
-def test_it_is_the_reference(case):
+def test_agrees_with_the_reference(case):
   isa, mask = case.pop("isa"), case.pop("mask")
   supported(isa)
   config = CpuTiles(chunk=64, isa=isa)
@@ -132,7 +132,7 @@ def test_it_is_the_reference(case):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_what_padding_holds_does_not_matter(isa):
+def test_padding_may_contain_nan(isa):
   supported(isa)
   mask = MASKS["positions"]()
   x, cotangents = operands(24, 24, 2, 0)
@@ -151,7 +151,7 @@ def test_what_padding_holds_does_not_matter(isa):
 
 
 @pytest.mark.parametrize("isa", cpu.ISAS[1:])
-def test_nan_that_is_seen_is_told(isa):
+def test_visible_nan_propagates(isa):
   supported(isa)
   x, _ = operands(8, 8, 4, 0)
   x["k"][0, 100] = np.nan
@@ -220,7 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_it_has_not_it_refuses_and_auto_leaves_to_others(name):
+def test_unsupported_calls_raise_and_auto_takes_another_backend(name):
   options, message = REFUSED[name]
   x = jax.tree.map(
     lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
@@ -262,7 +262,7 @@ def test_16_bits_are_computed_in_32(dtype):
     )
 
 
-def test_auto_takes_it_where_it_can():
+def test_auto_takes_the_cpu_kernel_for_supported_calls():
   def taken(*shape, dtype=jnp.float32):
     with jax.enable_x64(dtype == jnp.float64):
       return choose(jnp.zeros(shape, dtype))[0]
@@ -292,7 +292,7 @@ def test_without_a_compiler_xla_attends(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [dict(chunk=0), dict(tasks=0), dict(isa="x")])
-def test_a_config_that_means_nothing_is_refused(wrong):
+def test_an_invalid_config_raises(wrong):
   with pytest.raises(ValueError, match="config: found CpuTiles"):
     CpuTiles(**wrong)
 
@@ -344,7 +344,7 @@ def test_a_vmap_is_one_call_of_more_rows(batched):
   )
 
 
-def test_logits_far_below_zero_leave_padding_alone():
+def test_very_negative_logits_are_unaffected_by_padding():
   """A chunk is padded with zeros, whose exponentials are infinite."""
   S, H = 771, 8
   x = {
@@ -413,14 +413,14 @@ def test_inside_a_shard_map_operands_may_be_shared():
   chex.assert_trees_all_close(cut, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_mesh_cuts_is_not_gathered():
+def test_sharded_arrays_are_not_gathered():
   q = jnp.zeros((8, 40, 2, 8))
   for size, backend in ((1, "cpu"), (8, "xla_blockwise")):
     with jax.set_mesh(mesh_of(size)):
       assert choose(q)[0] == backend
 
 
-def test_a_mesh_of_one_device_transforms_as_none_does():
+def test_a_mesh_of_one_device_transforms_as_without_a_mesh():
   """The C++ kernel has no tangents; the blockwise ones are used instead."""
   x = jax.tree.map(
     lambda y: jnp.asarray(y, jnp.float32), operands(8, 8, 2, 0)[0]
@@ -438,7 +438,7 @@ def test_a_mesh_of_one_device_transforms_as_none_does():
   chex.assert_trees_all_close(ours, jax.jit(twice)(x), rtol=1e-6, atol=1e-6)
 
 
-def test_programs_for_others_load_no_library(monkeypatch):
+def test_programs_for_other_platforms_load_no_library(monkeypatch):
   monkeypatch.setattr(cpu, "available", lambda: pytest.fail("was asked"))
   x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
   f = jax.jit(functools.partial(flash_attention, causal=True))

@@ -130,7 +130,7 @@ def test_a_sink_of_minus_infinity_is_no_sink_on_cpus():
 
 
 @each(["unrolled", "mosaic_tpu_fused"])
-def test_the_lowest_sink_has_no_part_in_what_is_seen(name):
+def test_the_lowest_finite_sink_has_no_effect_on_visible_keys(name):
   """It times log2(e) is -inf."""
   mask = Mask.causal((T // 4, None))
   plain = functools.partial(step, mask=mask, backend="reference")

@@ -96,7 +96,7 @@ def mistakes(draw):
 
 @hypothesis.settings(max_examples=300)
 @hypothesis.given(mistake=mistakes())
-def test_mistakes_are_refused_before_anything_runs(mistake):
+def test_invalid_arguments_raise_before_anything_runs(mistake):
   """While the program is traced, with a message that names the argument."""
   arguments, named = mistake
   arguments = jax.tree.map(

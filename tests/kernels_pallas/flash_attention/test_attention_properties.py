@@ -205,7 +205,7 @@ def test_order_of_keys_does_not_matter(backend, seed):
 @hypothesis.given(
   seed=seeds, junk=st.sampled_from([0.0, 1e300, np.nan, np.inf])
 )
-def test_what_is_after_the_last_key_does_not_matter(backend, seed, junk):
+def test_memory_after_the_last_key_does_not_matter(backend, seed, junk):
   q, k, v, bias, lens, _ = sample(seed)
   dead = (jnp.arange(S) >= lens[:, None])[:, :, None, None]
   chex.assert_trees_all_equal(
@@ -217,7 +217,7 @@ def test_what_is_after_the_last_key_does_not_matter(backend, seed, junk):
 @every_backend
 @examples
 @hypothesis.given(seed=seeds, constant=st.floats(-50, 50))
-def test_a_constant_on_the_logits_only_moves_the_log_sum_exp(
+def test_a_constant_on_the_logits_only_shifts_the_log_sum_exp(
   backend, seed, constant
 ):
   q, k, v, bias, lens, _ = sample(seed)

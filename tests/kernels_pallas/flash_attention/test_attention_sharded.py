@@ -145,7 +145,7 @@ def test_heads_that_the_axis_does_not_divide(heads, size):
   chex.assert_trees_all_close(alone, shared, **CLOSE)
 
 
-def test_only_keys_and_values_travel():
+def test_only_keys_and_values_are_communicated():
   """The kernel gathers nothing else; replicated inputs are sliced."""
   *_, found = both(Mask.causal(segments=documents()), ALL, arrays())
   inside = [c for c in found if "shard_map" in c.line]
@@ -157,7 +157,7 @@ def test_only_keys_and_values_travel():
   }
 
 
-def test_rows_and_heads_need_no_word_from_others():
+def test_rows_and_heads_need_no_communication():
   cut = dataclasses.replace(ALL, length=())
   *_, found = both(Mask.causal(segments=documents()), cut, arrays())
   kinds = {c.kind for c in found if "shard_map" in c.line}
@@ -172,7 +172,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_function_cut_means_what_it_did(name):
+def test_a_function_mask_is_unchanged_by_sharding(name):
   """Given positions keep their extent; otherwise indices define it."""
   q, k, extent = GIVEN[name]
   mask = Mask.where(dilated, None, None, q, k, offset=0, extent=extent)

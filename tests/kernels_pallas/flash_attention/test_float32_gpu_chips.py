@@ -21,7 +21,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("target", REFUSALS)
-def test_the_compiler_refuses_float32(target):
+def test_the_compiler_rejects_float32(target):
   with pytest.raises(ValueError, match=REFUSALS[target]):
     chips.operands(target)
 

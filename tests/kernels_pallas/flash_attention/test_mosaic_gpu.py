@@ -271,7 +271,7 @@ def hopper_and_blackwell(hopper):
 @hopper_and_blackwell("one_block")
 @pytest.mark.usefixtures("watched")
 @pytest.mark.sample(2)
-def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
+def test_results_may_reuse_stationary_operands_memory(gpu, monkeypatch, config):
   """As if shared memory had no room for both."""
   how = ours(gpu, config)
 
@@ -286,7 +286,7 @@ def test_results_may_take_the_place_of_what_stays(gpu, monkeypatch, config):
 
 @hopper_and_blackwell("two_groups")
 @pytest.mark.sample(2)
-def test_padding_may_hold_anything(gpu, config):
+def test_padding_may_contain_nan(gpu, config):
   """NaN in padding, or where no tile is visited, reaches no result."""
   i, j = np.arange(T)[None], np.arange(S)[None]
   # Queries from 70 on see keys up to 29, except padding: by its segment
@@ -316,7 +316,7 @@ def test_padding_may_hold_anything(gpu, config):
     assert not np.any(np.where(dead, gradients[name], 0))
 
 
-def test_large_logits_only_move_the_log_sum_exp(gpu):
+def test_large_logits_only_shift_the_log_sum_exp(gpu):
   """Adds a constant to all logits whose exponential is inf or 0."""
   q, k, v = qkv(T=64, S=64, B=1)
   own = {"wgmma": "two_groups", "tcgen05": "blackwell"}
@@ -375,7 +375,7 @@ def test_partial_results_are_not_rounded(gpu, config):
   assert_no_rougher((o, *found[:3]), rough, exact, jnp.float16)
 
 
-def test_what_the_kernels_do_not_compute_is_refused():
+def test_unsupported_calls_raise():
   q, k, v = qkv()
   call = functools.partial(flash_attention, backend="mosaic_gpu")
   with pytest.raises(ValueError, match="dtype: found q float32.*xla_blockwise"):

@@ -79,7 +79,7 @@ def test_every_line_is_done_once(name, streamed):
     ("documents", (2, 24, 3, 1024, 64), 1.15),
   ],
 )
-def test_blocks_have_about_the_same_to_do(name, dims, share):
+def test_blocks_have_balanced_work(name, dims, share):
   """By tiles, against the lower bound: the mean, or one line."""
   found, work = lists(name, dims, 132)
   busy = [sum(work[b, i] for _, b, i in one) for one in found]
@@ -104,7 +104,7 @@ def test_a_head_is_finished_before_its_cache_is_needed(monkeypatch):
       assert costs == sorted(costs, reverse=True)
 
 
-def test_many_lines_are_dealt_in_turns(monkeypatch):
+def test_many_lines_are_assigned_round_robin(monkeypatch):
   monkeypatch.setattr(persistent, "MAX_BALANCED_LINES", 0)
   found, work = lists("causal", (1, 8, 8, 4096, 64), 132)
   assert sum(map(len, found)) == 8 * 32

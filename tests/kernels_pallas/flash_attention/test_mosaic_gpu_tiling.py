@@ -34,12 +34,12 @@ from tests.support_gpu import needs_kernels, needs_tcgen05
     ({"products": "none"}, "products"),
   ],
 )
-def test_bad_tiles_are_refused(bad, match):
+def test_invalid_tiles_raise(bad, match):
   with pytest.raises(ValueError, match=match):
     GpuTile(**bad)
 
 
-def test_bad_kernels_are_refused():
+def test_invalid_kernel_tiles_raise():
   with pytest.raises(ValueError, match="operand"):
     GpuTiles(operand="memory")
   with pytest.raises(ValueError, match="cores.*1 group"):
@@ -64,7 +64,7 @@ def test_bad_kernels_are_refused():
     ({"dkv": GpuTile(1, 64, (2, 1), height=128)}, r"\(2, 1\) of dkv"),
   ],
 )
-def test_bad_tiles_of_tensor_memory_are_refused(tiles, match):
+def test_invalid_tiles_of_tensor_memory_raise(tiles, match):
   tall = GpuTile(height=128)
   start = dict.fromkeys(("forward", "dkv", "dq"), tall) if tiles else {}
   with pytest.raises(ValueError, match=match):
@@ -74,7 +74,7 @@ def test_bad_tiles_of_tensor_memory_are_refused(tiles, match):
 
 
 @needs_tcgen05
-def test_sums_that_tensor_memory_does_not_hold_are_refused_by_name():
+def test_accumulators_that_exceed_tensor_memory_raise():
   q, k, v = (jnp.zeros((1, 64, 1, 256), jnp.bfloat16),) * 3
   tiles = for_head_dim(256, 256, "tcgen05")
   two = dataclasses.replace(tiles.forward, groups=2)
@@ -186,7 +186,7 @@ def test_tiles_fit_shared_memory(H, Hv, cores):
 
 
 @needs_kernels
-def test_tiles_that_do_not_fit_are_refused_by_name():
+def test_tiles_that_exceed_shared_memory_raise():
   q, k, v = (jnp.zeros((1, 64, 1, 256), jnp.bfloat16),) * 3
   tiles = for_head_dim(256, 256)
   call = functools.partial(flash_attention, q, k, v, backend="mosaic_gpu")

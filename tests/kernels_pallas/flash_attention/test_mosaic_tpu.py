@@ -148,7 +148,7 @@ def qkv(dtype=jnp.float32):
   )
 
 
-def test_tiles_do_not_matter_and_dropout_does_not_see_them():
+def test_results_and_dropout_do_not_depend_on_tiles():
   found = [
     quick(
       functools.partial(
@@ -161,7 +161,7 @@ def test_tiles_do_not_matter_and_dropout_does_not_see_them():
     chex.assert_trees_all_close(other, found[0], rtol=2e-5, atol=2e-5)
 
 
-def test_padding_may_hold_anything():
+def test_padding_may_contain_nan():
   """NaN in padding reaches neither outputs nor gradients."""
   queries = np.where(np.arange(T) < 9, 0, -1)[None].repeat(B, 0)
   keys = np.where(np.arange(S) < np.array([[5], [16]]), 0, -1)
@@ -202,7 +202,7 @@ def test_rounding_is_at_most_twice_that_of_plain_bfloat16():
   assert_no_rougher(found, in_low_precision(plain, *x), exact, jnp.bfloat16)
 
 
-def test_large_logits_only_move_the_log_sum_exp():
+def test_large_logits_only_shift_the_log_sum_exp():
   """Adds a constant to all logits whose exponential is inf or 0."""
   step = quick(functools.partial(run, mask=Mask.causal()))
   q, k, v = qkv()
@@ -225,7 +225,7 @@ def test_large_logits_only_move_the_log_sum_exp():
 
 @pytest.mark.parametrize("backward", ["split", "fused"])
 @pytest.mark.sample(2)
-def test_kernels_do_not_race_or_read_what_nobody_wrote(
+def test_kernels_do_not_race_or_read_uninitialized_memory(
   tpu_interpreter, backward
 ):
   """With memory full of NaN, and parallel grid steps in random order."""
@@ -248,7 +248,7 @@ def test_kernels_do_not_race_or_read_what_nobody_wrote(
   chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_no_feature_races_or_reads_what_nobody_wrote(tpu_interpreter):
+def test_no_feature_races_or_reads_uninitialized_memory(tpu_interpreter):
   """Segments, sinks, soft cap, dropout, and a bias with its own kernel."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
@@ -288,7 +288,7 @@ def test_tiles_are_fitted_with_little_padding(length):
     assert count * block - length < count * part
 
 
-def test_what_no_tpu_takes_is_refused():
+def test_calls_unsupported_on_tpus_raise():
   q, k, v = (x.astype(jnp.float16) for x in qkv())
   call = functools.partial(flash_attention, backend="mosaic_tpu")
   with pytest.raises(ValueError, match="expected bfloat16 or float32"):
@@ -322,7 +322,7 @@ def test_the_backend_is_that_of_the_platform_compiled_for():
   assert names == ["mosaic_tpu", "cpu", "xla_blockwise"]
 
 
-def test_each_device_runs_the_kernel_on_its_own_part():
+def test_each_device_runs_the_kernel_on_its_own_shard():
   q, k, v = (draw(2, T, n, 8, seed=n) for n in (4, 2, 2))
   options = {
     "backend": "mosaic_tpu",

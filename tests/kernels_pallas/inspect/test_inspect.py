@@ -59,12 +59,12 @@ def test_bodies_of_loops_count_as_often_as_they_run(dump):
 
 
 @pytest.mark.parametrize("trips", [(), (2, 3)])
-def test_unknown_loops_are_refused(dump, trips):
+def test_unknown_loops_raise(dump, trips):
   with pytest.raises(ValueError, match="found 1 loops"):
     schedule.read(dump, "kern", V5P, trips)
 
 
-def test_other_formats_are_refused(dump):
+def test_other_formats_raise(dump):
   with pytest.raises(ValueError, match="found 0 files"):
     schedule.read(dump, "other", V5P)
   path = next(dump.glob("*72-final_bundles.txt"))
@@ -115,19 +115,19 @@ def test_work_must_be_that_of_the_matmuls(key):
    "JaxError: bad tile"),
   ("killed\n", "killed"),
 ])  # fmt: skip
-def test_refusals_are_told_in_a_sentence(errors, reason):
+def test_compiler_errors_are_summarized(errors, reason):
   found = build._reason(errors)
   assert reason in found and "simplicity" not in found
 
 
-def test_the_picture_is_a_picture(dump, tmp_path):
+def test_the_picture_is_a_valid_image(dump, tmp_path):
   picture.draw(
     [schedule.read(dump, "kern", V5P, (5,))], tmp_path / "schedule.png"
   )
   assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_libtpu_it_says_so(monkeypatch, capsys):
+def test_missing_libtpu_is_reported(monkeypatch, capsys):
   monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
   assert command.main(["--target=v5p"]) == 1
   assert "libtpu is not installed" in capsys.readouterr().err
@@ -135,7 +135,7 @@ def test_without_libtpu_it_says_so(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [[], ["--target=v9"], [
     "--target=v5p", "--blocks=1,2"]])  # fmt: skip
-def test_bad_arguments_are_refused(monkeypatch, arguments):
+def test_invalid_arguments_raise(monkeypatch, arguments):
   monkeypatch.setattr(build, "missing", lambda: None)
   with pytest.raises(SystemExit):
     command.main(arguments)

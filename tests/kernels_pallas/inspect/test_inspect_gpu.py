@@ -77,7 +77,7 @@ def test_a_descriptor_says_how_large_a_matmul_is(dump):
   assert found.loop["tcgen05"] == 1 and found.flops == 2 * 128 * 64 * 16
 
 
-def test_other_formats_are_refused(dump):
+def test_other_formats_raise(dump):
   (dump / "k_0.ptxas").write_text("nothing")
   with pytest.raises(ValueError, match="another format"):
     ptx.read(dump)
@@ -86,7 +86,7 @@ def test_other_formats_are_refused(dump):
     ptx.read(dump)
 
 
-def test_without_the_compiler_it_says_so(monkeypatch, capsys):
+def test_a_missing_compiler_is_reported(monkeypatch, capsys):
   monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
   assert command.main(["--target=h100"]) == 1
   assert "jax-cuda13-pjrt is not installed" in capsys.readouterr().err
@@ -222,7 +222,7 @@ def test_eight_intervals_spill_nothing(target, direction, head_dim):
     assert kernel.spills == 0, kernel.name
 
 
-def test_features_are_named(capsys):
+def test_unknown_features_are_reported(capsys):
   job = gpu._parser().parse_args(["--features=everything"])
   assert job.features == gpu.FEATURES
   job = gpu._parser().parse_args(["--features=sinks,window"])

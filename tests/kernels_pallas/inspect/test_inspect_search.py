@@ -71,7 +71,7 @@ def test_nothing_compiles(monkeypatch):
   [("forward", "fused", "forward"), ("backward", "fused", "dkv"),
    ("backward", "split", "dq")],
 )  # fmt: skip
-def test_what_is_written_is_read(
+def test_written_tiles_are_read(
   tmp_path, monkeypatch, direction, backward, name
 ):
   path = tmp_path / "tiles.json"
@@ -126,9 +126,7 @@ def test_larger_head_dims_have_smaller_tiles():
   assert at(512).q * at(512).kv * 4 == at(256).q * at(256).kv
 
 
-def test_the_command_searches_and_says_where_it_wrote(
-  tried, monkeypatch, capsys
-):
+def test_the_command_searches_and_prints_the_path(tried, monkeypatch, capsys):
   written = []
   monkeypatch.setattr(search, "write_table", written.append)
   assert command.main(["--target=v5p", "--search"]) == 0
@@ -152,7 +150,7 @@ def test_the_bench_has_all_rows_that_compile_and_compares_fairly(tried, capsys):
   assert len(lines) == 2 and all(line.count("|") == 13 for line in lines)
 
 
-def test_a_reference_that_is_not_installed_is_named(monkeypatch, capsys):
+def test_a_missing_reference_is_reported(monkeypatch, capsys):
   monkeypatch.setattr(
     build.importlib.util, "find_spec", lambda name: name != "tokamax" or None
   )

@@ -132,7 +132,7 @@ def _case(request):
   return build(), exact, queries, keys
 
 
-def test_intervals_and_segments_are_the_mask(case):
+def test_intervals_and_segments_equal_the_mask(case):
   mask, _, queries, keys = case
   bounds, places, both = jax.device_get(rows_of(mask, queries, keys))
   k = np.arange(keys)[None] if places is None else places
@@ -174,7 +174,7 @@ def test_tiles_are_classified_by_their_pairs(case, block):
 
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.sample(2, 1)
-def test_tables_list_what_is_not_empty(case, axis):
+def test_tables_list_the_non_empty_tiles(case, axis):
   mask, _, queries, keys = case
   found = lines_of(mask, queries, keys, axis)
   lines, table, wide = jax.device_get(found)
@@ -201,14 +201,14 @@ def test_the_block_diffusion_mask_skips_three_quarters():
   assert 0.71 < (found == EMPTY).mean() < 0.73
 
 
-def test_packed_documents_take_tiles_away():
+def test_packed_documents_remove_tiles():
   segment = jnp.repeat(jnp.arange(4), 8)[None]
   rows = intervals.mask_intervals(Mask.causal(segments=segment), 32, 32)
   found = np.asarray(intervals.tile_classes(rows, 32, 32, 8, 8))
   np.testing.assert_array_equal(found[0], np.eye(4))
 
 
-def test_a_window_over_block_diffusion_is_refused():
+def test_a_window_with_block_diffusion_raises():
   mask = dataclasses.replace(Mask.block_diffusion(4, 2), window=(1, None))
   with pytest.raises(ValueError, match="expected none"):
     intervals.mask_intervals(mask, 8, 8)
@@ -216,7 +216,7 @@ def test_a_window_over_block_diffusion_is_refused():
 
 @pytest.mark.parametrize("window", [(None, None), (30, 9)])
 @pytest.mark.parametrize("given", [False, True])
-def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
+def test_a_function_with_many_intervals_is_bounded_inexactly(window, given):
   """Every other key: 20 intervals. By index its tiles are still exact."""
   at = (jnp.arange(T)[None], jnp.arange(S)[None]) if given else (None, None)
   mask = Mask.where(
@@ -236,7 +236,7 @@ def test_a_function_of_many_intervals_is_bounded_and_not_listed(window, given):
     intervals.tile_arrays(found)
 
 
-def test_a_function_is_asked_by_parts(monkeypatch):
+def test_a_function_is_evaluated_in_chunks(monkeypatch):
   """In chunks of 3 queries, the last of 2, the same intervals and counts."""
 
   def own(q, k):  # asked anew, since runs are kept by function
@@ -269,7 +269,7 @@ def test_intervals_are_counted_inside_the_window(given):
   assert found.inexact_mask is None and found.bounds.shape[1] == 2 * 3
 
 
-def test_a_function_is_asked_once():
+def test_a_function_is_evaluated_once():
   calls = []
 
   def counted(q, k):
@@ -284,7 +284,7 @@ def test_a_function_is_asked_once():
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_a_function_may_say_the_same_of_all(value):
+def test_a_function_may_be_constant(value):
   mask = Mask.where(lambda q, k: value)
   kind = FULL if value else EMPTY
   found = intervals.tile_classes(

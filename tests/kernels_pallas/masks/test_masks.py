@@ -129,7 +129,7 @@ def test_visible_is_the_definition_and_tiles_are_its_parts(name, mask, T, S):
 
 
 @pytest.mark.parametrize(("name", "mask", "T", "S"), ALL, ids=IDS)
-def test_static_bounds_hold_whatever_is_visible(name, mask, T, S):
+def test_static_bounds_enclose_the_visible_keys(name, mask, T, S):
   expected = table(mask, T, S)
   for start, stop in itertools.combinations(range(T + 1), 2):
     lo, hi = mask.key_range(start, stop, T, S)
@@ -178,7 +178,7 @@ def test_block_diffusion_is_the_published_picture():
   np.testing.assert_array_equal(found[0], expected)
 
 
-def test_padding_hides_what_was_added_and_nothing_else():
+def test_padding_is_hidden_and_nothing_else():
   mask = MASKS["causal_positions"]
   grown = mask.padded(1, 2).visible(T, S, (0, T + 1), (0, S + 2))
   expected = np.pad(table(mask, T, S), ((0, 0), (0, 1), (0, 2)))
@@ -240,6 +240,6 @@ def closes_over(x):
     (lambda: jax.jit(closes_over)(jnp.arange(4)), "it closes over an array"),
   ],
 )
-def test_bad_masks_say_what_is_wrong(make, message):
+def test_invalid_masks_raise(make, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     make()

@@ -134,7 +134,7 @@ def error(case, text, **how):
 @pytest.mark.parametrize(
   ("name", "splits"), [("ring", 1), ("runs", 2), ("gradient_runs", 2)]
 )
-def test_rings_are_filled_again(name, splits):
+def test_ring_buffers_are_refilled(name, splits):
   p, t, _ = chips.planned(SMALL[name])
   assert p.steps // t.splits + (p.steps > t.stages) > t.stages
   assert t.splits == splits
@@ -156,7 +156,7 @@ def test_the_instructions_compute_the_product(name, late):
     (r"cp\.async\.wait_group.*", True),
   ],
 )
-def test_a_wait_that_is_left_out_is_seen(instruction, late):
+def test_a_missing_wait_is_detected(instruction, late):
   """Immediate copies are too early for pending readers, late ones too late."""
   case = SMALL["ring"]
   text, count = re.subn(instruction + ";", "", measure(case)[1])

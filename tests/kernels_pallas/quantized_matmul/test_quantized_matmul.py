@@ -137,7 +137,7 @@ def test_the_input_gradient(kind, backend):
   assert np.all(np.abs(np.float64(dx) - want) <= slack)
 
 
-def test_the_backward_pass_keeps_packed_weights_alone():
+def test_the_backward_pass_saves_only_packed_weights():
   w = panels.pack(np.zeros((256, 512), np.int8), np.ones((8, 512), np.float32))
   x = jnp.ones((3, 256))
 
@@ -150,7 +150,7 @@ def test_the_backward_pass_keeps_packed_weights_alone():
   assert kept <= sum(part.nbytes for part in jax.tree.leaves(w))
 
 
-def test_large_matrices_are_decoded_piece_by_piece():
+def test_large_matrices_are_decoded_in_chunks():
   codes = np.random.default_rng(0).integers(0, 16, (64, 40_000), np.uint8)
   w = panels.pack(codes, np.ones((2, 40_000), np.float16))
   x = jnp.ones((1, 64))
@@ -163,7 +163,7 @@ def test_large_matrices_are_decoded_piece_by_piece():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_shows(value):
+def test_nonfinite_values_propagate(value):
   w, _ = case("affine")
   x = inputs_of("affine", 2).at[1, 7].set(value)
   for isa in ("auto", "portable"):
@@ -182,7 +182,7 @@ def test_activations_of_any_size():
   assert np.all(np.abs(got - want) <= bound(x, matrix) + 1e-29)
 
 
-def test_it_batches_and_takes_no_rows():
+def test_batching_and_empty_inputs():
   w, _ = case("affine")
   x = inputs_of("affine", 6)
   apart = jax.vmap(lambda x: api.quantized_matmul(x, w, backend="cpu"))(
@@ -204,7 +204,7 @@ def test_it_batches_and_takes_no_rows():
     (dict(x="float16", backend="cpu"), "found float16"),
   ],
 )
-def test_products_that_do_not_fit_are_refused(change, message):
+def test_mismatched_products_raise(change, message):
   w, _ = case("affine")
   x = inputs_of("affine", 2, change.get("x", np.float32))
   if "inputs" in change:

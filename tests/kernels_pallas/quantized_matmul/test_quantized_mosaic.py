@@ -154,7 +154,7 @@ def test_the_input_gradient(kind, dtype):
   assert np.all(off <= bound(kind, dy, want, True, transposed=True))
 
 
-def test_the_backward_pass_keeps_packed_weights_alone():
+def test_the_backward_pass_saves_only_packed_weights():
   w, _, _ = case("signed")
   x = draw(3, w.inputs)
 
@@ -233,7 +233,7 @@ def test_every_backend_agrees(kind, backend, activations):
     (dict(x=draw(2, 7)), r"found x \(2, 7\)"),
   ],
 )
-def test_calls_that_do_not_fit_are_refused(change, message):
+def test_mismatched_calls_raise(change, message):
   w, _, _ = case("signed")
   arguments = dict(x=draw(2, 260), w=w) | change
   with pytest.raises(ValueError, match=message):
@@ -243,7 +243,7 @@ def test_calls_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize(
   ("kind", "most"), [("affine", 999), ("nf4", 0), ("int8, channels", 999)]
 )
-def test_kernels_do_not_race_or_read_what_nobody_wrote(
+def test_kernels_do_not_race_or_read_uninitialized_memory(
   tpu_interpreter, kind, most
 ):
   """With memory full of NaN, and parallel grid steps in random order."""
@@ -274,7 +274,7 @@ def test_tiles_cover_with_little_padding(size):
 
 
 @pytest.mark.parametrize("group", [128, 384, 640, 2048])
-def test_steps_and_groups_hold_each_other(group):
+def test_steps_and_groups_divide_each_other(group):
   codes = np.zeros((3840, 128), np.int8)
   w = planar.pack(codes, np.ones((-(-3840 // group), 128), "f4"), group=group)
   p = prepare(w, Tile(8, 512, 128))
@@ -282,7 +282,7 @@ def test_steps_and_groups_hold_each_other(group):
   assert p.tile.inputs * p.steps[0] >= 3840
 
 
-def test_what_no_tpu_takes_is_refused():
+def test_calls_unsupported_on_tpus_raise():
   w, _, _ = case("signed")
   with pytest.raises(ValueError, match="expected bfloat16 or float32"):
     run(draw(2, 260, dtype=np.float16), w)

@@ -160,7 +160,7 @@ def test_codebooks_are_looked_up(gpu, kernel, gradient, scales):
 @pytest.mark.parametrize(
   "tile", [Tile(128, 1, 2, operand="shared"), Tile(80, 1, 2, cores="mma")]
 )
-def test_many_rows_leave_in_parts_and_matrices_are_padded(gpu, tile):
+def test_many_rows_are_stored_in_parts_and_matrices_are_padded(gpu, tile):
   """The last tile of rows is partial, as are inputs and outputs."""
   w = packed(4, 64, inputs=200, outputs=70)
   tile, x, dy = sized(gpu, tile), draw(130, 200), draw(130, 70)
@@ -324,7 +324,7 @@ def test_programs_for_gpus_call_the_kernels(device, few, many):
 @pytest.mark.parametrize("kind", ["NVIDIA A100", "NVIDIA H100", "NVIDIA B200"])
 @pytest.mark.parametrize(("bits", "codes"), [(4, None), (8, None), (8, "int8")])
 @pytest.mark.cover(1)
-def test_a_part_on_each_device_has_the_kernels(kind, bits, codes):
+def test_kernels_run_on_each_devices_shard(kind, bits, codes):
   """Under a `shard_map`, where results differ between devices."""
   device = jax.sharding.AbstractDevice(kind, None, platform="gpu")
   mesh = jax.sharding.AbstractMesh(
@@ -348,14 +348,14 @@ def test_a_part_on_each_device_has_the_kernels(kind, bits, codes):
   assert "mosaic_gpu" in lowered.as_text()
 
 
-def test_no_rows_are_no_rows():
+def test_zero_rows_give_zero_rows():
   w, x = packed(8, 256), jnp.zeros((0, I), jnp.float16)
   for codes in (None, jnp.int8):
     assert mosaic_gpu.product(x, w, activations=codes).shape == (0, O)
   assert mosaic_gpu.input_gradient(x[:, :O], w).shape == (0, I)
 
 
-def test_what_the_kernels_do_not_compute_is_refused():
+def test_unsupported_calls_raise():
   w, x = packed(4, 64), jnp.zeros((2, I), jnp.float16)
   call = functools.partial(quantized_matmul, backend="mosaic_gpu")
   with pytest.raises(ValueError, match="x: found float32, expected bfloat16"):
@@ -397,6 +397,6 @@ def test_what_the_kernels_do_not_compute_is_refused():
     ({"cores": "mma", "rows": 16, "operand": "shared"}, "takes registers"),
   ],
 )
-def test_bad_tiles_are_refused(bad, match):
+def test_invalid_tiles_raise(bad, match):
   with pytest.raises(ValueError, match=match):
     Tile(**bad)

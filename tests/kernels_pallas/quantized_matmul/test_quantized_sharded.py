@@ -62,7 +62,7 @@ def on_a_device(product, x, w):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("way", ["by XLA", "shard_map"])
-def test_sums_alone_are_sent(mesh, way, bits):
+def test_only_sums_are_communicated(mesh, way, bits):
   """Of the result over the inputs, of the gradient over the outputs."""
   x, w, expected = problem(bits, mesh)
   f = functools.partial(both, quantized_matmul)
@@ -91,7 +91,7 @@ def test_sums_alone_are_sent(mesh, way, bits):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_kernel_multiplies_parts(mesh, bits):
+def test_the_kernel_multiplies_shards(mesh, bits):
   x, w, (expected, _) = problem(bits, mesh)
   tile = Tile(16, 128, 128)
   product = functools.partial(

@@ -65,7 +65,7 @@ def some(seed=0):
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
-def test_what_an_empty_partial_holds_has_no_part(garbage):
+def test_the_contents_of_an_empty_partial_do_not_matter(garbage):
   o, lse = some()
   empty = jnp.isneginf(lse).swapaxes(2, 3)[..., None]
 
@@ -82,7 +82,7 @@ def test_what_an_empty_partial_holds_has_no_part(garbage):
   assert not jnp.where(jnp.isneginf(lse), dlse, 0).any()
 
 
-def test_order_and_grouping_do_not_matter_and_nothing_is_nothing():
+def test_order_and_grouping_do_not_matter():
   o, lse = some()
   whole = combine(tuple(o), tuple(lse))
   turned = combine(tuple(o[::-1]), tuple(lse[::-1]))

@@ -55,7 +55,7 @@ FACTORS = {
 
 
 @pytest.mark.parametrize("row", cases(FACTORS))
-def test_is_one_devices(row):
+def test_agrees_with_one_device(row):
   choice = {name: FACTORS[name][value] for name, value in row.items()}
   x = support.operands(choice["heads"])
   x = {name: y for name, y in x.items() if name not in choice["without"]}
@@ -101,7 +101,7 @@ def test_tpu_kernels(way):
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_bfloat16_loses_no_more_than_twice_what_one_device_loses():
+def test_bfloat16_error_is_at_most_twice_that_of_one_device():
   exact = support.operands()
   x = {name: y.astype(jnp.bfloat16) for name, y in exact.items()}
   x["dlse"] = x["dlse"].astype(jnp.float32)
@@ -126,7 +126,7 @@ def test_bfloat16_loses_no_more_than_twice_what_one_device_loses():
     assert error <= 2 * theirs[name] + 1e-6, (name, ours, theirs)
 
 
-def test_only_shards_travel_and_nothing_is_whole():
+def test_only_shards_are_communicated():
   length = 88  # no other size
   x = support.operands(dtype=jnp.float32, length=length)
   done, found = support.program(support.ROWS, support.RING, x)
@@ -223,7 +223,7 @@ def test_zigzag_order_on_the_host_and_by_two_exchanges(n):
   chex.assert_trees_all_equal(back, x)
 
 
-def test_what_a_ring_cannot_do_is_refused():
+def test_calls_unsupported_by_a_ring_raise():
   x = support.operands()
   cut = jax.P(None, "along")
 
@@ -254,7 +254,7 @@ def test_what_a_ring_cannot_do_is_refused():
     zigzag.zigzag(30, 4)
 
 
-def test_block_diffusion_and_decoding_keep_queries_whole_or_keys_whole():
+def test_block_diffusion_and_decoding_do_not_shard_tokens():
   """If tokens cannot be sharded, all devices compute the same."""
   x = support.operands()
   del x["sinks"]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.chips
     ("ulysses", {"all-to-all"}),
   ],
 )
-def test_both_directions_compile_and_talk_in_one_way(way, expected):
+def test_both_directions_compile_with_one_kind_of_collective(way, expected):
   devices = np.asarray(chips.topology("v5e:2x2").devices)
   mesh = jax.sharding.Mesh(
     devices, ("along",), axis_types=(jax.sharding.AxisType.Auto,)

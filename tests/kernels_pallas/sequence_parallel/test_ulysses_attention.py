@@ -19,7 +19,7 @@ def float64():
 
 
 @pytest.mark.parametrize("heads", [(8, 4, 4, 4), (12, 6, 4, 4), (4, 1, 4, 4)])
-def test_key_heads_that_devices_divide_share_or_neither(heads):
+def test_key_heads_of_any_number(heads):
   x = support.operands(heads)
   mask = Mask.causal(segments=(support.documents(1), support.documents(2)))
   expected = support.alone(mask, x)
@@ -27,7 +27,7 @@ def test_key_heads_that_devices_divide_share_or_neither(heads):
   chex.assert_trees_all_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_block_diffusion_is_as_good_as_any_mask():
+def test_block_diffusion():
   x = support.operands((4, 4, 4, 4))
   mask = Mask.block_diffusion(T // 2, 4, segments=support.documents(3))
   expected = support.alone(mask, x)
@@ -52,7 +52,7 @@ def test_tpu_kernels():
   chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_heads_are_exchanged_and_nothing_else():
+def test_only_heads_are_exchanged():
   x = support.operands((4, 4, 4, 4), jnp.float32)
   _, found = support.program(support.ROWS, support.ULYSSES, x)
   assert {c.kind for c in found} == {"all-to-all"}
@@ -64,7 +64,7 @@ def test_heads_are_exchanged_and_nothing_else():
   assert set(pieces) == {((1, T // 4, 1, 4),) * 4, ((1, 1, T // 4),) * 4}
 
 
-def test_query_heads_that_devices_do_not_divide_are_refused():
+def test_indivisible_query_heads_raise():
   x = support.operands((6, 2, 4, 4))
   with pytest.raises(ValueError, match="6 query heads over 4 devices"):
     support.shared(Mask.causal(), x, support.ROWS, support.ULYSSES)
