@@ -278,10 +278,10 @@ def test_results_do_not_depend_on_blocks():
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (dict(dtype="float16"), "compute in float16.*backend='xla'"),
+    (dict(dtype="float16"), "not support float16.*backend='xla'"),
     (dict(dims=(16, 8)), "whole 16s, found 8"),
     (dict(k="bfloat16"), "one dtype, found float32 and bfloat16"),
-    (dict(precision="F64_F64_F64"), "no precision 'F64_F64_F64'"),
+    (dict(precision="F64_F64_F64"), "not support precision 'F64_F64_F64'"),
   ],
 )
 def test_unsupported_calls_raise(change, message):

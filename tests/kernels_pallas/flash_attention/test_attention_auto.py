@@ -118,7 +118,7 @@ EVERY_OTHER = Mask.where(lambda q, k: (q - k) % 2 == 0)
     ("cuda", "pad T to 64", shapes(T=63), {}),
     ("cuda", "bias", shapes(), {"bias": jnp.zeros((T, T))}),
     ("cuda", "precision", shapes(), {"precision": "highest"}),
-    ("cuda", "at most 256, found 320", shapes(H=320), {}),
+    ("cuda", "up to 256, found 320", shapes(H=320), {}),
     ("tpu", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
     ("cuda", "more than 8 intervals", shapes(), {"mask": EVERY_OTHER}),
   ],

@@ -228,7 +228,7 @@ def closes_over(x):
     (lambda: Mask(kind="diagonal").visible(2, 2), "diagonal"),
     (lambda: Mask.where(lambda q, k: q - k).visible(2, 2), "found int32"),
     (lambda: Mask.where(lambda q, k: 1).visible(2, 2), "found int of shape"),
-    (lambda: jax.jit(in_numpy)(jnp.int32(0)), "in a NumPy array"),
+    (lambda: jax.jit(in_numpy)(jnp.int32(0)), "indexes a NumPy array"),
     (
       lambda: Mask.where(lambda q, k: q.ravel() > 0).visible(2, 3),
       "expected bool that broadcasts to (1, 2, 3)",
