@@ -1,7 +1,7 @@
 """Baselines: third-party kernels of the same calls, timed next to ours.
 
-Each is imported when it is called: kernels that are not installed, or refuse
-the call, report that in their own column.
+Each is imported when it is called: kernels that are not installed, or do not
+support the call, report that in their own column.
 """
 
 import functools
@@ -51,7 +51,7 @@ def _jax_nn(row: Any, implementation: str):
 
 def _jax_mgpu(row: Any):
   """JAX's own kernel: it requires scale 1 and float16, and has no causal
-  backward pass. Its CUDA version check is not bypassed: it may refuse."""
+  backward pass. Its CUDA version check is not bypassed, so it may raise."""
   from jax.experimental.pallas.ops.gpu import attention_mgpu
 
   if row.causal and row.direction == "backward":

@@ -82,8 +82,8 @@ class Library:
         os.replace(new, made)
     except subprocess.CalledProcessError as error:
       lines = error.stderr.decode("utf-8", "replace").splitlines()
-      said = next((line for line in lines if "error" in line), "no message")
-      raise LibraryUnavailable(f"{cxx} failed: {said[:200]}") from error
+      message = next((line for line in lines if "error" in line), "no message")
+      raise LibraryUnavailable(f"{cxx} failed: {message[:200]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
       raise LibraryUnavailable(f"{cxx}: {error}") from error
     return made

@@ -106,11 +106,11 @@ def decode_attention(
       f"decode_attention: found {shapes}, lengths {lengths.shape}; expected "
       "one B"
     )
-  held = works.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
+  storage = works.Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
   spec = _spec(H, scale, softcap, window, precision)
   rows = ragged.make_rows(B, None, lengths, None, k.shape[:2])
   return _run(
-    spec, q, held, rows, sinks, return_lse, backend, blocks, interpret
+    spec, q, storage, rows, sinks, return_lse, backend, blocks, interpret
   )
 
 
@@ -179,10 +179,10 @@ def paged_attention(
   )
 
 
-def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
+def _run(spec, q, storage, rows, sinks, return_lse, backend, blocks, interpret):
   """Checks what both functions share, and runs a backend."""
   T, N, H = q.shape
-  K, Hk, _ = works.head_sizes(held)
+  K, Hk, _ = works.head_sizes(storage)
   if N % K or Hk != H:
     raise ValueError(
       f"decoding: found q {q.shape} for {K} key heads of dim {Hk}; expected "
@@ -200,10 +200,10 @@ def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
     )
   if backend == "auto":
     attend = functools.partial(_attend, spec, blocks, None)
-    o, lse = resolve_auto(attend, q, held, rows, spec.precision)
+    o, lse = resolve_auto(attend, q, storage, rows, spec.precision)
   else:
     o, lse = _attend(
-      spec, blocks, interpret, backend, program_device(), q, held, rows
+      spec, blocks, interpret, backend, program_device(), q, storage, rows
     )
   if sinks is not None:
     o, lse = add_sinks(o, lse, sinks)
@@ -211,16 +211,16 @@ def _run(spec, q, held, rows, sinks, return_lse, backend, blocks, interpret):
   return (o, lse) if return_lse else o
 
 
-def _attend(spec, blocks, interpret, backend, place, q, held, rows):
+def _attend(spec, blocks, interpret, backend, place, q, storage, rows):
   """Runs a backend, without sinks, in the accumulator dtype."""
   if backend == "reference":
-    return _reference(spec, q, held, rows)
+    return _reference(spec, q, storage, rows)
   if backend == "cpu":
-    return cpu_decode(spec, q, held, rows.kv_lens)
+    return cpu_decode(spec, q, storage, rows.kv_lens)
   if backend == "mosaic_gpu":
-    _check_for_gpu(spec, q, held)
-  blocks = _blocks(blocks, backend, place, q, held, rows)
-  p, tiling = works.prepare(spec, blocks, q, held, rows)
+    _check_for_gpu(spec, q, storage)
+  blocks = _blocks(blocks, backend, place, q, storage, rows)
+  p, tiling = works.prepare(spec, blocks, q, storage, rows)
   decode = xla_decode
   if backend == "mosaic_gpu":
     decode = functools.partial(mosaic_gpu_decode, interpret=interpret)
@@ -230,12 +230,12 @@ def _attend(spec, blocks, interpret, backend, place, q, held, rows):
   return works.combine_splits(p, tiling, rows, q.shape[0], *decode(p))
 
 
-def _reference(spec, q, held, rows):
+def _reference(spec, q, storage, rows):
   dtype = accumulator(q.dtype)
   if rows.table is None:
-    k, v = (x.swapaxes(1, 2).astype(dtype) for x in (held.k, held.v))
+    k, v = (x.swapaxes(1, 2).astype(dtype) for x in (storage.k, storage.v))
   else:
-    k, v = paging.gather_pages(held, rows.table, dtype)
+    k, v = paging.gather_pages(storage, rows.table, dtype)
   return reference_decode(
     spec, q, k, v, *ragged.token_positions(rows, q.shape[0])
   )
@@ -262,13 +262,13 @@ def _spec(H, scale, softcap, window, precision) -> Spec:
   return Spec(scale, softcap, window, precision)
 
 
-def _check_for_gpu(spec, q, held) -> None:
-  reason = unsupported("", q.dtype, held, spec.precision)
+def _check_for_gpu(spec, q, storage) -> None:
+  reason = unsupported("", q.dtype, storage, spec.precision)
   if reason is not None:
     raise ValueError(f"mosaic_gpu: {reason}; backend='xla' takes it")
 
 
-def _blocks(blocks: Blocks | None, backend, place, q, held, rows) -> Blocks:
+def _blocks(blocks: Blocks | None, backend, place, q, storage, rows) -> Blocks:
   """Returns the requested sizes, with defaults for the device."""
   (platform, kind), blocks = place, blocks or Blocks()
   splits = 2 if platform == "tpu" and kind in TWO_CORES else 1
@@ -276,9 +276,9 @@ def _blocks(blocks: Blocks | None, backend, place, q, held, rows) -> Blocks:
     # The kernel splits keys into any runs: small blocks make equal runs.
     blocks = dataclasses.replace(blocks, keys=min(blocks.keys, KEYS))
     width = 1 if rows.table is None else rows.table.shape[1]
-    K, tokens = works.head_sizes(held)[0], q.shape[0]
+    K, tokens = works.head_sizes(storage)[0], q.shape[0]
     each = works.queries_per_item(blocks, tokens, q.shape[1] // K, rows)
-    splits = splits_for(K * -(-tokens // each), held.size * width)
+    splits = splits_for(K * -(-tokens // each), storage.size * width)
   if blocks.splits is None:
     blocks = dataclasses.replace(blocks, splits=splits)
   return blocks

@@ -30,7 +30,7 @@ PLATFORMS = ("tpu", "cuda", "cpu")
 
 
 def choose(
-  dtype: Any, size: int | None = None, held: Cache | Pages | None = None
+  dtype: Any, size: int | None = None, storage: Cache | Pages | None = None
 ) -> tuple[str, str]:
   """Returns the backend that 'auto' takes for such calls, and the reason.
 
@@ -40,36 +40,36 @@ def choose(
   Args:
     dtype: Dtype of the queries.
     size: Tokens per row of the cache; None for pages, whose size must fit.
-    held: Keys and values, or their shapes; None assumes head dims and dtypes
+    storage: Keys and values, or their shapes; None assumes head dims and dtypes
       that the device's kernel supports.
   """
   return _without_compiler(
-    *_choose_for_device(target_platform.program_device(), dtype, size, held)
+    *_choose_for_device(target_platform.program_device(), dtype, size, storage)
   )
 
 
 def resolve_auto(
-  attend: Callable[..., Any], q: Any, held: Cache | Pages, rows: RaggedRows,
+  attend: Callable[..., Any], q: Any, storage: Cache | Pages, rows: RaggedRows,
   precision: Any,
 ) -> Any:  # fmt: skip
-  """Calls `attend(backend, place, q, held, rows)` with the right backend.
+  """Calls `attend(backend, place, q, storage, rows)` with the right backend.
 
   Args:
     attend: Runs a backend on a device, (platform, kind).
     q: Queries.
-    held: Keys and values.
+    storage: Keys and values.
     rows: The rows that the tokens belong to.
     precision: Precision of the matmuls.
   """
-  size = held.size if rows.table is None else None
+  size = storage.size if rows.table is None else None
 
   def choice(place):
     if place[0] == "cpu" and target_platform.may_be_sharded():
       return "xla", "XLA would gather what a mesh cuts; a shard_map would not"
-    return _choose_for_device(place, q.dtype, size, held, precision)
+    return _choose_for_device(place, q.dtype, size, storage, precision)
 
   known = target_platform.mesh_device()
-  arrays = jax.tree.leaves((q, vars(held), vars(rows)))
+  arrays = jax.tree.leaves((q, vars(storage), vars(rows)))
   if known is None and not any(isinstance(x, jax.core.Tracer) for x in arrays):
     # Not traced: the call runs now, on the device of its arrays.
     known = target_platform.device_of_arrays(arrays)
@@ -77,15 +77,15 @@ def resolve_auto(
   if known is not None and known[0] != "cpu":
     backend, why = choice(known)
     target_platform.log_choice("decoding", known[0], backend, why)
-    return attend(backend, known, q, held, rows)
+    return attend(backend, known, q, storage, rows)
   places = {
     name: (name, target_platform.device_kind(name)) for name in PLATFORMS
   }
   found = {name: choice(place) for name, place in places.items()}
 
   def runs(backend, place):
-    def run(q, held, rows):
-      whole = held if isinstance(held, Pages) else Cache(*held)
+    def run(q, storage, rows):
+      whole = storage if isinstance(storage, Pages) else Cache(*storage)
       return attend(
         _without_compiler(backend)[0], place, q, whole, RaggedRows(*rows)
       )
@@ -106,7 +106,7 @@ def resolve_auto(
       if backend != "xla"
     },
     q,
-    (held.k, held.v) if isinstance(held, Cache) else held,
+    (storage.k, storage.v) if isinstance(storage, Cache) else storage,
     (rows.table, rows.kv_lens, rows.starts),
     on_lowering=on_lowering,
   )
@@ -120,18 +120,18 @@ def _without_compiler(name: str, why: str = "") -> tuple[str, str]:
 
 
 def _choose_for_device(
-  place, dtype, size, held=None, precision=None
+  place, dtype, size, storage=None, precision=None
 ) -> tuple[str, str]:
   platform, kind = place
   if platform in ("cuda", "gpu"):
-    reason = unsupported(kind, dtype, held, precision)
+    reason = unsupported(kind, dtype, storage, precision)
     if reason is not None:
       return "xla", reason
     return "mosaic_gpu", f"the program is for {kind}"
   if platform == "cpu":
     if size is None:
       return "xla", cpu.NO_PAGES
-    reason = cpu.unsupported(dtype, held, precision)
+    reason = cpu.unsupported(dtype, storage, precision)
     return ("xla", reason) if reason else ("cpu", "the program is for a CPU")
   if platform != "tpu":
     return "xla", f"there is no kernel for platform {platform} yet"

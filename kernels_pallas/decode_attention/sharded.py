@@ -77,7 +77,7 @@ def sharded_decode_attention(
 
 def sharded_paged_attention(
   q: Float[Array, "T N H"],
-  held: Pages,
+  storage: Pages,
   table: Int[Array, "R W"],
   kv_lens: Int[Array, " R"],
   cu_q_lens: Int[Array, " R1"] | None = None,
@@ -91,7 +91,7 @@ def sharded_paged_attention(
 
   Args:
     q: Queries.
-    held: The pages.
+    storage: The pages.
     table: Pages of each row.
     kv_lens: Tokens of each row.
     cu_q_lens: Where each row's queries start; None if rows are sharded, which
@@ -105,12 +105,12 @@ def sharded_paged_attention(
     ValueError: As in `paged_attention`; the axes do not divide rows or heads.
   """
   window = options.get("window")
-  _check(sharding, held, q.shape[0], table, kv_lens, cu_q_lens, window)
+  _check(sharding, storage, q.shape[0], table, kv_lens, cu_q_lens, window)
 
-  def local(q, held, table, kv_lens, cu_q_lens, sinks):
+  def local(q, storage, table, kv_lens, cu_q_lens, sinks):
     return api.paged_attention(
       q,
-      held,
+      storage,
       table,
       kv_lens,
       cu_q_lens,
@@ -122,13 +122,20 @@ def sharded_paged_attention(
   own, rows = P(sharding.rows, sharding.heads), P(sharding.rows)
   return _map(
     local,
-    in_specs=(own, _specs(held, sharding), rows, rows, P(), P(sharding.heads)),
+    in_specs=(
+      own,
+      _specs(storage, sharding),
+      rows,
+      rows,
+      P(),
+      P(sharding.heads),
+    ),
     out_specs=(own, own) if return_lse else own,
-  )(q, held, table, kv_lens, cu_q_lens, sinks)
+  )(q, storage, table, kv_lens, cu_q_lens, sinks)
 
 
 def sharded_append_to_pages(
-  held: Pages,
+  storage: Pages,
   k: Float[Array, "T K H"],
   v: Float[Array, "T K Hv"],
   table: Int[Array, "R W"],
@@ -140,7 +147,7 @@ def sharded_append_to_pages(
   """`append_to_pages` under the current mesh, over all of its axes.
 
   Args:
-    held: The pages.
+    storage: The pages.
     k: New keys.
     v: New values.
     table: Pages of each row.
@@ -148,17 +155,17 @@ def sharded_append_to_pages(
     cu_q_lens: As in `sharded_paged_attention`.
     sharding: Mesh axes that shard the operands.
   """
-  _check(sharding, held, k.shape[0], table, kv_lens, cu_q_lens, 1)
+  _check(sharding, storage, k.shape[0], table, kv_lens, cu_q_lens, 1)
   own, rows, memory = (
     P(sharding.rows, sharding.heads),
     P(sharding.rows),
-    _specs(held, sharding),
+    _specs(storage, sharding),
   )
   return _map(
     pages.append_to_pages,
     in_specs=(memory, own, own, rows, rows, P()),
     out_specs=memory,
-  )(held, k, v, table, kv_lens, cu_q_lens)
+  )(storage, k, v, table, kv_lens, cu_q_lens)
 
 
 # Varying axes are not checked: Pallas' interpreter does not track them, and
@@ -166,27 +173,31 @@ def sharded_append_to_pages(
 _map = functools.partial(jax.shard_map, check_vma=False)
 
 
-def _specs(held: Pages, sharding: DecodeSharding) -> Pages:
-  scale = None if held.scale is None else P(sharding.rows, None, sharding.heads)
+def _specs(storage: Pages, sharding: DecodeSharding) -> Pages:
+  scale = (
+    None if storage.scale is None else P(sharding.rows, None, sharding.heads)
+  )
   return dataclasses.replace(
-    held, kv=P(sharding.rows, sharding.heads), scale=scale
+    storage, kv=P(sharding.rows, sharding.heads), scale=scale
   )
 
 
-def _check(sharding, held, tokens, table, kv_lens, cu_q_lens, window) -> None:
-  pages.check_pages(held)
-  parts = _divide(sharding, kv_lens.shape[0], held.kv.shape[1])
+def _check(
+  sharding, storage, tokens, table, kv_lens, cu_q_lens, window
+) -> None:
+  pages.check_pages(storage)
+  parts = _divide(sharding, kv_lens.shape[0], storage.kv.shape[1])
   if sharding.rows and cu_q_lens is not None:
     raise ValueError(
       f"cu_q_lens: found with rows sharded by {sharding.rows}, expected none "
       "(a token a row): which tokens a device has would depend on data"
     )
-  if held.count % parts:
+  if storage.count % parts:
     raise ValueError(
-      f"pages: found {held.count} pages in {parts} pools, expected as many in "
-      "each"
+      f"pages: found {storage.count} pages in {parts} pools, expected as many "
+      "in each"
     )
-  memory = held.count // parts, held.size
+  memory = storage.count // parts, storage.size
   ragged.make_rows(tokens, table, kv_lens, cu_q_lens, memory, window)
 
 

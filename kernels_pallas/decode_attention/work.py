@@ -83,7 +83,7 @@ class Problem:
     unit: Contiguous keys: a page, or a block of a cache.
     block: Keys per block, a whole number of units.
     q: `[items, K, M, H]`, heads of a token adjacent.
-    held: Keys and values.
+    storage: Keys and values.
     table: int32 `[R, W]`, or None for a cache.
     heads: (K, H, Hv).
     work: The entries.
@@ -95,7 +95,7 @@ class Problem:
   unit: int
   block: int
   q: Any
-  held: Pages | Cache
+  storage: Pages | Cache
   table: Any
   heads: tuple[int, int, int]
   work: Work
@@ -103,7 +103,9 @@ class Problem:
   @property
   def capacity(self) -> int:
     """Most keys of a row."""
-    return self.held.size * (1 if self.table is None else self.table.shape[1])
+    return self.storage.size * (
+      1 if self.table is None else self.table.shape[1]
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ def prepare(
   spec: Spec,
   blocks: Blocks,
   q: Float[Array, "T N H"],
-  held: Pages | Cache,
+  storage: Pages | Cache,
   rows: ragged.RaggedRows,
 ) -> tuple[Problem, Tiling]:
   """Returns the problem of a call, and the tiling that `untile` needs.
@@ -134,14 +136,14 @@ def prepare(
     spec: Static part.
     blocks: Block sizes, with `splits` set.
     q: Queries.
-    held: Keys and values.
+    storage: Keys and values.
     rows: The rows that tokens and pages belong to.
   """
   T, N, H = q.shape
-  heads = head_sizes(held)
+  heads = head_sizes(storage)
   K = heads[0]
   tiling = _tiling(blocks, T, N // K, rows)
-  size = held.size
+  size = storage.size
   if rows.table is None:
     unit = block = min(size, blocks.keys)
   else:
@@ -161,19 +163,19 @@ def prepare(
     unit=unit,
     block=block,
     q=tiles,
-    held=held,
-    table=_clipped(rows.table, held.count),
+    storage=storage,
+    table=_clipped(rows.table, storage.count),
     heads=heads,
     work=work,
   ), tiling
 
 
-def head_sizes(held: Pages | Cache) -> tuple[int, int, int]:
+def head_sizes(storage: Pages | Cache) -> tuple[int, int, int]:
   """Returns (K, H, Hv) of a cache or pages."""
-  if isinstance(held, Cache):
-    return held.k.shape[1], held.k.shape[3], held.v.shape[3]
-  _, K, _, width = held.kv.shape
-  return K, held.head_dim, width - held.head_dim
+  if isinstance(storage, Cache):
+    return storage.k.shape[1], storage.k.shape[3], storage.v.shape[3]
+  _, K, _, width = storage.kv.shape
+  return K, storage.head_dim, width - storage.head_dim
 
 
 def combine_splits(

@@ -92,9 +92,9 @@ def compile_to(job: Job, folder: pathlib.Path) -> str | None:
 
 def _reason(errors: str) -> str:
   """Returns the sentence with the reason, or the last exception, or line."""
-  said = _REASON.search(errors)
-  if said is not None:
-    return said.group()
+  found = _REASON.search(errors)
+  if found is not None:
+    return found.group()
   lines = [line for line in errors.splitlines() if line.strip()]
   raised = [line for line in lines if _RAISED.match(line)]
   return " ".join((raised or lines)[-1:])[:300]

@@ -161,8 +161,8 @@ def compiled(
     )
     if done.returncode:
       lines = [line for line in done.stderr.splitlines() if line.strip()]
-      said = [line for line in lines if "Error" in line] or lines
-      raise ValueError(" ".join(said[-1:])[-300:])
+      message = [line for line in lines if "Error" in line] or lines
+      raise ValueError(" ".join(message[-1:])[-300:])
     return ptx.read(folder)
 
 

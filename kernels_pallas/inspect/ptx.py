@@ -91,9 +91,11 @@ def read(folder: pathlib.Path) -> list[Kernel]:
 
 
 def _read(path: pathlib.Path) -> Kernel:
-  said = path.read_text()
-  registers = re.search(r"Used (\d+) registers", said)
-  spills = re.search(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", said)
+  report = path.read_text()
+  registers = re.search(r"Used (\d+) registers", report)
+  spills = re.search(
+    r"(\d+) bytes spill stores, \d+ bytes spill loads\n", report
+  )
   if registers is None or spills is None:
     raise ValueError(f"{path}: no line of registers or spills, another format")
   lines = path.with_suffix(".ptx").read_text().splitlines()
@@ -107,9 +109,9 @@ def _read(path: pathlib.Path) -> Kernel:
   return Kernel(
     name=name,
     registers=int(registers[1]),
-    spills=max(int(n) for n in re.findall(r"(\d+) bytes spill stores", said)),
+    spills=max(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)),
     shared=shared,
-    warnings=tuple(re.findall(r"ptxas warning\s*: (.*)", said)),
+    warnings=tuple(re.findall(r"ptxas warning\s*: (.*)", report)),
     total=mix(lines),
     loop=mix(loop),
     flops=_flops(loop, lines),

@@ -229,7 +229,7 @@ class Mask:
     if self.kind == "function" and given and self.extent < 1:
       raise ValueError(
         "mask function: found positions, expected an extent with them, above "
-        "the greatest: the function is asked about all before the program runs"
+        "the greatest: the function is evaluated on all before the program runs"
       )
     if self.kind == "block_diffusion" and not T == S == 2 * self.length:
       raise ValueError(

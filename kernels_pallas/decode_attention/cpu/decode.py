@@ -48,25 +48,25 @@ def available() -> bool:
   return cpu_library.available(LIBRARY)
 
 
-def unsupported(dtype: Any, held: Any, precision: Any) -> str | None:
+def unsupported(dtype: Any, storage: Any, precision: Any) -> str | None:
   """Returns why the kernel cannot run a call, or None.
 
   Args:
     dtype: Dtype of the queries.
-    held: Keys and values, or their shapes; None assumes a supported `Cache`.
+    storage: Keys and values, or their shapes; None assumes a supported `Cache`.
     precision: Precision of the matmuls.
   """
   if dtype not in (jnp.float32, jnp.bfloat16):
     return f"the CPU kernel does not support {dtype}"
   if precision not in FULL:
     return f"the CPU kernel does not support precision {precision!r}"
-  if held is None:
+  if storage is None:
     return None
-  if not isinstance(held, Cache):
+  if not isinstance(storage, Cache):
     return NO_PAGES
-  if found := [x.dtype for x in (held.k, held.v) if x.dtype != dtype]:
+  if found := [x.dtype for x in (storage.k, storage.v) if x.dtype != dtype]:
     return f"the CPU kernel needs one dtype, found {dtype} and {found[0]}"
-  if found := [n for x in (held.k, held.v) if (n := x.shape[-1]) % LANES]:
+  if found := [n for x in (storage.k, storage.v) if (n := x.shape[-1]) % LANES]:
     return f"the CPU kernel needs head dims of whole {LANES}s, found {found[0]}"
   return None
 
@@ -74,7 +74,7 @@ def unsupported(dtype: Any, held: Any, precision: Any) -> str | None:
 def cpu_decode(
   spec: Spec,
   q: Float[Array, "B N H"],
-  held: Cache | Pages,
+  storage: Cache | Pages,
   lengths: Int[Array, " B"],
   isa: str = "auto",
 ) -> tuple[Float[Array, "B N Hv"], Float[Array, "B N"]]:
@@ -86,20 +86,20 @@ def cpu_decode(
   Args:
     spec: Static part.
     q: Queries.
-    held: Keys and values, not in pages.
+    storage: Keys and values, not in pages.
     lengths: Tokens of each row, including the new one.
     isa: One of `ISAS`; "auto" is the best that the running CPU supports.
 
   Raises:
     ValueError: The kernel does not support the call, or there is no compiler.
   """
-  if reason := unsupported(q.dtype, held, spec.precision):
+  if reason := unsupported(q.dtype, storage, spec.precision):
     raise ValueError(f"cpu: {reason}; backend='xla' takes it")
   if not available():
     raise ValueError("backend: cpu needs a C++ compiler, xla none")
-  (B, N, _), V = q.shape, held.v.shape[-1]
+  (B, N, _), V = q.shape, storage.v.shape[-1]
   arrays, results = target_platform.match_varying_axes(
-    (q, held.k, held.v, lengths), ((B, N, V), (B, N))
+    (q, storage.k, storage.v, lengths), ((B, N, V), (B, N))
   )
   return jax.ffi.ffi_call(TARGET, tuple(results), vmap_method="broadcast_all")(
     *arrays,

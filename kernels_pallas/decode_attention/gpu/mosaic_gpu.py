@@ -39,14 +39,14 @@ MAX_SPLITS = 32
 
 
 def unsupported(
-  kind: str, dtype: Any, held: Cache | Pages | None, precision: Any = None
+  kind: str, dtype: Any, storage: Cache | Pages | None, precision: Any = None
 ) -> str | None:
   """Returns why the kernel cannot run a call, or None.
 
   Args:
     kind: Device kind, or '' for any with a kernel.
     dtype: Dtype of the queries.
-    held: Keys and values, or None for any.
+    storage: Keys and values, or None for any.
     precision: Precision of the matmuls.
   """
   if NO_GPU_KERNELS is not None:
@@ -57,23 +57,23 @@ def unsupported(
     return f"GPU kernels compute in bfloat16 and float16, found {dtype}"
   if precision not in (None, jax.lax.Precision.DEFAULT):
     return f"GPU kernels have one precision, found {precision}"
-  if held is None:
+  if storage is None:
     return None
-  if _is_quantized(held) and dtype != jnp.bfloat16:
+  if _is_quantized(storage) and dtype != jnp.bfloat16:
     # Operands are probabilities times the values' scales: the exponent range of
     # float16 is too small for the scales of small values.
     return f"GPU kernels read codes for bfloat16 queries, found {dtype}"
-  for found in (x.dtype for x in _arrays(held)):
+  for found in (x.dtype for x in _arrays(storage)):
     if found != dtype and found not in MAX_CODE:
       return f"GPU kernels take keys of the queries' {dtype}, found {found}"
-  dims = head_sizes(held)[1:]
+  dims = head_sizes(storage)[1:]
   if not set(dims) <= set(HEAD_DIMS):
     return f"GPU kernels take head dims of {HEAD_DIMS}, found {dims}"
   return None
 
 
-def _arrays(held):
-  return (held.k, held.v) if isinstance(held, Cache) else (held.kv,)
+def _arrays(storage):
+  return (storage.k, storage.v) if isinstance(storage, Cache) else (storage.kv,)
 
 
 def splits_for(pieces: int, keys: int) -> int:
@@ -129,7 +129,7 @@ def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
   items, _, M, _ = p.q.shape
   (K, H, Hv), E = p.heads, items * p.splits
   parts = 4 if M <= sm80_kernel.WARP else 2 if M <= 2 * sm80_kernel.WARP else 1
-  code = p.held.kv.dtype if _is_quantized(p.held) else None
+  code = p.storage.kv.dtype if _is_quantized(p.storage) else None
   size = p.q.dtype.itemsize if code is None else 1
   keys, token = KEYS, size * (H + Hv) + 8 * (code is not None)
   # Otherwise two tiles do not fit an Ada; or, with such wide outputs of 64
@@ -141,7 +141,7 @@ def plan(p: Problem, interpreted: bool = False) -> sm80_kernel.Plan:
   q = jnp.pad(p.q, [(0, 0), (0, 0), (0, blocks * rows - M), (0, 0)])
   spec, scales = p.spec, {}
   if code is not None:
-    scales["scales"] = p.held.scale.reshape(-1)
+    scales["scales"] = p.storage.scale.reshape(-1)
     if not interpreted:
       q = quantized_pages.for_keys(q)
       spec = dataclasses.replace(
@@ -178,12 +178,12 @@ def _memory(p: Problem):
   K, H, Hv = p.heads
   if p.table is None:
     # The axes in the caller's original order, so nothing is copied.
-    lines = [x.swapaxes(1, 2) for x in (p.held.k, p.held.v)]
+    lines = [x.swapaxes(1, 2) for x in (p.storage.k, p.storage.v)]
     lines = [x.reshape(-1, K * x.shape[-1]) for x in lines]
-    source = copy.Source(p.held.size, None, K)
+    source = copy.Source(p.storage.size, None, K)
     return lines, source, ((H, 0), (Hv, 0))
-  lines = p.held.kv.reshape(-1, H + Hv)
-  source = copy.Source(p.held.size, p.table.shape[1], K)
+  lines = p.storage.kv.reshape(-1, H + Hv)
+  source = copy.Source(p.storage.size, p.table.shape[1], K)
   return [lines, lines], source, ((0, 0), (0, H))
 
 
@@ -211,10 +211,10 @@ def _ranges(p: Problem, cut):
 
 def _stages(size: int, parts: int, H: int) -> int:
   """Returns the ring's tiles: 2 to 4, so that an A100 runs two blocks."""
-  held = 2 * (sm80_kernel.ROWS // parts) * H
-  held += (sm80_kernel.CHUNK + 2) * 4 * sm80_kernel.ROWS * (parts > 1)
-  return max(2, min(4, (SHARED_BYTES - held) // size))
+  used = 2 * (sm80_kernel.ROWS // parts) * H
+  used += (sm80_kernel.CHUNK + 2) * 4 * sm80_kernel.ROWS * (parts > 1)
+  return max(2, min(4, (SHARED_BYTES - used) // size))
 
 
-def _is_quantized(held: Cache | Pages) -> bool:
-  return isinstance(held, Pages) and held.scale is not None
+def _is_quantized(storage: Cache | Pages) -> bool:
+  return isinstance(storage, Pages) and storage.scale is not None

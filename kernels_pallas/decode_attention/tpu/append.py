@@ -25,21 +25,21 @@ def group_size(dtype: Any) -> int:
 
 
 def mosaic_tpu_append(
-  held: Shaped[Array, "pages K size W"],
+  storage: Shaped[Array, "pages K size W"],
   new: Shaped[Array, "T K W"],
   rows: RaggedRows,
   interpret: Any,
 ) -> Shaped[Array, "pages K size W"]:
-  """Appends the tokens of `rows` to their sequences in `held`.
+  """Appends the tokens of `rows` to their sequences in `storage`.
 
   Args:
-    held: Pages, whose size is a whole number of groups.
+    storage: Pages, whose size is a whole number of groups.
     new: Tokens, in the dtype of the pages.
     rows: The rows that the tokens belong to; table entries are clamped.
     interpret: None or False to compile, or as in `pl.pallas_call`.
   """
-  (_, K, size, W), g = held.shape, group_size(held.dtype)
-  items, tokens = _items(rows, new.shape[0], g, size, held.shape[0])
+  (_, K, size, W), g = storage.shape, group_size(storage.dtype)
+  items, tokens = _items(rows, new.shape[0], g, size, storage.shape[0])
   fresh = new[jnp.clip(tokens, 0, new.shape[0] - 1)].swapaxes(1, 2)
 
   def place(i, items):
@@ -58,17 +58,17 @@ def mosaic_tpu_append(
       ],
       out_specs=spec,
     ),
-    out_shape=jax.eval_shape(jnp.zeros_like, held),
+    out_shape=jax.eval_shape(jnp.zeros_like, storage),
     input_output_aliases={2: 0},
     compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
     cost_estimate=pl.CostEstimate(
       flops=0,
       transcendentals=0,
-      bytes_accessed=3 * fresh.size * held.dtype.itemsize,
+      bytes_accessed=3 * fresh.size * storage.dtype.itemsize,
     ),
     interpret=interpret or False,
     name="append_to_pages",
-  )(items, fresh, held)
+  )(items, fresh, storage)
 
 
 def _kernel(count, items, new, old, out):

@@ -88,9 +88,9 @@ def plan(p: Problem) -> Plan:
   if p.table is None:
     shapes = {"k": (1, K, p.block, H), "v": (1, K, p.block, Hv)}
   else:
-    shapes = {"kv": (count, *p.held.kv.shape[1:])}
-    if p.held.scale is not None:
-      shapes["scale"] = (count, *p.held.scale.shape[1:])
+    shapes = {"kv": (count, *p.storage.kv.shape[1:])}
+    if p.storage.scale is not None:
+      shapes["scale"] = (count, *p.storage.scale.shape[1:])
     if H % LANES:
       H = Hv = H + Hv
   plain = [dtype for dtype in memory_dtypes(p) if dtype not in MAX_CODE]
@@ -113,8 +113,8 @@ def plan(p: Problem) -> Plan:
 def memory_dtypes(p: Problem) -> tuple[Any, ...]:
   """Returns the dtypes of keys and values in memory."""
   if p.table is None:
-    return p.held.k.dtype, p.held.v.dtype
-  return (p.held.kv.dtype,)
+    return p.storage.k.dtype, p.storage.v.dtype
+  return (p.storage.kv.dtype,)
 
 
 def first_key(x: Plan, entry: Entry, n: Any) -> jax.Array:
@@ -128,7 +128,7 @@ def first_key(x: Plan, entry: Entry, n: Any) -> jax.Array:
   return pl.multiple_of(first, aligned)
 
 
-def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
+def attend(x: Plan, entry: Entry, n: Any, q, storage, state) -> None:
   """Adds block n of an entry to the softmax state (kernels.md 2.1, base 2).
 
   Skips work that the block does not need: masks unless at an edge of the
@@ -139,7 +139,7 @@ def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
     entry: The entry.
     n: The block.
     q: Ref [K, M, H].
-    held: Refs of the block, by name.
+    storage: Refs of the block, by name.
     state: Refs of maximum, sum [K, M, 1] and output [K, M, Hv].
   """
   first, fresh = first_key(x, entry, n), entry["base"] + n * x.block
@@ -153,7 +153,7 @@ def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
   def run(rows, masked):
     def heads(start):
       for h in range(start[0], start[1]):
-        _head(x, entry, (first, fresh), h, rows, masked, q, held, state)
+        _head(x, entry, (first, fresh), h, rows, masked, q, storage, state)
 
     K = x.dims[1]
     unrolled = math.gcd(K, HEADS)
@@ -164,7 +164,7 @@ def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
     def some(j, carry):
       for h in range(unrolled):
         _head(x, entry, (first, fresh), j * unrolled + h, rows, masked, q,
-              held, state)  # fmt: skip
+              storage, state)  # fmt: skip
       return carry
 
     jax.lax.fori_loop(0, K // unrolled, some, 0)
@@ -177,12 +177,12 @@ def attend(x: Plan, entry: Entry, n: Any, q, held, state) -> None:
     pl.when(chosen & ~whole)(lambda rows=rows: run(rows, True))
 
 
-def _head(x: Plan, entry, keys, h, rows, masked, q, held, state):
+def _head(x: Plan, entry, keys, h, rows, masked, q, storage, state):
   m, l, acc = state
   here = pl.ds(0, rows)
-  k, v = _keys_and_values(x, held, h)
+  k, v = _keys_and_values(x, storage, h)
   s = _dot(x, q[h, here].astype(x.dtype), k.astype(x.dtype), NT)
-  t = _logits(x, s, held, h)
+  t = _logits(x, s, storage, h)
   if masked:
     t = jnp.where(_visible(x, entry, keys, rows), t, -jnp.inf)
     # Invisible values may be NaN, and 0 * NaN is NaN.
@@ -195,8 +195,8 @@ def _head(x: Plan, entry, keys, h, rows, masked, q, held, state):
     probabilities, axis=1, keepdims=True
   )
   m[h, here] = after
-  if "scale" in held:
-    scale = _row(held["scale"][:, 1, h])
+  if "scale" in storage:
+    scale = _row(storage["scale"][:, 1, h])
     if masked:
       scale = jnp.where(_alive_row(x, entry, keys), scale, 0)
     probabilities = probabilities * scale
@@ -204,15 +204,15 @@ def _head(x: Plan, entry, keys, h, rows, masked, q, held, state):
   acc[h, here] = acc[h, here] * factor + values
 
 
-def _logits(x: Plan, s, held, h):
+def _logits(x: Plan, s, storage, h):
   """Returns base-2 logits of products."""
   unit = 1 / math.log(2)
   scale = x.spec.scale * (unit if x.spec.softcap is None else 1)
   if x.spec.softcap is not None:
     scale = scale / x.spec.softcap
   t = s * scale
-  if "scale" in held:
-    t = t * _row(held["scale"][:, 0, h])
+  if "scale" in storage:
+    t = t * _row(storage["scale"][:, 0, h])
   if x.spec.softcap is not None:
     t = x.spec.softcap * unit * jnp.tanh(t)
   return t
@@ -261,16 +261,16 @@ def varying(x: jax.Array, shape: tuple[int, ...]) -> Any:
   )
 
 
-def _keys_and_values(x: Plan, held, h):
+def _keys_and_values(x: Plan, storage, h):
   """Returns keys and values of one head, [block, H] and [block, width_v].
 
   If a head does not fill a register, both are keys and values side by side: the
   queries are zero where the values are, and the keys' part of the output is
   dropped. A matrix unit is that wide anyway.
   """
-  if "k" in held:
-    return held["k"][0, h], held["v"][0, h]
-  kv = held["kv"][:, h].reshape(x.block, -1)
+  if "k" in storage:
+    return storage["k"][0, h], storage["v"][0, h]
+  kv = storage["kv"][:, h].reshape(x.block, -1)
   H = x.dims[3]
   return (kv, kv) if kv.shape[1] == H else (kv[:, :H], kv[:, H:])
 

@@ -58,7 +58,7 @@ def mosaic_tpu_decode(
   # Queries are zero where the values lie next to the keys.
   pad = [(0, 0), (0, 0), (0, M - p.q.shape[2]), (0, H - p.q.shape[3])]
   q = jnp.pad(p.q, pad)
-  held = {name: getattr(p.held, name) for name in x.names}
+  storage = {name: getattr(p.storage, name) for name in x.names}
   entry = lambda s, i, *_: (s * items + i, 0, 0, 0)  # noqa: E731
   o, lse = pl.pallas_call(
     functools.partial(_kernel, x),
@@ -67,7 +67,7 @@ def mosaic_tpu_decode(
       grid=(splits, items),
       in_specs=[
         pl.BlockSpec((None, K, M, H), lambda s, i, *_: (i, 0, 0, 0)),
-        {name: pl.BlockSpec(memory_space=pl.ANY) for name in held},
+        {name: pl.BlockSpec(memory_space=pl.ANY) for name in storage},
       ],
       out_specs=[
         pl.BlockSpec((None, K, M, Hv), entry),
@@ -75,7 +75,7 @@ def mosaic_tpu_decode(
       ],
       scratch_shapes=[
         {
-          name: pltpu.VMEM((2, *x.shapes[name]), held[name].dtype)
+          name: pltpu.VMEM((2, *x.shapes[name]), storage[name].dtype)
           for name in x.names
         },
         pltpu.SemaphoreType.DMA((2, len(x.names))),
@@ -95,16 +95,16 @@ def mosaic_tpu_decode(
     cost_estimate=_cost(p),
     interpret=interpret or False,
     name="decode_attention",
-  )(_table(p), _entries(p, items), q, held)
+  )(_table(p), _entries(p, items), q, storage)
   rows = p.q.shape[2]
   return o[:, :, :rows, -p.heads[2] :], lse[:, :, 0, :rows]
 
 
-def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
+def _kernel(x: Plan, table, entries, q, storage, o, lse, buffers, sems, *state):
   items = x.dims[0]
   split, item = pl.program_id(0), pl.program_id(1)
   here = Entry(entries, split * items + item)
-  stream = functools.partial(_transfer, x, table, held, buffers, sems)
+  stream = functools.partial(_transfer, x, table, storage, buffers, sems)
   m, l, acc = state
   # Finite, so that differences from it are never NaN.
   m[...] = jnp.full(m.shape, jnp.finfo(m.dtype).min, m.dtype)
@@ -143,7 +143,7 @@ def _kernel(x: Plan, table, entries, q, held, o, lse, buffers, sems, *state):
   key_block.store_rows(lse, jnp.where(empty, -jnp.inf, found))
 
 
-def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
+def _transfer(x, table, storage, buffers, sems, entry: Entry, n, slot, what):
   """Starts or awaits the copies of block n of an entry into a slot."""
   row, first = entry["row"], key_block.first_key(x, entry, n)
 
@@ -153,7 +153,7 @@ def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
 
   if x.pages == 0:
     for name in x.names:
-      source = held[name].at[row, :, pl.ds(first, x.block)]
+      source = storage[name].at[row, :, pl.ds(first, x.block)]
       copy(name, source, buffers[name].at[slot, 0])
     return
   page = jax.lax.div(first, np.int32(x.unit))
@@ -162,7 +162,7 @@ def _transfer(x, table, held, buffers, sems, entry: Entry, n, slot, what):
   def one(j, carry):
     found = table[row * x.pages + page + j]
     for name in x.names:
-      copy(name, held[name].at[found], buffers[name].at[slot, j])
+      copy(name, storage[name].at[found], buffers[name].at[slot, j])
     return carry
 
   # Pages after the last visible one are not read.
@@ -201,7 +201,7 @@ def _cost(p: Problem) -> pl.CostEstimate:
   """Returns an upper bound: the cost of rows of full length."""
   items, _, M, _ = p.q.shape
   (_, H, Hv), keys = p.heads, items * p.heads[0] * p.capacity
-  memory = jax.tree.leaves(p.held) if p.table is not None else [p.held.k]
+  memory = jax.tree.leaves(p.storage) if p.table is not None else [p.storage.k]
   return pl.CostEstimate(
     flops=2 * keys * M * (H + Hv),
     transcendentals=keys * M,
@@ -224,9 +224,9 @@ def check_for_tpu(p: Problem, interpret: Any) -> None:
   for dtype in memory_dtypes(p):
     # Scales are in lanes; otherwise a register row holds 32 bits per lane.
     multiple = 128 if dtype in MAX_CODE else 32 // dtype.itemsize
-    if p.held.size % multiple or p.block % multiple:
+    if p.storage.size % multiple or p.block % multiple:
       raise ValueError(
-        f"mosaic_tpu: found {p.held.size} tokens a page in blocks of "
+        f"mosaic_tpu: found {p.storage.size} tokens a page in blocks of "
         f"{p.block}, expected multiples of {multiple} in {dtype}"
       )
   tables = 4 * len(NAMES) * p.work.row.size

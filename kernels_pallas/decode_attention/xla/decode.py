@@ -102,18 +102,18 @@ def _fetch(p: Problem, block):
       lambda r, at, x: jax.lax.dynamic_slice_in_dim(x[r], at, p.block, 1),
       (0, 0, None),
     )
-    k, v = (take(row, first, x) for x in (p.held.k, p.held.v))
+    k, v = (take(row, first, x) for x in (p.storage.k, p.storage.v))
     return first, k, v, None, None
   last = jnp.maximum(p.work.high - 1, 0)
   page = (first[:, None] // p.unit) + jnp.arange(p.block // p.unit)
   # After an entry's last page, repeats it, so that no other page is read.
   page = jnp.minimum(page, (last // p.unit)[:, None])
   index = p.table[row[:, None], page]
-  H, k_scale, v_scale = p.held.head_dim, None, None
-  kv = jnp.swapaxes(p.held.kv[index], 1, 2)
+  H, k_scale, v_scale = p.storage.head_dim, None, None
+  kv = jnp.swapaxes(p.storage.kv[index], 1, 2)
   kv = kv.reshape(*kv.shape[:2], p.block, kv.shape[-1])
-  if p.held.scale is not None:
-    scale = jnp.moveaxis(p.held.scale[index], 1, 3)  # [E, 2, K, pages, size]
+  if p.storage.scale is not None:
+    scale = jnp.moveaxis(p.storage.scale[index], 1, 3)  # [E, 2, K, pages, size]
     scale = scale.reshape(*scale.shape[:3], p.block)
     k_scale, v_scale = scale[:, 0], scale[:, 1]
   return first, kv[..., :H], kv[..., H:], k_scale, v_scale
